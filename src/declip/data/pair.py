@@ -161,12 +161,10 @@ class PairSource(ABC):
         """The place of the image; empty if it has no file."""
         return Origin()
 
-    def spans(self) -> list[np.ndarray]:
-        """The number of pairs of each shard, (shards,) int64, of each source that is joined in this one."""
-        blocks = self.blocks
-        if blocks is None:
-            blocks = np.diff([*range(0, len(self), BLOCK), len(self)])
-        return [np.asarray(blocks, np.int64)]
+    def shards(self) -> np.ndarray:
+        """The number of pairs of each shard, (shards,) int64; without shards, of each `BLOCK` pairs."""
+        blocks = np.diff([*range(0, len(self), BLOCK), len(self)]) if self.blocks is None else self.blocks
+        return np.asarray(blocks, np.int64)
 
 
 @dataclass

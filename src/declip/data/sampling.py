@@ -1,7 +1,7 @@
 """The pairs of each step, in order: a pure function of the seed and the step.
 
 Streams of random numbers are separated by their seeds: (seed, epoch, i) with i below the number of pairs belongs to
-pair i (see `Assembler`), (seed, epoch, pairs) to the permutation of an epoch, and five numbers to everything below.
+pair i (see `Assembler`), (seed, epoch, pairs) to the permutation of an epoch, and four or five numbers to everything below.
 """
 
 from abc import ABC, abstractmethod
@@ -12,7 +12,6 @@ import numpy as np
 from declip.data.pair import PairSource
 
 SHUFFLE_BUFFER = 50_000  # pairs shuffled together where shards are remote: five of img2dataset's shards
-GROUPS_KEPT = 2
 BLOCKS_STREAM, GROUP_STREAM, WITHIN_STREAM = 1, 2, 3
 
 
@@ -41,10 +40,9 @@ def build_order(source: PairSource, batch_size: int, seed: int, shuffle_buffer: 
     """Choose the order of a source's pairs: so many are shuffled together, all by default, fewer of remote shards."""
     if shuffle_buffer is None and source.remote:
         shuffle_buffer = SHUFFLE_BUFFER
-    options = len(source), batch_size, seed
-    return (
-        ShuffledOrder(*options) if shuffle_buffer is None else BufferedOrder(*options, source.spans(), shuffle_buffer)
-    )
+    if shuffle_buffer is None:
+        return ShuffledOrder(len(source), batch_size, seed)
+    return BufferedOrder(len(source), batch_size, seed, source.shards(), shuffle_buffer)
 
 
 class ShuffledOrder(Order):
@@ -70,26 +68,20 @@ def _keep(kept: dict[Any, Any], key: object, value: object, most: int) -> None:
 class BufferedOrder(Order):
     """Shards in an order sampled for each epoch; the pairs of a group of consecutive shards are permuted together.
 
-    An epoch is divided into groups of at least `buffer` pairs. Each span, of one source, adds the same fraction of its
-    pairs to every group, so that joined sources are mixed throughout. The pairs of a shard that is split between two
-    groups are permuted first, so that chance decides which fall on either side. Memory does not grow with the length
-    of an epoch.
+    An epoch is divided into groups of at least `buffer` pairs. The pairs of a shard that is split between two groups
+    are permuted first, so that chance decides which fall on either side. Memory grows with the number of shards alone.
 
     Args:
-        spans: See `PairSource.spans`.
+        blocks: (shards,) int64, see `PairSource.shards`.
     """
 
-    def __init__(self, size: int, batch_size: int, seed: int, spans: list[np.ndarray], buffer: int) -> None:
+    def __init__(self, size: int, batch_size: int, seed: int, blocks: np.ndarray, buffer: int) -> None:
         super().__init__(size, batch_size, seed)
-        self.spans, lengths = spans, [int(blocks.sum()) for blocks in spans]
-        # Each span's part is rounded down, so a group may lack a pair of each.
-        self.groups = max(1, size // max(buffer, batch_size + len(spans)))
-        # (groups + 1, spans), number of pairs of a span before each group; Python's integers cannot overflow.
-        self._before = np.array([[g * length // self.groups for length in lengths] for g in range(self.groups + 1)])
-        self._borders = self._before.sum(1)
-        firsts = np.cumsum([0, *lengths])
-        self._starts = [first + np.cumsum(blocks) - blocks for first, blocks in zip(firsts, spans, strict=False)]
-        self._shard_orders: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
+        self.blocks, self._starts = blocks, np.cumsum(blocks) - blocks
+        self.groups = max(1, size // max(buffer, batch_size))
+        # (groups + 1,), number of pairs before each group; Python's integers cannot overflow.
+        self._borders = np.array([group * size // self.groups for group in range(self.groups + 1)])
+        self._shard_orders: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def indices(self, step: int) -> np.ndarray:
         epoch, place = divmod(step, self.steps_per_epoch)
@@ -108,34 +100,25 @@ class BufferedOrder(Order):
     def group(self, epoch: int, group: int) -> np.ndarray:
         """The pairs of a group in their order, int64."""
         if (epoch, group) not in self._kept:
-            pairs = [
-                self._slice(epoch, span, int(start), int(stop))
-                for span, (start, stop) in enumerate(self._before[group : group + 2].T)
-            ]
-            permuted = self.generator(epoch, GROUP_STREAM, group).permutation(np.concatenate(pairs))
-            _keep(self._kept, (epoch, group), permuted, GROUPS_KEPT)
+            pairs = self._slice(epoch, *self._borders[group : group + 2].tolist())
+            _keep(self._kept, (epoch, group), self.generator(epoch, GROUP_STREAM, group).permutation(pairs), 2)
         return self._kept[epoch, group]
 
-    def _slice(self, epoch: int, span: int, start: int, stop: int) -> np.ndarray:
-        """The pairs of a span from `start` to `stop`, counted along its shards in the epoch's order."""
-        blocks, ends = self._shard_order(epoch, span)
-        pieces: list[np.ndarray] = [np.empty(0, np.int64)]
+    def _slice(self, epoch: int, start: int, stop: int) -> np.ndarray:
+        """The pairs from `start` to `stop`, counted along the shards in the epoch's order."""
+        if epoch not in self._shard_orders:
+            order = self.generator(epoch, BLOCKS_STREAM).permutation(len(self.blocks))
+            _keep(self._shard_orders, epoch, (order, np.cumsum(self.blocks[order])), 2)
+        shards, ends = self._shard_orders[epoch]
+        pieces: list[np.ndarray] = []
         place = int(np.searchsorted(ends, start, "right"))
         while start < stop:
-            block, end = int(blocks[place]), int(ends[place])
-            length = int(self.spans[span][block])
+            shard, end = int(shards[place]), int(ends[place])
+            length = int(self.blocks[shard])
             first, last = start - (end - length), min(stop, end) - (end - length)
-            pairs = int(self._starts[span][block]) + np.arange(length)
+            pairs = int(self._starts[shard]) + np.arange(length)
             if last - first < length:
-                pairs = self.generator(epoch, WITHIN_STREAM, span, block).permutation(pairs)[first:last]
+                pairs = self.generator(epoch, WITHIN_STREAM, shard).permutation(pairs)[first:last]
             pieces.append(pairs)
             start, place = min(stop, end), place + 1
         return np.concatenate(pieces)
-
-    def _shard_order(self, epoch: int, span: int) -> tuple[np.ndarray, np.ndarray]:
-        """A span's shards in the order of an epoch, and the end of each in it."""
-        if (epoch, span) not in self._shard_orders:
-            blocks = self.generator(epoch, BLOCKS_STREAM, span).permutation(len(self.spans[span]))
-            order = blocks, np.cumsum(self.spans[span][blocks])
-            _keep(self._shard_orders, (epoch, span), order, 2 * len(self.spans))  # this epoch's and another's
-        return self._shard_orders[epoch, span]

@@ -22,8 +22,8 @@ class Joined(DerivedSource):
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def spans(self) -> list[np.ndarray]:
-        return [blocks for source in self.sources for blocks in source.spans()]
+    def shards(self) -> np.ndarray:
+        return np.concatenate([source.shards() for source in self.sources])
 
     def locate(self, index: int) -> tuple[PairSource, int]:
         if not 0 <= index < len(self):
