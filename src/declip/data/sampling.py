@@ -1,7 +1,7 @@
 """The pairs of each step, in order: a pure function of the seed and the step.
 
 Streams of random numbers are separated by their seeds: (seed, epoch, i) with i below the number of pairs belongs to
-pair i (see `Assembler`), (seed, epoch, pairs) to the permutation of an epoch, and four or five numbers to everything below.
+pair i (see `Assembler`), (seed, epoch, pairs) to the permutation of an epoch, and longer seeds to everything below.
 """
 
 from abc import ABC, abstractmethod
