@@ -22,7 +22,6 @@ from declip.interchange.weights import Weights
 from declip.supervision.objective import Objective
 
 SHIPPED = Path(__file__).parent / "golden"
-"""For tests that need a file of the official layout, whatever its numbers."""
 GOLDEN = Path(os.environ.get("DECLIP_GOLDEN") or SHIPPED)
 if not GOLDEN.is_dir():
     raise NotADirectoryError(f"DECLIP_GOLDEN names no folder: {GOLDEN}")
@@ -43,6 +42,14 @@ def read_json(name: str) -> dict[str, Any]:
     """A JSON file of the folder, empty where there is none; for lists of cases."""
     path = GOLDEN / name
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def read_state(name: str, folder: Path = SHIPPED) -> dict[str, torch.Tensor]:
+    """The state dict of a model before its first step; in the repository matrices are multiples of 1/512."""
+    if (file := folder / f"{name}.safetensors").is_file():
+        return load_file(file)
+    packed = {key: torch.from_numpy(array) for key, array in np.load(folder / f"{name}_weights.npz").items()}
+    return {key: (t.float() / 512).half() if t.dtype in (torch.int8, torch.int16) else t for key, t in packed.items()}
 
 
 def require_file(name: str) -> Path:
@@ -100,7 +107,7 @@ class Case:
     def __init__(self, name, dtype=torch.float32):
         self.about = json.loads((GOLDEN / f"{name}.json").read_text(encoding="utf-8"))
         self.kind = self.about["kind"]
-        self.state = load_file(GOLDEN / self.about.get("state_dict", f"{name}.safetensors"))
+        self.state = read_state(self.about.get("state_dict", name).removesuffix(".safetensors"), GOLDEN)
         self.step = self.about["steps"][0]
         self.arrays = np.load(GOLDEN / f"{name}.npz")
         self.dtype = dtype

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 import uvicorn
-from safetensors.torch import load_file
 from starlette.testclient import TestClient
 
 import declip
@@ -30,7 +29,7 @@ from declip.evaluation.prompt_sets import PromptSet, read_prompts
 from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe
 from evaluation import trees
-from golden_cases import SHIPPED
+from golden_cases import read_state
 from text_encoders import roberta
 
 SIDE = 40
@@ -148,7 +147,7 @@ def world(emoji_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         declip.embed(runs / "demo", folder / "pictures", out=folder / "indices" / "pictures")
         (folder / "drop.csv").write_text(f"key,reason\n{open_source('builtin:emoji').key(0)},no reason\n", "utf-8")
         declip.export(runs / "vit", "huggingface", folder / "downloads" / "clip-vit-base-patch32")
-    state = {f"module.{name}": value for name, value in load_file(SHIPPED / "defilip_vit_tiny.safetensors").items()}
+    state = {f"module.{name}": value for name, value in read_state("defilip_vit_tiny").items()}
     torch.save({"last_iter": 1, "model": state, "optimizer": {}}, folder / "ckpt.pth.tar")
     roberta(folder / "encoders" / "clinical", context=128)
     return folder

@@ -15,7 +15,7 @@ import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 import declip
 from conftest import TINY
@@ -24,7 +24,7 @@ from declip.models.dual_encoder import DualEncoder
 from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe
 from declip.runs.checkpoint import STATE, WEIGHTS, Checkpoint, write_snapshot
-from golden_cases import SHIPPED, read_official
+from golden_cases import read_official, read_state
 from hostile import ROOM, Trap, apart, quickly, said
 
 pytestmark = pytest.mark.usefixtures("here")
@@ -131,7 +131,7 @@ ODD = [
 
 @pytest.mark.parametrize(("name", "tensor"), ODD)
 def test_weights_of_sizes_that_no_one_meant(name: str, tensor: torch.Tensor, here: Path) -> None:
-    save_file(load_file(SHIPPED / "defilip_vit_tiny.safetensors") | {name: tensor}, here / "odd.safetensors")
+    save_file(read_state("defilip_vit_tiny") | {name: tensor}, here / "odd.safetensors")
     got, megabytes = apart(lambda: declip.load(here / "odd.safetensors", device="cpu"))
     assert got != "read"
     assert megabytes < 2 * ROOM

@@ -17,7 +17,7 @@ from declip.evaluation.datasets import Dataset
 from declip.interchange import official
 from declip.interchange.declip_file import FILE
 from declip.interchange.interpolate import write_mixture
-from golden_cases import SHIPPED, Case, model_cases, read_official
+from golden_cases import Case, model_cases, read_official, read_state
 from interchange.test_export import features, run_card
 from interchange.towers import EXACT, build, command, export_exactly, largest
 from training.starts import recipe_for
@@ -54,7 +54,7 @@ def test_official_models_come_in_whole(
 def test_official_weights_are_exported_for_open_clip(tmp_path: Path) -> None:
     """With their bias after the text projection."""
     pytest.importorskip("open_clip")
-    model, _ = read_official(load_file(SHIPPED / "defilip_vit_tiny.safetensors"), text_heads=2)
+    model, _ = read_official(read_state("defilip_vit_tiny"), text_heads=2)
     assert model.text_tower.text_projection.bias.abs().max() > 0.01
     export_exactly(model.eval(), "open_clip", tmp_path / "out")
 
@@ -64,7 +64,7 @@ def test_home_is_expanded_wherever_a_folder_is_given(
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    file = official_file(tmp_path, load_file(SHIPPED / "defilip_vit_tiny.safetensors"))
+    file = official_file(tmp_path, read_state("defilip_vit_tiny"))
     assert declip.export(file, "safetensors", "~/imported").folder == tmp_path / "imported"
     tuned = recipe_for(table, "clip", {"finetune": {"pretrained": "~/imported"}}, steps=1)
     declip.train(tuned, out=tmp_path / "run", quiet=True, report=False)
@@ -126,7 +126,7 @@ class Painted(PairSource):
 def test_probes_of_an_image_tower_alone_work_and_zero_shot_says_why_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    state = load_file(SHIPPED / "defilip_vit_tiny.safetensors")
+    state = read_state("defilip_vit_tiny")
     model = declip.load(official_file(tmp_path, backbone_of(state, "named")), device="cpu")
     data = Dataset("painted", {"train": Painted, "test": Painted})
     assert declip.evaluate(model, data, "linear").n == 24

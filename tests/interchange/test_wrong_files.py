@@ -17,7 +17,7 @@ from declip.errors import UserError
 from declip.interchange import official
 from declip.interchange.declip_file import FILE
 from declip.models.hf_encoder import ENTRY, TextEncoder
-from golden_cases import SHIPPED
+from golden_cases import read_state
 from hostile import apart
 from interchange.families import saved
 from interchange.tiny_open_clip import random_model
@@ -85,7 +85,7 @@ WRONG: dict[str, tuple[Callable[[State], Any], str]] = {
 def test_a_wrong_file_is_refused_by_each_reader(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     make, message = WRONG[name]
-    content = make({part: t.float() for part, t in load_file(SHIPPED / "clip_vit_tiny.safetensors").items()})
+    content = make({part: t.float() for part, t in read_state("clip_vit_tiny").items()})
     if content is not None:
         Path(name).write_bytes(content if isinstance(content, bytes) else in_file(content, name))
     with pytest.raises(UserError, match=message.format(name=name)):
