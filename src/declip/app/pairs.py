@@ -9,11 +9,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from declip.app.params import LARGEST_JSON, ImageId, Question, bad_request, read_body
-from declip.app.state import Check, state_of
+from declip.app.state import AppState, state_of
 from declip.data.exclude import write_exclusions
 from declip.errors import UserError
 from declip.inspection.duplicates import components
-from declip.search.index import Index
 
 PAGE = 24  # pairs or groups that are sent at a time
 MEMBERS = 12  # images of a group that are shown
@@ -28,29 +27,35 @@ MARKED = TypeAdapter(dict[Reason, list[ImageId]])
 
 
 class PairsQuestion(Question):
-    """The first row of a page, and thresholds of cosines."""
+    """The first row of a page, and limits: of cosines or ranks, and of cosines of near-duplicates."""
 
     start: int = Field(0, ge=0)
-    below: float = Field(-1, ge=-1, le=1)
+    limit: float | None = Field(None, ge=-1, le=1)
     threshold: float = Field(0.98, ge=LOWEST, le=1)
 
 
 class Agreement(NamedTuple):
-    """Cosine of each image with its captions.
+    """How well each image and its captions fit.
 
     Attributes:
-        ids: (n,) int64, the images that have a caption, in the order of `cosines`.
-        cosines: (n,) float32, increasing.
-        without: Number of images without a caption.
-        median: Median of the cosines.
+        ids: (n,) int64, the images with a value, the worst first.
+        values: (n,) float32, their cosines, or out-of-fold ranks.
+        ranked: Whether these are ranks: 0 best, 1 worst.
+        without: Number of images without a caption, or without a rank.
+        median: Median of the values.
         spread: Their standard deviation, estimated from the median absolute deviation.
     """
 
     ids: np.ndarray
-    cosines: np.ndarray
+    values: np.ndarray
+    ranked: bool
     without: int
     median: float
     spread: float
+
+    def beyond(self, limit: float) -> np.ndarray:
+        """(m,), ids of the images whose value is worse than a limit."""
+        return self.ids[self.values > limit if self.ranked else self.values < limit]
 
 
 ROUNDING = 5e-4
@@ -79,28 +84,31 @@ class SimilarImages(NamedTuple):
         return sorted(groups, key=lambda group: (-group[1], group[0]))
 
 
-def compare_captions(index: Index, check: Check) -> Agreement:
-    """Compare each image of an index with its captions."""
-    ids, cosines = index.ids, np.empty(len(index), np.float32)
-    for start in range(0, len(ids), BLOCK):
-        check()
+def compare_captions(state: AppState) -> Agreement:
+    """Compare each image of an index with its captions: by out-of-fold ranks if there are any, else by cosines."""
+    index, ids = state.index, state.index.ids
+    values = np.full(len(ids), np.nan, np.float32)
+    if state.ranks:
+        values[:] = [state.ranks.get(id, np.nan) for id in ids.tolist()]
+    for start in () if state.ranks else range(0, len(ids), BLOCK):
+        state.check_running()
         block = slice(start, start + BLOCK)
         texts = index.vectors(ids[block], "captions")
         products = (index.vectors(ids[block]) * texts).sum(1)
-        cosines[block] = torch.where(texts.any(1), products, torch.nan).numpy()
-    known = int(np.isfinite(cosines).sum())
+        values[block] = torch.where(texts.any(1), products, torch.nan).numpy()
+    known = int(np.isfinite(values).sum())
     if not known:
         raise UserError("No image of this index has a caption to compare with.")
-    order = np.argsort(cosines, kind="stable")[:known]  # NaN comes last
-    cosines = cosines[order]
-    median = float(np.median(cosines))
-    spread = 1.4826 * float(np.median(np.abs(cosines - median)))  # of normal values, their standard deviation
-    return Agreement(ids[order], cosines, len(ids) - known, median, spread)
+    order = np.argsort(-values if state.ranks else values, kind="stable")[:known]  # NaN comes last
+    values = values[order]
+    median = float(np.median(values))
+    spread = 1.4826 * float(np.median(np.abs(values - median)))  # of normal values, their standard deviation
+    return Agreement(ids[order], values, bool(state.ranks), len(ids) - known, median, spread)
 
 
-def find_similar(index: Index, check: Check) -> SimilarImages:
+def find_similar(state: AppState) -> SimilarImages:
     """Compare the images of an index with each other."""
-    ids = index.ids
+    index, ids = state.index, state.index.ids
     if len(ids) > MOST_COMPARED:
         raise UserError(
             f"{len(ids):,} images are too many to compare with each other (the limit is {MOST_COMPARED:,}). "
@@ -108,7 +116,7 @@ def find_similar(index: Index, check: Check) -> SimilarImages:
         )
     pieces: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     for start in range(0, len(ids), QUERIES):
-        check()
+        state.check_running()
         block = ids[start : start + QUERIES]
         near, cosines = (tensor.numpy() for tensor in index.nearest(index.vectors(block), NEAREST + 1))
         query_ids = np.repeat(block, near.shape[1]).reshape(near.shape)
@@ -122,24 +130,27 @@ def find_similar(index: Index, check: Check) -> SimilarImages:
 
 
 def disagreeing(request: Request) -> Response:
-    """Answer with the distribution of cosines, a page of the lowest pairs, and the ids of all pairs ?below a cosine.
+    """Answer with the distribution of values, a page of the worst pairs, and the ids of all pairs beyond ?limit.
 
     Each pair is shown with the caption nearest to its image.
     """
     state, asked = state_of(request), PairsQuestion.of(request)
     found: Agreement = state.once(compare_captions)
     page = slice(asked.start, asked.start + PAGE)
-    ids, cosines = found.ids[page].tolist(), found.cosines[page].tolist()
+    ids, values = found.ids[page].tolist(), found.values[page].tolist()
     nearest = state.index.nearest(state.index.vectors(ids), 1, over="captions")[0].flatten().tolist()
     rows = []
-    for id, cosine, near in zip(ids, cosines, nearest, strict=True):
-        deviations = (cosine - found.median) / (found.spread or 1)
+    for id, value, near in zip(ids, values, nearest, strict=True):
+        deviations = (value - found.median) / (found.spread or 1)
         caption = state.describe(near)["captions"][0]
-        rows.append({**state.describe(id), "cosine": cosine, "deviations": deviations, "nearest": caption})
-    counts, edges = np.histogram(found.cosines, BARS)
-    answer: dict[str, Any] = {"rows": rows, "total": len(found.ids), "without": found.without}
+        rows.append({**state.describe(id), "value": value, "deviations": deviations, "nearest": caption})
+    counts, edges = np.histogram(found.values, BARS)
+    # A wrong caption has any rank; a right one is rarely worse than half of all others.
+    usual = 0.5 if found.ranked else found.median - 3 * found.spread
+    answer: dict[str, Any] = {"rows": rows, "total": len(found.ids), "without": found.without, "ranked": found.ranked}
     answer |= {"counts": counts.tolist(), "edges": edges.tolist(), "median": found.median, "spread": found.spread}
-    return JSONResponse({**answer, "marked": found.ids[found.cosines < asked.below].tolist()})
+    marked = [] if asked.limit is None else found.beyond(asked.limit).tolist()
+    return JSONResponse({**answer, "limit": usual, "marked": marked})
 
 
 def duplicates(request: Request) -> Response:
@@ -159,7 +170,8 @@ async def save_list(request: Request) -> Response:
     """Answer with the marked pairs as CSV; pairs that have left the index since they were marked are omitted."""
     given, state = MARKED.validate_json(await read_body(request, LARGEST_JSON)), state_of(request)
     agreement: Agreement | None = state.compared.get(compare_captions)
-    cosines = {} if agreement is None else dict(zip(agreement.ids.tolist(), agreement.cosines.tolist(), strict=True))
+    measured = agreement is not None and not agreement.ranked
+    cosines = dict(zip(agreement.ids.tolist(), agreement.values.tolist(), strict=True)) if measured else {}
     rows: dict[int, tuple[str, int, str, float | None, str]] = {}
     for reason, ids in given.items():
         for row in map(state.index.row, np.intersect1d(ids, state.index.ids).tolist()):

@@ -7,6 +7,7 @@ import secrets
 import threading
 from collections.abc import Callable
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -17,6 +18,7 @@ from torch import Tensor
 from declip.data.pair import printable
 from declip.errors import UserError
 from declip.evaluation.zero_shot import class_features, logit_scale, read_templates
+from declip.runs.folder import OUT_OF_FOLD, read_run
 from declip.search.index import Index
 
 MOST_UPLOADS = 256  # uploaded images whose vectors stay in memory; the images themselves do not
@@ -24,9 +26,6 @@ UPLOADS_AT_ONCE = 4  # images that are received at the same time; others wait
 MOST_CLASS_SETS = 16  # sets of classes whose vectors stay in memory
 SIDE = 192  # pixels of the longer side of a thumbnail
 SHOWN_CAPTIONS = 5  # captions of an image that a page shows
-
-Check = Callable[[], None]
-"""Raises a `UserError` once the server has stopped, which ends a long comparison."""
 
 
 class AppState:
@@ -39,6 +38,7 @@ class AppState:
         version: Differs at each start, so that a browser shows no thumbnail of an earlier index.
         list_name: Name of the list of marked pairs in the browser, the same at each start with this index.
         scale: The model's exp(logit scale): the factor of cosines before the softmax.
+        ranks: Out-of-fold ranks of images by id, see `out_of_fold_ranks`.
         uploads: Vectors of uploaded images by a token that cannot be guessed.
         stopped: Once set, comparisons end.
     """
@@ -50,6 +50,7 @@ class AppState:
         self.version = secrets.token_hex(4)
         name = f"{index.info.created} {index.info.model.fingerprint}"
         self.list_name = hashlib.blake2b(name.encode(), digest_size=8).hexdigest()
+        self.ranks = out_of_fold_ranks(index, Path(model_path).expanduser())
         self.uploads: dict[str, Tensor] = {}
         self.uploading = asyncio.Semaphore(UPLOADS_AT_ONCE)
         self.stopped = threading.Event()
@@ -59,12 +60,17 @@ class AppState:
         # at a time uses all cores.
         self._encoding, self._reading, self._comparing = threading.Lock(), threading.Lock(), threading.Lock()
 
-    def once(self, compare: Callable[[Index, Check], Any]) -> Any:
+    def once(self, compare: "Callable[[AppState], Any]") -> Any:
         """The result of a comparison of the whole index, which the first request computes while others wait."""
         with self._comparing:
             if compare not in self.compared:
-                self.compared[compare] = compare(self.index, self._check_running)
+                self.compared[compare] = compare(self)
         return self.compared[compare]
+
+    def check_running(self) -> None:
+        """Raise a `UserError` once the server has stopped, which ends a long comparison."""
+        if self.stopped.is_set():
+            raise UserError("The server has stopped.")
 
     def query(self, text: str | None, image: Image.Image | None = None, template: str = "") -> Tensor:
         """(d,) float32 of length 1, the vector of a text or of an image."""
@@ -104,14 +110,23 @@ class AppState:
         small.save(written, "WEBP", quality=82)
         return written.getvalue()
 
-    def _check_running(self) -> None:
-        if self.stopped.is_set():
-            raise UserError("The server has stopped.")
-
     def _class_vectors(self, names: tuple[str, ...], template: str) -> Tensor:
         """(C, d) of length 1."""
         with self._encoding:
             return class_features(self.index.text_model, names, templates_of(template))
+
+
+def out_of_fold_ranks(index: Index, run: Path) -> dict[int, float]:
+    """The worst rank of each image's captions, 0 best and 1 worst, by projections that were fitted without them.
+
+    Empty unless the model is a run that cross-validated at least half of the images.
+    """
+    known = read_run(run).caption_ranks if (run / OUT_OF_FOLD).is_file() else {}
+    ranks: dict[int, float] = {}
+    for id, key, captions in zip(index.ids.tolist(), index.keys(), index.captions(), strict=True) if known else ():
+        if own := [known[key, caption] for caption in captions if (key, caption) in known]:
+            ranks[id] = max(own)
+    return ranks if 2 * len(ranks) >= len(index) else {}
 
 
 def templates_of(template: str) -> list[str]:

@@ -224,6 +224,10 @@ class Index:
         """The key of each image in the order of `ids`; several images may share one."""
         return self._store.column("key").to_pylist()
 
+    def captions(self) -> list[list[str]]:
+        """The captions of each image in the order of `ids`."""
+        return self._store.column("captions").to_pylist()
+
     def image(self, id: int) -> Image.Image:
         """Read an image from the source, RGB and upright.
 

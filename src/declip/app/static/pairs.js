@@ -24,7 +24,7 @@ function watchPart(name, { reason, doing, limits, row, told }) {
     const start = rows.childElementCount;
     const found = await get(start);
     if (mine !== run || start !== rows.childElementCount) return;
-    rows.append(...found.rows.map(row));
+    rows.append(...found.rows.map((each) => row(each, found)));
     more.hidden = rows.childElementCount >= found.total;
     if (!anew) (rows.children[start]?.querySelector("a, input") || more).focus();
     say(told(found, rows.childElementCount));
@@ -47,28 +47,32 @@ function watchPart(name, { reason, doing, limits, row, told }) {
   return load;
 }
 
-/** Bars of the cosines of all pairs; those below a value stand out. */
-function histogram({ counts, edges, median, spread, total, without }, below) {
+/** Bars of the values of all pairs; those worse than the limit stand out. */
+function histogram({ counts, edges, median, spread, total, without, ranked, limit }) {
   const most = Math.max(...counts);
   const bars = counts.map((value, place) => {
-    const bar = make("span", { class: edges[place + 1] <= below ? "low" : "" });
+    const bar = make("span", { class: (ranked ? edges[place] >= limit : edges[place + 1] <= limit) ? "low" : "" });
     bar.style.height = `${value ? Math.max(1, (100 * value) / most) : 0}%`;
     return bar;
   });
+  const name = ranked ? "rank" : "cosine";
   const ends = [edges[0], edges.at(-1)].map((value) => value.toFixed(2));
-  const label = `Histogram of cosines, from ${ends[0]} to ${ends[1]}`;
-  const missing = without ? `; ${count(without, "image")} without a caption` : "";
+  const label = `Histogram of ${name}s, from ${ends[0]} to ${ends[1]}`;
+  const missing = without ? `; ${count(without, "image")} without a ${ranked ? "rank" : "caption"}` : "";
+  const width = ranked ? "" : `, standard deviation ${spread.toFixed(3)}`;
   return [
     make("div", { class: "columns", role: "img", "aria-label": label }, ...bars),
     make("div", { class: "ends" }, ...ends.map((end) => make("span", {}, end))),
-    make("figcaption", { class: "hint" }, `${count(total, "pair")}: median cosine ${median.toFixed(3)}, standard deviation ${spread.toFixed(3)}${missing}`),
+    make("figcaption", { class: "hint" }, `${count(total, "pair")}: median ${name} ${median.toFixed(3)}${width}${missing}`),
   ];
 }
 
-function disagreeingRow(row) {
+function disagreeingRow(row, { ranked }) {
   const apart = `${Math.abs(row.deviations).toFixed(1)} standard deviations ${row.deviations < 0 ? "below" : "above"} the median`;
-  const nearest = row.nearest === row.captions[0] ? "no other caption is nearer" : `nearest caption: “${row.nearest}”`;
-  const facts = [`cosine ${row.cosine.toFixed(3)}, ${apart}`, nearest, row.key];
+  const value = ranked ? `rank ${row.value.toFixed(3)}` : `cosine ${row.value.toFixed(3)}, ${apart}`;
+  const nearest = row.captions.includes(row.nearest) ? "no other caption is nearer" : `nearest caption: “${row.nearest}”`;
+  // The model has learned the captions of ranked pairs, so which one is nearest says nothing.
+  const facts = ranked ? [value, row.key] : [value, nearest, row.key];
   return card(row, { row: true, facts, more: [box(row.id, DISAGREE)] });
 }
 
@@ -86,13 +90,12 @@ if (location.hash === "#duplicates") find("duplicates").open = true;
 watchPart("disagreeing", {
   reason: DISAGREE,
   doing: "Comparing images with their captions",
-  limits: () => ({ below: find("below").value || -1 }),
+  limits: () => (find("limit").value ? { limit: find("limit").value } : {}),
   row: disagreeingRow,
   told(found, shown) {
-    const usual = found.median - 3 * found.spread;
-    find("below").value ||= usual.toFixed(3);
-    find("histogram").replaceChildren(...histogram(found, usual));
-    return `${shown} of ${count(found.total, "pair")}, the lowest cosine first`;
+    find("limit").value ||= found.limit.toFixed(3);
+    find("histogram").replaceChildren(...histogram(found));
+    return `${shown} of ${count(found.total, "pair")}, the worst first`;
   },
 });
 const loadGroups = watchPart("duplicates", {
