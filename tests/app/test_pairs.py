@@ -48,9 +48,7 @@ def test_exchanged_captions_disagree_most(made_up: Any) -> None:
     assert (found.median, found.spread) == pytest.approx((median, 1.4826 * np.median(np.abs(own - median))), abs=1e-5)
 
 
-def test_pairs_that_a_run_was_trained_on_are_judged_out_of_fold(
-    run_folder: Path, shared: Any, tmp_path: Path
-) -> None:
+def test_pairs_that_a_run_was_trained_on_are_judged_out_of_fold(run_folder: Path, shared: Any, tmp_path: Path) -> None:
     run = shutil.copytree(run_folder, tmp_path / "run")
     rows = [(row.key, text) for row in map(shared.index.row, shared.index.ids) for text in row.captions]
     ranks = {pair: number / len(rows) for number, pair in enumerate(reversed(rows))}
