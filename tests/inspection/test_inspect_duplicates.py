@@ -1,7 +1,6 @@
 from itertools import combinations
 
 import numpy as np
-import pytest
 from PIL import Image, ImageDraw
 
 from conftest import COLOURS, SHAPES, draw, encoded, texture
@@ -13,7 +12,6 @@ from declip.inspection.duplicates import (
     TINT,
     across,
     caption_hash,
-    coincidence,
     components,
     equal_groups,
     image_hash,
@@ -124,14 +122,6 @@ def test_images_of_another_set_are_found() -> None:
     assert across(mine, theirs).tolist() == [False, True, True]
 
 
-def test_coincidence_is_the_mean_over_all_couples(generator: np.random.Generator) -> None:
-    texts = [["a"], ["a", "b"], ["b", "c", "a"], ["d"], ["a"]]
-    owners = [n for n, each in enumerate(texts) for _ in each]
-    groups = equal_groups(np.array([text for each in texts for text in each]))
-    weights = np.array([1 / len(texts[owner]) for owner in owners])
-    couples = [(one, other) for i, one in enumerate(texts) for j, other in enumerate(texts) if i != j]
-    expected = np.mean([sum(text in other for text in one) / len(one) / len(other) for one, other in couples])
-    assert coincidence(groups, weights, len(texts)) == pytest.approx(expected)
-    assert coincidence(np.zeros(1, np.int64), np.ones(1), 1) == 0.0
+def test_repeated_groups_are_listed_by_size() -> None:
     numbers, sizes = repeated(equal_groups(np.array([7, 5, 7, 9, 5, 7])))
-    assert (numbers.tolist(), sizes.tolist()) == ([0, 1], [3, 2]), "the largest first"
+    assert (numbers.tolist(), sizes.tolist()) == ([0, 1], [3, 2])

@@ -76,7 +76,7 @@ def test_numbers_are_written_and_read_back(hostile: Inspection) -> None:
     found = json.loads(hostile.to_json())
     assert (found["total"], found["read"], found["usable"], found["whole"]) == (12, 12, 11, True)
     assert found["broken"] == {"count": 1, "of": 12, "low": 1 / 12, "high": 1 / 12, "fraction": 1 / 12}
-    assert (found["images"]["width"]["p50"], "examples" in found) == (90.0, False)
+    assert (found["images"]["shorter"]["p50"], "examples" in found) == (90.0, False)
     assert found["near_images"]["examples"][0]["keys"][0] == "<u>0\udcff"
     assert found["captions"]["truncated"]["77"]["count"] == hostile.captions.truncated[77].count
 

@@ -134,16 +134,3 @@ def repeated(groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     order = np.argsort(-sizes, kind="stable")
     order = order[sizes[order] > 1]
     return order, sizes[order]
-
-
-def coincidence(groups: np.ndarray, weights: np.ndarray, count: int) -> float:
-    """Estimate how likely two of `count` random pairs show the same: unbiased for a random sample, 0 for one pair.
-
-    Args:
-        groups: (k,) what may be shown, from 0: the group of a caption, say. No pair has one of them twice.
-        weights: (k,) how likely its pair is to show it; the weights of a pair add up to 1.
-    """
-    if count < 2:
-        return 0.0
-    together = np.bincount(groups, weights)
-    return max(0.0, float((together**2).sum() - (weights**2).sum()) / (count * (count - 1)))

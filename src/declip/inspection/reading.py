@@ -24,9 +24,8 @@ PAIR = np.dtype(
 )
 """What is kept of a pair, 112 bytes."""
 
-LENGTHS = [("tokens", np.uint32), ("words", np.uint16), ("characters", np.uint16)]
-CAPTION = np.dtype([("hash", np.uint64), *LENGTHS, ("kind", np.int8)])
-"""What is kept of a caption, 17 bytes; its kind by number, -1 for none."""
+CAPTION = np.dtype([("hash", np.uint64), ("tokens", np.uint32), ("words", np.uint16), ("kind", np.int8)])
+"""What is kept of a caption, 15 bytes; its kind by number, -1 for none."""
 
 KIND_NUMBERS: dict[str | None, int] = {None: -1, **{name: number for number, name in enumerate(KINDS)}}
 MOST_PER_PAIR = np.iinfo(np.uint16).max  # captions of a pair that are looked at
@@ -86,8 +85,8 @@ class _Parts(Dataset):
                 continue
             captions = pair.captions[:MOST_PER_PAIR]
             for caption in captions:
-                lengths = (token_count(caption), len(caption.split()), len(caption))
-                lines.append((caption_hash(caption), *lengths, KIND_NUMBERS[kind_of(caption)]))
+                kind = KIND_NUMBERS[kind_of(caption)]
+                lines.append((caption_hash(caption), token_count(caption), len(caption.split()), kind))
             seen, counts = look(pair.image), (len(captions), min(len(pair.keywords), MOST_PER_PAIR))
             exact, blank = image_hash(pair.image), is_blank(pair.image, seen)
             rows.append((place, exact, seen, *pair.image.size, *counts, blank))

@@ -49,8 +49,6 @@ def spread_of(values: np.ndarray) -> Spread:
 class ImageStats:
     """Statistics of the images, in pixels after EXIF rotation."""
 
-    width: Spread
-    height: Spread
     shorter: Spread
     aspect: Spread  # the longer side over the shorter
     size: int  # side of the training images
@@ -66,7 +64,6 @@ class CaptionStats:
 
     per_pair: Spread
     words: Spread
-    characters: Spread
     tokens: Spread  # CLIP's, start and end included, not truncated
     truncated: dict[int, Fraction]  # captions that a `text.context_length` would truncate, by context length
     context_length: int  # the shortest, a multiple of 8 or 77, that truncates at most 1 %; 77 where none does
@@ -87,13 +84,10 @@ class RepeatGroup:
 
 @dataclass(frozen=True)
 class Repeats:
-    """Images or captions that several of the pairs read have, with the largest groups as examples."""
+    """The pairs read that have an image or a caption in common with another, and the largest groups of them."""
 
-    members: int  # pairs that have one in common with another pair
+    members: int
     groups: int
-    surplus: int  # pairs to remove to keep one of each group
-    coincidences: int  # couples of pairs that have one in common
-    expected: float  # the same in the complete source, estimated without bias
     examples: tuple[RepeatGroup, ...]
 
 

@@ -16,7 +16,7 @@ from declip.data.sources.open import open_source
 from declip.data.text.tokenizer import clean
 from declip.errors import UserError, check_range
 from declip.inspection.captions import KINDS, kind_of
-from declip.inspection.duplicates import across, caption_hash, coincidence, equal_groups, near_groups, repeated
+from declip.inspection.duplicates import across, caption_hash, equal_groups, near_groups, repeated
 from declip.inspection.findings import find
 from declip.inspection.reading import ReadPairs, read
 from declip.inspection.result import (
@@ -56,7 +56,7 @@ def inspect_source(
 ) -> Inspection:
     """Inspect a source of pairs before training on it.
 
-    Reading all of a large source takes memory for numbers only: 112 bytes a pair and 17 a caption, and about 250 more
+    Reading all of a large source takes memory for numbers only: 112 bytes a pair and 15 a caption, and about 250 more
     a pair during the search for duplicates.
 
     Args:
@@ -118,24 +118,25 @@ def sample_places(total: int, sample: int | None, seed: int) -> np.ndarray:
 def _described(it: Inspection, source: PairSource, found: ReadPairs, size: int, batch_size: int) -> Inspection:
     """Add all that needs a pair that can be used."""
     pairs, lines, n = found.pairs, found.captions, len(found.pairs)
-    places, owners = pairs["place"], np.repeat(np.arange(n), pairs["captions"])
-    # Couples of pairs in the source for each couple in the sample; broken pairs are assumed equally frequent.
-    scale = 1.0 if it.whole or n < 2 else it.total * (it.total - 1) / (it.read * (it.read - 1))
+    places, counts = pairs["place"], pairs["captions"].astype(np.int64)
     same, alike, texts = equal_groups(pairs["exact"]), near_groups(pairs["look"]), equal_groups(lines["hash"])
     first = np.unique(texts, return_index=True)[1]
-    # A text that a pair has twice counts once, and is the likelier to be shown.
-    (shown_by, shown), inverse = np.unique(np.stack([owners, texts]), axis=1, return_inverse=True)
-    weights = np.bincount(inverse.reshape(-1), 1.0 / pairs["captions"][owners])
+    owners = np.repeat(np.arange(n), counts)
+    owners_of, shown = np.unique(np.stack([owners, texts]), axis=1)  # a text that a pair has twice counts once
     generator = np.random.default_rng((it.seed, n, 1))
     chosen = np.sort(generator.choice(n, min(EXAMPLES, n), replace=False))
+    # Each pair shows one of its captions, as in an epoch; of all couples of pairs, how many show the same?
+    drawn = texts[np.cumsum(counts) - counts + (generator.random(n) * counts).astype(np.int64)]
+    sizes = np.bincount(drawn)
+    equal = float((sizes * (sizes - 1)).sum() / max(1, n * (n - 1)))
     return replace(
         it,
         images=_images(source, pairs, size, it.whole),
-        captions=_captions(source, found, places[owners], coincidence(shown, weights, n), batch_size, it.whole),
+        captions=_captions(source, found, places[owners], equal, batch_size, it.whole),
         keywords=Fraction.counted(int(np.count_nonzero(pairs["keywords"])), n, it.whole),
-        equal_images=_repeats(source, same, places, scale),
-        near_images=_repeats(source, alike, places, scale),
-        equal_captions=_repeats(source, shown, places[shown_by], scale, lines["hash"][first[shown]]),
+        equal_images=_repeats(source, same, places),
+        near_images=_repeats(source, alike, places),
+        equal_captions=_repeats(source, shown, places[owners_of], lines["hash"][first[shown]]),
         examples=_examples(source, places[chosen]),
         near_examples=_near_examples(source, places, same, alike),
     )
@@ -149,8 +150,6 @@ def _images(source: PairSource, pairs: np.ndarray, size: int, whole: bool) -> Im
         for which in (shorter < size, longer > 3 * shorter.astype(np.int64), blank)
     )
     return ImageStats(
-        width=spread_of(width),
-        height=spread_of(height),
         shorter=spread_of(shorter),
         aspect=spread_of(longer / shorter),
         size=size,
@@ -184,7 +183,6 @@ def _captions(
     return CaptionStats(
         per_pair=spread_of(found.pairs["captions"]),
         words=spread_of(lines["words"]),
-        characters=spread_of(lines["characters"]),
         tokens=spread_of(tokens),
         truncated={length: fraction(tokens > length) for length in sorted({*SHOWN_LENGTHS, context_length})},
         context_length=context_length,
@@ -195,12 +193,9 @@ def _captions(
     )
 
 
-def _repeats(
-    source: PairSource, groups: np.ndarray, places: np.ndarray, scale: float, hashes: np.ndarray | None = None
-) -> Repeats:
+def _repeats(source: PairSource, groups: np.ndarray, places: np.ndarray, hashes: np.ndarray | None = None) -> Repeats:
     """Group repeated images, or captions with `hashes`, by group and place of the pair that shows them."""
     numbers, sizes = repeated(groups)
-    together = int((sizes.astype(np.int64) * (sizes - 1) // 2).sum())
     examples = []
     for number, size in zip(numbers[:LISTED], sizes[:LISTED].tolist(), strict=True):
         pairs = _pairs(source, places[groups == number][:KEYS])
@@ -209,14 +204,7 @@ def _repeats(
             wanted = hashes[groups == number][0]
             captions = [clean(caption) for caption in captions if caption_hash(caption) == wanted]
         examples.append(RepeatGroup(size, tuple(pair.key for pair in pairs), next(iter(captions), "")))
-    return Repeats(
-        members=len(np.unique(places[np.isin(groups, numbers)])),
-        groups=len(numbers),
-        surplus=int(sizes.sum()) - len(numbers),
-        coincidences=together,
-        expected=together * scale,
-        examples=tuple(examples),
-    )
+    return Repeats(len(np.unique(places[np.isin(groups, numbers)])), len(numbers), tuple(examples))
 
 
 def _near_examples(

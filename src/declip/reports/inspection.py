@@ -118,13 +118,10 @@ def _repeats(it: Inspection) -> Table:
     rows = []
     for name, repeats in kinds.items():
         assert repeats is not None
-        total = f"about {about(repeats.expected)}" if repeats.coincidences else "none seen"
         largest = max(repeats.examples, key=lambda group: group.size, default=None)
         example = f"{LTR}{largest.size:,} × {shown(largest.caption, 40)}" if largest else ""
-        counts = (f"{repeats.members:,}", percent(repeats.members / it.usable), f"{repeats.surplus:,}")
-        rows.append((name, example, *counts, *([] if it.whole else [total])))
-    columns = ("", "largest group", "pairs", "fraction", "surplus", *([] if it.whole else ["equal pairs in total"]))
-    return Table("Repeats", columns, tuple(rows), texts=2)
+        rows.append((name, example, f"{repeats.members:,}", percent(repeats.members / it.usable)))
+    return Table("Repeats", ("", "largest group", "pairs", "fraction"), tuple(rows), texts=2)
 
 
 def _spread(name: str, spread: Spread, form: str = "{:,.0f}") -> tuple[str, ...]:
