@@ -5,7 +5,7 @@ import io
 import json
 import tarfile
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,8 @@ from declip.io.pool import in_order, naming_lost_workers, pairs_bar
 from declip.io.text import plural
 
 RECORD, SIZES, NOTICE = "prepared.json", "sizes.json", "NOTICE.txt"
-LAYOUT = 1  # raised when the same options write other shards
-SHARD_PAIRS, QUALITY = 10_000, 92
+LAYOUT = 2  # raised when the same options write other shards
+SHARD_PAIRS = 10_000
 PAIRS_AT_ONCE = 16  # pairs that a worker returns together
 BYTE_ORDER_MARK = "\ufeff"  # at the start of a text file it is not part of the text
 
@@ -53,19 +53,16 @@ def shard_source(
     *,
     size: int = SIZE,
     shard_pairs: int = SHARD_PAIRS,
-    quality: int = QUALITY,
     workers: int | None = None,
     columns: Columns = DEFAULT,
     exclude: str | Path | None = None,
     progress: bool = False,
 ) -> ShardedPairs:
-    """Write the pairs of a source as WebDataset shards with images no larger than needed.
+    """Write the pairs of a source as WebDataset shards 000000.tar and so on, with images no larger than needed.
 
-    The shards are 000000.tar and so on, `shard_pairs` pairs of the source each, in its order; broken pairs are left out
-    and counted. A pair's key is its index in the source. One caption without keywords is a .txt file,
-    more a .json file. Of a source with splits only the training pairs are written. sizes.json has the number
-    of pairs of each shard, prepared.json the source and options.
-    A stopped call continues after the last complete shard when it is repeated.
+    A shard has `shard_pairs` pairs of the source, in its order, without broken ones and those of other splits than
+    training. A pair's key is its index in the source. sizes.json has the number of pairs of each shard, prepared.json
+    the source and options, by which a repeated call continues a stopped one after its last complete shard.
 
     Args:
         size: Largest shorter side in pixels; no image is enlarged, and a JPEG file that is small enough is copied.
@@ -74,7 +71,6 @@ def shard_source(
     """
     check_range("size", size, 16)
     check_range("shard_pairs", shard_pairs, 1)
-    check_range("quality", quality, 1, 100)
     check_range("workers", workers or 0, 0)
     if isinstance(source, PairSource):
         opened, name = source, source.name
@@ -84,15 +80,15 @@ def shard_source(
     splits = opened.splits()
     held_out = {place: f"split {name}" for name in splits if name != "train" for place in splits[name].tolist()}
     excluded = held_out | ({} if exclude is None else match_exclusions(opened, read_exclusions(exclude)))
-    options = {"size": size, "quality": quality, "shard_pairs": shard_pairs}
-    made_of = {"layout": LAYOUT, "source": name, **options, **_made_of(opened, columns, excluded)}
+    made_of = {"layout": LAYOUT, "source": name, "size": size, "shard_pairs": shard_pairs, "pairs": len(opened)}
+    made_of |= {"content": _content(opened, excluded)}
     starts = range(0, len(opened), shard_pairs)
     shards = {f"{k:06d}.tar": range(s, min(s + shard_pairs, len(opened))) for k, s in enumerate(starts)}
     with locked_folder(Path(out).expanduser(), RECORD, ELSEWHERE) as folder:
         done = _finished_shards(folder, made_of)
         _record(folder, made_of, done)  # a folder with shards always has one
         missing = {name: places for name, places in shards.items() if name not in done}
-        for name, row in _write_shards(missing, folder, _Packer(opened, size, quality, excluded), workers, progress):
+        for name, row in _write_shards(missing, folder, _Packer(opened, size, excluded), workers, progress):
             done[name] = row
             _record(folder, made_of, done)
         pairs = {name: row["pairs"] for name, row in sorted(done.items())}
@@ -107,17 +103,6 @@ def shard_source(
     return made
 
 
-def _made_of(source: PairSource, columns: Columns, excluded: Mapping[int, str]) -> dict[str, Any]:
-    """Everything in a source that its shards depend on."""
-    return {
-        "pairs": len(source),
-        "content": _content(source),
-        **{f"columns.{name}": value for name, value in asdict(columns).items()},
-        "columns.root": None if columns.root is None else absolute(columns.root),
-        "exclude": hashlib.sha256(json.dumps(sorted(excluded.items())).encode()).hexdigest() if excluded else None,
-    }
-
-
 def _totals(folder: Path, shards: Mapping[str, Mapping[str, Any]]) -> ShardedPairs:
     """Sum the rows of all shards."""
     skipped = SkipCounter()
@@ -127,15 +112,10 @@ def _totals(folder: Path, shards: Mapping[str, Mapping[str, Any]]) -> ShardedPai
     return ShardedPairs(folder, pairs, len(shards), size, skipped)
 
 
-def _content(source: PairSource) -> str | None:
-    """Hash the texts and the files' stamps of all pairs, so that a changed table is detected.
-
-    None for remote shards, which would all have to be fetched first.
-    """
-    if source.remote:
-        return None
-    digest = hashlib.sha256()
-    for index in range(len(source)):
+def _content(source: PairSource, excluded: Mapping[int, str]) -> str:
+    """Hash the list of pairs left out and, unless each shard would have to be fetched, all texts and files' stamps."""
+    digest = hashlib.sha256(repr(sorted(excluded.items())).encode("utf-8", "replace"))
+    for index in range(0 if source.remote else len(source)):
         try:
             read = repr((source.texts_of(index), tuple(source.origin(index))))
         except BrokenPair as broken:
@@ -199,8 +179,8 @@ _Members = list[tuple[str, bytes]]
 class _Packer(Dataset):
     """Turns parts of a source into members of a shard, in worker processes."""
 
-    def __init__(self, source: PairSource, size: int, quality: int, excluded: Mapping[int, str]) -> None:
-        self.source, self.size, self.quality, self.excluded = source, size, quality, excluded
+    def __init__(self, source: PairSource, size: int, excluded: Mapping[int, str]) -> None:
+        self.source, self.size, self.excluded = source, size, excluded
         self.parts: list[range] = []
 
     def __getitem__(self, number: int) -> tuple[_Members, SkipCounter]:
@@ -217,7 +197,7 @@ class _Packer(Dataset):
         if place in self.excluded:
             raise BrokenPair(self.excluded[place], ImageSource(self.source).key(place))
         pair = self.source.read_lazy(place)
-        kind, image = downscaled_bytes(pair.image, self.size, self.quality)
+        kind, image = downscaled_bytes(pair.image, self.size)
         if len(pair.captions) == 1 and not pair.keywords and not pair.captions[0].startswith(BYTE_ORDER_MARK):
             ending, text = "txt", pair.captions[0].encode()
         else:

@@ -8,12 +8,13 @@ from declip.data.images.lazy import LazyJpeg
 from declip.data.pair import LazyImage
 
 SIZE = 256  # pixels of the shorter side: 1.15 times a view of 224, rounded
+QUALITY = 92  # of JPEG
 FEW_COLORS = 256  # an image of at most so many is a drawing, which may be smaller as PNG, and without artifacts
 LONGEST_JPEG = 65_500  # pixels, libjpeg's limit
 SCALED_TO = 2  # a JPEG is decoded no smaller than this many times the result: the filter that shrinks it does the rest
 
 
-def downscaled_bytes(image: LazyImage, size: int, quality: int) -> tuple[str, bytes]:
+def downscaled_bytes(image: LazyImage, size: int) -> tuple[str, bytes]:
     """Encode an image with at most `size` pixels on its shorter side; a JPEG file that is small enough stays as it is.
 
     Returns the extension, "jpg" or "png", and the content. Raises `BrokenPair` where the image cannot be decoded.
@@ -28,7 +29,7 @@ def downscaled_bytes(image: LazyImage, size: int, quality: int) -> tuple[str, by
     if short > size:
         width, height = (max(size, round(side * size / short)) for side in image.size)
         decoded = decoded.resize((width, height), Image.Resampling.LANCZOS)
-    files = [("jpg", _encoded(decoded, "JPEG", quality=quality))] if max(decoded.size) <= LONGEST_JPEG else []
+    files = [("jpg", _encoded(decoded, "JPEG", quality=QUALITY))] if max(decoded.size) <= LONGEST_JPEG else []
     if is_drawing or not files:
         files.append(("png", _encoded(decoded, "PNG", optimize=True)))
     return min(files, key=lambda file: len(file[1]))
