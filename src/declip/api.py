@@ -136,11 +136,11 @@ def compare(
 ) -> Outcome:
     """Compare recipes at several numbers of pairs and write results.json and report.html.
 
-    The other arguments (`datasets`, `tasks`, `budgets` …) are those of `declip.comparison.study.Study.of`, and `jobs`
+    The other arguments (`datasets`, `tasks`, `overrides`) are those of `declip.comparison.study.Study.of`, and `jobs`
     and `quiet` those of `declip.comparison.runner.run`.
     """
     running = {name: options.pop(name) for name in ("jobs", "quiet") if name in options}
-    lists = {"datasets", "tasks", "budgets"}
+    lists = {"datasets", "tasks"}
     options |= {name: tuple(map(str, several(options[name]))) for name in lists & options.keys()}
     numbers = seeds if isinstance(seeds, int) else list(map(int, seeds))
     names, counts = map(str, several(recipes)), map(int, several(pairs))

@@ -16,12 +16,10 @@ AHEAD = {"clip": 1, "declip": 2}
 
 
 def study(names: Sequence[str] = ("clip", "declip"), **changes: Any) -> Study:
-    """Recipes at four sizes with three seeds; a step of declip costs twice as much."""
+    """Recipes at four sizes with three seeds; a run of declip takes twice as long."""
     overrides = {"train.steps": "100", "train.batch_size": "50"}
     variants = tuple(Variant.of(name, overrides) for name in names)
-    plan = Study(variants, SIZES, (0, 1, 2), 100, 50, ("test",), ("zero-shot",), ("samples",), names[-1])
-    plan = replace(plan, machine={"processor": "an abacus"}, **changes)
-    return replace(plan, seconds={each.name: 0.02 if each.name == "clip" else 0.04 for each in plan.variants})
+    return replace(Study(variants, SIZES, (0, 1, 2), ("test",), ("zero-shot",)), **changes)
 
 
 def score(trial: Trial) -> float:
@@ -49,5 +47,5 @@ def row(plan: Study, trial: Trial, top1: float, retrieval: bool) -> dict[str, An
             RecallAtK(400, 400, top1 + more, 1.0, 1.0, 1 / 400, 5 / 400, 10 / 400, 1.0) for more in (-0.02, 0.02)
         )
         results.append(RetrievalResult("test", 400, 400, *recalls).to_dict())
-    cost = {"samples": trial.steps * plan.batch_size, "seconds": 60.0, "device": "cpu", "versions": VERSIONS}
+    cost = {"seconds": 60.0 if trial.variant == "clip" else 120.0, "device": "cpu", "versions": VERSIONS}
     return {**asdict(trial), **cost, "results": results}

@@ -12,36 +12,29 @@ STUDY = Study(
     variants=(Variant.of("clip", {}), Variant.of("declip", {"train.steps": 100})),
     pairs=(200, 400),
     seeds=(0, 1),
-    steps=100,
-    batch_size=128,
     datasets=("builtin:emoji-test",),
     tasks=("zero-shot",),
-    budgets=("samples", "compute"),
-    compute_budget_of="declip",
-    seconds={"clip": 0.1, "declip": 0.25},
 )
 
 
-def test_equal_compute_gives_the_cheaper_variant_more_steps_and_a_run_for_both_budgets_is_made_once() -> None:
-    assert [STUDY.steps_of("clip", budget) for budget in ("samples", "compute")] == [100, 250]
-    assert STUDY.steps_of("declip", "compute") == 100
+def test_trials_go_seed_by_seed_and_samples_are_those_of_the_recipe() -> None:
     trials = STUDY.trials()
-    # 2 variants x 2 sizes x 2 seeds at equal samples, and clip once more for each at equal compute.
-    assert len({trial.id for trial in trials}) == len(trials) == 12
-    assert [trial.seed for trial in trials] == [0] * 6 + [1] * 6
+    assert len({trial.id for trial in trials}) == len(trials) == 8
+    assert [trial.seed for trial in trials] == [0] * 4 + [1] * 4
+    train = STUDY.variants[1].resolve().train
+    assert (train.steps, STUDY.variants[1].samples) == (100, 100 * train.batch_size)
 
 
 def test_names_of_folders_are_safe_and_differ() -> None:
     variant = replace(STUDY.variants[0], name="clip, weak views/../x")
-    study = replace(STUDY, variants=(variant,), compute_budget_of=variant.name, seconds={variant.name: 1.0})
+    study = replace(STUDY, variants=(variant,))
     assert all("/" not in trial.id and " " not in trial.id for trial in study.trials())
     assert len({trial.id for trial in study.trials()}) == 4
 
 
 def test_the_plan_survives_the_disk_and_a_damaged_one_is_the_users_error(tmp_path: Path) -> None:
-    study = replace(STUDY, machine={"cores": "2"})
-    write_study(study, tmp_path)
-    assert read_study(tmp_path) == study
+    write_study(STUDY, tmp_path)
+    assert read_study(tmp_path) == STUDY
     assert read_study(tmp_path / "nowhere") is None
     (tmp_path / "study.json").write_text('{"variants": 3}')
     with pytest.raises(UserError, match="Choose another folder"):
@@ -50,21 +43,18 @@ def test_the_plan_survives_the_disk_and_a_damaged_one_is_the_users_error(tmp_pat
 
 def test_a_later_call_may_add_variants_pairs_and_seeds_and_keeps_what_was_measured(tmp_path: Path) -> None:
     slip = Variant.of("slip", {})
-    more = replace(STUDY, variants=(*STUDY.variants, slip), pairs=(800,), seeds=(2,), seconds={})
-    found = extended(more, replace(STUDY, budgets=("samples",)), tmp_path)
-    assert found.budgets == ("samples", "compute")
+    more = replace(STUDY, variants=(*STUDY.variants, slip), pairs=(800,), seeds=(2,))
+    found = extended(more, STUDY, tmp_path)
     assert [variant.name for variant in found.variants] == ["clip", "declip", "slip"]
-    assert (found.pairs, found.seeds, found.seconds) == ((200, 400, 800), (0, 1, 2), STUDY.seconds)
-    assert extended(replace(more, compute_budget_of=None), STUDY, tmp_path).reference == "declip"
+    assert (found.pairs, found.seeds) == ((200, 400, 800), (0, 1, 2))
 
 
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"steps": 50}, "steps was 100, now 50"),
         ({"datasets": ("other",)}, "datasets was.*builtin:emoji-test.*now.*other"),
         ({"variants": (Variant.of("clip", {"seed": 3}),)}, "clip: seed was 0, now 3"),
-        ({"compute_budget_of": "clip"}, "compute_budget_of was declip, now clip"),
+        ({"variants": (Variant.of("declip", {"train.steps": 50}),)}, "declip: train.steps was 100, now 50"),
     ],
 )
 def test_a_later_call_for_something_else_is_refused(change: dict, named: str, tmp_path: Path) -> None:

@@ -186,10 +186,9 @@ def here(world: Path, emoji_cache: Path, tmp_path: Path, monkeypatch: pytest.Mon
     def few(study: Study, out: Any, jobs: Any = None, quiet: bool = False) -> Any:
         """Compare the first and the last recipe at two small numbers of pairs with one seed, in this process."""
         ends = tuple({each.name: each for each in (study.variants[0], study.variants[-1])}.values())
-        return whole(replace(study, variants=ends, pairs=(16, 24)[: len(study.pairs)], seeds=(0,)), out, 0, quiet)
+        return whole(replace(study, variants=ends, pairs=(16, 24)[: len(study.pairs)], seeds=(0,)), out, 1, quiet)
 
     monkeypatch.setattr(runner, "run", few)
-    monkeypatch.setattr(runner, "seconds_per_step", lambda recipes, *_: dict.fromkeys(recipes, 1.0))
     monkeypatch.setattr(zero_shot, "read_prompts", one_template)
     monkeypatch.setattr(uvicorn.Server, "run", visit)
     return tmp_path

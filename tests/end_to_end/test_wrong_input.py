@@ -107,7 +107,6 @@ MISTAKES = {
     "shards at no size": ("data shard TABLE --out made --size 0", "size", "16"),
     "not downloaded": ("train mine.yaml --data builtin:emoji", "declip data download builtin:emoji"),
     "excludes without a test set": ("data inspect TABLE --exclude drop.csv", "--check-leakage"),
-    "unknown budget": ("compare mine.yaml --pairs 8 --budget time", "'time'", "both"),
     "no model": ("evaluate nowhere --dataset TABLE", "'nowhere'"),
     "model is no run": ("evaluate nothing --dataset TABLE", "'nothing'"),
     "missing set": ("evaluate RUN --dataset no.csv", "'no.csv'", "--dataset"),

@@ -12,9 +12,7 @@ from matplotlib.collections import LineCollection
 from comparison.synthetic import MEASURE, outcome, study
 from declip.comparison.outcome import Outcome
 from declip.reports.charts import COLORS, Chart, score_chart, smoothed, value_chart
-from declip.reports.comparison import curve_charts
-
-BUDGETS = ("samples", "compute")
+from declip.reports.comparison import curve_chart
 
 
 def axes(chart: Chart) -> Axes:
@@ -22,8 +20,8 @@ def axes(chart: Chart) -> Axes:
     return ax
 
 
-def curves(found: Outcome) -> list[Chart]:
-    return curve_charts(found.study, found.curves()[MEASURE], MEASURE, 0.005)
+def curves(found: Outcome) -> Chart:
+    return curve_chart(found.study, found.curves()[MEASURE], MEASURE, 0.005)
 
 
 def names(ax: Axes) -> list[str]:
@@ -81,7 +79,7 @@ def test_a_legend_fits_its_chart(names: tuple[str, str]) -> None:
 
 
 def test_curves_show_means_intervals_seeds_and_chance() -> None:
-    ax = axes(curves(outcome(study()))[0])
+    ax = axes(curves(outcome(study())))
     np.testing.assert_allclose(xy(ax, "clip")[1], [10, 20, 30, 40])
     np.testing.assert_allclose(xy(ax, "declip")[0], [1000, 2000, 4000, 8000], rtol=0.05)
     np.testing.assert_allclose(xy(ax, "chance")[1], 0.5)
@@ -91,25 +89,16 @@ def test_curves_show_means_intervals_seeds_and_chance() -> None:
     assert np.array(bars.get_segments()[0])[:, 1] == pytest.approx([10 - 2.484, 10 + 2.484], abs=1e-3)
     assert [text.get_text() for text in ax.get_xticklabels()] == ["1k", "2k", "4k", "8k"]
     wide = outcome(study(seeds=(0, 1)), value=lambda trial: 0.3 + 0.05 * trial.seed)
-    assert 35 < axes(curves(wide)[0]).get_ylim()[1] < 55  # the interval of two seeds reaches up to 64 %
-
-
-def test_two_budgets_have_the_same_axis() -> None:
-    found = outcome(study(budgets=BUDGETS), value=lambda trial: trial.steps / 1000)
-    samples, compute = map(axes, curves(found))
-    assert samples.get_ylim() == compute.get_ylim()
-    np.testing.assert_allclose(xy(compute, "clip")[1], 2 * xy(samples, "clip")[1])
-    assert names(samples) == ["chance", "clip", "declip"]
+    assert 35 < axes(curves(wide)).get_ylim()[1] < 55  # the interval of two seeds reaches up to 64 %
 
 
 def test_strange_names_are_escaped_and_svgs_take_their_colors_from_the_page_and_share_no_ids() -> None:
-    plan, strange = study(budgets=BUDGETS), '_<b>"&$x$ long name'
+    plan, strange = study(), '_<b>"&$x$ long name'
     more = tuple(replace(plan.variants[1], name=f"{strange}{number}") for number in range(10))
-    seconds = {variant.name: 0.02 for variant in (*plan.variants, *more)}
-    charts = curves(outcome(replace(plan, variants=(*plan.variants, *more), seconds=seconds)))
+    chart = curves(outcome(replace(plan, variants=(*plan.variants, *more))))
     ids: list[str] = []
-    assert names(axes(charts[0])) == ["chance", "clip", "declip", *(variant.name for variant in more)]
-    for name, chart in zip("ab", charts, strict=True):
+    assert names(axes(chart)) == ["chance", "clip", "declip", *(variant.name for variant in more)]
+    for name in "ab":
         svg = chart.svg(name)
         assert "<b>" not in svg
         assert '&lt;b&gt;"&amp;$x$' in svg

@@ -6,7 +6,6 @@ from typing import Annotated
 import typer
 
 from declip.cli.options import Quiet, check_source, console, file, say
-from declip.errors import unknown
 
 
 def compare(
@@ -21,10 +20,6 @@ def compare(
     tasks: Annotated[
         list[str] | None, typer.Option("--task", help="zero-shot (default) or retrieval; repeatable")
     ] = None,
-    budget: Annotated[str, typer.Option(help="equal samples, compute, or both")] = "both",
-    compute_budget_of: Annotated[
-        str | None, typer.Option(metavar="RECIPE", help="recipe whose time is the compute budget; default: the last")
-    ] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="runs at the same time; default: one per core")] = None,
     quiet: Quiet = False,
 ) -> None:
@@ -38,11 +33,9 @@ def compare(
     for name in datasets or ():
         check_source(name, "--dataset")
     from declip.api import compare as run_comparison
-    from declip.comparison.study import BUDGETS, read_counts
+    from declip.comparison.study import read_counts
     from declip.reports.comparison import summary
 
-    if budget not in (*BUDGETS, "both"):
-        raise unknown("budget", budget, (*BUDGETS, "both"))
     outcome = run_comparison(
         recipes,
         read_counts(pairs),
@@ -51,8 +44,6 @@ def compare(
         overrides=overrides,
         datasets=datasets or (),
         tasks=tasks or ("zero-shot",),
-        budgets=BUDGETS if budget == "both" else (budget,),
-        compute_budget_of=compute_budget_of,
         jobs=jobs,
         quiet=quiet,
     )

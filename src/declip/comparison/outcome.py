@@ -1,21 +1,18 @@
 """The results of a comparison: the scores of every trial, as curves and factors."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from itertools import product
 from math import sqrt
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from declip.comparison.statistics import EfficiencyCurve, Factor, curve_of, factor
-from declip.comparison.study import Study, read_study
+from declip.comparison.study import Study, Trial, read_study
 from declip.comparison.worker import failure, read_trial
 from declip.errors import UserError, unknown
 from declip.evaluation.results import ClassificationResult, RetrievalResult, ZeroShotResult, read_result
 from declip.io.text import percent
-
-RESULTS = "results.json"
 
 
 class MeasureFacts(NamedTuple):
@@ -27,15 +24,14 @@ class MeasureFacts(NamedTuple):
 
 
 class ComparedFactor(NamedTuple):
-    """The factor of a variant over the baseline under a budget; None before both were measured."""
+    """The factor of a variant over the baseline; None before both were measured."""
 
     variant: str
-    budget: str
     factor: Factor | None
 
 
-Curves = Mapping[str, Mapping[str, EfficiencyCurve]]
-"""Curves of one measure, by budget and variant."""
+Curves = Mapping[str, EfficiencyCurve]
+"""Curves of one measure, by variant."""
 
 
 @dataclass(frozen=True)
@@ -61,24 +57,24 @@ class Outcome:
         """Names of the measures, the headline first."""
         return list(dict.fromkeys(name for of_trial in self.scores.values() for name in of_trial))
 
-    def curve(self, variant: str, budget: str, measure: str) -> EfficiencyCurve:
-        """The score of a variant under a budget against the number of pairs, of the finished trials."""
+    def curve(self, variant: str, measure: str) -> EfficiencyCurve:
+        """The score of a variant against the number of pairs, of the finished trials."""
         if measure not in self.measures:
             raise unknown("measure", measure, self.measures)
-        study, values = self.study, dict[int, dict[int, float]]()
-        for pairs, seed in product(study.pairs, study.seeds):
-            value = self.scores.get(study.trial(variant, budget, pairs, seed).id, {}).get(measure)
-            values.setdefault(pairs, {}).update({} if value is None else {seed: value})
+        values: dict[int, dict[int, float]] = {pairs: {} for pairs in self.study.pairs}
+        for pairs in self.study.pairs:
+            for seed in self.study.seeds:
+                of_trial = self.scores.get(Trial(variant, pairs, seed).id, {})
+                values[pairs] |= {seed: of_trial[measure]} if measure in of_trial else {}
         return curve_of(values)
 
-    def factor(self, a: str, b: str, budget: str, measure: str) -> Factor:
+    def factor(self, a: str, b: str, measure: str) -> Factor:
         """How many times fewer pairs variant `a` needs than variant `b`."""
-        return factor(self.curve(a, budget, measure), self.curve(b, budget, measure))
+        return factor(self.curve(a, measure), self.curve(b, measure))
 
     def curves(self) -> dict[str, Curves]:
         """All curves by measure."""
-        names, budgets = self.study.names, self.study.budgets
-        return {m: {b: {v: self.curve(v, b, m) for v in names} for b in budgets} for m in self.measures}
+        return {m: {variant: self.curve(variant, m) for variant in self.study.names} for m in self.measures}
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to a JSON-ready tree: the study, the finished runs and the failures."""
@@ -117,23 +113,18 @@ def _score(row: Mapping[str, Any]) -> tuple[str, float, MeasureFacts] | None:
 
 
 def compared_factors(study: Study, curves: Curves) -> list[ComparedFactor]:
-    """The factor of each variant over the baseline under each budget."""
-    found = []
-    for name, budget in product((name for name in study.names if name != study.baseline), study.budgets):
-        of_variant, of_baseline = curves[budget][name], curves[budget][study.baseline]
-        both = of_variant.pairs and of_baseline.pairs
-        found.append(ComparedFactor(name, budget, factor(of_variant, of_baseline) if both else None))
+    """The factor of each variant over the baseline."""
+    baseline, found = curves[study.baseline], []
+    for name in (name for name in study.names if name != study.baseline):
+        both = curves[name].pairs and baseline.pairs
+        found.append(ComparedFactor(name, factor(curves[name], baseline) if both else None))
     return found
 
 
-def near_chance(study: Study, curves: Curves, facts: MeasureFacts) -> dict[str, list[int]]:
-    """By budget, the numbers of pairs at which the baseline is within two standard errors of chance."""
+def near_chance(curve: EfficiencyCurve, facts: MeasureFacts) -> list[int]:
+    """The numbers of pairs at which a curve is within two standard errors of chance."""
     limit = facts.chance + 2 * sqrt(facts.chance * (1 - facts.chance) / facts.n)
-    found = {}
-    for budget in study.budgets:
-        curve = curves[budget][study.baseline]
-        found[budget] = [pairs for pairs, mean in zip(curve.pairs, curve.means, strict=True) if mean <= limit]
-    return found
+    return [pairs for pairs, mean in zip(curve.pairs, curve.means, strict=True) if mean <= limit]
 
 
 def read_outcome(folder: str | Path) -> Outcome:
@@ -142,10 +133,6 @@ def read_outcome(folder: str | Path) -> Outcome:
     study = read_study(folder)
     if study is None:
         raise UserError(f"'{folder}' has no comparison. Run one with `declip compare RECIPE… --out {folder}`.")
-    if study.reference not in study.seconds:
-        raise UserError(f"The comparison in '{folder}' was stopped before its steps were timed. Run its command again.")
-    timed = tuple(variant for variant in study.variants if variant.name in study.seconds)
-    study = replace(study, variants=timed)  # another process may be timing a variant that joined
     trials = study.trials()
     rows = {trial.id: row for trial in trials if (row := read_trial(folder, trial)) is not None}
     failures = {trial.id: reason for trial in trials if (reason := failure(folder, trial)) is not None}

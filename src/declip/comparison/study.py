@@ -1,4 +1,4 @@
-"""A comparison as a value: recipes, numbers of pairs, seeds and budgets, and the trials that follow from them."""
+"""A comparison as a value: recipes, numbers of pairs, seeds, and the trials that follow from them."""
 
 import json
 import re
@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,11 +22,8 @@ from declip.recipe.schema import Recipe
 from declip.training.pairs import open_training_source
 
 STUDY = "study.json"
-BUDGETS = ("samples", "compute")
-"""Equal samples: the same number of steps for all. Equal compute: the same time for all, see `Study.steps_of`."""
-
-FIXED = ("steps", "batch_size", "compute_budget_of", "datasets", "tasks")
-"""Fields that cannot change when a comparison is continued; variants, pairs, seeds and budgets may be added."""
+FIXED = ("datasets", "tasks")
+"""Fields that cannot change when a comparison is continued; variants, pairs and seeds may be added."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +40,11 @@ class Variant:
         """Resolve a recipe into a variant named after its file."""
         name = re.sub(r".*[/\\]|\.ya?ml$", "", recipe)
         return cls(name, recipe, overrides, load_recipe(recipe, overrides).model_dump(mode="json"))
+
+    @property
+    def samples(self) -> int:
+        """Number of pairs that one run sees, repetitions included."""
+        return self.resolved["train"]["steps"] * self.resolved["train"]["batch_size"]
 
     def resolve(self, more: Mapping[str, Any] | None = None) -> Recipe:
         """Load the recipe with the overrides and further ones; refuse one that changed since the variant joined."""
@@ -63,12 +66,11 @@ class Trial:
     variant: str
     pairs: int
     seed: int
-    steps: int
 
     @property
     def id(self) -> str:
         """Name of its folder: unique, and the same in every process."""
-        return re.sub(r"[^\w.+=,-]+", "-", f"{self.variant}_n{self.pairs}_s{self.seed}_t{self.steps}")
+        return re.sub(r"[^\w.+=,-]+", "-", f"{self.variant}_n{self.pairs}_s{self.seed}")
 
 
 @dataclass(frozen=True)
@@ -78,14 +80,8 @@ class Study:
     variants: tuple[Variant, ...]
     pairs: tuple[int, ...]  # numbers of distinct pairs, ascending
     seeds: tuple[int, ...]
-    steps: int  # optimizer steps of every variant at equal samples
-    batch_size: int
     datasets: tuple[str, ...]  # evaluation sets; the first one is the headline
     tasks: tuple[str, ...]
-    budgets: tuple[str, ...]
-    compute_budget_of: str | None = None  # variant whose time is the compute budget; None: the last one, or as before
-    seconds: Mapping[str, float] = field(default_factory=dict)  # per step of each variant, measured on `machine`
-    machine: Mapping[str, str] = field(default_factory=dict)
     commands: tuple[tuple[str, ...], ...] = ()  # words of every command that created or extended this study
 
     @classmethod
@@ -98,8 +94,6 @@ class Study:
         overrides: Mapping[str, Any] | None = None,
         datasets: Sequence[str] = (),
         tasks: Sequence[str] = ("zero-shot",),
-        budgets: Sequence[str] = BUDGETS,
-        compute_budget_of: str | None = None,
     ) -> Self:
         """Build a study.
 
@@ -109,26 +103,21 @@ class Study:
             overrides: Dotted keys for all recipes.
             datasets: Evaluation sets; by default the first recipe's ``evaluation.final_zero_shot``, or its
                 ``zero_shot``.
-            compute_budget_of: The variant whose time is the compute budget; by default the last recipe.
         """
         seeds = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
-        if not (recipes and pairs and seeds and tasks and budgets):
+        if not (recipes and pairs and seeds and tasks):
             raise UserError(
-                "A comparison needs at least one recipe, one number of pairs, one seed, one task and one budget. "
-                "Example: declip compare clip declip --pairs 1k,4k."
+                "A comparison needs at least one recipe, one number of pairs, one seed and one task. Example: "
+                "declip compare clip declip --pairs 1k,4k."
             )
         variants = tuple(Variant.of(recipe, dict(overrides or {})) for recipe in recipes)
-        first, program = variants[0].resolve(), Path(sys.argv[0]).name
+        first, program = variants[0].resolve().evaluation, Path(sys.argv[0]).name
         return cls(
             variants=variants,
             pairs=tuple(sorted(set(pairs))),
             seeds=seeds,
-            steps=first.train.steps,
-            batch_size=first.train.batch_size,
-            datasets=tuple(datasets) or first.evaluation.final_zero_shot or first.evaluation.zero_shot,
+            datasets=tuple(datasets) or first.final_zero_shot or first.zero_shot,
             tasks=tuple(tasks),
-            budgets=tuple(budgets),
-            compute_budget_of=compute_budget_of,
             commands=(("declip" if program == "__main__.py" else program, *sys.argv[1:]),),
         )
 
@@ -142,59 +131,27 @@ class Study:
         """The variant that the others are compared with: clip or demo-clip if present, else the first."""
         return next((name for name in ("clip", "demo-clip") if name in self.names), self.names[0])
 
-    @property
-    def reference(self) -> str:
-        """The variant whose time is the compute budget."""
-        return self.compute_budget_of or self.names[-1]
-
     def variant(self, name: str) -> Variant:
         """The variant with this name."""
         return next(variant for variant in self.variants if variant.name == name)
 
-    def steps_of(self, variant: str, budget: str) -> int:
-        """Number of steps under a budget: the study's, or as many as fit into the time of the reference."""
-        if budget == "samples" or variant == self.reference:
-            return self.steps
-        return max(1, round(self.steps * self.seconds[self.reference] / self.seconds[variant]))
-
-    def trial(self, variant: str, budget: str, pairs: int, seed: int) -> Trial:
-        """The trial of a variant under a budget; two budgets may share one."""
-        return Trial(variant, pairs, seed, self.steps_of(variant, budget))
-
     def trials(self) -> list[Trial]:
-        """All distinct trials, seed by seed, so that an unfinished study is a smaller complete one."""
-        wanted = (
-            self.trial(name, budget, pairs, seed)
-            for seed in self.seeds
-            for budget in self.budgets
-            for pairs in self.pairs
-            for name in self.names
-        )
-        return list({trial.id: trial for trial in wanted}.values())
+        """All trials, seed by seed, so that an unfinished study is a smaller complete one."""
+        return [Trial(name, pairs, seed) for seed, pairs, name in product(self.seeds, self.pairs, self.names)]
 
     # --- validation
 
     def check(self) -> None:
         """Refuse what cannot be compared, before anything is timed or trained."""
         self.check_names()
-        for kind, given, known in (
-            ("budget", self.budgets, BUDGETS),
-            ("task", self.tasks, TASKS),
-            ("recipe of --compute-budget-of", [self.reference], self.names),
-        ):
-            for name in given:
-                if name not in known:
-                    raise unknown(kind, name, known)
+        for name in self.tasks:
+            if name not in TASKS:
+                raise unknown("task", name, TASKS)
         for key, option in (("seed", "--seeds"), ("data.max_pairs", "--pairs")):
             if any(key in variant.overrides for variant in self.variants):
                 raise UserError(f"A comparison sets {key} itself, from {option}. Remove {key}.")
         if not self.datasets:
             raise UserError("Nothing to evaluate on: the recipe names no zero-shot set. Name one with --dataset.")
-        if self.pairs[0] < self.batch_size:
-            raise UserError(
-                f"{self.pairs[0]} pairs are fewer than one batch of {self.batch_size}. Use more pairs, or set "
-                "train.batch_size."
-            )
         sizes: dict[str, int] = {}
         for variant in self.variants:
             self._check_variant(variant, sizes)
@@ -209,22 +166,21 @@ class Study:
         """Refuse variants with the same name, or with names that become the same folder."""
         if twice := [name for name, count in Counter(self.names).items() if count > 1]:
             raise UserError(f"Compared twice: {', '.join(twice)}. Pass each recipe once, under a different file name.")
-        if len({Trial(name, 0, 0, 0).id for name in self.names}) < len(self.names):
+        if len({Trial(name, 0, 0).id for name in self.names}) < len(self.names):
             raise UserError("Two recipes' names differ only in signs that become '-' in folder names. Rename one.")
 
     def _check_variant(self, variant: Variant, sizes: dict[str, int]) -> None:
-        """Refuse a recipe of another length or batch size, or with too few pairs; `sizes` caches sources by recipe."""
+        """Refuse a recipe without a number of steps or with too few pairs; `sizes` caches sources by recipe."""
         recipe = variant.resolve()
         if recipe.train.epochs is not None:
             raise UserError(
                 f"'{variant.name}' sets train.epochs, so the number of steps would depend on the number of pairs. Set "
                 "train.steps instead."
             )
-        if recipe.train.batch_size != self.batch_size or recipe.train.steps != self.steps:
+        if self.pairs[0] < recipe.train.batch_size:
             raise UserError(
-                f"'{variant.name}' takes {recipe.train.steps} steps of {recipe.train.batch_size} pairs, "
-                f"'{self.names[0]}' {self.steps} of {self.batch_size}: they would not see the same number of samples. "
-                "Set train.steps and train.batch_size for all."
+                f"{self.pairs[0]} pairs are fewer than one batch of {recipe.train.batch_size} of '{variant.name}'. Use "
+                "more pairs, or set train.batch_size."
             )
         key = recipe.data.model_dump_json()
         if key not in sizes:
@@ -255,12 +211,10 @@ def write_study(study: Study, folder: Path) -> None:
 
 
 def extended(study: Study, earlier: Study, folder: Path) -> Study:
-    """Add the variants, pairs, seeds and budgets of a new call to the study in a folder.
+    """Add the variants, pairs and seeds of a new call to the study in a folder.
 
     Anything else must be unchanged: it would change the meaning of earlier trials.
     """
-    if study.compute_budget_of is None:
-        study = replace(study, compute_budget_of=earlier.compute_budget_of)
     changed = [
         f"{name} was {getattr(earlier, name)}, now {getattr(study, name)}"
         for name in FIXED
@@ -276,13 +230,11 @@ def extended(study: Study, earlier: Study, folder: Path) -> Study:
             f"'{folder}' has another comparison: {'; '.join(changed[:4])}. Use the same options to continue it, "
             "another folder with --out, or save a changed recipe under another name, which makes it another variant."
         )
-    budgets = {*earlier.budgets, *study.budgets}
     return replace(
         earlier,
         variants=tuple(variants.values()),
         pairs=tuple(sorted({*earlier.pairs, *study.pairs})),
         seeds=tuple(sorted({*earlier.seeds, *study.seeds})),
-        budgets=(*(name for name in BUDGETS if name in budgets), *budgets.difference(BUDGETS)),
         commands=tuple(dict.fromkeys((*earlier.commands, *study.commands))),
     )
 

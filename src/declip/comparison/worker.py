@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -20,12 +21,11 @@ from declip.comparison.study import Study, Trial, read_study
 from declip.errors import UserError
 from declip.evaluation.protocols import Options, evaluate_all
 from declip.io.atomic import write_text
-from declip.runs.folder import Run
 from declip.training.assemble import assemble
 from declip.training.state import versions
 from declip.training.trainer import Trainer
 
-TRIALS, RESULT, FAILURE = "runs", "result.json", "failure.txt"
+RUNS, RESULT, FAILURE = "runs", "result.json", "failure.txt"
 WITHOUT_EVALUATION: dict[str, Any] = {
     "evaluation.zero_shot": (),
     "evaluation.retrieval": (),
@@ -39,7 +39,7 @@ WITHOUT_EVALUATION: dict[str, Any] = {
 
 def folder_of(folder: Path, trial: Trial) -> Path:
     """The run folder of a trial."""
-    return folder / TRIALS / trial.id
+    return folder / RUNS / trial.id
 
 
 def read_trial(folder: Path, trial: Trial) -> dict[str, Any] | None:
@@ -56,33 +56,15 @@ def failure(folder: Path, trial: Trial) -> str | None:
     return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
-def has_ended(folder: Path, trial: Trial) -> bool:
-    """Whether a trial is finished or has failed."""
-    return any((folder_of(folder, trial) / name).is_file() for name in (RESULT, FAILURE))
-
-
-def steps_done(folder: Path, trial: Trial) -> int:
-    """Number of steps done: all of them after the end, before it as logged."""
-    if has_ended(folder, trial):
-        return trial.steps
-    return Run(folder_of(folder, trial)).step
-
-
 def run_trial(study: Study, trial: Trial, folder: Path) -> bool:
     """Train one trial, resuming where it was stopped, evaluate it, save its scores and delete its weights.
 
     Returns:
         False after Ctrl-C or SIGTERM.
     """
-    overrides = {
-        **WITHOUT_EVALUATION,
-        "train.steps": trial.steps,
-        "train.batch_size": study.batch_size,
-        "data.max_pairs": trial.pairs,
-        "seed": trial.seed,
-    }
-    run_folder = folder_of(folder, trial)
-    parts = assemble(study.variant(trial.variant).resolve(overrides), run_folder, resume=True, quiet=True)
+    overrides = {**WITHOUT_EVALUATION, "data.max_pairs": trial.pairs, "seed": trial.seed}
+    run_folder, variant = folder_of(folder, trial), study.variant(trial.variant)
+    parts = assemble(variant.resolve(overrides), run_folder, resume=True, quiet=True)
     trainer = Trainer(parts)
     run = trainer.train()
     if not run.finished:
@@ -94,9 +76,9 @@ def run_trial(study: Study, trial: Trial, folder: Path) -> bool:
     ]
     row = {
         **asdict(trial),
-        "samples": trial.steps * study.batch_size,
+        "steps": run.recipe.train.steps,
+        "samples": variant.samples,
         "seconds": round(run.seconds, 1),
-        "samples_per_second": run.samples_per_second,
         "loss": run.metrics[-1]["loss"] if run.metrics else None,
         "device": "cuda" if torch.cuda.is_available() else "cpu",
         "versions": versions(),
@@ -108,14 +90,10 @@ def run_trial(study: Study, trial: Trial, folder: Path) -> bool:
     return not trainer.stop.asked
 
 
-def work(folder: Path, threads: int | None = None) -> bool:
-    """Run every trial that is neither finished nor taken by another process; False when asked to stop."""
-    study = read_study(folder)
-    assert study is not None, "`runner.run` writes the study before it starts a worker"
-    if threads is not None:
-        torch.set_num_threads(threads)
-    (folder / TRIALS).mkdir(exist_ok=True)
-    return all(_take(study, trial, folder) for trial in study.trials())
+def work(study: Study, folder: Path, trials: Iterable[Trial]) -> bool:
+    """Run the trials that are neither finished nor taken by another process; False when asked to stop."""
+    (folder / RUNS).mkdir(exist_ok=True)
+    return all(_take(study, trial, folder) for trial in trials)
 
 
 def _take(study: Study, trial: Trial, folder: Path) -> bool:
@@ -143,11 +121,14 @@ def _stop_with_parent(parent: int) -> None:
 
 def main() -> None:
     """Parse the arguments and work; exit with status 130 when asked to stop."""
-    folder, threads = Path(sys.argv[1]), int(sys.argv[2])
+    folder = Path(sys.argv[1])
+    torch.set_num_threads(int(sys.argv[2]))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # between two trials; during one the trainer handles it
     threading.Thread(target=_stop_with_parent, args=(os.getppid(),), daemon=True).start()
+    study = read_study(folder)
+    assert study is not None, "`runner.run` writes the study before it starts a worker"
     try:
-        sys.exit(0 if work(folder, threads) else 130)
+        sys.exit(0 if work(study, folder, study.trials()) else 130)
     except KeyboardInterrupt:
         sys.exit(130)
 

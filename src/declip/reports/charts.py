@@ -127,14 +127,14 @@ def score_chart(lines: Mapping[str, Sequence[float]], steps: Sequence[int], chan
 
 
 def pairs_chart(
-    title: str, unit: str, curves: Mapping[str, EfficiencyCurve], pairs: Sequence[int], chance: float, top: float
+    unit: str, curves: Mapping[str, EfficiencyCurve], pairs: Sequence[int], chance: float, top: float
 ) -> Chart:
     """Draw curves against the number of pairs: means, intervals as bars, small dots for seeds, chance dotted.
 
     Args:
         curves: By name, the baseline first; empty ones are skipped.
         pairs: All numbers of pairs of the study.
-        top: Upper end of the axis, the same for panels next to each other.
+        top: Upper end of the axis.
     """
     logs, shown = np.log(pairs), {name: curve for name, curve in curves.items() if curve.pairs}
     # Lines are shifted slightly against each other, in log(pairs), so that bars do not overlap.
@@ -145,7 +145,7 @@ def pairs_chart(
         ax.set_xscale("log")
         ax.set_xticks(list(pairs), [short_count(number) for number in pairs])
         ax.set_xticks([], minor=True)
-        ax.set(title=title, xlabel="distinct pairs", ylabel=f"{unit}, %", ylim=(0, 100 * top))
+        ax.set(xlabel="distinct pairs", ylabel=f"{unit}, %", ylim=(0, 100 * top))
         ax.set_xlim(np.exp(logs[0] - margin), np.exp(logs[-1] + margin))
         ax.grid(axis="y")
         ax.axhline(100 * chance, **CHANCE)
@@ -167,7 +167,7 @@ def pairs_chart(
         f"with {curve.pairs[-1]:,}"
         for name, curve in shown.items()
     )
-    return Chart(f"{title}: {words}; chance {100 * chance:.3g} %.", (4.1, 3.4 + 0.1 * len(shown)), draw)
+    return Chart(f"{words}; chance {100 * chance:.3g} %.", (4.1, 3.4 + 0.1 * len(shown)), draw)
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:

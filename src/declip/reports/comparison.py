@@ -4,6 +4,7 @@ import json
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,6 @@ from declip.comparison.outcome import (
     measure_facts,
     near_chance,
 )
-from declip.comparison.runner import ROUNDS, TIMED
 from declip.comparison.statistics import EfficiencyCurve
 from declip.comparison.study import Study
 from declip.io.atomic import write_text
@@ -37,7 +37,7 @@ def summary(outcome: Outcome) -> Group:
     """Format the result for the terminal: every score with its interval and n, and the factors."""
     content = context(outcome)
     parts: list[Any] = []
-    for table in (*content["score_tables"], *content["factor_tables"], content["failures_table"]):
+    for table in (*content["score_tables"], *(content[f"{name}_table"] for name in ("factors", "cost", "failures"))):
         if table.rows:
             parts += [Text(table.caption, "bold"), rich_table(table), Text()]
     return Group(*parts, Text(render("comparison.txt", **content).strip()))
@@ -56,22 +56,18 @@ def context(outcome: Outcome) -> dict[str, Any]:
         "facts": facts,
         "headline": headline,
         "factors": factors,
-        "near_chance": near_chance(study, curves[headline], facts[headline]) if headline else {},
+        "near_chance": near_chance(curves[headline][study.baseline], facts[headline]) if headline else [],
+        "equal_samples": len({variant.samples for variant in study.variants}) == 1,
         "common": settings(common_overrides(study)),
         "commands": [shlex.join(words) for words in study.commands],
-        "timed_steps": (ROUNDS * TIMED, ROUNDS),
         "variants_table": variants_table(study),
         "measures_table": measures_table(facts),
         "failures_table": failures_table(outcome.failures),
-        "factor_tables": [factors_table(factors, budget, study) for budget in study.budgets] if factors else [],
-        "score_tables": [
-            scores_table(study, measure, budget, of_budget)
-            for measure, of_measure in curves.items()
-            for budget, of_budget in of_measure.items()
-        ],
-        "cost_table": cost_table(study),
-        "curves": {
-            measure: curve_charts(study, curves[measure], measure, fact.chance) for measure, fact in facts.items()
+        "factors_table": factors_table(factors, study),
+        "score_tables": [scores_table(study, measure, of_measure) for measure, of_measure in curves.items()],
+        "cost_table": cost_table(outcome),
+        "charts": {
+            measure: curve_chart(study, curves[measure], measure, fact.chance) for measure, fact in facts.items()
         },
     }
 
@@ -102,11 +98,11 @@ def measures_table(facts: Mapping[str, MeasureFacts]) -> Table:
     return Table("Measures, after the last step of each run", ("measure", "among", "n", "chance"), rows, texts=2)
 
 
-def scores_table(study: Study, measure: str, budget: str, curves: Mapping[str, EfficiencyCurve]) -> Table:
+def scores_table(study: Study, measure: str, curves: Curves) -> Table:
     """Variant by number of pairs: mean over the seeds, its interval, and the number of seeds."""
     rows = tuple((name, *(_score(curves[name], pairs) for pairs in study.pairs)) for name in study.names)
-    caption = f"{measure}, equal {budget}: mean ± 95 % interval in % (seeds)"
-    return Table(caption, ("variant", *(f"{pairs:,} pairs" for pairs in study.pairs)), rows)
+    columns = ("variant", *(f"{pairs:,} pairs" for pairs in study.pairs))
+    return Table(f"{measure}: mean ± 95 % interval in % (seeds)", columns, rows)
 
 
 def _score(curve: EfficiencyCurve, pairs: int) -> str:
@@ -119,10 +115,10 @@ def _score(curve: EfficiencyCurve, pairs: int) -> str:
     return f"{value}{interval} ({len(curve.values[at])})"
 
 
-def factors_table(factors: Sequence[ComparedFactor], budget: str, study: Study) -> Table:
-    """Factors by variant under a budget: their mean, and at each of the baseline's numbers of pairs."""
+def factors_table(factors: Sequence[ComparedFactor], study: Study) -> Table:
+    """Factors by variant: their mean, and at each of the baseline's numbers of pairs."""
     rows = []
-    for name, _, factor in (each for each in factors if each.budget == budget):
+    for name, factor in factors:
         cells, interval = dict.fromkeys(study.pairs, NONE), NONE
         for at in factor.at if factor else ():
             outside = "exceeded" if at.outside == "below" else "not reached"
@@ -132,20 +128,22 @@ def factors_table(factors: Sequence[ComparedFactor], budget: str, study: Study) 
             interval = span(factor.low, factor.high)
         rows.append((name, mean, interval, *cells.values()))
     columns = ("variant", "factor", "95 % interval", *(f"at {pairs:,}" for pairs in study.pairs))
-    return Table(f"Data-efficiency factor over {study.baseline}, equal {budget}", columns, tuple(rows))
+    return Table(f"Data-efficiency factor over {study.baseline}", columns, tuple(rows))
 
 
-def cost_table(study: Study) -> Table:
-    """Seconds per step, and steps under each budget; no rows before all variants were timed."""
-    rows = []
-    for name in study.names if len(study.seconds) == len(study.names) else ():
-        seconds, steps = study.seconds[name], [study.steps_of(name, budget) for budget in study.budgets]
-        ratio = seconds / study.seconds[study.baseline]
-        counts = (f"{each:,} ({each * study.batch_size:,})" for each in steps)
-        rows.append((name, f"{seconds:.3g}", f"{ratio:.2f}", *counts))
-    budgets = (f"steps (samples), equal {each}" for each in study.budgets)
-    columns = ("variant", "seconds per step", f"ratio to {study.baseline}", *budgets)
-    return Table("Cost per step, and number of steps", columns, tuple(rows))
+def cost_table(outcome: Outcome) -> Table:
+    """Steps, samples and median seconds of the finished runs of each variant."""
+    times: dict[str, list[float]] = {}
+    for row in outcome.rows.values():
+        times.setdefault(row["variant"], []).append(row["seconds"])
+    base, rows = median(times.get(outcome.study.baseline, [0.0])), []
+    for variant in outcome.study.variants:
+        seconds = median(times.get(variant.name, [0.0]))
+        ratio = f"{seconds / base:.2f}" if seconds and base else NONE
+        counts = (f"{variant.resolved['train']['steps']:,}", f"{variant.samples:,}")
+        rows.append((variant.name, *counts, f"{seconds:,.0f}" if seconds else NONE, ratio))
+    columns = ("variant", "steps", "samples", "seconds", f"ratio to {outcome.study.baseline}")
+    return Table("Cost of a run (median)", columns, tuple(rows))
 
 
 def failures_table(failures: Mapping[str, str]) -> Table:
@@ -154,16 +152,12 @@ def failures_table(failures: Mapping[str, str]) -> Table:
     return Table("Failed runs", ("run", "reason"), tuple(rows), texts=2)
 
 
-def curve_charts(study: Study, curves: Curves, measure: str, chance: float) -> list[Chart]:
-    """Draw the curves of one measure under each budget, with the same axis; the baseline comes first."""
+def curve_chart(study: Study, curves: Curves, measure: str, chance: float) -> Chart:
+    """Draw the curves of one measure; the baseline comes first."""
     names = [study.baseline, *(name for name in study.names if name != study.baseline)]
-    every = [curve for of_budget in curves.values() for curve in of_budget.values()]
     # The axis includes every value, and intervals only as far as the curves stay readable.
-    highest = max([chance, *(value for curve in every for row in curve.values for value in row)])
-    ends = [end for curve in every for end in curve.means + curve.half_widths]
+    highest = max([chance, *(value for curve in curves.values() for row in curve.values for value in row)])
+    ends = [end for curve in curves.values() for end in curve.means + curve.half_widths]
     top = 1.06 * min(np.nanmax([highest, *ends]), 1.3 * highest) or 0.01
     unit = measure.rpartition(": ")[2]
-    return [
-        pairs_chart(f"equal {budget}", unit, {name: of_budget[name] for name in names}, study.pairs, chance, top)
-        for budget, of_budget in curves.items()
-    ]
+    return pairs_chart(unit, {name: curves[name] for name in names}, study.pairs, chance, top)
