@@ -1,4 +1,4 @@
-"""Built-in image sets: one builder that renders a set into a checked cache folder, and the source that maps it."""
+"""Built-in image sets: one builder that renders a set into a cache folder, and the source that maps it."""
 
 import hashlib
 import importlib.metadata
@@ -23,11 +23,11 @@ from declip.data.builtin.fetch import DebianPackage, NpmPackages, Packages
 from declip.data.builtin.render import INVISIBLE, renderer
 from declip.data.pair import BUILTIN_PREFIX, Pair, PairSource
 from declip.errors import UserError
-from declip.io.atomic import atomic_write, cache_folder, sha256
+from declip.io.atomic import atomic_write, cache_folder
 from declip.io.pool import pairs_bar
 
-TABLE, MANIFEST, CHECKSUMS, NOTICE = "pairs.parquet", "manifest.json", "checksums.json", "NOTICE.txt"
-GRAY, COLOR = IMAGES = "images-gray.bin", "images-color.bin"
+TABLE, MANIFEST, NOTICE = "pairs.parquet", "manifest.json", "NOTICE.txt"
+GRAY, COLOR = "images-gray.bin", "images-color.bin"
 """Pixels of images without and with color, uint8, one after the other; gray ones take a third of the space."""
 
 ABOUT = """The images in this folder belong to others. Show the line of an image wherever you show it.
@@ -81,7 +81,7 @@ class BuiltinSet(ABC):
         """Fetch and render the set, unless a complete folder is there already, and return that."""
         folder = self.folder(cache)
         try:
-            self.check(folder, images_too=True)
+            self.read(folder)
         except UserError:
             renderer()  # an error before anything is fetched
             with pairs_bar(progress, "drawings") as bar:
@@ -97,10 +97,10 @@ class BuiltinSet(ABC):
         shown = chosen if bar is None else bar.track(chosen, description="drawing")
         with atomic_write(folder) as partial:
             self.write(partial, ((row, self.pixels(row, packages)) for row in shown), packages)
-            self.check(partial, images_too=True)
+            self.read(partial)
 
     def write(self, folder: Path, drawings: Iterable[tuple[Row, np.ndarray | None]], packages: Packages) -> None:
-        """Write the pixels, the table, the notices of the packages, and last all files' checksums."""
+        """Write the pixels, the table, the manifest and the notices of the packages."""
         folder.mkdir(parents=True)
         rows, left_out = self._draw(folder, drawings)
         pq.write_table(pa.Table.from_pylist(rows), folder / TABLE)
@@ -116,9 +116,6 @@ class BuiltinSet(ABC):
             licenses.mkdir(parents=True)
             for path in package.notices:
                 shutil.copyfile(path, licenses / path.name)
-        files = sorted(path for path in folder.rglob("*") if path.is_file())
-        sums = {path.relative_to(folder).as_posix(): [path.stat().st_size, sha256(path)] for path in files}
-        (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1), encoding="utf-8")
 
     def _draw(self, folder: Path, drawings: Iterable[tuple[Row, np.ndarray | None]]) -> tuple[list[Row], Counter[str]]:
         """Write the pixels; give the rows of the drawings that are kept, and how many are not, by reason."""
@@ -143,21 +140,24 @@ class BuiltinSet(ABC):
                 counts[colored] += 1
         return rows, left_out
 
-    def check(self, folder: Path, images_too: bool = False) -> None:
-        """Check that a folder is complete: every file's size, and the SHA-256 of all files or all but the images."""
+    def read(self, folder: Path) -> tuple[list[Row], list[np.ndarray]]:
+        """Read the table, and map the gray and the colored images, (n, side, side) and (m, side, side, 3) uint8."""
         try:
-            if json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["layout"] != self.layout:
+            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            if manifest["layout"] != self.layout:
                 raise ValueError("another version of declip made them")
-            for name, (size, digest) in json.loads((folder / CHECKSUMS).read_text(encoding="utf-8")).items():
-                path, hashed = folder / name, images_too or name not in IMAGES
-                if path.stat().st_size != size or (hashed and sha256(path) != digest):
-                    raise ValueError(f"{name} has changed")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            rows, side = pq.read_table(folder / TABLE).to_pylist(), manifest["side"]
+            images = [_mapped(folder / GRAY, (side, side)), _mapped(folder / COLOR, (side, side, 3))]
+            colored = sum(row["colored"] for row in rows)
+            if [*map(len, images)] != [len(rows) - colored, colored]:
+                raise ValueError("images are missing")
+        except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
             fault = f"cannot be used: {error}" if folder.is_dir() else "are not there yet"
             raise UserError(
                 f"The built-in {self.name} in '{folder}' {fault}. "
                 f"Run `declip data download {BUILTIN_PREFIX}{self.name}` ({self.effort})."
             ) from error
+        return rows, images
 
 
 class BuiltinSource(PairSource):
@@ -166,15 +166,12 @@ class BuiltinSource(PairSource):
     def __init__(self, origin: BuiltinSet, split: str, cache: str | Path | None = None) -> None:
         self._arguments = (origin, split, cache)
         self.name = BUILTIN_PREFIX + split
-        folder = origin.folder(cache)
-        origin.check(folder)
-        self.rows, self.credit, column, names = origin.select(split, pq.read_table(folder / TABLE).to_pylist())
+        table, self._images = origin.read(origin.folder(cache))
+        self.rows, self.credit, column, names = origin.select(split, table)
         if column:
             self.class_names = tuple(names or sorted({row[column] for row in self.rows}))
             numbers = {name: number for number, name in enumerate(self.class_names)}
             self.labels = np.array([numbers[row[column]] for row in self.rows], dtype=np.int64)
-        side = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["side"]
-        self._pixels = _mapped(folder / GRAY, (side, side)), _mapped(folder / COLOR, (side, side, 3))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -184,7 +181,7 @@ class BuiltinSource(PairSource):
 
     def image(self, index: int) -> Image.Image:
         row = self.rows[index]
-        return Image.fromarray(np.array(self._pixels[row["colored"]][row["image"]])).convert("RGB")
+        return Image.fromarray(np.array(self._images[row["colored"]][row["image"]])).convert("RGB")
 
     def key(self, index: int) -> str:
         return self.rows[index]["key"]
