@@ -52,11 +52,15 @@ class Words:
     words = range(start)
 
     def __init__(self, context: int = 32) -> None:
-        self.context = context
+        self.context, self.word_of = context, {}
 
     def encode(self, text: str) -> list[int]:
         ids = [1 + sum(31**place * ord(c) for place, c in enumerate(word)) % 4999 for word in text.split()]
+        self.word_of |= dict(zip(ids, text.split(), strict=True))
         return [self.start, *ids[: self.context - 2], self.end]
+
+    def decode(self, ids: list[int]) -> str:
+        return " ".join(self.word_of[number] for number in ids[1:-1])
 
 
 def make_loader(

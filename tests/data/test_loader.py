@@ -104,18 +104,11 @@ def test_the_mask_is_of_the_caption_view():
     assert binomtest(chosen, words, 0.5).pvalue > 1e-4
 
 
-@pytest.mark.parametrize("second_view", ["eda", "caption", "keywords", "same"])
-def test_words_tells_what_each_text_view_said(second_view):
-    loader = make(second_view=second_view)
-    for batch in itertools.islice(loader, 12):
-        for view, row in itertools.product((0, 1), range(len(batch))):
-            ids = Words().encode(loader.words(int(batch.sample_ids[row]), view))
-            assert batch.texts[view, row, : len(ids)].tolist() == ids
-            assert not batch.texts[view, row, len(ids) :].any()
-
-
 def _said(loader):
-    return [(loader.words(tag, 0), loader.words(tag, 1)) for tag in range(PAIRS * 20)]
+    """Both texts of each pair in 20 epochs."""
+    assembler = loader.assembler
+    samples = (assembler.sample(index, epoch) for epoch, index in itertools.product(range(20), range(PAIRS)))
+    return [tuple(map(assembler.tokenizer.decode, sample.rows)) for sample in samples]
 
 
 def test_one_caption_is_drawn_each_time_and_its_augmentation_is_of_the_same_one():

@@ -73,12 +73,6 @@ class Assembler:
                 skipped.append(broken)
         return self.collate(samples, skipped, views)
 
-    def words(self, sample_id: int, view: int) -> str:
-        """Text view 0 or 1 of the pair with this sample id; raises `BrokenPair` if it can no longer be read."""
-        epoch, index = divmod(sample_id, len(self.source))
-        pair = self.source.read_lazy(index)
-        return self._texts(pair.captions, pair.keywords, self._generator(epoch, index))[view]
-
     def _generator(self, epoch: int, index: int) -> np.random.Generator:
         return np.random.default_rng((self.seed, epoch, index))
 

@@ -42,7 +42,7 @@ class PairLoader(Iterator[PairBatch]):
         self.skipped = SkipCounter()  # of the batches yielded so far, as is `seen`, which counts all pairs
         self.seen = 0
         self.steps_per_epoch = self.assembler.steps_per_epoch
-        self.indices, self.words = self.assembler.indices, self.assembler.words
+        self.indices = self.assembler.indices
         self._workers, self._pin_memory = workers, pin_memory
         self._max_broken_fraction = max_broken_fraction
         self._batches: Iterator[PairBatch | UserError] | None = None
