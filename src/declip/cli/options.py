@@ -60,7 +60,7 @@ def fail(message: str, status: int = 2) -> NoReturn:
 
 def check_source(source: str, option: str) -> None:
     """Refuse a source whose path does not exist, before torch is imported; names, URLs and patterns pass."""
-    if re.match(r"[\w-]{2,}:", source) or "::" in source or any(sign in source for sign in "*?[{"):
+    if re.match(r"[\w-]{2,}:", source) or any(sign in source for sign in "*?[{"):
         return
     if not source or not Path(source).expanduser().exists():
         raise UserError(

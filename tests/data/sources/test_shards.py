@@ -59,18 +59,16 @@ def test_what_names_shards(shard_folder):
         ("{0}/0000[02].tar", [5, 9]),
         ("{0}/{{00003..00001}}.tar", [6, 9, 1]),
         ("{0}/000{{,}}{{02..03}}.tar", [9, 6, 9, 6]),
-        ("{0}/00003.tar::{0}/0000{{0,1}}.tar", [6, 5, 1]),
-        ("{0}::{0}/00001.tar", [5, 1, 9, 6, 1]),
+        ("{0}/0000{{3,0,1}}.tar", [6, 5, 1]),
     ):
         assert open_source(word.format(shard_folder)).blocks.tolist() == sizes
-    assert absolute("~/x/*.tar::memory://a.tar") == f"{Path.home()}/x/*.tar::memory://a.tar"
+    assert (absolute("~/x/*.tar"), absolute("memory://a.tar")) == (f"{Path.home()}/x/*.tar", "memory://a.tar")
 
 
 def test_missing_shards_are_named(shard_folder, monkeypatch):
     for word, missing in (("{00002..00012}.tar", "00004.tar"), ("x.tar", "x.tar"), ("x*.tar", "x*.tar")):
         assert f"There is no file '{shard_folder}/{missing}'" in message(f"{shard_folder}/{word}")
     assert "names more than 1,000,000 shards" in message("{0..9999999999999}.tar")
-    assert "names no shard" in message("::")
     monkeypatch.setenv("DECLIP_SHARD_CACHE_GB", "50GB")
     assert "DECLIP_SHARD_CACHE_GB is '50GB'" in message(str(shard_folder))
 

@@ -22,7 +22,6 @@ from declip.io.memo import locked
 
 T = TypeVar("T")
 
-SEPARATOR = "::"  # joins several names into one, as in open_clip's options
 MOST_SHARDS = 1_000_000
 BRACES = re.compile(r"\{([^{}]*)\}")
 RANGE = re.compile(r"(\d{1,15})\.\.(\d{1,15})")
@@ -64,8 +63,8 @@ class Shard(NamedTuple):
 
 
 def names_shards(word: str) -> bool:
-    """Whether a word can only mean shards: a tar file, a URL, a pattern, or several joined by `::`."""
-    if is_url(word) or SEPARATOR in word or word.lower().endswith((".tar", ".tgz", ".tar.gz")):
+    """Whether a word can only mean shards: a tar file, a URL or a pattern."""
+    if is_url(word) or word.lower().endswith((".tar", ".tgz", ".tar.gz")):
         return True
     return any(sign in word for sign in "*?[{") and not Path(word).expanduser().exists()
 
@@ -80,10 +79,7 @@ def absolute(spec: str | Path) -> str:
     path = Path(spec).expanduser()
     if path.exists():
         return str(path.resolve())
-    if not names_shards(str(spec)):
-        return str(spec)
-    parts = str(spec).split(SEPARATOR)
-    return SEPARATOR.join(part if is_url(part) else os.path.abspath(os.path.expanduser(part)) for part in parts)
+    return os.path.abspath(path) if names_shards(str(spec)) and not is_url(str(spec)) else str(spec)
 
 
 def holds(folder: Path, ending: str) -> bool:
@@ -100,18 +96,14 @@ def files_in(folder: Path, ending: str) -> list[str]:
 def expand(word: str) -> list[str]:
     """List the paths and URLs of the shards that a word names; those of a folder or a pattern are sorted.
 
-    A word is files, folders, patterns (`*`, `?`, `[…]`), brace ranges or lists, joined by `::`. Of URLs only braces are
-    expanded here.
+    Of URLs only braces are expanded here.
     """
     shards: list[str] = []
-    for part in filter(None, map(str.strip, word.split(SEPARATOR))):
-        for name in [part] if not is_url(part) and Path(part).expanduser().exists() else _braces(part):
-            files = _files(name)
-            if not files:
-                raise UserError(f"There is no file '{name}'. Fetch it, or name existing files.")
-            shards += files
-    if not shards:
-        raise UserError(f"'{word}' names no shard. Give a .tar file, a folder of them, a pattern or a URL.")
+    for name in [word] if not is_url(word) and Path(word).expanduser().exists() else _braces(word):
+        files = _files(name)
+        if not files:
+            raise UserError(f"There is no file '{name}'. Fetch it, or name existing files.")
+        shards += files
     return shards
 
 

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from declip.data.sources.shard_files import SEPARATOR, absolute, names_shards
+from declip.data.sources.shard_files import absolute, names_shards
 
 
 def stored_path(given: object, folder: Path) -> str:
@@ -14,7 +14,7 @@ def stored_path(given: object, folder: Path) -> str:
     """
     if not isinstance(given, str | Path) or not str(given):
         return ""
-    return SEPARATOR.join(relative(part, folder) for part in absolute(given).split(SEPARATOR))
+    return relative(absolute(given), folder)
 
 
 def relative(path: str, folder: Path) -> str:
@@ -26,11 +26,7 @@ def relative(path: str, folder: Path) -> str:
 
 def resolve(path: str, folder: Path) -> str:
     """The absolute path of what `stored_path` stored; URLs and names such as builtin:emoji stay."""
-
-    def one(part: str) -> str:
-        return os.path.normpath(folder.resolve() / part) if part.startswith(os.pardir + os.sep) else part
-
-    return SEPARATOR.join(map(one, path.split(SEPARATOR)))
+    return os.path.normpath(folder.resolve() / path) if path.startswith(os.pardir + os.sep) else path
 
 
 def is_missing(path: str) -> bool:
