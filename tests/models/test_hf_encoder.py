@@ -94,7 +94,7 @@ def test_of_the_hub_no_file_is_fetched_that_could_run_code_and_no_network_is_one
 
     folder, asked = bert(tmp_path / "bert"), []
 
-    def fetch(name: str, allow_patterns: list[str]) -> str:
+    def fetch(name: str, allow_patterns: list[str], local_files_only: bool) -> str:
         asked.append((name, allow_patterns))
         return str(folder)
 

@@ -10,8 +10,9 @@ from torch import Tensor
 import declip
 from declip.errors import UserError
 from declip.interchange.layouts import Reread
-from declip.interchange.weights import Weights, one_line, read_recipe
+from declip.interchange.weights import Weights, read_recipe
 from declip.io.atomic import save_tensors
+from declip.io.text import one_line
 from declip.models.dual_encoder import DualEncoder, has_text
 from declip.recipe.schema import Recipe
 from declip.runs.checkpoint import part, prefixed

@@ -20,9 +20,8 @@ from declip.interchange import declip_file, huggingface, onnx, open_clip
 from declip.interchange.declip_file import CARD
 from declip.interchange.layouts import Refusal
 from declip.interchange.model_card import NO_LICENSE, Traced, model_card, trace
-from declip.interchange.weights import one_line
 from declip.io.atomic import atomic_write
-from declip.io.text import listed
+from declip.io.text import listed, one_line
 from declip.models.dual_encoder import DualEncoder
 
 log = logging.getLogger("declip")

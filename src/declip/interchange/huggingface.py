@@ -17,18 +17,18 @@ from declip.interchange import layouts
 from declip.interchange.layouts import TO_CLIP_VIT, Refusal, Reread, clip_text_tower
 from declip.interchange.open_clip_model import CONFIG as OPEN_CLIP_CONFIG
 from declip.interchange.tokenizer_files import backend, write_tokenizer
-from declip.interchange.weights import Weights, check_layers, one_line
+from declip.interchange.weights import Weights, check_layers
 from declip.interchange.wrapped_weights import express_wrapped, read_preprocessing, read_siglip, wrapped_in
 from declip.io.atomic import save_tensors
+from declip.io.text import one_line
 from declip.models.dual_encoder import DualEncoder
 from declip.models.hf_encoder import as_user_error
 from declip.models.wrapped_towers import WrappedImageTower
 from declip.recipe.load import load_recipe
 
 LIBRARY = "transformers"
-CONFIG, FILE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+CONFIG, FILE = "config.json", "model.safetensors"
 PREPROCESSOR, PROCESSOR, TOKENIZER = "preprocessor_config.json", "processor_config.json", "tokenizer.json"
-WEIGHTS = (FILE, "model-*.safetensors")
 
 EPS = 1e-5
 """Epsilon of layer norms in CLIP."""
@@ -64,9 +64,8 @@ CAPTIONS = ("a red circle", "Two CATS, 12 dogs: asleep on a sofa!", "日本語 �
 def matches(where: str) -> bool:
     """Whether this may be a folder of transformers."""
     folder = Path(where).expanduser()
-    weights = (folder / FILE).is_file() or (folder / INDEX).is_file()
     # open_clip stores the configuration of a text encoder by this name.
-    return (folder / CONFIG).is_file() and (weights or not (folder / OPEN_CLIP_CONFIG).is_file())
+    return (folder / CONFIG).is_file() and ((folder / FILE).is_file() or not (folder / OPEN_CLIP_CONFIG).is_file())
 
 
 def read(where: str) -> Weights:
@@ -157,15 +156,9 @@ def _read_tokenizer(file: Path) -> Tokenizer:
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
-    files = {FILE}
-    if not (folder / FILE).is_file() and (folder / INDEX).is_file():
-        files = set(_read_json(folder / INDEX)["weight_map"].values())
-    weights: dict[str, Tensor] = {}
-    for file in sorted(files):
-        if Path(file).name != file or not file.endswith(".safetensors") or not (folder / file).is_file():
-            raise UserError(f"there is no {file} in the folder; pickle files are not read: save safetensors")
-        weights |= load_file(folder / file)
-    return {name: tensor for name, tensor in weights.items() if not name.endswith(POSITION_IDS)}
+    if not (folder / FILE).is_file():
+        raise UserError(f"there is no {FILE} in the folder; other files are not read: save it as one safetensors file")
+    return {name: tensor for name, tensor in load_file(folder / FILE).items() if not name.endswith(POSITION_IDS)}
 
 
 def _read_json(file: Path) -> Any:

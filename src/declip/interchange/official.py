@@ -11,7 +11,8 @@ from torch import Tensor
 
 from declip.errors import UserError
 from declip.interchange import layouts
-from declip.interchange.weights import Weights, one_line, read_tensors, unwrapped
+from declip.interchange.weights import Weights, read_tensors, unwrapped
+from declip.io.text import one_line
 from declip.recipe.load import load_recipe
 
 SPECIAL = 3

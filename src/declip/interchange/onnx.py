@@ -17,8 +17,8 @@ from declip.data.text.wrapped_tokenizer import WrappedTokenizer
 from declip.errors import UserError
 from declip.interchange.layouts import Refusal, Reread
 from declip.interchange.tokenizer_files import CLEANING, backend
-from declip.interchange.weights import one_line
 from declip.io.quiet import quiet
+from declip.io.text import one_line
 from declip.models.dual_encoder import DualEncoder, has_text
 
 LIBRARY = "onnx"

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from declip.errors import UserError, unknown
-from declip.interchange.weights import check_file, check_layers, check_memory, fetch, online, reason
+from declip.interchange.weights import check_file, check_layers, check_memory, reason
+from declip.io.hub import fetch, online
 from declip.io.quiet import quiet
 
 log = logging.getLogger("declip")

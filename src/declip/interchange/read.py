@@ -10,8 +10,9 @@ from torch import Tensor
 
 from declip.errors import UserError, no_model
 from declip.interchange import declip_file, huggingface, official, open_clip, starter, timm_weights
-from declip.interchange.weights import Weights, fetch, read_recipe
+from declip.interchange.weights import Weights, read_recipe
 from declip.interchange.zero_shot import complete, complete_text
+from declip.io.hub import fetch
 from declip.models.device import pick_device
 from declip.models.dual_encoder import DualEncoder
 from declip.runs.checkpoint import (
@@ -58,7 +59,7 @@ def hub_folder(where: str) -> str:
     if declip_file.matches(str(folder)):
         return str(folder)
     theirs = prefix == HUGGINGFACE and (folder / huggingface.CONFIG).is_file()
-    return str(get(open_clip.WEIGHTS) if open_clip.matches(str(folder)) and not theirs else get(*huggingface.WEIGHTS))
+    return str(get(open_clip.WEIGHTS) if open_clip.matches(str(folder)) and not theirs else get(huggingface.FILE))
 
 
 def load(where: str | Path, device: str = "auto") -> DualEncoder:

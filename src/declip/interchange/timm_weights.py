@@ -12,7 +12,8 @@ from torch import Tensor
 
 from declip.errors import UserError, unknown
 from declip.interchange.classes import Classes
-from declip.interchange.weights import Weights, fetch, read_tensors, unwrapped
+from declip.interchange.weights import Weights, read_tensors, unwrapped
+from declip.io.hub import fetch
 from declip.models.image_tower import ImageTower
 from declip.recipe.load import load_recipe
 

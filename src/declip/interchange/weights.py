@@ -5,19 +5,13 @@ No code in a file runs, and reading one takes no more memory than its size expla
 
 import pickle
 import re
-import socket
-import threading
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
-from urllib.parse import urlsplit
-from urllib.request import getproxies
+from typing import Any
 
 import torch
-from huggingface_hub import constants
 from pydantic import BaseModel
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -26,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from declip.errors import UserError
 from declip.interchange.classes import Classes
+from declip.io.text import one_line
 from declip.models.dual_encoder import DualEncoder
 from declip.models.hf_encoder import TextEncoder, encoder_kept_in
 from declip.models.layers import IMAGE, PROJECTIONS, TEXT
@@ -34,8 +29,6 @@ from declip.models.wrapped import WrappedModel
 from declip.recipe.schema import LogitScale, Recipe
 from declip.recipe.yaml_text import read_yaml
 from declip.supervision.objective import for_sigmoid, without_run_state
-
-T = TypeVar("T")
 
 LAYER_KEY = re.compile(r"(layers|depths?|blocks)$")
 """Keys of numbers of layers in configurations of declip, timm, open_clip and transformers."""
@@ -264,12 +257,6 @@ def first_difference(expected: Mapping[str, Any], given: Mapping[str, Any]) -> s
     return problems[0] + more if problems else None
 
 
-def one_line(error: Exception, longest: int = 300) -> str:
-    """Format the message of an error on one line, or its class if the message is empty."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= longest else f"{text[:longest]} …"
-
-
 def _value(recipe: Recipe, key: str) -> Any:
     """Value of a dotted key; None if image.model_kwargs lacks it."""
     value: Any = recipe
@@ -304,43 +291,6 @@ def check_file(path: Path) -> int | None:
     if path.suffix in {".npy", ".npz"}:  # NumPy unpickles nothing by default
         return None
     return sum(1 for _ in _tensors(_load(path, mmap=True)))
-
-
-def fetch(given: str, get: Callable[[bool], T], local: str) -> T:
-    """Fetch a model by its name with `get(offline)`, where offline allows only files in the cache.
-
-    Args:
-        local: How weights on this machine are named instead, for the message.
-    """
-    offline = not online()
-    try:
-        return get(offline)
-    except Exception as error:  # hub, network and disk have errors of their own
-        reason = f"no connection to {constants.ENDPOINT}" if offline else one_line(error, 180).rstrip(".")
-        raise UserError(
-            f"Cannot fetch '{given}': {reason}. Check the network and the name. Weights on this machine are given as "
-            f"{local}; builtin:lite0-minilm needs no network."
-        ) from error
-
-
-def online(seconds: float = 5.0) -> bool:
-    """Whether the Hub can be reached; without this check its client retries for about a minute."""
-    if constants.HF_HUB_OFFLINE:
-        return False
-    address, connected = urlsplit(constants.ENDPOINT), list[bool]()
-    if getproxies():  # the proxy connects, and may do so even if this machine cannot
-        return True
-
-    def connect() -> None:
-        port = address.port or (443 if address.scheme == "https" else 80)
-        with suppress(OSError), socket.create_connection((address.hostname or "", port), seconds):
-            connected.append(True)
-
-    # In a thread, because looking up a name has no time limit of its own.
-    thread = threading.Thread(target=connect, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return bool(connected)
 
 
 def reason(error: Exception, longest: int = 300) -> str:

@@ -60,3 +60,9 @@ def duration(seconds: float) -> str:
     else:
         words = f"{whole // 3600} h {whole % 3600 // 60} min"
     return words.replace(" ", "\N{NO-BREAK SPACE}")
+
+
+def one_line(error: Exception, longest: int = 300) -> str:
+    """Format the message of an error on one line, or its class if the message is empty."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= longest else f"{text[:longest]} …"

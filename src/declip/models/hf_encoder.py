@@ -12,11 +12,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import huggingface_hub
 import torch
 from torch import Tensor, nn
 
 from declip.data.pair import printable
 from declip.errors import UserError
+from declip.io.hub import fetch
+from declip.io.text import one_line
 from declip.models.bert import Bert, is_plain
 from declip.models.wrapped import WrappedModel
 from declip.recipe.schema import Recipe
@@ -168,7 +171,7 @@ def as_user_error(problem: str, remedy: str = "") -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = printable(" ".join(str(error).split()) or type(error).__name__).removesuffix(".")
+        reason = printable(one_line(error)).removesuffix(".")
         raise UserError(f"{problem}: {reason}.{remedy}") from error
     finally:
         logging.disable(disabled)
@@ -207,12 +210,14 @@ def _pooling(folder: Path) -> str | None:
 
 def _fetched(given: str, pretrained: bool) -> Path:
     """Fetch the Hub's files, or what is missing of them here, and return their folder."""
-    from huggingface_hub import snapshot_download
-
     log.info("Fetching '%s'.", given)
     files = [*FETCHED, "model*.safetensors"] if pretrained else [*FETCHED]
-    with as_user_error(f"Cannot fetch '{given}'", " Check the network and the name, or give a folder."):
-        return Path(snapshot_download(given.removeprefix(PREFIX), allow_patterns=files))
+    name = given.removeprefix(PREFIX)
+
+    def get(offline: bool) -> str:
+        return huggingface_hub.snapshot_download(name, allow_patterns=files, local_files_only=offline)
+
+    return Path(fetch(given, get, "their folder"))
 
 
 def _transformers() -> ModuleType:

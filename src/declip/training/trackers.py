@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from declip.errors import UserError
-from declip.interchange.weights import one_line
 from declip.io.atomic import write_text
+from declip.io.text import one_line
 from declip.recipe.load import flat
 from declip.recipe.yaml_text import read_yaml
 from declip.runs.folder import TRACKING, Run, log
