@@ -109,7 +109,7 @@ def test_the_run_is_a_normal_run_with_one_checkpoint_and_no_copy_of_the_start(ru
     torch.testing.assert_close(exported, cosines(run.folder, folder), rtol=0, atol=1e-5)
     page = run.report.read_text(encoding="utf-8")
     assert "Cross-validated among 8 images" in page
-    assert "Captions that fit worst" in page
+    assert page.count('src="data:image/webp') == len(run.examples["worst"]) == 16
 
 
 def test_every_caption_has_an_out_of_fold_rank(run: Run) -> None:

@@ -1,6 +1,5 @@
 """The report of a run: one HTML file with its numbers, curves, examples and recipe."""
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -63,7 +62,6 @@ def write_report(folder: Path, model: Encoder, limit: int = 4_000) -> Path:
     results = [row.result for row in run.last() if row.result.dataset == dataset]
     skipped = sorted((run.skipped or {"reasons": {}})["reasons"].items(), key=lambda item: -item[1]["count"])
     reasons = tuple((reason, ", ".join(row["examples"]), f"{row['count']:,}") for reason, row in skipped)
-    worst = tuple((*row, f"{rank:.4f}") for row, rank in itertools.islice(run.caption_ranks.items(), 10))
     held_out = _readable("retrieved images", lambda: None if dataset is None else _encode(model, dataset, limit))
     classified = held_out is not None and held_out.source.labels is not None
     source = run.examples.get("source")
@@ -79,7 +77,7 @@ def write_report(folder: Path, model: Encoder, limit: int = 4_000) -> Path:
         retrieval=next((result for result in results if isinstance(result, RetrievalResult)), None),
         results_table=measures_table(run),
         fitted=fitted_lines(run),
-        worst=Table("Captions that fit worst", ("image", "caption", "out-of-fold rank"), worst, texts=2),
+        worst=run.examples.get("worst"),
         losses=loss_charts(run) if run.metrics else [],
         progress=[TitledChart(title, _svg(title, run, key, noisy)) for key, (title, noisy) in PROGRESS.items()],
         accuracy=accuracy_charts(run),
@@ -100,13 +98,16 @@ def fitted_lines(run: Run) -> list[str]:
         return []
     used = f"{plural(fitted['pairs'], 'pair')} with {plural(fitted['captions'], 'caption')}"
     if fitted["classes"]:
-        used += f"; {fitted['classes']:,} classes of the start, each with weight {fitted['class_weight']:g}"
+        weight = (
+            f"each with weight {fitted['class_weight']:g}" if fitted["class_weight"] else "which did not help: unused"
+        )
+        used += f"; {fitted['classes']:,} classes of the start, {weight}"
     name = {"ridge": "ridge regression both ways", "cca": "canonical correlation"}[fitted["method"]]
     lines = [f"Fitted on {used}, by {name} with ridge {fitted['ridge']:g}."]
     if "recall" not in fitted:
         return [*lines, "Too few different pairs to cross-validate: nothing was measured. Give other pairs with --val."]
     lines.append(f"Cross-validated among {fitted['candidates']:,} images: {_recalls(fitted['recall'])}.")
-    if "recall_without_classes" in fitted:
+    if "recall_without_classes" in fitted and fitted["class_weight"]:
         lines.append(f"The same without the classes: {_recalls(fitted['recall_without_classes'])}.")
     return lines
 

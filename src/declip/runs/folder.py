@@ -136,7 +136,7 @@ class Run:
 
     @cached_property
     def examples(self) -> Mapping[str, Any]:
-        """examples.json: "source" (name, pairs, credit), "losses" by name, "views"; empty before the first step."""
+        """examples.json: "source" (name, pairs, credit), "losses", "views", "worst" captions; empty before step 1."""
         text = _text(self.folder / EXAMPLES)
         return json.loads(text) if text else {}
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from declip.data.images.thumbnails import thumbnails_of
 from declip.data.pair import PairSource, SkipCounter
 from declip.errors import UserError
 from declip.evaluation.encode import Encoder, encode_source
@@ -43,6 +44,7 @@ from declip.training.state import versions
 
 STEP = 1  # of the checkpoint: fitting is one step
 TIMED = 32  # pairs of an estimate
+SHOWN_WORST = 16  # captions on the page of the run
 MANY = 2_000  # pairs from which on processes read the images
 
 Related = Callable[[PairSource, bool], tuple[np.ndarray, np.ndarray]]
@@ -54,7 +56,7 @@ class Features(NamedTuple):
 
     pairs: Pairs
     groups: np.ndarray  # (n,), see `choose_heads`
-    keys: list[str]  # (m,) of the image of each caption
+    indices: np.ndarray  # (m,) of the pair of each caption in the source
     captions: list[str]  # (m,)
     skipped: SkipCounter
 
@@ -177,9 +179,8 @@ def compute_features(
     group_of = dict(zip(places.tolist(), groups.tolist(), strict=True))
     captions = found.flat_captions
     pairs = Pairs(found.images, encoder.pool_captions(captions, shown), torch.from_numpy(found.image_rows))
-    keys = [source.key(index) for index in found.indices[found.image_rows].tolist()]
     own = np.array([group_of.get(index, -1 - index) for index in found.indices.tolist()])
-    return Features(pairs, own, keys, captions, found.skipped)
+    return Features(pairs, own, found.indices[found.image_rows], captions, found.skipped)
 
 
 def class_pairs(resolved: Resolved, encoder: FrozenEncoder, shown: bool) -> ClassPairs | None:
@@ -229,7 +230,8 @@ def _write_facts(
     pairs, outcome = features.pairs, choice.outcome
     write_text(folder / run_folder.SKIPPED, json.dumps(_skipped(features, source), indent=1))
     facts = {"name": source.name, "pairs": len(source), "credit": source.credit}
-    write_text(folder / run_folder.EXAMPLES, json.dumps({"source": facts, "losses": {}, "views": []}))
+    worst = [] if outcome is None else _write_ranks(folder, source, features, outcome)
+    write_text(folder / run_folder.EXAMPLES, json.dumps({"source": facts, "losses": {}, "views": [], "worst": worst}))
     fitted: dict[str, Any] = {
         "pairs": len(pairs.images),
         "captions": len(pairs.texts),
@@ -243,17 +245,22 @@ def _write_facts(
             fitted[name] = {str(k): each.recall(k, pairs, features.groups)._asdict() for k in (1, 10)}
     if outcome is not None:
         fitted["candidates"] = round(float(outcome.images.double().mean()))
-        _write_fits(folder, features, outcome)
     write_text(folder / run_folder.CROSS_VALIDATION, json.dumps(fitted, indent=1))
 
 
-def _write_fits(folder: Path, features: Features, outcome: HeldOutRanks) -> None:
-    """Write the out-of-fold rank of each caption, the worst first: 0 is best, 1 worst."""
+def _write_ranks(folder: Path, source: PairSource, features: Features, outcome: HeldOutRanks) -> list[dict[str, Any]]:
+    """Write the out-of-fold rank of each caption, the worst first: 0 is best, 1 worst; return the worst with images."""
+    order = outcome.fit.argsort(descending=True, stable=True).tolist()
+    rows = [(source.key(int(features.indices[row])), features.captions[row], float(outcome.fit[row])) for row in order]
     with (
         atomic_write(folder / run_folder.OUT_OF_FOLD) as beside,
         beside.open("w", newline="", encoding="utf-8") as file,
     ):
         table = csv.writer(file)
         table.writerow(["key", "caption", "rank"])
-        for row in outcome.fit.argsort(descending=True, stable=True).tolist():
-            table.writerow([features.keys[row], features.captions[row], f"{float(outcome.fit[row]):.4f}"])
+        table.writerows((key, caption, f"{rank:.4f}") for key, caption, rank in rows)
+    worst, image_of = [], thumbnails_of(source)
+    for row, (key, caption, rank) in zip(order[:SHOWN_WORST], rows, strict=False):
+        image = image_of(int(features.indices[row]))
+        worst.append({"key": key, "caption": caption, "rank": rank, "image": image and image._asdict()})
+    return worst
