@@ -20,19 +20,9 @@ def to_float32(x: Tensor) -> Tensor:
 
 
 def scaled_similarity(rows: Tensor, keys: Tensor, scale: Tensor | float) -> Tensor:
-    """Compute the dot products of all rows with all keys, times the scale, in full precision even inside autocast.
-
-    The scale multiplies the rows, so that nothing of the product's size is kept for the backward pass.
-
-    Args:
-        rows: (B, d).
-        keys: (N, d).
-        scale: Factor of the logits, exp(logit_scale); a scalar.
-
-    Returns:
-        (B, N) logits, float32, or float64 for float64 input.
-    """
+    """Logits (B, N) of rows (B, d) and keys (N, d), times a scale, in full precision even inside autocast."""
     with torch.autocast(rows.device.type, enabled=False):
+        # The scale multiplies the rows, so that nothing of the product's size is kept for the backward pass.
         return (scale * to_float32(rows)) @ to_float32(keys).mT
 
 
@@ -51,7 +41,7 @@ def cross_entropy_to_keys(
 
     Args:
         rows: (B, d), L2-normalized, of this rank.
-        keys: (N, d), L2-normalized, of all ranks in rank order; N >= offset + B.
+        keys: (N, d), L2-normalized, of all ranks in rank order.
         scale: exp(logit_scale), the inverse temperature.
         offset: Row of `keys` that belongs to the first of `rows`.
         max_logit_bytes: See `mean_in_blocks`.
@@ -85,16 +75,7 @@ def info_nce(
         ½ mean over b of [ logsumexpₙ(s·image[b]·text_keys[n]) - s·image[b]·text_keys[y]
                          + logsumexpₙ(s·text[b]·image_keys[n]) - s·text[b]·image_keys[y] ]
     so the mean over ranks of the ranks' losses is the loss of the whole batch.
-
-    Args:
-        image: (B, d) image features of this rank, L2-normalized.
-        text: (B, d) text features of the same pairs, L2-normalized.
-        image_keys: (N, d) image features of all ranks, with gradient; `image` itself on one process.
-        text_keys: (N, d) text features of all ranks, with gradient.
-        scale: exp(logit_scale).
-        offset: Row of the keys that belongs to this rank's first pair.
-        max_logit_bytes: See `mean_in_blocks`.
-        soft: See `cross_entropy_to_keys`.
+    The features are (B, d) of this rank and (N, d) of all ranks, with gradient; others as `cross_entropy_to_keys`.
     """
     image_to_text = cross_entropy_to_keys(image, text_keys, scale, offset, max_logit_bytes, soft)
     text_to_image = cross_entropy_to_keys(text, image_keys, scale, offset, max_logit_bytes, soft)

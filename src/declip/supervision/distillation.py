@@ -22,11 +22,8 @@ def relational_distillation(learner: Compared, teacher: Compared, max_logit_byte
     Equation 2 of dataset reinforcement (arXiv 2311.17049) in one direction. Equals the plain loop
         mean over b of  Σₙ p[n]·(log p[n] - log q[n])
         p = softmax over n of s·rows[b]·keys[n] of the teacher, q that of the learner, each with its own s
-
-    Args:
-        learner: Rows (B, d) of this rank and keys (N, d) of all ranks, L2-normalized, and the inverse temperature s.
-        teacher: The same of the teacher, of any width; it gets no gradient.
-        max_logit_bytes: See `mean_in_blocks`.
+    Each has rows (B, d) of this rank, keys (N, d) of all ranks, L2-normalized, and the inverse temperature s; the
+    teacher's, of any width, get no gradient.
     """
 
     def loss(start: int, stop: int) -> Tensor:

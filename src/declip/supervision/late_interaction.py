@@ -24,12 +24,10 @@ def select_tokens(
 
     FILIP does this before it gathers, to move and compare less (arXiv 2111.07783). Equals the plain loop
         score[b, t] = Σ_u tokens[b, t]·paired_tokens[b, u];  keep the k largest of each b
-    computed as a product with the sum over u: B·n·d multiplications.
 
     Args:
         tokens: (B, n, d) of one modality, L2-normalized.
         paired_tokens: (B, m, d) of the other modality of the same pairs, L2-normalized.
-        k: Number to keep; all n when n is smaller.
         mask: (B, n) bool, True where a token counts: others are taken last. None: all count.
         paired_mask: (B, m) bool, the same for `paired_tokens`.
 
@@ -41,6 +39,7 @@ def select_tokens(
         paired = to_float32(paired_tokens)
         if paired_mask is not None:
             paired = paired * paired_mask.unsqueeze(-1)
+        # The sum over u first: B·n·d multiplications.
         score = (to_float32(tokens) * paired.sum(dim=1, keepdim=True)).sum(dim=-1)
         best = score.masked_fill(~counted, float("-inf")).topk(min(k, tokens.shape[1]), dim=1).indices
     return tokens.take_along_dim(best.unsqueeze(-1), dim=1), counted.take_along_dim(best, dim=1)
@@ -51,18 +50,9 @@ def similarity(tokens: Tensor, keys: Tensor, mask: Tensor | None = None, key_mas
 
     Equals the plain loop
         similarity[b, n] = mean over t in mask[b] of max over u in key_mask[n] of tokens[b, t]·keys[n, u]
-
-    Costs 2·B·t·N·u·d operations. The B·t·N·u scores are made in blocks of keys of about `SCORES_AT_ONCE`; for the
-    backward pass only the B·t·N positions of the maxima are kept, 8 bytes each.
-
-    Args:
-        tokens: (B, t, d) patches or words, L2-normalized.
-        keys: (N, u, d) words or patches, L2-normalized.
-        mask: (B, t) bool, True where a token counts, at least one in each row. None: all count.
-        key_mask: (N, u) bool, the same for `keys`.
-
-    Returns:
-        (B, N), between -1 and 1.
+    Returns (B, N) of tokens (B, t, d) and keys (N, u, d), L2-normalized; masks are true where a token counts, at least
+    one in each row. Costs 2·B·t·N·u·d operations; for the backward pass only the B·t·N positions of the maxima are
+    kept, 8 bytes each.
     """
     tokens, keys = to_float32(tokens), to_float32(keys)
     counted = tokens.new_ones(tokens.shape[:2]) if mask is None else mask.to(tokens)
@@ -72,6 +62,7 @@ def similarity(tokens: Tensor, keys: Tensor, mask: Tensor | None = None, key_mas
     with torch.autocast(tokens.device.type, enabled=False):
         for start in range(0, len(keys), block):
             some = keys[start : start + block]
+            # (B, t, d) and (n, u, d) → (B·t, n, u)
             score = (tokens.flatten(0, 1) @ some.flatten(0, 1).mT).unflatten(1, some.shape[:2])
             if key_mask is not None:
                 score.masked_fill_(~key_mask[start : start + block], float("-inf"))
@@ -99,19 +90,14 @@ def late_interaction(
         t[b, n] = mean over words l of max over patches p of word_tokens[b, l]·image_keys[n, p]
         ½ mean over b of [ logsumexpₙ(s·i[b, n]) - s·i[b, y] + logsumexpₙ(s·t[b, n]) - s·t[b, y] ]
 
-    The own side keeps all tokens. For fewer tokens on the keys' side (the official implementation keeps 16), each
-    rank's tokens go through `select_tokens` before they are gathered. Ranks whose captions differ in length pad the
-    words, and the mask with False, before gathering.
-
     Args:
         image_tokens: (B, P, d) projected patches of this rank, L2-normalized.
         word_tokens: (B, L, d) projected words of this rank, L2-normalized.
         word_mask: (B, L) bool, True at real tokens, False at padding.
-        image_keys: (N, K, d) patches of all ranks, with gradient, all or selected.
-        word_keys: (N, M, d) words of all ranks, with gradient, all or selected.
+        image_keys: (N, K, d) patches of all ranks, with gradient, all or those of `select_tokens`.
+        word_keys: (N, M, d) words of all ranks, the same; padded with a false mask where ranks differ in length.
         word_key_mask: (N, M) bool, `word_mask` for `word_keys`.
         scale: exp of this term's own logit scale.
-        offset: Row of the keys that belongs to this rank's first pair.
         include_padding: Count padding like words, as the official implementation does; both masks are ignored.
         max_logit_bytes: Limit of the positions of maxima in each direction, see `mean_in_blocks`.
     """

@@ -14,17 +14,11 @@ from declip.supervision.term import Encodings, Rows, Similarity, Term, require
 
 
 def chosen_rows(words: Tensor, labels: Tensor, mask_positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Select the token states whose word is to be predicted, so that the head runs on these alone.
+    """Select the token states (M, w) whose word is to be predicted, and their targets (M,), pair after pair.
 
-    Args:
-        words: (B, L, w) token states after the text tower's final norm.
-        labels: (B, L) ids to predict, -100 elsewhere.
-        mask_positions: (M,) where they are among the B * L, if known: finding them waits for the device.
-
-    Returns:
-        Rows (M, w) and their targets (M,), pair after pair.
+    From states (B, L, w), labels (B, L), -100 elsewhere, and the positions (M,) among the B * L, if known.
     """
-    if mask_positions is None:
+    if mask_positions is None:  # waits for the device
         mask_positions = (labels != IGNORED).flatten().nonzero().squeeze(1)
     return words.flatten(0, 1)[mask_positions], labels.flatten()[mask_positions]
 
@@ -34,12 +28,8 @@ def cross_entropy(logits: Tensor, targets: Tensor, count: Tensor | float | None 
 
     Equals the plain loop, over the rows m whose target is not -100
         Σₘ [ log Σᵥ exp(logits[m, v]) - logits[m, targets[m]] ] / max(count, 1)
-
-    Args:
-        logits: (M, V) of the head, run on the chosen rows alone.
-        targets: (M,) int64 ids; rows with -100 do not count.
-        count: What to divide the sum by; by default the number of rows that count. When W ranks hold M rows
-            together, M / W makes the mean of the ranks' losses the mean over all rows.
+    The default count is the number of rows that count. When W ranks hold M rows together, M / W makes the mean of the
+    ranks' losses the mean over all rows.
     """
     if count is None:
         count = (targets != IGNORED).sum().clamp(min=1)

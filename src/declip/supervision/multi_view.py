@@ -27,16 +27,8 @@ def multi_view(
     Equals the plain loop, F = images, G = texts
         mean of InfoNCE(F₁, G₂), InfoNCE(F₂, G₁), InfoNCE(F₂, G₂)
     With other numbers of views V and T it is the mean of the V·T - 1 pairings after the first.
-
-    Args:
-        images: (2, B, d) features of the image views, L2-normalized.
-        texts: (2, B, d) features of the caption and its augmentation, L2-normalized.
-        image_keys: (2, N, d) image features of all ranks, with gradient.
-        text_keys: (2, N, d) text features of all ranks, with gradient.
-        scale: exp(logit_scale).
-        offset: Row of the keys that belongs to this rank's first pair.
-        max_logit_bytes: See `mean_in_blocks`.
-        soft: See `cross_entropy_to_keys`, for each text view.
+    The features are (V, B, d), (T, B, d) of this rank and (V, N, d), (T, N, d) of all ranks; `soft` has the targets of
+    each text view, others as `cross_entropy_to_keys`.
     """
     pairings = islice(product(range(len(images)), range(len(texts))), 1, None)
     losses = [

@@ -107,14 +107,8 @@ def neighbor_contrast(
     Equals the plain loop, F = images, N = neighbor_keys, y = offset + b
         mean over i, j, b of  logsumexpₙ(s·F[i, b]·N[j, n]) - s·F[i, b]·N[j, y]
     The official implementation's direction, from image to text; neighbors get no gradient.
-
-    Args:
-        images: (V, B, d) features of the image views, L2-normalized.
-        neighbor_keys: (T, N, d) neighbors of all ranks.
-        scale: exp(logit_scale).
-        offset: Row of the keys that belongs to this rank's first pair.
-        max_logit_bytes: See `mean_in_blocks`.
-        soft: See `contrastive.cross_entropy_to_keys`, for each text view.
+    Image features are (V, B, d) of this rank, neighbors (T, N, d) of all ranks; `soft` has the targets of each text
+    view, others as `cross_entropy_to_keys`.
     """
     losses = [
         cross_entropy_to_keys(view, keys.detach(), scale, offset, max_logit_bytes, targets)

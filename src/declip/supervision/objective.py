@@ -124,7 +124,7 @@ class Objective(nn.Module):
 
     @property
     def queue(self) -> Queue | None:
-        """The nearest-neighbor queue; None when that loss has no weight."""
+        """The nearest-neighbor queue, if that loss has a weight."""
         term = dict(self.terms.items()).get("nearest_neighbor")
         return term.queue if isinstance(term, NearestNeighbor) else None
 
@@ -157,7 +157,7 @@ class Objective(nn.Module):
 
         Args:
             batch: Float views (B, 3, S, S) and texts (T, B, L); masked and labels when the recipe masks.
-            gather: Rows of all ranks, in rank order, with gradient; the identity on one process.
+            gather: (B, k) → (N, k), rows of all ranks, in rank order, with gradient.
             offset: Row of this rank's first pair in that order.
         """
         return self.losses(self.run_towers(model, batch), model, batch, gather, offset)
@@ -255,14 +255,11 @@ class Objective(nn.Module):
 def gather_rows(
     own: Rows, extra: dict[str, dict[str, Tensor]], gather: Gather
 ) -> tuple[Rows, dict[str, dict[str, Tensor]]]:
-    """Bring the features of all ranks together in one collective.
+    """Gather the features of all ranks in one collective.
 
     Everything travels as one (B, k) float tensor: features next to each other, booleans as 0 and 1, and the bits of
-    integers as floats that are only copied, never computed with.
-
-    Args:
-        extra: Loss name → feature name → (B, …), of the same shape on all ranks but for B.
-        gather: (B, k) → (N, k), rows in rank order, with gradient.
+    integers as floats that are only copied, never computed with. `extra` has, by loss and name, features (B, …) of the
+    same shape on all ranks but for B.
     """
     tensors = {("", "images"): own.images.transpose(0, 1), ("", "texts"): own.texts.transpose(0, 1)}
     tensors["", "ids"] = own.sample_ids

@@ -25,20 +25,13 @@ def sigmoid_loss(
     Equals the plain loop, z = 1 where n = offset + b, else -1
         - 1/B Σ_b Σ_n log σ(z · (s·image[b]·text_keys[n] + bias))
     so the mean over ranks of the ranks' losses is the loss of the whole batch.
-
-    Args:
-        image: (B, d) image features of this rank, L2-normalized.
-        text_keys: (N, d) text features of all ranks, L2-normalized, with gradient.
-        scale: exp(logit_scale).
-        bias: Added to every logit.
-        offset: Row of the keys that belongs to this rank's first pair.
-        max_logit_bytes: See `mean_in_blocks`.
+    Image features are (B, d) of this rank, text features (N, d) of all ranks; others as `cross_entropy_to_keys`.
     """
     image, text_keys = to_float32(image), to_float32(text_keys)
 
     def loss(start: int, stop: int) -> Tensor:
         logits = scaled_similarity(image[start:stop], text_keys, scale) + bias
-        signs = torch.full_like(logits, -1.0, requires_grad=False)
+        signs = torch.full_like(logits, -1.0, requires_grad=False)  # (rows, N)
         signs.diagonal(offset + start).fill_(1.0)
         return -F.logsigmoid(signs * logits).sum()
 

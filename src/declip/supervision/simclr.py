@@ -1,14 +1,15 @@
 """Image self-supervision of SLIP: SimCLR's NT-Xent between two views of an image."""
 
 import math
+from collections import OrderedDict
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from declip.data.plan import Needs
 from declip.models.dual_encoder import DualEncoder
-from declip.models.heads import simclr_head
 from declip.recipe.schema import Recipe
 from declip.supervision.chunked import mean_in_blocks
 from declip.supervision.contrastive import scaled_similarity, to_float32
@@ -31,15 +32,7 @@ def nt_xent(
         total[b] = Σₙ exp(z1[b]·keys2[n]/T) + Σ_{n≠y} exp(z1[b]·keys1[n]/T)
         ½ mean over b of [ log total[b] - z1[b]·keys2[y]/T + the same with 1 and 2 exchanged ]
     so the mean over ranks of the ranks' losses is the loss of the whole batch.
-
-    Args:
-        z1: (B, d) head outputs of view 1 on this rank, any length: normalized here.
-        z2: (B, d) head outputs of view 2.
-        keys1: (N, d) view 1 of all ranks, with gradient, any length.
-        keys2: (N, d) view 2 of all ranks.
-        temperature: Divides the cosines.
-        offset: Row of the keys that belongs to this rank's first image.
-        max_logit_bytes: See `mean_in_blocks`.
+    Head outputs, of any length, are (B, d) of this rank and (N, d) of all ranks; others as `cross_entropy_to_keys`.
     """
     z1, z2, keys1, keys2 = (F.normalize(to_float32(x), dim=-1) for x in (z1, z2, keys1, keys2))
 
@@ -49,6 +42,7 @@ def nt_xent(
             others, same = (
                 scaled_similarity(rows[start:stop], keys, 1 / temperature) for keys in (other_keys, own_keys)
             )
+            # (rows, 2N): the other view of all images, then the same view without the image itself
             itself = positives.unsqueeze(1) == torch.arange(len(own_keys), device=rows.device)
             logits = torch.cat([others, same.masked_fill(itself, -torch.inf)], dim=1)
             return F.cross_entropy(logits, positives, reduction="sum")
@@ -56,6 +50,16 @@ def nt_xent(
         return mean_in_blocks(loss, len(rows), 2 * len(own_keys) * rows.itemsize, max_logit_bytes)
 
     return (view(z1, keys1, keys2) + view(z2, keys2, keys1)) / 2
+
+
+def mlp(*widths: int) -> nn.Sequential:
+    """Linear layers between these widths, with batch norm and ReLU after all but the last; named as in checkpoints."""
+    layers: dict[str, nn.Module] = {}
+    for number, (width, out) in enumerate(pairwise(widths), 1):
+        layers[f"linear{number}"] = nn.Linear(width, out)
+        if number < len(widths) - 1:
+            layers |= {f"norm{number}": nn.BatchNorm1d(out), f"relu{number}": nn.ReLU()}
+    return nn.Sequential(OrderedDict(layers))
 
 
 class SimCLR(Term):
@@ -67,7 +71,8 @@ class SimCLR(Term):
 
     def __init__(self, recipe: Recipe, model: DualEncoder) -> None:
         super().__init__(recipe, model)
-        self.head = simclr_head(model.image_tower.pre_logits_width, *recipe.simclr.widths)
+        hidden, out = recipe.simclr.widths
+        self.head = mlp(model.image_tower.pre_logits_width, hidden, hidden, out)
 
     def features(self, encoded: Encodings) -> dict[str, Tensor]:
         views = require(encoded.outputs.pre_logits)[augmented_views(encoded.outputs.views)]

@@ -1,13 +1,13 @@
 """Image self-supervision: SimSiam's negative cosine between two views of an image."""
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from declip.data.plan import Needs
 from declip.models.dual_encoder import DualEncoder
-from declip.models.heads import predictor, projector
 from declip.recipe.schema import Recipe
 from declip.supervision.contrastive import to_float32
+from declip.supervision.simclr import mlp
 from declip.supervision.term import Encodings, Rows, Similarity, Term, augmented_views
 
 
@@ -16,12 +16,7 @@ def negative_cosine(p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor) -> Tensor:
 
     Equals the plain loop
         -½ mean over b of [ cos(p1[b], z2[b]) + cos(p2[b], z1[b]) ],  no gradient into z
-
-    Args:
-        p1: (B, d) predictions from view 1, any length.
-        p2: (B, d) predictions from view 2.
-        z1: (B, d) projections of view 1, any length; the gradient is stopped here.
-        z2: (B, d) projections of view 2; the gradient is stopped here.
+    with predictions p and projections z (B, d) of both views, of any length.
     """
     p1, p2, z1, z2 = (to_float32(x) for x in (p1, p2, z1.detach(), z2.detach()))
     first = F.cosine_similarity(p1, z2, dim=-1).mean()
@@ -39,8 +34,9 @@ class SimSiam(Term):
     def __init__(self, recipe: Recipe, model: DualEncoder) -> None:
         super().__init__(recipe, model)
         hidden, out, predictor_hidden = recipe.simsiam.widths
-        self.projector = projector(recipe.embed_dim, hidden, out)
-        self.predictor = predictor(out, predictor_hidden, out)
+        self.projector = mlp(recipe.embed_dim, hidden, hidden, out)
+        self.projector.add_module("norm3", nn.BatchNorm1d(out))
+        self.predictor = mlp(out, predictor_hidden, out)  # a bottleneck
 
     def features(self, encoded: Encodings) -> dict[str, Tensor]:
         views = augmented_views(encoded.outputs.views)

@@ -29,10 +29,6 @@ def soft_cross_entropy(logits: Tensor, offset: int, soft: SoftTargets) -> Tensor
     Equals the plain loop, y = offset + b, K = all keys without those but y that have a label of row b
         q[n] = (1 - ε)·[n = y] + ε / |K|                            label smoothing (arXiv 1512.00567, section 7)
         sum over b of  -Σ over n in K of q[n]·log softmax over K of logits[b]
-
-    Args:
-        logits: (B, N) float32 or float64.
-        offset: Key of the first row.
     """
     positives = torch.arange(offset, offset + len(logits), device=logits.device)[:, None]
     itself = positives == torch.arange(logits.shape[1], device=logits.device)
@@ -49,17 +45,10 @@ def soft_cross_entropy(logits: Tensor, offset: int, soft: SoftTargets) -> Tensor
 
 
 def caption_hashes(texts: Tensor, padding: int = 0) -> Tensor:
-    """Hash texts, so that equal captions are found by comparing one number.
+    """Hash texts (T, B, L) as (T, B) int64, so that equal captions are found by comparing one number.
 
-    Equals the plain loop, modulo 2⁶⁴
+    Equals the plain loop, modulo 2⁶⁴, for ids padded to any length; of float features the bits are hashed
         hash = Σₗ (texts[t, b, l] - padding)·Mˡ⁺¹, with the lowest bit set, so that 0 means no label
-
-    Args:
-        texts: (T, B, L) token ids, padded to any length; or (T, B, w) float features, of which the bits are hashed.
-        padding: Id of the padding.
-
-    Returns:
-        (T, B) int64, never 0.
     """
     if texts.is_floating_point():
         texts, padding = texts.float().view(torch.int32).long(), 0
