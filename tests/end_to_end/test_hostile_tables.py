@@ -184,30 +184,27 @@ def test_any_bytes_as_a_table(content: bytes, kind: str) -> None:
 COCO: list[Any] = [
     [],
     {"images": 5},
-    {"images": [{"id": [], "file_name": "a"}], "annotations": []},
-    {"images": [{"id": 1, "file_name": 5}], "annotations": []},
-    {"images": [{"id": 1, "file_name": "\ud800"}], "annotations": []},
-    {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"image_id": 1, "caption": 5}]},
-    {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"image_id": 2, "caption": "x"}]},
-    {"images": ["text"], "annotations": [None]},
+    {"images": [{"split": "test", "filename": [], "sentences": []}]},
+    {"images": [{"split": "test", "filename": "\ud800", "sentences": []}]},
+    {"images": [{"split": "test", "filename": "a.jpg", "sentences": [{"raw": 5}]}]},
+    {"images": [{"split": "test", "filename": "a.jpg", "sentences": 7}]},
+    {"images": ["text"]},
 ]
 
 
 def test_a_list_of_captions_of_another_make(here: Path) -> None:
-    (here / "val2017").mkdir()
+    (here / "val2014").mkdir()
     for text in ("[" * 100_000, *map(json.dumps, COCO)):
-        (here / "captions_val2017.json").write_text(text)
+        (here / "dataset_coco.json").write_text(text)
         assert f"coco:{here}" in said(lambda: open_dataset(f"coco:{here}"))
 
 
 def test_a_list_that_names_images_elsewhere(here: Path) -> None:
-    (here / "coco" / "val2017").mkdir(parents=True)
+    (here / "coco" / "val2014").mkdir(parents=True)
     Image.new("RGB", (2, 2)).save("out.png")
     names = ["../../out.png", str(here / "out.png"), "/dev/zero"]
-    images = [{"id": n, "file_name": name} for n, name in enumerate(names)]
-    annotations = [{"image_id": n, "caption": "x"} for n in range(len(names))]
-    tree = {"images": images, "annotations": annotations}
-    (here / "coco" / "captions_val2017.json").write_text(json.dumps(tree))
+    images = [{"split": "test", "filename": name, "sentences": [{"raw": "x"}]} for name in names]
+    (here / "coco" / "dataset_coco.json").write_text(json.dumps({"images": images}))
     source = open_dataset(f"coco:{here / 'coco'}").split("test")
     assert read_all(source) == ["path outside image root"] * 3
 

@@ -1,4 +1,4 @@
-"""Examples of the report: the queries shown, and the confused classes."""
+"""Examples of the report: the queries shown."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ import torch
 from declip.data.images.thumbnails import thumbnails_of
 from declip.data.pair import SkipCounter
 from declip.evaluation.encode import SourceFeatures
-from declip.reports.examples import confusions, retrieval
+from declip.reports.examples import retrieval
 
 COLOURS = ["red", "green", "blue", "cyan", "yellow", "white"]
 RNG = np.random.default_rng
@@ -50,26 +50,3 @@ def test_an_image_with_the_same_caption_is_right(painted) -> None:
     assert cat.rank == 1
     assert {hit.caption for hit in cat.hits if hit.correct} == {"a cat"}
     assert sum(hit.correct for hit in cat.hits) == 2
-
-
-def test_confusions_by_count_then_by_how_sure(painted) -> None:
-    labels = np.array([0, 0, 0, 1, 2, 2])
-    images = [
-        [0.9, 0.1, 0, 0],  # right
-        [0.1, 0.9, 0, 0],  # 0 taken for 1
-        [0.2, 0.9, 0, 0],  # 0 taken for 1
-        [0.5, 0.4, 0, 0],  # 1 taken for 0, by 0.1
-        [0, 0.9, 0.1, 0],  # 2 taken for 1, by 0.8
-        [0, 0, 0.9, 0],  # right
-    ]
-    features = _features(images, images, [(color,) for color in COLOURS])
-    names = ("zero", "one", "two", "three")
-    rows, wrong = confusions(features, labels, names, torch.eye(4), thumbnails_of(painted(COLOURS)))
-    assert [(row.name, row.other, row.times, row.size) for row in rows] == [
-        ("zero", "one", 2, 3),
-        ("two", "one", 1, 2),
-        ("one", "zero", 1, 1),
-    ]
-    assert rows[0].image.alt == "green"  # the first image that was taken for it
-    assert rows[0].other_image.alt == "cyan"  # the first image of class one
-    assert wrong == 4

@@ -1,8 +1,8 @@
 """The report of a run: one HTML file with its numbers, curves, examples and recipe."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 from markupsafe import Markup
@@ -10,22 +10,19 @@ from markupsafe import Markup
 from declip.data.images.thumbnails import Thumbnails, thumbnails_of
 from declip.data.pair import PairSource
 from declip.errors import UserError
-from declip.evaluation.datasets import open_dataset, with_classes
+from declip.evaluation.datasets import open_dataset
 from declip.evaluation.encode import Encoder, SourceFeatures, encode_source
 from declip.evaluation.results import Measure, Result, RetrievalResult, ZeroShotResult, short_names
-from declip.evaluation.zero_shot import class_features, read_templates
 from declip.io.atomic import write_text
 from declip.io.text import percent, plural, times
 from declip.reports.charts import score_chart, value_chart
-from declip.reports.examples import Confusion, confusions, retrieval
+from declip.reports.examples import retrieval
 from declip.reports.page import NONE, Table, points, render
 from declip.runs.folder import Run, log, read_run
 
 NAME = "report.html"
 PROGRESS = {"lr": ("learning rate", False), "logit_scale": ("logit scale", False), "grad_norm": ("gradient norm", True)}
 """Logged quantities besides the losses: their titles, and whether they are noisy."""
-
-T = TypeVar("T")
 
 
 class TitledChart(NamedTuple):
@@ -37,12 +34,11 @@ class TitledChart(NamedTuple):
 
 
 class HeldOut(NamedTuple):
-    """The test split of a held-out set, its features and thumbnails by row, and the templates of its classes."""
+    """The test split of a held-out set, its features and thumbnails by row."""
 
     source: PairSource
     features: SourceFeatures
     thumbnails: Thumbnails
-    templates: str | Sequence[str]
 
 
 def write_report(folder: Path, model: Encoder, limit: int = 4_000) -> Path:
@@ -62,8 +58,11 @@ def write_report(folder: Path, model: Encoder, limit: int = 4_000) -> Path:
     results = [row.result for row in run.last() if row.result.dataset == dataset]
     skipped = sorted((run.skipped or {"reasons": {}})["reasons"].items(), key=lambda item: -item[1]["count"])
     reasons = tuple((reason, ", ".join(row["examples"]), f"{row['count']:,}") for reason, row in skipped)
-    held_out = _readable("retrieved images", lambda: None if dataset is None else _encode(model, dataset, limit))
-    classified = held_out is not None and held_out.source.labels is not None
+    held_out = None
+    try:
+        held_out = None if dataset is None else _encode(model, dataset, limit)
+    except UserError as error:
+        log.warning("The report shows no retrieved images: %s", error)
     source = run.examples.get("source")
     credits = (source and source["credit"], held_out and held_out.source.credit)
     content = render(
@@ -84,7 +83,6 @@ def write_report(folder: Path, model: Encoder, limit: int = 4_000) -> Path:
         skipped_table=Table("Skipped pairs", ("reason", "for example", "times"), reasons, texts=2),
         held_out=held_out,
         retrieved=held_out and retrieval(held_out.features, held_out.thumbnails, np.random.default_rng(0)),
-        confused=_readable("confusions", lambda: _confused(model, held_out)) if held_out and classified else None,
         views=run.examples.get("views"),
         credits=list(dict.fromkeys(filter(None, credits))),
     )
@@ -198,24 +196,8 @@ def _svg(title: str, run: Run, column: str, noisy: bool = True) -> Markup | None
 
 
 def _encode(model: Encoder, name: str, limit: int) -> HeldOut:
-    dataset = open_dataset(name)
-    source = dataset.split("test")
+    source = open_dataset(name).split("test")
     rows = np.linspace(0, len(source) - 1, min(limit, len(source))).round().astype(np.int64)
     features = encode_source(model, source, indices=rows.tolist())
     thumbnail = thumbnails_of(source)
-    return HeldOut(source, features, lambda row: thumbnail(int(features.indices[row])), dataset.templates)
-
-
-def _confused(model: Encoder, held_out: HeldOut) -> tuple[list[Confusion], int]:
-    source = with_classes(held_out.source)
-    classes = class_features(model, source.class_names, read_templates(held_out.templates)[1])
-    labels = np.asarray(source.labels)[held_out.features.indices]
-    return confusions(held_out.features, labels, source.class_names, classes, held_out.thumbnails)
-
-
-def _readable(section: str, make: Callable[[], T]) -> T | None:
-    try:
-        return make()
-    except UserError as error:
-        log.warning("The report shows no %s: %s", section, error)
-        return None
+    return HeldOut(source, features, lambda row: thumbnail(int(features.indices[row])))

@@ -47,23 +47,6 @@ def test_coco_in_karpathys_splits(tmp_path: Path) -> None:
     assert set(open_dataset(f"coco:{tmp_path}").openers) == {"validation", "test"}
 
 
-@pytest.mark.parametrize("place", ["annotations/captions_val2017.json", "captions_val2017.json"])
-def test_coco_2017(tmp_path: Path, place: str) -> None:
-    tree = {
-        "images": [{"id": 9, "file_name": "000000000009.jpg"}, {"id": 4, "file_name": "000000000004.jpg"}],
-        "annotations": [
-            {"image_id": 4, "id": 1, "caption": "A four."},
-            {"image_id": 9, "id": 2, "caption": "A nine. "},
-            {"image_id": 4, "id": 3, "caption": "Another four."},
-        ],
-    }
-    trees.write(tmp_path / place, json.dumps(tree))
-    for name in ("000000000009.jpg", "000000000004.jpg"):
-        trees.paint(tmp_path / "val2017" / name, 0)
-    test = open_dataset(f"coco:{tmp_path}").split("test")
-    assert _rows(test) == {"000000000009.jpg": ("A nine.",), "000000000004.jpg": ("A four.", "Another four.")}
-
-
 @pytest.mark.parametrize("folder", ["flickr30k-images", "images"])
 def test_flickr30k_in_karpathys_splits(tmp_path: Path, folder: str) -> None:
     rows = [("train", "", "1.jpg"), ("test", "", "2.jpg"), ("val", "", "3.jpg")]
@@ -78,7 +61,7 @@ def test_flickr30k_in_karpathys_splits(tmp_path: Path, folder: str) -> None:
 
 
 def test_what_is_missing_is_said(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"dataset_coco\.json with val2014/; or annotations/captions_val2017\.json"):
+    with pytest.raises(UserError, match=r"dataset_coco\.json with val2014/"):
         open_dataset(f"coco:{tmp_path}")
     trees.write(tmp_path / "dataset_flickr30k.json", "{}")
     with pytest.raises(UserError, match=r"dataset_flickr30k\.json with flickr30k-images/"):
