@@ -303,4 +303,4 @@ def write_run_report(parts: Parts) -> None:
 def trained_model(parts: Parts) -> Encoder:
     """The model of a finished run."""
     # With FSDP this rank holds a part of the model; the whole one is in the checkpoint.
-    return load(parts.folder) if parts.sharded else parts.evaluated_model
+    return load(parts.folder) if parts.sharded else parts.model

@@ -132,8 +132,7 @@ MISTAKES = {
     "nothing left to train": ("finetune photos.csv --from start --freeze both", "--freeze", "lora"),
     "steps and epochs": ("finetune photos.csv train.steps=3 train.epochs=3", "train.steps=3", "train.epochs=3"),
     "fine-tunes without a batch": ("finetune photos.csv --from start train.batch_size=0", "train.batch_size=0"),
-    "mixup of groups": ("finetune photos.csv --from start contrastive.duplicates=mask finetune.mixup=1 "
-                        "finetune.cached_views=2", "finetune.mixup", "group"),
+    "removed heads": ("finetune photos.csv --from start finetune.cached_views=2", "finetune.cached_views", "removed"),
     "key without its section": ("finetune photos.csv epochs=3", "'epochs'", "'train.epochs'"),
     "pairs given twice": ("finetune photos.csv data.source=other.csv", "data.source=other.csv", "PAIRS"),
     "validation as a key": ("finetune photos.csv evaluation.retrieval=[other.csv]", "evaluation.retrieval", "--val"),

@@ -3,31 +3,21 @@
 import json
 import runpy
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-
-from training.starts import start_from
 
 FOLDER = Path(__file__).parents[2] / "examples"
 EXAMPLES = {path.stem: runpy.run_path(str(path)) for path in sorted(FOLDER.glob("*.py"))}
 SMALL = {
     **{f"train.{key}": value for key, value in {"steps": 3, "batch_size": 8, "log_every": 1, "device": "cpu"}.items()},
-    **{"data.workers": 0, "image.size": 32},
+    **{"data.workers": 0, "image.size": 32, "text.width": 32},
 }
-OPTIONS: dict[str, dict[str, Any]] = {"structure": {"finetune.cached_views": 1}}
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_an_example_trains_for_three_steps(
-    name: str, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("DECLIP_CACHE", str(tmp_path / "cache"))
-    start = start_from(table, tmp_path / "start", name="clip") if name in OPTIONS else None
-    options = {"finetune.pretrained": str(start), **OPTIONS[name]} if name in OPTIONS else {"text.width": 32}
-    EXAMPLES[name]["main"](str(table), str(tmp_path / "run"), **SMALL, **options)
+def test_an_example_trains_for_three_steps(name: str, table: Path, tmp_path: Path) -> None:
+    EXAMPLES[name]["main"](str(table), str(tmp_path / "run"), **SMALL)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert all(row["losses"][name] > 0 for row in rows)
@@ -59,29 +49,3 @@ def test_word_classification_is_the_plain_loop() -> None:
     torch.testing.assert_close(*gradients)
     nothing = torch.full((3, 2), 4)
     assert word_cross_entropy(logits, word_targets(nothing, idf)).item() == 0
-
-
-def test_structure_is_the_plain_loop() -> None:
-    structure = EXAMPLES["structure"]["structure"]
-    generator = torch.Generator().manual_seed(0)
-    features, aligned = (torch.randn(5, n, generator=generator, dtype=torch.float64) for n in (6, 3))
-    aligned.requires_grad_()
-
-    def walk(rows: Tensor) -> Tensor:
-        rows = torch.stack([row / row.norm() for row in rows])
-        rows = rows - sum(rows) / len(rows)
-        scores = torch.stack([torch.stack([(a * b).sum().div(0.5).exp() for b in rows]) for a in rows])
-        return torch.stack([row / row.sum() for row in scores])
-
-    p, q = walk(features), walk(aligned)
-    expected = torch.zeros(())
-    for i in range(5):
-        for j in range(5):
-            m = (p[i, j] + q[i, j]) / 2
-            both = p[i, j] * (p[i, j] / m).log() + q[i, j] * (q[i, j] / m).log()
-            expected = expected + both / 2 / 5
-    found = structure(features, aligned, temperature=0.5)
-    torch.testing.assert_close(found, expected)
-    gradients = [torch.autograd.grad(loss, aligned, retain_graph=True)[0] for loss in (found, expected)]
-    torch.testing.assert_close(*gradients)
-    assert structure(features, features) < 1e-12

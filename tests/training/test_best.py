@@ -1,7 +1,6 @@
 """Epochs, the validation loss, the best checkpoint and early stopping."""
 
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from declip.runs.folder import Run, append_row, drop_rows, read_rows
 from declip.training.assemble import assemble
 from declip.training.stopping import BestEvaluation
 from processes import in_processes
-from training.starts import ended, same_end, stop_at, tuned
+from training.starts import ended, same_end, stop_at
 
 RIGHT = RecallAtK(9, 9, 1, 1, 1, 0.1, 0.5, 1, 1)
 
@@ -148,24 +147,3 @@ def test_epochs_and_something_to_watch(table: Path, tmp_path: Path) -> None:
         load_recipe("clip", {"train.steps": "7", "train.epochs": "3"})
     with pytest.raises(UserError, match=r"train.patience .*train.evaluate_every"):
         load_recipe("clip", {"train.patience": 3, "data.source": "other.csv"})
-
-
-def test_the_closed_form_start_is_evaluated_with_its_heads_and_may_be_the_best(
-    table: Path, start: Path, tmp_path: Path
-) -> None:
-    frozen = {"freeze_image_blocks": "all", "freeze_text_blocks": "all", "cached_views": 2, "head_init": "cca"}
-    still = {"lr": 1e-12, "warmup_lr": 0.0, "ema_decay": 1.0, "weight_decay": 0.0, "evaluate_every": 4}
-    recipe = tuned(table, start, still, **frozen)
-    held_out = recipe.evaluation.model_copy(update={"retrieval": (str(table),)})
-    patient = recipe.train.model_copy(update={"patience": 5})
-    weights = {"contrastive": 1.0}
-    recipe = recipe.model_copy(update={"evaluation": held_out, "train": patient, "loss_weights": weights})
-    run = train(recipe, out=tmp_path / "run", quiet=True, report=False)
-    first, *later = [row["loss"] for row in run.evaluations]
-    assert run.evaluations[0]["step"] == 0
-    assert later == pytest.approx([first] * len(later), rel=1e-4)
-    stop_at(recipe, tmp_path / "parts", 2)
-    for left in (path for path in list_checkpoints(tmp_path / "parts") if step_of(path)):
-        shutil.rmtree(left)  # as after a kill in the first step
-    train(recipe, out=tmp_path / "parts", resume=True, quiet=True, report=False)
-    same_end(tmp_path / "run", tmp_path / "parts")

@@ -40,7 +40,7 @@ def recipe_for(table: Path, folder: Path, weights: str = "declip", **train_keys:
 
 def test_it_learns_and_loads_without_its_folder(table: Path, tmp_path: Path) -> None:
     folder = roberta(tmp_path / "roberta")
-    recipe = recipe_for(table, folder, ema_decay=0.9)
+    recipe = recipe_for(table, folder)
     train(recipe, out=tmp_path / "whole", quiet=True, report=False)
     shutil.rmtree(folder)
     whole = read_run(tmp_path / "whole")

@@ -72,7 +72,7 @@ def run_trial(study: Study, trial: Trial, folder: Path) -> bool:
     results = [
         result.to_dict()
         for name in study.datasets
-        for result in evaluate_all(parts.encoder, name, study.tasks, Options(progress=False))
+        for result in evaluate_all(parts.model, name, study.tasks, Options(progress=False))
     ]
     row = {
         **asdict(trial),

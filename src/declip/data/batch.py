@@ -59,7 +59,7 @@ class View:
 
     Attributes:
         pixels: (B, 3, S, S): float, normalized; or uint8 together with `photometric`, to be finished by
-            `declip.data.images.crops.apply_photometric` on the device; or (B, w) features of a frozen image tower.
+            `declip.data.images.crops.apply_photometric` on the device.
         photometric: The operations still to be applied to uint8 pixels.
     """
 
@@ -68,10 +68,9 @@ class View:
 
     def __post_init__(self) -> None:
         pixels, raw = self.pixels, self.pixels.dtype == torch.uint8
-        features = pixels.ndim == 2 and pixels.is_floating_point()
         images = pixels.ndim == 4 and pixels.shape[1] == 3 and (raw or pixels.is_floating_point())
         given = None if self.photometric is None else len(self.photometric.jitter)
-        if not (features or images) or given != (len(pixels) if raw else None):
+        if not images or given != (len(pixels) if raw else None):
             raise UserError(
                 f"A view has shape {tuple(pixels.shape)}, type {pixels.dtype} and `photometric` of {given} images; it "
                 "must be (B, 3, H, W), float and normalized, or uint8 with `photometric` of B images."
@@ -91,8 +90,7 @@ class PairBatch:
 
     Attributes:
         views: "first", "second", "contrastive" … → `View`; a tensor (B, 3, S, S) is a finished view.
-        texts: (T, B, L) int64 token ids, T 1 or 2: [0] the caption, [1] its augmentation; or (T, B, w) float features
-            of a frozen text tower.
+        texts: (T, B, L) int64 token ids, T 1 or 2: [0] the caption, [1] its augmentation.
         masked: (B, L) int64, texts[0] after the corruption for masked-language modeling.
         labels: (B, L) int64, the ids to predict there, -100 elsewhere.
         sample_ids: (B,) int64, epoch * len(source) + index.
@@ -125,15 +123,8 @@ class PairBatch:
         shapes = {"texts": (texts, pairs, length), "masked": (pairs, length), "labels": (pairs, length)}
         for name, shape in (shapes | {"sample_ids": (pairs,), "groups": (pairs,), "lengths": (texts, pairs)}).items():
             ids = getattr(self, name)
-            if ids is None or (name == "texts" and self.cached):
-                continue
-            if tuple(ids.shape) != shape or ids.dtype != torch.int64:
+            if ids is not None and (tuple(ids.shape) != shape or ids.dtype != torch.int64):
                 raise UserError(f"`{name}` is {tuple(ids.shape)} {ids.dtype}; it must be {shape} torch.int64.")
-
-    @property
-    def cached(self) -> bool:
-        """Whether views and texts are features of frozen towers."""
-        return self.texts.is_floating_point() and all(view.pixels.ndim == 2 for view in self.views.values())
 
     def __len__(self) -> int:
         """The number of pairs, B."""

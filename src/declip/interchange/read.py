@@ -63,7 +63,7 @@ def hub_folder(where: str) -> str:
 
 
 def load(where: str | Path, device: str = "auto") -> DualEncoder:
-    """Load a model in evaluation mode, with the averaged weights of a run if it has them.
+    """Load a model in evaluation mode.
 
     Args:
         where: A run folder (its best checkpoint, else the newest undamaged one), a checkpoint folder in it, a file or
@@ -144,11 +144,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def weights_of(checkpoint: Checkpoint, where: str) -> Weights:
-    """Weights of a checkpoint, averaged ones if the run has them."""
+    """Weights of a checkpoint."""
     return _weights_of(checkpoint, where).check()
 
 
 def _weights_of(checkpoint: Checkpoint, where: str) -> Weights:
-    tensors = part("model", checkpoint.weights) | part("average", checkpoint.weights)
     heads = part("objective", checkpoint.training)
-    return Weights(read_recipe(checkpoint.recipe, where), tensors, where, heads)
+    return Weights(read_recipe(checkpoint.recipe, where), part("model", checkpoint.weights), where, heads)

@@ -121,9 +121,7 @@ class ImageTower(nn.Module):
             patches.requires_grad_(False)
 
     def forward(self, images: Tensor) -> ImageFeatures:
-        """Encode images (B, 3, H, W), normalized; or (B, width), what `pool` gave for them before."""
-        if images.ndim == 2:
-            return ImageFeatures(self.proj(images), images, images.unsqueeze(1))
+        """Encode images (B, 3, H, W), normalized."""
         pooled, tokens = self.encode(images)
         return ImageFeatures(self.proj(pooled), pooled, tokens)
 

@@ -45,10 +45,7 @@ class AnyTextTower(nn.Module, ABC):
         """Give a masked-language head, (M, width) → (M, vocabulary)."""
 
     def forward(self, tokens: Tensor) -> TextFeatures:
-        """Encode token ids (B, L), padded on the right; or (B, width), what `pool` gave before."""
-        if tokens.is_floating_point():
-            ones = torch.ones(len(tokens), dtype=torch.int64)
-            return TextFeatures(self.text_projection(tokens), tokens.unsqueeze(1), ones)
+        """Encode token ids (B, L), padded on the right."""
         pooled, text_tokens, lengths = self.encode(tokens)
         return TextFeatures(self.text_projection(pooled), text_tokens, lengths)
 

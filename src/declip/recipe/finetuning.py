@@ -17,7 +17,7 @@ UNUSED = ("train", "loss_weights", "contrastive", "views")
 USED = ("train.device", "train.report_to", "train.keep_checkpoints", "train.precision")
 """Sections that heads in closed form do not read, and the keys of these that they do."""
 
-EVALUATIONS = 10  # of a run, at most: an epoch of cached features takes less time than an evaluation
+EVALUATIONS = 10  # of a run, at most
 CPU_SIZE = 128  # image size of the built-in start on a CPU: a third of the work of its 224 pixels
 
 Start = Literal["heads", "image", "whole"]
@@ -85,14 +85,11 @@ def settings(
     if freeze is None:
         freeze = "both" if start == "heads" and on_cpu and not lora else "none"
     heads = freeze == "both" and start != "whole"
-    if heads and not given.get("finetune.cached_views"):
+    if heads:
         return _closed_form(given)
-    init = given.get("finetune.head_init", "cca" if pairs > 1 else "random")  # one pair has no correlation
-    closed = heads and init == "cca"
     keys: dict[str, Any] = dict(
         zip(("finetune.freeze_image_blocks", "finetune.freeze_text_blocks"), FREEZE[freeze], strict=True)
     )
-    keys |= _of_heads(init, given) if heads else {"finetune.cached_views": 0, "finetune.head_warmup_steps": 200}
     # --- batch size and rates
     keys |= {
         "train.batch_size": min(
@@ -107,11 +104,8 @@ def settings(
         scale = 1.0
     keys |= {"finetune.image_lr_scale": scale, "finetune.text_lr_scale": scale}
     # --- length
-    if (closed or (heads and pairs == 1)) and not validated:
-        # Without a validation part nothing tells when to stop: the one step, at the warm-up's rate, changes nothing.
-        keys["train.steps"] = 1
-    elif "train.steps" not in given:
-        keys["train.epochs"] = 60 if heads else 20 if pairs < 10_000 else 10
+    if "train.steps" not in given:
+        keys["train.epochs"] = 20 if pairs < 10_000 else 10
     if "train.epochs" in given:
         keys.pop("train.steps", None)
     # --- what follows from the user's keys
@@ -136,15 +130,3 @@ def _closed_form(given: Mapping[str, Any]) -> dict[str, Any]:
             )
     frozen = dict.fromkeys(("finetune.freeze_image_blocks", "finetune.freeze_text_blocks"), "all")
     return {**frozen, "train.steps": 1, "train.warmup_steps": 0, **given}
-
-
-def _of_heads(init: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    mixes = given.get("contrastive.duplicates") != "mask"  # mixed captions are never equal
-    keys = {
-        "finetune.cached_views": 4,
-        "finetune.head_init": init,
-        "finetune.mixup": float(mixes),
-        "finetune.head_warmup_steps": 0,
-    }
-    # The mean of all steps stays nearer to the closed-form start, which serves captions that training does not see.
-    return keys | ({"train.ema_decay": 1.0} if init == "cca" else {})

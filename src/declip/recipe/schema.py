@@ -193,9 +193,6 @@ class FineTuning(Section):
     class_pairs: bool = Field(
         True, description="with frozen towers, use the classes of the start's classifier as pairs"
     )
-    cached_views: int = Field(0, ge=0, description="views whose frozen features are computed once; 0: at every step")
-    head_init: Literal["random", "cca"] = Field("random", description="cca: canonical correlation of features (CSA)")
-    mixup: float = Field(0.0, ge=0, description="alpha of the mixup of cached features (FuseMix); 0: off")
     lora: LoRA | None = Field(None, description="train low-rank adapters instead: rank, alpha, dropout")
 
     def changed(self) -> list[str]:
@@ -205,9 +202,6 @@ class FineTuning(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        for name, off in (("head_init", "random"), ("mixup", 0)):
-            if getattr(self, name) != off and not self.cached_views:
-                raise ValueError(f"finetune.{name} reads cached features; set finetune.cached_views, or leave it out")
         frozen = self.freeze_image_blocks == self.freeze_text_blocks == "all" and self.class_pairs
         if self.class_names is not None and not frozen:
             raise ValueError(
@@ -235,9 +229,6 @@ class Train(Section):
     grad_clip_norm: float | None = Field(None, gt=0, description="largest norm of the gradient; default: no clipping")
     precision: Literal["auto", "fp32", "bf16"] = Field("fp32", description="of the towers; auto: bf16 where supported")
     channels_last: bool = Field(False, description="channels-last memory format, for convolutions")
-    ema_decay: float | None = Field(
-        None, gt=0, le=1, description="decay of averaged weights, which are evaluated then; 1: the mean of all steps"
-    )
     log_every: int = Field(10, ge=1, description="number of steps between logged rows")
     report_to: Trackers = Field(
         ("auto",), description="trackers: tensorboard, wandb, mlflow, trackio; auto: tensorboard if installed; []: none"
@@ -313,11 +304,6 @@ class Recipe(Section):
             raise ValueError("late_interaction.include_padding requires train.length_buckets=1")
         if group is not None and duplicates == "negatives":
             raise ValueError(f"data.columns.group={group} requires contrastive.duplicates=mask")
-        if group is None and duplicates != "negatives" and self.finetune.mixup:
-            raise ValueError(
-                f"finetune.mixup mixes captions: contrastive.duplicates={duplicates} requires mixup=0 or "
-                "data.columns.group"
-            )
         if self.views.contrastive_view is not None and second is not None and second.start == 1:
             raise ValueError("views.contrastive_view requires two other views; set views.image_second.start below 1")
         return self
@@ -325,11 +311,8 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _teacher_fits(self) -> Self:
         """Check what a teacher cannot be combined with."""
-        teacher, distills = self.distillation.teacher, "distillation" in self.active_losses
-        if distills and teacher is None:
+        if "distillation" in self.active_losses and self.distillation.teacher is None:
             raise ValueError("loss_weights.distillation requires distillation.teacher=WEIGHTS, such as a run's folder")
-        if distills and self.finetune.cached_views > 0:  # a teacher reads images
-            raise ValueError(f"distillation.teacher={teacher} cannot be combined with finetune.cached_views")
         return self
 
     @model_validator(mode="after")
@@ -341,10 +324,8 @@ class Recipe(Section):
         wrong = [name for name in tune.changed() if not (tunes_text and name in of_text)]
         if tune.pretrained is None and wrong:
             raise ValueError(f"finetune.{wrong[0]} requires finetune.pretrained")
-        clashes = {"ema_decay": train.ema_decay, "strategy": train.strategy == "fsdp"}
-        for name, given in clashes.items():
-            if tune.lora is not None and given:
-                raise ValueError(f"finetune.lora cannot be combined with train.{name}={getattr(train, name)}")
+        if tune.lora is not None and train.strategy == "fsdp":
+            raise ValueError("finetune.lora cannot be combined with train.strategy=fsdp")
         measured = self.evaluation.retrieval or self.evaluation.zero_shot
         if train.patience is not None and not (train.evaluate_every and measured):
             raise ValueError("train.patience requires train.evaluate_every and evaluation.retrieval or zero_shot")

@@ -41,7 +41,7 @@ class Checkpoint:
     Reading it runs no code.
 
     Attributes:
-        weights: "model.…" and "average.…" tensors, which `declip.load` reads.
+        weights: "model.…" tensors, which `declip.load` reads.
         training: "objective.…", "optimizer.…" and "random.…" tensors: heads, queue, moments by parameter name, and the
             random generators of each rank, such as "random.0.cpu".
         recipe: The resolved recipe as YAML.

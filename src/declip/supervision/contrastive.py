@@ -82,12 +82,6 @@ def info_nce(
     return (image_to_text + text_to_image) / 2
 
 
-def shared_info_nce(image: Tensor, text: Tensor, scale: Tensor | float) -> Tensor:
-    """`info_nce` of one process from a single matrix of logits: half the work, equal up to rounding."""
-    logits = scaled_similarity(image, text, scale)
-    return (logits.logsumexp(dim=1) + logits.logsumexp(dim=0)).mean() / 2 - logits.diagonal().mean()
-
-
 class ContrastiveTerm(Term):
     """Base class of losses whose targets the recipe's ``contrastive`` section changes."""
 
@@ -116,15 +110,8 @@ class Contrastive(ContrastiveTerm):
     title = "contrastive loss"
     explanation = "Picks the caption of each image, and the image of each caption, among those of the batch."
 
-    def __init__(self, recipe: Recipe, model: DualEncoder) -> None:
-        super().__init__(recipe, model)
-        self.shares_logits = recipe.finetune.cached_views > 0  # most of such a step's time; other runs keep their bits
-
     def loss(self, own: Rows, keys: Rows, similarity: Similarity, offset: int) -> Tensor:
         image, text = own.images[0], own.texts[0]
         soft = self.soft_targets(own, keys, 0)
-        fits = len(own) ** 2 * image.itemsize <= self.max_logit_bytes
-        if self.shares_logits and keys.texts is own.texts and fits and soft is None:
-            return shared_info_nce(image, text, similarity.scale)
         all_keys = keys.images[0], keys.texts[0]
         return info_nce(image, text, *all_keys, similarity.scale, offset, self.max_logit_bytes, soft)

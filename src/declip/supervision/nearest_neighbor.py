@@ -9,13 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from declip.data.pair import PairSource
 from declip.data.plan import Needs
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schema import Recipe
 from declip.supervision.contrastive import ContrastiveTerm, cross_entropy_to_keys
 from declip.supervision.soft_targets import SoftTargets
-from declip.supervision.term import Encodings, Rows, Similarity, require
+from declip.supervision.term import Encodings, Rows, Similarity
 
 NO_TAG = -1
 SIMILARITIES_AT_ONCE = 2**26  # that a lookup holds: 256 MiB in float32, whatever the batch
@@ -64,15 +63,14 @@ class Queue(nn.Module):
         self.written = min(self.written + len(rows), self.size)
 
     @torch.no_grad()
-    def nearest(self, queries: Tensor, tags: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def nearest(self, queries: Tensor) -> tuple[Tensor, Tensor]:
         """Find each query's nearest feature by cosine; the queue must hold one.
 
         Equals the plain loop
-            rows[i] = argmax over r < written, without those of the query's tag, of queries[i]·features[r]
+            rows[i] = argmax over r < written of queries[i]·features[r]
 
         Args:
             queries: (n, width), any length.
-            tags: (n,) int64, tags of the queries; None: no feature is left out.
 
         Returns:
             The neighbors (n, width), float32 and without gradient, and their slots (n,), which index `tags`.
@@ -81,9 +79,6 @@ class Queue(nn.Module):
         blocks = max(1, math.ceil(len(rows) * len(keys) / SIMILARITIES_AT_ONCE))
         with torch.autocast(queries.device.type, enabled=False):
             cosines = (some @ keys.mT for some in rows.tensor_split(blocks))
-            if tags is not None:
-                same = (self.tags[: self.written] == some[:, None] for some in tags.tensor_split(blocks))
-                cosines = (some.masked_fill_(own, -math.inf) for some, own in zip(cosines, same, strict=True))
             slots = torch.cat([some.argmax(dim=1) for some in cosines])
         return self.features[slots], slots
 
@@ -118,15 +113,10 @@ def neighbor_contrast(
 
 
 class NearestNeighbor(ContrastiveTerm):
-    """DeCLIP's loss between the augmented image views and the nearest neighbors of both text views in a queue.
-
-    With ``finetune.cached_views`` neighbors are found by features h of the frozen text tower, as in CLIP-PING
-    (arXiv 2412.03871): N[j, b] = queue[r] of the largest cos(h[r], h[j, b]) among the texts r of other pairs. Those of
-    the pair itself, of which the queue holds earlier visits, would always be the nearest.
-    """
+    """DeCLIP's loss between the augmented image views and the nearest neighbors of both text views in a queue."""
 
     needs = Needs(optional_views=frozenset({"second"}), texts=2)
-    run_state = ("queue.", "bank.")
+    run_state = ("queue.",)
     title = "nearest-neighbor supervision"
     explanation = "The contrastive loss with the most similar earlier captions in place of the caption."
 
@@ -134,29 +124,18 @@ class NearestNeighbor(ContrastiveTerm):
         super().__init__(recipe, model)
         section = recipe.nearest_neighbor
         self.queue = Queue(section.queue_size, recipe.embed_dim)
-        self._pairs = 2**62  # `prepare` counts the pairs
-        # Features of the frozen tower, in the slots of their embeddings.
-        frozen = recipe.finetune.cached_views
-        self.bank = Queue(section.queue_size, model.text_tower.width) if frozen else None
-        self._pending: tuple[Tensor, Tensor, Tensor | None] | None = None
-
-    def prepare(self, source: PairSource, model: DualEncoder) -> None:
-        self._pairs = len(source)
+        self._pending: tuple[Tensor, Tensor] | None = None
 
     def features(self, encoded: Encodings) -> dict[str, Tensor]:
-        texts, bank, pairs, frozen = encoded.texts, self.queue, None, {}
-        if self.bank is not None:
-            texts, bank = F.normalize(encoded.batch.texts.float(), dim=-1), self.bank
-            pairs = (require(encoded.batch.sample_ids) % self._pairs).repeat(len(texts))
-            frozen = {"frozen": texts.transpose(0, 1)}
-        if len(bank) == 0:
-            return frozen
-        _, found = bank.nearest(texts.detach().flatten(0, 1), pairs)
-        return {"queue_indices": found.unflatten(0, texts.shape[:2]).mT, **frozen}
+        texts = encoded.texts
+        if len(self.queue) == 0:
+            return {}
+        _, found = self.queue.nearest(texts.detach().flatten(0, 1))
+        return {"queue_indices": found.unflatten(0, texts.shape[:2]).mT}
 
     def loss(self, own: Rows, keys: Rows, similarity: Similarity, offset: int) -> Tensor:
         if self.training:
-            self._pending = keys.texts.detach(), keys.sample_ids, keys.extra.get("frozen")
+            self._pending = keys.texts.detach(), keys.sample_ids
         if "queue_indices" not in keys.extra:
             return own.images.sum() * 0.0  # nothing to find yet
         # Every rank looked up its own captions; all ranks' queues are equal, so the indices name the same features.
@@ -174,11 +153,9 @@ class NearestNeighbor(ContrastiveTerm):
     def after_step(self, model: DualEncoder) -> None:
         # The augmented caption first, then the caption, as the official implementation.
         if self._pending is not None:
-            texts, ids, frozen = self._pending
+            texts, ids = self._pending
             for view in (1, 0):
                 self.queue.push(texts[view], tags=2 * ids + view)
-                if self.bank is not None and frozen is not None:
-                    self.bank.push(frozen[:, view], tags=ids % self._pairs)
             self._pending = None
 
 

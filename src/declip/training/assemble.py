@@ -1,17 +1,15 @@
 """Assembly of a run from a recipe: all checks are made here, before the first step."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from declip.data.assembly import Assembler
-from declip.data.cached import CachedFeatures, VariantAssembler
 from declip.data.loader import PairLoader
 from declip.data.pair import PairSource
 from declip.data.plan import Plan, plan_views
-from declip.models.average import Average
 from declip.models.device import pick_device
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schema import Recipe
@@ -20,15 +18,12 @@ from declip.runs import folder as run_folder
 from declip.runs.checkpoint import Checkpoint
 from declip.supervision.objective import Objective, needs_of
 from declip.training import distributed
-from declip.training.closed_form import start_closed_form
 from declip.training.distributed import HostGroup
-from declip.training.frozen import cached_features, check_frozen
-from declip.training.frozen_encoder import set_teacher
 from declip.training.optimizer import build_optimizer, named_trainable
 from declip.training.pairs import TRAINING, open_held_out, refuse_broken, sample_hashes
 from declip.training.parallel import build_learner
 from declip.training.parts import Parts
-from declip.training.pretrained import apply_pretrained
+from declip.training.pretrained import apply_pretrained, set_teacher
 from declip.training.resolve import Resolved, resolve
 from declip.training.sinks import Sink
 from declip.training.state import restore
@@ -63,12 +58,9 @@ def assemble(
     pretrained = apply_pretrained(resolved.weights, recipe, model, objective)
     objective.prepare(source, model)
     set_teacher(objective, source, model)
-    if recipe.finetune.cached_views:
-        check_frozen(recipe, model)
 
-    # --- learner, averaged weights, optimizer
+    # --- learner and optimizer
     learner = build_learner(recipe, model, objective)
-    average = Average(model, recipe.train.ema_decay) if recipe.train.ema_decay else None
     multipliers = pretrained.multipliers if pretrained is not None else {}
     named = named_trainable(model, objective)
     optimizer = build_optimizer(named, recipe.train, multipliers, objective.over_vocabulary)
@@ -83,8 +75,8 @@ def assemble(
 
     # --- the run folder, and the checkpoint in it
     parts = Parts(
-        recipe, folder, quiet, callbacks, hosts, source, plan, model, objective, pretrained, learner, average,
-        optimizer, loader, workers, samples,
+        recipe, folder, quiet, callbacks, hosts, source, plan, model, objective, pretrained, learner, optimizer,
+        loader, workers, samples,
     )  # fmt: skip
     checkpoint = _open_folder(parts, resume)
     if checkpoint is not None:
@@ -111,14 +103,9 @@ def plan_of(recipe: Recipe) -> Plan:
     return plan_views(recipe, needs_of(recipe))
 
 
-def build_loader(
-    recipe: Recipe, source: PairSource, model: DualEncoder, workers: int = 0, features: CachedFeatures | None = None
-) -> PairLoader:
-    """Build the loader of a recipe, of cached features if they are given; its `step` is that of the next batch."""
-    kind: Callable[..., Assembler] = Assembler
-    if features is not None:
-        kind = partial(VariantAssembler, variants=len(features.image_rows), features=features)
-    assembler = kind(
+def build_loader(recipe: Recipe, source: PairSource, model: DualEncoder, workers: int = 0) -> PairLoader:
+    """Build the loader of a recipe; its `step` is that of the next batch."""
+    assembler = Assembler(
         source,
         model.tokenizer,
         plan_of(recipe),
@@ -134,25 +121,6 @@ def build_loader(
         pin_memory=model.device.type == "cuda",
         max_broken_fraction=recipe.data.max_broken_fraction,
     )
-
-
-def cache_features(parts: Parts) -> PairLoader:
-    """Compute the features of frozen towers that no earlier run has, and build the loader that reads them.
-
-    At step 0 heads of `finetune.head_init=cca` get their closed-form start from these features.
-    """
-    recipe, source, model = parts.recipe, parts.source, parts.model
-    read = partial(cached_features, recipe, source, model, parts.plan)
-    computed: list[CachedFeatures] = []  # by rank 0 alone; the others then find all in the cache
-    parts.hosts.on_rank_zero(lambda: computed.append(read(not parts.quiet)))
-    features = computed[0] if computed else read(False)
-    if recipe.finetune.head_init == "cca" and parts.progress.step == 0 and parts.progress.best is None:
-        start_closed_form(model, features, parts.plan.views[0].name)
-        if parts.average is not None:  # it is evaluated before the first step
-            parts.average.module.load_state_dict(model.state_dict())
-    loader = build_loader(recipe, source, model, features=features)
-    continue_at(parts.progress.step, parts, loader)
-    return loader
 
 
 def continue_at(step: int, parts: Parts, loader: PairLoader) -> None:

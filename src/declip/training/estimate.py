@@ -15,7 +15,7 @@ from declip.evaluation.datasets import open_dataset
 from declip.evaluation.encode import encode_source
 from declip.io.text import duration, plural
 from declip.recipe.schema import Recipe
-from declip.training.assemble import assemble, build_loader, cache_features
+from declip.training.assemble import assemble, build_loader
 from declip.training.pairs import evaluation_tasks, open_training_source
 from declip.training.parts import Parts
 from declip.training.resolve import resolve_epochs
@@ -29,13 +29,12 @@ class Estimate:
     """The expected cost of a run: seconds of its parts, and bytes of memory."""
 
     recipe: Recipe
-    features: float
     steps: float
     evaluations: float
     memory: int
 
     def __str__(self) -> str:
-        parts = {"steps": self.steps, "evaluations": self.evaluations, "features of frozen towers": self.features}
+        parts = {"steps": self.steps, "evaluations": self.evaluations}
         listed = ", ".join(f"{name} {duration(seconds)}" for name, seconds in parts.items() if seconds >= 0.5)
         return (
             f"{plural(self.recipe.train.steps, 'step')} of {self.recipe.train.batch_size:,} pairs at most, about "
@@ -52,10 +51,6 @@ def estimate(recipe: Recipe) -> Estimate:
     small._given = recipe.given
     with TemporaryDirectory() as folder:
         parts = assemble(small, Path(folder) / "run", quiet=True)
-        started = time.perf_counter()
-        if recipe.finetune.cached_views:
-            parts.loader = cache_features(parts)
-        features = (time.perf_counter() - started) * len(source) / few
         seconds = fmean(step_seconds(parts, 1, TIMED))
         evaluation, count = 0.0, 1 + (train.steps - 1) // train.evaluate_every if train.evaluate_every else 1
         for name in evaluation_tasks(recipe, final=False):
@@ -68,7 +63,7 @@ def estimate(recipe: Recipe) -> Estimate:
             parts.lock.close()
         memory = _peak(parts.model.device)
     full = parts.recipe.model_copy(update={"data": recipe.data})
-    return Estimate(full, features, train.steps * seconds, count * evaluation, memory)
+    return Estimate(full, train.steps * seconds, count * evaluation, memory)
 
 
 def step_seconds(parts: Parts, warm: int, count: int) -> list[float]:
@@ -77,7 +72,7 @@ def step_seconds(parts: Parts, warm: int, count: int) -> list[float]:
     Where the views change during the run, each time is the mean over the run of one step before and one after.
     """
     recipe = parts.recipe
-    step_parts = StepParts(parts.learner, parts.optimizer, parts.plan, recipe.train, parts.average)
+    step_parts = StepParts(parts.learner, parts.optimizer, parts.plan, recipe.train)
 
     def timed(loader: PairLoader) -> list[float]:
         seconds = []
@@ -92,8 +87,6 @@ def step_seconds(parts: Parts, warm: int, count: int) -> list[float]:
 
     parts.learner.train()
     seconds = timed(parts.loader)
-    if recipe.finetune.cached_views:
-        return seconds
     first, *later = parts.plan.changes
     phases = [seconds]
     for start in later:

@@ -62,9 +62,9 @@ class Features(NamedTuple):
 
 
 def closed_form(recipe: Recipe) -> bool:
-    """Whether a fine-tuning fits projections alone: both towers are frozen, and no views are cached to train on."""
+    """Whether a fine-tuning fits projections alone: both towers are frozen, without adapters."""
     tune = recipe.finetune
-    return tune.freeze_image_blocks == tune.freeze_text_blocks == "all" and not tune.cached_views and tune.lora is None
+    return tune.freeze_image_blocks == tune.freeze_text_blocks == "all" and tune.lora is None
 
 
 def fit(

@@ -1,31 +1,33 @@
 """A model whose frozen towers see each image and text once, for evaluation."""
 
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import PIL
+import timm
 import torch
 import torch.nn.functional as F
 from filelock import FileLock
 from torch import Tensor
 
 from declip.data.feature_store import KEY, FeatureStore
-from declip.data.pair import PairSource
-from declip.errors import UserError
 from declip.evaluation.encode import eval_mode
-from declip.interchange.read import read
-from declip.io.cache import LOCK
+from declip.io.atomic import cache_folder
+from declip.io.cache import FEATURES, LOCK
 from declip.io.pool import pairs_bar
-from declip.models.dual_encoder import DualEncoder, has_text
+from declip.models.dual_encoder import DualEncoder
 from declip.models.inference import chunked
-from declip.models.layers import IMAGE, TEXT
-from declip.supervision.distillation import Distillation
-from declip.supervision.objective import Objective
-from declip.training.frozen import features_folder, text_key, tower_digest
+from declip.models.layers import IMAGE, PROJECTIONS, TEXT
 
 BATCH = 64  # captions that the tower sees at a time
+
+FEATURE_VERSION = 1
+"""Increase it when preprocessing, tokenizers or towers compute other features of the same input."""
 
 
 class FrozenEncoder:
@@ -95,22 +97,42 @@ class _PooledFeatures:
         return self.store.rows()[self.store.places(keys)].to(batch.device)
 
 
-def set_teacher(objective: Objective, source: PairSource, model: DualEncoder) -> None:
-    """Load the fixed teacher of a loss that has one; it must read captions as the learner does."""
-    for term in objective.terms.values():
-        if not isinstance(term, Distillation) or term.given is None:
-            continue
-        teacher = read(term.given).check().build().to(model.device)  # not `as_start`, which has no projections
-        if not has_text(teacher):
-            raise UserError(f"distillation.teacher={term.given} has no text tower. Give one with both towers.")
-        captions = ["a photo of 2 dogs", *source.captions(0)]
-        if not torch.equal(*(each.tokenize(captions).cpu() for each in (model, teacher))):
-            raise UserError(
-                f"distillation.teacher={term.given} has another tokenizer or text.context_length than the model. Give "
-                "a teacher with the same ones, or its weights as finetune.pretrained too."
-            )
-        term.set_teacher(teacher)
+def features_folder(name: str) -> Path:
+    """Make a folder for the features of a tower."""
+    folder = cache_folder() / FEATURES / name
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def _pixel_key(pixels: Tensor) -> bytes:
     return hashlib.blake2b(pixels.contiguous().numpy().tobytes(), digest_size=KEY).digest()
+
+
+def text_key(row: Tensor, padding: int) -> bytes:
+    """Hash token ids (L,) without the padding at their end."""
+    ids = row.numpy()
+    length = int(np.flatnonzero(ids != padding).max(initial=-1)) + 1
+    return hashlib.blake2b(ids[:length].tobytes(), digest_size=KEY).digest()
+
+
+def tower_digest(model: DualEncoder, tower: str, *about: Any) -> str:
+    """Hash a tower's weights except the projection, its recipe section, and whatever else its features depend on."""
+    # Equal weights may compute other features: with another pooling, activation or number of heads, or in other code.
+    section = None if model.recipe is None else (model.recipe.image if tower == IMAGE else model.recipe.text)
+    known = [section and section.model_dump(mode="json"), about, feature_versions()]
+    digest = hashlib.sha256(json.dumps(known).encode())
+    for name, tensor in model.state_dict().items():
+        if name.startswith(tower) and not name.startswith(PROJECTIONS):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:24]
+
+
+def feature_versions() -> dict[str, str | int]:
+    """The versions of the code that features depend on; Pillow decodes and resizes the images."""
+    return {
+        "features": FEATURE_VERSION,
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "pillow": PIL.__version__,
+    }

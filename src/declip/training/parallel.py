@@ -79,10 +79,8 @@ def _check(recipe: Recipe, model: DualEncoder) -> None:
             f"train.batch_size={train.batch_size} is less than one pair for each of {distributed.world_size()} "
             "processes. Increase it, or start fewer processes."
         )
-    if train.strategy == "fsdp" and distributed.world_size() > 1:
-        for key in ("grad_cache_chunk", "ema_decay"):
-            if getattr(train, key):
-                raise UserError(f"train.{key} requires train.strategy=ddp. Change one of the two.")
+    if train.strategy == "fsdp" and train.grad_cache_chunk and distributed.world_size() > 1:
+        raise UserError("train.grad_cache_chunk requires train.strategy=ddp. Change one of the two.")
     if train.grad_cache_chunk and model.image_tower.has_batch_norm and distributed.is_rank_zero():
         log.warning(
             f"train.grad_cache_chunk={train.grad_cache_chunk}: the batch norm of '{recipe.image.model}' sees each "

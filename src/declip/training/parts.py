@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import nn
@@ -12,13 +11,10 @@ from torch import nn
 from declip.data.loader import PairLoader
 from declip.data.pair import PairSource, SkipCounter
 from declip.data.plan import Plan
-from declip.evaluation.encode import Encoder
-from declip.models.average import Average
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schema import Recipe
 from declip.supervision.objective import Objective
 from declip.training.distributed import HostGroup
-from declip.training.frozen_encoder import FrozenEncoder
 from declip.training.parallel import unwrap
 from declip.training.pretrained import Pretrained
 from declip.training.sinks import Sink
@@ -49,7 +45,6 @@ class Parts:
         hosts: Coordination between the ranks.
         pretrained: What was loaded from `finetune.pretrained` or a text encoder; None where all weights are random.
         learner: Model and objective as one module, distributed over the ranks.
-        average: Averaged weights, where the recipe asks for them.
         loader: Batches of images and captions from the next step on.
         workers: Number of loader processes.
         samples: Hashes of some training pairs and of each held-out set, see `sample_hashes`.
@@ -67,24 +62,12 @@ class Parts:
     objective: Objective
     pretrained: Pretrained | None
     learner: nn.Module
-    average: Average | None
     optimizer: torch.optim.Optimizer
     loader: PairLoader
     workers: int
     samples: Mapping[str, list[str]]
     progress: Progress = field(default_factory=Progress)
     lock: FileIO | None = None
-
-    @property
-    def evaluated_model(self) -> DualEncoder:
-        """The averaged weights where the recipe asks for them, else the trained ones."""
-        return cast(DualEncoder, self.average.module) if self.average is not None else self.model
-
-    @property
-    def encoder(self) -> Encoder:
-        """The evaluated model; with cached features it computes each image and text once for all runs."""
-        model = self.evaluated_model
-        return cast(Encoder, FrozenEncoder(model)) if self.recipe.finetune.cached_views else model
 
     @property
     def sharded(self) -> bool:

@@ -11,19 +11,21 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from declip.data.pair import PairSource
 from declip.errors import UserError
 from declip.interchange.declip_file import read_part, write_part
-from declip.interchange.read import read_start
+from declip.interchange.read import read, read_start
 from declip.interchange.weights import Weights
 from declip.io.atomic import ELSEWHERE, atomic_write
-from declip.models.dual_encoder import DualEncoder
+from declip.models.dual_encoder import DualEncoder, has_text
 from declip.models.freezing import freeze, keep_in_evaluation
 from declip.models.hf_encoder import ENTRY
-from declip.models.layers import IMAGE, PROJECTIONS, TEXT, blocks, depths
+from declip.models.layers import IMAGE, TEXT, blocks, depths
 from declip.models.lora import MARK, Adapters
 from declip.recipe.schema import FineTuning, LoRA, Recipe
 from declip.runs.checkpoint import prefixed
 from declip.runs.folder import KEPT
+from declip.supervision.distillation import Distillation
 from declip.supervision.objective import Objective
 from declip.training.optimizer import LrMultiplier
 
@@ -123,6 +125,23 @@ def load_tensors(start: Weights, model: DualEncoder) -> set[str]:
     return set(fitted)
 
 
+def set_teacher(objective: Objective, source: PairSource, model: DualEncoder) -> None:
+    """Load the fixed teacher of a loss that has one; it must read captions as the learner does."""
+    for term in objective.terms.values():
+        if not isinstance(term, Distillation) or term.given is None:
+            continue
+        teacher = read(term.given).check().build().to(model.device)  # not `as_start`, which has no projections
+        if not has_text(teacher):
+            raise UserError(f"distillation.teacher={term.given} has no text tower. Give one with both towers.")
+        captions = ["a photo of 2 dogs", *source.captions(0)]
+        if not torch.equal(*(each.tokenize(captions).cpu() for each in (model, teacher))):
+            raise UserError(
+                f"distillation.teacher={term.given} has another tokenizer or text.context_length than the model. Give "
+                "a teacher with the same ones, or its weights as finetune.pretrained too."
+            )
+        term.set_teacher(teacher)
+
+
 def _stretched(positions: Tensor, length: int) -> Tensor:
     """Interpolate position embeddings (n, width) linearly so that both ends stay, or keep the first ones alone."""
     if length <= len(positions):
@@ -173,8 +192,6 @@ def _freeze(model: DualEncoder, tune: FineTuning, layers: Mapping[str, int], loa
                 f"finetune.{key}={asked}, but the weights hold {most} blocks of the {tower[:-1]}. Give 0 to {most}, "
                 "or all."
             )
-        if tune.cached_views:  # the projections learn from the features of frozen towers
-            names = [name for name in names if not name.startswith(PROJECTIONS)]
         freeze(model, [name for name in names if asked == "all" or layers[name] <= asked] if asked else [])
     if tune.image_lr_scale < 1 or tune.layer_decay < 1 or tune.head_warmup_steps:
         # Statistics of a few small batches would replace those of millions of images, to which the weights belong.

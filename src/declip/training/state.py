@@ -48,12 +48,6 @@ def collect(parts: Parts) -> Checkpoint | None:
     state = dict(unwrap(parts.learner).state_dict())  # "model.…" and "objective.…"
     weights = {name: state.pop(name) for name in list(state) if name.startswith("model.")}
     training = state | prefixed("optimizer", moments(parts.optimizer))
-    if parts.average is not None:
-        # Frozen weights are equal to the model's, so they are stored once.
-        frozen = {name for name, parameter in parts.model.named_parameters() if not parameter.requires_grad}
-        averages = parts.average.module.state_dict().items()
-        weights |= prefixed("average", {name: tensor for name, tensor in averages if name not in frozen})
-        training["averaged_steps"] = parts.average.n_averaged
     if parts.sharded:
         weights = {name: full_tensor(tensor) for name, tensor in weights.items()}
         training = {name: full_tensor(tensor) for name, tensor in training.items()}
@@ -115,9 +109,6 @@ def _refuse_other_pairs(parts: Parts, before: Mapping[str, list[str]]) -> None:
 
 
 def load_weights(parts: Parts, found: Checkpoint) -> None:
-    """Load a checkpoint's weights, heads and averages."""
+    """Load a checkpoint's weights and heads."""
     for name, module in (("model", parts.model), ("objective", parts.objective)):
         load_full_state(module, part(name, {**found.weights, **found.training}))
-    if parts.average is not None:
-        parts.average.module.load_state_dict(part("model", found.weights) | part("average", found.weights))
-        parts.average.n_averaged.copy_(found.training["averaged_steps"])

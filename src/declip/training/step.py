@@ -9,7 +9,6 @@ from torch.profiler import record_function
 from declip.data.batch import PairBatch
 from declip.data.images.crops import apply_photometric
 from declip.data.plan import Plan
-from declip.models.average import Average
 from declip.models.blocks import frozen_batch_norm_stats
 from declip.models.device import random_states, set_random_states
 from declip.recipe.schema import Train
@@ -29,14 +28,12 @@ class StepParts:
         plan: Its image statistics normalize the views.
         train: The recipe's section. With `precision` "bf16" towers and heads run in autocast; losses and logits stay
             float32.
-        average: Updated after the step.
     """
 
     learner: nn.Module
     optimizer: torch.optim.Optimizer
     plan: Plan
     train: Train
-    average: Average | None = None
 
     def __post_init__(self) -> None:
         device = unwrap(self.learner).model.device
@@ -91,8 +88,6 @@ def training_step(parts: StepParts, batch: PairBatch, sync: StepSync | None = No
         values = {name: loss.detach() for name, loss in losses.items()} | {"grad_norm": grad_norm}
         optimizer.step()
         learner.objective.after_step(learner.model)  # limits the scales, and writes the queue
-        if parts.average is not None:
-            parts.average.update(learner.model)
     return values
 
 

@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -24,7 +24,6 @@ from declip.runs import folder as run_folder
 from declip.runs.checkpoint import CheckpointWriter
 from declip.runs.folder import Run, log
 from declip.training import distributed
-from declip.training.assemble import build_loader, cache_features
 from declip.training.distributed import StepSync
 from declip.training.examples import example_views, write_examples
 from declip.training.monitor import Monitor, monitored
@@ -48,7 +47,7 @@ class Trainer:
     def __init__(self, parts: Parts) -> None:
         recipe, device = parts.recipe, parts.model.device
         self.parts, self.progress, self.loader = parts, parts.progress, parts.loader
-        self.step_parts = StepParts(parts.learner, parts.optimizer, parts.plan, recipe.train, parts.average)
+        self.step_parts = StepParts(parts.learner, parts.optimizer, parts.plan, recipe.train)
         self.guard = NonFiniteGuard(device)
         self.losses = LossMonitor(recipe.train.batch_size, recipe.train.warmup_steps, parts.objective.watched)
         self.throughput = ThroughputMonitor()
@@ -89,15 +88,11 @@ class Trainer:
         return Run(parts.folder, self.progress.step, finished, status, self.is_rank_zero)
 
     def _prepare(self, monitor: Monitor) -> None:
-        """Do what precedes the next step: messages, features of frozen towers, evaluation of the starting weights."""
+        """Do what precedes the next step: messages, and evaluation of the starting weights."""
         parts = self.parts
         self._introduce()
-        watched = parts.recipe.train.patience is not None and self.progress.best is None
-        closed_form = watched and parts.recipe.finetune.head_init == "cca"  # a candidate for the best weights
-        if parts.recipe.finetune.cached_views:
-            self.loader = cache_features(parts)
-        if self.progress.step == 0 and parts.pretrained is not None and (parts.pretrained.whole or closed_form):
-            results = self.evaluate(monitor, final=parts.pretrained.whole)
+        if self.progress.step == 0 and parts.pretrained is not None and parts.pretrained.whole:
+            results = self.evaluate(monitor, final=True)
             if self._is_best(results):
                 self.save(monitor)
         parts.learner.train()
@@ -240,10 +235,6 @@ class Trainer:
     def _write_examples(self, batch: PairBatch) -> None:
         """Write example pairs for the report, once in a run."""
         parts = self.parts
-        if parts.recipe.finetune.cached_views:  # the batches of the loop hold features, not images
-            with closing(build_loader(parts.recipe, parts.source, parts.model)) as loader:
-                loader.step = self.progress.step
-                batch = next(loader)
         views = example_views(batch, parts.source, parts.plan, parts.model.tokenizer)
         write_examples(parts.folder, parts.recipe, parts.objective, parts.source, views)
 
@@ -263,7 +254,7 @@ class Trainer:
             weights = {"best_step": progress.best.step} if at_end and progress.best is not None else {}
             results: list[Result] = []
             for name, protocols in evaluation_tasks(parts.recipe, final).items():
-                for result in evaluate_all(parts.encoder, name, protocols, options):
+                for result in evaluate_all(parts.model, name, protocols, options):
                     monitor.evaluation(progress.step, {**result.to_dict(), **weights})
                     results.append(result)
             return results
