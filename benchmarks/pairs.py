@@ -51,7 +51,7 @@ def open_pairs() -> PairSource:
 
 
 CAPTIONS = ("emoji", "joined", "full")
-"""One caption; all captions and keywords of a pair joined; those of several pairs, enough to fill a text tower."""
+"""One caption; all captions of a pair joined; those of several pairs, enough to fill a text tower."""
 
 
 def texts_of(source: PairSource, kind: str, count: int = 2048) -> list[str]:
@@ -59,7 +59,7 @@ def texts_of(source: PairSource, kind: str, count: int = 2048) -> list[str]:
     pairs = [source[int(index)] for index in np.linspace(0, len(source) - 1, count)]
     if kind == "emoji":
         return [pair.captions[0] for pair in pairs]
-    joined = [" ".join((*pair.captions, *pair.keywords)) for pair in pairs]
+    joined = [" ".join(pair.captions) for pair in pairs]
     if kind == "joined":
         return joined
     words = " ".join(joined).split()

@@ -374,7 +374,7 @@ def parser() -> argparse.ArgumentParser:
         "--captions",
         choices=CAPTIONS,
         default="joined",
-        help="of the built-in emoji: one caption; all captions and keywords of a pair (default); several pairs', "
+        help="of the built-in emoji: one caption; all captions of a pair (default); several pairs', "
         "so that all 77 tokens are used",
     )
     found.add_argument("--apart", action="store_true", help="build each for its turn only; so where memory is short")

@@ -212,7 +212,7 @@ def architecture() -> str:
     """The packages that a pair passes, from its source to the trained model's use."""
     steps = (
         ("source", "data/sources/", "PairSource", PLAIN),
-        ("pair", "data/pair.py: image, captions, keywords", "Pair", PLAIN),
+        ("pair", "data/pair.py: image, captions", "Pair", PLAIN),
         ("views", "data/plan.py, images/, text/", "uint8 crops, token ids", IMAGE),
         ("batch", "data/assembly.py, loader.py", "PairBatch", IMAGE),
         ("towers", "models/dual_encoder.py", "TowerOutputs", IMAGE),

@@ -27,7 +27,7 @@ def jpeg(image: Image.Image | None = None, **options: object) -> bytes:
 
 
 class Noise(PairSource):
-    """Images of noise, two captions and four keywords a pair; some broken, by place and reason."""
+    """Images of noise, two captions a pair; some broken, by place and reason."""
 
     def __init__(self, count: int = 30, broken: Mapping[int, str] | None = None) -> None:
         self.name, self.count, self.broken = "fake", count, broken or {}
@@ -42,7 +42,7 @@ class Noise(PairSource):
         if index in self.broken:
             raise BrokenPair(self.broken[index], f"pair-{index}")
         noise = np.random.default_rng(index).integers(0, 256, (16, 20, 3), dtype=np.uint8)
-        return Pair(f"pair-{index}", Image.fromarray(noise), self.captions(index), ("red", "round", "old", "wet"))
+        return Pair(f"pair-{index}", Image.fromarray(noise), self.captions(index))
 
 
 class Words:

@@ -32,7 +32,7 @@ def write_tar(path: Path, members: Iterable[tuple[str, bytes]], format: int = ta
 
 def pair(number: int) -> list[tuple[str, bytes]]:
     """The members of pair `number`, as img2dataset writes them."""
-    said = {"caption": f"picture {number}", "keywords": ["red", "round"], "url": "http://x"}
+    said = {"caption": f"picture {number}", "url": "http://x"}
     return [
         (f"{number:09d}.png", picture(number)),
         (f"{number:09d}.txt", f"picture {number}".encode()),

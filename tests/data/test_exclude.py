@@ -82,7 +82,7 @@ def test_another_list_is_refused_in_the_same_folder_and_the_same_continues(twice
     (tmp_path / "drop.txt").write_text("t.tar/a\n")
     for _ in range(2):
         shard_source(twice, tmp_path / "out", exclude=tmp_path / "drop.txt", workers=0)
-    with pytest.raises(UserError, match="exclude was"):
+    with pytest.raises(UserError, match="content was"):
         shard_source(twice, tmp_path / "out", workers=0)
     (tmp_path / "drop.txt").write_text("z.png\n")
     with pytest.raises(UserError, match=r"1 keys of .* such as 'z.png'"):

@@ -34,7 +34,6 @@ class Source(PairSource):
         ("one",), ("one", "two \\ lines'"), ("\ufeffmarked",), ('"quoted" \\ {json}',), ("日本語 🐈",),
         ("one", "\ufefftwo"), ("x" * 20_000,), ("one",),
     )  # fmt: skip
-    words = ((), (), (), (), (), (), (), ("red", "very round"))
 
     def __init__(self, broken=()):
         self.broken = broken
@@ -45,7 +44,7 @@ class Source(PairSource):
     def __getitem__(self, index):
         if index in self.broken:
             raise BrokenPair("missing image", self.keys[index])
-        return Pair(self.keys[index], scene(40 + index, 30), self.captions(index), self.words[index])
+        return Pair(self.keys[index], scene(40 + index, 30), self.captions(index))
 
     def captions(self, index):
         return self.said[index]
@@ -87,7 +86,7 @@ def test_what_is_read_back_is_what_was_there(folder, tmp_path, workers):
     for place, index in enumerate((0, 2, 3, 5, 6, 7, 8)):
         old, new = before[index], after[place]
         assert new.key == f"{index // 4:06d}.tar/{index:09d}"
-        assert (new.captions, new.keywords) == (old.captions, old.keywords)
+        assert new.captions == old.captions
         shrunk_to = tuple(max(48, round(side * 48 / min(old.image.size))) for side in old.image.size)
         assert new.image.size == (old.image.size if index == 5 else shrunk_to)
         expected = np.asarray(old.image.resize(new.image.size, Image.Resampling.LANCZOS)).astype(int)
@@ -95,7 +94,7 @@ def test_what_is_read_back_is_what_was_there(folder, tmp_path, workers):
     with tarfile.open(tmp_path / "made/000001.tar") as tar:
         members = {member.name: tar.extractfile(member).read() for member in tar}
     assert members["000000005.jpg"] == (folder / "5.jpg").read_bytes(), "turned, and small enough"
-    assert members["000000005.json"] == b'{"caption": ["picture 5", "scene 5"], "keywords": []}'
+    assert members["000000005.json"] == b'{"caption": ["picture 5", "scene 5"]}'
     assert members["000000006.txt"] == b"picture 6"
     assert [name for name in members if name.endswith("png")] == ["000000006.png"]
 
@@ -106,7 +105,6 @@ def test_hostile_names_and_captions(tmp_path):
     after = open_source(tmp_path / "made")
     kept = [index for index in range(len(source)) if index != 3]
     assert [after[place].captions for place in range(len(after))] == [source.said[index] for index in kept]
-    assert [after[place].keywords for place in range(len(after))] == [source.words[index] for index in kept]
     assert [after[place].image.width for place in range(len(after))] == [40 + index for index in kept]
     assert (tmp_path / "made/NOTICE.txt").read_text() == "drawn by somebody\n"
     with tarfile.open(tmp_path / "made/000000.tar") as tar:

@@ -74,7 +74,7 @@ def emoji_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 {
                     "key": f"{design.key}/{code}", "design": design.key, "drawing": name,
                     "code": code, "name": name, "category": shape, "group": shape, "held_out": color == COLOURS[-1],
-                    "captions": [name, f"{shape} in {color}"], "keywords": [color, shape],
+                    "captions": [name, f"{shape} in {color}"],
                 }
             )  # fmt: skip
             pixels.append(np.asarray(draw(color, shape, SIDE)))

@@ -21,14 +21,14 @@ class Numbers(PairSource):
 
     name = "numbers"
 
-    def __init__(self, captions: list[tuple[str, ...]], keywords: tuple[str, ...] = (), side: int = 8) -> None:
-        self.given, self.words, self.side = captions, keywords, side
+    def __init__(self, captions: list[tuple[str, ...]], side: int = 8) -> None:
+        self.given, self.side = captions, side
 
     def __len__(self) -> int:
         return len(self.given)
 
     def __getitem__(self, index: int) -> Pair:
-        return Pair(f"pair {index}", self.image(index), self.captions(index), self.words)
+        return Pair(f"pair {index}", self.image(index), self.captions(index))
 
     def image(self, index: int) -> Image.Image:
         return texture(index, self.side)
@@ -177,12 +177,8 @@ def test_images_of_a_test_set_are_found(planted: Path) -> None:
 
 
 def test_one_word_captions_lead_to_another_second_view() -> None:
-    for caption, keywords, words in (
-        (("cat",), ("pet",), "views.text.second_view=keywords"),
-        (("cat", "tom", "kitty"), ("pet",), "views.text.second_view=caption"),
-        (("cat",), (), "Add words"),
-    ):
-        assert words in advice(inspect_source(Numbers([caption] * 4, keywords), workers=0), "one_word")
+    for caption, words in ((("cat", "tom", "kitty"), "views.text.second_view=caption"), (("cat",), "Add words")):
+        assert words in advice(inspect_source(Numbers([caption] * 4), workers=0), "one_word")
 
 
 @pytest.mark.parametrize(("words", "context"), [(14, 16), (15, 24), (300, 77)])

@@ -82,7 +82,7 @@ def test_a_recipe_extends_another_file_and_an_override_changes_one_entry(tmp_pat
     assert short == load_recipe("demo-declip", {"train.batch_size": 9, "train.steps": 3}), "sections are merged"
     assert load_recipe("clip", {"data.source": Path("a.csv")}).data.source == "a.csv"
     recipe = load_recipe("clip", {"data.columns.caption": "title"})
-    assert recipe.data.columns == {"image": "image", "caption": "title", "keywords": "keywords"}
+    assert recipe.data.columns == {"image": "image", "caption": "title"}
     recipe = load_recipe("declip", {"loss_weights.simsiam": "0"})
     assert recipe.loss_weights == {**METHOD["declip", "demo-declip"], "simsiam": 0}
     assert "simsiam" not in recipe.active_losses

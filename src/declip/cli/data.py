@@ -48,7 +48,6 @@ def shard(
     workers: Workers = None,
     image_column: ImageColumn = "image",
     caption_column: CaptionColumn = "caption",
-    keyword_column: Annotated[str, typer.Option(help="a table's column of keywords, if it has one")] = "keywords",
     image_root: ImageRoot = None,
     quiet: Quiet = False,
 ) -> None:
@@ -62,7 +61,7 @@ def shard(
         size=size,
         shard_pairs=shard_pairs,
         workers=workers,
-        columns=Columns(image_column, caption_column, keyword_column, root=image_root),
+        columns=Columns(image_column, caption_column, root=image_root),
         exclude=exclude,
         progress=not quiet,
     )

@@ -24,15 +24,13 @@ if TYPE_CHECKING:
     from declip.data.plan import Plan, ViewSpec
     from declip.data.text.caption_tokenizer import CaptionTokenizer
 
-MOST_KEYWORDS = 3  # of a text view
-
 
 class Assembler:
     """Builds the batch of any step.
 
     Epoch e shows all pairs in an order sampled from (seed, e); step s belongs to epoch s // steps_per_epoch, and pairs
     that do not fill a last batch are dropped. Everything random about pair i in epoch e comes from a
-    generator seeded by (seed, e, i), in this order: caption, keywords, augmentation, mask, then crop and photometric
+    generator seeded by (seed, e, i), in this order: captions, augmentation, mask, then crop and photometric
     parameters of each image view. Each of `ranks` builds consecutive pairs of a batch of `batch_size`.
     """
 
@@ -76,7 +74,7 @@ class Assembler:
     def _generator(self, epoch: int, index: int) -> np.random.Generator:
         return np.random.default_rng((self.seed, epoch, index))
 
-    def _texts(self, captions: Sequence[str], keywords: Sequence[str], generator: np.random.Generator) -> list[str]:
+    def _texts(self, captions: Sequence[str], generator: np.random.Generator) -> list[str]:
         chosen = int(generator.integers(len(captions)))
         text = captions[chosen]
         if self.plan.texts.count == 1:
@@ -84,8 +82,6 @@ class Assembler:
         if self.text.second_view == "caption" and len(captions) > 1:
             other = int(generator.integers(len(captions) - 1))
             return [text, captions[other + (other >= chosen)]]
-        if self.text.second_view == "keywords" and keywords:
-            return [text, _some(keywords, generator)]
         if self.text.second_view == "same":
             return [text, text]
         return [text, augment(text, generator)]
@@ -94,7 +90,7 @@ class Assembler:
         """Read a pair, make every random choice about the given views or all, decode it; raises `BrokenPair`."""
         pair = self.source.read_lazy(index)
         generator = self._generator(epoch, index)
-        rows = [self.tokenizer.encode(t) for t in self._texts(pair.captions, pair.keywords, generator)]
+        rows = [self.tokenizer.encode(t) for t in self._texts(pair.captions, generator)]
         probability = self.plan.texts.mask_probability
         masked, labels = (
             ([], []) if probability is None else mask_tokens(rows[0], generator, self.tokenizer, probability)
@@ -144,12 +140,6 @@ class Assembler:
     def _groups(self, indices: Sequence[int]) -> torch.Tensor | None:
         groups = [self.source.group(index) for index in indices]
         return torch.tensor(groups, dtype=torch.int64) if any(groups) else None
-
-
-def _some(keywords: Sequence[str], generator: np.random.Generator) -> str:
-    """One to `MOST_KEYWORDS` keywords in random order."""
-    count = generator.integers(1, min(MOST_KEYWORDS, len(keywords)) + 1)
-    return ", ".join(keywords[number] for number in generator.permutation(len(keywords))[:count])
 
 
 _transform = cache(ViewTransform)

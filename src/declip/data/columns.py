@@ -17,14 +17,12 @@ class Columns:
     Attributes:
         image: Image paths or bytes.
         caption: Captions; None does not read them.
-        keywords: Keywords; optional in the table unless another name is given.
         group: Cells that are equal for pairs that mean the same; None for no groups.
         root: Folder of the image paths; None is the table's folder.
     """
 
     image: str = "image"
     caption: str | None = "caption"
-    keywords: str = "keywords"
     group: str | None = None
     root: str | Path | None = None
 

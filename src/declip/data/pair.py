@@ -32,7 +32,6 @@ class Pair:
     key: str
     image: Image.Image
     captions: tuple[str, ...]
-    keywords: tuple[str, ...] = ()
 
 
 class LazyImage(Protocol):
@@ -69,7 +68,6 @@ class LazyPair:
     key: str
     image: LazyImage
     captions: tuple[str, ...]
-    keywords: tuple[str, ...] = ()
 
 
 class BrokenPair(Exception):
@@ -128,13 +126,8 @@ class PairSource(ABC):
         """Read pair `index`; raises `BrokenPair`, as every method below."""
 
     def captions(self, index: int) -> tuple[str, ...]:
-        """Read the cleaned captions alone."""
-        return self.texts_of(index)[0]
-
-    def texts_of(self, index: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Read the cleaned captions and the keywords, without opening the image if possible."""
-        pair = self.read_lazy(index)
-        return pair.captions, pair.keywords
+        """Read the cleaned captions, without opening the image if possible."""
+        return self.read_lazy(index).captions
 
     def key(self, index: int) -> str:
         """The key of pair `index`."""
@@ -155,7 +148,7 @@ class PairSource(ABC):
     def read_lazy(self, index: int) -> LazyPair:
         """Read pair `index` and decode as little of its image as possible."""
         pair = self[index]
-        return LazyPair(pair.key, DecodedImage(pair.image), pair.captions, pair.keywords)
+        return LazyPair(pair.key, DecodedImage(pair.image), pair.captions)
 
     def origin(self, index: int) -> Origin:
         """The place of the image; empty if it has no file."""
@@ -246,12 +239,6 @@ def clean_captions(raw: Iterable[str | None], key: str) -> tuple[str, ...]:
     if not cleaned:
         raise BrokenPair("empty caption", key)
     return tuple(cleaned)
-
-
-def clean_keywords(raw: Iterable[Any]) -> tuple[str, ...]:
-    """Collapse white space; drop repeated keywords and values that are not usable text."""
-    words = (" ".join(CONTROL.sub(" ", word).split()) for word in raw if isinstance(word, str))
-    return tuple(dict.fromkeys(word for word in words if 0 < len(word) <= LONGEST_CAPTION and is_unicode(word)))
 
 
 def printable(text: str) -> str:

@@ -25,7 +25,7 @@ from declip.io.pool import in_order, naming_lost_workers, pairs_bar
 from declip.io.text import plural
 
 RECORD, SIZES, NOTICE = "prepared.json", "sizes.json", "NOTICE.txt"
-LAYOUT = 2  # raised when the same options write other shards
+LAYOUT = 3  # raised when the same options write other shards
 SHARD_PAIRS = 10_000
 PAIRS_AT_ONCE = 16  # pairs that a worker returns together
 BYTE_ORDER_MARK = "\ufeff"  # at the start of a text file it is not part of the text
@@ -117,7 +117,7 @@ def _content(source: PairSource, excluded: Mapping[int, str]) -> str:
     digest = hashlib.sha256(repr(sorted(excluded.items())).encode("utf-8", "replace"))
     for index in range(0 if source.remote else len(source)):
         try:
-            read = repr((source.texts_of(index), tuple(source.origin(index))))
+            read = repr((source.captions(index), tuple(source.origin(index))))
         except BrokenPair as broken:
             read = broken.reason
         digest.update(read.encode("utf-8", "replace"))
@@ -198,10 +198,10 @@ class _Packer(Dataset):
             raise BrokenPair(self.excluded[place], ImageSource(self.source).key(place))
         pair = self.source.read_lazy(place)
         kind, image = downscaled_bytes(pair.image, self.size)
-        if len(pair.captions) == 1 and not pair.keywords and not pair.captions[0].startswith(BYTE_ORDER_MARK):
+        if len(pair.captions) == 1 and not pair.captions[0].startswith(BYTE_ORDER_MARK):
             ending, text = "txt", pair.captions[0].encode()
         else:
-            ending, text = "json", json.dumps({"caption": pair.captions, "keywords": pair.keywords}).encode()
+            ending, text = "json", json.dumps({"caption": pair.captions}).encode()
         if len(image) > LARGEST_IMAGE:
             raise BrokenPair("image too large", pair.key, f"{len(image):,} bytes, at most {LARGEST_IMAGE:,}")
         if len(text) > LARGEST_TEXT:

@@ -18,11 +18,10 @@ PAIR = np.dtype(
         ("width", np.int32),
         ("height", np.int32),
         ("captions", np.uint16),
-        ("keywords", np.uint16),
         ("blank", np.bool_),
     ]
 )
-"""What is kept of a pair, 112 bytes."""
+"""What is kept of a pair, 110 bytes."""
 
 CAPTION = np.dtype([("hash", np.uint64), ("tokens", np.uint32), ("words", np.uint16), ("kind", np.int8)])
 """What is kept of a caption, 15 bytes; its kind by number, -1 for none."""
@@ -87,7 +86,7 @@ class _Parts(Dataset):
             for caption in captions:
                 kind = KIND_NUMBERS[kind_of(caption)]
                 lines.append((caption_hash(caption), token_count(caption), len(caption.split()), kind))
-            seen, counts = look(pair.image), (len(captions), min(len(pair.keywords), MOST_PER_PAIR))
+            seen = look(pair.image)
             exact, blank = image_hash(pair.image), is_blank(pair.image, seen)
-            rows.append((place, exact, seen, *pair.image.size, *counts, blank))
+            rows.append((place, exact, seen, *pair.image.size, len(captions), blank))
         return ReadPairs(np.array(rows, PAIR), np.array(lines, CAPTION), skipped)

@@ -143,7 +143,6 @@ class Inspection:
     reasons: dict[str, Any]
     images: ImageStats | None = None
     captions: CaptionStats | None = None
-    keywords: Fraction | None = None
     equal_images: Repeats | None = None
     near_images: Repeats | None = None
     equal_captions: Repeats | None = None

@@ -56,7 +56,7 @@ def inspect_source(
 ) -> Inspection:
     """Inspect a source of pairs before training on it.
 
-    Reading all of a large source takes memory for numbers only: 112 bytes a pair and 15 a caption, and about 250 more
+    Reading all of a large source takes memory for numbers only: 110 bytes a pair and 15 a caption, and about 250 more
     a pair during the search for duplicates.
 
     Args:
@@ -133,7 +133,6 @@ def _described(it: Inspection, source: PairSource, found: ReadPairs, size: int, 
         it,
         images=_images(source, pairs, size, it.whole),
         captions=_captions(source, found, places[owners], equal, batch_size, it.whole),
-        keywords=Fraction.counted(int(np.count_nonzero(pairs["keywords"])), n, it.whole),
         equal_images=_repeats(source, same, places),
         near_images=_repeats(source, alike, places),
         equal_captions=_repeats(source, shown, places[owners_of], lines["hash"][first[shown]]),

@@ -85,8 +85,8 @@ class SecondView(ImageView):
 class TextView(Section):
     """The second text view, such as EDA (Wei and Zou 2019)."""
 
-    second_view: Literal["eda", "caption", "keywords", "same"] = Field(
-        "eda", description="second text view: EDA of the first, another caption, keywords, or the first again"
+    second_view: Literal["eda", "caption", "same"] = Field(
+        "eda", description="second text view: EDA of the first, another caption, or the first again"
     )
     mask: bool | None = Field(
         None, description="mask words of the first caption for all losses; default: if masked_language has a weight"

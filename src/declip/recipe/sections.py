@@ -30,8 +30,8 @@ RGB = tuple[Fraction, Fraction, Fraction]
 Place = Annotated[str, AfterValidator(_expand_user)]
 OneOrMore = BeforeValidator(lambda given: (given,) if isinstance(given, str) else given)
 Places = Annotated[tuple[Place, ...], OneOrMore]
-Column = Literal["image", "caption", "keywords", "group"]
-COLUMNS: dict[Column, str] = {"image": "image", "caption": "caption", "keywords": "keywords"}
+Column = Literal["image", "caption", "group"]
+COLUMNS: dict[Column, str] = {"image": "image", "caption": "caption"}
 Trackers = Annotated[tuple[Literal["auto", "tensorboard", "wandb", "mlflow", "trackio"], ...], OneOrMore]
 
 NUMBERS = (int, float, int | None, float | None, int | Literal["auto"], int | Literal["all"])
@@ -57,7 +57,7 @@ class Data(Section):
         "builtin:emoji", description="table, folder, shards or built-in set, or a list of these"
     )
     columns: dict[Column, str] = Field(
-        COLUMNS, description="columns of a table: image, caption, keywords, and group, whose equal cells mean the same"
+        COLUMNS, description="columns of a table: image, caption, and group, whose equal cells mean the same"
     )
     image_root: Place | None = Field(None, description="folder of a table's image paths; default: the table's folder")
     max_pairs: int | None = Field(None, ge=2, description="train on this many pairs only, chosen by the seed")

@@ -97,8 +97,6 @@ def _statistics(it: Inspection) -> dict[str, Table]:
         facts.append((kind, f"{LTR}{fraction(each)}: {examples}"))
     equal = f"{about(captions.equal_in_batch)} equal pairs expected"
     facts.append((f"equal captions in a batch of {captions.batch_size}", equal))
-    if it.keywords is not None and it.keywords.count:
-        facts.append(("pairs with keywords", fraction(it.keywords)))
     repeats = it.equal_captions.examples if it.equal_captions else ()
     frequent = tuple((shown(group.caption, 60), f"{group.size:,}") for group in repeats)
     return {

@@ -58,9 +58,7 @@ def built(root, tmp_path_factory):
     titles = {key: title for key, (title, *_) in DRAWINGS.items()}
     stamps = [dict(zip(("key", "name", "kind", "photo", "test"), row, strict=True)) for row in CHOSEN_STAMPS]
     rows = {
-        "clipart": [
-            {"key": k, "title": titles.get(k, "x"), "author": "A", "keywords": "fruit tree|pear"} for k in keys
-        ],
+        "clipart": [{"key": k, "title": titles.get(k, "x"), "author": "A"} for k in keys],
         "stamps": stamps,
     }
     with pytest.MonkeyPatch.context() as patch:
@@ -83,7 +81,7 @@ def test_clip_art_has_its_titles_and_fills_the_square(built):
     source = BuiltinSource(CLIPART, "clipart", built)
     assert source.class_names == ("bug", "cat and the dog", "pear")
     assert source.labels.tolist() == [0, 1, 2, 2]
-    assert (source[0].captions, source[0].keywords) == (("bug",), ("fruit tree", "pear"))
+    assert source[0].captions == ("bug",)
     left_out = json.loads((built / "clipart" / MANIFEST).read_text())["left_out"]
     assert left_out == {"invisible": 1, "cannot be drawn": 2}, "a ghost, a torn file and none"
     for index, color in enumerate([(255, 0, 0), (0, 255, 0), (0, 0, 255), (0, 0, 0)]):
@@ -97,7 +95,6 @@ def test_stamps_have_sentences_names_and_kinds(built):
     source = BuiltinSource(STAMPS, "stamps", built)
     assert [source.class_names[label] for label in source.labels] == ["koala", "koala", "apple", "red car"]
     assert source.captions(0) == ("See a koala.", "koala")
-    assert source[0].keywords == ("animals", "marsupials")
     pixels = np.asarray(source[1].image)
     assert pixels.shape == (STAMPS.side, STAMPS.side, 3)
     assert (pixels == (200, 10, 30)).all(), "over white, margins cut off"

@@ -42,14 +42,14 @@ def test_the_emoji_are_those_that_the_pages_count_and_no_group_is_on_two_sides()
 # Small tables and packages.
 
 
-def concept(code, name, held_out="0", names="", drawn="", keywords="", **drawings):
+def concept(code, name, held_out="0", names="", drawn="", **drawings):
     row = {"code": code, "name": name, "category": "things", "group": name.split()[-1], "held_out": held_out}
-    row |= {"names": names, "drawn": drawn, "keywords": keywords}
+    row |= {"names": names, "drawn": drawn}
     return row | {design.key: drawings.get(design.key.replace("-", "_"), "") for design in DESIGNS}
 
 
 CONCEPTS = [
-    concept("1f600", "grinning face", "0", "smile", "face|joy", "thing", noto="grin", fluent="g", openmoji="g"),
+    concept("1f600", "grinning face", "0", "smile", "face|joy", noto="grin", fluent="g", openmoji="g"),
     concept("2764", "red heart", noto="heart", fxemoji="redheart", fluent="h"),
     concept("1f30a", "water wave", fxemoji="wave", fluent="w", openmoji="w"),
     concept("1f3c3", "person running", "1", noto="run", fluent="r", openmoji="r"),
@@ -101,7 +101,7 @@ def built(tmp_path_factory):
     put(root / ICONS_PACKAGE / "collections.json", {prefix: info(prefix) for prefix in SETS})
     put(root / ICONS_PACKAGE / "package.json", {"version": "1.2.3"})
     chosen = [
-        {"key": f"{prefix}/{name}", "category": "tools", "captions": f"{name}|a {name}", "keywords": "tools|photo"}
+        {"key": f"{prefix}/{name}", "category": "tools", "captions": f"{name}|a {name}"}
         for prefix, drawings in SETS.items()
         for name in drawings
     ]
@@ -141,9 +141,8 @@ def test_pairs_have_their_texts_and_evaluation_a_class_for_each_name(built):
     assert source.credit == "carbon by A Hand, MIT; icon-park by A Hand, MIT"
     face = BuiltinSource(EMOJI, "emoji", built)[0]
     assert face.captions == ("grinning face", "smile", "face", "joy")
-    assert face.keywords == ("thing",)
     camera = BuiltinSource(ICONS, "icons", built)[0]
-    assert (camera.captions, camera.keywords) == (("camera", "a camera"), ("tools", "photo"))
+    assert camera.captions == ("camera", "a camera")
 
 
 def test_drawings_fill_the_square_in_black_or_in_their_color(built):

@@ -51,7 +51,7 @@ class Plain(BuiltinSet):
     interrupted = False
 
     def choose(self, packages):
-        return [{"key": key, "kind": key[0], "captions": [key], "keywords": []} for key in (*VALUES, "broken")]
+        return [{"key": key, "kind": key[0], "captions": [key]} for key in (*VALUES, "broken")]
 
     def pixels(self, row, packages):
         if self.interrupted and row["key"] == "blue":

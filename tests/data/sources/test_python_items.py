@@ -48,10 +48,8 @@ def test_items_are_dicts_pairs_or_images(folder):
         alone = open_source([item])
         assert alone.image(0).getpixel((0, 0)) == (0, 0, 0)
         assert reason_of(alone, 0) == "empty caption"
-    listed = ("red", "round")
-    for column, keywords in (("keywords", list(listed)), ("keywords", listed), ("Keywords", "red; round")):
-        named = open_source([{"file_name": "a.png", "title": "x", column: keywords}], Columns(root=folder))
-        assert (named[0].captions, named[0].keywords, named.key(0)) == (("x",), listed, "a.png")
+    named = open_source([{"file_name": "a.png", "title": "x"}], Columns(root=folder))
+    assert (named[0].captions, named.key(0)) == (("x",), "a.png")
     assert named.origin(0).path == str(a)
 
 

@@ -45,7 +45,6 @@ def test_pairs_are_those_that_the_library_reads(shard_folder):
     read = [(source[i].image.getpixel((0, 0)), source[i].captions[0]) for i in range(21)]
     assert read == by_the_library(list(shard_folder.iterdir()))
     assert source[6].key == "00002.tar/000000006"
-    assert source[6].keywords == ("red", "round")
     assert source.captions(20) == ("picture 20",)
     assert len(pickle.dumps(source)) < 300
     assert pickle.loads(pickle.dumps(source))[13].captions == source[13].captions
@@ -85,7 +84,7 @@ def test_captions_of_text_and_json(tmp_path):
             *members("a", b"\xef\xbb\xbftwo\nlines", None),
             *members("b", None, {"caption": "of json"}),
             *members("c", b"same", {"caption": "same", "text": "not read"}),
-            *members("d", b"first", {"captions": ["second", None, "third"], "keywords": ["x", " y  z", 3, "x", ""]}),
+            *members("d", b"first", {"captions": ["second", None, "third"]}),
             *members("e", None, {"caption": None, "text": "of text"}),
             *members("f", None, None),
             *members("g", None, {"url": "http://x"}),
@@ -108,7 +107,6 @@ def test_captions_of_text_and_json(tmp_path):
     assert [source.captions(i) for i in range(5)] == [
         ("two lines",), ("of json",), ("same",), ("first", "second", "third"), ("of text",),
     ]  # fmt: skip
-    assert source[3].keywords == ("x", "y z")
     assert [reason_of(source, i) for i in range(5, len(source))] == [
         "missing caption", "missing caption", "empty caption", "unreadable JSON", "unreadable JSON", "invalid text",
         "missing image", "unreadable image", "unreadable JSON",

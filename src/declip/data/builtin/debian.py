@@ -33,7 +33,6 @@ class Clipart(BuiltinSet):
                 "category": row["key"].split("/")[0].replace("_", " "),
                 "licence": "public domain",
                 "captions": [row["title"]],
-                "keywords": split_texts(row["keywords"]),
             }
             for row in read_rows("clipart")
         ]
@@ -83,7 +82,6 @@ class Stamps(BuiltinSet):
                     "test": row["test"] == "1",
                     "licence": "GPL-2",
                     "captions": [" ".join(sentence.split()), *split_texts(row["name"])],
-                    "keywords": [name.replace("_", " ") for name in row["key"].split("/")[:-1]],
                 }
             )
         return rows

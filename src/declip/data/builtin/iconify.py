@@ -1,4 +1,4 @@
-"""`builtin:emoji` and `builtin:icons`: drawings by many designers, with their names and keywords.
+"""`builtin:emoji` and `builtin:icons`: drawings by many designers, with their names.
 
 Several designers drew the same things, so there is a clean test: held-out designers, for classes that training knows
 and, with emoji, for unseen ones. Tables have the chosen drawings of the packages' pinned versions; they are made by
@@ -84,7 +84,6 @@ class Emoji(BuiltinSet):
                 **{column: emoji[column] for column in ("code", "name", "category", "group")},
                 "held_out": emoji["held_out"] == "1",
                 "captions": [emoji["name"], *split_texts(emoji["names"]), *split_texts(emoji["drawn"])],
-                "keywords": split_texts(emoji["keywords"]),
             }
             for design in PACKAGE_OF
             for emoji in table
@@ -124,7 +123,7 @@ class Icons(BuiltinSet):
             row = {"key": icon["key"], "split": SPLIT_OF.get(prefix, "train"), "set": prefix, "title": info["name"]}
             row |= {"author": info.get("author", {}).get("name", ""), "licence": license_of(info)}
             row |= {"name": captions[0], "category": icon["category"]}
-            rows.append({**row, "captions": captions, "keywords": split_texts(icon["keywords"])})
+            rows.append({**row, "captions": captions})
         return rows
 
     def pixels(self, row: Row, packages: Packages) -> np.ndarray:

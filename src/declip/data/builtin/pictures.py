@@ -34,7 +34,7 @@ ABOUT = """The images in this folder belong to others. Show the line of an image
 All were drawn at {} px over white, margins cut off. The notices are in licenses/."""
 
 Row = dict[str, Any]
-"""A row of a set's table: "key", "captions", "keywords" and columns of the set."""
+"""A row of a set's table: "key", "captions" and columns of the set."""
 
 
 class Selection(NamedTuple):
@@ -177,7 +177,7 @@ class BuiltinSource(PairSource):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Pair:
-        return Pair(self.key(index), self.image(index), *self.texts_of(index))
+        return Pair(self.key(index), self.image(index), self.captions(index))
 
     def image(self, index: int) -> Image.Image:
         row = self.rows[index]
@@ -186,8 +186,8 @@ class BuiltinSource(PairSource):
     def key(self, index: int) -> str:
         return self.rows[index]["key"]
 
-    def texts_of(self, index: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        return tuple(self.rows[index]["captions"]), tuple(self.rows[index]["keywords"])
+    def captions(self, index: int) -> tuple[str, ...]:
+        return tuple(self.rows[index]["captions"])
 
     def __reduce__(self) -> tuple[type["BuiltinSource"], tuple[object, ...]]:
         return type(self), self._arguments  # the images stay in the file, shared by all processes

@@ -10,9 +10,6 @@ from declip.data.images.decode import decode
 from declip.data.images.lazy import open_image
 from declip.data.pair import LazyPair, Origin, Pair, PairSource, bytes_origin, file_origin
 
-Texts = tuple[tuple[str, ...], tuple[str, ...]]
-"""Cleaned captions, at least one, and keywords."""
-
 
 class EntrySource(PairSource):
     """Pairs that are located by number and then read as needed; every method may raise `BrokenPair`."""
@@ -22,7 +19,8 @@ class EntrySource(PairSource):
         """Locate pair `index`: an object with a `key`."""
 
     @abstractmethod
-    def texts(self, entry: Any) -> Texts: ...
+    def texts(self, entry: Any) -> tuple[str, ...]:
+        """The cleaned captions, at least one."""
 
     @abstractmethod
     def content(self, entry: Any) -> Path | bytes | Image.Image:
@@ -30,15 +28,15 @@ class EntrySource(PairSource):
 
     def __getitem__(self, index: int) -> Pair:
         entry = self.entry(index)
-        captions, keywords = self.texts(entry)
-        return Pair(entry.key, decode(self.content(entry), entry.key), captions, keywords)
+        captions = self.texts(entry)
+        return Pair(entry.key, decode(self.content(entry), entry.key), captions)
 
     def read_lazy(self, index: int) -> LazyPair:
         entry = self.entry(index)
-        captions, keywords = self.texts(entry)
-        return LazyPair(entry.key, open_image(self.content(entry), entry.key), captions, keywords)
+        captions = self.texts(entry)
+        return LazyPair(entry.key, open_image(self.content(entry), entry.key), captions)
 
-    def texts_of(self, index: int) -> Texts:
+    def captions(self, index: int) -> tuple[str, ...]:
         return self.texts(self.entry(index))
 
     def key(self, index: int) -> str:

@@ -57,7 +57,7 @@ class FolderSource(EntrySource):
     def content(self, entry: ImageFile) -> Path:
         return entry.path
 
-    def texts(self, entry: ImageFile) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    def texts(self, entry: ImageFile) -> tuple[str, ...]:
         key, path = entry.key, entry.path.with_suffix(".txt")
         try:
             if not stat.S_ISREG(path.stat().st_mode):  # a named pipe blocks on open
@@ -66,7 +66,7 @@ class FolderSource(EntrySource):
                 content = file.read(MOST_CAPTION_BYTES + 1)
             if len(content) > MOST_CAPTION_BYTES:
                 raise BrokenPair("caption too long", key, f"its file is longer than {MOST_CAPTION_BYTES:,} bytes")
-            return clean_captions(content.decode("utf-8-sig").splitlines(), key), ()
+            return clean_captions(content.decode("utf-8-sig").splitlines(), key)
         except OSError as error:
             raise BrokenPair("missing caption", key, str(error)) from error
         except UnicodeDecodeError as error:

@@ -12,8 +12,8 @@ from PIL import Image
 from declip.data.columns import DEFAULT, Columns
 from declip.data.images.decode import image_below
 from declip.data.pair import BrokenPair, Origin, as_texts, clean_captions
-from declip.data.sources.entry import EntrySource, Texts
-from declip.data.sources.rows import TableRow, by_lower_name
+from declip.data.sources.entry import EntrySource
+from declip.data.sources.rows import by_lower_name, group_number
 from declip.data.sources.splits import COLUMN, places_by_split, split_numbers
 from declip.data.sources.table import CAPTION_NAMES, IMAGE_NAMES, find_column
 from declip.errors import UserError
@@ -31,7 +31,6 @@ class Item(NamedTuple):
     key: str
     image: Any
     captions: list[str | None]
-    keywords: tuple[str, ...]
 
 
 class ItemSource(EntrySource):
@@ -57,7 +56,7 @@ class ItemSource(EntrySource):
         # Reading an item of anything but a list may cost as much as its pixels.
         self._listed = isinstance(items, list | tuple)
         self.root = None if columns.root is None else Path(columns.root).expanduser()
-        self._columns = (columns.image, columns.caption or columns.image, columns.keywords)
+        self._columns = (columns.image, columns.caption or columns.image)
         item: Any = next(self._readable(), None)
         self._split = by_lower_name(list(item)).get(COLUMN) if _is_row(item) else None
         if _is_row(item):
@@ -65,7 +64,7 @@ class ItemSource(EntrySource):
             image = caption = find_column(names, columns.image, IMAGE_NAMES, "image", self.name)
             if columns.caption not in (None, columns.image):
                 caption = find_column(names, columns.caption, CAPTION_NAMES, "caption", self.name)
-            self._columns = (image, caption, by_lower_name(names).get(columns.keywords.lower(), columns.keywords))
+            self._columns = (image, caption)
         if columns.group is not None:
             names = list(item) if _is_row(item) else []
             self.group_column = find_column(names, columns.group, ("",), "group", self.name)
@@ -82,7 +81,7 @@ class ItemSource(EntrySource):
     def group(self, index: int) -> int:
         item = self._read(index) if self.group_column else None
         cell = item.get(self.group_column) if isinstance(item, Mapping) else None
-        return TableRow("", None, [], [], cell).group()
+        return group_number(cell)
 
     def splits(self) -> dict[str, np.ndarray]:
         """Those that the key "split" names; they would have to be read with the pixels where the items are no list."""
@@ -102,24 +101,23 @@ class ItemSource(EntrySource):
         return super().origin(index) if self._listed else Origin()
 
     def entry(self, index: int) -> Item:
-        item, (image, caption, keyword), key = self._read(index), self._columns, f"item {index}"
+        item, (image, caption), key = self._read(index), self._columns, f"item {index}"
         texts: Any = None
-        keywords: Any = ()
         if _is_row(item):
-            texts, keywords, item = item.get(caption), item.get(keyword), item.get(image)
+            texts, item = item.get(caption), item.get(image)
         elif isinstance(item, tuple | list) and len(item) == 2:
             item, texts = item
         if self.class_names is not None and isinstance(texts, int | np.integer) and 0 <= texts < len(self.class_names):
             texts = self.class_names[int(texts)]
-        texts, keywords = (cell.tolist() if isinstance(cell, np.ndarray) else cell for cell in (texts, keywords))
-        texts = as_texts(list(texts) if isinstance(texts, tuple) else texts, "unreadable item", key)
+        if isinstance(texts, tuple | np.ndarray):
+            texts = list(texts) if isinstance(texts, tuple) else texts.tolist()
+        texts = as_texts(texts, "unreadable item", key)
         if isinstance(item, str | Path) and self._listed:
             key = str(item)
-        row = TableRow(key, None, [], [list(keywords) if isinstance(keywords, tuple) else keywords])
-        return Item(key, item, texts, row.keywords())
+        return Item(key, item, texts)
 
-    def texts(self, entry: Item) -> Texts:
-        return clean_captions(entry.captions, entry.key), entry.keywords
+    def texts(self, entry: Item) -> tuple[str, ...]:
+        return clean_captions(entry.captions, entry.key)
 
     def content(self, entry: Item) -> Path | bytes | Image.Image:
         key, image = entry.key, entry.image

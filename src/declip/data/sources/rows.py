@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from declip.data.pair import BrokenPair, as_texts, clean_keywords
+from declip.data.pair import BrokenPair, as_texts
 from declip.data.sources.shard_files import expand, files_in
 from declip.data.sources.splits import COLUMN, places_by_split, split_numbers
 from declip.errors import UserError
@@ -29,8 +29,6 @@ MOST_IN_PARQUET, MOST_GROWTH = 1 << 30, 100
 
 ROWS_AT_ONCE = 512
 """Rows of a Parquet file read at a time: they may hold images, or a value that is stored once and repeated in all."""
-
-SEPARATORS = re.compile("[;,]")
 
 SPLIT = re.compile("(train|val|dev|test)(?![a-z])|validation", re.IGNORECASE)
 """Splits that begin the names of Parquet files, as the Hub has them: `train-00000-of-00002.parquet`."""
@@ -48,7 +46,6 @@ class TableRow:
     key: str  # the image's path, else the number of its row or line
     image_cell: Any
     values: list[Any]  # the caption's cell in each row of the image
-    keyword_cells: list[Any]
     group_cell: Any = None  # of the first row
 
     def image(self) -> str | bytes | None:
@@ -66,18 +63,13 @@ class TableRow:
         """The captions as written, those of lists one by one; raises `BrokenPair`."""
         return [text for cell in self.values for text in as_texts(cell, "unreadable row", self.key)]
 
-    def keywords(self) -> tuple[str, ...]:
-        """The keywords: elements of lists, or parts of a text separated by ";" or ","."""
-        lists = [SEPARATORS.split(cell) if isinstance(cell, str) else cell for cell in self.keyword_cells]
-        return clean_keywords(word for words in lists if isinstance(words, list) for word in words)
 
-    def group(self) -> int:
-        """A hash of the group's cell, 63 bits; 0 where the cell is empty."""
-        cell = self.group_cell
-        if cell is None or (isinstance(cell, float) and cell != cell) or not (name := str(cell).strip()):
-            return 0  # pandas writes NaN for an empty cell
-        digest = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-        return int.from_bytes(digest) >> 1 | 1
+def group_number(cell: Any) -> int:
+    """A hash of a group's cell, 63 bits; 0 where the cell is empty."""
+    if cell is None or (isinstance(cell, float) and cell != cell) or not (name := str(cell).strip()):
+        return 0  # pandas writes NaN for an empty cell
+    digest = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest) >> 1 | 1
 
 
 def decoded(cell: pa.Scalar, key: str) -> Any:
@@ -97,7 +89,6 @@ class TableRows(ABC):
     """The rows of a table as pairs: rows of the same image are one, in the order of their first row."""
 
     columns: Sequence[str]  # of the file
-    sampled: bool = False  # whether rows may have other columns too
     table: pa.Table  # what is held of each row, the image first
 
     def __init__(self, path: Path) -> None:
@@ -105,12 +96,12 @@ class TableRows(ABC):
         self.files = [path]
         self.large = path.is_file() and path.stat().st_size > LARGE_TABLE  # what is read goes to a cache file
 
-    def choose(self, image: str, caption: str, keywords: str | None = None, group: str | None = None) -> None:
+    def choose(self, image: str, caption: str, group: str | None = None) -> None:
         """Read these columns, or map the cache file that holds them; `caption` is `image` where none is read."""
-        self.image, self.caption, self.keywords, self.group = image, caption, keywords, group
+        self.image, self.caption, self.group = image, caption, group
         self.split = by_lower_name(self.columns).get(COLUMN)
-        self.wanted = list(dict.fromkeys(filter(None, (image, caption, keywords, group, self.split))))
-        self.table = self._in_memory_or_cached("columns", self.wanted, self.schema(), self.batches)
+        self.wanted = list(dict.fromkeys(filter(None, (image, caption, group, self.split))))
+        self.table = self._in_memory_or_cached("cells", self.wanted, self.schema(), self.batches)
 
     @abstractmethod
     def schema(self) -> pa.Schema:
@@ -125,18 +116,36 @@ class TableRows(ABC):
         """Key shared by rows of one image, empty without an image; None if images are bytes and not `hashed`."""
 
     @abstractmethod
-    def pair(self, numbers: list[int]) -> TableRow:
-        """The pair of these rows of `table`; raises `BrokenPair`."""
+    def split_cells(self) -> pa.Array | pa.ChunkedArray:
+        """The split of each row as text, null where the row is unreadable."""
 
     @abstractmethod
-    def split_cells(self) -> pa.Array | pa.ChunkedArray | None:
-        """The split of each row as text, null where the row is unreadable; None without a column of splits."""
+    def place(self, number: int) -> str:
+        """The key of a row without an image; raises `BrokenPair` if it is unreadable."""
+
+    @abstractmethod
+    def value(self, cell: pa.Scalar, key: str) -> Any:
+        """The value of a cell of `table`; raises `BrokenPair`."""
+
+    def pair(self, numbers: list[int]) -> TableRow:
+        """The pair of these rows of `table`; raises `BrokenPair`."""
+        key, *_ = map(self.place, numbers)
+        image: Any = self.table.column(0)[numbers[0]]  # its bytes are not copied before they are needed
+        if not is_bytes(image.type):
+            image = self.value(image, key)
+            key = image if image and isinstance(image, str) else key
+
+        def cells(name: str) -> list[Any]:
+            column = self.table.column(self.wanted.index(name))
+            return [b"" if is_bytes(column.type) else self.value(column[number], key) for number in numbers]
+
+        return TableRow(key, image, cells(self.caption), cells(self.group)[0] if self.group else None)
 
     def splits(self) -> dict[str, np.ndarray]:
         """Places of the pairs of each split. A pair with rows in several is in the last: test before train."""
-        if (cells := self.split_cells()) is None:
+        if self.split is None:
             return {}
-        numbers = split_numbers(cells, f"Column '{self.split}' of '{self.path.name}'")
+        numbers = split_numbers(self.split_cells(), f"Column '{self.split}' of '{self.path.name}'")
         if numbers is not None:
             rows, starts = self._pairs.flatten().to_numpy(), self._pairs.offsets.to_numpy()
             numbers = np.maximum.reduceat(numbers[rows], starts[:-1])  # (rows,) -> (pairs,)
@@ -229,24 +238,13 @@ class ParquetRows(TableRows):
             if rows != count:
                 raise UserError(f"'{path}' cannot be read: it says {count:,} rows and has {rows:,}.")
 
-    def pair(self, numbers: list[int]) -> TableRow:
-        image: Any = self.table.column(0)[numbers[0]]  # its bytes are not copied before they are needed
-        key = f"row {numbers[0]}"
-        if not is_bytes(image.type):
-            image = decoded(image, key)
-            key = str(image or key)
+    def place(self, number: int) -> str:
+        return f"row {number}"
 
-        def cells(name: str | None) -> list[Any]:
-            if name is None:
-                return []
-            column = self.table.column(self.wanted.index(name))
-            return [b"" if is_bytes(column.type) else decoded(column[number], key) for number in numbers]
+    def value(self, cell: pa.Scalar, key: str) -> Any:
+        return decoded(cell, key)
 
-        return TableRow(key, image, cells(self.caption), cells(self.keywords), next(iter(cells(self.group)), None))
-
-    def split_cells(self) -> pa.Array | None:
-        if self.split is None:
-            return None
+    def split_cells(self) -> pa.Array:
         cells = self.table.column(self.wanted.index(self.split)).to_pylist()
         return pa.array(["" if cell is None else str(cell) for cell in cells], pa.string())
 

@@ -18,8 +18,8 @@ import pyarrow as pa
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
 from declip.data.images.decode import EXTENSIONS, LARGEST_IMAGE
-from declip.data.pair import BrokenPair, Origin, as_texts, clean_captions, clean_keywords
-from declip.data.sources.entry import EntrySource, Texts
+from declip.data.pair import BrokenPair, Origin, as_texts, clean_captions
+from declip.data.sources.entry import EntrySource
 from declip.data.sources.open_file import OpenFile
 from declip.data.sources.shard_files import Shard, ShardFiles, UnreadableShard, counts, find_shards
 from declip.errors import UserError
@@ -58,9 +58,8 @@ class ShardEntry(NamedTuple):
 class ShardSource(EntrySource):
     """Pairs of tar shards: `KEY.jpg` (or another image), and `KEY.txt` or `KEY.json` or both.
 
-    The text file is one caption. The JSON file may have "caption" or "text", a string or a list of them, and
-    "keywords", a list of strings. Copies of remote shards take up to `cache_gb` 10^9 bytes, by default
-    DECLIP_SHARD_CACHE_GB or 50.
+    The text file is one caption. The JSON file may have "caption" or "text", a string or a list of them. Copies of
+    remote shards take up to `cache_gb` 10^9 bytes, by default DECLIP_SHARD_CACHE_GB or 50.
     """
 
     blocks: np.ndarray
@@ -111,22 +110,21 @@ class ShardSource(EntrySource):
     def content(self, entry: ShardEntry) -> bytes:
         return self._read(entry, "image", LARGEST_IMAGE, "image too large")
 
-    def texts(self, entry: ShardEntry) -> Texts:
+    def texts(self, entry: ShardEntry) -> tuple[str, ...]:
         captions: list[str | None] = []
-        keywords: Any = None
         if "text" in entry.places:
             captions.append(self._unicode(entry, "text"))
         if "json" in entry.places:
             try:
-                row = json.loads(self._unicode(entry, "json"))
-                keywords = row.get("keywords")
+                row: Any = json.loads(self._unicode(entry, "json"))
+                given = [row.get(name) for name in CAPTION_KEYS]
             except (ValueError, AttributeError, RecursionError) as error:
                 raise BrokenPair("unreadable JSON", entry.key, f"not an object: {error}") from error
-            cells = (as_texts(row.get(name), "unreadable JSON", entry.key) for name in CAPTION_KEYS)
+            cells = (as_texts(cell, "unreadable JSON", entry.key) for cell in given)
             captions += next((texts for texts in cells if any(texts)), [])
         if not captions:
             raise BrokenPair("missing caption", entry.key, "no .txt, and no .json with a caption")
-        return clean_captions(captions, entry.key), clean_keywords(keywords if isinstance(keywords, list) else ())
+        return clean_captions(captions, entry.key)
 
     def origin(self, index: int) -> Origin:
         entry = self.entry(index)

@@ -51,10 +51,6 @@ class DerivedSource(PairSource):
         source, inner = self.locate(index)
         return source.image(inner)
 
-    def texts_of(self, index: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        source, inner = self.locate(index)
-        return source.texts_of(inner)
-
     def origin(self, index: int) -> Origin:
         source, inner = self.locate(index)
         return source.origin(inner)

@@ -10,8 +10,8 @@ import numpy as np
 from declip.data.columns import DEFAULT, Columns
 from declip.data.images.decode import image_below
 from declip.data.pair import BrokenPair, clean_captions, printable
-from declip.data.sources.entry import EntrySource, Texts
-from declip.data.sources.rows import ParquetRows, TableRow, TableRows, by_lower_name
+from declip.data.sources.entry import EntrySource
+from declip.data.sources.rows import ParquetRows, TableRow, TableRows, by_lower_name, group_number
 from declip.data.sources.shard_files import holds, is_url, names_shards
 from declip.data.sources.text_rows import DelimitedRows, JsonRows
 from declip.errors import UserError
@@ -36,7 +36,7 @@ METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 
 class TableSource(EntrySource):
-    """Pairs from the rows of a table, see `open_source`; a keyword column is optional unless another name is given."""
+    """Pairs from the rows of a table, see `open_source`."""
 
     def __init__(self, path: str | Path, columns: Columns = DEFAULT) -> None:
         self._arguments = (path, columns)
@@ -49,15 +49,11 @@ class TableSource(EntrySource):
             raise UserError(f"There is no folder '{self.root}', to which image paths are relative.")
         names = self.rows.columns
         image = find_column(names, columns.image, IMAGE_NAMES, "image", path)
-        caption, keywords = image, None
+        caption = image
         if columns.caption not in (None, columns.image):
             caption = find_column(names, columns.caption, CAPTION_NAMES, "caption", path)
-        if caption != image and (columns.keywords != DEFAULT.keywords or "keywords" in by_lower_name(names)):
-            keywords = find_column(names, columns.keywords, ("keywords",), "keywords", path)
-        elif caption != image and self.rows.sampled:
-            keywords = columns.keywords
         self.group_column = columns.group and find_column(names, columns.group, ("",), "group", path)
-        self.rows.choose(image, caption, keywords, self.group_column)
+        self.rows.choose(image, caption, self.group_column)
         if not len(self.rows):
             raise UserError(f"The table '{path}' has no rows. It needs one for each pair.")
 
@@ -67,11 +63,11 @@ class TableSource(EntrySource):
     def entry(self, index: int) -> TableRow:
         return self.rows.row(index)
 
-    def texts(self, entry: TableRow) -> Texts:
-        return clean_captions(entry.captions(), entry.key), entry.keywords()
+    def texts(self, entry: TableRow) -> tuple[str, ...]:
+        return clean_captions(entry.captions(), entry.key)
 
     def group(self, index: int) -> int:
-        return self.entry(index).group() if self.group_column else 0
+        return group_number(self.entry(index).group_cell) if self.group_column else 0
 
     def splits(self) -> dict[str, np.ndarray]:
         return self.rows.splits()

@@ -1,4 +1,4 @@
-"""Rows of JSONL, CSV and TSV files, of which only the positions in the file are stored."""
+"""Rows of JSONL, CSV and TSV files: every cell as text, or the fault of the row."""
 
 import csv
 import json
@@ -11,19 +11,19 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from declip.data.images.decode import EXTENSIONS
-from declip.data.pair import BrokenPair
-from declip.data.sources.open_file import OpenFile
-from declip.data.sources.rows import TableRow, TableRows, combined, not_utf8
+from declip.data.pair import BrokenPair, is_unicode
+from declip.data.sources.rows import TableRows, combined, not_utf8
 from declip.errors import UserError
 
 LONGEST_ROW = 16 << 20  # bytes. A longer row means a lost quote or line end.
-ROWS_AT_ONCE = 1 << 16  # rows whose places are collected before they are written
+ROWS_AT_ONCE = 1 << 12  # rows that are collected before they are written
 PEEKED_ROWS = 100  # rows of a JSONL file read to learn its columns, since no header lists them
 
-Place = tuple[int, int, int, bytes]
-"""The start and size of a row in bytes, the number of its first line, and its content up to the longest row."""
+JSON = "\0"
+"""Begins a stored cell that is JSON: a number, a list, or a text that is not Unicode."""
 
 
 class TextRows(TableRows):
@@ -31,15 +31,15 @@ class TextRows(TableRows):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        self._file = OpenFile(path)
-        self._stamp = self._file.stamp
-        start = self._file.read(LONGEST_ROW, 0)
-        if not start:
+        with path.open("rb") as file:
+            self.start = file.read(LONGEST_ROW)
+        if not self.start:
             raise UserError(f"The table '{path}' has no rows. It needs one for each pair.")
-        if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        if self.start[:2] in (b"\xff\xfe", b"\xfe\xff"):
             raise UserError(f"The table '{path}' is UTF-16. Save it as UTF-8.")
-        if b"\r" in start and b"\n" not in start:
+        if b"\r" in self.start and b"\n" not in self.start:
             raise UserError(f"The table '{path}' has lines that end with CR alone: tr '\\r' '\\n' < OLD > NEW.")
+        self.start = self.start[:99]
 
     @abstractmethod
     def parse(self, row: str) -> dict[str, Any]:
@@ -49,72 +49,20 @@ class TextRows(TableRows):
         """The complete row that starts with a line; `file` is at the next line."""
         return line
 
-    def places(self) -> Iterator[Place]:
-        """Find the rows."""
-        start, number = 0, 1
+    def rows(self) -> Iterator[tuple[int, bytes]]:
+        """The number of the first line of each row, and its content up to the longest row."""
+        number = 1
         with self.path.open("rb") as file:
             while line := file.readline(LONGEST_ROW + 1):
-                row = line if len(line) > LONGEST_ROW else self.complete(line, file, number)
-                size, part = len(row), row
+                row = part = line if len(line) > LONGEST_ROW else self.complete(line, file, number)
                 while part and not part.endswith(b"\n"):
                     part = file.readline(LONGEST_ROW)
-                    size += len(part)
                 if row.strip():
-                    yield start, size, number, row
-                start, number = start + size, number + max(1, row.count(b"\n"))
+                    yield number, row
+                number += max(1, row.count(b"\n"))
 
-    def schema(self) -> pa.Schema:
-        kinds = {"image": pa.large_binary(), **dict.fromkeys(("start", "size", "line"), pa.int64())}
-        return pa.schema(kinds | ({"split": pa.string()} if self.split else {}))
-
-    def batches(self) -> Iterator[pa.RecordBatch]:
-        places = self.places()
-        while part := list(islice(places, ROWS_AT_ONCE)):
-            starts, sizes, lines, rows = zip(*part, strict=True)
-            images, splits = zip(*map(self._image_and_split, rows, lines), strict=True)
-            arrays = [pa.array(images, pa.large_binary()), starts, sizes, lines]
-            yield pa.record_batch([*arrays, splits][: len(self.schema())], schema=self.schema())
-        self._read(0, 0)  # the rows were found in one state of the file
-
-    def _image_and_split(self, row: bytes, line: int) -> tuple[bytes, str | None]:
-        """The cells of a row by which pairs are grouped and split; the split of an unreadable row is None."""
-        try:
-            cells = self._cells(row, line)
-        except BrokenPair:
-            return b"", None
-        image, split = cells.get(self.image), str(cells.get(self.split or "") or "")
-        return image.encode(errors="surrogatepass") if isinstance(image, str) else b"", split
-
-    def split_cells(self) -> pa.ChunkedArray | None:
-        return self.table["split"] if self.split else None
-
-    def _read(self, size: int, at: int) -> bytes:
-        """Read bytes; raises `UserError` if the file has changed since it was opened."""
-        content = self._file.read(size, at)
-        if len(content) < size or self._file.stamp != self._stamp:
-            raise UserError(
-                f"The table '{self.path}' was rewritten while it was read: it had {self._stamp[0]:,} bytes, now "
-                f"{self._file.size:,}, so its rows can no longer be found. Restore it and continue with --resume, and "
-                "write the new table to another file."
-            )
-        return content
-
-    def image_keys(self, hashed: bool) -> pa.LargeBinaryArray:
-        return combined(self.table.column(0))
-
-    def pair(self, numbers: list[int]) -> TableRow:
-        rows = []
-        for number in numbers:
-            start, size, line = (column[number].as_py() for column in self.table.columns[1:4])
-            rows.append(self._cells(self._read(min(size, LONGEST_ROW + 1), start), line))
-        image = rows[0].get(self.image)
-        key = image if image and isinstance(image, str) else f"line {self.table['line'][numbers[0]]}"
-        keywords = [row.get(self.keywords) for row in rows] if self.keywords else []
-        group = rows[0].get(self.group) if self.group else None
-        return TableRow(key, image, [row.get(self.caption) for row in rows], keywords, group)
-
-    def _cells(self, row: bytes, line: int) -> dict[str, Any]:
-        key = f"line {line}"
+    def cells(self, row: bytes, key: str) -> dict[str, Any]:
+        """The cells of a row by column; raises `BrokenPair`."""
         if len(row) > LONGEST_ROW:
             raise BrokenPair("unreadable row", key, f"more than {LONGEST_ROW:,} bytes long")
         try:
@@ -124,22 +72,64 @@ class TextRows(TableRows):
         except (ValueError, RecursionError) as error:
             raise BrokenPair("unreadable row", key, str(error)) from error
 
+    def schema(self) -> pa.Schema:
+        """The columns, the number of a row's line, and its fault."""
+        cells = [(name, pa.large_string()) for name in self.wanted]
+        return pa.schema([*cells, ("line", pa.int64()), ("fault", pa.large_string())])
+
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        stamp, rows, schema = self.path.stat().st_mtime_ns, self.rows(), self.schema()
+        while part := [self._stored(*row) for row in islice(rows, ROWS_AT_ONCE)]:
+            yield pa.record_batch([*zip(*part, strict=True)], schema=schema)
+        if self.path.stat().st_mtime_ns != stamp:
+            raise UserError(f"The table '{self.path}' was rewritten while it was read. Try again.")
+
+    def _stored(self, line: int, row: bytes) -> tuple[str | int | None, ...]:
+        try:
+            cells = self.cells(row, f"line {line}")
+        except BrokenPair as broken:
+            return (*[None] * len(self.wanted), line, f"{broken.reason}: {broken.detail}")
+        return (*(stored(cells.get(name)) for name in self.wanted), line, None)
+
+    def place(self, number: int) -> str:
+        line, fault = (column[number].as_py() for column in self.table.columns[-2:])
+        if fault is not None:
+            reason, _, detail = fault.partition(": ")
+            raise BrokenPair(reason, f"line {line}", detail)
+        return f"line {line}"
+
+    def value(self, cell: pa.Scalar, key: str) -> Any:
+        text = cell.as_py()
+        return json.loads(text[1:]) if text and text.startswith(JSON) else text
+
+    def split_cells(self) -> pa.ChunkedArray:
+        cells = self.table.column(self.wanted.index(self.split))
+        return pc.if_else(self.table.columns[-1].is_null(), cells.fill_null(""), pa.scalar(None, cells.type))
+
+    def image_keys(self, hashed: bool) -> pa.LargeBinaryArray:
+        cells = self.table.column(0).fill_null("")
+        return combined(pc.if_else(pc.starts_with(cells, JSON), "", cells).cast(pa.large_binary()))
+
+
+def stored(cell: Any) -> str | None:
+    """A cell as it is stored, see `JSON`."""
+    plain = isinstance(cell, str) and is_unicode(cell) and not cell.startswith(JSON)
+    return cell if cell is None or plain else JSON + json.dumps(cell)
+
 
 class JsonRows(TextRows):
     """A file with a JSON object per line."""
-
-    sampled = True
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         columns: dict[str, None] = {}
         fault: BrokenPair | None = None
-        for _, _, line, row in islice(self.places(), PEEKED_ROWS):
+        for line, row in islice(self.rows(), PEEKED_ROWS):
             try:
-                columns.update(dict.fromkeys(self._cells(row, line)))
+                columns.update(dict.fromkeys(self.cells(row, f"line {line}")))
             except BrokenPair as broken:
                 fault = fault or broken
-        if fault and (not columns or self._read(min(99, self._stamp[0]), 0).lstrip().startswith(b"[")):
+        if fault and (not columns or self.start.lstrip().startswith(b"[")):
             raise UserError(
                 f"'{path}' is not JSONL, a JSON object on each line: {fault}. To convert one JSON array: "
                 f"jq -c '.[]' {path.name} > rows.jsonl"
@@ -166,13 +156,13 @@ class DelimitedRows(TextRows):
     def __init__(self, path: Path, delimiter: str) -> None:
         super().__init__(path)
         self.delimiter = delimiter
-        header = next(super().places(), (0, 0, 1, b""))[3]
+        header = next(super().rows(), (1, b""))[1]
         if delimiter == "," and b"," not in header:
             self.delimiter = next((sign for sign in ";\t" if sign.encode() in header), ",")
         self.columns = self._split(header.decode("utf-8-sig", errors="replace"))
 
-    def places(self) -> Iterator[Place]:
-        return islice(super().places(), 1, None)
+    def rows(self) -> Iterator[tuple[int, bytes]]:
+        return islice(super().rows(), 1, None)
 
     def parse(self, row: str) -> dict[str, Any]:
         cells = self._split(row)

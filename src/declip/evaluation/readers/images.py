@@ -56,8 +56,8 @@ class FileList(EntrySource):
     def content(self, entry: ListedFile) -> Path:
         return entry.path
 
-    def texts(self, entry: ListedFile) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        return clean_captions(entry.captions, entry.key), ()
+    def texts(self, entry: ListedFile) -> tuple[str, ...]:
+        return clean_captions(entry.captions, entry.key)
 
 
 class ImageArray(PairSource):
@@ -114,9 +114,6 @@ class Classified(DerivedSource):
         if (row := int(self.rows[index])) in self.broken:
             raise self.broken[row]
         return self.source.captions(row) if self.captioned else (self.class_names[self.labels[index]],)
-
-    def texts_of(self, index: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        return self.captions(index), ()
 
     def read_lazy(self, index: int) -> LazyPair:
         return PairSource.read_lazy(self, index)
