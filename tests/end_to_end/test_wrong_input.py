@@ -156,6 +156,8 @@ WITHOUT_TORCH = {
     "finetune . --freeze bothh": "both",
     "finetune . --from builtin:lite1": "builtin:lite0-minilm",
     "finetune . --from open_clip:ViT-B-31/openai": "ViT-B-32",
+    "finetune . --from open_clip:ViT-B-32/openaii": "'openai'",
+    "finetune . --from timm:tf_efficientnet_lite9": "'tf_efficientnet_lite4'",
     "finetune . --from openai/clip-vit-base-patch32": "hf-hub:openai/clip-vit-base-patch32",
     "evaluate no --dataset no.csv": "no",
     "evaluate foo:bar --dataset no.csv": "foo:bar",

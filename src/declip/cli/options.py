@@ -16,8 +16,8 @@ from declip.errors import UserError, no_model, unknown
 PIPE_WIDTH = 10_000
 """Columns of output to a file or a pipe, so that lines of tables are not broken."""
 
-MODEL_PREFIXES = ("hf-hub", "huggingface", "timm")
-"""Prefixes of names that are looked up by libraries that import torch."""
+HUB = ("hf-hub", "huggingface")
+"""Prefixes of names of repositories, which are looked up when they are opened."""
 
 console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
 
@@ -72,18 +72,25 @@ def check_source(source: str, option: str) -> None:
 def check_model(model: str) -> None:
     """Refuse a path that does not exist, or an unknown name, before torch is imported."""
     prefix, colon, name = model.partition(":")
-    if prefix == "open_clip" and not name.startswith(("hf-hub:", "local-dir:")):
-        _check_open_clip(name.partition("/")[0])
-        return
-    named = model == "builtin:lite0-minilm" or (colon and prefix in MODEL_PREFIXES)
-    if not named and not Path(model).expanduser().exists():
+    if prefix in ("open_clip", "timm") and colon:
+        if not name.startswith(("hf-hub:", "local-dir:")) and (package := find_spec(prefix)) and package.origin:
+            _check_name(prefix, name, Path(package.origin).parent)
+    elif model != "builtin:lite0-minilm" and not (colon and prefix in HUB) and not Path(model).expanduser().exists():
         raise no_model(model)
 
 
-def _check_open_clip(name: str) -> None:
-    """Look a model up in the files of the package, because importing open_clip imports torch."""
-    package = find_spec("open_clip")
-    if package is not None and package.origin is not None:
-        known = {path.stem for path in (Path(package.origin).parent / "model_configs").glob("*.json")}
-        if known and name not in known:
-            raise unknown("open_clip model", name, known)
+def _check_name(library: str, name: str, package: Path) -> None:
+    """Look a name up in the files of open_clip or timm, because importing these imports torch."""
+    name, _, tag = name.partition("/")
+    if library == "timm":
+        name = name.partition(".")[0]
+        texts = (path.read_text("utf-8") for path in (package / "models").glob("*.py"))
+        known = {found for text in texts for found in re.findall(r"^def (\w+)\(", text, re.MULTILINE)}
+    else:
+        known = {path.stem for path in (package / "model_configs").glob("*.json")}
+    if known and name not in known:
+        raise unknown(f"{library} model", name, known)
+    if library == "open_clip" and tag and not Path(tag).expanduser().exists():
+        text = (package / "pretrained.py").read_text("utf-8")
+        if not re.search(rf"\b{re.escape(tag.replace('-', '_'))}\b", text, re.IGNORECASE):
+            raise unknown("open_clip tag", tag, {*re.findall(r"^ +(\w+)=_\w+\(", text, re.MULTILINE)})
