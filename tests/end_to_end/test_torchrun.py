@@ -15,9 +15,11 @@ import pytest
 import yaml
 
 from conftest import TINY
+from declip.interchange.declip_file import write_declip_file
 from declip.recipe.load import load_recipe
 from declip.training.assemble import assemble
 from end_to_end.conftest import tree_of
+from indices import tiny_model
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "train.sbatch"
 PLAYED = {
@@ -108,12 +110,14 @@ def test_torchrun_that_is_told_to_end_with_all_its_processes_saves(recipe: Path,
 
 
 @pytest.mark.slow
-def test_a_rank_that_dies_is_started_again_and_the_run_continues(recipe: Path, tmp_path: Path) -> None:
-    script = tmp_path / "deadly.py"
+def test_a_rank_that_dies_is_started_again_and_the_run_continues(table: Path, tmp_path: Path) -> None:
+    """Of `finetune`, whose folder is locked once for both ranks before they split the pairs."""
+    script, run = tmp_path / "deadly.py", tmp_path / "run"
     script.write_text(DEADLY)
-    run = tmp_path / "run"
-    words = (script, tmp_path / "died", "train", recipe, "--out", run, "--resume", "--quiet")
-    done = torchrun("--max-restarts", 1, *words)
+    write_declip_file(tiny_model(), tmp_path / "start.safetensors")
+    words = (script, tmp_path / "died", "finetune", table, "--from", tmp_path / "start.safetensors", "--freeze", "none")
+    keys = ("train.steps=6", "train.batch_size=8", "train.log_every=2", "train.checkpoint_every=1", "data.workers=0")
+    done = torchrun("--max-restarts", 1, *words, *keys, "--out", run, "--resume", "--quiet")
     assert done.returncode == 0, done.stderr
     assert "cli.py" not in done.stderr, "no trace of the survivor's"
     assert (tmp_path / "died").exists()
@@ -147,11 +151,9 @@ def test_a_slurm_job_whose_time_is_up_saves_asks_to_be_queued_again_and_continue
     job = subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     logged_once(job, run)
     job.send_signal(signal.SIGUSR1)
-    _, errors = job.communicate(timeout=200)
+    _, errors = job.communicate(timeout=60)
     assert job.returncode == 0, errors
-    assert "exitcode" not in errors, "torchrun takes the stop for a failure"
     assert requeued.read_text() == "requeue 7\n"
-    assert not (run / "stop").exists()
     assert 0 < stopped_at(run) < 30000
     overrides = {"train.steps": 30000, "train.checkpoint_every": 10000}
     assert assemble(load_recipe(recipe, overrides), run, resume=True, quiet=True).progress.step == stopped_at(run)
