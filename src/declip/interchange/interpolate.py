@@ -1,20 +1,16 @@
 """Interpolation between pretrained and fine-tuned weights: WiSE-FT (Wortsman et al. 2022, arXiv 2109.01903)."""
 
 import copy
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 from declip.errors import UserError
-from declip.evaluation.protocols import evaluate_all
-from declip.evaluation.results import Result
 from declip.interchange import declip_file
 from declip.interchange.export import export
 from declip.interchange.model_card import NO_LICENSE, Provenance, Traced
 from declip.interchange.read import load
 from declip.interchange.weights import first_difference
-from declip.io.text import percent
 from declip.models.dual_encoder import DualEncoder
 from declip.runs.folder import KEPT
 
@@ -49,26 +45,6 @@ def ends_of(run: str | Path, device: str = "auto") -> tuple[DualEncoder, DualEnc
             "nothing to interpolate with."
         )
     return weights.check().build().to(end.device).eval(), end
-
-
-def measure_mixtures(
-    run: str | Path,
-    alphas: Sequence[float],
-    datasets: Sequence[str],
-    task: str = "zero-shot",
-    device: str = "auto",
-) -> Iterator[tuple[float, list[Result]]]:
-    """Evaluate interpolated models of a run on datasets: yields each alpha with a result for each dataset."""
-    start, end = ends_of(run, device)
-    for alpha in alphas:
-        model = interpolate(start, end, alpha)
-        yield alpha, [evaluate_all(model, name, (task,))[0] for name in datasets]
-
-
-def first_measure(result: Result) -> str:
-    """Format the main measure of a result, such as "top-1 32.8 %"."""
-    measure = result.measures()[0]
-    return f"{measure.name} {percent(measure.value)}"
 
 
 def write_mixture(
