@@ -24,7 +24,7 @@ from declip.models.dual_encoder import DualEncoder
 from declip.models.hf_encoder import ENTRY
 from declip.models.layers import IMAGE, TEXT, blocks, depths
 from declip.models.lora import MARK
-from declip.models.wrapped_towers import WrappedImageTower
+from declip.models.wrapped import WrappedImageTower
 from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe
 from declip.runs.checkpoint import list_checkpoints, load_checkpoint

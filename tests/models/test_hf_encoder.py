@@ -9,7 +9,8 @@ import torch
 
 from conftest import TINY, WEIGHTS
 from declip.errors import UserError
-from declip.models.hf_encoder import ENTRY, TextEncoder, encoder_kept_in, read_encoder
+from declip.models.hf_encoder import ENTRY, TextEncoder, read_encoder
+from declip.models.wrapped import encoder_kept_in
 from declip.recipe.schema import Recipe
 from text_encoders import bert, model_of, roberta
 

@@ -9,8 +9,8 @@ import torch
 from declip.errors import UserError
 from declip.models.blocks import blocks_of
 from declip.models.dual_encoder import DualEncoder
-from declip.models.hf_encoder import encoder_kept_in
 from declip.models.length_buckets import encode_by_length
+from declip.models.wrapped import encoder_kept_in
 from declip.supervision.objective import Objective
 from declip.training.optimizer import decays
 from text_encoders import CAPTIONS, bert, distilbert, model_of, roberta

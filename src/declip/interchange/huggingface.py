@@ -23,7 +23,7 @@ from declip.io.atomic import save_tensors
 from declip.io.text import one_line
 from declip.models.dual_encoder import DualEncoder
 from declip.models.hf_encoder import as_user_error
-from declip.models.wrapped_towers import WrappedImageTower
+from declip.models.wrapped import WrappedImageTower
 from declip.recipe.load import load_recipe
 
 LIBRARY = "transformers"

@@ -22,10 +22,10 @@ from declip.errors import UserError
 from declip.interchange.classes import Classes
 from declip.io.text import one_line
 from declip.models.dual_encoder import DualEncoder
-from declip.models.hf_encoder import TextEncoder, encoder_kept_in
+from declip.models.hf_encoder import TextEncoder
 from declip.models.layers import IMAGE, PROJECTIONS, TEXT
 from declip.models.lora import Adapters, adapted
-from declip.models.wrapped import WrappedModel
+from declip.models.wrapped import WrappedModel, encoder_kept_in
 from declip.recipe.schema import LogitScale, Recipe
 from declip.recipe.yaml_text import read_yaml
 from declip.supervision.objective import for_sigmoid, without_run_state
@@ -35,7 +35,6 @@ LAYER_KEY = re.compile(r"(layers|depths?|blocks)$")
 
 MAX_GROWTH = 4
 """Largest size of the tensors, in sizes of their file. Weights hardly compress, and tied ones count twice."""
-
 
 RANDOM = {
     *(Tensor.normal_, Tensor.uniform_),
@@ -69,25 +68,17 @@ class Weights:
         return encoder_kept_in(self.tensors, self.recipe, Path(self.origin)) if self.whole else None
 
     def named_classes(self, file: str | None = None, required: bool = False) -> Classes | None:
-        """Return the classes if their names are known.
+        """Return the classes if their names are known, or with the user's names in a file.
 
-        Args:
-            file: The user's names, which replace those known; see `declip.interchange.classes.read_names`.
-            required: Raise a `UserError` if there is no classifier or no names, as always with a file.
+        Raises a `UserError` if that is impossible with a file, or required.
         """
-        if self.classes is not None and file is not None:
-            return self.classes.with_names(file)
-        if self.classes is not None and self.classes.names:
-            return self.classes
+        classes = self.classes if self.classes is None or file is None else self.classes.with_names(file)
+        if classes is not None and classes.names:
+            return classes
         if not required and file is None:
             return None
-        if self.classes is None:
-            raise UserError(
-                f"'{self.origin}' has no classifier whose classes could serve as pairs. Leave finetune.class_pairs and "
-                "finetune.class_names out."
-            )
         raise UserError(
-            f"The names of the {len(self.classes.rows):,} classes of '{self.origin}' are not known. Give them as "
+            f"'{self.origin}' has no classifier, or none with known names of its classes. Give them as "
             "finetune.class_names=FILE, or set finetune.class_pairs=false."
         )
 
@@ -185,10 +176,7 @@ class Weights:
 
 
 class Uninitialized(TorchFunctionMode):
-    """Skip random initialization, where weights are loaded afterwards; other values, as of buffers, are computed.
-
-    On the meta device it would import torch._dynamo, which takes longer than importing torch.
-    """
+    """Skip random initialization, where weights are loaded afterwards; other values, as of buffers, are computed."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

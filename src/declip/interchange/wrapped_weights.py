@@ -17,8 +17,7 @@ from declip.interchange.weights import Weights, check_layers, check_memory
 from declip.models.dual_encoder import DualEncoder
 from declip.models.hf_encoder import as_user_error
 from declip.models.layers import IMAGE, TEXT
-from declip.models.wrapped import WrappedModel, plain
-from declip.models.wrapped_towers import WrappedImageTower, WrappedTextTower, library_state
+from declip.models.wrapped import WrappedImageTower, WrappedModel, WrappedTextTower, library_state, plain
 from declip.recipe.load import load_recipe
 
 CLEANING = {"SiglipTokenizer": "siglip", "Siglip2Tokenizer": "lowercase", "GemmaTokenizer": "lowercase"}

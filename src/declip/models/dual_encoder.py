@@ -17,8 +17,7 @@ from declip.models.hf_encoder import TextEncoder, read_encoder
 from declip.models.hf_text_tower import HuggingfaceTextTower
 from declip.models.image_tower import ImageFeatures, ImageTower, NoImageTower
 from declip.models.text_tower import AnyTextTower, NoTextTower, TextTower, refuse_text
-from declip.models.wrapped import WrappedModel
-from declip.models.wrapped_towers import WrappedImageTower, WrappedTextTower
+from declip.models.wrapped import WrappedImageTower, WrappedModel, WrappedTextTower
 from declip.recipe.schema import Recipe
 
 

@@ -21,8 +21,6 @@ from declip.errors import UserError
 from declip.io.hub import fetch
 from declip.io.text import one_line
 from declip.models.bert import Bert, is_plain
-from declip.models.wrapped import WrappedModel
-from declip.recipe.schema import Recipe
 
 log = logging.getLogger("declip")
 
@@ -134,20 +132,6 @@ def read_encoder(given: str, pretrained: bool) -> TextEncoder:
         if lacking := [names[special] for special, number in specials.items() if number is None]:
             raise ValueError(f"it has no {', '.join(lacking)}")
     return TextEncoder(config, definition, specials, folder if pretrained else None, pooling)
-
-
-def encoder_kept_in(weights: Mapping[str, Tensor], recipe: Recipe, path: Path) -> TextEncoder | WrappedModel | None:
-    """Read the encoder, or the wrapped model, stored with a model's weights; None for CLIP's text tower.
-
-    `text.hf_model` is never read instead: the recipe may be a stranger's.
-    """
-    if recipe.text.hf_model is None:
-        return None
-    try:
-        kind = WrappedModel if recipe.image.model == recipe.text.hf_model else TextEncoder
-        return kind.from_tensor(weights[ENTRY])
-    except Exception as error:  # JSON of any shape
-        raise UserError(f"The text encoder's configuration in '{path}' is missing or damaged.") from error
 
 
 def check_context(config: Mapping[str, Any], context: int) -> None:

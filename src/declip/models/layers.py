@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from declip.models.dual_encoder import DualEncoder
-from declip.models.wrapped_towers import WrappedImageTower, WrappedTextTower
+from declip.models.wrapped import WrappedImageTower, WrappedTextTower
 
 IMAGE, TEXT = "image_tower.", "text_tower."
 """Prefixes of the towers' parameter names in a `DualEncoder`."""

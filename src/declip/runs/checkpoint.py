@@ -36,23 +36,13 @@ MAX_STATE = 64 << 20  # largest size of state.json in bytes; usual ones have a f
 
 @dataclass
 class Checkpoint:
-    """State of a run after a step, saved in a folder ``step-00000500`` as two safetensors files and a JSON file.
-
-    Reading it runs no code.
-
-    Attributes:
-        weights: "model.…" tensors, which `declip.load` reads.
-        training: "objective.…", "optimizer.…" and "random.…" tensors: heads, queue, moments by parameter name, and the
-            random generators of each rank, such as "random.0.cpu".
-        recipe: The resolved recipe as YAML.
-        extra: JSON values: versions, counts of skipped pairs, and the best evaluation.
-    """
+    """State of a run after a step, saved as two safetensors files and a JSON file; reading it runs no code."""
 
     step: int
-    weights: dict[str, Tensor]
-    training: dict[str, Tensor]
-    recipe: str
-    extra: dict[str, Any] = field(default_factory=dict)
+    weights: dict[str, Tensor]  # "model.…", which `declip.load` reads
+    training: dict[str, Tensor]  # "objective.…", "optimizer.…", "random.RANK.…": heads, moments by name, generators
+    recipe: str  # resolved, as YAML
+    extra: dict[str, Any] = field(default_factory=dict)  # versions, counts of skipped pairs, the best evaluation
 
 
 def folder_of(run: Path, step: int) -> Path:
@@ -88,8 +78,7 @@ def snapshot(checkpoint: Checkpoint) -> Checkpoint:
 def write_snapshot(run: Path, kept: Checkpoint, keep: int) -> Path:
     """Write a checkpoint to a temporary folder, flush it, read it back, rename it, and keep the newest `keep`.
 
-    The best one is kept too. Checkpoints of later steps are kept and not counted: they are damaged, so that the run
-    resumed before them. If writing fails, earlier checkpoints are unchanged.
+    The best one is kept too. If writing fails, earlier checkpoints are unchanged.
     """
     final, best = folder_of(run, kept.step), best_of(run, kept)
     partial = final.with_suffix(".partial")
@@ -122,6 +111,7 @@ def write_snapshot(run: Path, kept: Checkpoint, keep: int) -> Path:
             f"Cannot write the checkpoint {final}: {str(error).rstrip('.')}. {newest} "
             "Make room or choose another folder with --out, then continue with --resume."
         ) from error
+    # Those of later steps are not counted: they are damaged, so that the run resumed before them.
     older = [path for path in list_checkpoints(run) if step_of(path) <= kept.step and path != best]
     for old in older[:-keep]:
         aside = old.with_suffix(".partial")  # renamed first, so that a crash leaves no incomplete checkpoint
@@ -138,10 +128,7 @@ def best_of(run: Path, checkpoint: Checkpoint) -> Path | None:
 
 
 class CheckpointWriter:
-    """Writes checkpoints in a thread, one at a time, so that training waits for a copy in memory, not for the disk.
-
-    Python waits for the thread before it exits.
-    """
+    """Writes checkpoints in a thread, one at a time, so that training waits for a copy in memory, not for the disk."""
 
     def __init__(self, run: Path, keep: int) -> None:
         self._run, self._keep = run, keep

@@ -22,8 +22,8 @@ from safetensors import SafetensorError, safe_open
 from declip.errors import UserError
 from declip.evaluation.results import Result, read_result
 from declip.io.atomic import write_text
-from declip.models.hf_encoder import ENTRY, TextEncoder, encoder_kept_in
-from declip.models.wrapped import WrappedModel
+from declip.models.hf_encoder import ENTRY, TextEncoder
+from declip.models.wrapped import WrappedModel, encoder_kept_in
 from declip.recipe.load import flat, load_recipe
 from declip.recipe.schema import Recipe
 from declip.runs.checkpoint import WEIGHTS, Checkpoint, list_checkpoints, newest_good
@@ -127,24 +127,22 @@ class Run:
 
     @cached_property
     def skipped(self) -> Mapping[str, Any] | None:
-        """Content of skipped.json: "seen", a number of pairs, and "reasons": count and example keys by reason.
-
-        None before the first checkpoint.
-        """
-        text = _text(self.folder / SKIPPED)
-        return json.loads(text) if text else None
+        """Number of pairs "seen", and "reasons": count and example keys; None before the first checkpoint."""
+        return self._json(SKIPPED) or None
 
     @cached_property
     def examples(self) -> Mapping[str, Any]:
-        """examples.json: "source" (name, pairs, credit), "losses", "views", "worst" captions; empty before step 1."""
-        text = _text(self.folder / EXAMPLES)
-        return json.loads(text) if text else {}
+        """Facts for the report: "source", "losses", "views", "worst" captions; empty before the first step."""
+        return self._json(EXAMPLES)
 
     @cached_property
     def cross_validation(self) -> Mapping[str, Any]:
-        """cross_validation.json of heads in closed form, see `declip.training.fit`; empty for other runs."""
-        text = _text(self.folder / CROSS_VALIDATION)
-        return json.loads(text) if text else {}
+        """Choice of heads in closed form, see `declip.training.fit`; empty for other runs."""
+        return self._json(CROSS_VALIDATION)
+
+    def _json(self, name: str) -> dict[str, Any]:
+        text = _text(self.folder / name)
+        return dict(json.loads(text)) if text else {}
 
     @cached_property
     def caption_ranks(self) -> dict[tuple[str, str], float]:
@@ -197,11 +195,10 @@ def read_run(folder: str | Path) -> Run:
 
 
 def lock_folder(folder: Path) -> FileIO:
-    """Create the run folder and lock it for this process, until the returned file is closed.
+    """Create the run folder and lock it for this process, until the returned file is closed or the process ends.
 
-    A folder without a run is refused if it has files that a run would overwrite. The operating system releases the lock
-    however the process ends, and worker processes do not inherit it. On Windows, and on file systems without such
-    locks, nothing is locked.
+    A folder without a run is refused if it has files that a run would overwrite. On Windows, and on file systems
+    without such locks, nothing is locked.
     """
     try:
         taken = [name for name in OUTPUTS if (folder / name).exists()]
@@ -218,6 +215,7 @@ def lock_folder(folder: Path) -> FileIO:
     import fcntl
 
     try:
+        # Unlike flock's, worker processes do not inherit this lock.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EAGAIN):
@@ -256,7 +254,7 @@ def open_folder(recipe: Recipe, folder: Path, resume: bool) -> Checkpoint | None
 
 
 def kept_encoder(recipe: Recipe, folder: Path) -> TextEncoder | WrappedModel | None:
-    """Read the files of the Hugging Face encoder, if any, from the newest good checkpoint, for resuming."""
+    """Read the Hugging Face encoder, if any, from the newest good checkpoint, for resuming."""
     for checkpoint in reversed(list_checkpoints(folder)) if recipe.text.hf_model is not None else ():
         with suppress(OSError, SafetensorError, UserError), safe_open(checkpoint / WEIGHTS, "pt") as file:
             return encoder_kept_in({ENTRY: file.get_tensor(f"model.{ENTRY}")}, recipe, checkpoint)
