@@ -1,4 +1,4 @@
-"""The size of the cache: the limit, what is removed first, and the commands."""
+"""The entries of the cache: their sizes, what is removed, and the commands."""
 
 import os
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 from filelock import FileLock
 
 from declip.errors import UserError
-from declip.io.cache import LOCK, cache_entries, clear_cache, trim_cache
+from declip.io.cache import LOCK, cache_entries, clear_cache
 
 
 @pytest.fixture
@@ -27,28 +27,18 @@ def names(cache: Path) -> set[str]:
     return {str(entry.path.relative_to(cache)) for entry in cache_entries()}
 
 
-def test_features_longest_unused_go_first(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DECLIP_CACHE_GB", "2.5e-6")
-    with FileLock(cache / "features/b" / LOCK):  # of another process
-        os.utime(cache / "features/b", (2, 2))
-        trim_cache(keep=[cache / "features/a"])
-    assert names(cache) == {"features/a", "features/b", "shards/e", "emoji/f"}
-    monkeypatch.setenv("DECLIP_CACHE_GB", "much")
-    with pytest.raises(UserError, match="DECLIP_CACHE_GB=much"):
-        trim_cache()
-
-
 def test_clear_keeps_what_cannot_be_computed(cache: Path) -> None:
     with pytest.raises(UserError, match="'nothing'"):
         clear_cache("nothing")
     assert clear_cache("shards") == 1_000
-    assert clear_cache() == 4_000
-    assert names(cache) == {"emoji/f"}
+    with FileLock(cache / "features/b" / LOCK):  # of another process
+        assert clear_cache() == 3_000
+    assert names(cache) == {"features/b", "emoji/f"}
 
 
 def test_the_commands(cache: Path, command: Any) -> None:
     shown = command("cache", "show").out
-    assert all(part in shown for part in (str(cache), "features", "shards", "DECLIP_CACHE_GB"))
+    assert all(part in shown for part in (str(cache), "features", "shards"))
     assert command("cache", "clear", "features").out.split()[:2] == ["0.0", "MB"]
     assert names(cache) == {"shards/e", "emoji/f"}
     wrong = command("cache", "clear", "nothing")

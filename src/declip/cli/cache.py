@@ -16,16 +16,13 @@ def show() -> None:
     from datetime import datetime
 
     from declip.io.atomic import CACHE_VARIABLE, cache_folder
-    from declip.io.cache import FEATURES, LIMIT_VARIABLE, cache_entries, cache_limit
+    from declip.io.cache import cache_entries
 
     say(f"{cache_folder()} (set {CACHE_VARIABLE} to move it)")
     for name, entries in groupby(cache_entries(), key=lambda entry: entry.path.parent.name):
         found = list(entries)
         used = datetime.fromtimestamp(max(entry.used for entry in found)).strftime("%Y-%m-%d")
-        limit = f", at most {cache_limit() / 1e9:g} GB ({LIMIT_VARIABLE})" if name == FEATURES else ""
-        say(
-            f"{name:<12} {sum(entry.size for entry in found) / 1e6:>12,.1f} MB  {len(found):>6,} entries  {used}{limit}"
-        )
+        say(f"{name:<12} {sum(entry.size for entry in found) / 1e6:>12,.1f} MB  {len(found):>6,} entries  {used}")
 
 
 @group.command()

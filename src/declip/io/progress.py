@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TimeElapsedColumn, TimeRemainingColumn
 
 FIRST, LONGEST = 10.0, 30.0  # seconds before the first plain line, and longest interval between lines
+UNITS = {TimeRemainingColumn: " left", TimeElapsedColumn: " elapsed"}
 
 
 def progress_bar(*columns: Any, shown: bool = True, **options: Any) -> Progress:
@@ -31,10 +32,7 @@ def print_line(console: Console, text: str) -> None:
 
 
 class PlainProgress(Progress):
-    """A progress bar that prints its columns as a line after 10 s and then at longer intervals.
-
-    A last line is printed at the end, unless the job was shorter than 10 s.
-    """
+    """Prints its columns as a line after 10 s and then at longer intervals, and at the end of a job of 10 s or more."""
 
     def __init__(self, *columns: Any, **options: Any) -> None:
         super().__init__(*columns, **options | {"disable": True})
@@ -50,14 +48,12 @@ class PlainProgress(Progress):
         self._print(task_id)
 
     def _print(self, task_id: TaskID) -> None:
-        task = next(task for task in self.tasks if task.id == task_id)
-        now = self.get_time()
+        task, now = next(task for task in self.tasks if task.id == task_id), self.get_time()
         last = task.finished and self._printed > self._start and task_id not in self._ended
         if last or now - self._printed >= min(LONGEST, max(FIRST, (now - self._start) / 10)):
             self._printed = now
             if task.finished:
                 self._ended.add(task_id)
             shown = [(column, str(column(task))) for column in self.columns if not isinstance(column, BarColumn | str)]
-            units = {TimeRemainingColumn: " left", TimeElapsedColumn: " elapsed"}
-            words = [text + units.get(type(column), "") for column, text in shown if text and not text.startswith("-:")]
+            words = [text + UNITS.get(type(column), "") for column, text in shown if text and not text.startswith("-:")]
             print_line(self.console, "  ".join(words))
