@@ -182,18 +182,6 @@ def test_a_refused_run_removes_only_its_own_files(pairs: Path, weights: Path, tm
     assert sorted(path.name for path in (tmp_path / "run").iterdir() if path.name != ".lock") == ["notes.txt"]
 
 
-def test_one_pair_is_fitted_without_a_validation_part(pairs: Path, tmp_path: Path, command: Any) -> None:
-    table = pairs.with_name("single.csv")
-    table.write_text("\n".join(pairs.read_text().splitlines()[:2]) + "\n")
-    printed = command("finetune", table, "--out", tmp_path / "run", "--quiet", "image.size=32")
-    assert printed.status == 0
-    assert all(part in printed.out for part in ("1 pair", "--val", "nothing was measured"))
-    run = read_run(tmp_path / "run")
-    assert (run.recipe.evaluation.retrieval, run.cross_validation["pairs"]) == ((), 1)
-    model: Any = declip.load(tmp_path / "run", device="cpu")
-    assert all(torch.isfinite(tensor).all() for tensor in model.state_dict().values() if tensor.is_floating_point())
-
-
 @pytest.mark.parametrize("rate", ["5e-4", "0.0005"])
 def test_numbers_are_read_as_python_writes_them(rate: str) -> None:
     given = read_overrides({"train.lr": rate, "train.epochs": "1e1", "train": {"batch_size": "16"}})

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from declip.errors import UserError
 from declip.io.atomic import sha256
@@ -97,6 +95,7 @@ CONTENTS: dict[str, Callable[[bytes], bytes]] = {
     "one byte less": lambda content: content[:-1],
     "one byte more": lambda content: content + b" ",
     "zeros": lambda content: bytes(len(content)),
+    "nested": lambda content: b"[" * 100_000,
 }
 OTHER_THINGS: dict[str, Callable[[Path], None]] = {
     "missing": lambda path: None,
@@ -152,17 +151,6 @@ def test_a_state_of_another_make_is_refused(tmp_path: Path, change: dict[str, ob
     del state["digest"]
     (folder / checkpoints.STATE).write_text(checkpoints._with_digest(state))
     with pytest.raises(UserError, match=r"state\.json is damaged"):
-        load_checkpoint(folder)
-
-
-@settings(max_examples=30)
-@given(st.one_of(st.binary(), st.text().map(str.encode), st.integers(1, 10**5).map(lambda n: b"[" * n)))
-def test_any_bytes_in_the_place_of_the_state(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
-    folder = tmp_path_factory.getbasetemp() / "step-00000001"
-    folder.mkdir(exist_ok=True)
-    for name in FILES:
-        (folder / name).write_bytes(content)
-    with pytest.raises(UserError, match="step-00000001"):
         load_checkpoint(folder)
 
 

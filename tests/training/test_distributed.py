@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from conftest import TINY, WEIGHTS
 from data.fakes import Noise
@@ -170,25 +169,6 @@ def test_fewer_pairs_than_processes_are_refused(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(distributed, "world_size", lambda: BATCH + 1)
     with pytest.raises(UserError, match=r"train\.batch_size=8 .* 9 processes"):
         build_learner(recipe, model, Objective(recipe, model))
-
-
-def gathered(own: torch.Tensor, keep_own: bool) -> list[torch.Tensor]:
-    """All ranks' rows without gradient, but for the own ones where they are kept."""
-    rows = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-    dist.all_gather(rows, own.detach())
-    return [own if keep_own and rank == dist.get_rank() else part for rank, part in enumerate(rows)]
-
-
-@pytest.mark.parametrize("keep_own", [False, True])
-def test_a_gather_without_its_gradient_is_noticed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep_own: bool
-) -> None:
-    """The field's classic bug: the comparison above fails for it."""
-    expected = alone(["clip"])
-    monkeypatch.setattr(distributed, "all_gather", partial(gathered, keep_own=keep_own))
-    for theirs in in_processes(some_recipes, 2, tmp_path, ["clip"], (4, 4), "layer norm", {}):
-        with pytest.raises(AssertionError, match="grad"):
-            compare(expected, theirs)
 
 
 def test_chunks_give_every_gradient_of_the_whole_batch() -> None:

@@ -195,6 +195,18 @@ def test_two_processes_are_one(run: Run, folder: Path, tmp_path: Path) -> None:
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
+def test_one_pair_is_fitted_without_a_validation_part(folder: Path, tmp_path: Path, command: Any) -> None:
+    (folder / "single.csv").write_text("\n".join((folder / "pairs.csv").read_text().splitlines()[:2]) + "\n")
+    words = ["finetune", folder / "single.csv", "--from", f"timm:test_vit/{folder / 'vit.safetensors'}", "--freeze"]
+    keys = (f"{key}={value}" for key, value in keys_of(folder).items())
+    printed = command(*words, "both", "--out", tmp_path / "run", "--quiet", *keys)
+    assert printed.status == 0
+    assert all(part in printed.out for part in ("1 pair", "--val", "nothing was measured"))
+    run = read_run(tmp_path / "run")
+    assert (run.recipe.evaluation.retrieval, run.cross_validation["pairs"]) == ((), 1)
+    assert bool(cosines(tmp_path / "run", folder).isfinite().all())
+
+
 def test_broken_pairs_are_counted_and_refused(folder: Path, tmp_path: Path) -> None:
     head, *rows = (folder / "pairs.csv").read_text().splitlines()
     (folder / "broken.csv").write_text("\n".join([head, *rows, "missing.png,a red circle"]) + "\n")

@@ -15,6 +15,7 @@ from conftest import TINY, WEIGHTS
 from declip.api import train
 from declip.errors import UserError
 from declip.interchange.declip_file import FILE, RECIPE, VERSION
+from declip.interchange.interpolate import ends_of
 from declip.models.dual_encoder import DualEncoder
 from declip.models.hf_encoder import ENTRY
 from declip.models.layers import TEXT, depths
@@ -24,7 +25,7 @@ from declip.training.assemble import assemble
 from declip.training.trainer import Trainer
 from interchange.towers import export_exactly
 from text_encoders import bert, roberta
-from training.starts import last, moved, same_end, state, stop_at
+from training.starts import last, moved, same_end, state, stop_at, tuned
 
 pytest.importorskip("transformers")
 
@@ -48,6 +49,11 @@ def test_it_learns_and_loads_without_its_folder(table: Path, tmp_path: Path) -> 
     assert whole.results[0]["task"] == "retrieval"
     with pytest.raises(UserError, match="is no folder"):
         train(recipe, out=tmp_path / "new", quiet=True, report=False)
+
+    second = Trainer(assemble(tuned(table, tmp_path / "whole", {"steps": 2}), tmp_path / "second", quiet=True))
+    assert not moved(last(tmp_path / "whole"), state(second)), "it is a start too"
+    second.train()
+    ends_of(tmp_path / "second", "cpu")
 
     model = declip.load(tmp_path / "whole", device="cpu")
     captions = ["a red circle", "bar painted in blue on white paper"]

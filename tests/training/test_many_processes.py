@@ -183,8 +183,8 @@ def absent(patience: float) -> str:
 
 
 def test_a_rank_that_does_not_come_is_named(tmp_path: Path) -> None:
-    told = in_processes(absent, 2, tmp_path, 2.0)[0]
-    assert told.startswith("Rank 1 did not reach step 3 within 2 s")
+    told = in_processes(absent, 2, tmp_path, 1.0)[0]
+    assert told.startswith("Rank 1 did not reach step 3 within 1 s")
     assert "--resume" in told
 
 

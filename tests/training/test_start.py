@@ -30,7 +30,6 @@ from declip.training.assemble import assemble
 from declip.training.pretrained import _resized
 from declip.training.trainer import Trainer
 from interchange.towers import build
-from text_encoders import bert
 from training.starts import SMALL, STATISTICS, VIT, last, moved, same_end, state, tuned
 
 
@@ -184,18 +183,6 @@ def test_timm_weights_start_the_image_tower_alone(table: Path, tmp_path: Path) -
     assert read_rows(tmp_path / "r" / "evaluations.jsonl") == []
     with pytest.raises(UserError, match="nothing to interpolate with"):
         mixing.ends_of(tmp_path / "r")
-
-
-def test_a_run_with_a_text_encoder_is_a_start_without_its_folder(table: Path, tmp_path: Path) -> None:
-    pytest.importorskip("transformers")
-    text = {"hf_model": str(bert(tmp_path / "bert")), "context_length": 24}
-    tree = {**TINY, "name": "encoder", "data": {"source": str(table)}, "text": text}
-    train(Recipe.model_validate(tree), out=tmp_path / "first", quiet=True, report=False)
-    shutil.rmtree(tmp_path / "bert")
-    second = Trainer(assemble(tuned(table, tmp_path / "first", {"steps": 2}), tmp_path / "second", quiet=True))
-    assert not moved(last(tmp_path / "first"), state(second))
-    second.train()
-    mixing.ends_of(tmp_path / "second", "cpu")
 
 
 def test_the_start_is_measured_once(table: Path, tmp_path: Path, start: Path) -> None:
