@@ -352,22 +352,24 @@ def test_an_interrupted_run_prints_words_that_a_shell_reads(
     assert "declip train mine.yaml data.max_pairs=16 'name=my run' --out 'my run' --quiet --resume" in printed
 
 
-FULL = [(500, ("'run/recipe.yaml'", "--out")), (4_000, ("examples.json",)), (20_000, ("checkpoints/step-00000030",))]
+FULL = {500: ("'run/recipe.yaml'", "--out"), 4_000: ("examples.json",), 8_000: ("A file", "--resume"),
+        20_000: ("checkpoints/step-00000060",)}  # fmt: skip
+"""The largest size of a file, and what the message names."""
 
 
-@pytest.mark.parametrize(("largest", "says"), FULL, ids=["recipe", "examples", "checkpoint"])
+@pytest.mark.parametrize(("largest", "says"), FULL.items(), ids=["recipe", "examples", "metrics", "checkpoint"])
 def test_a_full_disk_is_reported_and_the_run_continues_once_there_is_room(
     largest: int, says: tuple[str, ...], here: Path, declip: Command
 ) -> None:
     """No file may grow beyond `largest` bytes; the error differs from a full disk's only in its number."""
-    words = ["train", "mine.yaml", "train.steps=30", "train.log_every=1", "train.checkpoint_every=100"]
+    words = ["train", "mine.yaml", "train.steps=60", "train.log_every=1", "train.checkpoint_every=100"]
     # Without loader processes: their shared memory is files too.
     words += ["data.workers=0", "--out", "run", "--quiet", "--resume"]
     status, printed = on_a_full_disk(words, largest)
     assert (status, [part for part in ("File too large", *says) if part not in printed]) == (2, []), printed
     assert "Traceback" not in printed
     assert declip(*words)[0] == 0
-    assert [row["step"] for row in read_rows(here / "run" / "metrics.jsonl")] == list(range(1, 31))
+    assert [row["step"] for row in read_rows(here / "run" / "metrics.jsonl")] == list(range(1, 61))
 
 
 def test_a_result_that_does_not_fit_on_the_disk(table: Path, trained: Path, here: Path) -> None:
