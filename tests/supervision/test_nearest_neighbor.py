@@ -25,21 +25,21 @@ def rows(generator, n):
 
 
 class ListQueue:
-    """The queue as a plain list of (feature, tag), oldest first."""
+    """The queue as a plain list of features, oldest first."""
 
     def __init__(self, size):
         self.size = size
         self.items = []
 
-    def push(self, features, tags):
-        for feature, tag in zip(features.tolist(), tags.tolist(), strict=True):
+    def push(self, features):
+        for feature in features.tolist():
             length = math.hypot(*feature)
-            self.items.append(([x / length for x in feature], tag))
+            self.items.append([x / length for x in feature])
             self.items = self.items[-self.size :]
 
-    def scores(self, query):
-        """Each held tag's similarity to a query."""
-        return {tag: sum(x * y for x, y in zip(query, f, strict=True)) for f, tag in self.items}
+    def best(self, query):
+        """The largest similarity to a query."""
+        return max(sum(x * y for x, y in zip(query, f, strict=True)) for f in self.items)
 
 
 pushes = st.lists(st.integers(0, 17), max_size=6)
@@ -50,22 +50,17 @@ pushes = st.lists(st.integers(0, 17), max_size=6)
 def test_equals_a_plain_list_under_any_pushes(size, counts, seed):
     generator = torch.Generator().manual_seed(seed)
     queue, model = Queue(size, WIDTH), ListQueue(size)
-    tag = 0
     for count in counts:
-        features, tags = rows(generator, count), torch.arange(tag, tag + count)
-        tag += count
-        queue.push(features, tags)
-        model.push(features, tags)
+        features = rows(generator, count)
+        queue.push(features)
+        model.push(features)
         assert len(queue) == len(model.items)
-        expected = torch.tensor([f for f, _ in model.items]).reshape(-1, WIDTH)
+        expected = torch.tensor(model.items).reshape(-1, WIDTH)
         torch.testing.assert_close(ordered(queue), expected, rtol=0, atol=1e-6)
         if len(queue):
             queries = rows(generator, 5)
-            found, slots = queue.nearest(queries)
-            for query, found_tag in zip(queries.tolist(), queue.tags[slots].tolist(), strict=True):
-                scores = model.scores(query)
-                assert scores[found_tag] == pytest.approx(max(scores.values()), abs=1e-5)
-            assert torch.equal(found, queue.features[slots])
+            scores = (queries * queue.features[queue.nearest(queries)]).sum(dim=1)
+            assert scores.tolist() == pytest.approx([model.best(query) for query in queries.tolist()], abs=1e-5)
 
 
 def assert_same(queue, other):
@@ -93,9 +88,9 @@ def test_against_the_authors_bank(golden, bank):
         queue.push(before)
         queue.pointer = start = int(step["ptr_before"])
         assert torch.allclose(queue.features.norm(dim=1), torch.ones(size))
-        found, slots = queue.nearest(query)
+        slots = queue.nearest(query)
         if torch.allclose(before.norm(dim=1), torch.ones(size)):
-            torch.testing.assert_close(found, step["output"][0], rtol=0, atol=1e-6)
+            torch.testing.assert_close(queue.features[slots], step["output"][0], rtol=0, atol=1e-6)
         else:
             assert torch.equal(slots, (query @ queue.features.T).argmax(dim=1))
         if not step["update"]:
@@ -112,23 +107,14 @@ def test_against_the_authors_bank(golden, bank):
             torch.testing.assert_close(queue.features[:tail], F.normalize(query[-tail:], dim=1))
 
 
-def test_rows_pushed_without_a_tag_lose_the_old_rows_tag():
-    queue = Queue(3, WIDTH)
-    queue.push(torch.eye(WIDTH)[:3], torch.arange(3))
-    found, _ = queue.nearest(torch.eye(WIDTH)[:1])
-    queue.push(-torch.eye(WIDTH)[:2])
-    assert queue.tags.tolist() == [-1, -1, 2]
-    assert torch.equal(found, torch.eye(WIDTH)[:1]), "what was found is not changed by later pushes"
-
-
 def test_written_in_float32_at_length_1_and_without_gradient():
     queue = Queue(6, WIDTH)
     features = (100 * torch.randn(4, WIDTH)).bfloat16().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
         queue.push(features)
-        found, _ = queue.nearest(features)
-    assert (queue.features.dtype, found.requires_grad, queue.features.requires_grad) == (torch.float32, False, False)
-    torch.testing.assert_close(found, F.normalize(features.detach().float(), dim=1), rtol=0, atol=1e-7)
+    assert (queue.features.dtype, queue.features.requires_grad) == (torch.float32, False)
+    expected = F.normalize(features.detach().float(), dim=1)
+    torch.testing.assert_close(queue.features[:4], expected, rtol=0, atol=1e-7)
 
 
 def test_searching_is_in_float32_even_inside_autocast():
@@ -136,7 +122,7 @@ def test_searching_is_in_float32_even_inside_autocast():
     queue = Queue(2, WIDTH)
     queue.push(near)
     with torch.autocast("cpu", torch.bfloat16):
-        _, slots = queue.nearest(torch.tensor([[1.0, 0.003, 0, 0], [1.0, -0.003, 0, 0]]))
+        slots = queue.nearest(torch.tensor([[1.0, 0.003, 0, 0], [1.0, -0.003, 0, 0]]))
     assert slots.tolist() == [0, 1]
 
 
@@ -146,20 +132,20 @@ def test_searching_in_blocks_finds_the_same(monkeypatch, held):
     queue = Queue(400, 32)
     queue.push(torch.randn(300, 32, generator=generator))
     queries = torch.randn(200, 32, generator=generator)
-    _, expected = queue.nearest(queries)
+    expected = queue.nearest(queries)
     sizes, argmax = [], torch.Tensor.argmax
     monkeypatch.setattr(torch.Tensor, "argmax", lambda x, **k: sizes.append(x.numel()) or argmax(x, **k))
     monkeypatch.setattr(module, "SIMILARITIES_AT_ONCE", held)
-    assert torch.equal(queue.nearest(queries)[1], expected)
+    assert torch.equal(queue.nearest(queries), expected)
     assert max(sizes) <= held
-    assert queue.nearest(queries[:0])[1].shape == (0,)
+    assert queue.nearest(queries[:0]).shape == (0,)
 
 
 @pytest.mark.parametrize("count", [0, 3, 8])
 def test_a_saved_queue_continues_as_if_never_stopped(count):
     generator = torch.Generator().manual_seed(3)
     queue = Queue(5, WIDTH)
-    queue.push(rows(generator, count), torch.arange(count))
+    queue.push(rows(generator, count))
     more, other = rows(generator, 3), Queue(5, WIDTH)
     other.load_state_dict(load(save(queue.state_dict())))
     for each in (other, copy.deepcopy(queue)):

@@ -85,7 +85,6 @@ def test_the_queue_is_looked_up_before_it_is_written_augmentations_first() -> No
     objective.after_step(model)
     second, first = model.encode_text(batch.texts[1]), model.encode_text(batch.masked)
     torch.testing.assert_close(objective.queue.features[: len(objective.queue)], torch.cat([second, first]).detach())
-    assert objective.queue.tags[:16].tolist() == [2 * t + 1 for t in range(8)] + [2 * t for t in range(8)]
     assert objective(model, batch)["nearest_neighbor"].item() > 0
     objective(model, batch)
     objective.after_step(model)

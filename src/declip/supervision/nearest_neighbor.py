@@ -16,7 +16,6 @@ from declip.supervision.contrastive import ContrastiveTerm, cross_entropy_to_key
 from declip.supervision.soft_targets import SoftTargets
 from declip.supervision.term import Encodings, Rows, Similarity
 
-NO_TAG = -1
 SIMILARITIES_AT_ONCE = 2**26  # that a lookup holds: 256 MiB in float32, whatever the batch
 
 
@@ -29,58 +28,43 @@ class Queue(nn.Module):
     """
 
     features: Tensor  # (size, width) float32 buffer, rows of length 1
-    tags: Tensor  # (size,) int64 buffer, the caller's tag of each row; -1 without
 
     def __init__(self, size: int, width: int) -> None:
         super().__init__()
         self.size = size
         self.register_buffer("features", torch.zeros(size, width))
-        self.register_buffer("tags", torch.full((size,), NO_TAG))
         self.written = self.pointer = 0
 
     def __len__(self) -> int:
         return self.written
 
     @torch.no_grad()
-    def push(self, features: Tensor, tags: Tensor | None = None) -> None:
-        """Write features over the oldest ones; two pushes equal one push of both.
+    def push(self, features: Tensor) -> None:
+        """Write features (n, width), oldest first and of any length, over the oldest ones.
 
         Equals the plain loop
-            for f, t in zip(features, tags): slot[pointer] = f / |f|, t; pointer = (pointer + 1) % size
-
-        Args:
-            features: (n, width), oldest first, any length. Of more rows than slots the last stay.
-            tags: (n,) int64; -1 by default.
+            for f in features: slot[pointer] = f / |f|; pointer = (pointer + 1) % size
         """
         start = (self.pointer + max(len(features) - self.size, 0)) % self.size
         rows = F.normalize(features[-self.size :].to(self.features), dim=-1)
-        marks = rows.new_full((len(rows),), NO_TAG, dtype=torch.int64) if tags is None else tags[-self.size :]
         before_end = self.size - start
-        for store, values in ((self.features, rows), (self.tags, marks)):
-            store[start : start + len(rows)] = values[:before_end]
-            store[: max(len(rows) - before_end, 0)] = values[before_end:]
+        self.features[start : start + len(rows)] = rows[:before_end]
+        self.features[: max(len(rows) - before_end, 0)] = rows[before_end:]
         self.pointer = (start + len(rows)) % self.size
         self.written = min(self.written + len(rows), self.size)
 
     @torch.no_grad()
-    def nearest(self, queries: Tensor) -> tuple[Tensor, Tensor]:
-        """Find each query's nearest feature by cosine; the queue must hold one.
+    def nearest(self, queries: Tensor) -> Tensor:
+        """Find the row (n,) of `features` nearest to each query (n, width) by cosine; the queue must hold one.
 
         Equals the plain loop
             rows[i] = argmax over r < written of queries[i]·features[r]
-
-        Args:
-            queries: (n, width), any length.
-
-        Returns:
-            The neighbors (n, width), float32 and without gradient, and their slots (n,), which index `tags`.
         """
         rows, keys = queries.to(self.features), self.features[: self.written]
         blocks = max(1, math.ceil(len(rows) * len(keys) / SIMILARITIES_AT_ONCE))
         with torch.autocast(queries.device.type, enabled=False):
             cosines = (some @ keys.mT for some in rows.tensor_split(blocks))
-            slots = torch.cat([some.argmax(dim=1) for some in cosines])
-        return self.features[slots], slots
+            return torch.cat([some.argmax(dim=1) for some in cosines])
 
     def get_extra_state(self) -> Tensor:
         return torch.tensor([self.written, self.pointer], device="cpu")
@@ -124,18 +108,18 @@ class NearestNeighbor(ContrastiveTerm):
         super().__init__(recipe, model)
         section = recipe.nearest_neighbor
         self.queue = Queue(section.queue_size, recipe.embed_dim)
-        self._pending: tuple[Tensor, Tensor] | None = None
+        self._pending: Tensor | None = None  # (T, N, d), written after the step
 
     def features(self, encoded: Encodings) -> dict[str, Tensor]:
         texts = encoded.texts
         if len(self.queue) == 0:
             return {}
-        _, found = self.queue.nearest(texts.detach().flatten(0, 1))
+        found = self.queue.nearest(texts.detach().flatten(0, 1))
         return {"queue_indices": found.unflatten(0, texts.shape[:2]).mT}
 
     def loss(self, own: Rows, keys: Rows, similarity: Similarity, offset: int) -> Tensor:
         if self.training:
-            self._pending = keys.texts.detach(), keys.sample_ids
+            self._pending = keys.texts.detach()
         if "queue_indices" not in keys.extra:
             return own.images.sum() * 0.0  # nothing to find yet
         # Every rank looked up its own captions; all ranks' queues are equal, so the indices name the same features.
@@ -153,9 +137,8 @@ class NearestNeighbor(ContrastiveTerm):
     def after_step(self, model: DualEncoder) -> None:
         # The augmented caption first, then the caption, as the official implementation.
         if self._pending is not None:
-            texts, ids = self._pending
             for view in (1, 0):
-                self.queue.push(texts[view], tags=2 * ids + view)
+                self.queue.push(self._pending[view])
             self._pending = None
 
 

@@ -171,12 +171,9 @@ class Objective(nn.Module):
         encoded = Encodings(images, texts, outputs, batch)
         features = {name: term.features(encoded) for name, term in terms}
         keys = {name: term.keys(features[name]) for name, term in terms}
-        ids = batch.sample_ids
-        if ids is None:
-            ids = torch.full((len(batch),), -1, device=texts.device)
         masks = self.recipe.contrastive.duplicates == "mask"
         labels = pair_labels(batch, model.tokenizer.padding) if masks else None
-        gathered = own = Rows(outputs.views, images, texts, ids, {}, labels)
+        gathered = own = Rows(outputs.views, images, texts, {}, labels)
         if gather is not identity_gather:
             keys = {name: term.pad_keys(keys[name]) for name, term in terms}
             gathered, keys = gather_rows(own, keys, gather)
@@ -262,7 +259,6 @@ def gather_rows(
     same shape on all ranks but for B.
     """
     tensors = {("", "images"): own.images.transpose(0, 1), ("", "texts"): own.texts.transpose(0, 1)}
-    tensors["", "ids"] = own.sample_ids
     if own.labels is not None:
         tensors["", "labels"] = own.labels
     tensors |= {(term, name): rows for term, features in extra.items() for name, rows in features.items()}
@@ -270,7 +266,7 @@ def gather_rows(
     columns = gather(torch.cat(packed, dim=1)).split([rows.shape[1] for rows in packed], dim=1)
     found = {key: _unpacked(part, rows) for (key, rows), part in zip(tensors.items(), columns, strict=True)}
     images, texts = (found["", name].transpose(0, 1) for name in ("images", "texts"))
-    everyone = Rows(own.views, images, texts, found["", "ids"], {}, found.get(("", "labels")))
+    everyone = Rows(own.views, images, texts, {}, found.get(("", "labels")))
     return everyone, {term: {name: found[term, name] for name in features} for term, features in extra.items()}
 
 

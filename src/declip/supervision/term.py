@@ -48,12 +48,11 @@ class Rows:
     views: tuple[str, ...]
     images: Tensor  # (V, n, d), in the order of `views`: the contrastive one first, if there is one
     texts: Tensor  # (T, n, d)
-    sample_ids: Tensor  # (n,) int64
     extra: dict[str, Tensor]  # the term's own features, see `Term.features` and `Term.keys`
     labels: Tensor | None = None  # (n, T + 1) int64, see `pair_labels`; None where duplicates are negatives
 
     def __len__(self) -> int:
-        return len(self.sample_ids)
+        return self.texts.shape[1]
 
     def text_labels(self, view: int) -> Tensor | None:
         """(n, 2) labels of a text view and of the group."""
