@@ -29,7 +29,7 @@ def test_embed_search_and_look_after(weights_file: Path, folder: Path, tmp_path:
     assert Image.open(drawn).mode == "RGB"
     query.unlink()
     assert "23 images" in command(*embed).out
-    assert "23 images" in command("index", "show", index, "--check").out
+    assert "23 images" in command("index", "show", index).out
 
 
 def test_lines_into_a_pipe_are_neither_cut_nor_wrapped(

@@ -16,8 +16,9 @@ from declip.data.sources.open import open_source
 from declip.errors import UserError
 from declip.models.dual_encoder import DualEncoder
 from declip.reports.sheets import search_sheet
-from declip.search.index import Index, fingerprint
+from declip.search.index import Index
 from declip.search.info import INFO
+from declip.search.model import fingerprint
 from declip.search.store import SCHEMA
 from indices import tiny_model, write_index
 
@@ -124,7 +125,6 @@ def test_damage_is_said(made: Index) -> None:
     path, files = made.folder / INFO, made.folder / "generation-1"
     tree = json.loads(path.read_text())
     npy, rows = (files / "vectors.npy").read_bytes(), (files / "rows.parquet").read_bytes()
-    flipped = npy[:-1] + bytes([npy[-1] ^ 1])
     shorter = npy.replace(b"(24, 16)", b"(16, 24)")
     changes: tuple[tuple[dict[str, Any], str], ...] = (
         ({"layout": 99}, "another version of declip: layout"),
@@ -132,10 +132,9 @@ def test_damage_is_said(made: Index) -> None:
         ({"next_id": 3}, "do not increase"),
         ({"dimension": 8}, "vectors.npy has shape"),
         ({"captions": True}, "caption_vectors.npy"),
-        ({"files": {"../../secret": {"bytes": 3, "sha256": "0" * 64}}}, "secret"),
     )
     damages = [
-        (files / "vectors.npy", npy[:-10], "vectors.npy' is damaged: .* bytes"),
+        (files / "vectors.npy", npy[:-10], "damaged: .*file size"),
         (files / "vectors.npy", shorter, "shape"),
         (files / "vectors.npy", b"\x80" * len(npy), "damaged"),
         (files / "rows.parquet", b"PAR1" * (len(rows) // 4) + rows[: len(rows) % 4], "damaged"),
@@ -149,11 +148,6 @@ def test_damage_is_said(made: Index) -> None:
         with pytest.raises(UserError, match=message):
             Index.open(made.folder).row(0)
         file.write_bytes(whole)
-    made.check()
-    (files / "vectors.npy").write_bytes(flipped)
-    assert len(Index.open(made.folder)) == 24, "opening compares sizes only"
-    with pytest.raises(UserError, match="is damaged: its checksum"):
-        Index.open(made.folder).check()
     (files / "vectors.npy").unlink()
     with pytest.raises(UserError, match="is missing"):
         Index.open(made.folder)
@@ -170,10 +164,7 @@ def test_a_table_that_expands_is_refused(made: Index) -> None:
         {"use_dictionary": False, "compression": "ZSTD"},
     ):
         pq.write_table(table, path, **options)
-        info = json.loads((made.folder / INFO).read_text())
-        info["files"]["rows.parquet"]["bytes"] = path.stat().st_size
         assert path.stat().st_size < 4_000_000
-        (made.folder / INFO).write_text(json.dumps(info))
         with pytest.raises(UserError, match="not written by declip"):
             Index.open(made.folder)
 

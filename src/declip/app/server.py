@@ -30,8 +30,9 @@ from declip.errors import UserError
 from declip.evaluation.prompt_sets import prompt_names
 from declip.interchange.read import load
 from declip.search.embed import embed
-from declip.search.index import Index, fingerprint
+from declip.search.index import Index
 from declip.search.info import INFO
+from declip.search.model import fingerprint
 
 VIEWS = ("classify", "search", "pairs")
 EXAMPLES = 6  # captions of the index that a page offers to begin with

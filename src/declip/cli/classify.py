@@ -15,7 +15,6 @@ def classify(
     classes: Annotated[str, typer.Option(metavar="FILE|LIST", help="a file with one class per line, or: cat,dog")],
     model: Annotated[str | None, typer.Option(help="run, checkpoint or weights; default: newest in runs/")] = None,
     out: Annotated[Path | None, file(".csv, or a folder for images by class", metavar="FILE|DIR")] = None,
-    link: Annotated[bool, typer.Option("--link", help="with --out DIR, make links instead of copies")] = False,
     templates: Annotated[str, typer.Option(help="a template set, or one template with {}")] = "plain",
     batch_size: BatchSize = 256,
     workers: Annotated[int, typer.Option(min=0, help="processes that read images; 0 reads in this one")] = 0,
@@ -25,8 +24,6 @@ def classify(
     quiet: Quiet = False,
 ) -> None:
     """Classify images among classes that you name. Without --out, print a line with tabs for each image."""
-    if link and (out is None or out.suffix.lower() == ".csv"):
-        raise UserError("--link requires a folder. Give one with --out.")
     if model is None:
         runs = sorted(Path("runs").glob("*/checkpoints"), key=lambda path: path.stat().st_mtime)
         if not runs:
@@ -45,7 +42,6 @@ def classify(
         classes,
         templates=templates,
         out=out,
-        link=link,
         batch_size=batch_size,
         workers=workers,
         columns=Columns(image_column, caption=None, root=image_root),

@@ -29,7 +29,7 @@ from declip.io.atomic import atomic_write, write_text
 from declip.reports.page import check_writable
 
 if TYPE_CHECKING:
-    from declip.search.index import Hit, Index
+    from declip.search.index import Hit
 
 index = typer.Typer(help="Show an index of images.", no_args_is_help=True)
 
@@ -134,27 +134,17 @@ def _print_hits(hits: "list[Hit]") -> None:
 
 
 @index.command()
-def show(
-    folder: Folder,
-    check: Annotated[bool, typer.Option("--check", help="also compare all files with their checksums")] = False,
-) -> None:
+def show(folder: Folder) -> None:
     """Show the contents of an index, its model, and what was left out."""
-    opened = _open(folder)
-    if check:
-        opened.check()
-    made_by, source = opened.info.model, opened.info.source
-    say(f"{folder}: {opened.summary()}")
-    say(f"Source: {source.path or source.name}")
-    say(f"Model: {made_by}")
-
-
-def _open(folder: Path) -> "Index":
     from declip.search.info import IndexInfo
 
     IndexInfo.read(folder)  # refuses another folder before torch is imported
     from declip.search.index import Index
 
-    return Index.open(folder)
+    opened = Index.open(folder)
+    say(f"{folder}: {opened.summary()}")
+    say(f"Source: {opened.info.source.path or opened.info.source.name}")
+    say(f"Model: {opened.info.model}")
 
 
 def _two_numbers(text: str) -> tuple[float, float]:

@@ -1,15 +1,15 @@
 """Classify images: a probability of each class that the user names."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from glob import glob
+from operator import itemgetter
 from pathlib import Path
 
 import torch
 from PIL import Image
-from torch import Tensor
 
 from declip.data.columns import DEFAULT, Columns
 from declip.data.images.decode import EXTENSIONS
@@ -23,11 +23,8 @@ from declip.evaluation.zero_shot import class_features, logit_scale, read_templa
 from declip.interchange.read import load
 from declip.io.pool import in_order, naming_lost_workers, pairs_bar
 from declip.models.inference import image_encoder
-from declip.search.index import image_vectors
+from declip.search.model import image_vectors
 from declip.search.predictions import Prediction, check_out, open_predictions
-
-Row = tuple[str, int, Origin]
-"""Key, place in the source and origin of an image."""
 
 
 @dataclass
@@ -53,7 +50,6 @@ def classify(
     *,
     templates: str | Sequence[str] = "plain",
     out: str | Path | None = None,
-    link: bool = False,
     batch_size: int = 256,
     workers: int = 0,
     columns: Columns = DEFAULT,
@@ -71,7 +67,6 @@ def classify(
         templates: A shipped template set, or sentences with ``{}`` for the class.
         out: A .csv file with all probabilities, or a new folder for predictions.csv and a folder of images
             for each class.
-        link: Make links in these folders instead of copies; an image without a file of its own is saved as PNG.
         on_prediction: Called with each prediction, in the order of the images.
 
     Raises:
@@ -91,17 +86,19 @@ def classify(
     # Classify and write batch by batch.
     result = Classification(dict.fromkeys(names, 0))
     collect = on_prediction or (result.predictions.append if path is None else None)
-    writing = open_predictions(path, names, source, link)
+    writing = open_predictions(path, names, source)
     with naming_lost_workers(), writing as write, pairs_bar(progress, "images") as bar:
-        texts = class_features(encoder, names, prompts, batch_size=batch_size)
+        texts = class_features(encoder, names, prompts, batch_size=batch_size).double()  # (C, d)
         encode, scale = image_encoder(encoder), logit_scale(encoder)
         task = bar.add_task(f"Images of {source.name}", total=len(source))
         for pixels, rows, broken in stream:
             result.skipped.merge(broken)
-            vectors = image_vectors(encoder, pixels, encode) if pixels is not None else texts[:0]
-            cosines = vectors.double() @ texts.double().T  # (n, C)
-            for prediction, (_, place, origin) in _predict(scale * cosines, rows, names):
-                result.counts[prediction.best] += 1
+            images = texts[:0] if pixels is None else image_vectors(encoder, pixels, encode).double()  # (n, d)
+            probabilities = torch.softmax(scale * images @ texts.T, dim=1)  # (n, C)
+            for (key, place, origin), own in zip(rows, probabilities.tolist(), strict=True):
+                largest, best = max(zip(own, names, strict=True), key=itemgetter(0))
+                prediction = Prediction(key, best, largest, dict(zip(names, own, strict=True)))
+                result.counts[best] += 1
                 write(prediction, place, origin)
                 if collect is not None:
                     collect(prediction)
@@ -111,16 +108,10 @@ def classify(
     return result
 
 
-def _read(source: ImageSource, place: int) -> tuple[Image.Image, Row]:
+def _read(source: ImageSource, place: int) -> tuple[Image.Image, tuple[str, int, Origin]]:
+    """Read an image with its key, place and origin."""
     image = source[place].image
     return image, (source.key(place), place, source.origin(place))
-
-
-def _predict(logits: Tensor, rows: Sequence[Row], names: Sequence[str]) -> Iterator[tuple[Prediction, Row]]:
-    """Predictions of a batch from logits (n, C)."""
-    for row, values in zip(rows, torch.softmax(logits, dim=1).tolist(), strict=True):
-        best = max(range(len(values)), key=values.__getitem__)
-        yield Prediction(row[0], names[best], values[best], dict(zip(names, values, strict=True))), row
 
 
 def read_classes(given: str | Path | Sequence[str]) -> list[str]:

@@ -29,8 +29,9 @@ from declip.evaluation.encode import Batches, Encoder, text_features
 from declip.interchange.read import load
 from declip.io.pool import in_order, naming_lost_workers, pairs_bar
 from declip.models.inference import image_encoder
-from declip.search.index import Index, describe_model, image_vectors
+from declip.search.index import Index
 from declip.search.info import Dtype, IndexInfo, SourceInfo
+from declip.search.model import describe_model, image_vectors
 from declip.search.store import PART_ROWS, Block, IndexedImage
 from declip.search.writer import Writer, open_writer
 
@@ -126,7 +127,7 @@ def find_changes(source: ImageSource, writer: Writer, progress: bool = False) ->
             if key in known and (ids := rows.get((key, _stamped(source, place).stamp, at))):
                 ids.pop()
             else:
-                (later if place >= writer.state.reached else earlier).append(place)
+                (later if place >= writer.reached else earlier).append(place)
     return later + earlier, {id for ids in rows.values() for id in ids}
 
 
@@ -161,7 +162,7 @@ def _embed_places(
     progress: bool,
 ) -> SkipCounter:
     """Embed images part by part; returns the images that were left out."""
-    info, skipped = writer.state.info, SkipCounter()
+    info, skipped = writer.info, SkipCounter()
     parts = [places[start : start + PART_ROWS] for start in range(0, len(places), PART_ROWS)]
     batches = [part[start : start + batch_size] for part in parts for start in range(0, len(part), batch_size)]
     # The workers start here, before the bar's own thread does: a fork copies no thread.
@@ -179,11 +180,9 @@ def _embed_places(
                     rows.append(IndexedImage(info.next_id + len(rows), key, texts, place, origin))
                 skipped.merge(broken)
                 bar.advance(task, len(read) + broken.total)
-            block = None
             if rows:
                 captions = _caption_vectors(model, rows, vectors[0].shape[1]) if info.captions else None
-                block = Block.of(rows, torch.cat(vectors), captions, info.dtype)
-            writer.add(block, part[-1] + 1)
+                writer.add(Block.of(rows, torch.cat(vectors), captions, info.dtype), part[-1] + 1)
     return skipped
 
 

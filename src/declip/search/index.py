@@ -1,40 +1,33 @@
 """An index of images: searched by text, by image or both."""
 
-import hashlib
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
-import torch
 from PIL import Image
 from torch import Tensor, as_tensor, float32
-from torch.nn.functional import normalize
 
 from declip.data.images.decode import decode
 from declip.data.pair import BrokenPair, PairSource, SkipCounter, printable
 from declip.data.sources.image_source import ImageSource
 from declip.data.sources.open import open_source
 from declip.data.sources.python_items import Items
-from declip.data.sources.stored_paths import is_missing, resolve, stored_path
+from declip.data.sources.stored_paths import is_missing, resolve
 from declip.errors import UserError, check_range
 from declip.evaluation.encode import Encoder, eval_mode
 from declip.evaluation.zero_shot import class_features, read_templates
 from declip.interchange.read import load, read_text
-from declip.io.atomic import sha256
 from declip.models.device import pick_device
 from declip.search.exact import nearest
-from declip.search.info import ModelInfo, Over
+from declip.search.info import Over
+from declip.search.model import describe_model, fingerprint, image_vectors, mix
 from declip.search.store import IndexedImage
 from declip.search.writer import open_index
 
 MOST = 10_000  # maximum number of results of a search
-PROBE = "a photo of two red apples, and a dog"  # its token ids are part of the fingerprint
-SHORTEST = 1e-6  # length of a weighted sum of two unit vectors below which they cancel
 
 
 @dataclass(frozen=True)
@@ -88,18 +81,6 @@ class Index:
     def ids(self) -> np.ndarray:
         """(n,) int64, increasing."""
         return self._store.ids
-
-    def check(self) -> None:
-        """Compare all files with their checksums; raises `UserError` for a file that has changed.
-
-        Opening an index compares sizes only.
-        """
-        for name, expected in self.info.files.items():
-            if sha256(self._store.folder / Path(name).name) != expected.sha256:
-                raise UserError(
-                    f"'{self._store.folder / name}' is damaged: its checksum differs. Restore a copy, or embed again "
-                    "into another folder."
-                )
 
     @cached_property
     def model(self) -> Encoder:
@@ -249,13 +230,13 @@ class Index:
 
     def summary(self) -> str:
         """The contents of the index, and what was left out, a line each."""
-        info = self.info
-        size = sum(file.bytes for file in info.files.values())
+        info, files = self.info, sorted(self._store.folder.iterdir())
+        size = sum(path.stat().st_size for path in files)
         lines = [f"{len(self):,} images, {info.dimension} numbers each in {info.dtype}, {size / 1e6:,.1f} MB"]
         lines += [f"Left out: {line}" for line in SkipCounter.from_dict(info.skipped).lines()]
-        if uncaptioned := int(pc.sum(pc.equal(pc.list_value_length(self._store.column("captions")), 0)).as_py() or 0):
+        if uncaptioned := sum(not captions for captions in self.captions()):
             lines.append(f"Without caption: {uncaptioned:,}")
-        return "\n".join([*lines, f"Files: {', '.join(sorted(str(self._store.folder / name) for name in info.files))}"])
+        return "\n".join([*lines, f"Files: {', '.join(map(str, files))}"])
 
     def _hits(self, ids: Tensor, scores: Tensor) -> list[Hit]:
         return [Hit(**vars(self.row(int(id))), score=float(score)) for id, score in zip(ids, scores, strict=True)]
@@ -281,70 +262,3 @@ class Index:
         for place in range(len(self._source)):
             places.setdefault(self._source.key(place), place)
         return places
-
-
-def describe_model(model: Encoder, path: object, index: Path) -> ModelInfo:
-    """Describe a model that was loaded from `path`, or is a Python object, for the index in a folder."""
-    stored = stored_path(path, index)
-    recipe = getattr(model, "recipe", None)
-    name = str(path) if stored else f"{type(model).__name__} {getattr(recipe, 'name', '')}".strip()
-    return ModelInfo(path=stored, name=name, fingerprint=fingerprint(model))
-
-
-def fingerprint(model: Encoder, tensors: Mapping[str, Tensor] | None = None) -> str:
-    """SHA-256, in hexadecimal, of a model: class, tensors, settings of its towers, preprocessing and tokenizer.
-
-    Args:
-        tensors: Tensors of the model in the types of the file, if it was built in part.
-    """
-    if not hasattr(model, "state_dict"):
-        raise UserError(f"{type(model).__name__} has no `state_dict`, so it cannot be distinguished from other models.")
-    digest = hashlib.sha256(type(model).__qualname__.encode())
-    if (recipe := getattr(model, "recipe", None)) is not None:  # equal weights may be applied in several ways
-        image, text = recipe.image, recipe.text
-        digest.update(repr((image.model, image.model_kwargs, text.heads, text.activation, text.pooling)).encode())
-    state = model.state_dict() if tensors is None else tensors
-    # The last digits of computed projections differ between machines, so what they are computed from stands for them.
-    published, projections = getattr(model, "computed", ("", {}))
-    if published and all(torch.equal(state[name].cpu(), tensor) for name, tensor in projections.items()):
-        digest.update(published.encode())
-        state = {}
-    for name, value in sorted(state.items()):
-        if isinstance(value, Tensor):
-            value = value.float() if value.is_floating_point() and tensors is not None else value  # as models compute
-            _update(digest, f"{name} {value.dtype} ", value)
-    noise = np.random.default_rng(0).integers(0, 256, (97, 131, 3), dtype=np.uint8)
-    _update(digest, "", model.preprocess([Image.fromarray(noise)]).float())
-    try:
-        digest.update(repr(model.tokenize([PROBE]).tolist()).encode())
-    except UserError:  # a model without a text tower
-        digest.update(b"no text")
-    return digest.hexdigest()
-
-
-def _update(digest: Any, head: str, tensor: Tensor) -> None:
-    digest.update(f"{head}{tuple(tensor.shape)}".encode())
-    digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-
-
-def image_vectors(model: Encoder, pixels: Tensor, encode: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-    """Encode (n, 3, S, S) normalized pixels to (n, d) float32 on the CPU, L2-normalized.
-
-    Args:
-        encode: `declip.models.inference.image_encoder` of the model, for many images.
-    """
-    with eval_mode(model) as device:
-        vectors = normalize((encode or model.encode_image)(pixels.to(device)).float(), dim=-1).cpu()
-    if not vectors.isfinite().all():
-        raise UserError("The model's image features are not finite: its weights are damaged. Try another checkpoint.")
-    return vectors
-
-
-def mix(text: Tensor, image: Tensor, weights: tuple[float, float]) -> Tensor:
-    """Normalized weighted sum of two unit vectors (d,); raises `UserError` if they cancel."""
-    if len(weights) != 2 or not all(map(math.isfinite, weights)):
-        raise UserError(f"weights is {weights}; give two numbers, of text and image, such as 0.7,0.3.")
-    both = weights[0] * text + weights[1] * image
-    if both.norm() < SHORTEST:
-        raise UserError(f"With weights {weights[0]:g} and {weights[1]:g} nothing is left of the query. Give others.")
-    return normalize(both, dim=-1)

@@ -73,17 +73,10 @@ class ModelInfo(InfoSection):
         return f"'{self.name}' (fingerprint {self.fingerprint[:8]})"
 
 
-class FileInfo(InfoSection):
-    """Size and SHA-256 of a file of the index."""
-
-    bytes: Count
-    sha256: Digest
-
-
 class IndexInfo(InfoSection):
     """Everything about an index except its rows and vectors."""
 
-    layout: Literal[4] = 4  # raised when the files change their meaning
+    layout: Literal[5] = 5  # raised when the files change their meaning
     declip: str = declip.__version__
     created: str = Field(default_factory=lambda: datetime.now(UTC).isoformat())  # of the first call of `embed`
     model: ModelInfo
@@ -94,7 +87,6 @@ class IndexInfo(InfoSection):
     dimension: Count = 0  # width of the vectors
     next_id: Count = 0
     generation: Count = 0  # number in the name of the folder with the files
-    files: dict[str, FileInfo] = {}
     skipped: dict[str, Any] = Field(default_factory=lambda: SkipCounter().to_dict())  # in the last call of `embed`
 
     def save(self, folder: Path) -> None:

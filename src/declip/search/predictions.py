@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
 
 from declip.data.exclude import FORMULA
 from declip.data.images.decode import EXTENSIONS
@@ -51,62 +50,56 @@ def check_out(out: Path | None) -> None:
 
 
 @contextmanager
-def open_predictions(out: Path | None, classes: Sequence[str], source: ImageSource, link: bool) -> Iterator[Write]:
+def open_predictions(out: Path | None, classes: Sequence[str], source: ImageSource) -> Iterator[Write]:
     """Open a table or a folder, which appears when all predictions are written; None writes nothing."""
     if out is None:
         yield lambda prediction, place, origin: None
         return
     with atomic_write(out, ELSEWHERE) as target:
-        folders = None if out.suffix.lower() == ".csv" else ClassFolders(target, classes, source, link)
-        path = target if folders is None else target / TABLE
-        with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-            yield _csv_rows(file, classes, folders)
+        sorts = out.suffix.lower() != ".csv"
+        folders = _class_folders(target, classes) if sorts else {}
+        taken = Counter[Path]()
+        with (target / TABLE if sorts else target).open(
+            "w", newline="", encoding="utf-8", errors="backslashreplace"
+        ) as file:
+            table = csv.writer(file)
+            table.writerow(["image", "class", "probability", *map(_plain, classes)])
+
+            def write(prediction: Prediction, place: int, origin: Origin) -> None:
+                numbers = (f"{number:.6g}" for number in (prediction.probability, *prediction.probabilities.values()))
+                table.writerow([_plain(prediction.image), _plain(prediction.best), *numbers])
+                if sorts:
+                    _copy(source, place, origin, folders[prediction.best] / Path(prediction.image).name, taken)
+
+            yield write
 
 
-def _csv_rows(file: TextIO, classes: Sequence[str], folders: "ClassFolders | None") -> Write:
-    table = csv.writer(file)
-    table.writerow(["image", "class", "probability", *map(_plain, classes)])
+def _class_folders(target: Path, classes: Sequence[str]) -> dict[str, Path]:
+    """Make a folder for each class; those of classes with the same file name get numbers."""
+    names = list(map(_file_name, classes))
+    count = Counter([TABLE, *(name.lower() for name in names)])  # some file systems ignore case
+    folders = dict[str, Path]()
+    for number, (label, name) in enumerate(zip(classes, names, strict=True)):
+        while count[name.lower()] > 1:
+            name = f"{name} {number}"
+            count[name.lower()] += 1
+        folders[label] = target / name
+        folders[label].mkdir(parents=True)
+    return folders
 
-    def write(prediction: Prediction, place: int, origin: Origin) -> None:
-        numbers = (f"{number:.6g}" for number in (prediction.probability, *prediction.probabilities.values()))
-        table.writerow([_plain(prediction.image), _plain(prediction.best), *numbers])
-        if folders is not None:
-            folders.add(prediction, place, origin)
 
-    return write
-
-
-class ClassFolders:
-    """A folder of images for each class; classes, and images of a class, with the same file name get numbers."""
-
-    def __init__(self, target: Path, classes: Sequence[str], source: ImageSource, link: bool) -> None:
-        self._source, self._link, self._taken = source, link, Counter[Path]()
-        names = list(map(_file_name, classes))
-        count = Counter([TABLE, *(name.lower() for name in names)])  # some file systems ignore case
-        self._folders = dict[str, Path]()
-        for number, (label, name) in enumerate(zip(classes, names, strict=True)):
-            while count[name.lower()] > 1:
-                name = f"{name} {number}"
-                count[name.lower()] += 1
-            self._folders[label] = target / name
-        for folder in self._folders.values():
-            folder.mkdir(parents=True)
-
-    def add(self, prediction: Prediction, place: int, origin: Origin) -> None:
-        """Copy or link an image into the folder of its class; an image without a file of its own is saved as PNG."""
-        file = Path(self._source.source.origin(place).path)  # `origin.path` has "?" for what is not Unicode
-        has_file = bool(origin.path) and not origin.offset and file.suffix.lower() in EXTENSIONS
-        name = _file_name(Path(prediction.image).name) + ("" if has_file else ".png")
-        first = target = self._folders[prediction.best] / name
-        while os.path.lexists(target):
-            self._taken[first] += 1
-            target = first.with_name(f"{self._taken[first]} {first.name}")
-        if not has_file:
-            self._source[place].image.save(target, "PNG")
-        elif self._link:
-            target.symlink_to(file.absolute())
-        else:
-            shutil.copyfile(file, target)
+def _copy(source: ImageSource, place: int, origin: Origin, target: Path, taken: Counter[Path]) -> None:
+    """Copy an image to a path, or one with a number if that exists; one without a file of its own is saved as PNG."""
+    file = Path(source.source.origin(place).path)  # `origin.path` has "?" for what is not Unicode
+    has_file = bool(origin.path) and not origin.offset and file.suffix.lower() in EXTENSIONS
+    first = target = target.with_name(_file_name(target.name) + ("" if has_file else ".png"))
+    while os.path.lexists(target):
+        taken[first] += 1
+        target = first.with_name(f"{taken[first]} {first.name}")
+    if has_file:
+        shutil.copyfile(file, target)
+    else:
+        source[place].image.save(target, "PNG")
 
 
 def _plain(cell: str) -> str:

@@ -1,9 +1,11 @@
 """The rows and vectors of an index: a Parquet table and .npy matrices in one folder, mapped into memory."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +23,7 @@ from declip.search.info import IndexInfo, Over
 ROWS = "rows.parquet"
 MATRICES: dict[Over, str] = {"images": "vectors.npy", "captions": "caption_vectors.npy"}
 
-PART_ROWS = 8_192  # rows of a part of an unfinished index, of a row group, and of a block of vectors to search
+PART_ROWS = 8_192  # most rows of a part of an unfinished index, of a row group, and of a block of vectors to search
 MOST_CAPTIONS, LONGEST_CAPTION = 16, 2_000  # captions of an image that are stored to be shown, and characters of one
 CACHED_GROUPS = 8  # row groups that stay decoded, about 2 MB each
 
@@ -68,34 +70,27 @@ class Block:
         cells = [(row.id, row.place, row.key, shown, *row.origin) for row, shown in zip(rows, texts, strict=True)]
         columns = list(zip(*cells, strict=True))
         arrays = [pa.array(values, field.type) for values, field in zip(columns, SCHEMA, strict=True)]
-        matrices: dict[Over, np.ndarray] = {"images": images.numpy().astype(dtype)}
-        if captions is not None:
-            matrices["captions"] = captions.numpy().astype(dtype)
+        given: dict[Over, Tensor | None] = {"images": images, "captions": captions}
+        matrices = {over: vectors.numpy().astype(dtype) for over, vectors in given.items() if vectors is not None}
         return cls(pa.table(arrays, schema=SCHEMA), matrices)
 
 
 def write_blocks(target: Path, blocks: Iterable[Block], count: int) -> None:
     """Write `count` rows into the new folder `target`, which appears when all of its files are on the disk.
 
-    Values are stored as they are, without compression or dictionaries, so that a file's size limits what reading it
-    takes; see `Store`.
+    Values are stored without compression or dictionaries, so that a file's size limits what reading it takes.
     """
     with atomic_write(target, ELSEWHERE, durable=True) as folder:
         folder.mkdir()
         matrices: dict[Over, np.memmap] = {}
         start = 0
-        waiting: list[pa.Table] = []  # so that many small updates do not leave as many small row groups
         with pq.ParquetWriter(folder / ROWS, SCHEMA, compression="NONE", use_dictionary=False) as writer:
             for block in blocks:
+                writer.write_table(block.table, row_group_size=PART_ROWS)
                 stop = start + len(block.table)
-                waiting.append(block.table)
-                if stop == count or sum(map(len, waiting)) >= PART_ROWS:
-                    writer.write_table(pa.concat_tables(waiting), row_group_size=PART_ROWS)
-                    waiting.clear()
                 for over, values in block.matrices.items():
                     if over not in matrices:
-                        shape = (count, values.shape[1])
-                        path = folder / MATRICES[over]
+                        path, shape = folder / MATRICES[over], (count, values.shape[1])
                         matrices[over] = np.lib.format.open_memmap(path, "w+", values.dtype, shape)
                     matrices[over][start:stop] = values
                 start = stop
@@ -108,8 +103,8 @@ def write_blocks(target: Path, blocks: Iterable[Block], count: int) -> None:
 class Store:
     """The rows and vectors in a folder that `write_blocks` wrote. A position is the number of a row.
 
-    Only the ids are read when it is opened. The vectors stay mapped from the disk, and rows are decoded by groups of
-    `PART_ROWS`. The files may be replaced while they are open.
+    Only the ids are read when it is opened. The vectors stay mapped from the disk, and rows are decoded by groups. The
+    files may be replaced while they are open.
 
     Args:
         index: The folder of the index, which stored paths are relative to.
@@ -120,45 +115,40 @@ class Store:
     """
 
     def __init__(self, folder: Path, index: Path, info: IndexInfo) -> None:
-        self.folder, self.index = folder, index
-        try:
-            self._buffer = pa.memory_map(str(folder / ROWS)).read_buffer()
-            file = pq.ParquetFile(pa.BufferReader(self._buffer))
-            _check_layout(file)
-            self._metadata = file.metadata
-            kinds: list[Over] = ["images", "captions"] if info.captions else ["images"]
+        self.folder, self.index, self._lock = folder, index, Lock()
+        kinds: list[Over] = ["images", "captions"] if info.captions else ["images"]
+        with self._reading():
+            self._file = pq.ParquetFile(folder / ROWS, memory_map=True)
+            _check_layout(self._file)
             # Mode "c" (copy on write) because torch warns about arrays that are not writable.
             self.matrices = {over: np.load(folder / MATRICES[over], mmap_mode="c") for over in kinds}
             for over, matrix in self.matrices.items():
-                expected = ((self._metadata.num_rows, info.dimension), np.dtype(info.dtype))
+                expected = ((self._file.metadata.num_rows, info.dimension), np.dtype(info.dtype))
                 if (matrix.shape, matrix.dtype) != expected:
                     raise ValueError(f"{MATRICES[over]} has shape {matrix.shape} and type {matrix.dtype}")
-        except FileNotFoundError:
-            raise
-        except (OSError, ValueError, EOFError, pa.ArrowException) as error:
-            raise self._damaged(error) from error
         # Not `to_numpy`, which imports pandas; `concatenate` makes the writable copy that torch asks for.
         pieces = [np.from_dlpack(chunk) for chunk in self.column("id").chunks]
         self.ids: np.ndarray = np.concatenate([np.zeros(0, np.int64), *pieces])
-        if (np.diff(self.ids) <= 0).any() or (self.ids >= info.next_id).any():
-            raise self._damaged("the ids do not increase")
-        sizes = [self._metadata.row_group(number).num_rows for number in range(self._metadata.num_row_groups)]
-        self._starts = np.cumsum([0, *sizes])
-        self._group = lru_cache(CACHED_GROUPS)(lambda number: self._read(groups=[number]))
+        with self._reading():
+            if (np.diff(self.ids) <= 0).any() or (self.ids >= info.next_id).any():
+                raise ValueError("the ids do not increase")
+        groups = range(self._file.num_row_groups)
+        self._starts = np.cumsum([0, *(self._file.metadata.row_group(number).num_rows for number in groups)])
+        self._group = lru_cache(CACHED_GROUPS)(self._read_group)
 
     def column(self, name: str) -> pa.ChunkedArray:
         """Read a column of all rows."""
-        return self._read(columns=[name])[name]
+        with self._reading():
+            column = self._file.read([name], use_threads=False)[name]
+            column.validate(full=True)
+            return column
 
     def positions(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """(n,) int64, the positions of rows; raises `UserError` for an id that does not exist."""
         wanted = np.atleast_1d(np.asarray(ids, np.int64))
-        positions = np.searchsorted(self.ids, wanted)
-        known = positions < len(self.ids)
-        known[known] = self.ids[positions[known]] == wanted[known]
-        if not known.all():
+        if not (known := np.isin(wanted, self.ids)).all():
             raise UserError(f"The index '{self.index}' has no image with the id {wanted[~known][0]}.")
-        return positions
+        return np.searchsorted(self.ids, wanted)
 
     def row(self, position: int) -> IndexedImage:
         """Read the row at a position."""
@@ -183,32 +173,33 @@ class Store:
         pieces = zip(ids.split(PART_ROWS), vectors.split(PART_ROWS), strict=True)
         return [VectorBlock(own, piece, ~piece.any(1) if over == "captions" else None) for own, piece in pieces]
 
-    def blocks(self, kept: np.ndarray | None = None) -> Iterator[Block]:
-        """The rows group by group; `kept` (n,) bool selects some of them."""
+    def blocks(self, kept: np.ndarray) -> Iterator[Block]:
+        """The rows that `kept` (n,) bool selects, group by group."""
         for number, (start, stop) in enumerate(zip(self._starts, self._starts[1:], strict=False)):
-            table, own = self._read(groups=[number]), slice(start, stop)
-            if kept is None or kept[own].all():
-                yield Block(table, {over: matrix[own] for over, matrix in self.matrices.items()})
-            elif kept[own].any():
-                mask = kept[own]
-                yield Block(table.filter(pa.array(mask)), {over: m[own][mask] for over, m in self.matrices.items()})
+            if (mask := kept[start:stop]).any():
+                table = self._read_group(number).filter(pa.array(mask))
+                yield Block(table, {over: matrix[start:stop][mask] for over, matrix in self.matrices.items()})
 
-    def _read(self, groups: list[int] | None = None, columns: list[str] | None = None) -> pa.Table:
-        try:  # A reader of its own for each call: one cannot be shared by threads.
-            file = pq.ParquetFile(pa.BufferReader(self._buffer), metadata=self._metadata)
-            everything = list(range(self._metadata.num_row_groups))
-            table = file.read_row_groups(everything if groups is None else groups, columns, use_threads=False)
+    def _read_group(self, number: int) -> pa.Table:
+        with self._reading():
+            table = self._file.read_row_group(number, use_threads=False)
             table.validate(full=True)
             return table
-        except (OSError, ValueError, pa.ArrowException) as error:
-            raise self._damaged(error) from error
 
-    def _damaged(self, problem: object) -> UserError:
-        reason = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
-        return UserError(
-            f"The files of the index in '{self.folder}' are damaged: {reason}. Restore a copy, or embed again into "
-            "another folder."
-        )
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """One thread at a time, with damage as a `UserError`."""
+        try:
+            with self._lock:
+                yield
+        except FileNotFoundError:
+            raise
+        except (OSError, ValueError, EOFError, pa.ArrowException) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(
+                f"The files of the index in '{self.folder}' are damaged: {reason}. Restore a copy, or embed again into "
+                "another folder."
+            ) from error
 
 
 def _check_layout(file: pq.ParquetFile) -> None:
@@ -218,7 +209,7 @@ def _check_layout(file: pq.ParquetFile) -> None:
     """
     if not file.schema_arrow.equals(SCHEMA):
         raise ValueError(f"{ROWS} has other columns")
-    for number in range(file.metadata.num_row_groups):
+    for number in range(file.num_row_groups):
         group = file.metadata.row_group(number)
         chunks = [group.column(place) for place in range(group.num_columns)]
         plain = all(

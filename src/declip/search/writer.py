@@ -7,24 +7,15 @@ from itertools import chain
 from pathlib import Path
 
 import numpy as np
-from pydantic import ValidationError
 
 from declip.data.pair import SkipCounter
 from declip.data.sources.stored_paths import resolve
 from declip.errors import UserError
-from declip.io.atomic import ELSEWHERE, locked_folder, remove, sha256, write_text
-from declip.search.info import INFO, FileInfo, IndexInfo, InfoSection
+from declip.io.atomic import ELSEWHERE, locked_folder, remove
+from declip.search.info import INFO, IndexInfo
 from declip.search.store import Block, Store, write_blocks
 
-UNFINISHED, STATE = ".unfinished", "state.json"  # the folder of the parts, and the file that makes a part count
-
-
-class State(InfoSection):
-    """What an unfinished call has done."""
-
-    info: IndexInfo  # as it will be; `generation` is the one that it started from
-    parts: int = 0
-    reached: int = 0  # place in the source after the last one that the parts cover
+UNFINISHED = ".unfinished"  # folder of the parts: "part-NUMBER-REACHED", with an index.json as it was when they began
 
 
 class Writer:
@@ -33,75 +24,59 @@ class Writer:
     Args:
         wanted: The description of the index to write; raises `UserError` if the folder holds an index, or the parts of
             one, of another model, source or option.
+
+    Attributes:
+        reached: Place in the source after the last one that the parts cover.
+        stores: The present rows, and those of the parts.
     """
 
     def __init__(self, folder: Path, wanted: IndexInfo) -> None:
         self.folder, self._unfinished = folder, folder / UNFINISHED
         self.current = IndexInfo.read(folder) if (folder / INFO).is_file() else None
         self._remove_leftovers()
-        fresh = wanted.model_copy(deep=True)
-        if self.current is not None:
-            _check_same(folder, self.current, wanted)
+        self.info = wanted.model_copy(deep=True)
+        begun = IndexInfo.read(self._unfinished) if (self._unfinished / INFO).is_file() else self.current
+        if begun is not None:
+            _check_same(folder, begun, wanted)
             for name in ("created", "generation", "next_id", "dimension"):
-                setattr(fresh, name, getattr(self.current, name))
-        self.state = self._read_state() or State(info=fresh)
-        _check_same(folder, self.state.info, wanted)
-        self.state.info.model = wanted.model  # its path may have changed
-        self.state.info.source = wanted.source
-        self.stores = [open_files(folder, self.current)] if self.current is not None else []
-        for number in range(self.state.parts):
-            self.stores.append(Store(self._part(number), folder, self.state.info))
+                setattr(self.info, name, getattr(begun, name))
+        self.stores = [] if self.current is None else [Store(_files(folder, self.current), folder, self.current)]
+        self._parts = sorted(self._unfinished.glob("part-*"))
+        for path in self._parts:
+            self.info.next_id = int(path.name.split("-")[1])
+            self.stores.append(Store(path, folder, self.info))
+        self.reached = int(self._parts[-1].name.split("-")[2]) if self._parts else 0
 
-    def add(self, block: Block | None, reached: int) -> None:
-        """Write a part; None if none of its images could be read."""
-        if block is not None:
-            self.state.info.dimension = block.matrices["images"].shape[1]
-            self.state.info.next_id += len(block.table)
-            path = self._part(self.state.parts)
-            write_blocks(path, [block], len(block.table))
-            self.state.parts += 1
-            self.stores.append(Store(path, self.folder, self.state.info))
-        self.state.reached = reached
-        write_text(self._unfinished / STATE, self.state.model_dump_json(), durable=True)
+    def add(self, block: Block, reached: int) -> None:
+        """Write a part."""
+        self.info.dimension = block.matrices["images"].shape[1]
+        if not self._parts:
+            self.info.save(self._unfinished)
+        self.info.next_id += len(block.table)
+        self._parts.append(self._unfinished / f"part-{self.info.next_id:012d}-{reached}")
+        write_blocks(self._parts[-1], [block], len(block.table))
+        self.stores.append(Store(self._parts[-1], self.folder, self.info))
 
     def finish(self, gone: set[int], skipped: SkipCounter) -> None:
         """Join the rows, without those in `gone`, into a new generation, and make it the index."""
-        info = self.state.info
-        info.skipped = skipped.to_dict()
+        self.info.skipped = skipped.to_dict()
         kept = [~np.isin(store.ids, list(gone)) for store in self.stores]
-        info.rows = int(sum(mask.sum() for mask in kept))
-        if self.state.parts or not all(mask.all() for mask in kept):
-            info.generation += 1
-            target = generation_folder(self.folder, info)
+        self.info.rows = int(sum(mask.sum() for mask in kept))
+        if self._parts or not all(mask.all() for mask in kept):
+            self.info.generation += 1
             blocks = chain.from_iterable(map(Store.blocks, self.stores, kept))
-            write_blocks(target, blocks, info.rows)
-            info.files = {
-                path.name: FileInfo(bytes=path.stat().st_size, sha256=sha256(path)) for path in sorted(target.iterdir())
-            }
-        elif self.current is not None:
-            info.files = self.current.files
-        info.save(self.folder)  # from here on readers see the new rows
-        self.current = info
+            write_blocks(_files(self.folder, self.info), blocks, self.info.rows)
+        self.info.save(self.folder)  # from here on readers see the new rows
+        self.current = self.info
         self._remove_leftovers()
-
-    def _part(self, number: int) -> Path:
-        return self._unfinished / f"part-{number:06d}"
-
-    def _read_state(self) -> State | None:
-        path = self._unfinished / STATE
-        try:
-            return State.model_validate_json(path.read_bytes()) if path.is_file() else None
-        except (OSError, ValidationError):
-            raise UserError(f"'{path}' is damaged. Remove the folder '{path.parent}' to start again.") from None
 
     def _remove_leftovers(self) -> None:
         """Remove files that a killed call left: other generations, and parts that were joined already."""
-        generation = self.current.generation if self.current is not None else 0
         for path in self.folder.glob("generation-*"):
-            if self.current is None or path != generation_folder(self.folder, self.current):
+            if self.current is None or path != _files(self.folder, self.current):
                 remove(path)
-        state = self._read_state()
-        if state is not None and state.info.generation != generation:
+        begun = IndexInfo.read(self._unfinished) if (self._unfinished / INFO).is_file() else None
+        if begun is None or begun.generation != (0 if self.current is None else self.current.generation):
             remove(self._unfinished)
 
 
@@ -117,7 +92,7 @@ def open_index(folder: Path) -> tuple[IndexInfo, Store]:
     info = IndexInfo.read(folder)
     while True:
         try:
-            return info, open_files(folder, info)
+            return info, Store(_files(folder, info), folder, info)
         except FileNotFoundError as error:
             newer = IndexInfo.read(folder)  # the generation was replaced after its name was read
             if newer.generation == info.generation:
@@ -128,20 +103,7 @@ def open_index(folder: Path) -> tuple[IndexInfo, Store]:
             info = newer
 
 
-def open_files(folder: Path, info: IndexInfo) -> Store:
-    """Open the files that index.json names, after comparing their sizes."""
-    files = generation_folder(folder, info)
-    for name, expected in info.files.items():
-        size = (files / Path(name).name).stat().st_size
-        if size != expected.bytes:
-            raise UserError(
-                f"'{files / name}' is damaged: {size:,} bytes instead of {expected.bytes:,}. Restore a copy, or embed "
-                "again into another folder."
-            )
-    return Store(files, folder, info)
-
-
-def generation_folder(folder: Path, info: IndexInfo) -> Path:
+def _files(folder: Path, info: IndexInfo) -> Path:
     """The folder with the files of a generation."""
     return folder / f"generation-{info.generation}"
 
