@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from declip.cli import app as cli
+
 ROOT = Path(__file__).parents[2]
 Scripts = Callable[[str], ModuleType]
 Call = Callable[..., tuple[Any, list[str]]]
@@ -128,6 +130,14 @@ def test_the_functions_at_which_runs_are_killed_exist(scripts: Scripts) -> None:
     assert [name for name, (owner, function) in moments.items() if not hasattr(owner, function)] == []
 
 
+def call_here(monkeypatch: pytest.MonkeyPatch, command: list[str]) -> int:
+    """Run `declip …` in this process, and return its exit status."""
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return int(ended.value.code or 0)
+
+
 def test_reproduction(scripts: Scripts, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = scripts("reproduce")
     known = module.EXPERIMENTS["synthetic"]
@@ -141,6 +151,7 @@ def test_reproduction(scripts: Scripts, call: Call, tmp_path: Path, monkeypatch:
     assert any("40 of 40 pairs look like" in line for line in printed)
     assert any(line.startswith("on each of 1: 8 steps of 8 pairs at most") for line in printed)
     assert not (out / "run").exists()
+    monkeypatch.setattr(module, "call", lambda command: call_here(monkeypatch, command[2:]))
     learning = ("train.lr=0.002", "simsiam.widths=[256, 256, 128]")
     status, printed = call("reproduce", *words, *learning)
     assert status == 0, printed
