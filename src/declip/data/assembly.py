@@ -28,10 +28,9 @@ if TYPE_CHECKING:
 class Assembler:
     """Builds the batch of any step.
 
-    Epoch e shows all pairs in an order sampled from (seed, e); step s belongs to epoch s // steps_per_epoch, and pairs
-    that do not fill a last batch are dropped. Everything random about pair i in epoch e comes from a
-    generator seeded by (seed, e, i), in this order: captions, augmentation, mask, then crop and photometric
-    parameters of each image view. Each of `ranks` builds consecutive pairs of a batch of `batch_size`.
+    Epoch e shows all pairs in an order sampled from (seed, e), without those that do not fill a last batch. Everything
+    random about pair i in epoch e comes from a generator seeded by (seed, e, i): texts, mask, then each image view.
+    Each of `ranks` builds consecutive pairs of a batch of `batch_size`.
     """
 
     def __init__(

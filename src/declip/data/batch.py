@@ -18,10 +18,7 @@ IGNORED = -100  # label of a token that is not to be predicted, the default of t
 
 
 class Photometric(NamedTuple):
-    """The photometric parameters of one image; of n images each field is a tensor (n,), and `order` is (n, 4).
-
-    The tensors stay on the host, where chunks of equal work are planned from them.
-    """
+    """The photometric parameters of one image; of n images each is a tensor (n,) on the host, and `order` (n, 4)."""
 
     brightness: Any  # factor, 1 leaves the image as it is
     contrast: Any  # factor

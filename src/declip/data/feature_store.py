@@ -18,8 +18,8 @@ KEY = 16  # bytes of a key
 class FeatureStore:
     """Rows of numbers by key, in two files that only grow: the keys, and the rows in the same order.
 
-    The rows of a block are written before its keys, so a process that is killed loses at most the last block. Only one
-    process may append at a time; call `refresh` first where another one may have appended.
+    The rows of a block are written before its keys, so a process that is killed loses at most the last block. One
+    process at a time may append; call `refresh` first where another one may have.
     """
 
     def __init__(self, folder: Path, width: int, dtype: torch.dtype) -> None:

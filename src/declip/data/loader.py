@@ -23,9 +23,8 @@ SEEN_BEFORE_STOPPING = 100  # pairs, before the fraction of broken ones can stop
 class PairLoader(Iterator[PairBatch]):
     """Yields the batches of steps `start_step`, `start_step` + 1, and so on without end.
 
-    A batch is a function of its step alone (see `Assembler`), so any number of workers yields the same batches, and a
-    loader started at a step continues bit-exactly where another was stopped. A broken pair is left out, so its batch is
-    smaller, possibly empty; it is counted in `skipped` when its batch is yielded.
+    A batch is a function of its step alone (see `Assembler`), so any number of workers yields the same batches. A
+    broken pair is left out, so its batch is smaller, possibly empty; it is counted in `skipped` when its batch is yielded.
     """
 
     def __init__(

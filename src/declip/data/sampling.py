@@ -1,7 +1,7 @@
 """The pairs of each step, in order: a pure function of the seed and the step.
 
-Streams of random numbers are separated by their seeds: (seed, epoch, i) with i below the number of pairs belongs to
-pair i (see `Assembler`), (seed, epoch, pairs) to the permutation of an epoch, and longer seeds to everything below.
+The seed (seed, epoch, i) belongs to pair i (see `Assembler`), (seed, epoch, pairs) to the permutation of an epoch, and
+longer ones to everything below.
 """
 
 from abc import ABC, abstractmethod
@@ -68,11 +68,8 @@ def _keep(kept: dict[Any, Any], key: object, value: object, most: int) -> None:
 class BufferedOrder(Order):
     """Shards in an order sampled for each epoch; the pairs of a group of consecutive shards are permuted together.
 
-    An epoch is divided into groups of at least `buffer` pairs. The pairs of a shard that is split between two groups
-    are permuted first, so that chance decides which fall on either side. Memory grows with the number of shards alone.
-
-    Args:
-        blocks: (shards,) int64, see `PairSource.shards`.
+    An epoch has groups of at least `buffer` pairs. The pairs of a shard that is split between two groups are permuted
+    first, so that chance decides which fall on either side. Memory grows with the number of shards, `blocks`, alone.
     """
 
     def __init__(self, size: int, batch_size: int, seed: int, blocks: np.ndarray, buffer: int) -> None:

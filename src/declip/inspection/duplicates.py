@@ -47,10 +47,8 @@ def _hash(content: bytes) -> int:
 def look(image: Image.Image) -> np.ndarray:
     """Hash the appearance of an image: where it gets brighter, and its mean color.
 
-    The hashes are dHash (Krawetz 2013, "Kind of Like That") in both directions: one bit for each of 8 x 8, or 16 x 16,
-    gray pixels of a small copy that says whether its right, or lower, neighbor is brighter. A copy that was scaled or
-    compressed again differs in a few bits. The coarse one is quick to search by; the fine one tells a plus from a
-    minus in a circle, and the color one drawing in red from the same in blue.
+    The hashes are dHash (Krawetz 2013) in both directions: one bit for each of 8 x 8, or 16 x 16, gray pixels of a
+    small copy that says whether its right, or lower, neighbor is brighter. The coarse one is quick to search by.
     """
     small, larger = (
         np.asarray(image.resize((side, side), Image.Resampling.LANCZOS, reducing_gap=3.0), np.float32)
@@ -80,10 +78,7 @@ def equal_groups(hashes: np.ndarray) -> np.ndarray:
 
 
 def near_groups(looks: np.ndarray) -> np.ndarray:
-    """Number the groups of images that look alike, by (n,) `LOOK`s: int64 (n,), in the order of first members.
-
-    Images that are joined through a third are one group.
-    """
+    """Number the groups of images that look alike, also through a third, by (n,) `LOOK`s: int64 (n,)."""
     raw = np.ascontiguousarray(looks).view(np.dtype((np.void, looks.itemsize)))
     _, first, equal = np.unique(raw, return_index=True, return_inverse=True)
     return equal_groups(_joined(looks[first])[equal])

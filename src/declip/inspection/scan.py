@@ -56,11 +56,8 @@ def inspect_source(
 ) -> Inspection:
     """Inspect a source of pairs before training on it.
 
-    Reading all of a large source takes memory for numbers only: 110 bytes a pair and 15 a caption, and about 250 more
-    a pair during the search for duplicates.
-
     Args:
-        sample: How many random pairs to read; None reads them all.
+        sample: How many random pairs to read; None reads them all, 110 bytes a pair and 15 a caption.
         workers: Processes that read; 0 reads in this process, None uses one per core, at most 8.
         size: Side of the training images, pixels, that resolutions are compared with.
         batch_size: Pairs of a training batch, that equal captions are counted for.

@@ -35,9 +35,8 @@ def split_pairs(
     """Split off a validation part: pairs with nearly the same image, the same caption, or one group stay together.
 
     A source with a split "validation" keeps its own parts; one with other splits is split within its training pairs.
-    Else each set of such pairs has a hash of its first pair: the sets with hashes below `FRACTION` are the validation
-    part, so that a pair stays in its part when pairs are added at the end. With few pairs that number varies by chance;
-    between half and twice the wanted number are chosen.
+    Else sets of such pairs whose hash, of their first pair, is below `FRACTION` are the validation part, so that a pair
+    stays in its part when pairs are added. Of few pairs, between half and twice the wanted number are chosen.
 
     Args:
         seen: Pairs that were trained on before; sets with one of their images, or nearly so, go to training.

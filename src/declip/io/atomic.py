@@ -38,8 +38,7 @@ def atomic_write(
 ) -> Iterator[Path]:
     """Yield a temporary path for a file or a folder, and rename it to `target` when the block succeeds.
 
-    `elsewhere` tells in the error message how to choose another path. `durable` files survive a power failure, with
-    the old or the new content.
+    `elsewhere` says how to choose another path. `durable` files survive a power failure, with the old or new content.
     """
     if not target.name:
         raise UserError(f"'{target}' cannot be replaced. Give the path of a file or folder in it; {elsewhere}.")
@@ -68,10 +67,7 @@ def atomic_write(
 
 @contextmanager
 def locked_folder(folder: Path, marker: str, elsewhere: str) -> Iterator[Path]:
-    """Create and lock a folder for this process, and remove partial files of processes that were killed.
-
-    A folder with other content, without the file `marker`, is refused.
-    """
+    """Create and lock a folder for this process; one with other content, without the file `marker`, is refused."""
     lock = FileLock(folder / ".lock", timeout=0)
     try:
         folder.mkdir(parents=True, exist_ok=True)

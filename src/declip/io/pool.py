@@ -31,10 +31,9 @@ def in_order(parts: Dataset, count: int, workers: int | None) -> Iterator[Any]:
 
 
 def computed(parts: Dataset, numbers: Iterable[int], workers: int, pin_memory: bool = False) -> Iterator[Any]:
-    """Compute parts by their numbers in worker processes, and yield the results in order.
+    """Compute parts by their numbers in worker processes, or in this one with 0 workers, and yield them in order.
 
-    The call forks the processes, so make it before threads start, and wrap the loop in `naming_lost_workers`. With 0
-    workers each part is computed in this process, on demand.
+    The call forks the processes, so make it before threads start, and wrap the loop in `naming_lost_workers`.
     """
     loader: DataLoader = DataLoader(
         parts,
@@ -60,11 +59,7 @@ def pairs_bar(shown: bool, unit: str = "pairs") -> Progress:
 
 @contextmanager
 def naming_lost_workers(where: str = "") -> Iterator[None]:
-    """Convert the error of a killed worker process to a `UserError` with the usual cause and the remedy.
-
-    torch raises it from its SIGCHLD handler, so anywhere in the main process: wrap all code that runs while workers
-    are alive, not only `next` of the loader.
-    """
+    """Convert the error of a killed worker process, which torch may raise anywhere meanwhile, to a `UserError`."""
     try:
         yield
     except RuntimeError as error:
@@ -82,8 +77,7 @@ POLL_SECONDS = 5.0  # interval at which a worker checks that the main process is
 def leave_signals_to_main(main: int, _: int) -> None:
     """Ignore signals that stop a run in a worker: the main process receives them too and still needs its batches.
 
-    SIGTERM is obeyed if the main process sent it, as Python does at exit. If the main process was killed, the worker
-    exits: otherwise it would block for ever on a full pipe.
+    SIGTERM is obeyed if the main process sent it, as Python does at exit. If that was killed, the worker exits.
     """
     for name in ("SIGINT", "SIGUSR1"):  # Windows has no SIGUSR1
         if hasattr(signal, name):

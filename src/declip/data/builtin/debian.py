@@ -1,7 +1,4 @@
-"""`builtin:clipart`, drawings of the Open Clip Art Library, and `builtin:stamps`, Tux Paint's, each with a sentence.
-
-Other sources than emoji and icons, for transfer. Tables have the chosen drawings: readable titles, no series, no logos.
-"""
+"""`builtin:clipart`, drawings of the Open Clip Art Library, and `builtin:stamps`, Tux Paint's, each with a sentence."""
 
 from collections.abc import Mapping
 from typing import ClassVar

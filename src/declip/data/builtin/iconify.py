@@ -1,8 +1,7 @@
-"""`builtin:emoji` and `builtin:icons`: drawings by many designers, with their names.
+"""`builtin:emoji` and `builtin:icons`: drawings by many designers, with their names, in Iconify's format.
 
 Several designers drew the same things, so there is a clean test: held-out designers, for classes that training knows
-and, with emoji, for unseen ones. Tables have the chosen drawings of the packages' pinned versions; they are made by
-scripts in scripts/builtin. The format is Iconify's: JSON with the body of an SVG document by name.
+and, with emoji, for unseen ones. Scripts in scripts/builtin make the tables of chosen drawings.
 """
 
 from collections import Counter

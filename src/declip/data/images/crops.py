@@ -1,8 +1,7 @@
-"""Training views of images: sampling crops and photometric parameters, and applying them.
+"""Training views of images, as MoCo v2's: sampling crops and photometric parameters, and applying them.
 
-A view is MoCo v2's: random resized crop, color jitter in a random order, grayscale, blur, horizontal flip,
-normalization. Crop and flip are done on single images as uint8, by the workers that decode them; the rest, with which
-the flip commutes, runs on whole batches on the training device, from parameters that the worker sampled.
+Crop and flip are done on single images as uint8, by the workers that decode them; color jitter, grayscale, blur and
+normalization run on whole batches on the training device, from parameters that the worker sampled.
 """
 
 from __future__ import annotations
@@ -51,11 +50,7 @@ class ViewTransform:
         self.blur_radius = min(math.ceil(KERNEL_SIGMAS * BLUR_SIGMA[1]), size - 1)
 
     def box(self, width: int, height: int, generator: np.random.Generator) -> tuple[int, int, int, int]:
-        """Sample left, top, width and height of a box in pixels, distributed as by torchvision's RandomResizedCrop.
-
-        Area, logarithm of the ratio, and position are uniform. A box that is larger than the image is sampled again;
-        after ten it is the largest central one with an allowed ratio.
-        """
+        """Sample left, top, width and height of a box in pixels, as torchvision's RandomResizedCrop does."""
         low, high = self.augmentation.scale
         ratio_low, ratio_high = math.log(RATIO[0]), math.log(RATIO[1])
         for _ in range(CROP_ATTEMPTS):
@@ -79,8 +74,7 @@ class ViewTransform:
     def crop_and_resize(self, pixels: np.ndarray, crop: Crop) -> Tensor:
         """Crop, resize (bicubic, antialiased) and maybe flip (H, W, 3) uint8 pixels to (3, size, size) uint8.
 
-        torch's resize of uint8 takes a third to half of the time of Pillow's and differs only by the rounding between
-        its two passes: a level or two of 255, more where an edge from black to white overshoots.
+        torch's resize of uint8 takes a third to half of the time of Pillow's and differs by a level or two of 255.
         """
         left, top, width, height, flip = crop
         # Cropped first, so that pixels around the box stay out of the filter, as torchvision does it.
@@ -89,10 +83,7 @@ class ViewTransform:
         return (view.flip(-1) if flip else view)[0]
 
     def sample_params(self, generator: np.random.Generator) -> Photometric:
-        """Sample the photometric parameters of one view.
-
-        The number of random numbers does not depend on the options, so that a change of one leaves the others alone.
-        """
+        """Sample the photometric parameters of a view; the number of random numbers does not depend on the options."""
         strength = self.augmentation.color_jitter
         *factors, turn, spread, jittered, gray, blurred = generator.random(8).tolist()
         order = generator.random(4).argsort()
@@ -114,10 +105,7 @@ class ViewTransform:
 
 
 def apply_photometric(views: Mapping[str, View], mean: Tensor, std: Tensor) -> dict[str, View]:
-    """Apply the sampled photometric parameters and normalize to (B, 3, S, S) float32, on the device of the pixels.
-
-    Views of equal size are processed together; finished views are returned unchanged.
-    """
+    """Apply the sampled parameters and normalize to (B, 3, S, S) float32; finished views are unchanged."""
     finished = dict(views)
     sizes: dict[torch.Size, dict[str, Photometric]] = {}
     for name, view in views.items():

@@ -44,8 +44,7 @@ DAMAGE = (SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, Ov
 def decode(source: Path | bytes | Image.Image, key: str, most_pixels: int = MOST_PIXELS) -> Image.Image:
     """Read an image as RGB: upright by its EXIF orientation, transparent pixels over white, the first frame.
 
-    The size is checked in the header, before any pixel is decoded, so that memory stays below a few times
-    `most_pixels` bytes whatever the file says. Raises `BrokenPair`.
+    The size is checked in the header, before any pixel is decoded. Raises `BrokenPair`.
     """
     with opened(source, key, most_pixels) as image:
         return apply_exif(image)

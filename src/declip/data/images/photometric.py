@@ -1,8 +1,6 @@
-"""Color jitter, grayscale and blur on whole batches, each sample with its own parameters.
+"""Color jitter, grayscale and blur on whole batches, each sample with its own parameters, unlike torchvision's.
 
-The operations equal torchvision's on float images up to float32 rounding; torchvision's take one parameter for a batch.
-Samples with the same order of operations are processed together, in chunks that fit the processor's cache. Each
-operation runs only on the samples that need it.
+Samples with the same order of operations are processed together, in chunks that fit the processor's cache.
 """
 
 import math

@@ -35,10 +35,7 @@ class Preprocess:
         self.std = torch.tensor(tuple(std), dtype=torch.float32)
 
     def __call__(self, images: Image.Image | Sequence[Image.Image]) -> Tensor:
-        """Preprocess n images of any size and mode, or one, to (n, 3, size, size) float32 on the host.
-
-        Photographs are turned upright by their EXIF orientation, and transparent pixels lie over white.
-        """
+        """Preprocess n images of any size and mode, or one, to (n, 3, size, size) float32 on the host."""
         images = [images] if isinstance(images, Image.Image) else images
         pixels = np.empty((len(images), self.size, self.size, 3), dtype=np.uint8)
         for row, image in enumerate(images):
@@ -48,10 +45,7 @@ class Preprocess:
         return batch.sub_(self.mean.view(3, 1, 1)).div_(self.std.view(3, 1, 1)).contiguous()
 
     def square(self, image: Image.Image) -> Image.Image:
-        """Resize the shorter side to `size` and crop the center, rounding as torchvision does; or squash.
-
-        Values equal torchvision's, of images longer than `LONGEST_SHAPE` up to 2 of 255.
-        """
+        """Resize the shorter side to `size` and crop the center, as torchvision rounds; or squash."""
         if self.squash:
             return image.resize((self.size, self.size), self.filter)
         short = min(image.size)

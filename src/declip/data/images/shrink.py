@@ -15,10 +15,7 @@ SCALED_TO = 2  # a JPEG is decoded no smaller than this many times the result: t
 
 
 def downscaled_bytes(image: LazyImage, size: int) -> tuple[str, bytes]:
-    """Encode an image with at most `size` pixels on its shorter side; a JPEG file that is small enough stays as it is.
-
-    Returns the extension, "jpg" or "png", and the content. Raises `BrokenPair` where the image cannot be decoded.
-    """
+    """Encode an image as "jpg" or "png" of at most `size` pixels on its shorter side; a small JPEG file stays."""
     short = min(image.size)
     if isinstance(image, LazyJpeg) and short <= size:
         image.pixels()  # raises where the file is damaged

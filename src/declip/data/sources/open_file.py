@@ -8,7 +8,7 @@ from pathlib import Path
 class OpenFile:
     """An open file, closed when nothing refers to it any more.
 
-    A memory map ends the process with SIGBUS where the file is cut short while it is read; `read` returns fewer bytes.
+    Unlike a memory map, which ends the process where the file is cut short, `read` then returns fewer bytes.
     """
 
     def __init__(self, path: str | Path) -> None:

@@ -1,7 +1,6 @@
 """Pairs from WebDataset's tar shards, the format of img2dataset and open_clip, read by random access.
 
-A shard is indexed once: `tarfile` reads its headers, and the positions of images and captions go to a cached table.
-Then a pair is read from its position in the file. Nothing is extracted or unpickled.
+A shard is indexed once, by the headers that `tarfile` reads. Nothing is extracted or unpickled.
 """
 
 import json
@@ -182,8 +181,7 @@ class ShardSource(EntrySource):
 def make_index(file: OpenFile, name: str) -> pa.RecordBatch:
     """Find the pairs of a shard, in the order in which it first names them; raises `UserError` for a damaged one.
 
-    Members of one key are a pair wherever they stand, with the first of several images. A second image of the same
-    extension, text or JSON of a key begins another pair.
+    Members of one key are a pair wherever they stand; a second one of an extension begins another pair.
     """
     rows: list[dict[str, object]] = []
     latest: dict[str, dict[str, object]] = {}
@@ -210,10 +208,10 @@ def make_index(file: OpenFile, name: str) -> pa.RecordBatch:
 
 
 def members(file: OpenFile) -> Iterator[tuple[str, int, int]]:
-    """Walk through an archive, and yield the name of each plain file, the start of its content and its size in bytes.
+    """Yield the name of each plain file of an archive, the start of its content and its size in bytes.
 
-    The last content may reach beyond the end of the file. `tarfile.TarFile.next` takes most damage for the end of the
-    archive, so headers are read one by one here.
+    `tarfile.TarFile.next` takes most damage for the end of the archive, so headers are read one by one here. The last
+    content may reach beyond the end of the file.
 
     Raises:
         tarfile.TarError: A header is invalid; the members yielded before can be used.

@@ -9,8 +9,7 @@ from declip.data.sources.shard_files import absolute, names_shards
 def stored_path(given: object, folder: Path) -> str:
     """Path of a source or a model as a file in `folder` stores it; empty for a Python object.
 
-    If both are below the working directory, the path is relative to the folder, so that it stays
-    valid when the project moves. Otherwise it is absolute.
+    It is relative to the folder if both are below the working directory, else absolute.
     """
     if not isinstance(given, str | Path) or not str(given):
         return ""

@@ -1,7 +1,6 @@
-"""Text views of a caption: its augmentation (EDA) and its masking.
+"""Text views of a caption: its augmentation (EDA) and its masking (BERT's, NAACL 2019).
 
-EDA: Wei and Zou, "EDA: Easy Data Augmentation Techniques for Boosting Performance on Text Classification
-Tasks", EMNLP 2019, without its random insertion, as DeCLIP uses it. Masking: BERT's, NAACL 2019.
+EDA: Wei and Zou, EMNLP 2019, without its random insertion, as DeCLIP uses it.
 """
 
 import lzma
@@ -38,9 +37,8 @@ STOP_WORDS = frozenset(_STOPS.split())
 def augment(caption: str, generator: np.random.Generator, alpha: float = 0.1) -> str:
     """Change a caption a little: one of synonym replacement, random swap and random deletion, a third each.
 
-    As in the EDA paper, n = max(1, int(alpha * words)) words that have synonyms and aren't stop words are replaced, or
-    two words are swapped n times, or each word is deleted with probability alpha, but never all of them. Capitals and
-    punctuation stay; a caption of one word, or none, or in another script is unchanged.
+    n = max(1, int(alpha * words)) words are replaced by synonyms, or two words are swapped n times, or each word is
+    deleted with probability alpha. A caption of one word, or none, or in another script is unchanged.
     """
     words = caption.split()
     if len(words) < 2 or in_other_script(caption):

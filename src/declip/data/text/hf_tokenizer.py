@@ -10,10 +10,9 @@ SPECIALS = ("start", "end", "mask", "padding")
 
 
 class HuggingfaceTokenizer(CaptionTokenizer):
-    """Encodes texts as the ids that an encoder was trained with; its own normalizer cleans them.
+    """Encodes texts as the ids that an encoder was trained with, equal to those of transformers.
 
-    Ids equal those of transformers for every text with one exception: "[SEP]" and the like in a text are spelled out,
-    so that special ids occur only where this class or `mask_tokens` inserts them.
+    "[SEP]" and the like in a text are spelled out, so that special ids occur only where this class inserts them.
 
     Args:
         definition: The content of tokenizer.json.

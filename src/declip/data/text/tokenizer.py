@@ -1,7 +1,6 @@
-"""CLIP's byte-pair encoding, with `<|mask|>` appended.
+"""CLIP's byte-pair encoding, with `<|mask|>` appended. The merges are OpenAI's, MIT license (assets/LICENSE.clip.txt).
 
-Ids: 256 bytes inside a word, 256 bytes at a word's end, one per merge, then start, end, mask. With all merges these are
-CLIP's own 49,408 ids and the mask. The merges are OpenAI's, under the MIT license in assets/LICENSE.clip.txt.
+Ids: 256 bytes inside a word, 256 bytes at a word's end, one per merge, then start, end, mask.
 """
 
 import gzip
@@ -28,9 +27,8 @@ _LONGEST_CACHED = 64
 class Tokenizer(CaptionTokenizer):
     """Encodes texts as CLIP's token ids and decodes them.
 
-    Ids equal those of OpenAI's and open_clip's `SimpleTokenizer` for every text with one exception: nothing in a text
-    is read as a special token, so that pooling at the first end token is safe. Texts are decoded in lower case with
-    single spaces; encoding them again gives the same ids. Few `merges` make a small vocabulary for small models.
+    Ids equal those of OpenAI's and open_clip's `SimpleTokenizer` with one exception: nothing in a text is read as a
+    special token, so that pooling at the first end token is safe. Few `merges` make a small vocabulary.
     """
 
     def __init__(self, context: int = 77, merges: int | None = None) -> None:
@@ -72,8 +70,7 @@ def fix(text: str) -> str:
 class _BytePairs:
     """Byte-pair encoding of strings between two spaces, with the first `merges` of CLIP's merges.
 
-    Each string is looked up in a bounded cache; a new one goes to the `tokenizers` library in a separate call,
-    so that its thread pool is never started.
+    Each string is looked up in a bounded cache or encoded by itself, so that the library's thread pool never starts.
     """
 
     def __init__(self, merges: int) -> None:
@@ -101,10 +98,7 @@ _bpe = lru_cache(maxsize=4)(_BytePairs)
 
 
 def _byte_letters() -> dict[int, str]:
-    """Map bytes to the letters of CLIP's merges, in the order of CLIP's ids.
-
-    Printable bytes of Latin-1 stand for themselves and come first; the others get letters from U+0100 on.
-    """
+    """Map bytes to the letters of CLIP's merges, in the order of CLIP's ids: printable bytes of Latin-1 first."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
