@@ -17,8 +17,8 @@ from data.fakes import Noise, Words, make_loader
 from declip.data.batch import PairBatch
 from declip.data.loader import PairLoader
 from declip.data.pair import Pair
-from declip.data.sources.joined import Joined
 from declip.data.sources.shards import ShardSource
+from declip.data.sources.subset import Joined
 from declip.data.sources.subset import take as choose_pairs
 from declip.errors import UserError
 

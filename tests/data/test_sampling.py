@@ -8,7 +8,7 @@ from scipy.stats import chisquare
 
 from declip.data.pair import PairSource
 from declip.data.sampling import Order, build_order
-from declip.data.sources.joined import Joined
+from declip.data.sources.subset import Joined
 from declip.errors import UserError
 
 

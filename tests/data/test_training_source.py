@@ -12,9 +12,8 @@ from data.tables import write
 from data.tars import write_shards
 from declip.data.batch import View
 from declip.data.pair import PairSource
-from declip.data.sources.joined import Joined
 from declip.data.sources.shards import ShardSource
-from declip.data.sources.subset import Subset
+from declip.data.sources.subset import Joined, Subset
 from declip.errors import UserError
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.load import load_recipe

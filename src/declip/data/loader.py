@@ -24,7 +24,7 @@ class PairLoader(Iterator[PairBatch]):
     """Yields the batches of steps `start_step`, `start_step` + 1, and so on without end.
 
     A batch is a function of its step alone (see `Assembler`), so any number of workers yields the same batches. A
-    broken pair is left out, so its batch is smaller, possibly empty; it is counted in `skipped` when its batch is yielded.
+    broken pair is left out of its batch, and counted in `skipped` when the batch is yielded.
     """
 
     def __init__(

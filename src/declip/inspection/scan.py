@@ -11,7 +11,7 @@ import numpy as np
 
 from declip.data.columns import DEFAULT, Columns
 from declip.data.pair import BrokenPair, Pair, PairSource
-from declip.data.sources.image_source import ImageSource, open_images
+from declip.data.sources.image_source import ImageSource
 from declip.data.sources.open import open_source
 from declip.data.text.tokenizer import clean
 from declip.errors import UserError, check_range
@@ -72,10 +72,7 @@ def inspect_source(
     start = time.perf_counter()
     if isinstance(source, str | Path):
         source = open_source(source, columns)
-    others = [
-        open_images(other, Columns(caption=None)).source if isinstance(other, str | Path) else other
-        for other in check_leakage
-    ]
+    others = [open_source(other, Columns(caption=None)) for other in check_leakage]
     places = sample_places(len(source), sample, seed)
     found = read(source, places, workers, f"Pairs of {source.name}" if progress else "")
     reasons: dict[str, Any] = found.skipped.to_dict()["reasons"]

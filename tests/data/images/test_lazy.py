@@ -15,9 +15,8 @@ from declip.data.images.crops import ViewTransform
 from declip.data.images.decode import decode
 from declip.data.images.lazy import LazyJpeg, open_image
 from declip.data.pair import BrokenPair, PairSource
-from declip.data.sources.joined import Joined
 from declip.data.sources.open import open_source
-from declip.data.sources.subset import take
+from declip.data.sources.subset import Joined, take
 
 SIZE = (150, 101)
 pytestmark = pytest.mark.usefixtures("cache")

@@ -116,7 +116,7 @@ class TableRows(ABC):
         """Key shared by rows of one image, empty without an image; None if images are bytes and not `hashed`."""
 
     @abstractmethod
-    def split_cells(self) -> pa.Array | pa.ChunkedArray:
+    def split_cells(self, cells: pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
         """The split of each row as text, null where the row is unreadable."""
 
     @abstractmethod
@@ -145,7 +145,8 @@ class TableRows(ABC):
         """Places of the pairs of each split. A pair with rows in several is in the last: test before train."""
         if self.split is None:
             return {}
-        numbers = split_numbers(self.split_cells(), f"Column '{self.split}' of '{self.path.name}'")
+        cells = self.split_cells(self.table.column(self.wanted.index(self.split)))
+        numbers = split_numbers(cells, f"Column '{self.split}' of '{self.path.name}'")
         if numbers is not None:
             rows, starts = self._pairs.flatten().to_numpy(), self._pairs.offsets.to_numpy()
             numbers = np.maximum.reduceat(numbers[rows], starts[:-1])  # (rows,) -> (pairs,)
@@ -244,9 +245,8 @@ class ParquetRows(TableRows):
     def value(self, cell: pa.Scalar, key: str) -> Any:
         return decoded(cell, key)
 
-    def split_cells(self) -> pa.Array:
-        cells = self.table.column(self.wanted.index(self.split)).to_pylist()
-        return pa.array(["" if cell is None else str(cell) for cell in cells], pa.string())
+    def split_cells(self, cells: pa.ChunkedArray) -> pa.Array:
+        return pa.array(["" if cell is None else str(cell) for cell in cells.to_pylist()], pa.string())
 
     def image_keys(self, hashed: bool) -> pa.LargeBinaryArray | None:
         column = self.table.column(0)

@@ -1,23 +1,33 @@
-"""A subset of a source: chosen by a seed, for learning curves over the number of pairs, or listed in a file."""
+"""Pairs of other sources: some of one, chosen by a seed or listed in a file, or all of several."""
 
 import hashlib
 import json
 from abc import abstractmethod
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from declip.data.columns import Columns
-from declip.data.pair import BrokenPair, LazyPair, Origin, Pair, PairSource
+from declip.data.pair import BrokenPair, PairSource
 from declip.data.sources.stored_paths import resolve, stored_path
 from declip.errors import UserError
 from declip.io.atomic import write_text
 
 LIST_KIND = ".pairs"
+
+
+def _delegated(name: str) -> Callable[..., Any]:
+    """A method that calls the same one of the source that a pair comes from."""
+
+    def call(self: "DerivedSource", index: int) -> Any:
+        source, inner = self.locate(index)
+        return getattr(source, name)(inner)
+
+    return call
 
 
 class DerivedSource(PairSource):
@@ -27,33 +37,8 @@ class DerivedSource(PairSource):
     def locate(self, index: int) -> tuple[PairSource, int]:
         """The source of pair `index`, and its index there."""
 
-    def __getitem__(self, index: int) -> Pair:
-        source, inner = self.locate(index)
-        return source[inner]
-
-    def read_lazy(self, index: int) -> LazyPair:
-        source, inner = self.locate(index)
-        return source.read_lazy(inner)
-
-    def captions(self, index: int) -> tuple[str, ...]:
-        source, inner = self.locate(index)
-        return source.captions(inner)
-
-    def key(self, index: int) -> str:
-        source, inner = self.locate(index)
-        return source.key(inner)
-
-    def group(self, index: int) -> int:
-        source, inner = self.locate(index)
-        return source.group(inner)
-
-    def image(self, index: int) -> Image.Image:
-        source, inner = self.locate(index)
-        return source.image(inner)
-
-    def origin(self, index: int) -> Origin:
-        source, inner = self.locate(index)
-        return source.origin(inner)
+    __getitem__, read_lazy, captions = _delegated("__getitem__"), _delegated("read_lazy"), _delegated("captions")
+    key, group, image, origin = _delegated("key"), _delegated("group"), _delegated("image"), _delegated("origin")
 
 
 class Subset(DerivedSource):
@@ -88,6 +73,41 @@ def choose(name: str, size: int, count: int, seed: int) -> np.ndarray:
 def take(source: PairSource, count: int, seed: int) -> Subset:
     """Choose some pairs of a source, see `choose`."""
     return Subset(source, choose(source.name, len(source), count, seed))
+
+
+class Joined(DerivedSource):
+    """The pairs of several sources, one source after the other; an epoch shows those of a source given twice twice."""
+
+    def __init__(self, sources: Sequence[PairSource]) -> None:
+        self.sources = list(sources)
+        self._ends = np.cumsum([len(source) for source in self.sources])
+        self.remote = any(source.remote for source in self.sources)
+        self.group_column = next((source.group_column for source in self.sources if source.group_column), None)
+        self.credit = "; ".join(dict.fromkeys(source.credit for source in self.sources if source.credit))
+        self.name = " + ".join(source.name for source in self.sources)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def shards(self) -> np.ndarray:
+        return np.concatenate([source.shards() for source in self.sources])
+
+    def locate(self, index: int) -> tuple[PairSource, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"pair {index} of {len(self)}")
+        number = int(np.searchsorted(self._ends, index, "right"))
+        return self.sources[number], index - int(self._ends[number]) + len(self.sources[number])
+
+    def take(self, count: int, seed: int) -> "Joined":
+        """Choose pairs of all sources (see `choose`); a source without any is dropped."""
+        places = choose(self.name, len(self), count, seed)
+        parts: list[PairSource] = []
+        for source, end in zip(self.sources, self._ends.tolist(), strict=True):
+            start = end - len(source)
+            low, high = np.searchsorted(places, (start, end))
+            if high > low:
+                parts.append(Subset(source, places[low:high] - start))
+        return Joined(parts)
 
 
 class PairList(NamedTuple):

@@ -102,8 +102,7 @@ class TextRows(TableRows):
         text = cell.as_py()
         return json.loads(text[1:]) if text and text.startswith(JSON) else text
 
-    def split_cells(self) -> pa.ChunkedArray:
-        cells = self.table.column(self.wanted.index(self.split))
+    def split_cells(self, cells: pa.ChunkedArray) -> pa.ChunkedArray:
         return pc.if_else(self.table.columns[-1].is_null(), cells.fill_null(""), pa.scalar(None, cells.type))
 
     def image_keys(self, hashed: bool) -> pa.LargeBinaryArray:
