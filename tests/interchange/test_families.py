@@ -77,8 +77,6 @@ def test_features_equal_the_librarys_and_the_export_goes_back(
         ours = model.encode_image(pixels), model.encode_text(tokens)
         short = tokens[:1, :8] if (tokens[0, 8:] == model.tokenizer.padding).all() else tokens[:1]
         torch.testing.assert_close(model.encode_text(short), ours[1][:1], atol=1e-5, rtol=0)
-        for tower, given in ((model.image_tower, pixels), (model.text_tower, tokens)):
-            assert torch.equal(tower(tower.pool(given)).pooled, tower(given).pooled)
     theirs = features(family, library, pixels, tokens)
     differences = [float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True)]
     assert max(differences) < 1e-5

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -18,7 +17,7 @@ from declip.interchange.layouts import TO_CLIP_VIT, Refusal, Reread, clip_text_t
 from declip.interchange.open_clip_model import CONFIG as OPEN_CLIP_CONFIG
 from declip.interchange.tokenizer_files import backend, write_tokenizer
 from declip.interchange.weights import Weights, check_layers
-from declip.interchange.wrapped_weights import express_wrapped, read_preprocessing, read_siglip, wrapped_in
+from declip.interchange.wrapped_weights import express_wrapped, read_json, read_preprocessing, read_siglip, wrapped_in
 from declip.io.atomic import save_tensors
 from declip.io.text import one_line
 from declip.models.dual_encoder import DualEncoder
@@ -41,8 +40,7 @@ VISION: Mapping[str, tuple[str, Any]] = {
     "width": ("hidden_size", 768), "layers": ("num_hidden_layers", 12), "heads": ("num_attention_heads", 12),
     "patch": ("patch_size", 32), "hidden": ("intermediate_size", 3072), "activation": ("hidden_act", "quick_gelu"),
 }  # fmt: skip
-"""Key of the recipe section "text", or argument of `layouts.vit_keys` → key of text_config or vision_config, with the
-default of transformers."""
+"""Recipe key in "text", or argument of `layouts.vit_keys` → key of transformers, with its default."""
 
 PREPROCESSING: Mapping[str, Any] = {
     "do_resize": True, "size": 224, "resample": 3, "do_center_crop": True, "crop_size": 224, "do_rescale": True,
@@ -51,11 +49,8 @@ PREPROCESSING: Mapping[str, Any] = {
 }  # fmt: skip
 """Defaults of transformers; 3 is bicubic."""
 
-POOLS_AT_HIGHEST = 2
-"""This end token in text_config, of early releases, means pooling at the highest id, which is CLIP's end token."""
-
-POSITION_IDS = "embeddings.position_ids"
-"""Buffer in older files."""
+POOLS_AT_HIGHEST = 2  # end token of early releases: pooling at the highest id, which is CLIP's end token
+POSITION_IDS = "embeddings.position_ids"  # buffer in older files
 
 CAPTIONS = ("a red circle", "Two CATS, 12 dogs: asleep on a sofa!", "日本語 😀", "")
 """Captions that cleaning does not change, to compare tokenizers."""
@@ -75,7 +70,7 @@ def read(where: str) -> Weights:
     """
     folder, kind = Path(where).expanduser(), "CLIPModel"
     try:
-        config = _read_json(folder / CONFIG)
+        config = read_json(folder / CONFIG)
         if config.get("model_type") == "siglip":
             kind = "SiglipModel"
             return read_siglip(folder, config, _read_weights(folder), where)
@@ -161,10 +156,6 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in load_file(folder / FILE).items() if not name.endswith(POSITION_IDS)}
 
 
-def _read_json(file: Path) -> Any:
-    return json.loads(file.read_text(encoding="utf-8"))
-
-
 def express(model: DualEncoder) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Build the configuration and tensors of `CLIPModel`."""
     if (wrapped := wrapped_in(model)) is not None:
@@ -185,20 +176,15 @@ def express(model: DualEncoder) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def write(model: DualEncoder, folder: Path) -> None:
     """Write config.json, model.safetensors, preprocessor_config.json and the tokenizer's files."""
     config, tensors = express(model)
-    image, wrapped = model.recipe.image, wrapped_in(model)  # type: ignore[union-attr]
-    name, square = "CLIP", {"height": image.size, "width": image.size}
+    image, siglip = model.recipe.image, wrapped_in(model) is not None  # type: ignore[union-attr]
+    name, square = "Siglip" if siglip else "CLIP", {"height": image.size, "width": image.size}
     sizes: dict[str, Any] = {"size": {"shortest_edge": image.size}, "crop_size": square}
-    if wrapped is not None:
-        name, resample = "Siglip", Image.Resampling[wrapped.image["interpolation"].upper()].value
-        sizes = {"size": square, "crop_size": None, "do_center_crop": False, "resample": resample}
+    if siglip:
+        sizes = {"size": square, "crop_size": None, "do_center_crop": False}
     preprocessor = {
-        "image_processor_type": f"{name}ImageProcessor",
-        "processor_class": f"{name}Processor",
-        "do_convert_rgb": True,
-        **PREPROCESSING,
-        **sizes,
-        "image_mean": list(image.mean),
-        "image_std": list(image.std),
+        **{"image_processor_type": f"{name}ImageProcessor", "processor_class": f"{name}Processor"},
+        **{"do_convert_rgb": True, **PREPROCESSING, **sizes, "resample": model.preprocessor.filter.value},
+        **{"image_mean": list(image.mean), "image_std": list(image.std)},
     }
     for file, content in ((CONFIG, config), (PREPROCESSOR, preprocessor)):
         (folder / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -233,11 +219,8 @@ def _config(model: DualEncoder, keys: Mapping[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
     common = {"projection_dim": recipe.embed_dim, "layer_norm_eps": EPS}
     return {
-        "architectures": ["CLIPModel"],
-        "model_type": "clip",
-        "projection_dim": recipe.embed_dim,
-        "logit_scale_init_value": model.logit_scale.item(),
-        "torch_dtype": "float32",
+        **{"architectures": ["CLIPModel"], "model_type": "clip", "torch_dtype": "float32"},
+        **{"projection_dim": recipe.embed_dim, "logit_scale_init_value": model.logit_scale.item()},
         "text_config": {
             "model_type": "clip_text_model",
             "vocab_size": tokenizer.vocabulary - 1,

@@ -45,8 +45,7 @@ def matches(where: str) -> bool:
 def load_open_clip(given: str) -> OpenClipModel:
     """Build a model of open_clip by its name or folder, in evaluation mode, on the CPU, in float32.
 
-    Nothing in a file or folder can run code. A Hugging Face tokenizer requires transformers, and is fetched by its name
-    unless it is in the cache or folder.
+    Nothing in a file or folder can run code.
 
     The activation is the tag's: open_clip 3.3 itself computes ``ViT-B-32/openai``, and 26 more of its tags, with GELU
     although the weights were trained with QuickGELU, and only warns. With a file the name decides:

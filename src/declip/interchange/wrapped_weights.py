@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +54,8 @@ def wrap_open_clip(opened: OpenClipModel, origin: str) -> Weights:
         parts = Path(origin.removeprefix(PREFIX).removeprefix(FOLDER)).parts
         name = next((part.removeprefix("models--") for part in parts if part.startswith("models--")), parts[-1])
     state = convert_to_custom_text_state_dict(opened.model.state_dict())
-    size, statistics = sides.pop(), (prepared.mean, prepared.std)
-    return _weights(stored, f"{PREFIX}{name}", size, statistics, config["embed_dim"], state, origin)
+    image = {"image.size": sides.pop(), "image.mean": list(prepared.mean), "image.std": list(prepared.std)}
+    return _weights(stored, {"name": f"{PREFIX}{name}", **image, "embed_dim": config["embed_dim"]}, state, origin)
 
 
 def read_siglip(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> Weights:
@@ -77,20 +77,18 @@ def read_siglip(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, T
         {"interpolation": {2: "bilinear", 3: "bicubic"}[prepared.get("resample", 3)], "squash": True},
         _siglip_tokenizer(folder, text.max_position_embeddings, text.pad_token_id),
     )
-    statistics = tuple(prepared.get(f"image_{name}", [0.5] * 3) for name in ("mean", "std"))
-    return _weights(stored, "huggingface:siglip", vision.image_size, statistics, text.projection_size, tensors, where)
+    keys = {"name": "huggingface:siglip", "image.size": vision.image_size, "embed_dim": text.projection_size}
+    keys |= {f"image.{name}": prepared.get(f"image_{name}", [0.5] * 3) for name in ("mean", "std")}
+    return _weights(stored, keys, tensors, where)
 
 
-def _weights(
-    stored: WrappedModel,
-    name: str,
-    size: int,
-    statistics: Sequence[Sequence[float]],
-    embed_dim: int,
-    state: Mapping[str, Tensor],
-    origin: str,
-) -> Weights:
-    """Load tensors into modules of the library, and rename them."""
+def _weights(stored: WrappedModel, keys: dict[str, Any], state: Mapping[str, Tensor], origin: str) -> Weights:
+    """Load tensors into modules of the library, and rename them.
+
+    Args:
+        keys: Recipe keys: "name" for both towers, and "image.…" and "embed_dim".
+    """
+    size, embed_dim, name = keys["image.size"], keys["embed_dim"], keys.pop("name")
     # The configuration may be a stranger's: it is compared with the weights before memory is allocated for it.
     check_layers(stored.sections, len(state), "The configuration")
     with torch.device("meta"):
@@ -107,16 +105,9 @@ def _weights(
     }
     tensors = {f"{start}{n}": t.detach() for start, tower in towers.items() for n, t in tower.state_dict().items()}
     tensors |= {n: state[n].squeeze() for n in ("logit_scale", "logit_bias") if n in state}
-    keys = {
-        "name": f"from-{stored.library.replace('_', '-')}",
-        "image.model": name,
-        "image.size": size,
-        "image.mean": list(statistics[0]),
-        "image.std": list(statistics[1]),
-        "text.hf_model": name,
-        "text.pretrained": False,
-        "text.context_length": tokenizer.context,
-        "embed_dim": embed_dim,
+    keys |= {
+        **{"name": f"from-{stored.library.replace('_', '-')}", "image.model": name, "text.hf_model": name},
+        **{"text.pretrained": False, "text.context_length": tokenizer.context},
         "logit_bias": float(tensors["logit_bias"]) if "logit_bias" in tensors else None,
     }
     return Weights(load_recipe("clip", keys), tensors, origin)
@@ -124,11 +115,12 @@ def _weights(
 
 def read_preprocessing(folder: Path) -> dict[str, Any]:
     """Read the image preprocessing; like transformers 5, prefer processor_config.json to the older file."""
-    nested = _read_if_there(folder / "processor_config.json").get("image_processor")
-    return nested or _read_if_there(folder / "preprocessor_config.json")
+    nested = read_json(folder / "processor_config.json").get("image_processor")
+    return nested or read_json(folder / "preprocessor_config.json")
 
 
-def _read_if_there(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON file; a missing one is empty."""
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
@@ -156,7 +148,7 @@ def _siglip_tokenizer(folder: Path, context: int, padding: int) -> dict[str, Any
     if not (folder / "tokenizer.json").is_file():
         raise UserError("it has no tokenizer.json; save its tokenizer with transformers")
     definition = (folder / "tokenizer.json").read_text(encoding="utf-8")
-    config = _read_if_there(folder / "tokenizer_config.json")
+    config = read_json(folder / "tokenizer_config.json")
     pad = config.get("pad_token")
     if pad is not None:
         token = pad if isinstance(pad, str) else pad["content"]
