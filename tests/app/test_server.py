@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from app.conftest import PAGE, ask
-from declip.app.server import default_folder, open_state
+from declip.app.server import open_state
 from declip.cli.serve import address_of, take_port
 from declip.interchange.declip_file import write_declip_file
 from indices import tiny_model
@@ -33,7 +33,10 @@ def test_a_source_is_embedded_once_and_an_index_is_opened(
     with pytest.raises(pytest.fail.Exception) as caught:
         open_state(str(weights_file), str(other))
     assert str(folder) not in str(caught.value), "each source has its own, also of one name"
-    assert default_folder("1" * 64, str(table)) != default_folder("2" * 64, str(table)), "each model has its own"
+    write_declip_file(tiny_model(1), tmp_path / "other.safetensors")
+    with pytest.raises(pytest.fail.Exception) as caught:
+        open_state(str(tmp_path / "other.safetensors"), str(table))
+    assert str(folder) not in str(caught.value), "each model has its own"
 
 
 def test_a_mistake_ends_with_one_line(

@@ -9,8 +9,9 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from declip.app.params import LARGEST_UPLOAD, ImageQuestion, OneLine, Template, Text, bad_request, read_body, read_image
+from declip.app.params import LARGEST_UPLOAD, ImageQuestion, OneLine, Template, Text, read_body, read_image
 from declip.app.state import state_of, templates_of
+from declip.errors import UserError
 from declip.search.info import Over
 from declip.search.model import mix
 
@@ -54,19 +55,19 @@ def _classify(request: Request, asked: ClassifyQuestion) -> Response:
     names = [name for name in dict.fromkeys(asked.classes) if name]
     count = len(names) * len(templates_of(asked.template))
     if not names:
-        raise bad_request("There is no class yet. Enter some, one per line.")
+        raise UserError("There is no class yet. Enter some, one per line.")
     if len(names) > MOST_CLASSES or max(map(len, names)) > LONGEST_CLASS:
-        raise bad_request(
+        raise UserError(
             f"At most {MOST_CLASSES:,} classes of {LONGEST_CLASS} characters each; `declip classify` takes more."
         )
     if count > MOST_PROMPTS:
-        raise bad_request(
+        raise UserError(
             f"{len(names):,} classes with their templates are {count:,} texts; the limit is {MOST_PROMPTS:,}. Enter "
             "fewer classes, or choose one template."
         )
     image = state.image_vector(asked.image, asked.id)
     if image is None:
-        raise bad_request("There is no image yet. Choose one first.")
+        raise UserError("There is no image yet. Choose one first.")
     # Softmax of scale · cosine, as CLIP is trained.
     cosines = state.class_vectors(tuple(names), asked.template) @ image
     softmax = torch.softmax(state.scale * cosines.double(), dim=0)
@@ -83,7 +84,7 @@ def search(request: Request) -> Response:
         text = state.query(asked.text, template=asked.template)
         query = text if image is None else mix(text, image, (asked.weight, 1 - asked.weight))
     if query is None:
-        raise bad_request("Enter a text, or choose an image.")
+        raise UserError("Enter a text, or choose an image.")
     ids, cosines = state.index.nearest(query[None], asked.count, over=asked.over)
     hits = [
         {**state.describe(id), "cosine": cosine}

@@ -8,7 +8,7 @@ from pydantic import Field, TypeAdapter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from declip.app.params import LARGEST_JSON, ImageId, Question, bad_request, read_body
+from declip.app.params import LARGEST_JSON, ImageId, Question, read_body
 from declip.app.state import AppState, state_of
 from declip.data.exclude import write_exclusions
 from declip.errors import UserError
@@ -35,23 +35,14 @@ class PairsQuestion(Question):
 
 
 class Agreement(NamedTuple):
-    """How well each image and its captions fit.
+    """How well each image and its captions fit."""
 
-    Attributes:
-        ids: (n,) int64, the images with a value, the worst first.
-        values: (n,) float32, their cosines, or out-of-fold ranks.
-        ranked: Whether these are ranks: 0 best, 1 worst.
-        without: Number of images without a caption, or without a rank.
-        median: Median of the values.
-        spread: Their standard deviation, estimated from the median absolute deviation.
-    """
-
-    ids: np.ndarray
-    values: np.ndarray
-    ranked: bool
-    without: int
+    ids: np.ndarray  # (n,) int64, the images with a value, the worst first
+    values: np.ndarray  # (n,) float32, their cosines, or out-of-fold ranks
+    ranked: bool  # whether these are ranks: 0 best, 1 worst
+    without: int  # images without a caption, or without a rank
     median: float
-    spread: float
+    spread: float  # standard deviation, estimated from the median absolute deviation
 
     def beyond(self, limit: float) -> np.ndarray:
         """(m,), ids of the images whose value is worse than a limit."""
@@ -177,7 +168,7 @@ async def save_list(request: Request) -> Response:
         for row in map(state.index.row, np.intersect1d(ids, state.index.ids).tolist()):
             rows.setdefault(row.id, (row.key, row.place, reason, cosines.get(row.id), row.caption))
     if not rows:
-        raise bad_request("The list is empty.")
+        raise UserError("The list is empty.")
     text = write_exclusions(rows[id] for id in sorted(rows))
     headers = {"Content-Disposition": 'attachment; filename="drop.csv"'}
     return Response(text.encode("utf-8", "replace"), media_type="text/csv", headers=headers)

@@ -43,11 +43,6 @@ class ImageQuestion(Question):
     id: ImageId | None = None
 
 
-def bad_request(message: str) -> HTTPException:
-    """The error for an invalid request."""
-    return HTTPException(400, message)
-
-
 async def read_body(request: Request, most: int) -> bytes:
     """Read a body of at most `most` bytes; starlette's forms would write a large one to disk."""
     content = bytearray()

@@ -107,7 +107,7 @@ def open_state(
 ) -> AppState:
     """Open an index, or embed a source into one first; later calls embed only what is new.
 
-    The folder of a source's index is by default below "indices", named after the source and the model.
+    The folder of a source's index is by default below "indices", another one for each source and model.
     """
     if (Path(source).expanduser() / INFO).is_file():
         if folder is not None:
@@ -116,17 +116,12 @@ def open_state(
     else:
         loaded = load(model, device)
         digest = hashlib.sha256(f"{fingerprint(loaded)} {absolute(source)}".encode("utf-8", "surrogateescape"))
-        out = folder or default_folder(digest.hexdigest(), source)
+        name = re.sub(r"[^A-Za-z0-9]+", "-", Path(source).name.removeprefix("builtin:")).strip("-") or "source"
+        out = folder or Path("indices") / f"{name[:40]}-{digest.hexdigest()[:8]}"
         index = embed(loaded, source, out=out, captions=True, loaded_from=model, progress=progress)
     if not len(index):
         raise UserError(f"The index '{index.folder}' holds no image. Embed some first: declip embed.")
     return AppState(index, model)
-
-
-def default_folder(digest: str, source: str) -> Path:
-    """The default folder of a source's index, another one for each model."""
-    name = re.sub(r"[^A-Za-z0-9]+", "-", Path(source).name.removeprefix("builtin:")).strip("-") or "source"
-    return Path("indices") / f"{name[:40]}-{digest[:8]}"
 
 
 def serve(state: AppState, bound: socket.socket, host: str) -> None:

@@ -37,9 +37,6 @@ from declip.search.writer import Writer, open_writer
 
 log = logging.getLogger("declip")
 
-Row = tuple[str, tuple[str, ...], int, Origin]
-"""The fields of `IndexedImage` after the id."""
-
 
 def embed(
     model: str | Path | Encoder,
@@ -145,11 +142,12 @@ def _stamped(
     return origin._replace(stamp=digest.hexdigest())
 
 
-def read_row(source: ImageSource, place: int) -> tuple[Image.Image, Row]:
-    """Read an image with the row that it becomes."""
+def read_row(source: ImageSource, place: int) -> tuple[Image.Image, IndexedImage]:
+    """Read an image with the row that it becomes, whose id is not known yet."""
     origin = source.origin(place)  # before the image is read: if the file changes meanwhile, it is embedded again
     loaded = source[place]
-    return loaded.image, (source.key(place), loaded.captions, place, _stamped(source, place, origin, loaded))
+    origin = _stamped(source, place, origin, loaded)
+    return loaded.image, IndexedImage(-1, source.key(place), loaded.captions, place, origin)
 
 
 def _embed_places(
@@ -175,9 +173,9 @@ def _embed_places(
             for pixels, read, broken in islice(stream, math.ceil(len(part) / batch_size)):
                 if pixels is not None:
                     vectors.append(image_vectors(model, pixels, encode))
-                for key, texts, place, origin in read:
-                    origin = origin._replace(path=relative(origin.path, writer.folder))
-                    rows.append(IndexedImage(info.next_id + len(rows), key, texts, place, origin))
+                for row in read:
+                    origin = row.origin._replace(path=relative(row.origin.path, writer.folder))
+                    rows.append(replace(row, id=info.next_id + len(rows), origin=origin))
                 skipped.merge(broken)
                 bar.advance(task, len(read) + broken.total)
             if rows:

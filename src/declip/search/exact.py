@@ -27,6 +27,7 @@ def nearest(queries: Tensor, blocks: Sequence[VectorBlock], k: int) -> tuple[Ten
 
     Args:
         queries: (n, d) float32.
+        blocks: With ids that increase, also from block to block.
 
     Returns:
         Ids (n, k') int64 and scores (n, k') float32, the best first, where k' is `k` or the number of vectors that are
@@ -49,10 +50,10 @@ def nearest(queries: Tensor, blocks: Sequence[VectorBlock], k: int) -> tuple[Ten
         if 0 < k < values.shape[1]:  # of equal ones at its end `topk` takes any
             for row in ((values[:, k - 1] == values[:, k]) & values[:, k].isfinite()).nonzero()[:, 0]:
                 places[row] = scores[row].argsort(descending=True, stable=True)[: k + 1]
-        best_ids = torch.cat([best_ids, ids[places[:, :k]]], dim=1)
-        best = torch.cat([best, values[:, :k]], dim=1)
-        by_id = best_ids.argsort(dim=1, stable=True)  # so that equal scores are ordered by id
-        order = by_id.gather(1, best.gather(1, by_id).argsort(dim=1, descending=True, stable=True))[:, :k]
+        places = places[:, :k].sort(dim=1).values  # (n, k) by id, so that stable sorting orders equal scores by id
+        best_ids = torch.cat([best_ids, ids[places]], dim=1)
+        best = torch.cat([best, scores.gather(1, places)], dim=1)
+        order = best.argsort(dim=1, descending=True, stable=True)[:, :k]
         best_ids, best = best_ids.gather(1, order), best.gather(1, order)
     shown = int(best.isfinite().sum(1).min()) if n else 0
     return best_ids[:, :shown], best[:, :shown]

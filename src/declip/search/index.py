@@ -168,13 +168,6 @@ class Index:
         ids, scores = self.nearest(self.query(text, image, weights, template)[None], k, over=over)
         return self._hits(ids[0], scores[0])
 
-    def neighbors(self, id: int, k: int = 10) -> list[Hit]:
-        """The images most similar to one of the index, without itself."""
-        check_range("k", k, 1, MOST)
-        ids, scores = self.nearest(self.vectors([id]), k + 1)
-        others = ids[0] != id
-        return self._hits(ids[0][others][:k], scores[0][others][:k])
-
     def nearest(self, queries: Tensor, k: int, *, over: Over = "images") -> tuple[Tensor, Tensor]:
         """Find the nearest of many vectors at once.
 

@@ -107,8 +107,6 @@ class IndexInfo(InfoSection):
         except ValidationError as error:
             first = error.errors()[0]
             problem = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-        except OSError as error:
-            problem = str(error)
-        raise UserError(
-            f"'{path}' is damaged, or of another version of declip: {problem}. Embed again into another folder."
-        )
+            raise UserError(
+                f"'{path}' is damaged, or of another version of declip: {problem}. Embed again into another folder."
+            ) from error

@@ -44,7 +44,7 @@ SCHEMA = pa.schema([pa.field(name, kind, nullable=False) for name, kind in _COLU
 class IndexedImage:
     """A row of an index."""
 
-    id: int  # for `Index.image`, `neighbors` and `vectors`; stays the same in later updates
+    id: int  # for `Index.image` and `Index.vectors`; stays the same in later updates
     key: str  # the source's name of the image
     captions: tuple[str, ...]
     place: int  # number of the image in the source when it was embedded
