@@ -84,17 +84,14 @@ def settings(
     lora = any(value is not None for key, value in given.items() if key.startswith("finetune.lora"))
     if freeze is None:
         freeze = "both" if start == "heads" and on_cpu and not lora else "none"
-    heads = freeze == "both" and start != "whole"
-    if heads:
+    if freeze == "both" and start != "whole":
         return _closed_form(given)
-    keys: dict[str, Any] = dict(
-        zip(("finetune.freeze_image_blocks", "finetune.freeze_text_blocks"), FREEZE[freeze], strict=True)
-    )
+    image, text = FREEZE[freeze]
+    keys: dict[str, Any] = {"finetune.freeze_image_blocks": image, "finetune.freeze_text_blocks": text}
     # --- batch size and rates
+    eighth = 1 << max(1, pairs // 8).bit_length() - 1  # a power of 2
     keys |= {
-        "train.batch_size": min(
-            max(pairs, 2), 128 if on_cpu else 256, max(8, 1 << max(1, pairs // 8).bit_length() - 1)
-        ),
+        "train.batch_size": min(max(pairs, 2), 128 if on_cpu else 256, max(8, eighth)),
         "train.lr": 1e-5 if start == "whole" else 1e-3,
         "train.patience": 5 if validated else None,
     }
@@ -106,8 +103,6 @@ def settings(
     # --- length
     if "train.steps" not in given:
         keys["train.epochs"] = 20 if pairs < 10_000 else 10
-    if "train.epochs" in given:
-        keys.pop("train.steps", None)
     # --- what follows from the user's keys
     keys |= given
     per_epoch = max(1, pairs // keys["train.batch_size"])

@@ -6,8 +6,7 @@ from typing import Any
 
 import yaml
 
-MAX_CHARACTERS, MAX_DEPTH = 1 << 17, 20
-"""Limits of a recipe; the shipped ones have some 3,000 characters and 4 levels."""
+MAX_CHARACTERS, MAX_DEPTH = 1 << 17, 20  # limits of a recipe; the shipped ones have some 3,000 characters and 4 levels
 
 NUMBERS = {
     "int": r"[-+]?[0-9][0-9_]*",

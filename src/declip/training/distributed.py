@@ -20,17 +20,10 @@ from declip.supervision.objective import Gather, identity_gather
 
 T = TypeVar("T")
 
-RANK_TIMEOUT = 600.0
-"""Seconds that a process waits for the others at a step before the run ends."""
-
-LONG_TIMEOUT = timedelta(hours=12)
-"""How long the other ranks wait while rank 0 evaluates, writes or reads."""
-
-BARRIER_SECONDS = 2.0
-"""How long after a timeout the ranks that are left wait for each other, to name those that are missing."""
-
-JOINS = count()
-"""Numbers the process groups of this process: one that ended leaves its addresses in the store."""
+RANK_TIMEOUT = 600.0  # seconds that a process waits for the others at a step before the run ends
+LONG_TIMEOUT = timedelta(hours=12)  # how long the other ranks wait while rank 0 evaluates, writes or reads
+BARRIER_SECONDS = 2.0  # how long the ranks that are left after a timeout wait for each other, to name the missing
+JOINS = count()  # numbers the process groups of this process: one that ended leaves its addresses in the store
 
 
 def rank() -> int:
@@ -61,10 +54,7 @@ def local_device(name: str) -> str:
 
 
 def join(device: torch.device, timeout: float = RANK_TIMEOUT) -> None:
-    """Start the process group of torchrun's processes, NCCL for CUDA, gloo otherwise; without torchrun do nothing.
-
-    A collective that a rank does not reach within `timeout` seconds ends the run.
-    """
+    """Start the process group of torchrun's processes, NCCL for CUDA, gloo otherwise; without torchrun do nothing."""
     if not launched() or dist.is_initialized():
         return
     if device.type == "cuda":
@@ -124,19 +114,12 @@ def average(values: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class StepSync:
-    """The state of all ranks at a step.
+    """The state of all ranks at a step."""
 
-    Attributes:
-        rows: Number of pairs of each rank.
-        stop: Whether any rank was asked to stop.
-        failed: Whether any rank could not read its pairs.
-        notes: Messages of the ranks that had one, in rank order.
-    """
-
-    rows: tuple[int, ...]
-    stop: bool
-    failed: bool = False
-    notes: tuple[Any, ...] = ()
+    rows: tuple[int, ...]  # number of pairs of each rank
+    stop: bool  # whether any rank was asked to stop
+    failed: bool = False  # whether any rank could not read its pairs
+    notes: tuple[Any, ...] = ()  # messages of the ranks that had one, in rank order
 
     @property
     def total(self) -> int:
@@ -160,13 +143,9 @@ class StepSync:
 
 
 class HostGroup:
-    """Coordination between ranks over gloo, so that it never waits for the GPU stream.
+    """Coordination between ranks over gloo, so that it never waits for the GPU stream."""
 
-    Args:
-        timeout: Seconds to wait for a rank at a step.
-    """
-
-    def __init__(self, timeout: float = RANK_TIMEOUT) -> None:
+    def __init__(self, timeout: float = RANK_TIMEOUT) -> None:  # seconds to wait for a rank at a step
         self.timeout, self.alone = timeout, world_size() == 1
         if not self.alone:
             self.step_group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
@@ -189,8 +168,7 @@ class HostGroup:
     def on_rank_zero(self, action: Callable[[], T]) -> T:
         """Run an action on rank 0 while the others wait, and return its result on all.
 
-        Raises:
-            UserError: the action's own; rank 0 raises it, the others exit quietly with the same status.
+        Rank 0 raises the action's `UserError`; the others exit quietly with the same status.
         """
         if self.alone:
             return action()

@@ -26,19 +26,19 @@ TIMED, ENCODED = 2, 32  # steps, after one that does not count, and pairs of eac
 
 @dataclass(frozen=True)
 class Estimate:
-    """The expected cost of a run: seconds of its parts, and bytes of memory."""
+    """The expected cost of a run."""
 
-    recipe: Recipe
-    steps: float
-    evaluations: float
-    memory: int
+    recipe: Recipe  # resolved
+    steps: float  # seconds
+    evaluations: float  # seconds
+    memory: int  # bytes
 
     def __str__(self) -> str:
-        parts = {"steps": self.steps, "evaluations": self.evaluations}
-        listed = ", ".join(f"{name} {duration(seconds)}" for name, seconds in parts.items() if seconds >= 0.5)
+        train = self.recipe.train
         return (
-            f"{plural(self.recipe.train.steps, 'step')} of {self.recipe.train.batch_size:,} pairs at most, about "
-            f"{duration(sum(parts.values()))}{listed and f' ({listed})'}, {self.memory / 2**30:.1f} GiB of memory"
+            f"{plural(train.steps, 'step')} of {train.batch_size:,} pairs at most, about "
+            f"{duration(self.steps + self.evaluations)} (steps {duration(self.steps)}, evaluations "
+            f"{duration(self.evaluations)}), {self.memory / 2**30:.1f} GiB of memory"
         )
 
 

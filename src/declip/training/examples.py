@@ -1,7 +1,6 @@
 """Facts and example pairs of a run for its report, written once into the run folder."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,27 +14,26 @@ from declip.data.pair import PairSource
 from declip.data.plan import Plan
 from declip.data.text.caption_tokenizer import CaptionTokenizer
 from declip.io.atomic import write_text
-from declip.recipe.schema import Recipe
 from declip.runs.folder import EXAMPLES
-from declip.supervision.objective import Objective
+from declip.training.parts import Parts
 
 SHOWN_PAIRS = 4
 
 
-def write_examples(
-    folder: Path, recipe: Recipe, objective: Objective, source: PairSource, views: list[dict[str, Any]]
-) -> None:
+def write_examples(parts: Parts, batch: PairBatch) -> None:
     """Write examples.json: the training source, the losses with their chance levels, and the views of some pairs."""
+    source, terms = parts.source, parts.objective.terms
     losses = {
         name: {
             "title": getattr(term, "title", name),  # a user's own term may have none
             "explanation": term.explanation,
-            "chance": term.chance(recipe.train.batch_size),  # type: ignore[operator]
+            "chance": term.chance(parts.recipe.train.batch_size),  # type: ignore[operator]
         }
-        for name, term in objective.terms.items()
+        for name, term in terms.items()
     }
+    views = example_views(batch, source, parts.plan, parts.model.tokenizer)
     facts = {"name": source.name, "pairs": len(source), "credit": source.credit}
-    write_text(folder / EXAMPLES, json.dumps({"source": facts, "losses": losses, "views": views}))
+    write_text(parts.folder / EXAMPLES, json.dumps({"source": facts, "losses": losses, "views": views}))
 
 
 def example_views(

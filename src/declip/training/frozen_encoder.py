@@ -26,8 +26,7 @@ from declip.models.layers import IMAGE, PROJECTIONS, TEXT
 
 BATCH = 64  # captions that the tower sees at a time
 
-FEATURE_VERSION = 1
-"""Increase it when preprocessing, tokenizers or towers compute other features of the same input."""
+FEATURE_VERSION = 1  # increase it when preprocessing, tokenizers or towers compute other features of the same input
 
 
 class FrozenEncoder:
@@ -40,7 +39,7 @@ class FrozenEncoder:
     def __init__(self, model: DualEncoder) -> None:
         self.model = model
         images, texts, padding = model.image_tower, model.text_tower, model.tokenizer.padding
-        folders = (features_folder(f"pooled-{tower_digest(model, tower)}") for tower in (IMAGE, TEXT))
+        folders = (cache_folder() / FEATURES / f"pooled-{tower_digest(model, tower)}" for tower in (IMAGE, TEXT))
         self._images = _PooledFeatures(next(folders), images.pre_logits_width, _pixel_key, images)
         self._texts = _PooledFeatures(next(folders), texts.width, partial(text_key, padding=padding), texts)
 
@@ -79,6 +78,7 @@ class _PooledFeatures:
     """The pooled features of a tower by its input; the tower runs only on inputs that are not stored."""
 
     def __init__(self, folder: Path, width: int, key: Callable[[Tensor], bytes], tower: Any) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
         self.key, self.tower, self.lock = key, tower, FileLock(folder / LOCK)
         with self.lock:
             self.store = FeatureStore(folder, width, torch.float32)
@@ -97,13 +97,6 @@ class _PooledFeatures:
         return self.store.rows()[self.store.places(keys)].to(batch.device)
 
 
-def features_folder(name: str) -> Path:
-    """Make a folder for the features of a tower."""
-    folder = cache_folder() / FEATURES / name
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
 def _pixel_key(pixels: Tensor) -> bytes:
     return hashlib.blake2b(pixels.contiguous().numpy().tobytes(), digest_size=KEY).digest()
 
@@ -115,24 +108,15 @@ def text_key(row: Tensor, padding: int) -> bytes:
     return hashlib.blake2b(ids[:length].tobytes(), digest_size=KEY).digest()
 
 
-def tower_digest(model: DualEncoder, tower: str, *about: Any) -> str:
-    """Hash a tower's weights except the projection, its recipe section, and whatever else its features depend on."""
+def tower_digest(model: DualEncoder, tower: str) -> str:
+    """Hash a tower's weights except the projection, its recipe section, and the versions of the code."""
     # Equal weights may compute other features: with another pooling, activation or number of heads, or in other code.
     section = None if model.recipe is None else (model.recipe.image if tower == IMAGE else model.recipe.text)
-    known = [section and section.model_dump(mode="json"), about, feature_versions()]
+    versions = FEATURE_VERSION, torch.__version__, timm.__version__, PIL.__version__  # Pillow decodes and resizes
+    known = [section and section.model_dump(mode="json"), versions]
     digest = hashlib.sha256(json.dumps(known).encode())
     for name, tensor in model.state_dict().items():
         if name.startswith(tower) and not name.startswith(PROJECTIONS):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:24]
-
-
-def feature_versions() -> dict[str, str | int]:
-    """The versions of the code that features depend on; Pillow decodes and resizes the images."""
-    return {
-        "features": FEATURE_VERSION,
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "pillow": PIL.__version__,
-    }

@@ -19,15 +19,12 @@ from declip.models.closed_form import (
     solve,
 )
 
+# Candidates: with 5,811 emoji CCA finds 20 % and 44 % (R@1, R@10), ridge regression 11 % and 34 %, its best.
 FORMS = (
     *(Form("ridge", ridge) for ridge in (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)),
     *(Form("cca", ridge) for ridge in (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)),
 )
-"""Candidates: with 5,811 emoji CCA finds 20 % and 44 % (R@1, R@10), ridge regression 11 % and 34 %, its best."""
-
-CLASS_WEIGHTS = (1.0, 0.25, 0.0)
-"""Candidates for the weight of a class, where an own image has 1; 0 leaves the classes out."""
-
+CLASS_WEIGHTS = (1.0, 0.25, 0.0)  # candidates for the weight of a class, where an own image has 1; 0: without classes
 DEFAULT_CLASS_WEIGHT = 1.0  # of fewer pairs than can be cross-validated
 SCALES = (5.0, 10.0, 15.0, 20.0, 30.0, 50.0, 100.0)  # candidates for the logit scale
 DEFAULT_SCALE = 20.0
@@ -35,8 +32,7 @@ TIE = 1e-9  # gains that differ by less are equal: the usual heads, or else the 
 FOLDS, FEWEST = 5, 20  # folds, and groups of pairs from which on there is a choice
 MOST = 5_000  # images that the choice is made on: the heads are of all, and so are their out-of-fold ranks
 BLOCK = 1_000  # images that compete, so that the time grows with the number of images, not its square
-DIRECTIONS = 512
-"""Largest directions of the image features, which cross-validation keeps: a tenth of the time of all 1,280."""
+DIRECTIONS = 512  # largest directions of the image features that cross-validation keeps: a tenth of 1,280's time
 RESAMPLES = 1_000  # of the groups, for the interval
 
 
@@ -50,22 +46,13 @@ class Recall(NamedTuple):
 
 @dataclass
 class HeldOutRanks:
-    """What a candidate makes of the pairs, each by heads that have not seen its fold.
+    """What a candidate makes of the pairs, each by heads that have not seen its fold."""
 
-    Attributes:
-        to_text: (n,) rank of an image's best caption among those of its block, from 0.
-        to_image: (m,) rank of a caption's best image.
-        images: (n,) number of images in the block.
-        fit: (m,) mean of the ranks of a caption for its image and of the image for it, 0 best, 1 worst: large where a
-            caption does not fit.
-        losses: Sum over images of the cross-entropy with their captions, for each of `SCALES`.
-    """
-
-    to_text: Tensor
-    to_image: Tensor
-    images: Tensor
-    fit: Tensor
-    losses: Tensor
+    to_text: Tensor  # (n,) rank of an image's best caption among those of its block, from 0
+    to_image: Tensor  # (m,) rank of a caption's best image
+    images: Tensor  # (n,) number of images in the block
+    fit: Tensor  # (m,) mean rank of a caption for its image and of the image for it, 0 best, 1 worst
+    losses: Tensor  # sum over images of the cross-entropy with their captions, for each of `SCALES`
 
     @classmethod
     def empty(cls, pairs: Pairs) -> "HeldOutRanks":
@@ -101,18 +88,14 @@ class HeldOutRanks:
 
 @dataclass(frozen=True)
 class Choice:
-    """Heads for all pairs, with what cross-validation says about them; None where there were too few groups.
-
-    Attributes:
-        without_classes: HeldOutRanks of the best form without the classes, if there are classes.
-    """
+    """Heads for all pairs, with what cross-validation says about them; None where there were too few groups."""
 
     heads: Heads
     form: Form
     class_weight: float
     logit_scale: float = DEFAULT_SCALE
     outcome: HeldOutRanks | None = None
-    without_classes: HeldOutRanks | None = None
+    without_classes: HeldOutRanks | None = None  # of the best form without the classes, if there are classes
 
 
 def choose_heads(pairs: Pairs, groups: np.ndarray, classes: ClassPairs | None = None, seed: int = 0) -> Choice:

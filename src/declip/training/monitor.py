@@ -13,7 +13,7 @@ from declip.training.trackers import AUTO, trackers_of
 def monitored(
     info: RunInfo, report_to: Sequence[str] = (AUTO,), callbacks: Sequence[Sink] = (), silent: bool = False
 ) -> Iterator["Monitor"]:
-    """Open a run's files, bar, trackers and callbacks; `silent`, as on every rank but the first, opens nothing."""
+    """Open a run's files, bar, trackers and callbacks; nothing where `silent`, as on every rank but the first."""
     sinks = [] if silent else [Messages(), JsonLines(), Bar(), *trackers_of(report_to), *callbacks]
     with ExitStack() as started:
         for sink in sinks:

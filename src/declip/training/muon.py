@@ -17,31 +17,21 @@ from declip.training.parallel import full_tensor, shard_like
 MOMENTUM = 0.95
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
-RMS = 0.2
-"""The usual root mean square of AdamW's updates."""
-LARGE = 128
-"""Smaller dimension of a matrix from which bfloat16 is faster; on a CPU converting costs more than it saves below."""
+RMS = 0.2  # the usual root mean square of AdamW's updates
+LARGE = 128  # smaller dimension from which bfloat16 is faster; below, converting costs a CPU more than it saves
 
-ADAMW_NAMES = (*("embedding", "embeddings", "pos_embed", "cls_token", "reg_token", "bias"),)
+ADAMW_NAMES = ("embedding", "pos_embed", "cls_token", "reg_token", "bias")
 
 
 def use_muon(name: str, parameter: Tensor, over_vocabulary: tuple[str, ...] = ()) -> bool:
-    """Whether Muon updates a parameter: matrices and convolutions between features, not embeddings or vocabularies.
-
-    Args:
-        over_vocabulary: Beginnings of the names of layers whose outputs are words; see `Objective.over_vocabulary`.
-    """
+    """Whether Muon updates a parameter: matrices and convolutions between features, not embeddings or vocabularies."""
     if parameter.ndim < 2 or name.startswith(over_vocabulary) or any(word in name for word in ADAMW_NAMES):
         return False
     return min(parameter.shape[0], parameter[0].numel()) > 1
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """Bring the singular values of matrices near 1 by five Newton-Schulz iterations.
-
-    Args:
-        matrices: (n, rows, columns).
-    """
+    """Bring the singular values of matrices (n, rows, columns) near 1 by five Newton-Schulz iterations."""
     a, b, c = COEFFICIENTS
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices

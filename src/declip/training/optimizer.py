@@ -23,8 +23,7 @@ class LrMultiplier:
     frozen_in_warmup: bool = False
 
 
-BETAS = (0.9, 0.98)
-"""AdamW's, as in DeCLIP's YFCC15M recipe."""
+BETAS = (0.9, 0.98)  # AdamW's, as in DeCLIP's YFCC15M recipe
 
 UNDECAYED = (
     *("positional_embedding", "position_embedding.weight", "position_embeddings.weight", "pos_embed"),
@@ -50,11 +49,7 @@ def build_optimizer(
     multipliers: Mapping[str, LrMultiplier] | None = None,
     over_vocabulary: tuple[str, ...] = (),
 ) -> torch.optim.Optimizer:
-    """Build the recipe's optimizer with groups by weight decay, learning rate and sharding.
-
-    Each group holds its "multiplier", see `group_lr`, and the "names" of its parameters, by which checkpoints store
-    their moments. Parameters without a multiplier have the recipe's learning rate.
-    """
+    """Build the recipe's optimizer with groups by weight decay, learning rate and sharding."""
     groups: dict[tuple[bool, bool, bool, LrMultiplier], dict[str, nn.Parameter]]
     groups = {(decayed, False, False, LrMultiplier()): {} for decayed in (True, False)}
     for name, parameter in named:
@@ -65,9 +60,9 @@ def build_optimizer(
     options: list[dict[str, Any]] = [
         {
             "params": list(group.values()),
-            "names": list(group),
+            "names": list(group),  # by which checkpoints store the moments
             "weight_decay": train.weight_decay if decayed else 0.0,
-            "multiplier": multiplier,
+            "multiplier": multiplier,  # see `group_lr`
             **({"muon": muon} if train.optimizer == "muon" else {}),
         }
         for (decayed, muon, _, multiplier), group in groups.items()

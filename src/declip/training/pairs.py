@@ -20,19 +20,13 @@ from declip.io.text import percent
 from declip.recipe.schema import Recipe
 
 TRAINING = "training pairs"
-FEW = 1_000
-"""Pairs up to which all are opened before training: one broken pair in a few matters, and it takes about a second."""
-SAMPLE = 64
-"""Pairs, evenly spaced, that stand for all where reading all would take too long."""
-UNKNOWN, CUT = 0.1, 0.05
-"""Fractions of unknown tokens, and of captions that are cut, above which a warning is due."""
+FEW = 1_000  # pairs up to which all are opened before training, in about a second: one broken pair in a few matters
+SAMPLE = 64  # pairs, evenly spaced, that stand for all where reading all would take too long
+UNKNOWN, CUT = 0.1, 0.05  # fractions of unknown tokens, and of captions that are cut, above which a warning is due
 
 
 def open_training_source(recipe: Recipe) -> PairSource:
-    """Open the training pairs, one source or several, limited to `data.max_pairs` by the seed.
-
-    Of a source with splits these are the pairs of its split "train".
-    """
+    """Open the training pairs, of a source with splits those of "train", limited to `data.max_pairs` by the seed."""
     data = recipe.data
     columns = Columns.of(data)
     source: PairSource

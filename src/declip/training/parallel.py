@@ -39,10 +39,7 @@ class Learner(nn.Module):
 
 
 def build_learner(recipe: Recipe, model: DualEncoder, objective: Objective) -> nn.Module:
-    """Build the learner and distribute it over the ranks as the recipe's ``train`` section says.
-
-    Model and objective are changed in place; parameter names stay. Returns a `Learner`, or DDP around it.
-    """
+    """Build a `Learner`, or DDP around it, distributed as the recipe says; model and objective are changed in place."""
     _check(recipe, model)
     train, learner = recipe.train, Learner(model, objective)
     if train.channels_last and (train.strategy == "ddp" or distributed.world_size() == 1):
@@ -105,10 +102,8 @@ def unwrap(learner: nn.Module) -> Learner:
 
 
 def clip_gradients(parameters: list[Tensor], limit: float) -> Tensor:
-    """Scale all gradients to a total norm of at most `limit`; return the norm before, a scalar.
-
-    Sharded and other parameters may be mixed.
-    """
+    """Scale all gradients to a total norm of at most `limit`; return the norm before, a scalar."""
+    # Sharded and other parameters may be mixed.
     groups = [[p for p in parameters if isinstance(p, DTensor) is sharded] for sharded in (True, False)]
     if not groups[0]:
         return nn.utils.clip_grad_norm_(parameters, limit)
@@ -148,11 +143,8 @@ def shard_like(like: object, tensor: Tensor) -> Tensor:
 
 
 def synchronize(module: nn.Module, device: torch.device) -> None:
-    """Replace every batch norm inside a module by one that is synchronized over all ranks; names and values stay.
-
-    On CUDA that is torch's `SyncBatchNorm`; torch has none for a CPU, where it is `HostSyncBatchNorm`. Frozen ones are
-    not replaced: they use no statistics of a batch.
-    """
+    """Replace every batch norm that learns by one that is synchronized over all ranks; names and values stay."""
+    # torch's `SyncBatchNorm` works on CUDA alone.
     for name, child in list(module.named_children()):
         if not isinstance(child, _BatchNorm):
             synchronize(child, device)
@@ -161,10 +153,7 @@ def synchronize(module: nn.Module, device: torch.device) -> None:
 
 
 class HostSyncBatchNorm(_BatchNorm):
-    """Batch norm over all ranks on any device, with the parameters and statistics of another batch norm.
-
-    Ranks may hold different numbers of pairs, but each at least one.
-    """
+    """Batch norm over all ranks on any device, with the parameters and statistics of another; each rank has a pair."""
 
     def __init__(self, norm: _BatchNorm) -> None:
         super().__init__(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)

@@ -23,51 +23,34 @@ from declip.training.stopping import BestEvaluation
 
 @dataclass
 class Progress:
-    """What a checkpoint keeps besides tensors.
+    """What a checkpoint keeps besides tensors."""
 
-    Attributes:
-        step: Number of steps done.
-        skipped: Counts of the broken pairs.
-        best: The best evaluation, where `train.patience` watches them.
-    """
-
-    step: int = 0
-    skipped: SkipCounter = field(default_factory=SkipCounter)
-    best: BestEvaluation | None = None
+    step: int = 0  # number of steps done
+    skipped: SkipCounter = field(default_factory=SkipCounter)  # counts of the broken pairs
+    best: BestEvaluation | None = None  # the best evaluation, where `train.patience` watches them
 
 
 @dataclass
 class Parts:
-    """A run before its next step, from `declip.training.assemble.assemble`.
+    """A run before its next step, from `declip.training.assemble.assemble`."""
 
-    Attributes:
-        recipe: Resolved: precision, sizes and steps are set.
-        hosts: Coordination between the ranks.
-        pretrained: What was loaded from `finetune.pretrained` or a text encoder; None where all weights are random.
-        learner: Model and objective as one module, distributed over the ranks.
-        loader: Batches of images and captions from the next step on.
-        workers: Number of loader processes.
-        samples: Hashes of some training pairs and of each held-out set, see `sample_hashes`.
-        lock: Of the run folder, on rank 0.
-    """
-
-    recipe: Recipe
+    recipe: Recipe  # resolved: precision, sizes and steps are set
     folder: Path
     quiet: bool
     callbacks: Sequence[Sink]
-    hosts: HostGroup
+    hosts: HostGroup  # coordination between the ranks
     source: PairSource
     plan: Plan
     model: DualEncoder
     objective: Objective
-    pretrained: Pretrained | None
-    learner: nn.Module
+    pretrained: Pretrained | None  # what was loaded, also from a text encoder; None where all weights are random
+    learner: nn.Module  # model and objective as one module, distributed over the ranks
     optimizer: torch.optim.Optimizer
-    loader: PairLoader
-    workers: int
-    samples: Mapping[str, list[str]]
+    loader: PairLoader  # batches of images and captions from the next step on
+    workers: int  # number of loader processes
+    samples: Mapping[str, list[str]]  # hashes of some training pairs and of each held-out set, see `sample_hashes`
     progress: Progress = field(default_factory=Progress)
-    lock: FileIO | None = None
+    lock: FileIO | None = None  # of the run folder, on rank 0
 
     @property
     def sharded(self) -> bool:

@@ -29,10 +29,10 @@ class RunInfo:
 
 
 class Sink:
-    """Base class of callbacks, which receive the numbers of a run. A subclass overrides what it needs.
+    """Base class of callbacks, which receive the numbers of a run, on rank 0. A subclass overrides what it needs.
 
-    Only rank 0 calls it. A resumed run repeats the steps after its checkpoint, so a step can be logged twice, with the
-    same numbers. An error that a callback raises ends the run.
+    A resumed run repeats the steps after its checkpoint, so a step can be logged twice, with the same numbers. An error
+    that a callback raises ends the run.
     """
 
     def start(self, info: RunInfo) -> None:

@@ -21,19 +21,12 @@ from declip.training.parallel import Learner, average_gradients, clip_gradients,
 
 @dataclass
 class StepParts:
-    """The objects and settings of a step.
+    """The objects and settings of a step."""
 
-    Attributes:
-        learner: From `declip.training.parallel.build_learner`.
-        plan: Its image statistics normalize the views.
-        train: The recipe's section. With `precision` "bf16" towers and heads run in autocast; losses and logits stay
-            float32.
-    """
-
-    learner: nn.Module
+    learner: nn.Module  # from `declip.training.parallel.build_learner`
     optimizer: torch.optim.Optimizer
-    plan: Plan
-    train: Train
+    plan: Plan  # its image statistics normalize the views
+    train: Train  # with `precision` "bf16" towers and heads run in autocast; losses and logits stay float32
 
     def __post_init__(self) -> None:
         device = unwrap(self.learner).model.device

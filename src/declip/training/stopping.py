@@ -13,13 +13,12 @@ from declip.evaluation.results import Result, RetrievalResult, ZeroShotResult
 from declip.recipe.schema import Evaluation
 from declip.runs.folder import log
 
+# Exit status of a run that was stopped from outside and should be queued again (EX_TEMPFAIL of sysexits.h). Under
+# torchrun it is 0, because torchrun restarts a run after any other status.
 TRY_AGAIN = 75
-"""Exit status of a run that was stopped from outside and should be queued again (EX_TEMPFAIL of sysexits.h).
 
-Under torchrun it is 0, because torchrun restarts a run after any other status."""
-
+# Windows has no SIGUSR1.
 STOPS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
-"""Windows has no SIGUSR1."""
 
 
 class StopRequest:

@@ -23,12 +23,11 @@ from declip.recipe.yaml_text import read_yaml
 from declip.runs.folder import TRACKING, Run, log
 from declip.training.sinks import RunInfo, Sink
 
-AUTO = "auto"
-"""The name in train.report_to that means TensorBoard where it is installed."""
+AUTO = "auto"  # the name in train.report_to that means TensorBoard where it is installed
 
-# Since version 3.7 MLflow refuses folders without the second; the others keep the libraries off the network.
+# Set before the imports, unless the user has set them. Since version 3.7 MLflow refuses folders without the second; the
+# others keep the libraries off the network.
 VARIABLES = {"WANDB_ERROR_REPORTING": "false", "MLFLOW_ALLOW_FILE_STORE": "true", "MLFLOW_DISABLE_TELEMETRY": "true"}
-"""Set before the imports, unless the user has set them."""
 
 
 class TensorBoard(Sink):
@@ -93,8 +92,8 @@ class MLflow(Sink):
         from mlflow.entities import Param
 
         title = os.environ.get("MLFLOW_EXPERIMENT_NAME", "declip")
-        experiment = self._client.get_experiment_by_name(title)
-        where = experiment.experiment_id if experiment else self._client.create_experiment(title)
+        known = self._client.get_experiment_by_name(title)
+        where = known.experiment_id if known else self._client.create_experiment(title)
         run: str = self._client.create_run(where, run_name=folder.name).info.run_id
         self._client.log_batch(run, params=[Param(key, str(value)) for key, value in flat(_recipe(folder)).items()])
         return run
@@ -141,13 +140,13 @@ class Trackio(Sink):
             trackio.finish()
 
 
+# By their name in train.report_to; `library` is the module that must be installed.
 TRACKERS: dict[str, type[TensorBoard | WandB | MLflow | Trackio]] = {
     "tensorboard": TensorBoard,
     "wandb": WandB,
     "mlflow": MLflow,
     "trackio": Trackio,
 }
-"""Trackers by their name in train.report_to; `library` is the module that must be installed."""
 
 
 class Tracked(Sink):
@@ -183,10 +182,9 @@ class Tracked(Sink):
         self._attempt(self.tracker.close)
 
     def _attempt(self, call: Callable[..., None], *arguments: object) -> None:
-        if self._failed:
-            return
         try:
-            call(*arguments)
+            if not self._failed:
+                call(*arguments)
         except Exception as error:
             self._failed = True
             log.warning("%s gets no more numbers (%s); metrics.jsonl has them all.", self.name, one_line(error, 200))
@@ -219,8 +217,7 @@ def kept_id(folder: Path, name: str, create: Callable[[], str]) -> str:
 
 
 def _installed(name: str) -> bool:
-    for variable, value in VARIABLES.items():
-        os.environ.setdefault(variable, value)
+    os.environ.update(VARIABLES | os.environ)
     try:
         importlib.import_module(TRACKERS[name].library)
     except ImportError:

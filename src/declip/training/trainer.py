@@ -25,7 +25,7 @@ from declip.runs.checkpoint import CheckpointWriter
 from declip.runs.folder import Run, log
 from declip.training import distributed
 from declip.training.distributed import StepSync
-from declip.training.examples import example_views, write_examples
+from declip.training.examples import write_examples
 from declip.training.monitor import Monitor, monitored
 from declip.training.optimizer import group_lr, learning_rate
 from declip.training.pairs import evaluation_tasks, unaugmented
@@ -34,7 +34,7 @@ from declip.training.sinks import RunInfo
 from declip.training.state import collect, load_weights
 from declip.training.step import StepParts, training_step
 from declip.training.stopping import TRY_AGAIN, BestEvaluation, StopRequest
-from declip.training.watchdogs import LossMonitor, NonFiniteGuard, ThroughputMonitor, format_losses
+from declip.training.watchdogs import LossMonitor, NonFiniteGuard, ThroughputMonitor
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # parameters of glibc's mallopt
 
@@ -108,7 +108,7 @@ class Trainer:
                 # --- batch
                 batch, sync, waited = self._next_batch(monitor)
                 if self.is_rank_zero and not (parts.folder / run_folder.EXAMPLES).exists():
-                    self._write_examples(batch)
+                    write_examples(parts, batch)
 
                 # --- step
                 began = time.perf_counter()
@@ -146,10 +146,7 @@ class Trainer:
                 monitor.restart_timer()
 
     def _next_batch(self, monitor: Monitor) -> tuple[PairBatch, StepSync, float]:
-        """Read a batch; return it with the state of all ranks and the seconds that it took.
-
-        If any rank cannot read its pairs, all save the steps that are done, and end.
-        """
+        """Read a batch; return it with the state of all ranks and the seconds that it took."""
         batch: PairBatch | None = None
         error: UserError | None = None
         asked = time.perf_counter()
@@ -162,7 +159,7 @@ class Trainer:
         failed = error is not None
         sync = self.parts.hosts.sync_step(self.progress.step, rows, self.stop.asked, skipped, failed)
         with self._saving(monitor):
-            if batch is None or sync.failed:
+            if batch is None or sync.failed:  # any rank cannot read its pairs: all save and end
                 raise error if error is not None else SystemExit(2)
             if len(sync.rows) > 1:
                 self.loader.count(sync.total, list(itertools.chain(*sync.notes)))
@@ -226,32 +223,23 @@ class Trainer:
         self.writer.wait()
         earlier = checkpoints.list_checkpoints(self.parts.folder)
         indices = ", ".join(map(str, self.loader.indices(bad)[:8].tolist()))
+        losses = ", ".join(f"{name} {float(value):.4g}" for name, value in values.items())
         raise UserError(
-            f"The loss is not finite at step {bad + 1}: {format_losses(values)}. The batch held the pairs {indices} … "
+            f"The loss is not finite at step {bad + 1}: {losses}. The batch held the pairs {indices} … "
             f"of '{self.parts.source.name}'. The last good checkpoint is {earlier[-1] if earlier else 'missing'}. A "
             "lower train.lr, a longer train.warmup_steps, or train.grad_clip_norm=1.0 usually helps."
         )
 
-    def _write_examples(self, batch: PairBatch) -> None:
-        """Write example pairs for the report, once in a run."""
-        parts = self.parts
-        views = example_views(batch, parts.source, parts.plan, parts.model.tokenizer)
-        write_examples(parts.folder, parts.recipe, parts.objective, parts.source, views)
-
     # --- evaluation
 
     def evaluate(self, monitor: Monitor, final: bool = False) -> list[Result]:
-        """Evaluate on the recipe's held-out sets; at the end also on its test sets.
-
-        Rank 0 evaluates while the others wait. With FSDP all do, since each holds a part of the model. All get the
-        results.
-        """
+        """Evaluate on the recipe's held-out sets, at the end also on its test sets; all ranks get the results."""
         parts, progress = self.parts, self.progress
 
         def run() -> list[Result]:
             options = Options(progress=not parts.quiet and self.is_rank_zero)
-            at_end = final and self.finished and progress.best is not None
-            weights = {"best_step": progress.best.step} if at_end and progress.best is not None else {}
+            best = progress.best if final and self.finished else None
+            weights = {} if best is None else {"best_step": best.step}
             results: list[Result] = []
             for name, protocols in evaluation_tasks(parts.recipe, final).items():
                 for result in evaluate_all(parts.model, name, protocols, options):
@@ -261,7 +249,7 @@ class Trainer:
 
         if final and self.is_rank_zero:  # a crash may have interrupted it before
             run_folder.drop_rows(parts.folder / run_folder.EVALUATIONS, after=progress.step - 1)
-        if parts.sharded:
+        if parts.sharded:  # each rank holds a part of the model, so all evaluate
             results = run()
             return parts.hosts.on_rank_zero(lambda: results)
         return parts.hosts.on_rank_zero(run)

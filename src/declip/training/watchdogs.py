@@ -7,13 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-FLAT_AFTER = 300
-"""Steps after which a contrastive loss still at chance level is worth a warning."""
-STARVED = 0.25
-"""Fraction of time spent waiting for batches above which a warning is due."""
+FLAT_AFTER = 300  # steps after which a contrastive loss still at chance level is worth a warning
+STARVED = 0.25  # fraction of time spent waiting for batches above which a warning is due
 LEAST_STEPS, LEAST_SECONDS = 20, 5.0  # before a verdict about the loader
-WARM = 3
-"""Steps after a start of the workers that do not count, because their queue is empty."""
+WARM = 3  # steps after a start of the workers that do not count, because their queue is empty
 MOST_WORKERS = 8
 
 
@@ -34,19 +31,12 @@ class NonFiniteGuard:
         return None if (found := int(self._first)) < 0 else found
 
 
-def format_losses(values: Mapping[str, Tensor]) -> str:
-    """Format losses for a message."""
-    return ", ".join(f"{name} {float(value):.4g}" for name, value in values.items())
-
-
 class LossMonitor:
-    """Finds problems in the logged losses of a run and warns of each once; `watched` is `Objective.watched`."""
+    """Finds a problem in the logged losses of a run and warns of it once; `watched` is `Objective.watched`."""
 
     def __init__(self, batch_size: int, warmup_steps: int, watched: str | None) -> None:
-        self.watched = watched
-        self.chance, self.batch_size, self.warmup_steps = math.log(batch_size), batch_size, warmup_steps
-        self._warned: set[str] = set()
-        self._lowest = math.inf
+        self.watched, self.batch_size, self.warmup_steps = watched, batch_size, warmup_steps
+        self.chance, self._lowest = math.log(batch_size), math.inf
 
     def check(self, step: int, losses: Mapping[str, float]) -> str | None:
         """Return the warning that is due after a number of steps, if any."""
@@ -55,26 +45,22 @@ class LossMonitor:
             return None
         # Pretrained weights may begin far above chance: only a rise above the lowest loss so far counts.
         self._lowest = min(self._lowest, loss)
+        warning = None
         if step >= FLAT_AFTER and abs(loss - self.chance) < 0.02:
-            return self._once(
-                "flat",
+            warning = (
                 f"After {step} steps the {self.watched} loss is still at chance level, ln({self.batch_size}) = "
                 f"{self.chance:.2f}. Usual causes: too high a learning rate, captions that do not belong to the "
-                "images, or one caption for all. Try a tenth of train.lr, and declip data inspect.",
+                "images, or one caption for all. Try a tenth of train.lr, and declip data inspect."
             )
-        if step > self.warmup_steps and loss > max(self.chance, self._lowest) + 1:
-            return self._once(
-                "diverging",
+        elif step > self.warmup_steps and loss > max(self.chance, self._lowest) + 1:
+            warning = (
                 f"At step {step} the {self.watched} loss is {loss:.2f}, after {self._lowest:.2f}; chance level is "
                 f"{self.chance:.2f}: the run diverges. Usual cause: too high a learning rate. Try half of "
-                "train.lr, a longer train.warmup_steps, or train.grad_clip_norm=1.0.",
+                "train.lr, a longer train.warmup_steps, or train.grad_clip_norm=1.0."
             )
-        return None
-
-    def _once(self, kind: str, warning: str) -> str | None:
-        new = kind not in self._warned
-        self._warned.add(kind)
-        return warning if new else None
+        if warning is not None:
+            self.watched = None  # no second warning
+        return warning
 
 
 class ThroughputMonitor:
