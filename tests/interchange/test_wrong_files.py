@@ -164,8 +164,6 @@ DEEP: dict[str, Callable[[Path], Path]] = {
     "own file": own_file,
     "own file, text encoder": own_file_with_encoder,
     "transformers CLIP": clip,
-    "transformers SigLIP": family("transformers-siglip", "config.json", "text_config", "num_hidden_layers"),
-    "open_clip": family("pe-core", "open_clip_config.json", "model_cfg", "text_cfg", "layers"),
     "open_clip, text encoder": family("biomedclip", "config.json", "num_hidden_layers"),
 }
 

@@ -87,11 +87,13 @@ def test_of_the_hub_no_file_is_fetched_that_could_run_code_and_no_network_is_one
 ) -> None:
     from huggingface_hub import constants
 
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(UserError, match=r"Cannot fetch 'huggingface:nobody/nothing'.*Check the network") as error:
-        model_of("huggingface:nobody/nothing")
-    assert "\n" not in str(error.value)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # where nothing listens
+    for offline in (True, False):
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+        with pytest.raises(UserError, match=r"fetch 'huggingface:nobody/nothing': no connection.*builtin:") as error:
+            model_of("huggingface:nobody/nothing")
+        assert "\n" not in str(error.value)
 
     folder, asked = bert(tmp_path / "bert"), []
 

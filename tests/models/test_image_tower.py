@@ -69,13 +69,3 @@ def test_a_model_in_bfloat16_encodes_on_a_cpu() -> None:
     for found, expected in zip([model.encode_image(images), model.encode_text(tokens)], exact, strict=True):
         assert found.dtype == torch.float32
         torch.testing.assert_close(found, expected, rtol=0, atol=0.03)
-
-
-def test_patches_are_left_out_in_training_only() -> None:
-    options = {"patch_size": 8, "embed_dim": 64, "depth": 1}
-    dropped = ImageTower("declip_vit_tiny", 32, 16, {**options, "patch_drop_rate": 0.5})
-    plain = ImageTower("declip_vit_tiny", 32, 16, options).eval()
-    plain.load_state_dict(dropped.state_dict())
-    images = torch.rand(3, 3, 32, 32)
-    assert dropped(images).tokens.shape[1] == 8
-    assert torch.equal(dropped.eval()(images).pooled, plain(images).pooled)

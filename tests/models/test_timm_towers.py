@@ -19,7 +19,6 @@ from declip.training.step import StepParts, training_step
 
 VIT = {"embed_dim": 64, "depth": 2, "num_heads": 2}
 TOWERS: dict[str, tuple[int, dict[str, Any], int, bool]] = {
-    "vit_small_patch16_224": (32, VIT, 4, False),
     "vit_large_patch14_clip_224": (28, VIT, 4, False),
     "vit_base_patch16_siglip_224": (32, VIT, 4, False),
     "vit_base_mci_224": (32, {"depth": 1}, 4, True),
@@ -27,12 +26,9 @@ TOWERS: dict[str, tuple[int, dict[str, Any], int, bool]] = {
     "swin_tiny_patch4_window7_224": (
         64, {"depths": [1, 1, 2, 1], "embed_dim": 24, "num_heads": [1, 2, 4, 8]}, 4, False,
     ),
-    "resnet50": (64, {"layers": [1, 1, 1, 1], "channels": [16, 32, 64, 128]}, 4, True),
     "regnety_002": (64, {}, 4, True),
     "fastvit_mci0": (64, {"layers": [1, 1, 2, 1], "embed_dims": [16, 32, 64, 128]}, 4, True),
-    "fastvit_mci2": (64, {"layers": [1, 1, 2, 1], "embed_dims": [16, 32, 64, 128]}, 4, True),
     "test_efficientnet": (64, {}, 4, True),
-    "mobilenetv4_conv_small": (64, {}, 4, True),
 }  # fmt: skip
 """Name → image size, options, tokens, whether it has batch norm."""
 
