@@ -35,20 +35,14 @@ def result(data) -> LinearProbeResult:
 
 def test_the_sweep_is_as_good_as_trying_many(data, result) -> None:
     problem, fitted = LogisticProblem(data.train.features, data.train.labels), None
-    scores = {point.C: point.score for point in result.sweep}
     np.testing.assert_allclose(sorted(GRID.values()), np.logspace(-6, 6, 97))  # CLIP's
-    assert len(scores) <= 15
-    assert set(scores) >= {1e-6, 1e-4, 1e-2, 1.0, 1e2, 1e4, 1e6}
-    others = {}
+    scores = []
     for step in range(-24, 25, 8):
         fitted = problem.fit(GRID[step], start=fitted)
-        others[GRID[step]] = float(measure(fitted, data.validation, data)[0].mean())
-    for C in scores.keys() & others.keys():
-        assert scores[C] == pytest.approx(others[C], abs=1.01 / 300)  # one image near the border
-    assert all(point.converged or point.C >= 1e4 for point in result.sweep)
+        scores.append(float(measure(fitted, data.validation, data)[0].mean()))
+    chosen = float(measure(problem.fit(result.C), data.validation, data)[0].mean())
     # A validation set of 300 gives several peaks; the highest may lie where the halving does not look.
-    assert max(scores.values()) >= max(others.values()) - 2.01 / 300
-    assert scores[result.C] == max(scores.values())
+    assert chosen >= max(scores) - 2.01 / 300
 
 
 @dataclass
@@ -70,20 +64,21 @@ class KnownProblem:
 
     def __init__(self, data: ProbeData, right: Callable[[int], torch.Tensor | int], loss=lambda step: 0.0) -> None:
         self.rows, self.right, self.loss = torch.arange(len(data.validation)), right, loss
+        self.fits = 0
 
     def fit(self, C: float, start: Known | None = None) -> Known:
         assert start is None or start.C < C, "the nearest one below"
+        self.fits += 1
         right = self.right(STEPS[C])
         return Known(C, self.rows < right if isinstance(right, int) else right, self.loss(STEPS[C]))
 
 
 @pytest.mark.parametrize("peak", [-48, -41, -17, -1, 0, 5, 23, 47, 48])
 def test_one_peak_is_found_wherever_it_is(data, peak) -> None:
-    best, points = sweep(KnownProblem(data, lambda step: 300 - abs(step - peak)), data)
-    assert STEPS[best.C] == peak
+    problem = KnownProblem(data, lambda step: 300 - abs(step - peak))
+    assert STEPS[sweep(problem, data).C] == peak
     # A grid of sixteenths, then the halves of the interval around the peak, nothing else.
-    assert len(points) <= 15
-    assert [point.C for point in points] == sorted(point.C for point in points)
+    assert problem.fits <= 15
 
 
 @pytest.mark.parametrize(
@@ -91,7 +86,7 @@ def test_one_peak_is_found_wherever_it_is(data, peak) -> None:
     [(lambda step: abs(step - 7), 7), (lambda step: 0.0, -48), (lambda step: 1.0 if step == 16 else math.nan, 16)],
 )
 def test_of_equal_scores_the_smaller_cross_entropy_wins_and_then_the_stronger_penalty(data, loss, chosen) -> None:
-    assert STEPS[sweep(KnownProblem(data, lambda step: 150, loss), data)[0].C] == chosen
+    assert STEPS[sweep(KnownProblem(data, lambda step: 150, loss), data).C] == chosen
 
 
 @pytest.mark.parametrize(("metric", "chosen"), [("top1", 0), ("mean_per_class", 16)])
@@ -99,8 +94,7 @@ def test_the_metric_of_the_set_chooses(data, metric, chosen) -> None:
     labels = torch.tensor([0] * 8 + [1] * 2)
     uneven = replace(data, validation=Labeled(torch.zeros(10, 16), labels), metric=metric)
     right = {0: labels == 0, 16: torch.arange(10) >= 3}
-    best, _ = sweep(KnownProblem(uneven, lambda step: right.get(step, 0)), uneven)
-    assert STEPS[best.C] == chosen
+    assert STEPS[sweep(KnownProblem(uneven, lambda step: right.get(step, 0)), uneven).C] == chosen
 
 
 def test_the_probe_is_scikit_learns_on_train_and_validation(data, result) -> None:
@@ -121,9 +115,8 @@ def test_a_class_with_validation_images_only_and_test_images_that_choose_nothing
     few = ProbeData("digits", 3, train.take(train.labels < 2), validation, test)
     result = linear_probe(few)
     assert result.top1 > 0.8
-    assert max(point.score for point in result.sweep) < 0.7  # no 2 is right before the last fit
     spoiled = linear_probe(replace(few, test=Labeled(test.features, (test.labels + 1) % 3)))
-    assert spoiled.sweep == result.sweep
+    assert spoiled.C == result.C
     assert spoiled.top1 < 0.2
 
 

@@ -68,10 +68,10 @@ def test_each_set_by_its_own_metric_and_the_missing_ones_listed(root: Path) -> N
     assert "food-101/" in found.missing["food101"]
     assert str(root / "cars") in found.missing["cars"]
     row = json.loads(json.dumps(found.to_dict()))
-    assert row["averaged_over"] == ["cifar10", "pets", "dtd"]
+    assert list(row["values"]) == ["cifar10", "pets", "dtd"]
     assert row["average"] == pytest.approx((1 + 2 / 3 + 1) / 3)
-    assert (row["rows"][1]["metric"], row["rows"][1]["value"]) == ("mean_per_class", pytest.approx(2 / 3))
-    assert row["rows"][1]["result"]["n"] == 6
+    assert row["values"]["pets"] == pytest.approx(2 / 3)
+    assert (row["results"]["pets"]["metric"], row["results"]["pets"]["n"]) == ("mean_per_class", 6)
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,6 @@ from declip.recipe.schema import Recipe
 from declip.training.pairs import open_training_source
 
 STUDY = "study.json"
-FIXED = ("datasets", "tasks")
-"""Fields that cannot change when a comparison is continued; variants, pairs and seeds may be added."""
 
 
 @dataclass(frozen=True)
@@ -49,14 +47,14 @@ class Variant:
     def resolve(self, more: Mapping[str, Any] | None = None) -> Recipe:
         """Load the recipe with the overrides and further ones; refuse one that changed since the variant joined."""
         if changed := self.changes(Variant.of(self.recipe, self.overrides)):
-            raise UserError(f"The recipe '{self.recipe}' has changed since the comparison began: {'; '.join(changed)}.")
+            raise UserError(f"The recipe '{self.recipe}' has changed since the comparison began: {changed}.")
         return load_recipe(self.recipe, {**self.overrides, **(more or {})})
 
-    def changes(self, now: "Variant") -> list[str]:
-        """Name up to three keys whose values differ in `now`, with both values."""
+    def changes(self, now: "Variant") -> str:
+        """List up to three keys whose values differ in `now`, with both values."""
         before, after = flat(self.resolved), flat(now.resolved)
         keys = [key for key in before | after if before.get(key) != after.get(key)]
-        return [f"{key} was {before.get(key)}, now {after.get(key)}" for key in keys[:3]]
+        return "; ".join(f"{key} was {before.get(key)}, now {after.get(key)}" for key in keys[:3])
 
 
 @dataclass(frozen=True)
@@ -139,8 +137,6 @@ class Study:
         """All trials, seed by seed, so that an unfinished study is a smaller complete one."""
         return [Trial(name, pairs, seed) for seed, pairs, name in product(self.seeds, self.pairs, self.names)]
 
-    # --- validation
-
     def check(self) -> None:
         """Refuse what cannot be compared, before anything is timed or trained."""
         self.check_names()
@@ -217,13 +213,13 @@ def extended(study: Study, earlier: Study, folder: Path) -> Study:
     """
     changed = [
         f"{name} was {getattr(earlier, name)}, now {getattr(study, name)}"
-        for name in FIXED
+        for name in ("datasets", "tasks")
         if getattr(study, name) != getattr(earlier, name)
     ]
     variants = {variant.name: variant for variant in earlier.variants}
     for variant in study.variants:
         if keys := variants.get(variant.name, variant).changes(variant):
-            changed.append(f"{variant.name}: {'; '.join(keys)}")
+            changed.append(f"{variant.name}: {keys}")
         variants[variant.name] = variant  # its file may have moved
     if changed:
         raise UserError(

@@ -141,16 +141,6 @@ class RetrievalResult(Result):
         return row
 
 
-@dataclass(frozen=True)
-class SweepPoint:
-    """A tried value of C with its metric (`score`) and cross-entropy (`loss`) on the validation images."""
-
-    C: float
-    score: float
-    loss: float
-    converged: bool
-
-
 @dataclass(frozen=True, kw_only=True)
 class LinearProbeResult(ClassificationResult):
     """Logistic regression on frozen features, before the projection."""
@@ -163,7 +153,6 @@ class LinearProbeResult(ClassificationResult):
     majority: float  # test fraction of the most frequent training class: top-1 of a probe on random features
     C: float  # the selected inverse strength of the L2 penalty, as in scikit-learn
     validation: str  # the images that selected C: "validation split" or "fifth of train"
-    sweep: tuple[SweepPoint, ...]  # all tried values of C, ascending
     converged: bool
 
     def measures(self) -> list[Measure]:

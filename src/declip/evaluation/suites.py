@@ -44,17 +44,9 @@ class SuiteResult:
     def to_dict(self) -> dict[str, Any]:
         """Convert to plain data for JSON."""
         values = self.values
-        return {
-            "suite": self.suite,
-            "task": self.task,
-            "average": fmean(values.values()),
-            "averaged_over": list(values),
-            "rows": [
-                {"dataset": name, "metric": NAMED[name].metric, "value": value, "result": self.results[name].to_dict()}
-                for name, value in values.items()
-            ],
-            "missing": dict(self.missing),
-        }
+        rows = {name: {"metric": NAMED[name].metric, **result.to_dict()} for name, result in self.results.items()}
+        average = {"average": fmean(values.values()), "values": values}
+        return {"suite": self.suite, "task": self.task, **average, "results": rows, "missing": dict(self.missing)}
 
     def markdown(self, name: str = "this model") -> str:
         """Format the measured row, the published rows and notes as Markdown, in percent."""
