@@ -52,17 +52,6 @@ def test_moving_takes_every_tensor_and_leaves_the_plan_of_the_work_on_the_host()
     assert len(part.views["first"].photometric.jitter) == 2
 
 
-def test_stacked_parameters_keep_their_rows_and_types():
-    stacked = Photometric.stack([PLAIN._replace(hue=row / 10) for row in range(3)])
-    torch.testing.assert_close(stacked.hue, torch.tensor([0.0, 0.1, 0.2]))
-    assert stacked.order.tolist() == [[3, 1, 0, 2]] * 3
-    assert (stacked.jitter.dtype, stacked.order.dtype, stacked.sigma.dtype) == (torch.bool, torch.int64, torch.float32)
-    assert Photometric.stack([]).order.shape == (0, 4)
-    both = Photometric.cat([stacked, photometric(2)])
-    assert len(both.jitter) == 5
-    assert both.rows(2, 4).hue.tolist() == pytest.approx([0.2, 0.0])
-
-
 INT = torch.int64
 
 

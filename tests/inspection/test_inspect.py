@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import draw, texture
-from declip.data.columns import Columns
+from conftest import texture
 from declip.data.pair import BrokenPair, Pair, PairSource
 from declip.errors import UserError
 from declip.inspection import Inspection, inspect_source
@@ -106,14 +105,6 @@ def test_processes_find_what_one_finds(planted: Path) -> None:
     assert one == two
 
 
-def test_a_folder_and_columns_are_opened_as_training_opens_them(tmp_path: Path) -> None:
-    draw("red", "circle").save(tmp_path / "one.png")
-    (tmp_path / "one.txt").write_text("a red circle\na dot")
-    assert inspect_source(tmp_path, workers=0).captions.per_pair["mean"] == 2
-    (tmp_path / "table.csv").write_text("file,said\none.png,a red circle\n")
-    assert inspect_source(tmp_path / "table.csv", columns=Columns("file", "said"), workers=0).usable == 1
-
-
 def test_a_sample_says_how_sure_it_is() -> None:
     source = Numbers([() if number % 10 == 0 else (f"caption {number}",) for number in range(1000)])
     found = inspect_source(source, 200, workers=0)
@@ -145,11 +136,6 @@ def test_equal_captions_in_a_batch_are_estimated() -> None:
     )
     assert whole == pytest.approx(64 * 63 / 2 * 100 * 99 / (400 * 399))
     assert np.mean(samples) == pytest.approx(whole, rel=0.15)
-
-
-def test_a_batch_is_no_larger_than_its_source() -> None:
-    found = inspect_source(Numbers([("a red circle",)] * 3), workers=0)
-    assert (found.captions.batch_size, found.captions.equal_in_batch) == (3, 3)
 
 
 def test_one_pair_is_enough_and_none_says_why() -> None:

@@ -13,12 +13,10 @@ from declip.inspection.duplicates import (
     across,
     caption_hash,
     components,
-    equal_groups,
     image_hash,
     is_blank,
     look,
     near_groups,
-    repeated,
 )
 
 
@@ -120,8 +118,3 @@ def test_images_of_another_set_are_found() -> None:
         for images in ([photo(0), photo(1), photo(2)], [compressed(photo(1), 70), photo(9), photo(2)])
     )
     assert across(mine, theirs).tolist() == [False, True, True]
-
-
-def test_repeated_groups_are_listed_by_size() -> None:
-    numbers, sizes = repeated(equal_groups(np.array([7, 5, 7, 9, 5, 7])))
-    assert (numbers.tolist(), sizes.tolist()) == ([0, 1], [3, 2])

@@ -38,11 +38,6 @@ def test_what_fails_leaves_nothing(tmp_path):
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_the_folder_that_one_is_in_is_not_replaced():
-    with pytest.raises(UserError, match=r"'\.' cannot be replaced"), atomic_write(Path()):
-        pass
-
-
 def test_what_a_killed_process_left_is_removed_after_a_day(tmp_path):
     old, new, other = (tmp_path / name for name in (".file.1.partial", ".file.2.partial", ".other.1.partial"))
     for path in (old, new, other):

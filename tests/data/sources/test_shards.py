@@ -123,13 +123,6 @@ def test_a_key_may_lie_in_pieces_and_come_again(tmp_path):
     assert len(source) == 4
 
 
-def test_of_several_images_of_a_key_the_first_is_read(tmp_path):
-    members = [(f"a.{ending}", picture(place)) for place, ending in enumerate(("WEBP", "png", "bmp"))]
-    source = one(tmp_path, [*members, ("a.txt", b"said"), *members, ("a.txt", b"again")])
-    assert source[0].image.getpixel((0, 0))[0] == 0
-    assert [source.captions(i) for i in range(len(source))] == [("said",), ("again",)]
-
-
 def test_names_that_would_leave_a_folder_are_only_names(tmp_path):
     with tarfile.open(tmp_path / "t.tar", "w") as tar:
         link = tarfile.TarInfo("link.png")

@@ -36,6 +36,8 @@ def test_a_table_is_trained_on_by_its_train_rows(folder, kind):
     again = open_source(write(folder / f"again.{kind}", [*ROWS, ("a.png", "five", "test")], NAMES))
     assert again.splits()["train"].tolist() == [3]
     assert training_part(open_source(write(folder / f"all.{kind}", ROWS[:1], NAMES))).name == f"all.{kind}"
+    with pytest.raises(UserError, match=r"no training pairs: .*validation, test"):
+        training_part(open_source(write(folder / f"none.{kind}", ROWS[1:3], NAMES)))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -56,11 +58,6 @@ def test_cells_that_name_no_split(folder, kind, cells, found):
     else:
         with pytest.raises(UserError, match=rf"'Split'.*{found}"):
             source.splits()
-
-
-def test_a_source_without_training_pairs_is_refused(folder):
-    with pytest.raises(UserError, match=r"no training pairs: .*validation, test"):
-        training_part(open_source(write(folder / "t.csv", ROWS[1:3], NAMES)))
 
 
 def test_unreadable_rows_are_in_each_split(folder):

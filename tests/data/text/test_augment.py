@@ -16,7 +16,6 @@ from declip.data.text.augment import (
     mask_tokens,
     replace_words,
     swap_words,
-    synonyms,
 )
 from declip.data.text.tokenizer import Tokenizer
 from declip.recipe.load import load_recipe
@@ -118,26 +117,10 @@ def test_replacement_takes_a_word_everywhere_and_n_different_words(generator):
     assert replace_words(["sofa", "sofa"], 5, generator)[0] in ("couch", "lounge")
 
 
-def test_stop_words_and_unknown_words_stay(generator):
-    for caption in ("Who is IT in the US?", "xyzzy 2009 !!! — …", "The the THE"):
-        assert all(replace_words(caption.split(), 9, generator) == caption.split() for _ in range(20))
-    assert synonyms("who")  # the World Health Organization, were it not a stop word
-
-
 @pytest.mark.golden
 def test_the_authors_stop_words_are_among_ours():
     require_file("eda_cases.json")
     assert set(OFFICIAL["stop_words"]) <= STOP_WORDS
-
-
-def test_number_of_changes_follows_the_paper(generator):
-    nouns = ["sofa", "city", "flower", "car", "phone", "sunset", "kid", "photo", "night"]
-    words = [*nouns, *(str(number) for number in range(20))]
-    replaced = Counter(len(set(nouns) - set(replace_words(words, 3, generator))) for _ in range(50))
-    assert replaced == {3: 50}
-
-    short = [augment("1 2 3 4 5", generator).split() for _ in range(500)]  # no synonyms: only swaps change the order
-    assert {sum(a != b for a, b in zip(c, "12345", strict=True)) for c in short if len(c) == 5} == {0, 2}
 
 
 def test_captions_in_another_script_stay(generator):

@@ -1,5 +1,3 @@
-import copy
-import pickle
 from pathlib import Path
 
 import numpy as np
@@ -51,14 +49,6 @@ def test_it_decodes_what_the_report_shows(tokenizer: HuggingfaceTokenizer) -> No
     assert tokenizer.decode([tokenizer.mask]) in ("[MASK]", "<mask>")
     with pytest.raises(UserError, match=f"{tokenizer.vocabulary}"):
         tokenizer.decode([tokenizer.vocabulary])
-
-
-def test_copies_encode_alike(tokenizer: HuggingfaceTokenizer) -> None:
-    for other in (pickle.loads(pickle.dumps(tokenizer)), copy.deepcopy(tokenizer)):
-        assert [other.encode(text) for text in (*CAPTIONS, "[SEP]</s>")] == [
-            tokenizer.encode(text) for text in (*CAPTIONS, "[SEP]</s>")
-        ]
-        assert (other.words, other.mask, other.context) == (tokenizer.words, tokenizer.mask, CONTEXT)
 
 
 def test_masking_uses_the_encoders_own_mask_and_words(
