@@ -153,5 +153,5 @@ def test_the_builtin_text_encoder_is_what_transformers_reads() -> None:
     folder = Path(str(distribution(starter.TEXT).locate_file(starter.TEXT_FOLDER)))
     expected, weights = read_encoder(str(folder), pretrained=True), read_start(starter.NAME)
     assert weights.encoder == replace(expected, folder=None)
-    built = expected.build().base_model.state_dict()  # type: ignore[operator, union-attr]
+    built = expected.build().state_dict()
     assert all(torch.equal(tensor, weights.tensors[f"text_tower.encoder.{name}"]) for name, tensor in built.items())

@@ -5,7 +5,7 @@ No code from a folder is run: only known architectures are built, and only safet
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,14 +41,8 @@ ENTRY = "text_tower._extra_state"
 OFFSET = ("roberta", "xlm-roberta", "camembert")
 """Architectures whose first position is the padding id + 1."""
 
-HEADS: Mapping[str, Callable[[Any], nn.Module]] = {
-    "bert": lambda model: model.cls,
-    **dict.fromkeys(OFFSET, lambda model: model.lm_head),
-    "distilbert": lambda model: nn.Sequential(
-        model.vocab_transform, model.activation, model.vocab_layer_norm, model.vocab_projector
-    ),
-}
-"""Known architectures → their masked-language heads, (M, width) → (M, vocabulary)."""
+KINDS = ("bert", *OFFSET, "distilbert")
+"""Known architectures."""
 
 SIZES = {
     *("vocab_size", "max_position_embeddings", "type_vocab_size", "pad_token_id", "initializer_range"),
@@ -83,29 +77,24 @@ class TextEncoder:
         config = {name: value for name, value in tree["config"].items() if name in SIZES or name == "model_type"}
         return cls(config, tree["tokenizer"], tree["specials"], pooling=tree.get("pooling"))
 
-    def build_base(self) -> tuple[nn.Module, nn.Module | None]:
-        """Build the encoder, and its masked-language head unless weights are loaded into the encoder afterwards."""
-        if self.filled_later and is_plain(self.config):
-            return Bert(self.config), None
-        model: Any = self.build()
-        return model.base_model, HEADS[self.config["model_type"]](model)
-
     def build(self) -> nn.Module:
-        """Build transformers' model with a masked-language head, with the weights of `folder` or random ones."""
-        masked_language = _transformers().AutoModelForMaskedLM
+        """Build the encoder without its pooler, with the weights of `folder` or random ones."""
+        if self.filled_later and is_plain(self.config):
+            return Bert(self.config)
+        auto = _transformers().AutoModel
         options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "sdpa"}
+        if self.config["model_type"] != "distilbert":  # which has no pooler
+            options["add_pooling_layer"] = False
         remedy = " Only safetensors are read, as save_pretrained(FOLDER) writes them; others can run code."
         with as_user_error(f"The text encoder in '{self.folder}' cannot be built", remedy if self.folder else ""):
             config = _configuration(self.config["model_type"], self.config)
             if self.folder is None:
-                return masked_language.from_config(config, **options)
+                return auto.from_config(config, **options)
             options |= {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
-            model, notes = masked_language.from_pretrained(self.folder, config=config, **options)
-        # A masked-language head that is missing starts at random.
-        missing = sorted(name for name in notes["missing_keys"] if name.startswith(f"{model.base_model_prefix}."))
+            model, notes = auto.from_pretrained(self.folder, config=config, **options)
         if more := sorted(name for name in notes["unexpected_keys"] if ".layer." in name):
             raise UserError(f"{CONFIG} has fewer layers than the weights in '{self.folder}', which hold '{more[0]}'.")
-        if missing:
+        if missing := sorted(notes["missing_keys"]):
             raise UserError(
                 f"The weights in '{self.folder}' lack '{missing[0]}' and {len(missing) - 1} more. Give the encoder's "
                 "own weights, or text.pretrained=false for random ones."
@@ -173,12 +162,12 @@ def _config(given: str, folder: Path) -> dict[str, Any]:
         tree = json.loads((folder / CONFIG).read_bytes())
         kind = "decoder" if tree.get("is_decoder") else tree.get("model_type")
         positions = tree.get("position_embedding_type") or "absolute"
-        if kind in HEADS and positions == "absolute":
+        if kind in KINDS and positions == "absolute":
             whole = _configuration(kind, tree).to_dict()
             return {"model_type": kind, **{name: whole[name] for name in sorted(SIZES & whole.keys())}}
     raise UserError(
         f"text.hf_model '{given}' is of the kind {kind!r} with {positions!r} positions; known are the encoders "
-        f"{', '.join(HEADS)} with absolute ones. For a causal text tower leave text.hf_model out."
+        f"{', '.join(KINDS)} with absolute ones. For a causal text tower leave text.hf_model out."
     )
 
 

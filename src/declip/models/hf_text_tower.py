@@ -1,13 +1,12 @@
 """A Hugging Face text encoder, such as BERT or RoBERTa, as a text tower."""
 
-import copy
 from typing import Any
 
 from torch import Tensor, nn
 
 from declip.data.text.hf_tokenizer import HuggingfaceTokenizer
 from declip.errors import UserError, unknown
-from declip.models.hf_encoder import CONFIG, HEADS, POOLING, POOLINGS, TextEncoder, check_context
+from declip.models.hf_encoder import CONFIG, KINDS, POOLING, POOLINGS, TextEncoder, check_context
 from declip.models.text_tower import AnyTextTower, SelfContained, row_at
 
 
@@ -32,9 +31,7 @@ class HuggingfaceTextTower(SelfContained, AnyTextTower):
     ) -> None:
         super().__init__()
         _check(encoder, tokenizer)
-        self.encoder, head = encoder.build_base()
-        # In a list, so that it is no submodule: its output weights are the word embeddings.
-        self._language = [head]
+        self.encoder = encoder.build()
         self.stored = encoder.to_tensor()
         self.padding, self.context = tokenizer.padding, tokenizer.context
         self.pooling = encoder.pooling or "cls" if pooling == "auto" else pooling
@@ -64,21 +61,21 @@ class HuggingfaceTextTower(SelfContained, AnyTextTower):
         return pooled, states, lengths
 
     def language_head(self) -> nn.Module:
-        """Copy the encoder's masked-language head, untied: its output weights start as the word embeddings."""
-        if self._language[0] is not None:
-            return copy.deepcopy(self._language[0])
-        encoder = TextEncoder.from_tensor(self.stored)
-        model: Any = encoder.build()
-        model.base_model.load_state_dict(self.encoder.state_dict())
-        return HEADS[encoder.config["model_type"]](model)
+        """Build a masked-language head that starts as the word embeddings, as in BERT."""
+        embeddings: Any = self.encoder.embeddings
+        words: Tensor = embeddings.word_embeddings.weight  # (vocabulary, width)
+        head = nn.Linear(*words.mT.shape)
+        head.weight.data.copy_(words)
+        nn.init.zeros_(head.bias)
+        return head
 
 
 def _check(encoder: TextEncoder, tokenizer: HuggingfaceTokenizer) -> None:
     """Check a configuration and a tokenizer, which may be a stranger's, against each other."""
     config = encoder.config
     kind = str(config.get("model_type"))
-    if kind not in HEADS:
-        raise unknown("text encoder", kind, HEADS)
+    if kind not in KINDS:
+        raise unknown("text encoder", kind, KINDS)
     if tokenizer.vocabulary > config["vocab_size"] or tokenizer.padding != config["pad_token_id"]:
         raise UserError(
             f"The text encoder's tokenizer has {tokenizer.vocabulary:,} ids and pads with id {tokenizer.padding}; "
