@@ -18,9 +18,9 @@ COLUMNS = ("key", "place", "reason", "cosine", "caption")
 EXCLUDED = "excluded"  # the reason if a list has none
 LONGEST_REASON = 80  # characters: counts are kept by reason
 LARGEST_LIST = 1 << 30  # bytes of a list
+# Beginnings of cells that a spreadsheet evaluates. Such cells are written with an apostrophe before them, which a
+# spreadsheet shows as text, and read without it.
 FORMULA = re.compile(r"'*[=+\-@\t\r]")
-"""Beginnings of cells that a spreadsheet evaluates. Such cells are written with an apostrophe before them, which a
-spreadsheet shows as text, and read without it."""
 
 
 class Exclusion(NamedTuple):

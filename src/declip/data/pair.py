@@ -14,9 +14,9 @@ from PIL import Image
 
 from declip.io.text import shown
 
+# Characters of a caption, above which it is a page or a broken file, and captions of one image: public sets have five,
+# region descriptions fifty; more mean a wrong image column.
 LONGEST_CAPTION, MOST_CAPTIONS = 20_000, 10_000
-"""Characters of a caption, above which it is a page or a broken file, and captions of one image: public sets have
-five, region descriptions fifty; more mean a wrong image column."""
 
 CONTROL, SURROGATE = re.compile("[\x00-\x1f\x7f-\x9f]"), re.compile("[\ud800-\udfff]")
 MOST_SHOWN = 300  # characters of a key or detail in a message: a file can name its images as it likes

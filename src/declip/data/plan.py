@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from declip.errors import UserError
 from declip.recipe.schema import ImageView, Recipe, TextView
 
+# Fraction of the tokens that are masked or replaced, as in BERT.
 MASK_PROBABILITY = 0.15
-"""Fraction of the tokens that are masked or replaced, as in BERT."""
 
 
 @dataclass(frozen=True)

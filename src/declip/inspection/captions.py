@@ -8,6 +8,7 @@ OTHER_SCRIPT, ONE_WORD = "not in Latin script", "one word"
 
 _ENDINGS = "jpe?g|png|gif|webp|tiff?|bmp|hei[cf]|svg|raw|cr2|nef|dng|psd|pdf|mp4|mov|avi"
 _MONTH = r"(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)\p{L}*\.?"
+# Captions that do not describe an image or need attention; the first kind that matches a whole caption counts.
 KINDS = {
     "web address": regex.compile(r"(?:https?://|www\.)\S+", regex.I),
     "file name": regex.compile(
@@ -25,7 +26,6 @@ KINDS = {
     OTHER_SCRIPT: regex.compile(r"[^\p{Latin}]*"),
     ONE_WORD: regex.compile(r"[^ ]*"),
 }
-"""Captions that do not describe an image or need attention; the first kind that matches a whole caption counts."""
 
 
 def token_count(caption: str) -> int:

@@ -14,18 +14,18 @@ COARSE, FINE = 8, 16  # steps to the right and down that a small copy has: hashe
 LOOK = np.dtype([("coarse", np.uint64, (2,)), ("fine", np.uint64, (8,)), ("tint", np.uint8, (3,))])  # 83 bytes
 STEP = 2  # gray levels by which a neighbor must be brighter to count, so that flat areas do not hash their noise
 
+# Bits of 128 and of 512 in which the hashes of two near-duplicates may differ, and levels of 255 by which their mean
+# red, green or blue may. Of the built-in photographs, drawings and icons, 90 % and more of the copies at half the size
+# or of JPEG quality 75 pass (photographs: all).
 COARSE_BITS, FINE_BITS, TINT = 6, 24, 16
-"""Bits of 128 and of 512 in which the hashes of two near-duplicates may differ, and levels of 255 by which their mean
-red, green or blue may. Of the built-in photographs, drawings and icons, 90 % and more of the copies at half the size or
-of JPEG quality 75 pass (photographs: all)."""
 
+# Blocks of 16 bits. Hashes that differ in 6 bits are equal in at least two of 8 blocks, so among hashes sorted by each
+# pair of blocks, 28 in all, every pair of near-duplicates is adjacent at least once.
 BLOCKS = 8
-"""Blocks of 16 bits. Hashes that differ in 6 bits are equal in at least two of 8 blocks, so among hashes sorted by each
-pair of blocks, 28 in all, every pair of near-duplicates is adjacent at least once."""
 
+# Maximum distance of two hashes among those with the same two blocks, so that the work stays linear. If there are more
+# (blank margins, one template) some near-duplicates are connected only through a third.
 REACH = 64
-"""Maximum distance of two hashes among those with the same two blocks, so that the work stays linear. If there are
-more (blank margins, one template) some near-duplicates are connected only through a third."""
 
 SET_BITS = np.array([number.bit_count() for number in range(256)], np.uint8)
 

@@ -9,26 +9,26 @@ from typing import Any
 from declip.inspection.captions import ONE_WORD, OTHER_SCRIPT
 from declip.inspection.result import CaptionStats, Finding, ImageStats, Inspection
 
+# Default of `data.max_broken_fraction`: a run stops above it.
 BROKEN = 0.05
-"""Default of `data.max_broken_fraction`: a run stops above it."""
 
+# Fraction of a batch's rows with an equal caption in it: reported from the first on, to be fixed above the second.
 EQUAL_ROWS, MANY_EQUAL_ROWS = 0.01, 0.1
-"""Fraction of a batch's rows with an equal caption in it: reported from the first on, to be fixed above the second."""
 
+# Multiples of the training size: from where on shrinking pays, and to what; pixels that towers' sizes divide by.
 LARGE, KEPT, MULTIPLE = 3.0, 2, 32
-"""Multiples of the training size: from where on shrinking pays, and to what; pixels that towers' sizes divide by."""
 
+# Fraction of images under the training size from where on a smaller size pays.
 SMALL = 0.25
-"""Fraction of images under the training size from where on a smaller size pays."""
 
+# The longest context of CLIP, and the fraction that it may truncate.
 LONGEST_CONTEXT, MANY_TRUNCATED = 77, 0.01
-"""The longest context of CLIP, and the fraction that it may truncate."""
 
+# Pairs for each entry of the nearest-neighbor queue, entries at least, and the official implementation's entries.
 QUEUE_FRACTION, SMALLEST_QUEUE, USUAL_QUEUE = 3, 64, 65_536
-"""Pairs for each entry of the nearest-neighbor queue, entries at least, and the official implementation's entries."""
 
+# A rule, its number, from where on it is reported and to be fixed, and what its sentence needs beyond the numbers.
 Row = tuple[str, float, float, float, dict[str, Any]]
-"""A rule, its number, from where on it is reported and to be fixed, and what its sentence needs beyond the numbers."""
 
 
 def find(it: Inspection) -> tuple[Finding, ...]:

@@ -10,6 +10,7 @@ from declip.inspection.captions import KINDS, kind_of, token_count
 from declip.inspection.duplicates import LOOK, caption_hash, image_hash, is_blank, look
 from declip.io.pool import in_order, naming_lost_workers, pairs_bar
 
+# What is kept of a pair, 110 bytes.
 PAIR = np.dtype(
     [
         ("place", np.int64),
@@ -21,16 +22,15 @@ PAIR = np.dtype(
         ("blank", np.bool_),
     ]
 )
-"""What is kept of a pair, 110 bytes."""
 
+# What is kept of a caption, 15 bytes; its kind by number, -1 for none.
 CAPTION = np.dtype([("hash", np.uint64), ("tokens", np.uint32), ("words", np.uint16), ("kind", np.int8)])
-"""What is kept of a caption, 15 bytes; its kind by number, -1 for none."""
 
 KIND_NUMBERS: dict[str | None, int] = {None: -1, **{name: number for number, name in enumerate(KINDS)}}
 MOST_PER_PAIR = np.iinfo(np.uint16).max  # captions of a pair that are looked at
 
+# Parts that the work is divided into, and how many pairs one has: small ones move the bar, many cost memory.
 PARTS, SMALLEST_PART, LARGEST_PART = 200, 8, 512
-"""Parts that the work is divided into, and how many pairs one has: small ones move the bar, many cost memory."""
 
 
 class ReadPairs(NamedTuple):

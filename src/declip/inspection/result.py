@@ -34,8 +34,8 @@ class Fraction:
         return cls(count, of, float(interval.low), float(interval.high), value)
 
 
+# A distribution: n, mean, min, max and the percentiles p1, p5, p25, p50, p75, p95 and p99.
 Spread = dict[str, float]
-"""A distribution: n, mean, min, max and the percentiles p1, p5, p25, p50, p75, p95 and p99."""
 
 
 def spread_of(values: np.ndarray) -> Spread:

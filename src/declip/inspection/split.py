@@ -12,11 +12,11 @@ from declip.inspection.duplicates import across, components, equal_groups, near_
 from declip.inspection.reading import ReadPairs, read
 from declip.io.text import percent, plural
 
+# Fraction of the pairs that the validation part has, and at most how many; pairs of which a part can be split off.
 FRACTION, MOST, FEWEST = 0.1, 5_000, 20
-"""Fraction of the pairs that the validation part has, and at most how many; pairs of which a part can be split off."""
 
+# Fraction of copied validation images above which a validation set is refused.
 COPIED = 0.5
-"""Fraction of copied validation images above which a validation set is refused."""
 
 
 class PairSplit(NamedTuple):

@@ -10,8 +10,8 @@ from declip.io.atomic import cache_folder, remove
 
 LOCK = ".lock"
 FEATURES, SHARDS, HEADS = "features", "shards", "heads"
+# Folders of the cache whose content is computed or copied again when it is missing.
 COMPUTED = (FEATURES, SHARDS, HEADS, "tables")
-"""Folders of the cache whose content is computed or copied again when it is missing."""
 
 
 class Entry(NamedTuple):

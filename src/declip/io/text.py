@@ -4,8 +4,8 @@ from collections.abc import Iterable
 
 import regex
 
+# Control characters, line ends, surrogates and marks of writing direction.
 _UNSEEN = regex.compile(r"[\p{Cc}\p{Cs}\p{Co}\p{Zl}\p{Zp}\u200e\u200f\u202a-\u202e\u2066-\u2069]")
-"""Control characters, line ends, surrogates and marks of writing direction."""
 
 
 def shown(text: str, most: int = 160) -> str:

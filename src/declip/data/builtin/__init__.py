@@ -8,11 +8,11 @@ from declip.data.builtin.pictures import BuiltinSet, BuiltinSource
 from declip.data.pair import BUILTIN_PREFIX
 from declip.errors import UserError, unknown
 
+# The set of each source's name.
 BUILTINS: dict[str, BuiltinSet] = {split: item for item in (EMOJI, ICONS, CLIPART, STAMPS) for split in item.splits}
-"""The set of each source's name."""
 
+# Source names of sets with splits, by split.
 BUILTIN_SPLITS: dict[str, dict[str, str]] = {"stamps-kinds": {"train": "stamps-kinds-train", "test": "stamps-kinds"}}
-"""Source names of sets with splits, by split."""
 
 
 def open_builtin(name: str) -> BuiltinSource:

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 from declip.errors import UserError
 
+# Files of an npm package that name its authors and license.
 NOTICES = re.compile(r"LICEN[CS]E|README|readme|(info|collections|package)\.json$")
-"""Files of an npm package that name its authors and license."""
 
 FOLDER_VARIABLE = "DECLIP_DEBIAN"
 PATIENCE = 3600  # seconds to fetch the packages of one set; the largest has 104 MB
@@ -31,8 +31,8 @@ class Package(NamedTuple):
     notices: list[Path]  # that name its authors and license
 
 
+# Unpacked packages by name.
 Packages = dict[str, Package]
-"""Unpacked packages by name."""
 
 
 @dataclass(frozen=True)

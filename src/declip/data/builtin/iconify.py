@@ -40,11 +40,11 @@ PACKAGE_OF = {design.key: design.package for design in DESIGNS}
 TRAINING = ("noto", "noto-v1", "twemoji", "fxemoji", "emojione-v2")
 
 ICONS_PACKAGE = "@iconify/json"
+# Held-out sets of icons, one-color and colored, Apache-2.0 and MIT; all others are for training.
 SPLIT_OF = {
     **dict.fromkeys(("carbon", "iconoir", "icon-park", "icon-park-solid", "flat-color-icons"), "test"),
     **dict.fromkeys(("bi", "healthicons", "marketeq"), "validation"),
 }
-"""Held-out sets of icons, one-color and colored, Apache-2.0 and MIT; all others are for training."""
 
 
 class Emoji(BuiltinSet):
@@ -140,8 +140,8 @@ class Icons(BuiltinSet):
 
 EMOJI, ICONS = Emoji(), Icons()
 
+# The set that was read last: drawings are rendered set by set.
 read_icons = lru_cache(maxsize=1)(read_json)
-"""The set that was read last: drawings are rendered set by set."""
 
 
 def draw_icon(file: Path, name: str, side: int) -> np.ndarray:

@@ -27,14 +27,14 @@ from declip.io.atomic import atomic_write, cache_folder
 from declip.io.pool import pairs_bar
 
 TABLE, MANIFEST, NOTICE = "pairs.parquet", "manifest.json", "NOTICE.txt"
+# Pixels of images without and with color, uint8, one after the other; gray ones take a third of the space.
 GRAY, COLOR = "images-gray.bin", "images-color.bin"
-"""Pixels of images without and with color, uint8, one after the other; gray ones take a third of the space."""
 
 ABOUT = """The images in this folder belong to others. Show the line of an image wherever you show it.
 All were drawn at {} px over white, margins cut off. The notices are in licenses/."""
 
+# A row of a set's table: "key", "captions" and columns of the set.
 Row = dict[str, Any]
-"""A row of a set's table: "key", "captions" and columns of the set."""
 
 
 class Selection(NamedTuple):

@@ -16,16 +16,17 @@ from PIL.Image import Transpose
 
 from declip.data.pair import BrokenPair
 
+# The raster formats that data sets are made of. Pillow's others are rare, slow, or start other programs (EPS).
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", *(("AVIF",) if features.check("avif") else ()))
-"""The raster formats that data sets are made of. Pillow's others are rare, slow, or start other programs (EPS)."""
 
+# Extensions of images, including formats that cannot be read and count as broken.
 EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif")
-"""Extensions of images, including formats that cannot be read and count as broken."""
 
 MOST_PIXELS = 178_956_970  # Pillow's own limit for a decompression bomb: 2 GiB / 4 / 3, twice
 LARGEST_IMAGE = 100_000_000  # bytes of a file
 
 ORIENTATION = 0x0112
+# Inverse of each EXIF orientation; 1 is already upright.
 TURNS = {
     2: Transpose.FLIP_LEFT_RIGHT,
     3: Transpose.ROTATE_180,
@@ -35,10 +36,9 @@ TURNS = {
     7: Transpose.TRANSVERSE,
     8: Transpose.ROTATE_90,
 }
-"""Inverse of each EXIF orientation; 1 is already upright."""
 
+# Errors of Pillow's readers for a damaged file, besides OSError.
 DAMAGE = (SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, OverflowError, struct.error, zlib.error)
-"""Errors of Pillow's readers for a damaged file, besides OSError."""
 
 
 def decode(source: Path | bytes | Image.Image, key: str, most_pixels: int = MOST_PIXELS) -> Image.Image:

@@ -151,5 +151,5 @@ def _luma(images: Tensor) -> Tensor:
     return (red * LUMA[0]).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2])
 
 
+# The operations of the color jitter by their number in `Photometric.order`.
 JITTER = (brightness, contrast, saturation, hue)
-"""The operations of the color jitter by their number in `Photometric.order`."""

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from declip.data.images.decode import apply_exif
 
+# Of an image longer than this many times its shorter side, only what the crop keeps is resized.
 LONGEST_SHAPE = 10
-"""Of an image longer than this many times its shorter side, only what the crop keeps is resized."""
 
 
 class Preprocess:

@@ -12,8 +12,8 @@ from PIL import Image
 from declip.data.pair import BrokenPair, PairSource
 from declip.io.text import shown
 
+# Pixels: sharp at 56 CSS pixels on a screen of double density.
 SIDE = 112
-"""Pixels: sharp at 56 CSS pixels on a screen of double density."""
 
 
 class Thumbnail(NamedTuple):

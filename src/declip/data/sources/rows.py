@@ -21,17 +21,17 @@ from declip.data.sources.splits import COLUMN, places_by_split, split_numbers
 from declip.errors import UserError
 from declip.io.memo import cached_table
 
+# Bytes of a file (decompressed), and rows of a Parquet file, beyond which what is read is kept in a cache file.
 LARGE_TABLE, MANY_ROWS = 32 << 20, 250_000
-"""Bytes of a file (decompressed), and rows of a Parquet file, beyond which what is read is kept in a cache file."""
 
+# Bytes that the columns of a Parquet file may take, and their largest ratio to the file's size beyond that.
 MOST_IN_PARQUET, MOST_GROWTH = 1 << 30, 100
-"""Bytes that the columns of a Parquet file may take, and their largest ratio to the file's size beyond that."""
 
+# Rows of a Parquet file read at a time: they may hold images, or a value that is stored once and repeated in all.
 ROWS_AT_ONCE = 512
-"""Rows of a Parquet file read at a time: they may hold images, or a value that is stored once and repeated in all."""
 
+# Splits that begin the names of Parquet files, as the Hub has them: `train-00000-of-00002.parquet`.
 SPLIT = re.compile("(train|val|dev|test)(?![a-z])|validation", re.IGNORECASE)
-"""Splits that begin the names of Parquet files, as the Hub has them: `train-00000-of-00002.parquet`."""
 
 
 def by_lower_name(columns: Sequence[str]) -> dict[str, str]:

@@ -30,12 +30,12 @@ OPEN_FILES = 64  # local shards that a process keeps open; opening one on a netw
 LAYOUT = 5  # raised when the index of a shard changes its meaning
 
 REQUESTS = 16  # concurrent requests for the size of a shard
+# Tries of a request, and seconds before the second one; twice as many before the third.
 TRIES, PAUSE = 3, 1.0
-"""Tries of a request, and seconds before the second one; twice as many before the third."""
 RESTING = 60.0  # seconds before a shard that could not be fetched is tried again: each of its pairs would wait
 
+# WebDataset's and open_clip's file next to the shards with the number of pairs of each; its largest size in bytes.
 SIZES, LARGEST_SIZES = "sizes.json", 64 << 20
-"""WebDataset's and open_clip's file next to the shards with the number of pairs of each; its largest size in bytes."""
 
 
 class UnreadableShard(Exception):

@@ -33,15 +33,15 @@ MOST_PADDING = 1 << 20  # bytes after the end of an archive; tar's own blocks ha
 CAPTION_KEYS = ("caption", "captions", "text", "texts")  # the first that has any is read
 
 OPEN_INDICES = 2048  # indices that stay mapped; each takes about 10 kB in addition to its map
+# Shards above which a progress bar is shown while they are indexed, and remote ones that are fetched at once.
 MANY, FETCHED_AT_ONCE = 8, 8
-"""Shards above which a progress bar is shown while they are indexed, and remote ones that are fetched at once."""
 
 PARTS = ("image", "text", "json")
+# The part of a pair that a file is, by its extension.
 KINDS = {ending.removeprefix("."): "image" for ending in EXTENSIONS} | {"txt": "text", "json": "json"}
-"""The part of a pair that a file is, by its extension."""
 
+# A key and its extension; as in WebDataset the key ends at the first dot of the name's last part.
 SAMPLE = re.compile(r"((?:.*/)?[^./]+)\.([^./]*)", re.DOTALL)
-"""A key and its extension; as in WebDataset the key ends at the first dot of the name's last part."""
 
 SCHEMA = pa.schema([("key", pa.large_binary()), *((part, pa.list_(pa.int64(), 2)) for part in PARTS)])
 

@@ -11,12 +11,12 @@ from declip.errors import UserError
 
 COLUMN = "split"
 
+# Names of splits in folders and tables, in any case.
 SPLITS: Mapping[str, Sequence[str]] = {
     "train": ("train", "training"),
     "validation": ("validation", "val", "valid", "dev"),
     "test": ("test", "testing"),
 }
-"""Names of splits in folders and tables, in any case."""
 
 NUMBER_OF = {name: number for number, names in enumerate(SPLITS.values()) for name in names}
 UNREADABLE, UNKNOWN = -1, -2

@@ -17,8 +17,8 @@ from declip.data.sources.text_rows import DelimitedRows, JsonRows
 from declip.errors import UserError
 
 IMAGE_NAMES = ("image", "file_name", "image_path", "filepath", "file_path", "path", "filename", "image_file", "img")
+# Column names of public sets, most telling first; tried when the default column is missing.
 CAPTION_NAMES = ("caption", "captions", "text", "texts", "title", "description", "sentences")
-"""Column names of public sets, most telling first; tried when the default column is missing."""
 
 KINDS: dict[str, Callable[[Path], TableRows]] = {
     ".jsonl": JsonRows,
@@ -31,8 +31,8 @@ TABLE_KINDS = tuple(KINDS)
 
 SPREADSHEETS = (".xlsx", ".xls", ".xlsm", ".ods", ".numbers")
 
+# Tables in a folder of images, as Hugging Face's ImageFolder has them: column `file_name` and any others.
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-"""Tables in a folder of images, as Hugging Face's ImageFolder has them: column `file_name` and any others."""
 
 
 class TableSource(EntrySource):

@@ -22,8 +22,8 @@ LONGEST_ROW = 16 << 20  # bytes. A longer row means a lost quote or line end.
 ROWS_AT_ONCE = 1 << 12  # rows that are collected before they are written
 PEEKED_ROWS = 100  # rows of a JSONL file read to learn its columns, since no header lists them
 
+# Begins a stored cell that is JSON: a number, a list, or a text that is not Unicode.
 JSON = "\0"
-"""Begins a stored cell that is JSON: a number, a list, or a text that is not Unicode."""
 
 
 class TextRows(TableRows):

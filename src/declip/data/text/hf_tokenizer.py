@@ -5,8 +5,8 @@ from collections.abc import Iterable, Mapping
 from declip.data.text.caption_tokenizer import CaptionTokenizer, read_definition
 from declip.errors import UserError
 
+# Required special ids; BERT calls them [CLS], [SEP], [MASK] and [PAD].
 SPECIALS = ("start", "end", "mask", "padding")
-"""Required special ids; BERT calls them [CLS], [SEP], [MASK] and [PAD]."""
 
 
 class HuggingfaceTokenizer(CaptionTokenizer):

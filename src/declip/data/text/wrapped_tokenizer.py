@@ -12,6 +12,7 @@ from declip.data.text.tokenizer import Tokenizer, clean, fix
 PUNCTUATION = str.maketrans("_", " ", string.punctuation.replace("_", ""))
 ALL_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
+# Cleaning before the tokenizer, by open_clip's names; "siglip" and "lowercase" are transformers' for SigLIP and 2.
 CLEAN: Mapping[str, Callable[[str], str]] = {
     "": lambda text: text,
     "lowercase": str.lower,
@@ -20,7 +21,6 @@ CLEAN: Mapping[str, Callable[[str], str]] = {
     "lower": clean,
     "canonicalize": lambda text: " ".join(fix(text).translate(PUNCTUATION).lower().split()),
 }
-"""Cleaning before the tokenizer, by open_clip's names; "siglip" and "lowercase" are transformers' for SigLIP and 2."""
 
 
 class WrappedTokenizer(CaptionTokenizer):
