@@ -63,7 +63,6 @@ INT = torch.int64
         ({"texts": torch.ones(2, 4, 8, dtype=INT)}, "4 images in each"),
         ({"texts": torch.ones(2, 3, 8)}, r"`texts` is .*float32"),
         ({"masked": torch.ones(3, 7, dtype=INT)}, r"`masked` is \(3, 7\).*\(3, 8\)"),
-        ({"masked": None}, "both"),
         ({"labels": torch.full((3, 8), -100, dtype=torch.int32)}, "`labels` is .*int32"),
         ({"sample_ids": torch.arange(4)}, r"`sample_ids` is \(4,\).*\(3,\)"),
     ],

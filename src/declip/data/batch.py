@@ -114,8 +114,6 @@ class PairBatch:
         sizes = {name: len(view) for name, view in self.views.items()}
         if set(sizes.values()) != {len(self)}:
             raise UserError(f"A batch needs a view, and {len(self)} images in each as `texts` has pairs, not {sizes}.")
-        if (self.masked is None) != (self.labels is None):
-            raise UserError("`masked` requires `labels` and the other way round; pass both or neither.")
         texts, pairs, length = self.texts.shape
         shapes = {"texts": (texts, pairs, length), "masked": (pairs, length), "labels": (pairs, length)}
         for name, shape in (shapes | {"sample_ids": (pairs,), "groups": (pairs,), "lengths": (texts, pairs)}).items():

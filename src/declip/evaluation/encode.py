@@ -83,7 +83,7 @@ def text_features(model: Encoder, texts: Sequence[str], *, batch_size: int = 256
     row_of = {text: row for row, text in enumerate(dict.fromkeys(texts))}
     distinct = list(row_of)
     parts = []
-    with eval_mode(model) as device, pairs_bar(progress, "batches") as bar:
+    with eval_mode(model) as device, pairs_bar(progress) as bar:
         for start in bar.track(range(0, len(distinct), batch_size), description="Texts"):
             batch = distinct[start : start + batch_size]
             features = normalize(model.encode_text(model.tokenize(batch).to(device)).float(), dim=-1).cpu()
@@ -116,7 +116,7 @@ def encode_source(
     parts: list[Tensor] = []
     skipped = SkipCounter()
     stream = in_order(Batches(model, batches, partial(_read_row, source)), len(batches), workers)
-    with naming_lost_workers(), eval_mode(model) as device, pairs_bar(progress, "batches") as bar:
+    with naming_lost_workers(), eval_mode(model) as device, pairs_bar(progress) as bar:
         embed = image_encoder(model) if encode is None else encode
         for pixels, read, broken in bar.track(stream, len(batches), description=f"Images of {source.name}"):
             skipped.merge(broken)

@@ -10,8 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
-from rich.text import Text
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.data import DataLoader, Dataset
 
 from declip.errors import UserError
@@ -51,9 +50,9 @@ def computed(parts: Dataset, numbers: Iterable[int], workers: int, pin_memory: b
     return iter(loader)
 
 
-def pairs_bar(shown: bool, unit: str = "pairs") -> Progress:
+def pairs_bar(shown: bool) -> Progress:
     """Progress bar on standard error that counts pairs or other units."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Speed(unit), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return progress_bar(*columns, shown=shown)
 
 
@@ -96,14 +95,3 @@ def _exit_on_request_of(main: int) -> None:
 
 def _unchanged(result: Any) -> Any:
     return result
-
-
-class _Speed(ProgressColumn):
-    """Pairs, or other things, per second."""
-
-    def __init__(self, unit: str) -> None:
-        super().__init__()
-        self._unit = unit
-
-    def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:,.0f} {self._unit}/s" if task.speed else "")

@@ -87,7 +87,7 @@ def classify(
     result = Classification(dict.fromkeys(names, 0))
     collect = on_prediction or (result.predictions.append if path is None else None)
     writing = open_predictions(path, names, source)
-    with naming_lost_workers(), writing as write, pairs_bar(progress, "images") as bar:
+    with naming_lost_workers(), writing as write, pairs_bar(progress) as bar:
         texts = class_features(encoder, names, prompts, batch_size=batch_size).double()  # (C, d)
         encode, scale = image_encoder(encoder), logit_scale(encoder)
         task = bar.add_task(f"Images of {source.name}", total=len(source))

@@ -117,7 +117,7 @@ def find_changes(source: ImageSource, writer: Writer, progress: bool = False) ->
             rows[key, stamp, place if key in repeated else None].append(id)  # repeated keys are told apart by place
     known = {key for key, _, _ in rows}
     later, earlier = list[int](), list[int]()
-    with pairs_bar(progress, "images") as bar:
+    with pairs_bar(progress) as bar:
         for place in bar.track(range(len(source)), description=f"Looking through {source.name}"):
             key = source.key(place)
             at = place if key in repeated else None
@@ -166,7 +166,7 @@ def _embed_places(
     # The workers start here, before the bar's own thread does: a fork copies no thread.
     stream = in_order(Batches(model, batches, partial(read_row, source)), len(batches), workers)
     encode = image_encoder(model)
-    with naming_lost_workers(), pairs_bar(progress, "images") as bar:
+    with naming_lost_workers(), pairs_bar(progress) as bar:
         task = bar.add_task(f"Images of {source.name}", total=len(places))
         for part in parts:
             rows, vectors = list[IndexedImage](), list[Tensor]()

@@ -56,7 +56,7 @@ class FrozenEncoder:
             set(captions), key=lambda caption: (len(caption), caption)
         )  # batches of one length have little padding
         found: list[Tensor] = []
-        with eval_mode(self.model) as device, pairs_bar(shown, "captions") as bar:
+        with eval_mode(self.model) as device, pairs_bar(shown) as bar:
             task = bar.add_task(title, total=len(distinct))
             for start in range(0, len(distinct), BATCH):
                 batch = distinct[start : start + BATCH]

@@ -84,7 +84,7 @@ class BuiltinSet(ABC):
             self.read(folder)
         except UserError:
             renderer()  # an error before anything is fetched
-            with pairs_bar(progress, "drawings") as bar:
+            with pairs_bar(progress) as bar:
                 step = bar.add_task(f"fetching {self.name}", total=None)
                 with self.packages.fetched() as packages:
                     bar.remove_task(step)

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from declip.data.pair import BrokenPair, as_texts
+from declip.data.pair import BrokenPair
 from declip.data.sources.shard_files import expand, files_in
 from declip.data.sources.splits import COLUMN, places_by_split, split_numbers
 from declip.errors import UserError
@@ -47,21 +47,6 @@ class TableRow:
     image_cell: Any
     values: list[Any]  # the caption's cell in each row of the image
     group_cell: Any = None  # of the first row
-
-    def image(self) -> str | bytes | None:
-        """The image's path or content, None where the cell is empty; raises `BrokenPair`."""
-        cell = self.image_cell
-        if isinstance(cell, pa.Scalar):
-            cell = decoded(cell, self.key)
-            if cell and isinstance(self.image_cell, pa.StructScalar):
-                cell = cell.get("bytes") or cell.get("path")
-        if cell is None or isinstance(cell, str | bytes):
-            return cell
-        raise BrokenPair("missing image", self.key, f"its cell is not a path: {str(cell)[:40]}")
-
-    def captions(self) -> list[str | None]:
-        """The captions as written, those of lists one by one; raises `BrokenPair`."""
-        return [text for cell in self.values for text in as_texts(cell, "unreadable row", self.key)]
 
 
 def group_number(cell: Any) -> int:

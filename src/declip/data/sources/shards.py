@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
 from declip.data.images.decode import EXTENSIONS, LARGEST_IMAGE
 from declip.data.pair import BrokenPair, Origin, as_texts, clean_captions
@@ -23,7 +22,7 @@ from declip.data.sources.open_file import OpenFile
 from declip.data.sources.shard_files import Shard, ShardFiles, UnreadableShard, counts, find_shards
 from declip.errors import UserError
 from declip.io.memo import cached_table
-from declip.io.progress import progress_bar
+from declip.io.pool import pairs_bar
 
 LARGEST_TEXT = 1_000_000  # bytes of a text or JSON file
 LARGEST_HEADER = 1 << 18  # bytes read of a member's headers: `tarfile` reads extended ones of any size they claim
@@ -161,14 +160,13 @@ class ShardSource(EntrySource):
         """The number of pairs of each shard: from `sizes.json` next to remote ones, else from the indices."""
         # A signature in a URL is for its shard alone: no other file of its folder can be requested.
         folders = [s.name.rpartition("/")[0] if s.remote and "?" not in s.name else "" for s in self._shards]
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         try:
             promised = {folder: counts(folder) if folder else {} for folder in set(folders)}
             sizes = [promised[folder].get(s.label) for folder, s in zip(folders, self._shards, strict=True)]
             unknown = [number for number, count in enumerate(sizes) if count is None]
             with (
                 ThreadPoolExecutor(FETCHED_AT_ONCE if self.remote else 1) as pool,
-                progress_bar(*columns, shown=len(unknown) > MANY, transient=True) as bar,
+                pairs_bar(len(unknown) > MANY) as bar,
             ):
                 found = bar.track(pool.map(self._index_of, unknown), len(unknown), description="Indexing shards")
                 for number, pairs in zip(unknown, found, strict=True):

@@ -6,12 +6,13 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
 from declip.data.columns import DEFAULT, Columns
 from declip.data.images.decode import image_below
-from declip.data.pair import BrokenPair, clean_captions, printable
+from declip.data.pair import BrokenPair, as_texts, clean_captions, printable
 from declip.data.sources.entry import EntrySource
-from declip.data.sources.rows import ParquetRows, TableRow, TableRows, by_lower_name, group_number
+from declip.data.sources.rows import ParquetRows, TableRow, TableRows, by_lower_name, decoded, group_number
 from declip.data.sources.shard_files import holds, is_url, names_shards
 from declip.data.sources.text_rows import DelimitedRows, JsonRows
 from declip.errors import UserError
@@ -64,7 +65,8 @@ class TableSource(EntrySource):
         return self.rows.row(index)
 
     def texts(self, entry: TableRow) -> tuple[str, ...]:
-        return clean_captions(entry.captions(), entry.key)
+        captions = (text for cell in entry.values for text in as_texts(cell, "unreadable row", entry.key))
+        return clean_captions(captions, entry.key)
 
     def group(self, index: int) -> int:
         return group_number(self.entry(index).group_cell) if self.group_column else 0
@@ -73,11 +75,17 @@ class TableSource(EntrySource):
         return self.rows.splits()
 
     def content(self, entry: TableRow) -> Path | bytes:
-        image = entry.image()
+        image = entry.image_cell
+        if isinstance(image, pa.Scalar):
+            image = decoded(image, entry.key)
+            if image and isinstance(entry.image_cell, pa.StructScalar):
+                image = image.get("bytes") or image.get("path")
         if not image:
             raise BrokenPair("missing image", entry.key, "the row names none")
         if isinstance(image, bytes):
             return image
+        if not isinstance(image, str):
+            raise BrokenPair("missing image", entry.key, f"its cell is not a path: {str(image)[:40]}")
         if image.startswith(("http://", "https://")):
             raise BrokenPair("missing image", entry.key, "a web address; download the images and name the files")
         if "\\" in image and not os.path.exists(self.root / image):
