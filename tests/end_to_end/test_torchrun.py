@@ -65,47 +65,12 @@ def logged_once(process: subprocess.Popen[str], run: Path) -> None:
         time.sleep(0.05)
 
 
-def stopped_at(run: Path) -> int:
-    """The step of the only checkpoint."""
-    (checkpoint,) = (run / "checkpoints").glob("step-*")
-    return int(checkpoint.name.removeprefix("step-"))
-
-
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-
-
-def torchrun(*words: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*TORCHRUN, *map(str, words)], env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False
-    )
-
-
 def family(pid: int) -> Iterator[int]:
     """A process and all that come from it."""
     yield pid
     for task in Path(f"/proc/{pid}/task").iterdir():
         for child in (task / "children").read_text().split():
             yield from family(int(child))
-
-
-@pytest.mark.slow
-def test_torchrun_that_is_told_to_end_with_all_its_processes_saves(recipe: Path, tmp_path: Path) -> None:
-    """As a scheduler does it: each rank hears SIGTERM twice, from it and from torchrun, and each worker once."""
-    run = tmp_path / "run"
-    keys = ["train.steps=100000", "train.checkpoint_every=50000", "data.workers=1", "--out", str(run), "--quiet"]
-    process = subprocess.Popen(
-        [*TORCHRUN, "-m", "declip", "train", str(recipe), *keys],
-        env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
-    try:
-        logged_once(process, run)
-        for pid in list(family(process.pid)):
-            os.kill(pid, signal.SIGTERM)
-        _, errors = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert "DataLoader worker" not in errors
-    assert 0 < stopped_at(run) < 100000
 
 
 @pytest.mark.slow
@@ -116,7 +81,11 @@ def test_a_rank_that_dies_is_started_again_and_the_run_continues(table: Path, tm
     write_declip_file(tiny_model(), tmp_path / "start.safetensors")
     words = (script, tmp_path / "died", "finetune", table, "--from", tmp_path / "start.safetensors", "--freeze", "none")
     keys = ("train.steps=6", "train.batch_size=8", "train.log_every=2", "train.checkpoint_every=1", "data.workers=0")
-    done = torchrun("--max-restarts", 1, *words, *keys, "--out", run, "--resume", "--quiet")
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
+    words = (*torchrun, "--max-restarts", 1, *words, *keys, "--out", run, "--resume", "--quiet")
+    done = subprocess.run(
+        list(map(str, words)), env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert "cli.py" not in done.stderr, "no trace of the survivor's"
     assert (tmp_path / "died").exists()
@@ -128,6 +97,7 @@ def test_a_rank_that_dies_is_started_again_and_the_run_continues(table: Path, tm
 
 @pytest.mark.slow
 def test_a_slurm_job_whose_time_is_up_saves_asks_to_be_queued_again_and_continues(recipe: Path, tmp_path: Path) -> None:
+    """As schedulers do it: each rank hears SIGTERM twice, from outside and from torchrun, and each worker once."""
     commands, run, requeued = tmp_path / "bin", tmp_path / "run", tmp_path / "requeued"
     commands.mkdir()
     for name, text in PLAYED.items():
@@ -135,19 +105,27 @@ def test_a_slurm_job_whose_time_is_up_saves_asks_to_be_queued_again_and_continue
         (commands / name).chmod(0o755)
     environment = {
         **ENVIRONMENT, "PATH": f"{commands}:{os.environ['PATH']}", "REQUEUED": str(requeued), "SLURM_JOB_ID": "7",
-        "SLURM_NNODES": "1", "SLURM_JOB_NODELIST": "localhost", "SLURM_GPUS_ON_NODE": "1", "PORT": "29517",
+        "SLURM_NNODES": "1", "SLURM_JOB_NODELIST": "localhost", "SLURM_GPUS_ON_NODE": "2", "PORT": "29517",
     }  # fmt: skip
     words = [shutil.which("bash") or "bash", str(SCRIPT), str(recipe), "--quiet", "--out", str(run)]
-    words += ["train.steps=30000", "train.checkpoint_every=10000"]
+    words += ["train.steps=30000", "train.checkpoint_every=10000", "data.workers=1"]
     job = subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    logged_once(job, run)
-    job.send_signal(signal.SIGUSR1)
-    _, errors = job.communicate(timeout=60)
+    try:
+        logged_once(job, run)
+        job.send_signal(signal.SIGUSR1)
+        for pid in list(family(job.pid))[1:]:
+            os.kill(pid, signal.SIGTERM)
+        _, errors = job.communicate(timeout=60)
+    finally:
+        job.kill()
     assert job.returncode == 0, errors
+    assert "DataLoader worker" not in errors
     assert requeued.read_text() == "requeue 7\n"
-    assert 0 < stopped_at(run) < 30000
-    overrides = {"train.steps": 30000, "train.checkpoint_every": 10000}
-    assert assemble(load_recipe(recipe, overrides), run, resume=True, quiet=True).progress.step == stopped_at(run)
+    (checkpoint,) = (run / "checkpoints").glob("step-*")
+    stopped = int(checkpoint.name.removeprefix("step-"))
+    assert 0 < stopped < 30000
+    overrides = {"train.steps": 30000, "train.checkpoint_every": 10000, "data.workers": 1}
+    assert assemble(load_recipe(recipe, overrides), run, resume=True, quiet=True).progress.step == stopped
 
 
 def test_the_slurm_script_asks_for_a_run_folder() -> None:
