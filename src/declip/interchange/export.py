@@ -75,6 +75,7 @@ def export(
         repo: The repository, OWNER/NAME, that the folder will be on the Hub, for the card. Loading "open_clip" from
             there requires it unless the vocabulary is CLIP's.
     """
+    # Check the request before the model is loaded.
     if format not in FORMATS:
         raise unknown("export format", format, FORMATS)
     if repo is not None and not REPOSITORY.fullmatch(repo):
@@ -84,6 +85,7 @@ def export(
     options: dict[str, Any] = {"open_clip": {"repo": repo, "home": out}, "safetensors": {"heads": heads}}
     if {weight.dtype for weight in traced.parameters()} != {torch.float32}:
         traced = deepcopy(traced).float()
+    # Write into a new folder, read it back, add the card; the folder appears when all is done.
     with _new_folder(out, overwrite) as folder, eval_mode(traced):
         try:
             form.write(traced, folder, **options.get(format, {}))
@@ -135,6 +137,7 @@ def _compare(model: DualEncoder, form: ModuleType, folder: Path) -> Exported:
             f"{form.LIBRARY} cannot read the export, so it was removed: {one_line(error, 200)} Report its recipe."
         ) from error
     size = model.preprocessor.size
+    # (3, 3, S, S) and (3, L)
     pixels = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(0))
     expected, features = [model.encode_image(pixels.to(model.device))], [foreign.image(pixels)]
     if foreign.text is not None:

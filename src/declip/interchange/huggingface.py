@@ -93,11 +93,13 @@ def _keys(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     for name, section in (("text_config", text), ("vision_config", vision)):
         _expect(f"{name}.hidden_act", section.get("hidden_act", "quick_gelu"), "quick_gelu", "gelu")
         _expect(f"{name}.layer_norm_eps", section.get("layer_norm_eps", EPS), EPS)
+    # Sizes
     text_keys = {f"text.{ours}": text.get(theirs, default) for ours, (theirs, default) in TEXT.items()}
     vision_keys = {ours: vision.get(theirs, default) for ours, (theirs, default) in VISION.items()}
     _expect("text_config.intermediate_size", text.get("intermediate_size", 2048), 4 * text_keys["text.width"])
     tokenizer = _read_tokenizer(folder / TOKENIZER)
     _expect("text_config.eos_token_id", text.get("eos_token_id", 49_407), tokenizer.end, POOLS_AT_HIGHEST)
+    # Images
     size = vision.get("image_size", 224)
     preprocessing = _preprocessing(folder, size)
     return {

@@ -81,6 +81,7 @@ class TensorLayout:
             raise UserError(f"its weights do not match its configuration: {difference}")
         ours = {}
         for name, place in outline.items():
+            # q, k and v are one tensor here.
             parts = [tensors[their].to(place.dtype) for their in self._theirs(name)]
             if name == EMBEDDING and not self.mask:
                 parts.append(parts[0].mean(dim=0, keepdim=True))
@@ -247,12 +248,14 @@ def image_keys(state: Mapping[str, Tensor], heads: int | None, activation: str =
     By default a ViT has one attention head per 64 channels, as CLIP's ResNets always have.
     """
     if CLASS_TOKEN in state:
+        # (width, 3, patch, patch)
         width, _, _, patch = state["visual.conv1.weight"].shape
         depth = _count(state, r"visual\.transformer\.resblocks\.(\d+)\.")
         hidden = len(state["visual.transformer.resblocks.0.mlp.c_fc.weight"])
         keys = vit_keys(width, depth, heads or max(width // 64, 1), patch, hidden, activation)
         size = patch * math.isqrt(len(state["visual.positional_embedding"]) - 1)
         return {**keys, "image.size": size, "embed_dim": state["visual.proj"].shape[1]}
+    # (1 + cells, width)
     cells, width = state[GRID].shape
     depths = [_count(state, rf"visual\.layer{stage}\.(\d+)\.") for stage in (1, 2, 3, 4)]
     return {
@@ -266,6 +269,7 @@ def image_keys(state: Mapping[str, Tensor], heads: int | None, activation: str =
 
 def text_keys(state: Mapping[str, Tensor], start: str, heads: int | None, mask: bool) -> dict[str, Any]:
     """Recipe keys of CLIP's text tower, by the shapes of the tensors whose names begin with `start`."""
+    # (vocabulary, width)
     vocabulary, width = state[f"{start}token_embedding.weight"].shape
     return {
         "text.width": width,

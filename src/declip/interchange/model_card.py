@@ -86,6 +86,7 @@ def trace(where: str | Path | DualEncoder | Traced) -> Traced:
             origin += ", with projections fitted to the names of its classifier's classes (arXiv 2605.22484)"
         provenance = Provenance(weights.recipe, origin=origin)
         return Traced(weights.build().eval(), provenance, without_run_state(weights.heads))
+    # A run: results and pairs are those of the exported step.
     checkpoint = read_checkpoint(path)
     run = path.parent.parent if (path / STATE).is_file() else path
     rows = (row.result for row in read_run(run).evaluated if row.weights == checkpoint.step)
@@ -109,6 +110,7 @@ def model_card(
         checked: A sentence on how the export was read back.
         repo: OWNER/NAME on the Hub, from which the code in the card then loads the model.
     """
+    # Names without folders: a card is published.
     start, results = provenance.recipe.finetune.pretrained, provenance.results
     recipe = Recipe.model_validate(_without_folders(provenance.recipe.model_dump(mode="json")))
     names = short_names(result.dataset for result in results)

@@ -65,11 +65,13 @@ def weights_of(content: Any, origin: str, text_heads: int | None = None, image_h
     """Convert a checkpoint or a state dict; prefixes "module." and, of an image tower alone, "visual." are optional."""
     state = _tensors_of(content)
     try:
+        # Both towers, or an image tower alone
         whole = any("token_embedding" in name for name in state)
         tensors = state if whole else _image_tower(state)
         needed = ("visual.conv1.weight", *(("logit_scale", EMBEDDING) if whole else ()))
         if not set(needed) <= tensors.keys() or not {layouts.CLASS_TOKEN, layouts.GRID} & tensors.keys():
             raise UserError(NOT_OFFICIAL)
+        # Rows of words in the order of declip
         for name in [name for name in tensors if name.startswith((EMBEDDING, "text_label_predictor."))]:
             tensors[name] = tensors[name][token_order(len(tensors[name]))]
         recipe = load_recipe(_recipe_name(tensors), _keys(tensors, text_heads, image_heads))

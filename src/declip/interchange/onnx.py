@@ -52,6 +52,7 @@ def write(model: DualEncoder, folder: Path) -> None:
     assert model.recipe is not None, "a model without one was refused"
     express(model)
     image, batch, squash = model.recipe.image, torch.export.Dim("batch"), model.preprocessor.squash
+    # Inputs and preprocessing, for readers without declip
     about: dict[str, Any] = {
         "opset": OPSET,
         "embed_dim": model.recipe.embed_dim,
@@ -66,9 +67,11 @@ def write(model: DualEncoder, folder: Path) -> None:
             **{"scale": "1/255", "mean": list(image.mean), "std": list(image.std)},
         },
     }
+    # Image tower
     pixels = torch.zeros(ROWS, 3, image.size, image.size, device=model.device)
     _export(TowerModule(model, model.encode_image), pixels, {0: batch}, folder, about["image"])
     if has_text(model):
+        # Text tower, with a tokenizer of the `tokenizers` library
         tokenizer = model.tokenizer
         names = {"file": TEXT, "input": "input_ids", "output": "text_embeds", "tokenizer": TOKENIZER}
         about["text"] = names | {name: getattr(tokenizer, name) for name in ("context", "start", "end", "padding")}

@@ -105,6 +105,7 @@ def _compared(weights: Weights, opened: OpenClipModel) -> Weights:
     """Compare the features of images and captions with those of open_clip."""
     from open_clip.transform import image_transform_v2
 
+    # Odd sizes, so that resizing and cropping are compared too.
     ours, theirs, transform = weights.build().eval(), opened.model, image_transform_v2(opened.preprocess, False)
     noise = torch.randint(0, 256, (57, 91, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     images = [Image.fromarray(noise.numpy()), Image.fromarray(noise.numpy()).resize((40, 333))]
@@ -113,6 +114,7 @@ def _compared(weights: Weights, opened: OpenClipModel) -> Weights:
         visual = ours.encode_image(ours.preprocess(images)) - theirs.encode_image(pixels, normalize=True)
         tokens = opened.tokenizer(list(CAPTIONS))
         texts = ours.encode_text(ours.tokenize(CAPTIONS)) - theirs.encode_text(tokens, normalize=True)
+    # NaN fails this comparison too.
     for kind, difference in (("images", visual), ("captions", texts)):
         if not float(difference.abs().max()) <= CLOSE:
             raise UserError(f"its features of {kind} differ by {difference.abs().max():.1e}")
@@ -136,6 +138,7 @@ def write(model: DualEncoder, folder: Path, repo: str | None = None, home: Path 
         encoder = wrapped.encoder
     if encoder is not None:
         (folder / ENCODER).write_text(json.dumps(dict(encoder), indent=2) + "\n", encoding="utf-8")
+    # open_clip has CLIP's own tokenizer; others are files.
     needs_file = "hf_model_name" in text_config or "tokenizer_kwargs" in text_config
     if needs_file if wrapped is None else wrapped.tokenizer["definition"] is not None:
         # open_clip reads the tokenizer of a folder from that folder, and of a repository by its name.
@@ -153,15 +156,13 @@ def express(model: DualEncoder, place: str = ".") -> tuple[dict[str, Any], dict[
     recipe = model.recipe
     assert recipe is not None, "a model without one was refused"
     image = recipe.image
-    resize = {"interpolation": "bicubic", "resize_mode": "shortest"}
+    # Towers of open_clip go back as they came; CLIP's are renamed.
     if (wrapped := wrapped_in(model)) is not None:
         if wrapped.library != "open_clip":
             raise Refusal("its towers are transformers'")
         model_config, tensors = express_wrapped(model)
         if wrapped.encoder is not None:
             model_config["text_cfg"]["hf_model_name"] = place
-        mode = "squash" if wrapped.image["squash"] else "shortest"
-        resize = {"interpolation": wrapped.image["interpolation"], "resize_mode": mode}
     else:
         keys = layouts.clip_keys(model.image_tower)
         if isinstance(model.text_tower, HuggingfaceTextTower):
@@ -181,7 +182,9 @@ def express(model: DualEncoder, place: str = ".") -> tuple[dict[str, Any], dict[
             model_config["init_logit_bias"] = float(model.logit_bias)
         state = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith("_extra_state")}
         tensors = (visual + text).write(state)
-    prepared = {"size": image.size, "mode": "RGB", "mean": list(image.mean), "std": list(image.std), **resize}
+    prepared = {"size": image.size, "mode": "RGB", "mean": list(image.mean), "std": list(image.std)}
+    prepared["interpolation"] = model.preprocessor.filter.name.lower()
+    prepared["resize_mode"] = "squash" if model.preprocessor.squash else "shortest"
     return {"model_cfg": model_config, "preprocess_cfg": prepared}, tensors
 
 

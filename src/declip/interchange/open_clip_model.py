@@ -58,6 +58,7 @@ def load_open_clip(given: str) -> OpenClipModel:
     with quiet("huggingface_hub"), torch.random.fork_rng(devices=[]):
         name, files, options = _resolve(open_clip, given)
         try:
+            # Check files and configuration, then build and load.
             config = open_clip.get_model_config(name)
             counts = [check_file(file) for file in files]
             if name.startswith(FOLDER):
@@ -115,6 +116,7 @@ def _tokenizer(open_clip: ModuleType, given: str, name: str, text: Mapping[str, 
 def _resolve(open_clip: ModuleType, given: str) -> tuple[str, list[Path], dict[str, Any]]:
     """Name of a model in open_clip, its files of weights, and options for creating it."""
     spec = given.removeprefix(PREFIX)
+    # A folder
     if spec == given or spec.startswith(FOLDER):
         folder = Path(spec.removeprefix(FOLDER)).expanduser()
         files = [file for pattern in IN_FOLDER for file in folder.glob(pattern)]
@@ -126,6 +128,7 @@ def _resolve(open_clip: ModuleType, given: str) -> tuple[str, list[Path], dict[s
         raise unknown("open_clip model", name, open_clip.list_models())
     tags = open_clip.list_pretrained_tags_by_model(name)
     empty = {"load_weights": False, "pretrained_text": False}  # without a download
+    # A published tag
     if open_clip.is_pretrained_cfg(name, weights):
         tag = open_clip.get_pretrained_cfg(name, weights)
 
@@ -134,6 +137,7 @@ def _resolve(open_clip: ModuleType, given: str) -> tuple[str, list[Path], dict[s
 
         file = Path(fetch(given, get, f"{PREFIX}MODEL/FILE or as a folder"))
         return name, [file], {"force_preprocess_cfg": tag, "force_quick_gelu": bool(tag.get("quick_gelu")), **empty}
+    # A file of weights, which does not contain its preprocessing
     file = Path(weights).expanduser()
     if not file.is_file():
         raise UserError(

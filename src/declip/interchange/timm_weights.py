@@ -64,6 +64,7 @@ def _filled(
     """Build the tower with the weights, which must be complete except for the classifier, and return the rest."""
     import timm
 
+    # Names of the classifier's tensors, which the tower lacks
     classifier = getattr(timm.get_pretrained_cfg(architecture), "classifier", None) or ()
     heads = {name.split(".")[0] for name in ([classifier] if isinstance(classifier, str) else classifier)}
     with torch.random.fork_rng(devices=[]), torch.device("meta"):

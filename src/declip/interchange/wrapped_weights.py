@@ -98,6 +98,7 @@ def _weights(stored: WrappedModel, keys: dict[str, Any], state: Mapping[str, Ten
         modules = stored.build(size)
     for prefix, module in zip(PREFIXES[stored.library], modules, strict=True):
         module.load_state_dict({n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)})
+    # Names of the tensors in declip
     tokenizer = stored.build_tokenizer()
     towers = {
         IMAGE: WrappedImageTower(modules[0], stored.kinds[0], embed_dim),

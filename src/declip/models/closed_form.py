@@ -138,6 +138,7 @@ def fit_heads(
     pairs: Pairs, chosen: Tensor, classes: ClassPairs | None, class_weight: float, forms: tuple[Form, ...]
 ) -> list[Heads]:
     """Heads of the chosen images (bool, (n,)) and of a classifier's classes, by each form."""
+    # Captions of the images, then texts of the classes
     rows = regression_rows(pairs, chosen, classes, class_weight)
     return closed_form_heads(rows.images, rows.texts, rows.weights, forms, rows.mean)
 

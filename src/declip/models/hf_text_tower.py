@@ -51,6 +51,7 @@ class HuggingfaceTextTower(SelfContained, AnyTextTower):
         real = tokens != self.padding
         # A (B, 1, 1, L) mask is used as it is; given (B, L), transformers waits for the device to ask if all is real.
         states = self.encoder(input_ids=tokens, attention_mask=real[:, None, None, :]).last_hidden_state
+        # (B,)
         lengths = real.sum(dim=1)
         if self.pooling == "cls":
             pooled = states[:, 0]

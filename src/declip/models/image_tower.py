@@ -104,6 +104,7 @@ class ImageTower(nn.Module):
         pools_a_token &= not hasattr(self.trunk, "head_dist")  # distilled DeiT's takes the mean of two
         if pools_a_token and isinstance(getattr(self.trunk, "norm", None), nn.LayerNorm):
             self.norm, self.trunk.norm = self.trunk.norm, nn.Identity()
+        # The projection, with CLIP's initialization
         self.pre_logits_width = int(self.trunk.head_hidden_size)
         pools_by_attention = isinstance(getattr(self.trunk, "head", None), AttentionPool2d)
         self.proj = nn.Linear(self.pre_logits_width, embed_dim, bias=pools_by_attention)
@@ -113,6 +114,7 @@ class ImageTower(nn.Module):
         self.token_width = int(self.trunk.num_features)
         self.has_batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.modules())
         if freeze_patch_embed:
+            # MoCo v3's fixed random patch projection
             patches = getattr(getattr(self.trunk, "patch_embed", None), "proj", None)
             if patches is None:
                 raise UserError(
@@ -176,6 +178,7 @@ def _create(name: str, size: int, options: dict[str, Any], weights: Mapping[str,
         preset = preset | {"blocks": _blocks(*preset["blocks"])}
     if not timm.is_model(base):
         raise unknown("image tower", name, [*SMALL_TOWERS, *timm.list_models()])
+    # Options of the named size, then the recipe's
     clip_resnet = base.startswith("resnet") and "_clip" in base
     known = timm.get_pretrained_cfg(base)
     fixed = known is not None and known.fixed_input_size  # one size per model; timm's own unless given

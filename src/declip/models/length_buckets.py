@@ -32,6 +32,7 @@ def encode_by_length(
         tower(tokens.index_select(0, part)[:, : padded_length(most, context)])
         for part, most in zip(rows.tensor_split(buckets), longest, strict=False)
     ]
+    # Back to the order of the batch
     inverse = torch.empty_like(rows)
     inverse[rows] = torch.arange(len(rows), device=rows.device)
     text_tokens = [F.pad(part.text_tokens, (0, 0, 0, context - part.text_tokens.shape[1])) for part in parts]

@@ -104,6 +104,7 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         batch, length, width = x.shape
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias) if self.in_proj is None else self.in_proj(x)
+        # (B, L, 3·width) → 3 × (B, heads, L, width / heads)
         query, key, value = qkv.view(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
         dtype = query.dtype
         # On a CPU torch's bfloat16 kernel takes 9 times as long backwards as float32 at 16 tokens (torch 2.13).
@@ -172,6 +173,7 @@ class TextTower(AnyTextTower):
 
     def encode(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Encode token ids (B, L), every row with an end-of-text token; pooled is the state there."""
+        # (B, L) → (B, L, width)
         x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
         text_tokens = self.ln_final(self.transformer(x))
         ends = (tokens == self.end).to(torch.uint8).argmax(dim=1)

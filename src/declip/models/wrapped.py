@@ -90,6 +90,7 @@ class WrappedModel:
         name = vision.get("timm_model_name")
         if name is not None and (":" in name or not timm.is_model(name)):
             raise UserError(f"The configuration names '{name}', which is no model of timm {timm.__version__}.")
+        # Nothing in the configuration is looked up, here or on the Hub.
         native = vision.get("image_size")
         text.pop("hf_model_name", None)  # it would be looked up, here or on the Hub
         vision |= {"timm_model_pretrained": False} if name else {"image_size": size}

@@ -83,6 +83,7 @@ def write_snapshot(run: Path, kept: Checkpoint, keep: int) -> Path:
     final, best = folder_of(run, kept.step), best_of(run, kept)
     partial = final.with_suffix(".partial")
     try:
+        # Write beside, flush, and read back
         for left in final.parent.glob("*.partial"):  # of a process that was killed
             remove(left)
         partial.mkdir(parents=True)
@@ -94,6 +95,7 @@ def write_snapshot(run: Path, kept: Checkpoint, keep: int) -> Path:
         for path in [*partial.iterdir(), partial]:
             flush(path)
         _read_state(partial)
+        # Rename, then move the links to it
         remove(final)  # it is damaged: the run would have resumed from it otherwise
         partial.rename(final)
         for name, target in {LAST: final, BEST: best}.items():
@@ -105,6 +107,7 @@ def write_snapshot(run: Path, kept: Checkpoint, keep: int) -> Path:
         flush(run)
     except Exception as error:  # safetensors has its own error class for a full disk
         shutil.rmtree(partial, ignore_errors=True)
+        # Nothing else was touched.
         older = list_checkpoints(run)
         newest = f"The newest checkpoint is {older[-1]}." if older else "There is no earlier checkpoint."
         raise UserError(

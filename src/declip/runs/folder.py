@@ -201,6 +201,7 @@ def lock_folder(folder: Path) -> FileIO:
     without such locks, nothing is locked.
     """
     try:
+        # Not a folder of something else
         taken = [name for name in OUTPUTS if (folder / name).exists()]
         if taken and not (folder / RECIPE).exists():
             raise UserError(
@@ -220,6 +221,7 @@ def lock_folder(folder: Path) -> FileIO:
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EAGAIN):
             return file
+        # Held by a process that wrote its name
         file.seek(0)
         holder = file.read().decode(errors="replace") or "another process"
         file.close()
@@ -243,6 +245,7 @@ def open_folder(recipe: Recipe, folder: Path, resume: bool) -> Checkpoint | None
     if (folder / RECIPE).exists():
         if not resume:
             raise UserError(f"'{folder}' already holds a run. Continue it with --resume, or choose another --out.")
+        # Damaged checkpoints are passed over.
         newest, problems = newest_good(folder)
         refuse_another(recipe, read_recipe(folder), folder)
         for problem in problems:

@@ -70,6 +70,7 @@ class Distillation(Term):
             raise UserError("distillation has no teacher yet: call declip.training.frozen_encoder.set_teacher first.")
         (teacher,) = self._fixed
         view = next(iter(encoded.batch.views.values()))  # the contrastive view comes first
+        # In chunks: the teacher keeps no activations.
         pixels, tokens = view.pixels.split(self.chunk), encoded.batch.texts[0].split(self.chunk)
         image = torch.cat([teacher.image_tower(self._as_seen_by(teacher, part)).pooled for part in pixels])  # (B, d')
         text = torch.cat([teacher.text_tower(part).pooled for part in tokens])  # (B, d')

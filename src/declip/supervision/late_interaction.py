@@ -111,6 +111,7 @@ def late_interaction(
 
         return mean_in_blocks(loss, len(tokens), tokens.shape[1] * len(keys) * torch.int64.itemsize, max_logit_bytes)
 
+    # Patches have no padding.
     mask, key_mask = (None, None) if include_padding else (word_mask, word_key_mask)
     return (one_way(image_tokens, word_keys, None, key_mask) + one_way(word_tokens, image_keys, mask, None)) / 2
 

@@ -45,6 +45,7 @@ class Queue(nn.Module):
         Equals the plain loop
             for f in features: slot[pointer] = f / |f|; pointer = (pointer + 1) % size
         """
+        # Of more rows than slots the last stay.
         start = (self.pointer + max(len(features) - self.size, 0)) % self.size
         rows = F.normalize(features[-self.size :].to(self.features), dim=-1)
         before_end = self.size - start

@@ -166,6 +166,7 @@ class Objective(nn.Module):
         self, outputs: TowerOutputs, model: DualEncoder, batch: PairBatch, gather: Gather, offset: int
     ) -> dict[str, Tensor]:
         """Compute the losses from the towers' outputs for the whole batch, as `forward`."""
+        # Each term's own features, from normalized embeddings
         terms = [(name, term) for name, term in self._terms() if not self._waits(term.needs, outputs.views)]
         images, texts = (F.normalize(to_float32(x), dim=-1) for x in (outputs.images, outputs.texts))
         encoded = Encodings(images, texts, outputs, batch)
@@ -177,6 +178,7 @@ class Objective(nn.Module):
         if gather is not identity_gather:
             keys = {name: term.pad_keys(keys[name]) for name, term in terms}
             gathered, keys = gather_rows(own, keys, gather)
+        # Loss of this rank's rows against the keys of all ranks
         similarity = Similarity(model.logit_scale.exp(), model.logit_bias)
         losses = {}
         for name, term in terms:
@@ -190,8 +192,10 @@ class Objective(nn.Module):
         tokens, pre_logits, masked = (
             any(getattr(need, output) for need in self.needs) for output in ("tokens", "pre_logits", "masked")
         )
+        # One pass over the views of a size, one over all captions
         pixels = [view.pixels for view in batch.views.values()]
         images = encode_views(model, pixels)
+        # (T, B, L), or T + 1 with the masked caption
         captions, masked_at, lengths = self._captions(batch, masked)
         texts = encode_by_length(model.text_tower, captions.flatten(0, 1), lengths, self.recipe.train.length_buckets)
         count, size = captions.shape[:2]
