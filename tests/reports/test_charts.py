@@ -70,14 +70,6 @@ def test_scores_are_named_with_their_last_value_and_chance_is_shown() -> None:
     np.testing.assert_allclose(xy(ax, "chance 5.0 %")[1], 5)
 
 
-@pytest.mark.parametrize("names", [("image → text", "text → image"), ("demo-declip-captions-long", "demo-multi-view")])
-def test_a_legend_fits_its_chart(names: tuple[str, str]) -> None:
-    ax = axes(score_chart({name: [1.0, 1.0] for name in names}, [100, 200], 0.05))
-    ax.figure.canvas.draw()
-    (legend,) = ax.figure.legends
-    assert max(text.get_window_extent().x1 for text in legend.get_texts()) <= ax.figure.bbox.x1
-
-
 def test_curves_show_means_intervals_seeds_and_chance() -> None:
     ax = axes(curves(outcome(study())))
     np.testing.assert_allclose(xy(ax, "clip")[1], [10, 20, 30, 40])
