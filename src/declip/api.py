@@ -136,14 +136,14 @@ def compare(
 ) -> Outcome:
     """Compare recipes at several numbers of pairs and write results.json and report.html.
 
-    The other arguments (`datasets`, `tasks`, `overrides`) are those of `declip.comparison.study.Study.of`, and `jobs`
-    and `quiet` those of `declip.comparison.runner.run`.
+    The other arguments (`datasets`, `tasks`, `overrides`) are those of `declip.comparison.study.Study.of`, and `quiet`
+    hides the progress.
     """
-    running = {name: options.pop(name) for name in ("jobs", "quiet") if name in options}
+    quiet = options.pop("quiet", False)
     lists = {"datasets", "tasks"}
     options |= {name: tuple(map(str, several(options[name]))) for name in lists & options.keys()}
     numbers = seeds if isinstance(seeds, int) else list(map(int, seeds))
     names, counts = map(str, several(recipes)), map(int, several(pairs))
-    outcome = runner.run(Study.of(list(names), list(counts), numbers, **options), out, **running)
+    outcome = runner.run(Study.of(list(names), list(counts), numbers, **options), out, quiet)
     write_page(outcome, Path(out).expanduser())
     return outcome

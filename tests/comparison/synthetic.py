@@ -40,7 +40,7 @@ def outcome(
 
 
 def row(plan: Study, trial: Trial, top1: float, retrieval: bool) -> dict[str, Any]:
-    """What `worker.py` writes after a run."""
+    """What `trials.run_trial` writes."""
     results: list[dict[str, Any]] = [ZeroShotResult("test", 400, 200, top1, min(1.0, top1 + 0.1), top1).to_dict()]
     if retrieval:
         recalls = (

@@ -9,24 +9,25 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from filelock import FileLock
 
 from conftest import TINY, WEIGHTS
 from declip.api import compare, train
 from declip.comparison import runner as comparing
-from declip.comparison import worker
+from declip.comparison import trials as running
 from declip.comparison.outcome import Outcome, read_outcome, scores
 from declip.comparison.study import Study, read_study
-from declip.comparison.worker import FAILURE, folder_of, run_trial, work
+from declip.comparison.trials import FAILURE, folder_of, run_trial
 from declip.errors import UserError
 
-linux = pytest.mark.skipif(sys.platform != "linux", reason="looks for the workers in /proc")
+linux = pytest.mark.skipif(sys.platform != "linux", reason="sends SIGKILL")
 
 
 @pytest.fixture
@@ -41,9 +42,9 @@ def recipes(table: Path, tmp_path: Path) -> dict[str, str]:
 
 
 def tiny(recipes: dict[str, str], table: Path, out: Path, **more: Any) -> Outcome:
-    """Compare them by retrieval: two sizes, one seed, in this process unless said otherwise."""
+    """Compare them by retrieval: two sizes, one seed."""
     options: dict[str, Any] = {"pairs": (8, 16), "seeds": 1, "datasets": [str(table)], "tasks": ["retrieval"]}
-    options |= {"jobs": 1, "quiet": True, **more}
+    options |= {"quiet": True, **more}
     return compare(list(recipes.values()), out=out, **options)
 
 
@@ -126,14 +127,14 @@ def test_a_run_that_fails_leaves_its_reason_and_does_not_end_the_others(
     def fail(study, trial, folder):
         raise UserError("The loss is not finite.") if trial.variant == "clip" else ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(worker, "run_trial", fail)
+    monkeypatch.setattr(running, "run_trial", fail)
     outcome = tiny(recipes, table, out, pairs=(8,))
     assert (outcome.complete, len(outcome.rows)) == (False, 0)
     first, second = outcome.failures.values()
     assert first == "The loss is not finite."
     assert re.match(r"(?s)Traceback.*ZeroDivisionError: a bug", second)
     assert len(list(out.glob(f"runs/*/{FAILURE}"))) == 2
-    monkeypatch.setattr(worker, "run_trial", run_trial)
+    monkeypatch.setattr(running, "run_trial", run_trial)
     again = tiny(recipes, table, out, pairs=(8,))
     assert again.complete
     assert not again.failures
@@ -163,95 +164,59 @@ def _rows_logged(out: Path) -> int:
     return sum(path.read_bytes().count(b"\n") for path in out.glob("runs/*/metrics.jsonl"))
 
 
-def _workers(out: Path) -> list[int]:
-    """The comparison's workers that are alive (Linux)."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with suppress(OSError):
-            words = path.read_bytes().decode().split("\0")
-            if "declip.comparison.worker" in words and str(out) in words:
-                found.append(int(path.parent.name))
-    return found
-
-
 @linux
-def test_killed_stopped_and_started_again_it_ends_as_if_it_had_gone_through(
+def test_stopped_and_killed_it_ends_as_if_it_had_gone_through(
     recipes: dict[str, str], table: Path, tmp_path: Path
 ) -> None:
     recipes = {"declip": recipes["declip"]}
-    options: dict = {"pairs": (16,), "overrides": {"train.steps": 30, "train.checkpoint_every": 100}}
-    whole = tiny(recipes, table, tmp_path / "whole", **options)
+    options: dict = {"pairs": (16,), "overrides": {"train.steps": 30, "train.checkpoint_every": 4}}
+    whole, out = tiny(recipes, table, tmp_path / "whole", **options), tmp_path / "out"
 
-    out = tmp_path / "out"
-    with (
-        _once_it_continues(out, lambda: [os.kill(worker, signal.SIGKILL) for worker in _workers(out)]),
-        pytest.raises(UserError, match="status -9"),
-    ):
-        tiny(recipes, table, out, **options, jobs=2)
-    assert not read_outcome(out).complete
-
+    # --- Ctrl-C: the running trial is saved
     heard = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are deaf to it
     try:
         with _once_it_continues(out, lambda: os.kill(os.getpid(), signal.SIGINT)):
-            stopped = tiny(recipes, table, out, **options, jobs=2)
+            stopped = tiny(recipes, table, out, **options)
     finally:
         signal.signal(signal.SIGINT, heard)
     assert not stopped.complete
-    assert list(out.glob("runs/*/checkpoints/step-*"))  # the running trial was saved
+    assert list(out.glob("runs/*/checkpoints/step-*"))
 
-    found = tiny(recipes, table, out, **options)
+    # --- another process takes the trial, and is killed; this one waits, and continues it
+    words = ["compare", recipes["declip"], "--pairs", "16", "--seeds", "1", "--dataset", str(table)]
+    words += ["--task", "retrieval", "--out", str(out), "train.steps=30", "train.checkpoint_every=4"]
+    logged = _rows_logged(out)
+    with subprocess.Popen([sys.executable, "-m", "declip", *words], stdout=subprocess.DEVNULL) as other:
+        while _rows_logged(out) <= logged and other.poll() is None:
+            time.sleep(0.02)
+        other.kill()
+        found = tiny(recipes, table, out, **options)
+    assert other.returncode == -signal.SIGKILL
     assert found.complete
     (row,), (expected,) = found.rows.values(), whole.rows.values()
     assert (row["loss"], row["results"]) == (expected["loss"], expected["results"])
 
 
-@linux
-def test_workers_stop_when_the_process_that_started_them_is_gone(
-    recipes: dict[str, str], table: Path, tmp_path: Path
+def test_a_taken_run_is_left_to_the_one_who_took_it(
+    recipes: dict[str, str], table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(running, "run_trial", lambda study, trial, folder: done.append(trial.id) or True)
     out = tmp_path / "out"
-    comparing.open_folder(_study(recipes, table, {"train.steps": 100_000}), out)
-    shell = 'trap "" TERM; "$@" & wait'
-    words = ["sh", "-c", shell, "sh", sys.executable, "-m", "declip.comparison.worker", str(out), "1"]
-    with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as parent:
-        deadline = time.time() + 120
-        while not _rows_logged(out) and time.time() < deadline:
-            time.sleep(0.02)
-        parent.kill()
-    assert _workers(out)
-    while _workers(out) and time.time() < deadline:
-        time.sleep(0.1)
-    assert time.time() < deadline
-    assert list(out.glob("runs/*/checkpoints/step-*"))
+    study = comparing.open_folder(_study(recipes, table), out)
+    first, second = study.trials()
+    (out / "runs").mkdir()
+    held = threading.Event()
 
+    def hold() -> None:
+        with FileLock(f"{folder_of(out, first)}.lock"):
+            held.set()
+            time.sleep(0.3)
 
-def test_a_taken_run_is_left_to_the_one_who_took_it(recipes: dict[str, str], table: Path, tmp_path: Path) -> None:
-    comparing.open_folder(_study(recipes, table), tmp_path / "out")
-    study = read_study(tmp_path / "out")
-    assert study is not None
-    (tmp_path / "out" / "runs").mkdir()
-    taken = study.trials()[0]
-    with _taken(folder_of(tmp_path / "out", taken)):
-        assert work(study, tmp_path / "out", study.trials())
-    found = read_outcome(tmp_path / "out")
-    assert taken.id not in found.rows
-    assert len(found.rows) == len(study.trials()) - 1
-    assert work(study, tmp_path / "out", study.trials())
-    assert read_outcome(tmp_path / "out").complete
-
-
-@contextmanager
-def _taken(run: Path) -> Iterator[None]:
-    """Another process has taken a run; it is killed at the end, and its lock goes with it."""
-    hold = "import sys, filelock; l = filelock.FileLock(sys.argv[1]); l.acquire(); print(1, flush=True); input()"
-    words = [sys.executable, "-c", hold, f"{run}.lock"]
-    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
-        assert holder.stdout is not None
-        holder.stdout.readline()
-        try:
-            yield
-        finally:
-            holder.kill()
+    threading.Thread(target=hold).start()
+    held.wait()
+    running.work(study, out, study.trials())
+    assert done == [second.id, first.id], "the taken one is waited for, last"
 
 
 def _study(recipes: dict[str, str], table: Path, overrides: dict[str, Any] | None = None) -> Study:

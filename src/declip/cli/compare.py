@@ -20,7 +20,6 @@ def compare(
     tasks: Annotated[
         list[str] | None, typer.Option("--task", help="zero-shot (default) or retrieval; repeatable")
     ] = None,
-    jobs: Annotated[int | None, typer.Option(min=1, help="runs at the same time; default: one per core")] = None,
     quiet: Quiet = False,
 ) -> None:
     """Compare recipes at several numbers of pairs; the same command continues an interrupted comparison."""
@@ -44,7 +43,6 @@ def compare(
         overrides=overrides,
         datasets=datasets or (),
         tasks=tasks or ("zero-shot",),
-        jobs=jobs,
         quiet=quiet,
     )
     console.print(summary(outcome))

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from declip.comparison.statistics import EfficiencyCurve, Factor, curve_of, factor
 from declip.comparison.study import Study, Trial, read_study
-from declip.comparison.worker import failure, read_trial
+from declip.comparison.trials import failure, read_trial
 from declip.errors import UserError, unknown
 from declip.evaluation.results import ClassificationResult, RetrievalResult, ZeroShotResult, read_result
 from declip.io.text import percent
@@ -39,7 +39,7 @@ class Outcome:
     """The finished trials of a study, by id."""
 
     study: Study
-    rows: Mapping[str, Mapping[str, Any]]  # results, as `worker.run_trial` writes them
+    rows: Mapping[str, Mapping[str, Any]]  # results, as `trials.run_trial` writes them
     failures: Mapping[str, str] = field(default_factory=dict)  # reasons
 
     @property

@@ -1,12 +1,7 @@
-"""Run the trials of a comparison that are left: `python -m declip.comparison.worker FOLDER THREADS`."""
+"""The trials of a comparison: train, evaluate and save one at a time, shared by any number of processes."""
 
 import json
-import os
 import shutil
-import signal
-import sys
-import threading
-import time
 import traceback
 from collections.abc import Iterable
 from contextlib import suppress
@@ -17,7 +12,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from declip.comparison.study import Study, Trial, read_study
+from declip.comparison.study import Study, Trial
 from declip.errors import UserError
 from declip.evaluation.protocols import Options, evaluate_all
 from declip.io.atomic import write_text
@@ -85,24 +80,32 @@ def run_trial(study: Study, trial: Trial, folder: Path) -> bool:
         "results": results,
     }
     write_text(run_folder / RESULT, json.dumps(row, indent=1))
+    # --- a hundred finished runs would fill a disk
     for name in ("checkpoints", "tensorboard"):
         shutil.rmtree(run_folder / name, ignore_errors=True)
     return not trainer.stop.asked
 
 
-def work(study: Study, folder: Path, trials: Iterable[Trial]) -> bool:
-    """Run the trials that are neither finished nor taken by another process; False when asked to stop."""
+def work(study: Study, folder: Path, trials: Iterable[Trial]) -> None:
+    """Run the trials that are not finished, first those that no other process has taken, until Ctrl-C."""
     (folder / RUNS).mkdir(exist_ok=True)
-    return all(_take(study, trial, folder) for trial in trials)
+    taken = []
+    for trial in trials:
+        try:
+            if not _run(study, trial, folder, wait=False):
+                return
+        except Timeout:
+            taken.append(trial)
+    # A process that was killed released its lock, so that its trial goes on here.
+    all(_run(study, trial, folder, wait=True) for trial in taken)
 
 
-def _take(study: Study, trial: Trial, folder: Path) -> bool:
-    """Run a trial unless it is finished or taken. The lock ends with its process, also when that is killed."""
+def _run(study: Study, trial: Trial, folder: Path, wait: bool) -> bool:
+    """Run a trial unless it is finished or failed elsewhere; raise `Timeout` if another process has it."""
     run_folder = folder_of(folder, trial)
-    with suppress(Timeout), FileLock(f"{run_folder}.lock", blocking=False):
-        if read_trial(folder, trial) is not None:
+    with FileLock(f"{run_folder}.lock", timeout=-1 if wait else 0):
+        if read_trial(folder, trial) is not None or failure(folder, trial) is not None:
             return True
-        (run_folder / FAILURE).unlink(missing_ok=True)
         try:
             return run_trial(study, trial, folder)
         except Exception as error:
@@ -110,28 +113,3 @@ def _take(study: Study, trial: Trial, folder: Path) -> bool:
             reason = str(error) if isinstance(error, UserError) else traceback.format_exc()
             (run_folder / FAILURE).write_text(reason, encoding="utf-8")
     return True
-
-
-def _stop_with_parent(parent: int) -> None:
-    """Send this process SIGTERM when its parent has ended."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-def main() -> None:
-    """Parse the arguments and work; exit with status 130 when asked to stop."""
-    folder = Path(sys.argv[1])
-    torch.set_num_threads(int(sys.argv[2]))
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # between two trials; during one the trainer handles it
-    threading.Thread(target=_stop_with_parent, args=(os.getppid(),), daemon=True).start()
-    study = read_study(folder)
-    assert study is not None, "`runner.run` writes the study before it starts a worker"
-    try:
-        sys.exit(0 if work(study, folder, study.trials()) else 130)
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
-if __name__ == "__main__":
-    main()
