@@ -19,6 +19,7 @@ from declip.evaluation.results import Result
 from declip.interchange.read import load
 from declip.recipe.schema import Recipe
 from declip.reports.comparison import write_page
+from declip.reports.run import write_report
 from declip.runs.folder import Run
 from declip.supervision.objective import extra_terms
 from declip.supervision.term import Term
@@ -66,7 +67,7 @@ def train(
         resolved = resolve_recipe(recipe, overrides, source, sets)
         folder = Path(out).expanduser() if out is not None else Path("runs") / resolved.name
         parts = assemble(resolved, folder, resume, quiet, callbacks)
-        run = Trainer(parts).train(finetuning.write_run_report if report else None)
+        run = Trainer(parts).train(write_report if report else None)
     distributed.leave()
     return run
 

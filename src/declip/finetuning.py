@@ -36,7 +36,6 @@ from declip.training.distributed import HostGroup
 from declip.training.estimate import Estimate, estimate
 from declip.training.fit import closed_form, estimate_fit, fit
 from declip.training.pairs import caption_warnings, open_training_source
-from declip.training.parts import Parts
 from declip.training.resolve import resolve_recipe
 from declip.training.trainer import Trainer
 
@@ -78,7 +77,7 @@ def finetune(
                 for warning in caption_warnings(parts.source, parts.model.tokenizer):
                     log.warning(warning)
             undo.pop_all()
-            run = Trainer(parts).train(lambda parts: write_finetuned(parts.folder, trained_model(parts)))
+            run = Trainer(parts).train(write_finetuned)
     distributed.leave()
     return run
 
@@ -293,14 +292,3 @@ def write_finetuned(folder: Path, model: Encoder) -> None:
             continue
         except UserError as error:  # the run is whole without it
             log.warning(str(error))
-
-
-def write_run_report(parts: Parts) -> None:
-    """Write report.html of a finished run."""
-    write_report(parts.folder, trained_model(parts))
-
-
-def trained_model(parts: Parts) -> Encoder:
-    """The model of a finished run."""
-    # With FSDP this rank holds a part of the model; the whole one is in the checkpoint.
-    return load(parts.folder) if parts.sharded else parts.model

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from declip.errors import UserError
-from declip.recipe.load import load_recipe, read_value, recipe_keys, recipe_names, removed_keys, synonyms, unknown_key
+from declip.recipe.load import listed, load_recipe, read_value, recipe_keys, recipe_names, unknown_key
 from declip.recipe.schema import Evaluation, Recipe
 from declip.recipe.yaml_text import read_yaml
 
@@ -167,9 +167,9 @@ def test_names_of_other_tools_lead_to_our_keys(given: str, meant: str) -> None:
 
 def test_synonyms_lead_to_keys_and_each_to_one() -> None:
     keys = {*recipe_keys()}
-    assert synonyms().keys() <= keys
-    assert not removed_keys().keys() & keys
-    names = [name for given in synonyms().values() for name in given.split()]
+    assert listed("synonyms").keys() <= keys
+    assert not listed("removed").keys() & keys
+    names = [name for given in listed("synonyms").values() for name in given.split()]
     assert len(names) == len(set(names))
 
 

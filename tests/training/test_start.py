@@ -303,7 +303,7 @@ def test_wrong_files_are_no_start(table: Path, tmp_path: Path) -> None:
     for where, keys, message in (
         (f"timm:test_vit/{other}", {}, "test_vit"),
         (f"timm:test_vit/{program}", {}, str(program.name)),
-        (f"timm:test_vit/{vit}", {"freeze_text_blocks": 1}, "hold no text tower to freeze"),
+        (f"timm:test_vit/{vit}", {"freeze_text_blocks": 1}, "hold 0 blocks of the text_tower"),
         (tmp_path / "relpos.safetensors", {"image_size": 64}, r"rel_pos.*Leave image\.size out"),
     ):
         with pytest.raises(UserError, match=message):

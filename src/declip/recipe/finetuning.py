@@ -1,7 +1,7 @@
 """Settings of fine-tuning by the number of pairs and the kind of weights: the table of docs/finetuning.md."""
 
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from declip.errors import UserError, unknown
 from declip.recipe.load import flat, load_recipe, read_value
@@ -25,11 +25,7 @@ Start = Literal["heads", "image", "whole"]
 
 
 def read_overrides(overrides: Mapping[str, Any] | None, freeze: str | None = None) -> dict[str, Any]:
-    """Read and check recipe keys of a fine-tuning, without torch: dotted keys and values of the schema's types.
-
-    Raises:
-        UserError: an unknown key, a value that no kind of weights allows, or a key that an argument sets.
-    """
+    """Read and check recipe keys of a fine-tuning, without torch: dotted keys and values of the schema's types."""
     if freeze is not None and freeze not in FREEZE:
         raise unknown("value of --freeze", freeze, FREEZE)
     given = dict[str, Any]()
@@ -39,21 +35,12 @@ def read_overrides(overrides: Mapping[str, Any] | None, freeze: str | None = Non
         given |= flat({key: value}) if is_section else {key: value}
     for key in ARGUMENTS.keys() & given:
         raise UserError(f"{key}={given[key]} cannot be set here: use {ARGUMENTS[key]}.")
-    # What the weights are is not known yet, and some keys depend on it: one kind that allows them is enough.
-    first: UserError | None = None
-    least = {"train.warmup_lr": 0, "train.evaluate_every": 1, "evaluation.retrieval": ["validation"]}
-    unrelated = {key: value for key, value in given.items() if not key.startswith("train.")}
-    for kind in get_args(Start):
-        try:
-            others = settings(1_000, kind, True, freeze, unrelated)
-            others.pop("train.epochs" if "train.steps" in given else "train.steps", None)
-            tree = load_recipe("finetune", {**others, **least, **given}).model_dump()
-        except UserError as error:
-            first = first or error
-        else:
-            return {key: _value(tree, key, value) for key, value in given.items()}
-    assert first is not None
-    raise first
+    # What the weights are is not known yet: keys that depend on them are set so that they allow the others.
+    image, text = FREEZE[freeze or ("both" if given.get("finetune.class_names") is not None else "none")]
+    others: dict[str, Any] = {"train.warmup_lr": 0, "train.evaluate_every": 1, "evaluation.retrieval": ["validation"]}
+    others |= {"finetune.freeze_image_blocks": image, "finetune.freeze_text_blocks": text, "finetune.layer_decay": 1.0}
+    tree = load_recipe("finetune", {**others, **given}).model_dump()
+    return {key: _value(tree, key, value) for key, value in given.items()}
 
 
 def _value(tree: Any, key: str, given: Any) -> Any:

@@ -88,9 +88,7 @@ class TextView(Section):
     second_view: Literal["eda", "caption", "same"] = Field(
         "eda", description="second text view: EDA of the first, another caption, or the first again"
     )
-    mask: bool | None = Field(
-        None, description="mask words of the first caption for all losses; default: if masked_language has a weight"
-    )
+    mask: bool | None = Field(None, description="mask words for all losses; default: if masked_language has a weight")
 
 
 class Views(Section):
@@ -114,7 +112,7 @@ class ContrastiveConfig(Section):
     """Targets of contrastive, multi_view and nearest_neighbor."""
 
     duplicates: Literal["negatives", "mask"] = Field(
-        "negatives", description="pairs with equal captions or one group: negatives, left out, or positives"
+        "negatives", description="pairs with equal captions or one group: negatives, or left out"
     )
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="part of the target spread evenly over all keys")
 
@@ -190,9 +188,7 @@ class FineTuning(Section):
     )
     freeze_text_blocks: Count | Literal["all"] = Field(0, description="number of lowest text blocks to freeze, or all")
     head_warmup_steps: int = Field(0, ge=0, description="first steps that train only new parameters; at most a quarter")
-    class_pairs: bool = Field(
-        True, description="with frozen towers, use the classes of the start's classifier as pairs"
-    )
+    class_pairs: bool = Field(True, description="with frozen towers, use the start's classes as pairs")
     lora: LoRA | None = Field(None, description="train low-rank adapters instead: rank, alpha, dropout")
 
     def changed(self) -> list[str]:

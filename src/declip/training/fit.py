@@ -36,7 +36,7 @@ from declip.training.distributed import HostGroup
 from declip.training.frozen_encoder import FrozenEncoder
 from declip.training.heads import Choice, HeldOutRanks, choose_heads
 from declip.training.monitor import Monitor, monitored
-from declip.training.pairs import TRAINING, evaluation_tasks, open_held_out, refuse_broken, sample_hashes
+from declip.training.pairs import TRAINING, evaluation_tasks, open_held_out, refuse_broken, refuse_many, sample_hashes
 from declip.training.pretrained import load_tensors
 from declip.training.resolve import Resolved, resolve
 from declip.training.sinks import RunInfo
@@ -47,8 +47,8 @@ TIMED = 32  # pairs of an estimate
 SHOWN_WORST = 16  # captions on the page of the run
 MANY = 2_000  # pairs from which on processes read the images
 
+# Finds pairs that must not be held out from each other, see `declip.inspection.split.related_pairs`.
 Related = Callable[[PairSource, bool], tuple[np.ndarray, np.ndarray]]
-"""Finds pairs that must not be held out from each other, see `declip.inspection.split.related_pairs`."""
 
 
 class Features(NamedTuple):
@@ -70,11 +70,7 @@ def closed_form(recipe: Recipe) -> bool:
 def fit(
     recipe: Recipe, folder: Path, resume: bool, quiet: bool, related: Related, finish: Callable[[Path, Encoder], None]
 ) -> Run:
-    """Fit the projections of frozen towers, evaluate them, and write the run folder; rank 0 works, the others wait.
-
-    Args:
-        finish: Called on rank 0 with the folder and the model, which has its features at hand.
-    """
+    """Fit the projections of frozen towers, evaluate them, write the run folder and call `finish`, all on rank 0."""
     device = pick_device(distributed.local_device(recipe.train.device))
     distributed.join(device)
     hosts = HostGroup()
@@ -170,12 +166,7 @@ def compute_features(
         workers=usual_workers() if len(source) > MANY else 0,
         progress=shown,
     )
-    allowed = recipe.data.max_broken_fraction * len(source)
-    if found.skipped.total > allowed:
-        raise UserError(
-            f"{found.skipped.total:,} of the {len(source):,} pairs of '{source.name}' cannot be used; "
-            f"data.max_broken_fraction allows {recipe.data.max_broken_fraction:.1%}. {found.skipped.explanation()}"
-        )
+    refuse_many(found.skipped, source, recipe.data.max_broken_fraction)
     group_of = dict(zip(places.tolist(), groups.tolist(), strict=True))
     captions = found.flat_captions
     pairs = Pairs(found.images, encoder.pool_captions(captions, shown), torch.from_numpy(found.image_rows))

@@ -54,6 +54,11 @@ def refuse_broken(source: PairSource, allowed: float) -> None:
             source.read_lazy(index)
         except BrokenPair as error:
             broken.add(error)
+    refuse_many(broken, source, allowed)
+
+
+def refuse_many(broken: SkipCounter, source: PairSource, allowed: float) -> None:
+    """Raise an error if more than a fraction of the pairs is broken."""
     if broken.total > allowed * len(source):
         raise UserError(
             f"{broken.total:,} of the {len(source):,} pairs of '{source.name}' cannot be used; "

@@ -29,8 +29,8 @@ from declip.supervision.distillation import Distillation
 from declip.supervision.objective import Objective
 from declip.training.optimizer import LrMultiplier
 
+# Ends of the names of position embeddings, one a token, in CLIP's, open_clip's and transformers' SigLIP's towers.
 TEXT_POSITIONS = ("positional_embedding", "position_embedding.weight")
-"""Ends of the names of position embeddings, one a token, in CLIP's, open_clip's and transformers' SigLIP's towers."""
 
 
 def load_pretrained(recipe: Recipe, folder: Path, resume: bool) -> Weights | None:
@@ -67,10 +67,9 @@ class Pretrained:
 def apply_pretrained(
     start: Weights | None, recipe: Recipe, model: DualEncoder, objective: Objective
 ) -> Pretrained | None:
-    """Load weights into a model and its heads, and freeze the pretrained part as the recipe says.
+    """Load weights into a model and its heads, and freeze the pretrained part; None where all are random.
 
-    The recipe is fitted to `start` by `Weights.fit`; a pretrained text encoder has weights of its own. Parameters that
-    the weights lack stay random, are never frozen, and have the recipe's learning rate. None where all are random.
+    Parameters that the weights lack stay random, are never frozen, and have the recipe's learning rate.
     """
     tune = recipe.finetune
     taken = load_tensors(start, model) if start is not None else set()
@@ -183,14 +182,10 @@ def _freeze(model: DualEncoder, tune: FineTuning, layers: Mapping[str, int], loa
         asked = getattr(tune, key)
         names = [name for name in layers if name.startswith(tower) and name in loaded]
         most = blocks(layers, tower) if names else 0
-        if asked != 0 and not names:
-            raise UserError(
-                f"The weights hold no {tower[:-7]} tower to freeze. Leave --freeze {tower[:-7]} and finetune.{key} out."
-            )
         if asked != 0 and (most if asked == "all" else asked) not in range(1, most + 1):
             raise UserError(
-                f"finetune.{key}={asked}, but the weights hold {most} blocks of the {tower[:-1]}. Give 0 to {most}, "
-                "or all."
+                f"finetune.{key}={asked}, but the weights hold {most} blocks of the {tower[:-1]}. "
+                f"{f'Give 0 to {most}, or all' if most else 'Leave it and --freeze out'}."
             )
         freeze(model, [name for name in names if asked == "all" or layers[name] <= asked] if asked else [])
     if tune.image_lr_scale < 1 or tune.layer_decay < 1 or tune.head_warmup_steps:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +19,9 @@ from declip.data.batch import PairBatch
 from declip.errors import UserError
 from declip.evaluation.protocols import Options, evaluate_all
 from declip.evaluation.results import Result
+from declip.interchange.read import load
 from declip.io.pool import naming_lost_workers
+from declip.models.dual_encoder import DualEncoder
 from declip.runs import checkpoint as checkpoints
 from declip.runs import folder as run_folder
 from declip.runs.checkpoint import CheckpointWriter
@@ -62,8 +65,8 @@ class Trainer:
         stale = best is not None and train.patience is not None and best.stale >= train.patience
         return self.progress.step >= train.steps or stale
 
-    def train(self, finish: Callable[[Parts], None] | None = None) -> Run:
-        """Take the remaining steps, then evaluate; rank 0 then calls `finish`."""
+    def train(self, finish: Callable[[Path, DualEncoder], object] | None = None) -> Run:
+        """Take the remaining steps, then evaluate; rank 0 then calls `finish` with the folder and the model."""
         parts, train = self.parts, self.parts.recipe.train
         info = RunInfo(parts.folder, self.progress.step, train.steps, train.batch_size, parts.quiet)
         with parts.lock or nullcontext():
@@ -82,7 +85,10 @@ class Trainer:
                         monitor.flush()
             finished = self.finished
             if finished and finish is not None:
-                parts.hosts.on_rank_zero(lambda: finish(parts))
+                # With FSDP this rank holds a part of the model; the whole one is in the checkpoint.
+                parts.hosts.on_rank_zero(
+                    lambda: finish(parts.folder, load(parts.folder) if parts.sharded else parts.model)
+                )
             self.loader.close()
         status = 130 if self.stop.signal == signal.SIGINT else 0 if distributed.launched() else TRY_AGAIN
         return Run(parts.folder, self.progress.step, finished, status, self.is_rank_zero)
