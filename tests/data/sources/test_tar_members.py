@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from data.tars import write_tar
-from declip.data.sources.open_file import OpenFile
+from declip.data.sources.shard_files import OpenFile
 from declip.data.sources.shards import members
 
 BLOCK = 512

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -15,7 +16,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from declip.data.images.decode import EXTENSIONS
-from declip.data.sources.open_file import OpenFile
 from declip.errors import UserError
 from declip.io.atomic import FULL, atomic_write, cache_folder
 from declip.io.memo import locked
@@ -40,6 +40,22 @@ SIZES, LARGEST_SIZES = "sizes.json", 64 << 20
 
 class UnreadableShard(Exception):
     """A shard cannot be read; the message is the reason, in one line."""
+
+
+class OpenFile:
+    """An open file, closed when nothing refers to it any more.
+
+    Unlike a memory map, which ends the process where the file is cut short, `read` then returns fewer bytes.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._descriptor = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._descriptor)  # unlike `__del__` it also works at the end of Python
+        self.size = os.fstat(self._descriptor).st_size  # bytes
+
+    def read(self, size: int, at: int) -> bytes:
+        """Read bytes, fewer at the end, without moving the position that forked processes share."""
+        return os.pread(self._descriptor, size, at)
 
 
 class Shard(NamedTuple):

@@ -18,8 +18,7 @@ import pyarrow as pa
 from declip.data.images.decode import EXTENSIONS, LARGEST_IMAGE
 from declip.data.pair import BrokenPair, Origin, as_texts, clean_captions
 from declip.data.sources.entry import EntrySource
-from declip.data.sources.open_file import OpenFile
-from declip.data.sources.shard_files import Shard, ShardFiles, UnreadableShard, counts, find_shards
+from declip.data.sources.shard_files import OpenFile, Shard, ShardFiles, UnreadableShard, counts, find_shards
 from declip.errors import UserError
 from declip.io.memo import cached_table
 from declip.io.pool import pairs_bar
