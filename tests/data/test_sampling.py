@@ -109,12 +109,6 @@ def test_shards_of_joined_sources_come_in_one_random_order():
     assert 0.2 < np.mean(shares) / 2000 < 0.8
 
 
-@pytest.mark.parametrize("sizes", [[13] * 5, [9], [3, 3, 3], [1, 1, 1, 5, 100]])
-def test_a_group_holds_a_batch_of_any_sources(sizes):
-    order = order_of(Joined([Numbers(size, name=str(size)) for size in sizes]), buffer=1)
-    assert set(np.concatenate([order.epoch(epoch) for epoch in range(3)]).tolist()) == set(range(sum(sizes)))
-
-
 def test_joined_sources_follow_each_other():
     joined = Joined([Numbers(5, name="a"), Numbers(5, name="a"), Numbers(3, name="b")])
     assert [joined[i] for i in range(13)] == [("a", i % 5) for i in range(10)] + [("b", i) for i in range(3)]

@@ -127,13 +127,6 @@ def test_finished_shards_are_not_made_again(folder, tmp_path, monkeypatch):
     assert files(out) == whole
 
 
-def test_shards_of_repaired_captions_are_not_mixed_with_earlier_ones(folder, tmp_path):
-    shard_source(folder, tmp_path / "made", size=48, shard_pairs=4, workers=0)
-    (folder / "0.txt").write_text("repaired")
-    with pytest.raises(UserError, match="another source or option: content was"):
-        shard_source(folder, tmp_path / "made", size=48, shard_pairs=4, workers=0)
-
-
 def test_it_continues_after_a_kill(folder, tmp_path):
     out = tmp_path / "made"
 

@@ -76,18 +76,6 @@ def test_a_group_is_refused_where_no_source_is_a_table(shards, table):
         assert opened(source, max_pairs=9).group_column == "image"
 
 
-def test_the_recipe_sets_the_order(shards):
-    def batches(**data: object) -> list[list[int]]:
-        recipe = recipe_of(str(shards), **data)
-        with build_loader(recipe, open_training_source(recipe), DualEncoder.from_recipe(recipe)) as loader:
-            return [loader.indices(step).tolist() for step in range(4)]
-
-    assert batches() == np.random.default_rng((0, 0, 21)).permutation(21)[:16].reshape(2, 8).tolist() + (
-        np.random.default_rng((0, 1, 21)).permutation(21)[:16].reshape(2, 8).tolist()
-    )
-    assert batches(shuffle_buffer=8) != batches()
-
-
 def test_a_milder_contrastive_view_is_one_more(table):
     mild = {"scale": [1.0, 1.0], "color_jitter_prob": 0, "grayscale_prob": 0, "blur_prob": 0, "hflip_prob": 0}
 

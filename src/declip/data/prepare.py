@@ -69,6 +69,7 @@ def shard_source(
         workers: Worker processes; 0 does the work in this one, None uses one per core, 8 at most.
         exclude: A list of pairs to leave out, see `read_exclusions`; each is counted by the list's reason.
     """
+    # --- the source, and the pairs that are left out
     check_range("size", size, 16)
     check_range("shard_pairs", shard_pairs, 1)
     check_range("workers", workers or 0, 0)
@@ -80,6 +81,7 @@ def shard_source(
     splits = opened.splits()
     held_out = {place: f"split {name}" for name in splits if name != "train" for place in splits[name].tolist()}
     excluded = held_out | ({} if exclude is None else match_exclusions(opened, read_exclusions(exclude)))
+    # --- what the shards depend on, and which exist
     made_of = {"layout": LAYOUT, "source": name, "size": size, "shard_pairs": shard_pairs, "pairs": len(opened)}
     made_of |= {"content": _content(opened, excluded)}
     starts = range(0, len(opened), shard_pairs)
@@ -87,6 +89,7 @@ def shard_source(
     with locked_folder(Path(out).expanduser(), RECORD, ELSEWHERE) as folder:
         done = _finished_shards(folder, made_of)
         _record(folder, made_of, done)  # a folder with shards always has one
+        # --- the others
         missing = {name: places for name, places in shards.items() if name not in done}
         for name, row in _write_shards(missing, folder, _Packer(opened, size, excluded), workers, progress):
             done[name] = row
@@ -95,6 +98,7 @@ def shard_source(
         write_text(folder / SIZES, json.dumps(pairs, indent=1))
         if opened.credit:
             write_text(folder / NOTICE, opened.credit + "\n")
+    # --- the totals
     made = _totals(folder, done)
     if not made.pairs:
         raise UserError(

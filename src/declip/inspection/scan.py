@@ -64,6 +64,7 @@ def inspect_source(
         check_leakage: Sources whose images should not be among the pairs, such as a test set; all are read.
         columns: For tables, see `open_source`.
     """
+    # --- the sources
     check_range("sample", 1 if sample is None else sample, 1)
     check_range("seed", seed, 0)
     check_range("workers", workers or 0, 0)
@@ -73,6 +74,7 @@ def inspect_source(
     if isinstance(source, str | Path):
         source = open_source(source, columns)
     others = [open_source(other, Columns(caption=None)) for other in check_leakage]
+    # --- the sample, some of it broken
     places = sample_places(len(source), sample, seed)
     found = read(source, places, workers, f"Pairs of {source.name}" if progress else "")
     reasons: dict[str, Any] = found.skipped.to_dict()["reasons"]
@@ -80,6 +82,7 @@ def inspect_source(
         if detail:  # such as the path tried
             reasons[reason]["examples"][0] += f" ({detail})"
     broken = Fraction.counted(found.skipped.total, len(places), len(places) == len(source))
+    # --- statistics of the usable pairs, leakage, and what follows
     inspection = Inspection(source.name, len(source), len(places), seed, 0.0, broken, reasons, credit=source.credit)
     if len(found.pairs):
         with status("Looking for duplicates", progress):

@@ -17,6 +17,7 @@ def parts(folder):
     """A folder of two files, whose bytes are images; the first image is in both."""
     made = folder / "parts"
     made.mkdir()
+    (made / "._train-0.parquet").write_bytes(b"of macOS")
     a, b, c = ((folder / f"{name}.png").read_bytes() for name in "abc")
     pq.write_table(pa.table({"image": [a, b], "text": ["x", "y"], "label": [0, 1]}), made / "train-0.parquet")
     pq.write_table(
@@ -37,13 +38,6 @@ def test_a_folder_or_a_pattern_is_one_table(parts, name, large, monkeypatch):
     assert reason_of(source, 2) == "missing image"
     assert source[3].image.getpixel((0, 0)) == (2, 2, 2)
     assert pickle.loads(pickle.dumps(source))[3].captions == ("z",)
-
-
-@pytest.mark.usefixtures("cache")
-def test_endings_in_capitals_count_and_hidden_files_do_not(parts):
-    (parts / "train-1.parquet").rename(parts / "train-1.PARQUET")
-    (parts / "._train-0.parquet").write_bytes(b"of macOS")
-    assert len(open_source(parts)) == 4
 
 
 def test_files_that_are_not_one_table_are_refused(parts):

@@ -117,20 +117,6 @@ def test_counts_beside_the_shards_save_reading_them_first(memory, copies):
         ShardSource("memory://set")
 
 
-def test_one_refusal_when_shards_are_looked_up_is_survived(memory, copies, monkeypatch):
-    refused, info = [], type(memory).info
-
-    def refuse_once(self, path, **options):
-        if path not in refused:
-            refused.append(path)
-            raise FileNotFoundError(path)  # so fsspec words a 503
-        return info(self, path, **options)
-
-    monkeypatch.setattr(type(memory), "info", refuse_once)
-    assert len(ShardSource("memory://set/{00000..00003}.tar")) == 21
-    assert len(refused) >= 4
-
-
 def test_what_a_kind_of_url_needs_is_named():
     with pytest.raises(UserError, match=r"'gcs://.*gcsfs"):
         ShardSource("gcs://bucket/00000.tar")

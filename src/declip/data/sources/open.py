@@ -53,6 +53,7 @@ def open_source(spec: str | Path | PairSource | Items, columns: Columns = DEFAUL
             `__len__` and `__getitem__`, see `ItemSource`.
         columns: The columns of a table, or the keys of a Python object's dicts.
     """
+    # --- objects and names
     if not isinstance(spec, str | Path):
         if isinstance(spec, PairSource):
             return spec
@@ -64,6 +65,7 @@ def open_source(spec: str | Path | PairSource | Items, columns: Columns = DEFAUL
         return open_source(_OBJECTS[text], columns)
     if text.startswith(PREFIX):
         raise UserError(f"'{text}' was a Python object. Pass it again in Python: declip.train(recipe, data=object).")
+    # --- tables, shards and folders
     path = Path(text).expanduser()
     if (table := find_table(text)) is not None:
         return TableSource(table, columns)
@@ -76,6 +78,7 @@ def open_source(spec: str | Path | PairSource | Items, columns: Columns = DEFAUL
         return ShardSource(text)
     if path.is_dir():
         return ShardSource(text) if holds(path, ".tar") else FolderSource(path)
+    # --- a file: a list of pairs, or not a source
     if not path.exists():
         raise UserError(
             f"There is no file or folder '{text}'. Give a table ({', '.join(TABLE_KINDS)}), a folder of images with "
