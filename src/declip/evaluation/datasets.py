@@ -16,7 +16,6 @@ from declip.data.sources.python_items import PREFIX, Items
 from declip.data.sources.subset import Subset
 from declip.data.sources.table import find_table
 from declip.errors import UserError, unknown
-from declip.evaluation.readers.captions import captioned
 from declip.evaluation.readers.image_folder import caltech101, image_folder, imagenet
 from declip.evaluation.readers.images import Openers
 from declip.evaluation.readers.labeled_table import labeled_table
@@ -56,8 +55,6 @@ NAMED: Mapping[str, Named] = {
     "imagenet-r": Named(imagenet, "one folder per WordNet number", "imagenet"),
     "imagenet-sketch": Named(imagenet, "one folder per WordNet number", "imagenet"),
     "imagenet-a": Named(imagenet, "one folder per WordNet number", "imagenet"),
-    "coco": Named(captioned, "a list of captions and its images"),
-    "flickr30k": Named(captioned, "a list of captions and its images"),
     "folder": Named(image_folder, "one folder of images per class"),
 }
 """Names of `NAME:/path`. Metrics as in CLIP's table of datasets (Radford et al. 2021, appendix A)."""

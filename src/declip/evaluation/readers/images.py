@@ -10,7 +10,7 @@ import pyarrow as pa
 from PIL import Image
 
 from declip.data.images.decode import image_below
-from declip.data.pair import BrokenPair, LazyPair, Pair, PairSource, clean_captions
+from declip.data.pair import BrokenPair, LazyPair, Pair, PairSource
 from declip.data.sources.entry import EntrySource
 from declip.data.sources.subset import DerivedSource
 
@@ -19,30 +19,25 @@ Openers = Mapping[str, Callable[[], PairSource]]
 
 
 class ListedFile(NamedTuple):
-    """A listed image file with its captions."""
+    """A listed image file."""
 
     key: str
     path: Path
-    captions: list[str]
 
 
 class FileList(EntrySource):
-    """Image files below a folder; paths that leave the folder are refused.
+    """Image files below a folder, without captions; paths that leave the folder are refused.
 
     Args:
         keys: n paths below `root`, absolute or relative to it.
-        captions: n lists of raw captions; None if the images have classes instead.
     """
 
-    def __init__(
-        self, name: str, root: Path, keys: Sequence[str | Path], captions: Sequence[Sequence[str]] | None = None
-    ) -> None:
+    def __init__(self, name: str, root: Path, keys: Sequence[str | Path]) -> None:
         self.name, self.root = name, root
         # Arrow is small and fast to send to workers; bytes, because names may not be UTF-8.
         start = root.as_posix().rstrip("/") + "/"
         paths = (os.fsencode(Path(key).as_posix().removeprefix(start)) for key in keys)
         self._keys = pa.array(paths, pa.large_binary())
-        self._captions = None if captions is None else pa.array(captions, pa.large_list(pa.large_string()))
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -50,14 +45,13 @@ class FileList(EntrySource):
     def entry(self, index: int) -> ListedFile:
         raw = self._keys[index].as_py()
         key = raw.decode(errors="replace")
-        captions = [] if self._captions is None else self._captions[index].as_py()
-        return ListedFile(key, image_below(self.root, os.fsdecode(raw), key, follow=False), captions)
+        return ListedFile(key, image_below(self.root, os.fsdecode(raw), key, follow=False))
 
     def content(self, entry: ListedFile) -> Path:
         return entry.path
 
-    def texts(self, entry: ListedFile) -> tuple[str, ...]:
-        return clean_captions(entry.captions, entry.key)
+    def texts(self, entry: ListedFile) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        return (), ()
 
 
 class ImageArray(PairSource):
