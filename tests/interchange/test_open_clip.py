@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import shutil
 import socket
 import sys
 from pathlib import Path
@@ -14,8 +15,13 @@ from huggingface_hub import constants
 from safetensors.torch import save_file
 
 import declip
+from declip.api import train
 from declip.errors import UserError
+from declip.interchange.interpolate import ends_of
+from declip.runs.checkpoint import list_checkpoints
+from declip.runs.folder import KEPT
 from interchange.tiny_open_clip import CONFIGS, WORDS, folder_of, pictures, random_model, same, saved
+from training.starts import same_end, tuned
 
 open_clip = pytest.importorskip("open_clip")
 from open_clip import factory, pretrained  # noqa: E402
@@ -92,6 +98,27 @@ def test_a_tag_brings_its_preparation_and_activation(tmp_path: Path, monkeypatch
         torch.testing.assert_close(model.preprocess(pictures()), pixels, atol=1e-6, rtol=0)
         assert torch.equal(model.tokenize(WORDS), open_clip.get_tokenizer("tiny-vit")(WORDS))
         assert same(model, theirs)
+
+
+def test_a_run_from_published_weights_keeps_no_copy_of_them(
+    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = saved(random_model("tiny-vit"), tmp_path / "tagged.safetensors")
+    monkeypatch.setitem(pretrained._PRETRAINED, "tiny-vit", {"first_tag": {"file": str(file)}})
+    recipe = tuned(table, "open_clip:tiny-vit/first_tag", {"steps": 2, "checkpoint_every": 1})
+    train(recipe, out=tmp_path / "whole", quiet=True, report=False)
+    assert not (tmp_path / "whole" / KEPT).exists()
+    first, last = ends_of(tmp_path / "whole", "cpu")
+    assert same(first, random_model("tiny-vit"))
+    assert not same(last, random_model("tiny-vit"))
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts", symlinks=True)
+    shutil.rmtree(list_checkpoints(tmp_path / "parts")[-1])
+    train(recipe, out=tmp_path / "parts", resume=True, quiet=True, report=False)
+    same_end(tmp_path / "whole", tmp_path / "parts")
+    monkeypatch.setitem(pretrained._PRETRAINED, "tiny-vit", {})
+    shutil.rmtree(list_checkpoints(tmp_path / "parts")[-1])
+    with pytest.raises(UserError, match="first_tag"):  # gone
+        train(recipe, out=tmp_path / "parts", resume=True, quiet=True, report=False)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from declip.errors import UserError
 from declip.interchange import interpolate as mixing
 from declip.interchange.declip_file import write_declip_file
 from declip.interchange.model_card import repository, without_folders
-from declip.interchange.read import read_start
+from declip.interchange.read import is_published, read_start
 from declip.models.layers import IMAGE, TEXT
 from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe
@@ -255,6 +255,7 @@ def test_a_start_of_the_hub_is_named_by_its_repository() -> None:
         ("open_clip:local-dir:/somewhere/model", None),
     ):
         assert repository(where) == hub
+        assert is_published(where) == where.endswith("@v1")
         assert "somewhere" not in without_folders(where)
 
 

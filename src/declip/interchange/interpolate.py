@@ -9,7 +9,7 @@ from declip.errors import UserError
 from declip.interchange import declip_file
 from declip.interchange.export import export
 from declip.interchange.model_card import NO_LICENSE, Provenance, Traced
-from declip.interchange.read import load
+from declip.interchange.read import is_published, load, read_start
 from declip.interchange.weights import first_difference
 from declip.models.dual_encoder import DualEncoder
 from declip.runs.folder import KEPT
@@ -36,9 +36,13 @@ def interpolate(start: DualEncoder, end: DualEncoder, alpha: float) -> DualEncod
 
 def ends_of(run: str | Path, device: str = "auto") -> tuple[DualEncoder, DualEncoder]:
     """Load the pretrained and the fine-tuned model of a run."""
-    kept = Path(run).expanduser() / KEPT
-    weights = declip_file.read_part(str(kept)) if kept.is_file() else None
-    end = load(run, device)
+    kept, end = Path(run).expanduser() / KEPT, load(run, device)
+    name = end.recipe.finetune.pretrained if end.recipe is not None else None
+    weights = None
+    if kept.is_file():
+        weights = declip_file.read_part(str(kept))
+    elif name is not None and is_published(name):
+        weights = read_start(name)
     if weights is None or not end.state_dict().keys() <= weights.tensors.keys():
         raise UserError(
             f"'{run}' did not start from a model with all its tensors (text tower, projections, heads), so there is "

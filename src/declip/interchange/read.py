@@ -10,6 +10,7 @@ from torch import Tensor
 
 from declip.errors import UserError, no_model
 from declip.interchange import declip_file, huggingface, official, open_clip, starter, timm_weights
+from declip.interchange.open_clip_model import PREFIX as OPEN_CLIP
 from declip.interchange.weights import Weights, read_recipe
 from declip.interchange.zero_shot import complete, complete_text
 from declip.io.hub import fetch
@@ -89,6 +90,16 @@ def read(where: str | Path) -> Weights:
 def read_start(where: str) -> Weights:
     """Read weights to start training from, as they are; arguments and errors as `load`."""
     return _read(where).as_start()
+
+
+def is_published(where: str) -> bool:
+    """Whether a name stands for the same weights later: built in, a tag of open_clip or timm, a revision on the Hub."""
+    if where.startswith(HUB_PREFIXES):
+        return "@" in where
+    name, _, tag = where.removeprefix(OPEN_CLIP).partition("/")
+    if where.startswith(OPEN_CLIP):
+        return ":" not in name and not Path(tag).suffix and not Path(tag).is_file()
+    return starter.matches(where) or (timm_weights.matches(where) and not tag)
 
 
 def _read(where: str | Path) -> Weights:

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from declip.data.pair import PairSource
 from declip.errors import UserError
 from declip.interchange.declip_file import read_part, write_part
-from declip.interchange.read import read, read_start
+from declip.interchange.read import is_published, read, read_start
 from declip.interchange.weights import Weights
 from declip.io.atomic import ELSEWHERE, atomic_write
 from declip.models.dual_encoder import DualEncoder, has_text
@@ -48,7 +48,7 @@ def load_pretrained(recipe: Recipe, folder: Path, resume: bool) -> Weights | Non
 class Pretrained:
     """The pretrained part of a model before its first step."""
 
-    loaded: Mapping[str, Tensor]  # by "model.…" and "objective.…"
+    loaded: Mapping[str, Tensor]  # by "model.…" and "objective.…"; empty if they can be read again
     multipliers: Mapping[str, LrMultiplier]  # by the names of `named_trainable`
     whole: bool  # whether the model can be evaluated before the first step
     summary: str
@@ -80,8 +80,11 @@ def apply_pretrained(
         return None
     heads = _place_heads(start, objective) if start is not None else set()
     state, of_heads = model.state_dict(), objective.state_dict()
-    kept = prefixed("model", {name: state[name].clone() for name in taken})
-    kept |= prefixed("objective", {name: of_heads[name].clone() for name in heads})
+    kept: dict[str, Tensor] = {}
+    # Published weights are read again by their name, unless position embeddings were resampled.
+    if start is not None and not (is_published(start.origin) and _same_shapes(start.tensors, state)):
+        kept |= prefixed("model", {name: state[name].clone() for name in taken})
+        kept |= prefixed("objective", {name: of_heads[name].clone() for name in heads})
     layers = depths(model)
     new = [name for name, _ in model.named_parameters() if name not in loaded]
     new += [name.removeprefix("terms.") for name, _ in objective.named_parameters() if name not in heads]
@@ -100,6 +103,10 @@ def apply_pretrained(
     multipliers = {f"model.{name}": _multiplier(name, tune, layers, frozen) for name in names}
     whole = start is not None and start.whole and not any(name.startswith((IMAGE, TEXT)) for name in new)
     return Pretrained(kept, multipliers, whole, summary)
+
+
+def _same_shapes(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> bool:
+    return all(tensor.shape == state[name].shape for name, tensor in tensors.items())
 
 
 def load_tensors(start: Weights, model: DualEncoder) -> set[str]:
