@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from glob import glob
 from operator import itemgetter
 from pathlib import Path
@@ -18,12 +17,10 @@ from declip.data.sources.image_source import ImageSource, open_images
 from declip.data.sources.open import open_source
 from declip.data.sources.python_items import Items
 from declip.errors import UserError, check_range
-from declip.evaluation.encode import Batches, Encoder
+from declip.evaluation.encode import Encoder
 from declip.evaluation.zero_shot import class_features, logit_scale, read_templates
 from declip.interchange.read import load
-from declip.io.pool import in_order, naming_lost_workers, pairs_bar
-from declip.models.inference import image_encoder
-from declip.search.model import image_vectors
+from declip.search.model import encode_images
 from declip.search.predictions import Prediction, check_out, open_predictions
 
 
@@ -80,21 +77,19 @@ def classify(
     check_out(path)
     encoder = load(model, device) if isinstance(model, str | Path) else model
     encoder.tokenize([""])  # a model without a text tower fails before processes start
-    # Read images, in worker processes that start here: a fork does not copy the thread of the progress bar.
-    batches = [range(start, min(start + batch_size, len(source))) for start in range(0, len(source), batch_size)]
-    stream = in_order(Batches(encoder, batches, partial(_read, source)), len(batches), workers)
     # Classify and write batch by batch.
     result = Classification(dict.fromkeys(names, 0))
     collect = on_prediction or (result.predictions.append if path is None else None)
-    writing = open_predictions(path, names, source)
-    with naming_lost_workers(), writing as write, pairs_bar(progress) as bar:
-        texts = class_features(encoder, names, prompts, batch_size=batch_size).double()  # (C, d)
-        encode, scale = image_encoder(encoder), logit_scale(encoder)
-        task = bar.add_task(f"Images of {source.name}", total=len(source))
-        for pixels, rows, broken in stream:
+    batches = [range(start, min(start + batch_size, len(source))) for start in range(0, len(source), batch_size)]
+    stream = encode_images(encoder, source, _read, batches, workers, progress)
+    texts = class_features(encoder, names, prompts, batch_size=batch_size).double()  # (C, d)
+    scale = logit_scale(encoder)
+    with open_predictions(path, names, source) as write:
+        for vectors, rows, broken in stream:
             result.skipped.merge(broken)
-            images = texts[:0] if pixels is None else image_vectors(encoder, pixels, encode).double()  # (n, d)
-            probabilities = torch.softmax(scale * images @ texts.T, dim=1)  # (n, C)
+            if not rows:
+                continue
+            probabilities = torch.softmax(scale * vectors.double() @ texts.T, dim=1)  # (n, C)
             for (key, place, origin), own in zip(rows, probabilities.tolist(), strict=True):
                 largest, best = max(zip(own, names, strict=True), key=itemgetter(0))
                 prediction = Prediction(key, best, largest, dict(zip(names, own, strict=True)))
@@ -102,7 +97,6 @@ def classify(
                 write(prediction, place, origin)
                 if collect is not None:
                     collect(prediction)
-            bar.advance(task, len(rows) + broken.total)
         if not any(result.counts.values()):
             raise UserError(f"None of the {len(source):,} images can be used: {result.skipped.explanation()}")
     return result

@@ -7,7 +7,6 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import get_args
@@ -25,13 +24,12 @@ from declip.data.sources.open import open_source
 from declip.data.sources.python_items import Items
 from declip.data.sources.stored_paths import relative, stored_path
 from declip.errors import UserError, check_range, unknown
-from declip.evaluation.encode import Batches, Encoder, text_features
+from declip.evaluation.encode import Encoder, text_features
 from declip.interchange.read import load
-from declip.io.pool import in_order, naming_lost_workers, pairs_bar
-from declip.models.inference import image_encoder
+from declip.io.pool import pairs_bar
 from declip.search.index import Index
 from declip.search.info import Dtype, IndexInfo, SourceInfo
-from declip.search.model import describe_model, image_vectors
+from declip.search.model import describe_model, encode_images
 from declip.search.store import PART_ROWS, Block, IndexedImage
 from declip.search.writer import Writer, open_writer
 
@@ -163,24 +161,19 @@ def _embed_places(
     info, skipped = writer.info, SkipCounter()
     parts = [places[start : start + PART_ROWS] for start in range(0, len(places), PART_ROWS)]
     batches = [part[start : start + batch_size] for part in parts for start in range(0, len(part), batch_size)]
-    # The workers start here, before the bar's own thread does: a fork copies no thread.
-    stream = in_order(Batches(model, batches, partial(read_row, source)), len(batches), workers)
-    encode = image_encoder(model)
-    with naming_lost_workers(), pairs_bar(progress) as bar:
-        task = bar.add_task(f"Images of {source.name}", total=len(places))
-        for part in parts:
-            rows, vectors = list[IndexedImage](), list[Tensor]()
-            for pixels, read, broken in islice(stream, math.ceil(len(part) / batch_size)):
-                if pixels is not None:
-                    vectors.append(image_vectors(model, pixels, encode))
-                for row in read:
-                    origin = row.origin._replace(path=relative(row.origin.path, writer.folder))
-                    rows.append(replace(row, id=info.next_id + len(rows), origin=origin))
-                skipped.merge(broken)
-                bar.advance(task, len(read) + broken.total)
-            if rows:
-                captions = _caption_vectors(model, rows, vectors[0].shape[1]) if info.captions else None
-                writer.add(Block.of(rows, torch.cat(vectors), captions, info.dtype), part[-1] + 1)
+    stream = encode_images(model, source, read_row, batches, workers, progress)
+    for part in parts:
+        rows, vectors = list[IndexedImage](), list[Tensor]()
+        for own, read, broken in islice(stream, math.ceil(len(part) / batch_size)):
+            vectors.append(own)
+            for row in read:
+                origin = row.origin._replace(path=relative(row.origin.path, writer.folder))
+                rows.append(replace(row, id=info.next_id + len(rows), origin=origin))
+            skipped.merge(broken)
+        if rows:
+            images = torch.cat([own for own in vectors if len(own)])  # (n, d)
+            captions = _caption_vectors(model, rows, images.shape[1]) if info.captions else None
+            writer.add(Block.of(rows, images, captions, info.dtype), part[-1] + 1)
     return skipped
 
 

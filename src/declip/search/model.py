@@ -2,7 +2,8 @@
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,13 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from declip.data.pair import SkipCounter
+from declip.data.sources.image_source import ImageSource
 from declip.data.sources.stored_paths import stored_path
 from declip.errors import UserError
-from declip.evaluation.encode import Encoder, eval_mode
+from declip.evaluation.encode import Batches, Encoder, eval_mode
+from declip.io.pool import in_order, naming_lost_workers, pairs_bar
+from declip.models.inference import image_encoder
 from declip.search.info import ModelInfo
 
 PROBE = "a photo of two red apples, and a dog"  # its token ids are part of the fingerprint
@@ -65,12 +70,30 @@ def _update(digest: Any, head: str, tensor: Tensor) -> None:
     digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
 
 
-def image_vectors(model: Encoder, pixels: Tensor, encode: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-    """Encode (n, 3, S, S) normalized pixels to (n, d) float32 on the CPU, L2-normalized.
+def encode_images(
+    model: Encoder,
+    source: ImageSource,
+    read: Callable[[ImageSource, int], tuple[Image.Image, Any]],
+    batches: Sequence[Sequence[int]],
+    workers: int,
+    progress: bool,
+) -> Iterator[tuple[Tensor, list[Any], SkipCounter]]:
+    """Read and encode the images at some places of a source.
 
-    Args:
-        encode: `declip.models.inference.image_encoder` of the model, for many images.
+    Yields, for each batch: vectors (n, d) float32, of length 1; what `read` returned with the n images; those left out.
     """
+    # The workers start before the thread of the bar does: a fork copies no thread.
+    stream = in_order(Batches(model, batches, partial(read, source)), len(batches), workers)
+    encode = image_encoder(model)
+    with naming_lost_workers(), pairs_bar(progress) as bar:
+        task = bar.add_task(f"Images of {source.name}", total=sum(map(len, batches)))
+        for pixels, rows, broken in stream:
+            yield (torch.empty(0, 0) if pixels is None else image_vectors(model, pixels, encode)), rows, broken
+            bar.advance(task, len(rows) + broken.total)
+
+
+def image_vectors(model: Encoder, pixels: Tensor, encode: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """Encode (n, 3, S, S) normalized pixels to (n, d) float32 on the CPU, of length 1; `encode` is for many images."""
     with eval_mode(model) as device:
         vectors = normalize((encode or model.encode_image)(pixels.to(device)).float(), dim=-1).cpu()
     if not vectors.isfinite().all():
