@@ -56,20 +56,17 @@ def classify(
 ) -> Classification:
     """Classify images among classes by their names; with `out`, memory does not grow with the number of images.
 
-    Probabilities are the softmax of the logit scale times the cosines, as in CLIP's zero-shot classification.
-
     Args:
         images: A folder, a file, a pattern such as "photos/*.jpg", or any source; images need no captions.
         classes: Names, a file with one name per line, or names separated by commas.
         templates: A shipped template set, or sentences with ``{}`` for the class.
-        out: A .csv file with all probabilities, or a new folder for predictions.csv and a folder of images
-            for each class.
+        out: A .csv file with all probabilities, or a new folder for predictions.csv and a folder of images per class.
         on_prediction: Called with each prediction, in the order of the images.
 
     Raises:
         UserError: Fewer than two classes, no readable image, a folder that is not empty, or no text tower.
     """
-    # Validate the input before the model is loaded.
+    # --- input, before the model is loaded
     check_range("batch_size", batch_size, 1)
     names, prompts = read_classes(classes), read_templates(templates)[1]
     source = _open(images, replace(columns, caption=None))
@@ -77,7 +74,8 @@ def classify(
     check_out(path)
     encoder = load(model, device) if isinstance(model, str | Path) else model
     encoder.tokenize([""])  # a model without a text tower fails before processes start
-    # Classify and write batch by batch.
+
+    # --- classify and write batch by batch
     result = Classification(dict.fromkeys(names, 0))
     collect = on_prediction or (result.predictions.append if path is None else None)
     batches = [range(start, min(start + batch_size, len(source))) for start in range(0, len(source), batch_size)]
@@ -89,6 +87,7 @@ def classify(
             result.skipped.merge(broken)
             if not rows:
                 continue
+            # As CLIP's zero-shot classification: softmax of the logit scale times the cosines.
             probabilities = torch.softmax(scale * vectors.double() @ texts.T, dim=1)  # (n, C)
             for (key, place, origin), own in zip(rows, probabilities.tolist(), strict=True):
                 largest, best = max(zip(own, names, strict=True), key=itemgetter(0))

@@ -52,9 +52,8 @@ def embed(
 ) -> Index:
     """Write the vectors of a source's images, with their keys and captions, to a folder that can be searched.
 
-    Called again with the same arguments it continues after the last complete part, bit-exact if the machine, the
-    threads and `batch_size` are the same. Once done, a further call embeds only what is new or has changed in the
-    source (by key, size and modification time) and drops what has left it.
+    The same call continues after the last complete part, bit-exact on the same machine with the same `batch_size`. Once
+    done, it embeds only what is new or has changed in the source (by key and stamp) and drops what has left it.
 
     Args:
         model: A model, or what `declip.load` opens.
@@ -68,6 +67,7 @@ def embed(
         UserError: There is no such source or model, no image can be used, an option is out of its range, or the folder
             holds something else, an index of another model, source or option, or cannot be written to.
     """
+    # --- options, source and model
     check_range("batch_size", batch_size, 1)
     if dtype not in get_args(Dtype):
         raise unknown("dtype", dtype, get_args(Dtype))
@@ -81,6 +81,8 @@ def embed(
     encoder = load(model, device) if isinstance(model, str | Path) else model
     if captions:
         encoder.tokenize([""])  # a model without a text tower fails now, not after an hour
+
+    # --- compare the source with the index, and write what differs
     made_by = describe_model(encoder, loaded_from or model, folder)
     wanted = IndexInfo(model=made_by, source=saved, dtype=dtype, captions=captions)
     with open_writer(folder, wanted) as writer:
@@ -99,20 +101,18 @@ def embed(
 
 
 def find_changes(source: ImageSource, writer: Writer, progress: bool = False) -> tuple[list[int], set[int]]:
-    """Compare a source with the rows that were embedded of it.
-
-    An image is recognized by its key and its stamp (`_stamped`). Of several that share both, each stands for one row.
+    """Compare a source with the rows that were embedded of it, by key and stamp (`_stamped`).
 
     Returns:
-        The places to embed, those after the last part first, so that the batches are those of a call that was not
-        killed; and the ids of rows to drop, because their image is no longer in the source or has changed.
+        The places to embed, and the ids of rows to drop, because their image has left the source or has changed.
     """
+    # Of several images that share key and stamp, each stands for one row, and is told from the others by its place.
     repeated = {key for key, count in Counter(map(source.key, range(len(source)))).items() if count > 1}
     rows: dict[tuple[str, str, int | None], list[int]] = defaultdict(list)
     for store in writer.stores:
         columns = (store.ids.tolist(), *(store.column(name).to_pylist() for name in ("key", "stamp", "place")))
         for id, key, stamp, place in zip(*columns, strict=True):
-            rows[key, stamp, place if key in repeated else None].append(id)  # repeated keys are told apart by place
+            rows[key, stamp, place if key in repeated else None].append(id)
     known = {key for key, _, _ in rows}
     later, earlier = list[int](), list[int]()
     with pairs_bar(progress) as bar:
@@ -123,6 +123,7 @@ def find_changes(source: ImageSource, writer: Writer, progress: bool = False) ->
                 ids.pop()
             else:
                 (later if place >= writer.reached else earlier).append(place)
+    # What follows the last part comes first, so that the batches are those of a call that was not killed.
     return later + earlier, {id for ids in rows.values() for id in ids}
 
 
@@ -164,12 +165,14 @@ def _embed_places(
     stream = encode_images(model, source, read_row, batches, workers, progress)
     for part in parts:
         rows, vectors = list[IndexedImage](), list[Tensor]()
+        # --- vectors and rows of a part, in memory
         for own, read, broken in islice(stream, math.ceil(len(part) / batch_size)):
             vectors.append(own)
             for row in read:
                 origin = row.origin._replace(path=relative(row.origin.path, writer.folder))
                 rows.append(replace(row, id=info.next_id + len(rows), origin=origin))
             skipped.merge(broken)
+        # --- the part on the disk, from where a killed call continues
         if rows:
             images = torch.cat([own for own in vectors if len(own)])  # (n, d)
             captions = _caption_vectors(model, rows, images.shape[1]) if info.captions else None
@@ -180,7 +183,7 @@ def _embed_places(
 def _caption_vectors(model: Encoder, rows: Sequence[IndexedImage], dimension: int) -> Tensor:
     """Mean vector of each image's captions, (n, d) float32, L2-normalized, zeros where there is none."""
     texts = [text for row in rows for text in row.captions]
-    means = torch.zeros(len(rows), dimension)
+    means = torch.zeros(len(rows), dimension)  # sums first; lengths do not matter
     if texts:
         owners = torch.repeat_interleave(torch.tensor([len(row.captions) for row in rows]))
         means.index_add_(0, owners, text_features(model, texts))

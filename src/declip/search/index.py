@@ -43,9 +43,7 @@ class Hit(IndexedImage):
 
 
 class Index:
-    """An index as `declip.embed` writes it.
-
-    An index that is open keeps the rows it had when it was opened, also while `embed` updates it.
+    """An index as `declip.embed` writes it; an open one keeps its rows while `embed` updates it.
 
     Args:
         model: The model that made it, or what `declip.load` opens; by default the one that index.json names.
@@ -152,31 +150,22 @@ class Index:
 
         Args:
             image: An image, or its file.
-            weights: Weights of text and image, if both are given: the query is the normalized weighted sum of their
-                unit vectors. A negative weight searches for images unlike it.
+            weights: Weights of text and image in their sum; a negative one searches for images unlike it.
             template: A sentence with ``{}`` for the text, or a shipped template set's name: then the mean over it.
-            k: Number of results, at most.
             over: "images" compares with the vectors of the images, "captions" with those of their captions.
 
         Returns:
-            The nearest images, the best first.
+            The `k` nearest images, the best first.
 
         Raises:
             UserError: No query, an image that cannot be read, `k` out of its range, or another model.
         """
         check_range("k", k, 1, MOST)
-        ids, scores = self.nearest(self.query(text, image, weights, template)[None], k, over=over)
-        return self._hits(ids[0], scores[0])
+        ids, scores = self.nearest(self.query(text, image, weights, template)[None], k, over=over)  # (1, k') each
+        return [Hit(**vars(self.row(int(id))), score=float(score)) for id, score in zip(ids[0], scores[0], strict=True)]
 
     def nearest(self, queries: Tensor, k: int, *, over: Over = "images") -> tuple[Tensor, Tensor]:
-        """Find the nearest of many vectors at once.
-
-        Args:
-            queries: (n, d) of length 1, numbers of any type.
-
-        Returns:
-            Ids (n, k') int64 and cosines (n, k') float32, the best first.
-        """
+        """Find the ids (n, k') int64 and cosines (n, k') float32 nearest to vectors (n, d) of length 1, the best first."""
         queries = as_tensor(queries, dtype=float32)
         if queries.ndim != 2 or queries.shape[1] != self.info.dimension or k < 0:
             raise UserError(
@@ -203,13 +192,8 @@ class Index:
         return self._store.column("captions").to_pylist()
 
     def image(self, id: int) -> Image.Image:
-        """Read an image from the source, RGB and upright.
-
-        Only what the source itself lists is read, by the row's key: no path in the index is ever opened.
-
-        Raises:
-            UserError: There is no such id, or its image has left the source or cannot be read.
-        """
+        """Read an image from the source, RGB and upright; raises `UserError` if there is no such image any more."""
+        # By the row's key, among what the source itself lists: no path in the index is ever opened.
         row, source = self.row(id), self._source
         place: int | None = row.place
         if row.place >= len(source) or source.key(row.place) != row.key:  # the source has changed since
@@ -231,9 +215,6 @@ class Index:
             lines.append(f"Without caption: {uncaptioned:,}")
         return "\n".join([*lines, f"Files: {', '.join(map(str, files))}"])
 
-    def _hits(self, ids: Tensor, scores: Tensor) -> list[Hit]:
-        return [Hit(**vars(self.row(int(id))), score=float(score)) for id, score in zip(ids, scores, strict=True)]
-
     @cached_property
     def _source(self) -> ImageSource:
         given, saved = self._source_given, self.info.source
@@ -251,7 +232,4 @@ class Index:
     @cached_property
     def _places(self) -> dict[str, int]:
         """The first place of each key in the source as it is now."""
-        places: dict[str, int] = {}
-        for place in range(len(self._source)):
-            places.setdefault(self._source.key(place), place)
-        return places
+        return {self._source.key(place): place for place in reversed(range(len(self._source)))}

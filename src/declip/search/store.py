@@ -76,14 +76,12 @@ class Block:
 
 
 def write_blocks(target: Path, blocks: Iterable[Block], count: int) -> None:
-    """Write `count` rows into the new folder `target`, which appears when all of its files are on the disk.
-
-    Values are stored without compression or dictionaries, so that a file's size limits what reading it takes.
-    """
+    """Write `count` rows into the new folder `target`, which appears when all of its files are on the disk."""
     with atomic_write(target, ELSEWHERE, durable=True) as folder:
         folder.mkdir()
         matrices: dict[Over, np.memmap] = {}
         start = 0
+        # Without compression and dictionaries, so that a file's size limits what reading it takes: `_check_layout`.
         with pq.ParquetWriter(folder / ROWS, SCHEMA, compression="NONE", use_dictionary=False) as writer:
             for block in blocks:
                 writer.write_table(block.table, row_group_size=PART_ROWS)
@@ -103,9 +101,6 @@ def write_blocks(target: Path, blocks: Iterable[Block], count: int) -> None:
 class Store:
     """The rows and vectors in a folder that `write_blocks` wrote. A position is the number of a row.
 
-    Only the ids are read when it is opened. The vectors stay mapped from the disk, and rows are decoded by groups. The
-    files may be replaced while they are open.
-
     Args:
         index: The folder of the index, which stored paths are relative to.
 
@@ -114,6 +109,8 @@ class Store:
         FileNotFoundError: A file is missing.
     """
 
+    # Only the ids are read here. The vectors stay mapped from the disk, and rows are decoded by groups. The files may
+    # be replaced while they are open.
     def __init__(self, folder: Path, index: Path, info: IndexInfo) -> None:
         self.folder, self.index, self._lock = folder, index, Lock()
         kinds: list[Over] = ["images", "captions"] if info.captions else ["images"]
@@ -203,10 +200,7 @@ class Store:
 
 
 def _check_layout(file: pq.ParquetFile) -> None:
-    """Raise a `ValueError` unless the table is as `write_blocks` writes it.
-
-    Compression and dictionaries would let a small file from a stranger expand to any size.
-    """
+    """Raise a `ValueError` unless the table is as `write_blocks` writes it."""
     if not file.schema_arrow.equals(SCHEMA):
         raise ValueError(f"{ROWS} has other columns")
     for number in range(file.num_row_groups):
