@@ -165,7 +165,7 @@ class Index:
         return [Hit(**vars(self.row(int(id))), score=float(score)) for id, score in zip(ids[0], scores[0], strict=True)]
 
     def nearest(self, queries: Tensor, k: int, *, over: Over = "images") -> tuple[Tensor, Tensor]:
-        """Find the ids (n, k') int64 and cosines (n, k') float32 nearest to vectors (n, d) of length 1, the best first."""
+        """Find ids (n, k') int64 and cosines (n, k') float32 nearest to vectors (n, d) of length 1, the best first."""
         queries = as_tensor(queries, dtype=float32)
         if queries.ndim != 2 or queries.shape[1] != self.info.dimension or k < 0:
             raise UserError(
