@@ -115,40 +115,18 @@ def test_a_list_of_pairs_is_split_into_lists_of_its_source(pairs: Path, weights:
     assert (train.source, len(open_source(tmp_path / "run" / finetuning.SPLIT[1]))) == (str(pairs), len(val.indices))
 
 
-def test_a_running_run_keeps_its_folder(
-    pairs: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out, split = tmp_path / "run", finetuning.split_pairs
+def test_a_running_run_keeps_its_folder(pairs: Path, weights: Path, tmp_path: Path) -> None:
     other = (
-        "import fcntl, pathlib, sys; f = pathlib.Path(sys.argv[1]); f.mkdir(exist_ok=True); l = open(f / '.lock', 'ab')"
+        "import fcntl, pathlib, sys; f = pathlib.Path(sys.argv[1]); f.mkdir(); l = open(f / '.lock', 'ab')"
+        "; fcntl.lockf(l, fcntl.LOCK_EX); (f / 'checkpoint').touch(); print('locked', flush=True); input()"
     )
-    other += "; fcntl.lockf(l, fcntl.LOCK_EX | fcntl.LOCK_NB); (f / 'checkpoint').touch(); print('locked', flush=True)"
-
-    def split_meanwhile(*given: Any, **options: Any) -> Any:
-        """Start another process on the same folder while this one looks at its pairs."""
-        process = subprocess.Popen([sys.executable, "-c", f"{other}; input()", out], stdin=-1, stdout=-1, stderr=-1)
-        processes.append(process)
+    with subprocess.Popen([sys.executable, "-c", other, tmp_path / "run"], stdin=-1, stdout=-1) as process:
         assert process.stdout is not None
-        answers.append(process.stdout.readline())
-        return split(*given, **options)
-
-    processes: list[subprocess.Popen[bytes]] = []
-    answers: list[bytes] = []
-    monkeypatch.setattr(finetuning, "split_pairs", split_meanwhile)
-    run = declip.finetune(pairs, weights, out=out, quiet=True, **{"train.steps": 1, "train.batch_size": 8})
-    assert (set(answers), run.finished) == ({b""}, True)
-    for process in processes:
-        assert process.stderr is not None
-        assert b"BlockingIOError" in process.stderr.read(), "the folder was locked before the pairs were read"
-    held = subprocess.Popen([sys.executable, "-c", f"{other}; input()", tmp_path / "b"], stdin=-1, stdout=-1)
-    processes.append(held)
-    assert held.stdout is not None
-    assert held.stdout.readline() == b"locked\n"
-    with pytest.raises(UserError, match="in use"):
-        declip.finetune(pairs, weights, out=tmp_path / "b", quiet=True)
-    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == [".lock", "checkpoint"]
-    for process in processes:
+        assert process.stdout.readline() == b"locked\n"
+        with pytest.raises(UserError, match="in use"):
+            declip.finetune(pairs, weights, out=tmp_path / "run", quiet=True)
         process.communicate(b"\n")
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock", "checkpoint"]
 
 
 @pytest.mark.parametrize(

@@ -26,10 +26,10 @@ class Case(NamedTuple):
     removed: Path | None = None
 
 
-def plain(name: str, workers: int) -> Callable[..., Case]:
+def plain(name: str, workers: int, **train: Any) -> Callable[..., Case]:
     def case(table: Path, start: Path, folder: Path) -> Case:
         data = {"source": str(table), "workers": workers}
-        return Case(recipe_for(table, name, {"data": data}))
+        return Case(recipe_for(table, name, {"data": data}, **train))
 
     return case
 
@@ -73,7 +73,7 @@ def text_encoder(table: Path, start: Path, folder: Path) -> Case:
 
 CASES = {
     "clip, a loader process": plain("clip", 1),
-    "defilip": plain("defilip", 0),
+    "defilip, Muon": plain("defilip", 0, optimizer="muon"),
     "groups": groups,
     "fixed teacher": fixed_teacher,
     "a view that starts late": late_view,
@@ -81,7 +81,7 @@ CASES = {
         image_lr_scale=0.5, layer_decay=0.8, head_warmup_steps=3, freeze_text_blocks=1
     ),
     "adapters": fine_tuned(lora={"rank": 2}, head_warmup_steps=2),
-    "another image size": fine_tuned(image_size=48),
+    "another image size and length": fine_tuned(image_size=48, context_length=12),
     "Hugging Face encoder": text_encoder,
 }
 

@@ -26,7 +26,6 @@ from declip.training import resolve
 from declip.training import trainer as trainer_module
 from declip.training.assemble import assemble
 from declip.training.sinks import Sink
-from declip.training.step import training_step
 from declip.training.stopping import TRY_AGAIN
 from declip.training.trainer import Trainer
 from training.starts import recipe_for, same_end, stop_at
@@ -45,11 +44,11 @@ def test_every_recipe_lowers_its_own_loss(table: Path, tmp_path: Path, name: str
 @pytest.mark.slow
 def test_killed_at_any_moment_it_resumes_to_the_same_bits(table: Path, tmp_path: Path) -> None:
     """SIGKILL at moments spread over the run, checkpoint writing included, until it gets through."""
-    recipe = recipe_for(table, "declip", steps=40, checkpoint_every=7, log_every=3)
+    recipe = recipe_for(table, "declip", steps=32, checkpoint_every=7, log_every=3)
     train(recipe, out=tmp_path / "whole", quiet=True, report=False)
     run, kills = tmp_path / "killed", 0
     fork = multiprocessing.get_context("fork")
-    for delay in (0.05, 0.02, 0.0, 0.004):
+    for delay in (0.02, 0.0, 0.004):
         process = fork.Process(target=train, args=(recipe,), kwargs={"out": run, "resume": True, "quiet": True})
         before = set((run / "checkpoints").glob("*"))
         process.start()
@@ -319,16 +318,3 @@ def test_a_device_is_asked_for_its_precision(monkeypatch: pytest.MonkeyPatch) ->
             torch.cuda, "is_bf16_supported", lambda including_emulation, c=can: c or including_emulation
         )
         assert [computes_bf16(torch.device(name)) for name in ("cpu", "cuda", "meta")] == [can, can, False]
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_no_step_waits_for_cuda(table: Path, tmp_path: Path) -> None:
-    recipe = recipe_for(table, "defilip", device="cuda", precision="bf16")
-    trainer = Trainer(assemble(recipe, tmp_path, quiet=True))
-    batches = [next(trainer.loader) for _ in range(2)]
-    training_step(trainer.step_parts, batches[0])
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        trainer.guard.check(1, training_step(trainer.step_parts, batches[1]))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
