@@ -54,6 +54,27 @@ def test_cca_whitens_both_sides(ridge: float) -> None:
     np.testing.assert_allclose(x @ bilinear @ y.T, x @ whiteners[0] @ product @ whiteners[1] @ y.T, atol=1e-8)
 
 
+@pytest.mark.parametrize("ridge", [0.1, 3.0, 1e9])
+def test_pulled_heads_solve_the_penalized_regression_both_ways(ridge: float) -> None:
+    images, texts = features(40)
+    images = images[:, :7] + texts  # embeddings in one space
+    weights = torch.linspace(0.5, 2.0, 40, dtype=torch.float64)
+    (heads,) = closed_form_heads(images, texts, weights, (Form("pulled", ridge),))
+
+    x, y, share = centered(images, weights), centered(texts, weights), (weights / weights.sum()).numpy()
+    product = np.zeros((7, 7))
+    for source, target, transposed in ((x, y, False), (y, x, True)):
+        covariance, cross = ((source * share[:, None]).T @ side for side in (source, target))
+        penalty, slope = ridge * np.trace(covariance) / 7, np.trace(cross) / np.trace(covariance)
+        map_ = np.linalg.inv(covariance + penalty * np.eye(7)) @ (cross + penalty * slope * np.eye(7))
+        product += (map_.T if transposed else map_) / np.linalg.norm(map_)
+
+    bilinear = (heads.image.mT @ heads.text).numpy()
+    np.testing.assert_allclose(x @ bilinear @ y.T, x @ product @ y.T, atol=1e-8)
+    if ridge == 1e9:  # the cosines of the start, up to a factor
+        np.testing.assert_allclose(x @ bilinear @ y.T, x @ y.T * 2 / 7**0.5, atol=1e-6)
+
+
 @pytest.mark.parametrize("shape", [(9, 5), (5, 9), (6, 6)])
 def test_split_product_is_the_singular_value_decomposition(shape: tuple[int, int]) -> None:
     product = torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))

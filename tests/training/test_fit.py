@@ -215,3 +215,13 @@ def test_broken_pairs_are_counted_and_refused(folder: Path, tmp_path: Path) -> N
     assert (skipped["seen"], run.cross_validation["pairs"]) == (COUNT + 1, COUNT)
     with pytest.raises(UserError, match="max_broken_fraction"):
         fitted(folder, tmp_path / "refused", "broken.csv", **{"data.max_broken_fraction": 0.01})  # type: ignore[arg-type]
+
+
+def test_a_start_with_projections_is_never_worse_afterwards(run: Run, folder: Path) -> None:
+    again = declip.finetune(folder / "pairs.csv", run.folder, freeze="both", quiet=True, out=folder / "again")
+    assert again.cross_validation["method"] in ("start", "pulled", "cca")
+    before, after = (cosines(each.folder, folder) for each in (run, again))
+    if again.cross_validation["method"] == "start":
+        torch.testing.assert_close(before, after)
+    # the exported model has the same projections in one layer each
+    torch.testing.assert_close(cosines(again.folder / "exported" / "safetensors", folder), after)

@@ -33,8 +33,8 @@ def test_wrong_classes_do_no_harm() -> None:
     classes, pairs, groups = class_pairs(300), pairs_of(60), np.arange(60)
     choice = choose_heads(pairs, groups, classes._replace(texts=classes.texts.flip(0)))
     assert choice.outcome is not None
-    assert choice.without_classes is not None
-    assert choice.outcome.recall(1, pairs, groups).value >= choice.without_classes.recall(1, pairs, groups).value - 0.02
+    assert choice.reference is not None
+    assert choice.outcome.recall(1, pairs, groups).value >= choice.reference.recall(1, pairs, groups).value - 0.02
     assert choose_heads(pairs_of(20), np.arange(20), classes).class_weight > 0
 
 
@@ -44,6 +44,18 @@ def test_ties_keep_the_usual_heads() -> None:
     assert choice.outcome is not None
     assert int(choice.outcome.to_text.sum()) == 0
     assert choice.form == DEFAULT_FORM
+
+
+def test_embeddings_stay_as_they_are_unless_their_pairs_say_otherwise() -> None:
+    generator = torch.Generator().manual_seed(0)
+    texts = torch.randn(200, 12, generator=generator, dtype=torch.float64)
+    turned = torch.linalg.qr(torch.randn(12, 12, generator=generator, dtype=torch.float64)).Q
+    noise = torch.randn(200, 12, generator=generator, dtype=torch.float64)
+    for images, form in ((texts + noise, "start"), (texts @ turned + 0.3 * noise, "pulled")):
+        choice = choose_heads(Pairs(images, texts, torch.arange(200)), np.arange(200), embedded=True)
+        assert choice.form.method == form
+    few = Pairs(texts[:10], texts[10:20], torch.arange(10))
+    assert choose_heads(few, np.arange(10), embedded=True).form.method == "start"
 
 
 def test_more_noise_needs_more_ridge() -> None:

@@ -9,17 +9,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+LEAST_SLOPE = 1e-3  # of embeddings on those of their pairs, where the model is no better than chance
 OWN_MEAN = 10  # images of one's own that weigh as much as the start's mean feature
 
 
 class Form(NamedTuple):
     """A closed form of the projections."""
 
-    method: Literal["ridge", "cca"]
+    method: Literal["ridge", "cca", "pulled", "start"]
     ridge: float  # added to the variance of each direction, in units of their mean
 
 
 DEFAULT_FORM = Form("ridge", 1.0)  # of fewer pairs than can be cross-validated
+START = Form("start", 0.0)  # the embeddings of a model that has projections, as they are
 
 
 class Pairs(NamedTuple):
@@ -63,6 +65,10 @@ def closed_form_heads(
         Wₓ = (XᵀΩX + εₓI)^-½        Wᵧ = (YᵀΩY + εᵧI)^-½        Wₓ XᵀΩY Wᵧ = U diag(s) Vᵀ
     and are √s UᵀWₓ and √s VᵀWᵧ. Projections without a bias cannot subtract a mean, so they ignore its direction.
 
+    "pulled" is for embeddings of a model that has projections: ridge regression towards them (the penalty of ProLIP,
+    arXiv 2410.05270), as all of its space is kept where the ridge is large:
+        R₁ = (XᵀΩX + εₓI)⁻¹ (XᵀΩY + εₓ cₓ I)        cₓ = tr(XᵀΩY) / tr(XᵀΩX)        R₂ with X and Y exchanged
+
     Args:
         images: (n, v).
         texts: (n, w), of the same pairs.
@@ -73,7 +79,10 @@ def closed_form_heads(
     image_side = CenteredFeatures.of(images.double(), weights, mean)
     text_side = CenteredFeatures.of(texts.double(), weights)
     maps = solve(image_side.rows, text_side.rows, weights, forms)
-    return [Heads(image_side.projection(left), text_side.projection(right)) for left, right in maps]
+    return [
+        Heads(left, right) if form == START else Heads(image_side.projection(left), text_side.projection(right))
+        for form, (left, right) in zip(forms, maps, strict=True)
+    ]
 
 
 class CenteredFeatures(NamedTuple):
@@ -105,6 +114,9 @@ def solve(x: Tensor, y: Tensor, weights: Tensor, forms: tuple[Form, ...]) -> lis
     cross = x_axes.mT @ ((x * weights[:, None]).mT @ y) @ y_axes  # (v, w), in the axes of both sides
     found = []
     for method, ridge in forms:
+        if method == "start":
+            found.append((torch.eye(len(x_axes)).to(x), torch.eye(len(y_axes)).to(y)))
+            continue
         x_damped, y_damped = (side + ridge * side.mean() for side in (x_variances, y_variances))
         if method == "cca":
             # Equal features have no variance at all: they are left at 0 instead of divided by it.
@@ -112,7 +124,15 @@ def solve(x: Tensor, y: Tensor, weights: Tensor, forms: tuple[Form, ...]) -> lis
             left, right = split_product(x_white[:, None] * cross * y_white)
             left, right = left * x_white, right * y_white
         else:
-            units = [normalize(side.flatten(), dim=0) for side in (cross / x_damped[:, None], cross / y_damped)]
+            x_cross = y_cross = cross
+            if method == "pulled":
+                shared = x_axes.mT @ y_axes  # the identity, in the axes of both sides
+                slope = (x_axes @ cross * y_axes).sum()  # tr(XᵀΩY)
+                x_cross, y_cross = (
+                    cross + ridge * side.mean() * (slope / side.sum()).clamp(min=LEAST_SLOPE) * shared
+                    for side in (x_variances, y_variances)
+                )
+            units = [normalize(side.flatten(), dim=0) for side in (x_cross / x_damped[:, None], y_cross / y_damped)]
             left, right = split_product((units[0] + units[1]).view_as(cross))
         found.append((left @ x_axes.mT, right @ y_axes.mT))
     return found
@@ -127,7 +147,11 @@ def split_product(product: Tensor) -> tuple[Tensor, Tensor]:
     if product.shape[0] < product.shape[1]:
         right, left = split_product(product.mT)
         return left, right
-    squares, axes = (found.flip(-1) for found in torch.linalg.eigh(product.mT @ product))
+    try:
+        squares, axes = (found.flip(-1) for found in torch.linalg.eigh(product.mT @ product))
+    except torch.linalg.LinAlgError:  # float32 with many equal eigenvalues, as of unused dimensions
+        left, right = split_product(product.double())
+        return left.to(product), right.to(product)
     values = squares.clamp(min=0).sqrt()
     roots = values.sqrt()
     inverse = torch.where(values > 1e-6 * values.max(), 1 / roots, 0.0)

@@ -71,7 +71,7 @@ def settings(
     lora = any(value is not None for key, value in given.items() if key.startswith("finetune.lora"))
     if freeze is None:
         freeze = "both" if start == "heads" and on_cpu and not lora else "none"
-    if freeze == "both" and start != "whole":
+    if freeze == "both":
         return _closed_form(given)
     image, text = FREEZE[freeze]
     keys: dict[str, Any] = {"finetune.freeze_image_blocks": image, "finetune.freeze_text_blocks": text}

@@ -100,13 +100,21 @@ def fitted_lines(run: Run) -> list[str]:
             f"each with weight {fitted['class_weight']:g}" if fitted["class_weight"] else "which did not help: unused"
         )
         used += f"; {fitted['classes']:,} classes of the start, {weight}"
-    name = {"ridge": "ridge regression both ways", "cca": "canonical correlation"}[fitted["method"]]
-    lines = [f"Fitted on {used}, by {name} with ridge {fitted['ridge']:g}."]
+    name = {
+        "ridge": "ridge regression both ways",
+        "cca": "canonical correlation",
+        "pulled": "ridge regression towards the projections of the start",
+        "start": "the projections of the start, which no other candidate beat",
+    }[fitted["method"]]
+    ridge = f" with ridge {fitted['ridge']:g}" if fitted["ridge"] else ""
+    lines = [f"Fitted on {used}, by {name}{ridge}."]
     if "recall" not in fitted:
         return [*lines, "Too few different pairs to cross-validate: nothing was measured. Give other pairs with --val."]
     lines.append(f"Cross-validated among {fitted['candidates']:,} images: {_recalls(fitted['recall'])}.")
     if "recall_without_classes" in fitted and fitted["class_weight"]:
         lines.append(f"The same without the classes: {_recalls(fitted['recall_without_classes'])}.")
+    if "recall_of_start" in fitted:
+        lines.append(f"The start has {_recalls(fitted['recall_of_start'])}.")
     return lines
 
 

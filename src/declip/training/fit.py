@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.functional import normalize
 
 from declip.data.images.thumbnails import thumbnails_of
 from declip.data.pair import PairSource, SkipCounter
@@ -23,7 +24,7 @@ from declip.evaluation.protocols import Options, evaluate_all
 from declip.io.atomic import atomic_write, write_text
 from declip.io.pool import usual_workers
 from declip.io.text import plural
-from declip.models.closed_form import ClassPairs, Pairs
+from declip.models.closed_form import START, ClassPairs, Pairs
 from declip.models.device import pick_device
 from declip.models.dual_encoder import DualEncoder
 from declip.models.layers import PROJECTIONS
@@ -42,6 +43,7 @@ from declip.training.resolve import Resolved, resolve
 from declip.training.sinks import RunInfo
 from declip.training.state import versions
 
+RECALL_OF_START, RECALL_WITHOUT_CLASSES = "recall_of_start", "recall_without_classes"  # what the result is compared to
 STEP = 1  # of the checkpoint: fitting is one step
 TIMED = 32  # pairs of an estimate
 SHOWN_WORST = 16  # captions on the page of the run
@@ -102,9 +104,11 @@ def _fit(
         # --- features, heads and the checkpoint
         encoder = FrozenEncoder(model)
         features = compute_features(encoder, source, recipe, related, not quiet)
-        classes = class_pairs(resolved, encoder, not quiet)
-        choice = choose_heads(features.pairs, features.groups, classes, recipe.seed)
-        set_heads(model, choice)
+        starts = has_projections(resolved)
+        classes = None if starts else class_pairs(resolved, encoder, not quiet)
+        pairs = embeddings(features.pairs, model) if starts else features.pairs
+        choice = choose_heads(pairs, features.groups, classes, recipe.seed, embedded=starts)
+        set_heads(model, choice, starts)
         extra = {"versions": versions(), "skipped": _skipped(features, source), "samples": samples, "bad_steps": []}
         weights = prefixed("model", model.state_dict())
         write_snapshot(folder, Checkpoint(STEP, weights, {}, recipe.to_yaml(), extra), recipe.train.keep_checkpoints)
@@ -135,11 +139,6 @@ def frozen_model(resolved: Resolved) -> DualEncoder:
     """Build the model with the towers of the start and projections that are still to be set."""
     recipe, weights = resolved.recipe, resolved.weights
     assert weights is not None, "the schema requires finetune.pretrained for frozen blocks"
-    if any(name.startswith(PROJECTIONS) for name in weights.tensors):
-        raise UserError(
-            "--freeze both leaves nothing to train: these weights have projections of their own. Give --freeze image, "
-            "text or none, the last also with finetune.lora={rank: 8}."
-        )
     if not weights.whole and not (recipe.text.hf_model is not None and recipe.text.pretrained):
         raise UserError(
             "The weights hold no text tower to freeze. Leave --freeze text and finetune.freeze_text_blocks out."
@@ -148,7 +147,31 @@ def frozen_model(resolved: Resolved) -> DualEncoder:
     model = DualEncoder.from_recipe(recipe, weights.encoder)
     model.image_tower.refuse_size(recipe.image.model, recipe.image.size)
     load_tensors(weights, model)
+    if not all(isinstance(projection, nn.Linear) for projection in projections(model)):
+        raise UserError(
+            f"--freeze both fits linear projections, and the towers of '{weights.origin}' have none. Give --freeze "
+            "none with finetune.lora={rank: 8}, or --freeze image or text."
+        )
     return model.eval()
+
+
+def projections(model: DualEncoder) -> tuple[nn.Linear, nn.Linear]:
+    """The projections of images and of texts into the shared space."""
+    return cast(nn.Linear, model.image_tower.proj), cast(nn.Linear, model.text_tower.text_projection)
+
+
+def has_projections(resolved: Resolved) -> bool:
+    """Whether the start has projections of its own, as a CLIP has."""
+    return resolved.weights is not None and any(name.startswith(PROJECTIONS) for name in resolved.weights.tensors)
+
+
+@torch.no_grad()
+def embeddings(pairs: Pairs, model: DualEncoder) -> Pairs:
+    """Pooled features as embeddings of unit length in the space of the model's projections."""
+    image, text = projections(model)
+    device = image.weight.device
+    sides = [(image, pairs.images), (text, pairs.texts)]
+    return Pairs(*(normalize(side(rows.to(device)).float(), dim=-1).cpu() for side, rows in sides), pairs.owners)
 
 
 def compute_features(
@@ -187,17 +210,25 @@ def class_pairs(resolved: Resolved, encoder: FrozenEncoder, shown: bool) -> Clas
 
 
 @torch.no_grad()
-def set_heads(model: DualEncoder, choice: Choice) -> None:
-    """Set both projections and the logit scale; dimensions beyond the number of directions are 0."""
-    projections = model.image_tower.proj, model.text_tower.text_projection
-    for projection, rows in zip(projections, choice.heads, strict=True):
-        if not isinstance(projection, nn.Linear):
-            raise UserError("--freeze both needs projections of declip; towers of another library keep theirs.")
+def set_heads(model: DualEncoder, choice: Choice, starts: bool = False) -> None:
+    """Set both projections and the logit scale; dimensions beyond the number of directions are 0.
+
+    Args:
+        starts: The heads are maps of the space of the model's projections, so they are applied after these.
+    """
+    if choice.form == START:  # they stay as they are
+        return
+    for projection, rows in zip(projections(model), choice.heads, strict=True):
+        weight, bias = rows.to(projection.weight), torch.zeros(len(rows)).to(projection.weight)
+        if starts:
+            bias = weight @ projection.bias if projection.bias is not None else bias
+            weight = weight @ projection.weight
         count = min(len(rows), len(projection.weight))
         projection.weight.zero_()
-        projection.weight[:count] = rows[:count].to(projection.weight)
+        projection.weight[:count] = weight[:count]
         if projection.bias is not None:
             projection.bias.zero_()
+            projection.bias[:count] = bias[:count]
     model.logit_scale.fill_(float(np.log(choice.logit_scale)))
 
 
@@ -231,7 +262,8 @@ def _write_facts(
         "class_weight": choice.class_weight,
         "logit_scale": choice.logit_scale,
     }
-    for name, each in (("recall", outcome), ("recall_without_classes", choice.without_classes)):
+    compared = "recall_of_start" if classes is None else "recall_without_classes"
+    for name, each in (("recall", outcome), (compared, choice.reference)):
         if each is not None:
             fitted[name] = {str(k): each.recall(k, pairs, features.groups)._asdict() for k in (1, 10)}
     if outcome is not None:

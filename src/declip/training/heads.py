@@ -9,6 +9,7 @@ from torch import Tensor
 
 from declip.models.closed_form import (
     DEFAULT_FORM,
+    START,
     CenteredFeatures,
     ClassPairs,
     Form,
@@ -24,6 +25,13 @@ FORMS = (
     *(Form("ridge", ridge) for ridge in (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)),
     *(Form("cca", ridge) for ridge in (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)),
 )
+START_FORMS = (
+    START,
+    *(Form("pulled", ridge) for ridge in (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)),
+    *(Form("cca", ridge) for ridge in (0.3, 1.0, 3.0)),
+)
+"""Candidates where the features are embeddings of a model that has projections."""
+
 CLASS_WEIGHTS = (1.0, 0.25, 0.0)  # candidates for the weight of a class, where an own image has 1; 0: without classes
 DEFAULT_CLASS_WEIGHT = 1.0  # of fewer pairs than can be cross-validated
 SCALES = (5.0, 10.0, 15.0, 20.0, 30.0, 50.0, 100.0)  # candidates for the logit scale
@@ -95,41 +103,45 @@ class Choice:
     class_weight: float
     logit_scale: float = DEFAULT_SCALE
     outcome: HeldOutRanks | None = None
-    without_classes: HeldOutRanks | None = None  # of the best form without the classes, if there are classes
+    reference: HeldOutRanks | None = None  # of the best form without the classes, or of the start as it is
 
 
-def choose_heads(pairs: Pairs, groups: np.ndarray, classes: ClassPairs | None = None, seed: int = 0) -> Choice:
+def choose_heads(
+    pairs: Pairs, groups: np.ndarray, classes: ClassPairs | None = None, seed: int = 0, embedded: bool = False
+) -> Choice:
     """Choose form and weight of the classes by cross-validation, and fit the heads again on all pairs.
 
     Args:
         groups: (n,) int, equal for images that must stay in one fold: with nearly the same image or the same caption.
         classes: The classes of the image tower's classifier, if it has one.
+        embedded: The features are embeddings in one space, which the heads may leave as they are.
     """
+    forms, usual = (START_FORMS, START) if embedded else (FORMS, DEFAULT_FORM)
     everything = torch.ones(len(pairs.images), dtype=torch.bool)
     weights = CLASS_WEIGHTS if classes is not None else (0.0,)
     if len(np.unique(groups)) < FEWEST:
         weight = DEFAULT_CLASS_WEIGHT if classes is not None else 0.0
-        (heads,) = fit_heads(pairs, everything, classes, weight, (DEFAULT_FORM,))
-        return Choice(heads, DEFAULT_FORM, weight)
+        (heads,) = fit_heads(pairs, everything, classes, weight, (usual,))
+        return Choice(heads, usual, weight)
     folds = torch.from_numpy(assign_folds(groups, FOLDS, seed))
     some, some_folds = _subset(pairs, folds, seed)
     tried = {
         (form, weight): outcome
         for weight in weights
-        for form, outcome in zip(FORMS, cross_validate(some, some_folds, classes, weight, FORMS), strict=True)
+        for form, outcome in zip(forms, cross_validate(some, some_folds, classes, weight, forms), strict=True)
     }
 
     def outcome(form: Form, weight: float) -> HeldOutRanks:
         whole = some is pairs
         return tried[form, weight] if whole else cross_validate(pairs, folds, classes, weight, (form,))[0]
 
-    form, weight = _best(tried, (DEFAULT_FORM, weights[0]), some)
+    form, weight = _best(tried, (usual, weights[0]), some)
     (heads,) = fit_heads(pairs, everything, classes, weight, (form,))
-    chosen, without = outcome(form, weight), None
+    chosen, reference = outcome(form, weight), outcome(START, 0.0) if embedded else None
     if classes is not None:
         alone = {key: each for key, each in tried.items() if key[1] == 0}
-        without = outcome(*_best(alone, (DEFAULT_FORM, 0.0), some))
-    return Choice(heads, form, weight, SCALES[int(chosen.losses.argmin())], chosen, without)
+        reference = outcome(*_best(alone, (usual, 0.0), some))
+    return Choice(heads, form, weight, SCALES[int(chosen.losses.argmin())], chosen, reference)
 
 
 def _best(tried: dict[tuple[Form, float], HeldOutRanks], usual: tuple[Form, float], pairs: Pairs) -> tuple[Form, float]:
@@ -159,21 +171,24 @@ def cross_validate(
     rows = regression_rows(pairs, torch.ones(n, dtype=torch.bool), classes, class_weight)
     x = CenteredFeatures.of(rows.images.float(), rows.weights, rows.mean).rows  # (r, v), the first m of own images
     y = CenteredFeatures.of(rows.texts.float(), rows.weights).rows  # (r, w)
-    if x.shape[1] > DIRECTIONS:
+    one_space = any(form.method in ("start", "pulled") for form in forms)  # whose axes must stay those of the texts
+    if x.shape[1] > DIRECTIONS and not one_space:
         axes = torch.linalg.eigh((x * rows.weights.float()[:, None]).mT @ x).eigenvectors
         x = x @ axes[:, -DIRECTIONS:]
     images = torch.empty(n, x.shape[1])
     images[pairs.owners] = x[:m]
     fold_of_row = torch.cat([folds[pairs.owners], torch.full((len(x) - m,), -1)])
+    centered = Pairs(images, y[:m], pairs.owners)
+    plain = Pairs(pairs.images.float(), pairs.texts.float(), pairs.owners)
     outcomes, numbers = [HeldOutRanks.empty(pairs) for _ in forms], caption_numbers(pairs)
     for fold in folds.unique().tolist():
         kept = fold_of_row != fold
         weights = (rows.weights[kept] / rows.weights[kept].sum()).float()
         left_out = (folds == fold).nonzero().flatten()
         blocks = left_out.tensor_split(max(1, round(len(left_out) / BLOCK)))
-        for outcome, heads in zip(outcomes, solve(x[kept], y[kept], weights, forms), strict=True):
+        for form, outcome, heads in zip(forms, outcomes, solve(x[kept], y[kept], weights, forms), strict=True):
             for block in blocks:
-                score(outcome, Heads(*heads), Pairs(images, y[:m], pairs.owners), block, numbers)
+                score(outcome, Heads(*heads), plain if form == START else centered, block, numbers)
     return outcomes
 
 
