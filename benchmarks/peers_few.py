@@ -1,0 +1,356 @@
+"""Few pairs: `declip finetune` and what people would use instead, with the same towers, pairs and split.
+
+    python benchmarks/peers_few.py stamps-photos,stamps,clipart,emoji [--seeds 3] [--out runs/few]
+
+measures what is missing in OUT/cells.jsonl, and writes OUT/table.md, and OUT/class_pairs.json: how many times fewer
+pairs are needed with class names.
+
+A fifth of the groups of each set is held out; rows of the table are R@1 and R@10 there, the mean of both directions.
+Every method reads the same features of the built-in start, so only what is learned from them differs. The settings of
+the peers are chosen on a fifth of the training groups and the peer is fitted again on all of them.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from declip.comparison.statistics import EfficiencyCurve, curve_of, factor
+from declip.finetuning import finetune_recipe
+from declip.inspection.split import related_pairs
+from declip.models.closed_form import ClassPairs, Heads, Pairs
+from declip.training import fit
+from declip.training.distributed import HostGroup
+from declip.training.frozen_encoder import FrozenEncoder
+from declip.training.heads import assign_folds, caption_numbers, choose_heads
+from declip.training.resolve import resolve
+
+SIZES = (31, 124, 500, 2_000, 0)  # training pairs; 0: all
+FOLDS = 5
+SALT = 7_000  # of the splits; 0 to 2 are those of this table
+
+Embed = Callable[[Tensor], Tensor]
+
+
+class Towers(NamedTuple):
+    """What a method learned: maps of image features (n, v) and of text features (m, w) into one space."""
+
+    image: Embed
+    text: Embed
+
+
+class Task(NamedTuple):
+    """Training pairs with the groups that belong together, and the classifier of the image tower."""
+
+    pairs: Pairs
+    groups: np.ndarray
+    classes: ClassPairs | None
+    seed: int
+
+
+Method = Callable[..., Towers]
+
+
+@dataclass
+class Data:
+    """The features of a set, computed once."""
+
+    pairs: Pairs
+    groups: np.ndarray
+    classes: ClassPairs | None
+
+    @classmethod
+    def of(cls, name: str) -> "Data":
+        """Compute the features as `declip finetune NAME` does."""
+        with TemporaryDirectory() as folder:
+            recipe = finetune_recipe(name, Path(folder), given={"train.device": "cpu"}, quiet=True)
+            resolved = resolve(recipe, Path(folder), False, torch.device("cpu"), HostGroup())
+            encoder = FrozenEncoder(fit.frozen_model(resolved))
+            features = fit.compute_features(encoder, resolved.source, resolved.recipe, related_pairs, True)
+            return cls(features.pairs, features.groups, fit.class_pairs(resolved, encoder, True))
+
+    def some(self, indices: np.ndarray) -> tuple[Pairs, np.ndarray]:
+        """Some images with their captions, and their groups."""
+        chosen = torch.from_numpy(np.sort(indices))
+        captions = torch.isin(self.pairs.owners, chosen)
+        owners = torch.searchsorted(chosen, self.pairs.owners[captions])
+        return Pairs(self.pairs.images[chosen], self.pairs.texts[captions], owners), self.groups[chosen.numpy()]
+
+
+def recall(towers: Towers, pairs: Pairs) -> tuple[float, float]:
+    """R@1 and R@10 in percent, the mean of both directions; equal captions are one candidate."""
+    distinct, columns = caption_numbers(pairs).unique(return_inverse=True)
+    texts = torch.empty(len(distinct), pairs.texts.shape[1])
+    texts[columns] = pairs.texts
+    with torch.no_grad():
+        sides = (normalize(towers.image(pairs.images), dim=-1), normalize(towers.text(texts), dim=-1))
+    similarities = sides[0] @ sides[1].mT  # (n, d)
+    relevant = torch.zeros_like(similarities, dtype=torch.bool)
+    relevant[pairs.owners, columns] = True
+    best = similarities.masked_fill(~relevant, -torch.inf)
+    to_text = (similarities > best.amax(dim=1)[:, None]).sum(dim=1)  # (n,)
+    to_image = (similarities > best.amax(dim=0)).sum(dim=0)[columns]  # (m,)
+    return tuple(50 * float(sum((ranks < k).double().mean() for ranks in (to_text, to_image))) for k in (1, 10))
+
+
+# --- methods: each takes a task and its settings
+
+
+def declip(task: Task) -> Towers:
+    """`declip finetune`: the form and the weight of the classes are chosen by cross-validation inside."""
+    heads = Heads(*(side.float() for side in choose_heads(task.pairs, task.groups, task.classes, task.seed).heads))
+    return Towers(lambda images: images @ heads.image.mT, lambda texts: texts @ heads.text.mT)
+
+
+def declip_own_pairs(task: Task) -> Towers:
+    """`declip finetune … finetune.class_pairs=false`."""
+    return declip(task._replace(classes=None))
+
+
+def scikit(model: Any, task: Task, text_side: Embed) -> Towers:
+    """Fit a scikit-learn regressor of text features on image features; images are compared where texts lie."""
+    owners = task.pairs.owners
+    model.fit(unit(task.pairs.images)[owners].numpy(), unit(task.pairs.texts).numpy())
+    return Towers(lambda images: torch.from_numpy(model.predict(unit(images).numpy())).float(), text_side)
+
+
+def ridge(task: Task, alpha: float) -> Towers:
+    """scikit-learn's Ridge from image features to text features."""
+    from sklearn.linear_model import Ridge
+
+    mean = unit(task.pairs.texts).mean(dim=0)
+    model = Ridge(alpha=alpha)
+    towers = scikit(model, task, lambda texts: unit(texts) - mean)
+    return Towers(lambda images: towers.image(images) - mean, towers.text)
+
+
+def pls(task: Task, directions: int) -> Towers:
+    """scikit-learn's PLSRegression from image features to text features."""
+    from sklearn.cross_decomposition import PLSRegression
+
+    mean = unit(task.pairs.texts).mean(dim=0)
+    model = PLSRegression(min(directions, len(task.pairs.images) - 1), scale=False)
+    towers = scikit(model, task, lambda texts: unit(texts) - mean)
+    return Towers(lambda images: towers.image(images) - mean, towers.text)
+
+
+def cca(task: Task, directions: int) -> Towers:
+    """scikit-learn's CCA after principal components, without which it has more directions than pairs."""
+    from sklearn.cross_decomposition import CCA
+    from sklearn.decomposition import PCA
+
+    x, y = unit(task.pairs.images)[task.pairs.owners].numpy(), unit(task.pairs.texts).numpy()
+    count = min(directions, len(task.pairs.images) // 2)
+    components = [PCA(count, random_state=0).fit(side) for side in (x, y)]
+    model = CCA(count, scale=False, max_iter=1_000).fit(
+        *(pca.transform(s) for pca, s in zip(components, (x, y), strict=True))
+    )
+    rotations = [torch.from_numpy(r).float() for r in (model.x_rotations_, model.y_rotations_)]
+
+    def side(number: int) -> Embed:
+        return lambda rows: (
+            torch.from_numpy(components[number].transform(unit(rows).numpy())).float() @ rotations[number]
+        )
+
+    return Towers(side(0), side(1))
+
+
+def open_clip(task: Task, lr: float, epochs: int) -> Towers:
+    """open_clip's ClipLoss and AdamW on projections of locked towers (LiT on both sides)."""
+    from open_clip.loss import ClipLoss
+
+    torch.manual_seed(task.seed)
+    image, text = (nn.Linear(side.shape[1], 512, bias=False) for side in task.pairs[:2])
+    scale = nn.Parameter(torch.tensor(np.log(1 / 0.07)))
+    loss = ClipLoss()
+    optimizer = torch.optim.AdamW([*image.parameters(), *text.parameters(), scale], lr, (0.9, 0.98), 1e-6, 0.1)
+    steps = list(batches(task, epochs))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(steps))
+    for images, texts in steps:
+        optimizer.zero_grad()
+        loss(normalize(image(images), dim=-1), normalize(text(texts), dim=-1), scale.exp()).backward()
+        optimizer.step()
+        schedule.step()
+    return Towers(image, text)
+
+
+def sentence_transformers(task: Task, lr: float, epochs: int) -> Towers:
+    """sentence-transformers' MultipleNegativesRankingLoss, both directions, on a dense layer for each modality."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.losses import MultipleNegativesRankingLoss
+    from sentence_transformers.models import Dense
+
+    torch.manual_seed(task.seed)
+    image, text = (Dense(side.shape[1], 512, bias=False, activation_function=nn.Identity()) for side in task.pairs[:2])
+    router = Features(image, text)
+    model = SentenceTransformer(modules=[router], device="cpu")
+    loss = MultipleNegativesRankingLoss(model)
+    optimizer = torch.optim.AdamW(router.parameters(), lr)
+    steps = list(batches(task, epochs))
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, len(steps))
+    for images, texts in steps:
+        optimizer.zero_grad()
+        loss([{"image": images}, {"text": texts}], None).backward()
+        optimizer.step()
+        schedule.step()
+    return Towers(
+        lambda rows: router({"image": rows})["sentence_embedding"],
+        lambda rows: router({"text": rows})["sentence_embedding"],
+    )
+
+
+class Features(nn.Module):
+    """A router of sentence-transformers over features that were computed before: a layer for each modality."""
+
+    def __init__(self, image: nn.Module, text: nn.Module) -> None:
+        super().__init__()
+        self.image, self.text = image, text
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Encode a batch of one modality."""
+        ((name, rows),) = batch.items()
+        return getattr(self, name)({"sentence_embedding": unit(rows)})
+
+
+def batches(task: Task, epochs: int, size: int = 128) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of unit features; each image with one of its captions, drawn anew in every epoch."""
+    images, texts, owners = unit(task.pairs.images), unit(task.pairs.texts), task.pairs.owners
+    rng = np.random.default_rng(task.seed)
+    captions = [np.flatnonzero(owners.numpy() == image) for image in range(len(images))]
+    size = min(size, len(images))
+    for _ in range(epochs):
+        order = rng.permutation(len(images))
+        for start in range(0, len(order) - size + 1, size):
+            chosen = order[start : start + size]
+            yield images[chosen], texts[[rng.choice(captions[image]) for image in chosen]]
+
+
+def unit(rows: Tensor) -> Tensor:
+    """Rows of unit length."""
+    return normalize(rows, dim=-1)
+
+
+class Peer(NamedTuple):
+    """A method and the settings that are tried on the validation part; the first list varies slowest."""
+
+    method: Method
+    settings: Mapping[str, tuple[float, ...]]
+
+    def grid(self) -> list[dict[str, float]]:
+        """All combinations."""
+        return [dict(zip(self.settings, values, strict=True)) for values in product(*self.settings.values())]
+
+
+TRAINED = {"lr": (3e-4, 1e-3, 3e-3, 1e-2), "epochs": (10, 30, 100)}
+PEERS = {
+    "declip finetune": Peer(declip, {}),
+    "declip, own pairs": Peer(declip_own_pairs, {}),
+    "scikit-learn Ridge": Peer(ridge, {"alpha": (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)}),
+    "scikit-learn PLS": Peer(pls, {"directions": (4, 8, 16, 32, 64, 128)}),
+    "scikit-learn CCA": Peer(cca, {"directions": (4, 8, 16, 32, 64, 128)}),
+    "open_clip, locked": Peer(open_clip, TRAINED),
+    "sentence-transformers": Peer(sentence_transformers, TRAINED),
+}
+
+
+def measure(peer: Peer, data: Data, chosen: np.ndarray, held_out: Pairs, seed: int) -> dict[str, Any]:
+    """Choose the settings on a fifth of the training groups, fit on all pairs, and score on the held-out ones."""
+    began = time.perf_counter()
+    pairs, groups = data.some(chosen)
+    grid, scores = peer.grid(), [0.0]
+    if len(grid) > 1:
+        part = assign_folds(groups, FOLDS, seed) == 0
+        (fitted, own), (validation, _) = (data.some(np.sort(chosen)[side]) for side in (~part, part))
+        smaller = Task(fitted, own, data.classes, seed)
+        scores = [sum(recall(peer.method(smaller, **settings), validation)) for settings in grid]
+    settings = grid[int(np.argmax(scores))]
+    towers = peer.method(Task(pairs, groups, data.classes, seed), **settings)
+    r1, r10 = recall(towers, held_out)
+    return {"r1": r1, "r10": r10, "settings": settings, "seconds": time.perf_counter() - began}
+
+
+def summarize(cells: list[dict[str, Any]], out: Path) -> None:
+    """Write the table of means over the seeds, and the factor of pairs with class names over without."""
+    # --- table: R@1 / R@10, the best mean of both in bold
+    methods = [name for name in PEERS if any(cell["method"] == name for cell in cells)]
+    lines = ["| set, pairs | " + " | ".join(methods) + " |", "|---|" + "--:|" * len(methods)]
+    for name, size in sorted({(cell["set"], cell["pairs"]) for cell in cells}):
+        means = {}
+        for method in methods:
+            rows = [c for c in cells if (c["set"], c["pairs"], c["method"]) == (name, size, method)]
+            if rows:
+                means[method] = tuple(float(np.mean([row[key] for row in rows])) for key in ("r1", "r10"))
+        best = max(means, key=lambda method: sum(means[method]))
+        shown = {method: f"{r1:.1f} / {r10:.1f}" for method, (r1, r10) in means.items()}
+        shown[best] = f"**{shown[best]}**"
+        if len(means) > 1:
+            row = " | ".join(shown.get(method, "") for method in methods)
+            lines.append(f"| {name}, {size:,} | {row} |")
+    (out / "table.md").write_text("\n".join(lines) + "\n", "utf-8")
+    # --- factors, in the mean of R@1 and R@10
+    factors = {}
+    for name in sorted({cell["set"] for cell in cells}):
+        with_classes, without = (curve(cells, name, method) for method in ("declip finetune", "declip, own pairs"))
+        found = factor(with_classes, without)
+        factors[name] = {
+            **{"factor": found.mean, "low": found.low, "high": found.high},
+            "at": {str(at.pairs): at.factor or f"outside: {at.outside}" for at in found.at},
+            "with": dict(zip(map(str, with_classes.pairs), with_classes.means.round(2).tolist(), strict=True)),
+            "without": dict(zip(map(str, without.pairs), without.means.round(2).tolist(), strict=True)),
+        }
+    (out / "class_pairs.json").write_text(json.dumps(factors, indent=1) + "\n", "utf-8")
+
+
+def curve(cells: list[dict[str, Any]], name: str, method: str) -> EfficiencyCurve:
+    """The mean of R@1 and R@10 of a method against the number of pairs."""
+    rows: dict[int, dict[int, float]] = {}
+    for cell in cells:
+        if (cell["set"], cell["method"]) == (name, method):
+            rows.setdefault(cell["pairs"], {})[cell["seed"]] = (cell["r1"] + cell["r10"]) / 2
+    return curve_of(rows)
+
+
+def main() -> None:
+    """Measure what is missing, one JSON line a cell."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sets", help="built-in sets, such as stamps-photos,clipart")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="numbers of training pairs; 0: all")
+    parser.add_argument("--methods", nargs="+", default=list(PEERS), choices=PEERS)
+    parser.add_argument("--out", type=Path, default=Path("runs/few"))
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    file = options.out / "cells.jsonl"
+    known = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    done = {(row["set"], row["seed"], row["pairs"], row["method"]) for row in known}
+    for name in options.sets.split(","):
+        data = Data.of(f"builtin:{name}")
+        for seed in range(options.seeds):
+            fold = assign_folds(data.groups, FOLDS, SALT + seed)
+            held_out, _ = data.some(np.flatnonzero(fold == 0))
+            pool = np.random.default_rng(seed).permutation(np.flatnonzero(fold != 0))
+            for size in sorted({min(size or len(pool), len(pool)) for size in options.sizes}):
+                for method in options.methods:
+                    if (name, seed, size, method) in done:
+                        continue
+                    row = {"set": name, "seed": seed, "pairs": size, "held_out": len(held_out.images), "method": method}
+                    row |= measure(PEERS[method], data, pool[:size], held_out, seed)
+                    print(json.dumps(row), flush=True)
+                    known.append(row)
+                    with file.open("a") as lines:
+                        lines.write(json.dumps(row) + "\n")
+    summarize(known, options.out)
+
+
+if __name__ == "__main__":
+    main()
