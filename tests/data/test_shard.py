@@ -16,7 +16,7 @@ from conftest import draw
 from data.fakes import jpeg, scene
 from declip.data import prepare as module
 from declip.data.images.shrink import downscaled_bytes
-from declip.data.pair import BrokenPair, DecodedImage, Pair, PairSource
+from declip.data.pair import BrokenPair, LazyImage, Pair, PairSource
 from declip.data.prepare import shard_source
 from declip.data.sources.open import open_source
 from declip.errors import UserError
@@ -195,4 +195,4 @@ def test_a_shard_without_a_good_pair_and_a_source_without_any(tmp_path):
 
 
 def test_an_image_longer_than_jpeg_allows_is_png():
-    assert downscaled_bytes(DecodedImage(scene(70_000, 2)), 256)[0] == "png"
+    assert downscaled_bytes(LazyImage(scene(70_000, 2)), 256)[0] == "png"

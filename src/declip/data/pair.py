@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -34,30 +34,17 @@ class Pair:
     captions: tuple[str, ...]
 
 
-class LazyImage(Protocol):
-    """An image whose size is known and whose pixels are decoded on demand."""
+class LazyImage:
+    """An image whose size is known and whose pixels are decoded on demand; this one of an image decoded already."""
 
-    @property
-    def size(self) -> tuple[int, int]:
-        """Width and height, upright."""
+    scales: tuple[int, ...] = ()  # divisors of the sides that decoding supports, largest first
 
-    @property
-    def scales(self) -> tuple[int, ...]:
-        """Divisors of the sides that decoding supports, largest first."""
+    def __init__(self, image: Image.Image) -> None:
+        self.size = image.size  # width and height, upright
+        self._image = image
 
     def pixels(self, scale: int = 1) -> np.ndarray:
         """Decode to (H, W, 3) uint8, sides divided by 1 or one of `scales`, rounded up; raises `BrokenPair`."""
-
-
-class DecodedImage:
-    """A `LazyImage` of an RGB image that is decoded already."""
-
-    scales = ()
-
-    def __init__(self, image: Image.Image) -> None:
-        self.size, self._image = image.size, image
-
-    def pixels(self, scale: int = 1) -> np.ndarray:
         return np.asarray(self._image)
 
 
@@ -148,7 +135,7 @@ class PairSource(ABC):
     def read_lazy(self, index: int) -> LazyPair:
         """Read pair `index` and decode as little of its image as possible."""
         pair = self[index]
-        return LazyPair(pair.key, DecodedImage(pair.image), pair.captions)
+        return LazyPair(pair.key, LazyImage(pair.image), pair.captions)
 
     def origin(self, index: int) -> Origin:
         """The place of the image; empty if it has no file."""

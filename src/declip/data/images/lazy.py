@@ -7,7 +7,7 @@ from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
 from declip.data.images.decode import MOST_PIXELS, TURNS, apply_exif, opened, orientation, read_content, rgb
-from declip.data.pair import DecodedImage, LazyImage
+from declip.data.pair import LazyImage
 
 try:
     import simplejpeg
@@ -19,7 +19,7 @@ SMALLEST_SCALED = 8  # pixels that a side keeps at least; the decoders disagree 
 SAME_EVERYWHERE = ("YCbCr", "Gray", "RGB")  # color spaces that simplejpeg converts to the same RGB as Pillow
 
 
-class LazyJpeg:
+class LazyJpeg(LazyImage):
     """A `LazyImage` of a JPEG file, opened as `image`."""
 
     def __init__(self, content: bytes, key: str, image: Image.Image) -> None:
@@ -61,4 +61,4 @@ def open_image(source: Path | bytes | Image.Image, key: str, most_pixels: int = 
     with opened(content, key, most_pixels) as image:
         if isinstance(content, bytes) and isinstance(image, JpegImageFile):
             return LazyJpeg(content, key, image)
-        return DecodedImage(apply_exif(image))
+        return LazyImage(apply_exif(image))

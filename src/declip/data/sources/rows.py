@@ -96,21 +96,26 @@ class TableRows(ABC):
     def batches(self) -> Iterator[pa.RecordBatch]:
         """Read the rows of `table`, some at a time."""
 
-    @abstractmethod
     def image_keys(self, hashed: bool) -> pa.LargeBinaryArray | None:
         """Key shared by rows of one image, empty without an image; None if images are bytes and not `hashed`."""
+        column = self.table.column(0)
+        if pa.types.is_dictionary(column.type):
+            column = column.cast(column.type.value_type)
+        if is_bytes(column.type):
+            return pa.array(map(_key_of, column), pa.large_binary()) if hashed else None
+        return combined(column.cast(pa.large_binary()).fill_null(b""))
 
-    @abstractmethod
     def split_cells(self, cells: pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
         """The split of each row as text, null where the row is unreadable."""
+        return pa.array(["" if cell is None else str(cell) for cell in cells.to_pylist()], pa.string())
 
-    @abstractmethod
     def place(self, number: int) -> str:
         """The key of a row without an image; raises `BrokenPair` if it is unreadable."""
+        return f"row {number}"
 
-    @abstractmethod
     def value(self, cell: pa.Scalar, key: str) -> Any:
         """The value of a cell of `table`; raises `BrokenPair`."""
+        return decoded(cell, key)
 
     def pair(self, numbers: list[int]) -> TableRow:
         """The pair of these rows of `table`; raises `BrokenPair`."""
@@ -223,23 +228,6 @@ class ParquetRows(TableRows):
                 yield pa.RecordBatch.from_arrays(batch.select(self.wanted).columns, schema=schema)
             if rows != count:
                 raise UserError(f"'{path}' cannot be read: it says {count:,} rows and has {rows:,}.")
-
-    def place(self, number: int) -> str:
-        return f"row {number}"
-
-    def value(self, cell: pa.Scalar, key: str) -> Any:
-        return decoded(cell, key)
-
-    def split_cells(self, cells: pa.ChunkedArray) -> pa.Array:
-        return pa.array(["" if cell is None else str(cell) for cell in cells.to_pylist()], pa.string())
-
-    def image_keys(self, hashed: bool) -> pa.LargeBinaryArray | None:
-        column = self.table.column(0)
-        if pa.types.is_dictionary(column.type):
-            column = column.cast(column.type.value_type)
-        if is_bytes(column.type):
-            return pa.array(map(_key_of, column), pa.large_binary()) if hashed else None
-        return combined(column.cast(pa.large_binary()).fill_null(b""))
 
 
 def _footer(path: Path) -> pq.FileMetaData:
