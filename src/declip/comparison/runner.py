@@ -19,8 +19,7 @@ RESULTS = "results.json"
 def run(study: Study, out: str | Path, quiet: bool = False) -> Outcome:
     """Run a comparison in a folder; called again after a stop, it continues.
 
-    Every trial trains on `pairs` pairs that its seed selects (a larger number includes those of a smaller one), for
-    the steps of its recipe, and is then evaluated.
+    Every trial trains on the pairs that its seed selects, for the steps of its recipe, and is then evaluated.
 
     Args:
         out: Folder of the comparison. Several processes may share it: each takes trials that are free.
@@ -32,12 +31,14 @@ def run(study: Study, out: str | Path, quiet: bool = False) -> Outcome:
     earlier = read_study(folder)
     (study if earlier is None else extended(study, earlier, folder)).check()
     study = open_folder(study, folder)
+    # --- the trials that are left; those that failed are tried again
     left = [trial for trial in study.trials() if trials.read_trial(folder, trial) is None]
-    for trial in left:  # those that failed are tried again
+    for trial in left:
         (trials.folder_of(folder, trial) / trials.FAILURE).unlink(missing_ok=True)
     columns = (TextColumn("runs"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with progress_bar(*columns, shown=not quiet) as bar:
         trials.work(study, folder, bar.track(left, description="runs"))
+    # --- the results of all processes
     outcome = read_outcome(folder)
     write_text(folder / RESULTS, json.dumps(outcome.to_dict(), indent=1))
     return outcome

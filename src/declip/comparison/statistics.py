@@ -65,20 +65,18 @@ class Factor:
 
 
 def pairs_needed(pairs: Sequence[int], means: np.ndarray, value: float) -> tuple[float | None, str]:
-    """Find the number of pairs at which a curve reaches a value, as `FactorAt.needed` and `outside`.
-
-    The curve is made monotone (isotonic regression, least squares) and interpolated linearly in log(pairs), never
-    extrapolated. On a level part, the result is the geometric mean of its pairs.
-    """
+    """Find the number of pairs at which a curve reaches a value, as `FactorAt.needed` and `outside`."""
     if not pairs:
         return None, ""
     logs = np.log(np.asarray(pairs, dtype=np.float64))
+    # Monotone by isotonic regression, linear in log(pairs), never extrapolated.
     rising = _rising(means)
     if value < rising[0]:
         return None, "below"
     if value > rising[-1]:
         return None, "above"
     level = rising == value
+    # On a level part: the geometric mean of its pairs.
     if level.any():
         return exp(logs[level].mean()), ""
     place = int(np.searchsorted(rising, value))
@@ -116,9 +114,8 @@ def factor(a: EfficiencyCurve, b: EfficiencyCurve) -> Factor:
 def _seed_logs(a: EfficiencyCurve, b: EfficiencyCurve, at: Sequence[FactorAt]) -> np.ndarray | None:
     """(seeds,) log factor of each seed, None if the seeds are not paired.
 
-    To first order: the log factor of the means, plus the distance of the seed's two curves there divided by the slope
-    of A's mean curve. It exists for every seed where the factor exists, even if the curve of that seed alone does not
-    reach the value, and its mean over the seeds is the log of the factor.
+    To first order, so that it exists for every seed where the factor exists, even if the curve of that seed alone does
+    not reach the value. Its mean over the seeds is the log of the factor.
     """
     numbered = (curve.seeds or tuple(tuple(range(len(values))) for values in curve.values) for curve in (a, b))
     seeds = {of_size for curve in numbered for of_size in curve}
@@ -135,7 +132,8 @@ def _seed_logs(a: EfficiencyCurve, b: EfficiencyCurve, at: Sequence[FactorAt]) -
             return None
         step, rise = logs[place] - logs[place - 1], rising[place] - rising[place - 1]
         fraction = (one.value - rising[place - 1]) / rise
-        there = (1 - fraction) * values_a[place - 1] + fraction * values_a[place]
+        there = (1 - fraction) * values_a[place - 1] + fraction * values_a[place]  # (seeds,)
+        # The log factor of the means, plus the distance of the seed's two curves over the slope of A's mean curve.
         rows.append(log(one.factor) + (there - values) * step / rise)
     return np.mean(rows, axis=0) if rows else None
 

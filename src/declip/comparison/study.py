@@ -148,9 +148,11 @@ class Study:
                 raise UserError(f"A comparison sets {key} itself, from {option}. Remove {key}.")
         if not self.datasets:
             raise UserError("Nothing to evaluate on: the recipe names no zero-shot set. Name one with --dataset.")
+        # --- recipes and training pairs
         sizes: dict[str, int] = {}
         for variant in self.variants:
             self._check_variant(variant, sizes)
+        # --- evaluation sets
         for name in self.datasets:
             dataset = open_dataset(name)
             if "zero-shot" in self.tasks:

@@ -110,6 +110,7 @@ def encode_source(
         indices: Indices of the source to encode, in this order; None: all.
         workers: Processes that read and resize images; 0: in this one.
     """
+    # --- images, in batches whose pixels may come from worker processes
     chosen = np.arange(len(source)) if indices is None else np.asarray(indices, dtype=np.int64)
     batches = np.split(chosen, range(batch_size, len(chosen), batch_size))
     rows: list[Row] = []
@@ -121,7 +122,7 @@ def encode_source(
         for pixels, read, broken in bar.track(stream, len(batches), description=f"Images of {source.name}"):
             skipped.merge(broken)
             if pixels is not None:
-                features = embed(pixels.to(device)).float().cpu()
+                features = embed(pixels.to(device)).float().cpu()  # (b, d); waits for the device
                 features = normalize(features, dim=-1) if encode is None else features
                 _require_finite(features, "image", [key for _, key, _ in read])
                 parts.append(features)
@@ -131,6 +132,7 @@ def encode_source(
             f"Cannot evaluate on '{source.name}': none of its {len(source)} pairs could be read. "
             f"{skipped.explanation()} Check the paths and captions."
         )
+    # --- captions of the pairs that were read
     read_indices, captions = np.array([index for index, _, _ in rows]), tuple(captions for _, _, captions in rows)
     encoded = SourceFeatures(source.name, read_indices, torch.cat(parts), captions, None, skipped)
     if not texts:

@@ -76,10 +76,7 @@ def check_probe(dataset: Dataset) -> None:
 def read_probe_data(
     dataset: Dataset, encode: Callable[[PairSource], SourceFeatures], device: torch.device | str = "cpu"
 ) -> ProbeData:
-    """Encode the splits of a dataset that passes `check_probe`.
-
-    Without a validation split, a fifth of each class's training images, sampled with a fixed seed, is used.
-    """
+    """Encode the splits of a dataset that passes `check_probe`."""
     parts: dict[str, Labeled] = {}
     skipped: Counter[str] = Counter()
     splits = _splits(dataset)
@@ -89,6 +86,7 @@ def read_probe_data(
         parts[which] = Labeled(encoded.images, torch.from_numpy(labels))
         skipped.update(encoded.skipped.counts)
     held_out = "validation split"
+    # --- without a validation split: a fifth of each class's training images, with a fixed seed
     if "validation" not in parts:
         held_out = "fifth of train"
         chosen = sample_per_class(parts["train"].labels.numpy(), a_fifth)
@@ -109,7 +107,9 @@ def linear_probe(data: ProbeData) -> LinearProbeResult:
     This is CLIP's protocol (Radford et al. 2021, appendix A.3): features before the projection, not normalized, no
     augmentation, L-BFGS with at most 1,000 iterations.
     """
+    # --- C, on the training images alone
     best = sweep(LogisticProblem(data.train.features, data.train.labels, data.device), data)
+    # --- the last fit, on training and validation images
     both = data.train.join(data.validation)
     problem = LogisticProblem(both.features, both.labels, data.device)
     # A class with validation images only adds a row of weights to the last fit.
@@ -134,9 +134,8 @@ def linear_probe(data: ProbeData) -> LinearProbeResult:
 def sweep(problem: LogisticProblem, data: ProbeData) -> Classifier:
     """Return the fit on the training images with the best score on the validation images, in 15 fits instead of 97.
 
-    This is CLIP's search: first C = 1e-6, 1e-4, … 1e6, then the values half-way to the neighbors of the best one, with
-    the step halved down to an eighth of a decade. Between equal scores the smaller cross-entropy decides, which CLIP
-    leaves open, and then the smaller C.
+    This is CLIP's search. Between equal scores the smaller cross-entropy decides, which CLIP leaves open, then the
+    smaller C.
     """
     fits: dict[int, Classifier] = {}
     scores: dict[int, tuple[float, float]] = {}
@@ -152,6 +151,7 @@ def sweep(problem: LogisticProblem, data: ProbeData) -> Classifier:
     def best() -> int:
         return max(sorted(scores), key=scores.__getitem__)
 
+    # First C = 1e-6, 1e-4, … 1e6, then half-way to the neighbors of the best one, down to an eighth of a decade.
     for step in range(-48, 49, COARSE):
         attempt(step)
     for width in (8, 4, 2, 1):

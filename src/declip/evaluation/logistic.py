@@ -74,6 +74,7 @@ class LogisticProblem:
         if not bool(mean.isfinite().all()):
             raise UserError("Some features are infinite or not a number, so no probe can be fitted on them.")
         self.mean, centered = mean.double(), features - mean
+        # (sample, d) for the covariance, whose axes and spreads are those of the coordinates
         sample = centered[:: max(1, len(labels) // max(SAMPLE, 8 * len(mean)))].double()
         spread, self.axes = torch.linalg.eigh(sample.T @ sample / len(sample))
         # (n, d + 1) on the axes of the covariance. The bias is the weight of a last column of ones.
@@ -97,6 +98,7 @@ class LogisticProblem:
         if start is not None:
             rotated, bias = start.weight.to(weight) @ self.axes, start.bias.to(weight)
             weight = torch.cat([rotated, (bias + start.weight.to(weight) @ self.mean).unsqueeze(1)], 1)
+        # The curvature at the start is that of other weights, so it is estimated again after some iterations.
         done = 0
         for allowed in (min(FIRST_STAGE, max_iterations), max_iterations):
             near, curvature = self._estimate(weight, penalty)
@@ -107,6 +109,7 @@ class LogisticProblem:
             weight, done = torch.from_numpy(found.x).to(weight).view_as(weight) * lengths, done + int(found.nit)
             if done >= max_iterations:
                 break
+        # --- back from the coordinates to the features
         rotated = weight[:, :-1] @ self.axes.T
         bias = weight[:, -1] - rotated @ self.mean
         # Rounding may end the line search slightly before the tolerance.

@@ -21,8 +21,7 @@ KS = (1, 5, 10)
 def ranks(queries: Tensor, candidates: Tensor, correct: Sequence[np.ndarray], *, block: int = BLOCK) -> np.ndarray:
     """Rank of the best correct candidate of each query, from 1: (N,) int64.
 
-    Ties count against the model: a wrong candidate with the same cosine as the best correct one (to `TIE`) ranks before
-    it, so that a model with the same feature for every input finds nothing. So does NaN::
+    Ties and NaN count against the model::
 
         best = max(scores[i, j] for j in correct[i])
         rank[i] = 1 + sum(not scores[i, j] <= best - TIE for j in range(M) if j not in correct[i])
@@ -36,10 +35,12 @@ def ranks(queries: Tensor, candidates: Tensor, correct: Sequence[np.ndarray], *,
     candidates = candidates.double()
     parts = []
     for start in range(0, len(queries), rows):
-        scores = queries[start : start + rows].double() @ candidates.T
+        scores = queries[start : start + rows].double() @ candidates.T  # (rows, M)
         is_correct = torch.zeros_like(scores, dtype=torch.bool)
         for row, columns in enumerate(correct[start : start + rows]):
             is_correct[row, torch.from_numpy(columns)] = True
+        # A wrong candidate with the same cosine ranks before the best correct one, so that a model with the same
+        # feature for every input finds nothing. NaN is never `<=`.
         best = scores.masked_fill(~is_correct, -torch.inf).amax(1, keepdim=True)
         parts.append(1 + (~(scores <= best - TIE) & ~is_correct).sum(1))
     return torch.cat(parts).numpy()
@@ -56,8 +57,8 @@ def chance_levels(correct: Iterable[Sequence[int]], sizes: Iterable[int]) -> lis
     """R@1, R@5 and R@10 of a random order of the distinct candidates.
 
     A candidate that occurs several times, such as a shared caption, has one feature and takes as many ranks in a row.
-    Of D distinct candidates, c of them correct, exactly the wrong ones in a set S come before the first correct one
-    with probability c / ((D - |S|) * comb(D, |S|)), and R@k counts that as found if S takes fewer than k ranks::
+    With D distinct candidates, c of them correct, R@k is the probability that the wrong ones before the first correct
+    one take fewer than k ranks::
 
         sum(c / ((D - len(S)) * comb(D, len(S))) for S in subsets(wrong) if sum(size of S) < k)
 
@@ -72,6 +73,7 @@ def chance_levels(correct: Iterable[Sequence[int]], sizes: Iterable[int]) -> lis
     orders = [(distinct - chosen) * comb(distinct, chosen) for chosen in range(min(most, distinct))]
     levels = np.zeros(len(KS))
     for own, count in queries.items():
+        # Exactly the wrong candidates of a set S come first with probability c / ((D - |S|) * comb(D, |S|)).
         ahead = [0.0] * most  # probability that the wrong candidates before the first correct one take this many ranks
         for (chosen, total), number in _subsets(every - Counter(own), most - 1).items():
             ahead[total] += number * len(own) / orders[chosen]
@@ -95,10 +97,11 @@ def _subsets(sizes: Counter[int], most: int) -> dict[tuple[int, int], int]:
 def retrieve(features: SourceFeatures, scale: float | None = None) -> RetrievalResult:
     """Compute R@1, R@5 and R@10 in both directions.
 
-    The query of text → image is a caption, and its image is correct. The query of image → text is an image, and any of
-    its captions is correct. A caption that several images share, word for word, is correct for each of them, as in
-    training. (CLIP's own evaluation counts it for one image only; sets of sentences, such as COCO, have very few.)
-    With the `scale` of the model's logits, also computes the `contrastive_loss`, with the first caption of each image.
+    Any caption of an image is correct for it. A caption that several images share, word for word, is correct for each
+    of them, as in training; CLIP's own evaluation counts it for one image only.
+
+    Args:
+        scale: Factor of the model's logits, for the `contrastive_loss` with the first caption of each image.
     """
     assert features.texts is not None, "encode the source with texts=True"
     captions, carriers = features.flat_captions, carriers_of(features)
@@ -107,7 +110,8 @@ def retrieve(features: SourceFeatures, scale: float | None = None) -> RetrievalR
         rows_of.setdefault(caption, []).append(row)
     times = {caption: len(rows) for caption, rows in rows_of.items()}
     images_of_text = [carriers[caption] for caption in captions]
-    texts_of = {  # one array for the many images that share their captions, as class names
+    # One array for the many images that share their captions, as class names.
+    texts_of = {
         own: np.array(sorted({row for caption in own for row in rows_of[caption]}), dtype=np.int64)
         for own in set(features.captions)
     }

@@ -46,11 +46,11 @@ def classify(
 ) -> ZeroShotResult:
     """Compute top-1, top-5 and mean per class of rows with `labels` (n,), by the text features of the classes (C, d).
 
-    Ties count against the model, as in `declip.evaluation.retrieval.ranks`. Classes with the same name, such as the two
-    "missile" in CLIP's list for ImageNet, have the same feature and are one candidate: a prediction of it is correct
-    for the first of them, as with `argmax` over all classes, and never for the others.
+    Ties count against the model, as in `declip.evaluation.retrieval.ranks`.
     """
     labels = np.asarray(labels, dtype=np.int64)
+    # Classes with the same name, such as the two "missile" in CLIP's list for ImageNet, have the same feature and are
+    # one candidate: it is correct for the first of them, as with `argmax` over all classes, and never for the others.
     distinct, candidate = torch.unique(classes, dim=0, return_inverse=True)
     candidate = candidate.numpy()
     namesakes_before = np.array([(candidate[:label] == candidate[label]).sum() for label in range(len(classes))])

@@ -136,8 +136,8 @@ def pairs_chart(
         pairs: All numbers of pairs of the study.
         top: Upper end of the axis.
     """
+    # --- positions: lines are shifted slightly against each other, in log(pairs), so that bars do not overlap
     logs, shown = np.log(pairs), {name: curve for name, curve in curves.items() if curve.pairs}
-    # Lines are shifted slightly against each other, in log(pairs), so that bars do not overlap.
     step = min([0.02 * (1.12 * (logs[-1] - logs[0]) or 1.0), *0.8 * np.diff(logs) / max(len(shown), 1)])
     margin = max(0.06 * (logs[-1] - logs[0]), 0.6 * step * (len(shown) + 1)) if len(pairs) > 1 else 0.5
 

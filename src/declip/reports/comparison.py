@@ -45,6 +45,7 @@ def summary(outcome: Outcome) -> Group:
 
 def context(outcome: Outcome) -> dict[str, Any]:
     """Compute the numbers and tables of the templates."""
+    # The first measure is the headline: factors are computed for it alone.
     study, curves, facts = outcome.study, outcome.curves(), measure_facts(outcome)
     headline = next(iter(facts), "")
     factors = compared_factors(study, curves[headline]) if headline else []

@@ -44,18 +44,19 @@ class HeldOut(NamedTuple):
 def write_report(folder: Path, model: Encoder, limit: int = 4_000) -> Path:
     """Write ``report.html`` into a run folder, from its files.
 
-    Headline and examples are of one set of the recipe's evaluation: the user's own before a built-in one, final ones
-    before those during training. A section whose input cannot be read is left out with a warning.
+    A section whose input cannot be read is left out with a warning.
 
     Args:
         model: Encodes the held-out pairs.
         limit: Number of held-out pairs that examples are taken from, evenly spaced.
     """
     run = read_run(folder)
+    # --- headline and examples: the user's own set before a built-in one, final ones before those during training
     sets = run.recipe.evaluation
     names = [*sets.final_zero_shot, *sets.zero_shot, *sets.final_retrieval, *sets.retrieval]
     dataset = min(names, key=lambda name: name.startswith("builtin:"), default=None)
     results = [row.result for row in run.last() if row.result.dataset == dataset]
+    # --- tables and examples
     skipped = sorted((run.skipped or {"reasons": {}})["reasons"].items(), key=lambda item: -item[1]["count"])
     reasons = tuple((reason, ", ".join(row["examples"]), f"{row['count']:,}") for reason, row in skipped)
     held_out = None

@@ -18,10 +18,7 @@ from declip.recipe.yaml_text import read_yaml
 
 
 def image_folder(name: str, root: Path) -> Openers:
-    """Open any folder with one folder per class, or with folders of splits that contain one folder per class.
-
-    Class names are the folder names with spaces for underscores. Without a test folder, the validation folder is used.
-    """
+    """Open any folder with one folder per class, or with folders of splits that contain one folder per class."""
     folders = {
         which: root / inner for which, names in SPLITS.items() for inner in reversed(names) if (root / inner).is_dir()
     }
@@ -32,6 +29,7 @@ def image_folder(name: str, root: Path) -> Openers:
             f"A set with splits needs a 'train' folder and a 'validation' or 'test' folder, but '{root}' has only "
             f"{', '.join(folders)}. To evaluate on one folder, use 'folder:{next(iter(folders.values()))}'."
         )
+    # Without a test folder, the validation folder is used.
     elif "test" not in folders:
         folders["test"] = folders.pop("validation")
     raw = sorted({inner for folder in folders.values() for inner in _inner(folder)})
@@ -44,9 +42,10 @@ def image_folder(name: str, root: Path) -> Openers:
 def caltech101(name: str, root: Path) -> Openers:
     """Open Caltech-101: `root` holds `caltech101/101_ObjectCategories/` with 102 folders.
 
-    As in CLIP (Radford et al. 2021, appendix A), the background is a class, unlike in torchvision's reader, and each
-    class has 30 training images; all others are test images. CLIP's sample was not published; this one has seed 0.
+    As in CLIP (Radford et al. 2021, appendix A), each class has 30 training images; all others are test images. CLIP's
+    sample was not published; this one has seed 0.
     """
+    # The background is a class, as in CLIP and unlike in torchvision's reader.
     folder = root / "caltech101" / "101_ObjectCategories"
     raw = _exactly(name, folder, list(read_prompts(name).classes))
     return {
@@ -57,9 +56,9 @@ def caltech101(name: str, root: Path) -> Openers:
 def imagenet(name: str, root: Path) -> Openers:
     """Open ImageNet or a variant: folders named by WordNet ID, or in "imagenet-v2" by index into the sorted IDs.
 
-    The test split of ImageNet is `val/`, as in papers; probes also need `train/`. "imagenet-r" and "imagenet-a" have
-    200 of the 1,000 classes, and only these are candidates.
+    "imagenet-r" and "imagenet-a" have 200 of the 1,000 classes, and only these are candidates.
     """
+    # The test split of ImageNet is `val/`, as in papers; probes also need `train/`.
     wnids = wnids_of(name)
     folders = {"test": root / "val" if name == "imagenet" else root}
     if name == "imagenet" and (root / "train").is_dir():

@@ -49,6 +49,7 @@ def labeled_table(table_path: str | Path, label_column: str | None) -> Openers |
     names = _known_names(rows, column) or _ordered({cell for cell in cells if isinstance(cell, str)})
     if len(names) < 2:
         raise UserError(f"Column '{column}' of '{path}' has {len(names)} classes. It needs at least two.")
+    # --- a label or the reason for its absence for each row
     label_of = {name: label for label, name in enumerate(names)}
     labels = np.zeros(len(cells), dtype=np.int64)
     broken: dict[int, BrokenPair] = {}
