@@ -9,7 +9,7 @@ import torch
 from declip.errors import UserError
 from declip.models.blocks import blocks_of
 from declip.models.dual_encoder import DualEncoder
-from declip.models.length_buckets import encode_by_length
+from declip.models.text_tower import encode_by_length
 from declip.models.wrapped import encoder_kept_in
 from declip.supervision.objective import Objective
 from declip.training.optimizer import decays

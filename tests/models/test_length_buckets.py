@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from declip.models.length_buckets import encode_by_length
+from declip.models.text_tower import encode_by_length
 from models.test_text_tower import captions, small_tower
 
 

@@ -11,7 +11,7 @@ from declip.data.batch import PairBatch
 from declip.errors import UserError
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schema import Recipe
-from declip.supervision import chunked, contrastive
+from declip.supervision import contrastive
 from declip.supervision import term as supervision_term
 from declip.supervision.objective import Objective
 
@@ -161,8 +161,8 @@ def test_duplicates_that_no_loss_heeds_are_refused() -> None:
 def test_loss_matrices_above_the_limit_are_made_in_blocks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """8 pairs in float64: matrices of 512 bytes or more."""
     calls: list[int] = []
-    checkpoint = chunked.checkpoint
-    monkeypatch.setattr(chunked, "checkpoint", lambda *x, **options: calls.append(1) or checkpoint(*x, **options))
+    checkpoint = contrastive.checkpoint
+    monkeypatch.setattr(contrastive, "checkpoint", lambda *x, **options: calls.append(1) or checkpoint(*x, **options))
     batch, found = double(random_batch()), []
     for limit in (1e9, 511):
         monkeypatch.setattr(supervision_term, "MAX_LOGIT_BYTES", limit)

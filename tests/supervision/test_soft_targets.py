@@ -9,7 +9,7 @@ from torch import Tensor
 
 from declip.data.batch import PairBatch
 from declip.recipe.schema import Recipe
-from declip.supervision import chunked
+from declip.supervision import contrastive
 from declip.supervision.contrastive import cross_entropy_to_keys, info_nce
 from declip.supervision.multi_view import multi_view
 from declip.supervision.nearest_neighbor import neighbor_contrast
@@ -55,7 +55,7 @@ def soft(case: dict[str, Any], offset: int = 0, count: int = 6) -> SoftTargets:
 def test_values_and_gradients_are_those_of_a_plain_loop(
     units: Any, monkeypatch: Any, case: dict[str, Any], limit: float | None, no_device_reads: Any
 ) -> None:
-    monkeypatch.setattr(chunked, "BLOCK_BYTES", 2 * 6 * 8)
+    monkeypatch.setattr(contrastive, "BLOCK_BYTES", 2 * 6 * 8)
     features = [units(6, 4).requires_grad_() for _ in range(2)]
     rows = [x[1:5] for x in features]
     with no_device_reads():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from declip.supervision import chunked
+from declip.supervision import contrastive
 from supervision.terms import BATCH, TERMS, batch_axis
 
 every_term = pytest.mark.parametrize("name", TERMS)
@@ -18,7 +18,7 @@ in_blocks_too = pytest.mark.parametrize("limit", [None, 0], ids=["whole", "block
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunked, "BLOCK_BYTES", 3 * 8 * 8)
+    monkeypatch.setattr(contrastive, "BLOCK_BYTES", 3 * 8 * 8)
 
 
 @pytest.fixture
@@ -130,8 +130,8 @@ def test_blocks_above_the_limit_give_what_one_pass_gives_below(
     features: list[Tensor], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     term, scale = TERMS[name][0], torch.tensor(14.3, dtype=torch.float64, requires_grad=True)
-    calls, checkpoint = [], chunked.checkpoint
-    monkeypatch.setattr(chunked, "checkpoint", lambda *x, **options: calls.append(1) or checkpoint(*x, **options))
+    calls, checkpoint = [], contrastive.checkpoint
+    monkeypatch.setattr(contrastive, "checkpoint", lambda *x, **options: calls.append(1) or checkpoint(*x, **options))
     largest = {"nt_xent": 4 * 2 * BATCH, "relations": 4 * 2 * BATCH, "late_interaction": 4 * 5 * BATCH}.get(
         name, 4 * BATCH
     ) * 8
@@ -161,7 +161,7 @@ def test_blocks_neither_make_nor_keep_anything_of_the_matrixs_size(
 ) -> None:
     pairs, term = 90, TERMS[name][0]
     monkeypatch.setattr("supervision.terms.LENGTHS", torch.full((pairs,), 5))
-    monkeypatch.setattr(chunked, "BLOCK_BYTES", 10 * pairs * 8)
+    monkeypatch.setattr(contrastive, "BLOCK_BYTES", 10 * pairs * 8)
     rows = [units(*(pairs if n == BATCH else n for n in shape)).requires_grad_() for shape in TERMS[name][1]]
     largest, kept = {}, {}
     for limit in (None, 0):

@@ -10,8 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import declip
 from conftest import TINY
 from declip.interchange.declip_file import write_declip_file
-from declip.models.freezing import freeze, is_frozen
-from declip.models.layers import IMAGE, TEXT, blocks, depths
+from declip.models.layers import IMAGE, TEXT, blocks, depths, freeze, is_frozen
 from declip.recipe.schema import Recipe
 from declip.runs.checkpoint import list_checkpoints, load_checkpoint, part
 from declip.training.assemble import assemble

@@ -24,8 +24,7 @@ from declip.io.text import one_line
 from declip.models.dual_encoder import DualEncoder
 from declip.models.hf_encoder import CONFIG as ENCODER
 from declip.models.hf_encoder import PREFIX as HUB_ENCODER
-from declip.models.hf_encoder import TextEncoder
-from declip.models.hf_text_tower import HuggingfaceTextTower
+from declip.models.hf_encoder import HuggingfaceTextTower, TextEncoder
 from declip.recipe.load import load_recipe
 
 __all__ = ["express", "matches", "read", "reread", "write"]

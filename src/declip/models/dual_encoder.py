@@ -13,8 +13,7 @@ from declip.data.text.caption_tokenizer import CaptionTokenizer
 from declip.data.text.hf_tokenizer import HuggingfaceTokenizer
 from declip.data.text.tokenizer import Tokenizer
 from declip.errors import UserError
-from declip.models.hf_encoder import TextEncoder, read_encoder
-from declip.models.hf_text_tower import HuggingfaceTextTower
+from declip.models.hf_encoder import HuggingfaceTextTower, TextEncoder, read_encoder
 from declip.models.image_tower import ImageFeatures, ImageTower, NoImageTower
 from declip.models.text_tower import AnyTextTower, NoTextTower, TextTower, refuse_text
 from declip.models.wrapped import WrappedImageTower, WrappedModel, WrappedTextTower
@@ -76,7 +75,7 @@ class DualEncoder(nn.Module):
         return model
 
     def train(self, mode: bool = True) -> Self:
-        """Set the mode of all modules, except those that `declip.models.freezing` keeps in evaluation mode."""
+        """Set the mode of all modules, except those that `declip.models.layers` keeps in evaluation mode."""
         super().train(mode)
         for module in self.modules():
             module.training = mode and not getattr(module, "always_eval", False)

@@ -9,8 +9,7 @@ from torch import Tensor
 from declip.errors import UserError
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schema import Recipe
-from declip.supervision.chunked import mean_in_blocks
-from declip.supervision.contrastive import scaled_similarity, to_float32
+from declip.supervision.contrastive import mean_in_blocks, scaled_similarity, to_float32
 from declip.supervision.term import Encodings, Rows, Similarity, Term
 
 Compared = tuple[Tensor, Tensor, Tensor | float]

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from declip.data.plan import Needs
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schema import Recipe
-from declip.supervision.chunked import mean_in_blocks
-from declip.supervision.contrastive import to_float32
+from declip.supervision.contrastive import mean_in_blocks, to_float32
 from declip.supervision.term import Encodings, Rows, Similarity, Term, require
 
 SCORES_AT_ONCE = 2**26  # of tokens and tokens: 256 MiB in float32, whatever the batch

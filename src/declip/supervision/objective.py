@@ -16,7 +16,7 @@ from declip.errors import UserError, unknown
 from declip.models.blocks import frozen_batch_norm_stats
 from declip.models.dual_encoder import DualEncoder
 from declip.models.image_tower import ImageFeatures, ImageTower
-from declip.models.length_buckets import encode_by_length
+from declip.models.text_tower import encode_by_length
 from declip.recipe.load import listed, unknown_key
 from declip.recipe.schema import Recipe
 from declip.supervision.contrastive import Contrastive, to_float32
@@ -29,8 +29,7 @@ from declip.supervision.sigmoid import Sigmoid
 from declip.supervision.simclr import SimCLR
 from declip.supervision.simsiam import SimSiam
 from declip.supervision.soft_targets import pair_labels
-from declip.supervision.term import Encodings, Rows, Similarity, Term
-from declip.supervision.tower_outputs import TowerOutputs
+from declip.supervision.term import Encodings, Rows, Similarity, Term, TowerOutputs
 
 TERMS: dict[str, type[Term]] = {
     "contrastive": Contrastive,

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from declip.data.plan import Needs
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schema import Recipe
-from declip.supervision.chunked import mean_in_blocks
-from declip.supervision.contrastive import scaled_similarity, to_float32
+from declip.supervision.contrastive import mean_in_blocks, scaled_similarity, to_float32
 from declip.supervision.term import Encodings, Rows, Similarity, Term, augmented_views, require
 
 

@@ -19,7 +19,7 @@ from declip.data.batch import PairBatch
 from declip.errors import UserError
 from declip.models.blocks import blocks_of, grad_checkpointing
 from declip.models.dual_encoder import DualEncoder
-from declip.models.freezing import is_frozen
+from declip.models.layers import is_frozen
 from declip.recipe.schema import Recipe
 from declip.runs.folder import log
 from declip.supervision.objective import Gather, Objective

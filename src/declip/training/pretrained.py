@@ -18,9 +18,8 @@ from declip.interchange.read import is_published, read, read_start
 from declip.interchange.weights import Weights
 from declip.io.atomic import ELSEWHERE, atomic_write
 from declip.models.dual_encoder import DualEncoder, has_text
-from declip.models.freezing import freeze, keep_in_evaluation
 from declip.models.hf_encoder import ENTRY
-from declip.models.layers import IMAGE, TEXT, blocks, depths
+from declip.models.layers import IMAGE, TEXT, blocks, depths, freeze, keep_in_evaluation
 from declip.models.lora import MARK, Adapters
 from declip.recipe.schema import FineTuning, LoRA, Recipe
 from declip.runs.checkpoint import prefixed

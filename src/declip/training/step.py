@@ -13,7 +13,7 @@ from declip.models.blocks import frozen_batch_norm_stats
 from declip.models.device import random_states, set_random_states
 from declip.recipe.schema import Train
 from declip.supervision.objective import Gather
-from declip.supervision.tower_outputs import TowerOutputs, joined, split_like
+from declip.supervision.term import TowerOutputs, joined, split_like
 from declip.training import distributed
 from declip.training.distributed import StepSync
 from declip.training.parallel import Learner, average_gradients, clip_gradients, unwrap
