@@ -38,11 +38,6 @@ def peak() -> int:
     return _bytes("/proc/self/status", "VmHWM")
 
 
-def available() -> int:
-    """Return the memory that is available to a new process, in bytes."""
-    return _bytes("/proc/meminfo", "MemAvailable")
-
-
 def _bytes(path: str, field: str) -> int:
     """Read a field of a kernel file; 0 if the system is not Linux."""
     lines = Path(path).read_text().splitlines() if Path(path).is_file() else []

@@ -7,7 +7,7 @@ A step is forward, loss, backward, AdamW and setting the gradients to none. Ours
 `clip-yfcc15m-vitb32` and --recipe, a late second view included, on the loader's uint8 views, whose colors are finished
 on the device within the step; open_clip gets images that are finished, as its loader makes them, and pads captions to
 77 tokens. All take turns in one process (A B A B …); the numbers are medians. They hold for the machine, its load and
-the threads printed with them. Muon's update is measured on the same gradients, and in whole steps at demo size.
+the threads printed with them. Muon's update is measured on the same gradients.
 
 With --json the last line is one JSON object: "ours_over_open_clip", "clip_over_open_clip" and "muon_over_adamw" by
 precision, and all seconds.
@@ -18,7 +18,6 @@ import gc
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -38,11 +37,11 @@ from declip.training.optimizer import build_optimizer, named_trainable
 from declip.training.step import training_step
 from declip.training.trainer import keep_freed_memory
 from machine import machine
-from memory import available, peak
+from memory import peak
 from pairs import CAPTIONS, InMemory, open_pairs, texts_of
 from parts import build
 from peers import LEARNING_RATE, Shape, Side, count, open_clip_side
-from timing import medians, take_turns, time_turns
+from timing import medians, time_turns
 
 TOWERS = {
     "ViT-B-32": "vit_base_patch32_clip_quickgelu_224",
@@ -55,9 +54,6 @@ TOWERS = {
 
 BATCHES = 9
 """Loaded batches; the one with the median text length is used, because a batch is as long as its longest caption."""
-
-STATE_BYTES = 16
-"""Bytes of a float32 parameter with its gradient and AdamW's two moments."""
 
 
 @dataclass
@@ -210,31 +206,8 @@ def synchronized(task: Callable[[], object], device: torch.device) -> Callable[[
     return run
 
 
-def muon_at_demo_size(options: argparse.Namespace, precision: str) -> float:
-    """Return the time of a demo step with Muon divided by one with AdamW."""
-    device = pick_device(options.device)
-    source = InMemory(texts_of(open_pairs(), options.captions), 32)
-    tasks = {}
-    for optimizer in ("adamw", "muon"):
-        keys = {"train.optimizer": optimizer, "train.precision": precision, "data.workers": 0}
-        keys |= {"train.batch_size": options.batch_size} if options.tiny else {}
-        built = build(load_recipe("demo-declip", keys), source, device)
-        tasks[optimizer] = synchronized(partial(training_step, built.step, next(built.loader).to(device)), device)
-    seconds = take_turns(5 * options.repeats, tasks)
-    return seconds["muon"] / seconds["adamw"]
-
-
-def together(setting: Setting, builders: dict[str, Callable[[], Side]], repeats: int) -> tuple[dict, dict]:
-    """Measure all implementations, all in memory at once."""
-    sides = {name: make() for name, make in builders.items()}
-    tasks: dict[str, Callable[[], object]] = {}
-    for name, side in sides.items():
-        tasks |= tasks_of(name, side, setting.shape.device)
-    return time_turns(repeats, tasks), {name: described(side) for name, side in sides.items()}
-
-
 def one_by_one(setting: Setting, builders: dict[str, Callable[[], Side]], repeats: int) -> tuple[dict, dict]:
-    """Measure all implementations in turns; each is built for its turn and freed after it."""
+    """Measure all implementations in turns; each is built for its turn and freed after it, so that memory suffices."""
     taken: dict[str, list[float]] = {}
     sides = {}
     for _ in range(repeats):
@@ -259,13 +232,9 @@ def compare_all(options: argparse.Namespace) -> dict[str, Any]:
     for precision in ("fp32", "bf16") if options.precision == "both" else (options.precision,):
         found[precision] = compare(argparse.Namespace(**{**vars(options), "precision": precision}))
         gc.collect()
-    ratios = ("ours_over_open_clip", "clip_over_open_clip")
+    ratios = ("ours_over_open_clip", "clip_over_open_clip", "muon_over_adamw")
     return {
         **{ratio: {precision: result[ratio] for precision, result in found.items()} for ratio in ratios},
-        "muon_over_adamw": {
-            "full": {precision: result["muon_over_adamw"] for precision, result in found.items()},
-            "demo": {precision: muon_at_demo_size(options, precision) for precision in found},
-        },
         "measured": found,
     }
 
@@ -274,10 +243,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
     """Measure all implementations in one precision."""
     setting = prepare(options)
     about, builders = machine(), makers(setting)
-    with torch.device("meta"):
-        state = STATE_BYTES * count(DualEncoder.from_recipe(setting.recipes["clip"])) * len(builders)
-    apart = options.apart or 0 < available() < 2 * state
-    taken, sides = (one_by_one if apart else together)(setting, builders, options.repeats)
+    taken, sides = one_by_one(setting, builders, options.repeats)
     whole = medians(taken)
     seconds = {name: whole[name] for name in builders}
     views = {name: whole[f"{name}: views"] for name in setting.recipes}
@@ -293,7 +259,6 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
         "precision": options.precision,
         "device": device_name(setting.shape.device),
         "threads": torch.get_num_threads(),
-        "built": "one by one" if apart else "together",
         "captions": described_captions(options.captions, setting),
         "text_length": {name: side["text_length"] for name, side in sides.items()},
         "parameters": {name: side["parameters"] for name, side in sides.items()},
@@ -377,7 +342,6 @@ def parser() -> argparse.ArgumentParser:
         help="of the built-in emoji: one caption; all captions of a pair (default); several pairs', "
         "so that all 77 tokens are used",
     )
-    found.add_argument("--apart", action="store_true", help="build each for its turn only; so where memory is short")
     found.add_argument("--tiny", action="store_true", help="towers of two narrow layers at 32 px, to try this script")
     found.add_argument("--json", action="store_true", help="print the result as JSON, as the last line")
     return found

@@ -47,13 +47,12 @@ def call(scripts: Scripts, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
 
 
 def test_step_and_its_peer(call: Call) -> None:
-    words = ("--tiny", "--batch-size", 4, "--repeats", 2, "--json", "--precision", "fp32", "--apart")
+    words = ("--tiny", "--batch-size", 4, "--repeats", 2, "--json", "--precision", "fp32")
     whole = json.loads(call("step", *words)[1][-1])
     found = whole["measured"]["fp32"]
     muon, adamw = (found["raw_seconds"][f"clip: {name}"] for name in ("muon", "optimizer"))
     expected = 1 + (median(muon) - median(adamw)) / found["seconds"]["clip"]
-    assert whole["muon_over_adamw"]["full"]["fp32"] == pytest.approx(expected)
-    assert whole["muon_over_adamw"]["demo"]["fp32"] > 0
+    assert whole["muon_over_adamw"]["fp32"] == pytest.approx(expected)
     for name in ("clip", "ours"):
         ratio = found["seconds"][name] / found["seconds"]["open_clip"]
         assert whole[f"{name}_over_open_clip"]["fp32"] == pytest.approx(ratio)
