@@ -62,10 +62,9 @@ def test_held_out_sets_are_evaluated_by_what_they_have(table: Path, tmp_path: Pa
     assert recipe.evaluation.final_zero_shot == (), "the demo's sets go with the demo's pairs"
 
 
-def test_recipes_are_listed_shown_and_described(command: Any) -> None:
+def test_recipes_are_listed_and_shown(command: Any) -> None:
     assert [line.split()[0] for line in command("recipes").out.splitlines()] == declip.recipe.load.recipe_names()
     assert yaml.safe_load(command("recipes", "show", "clip", "train.steps=7").out)["train"]["steps"] == 7
-    assert "loss_weights" in json.loads(command("recipes", "schema").out)["properties"]
     assert command("--version").out == f"declip {declip.__version__}\n"
 
 

@@ -7,13 +7,12 @@ import typer
 
 from declip.cli.options import BatchSize, Device, ImageColumn, ImageRoot, Quiet, check_model, file, say
 from declip.data.columns import Columns
-from declip.errors import UserError
 
 
 def classify(
     images: Annotated[str, typer.Argument(help="a folder, an image, a pattern in quotes, a table, or tar shards")],
     classes: Annotated[str, typer.Option(metavar="FILE|LIST", help="a file with one class per line, or: cat,dog")],
-    model: Annotated[str | None, typer.Option(help="run, checkpoint or weights; default: newest in runs/")] = None,
+    model: Annotated[str, typer.Option(help="a run folder, a checkpoint, a weights file, or open_clip:MODEL/TAG")],
     out: Annotated[Path | None, file(".csv, or a folder for images by class", metavar="FILE|DIR")] = None,
     templates: Annotated[str, typer.Option(help="a template set, or one template with {}")] = "plain",
     batch_size: BatchSize = 256,
@@ -24,11 +23,6 @@ def classify(
     quiet: Quiet = False,
 ) -> None:
     """Classify images among classes that you name. Without --out, print a line with tabs for each image."""
-    if model is None:
-        runs = sorted(Path("runs").glob("*/checkpoints"), key=lambda path: path.stat().st_mtime)
-        if not runs:
-            raise UserError("There is no run in 'runs'. Give a model with --model.")
-        model = str(runs[-1].parent)
     check_model(model)
     from declip.data.pair import printable
     from declip.search.classify import classify as run_classification
@@ -53,4 +47,4 @@ def classify(
         for line in result.skipped.lines():
             typer.echo(f"Left out: {line}", err=True)
     else:
-        say(f"{result.summary()}\nModel: {model}\nWritten: {out}")
+        say(f"{result.summary()}\nWritten: {out}")

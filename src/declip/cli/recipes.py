@@ -1,6 +1,5 @@
-"""The command ``declip recipes``: list the shipped recipes, show one, or print the JSON schema of all keys."""
+"""The command ``declip recipes``: list the shipped recipes, or show one."""
 
-import json
 from typing import Annotated
 
 import typer
@@ -33,11 +32,3 @@ def show(
     from declip.recipe.load import load_recipe, parse_overrides
 
     say(load_recipe(recipe, parse_overrides(overrides or [])).to_yaml().rstrip())
-
-
-@group.command()
-def schema() -> None:
-    """Print the JSON schema of recipes, for editors."""
-    from declip.recipe.schema import Recipe
-
-    say(json.dumps(Recipe.model_json_schema(), indent=1, ensure_ascii=False))
