@@ -131,8 +131,6 @@ def recipe_of(recipe: str, name: str, shape: Shape, batch: int) -> Recipe:
     if convolutional:
         keys["image.freeze_patch_embed"] = False
     loaded = load_recipe(recipe)
-    if loaded.views.image_second is not None and loaded.views.image_second.late:
-        keys["views.image_second.start"] = 0.0
     if loaded.train.grad_cache_chunk is not None:  # a recipe for one GPU, its towers whole
         keys["train.grad_cache_chunk"] = None
     return load_recipe(recipe, keys)

@@ -128,8 +128,8 @@ def test_a_child_recipe_with_a_source_of_its_own_has_its_own_evaluation_sets(tmp
         ({"text.dropout": "0.1"}, ("text.dropout", "removed")),
         ({"masked_language.mask_input_only": "true"}, ("masked_language", "views.text.mask")),
         (
-            {"views.image_second": "{start: 1}", "views.contrastive_view": "{}"},
-            ("views.contrastive_view", "image_second.start below 1"),
+            {"views.image_second": "false", "views.contrastive_view": "{}"},
+            ("views.contrastive_view", "views.image_second=false"),
         ),
     ],
 )

@@ -109,7 +109,7 @@ def test_a_base_view_is_for_the_contrast_alone() -> None:
 
 def test_one_image_view_meets_both_captions() -> None:
     weights = {"contrastive": 0.4, "multi_view": 0.4, "nearest_neighbor": 0.2}
-    model, objective = parts(weights, views={"image_second": {"start": 1}})
+    model, objective = parts(weights, views={"image_second": False})
     batch = random_batch(views=1)
     batch = PairBatch(batch.views, batch.texts, sample_ids=batch.sample_ids)
     objective(model, batch)

@@ -21,7 +21,7 @@ from declip.errors import UserError
 if TYPE_CHECKING:
     from declip.data.images.crops import Crop
     from declip.data.pair import LazyImage, PairSource
-    from declip.data.plan import Plan, ViewSpec
+    from declip.data.plan import Plan
     from declip.data.text.caption_tokenizer import CaptionTokenizer
 
 
@@ -60,15 +60,15 @@ class Assembler:
 
     def __getitem__(self, step: int) -> PairBatch:
         """Build this rank's part of the batch of a step; `skipped` has its broken pairs."""
-        epoch, views = step // self.steps_per_epoch, self.plan.at(step)
+        epoch = step // self.steps_per_epoch
         samples: list[_Sample] = []
         skipped: list[BrokenPair] = []
         for index in np.array_split(self.indices(step), self.ranks)[self.rank].tolist():
             try:
-                samples.append(self.sample(index, epoch, views))
+                samples.append(self.sample(index, epoch))
             except BrokenPair as broken:
                 skipped.append(broken)
-        return self.collate(samples, skipped, views)
+        return self.collate(samples, skipped)
 
     def _generator(self, epoch: int, index: int) -> np.random.Generator:
         return np.random.default_rng((self.seed, epoch, index))
@@ -85,8 +85,8 @@ class Assembler:
             return [text, text]
         return [text, augment(text, generator)]
 
-    def sample(self, index: int, epoch: int, specs: Sequence[ViewSpec] | None = None) -> _Sample:
-        """Read a pair, make every random choice about the given views or all, decode it; raises `BrokenPair`."""
+    def sample(self, index: int, epoch: int) -> _Sample:
+        """Read a pair, make every random choice about its views, decode it; raises `BrokenPair`."""
         pair = self.source.read_lazy(index)
         generator = self._generator(epoch, index)
         rows = [self.tokenizer.encode(t) for t in self._texts(pair.captions, generator)]
@@ -94,7 +94,7 @@ class Assembler:
         masked, labels = (
             ([], []) if probability is None else mask_tokens(rows[0], generator, self.tokenizer, probability)
         )
-        transforms = [_transform(spec.size, spec.augmentation) for spec in specs or self.plan.views]
+        transforms = [_transform(spec.size, spec.augmentation) for spec in self.plan.views]
         chosen = [(t.sample_crop(*pair.image.size, generator), t.sample_params(generator)) for t in transforms]
         pixels = self._crop(pair.image, transforms, [crop for crop, _ in chosen])
         return _Sample(pixels, [params for _, params in chosen], rows, masked, labels, epoch * len(self.source) + index)
@@ -110,12 +110,10 @@ class Assembler:
         crops = crops if best == 1 else [crop.reduced(best) for crop in crops]
         return [transform.crop_and_resize(pixels, crop) for transform, crop in zip(transforms, crops, strict=True)]
 
-    def collate(
-        self, samples: list[_Sample], skipped: list[BrokenPair], specs: Sequence[ViewSpec] | None = None
-    ) -> PairBatch:
-        """Stack the samples in the given views or all; every text is padded to the longest one's length, rounded up."""
+    def collate(self, samples: list[_Sample], skipped: list[BrokenPair]) -> PairBatch:
+        """Stack the samples; every text is padded to the longest one's length, rounded up."""
         views = {}
-        for number, spec in enumerate(specs or self.plan.views):
+        for number, spec in enumerate(self.plan.views):
             crops = [sample.pixels[number] for sample in samples]
             # In a worker this allocates memory shared with the training process, which copies nothing.
             pixels = default_collate(crops) if crops else torch.empty(0, 3, spec.size, spec.size, dtype=torch.uint8)

@@ -1,7 +1,7 @@
 """The views of a training pair: a recipe and the needs of its losses become view and text specifications, once."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from declip.errors import UserError
 from declip.recipe.schema import ImageView, Recipe, TextView
@@ -25,12 +25,11 @@ class Needs:
 
 @dataclass(frozen=True)
 class ViewSpec:
-    """One image view: its name, its size in pixels, its augmentation and the first step that sees it."""
+    """One image view: its name, its size in pixels and its augmentation."""
 
     name: str
     size: int
     augmentation: ImageView
-    start: int = 0
 
 
 @dataclass(frozen=True)
@@ -53,41 +52,20 @@ class Plan:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
-    def at(self, step: int) -> tuple[ViewSpec, ...]:
-        """Views of a step; those that start later are the last ones."""
-        return tuple(spec for spec in self.views if spec.start <= step)
-
-    @property
-    def changes(self) -> list[int]:
-        """Steps from which the number of views is another, the first step included."""
-        return sorted({0, *(spec.start for spec in self.views)})
-
 
 def plan_views(recipe: Recipe, needs: Iterable[Needs]) -> Plan:
     """Derive the views that the losses of a recipe need."""
     needs = list(needs)
     wanted: set[str] = set().union(*(need.views | need.optional_views for need in needs))
-    second = recipe.views.image_second
-    if second is not None and second.start == 1:
+    size, views = recipe.image.size, recipe.views
+    if not views.image_second:
         if any("second" in need.views for need in needs):
             raise UserError(
-                f"A loss of this recipe compares two image views, and views.image_second.start={second.start:g} leaves "
-                "one. Set it below 1, or the loss's weight to 0."
+                "A loss of this recipe compares two image views, and views.image_second=false leaves one. Leave it "
+                "out, or set the loss's weight to 0."
             )
         wanted.discard("second")
-    size, views = recipe.image.size, recipe.views
-    specs = [ViewSpec("first", size, views.image)]
-    if "second" in wanted:
-        start = int(second.start * recipe.train.steps) if second is not None else 0
-        own_size = recipe.image_sizes.get("views.image_second.size", size)
-        specs.append(ViewSpec("second", own_size, second or views.image, start))
-        if second is not None and second.late and all("second" in need.views for need in needs):
-            raise UserError(
-                f"views.image_second.start={second.start} leaves the first steps without a loss: all of this recipe "
-                "compare two views. Set it to 0, or add a loss of one view."
-            )
-        if views.contrastive_view is not None and not any("second" in need.optional_views for need in needs):
-            specs[0] = replace(specs[0], start=start)  # until then no loss compares augmented views
+    specs = [ViewSpec(name, size, views.image) for name in ("first", "second") if name == "first" or name in wanted]
     if views.contrastive_view is not None:
         # Losses that compare augmented views keep theirs; without one of them only this view is made.
         specs = [ViewSpec("contrastive", size, views.contrastive_view), *(specs if "second" in wanted else [])]

@@ -131,10 +131,7 @@ def _image_tower(recipe: Recipe) -> ImageTower:
     image = recipe.image
     if image.model == recipe.text.hf_model:
         raise UserError(f"image.model={image.model} comes with weights: give them as finetune.pretrained.")
-    any_size = len(set(recipe.image_sizes.values())) > 1
-    return ImageTower(
-        image.model, image.size, recipe.embed_dim, image.model_kwargs, image.freeze_patch_embed, any_size=any_size
-    )
+    return ImageTower(image.model, image.size, recipe.embed_dim, image.model_kwargs, image.freeze_patch_embed)
 
 
 def _text_parts(recipe: Recipe, encoder: TextEncoder | None) -> tuple[CaptionTokenizer, AnyTextTower]:

@@ -76,7 +76,6 @@ class ImageTower(nn.Module):
         name: A timm model's name or a key of `SMALL_TOWERS`. Nothing is downloaded.
         options: Arguments of `timm.create_model`; ``depths`` sets the stages of CLIP's ResNets.
         freeze_patch_embed: Leave a ViT's patch projection at its random start, as DeCLIP's official code does.
-        any_size: Let a ViT take images of other sizes too, with position embeddings resampled to their grid.
         weights: State of the trunk, as timm publishes it, for any image size; None for random weights.
     """
 
@@ -90,14 +89,11 @@ class ImageTower(nn.Module):
         options: dict[str, Any] | None = None,
         freeze_patch_embed: bool = False,
         weights: Mapping[str, Tensor] | None = None,
-        any_size: bool = False,
     ) -> None:
         super().__init__()
         from timm.layers import AttentionPool2d
 
-        base, _ = SMALL_TOWERS.get(name, (name, {}))
-        resampled = {"dynamic_img_size": True} if any_size and base.startswith("vit_") else {}
-        self.trunk = _create(name, size, resampled | (options or {}), weights)
+        self.trunk = _create(name, size, options or {}, weights)
         self.norm: nn.Module = nn.Identity()
         # The norm is per token, so where one token is pooled it may as well come after the pool.
         pools_a_token = getattr(self.trunk, "global_pool", None) == "token" and hasattr(self.trunk, "blocks")

@@ -70,18 +70,6 @@ class ImageView(Section):
     hflip_prob: Fraction = Field(0.5, description="probability of a horizontal flip")
 
 
-class SecondView(ImageView):
-    """The second image view: its size and start; augmentation keys left out are those of `views.image`."""
-
-    size: int | None = Field(None, ge=16, le=4096, description="height and width in pixels; default: image.size")
-    start: float = Field(0.0, ge=0, le=1, description="fraction of the steps with one view before; 1: all of them")
-
-    @property
-    def late(self) -> bool:
-        """Whether it starts during the run."""
-        return 0 < self.start < 1
-
-
 class TextView(Section):
     """The second text view, such as EDA (Wei and Zou 2019)."""
 
@@ -95,17 +83,9 @@ class Views(Section):
     """The views of a pair that the model is trained on."""
 
     image: ImageView = ImageView()
-    image_second: SecondView | None = Field(None, description="second view: size, start, and keys of views.image")
+    image_second: bool = Field(True, description="a second image view, for the losses that take one")
     text: TextView = TextView()
     contrastive_view: ImageView | None = Field(None, description="milder first view for the contrastive loss (SLIP)")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _second_like_first(cls, given: Any) -> Any:
-        first, second = (given.get(n) if isinstance(given, dict) else None for n in ("image", "image_second"))
-        if not (isinstance(first, dict | ImageView) and isinstance(second, dict | ImageView)):
-            return given
-        return {**given, "image_second": {**dict(first), **dict(second)}}
 
 
 class ContrastiveConfig(Section):
@@ -293,15 +273,15 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _losses_fit(self) -> Self:
         """Check losses and views against each other."""
-        duplicates, group, second = self.contrastive.duplicates, self.data.columns.get("group"), self.views.image_second
+        duplicates, group = self.contrastive.duplicates, self.data.columns.get("group")
         if not self.active_losses:
             raise ValueError("every weight in loss_weights is 0; at least one must be above 0")
         if self.train.length_buckets > 1 and self.late_interaction.include_padding:
             raise ValueError("late_interaction.include_padding requires train.length_buckets=1")
         if group is not None and duplicates == "negatives":
             raise ValueError(f"data.columns.group={group} requires contrastive.duplicates=mask")
-        if self.views.contrastive_view is not None and second is not None and second.start == 1:
-            raise ValueError("views.contrastive_view requires two other views; set views.image_second.start below 1")
+        if self.views.contrastive_view is not None and not self.views.image_second:
+            raise ValueError("views.contrastive_view requires two other views; leave views.image_second=false out")
         return self
 
     @model_validator(mode="after")
@@ -331,13 +311,6 @@ class Recipe(Section):
     def initial_bias(self) -> float | None:
         """The initial bias of the logits, SigLIP's for the sigmoid loss; None for a model without one."""
         return -10.0 if self.logit_bias is None and "sigmoid" in self.active_losses else self.logit_bias
-
-    @property
-    def image_sizes(self) -> dict[str, int]:
-        """Sizes of the images that the tower takes in training, by their keys."""
-        second = self.views.image_second
-        own = {} if second is None or second.size is None else {"views.image_second.size": second.size}
-        return {"image.size": self.image.size, **own}
 
     @property
     def head_warmup(self) -> int:

@@ -1,7 +1,7 @@
 """The objective: encode a batch once, gather once, and sum the weighted losses of a recipe."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,6 @@ from declip.data.batch import PairBatch
 from declip.data.pair import PairSource
 from declip.data.plan import Needs
 from declip.errors import UserError, unknown
-from declip.models.blocks import frozen_batch_norm_stats
 from declip.models.dual_encoder import DualEncoder
 from declip.models.image_tower import ImageFeatures, ImageTower
 from declip.models.text_tower import encode_by_length
@@ -143,12 +142,6 @@ class Objective(nn.Module):
         """Beginnings of the names of parameters of layers whose outputs are words."""
         return tuple(f"terms.{name}.{layer}." for name, term in self._terms() for layer in term.over_vocabulary)
 
-    @property
-    def starts_late(self) -> bool:
-        """Whether the second image view, and with it the losses that compare two, start during the run."""
-        second = self.recipe.views.image_second
-        return second is not None and second.late
-
     def forward(
         self, model: DualEncoder, batch: PairBatch, gather: Gather = identity_gather, offset: int = 0
     ) -> dict[str, Tensor]:
@@ -166,7 +159,7 @@ class Objective(nn.Module):
     ) -> dict[str, Tensor]:
         """Compute the losses from the towers' outputs for the whole batch, as `forward`."""
         # Each term's own features, from normalized embeddings
-        terms = [(name, term) for name, term in self._terms() if not self._waits(term.needs, outputs.views)]
+        terms = self._terms()
         images, texts = (F.normalize(to_float32(x), dim=-1) for x in (outputs.images, outputs.texts))
         encoded = Encodings(images, texts, outputs, batch)
         features = {name: term.features(encoded) for name, term in terms}
@@ -191,7 +184,7 @@ class Objective(nn.Module):
         tokens, pre_logits, masked = (
             any(getattr(need, output) for need in self.needs) for output in ("tokens", "pre_logits", "masked")
         )
-        # One pass over the views of a size, one over all captions
+        # One pass over the views, one over all captions
         pixels = [view.pixels for view in batch.views.values()]
         images = encode_views(model, pixels)
         # (T, B, L), or T + 1 with the masked caption
@@ -225,10 +218,6 @@ class Objective(nn.Module):
     def _terms(self) -> list[tuple[str, Term]]:
         return list(self.terms.items())  # type: ignore[arg-type]  # a ModuleDict does not know its values' class
 
-    def _waits(self, need: Needs, views: Collection[str]) -> bool:
-        """Whether a loss compares two views, and the second has not started yet."""
-        return self.starts_late and "second" in need.views and "second" not in views
-
     def _captions(self, batch: PairBatch, masked: bool) -> tuple[Tensor, int, Tensor | None]:
         """The sequences to encode (T or T + 1, B, L), which of them the language head reads, and their lengths."""
         lengths = None if batch.lengths is None else batch.lengths.flatten()
@@ -242,7 +231,7 @@ class Objective(nn.Module):
 
     def _check(self, batch: PairBatch) -> None:
         for name, need in zip(self.terms, self.needs, strict=True):
-            lacking = need.views - {"first"} - set(batch.views) and not self._waits(need, batch.views)
+            lacking = need.views - {"first"} - set(batch.views)
             unmasked = need.masked and (batch.masked is None or batch.labels is None)
             if lacking or len(batch.texts) < need.texts or unmasked:
                 raise UserError(
@@ -287,23 +276,14 @@ def _unpacked(part: Tensor, like: Tensor) -> Tensor:
 
 
 def encode_views(model: DualEncoder, views: Sequence[Tensor]) -> ImageFeatures:
-    """Encode (B, 3, S, S) views of equal size in one pass, or one by one where batch norm must see each view alone.
+    """Encode (B, 3, S, S) views in one pass, or one by one where batch norm must see each view alone.
 
-    `pooled` and `pre_logits` have a leading axis of views; `tokens` are the first view's. Running statistics of batch
-    norm are those of the first view's size, in which the model is used: statistics of smaller images would spoil them
-    (AdvProp, arXiv 1911.09665, keeps a second set of statistics for this).
+    `pooled` and `pre_logits` have a leading axis of views; `tokens` are the first view's.
     """
     tower: ImageTower = model.image_tower
     alone = model.training and tower.has_batch_norm
-    groups: dict[object, list[int]] = {}
-    for number, view in enumerate(views):
-        groups.setdefault(number if alone else view.shape, []).append(number)
-    parts: dict[int, tuple[Tensor, ...]] = {}
-    for group in groups.values():
-        other_size = views[group[0]].shape != views[0].shape
-        with frozen_batch_norm_stats(tower) if other_size else nullcontext():
-            features = tower(torch.cat([views[number] for number in group]))
-        fields = (features.pooled, features.pre_logits, features.tokens)
-        parts |= zip(group, zip(*(field.chunk(len(group)) for field in fields), strict=True), strict=True)
-    pooled, pre_logits, tokens = zip(*(parts[number] for number in range(len(views))), strict=True)
-    return ImageFeatures(torch.stack(pooled), torch.stack(pre_logits), tokens[0])
+    passes = [tower(pixels) for pixels in (views if alone else [torch.cat([*views])])]
+    pooled, pre_logits = (torch.cat([getattr(some, name) for some in passes]) for name in ("pooled", "pre_logits"))
+    # (V · B, k) → (V, B, k)
+    pooled, pre_logits = (rows.unflatten(0, (len(views), -1)) for rows in (pooled, pre_logits))
+    return ImageFeatures(pooled, pre_logits, passes[0].tokens[: len(views[0])])

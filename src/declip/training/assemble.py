@@ -93,8 +93,7 @@ def _build_model(resolved: Resolved, folder: Path, resume: bool) -> DualEncoder:
     if encoder is None and resume:
         encoder = run_folder.kept_encoder(recipe, folder)
     model = DualEncoder.from_recipe(recipe, encoder)
-    for key, size in recipe.image_sizes.items():
-        model.image_tower.refuse_size(recipe.image.model, size, key)
+    model.image_tower.refuse_size(recipe.image.model, recipe.image.size)
     return model
 
 

@@ -10,12 +10,11 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 
-from declip.data.loader import PairLoader
 from declip.evaluation.datasets import open_dataset
 from declip.evaluation.encode import encode_source
 from declip.io.text import duration, plural
 from declip.recipe.schema import Recipe
-from declip.training.assemble import assemble, build_loader
+from declip.training.assemble import assemble
 from declip.training.pairs import evaluation_tasks, open_training_source
 from declip.training.parts import Parts
 from declip.training.resolve import resolve_epochs
@@ -67,35 +66,18 @@ def estimate(recipe: Recipe) -> Estimate:
 
 
 def step_seconds(parts: Parts, warm: int, count: int) -> list[float]:
-    """Time steps of a run that is then discarded, loading included, without the first `warm`.
-
-    Where the views change during the run, each time is the mean over the run of one step before and one after.
-    """
-    recipe = parts.recipe
-    step_parts = StepParts(parts.learner, parts.optimizer, parts.plan, recipe.train)
-
-    def timed(loader: PairLoader) -> list[float]:
-        seconds = []
+    """Time steps of a run that is then discarded, loading included, without the first `warm`."""
+    step_parts = StepParts(parts.learner, parts.optimizer, parts.plan, parts.recipe.train)
+    parts.learner.train()
+    seconds = []
+    with parts.loader:
         for _ in range(warm + count):
             started = time.perf_counter()
-            batch = next(loader)
+            batch = next(parts.loader)
             sync = parts.hosts.sync_step(0, len(batch), stop=False)
             training_step(step_parts, batch, sync)["loss"].item()  # waits for the device
             seconds.append(time.perf_counter() - started)
-        loader.close()
-        return seconds[warm:]
-
-    parts.learner.train()
-    seconds = timed(parts.loader)
-    first, *later = parts.plan.changes
-    phases = [seconds]
-    for start in later:
-        loader = build_loader(recipe, parts.source, parts.model, parts.workers)
-        loader.step = start
-        phases.append(timed(loader))
-    ends = [*later, recipe.train.steps]
-    lengths = [end - start for start, end in zip([first, *later], ends, strict=True)]
-    return [float(np.average(one, weights=lengths)) for one in zip(*phases, strict=True)] if later else seconds
+    return seconds[warm:]
 
 
 def _peak(device: torch.device) -> int:

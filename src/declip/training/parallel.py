@@ -64,7 +64,7 @@ def build_learner(recipe: Recipe, model: DualEncoder, objective: Objective) -> n
         learner,
         **equal,
         gradient_as_bucket_view=True,
-        find_unused_parameters=objective.starts_late or not objective.reaches_all,
+        find_unused_parameters=not objective.reaches_all,
     )
 
 
