@@ -1,57 +1,51 @@
 """Exact search: products of the queries with all vectors, block by block, so that memory stays small."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
+ROWS = 8_192  # vectors whose products are kept at a time
 BLOCK_BYTES = 2 << 20  # float32 bytes of a block, which stays in a core's cache between conversion and product
 
 
-class VectorBlock(NamedTuple):
-    """Vectors to search: ids (rows,) int64, vectors (rows, d) of any float type, and bool (rows,) for hidden rows."""
-
-    ids: Tensor
-    vectors: Tensor
-    hidden: Tensor | None = None
-
-
-def nearest(queries: Tensor, blocks: Sequence[VectorBlock], k: int) -> tuple[Tensor, Tensor]:
+def nearest(queries: Tensor, ids: Tensor, vectors: Tensor, k: int, skip_zeros: bool = False) -> tuple[Tensor, Tensor]:
     """Find the vectors with the largest products, taken in float32 whatever the vectors' type.
 
     The plain loop::
 
-        scores = [(q @ vector, id) for ids, vectors in blocks for id, vector in zip(ids, vectors) if not hidden]
+        scores = [(q @ vector, id) for id, vector in zip(ids, vectors) if vector.any() or not skip_zeros]
         sorted(scores, key=lambda pair: (-pair[0], pair[1]))[:k]
 
     Args:
         queries: (n, d) float32.
-        blocks: With ids that increase, also from block to block.
+        ids: (m,) int64, increasing.
+        vectors: (m, d) of any float type.
 
     Returns:
-        Ids (n, k') int64 and scores (n, k') float32, the best first, where k' is `k` or the number of vectors that are
-        not hidden if that is smaller.
+        Ids (n, k') int64 and scores (n, k') float32, the best first, where k' is `k` or the number of vectors if that
+        is smaller.
     """
     n, d = queries.shape
     rows = max(1, BLOCK_BYTES // (4 * d))
     buffer = torch.empty(rows, d)
     best_ids, best = torch.empty(n, 0, dtype=torch.int64), torch.empty(n, 0)
-    for ids, vectors, hidden in blocks:
-        scores = torch.empty(n, len(vectors))
-        for start in range(0, len(vectors), rows):
-            piece = vectors[start : start + rows]
+    for own, block in zip(ids.split(ROWS), vectors.split(ROWS), strict=True):
+        # --- products, (n, rows of the block)
+        scores = torch.empty(n, len(block))
+        for start in range(0, len(block), rows):
+            piece = block[start : start + rows]
             if piece.dtype != torch.float32:
                 piece = buffer[: len(piece)].copy_(piece)
             scores[:, start : start + rows] = queries @ piece.T
-        if hidden is not None:
-            scores.masked_fill_(hidden, -torch.inf)
+        if skip_zeros:
+            scores.masked_fill_(~block.any(1), -torch.inf)
+        # --- the best of the block
         values, places = scores.topk(min(k + 1, scores.shape[1]))
         if 0 < k < values.shape[1]:  # of equal ones at its end `topk` takes any
             for row in ((values[:, k - 1] == values[:, k]) & values[:, k].isfinite()).nonzero()[:, 0]:
                 places[row] = scores[row].argsort(descending=True, stable=True)[: k + 1]
         places = places[:, :k].sort(dim=1).values  # (n, k) by id, so that stable sorting orders equal scores by id
-        best_ids = torch.cat([best_ids, ids[places]], dim=1)
+        # --- the best so far
+        best_ids = torch.cat([best_ids, own[places]], dim=1)
         best = torch.cat([best, scores.gather(1, places)], dim=1)
         order = best.argsort(dim=1, descending=True, stable=True)[:, :k]
         best_ids, best = best_ids.gather(1, order), best.gather(1, order)

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 from PIL import Image
-from torch import Tensor, as_tensor, float32
+from torch import Tensor, as_tensor, float32, from_numpy
 
 from declip.data.images.decode import decode
 from declip.data.pair import BrokenPair, PairSource, SkipCounter, printable
@@ -173,7 +174,9 @@ class Index:
             )
         if not queries.isfinite().all():
             raise UserError("A query has NaN or infinite values. Remove it.")
-        return nearest(queries, self._store.search_blocks(over), k)
+        # Images without captions have vectors of zeros among those of captions.
+        ids, vectors = from_numpy(self.ids), from_numpy(self._store.matrix(over))
+        return nearest(queries, ids, vectors, k, skip_zeros=over == "captions")
 
     def row(self, id: int) -> IndexedImage:
         """An image's key, captions and origin; raises `UserError` for an unknown id."""
@@ -211,7 +214,7 @@ class Index:
         size = sum(path.stat().st_size for path in files)
         lines = [f"{len(self):,} images, {info.dimension} numbers each in {info.dtype}, {size / 1e6:,.1f} MB"]
         lines += [f"Left out: {line}" for line in SkipCounter.from_dict(info.skipped).lines()]
-        if uncaptioned := sum(not captions for captions in self.captions()):
+        if uncaptioned := pc.list_value_length(self._store.column("captions")).to_pylist().count(0):
             lines.append(f"Without caption: {uncaptioned:,}")
         return "\n".join([*lines, f"Files: {', '.join(map(str, files))}"])
 

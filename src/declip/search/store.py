@@ -10,20 +10,18 @@ from threading import Lock
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from torch import Tensor
 
 from declip.data.pair import Origin
 from declip.data.sources.stored_paths import resolve
 from declip.errors import UserError, unknown
 from declip.io.atomic import ELSEWHERE, atomic_write, flush
-from declip.search.exact import VectorBlock
 from declip.search.info import IndexInfo, Over
 
 ROWS = "rows.parquet"
 MATRICES: dict[Over, str] = {"images": "vectors.npy", "captions": "caption_vectors.npy"}
 
-PART_ROWS = 8_192  # most rows of a part of an unfinished index, of a row group, and of a block of vectors to search
+PART_ROWS = 8_192  # most rows of a part of an unfinished index, and of a row group
 MOST_CAPTIONS, LONGEST_CAPTION = 16, 2_000  # captions of an image that are stored to be shown, and characters of one
 CACHED_GROUPS = 8  # row groups that stay decoded, about 2 MB each
 
@@ -163,12 +161,6 @@ class Store:
                 f"The index '{self.index}' has no vectors of captions. Embed with --captions, into another folder."
             )
         return self.matrices[over]
-
-    def search_blocks(self, over: Over = "images") -> list[VectorBlock]:
-        """All vectors for exact search; vectors of zeros, which stand for images without captions, are hidden."""
-        ids, vectors = torch.from_numpy(self.ids), torch.from_numpy(self.matrix(over))
-        pieces = zip(ids.split(PART_ROWS), vectors.split(PART_ROWS), strict=True)
-        return [VectorBlock(own, piece, ~piece.any(1) if over == "captions" else None) for own, piece in pieces]
 
     def blocks(self, kept: np.ndarray) -> Iterator[Block]:
         """The rows that `kept` (n,) bool selects, group by group."""
