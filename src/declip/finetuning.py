@@ -12,8 +12,7 @@ from declip.data.columns import Columns
 from declip.data.pair import BrokenPair, PairSource, SkipCounter
 from declip.data.sources.open import open_source
 from declip.data.sources.shard_files import absolute
-from declip.data.sources.splits import training_part
-from declip.data.sources.subset import LIST_KIND, PairList, Subset, read_pair_list, write_pair_list
+from declip.data.sources.subset import LIST_KIND, PairList, Subset, read_pair_list, training_part, write_pair_list
 from declip.errors import UserError
 from declip.evaluation.datasets import open_dataset
 from declip.evaluation.encode import Encoder

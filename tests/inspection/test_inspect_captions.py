@@ -1,7 +1,7 @@
 import pytest
 
 from declip.data.text.tokenizer import Tokenizer
-from declip.inspection.captions import kind_of, token_count
+from declip.inspection.reading import kind_of, token_count
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ The sentences are in `declip/reports/templates/findings.txt`, one macro for each
 from math import inf
 from typing import Any
 
-from declip.inspection.captions import ONE_WORD, OTHER_SCRIPT
+from declip.inspection.reading import ONE_WORD, OTHER_SCRIPT
 from declip.inspection.result import CaptionStats, Finding, ImageStats, Inspection
 
 # Default of `data.max_broken_fraction`: a run stops above it.

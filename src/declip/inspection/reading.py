@@ -3,12 +3,36 @@
 from typing import NamedTuple
 
 import numpy as np
+import regex
 from torch.utils.data import Dataset
 
 from declip.data.pair import BrokenPair, Pair, PairSource, SkipCounter
-from declip.inspection.captions import KINDS, kind_of, token_count
+from declip.data.text.tokenizer import Tokenizer
 from declip.inspection.duplicates import LOOK, caption_hash, image_hash, is_blank, look
 from declip.io.pool import in_order, naming_lost_workers, pairs_bar
+
+OTHER_SCRIPT, ONE_WORD = "not in Latin script", "one word"
+
+_ENDINGS = "jpe?g|png|gif|webp|tiff?|bmp|hei[cf]|svg|raw|cr2|nef|dng|psd|pdf|mp4|mov|avi"
+_MONTH = r"(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)\p{L}*\.?"
+# Captions that do not describe an image or need attention; the first kind that matches a whole caption counts.
+KINDS = {
+    "web address": regex.compile(r"(?:https?://|www\.)\S+", regex.I),
+    "file name": regex.compile(
+        rf"[^,;?!]*\.(?:{_ENDINGS})|(?:img|dsc[fn]?|dcim|pict|mvi|sam|pxl|wp|screenshot|image|photo|scan|untitled)"
+        r"[\s_\-#.(]*\d[\d\s_\-().]*",
+        regex.I,
+    ),
+    "date": regex.compile(
+        rf"\d{{1,4}}([-/.:])\d{{1,2}}\1\d{{1,4}}(?:[ t]\d\d?:\d\d.*)?"
+        rf"|(?:\d{{1,2}}\.? )?{_MONTH}(?: \d{{1,2}},?)? \d{{4}}",
+        regex.I,
+    ),
+    "number": regex.compile(r"(?=.*\p{N})[\p{N}\W_]+"),
+    "no letter": regex.compile(r"[^\p{L}]*"),
+    OTHER_SCRIPT: regex.compile(r"[^\p{Latin}]*"),
+    ONE_WORD: regex.compile(r"[^ ]*"),
+}
 
 # What is kept of a pair, 110 bytes.
 PAIR = np.dtype(
@@ -31,6 +55,16 @@ MOST_PER_PAIR = np.iinfo(np.uint16).max  # captions of a pair that are looked at
 
 # Parts that the work is divided into, and how many pairs one has: small ones move the bar, many cost memory.
 PARTS, SMALLEST_PART, LARGEST_PART = 200, 8, 512
+
+
+def token_count(caption: str) -> int:
+    """CLIP tokens of a caption, start and end included, not truncated."""
+    return len(Tokenizer(context=1 << 30).encode(caption))
+
+
+def kind_of(caption: str) -> str | None:
+    """Classify a caption: one of `KINDS`, or None for several words."""
+    return next((name for name, pattern in KINDS.items() if pattern.fullmatch(caption)), None)
 
 
 class ReadPairs(NamedTuple):

@@ -67,7 +67,7 @@ class CaptionStats:
     tokens: Spread  # CLIP's, start and end included, not truncated
     truncated: dict[int, Fraction]  # captions that a `text.context_length` would truncate, by context length
     context_length: int  # the shortest, a multiple of 8 or 77, that truncates at most 1 %; 77 where none does
-    kinds: dict[str, Fraction]  # see `captions.KINDS`
+    kinds: dict[str, Fraction]  # see `reading.KINDS`
     examples: dict[str, list[str]]  # of each kind
     batch_size: int
     equal_in_batch: float  # expected number of couples of equal captions in a batch: false negatives

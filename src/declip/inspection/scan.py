@@ -15,10 +15,9 @@ from declip.data.sources.image_source import ImageSource
 from declip.data.sources.open import open_source
 from declip.data.text.tokenizer import clean
 from declip.errors import UserError, check_range
-from declip.inspection.captions import KINDS, kind_of
 from declip.inspection.duplicates import across, caption_hash, equal_groups, near_groups, repeated
 from declip.inspection.findings import find
-from declip.inspection.reading import ReadPairs, read
+from declip.inspection.reading import KINDS, ReadPairs, kind_of, read
 from declip.inspection.result import (
     CaptionStats,
     Example,

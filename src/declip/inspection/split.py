@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from declip.data.pair import PairSource
-from declip.data.sources.splits import training_part
+from declip.data.sources.subset import training_part
 from declip.errors import UserError
 from declip.inspection.duplicates import across, components, equal_groups, near_groups
 from declip.inspection.reading import ReadPairs, read

@@ -10,8 +10,7 @@ from declip.data.columns import Columns
 from declip.data.pair import BrokenPair, PairSource, SkipCounter
 from declip.data.plan import Plan
 from declip.data.sources.open import open_source
-from declip.data.sources.splits import training_part
-from declip.data.sources.subset import Joined, take
+from declip.data.sources.subset import Joined, take, training_part
 from declip.data.text.augment import in_other_script
 from declip.data.text.caption_tokenizer import CaptionTokenizer
 from declip.errors import UserError

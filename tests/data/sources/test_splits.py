@@ -7,8 +7,7 @@ import pytest
 from data.tables import KINDS, write
 from declip.data.prepare import shard_source
 from declip.data.sources.open import open_source
-from declip.data.sources.splits import training_part
-from declip.data.sources.subset import Subset, take
+from declip.data.sources.subset import Subset, take, training_part
 from declip.errors import UserError
 from declip.evaluation.datasets import open_dataset
 

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from declip.data.images.decode import EXTENSIONS
 from declip.data.pair import LONGEST_CAPTION, BrokenPair, clean_captions
 from declip.data.sources.entry import EntrySource
-from declip.data.sources.splits import NUMBER_OF, UNKNOWN, places_by_split
+from declip.data.sources.subset import NUMBER_OF, UNKNOWN, places_by_split
 from declip.errors import UserError
 
 MOST_CAPTION_BYTES = 64 * LONGEST_CAPTION  # a larger .txt file does not hold captions

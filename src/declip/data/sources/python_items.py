@@ -14,7 +14,7 @@ from declip.data.images.decode import image_below
 from declip.data.pair import BrokenPair, Origin, as_texts, clean_captions
 from declip.data.sources.entry import EntrySource
 from declip.data.sources.rows import by_lower_name, group_number
-from declip.data.sources.splits import COLUMN, places_by_split, split_numbers
+from declip.data.sources.subset import COLUMN, places_by_split, split_numbers
 from declip.data.sources.table import CAPTION_NAMES, IMAGE_NAMES, find_column
 from declip.errors import UserError
 

@@ -17,9 +17,9 @@ import pyarrow.parquet as pq
 
 from declip.data.pair import BrokenPair
 from declip.data.sources.shard_files import expand, files_in
-from declip.data.sources.splits import COLUMN, places_by_split, split_numbers
+from declip.data.sources.subset import COLUMN, places_by_split, split_numbers
 from declip.errors import UserError
-from declip.io.memo import cached_table
+from declip.io.cache import cached_table
 
 # Bytes of a file (decompressed), and rows of a Parquet file, beyond which what is read is kept in a cache file.
 LARGE_TABLE, MANY_ROWS = 32 << 20, 250_000

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 from declip.data.images.decode import EXTENSIONS
 from declip.errors import UserError
 from declip.io.atomic import FULL, atomic_write, cache_folder
-from declip.io.memo import locked
+from declip.io.cache import locked
 
 T = TypeVar("T")
 

@@ -20,7 +20,7 @@ from declip.data.pair import BrokenPair, Origin, as_texts, clean_captions
 from declip.data.sources.entry import EntrySource
 from declip.data.sources.shard_files import OpenFile, Shard, ShardFiles, UnreadableShard, counts, find_shards
 from declip.errors import UserError
-from declip.io.memo import cached_table
+from declip.io.cache import cached_table
 from declip.io.pool import pairs_bar
 
 LARGEST_TEXT = 1_000_000  # bytes of a text or JSON file

@@ -9,7 +9,7 @@ import numpy as np
 
 from declip.data.images.decode import EXTENSIONS
 from declip.data.pair import is_unicode, printable
-from declip.data.sources.splits import SPLITS
+from declip.data.sources.subset import SPLITS
 from declip.errors import UserError
 from declip.evaluation.per_class import sample_per_class
 from declip.evaluation.prompt_sets import class_names, read_prompts
