@@ -12,7 +12,7 @@ from huggingface_hub import constants, metadata_load
 import declip
 from declip.errors import UserError
 from declip.evaluation.results import RecallAtK, RetrievalResult
-from declip.interchange.model_card import Provenance, model_card
+from declip.interchange.model_card import Traced, model_card
 from declip.interchange.read import read_start
 from declip.recipe.load import load_recipe
 from interchange.hub_server import Hub, serving
@@ -83,7 +83,7 @@ def test_the_card_has_results_data_and_base_models_as_the_hub_reads_them(tmp_pat
     results = (RetrievalResult("/home/me/shapes.csv", images=10, texts=10, text_to_image=recall, image_to_text=recall),)
     keys = {"data.source": "hf://datasets/owner/pairs/data/*.tar", "finetune.pretrained": "builtin:lite0-minilm"}
     recipe = load_recipe("clip", {**keys, "name": "mine"})
-    card = model_card(build("vit"), Provenance(recipe, 4, 100, results), "declip", license="mit")
+    card = model_card(Traced(build("vit"), recipe, 4, 100, results), "declip", license="mit")
     (tmp_path / "README.md").write_text(card, encoding="utf-8")
     head = metadata_load(tmp_path / "README.md")
     assert head is not None

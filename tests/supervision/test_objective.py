@@ -137,20 +137,6 @@ def test_one_image_view_meets_both_captions() -> None:
         torch.testing.assert_close(terms[name].double(), value, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize(
-    ("name", "lacking", "message"),
-    [
-        ("multi_view", {"texts": random_batch().texts[:1]}, r"2 text views.*loss_weights\.multi_view"),
-        ("simsiam", {"views": random_batch(views=1).views}, r"first, second.*loss_weights\.simsiam"),
-        ("masked_language", {"masked": None, "labels": None}, r"`labels`.*loss_weights\.masked_language"),
-    ],
-)
-def test_a_batch_that_lacks_something_is_named(name: str, lacking: dict, message: str) -> None:
-    model, objective = parts({name: 1.0, "contrastive": 1.0})
-    with pytest.raises(UserError, match=message):
-        objective(model, replace(random_batch(), **lacking))
-
-
 def test_duplicates_that_no_loss_heeds_are_refused() -> None:
     with pytest.raises(UserError, match="duplicates=mask changes nothing for sigmoid"):
         parts({"sigmoid": 1.0}, contrastive={"duplicates": "mask"})

@@ -80,7 +80,7 @@ def test_a_run_ends_with_its_best_weights_also_when_it_was_killed(table: Path, t
 
     held = {**run.evaluations[-1], "dataset": "held.csv"}  # a test set, of which only the end is known
     append_row(whole / "evaluations.jsonl", held)
-    losses = {result.dataset: result.loss for result in trace(whole)[1].results if isinstance(result, RetrievalResult)}
+    losses = {result.dataset: result.loss for result in trace(whole).results if isinstance(result, RetrievalResult)}
     assert losses == {str(table): pytest.approx(rows[best]["loss"], rel=1e-6), "held.csv": held["loss"]}
     shown = measures_table(Run(whole, run.step))
     assert {row[shown.columns.index("step")] for row in shown.rows} == {str(best)}

@@ -81,21 +81,22 @@ def export(
     if repo is not None and not REPOSITORY.fullmatch(repo):
         raise UserError(f"The repository is '{repo}'; give OWNER/NAME, such as your-name/my-clip.")
     out, form = Path(out).expanduser(), FORMATS[format]
-    traced, provenance, heads = trace(model)
-    options: dict[str, Any] = {"open_clip": {"repo": repo, "home": out}, "safetensors": {"heads": heads}}
-    if {weight.dtype for weight in traced.parameters()} != {torch.float32}:
-        traced = deepcopy(traced).float()
+    traced = trace(model)
+    built = traced.model
+    options: dict[str, Any] = {"open_clip": {"repo": repo, "home": out}, "safetensors": {"heads": traced.heads}}
+    if {weight.dtype for weight in built.parameters()} != {torch.float32}:
+        built = deepcopy(built).float()
     # Write into a new folder, read it back, add the card; the folder appears when all is done.
-    with _new_folder(out, overwrite) as folder, eval_mode(traced):
+    with _new_folder(out, overwrite) as folder, eval_mode(built):
         try:
-            form.write(traced, folder, **options.get(format, {}))
+            form.write(built, folder, **options.get(format, {}))
         except Refusal as refusal:
-            able = listed(list(supported_formats(traced)))
+            able = listed(list(supported_formats(built)))
             raise UserError(
                 f"This model cannot be exported as {format}: {refusal}. Formats that can: {able}."
             ) from refusal
-        exported = replace(_compare(traced, form, folder), folder=out)
-        card = model_card(traced, provenance, form.LIBRARY, str(exported), license, repo)
+        exported = replace(_compare(built, form, folder), folder=out)
+        card = model_card(traced, form.LIBRARY, str(exported), license, repo)
         (folder / CARD).write_text(card, encoding="utf-8")
     if exported.difference is None:
         log.warning("%s Load the export where it is installed.", exported)

@@ -8,7 +8,7 @@ import torch
 from declip.errors import UserError
 from declip.interchange import declip_file
 from declip.interchange.export import export
-from declip.interchange.model_card import NO_LICENSE, Provenance, Traced
+from declip.interchange.model_card import NO_LICENSE, Traced
 from declip.interchange.read import is_published, load, read_start
 from declip.interchange.weights import first_difference
 from declip.models.dual_encoder import DualEncoder
@@ -58,5 +58,5 @@ def write_mixture(
     model = interpolate(*ends_of(run, "cpu"), alpha)
     origin = f"the run `{Path(run).name}`, {alpha:g} of it and {1 - alpha:g} of its start (WiSE-FT)"
     assert model.recipe is not None, "a run's model has one"
-    traced = Traced(model, Provenance(model.recipe, origin=origin))
+    traced = Traced(model, model.recipe, origin=origin)
     return export(traced, "safetensors", out, license=license, overwrite=overwrite).folder

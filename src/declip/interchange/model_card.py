@@ -2,9 +2,9 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from huggingface_hub import ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -32,22 +32,16 @@ HUB_DATASET = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+)")
 
 
 @dataclass(frozen=True)
-class Provenance:
-    """Recorded origin of a model."""
+class Traced:
+    """A model to export, with what is recorded of its origin."""
 
+    model: DualEncoder
     recipe: Recipe
     step: int | None = None  # number of steps; None without a checkpoint
     pairs: int | None = None  # number of distinct training pairs
     results: Sequence[Result] = ()  # after that step
     origin: str | None = None  # description of the weights' origin, unless that is a run
-
-
-class Traced(NamedTuple):
-    """A model to export, with its origin and the heads of its losses."""
-
-    model: DualEncoder
-    provenance: Provenance
-    heads: Mapping[str, Tensor] = {}  # by the names of `Objective`
+    heads: Mapping[str, Tensor] = field(default_factory=dict)  # of losses, by the names of `Objective`
 
 
 def repository(where: str) -> str | None:
@@ -77,15 +71,15 @@ def trace(where: str | Path | DualEncoder | Traced) -> Traced:
     if not isinstance(where, str | Path):
         if not isinstance(where, DualEncoder) or where.recipe is None:
             raise UserError(f"This {type(where).__name__} cannot be exported: it was not built from a recipe.")
-        return Traced(where, Provenance(where.recipe))
+        return Traced(where, where.recipe)
     path = Path(where).expanduser()
     if not (path / STATE).is_file() and not list_checkpoints(path):
         weights = read(where)
         origin = f"`{without_folders(str(where))}`"
         if weights.whole and weights.classes is not None:
             origin += ", with projections fitted to the names of its classifier's classes (arXiv 2605.22484)"
-        provenance = Provenance(weights.recipe, origin=origin)
-        return Traced(weights.build().eval(), provenance, without_run_state(weights.heads))
+        heads = without_run_state(weights.heads)
+        return Traced(weights.build().eval(), weights.recipe, origin=origin, heads=heads)
     # A run: results and pairs are those of the exported step.
     checkpoint = read_checkpoint(path)
     run = path.parent.parent if (path / STATE).is_file() else path
@@ -93,16 +87,11 @@ def trace(where: str | Path | DualEncoder | Traced) -> Traced:
     results = tuple({(result.dataset, result.task): result for result in rows}.values())
     pairs = read_run(run).examples.get("source", {}).get("pairs")
     weights = weights_of(checkpoint, str(where))
-    return Traced(weights.build().eval(), Provenance(weights.recipe, checkpoint.step, pairs, results))
+    return Traced(weights.build().eval(), weights.recipe, checkpoint.step, pairs, results)
 
 
 def model_card(
-    model: DualEncoder,
-    provenance: Provenance,
-    library: str,
-    checked: str = "",
-    license: str = NO_LICENSE,
-    repo: str | None = None,
+    traced: Traced, library: str, checked: str = "", license: str = NO_LICENSE, repo: str | None = None
 ) -> str:
     """Write the card as Markdown, with metadata for the Hub and Python code for the library.
 
@@ -111,16 +100,16 @@ def model_card(
         repo: OWNER/NAME on the Hub, from which the code in the card then loads the model.
     """
     # Names without folders: a card is published.
-    start, results = provenance.recipe.finetune.pretrained, provenance.results
-    recipe = Recipe.model_validate(_without_folders(provenance.recipe.model_dump(mode="json")))
+    model, start, results = traced.model, traced.recipe.finetune.pretrained, traced.results
+    recipe = Recipe.model_validate(_without_folders(traced.recipe.model_dump(mode="json")))
     names = short_names(result.dataset for result in results)
-    name = recipe.name if provenance.step is not None else "A language-image model"
+    name = recipe.name if traced.step is not None else "A language-image model"
     options: dict[str, Any] = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
     environment = Environment(loader=PackageLoader("declip.interchange"), keep_trailing_newline=True, **options)
     environment.filters |= {"percent": percent, "times": times}
     return environment.get_template("model_card.md").render(
-        vars(replace(provenance, recipe=recipe)),
-        head=_head(has_text(model), library, license, provenance),
+        vars(replace(traced, recipe=recipe)),
+        head=_head(traced, library, license),
         name=name,
         repo=repo,
         whole=has_text(model),
@@ -145,16 +134,16 @@ def _without_folders(tree: Any) -> Any:
     return without_folders(tree) if isinstance(tree, str) and ("/" in tree or "\\" in tree) else tree
 
 
-def _head(whole: bool, library: str, license: str, provenance: Provenance) -> str:
+def _head(traced: Traced, library: str, license: str) -> str:
     """Metadata of the card as YAML."""
-    task = "zero-shot-image-classification" if whole else "image-feature-extraction"
+    task = "zero-shot-image-classification" if has_text(traced.model) else "image-feature-extraction"
     fields: dict[str, Any] = {"library_name": library, "pipeline_tag": task}
     fields |= {"license": "other", "license_name": license}
     if license == NO_LICENSE or IDENTIFIER.fullmatch(license):
         fields |= {"license": license.partition(":")[0].lower(), "license_name": None}
-    if bases := _base_models(provenance.recipe):
+    if bases := _base_models(traced.recipe):
         fields |= {"base_model": bases[0] if len(bases) == 1 else bases, "base_model_relation": "finetune"}
-    if provenance.step is not None and (datasets := HUB_DATASET.findall(provenance.recipe.data.label)):
+    if traced.step is not None and (datasets := HUB_DATASET.findall(traced.recipe.data.label)):
         fields["datasets"] = list(dict.fromkeys(datasets))
     fields["tags"] = ["clip", "declip", "contrastive-learning"]
     return f"{ModelCardData(**fields).to_yaml()}\n"

@@ -180,7 +180,6 @@ class Objective(nn.Module):
 
     def run_towers(self, model: DualEncoder, batch: PairBatch) -> TowerOutputs:
         """Run the towers; a part of a batch gives that part of the whole batch's outputs."""
-        self._check(batch)
         tokens, pre_logits, masked = (
             any(getattr(need, output) for need in self.needs) for output in ("tokens", "pre_logits", "masked")
         )
@@ -228,17 +227,6 @@ class Objective(nn.Module):
         if batch.lengths is not None:
             lengths = torch.cat([batch.lengths.flatten(), batch.lengths[0]])
         return torch.cat([batch.texts, batch.masked[None]]), len(batch.texts), lengths
-
-    def _check(self, batch: PairBatch) -> None:
-        for name, need in zip(self.terms, self.needs, strict=True):
-            lacking = need.views - {"first"} - set(batch.views)
-            unmasked = need.masked and (batch.masked is None or batch.labels is None)
-            if lacking or len(batch.texts) < need.texts or unmasked:
-                raise UserError(
-                    f"{name} needs the image views {', '.join(sorted(need.views))}, {need.texts} text views"
-                    f"{', `masked` and `labels`' if need.masked else ''}, and the batch lacks one of these. Give that, "
-                    f"or set loss_weights.{name} to 0."
-                )
 
 
 def gather_rows(
