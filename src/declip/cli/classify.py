@@ -13,7 +13,7 @@ def classify(
     images: Annotated[str, typer.Argument(help="a folder, an image, a pattern in quotes, a table, or tar shards")],
     classes: Annotated[str, typer.Option(metavar="FILE|LIST", help="a file with one class per line, or: cat,dog")],
     model: Annotated[str, typer.Option(help="a run folder, a checkpoint, a weights file, or open_clip:MODEL/TAG")],
-    out: Annotated[Path | None, file(".csv, or a folder for images by class", metavar="FILE|DIR")] = None,
+    out: Annotated[Path | None, file("write all probabilities to this .csv file instead")] = None,
     templates: Annotated[str, typer.Option(help="a template set, or one template with {}")] = "plain",
     batch_size: BatchSize = 256,
     workers: Annotated[int, typer.Option(min=0, help="processes that read images; 0 reads in this one")] = 0,

@@ -1,7 +1,9 @@
 """Classify images: a probability of each class that the user names."""
 
+import csv
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from glob import glob
 from operator import itemgetter
@@ -11,8 +13,9 @@ import torch
 from PIL import Image
 
 from declip.data.columns import DEFAULT, Columns
+from declip.data.exclude import FORMULA
 from declip.data.images.decode import EXTENSIONS
-from declip.data.pair import Origin, PairSource, SkipCounter
+from declip.data.pair import PairSource, SkipCounter
 from declip.data.sources.image_source import ImageSource, open_images
 from declip.data.sources.open import open_source
 from declip.data.sources.python_items import Items
@@ -20,8 +23,18 @@ from declip.errors import UserError, check_range
 from declip.evaluation.encode import Encoder
 from declip.evaluation.zero_shot import class_features, logit_scale, read_templates
 from declip.interchange.read import load
+from declip.io.atomic import atomic_write
 from declip.search.model import encode_images
-from declip.search.predictions import Prediction, check_out, open_predictions
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """An image's class: the most probable one, and the probability of each."""
+
+    image: str  # its key
+    best: str
+    probability: float
+    probabilities: dict[str, float]
 
 
 @dataclass
@@ -60,18 +73,19 @@ def classify(
         images: A folder, a file, a pattern such as "photos/*.jpg", or any source; images need no captions.
         classes: Names, a file with one name per line, or names separated by commas.
         templates: A shipped template set, or sentences with ``{}`` for the class.
-        out: A .csv file with all probabilities, or a new folder for predictions.csv and a folder of images per class.
+        out: A .csv file to write with all probabilities.
         on_prediction: Called with each prediction, in the order of the images.
 
     Raises:
-        UserError: Fewer than two classes, no readable image, a folder that is not empty, or no text tower.
+        UserError: Fewer than two classes, no readable image, another file, or no text tower.
     """
     # --- input, before the model is loaded
     check_range("batch_size", batch_size, 1)
     names, prompts = read_classes(classes), read_templates(templates)[1]
     source = _open(images, replace(columns, caption=None))
     path = None if out is None else Path(out).expanduser()
-    check_out(path)
+    if path is not None and (path.suffix.lower() != ".csv" or path.is_dir()):
+        raise UserError(f"Predictions are written to a .csv file, not to '{out}'. Choose another path with --out.")
     encoder = load(model, device) if isinstance(model, str | Path) else model
     encoder.tokenize([""])  # a model without a text tower fails before processes start
 
@@ -82,18 +96,18 @@ def classify(
     stream = encode_images(encoder, source, _read, batches, workers, progress)
     texts = class_features(encoder, names, prompts, batch_size=batch_size).double()  # (C, d)
     scale = logit_scale(encoder)
-    with open_predictions(path, names, source) as write:
+    with _open_table(path, names) as write:
         for vectors, rows, broken in stream:
             result.skipped.merge(broken)
             if not rows:
                 continue
             # As CLIP's zero-shot classification: softmax of the logit scale times the cosines.
             probabilities = torch.softmax(scale * vectors.double() @ texts.T, dim=1)  # (n, C)
-            for (key, place, origin), own in zip(rows, probabilities.tolist(), strict=True):
+            for key, own in zip(rows, probabilities.tolist(), strict=True):
                 largest, best = max(zip(own, names, strict=True), key=itemgetter(0))
                 prediction = Prediction(key, best, largest, dict(zip(names, own, strict=True)))
                 result.counts[best] += 1
-                write(prediction, place, origin)
+                write(prediction)
                 if collect is not None:
                     collect(prediction)
         if not any(result.counts.values()):
@@ -101,10 +115,33 @@ def classify(
     return result
 
 
-def _read(source: ImageSource, place: int) -> tuple[Image.Image, tuple[str, int, Origin]]:
-    """Read an image with its key, place and origin."""
-    image = source[place].image
-    return image, (source.key(place), place, source.origin(place))
+def _read(source: ImageSource, place: int) -> tuple[Image.Image, str]:
+    return source[place].image, source.key(place)
+
+
+@contextmanager
+def _open_table(out: Path | None, classes: Sequence[str]) -> Iterator[Callable[[Prediction], object]]:
+    """Open a table, which appears when all predictions are written; None writes nothing."""
+    if out is None:
+        yield lambda prediction: None
+        return
+    with (
+        atomic_write(out, "choose another path with --out") as target,
+        target.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
+    ):
+        table = csv.writer(file)
+        table.writerow(["image", "class", "probability", *map(_plain, classes)])
+
+        def write(prediction: Prediction) -> None:
+            numbers = (f"{number:.6g}" for number in (prediction.probability, *prediction.probabilities.values()))
+            table.writerow([_plain(prediction.image), _plain(prediction.best), *numbers])
+
+        yield write
+
+
+def _plain(cell: str) -> str:
+    """A cell that a spreadsheet does not compute as a formula."""
+    return f"'{cell}" if FORMULA.match(cell) else cell
 
 
 def read_classes(given: str | Path | Sequence[str]) -> list[str]:
