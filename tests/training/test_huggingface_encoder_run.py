@@ -72,8 +72,8 @@ def test_it_learns_and_loads_without_its_folder(table: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     "keys",
     [
-        {"text_lr_scale": 0.1, "layer_decay": 0.5, "freeze_text_blocks": 1},
-        {"lora": {"rank": 2, "dropout": 0.3}, "text_lr_scale": 0.5},
+        {"lr_scale": 0.1, "layer_decay": 0.5, "freeze_text_blocks": 1},
+        {"lora": {"rank": 2, "dropout": 0.3}, "lr_scale": 0.5},
     ],
     ids=["paced", "lora"],
 )

@@ -70,9 +70,7 @@ CASES = {
     "defilip, Muon": plain("defilip", 0, optimizer="muon"),
     "groups": groups,
     "fixed teacher": fixed_teacher,
-    "layer decay, head warm-up": fine_tuned(
-        image_lr_scale=0.5, layer_decay=0.8, head_warmup_steps=3, freeze_text_blocks=1
-    ),
+    "layer decay, head warm-up": fine_tuned(lr_scale=0.5, layer_decay=0.8, head_warmup_steps=3, freeze_text_blocks=1),
     "adapters": fine_tuned(lora={"rank": 2}, head_warmup_steps=2),
     "another image size and length": fine_tuned(image_size=48, context_length=12),
     "Hugging Face encoder": text_encoder,

@@ -282,8 +282,8 @@ def test_what_cannot_be_is_said_before_a_folder_is_made(
     with pytest.raises(ValueError, match=said):
         train(tuned(table, **{"weights": start, **keys}), out=tmp_path / "run", quiet=True, report=False)
     assert not (tmp_path / "run").exists()
-    with pytest.raises(ValueError, match=r"finetune\.image_lr_scale .* finetune\.pretrained"):
-        Recipe.model_validate({**TINY, "finetune": {"image_lr_scale": 0.1}})
+    with pytest.raises(ValueError, match=r"finetune\.lr_scale .* finetune\.pretrained"):
+        Recipe.model_validate({**TINY, "finetune": {"lr_scale": 0.1}})
 
 
 def test_wrong_files_are_no_start(table: Path, tmp_path: Path) -> None:

@@ -130,15 +130,13 @@ def test_depths_count_stem_blocks_and_what_follows() -> None:
 
 
 def test_each_layer_has_its_rate(table: Path, tmp_path: Path, start: Path) -> None:
-    trainer = Trainer(
-        assemble(tuned(table, start, image_lr_scale=0.5, text_lr_scale=0.1, layer_decay=0.7), tmp_path, quiet=True)
-    )
+    trainer = Trainer(assemble(tuned(table, start, lr_scale=0.5, layer_decay=0.7), tmp_path, quiet=True))
     factors = {
         id(p): group["multiplier"].factor for group in trainer.parts.optimizer.param_groups for p in group["params"]
     }
     places = depths(trainer.parts.model)
     for name, parameter in trainer.parts.model.named_parameters():
-        factor = 1.0 if name == "logit_scale" else (0.5 if name.startswith(IMAGE) else 0.1) * 0.7 ** (4 - places[name])
+        factor = 1.0 if name == "logit_scale" else 0.5 * 0.7 ** (4 - places[name])
         assert factors[id(parameter)] == pytest.approx(factor, rel=1e-9), name
     assert all(factors[id(p)] == 1.0 for p in trainer.parts.objective.parameters())
 

@@ -86,7 +86,7 @@ def settings(
     if lora:  # adapters are new: they learn like heads
         keys |= {"train.lr": 2e-4 if start == "whole" else 1e-3, "finetune.layer_decay": 1.0}
         scale = 1.0
-    keys |= {"finetune.image_lr_scale": scale, "finetune.text_lr_scale": scale}
+    keys["finetune.lr_scale"] = scale
     # --- length
     if "train.steps" not in given:
         keys["train.epochs"] = 20 if pairs < 10_000 else 10

@@ -160,8 +160,7 @@ class FineTuning(Section):
     class_names: Place | None = Field(
         None, description="file with the names of the pretrained classifier's classes: one a line, or name,definition"
     )
-    image_lr_scale: float = Field(1.0, gt=0, description="factor on the learning rate for the image tower")
-    text_lr_scale: float = Field(1.0, gt=0, description="factor on the learning rate for the text tower")
+    lr_scale: float = Field(1.0, gt=0, description="factor on the learning rate for pretrained towers")
     layer_decay: float = Field(1.0, gt=0, le=1, description="factor on the learning rate per layer below the last")
     freeze_image_blocks: Count | Literal["all"] = Field(
         0, description="number of lowest image blocks to freeze, stem included; all: the whole tower (LiT)"
@@ -296,7 +295,7 @@ class Recipe(Section):
         """Check the keys of fine-tuning and training against each other."""
         train, tune = self.train, self.finetune
         tunes_text = self.text.hf_model is not None and self.text.pretrained
-        of_text = {"text_lr_scale", "freeze_text_blocks", "layer_decay", "head_warmup_steps", "lora"}
+        of_text = {"lr_scale", "freeze_text_blocks", "layer_decay", "head_warmup_steps", "lora"}
         wrong = [name for name in tune.changed() if not (tunes_text and name in of_text)]
         if tune.pretrained is None and wrong:
             raise ValueError(f"finetune.{wrong[0]} requires finetune.pretrained")

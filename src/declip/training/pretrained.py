@@ -194,7 +194,7 @@ def _freeze(model: DualEncoder, tune: FineTuning, layers: Mapping[str, int], loa
                 f"{f'Give 0 to {most}, or all' if most else 'Leave it and --freeze out'}."
             )
         freeze(model, [name for name in names if asked == "all" or layers[name] <= asked] if asked else [])
-    if tune.image_lr_scale < 1 or tune.layer_decay < 1 or tune.head_warmup_steps:
+    if tune.lr_scale < 1 or tune.layer_decay < 1 or tune.head_warmup_steps:
         # Statistics of a few small batches would replace those of millions of images, to which the weights belong.
         norms = {f"{n}.running_mean": module for n, module in model.named_modules() if isinstance(module, _BatchNorm)}
         keep_in_evaluation(model, [module for name, module in norms.items() if name in loaded])
@@ -215,8 +215,8 @@ def _add_adapters(model: DualEncoder, tune: FineTuning, lora: LoRA, loaded: set[
 def _multiplier(name: str, tune: FineTuning, layers: Mapping[str, int], frozen: bool) -> LrMultiplier:
     """Apply layer-wise decay, by the distance from the tower's last layer (as in BEiT, arXiv 2106.08254)."""
     factor = 1.0
-    for tower, scale in ((IMAGE, tune.image_lr_scale), (TEXT, tune.text_lr_scale)):
+    for tower in (IMAGE, TEXT):
         if name.startswith(tower):
             below_top = blocks(layers, tower) + 1 - layers[name] if name in layers else 0
-            factor = scale * tune.layer_decay**below_top
+            factor = tune.lr_scale * tune.layer_decay**below_top
     return LrMultiplier(factor, frozen)
