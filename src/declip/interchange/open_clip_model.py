@@ -62,7 +62,7 @@ def load_open_clip(given: str) -> OpenClipModel:
             config = open_clip.get_model_config(name)
             counts = [check_file(file) for file in files]
             if name.startswith(FOLDER):
-                _check_config(open_clip, name, config, sum(count or 0 for count in counts), files)
+                _check_config(open_clip, name, config, sum(counts), files)
             tokenizer = _tokenizer(open_clip, given, name, config.get("text_cfg", {}))
             model = open_clip.create_model(name, weights_only=True, **options)
             if not name.startswith(FOLDER):
@@ -162,18 +162,12 @@ def _cached(tag: Mapping[str, Any]) -> str:
 
 def _load(open_clip: ModuleType, model: nn.Module, file: Path) -> None:
     """Load a file of weights into a model; missing and other tensors are errors."""
-    if file.suffix not in {".npy", ".npz"}:  # open_clip would silently resize position embeddings
-        held = open_clip.factory.load_state_dict(str(file), weights_only=True)
-        for name, tensor in model.state_dict().items():
-            if (
-                name in held
-                and name.endswith(("positional_embedding", "pos_embed"))
-                and held[name].shape != tensor.shape
-            ):
-                raise ValueError(f"{name!r} has shape {tuple(held[name].shape)} instead of {tuple(tensor.shape)}")
+    held = open_clip.factory.load_state_dict(str(file), weights_only=True)
+    for name, tensor in model.state_dict().items():
+        resized = name in held and held[name].shape != tensor.shape
+        if resized and name.endswith(("positional_embedding", "pos_embed")):  # open_clip would change them silently
+            raise ValueError(f"{name!r} has shape {tuple(held[name].shape)} instead of {tuple(tensor.shape)}")
     keys = open_clip.load_checkpoint(model, str(file), strict=False, weights_only=True)
-    if not keys:  # NumPy files, which are read by name
-        return
     wrong = [f"{name!r} is missing" for name in keys.missing_keys]
     wrong += [f"{name!r} belongs to another model" for name in keys.unexpected_keys if name not in OPENAI_SIZES]
     if wrong:

@@ -271,13 +271,11 @@ def unwrapped(content: Any, *keys: str) -> Mapping[str, Any]:
     return next((content[key] for key in keys if isinstance(content.get(key), Mapping)), content)
 
 
-def check_file(path: Path) -> int | None:
+def check_file(path: Path) -> int:
     """Check a file that another library will read, and count its tensors; those of torch's archives are mapped."""
     if path.suffix == ".safetensors":
         with safe_open(path, "pt") as file:  # reads the header, which says no more than the file holds
             return len(file.keys())
-    if path.suffix in {".npy", ".npz"}:  # NumPy unpickles nothing by default
-        return None
     return sum(1 for _ in _tensors(_load(path, mmap=True)))
 
 
