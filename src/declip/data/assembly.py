@@ -89,6 +89,7 @@ class Assembler:
         """Read a pair, make every random choice about its views, decode it; raises `BrokenPair`."""
         pair = self.source.read_lazy(index)
         generator = self._generator(epoch, index)
+        # --- texts, mask, then image views: the order in which random numbers are drawn is part of the result
         rows = [self.tokenizer.encode(t) for t in self._texts(pair.captions, generator)]
         probability = self.plan.texts.mask_probability
         masked, labels = (
@@ -96,6 +97,7 @@ class Assembler:
         )
         transforms = [_transform(spec.size, spec.augmentation) for spec in self.plan.views]
         chosen = [(t.sample_crop(*pair.image.size, generator), t.sample_params(generator)) for t in transforms]
+        # --- pixels, only now that their crops are known
         pixels = self._crop(pair.image, transforms, [crop for crop, _ in chosen])
         return _Sample(pixels, [params for _, params in chosen], rows, masked, labels, epoch * len(self.source) + index)
 
@@ -118,6 +120,7 @@ class Assembler:
             # In a worker this allocates memory shared with the training process, which copies nothing.
             pixels = default_collate(crops) if crops else torch.empty(0, 3, spec.size, spec.size, dtype=torch.uint8)
             views[spec.name] = View(pixels, Photometric.stack([sample.params[number] for sample in samples]))
+        # One length for all texts, since the captions and their augmentations are encoded in one call.
         longest = max((len(ids) for sample in samples for ids in sample.rows), default=1)
         context = self.tokenizer.context
         length = context if self.plan.texts.whole_context else padded_length(longest, context)

@@ -129,6 +129,7 @@ class PairBatch:
         """Copy the tensors to a device; lengths and photometric parameters stay on the host."""
         batch = replace(self, lengths=None)
         if self.labels is not None and self.labels.device.type == "cpu":
+            # `nonzero` waits for an accelerator, so it runs here, before the copy.
             batch.mask_positions = (self.labels.flatten() != IGNORED).nonzero().squeeze(1)
         moved = batch._map(lambda tensor: tensor if tensor.is_meta else tensor.to(device, non_blocking=non_blocking))
         return replace(moved, lengths=self.lengths)
@@ -136,6 +137,7 @@ class PairBatch:
     def rows(self, start: int, stop: int) -> PairBatch:
         """Pairs start to stop - 1, as views of the same memory; texts keep their length, `skipped` is dropped."""
         tensors = self._tensors()
+        # Their positions change with the number of rows; `to` finds them again.
         tensors.pop("mask_positions", None)
         sliced = {n: t[:, start:stop] if n in ("texts", "lengths") else t[start:stop] for n, t in tensors.items()}
         views = {name: view.rows(start, stop) for name, view in self.views.items()}

@@ -52,6 +52,7 @@ class FeatureStore:
         """Write new rows (n, width) under their keys; if the disk is full, earlier rows stay valid."""
         content = rows.to(self.dtype).contiguous().cpu().view(torch.uint8).numpy().tobytes()
         try:
+            # Rows first: a key without its row would be read as a neighbor's.
             for path, size, block in ((self._rows, self._bytes, content), (self._keys, KEY, b"".join(keys))):
                 with path.open("r+b") as file:
                     file.truncate(self._count * size)

@@ -152,6 +152,7 @@ def _write_shards(
     """Write shards in order while the images of the next ones are downscaled; yield the totals of each."""
     parts = {name: [p[i : i + PAIRS_AT_ONCE] for i in range(0, len(p), PAIRS_AT_ONCE)] for name, p in shards.items()}
     packer.parts = [places for own in parts.values() for places in own]
+    # The workers start before the bar's thread: a fork copies no thread.
     stream = in_order(packer, len(packer.parts), workers)
     with naming_lost_workers(), pairs_bar(progress) as bar:
         task = bar.add_task(f"Pairs of {packer.source.name}", total=sum(map(len, packer.parts)))

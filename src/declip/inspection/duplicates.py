@@ -97,6 +97,7 @@ def _joined(looks: np.ndarray) -> np.ndarray:
     blocks = coarse.view(np.uint16).astype(np.uint32)
     labels = np.arange(len(looks))
     for first, second in combinations(range(BLOCKS), 2):
+        # --- hashes that are equal in two blocks become neighbors
         key = blocks[:, first] << 16 | blocks[:, second]
         order = np.argsort(key, kind="stable")
         key = key[order]
@@ -106,6 +107,7 @@ def _joined(looks: np.ndarray) -> np.ndarray:
             places = places[key[places] == key[places + shift]]
             if not len(places):
                 break
+            # --- (2, candidates), without those that are joined already; then those that are near
             pair = np.stack([order[places], order[places + shift]])
             pair = pair[:, labels[pair[0]] != labels[pair[1]]]
             for hashes, most in ((coarse, COARSE_BITS), (fine, FINE_BITS)):

@@ -116,6 +116,7 @@ def _described(it: Inspection, source: PairSource, found: ReadPairs, size: int, 
     pairs, lines, n = found.pairs, found.captions, len(found.pairs)
     places, counts = pairs["place"], pairs["captions"].astype(np.int64)
     same, alike, texts = equal_groups(pairs["exact"]), near_groups(pairs["look"]), equal_groups(lines["hash"])
+    # (captions,): the pair of each; (texts,): the place of the first caption that says it
     first = np.unique(texts, return_index=True)[1]
     owners = np.repeat(np.arange(n), counts)
     owners_of, shown = np.unique(np.stack([owners, texts]), axis=1)  # a text that a pair has twice counts once
@@ -192,6 +193,7 @@ def _repeats(source: PairSource, groups: np.ndarray, places: np.ndarray, hashes:
     """Group repeated images, or captions with `hashes`, by group and place of the pair that shows them."""
     numbers, sizes = repeated(groups)
     examples = []
+    # Pairs are read again, since only their numbers were kept.
     for number, size in zip(numbers[:LISTED], sizes[:LISTED].tolist(), strict=True):
         pairs = _pairs(source, places[groups == number][:KEYS])
         captions = [caption for pair in pairs for caption in pair.captions]

@@ -51,9 +51,11 @@ def split_pairs(
     pairs = _read(candidates, progress)
     related = _related(pairs, candidates)  # (n,) int64
     sizes, hashes = np.bincount(related), _hashes(pairs, candidates, related)
+    # --- what the start was trained on is never held out
     if seen is not None:
         copied = across(pairs.pairs, read(seen, np.arange(len(seen)), None, captioned=False).pairs)
         hashes[np.unique(related[copied])] = np.inf
+    # --- the sets with the lowest hashes
     val = pairs.pairs["place"][np.isin(related, _chosen(hashes, sizes, most))]
     if not len(val):
         raise UserError(
@@ -127,6 +129,7 @@ def _related(pairs: ReadPairs, source: PairSource) -> np.ndarray:
     n = len(pairs.pairs)
     members, owners = np.arange(n), np.repeat(np.arange(n), pairs.pairs["captions"])
     same, alike = equal_groups(pairs.pairs["exact"]), near_groups(pairs.pairs["look"])
+    # A graph of pairs and what they show: its connected components must not be separated.
     nodes, edges = n, []
     named = np.array([source.group(place) for place in pairs.pairs["place"].tolist()])
     groups = (members[named != 0], equal_groups(named[named != 0]))

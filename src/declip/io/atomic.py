@@ -45,6 +45,7 @@ def atomic_write(
     partial, old = (target.with_name(f".{target.name}.{os.getpid()}.{end}") for end in ("partial", "old"))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        # Left by killed processes: old ones, and those of an earlier process of the same number.
         for path in target.parent.glob(f".{escape(target.name)}.*"):
             left = path.suffix in (".partial", ".old") and time.time() - path.stat().st_mtime > DAY
             if left or path in (partial, old):
@@ -52,6 +53,7 @@ def atomic_write(
         yield partial
         if durable:
             flush(partial)
+        # A folder cannot be replaced in one step: for a moment there is none.
         if target.is_dir():
             target.rename(old)
         partial.replace(target)

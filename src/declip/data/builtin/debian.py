@@ -87,6 +87,7 @@ class Stamps(BuiltinSet):
         path = packages[self.packages.name].folder / f"{row['key']}.png"
         with Image.open(path, formats=["PNG"]) as image:
             drawn = image.convert("RGBA")
+        # Stamps are cut out; training sees them over white, as all drawings.
         white = Image.new("RGBA", drawn.size, "white")
         return fill_square(Image.alpha_composite(white, drawn).convert("RGB"), self.side)
 

@@ -62,7 +62,9 @@ def _chunks(photometric: Photometric, limit: int) -> Iterator[_Chunk]:
     # An operation without effect is removed from a sample's order: -1, sorted to the end.
     acts = np.take_along_axis((factors != neutral).T & jitter[:, None], order, axis=1)
     order = np.where(acts, order, -1)
+    # (n, 4): the operations that act, in their order, then -1
     order = np.take_along_axis(order, np.argsort(~acts, axis=1, kind="stable"), axis=1)
+    # One number for each list of operations and radius of the blur: equal ones form a chunk.
     code = (order + 1) @ np.array([125, 25, 5, 1]) + 625 * radius
     rows = np.lexsort((sigma, code))
     edges = np.flatnonzero(np.diff(code[rows], prepend=-1))

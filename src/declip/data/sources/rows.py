@@ -139,7 +139,8 @@ class TableRows(ABC):
         numbers = split_numbers(cells, f"Column '{self.split}' of '{self.path.name}'")
         if numbers is not None:
             rows, starts = self._pairs.flatten().to_numpy(), self._pairs.offsets.to_numpy()
-            numbers = np.maximum.reduceat(numbers[rows], starts[:-1])  # (rows,) -> (pairs,)
+            # (rows,) -> (pairs,)
+            numbers = np.maximum.reduceat(numbers[rows], starts[:-1])
         return places_by_split(numbers)
 
     def __len__(self) -> int:

@@ -190,6 +190,7 @@ class DelimitedRows(TextRows):
                 if file.tell() - after > LONGEST_ROW:
                     return
 
+        # --- as many lines as the quotes enclose, unless these look like rows
         with suppress(csv.Error):
             next(csv.reader(lines(), delimiter=self.delimiter, strict=True))
             if len(taken) == 1 or not self._swallows(taken):
@@ -200,6 +201,7 @@ class DelimitedRows(TextRows):
                 'that rows would be lost. A cell that begins with " also ends with it, and has each " of its text '
                 "twice; csv.writer of Python and spreadsheets write it so."
             )
+        # --- in TSV such marks are text
         file.seek(after)
         return line
 

@@ -66,6 +66,7 @@ class CaptionTokenizer(ABC):
         rows = [self.encode(text) for text in ([texts] if isinstance(texts, str) else texts)]
         if not rows:
             raise UserError("The tokenizer got no text; pass a string or a list of at least one.")
+        # (n, L); few different L, so that kernels and memory are reused.
         width = padded_length(max(map(len, rows)), self.context)
         return torch.tensor([row + [self.padding] * (width - len(row)) for row in rows], dtype=torch.int64)
 
