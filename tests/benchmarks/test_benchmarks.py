@@ -5,7 +5,6 @@ import signal
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from statistics import median
 from types import ModuleType
@@ -107,21 +106,6 @@ def test_every_gpu_part_runs_on_a_cpu(gpu: Gpu, part: str) -> None:
     assert (status, [row for row in rows if "failed" in row or "note" in row]) == (0, [])
     assert part != "resume" or rows[0]["value"] is True
     assert part != "two-processes" or all(row["value"] < 1e-3 for row in rows)
-
-
-def test_a_failing_gpu_part_keeps_the_rest_and_runs_last_next_time(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[str] = []
-
-    def part(bench: Any, name: str) -> list[dict[str, Any]]:
-        calls.append(name)
-        return [{"what": name, "value": 1 // calls.count("good")}]
-
-    monkeypatch.setattr("gpu.PARTS", {name: partial(part, name=name) for name in ("early", "good")})
-    assert gpu("--minutes", -1) == (0, {})
-    assert gpu("--only", "early")[1]["early"]["rows"][0]["failed"].startswith("ZeroDivisionError")
-    status, printed = gpu()
-    assert (status, calls) == (0, ["early", "good", "early"])
-    assert gpu() == (0, printed)
 
 
 def test_the_functions_at_which_runs_are_killed_exist(scripts: Scripts) -> None:

@@ -73,8 +73,6 @@ def test_our_numbers_are_those_of_the_results(name: str) -> None:
     [
         ("declip train clip --outt x", "No such option"),
         ("declip train clip train.stepps=3", r"train\.stepps"),
-        ("make benchh", "benchh"),
-        ("pip install 'declip[searchh]'", "searchh"),
         ("declip evaluate runs/none --dataset builtin:emoji-test", "ended with 2"),
     ],
 )

@@ -71,9 +71,9 @@ def evaluate(
 
 def _suite_of(datasets: list[str], label_column: str | None, markdown_out: Path | None) -> str | None:
     """Return the suite among the datasets, if any; refuse options that it does not allow, or that require one."""
-    from declip.evaluation.suites import is_suite
+    from declip.evaluation.suites import PREFIX
 
-    suite = next(filter(is_suite, datasets), None)
+    suite = next((name for name in datasets if name.startswith(PREFIX)), None)
     if suite is None:
         if markdown_out is not None:
             raise UserError(f"--markdown requires --dataset paper11:DIR, but --dataset is '{datasets[0]}'. Use --json.")

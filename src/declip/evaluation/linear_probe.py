@@ -91,9 +91,17 @@ def read_probe_data(
         held_out = "fifth of train"
         chosen = sample_per_class(parts["train"].labels.numpy(), a_fifth)
         parts["validation"], parts["train"] = parts["train"].take(chosen), parts["train"].take(~chosen)
-    classes = len(splits["test"].class_names)
-    about = {"held_out": held_out, "metric": dataset.metric, "skipped": dict(skipped), "device": device}
-    return ProbeData(dataset.name, classes, **parts, **about)
+    return ProbeData(
+        dataset.name,
+        len(splits["test"].class_names),
+        parts["train"],
+        parts["validation"],
+        parts["test"],
+        held_out=held_out,
+        metric=dataset.metric,
+        skipped=dict(skipped),
+        device=device,
+    )
 
 
 def a_fifth(count: int) -> int:

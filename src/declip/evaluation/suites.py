@@ -1,4 +1,4 @@
-"""Suites: several datasets in one table with published results, such as the eleven of papers on YFCC15M."""
+"""The eleven datasets of papers on YFCC15M in one table with published results: ``paper11:FOLDER``."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,26 +14,21 @@ from declip.evaluation.protocols import Options, evaluate_all
 from declip.evaluation.results import METRICS, Result
 from declip.recipe.yaml_text import read_yaml
 
-SUITES: Mapping[str, Mapping[str, str]] = {
-    "paper11": {
-        "cifar10": "C10", "cifar100": "C100", "food101": "Food", "pets": "Pets", "flowers102": "Flowers",
-        "sun397": "SUN", "cars": "Cars", "dtd": "DTD", "caltech101": "Caltech", "aircraft": "Aircraft",
-        "imagenet": "ImageNet",
-    },
+PREFIX = "paper11:"
+SETS: Mapping[str, str] = {
+    "cifar10": "C10", "cifar100": "C100", "food101": "Food", "pets": "Pets", "flowers102": "Flowers", "sun397": "SUN",
+    "cars": "Cars", "dtd": "DTD", "caltech101": "Caltech", "aircraft": "Aircraft", "imagenet": "ImageNet",
 }  # fmt: skip
-"""Datasets of a suite → their short names. The folder of a suite has one folder per dataset, as for `NAME:PATH`: `pets`
-contains `oxford-iiit-pet`, `cifar10` contains `cifar-10-batches-py`, `imagenet` contains `val`."""
-
-SUITE_TASKS = ("zero-shot", "linear")
+"""Datasets → their short names. The folder has one folder per dataset, as for `NAME:PATH`: `pets` contains
+`oxford-iiit-pet`, `cifar10` contains `cifar-10-batches-py`, `imagenet` contains `val`."""
 
 
 @dataclass(frozen=True)
 class SuiteResult:
-    """Results on a suite."""
+    """Results on the datasets that could be evaluated."""
 
-    suite: str
     task: str
-    results: Mapping[str, Result]  # the evaluated datasets, in the suite's order
+    results: Mapping[str, Result]  # by dataset
     missing: Mapping[str, str]  # the other datasets → the reason
 
     @property
@@ -46,11 +41,11 @@ class SuiteResult:
         values = self.values
         rows = {name: {"metric": NAMED[name].metric, **result.to_dict()} for name, result in self.results.items()}
         average = {"average": fmean(values.values()), "values": values}
-        return {"suite": self.suite, "task": self.task, **average, "results": rows, "missing": dict(self.missing)}
+        return {"task": self.task, **average, "results": rows, "missing": dict(self.missing)}
 
     def markdown(self, name: str = "this model") -> str:
         """Format the measured row, the published rows and notes as Markdown, in percent."""
-        short, tree, shown = SUITES[self.suite], published(self.suite, self.task), list(self.results)
+        tree, shown = published(self.task), list(self.results)
         rows = [(name, "measured", self.values, fmean(self.values.values()))]
         for row in tree["rows"]:
             reported = dict(zip(tree["sets"], (value / 100 for value in row["values"]), strict=True))
@@ -59,16 +54,16 @@ class SuiteResult:
                 # On all of its datasets, the published average, which was computed before rounding.
                 average = row["average"] / 100 if len(values) == len(reported) else fmean(values.values())
                 rows.append((row["name"], "published", values, average))
-        lines = [["", "", *(short[dataset] for dataset in shown), "average"], ["---"] * 2 + ["---:"] * (len(shown) + 1)]
+        lines = [["", "", *(SETS[dataset] for dataset in shown), "average"], ["---"] * 2 + ["---:"] * (len(shown) + 1)]
         for label, origin, values, average in rows:
             fewer = "" if len(values) == len(shown) else f" ({len(values)} of {len(shown)})"
             cells = [f"{100 * values[dataset]:.1f}" if dataset in values else "" for dataset in shown]
             lines.append([label, origin, *cells, f"{100 * average:.1f}{fewer}"])
-        per_class = [short[dataset] for dataset in shown if NAMED[dataset].metric == "mean_per_class"]
+        per_class = [SETS[dataset] for dataset in shown if NAMED[dataset].metric == "mean_per_class"]
         notes = [
             f"published: {tree['model']}; {tree['source']}",
             f"{METRICS['mean_per_class']}: {', '.join(per_class) or 'none'}; the others {METRICS['top1']}",
-            f"averages are over the datasets shown, {len(shown)} of the suite's {len(short)}; one with (n of "
+            f"averages are over the datasets shown, {len(shown)} of {len(SETS)}; one with (n of "
             f"{len(shown)}) is over fewer and does not compare",
             *(f"not measured: {dataset}: {reason}" for dataset, reason in self.missing.items()),
         ]
@@ -76,33 +71,26 @@ class SuiteResult:
         return "\n".join([*table, "", *(f"- {note}" for note in notes), ""])
 
 
-def published(suite: str, task: str) -> dict[str, Any]:
-    """Read the published rows of a suite, in percent, with their `model`, `source` and the names of the `sets`."""
-    return read_yaml((resources.files("declip.evaluation") / "published.yaml").read_text(encoding="utf-8"))[suite][task]
-
-
-def is_suite(name: str) -> bool:
-    """Whether a dataset name is that of a suite, ``NAME:/path``."""
-    return ":" in name and name.partition(":")[0] in SUITES
+def published(task: str) -> dict[str, Any]:
+    """Read the published rows, in percent, with their `model`, `source` and the names of the `sets`."""
+    text = (resources.files("declip.evaluation") / "published.yaml").read_text(encoding="utf-8")
+    return read_yaml(text)["paper11"][task]
 
 
 def evaluate_suite(
     model: Encoder, dataset: str, task: str = "zero-shot", options: Options | None = None
 ) -> SuiteResult:
-    """Evaluate a model on all available datasets of a suite, such as ``paper11:/data``; see `SUITES`."""
-    suite, _, place = dataset.partition(":")
-    if suite not in SUITES:
-        raise unknown("suite", suite, SUITES)
-    if task not in SUITE_TASKS:
-        raise unknown("task of a suite", task, SUITE_TASKS)
-    root = Path(place).expanduser()
+    """Evaluate a model on all datasets of ``paper11:FOLDER`` that are there, by "zero-shot" or "linear"."""
+    if task not in ("zero-shot", "linear"):
+        raise unknown("task of paper11", task, ("zero-shot", "linear"))
+    root = Path(dataset.removeprefix(PREFIX)).expanduser()
     results: dict[str, Result] = {}
     missing: dict[str, str] = {}
-    for name in SUITES[suite]:
+    for name in SETS:
         try:
             (results[name],) = evaluate_all(model, f"{name}:{root / name}", (task,), options)
         except UserError as error:
             missing[name] = str(error)  # not raised: earlier datasets may have taken hours
     if not results:
-        raise UserError(f"No dataset of '{suite}' in '{root}' could be evaluated. " + " ".join(missing.values()))
-    return SuiteResult(suite, task, results, missing)
+        raise UserError(f"No dataset of paper11 in '{root}' could be evaluated. " + " ".join(missing.values()))
+    return SuiteResult(task, results, missing)

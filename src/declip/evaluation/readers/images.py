@@ -50,8 +50,8 @@ class FileList(EntrySource):
     def content(self, entry: ListedFile) -> Path:
         return entry.path
 
-    def texts(self, entry: ListedFile) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        return (), ()
+    def texts(self, entry: ListedFile) -> tuple[str, ...]:
+        return ()
 
 
 class ImageArray(PairSource):
