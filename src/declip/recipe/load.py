@@ -32,6 +32,7 @@ def load_recipe(name: str | Path, overrides: Mapping[str, Any] | None = None) ->
         overrides: Dotted keys and values, such as ``{"train.steps": 500}``; a value of type str is read as YAML.
     """
     given: set[str] = set()
+    # --- the file and its ancestors, then the overrides
     base, over = _read_tree(name, (), given), dict[str, Any]()
     tree = dict(base)
     for key, value in (overrides or {}).items():
@@ -41,6 +42,7 @@ def load_recipe(name: str | Path, overrides: Mapping[str, Any] | None = None) ->
         given.update(flat({key: value}))
     if _one_length(over, "the overrides"):
         _set(tree, "train.epochs", None)
+    # --- every range check, and the keys that the user gave
     try:
         recipe = Recipe.model_validate(_with_own_sets(tree, base, over))
     except ValidationError as error:
@@ -174,6 +176,7 @@ def unknown_key(given: str) -> UserError:
     """Build the error for an unknown recipe key, with the key meant: by a name of other tools, else by letters."""
     if given in listed("removed"):
         return UserError(f"{given} was removed: {listed('removed')[given]}.")
+    # By the last part of the name, in our words and in those of other tools, then by its letters.
     name = given.rpartition(".")[2].lower().replace("-", "_")
     keys = list(recipe_keys())
     meant: dict[str, set[str]] = {}
