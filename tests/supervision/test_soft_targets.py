@@ -109,11 +109,6 @@ def test_equal_captions_have_equal_hashes_whatever_the_padding(padding: int) -> 
     assert bool((hashes != 0).all())
     numbers = [(int(x) - padding) * 6364136223846793005 ** (n + 1) for n, x in enumerate(texts[0, 3])]
     assert int(hashes[0, 3]) % 2**64 == sum(numbers) % 2**64 | 1
-    features = torch.randn(2, 9, 5, generator=generator)
-    features[0, 4] = features[0, 2]
-    floats = caption_hashes(features)
-    assert floats[0, 4] == floats[0, 2]
-    assert len(floats.unique()) == 17
 
 
 def test_the_objective_finds_equal_captions_groups_and_equal_neighbors() -> None:

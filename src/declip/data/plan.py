@@ -40,7 +40,6 @@ class TextSpec:
     augmentation: TextView
     mask_probability: float | None
     whole_context: bool = False  # whether texts are padded to the longest possible caption, since padding counts
-    masked_copy: bool = False  # whether the masked caption is encoded beside the plain one
 
 
 @dataclass(frozen=True)
@@ -76,6 +75,5 @@ def plan_views(recipe: Recipe, needs: Iterable[Needs]) -> Plan:
         views.text,
         MASK_PROBABILITY if masks else None,
         whole_context=padded,
-        masked_copy=predicts and views.text.mask is False,
     )
     return Plan(tuple(specs), texts, recipe.image.mean, recipe.image.std)

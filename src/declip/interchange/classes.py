@@ -32,6 +32,7 @@ class Classes:
         """Classes of a classifier's weights (c, v); ImageNet's names if it has as many classes as a set of ImageNet."""
         from timm.data import ImageNetInfo, infer_imagenet_subset  # a second
 
+        # (c, v)
         rows = rows.detach().float()
         classes = cls(rows, torch.zeros(rows.shape[1]) if mean is None else mean.float(), size=size)
         subset = infer_imagenet_subset({"num_classes": len(rows)})
@@ -75,6 +76,7 @@ def read_names(file: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
         if not rows or "name" not in rows[0]:
             raise UserError(f"'{file}' (finetune.class_names) has no column 'name'. Give a table name,definition.")
         names, definitions = ([(row.get(key) or "").strip() for row in rows] for key in ("name", "definition"))
+    # Every class has a name of its own.
     if "" in names:
         raise UserError(f"Name {names.index('') + 1} in '{file}' (finetune.class_names) is empty. Name every class.")
     if repeated := [name for name, count in Counter(names).items() if count > 1]:

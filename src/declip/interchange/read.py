@@ -56,6 +56,7 @@ def hub_folder(where: str) -> str:
 
         return Path(fetch(where, download, "the path of their folder"))
 
+    # First the small files, which show the format; then the weights of that format.
     folder = get()
     if declip_file.matches(str(folder)):
         return str(folder)
@@ -141,6 +142,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         newest, problems = newest_good(path)
         if newest is None:
             raise UserError(f"No checkpoint in '{path}' is complete. {problems[0]}")
+        # The best checkpoint, unless it is damaged
         chosen, best = newest, best_of(path, newest)
         if best not in (None, folder_of(path, newest.step)):
             try:

@@ -43,6 +43,7 @@ def backend(tokenizer: CaptionTokenizer) -> Backend:
         if isinstance(tokenizer, WrappedTokenizer) and (steps := CLEANING.get(tokenizer.stored["clean"])):
             written.normalizer = normalizers.Sequence([*steps, *([written.normalizer] if written.normalizer else [])])
         return written
+    # CLIP's: its merges, cleaning and pattern as parts of the library
     model = json.loads(tokenizer.library.to_str())["model"]
     vocabulary = {**model["vocab"], START: tokenizer.start, END: tokenizer.end}
     merges = [tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ")) for merge in model["merges"]]
@@ -70,6 +71,7 @@ def write_tokenizer(tokenizer: CaptionTokenizer, folder: Path) -> None:
     """Write tokenizer.json and tokenizer_config.json."""
     written = backend(tokenizer)
     written.save(str(folder / "tokenizer.json"))
+    # Special tokens by the names that transformers uses
     start, end, padding = tokenizer.start, tokenizer.end, tokenizer.padding
     if isinstance(tokenizer, HuggingfaceTokenizer):
         ids = {"cls_token": start, "sep_token": end, "mask_token": tokenizer.mask, "pad_token": padding}

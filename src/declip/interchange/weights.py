@@ -129,6 +129,7 @@ class Weights:
         Without a text tower, the recipe's text tower and embedding width are kept. Weights with a bias of the logits
         are trained with a sigmoid loss, unless the user gave losses.
         """
+        # The image tower and its preprocessing
         own = (name for name in ("size", "mean", "std") if f"image.{name}" in recipe.given)
         keep = {name: getattr(recipe.image, name) for name in ("freeze_patch_embed", *own)}
         # Rates of dropout, such as patch_drop_rate, change no weights.
@@ -136,6 +137,7 @@ class Weights:
         keep["model_kwargs"] = theirs | {name: rate for name, rate in asked.items() if name.endswith(DROP_RATES)}
         changed: dict[str, Any] = {"image": self.recipe.image.model_copy(update=keep)}
         if self.whole:
+            # The logit scale and bias, the text tower and the width of the shared space
             init, limits = float(self.tensors["logit_scale"]), recipe.logit_scale
             scale = limits.model_copy(update={"init": init, "max": max(limits.max, init)})
             if "logit_bias" in self.tensors:
@@ -147,6 +149,7 @@ class Weights:
                 text = text.model_copy(update={"context_length": recipe.text.context_length})
             changed |= {"text": text, "embed_dim": self.recipe.embed_dim, "logit_scale": scale}
         fitted = recipe.model_copy(update=changed)
+        # Keys that the user gave and the weights decide otherwise
         overruled = []
         for key in sorted(recipe.given):
             asked, becomes = _value(recipe, key), _value(fitted, key)

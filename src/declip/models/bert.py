@@ -72,6 +72,7 @@ class BertBlock(nn.Module):
         maps = attention["self"].values()
         query, key, value = (layer(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for layer in maps)
         dropout = self.attention_dropout if self.training else 0.0
+        # (B, heads, L, width / heads), padding masked
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
         x = self._add(attention["output"], mixed.transpose(1, 2).flatten(2), x)
         return self._add(self.output, F.gelu(self.intermediate["dense"](x)), x)

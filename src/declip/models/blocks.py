@@ -26,6 +26,7 @@ def blocks_of(tower: nn.Module) -> list[nn.Module]:
     for module in tower.modules():
         if module is not tower and not isinstance(module, CONTAINERS) and any(True for _ in module.children()):
             instances[type(module)].append(module)
+    # Classes that occur at least twice, then those that hold nearly all parameters
     groups = [modules for modules in instances.values() if len(modules) > 1]
     sizes = [sum(p.numel() for p in nn.ModuleList(modules).parameters()) for modules in groups]
     large = [modules for modules, size in zip(groups, sizes, strict=True) if size >= NEARLY_ALL * max(sizes)]

@@ -65,6 +65,7 @@ class DualEncoder(nn.Module):
             image_tower, tokenizer, text_tower = _wrapped_parts(recipe, encoder)
             options = encoder.image
         else:
+            # Towers of declip, either of which may be missing
             image_tower = _image_tower(recipe) if image else NoImageTower()
             # `refuse_text` stands for a tokenizer: it raises when it is called.
             tokenizer, text_tower = _text_parts(recipe, encoder) if text else (refuse_text, NoTextTower())  # type: ignore[assignment]

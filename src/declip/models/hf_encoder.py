@@ -113,6 +113,7 @@ def read_encoder(given: str, pretrained: bool) -> TextEncoder:
             f"text.hf_model '{given}' is no folder with {CONFIG} and a tokenizer ({', '.join(TOKENIZERS)}). Give one "
             f"as transformers' save_pretrained writes it, or {PREFIX}NAME for a model of the Hub."
         )
+    # Only sizes of the configuration are read, no code and no addresses.
     config = _config(given, folder)
     names = {"start": "cls_token", "end": "sep_token", "mask": "mask_token", "padding": "pad_token"}
     with as_user_error(f"The tokenizer or {POOLING} of '{given}' cannot be read"):

@@ -28,6 +28,7 @@ class Adapters:
 
     def __init__(self, model: DualEncoder, lora: LoRA, towers: Iterable[str] = (IMAGE, TEXT)) -> None:
         self._model = model
+        # The stem is not adapted.
         layers = depths(model)
         self._tuners = []
         for tower in towers:

@@ -293,6 +293,7 @@ def moved_lists(recipe: Recipe, folder: Path) -> Recipe:
 
 def refuse_another(recipe: Recipe, earlier: Recipe, folder: Path) -> None:
     """Refuse to resume a run with a recipe that changes its numbers."""
+    # Compare key by key; some change no number.
     now, then = flat(recipe.model_dump(mode="json")), flat(earlier.model_dump(mode="json"))
     differ = [key for key in sorted(now.keys() | then.keys()) if now.get(key) != then.get(key)]
     changed = [key for key in differ if key not in CHANGEABLE]
@@ -332,6 +333,7 @@ def drop_rows(path: Path, after: int) -> None:
     """Remove the rows of later steps, which a resumed run repeats, and, with a warning, damaged lines."""
     if not path.exists():
         return
+    # Rows of steps that are repeated, and what a kill left half
     rows = read_rows(path)
     damaged = sum(1 for line in _text(path).split("\n") if line) - len(rows)
     if damaged:

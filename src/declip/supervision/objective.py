@@ -242,6 +242,7 @@ def gather_rows(
     if own.labels is not None:
         tensors["", "labels"] = own.labels
     tensors |= {(term, name): rows for term, features in extra.items() for name, rows in features.items()}
+    # (B, k), split after the collective by the same widths
     packed = [_as_floats(rows, own.texts.dtype) for rows in tensors.values()]
     columns = gather(torch.cat(packed, dim=1)).split([rows.shape[1] for rows in packed], dim=1)
     found = {key: _unpacked(part, rows) for (key, rows), part in zip(tensors.items(), columns, strict=True)}
@@ -269,6 +270,7 @@ def encode_views(model: DualEncoder, views: Sequence[Tensor]) -> ImageFeatures:
     `pooled` and `pre_logits` have a leading axis of views; `tokens` are the first view's.
     """
     tower: ImageTower = model.image_tower
+    # Batch norm must see each view alone.
     alone = model.training and tower.has_batch_norm
     passes = [tower(pixels) for pixels in (views if alone else [torch.cat([*views])])]
     pooled, pre_logits = (torch.cat([getattr(some, name) for some in passes]) for name in ("pooled", "pre_logits"))

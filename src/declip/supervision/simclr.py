@@ -74,6 +74,7 @@ class SimCLR(Term):
         self.head = mlp(model.image_tower.pre_logits_width, hidden, hidden, out)
 
     def features(self, encoded: Encodings) -> dict[str, Tensor]:
+        # (2, B, h), without the milder view
         views = require(encoded.outputs.pre_logits)[augmented_views(encoded.outputs.views)]
         return {name: self.head(view) for name, view in zip(("z1", "z2"), views, strict=True)}
 

@@ -47,11 +47,9 @@ def soft_cross_entropy(logits: Tensor, offset: int, soft: SoftTargets) -> Tensor
 def caption_hashes(texts: Tensor, padding: int = 0) -> Tensor:
     """Hash texts (T, B, L) as (T, B) int64, so that equal captions are found by comparing one number.
 
-    Equals the plain loop, modulo 2⁶⁴, for ids padded to any length; of float features the bits are hashed
+    Equals the plain loop, modulo 2⁶⁴, for ids padded to any length
         hash = Σₗ (texts[t, b, l] - padding)·Mˡ⁺¹, with the lowest bit set, so that 0 means no label
     """
-    if texts.is_floating_point():
-        texts, padding = texts.float().view(torch.int32).long(), 0
     powers = texts.new_full((texts.shape[-1],), MULTIPLIER).cumprod(dim=0)
     return ((texts - padding) * powers).sum(dim=-1) | 1
 
