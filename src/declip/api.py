@@ -77,6 +77,7 @@ def finetune(
     weights: str | Path | None = None,
     *,
     val: str | Path | PairSource | Items | Sequence[Any] = (),
+    keep: str | Path | PairSource | Items | Sequence[Any] = (),
     out: str | Path | None = None,
     freeze: str | None = None,
     resume: bool = False,
@@ -92,14 +93,18 @@ def finetune(
         pairs: A source of pairs: a table, a folder, tar shards, a built-in set or a Python object, see `open_source`.
         weights: What `declip.load` takes, or timm:NAME; by default `declip.interchange.starter.NAME` on a CPU.
         val: Validation sets as in `train`; without one a part of the pairs is split off, see `split_pairs`.
+        keep: Sets that the weights are good at and should stay good at: weights that were trained whole are mixed with
+            their start, in the proportion that is best on these and the validation sets (WiSE-FT).
         out: The run folder; by default ``runs/finetune``.
         freeze: Towers to freeze: "both", "image", "text" or "none"; by default weights and device decide.
         resume: Continue the run in that folder with its recipe and its split, if there is one.
         overrides: Dotted keys, such as ``**{"train.lr": 1e-4}``; the others are those of `settings`.
     """
-    with named_objects(pairs, *held_out_sets(val)) as (source, *sets):
-        options: dict[str, Any] = {"val": sets, "out": out, "freeze": freeze, "resume": resume, "quiet": quiet}
-        return finetuning.finetune(source, weights, **options, **overrides)
+    held_out = held_out_sets(val)
+    with named_objects(pairs, *held_out, *held_out_sets(keep)) as (source, *sets):
+        own, kept = sets[: len(held_out)], sets[len(held_out) :]
+        options: dict[str, Any] = {"val": own, "keep": kept, "freeze": freeze, "resume": resume, "quiet": quiet}
+        return finetuning.finetune(source, weights, out=out, **options, **overrides)
 
 
 def evaluate(

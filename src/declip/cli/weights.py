@@ -1,4 +1,4 @@
-"""The commands ``declip export`` and ``declip interpolate``."""
+"""The command ``declip export``."""
 
 from pathlib import Path
 from typing import Annotated
@@ -25,17 +25,3 @@ def export(
     exported = run_export(model, format, out, license=license, overwrite=overwrite, repo=repo)
     checked = "" if exported.difference is None else f" {exported}"  # otherwise a warning was logged
     say(f"Written: {exported.folder}.{checked}")
-
-
-def interpolate(
-    run: Annotated[str, typer.Argument(help="folder of a fine-tuning run")],
-    out: Out,
-    alpha: Annotated[float, typer.Option(help="fraction of the fine-tuned weights, 0 to 1")] = 0.5,
-    license: License = UNKNOWN_LICENSE,
-    overwrite: Overwrite = False,
-) -> None:
-    """Interpolate between pretrained and fine-tuned weights (WiSE-FT), for `declip evaluate` and all commands."""
-    check_model(run)
-    from declip.interchange.interpolate import write_mixture
-
-    say(f"Written: {write_mixture(run, alpha, out, license=license, overwrite=overwrite)}")

@@ -7,10 +7,9 @@ import torch
 
 from declip.errors import UserError
 from declip.interchange import declip_file
-from declip.interchange.export import export
-from declip.interchange.model_card import NO_LICENSE, Traced
-from declip.interchange.read import is_published, load, read_start
+from declip.interchange.read import is_published, read_checkpoint, read_start, weights_of
 from declip.interchange.weights import first_difference
+from declip.models.device import pick_device
 from declip.models.dual_encoder import DualEncoder
 from declip.runs.folder import KEPT
 
@@ -36,7 +35,8 @@ def interpolate(start: DualEncoder, end: DualEncoder, alpha: float) -> DualEncod
 
 def ends_of(run: str | Path, device: str = "auto") -> tuple[DualEncoder, DualEncoder]:
     """Load the pretrained and the fine-tuned model of a run."""
-    kept, end = Path(run).expanduser() / KEPT, load(run, device)
+    folder = Path(run).expanduser()
+    kept, end = folder / KEPT, weights_of(read_checkpoint(folder, mixed=False), str(run)).build()
     name = end.recipe.finetune.pretrained if end.recipe is not None else None
     weights = None
     if kept.is_file():
@@ -48,15 +48,4 @@ def ends_of(run: str | Path, device: str = "auto") -> tuple[DualEncoder, DualEnc
             f"'{run}' did not start from a model with all its tensors (text tower, projections, heads), so there is "
             "nothing to interpolate with."
         )
-    return weights.check().build().to(end.device).eval(), end
-
-
-def write_mixture(
-    run: str | Path, alpha: float, out: str | Path, *, license: str = NO_LICENSE, overwrite: bool = False
-) -> Path:
-    """Export an interpolated model as a folder that `declip.load` and `declip.export` read."""
-    model = interpolate(*ends_of(run, "cpu"), alpha)
-    origin = f"the run `{Path(run).name}`, {alpha:g} of it and {1 - alpha:g} of its start (WiSE-FT)"
-    assert model.recipe is not None, "a run's model has one"
-    traced = Traced(model, model.recipe, origin=origin)
-    return export(traced, "safetensors", out, license=license, overwrite=overwrite).folder
+    return weights.check().build().to(pick_device(device)).eval(), end.to(pick_device(device)).eval()

@@ -11,7 +11,7 @@ from torch import Tensor
 from declip.errors import UserError, no_model
 from declip.interchange import declip_file, huggingface, official, open_clip, starter, timm_weights
 from declip.interchange.open_clip_model import PREFIX as OPEN_CLIP
-from declip.interchange.weights import Weights, read_recipe
+from declip.interchange.weights import Weights, read_recipe, read_tensors
 from declip.interchange.zero_shot import complete, complete_text
 from declip.io.hub import fetch
 from declip.models.device import pick_device
@@ -27,7 +27,7 @@ from declip.runs.checkpoint import (
     newest_good,
     part,
 )
-from declip.runs.folder import RECIPE
+from declip.runs.folder import MIXED, RECIPE
 
 READERS = (starter, timm_weights, declip_file, huggingface, open_clip, official)
 """Modules with `matches(where)` and `read(where)`, in order of precedence; the last one matches any file."""
@@ -134,8 +134,12 @@ def read_text(where: str | Path) -> tuple[Weights, Mapping[str, Tensor] | None] 
     return None if weights.text is None else (weights.text.check(), weights.tensors)
 
 
-def read_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint folder, or the best checkpoint of a run folder, else its newest undamaged one."""
+def read_checkpoint(path: Path, mixed: bool = True) -> Checkpoint:
+    """Read a checkpoint folder, or the best checkpoint of a run folder, else its newest undamaged one.
+
+    Args:
+        mixed: Return the mixture of its weights with their start, if the run has one.
+    """
     if (path / STATE).is_file():
         return load_checkpoint(path)
     if list_checkpoints(path):
@@ -151,6 +155,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
                 problems.append(str(error))
         for problem in problems:
             log.warning("%s Reading step %d instead.", problem, chosen.step)
+        if mixed and (path / MIXED).is_file():
+            return replace(chosen, weights=read_tensors(path / MIXED))
         return chosen
     problem = "has no checkpoint yet" if (path / RECIPE).is_file() else f"is not a run folder: it has no {RECIPE}"
     raise UserError(f"'{path}' {problem}. Give a run folder, one in its checkpoints, or a folder of another format.")

@@ -232,6 +232,7 @@ class Evaluation(Section):
     retrieval: Places = Field((), description="sets for retrieval in both directions")
     final_zero_shot: Places = Field((), description="test sets for zero-shot, used only at the end")
     final_retrieval: Places = Field((), description="test sets for retrieval, used only at the end")
+    keep: Places = Field((), description="sets that fine-tuned weights should stay good at (--keep)")
 
 
 class Recipe(Section):

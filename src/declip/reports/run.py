@@ -91,10 +91,10 @@ def write_report(folder: Path, model: Encoder, limit: int = 4_000) -> Path:
 
 
 def fitted_lines(run: Run) -> list[str]:
-    """Describe heads in closed form, and what cross-validation says about them, in lines; none for other runs."""
+    """Describe heads in closed form and what cross-validation says about them, or the mixture with the start."""
     fitted = run.cross_validation
     if not fitted:
-        return []
+        return _mixture_lines(run)
     used = f"{plural(fitted['pairs'], 'pair')} with {plural(fitted['captions'], 'caption')}"
     if fitted["classes"]:
         weight = (
@@ -117,6 +117,18 @@ def fitted_lines(run: Run) -> list[str]:
     if "recall_of_start" in fitted:
         lines.append(f"The start has {_recalls(fitted['recall_of_start'])}.")
     return lines
+
+
+def _mixture_lines(run: Run) -> list[str]:
+    """Say which mixture with the start was best; none for runs without one."""
+    if not run.mixture:
+        return []
+    scores = {float(part): sum(found.values()) / len(found) for part, found in run.mixture["scores"].items()}
+    means = ", ".join(f"{percent(mean)} with {part:g}" for part, mean in scores.items())
+    return [
+        f"Weights: {run.mixture['alpha']:g} × fine-tuned + {1 - run.mixture['alpha']:g} × start (WiSE-FT). Mean R@1 or "
+        f"top-1 of the sets: {means}."
+    ]
 
 
 def _recalls(recalls: Mapping[str, Mapping[str, float]]) -> str:

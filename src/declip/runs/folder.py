@@ -32,11 +32,12 @@ RECIPE, METRICS, EVALUATIONS, SKIPPED = "recipe.yaml", "metrics.jsonl", "evaluat
 EXAMPLES = "examples.json"  # facts and example pairs for the report
 TRACKING = "tracking.json"  # ids of the run in the trackers of train.report_to
 CROSS_VALIDATION, OUT_OF_FOLD = "cross_validation.json", "out_of_fold.csv"  # of heads in closed form
+MIXTURE, MIXED = "mixture.json", "mixed.safetensors"  # of a fine-tuning, see `declip.training.mixture`
 LOCK = ".lock"
 KEPT = "start.safetensors"
 """Pretrained weights that a run started from, for resuming and for interpolation."""
 OUTPUTS = (
-    *(METRICS, EVALUATIONS, SKIPPED, EXAMPLES, CROSS_VALIDATION, OUT_OF_FOLD),
+    *(METRICS, EVALUATIONS, SKIPPED, EXAMPLES, CROSS_VALIDATION, OUT_OF_FOLD, MIXTURE, MIXED),
     *("log.txt", "report.html", "checkpoints", "exported"),
 )
 SPLIT = ("train.pairs", "val.pairs")
@@ -139,6 +140,11 @@ class Run:
     def cross_validation(self) -> Mapping[str, Any]:
         """Choice of heads in closed form, see `declip.training.fit`; empty for other runs."""
         return self._json(CROSS_VALIDATION)
+
+    @cached_property
+    def mixture(self) -> Mapping[str, Any]:
+        """The fraction "alpha" of the fine-tuned weights, and "scores" of all by set; empty for other runs."""
+        return self._json(MIXTURE)
 
     def _json(self, name: str) -> dict[str, Any]:
         text = _text(self.folder / name)

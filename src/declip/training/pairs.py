@@ -98,11 +98,31 @@ def evaluation_tasks(recipe: Recipe, final: bool) -> dict[str, list[str]]:
     """Map each dataset that a recipe evaluates on, at the end or during training, to its protocols."""
     wanted, tasks = recipe.evaluation, dict[str, list[str]]()
     ends = (("zero-shot", wanted.final_zero_shot), ("retrieval", wanted.final_retrieval)) if final else ()
+    if final:
+        tasks |= tasks_to_keep(recipe)
     for protocol, names in (("zero-shot", wanted.zero_shot), ("retrieval", wanted.retrieval), *ends):
         for name in names:
             if protocol not in tasks.setdefault(name, []):
                 tasks[name].append(protocol)
     return tasks
+
+
+def has_captions(source: PairSource) -> bool:
+    """Whether any of the first pairs has a caption other than the name of its class, for retrieval."""
+    for index in range(min(SAMPLE, len(source))):
+        with suppress(BrokenPair):
+            captions = source.captions(index)
+            if source.labels is None or source.class_names is None:
+                return True
+            if captions != (source.class_names[source.labels[index]],):
+                return True
+    return False
+
+
+def tasks_to_keep(recipe: Recipe) -> dict[str, list[str]]:
+    """Map the sets of `evaluation.keep` to their protocols: retrieval with captions, else zero-shot."""
+    sets = {name: open_dataset(name).split("test") for name in recipe.evaluation.keep}
+    return {name: ["retrieval" if has_captions(source) else "zero-shot"] for name, source in sets.items()}
 
 
 def open_held_out(recipe: Recipe) -> dict[str, PairSource]:

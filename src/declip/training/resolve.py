@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from numbers import Integral
@@ -11,7 +10,7 @@ from typing import Any
 
 import torch
 
-from declip.data.pair import BrokenPair, PairSource
+from declip.data.pair import PairSource
 from declip.errors import UserError
 from declip.evaluation.datasets import open_dataset
 from declip.interchange.weights import Weights
@@ -20,7 +19,7 @@ from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe
 from declip.runs.folder import RECIPE, log, read_recipe
 from declip.training.distributed import HostGroup
-from declip.training.pairs import SAMPLE, open_training_source
+from declip.training.pairs import has_captions, open_training_source
 from declip.training.pretrained import load_pretrained
 
 
@@ -47,18 +46,6 @@ def resolve_recipe(
             raise UserError(f"'{neither[0]}' has neither classes nor captions, so it can't be a held-out set.")
         given |= {"evaluation.zero_shot": classes, "evaluation.retrieval": captions}
     return load_recipe(recipe, given)
-
-
-def has_captions(source: PairSource) -> bool:
-    """Whether any of the first pairs has a caption other than the name of its class, for retrieval."""
-    for index in range(min(SAMPLE, len(source))):
-        with suppress(BrokenPair):
-            captions = source.captions(index)
-            if source.labels is None or source.class_names is None:
-                return True
-            if captions != (source.class_names[source.labels[index]],):
-                return True
-    return False
 
 
 def several(given: Any) -> list[Any]:
