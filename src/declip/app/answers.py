@@ -51,6 +51,7 @@ async def classify(request: Request) -> Response:
 
 
 def _classify(request: Request, asked: ClassifyQuestion) -> Response:
+    # --- input
     state = state_of(request)
     names = [name for name in dict.fromkeys(asked.classes) if name]
     count = len(names) * len(templates_of(asked.template))
@@ -68,7 +69,7 @@ def _classify(request: Request, asked: ClassifyQuestion) -> Response:
     image = state.image_vector(asked.image, asked.id)
     if image is None:
         raise UserError("There is no image yet. Choose one first.")
-    # Softmax of scale · cosine, as CLIP is trained.
+    # --- softmax of scale · cosine, as CLIP is trained
     cosines = state.class_vectors(tuple(names), asked.template) @ image
     softmax = torch.softmax(state.scale * cosines.double(), dim=0)
     order = softmax.argsort(descending=True, stable=True).tolist()

@@ -49,12 +49,15 @@ class Guard:
         await (refusal or self.app)(scope, receive, send_with_headers)
 
     def _refusal(self, method: str, headers: Headers) -> PlainTextResponse | None:
+        # --- DNS rebinding: another name that leads to this machine
         host = headers.get("host", "")
         if len(headers.getlist("host")) != 1 or not self._is_ours(host):
             message = "The app does not answer to this host name. Open the address that `declip app` printed."
             return PlainTextResponse(message, 421)
+        # --- forms and scripts of other sites
         if method not in ("GET", "HEAD") and headers.get("origin") not in (f"http://{host}", f"https://{host}"):
             return PlainTextResponse("Only the pages of the app may send this request.", 403)
+        # --- images and scripts that other sites load from here; links to here are allowed
         site, mode = headers.get("sec-fetch-site", "none"), headers.get("sec-fetch-mode")
         if site not in ("same-origin", "none") and mode != "navigate":
             return PlainTextResponse("Pages of other sites may not load from this app.", 403)

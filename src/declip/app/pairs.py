@@ -66,7 +66,8 @@ class SimilarImages(NamedTuple):
         if not chosen.any():
             return []
         ids, nodes = np.unique(np.stack([self.one[chosen], self.other[chosen]]), return_inverse=True)
-        edges = nodes.reshape(2, -1)
+        edges = nodes.reshape(2, -1)  # numbers of ids, two for each pair
+        # Group by connected components; a group's cosine is the largest of its pairs.
         label = components(len(ids), edges)
         largest = np.full(label.max() + 1, -np.inf, np.float32)
         np.maximum.at(largest, label[edges[0]], self.cosines[chosen])
@@ -78,6 +79,7 @@ class SimilarImages(NamedTuple):
 def compare_captions(state: AppState) -> Agreement:
     """Compare each image of an index with its captions: by out-of-fold ranks if there are any, else by cosines."""
     index, ids = state.index, state.index.ids
+    # --- values in the order of the ids, NaN where there is none
     values = np.full(len(ids), np.nan, np.float32)
     if state.ranks:
         values[:] = [state.ranks.get(id, np.nan) for id in ids.tolist()]
@@ -87,6 +89,7 @@ def compare_captions(state: AppState) -> Agreement:
         texts = index.vectors(ids[block], "captions")
         products = (index.vectors(ids[block]) * texts).sum(1)
         values[block] = torch.where(texts.any(1), products, torch.nan).numpy()
+    # --- the worst first
     known = int(np.isfinite(values).sum())
     if not known:
         raise UserError("No image of this index has a caption to compare with.")
@@ -105,16 +108,18 @@ def find_similar(state: AppState) -> SimilarImages:
             f"{len(ids):,} images are too many to compare with each other (the limit is {MOST_COMPARED:,}). "
             "`declip data inspect --all` finds copies among any number of images."
         )
+    # --- nearest images of blocks of images, without themselves
     pieces: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     for start in range(0, len(ids), QUERIES):
         state.check_running()
         block = ids[start : start + QUERIES]
+        # (q, NEAREST + 1) each, as every image is its own nearest
         near, cosines = (tensor.numpy() for tensor in index.nearest(index.vectors(block), NEAREST + 1))
         query_ids = np.repeat(block, near.shape[1]).reshape(near.shape)
         alike = (near != query_ids) & (cosines >= LOWEST)
         pieces.append((query_ids[alike], near[alike], cosines[alike]))
     one, other, cosines = (np.concatenate(arrays) for arrays in zip(*pieces, strict=True))
-    # Most pairs appear twice, once from each side.
+    # --- each pair once: most appear twice, once from each side
     first, second = np.minimum(one, other), np.maximum(one, other)
     _, kept = np.unique(np.stack([first, second]), axis=1, return_index=True)
     return SimilarImages(first[kept], second[kept], cosines[kept].astype(np.float32))
@@ -135,6 +140,7 @@ def disagreeing(request: Request) -> Response:
         deviations = (value - found.median) / (found.spread or 1)
         caption = state.describe(near)["captions"][0]
         rows.append({**state.describe(id), "value": value, "deviations": deviations, "nearest": caption})
+    # --- the histogram, and the limit that a page begins with
     counts, edges = np.histogram(found.values, BARS)
     # A wrong caption has any rank; a right one is rarely worse than half of all others.
     usual = 0.5 if found.ranked else found.median - 3 * found.spread
@@ -161,8 +167,9 @@ async def save_list(request: Request) -> Response:
     """Answer with the marked pairs as CSV; pairs that have left the index since they were marked are omitted."""
     given, state = MARKED.validate_json(await read_body(request, LARGEST_JSON)), state_of(request)
     agreement: Agreement | None = state.compared.get(compare_captions)
-    measured = agreement is not None and not agreement.ranked
-    cosines = dict(zip(agreement.ids.tolist(), agreement.values.tolist(), strict=True)) if measured else {}
+    cosines: dict[int, float] = {}
+    if agreement is not None and not agreement.ranked:
+        cosines = dict(zip(agreement.ids.tolist(), agreement.values.tolist(), strict=True))
     rows: dict[int, tuple[str, int, str, float | None, str]] = {}
     for reason, ids in given.items():
         for row in map(state.index.row, np.intersect1d(ids, state.index.ids).tolist()):

@@ -64,6 +64,7 @@ def build(state: AppState, host: str) -> ASGIApp:
 
 def page(request: Request) -> Response:
     """A view: its HTML holds no result, the scripts ask for them."""
+    # What all views show, whatever the request.
     state, view = state_of(request), request.url.path[1:]
     context = {"view": view, "views": VIEWS, "state": state, "info": state.index.info}
     context |= {"template_sets": prompt_names(), "examples": _examples(state)}

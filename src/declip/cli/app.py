@@ -50,6 +50,7 @@ for group, name in ((data.group, "data"), (recipes.group, "recipes"), (cache.gro
 
 def main() -> None:
     """Run the command; a mistake in the input ends with one line and status 2, without a traceback."""
+    # Commands raise; this is the only place that prints an error and ends the process.
     try:
         app()
     except UserError as error:

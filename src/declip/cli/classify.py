@@ -23,6 +23,7 @@ def classify(
     quiet: Quiet = False,
 ) -> None:
     """Classify images among classes that you name. Without --out, print a line with tabs for each image."""
+    # Before torch is imported, which takes seconds.
     check_model(model)
     from declip.data.pair import printable
     from declip.search.classify import classify as run_classification

@@ -13,12 +13,8 @@ from rich.markup import escape
 
 from declip.errors import UserError, no_model, unknown
 
-PIPE_WIDTH = 10_000
-"""Columns of output to a file or a pipe, so that lines of tables are not broken."""
-
-HUB = ("hf-hub", "huggingface")
-"""Prefixes of names of repositories, which are looked up when they are opened."""
-
+PIPE_WIDTH = 10_000  # columns of output to a file or a pipe, so that lines of tables are not broken
+HUB = ("hf-hub", "huggingface")  # prefixes of names of repositories
 console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
 
 
@@ -71,6 +67,7 @@ def check_source(source: str, option: str) -> None:
 
 def check_model(model: str) -> None:
     """Refuse a path that does not exist, or an unknown name, before torch is imported."""
+    # open_clip's and timm's names are known; names of repositories are looked up when they are opened.
     prefix, colon, name = model.partition(":")
     if prefix in ("open_clip", "timm") and colon:
         if not name.startswith(("hf-hub:", "local-dir:")) and (package := find_spec(prefix)) and package.origin:
@@ -90,6 +87,7 @@ def _check_name(library: str, name: str, package: Path) -> None:
         known = {path.stem for path in (package / "model_configs").glob("*.json")}
     if known and name not in known:
         raise unknown(f"{library} model", name, known)
+    # What follows is a tag or a file.
     if library == "open_clip" and tag and not Path(tag).expanduser().exists():
         text = (package / "pretrained.py").read_text("utf-8")
         if not re.search(rf"\b{re.escape(tag.replace('-', '_'))}\b", text, re.IGNORECASE):

@@ -52,6 +52,7 @@ def embed(
     quiet: Quiet = False,
 ) -> None:
     """Write the vectors of images to an index. The same command continues, or updates the index."""
+    # Before torch is imported, which takes seconds.
     check_model(model)
     check_source(source, "SOURCE")
     from declip.search.embed import embed as run_embedding
@@ -88,7 +89,7 @@ def search(
     """Search an index by a text, an image, or both."""
     from declip.search.info import IndexInfo
 
-    # Validate everything that needs no torch, whose import takes seconds.
+    # --- checks that need no torch, whose import takes seconds
     check_writable((sheet_out, json_out))
     info = IndexInfo.read(folder)
     if model is None:
@@ -103,11 +104,13 @@ def search(
     if not image and not (text or "").strip():
         raise UserError("Nothing to search for. Give a text, an image (--image FILE), or both.")
 
+    # --- search
     from declip.search.index import Index
 
     opened = Index.open(folder, model=model, source=source, device=device)
     hits = opened.search(text, image, weights=both, template=template, k=k, over=over)
     _print_hits(hits)
+    # --- files
     if json_out is not None:
         query = {"index": str(folder), "text": text, "image": None if image is None else str(image), "weights": both}
         result = json.dumps({**query, "over": over, "hits": [hit.to_dict() for hit in hits]}, indent=1) + "\n"

@@ -27,9 +27,11 @@ def app(
     """Open a model and its pairs in a browser: classify, search, find wrong pairs."""
     if missing := [name for name in ("starlette", "uvicorn") if find_spec(name) is None]:
         raise UserError(f"The app requires {' and '.join(missing)}: pip install 'declip[app]'.")
+    # Before torch is imported, which takes seconds.
     check_model(model)
     check_source(source, "SOURCE")
     console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+    # The port is taken before the source is embedded, which may take hours.
     with take_port(host, port) as bound:
         from declip.app.server import open_state, serve
 

@@ -102,6 +102,7 @@ class IndexInfo(InfoSection):
                 f"'{folder}' is not a complete index of this version of declip: it has no {INFO}. Make one, or "
                 f"continue an interrupted call: declip embed MODEL SOURCE --out {folder}."
             )
+        # A stranger's file: pydantic checks every value, and no path in it is opened without asking the source.
         try:
             return cls.model_validate_json(path.read_bytes())
         except ValidationError as error:

@@ -34,12 +34,14 @@ class Writer:
         self.folder, self._unfinished = folder, folder / UNFINISHED
         self.current = IndexInfo.read(folder) if (folder / INFO).is_file() else None
         self._remove_leftovers()
+        # --- go on from the parts of a killed call, or from the index
         self.info = wanted.model_copy(deep=True)
         begun = IndexInfo.read(self._unfinished) if (self._unfinished / INFO).is_file() else self.current
         if begun is not None:
             _check_same(folder, begun, wanted)
             for name in ("created", "generation", "next_id", "dimension"):
                 setattr(self.info, name, getattr(begun, name))
+        # --- the rows so far; a part's name tells the next free id and the place that it reached
         self.stores = [] if self.current is None else [Store(_files(folder, self.current), folder, self.current)]
         self._parts = sorted(self._unfinished.glob("part-*"))
         for path in self._parts:
