@@ -130,11 +130,10 @@ ODD = [
 
 
 @pytest.mark.parametrize(("name", "tensor"), ODD)
-def test_weights_of_sizes_that_no_one_meant(name: str, tensor: torch.Tensor, here: Path) -> None:
-    save_file(read_state("defilip_vit_tiny") | {name: tensor}, here / "odd.safetensors")
-    got, megabytes = apart(lambda: declip.load(here / "odd.safetensors", device="cpu"))
-    assert got != "read"
-    assert megabytes < 2 * ROOM
+def test_weights_of_sizes_that_no_one_meant(name: str, tensor: torch.Tensor) -> None:
+    save_file(read_state("defilip_vit_tiny") | {name: tensor}, "odd.safetensors")
+    got, megabytes = apart(lambda: declip.load("odd.safetensors", device="cpu"))
+    assert (got != "read", megabytes < 2 * ROOM) == (True, True)
 
 
 @pytest.fixture

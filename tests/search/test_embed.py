@@ -157,31 +157,6 @@ def test_an_index_opens_while_it_is_updated(model: DualEncoder, folder: Path, tm
     assert declip.Index.open(out).info.generation == 13
 
 
-def test_a_project_that_has_moved_is_searched_and_embedded_again(
-    model: DualEncoder, weights_file: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Any
-) -> None:
-    project = tmp_path / "project"
-    (project / "runs").mkdir(parents=True)
-    folder.rename(project / "images")
-    shutil.copy(weights_file, project / "runs/model.safetensors")
-    monkeypatch.chdir(project)
-    embed = ["embed", "runs/model.safetensors", "images", "--out", "indices/images", "--quiet"]
-    assert command(*embed).status == 0
-    monkeypatch.chdir(tmp_path)
-    moved = project.rename(tmp_path / "moved")
-    monkeypatch.chdir(moved)
-    assert command("search", "indices/images", "red", "--json", "hits.json").status == 0
-    assert str(moved / "images") in Path("hits.json").read_text()
-    assert declip.Index.open("indices/images").image(0).size == (40, 40)
-    before = contents(Path("indices/images"))
-    assert command(*embed).status == 0
-    assert contents(Path("indices/images")) == before, "nothing is embedded again"
-    away = (moved / "indices/images").rename(tmp_path / "away")
-    assert "--model" in command("search", away, "red").err
-    with pytest.raises(UserError, match="--source"):
-        declip.Index.open(away).image(0)
-
-
 def test_broken_images_are_counted_and_tried_again(model: DualEncoder, folder: Path, tmp_path: Path) -> None:
     whole = (folder / "red-bar.png").read_bytes()
     (folder / "red-bar.png").write_bytes(whole[:60])
