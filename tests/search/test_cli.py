@@ -4,7 +4,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
 from PIL import Image
 
 from declip.interchange.declip_file import write_declip_file
@@ -56,20 +55,21 @@ def test_the_package_and_its_commands_import_no_torch() -> None:
     assert loaded_by("import declip.cli.app, declip.search.info", "torch", "scipy", "huggingface_hub") == []
 
 
-@pytest.mark.parametrize("encoder", ["clip", "bert"])
-def test_a_text_search_builds_no_image_tower(encoder: str, folder: Path, tmp_path: Path, command: Any) -> None:
-    model = tiny_model()
-    if encoder == "bert":
-        changes: dict[str, Any] = {"hf_model": str(bert(tmp_path / "bert")), "context_length": 24}
-        recipe = model.recipe.model_copy(update={"text": model.recipe.text.model_copy(update=changes)})
-        model = DualEncoder.from_recipe(recipe)
-    write_declip_file(model, tmp_path / "model.safetensors")
-    index = tmp_path / "index"
-    assert command("embed", tmp_path / "model.safetensors", folder, "--out", index, "--quiet").status == 0
+def test_a_text_search_builds_no_image_tower(folder: Path, tmp_path: Path, command: Any) -> None:
+    own = tiny_model()
+    changes: dict[str, Any] = {"hf_model": str(bert(tmp_path / "bert")), "context_length": 24}
+    recipe = own.recipe.model_copy(update={"text": own.recipe.text.model_copy(update=changes)})
+    code = "import declip.search.index as i"
+    for name, model in (("own", own), ("encoder", DualEncoder.from_recipe(recipe))):
+        write_declip_file(model, tmp_path / f"{name}.safetensors")
+        assert (
+            command("embed", tmp_path / f"{name}.safetensors", folder, "--out", tmp_path / name, "--quiet").status == 0
+        )
+        code += f"\ni.Index.open({str(tmp_path / name)!r}).search('red', k=3)"
     names = ("timm", "torchvision", "transformers", "wandb", "pandas", "matplotlib", "torch._dynamo", "torch")
-    code = f"import declip.search.index as i\nopened = i.Index.open({str(index)!r})\nhits = opened.search('red', k=3)"
     assert loaded_by(code, *names) == ["torch"]
     # The text tower alone finds what the model finds.
-    parts, whole = Index.open(index), Index.open(index, model=tmp_path / "model.safetensors")
-    assert whole.model.image_tower.proj is not None
-    assert [(hit.key, hit.score) for hit in parts.search("red")] == [(h.key, h.score) for h in whole.search("red")]
+    for name in ("own", "encoder"):
+        parts, whole = Index.open(tmp_path / name), Index.open(tmp_path / name, model=tmp_path / f"{name}.safetensors")
+        assert whole.model.image_tower.proj is not None
+        assert [(hit.key, hit.score) for hit in parts.search("red")] == [(h.key, h.score) for h in whole.search("red")]
