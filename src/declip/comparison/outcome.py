@@ -68,10 +68,6 @@ class Outcome:
                 values[pairs] |= {seed: of_trial[measure]} if measure in of_trial else {}
         return curve_of(values)
 
-    def factor(self, a: str, b: str, measure: str) -> Factor:
-        """How many times fewer pairs variant `a` needs than variant `b`."""
-        return factor(self.curve(a, measure), self.curve(b, measure))
-
     def curves(self) -> dict[str, Curves]:
         """All curves by measure."""
         return {m: {variant: self.curve(variant, m) for variant in self.study.names} for m in self.measures}

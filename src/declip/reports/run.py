@@ -1,6 +1,6 @@
 """The report of a run: one HTML file with its numbers, curves, examples and recipe."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from declip.evaluation.datasets import open_dataset
 from declip.evaluation.encode import Encoder, SourceFeatures, encode_source
 from declip.evaluation.results import Measure, Result, RetrievalResult, ZeroShotResult, short_names
 from declip.io.atomic import write_text
-from declip.io.text import percent, plural, times
+from declip.io.text import percent, times
 from declip.reports.charts import score_chart, value_chart
 from declip.reports.examples import retrieval
 from declip.reports.page import NONE, Table, points, render
@@ -92,49 +92,7 @@ def write_report(folder: Path, model: Encoder, limit: int = 4_000) -> Path:
 
 def fitted_lines(run: Run) -> list[str]:
     """Describe heads in closed form and what cross-validation says about them, or the mixture with the start."""
-    fitted = run.cross_validation
-    if not fitted:
-        return _mixture_lines(run)
-    used = f"{plural(fitted['pairs'], 'pair')} with {plural(fitted['captions'], 'caption')}"
-    if fitted["classes"]:
-        weight = (
-            f"each with weight {fitted['class_weight']:g}" if fitted["class_weight"] else "which did not help: unused"
-        )
-        used += f"; {fitted['classes']:,} classes of the start, {weight}"
-    name = {
-        "ridge": "ridge regression both ways",
-        "cca": "canonical correlation",
-        "pulled": "ridge regression towards the projections of the start",
-        "start": "the projections of the start, which no other candidate beat",
-    }[fitted["method"]]
-    ridge = f" with ridge {fitted['ridge']:g}" if fitted["ridge"] else ""
-    lines = [f"Fitted on {used}, by {name}{ridge}."]
-    if "recall" not in fitted:
-        return [*lines, "Too few different pairs to cross-validate: nothing was measured. Give other pairs with --val."]
-    lines.append(f"Cross-validated among {fitted['candidates']:,} images: {_recalls(fitted['recall'])}.")
-    if "recall_without_classes" in fitted and fitted["class_weight"]:
-        lines.append(f"The same without the classes: {_recalls(fitted['recall_without_classes'])}.")
-    if "recall_of_start" in fitted:
-        lines.append(f"The start has {_recalls(fitted['recall_of_start'])}.")
-    return lines
-
-
-def _mixture_lines(run: Run) -> list[str]:
-    """Say which mixture with the start was best; none for runs without one."""
-    if not run.mixture:
-        return []
-    scores = {float(part): sum(found.values()) / len(found) for part, found in run.mixture["scores"].items()}
-    means = ", ".join(f"{percent(mean)} with {part:g}" for part, mean in scores.items())
-    return [
-        f"Weights: {run.mixture['alpha']:g} × fine-tuned + {1 - run.mixture['alpha']:g} × start (WiSE-FT). Mean R@1 or "
-        f"top-1 of the sets: {means}."
-    ]
-
-
-def _recalls(recalls: Mapping[str, Mapping[str, float]]) -> str:
-    """Format recalls by k with their 95 % intervals."""
-    numbers = ((k, *(percent(each[name]) for name in ("value", "low", "high"))) for k, each in recalls.items())
-    return ", ".join(f"R@{k} {value} ({low} to {high})" for k, value, low, high in numbers)
+    return render("fitted.txt", it=run.cross_validation, mixture=run.mixture).strip().splitlines()
 
 
 def measures_table(run: Run) -> Table:
