@@ -32,10 +32,3 @@ def test_no_loss_is_named_outside_supervision_and_recipes() -> None:
         if not place.startswith(HOME) and place not in TENSOR_NAMES:
             named |= {(place, name) for name in loss_names(path)}
     assert named <= ALLOWED, f"declare on `Term` what {sorted(named - ALLOWED)} need to know"
-
-
-def test_a_name_is_found(tmp_path: Path) -> None:
-    (tmp_path / "module.py").write_text(
-        'recipe.simsiam\nx = "multi_view"\ny = f"set loss_weights.simclr={x}"\n# late_interaction\n'
-    )
-    assert loss_names(tmp_path / "module.py") == {"simsiam", "multi_view", "simclr"}

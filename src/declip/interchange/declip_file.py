@@ -72,9 +72,7 @@ def write_declip_file(model: DualEncoder, path: Path, heads: Mapping[str, Tensor
 
 def write_part(tensors: Mapping[str, Tensor], recipe: Recipe, path: Path) -> None:
     """Write tensors of a model, or a part of them, with the recipe."""
-    # safetensors stores contiguous tensors only.
-    metadata = {RECIPE: recipe.to_yaml(), VERSION: declip.__version__, "format": "pt"}
-    save_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata)
+    save_tensors(tensors, path, {RECIPE: recipe.to_yaml(), VERSION: declip.__version__, "format": "pt"})
 
 
 def reread(folder: Path) -> Reread:

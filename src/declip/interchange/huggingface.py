@@ -191,8 +191,7 @@ def write(model: DualEncoder, folder: Path) -> None:
     for file, content in ((CONFIG, config), (PREPROCESSOR, preprocessor)):
         (folder / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     write_tokenizer(model.tokenizer, folder)
-    floats = {name: tensor.detach().cpu().float().contiguous() for name, tensor in tensors.items()}
-    save_tensors(floats, folder / FILE, {"format": "pt"})
+    save_tensors({name: tensor.float() for name, tensor in tensors.items()}, folder / FILE, {"format": "pt"})
 
 
 def reread(folder: Path) -> Reread:

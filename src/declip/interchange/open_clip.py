@@ -146,8 +146,7 @@ def write(model: DualEncoder, folder: Path, repo: str | None = None, home: Path 
         if repo is None:
             log.info("open_clip loads this export as local-dir:FOLDER. For the Hub: declip export --repo OWNER/NAME.")
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_tensors(contiguous, folder / WEIGHTS, {"format": "pt"})
+    save_tensors(tensors, folder / WEIGHTS, {"format": "pt"})
 
 
 def express(model: DualEncoder, place: str = ".") -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -6,7 +6,7 @@ import os
 import shutil
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
@@ -89,13 +89,13 @@ def locked_folder(folder: Path, marker: str, elsewhere: str) -> Iterator[Path]:
         lock.release()
 
 
-def save_tensors(tensors: "dict[str, Tensor]", path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file with the usual permissions of a new file."""
+def save_tensors(tensors: "Mapping[str, Tensor]", path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file, of tensors on any device, with the usual permissions of a new file."""
     from safetensors.torch import save_file  # imports torch, which takes seconds
 
     path.touch()  # reading the umask would change it, for all threads
     mode = stat.S_IMODE(path.stat().st_mode)
-    save_file(tensors, path, metadata)
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata)
     if stat.S_IMODE(path.stat().st_mode) != mode:
         path.chmod(mode)
 
