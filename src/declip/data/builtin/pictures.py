@@ -6,7 +6,6 @@ import json
 import lzma
 import shutil
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from importlib import resources
 from importlib.resources.abc import Traversable
@@ -102,11 +101,11 @@ class BuiltinSet(ABC):
     def write(self, folder: Path, drawings: Iterable[tuple[Row, np.ndarray | None]], packages: Packages) -> None:
         """Write the pixels, the table, the manifest and the notices of the packages."""
         folder.mkdir(parents=True)
-        rows, left_out = self._draw(folder, drawings)
+        rows = self._draw(folder, drawings)
         pq.write_table(pa.Table.from_pylist(rows), folder / TABLE)
         versions = {name: package.version for name, package in packages.items()}
-        manifest = {"layout": self.layout, "side": self.side, "pairs": len(rows), "left_out": left_out}
-        manifest |= {"packages": versions, "resvg_py": importlib.metadata.version("resvg-py")}
+        manifest: dict[str, Any] = {"layout": self.layout, "side": self.side, "pairs": len(rows), "packages": versions}
+        manifest["resvg_py"] = importlib.metadata.version("resvg-py")
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         notice = f"{ABOUT.format(self.side)}\n\n" + "\n".join(self.credits(packages, rows)) + "\n\n"
         notice += "".join(f"{name} {version}\n" for name, version in versions.items())
@@ -117,28 +116,25 @@ class BuiltinSet(ABC):
             for path in package.notices:
                 shutil.copyfile(path, licenses / path.name)
 
-    def _draw(self, folder: Path, drawings: Iterable[tuple[Row, np.ndarray | None]]) -> tuple[list[Row], Counter[str]]:
-        """Write the pixels; give the rows of the drawings that are kept, and how many are not, by reason."""
+    def _draw(self, folder: Path, drawings: Iterable[tuple[Row, np.ndarray | None]]) -> list[Row]:
+        """Write the pixels, and return the rows of the drawings that are visible and not seen before."""
         rows: list[Row] = []
-        left_out: Counter[str] = Counter()
         seen: set[bytes] = set()
         counts = [0, 0]
         # Written in order and not through a memory map: on a full disk a map dies of SIGBUS, this with a message.
         with (folder / GRAY).open("wb") as gray, (folder / COLOR).open("wb") as color:
             for row, pixels in drawings:
                 if pixels is None or pixels.min() > INVISIBLE:
-                    left_out["cannot be drawn" if pixels is None else "invisible"] += 1
                     continue
                 digest = hashlib.sha256(pixels.tobytes()).digest()
                 if digest in seen and not self.keeps_repeated:
-                    left_out["seen before"] += 1
                     continue
                 seen.add(digest)
                 colored = bool((pixels != pixels[:, :, :1]).any())
                 (color if colored else gray).write((pixels if colored else pixels[:, :, 0]).tobytes())
                 rows.append({**row, "colored": colored, "image": counts[colored]})
                 counts[colored] += 1
-        return rows, left_out
+        return rows
 
     def read(self, folder: Path) -> tuple[list[Row], list[np.ndarray]]:
         """Read the table, and map the gray and the colored images, (n, side, side) and (m, side, side, 3) uint8."""
