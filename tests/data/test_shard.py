@@ -15,9 +15,8 @@ from PIL import Image
 from conftest import draw
 from data.fakes import jpeg, scene
 from declip.data import prepare as module
-from declip.data.images.shrink import downscaled_bytes
 from declip.data.pair import BrokenPair, LazyImage, Pair, PairSource
-from declip.data.prepare import shard_source
+from declip.data.prepare import downscaled_bytes, shard_source
 from declip.data.sources.open import open_source
 from declip.errors import UserError
 

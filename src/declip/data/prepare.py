@@ -1,20 +1,21 @@
 """Sharding of a source (`declip data shard`): images downscaled once to the training size, in tar shards."""
 
 import hashlib
-import io
 import json
 import tarfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from torch.utils.data import Dataset
 
 from declip.data.columns import DEFAULT, Columns
 from declip.data.exclude import match_exclusions, read_exclusions
-from declip.data.images.shrink import SIZE, downscaled_bytes
-from declip.data.pair import BrokenPair, PairSource, SkipCounter
+from declip.data.images.lazy import LazyJpeg
+from declip.data.pair import BrokenPair, LazyImage, PairSource, SkipCounter
 from declip.data.sources.image_source import ImageSource
 from declip.data.sources.open import open_source
 from declip.data.sources.shard_files import absolute
@@ -29,6 +30,12 @@ LAYOUT = 3  # raised when the same options write other shards
 SHARD_PAIRS = 10_000
 PAIRS_AT_ONCE = 16  # pairs that a worker returns together
 BYTE_ORDER_MARK = "\ufeff"  # at the start of a text file it is not part of the text
+
+SIZE = 256  # pixels of the shorter side: 1.15 times a view of 224, rounded
+QUALITY = 92  # of JPEG
+FEW_COLORS = 256  # an image of at most so many is a drawing, which may be smaller as PNG, and without artifacts
+LONGEST_JPEG = 65_500  # pixels, libjpeg's limit
+SCALED_TO = 2  # a JPEG is decoded no smaller than this many times the result: the filter that shrinks it does the rest
 
 
 @dataclass
@@ -167,7 +174,7 @@ def _write_shards(
                     for name, content in members:
                         info = tarfile.TarInfo(name)
                         info.size = len(content)
-                        tar.addfile(info, io.BytesIO(content))
+                        tar.addfile(info, BytesIO(content))
                     skipped.merge(broken)
                     bar.advance(task, len(part))
             counts = {"pairs": len(places) - skipped.total, "bytes": path.stat().st_size}
@@ -212,3 +219,27 @@ class _Packer(Dataset):
         if len(text) > LARGEST_TEXT:
             raise BrokenPair("caption too long", pair.key, f"{len(text):,} bytes together, at most {LARGEST_TEXT:,}")
         return [(f"{place:09d}.{kind}", image), (f"{place:09d}.{ending}", text)]
+
+
+def downscaled_bytes(image: LazyImage, size: int) -> tuple[str, bytes]:
+    """Encode an image as "jpg" or "png" of at most `size` pixels on its shorter side; a small JPEG file stays."""
+    short = min(image.size)
+    if isinstance(image, LazyJpeg) and short <= size:
+        image.pixels()  # raises where the file is damaged
+        return "jpg", image.content
+    scale = next((scale for scale in image.scales if short >= SCALED_TO * scale * size), 1)
+    decoded = Image.fromarray(image.pixels(scale))
+    is_drawing = decoded.getcolors(FEW_COLORS) is not None
+    if short > size:
+        width, height = (max(size, round(side * size / short)) for side in image.size)
+        decoded = decoded.resize((width, height), Image.Resampling.LANCZOS)
+    files = [("jpg", _encoded(decoded, "JPEG", quality=QUALITY))] if max(decoded.size) <= LONGEST_JPEG else []
+    if is_drawing or not files:
+        files.append(("png", _encoded(decoded, "PNG", optimize=True)))
+    return min(files, key=lambda file: len(file[1]))
+
+
+def _encoded(image: Image.Image, kind: str, **options: int) -> bytes:
+    buffer = BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
