@@ -170,11 +170,6 @@ class FineTuning(Section):
     class_pairs: bool = Field(True, description="with frozen towers, use the start's classes as pairs")
     lora: LoRA | None = Field(None, description="train low-rank adapters instead: rank, alpha, dropout")
 
-    def changed(self) -> list[str]:
-        """Names of the keys, other than `pretrained`, that are not at their defaults."""
-        fields = type(self).model_fields
-        return [name for name in sorted(fields.keys() - {"pretrained"}) if getattr(self, name) != fields[name].default]
-
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         frozen = self.freeze_image_blocks == self.freeze_text_blocks == "all" and self.class_pairs
@@ -282,11 +277,6 @@ class Recipe(Section):
             raise ValueError(f"data.columns.group={group} requires contrastive.duplicates=mask")
         if self.views.contrastive_view is not None and not self.views.image_second:
             raise ValueError("views.contrastive_view requires two other views; leave views.image_second=false out")
-        return self
-
-    @model_validator(mode="after")
-    def _teacher_fits(self) -> Self:
-        """Check what a teacher cannot be combined with."""
         if "distillation" in self.active_losses and self.distillation.teacher is None:
             raise ValueError("loss_weights.distillation requires distillation.teacher=WEIGHTS, such as a run's folder")
         return self
@@ -297,7 +287,7 @@ class Recipe(Section):
         train, tune = self.train, self.finetune
         tunes_text = self.text.hf_model is not None and self.text.pretrained
         of_text = {"lr_scale", "freeze_text_blocks", "layer_decay", "head_warmup_steps", "lora"}
-        wrong = [name for name in tune.changed() if not (tunes_text and name in of_text)]
+        wrong = sorted(tune.model_dump(exclude_defaults=True).keys() - (of_text if tunes_text else set()))
         if tune.pretrained is None and wrong:
             raise ValueError(f"finetune.{wrong[0]} requires finetune.pretrained")
         if tune.lora is not None and train.strategy == "fsdp":
