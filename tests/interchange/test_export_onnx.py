@@ -1,4 +1,4 @@
-"""Both towers in onnxruntime at several batch sizes and lengths, with what lies beside them."""
+"""Both towers in onnxruntime at several batch sizes and lengths, with their tokenizer and card."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Folders of transformers' `CLIPModel` as models of ours: its own, ours written and read again, and every wrong one."""
+"""Reading folders of transformers' `CLIPModel`: its own, exported ones, and wrong ones."""
 
 import json
 import shutil

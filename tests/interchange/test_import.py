@@ -1,4 +1,4 @@
-"""Official and open_clip weights as files of ours, image towers alone, and every wrong file."""
+"""Official and open_clip weights as files of declip, and image towers alone."""
 
 import json
 from pathlib import Path

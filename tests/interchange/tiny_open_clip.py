@@ -72,7 +72,7 @@ def pictures() -> list[Image.Image]:
 
 
 def same(model: DualEncoder, theirs: Any) -> bool:
-    """Whether a model of ours gives the features of open_clip's, of its own pixels and of open_clip's tokens."""
+    """Whether a model of declip has the features of open_clip's, for its pixels and open_clip's tokens."""
     pixels, tokens = model.preprocess(pictures()), open_clip.tokenize(WORDS, context_length=12)
     with torch.no_grad():
         images = model.encode_image(pixels) - theirs.encode_image(pixels, normalize=True)

@@ -25,11 +25,11 @@ def changed(folder: Path, **config: object) -> Path:
 
 def test_a_folder_that_is_none_and_a_missing_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for folder in (tmp_path / "missing", tmp_path):
-        with pytest.raises(UserError, match=r"no folder with config\.json"):
+        with pytest.raises(UserError, match=r"not a folder with config\.json"):
             model_of(folder)
     for name in ("config.json", "tokenizer.json"):
         (tmp_path / name).write_text("[]")
-    with pytest.raises(UserError, match="no configuration"):
+    with pytest.raises(UserError, match="not the configuration"):
         model_of(tmp_path)
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(UserError, match=r"pip install 'declip\[hf\]'"):
@@ -42,7 +42,7 @@ def test_a_folder_that_is_none_and_a_missing_library(tmp_path: Path, monkeypatch
         ({"model_type": "gpt2"}, "'gpt2'.*encoders bert, roberta.*leave text.hf_model out"),
         ({"is_decoder": True}, "'decoder'"),
         ({"position_embedding_type": "relative_key"}, "'relative_key'"),
-        ({"vocab_size": "many"}, r"config\.json' is no configuration.*vocab_size"),
+        ({"vocab_size": "many"}, r"config\.json' is not the configuration.*vocab_size"),
         ({"vocab_size": 20}, "69 ids.*vocab_size 20"),
         ({"pad_token_id": 3}, "pads with id 0.*pad_token_id 3"),
         ({"max_position_embeddings": 16}, "positions for 16 ids.*text.context_length to 16 or less"),

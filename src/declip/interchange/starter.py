@@ -1,6 +1,6 @@
 """Pretrained towers without a network: EfficientNet-Lite0 and all-MiniLM-L6-v2, from two Python packages.
 
-The mean feature of images beside this file was measured by
+lite0_mean.npy, the mean feature of images, was measured by
 
     python scripts/builtin/measure_mean.py src/declip/interchange/lite0_mean.npy
 """

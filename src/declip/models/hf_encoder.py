@@ -110,8 +110,8 @@ def read_encoder(given: str, pretrained: bool) -> TextEncoder:
     folder = _fetched(given, pretrained) if given.startswith(PREFIX) else Path(given).expanduser()
     if not (folder / CONFIG).is_file() or not any((folder / name).is_file() for name in TOKENIZERS):
         raise UserError(
-            f"text.hf_model '{given}' is no folder with {CONFIG} and a tokenizer ({', '.join(TOKENIZERS)}). Give one "
-            f"as transformers' save_pretrained writes it, or {PREFIX}NAME for a model of the Hub."
+            f"text.hf_model '{given}' is not a folder with {CONFIG} and a tokenizer ({', '.join(TOKENIZERS)}). Give "
+            f"one as transformers' save_pretrained writes it, or {PREFIX}NAME for a model of the Hub."
         )
     # Only sizes of the configuration are read, no code and no addresses.
     config = _config(given, folder)
@@ -161,7 +161,7 @@ def _configuration(kind: str, sizes: Mapping[str, Any]) -> Any:
 
 def _config(given: str, folder: Path) -> dict[str, Any]:
     """Read "model_type" and `SIZES`, with the architecture's defaults for keys that the file lacks."""
-    with as_user_error(f"'{folder / CONFIG}' is no configuration of an encoder that can be used"):
+    with as_user_error(f"'{folder / CONFIG}' is not the configuration of a supported encoder"):
         tree = json.loads((folder / CONFIG).read_bytes())
         kind = "decoder" if tree.get("is_decoder") else tree.get("model_type")
         positions = tree.get("position_embedding_type") or "absolute"

@@ -89,7 +89,7 @@ class WrappedModel:
         vision, text = config["vision_cfg"], config["text_cfg"]
         name = vision.get("timm_model_name")
         if name is not None and (":" in name or not timm.is_model(name)):
-            raise UserError(f"The configuration names '{name}', which is no model of timm {timm.__version__}.")
+            raise UserError(f"The configuration names '{name}', which is not a model of timm {timm.__version__}.")
         # Nothing in the configuration is looked up, here or on the Hub.
         native = vision.get("image_size")
         text.pop("hf_model_name", None)  # it would be looked up, here or on the Hub

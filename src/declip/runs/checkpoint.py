@@ -83,7 +83,7 @@ def write_snapshot(run: Path, kept: Checkpoint, keep: int) -> Path:
     final, best = folder_of(run, kept.step), best_of(run, kept)
     partial = final.with_suffix(".partial")
     try:
-        # Write beside, flush, and read back
+        # Write to a temporary folder, flush, and read back
         for left in final.parent.glob("*.partial"):  # of a process that was killed
             remove(left)
         partial.mkdir(parents=True)

@@ -211,7 +211,7 @@ def lock_folder(folder: Path) -> FileIO:
         taken = [name for name in OUTPUTS if (folder / name).exists()]
         if taken and not (folder / RECIPE).exists():
             raise UserError(
-                f"'{folder}' is no run folder, and a run would overwrite its '{taken[0]}'. Choose another --out."
+                f"'{folder}' is not a run folder, and a run would overwrite its '{taken[0]}'. Choose another --out."
             )
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / LOCK).open("ab+", buffering=0)
