@@ -156,4 +156,4 @@ def test_measures_and_costs_are_listed() -> None:
     longer = replace(first, resolved={"train": {"steps": 200, "batch_size": 50}})
     assert "same number of samples" in printed(outcome(replace(found.study, variants=(longer, second))))
     assert "same number of samples" not in printed(found)
-    assert report.variants_table(study()).rows[0] == ("clip", "clip", NONE)
+    assert report.variants_table(study()).rows[0] == ("clip", "clip", "train.steps=100, train.batch_size=50")

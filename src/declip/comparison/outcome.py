@@ -62,6 +62,7 @@ class Outcome:
         if measure not in self.measures:
             raise unknown("measure", measure, self.measures)
         values: dict[int, dict[int, float]] = {pairs: {} for pairs in self.study.pairs}
+        # Unfinished trials leave gaps, which the curve skips.
         for pairs in self.study.pairs:
             for seed in self.study.seeds:
                 of_trial = self.scores.get(Trial(variant, pairs, seed).id, {})
@@ -94,6 +95,7 @@ def measure_facts(outcome: Outcome) -> dict[str, MeasureFacts]:
 def _score(row: Mapping[str, Any]) -> tuple[str, float, MeasureFacts] | None:
     """Name and value of the measure of a result, and its facts; None for an unknown task."""
     result = read_result(row)
+    # Retrieval: the mean of both directions, and of their chance levels.
     if isinstance(result, RetrievalResult):
         text, image = result.text_to_image, result.image_to_text
         among = f"{result.images:,} images and {result.texts:,} captions"
@@ -101,6 +103,7 @@ def _score(row: Mapping[str, Any]) -> tuple[str, float, MeasureFacts] | None:
         return f"{result.dataset}: R@1", (text.r1 + image.r1) / 2, facts
     if not isinstance(result, ClassificationResult):
         return None
+    # Classification: the first measure, top-1.
     first = result.measures()[0]
     name = f"zero-shot {first.name}" if isinstance(result, ZeroShotResult) else first.name
     largest = "" if first.majority is None else f", the largest with {percent(first.majority)}"
@@ -126,6 +129,7 @@ def near_chance(curve: EfficiencyCurve, facts: MeasureFacts) -> list[int]:
 def read_outcome(folder: str | Path) -> Outcome:
     """Read the finished trials of a comparison; raises `UserError` if the folder has no comparison."""
     folder = Path(folder)
+    # Every trial has its own files, so that processes may still be writing others.
     study = read_study(folder)
     if study is None:
         raise UserError(f"'{folder}' has no comparison. Run one with `declip compare RECIPE… --out {folder}`.")

@@ -162,6 +162,7 @@ class Study:
 
     def check_names(self) -> None:
         """Refuse variants with the same name, or with names that become the same folder."""
+        # Names become folder names, in which two may be equal though they differ.
         if twice := [name for name, count in Counter(self.names).items() if count > 1]:
             raise UserError(f"Compared twice: {', '.join(twice)}. Pass each recipe once, under a different file name.")
         if len({Trial(name, 0, 0).id for name in self.names}) < len(self.names):
@@ -180,6 +181,7 @@ class Study:
                 f"{self.pairs[0]} pairs are fewer than one batch of {recipe.train.batch_size} of '{variant.name}'. Use "
                 "more pairs, or set train.batch_size."
             )
+        # Counting the pairs of a large source takes minutes, so recipes with the same data share it.
         key = recipe.data.model_dump_json()
         if key not in sizes:
             sizes[key] = len(open_training_source(recipe))
@@ -209,10 +211,8 @@ def write_study(study: Study, folder: Path) -> None:
 
 
 def extended(study: Study, earlier: Study, folder: Path) -> Study:
-    """Add the variants, pairs and seeds of a new call to the study in a folder.
-
-    Anything else must be unchanged: it would change the meaning of earlier trials.
-    """
+    """Add the variants, pairs and seeds of a new call to the study in a folder."""
+    # Anything else would change the meaning of earlier trials.
     changed = [
         f"{name} was {getattr(earlier, name)}, now {getattr(study, name)}"
         for name in ("datasets", "tasks")

@@ -57,6 +57,7 @@ def run_trial(study: Study, trial: Trial, folder: Path) -> bool:
     Returns:
         False after Ctrl-C or SIGTERM.
     """
+    # --- train
     overrides = {**WITHOUT_EVALUATION, "data.max_pairs": trial.pairs, "seed": trial.seed}
     run_folder, variant = folder_of(folder, trial), study.variant(trial.variant)
     parts = assemble(variant.resolve(overrides), run_folder, resume=True, quiet=True)
@@ -64,6 +65,7 @@ def run_trial(study: Study, trial: Trial, folder: Path) -> bool:
     run = trainer.train()
     if not run.finished:
         return False
+    # --- evaluate
     results = [
         result.to_dict()
         for name in study.datasets
@@ -103,6 +105,7 @@ def work(study: Study, folder: Path, trials: Iterable[Trial]) -> None:
 def _run(study: Study, trial: Trial, folder: Path, wait: bool) -> bool:
     """Run a trial unless it is finished or failed elsewhere; raise `Timeout` if another process has it."""
     run_folder = folder_of(folder, trial)
+    # The lock ends with its process, also when that is killed.
     with FileLock(f"{run_folder}.lock", timeout=-1 if wait else 0):
         if read_trial(folder, trial) is not None or failure(folder, trial) is not None:
             return True

@@ -119,6 +119,7 @@ def with_classes(source: PairSource) -> LabeledSource:
 
 def _by_name(given: str, label_column: str | None) -> Dataset:
     name, colon, place = given.partition(":")
+    # --- a known dataset in a folder
     if name in NAMED and colon and label_column is None:
         if not place:
             raise UserError(f"'{given}' has no folder. Write '{name}:PATH'.")
@@ -128,6 +129,7 @@ def _by_name(given: str, label_column: str | None) -> Dataset:
         readers = named.open(name, root)
         openers = {which: partial(_read, given, named.files, reader) for which, reader in readers.items()}
         return Dataset(given, openers, named.templates, named.metric)
+    # --- a built-in set, or a table with labels or splits
     table = find_table(given)
     if label_column is not None and table is None:
         raise UserError(f"--label-column {label_column} requires a table, but '{given}' is not a table.")
@@ -137,7 +139,7 @@ def _by_name(given: str, label_column: str | None) -> Dataset:
         return Dataset(given, builtin, _templates(given))
     if table is not None and (labeled := labeled_table(table, label_column)) is not None:
         return Dataset(given, labeled)
-    # One letter before a colon is a Windows drive.
+    # --- anything else that is a source; one letter before a colon is a Windows drive
     known = given.startswith(PREFIX) or Path(given).expanduser().exists()
     if table is None and colon and re.fullmatch(r"[\w-]{2,}", name) and not known:
         raise unknown("dataset", name, [*NAMED, BUILTIN_PREFIX.rstrip(":")])

@@ -112,6 +112,7 @@ def evaluate_all(
     for task in tasks:
         if task not in TASKS:
             raise unknown("task", task, TASKS)
+    # --- every check first: encoding may take hours
     checked: list[SharedFeatures] = []
     for dataset in datasets if isinstance(datasets, list) else [datasets]:
         shared = SharedFeatures(model, open_dataset(dataset), options or Options(), texts="retrieval" in tasks)
@@ -120,6 +121,7 @@ def evaluate_all(
         for task in tasks:
             shared.check(task)
         checked.append(shared)
+    # --- one dataset at a time
     results = []
     while checked:
         shared = checked.pop(0)  # frees the features of each dataset after its evaluation

@@ -171,6 +171,7 @@ def read_result(row: Mapping[str, Any]) -> Result | None:
     """Parse a row of `to_dict`, ignoring other keys such as "step"; None for an unknown task."""
     if row.get("task") not in READERS:
         return None
+    # The numbers of both directions are columns of the row.
     recalls = {}
     if row["task"] == RetrievalResult.task:
         names = [column.name for column in fields(RecallAtK)]

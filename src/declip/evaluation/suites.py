@@ -46,6 +46,7 @@ class SuiteResult:
     def markdown(self, name: str = "this model") -> str:
         """Format the measured row, the published rows and notes as Markdown, in percent."""
         tree, shown = published(self.task), list(self.results)
+        # --- rows: the measured one, then the published ones over the same datasets
         rows = [(name, "measured", self.values, fmean(self.values.values()))]
         for row in tree["rows"]:
             reported = dict(zip(tree["sets"], (value / 100 for value in row["values"]), strict=True))
@@ -54,11 +55,13 @@ class SuiteResult:
                 # On all of its datasets, the published average, which was computed before rounding.
                 average = row["average"] / 100 if len(values) == len(reported) else fmean(values.values())
                 rows.append((row["name"], "published", values, average))
+        # --- table
         lines = [["", "", *(SETS[dataset] for dataset in shown), "average"], ["---"] * 2 + ["---:"] * (len(shown) + 1)]
         for label, origin, values, average in rows:
             fewer = "" if len(values) == len(shown) else f" ({len(values)} of {len(shown)})"
             cells = [f"{100 * values[dataset]:.1f}" if dataset in values else "" for dataset in shown]
             lines.append([label, origin, *cells, f"{100 * average:.1f}{fewer}"])
+        # --- notes
         per_class = [SETS[dataset] for dataset in shown if NAMED[dataset].metric == "mean_per_class"]
         notes = [
             f"published: {tree['model']}; {tree['source']}",

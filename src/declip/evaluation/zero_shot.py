@@ -38,6 +38,7 @@ def class_features(
     """CLIP's prompt ensemble (section 3.1.4): the normalized mean of each class's normalized templates, (C, d)."""
     prompts = [template.replace("{}", name) for name in class_names for template in templates]
     features = text_features(model, prompts, batch_size=batch_size, progress=progress)
+    # (C · T, d) → (C, T, d) → (C, d)
     return normalize(features.view(len(class_names), len(templates), -1).mean(1), dim=-1)
 
 

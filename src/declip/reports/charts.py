@@ -68,6 +68,7 @@ class Chart:
 
     def svg(self, name: str) -> Markup:
         """Render as an SVG element whose ids start with `name`, unique on the page."""
+        # Of the file only the drawing is kept: the page sets size, fonts and colors.
         file = StringIO()
         with rc_context(STYLE):
             self.figure().savefig(file, format="svg", transparent=True)

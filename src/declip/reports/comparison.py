@@ -59,7 +59,6 @@ def context(outcome: Outcome) -> dict[str, Any]:
         "factors": factors,
         "near_chance": near_chance(curves[headline][study.baseline], facts[headline]) if headline else [],
         "equal_samples": len({variant.samples for variant in study.variants}) == 1,
-        "common": settings(common_overrides(study)),
         "commands": [shlex.join(words) for words in study.commands],
         "variants_table": variants_table(study),
         "measures_table": measures_table(facts),
@@ -73,23 +72,13 @@ def context(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def common_overrides(study: Study) -> dict[str, Any]:
-    """Overrides that all variants have."""
-    first, *others = [variant.overrides for variant in study.variants]
-    return {key: value for key, value in first.items() if all((key, value) in other.items() for other in others)}
-
-
-def settings(values: Mapping[str, Any]) -> str:
-    """Format keys and values in one line, as on the command line."""
-    return ", ".join(f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in values.items())
-
-
 def variants_table(study: Study) -> Table:
-    """The recipe of each variant, and its overrides other than the common ones."""
-    common, rows = common_overrides(study), []
+    """The recipe and the overrides of each variant, as on the command line."""
+    rows = []
     for variant in study.variants:
-        own = {key: value for key, value in variant.overrides.items() if key not in common}
-        rows.append((variant.name, variant.recipe, settings(own) or NONE))
+        given = variant.overrides.items()
+        keys = ", ".join(f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in given)
+        rows.append((variant.name, variant.recipe, keys or NONE))
     return Table("Variants", ("variant", "recipe", "overrides"), tuple(rows), texts=3)
 
 

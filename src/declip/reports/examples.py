@@ -40,10 +40,12 @@ def retrieval(
     captions, carriers = features.flat_captions, carriers_of(features)
     correct = [carriers[caption] for caption in captions]
     rank = ranks(features.texts, features.images, correct)
+    # --- random captions of distinct images, first those that rank their image first
     chosen: dict[int, int] = {}  # image → one of its captions
     for group in (np.flatnonzero(rank == 1), np.flatnonzero(rank > 1)):
         by_image = {int(features.image_rows[row]): row for row in rng.permutation(group).tolist()}
         chosen |= dict([(image, row) for image, row in by_image.items() if image not in chosen][:each])
+    # --- the nearest images of each
     queries = []
     for row in chosen.values():
         cosines, images = (features.images @ features.texts[row]).topk(min(SHOWN, len(features)))

@@ -38,9 +38,11 @@ def summary(it: Inspection) -> Group:
     parts: list[Any] = [
         Text(shown(it.name), "bold").append(f"  {render('extent.txt', it=it)} {it.seconds:.1f} s.", "not bold")
     ]
+    # --- numbers
     for table in tables(it).values():
         if table.rows:
             parts += [Padding(Text(table.caption, "bold"), (1, 0, 0, 0), expand=False), rich_table(table)]
+    # --- findings
     parts.append(Padding(Text("Findings", "bold"), (1, 0, 0, 0), expand=False))
     for finding, text, advice in sentences(it):
         line = RichTable.grid()

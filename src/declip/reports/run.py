@@ -98,6 +98,7 @@ def fitted_lines(run: Run) -> list[str]:
 def measures_table(run: Run) -> Table:
     """List the last evaluation of each set, one measure a row; for a fine-tuned run also the values at its start."""
     names, rows = short_names(row.result.dataset for row in run.evaluated), []
+    # A fine-tuned run was also evaluated at its start, as step 0.
     started = {(row.result.dataset, row.result.task): row.result for row in run.evaluated if row.step == 0}
     for row in run.last():
         result, first = row.result, started.get((row.result.dataset, row.result.task))

@@ -92,12 +92,13 @@ def _exactly(name: str, folder: Path, raw: list[str]) -> list[str]:
 def _images(
     name: str, folder: Path, raw: Sequence[str], shown: Sequence[str], sampled: str | None = None
 ) -> Classified:
-    """List the images of all classes, in the order of torchvision's `make_dataset`.
+    """List the images of all classes.
 
     With `sampled="train"`, 30 per class, or fewer so that one is left; with "test", all others.
     """
     paths: list[Path] = []
     labels: list[int] = []
+    # In the order of torchvision's `make_dataset`.
     for inner, label in sorted((inner, label) for label, inner in enumerate(raw)):
         below = [Path(place, file) for place, _, files in os.walk(folder / inner) for file in files]
         images = sorted((path for path in below if path.suffix.lower() in EXTENSIONS), key=os.path.split)

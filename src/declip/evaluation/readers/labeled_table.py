@@ -40,10 +40,12 @@ def labeled_table(table_path: str | Path, label_column: str | None) -> Openers |
     if label_column is not None and label_column not in columns:
         raise unknown(f"column of labels in '{path.name}'", label_column, columns)
     image = find_column(columns, "image", IMAGE_NAMES, "image", path)
+    # --- the pairs of the table, and the rows of each split
     table = TableSource(table_path, Columns(image, "caption" if captioned else None))
     rows_of = _rows_of(table)
     if not labeled:
         return {which: partial(Subset, table, places) for which, places in rows_of.items()}
+    # --- class names
     column = find_column(columns, label_column or LABEL_NAMES[0], LABEL_NAMES, "label", path)
     cells = _cells(table, open_rows(table_path), column)
     names = _known_names(rows, column) or _ordered({cell for cell in cells if isinstance(cell, str)})
