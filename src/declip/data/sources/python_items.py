@@ -15,7 +15,7 @@ from declip.data.pair import BrokenPair, Origin, as_texts, clean_captions
 from declip.data.sources.entry import EntrySource
 from declip.data.sources.rows import by_lower_name, group_number
 from declip.data.sources.subset import COLUMN, places_by_split, split_numbers
-from declip.data.sources.table import CAPTION_NAMES, IMAGE_NAMES, find_column
+from declip.data.sources.table import find_column, find_columns
 from declip.errors import UserError
 
 PREFIX = "python:"  # of the name of an object in a recipe, which cannot be opened from there
@@ -56,18 +56,13 @@ class ItemSource(EntrySource):
         # Reading an item of anything but a list may cost as much as its pixels.
         self._listed = isinstance(items, list | tuple)
         self.root = None if columns.root is None else Path(columns.root).expanduser()
-        self._columns = (columns.image, columns.caption or columns.image)
+        self._columns = [columns.image, columns.caption or columns.image]
         item: Any = next(self._readable(), None)
         self._split = by_lower_name(list(item)).get(COLUMN) if _is_row(item) else None
         if _is_row(item):
-            names = list(item)
-            image = caption = find_column(names, columns.image, IMAGE_NAMES, "image", self.name)
-            if columns.caption not in (None, columns.image):
-                caption = find_column(names, columns.caption, CAPTION_NAMES, "caption", self.name)
-            self._columns = (image, caption)
-        if columns.group is not None:
-            names = list(item) if _is_row(item) else []
-            self.group_column = find_column(names, columns.group, ("",), "group", self.name)
+            *self._columns, self.group_column = find_columns(list(item), columns, self.name)
+        elif columns.group is not None:
+            find_column([], columns.group, ("",), "group", self.name)
         classes, labels = getattr(items, "classes", None), getattr(items, "targets", None)
         if classes is not None and labels is not None and len(labels) == len(items):
             self.class_names, self.labels = tuple(map(str, classes)), np.asarray(labels, np.int64)

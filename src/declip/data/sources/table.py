@@ -48,12 +48,7 @@ class TableSource(EntrySource):
         self.confined = columns.root is not None
         if not self.root.is_dir():
             raise UserError(f"There is no folder '{self.root}', to which image paths are relative.")
-        names = self.rows.columns
-        image = find_column(names, columns.image, IMAGE_NAMES, "image", path)
-        caption = image
-        if columns.caption not in (None, columns.image):
-            caption = find_column(names, columns.caption, CAPTION_NAMES, "caption", path)
-        self.group_column = columns.group and find_column(names, columns.group, ("",), "group", path)
+        image, caption, self.group_column = find_columns(self.rows.columns, columns, path)
         self.rows.choose(image, caption, self.group_column)
         if not len(self.rows):
             raise UserError(f"The table '{path}' has no rows. It needs one for each pair.")
@@ -119,6 +114,14 @@ def find_table(spec: str | Path) -> Path | None:
     if names_shards(text):
         return path if text.lower().endswith(".parquet") and not is_url(text) else None
     return path if path.suffix.lower() in KINDS and path.exists() else None
+
+
+def find_columns(names: Sequence[str], columns: Columns, where: Path | str) -> tuple[str, str, str | None]:
+    """Find the columns of images, of captions (that of images where none is read) and of groups."""
+    image = caption = find_column(names, columns.image, IMAGE_NAMES, "image", where)
+    if columns.caption not in (None, columns.image):
+        caption = find_column(names, columns.caption, CAPTION_NAMES, "caption", where)
+    return image, caption, columns.group and find_column(names, columns.group, ("",), "group", where)
 
 
 def find_column(columns: Sequence[str], given: str, usual: Sequence[str], what: str, path: Path | str) -> str:
