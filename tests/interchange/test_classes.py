@@ -1,5 +1,6 @@
 """Classes of a classifier: rows from weights, names from ImageNet or from a file."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from declip.errors import UserError
-from declip.interchange.classes import Classes, read_names
+from declip.interchange.classes import Classes, read_names, texts_digest
 from declip.interchange.read import read, read_start
 from declip.interchange.weights import Weights
 
@@ -44,6 +45,24 @@ def test_names_and_definitions_become_texts_of_their_class(tmp_path: Path) -> No
     texts, owners = classes.with_names(table).texts()
     assert (texts, owners.tolist()) == (["apple", "pear", "apple: a fruit, red"], [0, 1, 0])
     assert classes.with_names(plain).texts()[0] == ["apple", "pear"]
+
+
+def test_measured_features_are_those_of_the_same_names_alone(tmp_path: Path) -> None:
+    classes, file = (
+        Classes(torch.ones(2, 3), torch.zeros(3), ("apple", "pear"), ("", "")),
+        tmp_path / "names.safetensors",
+    )
+    stored = {
+        "features": torch.tensor([[127, 0], [-64, 127]], dtype=torch.int8),
+        "scales": torch.tensor([[0.1], [1.0]]),
+    }
+    save_file(stored, file, {"texts": texts_digest(["apple", "pear"])})
+    features = classes.with_features(file).features
+    assert features is not None
+    torch.testing.assert_close(features, torch.tensor([[12.7, 0.0], [-64.0, 127.0]]))
+    assert replace(classes, names=("pear", "apple")).with_features(file).features is None
+    (tmp_path / "other.txt").write_text("pear\napple\n")
+    assert classes.with_features(file).with_names(tmp_path / "other.txt").features is None
 
 
 @pytest.mark.parametrize(

@@ -149,6 +149,15 @@ def test_the_builtin_start_is_a_whole_model_except_for_training(tmp_path: Path) 
 
 
 @pytest.mark.skipif(not starter.installed(), reason="the packages of the built-in start are not installed")
+def test_the_builtin_features_of_names_are_those_of_the_text_tower() -> None:
+    weights = read_start(starter.NAME)
+    assert weights.classes is not None
+    assert weights.classes.features is not None
+    texts = encode_texts(weights, weights.classes.texts()[0][:40])
+    assert float(torch.cosine_similarity(weights.classes.features[:40], texts).min()) > 0.9998
+
+
+@pytest.mark.skipif(not starter.installed(), reason="the packages of the built-in start are not installed")
 def test_the_builtin_text_encoder_is_what_transformers_reads() -> None:
     folder = Path(str(distribution(starter.TEXT).locate_file(starter.TEXT_FOLDER)))
     expected, weights = read_encoder(str(folder), pretrained=True), read_start(starter.NAME)

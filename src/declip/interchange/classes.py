@@ -4,11 +4,14 @@ The row of a class in the classifier's weights lies where images of the class li
 """
 
 import csv
+import hashlib
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from declip.errors import UserError
@@ -26,6 +29,7 @@ class Classes:
     names: tuple[str, ...] = ()  # of every class; empty if unknown
     definitions: tuple[str, ...] = ()  # of every class, "" if it has none
     size: int | None = None  # of the images that the mean was measured on, and of a model without pairs
+    features: Tensor | None = None  # (t, w) of `texts` by the text tower of the same weights, if they are at hand
 
     @classmethod
     def of(cls, rows: Tensor, mean: Tensor | None = None, size: int | None = None) -> "Classes":
@@ -51,13 +55,26 @@ class Classes:
                 f"'{file}' has {len(names):,} names, and the classifier has {len(self.rows):,} classes. Give one name "
                 "for each class, in the classifier's order."
             )
-        return replace(self, names=names, definitions=definitions)
+        return replace(self, names=names, definitions=definitions, features=None)
+
+    def with_features(self, file: Path) -> "Classes":
+        """Add features of the texts that were measured before, if they are of these texts."""
+        texts = self.texts()[0]
+        with safe_open(file, "pt") as stored:
+            if stored.metadata()["texts"] != texts_digest(texts):  # another version of timm has other names
+                return self
+            return replace(self, features=stored.get_tensor("features").float() * stored.get_tensor("scales"))
 
     def texts(self) -> tuple[list[str], Tensor]:
         """Names and definitions as texts, and the class of each, (t,) int64."""
         defined = [number for number, definition in enumerate(self.definitions) if definition]
         texts = [*self.names, *(f"{self.names[number]}: {self.definitions[number]}" for number in defined)]
         return texts, torch.tensor([*range(len(self.names)), *defined], dtype=torch.int64)
+
+
+def texts_digest(texts: Sequence[str]) -> str:
+    """Hash texts in their order."""
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()
 
 
 def read_names(file: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -1,8 +1,8 @@
 """Pretrained towers without a network: EfficientNet-Lite0 and all-MiniLM-L6-v2, from two Python packages.
 
-lite0_mean.npy, the mean feature of images, was measured by
+lite0_mean.npy, the mean feature of images, and minilm_names.safetensors, features of the classes, were measured by
 
-    python scripts/builtin/measure_mean.py src/declip/interchange/lite0_mean.npy
+    python scripts/builtin/measure_start.py src/declip/interchange
 """
 
 import hashlib
@@ -41,6 +41,7 @@ SHA256 = {
     f"{TEXT_FOLDER}/config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
 }
 MEAN = Path(__file__).with_name("lite0_mean.npy")  # (1280,) float16
+NAMES = Path(__file__).with_name("minilm_names.safetensors")  # 12 s of a CPU otherwise
 
 
 def matches(where: str) -> bool:
@@ -65,7 +66,8 @@ def read(where: str) -> Weights:
     names = [name for name in empty.state_dict() if name.startswith("image_tower.trunk.")]
     *image_tensors, rows, _ = read_tensors(_checked(IMAGE, IMAGE_FILE)).values()
     tensors = {**text.tensors, **dict(zip(names, image_tensors, strict=True))}
-    return replace(text, tensors=tensors, classes=Classes.of(rows, torch.from_numpy(np.load(MEAN)), CPU_SIZE))
+    classes = Classes.of(rows, torch.from_numpy(np.load(MEAN)), CPU_SIZE)
+    return replace(text, tensors=tensors, classes=classes.with_features(NAMES) if NAMES.exists() else classes)
 
 
 def read_text(where: str) -> Weights:

@@ -33,7 +33,7 @@ LOGIT_SCALE = 20.0
 """Of candidates from 3 to 40, the one with the smallest cross-entropy both of classes that are held out from the fit
 (five folds of ImageNet's) and of the images and captions of builtin:stamps, at each size from 128 to 224 pixels."""
 
-VERSION = 1  # of the computation: raise it when the projections change
+VERSION = 2  # of the computation: raise it when the projections change
 BATCH = 64  # texts
 GRID = 2.0**-24  # of the projections; their numbers are about 0.04, and differ by 1e-14 between numbers of threads
 
@@ -79,7 +79,8 @@ def _cached_heads(weights: Weights, classes: Classes) -> Heads:
     if heads := _read_heads(path):
         return heads
     log.info("Computing the projections of '%s' from the names of its classes, once.", weights.origin)
-    heads = class_heads(classes, encode_texts(weights, classes.texts()[0]))
+    texts = encode_texts(weights, classes.texts()[0]) if classes.features is None else classes.features
+    heads = class_heads(classes, texts)
     try:
         with atomic_write(path) as partial:
             save_tensors(heads._asdict(), partial)

@@ -206,7 +206,10 @@ def class_pairs(resolved: Resolved, encoder: FrozenEncoder, shown: bool) -> Clas
     if classes is None:
         return None
     texts, owners = classes.texts()
-    return ClassPairs(classes.rows, encoder.pool_captions(texts, shown, "Class names"), owners, classes.mean)
+    features = classes.features
+    if features is None:
+        features = encoder.pool_captions(texts, shown, "Class names")
+    return ClassPairs(classes.rows, features, owners, classes.mean)
 
 
 @torch.no_grad()
