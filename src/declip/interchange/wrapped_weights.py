@@ -63,7 +63,7 @@ def read_siglip(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, T
     import transformers
 
     with as_user_error(f"'{folder}' has no configuration of SiglipModel"):
-        filled = transformers.SiglipConfig.from_dict(plain(config))
+        filled: Any = transformers.SiglipConfig.from_dict(plain(config))
     text, vision = filled.text_config, filled.vision_config
     prepared = read_preprocessing(folder)
     factor, sides = prepared.get("rescale_factor", 1 / 255), prepared.get("size")
