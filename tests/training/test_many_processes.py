@@ -176,7 +176,7 @@ def absent(patience: float) -> str:
     try:
         for step in range(4):
             if step == 3 and distributed.rank() == 1:
-                time.sleep(3 * patience)
+                time.sleep(6 * patience)
             hosts.sync_step(step, 4, stop=False)
     except UserError as error:
         return str(error)
