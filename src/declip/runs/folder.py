@@ -66,7 +66,7 @@ class Run:
     Attributes:
         steps_done, finished: Number of steps, and whether the run is complete, if `declip.train` returned this run.
         status: Exit status of the process if the run is not finished: 130 after Ctrl-C, 75 (try again later) after
-            SIGTERM, SIGUSR1 or the file "stop", or 0 in the latter cases under torchrun.
+            SIGTERM or SIGUSR1, or 0 in the latter case under torchrun.
     """
 
     folder: Path

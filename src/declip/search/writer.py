@@ -1,5 +1,6 @@
 """Write an index: in parts, which a killed call continues, joined into a new generation at the end."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -43,7 +44,8 @@ class Writer:
                 setattr(self.info, name, getattr(begun, name))
         # --- the rows so far; a part's name tells the next free id and the place that it reached
         self.stores = [] if self.current is None else [Store(_files(folder, self.current), folder, self.current)]
-        self._parts = sorted(self._unfinished.glob("part-*"))
+        found = self._unfinished.glob("part-*")
+        self._parts = sorted(path for path in found if re.fullmatch(r"part-\d+-\d+", path.name))
         for path in self._parts:
             self.info.next_id = int(path.name.split("-")[1])
             self.stores.append(Store(path, folder, self.info))
@@ -85,7 +87,9 @@ class Writer:
 @contextmanager
 def open_writer(folder: Path, wanted: IndexInfo) -> Iterator[Writer]:
     """Lock the folder of an index, created if missing, and open it for writing."""
-    with locked_folder(folder, INFO, ELSEWHERE):
+    # A call that was killed just before its first index.json leaves parts and the first generation.
+    killed = (folder / UNFINISHED / INFO).is_file() and not (folder / INFO).exists()
+    with locked_folder(folder, "generation-1" if killed else INFO, ELSEWHERE):
         yield Writer(folder, wanted)
 
 
