@@ -30,9 +30,9 @@ LOCAL = {
     r"huggingface:bert[\w-]+": "encoders/clinical",
     r"builtin:icons": "builtin:emoji",
     r"builtin:lite0-minilm": "runs/vit",
-    r"--format onnx --out exports/onnx": "--format safetensors --out exports/onnx",
+    r"--format onnx": "--format safetensors",
 }
-"""Large or remote data and slow formats, and the local stand-in for each; one page does export to ONNX."""
+"""Large or remote data and a slow format, which tests/interchange exports, and the local stand-in for each."""
 
 DOWNLOADED = re.compile(r"ViT-B-32/laion2b|data download builtin:(?:clipart|stamps)")
 """Lines that need the network and have no stand-in."""

@@ -46,7 +46,7 @@ def test_retrieval_in_both_directions(captions: list[tuple[str, ...]]) -> None:
     images = len(captions)
     _near([
         retrieve(_source(_random(images, generator), captions, _random(len(row_of), generator)[rows]))
-        for _ in range(200)
+        for _ in range(100)
     ])  # fmt: skip
 
 
@@ -56,7 +56,7 @@ def test_classification_by_names(labels: np.ndarray) -> None:
     none: list[tuple[str, ...]] = [()] * len(labels)
     _near([
         classify(_source(_random(len(labels), generator), none, None), labels, _random(12, generator))
-        for _ in range(200)
+        for _ in range(100)
     ])  # fmt: skip
 
 
