@@ -8,7 +8,7 @@ import pytest
 from filelock import FileLock
 
 from declip.errors import UserError
-from declip.io.cache import LOCK, cache_entries, clear_cache
+from declip.io.cache import LOCK, cache_entries, clear_cache, trim_cache
 
 
 @pytest.fixture
@@ -25,6 +25,17 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def names(cache: Path) -> set[str]:
     return {str(entry.path.relative_to(cache)) for entry in cache_entries()}
+
+
+def test_features_longest_unused_go_first(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DECLIP_CACHE_GB", "2.5e-6")
+    with FileLock(cache / "features/b" / LOCK):  # of another process
+        os.utime(cache / "features/b", (2, 2))
+        trim_cache(keep=[cache / "features/a"])
+    assert names(cache) == {"features/a", "features/b", "shards/e", "emoji/f"}
+    monkeypatch.setenv("DECLIP_CACHE_GB", "much")
+    with pytest.raises(UserError, match="DECLIP_CACHE_GB is 'much'"):
+        trim_cache(keep=())
 
 
 def test_clear_keeps_what_cannot_be_computed(cache: Path) -> None:

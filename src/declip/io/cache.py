@@ -1,6 +1,7 @@
 """The cache folder: what it holds, and derived Arrow tables, which one process builds and all memory-map."""
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import NamedTuple
 import pyarrow as pa
 from filelock import FileLock, Timeout
 
-from declip.errors import unknown
+from declip.errors import UserError, unknown
 from declip.io.atomic import atomic_write, cache_folder, remove
 
 LOCK = ".lock"
@@ -44,6 +45,25 @@ def clear_cache(folder: str | None = None) -> int:
         raise unknown("folder of the cache", folder, names)
     wanted = COMPUTED if folder is None else (folder,)
     return sum(entry.size for entry in entries if entry.path.parent.name in wanted and _removed(entry.path))
+
+
+def trim_cache(keep: Iterable[Path]) -> None:
+    """Remove features, longest unused first, until they have at most DECLIP_CACHE_GB; never those to keep."""
+    kept, limit = {*keep}, gigabytes("DECLIP_CACHE_GB") * 1e9
+    entries = [entry for entry in cache_entries() if entry.path.parent.name == FEATURES]
+    total = sum(entry.size for entry in entries)
+    for entry in sorted(entries, key=lambda entry: entry.used):
+        if total > limit and entry.path not in kept and _removed(entry.path):
+            total -= entry.size
+
+
+def gigabytes(variable: str) -> float:
+    """The 10^9 bytes that a variable of the environment allows, 50 by default."""
+    given = os.environ.get(variable, "50")
+    with suppress(ValueError):
+        if (limit := float(given)) >= 0:
+            return limit
+    raise UserError(f"{variable} is '{given}'; set it to 10^9 bytes, such as 50.")
 
 
 def _entry(path: Path) -> Entry:

@@ -18,7 +18,7 @@ from torch import Tensor
 from declip.data.feature_store import KEY, FeatureStore
 from declip.evaluation.encode import eval_mode
 from declip.io.atomic import cache_folder
-from declip.io.cache import FEATURES, LOCK
+from declip.io.cache import FEATURES, LOCK, trim_cache
 from declip.io.pool import pairs_bar
 from declip.models.dual_encoder import DualEncoder
 from declip.models.inference import chunked
@@ -39,9 +39,10 @@ class FrozenEncoder:
     def __init__(self, model: DualEncoder) -> None:
         self.model = model
         images, texts, padding = model.image_tower, model.text_tower, model.tokenizer.padding
-        folders = (cache_folder() / FEATURES / f"pooled-{tower_digest(model, tower)}" for tower in (IMAGE, TEXT))
-        self._images = _PooledFeatures(next(folders), images.pre_logits_width, _pixel_key, images)
-        self._texts = _PooledFeatures(next(folders), texts.width, partial(text_key, padding=padding), texts)
+        folders = [cache_folder() / FEATURES / f"pooled-{tower_digest(model, tower)}" for tower in (IMAGE, TEXT)]
+        self._images = _PooledFeatures(folders[0], images.pre_logits_width, _pixel_key, images)
+        self._texts = _PooledFeatures(folders[1], texts.width, partial(text_key, padding=padding), texts)
+        trim_cache(keep=folders)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["model"], name)  # preprocessing and tokenizer are the model's

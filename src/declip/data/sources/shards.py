@@ -4,7 +4,6 @@ A shard is indexed once, by the headers that `tarfile` reads. Nothing is extract
 """
 
 import json
-import os
 import re
 import tarfile
 from collections.abc import Iterator, Mapping
@@ -20,7 +19,7 @@ from declip.data.pair import BrokenPair, Origin, as_texts, clean_captions
 from declip.data.sources.entry import EntrySource
 from declip.data.sources.shard_files import OpenFile, Shard, ShardFiles, UnreadableShard, counts, find_shards
 from declip.errors import UserError
-from declip.io.cache import cached_table
+from declip.io.cache import cached_table, gigabytes
 from declip.io.pool import pairs_bar
 
 LARGEST_TEXT = 1_000_000  # bytes of a text or JSON file
@@ -62,11 +61,7 @@ class ShardSource(EntrySource):
     blocks: np.ndarray
 
     def __init__(self, word: str, cache_gb: float | None = None) -> None:
-        given = os.environ.get("DECLIP_SHARD_CACHE_GB", "50")
-        try:
-            cache_gb = float(given) if cache_gb is None else cache_gb
-        except ValueError:
-            raise UserError(f"DECLIP_SHARD_CACHE_GB is '{given}'; set it to 10^9 bytes, such as 50.") from None
+        cache_gb = gigabytes("DECLIP_SHARD_CACHE_GB") if cache_gb is None else cache_gb
         self._arguments = (word, cache_gb)
         self.files = ShardFiles(cache_gb)
         self._shards = find_shards(word)
