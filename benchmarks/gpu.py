@@ -239,7 +239,7 @@ def two_processes(bench: Bench) -> list[dict[str, Any]]:
             ("ddp", {"image.model": "declip_conv_tiny", "image.size": 32}),
             ("fsdp", {"image.model": "declip_vit_tiny", "image.size": 32}),
         ):
-            keys = run_keys(bench, source, strategy=strategy, precision="fp32", steps=4) | tower
+            keys = run_keys(bench, source, strategy=strategy, precision="fp32", steps=2) | tower
             one = train("demo-declip", keys, folder / f"{strategy}-one")
             for backend in ("nccl", "gloo") if bench.cuda else ("gloo",):
                 place = folder / f"{strategy}-{backend}"
