@@ -66,7 +66,7 @@ def test_any_number_of_workers_and_any_start_give_the_same_batches(workers):
     assert alone.skipped.counts["missing image"] >= 2
 
 
-def test_a_pair_is_drawn_anew_each_epoch_and_by_each_seed():
+def test_a_pair_is_drawn_again_each_epoch_and_by_each_seed():
     first, second = (take(make(batch_size=PAIRS, start_step=step), 1)[0] for step in (0, 1))
     third = take(make(batch_size=PAIRS, seed=4), 1)[0]
     for other in (second, third):

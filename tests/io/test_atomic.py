@@ -18,22 +18,22 @@ def test_the_environment_chooses_the_folder(monkeypatch):
 
 
 def test_a_file_or_folder_appears_whole(tmp_path):
-    with atomic_write(tmp_path / "a/file") as beside:
-        beside.write_text("1")
+    with atomic_write(tmp_path / "a/file") as partial:
+        partial.write_text("1")
         assert not (tmp_path / "a/file").exists()
     assert (tmp_path / "a/file").read_text() == "1"
     for value in "23":
-        with atomic_write(tmp_path / "a/folder") as beside:
-            beside.mkdir()
-            (beside / "x").write_text(value)
+        with atomic_write(tmp_path / "a/folder") as partial:
+            partial.mkdir()
+            (partial / "x").write_text(value)
         assert (tmp_path / "a/folder/x").read_text() == value
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["file", "folder"]
 
 
 def test_what_fails_leaves_nothing(tmp_path):
     (tmp_path / "file").write_text("before")
-    with pytest.raises(TypeError), atomic_write(tmp_path / "file") as beside:
-        beside.write_text("half") / "no path"
+    with pytest.raises(TypeError), atomic_write(tmp_path / "file") as partial:
+        partial.write_text("half") / "no path"
     assert (tmp_path / "file").read_text() == "before"
     assert len(list(tmp_path.iterdir())) == 1
 
@@ -44,8 +44,8 @@ def test_what_a_killed_process_left_is_removed_after_a_day(tmp_path):
         path.mkdir()
     os.utime(old, (time.time() - 90_000,) * 2)
     os.utime(other, (time.time() - 90_000,) * 2)
-    with atomic_write(tmp_path / "file") as beside:
-        beside.write_text("1")
+    with atomic_write(tmp_path / "file") as partial:
+        partial.write_text("1")
     assert sorted(path.name for path in tmp_path.iterdir()) == [".file.2.partial", ".other.1.partial", "file"]
 
 

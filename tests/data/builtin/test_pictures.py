@@ -1,4 +1,4 @@
-"""What all built-in sets share: how one is written, checked, made anew, opened and pickled."""
+"""What all built-in sets share: how one is written, checked, made again, opened and pickled."""
 
 import json
 import os

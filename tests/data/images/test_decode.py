@@ -67,7 +67,7 @@ def test_every_mode_becomes_rgb_over_white(image, kind, options, pixel):
     assert decoded.getpixel((1, 1)) == pixel
 
 
-def test_a_scan_in_16_bits_whose_zero_is_white_is_no_negative():
+def test_a_scan_in_16_bits_whose_zero_is_white_is_not_inverted():
     content = encoded(Image.fromarray(np.full((4, 4), 40_000, np.uint16)), "TIFF")
     black, white = (b"\x06\x01\x03\x00\x01\x00\x00\x00" + bytes([kind, 0]) for kind in (1, 0))  # tag 262
     assert decode(content.replace(black, white), "k").getpixel((1, 1)) == (99, 99, 99)

@@ -90,7 +90,7 @@ def test_a_data_frame_is_its_rows(table):
     assert open_source(frame, Columns(root=table.parent))[3].captions == source[3].captions
 
 
-def test_what_is_no_source_is_refused(table):
+def test_other_objects_are_refused(table):
     for given in (7, {"image": 1}, iter([])):
         assert "__getitem__" in message(given)
     assert "no items" in message([])

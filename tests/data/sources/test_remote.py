@@ -100,7 +100,7 @@ def test_a_copy_that_others_remove_at_once_is_read_all_the_same(memory, copies, 
     assert not kept(copies)
 
 
-def test_counts_beside_the_shards_save_reading_them_first(memory, copies):
+def test_counts_next_to_the_shards_save_reading_them_first(memory, copies):
     memory.pipe_file("/set/sizes.json", json.dumps({f"{n:05d}.tar": size for n, size in enumerate(SIZES)}).encode())
     source = ShardSource("memory://set")
     assert source.blocks.tolist() == list(SIZES)

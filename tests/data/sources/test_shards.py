@@ -153,7 +153,7 @@ def test_a_shard_cut_short_is_refused_and_one_cut_later_breaks_its_pairs(shard_f
     assert re.search(r"00002.tar' .* beyond its first 5 pairs: cut short", message(str(shard_folder)))
 
 
-def test_what_is_no_shard(tmp_path):
+def test_other_files_are_not_shards(tmp_path):
     for content in (b"\x1f\x8b" + bytes(600), b"<html>" * 200, b"", b"abc"):
         (tmp_path / "t.tar").write_bytes(content)
         assert "decompress" in message(str(tmp_path / "t.tar"))

@@ -187,7 +187,7 @@ def test_tsv_without_quotes_is_read_as_it_stands(folder):
     assert [source.key(i) for i in range(len(source))] == [f"{i}.png" for i in range(len(captions))]
 
 
-def test_a_json_array_is_told_apart_also_over_several_lines(folder):
+def test_a_json_array_over_several_lines_is_recognized(folder):
     (folder / "t.jsonl").write_text('[\n{"image": "a.png", "caption": "x"},\n{"image": "b.png", "caption": "y"}\n]\n')
     assert "jq" in message(folder / "t.jsonl")
 

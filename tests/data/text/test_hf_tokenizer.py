@@ -68,7 +68,7 @@ def test_masking_uses_the_encoders_own_mask_and_words(
     assert max(put_in) > 0.9 * tokenizer.vocabulary
 
 
-def test_it_refuses_what_is_no_tokenizer(tokenizer: HuggingfaceTokenizer) -> None:
+def test_other_definitions_are_refused(tokenizer: HuggingfaceTokenizer) -> None:
     definition = tokenizer.library.to_str()
     with pytest.raises(UserError, match="cannot be read"):
         HuggingfaceTokenizer("{}", {}, CONTEXT)

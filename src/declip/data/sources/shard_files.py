@@ -218,7 +218,7 @@ def look_up(url: str) -> list[tuple[str, int, str]]:
             files = {url: system.info(path)}
         if not files:
             raise FileNotFoundError("no .tar file; Parquet files are read from a folder on this machine")
-    # Without the address that a redirect led to, which is often signed anew each time.
+    # Without the address that a redirect led to, which is often signed again each time.
     infos = {name: {key: value for key, value in info.items() if key != "url"} for name, info in files.items()}
     return [(name, int(info.get("size") or 0), str(info)) for name, info in infos.items()]
 
