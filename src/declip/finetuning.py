@@ -35,7 +35,7 @@ from declip.training.distributed import HostGroup
 from declip.training.estimate import Estimate, estimate
 from declip.training.fit import closed_form, estimate_fit, fit
 from declip.training.mixture import mix_with_start
-from declip.training.pairs import open_training_source
+from declip.training.pairs import caption_warnings, open_training_source
 from declip.training.resolve import resolve_recipe
 from declip.training.trainer import Trainer
 
@@ -76,6 +76,9 @@ def finetune(
             undo.pop_all()
         else:
             parts = assemble(recipe, folder, resume, quiet)
+            if distributed.is_rank_zero():
+                for warning in caption_warnings(parts.source, parts.model.tokenizer):
+                    log.warning(warning)
             undo.pop_all()
             mixes = parts.pretrained is not None and parts.pretrained.whole and recipe.train.patience is not None
             run = Trainer(parts).train(partial(_end, mixes, quiet))

@@ -207,10 +207,11 @@ def test_one_pair_is_fitted_without_a_validation_part(folder: Path, tmp_path: Pa
     assert bool(cosines(tmp_path / "run", folder).isfinite().all())
 
 
-def test_broken_pairs_are_counted_and_refused(folder: Path, tmp_path: Path) -> None:
+def test_broken_pairs_are_counted_and_refused_and_cut_captions_named(folder: Path, tmp_path: Path) -> None:
     head, *rows = (folder / "pairs.csv").read_text().splitlines()
     (folder / "broken.csv").write_text("\n".join([head, *rows, "missing.png,a red circle"]) + "\n")
-    run = fitted(folder, tmp_path / "run", "broken.csv")
+    run = fitted(folder, tmp_path / "run", "broken.csv", **{"text.context_length": 5})  # type: ignore[arg-type]
+    assert "longer than 5 tokens" in (run.folder / "log.txt").read_text(encoding="utf-8")
     skipped = json.loads((run.folder / "skipped.json").read_text())
     assert (skipped["seen"], run.cross_validation["pairs"]) == (COUNT + 1, COUNT)
     with pytest.raises(UserError, match="max_broken_fraction"):

@@ -37,7 +37,15 @@ from declip.training.distributed import HostGroup
 from declip.training.frozen_encoder import FrozenEncoder
 from declip.training.heads import Choice, HeldOutRanks, choose_heads
 from declip.training.monitor import Monitor, monitored
-from declip.training.pairs import TRAINING, evaluation_tasks, open_held_out, refuse_broken, refuse_many, sample_hashes
+from declip.training.pairs import (
+    TRAINING,
+    caption_warnings,
+    evaluation_tasks,
+    open_held_out,
+    refuse_broken,
+    refuse_many,
+    sample_hashes,
+)
 from declip.training.pretrained import load_tensors
 from declip.training.resolve import Resolved, resolve
 from declip.training.sinks import RunInfo
@@ -101,6 +109,8 @@ def _fit(
         return
     info = RunInfo(folder, 0, STEP, recipe.train.batch_size, quiet)
     with monitored(info, recipe.train.report_to) as monitor:
+        for warning in caption_warnings(source, model.tokenizer):
+            log.warning(warning)
         # --- features, heads and the checkpoint
         encoder = FrozenEncoder(model)
         features = compute_features(encoder, source, recipe, related, not quiet)
@@ -171,7 +181,8 @@ def embeddings(pairs: Pairs, model: DualEncoder) -> Pairs:
     image, text = projections(model)
     device = image.weight.device
     sides = [(image, pairs.images), (text, pairs.texts)]
-    return Pairs(*(normalize(side(rows.to(device)).float(), dim=-1).cpu() for side, rows in sides), pairs.owners)
+    images, texts = (normalize(side(rows.to(device)).float(), dim=-1).cpu() for side, rows in sides)
+    return Pairs(images, texts, pairs.owners)
 
 
 def compute_features(

@@ -12,13 +12,16 @@ from declip.data.plan import Plan
 from declip.data.sources.open import open_source
 from declip.data.sources.subset import Joined, take, training_part
 from declip.data.text.augment import in_other_script
+from declip.data.text.caption_tokenizer import CaptionTokenizer
 from declip.errors import UserError
 from declip.evaluation.datasets import open_dataset, with_classes
+from declip.io.text import percent
 from declip.recipe.schema import Recipe
 
 TRAINING = "training pairs"
 FEW = 1_000  # pairs up to which all are opened before training, in about a second: one broken pair in a few matters
 SAMPLE = 64  # pairs, evenly spaced, that stand for all where reading all would take too long
+UNKNOWN, CUT = 0.1, 0.05  # fractions of unknown tokens, and of captions that are cut, above which a warning is due
 
 
 def open_training_source(recipe: Recipe) -> PairSource:
@@ -133,3 +136,38 @@ def open_held_out(recipe: Recipe) -> dict[str, PairSource]:
         if "zero-shot" in protocols:
             with_classes(sets[name])
     return sets
+
+
+def caption_warnings(source: PairSource, tokenizer: CaptionTokenizer) -> list[str]:
+    """Look at the tokens of some captions, evenly spaced in the source; remote sources are not read."""
+    if source.remote:
+        return []
+    unknown, tokens, cut, captions = 0, 0, 0, 0
+    unknown_id = _unknown_id(tokenizer)
+    for index in _sample(source, 512):
+        with suppress(BrokenPair):
+            for caption in source.captions(index):
+                ids = [*tokenizer.word_ids(caption)]
+                unknown += ids.count(unknown_id)
+                tokens += len(ids)
+                cut += len(ids) + 2 > tokenizer.context  # start and end
+                captions += 1
+    warnings = []
+    if tokens and unknown / tokens > UNKNOWN:
+        warnings.append(
+            f"{percent(unknown / tokens)} of the captions' tokens are unknown to the text tower: it cannot tell these "
+            "words apart. Write captions in its language, or give weights of a multilingual text tower with --from."
+        )
+    if captions and cut / captions > CUT:
+        warnings.append(
+            f"{percent(cut / captions)} of the captions are longer than {tokenizer.context} tokens "
+            "(text.context_length); what follows is not read. Write what matters first."
+        )
+    return warnings
+
+
+def _unknown_id(tokenizer: CaptionTokenizer) -> int:
+    """The id of words that the vocabulary lacks; -1 for tokenizers that spell them in bytes."""
+    named = getattr(tokenizer.library.model, "unk_token", None)
+    found = (tokenizer.library.token_to_id(name) for name in (named, "<unk>", "[UNK]") if name is not None)
+    return next((number for number in found if number is not None), -1)
