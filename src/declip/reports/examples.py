@@ -16,7 +16,6 @@ class Candidate(NamedTuple):
 
     caption: str
     image: Thumbnail | None
-    cosine: float
     correct: bool
 
 
@@ -48,10 +47,7 @@ def retrieval(
     # --- the nearest images of each
     queries = []
     for row in chosen.values():
-        cosines, images = (features.images @ features.texts[row]).topk(min(SHOWN, len(features)))
-        hits = [
-            Candidate(features.captions[image][0], thumbnails(image), cosine, image in correct[row])
-            for cosine, image in zip(cosines.tolist(), images.tolist(), strict=True)
-        ]
+        nearest = (features.images @ features.texts[row]).topk(min(SHOWN, len(features))).indices  # (SHOWN,)
+        hits = [Candidate(features.captions[i][0], thumbnails(i), i in correct[row]) for i in nearest.tolist()]
         queries.append(Query(captions[row], hits, int(rank[row])))
     return queries, float(np.mean(rank == 1))
