@@ -106,8 +106,8 @@ class TextEncoder:
 
 def read_encoder(given: str, pretrained: bool) -> TextEncoder:
     """Read a text encoder's configuration and tokenizer from a folder, or from "huggingface:NAME", which is fetched."""
-    transformers = _transformers()
     folder = _fetched(given, pretrained) if given.startswith(PREFIX) else Path(given).expanduser()
+    transformers = _transformers()  # after the Hub was asked: the import takes seconds
     if not (folder / CONFIG).is_file() or not any((folder / name).is_file() for name in TOKENIZERS):
         raise UserError(
             f"text.hf_model '{given}' is not a folder with {CONFIG} and a tokenizer ({', '.join(TOKENIZERS)}). Give "
