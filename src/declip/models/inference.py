@@ -1,16 +1,24 @@
-"""Image towers without gradients on a CPU: small batches, channels last."""
+"""Image towers without gradients on a CPU: small batches, batch norm folded into convolutions, channels last."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from declip.models.dual_encoder import DualEncoder
+from declip.models.image_tower import ImageTower
 
 PIXELS = 2**18
 """Pixels of a forward pass per thread. Activations of more leave the CPU's caches, and their memory is returned to the
 system and requested again in every layer: EfficientNet-Lite0 takes 3 times as long with 256 images of 128 pixels."""
+
+TOLERANCE = 1e-5
+"""Largest difference of a folded tower's features, relative to the largest feature."""
 
 
 def chunked(encode: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
@@ -22,10 +30,45 @@ def chunked(encode: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
 
 
 def image_encoder(model: Any) -> Callable[[Tensor], Tensor]:
-    """Return a function like `model.encode_image` for many images."""
+    """Return a function like `model.encode_image` for many images, with the model's weights of now."""
     if not isinstance(model, DualEncoder):
         return model.encode_image
-    # Convolutions take two thirds of the time with channels last.
-    convolves = model.image_tower.has_batch_norm and model.device.type == "cpu"
-    memory_format = torch.channels_last if convolves else torch.preserve_format
-    return lambda images: chunked(lambda part: model.encode_image(part.to(memory_format=memory_format)), images)
+    tower = inference_tower(model)
+    if tower is model.image_tower:
+        return lambda images: chunked(model.encode_image, images)
+    return lambda images: chunked(lambda part: normalize(tower(part).pooled.float(), dim=-1), images)
+
+
+def inference_tower(model: DualEncoder) -> ImageTower:
+    """A copy of the image tower that is faster on a CPU, with batch norm folded into convolutions; or the tower itself.
+
+    Whether a norm follows a convolution is assumed from their order in the module, so the features of two images are
+    compared; where they differ, the tower itself is returned. EfficientNet-Lite0 becomes 1.2 times as fast.
+    """
+    tower, size = model.image_tower, model.preprocessor.size
+    if not tower.has_batch_norm or model.device.type != "cpu" or tower.proj.weight.dtype != torch.float32:
+        return tower  # other types would round the weights again
+    folded = deepcopy(tower).eval().requires_grad_(False)
+    _fold(folded)
+    folded.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
+    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before, after = deepcopy(tower).eval()(images).pooled, folded(images).pooled
+    return folded if bool((before - after).abs().max() <= TOLERANCE * before.abs().max()) else tower
+
+
+def _fold(parent: nn.Module) -> None:
+    previous = ""
+    for name, child in list(parent.named_children()):
+        convolution = getattr(parent, previous, None)
+        if (
+            isinstance(convolution, nn.Conv2d)
+            and isinstance(child, _BatchNorm)
+            and child.running_mean is not None
+            and child.num_features == convolution.out_channels
+        ):
+            setattr(parent, previous, fuse_conv_bn_eval(convolution, child))
+            setattr(parent, name, getattr(child, "act", nn.Identity()))  # timm's norms end with an activation
+        else:
+            _fold(child)
+        previous = name

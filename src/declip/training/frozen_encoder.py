@@ -21,7 +21,7 @@ from declip.io.atomic import cache_folder
 from declip.io.cache import FEATURES, LOCK, trim_cache
 from declip.io.pool import pairs_bar
 from declip.models.dual_encoder import DualEncoder
-from declip.models.inference import chunked
+from declip.models.inference import chunked, inference_tower
 from declip.models.layers import IMAGE, PROJECTIONS, TEXT
 
 BATCH = 64  # captions that the tower sees at a time
@@ -40,7 +40,7 @@ class FrozenEncoder:
         self.model = model
         images, texts, padding = model.image_tower, model.text_tower, model.tokenizer.padding
         folders = [cache_folder() / FEATURES / f"pooled-{tower_digest(model, tower)}" for tower in (IMAGE, TEXT)]
-        self._images = _PooledFeatures(folders[0], images.pre_logits_width, _pixel_key, images)
+        self._images = _PooledFeatures(folders[0], images.pre_logits_width, _pixel_key, inference_tower(model))
         self._texts = _PooledFeatures(folders[1], texts.width, partial(text_key, padding=padding), texts)
         trim_cache(keep=folders)
 
