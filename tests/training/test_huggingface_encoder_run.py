@@ -47,7 +47,7 @@ def test_it_learns_and_loads_without_its_folder(table: Path, tmp_path: Path) -> 
     whole = read_run(tmp_path / "whole")
     assert set(whole.metrics[0]["losses"]) == set(WEIGHTS["declip"])
     assert whole.results[0]["task"] == "retrieval"
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="not a folder"):
         train(recipe, out=tmp_path / "new", quiet=True, report=False)
 
     second = Trainer(assemble(tuned(table, tmp_path / "whole", {"steps": 2}), tmp_path / "second", quiet=True))
