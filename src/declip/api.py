@@ -142,8 +142,8 @@ def compare(
 ) -> Outcome:
     """Compare recipes at several numbers of pairs and write results.json and report.html.
 
-    The other arguments (`datasets`, `tasks`, `overrides`) are those of `declip.comparison.study.Study.of`, and `quiet`
-    hides the progress.
+    The other arguments (`datasets`, `tasks`, `overrides`, `budget`) are those of `declip.comparison.study.Study.of`,
+    and `quiet` hides the progress.
     """
     quiet = options.pop("quiet", False)
     lists = {"datasets", "tasks"}

@@ -26,6 +26,7 @@ from declip.comparison.outcome import Outcome, read_outcome, scores
 from declip.comparison.study import Study, read_study
 from declip.comparison.trials import FAILURE, folder_of, run_trial
 from declip.errors import UserError
+from declip.training.parts import Parts
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="sends SIGKILL")
 
@@ -197,6 +198,36 @@ def test_stopped_and_killed_it_ends_as_if_it_had_gone_through(
     assert (row["loss"], row["results"]) == (expected["loss"], expected["results"])
 
 
+def test_at_equal_compute_steps_are_inverse_to_the_measured_seconds_and_stay(
+    recipes: dict[str, str], table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds, timed = {"clip": 0.1, "declip": 0.25, "slow-clip": 0.4}, []
+
+    def step_seconds(parts: Parts, warm: int, count: int) -> list[float]:
+        timed.append(parts.recipe.name)
+        return [seconds[parts.recipe.name]] * count
+
+    monkeypatch.setattr(comparing, "step_seconds", step_seconds)
+    options: dict = {"pairs": (8,), "budget": "compute"}
+    outcome = tiny(recipes, table, tmp_path / "out", **options)
+    assert timed == ["clip", "declip"] * comparing.ROUNDS
+    assert {row["variant"]: (row["steps"], row["samples"]) for row in outcome.rows.values()} == {
+        "clip": (8, 64),
+        "declip": (3, 24),
+    }
+    # On a machine half as fast, what was measured stays, and a new recipe is timed in turns with the first.
+    seconds["clip"] *= 2
+    again = tiny(recipes, table, tmp_path / "out", seeds=2, **options)
+    assert len(timed) == 2 * comparing.ROUNDS
+    assert {(row["variant"], row["steps"]) for row in again.rows.values()} == {("clip", 8), ("declip", 3)}
+    recipes["slow-clip"] = str(shutil.copy(recipes["clip"], tmp_path / "slow-clip.yaml"))
+    study = comparing.open_folder(_study(recipes, table, budget="compute"), tmp_path / "out")
+    assert timed[2 * comparing.ROUNDS :] == ["clip", "slow-clip"] * comparing.ROUNDS
+    expected = [("clip", 8, 0.1), ("declip", 3, 0.25), ("slow-clip", 4, 0.2)]
+    assert [(each.name, each.steps, each.seconds) for each in study.variants] == expected
+    assert read_study(tmp_path / "out") == study
+
+
 def test_a_taken_run_is_left_to_the_one_who_took_it(
     recipes: dict[str, str], table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -219,8 +250,8 @@ def test_a_taken_run_is_left_to_the_one_who_took_it(
     assert done == [second.id, first.id], "the taken one is waited for, last"
 
 
-def _study(recipes: dict[str, str], table: Path, overrides: dict[str, Any] | None = None) -> Study:
-    return Study.of(list(recipes.values()), [8], [0], overrides=overrides, datasets=[str(table)], tasks=["retrieval"])
+def _study(recipes: dict[str, str], table: Path, **more: Any) -> Study:
+    return Study.of(list(recipes.values()), [8], [0], datasets=[str(table)], tasks=["retrieval"], **more)
 
 
 @pytest.mark.parametrize(
@@ -230,6 +261,7 @@ def _study(recipes: dict[str, str], table: Path, overrides: dict[str, Any] | Non
         ({"pairs": (8, 25)}, "24 pairs.*25.*--pairs"),
         ({"tasks": ["zero-shot"]}, "has no classes"),
         ({"tasks": ["retrievel"]}, "Did you mean 'retrieval'"),
+        ({"budget": "computer"}, "budget.*Did you mean 'compute'"),
         ({"datasets": ["nowhere.jsonl"]}, "nowhere.jsonl"),
         ({"seeds": ()}, "one seed"),
         ({"tasks": ["retrieval", "linear"]}, "no train split|no classes"),

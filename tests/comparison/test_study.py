@@ -44,15 +44,18 @@ def test_the_plan_survives_the_disk_and_a_damaged_one_is_the_users_error(tmp_pat
 def test_a_later_call_may_add_variants_pairs_and_seeds_and_keeps_what_was_measured(tmp_path: Path) -> None:
     slip = Variant.of("slip", {})
     more = replace(STUDY, variants=(*STUDY.variants, slip), pairs=(800,), seeds=(2,))
-    found = extended(more, STUDY, tmp_path)
+    timed = tuple(replace(variant, steps=70, seconds=0.1) for variant in STUDY.variants)
+    found = extended(more, replace(STUDY, variants=timed), tmp_path)
     assert [variant.name for variant in found.variants] == ["clip", "declip", "slip"]
     assert (found.pairs, found.seeds) == ((200, 400, 800), (0, 1, 2))
+    assert found.variants == (*timed, slip)
 
 
 @pytest.mark.parametrize(
     ("change", "named"),
     [
         ({"datasets": ("other",)}, "datasets was.*builtin:emoji-test.*now.*other"),
+        ({"budget": "compute"}, "budget was samples, now compute"),
         ({"variants": (Variant.of("clip", {"seed": 3}),)}, "clip: seed was 0, now 3"),
         ({"variants": (Variant.of("declip", {"train.steps": 50}),)}, "declip: train.steps was 100, now 50"),
     ],

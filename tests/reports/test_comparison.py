@@ -139,7 +139,7 @@ def test_a_factor_is_listed_at_every_size_also_where_it_is_outside() -> None:
     )
 
 
-def test_measures_and_costs_are_listed() -> None:
+def test_measures_and_costs_are_listed(tmp_path: Path) -> None:
     found = outcome(study(), retrieval=True)
     assert report.measures_table(measure_facts(found)).rows == (
         (MEASURE, "200 classes", "400", "0.50 %"),
@@ -153,7 +153,13 @@ def test_measures_and_costs_are_listed() -> None:
         ("declip", "100", "5,000", "120", "2.00"),
     )
     first, second = found.study.variants
-    longer = replace(first, resolved={"train": {"steps": 200, "batch_size": 50}})
+    longer = replace(first, steps=200)
     assert "same number of samples" in printed(outcome(replace(found.study, variants=(longer, second))))
-    assert "same number of samples" not in printed(found)
+    assert "Equal samples" in printed(found)
+    timed = (replace(first, steps=200, seconds=0.1), replace(second, seconds=0.2))
+    found = outcome(replace(found.study, variants=timed[::-1], budget="compute"))
+    assert report.cost_table(found).rows[1] == ("clip", "0.1", "200", "10,000", "60", "1.00")
+    for text in (printed(found), report.write_page(found, tmp_path).read_text(encoding="utf-8")):
+        assert "Equal compute: every variant takes the steps that fit into the time of 100 steps of declip" in text
+        assert "seconds per step" in text
     assert report.variants_table(study()).rows[0] == ("clip", "clip", "train.steps=100, train.batch_size=50")

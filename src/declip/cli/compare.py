@@ -20,6 +20,9 @@ def compare(
     tasks: Annotated[
         list[str] | None, typer.Option("--task", help="zero-shot (default) or retrieval; repeatable")
     ] = None,
+    budget: Annotated[
+        str, typer.Option(help="samples (every recipe takes its train.steps) or compute (the time of the first recipe)")
+    ] = "samples",
     quiet: Quiet = False,
 ) -> None:
     """Compare recipes at several numbers of pairs; the same command continues an interrupted comparison."""
@@ -43,6 +46,7 @@ def compare(
         overrides=overrides,
         datasets=datasets or (),
         tasks=tasks or ("zero-shot",),
+        budget=budget,
         quiet=quiet,
     )
     console.print(summary(outcome))

@@ -1,4 +1,4 @@
-"""A comparison as a value: recipes, numbers of pairs, seeds, and the trials that follow from them."""
+"""A comparison as a value: recipes, numbers of pairs, seeds, the budget, and the trials that follow from them."""
 
 import json
 import re
@@ -22,6 +22,8 @@ from declip.recipe.schema import Recipe
 from declip.training.pairs import open_training_source
 
 STUDY = "study.json"
+BUDGETS = ("samples", "compute")
+"""Equal samples: every recipe takes its train.steps. Equal compute: the steps that fit into the first recipe's time."""
 
 
 @dataclass(frozen=True)
@@ -32,17 +34,20 @@ class Variant:
     recipe: str  # a shipped recipe's name or a YAML file
     overrides: Mapping[str, Any]
     resolved: Mapping[str, Any] = field(repr=False)  # as it was when it joined; the recipe's file may change later
+    steps: int  # of one run: train.steps or, at equal compute, those that fit into the budget
+    seconds: float | None = None  # per step, measured at equal compute
 
     @classmethod
     def of(cls, recipe: str, overrides: Mapping[str, Any]) -> Self:
         """Resolve a recipe into a variant named after its file."""
         name = re.sub(r".*[/\\]|\.ya?ml$", "", recipe)
-        return cls(name, recipe, overrides, load_recipe(recipe, overrides).model_dump(mode="json"))
+        resolved = load_recipe(recipe, overrides)
+        return cls(name, recipe, overrides, resolved.model_dump(mode="json"), resolved.train.steps)
 
     @property
     def samples(self) -> int:
         """Number of pairs that one run sees, repetitions included."""
-        return self.resolved["train"]["steps"] * self.resolved["train"]["batch_size"]
+        return self.steps * self.resolved["train"]["batch_size"]
 
     def resolve(self, more: Mapping[str, Any] | None = None) -> Recipe:
         """Load the recipe with the overrides and further ones; refuse one that changed since the variant joined."""
@@ -80,6 +85,7 @@ class Study:
     seeds: tuple[int, ...]
     datasets: tuple[str, ...]  # evaluation sets; the first one is the headline
     tasks: tuple[str, ...]
+    budget: str = "samples"
     commands: tuple[tuple[str, ...], ...] = ()  # words of every command that created or extended this study
 
     @classmethod
@@ -92,6 +98,7 @@ class Study:
         overrides: Mapping[str, Any] | None = None,
         datasets: Sequence[str] = (),
         tasks: Sequence[str] = ("zero-shot",),
+        budget: str = "samples",
     ) -> Self:
         """Build a study.
 
@@ -101,6 +108,7 @@ class Study:
             overrides: Dotted keys for all recipes.
             datasets: Evaluation sets; by default the first recipe's ``evaluation.final_zero_shot``, or its
                 ``zero_shot``.
+            budget: One of `BUDGETS`.
         """
         seeds = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
         if not (recipes and pairs and seeds and tasks):
@@ -116,6 +124,7 @@ class Study:
             seeds=seeds,
             datasets=tuple(datasets) or first.final_zero_shot or first.zero_shot,
             tasks=tuple(tasks),
+            budget=budget,
             commands=(("declip" if program == "__main__.py" else program, *sys.argv[1:]),),
         )
 
@@ -140,9 +149,9 @@ class Study:
     def check(self) -> None:
         """Refuse what cannot be compared, before anything is timed or trained."""
         self.check_names()
-        for name in self.tasks:
-            if name not in TASKS:
-                raise unknown("task", name, TASKS)
+        for kind, name, known in (*(("task", task, TASKS) for task in self.tasks), ("budget", self.budget, BUDGETS)):
+            if name not in known:
+                raise unknown(kind, name, known)
         for key, option in (("seed", "--seeds"), ("data.max_pairs", "--pairs")):
             if any(key in variant.overrides for variant in self.variants):
                 raise UserError(f"A comparison sets {key} itself, from {option}. Remove {key}.")
@@ -215,14 +224,16 @@ def extended(study: Study, earlier: Study, folder: Path) -> Study:
     # Anything else would change the meaning of earlier trials.
     changed = [
         f"{name} was {getattr(earlier, name)}, now {getattr(study, name)}"
-        for name in ("datasets", "tasks")
+        for name in ("datasets", "tasks", "budget")
         if getattr(study, name) != getattr(earlier, name)
     ]
     variants = {variant.name: variant for variant in earlier.variants}
     for variant in study.variants:
-        if keys := variants.get(variant.name, variant).changes(variant):
+        known = variants.get(variant.name, variant)
+        if keys := known.changes(variant):
             changed.append(f"{variant.name}: {keys}")
-        variants[variant.name] = variant  # its file may have moved
+        # Its file may have moved; what was measured stays.
+        variants[variant.name] = replace(variant, steps=known.steps, seconds=known.seconds)
     if changed:
         raise UserError(
             f"'{folder}' has another comparison: {'; '.join(changed[:4])}. Use the same options to continue it, "

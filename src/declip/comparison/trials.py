@@ -58,8 +58,9 @@ def run_trial(study: Study, trial: Trial, folder: Path) -> bool:
         False after Ctrl-C or SIGTERM.
     """
     # --- train
-    overrides = {**WITHOUT_EVALUATION, "data.max_pairs": trial.pairs, "seed": trial.seed}
     run_folder, variant = folder_of(folder, trial), study.variant(trial.variant)
+    overrides = {"train.steps": variant.steps, "data.max_pairs": trial.pairs, "seed": trial.seed}
+    overrides |= WITHOUT_EVALUATION
     parts = assemble(variant.resolve(overrides), run_folder, resume=True, quiet=True)
     trainer = Trainer(parts)
     run = trainer.train()

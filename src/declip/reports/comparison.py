@@ -122,7 +122,7 @@ def factors_table(factors: Sequence[ComparedFactor], study: Study) -> Table:
 
 
 def cost_table(outcome: Outcome) -> Table:
-    """Steps, samples and median seconds of the finished runs of each variant."""
+    """Steps, samples and median seconds of the finished runs of each variant; at equal compute, measured steps."""
     times: dict[str, list[float]] = {}
     for row in outcome.rows.values():
         times.setdefault(row["variant"], []).append(row["seconds"])
@@ -130,9 +130,11 @@ def cost_table(outcome: Outcome) -> Table:
     for variant in outcome.study.variants:
         seconds = median(times.get(variant.name, [0.0]))
         ratio = f"{seconds / base:.2f}" if seconds and base else NONE
-        counts = (f"{variant.resolved['train']['steps']:,}", f"{variant.samples:,}")
-        rows.append((variant.name, *counts, f"{seconds:,.0f}" if seconds else NONE, ratio))
-    columns = ("variant", "steps", "samples", "seconds", f"ratio to {outcome.study.baseline}")
+        per_step = () if variant.seconds is None else (f"{variant.seconds:.3g}",)
+        counts = (f"{variant.steps:,}", f"{variant.samples:,}")
+        rows.append((variant.name, *per_step, *counts, f"{seconds:,.0f}" if seconds else NONE, ratio))
+    timed = ("seconds per step",) if outcome.study.budget == "compute" else ()
+    columns = ("variant", *timed, "steps", "samples", "seconds", f"ratio to {outcome.study.baseline}")
     return Table("Cost of a run (median)", columns, tuple(rows))
 
 

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -58,8 +59,6 @@ def estimate(recipe: Recipe) -> Estimate:
             started = time.perf_counter()
             encode_source(parts.model, pairs, indices=places)
             evaluation += (time.perf_counter() - started) * len(pairs) / len(places)
-        if parts.lock is not None:
-            parts.lock.close()
         memory = _peak(parts.model.device)
     full = parts.recipe.model_copy(update={"data": recipe.data})
     return Estimate(full, train.steps * seconds, count * evaluation, memory)
@@ -70,7 +69,7 @@ def step_seconds(parts: Parts, warm: int, count: int) -> list[float]:
     step_parts = StepParts(parts.learner, parts.optimizer, parts.plan, parts.recipe.train)
     parts.learner.train()
     seconds = []
-    with parts.loader:
+    with parts.loader, parts.lock or nullcontext():
         for _ in range(warm + count):
             started = time.perf_counter()
             batch = next(parts.loader)
