@@ -143,13 +143,13 @@ def compare(
     """Compare recipes at several numbers of pairs and write results.json and report.html.
 
     The other arguments (`datasets`, `tasks`, `overrides`, `budget`) are those of `declip.comparison.study.Study.of`,
-    and `quiet` hides the progress.
+    and `jobs` and `quiet` those of `declip.comparison.runner.run`.
     """
-    quiet = options.pop("quiet", False)
+    running = {name: options.pop(name) for name in ("jobs", "quiet") if name in options}
     lists = {"datasets", "tasks"}
     options |= {name: tuple(map(str, several(options[name]))) for name in lists & options.keys()}
     numbers = seeds if isinstance(seeds, int) else list(map(int, seeds))
     names, counts = map(str, several(recipes)), map(int, several(pairs))
-    outcome = runner.run(Study.of(list(names), list(counts), numbers, **options), out, quiet)
+    outcome = runner.run(Study.of(list(names), list(counts), numbers, **options), out, **running)
     write_page(outcome, Path(out).expanduser())
     return outcome

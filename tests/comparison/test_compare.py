@@ -23,7 +23,7 @@ from declip.api import compare, train
 from declip.comparison import runner as comparing
 from declip.comparison import trials as running
 from declip.comparison.outcome import Outcome, read_outcome, scores
-from declip.comparison.study import Study, read_study
+from declip.comparison.study import Study, Trial, read_study
 from declip.comparison.trials import FAILURE, folder_of, run_trial
 from declip.errors import UserError
 from declip.training.parts import Parts
@@ -43,9 +43,9 @@ def recipes(table: Path, tmp_path: Path) -> dict[str, str]:
 
 
 def tiny(recipes: dict[str, str], table: Path, out: Path, **more: Any) -> Outcome:
-    """Compare them by retrieval: two sizes, one seed."""
+    """Compare them by retrieval: two sizes, one seed, in this process."""
     options: dict[str, Any] = {"pairs": (8, 16), "seeds": 1, "datasets": [str(table)], "tasks": ["retrieval"]}
-    options |= {"quiet": True, **more}
+    options |= {"jobs": 1, "quiet": True, **more}
     return compare(list(recipes.values()), out=out, **options)
 
 
@@ -184,7 +184,7 @@ def test_stopped_and_killed_it_ends_as_if_it_had_gone_through(
     assert list(out.glob("runs/*/checkpoints/step-*"))
 
     # --- another process takes the trial, and is killed; this one waits, and continues it
-    words = ["compare", recipes["declip"], "--pairs", "16", "--seeds", "1", "--dataset", str(table)]
+    words = ["compare", recipes["declip"], "--pairs", "16", "--seeds", "1", "--jobs", "1", "--dataset", str(table)]
     words += ["--task", "retrieval", "--out", str(out), "train.steps=30", "train.checkpoint_every=4"]
     logged = _rows_logged(out)
     with subprocess.Popen([sys.executable, "-m", "declip", *words], stdout=subprocess.DEVNULL) as other:
@@ -226,6 +226,63 @@ def test_at_equal_compute_steps_are_inverse_to_the_measured_seconds_and_stay(
     expected = [("clip", 8, 0.1), ("declip", 3, 0.25), ("slow-clip", 4, 0.2)]
     assert [(each.name, each.steps, each.seconds) for each in study.variants] == expected
     assert read_study(tmp_path / "out") == study
+
+
+def test_two_processes_divide_the_runs(
+    recipes: dict[str, str], table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipes, done = {"clip": recipes["clip"]}, []
+    options: dict = {"seeds": 2, "overrides": {"train.steps": 4}}
+    alone, out = tiny(recipes, table, tmp_path / "alone", **options), tmp_path / "out"
+
+    def run_after_the_other(study: Study, trial: Trial, folder: Path) -> bool:
+        until = time.monotonic() + 120
+        while not list(out.glob("runs/*/result.json")) and time.monotonic() < until:
+            time.sleep(0.05)
+        done.append(trial.id)
+        return run_trial(study, trial, folder)
+
+    monkeypatch.setattr(running, "run_trial", run_after_the_other)
+    outcome = tiny(recipes, table, out, jobs=2, **options)
+    assert 1 <= len(done) < 4
+    assert {id: (row["loss"], row["results"]) for id, row in outcome.rows.items()} == {
+        id: (row["loss"], row["results"]) for id, row in alone.rows.items()
+    }
+
+
+@pytest.mark.parametrize("end", ["Ctrl-C", "crash"])
+def test_other_processes_end_with_this_one_and_crashes_are_reported(
+    end: str,
+    recipes: dict[str, str],
+    table: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    started: list[subprocess.Popen] = []
+    popen = subprocess.Popen
+
+    def start(command: list[str], **options: Any) -> subprocess.Popen:
+        code = "raise SystemExit(3)" if end == "crash" else "import time; time.sleep(600)"
+        started.append(popen([command[0], "-c", code], **options))
+        return started[-1]
+
+    def stop(study: Study, trial: Trial, folder: Path) -> bool:
+        if end == "Ctrl-C":
+            raise KeyboardInterrupt
+        started[0].wait()
+        return run_trial(study, trial, folder)
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    monkeypatch.setattr(running, "run_trial", stop)
+    if end == "Ctrl-C":
+        with pytest.raises(KeyboardInterrupt):
+            tiny(recipes, table, tmp_path / "out", jobs=3)
+    else:
+        assert tiny(recipes, table, tmp_path / "out", jobs=2).complete
+        assert re.search(r"1 of 2 processes.*status 3.*--jobs", capsys.readouterr().err)
+    expected = [-signal.SIGTERM] * 2 if end == "Ctrl-C" else [3]
+    assert [process.returncode for process in started] == expected
 
 
 def test_a_taken_run_is_left_to_the_one_who_took_it(

@@ -188,10 +188,10 @@ def here(world: Path, emoji_cache: Path, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("declip.api.write_page", lambda outcome, out: Path(out, "report.html").touch())
     whole = runner.run
 
-    def few(study: Study, out: Any, quiet: bool = False) -> Any:
+    def few(study: Study, out: Any, jobs: int | None = None, quiet: bool = False) -> Any:
         """Compare the first and the last recipe at a small number of pairs with one seed, in this process."""
         ends = tuple({each.name: each for each in (study.variants[0], study.variants[-1])}.values())
-        return whole(replace(study, variants=ends, pairs=(16,), seeds=(0,)), out, quiet)
+        return whole(replace(study, variants=ends, pairs=(16,), seeds=(0,)), out, 1, quiet)
 
     monkeypatch.setattr(runner, "run", few)
     monkeypatch.setattr(zero_shot, "read_prompts", one_template)

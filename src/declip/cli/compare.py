@@ -23,6 +23,9 @@ def compare(
     budget: Annotated[
         str, typer.Option(help="samples (every recipe takes its train.steps) or compute (the time of the first recipe)")
     ] = "samples",
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="runs at the same time; default: one per core, or 1 on a GPU")
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
     """Compare recipes at several numbers of pairs; the same command continues an interrupted comparison."""
@@ -47,6 +50,7 @@ def compare(
         datasets=datasets or (),
         tasks=tasks or ("zero-shot",),
         budget=budget,
+        jobs=jobs,
         quiet=quiet,
     )
     console.print(summary(outcome))

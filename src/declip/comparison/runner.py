@@ -1,12 +1,21 @@
-"""Run a comparison in a folder, and collect the results."""
+"""Run a comparison in a folder, in one or several processes, and collect the results."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
+from typing import Any
 
+import torch
 from filelock import FileLock
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from declip.comparison import trials
@@ -14,21 +23,24 @@ from declip.comparison.outcome import Outcome, read_outcome
 from declip.comparison.study import STUDY, Study, extended, read_study, write_study
 from declip.errors import UserError
 from declip.io.atomic import write_text
-from declip.io.progress import progress_bar, status
+from declip.io.progress import print_line, progress_bar, status
+from declip.models.device import pick_device
 from declip.training.assemble import assemble
 from declip.training.estimate import step_seconds
+from declip.training.watchdogs import cores
 
-RESULTS = "results.json"
+RESULTS, JOBS_LOG = "results.json", "jobs.log"
 ROUNDS, WARM, TIMED = 3, 3, 8  # rounds of timing, and steps per round: warm-up fills caches and chooses kernels
 
 
-def run(study: Study, out: str | Path, quiet: bool = False) -> Outcome:
+def run(study: Study, out: str | Path, jobs: int | None = None, quiet: bool = False) -> Outcome:
     """Run a comparison in a folder; called again after a stop, it continues.
 
     Every trial trains on the pairs that its seed selects, for the steps of its variant, and is then evaluated.
 
     Args:
         out: Folder of the comparison. Several processes may share it: each takes trials that are free.
+        jobs: Number of processes, with one thread each if there are several. By default one per core, or 1 on a GPU.
 
     Returns:
         The outcome, which is also in results.json; `complete` is False after Ctrl-C.
@@ -36,14 +48,18 @@ def run(study: Study, out: str | Path, quiet: bool = False) -> Outcome:
     folder = Path(out).expanduser()
     earlier = read_study(folder)
     (study if earlier is None else extended(study, earlier, folder)).check()
-    study = open_folder(study, folder, quiet)
-    # --- the trials that are left; those that failed are tried again
-    left = [trial for trial in study.trials() if trials.read_trial(folder, trial) is None]
-    for trial in left:
-        (trials.folder_of(folder, trial) / trials.FAILURE).unlink(missing_ok=True)
-    columns = (TextColumn("runs"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with progress_bar(*columns, shown=not quiet) as bar:
-        trials.work(study, folder, bar.track(left, description="runs"))
+    if jobs is None:
+        jobs = cores() if pick_device(study.variants[0].resolve().train.device).type == "cpu" else 1
+    with _share_of_machine(jobs):
+        study = open_folder(study, folder, quiet)
+        # --- the trials that are left; those that failed are tried again
+        left = [trial for trial in study.trials() if trials.read_trial(folder, trial) is None]
+        for trial in left:
+            (trials.folder_of(folder, trial) / trials.FAILURE).unlink(missing_ok=True)
+        columns = (TextColumn("runs"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        with progress_bar(*columns, shown=not quiet) as bar, _others(folder, min(jobs, len(left)) - 1):
+            task = bar.add_task("runs", total=len(left))
+            trials.work(study, folder, left, lambda: bar.advance(task))
     # --- the results of all processes
     outcome = read_outcome(folder)
     write_text(folder / RESULTS, json.dumps(outcome.to_dict(), indent=1))
@@ -92,3 +108,46 @@ def _timed(study: Study, quiet: bool) -> Study:
         steps = max(1, int(first.steps * (measured[first.name] / measured[variant.name])))
         variants[variant.name] = replace(variant, steps=steps, seconds=scale * measured[variant.name])
     return replace(study, variants=tuple(variants.values()))
+
+
+@contextmanager
+def _share_of_machine(jobs: int) -> Iterator[None]:
+    """Use one thread if there are several jobs, and a share of the loader processes; subprocesses inherit both."""
+    names = {"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": str(jobs)} if jobs > 1 else {}
+    threads, before = torch.get_num_threads(), {name: os.environ[name] for name in names if name in os.environ}
+    os.environ |= names
+    torch.set_num_threads(1 if jobs > 1 else threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        for name in names:
+            del os.environ[name]
+        os.environ |= before
+
+
+@contextmanager
+def _others(folder: Path, count: int) -> Iterator[None]:
+    """Let `count` other processes run trials too; stop them at the end of the block, and report those that failed."""
+    # Not by multiprocessing, which would run the user's script again. In a new session, so that Ctrl-C reaches only
+    # this process: a process that is asked twice to stop ends without saving.
+    command, processes = [sys.executable, "-m", "declip.comparison.trials", str(folder)], []
+    try:
+        for _ in range(count):
+            with (folder / JOBS_LOG).open("ab") as log:
+                pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": log, "stderr": log}
+                processes.append(subprocess.Popen(command, **pipes, start_new_session=True))
+        yield
+    finally:
+        # After the last trial they have nothing to do; before it, each saves a checkpoint.
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.communicate()
+    failed = [process.returncode for process in processes if abs(process.returncode) not in (0, signal.SIGTERM)]
+    if failed:
+        print_line(
+            Console(stderr=True),
+            f"{len(failed)} of {count + 1} processes ended early, with status {failed[0]}; the others did their runs. "
+            f"See '{folder / JOBS_LOG}'. Fewer --jobs need less memory.",
+        )

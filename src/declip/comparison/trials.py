@@ -1,9 +1,16 @@
-"""The trials of a comparison: train, evaluate and save one at a time, shared by any number of processes."""
+"""The trials of a comparison: train, evaluate and save one at a time, shared by any number of processes.
+
+`python -m declip.comparison.trials FOLDER` runs those that are free.
+"""
 
 import json
+import os
 import shutil
+import signal
+import sys
+import threading
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +19,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from declip.comparison.study import Study, Trial
+from declip.comparison.study import Study, Trial, read_study
 from declip.errors import UserError
 from declip.evaluation.protocols import Options, evaluate_all
 from declip.io.atomic import write_text
@@ -89,18 +96,19 @@ def run_trial(study: Study, trial: Trial, folder: Path) -> bool:
     return not trainer.stop.asked
 
 
-def work(study: Study, folder: Path, trials: Iterable[Trial]) -> None:
+def work(study: Study, folder: Path, trials: Iterable[Trial], advance: Callable[[], object] = lambda: None) -> None:
     """Run the trials that are not finished, first those that no other process has taken, until Ctrl-C."""
     (folder / RUNS).mkdir(exist_ok=True)
-    taken = []
-    for trial in trials:
-        try:
-            if not _run(study, trial, folder, wait=False):
-                return
-        except Timeout:
-            taken.append(trial)
+    taken: list[Trial] = []
     # A process that was killed released its lock, so that its trial goes on here.
-    all(_run(study, trial, folder, wait=True) for trial in taken)
+    for wait, some in ((False, trials), (True, taken)):
+        for trial in some:
+            try:
+                if not _run(study, trial, folder, wait):
+                    return
+                advance()  # it has ended, here or in another process
+            except Timeout:
+                taken.append(trial)
 
 
 def _run(study: Study, trial: Trial, folder: Path, wait: bool) -> bool:
@@ -117,3 +125,16 @@ def _run(study: Study, trial: Trial, folder: Path, wait: bool) -> bool:
             reason = str(error) if isinstance(error, UserError) else traceback.format_exc()
             (run_folder / FAILURE).write_text(reason, encoding="utf-8")
     return True
+
+
+def _stop_with_parent() -> None:
+    """Send this process SIGTERM when the parent has ended."""
+    os.read(0, 1)  # the parent holds the other end of standard input
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    threading.Thread(target=_stop_with_parent, daemon=True).start()
+    whole = read_study(Path(sys.argv[1]))
+    assert whole is not None, "`runner.run` writes the study first"
+    work(whole, Path(sys.argv[1]), whole.trials())
