@@ -1,6 +1,6 @@
 """The recipe: one typed tree that describes an experiment, with every range check."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, PrivateAttr, model_validator
 
@@ -15,6 +15,7 @@ from declip.recipe.sections import (
     Section,
     Spread,
     Strength,
+    Tracker,
     Trackers,
     Width,
 )
@@ -201,7 +202,8 @@ class Train(Section):
     channels_last: bool = Field(False, description="channels-last memory format, for convolutions")
     log_every: int = Field(10, ge=1, description="number of steps between logged rows")
     report_to: Trackers = Field(
-        ("auto",), description="trackers: tensorboard, wandb, mlflow, trackio; auto: tensorboard if installed; []: none"
+        ("auto",),
+        description=f"trackers: {', '.join(get_args(Tracker)[1:])}; auto: tensorboard if installed; []: none",
     )
     evaluate_every: int = Field(0, ge=0, description="number of steps between evaluations; 0: only at the end")
     patience: int | None = Field(None, ge=1, description="evaluations without a better one that end a run")

@@ -32,7 +32,8 @@ OneOrMore = BeforeValidator(lambda given: (given,) if isinstance(given, str) els
 Places = Annotated[tuple[Place, ...], OneOrMore]
 Column = Literal["image", "caption", "group"]
 COLUMNS: dict[Column, str] = {"image": "image", "caption": "caption"}
-Trackers = Annotated[tuple[Literal["auto", "tensorboard", "wandb", "mlflow", "trackio"], ...], OneOrMore]
+Tracker = Literal["auto", "tensorboard", "wandb", "mlflow", "trackio"]
+Trackers = Annotated[tuple[Tracker, ...], OneOrMore]
 
 NUMBERS = (int, float, int | None, float | None, int | Literal["auto"], int | Literal["all"])
 

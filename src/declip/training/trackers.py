@@ -13,7 +13,7 @@ from contextlib import redirect_stdout
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from declip.errors import UserError
 from declip.io.atomic import write_text
@@ -30,7 +30,14 @@ AUTO = "auto"  # the name in train.report_to that means TensorBoard where it is 
 VARIABLES = {"WANDB_ERROR_REPORTING": "false", "MLFLOW_ALLOW_FILE_STORE": "true", "MLFLOW_DISABLE_TELEMETRY": "true"}
 
 
-class TensorBoard(Sink):
+class Tracker(Sink):
+    """Base class of trackers: sinks whose `log` receives numbers by flat names such as "train/loss"."""
+
+    library: ClassVar[str]
+    """The module that must be installed."""
+
+
+class TensorBoard(Tracker):
     """Event files in the run folder."""
 
     library = "torch.utils.tensorboard"
@@ -49,7 +56,7 @@ class TensorBoard(Sink):
         self._writer.close()
 
 
-class WandB(Sink):
+class WandB(Tracker):
     """A folder for `wandb sync`, or online where WANDB_MODE=online asks for it."""
 
     library = "wandb"
@@ -76,7 +83,7 @@ class WandB(Sink):
         self._run.finish(exit_code=int(_failed()))
 
 
-class MLflow(Sink):
+class MLflow(Tracker):
     """The folder mlruns in the run folder, or the server that MLFLOW_TRACKING_URI names."""
 
     library = "mlflow"
@@ -111,7 +118,7 @@ class MLflow(Sink):
         self._client.set_terminated(self._run, "FAILED" if _failed() else "FINISHED")
 
 
-class Trackio(Sink):
+class Trackio(Tracker):
     """Trackio's database on this machine, or the Space that TRACKIO_SPACE_ID names."""
 
     library = "trackio"
@@ -140,8 +147,8 @@ class Trackio(Sink):
             trackio.finish()
 
 
-# By their name in train.report_to; `library` is the module that must be installed.
-TRACKERS: dict[str, type[TensorBoard | WandB | MLflow | Trackio]] = {
+# By their name in train.report_to.
+TRACKERS: dict[str, type[Tracker]] = {
     "tensorboard": TensorBoard,
     "wandb": WandB,
     "mlflow": MLflow,
