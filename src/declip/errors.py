@@ -38,7 +38,7 @@ def no_model(given: str) -> UserError:
     """Build the error for weights that are neither a path nor a name that is known."""
     hub = f" Did you mean 'hf-hub:{given}'?" if re.fullmatch(r"[\w.-]+/[\w.-]+", given) else ""
     return UserError(
-        f"There is no model at '{given}'.{hub} Give a run folder, a checkpoint folder, a weights file, a folder of "
+        f"Cannot find the model '{given}'.{hub} Give a run folder, a checkpoint folder, a weights file, a folder of "
         "transformers' CLIPModel or of open_clip, hf-hub:OWNER/NAME, open_clip:MODEL/TAG, timm:NAME.TAG or "
         "builtin:lite0-minilm."
     )

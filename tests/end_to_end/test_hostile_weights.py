@@ -145,7 +145,7 @@ def checkpoint(here: Path) -> Path:
 
 
 def edit(folder: Path, recipe: str) -> None:
-    """Give a checkpoint another recipe, with the digest that goes with it, as an attacker would."""
+    """Give a checkpoint another recipe, with its digest, as an attacker would."""
     state = json.loads((folder / STATE).read_text())
     state = {name: value for name, value in state.items() if name != "digest"} | {"recipe": recipe}
     digest = hashlib.sha256(json.dumps(state, indent=1).encode()).hexdigest()

@@ -96,7 +96,7 @@ def test_a_folder_with_captions_is_still_one(tmp_path: Path) -> None:
         ("pets:", "'pets:PATH'"),
         ("pets:/nowhere/at/all", "'/nowhere/at/all'.*oxford-iiit-pet/"),
         ("builtin:nothing", "Unknown built-in set 'nothing'"),
-        ("C:/nowhere", "no file or folder"),
+        ("C:/nowhere", "does not exist"),
     ],
 )
 def test_what_cannot_be_opened(on: str, message: str) -> None:

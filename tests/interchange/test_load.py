@@ -33,7 +33,7 @@ def test_a_loaded_run_gives_the_features_of_the_trained_model(table: Path, tmp_p
 
 
 def test_what_is_not_a_model_is_named(table: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no model at"):
+    with pytest.raises(UserError, match="Cannot find the model"):
         declip.load(tmp_path / "missing")
     with pytest.raises(UserError, match="not a run folder"):
         declip.load(tmp_path)

@@ -265,7 +265,7 @@ def test_wrong_mixtures_are_refused(start: Path) -> None:
         ({"lora": {"rank": 2}, "freeze_image_blocks": 1}, "0 or all"),
         ({"lora": {"rank": 2}, "layer_decay": 0.5}, "layer_decay"),
         ({"lora": {"rank": 2}, "train_keys": {"strategy": "fsdp"}}, "train.strategy=fsdp"),
-        ({"pretrained": "nowhere"}, "no model at 'nowhere'"),
+        ({"pretrained": "nowhere"}, "model 'nowhere'"),
         ({"weights": "timm:no_such_tower"}, "no_such_tower"),
         ({"weights": "timm:test_vit/nowhere.pt"}, r"nowhere\.pt"),
         ({"weights": "timm:test_vit.no_such_tag"}, "tag"),

@@ -100,7 +100,7 @@ def work(study: Study, folder: Path, trials: Iterable[Trial], advance: Callable[
     """Run the trials that are not finished, first those that no other process has taken, until Ctrl-C."""
     (folder / RUNS).mkdir(exist_ok=True)
     taken: list[Trial] = []
-    # A process that was killed released its lock, so that its trial goes on here.
+    # A process that was killed released its lock, so this process continues its trial.
     for wait, some in ((False, trials), (True, taken)):
         for trial in some:
             try:

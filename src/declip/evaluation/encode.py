@@ -152,7 +152,7 @@ def _count_truncated(model: Encoder, texts: Iterable[str]) -> int:
 
 
 class Batches(Dataset[tuple[Tensor | None, list[Any], SkipCounter]]):
-    """Batches of pixels (n, 3, S, S), what `read` returns beside each image, and the broken pairs."""
+    """Batches of pixels (n, 3, S, S), what `read` returns with each image, and the broken pairs."""
 
     def __init__(
         self, model: Encoder, batches: Sequence[Iterable[int]], read: Callable[[int], tuple[Image.Image, Any]]

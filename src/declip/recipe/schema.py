@@ -52,7 +52,7 @@ class TextTowerConfig(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.hf_model is None and self.pooling != "auto":
-            raise ValueError(f"text.pooling={self.pooling} goes with text.hf_model; leave it out, or give an encoder")
+            raise ValueError(f"text.pooling={self.pooling} requires text.hf_model; leave it out, or set an encoder")
         if self.width % self.heads:
             raise ValueError(f"text.width {self.width} is not a multiple of text.heads {self.heads}")
         return self

@@ -207,7 +207,7 @@ def _read_state(folder: Path) -> dict[str, Any]:
     """Read state.json and verify the checksums of all files."""
     for name in (STATE, WEIGHTS, TRAINING):
         if not (folder / name).is_file():  # a pipe or a device would block
-            raise UserError(f"{folder} is not a complete checkpoint: there is no file {name}.")
+            raise UserError(f"{folder} is not a complete checkpoint: {name} is missing.")
     path = folder / STATE
     text = path.read_bytes().decode("utf-8") if path.stat().st_size <= MAX_STATE else "null"
     state = json.loads(text)

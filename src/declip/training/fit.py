@@ -290,8 +290,8 @@ def _write_ranks(folder: Path, source: PairSource, features: Features, outcome: 
     order = outcome.fit.argsort(descending=True, stable=True).tolist()
     rows = [(source.key(int(features.indices[row])), features.captions[row], float(outcome.fit[row])) for row in order]
     with (
-        atomic_write(folder / run_folder.OUT_OF_FOLD) as beside,
-        beside.open("w", newline="", encoding="utf-8") as file,
+        atomic_write(folder / run_folder.OUT_OF_FOLD) as temporary,
+        temporary.open("w", newline="", encoding="utf-8") as file,
     ):
         table = csv.writer(file)
         table.writerow(["key", "caption", "rank"])

@@ -38,9 +38,9 @@ def mix_with_start(folder: Path, quiet: bool = False) -> DualEncoder | None:
         best = max(ALPHAS, key=lambda alpha: fmean(scores[alpha].values()))
         if best < 1:
             mixed = interpolate(start, end, best)
-            with atomic_write(folder / MIXED) as beside:
+            with atomic_write(folder / MIXED) as temporary:
                 weights = prefixed("model", mixed.state_dict())
-                save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, beside)
+                save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, temporary)
             _append_results(folder, mixed, recipe, run.step, run.best_step, quiet)
         # Written last: a run that is stopped before chooses again.
         write_text(folder / MIXTURE, json.dumps({"alpha": best, "scores": scores}, indent=1))

@@ -57,8 +57,8 @@ class Pretrained:
         if not self.loaded:
             return
         try:
-            with atomic_write(folder / KEPT, ELSEWHERE, durable=True) as beside:
-                write_part(self.loaded, recipe, beside)
+            with atomic_write(folder / KEPT, ELSEWHERE, durable=True) as temporary:
+                write_part(self.loaded, recipe, temporary)
         except SafetensorError as error:  # of a full disk
             raise UserError(f"Cannot write '{folder / KEPT}': {error}. Make room, or choose another --out.") from error
 

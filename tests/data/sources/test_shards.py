@@ -66,7 +66,7 @@ def test_what_names_shards(shard_folder):
 
 def test_missing_shards_are_named(shard_folder, monkeypatch):
     for word, missing in (("{00002..00012}.tar", "00004.tar"), ("x.tar", "x.tar"), ("x*.tar", "x*.tar")):
-        assert f"There is no file '{shard_folder}/{missing}'" in message(f"{shard_folder}/{word}")
+        assert f"'{shard_folder}/{missing}' does not exist" in message(f"{shard_folder}/{word}")
     assert "names more than 1,000,000 shards" in message("{0..9999999999999}.tar")
     monkeypatch.setenv("DECLIP_SHARD_CACHE_GB", "50GB")
     assert "DECLIP_SHARD_CACHE_GB is '50GB'" in message(str(shard_folder))

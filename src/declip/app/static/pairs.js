@@ -18,15 +18,15 @@ function watchPart(name, { reason, doing, limits, row, told }) {
     return ask(`/api/pairs/${name}?${new URLSearchParams({ start, ...limits() })}`);
   }
 
-  const load = guarded(async (anew) => {
-    const mine = anew ? ++run : run;
-    if (anew) rows.replaceChildren();
+  const load = guarded(async (reset) => {
+    const mine = reset ? ++run : run;
+    if (reset) rows.replaceChildren();
     const start = rows.childElementCount;
     const found = await get(start);
     if (mine !== run || start !== rows.childElementCount) return;
     rows.append(...found.rows.map((each) => row(each, found)));
     more.hidden = rows.childElementCount >= found.total;
-    if (!anew) (rows.children[start]?.querySelector("a, input") || more).focus();
+    if (!reset) (rows.children[start]?.querySelector("a, input") || more).focus();
     say(told(found, rows.childElementCount));
   });
 

@@ -81,7 +81,7 @@ def open_source(spec: str | Path | PairSource | Items, columns: Columns = DEFAUL
     # --- a file: a list of pairs, or not a source
     if not path.exists():
         raise UserError(
-            f"There is no file or folder '{text}'. Give a table ({', '.join(TABLE_KINDS)}), a folder of images with "
+            f"'{text}' does not exist. Give a table ({', '.join(TABLE_KINDS)}), a folder of images with "
             f"captions, tar shards such as 'data/{{00000..00331}}.tar', or a set such as '{BUILTIN_PREFIX}emoji'."
         )
     if path.suffix.lower() == LIST_KIND:

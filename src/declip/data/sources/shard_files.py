@@ -118,7 +118,7 @@ def expand(word: str) -> list[str]:
     for name in [word] if not is_url(word) and Path(word).expanduser().exists() else _braces(word):
         files = _files(name)
         if not files:
-            raise UserError(f"There is no file '{name}'. Fetch it, or name existing files.")
+            raise UserError(f"'{name}' does not exist. Fetch it, or name existing files.")
         shards += files
     return shards
 
