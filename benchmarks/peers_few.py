@@ -38,6 +38,7 @@ from declip.training.resolve import resolve
 
 SIZES = (31, 124, 500, 2_000, 0)  # training pairs; 0: all
 FOLDS = 5
+WIDTH = 512  # of the space that the trained peers learn
 SALT = 7_000  # of the splits; 0 to 2 are those of this table
 
 Embed = Callable[[Tensor], Tensor]
@@ -129,31 +130,29 @@ def start(task: Task) -> Towers:
     return Towers(unit, unit)
 
 
-def scikit(model: Any, task: Task, text_side: Embed) -> Towers:
-    """Fit a scikit-learn regressor of text features on image features; images are compared where texts lie."""
-    owners = task.pairs.owners
-    model.fit(unit(task.pairs.images)[owners].numpy(), unit(task.pairs.texts).numpy())
-    return Towers(lambda images: torch.from_numpy(model.predict(unit(images).numpy())).float(), text_side)
+def regression(model: Any, task: Task) -> Towers:
+    """Fit a scikit-learn regressor of text features on image features; both are compared without the texts' mean."""
+    texts, owners = unit(task.pairs.texts), task.pairs.owners
+    model.fit(unit(task.pairs.images)[owners].numpy(), texts.numpy())
+    mean = texts.mean(dim=0)
+    return Towers(
+        lambda images: torch.from_numpy(model.predict(unit(images).numpy())).float() - mean,
+        lambda rows: unit(rows) - mean,
+    )
 
 
 def ridge(task: Task, alpha: float) -> Towers:
-    """scikit-learn's Ridge from image features to text features."""
+    """scikit-learn's Ridge."""
     from sklearn.linear_model import Ridge
 
-    mean = unit(task.pairs.texts).mean(dim=0)
-    model = Ridge(alpha=alpha)
-    towers = scikit(model, task, lambda texts: unit(texts) - mean)
-    return Towers(lambda images: towers.image(images) - mean, towers.text)
+    return regression(Ridge(alpha=alpha), task)
 
 
 def pls(task: Task, directions: int) -> Towers:
-    """scikit-learn's PLSRegression from image features to text features."""
+    """scikit-learn's PLSRegression."""
     from sklearn.cross_decomposition import PLSRegression
 
-    mean = unit(task.pairs.texts).mean(dim=0)
-    model = PLSRegression(min(directions, len(task.pairs.images) - 1), scale=False)
-    towers = scikit(model, task, lambda texts: unit(texts) - mean)
-    return Towers(lambda images: towers.image(images) - mean, towers.text)
+    return regression(PLSRegression(min(directions, len(task.pairs.images) - 1), scale=False), task)
 
 
 def cca(task: Task, directions: int) -> Towers:
@@ -182,39 +181,29 @@ def open_clip(task: Task, lr: float, epochs: int) -> Towers:
     from open_clip.loss import ClipLoss
 
     torch.manual_seed(task.seed)
-    image, text = (nn.Linear(side.shape[1], 512, bias=False) for side in task.pairs[:2])
-    scale = nn.Parameter(torch.tensor(np.log(1 / 0.07)))
-    loss = ClipLoss()
+    image, text = (nn.Linear(side.shape[1], WIDTH, bias=False) for side in task.pairs[:2])
+    scale, loss = nn.Parameter(torch.tensor(np.log(1 / 0.07))), ClipLoss()
     optimizer = torch.optim.AdamW([*image.parameters(), *text.parameters(), scale], lr, (0.9, 0.98), 1e-6, 0.1)
-    steps = list(batches(task, epochs))
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(steps))
-    for images, texts in steps:
-        optimizer.zero_grad()
-        loss(normalize(image(images), dim=-1), normalize(text(texts), dim=-1), scale.exp()).backward()
-        optimizer.step()
-        schedule.step()
+    train(task, epochs, optimizer, lambda x, y: loss(unit(image(x)), unit(text(y)), scale.exp()))
     return Towers(image, text)
 
 
 def sentence_transformers(task: Task, lr: float, epochs: int) -> Towers:
     """sentence-transformers' MultipleNegativesRankingLoss, both directions, on a dense layer for each modality."""
     from sentence_transformers import SentenceTransformer
-    from sentence_transformers.losses import MultipleNegativesRankingLoss
-    from sentence_transformers.models import Dense
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+    from sentence_transformers.sentence_transformer.modules import Dense
 
     torch.manual_seed(task.seed)
-    image, text = (Dense(side.shape[1], 512, bias=False, activation_function=nn.Identity()) for side in task.pairs[:2])
-    router = Features(image, text)
-    model = SentenceTransformer(modules=[router], device="cpu")
-    loss = MultipleNegativesRankingLoss(model)
+    layers = (Dense(side.shape[1], WIDTH, bias=False, activation_function=nn.Identity()) for side in task.pairs[:2])
+    router = Features(*layers)
+    loss = MultipleNegativesRankingLoss(
+        SentenceTransformer(modules=[router], device="cpu"),
+        directions=("query_to_doc", "doc_to_query"),
+        partition_mode="per_direction",
+    )
     optimizer = torch.optim.AdamW(router.parameters(), lr)
-    steps = list(batches(task, epochs))
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, len(steps))
-    for images, texts in steps:
-        optimizer.zero_grad()
-        loss([{"image": images}, {"text": texts}], None).backward()
-        optimizer.step()
-        schedule.step()
+    train(task, epochs, optimizer, lambda x, y: loss([{"image": x}, {"text": y}], None))
     return Towers(
         lambda rows: router({"image": rows})["sentence_embedding"],
         lambda rows: router({"text": rows})["sentence_embedding"],
@@ -234,8 +223,19 @@ class Features(nn.Module):
         return getattr(self, name)({"sentence_embedding": unit(rows)})
 
 
+def train(task: Task, epochs: int, optimizer: torch.optim.Optimizer, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Take the steps of all epochs, with a learning rate that falls as a cosine."""
+    steps = list(batches(task, epochs))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(steps))
+    for images, texts in steps:
+        optimizer.zero_grad()
+        loss(images, texts).backward()
+        optimizer.step()
+        schedule.step()
+
+
 def batches(task: Task, epochs: int, size: int = 128) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of unit features; each image with one of its captions, drawn anew in every epoch."""
+    """Batches of unit features; each image with one of its captions, drawn again in every epoch."""
     images, texts, owners = unit(task.pairs.images), unit(task.pairs.texts), task.pairs.owners
     rng = np.random.default_rng(task.seed)
     captions = [np.flatnonzero(owners.numpy() == image) for image in range(len(images))]
