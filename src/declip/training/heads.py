@@ -88,10 +88,16 @@ class HeldOutRanks:
         found, counts = (
             np.stack([np.bincount(of, side if hit else None) for of, side in sides], axis=1) for hit in (True, False)
         )
+        # Two groups that are found and two that are not, of mean size, as Agresti and Coull add to a proportion: if all
+        # groups are found, the interval would have no width otherwise.
+        mean = counts.mean(axis=0)
+        found, counts = np.vstack([found, 2 * [mean], 2 * [0 * mean]]), np.vstack([counts, 4 * [mean]])
         rng = np.random.default_rng(0)
         drawn = (rng.multinomial(len(found), np.full(len(found), 1 / len(found))) for _ in range(RESAMPLES))
         means = [float(((draw @ found) / (draw @ counts)).mean()) for draw in drawn]
-        return Recall(sum(float(hit.mean()) for hit in hits) / 2, *np.quantile(means, (0.025, 0.975)).tolist())
+        value = sum(float(hit.mean()) for hit in hits) / 2
+        low, high = np.quantile(means, (0.025, 0.975)).tolist()
+        return Recall(value, min(low, value), max(high, value))
 
 
 @dataclass(frozen=True)
