@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -230,7 +230,14 @@ def read_recipe(text: str, origin: str) -> Recipe:
     """Read the recipe of weights, which may be a stranger's."""
     try:
         return Recipe.model_validate(read_yaml(text))
-    except Exception as error:  # YAML and pydantic have their own errors
+    except ValidationError as error:
+        keys = [".".join(map(str, problem["loc"])) for problem in error.errors()]
+        more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+        raise UserError(
+            f"The recipe in '{origin}' is of another version of declip: {', '.join(keys[:3])}{more} cannot be read. "
+            "Train again, or use the weights with the version that wrote them."
+        ) from error
+    except Exception as error:  # YAML has its own errors
         raise UserError(f"The recipe in '{origin}' cannot be read by this version: {one_line(error)}") from error
 
 
