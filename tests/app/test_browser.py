@@ -131,6 +131,25 @@ def test_old_answers_go_when_another_question_fails(page: Any, tmp_path: Path) -
     sync_api.expect(page.get_by_role("status")).to_contain_text('no template set "imagenat"')
 
 
+@pytest.mark.parametrize(
+    ("view", "asked", "result"),
+    [("search", "/api/search", "#hits > li"), ("classify", "/api/classify", "#bars > li:visible")],
+)
+def test_an_answer_that_comes_after_the_image_was_removed_is_dropped(
+    page: Any, view: str, asked: str, result: str
+) -> None:
+    held: list[Any] = []
+    page.route(f"**{asked}**", lambda route: held.append(route))  # Playwright marks the handler
+    with page.expect_request(f"**{asked}**"):
+        page.goto(f"/{view}?id=0")
+    page.get_by_role("button", name="Remove the image").click()
+    with page.expect_response(f"**{asked}**") as answer:
+        held[0].continue_()
+    answer.value.finished()
+    page.wait_for_timeout(300)
+    sync_api.expect(page.locator(result)).to_have_count(0)
+
+
 def tab_to(page: Any, selector: str) -> None:
     """Press Tab until an element that matches has the focus."""
     for _ in range(100):

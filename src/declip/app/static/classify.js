@@ -3,7 +3,7 @@ import { watchPicker } from "./picker.js";
 
 const percent = (value) => (value >= 0.0005 ? `${(100 * value).toFixed(1)} %` : "< 0.1 %");
 
-const run = latest(async (current) => {
+const { run, clear } = latest(async (current) => {
   if (!chosen.token && chosen.id === null) return say("Choose an image first.", "bad");
   say("Classifying …", "busy");
   const classes = find("classes").value.split("\n");
@@ -16,11 +16,7 @@ const run = latest(async (current) => {
     (shown.length < found.classes.length ? `; the first ${shown.length} of ${found.classes.length} classes are shown.` : ".");
   find("result").hidden = false;
   say(`Most likely: ${shown[0].name}, ${percent(shown[0].probability)}`);
-}, clear);
-
-function clear() {
-  find("result").hidden = true;
-}
+}, () => (find("result").hidden = true));
 
 function bar(row) {
   const filled = make("div", { class: "bar" });

@@ -37,19 +37,24 @@ export function say(text, kind = "") {
   line.className = `said ${kind}`;
 }
 
-/** Wraps the work of a form: the answer of an earlier call is ignored; `clear` removes an old result. */
-export function latest(work, clear) {
+/** Wraps the work of a form: the answer of an earlier call is ignored; `clear` removes a result and drops a running call. */
+export function latest(work, hide) {
   let number = 0;
-  return async (...given) => {
+  const clear = () => {
+    number++;
+    hide();
+  };
+  const run = async () => {
     const mine = ++number;
     try {
-      await work(() => mine === number, ...given);
+      await work(() => mine === number);
     } catch (error) {
       if (mine !== number) return;
-      clear();
+      hide();
       say(error.message, "bad");
     }
   };
+  return { run, clear };
 }
 
 export const thumbnail = (id) => `/thumbnails/${id}?v=${document.body.dataset.version}`;

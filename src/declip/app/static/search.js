@@ -1,7 +1,7 @@
 import { ask, card, count, find, latest, make, say, template, watchTemplate } from "./common.js";
 import { watchPicker } from "./picker.js";
 
-const run = latest(async (current) => {
+const { run, clear } = latest(async (current) => {
   const text = find("text").value.trim();
   const asked = new URLSearchParams({ count: find("count").value, over: find("over").value });
   if (text) asked.set("text", text);
@@ -23,11 +23,7 @@ const run = latest(async (current) => {
   const address = new URL(location);
   address.search = chosen.token ? "" : new URLSearchParams([...asked].filter(([name]) => name !== "count"));
   history.replaceState(null, "", address);
-}, clear);
-
-function clear() {
-  find("hits").replaceChildren();
-}
+}, () => find("hits").replaceChildren());
 
 function hit(row) {
   const actions = make("p", { class: "facts" }, make("a", { href: `/classify?id=${row.id}` }, "classify it"));
