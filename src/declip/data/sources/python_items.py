@@ -13,9 +13,9 @@ from declip.data.columns import DEFAULT, Columns
 from declip.data.images.decode import image_below
 from declip.data.pair import BrokenPair, Origin, as_texts, clean_captions
 from declip.data.sources.entry import EntrySource
-from declip.data.sources.rows import by_lower_name, group_number
+from declip.data.sources.rows import by_lower_name, cell_name
 from declip.data.sources.subset import COLUMN, places_by_split, split_numbers
-from declip.data.sources.table import find_column, find_columns
+from declip.data.sources.table import find_column, find_columns, group_number
 from declip.errors import UserError
 
 PREFIX = "python:"  # of the name of an object in a recipe, which cannot be opened from there
@@ -89,7 +89,7 @@ class ItemSource(EntrySource):
             )
         items = map(self._read, range(len(self)))
         cells = [item.get(self._split) if isinstance(item, Mapping) else None for item in items]
-        names = pa.array(["" if cell is None else str(cell) for cell in cells], pa.string())
+        names = pa.array(map(cell_name, cells), pa.string())
         return places_by_split(split_numbers(names, f"The key '{self._split}' of the {self.name}"))
 
     def origin(self, index: int) -> Origin:

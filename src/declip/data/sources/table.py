@@ -1,21 +1,26 @@
 """Pairs from a table: JSONL, CSV, TSV or Parquet, with an image path or image bytes and captions in each row."""
 
+import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from declip.data.columns import DEFAULT, Columns
 from declip.data.images.decode import image_below
 from declip.data.pair import BrokenPair, as_texts, clean_captions, printable
 from declip.data.sources.entry import EntrySource
-from declip.data.sources.rows import ParquetRows, TableRow, TableRows, by_lower_name, decoded, group_number
+from declip.data.sources.rows import NOT_UTF8, ParquetRows, TableRows, by_lower_name, cell_name
 from declip.data.sources.shard_files import holds, is_url, names_shards
+from declip.data.sources.subset import COLUMN, places_by_split, split_numbers
 from declip.data.sources.text_rows import DelimitedRows, JsonRows
 from declip.errors import UserError
+from declip.io.cache import cached_table
 
 IMAGE_NAMES = ("image", "file_name", "image_path", "filepath", "file_path", "path", "filename", "image_file", "img")
 # Column names of public sets, most telling first; tried when the default column is missing.
@@ -35,46 +40,93 @@ SPREADSHEETS = (".xlsx", ".xls", ".xlsm", ".ods", ".numbers")
 # Tables in a folder of images, as Hugging Face's ImageFolder has them: column `file_name` and any others.
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
+LAYOUT = 2  # raised when a file in the cache changes its meaning
+
+
+class TableRow(NamedTuple):
+    """A pair of a table: the numbers of its rows, which show one image."""
+
+    key: str  # the image's path, else the number of its row or line
+    rows: list[int]
+
 
 class TableSource(EntrySource):
-    """Pairs from the rows of a table, see `open_source`."""
+    """Pairs from the rows of a table, see `open_source`; rows of one image are one pair, where its first row is.
+
+    The columns are held in memory or, of a large table, mapped from a file in the cache, never as Python objects.
+    """
 
     def __init__(self, path: str | Path, columns: Columns = DEFAULT) -> None:
         self._arguments = (path, columns)
-        self.rows = open_rows(path)
-        path = self.rows.path
+        self.file = open_rows(path)
+        path, names = self.file.path, self.file.columns
         self.name = path.name
-        self.root = self.rows.folder if columns.root is None else Path(columns.root).expanduser()
+        self.root = self.file.folder if columns.root is None else Path(columns.root).expanduser()
         self.confined = columns.root is not None
         if not self.root.is_dir():
             raise UserError(f"There is no folder '{self.root}', to which image paths are relative.")
-        image, caption, self.group_column = find_columns(self.rows.columns, columns, path)
-        self.rows.choose(image, caption, self.group_column)
-        if not len(self.rows):
+        image, self._caption, self.group_column = find_columns(names, columns, path)
+        self._split = by_lower_name(names).get(COLUMN)
+        # --- the columns, the image first, and the rows of each pair
+        self._columns = list(dict.fromkeys(filter(None, (image, self._caption, self.group_column, self._split))))
+        captions = None if self._caption == image else self._caption
+        schema, batches = self.file.read(self._columns, captions)
+        self.table = self._held("cells", [self._columns, captions], schema, batches)
+        # Hashing images pays only if their captions are merged.
+        grouped = _grouped(self.table.column(0), hashed=captions is not None)
+        pairs = pa.schema([("rows", pa.large_list(pa.int64()))])
+        self._pairs = combined(self._held("rows", [image, captions is not None], pairs, grouped)["rows"])
+        if not len(self):
             raise UserError(f"The table '{path}' has no rows. It needs one for each pair.")
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self._pairs)
+
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:  # a worker process opens the table itself
+        return TableSource, self._arguments
 
     def entry(self, index: int) -> TableRow:
-        return self.rows.row(index)
+        rows = self._pairs[index].as_py()
+        key, *_ = map(self._place, rows)
+        image = self.table.column(0)[rows[0]]
+        if not is_bytes(image.type):
+            path = decoded(image, key)
+            key = path if path and isinstance(path, str) else key
+        return TableRow(key, rows)
+
+    def cells(self, entry: TableRow, column: str) -> list[Any]:
+        """The cells that a pair's rows have in a column; raises `BrokenPair`."""
+        cells = self.table.column(self._columns.index(column))
+        return [b"" if is_bytes(cells.type) else decoded(cells[row], entry.key) for row in entry.rows]
 
     def texts(self, entry: TableRow) -> tuple[str, ...]:
-        captions = (text for cell in entry.values for text in as_texts(cell, "unreadable row", entry.key))
-        return clean_captions(captions, entry.key)
+        cells = self.cells(entry, self._caption)
+        return clean_captions(
+            (text for cell in cells for text in as_texts(cell, "unreadable row", entry.key)), entry.key
+        )
 
     def group(self, index: int) -> int:
-        return group_number(self.entry(index).group_cell) if self.group_column else 0
+        return group_number(self.cells(self.entry(index), self.group_column)[0]) if self.group_column else 0
 
     def splits(self) -> dict[str, np.ndarray]:
-        return self.rows.splits()
+        """Places of the pairs of each split. A pair with rows in several is in the last: test before train."""
+        if self._split is None:
+            return {}
+        cells: Any = self.table.column(self._columns.index(self._split))
+        if isinstance(self.file, ParquetRows):
+            cells = pa.array(map(cell_name, cells.to_pylist()), pa.string())
+        numbers = split_numbers(cells, f"Column '{self._split}' of '{self.name}'")
+        if numbers is not None:
+            rows, starts = self._pairs.flatten().to_numpy(), self._pairs.offsets.to_numpy()
+            # (rows,) -> (pairs,)
+            numbers = np.maximum.reduceat(numbers[rows], starts[:-1])
+        return places_by_split(numbers)
 
     def content(self, entry: TableRow) -> Path | bytes:
-        image = entry.image_cell
-        if isinstance(image, pa.Scalar):
-            image = decoded(image, entry.key)
-            if image and isinstance(entry.image_cell, pa.StructScalar):
-                image = image.get("bytes") or image.get("path")
+        cell = self.table.column(0)[entry.rows[0]]
+        image = decoded(cell, entry.key)
+        if image and isinstance(cell, pa.StructScalar):
+            image = image.get("bytes") or image.get("path")
         if not image:
             raise BrokenPair("missing image", entry.key, "the row names none")
         if isinstance(image, bytes):
@@ -89,8 +141,25 @@ class TableSource(EntrySource):
             return image_below(self.root, image, entry.key, follow=True)
         return Path(os.path.normpath(self.root / os.path.expanduser(image)))
 
-    def __reduce__(self) -> tuple[type, tuple[object, ...]]:  # a worker process opens the table itself
-        return TableSource, self._arguments
+    def _place(self, row: int) -> str:
+        """The key of a row without an image; raises `BrokenPair` if the row is unreadable."""
+        if isinstance(self.file, ParquetRows):
+            return f"row {row}"
+        line, fault = (column[row].as_py() for column in self.table.columns[-2:])
+        if fault is not None:
+            reason, _, detail = fault.partition(": ")
+            raise BrokenPair(reason, f"line {line}", detail)
+        return f"line {line}"
+
+    def _held(self, kind: str, options: list[Any], schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> pa.Table:
+        """A table in memory or, if it is large, in the cache."""
+        try:
+            if not self.file.large:
+                return pa.Table.from_batches(batches, schema)
+            version = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in self.file.files]
+            return cached_table(f"tables/{kind}", (LAYOUT, *version, options), lambda: (schema, batches))
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise UserError(f"'{self.file.path}' cannot be read: {error}.") from error
 
 
 def open_rows(path: str | Path) -> TableRows:
@@ -139,3 +208,65 @@ def find_column(columns: Sequence[str], given: str, usual: Sequence[str], what: 
     if (count := list(columns).count(column)) > 1:
         raise UserError(f"The table '{path}' has {count} columns named '{printable(column)}'. Rename all but one.")
     return column
+
+
+def group_number(cell: Any) -> int:
+    """A hash of a group's cell, 63 bits; 0 where the cell is empty."""
+    if not (name := cell_name(cell).strip()):
+        return 0
+    digest = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest) >> 1 | 1
+
+
+def decoded(cell: pa.Scalar, key: str) -> Any:
+    """The value of a cell; raises `BrokenPair`."""
+    try:
+        return cell.as_py()
+    except UnicodeDecodeError as error:
+        raise BrokenPair("invalid text", key, NOT_UTF8) from error
+
+
+def _grouped(images: pa.ChunkedArray, hashed: bool) -> Iterator[pa.RecordBatch]:
+    """Group the rows of one image, in the order of first rows; images as bytes only if `hashed`."""
+    kind, rows = images.type, np.arange(len(images))
+    if pa.types.is_dictionary(kind):
+        images = images.cast(kind.value_type)
+    if is_bytes(kind) and not hashed:
+        order, starts = rows, np.arange(len(images) + 1)
+    else:
+        keys = pa.array(map(_key_of, images), pa.large_binary()) if is_bytes(kind) else images.cast(pa.large_binary())
+        keys = combined(keys.fill_null(b""))
+        codes = keys.dictionary_encode().indices.to_numpy()
+        first = np.empty(len(keys), np.int64)
+        first[codes[::-1]] = rows[::-1]  # the last value written for a code is its first row
+        groups = np.where(np.asarray(pc.binary_length(keys)) == 0, rows, first[codes])
+        order = np.argsort(groups, kind="stable")
+        starts = np.flatnonzero(np.diff(groups[order], prepend=-1, append=len(keys)))
+    yield pa.record_batch([pa.LargeListArray.from_arrays(starts, pa.array(order))], ["rows"])
+
+
+def _key_of(cell: pa.Scalar) -> bytes:
+    """The hash of an image's bytes, else its path, else empty."""
+    path = None
+    if pa.types.is_struct(cell.type) and cell.is_valid:
+        path = cell["path"] if cell.type.get_field_index("path") >= 0 else None
+        cell = cell["bytes"]
+    if cell.is_valid and (content := cell.as_buffer()).size:
+        return hashlib.blake2b(content, digest_size=16).digest()
+    return path.as_buffer().to_pybytes() if path is not None and path.is_valid else b""
+
+
+def combined(column: pa.ChunkedArray | pa.Array) -> pa.Array:
+    """Combine the chunks of a column, without a copy if it has one."""
+    if isinstance(column, pa.Array):
+        return column
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+
+
+def is_bytes(kind: pa.DataType) -> bool:
+    """Whether a column of this type holds an image's bytes, or a struct with such a field."""
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    if isinstance(kind, pa.StructType):
+        return any(field.name == "bytes" and is_bytes(field.type) for field in kind)
+    return kind in (pa.binary(), pa.large_binary(), pa.binary_view()) or pa.types.is_fixed_size_binary(kind)

@@ -1,29 +1,24 @@
-"""Rows of JSONL, CSV and TSV files: every cell as text, or the fault of the row."""
+"""Rows of JSONL, CSV and TSV files: the wanted cells as text, or the fault of the row."""
 
 import csv
 import json
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, TextIO
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from declip.data.images.decode import EXTENSIONS
-from declip.data.pair import BrokenPair, is_unicode
-from declip.data.sources.rows import TableRows, combined, not_utf8
+from declip.data.pair import BrokenPair, as_texts, is_unicode
+from declip.data.sources.rows import NOT_UTF8, TableRows, cell_name
 from declip.errors import UserError
 
-LONGEST_ROW = 16 << 20  # bytes. A longer row means a lost quote or line end.
+LONGEST_ROW = 16 << 20  # characters. A longer row means a lost quote or line end.
 ROWS_AT_ONCE = 1 << 12  # rows that are collected before they are written
 PEEKED_ROWS = 100  # rows of a JSONL file read to learn its columns, since no header lists them
-
-# Begins a stored cell that is JSON: a number, a list, or a text that is not Unicode.
-JSON = "\0"
 
 
 class TextRows(TableRows):
@@ -32,88 +27,80 @@ class TextRows(TableRows):
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         with path.open("rb") as file:
-            self.start = file.read(LONGEST_ROW)
-        if not self.start:
+            start = file.read(LONGEST_ROW)
+        if not start:
             raise UserError(f"The table '{path}' has no rows. It needs one for each pair.")
-        if self.start[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
             raise UserError(f"The table '{path}' is UTF-16. Save it as UTF-8.")
-        if b"\r" in self.start and b"\n" not in self.start:
+        if b"\r" in start and b"\n" not in start:
             raise UserError(f"The table '{path}' has lines that end with CR alone: tr '\\r' '\\n' < OLD > NEW.")
-        self.start = self.start[:99]
 
     @abstractmethod
     def parse(self, row: str) -> dict[str, Any]:
         """The cells of a row by column; raises ValueError or RecursionError."""
 
-    def complete(self, line: bytes, file: BinaryIO, number: int) -> bytes:
-        """The complete row that starts with a line; `file` is at the next line."""
+    def complete(self, line: str, lines: Iterator[str], number: int) -> str:
+        """The complete row that starts with a line; the next lines may belong to it."""
         return line
 
-    def rows(self) -> Iterator[tuple[int, bytes]]:
-        """The number of the first line of each row, and its content up to the longest row."""
+    def rows(self) -> Iterator[tuple[int, str]]:
+        """The number of the first line of each row, and the row."""
         number = 1
-        with self.path.open("rb") as file:
-            while line := file.readline(LONGEST_ROW + 1):
-                row = part = line if len(line) > LONGEST_ROW else self.complete(line, file, number)
-                while part and not part.endswith(b"\n"):
-                    part = file.readline(LONGEST_ROW)
+        with self.path.open(encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
+            lines = _lines(file)
+            for line in lines:
+                row = self.complete(line, lines, number)
                 if row.strip():
                     yield number, row
-                number += max(1, row.count(b"\n"))
+                number += max(1, row.count("\n"))
 
-    def cells(self, row: bytes, key: str) -> dict[str, Any]:
+    def cells(self, row: str, key: str) -> dict[str, Any]:
         """The cells of a row by column; raises `BrokenPair`."""
         if len(row) > LONGEST_ROW:
-            raise BrokenPair("unreadable row", key, f"more than {LONGEST_ROW:,} bytes long")
+            raise BrokenPair("unreadable row", key, f"more than {LONGEST_ROW:,} characters long")
+        if not row.isascii() and not is_unicode(row):
+            raise BrokenPair("invalid text", key, NOT_UTF8)
         try:
-            return self.parse(row.decode("utf-8-sig"))
-        except UnicodeDecodeError as error:
-            raise not_utf8(key, error) from error
+            return self.parse(row)
         except (ValueError, RecursionError) as error:
             raise BrokenPair("unreadable row", key, str(error)) from error
 
-    def schema(self) -> pa.Schema:
-        """The columns, the number of a row's line, and its fault."""
-        cells = [(name, pa.large_string()) for name in self.wanted]
-        return pa.schema([*cells, ("line", pa.int64()), ("fault", pa.large_string())])
+    def read(self, wanted: Sequence[str], captions: str | None) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
+        text, texts = pa.large_string(), pa.list_(pa.large_string())
+        cells = [(name, texts if name == captions else text) for name in wanted]
+        schema = pa.schema([*cells, ("line", pa.int64()), ("fault", text)])
 
-    def batches(self) -> Iterator[pa.RecordBatch]:
-        stamp, rows, schema = self.path.stat().st_mtime_ns, self.rows(), self.schema()
-        while part := [self._stored(*row) for row in islice(rows, ROWS_AT_ONCE)]:
-            yield pa.record_batch([*zip(*part, strict=True)], schema=schema)
-        if self.path.stat().st_mtime_ns != stamp:
-            raise UserError(f"The table '{self.path}' was rewritten while it was read. Try again.")
+        def batches() -> Iterator[pa.RecordBatch]:
+            stamp, rows = self.path.stat().st_mtime_ns, self.rows()
+            while part := [self._stored(*row, wanted, captions) for row in islice(rows, ROWS_AT_ONCE)]:
+                yield pa.record_batch([*zip(*part, strict=True)], schema=schema)
+            if self.path.stat().st_mtime_ns != stamp:
+                raise UserError(f"The table '{self.path}' was rewritten while it was read. Try again.")
 
-    def _stored(self, line: int, row: bytes) -> tuple[str | int | None, ...]:
+        return schema, batches()
+
+    def _stored(self, line: int, row: str, wanted: Sequence[str], captions: str | None) -> tuple[Any, ...]:
+        """The wanted cells, the line's number, and no fault; or no cells and a fault."""
+        key = f"line {line}"
         try:
-            cells = self.cells(row, f"line {line}")
+            cells = self.cells(row, key)
+            kept = {name: cell_name(cells.get(name)) for name in wanted if name != captions}
+            texts = [] if captions is None else as_texts(cells.get(captions), "unreadable row", key)
+            # JSON may escape half of a character, which no file can hold as UTF-8.
+            if not all(map(is_unicode, filter(None, (*kept.values(), *texts)))):
+                raise BrokenPair("invalid text", key, "half of a character that takes two code units")
         except BrokenPair as broken:
-            return (*[None] * len(self.wanted), line, f"{broken.reason}: {broken.detail}")
-        return (*(stored(cells.get(name)) for name in self.wanted), line, None)
-
-    def place(self, number: int) -> str:
-        line, fault = (column[number].as_py() for column in self.table.columns[-2:])
-        if fault is not None:
-            reason, _, detail = fault.partition(": ")
-            raise BrokenPair(reason, f"line {line}", detail)
-        return f"line {line}"
-
-    def value(self, cell: pa.Scalar, key: str) -> Any:
-        text = cell.as_py()
-        return json.loads(text[1:]) if text and text.startswith(JSON) else text
-
-    def split_cells(self, cells: pa.ChunkedArray) -> pa.ChunkedArray:
-        return pc.if_else(self.table.columns[-1].is_null(), cells.fill_null(""), pa.scalar(None, cells.type))
-
-    def image_keys(self, hashed: bool) -> pa.LargeBinaryArray:
-        cells = self.table.column(0).fill_null("")
-        return combined(pc.if_else(pc.starts_with(cells, JSON), "", cells).cast(pa.large_binary()))
+            return (*[None] * len(wanted), line, f"{broken.reason}: {broken.detail}")
+        return (*(texts if name == captions else kept[name] for name in wanted), line, None)
 
 
-def stored(cell: Any) -> str | None:
-    """A cell as it is stored, see `JSON`."""
-    plain = isinstance(cell, str) and is_unicode(cell) and not cell.startswith(JSON)
-    return cell if cell is None or plain else JSON + json.dumps(cell)
+def _lines(file: TextIO) -> Iterator[str]:
+    """The lines of a file; the rest of one that is longer than a row is skipped."""
+    while line := file.readline(LONGEST_ROW + 1):
+        part = line
+        while part and not part.endswith("\n"):
+            part = file.readline(LONGEST_ROW)
+        yield line
 
 
 class JsonRows(TextRows):
@@ -123,12 +110,14 @@ class JsonRows(TextRows):
         super().__init__(path)
         columns: dict[str, None] = {}
         fault: BrokenPair | None = None
+        first = ""
         for line, row in islice(self.rows(), PEEKED_ROWS):
+            first = first or row.lstrip()
             try:
                 columns.update(dict.fromkeys(self.cells(row, f"line {line}")))
             except BrokenPair as broken:
                 fault = fault or broken
-        if fault and (not columns or self.start.lstrip().startswith(b"[")):
+        if fault and (not columns or first.startswith("[")):
             raise UserError(
                 f"'{path}' is not JSONL, a JSON object on each line: {fault}. To convert one JSON array: "
                 f"jq -c '.[]' {path.name} > rows.jsonl"
@@ -143,11 +132,11 @@ class JsonRows(TextRows):
 
 
 class DelimitedRows(TextRows):
-    """A CSV or TSV file whose first line names the columns; quotes may enclose line ends, as spreadsheets export them.
+    """A CSV or TSV file whose first line names the columns; in CSV quotes may enclose line ends.
 
     A CSV file whose first line has no comma may be separated by semicolons or tabs. A quotation mark that would swallow
-    rows is an error in CSV. In TSV, often written without quotes, a line with marks that break the rules is read
-    literally.
+    rows is an error in CSV. A row of TSV, often written without quotes, is one line, and read literally if its marks
+    break the rules.
     """
 
     columns: Sequence[str] = ()
@@ -155,12 +144,12 @@ class DelimitedRows(TextRows):
     def __init__(self, path: Path, delimiter: str) -> None:
         super().__init__(path)
         self.delimiter = delimiter
-        header = next(super().rows(), (1, b""))[1]
-        if delimiter == "," and b"," not in header:
-            self.delimiter = next((sign for sign in ";\t" if sign.encode() in header), ",")
-        self.columns = self._split(header.decode("utf-8-sig", errors="replace"))
+        header = next(super().rows(), (1, ""))[1]
+        if delimiter == "," and "," not in header:
+            self.delimiter = next((sign for sign in ";\t" if sign in header), ",")
+        self.columns = self._split(header)
 
-    def rows(self) -> Iterator[tuple[int, bytes]]:
+    def rows(self) -> Iterator[tuple[int, str]]:
         return islice(super().rows(), 1, None)
 
     def parse(self, row: str) -> dict[str, Any]:
@@ -177,36 +166,35 @@ class DelimitedRows(TextRows):
                     return next(csv.reader([row], delimiter=self.delimiter, strict=strict))
         return row.rstrip("\r\n").split(self.delimiter)
 
-    def complete(self, line: bytes, file: BinaryIO, number: int) -> bytes:
-        if b'"' not in line:
+    def complete(self, line: str, lines: Iterator[str], number: int) -> str:
+        if '"' not in line or self.delimiter == "\t":
             return line
-        after, taken = file.tell(), [line]
+        taken: list[str] = []
 
-        def lines() -> Iterator[str]:
-            yield line.decode("latin-1")  # holds any bytes
-            for part in iter(partial(file.readline, LONGEST_ROW), b""):
+        def parts() -> Iterator[str]:
+            room = LONGEST_ROW
+            for part in chain([line], lines):
                 taken.append(part)
-                yield part.decode("latin-1")
-                if file.tell() - after > LONGEST_ROW:
+                yield part
+                room -= len(part)
+                if room < 0:
                     return
 
-        # --- as many lines as the quotes enclose, unless these look like rows
-        with suppress(csv.Error):
-            next(csv.reader(lines(), delimiter=self.delimiter, strict=True))
-            if len(taken) == 1 or not self._swallows(taken):
-                return b"".join(taken)
-        if self.delimiter != "\t" and (len(taken) > 1 or self._split(line.decode("latin-1") + "\n")[-1].endswith("\n")):
+        try:
+            next(csv.reader(parts(), delimiter=self.delimiter, strict=True))
+            lost = self._swallows(taken)
+        except csv.Error as error:  # in a line alone it is read as spreadsheets do
+            lost = len(taken) > 1 or "end of data" in str(error)
+        if lost:
             raise UserError(
                 f"'{self.path}' has a quotation mark in line {number} that is never closed, or only in another row, so "
                 'that rows would be lost. A cell that begins with " also ends with it, and has each " of its text '
                 "twice; csv.writer of Python and spreadsheets write it so."
             )
-        # --- in TSV such marks are text
-        file.seek(after)
-        return line
+        return "".join(taken)
 
-    def _swallows(self, lines: list[bytes]) -> bool:
+    def _swallows(self, lines: list[str]) -> bool:
         """Whether a row of several lines seems to contain rows: two lines have enough cells, one of them an image."""
-        rows = [line.decode("latin-1").split(self.delimiter) for line in lines]
+        rows = [line.split(self.delimiter) for line in lines]
         rows = [cells for cells in rows if len(cells) >= len(self.columns)]
         return sum(any(cell.strip('" \r\n').lower().endswith(EXTENSIONS) for cell in cells) for cells in rows) > 1

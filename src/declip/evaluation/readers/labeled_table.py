@@ -10,7 +10,7 @@ import numpy as np
 
 from declip.data.columns import Columns
 from declip.data.pair import BrokenPair, is_unicode
-from declip.data.sources.rows import ParquetRows, TableRows, by_lower_name
+from declip.data.sources.rows import TableRows, by_lower_name, cell_name
 from declip.data.sources.subset import Subset
 from declip.data.sources.table import CAPTION_NAMES, IMAGE_NAMES, TableSource, find_column, open_rows
 from declip.errors import UserError, unknown
@@ -40,14 +40,16 @@ def labeled_table(table_path: str | Path, label_column: str | None) -> Openers |
     if label_column is not None and label_column not in columns:
         raise unknown(f"column of labels in '{path.name}'", label_column, columns)
     image = find_column(columns, "image", IMAGE_NAMES, "image", path)
+    column = None
+    if labeled:
+        column = find_column(columns, label_column or LABEL_NAMES[0], LABEL_NAMES, "label", path)
     # --- the pairs of the table, and the rows of each split
-    table = TableSource(table_path, Columns(image, "caption" if captioned else None))
+    table = TableSource(table_path, Columns(image, "caption" if captioned else None, group=column))
     rows_of = _rows_of(table)
-    if not labeled:
+    if column is None:
         return {which: partial(Subset, table, places) for which, places in rows_of.items()}
     # --- class names
-    column = find_column(columns, label_column or LABEL_NAMES[0], LABEL_NAMES, "label", path)
-    cells = _cells(table, open_rows(table_path), column)
+    cells = _cells(table, column)
     names = _known_names(rows, column) or _ordered({cell for cell in cells if isinstance(cell, str)})
     if len(names) < 2:
         raise UserError(f"Column '{column}' of '{path}' has {len(names)} classes. It needs at least two.")
@@ -82,15 +84,16 @@ def _ordered(names: set[str]) -> list[str]:
     return sorted(names, key=int) if numbers else sorted(names)
 
 
-def _cells(table: TableSource, rows: TableRows, column: str) -> list[Cell]:
+def _cells(table: TableSource, column: str) -> list[Cell]:
     """The value of a column for each pair as text, or the reason why it has none."""
-    names = _known_names(rows, column)
-    rows.choose(column, column)
+    names = _known_names(table.file, column)
     cells: list[Cell] = []
     for index in range(len(table)):
         try:
-            key, values = table.key(index), rows.pair(table.rows.numbers(index)).values
-            cells.append(_text(key, [names[v] if isinstance(v, int) and 0 <= v < len(names) else v for v in values]))
+            entry = table.entry(index)
+            given = [v for cell in table.cells(entry, column) for v in (cell if isinstance(cell, list) else [cell])]
+            values = [names[v] if isinstance(v, int) and 0 <= v < len(names) else v for v in given]
+            cells.append(_text(entry.key, values))
         except BrokenPair as broken:
             cells.append(broken)
     return cells
@@ -98,19 +101,18 @@ def _cells(table: TableSource, rows: TableRows, column: str) -> list[Cell]:
 
 def _known_names(rows: TableRows, column: str) -> list[str]:
     """The names that Hugging Face's `datasets` stores for a column of class numbers; none for other files."""
-    metadata = (rows.arrow_schema.metadata or {}) if isinstance(rows, ParquetRows) else {}
     try:
-        names = json.loads(metadata[b"huggingface"])["info"]["features"][column]["names"]
+        names = json.loads(rows.metadata[b"huggingface"])["info"]["features"][column]["names"]
         return [" ".join(name.split()) for name in names]
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
         return []
 
 
 def _text(key: str, values: Sequence[Any]) -> str:
-    """Return the single label in the cells of one image, strings or integers; raises `BrokenPair`."""
+    """Return the single label in the cells of one image, strings or numbers; raises `BrokenPair`."""
     if any(isinstance(value, str) and len(value) > LONGEST_LABEL for value in values):
         raise BrokenPair("label too long", key, f"more than {LONGEST_LABEL:,} characters")
-    texts = {" ".join(str(value).split()) if isinstance(value, str | int) else "" for value in values}
+    texts = {" ".join(cell_name(value).split()) for value in values}
     if "" in texts:
         raise BrokenPair("missing label", key)
     if not all(map(is_unicode, texts)):
