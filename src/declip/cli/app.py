@@ -17,7 +17,9 @@ from declip.cli.train import finetune, train
 from declip.errors import UserError
 
 app = typer.Typer(
-    help="Contrastive language-image models when pairs are few.", no_args_is_help=True, pretty_exceptions_enable=False
+    help="Train, evaluate and use contrastive language-image models when pairs are few.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
 )
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 DISK = (*FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG)

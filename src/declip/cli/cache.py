@@ -28,10 +28,10 @@ def show() -> None:
 @group.command()
 def clear(
     folder: Annotated[
-        str | None, typer.Argument(help="one folder; default: features, shards, heads and tables")
+        str | None, typer.Argument(help="name of one folder; default: features, shards, heads and tables")
     ] = None,
 ) -> None:
-    """Remove what can be computed or copied again; entries in use stay."""
+    """Remove cached files that can be computed or downloaded again. Files in use stay."""
     from declip.io.cache import clear_cache
 
     say(f"{clear_cache(folder) / 1e6:,.1f} MB freed.")

@@ -11,18 +11,20 @@ from declip.data.columns import Columns
 
 def classify(
     images: Annotated[str, typer.Argument(help="a folder, an image, a pattern in quotes, a table, or tar shards")],
-    classes: Annotated[str, typer.Option(metavar="FILE|LIST", help="a file with one class per line, or: cat,dog")],
+    classes: Annotated[
+        str, typer.Option(metavar="FILE|LIST", help="a file with one class per line, or a list: cat,dog")
+    ],
     model: Annotated[str, typer.Option(help="a run folder, a checkpoint, a weights file, or open_clip:MODEL/TAG")],
-    out: Annotated[Path | None, file("write all probabilities to this .csv file instead")] = None,
-    templates: Annotated[str, typer.Option(help="a template set, or one template with {}")] = "plain",
+    out: Annotated[Path | None, file("write the probability of every class to this .csv file")] = None,
+    templates: Annotated[str, typer.Option(help="name of a template set, or a template with {}")] = "plain",
     batch_size: BatchSize = 256,
-    workers: Annotated[int, typer.Option(min=0, help="processes that read images; 0 reads in this one")] = 0,
+    workers: Annotated[int, typer.Option(min=0, help="processes that read images; 0: the main process")] = 0,
     image_column: ImageColumn = "image",
     image_root: ImageRoot = None,
     device: Device = "auto",
     quiet: Quiet = False,
 ) -> None:
-    """Classify images among classes that you name. Without --out, print a line with tabs for each image."""
+    """Classify images into classes that you name. Without --out, print one line per image, separated by tabs."""
     # Before torch is imported, which takes seconds.
     check_model(model)
     from declip.data.pair import printable

@@ -13,22 +13,27 @@ def compare(
         list[str],
         typer.Argument(metavar="RECIPE... [KEY=VALUE]...", help="recipes, and keys that override all of them"),
     ],
-    pairs: Annotated[str, typer.Option(help="numbers of distinct pairs, such as 1k,2k,4k")],
-    seeds: Annotated[int, typer.Option(min=1, help="runs per number of pairs, with seeds 0, 1 …")] = 3,
+    pairs: Annotated[str, typer.Option(help="numbers of training pairs, such as 1k,2k,4k")],
+    seeds: Annotated[int, typer.Option(min=1, help="runs per recipe and number of pairs, with seeds 0, 1 …")] = 3,
     out: Annotated[Path, file("folder of the comparison", metavar="DIR")] = Path("runs/compare"),
-    datasets: Annotated[list[str] | None, typer.Option("--dataset", help="evaluation set; repeatable")] = None,
+    datasets: Annotated[
+        list[str] | None, typer.Option("--dataset", help="evaluation set; default: those of the recipe; repeatable")
+    ] = None,
     tasks: Annotated[
         list[str] | None, typer.Option("--task", help="zero-shot (default) or retrieval; repeatable")
     ] = None,
     budget: Annotated[
-        str, typer.Option(help="samples (every recipe takes its train.steps) or compute (the time of the first recipe)")
+        str,
+        typer.Option(
+            help="samples: every recipe runs its train.steps; compute: every recipe runs as long as the first"
+        ),
     ] = "samples",
     jobs: Annotated[
-        int | None, typer.Option(min=1, help="runs at the same time; default: one per core, or 1 on a GPU")
+        int | None, typer.Option(min=1, help="number of parallel runs; default: one per core, or 1 on a GPU")
     ] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Compare recipes at several numbers of pairs; the same command continues an interrupted comparison."""
+    """Compare recipes at several numbers of pairs. Run the command again to continue an interrupted comparison."""
     from declip.recipe.load import load_recipe, parse_overrides
 
     recipes = [word for word in words if "=" not in word]

@@ -28,11 +28,11 @@ group = typer.Typer(help="Download, shard and inspect pairs.", no_args_is_help=T
 def download(
     name: Annotated[str, typer.Argument(help="a built-in set, such as builtin:emoji")],
     cache: Annotated[
-        Path | None, file("where the set goes; default: DECLIP_CACHE or the user's cache", metavar="DIR")
+        Path | None, file("cache folder; default: DECLIP_CACHE, or ~/.cache/declip", metavar="DIR")
     ] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Download and render a built-in set, once."""
+    """Download a built-in set and render its images, once."""
     from declip.data.builtin import download as fetch
 
     say(f"Ready: {fetch(name, cache, progress=not quiet)}")
@@ -42,16 +42,16 @@ def download(
 def shard(
     source: Annotated[str, typer.Argument(help="a table, a folder, tar shards, or builtin:NAME")],
     out: Annotated[Path, file("folder to write the tar shards to", metavar="DIR")],
-    size: Annotated[int, typer.Option(help="largest shorter side of an image, in pixels")] = 256,
+    size: Annotated[int, typer.Option(help="pixels of the shorter side; smaller images are not enlarged")] = 256,
     shard_pairs: Annotated[int, typer.Option(help="pairs per shard")] = 10_000,
-    exclude: Annotated[Path | None, file("list of pairs to leave out, as `declip app` saves it")] = None,
+    exclude: Annotated[Path | None, file("list of pairs to leave out, from `declip app` or `data inspect`")] = None,
     workers: Workers = None,
     image_column: ImageColumn = "image",
     caption_column: CaptionColumn = "caption",
     image_root: ImageRoot = None,
     quiet: Quiet = False,
 ) -> None:
-    """Shrink a source's images once and write them as tar shards; the same command continues."""
+    """Shrink the images of a source and write tar shards. Run the command again to continue after an interruption."""
     check_source(source, "SOURCE")
     from declip.data.prepare import shard_source
 
@@ -71,24 +71,26 @@ def shard(
 @group.command()
 def inspect(
     source: Annotated[str, typer.Argument(help="a table, a folder, tar shards, or builtin:NAME")],
-    sample: Annotated[int, typer.Option(help="pairs to read, spread over the source")] = 2000,
-    everything: Annotated[bool, typer.Option("--all", help="read every pair instead")] = False,
+    sample: Annotated[int, typer.Option(help="number of pairs to read, chosen at random")] = 2000,
+    everything: Annotated[bool, typer.Option("--all", help="read all pairs")] = False,
     check_leakage: Annotated[
-        list[str] | None, typer.Option(metavar="SET", help="test set whose images are looked for; repeatable")
+        list[str] | None, typer.Option(metavar="SET", help="test set; find its images among the pairs; repeatable")
     ] = None,
-    size: Annotated[int, typer.Option(help="image size of the training, in pixels")] = 224,
-    batch_size: Annotated[int, typer.Option(help="batch size of the training, for equal captions in a batch")] = 128,
-    seed: Annotated[int, typer.Option(help="seed of the sample and of the examples shown")] = 0,
+    size: Annotated[int, typer.Option(help="image size in training, in pixels")] = 224,
+    batch_size: Annotated[int, typer.Option(help="batch size in training, to count false negatives")] = 128,
+    seed: Annotated[int, typer.Option(help="seed of the sample and of the examples")] = 0,
     workers: Workers = None,
     image_column: ImageColumn = "image",
     caption_column: CaptionColumn = "caption",
     image_root: ImageRoot = None,
     json_out: JsonOut = None,
     html_out: Annotated[Path | None, file("also write a page with images", "--html")] = None,
-    exclude: Annotated[Path | None, file("list the copies that --check-leakage finds; reads all pairs")] = None,
+    exclude: Annotated[
+        Path | None, file("write a list of the copies that --check-leakage finds; reads all pairs")
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Inspect pairs before training: sizes, lengths, duplicates, broken pairs, and what follows from them."""
+    """Inspect pairs before training: sizes, lengths, duplicates, broken pairs, and suggested settings."""
     for name in (source, *(check_leakage or ())):
         check_source(name, "SOURCE" if name == source else "--check-leakage")
     from declip.inspection import Inspection, inspect_source

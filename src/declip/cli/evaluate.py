@@ -14,19 +14,21 @@ TASKS = ("zero-shot", "retrieval", "linear")
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="run, checkpoint, weights, open_clip:… or hf-hub:OWNER/NAME")],
+    model: Annotated[
+        str, typer.Argument(help="a run folder, a checkpoint, a weights file, open_clip:MODEL/TAG or hf-hub:OWNER/NAME")
+    ],
     datasets: Annotated[
         list[str],
         typer.Option("--dataset", help="builtin:NAME, NAME:/path, a table, a folder, or paper11:/path; repeatable"),
     ],
-    task: Annotated[str, typer.Option(help=", ".join(TASKS))] = "zero-shot",
-    templates: Annotated[str | None, typer.Option(help="template set, or one template with {}")] = None,
-    label_column: Annotated[str | None, typer.Option(help="column of class labels in a table")] = None,
+    task: Annotated[str, typer.Option(help="zero-shot, retrieval or linear (probe)")] = "zero-shot",
+    templates: Annotated[str | None, typer.Option(help="name of a template set, or a template with {}")] = None,
+    label_column: Annotated[str | None, typer.Option(help="table column of classes")] = None,
     batch_size: BatchSize = 256,
-    workers: Annotated[int, typer.Option(min=0, help="processes that read images; 0: none")] = 0,
+    workers: Annotated[int, typer.Option(min=0, help="processes that read images; 0: the main process")] = 0,
     device: Device = "auto",
     json_out: JsonOut = None,
-    markdown_out: Annotated[Path | None, file("paper11: also write the table", "--markdown")] = None,
+    markdown_out: Annotated[Path | None, file("with paper11: also write the table as Markdown", "--markdown")] = None,
 ) -> None:
     """Evaluate a model on held-out images."""
     if task not in TASKS:

@@ -29,15 +29,18 @@ def file(help: str, *names: str, metavar: str = "FILE") -> Any:
 
 
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="recipe keys to set, such as train.steps=500")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="show no progress")]
-ImageColumn = Annotated[str, typer.Option(help="column of a table with images")]
-CaptionColumn = Annotated[str, typer.Option(help="column of a table with captions")]
-ImageRoot = Annotated[Path | None, file("folder of a table's image paths", metavar="DIR")]
-Workers = Annotated[int | None, typer.Option(min=0, help="processes; default: one per core, at most 8")]
+ImageColumn = Annotated[str, typer.Option(help="table column of image paths")]
+CaptionColumn = Annotated[str, typer.Option(help="table column of captions")]
+ImageRoot = Annotated[Path | None, file("folder that image paths in a table are relative to", metavar="DIR")]
+Workers = Annotated[int | None, typer.Option(min=0, help="number of processes; default: one per core, at most 8")]
 BatchSize = Annotated[int, typer.Option(min=1, help="images per forward pass")]
 License = Annotated[str, typer.Option(help="license for the model card, such as mit")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an earlier export")]
-JsonOut = Annotated[Path | None, file("also write the result to this file", "--json")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an existing export")]
+JsonOut = Annotated[Path | None, file("also write the result as JSON", "--json")]
 UNKNOWN_LICENSE = "unknown: set it"
 
 

@@ -4,14 +4,14 @@ from typing import Annotated
 
 import typer
 
-from declip.cli.options import console, say
+from declip.cli.options import Overrides, console, say
 
 group = typer.Typer(help="List the shipped recipes, or show one with all its keys.")
 
 
 @group.callback(invoke_without_command=True)
 def list_recipes(context: typer.Context) -> None:
-    """List the shipped recipes with image tower, data and loss weights."""
+    """List the shipped recipes with their image towers, data and loss weights."""
     if context.invoked_subcommand is not None:
         return
     from declip.recipe.load import load_recipe, recipe_names
@@ -25,10 +25,10 @@ def list_recipes(context: typer.Context) -> None:
 
 @group.command()
 def show(
-    recipe: Annotated[str, typer.Argument(help="a shipped recipe's name, or a YAML file")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+    recipe: Annotated[str, typer.Argument(help="name of a shipped recipe, or a YAML file")],
+    overrides: Overrides = None,
 ) -> None:
-    """Print a recipe as YAML with every key, defaults included."""
+    """Print a recipe as YAML, with every key and default."""
     from declip.recipe.load import load_recipe, parse_overrides
 
     say(load_recipe(recipe, parse_overrides(overrides or [])).to_yaml().rstrip())

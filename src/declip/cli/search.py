@@ -34,14 +34,16 @@ if TYPE_CHECKING:
 index = typer.Typer(help="Show an index of images.", no_args_is_help=True)
 
 Folder = Annotated[Path, typer.Argument(metavar="INDEX", parser=expand, help="a folder written by `declip embed`")]
-Readers = Annotated[int, typer.Option(min=0, help="processes that read images; 0 reads in this one")]
+Readers = Annotated[int, typer.Option(min=0, help="processes that read images; 0: the main process")]
 
 
 def embed(
     model: Annotated[str, typer.Argument(help="a run folder, a checkpoint, a weights file, or open_clip:MODEL/TAG")],
     source: Annotated[str, typer.Argument(help="a folder of images, a table, tar shards, or builtin:NAME")],
     out: Annotated[Path, file("folder of the index", metavar="DIR")],
-    captions: Annotated[bool, typer.Option("--captions", help="also store a vector of each image's captions")] = False,
+    captions: Annotated[
+        bool, typer.Option("--captions", help="also store a vector of the captions of each image")
+    ] = False,
     dtype: Annotated[Literal["float16", "float32"], typer.Option(help="type of the stored vectors")] = "float16",
     batch_size: BatchSize = 256,
     workers: Readers = 0,
@@ -51,7 +53,7 @@ def embed(
     device: Device = "auto",
     quiet: Quiet = False,
 ) -> None:
-    """Write the vectors of images to an index. The same command continues, or updates the index."""
+    """Write the vectors of images to an index. Run the command again to continue or to update the index."""
     # Before torch is imported, which takes seconds.
     check_model(model)
     check_source(source, "SOURCE")
@@ -78,12 +80,12 @@ def search(
     image: Annotated[Path | None, file("image to search for, alone or with the text")] = None,
     weights: Annotated[str, typer.Option(help="weights of text and image, if both are given")] = "1,1",
     k: Annotated[int, typer.Option("-k", "--k", min=1, max=10_000, help="number of results")] = 10,
-    over: Annotated[Literal["images", "captions"], typer.Option(help="vectors to search among")] = "images",
-    template: Annotated[str | None, typer.Option(help="a template set, or one template with {}")] = None,
-    model: Annotated[str | None, typer.Option(help="path of the model, if it has moved")] = None,
-    source: Annotated[str | None, typer.Option(help="path of the images, if they have moved")] = None,
+    over: Annotated[Literal["images", "captions"], typer.Option(help="vectors to search")] = "images",
+    template: Annotated[str | None, typer.Option(help="name of a template set, or a template with {}")] = None,
+    model: Annotated[str | None, typer.Option(help="new path of the model, if it was moved")] = None,
+    source: Annotated[str | None, typer.Option(help="new path of the images, if they were moved")] = None,
     device: Device = "auto",
-    sheet_out: Annotated[Path | None, file("also write a contact sheet as PNG", "--contact-sheet")] = None,
+    sheet_out: Annotated[Path | None, file("also write an image of the results (PNG)", "--contact-sheet")] = None,
     json_out: JsonOut = None,
 ) -> None:
     """Search an index by a text, an image, or both."""
@@ -138,7 +140,7 @@ def _print_hits(hits: "list[Hit]") -> None:
 
 @index.command()
 def show(folder: Folder) -> None:
-    """Show the contents of an index, its model, and what was left out."""
+    """Show the contents of an index, its model, and the images that were skipped."""
     from declip.search.info import IndexInfo
 
     IndexInfo.read(folder)  # refuses another folder before torch is imported

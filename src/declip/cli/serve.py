@@ -18,9 +18,11 @@ ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 def app(
     model: Annotated[str, typer.Argument(help="a run folder, a checkpoint, a weights file, or open_clip:MODEL/TAG")],
     source: Annotated[str, typer.Argument(help="an index, or a source to embed: a folder, a table, or builtin:NAME")],
-    index: Annotated[Path | None, file("folder of the index; default: in indices/", metavar="DIR")] = None,
+    index: Annotated[
+        Path | None, file("folder of the index; default: in indices/, named after the source", metavar="DIR")
+    ] = None,
     host: Annotated[str, typer.Option(help="address to listen on; default: this machine only")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65_535, help="0: any free port")] = PORT,
+    port: Annotated[int, typer.Option(min=0, max=65_535, help="port; 0: any free port")] = PORT,
     device: Device = "auto",
     quiet: Quiet = False,
 ) -> None:

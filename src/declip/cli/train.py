@@ -7,23 +7,24 @@ from typing import Annotated, Any
 
 import typer
 
-from declip.cli.options import Quiet, check_model, check_source, console, file, say
+from declip.cli.options import Overrides, Quiet, check_model, check_source, console, file, say
 
 
 def train(
-    recipe: Annotated[str, typer.Argument(help="a shipped recipe's name, or a YAML file")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
-    data: Annotated[str | None, typer.Option(metavar="SOURCE", help="training pairs: the key data.source")] = None,
+    recipe: Annotated[str, typer.Argument(help="name of a shipped recipe, or a YAML file")],
+    overrides: Overrides = None,
+    data: Annotated[str | None, typer.Option(metavar="SOURCE", help="training pairs; sets the key data.source")] = None,
     val: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="SET", help="held-out set: zero-shot if it has classes, retrieval if captions; repeatable"
+            metavar="SET",
+            help="evaluation set: zero-shot if it has classes, retrieval if it has captions; repeatable",
         ),
     ] = None,
     out: Annotated[Path | None, file("run folder; default: runs/RECIPE", metavar="DIR")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="continue the run in that folder")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="continue the run in the run folder")] = False,
     quiet: Quiet = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="only show the memory and time expected")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="only estimate memory and time")] = False,
 ) -> None:
     """Train a recipe, evaluate it, and write a report."""
     given = _checked(recipe, overrides or [], data, val or [])
@@ -88,26 +89,40 @@ def _print_results(run: Any) -> None:
 
 def finetune(
     pairs: Annotated[str, typer.Argument(help="a table, a folder, tar shards, or builtin:NAME")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+    overrides: Overrides = None,
     weights: Annotated[
         str | None,
-        typer.Option("--from", metavar="WEIGHTS", help="weights to start from; default: builtin:lite0-minilm on a CPU"),
+        typer.Option(
+            "--from", metavar="WEIGHTS", help="pretrained weights; default without a GPU: builtin:lite0-minilm"
+        ),
     ] = None,
     val: Annotated[
-        list[str] | None, typer.Option(metavar="SET", help="validation set; default: a tenth of the pairs; repeatable")
+        list[str] | None,
+        typer.Option(
+            metavar="SET",
+            help="validation set; default: a tenth of the pairs, or none if both towers are frozen; repeatable",
+        ),
     ] = None,
     keep: Annotated[
-        list[str] | None, typer.Option(metavar="SET", help="set that the weights should stay good at; repeatable")
+        list[str] | None,
+        typer.Option(metavar="SET", help="set on which the accuracy of the weights should not fall; repeatable"),
     ] = None,
     out: Annotated[Path | None, file("run folder; default: runs/finetune", metavar="DIR")] = None,
     freeze: Annotated[
-        str | None, typer.Option(metavar="TOWERS", help="both, image, text or none; default: by weights and device")
+        str | None,
+        typer.Option(
+            metavar="TOWERS",
+            help="towers not to train: both, image, text or none; default: both for the built-in weights without a "
+            "GPU, else none",
+        ),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="continue the run in that folder")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="only show the recipe, memory and time expected")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="continue the run in the run folder")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="only print the recipe, and estimate memory and time")
+    ] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Fine-tune pretrained weights on your pairs, and keep the best weights."""
+    """Fine-tune pretrained weights on your pairs, write a report, and export the model."""
     from declip.recipe.finetuning import read_overrides
     from declip.recipe.load import parse_overrides
 

@@ -11,14 +11,18 @@ Out = Annotated[Path, file("folder to write", metavar="DIR")]
 
 
 def export(
-    model: Annotated[str, typer.Argument(help="run, checkpoint, weights of any library, hf-hub:OWNER/NAME")],
+    model: Annotated[
+        str, typer.Argument(help="a run folder, a checkpoint, weights of another library, or hf-hub:OWNER/NAME")
+    ],
     format: Annotated[str, typer.Option("--format", help="open_clip, huggingface, onnx or safetensors")],
     out: Out,
     license: License = UNKNOWN_LICENSE,
-    repo: Annotated[str | None, typer.Option(help="OWNER/NAME of its future repository on the Hub")] = None,
+    repo: Annotated[
+        str | None, typer.Option(help="OWNER/NAME of the repository on the Hub, for the model card")
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Export a model for another library, or any weights as one file of declip (safetensors), with a model card."""
+    """Export a model to a format of another library or to declip's (safetensors), with a model card."""
     check_model(model)
     from declip.interchange.export import export as run_export
 
