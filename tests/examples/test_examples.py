@@ -14,6 +14,12 @@ SMALL = {
     **{"data.workers": 0, "image.size": 32, "text.width": 32},
 }
 
+TINY_VIT = {
+    "train.precision": "fp32",
+    "image.model": "declip_vit_tiny",
+    "image.model_kwargs": {"patch_size": 8, "embed_dim": 64, "depth": 1},
+}
+
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_an_example_trains_for_three_steps(name: str, table: Path, tmp_path: Path) -> None:
@@ -49,3 +55,28 @@ def test_word_classification_is_the_plain_loop() -> None:
     torch.testing.assert_close(*gradients)
     nothing = torch.full((3, 2), 4)
     assert word_cross_entropy(logits, word_targets(nothing, idf)).item() == 0
+
+
+def test_distillation_is_the_plain_loop_and_needs_no_gradient_of_the_teacher() -> None:
+    relational_distillation = EXAMPLES["distillation"]["relational_distillation"]
+    rows, keys, *teacher = (
+        torch.nn.functional.normalize(torch.randn(n, d, dtype=torch.float64), dim=-1).requires_grad_()
+        for n, d in ((2, 4), (3, 4), (2, 5), (3, 5))
+    )
+    found = relational_distillation((rows, keys, 3.0), (*teacher, 9.0))
+    total = 0.0
+    for b in range(2):
+        p, q = ((s * x[b] @ y.T).softmax(0) for x, y, s in ((*teacher, 9.0), (rows, keys, 3.0)))
+        total += sum(p[n].detach() * (p[n].detach().log() - q[n].log()) for n in range(3))
+    torch.testing.assert_close(found, total / 2)
+    found.backward()
+    assert [x.grad is None for x in (rows, keys, *teacher)] == [False, False, True, True]
+
+
+def test_a_loss_that_reads_pixels_sees_all_of_them_in_chunks(table: Path, tmp_path: Path) -> None:
+    rows = []
+    teacher = str(tmp_path / "whole-teacher")
+    for name, given, keys in (("whole", None, {}), ("chunks", teacher, {"train.grad_cache_chunk": 3})):
+        EXAMPLES["distillation"]["main"](str(table), str(tmp_path / name), given, **{**TINY_VIT, **SMALL, **keys})
+        rows.append(json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[-1])["losses"])
+    assert rows[1] == pytest.approx(rows[0], rel=1e-4)

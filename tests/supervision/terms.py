@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from declip.supervision.contrastive import info_nce
-from declip.supervision.distillation import relational_distillation
 from declip.supervision.late_interaction import late_interaction
 from declip.supervision.multi_view import multi_view
 from declip.supervision.nearest_neighbor import neighbor_contrast
@@ -17,7 +16,6 @@ from declip.supervision.simclr import nt_xent
 BATCH = 6
 LENGTHS = torch.tensor([2, 5, 1, 4, 3, 5])
 NEIGHBORS = F.normalize(torch.randn(2, BATCH, 5, generator=torch.Generator().manual_seed(9)), dim=-1).bfloat16()
-TEACHER = F.normalize(torch.randn(2, 90, 3, generator=torch.Generator().manual_seed(8)), dim=-1).bfloat16()
 
 Scale = Tensor | float
 Limit = float | None
@@ -39,15 +37,6 @@ def neighbors(images: Tensor, keys: Tensor, scale: Scale, offset: int, limit: Li
     return neighbor_contrast(images, NEIGHBORS[:, : keys.shape[1]].to(images), scale, offset, limit)
 
 
-def relations(
-    images: Tensor, texts: Tensor, image_keys: Tensor, text_keys: Tensor, scale: Scale, offset: int, limit: Limit
-) -> Tensor:
-    image, text = TEACHER[:, : len(text_keys)].to(images)
-    own = slice(offset, offset + len(images))
-    to_text = relational_distillation((images, text_keys, scale), (image[own], text, 7.0), limit)
-    return to_text + relational_distillation((texts, image_keys, scale), (text[own], image, 7.0), limit)
-
-
 def sigmoid(
     images: Tensor, texts: Tensor, image_keys: Tensor, text_keys: Tensor, scale: Scale, offset: int, limit: Limit
 ) -> Tensor:
@@ -60,7 +49,6 @@ TERMS: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
     "multi_view": (multi_view, [(2, BATCH, 5)] * 2),
     "nt_xent": (views, [(BATCH, 5)] * 2),
     "late_interaction": (late, [(BATCH, 4, 5), (BATCH, 5, 5)]),
-    "relations": (relations, [(BATCH, 5)] * 2),
     "sigmoid": (sigmoid, [(BATCH, 5)] * 2),
     "neighbors": (neighbors, [(2, BATCH, 5)]),
 }

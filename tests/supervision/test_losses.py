@@ -15,7 +15,7 @@ from declip.supervision.sigmoid import Sigmoid, sigmoid_loss
 from declip.supervision.simclr import nt_xent
 from declip.supervision.simsiam import negative_cosine
 from golden_cases import loss_cases
-from supervision.terms import BATCH, LENGTHS, NEIGHBORS, TEACHER, TERMS, batch_axis
+from supervision.terms import BATCH, LENGTHS, NEIGHBORS, TERMS, batch_axis
 
 
 def dot(a, b):
@@ -75,16 +75,6 @@ def loop_neighbors(images, image_keys, scale, offset):
     return sum(loop(dots(view, neighbors, scale), offset) for view in images for neighbors in found) / 4
 
 
-def loop_relations(images, texts, image_keys, text_keys, scale, offset):
-    image, text = TEACHER.double()[:, : len(text_keys)]
-    found = 0
-    for rows, keys, own, others in ((images, text_keys, image, text), (texts, image_keys, text, image)):
-        for p, q in zip(dots(own[offset:], others, 7.0), dots(rows, keys, scale), strict=False):
-            p, q = ([math.exp(x) / sum(map(math.exp, logits)) for x in logits] for logits in (p, q))
-            found += sum(x * math.log(x / y) for x, y in zip(p, q, strict=True)) / len(rows)
-    return found
-
-
 def loop_sigmoid(images, texts, image_keys, text_keys, scale, offset):
     logits = enumerate(dots(images, text_keys, scale), offset)
     signed = [(x - 0.4 * scale) * (-1 if n == b else 1) for b, row in logits for n, x in enumerate(row)]
@@ -93,7 +83,6 @@ def loop_sigmoid(images, texts, image_keys, text_keys, scale, offset):
 
 LOOPS = {
     "sigmoid": loop_sigmoid,
-    "relations": loop_relations,
     "info_nce": loop_info_nce,
     "multi_view": loop_multi_view,
     "nt_xent": loop_nt_xent,

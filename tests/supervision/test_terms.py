@@ -132,9 +132,7 @@ def test_blocks_above_the_limit_give_what_one_pass_gives_below(
     term, scale = TERMS[name][0], torch.tensor(14.3, dtype=torch.float64, requires_grad=True)
     calls, checkpoint = [], contrastive.checkpoint
     monkeypatch.setattr(contrastive, "checkpoint", lambda *x, **options: calls.append(1) or checkpoint(*x, **options))
-    largest = {"nt_xent": 4 * 2 * BATCH, "relations": 4 * 2 * BATCH, "late_interaction": 4 * 5 * BATCH}.get(
-        name, 4 * BATCH
-    ) * 8
+    largest = {"nt_xent": 4 * 2 * BATCH, "late_interaction": 4 * 5 * BATCH}.get(name, 4 * BATCH) * 8
     expected = values(term, features, scale, None)
     assert all(torch.equal(*pair) for pair in zip(values(term, features, scale, largest), expected, strict=True))
     assert calls == []

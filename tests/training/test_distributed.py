@@ -28,17 +28,15 @@ from processes import in_processes
 
 BATCH, LENGTH = 8, 16
 CAPTIONS = "one image, two captions"
-SOFT, FIXED = "soft targets", "fixed teacher"
+SOFT = "soft targets"
 CASES = {
     **WEIGHTS,
     "sigmoid": {"sigmoid": 1.0},
     CAPTIONS: {"contrastive": 0.4, "multi_view": 0.4, "nearest_neighbor": 0.2},
     SOFT: {"contrastive": 0.4, "multi_view": 0.3, "nearest_neighbor": 0.3},
-    FIXED: {"contrastive": 0.5, "distillation": 0.5},
 }
 SECTIONS: dict[str, dict[str, Any]] = {
     SOFT: {"contrastive": {"duplicates": "mask", "label_smoothing": 0.1}},
-    FIXED: {"distillation": {"teacher": "another model"}},
 }
 OPTIONS: dict[str, dict[str, Any]] = {"layer norm": {"patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2}}
 TOWERS = {"layer norm": "declip_vit_tiny", "batch norm": "declip_conv_tiny"}
@@ -78,9 +76,6 @@ def two_steps(name: str, tower: str, counts: tuple[int, ...], **train: Any) -> d
     model = DualEncoder.from_recipe(recipe).double()
     objective = Objective(recipe, model)
     objective.prepare(Noise(8), model)
-    if name == FIXED:
-        term_: Any = objective.terms["distillation"]
-        term_.set_teacher(DualEncoder.from_recipe(Recipe.model_validate({**TINY, "embed_dim": 6})).double())
     objective.double()
     learner = build_learner(recipe, model, objective)
     section = recipe.train.model_copy(update={"grad_clip_norm": 1.0, "precision": "fp32"})
@@ -143,7 +138,7 @@ def test_ranks_learn_what_one_process_learns(tmp_path: Path, tower: str, counts:
 
 @pytest.mark.parametrize(("tower", "last"), [("layer norm", False), ("batch norm", True)])
 def test_sharded_towers_learn_the_same(tmp_path: Path, tower: str, last: bool) -> None:
-    names = [FIXED, "declip"]
+    names = ["slip", "declip"]
     train = {"strategy": "fsdp", "channels_last": last}
     for theirs in in_processes(some_recipes, 2, tmp_path, names, (5, 3), tower, train):
         compare(alone(names, tower), theirs)
@@ -171,7 +166,7 @@ def test_chunks_give_every_gradient_of_the_whole_batch() -> None:
 
 
 def test_ranks_with_chunks_learn_the_same(tmp_path: Path) -> None:
-    names = ["declip", "filip", FIXED]
+    names = ["declip", "filip"]
     for theirs in in_processes(some_recipes, 2, tmp_path, names, (5, 3), "layer norm", {"grad_cache_chunk": 2}):
         compare(alone(names), theirs)
 

@@ -29,7 +29,7 @@ from declip.training.assemble import assemble
 from declip.training.pretrained import _resized
 from declip.training.trainer import Trainer
 from interchange.towers import build
-from training.starts import SMALL, STATISTICS, VIT, last, moved, state, tuned
+from training.starts import STATISTICS, VIT, last, moved, state, tuned
 
 
 def test_a_run_gives_towers_heads_tokenizer_statistics_and_scale(table: Path, tmp_path: Path, start: Path) -> None:
@@ -299,23 +299,6 @@ def test_wrong_files_are_no_start(table: Path, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message):
             train(tuned(table, where, **keys), out=tmp_path / "run", quiet=True, report=False)
         assert not (tmp_path / "run").exists()
-
-
-def test_a_fixed_teacher_of_another_width_is_loaded_as_it_is(table: Path, start: Path, tmp_path: Path) -> None:
-    tree = {**TINY, "data": {"source": str(table)}, "loss_weights": {"contrastive": 0.5, "distillation": 0.5}}
-
-    def taught(teacher: object, text: dict[str, Any] = SMALL) -> Recipe:
-        return Recipe.model_validate({**tree, "text": text, "distillation": {"teacher": str(teacher)}})
-
-    term: Any = assemble(taught(start), tmp_path / "again", quiet=True).objective.terms["distillation"]
-    teacher: Any = declip.load(start, device="cpu")
-    assert torch.equal(term._fixed[0].image_tower.proj.weight, teacher.image_tower.proj.weight)
-    assert teacher.image_tower.proj.out_features == 24 != taught(start).embed_dim
-    with pytest.raises(UserError, match=r"distillation\.teacher=.*tokenizer"):
-        assemble(taught(start, {**SMALL, "bpe_merges": 200}), tmp_path / "other", quiet=True)
-    save_file(timm.create_model("test_vit", num_classes=0, img_size=32).state_dict(), tmp_path / "vit.safetensors")
-    with pytest.raises(UserError, match=r"distillation\.teacher=.*both towers"):
-        assemble(taught(f"timm:test_vit/{tmp_path / 'vit.safetensors'}"), tmp_path / "taught", quiet=True)
 
 
 def test_a_run_on_one_pair_is_resumed(conv_start: Path, table: Path, tmp_path: Path) -> None:

@@ -124,12 +124,6 @@ class LateInteractionConfig(Section):
     include_padding: bool = Field(False, description="padding counts as tokens, as in the official implementation")
 
 
-class DistillationConfig(Section):
-    """The teacher."""
-
-    teacher: Place | None = Field(None, description="weights that declip.load takes, with the learner's tokenizer")
-
-
 class LogitScale(Section):
     """The logarithm of the inverse temperature, and its limits after each step."""
 
@@ -250,7 +244,6 @@ class Recipe(Section):
     simclr: SimCLRConfig = SimCLRConfig()
     nearest_neighbor: NearestNeighborConfig = NearestNeighborConfig()
     late_interaction: LateInteractionConfig = LateInteractionConfig()
-    distillation: DistillationConfig = DistillationConfig()
     logit_scale: LogitScale = LogitScale()
     logit_bias: float | None = Field(None, description="initial bias of the logits; default: none; sigmoid loss: -10")
     finetune: FineTuning = FineTuning()
@@ -279,8 +272,6 @@ class Recipe(Section):
             raise ValueError(f"data.columns.group={group} requires contrastive.duplicates=mask")
         if self.views.contrastive_view is not None and not self.views.image_second:
             raise ValueError("views.contrastive_view requires two other views; leave views.image_second=false out")
-        if "distillation" in self.active_losses and self.distillation.teacher is None:
-            raise ValueError("loss_weights.distillation requires distillation.teacher=WEIGHTS, such as a run's folder")
         return self
 
     @model_validator(mode="after")

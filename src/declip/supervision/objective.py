@@ -19,7 +19,6 @@ from declip.models.text_tower import encode_by_length
 from declip.recipe.load import listed, unknown_key
 from declip.recipe.schema import Recipe
 from declip.supervision.contrastive import Contrastive, to_float32
-from declip.supervision.distillation import Distillation
 from declip.supervision.late_interaction import LateInteraction
 from declip.supervision.masked_language import MaskedLanguage, chosen_rows
 from declip.supervision.multi_view import MultiView
@@ -39,7 +38,6 @@ TERMS: dict[str, type[Term]] = {
     "nearest_neighbor": NearestNeighbor,
     "simclr": SimCLR,
     "late_interaction": LateInteraction,
-    "distillation": Distillation,
 }
 """Name in `loss_weights` → loss. A new loss is a file, a line here and a recipe."""
 

@@ -23,7 +23,7 @@ from declip.training.optimizer import build_optimizer, named_trainable
 from declip.training.pairs import TRAINING, open_held_out, refuse_broken, sample_hashes
 from declip.training.parallel import build_learner
 from declip.training.parts import Parts
-from declip.training.pretrained import apply_pretrained, set_teacher
+from declip.training.pretrained import apply_pretrained
 from declip.training.resolve import Resolved, resolve
 from declip.training.sinks import Sink
 from declip.training.state import restore
@@ -57,7 +57,6 @@ def assemble(
     objective = Objective(recipe, model).to(device)
     pretrained = apply_pretrained(resolved.weights, recipe, model, objective)
     objective.prepare(source, model)
-    set_teacher(objective, source, model)
 
     # --- learner and optimizer
     learner = build_learner(recipe, model, objective)

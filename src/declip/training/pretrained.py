@@ -11,20 +11,18 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from declip.data.pair import PairSource
 from declip.errors import UserError
 from declip.interchange.declip_file import read_part, write_part
-from declip.interchange.read import is_published, read, read_start
+from declip.interchange.read import is_published, read_start
 from declip.interchange.weights import Weights
 from declip.io.atomic import ELSEWHERE, atomic_write
-from declip.models.dual_encoder import DualEncoder, has_text
+from declip.models.dual_encoder import DualEncoder
 from declip.models.hf_encoder import ENTRY
 from declip.models.layers import IMAGE, TEXT, blocks, depths, freeze, keep_in_evaluation
 from declip.models.lora import MARK, Adapters
 from declip.recipe.schema import FineTuning, LoRA, Recipe
 from declip.runs.checkpoint import prefixed
 from declip.runs.folder import KEPT
-from declip.supervision.distillation import Distillation
 from declip.supervision.objective import Objective
 from declip.training.optimizer import LrMultiplier
 
@@ -128,23 +126,6 @@ def load_tensors(start: Weights, model: DualEncoder) -> set[str]:
             )
     model.load_state_dict({**own, **fitted})
     return set(fitted)
-
-
-def set_teacher(objective: Objective, source: PairSource, model: DualEncoder) -> None:
-    """Load the fixed teacher of a loss that has one; it must read captions as the learner does."""
-    for term in objective.terms.values():
-        if not isinstance(term, Distillation) or term.given is None:
-            continue
-        teacher = read(term.given).check().build().to(model.device)  # not `as_start`, which has no projections
-        if not has_text(teacher):
-            raise UserError(f"distillation.teacher={term.given} has no text tower. Give one with both towers.")
-        captions = ["a photo of 2 dogs", *source.captions(0)]
-        if not torch.equal(*(each.tokenize(captions).cpu() for each in (model, teacher))):
-            raise UserError(
-                f"distillation.teacher={term.given} has another tokenizer or text.context_length than the model. Give "
-                "a teacher with the same ones, or its weights as finetune.pretrained too."
-            )
-        term.set_teacher(teacher)
 
 
 def _stretched(positions: Tensor, length: int) -> Tensor:
