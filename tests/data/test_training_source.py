@@ -65,9 +65,7 @@ def test_rows_of_other_splits_are_not_trained_on(folder, shards):
 def test_a_group_is_refused_where_no_source_is_a_table(shards, table):
     def opened(source: object, **data: object) -> PairSource:
         tree = {"source": source, "columns": {"group": "image"}, **data}
-        return open_training_source(
-            Recipe.model_validate({**TINY, "contrastive": {"duplicates": "mask"}, "data": tree})
-        )
+        return open_training_source(Recipe.model_validate({**TINY, "data": tree}))
 
     for source in (str(shards), str(table.parent), [str(shards), str(shards)]):
         with pytest.raises(UserError, match=r"data\.columns\.group names a column of a table"):

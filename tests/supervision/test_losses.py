@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from declip.supervision import contrastive
 from declip.supervision import late_interaction as module
-from declip.supervision.contrastive import info_nce
+from declip.supervision.contrastive import cross_entropy_to_keys, info_nce
 from declip.supervision.late_interaction import late_interaction, select_tokens, similarity
 from declip.supervision.masked_language import chosen_rows, cross_entropy
 from declip.supervision.nearest_neighbor import neighbor_contrast
@@ -102,6 +103,21 @@ def test_equals_a_plain_loop(units, name, offset, limit):
     rows = [units(*shape).narrow(batch_axis(shape), offset, 3) for shape in shapes]
     expected = LOOPS[name](*rows, *keys, 14.3, offset)
     assert term(*rows, *keys, 14.3, offset, limit).item() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("limit", [None, 0], ids=["whole", "blocks"])
+def test_label_smoothing_spreads_a_part_of_the_target_over_all_keys(units, monkeypatch, limit):
+    monkeypatch.setattr(contrastive, "BLOCK_BYTES", 2 * 6 * 8)
+    rows, keys = units(6, 4).requires_grad_(), units(6, 4).requires_grad_()
+    losses = []
+    for b, row in enumerate(rows[1:5], 1):
+        log_probabilities = torch.stack([3.0 * row @ key for key in keys]).log_softmax(0)
+        losses.append(-sum((0.7 * (n == b) + 0.3 / 6) * x for n, x in enumerate(log_probabilities)))
+    expected = torch.stack(losses).mean()
+    found = cross_entropy_to_keys(rows[1:5], keys, 3.0, 1, limit, smoothing=0.3)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    for x, y in zip(*(torch.autograd.grad(loss, (rows, keys)) for loss in (found, expected)), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-12)
 
 
 def assert_gradients(case, loss, names, atol):

@@ -8,7 +8,6 @@ import torch
 
 from conftest import TINY, WEIGHTS
 from declip.data.batch import PairBatch
-from declip.errors import UserError
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schema import Recipe
 from declip.supervision import contrastive
@@ -135,12 +134,6 @@ def test_one_image_view_meets_both_captions() -> None:
     assert terms.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(terms[name].double(), value, rtol=1e-5, atol=0)
-
-
-def test_duplicates_that_no_loss_heeds_are_refused() -> None:
-    with pytest.raises(UserError, match="duplicates=mask changes nothing for sigmoid"):
-        parts({"sigmoid": 1.0}, contrastive={"duplicates": "mask"})
-    parts({"sigmoid": 1.0, "multi_view": 1.0}, contrastive={"duplicates": "mask"})
 
 
 @pytest.mark.parametrize("name", ["slip", "defilip"])

@@ -1,6 +1,5 @@
 """One table of recipes: a run that was stopped and resumed equals one never interrupted, bit for bit."""
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -32,16 +31,9 @@ def plain(name: str, workers: int, **train: Any) -> Callable[..., Case]:
     return case
 
 
-def groups(table: Path, start: Path, folder: Path) -> Case:
-    rows = [json.loads(line) for line in table.read_text().splitlines()]
-    rows = [{**row, "image": str(table.parent / row["image"]), "thing": n // 2} for n, row in enumerate(rows)]
-    (folder / "groups.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    sections = {
-        "loss_weights": {"contrastive": 1.0, "nearest_neighbor": 0.5},
-        "data": {"source": str(folder / "groups.jsonl"), "columns": {"group": "thing"}},
-        "contrastive": {"duplicates": "mask", "label_smoothing": 0.1},
-    }
-    return Case(recipe_for(table, sections=sections))
+def smoothed(table: Path, start: Path, folder: Path) -> Case:
+    weights = {"contrastive": 1.0, "nearest_neighbor": 0.5}
+    return Case(recipe_for(table, sections={"loss_weights": weights, "contrastive": {"label_smoothing": 0.1}}))
 
 
 def fine_tuned(train: dict[str, Any] | None = None, **keys: Any) -> Callable[..., Case]:
@@ -62,7 +54,7 @@ def text_encoder(table: Path, start: Path, folder: Path) -> Case:
 CASES = {
     "clip, a loader process": plain("clip", 1),
     "defilip, Muon": plain("defilip", 0, optimizer="muon"),
-    "groups": groups,
+    "smoothed": smoothed,
     "layer decay, head warm-up": fine_tuned(lr_scale=0.5, layer_decay=0.8, head_warmup_steps=3, freeze_text_blocks=1),
     "adapters": fine_tuned(lora={"rank": 2}, head_warmup_steps=2),
     "another image size and length": fine_tuned(image_size=48, context_length=12),

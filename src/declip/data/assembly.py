@@ -133,13 +133,8 @@ class Assembler:
             labels=_pad([sample.labels for sample in samples], length, IGNORED) if masks else None,
             lengths=torch.tensor([[len(sample.rows[text]) for sample in samples] for text in texts], dtype=torch.int64),
             sample_ids=torch.tensor([sample.id for sample in samples], dtype=torch.int64),
-            groups=self._groups([sample.id % len(self.source) for sample in samples]),
             skipped=skipped,
         )
-
-    def _groups(self, indices: Sequence[int]) -> torch.Tensor | None:
-        groups = [self.source.group(index) for index in indices]
-        return torch.tensor(groups, dtype=torch.int64) if any(groups) else None
 
 
 _transform = cache(ViewTransform)

@@ -93,7 +93,6 @@ class PairBatch:
         sample_ids: (B,) int64, epoch * len(source) + index.
         lengths: (T, B) int64, number of ids of each text, its end included; stays on the host, where work is planned.
         mask_positions: (M,) int64, positions to predict among the B * L of `labels`; `to` finds them on the host.
-        groups: (B,) int64, equal for pairs of one group of `data.columns`, 0 without one.
         skipped: The broken pairs of this batch.
     """
 
@@ -104,7 +103,6 @@ class PairBatch:
     sample_ids: Tensor | None = None
     lengths: Tensor | None = None
     mask_positions: Tensor | None = None
-    groups: Tensor | None = None
     skipped: list[BrokenPair] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -116,7 +114,7 @@ class PairBatch:
             raise UserError(f"A batch needs a view, and {len(self)} images in each as `texts` has pairs, not {sizes}.")
         texts, pairs, length = self.texts.shape
         shapes = {"texts": (texts, pairs, length), "masked": (pairs, length), "labels": (pairs, length)}
-        for name, shape in (shapes | {"sample_ids": (pairs,), "groups": (pairs,), "lengths": (texts, pairs)}).items():
+        for name, shape in (shapes | {"sample_ids": (pairs,), "lengths": (texts, pairs)}).items():
             ids = getattr(self, name)
             if ids is not None and (tuple(ids.shape) != shape or ids.dtype != torch.int64):
                 raise UserError(f"`{name}` is {tuple(ids.shape)} {ids.dtype}; it must be {shape} torch.int64.")

@@ -92,9 +92,6 @@ class Views(Section):
 class ContrastiveConfig(Section):
     """Targets of contrastive, multi_view and nearest_neighbor."""
 
-    duplicates: Literal["negatives", "mask"] = Field(
-        "negatives", description="pairs with equal captions or one group: negatives, or left out"
-    )
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="part of the target spread evenly over all keys")
 
 
@@ -263,13 +260,10 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _losses_fit(self) -> Self:
         """Check losses and views against each other."""
-        duplicates, group = self.contrastive.duplicates, self.data.columns.get("group")
         if not self.active_losses:
             raise ValueError("every weight in loss_weights is 0; at least one must be above 0")
         if self.train.length_buckets > 1 and self.late_interaction.include_padding:
             raise ValueError("late_interaction.include_padding requires train.length_buckets=1")
-        if group is not None and duplicates == "negatives":
-            raise ValueError(f"data.columns.group={group} requires contrastive.duplicates=mask")
         if self.views.contrastive_view is not None and not self.views.image_second:
             raise ValueError("views.contrastive_view requires two other views; leave views.image_second=false out")
         return self

@@ -10,8 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from declip.data.plan import Needs
 from declip.models.dual_encoder import DualEncoder
-from declip.recipe.schema import ContrastiveConfig, Recipe
-from declip.supervision.soft_targets import SoftTargets, soft_cross_entropy
+from declip.recipe.schema import Recipe
 from declip.supervision.term import Rows, Similarity, Term
 
 BLOCK_BYTES = 2**26  # of logits held at a time: 64 MiB
@@ -48,13 +47,25 @@ def scaled_similarity(rows: Tensor, keys: Tensor, scale: Tensor | float) -> Tens
         return (scale * to_float32(rows)) @ to_float32(keys).mT
 
 
+def smoothed_cross_entropy(logits: Tensor, positives: Tensor, smoothing: float) -> Tensor:
+    """Sum over rows of the cross-entropy with label smoothing (arXiv 1512.00567, section 7).
+
+    Equals the plain loop, y = positives[b], of N keys
+        q[n] = (1 - ε)·[n = y] + ε / N
+        sum over b of  -Σₙ q[n]·log softmax(logits[b])[n]
+    """
+    positive = positives[:, None] == torch.arange(logits.shape[1], device=logits.device)
+    targets = torch.lerp(positive.to(logits.dtype), torch.full_like(logits, 1 / logits.shape[1]), smoothing)
+    return -(targets * logits.log_softmax(dim=1)).sum()
+
+
 def cross_entropy_to_keys(
     rows: Tensor,
     keys: Tensor,
     scale: Tensor | float,
     offset: int = 0,
     max_logit_bytes: float | None = None,
-    soft: SoftTargets | None = None,
+    smoothing: float = 0.0,
 ) -> Tensor:
     """Cross-entropy of each row against all keys, its own key being row `offset` + its position.
 
@@ -67,15 +78,15 @@ def cross_entropy_to_keys(
         scale: exp(logit_scale), the inverse temperature.
         offset: Row of `keys` that belongs to the first of `rows`.
         max_logit_bytes: See `mean_in_blocks`.
-        soft: Other targets than the row's own key alone, see `soft_cross_entropy`.
+        smoothing: Part of the target that is spread evenly over all keys, see `smoothed_cross_entropy`.
     """
     rows, keys = to_float32(rows), to_float32(keys)
 
     def loss(start: int, stop: int) -> Tensor:
         logits = scaled_similarity(rows[start:stop], keys, scale)
-        if soft is not None:
-            return soft_cross_entropy(logits, offset + start, soft.part(start, stop))
         positives = torch.arange(offset + start, offset + stop, device=rows.device)
+        if smoothing:
+            return smoothed_cross_entropy(logits, positives, smoothing)
         return F.cross_entropy(logits, positives, reduction="sum")
 
     return mean_in_blocks(loss, len(rows), len(keys) * keys.itemsize, max_logit_bytes)
@@ -89,7 +100,7 @@ def info_nce(
     scale: Tensor | float,
     offset: int = 0,
     max_logit_bytes: float | None = None,
-    soft: SoftTargets | None = None,
+    smoothing: float = 0.0,
 ) -> Tensor:
     """Symmetric InfoNCE between images and texts: CLIP's loss (arXiv 2103.00020, figure 3), DeCLIP's L_CLIP.
 
@@ -99,26 +110,17 @@ def info_nce(
     so the mean over ranks of the ranks' losses is the loss of the whole batch.
     The features are (B, d) of this rank and (N, d) of all ranks, with gradient; others as `cross_entropy_to_keys`.
     """
-    image_to_text = cross_entropy_to_keys(image, text_keys, scale, offset, max_logit_bytes, soft)
-    text_to_image = cross_entropy_to_keys(text, image_keys, scale, offset, max_logit_bytes, soft)
+    image_to_text = cross_entropy_to_keys(image, text_keys, scale, offset, max_logit_bytes, smoothing)
+    text_to_image = cross_entropy_to_keys(text, image_keys, scale, offset, max_logit_bytes, smoothing)
     return (image_to_text + text_to_image) / 2
 
 
 class ContrastiveTerm(Term):
-    """Base class of losses whose targets the recipe's ``contrastive`` section changes."""
-
-    has_positives = True
+    """Base class of losses whose targets ``contrastive.label_smoothing`` changes."""
 
     def __init__(self, recipe: Recipe, model: DualEncoder) -> None:
         super().__init__(recipe, model)
-        self.section = recipe.contrastive
-
-    def soft_targets(self, own: Rows, keys: Rows, text: int) -> SoftTargets | None:
-        """The targets with a text view; None where each pair has its own key alone."""
-        section = self.section
-        if section == ContrastiveConfig():
-            return None
-        return SoftTargets(section.label_smoothing, own.text_labels(text), keys.text_labels(text))
+        self.smoothing = recipe.contrastive.label_smoothing
 
     def chance(self, batch_size: int) -> float:
         return math.log(batch_size)
@@ -133,7 +135,5 @@ class Contrastive(ContrastiveTerm):
     explanation = "Picks the caption of each image, and the image of each caption, among those of the batch."
 
     def loss(self, own: Rows, keys: Rows, similarity: Similarity, offset: int) -> Tensor:
-        image, text = own.images[0], own.texts[0]
-        soft = self.soft_targets(own, keys, 0)
-        all_keys = keys.images[0], keys.texts[0]
-        return info_nce(image, text, *all_keys, similarity.scale, offset, self.max_logit_bytes, soft)
+        features = own.images[0], own.texts[0], keys.images[0], keys.texts[0]
+        return info_nce(*features, similarity.scale, offset, self.max_logit_bytes, self.smoothing)

@@ -1,6 +1,5 @@
 """The multi-view loss of DeCLIP: the contrastive loss between all other pairings of views."""
 
-from collections.abc import Sequence
 from itertools import islice, product
 
 import torch
@@ -8,7 +7,6 @@ from torch import Tensor
 
 from declip.data.plan import Needs
 from declip.supervision.contrastive import ContrastiveTerm, info_nce
-from declip.supervision.soft_targets import SoftTargets
 from declip.supervision.term import Rows, Similarity
 
 
@@ -20,19 +18,19 @@ def multi_view(
     scale: Tensor | float,
     offset: int = 0,
     max_logit_bytes: float | None = None,
-    soft: Sequence[SoftTargets | None] = (None, None),
+    smoothing: float = 0.0,
 ) -> Tensor:
     """Contrastive loss of all pairings of views but the first (L_MVS of DeCLIP, arXiv 2110.05208).
 
     Equals the plain loop, F = images, G = texts
         mean of InfoNCE(F₁, G₂), InfoNCE(F₂, G₁), InfoNCE(F₂, G₂)
     With other numbers of views V and T it is the mean of the V·T - 1 pairings after the first.
-    The features are (V, B, d), (T, B, d) of this rank and (V, N, d), (T, N, d) of all ranks; `soft` has the targets of
-    each text view, others as `cross_entropy_to_keys`.
+    The features are (V, B, d), (T, B, d) of this rank and (V, N, d), (T, N, d) of all ranks; others as
+    `cross_entropy_to_keys`.
     """
     pairings = islice(product(range(len(images)), range(len(texts))), 1, None)
     losses = [
-        info_nce(images[i], texts[j], image_keys[i], text_keys[j], scale, offset, max_logit_bytes, soft[j])
+        info_nce(images[i], texts[j], image_keys[i], text_keys[j], scale, offset, max_logit_bytes, smoothing)
         for i, j in pairings
     ]
     return torch.stack(losses).mean()
@@ -48,5 +46,4 @@ class MultiView(ContrastiveTerm):
 
     def loss(self, own: Rows, keys: Rows, similarity: Similarity, offset: int) -> Tensor:
         features = own.augmented, own.texts, keys.augmented, keys.texts
-        soft = [self.soft_targets(own, keys, view) for view in range(len(own.texts))]
-        return multi_view(*features, similarity.scale, offset, self.max_logit_bytes, soft)
+        return multi_view(*features, similarity.scale, offset, self.max_logit_bytes, self.smoothing)

@@ -1,8 +1,6 @@
 """Nearest-neighbor supervision: a queue of past text features, and the contrastive loss with neighbors in it."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import replace
 from itertools import product
 
 import torch
@@ -13,7 +11,6 @@ from declip.data.plan import Needs
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schema import Recipe
 from declip.supervision.contrastive import ContrastiveTerm, cross_entropy_to_keys
-from declip.supervision.soft_targets import SoftTargets
 from declip.supervision.term import Encodings, Rows, Similarity
 
 SIMILARITIES_AT_ONCE = 2**26  # that a lookup holds: 256 MiB in float32, whatever the batch
@@ -80,19 +77,18 @@ def neighbor_contrast(
     scale: Tensor | float,
     offset: int = 0,
     max_logit_bytes: float | None = None,
-    soft: Sequence[SoftTargets | None] = (None, None),
+    smoothing: float = 0.0,
 ) -> Tensor:
     """Contrastive loss between images and their captions' nearest neighbors (L_NNS of DeCLIP, arXiv 2110.05208).
 
     Equals the plain loop, F = images, N = neighbor_keys, y = offset + b
         mean over i, j, b of  logsumexpₙ(s·F[i, b]·N[j, n]) - s·F[i, b]·N[j, y]
     The official implementation's direction, from image to text; neighbors get no gradient.
-    Image features are (V, B, d) of this rank, neighbors (T, N, d) of all ranks; `soft` has the targets of each text
-    view, others as `cross_entropy_to_keys`.
+    Image features are (V, B, d) of this rank, neighbors (T, N, d) of all ranks; others as `cross_entropy_to_keys`.
     """
     losses = [
-        cross_entropy_to_keys(view, keys.detach(), scale, offset, max_logit_bytes, targets)
-        for view, (keys, targets) in product(images, zip(neighbor_keys, soft, strict=False))
+        cross_entropy_to_keys(view, keys.detach(), scale, offset, max_logit_bytes, smoothing)
+        for view, keys in product(images, neighbor_keys)
     ]
     return torch.stack(losses).mean()
 
@@ -125,14 +121,8 @@ class NearestNeighbor(ContrastiveTerm):
             return own.images.sum() * 0.0  # nothing to find yet
         # Every rank looked up its own captions; all ranks' queues are equal, so the indices name the same features.
         neighbors = self.queue.features[keys.extra["queue_indices"].mT]
-        return neighbor_contrast(
-            own.augmented,
-            neighbors,
-            similarity.scale,
-            offset,
-            self.max_logit_bytes,
-            [self.soft_targets(_by_neighbor(own), _by_neighbor(keys), view) for view in range(len(neighbors))],
-        )
+        options = similarity.scale, offset, self.max_logit_bytes, self.smoothing
+        return neighbor_contrast(own.augmented, neighbors, *options)
 
     @torch.no_grad()
     def after_step(self, model: DualEncoder) -> None:
@@ -141,10 +131,3 @@ class NearestNeighbor(ContrastiveTerm):
             for view in (1, 0):
                 self.queue.push(self._pending[view])
             self._pending = None
-
-
-def _by_neighbor(rows: Rows) -> Rows:
-    """Label pairs by their neighbors: those with the same one, which no model can distinguish, are duplicates."""
-    if rows.labels is None:
-        return rows
-    return replace(rows, labels=torch.cat([rows.extra["queue_indices"] + 1, rows.labels[:, -1:]], dim=1))

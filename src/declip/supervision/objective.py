@@ -26,7 +26,6 @@ from declip.supervision.nearest_neighbor import NearestNeighbor, Queue
 from declip.supervision.sigmoid import Sigmoid
 from declip.supervision.simclr import SimCLR
 from declip.supervision.simsiam import SimSiam
-from declip.supervision.soft_targets import pair_labels
 from declip.supervision.term import Encodings, Rows, Similarity, Term, TowerOutputs
 
 TERMS: dict[str, type[Term]] = {
@@ -99,13 +98,6 @@ class Objective(nn.Module):
         super().__init__()
         self.recipe = recipe
         active = active_terms(recipe)
-        masks = recipe.contrastive.duplicates == "mask"
-        if masks and not any(term.has_positives for term in active.values()):
-            known = ", ".join(name for name, term in TERMS.items() if term.has_positives)
-            raise UserError(
-                f"contrastive.duplicates=mask changes nothing for {', '.join(active)}: it is for {known}. Set "
-                "negatives, or give a weight to one of these losses."
-            )
         self.weights = {name: recipe.loss_weights[name] for name in active}
         self.terms = nn.ModuleDict({name: term(recipe, model) for name, term in active.items()})
         self.needs = needs_of(recipe)
@@ -162,9 +154,7 @@ class Objective(nn.Module):
         encoded = Encodings(images, texts, outputs, batch)
         features = {name: term.features(encoded) for name, term in terms}
         keys = {name: term.keys(features[name]) for name, term in terms}
-        masks = self.recipe.contrastive.duplicates == "mask"
-        labels = pair_labels(batch, model.tokenizer.padding) if masks else None
-        gathered = own = Rows(outputs.views, images, texts, {}, labels)
+        gathered = own = Rows(outputs.views, images, texts, {})
         if gather is not identity_gather:
             keys = {name: term.pad_keys(keys[name]) for name, term in terms}
             gathered, keys = gather_rows(own, keys, gather)
@@ -237,15 +227,13 @@ def gather_rows(
     same shape on all ranks but for B.
     """
     tensors = {("", "images"): own.images.transpose(0, 1), ("", "texts"): own.texts.transpose(0, 1)}
-    if own.labels is not None:
-        tensors["", "labels"] = own.labels
     tensors |= {(term, name): rows for term, features in extra.items() for name, rows in features.items()}
     # (B, k), split after the collective by the same widths
     packed = [_as_floats(rows, own.texts.dtype) for rows in tensors.values()]
     columns = gather(torch.cat(packed, dim=1)).split([rows.shape[1] for rows in packed], dim=1)
     found = {key: _unpacked(part, rows) for (key, rows), part in zip(tensors.items(), columns, strict=True)}
     images, texts = (found["", name].transpose(0, 1) for name in ("images", "texts"))
-    everyone = Rows(own.views, images, texts, {}, found.get(("", "labels")))
+    everyone = Rows(own.views, images, texts, {})
     return everyone, {term: {name: found[term, name] for name in features} for term, features in extra.items()}
 
 

@@ -87,14 +87,9 @@ class Rows:
     images: Tensor  # (V, n, d), in the order of `views`: the contrastive one first, if there is one
     texts: Tensor  # (T, n, d)
     extra: dict[str, Tensor]  # the term's own features, see `Term.features` and `Term.keys`
-    labels: Tensor | None = None  # (n, T + 1) int64, see `pair_labels`; None where duplicates are negatives
 
     def __len__(self) -> int:
         return self.texts.shape[1]
-
-    def text_labels(self, view: int) -> Tensor | None:
-        """(n, 2) labels of a text view and of the group."""
-        return None if self.labels is None else torch.stack([self.labels[:, view], self.labels[:, -1]], dim=1)
 
     @property
     def augmented(self) -> Tensor:
@@ -110,8 +105,6 @@ class Term(nn.Module):
     """Whether every parameter of both towers and the logit scale gets a gradient from this loss alone."""
     compares_pairs: ClassVar[bool] = False
     """Whether it compares images with captions: at chance level after many steps means that nothing was learned."""
-    has_positives: ClassVar[bool] = False
-    """Whether ``contrastive.duplicates`` changes its targets."""
     uses_bias: ClassVar[bool] = False
     """Whether it trains the bias of the logits."""
     over_vocabulary: ClassVar[tuple[str, ...]] = ()
