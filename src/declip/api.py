@@ -43,22 +43,23 @@ def train(
     callbacks: Sequence[Sink] = (),
     terms: Mapping[str, type[Term]] | None = None,
 ) -> Run:
-    """Train a recipe in a run folder.
+    """Train a model as a recipe describes, evaluate it, and write both to a run folder.
 
     Args:
-        recipe: A shipped recipe's name, a YAML file, or a `Recipe`, which allows no overrides, data or val.
+        recipe: Name of a shipped recipe, a YAML file, or a `Recipe`, with which overrides, data and val are not
+            allowed.
         overrides: Dotted keys and values, such as ``{"train.steps": 500}``.
         out: The run folder; by default ``runs/NAME``.
         resume: Continue the run in that folder if there is one; the result is bit-exact, as if never interrupted.
         report: Write report.html at the end.
-        data: The training pairs, for the key ``data.source``; also a Python object, see `open_source`.
-        val: Held-out sets: for zero-shot classification if they have classes, for retrieval if they have captions;
-            names or Python objects.
-        callbacks: Objects that get the numbers of logged steps and evaluations, see `declip.Sink`.
-        terms: Losses of your own, which `loss_weights` weights by these names. Give them again to resume.
+        data: Training pairs; sets the key ``data.source``. Also a Python object, see `open_source`.
+        val: Evaluation sets, as names or Python objects: zero-shot classification if they have classes, retrieval if
+            they have captions.
+        callbacks: Objects that receive the numbers of logged steps and evaluations, see `declip.Sink`.
+        terms: Losses of your own by name; `loss_weights` sets their weights. Pass them again to resume.
 
     Returns:
-        The run. `finished` is False after Ctrl-C or SIGTERM; a checkpoint was then written.
+        The run. After Ctrl-C or SIGTERM, `finished` is False and a checkpoint has been saved.
     """
     for callback in callbacks:
         if not isinstance(callback, Sink):
@@ -84,21 +85,24 @@ def finetune(
     quiet: bool = False,
     **overrides: Any,
 ) -> Run:
-    """Fine-tune pretrained weights on your pairs; the run ends with the weights of its best evaluation.
+    """Fine-tune pretrained weights on your pairs, write a report, and export the model.
 
-    The folder also gets report.html and exported/: safetensors, and open_clip or huggingface where they can hold the
-    model.
+    If towers are trained, the model has the weights of the best evaluation; else its projections are computed in closed
+    form. The run folder has report.html, and in exported/ the model as safetensors and, if these formats can hold it,
+    as open_clip and huggingface.
 
     Args:
         pairs: A source of pairs: a table, a folder, tar shards, a built-in set or a Python object, see `open_source`.
-        weights: What `declip.load` takes, or timm:NAME; by default `declip.interchange.starter.NAME` on a CPU.
-        val: Validation sets as in `train`; without one a part of the pairs is split off, see `split_pairs`.
-        keep: Sets that the weights are good at and should stay good at: weights that were trained whole are mixed with
-            their start, in the proportion that is best on these and the validation sets (WiSE-FT).
+        weights: What `declip.load` takes, or timm:NAME. The default without a GPU is "builtin:lite0-minilm".
+        val: Validation sets as in `train`; the default is a tenth of the pairs, or none if both towers are frozen.
+        keep: Sets on which the accuracy of the weights should not fall: if the weights have both towers and are
+            trained, they are averaged with their start, in the proportion that is best on these and the validation
+            sets (WiSE-FT).
         out: The run folder; by default ``runs/finetune``.
-        freeze: Towers to freeze: "both", "image", "text" or "none"; by default weights and device decide.
+        freeze: Towers not to train: "both", "image", "text" or "none". The default is "both" for the built-in weights
+            without a GPU, else "none".
         resume: Continue the run in that folder with its recipe and its split, if there is one.
-        overrides: Dotted keys, such as ``**{"train.lr": 1e-4}``; the others are those of `settings`.
+        overrides: Recipe keys, such as ``**{"train.lr": 1e-4}``; the defaults depend on the number of pairs.
     """
     held_out = held_out_sets(val)
     with named_objects(pairs, *held_out, *held_out_sets(keep)) as (source, *sets):
@@ -115,16 +119,16 @@ def evaluate(
     label_column: str | None = None,
     **options: Any,
 ) -> Result:
-    """Evaluate a model on the test split of a dataset; probes learn from its train and validation splits.
+    """Evaluate a model on the test split of a dataset; a linear probe is fitted on its train and validation splits.
 
-    Images that cannot be read are left out and counted by reason in the result.
+    Images that cannot be read are skipped; the result counts them by reason.
 
     Args:
-        model: What `declip.load` takes, or anything with `encode_image`, `encode_text`, `preprocess` and `tokenize`;
-            for probes of the backbone also `encode_backbone`.
+        model: What `declip.load` takes, or an object with `encode_image`, `encode_text`, `preprocess` and `tokenize`,
+            and for "linear" also `encode_backbone`.
         dataset: A name or path that `declip.evaluation.datasets.open_dataset` opens, or an open dataset or source.
-        task: "zero-shot", "retrieval" or "linear".
-        label_column: A table's column with the classes; see `open_dataset`.
+        task: "zero-shot", "retrieval" or "linear" (probe).
+        label_column: The table column of classes; see `open_dataset`.
         options: Fields of `declip.evaluation.protocols.Options`, such as ``batch_size=64`` or
             ``templates="a photo of {}"``.
     """
@@ -140,10 +144,10 @@ def compare(
     out: str | Path,
     **options: Any,
 ) -> Outcome:
-    """Compare recipes at several numbers of pairs and write results.json and report.html.
+    """Compare recipes at several numbers of pairs, and write results.json and report.html.
 
-    The other arguments (`datasets`, `tasks`, `overrides`, `budget`) are those of `declip.comparison.study.Study.of`,
-    and `jobs` and `quiet` those of `declip.comparison.runner.run`.
+    See `declip.comparison.study.Study.of` for the arguments `datasets`, `tasks`, `overrides` and `budget`, and
+    `declip.comparison.runner.run` for `jobs` and `quiet`.
     """
     running = {name: options.pop(name) for name in ("jobs", "quiet") if name in options}
     lists = {"datasets", "tasks"}

@@ -83,12 +83,12 @@ class View:
 
 @dataclass(eq=False)
 class PairBatch:
-    """B pairs in named image views and T text views.
+    """A batch of B pairs: named image views, T text views, and their masked words.
 
     Attributes:
         views: "first", "second", "contrastive" … → `View`; a tensor (B, 3, S, S) is a finished view.
         texts: (T, B, L) int64 token ids, T 1 or 2: [0] the caption, [1] its augmentation.
-        masked: (B, L) int64, texts[0] after the corruption for masked-language modeling.
+        masked: (B, L) int64, texts[0] after masking for masked-language modeling.
         labels: (B, L) int64, the ids to predict there, -100 elsewhere.
         sample_ids: (B,) int64, epoch * len(source) + index.
         lengths: (T, B) int64, number of ids of each text, its end included; stays on the host, where work is planned.

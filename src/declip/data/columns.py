@@ -12,13 +12,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Columns:
-    """Columns of a table by their names.
+    """Names of the columns of a table.
 
     Attributes:
-        image: Image paths or bytes.
-        caption: Captions; None does not read them.
-        group: Cells that are equal for pairs that mean the same; None for no groups.
-        root: Folder of the image paths; None is the table's folder.
+        image: Column of image paths or bytes.
+        caption: Column of captions; None does not read them.
+        group: Column whose equal cells mark pairs that show the same thing; None for no groups.
+        root: Folder that image paths are relative to; None: the folder of the table.
     """
 
     image: str = "image"

@@ -27,7 +27,7 @@ BUILTIN_PREFIX = "builtin:"
 
 @dataclass(frozen=True)
 class Pair:
-    """An RGB image, upright, with one or more captions, cleaned and not empty; its key is shown to the user."""
+    """An upright RGB image with one or more cleaned, nonempty captions, and the key by which messages name the pair."""
 
     key: str
     image: Image.Image
@@ -58,7 +58,7 @@ class LazyPair:
 
 
 class BrokenPair(Exception):
-    """A pair that cannot be used; counted by its reason, one of few, and never replaced by another."""
+    """The error of a pair that cannot be used. It is counted by its reason; the pair is never replaced by another."""
 
     def __init__(self, reason: str, key: str, detail: str = "") -> None:
         self.reason, self.key, self.detail = reason, printable(key), printable(detail)  # both may quote a file
@@ -91,7 +91,7 @@ def bytes_origin(content: bytes) -> Origin:
 
 
 class PairSource(ABC):
-    """Pairs by number. A source can be pickled, and read from several processes.
+    """A list of pairs, read by index. A source can be pickled and read from several processes.
 
     A subclass needs a `name`, `__len__` and `__getitem__`; it overrides the other methods if it can
     avoid reading the complete pair.

@@ -64,16 +64,16 @@ def export(
     overwrite: bool = False,
     repo: str | None = None,
 ) -> Exported:
-    """Export a model in a format, read it back if the format's library is installed, and add a model card.
+    """Export a model in a format, read it back with the format's library if installed, and write a model card.
 
     Args:
         model: What `declip.load` takes, or a loaded model. The card of a run shows data, steps and results.
-        format: A key of `FORMATS`.
-        out: The folder to write, at once when it is complete.
-        license: License in the card: an identifier of the Hub such as "mit", or any text.
-        overwrite: Replace an earlier export.
-        repo: The repository, OWNER/NAME, that the folder will be on the Hub, for the card. Loading "open_clip" from
-            there requires it unless the vocabulary is CLIP's.
+        format: "open_clip", "huggingface", "onnx" or "safetensors".
+        out: The folder to write; it appears when it is complete.
+        license: License for the card: an identifier of the Hub such as "mit", or any text.
+        overwrite: Replace an existing export.
+        repo: OWNER/NAME of the repository on the Hub to which you will upload the folder, for the card. It is required
+            if "open_clip" will load the model from there, unless the vocabulary is CLIP's.
     """
     # Check the request before the model is loaded.
     if format not in FORMATS:

@@ -65,16 +65,20 @@ def hub_folder(where: str) -> str:
 
 
 def load(where: str | Path, device: str = "auto") -> DualEncoder:
-    """Load a model in evaluation mode.
+    """Load a model in evaluation mode from a run folder, a file, or a name.
+
+    Only names with a colon are downloaded, except those that begin with ``builtin:``.
 
     Args:
-        where: A run folder (its best checkpoint, else the newest undamaged one), a checkpoint folder in it, a file or
-            folder of `declip.export`, a checkpoint of the official implementation (``.pth``,
-            ``.pth.tar``, ``.pt``, ``.safetensors``) with both towers or the image tower alone, a folder of
-            transformers' `CLIPModel` or of open_clip, ``hf-hub:OWNER/NAME`` or ``hf-hub:OWNER/NAME@REVISION`` of any of
-            these formats, ``open_clip:MODEL/TAG`` (see `declip.interchange.open_clip_model`), ``timm:NAME.TAG`` or
-            ``builtin:lite0-minilm``, which gets projections from the names of ImageNet's classes. Only names with a
-            colon are downloaded, except those that begin with ``builtin:``.
+        where: One of:
+
+            - a run folder (its best checkpoint, else the newest undamaged one) or a checkpoint folder in it;
+            - a file or folder that `declip.export` wrote, or a folder of open_clip or of transformers' `CLIPModel`;
+            - a checkpoint of the official implementation (``.pth``, ``.pth.tar``, ``.pt``, ``.safetensors``) with both
+              towers or the image tower alone;
+            - ``hf-hub:OWNER/NAME`` or ``hf-hub:OWNER/NAME@REVISION``, in any of these formats;
+            - ``open_clip:MODEL/TAG`` (see `declip.interchange.open_clip_model`) or ``timm:NAME.TAG``;
+            - ``builtin:lite0-minilm``, whose projections are fitted to the names of ImageNet's classes.
         device: "auto", "cpu", "cuda", …
 
     Returns:

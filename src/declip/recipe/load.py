@@ -23,13 +23,13 @@ def recipe_names() -> list[str]:
 
 
 def load_recipe(name: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """Read a recipe, its ancestors and the overrides.
+    """Read a recipe, the recipes that it extends, and overrides.
 
-    A recipe's evaluation sets hold for its own ``data.source``: an override or a child recipe that names another source
-    starts with none.
+    The evaluation sets of a recipe belong to its ``data.source``: an override or a recipe that extends it and sets
+    another source starts without evaluation sets.
 
     Args:
-        name: A shipped recipe's name, or the path of a YAML file.
+        name: Name of a shipped recipe, or the path of a YAML file.
         overrides: Dotted keys and values, such as ``{"train.steps": 500}``; a value of type str is read as YAML.
     """
     given: set[str] = set()

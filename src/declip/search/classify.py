@@ -29,7 +29,7 @@ from declip.search.model import encode_images
 
 @dataclass(frozen=True)
 class Prediction:
-    """An image's class: the most probable one, and the probability of each."""
+    """The most probable class of an image, and the probability of each class."""
 
     image: str  # its key
     best: str
@@ -39,7 +39,7 @@ class Prediction:
 
 @dataclass
 class Classification:
-    """The classes of a source's images; `predictions` is empty if they were written, or passed to a function."""
+    """The classes of the images of a source; `predictions` is empty if they were written or passed to a function."""
 
     counts: dict[str, int]  # images of each class
     skipped: SkipCounter = field(default_factory=SkipCounter)
@@ -67,17 +67,18 @@ def classify(
     progress: bool = False,
     on_prediction: Callable[[Prediction], object] | None = None,
 ) -> Classification:
-    """Classify images among classes by their names; with `out`, memory does not grow with the number of images.
+    """Classify images into classes that you name. With `out`, memory does not grow with the number of images.
 
     Args:
         images: A folder, a file, a pattern such as "photos/*.jpg", or any source; images need no captions.
-        classes: Names, a file with one name per line, or names separated by commas.
-        templates: A shipped template set, or sentences with ``{}`` for the class.
-        out: A .csv file to write with all probabilities.
+        classes: Names, a file with one name per line, or a string of names separated by commas.
+        templates: Name of a template set, or templates with ``{}`` for the class.
+        out: A .csv file for the probability of every class.
         on_prediction: Called with each prediction, in the order of the images.
 
     Raises:
-        UserError: Fewer than two classes, no readable image, another file, or no text tower.
+        UserError: There are fewer than two classes, no image can be read, `out` is not a .csv file, or the model has no
+            text tower.
     """
     # --- input, before the model is loaded
     check_range("batch_size", batch_size, 1)

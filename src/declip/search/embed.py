@@ -50,22 +50,22 @@ def embed(
     loaded_from: str | Path = "",
     progress: bool = False,
 ) -> Index:
-    """Write the vectors of a source's images, with their keys and captions, to a folder that can be searched.
+    """Write an index: the vectors of the images of a source, with their keys and captions.
 
-    The same call continues after the last complete part, bit-exact on the same machine with the same `batch_size`. Once
-    done, it embeds only what is new or has changed in the source (by key and stamp) and drops what has left it.
+    After an interruption the same call continues, bit-exact on the same machine with the same `batch_size`. If the
+    index is complete, the call updates it: it embeds new and changed images and removes those that left the source.
 
     Args:
         model: A model, or what `declip.load` opens.
         source: What `declip.data.sources.image_source.open_images` opens with the columns, or a source. A folder
             needs no captions.
-        captions: Also store the mean vector of each image's captions, to search in.
-        workers: Processes that read images; 0 reads in this one.
-        loaded_from: Where a model given as an object was loaded from, so that later calls can load it again.
+        captions: Also store the mean vector of the captions of each image, for `over="captions"`.
+        workers: Number of processes that read images; 0: the main process.
+        loaded_from: Path or name that `model` was loaded from if it is an object, so that searching can load it.
 
     Raises:
-        UserError: There is no such source or model, no image can be used, an option is out of its range, or the folder
-            holds something else, an index of another model, source or option, or cannot be written to.
+        UserError: The source or model does not exist, no image can be used, an option is out of range, or the folder
+            has other files, or an index of another model, source or option, or cannot be written to.
     """
     # --- options, source and model
     check_range("batch_size", batch_size, 1)

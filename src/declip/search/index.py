@@ -44,15 +44,15 @@ class Hit(IndexedImage):
 
 
 class Index:
-    """An index as `declip.embed` writes it; an open one keeps its rows while `embed` updates it.
+    """An index that `declip.embed` wrote. An open index does not change while `embed` updates it.
 
     Args:
-        model: The model that made it, or what `declip.load` opens; by default the one that index.json names.
-        source: Where the images are now, if not where index.json says.
-        device: Where a model is loaded to.
+        model: The model that made the index, or its new path; the default is the path in index.json.
+        source: New path of the images, if they were moved.
+        device: Device of the model.
 
     Raises:
-        UserError: There is no index, it is damaged, or it was written by another version of declip.
+        UserError: There is no index, it is damaged, or another version of declip wrote it.
     """
 
     def __init__(
@@ -151,8 +151,8 @@ class Index:
 
         Args:
             image: An image, or its file.
-            weights: Weights of text and image in their sum; a negative one searches for images unlike it.
-            template: A sentence with ``{}`` for the text, or a shipped template set's name: then the mean over it.
+            weights: Weights of text and image in their sum; with a negative weight, images unlike it are found.
+            template: A template with ``{}`` for the text, or the name of a template set, whose vectors are averaged.
             over: "images" compares with the vectors of the images, "captions" with those of their captions.
 
         Returns:

@@ -98,7 +98,7 @@ class Rows:
 
 
 class Term(nn.Module):
-    """One loss of the objective; it reads its own section of the recipe and the sizes of the towers."""
+    """Base class of a loss with its head. Its arguments are the recipe and the model, whose tower sizes it reads."""
 
     needs: ClassVar[Needs] = Needs()
     reaches_all: ClassVar[bool] = False

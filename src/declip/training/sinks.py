@@ -19,7 +19,7 @@ FORMAT = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
 
 @dataclass(frozen=True)
 class RunInfo:
-    """The range of steps that this process runs: from `start` to `steps`, the number of all steps of the run."""
+    """The run folder, the range of steps that this process runs (`start` to `steps`), and the batch size."""
 
     folder: Path
     start: int
@@ -29,7 +29,7 @@ class RunInfo:
 
 
 class Sink:
-    """Base class of callbacks, which receive the numbers of a run, on rank 0. A subclass overrides what it needs.
+    """Base class of callbacks, which receive the numbers of a run on rank 0. A subclass overrides what it needs.
 
     A resumed run repeats the steps after its checkpoint, so a step can be logged twice, with the same numbers. An error
     that a callback raises ends the run.

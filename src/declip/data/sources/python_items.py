@@ -34,7 +34,7 @@ class Item(NamedTuple):
 
 
 class ItemSource(EntrySource):
-    """The items of a Python object: dicts, whose columns are found as a table's, or pairs (image, captions).
+    """A source of the items of a Python object: dicts with the columns of a table, or tuples (image, captions).
 
     An image is a PIL image, (H, W, 3) uint8, a path, bytes, or a dict of `bytes` and `path`; captions are one string or
     several. An item alone is an image without captions. Where the object has `classes` and `targets`, as torchvision's
