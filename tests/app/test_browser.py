@@ -173,7 +173,7 @@ def test_pairs_are_marked_and_saved_by_keyboard_also_after_a_restart(page: Any, 
     tab_to(page, "#save")
     with page.expect_download() as saved:
         page.keyboard.press("Enter")
-    assert saved.value.suggested_filename == "drop.csv"
+    assert saved.value.suggested_filename == "drop.jsonl"
     assert saved.value.path().read_text().count(".png") == 1
 
 

@@ -1,5 +1,5 @@
 import csv
-import io
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -113,17 +113,16 @@ def test_the_page_gets_what_was_found(client: Any, state: Any) -> None:
         assert client.post("/api/pairs/list", json=tree).status_code == 400, tree
 
 
-def test_the_list_is_csv_with_keys_and_reasons(client: Any, state: Any) -> None:
+def test_the_list_has_keys_and_reasons(client: Any, state: Any) -> None:
     client.get("/api/pairs/disagreeing")
     marked = {"image and caption disagree": [3, 1], "near-duplicate image": [3, 8]}
     answer = client.post("/api/pairs/list", json=marked)
-    assert answer.headers["content-type"].startswith("text/csv")
-    assert "drop.csv" in answer.headers["content-disposition"]
-    rows = list(csv.DictReader(io.StringIO(answer.text)))
-    assert [(row["key"], int(row["place"])) for row in rows] == [(state.index.row(n).key, n) for n in (1, 3, 8)]
+    assert "drop.jsonl" in answer.headers["content-disposition"]
+    rows = [json.loads(line) for line in answer.text.splitlines()]
+    assert [(row["key"], row["place"]) for row in rows] == [(state.index.row(n).key, n) for n in (1, 3, 8)]
     assert [row["reason"] for row in rows] == ["image and caption disagree"] * 2 + ["near-duplicate image"]
     found = compare_captions(state)
-    assert float(rows[0]["cosine"]) == pytest.approx(float(found.values[found.ids.tolist().index(1)]), abs=1e-4)
+    assert rows[0]["cosine"] == pytest.approx(float(found.values[found.ids.tolist().index(1)]), abs=1e-4)
 
 
 def test_a_comparison_is_made_once_and_ends_with_the_server(state: Any) -> None:

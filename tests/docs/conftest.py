@@ -23,6 +23,7 @@ from conftest import COLOURS, SHAPES, draw
 from declip.comparison import runner
 from declip.comparison.study import Study
 from declip.data.builtin.iconify import DESIGNS, EMOJI
+from declip.data.exclude import write_exclusions
 from declip.data.sources.open import open_source
 from declip.evaluation import zero_shot
 from declip.evaluation.prompt_sets import PromptSet, read_prompts
@@ -150,7 +151,8 @@ def world(emoji_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         }.items():
             declip.train(small(recipe), out=runs / name, quiet=True, report=False)
         declip.embed(runs / "demo", folder / "pictures", out=folder / "indices" / "pictures")
-        (folder / "drop.csv").write_text(f"key,reason\n{open_source('builtin:emoji').key(0)},no reason\n", "utf-8")
+        row = (open_source("builtin:emoji").key(0), 0, "no reason", None, "")
+        (folder / "drop.jsonl").write_text(write_exclusions([row]), "utf-8")
         declip.export(runs / "vit", "huggingface", folder / "downloads" / "clip-vit-base-patch32")
     state = {f"module.{name}": value for name, value in read_state("defilip_vit_tiny").items()}
     torch.save({"last_iter": 1, "model": state, "optimizer": {}}, folder / "ckpt.pth.tar")

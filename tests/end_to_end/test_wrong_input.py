@@ -97,7 +97,7 @@ MISTAKES = {
     "shards into a file": ("data shard TABLE --out text.txt", "'text.txt'", "--out"),
     "shards into another's folder": ("data shard TABLE --out uncaptioned", "'uncaptioned'", "--out"),
     "not downloaded": ("train mine.yaml --data builtin:emoji", "declip data download builtin:emoji"),
-    "excludes without a test set": ("data inspect TABLE --exclude drop.csv", "--check-leakage"),
+    "excludes without a test set": ("data inspect TABLE --exclude drop.jsonl", "--check-leakage"),
     "no model": ("evaluate nowhere --dataset TABLE", "'nowhere'"),
     "model is no run": ("evaluate nothing --dataset TABLE", "'nothing'"),
     "missing set": ("evaluate RUN --dataset no.csv", "'no.csv'", "--dataset"),

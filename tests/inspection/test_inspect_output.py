@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from conftest import texture
-from declip.data.exclude import match_exclusions, read_exclusions
+from declip.data.exclude import read_exclusions
 from declip.data.pair import BrokenPair, Pair, PairSource
 from declip.data.sources.open import open_source
 from declip.inspection import Inspection, inspect_source
@@ -96,10 +96,10 @@ def test_the_command_writes_what_is_asked_for(table: Path, tmp_path: Path, comma
     assert max(map(len, outcome.out.splitlines())) < 400, "a pipe is no wide terminal"
     assert (tmp_path / "found.html").is_file()
     assert json.loads((tmp_path / "found.json").read_text())["read"] == 10
-    for words in (["--all"], ["--sample", 5, "--exclude", tmp_path / "drop.csv"]):
+    for words in (["--all"], ["--sample", 5, "--exclude", tmp_path / "drop.jsonl"]):
         outcome = command(*inspect, *words, "--check-leakage", table)
         assert (outcome.status, "All 24 pairs were read." in outcome.out) == (0, True)
-    assert len(read_exclusions(tmp_path / "drop.csv")) == 24
+    assert len(read_exclusions(tmp_path / "drop.jsonl", open_source(table))) == 24
 
 
 def test_copies_of_a_test_set_become_a_list_to_exclude(table: Path, tmp_path: Path) -> None:
@@ -110,8 +110,8 @@ def test_copies_of_a_test_set_become_a_list_to_exclude(table: Path, tmp_path: Pa
     for name in names:
         shutil.copy(table.parent / name, tmp_path / name)
     found = inspect_source(source, None, check_leakage=[heldout], workers=0)
-    (tmp_path / "exclude.csv").write_text(exclusions(found), encoding="utf-8")
-    dropped = match_exclusions(source, read_exclusions(tmp_path / "exclude.csv"))
+    (tmp_path / "drop.jsonl").write_text(exclusions(found), encoding="utf-8")
+    dropped = read_exclusions(tmp_path / "drop.jsonl", source)
     assert set(dropped) == {place for _, place in found.leakages[0].copies} >= {3, 4}
 
 

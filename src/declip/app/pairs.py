@@ -164,7 +164,7 @@ def duplicates(request: Request) -> Response:
 
 
 async def save_list(request: Request) -> Response:
-    """Answer with the marked pairs as CSV; pairs that have left the index since they were marked are omitted."""
+    """Answer with the marked pairs as a list; pairs that have left the index since they were marked are omitted."""
     given, state = MARKED.validate_json(await read_body(request, LARGEST_JSON)), state_of(request)
     agreement: Agreement | None = state.compared.get(compare_captions)
     cosines: dict[int, float] = {}
@@ -177,5 +177,5 @@ async def save_list(request: Request) -> Response:
     if not rows:
         raise UserError("The list is empty.")
     text = write_exclusions(rows[id] for id in sorted(rows))
-    headers = {"Content-Disposition": 'attachment; filename="drop.csv"'}
-    return Response(text.encode("utf-8", "replace"), media_type="text/csv", headers=headers)
+    headers = {"Content-Disposition": 'attachment; filename="drop.jsonl"'}
+    return Response(text, media_type="application/jsonl", headers=headers)

@@ -13,7 +13,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from declip.data.columns import DEFAULT, Columns
-from declip.data.exclude import match_exclusions, read_exclusions
+from declip.data.exclude import read_exclusions
 from declip.data.images.lazy import LazyJpeg
 from declip.data.pair import BrokenPair, LazyImage, PairSource, SkipCounter
 from declip.data.sources.image_source import ImageSource
@@ -87,7 +87,7 @@ def shard_source(
     # Shards hold no splits: a test pair among them would be trained on.
     splits = opened.splits()
     held_out = {place: f"split {name}" for name in splits if name != "train" for place in splits[name].tolist()}
-    excluded = held_out | ({} if exclude is None else match_exclusions(opened, read_exclusions(exclude)))
+    excluded = held_out | ({} if exclude is None else read_exclusions(exclude, opened))
     # --- what the shards depend on, and which exist
     made_of = {"layout": LAYOUT, "source": name, "size": size, "shard_pairs": shard_pairs, "pairs": len(opened)}
     made_of |= {"content": _content(opened, excluded)}

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -13,7 +14,6 @@ import torch
 from PIL import Image
 
 from declip.data.columns import DEFAULT, Columns
-from declip.data.exclude import FORMULA
 from declip.data.images.decode import EXTENSIONS
 from declip.data.pair import PairSource, SkipCounter
 from declip.data.sources.image_source import ImageSource, open_images
@@ -25,6 +25,9 @@ from declip.evaluation.zero_shot import class_features, logit_scale, read_templa
 from declip.interchange.read import load
 from declip.io.atomic import atomic_write
 from declip.search.model import encode_images
+
+# Beginnings of cells that a spreadsheet evaluates; an apostrophe before them makes them text.
+FORMULA = re.compile(r"'*[=+\-@\t\r]")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-// The list of pairs to exclude: stays in this browser under the name of the index, saved as CSV by the server.
+// The list of pairs to exclude: stays in this browser under the name of the index, saved as a file by the server.
 
 import { count, find, make, say } from "./common.js";
 
@@ -41,9 +41,9 @@ async function save() {
   const answer = await fetch("/api/pairs/list", { method: "POST", body: JSON.stringify(tree) });
   if (!answer.ok) return say((await answer.json()).error, "bad");
   const address = URL.createObjectURL(await answer.blob());
-  make("a", { href: address, download: "drop.csv" }).click();
+  make("a", { href: address, download: "drop.jsonl" }).click();
   setTimeout(() => URL.revokeObjectURL(address), 10000);
-  return say(`Saved: ${count(marked.size, "pair")} in drop.csv`);
+  return say(`Saved: ${count(marked.size, "pair")} in drop.jsonl`);
 }
 
 export function watchList() {
