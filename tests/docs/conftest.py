@@ -81,7 +81,7 @@ def emoji_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
             pixels.append(np.asarray(draw(color, shape, SIDE)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(EMOJI), "side", SIDE)
-        patch.setattr(type(EMOJI), "credits", lambda self, packages, rows: ["drawn for a test"])
+        patch.setattr(type(EMOJI), "credit", lambda self, row: "drawn for a test")
         EMOJI.write(EMOJI.folder(cache), zip(rows, pixels, strict=True), {})
     return cache
 

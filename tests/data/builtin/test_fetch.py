@@ -1,4 +1,3 @@
-import gzip
 import json
 import subprocess
 from pathlib import Path
@@ -93,9 +92,6 @@ def test_a_package_of_debian_is_found_or_fetched_without_root(tool, tmp_path, mo
     asked = []
 
     def install(root):
-        documents = root / "usr/share/doc/some-data"
-        documents.mkdir(parents=True)
-        (documents / "changelog.Debian.gz").write_bytes(gzip.compress(b"some-data (1:2.1-3) unstable"))
         (root / SMALL.data).mkdir(parents=True)
 
     def run(command, cwd):
@@ -109,10 +105,10 @@ def test_a_package_of_debian_is_found_or_fetched_without_root(tool, tmp_path, mo
     tool(run)
     monkeypatch.setenv(fetch.FOLDER_VARIABLE, str(tmp_path))
     with SMALL.fetched() as packages:
-        assert packages[SMALL.name].version == "1:2.1-3"
+        assert packages[SMALL.name].folder.is_dir()
     assert not packages[SMALL.name].folder.exists()
     assert asked == [["apt-get", "download"], ["dpkg-deb", "-x"]]
     install(tmp_path)
     with SMALL.fetched() as packages:
-        assert packages == {SMALL.name: Package(tmp_path / SMALL.data, "1:2.1-3", [])}
+        assert packages == {SMALL.name: Package(tmp_path / SMALL.data, "of Debian", [])}
     assert len(asked) == 2

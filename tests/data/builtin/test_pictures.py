@@ -58,11 +58,11 @@ class Plain(BuiltinSet):
             raise KeyboardInterrupt
         return None if row["key"] == "broken" else np.full((SIDE, SIDE, 3), VALUES[row["key"]], np.uint8)
 
-    def credits(self, packages, rows):
-        return [f"{len(rows)} squares"]
+    def credit(self, row):
+        return "by nobody"
 
     def select(self, split, table):
-        return Selection(table, "by nobody", "kind" if split == "plain-classes" else None)
+        return Selection(table, "kind" if split == "plain-classes" else None)
 
 
 PLAIN = Plain()
@@ -98,7 +98,7 @@ def test_what_is_written(cache, repeated, kept, monkeypatch):
         "packages": {"@some/package": "1.2"},
         "resvg_py": version("resvg-py"),
     }
-    assert f"\n{len(kept)} squares\n\n@some/package 1.2\n" in (folder / NOTICE).read_text()
+    assert f"\nby nobody: {len(kept)} drawings\n\n\n@some/package 1.2\n" in (folder / NOTICE).read_text()
     assert (folder / "licenses/@some-package/LICENSE").read_text() == "free"
 
 

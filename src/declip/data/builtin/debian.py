@@ -18,20 +18,17 @@ class Clipart(BuiltinSet):
     side = 96
     packages = DebianPackage("openclipart-svg", "usr/share/openclipart/svg")
     splits = ("clipart",)
-    credit = "Open Clip Art Library 0.18 and its contributors, public domain"
+
+    def credit(self, row: Row) -> str:
+        return "Open Clip Art Library 0.18 and its contributors, public domain"
 
     def select(self, split: str, table: list[Row]) -> Selection:
-        return Selection(table, self.credit, "title")
+        return Selection(table, "title")
 
     def choose(self, packages: Packages) -> list[Row]:
+        rows = read_rows("clipart")
         return [
-            {
-                **row,
-                "category": row["key"].split("/")[0].replace("_", " "),
-                "licence": "public domain",
-                "captions": [row["title"]],
-            }
-            for row in read_rows("clipart")
+            row | {"category": row["key"].split("/")[0].replace("_", " "), "captions": [row["title"]]} for row in rows
         ]
 
     def pixels(self, row: Row, packages: Packages) -> np.ndarray | None:
@@ -40,9 +37,6 @@ class Clipart(BuiltinSet):
             return rasterize_page(path.read_text(encoding="utf-8"), self.side)
         except (OSError, ValueError):
             return None
-
-    def credits(self, packages: Packages, rows: list[Row]) -> list[str]:
-        return [f"{len(rows)} drawings: {self.credit}, named in pairs.parquet"]
 
 
 class Stamps(BuiltinSet):
@@ -57,7 +51,9 @@ class Stamps(BuiltinSet):
         "stamps-kinds": "kind",
         "stamps-kinds-train": "kind",
     }
-    credit = "Tux Paint stamps by Bill Kendrick and contributors, GPL-2"
+
+    def credit(self, row: Row) -> str:
+        return "Tux Paint stamps by Bill Kendrick and contributors, GPL-2"
 
     def select(self, split: str, table: list[Row]) -> Selection:
         """The stamps that have a name, the photographs among them, or one part of those that are of a kind."""
@@ -66,21 +62,14 @@ class Stamps(BuiltinSet):
         names = sorted({row[column] for row in rows})
         if column == "kind":
             rows = [row for row in rows if row["test"] == (split == "stamps-kinds")]
-        return Selection(rows, self.credit, column, names)
+        return Selection(rows, column, names)
 
     def choose(self, packages: Packages) -> list[Row]:
         folder, rows = packages[self.packages.name].folder, []
         for row in read_rows("stamps"):
             sentence = (folder / f"{row['key']}.txt").read_text(encoding="utf-8").partition("\n")[0]
-            rows.append(
-                {
-                    **row,
-                    "photo": row["photo"] == "1",
-                    "test": row["test"] == "1",
-                    "licence": "GPL-2",
-                    "captions": [" ".join(sentence.split()), *split_texts(row["name"])],
-                }
-            )
+            captions = [" ".join(sentence.split()), *split_texts(row["name"])]
+            rows.append(row | {"photo": row["photo"] == "1", "test": row["test"] == "1", "captions": captions})
         return rows
 
     def pixels(self, row: Row, packages: Packages) -> np.ndarray:
@@ -90,9 +79,6 @@ class Stamps(BuiltinSet):
         # Stamps are cut out; training sees them over white, as all drawings.
         white = Image.new("RGBA", drawn.size, "white")
         return fill_square(Image.alpha_composite(white, drawn).convert("RGB"), self.side)
-
-    def credits(self, packages: Packages, rows: list[Row]) -> list[str]:
-        return [f"{len(rows)} images: {self.credit}, https://www.gnu.org/licenses/old-licenses/gpl-2.0.html"]
 
 
 CLIPART, STAMPS = Clipart(), Stamps()

@@ -1,6 +1,5 @@
 """Fetching packages of data from npm and Debian into a temporary folder; nothing of them is run."""
 
-import gzip
 import json
 import os
 import re
@@ -94,12 +93,7 @@ class DebianPackage:
         """The package below a root folder."""
         documents = root / "usr/share/doc" / self.name
         notices = [path for path in (documents / "copyright",) if path.is_file()]
-        try:
-            with gzip.open(documents / "changelog.Debian.gz", "rt", encoding="utf-8") as changes:
-                version = changes.readline().partition("(")[2].partition(")")[0]
-        except OSError:
-            version = "unknown"
-        return {self.name: Package(root / self.data, version, notices)}
+        return {self.name: Package(root / self.data, "of Debian", notices)}
 
 
 def read_json(path: Path) -> Any:

@@ -4,7 +4,6 @@ Several designers drew the same things, so there is a clean test: held-out desig
 and, with emoji, for unseen ones. Scripts in scripts/builtin make the tables of chosen drawings.
 """
 
-from collections import Counter
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -36,7 +35,7 @@ DESIGNS = (
     Design("openmoji", "@iconify-json/openmoji", "1.2.29", "OpenMoji by the OpenMoji project, CC-BY-SA-4.0"),
     Design("fluent", "@iconify-json/fluent-emoji-flat", "1.2.6", "Fluent Emoji by Microsoft, MIT"),
 )
-PACKAGE_OF = {design.key: design.package for design in DESIGNS}
+DESIGN = {design.key: design for design in DESIGNS}
 TRAINING = ("noto", "noto-v1", "twemoji", "fxemoji", "emojione-v2")
 
 ICONS_PACKAGE = "@iconify/json"
@@ -54,6 +53,7 @@ class Emoji(BuiltinSet):
     side = 96  # a view of a 64 px model that shows 44 % of the drawing still has a pixel for each of the model's
     packages = NpmPackages({design.package: design.version for design in DESIGNS})
     keeps_repeated = True  # two countries may have one flag
+    names_by = "Names and keywords: emojibase-data 17.0.0 and emojilib 4.0.3, MIT; Unicode CLDR, Unicode License"
     splits: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "emoji": TRAINING,
         "emoji-share-alike": (*TRAINING, "emojione-v1"),
@@ -68,10 +68,12 @@ class Emoji(BuiltinSet):
         designs, new = self.splits[split], split.endswith("-new")
         known = {row["code"] for row in table if row["design"] in TRAINING and not row["held_out"]}
         rows = [r for r in table if r["design"] in designs and (r["held_out"] if new else r["code"] in known)]
-        credit = "; ".join(design.credit for design in DESIGNS if design.key in designs)
         if len(designs) > 1:
-            return Selection(rows, credit)
-        return Selection(rows, credit, "name", [row["name"] for row in rows])  # one designer: one drawing a class
+            return Selection(rows)
+        return Selection(rows, "name", [row["name"] for row in rows])  # one designer: one drawing a class
+
+    def credit(self, row: Row) -> str:
+        return DESIGN[row["design"]].credit
 
     def choose(self, packages: Packages) -> list[Row]:
         table = read_rows("emoji")
@@ -84,19 +86,13 @@ class Emoji(BuiltinSet):
                 "held_out": emoji["held_out"] == "1",
                 "captions": [emoji["name"], *split_texts(emoji["names"]), *split_texts(emoji["drawn"])],
             }
-            for design in PACKAGE_OF
+            for design in DESIGN
             for emoji in table
             if emoji[design]
         ]
 
     def pixels(self, row: Row, packages: Packages) -> np.ndarray:
-        return draw_icon(packages[PACKAGE_OF[row["design"]]].folder / "icons.json", row["drawing"], self.side)
-
-    def credits(self, packages: Packages, rows: list[Row]) -> list[str]:
-        counts = Counter(row["design"] for row in rows)
-        infos = {key: read_json(packages[package].folder / "info.json") for key, package in PACKAGE_OF.items()}
-        names = "Names and keywords: emojibase-data 17.0.0 and emojilib 4.0.3, MIT; Unicode CLDR, Unicode License"
-        return [*(credit_of(info, counts[key]) for key, info in infos.items()), names]
+        return draw_icon(packages[DESIGN[row["design"]].package].folder / "icons.json", row["drawing"], self.side)
 
 
 class Icons(BuiltinSet):
@@ -105,17 +101,20 @@ class Icons(BuiltinSet):
     name, layout, effort = "icons", 2, "104 MB to fetch, about ten minutes"
     side = 64  # icons are plain: at 64 px their lines are one to five pixels wide
     packages = NpmPackages({ICONS_PACKAGE: "2.2.535"})
+    names_by = "Keywords also by lucide-static 1.62.0 (ISC) and @tabler/icons 3.52.0 (MIT)"
     splits: ClassVar[Mapping[str, str]] = {"icons": "train", "icons-validation": "validation", "icons-test": "test"}
 
     def select(self, split: str, table: list[Row]) -> Selection:
         """The icons of a split's sets whose names training knows."""
         known = {row["name"] for row in table if row["split"] == "train"}
         rows = [row for row in table if row["split"] == self.splits[split] and row["name"] in known]
-        sets = {row["set"]: f"{row['title']} by {row['author']}, {row['licence']}" for row in rows}
-        return Selection(rows, "; ".join(sets.values()), None if self.splits[split] == "train" else "name")
+        return Selection(rows, None if self.splits[split] == "train" else "name")
+
+    def credit(self, row: Row) -> str:
+        return f"{row['title']} by {row['author']}, {row['licence']}"
 
     def choose(self, packages: Packages) -> list[Row]:
-        infos, rows = self._infos(packages), []
+        infos, rows = read_json(packages[ICONS_PACKAGE].folder / "collections.json"), []
         for icon in read_rows("icons"):
             prefix, captions = icon["key"].split("/")[0], split_texts(icon["captions"])
             info = infos[prefix]
@@ -128,14 +127,6 @@ class Icons(BuiltinSet):
     def pixels(self, row: Row, packages: Packages) -> np.ndarray:
         prefix, drawing = row["key"].split("/")
         return draw_icon(packages[ICONS_PACKAGE].folder / f"json/{prefix}.json", drawing, self.side)
-
-    def credits(self, packages: Packages, rows: list[Row]) -> list[str]:
-        infos, counts = self._infos(packages), Counter(row["set"] for row in rows)
-        names = "Keywords also by lucide-static 1.62.0 (ISC) and @tabler/icons 3.52.0 (MIT)"
-        return [*(credit_of(infos[prefix], count) for prefix, count in sorted(counts.items())), names]
-
-    def _infos(self, packages: Packages) -> Any:
-        return read_json(packages[ICONS_PACKAGE].folder / "collections.json")
 
 
 EMOJI, ICONS = Emoji(), Icons()
@@ -160,12 +151,3 @@ def license_of(info: Mapping[str, Any]) -> str:
     """The SPDX name of a set's license, else its title, from the set's description."""
     license = info.get("license", {})
     return str(license.get("spdx") or license.get("title") or "unknown")
-
-
-def credit_of(info: Mapping[str, Any], count: int) -> str:
-    """Lines with the author, license and source of a set's drawings."""
-    author = info.get("author", {})
-    return (
-        f"{info['name']} by {author.get('name', '')}, {license_of(info)}: {count} drawings\n"
-        f"  from {author.get('url', '')}, licence: {info.get('license', {}).get('url', '')}"
-    )

@@ -6,6 +6,7 @@ import json
 import lzma
 import shutil
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from importlib import resources
 from importlib.resources.abc import Traversable
@@ -40,7 +41,6 @@ class Selection(NamedTuple):
     """The rows of a set's table that make a source."""
 
     rows: list[Row]
-    credit: str
     class_column: str | None = None  # None for a source without classes
     class_names: Sequence[str] = ()  # empty for the classes that occur, in alphabetical order
 
@@ -53,6 +53,7 @@ class BuiltinSet(ABC):
     effort: ClassVar[str]  # cost of making it, in a few words
     side: ClassVar[int]  # pixels of an image's sides
     packages: ClassVar[NpmPackages | DebianPackage]
+    names_by: ClassVar[str] = ""  # whose the names are, where they are not the drawings' authors'
     splits: ClassVar[Collection[str]]  # names of its sources
     keeps_repeated: ClassVar[bool] = False  # whether an image may occur twice
 
@@ -65,8 +66,8 @@ class BuiltinSet(ABC):
         """Render the drawing of a row: (side, side, 3) uint8, None where it is broken."""
 
     @abstractmethod
-    def credits(self, packages: Packages, rows: list[Row]) -> list[str]:
-        """Lines that say whose the images are, and their licenses."""
+    def credit(self, row: Row) -> str:
+        """Whose the drawing of a row is, and its license."""
 
     @abstractmethod
     def select(self, split: str, table: list[Row]) -> Selection:
@@ -107,9 +108,10 @@ class BuiltinSet(ABC):
         manifest: dict[str, Any] = {"layout": self.layout, "side": self.side, "pairs": len(rows), "packages": versions}
         manifest["resvg_py"] = importlib.metadata.version("resvg-py")
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        notice = f"{ABOUT.format(self.side)}\n\n" + "\n".join(self.credits(packages, rows)) + "\n\n"
-        notice += "".join(f"{name} {version}\n" for name, version in versions.items())
-        (folder / NOTICE).write_text(notice, encoding="utf-8")
+        credits = [f"{credit}: {count} drawings" for credit, count in Counter(map(self.credit, rows)).items()]
+        made_of = [f"{name} {version}" for name, version in versions.items()]
+        notice = [ABOUT.format(self.side), "", *credits, self.names_by, "", *made_of, ""]
+        (folder / NOTICE).write_text("\n".join(notice), encoding="utf-8")
         for name, package in packages.items():
             licenses = folder / "licenses" / name.replace("/", "-")
             licenses.mkdir(parents=True)
@@ -163,7 +165,8 @@ class BuiltinSource(PairSource):
         self._arguments = (origin, split, cache)
         self.name = BUILTIN_PREFIX + split
         table, self._images = origin.read(origin.folder(cache))
-        self.rows, self.credit, column, names = origin.select(split, table)
+        self.rows, column, names = origin.select(split, table)
+        self.credit = "; ".join(dict.fromkeys(map(origin.credit, self.rows)))
         if column:
             self.class_names = tuple(names or sorted({row[column] for row in self.rows}))
             numbers = {name: number for number, name in enumerate(self.class_names)}
