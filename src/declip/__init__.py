@@ -1,8 +1,8 @@
 """declip: contrastive language-image models when pairs are few.
 
-The public names: `finetune`, `train`, `load`, `evaluate`, `compare`, `classify`, `embed`, `Index`, `export`, `Columns`,
-`PairBatch`, `Recipe`, `load_recipe`, `Sink`, `Term`, and the package `interchange`. They are imported when they are
-first used, so that ``import declip`` is quick and asks for nothing.
+The public names: `finetune`, `train`, `load`, `evaluate`, `compare`, `choose`, `classify`, `embed`, `Index`, `export`,
+`Columns`, `PairBatch`, `Recipe`, `load_recipe`, `Sink`, `Term`, and the package `interchange`. They are imported when
+they are first used, so that ``import declip`` is quick and asks for nothing.
 """
 
 from importlib import import_module
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from declip.interchange.read import load as load
     from declip.recipe.load import load_recipe as load_recipe
     from declip.recipe.schema import Recipe as Recipe
+    from declip.search.choose import choose as choose
     from declip.search.classify import classify as classify
     from declip.search.embed import embed as embed
     from declip.search.index import Index as Index
@@ -37,6 +38,7 @@ _WHERE = {
     "Sink": "declip.training.sinks",
     "Term": "declip.supervision.term",
     "UserError": "declip.errors",
+    "choose": "declip.search.choose",
     "classify": "declip.search.classify",
     "compare": "declip.api",
     "embed": "declip.search.embed",

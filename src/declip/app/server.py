@@ -1,8 +1,6 @@
 """The server of the app: its routes and pages, and opening or making its index."""
 
-import hashlib
 import logging
-import re
 import socket
 from contextlib import suppress
 from pathlib import Path
@@ -25,14 +23,9 @@ from declip.app.middleware import Guard
 from declip.app.params import LARGEST_UPLOAD, ImageId
 from declip.app.state import AppState, state_of
 from declip.data.pair import printable
-from declip.data.sources.shard_files import absolute
 from declip.errors import UserError
 from declip.evaluation.prompt_sets import prompt_names
-from declip.interchange.read import load
-from declip.search.embed import embed
-from declip.search.index import Index
-from declip.search.info import INFO
-from declip.search.model import fingerprint
+from declip.search.opening import open_or_embed
 
 VIEWS = ("classify", "search", "pairs")
 EXAMPLES = 6  # captions of the index that a page offers to begin with
@@ -106,20 +99,8 @@ def _answer_error(request: Request, error: Exception) -> Response:
 def open_state(
     model: str, source: str, folder: Path | None = None, *, device: str = "auto", progress: bool = False
 ) -> AppState:
-    """Open an index, or embed a source into one first; later calls embed only what is new.
-
-    The folder of a source's index is by default below "indices", another one for each source and model.
-    """
-    if (Path(source).expanduser() / INFO).is_file():
-        if folder is not None:
-            raise UserError(f"'{source}' is an index already, so --index '{folder}' is not used. Remove it.")
-        index = Index.open(source, model=model, device=device)
-    else:
-        loaded = load(model, device)
-        digest = hashlib.sha256(f"{fingerprint(loaded)} {absolute(source)}".encode("utf-8", "surrogateescape"))
-        name = re.sub(r"[^A-Za-z0-9]+", "-", Path(source).name.removeprefix("builtin:")).strip("-") or "source"
-        out = folder or Path("indices") / f"{name[:40]}-{digest.hexdigest()[:8]}"
-        index = embed(loaded, source, out=out, captions=True, loaded_from=model, progress=progress)
+    """Open an index, or embed a source into one first, see `open_or_embed`."""
+    index = open_or_embed(model, source, folder, device=device, progress=progress)
     if not len(index):
         raise UserError(f"The index '{index.folder}' holds no image. Embed some first: declip embed.")
     return AppState(index, model)

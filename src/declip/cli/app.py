@@ -7,6 +7,7 @@ import typer
 
 import declip
 from declip.cli import cache, data, recipes, weights
+from declip.cli.choose import choose
 from declip.cli.classify import classify
 from declip.cli.compare import compare
 from declip.cli.evaluate import evaluate
@@ -41,7 +42,7 @@ def _root(
     pass
 
 
-COMMANDS = (finetune, train, evaluate, compare, classify, embed, search, weights.export)
+COMMANDS = (finetune, train, evaluate, compare, choose, classify, embed, search, weights.export)
 for command in COMMANDS:
     app.command()(command)
 

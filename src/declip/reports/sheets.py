@@ -21,8 +21,14 @@ CELL = SIDE + LINES * LINE + GAP
 INK, QUIET, PAPER, FRAME = "#1c2127", "#5b6470", "#fbfaf7", "#d9d5cc"
 
 
-def search_sheet(index: Index, hits: Sequence[Hit], title: str, image: Image.Image | None = None) -> Image.Image:
-    """Draw the hits of a search, best first, each with its score and its caption or key.
+def search_sheet(
+    index: Index,
+    hits: Sequence[Hit],
+    title: str,
+    image: Image.Image | None = None,
+    order: str = "the most similar first",
+) -> Image.Image:
+    """Draw the hits of a search, each with its score and its caption or key.
 
     DejaVu Sans, which matplotlib ships, lacks the scripts of East and South Asia. `image` is that of the query, if any.
     """
@@ -33,7 +39,7 @@ def search_sheet(index: Index, hits: Sequence[Hit], title: str, image: Image.Ima
     if image is not None:
         _paste(paper, pen, image, MARGIN, MARGIN, HEAD - GAP)
         left += HEAD
-    text = f"{len(hits):,} of {len(index):,} images of {index.info.source.name}, the most similar first"
+    text = f"{len(hits):,} of {len(index):,} images of {index.info.source.name}, {order}"
     pen.text((left, MARGIN - 1), shown(title, 80), INK, large)
     pen.text((left, MARGIN + 27), shown(text), QUIET, small)
     for place, hit in enumerate(hits):

@@ -1,0 +1,72 @@
+"""The command ``declip choose``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from declip.cli.options import (
+    BatchSize,
+    CaptionColumn,
+    Device,
+    ImageColumn,
+    ImageRoot,
+    Quiet,
+    check_model,
+    check_source,
+    file,
+    say,
+)
+from declip.data.columns import Columns
+from declip.io.atomic import atomic_write
+from declip.reports.page import check_writable
+
+
+def choose(
+    images: Annotated[str, typer.Argument(help="a folder of images, a table, or an index")],
+    model: Annotated[str, typer.Option(help="a run folder, a checkpoint, a weights file, or open_clip:MODEL/TAG")],
+    out: Annotated[Path, file("table to write, with an empty column of captions")],
+    count: Annotated[int, typer.Option(min=1, help="number of images")] = 200,
+    have: Annotated[str | None, typer.Option(metavar="PAIRS", help="pairs that you have: like chosen images")] = None,
+    index: Annotated[Path | None, file("folder of the index; default: in indices/", metavar="DIR")] = None,
+    sheet_out: Annotated[Path | None, file("also write a contact sheet as PNG", "--contact-sheet")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="of the sample of more than 20,000 images")] = 0,
+    batch_size: BatchSize = 256,
+    workers: Annotated[int, typer.Option(min=0, help="processes that read images; 0 reads in this one")] = 0,
+    image_column: ImageColumn = "image",
+    caption_column: CaptionColumn = "caption",
+    image_root: ImageRoot = None,
+    device: Device = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Choose the images to caption next, by their features alone; every beginning of the list is a good choice."""
+    # Before torch is imported, which takes seconds.
+    check_model(model)
+    check_source(images, "IMAGES")
+    if have is not None:
+        check_source(have, "--have")
+    check_writable((out, sheet_out))
+    from declip.search.choose import choose as run_choice
+
+    choice = run_choice(
+        model,
+        images,
+        count,
+        have=have,
+        out=out,
+        index=index,
+        columns=Columns(image_column, caption_column or None, root=image_root),
+        device=device,
+        seed=seed,
+        batch_size=batch_size,
+        workers=workers,
+        progress=not quiet,
+    )
+    say(f"{choice.summary()}\nWritten: {out}")
+    if sheet_out is not None:
+        from declip.reports.sheets import search_sheet
+
+        drawn = search_sheet(choice.index, choice.images, f"The first to caption: {out.name}", order="in their order")
+        with atomic_write(sheet_out, "choose another file with --contact-sheet") as target:
+            drawn.save(target, "PNG")
+        say(f"Written: {sheet_out}")

@@ -1,0 +1,140 @@
+"""Choose the images to caption next: those to whose features most of the others are near."""
+
+import csv
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from declip.data.columns import DEFAULT, Columns
+from declip.data.exclude import FORMULA
+from declip.data.images.decode import EXTENSIONS
+from declip.data.pair import PairSource, SkipCounter
+from declip.data.sources.python_items import Items
+from declip.data.sources.stored_paths import resolve
+from declip.errors import UserError, check_range
+from declip.evaluation.encode import Encoder
+from declip.io.atomic import atomic_write
+from declip.io.text import percent
+from declip.search.facility_location import facility_location
+from declip.search.index import Hit, Index
+from declip.search.opening import open_or_embed
+
+MOST = 20_000
+"""Images among which is chosen: of more, a random sample, of which 200 are chosen as well as of a million."""
+SAMPLED = 10  # images of the sample for each one to choose, if that is more
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Images in the order in which to caption them; the score of each is the coverage with it and all before it."""
+
+    images: list[Hit]
+    index: Index
+    known: int  # images with captions that were given
+    compared: int  # images among which was chosen
+
+    def summary(self) -> str:
+        """What the images cover, and what was left out."""
+        total, chosen = len(self.index), len(self.images)
+        sample = f"a random sample of {self.compared:,} of " if self.compared < total else ""
+        steps = dict.fromkeys(max(1, chosen * part // 4) for part in (1, 2, 4))
+        covered = ", ".join(f"{percent(self.images[step - 1].score)} with {step:,}" for step in steps)
+        lines = [f"{chosen:,} images of {sample}{total:,}, {self.known:,} captioned before; covered: {covered}"]
+        return "\n".join(lines + [f"Left out: {line}" for line in self.skipped.lines()])
+
+    @property
+    def skipped(self) -> SkipCounter:
+        """Images that could not be read."""
+        return SkipCounter.from_dict(self.index.info.skipped)
+
+    def write(self, out: Path) -> None:
+        """Write a table with a row for each image and an empty column for its caption."""
+        with (
+            atomic_write(out, "choose another path with --out") as target,
+            target.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
+        ):
+            table = csv.writer(file)
+            table.writerow(["image", "caption", "coverage"])
+            table.writerows([image_cell(self.index, hit.id, out.parent), "", f"{hit.score:.4f}"] for hit in self.images)
+
+
+def choose(
+    model: str | Path | Encoder,
+    images: str | Path | PairSource | Items,
+    count: int = 200,
+    *,
+    have: str | Path | None = None,
+    out: str | Path | None = None,
+    index: str | Path | None = None,
+    columns: Columns = DEFAULT,
+    device: str = "auto",
+    seed: int = 0,
+    batch_size: int = 256,
+    workers: int = 0,
+    progress: bool = False,
+) -> Choice:
+    """Choose the images of a source to caption next, in an order whose every beginning is a good choice.
+
+    Images that look like others that were captioned before, or chosen, come last; near-duplicates of them never.
+
+    Args:
+        images: The folder of an index, or what `declip.embed` embeds.
+        have: A source of pairs by its path: its images with captions count as chosen from the start.
+        out: A .csv file to write, with the columns image, caption (empty) and coverage.
+        index: The folder of the images' index; by default one below "indices", which `declip app` uses too.
+        seed: Of the sample, if there are more than `MOST` images.
+    """
+    check_range("count", count, 1)
+    path = None if out is None else Path(out).expanduser()
+    if path is not None and (path.suffix.lower() != ".csv" or path.is_dir()):
+        raise UserError(
+            f"The chosen images are written to a .csv file, not to '{out}'. Choose another path with --out."
+        )
+    options = {"columns": columns, "device": device, "batch_size": batch_size, "workers": workers}
+    opened = open_or_embed(model, images, index, progress=progress, **options)
+    if path is not None:
+        image_cell(opened, int(opened.ids[0]), path.parent)  # raises before an hour's work
+    known = torch.empty(0, opened.info.dimension)
+    if have is not None:
+        pairs = open_or_embed(opened.model, have, progress=progress, **{**options, "columns": DEFAULT})
+        known = captioned_vectors(pairs)
+    choice = choose_from(opened, count, known, seed)
+    if path is not None:
+        choice.write(path)
+    return choice
+
+
+def choose_from(index: Index, count: int, known: Tensor, seed: int = 0) -> Choice:
+    """Choose images of an index, `known` (m, d) being the vectors of those with captions."""
+    ids, most = index.ids, max(MOST, SAMPLED * count)
+    if len(ids) > most:
+        ids = np.sort(np.random.default_rng(seed).choice(ids, most, replace=False))
+    found = facility_location(index.vectors(ids), known, count)
+    hits = [Hit(**vars(index.row(int(ids[row]))), score=coverage) for row, coverage in found]
+    if not hits:
+        raise UserError(f"All {len(ids):,} images are near-duplicates of those with captions: there is none to choose.")
+    return Choice(hits, index, len(known), len(ids))
+
+
+def captioned_vectors(index: Index) -> Tensor:
+    """(m, d), the vectors of the images of an index that have captions."""
+    captioned = [bool(captions) for captions in index.captions()]
+    return index.vectors(index.ids[np.array(captioned, dtype=bool)])
+
+
+def image_cell(index: Index, id: int, folder: Path) -> str:
+    """The path of an image as a table in `folder` names it: relative where both are below the working directory."""
+    path = resolve(index.row(id).origin.path, index.folder)
+    if not path.lower().endswith(EXTENSIONS):
+        raise UserError(
+            f"The images of '{index.info.source.name}' have no files that a table could name. Give a folder of images, "
+            "or call declip.choose without `out`, which returns their keys."
+        )
+    project, place = os.getcwd(), str(folder.resolve())
+    if all(os.path.isabs(one) and os.path.commonpath([one, project]) == project for one in (path, place)):
+        path = os.path.relpath(path, place)
+    return os.path.join(os.curdir, path) if FORMULA.match(path) or path.startswith("~") else path
