@@ -90,7 +90,7 @@ def test_the_table_is_one_of_pairs_once_it_has_captions(
     made = command(*words, "lists/first.csv", "--contact-sheet", "sheet.png")
     assert (made.status, "captioned before" in made.out) == (0, True), made.err
     assert Image.open("sheet.png").width > 1000
-    rows = list(csv.DictReader(Path("lists/first.csv").open()))
+    rows = list(csv.DictReader(Path("lists/first.csv").read_text().splitlines()))
     keys = [Path(row["image"]).name for row in rows]
     assert keys == [hit.key for hit in declip.choose(weights_file, folder, 24).images]
     assert {row["caption"] for row in rows} == {""}
@@ -119,8 +119,8 @@ def test_wrong_input(model: DualEncoder, folder: Path, tmp_path: Path, command: 
         declip.choose(model, folder, out=tmp_path / "x.txt", index=tmp_path / "index")
     with pytest.raises(UserError, match="count"):
         declip.choose(model, folder, 0)
+    items = [Image.open(folder / "red-bar.png")]
     with pytest.raises(UserError, match="keys"):
-        items = [Image.open(folder / "red-bar.png")]
         declip.choose(model, items, 1, index=tmp_path / "items", out=tmp_path / "x.csv")
     refused = command("choose", folder, "--model", weights_file, "--out", tmp_path / "x.csv", "--have", "gone.csv")
     assert (refused.status, "--have" in refused.err) == (2, True)
