@@ -29,7 +29,7 @@ SAMPLED = 10  # images of the sample for each one to choose, if that is more
 
 
 @dataclass(frozen=True)
-class Choice:
+class ChosenImages:
     """Images in the order in which to caption them; the score of each is the coverage with it and all before it."""
 
     images: list[Hit]
@@ -76,7 +76,7 @@ def choose(
     batch_size: int = 256,
     workers: int = 0,
     progress: bool = False,
-) -> Choice:
+) -> ChosenImages:
     """Choose the images of a source to caption next, in an order whose every beginning is a good choice.
 
     Images that look like others that were captioned before, or chosen, come last; near-duplicates of them never.
@@ -108,7 +108,7 @@ def choose(
     return choice
 
 
-def choose_from(index: Index, count: int, known: Tensor, seed: int = 0) -> Choice:
+def choose_from(index: Index, count: int, known: Tensor, seed: int = 0) -> ChosenImages:
     """Choose images of an index, `known` (m, d) being the vectors of those with captions."""
     ids, most = index.ids, max(MOST, SAMPLED * count)
     if len(ids) > most:
@@ -117,7 +117,7 @@ def choose_from(index: Index, count: int, known: Tensor, seed: int = 0) -> Choic
     hits = [Hit(**vars(index.row(int(ids[row]))), score=coverage) for row, coverage in found]
     if not hits:
         raise UserError(f"All {len(ids):,} images are near-duplicates of those with captions: there is none to choose.")
-    return Choice(hits, index, len(known), len(ids))
+    return ChosenImages(hits, index, len(known), len(ids))
 
 
 def captioned_vectors(index: Index) -> Tensor:
