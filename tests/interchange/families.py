@@ -95,13 +95,7 @@ PREPARED = {
     "mobileclip2": {"mean": [0.0] * 3, "std": [1.0] * 3, "interpolation": "bilinear"},
     "pe-core": {"interpolation": "bilinear", "resize_mode": "squash"},
 }
-FAMILIES = (*OPEN_CLIP, "transformers-siglip")
-
-
-def saved(family: str, folder: Path) -> tuple[str, Any]:
-    """Write a family's folder; give the name by which it is loaded, and the library's model."""
-    torch.manual_seed(5)
-    return (_siglip if family.startswith("transformers") else _open_clip)(family, folder)
+FAMILIES = tuple(OPEN_CLIP)
 
 
 def _spread(model: torch.nn.Module) -> torch.nn.Module:
@@ -116,8 +110,11 @@ def _spread(model: torch.nn.Module) -> torch.nn.Module:
     return model.eval()
 
 
-def _open_clip(family: str, folder: Path) -> tuple[str, Any]:
+def saved(family: str, folder: Path) -> tuple[str, Any]:
+    """Write a family's folder; give the name by which it is loaded, and the library's model."""
     import open_clip
+
+    torch.manual_seed(5)
 
     config = json.loads(json.dumps(OPEN_CLIP[family]))
     folder.mkdir(parents=True)
@@ -140,18 +137,6 @@ def _open_clip(family: str, folder: Path) -> tuple[str, Any]:
     return f"open_clip:local-dir:{folder}", model
 
 
-def _siglip(family: str, folder: Path) -> tuple[str, Any]:
-    import transformers
-
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-    text = {**sizes, "vocab_size": 60, "max_position_embeddings": 12, "pad_token_id": 0, "projection_size": 32}
-    vision = {**sizes, "patch_size": 8, "image_size": 32}
-    model: Any = _spread(transformers.SiglipModel(transformers.SiglipConfig(text_config=text, vision_config=vision)))
-    model.save_pretrained(folder)
-    _tokenizer(folder, "SiglipTokenizer")
-    return str(folder), model
-
-
 def _tokenizer(folder: Path, kind: str) -> None:
     """A unigram tokenizer like SigLIP's, which puts its end behind a text and pads with another id."""
     library = Tokenizer(models.Unigram())
@@ -166,11 +151,7 @@ def _tokenizer(folder: Path, kind: str) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
-def features(family: str, model: Any, pixels: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def features(model: Any, pixels: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The library's own features of images and captions."""
     with torch.no_grad():
-        if not family.startswith("transformers"):
-            return model.encode_image(pixels, normalize=True), model.encode_text(tokens, normalize=True)
-        found = (model.get_image_features(pixel_values=pixels), model.get_text_features(input_ids=tokens))
-        images, texts = (torch.nn.functional.normalize(each.pooler_output, dim=-1) for each in found)
-        return images, texts
+        return model.encode_image(pixels, normalize=True), model.encode_text(tokens, normalize=True)

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 from tokenizers import Tokenizer
 
 import declip
@@ -33,7 +32,6 @@ from declip.supervision.objective import Objective
 from declip.training.assemble import assemble
 from declip.training.trainer import Trainer
 from interchange.families import CAPTIONS, FAMILIES, features, saved
-from interchange.test_export import run_card
 from interchange.towers import export_exactly, pictures
 from training.starts import moved, same_end, state
 
@@ -66,9 +64,7 @@ def tuned(table: Path, weights: str, **keys: Any) -> Recipe:
 
 
 @every_family
-def test_features_equal_the_librarys_and_the_export_goes_back(
-    family: str, families: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_features_equal_the_librarys_and_the_export_goes_back(family: str, families: Any, tmp_path: Path) -> None:
     weights, library = families[family]
     model = weights.check().build().eval()
     assert isinstance(model.image_tower, WrappedImageTower)
@@ -77,37 +73,17 @@ def test_features_equal_the_librarys_and_the_export_goes_back(
         ours = model.encode_image(pixels), model.encode_text(tokens)
         short = tokens[:1, :8] if (tokens[0, 8:] == model.tokenizer.padding).all() else tokens[:1]
         torch.testing.assert_close(model.encode_text(short), ours[1][:1], atol=1e-5, rtol=0)
-    theirs = features(family, library, pixels, tokens)
+    theirs = features(library, pixels, tokens)
     differences = [float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True)]
     assert max(differences) < 1e-5
-    form = "huggingface" if family.startswith("transformers") else "open_clip"
     print(f"\n{family}: images {differences[0]:.1e}, texts {differences[1]:.1e}")
-    again = read(str(export_exactly(model, form, tmp_path / "out"))).build().eval()
+    again = read(str(export_exactly(model, "open_clip", tmp_path / "out"))).build().eval()
     assert torch.equal(again.tokenize(CAPTIONS), tokens)
     torch.testing.assert_close(again.encode_text(tokens), ours[1], atol=1e-5, rtol=0)
     torch.testing.assert_close(again.preprocess(pictures()[1:4]), pixels, atol=0, rtol=0)
-    if form == "huggingface":
-        assert_same_probabilities(model, tmp_path / "out")
-        run_card(tmp_path / "out", monkeypatch, capfd)
 
 
-def assert_same_probabilities(model: Any, folder: Path) -> None:
-    """Compare with what transformers makes by itself of square images."""
-    import transformers
-
-    images = [picture.resize((40, 40)) for picture in pictures()[1:4]]
-    processor = transformers.AutoProcessor.from_pretrained(folder, backend="pil")
-    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
-    inputs = tokenizer(CAPTIONS[:1], padding="max_length", truncation=True, return_tensors="pt")
-    inputs |= processor.image_processor(images, return_tensors="pt")
-    with torch.no_grad():
-        found = transformers.AutoModel.from_pretrained(folder).eval()(**inputs).logits_per_image.sigmoid()
-        pair = model.encode_image(model.preprocess(images)), model.encode_text(model.tokenize(CAPTIONS[:1]))
-        expected = (model.logit_scale.exp() * pair[0] @ pair[1].T + model.logit_bias).sigmoid()
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("family", FAMILIES if os.environ.get("DECLIP_ONNX") else ["transformers-siglip"])
+@pytest.mark.parametrize("family", FAMILIES if os.environ.get("DECLIP_ONNX") else ["siglip2"])
 def test_onnx_gives_the_same_features_at_any_batch_and_length(family: str, families: Any, tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
@@ -150,7 +126,7 @@ def test_every_parameter_has_a_gradient_and_a_layer(family: str, files: dict[str
     assert not any("proj.weight" in n and "patch_embed" not in n for n in stem)
 
 
-@pytest.mark.parametrize("family", ["siglip2", "mobileclip2", "transformers-siglip"])  # timm, batch norm, transformers
+@pytest.mark.parametrize("family", ["siglip2", "mobileclip2"])  # timm, batch norm
 def test_training_moves_every_parameter_and_resumes_to_the_bit(
     family: str, files: dict[str, str], table: Path, tmp_path: Path
 ) -> None:
@@ -166,7 +142,7 @@ def test_training_moves_every_parameter_and_resumes_to_the_bit(
     same_end(tmp_path / "whole", tmp_path / "parts")
 
 
-@pytest.mark.parametrize("family", ["mobileclip2", "coca", "xlm-roberta", "transformers-siglip"])
+@pytest.mark.parametrize("family", ["mobileclip2", "coca", "xlm-roberta"])
 def test_a_run_with_adapters_is_merged_when_it_is_loaded(
     family: str, files: dict[str, str], table: Path, tmp_path: Path
 ) -> None:
@@ -192,7 +168,7 @@ def test_a_run_with_adapters_is_merged_when_it_is_loaded(
     assert max(differences) < 1e-5
 
 
-LENGTHS = {"eva": 6, "coca": 20, "biomedclip": 24, "transformers-siglip": 20}
+LENGTHS = {"eva": 6, "coca": 20, "biomedclip": 24}
 
 
 @pytest.mark.parametrize("family", LENGTHS)
@@ -213,8 +189,7 @@ def test_positions_are_stretched_or_cut(family: str, families: Any, table: Path,
     kept = declip_file.read_part(str(tmp_path / "run" / KEPT)).check()  # what a resumed run starts from
     assert kept.fit(recipe).text.context_length == tokens.shape[1] == length
     assert not moved(own, kept.build().state_dict())
-    form = "huggingface" if "transformers" in family else "open_clip"
-    again = declip.load(export_exactly(model, form, tmp_path / "out"), device="cpu")
+    again = declip.load(export_exactly(model, "open_clip", tmp_path / "out"), device="cpu")
     assert isinstance(again, DualEncoder)
     assert torch.equal(again.tokenize(CAPTIONS), tokens)
     torch.testing.assert_close(again.encode_text(tokens), model.encode_text(tokens), rtol=0, atol=1e-5)
@@ -241,37 +216,11 @@ def test_losses_that_need_more_than_a_tower_gives_are_refused(families: Any, tab
 
 
 def test_a_tokenizer_that_is_missing_is_one_error(families: Any, tmp_path: Path) -> None:
-    for family in ("siglip2", "transformers-siglip"):
-        folder = shutil.copytree(
-            Path(families[family][0].origin.removeprefix("open_clip:local-dir:")), tmp_path / family
-        )
-        for file in folder.glob("*token*"):
-            file.unlink()
-        with pytest.raises(UserError, match=r"tokenizer\.json"):
-            read(str(folder))
-
-
-def test_siglips_preparation_is_read_where_transformers_5_writes_it(families: Any, tmp_path: Path) -> None:
-    folder = shutil.copytree(families["transformers-siglip"][0].origin, tmp_path / "siglip")
-    given = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.3, 0.2, 0.1], "resample": 2}
-    (folder / "preprocessor_config.json").write_text(json.dumps({**given, "image_mean": [0.5, 0.5, 0.5]}))
-    (folder / "processor_config.json").write_text(json.dumps({"image_processor": given}))
-    prepare = declip.load(folder, device="cpu").preprocessor
-    assert (prepare.mean.tolist(), prepare.std.tolist()) == (
-        pytest.approx([0.1, 0.2, 0.3]),
-        pytest.approx([0.3, 0.2, 0.1]),
-    )
-    assert (prepare.filter, prepare.squash) == (Image.Resampling.BILINEAR, True)
-    wrong: dict[str, Any]
-    for wrong, message in (
-        ({"do_normalize": False}, "do_normalize"),
-        ({"rescale_factor": 1 / 127.5}, "0.0078"),
-        ({"size": {"shortest_edge": 32}}, "shortest_edge"),
-        ({"do_center_crop": True}, "crop"),
-    ):
-        (folder / "processor_config.json").write_text(json.dumps({"image_processor": {**given, **wrong}}))
-        with pytest.raises(UserError, match=message):
-            read(str(folder))
+    folder = shutil.copytree(families["siglip2"][0].origin.removeprefix("open_clip:local-dir:"), tmp_path / "siglip2")
+    for file in folder.glob("*token*"):
+        file.unlink()
+    with pytest.raises(UserError, match=r"tokenizer\.json"):
+        read(str(folder))
 
 
 def test_a_strangers_configuration_opens_no_file_and_no_address(families: Any) -> None:

@@ -115,7 +115,7 @@ CONFIG, PICTURES, WORDS = "config.json", "preprocessor_config.json", "tokenizer.
 @pytest.mark.parametrize(
     ("file", "change", "message"),
     [
-        (CONFIG, sets(model_type="blip"), "'blip'.* clip, "),
+        (CONFIG, sets(model_type="siglip"), "'siglip'.*clip; .*hf-hub:timm"),
         (CONFIG, sets("vision_config", layer_norm_eps=1e-6), r"vision_config.*eps is 1e-06"),
         (CONFIG, sets("text_config", intermediate_size=96), "intermediate_size is 96.*128"),
         (CONFIG, sets("text_config", eos_token_id=5), "eos_token_id is 5.*813 or 2"),

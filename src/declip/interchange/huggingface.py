@@ -1,4 +1,4 @@
-"""Read and write folders of transformers' `CLIPModel` and `CLIPProcessor`; read and write SigLIP."""
+"""Read and write folders of transformers' `CLIPModel` and `CLIPProcessor`."""
 
 import json
 import math
@@ -17,12 +17,11 @@ from declip.interchange.layouts import TO_CLIP_VIT, Refusal, Reread, clip_text_t
 from declip.interchange.open_clip_model import CONFIG as OPEN_CLIP_CONFIG
 from declip.interchange.tokenizer_files import backend, write_tokenizer
 from declip.interchange.weights import Weights, check_layers
-from declip.interchange.wrapped_weights import express_wrapped, read_json, read_preprocessing, read_siglip, wrapped_in
+from declip.interchange.wrapped_weights import wrapped_in
 from declip.io.atomic import save_tensors
 from declip.io.text import one_line
 from declip.models.dual_encoder import DualEncoder
 from declip.models.hf_encoder import as_user_error
-from declip.models.wrapped import WrappedImageTower
 from declip.recipe.load import load_recipe
 
 LIBRARY = "transformers"
@@ -64,30 +63,27 @@ def matches(where: str) -> bool:
 
 
 def read(where: str) -> Weights:
-    """Read a folder of `CLIPModel`, without transformers; towers of `SiglipModel` are wrapped.
+    """Read a folder of `CLIPModel`, without transformers.
 
     The vocabulary in tokenizer.json must be CLIP's, or that of its first merges, as in exports of declip.
     """
-    folder, kind = Path(where).expanduser(), "CLIPModel"
+    folder = Path(where).expanduser()
     try:
-        config = read_json(folder / CONFIG)
-        if config.get("model_type") == "siglip":
-            kind = "SiglipModel"
-            return read_siglip(folder, config, _read_weights(folder), where)
-        keys, weights = _keys(folder, config), _read_weights(folder)
+        keys, weights = _keys(folder, _read_json(folder / CONFIG)), _read_weights(folder)
         check_layers(keys, len(weights), CONFIG)
         recipe = load_recipe("clip", {"name": "from-huggingface", **keys})
         return layouts.from_layout(recipe, layouts.TRANSFORMERS, weights, where)
     except Exception as error:  # wrong files raise any class
         name = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         reason = f"{name}{one_line(error, 400)}".rstrip(".")
-        raise UserError(f"'{where}' cannot be read as transformers' {kind}: {reason}.") from error
+        raise UserError(f"'{where}' cannot be read as transformers' CLIPModel: {reason}.") from error
 
 
 def _keys(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """Recipe keys of a configuration."""
     if (kind := config.get("model_type")) != "clip":
-        raise UserError(f"its model_type is {kind!r}; supported: clip, siglip")
+        others = "others, such as SigLIP, through open_clip: hf-hub:timm/ViT-B-16-SigLIP2"
+        raise UserError(f"its model_type is {kind!r}; supported: clip; {others}")
     # Early releases wrote each section by a second name too, which takes precedence.
     text, vision = (config.get(f"{name}_dict") or config.get(name) or {} for name in ("text_config", "vision_config"))
     for name, section in (("text_config", text), ("vision_config", vision)):
@@ -121,7 +117,8 @@ def _expect(key: str, value: Any, *allowed: Any) -> None:
 
 def _preprocessing(folder: Path, side: int) -> dict[str, Any]:
     """Image preprocessing, which must be CLIP's."""
-    given = read_preprocessing(folder)
+    # Like transformers 5, prefer processor_config.json to the older file.
+    given = _read_json(folder / PROCESSOR).get("image_processor") or _read_json(folder / PREPROCESSOR)
     if not given:
         raise UserError(f"there is neither {PREPROCESSOR} nor an image_processor in {PROCESSOR}")
     kind = given.get("image_processor_type") or given.get("feature_extractor_type") or "CLIP"
@@ -152,6 +149,11 @@ def _read_tokenizer(file: Path) -> Tokenizer:
     raise UserError(f"{file.name} is not CLIP's tokenizer, or one with its first merges")
 
 
+def _read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON file; a missing one is empty."""
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
 def _read_weights(folder: Path) -> dict[str, Tensor]:
     if not (folder / FILE).is_file():
         raise UserError(f"there is no {FILE} in the folder; other files are not read: save it as one safetensors file")
@@ -160,10 +162,8 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
 
 def express(model: DualEncoder) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Build the configuration and tensors of `CLIPModel`."""
-    if (wrapped := wrapped_in(model)) is not None:
-        if wrapped.library != "transformers":
-            raise Refusal("its towers are open_clip's")
-        return express_wrapped(model)
+    if wrapped_in(model) is not None:
+        raise Refusal("its towers are open_clip's")
     text, keys = clip_text_tower(model), layouts.clip_keys(model.image_tower)
     if keys is None or "num_heads" not in keys["image.model_kwargs"]:
         kind = type(model.image_tower.trunk).__name__
@@ -178,13 +178,10 @@ def express(model: DualEncoder) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def write(model: DualEncoder, folder: Path) -> None:
     """Write config.json, model.safetensors, preprocessor_config.json and the tokenizer's files."""
     config, tensors = express(model)
-    image, siglip = model.recipe.image, wrapped_in(model) is not None  # type: ignore[union-attr]
-    name, square = "Siglip" if siglip else "CLIP", {"height": image.size, "width": image.size}
-    sizes: dict[str, Any] = {"size": {"shortest_edge": image.size}, "crop_size": square}
-    if siglip:
-        sizes = {"size": square, "crop_size": None, "do_center_crop": False}
+    image = model.recipe.image  # type: ignore[union-attr]
+    sizes = {"size": {"shortest_edge": image.size}, "crop_size": {"height": image.size, "width": image.size}}
     preprocessor = {
-        **{"image_processor_type": f"{name}ImageProcessor", "processor_class": f"{name}Processor"},
+        **{"image_processor_type": "CLIPImageProcessor", "processor_class": "CLIPProcessor"},
         **{"do_convert_rgb": True, **PREPROCESSING, **sizes, "resample": model.preprocessor.filter.value},
         **{"image_mean": list(image.mean), "image_std": list(image.std)},
     }
@@ -200,12 +197,8 @@ def reread(folder: Path) -> Reread:
 
     with as_user_error(f"transformers cannot read '{folder}'"):
         model = transformers.AutoModel.from_pretrained(folder, local_files_only=True).eval()
-    by, kind = f"transformers {transformers.__version__}", model.config.model_type
-    if kind == "siglip":
-        image = WrappedImageTower(model.vision_model, kind, model.config.vision_config.hidden_size)
-        return Reread(by, image.pool, lambda tokens: model.text_model(input_ids=tokens).pooler_output)
     return Reread(
-        by,
+        f"transformers {transformers.__version__}",
         lambda pixels: model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output),
         lambda tokens: model.text_projection(model.text_model(input_ids=tokens).pooler_output),
     )

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from declip.data.text.wrapped_tokenizer import WrappedTokenizer
 from declip.errors import UserError
 from declip.interchange.layouts import Refusal, Reread
-from declip.interchange.tokenizer_files import CLEANING, backend
+from declip.interchange.tokenizer_files import backend
 from declip.io.quiet import quiet
 from declip.io.text import one_line
 from declip.models.dual_encoder import DualEncoder, has_text
@@ -75,8 +75,8 @@ def write(model: DualEncoder, folder: Path) -> None:
         tokenizer = model.tokenizer
         names = {"file": TEXT, "input": "input_ids", "output": "text_embeds", "tokenizer": TOKENIZER}
         about["text"] = names | {name: getattr(tokenizer, name) for name in ("context", "start", "end", "padding")}
-        clean = "" if getattr(tokenizer, "clip", None) else getattr(tokenizer, "stored", {}).get("clean", "")
-        about["text"]["clean"] = "" if clean in CLEANING else clean  # tokenizer.json includes the others
+        clip = getattr(tokenizer, "clip", None) is not None  # whose tokenizer.json includes the cleaning
+        about["text"]["clean"] = "" if clip else getattr(tokenizer, "stored", {}).get("clean", "")
         tokens = torch.zeros(ROWS, LENGTH, dtype=torch.int64, device=model.device)
         tokens[:, -1] = tokenizer.end
         sizes = {0: batch, 1: torch.export.Dim("length", max=tokenizer.context)}

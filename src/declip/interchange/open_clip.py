@@ -156,8 +156,6 @@ def express(model: DualEncoder, place: str = ".") -> tuple[dict[str, Any], dict[
     image = recipe.image
     # Towers of open_clip go back as they came; CLIP's are renamed.
     if (wrapped := wrapped_in(model)) is not None:
-        if wrapped.library != "open_clip":
-            raise Refusal("its towers are transformers'")
         model_config, tensors = express_wrapped(model)
         if wrapped.encoder is not None:
             model_config["text_cfg"]["hf_model_name"] = place

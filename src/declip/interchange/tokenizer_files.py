@@ -1,10 +1,7 @@
 """Tokenizers as files of Hugging Face, with the same ids in `tokenizers` and transformers."""
 
 import json
-import re
-import string
 from pathlib import Path
-from typing import Any
 
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
@@ -24,15 +21,6 @@ REPLACED = (
 )  # fmt: skip
 """Common replacements of CLIP's cleaning; others of ftfy (broken encodings, ligatures) cannot be represented."""
 
-CLEANING: dict[str, list[Any]] = {
-    "lowercase": [normalizers.Lowercase()],
-    "siglip": [
-        normalizers.Lowercase(), normalizers.Replace(Regex(f"[{re.escape(string.punctuation)}]"), ""),
-        normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip(),
-    ],
-}  # fmt: skip
-"""Cleaning by transformers' tokenizer classes, as normalizers of tokenizer.json."""
-
 
 def backend(tokenizer: CaptionTokenizer) -> Backend:
     """Build an equal tokenizer of the `tokenizers` library: start, word ids, end, truncated to the context."""
@@ -40,8 +28,6 @@ def backend(tokenizer: CaptionTokenizer) -> Backend:
     if not isinstance(tokenizer, Tokenizer):
         written = Backend.from_str(tokenizer.library.to_str())
         written.enable_truncation(tokenizer.context)
-        if isinstance(tokenizer, WrappedTokenizer) and (steps := CLEANING.get(tokenizer.stored["clean"])):
-            written.normalizer = normalizers.Sequence([*steps, *([written.normalizer] if written.normalizer else [])])
         return written
     # CLIP's: its merges, cleaning and pattern as parts of the library
     model = json.loads(tokenizer.library.to_str())["model"]

@@ -1,30 +1,23 @@
-"""Models with towers of open_clip or transformers: SigLIP, MobileCLIP 2, EVA, PE-Core, the towers of CoCa."""
+"""Models with towers of open_clip: SigLIP, MobileCLIP 2, EVA, PE-Core, the towers of CoCa."""
 
 import copy
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import tokenizers
 import torch
 from torch import Tensor
 
-from declip.data.text.wrapped_tokenizer import WrappedTokenizer
 from declip.errors import UserError
 from declip.interchange.open_clip_model import FOLDER, PREFIX, OpenClipModel
 from declip.interchange.weights import Weights, check_layers, check_memory
 from declip.models.dual_encoder import DualEncoder
-from declip.models.hf_encoder import as_user_error
 from declip.models.layers import IMAGE, TEXT
 from declip.models.wrapped import WrappedImageTower, WrappedModel, WrappedTextTower, library_state, plain
 from declip.recipe.load import load_recipe
 
-CLEANING = {"SiglipTokenizer": "siglip", "Siglip2Tokenizer": "lowercase", "GemmaTokenizer": "lowercase"}
-"""Tokenizer classes of transformers → cleaning that is not in tokenizer.json."""
-
-PREFIXES = {"open_clip": ("visual.", "text."), "transformers": ("vision_model.", "text_model.")}
-"""Prefixes of tensors of the image and the text tower in each library."""
+PREFIXES = ("visual.", "text.")
+"""Prefixes of tensors of open_clip's image and text tower."""
 
 
 def wrapped_in(model: DualEncoder) -> WrappedModel | None:
@@ -43,7 +36,6 @@ def wrap_open_clip(opened: OpenClipModel, origin: str) -> Weights:
         raise UserError(f"its images are resized {prepared.resize_mode} to {prepared.size}, not to a square")
     text: Any = getattr(opened.model, "text", None)
     stored = WrappedModel(
-        "open_clip",
         config,
         {"interpolation": prepared.interpolation, "squash": prepared.resize_mode == "squash"},
         _open_clip_tokenizer(opened.tokenizer, config["text_cfg"]),
@@ -55,40 +47,19 @@ def wrap_open_clip(opened: OpenClipModel, origin: str) -> Weights:
         name = next((part.removeprefix("models--") for part in parts if part.startswith("models--")), parts[-1])
     state = convert_to_custom_text_state_dict(opened.model.state_dict())
     image = {"image.size": sides.pop(), "image.mean": list(prepared.mean), "image.std": list(prepared.std)}
-    return _weights(stored, {"name": f"{PREFIX}{name}", **image, "embed_dim": config["embed_dim"]}, state, origin)
+    return _weights(stored, f"{PREFIX}{name}", {**image, "embed_dim": config["embed_dim"]}, state, origin)
 
 
-def read_siglip(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> Weights:
-    """Read a folder of transformers' `SiglipModel`."""
-    import transformers
-
-    with as_user_error(f"'{folder}' has no configuration of SiglipModel"):
-        filled: Any = transformers.SiglipConfig.from_dict(plain(config))
-    text, vision = filled.text_config, filled.vision_config
-    prepared = read_preprocessing(folder)
-    factor, sides = prepared.get("rescale_factor", 1 / 255), prepared.get("size")
-    if abs(factor * 255 - 1) > 1e-4 or prepared.get("do_center_crop") or "shortest_edge" in str(sides):
-        raise UserError(f"its preprocessing is not SigLIP's: crop, resize to {sides}, or rescale by {factor:.4g}")
-    if left_out := [key for key in ("do_resize", "do_rescale", "do_normalize") if prepared.get(key) is False]:
-        raise UserError(f"image preprocessing: {left_out[0]} is False")
-    stored = WrappedModel(
-        "transformers",
-        plain(filled.to_dict()),
-        {"interpolation": {2: "bilinear", 3: "bicubic"}[prepared.get("resample", 3)], "squash": True},
-        _siglip_tokenizer(folder, text.max_position_embeddings, text.pad_token_id),
-    )
-    keys = {"name": "huggingface:siglip", "image.size": vision.image_size, "embed_dim": text.projection_size}
-    keys |= {f"image.{name}": prepared.get(f"image_{name}", [0.5] * 3) for name in ("mean", "std")}
-    return _weights(stored, keys, tensors, where)
-
-
-def _weights(stored: WrappedModel, keys: dict[str, Any], state: Mapping[str, Tensor], origin: str) -> Weights:
-    """Load tensors into modules of the library, and rename them.
+def _weights(
+    stored: WrappedModel, name: str, keys: Mapping[str, Any], state: Mapping[str, Tensor], origin: str
+) -> Weights:
+    """Load tensors into open_clip's modules, and rename them.
 
     Args:
-        keys: Recipe keys: "name" for both towers, and "image.…" and "embed_dim".
+        name: Of both towers in the recipe.
+        keys: Recipe keys "image.…" and "embed_dim".
     """
-    size, embed_dim, name = keys["image.size"], keys["embed_dim"], keys.pop("name")
+    size = keys["image.size"]
     # The configuration may be a stranger's: it is compared with the weights before memory is allocated for it.
     check_layers(stored.sections, len(state), "The configuration")
     with torch.device("meta"):
@@ -96,33 +67,22 @@ def _weights(stored: WrappedModel, keys: dict[str, Any], state: Mapping[str, Ten
     state = {n: t.detach().cpu().float() if t.is_floating_point() else t for n, t in state.items()}
     with torch.random.fork_rng(devices=[]):
         modules = stored.build(size)
-    for prefix, module in zip(PREFIXES[stored.library], modules, strict=True):
+    for prefix, module in zip(PREFIXES, modules, strict=True):
         module.load_state_dict({n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)})
     # Names of the tensors in declip
     tokenizer = stored.build_tokenizer()
     towers = {
-        IMAGE: WrappedImageTower(modules[0], stored.kinds[0], embed_dim),
+        IMAGE: WrappedImageTower(modules[0], stored.kinds[0], keys["embed_dim"]),
         TEXT: WrappedTextTower(modules[1], tokenizer, stored),
     }
     tensors = {f"{start}{n}": t.detach() for start, tower in towers.items() for n, t in tower.state_dict().items()}
     tensors |= {n: state[n].squeeze() for n in ("logit_scale", "logit_bias") if n in state}
-    keys |= {
-        **{"name": f"from-{stored.library.replace('_', '-')}", "image.model": name, "text.hf_model": name},
+    keys = {
+        **{**keys, "name": "from-open-clip", "image.model": name, "text.hf_model": name},
         **{"text.pretrained": False, "text.context_length": tokenizer.context},
         "logit_bias": float(tensors["logit_bias"]) if "logit_bias" in tensors else None,
     }
     return Weights(load_recipe("clip", keys), tensors, origin)
-
-
-def read_preprocessing(folder: Path) -> dict[str, Any]:
-    """Read the image preprocessing; like transformers 5, prefer processor_config.json to the older file."""
-    nested = read_json(folder / "processor_config.json").get("image_processor")
-    return nested or read_json(folder / "preprocessor_config.json")
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON file; a missing one is empty."""
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def _open_clip_tokenizer(tokenizer: Any, text: Mapping[str, Any]) -> dict[str, Any]:
@@ -144,39 +104,18 @@ def _open_clip_tokenizer(tokenizer: Any, text: Mapping[str, Any]) -> dict[str, A
     }
 
 
-def _siglip_tokenizer(folder: Path, context: int, padding: int) -> dict[str, Any]:
-    """Arguments of `WrappedTokenizer`, from tokenizer.json and tokenizer_config.json."""
-    if not (folder / "tokenizer.json").is_file():
-        raise UserError("it has no tokenizer.json; save its tokenizer with transformers")
-    definition = (folder / "tokenizer.json").read_text(encoding="utf-8")
-    config = read_json(folder / "tokenizer_config.json")
-    pad = config.get("pad_token")
-    if pad is not None:
-        token = pad if isinstance(pad, str) else pad["content"]
-        padding = tokenizers.Tokenizer.from_str(definition).get_vocab()[token]
-    clean = CLEANING.get(str(config.get("tokenizer_class")).removesuffix("Fast"), "")
-    arguments: dict[str, Any] = {"definition": definition, "context": context, "padding": padding, "clean": clean}
-    if not WrappedTokenizer(**arguments).encode(""):
-        raise UserError("its tokenizer.json adds no end token to a text")
-    return arguments
-
-
 def express_wrapped(model: DualEncoder) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Build the configuration and tensors of the library for a model with wrapped towers."""
+    """Build open_clip's configuration and tensors for a model with wrapped towers."""
     stored, recipe = wrapped_in(model), model.recipe
     assert stored is not None, "asked of a wrapped model"
     assert recipe is not None, "a model without one was refused"
     tensors = {
         f"{prefix}{name}": tensor
-        for prefix, tower in zip(PREFIXES[stored.library], (model.image_tower, model.text_tower), strict=True)
+        for prefix, tower in zip(PREFIXES, (model.image_tower, model.text_tower), strict=True)
         for name, tensor in library_state(tower, tower.state_dict()).items()  # type: ignore[arg-type]
     }
     tensors |= {name: t for name, t in model.state_dict().items() if name.startswith("logit_")}
     config = copy.deepcopy(dict(stored.config))
-    if stored.library == "transformers":
-        tensors |= {name: tensors[name].reshape(1) for name in ("logit_scale", "logit_bias")}
-        config["vision_config"]["image_size"] = recipe.image.size
-        return config, tensors
     config["custom_text"] = True
     if model.logit_bias is not None:
         config.setdefault("init_logit_bias", -10)

@@ -24,7 +24,7 @@ WRAPPED_STEM = re.compile(
     r"^trunk\.(?:transformer\.)?(?:conv\d|bn\d|ln_pre|\w+_embedding|cls_emb|embeddings|embed_\w+|layernorm_embedding)"
 )
 WRAPPED_BLOCK = re.compile(r"^trunk\.(?:\w+\.)*?(?:resblocks|layers|layer\d?|blocks?)\.\d+\.")
-"""The same of modules of open_clip and transformers."""
+"""The same of modules of open_clip, and of transformers inside them."""
 
 
 def depths(model: DualEncoder) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Models whose towers are open_clip's or transformers' own modules, with their configuration kept with the weights.
+"""Models whose towers are open_clip's own modules, with their configuration kept with the weights.
 
 Parameters keep the names that they have there. No code from a configuration is run, and no file or address in it is
 opened.
@@ -28,10 +28,9 @@ from declip.recipe.schema import Recipe
 
 @dataclass(frozen=True)
 class WrappedModel:
-    """A model of another library without its weights."""
+    """A model of open_clip without its weights."""
 
-    library: str  # "open_clip" or "transformers"
-    config: Mapping[str, Any]  # open_clip's "model_cfg", or transformers' config.json
+    config: Mapping[str, Any]  # "model_cfg"
     image: Mapping[str, Any]  # "interpolation" and "squash", see `declip.data.images.preprocess.Preprocess`
     tokenizer: Mapping[str, Any]  # arguments of `WrappedTokenizer`
     encoder: Mapping[str, Any] | None = None  # configuration of a Hugging Face text encoder inside open_clip's model
@@ -49,21 +48,17 @@ class WrappedModel:
         """Give the same model for captions of another length in tokens."""
         if length == self.tokenizer["context"]:
             return self
-        keys = {"open_clip": ("text_cfg", "context_length"), "transformers": ("text_config", "max_position_embeddings")}
-        section, key = keys[self.library]
-        config = {**self.config, section: {**self.config[section], key: length}}
+        config = {**self.config, "text_cfg": {**self.config["text_cfg"], "context_length": length}}
         return replace(self, config=config, tokenizer={**self.tokenizer, "context": length})
 
     @property
     def sections(self) -> list[Any]:
         """Sections of the configuration that describe towers."""
-        return [{name: part for name, part in self.config.items() if name.endswith(("_cfg", "_config"))}, self.encoder]
+        return [{name: part for name, part in self.config.items() if name.endswith("_cfg")}, self.encoder]
 
     @property
     def kinds(self) -> tuple[str, str]:
-        """Kinds of the image module (timm, resnet, vit, siglip) and of the text module (clip, hf, siglip)."""
-        if self.library == "transformers":
-            return "siglip", "siglip"
+        """Kinds of the image module (timm, resnet, vit) and of the text module (clip, hf)."""
         vision, text = self.config["vision_cfg"], self.config["text_cfg"]
         resnet = isinstance(vision.get("layers"), list | tuple)
         image = "timm" if vision.get("timm_model_name") else "resnet" if resnet else "vit"
@@ -74,17 +69,13 @@ class WrappedModel:
         return WrappedTokenizer(**self.tokenizer)
 
     def build(self, size: int) -> tuple[nn.Module, nn.Module]:
-        """Build the library's image and text modules for an image size, with random weights."""
-        try:
-            return self._open_clip(size) if self.library == "open_clip" else self._transformers(size)
-        except ImportError as error:
-            extra = "open_clip" if self.library == "open_clip" else "hf"
-            raise UserError(f"This model needs {error.name}. Install it: pip install 'declip[{extra}]'.") from error
-
-    def _open_clip(self, size: int) -> tuple[nn.Module, nn.Module]:
+        """Build open_clip's image and text modules for an image size, with random weights."""
         import timm
-        from open_clip import CustomTextCLIP
 
+        try:
+            from open_clip import CustomTextCLIP
+        except ImportError as error:
+            raise UserError(f"This model needs {error.name}. Install it: pip install 'declip[open_clip]'.") from error
         config = deepcopy(dict(self.config))
         vision, text = config["vision_cfg"], config["text_cfg"]
         name = vision.get("timm_model_name")
@@ -105,16 +96,6 @@ class WrappedModel:
             if hasattr(tower, "output_tokens"):
                 tower.output_tokens = True
         return model.visual, model.text
-
-    def _transformers(self, size: int) -> tuple[nn.Module, nn.Module]:
-        import transformers
-
-        config = plain(self.config)
-        vision = transformers.SiglipVisionConfig(**{**config["vision_config"], "image_size": size})
-        text = transformers.SiglipTextConfig(**config["text_config"])
-        options: Any = {"dtype": torch.float32, "attn_implementation": "sdpa"}
-        image_module = transformers.SiglipVisionModel._from_config(vision, **options)
-        return image_module, transformers.SiglipTextModel._from_config(text, **options)
 
 
 def plain(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -143,7 +124,7 @@ def encoder_kept_in(weights: Mapping[str, Tensor], recipe: Recipe, path: Path) -
 
 
 class WrappedImageTower(ImageTower):
-    """An image module of open_clip (timm, ViT, ResNet) or transformers (SigLIP), with its last linear map as `proj`.
+    """An image module of open_clip (timm, ViT, ResNet) with its last linear map as `proj`.
 
     Without such a map, as in SigLIP, `proj` is the identity and the features before it are the embedding.
     """
@@ -176,25 +157,25 @@ class WrappedImageTower(ImageTower):
         out = module(images)
         if not self.gives_tokens:
             return out, out.unsqueeze(1)
-        return out if isinstance(out, tuple) else (out.pooler_output, out.last_hidden_state)
+        pooled, tokens = out
+        return pooled, tokens
 
 
 class WrappedTextTower(SelfContained, AnyTextTower):
-    """A text module of open_clip or transformers, with what follows its pooling as `text_projection`."""
+    """A text module of open_clip, with what follows its pooling as `text_projection`."""
 
     def __init__(self, module: Any, tokenizer: WrappedTokenizer, stored: WrappedModel) -> None:
         super().__init__()
         kind = stored.kinds[1]
         self.trunk, self.stored = module, stored.to_tensor()
         self.padding, self.end, self.context = tokenizer.padding, tokenizer.end, tokenizer.context
-        self._masks_padding, self._siglip = kind == "hf", kind == "siglip"
+        self._masks_padding = kind == "hf"
         # With the pooler output of the encoder open_clip omits the first token state.
         self.gives_tokens = not (self._masks_padding and hasattr(module.pooler, "use_pooler_output"))
-        name = "proj" if self._masks_padding else "head" if self._siglip else "text_projection"
-        self.text_projection, self.projection = _taken(module, name)
-        config = module.config if self._masks_padding or self._siglip else None
+        self.text_projection, self.projection = _taken(module, "proj" if self._masks_padding else "text_projection")
+        config = module.config if self._masks_padding else None
         self.width = int(module.width if config is None else getattr(config, "hidden_size", None) or config.d_model)
-        if config is not None and self._masks_padding:
+        if config is not None:
             if config.pad_token_id != self.padding:
                 raise UserError(f"The tokenizer pads with {self.padding}, the text encoder with {config.pad_token_id}.")
             check_context(config.to_dict(), self.context)
@@ -205,11 +186,7 @@ class WrappedTextTower(SelfContained, AnyTextTower):
         length, end = tokens.shape[1], (tokens == self.end).long().argmax(dim=1)
         if not self._masks_padding:  # these modules see padding, or have a mask of one size
             tokens = F.pad(tokens, (0, self.context - length), value=self.padding)
-        if self._siglip:
-            out = module(input_ids=tokens)
-            pooled, states = out.pooler_output, out.last_hidden_state
-        else:
-            pooled, states = module(tokens)
+        pooled, states = module(tokens)
         return pooled, states[:, :length], end + 1
 
     def language_head(self) -> nn.Module:

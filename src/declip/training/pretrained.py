@@ -26,9 +26,6 @@ from declip.runs.folder import KEPT
 from declip.supervision.objective import Objective
 from declip.training.optimizer import LrMultiplier
 
-# Ends of the names of position embeddings, one a token, in CLIP's, open_clip's and transformers' SigLIP's towers.
-TEXT_POSITIONS = ("positional_embedding", "position_embedding.weight")
-
 
 def load_pretrained(recipe: Recipe, folder: Path, resume: bool) -> Weights | None:
     """Load a run's pretrained weights, if any: the copy in its folder when resuming, else `finetune.pretrained`."""
@@ -114,7 +111,7 @@ def load_tensors(start: Weights, model: DualEncoder) -> set[str]:
     for name, tensor in start.tensors.items():
         if name == ENTRY or tensor.shape == own[name].shape:  # the entry also has the length of captions
             fitted[name] = own[name] if name == ENTRY else tensor
-        elif name.startswith(TEXT) and name.endswith(TEXT_POSITIONS):
+        elif name.startswith(TEXT) and name.endswith("positional_embedding"):
             rows = [_stretched(tensor[:old], model.text_tower.context), tensor[old:]]  # behind them CoCa's class token
             fitted[name] = torch.cat(rows)
         else:

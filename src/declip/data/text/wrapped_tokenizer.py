@@ -10,13 +10,9 @@ from declip.data.text.caption_tokenizer import CaptionTokenizer, read_definition
 from declip.data.text.tokenizer import Tokenizer, clean, fix
 
 PUNCTUATION = str.maketrans("_", " ", string.punctuation.replace("_", ""))
-ALL_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
-# Cleaning before the tokenizer, by open_clip's names; "siglip" and "lowercase" are transformers' for SigLIP and 2.
+# Cleaning before the tokenizer, by open_clip's names.
 CLEAN: Mapping[str, Callable[[str], str]] = {
-    "": lambda text: text,
-    "lowercase": str.lower,
-    "siglip": lambda text: " ".join(text.lower().translate(ALL_PUNCTUATION).split()),
     "whitespace": fix,
     "lower": clean,
     "canonicalize": lambda text: " ".join(fix(text).translate(PUNCTUATION).lower().split()),
@@ -34,11 +30,11 @@ class WrappedTokenizer(CaptionTokenizer):
     mask = -1  # none of these models was trained with masks
 
     def __init__(
-        self, definition: str | None, context: int, padding: int = 0, clean: str = "", zeroed: int | None = None
+        self, definition: str | None, context: int, clean: str, padding: int = 0, zeroed: int | None = None
     ) -> None:
         super().__init__(context)
         self.stored: dict[str, Any] = {
-            "definition": definition, "context": context, "padding": padding, "clean": clean, "zeroed": zeroed,
+            "definition": definition, "context": context, "clean": clean, "padding": padding, "zeroed": zeroed,
         }  # fmt: skip
         self.padding, self._clean, self._zeroed = padding, CLEAN[clean], zeroed
         self.clip = Tokenizer(context) if definition is None else None
