@@ -25,21 +25,25 @@ from declip.reports.page import check_writable
 def choose(
     images: Annotated[str, typer.Argument(help="a folder of images, a table, or an index")],
     model: Annotated[str, typer.Option(help="a run folder, a checkpoint, a weights file, or open_clip:MODEL/TAG")],
-    out: Annotated[Path, file("table to write, with an empty column of captions")],
-    count: Annotated[int, typer.Option(min=1, help="number of images")] = 200,
-    have: Annotated[str | None, typer.Option(metavar="PAIRS", help="pairs that you have: like chosen images")] = None,
-    index: Annotated[Path | None, file("folder of the index; default: in indices/", metavar="DIR")] = None,
-    sheet_out: Annotated[Path | None, file("also write a contact sheet as PNG", "--contact-sheet")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="of the sample of more than 20,000 images")] = 0,
+    out: Annotated[Path, file("table to write, with an empty column for captions")],
+    count: Annotated[int, typer.Option(min=1, help="number of images to choose")] = 200,
+    have: Annotated[
+        str | None, typer.Option(metavar="PAIRS", help="existing pairs; their images count as chosen")
+    ] = None,
+    index: Annotated[
+        Path | None, file("folder of the index; default: in indices/, named after the source", metavar="DIR")
+    ] = None,
+    sheet_out: Annotated[Path | None, file("also write an image of the chosen images (PNG)", "--contact-sheet")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="seed of the sample, if there are more than 20,000 images")] = 0,
     batch_size: BatchSize = 256,
-    workers: Annotated[int, typer.Option(min=0, help="processes that read images; 0 reads in this one")] = 0,
+    workers: Annotated[int, typer.Option(min=0, help="processes that read images; 0: the main process")] = 0,
     image_column: ImageColumn = "image",
     caption_column: CaptionColumn = "caption",
     image_root: ImageRoot = None,
     device: Device = "auto",
     quiet: Quiet = False,
 ) -> None:
-    """Choose the images to caption next, by their features alone; every beginning of the list is a good choice."""
+    """Choose the images that you should caption next, by their features; the most useful come first."""
     # Before torch is imported, which takes seconds.
     check_model(model)
     check_source(images, "IMAGES")

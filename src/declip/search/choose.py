@@ -77,7 +77,7 @@ def choose(
     workers: int = 0,
     progress: bool = False,
 ) -> ChosenImages:
-    """Choose the images of a source to caption next, in an order whose every beginning is a good choice.
+    """Choose the images of a source that you should caption next; the most useful come first.
 
     Images that look like others that were captioned before, or chosen, come last; near-duplicates of them never.
 
