@@ -8,7 +8,7 @@ from scipy.stats import chisquare
 
 from declip.data.pair import PairSource
 from declip.data.sampling import Order, build_order
-from declip.data.sources.subset import Joined
+from declip.data.sources.subset import Joined, take
 from declip.errors import UserError
 
 
@@ -120,10 +120,11 @@ def test_joined_sources_follow_each_other():
 
 def test_pairs_are_taken_of_all_sources():
     joined = Joined(PARTS)
-    small, large = joined.take(50, seed=1), joined.take(120, seed=1)
-    chosen = [{source[i] for source in one.sources for i in range(len(source))} for one in (small, large)]
+    small, large = take(joined, 50, seed=1), take(joined, 120, seed=1)
+    chosen = [{one[i] for i in range(len(one))} for one in (small, large)]
     assert len(small) == len(chosen[0]) == 50
     assert chosen[0] <= chosen[1]
-    assert small.sources[0].blocks.sum() == len(small.sources[0])
+    shards = np.searchsorted([30, 100, 140, 200], small.indices, "right")
+    assert small.shards().tolist() == np.bincount(shards).tolist()
     with pytest.raises(UserError, match="has 200"):
-        joined.take(201, seed=1)
+        take(joined, 201, seed=1)

@@ -2,7 +2,6 @@
 
 import hashlib
 from contextlib import suppress
-from functools import partial
 
 import numpy as np
 
@@ -37,10 +36,7 @@ def open_training_source(recipe: Recipe) -> PairSource:
         raise UserError(
             f"data.columns.group names a column of a table, and '{source.name}' is not a table. Leave it out."
         )
-    if data.max_pairs is None:
-        return source
-    limit = source.take if isinstance(source, Joined) else partial(take, source)
-    return limit(data.max_pairs, recipe.seed)
+    return source if data.max_pairs is None else take(source, data.max_pairs, recipe.seed)
 
 
 def refuse_broken(source: PairSource, allowed: float) -> None:

@@ -5,8 +5,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from declip.data.builtin import open_builtin
 from declip.data.columns import DEFAULT, Columns
 from declip.data.pair import BUILTIN_PREFIX, PairSource
@@ -14,7 +12,7 @@ from declip.data.sources.folder import FolderSource
 from declip.data.sources.python_items import PREFIX, Items, ItemSource
 from declip.data.sources.shard_files import holds, names_shards
 from declip.data.sources.shards import ShardSource
-from declip.data.sources.subset import LIST_KIND, Subset, read_pair_list
+from declip.data.sources.subset import LIST_KIND, read_pair_list
 from declip.data.sources.table import TABLE_KINDS, TableSource, find_table
 from declip.errors import UserError
 
@@ -86,12 +84,5 @@ def open_source(spec: str | Path | PairSource | Items, columns: Columns = DEFAUL
         )
     if path.suffix.lower() == LIST_KIND:
         listed = read_pair_list(path)
-        source = open_source(listed.source, listed.columns)
-        if len(source) != listed.total or (listed.digest and listed.digest_in(source) != listed.digest):
-            now = f"{len(source):,}" if len(source) != listed.total else "others, or these in another order"
-            raise UserError(
-                f"'{path}' lists pairs of '{listed.source}' when it had {listed.total:,}; now it has {now}. Write "
-                "the list again in another folder."
-            )
-        return Subset(source, np.array(listed.indices, np.int64))
+        return listed.of(open_source(listed.source, listed.columns), path)
     return TableSource(path, columns)

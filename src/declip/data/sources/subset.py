@@ -61,9 +61,6 @@ class Subset(DerivedSource):
         self.source, self.indices = source, indices
         self.name = name or f"{source.name}[{len(indices)}]"
         self.credit, self.remote, self.group_column = source.credit, source.remote, source.group_column
-        if source.blocks is not None:
-            ends = np.cumsum(source.blocks)
-            self.blocks = np.bincount(np.searchsorted(ends, indices, "right"), None, len(ends))
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -71,21 +68,20 @@ class Subset(DerivedSource):
     def locate(self, index: int) -> tuple[PairSource, int]:
         return self.source, int(self.indices[index])
 
+    def shards(self) -> np.ndarray:
+        ends = np.cumsum(self.source.shards())
+        return np.bincount(np.searchsorted(ends, self.indices, "right"), None, len(ends))
+
     def splits(self) -> dict[str, np.ndarray]:
         splits = {name: np.flatnonzero(np.isin(self.indices, places)) for name, places in self.source.splits().items()}
         return {name: places for name, places in splits.items() if len(places)}
 
 
-def choose(name: str, size: int, count: int, seed: int) -> np.ndarray:
-    """Choose pairs without replacement, rising; a larger count keeps all that a smaller one chose."""
-    if count > size:
-        raise UserError(f"data.max_pairs={count}, but '{name}' has {size}. Ask for at most that many.")
-    return np.sort(np.random.default_rng((seed, size)).permutation(size)[:count])
-
-
 def take(source: PairSource, count: int, seed: int) -> Subset:
-    """Choose some pairs of a source, see `choose`."""
-    return Subset(source, choose(source.name, len(source), count, seed))
+    """Choose pairs without replacement, rising; a larger count keeps all that a smaller one chose."""
+    if count > (size := len(source)):
+        raise UserError(f"data.max_pairs={count}, but '{source.name}' has {size}. Ask for at most that many.")
+    return Subset(source, np.sort(np.random.default_rng((seed, size)).permutation(size)[:count]))
 
 
 class Joined(DerivedSource):
@@ -111,17 +107,6 @@ class Joined(DerivedSource):
         number = int(np.searchsorted(self._ends, index, "right"))
         return self.sources[number], index - int(self._ends[number]) + len(self.sources[number])
 
-    def take(self, count: int, seed: int) -> "Joined":
-        """Choose pairs of all sources (see `choose`); a source without any is dropped."""
-        places = choose(self.name, len(self), count, seed)
-        parts: list[PairSource] = []
-        for source, end in zip(self.sources, self._ends.tolist(), strict=True):
-            start = end - len(source)
-            low, high = np.searchsorted(places, (start, end))
-            if high > low:
-                parts.append(Subset(source, places[low:high] - start))
-        return Joined(parts)
-
 
 class PairList(NamedTuple):
     """A file that lists pairs of a source: its name and columns, its number of pairs, and rising indices.
@@ -134,6 +119,16 @@ class PairList(NamedTuple):
     total: int
     indices: list[int]
     digest: str = ""
+
+    def of(self, source: PairSource, where: Path) -> Subset:
+        """The listed pairs of the opened source; `where` names the list if they are others now."""
+        if len(source) != self.total or (self.digest and self.digest_in(source) != self.digest):
+            now = f"{len(source):,}" if len(source) != self.total else "others, or these in another order"
+            raise UserError(
+                f"'{where}' lists pairs of '{self.source}' when it had {self.total:,}; now it has {now}. Write the "
+                "list again in another folder."
+            )
+        return Subset(source, np.array(self.indices, np.int64))
 
     def digest_in(self, source: PairSource) -> str:
         """Hash of up to 64 keys that a source has at the listed places."""
