@@ -14,7 +14,6 @@ from declip.inspection.duplicates import (
     caption_hash,
     components,
     image_hash,
-    is_blank,
     look,
     near_groups,
 )
@@ -65,12 +64,6 @@ def test_color_shape_and_a_small_sign_tell_drawings_apart() -> None:
 
     minus, plus = sign((16, 29, 48, 35)), sign((29, 16, 35, 48))
     assert len(set(groups_of([minus, plus, minus.resize((48, 48))]))) == 2
-
-
-def test_blank_images() -> None:
-    white, nearly = Image.new("RGB", (50, 40), "white"), Image.new("RGB", (500, 500), "white")
-    nearly.putpixel((0, 0), (0, 0, 0))
-    assert [is_blank(image, look(image)) for image in (white, nearly, photo(0))] == [True, False, False]
 
 
 def bits(looks: np.ndarray, name: str, i: int, j: int) -> int:

@@ -6,11 +6,11 @@ import tarfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from io import BytesIO
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from torch.utils.data import Dataset
 
 from declip.data.columns import DEFAULT, Columns
 from declip.data.exclude import read_exclusions
@@ -22,7 +22,7 @@ from declip.data.sources.shard_files import absolute
 from declip.data.sources.shards import LARGEST_IMAGE, LARGEST_TEXT
 from declip.errors import UserError, check_range
 from declip.io.atomic import ELSEWHERE, atomic_write, locked_folder, write_text
-from declip.io.pool import in_order, naming_lost_workers, pairs_bar
+from declip.io.pool import mapped
 from declip.io.text import plural
 
 RECORD, SIZES, NOTICE = "prepared.json", "sizes.json", "NOTICE.txt"
@@ -158,27 +158,22 @@ def _write_shards(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Write shards in order while the images of the next ones are downscaled; yield the totals of each."""
     parts = {name: [p[i : i + PAIRS_AT_ONCE] for i in range(0, len(p), PAIRS_AT_ONCE)] for name, p in shards.items()}
-    packer.parts = [places for own in parts.values() for places in own]
-    # The workers start before the bar's thread: a fork copies no thread.
-    stream = in_order(packer, len(packer.parts), workers)
-    with naming_lost_workers(), pairs_bar(progress) as bar:
-        task = bar.add_task(f"Pairs of {packer.source.name}", total=sum(map(len, packer.parts)))
-        for shard, places in shards.items():
-            path, skipped = folder / shard, SkipCounter()
-            with (
-                atomic_write(path, ELSEWHERE) as partial,
-                tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar,
-            ):
-                for part in parts[shard]:
-                    members, broken = next(stream)
-                    for name, content in members:
-                        info = tarfile.TarInfo(name)
-                        info.size = len(content)
-                        tar.addfile(info, BytesIO(content))
-                    skipped.merge(broken)
-                    bar.advance(task, len(part))
-            counts = {"pairs": len(places) - skipped.total, "bytes": path.stat().st_size}
-            yield shard, counts | {"skipped": skipped.to_dict()["reasons"]}
+    title = f"Pairs of {packer.source.name}" if progress else ""
+    stream = mapped(packer.pack, [places for own in parts.values() for places in own], workers, title)
+    for shard, places in shards.items():
+        path, skipped = folder / shard, SkipCounter()
+        with (
+            atomic_write(path, ELSEWHERE) as partial,
+            tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar,
+        ):
+            for members, broken in islice(stream, len(parts[shard])):
+                for name, content in members:
+                    info = tarfile.TarInfo(name)
+                    info.size = len(content)
+                    tar.addfile(info, BytesIO(content))
+                skipped.merge(broken)
+        counts = {"pairs": len(places) - skipped.total, "bytes": path.stat().st_size}
+        yield shard, counts | {"skipped": skipped.to_dict()["reasons"]}
 
 
 def _record(folder: Path, made_of: Mapping[str, Any], shards: Mapping[str, Any]) -> None:
@@ -188,16 +183,15 @@ def _record(folder: Path, made_of: Mapping[str, Any], shards: Mapping[str, Any])
 _Members = list[tuple[str, bytes]]
 
 
-class _Packer(Dataset):
-    """Turns parts of a source into members of a shard, in worker processes."""
+class _Packer:
+    """Turns pairs of a source into members of a shard."""
 
     def __init__(self, source: PairSource, size: int, excluded: Mapping[int, str]) -> None:
         self.source, self.size, self.excluded = source, size, excluded
-        self.parts: list[range] = []
 
-    def __getitem__(self, number: int) -> tuple[_Members, SkipCounter]:
+    def pack(self, places: range) -> tuple[_Members, SkipCounter]:
         members, skipped = _Members(), SkipCounter()
-        for place in self.parts[number]:
+        for place in places:
             try:
                 members += self.files(place)
             except BrokenPair as broken:

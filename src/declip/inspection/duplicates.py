@@ -64,11 +64,6 @@ def _brighter(small: np.ndarray) -> np.ndarray:
     return np.packbits(np.stack([right, down])).view(np.uint64)
 
 
-def is_blank(image: Image.Image, seen: np.ndarray) -> bool:
-    """Whether an RGB image has one color only; what `look` saw spares most images the count."""
-    return not seen["fine"].any() and all(low == high for low, high in image.getextrema())  # type: ignore[misc]
-
-
 def equal_groups(hashes: np.ndarray) -> np.ndarray:
     """Number the groups of equal hashes (n,): int64 (n,), in the order of first members."""
     _, first, group = np.unique(hashes, return_index=True, return_inverse=True)

@@ -79,6 +79,4 @@ def _images(images: ImageStats) -> list[Row]:
     return [
         ("small_images", small, SMALL, inf, {"side": smaller_side}),
         ("large_images", times if small < SMALL else 0, LARGE, inf, {"side": KEPT * images.size}),
-        ("long_images", images.long.fraction, 0.05, inf, {}),
-        ("blank_images", images.blank.fraction, 0, 0.01, {}),
     ]

@@ -1,15 +1,15 @@
 """Reading many pairs into arrays of numbers, in several processes, with a progress bar."""
 
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import regex
-from torch.utils.data import Dataset
 
 from declip.data.pair import BrokenPair, Pair, PairSource, SkipCounter
 from declip.data.text.tokenizer import Tokenizer
-from declip.inspection.duplicates import LOOK, caption_hash, image_hash, is_blank, look
-from declip.io.pool import in_order, naming_lost_workers, pairs_bar
+from declip.inspection.duplicates import LOOK, caption_hash, image_hash, look
+from declip.io.pool import mapped
 
 OTHER_SCRIPT, ONE_WORD = "not in Latin script", "one word"
 
@@ -23,18 +23,12 @@ KINDS = {
         r"[\s_\-#.(]*\d[\d\s_\-().]*",
         regex.I,
     ),
-    "date": regex.compile(
-        rf"\d{{1,4}}([-/.:])\d{{1,2}}\1\d{{1,4}}(?:[ t]\d\d?:\d\d.*)?"
-        rf"|(?:\d{{1,2}}\.? )?{_MONTH}(?: \d{{1,2}},?)? \d{{4}}",
-        regex.I,
-    ),
-    "number": regex.compile(r"(?=.*\p{N})[\p{N}\W_]+"),
-    "no letter": regex.compile(r"[^\p{L}]*"),
+    "number or date": regex.compile(rf"[^\p{{L}}]*|(?:\d{{1,2}}\.? )?{_MONTH}(?: \d{{1,2}},?)? \d{{4}}", regex.I),
     OTHER_SCRIPT: regex.compile(r"[^\p{Latin}]*"),
     ONE_WORD: regex.compile(r"[^ ]*"),
 }
 
-# What is kept of a pair, 110 bytes.
+# What is kept of a pair, 109 bytes.
 PAIR = np.dtype(
     [
         ("place", np.int64),
@@ -43,7 +37,6 @@ PAIR = np.dtype(
         ("width", np.int32),
         ("height", np.int32),
         ("captions", np.uint16),
-        ("blank", np.bool_),
     ]
 )
 
@@ -78,49 +71,33 @@ class ReadPairs(NamedTuple):
 def read(
     source: PairSource, places: np.ndarray, workers: int | None, progress: str = "", captioned: bool = True
 ) -> ReadPairs:
-    """Read the pairs at rising places with workers as `in_order` has them; `progress` is the title of a bar.
+    """Read the pairs at rising places with workers as `mapped` has them; `progress` is the title of a bar.
 
     Not `captioned`: the images alone, whatever their captions are.
     """
     step = int(np.clip(len(places) // PARTS, SMALLEST_PART, LARGEST_PART))
-    parts = _Parts(source, [places[start : start + step] for start in range(0, len(places), step)], captioned)
+    parts = [places[start : start + step] for start in range(0, len(places), step)]
     pairs, captions, skipped = [np.empty(0, PAIR)], [np.empty(0, CAPTION)], SkipCounter()
-    # The workers start here, before the bar's own thread does: a fork copies no thread.
-    stream = in_order(parts, len(parts), workers)
-    with naming_lost_workers(), pairs_bar(bool(progress)) as bar:
-        task = bar.add_task(progress, total=len(places))
-        for part in stream:
-            pairs.append(part.pairs)
-            captions.append(part.captions)
-            skipped.merge(part.skipped)
-            bar.advance(task, len(part.pairs) + part.skipped.total)
+    for part in mapped(partial(_read_part, source, captioned), parts, workers, progress):
+        pairs.append(part.pairs)
+        captions.append(part.captions)
+        skipped.merge(part.skipped)
     return ReadPairs(np.concatenate(pairs), np.concatenate(captions), skipped)
 
 
-class _Parts(Dataset):
-    """Parts of the work by number."""
-
-    def __init__(self, source: PairSource, parts: list[np.ndarray], captioned: bool) -> None:
-        self.source, self.parts, self.captioned = source, parts, captioned
-
-    def __len__(self) -> int:
-        return len(self.parts)
-
-    def __getitem__(self, index: int) -> ReadPairs:
-        rows: list[tuple[object, ...]] = []
-        lines: list[tuple[int, ...]] = []
-        skipped = SkipCounter()
-        for place in self.parts[index].tolist():
-            try:
-                pair = self.source[place] if self.captioned else Pair("", self.source.image(place), ())
-            except BrokenPair as broken:
-                skipped.add(broken)
-                continue
-            captions = pair.captions[:MOST_PER_PAIR]
-            for caption in captions:
-                kind = KIND_NUMBERS[kind_of(caption)]
-                lines.append((caption_hash(caption), token_count(caption), len(caption.split()), kind))
-            seen = look(pair.image)
-            exact, blank = image_hash(pair.image), is_blank(pair.image, seen)
-            rows.append((place, exact, seen, *pair.image.size, len(captions), blank))
-        return ReadPairs(np.array(rows, PAIR), np.array(lines, CAPTION), skipped)
+def _read_part(source: PairSource, captioned: bool, places: np.ndarray) -> ReadPairs:
+    rows: list[tuple[object, ...]] = []
+    lines: list[tuple[int, ...]] = []
+    skipped = SkipCounter()
+    for place in places.tolist():
+        try:
+            pair = source[place] if captioned else Pair("", source.image(place), ())
+        except BrokenPair as broken:
+            skipped.add(broken)
+            continue
+        captions = pair.captions[:MOST_PER_PAIR]
+        for caption in captions:
+            kind = KIND_NUMBERS[kind_of(caption)]
+            lines.append((caption_hash(caption), token_count(caption), len(caption.split()), kind))
+        rows.append((place, image_hash(pair.image), look(pair.image), *pair.image.size, len(captions)))
+    return ReadPairs(np.array(rows, PAIR), np.array(lines, CAPTION), skipped)

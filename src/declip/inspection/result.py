@@ -53,9 +53,6 @@ class ImageStats:
     aspect: Spread  # the longer side over the shorter
     size: int  # side of the training images
     smaller: Fraction  # images whose shorter side is smaller than that
-    long: Fraction  # images more than three times as long as wide
-    blank: Fraction  # images of a single color
-    blank_keys: tuple[str, ...]
 
 
 @dataclass(frozen=True)

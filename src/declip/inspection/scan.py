@@ -56,7 +56,7 @@ def inspect_source(
     """Inspect a source of pairs before training on it.
 
     Args:
-        sample: How many random pairs to read; None reads them all, 110 bytes a pair and 15 a caption.
+        sample: How many random pairs to read; None reads them all, 109 bytes a pair and 15 a caption.
         workers: Processes that read; 0 reads in this process, None uses one per core, at most 8.
         size: Side of the training images, pixels, that resolutions are compared with.
         batch_size: Pairs of a training batch, that equal captions are counted for.
@@ -128,7 +128,7 @@ def _described(it: Inspection, source: PairSource, found: ReadPairs, size: int, 
     equal = float((sizes * (sizes - 1)).sum() / max(1, n * (n - 1)))
     return replace(
         it,
-        images=_images(source, pairs, size, it.whole),
+        images=_images(pairs, size, it.whole),
         captions=_captions(source, found, places[owners], equal, batch_size, it.whole),
         equal_images=_repeats(source, same, places),
         near_images=_repeats(source, alike, places),
@@ -138,22 +138,10 @@ def _described(it: Inspection, source: PairSource, found: ReadPairs, size: int, 
     )
 
 
-def _images(source: PairSource, pairs: np.ndarray, size: int, whole: bool) -> ImageStats:
-    width, height, blank = pairs["width"], pairs["height"], pairs["blank"]
-    shorter, longer = np.minimum(width, height), np.maximum(width, height)
-    smaller, long, single = (
-        Fraction.counted(int(which.sum()), len(pairs), whole)
-        for which in (shorter < size, longer > 3 * shorter.astype(np.int64), blank)
-    )
-    return ImageStats(
-        shorter=spread_of(shorter),
-        aspect=spread_of(longer / shorter),
-        size=size,
-        smaller=smaller,
-        long=long,
-        blank=single,
-        blank_keys=tuple(pair.key for pair in _pairs(source, pairs["place"][blank][:KEYS])),
-    )
+def _images(pairs: np.ndarray, size: int, whole: bool) -> ImageStats:
+    shorter, longer = np.minimum(pairs["width"], pairs["height"]), np.maximum(pairs["width"], pairs["height"])
+    smaller = Fraction.counted(int((shorter < size).sum()), len(pairs), whole)
+    return ImageStats(shorter=spread_of(shorter), aspect=spread_of(longer / shorter), size=size, smaller=smaller)
 
 
 def _captions(

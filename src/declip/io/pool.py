@@ -4,10 +4,10 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -15,6 +15,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from declip.errors import UserError
 from declip.io.progress import progress_bar
+
+T = TypeVar("T")
 
 MAX_WORKERS = 8  # default limit of worker processes; with more the disk is the bottleneck
 
@@ -27,6 +29,27 @@ def usual_workers() -> int:
 def in_order(parts: Dataset, count: int, workers: int | None) -> Iterator[Any]:
     """Compute `parts[0]` to `parts[count - 1]` as `computed` does, by default in `usual_workers`."""
     return computed(parts, range(count), min(usual_workers() if workers is None else workers, count))
+
+
+def mapped(work: Callable[[Any], T], parts: Sequence[Any], workers: int | None, title: str) -> Iterator[T]:
+    """Apply `work` to parts, each of several pairs, as `in_order` does, with a bar unless the title is empty."""
+    # The workers start before the thread of the bar does: a fork copies no thread.
+    stream = in_order(_Mapped(work, parts), len(parts), workers)
+    with naming_lost_workers(), pairs_bar(bool(title)) as bar:
+        task = bar.add_task(title, total=sum(map(len, parts)))
+        for part, result in zip(parts, stream, strict=True):
+            yield result
+            bar.advance(task, len(part))
+
+
+class _Mapped(Dataset):
+    """The results of a function by the number of a part."""
+
+    def __init__(self, work: Callable[[Any], Any], parts: Sequence[Any]) -> None:
+        self.work, self.parts = work, parts
+
+    def __getitem__(self, number: int) -> Any:
+        return self.work(self.parts[number])
 
 
 def computed(parts: Dataset, numbers: Iterable[int], workers: int, pin_memory: bool = False) -> Iterator[Any]:

@@ -88,11 +88,7 @@ def _statistics(it: Inspection) -> dict[str, Table]:
         _spread("CLIP tokens of captions", captions.tokens),
         _spread("captions per pair", captions.per_pair),
     )
-    facts = [
-        (f"images with a shorter side under {images.size} px", fraction(images.smaller)),
-        ("images more than 3 times as long as wide", fraction(images.long)),
-        ("images of a single color", fraction(images.blank)),
-    ]
+    facts = [(f"images with a shorter side under {images.size} px", fraction(images.smaller))]
     facts += [(f"captions truncated at {length} tokens", fraction(each)) for length, each in captions.truncated.items()]
     for kind, each in captions.kinds.items():
         examples = ", ".join(f"“{shown(text, 40)}”" for text in captions.examples[kind])
