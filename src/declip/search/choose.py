@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from declip.data.columns import DEFAULT, Columns
-from declip.data.exclude import FORMULA
 from declip.data.images.decode import EXTENSIONS
 from declip.data.pair import PairSource, SkipCounter
 from declip.data.sources.python_items import Items
@@ -19,6 +18,7 @@ from declip.errors import UserError, check_range
 from declip.evaluation.encode import Encoder
 from declip.io.atomic import atomic_write
 from declip.io.text import percent
+from declip.search.classify import FORMULA
 from declip.search.facility_location import facility_location
 from declip.search.index import Hit, Index
 from declip.search.opening import open_or_embed
