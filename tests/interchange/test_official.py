@@ -86,7 +86,7 @@ def official_adamw(case, modules):
 
 
 @pytest.mark.golden
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name for name in CASES if len(Case(name).about["steps"]) > 1])
 def test_training_continues_from_a_file_to_the_official_second_step(name, tmp_path):
     """Their first step, written as a file and started from again: terms and gradients of the second are theirs.
 
