@@ -22,6 +22,7 @@ import torch
 from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe
 from declip.training.assemble import assemble, build_loader, continue_at
+from declip.training.distributed import HostGroup, StepSync
 from declip.training.trainer import Trainer
 
 LOOK_EVERY = 50
@@ -53,40 +54,41 @@ def looked(step: int, started: float) -> dict[str, float]:
     }
 
 
-def watch(
-    recipe: Recipe,
-    folder: Path,
-    until: int,
-    workers_every: int,
-    seconds: float,
-    rows: list[dict[str, float]],
-    kept: Path,
-) -> bool:
-    """Train up to a step, with new loader processes every `workers_every` steps; return whether the watch has ended.
+class Watch(HostGroup):
+    """Looks at the process before steps of a run, replaces its loader, and ends the run when its time is over.
 
-    The rows are kept as they come: a watch of hours that is cut off loses few of them.
+    The rows are saved as they come: a watch of hours that is cut off loses few of them.
     """
-    started = time.perf_counter() - (rows[-1]["seconds"] if rows else 0.0)
-    trainer = Trainer(assemble(recipe, folder, resume=True, quiet=True))
-    sync = trainer.parts.hosts.sync_step
 
-    def sync_and_look(step: int, *rest: Any) -> Any:
+    def __init__(
+        self, recipe: Recipe, folder: Path, until: int, workers_every: int, rows: list[dict[str, float]], kept: Path
+    ) -> None:
+        super().__init__()
+        self.until, self.workers_every, self.rows, self.kept = until, workers_every, rows, kept
+        parts = assemble(recipe, folder, resume=True, quiet=True)
+        parts.hosts = self
+        self.trainer = Trainer(parts)
+
+    def train(self, seconds: float) -> bool:
+        """Train until a step or for some seconds; return whether the watch has ended."""
+        self.started = time.perf_counter() - (self.rows[-1]["seconds"] if self.rows else 0.0)
+        self.seconds = seconds
+        finished = self.trainer.train().finished
+        return finished or time.perf_counter() - self.started > seconds
+
+    def sync_step(self, step: int, rows: int, stop: bool, *rest: Any) -> StepSync:
+        trainer, parts = self.trainer, self.trainer.parts
         if step % LOOK_EVERY == 0:
-            rows.append(looked(step, started))
+            self.rows.append(looked(step, self.started))
         if step % (10 * LOOK_EVERY) == 0:
-            kept.write_text(json.dumps(rows) + "\n", encoding="utf-8")
-        if step and step % workers_every == 0:
+            self.kept.write_text(json.dumps(self.rows) + "\n", encoding="utf-8")
+        if step and step % self.workers_every == 0:
             trainer.loader.close()
-            parts = trainer.parts
             trainer.loader = build_loader(parts.recipe, parts.source, parts.model, parts.workers)
             continue_at(step, parts, trainer.loader)
-        due = until <= step + 1 or time.perf_counter() - started > seconds
-        trainer.stop.asked = trainer.stop.asked or (due and step + 1 < recipe.train.steps)
-        return sync(step, *rest)
-
-    trainer.parts.hosts.sync_step = sync_and_look  # type: ignore[method-assign, assignment]
-    finished = trainer.train().finished
-    return finished or time.perf_counter() - started > seconds
+        due = self.until <= step + 1 or time.perf_counter() - self.started > self.seconds
+        trainer.stop.asked = trainer.stop.asked or (due and step + 1 < parts.recipe.train.steps)
+        return super().sync_step(step, rows, stop, *rest)
 
 
 def summary(rows: list[dict[str, float]], restart_every: int) -> dict[str, Any]:
@@ -135,7 +137,8 @@ def main() -> None:
     until = options.restart_every if of_trainer else options.steps
     workers_every = options.steps if of_trainer else options.restart_every
     with TemporaryDirectory() as folder:
-        while not watch(recipe, Path(folder) / "run", until, workers_every, 3600 * options.hours, rows, kept):
+        run = Path(folder) / "run"
+        while not Watch(recipe, run, until, workers_every, rows, kept).train(3600 * options.hours):
             until += options.restart_every
     kept.write_text(json.dumps(rows) + "\n", encoding="utf-8")
     found = summary(rows, options.restart_every)

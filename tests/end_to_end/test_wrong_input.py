@@ -317,7 +317,7 @@ def test_an_interrupted_run_prints_words_that_a_shell_reads(
     assert "declip train mine.yaml data.max_pairs=16 'name=my run' --out 'my run' --quiet --resume" in printed
 
 
-FULL = {500: ("'run/recipe.yaml'", "--out"), 4_000: ("examples.json",), 8_000: ("A file", "--resume"),
+FULL = {500: ("'run/recipe.yaml'", "--out"), 4_000: ("examples.json",), 8_000: ("metrics.jsonl'", "--resume"),
         20_000: ("checkpoints/step-00000060",)}  # fmt: skip
 """The largest size of a file, and what the message names; the third one stops the metrics."""
 

@@ -19,7 +19,9 @@ def list_recipes(context: typer.Context) -> None:
     for name in recipe_names():
         recipe = load_recipe(name)
         losses = ", ".join(f"{weight:g} {loss}" for loss, weight in recipe.active_losses.items())
-        line = f"[bold]{name}[/]  {recipe.image.model}, {recipe.image.size} px, {recipe.data.label}: {losses}"
+        own = recipe.finetune.pretrained is not None
+        towers = "your weights" if own else f"{recipe.image.model}, {recipe.image.size} px"
+        line = f"[bold]{name}[/]  {towers}, {recipe.data.label}: {losses}"
         console.print(line, highlight=False, soft_wrap=True)
 
 

@@ -27,5 +27,4 @@ def export(
     from declip.interchange.export import export as run_export
 
     exported = run_export(model, format, out, license=license, overwrite=overwrite, repo=repo)
-    checked = "" if exported.difference is None else f" {exported}"  # otherwise a warning was logged
-    say(f"Written: {exported.folder}.{checked}")
+    say(f"Written: {exported.folder}. {exported}")

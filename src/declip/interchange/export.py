@@ -1,6 +1,5 @@
 """Export a model as a folder of another library's or our format, with a model card."""
 
-import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -23,8 +22,6 @@ from declip.interchange.model_card import NO_LICENSE, Traced, model_card, trace
 from declip.io.atomic import atomic_write
 from declip.io.text import listed, one_line
 from declip.models.dual_encoder import DualEncoder
-
-log = logging.getLogger("declip")
 
 TOLERANCE = 1e-4
 """Tolerance for features of length 1, between a model and its export; exact exports differ by about 1e-7."""
@@ -51,7 +48,7 @@ class Exported:
 
     def __str__(self) -> str:
         if self.difference is None:
-            return f"Not read back here: {self.by} is not installed."
+            return f"Not read back: {self.by} is not installed here."
         return f"Read back by {self.by}: features differ by at most {self.difference:.1e}."
 
 
@@ -98,8 +95,6 @@ def export(
         exported = replace(_compare(built, form, folder), folder=out)
         card = model_card(traced, form.LIBRARY, str(exported), license, repo)
         (folder / CARD).write_text(card, encoding="utf-8")
-    if exported.difference is None:
-        log.warning("%s Load the export where it is installed.", exported)
     return exported
 
 

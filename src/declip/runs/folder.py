@@ -331,8 +331,12 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
     """Append a row to a JSONL file; NaN and infinity, which JSON lacks, become null."""
     finite = json.loads(json.dumps(row), parse_constant=lambda _: None)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(finite) + "\n")
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(finite) + "\n")
+    except OSError as error:
+        error.filename = str(path)  # a failed write names no file
+        raise
 
 
 def drop_rows(path: Path, after: int) -> None:
