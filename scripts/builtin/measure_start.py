@@ -2,8 +2,8 @@
 
     python scripts/builtin/measure_start.py src/declip/interchange
 
-`lite0_mean.npy` is the mean of 1,000 drawings each of builtin:clipart and builtin:emoji, which count
-alike. builtin:stamps is left out, so that the model without pairs can be evaluated on it.
+`lite0_mean.npy` and `lite2_mean.npy` are the means of 1,000 drawings each of builtin:clipart and builtin:emoji, which
+count alike. builtin:stamps is left out, so that the model without pairs can be evaluated on it.
 """
 
 import sys
@@ -19,7 +19,7 @@ from declip.interchange.classes import texts_digest
 from declip.interchange.zero_shot import encode_texts
 from declip.models.dual_encoder import DualEncoder
 from declip.models.layers import IMAGE
-from declip.recipe.finetuning import CPU_SIZE
+from declip.recipe.finetuning import STARTS
 
 INT8 = 127  # largest value of a stored feature; rows have scales of their own
 SETS, IMAGES, BATCH = ("builtin:clipart", "builtin:emoji"), 1_000, 50
@@ -36,16 +36,16 @@ def write_texts(file: Path) -> None:
     save_file(tensors, file, {"texts": texts_digest(texts)})
 
 
-def write_mean(file: Path) -> None:
-    """Write the mean image feature."""
-    weights = starter.read(starter.NAME)
-    image = weights.recipe.image.model_copy(update={"size": CPU_SIZE})
+def write_mean(name: str, file: Path) -> None:
+    """Write the mean image feature of a start."""
+    weights = starter.read(name)
+    image = weights.recipe.image.model_copy(update={"size": STARTS[name]})
     model = DualEncoder.from_recipe(weights.recipe.model_copy(update={"image": image}), text=False).eval()
     tower = {name.removeprefix(IMAGE): tensor for name, tensor in weights.tensors.items() if name.startswith(IMAGE)}
     model.image_tower.load_state_dict(model.image_tower.state_dict() | tower)
     means = []
-    for name in SETS:
-        source = open_source(name)
+    for set_name in SETS:
+        source = open_source(set_name)
         chosen = np.linspace(0, len(source) - 1, IMAGES).astype(int)
         with torch.inference_mode():
             batches = (model.preprocess([source[int(i)].image for i in rows]) for rows in chosen.reshape(-1, BATCH))
@@ -55,5 +55,6 @@ def write_mean(file: Path) -> None:
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    write_mean(folder / starter.MEAN.name)
+    for name in STARTS:
+        write_mean(name, folder / starter.MEAN.name.format(starter.image_tower(name)))
     write_texts(folder / starter.NAMES.name)

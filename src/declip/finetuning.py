@@ -24,7 +24,7 @@ from declip.interchange.read import load, read_start
 from declip.io.atomic import remove
 from declip.io.text import plural
 from declip.models.device import pick_device
-from declip.recipe.finetuning import CPU_SIZE, FREEZE, Start, read_overrides, settings
+from declip.recipe.finetuning import FREEZE, STARTS, Start, read_overrides, settings
 from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe
 from declip.reports.run import write_report
@@ -180,7 +180,7 @@ def finetune_recipe(
     count = min(len(source), checked.max_pairs or len(source))
     keys = {"finetune.pretrained": json.dumps(where), **settled(count, validated=bool(sets))}
     if starter.matches(where) and device.type == "cpu":
-        keys.setdefault("image.size", CPU_SIZE)
+        keys.setdefault("image.size", STARTS[where])
     if len(source) == 1 and not closed:  # a batch has two pairs at least
         return resolve_recipe("finetune", {**keys, "data.source": [data, data]}, None, sets)
     return resolve_recipe("finetune", keys, data, sets)

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from declip.errors import UserError, no_model, unknown
+from declip.recipe.finetuning import STARTS
 
 PIPE_WIDTH = 10_000  # columns of output to a file or a pipe, so that lines of tables are not broken
 HUB = ("hf-hub", "huggingface")  # prefixes of names of repositories
@@ -75,7 +76,7 @@ def check_model(model: str) -> None:
     if prefix in ("open_clip", "timm") and colon:
         if not name.startswith(("hf-hub:", "local-dir:")) and (package := find_spec(prefix)) and package.origin:
             _check_name(prefix, name, Path(package.origin).parent)
-    elif model != "builtin:lite0-minilm" and not (colon and prefix in HUB) and not Path(model).expanduser().exists():
+    elif model not in STARTS and not (colon and prefix in HUB) and not Path(model).expanduser().exists():
         raise no_model(model)
 
 

@@ -151,7 +151,8 @@ def _head(traced: Traced, library: str, license: str) -> str:
 
 def _base_models(recipe: Recipe) -> list[str]:
     """Repositories on the Hub of the weights that a run started from."""
-    if starter.NAME in (recipe.finetune.pretrained, recipe.text.hf_model):
-        return list(starter.REPOSITORIES)
+    starts = recipe.finetune.pretrained, recipe.text.hf_model
+    if builtin := next(filter(starter.matches, map(str, starts)), None):
+        return starter.repositories(builtin)
     starts = recipe.finetune.pretrained, recipe.text.hf_model if recipe.text.pretrained else None
     return list(dict.fromkeys(id for start in starts if start and (id := repository(start))))

