@@ -93,7 +93,7 @@ def finetune(
 
     Args:
         pairs: A source of pairs: a table, a folder, tar shards, a built-in set or a Python object, see `open_source`.
-        weights: What `declip.load` takes, or timm:NAME. The default without a GPU is "builtin:lite0-minilm".
+        weights: What `declip.load` takes, or timm:NAME. The default without a GPU is "builtin:lite2-minilm".
         val: Validation sets as in `train`; the default is a tenth of the pairs, or none if both towers are frozen.
         keep: Sets on which the accuracy of the weights should not fall: if the weights have both towers and are
             trained, they are averaged with their start, in the proportion that is best on these and the validation

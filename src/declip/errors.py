@@ -40,5 +40,5 @@ def no_model(given: str) -> UserError:
     return UserError(
         f"Cannot find the model '{given}'.{hub} Give a run folder, a checkpoint folder, a weights file, a folder of "
         "transformers' CLIPModel or of open_clip, hf-hub:OWNER/NAME, open_clip:MODEL/TAG, timm:NAME.TAG or "
-        "builtin:lite0-minilm."
+        "builtin:lite2-minilm."
     )

@@ -180,7 +180,7 @@ def test_without_network_nothing_is_tried_again(
     monkeypatch.setattr(constants, "ENDPOINT", address)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(pretrained, "hf_hub_download", lambda *_, **__: pytest.fail("a request was made"))
-    with pytest.raises(UserError, match=rf"'{given}'.*{address}.*builtin:lite0-minilm") as caught:
+    with pytest.raises(UserError, match=rf"'{given}'.*{address}.*builtin:lite2-minilm") as caught:
         declip.load(given)
     assert "\n" not in str(caught.value)
     assert capfd.readouterr() == ("", "")

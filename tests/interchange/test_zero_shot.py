@@ -21,6 +21,7 @@ from declip.models.dual_encoder import DualEncoder
 from declip.models.hf_encoder import read_encoder
 from declip.models.image_tower import NoImageTower
 from declip.models.layers import PROJECTIONS
+from declip.recipe.finetuning import STARTS
 from declip.recipe.load import load_recipe
 from interchange.towers import EXACT, KINDS
 
@@ -133,16 +134,20 @@ def test_a_model_without_pairs_is_exported_as_any_other(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not starter.installed(), reason="the packages of the built-in start are not installed")
-def test_the_builtin_start_is_a_whole_model_except_for_training(tmp_path: Path) -> None:
-    assert not any(name.startswith(PROJECTIONS) for name in read_start(starter.NAME).tensors)
-    exported = export(starter.NAME, "safetensors", tmp_path / "out")
+@pytest.mark.parametrize("name", [*filter(starter.installed, STARTS)])
+def test_a_builtin_start_is_a_whole_model_except_for_training(name: str, tmp_path: Path) -> None:
+    start = read_start(name)
+    assert not any(tensor.startswith(PROJECTIONS) for tensor in start.tensors)
+    assert start.classes is not None
+    assert (start.recipe.text.hf_model, start.classes.size) == (name, STARTS[name])
+    exported = export(name, "safetensors", tmp_path / "out")
     assert exported.difference is not None
     assert exported.difference < EXACT
-    for name, color in (("a", "red"), ("b", "blue")):
-        Image.new("RGB", (40, 40), color).save(tmp_path / f"{name}.png")
+    for letter, color in (("a", "red"), ("b", "blue")):
+        Image.new("RGB", (40, 40), color).save(tmp_path / f"{letter}.png")
     images = [str(tmp_path / f"{name}.png") for name in "ab"]
     whole = declip.embed(declip.load(tmp_path / "out", device="cpu"), images, out=tmp_path / "whole")
-    declip.embed(starter.NAME, images, out=tmp_path / "index")
+    declip.embed(name, images, out=tmp_path / "index")
     parts = declip.Index.open(tmp_path / "index")
     assert isinstance(parts.text_model.image_tower, NoImageTower)  # type: ignore[attr-defined]
     assert [hit.score for hit in parts.search("an apple")] == [hit.score for hit in whole.search("an apple")]

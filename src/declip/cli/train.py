@@ -93,7 +93,7 @@ def finetune(
     weights: Annotated[
         str | None,
         typer.Option(
-            "--from", metavar="WEIGHTS", help="pretrained weights; default without a GPU: builtin:lite0-minilm"
+            "--from", metavar="WEIGHTS", help="pretrained weights; default without a GPU: builtin:lite2-minilm"
         ),
     ] = None,
     val: Annotated[

@@ -79,7 +79,7 @@ def load(where: str | Path, device: str = "auto") -> DualEncoder:
               towers or the image tower alone;
             - ``hf-hub:OWNER/NAME`` or ``hf-hub:OWNER/NAME@REVISION``, in any of these formats;
             - ``open_clip:MODEL/TAG`` (see `declip.interchange.open_clip_model`) or ``timm:NAME.TAG``;
-            - ``builtin:lite0-minilm``, whose projections are fitted to the names of ImageNet's classes.
+            - ``builtin:lite2-minilm``, whose projections are fitted to the names of ImageNet's classes.
         device: "auto", "cpu", "cuda", …
 
     Returns:

@@ -26,7 +26,7 @@ from declip.models.layers import PROJECTIONS
 from declip.recipe.finetuning import STARTS
 from declip.recipe.load import load_recipe
 
-NAME = "builtin:lite0-minilm"  # the default
+NAME = "builtin:lite2-minilm"  # the default
 IMAGE_SHA256 = {
     "lite0": "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
     "lite2": "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",

@@ -29,7 +29,7 @@ def fetch(given: str, get: Callable[[bool], T], local: str) -> T:
         reason = f"no connection to {constants.ENDPOINT}" if offline else one_line(error, 180).rstrip(".")
         raise UserError(
             f"Cannot fetch '{given}': {reason}. Check the network and the name. Weights on this machine are given as "
-            f"{local}; builtin:lite0-minilm needs no network."
+            f"{local}; builtin:lite2-minilm needs no network."
         ) from error
 
 
