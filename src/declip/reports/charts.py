@@ -171,6 +171,39 @@ def pairs_chart(
     return Chart(f"{words}; chance {100 * chance:.3g} %.", (4.1, 3.4 + 0.1 * len(shown)), draw)
 
 
+def growth_chart(growth: Mapping[str, Any]) -> Chart:
+    """Draw R@1 and R@10 with parts of the pairs, and dashed what more are expected to give; bands are intervals.
+
+    Args:
+        growth: As in ``cross_validation.json``.
+    """
+    pairs, curves = growth["pairs"], {f"R@{k}": curve for k, curve in growth.items() if k != "pairs"}
+
+    def draw(ax: Axes) -> None:
+        for color, (name, curve) in zip(COLORS[1:], curves.items()):  # noqa: B905
+            count, rows = len(curve["measured"]), [*curve["measured"], *curve["expected"]]
+            values, low, high = (100 * np.array([row[key] for row in rows]) for key in ("value", "low", "high"))
+            ax.fill_between(pairs[: len(rows)], low, high, color=color, alpha=0.15, linewidth=0)
+            ax.plot(pairs[:count], values[:count], "o-", color=color, linewidth=1.8, markersize=4, label=name)
+            ax.plot(pairs[count - 1 : len(rows)], values[count - 1 :], "--", color=color, linewidth=1.4)
+            ax.plot(pairs[count : len(rows)], values[count:], "o", color=color, markersize=4, fillstyle="none")
+        ax.axvline(pairs[count - 1], color=QUIET, linewidth=0.8, linestyle=":")
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(pairs, [short_count(number) for number in pairs])
+        ax.set_xticks([], minor=True)
+        ax.set(xlabel="pairs", ylim=(0, 100))
+        ax.grid(axis="y")
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
+        _legend(ax)
+
+    words = "; ".join(
+        f"{name} {percent(curve['measured'][0]['value'])} to {percent(curve['measured'][-1]['value'])}"
+        + (f", expected {percent(curve['expected'][-1]['value'])}" if curve["expected"] else "")
+        for name, curve in curves.items()
+    )
+    return Chart(f"{words}, with {pairs[0]:,} to {pairs[-1]:,} pairs.", (4.2, 2.8), draw)
+
+
 def smoothed(values: np.ndarray) -> np.ndarray:
     """Running mean over a 15th of the values, applied three times; non-finite values have no weight."""
     finite = np.isfinite(values)

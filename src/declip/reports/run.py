@@ -15,7 +15,7 @@ from declip.evaluation.encode import Encoder, SourceFeatures, encode_source
 from declip.evaluation.results import Measure, Result, RetrievalResult, ZeroShotResult, short_names
 from declip.io.atomic import write_text
 from declip.io.text import percent, times
-from declip.reports.charts import score_chart, value_chart
+from declip.reports.charts import growth_chart, score_chart, value_chart
 from declip.reports.examples import retrieval
 from declip.reports.page import NONE, Table, points, render
 from declip.runs.folder import Run, log, read_run
@@ -77,6 +77,7 @@ def write_report(folder: Path, model: Encoder, limit: int = 4_000) -> Path:
         retrieval=next((result for result in results if isinstance(result, RetrievalResult)), None),
         results_table=measures_table(run),
         fitted=fitted_lines(run),
+        growth=growth_chart(grown).svg("growth") if (grown := run.cross_validation.get("growth")) else None,
         worst=run.examples.get("worst"),
         losses=loss_charts(run) if run.metrics else [],
         progress=[TitledChart(title, _svg(title, run, key, noisy)) for key, (title, noisy) in PROGRESS.items()],

@@ -35,6 +35,7 @@ from declip.runs.folder import Run, log
 from declip.training import distributed
 from declip.training.distributed import HostGroup
 from declip.training.frozen_encoder import FrozenEncoder
+from declip.training.growth import TIMES, growth
 from declip.training.heads import Choice, HeldOutRanks, choose_heads
 from declip.training.monitor import Monitor, monitored
 from declip.training.pairs import (
@@ -116,15 +117,16 @@ def _fit(
         features = compute_features(encoder, source, recipe, related, not quiet)
         starts = has_projections(resolved)
         classes = None if starts else class_pairs(resolved, encoder, not quiet)
-        pairs = embeddings(features.pairs, model) if starts else features.pairs
-        choice = choose_heads(pairs, features.groups, classes, recipe.seed, embedded=starts)
+        if starts:
+            features = features._replace(pairs=embeddings(features.pairs, model))
+        choice = choose_heads(features.pairs, features.groups, classes, recipe.seed, embedded=starts)
         set_heads(model, choice, starts)
         extra = {"versions": versions(), "skipped": _skipped(features, source), "samples": samples, "bad_steps": []}
         weights = prefixed("model", model.state_dict())
         write_snapshot(folder, Checkpoint(STEP, weights, {}, recipe.to_yaml(), extra), recipe.train.keep_checkpoints)
         monitor.advance(STEP)
         # --- what is known about them
-        _write_facts(folder, source, features, choice, classes)
+        _write_facts(folder, source, features, choice, classes, recipe.seed)
         _evaluate(monitor, encoder, recipe, quiet)
         monitor.flush()
         finish(folder, cast(Encoder, encoder))
@@ -260,7 +262,7 @@ def _skipped(features: Features, source: PairSource) -> dict[str, Any]:
 
 
 def _write_facts(
-    folder: Path, source: PairSource, features: Features, choice: Choice, classes: ClassPairs | None
+    folder: Path, source: PairSource, features: Features, choice: Choice, classes: ClassPairs | None, seed: int
 ) -> None:
     """Write what was fitted and what cross-validation says about it."""
     pairs, outcome = features.pairs, choice.outcome
@@ -282,6 +284,9 @@ def _write_facts(
             fitted[name] = {str(k): each.recall(k, pairs, features.groups)._asdict() for k in (1, 10)}
     if outcome is not None:
         fitted["candidates"] = round(float(outcome.images.double().mean()))
+        images, curves = growth(pairs, features.groups, classes, choice, seed)
+        more = [times * images[-1] for times in TIMES]
+        fitted["growth"] = {"pairs": [*images, *more], **{str(k): curve.to_dict() for k, curve in curves.items()}}
     write_text(folder / run_folder.CROSS_VALIDATION, json.dumps(fitted, indent=1))
 
 

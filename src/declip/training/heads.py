@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from scipy.special import stdtrit
 from torch import Tensor
 
 from declip.models.closed_form import (
@@ -44,11 +45,10 @@ FOLDS, FEWEST = 5, 20  # folds, and groups of pairs from which on there is a cho
 MOST = 5_000  # images that the choice is made on: the heads are of all, and so are their out-of-fold ranks
 BLOCK = 1_000  # images that compete, so that the time grows with the number of images, not its square
 DIRECTIONS = 512  # largest directions of the image features that cross-validation keeps: a tenth of 1,280's time
-RESAMPLES = 1_000  # of the groups, for the interval
 
 
 class Recall(NamedTuple):
-    """Recall at k of held-out pairs, mean of both directions, with a 95 % interval by a bootstrap over the groups."""
+    """Recall at k of held-out pairs, mean of both directions, with a 95 % interval by a jackknife over the groups."""
 
     value: float
     low: float
@@ -82,25 +82,35 @@ class HeldOutRanks:
         counts = torch.bincount(owners, minlength=len(to_text))
         return (to_text + torch.zeros(len(counts)).double().index_add(0, owners, to_image) / counts) / 2
 
+    def by_group(self, k: int, pairs: Pairs, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(groups, 2) hits among the first k, and candidates for a hit, of images and of captions."""
+        members = np.unique(groups, return_inverse=True)[1]
+        sides = ((members, self.to_text), (members[pairs.owners.numpy()], self.to_image))
+        found = [np.bincount(of, (ranks < k).double().numpy()) for of, ranks in sides]
+        return np.stack(found, axis=1), np.stack([np.bincount(of) for of, _ in sides], axis=1)
+
     def recall(self, k: int, pairs: Pairs, groups: np.ndarray) -> Recall:
         """Recall at k, with its interval."""
-        hits = [(ranks < k).double().numpy() for ranks in (self.to_text, self.to_image)]
-        members = np.unique(groups, return_inverse=True)[1]
-        sides = [(members, hits[0]), (members[pairs.owners.numpy()], hits[1])]
-        # (groups, 2) hits and counts of both directions
-        found, counts = (
-            np.stack([np.bincount(of, side if hit else None) for of, side in sides], axis=1) for hit in (True, False)
-        )
+        found, counts = self.by_group(k, pairs, groups)
+        value = float((found.sum(axis=0) / counts.sum(axis=0)).mean())
         # Two groups that are found and two that are not, of mean size, as Agresti and Coull add to a proportion: if all
         # groups are found, the interval would have no width otherwise.
         mean = counts.mean(axis=0)
         found, counts = np.vstack([found, 2 * [mean], 2 * [0 * mean]]), np.vstack([counts, 4 * [mean]])
-        rng = np.random.default_rng(0)
-        drawn = (rng.multinomial(len(found), np.full(len(found), 1 / len(found))) for _ in range(RESAMPLES))
-        means = [float(((draw @ found) / (draw @ counts)).mean()) for draw in drawn]
-        value = sum(float(hit.mean()) for hit in hits) / 2
-        low, high = np.quantile(means, (0.025, 0.975)).tolist()
-        return Recall(value, min(low, value), max(high, value))
+        without = ((found.sum(axis=0) - found) / (counts.sum(axis=0) - counts)).mean(axis=1)
+        center, half = float((found.sum(axis=0) / counts.sum(axis=0)).mean()), jackknife(without, counts)
+        return Recall(value, max(0.0, min(center - half, value)), min(1.0, max(center + half, value)))
+
+
+def jackknife(without: np.ndarray, counts: np.ndarray) -> float:
+    """Half the width of a 95 % interval, from the values (g,) without each group in turn.
+
+    Student's t has as many degrees of freedom as equal groups would have that hold as much: if a few groups hold most
+    images, the interval is wide.
+    """
+    sizes = counts.sum(axis=1)
+    variance = (len(without) - 1) * np.var(without)
+    return float(stdtrit(sizes.sum() ** 2 / (sizes**2).sum() - 1, 0.975) * variance**0.5)
 
 
 @dataclass(frozen=True)
@@ -133,11 +143,11 @@ def choose_heads(
         (heads,) = fit_heads(pairs, everything, classes, weight, (usual,))
         return Choice(heads, usual, weight)
     folds = torch.from_numpy(assign_folds(groups, FOLDS, seed))
-    some, some_folds = _subset(pairs, folds, seed)
+    some, chosen = subset(pairs, seed)
     tried = {
         (form, weight): outcome
         for weight in weights
-        for form, outcome in zip(forms, cross_validate(some, some_folds, classes, weight, forms), strict=True)
+        for form, outcome in zip(forms, cross_validate(some, folds[chosen], classes, weight, forms), strict=True)
     }
 
     def outcome(form: Form, weight: float) -> HeldOutRanks:
@@ -170,11 +180,19 @@ def _best(tried: dict[tuple[Form, float], HeldOutRanks], usual: tuple[Form, floa
 
 
 def cross_validate(
-    pairs: Pairs, folds: Tensor, classes: ClassPairs | None, class_weight: float, forms: tuple[Form, ...]
+    pairs: Pairs,
+    folds: Tensor,
+    classes: ClassPairs | None,
+    class_weight: float,
+    forms: tuple[Form, ...],
+    fitted: Tensor | None = None,
 ) -> list[HeldOutRanks]:
     """Fit heads without each fold (n,) in turn and let them find its pairs, by each form.
 
     Features are centered once, with the mean of all folds, and only their `DIRECTIONS` largest directions are kept.
+
+    Args:
+        fitted: (n,) bool, the images that heads are fitted to; all are found. None: all.
     """
     n, m = len(pairs.images), len(pairs.texts)
     rows = regression_rows(pairs, torch.ones(n, dtype=torch.bool), classes, class_weight)
@@ -187,11 +205,13 @@ def cross_validate(
     images = torch.empty(n, x.shape[1])
     images[pairs.owners] = x[:m]
     fold_of_row = torch.cat([folds[pairs.owners], torch.full((len(x) - m,), -1)])
+    usable = fold_of_row < 0
+    usable[:m] = True if fitted is None else fitted[pairs.owners]
     centered = Pairs(images, y[:m], pairs.owners)
     plain = Pairs(pairs.images.float(), pairs.texts.float(), pairs.owners)
     outcomes, numbers = [HeldOutRanks.empty(pairs) for _ in forms], caption_numbers(pairs)
     for fold in folds.unique().tolist():
-        kept = fold_of_row != fold
+        kept = (fold_of_row != fold) & usable
         weights = (rows.weights[kept] / rows.weights[kept].sum()).float()
         left_out = (folds == fold).nonzero().flatten()
         blocks = left_out.tensor_split(max(1, round(len(left_out) / BLOCK)))
@@ -235,14 +255,14 @@ def caption_numbers(pairs: Pairs) -> Tensor:
     return pairs.texts.unique(dim=0, return_inverse=True)[1]
 
 
-def _subset(pairs: Pairs, folds: Tensor, seed: int) -> tuple[Pairs, Tensor]:
-    """`MOST` random images at most, with their captions and folds."""
+def subset(pairs: Pairs, seed: int) -> tuple[Pairs, Tensor]:
+    """`MOST` random images at most, with their captions; and their rows, rising."""
     if len(pairs.images) <= MOST:
-        return pairs, folds
-    chosen = torch.randperm(len(folds), generator=torch.Generator().manual_seed(seed))[:MOST].sort().values
+        return pairs, torch.arange(len(pairs.images))
+    chosen = torch.randperm(len(pairs.images), generator=torch.Generator().manual_seed(seed))[:MOST].sort().values
     captions = torch.isin(pairs.owners, chosen)
     owners = torch.searchsorted(chosen, pairs.owners[captions])
-    return Pairs(pairs.images[chosen], pairs.texts[captions], owners), folds[chosen]
+    return Pairs(pairs.images[chosen], pairs.texts[captions], owners), chosen
 
 
 def assign_folds(groups: np.ndarray, folds: int, seed: int = 0) -> np.ndarray:
