@@ -1,4 +1,4 @@
-"""How many more pairs would help: cross-validated recall over parts of the pairs, continued to 2, 4 and 8 times as many.
+"""How many more pairs would help: cross-validated recall over parts of the pairs, continued to 2 to 8 times as many.
 
 Each part is a nested random choice of whole groups. Its heads find the same held-out images as those of all pairs, so
 the number of candidates does not change. The logit of the recall is taken to be linear in the log of the pairs.
