@@ -31,6 +31,22 @@ def test_embed_search_and_look_after(weights_file: Path, folder: Path, tmp_path:
     assert "23 images" in command("index", "show", index).out
 
 
+def test_a_precision_that_the_device_emulates_is_refused(
+    weights_file: Path, folder: Path, tmp_path: Path, command: Any
+) -> None:
+    given = ["--device", "cpu", "--precision", "fp16"]
+    for words in (
+        ["embed", weights_file, folder, "--out", tmp_path / "index"],
+        ["evaluate", weights_file, "--dataset", "builtin:emoji-test"],
+        ["classify", folder, "--classes", "red,blue", "--model", weights_file],
+    ):
+        refused = command(*words, *given)
+        assert refused.status == 2
+        assert "fp16" in refused.err
+        assert "--precision" in refused.err
+    assert not (tmp_path / "index").exists()
+
+
 def test_lines_into_a_pipe_are_neither_cut_nor_wrapped(
     weights_file: Path, folder: Path, tmp_path: Path, command: Any
 ) -> None:

@@ -74,6 +74,21 @@ def test_vectors_are_the_models_and_keys_the_sources(model: DualEncoder, folder:
     assert "Without caption: 24" in index.summary()
 
 
+def test_an_index_in_another_precision_is_searched_and_updated(
+    weights_file: Path, folder: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})  # emulated where it is false
+    index = declip.embed(weights_file, folder, out=tmp_path / "index", device="cpu")
+    assert index.info.precision == "bf16"
+    found = declip.Index.open(tmp_path / "index", device="cpu").search(image=folder / "red-bar.png", k=24)
+    (own,) = (hit.score for hit in found if hit.key == "red-bar.png")
+    assert 0.999 < own < 0.9999999
+    draw("red", "bar").resize((60, 60)).save(folder / "zoomed.png")
+    index = declip.embed(weights_file, folder, out=tmp_path / "index", device="cpu", precision="fp32")
+    assert (len(index), index.info.precision) == (25, "bf16, fp32")
+    assert "computed in bf16, fp32" in index.summary()
+
+
 def test_a_stopped_call_continues_bit_exact(
     model: DualEncoder, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -15,10 +15,10 @@ from conftest import draw
 from declip.data.sources.open import open_source
 from declip.errors import UserError
 from declip.models.dual_encoder import DualEncoder
+from declip.models.fingerprint import fingerprint
 from declip.reports.sheets import search_sheet
 from declip.search.index import Index
 from declip.search.info import INFO
-from declip.search.model import fingerprint
 from declip.search.store import SCHEMA
 from indices import tiny_model, write_index
 

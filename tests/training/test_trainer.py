@@ -313,7 +313,7 @@ def test_a_run_takes_the_precision_that_its_device_can_and_keeps_it(
 
 def test_a_device_is_asked_for_its_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     for can in (False, True):
-        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda can=can: can, raising=False)
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda can=can: {"avx512_bf16": can})
         monkeypatch.setattr(
             torch.cuda, "is_bf16_supported", lambda including_emulation, c=can: c or including_emulation
         )

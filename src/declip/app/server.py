@@ -25,6 +25,7 @@ from declip.app.state import AppState, state_of
 from declip.data.pair import printable
 from declip.errors import UserError
 from declip.evaluation.prompt_sets import prompt_names
+from declip.models.precision import Precision
 from declip.search.opening import open_or_embed
 
 VIEWS = ("classify", "search", "pairs")
@@ -97,10 +98,16 @@ def _answer_error(request: Request, error: Exception) -> Response:
 
 
 def open_state(
-    model: str, source: str, folder: Path | None = None, *, device: str = "auto", progress: bool = False
+    model: str,
+    source: str,
+    folder: Path | None = None,
+    *,
+    device: str = "auto",
+    precision: Precision = "auto",
+    progress: bool = False,
 ) -> AppState:
     """Open an index, or embed a source into one first, see `open_or_embed`."""
-    index = open_or_embed(model, source, folder, device=device, progress=progress)
+    index = open_or_embed(model, source, folder, device=device, precision=precision, progress=progress)
     if not len(index):
         raise UserError(f"The index '{index.folder}' holds no image. Embed some first: declip embed.")
     return AppState(index, model)

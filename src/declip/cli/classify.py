@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from declip.cli.options import BatchSize, Device, ImageColumn, ImageRoot, Quiet, check_model, file, say
+from declip.cli.options import BatchSize, Device, ImageColumn, ImageRoot, Precision, Quiet, check_model, file, say
 from declip.data.columns import Columns
 
 
@@ -22,6 +22,7 @@ def classify(
     image_column: ImageColumn = "image",
     image_root: ImageRoot = None,
     device: Device = "auto",
+    precision: Precision = "auto",
     quiet: Quiet = False,
 ) -> None:
     """Classify images into classes that you name. Without --out, print one line per image, separated by tabs."""
@@ -43,6 +44,7 @@ def classify(
         workers=workers,
         columns=Columns(image_column, caption=None, root=image_root),
         device=device,
+        precision=precision,
         progress=not quiet,
         on_prediction=print_line if out is None else None,
     )

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from declip.cli.options import BatchSize, Device, JsonOut, check_model, check_source, console, file
+from declip.cli.options import BatchSize, Device, JsonOut, Precision, check_model, check_source, console, file
 from declip.errors import UserError, unknown
 from declip.io.atomic import write_text
 
@@ -27,6 +27,7 @@ def evaluate(
     batch_size: BatchSize = 256,
     workers: Annotated[int, typer.Option(min=0, help="processes that read images; 0: the main process")] = 0,
     device: Device = "auto",
+    precision: Precision = "fp32",
     json_out: JsonOut = None,
     markdown_out: Annotated[Path | None, file("with paper11: also write the table as Markdown", "--markdown")] = None,
 ) -> None:
@@ -45,7 +46,7 @@ def evaluate(
     check_writable((json_out, markdown_out))
     suite = _suite_of(datasets, label_column, markdown_out)
     options = Options(templates=templates, batch_size=batch_size, workers=workers)
-    loaded = load(model, device)
+    loaded = load(model, device, precision)
     if suite is not None:
         from rich.markdown import Markdown
 

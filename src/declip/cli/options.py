@@ -5,7 +5,7 @@ import re
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 from rich.console import Console
@@ -32,6 +32,10 @@ def file(help: str, *names: str, metavar: str = "FILE") -> Any:
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="recipe keys to set, such as train.steps=500")
+]
+Precision = Annotated[
+    Literal["auto", "fp32", "bf16", "fp16"],
+    typer.Option(help="of the towers; auto: the fastest that the device computes"),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="show no progress")]
 ImageColumn = Annotated[str, typer.Option(help="table column of image paths")]

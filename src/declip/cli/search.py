@@ -15,6 +15,7 @@ from declip.cli.options import (
     ImageColumn,
     ImageRoot,
     JsonOut,
+    Precision,
     Quiet,
     check_model,
     check_source,
@@ -51,6 +52,7 @@ def embed(
     caption_column: CaptionColumn = "caption",
     image_root: ImageRoot = None,
     device: Device = "auto",
+    precision: Precision = "auto",
     quiet: Quiet = False,
 ) -> None:
     """Write the vectors of images to an index. Run the command again to continue or to update the index."""
@@ -69,6 +71,7 @@ def embed(
         workers=workers,
         columns=Columns(image_column, caption_column or None, root=image_root),
         device=device,
+        precision=precision,
         progress=not quiet,
     )
     say(f"Ready: {out}: {made.summary()}")
@@ -85,6 +88,7 @@ def search(
     model: Annotated[str | None, typer.Option(help="new path of the model, if it was moved")] = None,
     source: Annotated[str | None, typer.Option(help="new path of the images, if they were moved")] = None,
     device: Device = "auto",
+    precision: Precision = "fp32",
     sheet_out: Annotated[Path | None, file("also write an image of the results (PNG)", "--contact-sheet")] = None,
     json_out: JsonOut = None,
 ) -> None:
@@ -109,7 +113,7 @@ def search(
     # --- search
     from declip.search.index import Index
 
-    opened = Index.open(folder, model=model, source=source, device=device)
+    opened = Index.open(folder, model=model, source=source, device=device, precision=precision)
     hits = opened.search(text, image, weights=both, template=template, k=k, over=over)
     _print_hits(hits)
     # --- files

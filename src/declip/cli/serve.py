@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from declip.cli.options import Device, Quiet, check_model, check_source, file
+from declip.cli.options import Device, Precision, Quiet, check_model, check_source, file
 from declip.errors import UserError
 
 PORT = 8765
@@ -24,6 +24,7 @@ def app(
     host: Annotated[str, typer.Option(help="address to listen on; default: this machine only")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65_535, help="port; 0: any free port")] = PORT,
     device: Device = "auto",
+    precision: Precision = "auto",
     quiet: Quiet = False,
 ) -> None:
     """Open a model and its pairs in a browser: classify, search, find wrong pairs."""
@@ -43,7 +44,7 @@ def app(
                 "captions of the source can be seen, and requests can keep this machine busy.",
                 style="yellow",
             )
-        state = open_state(model, source, index, device=device, progress=not quiet)
+        state = open_state(model, source, index, device=device, precision=precision, progress=not quiet)
         images = f"{len(state.index):,} images of {state.index.info.source.name}"
         console.print(f"{images}, index {state.index.folder}")
         console.print(f"Open {address_of(bound)} (Ctrl-C stops)")

@@ -16,6 +16,7 @@ from declip.interchange.zero_shot import complete, complete_text
 from declip.io.hub import fetch
 from declip.models.device import pick_device
 from declip.models.dual_encoder import DualEncoder
+from declip.models.precision import Precision, convert, pick_precision
 from declip.recipe.finetuning import STARTS
 from declip.runs.checkpoint import (
     STATE,
@@ -65,7 +66,7 @@ def hub_folder(where: str) -> str:
     return str(get(open_clip.WEIGHTS) if open_clip.matches(str(folder)) and not theirs else get(huggingface.FILE))
 
 
-def load(where: str | Path, device: str = "auto") -> DualEncoder:
+def load(where: str | Path, device: str = "auto", precision: Precision = "fp32") -> DualEncoder:
     """Load a model in evaluation mode from a run folder, a file, or a name.
 
     Only names with a colon are downloaded, except those that begin with ``builtin:``.
@@ -81,11 +82,15 @@ def load(where: str | Path, device: str = "auto") -> DualEncoder:
             - ``open_clip:MODEL/TAG`` (see `declip.interchange.open_clip_model`) or ``timm:NAME.TAG``;
             - ``builtin:lite2-minilm``, whose projections are fitted to the names of ImageNet's classes.
         device: "auto", "cpu", "cuda", …
+        precision: "fp32"; "bf16" or "fp16", to use the model, not to train or export it; "auto": the fastest that the
+            device computes itself.
 
     Returns:
         The model: `encode_image(preprocess(images))` and `encode_text(tokenize(texts))`.
     """
-    return read(where).build().to(pick_device(device)).eval()
+    target = pick_device(device)
+    pick_precision(precision, target)  # refused before the weights are read
+    return convert(read(where).build().to(target).eval(), precision)
 
 
 def read(where: str | Path) -> Weights:

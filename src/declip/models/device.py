@@ -8,6 +8,7 @@ from torch import Tensor
 from declip.errors import UserError
 
 GENERATORS = ("cuda", "mps")  # devices with a generator of their own
+CPU_BF16 = ("avx512_bf16", "amx_bf16", "bf16")  # instructions of Intel and AMD, Intel, Arm
 
 
 def pick_device(name: str) -> torch.device:
@@ -30,8 +31,9 @@ def computes_bf16(device: torch.device) -> bool:
     """Whether a device computes in bfloat16 itself; elsewhere torch emulates it, up to 80 times slower than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    mkldnn = torch.backends.mkldnn.is_available()
-    return device.type == "cpu" and mkldnn and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available() or not hasattr(torch.cpu, "get_capabilities"):
+        return False  # the query is younger than the oldest torch that is supported
+    return any(torch.cpu.get_capabilities().get(name) for name in CPU_BF16)
 
 
 def random_states(device: torch.device) -> dict[str, Tensor]:

@@ -28,6 +28,7 @@ class DualEncoder(nn.Module):
 
     recipe: Recipe | None = None  # that `from_recipe` built the model from
     computed: tuple[str, dict[str, Tensor]] = ("", {})  # `Weights.published`, and the projections computed from it
+    fingerprint = ""  # of the float32 weights, if the towers were converted since
 
     def __init__(
         self,

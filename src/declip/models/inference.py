@@ -42,19 +42,36 @@ def image_encoder(model: Any) -> Callable[[Tensor], Tensor]:
 def inference_tower(model: DualEncoder) -> ImageTower:
     """A copy of the image tower that is faster on a CPU, with batch norm folded into convolutions; or the tower itself.
 
-    Whether a norm follows a convolution is assumed from their order in the module, so the features of two images are
-    compared; where they differ, the tower itself is returned. EfficientNet-Lite0 becomes 1.2 times as fast.
+    EfficientNet-Lite0 becomes 1.2 times as fast.
     """
-    tower, size = model.image_tower, model.preprocessor.size
-    if not tower.has_batch_norm or model.device.type != "cpu" or tower.proj.weight.dtype != torch.float32:
+    tower = model.image_tower
+    if model.device.type != "cpu" or next(tower.parameters()).dtype != torch.float32:
         return tower  # other types would round the weights again
-    folded = deepcopy(tower).eval().requires_grad_(False)
-    _fold(folded)
-    folded.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
-    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    return folded(model)
+
+
+def folded(model: DualEncoder) -> ImageTower:
+    """A copy of the float32 image tower, channels last, with batch norm folded into convolutions; or the tower itself.
+
+    Whether a norm follows a convolution is assumed from their order in the module, so the features of two images are
+    compared; where they differ, the tower itself is returned.
+    """
+    tower = model.image_tower
+    if not tower.has_batch_norm:
+        return tower
+    copy = deepcopy(tower).eval().requires_grad_(False)
+    _fold(copy)
+    copy.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
+    images = noise(model)
     with torch.no_grad():
-        before, after = deepcopy(tower).eval()(images).pooled, folded(images).pooled
-    return folded if bool((before - after).abs().max() <= TOLERANCE * before.abs().max()) else tower
+        before, after = deepcopy(tower).eval()(images).pooled, copy(images).pooled
+    return copy if bool((before - after).abs().max() <= TOLERANCE * before.abs().max()) else tower
+
+
+def noise(model: DualEncoder) -> Tensor:
+    """Two images (2, 3, S, S) to compare the features of two towers by."""
+    size = model.preprocessor.size
+    return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0)).to(model.device)
 
 
 def _fold(parent: nn.Module) -> None:

@@ -24,6 +24,7 @@ from declip.evaluation.encode import Encoder
 from declip.evaluation.zero_shot import class_features, logit_scale, read_templates
 from declip.interchange.read import load
 from declip.io.atomic import atomic_write
+from declip.models.precision import Precision
 from declip.search.model import encode_images
 
 # Beginnings of cells that a spreadsheet evaluates; an apostrophe before them makes them text.
@@ -67,6 +68,7 @@ def classify(
     workers: int = 0,
     columns: Columns = DEFAULT,
     device: str = "auto",
+    precision: Precision = "auto",
     progress: bool = False,
     on_prediction: Callable[[Prediction], object] | None = None,
 ) -> Classification:
@@ -77,6 +79,7 @@ def classify(
         classes: Names, a file with one name per line, or a string of names separated by commas.
         templates: Name of a template set, or templates with ``{}`` for the class.
         out: A .csv file for the probability of every class.
+        precision: As in `declip.load`; a model that is given as an object stays as it is.
         on_prediction: Called with each prediction, in the order of the images.
 
     Raises:
@@ -90,7 +93,7 @@ def classify(
     path = None if out is None else Path(out).expanduser()
     if path is not None and (path.suffix.lower() != ".csv" or path.is_dir()):
         raise UserError(f"Predictions are written to a .csv file, not to '{out}'. Choose another path with --out.")
-    encoder = load(model, device) if isinstance(model, str | Path) else model
+    encoder = load(model, device, precision) if isinstance(model, str | Path) else model
     encoder.tokenize([""])  # a model without a text tower fails before processes start
 
     # --- classify and write batch by batch

@@ -27,6 +27,7 @@ from declip.errors import UserError, check_range, unknown
 from declip.evaluation.encode import Encoder, text_features
 from declip.interchange.read import load
 from declip.io.pool import pairs_bar
+from declip.models.precision import Precision, precision_of
 from declip.search.index import Index
 from declip.search.info import Dtype, IndexInfo, SourceInfo
 from declip.search.model import describe_model, encode_images
@@ -47,6 +48,7 @@ def embed(
     workers: int = 0,
     columns: Columns = DEFAULT,
     device: str = "auto",
+    precision: Precision = "auto",
     loaded_from: str | Path = "",
     progress: bool = False,
 ) -> Index:
@@ -61,6 +63,7 @@ def embed(
             needs no captions.
         captions: Also store the mean vector of the captions of each image, for `over="captions"`.
         workers: Number of processes that read images; 0: the main process.
+        precision: As in `declip.load`; a model that is given as an object stays as it is.
         loaded_from: Path or name that `model` was loaded from if it is an object, so that searching can load it.
 
     Raises:
@@ -78,13 +81,13 @@ def embed(
     saved = SourceInfo(path=stored_path(source, folder), name="", columns=columns)
     images = saved.open(folder) if isinstance(source, str | Path) else ImageSource(source)
     saved.name = images.name
-    encoder = load(model, device) if isinstance(model, str | Path) else model
+    encoder = load(model, device, precision) if isinstance(model, str | Path) else model
     if captions:
         encoder.tokenize([""])  # a model without a text tower fails now, not after an hour
 
     # --- compare the source with the index, and write what differs
     made_by = describe_model(encoder, loaded_from or model, folder)
-    wanted = IndexInfo(model=made_by, source=saved, dtype=dtype, captions=captions)
+    wanted = IndexInfo(model=made_by, source=saved, dtype=dtype, captions=captions, precision=precision_of(encoder))
     with open_writer(folder, wanted) as writer:
         places, gone = find_changes(images, writer, progress)
         try:

@@ -22,9 +22,11 @@ from declip.evaluation.encode import Encoder, eval_mode
 from declip.evaluation.zero_shot import class_features, read_templates
 from declip.interchange.read import load, read_text
 from declip.models.device import pick_device
+from declip.models.fingerprint import fingerprint
+from declip.models.precision import Precision, convert
 from declip.search.exact import nearest
 from declip.search.info import Over
-from declip.search.model import describe_model, fingerprint, image_vectors, mix
+from declip.search.model import describe_model, image_vectors, mix
 from declip.search.store import IndexedImage
 from declip.search.writer import open_index
 
@@ -50,6 +52,7 @@ class Index:
         model: The model that made the index, or its new path; the default is the path in index.json.
         source: New path of the images, if they were moved.
         device: Device of the model.
+        precision: Precision of queries, as in `declip.load`; it may differ from that of the index.
 
     Raises:
         UserError: There is no index, it is damaged, or another version of declip wrote it.
@@ -62,9 +65,11 @@ class Index:
         model: str | Path | Encoder | None = None,
         source: str | Path | PairSource | Items | None = None,
         device: str = "auto",
+        precision: Precision = "fp32",
     ) -> None:
         self.folder = Path(folder).expanduser()
-        self._model_given, self._source_given, self._device = model, source, device
+        self._model_given, self._source_given = model, source
+        self._device, self._precision = device, precision
         self.info, self._store = open_index(self.folder)
 
     @classmethod
@@ -86,7 +91,7 @@ class Index:
         """The model that made the index; raises `UserError` if it cannot be loaded, or is another one."""
         made_by = self.info.model
         path = made_by.locate(self.folder) if self._model_given is None else self._model_given
-        model = load(path, self._device) if isinstance(path, str | Path) else path
+        model = load(path, self._device, self._precision) if isinstance(path, str | Path) else path
         given = describe_model(model, path, self.folder)
         if given.fingerprint != made_by.fingerprint:
             changed = (
@@ -109,8 +114,9 @@ class Index:
             return self.model
         weights, tensors = read
         model = weights.build().to(pick_device(self._device)).eval()
-        # Another model is refused by `model`, with the difference.
-        return model if fingerprint(model, tensors) == self.info.model.fingerprint else self.model
+        if fingerprint(model, tensors) != self.info.model.fingerprint:
+            return self.model  # refuses another model, with the difference
+        return convert(model, self._precision)
 
     def query(
         self,
@@ -212,7 +218,8 @@ class Index:
         """The contents of the index, and what was left out, a line each."""
         info, files = self.info, sorted(self._store.folder.iterdir())
         size = sum(path.stat().st_size for path in files)
-        lines = [f"{len(self):,} images, {info.dimension} numbers each in {info.dtype}, {size / 1e6:,.1f} MB"]
+        made = f", computed in {info.precision}" if info.precision else ""
+        lines = [f"{len(self):,} images, {info.dimension} numbers each in {info.dtype}{made}, {size / 1e6:,.1f} MB"]
         lines += [f"Left out: {line}" for line in SkipCounter.from_dict(info.skipped).lines()]
         if uncaptioned := pc.list_value_length(self._store.column("captions")).to_pylist().count(0):
             lines.append(f"Without caption: {uncaptioned:,}")

@@ -36,11 +36,11 @@ class Writer:
         self.current = IndexInfo.read(folder) if (folder / INFO).is_file() else None
         self._remove_leftovers()
         # --- go on from the parts of a killed call, or from the index
-        self.info = wanted.model_copy(deep=True)
+        self.info, self.precision = wanted.model_copy(deep=True, update={"precision": ""}), wanted.precision
         begun = IndexInfo.read(self._unfinished) if (self._unfinished / INFO).is_file() else self.current
         if begun is not None:
             _check_same(folder, begun, wanted)
-            for name in ("created", "generation", "next_id", "dimension"):
+            for name in ("created", "generation", "next_id", "dimension", "precision"):
                 setattr(self.info, name, getattr(begun, name))
         # --- the rows so far; a part's name tells the next free id and the place that it reached
         self.stores = [] if self.current is None else [Store(_files(folder, self.current), folder, self.current)]
@@ -56,6 +56,8 @@ class Writer:
         self.info.dimension = block.matrices["images"].shape[1]
         if not self._parts:
             self.info.save(self._unfinished)
+        if self.precision not in self.info.precision.split(", "):
+            self.info.precision = ", ".join(filter(None, (self.info.precision, self.precision)))
         self.info.next_id += len(block.table)
         self._parts.append(self._unfinished / f"part-{self.info.next_id:012d}-{reached}")
         write_blocks(self._parts[-1], [block], len(block.table))
