@@ -1,8 +1,8 @@
 """declip: contrastive language-image models when pairs are few.
 
-The public names: `finetune`, `train`, `load`, `evaluate`, `compare`, `choose`, `classify`, `embed`, `Index`, `export`,
-`Columns`, `PairBatch`, `Recipe`, `load_recipe`, `Sink`, `Term`, and the package `interchange`. They are imported when
-they are first used, so that ``import declip`` is quick and asks for nothing.
+The public names: `finetune`, `train`, `load`, `evaluate`, `compare`, `choose`, `classify`, `Classifier`, `embed`,
+`Index`, `export`, `Columns`, `PairBatch`, `Recipe`, `load_recipe`, `Sink`, `Term`, and the package `interchange`. They
+are imported when they are first used, so that ``import declip`` is quick and asks for nothing.
 """
 
 from importlib import import_module
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from declip.recipe.load import load_recipe as load_recipe
     from declip.recipe.schema import Recipe as Recipe
     from declip.search.choose import choose as choose
+    from declip.search.classifier import Classifier as Classifier
     from declip.search.classify import classify as classify
     from declip.search.embed import embed as embed
     from declip.search.index import Index as Index
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from declip.training.sinks import Sink as Sink
 
 _WHERE = {
+    "Classifier": "declip.search.classifier",
     "Columns": "declip.data.columns",
     "Index": "declip.search.index",
     "PairBatch": "declip.data.batch",

@@ -129,7 +129,7 @@ def evaluate(
         model: What `declip.load` takes, or an object with `encode_image`, `encode_text`, `preprocess` and `tokenize`,
             and for "linear" also `encode_backbone`.
         dataset: A name or path that `declip.evaluation.datasets.open_dataset` opens, or an open dataset or source.
-        task: "zero-shot", "retrieval" or "linear" (probe).
+        task: "zero-shot", "retrieval", "linear" (probe) or "few-shot".
         label_column: The table column of classes; see `open_dataset`.
         precision: As in `declip.load`; a model that is given as an object stays as it is.
         options: Fields of `declip.evaluation.protocols.Options`, such as ``batch_size=64`` or

@@ -7,14 +7,23 @@ import typer
 
 from declip.cli.options import BatchSize, Device, ImageColumn, ImageRoot, Precision, Quiet, check_model, file, say
 from declip.data.columns import Columns
+from declip.errors import UserError
+from declip.reports.page import check_writable
 
 
 def classify(
     images: Annotated[str, typer.Argument(help="a folder, an image, a pattern in quotes, a table, or tar shards")],
-    classes: Annotated[
-        str, typer.Option(metavar="FILE|LIST", help="a file with one class per line, or a list: cat,dog")
-    ],
     model: Annotated[str, typer.Option(help="a run folder, a checkpoint, a weights file, or open_clip:MODEL/TAG")],
+    classes: Annotated[
+        str | None, typer.Option(metavar="FILE|LIST", help="a file with one class per line, or a list: cat,dog")
+    ] = None,
+    examples: Annotated[
+        str | None, typer.Option(metavar="FOLDER|TABLE", help="labeled images: a folder per class, or a table")
+    ] = None,
+    label_column: Annotated[str | None, typer.Option(help="column of classes in a table of examples")] = None,
+    head: Annotated[Path | None, file("a head that --save wrote, instead of --classes and --examples")] = None,
+    save: Annotated[Path | None, file("save the head of the examples")] = None,
+    reject: Annotated[bool, typer.Option("--reject", help="assign images unlike them to 'none of these'")] = False,
     out: Annotated[Path | None, file("write the probability of every class to this .csv file")] = None,
     templates: Annotated[str, typer.Option(help="name of a template set, or a template with {}")] = "plain",
     batch_size: BatchSize = 256,
@@ -25,9 +34,12 @@ def classify(
     precision: Precision = "auto",
     quiet: Quiet = False,
 ) -> None:
-    """Classify images into classes that you name. Without --out, print one line per image, separated by tabs."""
+    """Classify images into classes by their names, by examples, or both. Without --out, print a line per image."""
     # Before torch is imported, which takes seconds.
     check_model(model)
+    check_writable((save,))
+    if save is not None and examples is None:
+        raise UserError("--save requires --examples: it saves the head that they give.")
     from declip.data.pair import printable
     from declip.search.classify import classify as run_classification
 
@@ -38,6 +50,10 @@ def classify(
         model,
         images,
         classes,
+        examples=examples,
+        head=head,
+        reject=reject,
+        label_column=label_column,
         templates=templates,
         out=out,
         batch_size=batch_size,
@@ -48,6 +64,11 @@ def classify(
         progress=not quiet,
         on_prediction=print_line if out is None else None,
     )
+    if result.classifier is not None:
+        typer.echo(result.classifier.summary(), err=True)
+        if save is not None:
+            result.classifier.save(save)
+            typer.echo(f"Written: {save}", err=True)
     if out is None:
         for line in result.skipped.lines():
             typer.echo(f"Left out: {line}", err=True)

@@ -10,7 +10,7 @@ from declip.cli.options import BatchSize, Device, JsonOut, Precision, check_mode
 from declip.errors import UserError, unknown
 from declip.io.atomic import write_text
 
-TASKS = ("zero-shot", "retrieval", "linear")
+TASKS = ("zero-shot", "retrieval", "linear", "few-shot")
 
 
 def evaluate(
@@ -22,6 +22,7 @@ def evaluate(
         typer.Option("--dataset", help="builtin:NAME, NAME:/path, a table, a folder, or paper11:/path; repeatable"),
     ],
     task: Annotated[str, typer.Option(help="zero-shot, retrieval or linear (probe)")] = "zero-shot",
+    shots: Annotated[int | None, typer.Option(min=1, help="few-shot: images of a class; default: 4")] = None,
     templates: Annotated[str | None, typer.Option(help="name of a template set, or a template with {}")] = None,
     label_column: Annotated[str | None, typer.Option(help="table column of classes")] = None,
     batch_size: BatchSize = 256,
@@ -34,8 +35,10 @@ def evaluate(
     """Evaluate a model on held-out images."""
     if task not in TASKS:
         raise unknown("task", task, TASKS)
-    if templates is not None and task != "zero-shot":
-        raise UserError(f"--templates requires --task zero-shot, but --task is {task}. Remove it.")
+    if templates is not None and task not in ("zero-shot", "few-shot"):
+        raise UserError(f"--templates requires --task zero-shot or few-shot, but --task is {task}. Remove it.")
+    if shots is not None and task != "few-shot":
+        raise UserError(f"--shots requires --task few-shot, but --task is {task}. Remove it.")
     check_model(model)
     for name in datasets:
         check_source(name, "--dataset")
@@ -45,7 +48,7 @@ def evaluate(
 
     check_writable((json_out, markdown_out))
     suite = _suite_of(datasets, label_column, markdown_out)
-    options = Options(templates=templates, batch_size=batch_size, workers=workers)
+    options = Options(templates=templates, shots=shots or 4, batch_size=batch_size, workers=workers)
     loaded = load(model, device, precision)
     if suite is not None:
         from rich.markdown import Markdown

@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from declip.errors import UserError, unknown
 from declip.evaluation.datasets import open_dataset, with_classes
-from declip.evaluation.linear_probe import check_probe
+from declip.evaluation.linear_probe import check_probe, check_splits
 from declip.evaluation.protocols import TASKS
 from declip.io.atomic import write_text
 from declip.recipe.load import flat, load_recipe
@@ -168,6 +168,8 @@ class Study:
                 with_classes(dataset.split("test"))
             if "linear" in self.tasks:
                 check_probe(dataset)
+            if "few-shot" in self.tasks:
+                check_splits(dataset, "few-shot")
 
     def check_names(self) -> None:
         """Refuse variants with the same name, or with names that become the same folder."""

@@ -12,7 +12,7 @@ from declip.data.pair import PairSource
 from declip.errors import UserError
 from declip.evaluation.datasets import Dataset, LabeledSource, with_classes
 from declip.evaluation.encode import SourceFeatures
-from declip.evaluation.logistic import Classifier, LogisticProblem
+from declip.evaluation.logistic import LogisticFit, LogisticProblem
 from declip.evaluation.per_class import sample_per_class, score
 from declip.evaluation.results import LinearProbeResult
 
@@ -55,16 +55,23 @@ class ProbeData:
     device: torch.device | str = "cpu"  # where the probe is computed
 
 
-def check_probe(dataset: Dataset) -> None:
-    """Refuse a dataset that cannot be probed, before anything is encoded."""
+def check_splits(dataset: Dataset, task: str) -> dict[str, LabeledSource]:
+    """Open the splits of a dataset; refuse one without training images, or with other classes in a split."""
     if "train" not in dataset.openers:
         raise UserError(
-            f"'{dataset.name}' has no train split, which 'linear' requires. Use the task 'zero-shot' or 'retrieval'."
+            f"'{dataset.name}' has no train split, which '{task}' requires. Use the task 'zero-shot' or 'retrieval'."
         )
     splits = _splits(dataset)
     names = tuple(splits["test"].class_names)
     if any(tuple(source.class_names) != names for source in splits.values()):
         raise UserError(f"The splits of '{dataset.name}' need the same {len(names)} class names, in the same order.")
+    return splits
+
+
+def check_probe(dataset: Dataset) -> None:
+    """Refuse a dataset that cannot be probed, before anything is encoded."""
+    splits = check_splits(dataset, "linear")
+    names = splits["test"].class_names
     few = int((np.bincount(splits["train"].labels, minlength=len(names)) < 2).sum())
     if few >= len(names) / 2:
         raise UserError(
@@ -139,13 +146,13 @@ def linear_probe(data: ProbeData) -> LinearProbeResult:
     )
 
 
-def sweep(problem: LogisticProblem, data: ProbeData) -> Classifier:
+def sweep(problem: LogisticProblem, data: ProbeData) -> LogisticFit:
     """Return the fit on the training images with the best score on the validation images, in 15 fits instead of 97.
 
     This is CLIP's search. Between equal scores the smaller cross-entropy decides, which CLIP leaves open, then the
     smaller C.
     """
-    fits: dict[int, Classifier] = {}
+    fits: dict[int, LogisticFit] = {}
     scores: dict[int, tuple[float, float]] = {}
 
     def attempt(step: int) -> None:
@@ -169,8 +176,8 @@ def sweep(problem: LogisticProblem, data: ProbeData) -> Classifier:
     return fits[best()]
 
 
-def measure(classifier: Classifier, rows: Labeled, data: ProbeData) -> tuple[np.ndarray, float]:
-    """`Classifier.measure`, computed on the data's device."""
+def measure(classifier: LogisticFit, rows: Labeled, data: ProbeData) -> tuple[np.ndarray, float]:
+    """`LogisticFit.measure`, computed on the data's device."""
     return classifier.measure(rows.features.to(data.device), rows.labels.to(data.device))
 
 

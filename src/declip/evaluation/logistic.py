@@ -15,7 +15,7 @@ SAMPLE = 4096  # least number of rows for the estimates of curvature and covaria
 
 
 @dataclass(frozen=True)
-class Classifier:
+class LogisticFit:
     """A fitted linear classifier of the K classes that have training images."""
 
     weight: Tensor  # (K, d) float64
@@ -82,8 +82,8 @@ class LogisticProblem:
         self.spread = torch.cat([spread.clamp_min(0), spread.new_ones(1)])
 
     def fit(
-        self, C: float, *, start: Classifier | None = None, tolerance: float = 1e-4, max_iterations: int = 1000
-    ) -> Classifier:
+        self, C: float, *, start: LogisticFit | None = None, tolerance: float = 1e-4, max_iterations: int = 1000
+    ) -> LogisticFit:
         """Find the minimum for one C by L-BFGS, from the fit with another C or from zero.
 
         Args:
@@ -114,7 +114,7 @@ class LogisticProblem:
         bias = weight[:, -1] - rotated @ self.mean
         # Rounding may end the line search slightly before the tolerance.
         converged = done < max_iterations and float(abs(found.jac).max()) <= 10 * enough
-        return Classifier(rotated.cpu(), bias.cpu(), self.present.cpu(), C, done, converged)
+        return LogisticFit(rotated.cpu(), bias.cpu(), self.present.cpu(), C, done, converged)
 
     @torch.enable_grad()
     def _loss(self, steps: np.ndarray, lengths: Tensor, penalty: Tensor) -> tuple[float, np.ndarray]:

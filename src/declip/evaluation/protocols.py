@@ -5,18 +5,25 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
+import numpy as np
+import torch
+
 from declip.data.pair import PairSource
 from declip.data.sources.subset import Subset
 from declip.errors import UserError, check_range, unknown
 from declip.evaluation.datasets import Dataset, open_dataset, with_classes
 from declip.evaluation.encode import Encoder, SourceFeatures, encode_source, eval_mode
-from declip.evaluation.linear_probe import ProbeData, check_probe, linear_probe, read_probe_data
+from declip.evaluation.few_shot import Examples, fit_few_shot, joint_encoder
+from declip.evaluation.linear_probe import ProbeData, check_probe, check_splits, linear_probe, read_probe_data
+from declip.evaluation.per_class import sample_per_class, score
 from declip.evaluation.readers.images import Classified
-from declip.evaluation.results import Result, RetrievalResult, ZeroShotResult
+from declip.evaluation.results import FewShotResult, Result, RetrievalResult, ZeroShotResult
 from declip.evaluation.retrieval import retrieve
 from declip.evaluation.zero_shot import class_features, classify, logit_scale, read_templates
 from declip.models.dual_encoder import DualEncoder
 from declip.models.inference import chunked
+
+DRAWS = 5  # of the images of few-shot classification
 
 
 @dataclass(frozen=True)
@@ -24,12 +31,14 @@ class Options:
     """Settings of an evaluation."""
 
     templates: str | Sequence[str] | None = None  # zero-shot: a shipped set or templates; None: those of the dataset
+    shots: int = 4  # few-shot: images of a class
     batch_size: int = 256  # images and texts per forward pass
     workers: int = 0  # processes that read images; 0: this one
     progress: bool = True
 
     def __post_init__(self) -> None:
         check_range("batch_size", self.batch_size, 1)
+        check_range("shots", self.shots, 1)
 
 
 @dataclass(frozen=True)
@@ -74,10 +83,46 @@ class SharedFeatures:
         known = isinstance(getattr(self.model, "model", self.model), DualEncoder)  # or a wrapper of one
         return retrieve(features, logit_scale(self.model) if known else None)
 
+    def few_shot(self) -> FewShotResult:
+        splits, options = check_splits(self.dataset, "few-shot"), self.options
+        train, test = splits["train"], splits["test"]
+        # --- features of the images of all draws, of the test images and of the names
+        labels = np.asarray(train.labels, dtype=np.int64)
+        draws = [sample_per_class(labels, lambda count: min(count, options.shots), draw) for draw in range(DRAWS)]
+        encode, width = joint_encoder(self.model)
+        seen = self._encode(train, encode=encode, texts=False, indices=np.flatnonzero(np.any(draws, axis=0)))
+        tested = self._encode(test, encode=encode, texts=False)
+        templates = read_templates(options.templates or self.dataset.templates)[1]
+        names = class_features(self.model, test.class_names, templates, batch_size=options.batch_size)
+        # --- a classifier for each draw, and one of the names
+        truth = np.asarray(test.labels)[tested.indices]
+        right = list[np.ndarray]()
+        for chosen in [np.zeros(len(labels), bool), *draws]:
+            rows = np.flatnonzero(chosen[seen.indices])
+            own = torch.from_numpy(labels[seen.indices[rows]])
+            head = fit_few_shot(Examples(seen.images[rows], own, names, width))
+            right.append(head.scores(tested.images).argmax(dim=1).numpy() == truth)
+        top1 = [score(each, truth) for each in right[1:]]
+        return FewShotResult(
+            dataset=self.dataset.name,
+            n=len(truth),
+            classes=len(names),
+            shots=options.shots,
+            draws=DRAWS,
+            top1=float(np.mean(top1)),
+            mean_per_class=float(np.mean([score(each, truth, "mean_per_class") for each in right[1:]])),
+            deviation=float(np.std(top1, ddof=1)),
+            names_top1=score(right[0], truth),
+            skipped={**seen.skipped.counts, **tested.skipped.counts},
+        )
+
     def check(self, task: str) -> None:
         """Refuse a dataset or model that the task cannot use, before anything is encoded."""
         if task == "zero-shot":
             with_classes(self.dataset.split("test"))
+            read_templates(self.options.templates or self.dataset.templates)
+        elif task == "few-shot":
+            check_splits(self.dataset, task)
             read_templates(self.options.templates or self.dataset.templates)
         elif task != "retrieval":
             if not hasattr(self.model, "encode_backbone"):
@@ -96,6 +141,7 @@ TASKS: Mapping[str, Callable[[SharedFeatures], Result]] = {
     "zero-shot": SharedFeatures.zero_shot,
     "retrieval": SharedFeatures.retrieval,
     "linear": lambda shared: linear_probe(shared.splits),
+    "few-shot": SharedFeatures.few_shot,
 }
 
 

@@ -34,6 +34,12 @@ class Measure(NamedTuple):
         z, n, p = 1.96, self.n, self.value
         return z / (1 + z * z / n) * sqrt(p * (1 - p) / n + z * z / (4 * n * n))
 
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The ends of that interval, whose middle is nearer to a half than the value."""
+        middle = (self.value + 1.96**2 / (2 * self.n)) / (1 + 1.96**2 / self.n)
+        return middle - self.margin, middle + self.margin
+
 
 @dataclass(frozen=True)
 class Result:
@@ -162,8 +168,29 @@ class LinearProbeResult(ClassificationResult):
         ]
 
 
+@dataclass(frozen=True, kw_only=True)
+class FewShotResult(ClassificationResult):
+    """Classification by class names and a few images of each class, means over random draws of these images."""
+
+    task: ClassVar[str] = "few-shot"
+    shots: int  # images of a class
+    draws: int
+    top1: float
+    mean_per_class: float
+    deviation: float  # standard deviation of top-1 over the draws
+    names_top1: float  # by the names alone
+
+    def measures(self) -> list[Measure]:
+        shots = f"{self.shots} shot" + ("s" if self.shots > 1 else "")
+        return [
+            self._measure(f"{shots}, top-1", self.top1),
+            self._measure(f"{shots}, mean per class", self.mean_per_class),
+            self._measure("names alone, top-1", self.names_top1),
+        ]
+
+
 READERS: Mapping[str, TypeAdapter[Any]] = {
-    kind.task: TypeAdapter(kind) for kind in (ZeroShotResult, RetrievalResult, LinearProbeResult)
+    kind.task: TypeAdapter(kind) for kind in (ZeroShotResult, RetrievalResult, LinearProbeResult, FewShotResult)
 }
 
 

@@ -1,6 +1,7 @@
 """Classify images: a probability of each class that the user names."""
 
 import csv
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -9,9 +10,10 @@ from dataclasses import dataclass, field, replace
 from glob import glob
 from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
-import torch
 from PIL import Image
+from torch import Tensor
 
 from declip.data.columns import DEFAULT, Columns
 from declip.data.images.decode import EXTENSIONS
@@ -21,10 +23,12 @@ from declip.data.sources.open import open_source
 from declip.data.sources.python_items import Items
 from declip.errors import UserError, check_range
 from declip.evaluation.encode import Encoder
+from declip.evaluation.few_shot import joint_encoder
 from declip.evaluation.zero_shot import class_features, logit_scale, read_templates
 from declip.interchange.read import load
 from declip.io.atomic import atomic_write
 from declip.models.precision import Precision
+from declip.search.classifier import NONE, Classifier
 from declip.search.model import encode_images
 
 # Beginnings of cells that a spreadsheet evaluates; an apostrophe before them makes them text.
@@ -48,6 +52,7 @@ class Classification:
     counts: dict[str, int]  # images of each class
     skipped: SkipCounter = field(default_factory=SkipCounter)
     predictions: list[Prediction] = field(default_factory=list)
+    classifier: Classifier | None = None  # None by names alone
 
     def summary(self) -> str:
         """One line for the classes, the most frequent first, and one for each reason of images left out."""
@@ -60,8 +65,12 @@ class Classification:
 def classify(
     model: str | Path | Encoder,
     images: str | Path | PairSource | Items,
-    classes: str | Path | Sequence[str],
+    classes: str | Path | Sequence[str] | None = None,
     *,
+    examples: str | Path | PairSource | Items | None = None,
+    head: str | Path | Classifier | None = None,
+    reject: bool = False,
+    label_column: str | None = None,
     templates: str | Sequence[str] = "plain",
     out: str | Path | None = None,
     batch_size: int = 256,
@@ -76,7 +85,12 @@ def classify(
 
     Args:
         images: A folder, a file, a pattern such as "photos/*.jpg", or any source; images need no captions.
-        classes: Names, a file with one name per line, or a string of names separated by commas.
+        classes: Names, a file with one name per line, or a string of names separated by commas; by default those of the
+            examples.
+        examples: Labeled images of some or all of the classes, as for `declip.Classifier.fit`.
+        head: A fitted classifier or its file, instead of classes and examples.
+        reject: Assign images unlike the examples to "none of these".
+        label_column: The column of classes in a table of examples.
         templates: Name of a template set, or templates with ``{}`` for the class.
         out: A .csv file for the probability of every class.
         precision: As in `declip.load`; a model that is given as an object stays as it is.
@@ -88,38 +102,85 @@ def classify(
     """
     # --- input, before the model is loaded
     check_range("batch_size", batch_size, 1)
-    names, prompts = read_classes(classes), read_templates(templates)[1]
+    names = _check_options(classes, examples, head, reject)
+    prompts = read_templates(templates)[1]
     source = _open(images, replace(columns, caption=None))
     path = None if out is None else Path(out).expanduser()
     if path is not None and (path.suffix.lower() != ".csv" or path.is_dir()):
         raise UserError(f"Predictions are written to a .csv file, not to '{out}'. Choose another path with --out.")
+    classifier = Classifier.load(head) if isinstance(head, str | Path) else head
     encoder = load(model, device, precision) if isinstance(model, str | Path) else model
-    encoder.tokenize([""])  # a model without a text tower fails before processes start
-
+    # --- scores of classes
+    options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "progress": progress}
+    if examples is not None:
+        classifier = Classifier.fit(encoder, names, examples, templates=prompts, label_column=label_column, **options)
+    if classifier is None:
+        scorer = _names_alone(encoder, names, prompts, batch_size)
+    else:
+        scorer = _with_examples(encoder, classifier, reject)
     # --- classify and write batch by batch
-    result = Classification(dict.fromkeys(names, 0))
+    result = Classification(dict.fromkeys([*scorer.names, *([NONE] if reject else [])], 0), classifier=classifier)
     collect = on_prediction or (result.predictions.append if path is None else None)
     batches = [range(start, min(start + batch_size, len(source))) for start in range(0, len(source), batch_size)]
-    stream = encode_images(encoder, source, _read, batches, workers, progress)
-    texts = class_features(encoder, names, prompts, batch_size=batch_size).double()  # (C, d)
-    scale = logit_scale(encoder)
-    with _open_table(path, names) as write:
+    stream = encode_images(encoder, source, _read, batches, workers, progress, scorer.encode)
+    with _open_table(path, scorer.names) as write:
         for vectors, rows, broken in stream:
             result.skipped.merge(broken)
-            if not rows:
-                continue
-            # As CLIP's zero-shot classification: softmax of the logit scale times the cosines.
-            probabilities = torch.softmax(scale * vectors.double() @ texts.T, dim=1)  # (n, C)
-            for key, own in zip(rows, probabilities.tolist(), strict=True):
-                largest, best = max(zip(own, names, strict=True), key=itemgetter(0))
-                prediction = Prediction(key, best, largest, dict(zip(names, own, strict=True)))
-                result.counts[best] += 1
+            for prediction in scorer.predict(rows, vectors) if rows else ():
+                result.counts[prediction.best] += 1
                 write(prediction)
                 if collect is not None:
                     collect(prediction)
         if not any(result.counts.values()):
             raise UserError(f"None of the {len(source):,} images can be used: {result.skipped.explanation()}")
     return result
+
+
+@dataclass(frozen=True)
+class _Scorer:
+    """Scores of classes, whose softmax is the probability."""
+
+    names: Sequence[str]
+    encode: Callable[[Tensor], Tensor] | None  # pixels to vectors; None: `Encoder.encode_image`
+    score: Callable[[Tensor], Tensor]  # vectors (n, d) to (n, C)
+    threshold: float = -math.inf  # of the largest score, below which an image is of no class
+
+    def predict(self, keys: Sequence[str], vectors: Tensor) -> Iterator[Prediction]:
+        """The predictions for images with keys and vectors (n, d)."""
+        scores = self.score(vectors).double()
+        strange = scores.amax(dim=1) < self.threshold
+        for key, own, other in zip(keys, scores.softmax(dim=1).tolist(), strange.tolist(), strict=True):
+            largest, best = max(zip(own, self.names, strict=True), key=itemgetter(0))
+            yield Prediction(key, NONE if other else best, largest, dict(zip(self.names, own, strict=True)))
+
+
+def _names_alone(encoder: Encoder, names: Sequence[str], prompts: Sequence[str], batch_size: int) -> _Scorer:
+    """CLIP's zero-shot classification: the logit scale times the cosines."""
+    encoder.tokenize([""])  # a model without a text tower fails before processes start
+    texts, scale = class_features(encoder, names, prompts, batch_size=batch_size).double(), logit_scale(encoder)
+    return _Scorer(names, None, lambda vectors: scale * vectors.double() @ texts.T)
+
+
+def _with_examples(encoder: Encoder, classifier: Classifier, reject: bool) -> _Scorer:
+    """The scores of a classifier of examples."""
+    classifier.check_model(encoder)
+    if reject and classifier.rejection is None:
+        raise UserError("--reject requires examples of three classes or more, with two images of one of them or more.")
+    threshold = classifier.rejection.threshold if reject and classifier.rejection else -math.inf
+    return _Scorer(classifier.classes, joint_encoder(encoder)[0], classifier.head.scores, threshold)
+
+
+def _check_options(
+    classes: str | Path | Sequence[str] | None, examples: object, head: object, reject: bool
+) -> list[str]:
+    """Read the names of classes, if any; refuse options that cannot be combined."""
+    if head is not None and (classes is not None or examples is not None):
+        raise UserError("A head (--head) has its own classes. Leave out --classes and --examples.")
+    if head is None and classes is None and examples is None:
+        raise UserError("Name the classes with --classes, or give examples of them with --examples or --head.")
+    if reject and head is None and examples is None:
+        raise UserError(f"--reject ('{NONE}') requires --examples or --head: its threshold comes from examples.")
+    return [] if classes is None else read_classes(classes)
 
 
 def _read(source: ImageSource, place: int) -> tuple[Image.Image, str]:

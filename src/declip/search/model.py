@@ -39,6 +39,7 @@ def encode_images(
     batches: Sequence[Sequence[int]],
     workers: int,
     progress: bool,
+    encode: Callable[[Tensor], Tensor] | None = None,
 ) -> Iterator[tuple[Tensor, list[Any], SkipCounter]]:
     """Read and encode the images at some places of a source.
 
@@ -46,7 +47,7 @@ def encode_images(
     """
     # The workers start before the thread of the bar does: a fork copies no thread.
     stream = in_order(Batches(model, batches, partial(read, source)), len(batches), workers)
-    encode = image_encoder(model)
+    encode = encode or image_encoder(model)
     with naming_lost_workers(), pairs_bar(progress) as bar:
         task = bar.add_task(f"Images of {source.name}", total=sum(map(len, batches)))
         for pixels, rows, broken in stream:

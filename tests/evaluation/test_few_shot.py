@@ -1,0 +1,124 @@
+"""Few-shot classification: the closed form, names against images, what is left out, and the protocol."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import normalize, one_hot
+
+from declip.errors import UserError
+from declip.evaluation.datasets import Dataset
+from declip.evaluation.few_shot import (
+    Examples,
+    FewShotForm,
+    FewShotHead,
+    center_of,
+    choose_threshold,
+    fit_few_shot,
+    fit_heads,
+    joined,
+)
+from declip.evaluation.protocols import Options, evaluate_all
+from declip.evaluation.results import FewShotResult, read_result
+
+
+def made_up(shots: int, classes: int = 6, noise: float = 0.5, names: float = 0.0, seed: int = 0) -> Examples:
+    """Classes around random directions; `names` is the noise of their names, in units of the classes' distance."""
+    rng = torch.Generator().manual_seed(seed)
+    centers = torch.randn(classes, 12, generator=torch.Generator().manual_seed(99))
+    labels = torch.arange(classes).repeat_interleave(shots)
+    images = normalize(centers[labels] + noise * 3.5 * torch.randn(len(labels), 12, generator=rng) + 1, dim=1)
+    texts = normalize(centers + names * 3.5 * torch.randn(classes, 12, generator=rng) - 2, dim=1)
+    return Examples(torch.cat([images, images], dim=1), labels, texts, 12)
+
+
+def accuracy(head: FewShotHead, test: Examples) -> float:
+    return float((head.scores(test.images).argmax(1) == test.labels).float().mean())
+
+
+@pytest.mark.parametrize("shots", [2, 40])
+def test_the_weight_minimizes_the_weighted_squared_error(shots: int) -> None:
+    examples, form = made_up(shots), FewShotForm(4.0, 0.1)
+    (head,) = fit_heads(examples, (form,))
+    x = joined(examples.images, center_of(examples), form, 12)
+    names = normalize(examples.names - examples.names.mean(0), dim=1)
+    x = torch.cat([x, torch.cat([torch.zeros_like(names), names / 2**0.5], dim=1)])
+    y = torch.cat([one_hot(examples.labels, 6), torch.eye(6)]) - 1 / 6
+    w = torch.cat([torch.full((6 * shots,), 1 / shots), torch.full((6,), 4 / shots)])
+    expected = torch.linalg.solve(x.T * w @ x + 0.1 * torch.eye(24), x.T * w @ y).T
+    assert torch.allclose(head.weight, expected, atol=1e-4)
+
+
+def test_a_large_penalty_compares_with_class_means() -> None:
+    examples, test = made_up(5), made_up(50, seed=1)
+    (head,) = fit_heads(examples, (FewShotForm(0.0, 1e4),))
+    x, z = (joined(part.images, center_of(examples), head.form, 12) for part in (examples, test))
+    means = torch.stack([x[examples.labels == label].mean(0) for label in range(6)])
+    assert torch.equal(head.scores(test.images).argmax(1), (z @ (means - means.mean(0)).T).argmax(1))
+
+
+def test_good_names_weigh_more_than_images_and_bad_ones_nothing() -> None:
+    test = made_up(100, noise=0.8, seed=1)
+    few = {noise: made_up(4, noise=0.8, names=noise) for noise in (0.0, 5.0)}
+    good, bad = (fit_few_shot(few[noise]) for noise in (0.0, 5.0))
+    alone = fit_few_shot(few[0.0].take(torch.empty(0, dtype=torch.int64)))
+    assert good.form.name_weight >= 4 > bad.form.name_weight
+    assert accuracy(good, test) > accuracy(bad, test)
+    assert accuracy(alone, test) > 0.4
+    assert alone.accuracy is None
+
+
+def test_the_accuracy_is_that_of_images_that_were_not_seen() -> None:
+    right, told = [], []
+    for seed in range(6):
+        head = fit_few_shot(made_up(8, noise=0.8, names=1.0, seed=seed))
+        assert head.accuracy is not None
+        low, high = head.accuracy.interval
+        right.append(low <= accuracy(head, made_up(200, noise=0.8, seed=50)) <= high)
+        told.append(head.accuracy.n)
+    assert (sum(right) >= 5, told) == (True, [48] * 6)
+
+
+def test_probabilities_are_calibrated() -> None:
+    test = made_up(400, noise=0.6, seed=7)
+    head = fit_few_shot(made_up(16, noise=0.6, names=0.5))
+    best = head.scores(test.images).softmax(1).max(1)
+    assert float(best.values.mean()) == pytest.approx(float((best.indices == test.labels).float().mean()), abs=0.1)
+
+
+def test_images_of_other_classes_are_below_the_threshold() -> None:
+    everything = made_up(20, classes=9, noise=0.1)
+    known = everything
+    for _ in range(3):
+        known = known.without(0)
+    head = fit_few_shot(known)
+    found = choose_threshold(known, head)
+    scores = head.scores(everything.images).amax(1)
+    strangers = everything.labels < 3
+    assert float((scores[strangers] < found.threshold).float().mean()) == pytest.approx(found.rejected, abs=0.2)
+    assert (found.auroc > 0.7, found.rejected > found.lost + 0.3) == (True, True)
+
+
+def test_the_protocol_gives_names_and_images(model, painted) -> None:
+    colors = ["red", "green", "blue"]
+    train = painted(colors * 4, classes=colors, broken=[0])
+    dataset = Dataset("colors", {"train": lambda: train, "test": lambda: painted(colors * 2, classes=colors)})
+    (result,) = evaluate_all(model, dataset, ("few-shot",), Options(shots=2, progress=False))
+    assert isinstance(result, FewShotResult)
+    assert (result.top1, result.names_top1, result.n, result.shots) == (1.0, 1.0, 6, 2)
+    assert result.measures()[0].name == "2 shots, top-1"
+    assert read_result(result.to_dict()) == result
+    with pytest.raises(UserError, match="shots"):
+        Options(shots=0)
+    with pytest.raises(UserError, match=r"train split.*few-shot"):
+        evaluate_all(model, Dataset("x", {"test": lambda: train}), ("few-shot",))
+
+
+def test_a_class_without_images_is_found_by_its_name() -> None:
+    examples = made_up(6, noise=0.2)
+    some = examples.take(examples.labels != 2)
+    test = made_up(40, noise=0.2, seed=3)
+    head = fit_few_shot(some)
+    own = test.take(test.labels == 2)
+    assert head.form.name_weight > 0
+    assert accuracy(head, own) > 0.5
+    assert np.isfinite(head.weight.numpy()).all()
