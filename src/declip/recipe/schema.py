@@ -26,7 +26,7 @@ class ImageTowerConfig(Section):
     """The image tower: a timm model by name, or one of `declip.models.image_tower.SMALL_TOWERS`."""
 
     model: str = Field("declip_vit_small", description="name of a timm model or of a small tower of declip")
-    size: int = Field(32, ge=16, le=4096, description="height and width in pixels; if you give it, weights are resized")
+    size: int = Field(32, ge=16, le=4096, description="height and width in pixels; pretrained weights are resized")
     mean: RGB = Field((0.48145466, 0.4578275, 0.40821073), description="mean of red, green and blue in 0 to 1")
     std: tuple[Spread, Spread, Spread] = Field(
         (0.26862954, 0.26130258, 0.27577711), description="standard deviation of red, green and blue"
@@ -45,7 +45,7 @@ class TextTowerConfig(Section):
     bpe_merges: int | None = Field(None, ge=0, description="number of CLIP's BPE merges to use; default: all")
     projection_bias: bool = Field(False, description="bias of the projection, as in the official implementation")
     activation: Literal["quick_gelu", "gelu"] = Field("quick_gelu", description="activation of the MLPs")
-    hf_model: Place | None = Field(None, description="Hugging Face encoder instead: its folder, or huggingface:NAME")
+    hf_model: Place | None = Field(None, description="Hugging Face text encoder: its folder, or huggingface:NAME")
     pooling: Literal["auto", "cls", "mean", "eos"] = Field("auto", description="pooling of a Hugging Face encoder")
     pretrained: bool = Field(True, description="start a Hugging Face encoder from its own weights")
 
@@ -146,11 +146,11 @@ class LoRA(Section):
 
 
 class FineTuning(Section):
-    """The pretrained weights, and how freely they may change."""
+    """The pretrained weights, and how they are trained."""
 
     pretrained: Place | None = Field(None, description="weights that declip.load takes, or timm:NAME")
     class_names: Place | None = Field(
-        None, description="file with the names of the pretrained classifier's classes: one a line, or name,definition"
+        None, description="file with the names of the classifier's classes: one per line, or a table name,definition"
     )
     lr_scale: float = Field(1.0, gt=0, description="factor on the learning rate for pretrained towers")
     layer_decay: float = Field(1.0, gt=0, le=1, description="factor on the learning rate per layer below the last")
@@ -178,7 +178,7 @@ class FineTuning(Section):
 
 
 class Train(Section):
-    """Optimization and the bookkeeping of a run."""
+    """Optimization, logging, evaluation and checkpoints of a run."""
 
     steps: int = Field(1000, ge=1, description="number of optimizer steps")
     epochs: float | None = Field(None, gt=0, description="number of passes over the pairs, instead of steps")
@@ -189,7 +189,7 @@ class Train(Section):
     warmup_steps: int = Field(100, ge=0, description="number of steps with a linearly rising learning rate")
     weight_decay: float = Field(0.1, ge=0, description="decoupled weight decay; not on biases, norms and scales")
     grad_clip_norm: float | None = Field(None, gt=0, description="largest norm of the gradient; default: no clipping")
-    precision: Literal["auto", "fp32", "bf16"] = Field("fp32", description="of the towers; auto: bf16 where supported")
+    precision: Literal["auto", "fp32", "bf16"] = Field("fp32", description="of the towers; auto: bf16 if supported")
     channels_last: bool = Field(False, description="channels-last memory format, for convolutions")
     log_every: int = Field(10, ge=1, description="number of steps between logged rows")
     report_to: Trackers = Field(
@@ -197,7 +197,7 @@ class Train(Section):
         description=f"trackers: {', '.join(get_args(Tracker)[1:])}; auto: tensorboard if installed; []: none",
     )
     evaluate_every: int = Field(0, ge=0, description="number of steps between evaluations; 0: only at the end")
-    patience: int | None = Field(None, ge=1, description="evaluations without a better one that end a run")
+    patience: int | None = Field(None, ge=1, description="evaluations without improvement that end a run")
     checkpoint_every: int = Field(200, ge=1, description="number of steps between checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="number of checkpoints to keep")
     device: str = Field("auto", description="device: auto, cpu, cuda, cuda:1, mps")
@@ -220,7 +220,7 @@ class Evaluation(Section):
     retrieval: Places = Field((), description="sets for retrieval in both directions")
     final_zero_shot: Places = Field((), description="test sets for zero-shot, used only at the end")
     final_retrieval: Places = Field((), description="test sets for retrieval, used only at the end")
-    keep: Places = Field((), description="sets that fine-tuned weights should stay good at (--keep)")
+    keep: Places = Field((), description="sets on which accuracy should not fall in fine-tuning (--keep)")
 
 
 class Recipe(Section):

@@ -58,12 +58,12 @@ class Data(Section):
         "builtin:emoji", description="table, folder, shards or built-in set, or a list of these"
     )
     columns: dict[Column, str] = Field(
-        COLUMNS, description="columns of a table: image, caption, and group, whose equal cells mean the same"
+        COLUMNS, description="columns of a table: image, caption, and group, whose equal cells show one thing"
     )
     image_root: Place | None = Field(None, description="folder of a table's image paths; default: the table's folder")
     max_pairs: int | None = Field(None, ge=2, description="train on this many pairs only, chosen by the seed")
     shuffle_buffer: int | None = Field(None, ge=1, description="pairs shuffled together; default: all; remote: 50,000")
-    workers: Count | Literal["auto"] = Field("auto", description="loader processes; auto: one a free core, at most 8")
+    workers: Count | Literal["auto"] = Field("auto", description="loader processes; auto: 1 per free core, at most 8")
     max_broken_fraction: Fraction = Field(0.05, description="fraction of broken pairs above which a run stops")
 
     @field_validator("source", mode="before")
