@@ -132,7 +132,7 @@ def cost(recipe: Recipe, gpus: int) -> str:
     if pick_device(recipe.train.device).type == "cpu" and recipe.image.size > 64:
         return "The cost is measured on a GPU only; there is none here."
     train = recipe.train.model_copy(update={"batch_size": max(1, recipe.train.batch_size // gpus)})
-    return f"on each of {gpus}: {estimate(recipe.model_copy(update={'train': train}))}"
+    return f"on each of {gpus}: {estimate(recipe.model_copy(update={'train': train}))[1]}"
 
 
 def read_curve(path: Path, train: Train) -> dict[int, float]:

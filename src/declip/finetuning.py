@@ -32,7 +32,7 @@ from declip.runs.folder import LOCK, RECIPE, SPLIT, Run, lock_folder, log, moved
 from declip.training import distributed
 from declip.training.assemble import assemble
 from declip.training.distributed import HostGroup
-from declip.training.estimate import Estimate, estimate
+from declip.training.estimate import estimate
 from declip.training.fit import closed_form, estimate_fit, fit
 from declip.training.mixture import mix_with_start
 from declip.training.pairs import caption_warnings, open_training_source
@@ -134,19 +134,14 @@ def _refuse_others(
 
 def estimate_finetune(
     pairs: str | Path, weights: str | Path | None = None, *, out: str | Path | None = None, **options: Any
-) -> tuple[str, Estimate | str]:
+) -> tuple[str, str]:
     """Resolve the recipe of a fine-tuning, as YAML, and measure what it will cost; arguments as `finetune`."""
     defaults = (("val", ()), ("freeze", None), ("quiet", 0), ("keep", ()))
     val, freeze, quiet, _ = (options.pop(name, default) for name, default in defaults)
     given = read_overrides(options, freeze)
     with TemporaryDirectory() as folder:
         recipe = finetune_recipe(pairs, Path(folder), weights, val, freeze, given, quiet)
-        cost: Estimate | str
-        if closed_form(recipe):
-            resolved, cost = estimate_fit(recipe)
-        else:
-            cost = estimate(recipe)
-            resolved = cost.recipe
+        resolved, cost = estimate_fit(recipe) if closed_form(recipe) else estimate(recipe)
     return resolved.to_yaml().replace(folder, str(out or FINETUNED)), cost
 
 

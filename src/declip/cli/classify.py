@@ -5,7 +5,18 @@ from typing import Annotated, Any
 
 import typer
 
-from declip.cli.options import BatchSize, Device, ImageColumn, ImageRoot, Precision, Quiet, check_model, file, say
+from declip.cli.options import (
+    BatchSize,
+    Device,
+    ImageColumn,
+    ImageRoot,
+    Precision,
+    Quiet,
+    Readers,
+    check_model,
+    file,
+    say,
+)
 from declip.data.columns import Columns
 from declip.errors import UserError
 from declip.reports.page import check_writable
@@ -27,7 +38,7 @@ def classify(
     out: Annotated[Path | None, file("write the probability of every class to this .csv file")] = None,
     templates: Annotated[str, typer.Option(help="name of a template set, or a template with {}")] = "plain",
     batch_size: BatchSize = 256,
-    workers: Annotated[int, typer.Option(min=0, help="processes that read images; 0: the main process")] = 0,
+    workers: Readers = 0,
     image_column: ImageColumn = "image",
     image_root: ImageRoot = None,
     device: Device = "auto",

@@ -1,7 +1,7 @@
 """The command ``declip compare``."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -46,18 +46,9 @@ def compare(
     from declip.comparison.study import read_counts
     from declip.reports.comparison import summary
 
-    outcome = run_comparison(
-        recipes,
-        read_counts(pairs),
-        seeds,
-        out=out,
-        overrides=overrides,
-        datasets=datasets or (),
-        tasks=tasks or ("zero-shot",),
-        budget=budget,
-        jobs=jobs,
-        quiet=quiet,
-    )
+    options: dict[str, Any] = {"datasets": datasets or (), "tasks": tasks or ("zero-shot",), "budget": budget}
+    options |= {"overrides": overrides, "jobs": jobs, "quiet": quiet}
+    outcome = run_comparison(recipes, read_counts(pairs), seeds, out=out, **options)
     console.print(summary(outcome))
     if not outcome.complete:
         raise typer.Exit(2 if outcome.failures else 130)

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from declip.cli.options import BatchSize, Device, JsonOut, Precision, check_model, check_source, console, file
+from declip.cli.options import BatchSize, Device, JsonOut, Precision, Readers, check_model, check_source, console, file
 from declip.errors import UserError, unknown
 from declip.io.atomic import write_text
 
@@ -26,7 +26,7 @@ def evaluate(
     templates: Annotated[str | None, typer.Option(help="name of a template set, or a template with {}")] = None,
     label_column: Annotated[str | None, typer.Option(help="table column of classes")] = None,
     batch_size: BatchSize = 256,
-    workers: Annotated[int, typer.Option(min=0, help="processes that read images; 0: the main process")] = 0,
+    workers: Readers = 0,
     device: Device = "auto",
     precision: Precision = "fp32",
     json_out: JsonOut = None,
@@ -56,23 +56,27 @@ def evaluate(
         from declip.evaluation.suites import evaluate_suite
 
         result = evaluate_suite(loaded, suite, task, options)
-        markdown, content = result.markdown(model), json.dumps(result.to_dict(), indent=1)
-        table: Any = Markdown(markdown)
+        table, found = Markdown(markdown := result.markdown(model)), result.to_dict()
         if markdown_out is not None:
             write_text(markdown_out, markdown, "choose another path with --markdown")
     else:
-        from declip.evaluation.datasets import open_dataset
-        from declip.evaluation.protocols import evaluate_all
-        from declip.reports.page import rich_table
-        from declip.reports.run import results_table
-
-        opened = [open_dataset(name, label_column=label_column) for name in datasets]
-        results = evaluate_all(loaded, opened, (task,), options)
-        rows = [each.to_dict() for each in results]
-        table, content = rich_table(results_table(results)), json.dumps(rows if len(rows) > 1 else rows[0], indent=1)
+        table, found = _evaluate(loaded, datasets, label_column, task, options)
     console.print(table)
     if json_out is not None:
-        write_text(json_out, content, "choose another path with --json")
+        write_text(json_out, json.dumps(found, indent=1), "choose another path with --json")
+
+
+def _evaluate(model: Any, datasets: list[str], label_column: str | None, task: str, options: Any) -> tuple[Any, Any]:
+    """Evaluate on all datasets; return a table, and one row or several."""
+    from declip.evaluation.datasets import open_dataset
+    from declip.evaluation.protocols import evaluate_all
+    from declip.reports.page import rich_table
+    from declip.reports.run import results_table
+
+    opened = [open_dataset(name, label_column=label_column) for name in datasets]
+    results = evaluate_all(model, opened, (task,), options)
+    rows = [each.to_dict() for each in results]
+    return rich_table(results_table(results)), rows if len(rows) > 1 else rows[0]
 
 
 def _suite_of(datasets: list[str], label_column: str | None, markdown_out: Path | None) -> str | None:

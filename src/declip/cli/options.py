@@ -38,10 +38,12 @@ Precision = Annotated[
     typer.Option(help="of the towers; auto: the fastest that the device computes"),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="show no progress")]
+Resume = Annotated[bool, typer.Option("--resume", help="continue the run in the run folder")]
 ImageColumn = Annotated[str, typer.Option(help="table column of image paths")]
 CaptionColumn = Annotated[str, typer.Option(help="table column of captions")]
 ImageRoot = Annotated[Path | None, file("folder that image paths in a table are relative to", metavar="DIR")]
 Workers = Annotated[int | None, typer.Option(min=0, help="number of processes; default: one per core, at most 8")]
+Readers = Annotated[int, typer.Option(min=0, help="processes that read images; 0: the main process")]
 BatchSize = Annotated[int, typer.Option(min=1, help="images per forward pass")]
 License = Annotated[str, typer.Option(help="license for the model card, such as mit")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an existing export")]

@@ -17,6 +17,7 @@ from declip.cli.options import (
     JsonOut,
     Precision,
     Quiet,
+    Readers,
     check_model,
     check_source,
     console,
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 index = typer.Typer(help="Show an index of images.", no_args_is_help=True)
 
 Folder = Annotated[Path, typer.Argument(metavar="INDEX", parser=expand, help="a folder written by `declip embed`")]
-Readers = Annotated[int, typer.Option(min=0, help="processes that read images; 0: the main process")]
 
 
 def embed(

@@ -7,7 +7,27 @@ from typing import Annotated, Any
 
 import typer
 
-from declip.cli.options import Overrides, Quiet, check_model, check_source, console, file, say
+from declip.cli.options import Overrides, Quiet, Resume, check_model, check_source, console, file, say
+
+Validation = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="SET",
+        help="validation set; default: a tenth of the pairs, or none if both towers are frozen; repeatable",
+    ),
+]
+Keep = Annotated[
+    list[str] | None,
+    typer.Option(metavar="SET", help="set on which the accuracy of the weights should not fall; repeatable"),
+]
+Freeze = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TOWERS",
+        help="towers not to train: both, image, text or none; default: both for the built-in weights without a "
+        "GPU, else none",
+    ),
+]
 
 
 def train(
@@ -22,7 +42,7 @@ def train(
         ),
     ] = None,
     out: Annotated[Path | None, file("run folder; default: runs/RECIPE", metavar="DIR")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="continue the run in the run folder")] = False,
+    resume: Resume = False,
     quiet: Quiet = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only estimate memory and time")] = False,
 ) -> None:
@@ -36,7 +56,7 @@ def train(
     if dry_run:
         from declip.training.estimate import estimate
 
-        say(str(estimate(resolved)))
+        say(estimate(resolved)[1])
         return
     run = api.train(resolved, out=out or Path("runs") / name, resume=resume, quiet=quiet)
     leave_unless_finished(run)
@@ -72,15 +92,20 @@ def _checked(recipe: str, overrides: list[str], data: str | None, val: list[str]
     return dict(given)
 
 
-def _print_results(run: Any) -> None:
-    from declip.io.text import plural
+def _print_measures(run: Any) -> None:
     from declip.reports.page import rich_table
     from declip.reports.run import measures_table
 
-    seen, speed = run.step * run.recipe.train.batch_size, run.samples_per_second
-    pace = f"{speed:,.0f} samples/s (median)" if speed else "speed not measured"
     if run.evaluated:
         console.print(rich_table(measures_table(run)))
+
+
+def _print_results(run: Any) -> None:
+    from declip.io.text import plural
+
+    _print_measures(run)
+    seen, speed = run.step * run.recipe.train.batch_size, run.samples_per_second
+    pace = f"{speed:,.0f} samples/s (median)" if speed else "speed not measured"
     counted = f"{plural(seen, 'sample')} seen in {plural(run.step, 'step')}"
     say(f"{run.recipe.name}, seed {run.recipe.seed}: {counted}, {pace}")
     if not run.evaluated:
@@ -96,27 +121,11 @@ def finetune(
             "--from", metavar="WEIGHTS", help="pretrained weights; default without a GPU: builtin:lite2-minilm"
         ),
     ] = None,
-    val: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="SET",
-            help="validation set; default: a tenth of the pairs, or none if both towers are frozen; repeatable",
-        ),
-    ] = None,
-    keep: Annotated[
-        list[str] | None,
-        typer.Option(metavar="SET", help="set on which the accuracy of the weights should not fall; repeatable"),
-    ] = None,
+    val: Validation = None,
+    keep: Keep = None,
     out: Annotated[Path | None, file("run folder; default: runs/finetune", metavar="DIR")] = None,
-    freeze: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TOWERS",
-            help="towers not to train: both, image, text or none; default: both for the built-in weights without a "
-            "GPU, else none",
-        ),
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="continue the run in the run folder")] = False,
+    freeze: Freeze = None,
+    resume: Resume = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="only print the recipe, and estimate memory and time")
     ] = False,
@@ -135,25 +144,15 @@ def finetune(
         check_model(weights)
     from declip import api, finetuning
 
-    options: dict[str, Any] = {
-        "val": val or (),
-        "keep": keep or (),
-        "out": out,
-        "freeze": freeze,
-        "quiet": quiet,
-        **given,
-    }
+    options: dict[str, Any] = {"val": val or (), "keep": keep or (), "out": out, "freeze": freeze, "quiet": quiet}
     if dry_run:
-        recipe, cost = finetuning.estimate_finetune(pairs, weights, **options)
-        say(f"{recipe}\n{cost}")
+        say("\n".join(finetuning.estimate_finetune(pairs, weights, **options, **given)))
         return
-    run = api.finetune(pairs, weights, resume=resume, **options)
+    run = api.finetune(pairs, weights, resume=resume, **options, **given)
     leave_unless_finished(run)
-    from declip.reports.page import rich_table
-    from declip.reports.run import fitted_lines, measures_table
+    from declip.reports.run import fitted_lines
 
-    if run.evaluated:
-        console.print(rich_table(measures_table(run)))
+    _print_measures(run)
     for line in fitted_lines(run):
         say(line)
     if not run.cross_validation:

@@ -3,7 +3,6 @@
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
@@ -24,26 +23,8 @@ from declip.training.step import StepParts, training_step
 TIMED, ENCODED = 2, 32  # steps, after one that does not count, and pairs of each evaluation set
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """The expected cost of a run."""
-
-    recipe: Recipe  # resolved
-    steps: float  # seconds
-    evaluations: float  # seconds
-    memory: int  # bytes
-
-    def __str__(self) -> str:
-        train = self.recipe.train
-        return (
-            f"{plural(train.steps, 'step')} of {train.batch_size:,} pairs at most, about "
-            f"{duration(self.steps + self.evaluations)} (steps {duration(self.steps)}, evaluations "
-            f"{duration(self.evaluations)}), {self.memory / 2**30:.1f} GiB of memory"
-        )
-
-
-def estimate(recipe: Recipe) -> Estimate:
-    """Estimate the cost of a recipe by a few steps in a temporary folder."""
+def estimate(recipe: Recipe) -> tuple[Recipe, str]:
+    """Resolve a recipe, and estimate the time and memory of its run by a few steps in a temporary folder."""
     source = open_training_source(recipe)
     recipe = resolve_epochs(recipe, source)
     train, few = recipe.train, min(len(source), 2 * recipe.train.batch_size)
@@ -51,17 +32,21 @@ def estimate(recipe: Recipe) -> Estimate:
     small._given = recipe.given
     with TemporaryDirectory() as folder:
         parts = assemble(small, Path(folder) / "run", quiet=True)
-        seconds = fmean(step_seconds(parts, 1, TIMED))
-        evaluation, count = 0.0, 1 + (train.steps - 1) // train.evaluate_every if train.evaluate_every else 1
+        steps = train.steps * fmean(step_seconds(parts, 1, TIMED))
+        # --- evaluations, from a few pairs of each set
+        evaluations, count = 0.0, 1 + (train.steps - 1) // train.evaluate_every if train.evaluate_every else 1
         for name in evaluation_tasks(recipe, final=False):
             pairs = open_dataset(name).split("test")
             places = np.linspace(0, len(pairs) - 1, min(ENCODED, len(pairs))).astype(int)
             started = time.perf_counter()
             encode_source(parts.model, pairs, indices=places)
-            evaluation += (time.perf_counter() - started) * len(pairs) / len(places)
-        memory = _peak(parts.model.device)
-    full = parts.recipe.model_copy(update={"data": recipe.data})
-    return Estimate(full, train.steps * seconds, count * evaluation, memory)
+            evaluations += count * (time.perf_counter() - started) * len(pairs) / len(places)
+        memory = _peak(parts.model.device) / 2**30
+    text = (
+        f"{plural(train.steps, 'step')} of {train.batch_size:,} pairs at most, about {duration(steps + evaluations)} "
+        f"(steps {duration(steps)}, evaluations {duration(evaluations)}), {memory:.1f} GiB of memory"
+    )
+    return parts.recipe.model_copy(update={"data": recipe.data}), text
 
 
 def step_seconds(parts: Parts, warm: int, count: int) -> list[float]:
