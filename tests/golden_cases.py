@@ -1,18 +1,14 @@
-"""The official code's values: the folder that holds them, the cases in it, and one case read in our tokens.
+"""The official code's values (tests/golden/README.md): the cases, and one case read in our tokens.
 
-Tests that compare with them carry the marker `golden`. DECLIP_GOLDEN names another folder of the same format
-(tests/golden/README.md); what such a folder lacks is skipped.
+Tests that compare with them carry the marker `golden`.
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
-from safetensors.torch import load_file
 
 from declip.data.batch import PairBatch
 from declip.interchange import official
@@ -21,10 +17,7 @@ from declip.interchange.official import token_order
 from declip.interchange.weights import Weights
 from declip.supervision.objective import Objective
 
-SHIPPED = Path(__file__).parent / "golden"
-GOLDEN = Path(os.environ.get("DECLIP_GOLDEN") or SHIPPED)
-if not GOLDEN.is_dir():
-    raise NotADirectoryError(f"DECLIP_GOLDEN names no folder: {GOLDEN}")
+GOLDEN = Path(__file__).parent / "golden"
 
 TERMS = {
     "clip": "contrastive",
@@ -39,48 +32,29 @@ TERMS = {
 
 
 def read_json(name: str) -> dict[str, Any]:
-    """A JSON file of the folder, empty where there is none; for lists of cases."""
-    path = GOLDEN / name
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    """A JSON file of the folder."""
+    return json.loads((GOLDEN / name).read_text(encoding="utf-8"))
 
 
-def read_state(name: str, folder: Path = SHIPPED) -> dict[str, torch.Tensor]:
-    """The state dict of a model before its first step; in the repository matrices are multiples of 1/512."""
-    if (file := folder / f"{name}.safetensors").is_file():
-        return load_file(file)
-    packed = {key: torch.from_numpy(array) for key, array in np.load(folder / f"{name}_weights.npz").items()}
+def read_state(name: str) -> dict[str, torch.Tensor]:
+    """The state dict of a model before its first step; matrices are stored as multiples of 1/512."""
+    packed = {key: torch.from_numpy(array) for key, array in np.load(GOLDEN / f"{name}_weights.npz").items()}
     return {key: (t.float() / 512).half() if t.dtype in (torch.int8, torch.int16) else t for key, t in packed.items()}
 
 
-def require_file(name: str) -> Path:
-    """A file of the folder; the test is skipped where there is none."""
-    if not (GOLDEN / name).is_file():
-        pytest.skip(f"no {name} in {GOLDEN}")
-    return GOLDEN / name
-
-
-def model_cases(*kinds: str, world_size: int = 1) -> list[str]:
+def model_cases(*kinds: str) -> list[str]:
     """The models with recorded training steps, all kinds or some, by name."""
     found = []
     for path in sorted(GOLDEN.glob("*.json")):
         about = json.loads(path.read_text(encoding="utf-8"))
-        if "steps" in about and about["world_size"] == world_size and (not kinds or about["kind"] in kinds):
+        if "steps" in about and (not kinds or about["kind"] in kinds):
             found.append(path.stem)
     return found
 
 
-def distributed_cases() -> list[list[str]]:
-    """Cases of several processes: the names of their ranks, in order."""
-    ranks: dict[str, list[str]] = {}
-    for path in sorted(GOLDEN.glob("*_rank*.json")):
-        ranks.setdefault(path.stem.rpartition("_rank")[0], []).append(path.stem)
-    return list(ranks.values())
-
-
 def loss_cases(*groups: str) -> list[str]:
     """The names of the cases of single losses and of totals, such as "infonce/0"."""
-    path = GOLDEN / "loss_cases.npz"
-    names = {"/".join(key.split("/")[:2]) for key in np.load(path)} if path.is_file() else set()
+    names = {"/".join(key.split("/")[:2]) for key in np.load(GOLDEN / "loss_cases.npz")}
     return sorted(name for name in names if name.split("/")[0] in groups)
 
 
@@ -107,7 +81,7 @@ class Case:
     def __init__(self, name, dtype=torch.float32):
         self.about = json.loads((GOLDEN / f"{name}.json").read_text(encoding="utf-8"))
         self.kind = self.about["kind"]
-        self.state = read_state(self.about.get("state_dict", name).removesuffix(".safetensors"), GOLDEN)
+        self.state = read_state(self.about.get("state_dict", name).removesuffix(".safetensors"))
         self.step = self.about["steps"][0]
         self.arrays = np.load(GOLDEN / f"{name}.npz")
         self.dtype = dtype

@@ -15,7 +15,7 @@ from declip.interchange.declip_file import FILE, write_declip_file
 from declip.interchange.official import UNUSED
 from declip.interchange.read import read_start
 from declip.training.pretrained import apply_pretrained
-from golden_cases import TERMS, Case, distributed_cases, model_cases, read_official, read_state, require_file
+from golden_cases import GOLDEN, TERMS, Case, model_cases, read_official, read_state
 
 CASES = model_cases()
 
@@ -167,47 +167,8 @@ def test_queue_after_a_step_holds_the_official_rows_and_the_tail_that_they_drop(
     assert len(theirs) == 2 * len(batch) - dropped
 
 
-@pytest.mark.golden
-def test_ranks_equal_the_official_processes():
-    """Of a full set (DECLIP_GOLDEN); in the repository, gathered losses are in loss_cases.npz."""
-    for names in distributed_cases():
-        compare_ranks(names)
-
-
-def compare_ranks(names):
-    """Their queue is per rank and their mean over masked words too; so these two terms differ by design."""
-    cases = [Case(name) for name in names]
-    weights = {term: weight for term, weight in cases[0].weights.items() if term != "nearest_neighbor"}
-    pairs = [(*case.read(weights), case.batch()) for case in cases]
-    gathered = [[] for _ in cases]  # by rank, in the order in which the objective asks
-    for rank, (model, objective, batch) in enumerate(pairs):
-
-        def record(own, rank=rank):
-            gathered[rank].append(own.detach())
-            return torch.cat([own] * len(cases))
-
-        objective(model, batch, record, rank * len(batch))
-    words, losses = [], []
-    for rank, (model, objective, batch) in enumerate(pairs):
-        calls = iter(zip(*gathered, strict=True))
-
-        def gather(own, rank=rank, calls=calls):
-            return torch.cat([own if other == rank else found for other, found in enumerate(next(calls))])
-
-        terms = objective(model, batch, gather, rank * len(batch))
-        expected = expected_terms(cases[rank])
-        for term in weights.keys() - {"masked_language"}:
-            assert terms[term].item() == pytest.approx(expected[term], rel=1e-5, abs=1e-6), (rank, term)
-        if "masked_language" in weights:
-            words.append((batch.labels != -100).sum().item())
-            losses.append((terms["masked_language"].item(), expected["masked_language"]))
-    if words:
-        by_word = sum(count * theirs for count, (_, theirs) in zip(words, losses, strict=True)) / sum(words)
-        assert sum(ours for ours, _ in losses) / len(losses) == pytest.approx(by_word, rel=1e-5)
-
-
 def full_size(file, model=None):
-    about = json.loads(require_file(file).read_text())
+    about = json.loads((GOLDEN / file).read_text())
     shapes = about[model]["shapes"] if model else {name: key["shape"] for name, key in about["keys"].items()}
     return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
 

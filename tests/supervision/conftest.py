@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from golden_cases import require_file
+from golden_cases import GOLDEN
 
 
 @pytest.fixture(scope="session")
 def golden() -> Callable[[str], dict[str, Tensor]]:
     """Read one case of the authors' values: golden("infonce/0")["loss"]."""
-    arrays = np.load(require_file("loss_cases.npz"))
+    arrays = np.load(GOLDEN / "loss_cases.npz")
 
     def case(name: str) -> dict[str, Tensor]:
         found = {k.removeprefix(f"{name}/"): torch.tensor(arrays[k]) for k in arrays if k.startswith(f"{name}/")}

@@ -10,7 +10,7 @@ from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schema import Recipe, Train
 from declip.supervision.objective import Objective
 from declip.training.optimizer import build_optimizer, decays, learning_rate, named_trainable
-from golden_cases import require_file
+from golden_cases import GOLDEN
 
 UNDECAYED_WORDS = ("bias", "norm", "ln_", "logit_scale", "pos_embed", "positional", "cls_token")
 
@@ -49,7 +49,7 @@ def test_scales_positions_and_tokens_of_other_towers_do_not_decay(name: str, spa
 @pytest.mark.golden
 def test_the_schedule_equals_the_official_one() -> None:
     """Their iterations count from 1 and their configuration runs 128,001 of them."""
-    cases = np.load(require_file("loss_cases.npz"))
+    cases = np.load(GOLDEN / "loss_cases.npz")
     train = Train(steps=128001, warmup_lr=1e-4, lr=1e-3, warmup_steps=2500)
     ours = [learning_rate(int(iteration) - 1, train) for iteration in cases["lr_schedule/iter"]]
     np.testing.assert_allclose(ours, cases["lr_schedule/lr"], rtol=1e-5, atol=1e-12)

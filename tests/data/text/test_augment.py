@@ -20,7 +20,7 @@ from declip.data.text.augment import (
 from declip.data.text.tokenizer import Tokenizer
 from declip.recipe.load import load_recipe
 from declip.training.pairs import unaugmented
-from golden_cases import read_json, require_file
+from golden_cases import read_json
 
 OFFICIAL = read_json("eda_cases.json")
 CAPTIONS = sorted({case["caption"] for case in OFFICIAL.get("random_swap", []) if len(case["caption"].split()) > 1})
@@ -119,7 +119,6 @@ def test_replacement_takes_a_word_everywhere_and_n_different_words(generator):
 
 @pytest.mark.golden
 def test_the_authors_stop_words_are_among_ours():
-    require_file("eda_cases.json")
     assert set(OFFICIAL["stop_words"]) <= STOP_WORDS
 
 
