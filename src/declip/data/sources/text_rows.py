@@ -82,16 +82,21 @@ class TextRows(TableRows):
     def _stored(self, line: int, row: str, wanted: Sequence[str], captions: str | None) -> tuple[Any, ...]:
         """The wanted cells, the line's number, and no fault; or no cells and a fault."""
         key = f"line {line}"
+        kept: list[Any] = []
         try:
             cells = self.cells(row, key)
-            kept = {name: cell_name(cells.get(name)) for name in wanted if name != captions}
-            texts = [] if captions is None else as_texts(cells.get(captions), "unreadable row", key)
+            for name in wanted:
+                cell = cells.get(name)
+                if name == captions:
+                    kept.append([cell] if isinstance(cell, str) else as_texts(cell, "unreadable row", key))
+                else:
+                    kept.append(cell if isinstance(cell, str) else cell_name(cell))
             # JSON may escape half of a character, which no file can hold as UTF-8.
-            if not all(map(is_unicode, filter(None, (*kept.values(), *texts)))):
+            if "\\u" in row and not is_unicode(json.dumps(kept, ensure_ascii=False)):
                 raise BrokenPair("invalid text", key, "half of a character that takes two code units")
         except BrokenPair as broken:
             return (*[None] * len(wanted), line, f"{broken.reason}: {broken.detail}")
-        return (*(texts if name == captions else kept[name] for name in wanted), line, None)
+        return (*kept, line, None)
 
 
 def _lines(file: TextIO) -> Iterator[str]:
@@ -182,7 +187,7 @@ class DelimitedRows(TextRows):
 
         try:
             next(csv.reader(parts(), delimiter=self.delimiter, strict=True))
-            lost = self._swallows(taken)
+            lost = len(taken) > 1 and self._swallows(taken)
         except csv.Error as error:  # in a line alone it is read as spreadsheets do
             lost = len(taken) > 1 or "end of data" in str(error)
         if lost:
