@@ -76,18 +76,17 @@ def shard_source(
         workers: Worker processes; 0 does the work in this one, None uses one per core, 8 at most.
         exclude: A list of pairs to leave out, see `read_exclusions`; each is counted by the list's reason.
     """
-    # --- the source, and the pairs that are left out
     check_range("size", size, 16)
     check_range("shard_pairs", shard_pairs, 1)
     check_range("workers", workers or 0, 0)
-    if isinstance(source, PairSource):
-        opened, name = source, source.name
-    else:
-        opened, name = open_source(source, columns), absolute(source)
+    # --- the source, and the pairs that are left out
+    opened = open_source(source, columns)
+    name = absolute(source) if isinstance(source, str | Path) else opened.name
     # Shards hold no splits: a test pair among them would be trained on.
-    splits = opened.splits()
-    held_out = {place: f"split {name}" for name in splits if name != "train" for place in splits[name].tolist()}
-    excluded = held_out | ({} if exclude is None else read_exclusions(exclude, opened))
+    excluded = {
+        place: f"split {name}" for name, at in opened.splits().items() if name != "train" for place in at.tolist()
+    }
+    excluded |= {} if exclude is None else read_exclusions(exclude, opened)
     # --- what the shards depend on, and which exist
     made_of = {"layout": LAYOUT, "source": name, "size": size, "shard_pairs": shard_pairs, "pairs": len(opened)}
     made_of |= {"content": _content(opened, excluded)}
@@ -95,31 +94,26 @@ def shard_source(
     shards = {f"{k:06d}.tar": range(s, min(s + shard_pairs, len(opened))) for k, s in enumerate(starts)}
     with locked_folder(Path(out).expanduser(), RECORD, ELSEWHERE) as folder:
         done = _finished_shards(folder, made_of)
-        _record(folder, made_of, done)  # a folder with shards always has one
-        # --- the others
         missing = {name: places for name, places in shards.items() if name not in done}
+        # --- the others, each recorded when it is complete; a folder with shards always has a record
+        _record(folder, made_of, done)
         for name, row in _write_shards(missing, folder, _Packer(opened, size, excluded), workers, progress):
             done[name] = row
             _record(folder, made_of, done)
-        pairs = {name: row["pairs"] for name, row in sorted(done.items())}
-        write_text(folder / SIZES, json.dumps(pairs, indent=1))
+        write_text(folder / SIZES, json.dumps({name: row["pairs"] for name, row in sorted(done.items())}, indent=1))
         if opened.credit:
             write_text(folder / NOTICE, opened.credit + "\n")
-    # --- the totals
-    made = _totals(folder, done)
-    if not made.pairs:
-        raise UserError(
-            f"None of the {len(opened):,} pairs of '{opened.name}' can be used: {made.skipped.explanation()}"
-        )
-    return made
+    return _totals(folder, done, opened)
 
 
-def _totals(folder: Path, shards: Mapping[str, Mapping[str, Any]]) -> ShardedPairs:
-    """Sum the rows of all shards."""
+def _totals(folder: Path, shards: Mapping[str, Mapping[str, Any]], source: PairSource) -> ShardedPairs:
+    """Sum the rows of all shards; raises `UserError` if they have no pair."""
     skipped = SkipCounter()
     for _, row in sorted(shards.items()):
         skipped.merge(SkipCounter.from_dict({"reasons": row["skipped"]}))
     pairs, size = (sum(row[key] for row in shards.values()) for key in ("pairs", "bytes"))
+    if not pairs:
+        raise UserError(f"None of the {len(source):,} pairs of '{source.name}' can be used: {skipped.explanation()}")
     return ShardedPairs(folder, pairs, len(shards), size, skipped)
 
 

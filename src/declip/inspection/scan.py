@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from declip.data.columns import DEFAULT, Columns
-from declip.data.pair import BrokenPair, Pair, PairSource
+from declip.data.pair import BrokenPair, Pair, PairSource, SkipCounter
 from declip.data.sources.image_source import ImageSource
 from declip.data.sources.open import open_source
 from declip.data.text.tokenizer import clean
@@ -76,19 +76,25 @@ def inspect_source(
     # --- the sample, some of it broken
     places = sample_places(len(source), sample, seed)
     found = read(source, places, workers, f"Pairs of {source.name}" if progress else "")
-    reasons: dict[str, Any] = found.skipped.to_dict()["reasons"]
-    for reason, detail in found.skipped.details.items():
-        if detail:  # such as the path tried
-            reasons[reason]["examples"][0] += f" ({detail})"
     broken = Fraction.counted(found.skipped.total, len(places), len(places) == len(source))
     # --- statistics of the usable pairs, leakage, and what follows
+    reasons = _reasons(found.skipped)
     inspection = Inspection(source.name, len(source), len(places), seed, 0.0, broken, reasons, credit=source.credit)
     if len(found.pairs):
         with status("Looking for duplicates", progress):
             inspection = _described(inspection, source, found, size, batch_size)
-        leakages = [_leakage(source, found, other, workers, progress) for other in others]
-        inspection = replace(inspection, leakages=tuple(leakages))
+        leakages = tuple(_leakage(source, found, other, workers, progress) for other in others)
+        inspection = replace(inspection, leakages=leakages)
     return replace(inspection, findings=find(inspection), seconds=time.perf_counter() - start)
+
+
+def _reasons(skipped: SkipCounter) -> dict[str, Any]:
+    """The counts and examples of broken pairs by reason, the first example with its detail, such as the path tried."""
+    reasons: dict[str, Any] = skipped.to_dict()["reasons"]
+    for reason, detail in skipped.details.items():
+        if detail:
+            reasons[reason]["examples"][0] += f" ({detail})"
+    return reasons
 
 
 def _leakage(source: PairSource, found: ReadPairs, other: PairSource, workers: int | None, progress: bool) -> Leakage:

@@ -53,9 +53,7 @@ def open_source(spec: str | Path | PairSource | Items, columns: Columns = DEFAUL
     """
     # --- objects and names
     if not isinstance(spec, str | Path):
-        if isinstance(spec, PairSource):
-            return spec
-        return ItemSource(spec, columns)
+        return spec if isinstance(spec, PairSource) else ItemSource(spec, columns)
     text = str(spec)
     if text.startswith(BUILTIN_PREFIX):
         return open_builtin(text)
@@ -67,22 +65,22 @@ def open_source(spec: str | Path | PairSource | Items, columns: Columns = DEFAUL
     path = Path(text).expanduser()
     if (table := find_table(text)) is not None:
         return TableSource(table, columns)
-    if names_shards(text):
-        if text.lower().endswith(TABLE_KINDS):
-            raise UserError(
-                f"'{text}' is not one table on this machine. Name one table, Parquet files ('data/*.parquet'), or in a "
-                "recipe all of them: data.source=[a.csv,b.csv]."
-            )
+    if names_shards(text) and text.lower().endswith(TABLE_KINDS):
+        raise UserError(
+            f"'{text}' is not one table on this machine. Name one table, Parquet files ('data/*.parquet'), or in a "
+            "recipe all of them: data.source=[a.csv,b.csv]."
+        )
+    if names_shards(text) or (path.is_dir() and holds(path, ".tar")):
         return ShardSource(text)
     if path.is_dir():
-        return ShardSource(text) if holds(path, ".tar") else FolderSource(path)
+        return FolderSource(path)
     # --- a file: a list of pairs, or not a source
     if not path.exists():
         raise UserError(
             f"'{text}' does not exist. Give a table ({', '.join(TABLE_KINDS)}), a folder of images with "
             f"captions, tar shards such as 'data/{{00000..00331}}.tar', or a set such as '{BUILTIN_PREFIX}emoji'."
         )
-    if path.suffix.lower() == LIST_KIND:
-        listed = read_pair_list(path)
-        return listed.of(open_source(listed.source, listed.columns), path)
-    return TableSource(path, columns)
+    if path.suffix.lower() != LIST_KIND:
+        return TableSource(path, columns)  # which refuses what is not a table
+    listed = read_pair_list(path)
+    return listed.of(open_source(listed.source, listed.columns), path)
