@@ -68,8 +68,7 @@ def train(
     with named_objects(data, *held_out_sets(val)) as (source, *sets), extra_terms(terms or {}):
         resolved = resolve_recipe(recipe, overrides, source, sets)
         folder = Path(out).expanduser() if out is not None else Path("runs") / resolved.name
-        parts = assemble(resolved, folder, resume, quiet, callbacks)
-        run = Trainer(parts).train(write_report if report else None)
+        run = Trainer(assemble(resolved, folder, resume, quiet, callbacks)).train(write_report if report else None)
     distributed.leave()
     return run
 

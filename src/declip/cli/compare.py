@@ -7,6 +7,15 @@ import typer
 
 from declip.cli.options import Quiet, check_source, console, file, say
 
+Datasets = Annotated[
+    list[str] | None, typer.Option("--dataset", help="evaluation set; default: those of the recipe; repeatable")
+]
+Tasks = Annotated[list[str] | None, typer.Option("--task", help="zero-shot (default) or retrieval; repeatable")]
+Budget = Annotated[
+    str,
+    typer.Option(help="samples: every recipe runs its train.steps; compute: every recipe runs as long as the first"),
+]
+
 
 def compare(
     words: Annotated[
@@ -16,18 +25,9 @@ def compare(
     pairs: Annotated[str, typer.Option(help="numbers of training pairs, such as 1k,2k,4k")],
     seeds: Annotated[int, typer.Option(min=1, help="runs per recipe and number of pairs, with seeds 0, 1 …")] = 3,
     out: Annotated[Path, file("folder of the comparison", metavar="DIR")] = Path("runs/compare"),
-    datasets: Annotated[
-        list[str] | None, typer.Option("--dataset", help="evaluation set; default: those of the recipe; repeatable")
-    ] = None,
-    tasks: Annotated[
-        list[str] | None, typer.Option("--task", help="zero-shot (default) or retrieval; repeatable")
-    ] = None,
-    budget: Annotated[
-        str,
-        typer.Option(
-            help="samples: every recipe runs its train.steps; compute: every recipe runs as long as the first"
-        ),
-    ] = "samples",
+    datasets: Datasets = None,
+    tasks: Tasks = None,
+    budget: Budget = "samples",
     jobs: Annotated[
         int | None, typer.Option(min=1, help="number of parallel runs; default: one per core, or 1 on a GPU")
     ] = None,

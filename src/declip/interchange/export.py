@@ -72,18 +72,17 @@ def export(
         repo: OWNER/NAME of the repository on the Hub to which you will upload the folder, for the card. It is required
             if "open_clip" will load the model from there, unless the vocabulary is CLIP's.
     """
-    # Check the request before the model is loaded.
+    # --- the request, before the model is loaded
     if format not in FORMATS:
         raise unknown("export format", format, FORMATS)
     if repo is not None and not REPOSITORY.fullmatch(repo):
         raise UserError(f"The repository is '{repo}'; give OWNER/NAME, such as your-name/my-clip.")
-    out, form = Path(out).expanduser(), FORMATS[format]
-    traced = trace(model)
+    out, form, traced = Path(out).expanduser(), FORMATS[format], trace(model)
     built = traced.model
     options: dict[str, Any] = {"open_clip": {"repo": repo, "home": out}, "safetensors": {"heads": traced.heads}}
     if {weight.dtype for weight in built.parameters()} != {torch.float32}:
         built = deepcopy(built).float()
-    # Write into a new folder, read it back, add the card; the folder appears when all is done.
+    # --- write into a new folder, read it back, add the card; the folder appears when all is done
     with _new_folder(out, overwrite) as folder, eval_mode(built):
         try:
             form.write(built, folder, **options.get(format, {}))

@@ -163,12 +163,13 @@ def pairs_chart(
             ax.plot(across, seeds, ".", color=style["color"], markersize=3.5, alpha=0.7)
         _legend(ax)
 
-    words = "; ".join(
-        f"{name} from {100 * curve.means[0]:.3g} % with {curve.pairs[0]:,} pairs to {100 * curve.means[-1]:.3g} % "
-        f"with {curve.pairs[-1]:,}"
-        for name, curve in shown.items()
-    )
+    words = "; ".join(f"{name} {_ends(curve)}" for name, curve in shown.items())
     return Chart(f"{words}; chance {100 * chance:.3g} %.", (4.1, 3.4 + 0.1 * len(shown)), draw)
+
+
+def _ends(curve: EfficiencyCurve) -> str:
+    first, last = (f"{100 * mean:.3g} % with {n:,}" for mean, n in ((curve.means[i], curve.pairs[i]) for i in (0, -1)))
+    return f"from {first} pairs to {last}"
 
 
 def growth_chart(growth: Mapping[str, Any]) -> Chart:

@@ -57,8 +57,6 @@ def write_report(folder: Path, model: Encoder, limit: int = 4_000) -> Path:
     dataset = min(names, key=lambda name: name.startswith("builtin:"), default=None)
     results = [row.result for row in run.last() if row.result.dataset == dataset]
     # --- tables and examples
-    skipped = sorted((run.skipped or {"reasons": {}})["reasons"].items(), key=lambda item: -item[1]["count"])
-    reasons = tuple((reason, ", ".join(row["examples"]), f"{row['count']:,}") for reason, row in skipped)
     held_out = None
     try:
         held_out = None if dataset is None else _encode(model, dataset, limit)
@@ -82,13 +80,20 @@ def write_report(folder: Path, model: Encoder, limit: int = 4_000) -> Path:
         losses=loss_charts(run) if run.metrics else [],
         progress=[TitledChart(title, _svg(title, run, key, noisy)) for key, (title, noisy) in PROGRESS.items()],
         accuracy=accuracy_charts(run),
-        skipped_table=Table("Skipped pairs", ("reason", "for example", "times"), reasons, texts=2),
+        skipped_table=skipped_table(run),
         held_out=held_out,
         retrieved=held_out and retrieval(held_out.features, held_out.thumbnails, np.random.default_rng(0)),
         views=run.examples.get("views"),
         credits=list(dict.fromkeys(filter(None, credits))),
     )
     return write_text(folder / NAME, content)
+
+
+def skipped_table(run: Run) -> Table:
+    """List why pairs were skipped, the most frequent reason first."""
+    skipped = sorted((run.skipped or {"reasons": {}})["reasons"].items(), key=lambda item: -item[1]["count"])
+    reasons = tuple((reason, ", ".join(row["examples"]), f"{row['count']:,}") for reason, row in skipped)
+    return Table("Skipped pairs", ("reason", "for example", "times"), reasons, texts=2)
 
 
 def fitted_lines(run: Run) -> list[str]:

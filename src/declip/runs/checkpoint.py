@@ -83,19 +83,10 @@ def write_snapshot(run: Path, kept: Checkpoint, keep: int) -> Path:
     final, best = folder_of(run, kept.step), best_of(run, kept)
     partial = final.with_suffix(".partial")
     try:
-        # Write to a temporary folder, flush, and read back
         for left in final.parent.glob("*.partial"):  # of a process that was killed
             remove(left)
-        partial.mkdir(parents=True)
-        save_tensors(kept.weights, partial / WEIGHTS)
-        save_tensors(kept.training, partial / TRAINING)
-        digests = {name: sha256(partial / name) for name in (WEIGHTS, TRAINING)}
-        state = {"step": kept.step, "recipe": kept.recipe, "extra": kept.extra, "sha256": digests}
-        (partial / STATE).write_text(_with_digest(state), encoding="utf-8")
-        for path in [*partial.iterdir(), partial]:
-            flush(path)
-        _read_state(partial)
-        # Rename, then move the links to it
+        _write_files(kept, partial)
+        # --- rename, then move the links to it
         remove(final)  # it is damaged: the run would have resumed from it otherwise
         partial.rename(final)
         for name, target in {LAST: final, BEST: best}.items():
@@ -107,14 +98,13 @@ def write_snapshot(run: Path, kept: Checkpoint, keep: int) -> Path:
         flush(run)
     except Exception as error:  # safetensors has its own error class for a full disk
         shutil.rmtree(partial, ignore_errors=True)
-        # Nothing else was touched.
-        older = list_checkpoints(run)
+        older = list_checkpoints(run)  # untouched
         newest = f"The newest checkpoint is {older[-1]}." if older else "There is no earlier checkpoint."
         raise UserError(
             f"Cannot write the checkpoint {final}: {str(error).rstrip('.')}. {newest} "
             "Make room or choose another folder with --out, then continue with --resume."
         ) from error
-    # Those of later steps are not counted: they are damaged, so that the run resumed before them.
+    # --- those of later steps are not counted: they are damaged, so that the run resumed before them
     older = [path for path in list_checkpoints(run) if step_of(path) <= kept.step and path != best]
     for old in older[:-keep]:
         aside = old.with_suffix(".partial")  # renamed first, so that a crash leaves no incomplete checkpoint
@@ -122,6 +112,19 @@ def write_snapshot(run: Path, kept: Checkpoint, keep: int) -> Path:
             old.rename(aside)
         remove(aside)
     return final
+
+
+def _write_files(kept: Checkpoint, folder: Path) -> None:
+    """Write the files of a checkpoint into a new folder, flush them, and read them back."""
+    folder.mkdir(parents=True)
+    save_tensors(kept.weights, folder / WEIGHTS)
+    save_tensors(kept.training, folder / TRAINING)
+    digests = {name: sha256(folder / name) for name in (WEIGHTS, TRAINING)}
+    state = {"step": kept.step, "recipe": kept.recipe, "extra": kept.extra, "sha256": digests}
+    (folder / STATE).write_text(_with_digest(state), encoding="utf-8")
+    for path in [*folder.iterdir(), folder]:
+        flush(path)
+    _read_state(folder)
 
 
 def best_of(run: Path, checkpoint: Checkpoint) -> Path | None:

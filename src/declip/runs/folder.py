@@ -207,7 +207,6 @@ def lock_folder(folder: Path) -> FileIO:
     without such locks, nothing is locked.
     """
     try:
-        # Not a folder of something else
         taken = [name for name in OUTPUTS if (folder / name).exists()]
         if taken and not (folder / RECIPE).exists():
             raise UserError(
@@ -217,24 +216,8 @@ def lock_folder(folder: Path) -> FileIO:
         file = (folder / LOCK).open("ab+", buffering=0)
     except OSError as error:
         raise not_writable(folder, error) from error
-    if sys.platform == "win32":
-        return file
-    import fcntl
-
-    try:
-        # Unlike flock's, worker processes do not inherit this lock.
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EAGAIN):
-            return file
-        # Held by a process that wrote its name
-        file.seek(0)
-        holder = file.read().decode(errors="replace") or "another process"
-        file.close()
-        raise UserError(
-            f"'{folder}' is in use: {holder} trains in it. Wait until that run ends, stop it, or choose another "
-            "folder with --out."
-        ) from error
+    if sys.platform != "win32":
+        _lock(file, folder)
     with suppress(OSError):
         if not os.path.samestat(os.fstat(file.fileno()), os.stat(folder / LOCK)):  # removed since it was opened
             file.close()
@@ -243,6 +226,26 @@ def lock_folder(folder: Path) -> FileIO:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
     return file
+
+
+def _lock(file: FileIO, folder: Path) -> None:
+    """Lock a file, unless its file system has no locks; close it and raise if another process holds the lock."""
+    import fcntl
+
+    try:
+        # Unlike flock's, worker processes do not inherit this lock.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            return
+        # Held by a process that wrote its name
+        file.seek(0)
+        holder = file.read().decode(errors="replace") or "another process"
+        file.close()
+        raise UserError(
+            f"'{folder}' is in use: {holder} trains in it. Wait until that run ends, stop it, or choose another "
+            "folder with --out."
+        ) from error
 
 
 def open_folder(recipe: Recipe, folder: Path, resume: bool) -> Checkpoint | None:

@@ -90,12 +90,9 @@ def late_interaction(
         ½ mean over b of [ logsumexpₙ(s·i[b, n]) - s·i[b, y] + logsumexpₙ(s·t[b, n]) - s·t[b, y] ]
 
     Args:
-        image_tokens: (B, P, d) projected patches of this rank, L2-normalized.
-        word_tokens: (B, L, d) projected words of this rank, L2-normalized.
-        word_mask: (B, L) bool, True at real tokens, False at padding.
-        image_keys: (N, K, d) patches of all ranks, with gradient, all or those of `select_tokens`.
-        word_keys: (N, M, d) words of all ranks, the same; padded with a false mask where ranks differ in length.
-        word_key_mask: (N, M) bool, `word_mask` for `word_keys`.
+        image_tokens, word_tokens: (B, P, d) patches and (B, L, d) words of this rank, projected, L2-normalized.
+        word_mask, word_key_mask: (B, L) and (N, M) bool, True at real tokens, False at padding.
+        image_keys, word_keys: (N, K, d) and (N, M, d) of all ranks, with gradient, all or those of `select_tokens`.
         scale: exp of this term's own logit scale.
         include_padding: Count padding like words, as the official implementation does; both masks are ignored.
         max_logit_bytes: Limit of the positions of maxima in each direction, see `mean_in_blocks`.

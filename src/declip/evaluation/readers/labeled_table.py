@@ -53,7 +53,15 @@ def labeled_table(table_path: str | Path, label_column: str | None) -> Openers |
     names = _known_names(rows, column) or _ordered({cell for cell in cells if isinstance(cell, str)})
     if len(names) < 2:
         raise UserError(f"Column '{column}' of '{path}' has {len(names)} classes. It needs at least two.")
-    # --- a label or the reason for its absence for each row
+    labels, broken = _labels(cells, names, table)
+    return {
+        which: partial(Classified, table, labels[rows], names, rows=rows, captioned=captioned, broken=broken)
+        for which, rows in rows_of.items()
+    }
+
+
+def _labels(cells: list[Cell], names: list[str], table: TableSource) -> tuple[np.ndarray, dict[int, BrokenPair]]:
+    """The number of the class of each row, (n,) int64, and the reasons of rows without a class."""
     label_of = {name: label for label, name in enumerate(names)}
     labels = np.zeros(len(cells), dtype=np.int64)
     broken: dict[int, BrokenPair] = {}
@@ -64,10 +72,7 @@ def labeled_table(table_path: str | Path, label_column: str | None) -> Openers |
             labels[row] = label_of[cell]
         else:
             broken[row] = BrokenPair("missing label", table.key(row), f"'{cell}' is not one of the classes")
-    return {
-        which: partial(Classified, table, labels[rows], names, rows=rows, captioned=captioned, broken=broken)
-        for which, rows in rows_of.items()
-    }
+    return labels, broken
 
 
 def _rows_of(table: TableSource) -> dict[str, np.ndarray]:
