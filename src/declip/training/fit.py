@@ -285,8 +285,9 @@ def _write_facts(
     if outcome is not None:
         fitted["candidates"] = round(float(outcome.images.double().mean()))
         images, curves = growth(pairs, features.groups, classes, choice, seed)
-        more = [times * images[-1] for times in TIMES]
-        fitted["growth"] = {"pairs": [*images, *more], **{str(k): curve.to_dict() for k, curve in curves.items()}}
+        fitted["growth"] = {str(k): curve.to_dict() for k, curve in curves.items()}
+        if curves:
+            fitted["growth"]["pairs"] = [*images, *(times * images[-1] for times in TIMES)]
     write_text(folder / run_folder.CROSS_VALIDATION, json.dumps(fitted, indent=1))
 
 

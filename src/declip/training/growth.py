@@ -11,13 +11,13 @@ import torch
 from scipy.special import expit, logit
 
 from declip.models.closed_form import START, ClassPairs, Form, Pairs
-from declip.training.heads import FOLDS, Choice, HeldOutRanks, Recall, assign_folds, cross_validate, jackknife, subset
+from declip.training.heads import FOLDS, Choice, HeldOutRanks, Recall, assign_folds, cross_validate, effective_groups, jackknife, subset
 
 PARTS = (1 / 8, 1 / 4, 1 / 2, 1.0)
 TIMES = (2, 4, 8)
 MORE_RIDGE = (1.0, 3.0, 10.0)  # times the ridge of all pairs: fewer pairs need more
-FEWEST = 60  # groups
-BEND = 0.1  # standard deviation of the logit for each doubling, by which a curve leaves the straight line
+FEWEST = 30  # groups of equal size
+BEND = 0.05  # standard deviation of the logit for each doubling, by which a curve leaves the straight line
 FULL = 0.98  # recall that cannot grow much
 
 
@@ -39,6 +39,8 @@ def growth(
 ) -> tuple[list[int], dict[int, Growth]]:
     """Numbers of images in the parts, and the curves of R@1 and R@10, for the form and the class weight of heads.
 
+    Both are empty if there are too few different pairs.
+
     Args:
         groups: As in `choose_heads`, and so are the folds.
     """
@@ -47,13 +49,15 @@ def growth(
     groups, folds = groups[chosen.numpy()], folds[chosen]
     names, members, sizes = np.unique(groups, return_inverse=True, return_counts=True)
     order = np.random.default_rng(seed).permutation(len(names))
+    if effective_groups(sizes) < FEWEST:
+        return [], {}
     place = np.empty(len(names))
-    place[order] = sizes[order].cumsum() / sizes.sum()  # the share of the images up to each group
+    place[order] = (sizes[order].cumsum() - sizes[order] / 2) / sizes.sum()  # the share of images before its middle
     method, ridge = choice.form
     forms = (START,) if choice.form == START else tuple(Form(method, ridge * times) for times in MORE_RIDGE)
     images, outcomes = [], []
     for part in PARTS:
-        fitted = torch.from_numpy(place[members] <= part + 1e-9)
+        fitted = torch.from_numpy(place[members] <= part)
         tried = cross_validate(some, folds, classes, choice.class_weight, forms if part < 1 else forms[:1], fitted)
         outcomes.append(max(tried, key=lambda outcome: float(outcome.scores(some.owners).mean())))
         images.append(int(fitted.sum()) * len(pairs.images) // len(some.images))
@@ -65,8 +69,6 @@ def _continued(k: int, images: list[int], outcomes: list[HeldOutRanks], pairs: P
     measured = [outcome.recall(k, pairs, groups) for outcome in outcomes]
     curves, counts = zip(*(outcome.by_group(k, pairs, groups) for outcome in outcomes), strict=True)
     found, count = np.stack(curves), counts[0]  # (parts, g, 2) hits, (g, 2) candidates for one
-    if len(count) < FEWEST:
-        return Growth(measured, [], f"this takes {FEWEST} different pairs")
     if measured[-1].value > FULL:
         return Growth(measured, [], "it cannot rise much further")
     # --- logits of the recall (parts, g) without each group
@@ -77,7 +79,7 @@ def _continued(k: int, images: list[int], outcomes: list[HeldOutRanks], pairs: P
     doublings = np.log2(np.array(images) / images[-1])
     centered = doublings - doublings.mean()
     slopes = centered @ logits / (centered**2).sum()  # (g,)
-    if slopes.mean() < jackknife(slopes, count):
+    if slopes.mean() < jackknife(slopes, count) / 2:
         return Growth(measured, [], "the curve is too flat, or not monotone")
     expected = []
     for times in TIMES:
