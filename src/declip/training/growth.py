@@ -11,7 +11,17 @@ import torch
 from scipy.special import expit, logit
 
 from declip.models.closed_form import START, ClassPairs, Form, Pairs
-from declip.training.heads import FOLDS, Choice, HeldOutRanks, Recall, assign_folds, cross_validate, effective_groups, jackknife, subset
+from declip.training.heads import (
+    FOLDS,
+    Choice,
+    HeldOutRanks,
+    Recall,
+    assign_folds,
+    cross_validate,
+    effective_groups,
+    jackknife,
+    subset,
+)
 
 PARTS = (1 / 8, 1 / 4, 1 / 2, 1.0)
 TIMES = (2, 4, 8)
