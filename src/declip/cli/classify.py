@@ -31,10 +31,10 @@ def classify(
     examples: Annotated[
         str | None, typer.Option(metavar="FOLDER|TABLE", help="labeled images: a folder per class, or a table")
     ] = None,
-    label_column: Annotated[str | None, typer.Option(help="column of classes in a table of examples")] = None,
-    head: Annotated[Path | None, file("a head that --save wrote, instead of --classes and --examples")] = None,
-    save: Annotated[Path | None, file("save the head of the examples")] = None,
-    reject: Annotated[bool, typer.Option("--reject", help="assign images unlike them to 'none of these'")] = False,
+    label_column: Annotated[str | None, typer.Option(help="table column of classes in the examples")] = None,
+    head: Annotated[Path | None, file("a classifier that --save wrote, instead of --classes and --examples")] = None,
+    save: Annotated[Path | None, file("save the classifier that is fitted to the examples")] = None,
+    reject: Annotated[bool, typer.Option("--reject", help="assign images of other classes to 'none of these'")] = False,
     out: Annotated[Path | None, file("write the probability of every class to this .csv file")] = None,
     templates: Annotated[str, typer.Option(help="name of a template set, or a template with {}")] = "plain",
     batch_size: BatchSize = 256,
@@ -50,7 +50,7 @@ def classify(
     check_model(model)
     check_writable((save,))
     if save is not None and examples is None:
-        raise UserError("--save requires --examples: it saves the head that they give.")
+        raise UserError("--save requires --examples: it saves the classifier that is fitted to them.")
     from declip.data.pair import printable
     from declip.search.classify import classify as run_classification
 
