@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from declip.data.columns import DEFAULT, Columns
-from declip.data.pair import BrokenPair, Origin, PairSource, SkipCounter
-from declip.data.sources.image_source import CaptionedImage, ImageSource
+from declip.data.pair import BrokenPair, Origin, Pair, PairSource, SkipCounter
+from declip.data.sources.image_source import ImageSource
 from declip.data.sources.open import open_source
 from declip.data.sources.python_items import Items
 from declip.data.sources.stored_paths import relative, stored_path
@@ -130,9 +130,7 @@ def find_changes(source: ImageSource, writer: Writer, progress: bool = False) ->
     return later + earlier, {id for ids in rows.values() for id in ids}
 
 
-def _stamped(
-    source: ImageSource, place: int, origin: Origin | None = None, loaded: CaptionedImage | None = None
-) -> Origin:
+def _stamped(source: ImageSource, place: int, origin: Origin | None = None, loaded: Pair | None = None) -> Origin:
     """The origin with a stamp that changes with the image and its captions: by pixels where a source has none."""
     origin = origin or source.origin(place)
     digest = hashlib.blake2b(origin.stamp.encode(), digest_size=12)

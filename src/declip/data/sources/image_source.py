@@ -2,23 +2,11 @@
 
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
-
-from PIL import Image
 
 from declip.data.columns import DEFAULT, Columns
-from declip.data.pair import BrokenPair, Origin, PairSource
+from declip.data.pair import BrokenPair, Origin, Pair, PairSource
 from declip.data.sources.open import open_source
 from declip.data.sources.table import TableSource
-
-
-class CaptionedImage(NamedTuple):
-    """An image with its captions, if there are any; `uncaptioned` is the reason if they cannot be used."""
-
-    key: str
-    image: Image.Image
-    captions: tuple[str, ...]
-    uncaptioned: BrokenPair | None = None
 
 
 class ImageSource:
@@ -31,16 +19,12 @@ class ImageSource:
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int) -> CaptionedImage:
-        """Read image `index`; raises `BrokenPair` if the image itself cannot be used."""
-        uncaptioned = None
+    def __getitem__(self, index: int) -> Pair:
+        """Read image `index`, perhaps without captions; raises `BrokenPair` if the image itself cannot be used."""
         if self.captioned:
-            try:
-                pair = self.source[index]
-                return CaptionedImage(pair.key, pair.image, pair.captions)
-            except BrokenPair as broken:
-                uncaptioned = broken  # read again without the captions: if that fails too, the image is broken
-        return CaptionedImage(self.source.key(index), self.source.image(index), (), uncaptioned)
+            with suppress(BrokenPair):
+                return self.source[index]
+        return Pair(self.source.key(index), self.source.image(index), ())
 
     def key(self, index: int) -> str:
         """The key of image `index`, which may not be unique; characters that are not Unicode become "?"."""
