@@ -94,6 +94,16 @@ def test_jsonl_rows_are_found_across_blank_lines(folder):
     assert [source.captions(i)[0] for i in range(20)] == [f"n {i}" + "é" * i for i in range(20)]
 
 
+def test_a_row_too_long_to_hold_breaks_alone_and_files_may_be_appended(folder, monkeypatch):
+    monkeypatch.setattr("declip.data.sources.text_rows.LONGEST_ROW", 1000)
+    for kind, long in (("csv", 'b.png,"' + "long, " * 300 + '"'), ("jsonl", json.dumps({"image": "b.png" * 300}))):
+        head = "\ufeffimage,caption\n" if kind == "csv" else "\ufeff"
+        rows = ["a.png,x", "c.png,y"] if kind == "csv" else [f'{{"image": "{n}.png", "caption": "x"}}' for n in "ac"]
+        (folder / f"t.{kind}").write_text(f"{head}{rows[0]}\n{long}\n\ufeff{rows[1]}\n", encoding="utf-8")
+        source = open_source(folder / f"t.{kind}")
+        assert (source.key(0), reason_of(source, 1), source[2].key) == ("a.png", "unreadable row", "c.png")
+
+
 def test_the_authors_list_reads_as_it_is(folder, monkeypatch):
     lines = [{"filename": f"{name}.png", "caption": f"a {name}", "url": "http://x"} for name in "abc"]
     (folder / "lists").mkdir()

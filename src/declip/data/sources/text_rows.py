@@ -49,7 +49,7 @@ class TextRows(TableRows):
         with self.path.open(encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
             lines = _lines(file)
             for line in lines:
-                row = self.complete(line, lines, number)
+                row = line if len(line) > LONGEST_ROW else self.complete(line, lines, number)
                 if row.strip():
                     yield number, row
                 number += max(1, row.count("\n"))
@@ -61,7 +61,7 @@ class TextRows(TableRows):
         if not row.isascii() and not is_unicode(row):
             raise BrokenPair("invalid text", key, NOT_UTF8)
         try:
-            return self.parse(row)
+            return self.parse(row.removeprefix("\ufeff"))  # of a file that was appended
         except (ValueError, RecursionError) as error:
             raise BrokenPair("unreadable row", key, str(error)) from error
 
