@@ -196,7 +196,7 @@ def test_pairs_of_the_start_are_not_validated_on(pairs: Path, weights: Path, tmp
     first = declip.finetune(table, weights, out=tmp_path / "first", **keys)
     renamed = pairs.with_name("renamed.csv")  # the same images with other captions, so that their hashes change
     renamed.write_text("\n".join([head, *(f"{row} again" for row in rows)]) + "\n")
-    declip.finetune(renamed, first.folder, out=tmp_path / "second", **keys)
+    finetuning.finetune_recipe(renamed, tmp_path / "second", first.folder, quiet=True)
     trained = {rows[index] for index in read_pair_list(tmp_path / "first" / "train.pairs").indices}
     validated = {rows[index] for index in read_pair_list(tmp_path / "second" / "val.pairs").indices}
     assert len(validated) >= 2
