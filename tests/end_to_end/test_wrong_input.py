@@ -115,7 +115,6 @@ MISTAKES = {
     "weights of something else": ("finetune photos.csv --from other.safetensors", "'other.safetensors'",
                                   "open_clip:MODEL/FILE"),
     "no network": ("finetune photos.csv --from hf-hub:owner/name", "'hf-hub:owner/name'", "builtin:lite2-minilm"),
-    "removed heads": ("finetune photos.csv --from start finetune.cached_views=2", "finetune.cached_views", "removed"),
     "key without its section": ("finetune photos.csv epochs=3", "'epochs'", "'train.epochs'"),
     "pairs given twice": ("finetune photos.csv data.source=other.csv", "data.source=other.csv", "PAIRS"),
     "validation as a key": ("finetune photos.csv evaluation.retrieval=[other.csv]", "evaluation.retrieval", "--val"),

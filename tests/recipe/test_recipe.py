@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from declip.errors import UserError
-from declip.recipe.load import listed, load_recipe, read_value, recipe_keys, recipe_names, unknown_key
+from declip.recipe.load import load_recipe, read_value, recipe_keys, recipe_names, synonyms, unknown_key
 from declip.recipe.schema import Evaluation, Recipe
 from declip.recipe.yaml_text import read_yaml
 
@@ -48,12 +48,9 @@ def test_recipes_have_the_weights_of_the_method(names: tuple[str, str]) -> None:
     assert (recipe.image.size, demo.image.size) == (224, 32)
 
 
-def test_the_library_is_small_and_what_left_it_is_answered() -> None:
+def test_the_library_is_small() -> None:
     files = list((resources.files("declip.recipe") / "library").iterdir())  # type: ignore[union-attr]
     assert sum(file.name.endswith(".yaml") for file in files) <= 22, "an option of one recipe is better than a recipe"
-    for old in ("declip-captions", "demo-declip-few"):
-        with pytest.raises(UserError, match=rf"'{old}' was removed: use "):
-            load_recipe(old)
 
 
 def test_the_published_recipe_has_the_authors_numbers() -> None:
@@ -125,8 +122,6 @@ def test_a_child_recipe_with_a_source_of_its_own_has_its_own_evaluation_sets(tmp
         ({"seed": str(2**64)}, (f"seed={2**64}",)),
         ({"image.mean": "[123.7, 116.3, 103.5]"}, ("image.mean.0=123.7", "less than or equal to 1")),
         ({"logit_scale.init": "20"}, ("logit_scale.init 20.0", "logarithms")),
-        ({"text.dropout": "0.1"}, ("text.dropout", "removed")),
-        ({"masked_language.mask_input_only": "true"}, ("masked_language", "views.text.mask")),
         (
             {"views.image_second": "false", "views.contrastive_view": "{}"},
             ("views.contrastive_view", "views.image_second=false"),
@@ -167,9 +162,8 @@ def test_names_of_other_tools_lead_to_our_keys(given: str, meant: str) -> None:
 
 def test_synonyms_lead_to_keys_and_each_to_one() -> None:
     keys = {*recipe_keys()}
-    assert listed("synonyms").keys() <= keys
-    assert not listed("removed").keys() & keys
-    names = [name for given in listed("synonyms").values() for name in given.split()]
+    assert synonyms().keys() <= keys
+    names = [name for given in synonyms().values() for name in given.split()]
     assert len(names) == len(set(names))
 
 

@@ -1,6 +1,7 @@
 """Results of evaluations: numbers with n and chance level, as JSON rows."""
 
 import re
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -42,16 +43,16 @@ class Measure(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Result:
+class Result(ABC):
     """Base class of results; `skipped` counts the unreadable images by reason."""
 
     task: ClassVar[str]
     dataset: str
     skipped: Mapping[str, int] = field(default_factory=dict, kw_only=True)
 
+    @abstractmethod
     def measures(self) -> list[Measure]:
         """The scores for tables."""
-        raise NotImplementedError
 
     def __str__(self) -> str:
         rows = (f"{m.name} {percent(m.value)} (chance {percent(m.chance)}, n = {m.n:,})" for m in self.measures())

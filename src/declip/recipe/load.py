@@ -123,8 +123,6 @@ def _find(name: str | Path, folder: Path) -> Path:
             f"'{name}' is not a recipe. To train on it: declip train clip --data {name}. From pretrained weights: "
             f"declip finetune {name}."
         )
-    if (now := listed("removed").get(f"recipe {name}")) is not None:
-        raise UserError(f"The recipe '{name}' was removed: {now}.")
     raise unknown("recipe file" if own else "recipe", str(name), recipe_names())
 
 
@@ -178,15 +176,13 @@ def _explain(problem: Mapping[str, Any]) -> str:
 
 def unknown_key(given: str) -> UserError:
     """Build the error for an unknown recipe key, with the key meant: by a name of other tools, else by letters."""
-    if given in listed("removed"):
-        return UserError(f"{given} was removed: {listed('removed')[given]}.")
     # By the last part of the name, in our words and in those of other tools, then by its letters.
     name = given.rpartition(".")[2].lower().replace("-", "_")
     keys = list(recipe_keys())
     meant: dict[str, set[str]] = {}
     for key in keys:
         meant.setdefault(key.rpartition(".")[2], set()).add(key)
-    meant |= {word: {key} for key, words in listed("synonyms").items() for word in words.split()}
+    meant |= {word: {key} for key, words in synonyms().items() for word in words.split()}
     nearest = get_close_matches(given, keys, n=1, cutoff=0.85) or get_close_matches(name, meant, n=1, cutoff=0.8)
     found = meant.get(name) or {key for word in nearest for key in meant.get(word, {word})}
     if len(found) == 1:
@@ -196,9 +192,9 @@ def unknown_key(given: str) -> UserError:
 
 
 @cache
-def listed(name: str) -> dict[str, str]:
-    """Read a table: "synonyms", key → names that other tools have for it; "removed", key or recipe → what to do now."""
-    table: dict[str, str] = yaml.safe_load((LIBRARY.parent / f"{name}.yaml").read_text("utf-8"))
+def synonyms() -> dict[str, str]:
+    """Read the names that other tools have for recipe keys, by key."""
+    table: dict[str, str] = yaml.safe_load((LIBRARY.parent / "synonyms.yaml").read_text("utf-8"))
     return table
 
 

@@ -16,7 +16,6 @@ from declip.errors import UserError, unknown
 from declip.models.dual_encoder import DualEncoder
 from declip.models.image_tower import ImageFeatures, ImageTower
 from declip.models.text_tower import encode_by_length
-from declip.recipe.load import listed, unknown_key
 from declip.recipe.schema import Recipe
 from declip.supervision.contrastive import Contrastive, to_float32
 from declip.supervision.late_interaction import LateInteraction
@@ -69,8 +68,6 @@ def active_terms(recipe: Recipe) -> dict[str, type[Term]]:
     """The losses with a weight above 0, in the order of `TERMS`; raises `UserError` for an unknown name."""
     for name in recipe.loss_weights:
         if name not in TERMS:
-            if f"loss_weights.{name}" in listed("removed"):
-                raise unknown_key(f"loss_weights.{name}")
             raise unknown("loss", f"loss_weights.{name}", [f"loss_weights.{known}" for known in TERMS])
     return {name: term for name, term in TERMS.items() if name in recipe.active_losses}
 
