@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 
 import declip
-from conftest import TINY, WEIGHTS
+from conftest import COLOURS, SHAPES, TINY, WEIGHTS, draw
 from declip.recipe.schema import Recipe
 from indices import folder, model, weights_file
 
 __all__ = ["folder", "model", "weights_file"]
 PAGE = "http://127.0.0.1:8765"
+NAMES = [f"{color}-{shape}-{side}" for side in (32, 48) for color in COLOURS for shape in SHAPES]
 
 collect_ignore_glob = [] if find_spec("starlette") and find_spec("uvicorn") else ["test_*.py"]
 
@@ -58,3 +59,35 @@ def client(state: Any) -> Iterator[Any]:
     """A client of the app."""
     with ask(state) as asked:
         yield asked
+
+
+@pytest.fixture(scope="session")
+def uncaptioned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A table of images without captions."""
+    folder = tmp_path_factory.mktemp("uncaptioned")
+    for name in NAMES:
+        color, shape, side = name.split("-")
+        draw(color, shape).resize((int(side), int(side))).save(folder / f"{name}.png")
+    (folder / "choose.csv").write_text("\n".join(["image,caption", *(f"{name}.png," for name in NAMES)]))
+    return folder / "choose.csv"
+
+
+@pytest.fixture(scope="session")
+def opened(run_folder: Path, uncaptioned: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The state of an app over them."""
+    from declip.app.server import open_state
+
+    return open_state(str(run_folder), str(uncaptioned), tmp_path_factory.mktemp("captions") / "index")
+
+
+@pytest.fixture
+def start(opened: Any, tmp_path: Path) -> Any:
+    """Starts captioning into a file, as a start of the server does."""
+    from declip.app.captions import Captioning
+
+    def begin(name: str = "captions.csv") -> Any:
+        opened.captioning = Captioning(opened, tmp_path / name)
+        return opened
+
+    yield begin
+    opened.captioning = None

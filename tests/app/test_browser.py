@@ -1,14 +1,17 @@
 """The app in a browser: typing, dropping files, and the keyboard."""
 
+import csv
 import shutil
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
+from app.conftest import NAMES
 from conftest import draw
 from declip.app.server import build
 from declip.app.state import AppState
@@ -23,16 +26,23 @@ sync_api.expect.set_options(timeout=60_000)
 PHONE = {"width": 390, "height": 844}
 
 
-@pytest.fixture(scope="module")
-def address(shared: Any) -> Iterator[str]:
-    """The page, served in a thread."""
+@contextmanager
+def served(state: Any) -> Iterator[str]:
+    """The address of an app, served in a thread."""
     with take_port("127.0.0.1", 0) as bound:
-        server = uvicorn.Server(uvicorn.Config(build(shared, "127.0.0.1"), log_config=None))
+        server = uvicorn.Server(uvicorn.Config(build(state, "127.0.0.1"), log_config=None))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
         thread.start()
         yield address_of(bound).rstrip("/")
         server.should_exit = True
         thread.join(10)
+
+
+@pytest.fixture(scope="module")
+def address(shared: Any) -> Iterator[str]:
+    """The page, served in a thread."""
+    with served(shared) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
@@ -186,3 +196,59 @@ def test_every_view_fits_a_phone(page: Any) -> None:
             page.emulate_media(color_scheme=scheme)
             assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"], view
             assert page.locator("h1").is_visible()
+
+
+def test_thirty_images_are_captioned_without_a_mouse_through_restarts_and_a_second_tab(
+    browser: Any, start: Any, tmp_path: Path
+) -> None:
+    table = tmp_path / "captions.csv"
+    with served(start()) as address:
+        context = browser.new_context(base_url=address)
+        one = context.new_page()
+        one.goto("/")
+        for number in range(30):
+            sync_api.expect(one.get_by_role("status")).to_have_text(f"{number} of 48 images have captions.")
+            if number in (10, 20):  # the server is started again
+                start()
+                one.reload()
+            sync_api.expect(one.locator("#key")).to_have_text(f"{NAMES[number]}.png")
+            one.keyboard.press("1")  # takes the nearest text
+            one.keyboard.type(f" no. {number}")
+            if number == 3:
+                one.keyboard.press("Control+Enter")
+                sync_api.expect(one.locator("#saved > li")).to_have_count(1)
+                one.keyboard.type("another, of 12 words")
+            one.keyboard.press("Enter")
+        sync_api.expect(one.get_by_role("status")).to_contain_text("30 of 48")
+        # --- skip, back, and an image that is captioned elsewhere meanwhile
+        shown = one.locator("#key")
+        sync_api.expect(shown).to_have_text(f"{NAMES[30]}.png")
+        one.keyboard.press("PageDown")
+        sync_api.expect(shown).to_have_text(f"{NAMES[31]}.png")
+        one.keyboard.press("PageUp")
+        sync_api.expect(shown).to_have_text(f"{NAMES[30]}.png")
+        two = context.new_page()
+        two.goto("/caption")
+        sync_api.expect(two.locator("#key")).to_have_text(f"{NAMES[32]}.png")
+        with table.open("a", encoding="utf-8") as file:
+            file.write(f"{find_cell(table, NAMES[29]).replace(NAMES[29], NAMES[30])},written by hand\n")
+        one.keyboard.type("mine")
+        one.keyboard.press("Enter")
+        sync_api.expect(one.get_by_role("status")).to_contain_text("Not saved")
+        sync_api.expect(one.locator("#saved > li")).to_have_text(["written by hand"])
+        one.keyboard.press("Enter")
+        sync_api.expect(shown).to_have_text(f"{NAMES[31]}.png")
+        sync_api.expect(one.locator("#estimates > li")).to_have_count(1)
+        one.set_viewport_size(PHONE)
+        assert one.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+        context.close()
+    rows = list(csv.DictReader(table.read_text(encoding="utf-8").splitlines()))
+    assert len({row["image"] for row in rows}) == 31
+    assert [row["caption"] for row in rows][-2:] == ["written by hand", "mine"]
+    assert all(any(row["caption"].endswith(f" no. {number}") for row in rows) for number in range(30))
+
+
+def find_cell(table: Path, name: str) -> str:
+    """The cell of an image in a table."""
+    rows = csv.DictReader(table.read_text(encoding="utf-8").splitlines())
+    return next(row["image"] for row in rows if name in row["image"])

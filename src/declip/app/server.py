@@ -18,17 +18,18 @@ from starlette.staticfiles import StaticFiles
 from starlette.templating import Jinja2Templates
 from starlette.types import ASGIApp
 
-from declip.app import answers, pairs
+from declip.app import answers, captions, pairs
 from declip.app.middleware import Guard
 from declip.app.params import LARGEST_UPLOAD, ImageId
-from declip.app.state import AppState, state_of
+from declip.app.state import SIDE, AppState, state_of
 from declip.data.pair import printable
 from declip.errors import UserError
 from declip.evaluation.prompt_sets import prompt_names
 from declip.models.precision import Precision
 from declip.search.opening import open_or_embed
 
-VIEWS = ("classify", "search", "pairs")
+VIEWS = ("classify", "search", "pairs", "caption")
+LARGE = 768  # pixels of the longer side of an image to caption
 EXAMPLES = 6  # captions of the index that a page offers to begin with
 ENVIRONMENT = Environment(
     loader=PackageLoader("declip.app"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -39,10 +40,13 @@ TEMPLATES = Jinja2Templates(env=ENVIRONMENT)
 def build(state: AppState, host: str) -> ASGIApp:
     """Make the application for a server that listens on `host`."""
     routes = [
-        Route("/", lambda request: RedirectResponse("/search")),
+        Route("/", lambda request: RedirectResponse("/caption" if state.captioning else "/search")),
         *(Route(f"/{name}", page) for name in VIEWS),
         Mount("/static", StaticFiles(packages=[("declip.app", "static")])),
         Route("/thumbnails/{id}", thumbnail),
+        Route("/images/{id}", thumbnail),
+        Route("/api/caption", captions.show),
+        Route("/api/caption", captions.save, methods=["POST"]),
         Route("/api/images", answers.upload, methods=["POST"]),
         Route("/api/classify", answers.classify, methods=["POST"]),
         Route("/api/search", answers.search),
@@ -60,7 +64,14 @@ def page(request: Request) -> Response:
     """A view: its HTML holds no result, the scripts ask for them."""
     # What all views show, whatever the request.
     state, view = state_of(request), request.url.path[1:]
-    context = {"view": view, "views": VIEWS, "state": state, "info": state.index.info}
+    if view == "caption" and state.captioning is None:
+        raise HTTPException(404, "Start the app with --caption FILE to caption images.")
+    context = {
+        "view": view,
+        "views": VIEWS if state.captioning else VIEWS[:-1],
+        "state": state,
+        "info": state.index.info,
+    }
     context |= {"template_sets": prompt_names(), "examples": _examples(state)}
     context |= {"largest_upload": LARGEST_UPLOAD >> 20, "lowest": pairs.LOWEST}
     return TEMPLATES.TemplateResponse(request, f"{view}.html", context)
@@ -69,7 +80,9 @@ def page(request: Request) -> Response:
 def thumbnail(request: Request) -> Response:
     """Answer with a small copy of an image of the index."""
     try:
-        content = state_of(request).thumbnail(TypeAdapter(ImageId).validate_python(request.path_params["id"]))
+        id = TypeAdapter(ImageId).validate_python(request.path_params["id"])
+        large = request.url.path.startswith("/images/")
+        content = state_of(request).thumbnail(id, LARGE if large else SIDE)
     except UserError:
         raise HTTPException(404, "This image no longer exists.") from None
     return Response(content, media_type="image/webp", headers={"Cache-Control": "private, max-age=3600"})
@@ -105,12 +118,16 @@ def open_state(
     device: str = "auto",
     precision: Precision = "auto",
     progress: bool = False,
+    caption: Path | None = None,
 ) -> AppState:
-    """Open an index, or embed a source into one first, see `open_or_embed`."""
+    """Open an index, or embed a source into one first, see `open_or_embed`; `caption` is the table to write."""
     index = open_or_embed(model, source, folder, device=device, precision=precision, progress=progress)
     if not len(index):
         raise UserError(f"The index '{index.folder}' holds no image. Embed some first: declip embed.")
-    return AppState(index, model)
+    state = AppState(index, model)
+    if caption is not None:
+        state.captioning = captions.Captioning(state, caption)
+    return state
 
 
 def serve(state: AppState, bound: socket.socket, host: str) -> None:

@@ -56,6 +56,7 @@ class AppState:
         self.stopped = threading.Event()
         self.class_vectors = lru_cache(MOST_CLASS_SETS)(self._class_vectors)
         self.compared: dict[object, Any] = {}
+        self.captioning: Any = None  # `declip.app.captions.Captioning`, with --caption
         # A query switches the model to evaluation mode and back, and a source may not be thread-safe. One comparison
         # at a time uses all cores.
         self._encoding, self._reading, self._comparing = threading.Lock(), threading.Lock(), threading.Lock()
@@ -100,13 +101,13 @@ class AppState:
         captions = [printable(caption) for caption in row.captions[:SHOWN_CAPTIONS]]
         return {"id": id, "key": printable(row.key), "captions": captions}
 
-    def thumbnail(self, id: int) -> bytes:
+    def thumbnail(self, id: int, side: int = SIDE) -> bytes:
         """A small copy of an image of the index as WebP, without the metadata of its file."""
         with self._reading:
             image = self.index.image(id)
         small, written = image.copy(), io.BytesIO()
         small.info.clear()
-        small.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+        small.thumbnail((side, side), Image.Resampling.LANCZOS)
         small.save(written, "WEBP", quality=82)
         return written.getvalue()
 

@@ -21,13 +21,14 @@ def app(
     index: Annotated[
         Path | None, file("folder of the index; default: in indices/, named after the source", metavar="DIR")
     ] = None,
+    caption: Annotated[Path | None, file("caption images, and save captions in this .csv file")] = None,
     host: Annotated[str, typer.Option(help="address to listen on; default: this machine only")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65_535, help="port; 0: any free port")] = PORT,
     device: Device = "auto",
     precision: Precision = "auto",
     quiet: Quiet = False,
 ) -> None:
-    """Open a model and its pairs in a browser: classify, search, find wrong pairs."""
+    """Open a model and its pairs in a browser: classify, search, find wrong pairs, caption images."""
     if missing := [name for name in ("starlette", "uvicorn") if find_spec(name) is None]:
         raise UserError(f"The app requires {' and '.join(missing)}: pip install 'declip[app]'.")
     # Before torch is imported, which takes seconds.
@@ -44,7 +45,9 @@ def app(
                 "captions of the source can be seen, and requests can keep this machine busy.",
                 style="yellow",
             )
-        state = open_state(model, source, index, device=device, precision=precision, progress=not quiet)
+        state = open_state(
+            model, source, index, device=device, precision=precision, progress=not quiet, caption=caption
+        )
         images = f"{len(state.index):,} images of {state.index.info.source.name}"
         console.print(f"{images}, index {state.index.folder}")
         console.print(f"Open {address_of(bound)} (Ctrl-C stops)")

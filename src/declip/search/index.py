@@ -196,6 +196,10 @@ class Index:
         """The key of each image in the order of `ids`; several images may share one."""
         return self._store.column("key").to_pylist()
 
+    def paths(self) -> list[str]:
+        """The file or shard of each image in the order of `ids`, as `resolve` reads it; empty if it has none."""
+        return self._store.column("path").to_pylist()
+
     def captions(self) -> list[list[str]]:
         """The captions of each image in the order of `ids`."""
         return self._store.column("captions").to_pylist()

@@ -1,0 +1,193 @@
+"""Routes of the app to caption images: their order, suggestions, and heads that are fitted to the captions so far."""
+
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from pydantic import Field
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from torch import Tensor
+
+from declip.app.caption_table import CaptionTable
+from declip.app.params import ImageId, OneLine, Question, Text
+from declip.app.state import AppState, state_of
+from declip.errors import UserError
+from declip.evaluation.prompt_sets import read_prompts
+from declip.models.closed_form import Pairs
+from declip.search.choose import choose_from
+from declip.training.heads import Choice, choose_heads
+
+EVERY = 25  # captions after which the heads are fitted again
+MOST = 2_000  # images that are offered
+SUGGESTIONS = 5
+HELD = 300  # seconds for which an image that one tab shows is not offered to another
+
+
+class PlaceQuestion(Question):
+    """An image by its place in the order; without `place` the next one after `after` that has no caption."""
+
+    tab: Annotated[str, Field(max_length=64)]
+    after: int = Field(-1, ge=-1)
+    place: int | None = Field(None, ge=0)
+
+
+class SaveQuestion(Question):
+    """New captions of an image, and those that the page showed as saved."""
+
+    id: ImageId
+    captions: Annotated[list[Text], Field(min_length=1, max_length=50)]
+    seen: list[Annotated[str, OneLine]]
+
+
+@dataclass(frozen=True)
+class HeldOutRecall:
+    """Recall at 10 of images that were left out, with its 95 % interval, after some captions."""
+
+    captions: int
+    value: float
+    low: float
+    high: float
+
+
+class Captioning:
+    """The order of the images, what the tabs show, and the heads that are fitted to the captions so far."""
+
+    def __init__(self, state: AppState, path: Path) -> None:
+        self.state, self.table = state, CaptionTable(path, state.index)
+        self.captions = self.table.read()
+        self.order = self._order()
+        self.estimates: list[HeldOutRecall] = []
+        self._choice: Choice | None = None
+        self._held: dict[int, tuple[str, float]] = {}  # tab and time, by image
+        self._lock, self._fitting = threading.Lock(), threading.Lock()
+        self.classes = list(dict.fromkeys(read_prompts("imagenet").classes.values()))
+        vectors = state.class_vectors(tuple(self.classes), "")
+        self._vectors = dict(zip(self.classes, vectors, strict=True))  # of texts
+        self._fit(len(self.captions))
+
+    def _order(self) -> list[int]:
+        """Captioned images in the order of the file, then those to caption: a table's by row, others by choice."""
+        index, captioned = self.state.index, list(self.captions)
+        if index.info.source.path.lower().endswith((".csv", ".tsv", ".jsonl", ".json", ".parquet")):
+            chosen = index.ids.tolist()
+        elif len(captioned) < len(index):
+            try:
+                chosen = [hit.id for hit in choose_from(index, MOST, index.vectors(captioned)).images]
+            except UserError:  # all others are near-duplicates
+                chosen = []
+        else:
+            chosen = []
+        return list(dict.fromkeys([*captioned, *chosen]))
+
+    def next_place(self, tab: str, after: int) -> int | None:
+        """The first image without a caption after a place, then from the start, that no other tab shows."""
+        now = time.monotonic()
+        with self._lock:
+            for place in [*range(after + 1, len(self.order)), *range(min(after + 1, len(self.order)))]:
+                holder, since = self._held.get(self.order[place], (tab, now))
+                if self.order[place] not in self.captions and (holder == tab or now - since > HELD):
+                    self._held[self.order[place]] = tab, now
+                    return place
+        return None
+
+    def save(self, id: int, captions: Sequence[str], seen: Sequence[str]) -> None:
+        """Write captions to the disk, and fit the heads again after every 25 images."""
+        with self._lock:
+            try:
+                self.captions = self.table.add(id, captions, seen)
+            except HTTPException:
+                self.captions = self.table.read()  # which the page shows next
+                raise
+            count = len(self.captions)
+        if count // EVERY > (self.estimates[-1].captions // EVERY if self.estimates else 0):
+            threading.Thread(target=self._fit, args=(count,), daemon=True).start()
+
+    def suggestions(self, id: int) -> list[str]:
+        """Captions and names of ImageNet's classes that are nearest to an image, by the heads of now."""
+        texts = list(dict.fromkeys([text for own in self.captions.values() for text in own] + self.classes))
+        features = self._features(texts)
+        image = self.state.index.vectors([id])
+        if self._choice is None:
+            cosines = (image @ features.mT)[0]
+        else:
+            heads = self._choice.heads
+            cosines = heads.similarities(image.to(heads.image), features.to(heads.text))[0]
+        return [texts[place] for place in cosines.topk(min(SUGGESTIONS, len(texts))).indices.tolist()]
+
+    def _features(self, texts: Sequence[str]) -> Tensor:
+        """(t, d), the vectors of texts, each encoded once."""
+        for text in texts:
+            if text not in self._vectors:
+                self._vectors[text] = self.state.query(text)
+        return torch.stack([self._vectors[text] for text in texts])
+
+    def _fit(self, count: int) -> None:
+        """Fit heads to the captions so far, and estimate their recall by cross-validation."""
+        with self._fitting:
+            if count < EVERY:
+                return
+            known = {id: texts[:] for id, texts in self.captions.items()}
+            texts = [text for own in known.values() for text in own]
+            owners = torch.repeat_interleave(torch.tensor([len(own) for own in known.values()]))
+            pairs = Pairs(self.state.index.vectors([*known]), self._features(texts), owners)
+            # Images with an equal first caption stay in one fold
+            groups = np.unique([own[0] for own in known.values()], return_inverse=True)[1]
+            choice = choose_heads(pairs, groups, embedded=True)
+            if choice.outcome is not None:
+                found = choice.outcome.recall(10, pairs, groups)
+                self.estimates.append(HeldOutRecall(len(known), *found[:3]))
+            self._choice = choice
+
+    def describe(self, place: int) -> dict[str, Any]:
+        """An image as the page shows it."""
+        id = self.order[place]
+        return {
+            "place": place,
+            **self.state.describe(id),
+            "saved": self.captions.get(id, []),
+            "suggestions": self.suggestions(id),
+        }
+
+    def progress(self) -> dict[str, Any]:
+        """Numbers of images, and the estimates so far."""
+        return {
+            "done": len(self.captions),
+            "total": len(self.order),
+            "estimates": [vars(one) for one in self.estimates],
+        }
+
+
+def show(request: Request) -> Response:
+    """Answer with an image to caption, or the numbers alone if none is left."""
+    captioning, asked = _captioning(request), PlaceQuestion.of(request)
+    place = captioning.next_place(asked.tab, asked.after) if asked.place is None else asked.place
+    if place is not None and place >= len(captioning.order):
+        raise HTTPException(404, "There is no such image.")
+    return JSONResponse(captioning.progress() | ({} if place is None else captioning.describe(place)))
+
+
+async def save(request: Request) -> Response:
+    """Save captions of an image; the answer comes when they are on the disk."""
+    captioning, asked = _captioning(request), await SaveQuestion.in_body(request)
+    texts = [text for text in asked.captions if text]
+    if not texts:
+        raise UserError("The caption is empty.")
+    if asked.id not in captioning.order:
+        raise HTTPException(404, "There is no such image.")
+    await run_in_threadpool(captioning.save, asked.id, texts, asked.seen)
+    return JSONResponse(captioning.progress() | {"saved": captioning.captions[asked.id]})
+
+
+def _captioning(request: Request) -> Captioning:
+    found: Captioning | None = state_of(request).captioning
+    if found is None:
+        raise HTTPException(404, "The app was started without --caption FILE.")
+    return found
