@@ -8,7 +8,7 @@ import torch
 from declip.errors import UserError
 from declip.models.dual_encoder import DualEncoder
 from declip.models.fingerprint import fingerprint
-from declip.models.precision import convert, pick_precision, precision_of
+from declip.models.precision import convert, pick_precision, precision_of, round_taps
 from models.test_inference import model_of
 
 CPU = torch.device("cpu")
@@ -79,3 +79,13 @@ def test_a_tower_that_cannot_be_converted_stays_float32(computing: Any, spoiled:
     assert next(models[0].text_tower.parameters()).dtype == torch.bfloat16
     with pytest.raises(UserError, match=r"image tower.*bfloat16.*fp32"):
         convert(models[1], "bf16")
+
+
+def test_rounded_filters_keep_their_sums() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(64, 3, 3, 3)
+    rounded, nearest = round_taps(weight, torch.bfloat16), weight.bfloat16().float()
+    assert torch.equal(rounded, rounded.bfloat16().float())
+    assert float((rounded - weight).abs().max()) < 2**-6
+    lost = [float((each - weight).sum((2, 3)).abs().mean()) for each in (rounded, nearest)]
+    assert lost[0] < lost[1] / 4

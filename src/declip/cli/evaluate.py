@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from declip.cli.options import BatchSize, Device, JsonOut, Precision, Readers, check_model, check_source, console, file
+from declip.cli.options import BatchSize, Device, JsonOut, Precision, Workers, check_model, check_source, console, file
 from declip.errors import UserError, unknown
 from declip.io.atomic import write_text
 
@@ -26,7 +26,7 @@ def evaluate(
     templates: Annotated[str | None, typer.Option(help="name of a template set, or a template with {}")] = None,
     label_column: Annotated[str | None, typer.Option(help="table column of classes")] = None,
     batch_size: BatchSize = 256,
-    workers: Readers = 0,
+    workers: Workers = None,
     device: Device = "auto",
     precision: Precision = "fp32",
     json_out: JsonOut = None,

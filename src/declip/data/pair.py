@@ -132,6 +132,10 @@ class PairSource(ABC):
         """Read the image alone, whatever its captions are."""
         return self[index].image
 
+    def lazy_image(self, index: int) -> LazyImage:
+        """As `image`, decoded on demand."""
+        return LazyImage(self.image(index))
+
     def read_lazy(self, index: int) -> LazyPair:
         """Read pair `index` and decode as little of its image as possible."""
         pair = self[index]

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.utils.data import Dataset
 
-from declip.data.pair import BrokenPair, PairSource, SkipCounter, printable
+from declip.data.images.preprocess import Preprocess
+from declip.data.pair import BrokenPair, LazyImage, PairSource, SkipCounter, printable
 from declip.data.text.caption_tokenizer import CaptionTokenizer
 from declip.errors import UserError
 from declip.io.pool import in_order, naming_lost_workers, pairs_bar
@@ -80,7 +81,7 @@ def eval_mode(model: Encoder) -> Iterator[torch.device]:
 
 def text_features(model: Encoder, texts: Sequence[str], *, batch_size: int = 256, progress: bool = False) -> Tensor:
     """Encode m texts: (m, d) float32 on the CPU, L2-normalized; features of equal texts are bit-exact copies."""
-    row_of = {text: row for row, text in enumerate(dict.fromkeys(texts))}
+    row_of = {text: row for row, text in enumerate(sorted(dict.fromkeys(texts), key=len))}  # by length: little padding
     distinct = list(row_of)
     parts = []
     with eval_mode(model) as device, pairs_bar(progress) as bar:
@@ -100,7 +101,7 @@ def encode_source(
     texts: bool = True,
     indices: Sequence[int] | np.ndarray | None = None,
     batch_size: int = 256,
-    workers: int = 0,
+    workers: int | None = 0,
     progress: bool = False,
 ) -> SourceFeatures:
     """Encode the images of a source in one pass over its files and, with `texts`, its captions.
@@ -152,10 +153,16 @@ def _count_truncated(model: Encoder, texts: Iterable[str]) -> int:
 
 
 class Batches(Dataset[tuple[Tensor | None, list[Any], SkipCounter]]):
-    """Batches of pixels (n, 3, S, S), what `read` returns with each image, and the broken pairs."""
+    """Batches of pixels (n, 3, S, S), what `read` returns with each image, and the broken pairs.
+
+    The pixels are normalized; those of a `LazyImage` and a model of declip are uint8, as `Preprocess.fast` makes them.
+    """
 
     def __init__(
-        self, model: Encoder, batches: Sequence[Iterable[int]], read: Callable[[int], tuple[Image.Image, Any]]
+        self,
+        model: Encoder,
+        batches: Sequence[Iterable[int]],
+        read: Callable[[int], tuple[Image.Image | LazyImage, Any]],
     ) -> None:
         # `DualEncoder.preprocessor` stays on the host, where a worker may use it; `preprocess` moves to the device.
         self.preprocess = getattr(model, "preprocessor", model.preprocess)
@@ -166,12 +173,23 @@ class Batches(Dataset[tuple[Tensor | None, list[Any], SkipCounter]]):
         for index in self.batches[number]:
             try:
                 image, row = self.read(int(index))
+                if isinstance(image, LazyImage):
+                    image = self._decode(image)
             except BrokenPair as broken:
                 skipped.add(broken)
                 continue
             images.append(image)
             rows.append(row)
-        return self.preprocess(images) if images else None, rows, skipped
+        if images and isinstance(images[0], Tensor):
+            pixels = torch.stack(images).contiguous(memory_format=torch.channels_last)
+        else:
+            pixels = self.preprocess(images) if images else None
+        return pixels, rows, skipped
+
+    def _decode(self, image: LazyImage) -> Tensor | Image.Image:
+        if isinstance(self.preprocess, Preprocess):
+            return self.preprocess.fast(image)
+        return Image.fromarray(image.pixels())
 
 
 def _read_row(source: PairSource, index: int) -> tuple[Image.Image, Row]:

@@ -33,7 +33,7 @@ class Options:
     templates: str | Sequence[str] | None = None  # zero-shot: a shipped set or templates; None: those of the dataset
     shots: int = 4  # few-shot: images of a class
     batch_size: int = 256  # images and texts per forward pass
-    workers: int = 0  # processes that read images; 0: this one
+    workers: int | None = 0  # processes that read images; 0: this one; None: one per core, at most 8
     progress: bool = True
 
     def __post_init__(self) -> None:

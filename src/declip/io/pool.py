@@ -26,9 +26,11 @@ def usual_workers() -> int:
     return min(os.cpu_count() or 1, MAX_WORKERS)
 
 
-def in_order(parts: Dataset, count: int, workers: int | None) -> Iterator[Any]:
-    """Compute `parts[0]` to `parts[count - 1]` as `computed` does, by default in `usual_workers`."""
-    return computed(parts, range(count), min(usual_workers() if workers is None else workers, count))
+def in_order(parts: Dataset, count: int, workers: int | None, pin_memory: bool = False) -> Iterator[Any]:
+    """Compute `parts[0]` to `parts[count - 1]` as `computed` does, by default in `usual_workers` if there are two."""
+    if workers is None:
+        workers = usual_workers() if count > 1 else 0
+    return computed(parts, range(count), min(workers, count), pin_memory)
 
 
 def mapped(work: Callable[[Any], T], parts: Sequence[Any], workers: int | None, title: str) -> Iterator[T]:

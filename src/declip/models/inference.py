@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ TOLERANCE = 1e-5
 
 
 def chunked(encode: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """Encode images (n, 3, H, W), on a CPU a few at a time."""
+    """Encode images (n, 3, H, W), on a CPU a few at a time: what is done to them stays in its caches."""
     if images.device.type != "cpu":
         return encode(images)
     size = max(1, PIXELS * torch.get_num_threads() // images[0, 0].numel())
@@ -30,13 +31,26 @@ def chunked(encode: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
 
 
 def image_encoder(model: Any) -> Callable[[Tensor], Tensor]:
-    """Return a function like `model.encode_image` for many images, with the model's weights of now."""
+    """Return a function like `model.encode_image` for many images, with the model's weights of now.
+
+    For a model of declip they may also be uint8, not yet normalized.
+    """
     if not isinstance(model, DualEncoder):
         return model.encode_image
     tower = inference_tower(model)
-    if tower is model.image_tower:
-        return lambda images: chunked(model.encode_image, images)
-    return lambda images: chunked(lambda part: normalize(tower(part).pooled.float(), dim=-1), images)
+
+    def encode(images: Tensor) -> Tensor:
+        images = normalized(model, images)
+        if tower is model.image_tower:
+            return model.encode_image(images)
+        return normalize(tower(images).pooled.float(), dim=-1)
+
+    return partial(chunked, encode)
+
+
+def normalized(model: Any, pixels: Tensor) -> Tensor:
+    """Normalize pixels (n, 3, S, S), unless they are normalized."""
+    return model.preprocessor.normalize(pixels) if pixels.dtype == torch.uint8 else pixels
 
 
 def inference_tower(model: DualEncoder) -> ImageTower:

@@ -74,7 +74,7 @@ def choose(
     device: str = "auto",
     seed: int = 0,
     batch_size: int = 256,
-    workers: int = 0,
+    workers: int | None = None,
     progress: bool = False,
 ) -> ChosenImages:
     """Choose the images of a source that you should caption next; the most useful come first.

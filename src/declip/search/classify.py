@@ -12,12 +12,11 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from torch import Tensor
 
 from declip.data.columns import DEFAULT, Columns
 from declip.data.images.decode import EXTENSIONS
-from declip.data.pair import PairSource, SkipCounter
+from declip.data.pair import LazyImage, PairSource, SkipCounter
 from declip.data.sources.image_source import ImageSource, open_images
 from declip.data.sources.open import open_source
 from declip.data.sources.python_items import Items
@@ -74,7 +73,7 @@ def classify(
     templates: str | Sequence[str] = "plain",
     out: str | Path | None = None,
     batch_size: int = 256,
-    workers: int = 0,
+    workers: int | None = None,
     columns: Columns = DEFAULT,
     device: str = "auto",
     precision: Precision = "auto",
@@ -109,6 +108,7 @@ def classify(
     if path is not None and (path.suffix.lower() != ".csv" or path.is_dir()):
         raise UserError(f"Predictions are written to a .csv file, not to '{out}'. Choose another path with --out.")
     classifier = Classifier.load(head) if isinstance(head, str | Path) else head
+    workers = workers or (None if isinstance(images, str | Path) and workers is None else 0)
     encoder = load(model, device, precision) if isinstance(model, str | Path) else model
     # --- scores of classes
     options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "progress": progress}
@@ -183,8 +183,8 @@ def _check_options(
     return [] if classes is None else read_classes(classes)
 
 
-def _read(source: ImageSource, place: int) -> tuple[Image.Image, str]:
-    return source[place].image, source.key(place)
+def _read(source: ImageSource, place: int) -> tuple[LazyImage, str]:
+    return source.read_lazy(place).image, source.key(place)
 
 
 @contextmanager

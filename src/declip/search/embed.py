@@ -11,14 +11,12 @@ from itertools import islice
 from pathlib import Path
 from typing import get_args
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from declip.data.columns import DEFAULT, Columns
-from declip.data.pair import BrokenPair, Origin, Pair, PairSource, SkipCounter
+from declip.data.pair import BrokenPair, LazyImage, LazyPair, Origin, PairSource, SkipCounter
 from declip.data.sources.image_source import ImageSource
 from declip.data.sources.open import open_source
 from declip.data.sources.python_items import Items
@@ -45,7 +43,7 @@ def embed(
     captions: bool = False,
     dtype: Dtype = "float16",
     batch_size: int = 256,
-    workers: int = 0,
+    workers: int | None = None,
     columns: Columns = DEFAULT,
     device: str = "auto",
     precision: Precision = "auto",
@@ -62,7 +60,8 @@ def embed(
         source: What `declip.data.sources.image_source.open_images` opens with the columns, or a source. A folder
             needs no captions.
         captions: Also store the mean vector of the captions of each image, for `over="captions"`.
-        workers: Number of processes that read images; 0: the main process.
+        workers: Number of processes that read images; 0: the main process; None: one per core, at most 8, but 0 for a
+            Python object as a source.
         precision: As in `declip.load`; a model that is given as an object stays as it is.
         loaded_from: Path or name that `model` was loaded from if it is an object, so that searching can load it.
 
@@ -76,7 +75,7 @@ def embed(
         raise unknown("dtype", dtype, get_args(Dtype))
     folder = Path(out).expanduser()
     if not isinstance(source, str | Path):
-        source = open_source(source, columns)
+        source, workers = open_source(source, columns), workers or 0  # the object may not work in another process
     columns = replace(columns, root=stored_path(columns.root, folder) or None)
     saved = SourceInfo(path=stored_path(source, folder), name="", columns=columns)
     images = saved.open(folder) if isinstance(source, str | Path) else ImageSource(source)
@@ -130,22 +129,22 @@ def find_changes(source: ImageSource, writer: Writer, progress: bool = False) ->
     return later + earlier, {id for ids in rows.values() for id in ids}
 
 
-def _stamped(source: ImageSource, place: int, origin: Origin | None = None, loaded: Pair | None = None) -> Origin:
+def _stamped(source: ImageSource, place: int, origin: Origin | None = None, loaded: LazyPair | None = None) -> Origin:
     """The origin with a stamp that changes with the image and its captions: by pixels where a source has none."""
     origin = origin or source.origin(place)
     digest = hashlib.blake2b(origin.stamp.encode(), digest_size=12)
     with suppress(BrokenPair):
         if not origin.stamp:
-            loaded = loaded or source[place]
-            digest.update(np.asarray(loaded.image).tobytes())
+            loaded = loaded or source.read_lazy(place)
+            digest.update(loaded.image.pixels().tobytes())
         digest.update(repr(loaded.captions if loaded else source.captions(place)).encode("utf-8", "replace"))
     return origin._replace(stamp=digest.hexdigest())
 
 
-def read_row(source: ImageSource, place: int) -> tuple[Image.Image, IndexedImage]:
-    """Read an image with the row that it becomes, whose id is not known yet."""
+def read_row(source: ImageSource, place: int) -> tuple[LazyImage, IndexedImage]:
+    """Open an image with the row that it becomes, whose id is not known yet."""
     origin = source.origin(place)  # before the image is read: if the file changes meanwhile, it is embedded again
-    loaded = source[place]
+    loaded = source.read_lazy(place)
     origin = _stamped(source, place, origin, loaded)
     return loaded.image, IndexedImage(-1, source.key(place), loaded.captions, place, origin)
 
@@ -156,7 +155,7 @@ def _embed_places(
     model: Encoder,
     places: Sequence[int],
     batch_size: int,
-    workers: int,
+    workers: int | None,
     progress: bool,
 ) -> SkipCounter:
     """Embed images part by part; returns the images that were left out."""

@@ -7,18 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from declip.data.pair import SkipCounter
+from declip.data.pair import LazyImage, SkipCounter
 from declip.data.sources.image_source import ImageSource
 from declip.data.sources.stored_paths import stored_path
 from declip.errors import UserError
 from declip.evaluation.encode import Batches, Encoder, eval_mode
 from declip.io.pool import in_order, naming_lost_workers, pairs_bar
 from declip.models.fingerprint import fingerprint
-from declip.models.inference import image_encoder
+from declip.models.inference import image_encoder, normalized
 from declip.search.info import ModelInfo
 
 SHORTEST = 1e-6  # length of a weighted sum of two unit vectors below which they cancel
@@ -35,9 +34,9 @@ def describe_model(model: Encoder, path: object, index: Path) -> ModelInfo:
 def encode_images(
     model: Encoder,
     source: ImageSource,
-    read: Callable[[ImageSource, int], tuple[Image.Image, Any]],
+    read: Callable[[ImageSource, int], tuple[LazyImage, Any]],
     batches: Sequence[Sequence[int]],
-    workers: int,
+    workers: int | None,
     progress: bool,
     encode: Callable[[Tensor], Tensor] | None = None,
 ) -> Iterator[tuple[Tensor, list[Any], SkipCounter]]:
@@ -46,19 +45,20 @@ def encode_images(
     Yields, for each batch: vectors (n, d) float32, of length 1; what `read` returned with the n images; those left out.
     """
     # The workers start before the thread of the bar does: a fork copies no thread.
-    stream = in_order(Batches(model, batches, partial(read, source)), len(batches), workers)
-    encode = encode or image_encoder(model)
+    pinned = next(model.parameters()).device.type == "cuda" if hasattr(model, "parameters") else False
+    stream = in_order(Batches(model, batches, partial(read, source)), len(batches), workers, pinned)
+    whole = image_encoder(model) if encode is None else lambda pixels: encode(normalized(model, pixels))
     with naming_lost_workers(), pairs_bar(progress) as bar:
         task = bar.add_task(f"Images of {source.name}", total=sum(map(len, batches)))
         for pixels, rows, broken in stream:
-            yield (torch.empty(0, 0) if pixels is None else image_vectors(model, pixels, encode)), rows, broken
+            yield (torch.empty(0, 0) if pixels is None else image_vectors(model, pixels, whole)), rows, broken
             bar.advance(task, len(rows) + broken.total)
 
 
 def image_vectors(model: Encoder, pixels: Tensor, encode: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """Encode (n, 3, S, S) normalized pixels to (n, d) float32 on the CPU, of length 1; `encode` is for many images."""
     with eval_mode(model) as device:
-        vectors = normalize((encode or model.encode_image)(pixels.to(device)).float(), dim=-1).cpu()
+        vectors = normalize((encode or model.encode_image)(pixels.to(device, non_blocking=True)).float(), dim=-1).cpu()
     if not vectors.isfinite().all():
         raise UserError("The model's image features are not finite: its weights are damaged. Try another checkpoint.")
     return vectors

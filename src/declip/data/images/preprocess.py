@@ -4,13 +4,18 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from declip.data.images.decode import apply_exif
+from declip.data.pair import LazyImage
 
 # Of an image longer than this many times its shorter side, only what the crop keeps is resized.
 LONGEST_SHAPE = 10
+LEFT = (
+    2.0  # times `size` that the shorter side of a reduced JPEG has at least: with 1.0 features differ six times as much
+)
 
 
 class Preprocess:
@@ -41,8 +46,32 @@ class Preprocess:
         for row, image in enumerate(images):
             ready = image.mode == "RGB" and not image.info  # as `decode` leaves it
             pixels[row] = np.asarray(self.square(image if ready else apply_exif(image)))
-        batch = torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div_(255)
-        return batch.sub_(self.mean.view(3, 1, 1)).div_(self.std.view(3, 1, 1)).contiguous()
+        return self.normalize(torch.from_numpy(pixels).permute(0, 3, 1, 2)).contiguous()
+
+    def normalize(self, pixels: Tensor) -> Tensor:
+        """Normalize pixels (n, 3, size, size) uint8 as float32, in their memory format and on their device."""
+        mean, std = (values.to(pixels.device).view(3, 1, 1) for values in (self.mean, self.std))
+        return pixels.float().div_(255).sub_(mean).div_(std)
+
+    def fast(self, image: LazyImage) -> Tensor:
+        """Crop and resize an image to (3, size, size) uint8, channels last, in about a third of Pillow's time.
+
+        A JPEG file is decoded at 1/2, 1/4 or 1/8 where the shorter side stays long enough, and torch's filter differs
+        from Pillow's by a level or two of 255.
+        """
+        short = min(image.size)
+        scale = next((scale for scale in image.scales if short >= LEFT * scale * self.size), 1)
+        pixels = image.pixels(scale)  # (H, W, 3)
+        height, width = pixels.shape[:2]
+        if max(height, width) > LONGEST_SHAPE * min(height, width):
+            return torch.from_numpy(np.array(self.square(Image.fromarray(pixels)))).permute(2, 0, 1)
+        sides = (height, width)
+        inner = [self.size if self.squash else int(self.size * side / min(sides)) for side in sides]
+        given = torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy()).permute(2, 0, 1)
+        if sides != tuple(inner):
+            given = F.interpolate(given[None], tuple(inner), mode=self.filter.name.lower(), antialias=True)[0]
+        top, left = (round((side - self.size) / 2) for side in inner)
+        return given[:, top : top + self.size, left : left + self.size]
 
     def square(self, image: Image.Image) -> Image.Image:
         """Resize the shorter side to `size` and crop the center, as torchvision rounds; or squash."""

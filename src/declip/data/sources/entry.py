@@ -8,7 +8,7 @@ from PIL import Image
 
 from declip.data.images.decode import decode
 from declip.data.images.lazy import open_image
-from declip.data.pair import LazyPair, Origin, Pair, PairSource, bytes_origin, file_origin
+from declip.data.pair import LazyImage, LazyPair, Origin, Pair, PairSource, bytes_origin, file_origin
 
 
 class EntrySource(PairSource):
@@ -45,6 +45,10 @@ class EntrySource(PairSource):
     def image(self, index: int) -> Image.Image:
         entry = self.entry(index)
         return decode(self.content(entry), entry.key)
+
+    def lazy_image(self, index: int) -> LazyImage:
+        entry = self.entry(index)
+        return open_image(self.content(entry), entry.key)
 
     def origin(self, index: int) -> Origin:
         content = self.content(self.entry(index))

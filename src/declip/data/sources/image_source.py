@@ -4,7 +4,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from declip.data.columns import DEFAULT, Columns
-from declip.data.pair import BrokenPair, Origin, Pair, PairSource
+from declip.data.pair import BrokenPair, LazyPair, Origin, Pair, PairSource
 from declip.data.sources.open import open_source
 from declip.data.sources.table import TableSource
 
@@ -25,6 +25,13 @@ class ImageSource:
             with suppress(BrokenPair):
                 return self.source[index]
         return Pair(self.source.key(index), self.source.image(index), ())
+
+    def read_lazy(self, index: int) -> LazyPair:
+        """As reading image `index`, decoded on demand; `BrokenPair` may be raised then."""
+        if self.captioned:
+            with suppress(BrokenPair):
+                return self.source.read_lazy(index)
+        return LazyPair(self.source.key(index), self.source.lazy_image(index), ())
 
     def key(self, index: int) -> str:
         """The key of image `index`, which may not be unique; characters that are not Unicode become "?"."""

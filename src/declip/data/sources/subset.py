@@ -52,6 +52,7 @@ class DerivedSource(PairSource):
 
     __getitem__, read_lazy, captions = _delegated("__getitem__"), _delegated("read_lazy"), _delegated("captions")
     key, group, image, origin = _delegated("key"), _delegated("group"), _delegated("image"), _delegated("origin")
+    lazy_image = _delegated("lazy_image")
 
 
 class Subset(DerivedSource):
