@@ -7,6 +7,7 @@ import csv
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -27,6 +28,7 @@ from declip.io.text import plural
 from declip.models.closed_form import START, ClassPairs, Pairs
 from declip.models.device import pick_device
 from declip.models.dual_encoder import DualEncoder
+from declip.models.hf_encoder import TextEncoder
 from declip.models.layers import PROJECTIONS
 from declip.recipe.schema import Recipe
 from declip.runs import folder as run_folder
@@ -156,7 +158,10 @@ def frozen_model(resolved: Resolved) -> DualEncoder:
             "The weights hold no text tower to freeze. Leave --freeze text and finetune.freeze_text_blocks out."
         )
     torch.manual_seed(recipe.seed)
-    model = DualEncoder.from_recipe(recipe, weights.encoder)
+    encoder = weights.encoder
+    if isinstance(encoder, TextEncoder):  # built without transformers, whose import takes longer than torch's
+        encoder = replace(encoder, filled_later=True)
+    model = DualEncoder.from_recipe(recipe, encoder)
     model.image_tower.refuse_size(recipe.image.model, recipe.image.size)
     load_tensors(weights, model)
     if not all(isinstance(projection, nn.Linear) for projection in projections(model)):

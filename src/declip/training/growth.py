@@ -68,7 +68,10 @@ def growth(
     images, outcomes = [], []
     for part in PARTS:
         fitted = torch.from_numpy(place[members] <= part)
-        tried = cross_validate(some, folds, classes, choice.class_weight, forms if part < 1 else forms[:1], fitted)
+        if part == 1 and some is pairs and choice.outcome is not None:  # the same as was chosen
+            tried = [choice.outcome]
+        else:
+            tried = cross_validate(some, folds, classes, choice.class_weight, forms if part < 1 else forms[:1], fitted)
         outcomes.append(max(tried, key=lambda outcome: float(outcome.scores(some.owners).mean())))
         images.append(int(fitted.sum()) * len(pairs.images) // len(some.images))
     return images, {k: _continued(k, images, outcomes, some, groups) for k in (1, 10)}
