@@ -1,4 +1,4 @@
-"""Pairs from a folder: images, each with a text file of the same name, one caption per line."""
+"""Pairs from a folder: images, each with a text file of the same name, one caption per line, or with metadata."""
 
 import os
 import stat
@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from declip.data.images.decode import EXTENSIONS
+from declip.data.images.metadata import metadata_captions
 from declip.data.pair import LONGEST_CAPTION, BrokenPair, clean_captions
 from declip.data.sources.entry import EntrySource
 from declip.data.sources.subset import NUMBER_OF, UNKNOWN, places_by_split
@@ -26,6 +27,8 @@ class ImageFile(NamedTuple):
 
 class FolderSource(EntrySource):
     """Images of a folder and of the folders in it, sorted by path; `a/b.jpg` has its captions in `a/b.txt`.
+
+    Without that file they are the description, title and keywords in the image's XMP and IPTC metadata.
 
     Names that start with a dot are ignored. Linked folders are not entered.
     """
@@ -67,6 +70,10 @@ class FolderSource(EntrySource):
             if len(content) > MOST_CAPTION_BYTES:
                 raise BrokenPair("caption too long", key, f"its file is longer than {MOST_CAPTION_BYTES:,} bytes")
             return clean_captions(content.decode("utf-8-sig").splitlines(), key)
+        except FileNotFoundError as error:
+            if any(captions := metadata_captions(entry.path, key)):
+                return clean_captions(captions, key)
+            raise BrokenPair("missing caption", key, str(error)) from error
         except OSError as error:
             raise BrokenPair("missing caption", key, str(error)) from error
         except UnicodeDecodeError as error:
