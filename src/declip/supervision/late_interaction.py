@@ -88,11 +88,10 @@ def late_interaction(
         i[b, n] = mean over patches p of max over words l of image_tokens[b, p]·word_keys[n, l]
         t[b, n] = mean over words l of max over patches p of word_tokens[b, l]·image_keys[n, p]
         ½ mean over b of [ logsumexpₙ(s·i[b, n]) - s·i[b, y] + logsumexpₙ(s·t[b, n]) - s·t[b, y] ]
+    The projected, L2-normalized tokens are (B, P, d) patches and (B, L, d) words of this rank, and as keys (N, K, d) and
+    (N, M, d) of all ranks, with gradient, all or those of `select_tokens`. The masks are bool, False at padding.
 
     Args:
-        image_tokens, word_tokens: (B, P, d) patches and (B, L, d) words of this rank, projected, L2-normalized.
-        word_mask, word_key_mask: (B, L) and (N, M) bool, True at real tokens, False at padding.
-        image_keys, word_keys: (N, K, d) and (N, M, d) of all ranks, with gradient, all or those of `select_tokens`.
         scale: exp of this term's own logit scale.
         include_padding: Count padding like words, as the official implementation does; both masks are ignored.
         max_logit_bytes: Limit of the positions of maxima in each direction, see `mean_in_blocks`.
