@@ -88,7 +88,7 @@ def late_interaction(
         i[b, n] = mean over patches p of max over words l of image_tokens[b, p]·word_keys[n, l]
         t[b, n] = mean over words l of max over patches p of word_tokens[b, l]·image_keys[n, p]
         ½ mean over b of [ logsumexpₙ(s·i[b, n]) - s·i[b, y] + logsumexpₙ(s·t[b, n]) - s·t[b, y] ]
-    The projected, L2-normalized tokens are (B, P, d) patches and (B, L, d) words of this rank, and as keys (N, K, d) and
+    The projected, L2-normalized tokens are (B, P, d) patches and (B, L, d) words of this rank, as keys (N, K, d) and
     (N, M, d) of all ranks, with gradient, all or those of `select_tokens`. The masks are bool, False at padding.
 
     Args:
