@@ -239,4 +239,4 @@ def printable(text: str) -> str:
 
 def is_unicode(text: str) -> bool:
     """Whether the text can be encoded as UTF-8; JSON's lone `\\ud800` cannot."""
-    return not SURROGATE.search(text)
+    return text.isascii() or not SURROGATE.search(text)

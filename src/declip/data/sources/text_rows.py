@@ -5,9 +5,9 @@ import json
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from itertools import chain, islice
+from itertools import chain, count, islice
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import pyarrow as pa
 
@@ -36,34 +36,36 @@ class TextRows(TableRows):
             raise UserError(f"The table '{path}' has lines that end with CR alone: tr '\\r' '\\n' < OLD > NEW.")
 
     @abstractmethod
-    def parse(self, row: str) -> dict[str, Any]:
-        """The cells of a row by column; raises ValueError or RecursionError."""
+    def record(self, line: str, following: Iterator[str], number: int) -> dict[str, Any]:
+        """The cells by column of the row that starts with a line; raises ValueError or RecursionError."""
 
-    def complete(self, line: str, lines: Iterator[str], number: int) -> str:
-        """The complete row that starts with a line; the next lines may belong to it."""
-        return line
-
-    def rows(self) -> Iterator[tuple[int, str]]:
-        """The number of the first line of each row, and the row."""
-        number = 1
+    def lines(self) -> Iterator[tuple[int, str]]:
+        """The lines that are not blank, with their numbers; the rest of one that is longer than a row is skipped."""
         with self.path.open(encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
-            lines = _lines(file)
-            for line in lines:
-                row = line if len(line) > LONGEST_ROW else self.complete(line, lines, number)
-                if row.strip():
-                    yield number, row
-                number += max(1, row.count("\n"))
+            for number in count(1):
+                line = part = file.readline(LONGEST_ROW + 1)
+                while part and not part.endswith("\n"):
+                    part = file.readline(LONGEST_ROW)
+                if not line:
+                    return
+                yield number, line
 
-    def cells(self, row: str, key: str) -> dict[str, Any]:
-        """The cells of a row by column; raises `BrokenPair`."""
-        if len(row) > LONGEST_ROW:
-            raise BrokenPair("unreadable row", key, f"more than {LONGEST_ROW:,} characters long")
-        if not row.isascii() and not is_unicode(row):
-            raise BrokenPair("invalid text", key, NOT_UTF8)
-        try:
-            return self.parse(row.removeprefix("\ufeff"))  # of a file that was appended
-        except (ValueError, RecursionError) as error:
-            raise BrokenPair("unreadable row", key, str(error)) from error
+    def records(self) -> Iterator[tuple[int, dict[str, Any] | BrokenPair]]:
+        """The number of the first line of each row, and its cells or what is wrong with it."""
+        lines = self.lines()
+        following = (line for _, line in lines)
+        for number, line in lines:
+            if line.isspace():
+                continue
+            try:
+                if len(line) > LONGEST_ROW:
+                    raise ValueError(f"more than {LONGEST_ROW:,} characters long")
+                # Files may have been appended to each other, marks of UTF-8 and all.
+                yield number, self.record(line.removeprefix("\ufeff"), following, number)
+            except UserError:  # of the table
+                raise
+            except (ValueError, RecursionError) as error:
+                yield number, BrokenPair("unreadable row", f"line {number}", str(error))
 
     def read(self, wanted: Sequence[str], captions: str | None) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
         text, texts = pa.large_string(), pa.list_(pa.large_string())
@@ -71,41 +73,35 @@ class TextRows(TableRows):
         schema = pa.schema([*cells, ("line", pa.int64()), ("fault", text)])
 
         def batches() -> Iterator[pa.RecordBatch]:
-            stamp, rows = self.path.stat().st_mtime_ns, self.rows()
-            while part := [self._stored(*row, wanted, captions) for row in islice(rows, ROWS_AT_ONCE)]:
+            stamp, records = self.path.stat().st_mtime_ns, self.records()
+            while part := [_stored(*record, wanted, captions) for record in islice(records, ROWS_AT_ONCE)]:
                 yield pa.record_batch([*zip(*part, strict=True)], schema=schema)
             if self.path.stat().st_mtime_ns != stamp:
                 raise UserError(f"The table '{self.path}' was rewritten while it was read. Try again.")
 
         return schema, batches()
 
-    def _stored(self, line: int, row: str, wanted: Sequence[str], captions: str | None) -> tuple[Any, ...]:
-        """The wanted cells, the line's number, and no fault; or no cells and a fault."""
-        key = f"line {line}"
-        kept: list[Any] = []
-        try:
-            cells = self.cells(row, key)
-            for name in wanted:
-                cell = cells.get(name)
-                if name == captions:
-                    kept.append([cell] if isinstance(cell, str) else as_texts(cell, "unreadable row", key))
-                else:
-                    kept.append(cell if isinstance(cell, str) else cell_name(cell))
-            # JSON may escape half of a character, which no file can hold as UTF-8.
-            if "\\u" in row and not is_unicode(json.dumps(kept, ensure_ascii=False)):
-                raise BrokenPair("invalid text", key, "half of a character that takes two code units")
-        except BrokenPair as broken:
-            return (*[None] * len(wanted), line, f"{broken.reason}: {broken.detail}")
-        return (*kept, line, None)
 
-
-def _lines(file: TextIO) -> Iterator[str]:
-    """The lines of a file; the rest of one that is longer than a row is skipped."""
-    while line := file.readline(LONGEST_ROW + 1):
-        part = line
-        while part and not part.endswith("\n"):
-            part = file.readline(LONGEST_ROW)
-        yield line
+def _stored(
+    line: int, cells: dict[str, Any] | BrokenPair, wanted: Sequence[str], captions: str | None
+) -> tuple[Any, ...]:
+    """The wanted cells, the line's number, and no fault; or no cells and a fault."""
+    kept: list[Any] = []
+    try:
+        if isinstance(cells, BrokenPair):
+            raise cells
+        for name in wanted:
+            cell = cells.get(name)
+            if name == captions:
+                texts = [cell] if isinstance(cell, str) else as_texts(cell, "unreadable row", "")
+            else:
+                texts = [cell if isinstance(cell, str) else cell_name(cell)]
+            if not all(map(is_unicode, filter(None, texts))):
+                raise BrokenPair("invalid text", "", NOT_UTF8)
+            kept.append(texts if name == captions else texts[0])
+    except BrokenPair as broken:
+        return (*[None] * len(wanted), line, f"{broken.reason}: {broken.detail}")
+    return (*kept, line, None)
 
 
 class JsonRows(TextRows):
@@ -115,22 +111,20 @@ class JsonRows(TextRows):
         super().__init__(path)
         columns: dict[str, None] = {}
         fault: BrokenPair | None = None
-        first = ""
-        for line, row in islice(self.rows(), PEEKED_ROWS):
-            first = first or row.lstrip()
-            try:
-                columns.update(dict.fromkeys(self.cells(row, f"line {line}")))
-            except BrokenPair as broken:
-                fault = fault or broken
-        if fault and (not columns or first.startswith("[")):
+        for _, cells in islice(self.records(), PEEKED_ROWS):
+            if isinstance(cells, BrokenPair):
+                fault = fault or cells
+            else:
+                columns.update(dict.fromkeys(cells))
+        if fault and (not columns or next(self.lines())[1].lstrip().startswith("[")):
             raise UserError(
                 f"'{path}' is not JSONL, a JSON object on each line: {fault}. To convert one JSON array: "
                 f"jq -c '.[]' {path.name} > rows.jsonl"
             )
         self.columns = list(columns)
 
-    def parse(self, row: str) -> dict[str, Any]:
-        cells = json.loads(row)
+    def record(self, line: str, following: Iterator[str], number: int) -> dict[str, Any]:
+        cells = json.loads(line)
         if not isinstance(cells, dict):
             raise ValueError("not a JSON object")
         return cells
@@ -149,54 +143,55 @@ class DelimitedRows(TextRows):
     def __init__(self, path: Path, delimiter: str) -> None:
         super().__init__(path)
         self.delimiter = delimiter
-        header = next(super().rows(), (1, ""))[1]
+        lines = ((number, line) for number, line in self.lines() if not line.isspace())
+        number, header = next(lines, (1, ""))
         if delimiter == "," and "," not in header:
             self.delimiter = next((sign for sign in ";\t" if sign in header), ",")
-        self.columns = self._split(header)
+        self.columns = self._cells(header, (line for _, line in lines), number)
 
-    def rows(self) -> Iterator[tuple[int, str]]:
-        return islice(super().rows(), 1, None)
+    def records(self) -> Iterator[tuple[int, dict[str, Any] | BrokenPair]]:
+        return islice(super().records(), 1, None)
 
-    def parse(self, row: str) -> dict[str, Any]:
-        cells = self._split(row)
+    def record(self, line: str, following: Iterator[str], number: int) -> dict[str, Any]:
+        cells = self._cells(line, following, number)
         if len(cells) != len(self.columns):
             raise ValueError(f"{len(cells)} cells instead of {len(self.columns)}")
         return dict(zip(self.columns, cells, strict=True))
 
-    def _split(self, row: str) -> list[str]:
-        """The cells of a row; invalid quotes are read as spreadsheets do, and literally in TSV."""
-        for strict in (True, False) if self.delimiter != "\t" else (True,):
-            if '"' in row:
-                with suppress(csv.Error):
-                    return next(csv.reader([row], delimiter=self.delimiter, strict=strict))
-        return row.rstrip("\r\n").split(self.delimiter)
-
-    def complete(self, line: str, lines: Iterator[str], number: int) -> str:
-        if '"' not in line or self.delimiter == "\t":
-            return line
+    def _cells(self, line: str, following: Iterator[str], number: int) -> list[str]:
+        """The cells of the row that starts with a line; raises `UserError` if its quotes would swallow others."""
+        if '"' not in line:
+            return line.rstrip("\r\n").split(self.delimiter)
         taken: list[str] = []
 
         def parts() -> Iterator[str]:
             room = LONGEST_ROW
-            for part in chain([line], lines):
+            for part in chain([line], following if self.delimiter != "\t" else ()):
                 taken.append(part)
                 yield part
                 room -= len(part)
                 if room < 0:
                     return
 
+        # --- by the rules, over as many lines as the quotes enclose
         try:
-            next(csv.reader(parts(), delimiter=self.delimiter, strict=True))
+            cells = next(csv.reader(parts(), delimiter=self.delimiter, strict=True))
             lost = len(taken) > 1 and self._swallows(taken)
-        except csv.Error as error:  # in a line alone it is read as spreadsheets do
+        # --- a line that breaks them: literally in TSV, else as spreadsheets read it
+        except csv.Error as error:
+            cells = line.rstrip("\r\n").split(self.delimiter)
+            if self.delimiter == "\t":
+                return cells
             lost = len(taken) > 1 or "end of data" in str(error)
+            with suppress(csv.Error):
+                cells = next(csv.reader([line], delimiter=self.delimiter))
         if lost:
             raise UserError(
                 f"'{self.path}' has a quotation mark in line {number} that is never closed, or only in another row, so "
                 'that rows would be lost. A cell that begins with " also ends with it, and has each " of its text '
                 "twice; csv.writer of Python and spreadsheets write it so."
             )
-        return "".join(taken)
+        return cells
 
     def _swallows(self, lines: list[str]) -> bool:
         """Whether a row of several lines seems to contain rows: two lines have enough cells, one of them an image."""
