@@ -125,11 +125,6 @@ def write_data(folder: Path, pictures: Path) -> None:
     for line in lines:
         name, label, *_ = line.split()
         trees.paint(folder / "pets" / "oxford-iiit-pet" / "images" / f"{name}.jpg", int(label))
-    rows = [{"split": split, "filepath": "val2014", "filename": f"{split}.jpg"} for split in ("test", "restval")]
-    for row in rows:
-        trees.paint(folder / "coco" / "val2014" / row["filename"], 1)
-    images = [{**row, "sentences": [{"raw": "a red thing"}, {"raw": "a thing"}]} for row in rows]
-    trees.write(folder / "coco" / "dataset_coco.json", json.dumps({"images": images}))
     trees.class_folders(folder / "imagenet" / "val", list(read_prompts("imagenet").classes))
 
 

@@ -56,18 +56,6 @@ def test_code_is_fenced_and_works_in_bash_and_zsh(page: Path) -> None:
         assert "#" not in QUOTED.sub("", code)
 
 
-@pytest.mark.parametrize("name", ["clip", "slip", "filip", "declip", "defilip"])
-def test_our_numbers_are_those_of_the_results(name: str) -> None:
-    results = (DOCS / "results.md").read_text(encoding="utf-8")
-    here = (
-        (DOCS / "methods" / f"{name}.md").read_text(encoding="utf-8").split("\n## Measured here\n")[1].split("\n## ")[0]
-    )
-    rows = re.findall(r"^\| `[a-z0-9-]+`[^|]*\| (.*±.*) \|$", here, re.MULTILINE)
-    assert rows
-    for row in rows:
-        assert re.sub(r" ± [\d.]+", "", row) in results, f"{name}.md has {row}"
-
-
 @pytest.mark.parametrize(
     ("line", "message"),
     [
