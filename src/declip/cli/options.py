@@ -35,7 +35,7 @@ Overrides = Annotated[
 ]
 Precision = Annotated[
     Literal["auto", "fp32", "bf16", "fp16"],
-    typer.Option(help="of the towers; auto: the fastest that the device computes"),
+    typer.Option(help="precision of the towers; auto: the fastest that the device supports"),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="show no progress")]
 Resume = Annotated[bool, typer.Option("--resume", help="continue the run in the run folder")]

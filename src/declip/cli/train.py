@@ -46,7 +46,7 @@ def train(
     quiet: Quiet = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only estimate memory and time")] = False,
 ) -> None:
-    """Train a recipe, evaluate it, and write a report."""
+    """Train a model as a recipe describes, evaluate it, and write a report."""
     given = _checked(recipe, overrides or [], data, val or [])
     name = Path(recipe).stem
     from declip import api
