@@ -21,6 +21,7 @@ from declip.app.params import ImageId, OneLine, Question, Text
 from declip.app.state import AppState, state_of
 from declip.errors import UserError
 from declip.evaluation.prompt_sets import read_prompts
+from declip.evaluation.results import Measure
 from declip.models.closed_form import Pairs
 from declip.search.choose import choose_from
 from declip.training.heads import Choice, choose_heads
@@ -48,8 +49,8 @@ class SaveQuestion(Question):
 
 
 @dataclass(frozen=True)
-class HeldOutRecall:
-    """Recall at 10 of images that were left out, with its 95 % interval, after some captions."""
+class HeldOutFit:
+    """How often a left-out caption and its image fit better than others, with a 95 % interval, after some captions."""
 
     captions: int
     value: float
@@ -64,13 +65,14 @@ class Captioning:
         self.state, self.table = state, CaptionTable(path, state.index)
         self.captions = self.table.read()
         self.order = self._order()
-        self.estimates: list[HeldOutRecall] = []
+        self.estimates: list[HeldOutFit] = []
         self._choice: Choice | None = None
         self._held: dict[int, tuple[str, float]] = {}  # tab and time, by image
         self._lock, self._fitting = threading.Lock(), threading.Lock()
         self.classes = list(dict.fromkeys(read_prompts("imagenet").classes.values()))
         vectors = state.class_vectors(tuple(self.classes), "")
         self._vectors = dict(zip(self.classes, vectors, strict=True))  # of texts
+        self._rounds = len(self.captions) // EVERY  # of fits
         self._fit(len(self.captions))
 
     def _order(self) -> list[int]:
@@ -107,7 +109,8 @@ class Captioning:
                 self.captions = self.table.read()  # which the page shows next
                 raise
             count = len(self.captions)
-        if count // EVERY > (self.estimates[-1].captions // EVERY if self.estimates else 0):
+            due, self._rounds = count // EVERY > self._rounds, count // EVERY
+        if due:
             threading.Thread(target=self._fit, args=(count,), daemon=True).start()
 
     def suggestions(self, id: int) -> list[str]:
@@ -130,7 +133,7 @@ class Captioning:
         return torch.stack([self._vectors[text] for text in texts])
 
     def _fit(self, count: int) -> None:
-        """Fit heads to the captions so far, and estimate their recall by cross-validation."""
+        """Fit heads to the captions so far, and measure by cross-validation how well they fit."""
         with self._fitting:
             if count < EVERY:
                 return
@@ -142,8 +145,10 @@ class Captioning:
             groups = np.unique([own[0] for own in known.values()], return_inverse=True)[1]
             choice = choose_heads(pairs, groups, embedded=True)
             if choice.outcome is not None:
-                found = choice.outcome.recall(10, pairs, groups)
-                self.estimates.append(HeldOutRecall(len(known), *found[:3]))
+                # Not a recall, which depends on the number of images
+                value = 1 - float(choice.outcome.fit.nanmean())
+                low, high = Measure("fit", value, 0.5, len(known)).interval
+                self.estimates.append(HeldOutFit(len(known), value, min(low, value), max(high, value)))
             self._choice = choice
 
     def describe(self, place: int) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from declip.models.inference import chunked, inference_tower
 RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 100.0)  # the last are class means
 NAME_WEIGHTS = (0.0, 1.0, 4.0, 16.0)  # κ, in images
 SCALES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)  # candidates for the factor of scores before the softmax
-FOLDS = 5
+FOLDS, FEWEST = 5, 5  # folds, and images per class from which on the settings are chosen
 MOST = 1_500  # images that the choice is made on: the classifier is fitted to all
 MOST_LEFT_OUT = 50  # classes that are left out, one at a time, for the threshold
 
@@ -34,7 +34,7 @@ class FewShotForm(NamedTuple):
     ridge: float
 
 
-# Of one image per class or none, which cannot be cross-validated
+# Of fewer images per class, where a choice is 1 to 2 points worse (builtin:stamps-kinds, emoji by category)
 DEFAULT_FORM, DEFAULT_SCALE = FewShotForm(4.0, 0.3), 8.0
 NO_NAMES = FewShotForm(0.0, 0.3)  # the same where names are no better than chance on the images
 
@@ -147,13 +147,14 @@ def fit_heads(examples: Examples, forms: tuple[FewShotForm, ...]) -> list[FewSho
 
 
 def fit_few_shot(examples: Examples, seed: int = 0) -> FewShotHead:
-    """Choose the settings by cross-validation on the images, and fit them to all."""
+    """Choose settings, scale and accuracy by cross-validation on the images, and fit the settings to all."""
     sizes = np.bincount(examples.labels.numpy(), minlength=len(examples.names))
-    kappas = NAME_WEIGHTS if sizes.all() else NAME_WEIGHTS[1:]
+    forms: tuple[FewShotForm, ...] = (_without_choice(examples),)
     if sizes.max(initial=0) < 2:
-        (head,) = fit_heads(examples, (_without_choice(examples),))
-        return head
-    forms = tuple(FewShotForm(kappa, ridge) for kappa in kappas for ridge in RIDGES)
+        return fit_heads(examples, forms)[0]
+    if len(examples.labels) >= FEWEST * (sizes > 0).sum():
+        kappas = NAME_WEIGHTS if sizes.all() else NAME_WEIGHTS[1:]
+        forms = tuple(FewShotForm(kappa, ridge) for kappa in kappas for ridge in RIDGES)
     some = examples
     if len(examples.labels) > MOST:
         part = MOST / len(examples.labels)
