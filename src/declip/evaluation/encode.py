@@ -12,13 +12,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import normalize
-from torch.utils.data import Dataset
 
 from declip.data.images.preprocess import Preprocess
 from declip.data.pair import BrokenPair, LazyImage, PairSource, SkipCounter, printable
 from declip.data.text.caption_tokenizer import CaptionTokenizer
 from declip.errors import UserError
-from declip.io.pool import in_order, naming_lost_workers, pairs_bar
+from declip.io.pool import mapped, pairs_bar
 from declip.models.inference import image_encoder
 
 
@@ -117,10 +116,11 @@ def encode_source(
     rows: list[Row] = []
     parts: list[Tensor] = []
     skipped = SkipCounter()
-    stream = in_order(Batches(model, batches, partial(_read_row, source)), len(batches), workers)
-    with naming_lost_workers(), eval_mode(model) as device, pairs_bar(progress) as bar:
+    title = f"Images of {source.name}" if progress else ""
+    stream = mapped(BatchReader(model, partial(_read_row, source)), batches, workers, title)
+    with eval_mode(model) as device:
         embed = image_encoder(model) if encode is None else encode
-        for pixels, read, broken in bar.track(stream, len(batches), description=f"Images of {source.name}"):
+        for pixels, read, broken in stream:
             skipped.merge(broken)
             if pixels is not None:
                 features = embed(pixels.to(device)).float().cpu()  # (b, d); waits for the device
@@ -152,34 +152,26 @@ def _count_truncated(model: Encoder, texts: Iterable[str]) -> int:
     return sum(len(longer.encode(text)) > tokenizer.context for text in texts)
 
 
-class Batches(Dataset[tuple[Tensor | None, list[Any], SkipCounter]]):
-    """Batches of pixels (n, 3, S, S), what `read` returns with each image, and the broken pairs.
+class BatchReader:
+    """Reads a batch of images: pixels (n, 3, S, S), what `read` returns with each image, and the broken pairs.
 
     The pixels are normalized; those of a `LazyImage` and a model of declip are uint8, as `Preprocess.fast` makes them.
     """
 
-    def __init__(
-        self,
-        model: Encoder,
-        batches: Sequence[Iterable[int]],
-        read: Callable[[int], tuple[Image.Image | LazyImage, Any]],
-    ) -> None:
+    def __init__(self, model: Encoder, read: Callable[[int], tuple[Image.Image | LazyImage, Any]]) -> None:
         # `DualEncoder.preprocessor` stays on the host, where a worker may use it; `preprocess` moves to the device.
         self.preprocess = getattr(model, "preprocessor", model.preprocess)
-        self.batches, self.read = batches, read
+        self.read = read
 
-    def __getitem__(self, number: int) -> tuple[Tensor | None, list[Any], SkipCounter]:
-        images, rows, skipped = [], [], SkipCounter()
-        for index in self.batches[number]:
+    def __call__(self, batch: Iterable[int]) -> tuple[Tensor | None, list[Any], SkipCounter]:
+        images, rows, skipped = list[Any](), list[Any](), SkipCounter()
+        for index in batch:
             try:
                 image, row = self.read(int(index))
-                if isinstance(image, LazyImage):
-                    image = self._decode(image)
+                images.append(self._decode(image) if isinstance(image, LazyImage) else image)
+                rows.append(row)
             except BrokenPair as broken:
                 skipped.add(broken)
-                continue
-            images.append(image)
-            rows.append(row)
         if images and isinstance(images[0], Tensor):
             pixels = torch.stack(images).contiguous(memory_format=torch.channels_last)
         else:

@@ -26,22 +26,26 @@ def usual_workers() -> int:
     return min(os.cpu_count() or 1, MAX_WORKERS)
 
 
-def in_order(parts: Dataset, count: int, workers: int | None, pin_memory: bool = False) -> Iterator[Any]:
-    """Compute `parts[0]` to `parts[count - 1]` as `computed` does, by default in `usual_workers` if there are two."""
+def mapped(
+    work: Callable[[Any], T], parts: Sequence[Any], workers: int | None, title: str, pin_memory: bool = False
+) -> Iterator[T]:
+    """Apply `work` to parts, each of several pairs, in order, with a bar unless the title is empty.
+
+    `workers` processes do it, this one with 0; None is `usual_workers` if there are two parts.
+    """
     if workers is None:
-        workers = usual_workers() if count > 1 else 0
-    return computed(parts, range(count), min(workers, count), pin_memory)
-
-
-def mapped(work: Callable[[Any], T], parts: Sequence[Any], workers: int | None, title: str) -> Iterator[T]:
-    """Apply `work` to parts, each of several pairs, as `in_order` does, with a bar unless the title is empty."""
+        workers = usual_workers() if len(parts) > 1 else 0
     # The workers start before the thread of the bar does: a fork copies no thread.
-    stream = in_order(_Mapped(work, parts), len(parts), workers)
-    with naming_lost_workers(), pairs_bar(bool(title)) as bar:
-        task = bar.add_task(title, total=sum(map(len, parts)))
-        for part, result in zip(parts, stream, strict=True):
-            yield result
-            bar.advance(task, len(part))
+    stream = computed(_Mapped(work, parts), range(len(parts)), min(workers, len(parts)), pin_memory)
+
+    def results() -> Iterator[T]:
+        with naming_lost_workers(), pairs_bar(bool(title)) as bar:
+            task = bar.add_task(title, total=sum(map(len, parts)))
+            for part, result in zip(parts, stream, strict=True):
+                yield result
+                bar.advance(task, len(part))
+
+    return results()
 
 
 class _Mapped(Dataset):

@@ -14,8 +14,8 @@ from declip.data.pair import LazyImage, SkipCounter
 from declip.data.sources.image_source import ImageSource
 from declip.data.sources.stored_paths import stored_path
 from declip.errors import UserError
-from declip.evaluation.encode import Batches, Encoder, eval_mode
-from declip.io.pool import in_order, naming_lost_workers, pairs_bar
+from declip.evaluation.encode import BatchReader, Encoder, eval_mode
+from declip.io.pool import mapped
 from declip.models.fingerprint import fingerprint
 from declip.models.inference import image_encoder, normalized
 from declip.search.info import ModelInfo
@@ -44,15 +44,12 @@ def encode_images(
 
     Yields, for each batch: vectors (n, d) float32, of length 1; what `read` returned with the n images; those left out.
     """
-    # The workers start before the thread of the bar does: a fork copies no thread.
     pinned = next(model.parameters()).device.type == "cuda" if hasattr(model, "parameters") else False
-    stream = in_order(Batches(model, batches, partial(read, source)), len(batches), workers, pinned)
+    title = f"Images of {source.name}" if progress else ""
+    stream = mapped(BatchReader(model, partial(read, source)), batches, workers, title, pinned)
     whole = image_encoder(model) if encode is None else lambda pixels: encode(normalized(model, pixels))
-    with naming_lost_workers(), pairs_bar(progress) as bar:
-        task = bar.add_task(f"Images of {source.name}", total=sum(map(len, batches)))
-        for pixels, rows, broken in stream:
-            yield (torch.empty(0, 0) if pixels is None else image_vectors(model, pixels, whole)), rows, broken
-            bar.advance(task, len(rows) + broken.total)
+    for pixels, rows, broken in stream:
+        yield (torch.empty(0, 0) if pixels is None else image_vectors(model, pixels, whole)), rows, broken
 
 
 def image_vectors(model: Encoder, pixels: Tensor, encode: Callable[[Tensor], Tensor] | None = None) -> Tensor:
