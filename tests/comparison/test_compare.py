@@ -170,7 +170,7 @@ def test_stopped_and_killed_it_ends_as_if_it_had_gone_through(
     recipes: dict[str, str], table: Path, tmp_path: Path
 ) -> None:
     recipes = {"declip": recipes["declip"]}
-    options: dict = {"pairs": (16,), "overrides": {"train.steps": 30, "train.checkpoint_every": 4}}
+    options: dict = {"pairs": (16,), "overrides": {"train.steps": 16, "train.checkpoint_every": 4}}
     whole, out = tiny(recipes, table, tmp_path / "whole", **options), tmp_path / "out"
 
     # --- Ctrl-C: the running trial is saved
@@ -185,7 +185,7 @@ def test_stopped_and_killed_it_ends_as_if_it_had_gone_through(
 
     # --- another process takes the trial, and is killed; this one waits, and continues it
     words = ["compare", recipes["declip"], "--pairs", "16", "--seeds", "1", "--jobs", "1", "--dataset", str(table)]
-    words += ["--task", "retrieval", "--out", str(out), "train.steps=30", "train.checkpoint_every=4"]
+    words += ["--task", "retrieval", "--out", str(out), "train.steps=16", "train.checkpoint_every=4"]
     logged = _rows_logged(out)
     with subprocess.Popen([sys.executable, "-m", "declip", *words], stdout=subprocess.DEVNULL) as other:
         while _rows_logged(out) <= logged and other.poll() is None:
