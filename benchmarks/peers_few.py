@@ -1,10 +1,10 @@
 """Few pairs: `declip finetune` and what people would use instead, with the same towers, pairs and split.
 
-    python benchmarks/peers_few.py stamps-photos,stamps,clipart,emoji [--seeds 3] [--out runs/few]
+    python benchmarks/peers_few.py stamps-photos,stamps,clipart,emoji,icons [--seeds 3] [--out runs/few]
 
-measures what is missing in OUT/cells.jsonl, and writes OUT/table.md, and OUT/class_pairs.json: how many times fewer
-pairs are needed with class names. With --from open_clip:ViT-B-32/openai, which downloads it, the features are the
-embeddings of that CLIP; 10 minutes for one set.
+measures what is missing in OUT/cells.jsonl, and writes OUT/table.md, OUT/few.webp, and OUT/class_pairs.json: how many
+times fewer pairs are needed with class names. With --from open_clip:ViT-B-32/openai, which downloads it, the features
+are the embeddings of that CLIP; 10 minutes for one set.
 
 A fifth of the groups of each set is held out; rows of the table are R@1 and R@10 there, the mean of both directions.
 Every method reads the same features of the built-in start, so only what is learned from them differs. The settings of
@@ -21,6 +21,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -33,10 +34,11 @@ from declip.models.closed_form import ClassPairs, Heads, Pairs
 from declip.training import fit
 from declip.training.distributed import HostGroup
 from declip.training.frozen_encoder import FrozenEncoder
-from declip.training.heads import assign_folds, caption_numbers, choose_heads
+from declip.training.heads import HeldOutRanks, assign_folds, caption_numbers, choose_heads, score
 from declip.training.resolve import resolve
 
 SIZES = (31, 124, 500, 2_000, 0)  # training pairs; 0: all
+MOST = 6_000  # of 64,000 icons
 FOLDS = 5
 WIDTH = 512  # of the space that the trained peers learn
 SALT = 7_000  # of the splits; 0 to 2 are those of this table
@@ -77,7 +79,7 @@ class Data:
     def of(cls, name: str, weights: str | None) -> "Data":
         """Compute the features as `declip finetune NAME --from WEIGHTS --freeze both` does."""
         with TemporaryDirectory() as folder:
-            keys = {"train.device": "cpu"}
+            keys = {"train.device": "cpu", **({"data.max_pairs": MOST} if name.endswith("icons") else {})}
             recipe = finetune_recipe(name, Path(folder), weights, freeze="both", given=keys, quiet=True)
             resolved = resolve(recipe, Path(folder), False, torch.device("cpu"), HostGroup())
             model, starts = fit.frozen_model(resolved), fit.has_projections(resolved)
@@ -96,18 +98,13 @@ class Data:
 
 def recall(towers: Towers, pairs: Pairs) -> tuple[float, float]:
     """R@1 and R@10 in percent, the mean of both directions; equal captions are one candidate."""
-    distinct, columns = caption_numbers(pairs).unique(return_inverse=True)
-    texts = torch.empty(len(distinct), pairs.texts.shape[1])
-    texts[columns] = pairs.texts
+    outcome, rows = HeldOutRanks.empty(pairs), torch.arange(len(pairs.images))
     with torch.no_grad():
-        sides = (normalize(towers.image(pairs.images), dim=-1), normalize(towers.text(texts), dim=-1))
-    similarities = sides[0] @ sides[1].mT  # (n, d)
-    relevant = torch.zeros_like(similarities, dtype=torch.bool)
-    relevant[pairs.owners, columns] = True
-    best = similarities.masked_fill(~relevant, -torch.inf)
-    to_text = (similarities > best.amax(dim=1)[:, None]).sum(dim=1)  # (n,)
-    to_image = (similarities > best.amax(dim=0)).sum(dim=0)[columns]  # (m,)
-    return tuple(50 * float(sum((ranks < k).double().mean() for ranks in (to_text, to_image))) for k in (1, 10))
+        embedded = Pairs(towers.image(pairs.images), towers.text(pairs.texts), pairs.owners)
+        same = torch.eye(embedded.images.shape[1])
+        score(outcome, Heads(same, same), embedded, rows, caption_numbers(pairs))
+    r1, r10 = (100 * outcome.recall(k, pairs, rows.numpy()).value for k in (1, 10))
+    return r1, r10
 
 
 # --- methods: each takes a task and its settings
@@ -276,6 +273,17 @@ PEERS = {
 }
 
 
+TITLES = {"stamps-photos": "photographs", "stamps": "stamps", "clipart": "clip art", "emoji": "emoji", "icons": "icons"}
+STYLES: dict[str, Any] = {
+    "declip finetune": {"color": "#c2410c", "marker": "o", "linewidth": 3},
+    "declip, own pairs": {"color": "#c2410c", "marker": ".", "linestyle": "--"},
+    "scikit-learn Ridge": {"color": "#1d4ed8", "marker": "."},
+    "scikit-learn PLS": {"color": "#0e7490", "marker": "."},
+    "open_clip, locked": {"color": "#4d7c0f", "marker": "."},
+    "sentence-transformers": {"color": "#7e22ce", "marker": "."},
+}
+
+
 def measure(peer: Peer, data: Data, chosen: np.ndarray, held_out: Pairs, seed: int) -> dict[str, Any]:
     """Choose the settings on a fifth of the training groups, fit on all pairs, and score on the held-out ones."""
     began = time.perf_counter()
@@ -310,10 +318,38 @@ def summarize(cells: list[dict[str, Any]], out: Path) -> None:
             row = " | ".join(shown.get(method, "") for method in methods)
             lines.append(f"| {name}, {size:,} | {row} |")
     (out / "table.md").write_text("\n".join(lines) + "\n", "utf-8")
+    # --- picture
+    plot(cells, out / "few.webp")
     # --- factors
     names = sorted({cell["set"] for cell in cells if cell["method"] == "declip, own pairs"})
     factors = {name: class_factor(cells, name) for name in names}
     (out / "class_pairs.json").write_text(json.dumps(factors, indent=1) + "\n", "utf-8")
+
+
+def plot(cells: list[dict[str, Any]], file: Path) -> None:
+    """Draw R@10 against the number of pairs, one panel a set, the legend in the last."""
+    figure, panels = plt.subplots(2, 3, figsize=(10.5, 6.4), layout="constrained", sharey=True)
+    for panel, (name, title) in zip(panels.flat, TITLES.items(), strict=False):
+        for method, style in STYLES.items():
+            points: dict[int, list[float]] = {}
+            for cell in cells:
+                if (cell["set"], cell["method"]) == (name, method):
+                    points.setdefault(cell["pairs"], []).append(cell["r10"])
+            sizes = sorted(points)
+            panel.semilogx(sizes, [np.mean(points[size]) for size in sizes], label=method, **style)
+        ticks = [
+            size for size in (1, 8, 31, 124, 500, 2_000) if any(c["set"] == name and c["pairs"] == size for c in cells)
+        ]
+        panel.set_xticks(ticks, [f"{size:,}" for size in ticks])
+        panel.set_xticks([], minor=True)
+        panel.set(title=title, xlabel="training pairs", ylim=(0, 100))
+        panel.grid(alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
+    for panel in panels[:, 0]:
+        panel.set_ylabel("R@10 on held-out pairs, %")
+    panels.flat[-1].axis("off")
+    panels.flat[-1].legend(*panels.flat[0].get_legend_handles_labels(), loc="center", frameon=False, fontsize=11)
+    figure.savefig(file, dpi=140)
 
 
 def class_factor(cells: list[dict[str, Any]], name: str) -> dict[str, Any]:
