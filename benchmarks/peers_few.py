@@ -82,7 +82,7 @@ class Data:
             keys = {"train.device": "cpu", **({"data.max_pairs": MOST} if name.endswith("icons") else {})}
             recipe = finetune_recipe(name, Path(folder), weights, freeze="both", given=keys, quiet=True)
             resolved = resolve(recipe, Path(folder), False, torch.device("cpu"), HostGroup())
-            model, starts = fit.frozen_model(resolved), fit.has_projections(resolved)
+            model, starts = fit.frozen_model(resolved), resolved.weights is not None and resolved.weights.projected
             encoder = FrozenEncoder(model)
             features = fit.compute_features(encoder, resolved.source, resolved.recipe, related_pairs, True)
             pairs = fit.embeddings(features.pairs, model) if starts else features.pairs

@@ -165,7 +165,7 @@ def finetune_recipe(
     device = pick_device(given.get("train.device", "auto"))
     where = str(weights or default_weights(device.type))
     start = read_start(where)
-    kind: Start = "heads" if starter.matches(where) else "whole" if start.whole else "image"
+    kind: Start = "image" if not start.whole else "whole" if start.projected else "heads"
     settled = partial(settings, start=kind, on_cpu=device.type == "cpu", freeze=freeze, given=given)
     # Keys that do not suit the weights are refused before the pairs are read.
     resolved = load_recipe("finetune", {**settled(1_000), "evaluation.retrieval": [str(pairs)]})

@@ -5,11 +5,14 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import declip
 from conftest import draw
+from declip.errors import UserError
 from declip.interchange import starter
 from declip.interchange.classes import Classes
 from declip.interchange.export import export, supported_formats
@@ -24,6 +27,7 @@ from declip.models.layers import PROJECTIONS
 from declip.recipe.finetuning import STARTS
 from declip.recipe.load import load_recipe
 from interchange.towers import EXACT, KINDS
+from text_encoders import bert
 
 COUNT = 60
 
@@ -169,3 +173,32 @@ def test_the_builtin_text_encoder_is_what_transformers_reads() -> None:
     assert weights.encoder == replace(expected, folder=None)
     built = expected.build().state_dict()
     assert all(torch.equal(tensor, weights.tensors[f"text_tower.encoder.{name}"]) for name, tensor in built.items())
+
+
+def test_an_image_classifier_of_timm_with_a_text_encoder_is_a_model_without_pairs(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    bert(tmp_path / "bert")
+    save_file(timm.create_model("test_vit").state_dict(), tmp_path / "vit.safetensors")  # 1,000 classes
+    name = f"timm:test_vit/{tmp_path / 'vit.safetensors'}+{tmp_path / 'bert'}"
+    start, image = read_start(name), read_start(name.partition("+")[0])
+    assert (start.whole, start.projected, image.whole) == (True, False, False)
+    assert torch.equal(*(weights.tensors["image_tower.trunk.cls_token"] for weights in (start, image)))
+    expected = load_file(tmp_path / "bert" / "model.safetensors")
+    word = "embeddings.word_embeddings.weight"
+    assert torch.equal(
+        start.tensors[f"text_tower.encoder.{word}"], expected[next(n for n in expected if n.endswith(word))]
+    )
+    model = declip.load(name, device="cpu")
+    classes = start.classes
+    assert classes is not None
+    with torch.no_grad():
+        images = torch.nn.functional.normalize(model.image_tower.proj(classes.rows[:50]), dim=-1)
+        texts = model.encode_text(model.tokenize(classes.names[:50]))
+    similarities = images @ texts.T
+    assert float(similarities.diagonal().mean()) > float(similarities.mean()) + 0.02
+    exported = export(name, "safetensors", tmp_path / "out")
+    assert exported.difference is not None
+    assert exported.difference < EXACT
+    with pytest.raises(UserError, match=r"text\.hf_model 'nowhere'"):
+        declip.load(f"timm:test_vit/{tmp_path / 'vit.safetensors'}+nowhere")

@@ -112,6 +112,13 @@ def test_the_run_is_a_normal_run_with_one_checkpoint_and_no_copy_of_the_start(ru
     assert page.count('src="data:image/webp') == len(run.examples["worst"]) == 16
 
 
+def test_a_start_of_two_towers_by_one_name_is_the_same(run: Run, folder: Path, tmp_path: Path) -> None:
+    where = f"timm:test_vit/{folder / 'vit.safetensors'}+{folder / 'bert'}"
+    other = declip.finetune(folder / "pairs.csv", where, out=tmp_path / "run", quiet=True, **{"image.size": 32})
+    assert other.cross_validation["ridge"] == run.cross_validation["ridge"]
+    torch.testing.assert_close(cosines(other.folder, folder), cosines(run.folder, folder), rtol=0, atol=1e-3)
+
+
 def test_every_caption_has_an_out_of_fold_rank(run: Run) -> None:
     ranks = list(run.caption_ranks.values())
     assert len(ranks) == 2 * COUNT

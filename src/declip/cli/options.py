@@ -88,6 +88,7 @@ def check_model(model: str) -> None:
 def _check_name(library: str, name: str, package: Path) -> None:
     """Look a name up in the files of open_clip or timm, because importing these imports torch."""
     name, _, tag = name.partition("/")
+    name = name.partition("+")[0]  # behind it is a text encoder
     if library == "timm":
         name = name.partition(".")[0]
         texts = (path.read_text("utf-8") for path in (package / "models").glob("*.py"))

@@ -79,7 +79,8 @@ def load(where: str | Path, device: str = "auto", precision: Precision = "fp32")
             - a checkpoint of the official implementation (``.pth``, ``.pth.tar``, ``.pt``, ``.safetensors``) with both
               towers or the image tower alone;
             - ``hf-hub:OWNER/NAME`` or ``hf-hub:OWNER/NAME@REVISION``, in any of these formats;
-            - ``open_clip:MODEL/TAG`` (see `declip.interchange.open_clip_model`) or ``timm:NAME.TAG``;
+            - ``open_clip:MODEL/TAG`` (see `declip.interchange.open_clip_model`) or ``timm:NAME.TAG``, with a text
+              encoder as ``timm:NAME.TAG+FOLDER``;
             - ``builtin:lite2-minilm``, whose projections are fitted to the names of ImageNet's classes.
         device: "auto", "cpu", "cuda", …
         precision: "fp32"; "bf16" or "fp16", to use the model, not to train or export it; "auto": the fastest that the
@@ -110,7 +111,7 @@ def is_published(where: str) -> bool:
     name, _, tag = where.removeprefix(OPEN_CLIP).partition("/")
     if where.startswith(OPEN_CLIP):
         return ":" not in name and not Path(tag).suffix and not Path(tag).is_file()
-    return starter.matches(where) or (timm_weights.matches(where) and not tag)
+    return starter.matches(where) or (timm_weights.matches(where) and not tag and "+" not in where)
 
 
 def _read(where: str | Path) -> Weights:

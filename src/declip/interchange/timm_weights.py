@@ -1,7 +1,12 @@
-"""Image towers with weights of timm: ``timm:NAME.TAG``, which is downloaded, or ``timm:NAME/FILE``."""
+"""Image towers with weights of timm: ``timm:NAME.TAG``, which is downloaded, or ``timm:NAME/FILE``.
+
+``timm:NAME.TAG+ENCODER`` and ``timm:NAME/FILE+ENCODER`` have a Hugging Face text encoder too, a folder or
+``huggingface:NAME``.
+"""
 
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -14,10 +19,15 @@ from declip.errors import UserError, unknown
 from declip.interchange.classes import Classes
 from declip.interchange.weights import Weights, read_tensors, unwrapped
 from declip.io.hub import fetch
+from declip.models.dual_encoder import DualEncoder
+from declip.models.hf_encoder import read_encoder
 from declip.models.image_tower import ImageTower
+from declip.models.layers import PROJECTIONS
 from declip.recipe.load import load_recipe
 
 PREFIX = "timm:"
+CONTEXT = 64  # tokens of a caption for a text encoder
+OFFSET = 2  # RoBERTa's first position
 
 
 def matches(where: str) -> bool:
@@ -29,6 +39,9 @@ def read(where: str) -> Weights:
     """Read an image tower, with its image size and statistics."""
     import timm
 
+    image, plus, encoder = where.rpartition("+")
+    if plus:
+        return _with_text(read(image), encoder, where)
     name, _, file = where.removeprefix(PREFIX).partition("/")
     architecture, config = name.split(".")[0], None
     with suppress(RuntimeError):  # an unknown tag
@@ -47,6 +60,22 @@ def read(where: str) -> Weights:
     tensors = {f"image_tower.{name}": projection.get(name, t) for name, t in tower.state_dict().items()}
     tensors |= {"logit_scale": torch.tensor(recipe.logit_scale.init)}
     return Weights(recipe, tensors, where, classes=_classes(rest, width))
+
+
+def _with_text(image: Weights, name: str, where: str) -> Weights:
+    """Add a text encoder to an image tower, without projections into a shared space."""
+    encoder = read_encoder(name, pretrained=True)
+    positions = encoder.config.get("max_position_embeddings", CONTEXT + OFFSET) - OFFSET
+    text = image.recipe.text.model_copy(update={"hf_model": name, "context_length": min(CONTEXT, positions)})
+    with torch.random.fork_rng(devices=[]):
+        filled = DualEncoder.from_recipe(image.recipe.model_copy(update={"text": text}), encoder, image=False)
+    tensors = {**image.tensors, **filled.state_dict()}
+    return replace(
+        image,
+        recipe=image.recipe.model_copy(update={"text": text.model_copy(update={"pretrained": False})}),
+        tensors={name: tensor for name, tensor in tensors.items() if not name.startswith(PROJECTIONS)},
+        origin=where,
+    )
 
 
 def _classes(rest: Mapping[str, Tensor], width: int) -> Classes | None:

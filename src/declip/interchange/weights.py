@@ -63,6 +63,11 @@ class Weights:
         return any(name.startswith(TEXT) for name in self.tensors)
 
     @property
+    def projected(self) -> bool:
+        """Whether there are projections into a shared space, as a CLIP has."""
+        return any(name.startswith(PROJECTIONS) for name in self.tensors)
+
+    @property
     def encoder(self) -> TextEncoder | WrappedModel | None:
         """Configuration of the Hugging Face text encoder or the wrapped model, if it is one."""
         return encoder_kept_in(self.tensors, self.recipe, Path(self.origin)) if self.whole else None

@@ -45,7 +45,7 @@ def complete(weights: Weights) -> Weights:
     unchanged.
     """
     classes = weights.named_classes()
-    if classes is None or not weights.whole or any(name.startswith(PROJECTIONS) for name in weights.tensors):
+    if classes is None or not weights.whole or weights.projected:
         return weights
     return _with_heads(weights, _cached_heads(weights, classes), classes.size)
 

@@ -29,7 +29,6 @@ from declip.models.closed_form import START, ClassPairs, Pairs
 from declip.models.device import pick_device
 from declip.models.dual_encoder import DualEncoder
 from declip.models.hf_encoder import TextEncoder
-from declip.models.layers import PROJECTIONS
 from declip.recipe.schema import Recipe
 from declip.runs import folder as run_folder
 from declip.runs.checkpoint import Checkpoint, list_checkpoints, prefixed, write_snapshot
@@ -117,7 +116,7 @@ def _fit(
         # --- features, heads and the checkpoint
         encoder = FrozenEncoder(model)
         features = compute_features(encoder, source, recipe, related, not quiet)
-        starts = has_projections(resolved)
+        starts = resolved.weights is not None and resolved.weights.projected  # as a CLIP has
         classes = None if starts else class_pairs(resolved, encoder, not quiet)
         if starts:
             features = features._replace(pairs=embeddings(features.pairs, model))
@@ -175,11 +174,6 @@ def frozen_model(resolved: Resolved) -> DualEncoder:
 def projections(model: DualEncoder) -> tuple[nn.Linear, nn.Linear]:
     """The projections of images and of texts into the shared space."""
     return cast(nn.Linear, model.image_tower.proj), cast(nn.Linear, model.text_tower.text_projection)
-
-
-def has_projections(resolved: Resolved) -> bool:
-    """Whether the start has projections of its own, as a CLIP has."""
-    return resolved.weights is not None and any(name.startswith(PROJECTIONS) for name in resolved.weights.tensors)
 
 
 @torch.no_grad()
