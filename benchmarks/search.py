@@ -24,6 +24,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from rich.console import Console
@@ -61,7 +62,7 @@ def write_index(folder: Path, vectors: Tensor, dtype: Any) -> Index:
         for ids in torch.arange(len(vectors)).split(PART_ROWS):
             rows = [IndexedImage(id, f"{id:09d}.jpg", (), id, Origin()) for id in ids.tolist()]
             writer.add(Block.of(rows, vectors[ids], None, dtype), len(vectors))
-        writer.finish(set(), SkipCounter())
+        writer.finish(np.zeros(0, np.int64), SkipCounter())
     return Index.open(folder)
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ def write_index(folder: Path, images: Tensor, texts: Tensor | None = None, capti
                 IndexedImage(n, f"key {n}", (captions[n],) if captions[n] else (), n, Origin()) for n in ids.tolist()
             ]
             writer.add(Block.of(rows, images[ids], None if texts is None else texts[ids], "float32"), len(images))
-        writer.finish(set(), SkipCounter())
+        writer.finish(np.zeros(0, np.int64), SkipCounter())
     return Index.open(folder)
 
 

@@ -3,7 +3,6 @@
 import hashlib
 import logging
 import math
-from collections import Counter, defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -11,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -88,45 +88,72 @@ def embed(
     made_by = describe_model(encoder, loaded_from or model, folder)
     wanted = IndexInfo(model=made_by, source=saved, dtype=dtype, captions=captions, precision=precision_of(encoder))
     with open_writer(folder, wanted) as writer:
-        places, gone = find_changes(images, writer, progress)
         try:
-            skipped = _embed_places(writer, images, encoder, places, batch_size, workers, progress)
+            _update(writer, images, encoder, batch_size, workers, progress)
         except KeyboardInterrupt:
             log.warning("Stopped. The parts written so far are saved; the same command continues.")
             raise
-        if sum(len(store.ids) for store in writer.stores) == len(gone):
-            raise UserError(
-                f"None of the {len(images):,} images of '{images.name}' can be used: {skipped.explanation()}"
-            )
-        writer.finish(gone, skipped)
     return Index.open(folder, model=encoder, source=source)
 
 
-def find_changes(source: ImageSource, writer: Writer, progress: bool = False) -> tuple[list[int], set[int]]:
+def _update(
+    writer: Writer, source: ImageSource, model: Encoder, batch_size: int, workers: int | None, progress: bool
+) -> None:
+    """Embed what is new or has changed in a source, and drop what has left it."""
+    places, gone = find_changes(source, writer, progress)
+    skipped = _embed_places(writer, source, model, places, batch_size, workers, progress)
+    if sum(len(store.ids) for store in writer.stores) == len(gone):
+        raise UserError(f"None of the {len(source):,} images of '{source.name}' can be used: {skipped.explanation()}")
+    writer.finish(gone, skipped)
+
+
+def find_changes(source: ImageSource, writer: Writer, progress: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """Compare a source with the rows that were embedded of it, by key and stamp (`_stamped`).
+
+    Memory is 8 bytes for a key or a row, whatever their text: they are compared by hashes of 64 bits.
 
     Returns:
         The places to embed, and the ids of rows to drop, because their image has left the source or has changed.
     """
+    keys = np.fromiter((_hash(source.key(place)) for place in range(len(source))), np.uint64, len(source))
     # Of several images that share key and stamp, each stands for one row, and is told from the others by its place.
-    repeated = {key for key, count in Counter(map(source.key, range(len(source)))).items() if count > 1}
-    rows: dict[tuple[str, str, int | None], list[int]] = defaultdict(list)
+    ordered, counts = np.unique(keys, return_counts=True)
+    repeated = set(ordered[counts > 1].tolist())
+    # --- rows, sorted by the hash of what identifies them
+    known, marks = list[np.ndarray](), list[np.ndarray]()
     for store in writer.stores:
-        columns = (store.ids.tolist(), *(store.column(name).to_pylist() for name in ("key", "stamp", "place")))
-        for id, key, stamp, place in zip(*columns, strict=True):
-            rows[key, stamp, place if key in repeated else None].append(id)
-    known = {key for key, _, _ in rows}
-    later, earlier = list[int](), list[int]()
+        for table in store.tables("key", "stamp", "place"):
+            rows = list(zip(*(column.to_pylist() for column in table.columns), strict=True))
+            own = [_hash(key) for key, _, _ in rows]
+            known.append(np.array(own, np.uint64))
+            at = [row if key in repeated else (*row[:2], None) for key, row in zip(own, rows, strict=True)]
+            marks.append(np.array([_hash(row) for row in at], np.uint64))
+    ids = np.concatenate([np.zeros(0, np.int64), *(store.ids for store in writer.stores)])
+    mark = np.concatenate([np.zeros(0, np.uint64), *marks])
+    order = mark.argsort(kind="stable")
+    mark, kept = mark[order], np.zeros(len(mark), bool)
+    # --- images: each takes a row of its own
+    seen, new = np.isin(keys, np.concatenate([np.zeros(0, np.uint64), *known])), np.ones(len(keys), bool)
     with pairs_bar(progress) as bar:
         for place in bar.track(range(len(source)), description=f"Looking through {source.name}"):
-            key = source.key(place)
-            at = place if key in repeated else None
-            if key in known and (ids := rows.get((key, _stamped(source, place).stamp, at))):
-                ids.pop()
-            else:
-                (later if place >= writer.reached else earlier).append(place)
+            if not seen[place]:
+                continue
+            at = place if int(keys[place]) in repeated else None
+            wanted = np.uint64(_hash((source.key(place), _stamped(source, place).stamp, at)))
+            row = int(np.searchsorted(mark, wanted))
+            while row < len(mark) and mark[row] == wanted and kept[row]:
+                row += 1
+            if row < len(mark) and mark[row] == wanted:
+                kept[row], new[place] = True, False
     # What follows the last part comes first, so that the batches are those of a call that was not killed.
-    return later + earlier, {id for ids in rows.values() for id in ids}
+    places = np.flatnonzero(new)
+    later = places >= writer.reached
+    return np.concatenate([places[later], places[~later]]), np.sort(ids[order][~kept])
+
+
+def _hash(value: object) -> int:
+    """64 bits that stand for a key, or for a key with stamp and place."""
+    return int.from_bytes(hashlib.blake2b(repr(value).encode("utf-8", "replace"), digest_size=8).digest(), "little")
 
 
 def _stamped(source: ImageSource, place: int, origin: Origin | None = None, loaded: LazyPair | None = None) -> Origin:
@@ -153,7 +180,7 @@ def _embed_places(
     writer: Writer,
     source: ImageSource,
     model: Encoder,
-    places: Sequence[int],
+    places: np.ndarray,
     batch_size: int,
     workers: int | None,
     progress: bool,
@@ -176,7 +203,7 @@ def _embed_places(
         if rows:
             images = torch.cat([own for own in vectors if len(own)])  # (n, d)
             captions = _caption_vectors(model, rows, images.shape[1]) if info.captions else None
-            writer.add(Block.of(rows, images, captions, info.dtype), part[-1] + 1)
+            writer.add(Block.of(rows, images, captions, info.dtype), int(part[-1]) + 1)
     return skipped
 
 

@@ -138,6 +138,14 @@ class Store:
             column.validate(full=True)
             return column
 
+    def tables(self, *names: str) -> Iterator[pa.Table]:
+        """Read columns of all rows, group by group."""
+        for number in range(self._file.num_row_groups):
+            with self._reading():
+                table = self._file.read_row_group(number, list(names), use_threads=False)
+                table.validate(full=True)
+            yield table
+
     def positions(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """(n,) int64, the positions of rows; raises `UserError` for an id that does not exist."""
         wanted = np.atleast_1d(np.asarray(ids, np.int64))

@@ -63,10 +63,10 @@ class Writer:
         write_blocks(self._parts[-1], [block], len(block.table))
         self.stores.append(Store(self._parts[-1], self.folder, self.info))
 
-    def finish(self, gone: set[int], skipped: SkipCounter) -> None:
+    def finish(self, gone: np.ndarray, skipped: SkipCounter) -> None:
         """Join the rows, without those in `gone`, into a new generation, and make it the index."""
         self.info.skipped = skipped.to_dict()
-        kept = [~np.isin(store.ids, list(gone)) for store in self.stores]
+        kept = [~np.isin(store.ids, gone) for store in self.stores]
         self.info.rows = int(sum(mask.sum() for mask in kept))
         if self._parts or not all(mask.all() for mask in kept):
             self.info.generation += 1
