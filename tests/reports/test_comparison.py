@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from comparison.synthetic import MEASURE, outcome, score, study
-from declip.comparison.outcome import ComparedFactor, Outcome, measure_facts
+from declip.comparison.outcome import ComparedFactor, Outcome, measured
 from declip.comparison.statistics import Factor, FactorAt
 from declip.comparison.study import Trial
 from declip.reports import comparison as report
@@ -141,13 +141,13 @@ def test_a_factor_is_listed_at_every_size_also_where_it_is_outside() -> None:
 
 def test_measures_and_costs_are_listed(tmp_path: Path) -> None:
     found = outcome(study(), retrieval=True)
-    assert report.measures_table(measure_facts(found)).rows == (
+    assert report.measures_table(measured(found)).rows == (
         (MEASURE, "200 classes", "400", "0.50 %"),
         ("test: R@1", "400 images and 400 captions", "400", "0.25 %"),
     )
     for each in found.rows.values():
         each["results"][0]["majority"] = 0.4
-    assert "40.0 %" in report.measures_table(measure_facts(found)).rows[0][1]
+    assert "40.0 %" in report.measures_table(measured(found)).rows[0][1]
     assert report.cost_table(found).rows == (
         ("clip", "100", "5,000", "60", "1.00"),
         ("declip", "100", "5,000", "120", "2.00"),

@@ -11,16 +11,7 @@ from declip.comparison.statistics import EfficiencyCurve, Factor, curve_of, fact
 from declip.comparison.study import Study, Trial, read_study
 from declip.comparison.trials import failure, read_trial
 from declip.errors import UserError, unknown
-from declip.evaluation.results import ClassificationResult, RetrievalResult, ZeroShotResult, read_result
-from declip.io.text import percent
-
-
-class MeasureFacts(NamedTuple):
-    """The test set behind a measure: number of images, chance level, and a description of the candidates."""
-
-    n: int
-    chance: float
-    among: str
+from declip.evaluation.results import Measure, Result, ZeroShotResult, read_result
 
 
 class ComparedFactor(NamedTuple):
@@ -80,35 +71,21 @@ class Outcome:
 
 def scores(results: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     """The compared score of each dataset and task: top-1, or the mean of R@1 in both directions."""
-    return {name: value for name, value, _ in filter(None, map(_score, results))}
+    return {_measure(result): result.headline.value for result in filter(None, map(read_result, results))}
 
 
-def measure_facts(outcome: Outcome) -> dict[str, MeasureFacts]:
-    """The test set behind each measure, from the first trial that has it."""
-    facts: dict[str, MeasureFacts] = {}
-    for result in (result for row in outcome.rows.values() for result in row["results"]):
-        if (scored := _score(result)) is not None:
-            facts.setdefault(scored[0], scored[2])
-    return facts
+def measured(outcome: Outcome) -> dict[str, Result]:
+    """The first result of each measure, for its test set and chance level."""
+    rows = (row for trial in outcome.rows.values() for row in trial["results"])
+    found: dict[str, Result] = {}
+    for result in filter(None, map(read_result, rows)):
+        found.setdefault(_measure(result), result)
+    return found
 
 
-def _score(row: Mapping[str, Any]) -> tuple[str, float, MeasureFacts] | None:
-    """Name and value of the measure of a result, and its facts; None for an unknown task."""
-    result = read_result(row)
-    # Retrieval: the mean of both directions, and of their chance levels.
-    if isinstance(result, RetrievalResult):
-        text, image = result.text_to_image, result.image_to_text
-        among = f"{result.images:,} images and {result.texts:,} captions"
-        facts = MeasureFacts(result.images, (text.chance1 + image.chance1) / 2, among)
-        return f"{result.dataset}: R@1", (text.r1 + image.r1) / 2, facts
-    if not isinstance(result, ClassificationResult):
-        return None
-    # Classification: the first measure, top-1.
-    first = result.measures()[0]
-    name = f"zero-shot {first.name}" if isinstance(result, ZeroShotResult) else first.name
-    largest = "" if first.majority is None else f", the largest with {percent(first.majority)}"
-    facts = MeasureFacts(first.n, first.chance, f"{result.classes:,} classes{largest}")
-    return f"{result.dataset}: {name}", first.value, facts
+def _measure(result: Result) -> str:
+    name = result.headline.name
+    return f"{result.dataset}: {f'zero-shot {name}' if isinstance(result, ZeroShotResult) else name}"
 
 
 def compared_factors(study: Study, curves: Curves) -> list[ComparedFactor]:
@@ -120,7 +97,7 @@ def compared_factors(study: Study, curves: Curves) -> list[ComparedFactor]:
     return found
 
 
-def near_chance(curve: EfficiencyCurve, facts: MeasureFacts) -> list[int]:
+def near_chance(curve: EfficiencyCurve, facts: Measure) -> list[int]:
     """The numbers of pairs at which a curve is within two standard errors of chance."""
     limit = facts.chance + 2 * sqrt(facts.chance * (1 - facts.chance) / facts.n)
     return [pairs for pairs, mean in zip(curve.pairs, curve.means, strict=True) if mean <= limit]

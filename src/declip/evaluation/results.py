@@ -54,6 +54,16 @@ class Result(ABC):
     def measures(self) -> list[Measure]:
         """The scores for tables."""
 
+    @property
+    def headline(self) -> Measure:
+        """The score by which models are compared."""
+        return self.measures()[0]
+
+    @property
+    @abstractmethod
+    def among(self) -> str:
+        """The candidates of the headline."""
+
     def __str__(self) -> str:
         rows = (f"{m.name} {percent(m.value)} (chance {percent(m.chance)}, n = {m.n:,})" for m in self.measures())
         return "\n  ".join([self.dataset, *rows])
@@ -74,6 +84,11 @@ class ClassificationResult(Result):
     def chance(self) -> float:
         """Chance level of top-1: 1 / classes."""
         return 1 / self.classes
+
+    @property
+    def among(self) -> str:
+        majority = self.headline.majority
+        return f"{self.classes:,} classes" + ("" if majority is None else f", the largest with {percent(majority)}")
 
     def to_dict(self) -> dict[str, Any]:
         return {**super().to_dict(), "chance": self.chance}
@@ -139,6 +154,16 @@ class RetrievalResult(Result):
             for recall, words in zip((self.text_to_image, self.image_to_text), DIRECTIONS.values(), strict=True)
             for k in (1, 5, 10)
         ]
+
+    @property
+    def headline(self) -> Measure:
+        """The mean of both directions."""
+        both = self.text_to_image, self.image_to_text
+        return Measure("R@1", sum(r.r1 for r in both) / 2, sum(r.chance1 for r in both) / 2, self.images)
+
+    @property
+    def among(self) -> str:
+        return f"{self.images:,} images and {self.texts:,} captions"
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to a flat, JSON-ready row, with ``text_to_image_r1`` and so on."""

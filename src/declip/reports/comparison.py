@@ -14,14 +14,14 @@ from rich.text import Text
 from declip.comparison.outcome import (
     ComparedFactor,
     Curves,
-    MeasureFacts,
     Outcome,
     compared_factors,
-    measure_facts,
+    measured,
     near_chance,
 )
 from declip.comparison.statistics import EfficiencyCurve
 from declip.comparison.study import Study
+from declip.evaluation.results import Result
 from declip.io.atomic import write_text
 from declip.io.text import percent
 from declip.reports.charts import Chart, pairs_chart
@@ -46,7 +46,7 @@ def summary(outcome: Outcome) -> Group:
 def context(outcome: Outcome) -> dict[str, Any]:
     """Compute the numbers and tables of the templates."""
     # The first measure is the headline: factors are computed for it alone.
-    study, curves, facts = outcome.study, outcome.curves(), measure_facts(outcome)
+    study, curves, facts = outcome.study, outcome.curves(), measured(outcome)
     headline = next(iter(facts), "")
     factors = compared_factors(study, curves[headline]) if headline else []
     return {
@@ -57,7 +57,7 @@ def context(outcome: Outcome) -> dict[str, Any]:
         "facts": facts,
         "headline": headline,
         "factors": factors,
-        "near_chance": near_chance(curves[headline][study.baseline], facts[headline]) if headline else [],
+        "near_chance": near_chance(curves[headline][study.baseline], facts[headline].headline) if headline else [],
         "equal_samples": len({variant.samples for variant in study.variants}) == 1,
         "commands": [shlex.join(words) for words in study.commands],
         "variants_table": variants_table(study),
@@ -67,7 +67,8 @@ def context(outcome: Outcome) -> dict[str, Any]:
         "score_tables": [scores_table(study, measure, of_measure) for measure, of_measure in curves.items()],
         "cost_table": cost_table(outcome),
         "charts": {
-            measure: curve_chart(study, curves[measure], measure, fact.chance) for measure, fact in facts.items()
+            measure: curve_chart(study, curves[measure], measure, fact.headline.chance)
+            for measure, fact in facts.items()
         },
     }
 
@@ -82,9 +83,11 @@ def variants_table(study: Study) -> Table:
     return Table("Variants", ("variant", "recipe", "overrides"), tuple(rows), texts=3)
 
 
-def measures_table(facts: Mapping[str, MeasureFacts]) -> Table:
+def measures_table(facts: Mapping[str, Result]) -> Table:
     """Each measure with n, chance and candidates."""
-    rows = tuple((name, fact.among, f"{fact.n:,}", percent(fact.chance)) for name, fact in facts.items())
+    rows = tuple(
+        (name, fact.among, f"{fact.headline.n:,}", percent(fact.headline.chance)) for name, fact in facts.items()
+    )
     return Table("Measures, after the last step of each run", ("measure", "among", "n", "chance"), rows, texts=2)
 
 

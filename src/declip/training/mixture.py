@@ -7,7 +7,7 @@ from statistics import fmean
 from safetensors.torch import save_file
 
 from declip.evaluation.protocols import Options, evaluate_all
-from declip.evaluation.results import Result, RetrievalResult, ZeroShotResult
+from declip.evaluation.results import Result
 from declip.interchange.interpolate import ends_of, interpolate
 from declip.io.atomic import atomic_write, write_text
 from declip.models.dual_encoder import DualEncoder
@@ -51,8 +51,7 @@ def mix_with_start(folder: Path, quiet: bool = False) -> DualEncoder | None:
 
 def score(results: list[Result]) -> float:
     """The mean R@1 of both directions, or the top-1 of zero-shot classification."""
-    found = [(r.text_to_image.r1 + r.image_to_text.r1) / 2 for r in results if isinstance(r, RetrievalResult)]
-    return fmean(found + [r.top1 for r in results if isinstance(r, ZeroShotResult)])
+    return fmean(result.headline.value for result in results)
 
 
 def _evaluate(model: DualEncoder, name: str, tasks: list[str], quiet: bool) -> list[Result]:

@@ -71,10 +71,11 @@ class BestEvaluation:
         Its score is the mean R@1 of both directions on the recipe's retrieval sets or, without one, the mean top-1.
         """
         found = [r for r in results if isinstance(r, RetrievalResult) and r.dataset in evaluation.retrieval]
-        scores = [(r.text_to_image.r1 + r.image_to_text.r1) / 2 for r in found] or [
-            r.top1 for r in results if isinstance(r, ZeroShotResult) and r.dataset in evaluation.zero_shot
-        ]
-        score, loss = fmean(scores), fmean([r.loss or 0.0 for r in found] or [0.0])
+        classified = [r for r in results if isinstance(r, ZeroShotResult) and r.dataset in evaluation.zero_shot]
+        score, loss = (
+            fmean(r.headline.value for r in found or classified),
+            fmean([r.loss or 0.0 for r in found] or [0.0]),
+        )
         if better := (score, -loss) > (self.score, -self.loss):
             self.step, self.score, self.loss, self.stale = step, score, loss, 0
         else:
