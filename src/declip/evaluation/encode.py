@@ -172,10 +172,11 @@ class BatchReader:
                 rows.append(row)
             except BrokenPair as broken:
                 skipped.add(broken)
+        pixels: Tensor | None = None
         if images and isinstance(images[0], Tensor):
             pixels = torch.stack(images).contiguous(memory_format=torch.channels_last)
-        else:
-            pixels = self.preprocess(images) if images else None
+        elif images:
+            pixels = self.preprocess(images)
         return pixels, rows, skipped
 
     def _decode(self, image: LazyImage) -> Tensor | Image.Image:

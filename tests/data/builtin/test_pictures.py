@@ -1,6 +1,5 @@
 """What all built-in sets share: how one is written, checked, made again, opened and pickled."""
 
-import json
 import os
 import pickle
 import shutil
@@ -91,14 +90,8 @@ def test_what_is_written(cache, repeated, kept, monkeypatch):
     assert [source[i].image.getpixel((3, 3)) for i in range(len(source))] == [VALUES[key] for key in kept]
     assert (folder / COLOR).stat().st_size == 2 * SIDE * SIDE * 3
     assert (folder / GRAY).stat().st_size == (len(kept) - 2) * SIDE * SIDE, "a third of the room"
-    assert json.loads((folder / MANIFEST).read_text()) == {
-        "layout": 7,
-        "side": SIDE,
-        "pairs": len(kept),
-        "packages": {"@some/package": "1.2"},
-        "resvg_py": version("resvg-py"),
-    }
-    assert f"\nby nobody: {len(kept)} drawings\n\n\n@some/package 1.2\n" in (folder / NOTICE).read_text()
+    notice = f"\nby nobody: {len(kept)} drawings\n\n\n@some/package 1.2\nDrawn by resvg-py {version('resvg-py')}\n"
+    assert notice in (folder / NOTICE).read_text()
     assert (folder / "licenses/@some-package/LICENSE").read_text() == "free"
 
 

@@ -104,12 +104,10 @@ class BuiltinSet(ABC):
         folder.mkdir(parents=True)
         rows = self._draw(folder, drawings)
         pq.write_table(pa.Table.from_pylist(rows), folder / TABLE)
-        versions = {name: package.version for name, package in packages.items()}
-        manifest: dict[str, Any] = {"layout": self.layout, "side": self.side, "pairs": len(rows), "packages": versions}
-        manifest["resvg_py"] = importlib.metadata.version("resvg-py")
-        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        (folder / MANIFEST).write_text(json.dumps({"layout": self.layout, "side": self.side}), encoding="utf-8")
         credits = [f"{credit}: {count} drawings" for credit, count in Counter(map(self.credit, rows)).items()]
-        made_of = [f"{name} {version}" for name, version in versions.items()]
+        made_of = [f"{name} {package.version}" for name, package in packages.items()]
+        made_of.append(f"Drawn by resvg-py {importlib.metadata.version('resvg-py')}")
         notice = [ABOUT.format(self.side), "", *credits, self.names_by, "", *made_of, ""]
         (folder / NOTICE).write_text("\n".join(notice), encoding="utf-8")
         for name, package in packages.items():
