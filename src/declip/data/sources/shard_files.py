@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from functools import lru_cache, wraps
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -159,15 +159,15 @@ def find_shards(word: str) -> list[Shard]:
 
 
 def _look_up(name: str) -> list[Shard]:
+    """The shards of a path or a URL, with digits that change when a file does."""
     if is_url(name):
-        return [_shard(url, url, size, version) for url, size, version in look_up(name)]
-    status = os.stat(name)
-    return [_shard(name, str(Path(name).resolve()), status.st_size, str(status.st_mtime_ns))]
-
-
-def _shard(name: str, path: str, size: int, version: str) -> Shard:
-    state = repr((LAYOUT, path, size, version)).encode(errors="surrogateescape")
-    return Shard(name, size, hashlib.sha256(state).hexdigest()[:32])
+        found = [(url, url, size, version) for url, size, version in _retried(look_up, name)]
+    else:
+        status = os.stat(name)
+        found = [(name, str(Path(name).resolve()), status.st_size, str(status.st_mtime_ns))]
+    states = [repr((LAYOUT, path, size, version)).encode(errors="surrogateescape") for _, path, size, version in found]
+    digests = [hashlib.sha256(state).hexdigest()[:32] for state in states]
+    return [Shard(name, size, digest) for (name, _, size, _), digest in zip(found, digests, strict=True)]
 
 
 # Remote files
@@ -191,22 +191,16 @@ def _file_system(url: str) -> Iterator[tuple[Any, str]]:
         raise UnreadableShard(f"{url}: {type(error).__name__}: {line}") from error
 
 
-def _retried(work: Callable[..., T]) -> Callable[..., T]:
-    """Try up to `TRIES` times: one of many requests may fail."""
-
-    @wraps(work)
-    def trying(*arguments: Any) -> T:
-        for trial in range(1, TRIES):
-            try:
-                return work(*arguments)
-            except UnreadableShard:
-                time.sleep(PAUSE * 2 ** (trial - 1))
-        return work(*arguments)
-
-    return trying
+def _retried(work: Callable[..., T], *arguments: Any) -> T:
+    """Call a function up to `TRIES` times: one of many requests may fail."""
+    for trial in range(1, TRIES):
+        try:
+            return work(*arguments)
+        except UnreadableShard:
+            time.sleep(PAUSE * 2 ** (trial - 1))
+    return work(*arguments)
 
 
-@_retried
 def look_up(url: str) -> list[tuple[str, int, str]]:
     """URL, size and description of the shards of a URL: one file, those of a pattern, or a folder's .tar files."""
     with _file_system(url) as (system, path):
@@ -223,7 +217,6 @@ def look_up(url: str) -> list[tuple[str, int, str]]:
     return [(name, int(info.get("size") or 0), str(info)) for name, info in infos.items()]
 
 
-@_retried
 def fetch(url: str, target: Path, size: int) -> None:
     """Copy a remote file of `size` bytes (0: unknown); raises `UnreadableShard`, or OSError if the disk is full."""
     try:
@@ -277,7 +270,7 @@ class ShardFiles:
                 return OpenFile(path)  # fetched by another thread or process in the meantime
             try:
                 with atomic_write(path) as partial:
-                    fetch(shard.name, partial, shard.size)
+                    _retried(fetch, shard.name, partial, shard.size)
                     opened = OpenFile(partial)  # another process may remove the copy as soon as it has its name
             except UnreadableShard as error:
                 self._failed[shard.state] = time.monotonic(), str(error)
