@@ -2,7 +2,8 @@
 
     pip install 'declip[open_clip,hf]'; pip install sentence-transformers --no-deps
     python benchmarks/embed.py --threads 2 --json
-    python benchmarks/embed.py --threads 2 --towers ViT-B-32 RN50 builtin --sizes 300x300 640x480 1024x768 --out FILE
+    python benchmarks/embed.py --threads 2 --towers ViT-B-32 RN50 builtin:lite0-minilm \
+        --sizes 300x300 640x480 1024x768 --out FILE
 
 Weights are random, except those of the built-in start. All sides take turns in one process and hold their model:
 declip as `declip embed` with its defaults, the others in float32 as their guides show. "fp32" is declip in float32,
@@ -22,10 +23,10 @@ from PIL import Image
 from torch.nn.functional import normalize
 
 from declip.interchange.read import load
-from declip.interchange.starter import NAME
 from declip.models.dual_encoder import DualEncoder
 from declip.models.inference import image_encoder
 from declip.models.precision import convert, precision_of
+from declip.recipe.finetuning import STARTS
 from declip.recipe.load import load_recipe
 from declip.search.embed import embed
 from machine import machine
@@ -46,8 +47,8 @@ def write_images(folder: Path, width: int, height: int, count: int) -> list[Path
 
 def build(tower: str, precision: str) -> DualEncoder:
     """Build declip's model."""
-    if tower == "builtin":
-        return load(NAME, "cpu", precision)  # type: ignore[arg-type]
+    if tower in STARTS:
+        return load(tower, "cpu", precision)  # type: ignore[arg-type]
     torch.manual_seed(0)
     keys = {"image.model": TOWERS[tower], "image.size": 224, "embed_dim": 512}
     return convert(DualEncoder.from_recipe(load_recipe("clip", keys), text=False).eval(), precision)
@@ -109,7 +110,7 @@ def compare(tower: str, size: str, count: int, repeats: int) -> list[dict[str, A
 def main() -> None:
     """Measure, and print a row for each side; the last line is JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--towers", nargs="+", default=["ViT-B-32"], choices=[*TOWERS, "builtin"])
+    parser.add_argument("--towers", nargs="+", default=["ViT-B-32"], choices=[*TOWERS, *STARTS])
     parser.add_argument("--sizes", nargs="+", default=["1024x768"], help="WIDTHxHEIGHT of the files")
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--threads", type=int, default=2)

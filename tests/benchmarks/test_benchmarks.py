@@ -84,6 +84,13 @@ def gpu(scripts: Scripts, call: Call, tmp_path: Path, monkeypatch: pytest.Monkey
     return called
 
 
+def test_embedding_in_two_precisions(call: Call) -> None:
+    words = ["--towers", "builtin:lite0-minilm", "--sizes", "48x40", "--images", 3, "--repeats", 1, "--threads", 1]
+    rows = json.loads(call("embed", *words)[1][-1])["rows"]
+    assert [(row["what"], row["count"]) for row in rows] == [("declip", 3), ("fp32", 3), ("tower", 3)]
+    assert rows[0]["times_declip"] == 1
+
+
 def test_gpu_parts_are_measured_once(gpu: Gpu, call: Call, tmp_path: Path) -> None:
     status, printed = gpu("--only", "ViT-B-32")
     rows = printed["ViT-B-32"]["rows"]
