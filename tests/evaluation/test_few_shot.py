@@ -1,5 +1,7 @@
 """Few-shot classification: the closed form, names against images, what is left out, and the protocol."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -111,6 +113,11 @@ def test_the_protocol_gives_names_and_images(model, painted) -> None:
         Options(shots=0)
     with pytest.raises(UserError, match=r"train split.*few-shot"):
         evaluate_all(model, Dataset("x", {"test": lambda: train}), ("few-shot",))
+
+
+def test_shots_require_the_task(command: Any) -> None:
+    refused = command("evaluate", "builtin:lite0-minilm", "--dataset", "builtin:stamps-kinds", "--shots", 2)
+    assert (refused.status, "--task few-shot" in refused.err) == (2, True)
 
 
 def test_a_class_without_images_is_found_by_its_name() -> None:

@@ -66,7 +66,7 @@ def page(request: Request) -> Response:
     state, view = state_of(request), request.url.path[1:]
     if view == "caption" and state.captioning is None:
         raise HTTPException(404, "Start the app with --caption FILE to caption images.")
-    context = {
+    context: dict[str, Any] = {
         "view": view,
         "views": VIEWS if state.captioning else VIEWS[:-1],
         "state": state,

@@ -11,6 +11,7 @@ from declip.cli.options import (
     Device,
     ImageColumn,
     ImageRoot,
+    Precision,
     Quiet,
     Workers,
     check_model,
@@ -42,6 +43,7 @@ def choose(
     caption_column: CaptionColumn = "caption",
     image_root: ImageRoot = None,
     device: Device = "auto",
+    precision: Precision = "auto",
     quiet: Quiet = False,
 ) -> None:
     """Choose the images that you should caption next, by their features; the most useful come first."""
@@ -62,6 +64,7 @@ def choose(
         index=index,
         columns=Columns(image_column, caption_column or None, root=image_root),
         device=device,
+        precision=precision,
         seed=seed,
         batch_size=batch_size,
         workers=workers,

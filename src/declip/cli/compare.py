@@ -10,7 +10,9 @@ from declip.cli.options import Quiet, check_source, console, file, say
 Datasets = Annotated[
     list[str] | None, typer.Option("--dataset", help="evaluation set; default: those of the recipe; repeatable")
 ]
-Tasks = Annotated[list[str] | None, typer.Option("--task", help="zero-shot (default) or retrieval; repeatable")]
+Tasks = Annotated[
+    list[str] | None, typer.Option("--task", help="zero-shot (default), retrieval, linear or few-shot; repeatable")
+]
 Budget = Annotated[
     str,
     typer.Option(help="samples: every recipe runs its train.steps; compute: every recipe runs as long as the first"),

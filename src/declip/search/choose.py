@@ -4,6 +4,7 @@ import csv
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from declip.errors import UserError, check_range
 from declip.evaluation.encode import Encoder
 from declip.io.atomic import atomic_write
 from declip.io.text import percent
+from declip.models.precision import Precision
 from declip.search.classify import FORMULA
 from declip.search.facility_location import facility_location
 from declip.search.index import Hit, Index
@@ -72,6 +74,7 @@ def choose(
     index: str | Path | None = None,
     columns: Columns = DEFAULT,
     device: str = "auto",
+    precision: Precision = "auto",
     seed: int = 0,
     batch_size: int = 256,
     workers: int | None = None,
@@ -86,6 +89,7 @@ def choose(
         have: A source of pairs by its path: its images with captions count as chosen from the start.
         out: A .csv file to write, with the columns image, caption (empty) and coverage.
         index: The folder of the images' index; by default one below "indices", which `declip app` uses too.
+        precision: As in `declip.load`; a model that is given as an object stays as it is.
         seed: Of the sample, if there are more than `MOST` images.
     """
     check_range("count", count, 1)
@@ -94,14 +98,13 @@ def choose(
         raise UserError(
             f"The chosen images are written to a .csv file, not to '{out}'. Choose another path with --out."
         )
-    options = {"columns": columns, "device": device, "batch_size": batch_size, "workers": workers}
-    opened = open_or_embed(model, images, index, progress=progress, **options)
+    options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "progress": progress}
+    opened = open_or_embed(model, images, index, device=device, precision=precision, columns=columns, **options)
     if path is not None:
         image_cell(opened, int(opened.ids[0]), path.parent)  # raises before an hour's work
     known = torch.empty(0, opened.info.dimension)
     if have is not None:
-        pairs = open_or_embed(opened.model, have, progress=progress, **{**options, "columns": DEFAULT})
-        known = captioned_vectors(pairs)
+        known = captioned_vectors(open_or_embed(opened.model, have, **options))
     choice = choose_from(opened, count, known, seed)
     if path is not None:
         choice.write(path)
