@@ -39,6 +39,7 @@ from declip.training.resolve import resolve
 
 SIZES = (31, 124, 500, 2_000, 0)  # training pairs; 0: all
 MOST = 6_000  # of 64,000 icons
+START = "builtin:lite0-minilm"
 FOLDS = 5
 WIDTH = 512  # of the space that the trained peers learn
 SALT = 7_000  # of the splits; 0 to 2 are those of this table
@@ -76,7 +77,7 @@ class Data:
     embedded: bool
 
     @classmethod
-    def of(cls, name: str, weights: str | None) -> "Data":
+    def of(cls, name: str, weights: str) -> "Data":
         """Compute the features as `declip finetune NAME --from WEIGHTS --freeze both` does."""
         with TemporaryDirectory() as folder:
             keys = {"train.device": "cpu", **({"data.max_pairs": MOST} if name.endswith("icons") else {})}
@@ -392,7 +393,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="numbers of training pairs; 0: all")
     parser.add_argument("--methods", nargs="+", choices=PEERS)
-    parser.add_argument("--from", dest="weights", help="a start; default: the built-in one")
+    parser.add_argument("--from", dest="weights", default=START, help=f"default: {START}")
     parser.add_argument("--out", type=Path, default=Path("runs/few"))
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -403,7 +404,7 @@ def main() -> None:
         data = Data.of(f"builtin:{name}", options.weights)
         left_out = "declip, own pairs" if data.embedded else "start as it is"
         methods = options.methods or [method for method in PEERS if method != left_out]
-        name = name if options.weights is None else f"{name} from {options.weights}"
+        name = name if options.weights == START else f"{name} from {options.weights}"
         for seed in range(options.seeds):
             fold = assign_folds(data.groups, FOLDS, SALT + seed)
             held_out, _ = data.some(np.flatnonzero(fold == 0))
