@@ -145,10 +145,11 @@ def finetune(
     from declip import api, finetuning
 
     options: dict[str, Any] = {"val": val or (), "keep": keep or (), "out": out, "freeze": freeze, "quiet": quiet}
+    options |= given
     if dry_run:
-        say("\n".join(finetuning.estimate_finetune(pairs, weights, **options, **given)))
+        say("\n".join(finetuning.estimate_finetune(pairs, weights, **options)))
         return
-    run = api.finetune(pairs, weights, resume=resume, **options, **given)
+    run = api.finetune(pairs, weights, resume=resume, **options)
     leave_unless_finished(run)
     from declip.reports.run import fitted_lines
 
