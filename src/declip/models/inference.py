@@ -19,8 +19,8 @@ PIXELS = 2**18
 system and requested again in every layer: EfficientNet-Lite0 takes 3 times as long with 256 images of 128 pixels."""
 
 PATCHES = 4
-"""Times as many for a tower whose only convolution makes patches: ViT-B/32 takes 0.9 to 1 times as long, and its threads
-wait for each other less often."""
+"""Times as many for a tower whose only convolution makes patches. ViT-B/32 takes 0.9 to 1 times as long, and its
+threads wait for each other less often."""
 
 TOLERANCE = 1e-5
 """Largest difference of a folded tower's features, relative to the largest feature."""
