@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from declip.data.builtin.fetch import read_json
-from declip.data.builtin.iconify import DESIGNS, PACKAGE_OF
+from declip.data.builtin.iconify import DESIGN, DESIGNS
 from declip.data.builtin.pictures import table_file
 
-COLUMNS = ("code", "name", "category", "group", "held_out", "names", "drawn", "keywords", *PACKAGE_OF)
+COLUMNS = ("code", "name", "category", "group", "held_out", "names", "drawn", "keywords", *DESIGN)
 """Columns of the table. The last ones name each designer's drawing. "names" are further names, each of this emoji
 alone, and "drawn" are those by the designers."""
 

@@ -138,8 +138,8 @@ def find_changes(source: ImageSource, writer: Writer, progress: bool = False) ->
         for place in bar.track(range(len(source)), description=f"Looking through {source.name}"):
             if not seen[place]:
                 continue
-            at = place if int(keys[place]) in repeated else None
-            wanted = np.uint64(_hash((source.key(place), _stamped(source, place).stamp, at)))
+            told_by = place if int(keys[place]) in repeated else None
+            wanted = np.uint64(_hash((source.key(place), _stamped(source, place).stamp, told_by)))
             row = int(np.searchsorted(mark, wanted))
             while row < len(mark) and mark[row] == wanted and kept[row]:
                 row += 1
@@ -188,7 +188,9 @@ def _embed_places(
     """Embed images part by part; returns the images that were left out."""
     info, skipped = writer.info, SkipCounter()
     parts = [places[start : start + PART_ROWS] for start in range(0, len(places), PART_ROWS)]
-    batches = [part[start : start + batch_size] for part in parts for start in range(0, len(part), batch_size)]
+    batches = [
+        part[start : start + batch_size].tolist() for part in parts for start in range(0, len(part), batch_size)
+    ]
     stream = encode_images(model, source, read_row, batches, workers, progress)
     for part in parts:
         rows, vectors = list[IndexedImage](), list[Tensor]()

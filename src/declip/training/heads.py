@@ -162,11 +162,11 @@ def choose_heads(
 
     form, weight = _best(tried, (usual, weights[0]), some)
     (heads,) = fit_heads(pairs, everything, classes, weight, (form,))
-    chosen, reference = outcome(form, weight), outcome(START, 0.0) if embedded else None
+    best, reference = outcome(form, weight), outcome(START, 0.0) if embedded else None
     if classes is not None:
         alone = {key: each for key, each in tried.items() if key[1] == 0}
         reference = outcome(*_best(alone, (usual, 0.0), some))
-    return Choice(heads, form, weight, SCALES[int(chosen.losses.argmin())], chosen, reference)
+    return Choice(heads, form, weight, SCALES[int(best.losses.argmin())], best, reference)
 
 
 def _best(tried: dict[tuple[Form, float], HeldOutRanks], usual: tuple[Form, float], pairs: Pairs) -> tuple[Form, float]:
