@@ -51,11 +51,7 @@ def classify(
     check_writable((save,))
     if save is not None and examples is None:
         raise UserError("--save requires --examples: it saves the classifier that is fitted to them.")
-    from declip.data.pair import printable
     from declip.search.classify import classify as run_classification
-
-    def print_line(one: Any) -> None:
-        typer.echo(f"{printable(one.image)}\t{one.best}\t{one.probability:.4f}")
 
     result = run_classification(
         model,
@@ -73,7 +69,7 @@ def classify(
         device=device,
         precision=precision,
         progress=not quiet,
-        on_prediction=print_line if out is None else None,
+        on_prediction=_print if out is None else None,
     )
     if result.classifier is not None:
         typer.echo(result.classifier.summary(), err=True)
@@ -85,3 +81,10 @@ def classify(
             typer.echo(f"Left out: {line}", err=True)
     else:
         say(f"{result.summary()}\nWritten: {out}")
+
+
+def _print(prediction: Any) -> None:
+    """Print a prediction as a row of a table."""
+    from declip.data.pair import printable
+
+    typer.echo(f"{printable(prediction.image)}\t{prediction.best}\t{prediction.probability:.4f}")

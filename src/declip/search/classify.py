@@ -84,8 +84,7 @@ def classify(
 
     Args:
         images: A folder, a file, a pattern such as "photos/*.jpg", or any source; images need no captions.
-        classes: Names, a file with one name per line, or a string of names separated by commas; by default those of the
-            examples.
+        classes: Names, a file with one per line, or a string of names with commas; by default those of the examples.
         examples: Labeled images of some or all of the classes, as for `declip.Classifier.fit`.
         head: A fitted classifier or its file, instead of classes and examples.
         reject: Assign images unlike the examples to "none of these".
@@ -96,17 +95,13 @@ def classify(
         on_prediction: Called with each prediction, in the order of the images.
 
     Raises:
-        UserError: There are fewer than two classes, no image can be read, `out` is not a .csv file, or the model has no
-            text tower.
+        UserError: Fewer than two classes, no readable image, `out` that is not a .csv file, or no text tower.
     """
     # --- input, before the model is loaded
     check_range("batch_size", batch_size, 1)
     names = _check_options(classes, examples, head, reject)
     prompts = read_templates(templates)[1]
-    source = _open(images, replace(columns, caption=None))
-    path = None if out is None else Path(out).expanduser()
-    if path is not None and (path.suffix.lower() != ".csv" or path.is_dir()):
-        raise UserError(f"Predictions are written to a .csv file, not to '{out}'. Choose another path with --out.")
+    source, path = _open(images, replace(columns, caption=None)), _check_table(out)
     classifier = Classifier.load(head) if isinstance(head, str | Path) else head
     workers = workers or (None if isinstance(images, str | Path) and workers is None else 0)
     encoder = load(model, device, precision) if isinstance(model, str | Path) else model
@@ -114,26 +109,47 @@ def classify(
     options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "progress": progress}
     if examples is not None:
         classifier = Classifier.fit(encoder, names, examples, templates=prompts, label_column=label_column, **options)
-    if classifier is None:
-        scorer = _names_alone(encoder, names, prompts, batch_size)
-    else:
-        scorer = _with_examples(encoder, classifier, reject)
-    # --- classify and write batch by batch
+    scorer = (
+        _with_examples(encoder, classifier, reject) if classifier else _names_alone(encoder, names, prompts, batch_size)
+    )
     result = Classification(dict.fromkeys([*scorer.names, *([NONE] if reject else [])], 0), classifier=classifier)
-    collect = on_prediction or (result.predictions.append if path is None else None)
-    batches = [range(start, min(start + batch_size, len(source))) for start in range(0, len(source), batch_size)]
-    stream = encode_images(encoder, source, _read, batches, workers, progress, scorer.encode)
+    collect = on_prediction or (result.predictions.append if path is None else lambda prediction: None)
+    # --- classify and write batch by batch
     with _open_table(path, scorer.names) as write:
-        for vectors, rows, broken in stream:
-            result.skipped.merge(broken)
-            for prediction in scorer.predict(rows, vectors) if rows else ():
-                result.counts[prediction.best] += 1
-                write(prediction)
-                if collect is not None:
-                    collect(prediction)
-        if not any(result.counts.values()):
-            raise UserError(f"None of the {len(source):,} images can be used: {result.skipped.explanation()}")
+        for prediction in _predictions(encoder, source, scorer, result.skipped, **options):
+            result.counts[prediction.best] += 1
+            write(prediction)
+            collect(prediction)
     return result
+
+
+def _predictions(
+    model: Encoder,
+    source: ImageSource,
+    scorer: "_Scorer",
+    skipped: SkipCounter,
+    batch_size: int,
+    workers: int | None,
+    progress: bool,
+) -> Iterator[Prediction]:
+    """Classify the images of a source in order; broken ones are counted, and none at all is an error."""
+    usable = False
+    batches = [range(start, min(start + batch_size, len(source))) for start in range(0, len(source), batch_size)]
+    for vectors, rows, broken in encode_images(model, source, _read, batches, workers, progress, scorer.encode):
+        skipped.merge(broken)
+        if rows:
+            usable = True
+            yield from scorer.predict(rows, vectors)
+    if not usable:
+        raise UserError(f"None of the {len(source):,} images can be used: {skipped.explanation()}")
+
+
+def _check_table(out: str | Path | None) -> Path | None:
+    """Return the path of the table to write, which is a .csv file."""
+    path = None if out is None else Path(out).expanduser()
+    if path is not None and (path.suffix.lower() != ".csv" or path.is_dir()):
+        raise UserError(f"Predictions are written to a .csv file, not to '{out}'. Choose another path with --out.")
+    return path
 
 
 @dataclass(frozen=True)

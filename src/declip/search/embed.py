@@ -188,9 +188,7 @@ def _embed_places(
     """Embed images part by part; returns the images that were left out."""
     info, skipped = writer.info, SkipCounter()
     parts = [places[start : start + PART_ROWS] for start in range(0, len(places), PART_ROWS)]
-    batches = [
-        part[start : start + batch_size].tolist() for part in parts for start in range(0, len(part), batch_size)
-    ]
+    batches = [part[start : start + batch_size].tolist() for part in parts for start in range(0, len(part), batch_size)]
     stream = encode_images(model, source, read_row, batches, workers, progress)
     for part in parts:
         rows, vectors = list[IndexedImage](), list[Tensor]()

@@ -45,7 +45,7 @@ FOLDS, FEWEST = 5, 20  # folds, and groups of pairs from which on there is a cho
 MOST = 5_000  # images that the choice is made on: the heads are of all, and so are their out-of-fold ranks
 WIDER = 1.3
 """Factor of an interval's width. Images of a fold compete with each other, and folds share pairs that are fitted, so
-their errors are not independent (arXiv 2104.00673). Chosen with 20 samples of four built-in sets."""
+their errors are not independent (arXiv 2104.00673). Chosen with 80 intervals on four built-in sets."""
 BLOCK = 1_000  # images that compete, so that the time grows with the number of images, not its square
 DIRECTIONS = 512  # largest directions of the image features that cross-validation keeps: a tenth of 1,280's time
 
