@@ -1,4 +1,4 @@
-"""How a model is known again: one hash of everything that its features depend on."""
+"""Fingerprint of a model: one hash of everything that its features depend on."""
 
 import hashlib
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Choose the images to caption next: those to whose features most of the others are near."""
+"""Choose the images to caption next: together, their features are close to those of most other images."""
 
 import csv
 import os
@@ -26,8 +26,8 @@ from declip.search.index import Hit, Index
 from declip.search.opening import open_or_embed
 
 MOST = 20_000
-"""Images among which is chosen: of more, a random sample, of which 200 are chosen as well as of a million."""
-SAMPLED = 10  # images of the sample for each one to choose, if that is more
+"""Largest number of candidates; of more images a random sample is taken."""
+SAMPLED = 10  # size of the sample for each image to choose, if that is more than `MOST`
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class ChosenImages:
     images: list[Hit]
     index: Index
     known: int  # images with captions that were given
-    compared: int  # images among which was chosen
+    compared: int  # number of candidates
 
     def summary(self) -> str:
         """What the images cover, and what was left out."""
@@ -101,7 +101,7 @@ def choose(
     options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "progress": progress}
     opened = open_or_embed(model, images, index, device=device, precision=precision, columns=columns, **options)
     if path is not None:
-        image_cell(opened, int(opened.ids[0]), path.parent)  # raises before an hour's work
+        image_cell(opened, int(opened.ids[0]), path.parent)  # raises early
     known = torch.empty(0, opened.info.dimension)
     if have is not None:
         known = captioned_vectors(open_or_embed(opened.model, have, **options))
@@ -119,7 +119,7 @@ def choose_from(index: Index, count: int, known: Tensor, seed: int = 0) -> Chose
     found = facility_location(index.vectors(ids), known, count)
     hits = [Hit(**vars(index.row(int(ids[row]))), score=coverage) for row, coverage in found]
     if not hits:
-        raise UserError(f"All {len(ids):,} images are near-duplicates of those with captions: there is none to choose.")
+        raise UserError(f"All {len(ids):,} images are near-duplicates of captioned images. Add other images.")
     return ChosenImages(hits, index, len(known), len(ids))
 
 

@@ -32,7 +32,7 @@ from declip.io.text import one_line, percent
 from declip.search.model import fingerprint
 
 KEY = "declip.classifier"  # of the metadata of a file
-FEWEST = 3  # classes with images from which on one of them can be left out
+FEWEST = 3  # classes with images that leaving one out requires
 NONE = "none of these"
 
 

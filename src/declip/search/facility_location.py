@@ -1,4 +1,4 @@
-"""Facility location: a subset of vectors to which all others are near, in a greedy, nested order."""
+"""Facility location: choose vectors that are close to all others, in a greedy, nested order."""
 
 from collections.abc import Iterator
 

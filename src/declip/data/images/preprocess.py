@@ -13,9 +13,8 @@ from declip.data.pair import LazyImage
 
 # Of an image longer than this many times its shorter side, only what the crop keeps is resized.
 LONGEST_SHAPE = 10
-LEFT = (
-    2.0  # times `size` that the shorter side of a reduced JPEG has at least: with 1.0 features differ six times as much
-)
+# The shorter side of a reduced JPEG has at least this many times `size`: with 1.0 features differ six times as much.
+LEFT = 2.0
 
 
 class Preprocess:
