@@ -13,7 +13,7 @@ import declip
 from conftest import draw
 from declip.errors import UserError
 from declip.models.dual_encoder import DualEncoder
-from declip.search.classify import read_classes
+from declip.search.class_names import read_classes
 
 CLASSES = ["red circle", "blue bar", "green square"]
 

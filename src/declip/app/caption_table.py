@@ -12,6 +12,7 @@ from declip.data.sources.stored_paths import resolve
 from declip.errors import UserError
 from declip.io.atomic import atomic_write
 from declip.io.cache import locked
+from declip.io.csv_file import csv_path
 from declip.search.choose import image_cell
 from declip.search.index import Index
 
@@ -25,9 +26,7 @@ class CaptionTable:
     """
 
     def __init__(self, path: Path, index: Index) -> None:
-        if path.suffix.lower() != ".csv" or path.is_dir():
-            raise UserError(f"Captions are saved in a .csv file, not in '{path}'. Choose another one with --caption.")
-        self.path, self.index = path, index
+        self.path, self.index = csv_path(path, "--caption"), index
         image_cell(index, int(index.ids[0]), path.parent)  # refuses images without files
         paths = index.paths()
         self._ids = {resolve(one, index.folder): id for one, id in zip(paths, index.ids.tolist(), strict=True)}

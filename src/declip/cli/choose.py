@@ -21,6 +21,7 @@ from declip.cli.options import (
 )
 from declip.data.columns import Columns
 from declip.io.atomic import atomic_write
+from declip.io.csv_file import csv_path
 from declip.reports.page import check_writable
 
 
@@ -52,7 +53,7 @@ def choose(
     check_source(images, "IMAGES")
     if have is not None:
         check_source(have, "--have")
-    check_writable((out, sheet_out))
+    check_writable((csv_path(out), sheet_out))
     from declip.search.choose import choose as run_choice
 
     choice = run_choice(

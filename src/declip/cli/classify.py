@@ -14,12 +14,15 @@ from declip.cli.options import (
     Quiet,
     Workers,
     check_model,
+    check_source,
     file,
     say,
 )
 from declip.data.columns import Columns
 from declip.errors import UserError
+from declip.io.csv_file import csv_path
 from declip.reports.page import check_writable
+from declip.search.class_names import read_options
 
 
 def classify(
@@ -48,15 +51,18 @@ def classify(
     """Classify images into classes by their names, by examples, or both. Without --out, print a line per image."""
     # Before torch is imported, which takes seconds.
     check_model(model)
-    check_writable((save,))
     if save is not None and examples is None:
         raise UserError("--save requires --examples: it saves the classifier that is fitted to them.")
+    names = read_options(classes, examples, head, reject)
+    check_writable((save, out and csv_path(out)))
+    if examples is not None:
+        check_source(examples, "--examples")
     from declip.search.classify import classify as run_classification
 
     result = run_classification(
         model,
         images,
-        classes,
+        names,
         examples=examples,
         head=head,
         reject=reject,

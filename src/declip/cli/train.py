@@ -47,7 +47,7 @@ def train(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only estimate memory and time")] = False,
 ) -> None:
     """Train a model as a recipe describes, evaluate it, and write a report."""
-    given = _checked(recipe, overrides or [], data, val or [])
+    given = _checked(recipe, overrides or [], data, val or [], resume)
     name = Path(recipe).stem
     from declip import api
     from declip.training.resolve import resolve_recipe
@@ -75,12 +75,14 @@ def leave_unless_finished(run: Any) -> None:
         raise typer.Exit(run.status)
 
 
-def _checked(recipe: str, overrides: list[str], data: str | None, val: list[str]) -> dict[str, Any]:
+def _checked(recipe: str, overrides: list[str], data: str | None, val: list[str], resume: bool) -> dict[str, Any]:
     """Read the overrides, and refuse what can be refused before torch is imported."""
     from declip.recipe.load import load_recipe, parse_overrides
 
     given = parse_overrides(overrides)
     resolved = load_recipe(recipe, given)
+    if resolved.finetune.pretrained is not None and not resume:  # a checkpoint needs no weights
+        check_model(str(resolved.finetune.pretrained))
     for path in val:
         check_source(path, "--val")
     named = resolved.data.source if data is None else data

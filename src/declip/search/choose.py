@@ -18,9 +18,9 @@ from declip.data.sources.stored_paths import resolve
 from declip.errors import UserError, check_range
 from declip.evaluation.encode import Encoder
 from declip.io.atomic import atomic_write
+from declip.io.csv_file import FORMULA, csv_path
 from declip.io.text import percent
 from declip.models.precision import Precision
-from declip.search.classify import FORMULA
 from declip.search.facility_location import facility_location
 from declip.search.index import Hit, Index
 from declip.search.opening import open_or_embed
@@ -93,11 +93,7 @@ def choose(
         seed: Of the sample, if there are more than `MOST` images.
     """
     check_range("count", count, 1)
-    path = None if out is None else Path(out).expanduser()
-    if path is not None and (path.suffix.lower() != ".csv" or path.is_dir()):
-        raise UserError(
-            f"The chosen images are written to a .csv file, not to '{out}'. Choose another path with --out."
-        )
+    path = None if out is None else csv_path(out)
     options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "progress": progress}
     opened = open_or_embed(model, images, index, device=device, precision=precision, columns=columns, **options)
     if path is not None:

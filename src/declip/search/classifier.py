@@ -29,11 +29,11 @@ from declip.evaluation.zero_shot import class_features, read_templates
 from declip.interchange.read import load
 from declip.io.atomic import atomic_write, save_tensors
 from declip.io.text import one_line, percent
+from declip.search.class_names import NONE
 from declip.search.model import fingerprint
 
 KEY = "declip.classifier"  # of the metadata of a file
 FEWEST = 3  # classes with images that leaving one out requires
-NONE = "none of these"
 
 
 class _Stored(BaseModel):
@@ -156,8 +156,6 @@ class Classifier:
     def load(cls, path: str | Path) -> Self:
         """Read a file of `save`; raises `UserError` for another or a damaged one."""
         path = Path(path).expanduser()
-        if not path.is_file():
-            raise UserError(f"There is no head '{path}'. Make one: declip classify IMAGES --examples … --save {path}.")
         try:
             with safe_open(path, "pt") as file:
                 stored = _Stored.model_validate_json((file.metadata() or {})[KEY])

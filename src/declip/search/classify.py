@@ -2,8 +2,6 @@
 
 import csv
 import math
-import os
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -26,12 +24,11 @@ from declip.evaluation.few_shot import joint_encoder
 from declip.evaluation.zero_shot import class_features, logit_scale, read_templates
 from declip.interchange.read import load
 from declip.io.atomic import atomic_write
+from declip.io.csv_file import csv_path, plain
 from declip.models.precision import Precision
-from declip.search.classifier import NONE, Classifier
+from declip.search.class_names import NONE, read_options
+from declip.search.classifier import Classifier
 from declip.search.model import encode_images
-
-# Beginnings of cells that a spreadsheet evaluates; an apostrophe before them makes them text.
-FORMULA = re.compile(r"'*[=+\-@\t\r]")
 
 
 @dataclass(frozen=True)
@@ -99,9 +96,9 @@ def classify(
     """
     # --- input, before the model is loaded
     check_range("batch_size", batch_size, 1)
-    names = _check_options(classes, examples, head, reject)
+    names = read_options(classes, examples, head, reject) or []
     prompts = read_templates(templates)[1]
-    source, path = _open(images, replace(columns, caption=None)), _check_table(out)
+    source, path = _open(images, replace(columns, caption=None)), None if out is None else csv_path(out)
     classifier = Classifier.load(head) if isinstance(head, str | Path) else head
     workers = workers or (None if isinstance(images, str | Path) and workers is None else 0)
     encoder = load(model, device, precision) if isinstance(model, str | Path) else model
@@ -144,14 +141,6 @@ def _predictions(
         raise UserError(f"None of the {len(source):,} images can be used: {skipped.explanation()}")
 
 
-def _check_table(out: str | Path | None) -> Path | None:
-    """Return the path of the table to write, which is a .csv file."""
-    path = None if out is None else Path(out).expanduser()
-    if path is not None and (path.suffix.lower() != ".csv" or path.is_dir()):
-        raise UserError(f"Predictions are written to a .csv file, not to '{out}'. Choose another path with --out.")
-    return path
-
-
 @dataclass(frozen=True)
 class _Scorer:
     """Scores of classes, whose softmax is the probability."""
@@ -186,19 +175,6 @@ def _with_examples(encoder: Encoder, classifier: Classifier, reject: bool) -> _S
     return _Scorer(classifier.classes, joint_encoder(encoder)[0], classifier.head.scores, threshold)
 
 
-def _check_options(
-    classes: str | Path | Sequence[str] | None, examples: object, head: object, reject: bool
-) -> list[str]:
-    """Read the names of classes, if any; refuse options that cannot be combined."""
-    if head is not None and (classes is not None or examples is not None):
-        raise UserError("A head (--head) has its own classes. Leave out --classes and --examples.")
-    if head is None and classes is None and examples is None:
-        raise UserError("Name the classes with --classes, or give examples of them with --examples or --head.")
-    if reject and head is None and examples is None:
-        raise UserError(f"--reject ('{NONE}') requires --examples or --head: its threshold comes from examples.")
-    return [] if classes is None else read_classes(classes)
-
-
 def _read(source: ImageSource, place: int) -> tuple[LazyImage, str]:
     return source.read_lazy(place).image, source.key(place)
 
@@ -214,38 +190,13 @@ def _open_table(out: Path | None, classes: Sequence[str]) -> Iterator[Callable[[
         target.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
     ):
         table = csv.writer(file)
-        table.writerow(["image", "class", "probability", *map(_plain, classes)])
+        table.writerow(["image", "class", "probability", *map(plain, classes)])
 
         def write(prediction: Prediction) -> None:
             numbers = (f"{number:.6g}" for number in (prediction.probability, *prediction.probabilities.values()))
-            table.writerow([_plain(prediction.image), _plain(prediction.best), *numbers])
+            table.writerow([plain(prediction.image), plain(prediction.best), *numbers])
 
         yield write
-
-
-def _plain(cell: str) -> str:
-    """A cell that a spreadsheet does not compute as a formula."""
-    return f"'{cell}" if FORMULA.match(cell) else cell
-
-
-def read_classes(given: str | Path | Sequence[str]) -> list[str]:
-    """Read class names from a list, a text with commas, or the lines of a file; at least two different ones."""
-    if not isinstance(given, str | Path):
-        names = list(given)
-    elif "," in str(given) and not os.path.isfile(os.path.expanduser(given)):
-        names = str(given).split(",")
-    else:
-        try:
-            names = Path(given).expanduser().read_text("utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(
-                f"The classes '{given}' cannot be read: {error}. Give a text file with one class per line, or names "
-                "separated by commas."
-            ) from error
-    names = list(dict.fromkeys(filter(None, (" ".join(str(name).split()) for name in names))))
-    if len(names) < 2:
-        raise UserError(f"Give two classes or more, not {len(names)}{f': {names[0]!r}' if names else ''}.")
-    return names
 
 
 def _open(images: str | Path | PairSource | Items, columns: Columns) -> ImageSource:
