@@ -135,6 +135,8 @@ def evaluate(
             ``templates="a photo of {}"``.
     """
     chosen, opened = Options(**options), open_dataset(dataset, label_column=label_column)
+    if len(chosen.numbers_of_shots) > 1:
+        raise UserError("declip.evaluate returns one result. Pass one number of shots, such as shots=4.")
     loaded = load(model, precision=precision) if isinstance(model, str | Path) else model
     return evaluate_all(loaded, opened, (task,), chosen)[0]
 
@@ -149,12 +151,13 @@ def compare(
 ) -> Outcome:
     """Compare recipes at several numbers of pairs, and write results.json and report.html.
 
-    See `declip.comparison.study.Study.of` for the arguments `datasets`, `tasks`, `overrides` and `budget`, and
+    See `declip.comparison.study.Study.of` for the arguments `datasets`, `tasks`, `shots`, `overrides` and `budget`, and
     `declip.comparison.runner.run` for `jobs` and `quiet`.
     """
     running = {name: options.pop(name) for name in ("jobs", "quiet") if name in options}
     lists = {"datasets", "tasks"}
     options |= {name: tuple(map(str, several(options[name]))) for name in lists & options.keys()}
+    options |= {"shots": several(options["shots"])} if "shots" in options else {}
     numbers = seeds if isinstance(seeds, int) else list(map(int, seeds))
     names, counts = map(str, several(recipes)), map(int, several(pairs))
     outcome = runner.run(Study.of(list(names), list(counts), numbers, **options), out, **running)

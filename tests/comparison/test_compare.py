@@ -11,12 +11,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from filelock import FileLock
+from PIL import Image
 
 from conftest import TINY, WEIGHTS
 from declip.api import compare, train
@@ -64,6 +66,19 @@ def test_every_run_is_what_declip_train_gives(recipes: dict[str, str], table: Pa
     assert outcome.curve("clip", measure).values[0] == (scores(alone.results)[measure],)
     kept = {path.name for path in folder_of(tmp_path / "out", outcome.study.trials()[0]).iterdir()}
     assert {"result.json", "recipe.yaml", "metrics.jsonl", "checkpoints"} - kept == {"checkpoints"}
+
+
+def test_few_shot_is_compared_at_each_number_of_shots(recipes: dict[str, str], table: Path, tmp_path: Path) -> None:
+    for split, color, number in product(("train", "test"), ("red", "blue"), range(3)):
+        path = tmp_path / "colors" / split / color / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), color).save(path)
+    colors = f"folder:{tmp_path / 'colors'}"
+    options: dict[str, Any] = {"pairs": (8,), "datasets": [colors], "tasks": ["few-shot"]}
+    outcome = tiny({"clip": recipes["clip"]}, table, tmp_path / "out", **options, shots=[3, 1])
+    assert [name.removeprefix(colors) for name in outcome.measures] == [": 1 shot, top-1", ": 3 shots, top-1"]
+    with pytest.raises(UserError, match=r"shots was \(1, 3\), now \(1,\)"):
+        tiny({"clip": recipes["clip"]}, table, tmp_path / "out", **options, shots=1)
 
 
 def test_it_continues_with_what_is_missing_only(

@@ -116,8 +116,12 @@ def test_the_protocol_gives_names_and_images(model, painted) -> None:
 
 
 def test_shots_require_the_task(command: Any) -> None:
-    refused = command("evaluate", "builtin:lite0-minilm", "--dataset", "builtin:stamps-kinds", "--shots", 2)
-    assert (refused.status, "--task few-shot" in refused.err) == (2, True)
+    for words in (
+        ("evaluate", "builtin:lite0-minilm", "--dataset", "builtin:stamps-kinds"),
+        ("compare", "clip", "--pairs", 8),
+    ):
+        refused = command(*words, "--shots", 2)
+        assert (refused.status, "--task few-shot" in refused.err) == (2, True)
 
 
 def test_a_class_without_images_is_found_by_its_name() -> None:

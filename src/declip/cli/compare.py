@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from declip.cli.options import Quiet, check_source, console, file, say
+from declip.cli.options import Quiet, Shots, check_shots, check_source, console, file, say
 
 Datasets = Annotated[
     list[str] | None, typer.Option("--dataset", help="evaluation set; default: those of the recipe; repeatable")
@@ -29,6 +29,7 @@ def compare(
     out: Annotated[Path, file("folder of the comparison", metavar="DIR")] = Path("runs/compare"),
     datasets: Datasets = None,
     tasks: Tasks = None,
+    shots: Shots = None,
     budget: Budget = "samples",
     jobs: Annotated[
         int | None, typer.Option(min=1, help="number of parallel runs; default: one per core, or 1 on a GPU")
@@ -38,6 +39,7 @@ def compare(
     """Compare recipes at several numbers of pairs. Run the command again to continue an interrupted comparison."""
     from declip.recipe.load import load_recipe, parse_overrides
 
+    check_shots(shots, tasks or ("zero-shot",))
     recipes = [word for word in words if "=" not in word]
     overrides = parse_overrides([word for word in words if "=" in word])
     for recipe in recipes:
@@ -49,7 +51,7 @@ def compare(
     from declip.reports.comparison import summary
 
     options: dict[str, Any] = {"datasets": datasets or (), "tasks": tasks or ("zero-shot",), "budget": budget}
-    options |= {"overrides": overrides, "jobs": jobs, "quiet": quiet}
+    options |= {"shots": shots or (4,), "overrides": overrides, "jobs": jobs, "quiet": quiet}
     outcome = run_comparison(recipes, read_counts(pairs), seeds, out=out, **options)
     console.print(summary(outcome))
     if not outcome.complete:

@@ -6,7 +6,19 @@ from typing import Annotated, Any
 
 import typer
 
-from declip.cli.options import BatchSize, Device, JsonOut, Precision, Workers, check_model, check_source, console, file
+from declip.cli.options import (
+    BatchSize,
+    Device,
+    JsonOut,
+    Precision,
+    Shots,
+    Workers,
+    check_model,
+    check_shots,
+    check_source,
+    console,
+    file,
+)
 from declip.errors import UserError, unknown
 from declip.io.atomic import write_text
 
@@ -22,7 +34,7 @@ def evaluate(
         typer.Option("--dataset", help="builtin:NAME, NAME:/path, a table, a folder, or paper11:/path; repeatable"),
     ],
     task: Annotated[str, typer.Option(help="zero-shot, retrieval, linear (probe) or few-shot")] = "zero-shot",
-    shots: Annotated[int | None, typer.Option(min=1, help="with few-shot: examples per class; default: 4")] = None,
+    shots: Shots = None,
     templates: Annotated[str | None, typer.Option(help="name of a template set, or a template with {}")] = None,
     label_column: Annotated[str | None, typer.Option(help="table column of classes")] = None,
     batch_size: BatchSize = 256,
@@ -37,8 +49,7 @@ def evaluate(
         raise unknown("task", task, TASKS)
     if templates is not None and task not in ("zero-shot", "few-shot"):
         raise UserError(f"--templates requires --task zero-shot or few-shot, but --task is {task}. Remove it.")
-    if shots is not None and task != "few-shot":
-        raise UserError(f"--shots requires --task few-shot, but --task is {task}. Remove it.")
+    check_shots(shots, (task,))
     check_model(model)
     for name in datasets:
         check_source(name, "--dataset")
@@ -48,7 +59,7 @@ def evaluate(
 
     check_writable((json_out, markdown_out))
     suite = _suite_of(datasets, label_column, markdown_out)
-    options = Options(templates=templates, shots=shots or 4, batch_size=batch_size, workers=workers)
+    options = Options(templates=templates, shots=shots or [4], batch_size=batch_size, workers=workers)
     loaded = load(model, device, precision)
     if suite is not None:
         from rich.markdown import Markdown

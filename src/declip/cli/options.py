@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+from collections.abc import Collection
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
@@ -43,6 +44,10 @@ ImageColumn = Annotated[str, typer.Option(help="table column of image paths")]
 CaptionColumn = Annotated[str, typer.Option(help="table column of captions")]
 ImageRoot = Annotated[Path | None, file("folder that image paths in a table are relative to", metavar="DIR")]
 Workers = Annotated[int | None, typer.Option(min=0, help="number of processes; default: one per core, at most 8")]
+Shots = Annotated[
+    list[int] | None,
+    typer.Option(min=1, help="with few-shot: number of examples per class; default: 4; repeatable"),
+]
 BatchSize = Annotated[int, typer.Option(min=1, help="images per forward pass")]
 License = Annotated[str, typer.Option(help="license for the model card, such as mit")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an existing export")]
@@ -72,6 +77,12 @@ def check_source(source: str, option: str) -> None:
             f"'{source}' does not exist ({option}). Give a table (.csv, .jsonl, .parquet …), a folder of "
             "images with captions, tar shards such as 'data/{00000..00331}.tar', or builtin:emoji."
         )
+
+
+def check_shots(shots: list[int] | None, tasks: Collection[str]) -> None:
+    """Refuse `--shots` without the task few-shot."""
+    if shots and "few-shot" not in tasks:
+        raise UserError(f"--shots requires --task few-shot, but --task is {' '.join(tasks)}. Remove it.")
 
 
 def check_model(model: str) -> None:

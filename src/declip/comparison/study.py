@@ -85,6 +85,7 @@ class Study:
     seeds: tuple[int, ...]
     datasets: tuple[str, ...]  # evaluation sets; the first one is the headline
     tasks: tuple[str, ...]
+    shots: tuple[int, ...] = (4,)  # of few-shot
     budget: str = "samples"
     commands: tuple[tuple[str, ...], ...] = ()  # words of every command that created or extended this study
 
@@ -98,6 +99,7 @@ class Study:
         overrides: Mapping[str, Any] | None = None,
         datasets: Sequence[str] = (),
         tasks: Sequence[str] = ("zero-shot",),
+        shots: Sequence[int] = (4,),
         budget: str = "samples",
     ) -> Self:
         """Build a study.
@@ -108,6 +110,7 @@ class Study:
             overrides: Dotted keys for all recipes.
             datasets: Evaluation sets; by default the first recipe's ``evaluation.final_zero_shot``, or its
                 ``zero_shot``.
+            shots: Numbers of examples per class, with the task few-shot.
             budget: One of `BUDGETS`.
         """
         seeds = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
@@ -124,6 +127,7 @@ class Study:
             seeds=seeds,
             datasets=tuple(datasets) or first.final_zero_shot or first.zero_shot,
             tasks=tuple(tasks),
+            shots=tuple(sorted(set(shots))),
             budget=budget,
             commands=(("declip" if program == "__main__.py" else program, *sys.argv[1:]),),
         )
@@ -226,7 +230,7 @@ def extended(study: Study, earlier: Study, folder: Path) -> Study:
     # Anything else would change the meaning of earlier trials.
     changed = [
         f"{name} was {getattr(earlier, name)}, now {getattr(study, name)}"
-        for name in ("datasets", "tasks", "budget")
+        for name in ("datasets", "tasks", "shots", "budget")
         if getattr(study, name) != getattr(earlier, name)
     ]
     variants = {variant.name: variant for variant in earlier.variants}

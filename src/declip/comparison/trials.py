@@ -74,10 +74,9 @@ def run_trial(study: Study, trial: Trial, folder: Path) -> bool:
     if not run.finished:
         return False
     # --- evaluate
+    options = Options(shots=study.shots, progress=False)
     results = [
-        result.to_dict()
-        for name in study.datasets
-        for result in evaluate_all(parts.model, name, study.tasks, Options(progress=False))
+        result.to_dict() for name in study.datasets for result in evaluate_all(parts.model, name, study.tasks, options)
     ]
     row = {
         **asdict(trial),

@@ -31,14 +31,20 @@ class Options:
     """Settings of an evaluation."""
 
     templates: str | Sequence[str] | None = None  # zero-shot: a shipped set or templates; None: those of the dataset
-    shots: int = 4  # few-shot: images of a class
+    shots: int | Sequence[int] = 4  # few-shot: images of a class, or several numbers
     batch_size: int = 256  # images and texts per forward pass
     workers: int | None = 0  # processes that read images; 0: this one; None: one per core, at most 8
     progress: bool = True
 
     def __post_init__(self) -> None:
         check_range("batch_size", self.batch_size, 1)
-        check_range("shots", self.shots, 1)
+        for number in self.numbers_of_shots:
+            check_range("shots", number, 1)
+
+    @property
+    def numbers_of_shots(self) -> tuple[int, ...]:
+        """`shots` as a tuple."""
+        return (self.shots,) if isinstance(self.shots, int) else tuple(self.shots)
 
 
 @dataclass(frozen=True)
@@ -83,38 +89,48 @@ class SharedFeatures:
         known = isinstance(getattr(self.model, "model", self.model), DualEncoder)  # or a wrapper of one
         return retrieve(features, logit_scale(self.model) if known else None)
 
-    def few_shot(self) -> FewShotResult:
+    def few_shot(self) -> list[FewShotResult]:
         splits, options = check_splits(self.dataset, "few-shot"), self.options
         train, test = splits["train"], splits["test"]
         # --- features of the images of all draws, of the test images and of the names
         labels = np.asarray(train.labels, dtype=np.int64)
-        draws = [sample_per_class(labels, lambda count: min(count, options.shots), draw) for draw in range(DRAWS)]
+        draws = {
+            shots: [sample_per_class(labels, partial(min, shots), draw) for draw in range(DRAWS)]
+            for shots in options.numbers_of_shots
+        }
         encode, width = joint_encoder(self.model)
-        seen = self._encode(train, encode=encode, texts=False, indices=np.flatnonzero(np.any(draws, axis=0)))
+        used = np.flatnonzero(np.any([chosen for each in draws.values() for chosen in each], axis=0))
+        seen = self._encode(train, encode=encode, texts=False, indices=used)
         tested = self._encode(test, encode=encode, texts=False)
         templates = read_templates(options.templates or self.dataset.templates)[1]
         names = class_features(self.model, test.class_names, templates, batch_size=options.batch_size)
-        # --- a classifier for each draw, and one of the names
         truth = np.asarray(test.labels)[tested.indices]
-        right = list[np.ndarray]()
-        for chosen in [np.zeros(len(labels), bool), *draws]:
+
+        def right(chosen: np.ndarray) -> np.ndarray:
             rows = np.flatnonzero(chosen[seen.indices])
             own = torch.from_numpy(labels[seen.indices[rows]])
             head = fit_few_shot(Examples(seen.images[rows], own, names, width))
-            right.append(head.scores(tested.images).argmax(dim=1).numpy() == truth)
-        top1 = [score(each, truth) for each in right[1:]]
-        return FewShotResult(
-            dataset=self.dataset.name,
-            n=len(truth),
-            classes=len(names),
-            shots=options.shots,
-            draws=DRAWS,
-            top1=float(np.mean(top1)),
-            mean_per_class=float(np.mean([score(each, truth, "mean_per_class") for each in right[1:]])),
-            deviation=float(np.std(top1, ddof=1)),
-            names_top1=score(right[0], truth),
-            skipped={**seen.skipped.counts, **tested.skipped.counts},
-        )
+            return head.scores(tested.images).argmax(dim=1).numpy() == truth
+
+        # --- a classifier of the names, and one for each draw
+        names_top1, results = score(right(np.zeros(len(labels), bool)), truth), []
+        for shots, several in draws.items():
+            correct = [right(chosen) for chosen in several]
+            top1 = [score(each, truth) for each in correct]
+            result = FewShotResult(
+                dataset=self.dataset.name,
+                n=len(truth),
+                classes=len(names),
+                shots=shots,
+                draws=DRAWS,
+                top1=float(np.mean(top1)),
+                mean_per_class=float(np.mean([score(each, truth, "mean_per_class") for each in correct])),
+                deviation=float(np.std(top1, ddof=1)),
+                names_top1=names_top1,
+                skipped={**seen.skipped.counts, **tested.skipped.counts},
+            )
+            results.append(result)
+        return results
 
     def check(self, task: str) -> None:
         """Refuse a dataset or model that the task cannot use, before anything is encoded."""
@@ -137,10 +153,10 @@ class SharedFeatures:
         return encode_source(self.model, source, **options, **shared)
 
 
-TASKS: Mapping[str, Callable[[SharedFeatures], Result]] = {
-    "zero-shot": SharedFeatures.zero_shot,
-    "retrieval": SharedFeatures.retrieval,
-    "linear": lambda shared: linear_probe(shared.splits),
+TASKS: Mapping[str, Callable[[SharedFeatures], Sequence[Result]]] = {
+    "zero-shot": lambda shared: [shared.zero_shot()],
+    "retrieval": lambda shared: [shared.retrieval()],
+    "linear": lambda shared: [linear_probe(shared.splits)],
     "few-shot": SharedFeatures.few_shot,
 }
 
@@ -171,5 +187,5 @@ def evaluate_all(
     results = []
     while checked:
         shared = checked.pop(0)  # frees the features of each dataset after its evaluation
-        results += [TASKS[task](shared) for task in tasks]
+        results += [result for task in tasks for result in TASKS[task](shared)]
     return results
