@@ -1,7 +1,6 @@
 """Errors in the input of a user."""
 
 import math
-import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -32,13 +31,3 @@ def check_range(name: str, value: float, low: float, high: float = math.inf) -> 
     if not (math.isfinite(value) and low <= value <= high):
         allowed = f"{low:g} or more" if math.isinf(high) else f"between {low:g} and {high:g}"
         raise UserError(f"{name} is {value}; it must be {allowed}.")
-
-
-def no_model(given: str) -> UserError:
-    """Build the error for weights that are neither a path nor a name that is known."""
-    hub = f" Did you mean 'hf-hub:{given}'?" if re.fullmatch(r"[\w.-]+/[\w.-]+", given) else ""
-    return UserError(
-        f"Cannot find the model '{given}'.{hub} Give a run folder, a checkpoint folder, a weights file, a folder of "
-        "transformers' CLIPModel or of open_clip, hf-hub:OWNER/NAME, open_clip:MODEL/TAG, timm:NAME.TAG or "
-        "builtin:lite2-minilm."
-    )

@@ -24,9 +24,10 @@ from declip.interchange.read import load, read_start
 from declip.io.atomic import remove
 from declip.io.text import plural
 from declip.models.device import pick_device
-from declip.recipe.finetuning import FREEZE, STARTS, Start, read_overrides, settings
+from declip.recipe.finetuning import FREEZE, Start, read_overrides, settings
 from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe
+from declip.recipe.starts import STARTS
 from declip.reports.run import write_report
 from declip.runs.folder import LOCK, RECIPE, SPLIT, Run, lock_folder, log, moved_lists
 from declip.training import distributed

@@ -24,8 +24,8 @@ from declip.models.dual_encoder import DualEncoder
 from declip.models.hf_encoder import read_encoder
 from declip.models.image_tower import NoImageTower
 from declip.models.layers import PROJECTIONS
-from declip.recipe.finetuning import STARTS
 from declip.recipe.load import load_recipe
+from declip.recipe.starts import STARTS
 from interchange.towers import EXACT, KINDS
 from text_encoders import bert
 

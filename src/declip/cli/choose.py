@@ -14,15 +14,14 @@ from declip.cli.options import (
     Precision,
     Quiet,
     Workers,
-    check_model,
     check_source,
     file,
     say,
 )
 from declip.data.columns import Columns
-from declip.io.atomic import atomic_write
+from declip.io.atomic import atomic_write, check_writable
 from declip.io.csv_file import csv_path
-from declip.reports.page import check_writable
+from declip.recipe.starts import check_model
 
 
 def choose(

@@ -13,15 +13,15 @@ from declip.cli.options import (
     Precision,
     Quiet,
     Workers,
-    check_model,
     check_source,
     file,
     say,
 )
 from declip.data.columns import Columns
 from declip.errors import UserError
+from declip.io.atomic import check_writable
 from declip.io.csv_file import csv_path
-from declip.reports.page import check_writable
+from declip.recipe.starts import check_model
 from declip.search.class_names import read_options
 
 

@@ -94,8 +94,8 @@ def inspect(
     for name in (source, *(check_leakage or ())):
         check_source(name, "SOURCE" if name == source else "--check-leakage")
     from declip.inspection import Inspection, inspect_source
+    from declip.io.atomic import check_writable
     from declip.reports.inspection import exclusions, page, summary
-    from declip.reports.page import check_writable
 
     check_writable((json_out, html_out, exclude))
     if exclude and not check_leakage:

@@ -13,7 +13,6 @@ from declip.cli.options import (
     Precision,
     Shots,
     Workers,
-    check_model,
     check_shots,
     check_source,
     console,
@@ -21,6 +20,7 @@ from declip.cli.options import (
 )
 from declip.errors import UserError, unknown
 from declip.io.atomic import write_text
+from declip.recipe.starts import check_model
 
 TASKS = ("zero-shot", "retrieval", "linear", "few-shot")
 
@@ -55,7 +55,7 @@ def evaluate(
         check_source(name, "--dataset")
     from declip.evaluation.protocols import Options
     from declip.interchange.read import load
-    from declip.reports.page import check_writable
+    from declip.io.atomic import check_writable
 
     check_writable((json_out, markdown_out))
     suite = _suite_of(datasets, label_column, markdown_out)

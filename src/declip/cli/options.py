@@ -4,7 +4,6 @@ import os
 import re
 import sys
 from collections.abc import Collection
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -12,11 +11,9 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from declip.errors import UserError, no_model, unknown
-from declip.recipe.finetuning import STARTS
+from declip.errors import UserError
 
 PIPE_WIDTH = 10_000  # columns of output to a file or a pipe, so that lines of tables are not broken
-HUB = ("hf-hub", "huggingface")  # prefixes of names of repositories
 console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
 
 
@@ -83,33 +80,3 @@ def check_shots(shots: list[int] | None, tasks: Collection[str]) -> None:
     """Refuse `--shots` without the task few-shot."""
     if shots and "few-shot" not in tasks:
         raise UserError(f"--shots requires --task few-shot, but --task is {' '.join(tasks)}. Remove it.")
-
-
-def check_model(model: str) -> None:
-    """Refuse a path that does not exist, or an unknown name, before torch is imported."""
-    # open_clip's and timm's names are known; names of repositories are looked up when they are opened.
-    prefix, colon, name = model.partition(":")
-    if prefix in ("open_clip", "timm") and colon:
-        if not name.startswith(("hf-hub:", "local-dir:")) and (package := find_spec(prefix)) and package.origin:
-            _check_name(prefix, name, Path(package.origin).parent)
-    elif model not in STARTS and not (colon and prefix in HUB) and not Path(model).expanduser().exists():
-        raise no_model(model)
-
-
-def _check_name(library: str, name: str, package: Path) -> None:
-    """Look a name up in the files of open_clip or timm, because importing these imports torch."""
-    name, _, tag = name.partition("/")
-    name = name.partition("+")[0]  # behind it is a text encoder
-    if library == "timm":
-        name = name.partition(".")[0]
-        texts = (path.read_text("utf-8") for path in (package / "models").glob("*.py"))
-        known = {found for text in texts for found in re.findall(r"^def (\w+)\(", text, re.MULTILINE)}
-    else:
-        known = {path.stem for path in (package / "model_configs").glob("*.json")}
-    if known and name not in known:
-        raise unknown(f"{library} model", name, known)
-    # What follows is a tag or a file.
-    if library == "open_clip" and tag and not Path(tag).expanduser().exists():
-        text = (package / "pretrained.py").read_text("utf-8")
-        if not re.search(rf"\b{re.escape(tag.replace('-', '_'))}\b", text, re.IGNORECASE):
-            raise unknown("open_clip tag", tag, {*re.findall(r"^ +(\w+)=_\w+\(", text, re.MULTILINE)})

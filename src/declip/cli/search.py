@@ -18,7 +18,6 @@ from declip.cli.options import (
     Precision,
     Quiet,
     Workers,
-    check_model,
     check_source,
     console,
     expand,
@@ -27,8 +26,8 @@ from declip.cli.options import (
 )
 from declip.data.columns import Columns
 from declip.errors import UserError
-from declip.io.atomic import atomic_write, write_text
-from declip.reports.page import check_writable
+from declip.io.atomic import atomic_write, check_writable, write_text
+from declip.recipe.starts import check_model
 
 if TYPE_CHECKING:
     from declip.search.index import Hit

@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from declip.cli.options import Device, Precision, Quiet, check_model, check_source, file
+from declip.cli.options import Device, Precision, Quiet, check_source, file
 from declip.errors import UserError
+from declip.recipe.starts import check_model
 
 PORT = 8765
 ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from declip.cli.options import Overrides, Quiet, Resume, check_model, check_source, console, file, say
+from declip.cli.options import Overrides, Quiet, Resume, check_source, console, file, say
+from declip.recipe.starts import check_model
 
 Validation = Annotated[
     list[str] | None,

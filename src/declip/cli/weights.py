@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from declip.cli.options import UNKNOWN_LICENSE, License, Overwrite, check_model, file, say
+from declip.cli.options import UNKNOWN_LICENSE, License, Overwrite, file, say
+from declip.recipe.starts import check_model
 
 Out = Annotated[Path, file("folder to write", metavar="DIR")]
 

@@ -8,7 +8,7 @@ from typing import Any
 import huggingface_hub
 from torch import Tensor
 
-from declip.errors import UserError, no_model
+from declip.errors import UserError
 from declip.interchange import declip_file, huggingface, official, open_clip, starter, timm_weights
 from declip.interchange.open_clip_model import PREFIX as OPEN_CLIP
 from declip.interchange.weights import Weights, read_recipe, read_tensors
@@ -17,7 +17,7 @@ from declip.io.hub import fetch
 from declip.models.device import pick_device
 from declip.models.dual_encoder import DualEncoder
 from declip.models.precision import Precision, convert, pick_precision
-from declip.recipe.finetuning import STARTS
+from declip.recipe.starts import STARTS, no_model
 from declip.runs.checkpoint import (
     STATE,
     Checkpoint,

@@ -23,8 +23,8 @@ from declip.interchange.weights import Uninitialized, Weights, read_tensors
 from declip.models.dual_encoder import DualEncoder
 from declip.models.hf_encoder import SIZES, TextEncoder
 from declip.models.layers import PROJECTIONS
-from declip.recipe.finetuning import STARTS
 from declip.recipe.load import load_recipe
+from declip.recipe.starts import STARTS
 
 NAME = "builtin:lite2-minilm"  # the default
 IMAGE_SHA256 = {

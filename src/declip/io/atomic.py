@@ -6,7 +6,7 @@ import os
 import shutil
 import stat
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
@@ -30,6 +30,15 @@ def cache_folder() -> Path:
     """Path of the cache: $DECLIP_CACHE, else `declip` in $XDG_CACHE_HOME or ~/.cache."""
     usual = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "declip")
     return Path(os.environ.get(CACHE_VARIABLE) or usual).expanduser()
+
+
+def check_writable(paths: Iterable[Path | None]) -> None:
+    """Refuse paths that cannot be written, before work that takes long; None is ignored."""
+    for path in filter(None, paths):
+        folder = path.parent
+        if path.is_dir() or not os.access(folder, os.W_OK):
+            why = "it is a folder" if path.is_dir() else f"'{folder}' is not a writable folder"
+            raise UserError(f"'{path}' cannot be written: {why}. Choose another file.")
 
 
 @contextmanager

@@ -18,8 +18,6 @@ USED = ("train.device", "train.report_to", "train.keep_checkpoints", "train.prec
 """Sections that heads in closed form do not read, and the keys of these that they do."""
 
 EVALUATIONS = 10  # of a run, at most
-STARTS = {"builtin:lite0-minilm": 128, "builtin:lite2-minilm": 192}
-"""Built-in starts, with the image size on a CPU: 224 and 260 pixels, their own sizes, take 3 and 2 times as long."""
 
 Start = Literal["heads", "image", "whole"]
 """What the weights lack: projections into a shared space, the text tower, or nothing."""

@@ -1,19 +1,15 @@
 """Pages: self-contained HTML files, rendered from numbers by Jinja templates."""
 
 import datetime
-import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from rich.markup import escape
 from rich.table import Table as RichTable
 
-from declip.errors import UserError
 from declip.io import text
 
 NBSP = "\N{NO-BREAK SPACE}"
@@ -76,15 +72,6 @@ def render(template: str, **context: Any) -> str:
     now = datetime.datetime.now().strftime("%d %B %Y, %H:%M")
     found = environment(template.endswith(".txt")).get_template(template)
     return found.render(version=metadata.version("declip"), date=now, **context)
-
-
-def check_writable(paths: Iterable[Path | None]) -> None:
-    """Refuse paths that cannot be written, before work that takes long; None is ignored."""
-    for path in filter(None, paths):
-        folder = path.parent
-        if path.is_dir() or not os.access(folder, os.W_OK):
-            why = "it is a folder" if path.is_dir() else f"'{folder}' is not a writable folder"
-            raise UserError(f"'{path}' cannot be written: {why}. Choose another file.")
 
 
 def rich_table(table: Table) -> RichTable:
