@@ -21,8 +21,8 @@ import declip
 from declip.data.builtin import open_builtin
 from declip.evaluation.encode import encode_source
 from declip.evaluation.few_shot import FOLDS, Examples, fit_few_shot, joint_encoder
-from declip.evaluation.logistic import LogisticProblem
-from declip.evaluation.per_class import sample_per_class
+from declip.evaluation.linear_probe import LogisticProblem
+from declip.evaluation.results import sample_per_class
 from declip.evaluation.zero_shot import class_features
 
 SETS = {

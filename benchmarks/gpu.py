@@ -32,9 +32,8 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
-from declip.data.assembly import Assembler
-from declip.data.images.crops import apply_photometric
-from declip.data.loader import PairLoader
+from declip.data.images.views import apply_photometric
+from declip.data.loader import Assembler, PairLoader
 from declip.data.text.tokenizer import Tokenizer
 from declip.errors import UserError
 from declip.io.atomic import atomic_write

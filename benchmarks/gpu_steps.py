@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from declip.data.batch import PairBatch, Photometric, View
-from declip.data.images.crops import apply_photometric
+from declip.data.images.views import apply_photometric
 from declip.models.device import pick_device
 from declip.recipe.schema import Recipe
 from declip.training.assemble import plan_of

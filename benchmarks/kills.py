@@ -27,7 +27,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from rich.progress import track
 
-from declip.data.assembly import Assembler
+from declip.data.loader import Assembler
 from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe
 from declip.runs import checkpoint

@@ -23,14 +23,12 @@ from rich.table import Table
 from sklearn.datasets import load_sample_images
 from torchvision import transforms
 
-from declip.data.assembly import Assembler
-from declip.data.images import lazy as picture
-from declip.data.images.crops import apply_photometric
-from declip.data.images.decode import decode
-from declip.data.images.lazy import open_image
-from declip.data.loader import PairLoader
+from declip.data.batch import plan_views
+from declip.data.images import decode as picture
+from declip.data.images.decode import decode, open_image
+from declip.data.images.views import apply_photometric
+from declip.data.loader import Assembler, PairLoader
 from declip.data.pair import LazyPair, Pair, PairSource
-from declip.data.plan import plan_views
 from declip.data.text.tokenizer import Tokenizer
 from declip.recipe.schema import ImageTowerConfig, ImageView, Recipe
 from declip.supervision.objective import needs_of

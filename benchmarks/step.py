@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from declip.data.batch import PairBatch
-from declip.data.images.crops import apply_photometric
+from declip.data.images.views import apply_photometric
 from declip.data.text.tokenizer import Tokenizer
 from declip.errors import UserError, unknown
 from declip.models.device import pick_device

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import declip
-from declip.data.plan import Needs
+from declip.data.batch import Needs
 from declip.supervision.contrastive import scaled_similarity
 from declip.supervision.term import Encodings, Rows, Similarity, Term
 

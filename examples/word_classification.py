@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import declip
+from declip.data.batch import Needs
 from declip.data.pair import BrokenPair, PairSource
-from declip.data.plan import Needs
 from declip.errors import UserError
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schema import Recipe

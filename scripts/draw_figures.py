@@ -213,8 +213,8 @@ def architecture() -> str:
     steps = (
         ("source", "data/sources/", "PairSource", PLAIN),
         ("pair", "data/pair.py: image, captions", "Pair", PLAIN),
-        ("views", "data/plan.py, images/, text/", "uint8 crops, token ids", IMAGE),
-        ("batch", "data/assembly.py, loader.py", "PairBatch", IMAGE),
+        ("views", "data/batch.py, images/, text/", "uint8 crops, token ids", IMAGE),
+        ("batch", "data/loader.py, loader.py", "PairBatch", IMAGE),
         ("towers", "models/dual_encoder.py", "TowerOutputs", IMAGE),
         ("features", "supervision/objective.py", "Rows, gathered once", TEXT),
         ("losses", "supervision/*.py", "scalars, and their total", TERM),

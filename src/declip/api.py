@@ -17,7 +17,7 @@ from declip.evaluation.encode import Encoder
 from declip.evaluation.protocols import Options, evaluate_all
 from declip.evaluation.results import Result
 from declip.interchange.read import load
-from declip.models.precision import Precision
+from declip.models.inference import Precision
 from declip.recipe.schema import Recipe
 from declip.reports.comparison import write_page
 from declip.reports.run import write_report

@@ -12,7 +12,7 @@ from PIL import Image
 import declip
 from app.conftest import ask
 from conftest import draw, encoded
-from declip.app.params import LARGEST_JSON
+from declip.app.requests import LARGEST_JSON
 from declip.app.state import AppState
 from declip.models.dual_encoder import DualEncoder
 from end_to_end.conftest import png

@@ -16,16 +16,17 @@ from safetensors.torch import save_file
 import declip
 from conftest import TINY, texture
 from declip import finetuning
-from declip.data.columns import Columns
+from declip.data.pair import Columns
 from declip.data.sources.open import open_source
 from declip.data.sources.subset import PairList, read_pair_list, write_pair_list
 from declip.errors import UserError
-from declip.interchange import interpolate, starter
+from declip.interchange import starter
 from declip.interchange.declip_file import write_declip_file
 from declip.recipe.finetuning import read_overrides, settings
 from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe
 from declip.runs.folder import read_run
+from declip.training import mixture
 from declip.training.fit import closed_form
 from interchange.towers import build
 from training.starts import moved, same_end, stop_at
@@ -84,8 +85,8 @@ def test_the_best_mixture_with_the_start_is_kept(pairs: Path, weights: Path, tmp
     assert run.mixture["alpha"] == max(scores, key=lambda alpha: (scores[alpha], alpha))
     assert f"{run.mixture['alpha']:g} × fine-tuned" in printed
     # --- the model of the run is that mixture, and its last results are the mixture's
-    start, end = interpolate.ends_of(out, "cpu")
-    mixed = interpolate.interpolate(start, end, run.mixture["alpha"])
+    start, end = mixture.ends_of(out, "cpu")
+    mixed = mixture.interpolate(start, end, run.mixture["alpha"])
     loaded = declip.load(out, device="cpu")
     assert not moved(mixed.state_dict(), loaded.state_dict())  # type: ignore[attr-defined]
     truth = declip.evaluate(loaded, str(pairs), "retrieval").to_dict()

@@ -6,10 +6,9 @@ import numpy as np
 from PIL import Image
 
 from conftest import encoded
-from declip.data.assembly import Assembler
-from declip.data.loader import PairLoader
+from declip.data.batch import Plan, TextSpec, ViewSpec
+from declip.data.loader import Assembler, PairLoader
 from declip.data.pair import BrokenPair, Pair, PairSource
-from declip.data.plan import Plan, TextSpec, ViewSpec
 from declip.recipe.schema import ImageView, TextView
 
 

@@ -8,8 +8,7 @@ import pytest
 from PIL import Image
 
 from declip.data.pair import BrokenPair
-from declip.data.sources.image_source import open_images
-from declip.data.sources.open import open_source
+from declip.data.sources.open import open_images, open_source
 
 PACKET = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?><x:xmpmeta xmlns:x="adobe:ns:meta/">
 <rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description xmlns:dc="http://purl.org/dc/elements/1.1/">

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy.stats import chisquare
 
+from declip.data.loader import Order, build_order
 from declip.data.pair import PairSource
-from declip.data.sampling import Order, build_order
 from declip.data.sources.subset import Joined, take
 from declip.errors import UserError
 

@@ -26,7 +26,7 @@ from declip.data.builtin.iconify import DESIGNS, EMOJI
 from declip.data.exclude import write_exclusions
 from declip.data.sources.open import open_source
 from declip.evaluation import zero_shot
-from declip.evaluation.prompt_sets import PromptSet, read_prompts
+from declip.evaluation.zero_shot import PromptSet, read_prompts
 from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe
 from evaluation import trees

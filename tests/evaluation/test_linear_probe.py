@@ -10,10 +10,17 @@ import torch
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
-from declip.evaluation.linear_probe import GRID, Labeled, ProbeData, a_fifth, linear_probe, measure, sweep
-from declip.evaluation.logistic import LogisticProblem
-from declip.evaluation.per_class import by_class, sample_per_class, score
-from declip.evaluation.results import LinearProbeResult
+from declip.evaluation.linear_probe import (
+    GRID,
+    Labeled,
+    LogisticProblem,
+    ProbeData,
+    a_fifth,
+    linear_probe,
+    measure,
+    sweep,
+)
+from declip.evaluation.results import LinearProbeResult, by_class, sample_per_class, score
 
 STEPS = {C: step for step, C in GRID.items()}
 

@@ -7,8 +7,8 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
 from declip.errors import UserError
-from declip.evaluation import logistic
-from declip.evaluation.logistic import LogisticProblem
+from declip.evaluation import linear_probe
+from declip.evaluation.linear_probe import LogisticProblem
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def digits() -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize(("C", "block"), [(1e-3, 7_000), (0.1, 200), (10.0, 1 << 20)])
 def test_the_minimum_is_scikit_learns_whatever_the_block(digits, monkeypatch, C, block) -> None:
-    monkeypatch.setattr(logistic, "BLOCK", block)
+    monkeypatch.setattr(linear_probe, "BLOCK", block)
     features, labels = digits
     theirs = LogisticRegression(C=C, max_iter=20_000, tol=1e-8).fit(features.double().numpy(), labels.numpy())
     ours = LogisticProblem(features, labels, dtype=torch.float64).fit(C, tolerance=1e-6)
@@ -89,5 +89,5 @@ def test_what_cannot_be_fitted(digits) -> None:
         LogisticProblem(spoiled, labels)
 
 
-def _objective(features: torch.Tensor, labels: torch.Tensor, found: logistic.LogisticFit, C: float) -> float:
+def _objective(features: torch.Tensor, labels: torch.Tensor, found: linear_probe.LogisticFit, C: float) -> float:
     return found.measure(features.double(), labels)[1] + float(found.weight.square().sum()) / (2 * C * len(labels))

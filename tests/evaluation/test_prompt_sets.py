@@ -8,8 +8,8 @@ from timm.data import ImageNetInfo
 
 from declip.errors import UserError
 from declip.evaluation.datasets import NAMED
-from declip.evaluation.prompt_sets import class_names, prompt_names, read_prompts
-from declip.evaluation.readers.image_folder import wnids_of
+from declip.evaluation.readers import wnids_of
+from declip.evaluation.zero_shot import class_names, prompt_names, read_prompts
 
 DIGESTS = {
     "aircraft": "91522de75ad4", "caltech101": "610806b98066", "cars": "255ecc632c41", "cifar10": "9bbf912e1144",

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from torchvision import datasets
 
 from declip.errors import UserError
-from declip.evaluation.protocols import Options
+from declip.evaluation.protocols import SETS, Options, SuiteResult, evaluate_suite, published
 from declip.evaluation.results import ZeroShotResult
-from declip.evaluation.suites import SETS, SuiteResult, evaluate_suite, published
 from evaluation import trees
 
 KNOWN = {name: label for label, name in enumerate(trees.TEN)} | {

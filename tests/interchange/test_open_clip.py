@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 import declip
 from declip.api import train
 from declip.errors import UserError
-from declip.interchange.interpolate import ends_of
 from declip.runs.checkpoint import list_checkpoints
 from declip.runs.folder import KEPT
+from declip.training.mixture import ends_of
 from interchange.tiny_open_clip import CONFIGS, WORDS, folder_of, pictures, random_model, same, saved
 from training.starts import same_end, tuned
 

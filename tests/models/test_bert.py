@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from declip.models.bert import Bert, is_plain
+from declip.models.hf_encoder import Bert, is_plain
 
 SIZES = {
     "model_type": "bert", "hidden_act": "gelu", "vocab_size": 60, "max_position_embeddings": 20, "type_vocab_size": 2,

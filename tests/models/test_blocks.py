@@ -5,7 +5,7 @@ import timm
 import torch
 from torch import nn
 
-from declip.models.blocks import blocks_of
+from declip.models.layers import blocks_of
 from declip.models.text_tower import TextTower
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from declip.errors import UserError
-from declip.models.blocks import blocks_of
 from declip.models.dual_encoder import DualEncoder
+from declip.models.layers import blocks_of
 from declip.models.text_tower import encode_by_length
 from declip.models.wrapped import encoder_kept_in
 from declip.supervision.objective import Objective

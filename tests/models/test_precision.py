@@ -7,8 +7,7 @@ import torch
 
 from declip.errors import UserError
 from declip.models.dual_encoder import DualEncoder
-from declip.models.fingerprint import fingerprint
-from declip.models.precision import convert, pick_precision, precision_of, round_taps
+from declip.models.inference import convert, fingerprint, pick_precision, precision_of, round_taps
 from models.test_inference import model_of
 
 CPU = torch.device("cpu")

@@ -6,9 +6,9 @@ import pytest
 import yaml
 
 from declip.errors import UserError
+from declip.io.text import read_yaml
 from declip.recipe.load import load_recipe, read_value, recipe_keys, recipe_names, synonyms, unknown_key
 from declip.recipe.schema import Evaluation, Recipe
-from declip.recipe.yaml_text import read_yaml
 
 DEMO_SETS = {
     "zero_shot": ("builtin:emoji-validation",),

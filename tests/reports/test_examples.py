@@ -7,7 +7,7 @@ import torch
 from declip.data.images.thumbnails import thumbnails_of
 from declip.data.pair import SkipCounter
 from declip.evaluation.encode import SourceFeatures
-from declip.reports.examples import retrieval
+from declip.reports.run import retrieval
 
 COLOURS = ["red", "green", "blue", "cyan", "yellow", "white"]
 RNG = np.random.default_rng

@@ -15,7 +15,7 @@ from conftest import draw
 from declip.data.sources.open import open_source
 from declip.errors import UserError
 from declip.models.dual_encoder import DualEncoder
-from declip.models.fingerprint import fingerprint
+from declip.models.inference import fingerprint
 from declip.reports.sheets import search_sheet
 from declip.search.index import Index
 from declip.search.info import INFO

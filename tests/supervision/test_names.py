@@ -8,7 +8,7 @@ from declip.supervision.objective import TERMS
 
 SOURCE = Path(declip.__file__).parent
 HOME = ("supervision/", "recipe/")
-ALLOWED = {("data/plan.py", "contrastive")}
+ALLOWED = {("data/batch.py", "contrastive")}
 """The name of an image view."""
 TENSOR_NAMES = {"interchange/official.py"}
 """Maps the official implementation's names of tensors to ours."""

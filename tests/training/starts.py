@@ -13,8 +13,8 @@ from declip.recipe.schema import Recipe
 from declip.runs.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, part
 from declip.runs.folder import read_rows
 from declip.training.assemble import assemble
+from declip.training.parts import StopRequest
 from declip.training.sinks import RunInfo, Sink
-from declip.training.stopping import StopRequest
 from declip.training.trainer import Trainer
 
 CLOCK = ("seconds", "samples_per_second")

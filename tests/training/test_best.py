@@ -21,7 +21,7 @@ from declip.reports.run import measures_table
 from declip.runs.checkpoint import list_checkpoints, load_checkpoint, part, step_of
 from declip.runs.folder import Run, append_row, drop_rows, read_rows
 from declip.training.assemble import assemble
-from declip.training.stopping import BestEvaluation
+from declip.training.parts import BestEvaluation
 from processes import in_processes
 from training.starts import ended, same_end, stop_at
 

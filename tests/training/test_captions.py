@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 
 from declip.data.sources.open import open_source
-from declip.data.text.hf_tokenizer import HuggingfaceTokenizer
-from declip.data.text.tokenizer import Tokenizer
+from declip.data.text.tokenizer import HuggingfaceTokenizer, Tokenizer
 from declip.models.hf_encoder import read_encoder
 from declip.training.pairs import caption_warnings
 from text_encoders import bert

@@ -7,8 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from declip.data.batch import PairBatch
-from declip.data.plan import Plan, TextSpec, ViewSpec
+from declip.data.batch import PairBatch, Plan, TextSpec, ViewSpec
 from declip.data.text.tokenizer import Tokenizer
 from declip.recipe.schema import ImageView, TextView
 from declip.training.examples import example_views

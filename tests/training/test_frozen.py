@@ -10,12 +10,11 @@ import torch
 
 import declip
 from conftest import TINY
-from declip.data.feature_store import FeatureStore
 from declip.errors import UserError
 from declip.models.dual_encoder import DualEncoder
 from declip.models.image_tower import ImageTower
 from declip.recipe.schema import Recipe
-from declip.training.frozen_encoder import FrozenEncoder, text_key
+from declip.training.frozen_encoder import FeatureStore, FrozenEncoder, text_key
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +37,7 @@ def test_evaluation_computes_the_towers_once(start: Path, monkeypatch: pytest.Mo
     look()
     monkeypatch.setattr(ImageTower, "pool", None)
     read_keys = Mock()
-    monkeypatch.setattr("declip.data.feature_store.FeatureStore.refresh", read_keys)
+    monkeypatch.setattr("declip.training.frozen_encoder.FeatureStore.refresh", read_keys)
     look()
     assert not read_keys.called, "the keys are read once, not for every batch"
 

@@ -15,13 +15,13 @@ from conftest import TINY, WEIGHTS
 from declip.api import train
 from declip.errors import UserError
 from declip.interchange.declip_file import FILE, RECIPE, VERSION
-from declip.interchange.interpolate import ends_of
 from declip.models.dual_encoder import DualEncoder
 from declip.models.hf_encoder import ENTRY
 from declip.models.layers import TEXT, depths
 from declip.recipe.schema import Recipe
 from declip.runs.folder import read_run
 from declip.training.assemble import assemble
+from declip.training.mixture import ends_of
 from declip.training.trainer import Trainer
 from interchange.towers import export_exactly
 from text_encoders import bert, roberta

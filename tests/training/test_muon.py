@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 from declip.recipe.schema import Train
-from declip.training.muon import use_muon
-from declip.training.optimizer import build_optimizer
+from declip.training.optimizer import build_optimizer, use_muon
 from processes import in_processes
 from training.test_distributed import BATCH, compare, some_recipes, two_steps
 

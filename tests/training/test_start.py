@@ -16,7 +16,6 @@ import declip
 from conftest import TINY
 from declip.api import train
 from declip.errors import UserError
-from declip.interchange import interpolate as mixing
 from declip.interchange.declip_file import write_declip_file
 from declip.interchange.model_card import repository, without_folders
 from declip.interchange.read import is_published, read_start
@@ -25,6 +24,7 @@ from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe
 from declip.runs.checkpoint import list_checkpoints, load_checkpoint, part
 from declip.runs.folder import read_rows
+from declip.training import mixture as mixing
 from declip.training.assemble import assemble
 from declip.training.pretrained import _resized
 from declip.training.trainer import Trainer

@@ -13,7 +13,7 @@ import torch
 
 from conftest import WEIGHTS
 from declip.api import train
-from declip.data.images import photometric
+from declip.data.images import views
 from declip.data.pair import PairSource
 from declip.data.sources.open import named_objects, open_source
 from declip.data.sources.subset import DerivedSource
@@ -25,8 +25,8 @@ from declip.runs.folder import read_rows
 from declip.training import resolve
 from declip.training import trainer as trainer_module
 from declip.training.assemble import assemble
+from declip.training.parts import TRY_AGAIN
 from declip.training.sinks import Sink
-from declip.training.stopping import TRY_AGAIN
 from declip.training.trainer import Trainer
 from training.starts import recipe_for, same_end, stop_at
 
@@ -283,13 +283,13 @@ def test_evaluations_change_nothing_and_one_that_a_crash_cut_short_is_done_again
 def test_views_are_finished_in_full_precision(
     table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int | None
 ) -> None:
-    seen, apply = list[bool](), photometric.apply
+    seen, apply = list[bool](), views.apply
 
     def watched(*arguments: Any) -> torch.Tensor:
         seen.append(torch.is_autocast_enabled("cpu"))
         return apply(*arguments)
 
-    monkeypatch.setattr(photometric, "apply", watched)
+    monkeypatch.setattr(views, "apply", watched)
     train(recipe_for(table, steps=1, precision="bf16", grad_cache_chunk=chunk), out=tmp_path, quiet=True, report=False)
     assert seen
     assert not any(seen)

@@ -9,7 +9,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from declip.app.params import LARGEST_UPLOAD, ImageQuestion, OneLine, Template, Text, read_body, read_image
+from declip.app.requests import LARGEST_UPLOAD, ImageQuestion, OneLine, Template, Text, read_body, read_image
 from declip.app.state import state_of, templates_of
 from declip.errors import UserError
 from declip.search.info import Over

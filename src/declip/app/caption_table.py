@@ -8,7 +8,7 @@ from pathlib import Path
 
 from starlette.exceptions import HTTPException
 
-from declip.data.sources.stored_paths import resolve
+from declip.data.sources.shard_files import resolve
 from declip.errors import UserError
 from declip.io.atomic import atomic_write
 from declip.io.cache import locked

@@ -17,11 +17,11 @@ from starlette.responses import JSONResponse, Response
 from torch import Tensor
 
 from declip.app.caption_table import CaptionTable
-from declip.app.params import ImageId, OneLine, Question, Text
+from declip.app.requests import ImageId, OneLine, Question, Text
 from declip.app.state import AppState, state_of
 from declip.errors import UserError
-from declip.evaluation.prompt_sets import read_prompts
 from declip.evaluation.results import Measure
+from declip.evaluation.zero_shot import read_prompts
 from declip.models.closed_form import Pairs
 from declip.search.choose import choose_from
 from declip.training.heads import Choice, choose_heads

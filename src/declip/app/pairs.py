@@ -8,7 +8,7 @@ from pydantic import Field, TypeAdapter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from declip.app.params import LARGEST_JSON, ImageId, Question, read_body
+from declip.app.requests import LARGEST_JSON, ImageId, Question, read_body
 from declip.app.state import AppState, state_of
 from declip.data.exclude import write_exclusions
 from declip.errors import UserError

@@ -19,13 +19,12 @@ from starlette.templating import Jinja2Templates
 from starlette.types import ASGIApp
 
 from declip.app import answers, captions, pairs
-from declip.app.middleware import Guard
-from declip.app.params import LARGEST_UPLOAD, ImageId
+from declip.app.requests import LARGEST_UPLOAD, Guard, ImageId
 from declip.app.state import SIDE, AppState, state_of
 from declip.data.pair import printable
 from declip.errors import UserError
-from declip.evaluation.prompt_sets import prompt_names
-from declip.models.precision import Precision
+from declip.evaluation.zero_shot import prompt_names
+from declip.models.inference import Precision
 from declip.search.opening import open_or_embed
 
 VIEWS = ("classify", "search", "pairs", "caption")

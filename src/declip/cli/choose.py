@@ -18,7 +18,7 @@ from declip.cli.options import (
     file,
     say,
 )
-from declip.data.columns import Columns
+from declip.data.pair import Columns
 from declip.io.atomic import atomic_write, check_writable
 from declip.io.csv_file import csv_path
 from declip.recipe.starts import check_model

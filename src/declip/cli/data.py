@@ -17,7 +17,7 @@ from declip.cli.options import (
     file,
     say,
 )
-from declip.data.columns import Columns
+from declip.data.pair import Columns
 from declip.errors import UserError
 from declip.io.atomic import write_text
 

@@ -64,7 +64,7 @@ def evaluate(
     if suite is not None:
         from rich.markdown import Markdown
 
-        from declip.evaluation.suites import evaluate_suite
+        from declip.evaluation.protocols import evaluate_suite
 
         result = evaluate_suite(loaded, suite, task, options)
         table, found = Markdown(markdown := result.markdown(model)), result.to_dict()
@@ -92,7 +92,7 @@ def _evaluate(model: Any, datasets: list[str], label_column: str | None, task: s
 
 def _suite_of(datasets: list[str], label_column: str | None, markdown_out: Path | None) -> str | None:
     """Return the suite among the datasets, if any; refuse options that it does not allow, or that require one."""
-    from declip.evaluation.suites import PREFIX
+    from declip.evaluation.protocols import PREFIX
 
     suite = next((name for name in datasets if name.startswith(PREFIX)), None)
     if suite is None:

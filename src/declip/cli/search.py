@@ -24,7 +24,7 @@ from declip.cli.options import (
     file,
     say,
 )
-from declip.data.columns import Columns
+from declip.data.pair import Columns
 from declip.errors import UserError
 from declip.io.atomic import atomic_write, check_writable, write_text
 from declip.recipe.starts import check_model

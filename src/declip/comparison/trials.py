@@ -24,7 +24,7 @@ from declip.errors import UserError
 from declip.evaluation.protocols import Options, evaluate_all
 from declip.io.atomic import write_text
 from declip.training.assemble import assemble
-from declip.training.state import versions
+from declip.training.parts import versions
 from declip.training.trainer import Trainer
 
 RUNS, RESULT, FAILURE = "runs", "result.json", "failure.txt"

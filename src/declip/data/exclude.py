@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from declip.data.pair import PairSource, printable
-from declip.data.sources.image_source import ImageSource
+from declip.data.sources.open import ImageSource
 from declip.errors import UserError
 
 LONGEST_REASON = 80  # characters: counts are kept by reason

@@ -1,21 +1,277 @@
-"""An endless iterator of batches from any step on: assembled ahead by worker processes, broken pairs counted."""
+"""Batches by step: which pairs in which order, their views as tensors, and worker processes that work ahead.
+
+A batch is a pure function of the seed and the step. The seed (seed, epoch, i) belongs to pair i (see `Assembler`),
+(seed, epoch, pairs) to the permutation of an epoch, and longer ones to everything below.
+"""
 
 from __future__ import annotations
 
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from functools import cache
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from torch.utils.data import Dataset
+import numpy as np
+import torch
+from torch.utils.data import Dataset, default_collate
 
-from declip.data.assembly import Assembler
-from declip.data.batch import PairBatch
-from declip.data.pair import SkipCounter
+from declip.data.batch import IGNORED, PairBatch, Photometric, View
+from declip.data.images.views import ViewTransform
+from declip.data.pair import BrokenPair, PairSource, SkipCounter
+from declip.data.text.augment import augment, mask_tokens
+from declip.data.text.tokenizer import padded_length
 from declip.errors import UserError
 from declip.io.pool import computed, naming_lost_workers
 
 if TYPE_CHECKING:
-    from declip.data.pair import BrokenPair
+    from declip.data.batch import Plan
+    from declip.data.images.views import Crop
+    from declip.data.pair import BrokenPair, LazyImage, PairSource
+    from declip.data.text.tokenizer import CaptionTokenizer
+
+SHUFFLE_BUFFER = 50_000  # pairs shuffled together where shards are remote: five of img2dataset's shards
+BLOCKS_STREAM, GROUP_STREAM, WITHIN_STREAM = 1, 2, 3
+
+
+class Order(ABC):
+    """Batches by step; `steps_per_epoch` is the number of complete batches in an epoch."""
+
+    def __init__(self, size: int, batch_size: int, seed: int) -> None:
+        self.size, self.batch_size, self.seed = size, batch_size, seed
+        self.steps_per_epoch = size // batch_size
+        self._kept: dict[Any, np.ndarray] = {}
+
+    def generator(self, epoch: int, *stream: int) -> np.random.Generator:
+        """The random numbers for one purpose."""
+        return np.random.default_rng((self.seed, epoch, self.size, *stream))
+
+    @abstractmethod
+    def indices(self, step: int) -> np.ndarray:
+        """The pairs of a step's batch, (batch_size,) int64."""
+
+    @abstractmethod
+    def epoch(self, epoch: int) -> np.ndarray:
+        """All pairs of an epoch in their order, int64; the last ones may fill no batch."""
+
+
+def build_order(source: PairSource, batch_size: int, seed: int, shuffle_buffer: int | None) -> Order:
+    """Choose the order of a source's pairs: so many are shuffled together, all by default, fewer of remote shards."""
+    if shuffle_buffer is None and source.remote:
+        shuffle_buffer = SHUFFLE_BUFFER
+    if shuffle_buffer is None:
+        return ShuffledOrder(len(source), batch_size, seed)
+    return BufferedOrder(len(source), batch_size, seed, source.shards(), shuffle_buffer)
+
+
+class ShuffledOrder(Order):
+    """All pairs of an epoch, permuted by (seed, epoch, size); the order of one epoch is held, 8 bytes a pair."""
+
+    def indices(self, step: int) -> np.ndarray:
+        epoch, place = divmod(step, self.steps_per_epoch)
+        return self.epoch(epoch)[place * self.batch_size : (place + 1) * self.batch_size]
+
+    def epoch(self, epoch: int) -> np.ndarray:
+        if epoch not in self._kept:
+            # The third number is not the index of a pair, so no pair shares this stream.
+            _keep(self._kept, epoch, self.generator(epoch).permutation(self.size), 1)
+        return self._kept[epoch]
+
+
+def _keep(kept: dict[Any, Any], key: object, value: object, most: int) -> None:
+    while len(kept) >= most:
+        kept.pop(next(iter(kept)))
+    kept[key] = value
+
+
+class BufferedOrder(Order):
+    """Shards in an order sampled for each epoch; the pairs of a group of consecutive shards are permuted together.
+
+    An epoch has groups of at least `buffer` pairs. The pairs of a shard that is split between two groups are permuted
+    first, so that chance decides which fall on either side. Memory grows with the number of shards, `blocks`, alone.
+    """
+
+    def __init__(self, size: int, batch_size: int, seed: int, blocks: np.ndarray, buffer: int) -> None:
+        super().__init__(size, batch_size, seed)
+        self.blocks, self._starts = blocks, np.cumsum(blocks) - blocks
+        self.groups = max(1, size // max(buffer, batch_size))
+        # (groups + 1,), number of pairs before each group; Python's integers cannot overflow.
+        self._borders = np.array([group * size // self.groups for group in range(self.groups + 1)])
+        self._shard_orders: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    def indices(self, step: int) -> np.ndarray:
+        epoch, place = divmod(step, self.steps_per_epoch)
+        first, last = place * self.batch_size, (place + 1) * self.batch_size
+        group = int(np.searchsorted(self._borders, first, "right")) - 1
+        pieces: list[np.ndarray] = []
+        while first < last:
+            start, stop = self._borders[group : group + 2]
+            pieces.append(self.group(epoch, group)[first - start : min(last, stop) - start])
+            first, group = min(last, stop), group + 1
+        return np.concatenate(pieces)
+
+    def epoch(self, epoch: int) -> np.ndarray:
+        return np.concatenate([self.group(epoch, group) for group in range(self.groups)])
+
+    def group(self, epoch: int, group: int) -> np.ndarray:
+        """The pairs of a group in their order, int64."""
+        if (epoch, group) not in self._kept:
+            pairs = self._slice(epoch, *self._borders[group : group + 2].tolist())
+            _keep(self._kept, (epoch, group), self.generator(epoch, GROUP_STREAM, group).permutation(pairs), 2)
+        return self._kept[epoch, group]
+
+    def _slice(self, epoch: int, start: int, stop: int) -> np.ndarray:
+        """The pairs from `start` to `stop`, counted along the shards in the epoch's order."""
+        if epoch not in self._shard_orders:
+            order = self.generator(epoch, BLOCKS_STREAM).permutation(len(self.blocks))
+            _keep(self._shard_orders, epoch, (order, np.cumsum(self.blocks[order])), 2)
+        shards, ends = self._shard_orders[epoch]
+        pieces: list[np.ndarray] = []
+        place = int(np.searchsorted(ends, start, "right"))
+        while start < stop:
+            shard, end = int(shards[place]), int(ends[place])
+            length = int(self.blocks[shard])
+            first, last = start - (end - length), min(stop, end) - (end - length)
+            pairs = int(self._starts[shard]) + np.arange(length)
+            if last - first < length:
+                pairs = self.generator(epoch, WITHIN_STREAM, shard).permutation(pairs)[first:last]
+            pieces.append(pairs)
+            start, place = min(stop, end), place + 1
+        return np.concatenate(pieces)
+
+
+class Assembler:
+    """Builds the batch of any step.
+
+    Epoch e shows all pairs in an order sampled from (seed, e), without those that do not fill a last batch. Everything
+    random about pair i in epoch e comes from a generator seeded by (seed, e, i): texts, mask, then each image view.
+    Each of `ranks` builds consecutive pairs of a batch of `batch_size`.
+    """
+
+    def __init__(
+        self,
+        source: PairSource,
+        tokenizer: CaptionTokenizer,
+        plan: Plan,
+        *,
+        batch_size: int,
+        seed: int,
+        shuffle_buffer: int | None = None,
+        rank: int = 0,
+        ranks: int = 1,
+    ) -> None:
+        if len(source) < batch_size:
+            raise UserError(
+                f"'{source.name}' holds {len(source)} pairs, fewer than one batch of {batch_size}. "
+                "Set a smaller train.batch_size, or add pairs."
+            )
+        self.source, self.tokenizer, self.plan = source, tokenizer, plan
+        self.batch_size, self.seed = batch_size, seed
+        self.text = plan.texts.augmentation
+        self.scaled_decode = True  # a JPEG at 1/2, 1/4 or 1/8 where every crop stays large enough
+        self.rank, self.ranks = rank, ranks
+        order = build_order(source, batch_size, seed, shuffle_buffer)
+        self.steps_per_epoch, self.indices = order.steps_per_epoch, order.indices
+
+    def __getitem__(self, step: int) -> PairBatch:
+        """Build this rank's part of the batch of a step; `skipped` has its broken pairs."""
+        epoch = step // self.steps_per_epoch
+        samples: list[_Sample] = []
+        skipped: list[BrokenPair] = []
+        for index in np.array_split(self.indices(step), self.ranks)[self.rank].tolist():
+            try:
+                samples.append(self.sample(index, epoch))
+            except BrokenPair as broken:
+                skipped.append(broken)
+        return self.collate(samples, skipped)
+
+    def _generator(self, epoch: int, index: int) -> np.random.Generator:
+        return np.random.default_rng((self.seed, epoch, index))
+
+    def _texts(self, captions: Sequence[str], generator: np.random.Generator) -> list[str]:
+        chosen = int(generator.integers(len(captions)))
+        text = captions[chosen]
+        if self.plan.texts.count == 1:
+            return [text]
+        if self.text.second_view == "caption" and len(captions) > 1:
+            other = int(generator.integers(len(captions) - 1))
+            return [text, captions[other + (other >= chosen)]]
+        if self.text.second_view == "same":
+            return [text, text]
+        return [text, augment(text, generator)]
+
+    def sample(self, index: int, epoch: int) -> _Sample:
+        """Read a pair, make every random choice about its views, decode it; raises `BrokenPair`."""
+        pair = self.source.read_lazy(index)
+        generator = self._generator(epoch, index)
+        # --- texts, mask, then image views: the order in which random numbers are drawn is part of the result
+        rows = [self.tokenizer.encode(t) for t in self._texts(pair.captions, generator)]
+        probability = self.plan.texts.mask_probability
+        masked, labels = (
+            ([], []) if probability is None else mask_tokens(rows[0], generator, self.tokenizer, probability)
+        )
+        transforms = [_transform(spec.size, spec.augmentation) for spec in self.plan.views]
+        chosen = [(t.sample_crop(*pair.image.size, generator), t.sample_params(generator)) for t in transforms]
+        # --- pixels, only now that their crops are known
+        pixels = self._crop(pair.image, transforms, [crop for crop, _ in chosen])
+        return _Sample(pixels, [params for _, params in chosen], rows, masked, labels, epoch * len(self.source) + index)
+
+    def _crop(self, image: LazyImage, transforms: list[ViewTransform], crops: list[Crop]) -> list[torch.Tensor]:
+        """Decode an image, at a reduced scale where every crop stays at least as large as its view, and crop it."""
+        best = 1
+        for scale in reversed(image.scales) if self.scaled_decode else ():
+            reduced = [crop.reduced(scale) for crop in crops]
+            if all(min(c.width, c.height) >= t.size for c, t in zip(reduced, transforms, strict=True)):
+                best = scale
+        pixels = image.pixels(best)
+        crops = crops if best == 1 else [crop.reduced(best) for crop in crops]
+        return [transform.crop_and_resize(pixels, crop) for transform, crop in zip(transforms, crops, strict=True)]
+
+    def collate(self, samples: list[_Sample], skipped: list[BrokenPair]) -> PairBatch:
+        """Stack the samples; every text is padded to the longest one's length, rounded up."""
+        views = {}
+        for number, spec in enumerate(self.plan.views):
+            crops = [sample.pixels[number] for sample in samples]
+            # In a worker this allocates memory shared with the training process, which copies nothing.
+            pixels = default_collate(crops) if crops else torch.empty(0, 3, spec.size, spec.size, dtype=torch.uint8)
+            views[spec.name] = View(pixels, Photometric.stack([sample.params[number] for sample in samples]))
+        # One length for all texts, since the captions and their augmentations are encoded in one call.
+        longest = max((len(ids) for sample in samples for ids in sample.rows), default=1)
+        context = self.tokenizer.context
+        length = context if self.plan.texts.whole_context else padded_length(longest, context)
+        padding, texts = self.tokenizer.padding, range(self.plan.texts.count)
+        masks = self.plan.texts.mask_probability is not None
+        return PairBatch(
+            views=views,
+            texts=torch.stack([_pad([sample.rows[text] for sample in samples], length, padding) for text in texts]),
+            masked=_pad([sample.masked for sample in samples], length, padding) if masks else None,
+            labels=_pad([sample.labels for sample in samples], length, IGNORED) if masks else None,
+            lengths=torch.tensor([[len(sample.rows[text]) for sample in samples] for text in texts], dtype=torch.int64),
+            sample_ids=torch.tensor([sample.id for sample in samples], dtype=torch.int64),
+            skipped=skipped,
+        )
+
+
+_transform = cache(ViewTransform)
+
+
+class _Sample(NamedTuple):
+    """One pair with every random choice made."""
+
+    pixels: list[torch.Tensor]  # one per view, (3, S, S) uint8
+    params: list[Photometric]
+    rows: list[list[int]]  # token ids of each text view
+    masked: list[int]
+    labels: list[int]
+    id: int
+
+
+def _pad(rows: list[list[int]], length: int, value: int) -> torch.Tensor:
+    padded = np.full((len(rows), length), value, dtype=np.int64)
+    for number, row in enumerate(rows):
+        padded[number, : len(row)] = row
+    return torch.from_numpy(padded)
+
 
 SEEN_BEFORE_STOPPING = 100  # pairs, before the fraction of broken ones can stop a run: fewer are too noisy
 

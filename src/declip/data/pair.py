@@ -1,5 +1,7 @@
 """A pair of an image and its captions, the ways it can be broken, and the base class of all sources of pairs."""
 
+from __future__ import annotations
+
 import hashlib
 import re
 from abc import ABC, abstractmethod
@@ -7,12 +9,15 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from declip.io.text import shown
+
+if TYPE_CHECKING:
+    from declip.recipe.schema import Data
 
 # Characters of a caption, above which it is a page or a broken file, and captions of one image: public sets have five,
 # region descriptions fifty; more mean a wrong image column.
@@ -167,7 +172,7 @@ class SkipCounter:
         if len(kept) < EXAMPLES_KEPT and broken.key not in kept:
             kept.append(broken.key)
 
-    def merge(self, other: "SkipCounter") -> None:
+    def merge(self, other: SkipCounter) -> None:
         """Add the counts of another counter."""
         for reason, keys in other.examples.items():
             for key in keys:
@@ -184,7 +189,7 @@ class SkipCounter:
         return {"reasons": {r: {"count": n, "examples": self.examples[r][:]} for r, n in sorted(self.counts.items())}}
 
     @classmethod
-    def from_dict(cls, state: dict[str, Any]) -> "SkipCounter":
+    def from_dict(cls, state: dict[str, Any]) -> SkipCounter:
         """Rebuild a counter from `to_dict`."""
         rows = state["reasons"]
         return cls({r: row["count"] for r, row in rows.items()}, {r: list(row["examples"]) for r, row in rows.items()})
@@ -240,3 +245,28 @@ def printable(text: str) -> str:
 def is_unicode(text: str) -> bool:
     """Whether the text can be encoded as UTF-8; JSON's lone `\\ud800` cannot."""
     return text.isascii() or not SURROGATE.search(text)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of the columns of a table.
+
+    Attributes:
+        image: Column of image paths or bytes.
+        caption: Column of captions; None does not read them.
+        group: Column whose equal cells mark pairs that show the same thing; None for no groups.
+        root: Folder that image paths are relative to; None: the folder of the table.
+    """
+
+    image: str = "image"
+    caption: str | None = "caption"
+    group: str | None = None
+    root: str | Path | None = None
+
+    @classmethod
+    def of(cls, data: Data) -> Columns:
+        """The columns that a recipe names."""
+        return cls(**data.columns, root=data.image_root)
+
+
+DEFAULT = Columns()

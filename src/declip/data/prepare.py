@@ -12,12 +12,10 @@ from typing import Any
 
 from PIL import Image
 
-from declip.data.columns import DEFAULT, Columns
 from declip.data.exclude import read_exclusions
-from declip.data.images.lazy import LazyJpeg
-from declip.data.pair import BrokenPair, LazyImage, PairSource, SkipCounter
-from declip.data.sources.image_source import ImageSource
-from declip.data.sources.open import open_source
+from declip.data.images.decode import LazyJpeg
+from declip.data.pair import DEFAULT, BrokenPair, Columns, LazyImage, PairSource, SkipCounter
+from declip.data.sources.open import ImageSource, open_source
 from declip.data.sources.shard_files import absolute
 from declip.data.sources.shards import LARGEST_IMAGE, LARGEST_TEXT
 from declip.errors import UserError, check_range

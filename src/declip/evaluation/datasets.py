@@ -16,10 +16,15 @@ from declip.data.sources.python_items import PREFIX, Items
 from declip.data.sources.subset import Subset
 from declip.data.sources.table import find_table
 from declip.errors import UserError, unknown
-from declip.evaluation.readers.image_folder import caltech101, image_folder, imagenet
-from declip.evaluation.readers.images import Openers
-from declip.evaluation.readers.labeled_table import labeled_table
-from declip.evaluation.readers.torchvision_sets import sun397, torchvision_set
+from declip.evaluation.readers import (
+    Openers,
+    caltech101,
+    image_folder,
+    imagenet,
+    labeled_table,
+    sun397,
+    torchvision_set,
+)
 
 
 class LabeledSource(PairSource):

@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 
 from declip.data.images.preprocess import Preprocess
 from declip.data.pair import BrokenPair, LazyImage, PairSource, SkipCounter, printable
-from declip.data.text.caption_tokenizer import CaptionTokenizer
+from declip.data.text.tokenizer import CaptionTokenizer
 from declip.errors import UserError
 from declip.io.pool import mapped, pairs_bar
 from declip.models.inference import image_encoder

@@ -14,8 +14,7 @@ from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
 from declip.evaluation.encode import Encoder
-from declip.evaluation.per_class import by_class, sample_per_class
-from declip.evaluation.results import Measure
+from declip.evaluation.results import Measure, by_class, sample_per_class
 from declip.models.dual_encoder import DualEncoder
 from declip.models.inference import chunked, inference_tower
 

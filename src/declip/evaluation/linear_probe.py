@@ -1,4 +1,4 @@
-"""The linear probe: logistic regression on frozen features of all training images, as in CLIP."""
+"""Linear probes: logistic regression with scikit-learn's objective on frozen features, minimized by SciPy's L-BFGS."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -7,14 +7,147 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from declip.data.pair import PairSource
 from declip.errors import UserError
 from declip.evaluation.datasets import Dataset, LabeledSource, with_classes
 from declip.evaluation.encode import SourceFeatures
-from declip.evaluation.logistic import LogisticFit, LogisticProblem
-from declip.evaluation.per_class import sample_per_class, score
-from declip.evaluation.results import LinearProbeResult
+from declip.evaluation.results import LinearProbeResult, sample_per_class, score
+
+BLOCK = 1 << 22  # scores in memory at a time
+FIRST_STAGE = 20  # iterations after which the curvature is estimated again
+SAMPLE = 4096  # least number of rows for the estimates of curvature and covariance, which set step lengths only
+
+
+@dataclass(frozen=True)
+class LogisticFit:
+    """A fitted linear classifier of the K classes that have training images."""
+
+    weight: Tensor  # (K, d) float64
+    bias: Tensor  # (K,) float64
+    present: Tensor  # (K,) int64, the class of each row, ascending
+    C: float  # inverse strength of the penalty, scikit-learn's
+    iterations: int
+    converged: bool
+
+    def scores(self, features: Tensor) -> Tensor:
+        """Logits (n, K) of features (n, d)."""
+        return torch.addmm(self.bias.to(features), features, self.weight.to(features).T)
+
+    def measure(self, features: Tensor, labels: Tensor) -> tuple[np.ndarray, float]:
+        """Whether each row (n, d) is correct, (n,) bool, NaN never; and the mean loss of the rows of fitted classes."""
+        present, rows = self.present.to(labels.device), max(1, BLOCK // len(self.present))
+        known = torch.isin(labels, present)
+        targets = torch.searchsorted(present, labels).where(known, -1)
+        right, total = [], 0.0
+        for part, wanted in zip(features.split(rows), targets.split(rows), strict=True):
+            scores = self.scores(part)
+            best = scores.max(1)
+            right.append((best.indices == wanted) & ~best.values.isnan())
+            total += float(cross_entropy(scores, wanted, ignore_index=-1, reduction="sum"))
+        return torch.cat(right).cpu().numpy(), total / max(1, int(known.sum()))
+
+
+class LogisticProblem:
+    """Features and labels, prepared once for fits with any number of values of C.
+
+    The objective is that of scikit-learn's `LogisticRegression`, divided by n, which has the same minimum::
+
+        sum(cross_entropy(X[i] @ W.T + b, y[i]) for i in range(n)) / n + (W ** 2).sum() / (2 * C * n)
+
+    With two classes scikit-learn has one vector w = W[1] - W[0] with the penalty w ** 2 / (2 C). At the minimum
+    W[0] = -W[1], so that C is halved here.
+
+    L-BFGS works in coordinates in which the loss has about the same curvature in every direction, which keeps the
+    minimum and saves most iterations: the Hessian is nearly k S + I / (C n), with the covariance S of the features and
+    the curvature k of the softmax (Böhning 1992, "Multinomial logistic regression algorithm").
+
+    Args:
+        features: (n, d), any float dtype.
+        labels: (n,) int64. Classes without a row are never predicted.
+        dtype: dtype of the features and the scores; losses and weights are always float64.
+    """
+
+    def __init__(
+        self, features: Tensor, labels: Tensor, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.present, compact = labels.unique(return_inverse=True)
+        if len(self.present) < 2:
+            raise UserError(f"A probe needs at least two classes; these {len(labels):,} images are of 1.")
+        self.labels, features = compact.to(device), features.to(device, dtype)
+        mean = features.mean(0, dtype=torch.float64).to(dtype)
+        if not bool(mean.isfinite().all()):
+            raise UserError("Some features are infinite or not a number, so no probe can be fitted on them.")
+        self.mean, centered = mean.double(), features - mean
+        # (sample, d) for the covariance, whose axes and spreads are those of the coordinates
+        sample = centered[:: max(1, len(labels) // max(SAMPLE, 8 * len(mean)))].double()
+        spread, self.axes = torch.linalg.eigh(sample.T @ sample / len(sample))
+        # (n, d + 1) on the axes of the covariance. The bias is the weight of a last column of ones.
+        self.rows = torch.cat([centered @ self.axes.to(dtype), centered.new_ones(len(labels), 1)], 1)
+        self.spread = torch.cat([spread.clamp_min(0), spread.new_ones(1)])
+
+    def fit(
+        self, C: float, *, start: LogisticFit | None = None, tolerance: float = 1e-4, max_iterations: int = 1000
+    ) -> LogisticFit:
+        """Find the minimum for one C by L-BFGS, from the fit with another C or from zero.
+
+        Args:
+            tolerance: Largest entry of the gradient in the coordinates above, over the root of the loss where that is
+                below 1. The default leaves about 1e-7 of the loss. In float32, 1e-5 is within rounding.
+        """
+        from scipy.optimize import minimize
+
+        penalty = torch.full_like(self.spread, (2 if len(self.present) == 2 else 1) / (C * len(self.labels)))
+        penalty[-1] = 0
+        weight = self.spread.new_zeros(len(self.present), len(self.spread))  # (K, d + 1)
+        if start is not None:
+            rotated, bias = start.weight.to(weight) @ self.axes, start.bias.to(weight)
+            weight = torch.cat([rotated, (bias + start.weight.to(weight) @ self.mean).unsqueeze(1)], 1)
+        # The curvature at the start is that of other weights, so it is estimated again after some iterations.
+        done = 0
+        for allowed in (min(FIRST_STAGE, max_iterations), max_iterations):
+            near, curvature = self._estimate(weight, penalty)
+            lengths, enough = (curvature * self.spread + penalty).rsqrt(), tolerance * min(1.0, near) ** 0.5
+            options = {"maxiter": allowed - done, "maxfun": 2 * max_iterations, "gtol": enough, "ftol": 1e-14}
+            begin = (weight / lengths).flatten().cpu().numpy()
+            found = minimize(self._loss, begin, (lengths, penalty), jac=True, method="L-BFGS-B", options=options)
+            weight, done = torch.from_numpy(found.x).to(weight).view_as(weight) * lengths, done + int(found.nit)
+            if done >= max_iterations:
+                break
+        # --- back from the coordinates to the features
+        rotated = weight[:, :-1] @ self.axes.T
+        bias = weight[:, -1] - rotated @ self.mean
+        # Rounding may end the line search slightly before the tolerance.
+        converged = done < max_iterations and float(abs(found.jac).max()) <= 10 * enough
+        return LogisticFit(rotated.cpu(), bias.cpu(), self.present.cpu(), C, done, converged)
+
+    @torch.enable_grad()
+    def _loss(self, steps: np.ndarray, lengths: Tensor, penalty: Tensor) -> tuple[float, np.ndarray]:
+        """The penalized mean loss and its gradient, block by block; a weight is a step times its length."""
+        weight = torch.from_numpy(steps).to(lengths).view(-1, len(lengths)) * lengths
+        weight.requires_grad_()
+        total = 0.5 * (penalty * weight.square()).sum()
+        total.backward()
+        total = total.detach()
+        rows = max(1, BLOCK // len(weight))
+        for features, labels in zip(self.rows.split(rows), self.labels.split(rows), strict=True):
+            # float64 before the softmax: 1 - p would lose all digits where p is nearly 1.
+            scores = (features @ weight.to(features).T).double()
+            part = cross_entropy(scores, labels, reduction="sum") / len(self.labels)
+            part.backward()
+            total += part.detach()
+        assert weight.grad is not None
+        return float(total), (weight.grad * lengths).flatten().cpu().numpy()
+
+    def _estimate(self, weight: Tensor, penalty: Tensor) -> tuple[float, float]:
+        """The penalized loss and the curvature of the softmax, on a sample of the rows."""
+        step = max(1, len(self.labels) // SAMPLE)
+        scores = self.rows[::step] @ weight.to(self.rows).T
+        loss = cross_entropy(scores, self.labels[::step]) + 0.5 * (penalty * weight.square()).sum()
+        probabilities = scores.softmax(1)
+        return float(loss), max(0.3 * float((probabilities * (1 - probabilities)).mean()), 1e-12)
+
 
 GRID: Mapping[int, float] = {step: 10 ** (step / 8) for step in range(-48, 49)}
 """C from 1e-6 to 1e6 in 96 equal steps of its logarithm, by step; 0 is 1."""

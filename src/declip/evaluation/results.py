@@ -3,11 +3,12 @@
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from math import inf, sqrt
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 from pydantic import TypeAdapter
 
 from declip.io.text import percent
@@ -238,3 +239,25 @@ def short_names(datasets: Iterable[str]) -> dict[str, str]:
     short = {name: re.sub(r"^([^:/\\]{2,}:)?.*[/\\](?=.)", r"\1", name.rstrip("/\\")) for name in datasets}
     count = Counter(short.values())
     return {name: last if count[last] == 1 else name for name, last in short.items()}
+
+
+def by_class(labels: np.ndarray) -> list[np.ndarray]:
+    """Group rows by class, for the classes that occur; classes and rows ascending."""
+    order = np.argsort(labels, kind="stable")
+    return np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
+
+
+def sample_per_class(labels: np.ndarray, count: Callable[[int], int], seed: int = 0) -> np.ndarray:
+    """Sample `count(size)` rows of each class: (n,) bool. With one seed, a larger sample includes a smaller one."""
+    generator = np.random.default_rng(seed)
+    chosen = np.zeros(len(labels), dtype=bool)
+    for rows in by_class(labels):
+        chosen[generator.permutation(rows)[: count(len(rows))]] = True
+    return chosen
+
+
+def score(correct: np.ndarray, labels: np.ndarray, metric: str = "top1") -> float:
+    """Mean of `correct`, (n,) bool: over rows for "top1", over the classes that occur for "mean_per_class"."""
+    if metric == "top1":
+        return float(correct.mean())
+    return float(np.mean([correct[rows].mean() for rows in by_class(labels)]))

@@ -1,26 +1,28 @@
-"""Inspect a source of pairs: read a sample and compute its statistics, duplicates and leakage."""
+"""Inspect the pairs of a source, and compare its numbers with thresholds for contrastive training on few pairs.
+
+The sentences are in `declip/reports/templates/findings.txt`, one macro for each rule.
+"""
 
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from declip.data.columns import DEFAULT, Columns
-from declip.data.pair import BrokenPair, Pair, PairSource, SkipCounter
-from declip.data.sources.image_source import ImageSource
-from declip.data.sources.open import open_source
+from declip.data.pair import DEFAULT, BrokenPair, Columns, Pair, PairSource, SkipCounter
+from declip.data.sources.open import ImageSource, open_source
 from declip.data.text.tokenizer import clean
 from declip.errors import UserError, check_range
 from declip.inspection.duplicates import across, caption_hash, equal_groups, near_groups, repeated
-from declip.inspection.findings import find
-from declip.inspection.reading import KINDS, ReadPairs, kind_of, read
+from declip.inspection.reading import KINDS, ONE_WORD, OTHER_SCRIPT, ReadPairs, kind_of, read
 from declip.inspection.result import (
     CaptionStats,
     Example,
+    Finding,
     Fraction,
     ImageStats,
     Inspection,
@@ -30,6 +32,79 @@ from declip.inspection.result import (
     spread_of,
 )
 from declip.io.progress import status
+
+# Default of `data.max_broken_fraction`: a run stops above it.
+BROKEN = 0.05
+
+# Fraction of a batch's rows with an equal caption in it: reported from the first on, to be fixed above the second.
+EQUAL_ROWS, MANY_EQUAL_ROWS = 0.01, 0.1
+
+# Multiples of the training size: from where on shrinking pays, and to what; pixels that towers' sizes divide by.
+LARGE, KEPT, MULTIPLE = 3.0, 2, 32
+
+# Fraction of images under the training size from where on a smaller size pays.
+SMALL = 0.25
+
+# The longest context of CLIP, and the fraction that it may truncate.
+LONGEST_CONTEXT, MANY_TRUNCATED = 77, 0.01
+
+# Pairs for each entry of the nearest-neighbor queue, entries at least, and the official implementation's entries.
+QUEUE_FRACTION, SMALLEST_QUEUE, USUAL_QUEUE = 3, 64, 65_536
+
+# A rule, its number, from where on it is reported and to be fixed, and what its sentence needs beyond the numbers.
+Row = tuple[str, float, float, float, dict[str, Any]]
+
+
+def find(it: Inspection) -> tuple[Finding, ...]:
+    """Apply all rules to an inspection without findings; what is to be fixed comes first."""
+    rows: list[Row] = []
+    for reason, row in sorted(it.reasons.items(), key=lambda item: -item[1]["count"])[:1]:
+        rows.append(("broken", it.broken.fraction, 0, BROKEN, {"reason": reason, "example": row["examples"][0]}))
+    for leak in it.leakages:
+        rows.append(("leakage", leak.found.fraction, 0, 0, {"set": leak.name, "images": leak.images}))
+    if it.images is not None and it.captions is not None:
+        rows += _repeats_rows(it, it.captions) + _captions_rows(it.captions) + _images_rows(it.images)
+        size = SMALLEST_QUEUE
+        while 2 * size * QUEUE_FRACTION <= it.total:
+            size *= 2
+        rows.append(("queue", USUAL_QUEUE / it.total, 1 / QUEUE_FRACTION, inf, {"usual": USUAL_QUEUE, "size": size}))
+    found = [Finding(name, n, values, n > fix) for name, n, least, fix, values in rows if n and n >= least]
+    return tuple(sorted(found, key=lambda finding: not finding.fix))
+
+
+def _repeats_rows(it: Inspection, captions: CaptionStats) -> list[Row]:
+    assert it.equal_images is not None
+    assert it.near_images is not None
+    equal, near = it.equal_images.members / it.usable, it.near_images.members / it.usable
+    couples = captions.batch_size / 2  # of equal captions, if all rows of a batch had one
+    return [
+        ("equal_images", equal, 0, 0.01, {}),
+        ("near_images", near if near > equal else 0, 0.01, inf, {}),
+        ("equal_captions", captions.equal_in_batch, couples * EQUAL_ROWS, couples * MANY_EQUAL_ROWS, {}),
+    ]
+
+
+def _captions_rows(captions: CaptionStats) -> list[Row]:
+    odd = {kind: part.fraction for kind, part in captions.kinds.items()}
+    one_word, other_script = odd.pop(ONE_WORD, 0), odd.pop(OTHER_SCRIPT, 0)
+    example = ", ".join(captions.examples[max(odd, key=odd.__getitem__)]) if odd else ""
+    truncated = captions.truncated[LONGEST_CONTEXT].fraction > MANY_TRUNCATED
+    return [
+        ("odd_captions", sum(odd.values()), 0.01, BROKEN, {"kinds": odd, "example": example}),
+        ("one_word", one_word, 0.2, inf, {}),
+        ("other_script", other_script, 0.05, inf, {}),
+        ("truncated" if truncated else "context_length", captions.context_length, 0, inf, {}),
+    ]
+
+
+def _images_rows(images: ImageStats) -> list[Row]:
+    small, times = images.smaller.fraction, images.shorter["p50"] / images.size
+    smaller_side = max(MULTIPLE, int(images.shorter["p25"]) // MULTIPLE * MULTIPLE)
+    return [
+        ("small_images", small, SMALL, inf, {"side": smaller_side}),
+        ("large_images", times if small < SMALL else 0, LARGE, inf, {"side": KEPT * images.size}),
+    ]
+
 
 SAMPLE, SIZE, BATCH, SEED = 2000, 224, 128, 0
 EXAMPLES, NEAR_EXAMPLES, NEAR_MEMBERS = 40, 4, 8  # example pairs; groups that look alike, and members of each

@@ -13,7 +13,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from declip.data.text.wrapped_tokenizer import WrappedTokenizer
+from declip.data.text.tokenizer import WrappedTokenizer
 from declip.errors import UserError
 from declip.interchange.layouts import Refusal, Reread
 from declip.interchange.tokenizer_files import backend

@@ -16,7 +16,7 @@ from declip.interchange.zero_shot import complete, complete_text
 from declip.io.hub import fetch
 from declip.models.device import pick_device
 from declip.models.dual_encoder import DualEncoder
-from declip.models.precision import Precision, convert, pick_precision
+from declip.models.inference import Precision, convert, pick_precision
 from declip.recipe.starts import STARTS, no_model
 from declip.runs.checkpoint import (
     STATE,

@@ -6,10 +6,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
-from declip.data.text.caption_tokenizer import CaptionTokenizer
-from declip.data.text.hf_tokenizer import HuggingfaceTokenizer
-from declip.data.text.tokenizer import Tokenizer
-from declip.data.text.wrapped_tokenizer import WrappedTokenizer
+from declip.data.text.tokenizer import CaptionTokenizer, HuggingfaceTokenizer, Tokenizer, WrappedTokenizer
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 PIECE = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"

@@ -20,14 +20,13 @@ from torch.overrides import TorchFunctionMode
 
 from declip.errors import UserError
 from declip.interchange.classes import Classes
-from declip.io.text import one_line
+from declip.io.text import one_line, read_yaml
 from declip.models.dual_encoder import DualEncoder
 from declip.models.hf_encoder import TextEncoder
 from declip.models.layers import IMAGE, PROJECTIONS, TEXT
 from declip.models.lora import Adapters, adapted
 from declip.models.wrapped import WrappedModel, encoder_kept_in
 from declip.recipe.schema import LogitScale, Recipe
-from declip.recipe.yaml_text import read_yaml
 from declip.supervision.objective import for_sigmoid, without_run_state
 
 LAYER_KEY = re.compile(r"(layers|depths?|blocks)$")

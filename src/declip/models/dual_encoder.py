@@ -9,9 +9,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from declip.data.images.preprocess import Preprocess
-from declip.data.text.caption_tokenizer import CaptionTokenizer
-from declip.data.text.hf_tokenizer import HuggingfaceTokenizer
-from declip.data.text.tokenizer import Tokenizer
+from declip.data.text.tokenizer import CaptionTokenizer, HuggingfaceTokenizer, Tokenizer
 from declip.errors import UserError
 from declip.models.hf_encoder import HuggingfaceTextTower, TextEncoder, read_encoder
 from declip.models.image_tower import ImageFeatures, ImageTower, NoImageTower

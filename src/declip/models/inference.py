@@ -1,18 +1,67 @@
-"""Image towers without gradients on a CPU: small batches, batch norm folded into convolutions, channels last."""
+"""A model in use: its precision, running its towers without gradients, and its fingerprint."""
 
-from collections.abc import Callable
+import hashlib
+import logging
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from functools import partial
-from typing import Any
+from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
-from torch.nn.functional import normalize
+from torch.nn.functional import cosine_similarity, normalize
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from declip.models.dual_encoder import DualEncoder
-from declip.models.image_tower import ImageTower
+from declip.errors import UserError, unknown
+from declip.models.device import computes_bf16
+from declip.models.dual_encoder import DualEncoder, has_text
+from declip.models.image_tower import ImageTower, NoImageTower
+
+PROBE = "a photo of two red apples, and a dog"  # its token ids are part of the fingerprint
+
+
+def fingerprint(model: Any, tensors: Mapping[str, Tensor] | None = None) -> str:
+    """SHA-256, in hexadecimal, of a model: class, tensors, settings of its towers, preprocessing and tokenizer.
+
+    A model that was converted to another precision has the one of its float32 weights.
+
+    Args:
+        tensors: Tensors of the model in the types of the file, if it was built in part.
+    """
+    if converted := getattr(model, "fingerprint", ""):
+        return str(converted)
+    if not hasattr(model, "state_dict"):
+        raise UserError(f"{type(model).__name__} has no `state_dict`, so it cannot be distinguished from other models.")
+    digest = hashlib.sha256(type(model).__qualname__.encode())
+    if (recipe := getattr(model, "recipe", None)) is not None:  # equal weights may be applied in several ways
+        image, text = recipe.image, recipe.text
+        digest.update(repr((image.model, image.model_kwargs, text.heads, text.activation, text.pooling)).encode())
+    state = model.state_dict() if tensors is None else tensors
+    # The last digits of computed projections differ between machines, so what they are computed from stands for them.
+    published, projections = getattr(model, "computed", ("", {}))
+    if published and all(torch.equal(state[name].cpu(), tensor) for name, tensor in projections.items()):
+        digest.update(published.encode())
+        state = {}
+    for name, value in sorted(state.items()):
+        if isinstance(value, Tensor):
+            value = value.float() if value.is_floating_point() and tensors is not None else value  # as models compute
+            _update(digest, f"{name} {value.dtype} ", value)
+    noise = np.random.default_rng(0).integers(0, 256, (97, 131, 3), dtype=np.uint8)
+    _update(digest, "", model.preprocess([Image.fromarray(noise)]).float())
+    try:
+        digest.update(repr(model.tokenize([PROBE]).tolist()).encode())
+    except UserError:  # a model without a text tower
+        digest.update(b"no text")
+    return digest.hexdigest()
+
+
+def _update(digest: Any, head: str, tensor: Tensor) -> None:
+    digest.update(f"{head}{tuple(tensor.shape)}".encode())
+    digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+
 
 PIXELS = 2**18
 """Pixels of a forward pass per thread. Activations of more leave the CPU's caches, and their memory is returned to the
@@ -108,3 +157,102 @@ def _fold(parent: nn.Module) -> None:
         else:
             _fold(child)
         previous = name
+
+
+log = logging.getLogger("declip")
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+LARGEST_CHANGE = 0.02
+"""Largest cosine distance between a tower's features before and after. Of random pixels, EfficientNet-Lite0's is 0.001
+in bfloat16, that of other towers below 0.0002."""
+
+
+def pick_precision(precision: str, device: torch.device) -> torch.dtype:
+    """The type that a precision means on a device; raises `UserError` for one that the device would emulate."""
+    if precision not in get_args(Precision):
+        raise unknown("precision", precision, get_args(Precision))
+    bf16, gpu = computes_bf16(device), device.type in ("cuda", "mps")
+    if precision == "auto":
+        return torch.bfloat16 if bf16 else torch.float16 if device.type == "cuda" else torch.float32
+    if (precision == "bf16" and not bf16) or (precision == "fp16" and not gpu):
+        allowed = ", ".join(["auto", "fp32", *["bf16"] * bf16, *["fp16"] * gpu])
+        raise UserError(f"The device '{device}' does not compute in {precision} itself. Give --precision {allowed}.")
+    return TYPES[precision]
+
+
+def precision_of(model: Any) -> str:
+    """The precision that a model computes images in; empty if it has no weights."""
+    tower = getattr(model, "image_tower", model)
+    weight = next(iter(getattr(tower, "parameters", tuple)()), None)
+    return "" if weight is None else {kind: name for name, kind in TYPES.items()}.get(weight.dtype, str(weight.dtype))
+
+
+def convert(model: DualEncoder, precision: str) -> DualEncoder:
+    """Convert the towers of a float32 model in place, batch norm folded into convolutions; for inference alone.
+
+    The logit scale stays float32, and so does what is left of batch norm. A tower whose features change too much, or
+    that cannot compute in the type, stays float32 with "auto"; otherwise this raises a `UserError`.
+    """
+    dtype = pick_precision(precision, model.device)
+    if dtype == torch.float32:
+        return model
+    model.fingerprint = fingerprint(model)
+    if not isinstance(model.image_tower, NoImageTower):
+        images = noise(model)
+        _replace(model, "image_tower", folded(model), dtype, lambda: model.encode_image(images), precision)
+    if has_text(model):
+        tokens = model.tokenize([PROBE])
+        _replace(model, "text_tower", model.text_tower, dtype, lambda: model.encode_text(tokens), precision)
+    return model
+
+
+@torch.no_grad()
+def _replace(
+    model: DualEncoder, name: str, tower: nn.Module, dtype: torch.dtype, encode: Callable[[], Tensor], precision: str
+) -> None:
+    """Replace a tower by a copy of another type, unless `encode` then gives features that are too different."""
+    original, before = getattr(model, name), encode()
+    converted = deepcopy(tower).requires_grad_(False)
+    for module in converted.modules():
+        if isinstance(module, nn.Conv2d) and max(module.kernel_size) > 1:
+            module.weight.data = round_taps(module.weight.data, dtype)
+    converted.to(dtype)
+    for module in converted.modules():
+        if isinstance(module, _BatchNorm):
+            module.float()  # variances of some channels are far from 1
+    setattr(model, name, converted)
+    try:
+        smallest = float(cosine_similarity(before, encode()).min())
+        problem = "" if smallest >= 1 - LARGEST_CHANGE else f"its features change too much (cosine {smallest:.3f})"
+    except (RuntimeError, TypeError, ValueError) as error:  # a tower of another library may fix a type
+        problem = str(error).splitlines()[0]
+    if problem:
+        setattr(model, name, original)
+        what = f"The {name.replace('_', ' ')} cannot compute in {str(dtype).removeprefix('torch.')}: {problem}."
+        if precision != "auto":
+            raise UserError(f"{what} Give --precision auto or fp32.")
+        log.warning("%s It computes in float32.", what)
+
+
+def round_taps(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round filters (out, in, h, w) to a type so that the sum of each stays, which a smooth image is multiplied by.
+
+    The plain loop, over the taps of each filter from the largest to the smallest::
+
+        carry = 0
+        for tap in taps:
+            rounded = round(tap + carry)
+            carry = tap + carry - rounded
+
+    Reduces the mean cosine distance of EfficientNet-Lite0's features in bfloat16 from 0.0011 to 0.0004.
+    """
+    taps = weight.flatten(2)  # (out, in, h * w)
+    order = taps.abs().argsort(dim=2, descending=True)
+    rounded, carry = torch.empty_like(taps), torch.zeros_like(taps[..., :1])
+    for place in order.split(1, dim=2):
+        value = taps.gather(2, place) + carry
+        rounded.scatter_(2, place, value.to(dtype).to(weight.dtype))
+        carry = value - rounded.gather(2, place)
+    return rounded.view_as(weight)

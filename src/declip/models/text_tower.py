@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from declip.data.text.caption_tokenizer import padded_length
+from declip.data.text.tokenizer import padded_length
 from declip.errors import UserError
 
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from declip.data.text.wrapped_tokenizer import WrappedTokenizer
+from declip.data.text.tokenizer import WrappedTokenizer
 from declip.errors import UserError
 from declip.models.hf_encoder import ENTRY, TextEncoder, check_context
 from declip.models.image_tower import ImageTower, grid_tokens

@@ -11,8 +11,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from declip.errors import UserError, unknown
+from declip.io.text import read_yaml
 from declip.recipe.schema import Data, Recipe
-from declip.recipe.yaml_text import read_yaml
 
 LIBRARY = Path(__file__).parent / "library"
 

@@ -7,16 +7,16 @@ from typing import NamedTuple
 import numpy as np
 from markupsafe import Markup
 
-from declip.data.images.thumbnails import Thumbnails, thumbnails_of
+from declip.data.images.thumbnails import Thumbnail, Thumbnails, thumbnails_of
 from declip.data.pair import PairSource
 from declip.errors import UserError
 from declip.evaluation.datasets import open_dataset
 from declip.evaluation.encode import Encoder, SourceFeatures, encode_source
 from declip.evaluation.results import Measure, Result, RetrievalResult, ZeroShotResult, short_names
+from declip.evaluation.retrieval import carriers_of, ranks
 from declip.io.atomic import write_text
 from declip.io.text import percent, times
 from declip.reports.charts import growth_chart, score_chart, value_chart
-from declip.reports.examples import retrieval
 from declip.reports.page import NONE, Table, points, render
 from declip.runs.folder import Run, log, read_run
 
@@ -187,3 +187,48 @@ def _encode(model: Encoder, name: str, limit: int) -> HeldOut:
     features = encode_source(model, source, indices=rows.tolist())
     thumbnail = thumbnails_of(source)
     return HeldOut(source, features, lambda row: thumbnail(int(features.indices[row])))
+
+
+SHOWN = 5  # candidates of a query
+
+
+class Candidate(NamedTuple):
+    """A retrieved image with its first caption; it is correct if it has the caption of the query."""
+
+    caption: str
+    image: Thumbnail | None
+    correct: bool
+
+
+class Query(NamedTuple):
+    """A caption, its nearest images, and the rank of the first correct one."""
+
+    caption: str
+    hits: list[Candidate]
+    rank: int
+
+
+def retrieval(
+    features: SourceFeatures, thumbnails: Thumbnails, rng: np.random.Generator, each: int = 4
+) -> tuple[list[Query], float]:
+    """Pick random captions, `each` of those that rank their image first and of the others, with the nearest images.
+
+    Returns:
+        The captions, and the fraction of all captions that rank their image first.
+    """
+    assert features.texts is not None
+    captions, carriers = features.flat_captions, carriers_of(features)
+    correct = [carriers[caption] for caption in captions]
+    rank = ranks(features.texts, features.images, correct)
+    # --- random captions of distinct images, first those that rank their image first
+    chosen: dict[int, int] = {}  # image → one of its captions
+    for group in (np.flatnonzero(rank == 1), np.flatnonzero(rank > 1)):
+        by_image = {int(features.image_rows[row]): row for row in rng.permutation(group).tolist()}
+        chosen |= dict([(image, row) for image, row in by_image.items() if image not in chosen][:each])
+    # --- the nearest images of each
+    queries = []
+    for row in chosen.values():
+        nearest = (features.images @ features.texts[row]).topk(min(SHOWN, len(features))).indices  # (SHOWN,)
+        hits = [Candidate(features.captions[i][0], thumbnails(i), i in correct[row]) for i in nearest.tolist()]
+        queries.append(Query(captions[row], hits, int(rank[row])))
+    return queries, float(np.mean(rank == 1))

@@ -10,17 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from declip.data.columns import DEFAULT, Columns
 from declip.data.images.decode import EXTENSIONS
-from declip.data.pair import PairSource, SkipCounter
+from declip.data.pair import DEFAULT, Columns, PairSource, SkipCounter
 from declip.data.sources.python_items import Items
-from declip.data.sources.stored_paths import resolve
+from declip.data.sources.shard_files import resolve
 from declip.errors import UserError, check_range
 from declip.evaluation.encode import Encoder
 from declip.io.atomic import atomic_write
 from declip.io.csv_file import FORMULA, csv_path
 from declip.io.text import percent
-from declip.models.precision import Precision
+from declip.models.inference import Precision
 from declip.search.facility_location import facility_location
 from declip.search.index import Hit, Index
 from declip.search.opening import open_or_embed

@@ -12,11 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
-from declip.data.columns import DEFAULT, Columns
 from declip.data.images.decode import EXTENSIONS
-from declip.data.pair import LazyImage, PairSource, SkipCounter
-from declip.data.sources.image_source import ImageSource, open_images
-from declip.data.sources.open import open_source
+from declip.data.pair import DEFAULT, Columns, LazyImage, PairSource, SkipCounter
+from declip.data.sources.open import ImageSource, open_images, open_source
 from declip.data.sources.python_items import Items
 from declip.errors import UserError, check_range
 from declip.evaluation.encode import Encoder
@@ -25,7 +23,7 @@ from declip.evaluation.zero_shot import class_features, logit_scale, read_templa
 from declip.interchange.read import load
 from declip.io.atomic import atomic_write
 from declip.io.csv_file import csv_path, plain
-from declip.models.precision import Precision
+from declip.models.inference import Precision
 from declip.search.class_names import NONE, read_options
 from declip.search.classifier import Classifier
 from declip.search.model import encode_images

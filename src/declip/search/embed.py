@@ -15,17 +15,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from declip.data.columns import DEFAULT, Columns
-from declip.data.pair import BrokenPair, LazyImage, LazyPair, Origin, PairSource, SkipCounter
-from declip.data.sources.image_source import ImageSource
-from declip.data.sources.open import open_source
+from declip.data.pair import DEFAULT, BrokenPair, Columns, LazyImage, LazyPair, Origin, PairSource, SkipCounter
+from declip.data.sources.open import ImageSource, open_source
 from declip.data.sources.python_items import Items
-from declip.data.sources.stored_paths import relative, stored_path
+from declip.data.sources.shard_files import relative, stored_path
 from declip.errors import UserError, check_range, unknown
 from declip.evaluation.encode import Encoder, text_features
 from declip.interchange.read import load
 from declip.io.pool import pairs_bar
-from declip.models.precision import Precision, precision_of
+from declip.models.inference import Precision, precision_of
 from declip.search.index import Index
 from declip.search.info import Dtype, IndexInfo, SourceInfo
 from declip.search.model import describe_model, encode_images
@@ -57,7 +55,7 @@ def embed(
 
     Args:
         model: A model, or what `declip.load` opens.
-        source: What `declip.data.sources.image_source.open_images` opens with the columns, or a source. A folder
+        source: What `declip.data.sources.open.open_images` opens with the columns, or a source. A folder
             needs no captions.
         captions: Also store the mean vector of the captions of each image, for `over="captions"`.
         workers: Number of processes that read images; 0: the main process; None: one per core, at most 8, but 0 for a

@@ -13,17 +13,15 @@ from torch import Tensor, as_tensor, float32, from_numpy
 
 from declip.data.images.decode import decode
 from declip.data.pair import BrokenPair, PairSource, SkipCounter, printable
-from declip.data.sources.image_source import ImageSource
-from declip.data.sources.open import open_source
+from declip.data.sources.open import ImageSource, open_source
 from declip.data.sources.python_items import Items
-from declip.data.sources.stored_paths import is_missing, resolve
+from declip.data.sources.shard_files import is_missing, resolve
 from declip.errors import UserError, check_range
 from declip.evaluation.encode import Encoder, eval_mode
 from declip.evaluation.zero_shot import class_features, read_templates
 from declip.interchange.read import load, read_text
 from declip.models.device import pick_device
-from declip.models.fingerprint import fingerprint
-from declip.models.precision import Precision, convert
+from declip.models.inference import Precision, convert, fingerprint
 from declip.search.exact import nearest
 from declip.search.info import Over
 from declip.search.model import describe_model, image_vectors, mix

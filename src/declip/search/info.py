@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 import declip
-from declip.data.columns import DEFAULT, Columns
-from declip.data.pair import SkipCounter
-from declip.data.sources.stored_paths import is_missing, resolve
+from declip.data.pair import DEFAULT, Columns, SkipCounter
+from declip.data.sources.shard_files import is_missing, resolve
 from declip.errors import UserError
 from declip.io.atomic import write_text
 
 if TYPE_CHECKING:
-    from declip.data.sources.image_source import ImageSource
+    from declip.data.sources.open import ImageSource
 
 INFO = "index.json"
 
@@ -45,7 +44,7 @@ class SourceInfo(InfoSection):
 
     def open(self, folder: Path, moved_to: str | Path | None = None) -> "ImageSource":
         """Open the source of the index in `folder`, or the copy of it at `moved_to`."""
-        from declip.data.sources.image_source import open_images  # imports torch: not before a path is known to exist
+        from declip.data.sources.open import open_images  # imports torch: not before a path is known to exist
 
         return open_images(resolve(self.path, folder) if moved_to is None else moved_to, self.columns_of(folder))
 

@@ -11,13 +11,12 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from declip.data.pair import LazyImage, SkipCounter
-from declip.data.sources.image_source import ImageSource
-from declip.data.sources.stored_paths import stored_path
+from declip.data.sources.open import ImageSource
+from declip.data.sources.shard_files import stored_path
 from declip.errors import UserError
 from declip.evaluation.encode import BatchReader, Encoder, eval_mode
 from declip.io.pool import mapped
-from declip.models.fingerprint import fingerprint
-from declip.models.inference import image_encoder, normalized
+from declip.models.inference import fingerprint, image_encoder, normalized
 from declip.search.info import ModelInfo
 
 SHORTEST = 1e-6  # length of a weighted sum of two unit vectors below which they cancel

@@ -11,8 +11,7 @@ from declip.data.sources.shard_files import absolute
 from declip.errors import UserError
 from declip.evaluation.encode import Encoder
 from declip.interchange.read import load
-from declip.models.fingerprint import fingerprint
-from declip.models.precision import Precision
+from declip.models.inference import Precision, fingerprint
 from declip.search.embed import embed
 from declip.search.index import Index
 from declip.search.info import INFO

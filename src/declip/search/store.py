@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from torch import Tensor
 
 from declip.data.pair import Origin
-from declip.data.sources.stored_paths import resolve
+from declip.data.sources.shard_files import resolve
 from declip.errors import UserError, unknown
 from declip.io.atomic import ELSEWHERE, atomic_write, flush
 from declip.search.info import IndexInfo, Over

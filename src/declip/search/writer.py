@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from declip.data.pair import SkipCounter
-from declip.data.sources.stored_paths import resolve
+from declip.data.sources.shard_files import resolve
 from declip.errors import UserError
 from declip.io.atomic import ELSEWHERE, locked_folder, remove
 from declip.search.info import INFO, IndexInfo

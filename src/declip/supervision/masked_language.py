@@ -5,8 +5,7 @@ import math
 import torch.nn.functional as F
 from torch import Tensor
 
-from declip.data.batch import IGNORED
-from declip.data.plan import Needs
+from declip.data.batch import IGNORED, Needs
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schema import Recipe
 from declip.supervision.contrastive import to_float32

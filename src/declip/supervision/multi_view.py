@@ -5,7 +5,7 @@ from itertools import islice, product
 import torch
 from torch import Tensor
 
-from declip.data.plan import Needs
+from declip.data.batch import Needs
 from declip.supervision.contrastive import ContrastiveTerm, info_nce
 from declip.supervision.term import Rows, Similarity
 

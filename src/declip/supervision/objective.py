@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from declip.data.batch import PairBatch
+from declip.data.batch import Needs, PairBatch
 from declip.data.pair import PairSource
-from declip.data.plan import Needs
 from declip.errors import UserError, unknown
 from declip.models.dual_encoder import DualEncoder
 from declip.models.image_tower import ImageFeatures, ImageTower

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from declip.data.plan import Needs
+from declip.data.batch import Needs
 from declip.supervision.contrastive import mean_in_blocks, scaled_similarity, to_float32
 from declip.supervision.term import Rows, Similarity, Term, require
 

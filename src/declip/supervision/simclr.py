@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from declip.data.plan import Needs
+from declip.data.batch import Needs
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schema import Recipe
 from declip.supervision.contrastive import mean_in_blocks, scaled_similarity, to_float32

@@ -7,9 +7,8 @@ from typing import ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from declip.data.batch import PairBatch
+from declip.data.batch import Needs, PairBatch
 from declip.data.pair import PairSource
-from declip.data.plan import Needs
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schema import Recipe
 

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import torch
 
-from declip.data.assembly import Assembler
-from declip.data.loader import PairLoader
+from declip.data.batch import Plan, plan_views
+from declip.data.loader import Assembler, PairLoader
 from declip.data.pair import PairSource
-from declip.data.plan import Plan, plan_views
 from declip.models.device import pick_device
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schema import Recipe
@@ -22,11 +21,10 @@ from declip.training.distributed import HostGroup
 from declip.training.optimizer import build_optimizer, named_trainable
 from declip.training.pairs import TRAINING, open_held_out, refuse_broken, sample_hashes
 from declip.training.parallel import build_learner
-from declip.training.parts import Parts
+from declip.training.parts import Parts, restore
 from declip.training.pretrained import apply_pretrained
 from declip.training.resolve import Resolved, resolve
 from declip.training.sinks import Sink
-from declip.training.state import restore
 from declip.training.trackers import require_trackers
 from declip.training.watchdogs import auto_workers
 

@@ -7,12 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from declip.data.batch import IGNORED, PairBatch
-from declip.data.images.crops import apply_photometric
+from declip.data.batch import IGNORED, PairBatch, Plan
 from declip.data.images.thumbnails import pixels, thumbnails_of
+from declip.data.images.views import apply_photometric
 from declip.data.pair import PairSource
-from declip.data.plan import Plan
-from declip.data.text.caption_tokenizer import CaptionTokenizer
+from declip.data.text.tokenizer import CaptionTokenizer
 from declip.io.atomic import write_text
 from declip.runs.folder import EXAMPLES
 from declip.training.parts import Parts

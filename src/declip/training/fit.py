@@ -48,10 +48,10 @@ from declip.training.pairs import (
     refuse_many,
     sample_hashes,
 )
+from declip.training.parts import versions
 from declip.training.pretrained import load_tensors
 from declip.training.resolve import Resolved, resolve
 from declip.training.sinks import RunInfo
-from declip.training.state import versions
 
 RECALL_OF_START, RECALL_WITHOUT_CLASSES = "recall_of_start", "recall_without_classes"  # what the result is compared to
 STEP = 1  # of the checkpoint: fitting is one step

@@ -5,13 +5,12 @@ from contextlib import suppress
 
 import numpy as np
 
-from declip.data.columns import Columns
-from declip.data.pair import BrokenPair, PairSource, SkipCounter
-from declip.data.plan import Plan
+from declip.data.batch import Plan
+from declip.data.pair import BrokenPair, Columns, PairSource, SkipCounter
 from declip.data.sources.open import open_source
 from declip.data.sources.subset import Joined, take, training_part
 from declip.data.text.augment import in_other_script
-from declip.data.text.caption_tokenizer import CaptionTokenizer
+from declip.data.text.tokenizer import CaptionTokenizer
 from declip.errors import UserError
 from declip.evaluation.datasets import open_dataset, with_classes
 from declip.io.text import percent

@@ -17,9 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from declip.data.batch import PairBatch
 from declip.errors import UserError
-from declip.models.blocks import blocks_of, grad_checkpointing
 from declip.models.dual_encoder import DualEncoder
-from declip.models.layers import is_frozen
+from declip.models.layers import blocks_of, grad_checkpointing, is_frozen
 from declip.recipe.schema import Recipe
 from declip.runs.folder import log
 from declip.supervision.objective import Gather, Objective

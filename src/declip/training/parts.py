@@ -1,24 +1,110 @@
-"""The objects that a run is made of, and the state that changes from step to step."""
+"""The objects that a run is made of, its early ends, and its state in checkpoints, restored bit for bit."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import os
+import platform
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from io import FileIO
 from pathlib import Path
+from statistics import fmean
+from types import FrameType
+from typing import Any
 
+import timm
 import torch
 from torch import nn
 
+from declip.data.batch import Plan
 from declip.data.loader import PairLoader
 from declip.data.pair import PairSource, SkipCounter
-from declip.data.plan import Plan
+from declip.errors import UserError
+from declip.evaluation.results import Result, RetrievalResult, ZeroShotResult
+from declip.models.device import random_states, set_random_states
 from declip.models.dual_encoder import DualEncoder
-from declip.recipe.schema import Recipe
+from declip.recipe.schema import Evaluation, Recipe
+from declip.runs.checkpoint import Checkpoint, part, prefixed
+from declip.runs.folder import log
 from declip.supervision.objective import Objective
+from declip.training import distributed
 from declip.training.distributed import HostGroup
-from declip.training.parallel import unwrap
+from declip.training.optimizer import load_moments, moments
+from declip.training.pairs import TRAINING
+from declip.training.parallel import full_tensor, load_full_state, unwrap
 from declip.training.pretrained import Pretrained
 from declip.training.sinks import Sink
-from declip.training.stopping import BestEvaluation
+
+# Exit status of a run that was stopped from outside and should be queued again (EX_TEMPFAIL of sysexits.h). Under
+# torchrun it is 0, because torchrun restarts a run after any other status.
+TRY_AGAIN = 75
+
+# Windows has no SIGUSR1.
+STOPS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+
+
+class StopRequest:
+    """Whether the run should stop, and by which signal; 0 for none."""
+
+    def __init__(self) -> None:
+        self.asked, self.signal = False, 0
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Catch the signals `STOPS`; after the first one, Ctrl-C ends the process at once.
+
+        Further SIGTERM and SIGUSR1 are ignored: a scheduler signals all processes of a job, and torchrun forwards them
+        too. Only the main thread can catch signals; in another thread this does nothing.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def catch(number: int, frame: FrameType | None) -> None:
+            if self.signal:
+                return
+            self.asked, self.signal = True, number
+            log.info("Stopping after this step and saving; Ctrl-C from now on stops at once, without saving.")
+            signal.signal(signal.SIGINT, earlier[signal.SIGINT])
+
+        earlier: dict[int, Any] = {number: signal.signal(number, catch) for number in STOPS}
+        try:
+            yield
+        finally:
+            for number, handler in earlier.items():
+                signal.signal(number, handler)
+
+
+@dataclass
+class BestEvaluation:
+    """The best evaluation of a run, which ends after `train.patience` others that were not better.
+
+    R@1 decides, and the loss where it is equal: on few pairs the loss is lowest long before retrieval is best.
+    """
+
+    step: int = -1  # steps done before it; 0 for the pretrained weights
+    score: float = -1.0
+    loss: float = 0.0
+    stale: int = 0  # evaluations since
+
+    def update(self, step: int, results: Sequence[Result], evaluation: Evaluation) -> bool:
+        """Record an evaluation; return whether it is the best so far.
+
+        Its score is the mean R@1 of both directions on the recipe's retrieval sets or, without one, the mean top-1.
+        """
+        found = [r for r in results if isinstance(r, RetrievalResult) and r.dataset in evaluation.retrieval]
+        classified = [r for r in results if isinstance(r, ZeroShotResult) and r.dataset in evaluation.zero_shot]
+        score, loss = (
+            fmean(r.headline.value for r in found or classified),
+            fmean([r.loss or 0.0 for r in found] or [0.0]),
+        )
+        if better := (score, -loss) > (self.score, -self.loss):
+            self.step, self.score, self.loss, self.stale = step, score, loss, 0
+        else:
+            self.stale += 1
+        return better
 
 
 @dataclass
@@ -56,3 +142,94 @@ class Parts:
     def sharded(self) -> bool:
         """Whether FSDP shards the model."""
         return unwrap(self.learner).sharded
+
+
+def versions() -> dict[str, str]:
+    """List everything outside the recipe that a result may depend on."""
+    return {
+        "declip": version("declip"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "threads": str(torch.get_num_threads()),
+        "cores": str(os.cpu_count()),
+        "processes": str(distributed.world_size()),
+    }
+
+
+def collect(parts: Parts) -> Checkpoint | None:
+    """Collect the state that the next step depends on: a collective of all ranks, of which rank 0 gets the result.
+
+    Generators of all ranks are stored by rank: "random.0.cpu" and so on.
+    """
+    progress, rank_zero = parts.progress, distributed.is_rank_zero()
+    generators = parts.hosts.gather_objects(random_states(parts.model.device))
+    if not (rank_zero or parts.sharded):
+        return None
+    state = dict(unwrap(parts.learner).state_dict())  # "model.…" and "objective.…"
+    weights = {name: state.pop(name) for name in list(state) if name.startswith("model.")}
+    training = state | prefixed("optimizer", moments(parts.optimizer))
+    if parts.sharded:
+        weights = {name: full_tensor(tensor) for name, tensor in weights.items()}
+        training = {name: full_tensor(tensor) for name, tensor in training.items()}
+    for rank, states in enumerate(generators):
+        training |= prefixed(f"random.{rank}", states)
+    extra: dict[str, Any] = {
+        "versions": versions(),
+        "skipped": {**progress.skipped.to_dict(), "seen": progress.step * parts.recipe.train.batch_size},
+        "samples": dict(parts.samples),
+        **({} if progress.best is None else {"best": asdict(progress.best)}),
+    }
+    return Checkpoint(progress.step, weights, training, parts.recipe.to_yaml(), extra) if rank_zero else None
+
+
+def restore(parts: Parts, found: Checkpoint) -> None:
+    """Set the state of a checkpoint on this rank."""
+    extra, progress = found.extra, parts.progress
+    _refuse_other_pairs(parts, extra["samples"])
+    try:
+        load_weights(parts, found)
+        load_moments(parts.optimizer, part("optimizer", found.training))
+    except (RuntimeError, KeyError) as error:
+        raise UserError(
+            f"The newest checkpoint in '{parts.folder}' does not fit the recipe of its run: "
+            f"{str(error).splitlines()[0]}. Start a new run with --out."
+        ) from error
+    generators = part(f"random.{distributed.rank()}", found.training)
+    if generators:
+        set_random_states(generators, parts.model.device)
+    else:  # a rank that the checkpoint does not know
+        distributed.seed_rank(parts.recipe.seed, found.step)
+    progress.step = found.step
+    progress.skipped = SkipCounter.from_dict(extra["skipped"])
+    progress.best = BestEvaluation(**extra["best"]) if "best" in extra else None
+    then, now = extra["versions"], versions()
+    changed = [f"{name} {then.get(name)} → {value}" for name, value in now.items() if then.get(name) != value]
+    if changed and distributed.is_rank_zero():
+        log.warning(
+            "This differs from the checkpoint's: %s. Batches and their order stay the same, but sums may be rounded "
+            "differently and dropout masks differ.",
+            ", ".join(changed),
+        )
+
+
+def _refuse_other_pairs(parts: Parts, before: Mapping[str, list[str]]) -> None:
+    """Raise an error if the training pairs or a held-out set are not those of the checkpoint."""
+    for name, now in parts.samples.items():
+        then, pairs = before.get(name, now), f"{name} '{parts.source.name}'" if name == TRAINING else f"set '{name}'"
+        # A broken pair, empty here, may be repaired.
+        differ = sum(a != b for a, b in zip(then[1:], now[1:], strict=False) if a and b)
+        change = f"{differ} of {len(now) - 1} sampled keys or captions differ" if differ else ""
+        if then[0] != now[0]:
+            change = f"{int(then[0]):,} pairs then, {int(now[0]):,} now"
+        if change:
+            raise UserError(
+                f"The {pairs} changed since the run in '{parts.folder}' stopped: {change}. Restore them, or start a "
+                "new run with --out."
+            )
+
+
+def load_weights(parts: Parts, found: Checkpoint) -> None:
+    """Load a checkpoint's weights and heads."""
+    for name, module in (("model", parts.model), ("objective", parts.objective)):
+        load_full_state(module, part(name, {**found.weights, **found.training}))

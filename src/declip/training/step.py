@@ -6,11 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from declip.data.batch import PairBatch
-from declip.data.images.crops import apply_photometric
-from declip.data.plan import Plan
-from declip.models.blocks import frozen_batch_norm_stats
+from declip.data.batch import PairBatch, Plan
+from declip.data.images.views import apply_photometric
 from declip.models.device import random_states, set_random_states
+from declip.models.layers import frozen_batch_norm_stats
 from declip.recipe.schema import Train
 from declip.supervision.objective import Gather
 from declip.supervision.term import TowerOutputs, joined, split_like

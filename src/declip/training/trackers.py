@@ -17,9 +17,8 @@ from typing import Any, ClassVar
 
 from declip.errors import UserError
 from declip.io.atomic import write_text
-from declip.io.text import one_line
+from declip.io.text import one_line, read_yaml
 from declip.recipe.load import flat
-from declip.recipe.yaml_text import read_yaml
 from declip.runs.folder import TRACKING, Run, log
 from declip.training.sinks import RunInfo, Sink
 

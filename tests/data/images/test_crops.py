@@ -14,10 +14,10 @@ from torch import Tensor
 from conftest import encoded
 from data.fakes import scene
 from declip.data.batch import Photometric, View
-from declip.data.images import photometric
-from declip.data.images.crops import ViewTransform, apply_photometric
+from declip.data.images import views
 from declip.data.images.decode import decode
 from declip.data.images.preprocess import Preprocess
+from declip.data.images.views import ViewTransform, apply_photometric
 from declip.recipe.schema import ImageView
 
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
@@ -83,7 +83,7 @@ ALONE = {
 
 @pytest.mark.parametrize("options", ALONE.values(), ids=ALONE.keys())
 def test_photometric_equals_torchvision_on_each_sample(options, monkeypatch):
-    monkeypatch.setattr(photometric, "CHUNK_BYTES", 3 * 4 * 3 * 24 * 24)  # chunks of three: boundaries are met
+    monkeypatch.setattr(views, "CHUNK_BYTES", 3 * 4 * 3 * 24 * 24)  # chunks of three: boundaries are met
     maker, images = transform(**options), colors(80)
     params, untouched = sampled(maker, 80, np.random.default_rng(1)), images.clone()
     assert_equal_views(applied(images, params), one_by_one(maker, images, params))

@@ -10,10 +10,9 @@ from conftest import encoded
 from data.fakes import jpeg, make_loader, scene
 from data.tars import write_tar
 from data.test_loader import assert_same
-from declip.data.images import lazy as module
-from declip.data.images.crops import ViewTransform
-from declip.data.images.decode import decode
-from declip.data.images.lazy import LazyJpeg, open_image
+from declip.data.images import decode as module
+from declip.data.images.decode import LazyJpeg, decode, open_image
+from declip.data.images.views import ViewTransform
 from declip.data.pair import BrokenPair, PairSource
 from declip.data.sources.open import open_source
 from declip.data.sources.subset import Joined, take

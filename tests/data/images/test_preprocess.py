@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from declip.data.images.lazy import open_image
+from declip.data.images.decode import open_image
 from declip.data.images.preprocess import Preprocess
 
 

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from data.tables import KINDS, message, reason_of, write
-from declip.data.columns import Columns
-from declip.data.pair import BrokenPair
+from declip.data.pair import BrokenPair, Columns
 from declip.data.sources.open import open_source
 from declip.data.sources.subset import take
 from declip.data.sources.table import IMAGE_NAMES, TableSource, find_column
@@ -95,7 +94,7 @@ def test_jsonl_rows_are_found_across_blank_lines(folder):
 
 
 def test_a_row_too_long_to_hold_breaks_alone_and_files_may_be_appended(folder, monkeypatch):
-    monkeypatch.setattr("declip.data.sources.text_rows.LONGEST_ROW", 1000)
+    monkeypatch.setattr("declip.data.sources.rows.LONGEST_ROW", 1000)
     for kind, long in (("csv", 'b.png,"' + "long, " * 300 + '"'), ("jsonl", json.dumps({"image": "b.png" * 300}))):
         head = "\ufeffimage,caption\n" if kind == "csv" else "\ufeff"
         rows = ["a.png,x", "c.png,y"] if kind == "csv" else [f'{{"image": "{n}.png", "caption": "x"}}' for n in "ac"]

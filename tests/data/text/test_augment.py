@@ -6,7 +6,7 @@ from math import sqrt
 
 import pytest
 
-from declip.data.plan import Needs, plan_views
+from declip.data.batch import Needs, plan_views
 from declip.data.sources.open import open_source
 from declip.data.text.augment import (
     IGNORED,

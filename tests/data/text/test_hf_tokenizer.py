@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from declip.data.text.hf_tokenizer import HuggingfaceTokenizer
+from declip.data.text.tokenizer import HuggingfaceTokenizer
 from declip.errors import UserError
 from declip.models.hf_encoder import read_encoder
 from text_encoders import CAPTIONS, bert, roberta

@@ -9,8 +9,8 @@ import pytest
 
 from declip.errors import UserError
 from declip.evaluation.datasets import open_dataset
-from declip.evaluation.prompt_sets import read_prompts
-from declip.evaluation.readers.image_folder import wnids_of
+from declip.evaluation.readers import wnids_of
+from declip.evaluation.zero_shot import read_prompts
 from evaluation import trees
 
 WNIDS = list(read_prompts("imagenet").classes)

@@ -7,8 +7,7 @@ import numpy as np
 from PIL import Image
 
 from declip.data.builtin.fetch import DebianPackage, Packages
-from declip.data.builtin.pictures import BuiltinSet, Row, Selection, read_rows, split_texts
-from declip.data.builtin.render import fill_square, rasterize_page
+from declip.data.builtin.pictures import BuiltinSet, Row, Selection, fill_square, rasterize_page, read_rows, split_texts
 
 
 class Clipart(BuiltinSet):

@@ -12,8 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from declip.data.builtin.fetch import NpmPackages, Packages, read_json
-from declip.data.builtin.pictures import BuiltinSet, Row, Selection, read_rows, split_texts
-from declip.data.builtin.render import OVERSIZE, draw, fill_square
+from declip.data.builtin.pictures import OVERSIZE, BuiltinSet, Row, Selection, draw, fill_square, read_rows, split_texts
 
 
 class Design(NamedTuple):

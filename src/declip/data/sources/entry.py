@@ -6,8 +6,7 @@ from typing import Any
 
 from PIL import Image
 
-from declip.data.images.decode import decode
-from declip.data.images.lazy import open_image
+from declip.data.images.decode import decode, open_image
 from declip.data.pair import LazyImage, LazyPair, Origin, Pair, PairSource, bytes_origin, file_origin
 
 

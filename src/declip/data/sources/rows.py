@@ -1,9 +1,13 @@
-"""The rows of a table's file as Arrow batches, and those of Parquet files."""
+"""The rows of a table as Arrow batches: of Parquet files, CSV, TSV and JSON lines."""
 
+import csv
+import json
 import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from itertools import chain, count, islice
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -11,6 +15,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from declip.data.images.decode import EXTENSIONS
+from declip.data.pair import BrokenPair, as_texts, is_unicode
 from declip.data.sources.shard_files import expand, files_in
 from declip.errors import UserError
 
@@ -88,8 +94,8 @@ class ParquetRows(TableRows):
         schema = pa.schema([self.arrow_schema.field(name) for name in wanted])
 
         def batches() -> Iterator[pa.RecordBatch]:
-            for path, count in zip(self.files, self._rows, strict=True):
-                yield from self._batches(path, count, schema)
+            for path, rows in zip(self.files, self._rows, strict=True):
+                yield from self._batches(path, rows, schema)
 
         return schema, batches()
 
@@ -118,3 +124,187 @@ def _footer(path: Path) -> pq.FileMetaData:
         return pq.read_metadata(path)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"'{path}' is not a Parquet file: {str(error).rstrip('.')}.") from error
+
+
+LONGEST_ROW = 16 << 20  # characters. A longer row means a lost quote or line end.
+TEXT_ROWS_AT_ONCE = 1 << 12  # rows that are collected before they are written
+PEEKED_ROWS = 100  # rows of a JSONL file read to learn its columns, since no header lists them
+
+
+class TextRows(TableRows):
+    """A UTF-8 file of rows that start on separate lines; blank lines are skipped."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        with path.open("rb") as file:
+            start = file.read(LONGEST_ROW)
+        if not start:
+            raise UserError(f"The table '{path}' has no rows. It needs one for each pair.")
+        if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            raise UserError(f"The table '{path}' is UTF-16. Save it as UTF-8.")
+        if b"\r" in start and b"\n" not in start:
+            raise UserError(f"The table '{path}' has lines that end with CR alone: tr '\\r' '\\n' < OLD > NEW.")
+
+    @abstractmethod
+    def record(self, line: str, following: Iterator[str], number: int) -> dict[str, Any]:
+        """The cells by column of the row that starts with a line; raises ValueError or RecursionError."""
+
+    def lines(self) -> Iterator[tuple[int, str]]:
+        """The lines that are not blank, with their numbers; the rest of one that is longer than a row is skipped."""
+        with self.path.open(encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
+            for number in count(1):
+                line = part = file.readline(LONGEST_ROW + 1)
+                while part and not part.endswith("\n"):
+                    part = file.readline(LONGEST_ROW)
+                if not line:
+                    return
+                yield number, line
+
+    def records(self) -> Iterator[tuple[int, dict[str, Any] | BrokenPair]]:
+        """The number of the first line of each row, and its cells or what is wrong with it."""
+        lines = self.lines()
+        following = (line for _, line in lines)
+        for number, line in lines:
+            if line.isspace():
+                continue
+            try:
+                if len(line) > LONGEST_ROW:
+                    raise ValueError(f"more than {LONGEST_ROW:,} characters long")
+                # Files may have been appended to each other, marks of UTF-8 and all.
+                yield number, self.record(line.removeprefix("\ufeff"), following, number)
+            except UserError:  # of the table
+                raise
+            except (ValueError, RecursionError) as error:
+                yield number, BrokenPair("unreadable row", f"line {number}", str(error))
+
+    def read(self, wanted: Sequence[str], captions: str | None) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
+        text, texts = pa.large_string(), pa.list_(pa.large_string())
+        cells = [(name, texts if name == captions else text) for name in wanted]
+        schema = pa.schema([*cells, ("line", pa.int64()), ("fault", text)])
+
+        def batches() -> Iterator[pa.RecordBatch]:
+            stamp, records = self.path.stat().st_mtime_ns, self.records()
+            while part := [_stored(*record, wanted, captions) for record in islice(records, TEXT_ROWS_AT_ONCE)]:
+                yield pa.record_batch([*zip(*part, strict=True)], schema=schema)
+            if self.path.stat().st_mtime_ns != stamp:
+                raise UserError(f"The table '{self.path}' was rewritten while it was read. Try again.")
+
+        return schema, batches()
+
+
+def _stored(
+    line: int, cells: dict[str, Any] | BrokenPair, wanted: Sequence[str], captions: str | None
+) -> tuple[Any, ...]:
+    """The wanted cells, the line's number, and no fault; or no cells and a fault."""
+    kept: list[Any] = []
+    try:
+        if isinstance(cells, BrokenPair):
+            raise cells
+        for name in wanted:
+            cell = cells.get(name)
+            if name == captions:
+                texts = [cell] if isinstance(cell, str) else as_texts(cell, "unreadable row", "")
+            else:
+                texts = [cell if isinstance(cell, str) else cell_name(cell)]
+            if not all(map(is_unicode, filter(None, texts))):
+                raise BrokenPair("invalid text", "", NOT_UTF8)
+            kept.append(texts if name == captions else texts[0])
+    except BrokenPair as broken:
+        return (*[None] * len(wanted), line, f"{broken.reason}: {broken.detail}")
+    return (*kept, line, None)
+
+
+class JsonRows(TextRows):
+    """A file with a JSON object per line."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        columns: dict[str, None] = {}
+        fault: BrokenPair | None = None
+        for _, cells in islice(self.records(), PEEKED_ROWS):
+            if isinstance(cells, BrokenPair):
+                fault = fault or cells
+            else:
+                columns.update(dict.fromkeys(cells))
+        if fault and (not columns or next(self.lines())[1].lstrip().startswith("[")):
+            raise UserError(
+                f"'{path}' is not JSONL, a JSON object on each line: {fault}. To convert one JSON array: "
+                f"jq -c '.[]' {path.name} > rows.jsonl"
+            )
+        self.columns = list(columns)
+
+    def record(self, line: str, following: Iterator[str], number: int) -> dict[str, Any]:
+        cells = json.loads(line)
+        if not isinstance(cells, dict):
+            raise ValueError("not a JSON object")
+        return cells
+
+
+class DelimitedRows(TextRows):
+    """A CSV or TSV file whose first line names the columns; in CSV quotes may enclose line ends.
+
+    A CSV file whose first line has no comma may be separated by semicolons or tabs. A quotation mark that would swallow
+    rows is an error in CSV. A row of TSV, often written without quotes, is one line, and read literally if its marks
+    break the rules.
+    """
+
+    columns: Sequence[str] = ()
+
+    def __init__(self, path: Path, delimiter: str) -> None:
+        super().__init__(path)
+        self.delimiter = delimiter
+        lines = ((number, line) for number, line in self.lines() if not line.isspace())
+        number, header = next(lines, (1, ""))
+        if delimiter == "," and "," not in header:
+            self.delimiter = next((sign for sign in ";\t" if sign in header), ",")
+        self.columns = self._cells(header, (line for _, line in lines), number)
+
+    def records(self) -> Iterator[tuple[int, dict[str, Any] | BrokenPair]]:
+        return islice(super().records(), 1, None)
+
+    def record(self, line: str, following: Iterator[str], number: int) -> dict[str, Any]:
+        cells = self._cells(line, following, number)
+        if len(cells) != len(self.columns):
+            raise ValueError(f"{len(cells)} cells instead of {len(self.columns)}")
+        return dict(zip(self.columns, cells, strict=True))
+
+    def _cells(self, line: str, following: Iterator[str], number: int) -> list[str]:
+        """The cells of the row that starts with a line; raises `UserError` if its quotes would swallow others."""
+        if '"' not in line:
+            return line.rstrip("\r\n").split(self.delimiter)
+        taken: list[str] = []
+
+        def parts() -> Iterator[str]:
+            room = LONGEST_ROW
+            for part in chain([line], following if self.delimiter != "\t" else ()):
+                taken.append(part)
+                yield part
+                room -= len(part)
+                if room < 0:
+                    return
+
+        # --- by the rules, over as many lines as the quotes enclose
+        try:
+            cells = next(csv.reader(parts(), delimiter=self.delimiter, strict=True))
+            lost = len(taken) > 1 and self._swallows(taken)
+        # --- a line that breaks them: literally in TSV, else as spreadsheets read it
+        except csv.Error as error:
+            cells = line.rstrip("\r\n").split(self.delimiter)
+            if self.delimiter == "\t":
+                return cells
+            lost = len(taken) > 1 or "end of data" in str(error)
+            with suppress(csv.Error):
+                cells = next(csv.reader([line], delimiter=self.delimiter))
+        if lost:
+            raise UserError(
+                f"'{self.path}' has a quotation mark in line {number} that is never closed, or only in another row, so "
+                'that rows would be lost. A cell that begins with " also ends with it, and has each " of its text '
+                "twice; csv.writer of Python and spreadsheets write it so."
+            )
+        return cells
+
+    def _swallows(self, lines: list[str]) -> bool:
+        """Whether a row of several lines seems to contain rows: two lines have enough cells, one of them an image."""
+        rows = [line.split(self.delimiter) for line in lines]
+        rows = [cells for cells in rows if len(cells) >= len(self.columns)]
+        return sum(any(cell.strip('" \r\n').lower().endswith(EXTENSIONS) for cell in cells) for cells in rows) > 1

@@ -12,7 +12,7 @@ import numpy as np
 import regex
 
 from declip.data.batch import IGNORED
-from declip.data.text.caption_tokenizer import CaptionTokenizer
+from declip.data.text.tokenizer import CaptionTokenizer
 
 _MASKED, _RANDOM = 0.8, 0.1  # of the chosen tokens, as in BERT
 

@@ -1,22 +1,100 @@
-"""CLIP's byte-pair encoding, with `<|mask|>` appended. The merges are OpenAI's, MIT license (assets/LICENSE.clip.txt).
-
-Ids: 256 bytes inside a word, 256 bytes at a word's end, one per merge, then start, end, mask.
-"""
+"""Caption tokenizers: CLIP's byte pairs, those of Hugging Face encoders, and those of other libraries."""
 
 import gzip
 import html
-from collections.abc import Iterable
+import operator
+import string
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from importlib.resources import files
-from itertools import chain
+from itertools import chain, islice, takewhile
+from typing import Any
 
 import ftfy
 import regex
 import tokenizers
+import torch
 from tokenizers import models, pre_tokenizers
 
-from declip.data.text.caption_tokenizer import CaptionTokenizer
 from declip.errors import UserError
+
+
+class CaptionTokenizer(ABC):
+    """Encodes texts as ids and decodes them; start and end ids enclose every text and occur nowhere else.
+
+    An instance can be used by threads, forked and pickled.
+
+    Attributes:
+        context: Largest number of ids of a text, start and end included.
+        vocabulary: Number of ids.
+        start, end, mask, padding: Special ids; with CLIP's tokenizer padding is also a word's.
+        words: The ids of words.
+        library: The `tokenizers` library's own object.
+    """
+
+    vocabulary: int
+    start: int
+    end: int
+    mask: int
+    padding: int
+    words: Sequence[int]
+    library: tokenizers.Tokenizer
+
+    def __init__(self, context: int) -> None:
+        if context < 3:
+            raise UserError(f"The context is {context} tokens; start, end and a word need 3 at least.")
+        self.context = context
+
+    @abstractmethod
+    def word_ids(self, text: str) -> Iterable[int]:
+        """The ids of all words of a text, one by one."""
+
+    @abstractmethod
+    def spell(self, ids: list[int]) -> str:
+        """The text of ids of words and masks."""
+
+    def ids(self, text: str) -> list[int]:
+        """The ids of one text: start, its words' and end; the words are truncated to `context` ids in total."""
+        return [self.start, *islice(self.word_ids(text), self.context - 2), self.end]
+
+    def encode(self, text: str) -> list[int]:
+        if not isinstance(text, str):
+            raise UserError(f"A text must be a string; {type(text).__name__} was given: {text!r:.60}.")
+        return self.ids(text)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Decode ids, with or without start and end; ids after the first end (padding) are ignored."""
+        kept = [*takewhile(lambda token: token != self.end, map(operator.index, ids))]
+        if wrong := [token for token in kept if not 0 <= token < self.vocabulary]:
+            raise UserError(f"Token id {wrong[0]} was given; this vocabulary has 0 to {self.vocabulary - 1}.")
+        return self.spell([token for token in kept if token != self.start])
+
+    def __call__(self, texts: str | Sequence[str]) -> torch.Tensor:
+        """Encode one text or several as (n, L) int64, L the longest, rounded up to 8 and at most `context`."""
+        rows = [self.encode(text) for text in ([texts] if isinstance(texts, str) else texts)]
+        if not rows:
+            raise UserError("The tokenizer got no text; pass a string or a list of at least one.")
+        # (n, L); few different L, so that kernels and memory are reused.
+        width = padded_length(max(map(len, rows)), self.context)
+        return torch.tensor([row + [self.padding] * (width - len(row)) for row in rows], dtype=torch.int64)
+
+
+def padded_length(longest: int, context: int) -> int:
+    """The length of a batch of texts: their longest, rounded up to 8, so that few different shapes occur."""
+    return min(-(-longest // 8) * 8, context)
+
+
+def read_definition(definition: str) -> tokenizers.Tokenizer:
+    """The library's tokenizer of a tokenizer.json, which neither truncates nor pads."""
+    try:
+        library = tokenizers.Tokenizer.from_str(definition)
+    except Exception as error:  # the library knows no other class
+        raise UserError(f"The tokenizer cannot be read: {' '.join(str(error).split())[:200]}") from error
+    library.no_truncation()
+    library.no_padding()
+    return library
+
 
 _MERGES = 48_894
 # CLIP's pattern without its special tokens; ignoring case also makes U+0345 a letter.
@@ -102,3 +180,100 @@ def _byte_letters() -> dict[int, str]:
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
+
+
+# Required special ids; BERT calls them [CLS], [SEP], [MASK] and [PAD].
+SPECIALS = ("start", "end", "mask", "padding")
+
+
+class HuggingfaceTokenizer(CaptionTokenizer):
+    """Encodes texts as the ids that an encoder was trained with, equal to those of transformers.
+
+    "[SEP]" and the like in a text are spelled out, so that special ids occur only where this class inserts them.
+
+    Args:
+        definition: The content of tokenizer.json.
+        specials: Ids of start, end, mask and padding.
+    """
+
+    def __init__(self, definition: str, specials: Mapping[str, int], context: int) -> None:
+        super().__init__(context)
+        self._arguments = (definition, dict(specials), context)
+        self.library = read_definition(definition)
+        self.library.encode_special_tokens = True
+        ids = set(self.library.get_vocab(with_added_tokens=True).values())
+        self.vocabulary = max(ids, default=-1) + 1
+        if specials.keys() != set(SPECIALS) or not all(0 <= number < self.vocabulary for number in specials.values()):
+            raise UserError(
+                f"The tokenizer's special ids are {dict(specials)}; it needs one each for {', '.join(SPECIALS)}, under "
+                f"{self.vocabulary:,}."
+            )
+        self.start, self.end, self.mask, self.padding = (specials[name] for name in SPECIALS)
+        added = self.library.get_added_tokens_decoder().items()
+        self.words = sorted(ids - {number for number, token in added if token.special} - {*specials.values()})
+
+    def __reduce__(self) -> tuple[type["HuggingfaceTokenizer"], tuple[str, dict[str, int], int]]:
+        return type(self), self._arguments
+
+    def word_ids(self, text: str) -> Iterable[int]:
+        return self.library.encode(text, add_special_tokens=False).ids
+
+    def spell(self, ids: list[int]) -> str:
+        return self.library.decode(ids, skip_special_tokens=False).strip()
+
+
+PUNCTUATION = str.maketrans("_", " ", string.punctuation.replace("_", ""))
+
+# Cleaning before the tokenizer, by open_clip's names.
+CLEAN: Mapping[str, Callable[[str], str]] = {
+    "whitespace": fix,
+    "lower": clean,
+    "canonicalize": lambda text: " ".join(fix(text).translate(PUNCTUATION).lower().split()),
+}
+
+
+class WrappedTokenizer(CaptionTokenizer):
+    """Encodes texts as the ids of another library's tokenizer; batches are padded to the full context, as there.
+
+    Args:
+        definition: Content of tokenizer.json; None for CLIP's own vocabulary.
+        zeroed: Id that becomes 0 (CLIPA's separator).
+    """
+
+    mask = -1  # none of these models was trained with masks
+
+    def __init__(
+        self, definition: str | None, context: int, clean: str, padding: int = 0, zeroed: int | None = None
+    ) -> None:
+        super().__init__(context)
+        self.stored: dict[str, Any] = {
+            "definition": definition, "context": context, "clean": clean, "padding": padding, "zeroed": zeroed,
+        }  # fmt: skip
+        self.padding, self._clean, self._zeroed = padding, CLEAN[clean], zeroed
+        self.clip = Tokenizer(context) if definition is None else None
+        self.library = self.clip.library if self.clip else read_definition(str(definition))
+        if not self.clip:
+            self.library.enable_truncation(context)
+        self.vocabulary = self.clip.mask if self.clip else self.library.get_vocab_size()
+        self.words = range(self.vocabulary)
+        empty = self.encode("") or [padding]
+        self.start, self.end = empty[0] if len(empty) > 1 else -1, empty[-1]
+
+    def __reduce__(self) -> tuple[type["WrappedTokenizer"], tuple[Any, ...]]:
+        return type(self), tuple(self.stored.values())
+
+    def ids(self, text: str) -> list[int]:
+        text = self._clean(text)
+        ids = self.clip.ids(text) if self.clip else self.library.encode(text).ids
+        return [0 if number == self._zeroed else number for number in ids]
+
+    def word_ids(self, text: str) -> Iterable[int]:
+        text = self._clean(text)
+        return self.clip.word_ids(text) if self.clip else self.library.encode(text, add_special_tokens=False).ids
+
+    def spell(self, ids: list[int]) -> str:
+        return self.clip.spell(ids) if self.clip else self.library.decode(ids).strip()
+
+    def __call__(self, texts: str | Sequence[str]) -> torch.Tensor:
+        tokens = super().__call__(texts)
+        return torch.nn.functional.pad(tokens, (0, self.context - tokens.shape[1]), value=self.padding)

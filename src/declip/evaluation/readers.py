@@ -1,0 +1,396 @@
+"""Sources of evaluation sets: listed image files, images in memory, folders and tables with classes, torchvision."""
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+from torchvision import datasets
+
+from declip.data.images.decode import EXTENSIONS, image_below
+from declip.data.pair import BrokenPair, Columns, LazyPair, Pair, PairSource, is_unicode, printable
+from declip.data.sources.entry import EntrySource
+from declip.data.sources.rows import TableRows, by_lower_name, cell_name
+from declip.data.sources.subset import SPLITS, DerivedSource, Subset
+from declip.data.sources.table import CAPTION_NAMES, IMAGE_NAMES, TableSource, find_column, open_rows
+from declip.errors import UserError, unknown
+from declip.evaluation.results import sample_per_class
+from declip.evaluation.zero_shot import class_names, read_prompts
+from declip.io.text import read_yaml
+
+Openers = Mapping[str, Callable[[], PairSource]]
+"""Functions that open each split."""
+
+
+class ListedFile(NamedTuple):
+    """A listed image file."""
+
+    key: str
+    path: Path
+
+
+class FileList(EntrySource):
+    """Image files below a folder, without captions; paths that leave the folder are refused.
+
+    Args:
+        keys: n paths below `root`, absolute or relative to it.
+    """
+
+    def __init__(self, name: str, root: Path, keys: Sequence[str | Path]) -> None:
+        self.name, self.root = name, root
+        # Arrow is small and fast to send to workers; bytes, because names may not be UTF-8.
+        start = root.as_posix().rstrip("/") + "/"
+        paths = (os.fsencode(Path(key).as_posix().removeprefix(start)) for key in keys)
+        self._keys = pa.array(paths, pa.large_binary())
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def entry(self, index: int) -> ListedFile:
+        raw = self._keys[index].as_py()
+        key = raw.decode(errors="replace")
+        return ListedFile(key, image_below(self.root, os.fsdecode(raw), key, follow=False))
+
+    def content(self, entry: ListedFile) -> Path:
+        return entry.path
+
+    def texts(self, entry: ListedFile) -> tuple[str, ...]:
+        return ()
+
+
+class ImageArray(PairSource):
+    """Images in memory, (n, H, W, 3) uint8, without captions."""
+
+    def __init__(self, name: str, images: np.ndarray) -> None:
+        self.name, self.images = name, images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Pair:
+        return Pair(f"image {index}", Image.fromarray(self.images[index]), ())
+
+
+class Classified(DerivedSource):
+    """Images of a source with one class each.
+
+    Args:
+        labels: (n,) class numbers.
+        rows: (n,) indices into the source; None: all images in order.
+        captioned: Whether captions come from the source; otherwise the class name is the caption.
+        broken: Rows of the source without a class; each is a broken pair, and its label, 0, is ignored.
+    """
+
+    labels: np.ndarray
+    class_names: tuple[str, ...]
+
+    def __init__(
+        self,
+        source: PairSource,
+        labels: Sequence[int] | np.ndarray,
+        class_names: Sequence[str],
+        *,
+        rows: np.ndarray | None = None,
+        captioned: bool = False,
+        broken: Mapping[int, BrokenPair] | None = None,
+    ) -> None:
+        self.name, self.source, self.captioned, self.broken = source.name, source, captioned, broken or {}
+        self.labels, self.class_names = np.asarray(labels, dtype=np.int64), tuple(class_names)
+        self.rows = np.arange(len(source)) if rows is None else rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Pair:
+        captions = self.captions(index)
+        return Pair(self.key(index), self.image(index), captions)
+
+    def locate(self, index: int) -> tuple[PairSource, int]:
+        return self.source, int(self.rows[index])
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        if (row := int(self.rows[index])) in self.broken:
+            raise self.broken[row]
+        return self.source.captions(row) if self.captioned else (self.class_names[self.labels[index]],)
+
+    def read_lazy(self, index: int) -> LazyPair:
+        return PairSource.read_lazy(self, index)
+
+
+def image_folder(name: str, root: Path) -> Openers:
+    """Open any folder with one folder per class, or with folders of splits that contain one folder per class."""
+    folders = {
+        which: root / inner for which, names in SPLITS.items() for inner in reversed(names) if (root / inner).is_dir()
+    }
+    if not folders:
+        folders = {"test": root}
+    elif "train" not in folders or len(folders) == 1:
+        raise UserError(
+            f"A set with splits needs a 'train' folder and a 'validation' or 'test' folder, but '{root}' has only "
+            f"{', '.join(folders)}. To evaluate on one folder, use 'folder:{next(iter(folders.values()))}'."
+        )
+    # Without a test folder, the validation folder is used.
+    elif "test" not in folders:
+        folders["test"] = folders.pop("validation")
+    raw = sorted({inner for folder in folders.values() for inner in _inner(folder)})
+    if len(raw) < 2:
+        raise UserError(f"'{root}' needs one folder of images per class, at least two; it has {len(raw)}.")
+    shown = [inner.replace("_", " ") for inner in raw]
+    return {which: partial(_images, root.resolve().name, folder, raw, shown) for which, folder in folders.items()}
+
+
+def caltech101(name: str, root: Path) -> Openers:
+    """Open Caltech-101: `root` holds `caltech101/101_ObjectCategories/` with 102 folders.
+
+    As in CLIP (Radford et al. 2021, appendix A), each class has 30 training images; all others are test images. CLIP's
+    sample was not published; this one has seed 0.
+    """
+    # The background is a class, as in CLIP and unlike in torchvision's reader.
+    folder = root / "caltech101" / "101_ObjectCategories"
+    raw = _exactly(name, folder, list(read_prompts(name).classes))
+    return {
+        which: partial(_images, name, folder, raw, class_names(name, raw), sampled=which) for which in ("train", "test")
+    }
+
+
+def imagenet(name: str, root: Path) -> Openers:
+    """Open ImageNet or a variant: folders named by WordNet ID, or in "imagenet-v2" by index into the sorted IDs.
+
+    "imagenet-r" and "imagenet-a" have 200 of the 1,000 classes, and only these are candidates.
+    """
+    # The test split of ImageNet is `val/`, as in papers; probes also need `train/`.
+    wnids = wnids_of(name)
+    folders = {"test": root / "val" if name == "imagenet" else root}
+    if name == "imagenet" and (root / "train").is_dir():
+        folders["train"] = root / "train"
+    raw = [str(number) for number in range(len(wnids))] if name == "imagenet-v2" else wnids
+    shown = class_names("imagenet", wnids)
+    return {
+        which: partial(_images, name, folder, _exactly(name, folder, raw), shown) for which, folder in folders.items()
+    }
+
+
+def wnids_of(name: str) -> list[str]:
+    """The sorted WordNet IDs of a dataset's classes; 200 for "imagenet-r" and "imagenet-a"."""
+    subsets = read_yaml((Path(__file__).parent / "imagenet_subsets.yaml").read_text(encoding="utf-8"))
+    return list(subsets.get(name) or read_prompts("imagenet").classes)
+
+
+def _exactly(name: str, folder: Path, raw: list[str]) -> list[str]:
+    """Check that a folder contains exactly the folders of the classes."""
+    there = set(_inner(folder)) if folder.is_dir() else set()
+    missing, strange = [inner for inner in raw if inner not in there], sorted(there.difference(raw))
+    if missing or strange:
+        raise UserError(
+            f"'{name}' expects {len(raw)} folders in '{folder}', from '{raw[0]}' to '{raw[-1]}', one per class: "
+            f"{len(missing)} are missing and {len(strange)} are unexpected ({[*missing, *strange][0]!r}). Evaluate "
+            "on other classes as 'folder:PATH'."
+        )
+    return raw
+
+
+def _images(
+    name: str, folder: Path, raw: Sequence[str], shown: Sequence[str], sampled: str | None = None
+) -> Classified:
+    """List the images of all classes.
+
+    With `sampled="train"`, 30 per class, or fewer so that one is left; with "test", all others.
+    """
+    paths: list[Path] = []
+    labels: list[int] = []
+    # In the order of torchvision's `make_dataset`.
+    for inner, label in sorted((inner, label) for label, inner in enumerate(raw)):
+        below = [Path(place, file) for place, _, files in os.walk(folder / inner) for file in files]
+        images = sorted((path for path in below if path.suffix.lower() in EXTENSIONS), key=os.path.split)
+        paths += images
+        labels += [label] * len(images)
+    chosen = np.ones(len(paths), dtype=bool)
+    if sampled is not None:
+        chosen = sample_per_class(np.array(labels), lambda count: min(30, max(count - 1, 1))) == (sampled == "train")
+    files = FileList(name, folder, [path for path, kept in zip(paths, chosen, strict=True) if kept])
+    return Classified(files, np.array(labels, dtype=np.int64)[chosen], shown)
+
+
+def _inner(folder: Path) -> list[str]:
+    """Names of the folders in a folder, without hidden ones; raises `UserError` for a name that is not UTF-8."""
+    names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith(".") and entry.is_dir())
+    if strange := [name for name in names if not is_unicode(name)]:
+        raise UserError(f"'{folder}' has a folder whose name is not UTF-8: '{printable(strange[0])}'. Rename it.")
+    return names
+
+
+LABEL_NAMES = ("label", "class", "class_name", "category")
+"""Default names of the label column, in order of preference."""
+
+LONGEST_LABEL = 1_000  # characters: a label is a name, not a text
+
+Cell = str | BrokenPair
+
+
+def labeled_table(table_path: str | Path, label_column: str | None) -> Openers | None:
+    """Open a table with labels or splits; None if it has neither.
+
+    `class_names` are the sorted labels of all splits, or the names that Hugging Face's `datasets` wrote into a Parquet
+    file for its numbers. A column "split" defines splits; without it, all rows are test rows.
+    """
+    rows = open_rows(table_path)
+    path, columns = rows.path, rows.columns
+    lower = by_lower_name(columns).keys()
+    captioned, labeled = (not lower.isdisjoint(names) for names in (CAPTION_NAMES, LABEL_NAMES))
+    labeled = labeled or label_column is not None
+    if not labeled and not (captioned and "split" in lower):
+        return None
+    if label_column is not None and label_column not in columns:
+        raise unknown(f"column of labels in '{path.name}'", label_column, columns)
+    image = find_column(columns, "image", IMAGE_NAMES, "image", path)
+    column = None
+    if labeled:
+        column = find_column(columns, label_column or LABEL_NAMES[0], LABEL_NAMES, "label", path)
+    # --- the pairs of the table, and the rows of each split
+    table = TableSource(table_path, Columns(image, "caption" if captioned else None, group=column))
+    rows_of = _rows_of(table)
+    if column is None:
+        return {which: partial(Subset, table, places) for which, places in rows_of.items()}
+    # --- class names
+    cells = _cells(table, column)
+    names = _known_names(rows, column) or _ordered({cell for cell in cells if isinstance(cell, str)})
+    if len(names) < 2:
+        raise UserError(f"Column '{column}' of '{path}' has {len(names)} classes. It needs at least two.")
+    labels, broken = _labels(cells, names, table)
+    return {
+        which: partial(Classified, table, labels[rows], names, rows=rows, captioned=captioned, broken=broken)
+        for which, rows in rows_of.items()
+    }
+
+
+def _labels(cells: list[Cell], names: list[str], table: TableSource) -> tuple[np.ndarray, dict[int, BrokenPair]]:
+    """The number of the class of each row, (n,) int64, and the reasons of rows without a class."""
+    label_of = {name: label for label, name in enumerate(names)}
+    labels = np.zeros(len(cells), dtype=np.int64)
+    broken: dict[int, BrokenPair] = {}
+    for row, cell in enumerate(cells):
+        if isinstance(cell, BrokenPair):
+            broken[row] = cell
+        elif cell in label_of:
+            labels[row] = label_of[cell]
+        else:
+            broken[row] = BrokenPair("missing label", table.key(row), f"'{cell}' is not one of the classes")
+    return labels, broken
+
+
+def _rows_of(table: TableSource) -> dict[str, np.ndarray]:
+    """The rows of each non-empty split; all rows are test rows without a split column."""
+    splits = table.splits() or {"test": np.arange(len(table))}
+    if "test" not in splits:
+        raise UserError(f"'{table.name}' has no test pairs: its splits are {', '.join(splits)}. Name some rows 'test'.")
+    return splits
+
+
+def _ordered(names: set[str]) -> list[str]:
+    """Sort as numbers if all are whole numbers, otherwise as text."""
+    numbers = all(name.isdecimal() and len(name) < 20 for name in names)
+    return sorted(names, key=int) if numbers else sorted(names)
+
+
+def _cells(table: TableSource, column: str) -> list[Cell]:
+    """The value of a column for each pair as text, or the reason why it has none."""
+    names = _known_names(table.file, column)
+    cells: list[Cell] = []
+    for index in range(len(table)):
+        try:
+            entry = table.entry(index)
+            given = [v for cell in table.cells(entry, column) for v in (cell if isinstance(cell, list) else [cell])]
+            values = [names[v] if isinstance(v, int) and 0 <= v < len(names) else v for v in given]
+            cells.append(_text(entry.key, values))
+        except BrokenPair as broken:
+            cells.append(broken)
+    return cells
+
+
+def _known_names(rows: TableRows, column: str) -> list[str]:
+    """The names that Hugging Face's `datasets` stores for a column of class numbers; none for other files."""
+    try:
+        names = json.loads(rows.metadata[b"huggingface"])["info"]["features"][column]["names"]
+        return [" ".join(name.split()) for name in names]
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
+        return []
+
+
+def _text(key: str, values: Sequence[Any]) -> str:
+    """Return the single label in the cells of one image, strings or numbers; raises `BrokenPair`."""
+    if any(isinstance(value, str) and len(value) > LONGEST_LABEL for value in values):
+        raise BrokenPair("label too long", key, f"more than {LONGEST_LABEL:,} characters")
+    texts = {" ".join(cell_name(value).split()) for value in values}
+    if "" in texts:
+        raise BrokenPair("missing label", key)
+    if not all(map(is_unicode, texts)):
+        raise BrokenPair("invalid text", key, "half of a character that takes two code units")
+    if len(texts) > 1:
+        raise BrokenPair("conflicting labels", key, ", ".join(sorted(texts)))
+    return texts.pop()
+
+
+TRAIN_VAL_TEST = {"train": "train", "validation": "val", "test": "test"}
+TRAIN_TEST = {"train": "train", "test": "test"}
+
+SETS: Mapping[str, tuple[Callable[..., Any], Mapping[str, Any]]] = {
+    "pets": (datasets.OxfordIIITPet, {"train": "trainval", "test": "test"}),
+    "cifar10": (datasets.CIFAR10, {"train": True, "test": False}),
+    "cifar100": (datasets.CIFAR100, {"train": True, "test": False}),
+    "food101": (datasets.Food101, TRAIN_TEST),
+    "flowers102": (datasets.Flowers102, TRAIN_VAL_TEST),
+    "cars": (datasets.StanfordCars, TRAIN_TEST),
+    "aircraft": (datasets.FGVCAircraft, TRAIN_VAL_TEST),
+    # The first of DTD's ten partitions, as in CLIP (Radford et al. 2021, appendix A) and most papers.
+    "dtd": (datasets.DTD, TRAIN_VAL_TEST),
+}
+"""Name → torchvision's class, and our splits → its argument. The class of CIFAR checks the MD5 of its pickles before
+it reads them."""
+
+SUN_LISTS = {"train": "Training_01.txt", "test": "Testing_01.txt"}
+SUN_PLACES = ("SUN397", "SUN397/Partitions", "Partitions", ".")
+"""Folders that may contain the lists, which come in a separate archive."""
+
+
+def torchvision_set(name: str, root: Path) -> Openers:
+    """Open one of `SETS`."""
+    return {which: partial(_read, name, root, argument) for which, argument in SETS[name][1].items()}
+
+
+def _read(name: str, root: Path, argument: str | bool) -> Classified:
+    files = SETS[name][0](root, download=False, **{"train" if isinstance(argument, bool) else "split": argument})
+    # The files of Flowers102 have class numbers from 1, without names.
+    names = class_names(name, read_prompts(name).classes if name == "flowers102" else files.classes)
+    if name.startswith("cifar"):
+        return Classified(ImageArray(name, files.data), files.targets, names)
+    if name == "cars":
+        paths, labels = zip(*files._samples, strict=True)
+    else:
+        paths, labels = files._images if name == "pets" else files._image_files, files._labels
+    return Classified(FileList(name, root, paths), labels, names)
+
+
+def sun397(name: str, root: Path) -> Openers:
+    """Open SUN397 in its official first partition (Xiao et al. 2010), whose lists are in one of `SUN_PLACES`."""
+    for place in SUN_PLACES:
+        if all((root / place / file).is_file() for file in SUN_LISTS.values()):
+            return {which: partial(_sun, name, root / "SUN397", root / place / SUN_LISTS[which]) for which in SUN_LISTS}
+    raise UserError(
+        f"'{name}' expects in '{root}' SUN397/ and the lists {' and '.join(SUN_LISTS.values())} of its official first "
+        "partition, from the archive Partitions.zip of the SUN database."
+    )
+
+
+def _sun(name: str, folder: Path, path: Path) -> Classified:
+    classes = [line[3:] for line in (folder / "ClassName.txt").read_text(encoding="utf-8").split()]
+    keys = [line.lstrip("/") for line in path.read_text(encoding="utf-8").split()]
+    label_of = {raw: label for label, raw in enumerate(classes)}
+    # "a/abbey/sun_aaa.jpg": the first letter, the class, which may contain a slash, and the file.
+    labels = [label_of[key.partition("/")[2].rpartition("/")[0]] for key in keys]
+    names = class_names(name, [raw.replace("/", " ") for raw in classes])
+    return Classified(FileList(name, folder, keys), labels, names)
