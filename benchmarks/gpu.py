@@ -19,6 +19,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -28,49 +29,28 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic mod
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from rich.console import Console
-from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
 from declip.data.images.views import apply_photometric
-from declip.data.loader import Assembler, PairLoader
-from declip.data.text.tokenizer import Tokenizer
 from declip.errors import UserError
 from declip.io.atomic import atomic_write
 from declip.recipe.load import load_recipe
 from declip.runs.checkpoint import list_checkpoints, load_checkpoint
-from declip.training.assemble import assemble, plan_of
+from declip.training.assemble import assemble
 from declip.training.step import training_step
 from declip.training.trainer import Trainer
-from gpu_steps import BASE, Bench, Run, measured, open_clips_side, our_side, sizes
+from gpu_steps import Bench, open_clips_side, our_side
 from machine import machine
 from pairs import InMemory, Shapes, texts_of
 from parts import build
-from peers import Shape
-from step import TOWERS, recipe_of
+from step import TOWERS, recipe_of, sizes
+from timing import show
 
 RECIPES = ("clip", "declip", "declip-yfcc15m-vitb32")
+PUBLISHED = {"open_clip": "clip-yfcc15m-vitb32", "clip": "clip-yfcc15m-vitb32", "declip": "declip-yfcc15m-vitb32"}
+"""Side → the recipe whose sizes it has, where that is another."""
 
-
-def grad_cache(bench: Bench) -> list[dict[str, Any]]:
-    """Measure a large batch in chunks: `clip` with `train.grad_cache_chunk`, and sentence-transformers' loss."""
-    (shape, source), name = sizes(bench, "ViT-B-32"), "ViT-B-32"
-    count, chunk = (8, 4) if bench.tiny else (4096, 256)
-    recipe = recipe_of("clip-yfcc15m-vitb32", name, shape, 4 if bench.tiny else BASE)
-    train = recipe.train.model_copy(update={"grad_cache_chunk": chunk})
-    sides: dict[str, Callable[[], Run]] = {
-        "clip": lambda: our_side(bench, recipe.model_copy(update={"train": train}), source),
-        "sentence-transformers": lambda: open_clips_side(bench, name, recipe, source, shape, chunk),
-    }
-    rows = []
-    for what, side in sides.items():
-        row = {"tower": name, "what": what, "batch": count, "chunk": chunk, "precision": bench.precision}
-        try:
-            rows.append(row | measured(bench, side()(count), count))
-        except Exception as error:  # the other side is still measured
-            rows.append(row | {"failed": one_line(error)})
-        bench.free()
-    return rows
+Rows = list[dict[str, Any]]
 
 
 def one_line(error: Exception) -> str:
@@ -79,75 +59,70 @@ def one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}{remedy}"
 
 
-def tower(bench: Bench, name: str) -> list[dict[str, Any]]:
-    """Measure steps of three recipes and of open_clip."""
-    (shape, source), rows = sizes(bench, name), []
-    for arm in (*RECIPES, "open_clip"):
+def sides(bench: Bench, name: str, arms: tuple[str, ...], steps: Callable[..., dict[str, Any]]) -> Rows:
+    """Measure `steps` of each side; an error of one must not stop the others."""
+    shape, source = sizes(name, bench.tiny, bench.device, bench.precision, "joined")
+    rows = []
+    for arm in arms:
+        recipe = recipe_of(PUBLISHED.get(arm, arm), name, shape, bench.base)
         row = {"tower": name, "what": arm, "precision": bench.precision}
         try:
-            rows.append(row | steps(bench, name, arm, shape, source))
-        except Exception as error:  # one recipe must not stop the others
+            rows.append(row | steps(bench, name, arm, recipe, shape, source))
+        except Exception as error:
             rows.append(row | {"failed": one_line(error)})
         bench.free()
     return rows
 
 
-def steps(bench: Bench, name: str, arm: str, shape: Shape, source: InMemory) -> dict[str, Any]:
-    """Measure steps of one recipe, or of open_clip, at the largest batch size that fits."""
-    shipped = {"open_clip": "clip-yfcc15m-vitb32", "clip": "clip-yfcc15m-vitb32", "declip": "declip-yfcc15m-vitb32"}
-    base = 4 if bench.tiny else BASE
-    recipe = recipe_of(shipped.get(arm, arm), name, shape, base)
+def tower(bench: Bench, name: str) -> Rows:
+    """Measure steps of three recipes and of open_clip, each at the largest batch size that fits."""
 
-    theirs = arm == "open_clip"
-    run = open_clips_side(bench, name, recipe, source, shape) if theirs else our_side(bench, recipe, source)
-    with FlopCounterMode(display=False) as counter:
-        run(base)
-    count = bench.largest(run)
-    while (task := bench.attempt(run, count)) is None:  # in fragmented memory it may need more
-        bench.free()
-        count //= 2
-    return {"batch": count} | measured(bench, task, count, counter.get_total_flops() / base)
+    def steps(bench: Bench, name: str, arm: str, recipe: Any, shape: Any, source: InMemory) -> dict[str, Any]:
+        theirs = arm == "open_clip"
+        run = open_clips_side(name, recipe, source, shape) if theirs else our_side(bench, recipe, source)
+        with FlopCounterMode(display=False) as counter:
+            run(bench.base)
+        count = bench.largest(run)
+        while (task := bench.attempt(run, count)) is None:  # in fragmented memory it may need more
+            bench.free()
+            count //= 2
+        return {"batch": count} | bench.measure(task, count, counter.get_total_flops() / bench.base)
+
+    return sides(bench, name, (*RECIPES, "open_clip"), steps)
 
 
-def views(bench: Bench) -> list[dict[str, Any]]:
+def grad_cache(bench: Bench) -> Rows:
+    """Measure a large batch in chunks: `clip` with `train.grad_cache_chunk`, and sentence-transformers' loss."""
+    count, chunk = (8, 4) if bench.tiny else (4096, 256)
+
+    def steps(bench: Bench, name: str, arm: str, recipe: Any, shape: Any, source: InMemory) -> dict[str, Any]:
+        if arm == "open_clip":
+            run = open_clips_side(name, recipe, source, shape, chunk)
+        else:
+            train = recipe.train.model_copy(update={"grad_cache_chunk": chunk})
+            run = our_side(bench, recipe.model_copy(update={"train": train}), source)
+        return {"batch": count, "chunk": chunk} | bench.measure(run(count), count)
+
+    rows = sides(bench, "ViT-B-32", ("clip", "open_clip"), steps)
+    return [row | {"what": row["what"].replace("open_clip", "sentence-transformers")} for row in rows]
+
+
+def views(bench: Bench) -> Rows:
     """Compare color changes and blur on the device with one CPU thread: time and largest difference."""
     recipe = load_recipe("demo-declip" if bench.tiny else "declip", {"train.batch_size": 8 if bench.tiny else 128})
-    source = InMemory(texts_of(Shapes(), "joined", 256), recipe.image.size)
-    built = build(recipe, source)
-    batch, mean, std = next(built.loader), built.step.mean, built.step.std
-    there, m, s = batch.to(bench.device), mean.to(bench.device), std.to(bench.device)
-    on_device = apply_photometric(there.views, m, s)["first"].pixels.cpu()
-    difference = (on_device - apply_photometric(batch.views, mean, std)["first"].pixels).abs().max().item()
-    threads = torch.get_num_threads()
-    device = bench.seconds(lambda: apply_photometric(there.views, m, s))
+    built = build(recipe, InMemory(texts_of(Shapes(), "joined", 256), recipe.image.size))
+    batch, threads = next(built.loader), torch.get_num_threads()
+    finish = {
+        device: partial(
+            apply_photometric, batch.to(device).views, built.step.mean.to(device), built.step.std.to(device)
+        )
+        for device in (bench.device, torch.device("cpu"))
+    }
+    device, host = (task()["first"].pixels.cpu() for task in (finish[bench.device], finish[torch.device("cpu")]))
     torch.set_num_threads(1)
-    host = bench.seconds(lambda: apply_photometric(batch.views, mean, std))
+    rows = [{"what": f"{name}, one CPU thread"} | bench.measure(task, len(batch)) for name, task in finish.items()]
     torch.set_num_threads(threads)
-    count = len(batch)
-    return [
-        {"what": name, "batch": count, "ms": round(1e3 * seconds, 2), "samples_per_second": round(count / seconds, 1)}
-        for name, seconds in ((bench.card, device), ("one CPU thread", host))
-    ] + [{"what": "largest difference", "value": difference}]
-
-
-def loading(bench: Bench) -> list[dict[str, Any]]:
-    """Measure pairs per second of one loader process, and the processes that each measured step needs."""
-    from loader import PAIRS, SIZES, photographs
-
-    recipe = load_recipe("declip", {"image.size": 32 if bench.tiny else 224})
-    source = photographs(*SIZES[0])
-    loader = PairLoader(
-        Assembler(source, Tokenizer(), plan_of(recipe), batch_size=PAIRS, seed=0), pin_memory=bench.cuda
-    )
-    rate = PAIRS / bench.seconds(lambda: next(loader))
-    rows = [{"what": "one loader process", "samples_per_second": round(rate, 1), "cores": os.cpu_count()}]
-    for name in TOWERS:
-        rows += [
-            {"what": f"processes for {name}, {row['what']}", "value": round(row["samples_per_second"] / rate, 1)}
-            for row in bench.known(name).get("rows", [])
-            if row["what"] in RECIPES and "failed" not in row
-        ]
-    return rows
+    return [*rows, {"what": "largest difference", "value": (device - host).abs().max().item()}]
 
 
 def run_keys(bench: Bench, source: Path, **train: Any) -> dict[str, Any]:
@@ -187,7 +162,7 @@ def end_of(folder: Path) -> dict[str, torch.Tensor]:
     return {**last.weights, **last.training}
 
 
-def resume(bench: Bench) -> list[dict[str, Any]]:
+def resume(bench: Bench) -> Rows:
     """Check that a resumed run equals an uninterrupted one bit for bit, and measure the cost of deterministic mode."""
     with TemporaryDirectory() as name:
         folder = Path(name)
@@ -200,7 +175,7 @@ def resume(bench: Bench) -> list[dict[str, Any]]:
             train("demo-declip", keys, folder / "resumed", resume=True)
             whole, resumed = end_of(folder / "whole"), end_of(folder / "resumed")
             equal = whole.keys() == resumed.keys() and all(torch.equal(whole[n], resumed[n]) for n in whole)
-            rows: list[dict[str, Any]] = [{"what": "resumed = uninterrupted, deterministic mode", "value": equal}]
+            rows: Rows = [{"what": "resumed = uninterrupted, deterministic mode", "value": equal}]
             built = build(
                 load_recipe("demo-declip", keys), InMemory(texts_of(Shapes(), "joined", 256), 64), bench.device
             )
@@ -225,12 +200,12 @@ def _rank(rank: int, backend: str, folder: str, keys: dict[str, Any], cuda: bool
     dist.destroy_process_group()
 
 
-def two_processes(bench: Bench) -> list[dict[str, Any]]:
+def two_processes(bench: Bench) -> Rows:
     """Compare two processes with one, for DDP with synchronized batch norm and FSDP2: largest difference of the loss.
 
     NCCL may refuse two processes on one GPU; gloo, through host memory, is tried next.
     """
-    rows: list[dict[str, Any]] = []
+    rows: Rows = []
     with TemporaryDirectory() as name:
         folder = Path(name)
         source = draw_pairs(folder)
@@ -256,7 +231,7 @@ def two_processes(bench: Bench) -> list[dict[str, Any]]:
     return rows
 
 
-def waits(bench: Bench) -> list[dict[str, Any]]:
+def waits(bench: Bench) -> Rows:
     """Count the host's waits for the device within a step, with CUDA's own check."""
     row = {"what": "waits of the host in a step", "value": None}
     if not bench.cuda:
@@ -276,7 +251,7 @@ def waits(bench: Bench) -> list[dict[str, Any]]:
     return [row | {"value": len(caught), "note": ", ".join(places) or None}]
 
 
-PARTS: dict[str, Callable[[Bench], list[dict[str, Any]]]] = {
+PARTS: dict[str, Callable[[Bench], Rows]] = {
     "ViT-B-32": lambda bench: tower(bench, "ViT-B-32"),
     "resume": resume,
     "two-processes": two_processes,
@@ -285,21 +260,8 @@ PARTS: dict[str, Callable[[Bench], list[dict[str, Any]]]] = {
     "grad-cache": grad_cache,
     "ViT-B-16": lambda bench: tower(bench, "ViT-B-16"),
     "RN50": lambda bench: tower(bench, "RN50"),
-    "loading": loading,
 }
 """Measured in this order."""
-
-
-def show(results: dict[str, dict[str, Any]], console: Console) -> None:
-    """Print one table of all parts, without empty columns."""
-    rows = [(part, row) for part, result in results.items() for row in result["rows"]]
-    columns = ("batch", "ms", "samples_per_second", "gb", "gflop_per_pair", "utilization", "value", "note", "failed")
-    columns = tuple(name for name in columns if any(row.get(name) is not None for _, row in rows))
-    table = Table("part", "what", *columns, title=f"{next(iter(results.values()))['card']}, medians")
-    for part, row in rows:
-        cells = ("" if row.get(name) is None else str(row[name]) for name in columns)
-        table.add_row(part, row["what"], *cells)
-    console.print(table)
 
 
 def main() -> None:
@@ -322,11 +284,9 @@ def main() -> None:
         results, left = run_parts(bench, names, options.minutes)
     except (UserError, OSError) as error:
         parser.error(str(error))
-    console = Console(stderr=True)
-    if results:
-        show(results, console if console.is_terminal else Console(stderr=True, width=160))
+    show([{"part": name, **row} for name, result in results.items() for row in result["rows"]], ("tower",))
     if left:
-        console.print(f"Left for the next call: {', '.join(left)}")
+        print(f"Left for the next call: {', '.join(left)}", file=sys.stderr)
     print(json.dumps(results))
     sys.exit(1 if any(failures(result) for result in results.values()) else 0)
 

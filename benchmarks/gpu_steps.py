@@ -19,10 +19,11 @@ from declip.models.device import pick_device
 from declip.recipe.schema import Recipe
 from declip.training.assemble import plan_of
 from declip.training.step import training_step
-from pairs import InMemory, open_pairs, texts_of
+from machine import device_name
+from pairs import InMemory
 from parts import build
 from peers import Shape, open_clip_side
-from step import batch_of, device_name, tiny
+from step import batch_of
 
 PEAKS = {
     "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12, "B200": 2250e12,
@@ -33,10 +34,8 @@ PEAKS = {
 BASE = 64
 """Pairs of the loaded batch; larger batches repeat it."""
 
-
-def peak_of(card: str) -> float | None:
-    """Return the peak operations per second of a card, or None if it is not listed."""
-    return next((peak for name, peak in PEAKS.items() if name in card), None)
+Run = Callable[[int], Callable[[], object]]
+"""Number of pairs → a function that takes a step of as many pairs; the first is taken at once."""
 
 
 def tiled(batch: PairBatch, count: int) -> PairBatch:
@@ -63,6 +62,7 @@ class Bench:
         self.tiny, self.device = options.tiny, pick_device(options.device)
         self.cuda = self.device.type == "cuda"
         self.repeats = 1 if self.tiny else 8
+        self.base = 4 if self.tiny else BASE
         self.precision = "bf16" if self.cuda else "fp32"
         self.card = device_name(self.device)
         self.out: Path = options.out
@@ -94,15 +94,15 @@ class Bench:
         if self.cuda:
             torch.cuda.empty_cache()
 
-    def largest(self, run: "Run") -> int:
+    def largest(self, run: Run) -> int:
         """Return the largest batch that fits, found by doubling, or 0."""
-        count, limit, fits = (4, 8, 0) if self.tiny else (BASE, 1 << 14, 0)
+        count, limit, fits = self.base, 8 if self.tiny else 1 << 14, 0
         while count <= limit and self.attempt(run, count) is not None:
             fits, count = count, 2 * count
         self.free()
         return fits
 
-    def attempt(self, run: "Run", count: int) -> Callable[[], object] | None:
+    def attempt(self, run: Run, count: int) -> Callable[[], object] | None:
         """Take a step of `count` pairs twice; return the step, or None if it is out of memory."""
         try:
             (task := run(count))()
@@ -113,9 +113,20 @@ class Bench:
             return None
         return task
 
-
-Run = Callable[[int], Callable[[], object]]
-"""Number of pairs → a function that takes a step of as many pairs; the first is taken at once."""
+    def measure(self, task: Callable[[], object], count: int, flops: float | None = None) -> dict[str, Any]:
+        """Measure time, rate, memory and, given the operations per pair, utilization of a step."""
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        seconds = self.seconds(task)
+        peak = next((peak for name, peak in PEAKS.items() if name in self.card), None)
+        rate = count / seconds
+        return {
+            "ms": round(1e3 * seconds, 2),
+            "samples_per_second": round(rate, 1),
+            "gb": round(torch.cuda.max_memory_allocated(self.device) / 1e9, 2) if self.cuda else None,
+            "gflop_per_pair": round(flops / 1e9, 2) if flops else None,
+            "utilization": round(flops * rate / peak, 3) if flops and peak else None,
+        }
 
 
 def our_side(bench: Bench, recipe: Recipe, source: InMemory) -> Run:
@@ -131,49 +142,21 @@ def our_side(bench: Bench, recipe: Recipe, source: InMemory) -> Run:
     return run
 
 
-def open_clips_side(
-    bench: Bench, name: str, recipe: Recipe, source: InMemory, shape: Shape, chunk: int | None = None
-) -> Run:
+def open_clips_side(name: str, recipe: Recipe, source: InMemory, shape: Shape, chunk: int | None = None) -> Run:
     """Build open_clip's CLIP step on preprocessed images and 77-token captions; for `chunk` see `open_clip_side`."""
     import open_clip
 
     host, plan = batch_of(recipe, source), plan_of(recipe)
     mean, std = (torch.tensor(values) for values in (plan.mean, plan.std))
-    pixels = apply_photometric(host.views, mean, std)["first"].pixels.to(bench.device)
+    pixels = apply_photometric(host.views, mean, std)["first"].pixels.to(shape.device)
     captions = [source.texts[int(number) % len(source)] for number in host.sample_ids]
-    texts = open_clip.get_tokenizer(f"{name}-quickgelu")(captions).to(bench.device)
-    side = open_clip_side(f"{name}-quickgelu", shape, pixels[:2], captions[:2], chunk)
-    step: Any = side.step
+    texts = open_clip.get_tokenizer(f"{name}-quickgelu")(captions).to(shape.device)
+    step = open_clip_side(f"{name}-quickgelu", shape, pixels[:2], captions[:2], chunk).parts[""]
 
     def run(count: int) -> Callable[[], object]:
-        rows = torch.arange(count, device=bench.device) % len(pixels)
+        rows = torch.arange(count, device=shape.device) % len(pixels)
         images, ids = pixels[rows], texts[rows]
         step(images, ids)
         return lambda: step(images, ids)
 
     return run
-
-
-def sizes(bench: Bench, name: str) -> tuple[Shape, InMemory]:
-    """Return the sizes of both towers, and pairs for them."""
-    import open_clip
-
-    config = open_clip.get_model_config(f"{name}-quickgelu")
-    config = tiny(config) if bench.tiny else config
-    source = InMemory(texts_of(open_pairs(), "joined", 256), config["vision_cfg"]["image_size"])
-    return Shape(config, bench.tiny, bench.device, bench.precision), source
-
-
-def measured(bench: Bench, task: Callable[[], object], count: int, flops: float | None = None) -> dict[str, Any]:
-    """Measure time, rate, memory and, given the operations per pair, utilization of a step."""
-    if bench.cuda:
-        torch.cuda.reset_peak_memory_stats(bench.device)
-    seconds, peak = bench.seconds(task), peak_of(bench.card)
-    rate = count / seconds
-    return {
-        "ms": round(1e3 * seconds, 2),
-        "samples_per_second": round(rate, 1),
-        "gb": round(torch.cuda.max_memory_allocated(bench.device) / 1e9, 2) if bench.cuda else None,
-        "gflop_per_pair": round(flops / 1e9, 2) if flops else None,
-        "utilization": round(flops * rate / peak, 3) if flops and peak else None,
-    }

@@ -71,11 +71,6 @@ MOMENTS: dict[str, tuple[Any, str]] = {
 """Moment of the kill → the function that is called then."""
 
 
-def recipe_of(name: str, workers: int) -> Recipe:
-    """Load a recipe with small sizes that trains in seconds."""
-    return load_recipe(name, {**SMALL, "data.workers": workers})
-
-
 def run(rank: int, ranks: int, meeting: str, recipe: Recipe, folder: str, kill: dict[str, Any] | None) -> None:
     """Run one process of a run until it ends or is killed."""
     warnings.simplefilter("ignore")
@@ -156,7 +151,7 @@ def main() -> None:
         for number in track(range(options.kills), "killing"):
             name, ranks = RECIPES[number % len(RECIPES)], 1 + number % 2
             moment = list(MOMENTS)[number % len(MOMENTS)]
-            recipe = recipe_of(name, workers=choose.randrange(2))
+            recipe = load_recipe(name, {**SMALL, "data.workers": choose.randrange(2)})
             if (name, ranks) not in whole:
                 whole[name, ranks] = Path(place) / f"{name}-{ranks}"
                 assert start(ranks, recipe, whole[name, ranks]) == [0] * ranks

@@ -9,17 +9,13 @@ views alone and open_clip's tokenizes the caption once. All tasks take turns in 
 import argparse
 import json
 from collections.abc import Callable
-from contextlib import nullcontext
 from io import BytesIO
 from itertools import cycle
-from unittest.mock import patch
 
 import numpy as np
 import open_clip
 import torch
 from PIL import Image, ImageFilter
-from rich.console import Console
-from rich.table import Table
 from sklearn.datasets import load_sample_images
 from torchvision import transforms
 
@@ -32,8 +28,9 @@ from declip.data.pair import LazyPair, Pair, PairSource
 from declip.data.text.tokenizer import Tokenizer
 from declip.recipe.schema import ImageTowerConfig, ImageView, Recipe
 from declip.supervision.objective import needs_of
+from machine import machine
 from pairs import open_pairs
-from timing import row, take_turns
+from timing import row, show, take_turns
 
 PAIRS = 64
 """Also the batch size, so that every turn loads the same files."""
@@ -46,9 +43,7 @@ SCENES = (
 )
 
 
-DEVICE, WHOLE, CPU = "declip, colors left to the device", "the same, full images decoded", "declip, all on the CPU"
-FAST = (DEVICE, WHOLE, CPU)
-"""Tasks that use simplejpeg if it is installed."""
+DEVICE = "declip, colors left to the device"
 
 
 class Files(PairSource):
@@ -137,13 +132,11 @@ def tasks(source: Files, size: int) -> dict[str, Callable[[], object]]:
     theirs, tokenizer = torchvision_view(size), Tokenizer()
     one_view, tokenize = open_clip.image_transform(size, is_train=True), open_clip.get_tokenizer("ViT-B-32")
 
-    def ours(finish: bool, fast: bool = True, scaled: bool = True) -> Callable[[], object]:
+    def ours(finish: bool) -> Callable[[], object]:
         loader = PairLoader(Assembler(source, tokenizer, plan, batch_size=PAIRS, seed=0))
-        loader.assembler.scaled_decode = scaled
 
         def load() -> object:
-            with nullcontext() if fast else patch.object(picture, "simplejpeg", None):
-                batch = next(loader)
+            batch = next(loader)
             return apply_photometric(batch.views, mean, std) if finish else batch.views
 
         return load
@@ -158,63 +151,38 @@ def tasks(source: Files, size: int) -> dict[str, Callable[[], object]]:
             source.said
         )
 
-    found = {
+    return {
         DEVICE: ours(finish=False),
-        WHOLE: ours(finish=False, scaled=False),
-        "the same, without simplejpeg": ours(finish=False, fast=False, scaled=False),
-        CPU: ours(finish=True),
+        "declip, all on the CPU": ours(finish=True),
         "Pillow and torchvision": torchvisions,
         "open_clip's view, twice": open_clips,
     }
-    if picture.simplejpeg is None:
-        del found["the same, without simplejpeg"]
-    return found
 
 
 def measure(repeats: int, size: int = 224) -> list[dict[str, object]]:
     """Measure pairs per second of one core, from JPEG files in memory."""
-    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     rows = []
     for source in (drawings(), *(photographs(*each) for each in SIZES)):
         seconds = take_turns(repeats, tasks(source, size))
-        device, cpu = seconds[DEVICE], seconds[CPU]
+        about = {"pictures": source.name, "bytes": sum(map(len, source.files)) // PAIRS}
         for what, taken in seconds.items():
-            fast = picture.simplejpeg is not None and what in FAST
-            common = {
-                "pictures": source.name,
-                "decoder": "simplejpeg" if fast else "Pillow",
-                "threads": 1,
-                "bytes": sum(map(len, source.files)) // PAIRS,
-            }
-            ratios = {"times_device": round(taken / device, 2), "times_cpu": round(taken / cpu, 2)}
-            rows.append(row(f"loading, {size} px", what, taken, PAIRS, "pairs", **common, **ratios))
-    torch.set_num_threads(threads)
+            ratio = {"times_device": round(taken / seconds[DEVICE], 2)}
+            rows.append(row(f"loading, {size} px", what, taken, PAIRS, "pairs", **about, **ratio))
     return rows
 
 
 def main() -> None:
-    """Measure, and print a table or JSON."""
-    from machine import machine
-
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=7, help="turns of each, at least 1 (default 7)")
+    """Measure, print a table, and JSON in the last line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=7, help="turns of each (default 7)")
     parser.add_argument("--size", type=int, default=224, help="pixels of a view (default 224)")
-    parser.add_argument("--json", action="store_true", help="print machine and rows as JSON instead of a table")
+    parser.add_argument("--json", action="store_true", help="print machine and rows as JSON, as the last line")
     options = parser.parse_args()
-    if options.repeats < 1:
-        parser.error(f"--repeats is {options.repeats}; give 1 or more")
-    about = machine()
-    rows = measure(options.repeats, options.size)
+    about = {**machine(), "simplejpeg": picture.simplejpeg is not None}
+    show(rows := measure(options.repeats, options.size), ("part", "count", "unit"))
     if options.json:
         print(json.dumps({"machine": about, "repeats": options.repeats, "rows": rows}))
-        return
-    table = Table("pictures", "what", "ms a pair", "pairs/s", "time of the device's", "of the CPU's", title="Medians")
-    for found in rows:
-        each = f"{found['microseconds_each'] / 1000:.2f}"
-        ratios = (f"{found[key]:.2f} ×" for key in ("times_device", "times_cpu"))
-        table.add_row(found["pictures"], found["what"], each, f"{found['per_second']:,.0f}", *ratios)
-    Console().print(table)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,11 @@ def installed(package: str) -> str | None:
         return None
 
 
+def device_name(device: torch.device) -> str:
+    """Return the accelerator's name, or cpu."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
 def processor() -> str:
     """Return the processor's name on Linux, else its architecture."""
     cpu = Path("/proc/cpuinfo")

@@ -50,16 +50,13 @@ def open_pairs() -> PairSource:
         return Shapes()
 
 
-CAPTIONS = ("emoji", "joined", "full")
-"""One caption; all captions of a pair joined; those of several pairs, enough to fill a text tower."""
+CAPTIONS = ("joined", "full")
+"""All captions of a pair joined; those of several pairs, enough to fill a text tower."""
 
 
 def texts_of(source: PairSource, kind: str, count: int = 2048) -> list[str]:
     """Return texts of `count` pairs spread over a source; `kind` is one of `CAPTIONS`."""
-    pairs = [source[int(index)] for index in np.linspace(0, len(source) - 1, count)]
-    if kind == "emoji":
-        return [pair.captions[0] for pair in pairs]
-    joined = [" ".join(pair.captions) for pair in pairs]
+    joined = [" ".join(source.captions(int(index))) for index in np.linspace(0, len(source) - 1, count)]
     if kind == "joined":
         return joined
     words = " ".join(joined).split()

@@ -18,20 +18,16 @@ class Side:
     """One of the compared implementations.
 
     Attributes:
-        step: Forward, loss, backward, update; gradients are set to none at its beginning.
-        update: The optimizer's part alone, with the last step's gradients.
+        parts: "": forward, loss, backward, update, gradients set to none at the beginning; ": optimizer": the update
+            alone, with the last step's gradients; ": views": finishing the image views on the device; ": muon": Muon's
+            update.
         parameters: How many numbers, by part; "learned" is those with a gradient.
         text_length: Tokens a caption.
-        views: Finishing the image views on the device alone, where the step does it.
-        muon: Muon's update with the last step's gradients, where it is measured.
     """
 
-    step: Callable[[], object]
-    update: Callable[[], object]
+    parts: dict[str, Callable[..., object]]
     parameters: dict[str, int]
     text_length: int
-    views: Callable[[], object] | None = None
-    muon: Callable[[], object] | None = None
 
 
 @dataclass
@@ -119,4 +115,4 @@ def open_clip_side(name: str, shape: Shape, images: Tensor, captions: list[str],
             model.logit_scale.clamp_(0, math.log(100))
 
     parameters = {"model": count(model), "learned": count(model, learned=True)}
-    return Side(step, optimizer.step, parameters, texts.shape[1])
+    return Side({"": step, ": optimizer": optimizer.step}, parameters, texts.shape[1])

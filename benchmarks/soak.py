@@ -1,10 +1,9 @@
-"""Watch memory, open files and speed of a long run in which the trainer or its loader processes are restarted.
+"""Watch memory, open files and speed of a long run whose loader processes are restarted.
 
     python benchmarks/soak.py --steps 20000 --restart-every 2000 --out runs/soak
 
 One process trains the demo's recipe, for so many steps or so many hours, whichever ends first. Every
-`--restart-every` steps its loading processes are replaced by new ones, or, with `--restart trainer`, it is stopped
-politely and resumed in the same process from its checkpoint. Linux only: numbers are read from /proc.
+`--restart-every` steps its loading processes are replaced by new ones. Linux only: numbers are read from /proc.
 """
 
 import argparse
@@ -60,49 +59,32 @@ class Watch(HostGroup):
     The rows are saved as they come: a watch of hours that is cut off loses few of them.
     """
 
-    def __init__(
-        self, recipe: Recipe, folder: Path, until: int, workers_every: int, rows: list[dict[str, float]], kept: Path
-    ) -> None:
+    def __init__(self, recipe: Recipe, folder: Path, kept: Path, restart_every: int, seconds: float) -> None:
         super().__init__()
-        self.until, self.workers_every, self.rows, self.kept = until, workers_every, rows, kept
-        parts = assemble(recipe, folder, resume=True, quiet=True)
+        self.kept, self.restart_every, self.seconds, self.rows = kept, restart_every, seconds, list[dict[str, float]]()
+        parts = assemble(recipe, folder, quiet=True)
         parts.hosts = self
         self.trainer = Trainer(parts)
-
-    def train(self, seconds: float) -> bool:
-        """Train until a step or for some seconds; return whether the watch has ended."""
-        self.started = time.perf_counter() - (self.rows[-1]["seconds"] if self.rows else 0.0)
-        self.seconds = seconds
-        finished = self.trainer.train().finished
-        return finished or time.perf_counter() - self.started > seconds
+        self.started = time.perf_counter()
 
     def sync_step(self, step: int, rows: int, stop: bool, *rest: Any) -> StepSync:
         trainer, parts = self.trainer, self.trainer.parts
         if step % LOOK_EVERY == 0:
             self.rows.append(looked(step, self.started))
-        if step % (10 * LOOK_EVERY) == 0:
             self.kept.write_text(json.dumps(self.rows) + "\n", encoding="utf-8")
-        if step and step % self.workers_every == 0:
+        if step and step % self.restart_every == 0:
             trainer.loader.close()
             trainer.loader = build_loader(parts.recipe, parts.source, parts.model, parts.workers)
             continue_at(step, parts, trainer.loader)
-        due = self.until <= step + 1 or time.perf_counter() - self.started > self.seconds
-        trainer.stop.asked = trainer.stop.asked or (due and step + 1 < parts.recipe.train.steps)
+        trainer.stop.asked = trainer.stop.asked or time.perf_counter() - self.started > self.seconds
         return super().sync_step(step, rows, stop, *rest)
 
 
 def summary(rows: list[dict[str, float]], restart_every: int) -> dict[str, Any]:
-    """Compare the first with the last restarts, as many of each.
-
-    A trainer's memory grows while it works and falls when it is restarted; the first info warms up and is left out.
-    """
-    stretches: dict[int, list[dict[str, float]]] = {}
-    for row in rows:
-        stretches.setdefault(int(row["step"]) // restart_every, []).append(row)
-    whole = [stretches[number] for number in sorted(stretches)]
-    rest = whole[1:] or whole
+    """Compare the first with the last quarter of the rows, without those before the first restart, which warm up."""
+    rest = [row for row in rows if row["step"] >= restart_every] or rows
     some = max(1, len(rest) // 4)
-    first, last = ([row for info in part for row in info] for part in (rest[:some], rest[-some:]))
+    first, last = rest[:some], rest[-some:]
 
     def change(name: str) -> dict[str, float]:
         before, after = (median(row[name] for row in part) for part in (first, last))
@@ -114,7 +96,8 @@ def summary(rows: list[dict[str, float]], restart_every: int) -> dict[str, Any]:
 
     watched = {name: change(name) for name in ("MB", "MB of loaders", "files", "threads")}
     speeds = {"first": speed(first), "last": speed(last)}
-    return {"steps": rows[-1]["step"], "restarts": len(whole) - 1, **watched, "steps a second": speeds}
+    restarts = int(rows[-1]["step"]) // restart_every
+    return {"steps": rows[-1]["step"], "restarts": restarts, **watched, "steps a second": speeds}
 
 
 def main() -> None:
@@ -123,25 +106,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20_000)
     parser.add_argument("--hours", type=float, default=float("inf"))
     parser.add_argument("--restart-every", type=int, default=2000)
-    parser.add_argument("--restart", choices=("workers", "trainer"), default="workers")
-    parser.add_argument("--recipe", default="demo-declip")
     parser.add_argument("--out", type=Path, default=Path("runs/soak"))
     options = parser.parse_args()
     torch.set_num_threads(1)
     keys = {"train.steps": options.steps, "data.workers": 1, "train.evaluate_every": 1000}
-    recipe = load_recipe(options.recipe, keys)
+    recipe = load_recipe("demo-declip", keys)
     options.out.mkdir(parents=True, exist_ok=True)
-    rows: list[dict[str, float]] = []
-    kept = options.out / "rows.json"
-    of_trainer = options.restart == "trainer"
-    until = options.restart_every if of_trainer else options.steps
-    workers_every = options.steps if of_trainer else options.restart_every
     with TemporaryDirectory() as folder:
-        run = Path(folder) / "run"
-        while not Watch(recipe, run, until, workers_every, rows, kept).train(3600 * options.hours):
-            until += options.restart_every
-    kept.write_text(json.dumps(rows) + "\n", encoding="utf-8")
-    found = summary(rows, options.restart_every)
+        kept = options.out / "rows.json"
+        watch = Watch(recipe, Path(folder) / "run", kept, options.restart_every, 3600 * options.hours)
+        watch.trainer.train()
+    found = summary(watch.rows, options.restart_every)
     (options.out / "summary.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     sys.stdout.write(json.dumps(found, indent=1) + "\n")
 

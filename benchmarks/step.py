@@ -4,10 +4,10 @@
     python benchmarks/step.py --recipe my.yaml --image ViT-B-16 --batch-size 64 --precision bf16 --json
 
 A step is forward, loss, backward, AdamW and setting the gradients to none. Ours is `training_step` with the recipes
-`clip-yfcc15m-vitb32` and --recipe, a late second view included, on the loader's uint8 views, whose colors are finished
-on the device within the step; open_clip gets images that are finished, as its loader makes them, and pads captions to
-77 tokens. All take turns in one process (A B A B …); the numbers are medians. They hold for the machine, its load and
-the threads printed with them. Muon's update is measured on the same gradients.
+`clip-yfcc15m-vitb32` and --recipe, on the loader's uint8 views, whose colors are finished on the device within the
+step; open_clip gets images that are finished, as its loader makes them, and pads captions to 77 tokens. All take turns
+in one process (A B A B …); the numbers are medians. They hold for the machine, its load and the threads printed with
+them. Muon's update is measured on the same gradients.
 
 With --json the last line is one JSON object: "ours_over_open_clip", "clip_over_open_clip" and "muon_over_adamw" by
 precision, and all seconds.
@@ -16,18 +16,16 @@ precision, and all seconds.
 import argparse
 import gc
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from declip.data.batch import PairBatch
 from declip.data.images.views import apply_photometric
 from declip.data.text.tokenizer import Tokenizer
-from declip.errors import UserError, unknown
+from declip.errors import UserError
 from declip.models.device import pick_device
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.load import load_recipe
@@ -36,12 +34,11 @@ from declip.training.assemble import build_loader
 from declip.training.optimizer import build_optimizer, named_trainable
 from declip.training.step import training_step
 from declip.training.trainer import keep_freed_memory
-from machine import machine
-from memory import peak
+from machine import device_name, machine
 from pairs import CAPTIONS, InMemory, open_pairs, texts_of
 from parts import build
 from peers import LEARNING_RATE, Shape, Side, count, open_clip_side
-from timing import medians, time_turns
+from timing import medians, show, time_turns
 
 TOWERS = {
     "ViT-B-32": "vit_base_patch32_clip_quickgelu_224",
@@ -75,30 +72,22 @@ class Setting:
     batches: dict[str, PairBatch]
 
 
-def resolve(name: str) -> str:
-    """Return OpenAI's name of a tower that is given by OpenAI's, open_clip's or timm's name.
-
-    Raises:
-        UserError: No equivalent of it in open_clip is known here.
-    """
-    aliases = {alias: key for key, timm in TOWERS.items() for alias in (key, f"{key}-quickgelu", timm)}
-    if name not in aliases:
-        raise unknown("image tower with an equivalent in open_clip", name, aliases)
-    return aliases[name]
-
-
-def prepare(options: argparse.Namespace) -> Setting:
-    """Build sizes, recipes and batches from the options."""
+def sizes(name: str, small: bool, device: torch.device, precision: str, captions: str) -> tuple[Shape, InMemory]:
+    """Return the sizes of both towers, and pairs for them."""
     import open_clip
 
-    name = resolve(options.image)
     config = open_clip.get_model_config(f"{name}-quickgelu")
-    config = tiny(config) if options.tiny else config
-    device = pick_device(options.device)
-    shape = Shape(config, options.tiny, device, options.precision)
+    config = tiny(config) if small else config
+    source = InMemory(texts_of(open_pairs(), captions), config["vision_cfg"]["image_size"])
+    return Shape(config, small, device, precision), source
+
+
+def prepare(options: argparse.Namespace, precision: str) -> Setting:
+    """Build sizes, recipes and batches from the options."""
+    name, device = options.image, pick_device(options.device)
+    shape, source = sizes(name, options.tiny, device, precision, options.captions)
     shipped = {"clip": "clip-yfcc15m-vitb32", "ours": options.recipe}
     recipes = {arm: recipe_of(recipe, name, shape, options.batch_size) for arm, recipe in shipped.items()}
-    source = InMemory(texts_of(open_pairs(), options.captions), config["vision_cfg"]["image_size"])
     batches = {arm: batch_of(recipe, source).to(device) for arm, recipe in recipes.items()}
     return Setting(name, shape, recipes, source, batches)
 
@@ -130,8 +119,7 @@ def recipe_of(recipe: str, name: str, shape: Shape, batch: int) -> Recipe:
         keys["image.model_kwargs"] = {"depths": vision["layers"]} if convolutional else blocks
     if convolutional:
         keys["image.freeze_patch_embed"] = False
-    loaded = load_recipe(recipe)
-    if loaded.train.grad_cache_chunk is not None:  # a recipe for one GPU, its towers whole
+    if load_recipe(recipe).train.grad_cache_chunk is not None:  # a recipe for one GPU, its towers whole
         keys["train.grad_cache_chunk"] = None
     return load_recipe(recipe, keys)
 
@@ -148,8 +136,8 @@ def batch_of(recipe: Recipe, source: InMemory) -> PairBatch:
 
 def our_side(arm: str, setting: Setting) -> Side:
     """Build `training_step` with a shipped recipe."""
-    built, batch = build(setting.recipes[arm], setting.source, setting.shape.device), setting.batches[arm]
-    recipe = setting.recipes[arm]
+    recipe, batch = setting.recipes[arm], setting.batches[arm]
+    built = build(recipe, setting.source, setting.shape.device)
     if setting.shape.device.type == "cpu":
         keep_freed_memory()
     parameters = {
@@ -159,14 +147,11 @@ def our_side(arm: str, setting: Setting) -> Side:
     }
     with_muon = recipe.train.model_copy(update={"optimizer": "muon"})
     muon = build_optimizer(named_trainable(built.model, built.objective), with_muon)
-    return Side(
-        lambda: training_step(built.step, batch),
-        built.step.optimizer.step,
-        parameters,
-        batch.texts.shape[-1],
-        lambda: apply_photometric(batch.views, built.step.mean, built.step.std),
-        muon=muon.step if arm == "clip" else None,
-    )
+    parts = {"": lambda: training_step(built.step, batch), ": optimizer": built.step.optimizer.step}
+    parts[": views"] = lambda: apply_photometric(batch.views, built.step.mean, built.step.std)
+    if arm == "clip":
+        parts[": muon"] = muon.step
+    return Side(parts, parameters, batch.texts.shape[-1])
 
 
 def makers(setting: Setting) -> dict[str, Callable[[], Side]]:
@@ -183,16 +168,6 @@ def makers(setting: Setting) -> dict[str, Callable[[], Side]]:
     }
 
 
-def tasks_of(name: str, side: Side, device: torch.device) -> dict[str, Callable[[], object]]:
-    """Return the step and two of its parts; each waits for the device."""
-    parts = {name: side.step, f"{name}: optimizer": side.update}
-    if side.views is not None:
-        parts[f"{name}: views"] = side.views
-    if side.muon is not None:
-        parts[f"{name}: muon"] = side.muon
-    return parts if device.type == "cpu" else {what: synchronized(task, device) for what, task in parts.items()}
-
-
 def synchronized(task: Callable[[], object], device: torch.device) -> Callable[[], None]:
     """Wrap a task so that it waits for the device."""
 
@@ -204,165 +179,99 @@ def synchronized(task: Callable[[], object], device: torch.device) -> Callable[[
     return run
 
 
-def one_by_one(setting: Setting, builders: dict[str, Callable[[], Side]], repeats: int) -> tuple[dict, dict]:
+def measure(setting: Setting, repeats: int) -> tuple[dict[str, list[float]], dict[str, Side]]:
     """Measure all implementations in turns; each is built for its turn and freed after it, so that memory suffices."""
     taken: dict[str, list[float]] = {}
     sides = {}
     for _ in range(repeats):
-        for name, make in builders.items():
+        for name, make in makers(setting).items():
             side = make()
-            for what, seconds in time_turns(1, tasks_of(name, side, setting.shape.device)).items():
+            tasks = {f"{name}{part}": synchronized(task, setting.shape.device) for part, task in side.parts.items()}
+            for what, seconds in time_turns(1, tasks).items():
                 taken.setdefault(what, []).extend(seconds)
-            sides[name] = described(side)
-            del side
+            sides[name] = Side({}, side.parameters, side.text_length)
+            del side, tasks
             gc.collect()
     return taken, sides
 
 
-def described(side: Side) -> dict[str, Any]:
-    """Return the parameters and text length of an implementation."""
-    return {"parameters": side.parameters, "text_length": side.text_length}
-
-
-def compare_all(options: argparse.Namespace) -> dict[str, Any]:
-    """Measure all implementations in each precision."""
-    found = {}
-    for precision in ("fp32", "bf16") if options.precision == "both" else (options.precision,):
-        found[precision] = compare(argparse.Namespace(**{**vars(options), "precision": precision}))
-        gc.collect()
-    ratios = ("ours_over_open_clip", "clip_over_open_clip", "muon_over_adamw")
-    return {
-        **{ratio: {precision: result[ratio] for precision, result in found.items()} for ratio in ratios},
-        "measured": found,
-    }
-
-
-def compare(options: argparse.Namespace) -> dict[str, Any]:
+def compare(options: argparse.Namespace, precision: str) -> dict[str, Any]:
     """Measure all implementations in one precision."""
-    setting = prepare(options)
-    about, builders = machine(), makers(setting)
-    taken, sides = one_by_one(setting, builders, options.repeats)
+    setting, about = prepare(options, precision), machine()
+    taken, sides = measure(setting, options.repeats)
     whole = medians(taken)
-    seconds = {name: whole[name] for name in builders}
-    views = {name: whole[f"{name}: views"] for name in setting.recipes}
-    peer = whole["open_clip"]
-    result = {
-        "part": "step",
+    optimizer = whole["clip: muon"] - whole["clip: optimizer"]
+    return {
         "recipe": options.recipe,
         "image": setting.name,
-        "timm": TOWERS[setting.name],
         "tiny": options.tiny,
         "batch": options.batch_size,
         "repeats": options.repeats,
-        "precision": options.precision,
+        "precision": precision,
         "device": device_name(setting.shape.device),
-        "threads": torch.get_num_threads(),
         "captions": described_captions(options.captions, setting),
-        "text_length": {name: side["text_length"] for name, side in sides.items()},
-        "parameters": {name: side["parameters"] for name, side in sides.items()},
-        "clip_over_open_clip": whole["clip"] / peer,
-        "ours_over_open_clip": whole["ours"] / peer,
-        "ours_over_clip": whole["ours"] / whole["clip"],
-        "muon_over_adamw": 1 + (whole["clip: muon"] - whole["clip: optimizer"]) / whole["clip"],
-        "clip_without_views_over_open_clip": (whole["clip"] - views["clip"]) / peer,
-        "without_optimizers": {
-            f"{name}_over_open_clip": (whole[name] - whole[f"{name}: optimizer"])
-            / (peer - whole["open_clip: optimizer"])
-            for name in builders
-            if name != "open_clip"
-        },
-        "seconds": seconds,
-        "views_seconds": views,
-        "optimizer_seconds": {name: whole[f"{name}: optimizer"] for name in builders},
+        "text_length": {name: side.text_length for name, side in sides.items()},
+        "parameters": {name: side.parameters for name, side in sides.items()},
+        "clip_over_open_clip": whole["clip"] / whole["open_clip"],
+        "ours_over_open_clip": whole["ours"] / whole["open_clip"],
+        "muon_over_adamw": 1 + optimizer / whole["clip"],
+        "seconds": {name: whole[name] for name in sides},
         "raw_seconds": taken,
-        "largest_memory_mb": round(peak() / 1e6),
         "machine": about,
     }
-    return result
-
-
-def device_name(device: torch.device) -> str:
-    """Return the accelerator's name, or cpu."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
 def described_captions(kind: str, setting: Setting) -> dict[str, Any]:
     """Return mean and longest text in tokens, start and end included, of the source and of the batch."""
-    encode, clip = Tokenizer().encode, setting.batches["clip"]
-    whole = [len(encode(text)) for text in setting.source.texts]
-    of_batch = (clip.texts[0] == Tokenizer().end).int().argmax(dim=1).add(1).tolist()
-
-    def said(lengths: Iterable[int], where: str) -> dict[str, float]:
-        values = list(lengths)
-        return {f"tokens_mean{where}": round(sum(values) / len(values), 1), f"tokens_longest{where}": max(values)}
-
-    return {"kind": kind, "from": open_pairs().name, **said(whole, ""), **said(of_batch, "_of_batch")}
+    encode, texts = Tokenizer().encode, setting.batches["clip"].texts
+    lengths = {"": [len(encode(text)) for text in setting.source.texts]}
+    lengths["_of_batch"] = (texts[0] == Tokenizer().end).int().argmax(dim=1).add(1).tolist()
+    means = {f"tokens_mean{where}": round(sum(each) / len(each), 1) for where, each in lengths.items()}
+    longest = {f"tokens_longest{where}": max(each) for where, each in lengths.items()}
+    return {"kind": kind, "from": open_pairs().name, **means, **longest}
 
 
-def show(result: dict[str, Any], console: Console) -> None:
-    """Print a row for each implementation."""
-    table = Table("side", "s a step", "× open_clip", "AdamW, s", "views, s", "tokens", "10⁶ learned", title="Medians")
-    for name, seconds in result["seconds"].items():
-        views = result["views_seconds"].get(name)
-        table.add_row(
-            name,
-            f"{seconds:.3f}",
-            f"{seconds / result['seconds']['open_clip']:.2f}",
-            f"{result['optimizer_seconds'][name]:.3f}",
-            "-" if views is None else f"{views:.3f}",
-            str(result["text_length"][name]),
-            f"{result['parameters'][name]['learned'] / 1e6:.1f}",
-        )
-    console.print(table)
-    console.print(
-        f"{result['image']}, {result['batch']} pairs, {result['precision']}, {result['device']}, threads: "
-        f"{result['threads']}; load {result['machine']['load_before']} before; {result['repeats']} turns each",
-        highlight=False,
-    )
-
-
-def parser() -> argparse.ArgumentParser:
-    """Build the argument parser."""
-    found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    found.add_argument("--image", default="ViT-B-32", help=f"{', '.join(TOWERS)}, or timm's name (default ViT-B-32)")
-    found.add_argument("--batch-size", type=int, default=32, help="pairs, 2 or more (default 32)")
-    found.add_argument("--repeats", type=int, default=3, help="turns of each, 1 or more (default 3)")
-    found.add_argument("--recipe", default="declip", help="ours (default declip)")
-    found.add_argument(
-        "--precision", choices=("both", "fp32", "bf16"), default="both", help="bf16: autocast, on all sides"
-    )
-    found.add_argument("--threads", type=int, help="default: torch's own number")
-    found.add_argument("--device", default="auto")
-    found.add_argument(
-        "--captions",
-        choices=CAPTIONS,
-        default="joined",
-        help="of the built-in emoji: one caption; all captions of a pair (default); several pairs', "
-        "so that all 77 tokens are used",
-    )
-    found.add_argument("--tiny", action="store_true", help="towers of two narrow layers at 32 px, to try this script")
-    found.add_argument("--json", action="store_true", help="print the result as JSON, as the last line")
-    return found
+def rows_of(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return a row for each implementation and part."""
+    peer = result["seconds"]["open_clip"]
+    about = {key: result[key] for key in ("image", "batch", "precision", "device")}
+    return [
+        {"what": what, "seconds": round(seconds, 3), "× open_clip": round(seconds / peer, 2), **about}
+        for what, seconds in medians(result["raw_seconds"]).items()
+    ]
 
 
 def main() -> None:
     """Measure, print a table, and JSON in the last line."""
-    options = (command := parser()).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--image", choices=TOWERS, default="ViT-B-32")
+    parser.add_argument("--batch-size", type=int, default=32, help="pairs, 2 or more (default 32)")
+    parser.add_argument("--repeats", type=int, default=3, help="turns of each, 1 or more (default 3)")
+    parser.add_argument("--recipe", default="declip", help="ours (default declip)")
+    parser.add_argument("--precision", choices=("both", "fp32", "bf16"), default="both", help="bf16: autocast")
+    parser.add_argument("--threads", type=int, help="default: torch's own number")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--captions", choices=CAPTIONS, default="joined", help="full: all 77 tokens are used")
+    parser.add_argument("--tiny", action="store_true", help="towers of two narrow layers at 32 px, to try this script")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON, as the last line")
+    options = parser.parse_args()
     for name, least in (("batch_size", 2), ("repeats", 1), ("threads", 1)):
         if (value := getattr(options, name)) is not None and value < least:
-            command.error(f"--{name.replace('_', '-')} is {value}; give {least} or more")
+            parser.error(f"--{name.replace('_', '-')} is {value}; give {least} or more")
     if options.threads:
         torch.set_num_threads(options.threads)
+    precisions = ("fp32", "bf16") if options.precision == "both" else (options.precision,)
     try:
-        result = compare_all(options)
+        measured = {precision: compare(options, precision) for precision in precisions}
     except UserError as error:
-        command.error(str(error))
+        parser.error(str(error))
     except ImportError as error:
-        command.error(f"{error}. The peers come with: pip install 'declip[bench]'")
-    for measured in result["measured"].values():
-        show(measured, Console(stderr=True))
+        parser.error(f"{error}. The peers come with: pip install 'declip[bench]'")
+    show([row for result in measured.values() for row in rows_of(result)])
+    ratios = ("ours_over_open_clip", "clip_over_open_clip", "muon_over_adamw")
+    by_ratio = {ratio: {precision: result[ratio] for precision, result in measured.items()} for ratio in ratios}
     if options.json:
-        print(json.dumps(result))
+        print(json.dumps({**by_ratio, "measured": measured}))
 
 
 if __name__ == "__main__":

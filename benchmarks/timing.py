@@ -1,8 +1,11 @@
-"""Timing on a shared machine: the compared tasks take turns in one process."""
+"""Timing on a shared machine: the compared tasks take turns in one process; rows of results as a table."""
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+
+from rich.console import Console
+from rich.table import Table
 
 
 def time_turns(repeats: int, tasks: Mapping[str, Callable[[], object]]) -> dict[str, list[float]]:
@@ -34,3 +37,14 @@ def row(part: str, what: str, seconds: float, count: int, unit: str, **more: obj
     """Build a row of a measurement: `seconds` for `count` of `unit`."""
     each = {"microseconds_each": round(1e6 * seconds / count, 2), "per_second": round(count / seconds, 1)}
     return {"part": part, "what": what, "count": count, "unit": unit, **each, **more}
+
+
+def show(rows: Sequence[Mapping[str, object]], hidden: Sequence[str] = ()) -> None:
+    """Print rows as a table on standard error; a column for each key that has a value."""
+    columns = dict.fromkeys(key for found in rows for key, value in found.items() if value is not None)
+    table = Table(*(shown := [key for key in columns if key not in hidden]))
+    for found in rows:
+        table.add_row(*("" if found.get(key) is None else str(found[key]) for key in shown))
+    console = Console(stderr=True)
+    console = console if console.is_terminal else Console(stderr=True, width=160)
+    console.print(table)

@@ -106,7 +106,7 @@ def test_gpu_parts_are_measured_once(gpu: Gpu, call: Call, tmp_path: Path) -> No
     assert call("gpu", "--out", tmp_path, "--device", "cpu")[0] == 2, "full size takes a GPU"
 
 
-@pytest.mark.parametrize("part", ["resume", "two-processes", "loading", "waits"])
+@pytest.mark.parametrize("part", ["resume", "two-processes", "waits"])
 def test_every_gpu_part_runs_on_a_cpu(gpu: Gpu, part: str) -> None:
     status, printed = gpu("--only", part)
     rows = printed[part]["rows"]
