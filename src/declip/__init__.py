@@ -1,8 +1,8 @@
 """declip: contrastive language-image models when pairs are few.
 
 The public names: `finetune`, `train`, `load`, `evaluate`, `compare`, `choose`, `classify`, `Classifier`, `embed`,
-`Index`, `export`, `Columns`, `PairBatch`, `Recipe`, `load_recipe`, `Sink`, `Term`, and the package `interchange`. They
-are imported when they are first used, so that ``import declip`` is quick and asks for nothing.
+`Embedder`, `Index`, `export`, `Columns`, `PairBatch`, `Recipe`, `load_recipe`, `Sink`, `Term`, and the package
+`interchange`. They are imported when they are first used, so that ``import declip`` is quick and asks for nothing.
 """
 
 from importlib import import_module
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from declip.search.classifier import Classifier as Classifier
     from declip.search.classify import classify as classify
     from declip.search.embed import embed as embed
+    from declip.search.embedder import Embedder as Embedder
     from declip.search.index import Index as Index
     from declip.supervision.term import Term as Term
     from declip.training.sinks import Sink as Sink
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 _WHERE = {
     "Classifier": "declip.search.classifier",
     "Columns": "declip.data.pair",
+    "Embedder": "declip.search.embedder",
     "Index": "declip.search.index",
     "PairBatch": "declip.data.batch",
     "Recipe": "declip.recipe.schema",

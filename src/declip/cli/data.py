@@ -10,16 +10,19 @@ from declip.cli.options import (
     ImageColumn,
     ImageRoot,
     JsonOut,
+    PartOption,
     Quiet,
     Workers,
     check_source,
     console,
+    expand,
     file,
     say,
 )
 from declip.data.pair import Columns
 from declip.errors import UserError
 from declip.io.atomic import write_text
+from declip.io.parts import parse_part
 
 group = typer.Typer(help="Download, shard and inspect pairs.", no_args_is_help=True)
 
@@ -49,10 +52,12 @@ def shard(
     image_column: ImageColumn = "image",
     caption_column: CaptionColumn = "caption",
     image_root: ImageRoot = None,
+    part: PartOption = None,
     quiet: Quiet = False,
 ) -> None:
     """Shrink the images of a source and write tar shards. Run the command again to continue after an interruption."""
     check_source(source, "SOURCE")
+    number = parse_part(part)
     from declip.data.prepare import shard_source
 
     prepared = shard_source(
@@ -63,9 +68,20 @@ def shard(
         workers=workers,
         columns=Columns(image_column, caption_column, root=image_root),
         exclude=exclude,
+        part=number,
         progress=not quiet,
     )
     say(prepared.summary())
+
+
+@group.command()
+def join(
+    out: Annotated[Path, typer.Argument(metavar="DIR", parser=expand, help="the --out of the parts")],
+) -> None:
+    """Move the shards that `declip data shard --part` wrote into one folder."""
+    from declip.data.prepare import join_shards
+
+    say(join_shards(out).summary())
 
 
 @group.command()

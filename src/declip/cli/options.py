@@ -45,6 +45,9 @@ Shots = Annotated[
     list[int] | None,
     typer.Option(min=1, help="with few-shot: number of examples per class; default: 4; repeatable"),
 ]
+PartOption = Annotated[
+    str | None, typer.Option("--part", metavar="I/N", help="only part I of N, which another command joins, such as 3/8")
+]
 BatchSize = Annotated[int, typer.Option(min=1, help="images per forward pass")]
 License = Annotated[str, typer.Option(help="license for the model card, such as mit")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an existing export")]

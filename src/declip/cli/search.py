@@ -15,6 +15,7 @@ from declip.cli.options import (
     ImageColumn,
     ImageRoot,
     JsonOut,
+    PartOption,
     Precision,
     Quiet,
     Workers,
@@ -27,12 +28,13 @@ from declip.cli.options import (
 from declip.data.pair import Columns
 from declip.errors import UserError
 from declip.io.atomic import atomic_write, check_writable, write_text
+from declip.io.parts import find_parts, parse_part
 from declip.recipe.starts import check_model
 
 if TYPE_CHECKING:
     from declip.search.index import Hit
 
-index = typer.Typer(help="Show an index of images.", no_args_is_help=True)
+index = typer.Typer(help="Show an index of images, or make one of parts or Parquet files.", no_args_is_help=True)
 
 Folder = Annotated[Path, typer.Argument(metavar="INDEX", parser=expand, help="a folder written by `declip embed`")]
 
@@ -52,10 +54,12 @@ def embed(
     image_root: ImageRoot = None,
     device: Device = "auto",
     precision: Precision = "auto",
+    part: PartOption = None,
     quiet: Quiet = False,
 ) -> None:
     """Write the vectors of images to an index. Run the command again to continue or to update the index."""
     # Before torch is imported, which takes seconds.
+    number = parse_part(part)
     check_model(model)
     check_source(source, "SOURCE")
     from declip.search.embed import embed as run_embedding
@@ -71,9 +75,10 @@ def embed(
         columns=Columns(image_column, caption_column or None, root=image_root),
         device=device,
         precision=precision,
+        part=number,
         progress=not quiet,
     )
-    say(f"Ready: {out}: {made.summary()}")
+    say(f"Ready: {made.folder}: {made.summary()}")
 
 
 def search(
@@ -153,6 +158,35 @@ def show(folder: Folder) -> None:
     say(f"{folder}: {opened.summary()}")
     say(f"Source: {opened.info.source.path or opened.info.source.name}")
     say(f"Model: {opened.info.model}")
+
+
+@index.command()
+def join(
+    folder: Annotated[Path, typer.Argument(metavar="INDEX", parser=expand, help="the --out of its parts")],
+) -> None:
+    """Join the parts that `declip embed --part` wrote, which stay."""
+    from declip.search.info import INFO
+
+    find_parts(folder, INFO)  # before torch is imported
+    from declip.search.index import Index
+
+    say(f"Ready: {folder}: {Index.join(folder).summary()}")
+
+
+@index.command()
+def from_parquet(
+    files: Annotated[list[str], typer.Argument(help="Parquet files of `declip.Embedder`, their folder, or a pattern")],
+    model: Annotated[str, typer.Option(help="the model that made the vectors")],
+    out: Annotated[Path, file("folder of the index", metavar="DIR")],
+    dtype: Annotated[Literal["float16", "float32"], typer.Option(help="type of the stored vectors")] = "float16",
+) -> None:
+    """Make an index of the vectors that Ray Data, datasets, Daft or Spark wrote."""
+    check_model(model)
+    for name in files:
+        check_source(name, "FILES")
+    from declip.search.index import Index
+
+    say(f"Ready: {out}: {Index.from_parquet(files, model=model, out=out, dtype=dtype).summary()}")
 
 
 def _two_numbers(text: str) -> tuple[float, float]:

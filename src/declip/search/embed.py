@@ -22,10 +22,11 @@ from declip.data.sources.shard_files import relative, stored_path
 from declip.errors import UserError, check_range, unknown
 from declip.evaluation.encode import Encoder, text_features
 from declip.interchange.read import load
+from declip.io.parts import Part, part_folder, span_of
 from declip.io.pool import pairs_bar
 from declip.models.inference import Precision, precision_of
 from declip.search.index import Index
-from declip.search.info import Dtype, IndexInfo, SourceInfo
+from declip.search.info import Dtype, IndexInfo, PartInfo, SourceInfo
 from declip.search.model import describe_model, encode_images
 from declip.search.store import PART_ROWS, Block, IndexedImage
 from declip.search.writer import Writer, open_writer
@@ -46,6 +47,7 @@ def embed(
     device: str = "auto",
     precision: Precision = "auto",
     loaded_from: str | Path = "",
+    part: Part | None = None,
     progress: bool = False,
 ) -> Index:
     """Write an index: the vectors of the images of a source, with their keys and captions.
@@ -62,6 +64,7 @@ def embed(
             Python object as a source.
         precision: As in `declip.load`; a model that is given as an object stays as it is.
         loaded_from: Path or name that `model` was loaded from if it is an object, so that searching can load it.
+        part: (3, 8): the third of eight parts of the images, in the folder OUT.part-3-of-8. `Index.join` joins them.
 
     Raises:
         UserError: The source or model does not exist, no image can be used, an option is out of range, or the folder
@@ -72,6 +75,7 @@ def embed(
     if dtype not in get_args(Dtype):
         raise unknown("dtype", dtype, get_args(Dtype))
     folder = Path(out).expanduser()
+    folder = folder if part is None else part_folder(folder, part)
     if not isinstance(source, str | Path):
         source, workers = open_source(source, columns), workers or 0  # the object may not work in another process
     columns = replace(columns, root=stored_path(columns.root, folder) or None)
@@ -85,9 +89,11 @@ def embed(
     # --- compare the source with the index, and write what differs
     made_by = describe_model(encoder, loaded_from or model, folder)
     wanted = IndexInfo(model=made_by, source=saved, dtype=dtype, captions=captions, precision=precision_of(encoder))
+    span = span_of(part, len(images), "images")
+    wanted.part = part and PartInfo(number=part[0], parts=part[1], images=len(images))
     with open_writer(folder, wanted) as writer:
         try:
-            _update(writer, images, encoder, batch_size, workers, progress)
+            _update(writer, images, span, encoder, batch_size, workers, progress)
         except KeyboardInterrupt:
             log.warning("Stopped. The parts written so far are saved; the same command continues.")
             raise
@@ -95,25 +101,33 @@ def embed(
 
 
 def _update(
-    writer: Writer, source: ImageSource, model: Encoder, batch_size: int, workers: int | None, progress: bool
+    writer: Writer,
+    source: ImageSource,
+    span: range,
+    model: Encoder,
+    batch_size: int,
+    workers: int | None,
+    progress: bool,
 ) -> None:
-    """Embed what is new or has changed in a source, and drop what has left it."""
-    places, gone = find_changes(source, writer, progress)
+    """Embed what is new or has changed in a span of a source, and drop what has left it."""
+    places, gone = find_changes(source, span, writer, progress)
     skipped = _embed_places(writer, source, model, places, batch_size, workers, progress)
     if sum(len(store.ids) for store in writer.stores) == len(gone):
-        raise UserError(f"None of the {len(source):,} images of '{source.name}' can be used: {skipped.explanation()}")
+        raise UserError(f"None of the {len(span):,} images of '{source.name}' can be used: {skipped.explanation()}")
     writer.finish(gone, skipped)
 
 
-def find_changes(source: ImageSource, writer: Writer, progress: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """Compare a source with the rows that were embedded of it, by key and stamp (`_stamped`).
+def find_changes(
+    source: ImageSource, span: range, writer: Writer, progress: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Compare a span of a source with the rows that were embedded of it, by key and stamp (`_stamped`).
 
     Memory is 8 bytes for a key or a row, whatever their text: they are compared by hashes of 64 bits.
 
     Returns:
         The places to embed, and the ids of rows to drop, because their image has left the source or has changed.
     """
-    keys = np.fromiter((_hash(source.key(place)) for place in range(len(source))), np.uint64, len(source))
+    keys = np.fromiter((hash64(source.key(place)) for place in span), np.uint64, len(span))
     # Of several images that share key and stamp, each stands for one row, and is told from the others by its place.
     ordered, counts = np.unique(keys, return_counts=True)
     repeated = set(ordered[counts > 1].tolist())
@@ -122,10 +136,10 @@ def find_changes(source: ImageSource, writer: Writer, progress: bool = False) ->
     for store in writer.stores:
         for table in store.tables("key", "stamp", "place"):
             rows = list(zip(*(column.to_pylist() for column in table.columns), strict=True))
-            own = [_hash(key) for key, _, _ in rows]
+            own = [hash64(key) for key, _, _ in rows]
             known.append(np.array(own, np.uint64))
             at = [row if key in repeated else (*row[:2], None) for key, row in zip(own, rows, strict=True)]
-            marks.append(np.array([_hash(row) for row in at], np.uint64))
+            marks.append(np.array([hash64(row) for row in at], np.uint64))
     ids = np.concatenate([np.zeros(0, np.int64), *(store.ids for store in writer.stores)])
     mark = np.concatenate([np.zeros(0, np.uint64), *marks])
     order = mark.argsort(kind="stable")
@@ -133,23 +147,23 @@ def find_changes(source: ImageSource, writer: Writer, progress: bool = False) ->
     # --- images: each takes a row of its own
     seen, new = np.isin(keys, np.concatenate([np.zeros(0, np.uint64), *known])), np.ones(len(keys), bool)
     with pairs_bar(progress) as bar:
-        for place in bar.track(range(len(source)), description=f"Looking through {source.name}"):
-            if not seen[place]:
+        for at, place in enumerate(bar.track(span, description=f"Looking through {source.name}")):
+            if not seen[at]:
                 continue
-            told_by = place if int(keys[place]) in repeated else None
-            wanted = np.uint64(_hash((source.key(place), _stamped(source, place).stamp, told_by)))
+            told_by = place if int(keys[at]) in repeated else None
+            wanted = np.uint64(hash64((source.key(place), _stamped(source, place).stamp, told_by)))
             row = int(np.searchsorted(mark, wanted))
             while row < len(mark) and mark[row] == wanted and kept[row]:
                 row += 1
             if row < len(mark) and mark[row] == wanted:
-                kept[row], new[place] = True, False
+                kept[row], new[at] = True, False
     # What follows the last part comes first, so that the batches are those of a call that was not killed.
-    places = np.flatnonzero(new)
+    places = np.flatnonzero(new) + span.start
     later = places >= writer.reached
     return np.concatenate([places[later], places[~later]]), np.sort(ids[order][~kept])
 
 
-def _hash(value: object) -> int:
+def hash64(value: object) -> int:
     """64 bits that stand for a key, or for a key with stamp and place."""
     return int.from_bytes(hashlib.blake2b(repr(value).encode("utf-8", "replace"), digest_size=8).digest(), "little")
 

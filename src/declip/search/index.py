@@ -23,7 +23,7 @@ from declip.interchange.read import load, read_text
 from declip.models.device import pick_device
 from declip.models.inference import Precision, convert, fingerprint
 from declip.search.exact import nearest
-from declip.search.info import Over
+from declip.search.info import Dtype, Over
 from declip.search.model import describe_model, image_vectors, mix
 from declip.search.store import IndexedImage
 from declip.search.writer import open_index
@@ -74,6 +74,44 @@ class Index:
     def open(cls, folder: str | Path, **options: Any) -> "Index":
         """Open an index; the options are the arguments of the class."""
         return cls(folder, **options)
+
+    @classmethod
+    def join(cls, folder: str | Path, **options: Any) -> "Index":
+        """Join all parts that `embed(…, out=folder, part=…)` wrote, which stay, and open the index.
+
+        Raises:
+            UserError: A part is missing, or made with another model, source, option or number of parts.
+        """
+        from declip.search.joined import join_parts  # which imports this module
+
+        join_parts(Path(folder).expanduser())
+        return cls(folder, **options)
+
+    @classmethod
+    def from_parquet(
+        cls,
+        files: str | Path | Sequence[str | Path],
+        *,
+        model: str | Path | Encoder,
+        out: str | Path,
+        dtype: Dtype = "float16",
+    ) -> "Index":
+        """Make an index in the folder `out` of Parquet files with the columns that `Embedder` returns.
+
+        The ids become the keys; rows with an error are counted. To see images, open the index with `source`, whose keys
+        are the ids.
+
+        Args:
+            files: A file, a folder, a pattern, or several.
+            model: The model that made the vectors; each row names its fingerprint, which must be this model's.
+
+        Raises:
+            UserError: A file is damaged or has other columns, an id is repeated, or another model made a vector.
+        """
+        from declip.search.joined import join_parquet
+
+        join_parquet(files, model, Path(out).expanduser(), dtype)
+        return cls(out, model=model)
 
     def __len__(self) -> int:
         """Number of images."""
@@ -234,8 +272,8 @@ class Index:
             return ImageSource(open_source(given, saved.columns_of(self.folder)))
         if given is None and not saved.path:
             raise UserError(
-                f"The index was made from '{saved.name}', a Python object. To see its images, open the index with "
-                "source=, that object or what it was opened from."
+                f"The index was made from '{saved.name}' and does not know where its images are. To see them, give "
+                "--source, or open the index with source=, a Python object or what it was opened from."
             )
         if given is None and is_missing(path := resolve(saved.path, self.folder)):
             raise UserError(f"The images of the index '{self.folder}' are no longer at '{path}'. Give --source.")

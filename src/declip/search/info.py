@@ -72,6 +72,14 @@ class ModelInfo(InfoSection):
         return f"'{self.name}' (fingerprint {self.fingerprint[:8]})"
 
 
+class PartInfo(InfoSection):
+    """The part of a source's images that an index has; number 0 stands for all parts, joined."""
+
+    number: Count
+    parts: Count
+    images: Count  # of the source
+
+
 class IndexInfo(InfoSection):
     """Everything about an index except its rows and vectors."""
 
@@ -83,6 +91,7 @@ class IndexInfo(InfoSection):
     dtype: Dtype
     captions: bool  # whether captions have vectors too
     precision: str = Field("", max_length=40)  # in which the vectors were computed; "bf16, fp32" if some in each
+    part: PartInfo | None = None
     rows: Count = 0
     dimension: Count = 0  # width of the vectors
     next_id: Count = 0

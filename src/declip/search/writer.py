@@ -1,7 +1,7 @@
 """Write an index: in parts, which a killed call continues, joined into a new generation at the end."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import chain
@@ -39,7 +39,7 @@ class Writer:
         self.info, self.precision = wanted.model_copy(deep=True, update={"precision": ""}), wanted.precision
         begun = IndexInfo.read(self._unfinished) if (self._unfinished / INFO).is_file() else self.current
         if begun is not None:
-            _check_same(folder, begun, wanted)
+            check_same(folder, begun, wanted)
             for name in ("created", "generation", "next_id", "dimension", "precision"):
                 setattr(self.info, name, getattr(begun, name))
         # --- the rows so far; a part's name tells the next free id and the place that it reached
@@ -65,13 +65,17 @@ class Writer:
 
     def finish(self, gone: np.ndarray, skipped: SkipCounter) -> None:
         """Join the rows, without those in `gone`, into a new generation, and make it the index."""
-        self.info.skipped = skipped.to_dict()
         kept = [~np.isin(store.ids, gone) for store in self.stores]
-        self.info.rows = int(sum(mask.sum() for mask in kept))
-        if self._parts or not all(mask.all() for mask in kept):
+        changed = self._parts or not all(mask.all() for mask in kept)
+        blocks = chain.from_iterable(map(Store.blocks, self.stores, kept)) if changed else None
+        self.replace(blocks, int(sum(mask.sum() for mask in kept)), skipped)
+
+    def replace(self, blocks: Iterable[Block] | None, rows: int, skipped: SkipCounter) -> None:
+        """Make blocks of `rows` rows the next generation; None: the present one stays."""
+        self.info.rows, self.info.skipped = rows, skipped.to_dict()
+        if blocks is not None:
             self.info.generation += 1
-            blocks = chain.from_iterable(map(Store.blocks, self.stores, kept))
-            write_blocks(_files(self.folder, self.info), blocks, self.info.rows)
+            write_blocks(_files(self.folder, self.info), blocks, rows)
         self.info.save(self.folder)  # from here on readers see the new rows
         self.current = self.info
         self._remove_leftovers()
@@ -116,7 +120,7 @@ def _files(folder: Path, info: IndexInfo) -> Path:
     return folder / f"generation-{info.generation}"
 
 
-def _check_same(folder: Path, before: IndexInfo, now: IndexInfo) -> None:
+def check_same(folder: Path, before: IndexInfo, now: IndexInfo) -> None:
     """Raise a `UserError` if an index was made by another model, of another source, or with other options."""
     changed = []
     if before.model.fingerprint != now.model.fingerprint:

@@ -1,0 +1,197 @@
+"""Indices of what several processes embedded."""
+
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+import declip
+from conftest import draw
+from declip.errors import UserError
+from declip.interchange.declip_file import write_declip_file
+from declip.models.dual_encoder import DualEncoder
+from declip.search import embed as embedding
+from declip.search.embedder import _load
+from indices import tiny_model
+from search.test_embed import Interrupted
+
+
+def write_rows(path: Path, rows: dict[str, Any]) -> Path:
+    pq.write_table(pa.table({**rows, "vector": list(rows["vector"])}), path)
+    return path
+
+
+@pytest.fixture
+def rows(folder: Path) -> dict[str, list[Any]]:
+    """The 24 images as bytes, a path, a PIL image or an array, and three broken rows."""
+    paths = sorted(folder.iterdir())
+    images: list[Any] = [path.read_bytes() for path in paths]
+    images[:4] = [str(paths[0]), Image.open(paths[1]), np.asarray(Image.open(paths[2]).convert("RGB")),
+                  {"bytes": None, "path": str(paths[3])}]  # fmt: skip
+    return {
+        "id": [path.name for path in paths] + ["x", "y", "z"],
+        "image": [*images, b"no image", None, images[9][:70]],
+    }
+
+
+def test_an_embedder_returns_a_row_for_each_row(
+    rows: dict[str, list[Any]], weights_file: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = declip.embed(weights_file, folder, out=tmp_path / "index", dtype="float32", precision="fp32")
+    monkeypatch.chdir(weights_file.parent)
+    embedder = declip.Embedder(weights_file.name, precision="fp32")
+    monkeypatch.chdir(tmp_path)
+    sent = pickle.dumps(embedder)
+    assert len(sent) < 1000, "without weights"
+    _load.cache_clear()
+    first, second = (pickle.loads(sent)({name: cells[span] for name, cells in rows.items()})
+                     for span in (slice(10), slice(10, None)))  # fmt: skip
+    assert _load.cache_info().misses == 1, "a model once a process"
+    assert first["id"] + second["id"] == rows["id"]
+    assert first["error"] + second["error"][:14] == [""] * 24
+    assert [error.partition(":")[0] for error in second["error"][14:]] == [
+        "unreadable image", "missing image", "truncated image"]  # fmt: skip
+    vectors = np.concatenate([first["vector"], second["vector"]])
+    assert (vectors.dtype, vectors.shape) == (np.float32, (27, 16))
+    assert np.abs(vectors[:24] - index.vectors(index.ids).numpy()).max() < 1e-6
+    assert not vectors[24:].any()
+    broken = embedder({"id": np.array([7]), "image": np.array([b"x"], object)})
+    assert (broken["id"], broken["vector"].shape, bool(broken["error"][0])) == ([7], (1, 16), True)
+    assert embedder({"id": [], "image": []})["vector"].shape == (0, 16)
+    with pytest.raises(UserError, match=r"no column 'image' but id, photo.*image="):
+        embedder({"id": [1], "photo": [b""]})
+
+
+def test_an_embedder_of_texts(weights_file: Path) -> None:
+    model = declip.load(weights_file, "cpu")
+    made = declip.Embedder(weights_file, text="caption", precision="fp32")(
+        {"id": [1, 2, 3], "caption": ["a red  bar", 4, ""]})  # fmt: skip
+    expected = model.encode_text(model.tokenize(["a red bar"]))[0].detach().numpy()
+    assert np.abs(made["vector"][0] - expected).max() < 1e-6
+    assert [error.partition(":")[0] for error in made["error"]] == ["", "unreadable text", "empty caption"]
+
+
+def test_an_index_of_parquet_files(
+    rows: dict[str, list[Any]], weights_file: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("declip.search.joined.PART_ROWS", 7)
+    embedder = declip.Embedder(weights_file, precision="fp32")
+    for number, span in enumerate((slice(5), slice(5, None))):
+        write_rows(tmp_path / f"{number}.parquet", embedder({name: cells[span] for name, cells in rows.items()}))
+    files, out = str(tmp_path / "*.parquet"), tmp_path / "index"
+    index = declip.Index.from_parquet(files, model=weights_file, out=out, dtype="float32")
+    own = declip.embed(weights_file, folder, out=tmp_path / "own", dtype="float32", precision="fp32")
+    assert (index.keys(), index.info.precision) == (own.keys(), "fp32")
+    assert torch.allclose(index.vectors(index.ids), own.vectors(own.ids), atol=1e-6)
+    assert index.info.skipped["reasons"]["missing image"] == {"count": 1, "examples": ["y"]}
+    assert [hit.key for hit in index.search("red", k=5)] == [hit.key for hit in own.search("red", k=5)]
+    with pytest.raises(UserError, match="--source"):
+        index.image(3)
+    assert declip.Index.open(out, source=folder).image(3).tobytes() == own.image(3).tobytes()
+    again = declip.Index.from_parquet(files, model=weights_file, out=out, dtype="float32")
+    assert (len(again), again.info.generation) == (24, 2)
+
+
+def test_parquet_files_that_are_refused(
+    rows: dict[str, list[Any]], weights_file: Path, tmp_path: Path, command: Any
+) -> None:
+    made = declip.Embedder(weights_file, precision="fp32")({name: cells[:4] for name, cells in rows.items()})
+    write_declip_file(tiny_model(1), tmp_path / "other.safetensors")
+    vectors = made["vector"]
+    changed: dict[str, tuple[dict[str, Any], str]] = {
+        "repeated": ({"id": ["a", "b", "c", "b"]}, "id 'b' is in several rows"),
+        "model": ({"model": ["0" * 64 + " fp32"] * 4}, "another model, of fingerprint 00000000"),
+        "none": ({"error": ["missing image"] * 4}, "no image that can be used"),
+        "nan": ({"vector": [*vectors[:3], vectors[3] * np.nan]}, "not of length 1"),
+        "width": ({"vector": [*vectors[:3], vectors[3][:8]]}, "16 and 8 numbers"),
+        "text": ({"vector": ["a"] * 4}, "type string"),
+    }
+    for name, (columns, message) in changed.items():
+        path = write_rows(tmp_path / f"{name}.parquet", {**made, **columns})
+        with pytest.raises(UserError, match=message):
+            declip.Index.from_parquet(path, model=weights_file, out=tmp_path / "index")
+    pq.write_table(pa.table({"id": ["a"]}), tmp_path / "less.parquet")
+    good = write_rows(tmp_path / "good.parquet", made)
+    (tmp_path / "cut.parquet").write_bytes(good.read_bytes()[:-20])
+    for path, model, message in (("less", weights_file, "no column 'vector'"), ("cut", weights_file, "not a Parquet"),
+                                 ("good", tmp_path / "other.safetensors", "another model")):  # fmt: skip
+        words = ["index", "from-parquet", tmp_path / f"{path}.parquet", "--model", model, "--out", tmp_path / "index"]
+        refused = command(*words)
+        assert (refused.status, message in " ".join(refused.err.split())) == (2, True), refused.err
+    assert not (tmp_path / "index/index.json").exists()
+    assert (
+        "4 images" in command("index", "from-parquet", good, "--model", weights_file, "--out", tmp_path / "index").out
+    )
+
+
+def test_parts_are_one_index(weights_file: Path, folder: Path, tmp_path: Path, command: Any) -> None:
+    (folder / "blue-bar.png").write_bytes(b"no image")
+    out = tmp_path / "index"
+    embed = ["embed", weights_file, folder, "--out", out, "--dtype", "float32", "--precision", "fp32", "--quiet"]
+    for part in ("3/3", "1/3", "3/3"):
+        assert command(*embed, "--part", part).status == 0
+    refused = command("index", "join", out)
+    assert (refused.status, "Part 2 of 3 is missing" in refused.err, "--part 2/3" in refused.err) == (2, True, True)
+    assert command(*embed, "--part", "2/3").status == 0
+    # --- joined, twice; equal to one call, and updated as one
+    whole = declip.embed(weights_file, folder, out=tmp_path / "whole", dtype="float32", precision="fp32")
+    for _ in range(2):
+        assert "23 images" in command("index", "join", out).out
+        index = declip.Index.open(out)
+        assert (index.keys(), index.ids.tolist()) == (whole.keys(), whole.ids.tolist())
+        assert torch.allclose(index.vectors(index.ids), whole.vectors(whole.ids), atol=1e-6)
+        assert [index.row(id).place for id in (0, 9, 22)] == [whole.row(id).place for id in (0, 9, 22)]
+        assert index.info.skipped == whole.info.skipped
+    draw("pink", "bar").save(folder / "zz.png")
+    updated = declip.embed(weights_file, folder, out=out, dtype="float32", precision="fp32")
+    assert updated.ids.tolist() == [*range(23), 23], "only the new one is embedded"
+    assert "without parts" in command("index", "join", out).err
+
+
+def test_a_killed_part_continues(
+    model: DualEncoder, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedding, "PART_ROWS", 4)
+    for number in (1, 2):
+        killed, repeated = Interrupted(folder, 6), Interrupted(folder)
+        with pytest.raises(KeyboardInterrupt):
+            declip.embed(model, killed, out=tmp_path / "index", part=(number, 2), batch_size=2)
+        with pytest.raises(UserError, match=f"Part {number} of 2"):
+            declip.Index.join(tmp_path / "index")
+        declip.embed(model, repeated, out=tmp_path / "index", part=(number, 2), batch_size=2)
+        assert repeated.read[0] == 12 * number - 8, "after the first four images"
+    index = declip.Index.join(tmp_path / "index")
+    whole = declip.embed(model, Interrupted(folder), out=tmp_path / "whole", batch_size=2)
+    assert torch.equal(index.vectors(index.ids), whole.vectors(whole.ids))
+
+
+def test_parts_that_do_not_fit_are_refused(
+    model: DualEncoder, weights_file: Path, folder: Path, tmp_path: Path, command: Any
+) -> None:
+    out = tmp_path / "index"
+    for given in ("0/3", "4/3", "3", "1/0"):
+        refused = command("embed", weights_file, folder, "--out", out, "--part", given)
+        assert (refused.status, f"--part is '{given}'" in refused.err) == (2, True)
+    with pytest.raises(UserError, match="only 24 images for 25 parts"):
+        declip.embed(model, folder, out=out, part=(1, 25))
+    with pytest.raises(UserError, match="has no parts"):
+        declip.Index.join(out)
+    declip.embed(model, folder, out=out, part=(1, 2))
+    declip.embed(tiny_model(1), folder, out=out, part=(2, 2))
+    with pytest.raises(UserError, match="another model"):
+        declip.Index.join(out)
+    shutil.rmtree(f"{out}.part-2-of-2")
+    (folder / "red-bar.png").unlink()
+    declip.embed(model, folder, out=out, part=(2, 2))
+    with pytest.raises(UserError, match="another number of images"):
+        declip.Index.join(out)
+    declip.embed(model, folder, out=out, part=(1, 3))
+    with pytest.raises(UserError, match="parts of 2 and 3"):
+        declip.Index.join(out)
