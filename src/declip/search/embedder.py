@@ -16,9 +16,7 @@ from declip.errors import UserError
 from declip.evaluation.encode import BatchReader, text_features
 from declip.interchange.read import load
 from declip.models.dual_encoder import DualEncoder
-from declip.models.fingerprint import fingerprint
-from declip.models.inference import image_encoder
-from declip.models.precision import Precision, precision_of
+from declip.models.inference import Precision, fingerprint, image_encoder, precision_of
 from declip.search.model import image_vectors
 
 

@@ -16,7 +16,7 @@ from declip.errors import UserError
 from declip.evaluation.encode import Encoder
 from declip.interchange.read import load
 from declip.io.parts import find_parts
-from declip.models.precision import TYPES
+from declip.models.inference import TYPES
 from declip.search.embed import hash64
 from declip.search.info import INFO, Dtype, IndexInfo, ModelInfo, SourceInfo
 from declip.search.model import describe_model
