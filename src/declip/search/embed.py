@@ -28,7 +28,7 @@ from declip.models.inference import Precision, precision_of
 from declip.search.index import Index
 from declip.search.info import Dtype, IndexInfo, PartInfo, SourceInfo
 from declip.search.model import describe_model, encode_images
-from declip.search.store import PART_ROWS, Block, IndexedImage
+from declip.search.store import PART_ROWS, Block, IndexedImage, hash64
 from declip.search.writer import Writer, open_writer
 
 log = logging.getLogger("declip")
@@ -161,11 +161,6 @@ def find_changes(
     places = np.flatnonzero(new) + span.start
     later = places >= writer.reached
     return np.concatenate([places[later], places[~later]]), np.sort(ids[order][~kept])
-
-
-def hash64(value: object) -> int:
-    """64 bits that stand for a key, or for a key with stamp and place."""
-    return int.from_bytes(hashlib.blake2b(repr(value).encode("utf-8", "replace"), digest_size=8).digest(), "little")
 
 
 def _stamped(source: ImageSource, place: int, origin: Origin | None = None, loaded: LazyPair | None = None) -> Origin:

@@ -24,6 +24,7 @@ from declip.models.device import pick_device
 from declip.models.inference import Precision, convert, fingerprint
 from declip.search.exact import nearest
 from declip.search.info import Dtype, Over
+from declip.search.joined import join_parquet, join_parts
 from declip.search.model import describe_model, image_vectors, mix
 from declip.search.store import IndexedImage
 from declip.search.writer import open_index
@@ -82,8 +83,6 @@ class Index:
         Raises:
             UserError: A part is missing, or made with another model, source, option or number of parts.
         """
-        from declip.search.joined import join_parts  # which imports this module
-
         join_parts(Path(folder).expanduser())
         return cls(folder, **options)
 
@@ -108,8 +107,6 @@ class Index:
         Raises:
             UserError: A file is damaged or has other columns, an id is repeated, or another model made a vector.
         """
-        from declip.search.joined import join_parquet
-
         join_parquet(files, model, Path(out).expanduser(), dtype)
         return cls(out, model=model)
 

@@ -17,10 +17,9 @@ from declip.evaluation.encode import Encoder
 from declip.interchange.read import load
 from declip.io.parts import find_parts
 from declip.models.inference import TYPES
-from declip.search.embed import hash64
 from declip.search.info import INFO, Dtype, IndexInfo, ModelInfo, SourceInfo
 from declip.search.model import describe_model
-from declip.search.store import PART_ROWS, Block, IndexedImage
+from declip.search.store import PART_ROWS, Block, IndexedImage, hash64
 from declip.search.writer import check_same, open_index, open_writer
 
 COLUMNS = ("id", "vector", "error", "model")

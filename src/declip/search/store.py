@@ -1,5 +1,6 @@
 """The rows and vectors of an index: a Parquet table and .npy matrices in one folder, mapped into memory."""
 
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -71,6 +72,11 @@ class Block:
         given: dict[Over, Tensor | None] = {"images": images, "captions": captions}
         matrices = {over: vectors.numpy().astype(dtype) for over, vectors in given.items() if vectors is not None}
         return cls(pa.table(arrays, schema=SCHEMA), matrices)
+
+
+def hash64(value: object) -> int:
+    """64 bits that stand for a key, or for a key with stamp and place."""
+    return int.from_bytes(hashlib.blake2b(repr(value).encode("utf-8", "replace"), digest_size=8).digest(), "little")
 
 
 def write_blocks(target: Path, blocks: Iterable[Block], count: int) -> None:
