@@ -64,8 +64,12 @@ def test_every_beginning_is_a_choice_and_near_duplicates_come_once() -> None:
     assert products.fill_diagonal_(0).max() < ALIKE
 
 
-def test_pairs_that_are_there_count_as_chosen(model: DualEncoder, folder: Path, tmp_path: Path) -> None:
+def test_pairs_that_are_there_count_as_chosen(
+    model: DualEncoder, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # the index of have.csv is written below it
     (folder / "broken.png").write_bytes(b"no image")
+    declip.embed(model, folder, out=tmp_path / "index")  # without vectors of captions
     first = declip.choose(model, folder, 24, index=tmp_path / "index")
     assert first.skipped.counts == {"unreadable image": 1}
     # Half of them get captions, in a table that names some without one.

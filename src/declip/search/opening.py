@@ -14,7 +14,7 @@ from declip.interchange.read import load
 from declip.models.inference import Precision, fingerprint
 from declip.search.embed import embed
 from declip.search.index import Index
-from declip.search.info import INFO
+from declip.search.info import INFO, IndexInfo
 
 
 def open_or_embed(
@@ -45,4 +45,6 @@ def open_or_embed(
         name = re.sub(r"[^A-Za-z0-9]+", "-", Path(source).name.removeprefix("builtin:")).strip("-") or "source"
         folder = Path("indices") / f"{name[:40]}-{digest.hexdigest()[:8]}"
     given = model if isinstance(model, str | Path) else ""
-    return embed(loaded, source, out=folder, captions=True, loaded_from=given, **options)
+    known = Path(folder).expanduser()
+    captions = IndexInfo.read(known).captions if (known / INFO).is_file() else True
+    return embed(loaded, source, out=folder, captions=captions, loaded_from=given, **options)
