@@ -1,5 +1,6 @@
 """Comparisons from beginning to end: what is run, what continues after a stop, what is refused."""
 
+import multiprocessing
 import os
 import re
 import shutil
@@ -199,15 +200,15 @@ def test_stopped_and_killed_it_ends_as_if_it_had_gone_through(
     assert list(out.glob("runs/*/checkpoints/step-*"))
 
     # --- another process takes the trial, and is killed; this one waits, and continues it
-    words = ["compare", recipes["declip"], "--pairs", "16", "--seeds", "1", "--jobs", "1", "--dataset", str(table)]
-    words += ["--task", "retrieval", "--out", str(out), "train.steps=16", "train.checkpoint_every=4"]
     logged = _rows_logged(out)
-    with subprocess.Popen([sys.executable, "-m", "declip", *words], stdout=subprocess.DEVNULL) as other:
-        while _rows_logged(out) <= logged and other.poll() is None:
-            time.sleep(0.02)
-        other.kill()
-        found = tiny(recipes, table, out, **options)
-    assert other.returncode == -signal.SIGKILL
+    other = multiprocessing.get_context("fork").Process(target=tiny, args=(recipes, table, out), kwargs=options)
+    other.start()
+    while _rows_logged(out) <= logged and other.is_alive():
+        time.sleep(0.02)
+    other.kill()
+    found = tiny(recipes, table, out, **options)
+    other.join()
+    assert other.exitcode == -signal.SIGKILL
     assert found.complete
     (row,), (expected,) = found.rows.values(), whole.rows.values()
     assert (row["loss"], row["results"]) == (expected["loss"], expected["results"])

@@ -1,6 +1,6 @@
 """The commands for several processes, as a user gives them, and the SLURM script with SLURM's commands played."""
 
-import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -9,13 +9,17 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from conftest import TINY
+from declip.cli import app as cli
 from declip.interchange.declip_file import write_declip_file
 from declip.recipe.load import load_recipe
+from declip.runs.folder import read_rows
+from declip.training import trainer
 from declip.training.assemble import assemble
 from end_to_end.conftest import tree_of
 from indices import tiny_model
@@ -28,34 +32,7 @@ PLAYED = {
 }
 """SLURM's commands, and torchrun by this Python."""
 
-DEADLY = """
-import os, signal, sys
-from pathlib import Path
-from declip.training import trainer
-from declip.cli.app import main
-
-step, marker = trainer.training_step, Path(sys.argv.pop(1))
-
-def deadly(parts, batch, meeting):
-    result = step(parts, batch, meeting)
-    if meeting.offset and not marker.exists() and next(calls) == 2:
-        marker.touch()
-        os.kill(os.getpid(), signal.SIGKILL)
-    return result
-
-calls = iter(range(1000))
-trainer.training_step = deadly
-main()
-"""
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-
-
-@pytest.fixture
-def recipe(table: Path, tmp_path: Path) -> Path:
-    path = tmp_path / "mine.yaml"
-    train = {**TINY["train"], "steps": 6, "checkpoint_every": 1}
-    path.write_text(yaml.safe_dump({**tree_of(table, workers=0), "train": train}))
-    return path
 
 
 def logged_once(process: subprocess.Popen[str], run: Path) -> None:
@@ -73,32 +50,53 @@ def family(pid: int) -> Iterator[int]:
             yield from family(int(child))
 
 
+def mortal(marker: Path, *words: str) -> None:
+    """The command on one rank; of the first two, the second kills itself in its third step."""
+    step, calls = trainer.training_step, iter(range(1000))
+
+    def deadly(parts: Any, batch: Any, sync: Any) -> Any:
+        result = step(parts, batch, sync)
+        if sync.offset and not marker.exists() and next(calls) == 2:
+            marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    trainer.training_step, sys.argv = deadly, ["declip", *words]
+    cli.main()
+
+
+def agent(*given: object) -> None:
+    """What `torchrun --standalone --nproc-per-node 2 --max-restarts 1` runs, with ranks forked from this process."""
+    rendezvous = {"run_id": "test", "rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "local_addr": "127.0.0.1"}
+    elastic_launch(LaunchConfig(1, 1, 2, max_restarts=1, start_method="fork", **rendezvous), mortal)(*given)
+
+
 @pytest.mark.slow
-def test_a_rank_that_dies_is_started_again_and_the_run_continues(table: Path, tmp_path: Path) -> None:
+def test_a_rank_that_dies_is_started_again_and_the_run_continues(
+    table: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """Of `finetune`, whose folder is locked once for both ranks before they split the pairs."""
-    script, run = tmp_path / "deadly.py", tmp_path / "run"
-    script.write_text(DEADLY)
+    run, died = tmp_path / "run", tmp_path / "died"
     write_declip_file(tiny_model(), tmp_path / "start.safetensors")
-    words = (script, tmp_path / "died", "finetune", table, "--from", tmp_path / "start.safetensors", "--freeze", "none")
+    words = ("finetune", table, "--from", tmp_path / "start.safetensors", "--freeze", "none", "--out", run, "--resume")
     keys = ("train.steps=6", "train.batch_size=8", "train.log_every=2", "train.checkpoint_every=1", "data.workers=0")
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
-    words = (*torchrun, "--max-restarts", 1, *words, *keys, "--out", run, "--resume", "--quiet")
-    done = subprocess.run(
-        list(map(str, words)), env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert "cli.py" not in done.stderr, "no trace of the survivor's"
-    assert (tmp_path / "died").exists()
-    assert done.stdout.count("Report: ") == 1, "only the first rank speaks"
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [2, 4, 6]
+    given = (died, *map(str, words), *keys, "--quiet")
+    process = multiprocessing.get_context("fork").Process(target=agent, args=given)
+    process.start()
+    process.join()
+    printed, errors = capfd.readouterr()
+    assert (process.exitcode, died.exists()) == (0, True), errors
+    assert "cli/app.py" not in errors, "no trace of the survivor's"
+    assert printed.count("Report: ") == 1, "only the first rank speaks"
+    assert [row["step"] for row in read_rows(run / "metrics.jsonl")] == [2, 4, 6]
     assert "Resuming at step" in (run / "log.txt").read_text()
 
 
 @pytest.mark.slow
-def test_a_slurm_job_whose_time_is_up_saves_asks_to_be_queued_again_and_continues(recipe: Path, tmp_path: Path) -> None:
+def test_a_slurm_job_whose_time_is_up_saves_asks_to_be_queued_again_and_continues(table: Path, tmp_path: Path) -> None:
     """As schedulers do it: each rank hears SIGTERM twice, from outside and from torchrun, and each worker once."""
-    commands, run, requeued = tmp_path / "bin", tmp_path / "run", tmp_path / "requeued"
+    commands, run, requeued, recipe = (tmp_path / name for name in ("bin", "run", "requeued", "mine.yaml"))
+    recipe.write_text(yaml.safe_dump(tree_of(table)))
     commands.mkdir()
     for name, text in PLAYED.items():
         (commands / name).write_text(f"#!/bin/bash\n{text}")

@@ -1,8 +1,6 @@
 import logging
-import os
+import multiprocessing
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from declip.data.pair import Columns, Origin, Pair, PairSource
 from declip.errors import UserError
 from declip.models.dual_encoder import DualEncoder
 from declip.search import embed as embedding
+from declip.search.writer import open_index
 from indices import tiny_model
 
 
@@ -145,35 +144,30 @@ def test_later_calls_embed_what_is_new_or_changed_and_drop_what_is_gone(
     assert len(declip.Index.open(out)) == 24
 
 
-READER = """
-import sys
-from pathlib import Path
-from declip.search.writer import open_index
-print("ready", flush=True)
-opened = 0
-while not Path(sys.argv[2]).exists():
-    info, store = open_index(Path(sys.argv[1]))
-    assert store.matrix().shape == (len(store.ids), info.dimension) and store.row(len(store.ids) - 1)
-    opened += 1
-print(opened)
-"""
+def opened_until(index: Path, done: Path, count: Any) -> None:
+    """Open an index again and again, and send how often it was complete."""
+    number = 0
+    while not done.exists():
+        info, store = open_index(index)
+        assert store.matrix().shape == (len(store.ids), info.dimension)
+        assert store.row(len(store.ids) - 1)
+        number += 1
+    count.put(number)
 
 
 def test_an_index_opens_while_it_is_updated(model: DualEncoder, folder: Path, tmp_path: Path) -> None:
     out, done = tmp_path / "index", tmp_path / "done"
     declip.embed(model, folder, out=out)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    words = [sys.executable, "-c", READER, str(out), str(done)]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as reader:
-        assert reader.stdout is not None
-        reader.stdout.readline()
-        for number in range(12):
-            draw("red", "bar", 40 + number).save(folder / "red-bar.png")
-            declip.embed(model, folder, out=out)
-        done.touch()
-        opened, error = reader.communicate()
-    assert (reader.returncode, error) == (0, "")
-    assert int(opened) > 12
+    fork = multiprocessing.get_context("fork")
+    reader = fork.Process(target=opened_until, args=(out, done, count := fork.SimpleQueue()))
+    reader.start()
+    for number in range(12):
+        draw("red", "bar", 40 + number).save(folder / "red-bar.png")
+        declip.embed(model, folder, out=out)
+    done.touch()
+    reader.join()
+    assert reader.exitcode == 0
+    assert count.get() > 12
     assert declip.Index.open(out).info.generation == 13
 
 
