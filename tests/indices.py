@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from conftest import COLOURS, SHAPES, TINY, WEIGHTS, draw
+from conftest import COLOURS, SHAPES, draw, tiny_tree
 from declip.data.pair import Origin, SkipCounter
 from declip.interchange.declip_file import write_declip_file
 from declip.models.dual_encoder import DualEncoder
@@ -22,8 +22,7 @@ from declip.search.writer import open_writer
 def tiny_model(seed: int = 0) -> DualEncoder:
     """A model of a few thousand random weights."""
     torch.manual_seed(seed)
-    recipe = Recipe.model_validate({**TINY, "data": {"source": "unused"}, "loss_weights": WEIGHTS["clip"]})
-    return DualEncoder.from_recipe(recipe).eval()
+    return DualEncoder.from_recipe(Recipe.model_validate(tiny_tree("unused"))).eval()
 
 
 def write_index(folder: Path, images: Tensor, texts: Tensor | None = None, captions: Sequence[str] = ()) -> Index:

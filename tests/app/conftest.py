@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import declip
-from conftest import COLOURS, SHAPES, TINY, WEIGHTS, draw
+from conftest import COLOURS, SHAPES, draw, tiny_tree
 from declip.recipe.schema import Recipe
 from indices import folder, model, weights_file
 
@@ -24,8 +24,7 @@ collect_ignore_glob = [] if find_spec("starlette") and find_spec("uvicorn") else
 def run_folder(table: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of a few steps."""
     folder = tmp_path_factory.mktemp("runs") / "tiny"
-    tree = {**TINY, "name": "tiny", "data": {"source": str(table)}, "loss_weights": WEIGHTS["declip"]}
-    declip.train(Recipe.model_validate(tree), out=folder, quiet=True, report=False)
+    declip.train(Recipe.model_validate(tiny_tree(table, "declip", name="tiny")), out=folder, quiet=True, report=False)
     return folder
 
 

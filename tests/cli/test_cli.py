@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 import declip
-from conftest import TINY, WEIGHTS
+from conftest import tiny_tree
 from declip.api import train
 from declip.errors import UserError
 from declip.training.resolve import resolve_recipe
@@ -16,8 +16,7 @@ from declip.training.resolve import resolve_recipe
 
 def test_trains_evaluates_and_resumes(table: Path, tmp_path: Path, command: Any) -> None:
     recipe, out, both = tmp_path / "mine.yaml", tmp_path / "run", tmp_path / "both.json"
-    tree = {**TINY, "data": {"source": "replaced by --data"}, "loss_weights": WEIGHTS["declip"]}
-    recipe.write_text(yaml.safe_dump(tree))
+    recipe.write_text(yaml.safe_dump(tiny_tree("replaced by --data", "declip")))
     words = ["train", recipe, "train.steps=6", "--data", table, "--val", table, "--out", out, "--quiet"]
     printed = command(*words).out
     assert "48 samples" in printed

@@ -14,7 +14,7 @@ import timm
 from safetensors.torch import save_file
 
 import declip
-from conftest import TINY, texture
+from conftest import TINY, texture, tiny_tree
 from declip import finetuning
 from declip.data.pair import Columns
 from declip.data.sources.open import open_source
@@ -52,7 +52,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def weights(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("weights") / "start"
     image = {"model": "declip_conv_tiny", "size": 32}  # open_clip cannot hold it, which saves the time of its import
-    tree = {**TINY, "image": image, "data": {"source": str(pairs)}, "train": {**TINY["train"], "steps": 2}}
+    tree = tiny_tree(pairs, image=image, train={**TINY["train"], "steps": 2})
     declip.train(Recipe.model_validate(tree), out=out, quiet=True, report=False)
     return out
 
@@ -79,7 +79,8 @@ def test_one_line_trains_validates_and_exports(pairs: Path, weights: Path, tmp_p
 def test_the_best_mixture_with_the_start_is_kept(pairs: Path, weights: Path, tmp_path: Path, command: Any) -> None:
     out, other = tmp_path / "run", pairs.with_name("other.csv")
     words = ["finetune", pairs, "--from", weights, "--val", other, "--keep", pairs, "--out", out, "--quiet"]
-    printed = command(*words, "train.epochs=4", "train.lr=3e-2").out
+    words += ["train.epochs=4", "train.lr=3e-2", "data.workers=0"]
+    printed = command(*words).out
     run = read_run(out)
     scores = {float(alpha): fmean(found.values()) for alpha, found in run.mixture["scores"].items()}
     assert run.mixture["alpha"] == max(scores, key=lambda alpha: (scores[alpha], alpha))
@@ -93,13 +94,13 @@ def test_the_best_mixture_with_the_start_is_kept(pairs: Path, weights: Path, tmp
     last = {row["dataset"]: row for row in run.results}[str(pairs)]
     assert last["image_to_text_r1"] == truth["image_to_text_r1"]
     # --- again: nothing is added
-    command(*words, "train.epochs=4", "train.lr=3e-2", "--resume")
+    command(*words, "--resume")
     assert len(read_run(out).evaluations) == len(run.evaluations)
 
 
 def test_python_uses_the_same_words_and_resumes(pairs: Path, weights: Path, tmp_path: Path) -> None:
     keys = {"train.steps": 6, "train.batch_size": 4, "train.evaluate_every": 2, "train.patience": 9}
-    keys["data.max_pairs"] = np.int64(12)
+    keys |= {"data.max_pairs": np.int64(12), "data.workers": 0}
     options = {"val": (), "freeze": "text", "quiet": True, **keys}
     whole = declip.finetune(pairs, weights, out=tmp_path / "whole", **options)
     assert whole.finished
@@ -124,6 +125,7 @@ def test_a_run_with_adapters_is_exported_in_every_format_that_holds_it(
     write_declip_file(build("vit"), tmp_path / "vit.safetensors")
     monkeypatch.setattr(finetuning, "export", written := Mock())
     keys: dict[str, Any] = {"finetune.lora": {"rank": 2}, "train.steps": 2, "train.batch_size": 8}
+    keys["data.workers"] = 0
     assert declip.finetune(pairs, tmp_path / "vit.safetensors", out=tmp_path / "run", quiet=True, **keys).finished
     assert [call.args[1] for call in written.call_args_list] == ["safetensors", "open_clip", "huggingface"]
 
@@ -193,7 +195,7 @@ def test_pairs_of_the_start_are_not_validated_on(pairs: Path, weights: Path, tmp
     head, *rows = pairs.read_text().splitlines()
     table = pairs.with_name("fewer.csv")
     table.write_text("\n".join([head, *rows[:30]]) + "\n")
-    keys: dict[str, Any] = {"quiet": True, "train.steps": 1, "train.batch_size": 8}
+    keys: dict[str, Any] = {"quiet": True, "data.workers": 0, "train.steps": 1, "train.batch_size": 8}
     first = declip.finetune(table, weights, out=tmp_path / "first", **keys)
     renamed = pairs.with_name("renamed.csv")  # the same images with other captions, so that their hashes change
     renamed.write_text("\n".join([head, *(f"{row} again" for row in rows)]) + "\n")
@@ -246,7 +248,7 @@ def test_python_objects_are_split_and_validated_on(pairs: Path, tmp_path: Path) 
     weights = declip.export(build("conv"), "safetensors", tmp_path / "start").folder
     rows = [line.split(",") for line in pairs.read_text().splitlines()[1:]]
     items = [(str(pairs.parent / name), caption) for name, caption in rows]
-    keys: dict[str, Any] = {"quiet": True, "train.steps": 1, "train.batch_size": 8}
+    keys: dict[str, Any] = {"quiet": True, "data.workers": 0, "train.steps": 1, "train.batch_size": 8}
     split = declip.finetune(items, weights, out=tmp_path / "split", **keys)
     assert (split.finished, split.last()[0].result.images > 0) == (True, True)  # type: ignore[union-attr]
     held_out = declip.finetune(items[:30], weights, val=items[30:], out=tmp_path / "val", **keys)

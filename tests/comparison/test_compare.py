@@ -21,7 +21,7 @@ import yaml
 from filelock import FileLock
 from PIL import Image
 
-from conftest import TINY, WEIGHTS
+from conftest import tiny_tree
 from declip.api import compare, train
 from declip.comparison import runner as comparing
 from declip.comparison import trials as running
@@ -40,8 +40,7 @@ def recipes(table: Path, tmp_path: Path) -> dict[str, str]:
     files = {}
     for name in ("clip", "declip"):
         files[name] = str(tmp_path / f"{name}.yaml")
-        tree = {**TINY, "loss_weights": WEIGHTS[name], "data": {"source": str(table)}}
-        Path(files[name]).write_text(yaml.safe_dump(tree), encoding="utf-8")
+        Path(files[name]).write_text(yaml.safe_dump(tiny_tree(table, name)), encoding="utf-8")
     return files
 
 

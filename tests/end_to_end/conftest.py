@@ -8,13 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from conftest import TINY, WEIGHTS
-
-
-def tree_of(table: Path, **data: object) -> dict[str, object]:
-    """A recipe that trains a tiny model on a table."""
-    return {**TINY, "data": {"source": str(table), **data}, "loss_weights": WEIGHTS["clip"]}
-
 
 def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
     """A PNG that says that it is so large."""

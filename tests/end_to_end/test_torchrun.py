@@ -15,13 +15,13 @@ import pytest
 import yaml
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from conftest import tiny_tree
 from declip.cli import app as cli
 from declip.interchange.declip_file import write_declip_file
 from declip.recipe.load import load_recipe
 from declip.runs.folder import read_rows
 from declip.training import trainer
 from declip.training.assemble import assemble
-from end_to_end.conftest import tree_of
 from indices import tiny_model
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "train.sbatch"
@@ -96,7 +96,7 @@ def test_a_rank_that_dies_is_started_again_and_the_run_continues(
 def test_a_slurm_job_whose_time_is_up_saves_asks_to_be_queued_again_and_continues(table: Path, tmp_path: Path) -> None:
     """As schedulers do it: each rank hears SIGTERM twice, from outside and from torchrun, and each worker once."""
     commands, run, requeued, recipe = (tmp_path / name for name in ("bin", "run", "requeued", "mine.yaml"))
-    recipe.write_text(yaml.safe_dump(tree_of(table)))
+    recipe.write_text(yaml.safe_dump(tiny_tree(table)))
     commands.mkdir()
     for name, text in PLAYED.items():
         (commands / name).write_text(f"#!/bin/bash\n{text}")

@@ -17,13 +17,13 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from conftest import draw
+from conftest import draw, tiny_tree
 from declip.api import train
 from declip.cli import app as cli
 from declip.recipe.schema import Recipe
 from declip.runs.folder import read_rows
 from declip.search.embed import embed
-from end_to_end.conftest import png, tree_of
+from end_to_end.conftest import png
 
 Command = Callable[..., tuple[int, str]]
 
@@ -44,7 +44,7 @@ def declip(command: Callable[..., SimpleNamespace]) -> Command:
 def here(table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder with a good recipe, `mine.yaml`."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(tree_of(table)))
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(tiny_tree(table)))
     return tmp_path
 
 
@@ -57,7 +57,7 @@ def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def trained(table: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of a tiny model."""
-    recipe = Recipe.model_validate(tree_of(table))
+    recipe = Recipe.model_validate(tiny_tree(table))
     return train(recipe, out=tmp_path_factory.mktemp("trained"), quiet=True).folder
 
 
@@ -176,7 +176,7 @@ for words in sys.argv[1:]:
 def wrong(table: Path, trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a good recipe, good pairs, good weights, and much that is wrong."""
     folder = tmp_path_factory.mktemp("wrong")
-    (folder / "mine.yaml").write_text(yaml.safe_dump(tree_of(table)))
+    (folder / "mine.yaml").write_text(yaml.safe_dump(tiny_tree(table)))
     rows = [f"{table.parent}/{path.name},{path.stem}" for path in sorted(table.parent.glob("*.png"))]
     tables = {"photos": rows, "other": rows[:4], "copy": rows[8:], "one": [row.split(",")[0] + ",same" for row in rows]}
     files = {f"{name}.csv": "\n".join(["image,caption", *part]) for name, part in tables.items()}

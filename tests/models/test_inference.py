@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from conftest import TINY, WEIGHTS
+from conftest import tiny_tree
 from declip.models.dual_encoder import DualEncoder
 from declip.models.inference import image_encoder, inference_tower
 from declip.recipe.schema import Recipe
@@ -11,8 +11,8 @@ from declip.recipe.schema import Recipe
 
 def model_of(tower: str, size: int) -> DualEncoder:
     torch.manual_seed(0)
-    tree = {**TINY, "data": {"source": "unused"}, "loss_weights": WEIGHTS["clip"]}
-    model = DualEncoder.from_recipe(Recipe.model_validate(tree | {"image": {"model": tower, "size": size}}))
+    tree = tiny_tree("unused", image={"model": tower, "size": size})
+    model = DualEncoder.from_recipe(Recipe.model_validate(tree))
     with torch.no_grad():
         for name, buffer in model.named_buffers():  # statistics that change something
             if "running" in name:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from conftest import TINY, WEIGHTS
+from conftest import TINY, tiny_tree
 from declip.api import train
 from declip.recipe.schema import Recipe
 from declip.runs.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, part
@@ -34,21 +34,20 @@ def recipe_for(
     table: Path, name: str = "declip", sections: dict[str, Any] | None = None, **train_keys: object
 ) -> Recipe:
     """A tiny recipe on a table, with some sections in place of its own."""
-    tree = {**TINY, "name": name, "data": {"source": str(table)}, "loss_weights": WEIGHTS[name], **(sections or {})}
-    return Recipe.model_validate({**tree, "train": {**TINY["train"], **train_keys}})
+    tree = tiny_tree(table, name, name=name, train={**TINY["train"], **train_keys})
+    return Recipe.model_validate({**tree, **(sections or {})})
 
 
 def start_from(table: Path, out: Path, image: dict[str, Any] = VIT, name: str = "declip") -> Path:
     """A run of other sizes than `TINY`, that a run of ours can start from."""
-    tree = {**TINY, "name": name, "data": {"source": str(table)}, "loss_weights": WEIGHTS[name], "embed_dim": 24}
-    tree |= {"image": {**image, **STATISTICS}, "text": {**SMALL, "activation": "gelu"}}
+    sections = {"image": {**image, **STATISTICS}, "text": {**SMALL, "activation": "gelu"}}
+    tree = tiny_tree(table, name, name=name, embed_dim=24, **sections)
     train(Recipe.model_validate(tree), out=out, quiet=True, report=False)
     return out
 
 
 def tuned(table: Path, weights: object, train_keys: dict[str, Any] | None = None, **keys: Any) -> Recipe:
-    tree = {**TINY, "name": "tuned", "data": {"source": str(table)}, "loss_weights": WEIGHTS["declip"]}
-    tree["train"] = {**TINY["train"], "lr": 1e-2, **(train_keys or {})}
+    tree = tiny_tree(table, "declip", name="tuned", train={**TINY["train"], "lr": 1e-2, **(train_keys or {})})
     given = set()
     for key, section, name in (("image_size", "image", "size"), ("context_length", "text", "context_length")):
         if key in keys:

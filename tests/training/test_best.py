@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import declip
-from conftest import TINY
+from conftest import TINY, tiny_tree
 from declip.api import train
 from declip.errors import UserError
 from declip.evaluation.results import RecallAtK, RetrievalResult, ZeroShotResult
@@ -31,8 +31,7 @@ RIGHT = RecallAtK(9, 9, 1, 1, 1, 0.1, 0.5, 1, 1)
 def recipe_for(table: Path, **keys: Any) -> Recipe:
     """A run that learns, and then overshoots: evaluated every 2 steps."""
     train = {**TINY["train"], "steps": 24, "evaluate_every": 2, "checkpoint_every": 100, **keys}
-    tree = {**TINY, "name": "best", "data": {"source": str(table)}, "train": train}
-    return Recipe.model_validate({**tree, "evaluation": {"retrieval": (str(table),)}})
+    return Recipe.model_validate(tiny_tree(table, name="best", train=train, evaluation={"retrieval": (str(table),)}))
 
 
 def best_step(rows: list[dict[str, Any]]) -> int:

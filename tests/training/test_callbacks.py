@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import declip
-from conftest import TINY
+from conftest import tiny_tree
 from declip.errors import UserError
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schema import Recipe
@@ -70,8 +70,8 @@ class Kept(Sink):
 
 
 def recipe_of(table: Path) -> Recipe:
-    tree = {**TINY, "data": {"source": str(table)}, "loss_weights": {"contrastive": 1.0, "mine": 0.5}}
-    return Recipe.model_validate({**tree, "evaluation": {"retrieval": [str(table)]}})
+    sections = {"loss_weights": {"contrastive": 1.0, "mine": 0.5}, "evaluation": {"retrieval": [str(table)]}}
+    return Recipe.model_validate(tiny_tree(table, **sections))
 
 
 def test_a_run_with_callbacks_and_a_term_resumes_bit_exactly(table: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer as Library
 
 import declip
-from conftest import TINY, WEIGHTS
+from conftest import WEIGHTS
 from declip.api import train
 from declip.errors import UserError
 from declip.interchange.declip_file import FILE, RECIPE, VERSION
@@ -25,23 +25,22 @@ from declip.training.mixture import ends_of
 from declip.training.trainer import Trainer
 from interchange.towers import export_exactly
 from text_encoders import bert, roberta
-from training.starts import last, moved, same_end, state, stop_at, tuned
+from training.starts import last, moved, recipe_for, same_end, state, stop_at, tuned
 
 pytest.importorskip("transformers")
 
 MASK, PADDING = 4, 1  # RoBERTa's
 
 
-def recipe_for(table: Path, folder: Path, weights: str = "declip", **train_keys: object) -> Recipe:
+def encoder_recipe(table: Path, folder: Path, weights: str = "declip", **train_keys: object) -> Recipe:
     text = {"hf_model": str(folder), "context_length": 24, "pooling": "mean"}
-    tree = {**TINY, "name": "encoder", "data": {"source": str(table)}, "text": text, "loss_weights": WEIGHTS[weights]}
-    tree["train"] = {**TINY["train"], "log_every": 1, **train_keys}
-    return Recipe.model_validate({**tree, "evaluation": {"final_retrieval": [str(table)]}})
+    sections = {"text": text, "evaluation": {"final_retrieval": [str(table)]}}
+    return recipe_for(table, weights, sections, log_every=1, **train_keys)
 
 
 def test_it_learns_and_loads_without_its_folder(table: Path, tmp_path: Path) -> None:
     folder = roberta(tmp_path / "roberta")
-    recipe = recipe_for(table, folder)
+    recipe = encoder_recipe(table, folder)
     train(recipe, out=tmp_path / "whole", quiet=True, report=False)
     shutil.rmtree(folder)
     whole = read_run(tmp_path / "whole")
@@ -80,7 +79,7 @@ def test_it_learns_and_loads_without_its_folder(table: Path, tmp_path: Path) -> 
 def test_a_tuned_encoder_resumes_to_the_bit_without_its_folder(table: Path, tmp_path: Path, keys: Any) -> None:
     """Next to an image tower with random weights, without finetune.pretrained."""
     folder = bert(tmp_path / "bert")
-    recipe = recipe_for(table, folder, "clip", lr=1e-2).model_dump(mode="json")
+    recipe = encoder_recipe(table, folder, "clip", lr=1e-2).model_dump(mode="json")
     recipe = Recipe.model_validate({**recipe, "finetune": keys, "evaluation": {}})
     trainer = Trainer(assemble(recipe, tmp_path / "whole", quiet=True))
     before, places = state(trainer), depths(trainer.parts.model)
@@ -98,7 +97,7 @@ def test_a_tuned_encoder_resumes_to_the_bit_without_its_folder(table: Path, tmp_
 
 
 def test_batches_are_masked_and_padded_with_the_encoders_ids(table: Path, tmp_path: Path) -> None:
-    trainer = Trainer(assemble(recipe_for(table, roberta(tmp_path / "roberta")), tmp_path / "run", quiet=True))
+    trainer = Trainer(assemble(encoder_recipe(table, roberta(tmp_path / "roberta")), tmp_path / "run", quiet=True))
     tokenizer = trainer.parts.model.tokenizer
     assert (tokenizer.mask, tokenizer.padding) == (MASK, PADDING)
     found = 0
@@ -118,7 +117,7 @@ def test_batches_are_masked_and_padded_with_the_encoders_ids(table: Path, tmp_pa
 def test_onnx_has_the_encoders_tokenizer_and_padding(table: Path, tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    model = DualEncoder.from_recipe(recipe_for(table, roberta(tmp_path / "roberta"), "clip")).eval()
+    model = DualEncoder.from_recipe(encoder_recipe(table, roberta(tmp_path / "roberta"), "clip")).eval()
     folder = export_exactly(model, "onnx", tmp_path / "onnx")
     about = json.loads((folder / "declip_onnx.json").read_text())["text"]
     assert (about["padding"], about["context"]) == (PADDING, 24)

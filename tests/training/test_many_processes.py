@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import declip
-from conftest import TINY, WEIGHTS
+from conftest import TINY, tiny_tree
 from declip.api import train
 from declip.errors import UserError
 from declip.recipe.schema import Recipe
@@ -37,8 +37,8 @@ def recipe(table: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
     rows = [{**row, "image": str(table.parent / row["image"])} for row in rows]
     rows += [{"image": f"missing-{number}.png", "caption": "nothing"} for number in range(BROKEN)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data = {"source": str(path), "max_broken_fraction": 0.5}
-    return {**TINY, "name": "declip", "loss_weights": WEIGHTS["declip"], "data": data}
+    tree = tiny_tree(path, "declip", name="declip")
+    return {**tree, "data": {**tree["data"], "max_broken_fraction": 0.5}}
 
 
 def of(keys: dict[str, Any], **train_keys: Any) -> Recipe:
