@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from declip.data.pair import BrokenPair, as_texts, clean_captions
+from declip.data.pair import DEFAULT, BrokenPair, Columns, as_texts, clean_captions
+from declip.data.sources.open import ImageSource, open_source
 from declip.data.sources.python_items import ItemSource
 from declip.data.sources.shard_files import absolute
 from declip.errors import UserError
@@ -30,6 +31,9 @@ class Embedder:
         image: Column of images: PIL images, arrays (H, W, 3) uint8, paths, bytes, or dicts of `bytes` and `path`.
         text: Column of texts to embed instead.
         id: Column that identifies a row; it is copied.
+        source: A source of `declip.embed` to read the images from, such as tar shards, opened in each process. `id` is
+            then the column of their numbers, and becomes their key.
+        columns: Columns of the source, if it is a table.
         precision: As in `declip.load`.
     """
 
@@ -40,11 +44,13 @@ class Embedder:
         image: str = "image",
         text: str | None = None,
         id: str = "id",
+        source: str | Path | None = None,
+        columns: Columns = DEFAULT,
         device: str = "auto",
         precision: Precision = "auto",
     ) -> None:
         # Workers may have another working directory.
-        self.model = absolute(model)
+        self.model, self.source, self.columns = absolute(model), source and absolute(source), columns
         self.image, self.text, self.id = image, text, id
         self.device, self.precision = device, precision
 
@@ -55,15 +61,19 @@ class Embedder:
             For each row: `id`; `vector`, (n, d) float32 of length 1, or zeros if the row is broken; `error`, the
             reason, else empty; `model`, its fingerprint and precision, which `Index.from_parquet` checks.
         """
-        kind = "image" if self.text is None else "text"
-        ids, inputs = (_column(batch, getattr(self, name), name) for name in ("id", kind))
         model, encode, made_by = _load(self.model, self.device, self.precision)
-        if self.text is None:
-            errors, usable = _read_images(model, inputs)
-            vectors = image_vectors(model, torch.cat(usable), encode) if usable else None
-        else:
-            errors, texts = _read_texts(inputs)
+        ids, vectors = _column(batch, self.id, "id"), None
+        if self.text is not None:
+            errors, texts = _read_texts(_column(batch, self.text, "text"))
             vectors = text_features(model, texts) if texts else None
+        else:
+            if self.source is None:
+                places, source = range(len(ids)), _items(_column(batch, self.image, "image"))
+            else:
+                places, source = ids, _open(self.source, self.columns)
+                ids = [source.key(place) for place in places]
+            errors, pixels = _read_images(model, source, places)
+            vectors = image_vectors(model, torch.cat(pixels), encode) if pixels else None
         # An array without gaps: of lists with None, Ray makes pickled objects.
         rows = np.zeros((len(ids), model.recipe.embed_dim), np.float32)  # type: ignore[union-attr]
         if vectors is not None:
@@ -85,13 +95,21 @@ def _column(batch: Mapping[str, Any], name: str, argument: str) -> list[Any]:
     return list(batch[name])
 
 
-def _read_images(model: DualEncoder, images: Sequence[Any]) -> tuple[list[str], list[Tensor]]:
+@lru_cache(1)
+def _open(source: str, columns: Columns) -> ImageSource:
+    return ImageSource(open_source(source, columns), captioned=False)
+
+
+def _items(images: Sequence[Any]) -> ImageSource:
+    return ImageSource(ItemSource([(image, None) for image in images] or [None]), captioned=False)
+
+
+def _read_images(model: DualEncoder, source: ImageSource, places: Sequence[int]) -> tuple[list[str], list[Tensor]]:
     """Why each image cannot be used, or an empty text, and the pixels (1, 3, S, S) of those that can."""
     errors, usable = list[str](), list[Tensor]()
-    source = ItemSource([(image, None) for image in images]) if images else None
-    reader = BatchReader(model, lambda row: (source.lazy_image(row), row))  # type: ignore[union-attr]
-    for row in range(len(images)):
-        pixels, _, broken = reader([row])  # alone, to know what is wrong with it
+    reader = BatchReader(model, lambda place: (source.read_lazy(place).image, place))
+    for place in places:
+        pixels, _, broken = reader([place])  # alone, to know what is wrong with it
         errors.append("; ".join(f"{reason}: {detail}" for reason, detail in broken.details.items()))
         usable += [] if pixels is None else [pixels]
     return errors, usable
