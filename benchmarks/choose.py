@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import declip
-from declip.data.builtin import open_builtin
+from declip.data.builtin.sets import open_builtin
 from declip.evaluation.encode import encode_source
 from declip.interchange.read import read
 from declip.models.closed_form import (

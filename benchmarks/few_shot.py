@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
 import declip
-from declip.data.builtin import open_builtin
+from declip.data.builtin.sets import open_builtin
 from declip.evaluation.encode import encode_source
 from declip.evaluation.few_shot import FOLDS, Examples, fit_few_shot, joint_encoder
 from declip.evaluation.linear_probe import LogisticProblem

@@ -27,15 +27,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from declip.comparison.statistics import EfficiencyCurve, curve_of, pairs_needed
+from declip.comparison.outcome import EfficiencyCurve, curve_of, pairs_needed
 from declip.finetuning import finetune_recipe
 from declip.inspection.split import related_pairs
 from declip.models.closed_form import ClassPairs, Heads, Pairs
 from declip.training import fit
+from declip.training.assemble import resolve
 from declip.training.distributed import HostGroup
 from declip.training.frozen_encoder import FrozenEncoder
 from declip.training.heads import HeldOutRanks, assign_folds, caption_numbers, choose_heads, score
-from declip.training.resolve import resolve
 
 SIZES = (31, 124, 500, 2_000, 0)  # training pairs; 0: all
 MOST = 6_000  # of 64,000 icons

@@ -25,7 +25,7 @@ from PIL import Image
 from declip.data.pair import Pair, PairSource
 from declip.data.prepare import shard_source
 from declip.errors import UserError
-from declip.inspection import inspect_source
+from declip.inspection.scan import inspect_source
 from declip.models.device import pick_device
 from declip.recipe.load import load_recipe, parse_overrides
 from declip.recipe.schema import Recipe, Train

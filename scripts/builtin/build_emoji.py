@@ -2,7 +2,7 @@
 
     python scripts/builtin/build_emoji.py PACKAGES
 
-PACKAGES is a folder with the unpacked npm packages of `declip.data.builtin.iconify.DESIGNS`, `emojibase-data` 17.0.0
+PACKAGES is a folder with the unpacked npm packages of `declip.data.builtin.sets.DESIGNS`, `emojibase-data` 17.0.0
 and `emojilib` 4.0.3, each under its name. The same files give the same bytes.
 """
 
@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from declip.data.builtin.fetch import read_json
-from declip.data.builtin.iconify import DESIGN, DESIGNS
 from declip.data.builtin.pictures import table_file
+from declip.data.builtin.sets import DESIGN, DESIGNS
 
 COLUMNS = ("code", "name", "category", "group", "held_out", "names", "drawn", "keywords", *DESIGN)
 """Columns of the table. The last ones name each designer's drawing. "names" are further names, each of this emoji

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from declip.data.sources.open import open_source
 from declip.interchange import starter
 from declip.interchange.classes import texts_digest
-from declip.interchange.zero_shot import encode_texts
+from declip.interchange.timm_weights import encode_texts
 from declip.models.dual_encoder import DualEncoder
 from declip.models.layers import IMAGE
 from declip.recipe.finetuning import STARTS

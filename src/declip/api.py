@@ -25,8 +25,7 @@ from declip.runs.folder import Run
 from declip.supervision.objective import extra_terms
 from declip.supervision.term import Term
 from declip.training import distributed
-from declip.training.assemble import assemble
-from declip.training.resolve import held_out_sets, resolve_recipe, several
+from declip.training.assemble import assemble, held_out_sets, resolve_recipe, several
 from declip.training.sinks import Sink
 from declip.training.trainer import Trainer
 

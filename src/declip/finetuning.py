@@ -30,13 +30,12 @@ from declip.recipe.starts import STARTS
 from declip.reports.run import write_report
 from declip.runs.folder import LOCK, RECIPE, SPLIT, Run, lock_folder, log, moved_lists
 from declip.training import distributed
-from declip.training.assemble import assemble
+from declip.training.assemble import assemble, resolve_recipe
 from declip.training.distributed import HostGroup
 from declip.training.estimate import estimate
 from declip.training.fit import closed_form, estimate_fit, fit
 from declip.training.mixture import mix_with_start
 from declip.training.pairs import caption_warnings, open_training_source
-from declip.training.resolve import resolve_recipe
 from declip.training.trainer import Trainer
 
 FINETUNED = Path("runs") / "finetune"

@@ -11,7 +11,7 @@ import declip
 from conftest import tiny_tree
 from declip.api import train
 from declip.errors import UserError
-from declip.training.resolve import resolve_recipe
+from declip.training.assemble import resolve_recipe
 
 
 def test_trains_evaluates_and_resumes(table: Path, tmp_path: Path, command: Any) -> None:

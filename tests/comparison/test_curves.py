@@ -5,7 +5,7 @@ from math import exp, log, sqrt
 import numpy as np
 import pytest
 
-from declip.comparison.statistics import EfficiencyCurve, curve_of, factor, pairs_needed
+from declip.comparison.outcome import EfficiencyCurve, curve_of, factor, pairs_needed
 
 PAIRS = (1000, 2000, 4000, 8000)
 

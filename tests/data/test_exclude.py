@@ -4,8 +4,7 @@ from pathlib import Path
 import pytest
 
 from data.tars import picture, write_tar
-from declip.data.exclude import read_exclusions, write_exclusions
-from declip.data.prepare import shard_source
+from declip.data.prepare import read_exclusions, shard_source, write_exclusions
 from declip.data.sources.open import open_source
 from declip.errors import UserError
 

@@ -22,8 +22,8 @@ import declip.finetuning
 from conftest import COLOURS, SHAPES, draw
 from declip.comparison import runner
 from declip.comparison.study import Study
-from declip.data.builtin.iconify import DESIGNS, EMOJI
-from declip.data.exclude import write_exclusions
+from declip.data.builtin.sets import DESIGNS, EMOJI
+from declip.data.prepare import write_exclusions
 from declip.data.sources.open import open_source
 from declip.evaluation import zero_shot
 from declip.evaluation.zero_shot import PromptSet, read_prompts
@@ -41,7 +41,7 @@ STEPS, BATCH, PAIRS = 1, 8, 32
 SMALL = 64
 """Largest image size that is kept; recipes for larger images get a small tower."""
 
-MAKE_SMALL = ("declip.finetuning", "declip.training.resolve", "declip.comparison", "declip.recipe.load")
+MAKE_SMALL = ("declip.finetuning", "declip.training.assemble", "declip.comparison", "declip.recipe.load")
 """Modules that resolve the recipes of commands; those that read foreign weights keep the real sizes."""
 
 

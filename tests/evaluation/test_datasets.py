@@ -9,7 +9,7 @@ import pytest
 from declip.errors import UserError
 from declip.evaluation import datasets
 from declip.evaluation.datasets import NAMED, Dataset, open_dataset, with_classes
-from declip.training.resolve import resolve_recipe
+from declip.training.assemble import resolve_recipe
 from evaluation import trees
 
 

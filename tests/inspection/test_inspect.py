@@ -10,8 +10,8 @@ from PIL import Image
 from conftest import texture
 from declip.data.pair import BrokenPair, Pair, PairSource
 from declip.errors import UserError
-from declip.inspection import Inspection, inspect_source
-from declip.inspection.scan import sample_places
+from declip.inspection.result import Inspection
+from declip.inspection.scan import inspect_source, sample_places
 from declip.reports.inspection import sentences
 
 

@@ -5,7 +5,7 @@ from PIL import Image, ImageDraw
 
 from conftest import COLOURS, SHAPES, draw, encoded, texture
 from declip.data.images.decode import decode
-from declip.inspection.duplicates import (
+from declip.inspection.reading import (
     COARSE_BITS,
     FINE_BITS,
     LOOK,

@@ -9,11 +9,11 @@ import pytest
 from rich.console import Console
 
 from conftest import texture
-from declip.data.exclude import read_exclusions
 from declip.data.pair import BrokenPair, Pair, PairSource
+from declip.data.prepare import read_exclusions
 from declip.data.sources.open import open_source
-from declip.inspection import Inspection, inspect_source
-from declip.inspection.result import Fraction, spread_of
+from declip.inspection.result import Fraction, Inspection, spread_of
+from declip.inspection.scan import inspect_source
 from declip.io.text import about, shown
 from declip.reports.inspection import exclusions, page, summary
 

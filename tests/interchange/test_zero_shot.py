@@ -17,8 +17,8 @@ from declip.interchange import starter
 from declip.interchange.classes import Classes
 from declip.interchange.export import export, supported_formats
 from declip.interchange.read import read_start
+from declip.interchange.timm_weights import LOGIT_SCALE, class_heads, complete, encode_texts
 from declip.interchange.weights import Weights
-from declip.interchange.zero_shot import LOGIT_SCALE, class_heads, complete, encode_texts
 from declip.models.closed_form import DEFAULT_FORM, ClassPairs, Pairs, fit_heads
 from declip.models.dual_encoder import DualEncoder
 from declip.models.hf_encoder import read_encoder

@@ -9,8 +9,7 @@ import pytest
 from rich.console import Console
 
 from comparison.synthetic import MEASURE, outcome, score, study
-from declip.comparison.outcome import ComparedFactor, Outcome, measured
-from declip.comparison.statistics import Factor, FactorAt
+from declip.comparison.outcome import ComparedFactor, Factor, FactorAt, Outcome, measured
 from declip.comparison.study import Trial
 from declip.reports import comparison as report
 from declip.reports.page import NONE

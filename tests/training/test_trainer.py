@@ -22,7 +22,7 @@ from declip.models.device import computes_bf16
 from declip.recipe.schema import Recipe
 from declip.runs.checkpoint import list_checkpoints, load_checkpoint
 from declip.runs.folder import read_rows
-from declip.training import resolve
+from declip.training import assemble as assembly
 from declip.training import trainer as trainer_module
 from declip.training.assemble import assemble
 from declip.training.parts import TRY_AGAIN
@@ -304,11 +304,11 @@ def test_views_are_finished_in_full_precision(
 def test_a_run_takes_the_precision_that_its_device_can_and_keeps_it(
     table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str, can: bool, taken: str
 ) -> None:
-    monkeypatch.setattr(resolve, "computes_bf16", lambda device: can)
+    monkeypatch.setattr(assembly, "computes_bf16", lambda device: can)
     first = Trainer(assemble(recipe_for(table, precision=asked), tmp_path, quiet=True))
     assert first.parts.recipe.train.precision == taken
     first.parts.lock.close()  # type: ignore[union-attr]
-    monkeypatch.setattr(resolve, "computes_bf16", lambda device: not can)
+    monkeypatch.setattr(assembly, "computes_bf16", lambda device: not can)
     again = Trainer(assemble(recipe_for(table, precision=asked), tmp_path, resume=True, quiet=True))
     assert again.parts.recipe.train.precision == taken
 

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from declip.training.watchdogs import FLAT_AFTER, LEAST_STEPS, WARM, LossMonitor, ThroughputMonitor, auto_workers
+from declip.training.monitor import FLAT_AFTER, LEAST_STEPS, WARM, LossMonitor, ThroughputMonitor, auto_workers
 
 CHANCE = math.log(64)
 

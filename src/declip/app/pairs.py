@@ -10,9 +10,9 @@ from starlette.responses import JSONResponse, Response
 
 from declip.app.requests import LARGEST_JSON, ImageId, Question, read_body
 from declip.app.state import AppState, state_of
-from declip.data.exclude import write_exclusions
+from declip.data.prepare import write_exclusions
 from declip.errors import UserError
-from declip.inspection.duplicates import components
+from declip.inspection.reading import components
 
 PAGE = 24  # pairs or groups that are sent at a time
 MEMBERS = 12  # images of a group that are shown

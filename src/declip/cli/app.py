@@ -1,21 +1,104 @@
-"""The command ``declip``: every command parses its arguments and calls the API."""
+"""The command ``declip``, with the small commands recipes, cache and export; commands only call the API."""
 
 import errno
+from itertools import groupby
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 import declip
-from declip.cli import cache, data, recipes, weights
 from declip.cli.choose import choose
 from declip.cli.classify import classify
 from declip.cli.compare import compare
+from declip.cli.data import group as data
 from declip.cli.evaluate import evaluate
-from declip.cli.options import fail
+from declip.cli.options import Overrides, console, fail, file, say
 from declip.cli.search import embed, index, search
 from declip.cli.serve import app as serve_app
 from declip.cli.train import finetune, train
 from declip.errors import UserError
+from declip.recipe.starts import check_model
+
+recipes = typer.Typer(help="List the shipped recipes, or show one with all its keys.")
+
+
+@recipes.callback(invoke_without_command=True)
+def list_recipes(context: typer.Context) -> None:
+    """List the shipped recipes with their image towers, data and loss weights."""
+    if context.invoked_subcommand is not None:
+        return
+    from declip.recipe.load import load_recipe, recipe_names
+
+    for name in recipe_names():
+        recipe = load_recipe(name)
+        losses = ", ".join(f"{weight:g} {loss}" for loss, weight in recipe.active_losses.items())
+        own = recipe.finetune.pretrained is not None
+        towers = "your weights" if own else f"{recipe.image.model}, {recipe.image.size} px"
+        line = f"[bold]{name}[/]  {towers}, {recipe.data.label}: {losses}"
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+@recipes.command("show")
+def show_recipe(
+    recipe: Annotated[str, typer.Argument(help="name of a shipped recipe, or a YAML file")],
+    overrides: Overrides = None,
+) -> None:
+    """Print a recipe as YAML, with every key and default."""
+    from declip.recipe.load import load_recipe, parse_overrides
+
+    say(load_recipe(recipe, parse_overrides(overrides or [])).to_yaml().rstrip())
+
+
+cache = typer.Typer(help="Show and clear the cache folder: features of frozen towers, shards, built-in sets.")
+
+
+@cache.command("show")
+def show_cache() -> None:
+    """Print the size of each folder of the cache and when it was last used."""
+    from datetime import datetime
+
+    from declip.io.atomic import CACHE_VARIABLE, cache_folder
+    from declip.io.cache import cache_entries
+
+    say(f"{cache_folder()} (set {CACHE_VARIABLE} to move it)")
+    for name, entries in groupby(cache_entries(), key=lambda entry: entry.path.parent.name):
+        found = list(entries)
+        used = datetime.fromtimestamp(max(entry.used for entry in found)).strftime("%Y-%m-%d")
+        say(f"{name:<12} {sum(entry.size for entry in found) / 1e6:>12,.1f} MB  {len(found):>6,} entries  {used}")
+
+
+@cache.command("clear")
+def remove_cached(
+    folder: Annotated[
+        str | None, typer.Argument(help="name of one folder; default: features, shards, heads and tables")
+    ] = None,
+) -> None:
+    """Remove cached files that can be computed or downloaded again. Files in use stay."""
+    from declip.io.cache import clear_cache
+
+    say(f"{clear_cache(folder) / 1e6:,.1f} MB freed.")
+
+
+def export(
+    model: Annotated[
+        str, typer.Argument(help="a run folder, a checkpoint, weights of another library, or hf-hub:OWNER/NAME")
+    ],
+    format: Annotated[str, typer.Option("--format", help="open_clip, huggingface, onnx or safetensors")],
+    out: Annotated[Path, file("folder to write", metavar="DIR")],
+    license: Annotated[str, typer.Option(help="license for the model card, such as mit")] = "unknown: set it",
+    repo: Annotated[
+        str | None, typer.Option(help="OWNER/NAME of the repository on the Hub, for the model card")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing export")] = False,
+) -> None:
+    """Export a model to a format of another library or to declip's (safetensors), with a model card."""
+    check_model(model)
+    from declip.interchange.export import export as run_export
+
+    exported = run_export(model, format, out, license=license, overwrite=overwrite, repo=repo)
+    say(f"Written: {exported.folder}. {exported}")
+
 
 app = typer.Typer(
     help="Train, evaluate and use contrastive language-image models when pairs are few.",
@@ -42,12 +125,12 @@ def _root(
     pass
 
 
-COMMANDS = (finetune, train, evaluate, compare, choose, classify, embed, search, weights.export)
+COMMANDS = (finetune, train, evaluate, compare, choose, classify, embed, search, export)
 for command in COMMANDS:
     app.command()(command)
 
 app.command(name="app")(serve_app)
-for group, name in ((data.group, "data"), (recipes.group, "recipes"), (cache.group, "cache"), (index, "index")):
+for group, name in ((data, "data"), (recipes, "recipes"), (cache, "cache"), (index, "index")):
     app.add_typer(group, name=name)
 
 

@@ -36,7 +36,7 @@ def download(
     quiet: Quiet = False,
 ) -> None:
     """Download a built-in set and render its images, once."""
-    from declip.data.builtin import download as fetch
+    from declip.data.builtin.sets import download as fetch
 
     say(f"Ready: {fetch(name, cache, progress=not quiet)}")
 
@@ -109,7 +109,8 @@ def inspect(
     """Inspect pairs before training: sizes, lengths, duplicates, broken pairs, and suggested settings."""
     for name in (source, *(check_leakage or ())):
         check_source(name, "SOURCE" if name == source else "--check-leakage")
-    from declip.inspection import Inspection, inspect_source
+    from declip.inspection.result import Inspection
+    from declip.inspection.scan import inspect_source
     from declip.io.atomic import check_writable
     from declip.reports.inspection import exclusions, page, summary
 

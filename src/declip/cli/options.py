@@ -49,10 +49,7 @@ PartOption = Annotated[
     str | None, typer.Option("--part", metavar="I/N", help="only part I of N, which another command joins, such as 3/8")
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="images per forward pass")]
-License = Annotated[str, typer.Option(help="license for the model card, such as mit")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an existing export")]
 JsonOut = Annotated[Path | None, file("also write the result as JSON", "--json")]
-UNKNOWN_LICENSE = "unknown: set it"
 
 
 def say(line: str) -> None:

@@ -51,7 +51,7 @@ def train(
     given = _checked(recipe, overrides or [], data, val or [], resume)
     name = Path(recipe).stem
     from declip import api
-    from declip.training.resolve import resolve_recipe
+    from declip.training.assemble import resolve_recipe
 
     resolved = resolve_recipe(recipe, given, data=data, val=val or ())
     if dry_run:

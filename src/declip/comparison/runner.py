@@ -27,7 +27,7 @@ from declip.io.progress import print_line, progress_bar, status
 from declip.models.device import pick_device
 from declip.training.assemble import assemble
 from declip.training.estimate import step_seconds
-from declip.training.watchdogs import cores
+from declip.training.monitor import cores
 
 RESULTS, JOBS_LOG = "results.json", "jobs.log"
 ROUNDS, WARM, TIMED = 3, 3, 8  # rounds of timing, and steps per round: warm-up fills caches and chooses kernels

@@ -1,9 +1,9 @@
-"""Sharding of a source (`declip data shard`): images downscaled once to the training size, in tar shards."""
+"""Prepare a source: lists of pairs to leave out, and shards of images at the training size (`declip data shard`)."""
 
 import hashlib
 import json
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from io import BytesIO
 from itertools import islice
@@ -12,9 +12,8 @@ from typing import Any
 
 from PIL import Image
 
-from declip.data.exclude import read_exclusions
 from declip.data.images.decode import LazyJpeg
-from declip.data.pair import DEFAULT, BrokenPair, Columns, LazyImage, PairSource, SkipCounter
+from declip.data.pair import DEFAULT, BrokenPair, Columns, LazyImage, PairSource, SkipCounter, printable
 from declip.data.sources.open import ImageSource, open_source
 from declip.data.sources.shard_files import absolute
 from declip.data.sources.shards import LARGEST_IMAGE, LARGEST_TEXT
@@ -23,6 +22,40 @@ from declip.io.atomic import ELSEWHERE, atomic_write, locked_folder, write_text
 from declip.io.parts import Part, find_parts, part_folder, span_of
 from declip.io.pool import mapped
 from declip.io.text import plural
+
+LONGEST_REASON = 80  # characters: counts are kept by reason
+LARGEST_LIST = 1 << 30  # bytes of a list
+
+
+def write_exclusions(rows: Iterable[tuple[str, int, str, float | None, str]]) -> str:
+    """A list of rows with a pair's key, its place in the source, the reason, and what a reader wants to see."""
+    names = ("key", "place", "reason", "cosine", "caption")
+    return "".join(json.dumps(dict(zip(names, row, strict=True))) + "\n" for row in rows)
+
+
+def read_exclusions(path: str | Path, source: PairSource) -> dict[int, str]:
+    """Read the reasons of a list by place; raises `UserError` unless the source has the list's keys there."""
+    path, keys = Path(path).expanduser(), ImageSource(source)
+    try:
+        if path.stat().st_size > LARGEST_LIST:
+            raise ValueError(f"it has more than {LARGEST_LIST:,} bytes")
+        given = [json.loads(line) for line in path.read_text("utf-8").split("\n") if line.strip()]
+        rows = [(str(row["key"]), int(row["place"]), printable(str(row["reason"])[:LONGEST_REASON])) for row in given]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise UserError(
+            f"The list '{path}' cannot be read: {printable(str(error))}. Pass one that `declip app` or `declip data "
+            'inspect --exclude` wrote: {"key": …, "place": …, "reason": …} on each line.'
+        ) from error
+    if not rows:
+        raise UserError(f"The list '{path}' names no pair.")
+    for key, place, _ in rows:
+        if not 0 <= place < len(source) or keys.key(place) != key:
+            raise UserError(
+                f"The list '{path}' has '{printable(key)}' at place {place}, and '{source.name}' does not. Use the "
+                "source that the list was made from, unchanged, or make the list again."
+            )
+    return {place: reason for _, place, reason in rows}
+
 
 RECORD, SIZES, NOTICE = "prepared.json", "sizes.json", "NOTICE.txt"
 LAYOUT = 3  # raised when the same options write other shards

@@ -9,7 +9,7 @@ from typing import cast
 
 import numpy as np
 
-from declip.data.builtin import BUILTIN_SPLITS, open_builtin
+from declip.data.builtin.sets import BUILTIN_SPLITS, open_builtin
 from declip.data.pair import BUILTIN_PREFIX, PairSource, printable
 from declip.data.sources.open import open_source
 from declip.data.sources.python_items import PREFIX, Items

@@ -17,8 +17,19 @@ from declip.data.pair import DEFAULT, BrokenPair, Columns, Pair, PairSource, Ski
 from declip.data.sources.open import ImageSource, open_source
 from declip.data.text.tokenizer import clean
 from declip.errors import UserError, check_range
-from declip.inspection.duplicates import across, caption_hash, equal_groups, near_groups, repeated
-from declip.inspection.reading import KINDS, ONE_WORD, OTHER_SCRIPT, ReadPairs, kind_of, read
+from declip.inspection.reading import (
+    KINDS,
+    ONE_WORD,
+    OTHER_SCRIPT,
+    ReadPairs,
+    across,
+    caption_hash,
+    equal_groups,
+    kind_of,
+    near_groups,
+    read,
+    repeated,
+)
 from declip.inspection.result import (
     CaptionStats,
     Example,

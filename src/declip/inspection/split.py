@@ -8,8 +8,7 @@ import numpy as np
 from declip.data.pair import PairSource
 from declip.data.sources.subset import training_part
 from declip.errors import UserError
-from declip.inspection.duplicates import across, components, equal_groups, near_groups
-from declip.inspection.reading import ReadPairs, read
+from declip.inspection.reading import ReadPairs, across, components, equal_groups, near_groups, read
 from declip.io.text import percent, plural
 
 # Fraction of the pairs that the validation part has, and at most how many; pairs of which a part can be split off.

@@ -13,9 +13,8 @@ from torch import Tensor
 from declip.data.text.tokenizer import Tokenizer
 from declip.errors import UserError
 from declip.interchange import layouts
-from declip.interchange.layouts import TO_CLIP_VIT, Refusal, Reread, clip_text_tower
+from declip.interchange.layouts import TO_CLIP_VIT, Refusal, Reread, backend, clip_text_tower, write_tokenizer
 from declip.interchange.open_clip_model import CONFIG as OPEN_CLIP_CONFIG
-from declip.interchange.tokenizer_files import backend, write_tokenizer
 from declip.interchange.weights import Weights, check_layers
 from declip.interchange.wrapped_weights import wrapped_in
 from declip.io.atomic import save_tensors

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from declip.data.text.tokenizer import WrappedTokenizer
 from declip.errors import UserError
-from declip.interchange.layouts import Refusal, Reread
-from declip.interchange.tokenizer_files import backend
-from declip.io.quiet import quiet
+from declip.interchange.layouts import Refusal, Reread, backend
+from declip.io.progress import quiet
 from declip.io.text import one_line
 from declip.models.dual_encoder import DualEncoder, has_text
 

@@ -14,9 +14,16 @@ from torch import Tensor
 
 from declip.errors import UserError
 from declip.interchange import layouts
-from declip.interchange.layouts import TO_CLIP_VIT, Refusal, Reread, TensorLayout, activation_of, clip_text_tower
+from declip.interchange.layouts import (
+    TO_CLIP_VIT,
+    Refusal,
+    Reread,
+    TensorLayout,
+    activation_of,
+    clip_text_tower,
+    write_tokenizer,
+)
 from declip.interchange.open_clip_model import CONFIG, OpenClipModel, load_open_clip, matches
-from declip.interchange.tokenizer_files import write_tokenizer
 from declip.interchange.weights import Weights, first_difference
 from declip.interchange.wrapped_weights import express_wrapped, wrap_open_clip, wrapped_in
 from declip.io.atomic import save_tensors

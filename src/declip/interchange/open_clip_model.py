@@ -15,7 +15,7 @@ from torch import nn
 from declip.errors import UserError, unknown
 from declip.interchange.weights import check_file, check_layers, check_memory, reason
 from declip.io.hub import fetch, online
-from declip.io.quiet import quiet
+from declip.io.progress import quiet
 
 log = logging.getLogger("declip")
 

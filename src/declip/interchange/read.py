@@ -11,8 +11,8 @@ from torch import Tensor
 from declip.errors import UserError
 from declip.interchange import declip_file, huggingface, official, open_clip, starter, timm_weights
 from declip.interchange.open_clip_model import PREFIX as OPEN_CLIP
+from declip.interchange.timm_weights import complete, complete_text
 from declip.interchange.weights import Weights, read_recipe, read_tensors
-from declip.interchange.zero_shot import complete, complete_text
 from declip.io.hub import fetch
 from declip.models.device import pick_device
 from declip.models.dual_encoder import DualEncoder

@@ -1,6 +1,8 @@
-"""Progress on standard error: a bar on a terminal, plain lines at intervals in a file or a log."""
+"""Progress on standard error: a bar on a terminal, plain lines in a file or a log; silence of other libraries."""
 
-from contextlib import AbstractContextManager, nullcontext
+import logging
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from rich.console import Console
@@ -57,3 +59,17 @@ class PlainProgress(Progress):
             shown = [(column, str(column(task))) for column in self.columns if not isinstance(column, BarColumn | str)]
             words = [text + UNITS.get(type(column), "") for column, text in shown if text and not text.startswith("-:")]
             print_line(self.console, "  ".join(words))
+
+
+@contextmanager
+def quiet(library: str) -> Iterator[None]:
+    """Show only errors of a library's loggers, and prevent it from adding a handler to the root logger."""
+    handler, logger = logging.NullHandler(), logging.getLogger(library)
+    level = logger.level
+    logging.root.addHandler(handler)
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.root.removeHandler(handler)
+        logger.setLevel(level)

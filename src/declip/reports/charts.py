@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from scipy.ndimage import uniform_filter1d
 
-from declip.comparison.statistics import EfficiencyCurve
+from declip.comparison.outcome import EfficiencyCurve
 from declip.io.text import percent, short_count
 
 INK, QUIET, RULE = "#1c2127", "#5b6470", "#d9d5cc"

@@ -14,12 +14,12 @@ from rich.text import Text
 from declip.comparison.outcome import (
     ComparedFactor,
     Curves,
+    EfficiencyCurve,
     Outcome,
     compared_factors,
     measured,
     near_chance,
 )
-from declip.comparison.statistics import EfficiencyCurve
 from declip.comparison.study import Study
 from declip.evaluation.results import Result
 from declip.io.atomic import write_text

@@ -8,8 +8,8 @@ from rich.padding import Padding
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from declip.data.exclude import write_exclusions
 from declip.data.images.thumbnails import thumbnail
+from declip.data.prepare import write_exclusions
 from declip.inspection.result import Finding, Fraction, Inspection, Spread
 from declip.io.text import about, percent, shown
 from declip.reports.page import Table, environment, render, rich_table

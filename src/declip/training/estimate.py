@@ -14,10 +14,9 @@ from declip.evaluation.datasets import open_dataset
 from declip.evaluation.encode import encode_source
 from declip.io.text import duration, plural
 from declip.recipe.schema import Recipe
-from declip.training.assemble import assemble
+from declip.training.assemble import assemble, resolve_epochs
 from declip.training.pairs import evaluation_tasks, open_training_source
 from declip.training.parts import Parts
-from declip.training.resolve import resolve_epochs
 from declip.training.step import StepParts, training_step
 
 TIMED, ENCODED = 2, 32  # steps, after one that does not count, and pairs of each evaluation set

@@ -34,6 +34,7 @@ from declip.runs import folder as run_folder
 from declip.runs.checkpoint import Checkpoint, list_checkpoints, prefixed, write_snapshot
 from declip.runs.folder import Run, log
 from declip.training import distributed
+from declip.training.assemble import Resolved, resolve
 from declip.training.distributed import HostGroup
 from declip.training.frozen_encoder import FrozenEncoder
 from declip.training.growth import TIMES, growth
@@ -50,7 +51,6 @@ from declip.training.pairs import (
 )
 from declip.training.parts import versions
 from declip.training.pretrained import load_tensors
-from declip.training.resolve import Resolved, resolve
 from declip.training.sinks import RunInfo
 
 RECALL_OF_START, RECALL_WITHOUT_CLASSES = "recall_of_start", "recall_without_classes"  # what the result is compared to

@@ -29,13 +29,12 @@ from declip.runs.folder import Run, log
 from declip.training import distributed
 from declip.training.distributed import StepSync
 from declip.training.examples import write_examples
-from declip.training.monitor import Monitor, monitored
+from declip.training.monitor import LossMonitor, Monitor, NonFiniteGuard, ThroughputMonitor, monitored
 from declip.training.optimizer import group_lr, learning_rate
 from declip.training.pairs import evaluation_tasks, unaugmented
 from declip.training.parts import TRY_AGAIN, BestEvaluation, Parts, StopRequest, collect, load_weights
 from declip.training.sinks import RunInfo
 from declip.training.step import StepParts, training_step
-from declip.training.watchdogs import LossMonitor, NonFiniteGuard, ThroughputMonitor
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # parameters of glibc's mallopt
 

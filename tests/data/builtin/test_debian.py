@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from declip.data.builtin import BUILTIN_SPLITS, debian, download
-from declip.data.builtin.debian import CLIPART, STAMPS
+from declip.data.builtin import sets
 from declip.data.builtin.fetch import FOLDER_VARIABLE
 from declip.data.builtin.pictures import NOTICE, BuiltinSource, read_rows
+from declip.data.builtin.sets import BUILTIN_SPLITS, CLIPART, STAMPS, download
 
 DRAWINGS = {  # title, size of the file, color
     "animals/bug.svg": ("bug", 'width="210mm" height="297mm"', "red"),
@@ -60,7 +60,7 @@ def built(root, tmp_path_factory):
         "stamps": stamps,
     }
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(debian, "read_rows", rows.get)
+        patch.setattr(sets, "read_rows", rows.get)
         patch.setenv(FOLDER_VARIABLE, str(root))
         for name in rows:
             assert download(f"builtin:{name}", cache, progress=False) == cache / name

@@ -7,9 +7,9 @@ import lzma
 import numpy as np
 import pytest
 
-from declip.data.builtin import iconify
-from declip.data.builtin.iconify import DESIGNS, EMOJI, ICONS, ICONS_PACKAGE
+from declip.data.builtin import sets
 from declip.data.builtin.pictures import NOTICE, BuiltinSource, table_file
+from declip.data.builtin.sets import DESIGNS, EMOJI, ICONS, ICONS_PACKAGE
 from declip.data.sources.open import open_source
 
 
@@ -103,7 +103,7 @@ def built(tmp_path_factory):
         for name in drawings
     ]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(iconify, "read_rows", {"emoji": CONCEPTS, "icons": chosen}.get)
+        patch.setattr(sets, "read_rows", {"emoji": CONCEPTS, "icons": chosen}.get)
         for each in (EMOJI, ICONS):
             each.build(each.packages.unpacked(root), each.folder(cache))
     return cache

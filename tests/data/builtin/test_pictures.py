@@ -9,7 +9,6 @@ from importlib.metadata import version
 import numpy as np
 import pytest
 
-from declip.data.builtin import BUILTIN_SPLITS, BUILTINS, download, open_builtin
 from declip.data.builtin.fetch import Package
 from declip.data.builtin.pictures import (
     COLOR,
@@ -21,6 +20,7 @@ from declip.data.builtin.pictures import (
     BuiltinSource,
     Selection,
 )
+from declip.data.builtin.sets import BUILTIN_SPLITS, BUILTINS, download, open_builtin
 from declip.data.pair import PairSource
 from declip.data.sources.open import open_source
 from declip.errors import UserError

@@ -5,7 +5,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from declip.data.builtin import open_builtin
+from declip.data.builtin.sets import open_builtin
 from declip.data.pair import BUILTIN_PREFIX, DEFAULT, BrokenPair, Columns, LazyPair, Origin, Pair, PairSource
 from declip.data.sources.folder import FolderSource
 from declip.data.sources.python_items import PREFIX, Items, ItemSource

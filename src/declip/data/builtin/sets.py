@@ -1,7 +1,7 @@
-"""`builtin:emoji` and `builtin:icons`: drawings by many designers, with their names, in Iconify's format.
+"""The built-in image-text sets, as `builtin:NAME`: drawings, photographs and icons, each with names or sentences.
 
-Several designers drew the same things, so there is a clean test: held-out designers, for classes that training knows
-and, with emoji, for unseen ones. Scripts in scripts/builtin make the tables of chosen drawings.
+Several designers drew the same emoji and icons, so there is a clean test: held-out designers, for classes that
+training knows and, with emoji, for unseen ones. Scripts in scripts/builtin make the tables of chosen drawings.
 """
 
 from collections.abc import Mapping
@@ -10,9 +10,96 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
+from PIL import Image
 
-from declip.data.builtin.fetch import NpmPackages, Packages, read_json
-from declip.data.builtin.pictures import OVERSIZE, BuiltinSet, Row, Selection, draw, fill_square, read_rows, split_texts
+from declip.data.builtin.fetch import DebianPackage, NpmPackages, Packages, read_json
+from declip.data.builtin.pictures import (
+    OVERSIZE,
+    BuiltinSet,
+    BuiltinSource,
+    Row,
+    Selection,
+    draw,
+    fill_square,
+    rasterize_page,
+    read_rows,
+    split_texts,
+)
+from declip.data.pair import BUILTIN_PREFIX
+from declip.errors import UserError, unknown
+
+
+class Clipart(BuiltinSet):
+    """The clip art: by path; the class of a drawing is its title, and several drawings may be of one class."""
+
+    name, layout, effort = "clipart", 2, "25 MB to fetch, about a minute"
+    side = 96
+    packages = DebianPackage("openclipart-svg", "usr/share/openclipart/svg")
+    splits = ("clipart",)
+
+    def credit(self, row: Row) -> str:
+        return "Open Clip Art Library 0.18 and its contributors, public domain"
+
+    def select(self, split: str, table: list[Row]) -> Selection:
+        return Selection(table, "title")
+
+    def choose(self, packages: Packages) -> list[Row]:
+        rows = read_rows("clipart")
+        return [
+            row | {"category": row["key"].split("/")[0].replace("_", " "), "captions": [row["title"]]} for row in rows
+        ]
+
+    def pixels(self, row: Row, packages: Packages) -> np.ndarray | None:
+        path = packages[self.packages.name].folder / row["key"]
+        try:
+            return rasterize_page(path.read_text(encoding="utf-8"), self.side)
+        except (OSError, ValueError):
+            return None
+
+
+class Stamps(BuiltinSet):
+    """The stamps: by path; "stamps" and "stamps-photos" by name, "stamps-kinds" in two parts that share no name."""
+
+    name, layout, effort = "stamps", 2, "81 MB to fetch, about a minute"
+    side = 128  # half of the stamps are larger than 193
+    packages = DebianPackage("tuxpaint-stamps-default", "usr/share/tuxpaint/stamps")
+    splits: ClassVar[Mapping[str, str]] = {
+        "stamps": "name",
+        "stamps-photos": "name",
+        "stamps-kinds": "kind",
+        "stamps-kinds-train": "kind",
+    }
+
+    def credit(self, row: Row) -> str:
+        return "Tux Paint stamps by Bill Kendrick and contributors, GPL-2"
+
+    def select(self, split: str, table: list[Row]) -> Selection:
+        """The stamps that have a name, the photographs among them, or one part of those that are of a kind."""
+        column = self.splits[split]
+        rows = [row for row in table if row[column] and (row["photo"] or split != "stamps-photos")]
+        names = sorted({row[column] for row in rows})
+        if column == "kind":
+            rows = [row for row in rows if row["test"] == (split == "stamps-kinds")]
+        return Selection(rows, column, names)
+
+    def choose(self, packages: Packages) -> list[Row]:
+        folder, rows = packages[self.packages.name].folder, []
+        for row in read_rows("stamps"):
+            sentence = (folder / f"{row['key']}.txt").read_text(encoding="utf-8").partition("\n")[0]
+            captions = [" ".join(sentence.split()), *split_texts(row["name"])]
+            rows.append(row | {"photo": row["photo"] == "1", "test": row["test"] == "1", "captions": captions})
+        return rows
+
+    def pixels(self, row: Row, packages: Packages) -> np.ndarray:
+        path = packages[self.packages.name].folder / f"{row['key']}.png"
+        with Image.open(path, formats=["PNG"]) as image:
+            drawn = image.convert("RGBA")
+        # Stamps are cut out; training sees them over white, as all drawings.
+        white = Image.new("RGBA", drawn.size, "white")
+        return fill_square(Image.alpha_composite(white, drawn).convert("RGB"), self.side)
+
+
+CLIPART, STAMPS = Clipart(), Stamps()
 
 
 class Design(NamedTuple):
@@ -150,3 +237,30 @@ def license_of(info: Mapping[str, Any]) -> str:
     """The SPDX name of a set's license, else its title, from the set's description."""
     license = info.get("license", {})
     return str(license.get("spdx") or license.get("title") or "unknown")
+
+
+# The set of each source's name.
+BUILTINS: dict[str, BuiltinSet] = {split: item for item in (EMOJI, ICONS, CLIPART, STAMPS) for split in item.splits}
+
+# Source names of sets with splits, by split.
+BUILTIN_SPLITS: dict[str, dict[str, str]] = {"stamps-kinds": {"train": "stamps-kinds-train", "test": "stamps-kinds"}}
+
+
+def open_builtin(name: str) -> BuiltinSource:
+    """Open one of `BUILTINS`, with or without "builtin:"."""
+    name = name.removeprefix(BUILTIN_PREFIX)
+    return BuiltinSource(_find(name), name)
+
+
+def download(name: str, cache: str | Path | None = None, progress: bool = True) -> Path:
+    """Download and render the set of one of `BUILTINS`, unless it is there already, and return its folder."""
+    split = name.removeprefix(BUILTIN_PREFIX)
+    if split not in BUILTINS and Path(name).expanduser().exists():
+        raise UserError(f"'{name}' is not a built-in set. To shard its pairs: declip data shard {name} --out DIR")
+    return _find(split).download(cache, progress)
+
+
+def _find(name: str) -> BuiltinSet:
+    if name not in BUILTINS:
+        raise unknown("built-in set", name, BUILTINS)
+    return BUILTINS[name]
