@@ -7,12 +7,13 @@ GPUS   ?= 1
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo browser test lint docs bench bench-gpu data-given reproduce-yfcc15m reproduce-cc3m clean
+.PHONY: help setup demo browser test lint package docs bench bench-gpu data-given reproduce-yfcc15m reproduce-cc3m clean
 
 help:
 	@echo "make demo    install, download the built-in pairs, train DeCLIP on them, evaluate, write a report"
 	@echo "make test    install, run all tests"
 	@echo "make lint    ruff and mypy"
+	@echo "make package build the wheel, install it alone, and use it"
 	@echo "make docs    build the documentation into site/; a broken link is an error"
 	@echo "make bench   install open_clip and compare its speed: a training step, and loading"
 	@echo "make bench-gpu  speed, memory and exactness on one GPU, in 8 minutes; repeat it for the missing parts"
@@ -45,6 +46,9 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+package: setup
+	scripts/check_package $(BIN)
 
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
