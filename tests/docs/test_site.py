@@ -39,7 +39,9 @@ def _no_network(*_: object) -> None:
 
 def test_all_pages_are_there_and_ask_nobody(site: Path) -> None:
     pages = sorted(site.rglob("*.html"))
-    assert {"index.html", "tutorial.html", "first-hour.html", "contributing.html", "api.html"} <= {p.name for p in pages}
+    assert {"index.html", "tutorial.html", "first-hour.html", "contributing.html", "api.html"} <= {
+        p.name for p in pages
+    }
     for page in (page for page in pages if "benchmarks" not in page.parts):
         text = page.read_text(encoding="utf-8")
         asked = [found[1] or "".join(re.findall(r'href="([^"]+)"', found[0])) for found in ASKS.finditer(text)]
