@@ -64,6 +64,22 @@ def tuned(table: Path, weights: str, **keys: Any) -> Recipe:
 
 
 @every_family
+def test_its_image_tower_embeds_every_patch_or_says_that_it_does_not(
+    families: dict[str, tuple[Weights, Any]], family: str
+) -> None:
+    model = families[family][0].build().eval()
+    tower, images = model.image_tower, torch.randn(2, 3, model.preprocessor.size, model.preprocessor.size)
+    with torch.no_grad():
+        if family == "coca":
+            with pytest.raises(UserError, match="no similarity map"):
+                tower.encode_cells(images)
+        else:
+            cells, features = tower.encode_cells(images), tower(images)
+            assert cells.shape == (2, features.tokens.shape[1], features.pooled.shape[1])
+            assert cells.isfinite().all()
+
+
+@every_family
 def test_features_equal_the_librarys_and_the_export_goes_back(family: str, families: Any, tmp_path: Path) -> None:
     weights, library = families[family]
     model = weights.check().build().eval()

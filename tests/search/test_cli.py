@@ -31,6 +31,17 @@ def test_embed_search_and_look_after(weights_file: Path, folder: Path, tmp_path:
     assert "23 images" in command("index", "show", index).out
 
 
+def test_explain_draws_a_map_over_an_image(weights_file: Path, folder: Path, tmp_path: Path, command: Any) -> None:
+    image, out = folder / "red-bar.png", tmp_path / "map.png"
+    printed = command("explain", weights_file, image, "a red bar", "--out", out).out
+    assert "40 × 40 pixels" in printed
+    assert Image.open(out).size == Image.open(image).size
+    for wrong in (("none.png", "red"), (image, " "), (__file__, "red")):
+        failed = command("explain", weights_file, *wrong, "--out", tmp_path / "other.png")
+        assert failed.status == 2
+        assert not (tmp_path / "other.png").exists()
+
+
 def test_a_precision_that_the_device_emulates_is_refused(
     weights_file: Path, folder: Path, tmp_path: Path, command: Any
 ) -> None:

@@ -1,6 +1,8 @@
 """The dual encoder: an image tower and a text tower with a shared embedding space."""
 
+import math
 from collections.abc import Sequence
+from copy import copy
 from typing import Any, Self
 
 import torch
@@ -8,6 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from declip.data.images.decode import apply_exif
 from declip.data.images.preprocess import Preprocess
 from declip.data.text.tokenizer import CaptionTokenizer, HuggingfaceTokenizer, Tokenizer
 from declip.errors import UserError
@@ -106,6 +109,29 @@ class DualEncoder(nn.Module):
     def encode_text(self, tokens: Tensor) -> Tensor:
         """(n, L) ids → (n, d) float32 of length 1."""
         return F.normalize(self.text_tower(tokens).pooled.float(), dim=-1)
+
+    @torch.no_grad()
+    def similarity_map(self, image: Image.Image, text: str, size: int | None = None) -> Tensor:
+        """Compute how much every place of an image contributes to its similarity with a text.
+
+        Returns:
+            (H, W) float32 in the size of the image, of any sign. If the tower pools its cells by a mean, the mean of
+            the map is the cosine of text and image. The image is squashed to a square, so that all of it is seen.
+
+        Args:
+            size: Side of the square in pixels, by default that of training. Twice as much shows more detail; towers
+                with position embeddings take one size only.
+        """
+        image, preprocess = apply_exif(image), copy(self.preprocessor)
+        preprocess.size, preprocess.squash = size or preprocess.size, True
+        if preprocess.size != self.preprocessor.size:
+            self.image_tower.refuse_size(type(self.image_tower).__name__, preprocess.size, "size")
+        pixels = preprocess(image).to(self.device, next(self.image_tower.parameters()).dtype)
+        # Not cosines: the embedding of an empty background has a direction too, but little length.
+        cells = self.image_tower.encode_cells(pixels)[0].float()
+        parts = cells @ self.encode_text(self.tokenize(text))[0] / cells.mean(dim=0).norm()
+        grid = parts.view(1, 1, math.isqrt(len(parts)), -1)
+        return F.interpolate(grid, (image.height, image.width), mode="bilinear")[0, 0].cpu()
 
     def _encode(self, images: Tensor) -> ImageFeatures:
         # A model that was converted, as by model.bfloat16(), takes the preprocessing's float32 images too.

@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from declip.data.text.tokenizer import WrappedTokenizer
 from declip.errors import UserError
 from declip.models.hf_encoder import ENTRY, TextEncoder, check_context
-from declip.models.image_tower import ImageTower, grid_tokens
+from declip.models.image_tower import ImageTower, grid_tokens, pool_cells
 from declip.models.text_tower import AnyTextTower, SelfContained
 from declip.recipe.schema import Recipe
 
@@ -159,6 +159,19 @@ class WrappedImageTower(ImageTower):
             return out, out.unsqueeze(1)
         pooled, tokens = out
         return pooled, tokens
+
+    def encode_cells(self, images: Tensor) -> Tensor:
+        """Embed the patches of images (B, 3, H, W), (B, P, d), not normalized."""
+        module: Any = self.trunk
+        if self._timm:
+            return self.proj(pool_cells(module.trunk, images, lambda x: module.head(module.trunk.forward_head(x))))
+        if not self.gives_tokens or module.attn_pool is not None:
+            raise UserError(
+                "This image tower of open_clip gives no embedding of a patch, so it has no similarity map. Use a "
+                "ViT without an attention pool, a tower of timm, or a run of declip."
+            )
+        tokens = module(images)[1]
+        return self.proj(module.ln_post(tokens) if module.final_ln_after_pool else tokens)
 
 
 class WrappedTextTower(SelfContained, AnyTextTower):
