@@ -5,9 +5,10 @@ from typing import Annotated
 
 import typer
 
-from declip.cli.options import Device, check_model, expand, file, say
+from declip.cli.options import Device, expand, file, say
 from declip.errors import UserError
-from declip.reports.page import check_writable
+from declip.io.atomic import check_writable
+from declip.recipe.starts import check_model
 
 
 def explain(
