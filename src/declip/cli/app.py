@@ -13,6 +13,7 @@ from declip.cli.classify import classify
 from declip.cli.compare import compare
 from declip.cli.data import group as data
 from declip.cli.evaluate import evaluate
+from declip.cli.explain import explain
 from declip.cli.options import Overrides, console, fail, file, say
 from declip.cli.search import embed, index, search
 from declip.cli.serve import app as serve_app
@@ -125,7 +126,7 @@ def _root(
     pass
 
 
-COMMANDS = (finetune, train, evaluate, compare, choose, classify, embed, search, export)
+COMMANDS = (finetune, train, evaluate, compare, choose, classify, embed, search, explain, export)
 for command in COMMANDS:
     app.command()(command)
 
