@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from declip.errors import UserError, unknown
+from declip.io.plugins import plugin_recipe, plugins
 from declip.io.text import read_yaml
 from declip.recipe.schema import Data, Recipe
 
@@ -18,8 +19,8 @@ LIBRARY = Path(__file__).parent / "library"
 
 
 def recipe_names() -> list[str]:
-    """Names of the shipped recipes."""
-    return sorted(path.stem for path in LIBRARY.glob("[!_]*.yaml"))
+    """Names of the shipped recipes, and of those of plugins."""
+    return sorted({path.stem for path in LIBRARY.glob("[!_]*.yaml")} | {*plugins("recipes")})
 
 
 def load_recipe(name: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
@@ -118,6 +119,8 @@ def _find(name: str | Path, folder: Path) -> Path:
     for candidate in (path, folder / path) if own else (LIBRARY / f"{name}.yaml",):
         if candidate.is_file():
             return candidate
+    if found := plugin_recipe(str(name)):
+        return found
     if path.exists():
         raise UserError(
             f"'{name}' is not a recipe. To train on it: declip train clip --data {name}. From pretrained weights: "

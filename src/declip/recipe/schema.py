@@ -1,7 +1,7 @@
 """The recipe: all sections and keys, with their defaults and limits."""
 
 import os
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -15,6 +15,8 @@ from pydantic import (
     model_validator,
 )
 
+from declip.errors import unknown
+from declip.io.plugins import plugins
 from declip.io.text import write_yaml
 
 
@@ -22,6 +24,12 @@ def _expand_user(given: str) -> str:
     """Expand a leading `~`, also after the name of a set, as in `pets:~/data`."""
     kind, colon, path = given.rpartition(":")
     return kind + colon + os.path.expanduser(path) if path.startswith("~") else given
+
+
+def _known_tracker(name: str) -> str:
+    if name not in ("auto", *TRACKERS) and name not in plugins("trackers"):
+        raise ValueError(str(unknown("tracker", name, ("auto", *TRACKERS, *plugins("trackers")))))
+    return name
 
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -36,7 +44,8 @@ OneOrMore = BeforeValidator(lambda given: (given,) if isinstance(given, str) els
 Places = Annotated[tuple[Place, ...], OneOrMore]
 Column = Literal["image", "caption", "group"]
 COLUMNS: dict[Column, str] = {"image": "image", "caption": "caption"}
-Tracker = Literal["auto", "tensorboard", "wandb", "mlflow", "trackio"]
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
+Tracker = Annotated[str, AfterValidator(_known_tracker)]
 Trackers = Annotated[tuple[Tracker, ...], OneOrMore]
 
 NUMBERS = (int, float, int | None, float | None, int | Literal["auto"], int | Literal["all"])
@@ -261,7 +270,7 @@ class Train(Section):
     log_every: int = Field(10, ge=1, description="number of steps between logged rows")
     report_to: Trackers = Field(
         ("auto",),
-        description=f"trackers: {', '.join(get_args(Tracker)[1:])}; auto: tensorboard if installed; []: none",
+        description=f"trackers: {', '.join(TRACKERS)}; auto: tensorboard if installed; []: none",
     )
     evaluate_every: int = Field(0, ge=0, description="number of steps between evaluations; 0: only at the end")
     patience: int | None = Field(None, ge=1, description="evaluations without improvement that end a run")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from declip.data.batch import Needs, PairBatch
 from declip.data.pair import PairSource
 from declip.errors import UserError, unknown
+from declip.io.plugins import load_plugin, plugins
 from declip.models.dual_encoder import DualEncoder
 from declip.models.image_tower import ImageFeatures, ImageTower
 from declip.models.text_tower import encode_by_length
@@ -49,13 +50,7 @@ def identity_gather(rows: Tensor) -> Tensor:
 @contextmanager
 def extra_terms(terms: Mapping[str, type[Term]]) -> Iterator[None]:
     """Let recipes weight losses that are not of this package, until the block ends: name in `loss_weights` → class."""
-    for name, term in terms.items():
-        if name in TERMS or not name.isidentifier() or not (isinstance(term, type) and issubclass(term, Term)):
-            raise UserError(
-                f"terms has the name '{name}' for {term!r}; give identifiers other than {', '.join(TERMS)}, each for a "
-                "subclass of declip.supervision.term.Term."
-            )
-    TERMS.update(terms)
+    _add_terms(terms)
     try:
         yield
     finally:
@@ -63,9 +58,21 @@ def extra_terms(terms: Mapping[str, type[Term]]) -> Iterator[None]:
             del TERMS[name]
 
 
+def _add_terms(terms: Mapping[str, type[Term]]) -> None:
+    for name, term in terms.items():
+        if name in TERMS or not name.isidentifier() or not (isinstance(term, type) and issubclass(term, Term)):
+            raise UserError(
+                f"terms has the name '{name}' for {term!r}; give identifiers other than {', '.join(TERMS)}, each for a "
+                "subclass of declip.supervision.term.Term."
+            )
+    TERMS.update(terms)
+
+
 def active_terms(recipe: Recipe) -> dict[str, type[Term]]:
     """The losses with a weight above 0, in the order of `TERMS`; raises `UserError` for an unknown name."""
     for name in recipe.loss_weights:
+        if name not in TERMS and name in plugins("losses"):
+            _add_terms({name: load_plugin("losses", name)})
         if name not in TERMS:
             raise unknown("loss", f"loss_weights.{name}", [f"loss_weights.{known}" for known in TERMS])
     return {name: term for name, term in TERMS.items() if name in recipe.active_losses}

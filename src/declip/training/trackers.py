@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 from declip.errors import UserError
 from declip.io.atomic import write_text
+from declip.io.plugins import load_plugin
 from declip.io.text import one_line, read_yaml
 from declip.recipe.load import flat
 from declip.runs.folder import TRACKING, Run, log
@@ -155,6 +156,11 @@ TRACKERS: dict[str, type[Tracker]] = {
 }
 
 
+def tracker_class(name: str) -> type[Tracker]:
+    """The class of a tracker by its name in train.report_to, which may be that of a plugin."""
+    return TRACKERS[name] if name in TRACKERS else load_plugin("trackers", name)
+
+
 class Tracked(Sink):
     """Sends a run's numbers to a tracker by flat names such as "train/loss".
 
@@ -162,7 +168,7 @@ class Tracked(Sink):
     """
 
     def __init__(self, name: str) -> None:
-        self.name, self.tracker, self._failed = name, TRACKERS[name](), False
+        self.name, self.tracker, self._failed = name, tracker_class(name)(), False
 
     def start(self, info: RunInfo) -> None:
         try:
@@ -225,7 +231,7 @@ def kept_id(folder: Path, name: str, create: Callable[[], str]) -> str:
 def _installed(name: str) -> bool:
     os.environ.update(VARIABLES | os.environ)
     try:
-        importlib.import_module(TRACKERS[name].library)
+        importlib.import_module(tracker_class(name).library)
     except ImportError:
         return False
     return True

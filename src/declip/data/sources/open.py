@@ -14,6 +14,7 @@ from declip.data.sources.shards import ShardSource
 from declip.data.sources.subset import LIST_KIND, read_pair_list
 from declip.data.sources.table import TABLE_KINDS, TableSource, find_table
 from declip.errors import UserError
+from declip.io.plugins import load_plugin, plugins
 
 _OBJECTS: dict[str, Any] = {}
 
@@ -46,8 +47,8 @@ def open_source(spec: str | Path | PairSource | Items, columns: Columns = DEFAUL
         spec: A built-in set such as "builtin:emoji"; a table (.jsonl, .json, .csv, .tsv, .parquet); a folder or a
             pattern of Parquet files; a folder of images with a metadata table, or with a text file for each image; tar
             shards: a .tar file, a folder of them, a pattern, a brace range such as "data/{00000..00331}.tar" or a URL;
-            a list of pairs (.pairs), which names its columns itself. In Python also a source, or any object with
-            `__len__` and `__getitem__`, see `ItemSource`.
+            a list of pairs (.pairs), which names its columns itself; NAME:REST for the source NAME of a plugin. In
+            Python also a source, or any object with `__len__` and `__getitem__`, see `ItemSource`.
         columns: The columns of a table, or the keys of a Python object's dicts.
     """
     # --- objects and names
@@ -60,6 +61,9 @@ def open_source(spec: str | Path | PairSource | Items, columns: Columns = DEFAUL
         return open_source(_OBJECTS[text], columns)
     if text.startswith(PREFIX):
         raise UserError(f"'{text}' was a Python object. Pass it again in Python: declip.train(recipe, data=object).")
+    kind, colon, rest = text.partition(":")
+    if colon and kind in plugins("sources"):
+        return _from_plugin(kind, rest, columns)
     # --- tables, shards and folders
     path = Path(text).expanduser()
     if (table := find_table(text)) is not None:
@@ -83,6 +87,14 @@ def open_source(spec: str | Path | PairSource | Items, columns: Columns = DEFAUL
         return TableSource(path, columns)  # which refuses what is not a table
     listed = read_pair_list(path)
     return listed.of(open_source(listed.source, listed.columns), path)
+
+
+def _from_plugin(name: str, rest: str, columns: Columns) -> PairSource:
+    """Open NAME:REST with the function of a plugin."""
+    source = load_plugin("sources", name)(rest, columns)
+    if not isinstance(source, PairSource):
+        raise UserError(f"The source '{name}:' of a plugin returned a {type(source).__name__}, not a PairSource.")
+    return source
 
 
 class ImageSource:
