@@ -1,6 +1,6 @@
 """Compare search of stored vectors with faiss (as in clip-retrieval) and sentence-transformers.
 
-    pip install faiss-cpu; pip install sentence-transformers --no-deps
+    pip install faiss-cpu usearch; pip install sentence-transformers --no-deps
     python benchmarks/search.py --sizes 10000 100000 1000000 --json search.json
 
 The vectors lie around a thousand centers, as those of images do, and so do the queries. Ours reads an index as
@@ -9,6 +9,7 @@ The vectors lie around a thousand centers, as those of images do, and so do the 
 - faiss's `IndexFlatIP`, exact, and an inverted file `IVF…,Flat`, both of which clip-retrieval uses through autofaiss
   (which needs pandas, fsspec and more, so faiss is called directly). The inverted file probes the fewest lists,
   a power of two, with which its recall@10 reaches 0.99, tuned on the queries that are timed.
+- usearch, the file that `declip index export` writes, with its default settings.
 - sentence-transformers' `util.semantic_search`, with `dot_score`: its default would normalize all vectors at each call.
 
 All take turns within one process; the numbers are medians, and recall is that of the ten nearest against a product in
@@ -42,6 +43,8 @@ from timing import row, take_turns
 WIDTH, CENTERS, K, TARGET = 512, 1_000, 10, 0.99
 OURS, OURS_FULL = "declip, exact, float16", "declip, exact, float32"
 FLAT, INVERTED, SENTENCE = "faiss, IndexFlatIP", "faiss, IVF Flat", "sentence-transformers"
+USEARCH = "usearch, float16"
+PACKAGES = {FLAT: "faiss-cpu", INVERTED: "faiss-cpu", SENTENCE: "sentence-transformers", USEARCH: "usearch"}
 FAISS_MISSING = "faiss can't be imported (pip install faiss-cpu)"
 SENTENCE_MISSING = "sentence-transformers can't be imported (pip install sentence-transformers --no-deps)"
 
@@ -107,6 +110,16 @@ def peers(vectors: Tensor, queries: Tensor, exact: Tensor) -> tuple[dict[str, Ca
     return searches, notes
 
 
+def exported(index: Index, file: Path) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Return the search of usearch in an export of an index; none without the package."""
+    try:
+        from usearch.index import Index as Approximate
+    except ImportError:
+        return {}
+    made, threads = Approximate.restore(str(index.export(file))), torch.get_num_threads()
+    return {USEARCH: lambda asked: torch.from_numpy(made.search(asked.numpy(), K, threads=threads).keys.reshape(-1, K))}
+
+
 def compare(count: int, width: int, batches: list[int], repeats: int) -> list[dict[str, object]]:
     """Search `count` vectors with batches of queries."""
     vectors, queries = vectors_of(count, width, 1), vectors_of(max(batches), width, 2)
@@ -119,7 +132,7 @@ def compare(count: int, width: int, batches: list[int], repeats: int) -> list[di
             OURS_FULL: lambda asked: full.nearest(asked, K)[0],
         }
         others, notes = peers(vectors, queries, exact)
-        searches |= others
+        searches |= others | exported(half, Path(folder) / "half.usearch")
         rows: list[dict[str, object]] = []
         for batch in batches:
             asked = queries[:batch].contiguous()
@@ -131,9 +144,8 @@ def compare(count: int, width: int, batches: list[int], repeats: int) -> list[di
                 rows[-1]["recall_at_10"] = round(recall(search(queries), exact), 4)
                 if name != OURS:
                     rows[-1]["times_ours"] = round(seconds[name] / seconds[OURS], 2)
-                if name in (FLAT, INVERTED, SENTENCE):
-                    package = "sentence-transformers" if name == SENTENCE else "faiss-cpu"
-                    rows[-1]["version"] = version(package)
+                if name in PACKAGES:
+                    rows[-1]["version"] = version(PACKAGES[name])
     return rows + notes
 
 

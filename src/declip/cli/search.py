@@ -161,6 +161,21 @@ def show(folder: Folder) -> None:
 
 
 @index.command()
+def export(
+    folder: Folder,
+    out: Annotated[Path, typer.Argument(metavar="FILE.usearch", parser=expand, help="file to write")],
+    over: Annotated[Literal["images", "captions"], typer.Option(help="vectors to export")] = "images",
+) -> None:
+    """Write the vectors as a file of usearch, for approximate search among many millions of images."""
+    from declip.search.info import IndexInfo
+
+    IndexInfo.read(folder)
+    from declip.search.index import Index
+
+    say(f"Written: {Index.open(folder).export(out, over)}")
+
+
+@index.command()
 def join(
     folder: Annotated[Path, typer.Argument(metavar="INDEX", parser=expand, help="the --out of its parts")],
 ) -> None:

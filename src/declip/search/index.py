@@ -20,13 +20,14 @@ from declip.errors import UserError, check_range
 from declip.evaluation.encode import Encoder, eval_mode
 from declip.evaluation.zero_shot import class_features, read_templates
 from declip.interchange.read import load, read_text
+from declip.io.atomic import atomic_write
 from declip.models.device import pick_device
 from declip.models.inference import Precision, convert, fingerprint
 from declip.search.exact import nearest
 from declip.search.info import Dtype, Over
 from declip.search.joined import join_parquet, join_parts
 from declip.search.model import describe_model, image_vectors, mix
-from declip.search.store import IndexedImage
+from declip.search.store import PART_ROWS, IndexedImage
 from declip.search.writer import open_index
 
 MOST = 10_000  # maximum number of results of a search
@@ -216,6 +217,30 @@ class Index:
         # Images without captions have vectors of zeros among those of captions.
         ids, vectors = from_numpy(self.ids), from_numpy(self._store.matrix(over))
         return nearest(queries, ids, vectors, k, skip_zeros=over == "captions")
+
+    def export(self, path: str | Path, over: Over = "images") -> Path:
+        """Write the vectors as a file of usearch, a library for approximate search, whose keys are the ids.
+
+        Raises:
+            UserError: Another ending than `.usearch`, the package is missing, or the file cannot be written.
+        """
+        target = Path(path).expanduser()
+        if target.suffix != ".usearch":
+            raise UserError(
+                f"'{path}' does not end with .usearch. The index itself has a Parquet table and .npy vectors: `declip "
+                "index show` prints their paths."
+            )
+        try:
+            from usearch.index import Index as ApproximateIndex
+        except ImportError as error:
+            raise UserError("Exporting needs usearch. Install it: pip install 'declip[usearch]'.") from error
+        matrix, kind = self._store.matrix(over), {"float16": "f16", "float32": "f32"}[self.info.dtype]
+        made = ApproximateIndex(ndim=matrix.shape[1], metric="ip", dtype=kind)
+        for start in range(0, len(matrix), PART_ROWS):
+            made.add(self.ids[start : start + PART_ROWS], matrix[start : start + PART_ROWS])
+        with atomic_write(target, "choose another file") as partial:
+            made.save(str(partial))
+        return target
 
     def row(self, id: int) -> IndexedImage:
         """An image's key, captions and origin; raises `UserError` for an unknown id."""
