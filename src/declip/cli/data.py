@@ -1,7 +1,7 @@
 """The commands ``declip data``: download a built-in set, write shards, inspect pairs."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -21,9 +21,12 @@ from declip.cli.options import (
 )
 from declip.data.pair import Columns
 from declip.errors import UserError
-from declip.io.atomic import write_text
+from declip.io.atomic import check_writable, write_text
 from declip.io.parts import parse_part
 
+Leaks = Annotated[
+    list[str] | None, typer.Option(metavar="SET", help="test set; find its images among the pairs; repeatable")
+]
 group = typer.Typer(help="Download, shard and inspect pairs.", no_args_is_help=True)
 
 
@@ -89,9 +92,7 @@ def inspect(
     source: Annotated[str, typer.Argument(help="a table, a folder, tar shards, or builtin:NAME")],
     sample: Annotated[int, typer.Option(help="number of pairs to read, chosen at random")] = 2000,
     everything: Annotated[bool, typer.Option("--all", help="read all pairs")] = False,
-    check_leakage: Annotated[
-        list[str] | None, typer.Option(metavar="SET", help="test set; find its images among the pairs; repeatable")
-    ] = None,
+    check_leakage: Leaks = None,
     size: Annotated[int, typer.Option(help="image size in training, in pixels")] = 224,
     batch_size: Annotated[int, typer.Option(help="batch size in training, to count false negatives")] = 128,
     seed: Annotated[int, typer.Option(help="seed of the sample and of the examples")] = 0,
@@ -101,9 +102,7 @@ def inspect(
     image_root: ImageRoot = None,
     json_out: JsonOut = None,
     html_out: Annotated[Path | None, file("also write a page with images", "--html")] = None,
-    exclude: Annotated[
-        Path | None, file("write a list of the copies that --check-leakage finds; reads all pairs")
-    ] = None,
+    exclude: Annotated[Path | None, file("list to write, of the copies among the pairs; reads all pairs")] = None,
     quiet: Quiet = False,
 ) -> None:
     """Inspect pairs before training: sizes, lengths, duplicates, broken pairs, and suggested settings."""
@@ -111,23 +110,15 @@ def inspect(
         check_source(name, "SOURCE" if name == source else "--check-leakage")
     from declip.inspection.result import Inspection
     from declip.inspection.scan import inspect_source
-    from declip.io.atomic import check_writable
     from declip.reports.inspection import exclusions, page, summary
 
     check_writable((json_out, html_out, exclude))
     if exclude and not check_leakage:
         raise UserError("--exclude lists the copies that --check-leakage finds. Give a test set with --check-leakage.")
-    inspection = inspect_source(
-        source,
-        None if everything or exclude else sample,
-        seed=seed,
-        workers=workers,
-        size=size,
-        batch_size=batch_size,
-        check_leakage=check_leakage or (),
-        columns=Columns(image_column, caption_column, root=image_root),
-        progress=not quiet,
-    )
+    options: dict[str, Any] = {"seed": seed, "workers": workers, "size": size, "batch_size": batch_size}
+    options |= {"columns": Columns(image_column, caption_column, root=image_root), "progress": not quiet}
+    read = None if everything or exclude else sample
+    inspection = inspect_source(source, read, check_leakage=check_leakage or (), **options)
     console.print(summary(inspection))
     for make, path in ((Inspection.to_json, json_out), (page, html_out), (exclusions, exclude)):
         if path is not None:

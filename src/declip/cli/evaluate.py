@@ -19,7 +19,7 @@ from declip.cli.options import (
     file,
 )
 from declip.errors import UserError, unknown
-from declip.io.atomic import write_text
+from declip.io.atomic import check_writable, write_text
 from declip.recipe.starts import check_model
 
 TASKS = ("zero-shot", "retrieval", "linear", "few-shot")
@@ -45,36 +45,48 @@ def evaluate(
     markdown_out: Annotated[Path | None, file("with paper11: also write the table as Markdown", "--markdown")] = None,
 ) -> None:
     """Evaluate a model on held-out images."""
-    if task not in TASKS:
-        raise unknown("task", task, TASKS)
-    if templates is not None and task not in ("zero-shot", "few-shot"):
-        raise UserError(f"--templates requires --task zero-shot or few-shot, but --task is {task}. Remove it.")
-    check_shots(shots, (task,))
+    _check_task(task, templates, shots)
     check_model(model)
     for name in datasets:
         check_source(name, "--dataset")
     from declip.evaluation.protocols import Options
     from declip.interchange.read import load
-    from declip.io.atomic import check_writable
 
     check_writable((json_out, markdown_out))
     suite = _suite_of(datasets, label_column, markdown_out)
     options = Options(templates=templates, shots=shots or [4], batch_size=batch_size, workers=workers)
     loaded = load(model, device, precision)
-    if suite is not None:
-        from rich.markdown import Markdown
-
-        from declip.evaluation.protocols import evaluate_suite
-
-        result = evaluate_suite(loaded, suite, task, options)
-        table, found = Markdown(markdown := result.markdown(model)), result.to_dict()
-        if markdown_out is not None:
-            write_text(markdown_out, markdown, "choose another path with --markdown")
-    else:
+    if suite is None:
         table, found = _evaluate(loaded, datasets, label_column, task, options)
+    else:
+        table, found = _evaluate_suite(loaded, suite, model, task, options, markdown_out)
     console.print(table)
     if json_out is not None:
         write_text(json_out, json.dumps(found, indent=1), "choose another path with --json")
+
+
+def _check_task(task: str, templates: str | None, shots: list[int] | None) -> None:
+    """Refuse an unknown task, and options of another one."""
+    if task not in TASKS:
+        raise unknown("task", task, TASKS)
+    if templates is not None and task not in ("zero-shot", "few-shot"):
+        raise UserError(f"--templates requires --task zero-shot or few-shot, but --task is {task}. Remove it.")
+    check_shots(shots, (task,))
+
+
+def _evaluate_suite(
+    model: Any, suite: str, name: str, task: str, options: Any, markdown_out: Path | None
+) -> tuple[Any, Any]:
+    """Evaluate on the sets of a published table; return the table with the model's row, and the results."""
+    from rich.markdown import Markdown
+
+    from declip.evaluation.protocols import evaluate_suite
+
+    result = evaluate_suite(model, suite, task, options)
+    markdown = result.markdown(name)
+    if markdown_out is not None:
+        write_text(markdown_out, markdown, "choose another path with --markdown")
+    return Markdown(markdown), result.to_dict()
 
 
 def _evaluate(model: Any, datasets: list[str], label_column: str | None, task: str, options: Any) -> tuple[Any, Any]:

@@ -154,6 +154,10 @@ def finetune(
         return
     run = api.finetune(pairs, weights, resume=resume, **options)
     leave_unless_finished(run)
+    _print_finetuned(run)
+
+
+def _print_finetuned(run: Any) -> None:
     from declip.reports.run import fitted_lines
 
     _print_measures(run)

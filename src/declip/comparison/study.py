@@ -108,8 +108,7 @@ class Study:
             recipes: Names of shipped recipes or YAML files.
             seeds: The number of seeds, counted from 0, or the seeds.
             overrides: Dotted keys for all recipes.
-            datasets: Evaluation sets; by default the first recipe's ``evaluation.final_zero_shot``, or its
-                ``zero_shot``.
+            datasets: Evaluation sets; by default the first recipe's ``final_zero_shot``, or its ``zero_shot``.
             shots: Numbers of examples per class, with the task few-shot.
             budget: One of `BUDGETS`.
         """

@@ -105,10 +105,7 @@ class SharedFeatures:
         train, test = splits["train"], splits["test"]
         # --- features of the images of all draws, of the test images and of the names
         labels = np.asarray(train.labels, dtype=np.int64)
-        draws = {
-            shots: [sample_per_class(labels, partial(min, shots), draw) for draw in range(DRAWS)]
-            for shots in options.numbers_of_shots
-        }
+        draws = {shots: _draws(labels, shots) for shots in options.numbers_of_shots}
         encode, width = joint_encoder(self.model)
         used = np.flatnonzero(np.any([chosen for each in draws.values() for chosen in each], axis=0))
         seen = self._encode(train, encode=encode, texts=False, indices=used)
@@ -162,6 +159,10 @@ class SharedFeatures:
     def _encode(self, source: PairSource, **options: Any) -> SourceFeatures:
         shared = {name: getattr(self.options, name) for name in ("batch_size", "workers", "progress")}
         return encode_source(self.model, source, **options, **shared)
+
+
+def _draws(labels: np.ndarray, shots: int) -> list[np.ndarray]:
+    return [sample_per_class(labels, partial(min, shots), draw) for draw in range(DRAWS)]
 
 
 TASKS: Mapping[str, Callable[[SharedFeatures], Sequence[Result]]] = {

@@ -150,22 +150,17 @@ def inspect_source(
         columns: For tables, see `open_source`.
     """
     # --- the sources
-    check_range("sample", 1 if sample is None else sample, 1)
-    check_range("seed", seed, 0)
-    check_range("workers", workers or 0, 0)
-    check_range("size", size, 1)
-    check_range("batch_size", batch_size, 2)
-    start = time.perf_counter()
-    if isinstance(source, str | Path):
-        source = open_source(source, columns)
+    limits = {"sample": (1 if sample is None else sample, 1), "seed": (seed, 0), "workers": (workers or 0, 0)}
+    for name, (value, least) in (limits | {"size": (size, 1), "batch_size": (batch_size, 2)}).items():
+        check_range(name, value, least)
+    start, source = time.perf_counter(), open_source(source, columns)
     others = [open_source(other, Columns(caption=None)) for other in check_leakage]
     # --- the sample, some of it broken
     places = sample_places(len(source), sample, seed)
     found = read(source, places, workers, f"Pairs of {source.name}" if progress else "")
-    broken = Fraction.counted(found.skipped.total, len(places), len(places) == len(source))
     # --- statistics of the usable pairs, leakage, and what follows
-    reasons = _reasons(found.skipped)
-    inspection = Inspection(source.name, len(source), len(places), seed, 0.0, broken, reasons, credit=source.credit)
+    broken = Fraction.counted(found.skipped.total, len(places), len(places) == len(source)), _reasons(found.skipped)
+    inspection = Inspection(source.name, len(source), len(places), seed, 0.0, *broken, credit=source.credit)
     if len(found.pairs):
         with status("Looking for duplicates", progress):
             inspection = _described(inspection, source, found, size, batch_size)

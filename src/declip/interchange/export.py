@@ -84,17 +84,19 @@ def export(
         built = deepcopy(built).float()
     # --- write into a new folder, read it back, add the card; the folder appears when all is done
     with _new_folder(out, overwrite) as folder, eval_mode(built):
-        try:
-            form.write(built, folder, **options.get(format, {}))
-        except Refusal as refusal:
-            able = listed(list(supported_formats(built)))
-            raise UserError(
-                f"This model cannot be exported as {format}: {refusal}. Formats that can: {able}."
-            ) from refusal
+        _write(built, format, folder, options.get(format, {}))
         exported = replace(_compare(built, form, folder), folder=out)
         card = model_card(traced, form.LIBRARY, str(exported), license, repo)
         (folder / CARD).write_text(card, encoding="utf-8")
     return exported
+
+
+def _write(model: DualEncoder, format: str, folder: Path, options: Mapping[str, Any]) -> None:
+    try:
+        FORMATS[format].write(model, folder, **options)
+    except Refusal as refusal:
+        able = listed(list(supported_formats(model)))
+        raise UserError(f"This model cannot be exported as {format}: {refusal}. Formats that can: {able}.") from refusal
 
 
 @contextmanager

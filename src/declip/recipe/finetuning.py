@@ -80,17 +80,18 @@ def settings(
         "train.batch_size": min(max(pairs, 2), 128 if on_cpu else 256, max(8, eighth)),
         "train.lr": 1e-5 if start == "whole" else 1e-3,
         "train.patience": 5 if validated else None,
+        "finetune.lr_scale": 1.0 if start == "whole" or lora else 0.3,
     }
-    scale = 1.0 if start == "whole" else 0.3
     if lora:  # adapters are new: they learn like heads
         keys |= {"train.lr": 2e-4 if start == "whole" else 1e-3, "finetune.layer_decay": 1.0}
-        scale = 1.0
-    keys["finetune.lr_scale"] = scale
     # --- length
     if "train.steps" not in given:
         keys["train.epochs"] = 20 if pairs < 10_000 else 10
-    # --- what follows from the user's keys
-    keys |= given
+    return _with_dependent(keys | given, pairs, validated)
+
+
+def _with_dependent(keys: dict[str, Any], pairs: int, validated: bool) -> dict[str, Any]:
+    """Add the keys that follow from batch size, learning rate and length, unless they are given."""
     per_epoch = max(1, pairs // keys["train.batch_size"])
     steps = keys["train.steps"] if "train.steps" in keys else max(1, round(keys["train.epochs"] * per_epoch))
     rest = {

@@ -57,11 +57,7 @@ def write_report(folder: Path, model: Encoder, limit: int = 4_000) -> Path:
     dataset = min(names, key=lambda name: name.startswith("builtin:"), default=None)
     results = [row.result for row in run.last() if row.result.dataset == dataset]
     # --- tables and examples
-    held_out = None
-    try:
-        held_out = None if dataset is None else _encode(model, dataset, limit)
-    except UserError as error:
-        log.warning("The report shows no retrieved images: %s", error)
+    held_out = _encode(model, dataset, limit)
     source = run.examples.get("source")
     credits = (source and source["credit"], held_out and held_out.source.credit)
     content = render(
@@ -76,14 +72,12 @@ def write_report(folder: Path, model: Encoder, limit: int = 4_000) -> Path:
         results_table=measures_table(run),
         fitted=fitted_lines(run),
         growth=growth_chart(grown).svg("growth") if (grown := run.cross_validation.get("growth")) else None,
-        worst=run.examples.get("worst"),
         losses=loss_charts(run) if run.metrics else [],
         progress=[TitledChart(title, _svg(title, run, key, noisy)) for key, (title, noisy) in PROGRESS.items()],
         accuracy=accuracy_charts(run),
         skipped_table=skipped_table(run),
         held_out=held_out,
         retrieved=held_out and retrieval(held_out.features, held_out.thumbnails, np.random.default_rng(0)),
-        views=run.examples.get("views"),
         credits=list(dict.fromkeys(filter(None, credits))),
     )
     return write_text(folder / NAME, content)
@@ -181,10 +175,16 @@ def _svg(title: str, run: Run, column: str, noisy: bool = True) -> Markup | None
     return None if chart is None else chart.svg(f"chart-{column}")
 
 
-def _encode(model: Encoder, name: str, limit: int) -> HeldOut:
-    source = open_dataset(name).split("test")
-    rows = np.linspace(0, len(source) - 1, min(limit, len(source))).round().astype(np.int64)
-    features = encode_source(model, source, indices=rows.tolist())
+def _encode(model: Encoder, name: str | None, limit: int) -> HeldOut | None:
+    if name is None:
+        return None
+    try:
+        source = open_dataset(name).split("test")
+        rows = np.linspace(0, len(source) - 1, min(limit, len(source))).round().astype(np.int64)
+        features = encode_source(model, source, indices=rows.tolist())
+    except UserError as error:
+        log.warning("The report shows no retrieved images: %s", error)
+        return None
     thumbnail = thumbnails_of(source)
     return HeldOut(source, features, lambda row: thumbnail(int(features.indices[row])))
 

@@ -121,57 +121,41 @@ def resolve_epochs(recipe: Recipe, source: PairSource) -> Recipe:
 
 
 def assemble(
-    recipe: Recipe,
-    folder: Path,
-    resume: bool = False,
-    quiet: bool = False,
-    callbacks: Sequence[Sink] = (),
+    recipe: Recipe, folder: Path, resume: bool = False, quiet: bool = False, callbacks: Sequence[Sink] = ()
 ) -> Parts:
     """Build the parts of a recipe's run, or of the run in the folder, to continue it; `callbacks` get its numbers."""
     # --- processes and device
     device = pick_device(distributed.local_device(recipe.train.device))
     distributed.join(device)
-    hosts, rank_zero = HostGroup(), distributed.is_rank_zero()
+    hosts = HostGroup()
     hosts.on_rank_zero(partial(require_trackers, recipe.train.report_to))
-
     # --- recipe, pretrained weights and pairs; from here on the recipe does not change
     resolved = resolve(recipe, folder, resume, device, hosts)
     recipe, source = resolved.recipe, resolved.source
-    plan = plan_of(recipe)
     hosts.on_rank_zero(partial(refuse_broken, source, recipe.data.max_broken_fraction))
-
     # --- model and objective, random from the seed, then pretrained
     torch.manual_seed(recipe.seed)
     model = _build_model(resolved, folder, resume).to(device)
     objective = Objective(recipe, model).to(device)
     pretrained = apply_pretrained(resolved.weights, recipe, model, objective)
     objective.prepare(source, model)
-
     # --- learner and optimizer
     learner = build_learner(recipe, model, objective)
     multipliers = pretrained.multipliers if pretrained is not None else {}
-    named = named_trainable(model, objective)
-    optimizer = build_optimizer(named, recipe.train, multipliers, objective.over_vocabulary)
-    if not rank_zero:  # rank 0 continues the stream of the weights, as one process does
+    optimizer = build_optimizer(named_trainable(model, objective), recipe.train, multipliers, objective.over_vocabulary)
+    if not distributed.is_rank_zero():  # which continues the stream of the weights, as one process does
         distributed.seed_rank(recipe.seed, 0)
-
     # --- loader and held-out sets
     threads = torch.get_num_threads() if device.type == "cpu" else 1
     workers = auto_workers(threads) if recipe.data.workers == "auto" else recipe.data.workers
     loader = build_loader(recipe, source, model, workers)
     samples = {name: sample_hashes(pairs) for name, pairs in {TRAINING: source, **open_held_out(recipe)}.items()}
-
     # --- the run folder, and the checkpoint in it
     parts = Parts(
-        recipe, folder, quiet, callbacks, hosts, source, plan, model, objective, pretrained, learner, optimizer,
-        loader, workers, samples,
+        recipe, folder, quiet, callbacks, hosts, source, plan_of(recipe), model, objective, pretrained, learner,
+        optimizer, loader, workers, samples,
     )  # fmt: skip
-    checkpoint = _open_folder(parts, resume)
-    if checkpoint is not None:
-        restore(parts, checkpoint)
-    elif pretrained is not None and rank_zero:
-        pretrained.keep(folder, recipe)
-    continue_at(parts.progress.step, parts, loader)
+    _start_or_continue(parts, resume)
     return parts
 
 
@@ -210,14 +194,8 @@ def build_loader(recipe: Recipe, source: PairSource, model: DualEncoder, workers
     )
 
 
-def continue_at(step: int, parts: Parts, loader: PairLoader) -> None:
-    """Let a loader that has not begun start with the batch of a step, and count broken pairs for the run."""
-    loader.step, loader.skipped = step, parts.progress.skipped
-    loader.seen = step * parts.recipe.train.batch_size
-
-
-def _open_folder(parts: Parts, resume: bool) -> Checkpoint | None:
-    """Lock the run folder and find the checkpoint to resume from: rank 0 chooses it, the others read the same."""
+def _start_or_continue(parts: Parts, resume: bool) -> None:
+    """Lock the run folder; restore the checkpoint in it, which rank 0 chooses, or save what the run starts from."""
     newest: Checkpoint | None = None
 
     def choose() -> int | None:
@@ -227,6 +205,12 @@ def _open_folder(parts: Parts, resume: bool) -> Checkpoint | None:
         return newest.step if newest is not None else None
 
     step = parts.hosts.on_rank_zero(choose)
-    if step is None or newest is not None:
-        return newest
-    return checkpoints.load_checkpoint(checkpoints.folder_of(parts.folder, step))
+    if step is not None and newest is None:
+        newest = checkpoints.load_checkpoint(checkpoints.folder_of(parts.folder, step))
+    if newest is not None:
+        restore(parts, newest)
+    elif parts.pretrained is not None and distributed.is_rank_zero():
+        parts.pretrained.keep(parts.folder, parts.recipe)
+    # The loader has not begun.
+    done, loader = parts.progress.step, parts.loader
+    loader.step, loader.skipped, loader.seen = done, parts.progress.skipped, done * parts.recipe.train.batch_size

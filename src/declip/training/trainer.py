@@ -110,8 +110,6 @@ class Trainer:
             with naming_lost_workers(f" at step {progress.step}"), parts.hosts.explain_timeout(progress.step):
                 # --- batch
                 batch, sync, waited = self._next_batch(monitor)
-                if self.is_rank_zero and not (parts.folder / run_folder.EXAMPLES).exists():
-                    write_examples(parts, batch)
 
                 # --- step
                 began = time.perf_counter()
@@ -122,18 +120,14 @@ class Trainer:
 
                 # --- what is due after it
                 due = train.evaluate_every > 0 and step % train.evaluate_every == 0
-                watched = train.patience is not None
-                evaluates = (watched and done) or (due and not done)
-                logs = step % train.log_every == 0 or done or (watched and evaluates)  # the run may end here
+                evaluates = done or due if train.patience is not None else due and not done
+                logs = step % train.log_every == 0 or done or (train.patience is not None and evaluates)  # it may end
                 saves = step % train.checkpoint_every == 0 or done or stopped
                 if logs or evaluates or saves or parts.model.device.type == "cpu":  # elsewhere a wait for the device
                     self._refuse_nonfinite(values)
 
                 # --- log
-                if logs and values:
-                    self._log(monitor, values, lr)
-                else:
-                    monitor.advance(step)
+                self._log(monitor, values if logs else {}, lr)
                 self._warn(done, waited, time.perf_counter() - began)
                 monitor.count(step)
 
@@ -166,6 +160,8 @@ class Trainer:
                 raise error if error is not None else SystemExit(2)
             if len(sync.rows) > 1:
                 self.loader.count(sync.total, list(itertools.chain(*sync.notes)))
+        if self.is_rank_zero and not (self.parts.folder / run_folder.EXAMPLES).exists():
+            write_examples(self.parts, batch)
         return batch, sync, waited
 
     @contextmanager
@@ -195,6 +191,10 @@ class Trainer:
     # --- what belongs to a step
 
     def _log(self, monitor: Monitor, values: Mapping[str, Tensor], lr: float) -> None:
+        """Log a step; report it without numbers if `values` is empty: the step is not logged, or was left out."""
+        if not values:
+            monitor.advance(self.progress.step)
+            return
         # A collective and a wait for the device, so only at logged steps.
         means = distributed.average(torch.stack(list(values.values()))).tolist()
         numbers = dict(zip(values, means, strict=True))

@@ -77,10 +77,14 @@ def open_source(spec: str | Path | PairSource | Items, columns: Columns = DEFAUL
         return ShardSource(text)
     if path.is_dir():
         return FolderSource(path)
-    # --- a file: a list of pairs, or not a source
+    return _open_file(path, columns)
+
+
+def _open_file(path: Path, columns: Columns) -> PairSource:
+    """Open a list of pairs; refuse any other file."""
     if not path.exists():
         raise UserError(
-            f"'{text}' does not exist. Give a table ({', '.join(TABLE_KINDS)}), a folder of images with "
+            f"'{path}' does not exist. Give a table ({', '.join(TABLE_KINDS)}), a folder of images with "
             f"captions, tar shards such as 'data/{{00000..00331}}.tar', or a set such as '{BUILTIN_PREFIX}emoji'."
         )
     if path.suffix.lower() != LIST_KIND:
