@@ -27,6 +27,18 @@ Template = Annotated[str, StringConstraints(max_length=300), OneLine]
 """A prompt template or the name of a set; empty for the text itself."""
 ImageId = Annotated[int, Field(ge=0, lt=2**62)]
 
+SECURITY_HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; connect-src 'self'; "
+        "base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
+    ),
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Permissions-Policy": "camera=(), geolocation=(), microphone=()",
+    "Referrer-Policy": "same-origin",
+    "X-Content-Type-Options": "nosniff",
+}
+
 
 class Question(BaseModel):
     """Parameters of a request; invalid ones raise pydantic's `ValidationError`, which the server answers."""
@@ -70,19 +82,6 @@ def read_image(content: bytes) -> Image.Image:
     except BrokenPair as broken:
         kinds = f"JPEG, PNG, WebP, BMP, GIF and TIFF of up to {MOST_PIXELS // 1_000_000} million pixels are supported"
         raise HTTPException(422, f"The image cannot be read: {broken.reason}. {kinds}.") from broken
-
-
-SECURITY_HEADERS = {
-    "Content-Security-Policy": (
-        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; connect-src 'self'; "
-        "base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
-    ),
-    "Cross-Origin-Opener-Policy": "same-origin",
-    "Cross-Origin-Resource-Policy": "same-origin",
-    "Permissions-Policy": "camera=(), geolocation=(), microphone=()",
-    "Referrer-Policy": "same-origin",
-    "X-Content-Type-Options": "nosniff",
-}
 
 
 class Guard:

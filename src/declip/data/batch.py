@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 IGNORED = -100  # label of a token that is not to be predicted, the default of torch's cross-entropy
 
+# Fraction of the tokens that are masked or replaced, as in BERT.
+MASK_PROBABILITY = 0.15
+
 
 class Photometric(NamedTuple):
     """The photometric parameters of one image; of n images each is a tensor (n,) on the host, and `order` (n, 4)."""
@@ -157,10 +160,6 @@ class PairBatch:
 
     def _tensors(self) -> dict[str, Tensor]:
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-
-
-# Fraction of the tokens that are masked or replaced, as in BERT.
-MASK_PROBABILITY = 0.15
 
 
 @dataclass(frozen=True)

@@ -10,28 +10,25 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset, default_collate
 
-from declip.data.batch import IGNORED, PairBatch, Photometric, View
-from declip.data.images.views import ViewTransform
-from declip.data.pair import BrokenPair, PairSource, SkipCounter
+from declip.data.batch import IGNORED, PairBatch, Photometric, Plan, View
+from declip.data.images.views import Crop, ViewTransform
+from declip.data.pair import BrokenPair, LazyImage, PairSource, SkipCounter
 from declip.data.text.augment import augment, mask_tokens
-from declip.data.text.tokenizer import padded_length
+from declip.data.text.tokenizer import CaptionTokenizer, padded_length
 from declip.errors import UserError
 from declip.io.pool import computed, naming_lost_workers
 
-if TYPE_CHECKING:
-    from declip.data.batch import Plan
-    from declip.data.images.views import Crop
-    from declip.data.pair import BrokenPair, LazyImage, PairSource
-    from declip.data.text.tokenizer import CaptionTokenizer
-
 SHUFFLE_BUFFER = 50_000  # pairs shuffled together where shards are remote: five of img2dataset's shards
 BLOCKS_STREAM, GROUP_STREAM, WITHIN_STREAM = 1, 2, 3
+
+_transform = cache(ViewTransform)
+SEEN_BEFORE_STOPPING = 100  # pairs, before the fraction of broken ones can stop a run: fewer are too noisy
 
 
 class Order(ABC):
@@ -252,9 +249,6 @@ class Assembler:
         )
 
 
-_transform = cache(ViewTransform)
-
-
 class _Sample(NamedTuple):
     """One pair with every random choice made."""
 
@@ -271,9 +265,6 @@ def _pad(rows: list[list[int]], length: int, value: int) -> torch.Tensor:
     for number, row in enumerate(rows):
         padded[number, : len(row)] = row
     return torch.from_numpy(padded)
-
-
-SEEN_BEFORE_STOPPING = 100  # pairs, before the fraction of broken ones can stop a run: fewer are too noisy
 
 
 class PairLoader(Iterator[PairBatch]):

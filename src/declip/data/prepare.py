@@ -26,6 +26,18 @@ from declip.io.text import plural
 LONGEST_REASON = 80  # characters: counts are kept by reason
 LARGEST_LIST = 1 << 30  # bytes of a list
 
+RECORD, SIZES, NOTICE = "prepared.json", "sizes.json", "NOTICE.txt"
+LAYOUT = 3  # raised when the same options write other shards
+SHARD_PAIRS = 10_000
+PAIRS_AT_ONCE = 16  # pairs that a worker returns together
+BYTE_ORDER_MARK = "\ufeff"  # at the start of a text file it is not part of the text
+SIZE = 256  # pixels of the shorter side: 1.15 times a view of 224, rounded
+QUALITY = 92  # of JPEG
+FEW_COLORS = 256  # an image of at most so many is a drawing, which may be smaller as PNG, and without artifacts
+LONGEST_JPEG = 65_500  # pixels, libjpeg's limit
+SCALED_TO = 2  # a JPEG is decoded no smaller than this many times the result: the filter that shrinks it does the rest
+_Members = list[tuple[str, bytes]]
+
 
 def write_exclusions(rows: Iterable[tuple[str, int, str, float | None, str]]) -> str:
     """A list of rows with a pair's key, its place in the source, the reason, and what a reader wants to see."""
@@ -55,19 +67,6 @@ def read_exclusions(path: str | Path, source: PairSource) -> dict[int, str]:
                 "source that the list was made from, unchanged, or make the list again."
             )
     return {place: reason for _, place, reason in rows}
-
-
-RECORD, SIZES, NOTICE = "prepared.json", "sizes.json", "NOTICE.txt"
-LAYOUT = 3  # raised when the same options write other shards
-SHARD_PAIRS = 10_000
-PAIRS_AT_ONCE = 16  # pairs that a worker returns together
-BYTE_ORDER_MARK = "\ufeff"  # at the start of a text file it is not part of the text
-
-SIZE = 256  # pixels of the shorter side: 1.15 times a view of 224, rounded
-QUALITY = 92  # of JPEG
-FEW_COLORS = 256  # an image of at most so many is a drawing, which may be smaller as PNG, and without artifacts
-LONGEST_JPEG = 65_500  # pixels, libjpeg's limit
-SCALED_TO = 2  # a JPEG is decoded no smaller than this many times the result: the filter that shrinks it does the rest
 
 
 @dataclass
@@ -249,9 +248,6 @@ def _record_sizes(folder: Path, shards: Mapping[str, Any]) -> None:
 
 def _record(folder: Path, made_of: Mapping[str, Any], shards: Mapping[str, Any]) -> None:
     write_text(folder / RECORD, json.dumps({"made_of": made_of, "shards": shards}, indent=1))
-
-
-_Members = list[tuple[str, bytes]]
 
 
 class _Packer:

@@ -19,6 +19,11 @@ BLOCK = 1 << 22  # scores in memory at a time
 FIRST_STAGE = 20  # iterations after which the curvature is estimated again
 SAMPLE = 4096  # least number of rows for the estimates of curvature and covariance, which set step lengths only
 
+GRID: Mapping[int, float] = {step: 10 ** (step / 8) for step in range(-48, 49)}
+"""C from 1e-6 to 1e6 in 96 equal steps of its logarithm, by step; 0 is 1."""
+
+COARSE = 16  # steps between the first seven values, two decades
+
 
 @dataclass(frozen=True)
 class LogisticFit:
@@ -147,11 +152,6 @@ class LogisticProblem:
         loss = cross_entropy(scores, self.labels[::step]) + 0.5 * (penalty * weight.square()).sum()
         probabilities = scores.softmax(1)
         return float(loss), max(0.3 * float((probabilities * (1 - probabilities)).mean()), 1e-12)
-
-
-GRID: Mapping[int, float] = {step: 10 ** (step / 8) for step in range(-48, 49)}
-"""C from 1e-6 to 1e6 in 96 equal steps of its logarithm, by step; 0 is 1."""
-COARSE = 16  # steps between the first seven values, two decades
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,14 @@ from declip.models.inference import chunked
 
 DRAWS = 5  # of the images of few-shot classification
 
+PREFIX = "paper11:"
+SETS: Mapping[str, str] = {
+    "cifar10": "C10", "cifar100": "C100", "food101": "Food", "pets": "Pets", "flowers102": "Flowers", "sun397": "SUN",
+    "cars": "Cars", "dtd": "DTD", "caltech101": "Caltech", "aircraft": "Aircraft", "imagenet": "ImageNet",
+}  # fmt: skip
+"""Datasets → their short names. The folder has one folder per dataset, as for `NAME:PATH`: `pets` contains
+`oxford-iiit-pet`, `cifar10` contains `cifar-10-batches-py`, `imagenet` contains `val`."""
+
 
 @dataclass(frozen=True)
 class Options:
@@ -201,15 +209,6 @@ def evaluate_all(
         shared = checked.pop(0)  # frees the features of each dataset after its evaluation
         results += [result for task in tasks for result in TASKS[task](shared)]
     return results
-
-
-PREFIX = "paper11:"
-SETS: Mapping[str, str] = {
-    "cifar10": "C10", "cifar100": "C100", "food101": "Food", "pets": "Pets", "flowers102": "Flowers", "sun397": "SUN",
-    "cars": "Cars", "dtd": "DTD", "caltech101": "Caltech", "aircraft": "Aircraft", "imagenet": "ImageNet",
-}  # fmt: skip
-"""Datasets → their short names. The folder has one folder per dataset, as for `NAME:PATH`: `pets` contains
-`oxford-iiit-pet`, `cifar10` contains `cifar-10-batches-py`, `imagenet` contains `val`."""
 
 
 @dataclass(frozen=True)

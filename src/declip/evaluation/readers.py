@@ -26,6 +26,32 @@ from declip.io.text import read_yaml
 Openers = Mapping[str, Callable[[], PairSource]]
 """Functions that open each split."""
 
+LABEL_NAMES = ("label", "class", "class_name", "category")
+"""Default names of the label column, in order of preference."""
+
+LONGEST_LABEL = 1_000  # characters: a label is a name, not a text
+Cell = str | BrokenPair
+TRAIN_VAL_TEST = {"train": "train", "validation": "val", "test": "test"}
+TRAIN_TEST = {"train": "train", "test": "test"}
+
+SETS: Mapping[str, tuple[Callable[..., Any], Mapping[str, Any]]] = {
+    "pets": (datasets.OxfordIIITPet, {"train": "trainval", "test": "test"}),
+    "cifar10": (datasets.CIFAR10, {"train": True, "test": False}),
+    "cifar100": (datasets.CIFAR100, {"train": True, "test": False}),
+    "food101": (datasets.Food101, TRAIN_TEST),
+    "flowers102": (datasets.Flowers102, TRAIN_VAL_TEST),
+    "cars": (datasets.StanfordCars, TRAIN_TEST),
+    "aircraft": (datasets.FGVCAircraft, TRAIN_VAL_TEST),
+    # The first of DTD's ten partitions, as in CLIP (Radford et al. 2021, appendix A) and most papers.
+    "dtd": (datasets.DTD, TRAIN_VAL_TEST),
+}
+"""Name → torchvision's class, and our splits → its argument. The class of CIFAR checks the MD5 of its pickles before
+it reads them."""
+
+SUN_LISTS = {"train": "Training_01.txt", "test": "Testing_01.txt"}
+SUN_PLACES = ("SUN397", "SUN397/Partitions", "Partitions", ".")
+"""Folders that may contain the lists, which come in a separate archive."""
+
 
 class ListedFile(NamedTuple):
     """A listed image file."""
@@ -224,14 +250,6 @@ def _inner(folder: Path) -> list[str]:
     return names
 
 
-LABEL_NAMES = ("label", "class", "class_name", "category")
-"""Default names of the label column, in order of preference."""
-
-LONGEST_LABEL = 1_000  # characters: a label is a name, not a text
-
-Cell = str | BrokenPair
-
-
 def labeled_table(table_path: str | Path, label_column: str | None) -> Openers | None:
     """Open a table with labels or splits; None if it has neither.
 
@@ -333,28 +351,6 @@ def _text(key: str, values: Sequence[Any]) -> str:
     if len(texts) > 1:
         raise BrokenPair("conflicting labels", key, ", ".join(sorted(texts)))
     return texts.pop()
-
-
-TRAIN_VAL_TEST = {"train": "train", "validation": "val", "test": "test"}
-TRAIN_TEST = {"train": "train", "test": "test"}
-
-SETS: Mapping[str, tuple[Callable[..., Any], Mapping[str, Any]]] = {
-    "pets": (datasets.OxfordIIITPet, {"train": "trainval", "test": "test"}),
-    "cifar10": (datasets.CIFAR10, {"train": True, "test": False}),
-    "cifar100": (datasets.CIFAR100, {"train": True, "test": False}),
-    "food101": (datasets.Food101, TRAIN_TEST),
-    "flowers102": (datasets.Flowers102, TRAIN_VAL_TEST),
-    "cars": (datasets.StanfordCars, TRAIN_TEST),
-    "aircraft": (datasets.FGVCAircraft, TRAIN_VAL_TEST),
-    # The first of DTD's ten partitions, as in CLIP (Radford et al. 2021, appendix A) and most papers.
-    "dtd": (datasets.DTD, TRAIN_VAL_TEST),
-}
-"""Name → torchvision's class, and our splits → its argument. The class of CIFAR checks the MD5 of its pickles before
-it reads them."""
-
-SUN_LISTS = {"train": "Training_01.txt", "test": "Testing_01.txt"}
-SUN_PLACES = ("SUN397", "SUN397/Partitions", "Partitions", ".")
-"""Folders that may contain the lists, which come in a separate archive."""
 
 
 def torchvision_set(name: str, root: Path) -> Openers:

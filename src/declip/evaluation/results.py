@@ -16,6 +16,8 @@ from declip.io.text import percent
 METRICS: Mapping[str, str] = {"top1": "top-1", "mean_per_class": "mean per class"}
 """Conventional metrics of datasets → their names in tables."""
 
+DIRECTIONS = {"text_to_image": "text → image", "image_to_text": "image → text"}
+
 
 class Measure(NamedTuple):
     """One score with its chance level and n; the same score of two models has the same `name`."""
@@ -132,9 +134,6 @@ class RecallAtK:
     chance5: float
     chance10: float
     median_rank: float  # of the best correct candidate; 1 is perfect
-
-
-DIRECTIONS = {"text_to_image": "text → image", "image_to_text": "image → text"}
 
 
 @dataclass(frozen=True)

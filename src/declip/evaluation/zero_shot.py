@@ -18,6 +18,8 @@ from declip.io.text import read_yaml
 
 FOLDER = resources.files("declip.evaluation") / "prompts"
 
+USUAL_SCALE = 100.0
+
 
 @dataclass(frozen=True)
 class PromptSet:
@@ -57,9 +59,6 @@ def class_names(prompts: str, raw: Iterable[str]) -> tuple[str, ...]:
             f"'{prompts}'. Is it another dataset or version? Evaluate a folder with other classes as 'folder:PATH'."
         )
     return tuple(listed[name] if listed else name.replace("_", " ") for name in raw)
-
-
-USUAL_SCALE = 100.0
 
 
 def read_templates(templates: str | Sequence[str]) -> tuple[str, list[str]]:

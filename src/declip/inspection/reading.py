@@ -34,6 +34,42 @@ REACH = 64
 
 SET_BITS = np.array([number.bit_count() for number in range(256)], np.uint8)
 
+OTHER_SCRIPT, ONE_WORD = "not in Latin script", "one word"
+_ENDINGS = "jpe?g|png|gif|webp|tiff?|bmp|hei[cf]|svg|raw|cr2|nef|dng|psd|pdf|mp4|mov|avi"
+_MONTH = r"(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)\p{L}*\.?"
+# Captions that do not describe an image or need attention; the first kind that matches a whole caption counts.
+KINDS = {
+    "web address": regex.compile(r"(?:https?://|www\.)\S+", regex.I),
+    "file name": regex.compile(
+        rf"[^,;?!]*\.(?:{_ENDINGS})|(?:img|dsc[fn]?|dcim|pict|mvi|sam|pxl|wp|screenshot|image|photo|scan|untitled)"
+        r"[\s_\-#.(]*\d[\d\s_\-().]*",
+        regex.I,
+    ),
+    "number or date": regex.compile(rf"[^\p{{L}}]*|(?:\d{{1,2}}\.? )?{_MONTH}(?: \d{{1,2}},?)? \d{{4}}", regex.I),
+    OTHER_SCRIPT: regex.compile(r"[^\p{Latin}]*"),
+    ONE_WORD: regex.compile(r"[^ ]*"),
+}
+
+# What is kept of a pair, 109 bytes.
+PAIR = np.dtype(
+    [
+        ("place", np.int64),
+        ("exact", np.uint64),
+        ("look", LOOK),
+        ("width", np.int32),
+        ("height", np.int32),
+        ("captions", np.uint16),
+    ]
+)
+
+# What is kept of a caption, 15 bytes; its kind by number, -1 for none.
+CAPTION = np.dtype([("hash", np.uint64), ("tokens", np.uint32), ("words", np.uint16), ("kind", np.int8)])
+KIND_NUMBERS: dict[str | None, int] = {None: -1, **{name: number for number, name in enumerate(KINDS)}}
+MOST_PER_PAIR = np.iinfo(np.uint16).max  # captions of a pair that are looked at
+
+# Parts that the work is divided into, and how many pairs one has: small ones move the bar, many cost memory.
+PARTS, SMALLEST_PART, LARGEST_PART = 200, 8, 512
+
 
 def image_hash(image: Image.Image) -> int:
     """64 bits of an RGB image's size and pixels: equal for equal images; a collision has probability 1 in 10^19."""
@@ -131,45 +167,6 @@ def repeated(groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     order = np.argsort(-sizes, kind="stable")
     order = order[sizes[order] > 1]
     return order, sizes[order]
-
-
-OTHER_SCRIPT, ONE_WORD = "not in Latin script", "one word"
-
-_ENDINGS = "jpe?g|png|gif|webp|tiff?|bmp|hei[cf]|svg|raw|cr2|nef|dng|psd|pdf|mp4|mov|avi"
-_MONTH = r"(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)\p{L}*\.?"
-# Captions that do not describe an image or need attention; the first kind that matches a whole caption counts.
-KINDS = {
-    "web address": regex.compile(r"(?:https?://|www\.)\S+", regex.I),
-    "file name": regex.compile(
-        rf"[^,;?!]*\.(?:{_ENDINGS})|(?:img|dsc[fn]?|dcim|pict|mvi|sam|pxl|wp|screenshot|image|photo|scan|untitled)"
-        r"[\s_\-#.(]*\d[\d\s_\-().]*",
-        regex.I,
-    ),
-    "number or date": regex.compile(rf"[^\p{{L}}]*|(?:\d{{1,2}}\.? )?{_MONTH}(?: \d{{1,2}},?)? \d{{4}}", regex.I),
-    OTHER_SCRIPT: regex.compile(r"[^\p{Latin}]*"),
-    ONE_WORD: regex.compile(r"[^ ]*"),
-}
-
-# What is kept of a pair, 109 bytes.
-PAIR = np.dtype(
-    [
-        ("place", np.int64),
-        ("exact", np.uint64),
-        ("look", LOOK),
-        ("width", np.int32),
-        ("height", np.int32),
-        ("captions", np.uint16),
-    ]
-)
-
-# What is kept of a caption, 15 bytes; its kind by number, -1 for none.
-CAPTION = np.dtype([("hash", np.uint64), ("tokens", np.uint32), ("words", np.uint16), ("kind", np.int8)])
-
-KIND_NUMBERS: dict[str | None, int] = {None: -1, **{name: number for number, name in enumerate(KINDS)}}
-MOST_PER_PAIR = np.iinfo(np.uint16).max  # captions of a pair that are looked at
-
-# Parts that the work is divided into, and how many pairs one has: small ones move the bar, many cost memory.
-PARTS, SMALLEST_PART, LARGEST_PART = 200, 8, 512
 
 
 def token_count(caption: str) -> int:

@@ -65,6 +65,14 @@ QUEUE_FRACTION, SMALLEST_QUEUE, USUAL_QUEUE = 3, 64, 65_536
 # A rule, its number, from where on it is reported and to be fixed, and what its sentence needs beyond the numbers.
 Row = tuple[str, float, float, float, dict[str, Any]]
 
+SAMPLE, SIZE, BATCH, SEED = 2000, 224, 128, 0
+EXAMPLES, NEAR_EXAMPLES, NEAR_MEMBERS = 40, 4, 8  # example pairs; groups that look alike, and members of each
+OF_A_KIND, LONGEST_TEXT = 3, 120  # captions of each kind, and characters of each
+LISTED, KEYS = 10, 5  # groups that are listed, and keys of each
+THUMBNAIL = 224  # pixels of an example's longer side, at most: sharp at half of that on a screen of double density
+CONTEXTS, SHOWN_LENGTHS = (*range(16, 77, 8), 77), (32, 77)
+LEFT_OUT = 0.01  # fraction of the captions that the advised context may cut
+
 
 def find(it: Inspection) -> tuple[Finding, ...]:
     """Apply all rules to an inspection without findings; what is to be fixed comes first."""
@@ -115,16 +123,6 @@ def _images_rows(images: ImageStats) -> list[Row]:
         ("small_images", small, SMALL, inf, {"side": smaller_side}),
         ("large_images", times if small < SMALL else 0, LARGE, inf, {"side": KEPT * images.size}),
     ]
-
-
-SAMPLE, SIZE, BATCH, SEED = 2000, 224, 128, 0
-EXAMPLES, NEAR_EXAMPLES, NEAR_MEMBERS = 40, 4, 8  # example pairs; groups that look alike, and members of each
-OF_A_KIND, LONGEST_TEXT = 3, 120  # captions of each kind, and characters of each
-
-LISTED, KEYS = 10, 5  # groups that are listed, and keys of each
-THUMBNAIL = 224  # pixels of an example's longer side, at most: sharp at half of that on a screen of double density
-CONTEXTS, SHOWN_LENGTHS = (*range(16, 77, 8), 77), (32, 77)
-LEFT_OUT = 0.01  # fraction of the captions that the advised context may cut
 
 
 def inspect_source(

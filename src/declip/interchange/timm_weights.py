@@ -41,6 +41,16 @@ PREFIX = "timm:"
 CONTEXT = 64  # tokens of a caption for a text encoder
 OFFSET = 2  # RoBERTa's first position
 
+log = logging.getLogger("declip")
+
+LOGIT_SCALE = 20.0
+"""Of candidates from 3 to 40, the one with the smallest cross-entropy both of classes that are held out from the fit
+(five folds of ImageNet's) and of the images and captions of builtin:stamps, at each size from 128 to 224 pixels."""
+
+VERSION = 2  # of the computation: raise it when the projections change
+BATCH = 64  # texts
+GRID = 2.0**-24  # of the projections; their numbers are about 0.04, and differ by 1e-14 between numbers of threads
+
 
 def matches(where: str) -> bool:
     """Whether this is a name of a timm model."""
@@ -137,17 +147,6 @@ def _download(where: str, name: str, config: Any) -> Path:
         return huggingface_hub.hf_hub_download(config.hf_hub_id, file, local_files_only=offline)
 
     return Path(fetch(where, get, f"{PREFIX}NAME/FILE"))
-
-
-log = logging.getLogger("declip")
-
-LOGIT_SCALE = 20.0
-"""Of candidates from 3 to 40, the one with the smallest cross-entropy both of classes that are held out from the fit
-(five folds of ImageNet's) and of the images and captions of builtin:stamps, at each size from 128 to 224 pixels."""
-
-VERSION = 2  # of the computation: raise it when the projections change
-BATCH = 64  # texts
-GRID = 2.0**-24  # of the projections; their numbers are about 0.04, and differ by 1e-14 between numbers of threads
 
 
 def complete(weights: Weights) -> Weights:

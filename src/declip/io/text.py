@@ -17,6 +17,17 @@ except ImportError:
 # Control characters, line ends, surrogates and marks of writing direction.
 _UNSEEN = regex.compile(r"[\p{Cc}\p{Cs}\p{Co}\p{Zl}\p{Zp}\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
+MAX_CHARACTERS, MAX_DEPTH = 1 << 17, 20  # limits of a recipe; the shipped ones have some 3,000 characters and 4 levels
+
+NUMBERS = {
+    "int": r"[-+]?[0-9][0-9_]*",
+    "float": (
+        r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*|[0-9][0-9_]*(?=[eE]))(?:[eE][-+]?[0-9]+)?"
+        r"|[-+]?\.(?:inf|nan)"
+    ),
+}
+"""YAML 1.1 reads 5e-4 as text, 010 as 8 and 1:30 as 90."""
+
 
 def shown(text: str, most: int = 160) -> str:
     """Replace control characters in a text from the data, and truncate it to `most` characters."""
@@ -76,18 +87,6 @@ def one_line(error: Exception, longest: int = 300) -> str:
     """Format the message of an error on one line, or its class if the message is empty."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= longest else f"{text[:longest]} …"
-
-
-MAX_CHARACTERS, MAX_DEPTH = 1 << 17, 20  # limits of a recipe; the shipped ones have some 3,000 characters and 4 levels
-
-NUMBERS = {
-    "int": r"[-+]?[0-9][0-9_]*",
-    "float": (
-        r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*|[0-9][0-9_]*(?=[eE]))(?:[eE][-+]?[0-9]+)?"
-        r"|[-+]?\.(?:inf|nan)"
-    ),
-}
-"""YAML 1.1 reads 5e-4 as text, 010 as 8 and 1:30 as 90."""
 
 
 class _Loader(SafeLoader):

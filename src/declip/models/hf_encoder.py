@@ -21,6 +21,35 @@ from declip.io.hub import fetch
 from declip.io.text import one_line
 from declip.models.text_tower import AnyTextTower, SelfContained, row_at
 
+log = logging.getLogger("declip")
+PREFIX = "huggingface:"
+CONFIG = "config.json"
+TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model")
+FETCHED = ("*.json", "vocab.txt", "merges.txt", "sentencepiece.bpe.model")
+
+POOLING = "1_Pooling/config.json"
+"""File in which sentence-transformers stores a sentence encoder's pooling."""
+
+POOLINGS = {"cls": "cls", "cls_token": "cls", "mean": "mean", "mean_tokens": "mean", "lasttoken": "eos"}
+"""Poolings of sentence-transformers → `text.pooling` of a recipe."""
+
+ENTRY = "text_tower._extra_state"
+"""Name of the entry of a model's state that holds the encoder's configuration and tokenizer, as bytes of JSON."""
+
+OFFSET = ("roberta", "xlm-roberta", "camembert")
+"""Architectures whose first position is the padding id + 1."""
+
+KINDS = ("bert", *OFFSET, "distilbert")
+"""Known architectures."""
+
+SIZES = {
+    *("vocab_size", "max_position_embeddings", "type_vocab_size", "pad_token_id", "initializer_range"),
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act", "layer_norm_eps"),
+    *("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout", "activation"),
+    *("dim", "n_layers", "n_heads", "hidden_dim", "sinusoidal_pos_embds"),
+}
+"""Keys of a configuration that are read: sizes, dropout, activation; others name other tasks, files or code."""
+
 
 def is_plain(config: Mapping[str, Any]) -> bool:
     """Whether `Bert` computes what transformers computes for a configuration."""
@@ -94,37 +123,6 @@ class BertBlock(nn.Module):
     def _add(self, output: Any, inner: Tensor, x: Tensor) -> Tensor:
         added: Tensor = output["LayerNorm"](F.dropout(output["dense"](inner), self.dropout, self.training) + x)
         return added
-
-
-log = logging.getLogger("declip")
-
-PREFIX = "huggingface:"
-CONFIG = "config.json"
-TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model")
-FETCHED = ("*.json", "vocab.txt", "merges.txt", "sentencepiece.bpe.model")
-
-POOLING = "1_Pooling/config.json"
-"""File in which sentence-transformers stores a sentence encoder's pooling."""
-
-POOLINGS = {"cls": "cls", "cls_token": "cls", "mean": "mean", "mean_tokens": "mean", "lasttoken": "eos"}
-"""Poolings of sentence-transformers → `text.pooling` of a recipe."""
-
-ENTRY = "text_tower._extra_state"
-"""Name of the entry of a model's state that holds the encoder's configuration and tokenizer, as bytes of JSON."""
-
-OFFSET = ("roberta", "xlm-roberta", "camembert")
-"""Architectures whose first position is the padding id + 1."""
-
-KINDS = ("bert", *OFFSET, "distilbert")
-"""Known architectures."""
-
-SIZES = {
-    *("vocab_size", "max_position_embeddings", "type_vocab_size", "pad_token_id", "initializer_range"),
-    *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act", "layer_norm_eps"),
-    *("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout", "activation"),
-    *("dim", "n_layers", "n_heads", "hidden_dim", "sinusoidal_pos_embds"),
-}
-"""Keys of a configuration that are read: sizes, dropout, activation; others name other tasks, files or code."""
 
 
 @dataclass(frozen=True)

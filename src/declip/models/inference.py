@@ -22,6 +22,25 @@ from declip.models.image_tower import ImageTower, NoImageTower
 
 PROBE = "a photo of two red apples, and a dog"  # its token ids are part of the fingerprint
 
+PIXELS = 2**18
+"""Pixels of a forward pass per thread. Activations of more leave the CPU's caches, and their memory is returned to the
+system and requested again in every layer: EfficientNet-Lite0 takes 3 times as long with 256 images of 128 pixels."""
+
+PATCHES = 4
+"""Times as many for a tower whose only convolution makes patches. ViT-B/32 takes 0.9 to 1 times as long, and its
+threads wait for each other less often."""
+
+TOLERANCE = 1e-5
+"""Largest difference of a folded tower's features, relative to the largest feature."""
+
+log = logging.getLogger("declip")
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+LARGEST_CHANGE = 0.02
+"""Largest cosine distance between a tower's features before and after. Of random pixels, EfficientNet-Lite0's is 0.001
+in bfloat16, that of other towers below 0.0002."""
+
 
 def fingerprint(model: Any, tensors: Mapping[str, Tensor] | None = None) -> str:
     """SHA-256, in hexadecimal, of a model: class, tensors, settings of its towers, preprocessing and tokenizer.
@@ -61,18 +80,6 @@ def fingerprint(model: Any, tensors: Mapping[str, Tensor] | None = None) -> str:
 def _update(digest: Any, head: str, tensor: Tensor) -> None:
     digest.update(f"{head}{tuple(tensor.shape)}".encode())
     digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-
-
-PIXELS = 2**18
-"""Pixels of a forward pass per thread. Activations of more leave the CPU's caches, and their memory is returned to the
-system and requested again in every layer: EfficientNet-Lite0 takes 3 times as long with 256 images of 128 pixels."""
-
-PATCHES = 4
-"""Times as many for a tower whose only convolution makes patches. ViT-B/32 takes 0.9 to 1 times as long, and its
-threads wait for each other less often."""
-
-TOLERANCE = 1e-5
-"""Largest difference of a folded tower's features, relative to the largest feature."""
 
 
 def chunked(encode: Callable[[Tensor], Tensor], images: Tensor, times: int = 1) -> Tensor:
@@ -157,16 +164,6 @@ def _fold(parent: nn.Module) -> None:
         else:
             _fold(child)
         previous = name
-
-
-log = logging.getLogger("declip")
-
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
-TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-LARGEST_CHANGE = 0.02
-"""Largest cosine distance between a tower's features before and after. Of random pixels, EfficientNet-Lite0's is 0.001
-in bfloat16, that of other towers below 0.0002."""
 
 
 def pick_precision(precision: str, device: torch.device) -> torch.dtype:

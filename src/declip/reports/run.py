@@ -24,6 +24,8 @@ NAME = "report.html"
 PROGRESS = {"lr": ("learning rate", False), "logit_scale": ("logit scale", False), "grad_norm": ("gradient norm", True)}
 """Logged quantities besides the losses: their titles, and whether they are noisy."""
 
+SHOWN = 5  # candidates of a query
+
 
 class TitledChart(NamedTuple):
     """A chart with its title and notes on its values; None when nothing finite was logged."""
@@ -187,9 +189,6 @@ def _encode(model: Encoder, name: str | None, limit: int) -> HeldOut | None:
         return None
     thumbnail = thumbnails_of(source)
     return HeldOut(source, features, lambda row: thumbnail(int(features.indices[row])))
-
-
-SHOWN = 5  # candidates of a query
 
 
 class Candidate(NamedTuple):

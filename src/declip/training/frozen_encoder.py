@@ -28,6 +28,9 @@ from declip.models.layers import IMAGE, PROJECTIONS, TEXT
 
 KEY = 16  # bytes of a key
 
+BATCH = 64  # captions that the tower sees at a time
+FEATURE_VERSION = 1  # increase it when preprocessing, tokenizers or towers compute other features of the same input
+
 
 class FeatureStore:
     """Rows of numbers by key, in two files that only grow: the keys, and the rows in the same order.
@@ -93,11 +96,6 @@ class FeatureStore:
         with self._rows.open("rb") as file:
             mapped = mmap.mmap(file.fileno(), self._count * self._bytes, access=mmap.ACCESS_COPY)
         return torch.frombuffer(mapped, dtype=self.dtype).view(self._count, self.width)
-
-
-BATCH = 64  # captions that the tower sees at a time
-
-FEATURE_VERSION = 1  # increase it when preprocessing, tokenizers or towers compute other features of the same input
 
 
 class FrozenEncoder:

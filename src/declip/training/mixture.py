@@ -22,6 +22,9 @@ from declip.runs.checkpoint import prefixed
 from declip.runs.folder import EVALUATIONS, KEPT, MIXED, MIXTURE, append_row, log, read_run
 from declip.training.pairs import evaluation_tasks, tasks_to_keep
 
+ALPHAS = (1.0, 0.75, 0.5, 0.25)
+"""Fractions of the fine-tuned weights that are tried. Of equal ones the first, which is nearest to them, is taken."""
+
 
 def interpolate(start: DualEncoder, end: DualEncoder, alpha: float) -> DualEncoder:
     """Interpolate two models of one architecture: (1 - alpha) · start + alpha · end (equation 1 of the paper).
@@ -58,10 +61,6 @@ def ends_of(run: str | Path, device: str = "auto") -> tuple[DualEncoder, DualEnc
             "nothing to interpolate with."
         )
     return weights.check().build().to(pick_device(device)).eval(), end.to(pick_device(device)).eval()
-
-
-ALPHAS = (1.0, 0.75, 0.5, 0.25)
-"""Fractions of the fine-tuned weights that are tried. Of equal ones the first, which is nearest to them, is taken."""
 
 
 def mix_with_start(folder: Path, quiet: bool = False) -> DualEncoder | None:

@@ -13,6 +13,12 @@ from torch import Tensor
 from declip.training.sinks import Bar, JsonLines, Messages, RunInfo, Sink
 from declip.training.trackers import AUTO, trackers_of
 
+FLAT_AFTER = 300  # steps after which a contrastive loss still at chance level is worth a warning
+STARVED = 0.25  # fraction of time spent waiting for batches above which a warning is due
+LEAST_STEPS, LEAST_SECONDS = 20, 5.0  # before a verdict about the loader
+WARM = 3  # steps after a start of the workers that do not count, because their queue is empty
+MOST_WORKERS = 8
+
 
 @contextmanager
 def monitored(
@@ -77,13 +83,6 @@ class Monitor:
         """Write everything to disk."""
         for sink in self.sinks:
             sink.flush()
-
-
-FLAT_AFTER = 300  # steps after which a contrastive loss still at chance level is worth a warning
-STARVED = 0.25  # fraction of time spent waiting for batches above which a warning is due
-LEAST_STEPS, LEAST_SECONDS = 20, 5.0  # before a verdict about the loader
-WARM = 3  # steps after a start of the workers that do not count, because their queue is empty
-MOST_WORKERS = 8
 
 
 class NonFiniteGuard:

@@ -31,6 +31,16 @@ INVISIBLE = 250  # a drawing whose darkest value is above this is invisible on w
 DOTS_PER_INCH = 90  # the inch of editors of the 2000s; pages in millimeters come from them
 LONGEST_SIDE = 4096  # pixels; a drawing that takes less than a twentieth of its page stays a little blurred
 
+TABLE, MANIFEST, NOTICE = "pairs.parquet", "manifest.json", "NOTICE.txt"
+# Pixels of images without and with color, uint8, one after the other; gray ones take a third of the space.
+GRAY, COLOR = "images-gray.bin", "images-color.bin"
+
+ABOUT = """The images in this folder belong to others. Show the line of an image wherever you show it.
+All were drawn at {} px over white, margins cut off. The notices are in licenses/."""
+
+# A row of a set's table: "key", "captions" and columns of the set.
+Row = dict[str, Any]
+
 
 def renderer() -> Callable[..., bytes]:
     """The SVG renderer, resvg."""
@@ -72,17 +82,6 @@ def fill_square(image: Image.Image, side: int) -> np.ndarray:
 def _inked_box(image: Image.Image) -> tuple[int, int, int, int]:
     inked = np.asarray(image).min(axis=2) <= INVISIBLE
     return Image.fromarray(inked).getbbox() or (0, 0, *image.size)
-
-
-TABLE, MANIFEST, NOTICE = "pairs.parquet", "manifest.json", "NOTICE.txt"
-# Pixels of images without and with color, uint8, one after the other; gray ones take a third of the space.
-GRAY, COLOR = "images-gray.bin", "images-color.bin"
-
-ABOUT = """The images in this folder belong to others. Show the line of an image wherever you show it.
-All were drawn at {} px over white, margins cut off. The notices are in licenses/."""
-
-# A row of a set's table: "key", "captions" and columns of the set.
-Row = dict[str, Any]
 
 
 class Selection(NamedTuple):

@@ -41,6 +41,10 @@ TURNS = {
 # Errors of Pillow's readers for a damaged file, besides OSError.
 DAMAGE = (SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, OverflowError, struct.error, zlib.error)
 
+SCALES = (8, 4, 2)  # divisors of the sides that libjpeg supports while it decodes
+SMALLEST_SCALED = 8  # pixels that a side keeps at least; the decoders disagree about images smaller than a block
+SAME_EVERYWHERE = ("YCbCr", "Gray", "RGB")  # color spaces that simplejpeg converts to the same RGB as Pillow
+
 
 def decode(source: Path | bytes | Image.Image, key: str, most_pixels: int = MOST_PIXELS) -> Image.Image:
     """Read an image as RGB: upright by its EXIF orientation, transparent pixels over white, the first frame.
@@ -152,10 +156,6 @@ try:
     import simplejpeg
 except ImportError:
     simplejpeg = None
-
-SCALES = (8, 4, 2)  # divisors of the sides that libjpeg supports while it decodes
-SMALLEST_SCALED = 8  # pixels that a side keeps at least; the decoders disagree about images smaller than a block
-SAME_EVERYWHERE = ("YCbCr", "Gray", "RGB")  # color spaces that simplejpeg converts to the same RGB as Pillow
 
 
 class LazyJpeg(LazyImage):

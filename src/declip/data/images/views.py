@@ -22,6 +22,11 @@ LUMA = (0.2989, 0.587, 0.114)  # of red, green and blue in a gray value, as torc
 CHUNK_BYTES = 1 << 19  # of the float32 images processed together on a CPU: they fit its second-level cache
 SIGMAS_KEPT = 6.0  # a tap further out weighs less than 2e-8 of the central one: no effect in float32
 
+CROP_ATTEMPTS = 10  # boxes sampled before the largest central one is taken, as in torchvision's RandomResizedCrop
+RATIO = (3 / 4, 4 / 3)  # smallest and largest aspect ratio of a box
+BLUR_SIGMA = (0.1, 2.0)  # smallest and largest sigma of the blur, in pixels
+KERNEL_SIGMAS = 3.0  # of the largest sigma, which the blur's kernel reaches: 99.7 % of the widest Gaussian
+
 
 def apply(images: Tensor, photometric: Photometric, mean: Tensor, std: Tensor) -> Tensor:
     """Apply the sampled parameters, then normalize: (n, 3, H, W) uint8 to float32, on the images' device."""
@@ -159,12 +164,6 @@ def _luma(images: Tensor) -> Tensor:
 
 # The operations of the color jitter by their number in `Photometric.order`.
 JITTER = (brightness, contrast, saturation, hue)
-
-
-CROP_ATTEMPTS = 10  # boxes sampled before the largest central one is taken, as in torchvision's RandomResizedCrop
-RATIO = (3 / 4, 4 / 3)  # smallest and largest aspect ratio of a box
-BLUR_SIGMA = (0.1, 2.0)  # smallest and largest sigma of the blur, in pixels
-KERNEL_SIGMAS = 3.0  # of the largest sigma, which the blur's kernel reaches: 99.7 % of the widest Gaussian
 
 
 class Crop(NamedTuple):

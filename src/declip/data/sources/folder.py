@@ -25,6 +25,8 @@ IPTC_TEXTS, IPTC_KEYWORDS = ((2, 120), (2, 105), (2, 5)), (2, 25)  # caption, he
 CAMERAS = {"olympus digital camera", "sony dsc", "samsung camera pictures", "kodak digital still camera", "default"}
 """Descriptions that cameras write into every file."""
 
+MOST_CAPTION_BYTES = 64 * LONGEST_CAPTION  # a larger .txt file does not hold captions
+
 
 def metadata_captions(path: Path, key: str) -> list[str]:
     """Description, title and, in one line, keywords of an image file, of XMP and of IPTC; pixels are not decoded.
@@ -79,9 +81,6 @@ def _decoded(value: bytes | list[bytes] | None) -> list[str]:
         except UnicodeDecodeError:
             found.append(raw.decode("latin-1"))
     return [text for text in found if text.strip()]
-
-
-MOST_CAPTION_BYTES = 64 * LONGEST_CAPTION  # a larger .txt file does not hold captions
 
 
 class ImageFile(NamedTuple):

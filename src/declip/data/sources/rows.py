@@ -34,6 +34,10 @@ SPLIT = re.compile("(train|val|dev|test)(?![a-z])|validation", re.IGNORECASE)
 
 NOT_UTF8 = "not UTF-8; if the file is Latin-1, convert it: iconv -f latin1 -t utf-8"
 
+LONGEST_ROW = 16 << 20  # characters. A longer row means a lost quote or line end.
+TEXT_ROWS_AT_ONCE = 1 << 12  # rows that are collected before they are written
+PEEKED_ROWS = 100  # rows of a JSONL file read to learn its columns, since no header lists them
+
 
 def by_lower_name(columns: Sequence[str]) -> dict[str, str]:
     """Columns by their names without case; the first of several."""
@@ -124,11 +128,6 @@ def _footer(path: Path) -> pq.FileMetaData:
         return pq.read_metadata(path)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"'{path}' is not a Parquet file: {str(error).rstrip('.')}.") from error
-
-
-LONGEST_ROW = 16 << 20  # characters. A longer row means a lost quote or line end.
-TEXT_ROWS_AT_ONCE = 1 << 12  # rows that are collected before they are written
-PEEKED_ROWS = 100  # rows of a JSONL file read to learn its columns, since no header lists them
 
 
 class TextRows(TableRows):

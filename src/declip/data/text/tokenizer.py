@@ -19,6 +19,15 @@ from tokenizers import models, pre_tokenizers
 
 from declip.errors import UserError
 
+_MERGES = 48_894
+# CLIP's pattern without its special tokens; ignoring case also makes U+0345 a letter.
+_PIECE = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
+_LONGEST_CACHED = 64
+
+# Required special ids; BERT calls them [CLS], [SEP], [MASK] and [PAD].
+SPECIALS = ("start", "end", "mask", "padding")
+PUNCTUATION = str.maketrans("_", " ", string.punctuation.replace("_", ""))
+
 
 class CaptionTokenizer(ABC):
     """Encodes texts as ids and decodes them; start and end ids enclose every text and occur nowhere else.
@@ -94,12 +103,6 @@ def read_definition(definition: str) -> tokenizers.Tokenizer:
     library.no_truncation()
     library.no_padding()
     return library
-
-
-_MERGES = 48_894
-# CLIP's pattern without its special tokens; ignoring case also makes U+0345 a letter.
-_PIECE = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
-_LONGEST_CACHED = 64
 
 
 class Tokenizer(CaptionTokenizer):
@@ -182,10 +185,6 @@ def _byte_letters() -> dict[int, str]:
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
 
 
-# Required special ids; BERT calls them [CLS], [SEP], [MASK] and [PAD].
-SPECIALS = ("start", "end", "mask", "padding")
-
-
 class HuggingfaceTokenizer(CaptionTokenizer):
     """Encodes texts as the ids that an encoder was trained with, equal to those of transformers.
 
@@ -221,8 +220,6 @@ class HuggingfaceTokenizer(CaptionTokenizer):
     def spell(self, ids: list[int]) -> str:
         return self.library.decode(ids, skip_special_tokens=False).strip()
 
-
-PUNCTUATION = str.maketrans("_", " ", string.punctuation.replace("_", ""))
 
 # Cleaning before the tokenizer, by open_clip's names.
 CLEAN: Mapping[str, Callable[[str], str]] = {
