@@ -7,6 +7,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+from mkdocstrings import Inventory
 
 from docs.blocks import ROOT
 
@@ -49,6 +50,14 @@ def test_all_pages_are_there_and_ask_nobody(site: Path) -> None:
         assert [link for link in asked if urlsplit(link).netloc] == [], page.name
     for sheet in site.rglob("*.css"):
         assert not re.search(r"(?:@import|url\()\s*[\"']?(?:https?:)?//", sheet.read_text(encoding="utf-8")), sheet.name
+
+
+def test_the_index_for_programs_lists_every_page_and_name(site: Path) -> None:
+    listed = set(re.findall(r"\]\(([^)]+)\)", (site / "llms.txt").read_text(encoding="utf-8")))
+    pages = {page.relative_to(site).as_posix() for page in site.rglob("*.html") if "benchmarks" not in page.parts}
+    assert listed == pages - {"404.html"}
+    names = Inventory.parse_sphinx((site / "objects.inv").open("rb"))
+    assert {"declip.train", "declip.finetune", "declip.Classifier"} <= names.keys()
 
 
 def test_the_page_of_keys_is_up_to_date_and_describes_every_key() -> None:
