@@ -25,8 +25,8 @@ from torch.nn.functional import normalize
 from declip.interchange.read import load
 from declip.models.dual_encoder import DualEncoder
 from declip.models.inference import convert, image_encoder, precision_of
-from declip.recipe.finetuning import STARTS
 from declip.recipe.load import load_recipe
+from declip.recipe.starts import STARTS
 from declip.search.embed import embed
 from machine import machine
 from timing import row, take_turns
