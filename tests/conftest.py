@@ -31,9 +31,11 @@ TINY = {
     "simclr": {"widths": [16, 8]},
     "late_interaction": {"width": 8},
     "nearest_neighbor": {"queue_size": 32},
-    "train": {"steps": 8, "batch_size": 8, "warmup_steps": 2, "log_every": 2, "checkpoint_every": 4},
-}
-"""A recipe's keys for towers of a few thousand parameters."""
+    "train": {
+        "steps": 8, "batch_size": 8, "warmup_steps": 2, "log_every": 2, "checkpoint_every": 4, "report_to": [],
+    },
+}  # fmt: skip
+"""A recipe's keys for towers of a few thousand parameters; TensorBoard would import pandas in every process."""
 
 DECLIP = {"contrastive": 0.1, "multi_view": 0.3, "simsiam": 0.2, "masked_language": 0.2, "nearest_neighbor": 0.2}
 WEIGHTS = {

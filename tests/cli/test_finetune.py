@@ -32,6 +32,9 @@ from interchange.towers import build
 from training.starts import moved, same_end, stop_at
 from training.test_best import best_step
 
+PLAIN: dict[str, Any] = {"data.workers": 0, "train.report_to": []}
+"""Without loader processes and TensorBoard."""
+
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -79,7 +82,7 @@ def test_one_line_trains_validates_and_exports(pairs: Path, weights: Path, tmp_p
 def test_the_best_mixture_with_the_start_is_kept(pairs: Path, weights: Path, tmp_path: Path, command: Any) -> None:
     out, other = tmp_path / "run", pairs.with_name("other.csv")
     words = ["finetune", pairs, "--from", weights, "--val", other, "--keep", pairs, "--out", out, "--quiet"]
-    words += ["train.epochs=4", "train.lr=3e-2", "data.workers=0"]
+    words += ["train.epochs=4", "train.lr=3e-2", "data.workers=0", "train.report_to=[]"]
     printed = command(*words).out
     run = read_run(out)
     scores = {float(alpha): fmean(found.values()) for alpha, found in run.mixture["scores"].items()}
@@ -100,7 +103,7 @@ def test_the_best_mixture_with_the_start_is_kept(pairs: Path, weights: Path, tmp
 
 def test_python_uses_the_same_words_and_resumes(pairs: Path, weights: Path, tmp_path: Path) -> None:
     keys = {"train.steps": 6, "train.batch_size": 4, "train.evaluate_every": 2, "train.patience": 9}
-    keys |= {"data.max_pairs": np.int64(12), "data.workers": 0}
+    keys |= {"data.max_pairs": np.int64(12), **PLAIN}
     options = {"val": (), "freeze": "text", "quiet": True, **keys}
     whole = declip.finetune(pairs, weights, out=tmp_path / "whole", **options)
     assert whole.finished
@@ -125,7 +128,7 @@ def test_a_run_with_adapters_is_exported_in_every_format_that_holds_it(
     write_declip_file(build("vit"), tmp_path / "vit.safetensors")
     monkeypatch.setattr(finetuning, "export", written := Mock())
     keys: dict[str, Any] = {"finetune.lora": {"rank": 2}, "train.steps": 2, "train.batch_size": 8}
-    keys["data.workers"] = 0
+    keys |= PLAIN
     assert declip.finetune(pairs, tmp_path / "vit.safetensors", out=tmp_path / "run", quiet=True, **keys).finished
     assert [call.args[1] for call in written.call_args_list] == ["safetensors", "open_clip", "huggingface"]
 
@@ -195,7 +198,7 @@ def test_pairs_of_the_start_are_not_validated_on(pairs: Path, weights: Path, tmp
     head, *rows = pairs.read_text().splitlines()
     table = pairs.with_name("fewer.csv")
     table.write_text("\n".join([head, *rows[:30]]) + "\n")
-    keys: dict[str, Any] = {"quiet": True, "data.workers": 0, "train.steps": 1, "train.batch_size": 8}
+    keys: dict[str, Any] = {"quiet": True, **PLAIN, "train.steps": 1, "train.batch_size": 8}
     first = declip.finetune(table, weights, out=tmp_path / "first", **keys)
     renamed = pairs.with_name("renamed.csv")  # the same images with other captions, so that their hashes change
     renamed.write_text("\n".join([head, *(f"{row} again" for row in rows)]) + "\n")
@@ -248,7 +251,7 @@ def test_python_objects_are_split_and_validated_on(pairs: Path, tmp_path: Path) 
     weights = declip.export(build("conv"), "safetensors", tmp_path / "start").folder
     rows = [line.split(",") for line in pairs.read_text().splitlines()[1:]]
     items = [(str(pairs.parent / name), caption) for name, caption in rows]
-    keys: dict[str, Any] = {"quiet": True, "data.workers": 0, "train.steps": 1, "train.batch_size": 8}
+    keys: dict[str, Any] = {"quiet": True, **PLAIN, "train.steps": 1, "train.batch_size": 8}
     split = declip.finetune(items, weights, out=tmp_path / "split", **keys)
     assert (split.finished, split.last()[0].result.images > 0) == (True, True)  # type: ignore[union-attr]
     held_out = declip.finetune(items[:30], weights, val=items[30:], out=tmp_path / "val", **keys)

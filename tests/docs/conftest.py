@@ -52,7 +52,7 @@ def small(recipe: Recipe) -> Recipe:
         "train": {
             "steps": min(train.steps, STEPS), "batch_size": min(train.batch_size, BATCH), "warmup_steps": 1,
             "log_every": 1, "checkpoint_every": STEPS, "evaluate_every": 0, "epochs": None, "patience": None,
-            "precision": "fp32",
+            "precision": "fp32", "report_to": (),
         },
         "image": {} if recipe.image.size <= SMALL else {"model": "declip_vit_tiny", "size": 32},
         "text": {"bpe_merges": 300, "width": 32, "heads": 2, "layers": min(recipe.text.layers, 2)},

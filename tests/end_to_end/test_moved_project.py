@@ -21,7 +21,8 @@ def test_a_project_works_after_it_was_moved(tmp_path: Path, monkeypatch: pytest.
     (project / "pairs.csv").write_text("\n".join(rows) + "\n")
     declip.export(build("conv"), "safetensors", project / "start")
     monkeypatch.chdir(project)
-    keys = {"train.steps": 4, "train.batch_size": 8, "data.workers": 0, "data.image_root": "images"}
+    keys = {"train.steps": 4, "train.batch_size": 8, "data.workers": 0, "train.report_to": []}
+    keys["data.image_root"] = "images"
     run = project / "runs" / "tuned"  # an absolute path, which the recipe of the run holds
     first = declip.finetune("pairs.csv", "start", out=run, quiet=True, **keys)
     embed = ["embed", "start/declip.safetensors", "images", "--out", "indices/images", "--quiet"]

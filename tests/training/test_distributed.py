@@ -123,33 +123,38 @@ def compare(one: dict[str, dict[str, torch.Tensor]], many: dict[str, dict[str, t
 one_process = functools.cache(partial(two_steps, counts=(BATCH,)))
 
 
-def alone(names: list[str], tower: str = "layer norm") -> dict[str, dict[str, torch.Tensor]]:
+def alone(names: list[str], tower: str = "layer norm", **train: Any) -> dict[str, dict[str, torch.Tensor]]:
     """What one process learns of each recipe; computed once."""
-    return {name: one_process(name, tower) for name in names}
+    return {name: one_process(name, tower, **train) for name in names}
 
 
-@pytest.mark.parametrize("tower", TOWERS)
-@pytest.mark.parametrize("counts", [(5, 3), (2, 2, 2, 2)], ids=str)
-def test_ranks_learn_what_one_process_learns(tmp_path: Path, tower: str, counts: tuple[int, ...]) -> None:
-    names = list(CASES) if len(counts) == 2 else ["defilip", CAPTIONS]
-    for theirs in in_processes(some_recipes, len(counts), tmp_path, names, counts, tower, {}):
-        compare(alone(names, tower), theirs)
+BY_RANKS: dict[str, tuple[list[str], str, tuple[int, ...], dict[str, Any]]] = {
+    "every loss": (list(CASES), "layer norm", (5, 3), {}),
+    "four ranks": (["defilip", CAPTIONS], "layer norm", (2, 2, 2, 2), {}),
+    "batch norm": (["declip", CAPTIONS, "sigmoid"], "batch norm", (5, 3), {}),
+    "sharded": (["slip", "declip"], "layer norm", (5, 3), {"strategy": "fsdp"}),
+    "sharded, channels last": (["declip"], "batch norm", (5, 3), {"strategy": "fsdp", "channels_last": True}),
+    "sharded, activations computed twice": (
+        ["declip"], "batch norm", (4, 4), {"strategy": "fsdp", "grad_checkpointing": True},
+    ),
+    "chunks": (["declip", "filip"], "layer norm", (5, 3), {"grad_cache_chunk": 2}),
+    "Muon": (["declip"], "layer norm", (5, 3), {"optimizer": "muon"}),
+    "Muon, sharded": (["declip"], "layer norm", (5, 3), {"optimizer": "muon", "strategy": "fsdp"}),
+}  # fmt: skip
+"""Recipes, towers, pairs of each rank and keys; one process learns the same without those of how it is computed."""
 
 
-@pytest.mark.parametrize(("tower", "last"), [("layer norm", False), ("batch norm", True)])
-def test_sharded_towers_learn_the_same(tmp_path: Path, tower: str, last: bool) -> None:
-    names = ["slip", "declip"]
-    train = {"strategy": "fsdp", "channels_last": last}
-    for theirs in in_processes(some_recipes, 2, tmp_path, names, (5, 3), tower, train):
-        compare(alone(names, tower), theirs)
-
-
-def test_activations_computed_twice_change_nothing(tmp_path: Path) -> None:
-    tower, train = "batch norm", {"strategy": "fsdp", "grad_checkpointing": True}
-    expected = alone(["declip"], tower)
-    compare(expected, {"declip": two_steps("declip", tower, (BATCH,), grad_checkpointing=True)})
-    for theirs in in_processes(some_recipes, 2, tmp_path, ["declip"], (4, 4), tower, train):
+@pytest.mark.parametrize("case", BY_RANKS)
+def test_ranks_learn_what_one_process_learns(tmp_path: Path, case: str) -> None:
+    names, tower, counts, keys = BY_RANKS[case]
+    expected = alone(names, tower, **{key: keys[key] for key in {"optimizer"} & keys.keys()})
+    for theirs in in_processes(some_recipes, len(counts), tmp_path, names, counts, tower, keys):
         compare(expected, theirs)
+
+
+def test_activations_computed_twice_change_nothing() -> None:
+    found = two_steps("declip", "batch norm", (BATCH,), grad_checkpointing=True)
+    compare(alone(["declip"], "batch norm"), {"declip": found})
 
 
 def test_fewer_pairs_than_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,12 +167,6 @@ def test_fewer_pairs_than_processes_are_refused(monkeypatch: pytest.MonkeyPatch)
 
 def test_chunks_give_every_gradient_of_the_whole_batch() -> None:
     compare(alone(list(CASES)), some_recipes(list(CASES), (BATCH,), "layer norm", {"grad_cache_chunk": 3}))
-
-
-def test_ranks_with_chunks_learn_the_same(tmp_path: Path) -> None:
-    names = ["declip", "filip"]
-    for theirs in in_processes(some_recipes, 2, tmp_path, names, (5, 3), "layer norm", {"grad_cache_chunk": 2}):
-        compare(alone(names), theirs)
 
 
 def test_the_towers_see_a_chunk_at_a_time_and_batch_norm_is_told(

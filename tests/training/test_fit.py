@@ -60,7 +60,13 @@ def write(path: Path, rows: list[tuple[str, str, str, str]], split: bool) -> Non
 
 
 def keys_of(folder: Path, **keys: Any) -> dict[str, Any]:
-    return {"text.hf_model": str(folder / "bert"), "image.size": 32, "text.context_length": 24, **keys}
+    return {
+        "text.hf_model": str(folder / "bert"),
+        "image.size": 32,
+        "text.context_length": 24,
+        "train.report_to": [],
+        **keys,
+    }
 
 
 def fitted(folder: Path, out: Path, table: str = "pairs.csv", resume: bool = False, **keys: Any) -> Run:

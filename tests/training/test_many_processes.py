@@ -89,12 +89,17 @@ def end_of(folder: Path) -> dict[str, torch.Tensor]:
 QUEUE = "objective.terms.nearest_neighbor.queue.features"
 
 
-def test_two_processes_make_one_run(recipe: dict[str, Any], tmp_path: Path) -> None:
-    train(of(recipe), out=tmp_path / "one", quiet=True, report=False)
+@pytest.fixture(scope="module")
+def one(recipe: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of one process."""
+    return train(of(recipe), out=tmp_path_factory.mktemp("one") / "run", quiet=True, report=False).folder
+
+
+def test_two_processes_make_one_run(recipe: dict[str, Any], one: Path, tmp_path: Path) -> None:
     assert in_processes(trained, 2, tmp_path / "a", of(recipe), tmp_path / "two") == [(8, True)] * 2
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
-    assert (tmp_path / "one/skipped.json").read_text() == (tmp_path / "two/skipped.json").read_text()
-    queues = [end_of(tmp_path / name)[QUEUE] for name in ("one", "two")]
+    assert losses(tmp_path / "two") == pytest.approx(losses(one), rel=1e-3)
+    assert (one / "skipped.json").read_text() == (tmp_path / "two/skipped.json").read_text()
+    queues = [end_of(run)[QUEUE] for run in (one, tmp_path / "two")]
     torch.testing.assert_close(*queues, rtol=0, atol=0.02)  # the same captions in the same slots
     assert len(list_checkpoints(tmp_path / "two")) == 2
 
@@ -137,33 +142,35 @@ def test_steps_in_which_a_process_has_no_pair_are_left_out_with_one_warning(
     assert 22 <= len(losses(tmp_path / "run")) < 25
 
 
+def whole_and_in_parts(recipe: Recipe, whole: Path, parts: Path) -> list[tuple[int, bool]]:
+    return [trained(recipe, whole), stopped(recipe, parts, 3, 1), trained(recipe, parts, True)]
+
+
 def test_stopped_on_one_rank_both_stop_and_the_rest_is_bit_for_bit(recipe: dict[str, Any], tmp_path: Path) -> None:
-    dropout, parts = of({**recipe, **DROPOUT}, strategy="fsdp", checkpoint_every=100), tmp_path / "parts"
-    in_processes(trained, 2, tmp_path / "a", dropout, tmp_path / "whole")
-    assert in_processes(stopped, 2, tmp_path / "b", dropout, parts, 3, 1) == [(4, False)] * 2
-    assert in_processes(trained, 2, tmp_path / "c", dropout, parts, True) == [(8, True)] * 2
+    dropout = of({**recipe, **DROPOUT}, strategy="fsdp", checkpoint_every=100)
+    ends = in_processes(whole_and_in_parts, 2, tmp_path / "a", dropout, tmp_path / "whole", tmp_path / "parts")
+    assert ends == [[(8, True), (4, False), (8, True)]] * 2
     whole = end_of(tmp_path / "whole")
     assert not torch.equal(whole["random.0.cpu"], whole["random.1.cpu"])
-    same_end(tmp_path / "whole", parts)
+    same_end(tmp_path / "whole", tmp_path / "parts")
 
 
 def test_another_number_of_processes_goes_on_with_the_same_batches_and_moments(
-    recipe: dict[str, Any], tmp_path: Path
+    recipe: dict[str, Any], one: Path, tmp_path: Path
 ) -> None:
-    train(of(recipe), out=tmp_path / "one", quiet=True, report=False)
     parts, other = tmp_path / "parts", of(recipe, strategy="fsdp", checkpoint_every=100)
     assert not stopped(other, parts, 3, 0)[1]
     assert in_processes(trained, 2, tmp_path / "b", other, parts, True) == [(8, True)] * 2
-    assert losses(parts) == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
-    resumed, one = end_of(parts), end_of(tmp_path / "one")
-    torch.testing.assert_close(resumed[QUEUE], one[QUEUE], rtol=0, atol=0.02)
-    moments = {name for name in one if name.startswith("optimizer.")}
+    assert losses(parts) == pytest.approx(losses(one), rel=1e-3)
+    resumed, expected = end_of(parts), end_of(one)
+    torch.testing.assert_close(resumed[QUEUE], expected[QUEUE], rtol=0, atol=0.02)
+    moments = {name for name in expected if name.startswith("optimizer.")}
     assert moments == {name for name in resumed if name.startswith("optimizer.")}
     assert "optimizer.model.logit_scale.exp_avg" in moments
     for name in moments:
         # Before batch norm a bias has no gradient but rounding, so the scale has a floor.
-        floor, scale = 1e-10 if name.endswith("_sq") else 1e-5, one[name].abs().max().item()
-        torch.testing.assert_close(resumed[name], one[name], rtol=0, atol=0.02 * scale + floor, msg=name)
+        floor, scale = 1e-10 if name.endswith("_sq") else 1e-5, expected[name].abs().max().item()
+        torch.testing.assert_close(resumed[name], expected[name], rtol=0, atol=0.02 * scale + floor, msg=name)
 
 
 def absent(patience: float) -> str:
@@ -219,9 +226,7 @@ def refused(recipe: Recipe, folder: Path) -> str:
     return "began"
 
 
-def test_what_the_first_rank_refuses_ends_the_others_too(recipe: dict[str, Any], tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    train(of(recipe, steps=2), out=run, quiet=True, report=False)
-    first, second = in_processes(refused, 2, tmp_path / "a", of(recipe), run)
+def test_what_the_first_rank_refuses_ends_the_others_too(recipe: dict[str, Any], one: Path, tmp_path: Path) -> None:
+    first, second = in_processes(refused, 2, tmp_path / "a", of(recipe), one)
     assert "already holds a run" in first
     assert second == "ended with 2"

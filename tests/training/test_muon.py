@@ -1,15 +1,10 @@
 """Muon against a plain loop, and what every optimizer keeps in a checkpoint."""
 
-from pathlib import Path
-
-import pytest
 import torch
 from torch import nn
 
 from declip.recipe.schema import Train
 from declip.training.optimizer import build_optimizer, use_muon
-from processes import in_processes
-from training.test_distributed import BATCH, compare, some_recipes, two_steps
 
 LR, DECAY = 0.02, 0.1
 
@@ -82,11 +77,3 @@ def test_large_weights_in_bfloat16_are_orthogonalized_too() -> None:
     take(build_optimizer(layer.named_parameters(), Train(optimizer="muon", weight_decay=0)), layer, range(1))
     singular = torch.linalg.svdvals((layer.weight - before).detach() / (LR * 0.2 * 300**0.5))
     assert 0.65 < singular.min() <= singular.max() < 1.25
-
-
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_ranks_take_the_steps_of_one_process(tmp_path: Path, strategy: str) -> None:
-    expected = {"declip": two_steps("declip", "layer norm", (BATCH,), optimizer="muon")}
-    train = {"optimizer": "muon", "strategy": strategy}
-    for theirs in in_processes(some_recipes, 2, tmp_path, ["declip"], (5, 3), "layer norm", train):
-        compare(expected, theirs)

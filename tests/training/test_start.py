@@ -305,7 +305,7 @@ def test_a_run_on_one_pair_is_resumed(conv_start: Path, table: Path, tmp_path: P
     row = json.loads(table.read_text().splitlines()[0])
     one = tmp_path / "one.jsonl"
     one.write_text(json.dumps({**row, "image": str(table.parent / row["image"])}))
-    keys: dict[str, Any] = {"freeze": "none", "quiet": True, "train.steps": 2}
+    keys: dict[str, Any] = {"freeze": "none", "quiet": True, "train.steps": 2, "train.report_to": [], "data.workers": 0}
     for resume in (False, True):
         run = declip.finetune(one, conv_start, out=tmp_path / "run", resume=resume, **keys)
         assert (run.finished, run.recipe.data.source) == (True, (str(one), str(one)))
