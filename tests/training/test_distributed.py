@@ -144,12 +144,19 @@ BY_RANKS: dict[str, tuple[list[str], str, tuple[int, ...], dict[str, Any]]] = {
 """Recipes, towers, pairs of each rank and keys; one process learns the same without those of how it is computed."""
 
 
-@pytest.mark.parametrize("case", BY_RANKS)
-def test_ranks_learn_what_one_process_learns(tmp_path: Path, case: str) -> None:
-    names, tower, counts, keys = BY_RANKS[case]
-    expected = alone(names, tower, **{key: keys[key] for key in {"optimizer"} & keys.keys()})
-    for theirs in in_processes(some_recipes, len(counts), tmp_path, names, counts, tower, keys):
-        compare(expected, theirs)
+def every_case(world: int) -> dict[str, dict[str, dict[str, torch.Tensor]]]:
+    """What a rank learns of each case of this number of ranks."""
+    cases = {name: case for name, case in BY_RANKS.items() if len(case[2]) == world}
+    return {name: some_recipes(names, counts, tower, keys) for name, (names, tower, counts, keys) in cases.items()}
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_learn_what_one_process_learns(tmp_path: Path, world: int) -> None:
+    for theirs in in_processes(every_case, world, tmp_path, world):
+        for case, found in theirs.items():
+            names, tower, _, keys = BY_RANKS[case]
+            print(case)
+            compare(alone(names, tower, **{key: keys[key] for key in {"optimizer"} & keys.keys()}), found)
 
 
 def test_activations_computed_twice_change_nothing() -> None:
