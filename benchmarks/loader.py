@@ -1,6 +1,6 @@
 """Measure pairs per second of one core: two views of JPEG files and their captions, compared with other libraries.
 
-    python benchmarks/loader.py --repeats 7 --size 224 --json
+    python benchmarks/loader.py --repeats 7 --json
 
 `PairLoader` reads captions, augments and masks them, and tokenizes all three; of the peers, torchvision's does the two
 views alone and open_clip's tokenizes the caption once. All tasks take turns in one process, on one thread.
@@ -176,11 +176,10 @@ def main() -> None:
     """Measure, print a table, and JSON in the last line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=7, help="turns of each (default 7)")
-    parser.add_argument("--size", type=int, default=224, help="pixels of a view (default 224)")
     parser.add_argument("--json", action="store_true", help="print machine and rows as JSON, as the last line")
     options = parser.parse_args()
     about = {**machine(), "simplejpeg": picture.simplejpeg is not None}
-    show(rows := measure(options.repeats, options.size), ("part", "count", "unit"))
+    show(rows := measure(options.repeats), ("part", "count", "unit"))
     if options.json:
         print(json.dumps({"machine": about, "repeats": options.repeats, "rows": rows}))
 

@@ -10,7 +10,7 @@ from declip.data.sources.open import open_source
 from declip.errors import UserError
 
 COLORS = ("red", "green", "blue", "orange", "purple", "black", "brown", "pink")
-SHAPES = ("circle", "square", "ring", "cross")
+SHAPES = ("circle", "square", "ring", "frame")
 CONTEXT = 77
 """Context length of a text tower; as many words fill it."""
 
@@ -28,13 +28,8 @@ class Shapes(PairSource):
         image = Image.new("RGB", (96, 96), "white")
         pen, edge = ImageDraw.Draw(image), 8 + index % 24
         box = (edge, edge, 96 - edge, 96 - edge)
-        if shape == "square":
-            pen.rectangle(box, fill=color)
-        elif shape == "cross":
-            pen.line((edge, edge, 96 - edge, 96 - edge), color, 9)
-            pen.line((edge, 96 - edge, 96 - edge, edge), color, 9)
-        else:
-            pen.ellipse(box, fill=color if shape == "circle" else None, outline=color, width=9)
+        draw = pen.ellipse if shape in ("circle", "ring") else pen.rectangle
+        draw(box, fill=color if shape in ("circle", "square") else None, outline=color, width=9)
         return Pair(f"shape {index}", image, self.captions(index))
 
     def captions(self, index: int) -> tuple[str, ...]:

@@ -43,9 +43,7 @@ from timing import medians, show, time_turns
 TOWERS = {
     "ViT-B-32": "vit_base_patch32_clip_quickgelu_224",
     "ViT-B-16": "vit_base_patch16_clip_quickgelu_224",
-    "ViT-L-14": "vit_large_patch14_clip_quickgelu_224",
     "RN50": "resnet50_clip",
-    "RN101": "resnet101_clip",
 }
 """OpenAI's name → timm's; open_clip's is OpenAI's and "-quickgelu"."""
 
