@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from declip.api import finetune as finetune
     from declip.api import train as train
     from declip.data.batch import PairBatch as PairBatch
-    from declip.data.pair import Columns as Columns
+    from declip.data.columns import Columns as Columns
     from declip.errors import UserError as UserError
     from declip.interchange.export import export as export
     from declip.interchange.read import load as load
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 _WHERE = {
     "Classifier": "declip.search.classifier",
-    "Columns": "declip.data.pair",
+    "Columns": "declip.data.columns",
     "Embedder": "declip.search.embedder",
     "Index": "declip.search.index",
     "PairBatch": "declip.data.batch",

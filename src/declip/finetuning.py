@@ -8,7 +8,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from declip.data.pair import BrokenPair, Columns, PairSource, SkipCounter
+from declip.data.columns import Columns
+from declip.data.pair import BrokenPair, PairSource, SkipCounter
 from declip.data.sources.open import open_source
 from declip.data.sources.shard_files import absolute
 from declip.data.sources.subset import LIST_KIND, PairList, Subset, read_pair_list, training_part, write_pair_list

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 import declip
 from conftest import TINY, texture, tiny_tree
 from declip import finetuning
-from declip.data.pair import Columns
+from declip.data.columns import Columns
 from declip.data.sources.open import open_source
 from declip.data.sources.subset import PairList, read_pair_list, write_pair_list
 from declip.errors import UserError

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data.tables import write
-from declip.data.pair import Columns
+from declip.data.columns import Columns
 from declip.data.sources.open import open_source
 from declip.evaluation.datasets import open_dataset
 from hostile import ROOM, Trap, apart, quickly, said, written

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from conftest import texture
-from declip.data.pair import Columns
+from declip.data.columns import Columns
 from declip.data.sources.open import open_source
 from declip.data.sources.subset import PairList, write_pair_list
 from declip.errors import UserError

@@ -14,8 +14,9 @@ from PIL import Image
 import declip
 from conftest import draw, encoded
 from data.tars import write_tar
+from declip.data.columns import Columns
 from declip.data.images.decode import decode
-from declip.data.pair import Columns, Origin, Pair, PairSource
+from declip.data.pair import Origin, Pair, PairSource
 from declip.errors import UserError
 from declip.models.dual_encoder import DualEncoder
 from declip.search import embed as embedding

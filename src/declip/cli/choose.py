@@ -1,29 +1,17 @@
 """The command ``declip choose``."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from declip.cli.options import (
-    BatchSize,
-    CaptionColumn,
-    Device,
-    ImageColumn,
-    ImageRoot,
-    Precision,
-    Quiet,
-    Workers,
-    check_source,
-    file,
-    say,
-)
-from declip.data.pair import Columns
-from declip.io.atomic import atomic_write, check_writable
+from declip.cli.options import check_source, file, reads_images, say, write_sheet
+from declip.io.atomic import check_writable
 from declip.io.csv_file import csv_path
 from declip.recipe.starts import check_model
 
 
+@reads_images
 def choose(
     images: Annotated[str, typer.Argument(help="a folder of images, a table, or an index")],
     model: Annotated[str, typer.Option(help="a run folder, a checkpoint, a weights file, or open_clip:MODEL/TAG")],
@@ -37,14 +25,8 @@ def choose(
     ] = None,
     sheet_out: Annotated[Path | None, file("also write an image of the chosen images (PNG)", "--contact-sheet")] = None,
     seed: Annotated[int, typer.Option(min=0, help="seed of the sample, if there are more than 20,000 images")] = 0,
-    batch_size: BatchSize = 256,
-    workers: Workers = None,
-    image_column: ImageColumn = "image",
-    caption_column: CaptionColumn = "caption",
-    image_root: ImageRoot = None,
-    device: Device = "auto",
-    precision: Precision = "auto",
-    quiet: Quiet = False,
+    *,
+    reading: dict[str, Any],
 ) -> None:
     """Choose the images that you should caption next, by their features; the most useful come first."""
     # Before torch is imported, which takes seconds.
@@ -55,26 +37,10 @@ def choose(
     check_writable((csv_path(out), sheet_out))
     from declip.search.choose import choose as run_choice
 
-    choice = run_choice(
-        model,
-        images,
-        count,
-        have=have,
-        out=out,
-        index=index,
-        columns=Columns(image_column, caption_column or None, root=image_root),
-        device=device,
-        precision=precision,
-        seed=seed,
-        batch_size=batch_size,
-        workers=workers,
-        progress=not quiet,
-    )
+    choice = run_choice(model, images, count, have=have, out=out, index=index, seed=seed, **reading)
     say(f"{choice.summary()}\nWritten: {out}")
     if sheet_out is not None:
         from declip.reports.sheets import search_sheet
 
-        drawn = search_sheet(choice.index, choice.images, f"The first to caption: {out.name}", order="in their order")
-        with atomic_write(sheet_out, "choose another file with --contact-sheet") as target:
-            drawn.save(target, "PNG")
-        say(f"Written: {sheet_out}")
+        title = f"The first to caption: {out.name}"
+        write_sheet(sheet_out, search_sheet(choice.index, choice.images, title, order="in their order"))

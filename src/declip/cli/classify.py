@@ -1,23 +1,12 @@
 """The command ``declip classify``."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from declip.cli.options import (
-    BatchSize,
-    Device,
-    ImageColumn,
-    ImageRoot,
-    Precision,
-    Quiet,
-    Workers,
-    check_source,
-    file,
-    say,
-)
-from declip.data.pair import Columns
+from declip.cli.options import check_source, file, reads_images, say
 from declip.errors import UserError
 from declip.io.atomic import check_writable
 from declip.io.csv_file import csv_path
@@ -25,6 +14,7 @@ from declip.recipe.starts import check_model
 from declip.search.class_names import read_options
 
 
+@partial(reads_images, captions=False)
 def classify(
     images: Annotated[str, typer.Argument(help="a folder, an image, a pattern in quotes, a table, or tar shards")],
     model: Annotated[str, typer.Option(help="a run folder, a checkpoint, a weights file, or open_clip:MODEL/TAG")],
@@ -40,13 +30,8 @@ def classify(
     reject: Annotated[bool, typer.Option("--reject", help="assign images of other classes to 'none of these'")] = False,
     out: Annotated[Path | None, file("write the probability of every class to this .csv file")] = None,
     templates: Annotated[str, typer.Option(help="name of a template set, or a template with {}")] = "plain",
-    batch_size: BatchSize = 256,
-    workers: Workers = None,
-    image_column: ImageColumn = "image",
-    image_root: ImageRoot = None,
-    device: Device = "auto",
-    precision: Precision = "auto",
-    quiet: Quiet = False,
+    *,
+    reading: dict[str, Any],
 ) -> None:
     """Classify images into classes by their names, by examples, or both. Without --out, print a line per image."""
     # Before torch is imported, which takes seconds.
@@ -59,24 +44,13 @@ def classify(
         check_source(examples, "--examples")
     from declip.search.classify import classify as run_classification
 
-    result = run_classification(
-        model,
-        images,
-        names,
-        examples=examples,
-        head=head,
-        reject=reject,
-        label_column=label_column,
-        templates=templates,
-        out=out,
-        batch_size=batch_size,
-        workers=workers,
-        columns=Columns(image_column, caption=None, root=image_root),
-        device=device,
-        precision=precision,
-        progress=not quiet,
-        on_prediction=_print if out is None else None,
-    )
+    fitted: dict[str, Any] = {"examples": examples, "head": head, "reject": reject, "label_column": label_column}
+    fitted |= {"templates": templates, "out": out, "on_prediction": _print if out is None else None}
+    _print_result(run_classification(model, images, names, **fitted, **reading), save, out)
+
+
+def _print_result(result: Any, save: Path | None, out: Path | None) -> None:
+    """Print what was fitted, saved, written and left out, and save the classifier."""
     if result.classifier is not None:
         typer.echo(result.classifier.summary(), err=True)
         if save is not None:

@@ -19,7 +19,7 @@ from declip.cli.options import (
     file,
     say,
 )
-from declip.data.pair import Columns
+from declip.data.columns import Columns
 from declip.errors import UserError
 from declip.io.atomic import check_writable, write_text
 from declip.io.parts import parse_part

@@ -3,15 +3,22 @@
 import os
 import re
 import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from functools import wraps
+from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
+from declip.data.columns import Columns
 from declip.errors import UserError
+from declip.io.atomic import atomic_write
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 PIPE_WIDTH = 10_000  # columns of output to a file or a pipe, so that lines of tables are not broken
 console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
@@ -50,12 +57,50 @@ PartOption = Annotated[
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="images per forward pass")]
 JsonOut = Annotated[Path | None, file("also write the result as JSON", "--json")]
+READING: dict[str, tuple[Any, Any]] = {
+    "batch_size": (BatchSize, 256),
+    "workers": (Workers, None),
+    "image_column": (ImageColumn, "image"),
+    "caption_column": (CaptionColumn, "caption"),
+    "image_root": (ImageRoot, None),
+    "device": (Device, "auto"),
+    "precision": (Precision, "auto"),
+    "quiet": (Quiet, False),
+}
+"""Options of commands that read images with a model, and their defaults."""
+
+
+def reads_images(command: Callable[..., None], captions: bool = True) -> Callable[..., None]:
+    """Add the options `READING` to a command, whose parameter `reading` gets them as arguments of the Python API."""
+    own = [parameter for parameter in signature(command).parameters.values() if parameter.name != "reading"]
+    options = [name for name in READING if captions or name != "caption_column"]
+
+    @wraps(command)
+    def run(**given: Any) -> None:
+        reading = {name: given.pop(name) for name in options}
+        image, caption = reading.pop("image_column"), reading.pop("caption_column", None) or None
+        reading["columns"] = Columns(image, caption, root=reading.pop("image_root"))
+        command(**given, reading=reading | {"progress": not reading.pop("quiet")})
+
+    shared = [
+        Parameter(name, Parameter.KEYWORD_ONLY, annotation=READING[name][0], default=READING[name][1])
+        for name in options
+    ]
+    run.__signature__ = Signature([*own, *shared])  # type: ignore[attr-defined]  # typer reads it
+    return run
 
 
 def say(line: str) -> None:
     """Print a line without markup or line breaks, on the first rank only."""
     if os.environ.get("RANK", "0") == "0":
         console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def write_sheet(path: Path, sheet: "Image") -> None:
+    """Write a contact sheet as PNG."""
+    with atomic_write(path, "choose another file with --contact-sheet") as target:
+        sheet.save(target, "PNG")
+    say(f"Written: {path}")
 
 
 def fail(message: str, status: int = 2) -> NoReturn:

@@ -2,32 +2,27 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
 from declip.cli.options import (
-    BatchSize,
-    CaptionColumn,
     Device,
-    ImageColumn,
-    ImageRoot,
     JsonOut,
     PartOption,
     Precision,
-    Quiet,
-    Workers,
     check_source,
     console,
     expand,
     file,
+    reads_images,
     say,
+    write_sheet,
 )
-from declip.data.pair import Columns
 from declip.errors import UserError
-from declip.io.atomic import atomic_write, check_writable, write_text
+from declip.io.atomic import check_writable, write_text
 from declip.io.parts import find_parts, parse_part
 from declip.recipe.starts import check_model
 
@@ -39,6 +34,7 @@ index = typer.Typer(help="Show an index of images, or make one of parts or Parqu
 Folder = Annotated[Path, typer.Argument(metavar="INDEX", parser=expand, help="a folder written by `declip embed`")]
 
 
+@reads_images
 def embed(
     model: Annotated[str, typer.Argument(help="a run folder, a checkpoint, a weights file, or open_clip:MODEL/TAG")],
     source: Annotated[str, typer.Argument(help="a folder of images, a table, tar shards, or builtin:NAME")],
@@ -47,15 +43,9 @@ def embed(
         bool, typer.Option("--captions", help="also store a vector of the captions of each image")
     ] = False,
     dtype: Annotated[Literal["float16", "float32"], typer.Option(help="type of the stored vectors")] = "float16",
-    batch_size: BatchSize = 256,
-    workers: Workers = None,
-    image_column: ImageColumn = "image",
-    caption_column: CaptionColumn = "caption",
-    image_root: ImageRoot = None,
-    device: Device = "auto",
-    precision: Precision = "auto",
     part: PartOption = None,
-    quiet: Quiet = False,
+    *,
+    reading: dict[str, Any],
 ) -> None:
     """Write the vectors of images to an index. Run the command again to continue or to update the index."""
     # Before torch is imported, which takes seconds.
@@ -64,20 +54,7 @@ def embed(
     check_source(source, "SOURCE")
     from declip.search.embed import embed as run_embedding
 
-    made = run_embedding(
-        model,
-        source,
-        out=out,
-        captions=captions,
-        dtype=dtype,
-        batch_size=batch_size,
-        workers=workers,
-        columns=Columns(image_column, caption_column or None, root=image_root),
-        device=device,
-        precision=precision,
-        part=number,
-        progress=not quiet,
-    )
+    made = run_embedding(model, source, out=out, captions=captions, dtype=dtype, part=number, **reading)
     say(f"Ready: {made.folder}: {made.summary()}")
 
 
@@ -97,17 +74,9 @@ def search(
     json_out: JsonOut = None,
 ) -> None:
     """Search an index by a text, an image, or both."""
-    from declip.search.info import IndexInfo
-
     # --- checks that need no torch, whose import takes seconds
     check_writable((sheet_out, json_out))
-    info = IndexInfo.read(folder)
-    if model is None:
-        info.model.locate(folder)
-    else:
-        check_model(model)
-    if source is not None:
-        check_source(source, "--source")
+    _check_index(folder, model, source)
     if image is not None and not image.is_file():
         raise UserError(f"There is no image '{image}'. Give a file with --image.")
     both = _two_numbers(weights)
@@ -130,10 +99,21 @@ def search(
         from declip.reports.sheets import search_sheet
 
         given = None if image is None else decode(image, str(image))
-        drawn = search_sheet(opened, hits, text or f"like {image.name if image else ''}", given)
-        with atomic_write(sheet_out, "choose another file with --contact-sheet") as target:
-            drawn.save(target, "PNG")
-        say(f"Written: {sheet_out}")
+        title = text or f"like {image.name if image else ''}"
+        write_sheet(sheet_out, search_sheet(opened, hits, title, given))
+
+
+def _check_index(folder: Path, model: str | None, source: str | None) -> None:
+    """Refuse a folder without an index, and a model or a source that is missing, before torch is imported."""
+    from declip.search.info import IndexInfo
+
+    info = IndexInfo.read(folder)
+    if model is None:
+        info.model.locate(folder)
+    else:
+        check_model(model)
+    if source is not None:
+        check_source(source, "--source")
 
 
 def _print_hits(hits: "list[Hit]") -> None:

@@ -9,15 +9,12 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from declip.io.text import shown
-
-if TYPE_CHECKING:
-    from declip.recipe.schema import Data
 
 # Characters of a caption, above which it is a page or a broken file, and captions of one image: public sets have five,
 # region descriptions fifty; more mean a wrong image column.
@@ -245,28 +242,3 @@ def printable(text: str) -> str:
 def is_unicode(text: str) -> bool:
     """Whether the text can be encoded as UTF-8; JSON's lone `\\ud800` cannot."""
     return text.isascii() or not SURROGATE.search(text)
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Names of the columns of a table.
-
-    Attributes:
-        image: Column of image paths or bytes.
-        caption: Column of captions; None does not read them.
-        group: Column whose equal cells mark pairs that show the same thing; None for no groups.
-        root: Folder that image paths are relative to; None: the folder of the table.
-    """
-
-    image: str = "image"
-    caption: str | None = "caption"
-    group: str | None = None
-    root: str | Path | None = None
-
-    @classmethod
-    def of(cls, data: Data) -> Columns:
-        """The columns that a recipe names."""
-        return cls(**data.columns, root=data.image_root)
-
-
-DEFAULT = Columns()

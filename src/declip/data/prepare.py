@@ -12,8 +12,9 @@ from typing import Any
 
 from PIL import Image
 
+from declip.data.columns import DEFAULT, Columns
 from declip.data.images.decode import LazyJpeg
-from declip.data.pair import DEFAULT, BrokenPair, Columns, LazyImage, PairSource, SkipCounter, printable
+from declip.data.pair import BrokenPair, LazyImage, PairSource, SkipCounter, printable
 from declip.data.sources.open import ImageSource, open_source
 from declip.data.sources.shard_files import absolute
 from declip.data.sources.shards import LARGEST_IMAGE, LARGEST_TEXT

@@ -12,8 +12,9 @@ import pyarrow as pa
 from PIL import Image
 from torchvision import datasets
 
+from declip.data.columns import Columns
 from declip.data.images.decode import EXTENSIONS, image_below
-from declip.data.pair import BrokenPair, Columns, LazyPair, Pair, PairSource, is_unicode, printable
+from declip.data.pair import BrokenPair, LazyPair, Pair, PairSource, is_unicode, printable
 from declip.data.sources.entry import EntrySource
 from declip.data.sources.rows import TableRows, by_lower_name, cell_name
 from declip.data.sources.subset import SPLITS, DerivedSource, Subset

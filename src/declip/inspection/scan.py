@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from declip.data.pair import DEFAULT, BrokenPair, Columns, Pair, PairSource, SkipCounter
+from declip.data.columns import DEFAULT, Columns
+from declip.data.pair import BrokenPair, Pair, PairSource, SkipCounter
 from declip.data.sources.open import ImageSource, open_source
 from declip.data.text.tokenizer import clean
 from declip.errors import UserError, check_range

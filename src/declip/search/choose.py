@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from declip.data.columns import DEFAULT, Columns
 from declip.data.images.decode import EXTENSIONS
-from declip.data.pair import DEFAULT, Columns, PairSource, SkipCounter
+from declip.data.pair import PairSource, SkipCounter
 from declip.data.sources.python_items import Items
 from declip.data.sources.shard_files import resolve
 from declip.errors import UserError, check_range

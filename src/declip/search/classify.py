@@ -12,8 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
+from declip.data.columns import DEFAULT, Columns
 from declip.data.images.decode import EXTENSIONS
-from declip.data.pair import DEFAULT, Columns, LazyImage, PairSource, SkipCounter
+from declip.data.pair import LazyImage, PairSource, SkipCounter
 from declip.data.sources.open import ImageSource, open_images, open_source
 from declip.data.sources.python_items import Items
 from declip.errors import UserError, check_range

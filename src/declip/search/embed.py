@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from declip.data.pair import DEFAULT, BrokenPair, Columns, LazyImage, LazyPair, Origin, PairSource, SkipCounter
+from declip.data.columns import DEFAULT, Columns
+from declip.data.pair import BrokenPair, LazyImage, LazyPair, Origin, PairSource, SkipCounter
 from declip.data.sources.open import ImageSource, open_source
 from declip.data.sources.python_items import Items
 from declip.data.sources.shard_files import relative, stored_path

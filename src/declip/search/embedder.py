@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from declip.data.pair import DEFAULT, BrokenPair, Columns, as_texts, clean_captions
+from declip.data.columns import DEFAULT, Columns
+from declip.data.pair import BrokenPair, as_texts, clean_captions
 from declip.data.sources.open import ImageSource, open_source
 from declip.data.sources.python_items import ItemSource
 from declip.data.sources.shard_files import absolute

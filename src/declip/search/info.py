@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 import declip
-from declip.data.pair import DEFAULT, Columns, SkipCounter
+from declip.data.columns import DEFAULT, Columns
+from declip.data.pair import SkipCounter
 from declip.data.sources.shard_files import is_missing, resolve
 from declip.errors import UserError
 from declip.io.atomic import write_text

@@ -6,7 +6,8 @@ from contextlib import suppress
 import numpy as np
 
 from declip.data.batch import Plan
-from declip.data.pair import BrokenPair, Columns, PairSource, SkipCounter
+from declip.data.columns import Columns
+from declip.data.pair import BrokenPair, PairSource, SkipCounter
 from declip.data.sources.open import open_source
 from declip.data.sources.subset import Joined, take, training_part
 from declip.data.text.augment import in_other_script

@@ -11,7 +11,8 @@ from PIL import Image
 import declip
 from conftest import TINY, WEIGHTS
 from data.tables import message, reason_of
-from declip.data.pair import BrokenPair, Columns
+from declip.data.columns import Columns
+from declip.data.pair import BrokenPair
 from declip.data.sources.open import open_source
 from declip.errors import UserError
 from declip.recipe.schema import Recipe

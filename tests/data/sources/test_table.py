@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from data.tables import KINDS, message, reason_of, write
-from declip.data.pair import BrokenPair, Columns
+from declip.data.columns import Columns
+from declip.data.pair import BrokenPair
 from declip.data.sources.open import open_source
 from declip.data.sources.subset import take
 from declip.data.sources.table import IMAGE_NAMES, TableSource, find_column

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from declip.data.builtin.sets import open_builtin
-from declip.data.pair import BUILTIN_PREFIX, DEFAULT, BrokenPair, Columns, LazyPair, Origin, Pair, PairSource
+from declip.data.columns import DEFAULT, Columns
+from declip.data.pair import BUILTIN_PREFIX, BrokenPair, LazyPair, Origin, Pair, PairSource
 from declip.data.sources.folder import FolderSource
 from declip.data.sources.python_items import PREFIX, Items, ItemSource
 from declip.data.sources.shard_files import holds, names_shards

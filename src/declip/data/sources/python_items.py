@@ -9,8 +9,9 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
+from declip.data.columns import DEFAULT, Columns
 from declip.data.images.decode import image_below
-from declip.data.pair import DEFAULT, BrokenPair, Columns, Origin, as_texts, clean_captions
+from declip.data.pair import BrokenPair, Origin, as_texts, clean_captions
 from declip.data.sources.entry import EntrySource
 from declip.data.sources.rows import by_lower_name, cell_name
 from declip.data.sources.subset import COLUMN, places_by_split, split_numbers

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from declip.data.pair import BrokenPair, Columns, PairSource, printable
+from declip.data.columns import Columns
+from declip.data.pair import BrokenPair, PairSource, printable
 from declip.data.sources.shard_files import resolve, stored_path
 from declip.errors import UserError
 from declip.io.atomic import write_text

@@ -11,8 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from declip.data.columns import DEFAULT, Columns
 from declip.data.images.decode import image_below
-from declip.data.pair import DEFAULT, BrokenPair, Columns, as_texts, clean_captions, printable
+from declip.data.pair import BrokenPair, as_texts, clean_captions, printable
 from declip.data.sources.entry import EntrySource
 from declip.data.sources.rows import NOT_UTF8, DelimitedRows, JsonRows, ParquetRows, TableRows, by_lower_name, cell_name
 from declip.data.sources.shard_files import holds, is_url, names_shards

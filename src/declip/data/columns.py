@@ -1,0 +1,35 @@
+"""The columns of a table that are read, and the folder of its image paths."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from declip.recipe.schema import Data
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of the columns of a table.
+
+    Attributes:
+        image: Column of image paths or bytes.
+        caption: Column of captions; None does not read them.
+        group: Column whose equal cells mark pairs that show the same thing; None for no groups.
+        root: Folder that image paths are relative to; None: the folder of the table.
+    """
+
+    image: str = "image"
+    caption: str | None = "caption"
+    group: str | None = None
+    root: str | Path | None = None
+
+    @classmethod
+    def of(cls, data: Data) -> Columns:
+        """The columns that a recipe names."""
+        return cls(**data.columns, root=data.image_root)
+
+
+DEFAULT = Columns()
