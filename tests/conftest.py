@@ -5,8 +5,6 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 
 # Threads that wait for each other make everything slow next to other tests; set before the libraries are loaded, and
@@ -89,7 +87,7 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
 
 
 @pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., SimpleNamespace]:
+def command(monkeypatch, capfd):
     """Runs the command as a shell starts it; gives its exit status and what it printed."""
     from declip.cli import app as cli
 
@@ -104,7 +102,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
 
 
 @pytest.fixture(scope="session")
-def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def table(tmp_path_factory):
     """A JSONL table of 24 pictures with two captions each."""
     folder = tmp_path_factory.mktemp("shapes")
     rows = []
@@ -119,6 +117,6 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def generator() -> np.random.Generator:
+def generator():
     """A generator with a fixed seed."""
     return np.random.default_rng(0)

@@ -42,13 +42,13 @@ def write_index(folder: Path, images: Tensor, texts: Tensor | None = None, capti
 
 
 @pytest.fixture(scope="session")
-def model() -> DualEncoder:
+def model():
     """The model that makes the indices."""
     return tiny_model()
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path):
     """24 images of shapes, without captions."""
     path = tmp_path / "shapes"
     path.mkdir()
@@ -59,7 +59,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def weights_file(model: DualEncoder, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def weights_file(model, tmp_path_factory):
     """The model as a file."""
     path = tmp_path_factory.mktemp("weights") / "model.safetensors"
     write_declip_file(model, path)

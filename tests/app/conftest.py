@@ -1,9 +1,7 @@
 """An app over the pairs of the shared table, as the model of a short run sees them."""
 
-from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +19,7 @@ collect_ignore_glob = [] if find_spec("starlette") and find_spec("uvicorn") else
 
 
 @pytest.fixture(scope="session")
-def run_folder(table: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run_folder(table, tmp_path_factory):
     """A run of a few steps."""
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     declip.train(Recipe.model_validate(tiny_tree(table, "declip", name="tiny")), out=folder, quiet=True, report=False)
@@ -29,7 +27,7 @@ def run_folder(table: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def shared(run_folder: Path, table: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def shared(run_folder, table, tmp_path_factory):
     """The state of the app."""
     from declip.app.server import open_state
 
@@ -46,7 +44,7 @@ def ask(state: Any, **options: Any) -> AbstractContextManager[Any]:
 
 
 @pytest.fixture
-def state(shared: Any) -> Any:
+def state(shared):
     """The state without the comparisons of earlier tests."""
     shared.compared.clear()
     shared.stopped.clear()
@@ -54,14 +52,14 @@ def state(shared: Any) -> Any:
 
 
 @pytest.fixture
-def client(state: Any) -> Iterator[Any]:
+def client(state):
     """A client of the app."""
     with ask(state) as asked:
         yield asked
 
 
 @pytest.fixture(scope="session")
-def uncaptioned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def uncaptioned(tmp_path_factory):
     """A table of images without captions."""
     folder = tmp_path_factory.mktemp("uncaptioned")
     for name in NAMES:
@@ -72,7 +70,7 @@ def uncaptioned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def opened(run_folder: Path, uncaptioned: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def opened(run_folder, uncaptioned, tmp_path_factory):
     """The state of an app over them."""
     from declip.app.server import open_state
 
@@ -80,7 +78,7 @@ def opened(run_folder: Path, uncaptioned: Path, tmp_path_factory: pytest.TempPat
 
 
 @pytest.fixture
-def start(opened: Any, tmp_path: Path) -> Any:
+def start(opened, tmp_path):
     """Starts captioning into a file, as a start of the server does."""
     from declip.app.captions import Captioning
 

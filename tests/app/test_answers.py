@@ -1,7 +1,6 @@
 import io
 import json
 import shutil
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,11 +13,10 @@ from app.conftest import ask
 from conftest import draw, encoded
 from declip.app.requests import LARGEST_JSON
 from declip.app.state import AppState
-from declip.models.dual_encoder import DualEncoder
 from end_to_end.conftest import png
 
 
-def test_probabilities_are_the_softmax_of_the_scaled_cosines(client: Any, state: Any) -> None:
+def test_probabilities_are_the_softmax_of_the_scaled_cosines(client, state):
     token = client.post("/api/images", content=encoded(draw("red", "circle"))).json()["image"]
     names = ["a red circle", "a blue bar", "a green square"]
     tree = client.post("/api/classify", json={"image": token, "classes": [*names, " a blue  bar ", ""]}).json()
@@ -32,7 +30,7 @@ def test_probabilities_are_the_softmax_of_the_scaled_cosines(client: Any, state:
     assert probable == sorted(probable, reverse=True)
 
 
-def test_a_template_goes_around_the_names(client: Any, state: Any) -> None:
+def test_a_template_goes_around_the_names(client, state):
     asked = {"id": 0, "classes": ["bar", "circle"], "template": "a red {}"}
     given = client.post("/api/classify", json=asked).json()["classes"]
     spelled = client.post("/api/classify", json={"id": 0, "classes": ["a red bar", "a red circle"]}).json()["classes"]
@@ -47,13 +45,13 @@ def test_a_template_goes_around_the_names(client: Any, state: Any) -> None:
         (png(7_100, 7_100), "too large"),
     ],
 )
-def test_other_files_are_refused_with_a_reason(client: Any, content: bytes, said: str) -> None:
+def test_other_files_are_refused_with_a_reason(client, content, said):
     answer = client.post("/api/images", content=content)
     assert answer.status_code == 422
     assert said in answer.json()["error"]
 
 
-def test_a_huge_upload_is_refused_and_none_reaches_the_disk(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_huge_upload_is_refused_and_none_reaches_the_disk(client, monkeypatch):
     content = encoded(Image.fromarray(np.random.default_rng(0).integers(0, 255, (900, 900, 3), np.uint8)))
     assert len(content) > 1 << 20  # what Starlette's forms would put into a temporary file
     for maker in ("SpooledTemporaryFile", "NamedTemporaryFile", "mkstemp"):
@@ -64,7 +62,7 @@ def test_a_huge_upload_is_refused_and_none_reaches_the_disk(client: Any, monkeyp
     assert client.post("/api/images", content=iter([bytes(100)] * 100)).status_code == 413
 
 
-def test_a_wrong_question_is_answered_with_a_sentence(client: Any) -> None:
+def test_a_wrong_question_is_answered_with_a_sentence(client):
     wrong: tuple[tuple[dict[str, Any], str], ...] = (
         ({"classes": ["a"]}, "no image yet"),
         ({"classes": ["", "  "], "id": 0}, "There is no class yet"),
@@ -84,14 +82,14 @@ def test_a_wrong_question_is_answered_with_a_sentence(client: Any) -> None:
         assert client.post("/api/classify", content=content).status_code == 400
 
 
-def test_vectors_of_the_latest_uploads_alone_are_kept(state: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vectors_of_the_latest_uploads_alone_are_kept(state, monkeypatch):
     monkeypatch.setattr("declip.app.state.MOST_UPLOADS", 2)
     state.uploads.clear()
     tokens = [state.add_upload(torch.full((1,), float(n))) for n in range(3)]
     assert [state.uploads.get(token) for token in tokens] == [None, 1.0, 2.0]
 
 
-def test_a_text_finds_the_hits_of_the_index_among_images_and_captions(client: Any, state: Any) -> None:
+def test_a_text_finds_the_hits_of_the_index_among_images_and_captions(client, state):
     tree = client.get("/api/search", params={"text": "a red circle", "count": 5}).json()
     expected = state.index.search("a red circle", k=5)
     assert [(hit["id"], hit["captions"]) for hit in tree["hits"]] == [(hit.id, list(hit.captions)) for hit in expected]
@@ -102,7 +100,7 @@ def test_a_text_finds_the_hits_of_the_index_among_images_and_captions(client: An
     assert [hit["id"] for hit in client.get("/api/search", params=asked).json()["hits"]] == [hit.id for hit in expected]
 
 
-def test_an_image_finds_the_index_hits_and_the_balance_moves_to_the_text(client: Any, state: Any) -> None:
+def test_an_image_finds_the_index_hits_and_the_balance_moves_to_the_text(client, state):
     token = client.post("/api/images", content=encoded(draw("green", "bar"))).json()["image"]
     hits = client.get("/api/search", params={"image": token}).json()["hits"]
     expected = state.index.search(image=draw("green", "bar"), k=24)
@@ -115,7 +113,7 @@ def test_an_image_finds_the_index_hits_and_the_balance_moves_to_the_text(client:
         assert [hit["id"] for hit in both["hits"]] == [hit["id"] for hit in alone]
 
 
-def test_a_wrong_search_names_its_parameter(client: Any) -> None:
+def test_a_wrong_search_names_its_parameter(client):
     wrong = {
         "text=+": "image", f"text={'x' * 2_001}": "text", "text=a&count=0": "count", "text=a&over=files": "over",
         "id=0&text=a&weight=nan": "weight", "id=99999999999999999999999": "id", "id=24": "24",
@@ -126,7 +124,7 @@ def test_a_wrong_search_names_its_parameter(client: Any) -> None:
         assert named in answer.json()["error"]
 
 
-def test_thumbnails_are_small_images_by_id(client: Any, state: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_thumbnails_are_small_images_by_id(client, state, monkeypatch):
     answer = client.get("/thumbnails/3")
     assert answer.headers["content-type"] == "image/webp"
     assert Image.open(io.BytesIO(answer.content)).size == (40, 40)
@@ -137,7 +135,7 @@ def test_thumbnails_are_small_images_by_id(client: Any, state: Any, monkeypatch:
         assert client.get(f"/thumbnails/{id}").status_code in (400, 404), id
 
 
-def test_a_missing_image_gives_away_no_path(model: DualEncoder, folder: Path, tmp_path: Path) -> None:
+def test_a_missing_image_gives_away_no_path(model, folder, tmp_path):
     with ask(AppState(declip.embed(model, folder, out=tmp_path / "index"), "")) as client:
         shutil.rmtree(folder)
         answer = client.get("/thumbnails/0")
@@ -146,7 +144,7 @@ def test_a_missing_image_gives_away_no_path(model: DualEncoder, folder: Path, tm
         assert client.get("/api/search?text=red").status_code == 200
 
 
-def test_text_of_the_source_never_becomes_markup(model: DualEncoder, tmp_path: Path) -> None:
+def test_text_of_the_source_never_becomes_markup(model, tmp_path):
     evil = '<img src=x onerror="alert(1)">'
     draw("red", "bar").save(tmp_path / f"{evil.replace('/', '')}.png")
     rows = [{"image": f"{evil}.png", "caption": f"</script>{evil}"}] * 3
@@ -163,7 +161,7 @@ def test_text_of_the_source_never_becomes_markup(model: DualEncoder, tmp_path: P
         assert found.json()["hits"][0]["captions"] == [f"</script>{evil}"]
 
 
-def test_an_index_without_captions_says_how_to_get_them(model: DualEncoder, folder: Path, tmp_path: Path) -> None:
+def test_an_index_without_captions_says_how_to_get_them(model, folder, tmp_path):
     with ask(AppState(declip.embed(model, folder, out=tmp_path / "images"), "")) as client:
         for address in ("/api/search?text=a&over=captions", "/api/pairs/disagreeing"):
             answer = client.get(address)

@@ -39,14 +39,14 @@ def served(state: Any) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def address(shared: Any) -> Iterator[str]:
+def address(shared):
     """The page, served in a thread."""
     with served(shared) as found:
         yield found
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
+def browser():
     """Debian's Chromium."""
     with sync_api.sync_playwright() as playwright:
         opened = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
@@ -55,7 +55,7 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture
-def page(browser: Any, address: str) -> Iterator[Any]:
+def page(browser, address):
     """A page that asks nobody else and logs no error."""
     context = browser.new_context(base_url=address, accept_downloads=True)
     context.set_default_timeout(60_000)
@@ -69,7 +69,7 @@ def page(browser: Any, address: str) -> Iterator[Any]:
     assert wrong == []
 
 
-def test_an_image_is_dropped_and_classified(page: Any, tmp_path: Path) -> None:
+def test_an_image_is_dropped_and_classified(page, tmp_path):
     page.goto("/classify")
     page.get_by_role("button", name="Classify").click()
     sync_api.expect(page.get_by_role("status")).to_have_text("Choose an image first.")
@@ -91,7 +91,7 @@ def test_an_image_is_dropped_and_classified(page: Any, tmp_path: Path) -> None:
     sync_api.expect(page.locator("#result")).to_be_hidden()
 
 
-def test_a_text_is_typed_and_found_by_keyboard_alone(page: Any, shared: Any) -> None:
+def test_a_text_is_typed_and_found_by_keyboard_alone(page, shared):
     page.goto("/search")
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.textContent") == "Skip to the content"
@@ -109,7 +109,7 @@ def test_a_text_is_typed_and_found_by_keyboard_alone(page: Any, shared: Any) -> 
     sync_api.expect(page.locator("#hits > li").first).to_contain_text("cosine 1.000")
 
 
-def test_an_address_brings_back_the_template_and_the_balance(page: Any) -> None:
+def test_an_address_brings_back_the_template_and_the_balance(page):
     for template, chosen in (("a red {}", "own"), ("imagenet", "imagenet")):
         page.goto(f"/search?text=bar&id=0&weight=0.2&template={template}")
         sync_api.expect(page.locator("#hits > li")).to_have_count(24)
@@ -120,7 +120,7 @@ def test_an_address_brings_back_the_template_and_the_balance(page: Any) -> None:
         }  # fmt: skip
 
 
-def test_old_answers_go_when_another_question_fails(page: Any, tmp_path: Path) -> None:
+def test_old_answers_go_when_another_question_fails(page, tmp_path):
     page.goto("/search?id=0")
     sync_api.expect(page.locator("#hits > li")).to_have_count(24)
     (tmp_path / "broken.png").write_bytes(b"no image")
@@ -145,9 +145,7 @@ def test_old_answers_go_when_another_question_fails(page: Any, tmp_path: Path) -
     ("view", "asked", "result"),
     [("search", "/api/search", "#hits > li"), ("classify", "/api/classify", "#bars > li:visible")],
 )
-def test_an_answer_that_comes_after_the_image_was_removed_is_dropped(
-    page: Any, view: str, asked: str, result: str
-) -> None:
+def test_an_answer_that_comes_after_the_image_was_removed_is_dropped(page, view, asked, result):
     held: list[Any] = []
     page.route(f"**{asked}**", lambda route: held.append(route))  # Playwright marks the handler
     with page.expect_request(f"**{asked}**"):
@@ -169,7 +167,7 @@ def tab_to(page: Any, selector: str) -> None:
     pytest.fail(f"Tab does not reach {selector}")
 
 
-def test_pairs_are_marked_and_saved_by_keyboard_also_after_a_restart(page: Any, shared: Any) -> None:
+def test_pairs_are_marked_and_saved_by_keyboard_also_after_a_restart(page, shared):
     page.goto("/pairs")
     sync_api.expect(page.locator("#disagreeing-rows > li")).to_have_count(24)
     tab_to(page, "[data-pair]")
@@ -187,7 +185,7 @@ def test_pairs_are_marked_and_saved_by_keyboard_also_after_a_restart(page: Any, 
     assert saved.value.path().read_text().count(".png") == 1
 
 
-def test_every_view_fits_a_phone(page: Any) -> None:
+def test_every_view_fits_a_phone(page):
     page.set_viewport_size(PHONE)
     for view in ("classify", "search?text=red", "pairs", "pairs#duplicates"):
         page.goto(f"/{view}")
@@ -198,9 +196,7 @@ def test_every_view_fits_a_phone(page: Any) -> None:
             assert page.locator("h1").is_visible()
 
 
-def test_thirty_images_are_captioned_without_a_mouse_through_restarts_and_a_second_tab(
-    browser: Any, start: Any, tmp_path: Path
-) -> None:
+def test_thirty_images_are_captioned_without_a_mouse_through_restarts_and_a_second_tab(browser, start, tmp_path):
     table = tmp_path / "captions.csv"
     with served(start()) as address:
         context = browser.new_context(base_url=address)

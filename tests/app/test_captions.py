@@ -1,7 +1,6 @@
 """Captioning images: the table on the disk, two tabs, the heads that are fitted, and hostile or wrong input."""
 
 import csv
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ def save(client: Any, shown: dict[str, Any], *captions: str) -> Any:
     return client.post("/api/caption", json={"id": shown["id"], "captions": captions, "seen": shown["saved"]})
 
 
-def test_every_caption_is_in_the_table_and_a_restart_goes_on(start: Any, tmp_path: Path) -> None:
+def test_every_caption_is_in_the_table_and_a_restart_goes_on(start, tmp_path):
     (tmp_path / "captions.csv").write_text("note,image,caption\nkept,elsewhere.png,=1+1\n")
     with ask(start()) as client:
         for number in range(3):
@@ -33,7 +32,7 @@ def test_every_caption_is_in_the_table_and_a_restart_goes_on(start: Any, tmp_pat
     assert source[1].image.size == (32, 32)
 
 
-def test_two_tabs_show_other_images_and_no_caption_is_overwritten(start: Any, tmp_path: Path) -> None:
+def test_two_tabs_show_other_images_and_no_caption_is_overwritten(start, tmp_path):
     with ask(start()) as client:
         one, two = (client.get(f"/api/caption?tab={tab}").json() for tab in ("one", "two"))
         assert one["id"] != two["id"]
@@ -49,7 +48,7 @@ def test_two_tabs_show_other_images_and_no_caption_is_overwritten(start: Any, tm
         assert not list(tmp_path.glob(".*"))
 
 
-def test_after_25_images_the_heads_are_fitted(start: Any) -> None:
+def test_after_25_images_the_heads_are_fitted(start):
     state = start()
     with ask(state) as client:
         for name in NAMES[:25]:
@@ -65,7 +64,7 @@ def test_after_25_images_the_heads_are_fitted(start: Any) -> None:
     assert start().captioning.estimates[0] == state.captioning.estimates[0]
 
 
-def test_wrong_input_is_refused(start: Any, tmp_path: Path, state: Any) -> None:
+def test_wrong_input_is_refused(start, tmp_path, state):
     with ask(start()) as client:
         shown = client.get("/api/caption?tab=one").json()
         for body in (

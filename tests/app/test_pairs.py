@@ -1,7 +1,6 @@
 import csv
 import json
 import shutil
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,7 +23,7 @@ def state_of(index: Index, ranks: dict[int, float] | None = None) -> Any:
 
 
 @pytest.fixture
-def made_up(tmp_path: Path) -> Any:
+def made_up(tmp_path):
     """60 pairs: captions near their images, but 5 and 6 are exchanged, 7 has none, 20 is an image twice."""
     torch.manual_seed(0)
     images = normalize(torch.randn(60, 16), dim=-1)
@@ -37,7 +36,7 @@ def made_up(tmp_path: Path) -> Any:
     return state_of(write_index(tmp_path / "made", images, texts, captions))
 
 
-def test_exchanged_captions_disagree_most(made_up: Any) -> None:
+def test_exchanged_captions_disagree_most(made_up):
     found = compare_captions(made_up)
     assert set(found.ids[:2].tolist()) == {5, 6}
     assert found.without == 1
@@ -48,7 +47,7 @@ def test_exchanged_captions_disagree_most(made_up: Any) -> None:
     assert (found.median, found.spread) == pytest.approx((median, 1.4826 * np.median(np.abs(own - median))), abs=1e-5)
 
 
-def test_pairs_that_a_run_was_trained_on_are_judged_out_of_fold(run_folder: Path, shared: Any, tmp_path: Path) -> None:
+def test_pairs_that_a_run_was_trained_on_are_judged_out_of_fold(run_folder, shared, tmp_path):
     run = shutil.copytree(run_folder, tmp_path / "run")
     rows = [(row.key, text) for row in map(shared.index.row, shared.index.ids) for text in row.captions]
     ranks = {pair: number / len(rows) for number, pair in enumerate(reversed(rows))}
@@ -71,7 +70,7 @@ def test_pairs_that_a_run_was_trained_on_are_judged_out_of_fold(run_folder: Path
         assert "was trained on" in client.get("/pairs").text
 
 
-def test_similar_images_are_those_of_all_with_all_joined_through_others(made_up: Any, tmp_path: Path) -> None:
+def test_similar_images_are_those_of_all_with_all_joined_through_others(made_up, tmp_path):
     similar = find_similar(made_up)
     [(ids, cosine)] = similar.groups(0.999)
     assert (ids, cosine) == ([20, 40], pytest.approx(1, abs=1e-5))
@@ -89,7 +88,7 @@ def test_similar_images_are_those_of_all_with_all_joined_through_others(made_up:
     assert len(ids) == 40
 
 
-def test_the_page_gets_what_was_found(client: Any, state: Any) -> None:
+def test_the_page_gets_what_was_found(client, state):
     found = compare_captions(state)
     below = float(found.values[5])
     answer = client.get(f"/api/pairs/disagreeing?limit={below}").json()
@@ -113,7 +112,7 @@ def test_the_page_gets_what_was_found(client: Any, state: Any) -> None:
         assert client.post("/api/pairs/list", json=tree).status_code == 400, tree
 
 
-def test_the_list_has_keys_and_reasons(client: Any, state: Any) -> None:
+def test_the_list_has_keys_and_reasons(client, state):
     client.get("/api/pairs/disagreeing")
     marked = {"image and caption disagree": [3, 1], "near-duplicate image": [3, 8]}
     answer = client.post("/api/pairs/list", json=marked)
@@ -125,7 +124,7 @@ def test_the_list_has_keys_and_reasons(client: Any, state: Any) -> None:
     assert rows[0]["cosine"] == pytest.approx(float(found.values[found.ids.tolist().index(1)]), abs=1e-4)
 
 
-def test_a_comparison_is_made_once_and_ends_with_the_server(state: Any) -> None:
+def test_a_comparison_is_made_once_and_ends_with_the_server(state):
     calls = []
 
     def compare(state: Any) -> int:

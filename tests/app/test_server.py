@@ -4,7 +4,6 @@ import signal
 import sys
 import threading
 import urllib.request
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,9 +15,7 @@ from declip.interchange.declip_file import write_declip_file
 from indices import tiny_model
 
 
-def test_a_source_is_embedded_once_and_an_index_is_opened(
-    weights_file: Path, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_source_is_embedded_once_and_an_index_is_opened(weights_file, table, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     first = open_state(str(weights_file), str(table))
     folder = first.index.folder
@@ -39,9 +36,7 @@ def test_a_source_is_embedded_once_and_an_index_is_opened(
     assert str(folder) not in str(caught.value), "each model has its own"
 
 
-def test_a_mistake_ends_with_one_line(
-    state: Any, run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Any
-) -> None:
+def test_a_mistake_ends_with_one_line(state, run_folder, tmp_path, monkeypatch, command):
     monkeypatch.setattr("declip.app.server.serve", None)  # it comes to that in none of these
     other, index = tmp_path / "other.safetensors", state.index.folder
     write_declip_file(tiny_model(1), other)
@@ -64,8 +59,8 @@ def test_a_mistake_ends_with_one_line(
 
 
 def test_the_page_is_served_ctrl_c_ends_quietly_and_another_address_is_warned_of(
-    run_folder: Path, state: Any, monkeypatch: pytest.MonkeyPatch, command: Any
-) -> None:
+    run_folder, state, monkeypatch, command
+):
     pages: list[str] = []
 
     def visit(address: str) -> None:
@@ -90,7 +85,7 @@ def test_the_page_is_served_ctrl_c_ends_quietly_and_another_address_is_warned_of
 
 
 @pytest.mark.parametrize("view", ["classify", "search", "pairs"])
-def test_every_view_is_one_page_that_loads_nothing_from_elsewhere(client: Any, view: str) -> None:
+def test_every_view_is_one_page_that_loads_nothing_from_elsewhere(client, view):
     answer = client.get(f"/{view}")
     assert answer.status_code == 200
     assert f'href="/{view}" aria-current="page"' in answer.text
@@ -101,7 +96,7 @@ def test_every_view_is_one_page_that_loads_nothing_from_elsewhere(client: Any, v
     assert client.get("/", follow_redirects=False).headers["location"] == "/search"
 
 
-def test_answers_say_what_a_browser_may_do(client: Any) -> None:
+def test_answers_say_what_a_browser_may_do(client):
     for address in ("/search", "/static/app.css", "/api/pairs/disagreeing", "/thumbnails/0", "/nothing", "/api/search"):
         headers = client.get(address).headers
         policy = headers["content-security-policy"]
@@ -112,7 +107,7 @@ def test_answers_say_what_a_browser_may_do(client: Any) -> None:
         assert headers["cross-origin-resource-policy"] == "same-origin"
 
 
-def test_own_names_and_addresses_in_numbers_are_answered_and_foreign_names_refused(client: Any) -> None:
+def test_own_names_and_addresses_in_numbers_are_answered_and_foreign_names_refused(client):
     for host in ("127.0.0.1:8765", "localhost:1", "LOCALHOST", "[::1]:8765", "192.168.1.5:8765"):
         assert client.get("/search", headers={"Host": host}).status_code == 200, host
     for host in ("evil.example", "evil.example:8765", "127.0.0.1.evil.example", "", "a b", "[::1", "localhost@x"):
@@ -120,14 +115,14 @@ def test_own_names_and_addresses_in_numbers_are_answered_and_foreign_names_refus
 
 
 @pytest.mark.parametrize("address", ["/api/images", "/api/classify", "/api/pairs/list"])
-def test_a_foreign_page_can_send_nothing(client: Any, address: str) -> None:
+def test_a_foreign_page_can_send_nothing(client, address):
     for origin in ("http://evil.example", "null", "http://127.0.0.1:1", "", PAGE + ".evil.example"):
         assert client.post(address, json={}, headers={"Origin": origin}).status_code == 403, origin
     del client.headers["Origin"]
     assert client.post(address, json={}).status_code == 403
 
 
-def test_a_foreign_page_can_load_nothing_but_the_user_may_follow_a_link(client: Any) -> None:
+def test_a_foreign_page_can_load_nothing_but_the_user_may_follow_a_link(client):
     loads = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"}
     assert client.get("/thumbnails/0", headers=loads).status_code == 403
     assert client.get("/api/search?text=a", headers=loads).status_code == 403
@@ -135,14 +130,14 @@ def test_a_foreign_page_can_load_nothing_but_the_user_may_follow_a_link(client: 
     assert client.get("/thumbnails/0", headers={"Sec-Fetch-Site": "same-origin"}).status_code == 200
 
 
-def test_no_other_file_is_served(client: Any) -> None:
+def test_no_other_file_is_served(client):
     for address in ("/static/..%2fserver.py", "/static/../server.py", "/static/", "/nothing", "/etc/passwd"):
         answer = client.get(address)
         assert answer.status_code == 404, address
         assert "import" not in answer.text
 
 
-def test_a_failure_of_ours_says_nothing_of_its_inside(state: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_of_ours_says_nothing_of_its_inside(state, monkeypatch):
     monkeypatch.setattr(state.index, "nearest", {"a secret": 1})  # a call of it fails
     with ask(state, raise_server_exceptions=False) as client:
         answer = client.get("/api/search?text=a")

@@ -21,7 +21,7 @@ Gpu = Callable[..., tuple[Any, dict[str, Any]]]
 
 
 @pytest.fixture
-def scripts(monkeypatch: pytest.MonkeyPatch) -> Scripts:
+def scripts(monkeypatch):
     """Import a file of benchmarks/ or scripts/."""
     for folder in ("benchmarks", "scripts"):
         monkeypatch.syspath_prepend(str(ROOT / folder))
@@ -29,7 +29,7 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> Scripts:
 
 
 @pytest.fixture
-def call(scripts: Scripts, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+def call(scripts, monkeypatch, capsys):
     """Run a file as a command; give its exit status and the lines that it printed."""
 
     def called(name: str, *arguments: object) -> tuple[Any, list[str]]:
@@ -45,7 +45,7 @@ def call(scripts: Scripts, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     return called
 
 
-def test_step_and_its_peer(call: Call) -> None:
+def test_step_and_its_peer(call):
     words = ("--tiny", "--batch-size", 4, "--repeats", 2, "--json", "--precision", "fp32")
     whole = json.loads(call("step", *words)[1][-1])
     found = whole["measured"]["fp32"]
@@ -63,7 +63,7 @@ def test_step_and_its_peer(call: Call) -> None:
     assert sides["clip"]["model"] - sides["open_clip"]["model"] == 64 + 32
 
 
-def test_search_and_its_peers(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_search_and_its_peers(call, monkeypatch):
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     words = ("--sizes", 1200, "--width", 32, "--batch-size", 1, 4, "--repeats", 1)
     rows = json.loads(call("search", *words)[1][-1])["rows"]
@@ -73,7 +73,7 @@ def test_search_and_its_peers(call: Call, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.fixture
-def gpu(scripts: Scripts, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Gpu:
+def gpu(scripts, call, tmp_path, monkeypatch):
     """Measure parts of toy towers; give the exit status and what is printed."""
     monkeypatch.setattr(scripts("gpu"), "RECIPES", ("clip",))
 
@@ -84,14 +84,14 @@ def gpu(scripts: Scripts, call: Call, tmp_path: Path, monkeypatch: pytest.Monkey
     return called
 
 
-def test_embedding_in_two_precisions(call: Call) -> None:
+def test_embedding_in_two_precisions(call):
     words = ["--towers", "builtin:lite0-minilm", "--sizes", "48x40", "--images", 3, "--repeats", 1, "--threads", 1]
     rows = json.loads(call("embed", *words)[1][-1])["rows"]
     assert [(row["what"], row["count"]) for row in rows] == [("declip", 3), ("fp32", 3), ("tower", 3)]
     assert rows[0]["times_declip"] == 1
 
 
-def test_gpu_parts_are_measured_once(gpu: Gpu, call: Call, tmp_path: Path) -> None:
+def test_gpu_parts_are_measured_once(gpu, call, tmp_path):
     status, printed = gpu("--only", "ViT-B-32")
     rows = printed["ViT-B-32"]["rows"]
     assert (status, [row["what"] for row in rows]) == (0, ["clip", "open_clip"])
@@ -107,7 +107,7 @@ def test_gpu_parts_are_measured_once(gpu: Gpu, call: Call, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("part", ["resume", "two-processes", "waits"])
-def test_every_gpu_part_runs_on_a_cpu(gpu: Gpu, part: str) -> None:
+def test_every_gpu_part_runs_on_a_cpu(gpu, part):
     status, printed = gpu("--only", part)
     rows = printed[part]["rows"]
     assert (status, [row for row in rows if "failed" in row or "note" in row]) == (0, [])
@@ -115,7 +115,7 @@ def test_every_gpu_part_runs_on_a_cpu(gpu: Gpu, part: str) -> None:
     assert part != "two-processes" or all(row["value"] < 1e-3 for row in rows)
 
 
-def test_the_functions_at_which_runs_are_killed_exist(scripts: Scripts) -> None:
+def test_the_functions_at_which_runs_are_killed_exist(scripts):
     moments = scripts("kills").MOMENTS
     assert [name for name, (owner, function) in moments.items() if not hasattr(owner, function)] == []
 
@@ -128,7 +128,7 @@ def call_here(monkeypatch: pytest.MonkeyPatch, command: list[str]) -> int:
     return int(ended.value.code or 0)
 
 
-def test_reproduction(scripts: Scripts, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reproduction(scripts, call, tmp_path, monkeypatch):
     module = scripts("reproduce")
     known = module.EXPERIMENTS["synthetic"]
     small = {**known.keys, "train.steps": 8, "train.batch_size": 8, "train.warmup_steps": 0, "train.log_every": 1}
@@ -160,7 +160,7 @@ def test_reproduction(scripts: Scripts, call: Call, tmp_path: Path, monkeypatch:
     assert call("reproduce", *words, "--gpus", 0)[0] == 2
 
 
-def test_a_stopped_reproduction_lets_the_run_save_its_checkpoint(scripts: Scripts) -> None:
+def test_a_stopped_reproduction_lets_the_run_save_its_checkpoint(scripts):
     child = "import os, signal, sys, time; os.kill(os.getppid(), signal.{}); time.sleep({}); sys.exit(7)"
     call = scripts("reproduce").call
     assert call([sys.executable, "-c", child.format("SIGINT", 0.2)]) == 7

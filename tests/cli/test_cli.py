@@ -1,8 +1,6 @@
 """The command, as a shell starts it."""
 
 import json
-from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -14,7 +12,7 @@ from declip.errors import UserError
 from declip.training.assemble import resolve_recipe
 
 
-def test_trains_evaluates_and_resumes(table: Path, tmp_path: Path, command: Any) -> None:
+def test_trains_evaluates_and_resumes(table, tmp_path, command):
     recipe, out, both = tmp_path / "mine.yaml", tmp_path / "run", tmp_path / "both.json"
     recipe.write_text(yaml.safe_dump(tiny_tree("replaced by --data", "declip")))
     words = ["train", recipe, "train.steps=6", "--data", table, "--val", table, "--out", out, "--quiet"]
@@ -46,7 +44,7 @@ def test_trains_evaluates_and_resumes(table: Path, tmp_path: Path, command: Any)
         assert not both.exists()
 
 
-def test_held_out_sets_are_evaluated_by_what_they_have(table: Path, tmp_path: Path) -> None:
+def test_held_out_sets_are_evaluated_by_what_they_have(table, tmp_path):
     both, classes = tmp_path / "both.csv", tmp_path / "classes.csv"
     images = [f"{table.parent}/{color}-bar.png" for color in ("red", "blue", "green", "black")]
     both.write_text("image,caption,label\n" + "".join(f"{image},bar {n},{n % 2}\n" for n, image in enumerate(images)))
@@ -54,18 +52,18 @@ def test_held_out_sets_are_evaluated_by_what_they_have(table: Path, tmp_path: Pa
     recipe = resolve_recipe("demo-clip", data="a [b]: c.csv", val=list(map(str, (both, classes, table))))
     assert resolve_recipe("demo-clip", val=table).evaluation.retrieval == (str(table),)
     with pytest.raises(UserError, match="generator is not a source"):
-        train("demo-clip", data=(pair for pair in ()), out=tmp_path / "run")  # type: ignore[arg-type]
+        train("demo-clip", data=(pair for pair in ()), out=tmp_path / "run")
     assert recipe.data.source == "a [b]: c.csv"
     assert recipe.evaluation.zero_shot == (str(both), str(classes))
     assert recipe.evaluation.retrieval == (str(both), str(table))
     assert recipe.evaluation.final_zero_shot == (), "the demo's sets go with the demo's pairs"
 
 
-def test_recipes_are_listed_and_shown(command: Any) -> None:
+def test_recipes_are_listed_and_shown(command):
     assert [line.split()[0] for line in command("recipes").out.splitlines()] == declip.recipe.load.recipe_names()
     assert yaml.safe_load(command("recipes", "show", "clip", "train.steps=7").out)["train"]["steps"] == 7
     assert command("--version").out == f"declip {declip.__version__}\n"
 
 
-def test_the_public_names_are_there() -> None:
+def test_the_public_names_are_there():
     assert [name for name in declip.__all__ if getattr(declip, name, None) is None] == []

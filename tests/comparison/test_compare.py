@@ -35,7 +35,7 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="sends SIGKILL")
 
 
 @pytest.fixture
-def recipes(table: Path, tmp_path: Path) -> dict[str, str]:
+def recipes(table, tmp_path):
     """Recipe files by name."""
     files = {}
     for name in ("clip", "declip"):
@@ -51,7 +51,7 @@ def tiny(recipes: dict[str, str], table: Path, out: Path, **more: Any) -> Outcom
     return compare(list(recipes.values()), out=out, **options)
 
 
-def test_every_run_is_what_declip_train_gives(recipes: dict[str, str], table: Path, tmp_path: Path) -> None:
+def test_every_run_is_what_declip_train_gives(recipes, table, tmp_path):
     patience = {"train.patience": 2, "train.evaluate_every": 2, "evaluation.retrieval": [str(table)]}  # of no effect
     outcome = tiny(recipes, table, tmp_path / "out", pairs=(16,), overrides=patience)
     assert outcome.complete
@@ -68,7 +68,7 @@ def test_every_run_is_what_declip_train_gives(recipes: dict[str, str], table: Pa
     assert {"result.json", "recipe.yaml", "metrics.jsonl", "checkpoints"} - kept == {"checkpoints"}
 
 
-def test_few_shot_is_compared_at_each_number_of_shots(recipes: dict[str, str], table: Path, tmp_path: Path) -> None:
+def test_few_shot_is_compared_at_each_number_of_shots(recipes, table, tmp_path):
     for split, color, number in product(("train", "test"), ("red", "blue"), range(3)):
         path = tmp_path / "colors" / split / color / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -81,15 +81,12 @@ def test_few_shot_is_compared_at_each_number_of_shots(recipes: dict[str, str], t
         tiny({"clip": recipes["clip"]}, table, tmp_path / "out", **options, shots=1)
 
 
-def test_it_continues_with_what_is_missing_only(
-    recipes: dict[str, str], table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_continues_with_what_is_missing_only(recipes, table, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     recipes = {"clip": recipes["clip"]}
     first = tiny(recipes, table, tmp_path / "out")
     study = read_study(tmp_path / "out")
-    assert study is not None
     lost, kept = (folder_of(tmp_path / "out", trial) / "result.json" for trial in study.trials()[:2])
     written = kept.stat().st_mtime_ns
     lost.unlink()
@@ -104,9 +101,7 @@ def test_it_continues_with_what_is_missing_only(
     assert tiny(moved, table, tmp_path / "out", pairs=(16,), seeds=3).complete
 
 
-def test_a_recipe_edited_between_two_calls_is_not_averaged_with_its_earlier_self(
-    recipes: dict[str, str], table: Path, tmp_path: Path
-) -> None:
+def test_a_recipe_edited_between_two_calls_is_not_averaged_with_its_earlier_self(recipes, table, tmp_path):
     recipes = {"clip": recipes["clip"]}
     tiny(recipes, table, tmp_path / "out", pairs=(8,))
     text = Path(recipes["clip"]).read_text(encoding="utf-8")
@@ -114,7 +109,6 @@ def test_a_recipe_edited_between_two_calls_is_not_averaged_with_its_earlier_self
     with pytest.raises(UserError, match=r"clip: train\.warmup_steps was 2, now 3"):
         tiny(recipes, table, tmp_path / "out", pairs=(8,), seeds=2)
     study = read_study(tmp_path / "out")
-    assert study is not None
     assert study.seeds == (0,)
     with pytest.raises(UserError, match=r"train\.warmup_steps"):  # nor does a worker that is still there run it
         run_trial(study, replace(study.trials()[0], seed=1), tmp_path / "out")
@@ -124,9 +118,7 @@ def test_a_recipe_edited_between_two_calls_is_not_averaged_with_its_earlier_self
     assert [each.name for each in both.study.variants] == ["clip", "clip-3"]
 
 
-def test_recipes_whose_runs_would_share_folders_are_refused(
-    recipes: dict[str, str], table: Path, tmp_path: Path
-) -> None:
+def test_recipes_whose_runs_would_share_folders_are_refused(recipes, table, tmp_path):
     first, second = ({name: str(shutil.copy(recipes["clip"], tmp_path / name))} for name in ("a b.yaml", "a-b.yaml"))
     with pytest.raises(UserError, match="Rename one"):
         tiny({**first, **second}, table, tmp_path / "both")
@@ -135,9 +127,7 @@ def test_recipes_whose_runs_would_share_folders_are_refused(
         comparing.open_folder(_study(second, table), tmp_path / "out")
 
 
-def test_a_run_that_fails_leaves_its_reason_and_does_not_end_the_others(
-    recipes: dict[str, str], table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_fails_leaves_its_reason_and_does_not_end_the_others(recipes, table, tmp_path, monkeypatch):
     out = tmp_path / "out"
 
     def fail(study, trial, folder):
@@ -181,9 +171,7 @@ def _rows_logged(out: Path) -> int:
 
 
 @linux
-def test_stopped_and_killed_it_ends_as_if_it_had_gone_through(
-    recipes: dict[str, str], table: Path, tmp_path: Path
-) -> None:
+def test_stopped_and_killed_it_ends_as_if_it_had_gone_through(recipes, table, tmp_path):
     recipes = {"declip": recipes["declip"]}
     options: dict = {"pairs": (16,), "overrides": {"train.steps": 16, "train.checkpoint_every": 4}}
     whole, out = tiny(recipes, table, tmp_path / "whole", **options), tmp_path / "out"
@@ -213,9 +201,7 @@ def test_stopped_and_killed_it_ends_as_if_it_had_gone_through(
     assert (row["loss"], row["results"]) == (expected["loss"], expected["results"])
 
 
-def test_at_equal_compute_steps_are_inverse_to_the_measured_seconds_and_stay(
-    recipes: dict[str, str], table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_at_equal_compute_steps_are_inverse_to_the_measured_seconds_and_stay(recipes, table, tmp_path, monkeypatch):
     seconds, timed = {"clip": 0.1, "declip": 0.25, "slow-clip": 0.4}, []
 
     def step_seconds(parts: Parts, warm: int, count: int) -> list[float]:
@@ -243,9 +229,7 @@ def test_at_equal_compute_steps_are_inverse_to_the_measured_seconds_and_stay(
     assert read_study(tmp_path / "out") == study
 
 
-def test_two_processes_divide_the_runs(
-    recipes: dict[str, str], table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_processes_divide_the_runs(recipes, table, tmp_path, monkeypatch):
     recipes, done = {"clip": recipes["clip"]}, []
     options: dict = {"seeds": 2, "overrides": {"train.steps": 4}}
     alone, out = tiny(recipes, table, tmp_path / "alone", **options), tmp_path / "out"
@@ -266,14 +250,7 @@ def test_two_processes_divide_the_runs(
 
 
 @pytest.mark.parametrize("end", ["Ctrl-C", "crash"])
-def test_other_processes_end_with_this_one_and_crashes_are_reported(
-    end: str,
-    recipes: dict[str, str],
-    table: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_other_processes_end_with_this_one_and_crashes_are_reported(end, recipes, table, tmp_path, monkeypatch, capsys):
     started: list[subprocess.Popen] = []
     popen = subprocess.Popen
 
@@ -300,9 +277,7 @@ def test_other_processes_end_with_this_one_and_crashes_are_reported(
     assert [process.returncode for process in started] == expected
 
 
-def test_a_taken_run_is_left_to_the_one_who_took_it(
-    recipes: dict[str, str], table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_taken_run_is_left_to_the_one_who_took_it(recipes, table, tmp_path, monkeypatch):
     done: list[str] = []
     monkeypatch.setattr(running, "run_trial", lambda study, trial, folder: done.append(trial.id) or True)
     out = tmp_path / "out"
@@ -343,15 +318,13 @@ def _study(recipes: dict[str, str], table: Path, **more: Any) -> Study:
         ({"overrides": {"train.epochs": 2}}, "'clip'.*train.epochs.*train.steps"),
     ],
 )
-def test_what_cannot_be_compared_is_refused_before_anything_is_made(
-    options: dict, message: str, recipes: dict[str, str], table: Path, tmp_path: Path
-) -> None:
+def test_what_cannot_be_compared_is_refused_before_anything_is_made(options, message, recipes, table, tmp_path):
     with pytest.raises(UserError, match=message):
         tiny(recipes, table, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_with_something_else_in_it_is_left_alone(recipes: dict[str, str], table: Path, tmp_path: Path) -> None:
+def test_a_folder_with_something_else_in_it_is_left_alone(recipes, table, tmp_path):
     with pytest.raises(UserError, match="no comparison"):
         read_outcome(tmp_path)
     (tmp_path / "thesis.tex").touch()

@@ -1,5 +1,4 @@
 import json
-from pathlib import Path
 
 import pytest
 
@@ -12,7 +11,7 @@ pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture
-def twice(tmp_path: Path) -> Path:
+def twice(tmp_path):
     """Four pairs with three keys: the second and the third share theirs."""
     rows = (("a", "one"), ("b", "two"), ("b", "wrong"), ("c", "four"))
     members = [(f"{n}.{end}", c) for n, said in rows for end, c in (("png", picture(1)), ("txt", said.encode()))]
@@ -30,7 +29,7 @@ def twice(tmp_path: Path) -> Path:
         (b'{"key": "t.tar/c", "place": 4, "reason": "gone"}\n', "'t.tar/c' at place 4"),
     ],
 )
-def test_a_wrong_list_is_refused(twice: Path, tmp_path: Path, content: bytes, said: str) -> None:
+def test_a_wrong_list_is_refused(twice, tmp_path, content, said):
     (tmp_path / "list").write_bytes(content)
     with pytest.raises(UserError, match=said):
         read_exclusions(tmp_path / "list", open_source(twice))
@@ -38,7 +37,7 @@ def test_a_wrong_list_is_refused(twice: Path, tmp_path: Path, content: bytes, sa
         read_exclusions(tmp_path / "nowhere", open_source(twice))
 
 
-def test_pairs_on_the_list_are_left_out_and_counted_by_reason(twice: Path, tmp_path: Path) -> None:
+def test_pairs_on_the_list_are_left_out_and_counted_by_reason(twice, tmp_path):
     rows = [("t.tar/b", 2, "image and caption disagree", 0.1, "wrong"), ("t.tar/c", 3, "\ud800\x1bodd" * 30, None, "")]
     (tmp_path / "drop.jsonl").write_text(write_exclusions(rows), encoding="utf-8")
     made = shard_source(twice, tmp_path / "out", exclude=tmp_path / "drop.jsonl", workers=0)

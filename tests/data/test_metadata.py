@@ -40,7 +40,7 @@ def captions(folder: Path) -> tuple[str, ...]:
     return open_source(folder).captions(0)
 
 
-def test_description_title_and_keywords_are_captions(tmp_path: Path) -> None:
+def test_description_title_and_keywords_are_captions(tmp_path):
     write(
         tmp_path / "a.jpg",
         xmp(ALT.format("title", "A bird") + ALT.format("description", "A red\nbird &amp; a tree") + BAG),
@@ -50,20 +50,20 @@ def test_description_title_and_keywords_are_captions(tmp_path: Path) -> None:
     assert captions(tmp_path) == ("typed",)
 
 
-def test_iptc_is_read_too_and_equal_texts_count_once(tmp_path: Path) -> None:
+def test_iptc_is_read_too_and_equal_texts_count_once(tmp_path):
     fields = ((120, "Ein Käfer".encode("latin-1")), (5, b"A bird"), (25, b"insect"), (25, "grün".encode()))
     write(tmp_path / "a.jpg", xmp(ALT.format("title", "A bird")), iptc(*fields))
     assert captions(tmp_path) == ("A bird", "Ein Käfer", "insect, grün")
 
 
-def test_what_cameras_write_is_no_caption(tmp_path: Path) -> None:
+def test_what_cameras_write_is_no_caption(tmp_path):
     write(tmp_path / "a.jpg", xmp(ALT.format("description", "OLYMPUS DIGITAL CAMERA         ")))
     with pytest.raises(BrokenPair, match="missing caption"):
         captions(tmp_path)
 
 
 @pytest.mark.parametrize("kind", [".png", ".webp", ".tif"])
-def test_other_formats(tmp_path: Path, kind: str) -> None:
+def test_other_formats(tmp_path, kind):
     image, packet = Image.new("RGB", (8, 8), "red"), xmp(ALT.format("title", "A bird"))
     if kind == ".png":
         from PIL.PngImagePlugin import PngInfo
@@ -93,7 +93,7 @@ BOMB = '<!DOCTYPE x [<!ENTITY a "aaaaaaaaaa"><!ENTITY b "&a;&a;&a;&a;&a;&a;&a;&a
     ],
     ids=["entities", "utf-16", "open tag", "broken encoding", "nested", "no xml"],
 )
-def test_hostile_metadata_are_a_broken_caption(tmp_path: Path, packet: bytes) -> None:
+def test_hostile_metadata_are_a_broken_caption(tmp_path, packet):
     image = Image.new("RGB", (8, 8), "red")
     image.save(tmp_path / "a.webp", xmp=packet)
     with pytest.raises(BrokenPair, match="invalid metadata"):
@@ -102,13 +102,13 @@ def test_hostile_metadata_are_a_broken_caption(tmp_path: Path, packet: bytes) ->
     assert (found.image.size, found.captions) == ((8, 8), ())
 
 
-def test_ten_megabytes_are_too_much(tmp_path: Path) -> None:
+def test_ten_megabytes_are_too_much(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.webp", xmp=xmp(ALT.format("title", "x" * 10_000_000)))
     with pytest.raises(BrokenPair, match="10,000"):
         captions(tmp_path)
 
 
-def test_a_damaged_image_without_text_has_no_caption(tmp_path: Path) -> None:
+def test_a_damaged_image_without_text_has_no_caption(tmp_path):
     (tmp_path / "a.jpg").write_bytes(b"\xff\xd8\xff\xed\x00\x10Photoshop 3.0\x00")
     with pytest.raises(BrokenPair, match="missing caption"):
         captions(tmp_path)

@@ -1,7 +1,5 @@
 """What a recipe's data section opens: one source, or several."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -23,7 +21,7 @@ from declip.training.pairs import open_training_source
 
 
 @pytest.fixture
-def shards(tmp_path: Path, cache: Path) -> Path:
+def shards(tmp_path, cache):
     return write_shards(tmp_path / "shards", (5, 9, 7))
 
 

@@ -64,7 +64,7 @@ def small(recipe: Recipe) -> Recipe:
 
 
 @pytest.fixture(scope="session")
-def emoji_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def emoji_cache(tmp_path_factory):
     """A cache of 24 concepts by all designers, four of them held out, as `declip data download` writes it."""
     cache = tmp_path_factory.mktemp("emoji")
     rows, pixels = [], []
@@ -90,7 +90,7 @@ def write_tables(folder: Path, name: str, source: str) -> None:
     """Write a source as NAME.csv and NAME.jsonl, one row per caption, NAME-test.csv with classes, and pictures/."""
     pairs, rows, classes = open_source(source), [], []
     for number in range(len(pairs)):
-        file = f"{pairs.key(number).replace('/', '-')}.png"  # type: ignore[attr-defined]
+        file = f"{pairs.key(number).replace('/', '-')}.png"
         pairs[number].image.save(folder / "pictures" / file)
         image, captions = f"pictures/{file}", pairs.captions(number)
         classes.append({"image": image, "class": captions[0]})
@@ -129,7 +129,7 @@ def write_data(folder: Path, pictures: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def world(emoji_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def world(emoji_cache, tmp_path_factory):
     """Folder with all files that a page may take for granted."""
     folder = tmp_path_factory.mktemp("world")
     (folder / "pictures").mkdir()
@@ -158,14 +158,14 @@ def world(emoji_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def visit(server: uvicorn.Server, sockets: Sequence[socket.socket]) -> None:
     """Stand in for `uvicorn.Server.run`: open each view of the page once and search."""
     host, port = sockets[0].getsockname()[:2]
-    with TestClient(server.config.app, base_url=f"http://{host}:{port}") as client:  # type: ignore[arg-type]
+    with TestClient(server.config.app, base_url=f"http://{host}:{port}") as client:
         for view in ("classify", "search", "pairs"):
             assert client.get(f"/{view}").status_code == 200
         assert client.get("/api/search", params={"text": "a red circle"}).json()["hits"]
 
 
 @pytest.fixture
-def here(world: Path, emoji_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def here(world, emoji_cache, tmp_path, monkeypatch):
     """Folder to follow a page in: links to the world; runs are short and write no report."""
     for given in world.iterdir():
         place = tmp_path / given.name

@@ -2,7 +2,6 @@
 
 import json
 import re
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pytest
@@ -21,7 +20,7 @@ MADE = ("pairs.csv", "heldout.csv", "pictures", "runs/demo", "indices/pictures")
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.stem)
-def test_a_page_does_what_it_says(page: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_page_does_what_it_says(page, here, monkeypatch):
     if page.stem in ("index", "tutorial"):
         for name in MADE:
             (here / name).unlink()
@@ -33,7 +32,7 @@ def test_a_page_does_what_it_says(page: Path, here: Path, monkeypatch: pytest.Mo
         assert (here / "exports/mine/declip.safetensors").is_file()
 
 
-def test_the_notebook_runs(emoji_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_notebook_runs(emoji_cache, tmp_path, monkeypatch):
     monkeypatch.setenv("DECLIP_CACHE", str(emoji_cache))
     monkeypatch.chdir(tmp_path)
     cells = json.loads((DOCS / "first-hour.ipynb").read_text(encoding="utf-8"))["cells"]
@@ -50,7 +49,7 @@ def test_the_notebook_runs(emoji_cache: Path, tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_code_is_fenced_and_works_in_bash_and_zsh(page: Path) -> None:
+def test_code_is_fenced_and_works_in_bash_and_zsh(page):
     assert {block.kind for block in blocks(page)} <= LANGUAGES
     assert not INDENTED.findall(FENCE.sub("", page.read_text(encoding="utf-8")))
     for code in (block.code for block in blocks(page) if block.kind == "shell"):
@@ -67,7 +66,7 @@ def test_code_is_fenced_and_works_in_bash_and_zsh(page: Path) -> None:
         ("declip evaluate runs/none --dataset builtin:emoji-test", "ended with 2"),
     ],
 )
-def test_a_wrong_line_is_seen(line: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_line_is_seen(line, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     page = tmp_path / "page.md"
     page.write_text(f"```shell\n# what it does\n{line}\n```\n", encoding="utf-8")

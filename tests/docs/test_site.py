@@ -3,7 +3,6 @@
 import re
 import runpy
 import xml.etree.ElementTree as ET
-from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
@@ -18,7 +17,7 @@ ASKS = re.compile(
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def site(tmp_path_factory):
     """Build the site; any warning, such as a broken link or anchor, is an error."""
     from mkdocs.commands.build import build
     from mkdocs.config import load_config
@@ -38,7 +37,7 @@ def _no_network(*_: object) -> None:
     raise AssertionError("the site asks for the network while it is built")
 
 
-def test_all_pages_are_there_and_ask_nobody(site: Path) -> None:
+def test_all_pages_are_there_and_ask_nobody(site):
     pages = sorted(site.rglob("*.html"))
     assert {"index.html", "tutorial.html", "first-hour.html", "contributing.html", "api.html"} <= {
         p.name for p in pages
@@ -52,7 +51,7 @@ def test_all_pages_are_there_and_ask_nobody(site: Path) -> None:
         assert not re.search(r"(?:@import|url\()\s*[\"']?(?:https?:)?//", sheet.read_text(encoding="utf-8")), sheet.name
 
 
-def test_the_index_for_programs_lists_every_page_and_name(site: Path) -> None:
+def test_the_index_for_programs_lists_every_page_and_name(site):
     listed = set(re.findall(r"\]\(([^)]+)\)", (site / "llms.txt").read_text(encoding="utf-8")))
     pages = {page.relative_to(site).as_posix() for page in site.rglob("*.html") if "benchmarks" not in page.parts}
     assert listed == pages - {"404.html"}
@@ -60,7 +59,7 @@ def test_the_index_for_programs_lists_every_page_and_name(site: Path) -> None:
     assert {"declip.train", "declip.finetune", "declip.Classifier"} <= names.keys()
 
 
-def test_the_page_of_keys_is_up_to_date_and_describes_every_key() -> None:
+def test_the_page_of_keys_is_up_to_date_and_describes_every_key():
     script = runpy.run_path(str(ROOT / "scripts" / "site_keys.py"))
     page = script["PAGE"].read_text(encoding="utf-8")
     assert page == script["keys_page"](), "run: python scripts/site_keys.py"
@@ -69,7 +68,7 @@ def test_the_page_of_keys_is_up_to_date_and_describes_every_key() -> None:
     assert all(map(str.strip, rows.values()))
 
 
-def test_formulas_are_mathml_and_drawings_part_of_the_page(site: Path) -> None:
+def test_formulas_are_mathml_and_drawings_part_of_the_page(site):
     for method in ("clip", "slip", "filip", "declip", "defilip"):
         text = (site / "methods" / f"{method}.html").read_text(encoding="utf-8")
         assert text.count('<svg class="drawing"') == 1
@@ -79,7 +78,7 @@ def test_formulas_are_mathml_and_drawings_part_of_the_page(site: Path) -> None:
             assert "\\" not in "".join(ET.fromstring(formula).itertext()), "a command that was not understood"
 
 
-def test_drawings_are_those_that_the_script_draws() -> None:
+def test_drawings_are_those_that_the_script_draws():
     script = runpy.run_path(str(ROOT / "scripts" / "draw_figures.py"))
     for name, draw in script["FIGURES"].items():
         assert (ROOT / "docs" / "figures" / f"{name}.svg").read_text(encoding="utf-8") == draw()

@@ -4,7 +4,6 @@ import os
 import struct
 import subprocess
 import zlib
-from pathlib import Path
 
 import pytest
 
@@ -18,7 +17,7 @@ def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def here(tmp_path, monkeypatch):
     """A folder of its own; a program that is started fails the test."""
     inside = tmp_path / "here"
     inside.mkdir()

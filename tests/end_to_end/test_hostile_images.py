@@ -68,7 +68,7 @@ IMAGES: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("name", IMAGES)
-def test_images_that_are_bombs_or_none(name: str) -> None:
+def test_images_that_are_bombs_or_none(name):
     content, expected = IMAGES[name]
     Path("a.jpg").write_bytes(content)
     for source in (Path("a.jpg"), content):
@@ -78,7 +78,7 @@ def test_images_that_are_bombs_or_none(name: str) -> None:
     assert not Path("harm").exists()
 
 
-def test_a_file_of_20_gigabytes_is_not_read() -> None:
+def test_a_file_of_20_gigabytes_is_not_read():
     sparse(Path("a.webp"), b"RIFF\xff\xff\xff\xffWEBPVP8X", 20 << 30)
     got, megabytes = apart(lambda: decode(Path("a.webp"), "a.webp"))
     assert got == "image too large"
@@ -95,7 +95,7 @@ OTHER_THINGS: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("name", OTHER_THINGS)
-def test_what_is_no_file_does_not_hang(name: str, here: Path) -> None:
+def test_what_is_no_file_does_not_hang(name, here):
     Path("set").mkdir()
     for place in ("a.jpg", "set/b.txt", "t.csv", "w.pth", "r.yaml"):
         OTHER_THINGS[name](here / place)
@@ -110,5 +110,5 @@ def test_what_is_no_file_does_not_hang(name: str, here: Path) -> None:
 @quickly
 @given(st.binary(max_size=200), st.sampled_from(["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"]), st.integers(0, 80))
 @pytest.mark.filterwarnings("ignore")
-def test_any_bytes_as_an_image(content: bytes, kind: str, kept: int) -> None:
+def test_any_bytes_as_an_image(content, kind, kept):
     said(lambda: decode(written(kind)[:kept] + content, "k"))

@@ -47,7 +47,7 @@ TRAPS: dict[str, Callable[[Path, Trap], object]] = {
 
 
 @pytest.mark.parametrize("name", TRAPS)
-def test_weights_that_would_run_code(name: str, here: Path) -> None:
+def test_weights_that_would_run_code(name, here):
     marker, path = here / "harm", here / name
     TRAPS[name](path, Trap(marker))
     before = set(here.parent.rglob("*"))
@@ -106,7 +106,7 @@ BOMBS: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("name", BOMBS)
-def test_weights_that_are_larger_than_their_file(name: str, here: Path) -> None:
+def test_weights_that_are_larger_than_their_file(name, here):
     BOMBS[name](here / name)
     for where in (str(here / name), f"open_clip:RN50/{here / name}"):
         got, megabytes = apart(lambda where=where: declip.load(where, device="cpu"))
@@ -130,14 +130,14 @@ ODD = [
 
 
 @pytest.mark.parametrize(("name", "tensor"), ODD)
-def test_weights_of_sizes_that_no_one_meant(name: str, tensor: torch.Tensor) -> None:
+def test_weights_of_sizes_that_no_one_meant(name, tensor):
     save_file(read_state("defilip_vit_tiny") | {name: tensor}, "odd.safetensors")
     got, megabytes = apart(lambda: declip.load("odd.safetensors", device="cpu"))
     assert (got != "read", megabytes < 2 * ROOM) == (True, True)
 
 
 @pytest.fixture
-def checkpoint(here: Path) -> Path:
+def checkpoint(here):
     """A checkpoint of a tiny model."""
     recipe = Recipe.model_validate({key: TINY[key] for key in ("image", "text", "embed_dim")})
     weights = {f"model.{name}": tensor for name, tensor in DualEncoder.from_recipe(recipe).state_dict().items()}
@@ -172,7 +172,7 @@ RECIPES = {
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_that_would_run_code_or_is_none(name: str, checkpoint: Path) -> None:
+def test_a_recipe_that_would_run_code_or_is_none(name, checkpoint):
     edit(checkpoint, RECIPES[name])
     Path("mine.yaml").write_text(RECIPES[name])
     works = {"run": lambda: declip.load(checkpoint, device="cpu"), "mine": lambda: load_recipe("mine.yaml")}
@@ -195,7 +195,7 @@ def test_a_recipe_that_would_run_code_or_is_none(name: str, checkpoint: Path) ->
         {"image": {"model": "hf-hub:someone/model"}},
     ],
 )
-def test_a_checkpoint_whose_recipe_asks_for_another_model(change: dict[str, Any], checkpoint: Path) -> None:
+def test_a_checkpoint_whose_recipe_asks_for_another_model(change, checkpoint):
     tree = yaml.safe_load(json.loads((checkpoint / STATE).read_text())["recipe"])
     for key, value in change.items():
         tree[key] = {**tree[key], **value} if isinstance(value, dict) else value
@@ -205,7 +205,7 @@ def test_a_checkpoint_whose_recipe_asks_for_another_model(change: dict[str, Any]
     assert megabytes < 2 * ROOM
 
 
-def test_a_checkpoint_whose_weights_would_run_code(checkpoint: Path) -> None:
+def test_a_checkpoint_whose_weights_would_run_code(checkpoint):
     assert said(lambda: declip.load(checkpoint, device="cpu")) == "read"
     (checkpoint / WEIGHTS).write_bytes(pickle.dumps(Trap(Path("harm"))))
     assert "damaged" in said(lambda: declip.load(checkpoint, device="cpu"))
@@ -214,7 +214,7 @@ def test_a_checkpoint_whose_weights_would_run_code(checkpoint: Path) -> None:
 
 @quickly
 @given(st.binary(max_size=300), st.sampled_from([".pth", ".pt", ".safetensors", ".pth.tar"]), st.booleans())
-def test_any_bytes_as_weights(content: bytes, suffix: str, in_header: bool) -> None:
+def test_any_bytes_as_weights(content, suffix, in_header):
     path = Path(f"any{suffix}")
     path.write_bytes(struct.pack("<Q", len(content)) + content if in_header else content)
     assert "any" in said(lambda: declip.load(path, device="cpu"))

@@ -1,7 +1,6 @@
 """A project folder that was moved: its lists of pairs, runs and indices still work, from wherever they are called."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -11,7 +10,7 @@ from declip.errors import UserError
 from interchange.towers import build
 
 
-def test_a_project_works_after_it_was_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Any) -> None:
+def test_a_project_works_after_it_was_moved(tmp_path, monkeypatch, command):
     project = tmp_path / "before"
     (project / "images").mkdir(parents=True)
     rows = ["image,caption"]

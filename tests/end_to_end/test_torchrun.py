@@ -72,9 +72,7 @@ def agent(*given: object) -> None:
 
 
 @pytest.mark.slow
-def test_a_rank_that_dies_is_started_again_and_the_run_continues(
-    table: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_rank_that_dies_is_started_again_and_the_run_continues(table, tmp_path, capfd):
     """Of `finetune`, whose folder is locked once for both ranks before they split the pairs."""
     run, died = tmp_path / "run", tmp_path / "died"
     write_declip_file(tiny_model(), tmp_path / "start.safetensors")
@@ -94,7 +92,7 @@ def test_a_rank_that_dies_is_started_again_and_the_run_continues(
 
 
 @pytest.mark.slow
-def test_a_slurm_job_whose_time_is_up_saves_asks_to_be_queued_again_and_continues(table: Path, tmp_path: Path) -> None:
+def test_a_slurm_job_whose_time_is_up_saves_asks_to_be_queued_again_and_continues(table, tmp_path):
     """As schedulers do it: each rank hears SIGTERM twice, from outside and from torchrun, and each worker once."""
     commands, run, requeued, recipe = (tmp_path / name for name in ("bin", "run", "requeued", "mine.yaml"))
     recipe.write_text(yaml.safe_dump(tiny_tree(table)))
@@ -127,7 +125,7 @@ def test_a_slurm_job_whose_time_is_up_saves_asks_to_be_queued_again_and_continue
     assert assemble(load_recipe(recipe, overrides), run, resume=True, quiet=True).progress.step == stopped
 
 
-def test_the_slurm_script_asks_for_a_run_folder() -> None:
+def test_the_slurm_script_asks_for_a_run_folder():
     done = subprocess.run(["bash", str(SCRIPT), "declip"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "--out FOLDER" in done.stderr

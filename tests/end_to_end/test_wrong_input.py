@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
@@ -29,7 +28,7 @@ Command = Callable[..., tuple[int, str]]
 
 
 @pytest.fixture
-def declip(command: Callable[..., SimpleNamespace]) -> Command:
+def declip(command):
     """The command: its exit status and all that it printed, on one line."""
 
     def run(*words: object) -> tuple[int, str]:
@@ -41,7 +40,7 @@ def declip(command: Callable[..., SimpleNamespace]) -> Command:
 
 
 @pytest.fixture
-def here(table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def here(table, tmp_path, monkeypatch):
     """A working folder with a good recipe, `mine.yaml`."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(tiny_tree(table)))
@@ -49,20 +48,20 @@ def here(table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def environment(tmp_path, monkeypatch):
     monkeypatch.setenv("DECLIP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("COLUMNS", "100")
 
 
 @pytest.fixture(scope="module")
-def trained(table: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(table, tmp_path_factory):
     """The run folder of a tiny model."""
     recipe = Recipe.model_validate(tiny_tree(table))
     return train(recipe, out=tmp_path_factory.mktemp("trained"), quiet=True).folder
 
 
 @pytest.fixture(scope="module")
-def index(table: Path, trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def index(table, trained, tmp_path_factory):
     """An index of the table's images."""
     return embed(trained, table, out=tmp_path_factory.mktemp("made") / "index").folder
 
@@ -173,7 +172,7 @@ for words in sys.argv[1:]:
 
 
 @pytest.fixture(scope="module")
-def wrong(table: Path, trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def wrong(table, trained, tmp_path_factory):
     """A folder with a good recipe, good pairs, good weights, and much that is wrong."""
     folder = tmp_path_factory.mktemp("wrong")
     (folder / "mine.yaml").write_text(yaml.safe_dump(tiny_tree(table)))
@@ -203,9 +202,7 @@ def wrong(table: Path, trained: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_ends_with_what_to_do(
-    name: str, table: Path, trained: Path, index: Path, wrong: Path, declip: Command, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_mistake_ends_with_what_to_do(name, table, trained, index, wrong, declip, monkeypatch):
     words, *parts = MISTAKES[name]
     monkeypatch.chdir(wrong)
     monkeypatch.setattr("huggingface_hub.snapshot_download", Mock(side_effect=OSError("no route")))
@@ -218,13 +215,13 @@ def test_a_mistake_ends_with_what_to_do(
     assert set(wrong.rglob("*")) == before, "a mistake leaves no folder behind"
 
 
-def test_a_mistake_names_the_rank(declip: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mistake_names_the_rank(declip, monkeypatch):
     for name, value in (("RANK", "1"), ("WORLD_SIZE", "2")):
         monkeypatch.setenv(name, value)
     assert "rank 1: Unknown recipe 'declipp'" in declip("train", "declipp")[1]
 
 
-def test_wrong_arguments_are_answered_without_torch_and_libraries_stay_silent(tmp_path: Path) -> None:
+def test_wrong_arguments_are_answered_without_torch_and_libraries_stay_silent(tmp_path):
     words = [sys.executable, "-c", ONE_BY_ONE, *WITHOUT_TORCH]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
     lines = done.stderr.splitlines()
@@ -233,7 +230,7 @@ def test_wrong_arguments_are_answered_without_torch_and_libraries_stay_silent(tm
 
 
 @pytest.fixture
-def broken(table: Path, here: Path) -> Path:
+def broken(table, here):
     """A table of 24 good pairs and 8 broken ones; each reason once, "missing image" and "unreadable image" twice."""
     (here / "text.png").write_text("I am text")
     (here / "folder").mkdir()
@@ -262,9 +259,7 @@ REASONS = {"missing image": 2, "unreadable image": 2}
 REASONS |= dict.fromkeys(("caption too long", "empty caption", "image too large", "truncated image"), 1)
 
 
-def test_broken_pairs_are_named_and_stop_a_run_where_they_are_too_many(
-    broken: Path, trained: Path, here: Path, declip: Command
-) -> None:
+def test_broken_pairs_are_named_and_stop_a_run_where_they_are_too_many(broken, trained, here, declip):
     words = ["data.source=broken.jsonl", "data.max_broken_fraction=0.5", "train.steps=4", "--out", "run", "--quiet"]
     status, printed = declip("train", "mine.yaml", *words)
     assert status == 0, printed
@@ -284,7 +279,7 @@ def test_broken_pairs_are_named_and_stop_a_run_where_they_are_too_many(
     assert [reason for reason in REASONS if reason not in printed] == []
 
 
-def test_batches_of_broken_pairs_alone_are_passed_over(table: Path, here: Path, declip: Command) -> None:
+def test_batches_of_broken_pairs_alone_are_passed_over(table, here, declip):
     rows = [json.dumps({"image": f"gone-{number}.png", "caption": "gone"}) for number in range(48)]
     good = [json.loads(line) for line in table.read_text().splitlines()]
     rows += [json.dumps({**row, "image": str(table.parent / row["image"])}) for row in good]
@@ -296,7 +291,7 @@ def test_batches_of_broken_pairs_alone_are_passed_over(table: Path, here: Path, 
     assert 0 < len(read_rows(here / "run" / "metrics.jsonl")) < 18, "some batches had fewer than two pairs"
 
 
-def test_a_strangers_recipe_is_no_run(here: Path, declip: Command) -> None:
+def test_a_strangers_recipe_is_no_run(here, declip):
     (here / "cookbook").mkdir()
     for content in ("flour: 200 g\n", "", "- a\n", "a: b: c\n"):
         (here / "cookbook" / "recipe.yaml").write_text(content)
@@ -306,16 +301,14 @@ def test_a_strangers_recipe_is_no_run(here: Path, declip: Command) -> None:
         assert (here / "cookbook" / "recipe.yaml").read_text() == content
 
 
-def test_an_interrupted_run_prints_words_that_a_shell_reads(
-    table: Path, here: Path, declip: Command, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_run_prints_words_that_a_shell_reads(table, here, declip, monkeypatch):
     from declip.training import trainer
 
     step = trainer.training_step
 
     def interrupted(*arguments: object) -> object:
         os.kill(os.getpid(), signal.SIGINT)
-        return step(*arguments)  # type: ignore[arg-type]
+        return step(*arguments)
 
     monkeypatch.setattr(trainer, "training_step", interrupted)
     status, printed = declip("train", "mine.yaml", "data.max_pairs=16", "name=my run", "--out", "my run", "--quiet")
@@ -328,9 +321,7 @@ FULL = {500: ("'run/recipe.yaml'", "--out"), 4_000: ("examples.json",), 8_000: (
 """The largest size of a file, and what the message names; the third one stops the metrics."""
 
 
-def test_a_full_disk_is_reported_and_the_run_continues_once_there_is_room(
-    here: Path, declip: Command, table: Path, trained: Path
-) -> None:
+def test_a_full_disk_is_reported_and_the_run_continues_once_there_is_room(here, declip, table, trained):
     """No file may grow beyond some size; the error differs from a full disk's only in its number."""
     words = ["train", "mine.yaml", "train.steps=60", "train.log_every=1", "train.checkpoint_every=100"]
     # Without loader processes: their shared memory is files too.
@@ -367,7 +358,7 @@ def _limited(words: list[str], largest: int, writer: int) -> None:
     cli.main()
 
 
-def test_a_disk_that_refuses_is_no_traceback(declip: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_refuses_is_no_traceback(declip, tmp_path, monkeypatch):
     """Raised by hand: to root, who may run the tests, nothing is forbidden."""
     for error, says in (
         (PermissionError(13, "Permission denied", "secret.yaml"), ("'secret.yaml'", "Permission denied")),

@@ -84,10 +84,10 @@ class PaintedSource(PairSource):
 
 
 @pytest.fixture
-def model() -> ColorModel:
+def model():
     return ColorModel()
 
 
 @pytest.fixture
-def painted() -> type[PaintedSource]:
+def painted():
     return PaintedSource

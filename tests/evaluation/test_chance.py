@@ -39,7 +39,7 @@ def _near(results: list[Result]) -> None:
 
 
 @pytest.mark.parametrize("captions", CAPTIONS.values(), ids=CAPTIONS)
-def test_retrieval_in_both_directions(captions: list[tuple[str, ...]]) -> None:
+def test_retrieval_in_both_directions(captions):
     generator = torch.Generator().manual_seed(0)
     row_of = {caption: row for row, caption in enumerate(dict.fromkeys(each for own in captions for each in own))}
     rows = [row_of[caption] for own in captions for caption in own]
@@ -51,7 +51,7 @@ def test_retrieval_in_both_directions(captions: list[tuple[str, ...]]) -> None:
 
 
 @pytest.mark.parametrize("labels", [EQUAL, UNEQUAL], ids=["equal", "unequal"])
-def test_classification_by_names(labels: np.ndarray) -> None:
+def test_classification_by_names(labels):
     generator = torch.Generator().manual_seed(0)
     none: list[tuple[str, ...]] = [()] * len(labels)
     _near([
@@ -60,7 +60,7 @@ def test_classification_by_names(labels: np.ndarray) -> None:
     ])  # fmt: skip
 
 
-def test_a_linear_probe_predicts_the_most_frequent_class() -> None:
+def test_a_linear_probe_predicts_the_most_frequent_class():
     generator = torch.Generator().manual_seed(0)
     splits = [Labeled(_random(len(UNEQUAL), generator), torch.from_numpy(UNEQUAL)) for _ in range(3)]
     top1, per_class = linear_probe(ProbeData("random", 12, *splits)).measures()

@@ -2,7 +2,6 @@
 
 import pickle
 from functools import partial
-from pathlib import Path
 
 import pytest
 
@@ -13,7 +12,7 @@ from declip.training.assemble import resolve_recipe
 from evaluation import trees
 
 
-def test_a_named_set(tmp_path: Path) -> None:
+def test_a_named_set(tmp_path):
     trees.pets(tmp_path)
     dataset = open_dataset(f"pets:{tmp_path}")
     assert (dataset.name, dataset.templates, dataset.metric) == (f"pets:{tmp_path}", "pets", "mean_per_class")
@@ -25,7 +24,7 @@ def test_a_named_set(tmp_path: Path) -> None:
     assert pickle.loads(pickle.dumps(dataset)).split("test").labels.tolist() == dataset.split("test").labels.tolist()
 
 
-def test_a_split_is_opened_when_it_is_asked_for_and_once(painted) -> None:
+def test_a_split_is_opened_when_it_is_asked_for_and_once(painted):
     opened = []
 
     def make(which: str):
@@ -41,7 +40,7 @@ def test_a_split_is_opened_when_it_is_asked_for_and_once(painted) -> None:
         dataset.split("validation")
 
 
-def test_an_open_source_is_a_test_split(painted) -> None:
+def test_an_open_source_is_a_test_split(painted):
     source = painted(["red", "blue"], classes=("red", "blue"), name="builtin:emoji-test")
     dataset = open_dataset(source)
     assert dataset.split("test") is source
@@ -51,7 +50,7 @@ def test_an_open_source_is_a_test_split(painted) -> None:
         open_dataset(painted([]))
 
 
-def test_splits_of_a_built_in_set(painted, monkeypatch) -> None:
+def test_splits_of_a_built_in_set(painted, monkeypatch):
     monkeypatch.setattr(datasets, "open_builtin", lambda name: painted(["red"], name=name))
     dataset = open_dataset("builtin:stamps-kinds")
     assert (dataset.name, dataset.templates) == ("builtin:stamps-kinds", "plain")
@@ -64,7 +63,7 @@ def test_splits_of_a_built_in_set(painted, monkeypatch) -> None:
     assert open_dataset("builtin:icons-test").templates == "emoji"
 
 
-def test_a_table_of_captions_may_have_splits(tmp_path: Path) -> None:
+def test_a_table_of_captions_may_have_splits(tmp_path):
     for number in range(4):
         trees.paint(tmp_path / f"{number}.png", number)
     rows = [f"{number}.png,caption {number},{'train' if number < 3 else 'test'}" for number in range(4)]
@@ -77,7 +76,7 @@ def test_a_table_of_captions_may_have_splits(tmp_path: Path) -> None:
         assert resolve_recipe("clip", val=[given]).evaluation.retrieval == (str(given),)
 
 
-def test_a_folder_with_captions_is_still_one(tmp_path: Path) -> None:
+def test_a_folder_with_captions_is_still_one(tmp_path):
     trees.paint(tmp_path / "a.jpg", 3)
     trees.write(tmp_path / "a.txt", "one\ntwo\n")
     dataset = open_dataset(str(tmp_path))
@@ -99,6 +98,6 @@ def test_a_folder_with_captions_is_still_one(tmp_path: Path) -> None:
         ("C:/nowhere", "does not exist"),
     ],
 )
-def test_what_cannot_be_opened(on: str, message: str) -> None:
+def test_what_cannot_be_opened(on, message):
     with pytest.raises(UserError, match=message):
         open_dataset(on)

@@ -8,7 +8,7 @@ from declip.errors import UserError
 from declip.evaluation.encode import encode_source, eval_mode, text_features
 
 
-def test_rows_follow_the_source_and_broken_ones_are_counted(model, painted) -> None:
+def test_rows_follow_the_source_and_broken_ones_are_counted(model, painted):
     captions = [("red", "a red thing"), ("green",), ("blue",), ("yellow", "red green")]
     source = painted(["red", "green", "blue", "yellow"], captions, broken=[1])
     found = encode_source(model, source, batch_size=2)
@@ -23,7 +23,7 @@ def test_rows_follow_the_source_and_broken_ones_are_counted(model, painted) -> N
     np.testing.assert_allclose(found.texts[4], [half, half, 0], atol=2e-3)
 
 
-def test_in_batches_in_evaluation_mode_without_gradient(model, painted) -> None:
+def test_in_batches_in_evaluation_mode_without_gradient(model, painted):
     encode_source(model, painted(["red"] * 5, [(f"{n}",) for n in range(5)]), batch_size=2)
     assert [(kind, size) for kind, size, _, _ in model.passes] == [
         ("image", 2), ("image", 2), ("image", 1), ("text", 2), ("text", 2), ("text", 1),
@@ -31,7 +31,7 @@ def test_in_batches_in_evaluation_mode_without_gradient(model, painted) -> None:
     assert not any(training or grad for _, _, training, grad in model.passes)
 
 
-def test_every_part_gets_its_own_mode_back(model) -> None:
+def test_every_part_gets_its_own_mode_back(model):
     model.train()
     model.frozen.eval()
     with eval_mode(model) as device:
@@ -45,14 +45,14 @@ def test_every_part_gets_its_own_mode_back(model) -> None:
     assert torch.is_grad_enabled()
 
 
-def test_equal_texts_are_encoded_once_and_keep_their_places(model) -> None:
+def test_equal_texts_are_encoded_once_and_keep_their_places(model):
     found = text_features(model, ["red", "blue", "red"], batch_size=8)
     assert [(kind, size) for kind, size, _, _ in model.passes] == [("text", 2)]
     assert torch.equal(found[0], found[2])
     assert not torch.equal(found[0], found[1])
 
 
-def test_workers_change_nothing(model, painted) -> None:
+def test_workers_change_nothing(model, painted):
     source = painted(["red", "green", "blue", "cyan", "white"], broken=[3])
     some = encode_source(model, source, indices=[2, 0], texts=False)
     assert (some.indices.tolist(), some.texts) == ([2, 0], None)
@@ -62,13 +62,13 @@ def test_workers_change_nothing(model, painted) -> None:
     assert helped.skipped.counts == {"truncated image": 1}
 
 
-def test_nothing_readable(model, painted) -> None:
+def test_nothing_readable(model, painted):
     with pytest.raises(UserError, match=r"'painted'.*2 pairs.*2 × truncated image"):
         encode_source(model, painted(["red", "red"], broken=[0, 1]), batch_size=1)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_features_that_are_not_finite_are_refused_by_name(model, painted, value) -> None:
+def test_features_that_are_not_finite_are_refused_by_name(model, painted, value):
     encode = model.encode_image
     model.encode_image = lambda pixels: torch.where(pixels.mean((2, 3))[:, 2:] > 0.9, value, encode(pixels))
     with pytest.raises(UserError, match=r"'row 3'.*not finite"):

@@ -20,13 +20,13 @@ from declip.evaluation.linear_probe import (
     measure,
     sweep,
 )
-from declip.evaluation.results import LinearProbeResult, by_class, sample_per_class, score
+from declip.evaluation.results import by_class, sample_per_class, score
 
 STEPS = {C: step for step, C in GRID.items()}
 
 
 @pytest.fixture(scope="module")
-def data() -> ProbeData:
+def data():
     """Real images of digits at 4 x 4 pixels, so that the probe has something to get wrong."""
     pixels, labels = load_digits(return_X_y=True)
     small = pixels.reshape(-1, 4, 2, 4, 2).mean((2, 4)).reshape(-1, 16) / 8
@@ -36,11 +36,11 @@ def data() -> ProbeData:
 
 
 @pytest.fixture(scope="module")
-def result(data) -> LinearProbeResult:
+def result(data):
     return linear_probe(data)
 
 
-def test_the_sweep_is_as_good_as_trying_many(data, result) -> None:
+def test_the_sweep_is_as_good_as_trying_many(data, result):
     problem, fitted = LogisticProblem(data.train.features, data.train.labels), None
     np.testing.assert_allclose(sorted(GRID.values()), np.logspace(-6, 6, 97))  # CLIP's
     scores = []
@@ -81,7 +81,7 @@ class KnownProblem:
 
 
 @pytest.mark.parametrize("peak", [-48, -41, 0, 5, 47, 48])
-def test_one_peak_is_found_wherever_it_is(data, peak) -> None:
+def test_one_peak_is_found_wherever_it_is(data, peak):
     problem = KnownProblem(data, lambda step: 300 - abs(step - peak))
     assert STEPS[sweep(problem, data).C] == peak
     # A grid of sixteenths, then the halves of the interval around the peak, nothing else.
@@ -92,19 +92,19 @@ def test_one_peak_is_found_wherever_it_is(data, peak) -> None:
     ("loss", "chosen"),
     [(lambda step: abs(step - 7), 7), (lambda step: 0.0, -48), (lambda step: 1.0 if step == 16 else math.nan, 16)],
 )
-def test_of_equal_scores_the_smaller_cross_entropy_wins_and_then_the_stronger_penalty(data, loss, chosen) -> None:
+def test_of_equal_scores_the_smaller_cross_entropy_wins_and_then_the_stronger_penalty(data, loss, chosen):
     assert STEPS[sweep(KnownProblem(data, lambda step: 150, loss), data).C] == chosen
 
 
 @pytest.mark.parametrize(("metric", "chosen"), [("top1", 0), ("mean_per_class", 16)])
-def test_the_metric_of_the_set_chooses(data, metric, chosen) -> None:
+def test_the_metric_of_the_set_chooses(data, metric, chosen):
     labels = torch.tensor([0] * 8 + [1] * 2)
     uneven = replace(data, validation=Labeled(torch.zeros(10, 16), labels), metric=metric)
     right = {0: labels == 0, 16: torch.arange(10) >= 3}
     assert STEPS[sweep(KnownProblem(uneven, lambda step: right.get(step, 0)), uneven).C] == chosen
 
 
-def test_the_probe_is_scikit_learns_on_train_and_validation(data, result) -> None:
+def test_the_probe_is_scikit_learns_on_train_and_validation(data, result):
     both = data.train.join(data.validation)
     theirs = LogisticRegression(C=result.C, max_iter=20_000, tol=1e-8)
     theirs.fit(both.features.double().numpy(), both.labels.numpy())
@@ -117,7 +117,7 @@ def test_the_probe_is_scikit_learns_on_train_and_validation(data, result) -> Non
     assert (result.converged, result.validation) == (True, "validation split")
 
 
-def test_a_class_with_validation_images_only_and_test_images_that_choose_nothing(data) -> None:
+def test_a_class_with_validation_images_only_and_test_images_that_choose_nothing(data):
     train, validation, test = (rows.take(rows.labels < 3) for rows in (data.train, data.validation, data.test))
     few = ProbeData("digits", 3, train.take(train.labels < 2), validation, test)
     result = linear_probe(few)
@@ -127,7 +127,7 @@ def test_a_class_with_validation_images_only_and_test_images_that_choose_nothing
     assert spoiled.top1 < 0.2
 
 
-def test_scores_and_samples_by_class() -> None:
+def test_scores_and_samples_by_class():
     right, labels = np.array([True, True, False, True, False]), np.array([0, 0, 0, 3, 5])
     assert score(right, labels) == pytest.approx(3 / 5)
     assert score(right, labels, "mean_per_class") == pytest.approx((2 / 3 + 1 + 0) / 3)

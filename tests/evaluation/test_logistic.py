@@ -12,14 +12,14 @@ from declip.evaluation.linear_probe import LogisticProblem
 
 
 @pytest.fixture(scope="module")
-def digits() -> tuple[torch.Tensor, torch.Tensor]:
+def digits():
     """Real images of digits, 64 pixels each, brought to about unit size; 600 of them."""
     pixels, labels = load_digits(return_X_y=True)
     return torch.tensor(pixels[:600] / 8, dtype=torch.float32), torch.tensor(labels[:600])
 
 
 @pytest.mark.parametrize(("C", "block"), [(1e-3, 7_000), (0.1, 200), (10.0, 1 << 20)])
-def test_the_minimum_is_scikit_learns_whatever_the_block(digits, monkeypatch, C, block) -> None:
+def test_the_minimum_is_scikit_learns_whatever_the_block(digits, monkeypatch, C, block):
     monkeypatch.setattr(linear_probe, "BLOCK", block)
     features, labels = digits
     theirs = LogisticRegression(C=C, max_iter=20_000, tol=1e-8).fit(features.double().numpy(), labels.numpy())
@@ -35,7 +35,7 @@ def test_the_minimum_is_scikit_learns_whatever_the_block(digits, monkeypatch, C,
 
 # At the last C the loss is 2e-5: 1 - p would have no digit left in float32.
 @pytest.mark.parametrize(("C", "near"), [(1e-3, 2e-5), (1.0, 2e-5), (100.0, 2e-5), (1e5, 1e-3)])
-def test_single_precision_finds_the_same_minimum(digits, C, near) -> None:
+def test_single_precision_finds_the_same_minimum(digits, C, near):
     features, labels = digits
     exact = LogisticProblem(features, labels, dtype=torch.float64).fit(C, tolerance=1e-6)
     quick = LogisticProblem(features, labels).fit(C)
@@ -47,7 +47,7 @@ def test_single_precision_finds_the_same_minimum(digits, C, near) -> None:
     assert float(difference.abs().max()) < 2e-3
 
 
-def test_two_classes_are_scikit_learns_one_vector(digits) -> None:
+def test_two_classes_are_scikit_learns_one_vector(digits):
     features, labels = (part[digits[1] < 2] for part in digits)
     theirs = LogisticRegression(C=0.05, max_iter=20_000, tol=1e-8).fit(features.double().numpy(), labels.numpy())
     ours = LogisticProblem(features, labels, dtype=torch.float64).fit(0.05, tolerance=1e-6)
@@ -56,13 +56,13 @@ def test_two_classes_are_scikit_learns_one_vector(digits) -> None:
 
 
 @pytest.mark.parametrize("allowed", [3, 25])
-def test_out_of_iterations_is_said(digits, allowed) -> None:
+def test_out_of_iterations_is_said(digits, allowed):
     found = LogisticProblem(*digits).fit(100.0, max_iterations=allowed)
     assert not found.converged
     assert found.iterations == allowed
 
 
-def test_classes_without_images_are_never_predicted(digits) -> None:
+def test_classes_without_images_are_never_predicted(digits):
     features, labels = digits
     kept = (labels == 3) | (labels == 7) | (labels == 8)
     found = LogisticProblem(features[kept], labels[kept]).fit(1.0)
@@ -79,7 +79,7 @@ def test_classes_without_images_are_never_predicted(digits) -> None:
     assert not found.measure(torch.full_like(features, torch.nan), labels)[0].any()
 
 
-def test_what_cannot_be_fitted(digits) -> None:
+def test_what_cannot_be_fitted(digits):
     features, labels = digits
     with pytest.raises(UserError, match="at least two classes"):
         LogisticProblem(features[labels == 1], labels[labels == 1])

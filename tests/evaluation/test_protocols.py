@@ -28,7 +28,7 @@ from declip.reports.run import results_table
 NAMES = ("red", "green", "blue", "yellow", "cyan", "magenta", "white")
 
 
-def test_zero_shot_of_a_model_that_knows_its_colors(model, painted) -> None:
+def test_zero_shot_of_a_model_that_knows_its_colors(model, painted):
     source = painted(["red", "blue", "cyan", "white"], classes=NAMES, broken=[1])
     result = evaluate(model, source)
     assert isinstance(result, ZeroShotResult)
@@ -38,7 +38,7 @@ def test_zero_shot_of_a_model_that_knows_its_colors(model, painted) -> None:
     assert (result.dataset, result.templates) == ("painted", "plain")
 
 
-def test_labels_follow_the_images_that_could_be_read_and_templates_the_source(model, painted) -> None:
+def test_labels_follow_the_images_that_could_be_read_and_templates_the_source(model, painted):
     source = painted(["red", "blue", "cyan"], classes=NAMES, broken=[0], name="builtin:emoji/test")
     source.labels[1] = NAMES.index("green")
     result = evaluate(model, source)
@@ -54,7 +54,7 @@ def test_labels_follow_the_images_that_could_be_read_and_templates_the_source(mo
         ("zero-shot", ("red",), "at least two classes"),
     ],
 )
-def test_what_cannot_be_measured_is_said_before_anything_is_encoded(model, painted, task, classes, message) -> None:
+def test_what_cannot_be_measured_is_said_before_anything_is_encoded(model, painted, task, classes, message):
     sources = [Dataset("first", {"test": lambda: painted(["red"], classes=NAMES)})]
     sources.append(Dataset("second", {"test": lambda: painted(["red", "red"], classes=classes)}))
     with pytest.raises(UserError, match=message):
@@ -62,7 +62,7 @@ def test_what_cannot_be_measured_is_said_before_anything_is_encoded(model, paint
     assert model.passes == []
 
 
-def test_tasks_share_the_images(model, painted) -> None:
+def test_tasks_share_the_images(model, painted):
     source = painted(["red", "green", "blue"], classes=NAMES, broken=[1])
     zero_shot, retrieval = evaluate_all(model, source, ("zero-shot", "retrieval"), Options(progress=False))
     assert [kind for kind, *_ in model.passes].count("image") == 1
@@ -89,7 +89,7 @@ def dataset(painted):
     return make
 
 
-def test_probes_of_a_model_that_knows_its_colors(probed, dataset) -> None:
+def test_probes_of_a_model_that_knows_its_colors(probed, dataset):
     on = dataset(train=NAMES * 3, validation=NAMES * 2, test=("red", "blue", "white"))
     linear = evaluate(probed, on, "linear")
     assert sum(size for _, size, *_ in probed.passes) == 38  # each split once
@@ -101,7 +101,7 @@ def test_probes_of_a_model_that_knows_its_colors(probed, dataset) -> None:
     _assert_read_back(linear)
 
 
-def test_a_real_model_can_be_probed_and_its_truncated_captions_are_counted(painted, dataset) -> None:
+def test_a_real_model_can_be_probed_and_its_truncated_captions_are_counted(painted, dataset):
     torch.manual_seed(0)
     real = DualEncoder.from_recipe(Recipe.model_validate(TINY))
     result = evaluate(real, dataset(train=(*NAMES, *NAMES, *NAMES[:5]), test=NAMES), "linear")
@@ -111,7 +111,7 @@ def test_a_real_model_can_be_probed_and_its_truncated_captions_are_counted(paint
     assert evaluate(real, source, "retrieval").truncated_captions == 1
 
 
-def test_a_model_may_be_a_path_and_batches_have_a_size(painted, tmp_path, model) -> None:
+def test_a_model_may_be_a_path_and_batches_have_a_size(painted, tmp_path, model):
     real = DualEncoder.from_recipe(Recipe.model_validate(TINY))
     export(real, "safetensors", tmp_path / "model")
     source = painted(["red", "blue"], captions=[("red",), ("blue",)])
@@ -121,7 +121,7 @@ def test_a_model_may_be_a_path_and_batches_have_a_size(painted, tmp_path, model)
         evaluate(model, source, "retrieval", batch_size=0)
 
 
-def test_unreadable_images_are_counted_over_all_splits(probed, painted) -> None:
+def test_unreadable_images_are_counted_over_all_splits(probed, painted):
     train = painted(NAMES * 3, classes=NAMES, broken=[19, 20])
     test = painted(NAMES, classes=NAMES, broken=[0])
     on = Dataset("set", {"train": lambda: train, "test": lambda: test}, metric="mean_per_class")
@@ -131,7 +131,7 @@ def test_unreadable_images_are_counted_over_all_splits(probed, painted) -> None:
     assert (result.train, result.n) == (19, 6)
 
 
-def test_sets_and_models_that_cannot_be_probed(model, probed, painted, dataset) -> None:
+def test_sets_and_models_that_cannot_be_probed(model, probed, painted, dataset):
     with pytest.raises(UserError, match=r"'painted' has no train split.*'zero-shot' or 'retrieval'"):
         evaluate(probed, painted(NAMES, classes=NAMES), "linear")
     on = dataset(train=NAMES, test=NAMES)
@@ -140,7 +140,7 @@ def test_sets_and_models_that_cannot_be_probed(model, probed, painted, dataset) 
     assert probed.passes == []
 
 
-def test_splits_that_do_not_fit_each_other(probed, painted) -> None:
+def test_splits_that_do_not_fit_each_other(probed, painted):
     train, test = painted(NAMES * 2, classes=NAMES), painted(NAMES, classes=NAMES[::-1])
     with pytest.raises(UserError, match=r"splits of 'set' .*7 class names.*same order"):
         evaluate(probed, Dataset("set", {"train": lambda: train, "test": lambda: test}), "linear")
@@ -163,7 +163,7 @@ def _assert_read_back(result) -> None:
     assert read_result(row) == result
 
 
-def test_the_table_has_every_number_with_its_chance_and_majority(model, painted) -> None:
+def test_the_table_has_every_number_with_its_chance_and_majority(model, painted):
     source = painted(["red", "green", "red", "white"], classes=NAMES, broken=[3])
     results = evaluate_all(model, source, ("zero-shot", "retrieval"))
     for result in results:
@@ -179,12 +179,12 @@ def test_the_table_has_every_number_with_its_chance_and_majority(model, painted)
     assert [measure.majority for measure in even.measures()] == [None] * 3
 
 
-def test_the_interval_of_a_share() -> None:
+def test_the_interval_of_a_share():
     # 30 of 100: Wilson's 95 % interval is 0.2189 to 0.3958.
     assert Measure("top-1", 0.3, 0.01, 100).margin == pytest.approx((0.3958 - 0.2189) / 2, abs=1e-4)
 
 
-def test_short_names_keep_what_tells_sets_apart() -> None:
+def test_short_names_keep_what_tells_sets_apart():
     short = {
         "/d/coco/test.jsonl": "/d/coco/test.jsonl", "/d/flickr/test.jsonl": "/d/flickr/test.jsonl",
         "own/mine.csv": "mine.csv", "coco:/d/2014": "coco:2014", "C:\\data\\a.csv": "a.csv", "/d/photos/": "photos",

@@ -26,7 +26,7 @@ def _features(images: torch.Tensor, texts: torch.Tensor, captions: list[tuple[st
     return SourceFeatures("hand", np.arange(len(captions)), images, tuple(captions), texts, SkipCounter())
 
 
-def test_ties_and_nan_go_against_the_model() -> None:
+def test_ties_and_nan_go_against_the_model():
     scores = torch.tensor([[0.5, 0.5, 0.5], [0.2, 0.2, 0.1], [0.1, 0.2, 0.2], [0.3, 0.3 + 1e-8, 0.0]])
     assert ranks(scores, torch.eye(3), _singles(0, 0, 1, 0)).tolist() == [3, 2, 2, 2]
     nan = float("nan")
@@ -39,7 +39,7 @@ def test_ties_and_nan_go_against_the_model() -> None:
 
 
 @pytest.mark.parametrize("block", [1, 37, 10_000])
-def test_ranks_equal_a_loop_whatever_the_block(block: int) -> None:
+def test_ranks_equal_a_loop_whatever_the_block(block):
     rng = default_rng(3)
     queries, candidates = rng.standard_normal((41, 6)), rng.standard_normal((29, 6)).round(1)
     candidates[5] = candidates[17]
@@ -48,7 +48,7 @@ def test_ranks_equal_a_loop_whatever_the_block(block: int) -> None:
     assert found.tolist() == _rank_by_loop(queries @ candidates.T, right)
 
 
-def test_recall_and_chance_by_hand() -> None:
+def test_recall_and_chance_by_hand():
     found = recall(np.array([1, 1, 3, 6, 11, 40]), 50, (0.1, 0.2, 0.3))
     assert (found.r1, found.r5, found.r10, found.chance5) == (2 / 6, 3 / 6, 4 / 6, 0.2)
     assert found.median_rank == 4.5
@@ -58,7 +58,7 @@ def test_recall_and_chance_by_hand() -> None:
     assert chance_levels([(100,)] * 1000, [100] * 10) == pytest.approx([0.1] * 3)
 
 
-def test_both_directions_with_several_captions() -> None:
+def test_both_directions_with_several_captions():
     captions = [("a", "b"), ("c",), ("d", "e", "f")]
     texts = torch.tensor(
         [
@@ -81,7 +81,7 @@ def test_both_directions_with_several_captions() -> None:
     assert result.image_to_text.chance1 == pytest.approx((2 + 1 + 3) / 6 / 3)
 
 
-def test_a_caption_that_two_images_share() -> None:
+def test_a_caption_that_two_images_share():
     images = torch.tensor([[1.0, 0.0, 0.0], [0.9, 0.1, 0.0], [0.0, 0.0, 1.0]])
     cat, dog, tail = [1.0, 0.0, 0.0], [0.0, 0.0, 1.0], [0.1, 1.0, 0.0]
     result = retrieve(_features(images, torch.tensor([cat, cat, tail, dog]), [("cat",), ("cat", "tail"), ("dog",)]))

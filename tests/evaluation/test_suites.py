@@ -1,7 +1,6 @@
 """The table of eleven sets on tiny trees, and the published rows below it."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -48,7 +47,7 @@ class NameModel(nn.Module):
 
 
 @pytest.fixture
-def root(tmp_path: Path, monkeypatch) -> Path:
+def root(tmp_path, monkeypatch):
     trees.pets(tmp_path / "pets")
     trees.cifar(tmp_path / "cifar10", monkeypatch, datasets.CIFAR10, trees.TEN, count=10)
     trees.dtd(tmp_path / "dtd")
@@ -57,7 +56,7 @@ def root(tmp_path: Path, monkeypatch) -> Path:
     return tmp_path
 
 
-def test_each_set_by_its_own_metric_and_the_missing_ones_listed(root: Path) -> None:
+def test_each_set_by_its_own_metric_and_the_missing_ones_listed(root):
     found = evaluate_suite(NameModel(), f"paper11:{root}", "zero-shot", Options(progress=False))
     # Of the pets 3 of 3, 0 of 1 and 2 of 2 are right.
     assert found.values == pytest.approx({"cifar10": 1.0, "pets": 2 / 3, "dtd": 1.0})
@@ -80,18 +79,18 @@ def test_each_set_by_its_own_metric_and_the_missing_ones_listed(root: Path) -> N
         ("paper11:/nowhere", "zero-shot", "paper11.*'/nowhere/cifar10'"),
     ],
 )
-def test_what_is_not_a_suite_or_not_there(on: str, task: str, message: str) -> None:
+def test_what_is_not_a_suite_or_not_there(on, task, message):
     with pytest.raises(UserError, match=message):
         evaluate_suite(NameModel(), on, task)
 
 
-def test_the_linear_probe_learns_on_train(root: Path) -> None:
+def test_the_linear_probe_learns_on_train(root):
     found = evaluate_suite(NameModel(), f"paper11:{root}", "linear", Options(progress=False))
     assert found.values == {"cifar10": 1.0}
     assert "too few" in found.missing["pets"]
 
 
-def test_published_averages_are_those_of_the_numbers() -> None:
+def test_published_averages_are_those_of_the_numbers():
     for task, count, methods in (("zero-shot", 11, 9), ("linear", 10, 5)):
         tree = published(task)
         assert len(tree["rows"]) == methods
@@ -109,7 +108,7 @@ def _markdown(*sets: str, task: str = "zero-shot") -> str:
     return SuiteResult(task, results, missing).markdown("mine")
 
 
-def test_published_averages_are_over_the_sets_shown() -> None:
+def test_published_averages_are_over_the_sets_shown():
     text = _markdown("cifar10", "pets")
     lines = text.splitlines()
     assert lines[0] == "|  |  | C10 | Pets | average |"
@@ -122,7 +121,7 @@ def test_published_averages_are_over_the_sets_shown() -> None:
     assert len([line for line in lines if "| published |" in line]) == 9
 
 
-def test_averages_over_different_sets_are_distinguished() -> None:
+def test_averages_over_different_sets_are_distinguished():
     whole = _markdown(*SETS)
     assert "| CLIP | published | 63.7 |" in whole
     assert "| 31.8 |" in whole

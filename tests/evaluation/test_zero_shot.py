@@ -19,7 +19,7 @@ def _unit(rows: np.ndarray) -> np.ndarray:
     return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
 
 
-def test_class_features_are_the_normalized_mean_of_normalized_ones(model) -> None:
+def test_class_features_are_the_normalized_mean_of_normalized_ones(model):
     found = class_features(model, ["red", "blue"], ["{}", "{} and green", "white {} {}"])
     red, green, blue, white = np.eye(3)[0], np.eye(3)[1], np.eye(3)[2], np.ones(3)
 
@@ -31,7 +31,7 @@ def test_class_features_are_the_normalized_mean_of_normalized_ones(model) -> Non
     assert class_features(model, ["{0} red", "}{"], ["a {}"]).shape == (2, 3)
 
 
-def test_numbers_equal_an_independent_computation() -> None:
+def test_numbers_equal_an_independent_computation():
     rng = default_rng(5)
     labels = rng.integers(0, 12, size=300)
     labels[labels == 7] = 8  # a class without an image
@@ -48,7 +48,7 @@ def test_numbers_equal_an_independent_computation() -> None:
     assert result.majority == np.bincount(labels).max() / 300
 
 
-def test_of_classes_of_the_same_name_the_first_is_right_as_argmax_has_it() -> None:
+def test_of_classes_of_the_same_name_the_first_is_right_as_argmax_has_it():
     generator = torch.Generator().manual_seed(3)
     classes = torch.nn.functional.normalize(torch.randn(6, 8, generator=generator), dim=1)[[4, 0, 1, 0, 2, 0]]
     images = torch.nn.functional.normalize(torch.randn(200, 8, generator=generator), dim=1)
@@ -60,14 +60,14 @@ def test_of_classes_of_the_same_name_the_first_is_right_as_argmax_has_it() -> No
     assert not hit[np.isin(labels, (3, 5))].any()
 
 
-def test_a_model_that_gives_every_class_the_same_feature_names_only_the_first_and_nan_loses() -> None:
+def test_a_model_that_gives_every_class_the_same_feature_names_only_the_first_and_nan_loses():
     result = classify(_features(torch.eye(3)), np.arange(3), torch.ones(3, 3) / 3**0.5)
     assert result.top1 == pytest.approx(1 / 3)
     result = classify(_features(torch.full((6, 6), float("nan"))), np.arange(6), torch.eye(6))
     assert (result.top1, result.top5, result.mean_per_class) == (0.0, 0.0, 0.0)
 
 
-def test_templates_by_name_and_by_hand() -> None:
+def test_templates_by_name_and_by_hand():
     assert read_templates("food101")[1] == ["a photo of {}, a type of food."]
     assert read_templates("a {} here") == ("a {} here", ["a {} here"])
     assert read_templates(["{}", "a {}"]) == ("{} | a {}", ["{}", "a {}"])

@@ -22,14 +22,14 @@ TINY_VIT = {
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_an_example_trains_for_three_steps(name: str, table: Path, tmp_path: Path) -> None:
+def test_an_example_trains_for_three_steps(name, table, tmp_path):
     EXAMPLES[name]["main"](str(table), str(tmp_path / "run"), **SMALL)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert all(row["losses"][name] > 0 for row in rows)
 
 
-def test_word_classification_is_the_plain_loop() -> None:
+def test_word_classification_is_the_plain_loop():
     texts = torch.tensor([[[90, 7, 3, 7, 91, 3], [90, 5, 91, 0, 0, 0], [90, 2, 2, 2, 2, 91]]])
     texts = torch.cat([texts, texts.flip(1)])
     token_columns, word_targets, word_cross_entropy = (
@@ -49,7 +49,7 @@ def test_word_classification_is_the_plain_loop() -> None:
             log_probabilities = view - view.logsumexp(0)
             losses.append(-sum(t * x for t, x in zip(expected_targets[b], log_probabilities, strict=True)))
     torch.testing.assert_close(targets, torch.tensor(expected_targets, dtype=torch.float64))
-    expected = torch.stack(losses).mean()  # type: ignore[arg-type]
+    expected = torch.stack(losses).mean()
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
     gradients = [torch.autograd.grad(loss, logits)[0] for loss in (found, expected)]
     torch.testing.assert_close(*gradients)
@@ -57,7 +57,7 @@ def test_word_classification_is_the_plain_loop() -> None:
     assert word_cross_entropy(logits, word_targets(nothing, idf)).item() == 0
 
 
-def test_distillation_is_the_plain_loop_and_needs_no_gradient_of_the_teacher() -> None:
+def test_distillation_is_the_plain_loop_and_needs_no_gradient_of_the_teacher():
     relational_distillation = EXAMPLES["distillation"]["relational_distillation"]
     rows, keys, *teacher = (
         torch.nn.functional.normalize(torch.randn(n, d, dtype=torch.float64), dim=-1).requires_grad_()
@@ -73,7 +73,7 @@ def test_distillation_is_the_plain_loop_and_needs_no_gradient_of_the_teacher() -
     assert [x.grad is None for x in (rows, keys, *teacher)] == [False, False, True, True]
 
 
-def test_a_loss_that_reads_pixels_sees_all_of_them_in_chunks(table: Path, tmp_path: Path) -> None:
+def test_a_loss_that_reads_pixels_sees_all_of_them_in_chunks(table, tmp_path):
     rows = []
     teacher = str(tmp_path / "whole-teacher")
     for name, given, keys in (("whole", None, {}), ("chunks", teacher, {"train.grad_cache_chunk": 3})):
@@ -82,7 +82,7 @@ def test_a_loss_that_reads_pixels_sees_all_of_them_in_chunks(table: Path, tmp_pa
     assert rows[1] == pytest.approx(rows[0], rel=1e-4)
 
 
-def test_pairs_with_equal_captions_are_no_negatives() -> None:
+def test_pairs_with_equal_captions_are_no_negatives():
     example = EXAMPLES["without_duplicates"]
     texts = torch.tensor([[90, 5, 91, 0], [90, 6, 91, 0], [90, 5, 91, 0]])
     hashes = example["caption_hashes"](texts)

@@ -3,7 +3,6 @@
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -16,16 +15,14 @@ PLUGIN = Path(__file__).parents[2] / "examples" / "plugin"
 
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def installed(tmp_path_factory):
     place = tmp_path_factory.mktemp("packages")
     words = ["install", "-q", "--no-deps", "--no-build-isolation", "--no-index", "--target", place, PLUGIN]
     subprocess.run([sys.executable, "-m", "pip", *map(str, words)], check=True)
     return place
 
 
-def test_a_plugin_is_used_by_its_names(
-    installed: Path, tmp_path: Path, command: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_plugin_is_used_by_its_names(installed, tmp_path, command, monkeypatch):
     monkeypatch.syspath_prepend(str(installed))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(objective, "TERMS", dict(objective.TERMS))
@@ -44,7 +41,7 @@ def test_a_plugin_is_used_by_its_names(
     assert (refused.status, "circles:few" in refused.err) == (2, True)
 
 
-def test_damaged_plugins_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damaged_plugins_are_named(tmp_path, monkeypatch):
     for package in ("one", "two"):
         about = tmp_path / f"{package}-1.dist-info"
         about.mkdir()

@@ -1,7 +1,6 @@
 import json
 import re
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -48,7 +47,7 @@ def advice(inspection: Inspection, rule: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def planted(tmp_path_factory):
     """A table of 24 drawings of two captions, and faults of every kind."""
     folder = tmp_path_factory.mktemp("planted")
     rows = []
@@ -73,7 +72,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_planted_faults_are_found(planted: Path) -> None:
+def test_planted_faults_are_found(planted):
     found = inspect_source(planted, workers=0)
     assert (found.total, found.read, found.usable, found.whole) == (35, 35, 32, True)
     assert found.reasons["empty caption"] == {"count": 2, "examples": ["./good0.png", "./good1.png"]}
@@ -96,13 +95,13 @@ def test_planted_faults_are_found(planted: Path) -> None:
     assert [finding.fix for finding in found.findings] == sorted((f.fix for f in found.findings), reverse=True)
 
 
-def test_processes_find_what_one_finds(planted: Path) -> None:
+def test_processes_find_what_one_finds(planted):
     one, two = (inspect_source(planted, workers=workers).to_dict() for workers in (0, 2))
     del one["seconds"], two["seconds"]
     assert one == two
 
 
-def test_a_sample_says_how_sure_it_is() -> None:
+def test_a_sample_says_how_sure_it_is():
     source = Numbers([() if number % 10 == 0 else (f"caption {number}",) for number in range(1000)])
     found = inspect_source(source, 200, workers=0)
     assert (found.read, found.total, found.whole) == (200, 1000, False)
@@ -114,13 +113,13 @@ def test_a_sample_says_how_sure_it_is() -> None:
     assert "95 %" in advice(found, "broken")
 
 
-def test_repeated_captions_are_named_where_pairs_share_several() -> None:
+def test_repeated_captions_are_named_where_pairs_share_several():
     texts = [("a drawing", ("zebra", "zebu")[number % 2] if number < 20 else f"{number}") for number in range(30)]
     found = inspect_source(Numbers(texts), None, workers=0).equal_captions
     assert [(group.size, group.caption) for group in found.examples] == [(30, "a drawing"), (10, "zebra"), (10, "zebu")]
 
 
-def test_equal_captions_in_a_batch_are_estimated() -> None:
+def test_equal_captions_in_a_batch_are_estimated():
     texts = [("cat",) if number % 4 == 0 else (f"caption {number}", f"text {number}") for number in range(400)]
     variants = inspect_source(Numbers([("Cat", "cat"), ("dog", "hound"), ("cat",)]), None, batch_size=3, workers=0)
     assert variants.equal_captions.members == 2, "one text within a pair"
@@ -135,7 +134,7 @@ def test_equal_captions_in_a_batch_are_estimated() -> None:
     assert np.mean(samples) == pytest.approx(whole, rel=0.15)
 
 
-def test_one_pair_is_enough_and_none_says_why() -> None:
+def test_one_pair_is_enough_and_none_says_why():
     found = inspect_source(Numbers([("a single caption",)]), workers=0)
     assert (found.usable, found.equal_images.groups, found.captions.equal_in_batch, len(found.examples)) == (1, 0, 0, 1)
     found = inspect_source(Numbers([()] * 3), workers=0)
@@ -144,7 +143,7 @@ def test_one_pair_is_enough_and_none_says_why() -> None:
     assert [(finding.rule, finding.fix) for finding in found.findings] == [("broken", True)]
 
 
-def test_images_of_a_test_set_are_found(planted: Path) -> None:
+def test_images_of_a_test_set_are_found(planted):
     found = inspect_source(Numbers([("a b",)] * 40, side=300), None, check_leakage=[planted], workers=0)
     (leak,) = found.leakages
     assert (leak.name, leak.images, leak.found.count) == ("planted.jsonl", 34, 24)
@@ -159,13 +158,13 @@ def test_images_of_a_test_set_are_found(planted: Path) -> None:
     assert (leak.images, leak.found.count > 0) == (1, True)
 
 
-def test_one_word_captions_lead_to_another_second_view() -> None:
+def test_one_word_captions_lead_to_another_second_view():
     for caption, words in ((("cat", "tom", "kitty"), "views.text.second_view=caption"), (("cat",), "Add words")):
         assert words in advice(inspect_source(Numbers([caption] * 4), workers=0), "one_word")
 
 
 @pytest.mark.parametrize(("words", "context"), [(14, 16), (15, 24), (300, 77)])
-def test_context_is_the_shortest_that_truncates_little(words: int, context: int) -> None:
+def test_context_is_the_shortest_that_truncates_little(words, context):
     found = inspect_source(Numbers([("cat " * words,)] * 3), workers=0)
     assert found.captions.context_length == context
     assert found.captions.truncated[77].count == (3 if words + 2 > 77 else 0)
@@ -174,7 +173,7 @@ def test_context_is_the_shortest_that_truncates_little(words: int, context: int)
     assert set(re.findall(r"text.context_length=(\d+)", advice(found, rule))) == {str(context)}, "one recommendation"
 
 
-def test_resolution_against_the_training_size() -> None:
+def test_resolution_against_the_training_size():
     large, small, fits = (
         inspect_source(Numbers([("a cat",)] * 3, side=side), size=100, workers=0) for side in (400, 70, 120)
     )
@@ -185,7 +184,7 @@ def test_resolution_against_the_training_size() -> None:
     assert not {"small_images", "large_images"} & set(rules(fits))
 
 
-def test_scripts_and_queue() -> None:
+def test_scripts_and_queue():
     found = inspect_source(Numbers([("белая кошка",)] * 1 + [("a white cat",)] * 3), workers=0)
     assert rules(found)["other_script"] == 0.25
     assert found.captions.examples == {"not in Latin script": ["белая кошка"]}
@@ -193,7 +192,7 @@ def test_scripts_and_queue() -> None:
     assert "queue_size=256" in advice(thousands, "queue")
 
 
-def test_wrong_options_are_refused(planted: Path) -> None:
+def test_wrong_options_are_refused(planted):
     for name, value in {"sample": 0, "workers": -1, "size": 0, "batch_size": 1, "seed": -1}.items():
         with pytest.raises(UserError, match=f"{name} is {value}"):
             inspect_source(planted, **{name: value})

@@ -30,10 +30,10 @@ from declip.inspection.reading import kind_of, token_count
         ("may 5 cats sit here", None),
     ],
 )
-def test_kinds_of_captions(caption: str, kind: str | None) -> None:
+def test_kinds_of_captions(caption, kind):
     assert kind_of(caption) == kind
 
 
-def test_tokens_are_counted_beyond_the_context() -> None:
+def test_tokens_are_counted_beyond_the_context():
     assert token_count("a cat") == len(Tokenizer().encode("a cat")) == 4
     assert token_count("cat " * 300) == 302

@@ -31,7 +31,7 @@ def groups_of(images: list[Image.Image]) -> list[int]:
     return near_groups(np.array([look(image) for image in images], LOOK)).tolist()
 
 
-def test_hashes_tell_images_and_captions_apart() -> None:
+def test_hashes_tell_images_and_captions_apart():
     assert image_hash(photo(0)) == image_hash(photo(0).copy())
     other = photo(0)
     other.putpixel((3, 3), (1, 2, 3))
@@ -41,7 +41,7 @@ def test_hashes_tell_images_and_captions_apart() -> None:
     assert caption_hash("a cat") != caption_hash("a cat.")
 
 
-def test_copies_look_alike_and_other_images_do_not() -> None:
+def test_copies_look_alike_and_other_images_do_not():
     originals = [photo(seed) for seed in range(30)]
     halves = [image.resize((128, 128)) for image in originals]
     copies = [compressed(image.resize((200, 200)), 60) for image in originals]
@@ -50,7 +50,7 @@ def test_copies_look_alike_and_other_images_do_not() -> None:
     assert len(set(groups)) == 30
 
 
-def test_color_shape_and_a_small_sign_tell_drawings_apart() -> None:
+def test_color_shape_and_a_small_sign_tell_drawings_apart():
     groups = groups_of([draw(color, shape) for color in COLOURS for shape in SHAPES])
     assert len(set(groups)) == len(groups)
 
@@ -71,7 +71,7 @@ def bits(looks: np.ndarray, name: str, i: int, j: int) -> int:
     return sum(int(word).bit_count() for word in words)
 
 
-def test_near_groups_are_those_of_comparing_all_with_all(generator: np.random.Generator) -> None:
+def test_near_groups_are_those_of_comparing_all_with_all(generator):
     looks = np.zeros(300, LOOK)
     centers = generator.integers(0, 2**64, (60, 10), dtype=np.uint64)
     for n in range(len(looks)):
@@ -96,7 +96,7 @@ def test_near_groups_are_those_of_comparing_all_with_all(generator: np.random.Ge
     assert len(np.unique(np.stack([found, expected]), axis=1).T) == count == found.max() + 1
 
 
-def test_one_image_many_blank_ones_and_thousands_that_nearly_look_alike(generator: np.random.Generator) -> None:
+def test_one_image_many_blank_ones_and_thousands_that_nearly_look_alike(generator):
     assert near_groups(np.zeros(1, LOOK)).tolist() == [0]
     looks = np.zeros(5000, LOOK)
     assert set(near_groups(looks).tolist()) == {0}
@@ -105,7 +105,7 @@ def test_one_image_many_blank_ones_and_thousands_that_nearly_look_alike(generato
     assert set(near_groups(looks).tolist()) == {0}
 
 
-def test_images_of_another_set_are_found() -> None:
+def test_images_of_another_set_are_found():
     mine, theirs = (
         np.array([(look(image),) for image in images], [("look", LOOK)])
         for images in ([photo(0), photo(1), photo(2)], [compressed(photo(1), 70), photo(9), photo(2)])

@@ -1,8 +1,6 @@
 import json
 import re
 import shutil
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -44,11 +42,11 @@ class Hostile(PairSource):
 
 
 @pytest.fixture(scope="module")
-def hostile() -> Inspection:
+def hostile():
     return inspect_source(Hostile(), workers=0)
 
 
-def test_the_page_escapes_what_comes_from_the_data_loads_nothing_and_shows_every_example(hostile: Inspection) -> None:
+def test_the_page_escapes_what_comes_from_the_data_loads_nothing_and_shows_every_example(hostile):
     html = page(hostile)
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html
     assert not re.search(r"<script|<b>hostile|<i>gone|<u>\d|<img src=x", html)
@@ -66,13 +64,13 @@ def printed(inspection: Inspection) -> str:
     return console.export_text()
 
 
-def test_the_terminal_shows_markup_as_it_is_and_no_control_characters(hostile: Inspection) -> None:
+def test_the_terminal_shows_markup_as_it_is_and_no_control_characters(hostile):
     text = printed(hostile)
     assert not re.search("\x1b\\[31m|\u202e", text)
     assert [part for part in ("[bold red]markup[/]", "Findings", "missing image") if part not in text] == []
 
 
-def test_numbers_are_written_and_read_back(hostile: Inspection) -> None:
+def test_numbers_are_written_and_read_back(hostile):
     found = json.loads(hostile.to_json())
     assert (found["total"], found["read"], found["usable"], found["whole"]) == (12, 12, 11, True)
     assert found["broken"] == {"count": 1, "of": 12, "low": 1 / 12, "high": 1 / 12, "fraction": 1 / 12}
@@ -81,14 +79,14 @@ def test_numbers_are_written_and_read_back(hostile: Inspection) -> None:
     assert found["captions"]["truncated"]["77"]["count"] == hostile.captions.truncated[77].count
 
 
-def test_numbers_as_words() -> None:
+def test_numbers_as_words():
     assert Fraction.counted(5, 50, whole=False).low == pytest.approx(0.0434, abs=1e-4)
     assert spread_of(np.arange(101))["p95"] == 95
     assert [about(number) for number in (1834, 18.34, 0.0512, 0)] == ["1,800", "18", "0.051", "0"]
     assert shown("a\x07b\u202ec" + "d" * 300, 10) == "a\ufffdb\ufffdcdddd…"
 
 
-def test_the_command_writes_what_is_asked_for(table: Path, tmp_path: Path, command: Any) -> None:
+def test_the_command_writes_what_is_asked_for(table, tmp_path, command):
     inspect = ["data", "inspect", table, "--workers", 0]
     words = ["--json", tmp_path / "found.json", "--html", tmp_path / "found.html"]
     outcome = command(*inspect, "--sample", 10, "--seed", 3, "--quiet", *words)
@@ -102,7 +100,7 @@ def test_the_command_writes_what_is_asked_for(table: Path, tmp_path: Path, comma
     assert len(read_exclusions(tmp_path / "drop.jsonl", open_source(table))) == 24
 
 
-def test_copies_of_a_test_set_become_a_list_to_exclude(table: Path, tmp_path: Path) -> None:
+def test_copies_of_a_test_set_become_a_list_to_exclude(table, tmp_path):
     source = open_source(table)
     names = [json.loads(line)["image"] for line in table.read_text(encoding="utf-8").splitlines()[3:5]]
     heldout = tmp_path / "heldout.csv"
@@ -115,7 +113,7 @@ def test_copies_of_a_test_set_become_a_list_to_exclude(table: Path, tmp_path: Pa
     assert set(dropped) == {place for _, place in found.leakages[0].copies} >= {3, 4}
 
 
-def test_a_source_without_a_usable_pair_ends_with_status_2(tmp_path: Path, command: Any) -> None:
+def test_a_source_without_a_usable_pair_ends_with_status_2(tmp_path, command):
     (tmp_path / "pairs.csv").write_text("image,caption\nimages/gone.png,a cat\n", encoding="utf-8")
     outcome = command("data", "inspect", tmp_path / "pairs.csv", "--workers", 0)
     assert outcome.status == 2
@@ -126,9 +124,7 @@ def test_a_source_without_a_usable_pair_ends_with_status_2(tmp_path: Path, comma
     assert "images/gone.png" in html
 
 
-def test_a_mistake_ends_with_its_message(
-    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Any
-) -> None:
+def test_a_mistake_ends_with_its_message(table, tmp_path, monkeypatch, command):
     monkeypatch.chdir(tmp_path)
     for words, message in (
         ("--html nowhere/page.html", "'nowhere' is not a writable folder"),

@@ -1,7 +1,6 @@
 """What tests of models from elsewhere share."""
 
 import json
-from collections.abc import Iterator
 
 import pytest
 
@@ -9,7 +8,7 @@ from interchange.tiny_open_clip import CONFIGS
 
 
 @pytest.fixture(scope="module")
-def open_clip_configs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def open_clip_configs(tmp_path_factory):
     """The tiny configurations, known to open_clip for the time of a file that asks for them."""
     import open_clip
     from open_clip import factory

@@ -37,7 +37,7 @@ for given in (
     ),
     ("fastvit_mci0", {"layers": (1, 1, 1, 1), "embed_dims": (8, 8, 16, 32), "pos_embs": None}),
 ):
-    _registered(given[0], **given[1])  # type: ignore[arg-type]
+    _registered(given[0], **given[1])
 
 
 def _timm(base: str, pool: str, proj: str | None) -> dict[str, Any]:

@@ -22,9 +22,8 @@ def read_timm(folder: Path, name: str, count: int = 1000, **others: torch.Tensor
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_resnet", "test_efficientnet", "test_byobnet", "test_convnext"])
-def test_rows_multiply_the_pooled_feature(name: str, tmp_path: Path) -> None:
+def test_rows_multiply_the_pooled_feature(name, tmp_path):
     weights, model = read_timm(tmp_path, name)
-    assert weights.classes is not None
     pixels = torch.randn(2, 3, weights.recipe.image.size, weights.recipe.image.size)
     with torch.no_grad():
         logits = weights.build().eval().encode_backbone(pixels) @ weights.classes.rows.T
@@ -33,11 +32,11 @@ def test_rows_multiply_the_pooled_feature(name: str, tmp_path: Path) -> None:
     assert weights.classes.definitions[0].startswith("freshwater")
 
 
-def test_a_head_of_several_layers_has_no_classes(tmp_path: Path) -> None:
+def test_a_head_of_several_layers_has_no_classes(tmp_path):
     assert read_timm(tmp_path, "test_vit", **{"head.fc1.weight": torch.ones(5, 64)})[0].classes is None
 
 
-def test_names_and_definitions_become_texts_of_their_class(tmp_path: Path) -> None:
+def test_names_and_definitions_become_texts_of_their_class(tmp_path):
     table, plain = tmp_path / "names.csv", tmp_path / "names.txt"
     table.write_text('definition,name\n"a fruit, red",apple\n,pear\n', encoding="utf-8-sig")
     plain.write_text(" apple \npear\n", encoding="utf-8")
@@ -47,7 +46,7 @@ def test_names_and_definitions_become_texts_of_their_class(tmp_path: Path) -> No
     assert classes.with_names(plain).texts()[0] == ["apple", "pear"]
 
 
-def test_measured_features_are_those_of_the_same_names_alone(tmp_path: Path) -> None:
+def test_measured_features_are_those_of_the_same_names_alone(tmp_path):
     classes, file = (
         Classes(torch.ones(2, 3), torch.zeros(3), ("apple", "pear"), ("", "")),
         tmp_path / "names.safetensors",
@@ -58,7 +57,6 @@ def test_measured_features_are_those_of_the_same_names_alone(tmp_path: Path) -> 
     }
     save_file(stored, file, {"texts": texts_digest(["apple", "pear"])})
     features = classes.with_features(file).features
-    assert features is not None
     torch.testing.assert_close(features, torch.tensor([[12.7, 0.0], [-64.0, 127.0]]))
     assert replace(classes, names=("pear", "apple")).with_features(file).features is None
     (tmp_path / "other.txt").write_text("pear\napple\n")
@@ -76,9 +74,7 @@ def test_measured_features_are_those_of_the_same_names_alone(tmp_path: Path) -> 
         ("missing.txt", None, ("missing.txt", "finetune.class_names")),
     ],
 )
-def test_files_that_do_not_name_every_class(
-    tmp_path: Path, file: str, content: bytes | None, words: tuple[str, ...]
-) -> None:
+def test_files_that_do_not_name_every_class(tmp_path, file, content, words):
     if content is not None:
         (tmp_path / file).write_bytes(content)
     with pytest.raises(UserError) as caught:
@@ -87,7 +83,7 @@ def test_files_that_do_not_name_every_class(
     assert "\n" not in str(caught.value)
 
 
-def test_classes_need_as_many_names(tmp_path: Path) -> None:
+def test_classes_need_as_many_names(tmp_path):
     weights, _ = read_timm(tmp_path, "test_vit", count=7)
     names = tmp_path / "names.txt"
     names.write_text("a\nb\n", encoding="utf-8")
@@ -98,11 +94,10 @@ def test_classes_need_as_many_names(tmp_path: Path) -> None:
     assert weights.named_classes() is None
     names.write_text("\n".join("abcdefg"), encoding="utf-8")
     found = weights.named_classes(str(names))
-    assert found is not None
     assert found.names == tuple("abcdefg")
 
 
-def test_names_without_a_classifier_are_refused(tmp_path: Path) -> None:
+def test_names_without_a_classifier_are_refused(tmp_path):
     save_file(timm.create_model("test_vit", num_classes=0).state_dict(), tmp_path / "w.safetensors")
     weights = read_start(f"timm:test_vit/{tmp_path / 'w.safetensors'}")
     assert weights.classes is None

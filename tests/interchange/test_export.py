@@ -63,7 +63,7 @@ def assert_same_model(read: Any, model: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", ["vit-gelu", "vit-bias", "vit-clip-words", "resnet", "timm-vit", "timm-convnext"])
-def test_open_clip_reads_what_was_written_and_so_do_we(kind: str, tmp_path: Path) -> None:
+def test_open_clip_reads_what_was_written_and_so_do_we(kind, tmp_path):
     open_clip = pytest.importorskip("open_clip")
     if kind != "vit-clip-words":
         pytest.importorskip("transformers", reason="open_clip reads other vocabularies than CLIP's by it")
@@ -86,7 +86,7 @@ def test_open_clip_reads_what_was_written_and_so_do_we(kind: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("kind", ["vit-mixed", "vit-clip-words"])
-def test_transformers_reads_what_was_written_and_so_do_we(kind: str, tmp_path: Path) -> None:
+def test_transformers_reads_what_was_written_and_so_do_we(kind, tmp_path):
     transformers = pytest.importorskip("transformers")
     model, out = build(kind), tmp_path / "out"
     export_exactly(model, "huggingface", out)
@@ -106,7 +106,7 @@ def test_transformers_reads_what_was_written_and_so_do_we(kind: str, tmp_path: P
     assert_same_model(declip.load(out, device="cpu"), model)
 
 
-def test_one_file_holds_everything(tmp_path: Path) -> None:
+def test_one_file_holds_everything(tmp_path):
     for kind in ("vit", "conv"):
         model = build(kind)
         declip.export(model, "safetensors", tmp_path / kind)
@@ -117,9 +117,7 @@ def test_one_file_holds_everything(tmp_path: Path) -> None:
             assert torch.equal(own, other)
 
 
-def test_a_run_is_exported_with_its_data_steps_and_results(
-    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_is_exported_with_its_data_steps_and_results(table, tmp_path, monkeypatch, capfd):
     recipe = recipe_for(table, steps=4).model_copy(update={"name": "shapes"})
     recipe = recipe.model_copy(update={"evaluation": recipe.evaluation.model_copy(update={"retrieval": (str(table),)})})
     trainer = Trainer(assemble(recipe, tmp_path / "run", quiet=True))
@@ -146,9 +144,7 @@ def _card(folder: Path) -> str:
 
 
 @pytest.mark.parametrize(("form", "library"), [("open_clip", "open_clip"), ("huggingface", "transformers")])
-def test_the_code_in_the_card_works_as_it_is(
-    form: str, library: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_the_code_in_the_card_works_as_it_is(form, library, tmp_path, monkeypatch, capfd):
     pytest.importorskip(library)
     pytest.importorskip("transformers")
     declip.export(build("vit"), form, tmp_path / "out")
@@ -170,13 +166,13 @@ def test_the_code_in_the_card_works_as_it_is(
         ("vit-bias", "huggingface", "text.projection_bias=false.*can: open_clip, onnx and safetensors"),
     ],
 )
-def test_what_a_format_cannot_say_is_refused_with_the_reason(kind: str, form: str, reason: str, tmp_path: Path) -> None:
+def test_what_a_format_cannot_say_is_refused_with_the_reason(kind, form, reason, tmp_path):
     with pytest.raises(UserError, match=reason):
         declip.export(build(kind), form, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_bias_of_the_logits_is_kept_or_refused(tmp_path: Path) -> None:
+def test_a_bias_of_the_logits_is_kept_or_refused(tmp_path):
     model = build("vit", logit_bias=-10.0)
     declip.export(model, "open_clip", tmp_path / "out")
     assert torch.equal(declip.load(tmp_path / "out").logit_bias, model.logit_bias)
@@ -184,12 +180,12 @@ def test_a_bias_of_the_logits_is_kept_or_refused(tmp_path: Path) -> None:
         declip.export(model, "huggingface", tmp_path / "other")
 
 
-def test_a_model_in_lower_precision_is_written_in_float32(tmp_path: Path) -> None:
+def test_a_model_in_lower_precision_is_written_in_float32(tmp_path):
     declip.export(build("vit").bfloat16(), "safetensors", tmp_path / "out")
     assert {weight.dtype for weight in declip.load(tmp_path / "out").parameters()} == {torch.float32}
 
 
-def test_features_that_come_out_differently_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_features_that_come_out_differently_are_not_kept(tmp_path, monkeypatch):
     def spoiled(model: Any, folder: Path, heads: Any = None) -> None:
         other = copy.deepcopy(model)
         other.image_tower.proj.weight.data[0] += 0.1
@@ -201,9 +197,7 @@ def test_features_that_come_out_differently_are_not_kept(tmp_path: Path, monkeyp
     assert not list(tmp_path.iterdir())
 
 
-def test_without_the_library_the_export_says_that_it_was_not_read_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_without_the_library_the_export_says_that_it_was_not_read_back(tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
     exported = declip.export(build("vit"), "huggingface", tmp_path / "out")
     assert exported.difference is None
@@ -212,7 +206,7 @@ def test_without_the_library_the_export_says_that_it_was_not_read_back(
     assert caplog.text == "", "`declip finetune` exports to libraries that nobody asked for"
 
 
-def test_wrong_words_and_folders_in_use(tmp_path: Path) -> None:
+def test_wrong_words_and_folders_in_use(tmp_path):
     model = build("vit")
     with pytest.raises(UserError, match=r"export format 'openclip'. Did you mean 'open_clip'\?.*huggingface, onnx"):
         declip.export(model, "openclip", tmp_path / "out")
@@ -240,9 +234,7 @@ def test_wrong_words_and_folders_in_use(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="/dev/full")
-def test_a_full_disk_and_a_place_that_cannot_be_written_are_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_and_a_place_that_cannot_be_written_are_one_line(tmp_path, monkeypatch):
     def full(model: Any, folder: Path, heads: Any = None) -> None:
         (folder / "weights").symlink_to("/dev/full")
         (folder / "weights").write_text("x" * 100_000)

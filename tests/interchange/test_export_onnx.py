@@ -2,7 +2,6 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,12 +16,12 @@ pytest.importorskip("onnxscript")
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exported(tmp_path_factory):
     """The export of a model whose text projection has a bias; torch's exporter takes seconds."""
     return export_exactly(build("vit-bias"), "onnx", tmp_path_factory.mktemp("onnx") / "out")
 
 
-def test_onnxruntime_gives_our_features_at_any_batch_and_length(exported: Path) -> None:
+def test_onnxruntime_gives_our_features_at_any_batch_and_length(exported):
     import onnx
     from tokenizers import Tokenizer
 
@@ -56,9 +55,7 @@ def test_onnxruntime_gives_our_features_at_any_batch_and_length(exported: Path) 
     assert about["image"]["mean"] == [0.5, 0.4, 0.3]
 
 
-def test_the_code_in_the_card_works_as_it_is(
-    exported: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_the_code_in_the_card_works_as_it_is(exported, monkeypatch, capfd):
     printed = run_card(exported, monkeypatch, capfd)
     model = build("vit-bias")
     from PIL import Image
@@ -77,9 +74,7 @@ def test_the_code_in_the_card_works_as_it_is(
         (RuntimeError("data-dependent\n  branch"), "cannot export this tower to image.onnx: data-dependent branch"),
     ],
 )
-def test_without_its_packages_or_for_what_it_cannot_trace_it_says_so(
-    error: Exception, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_its_packages_or_for_what_it_cannot_trace_it_says_so(error, message, tmp_path, monkeypatch):
     def fails(*_: object, **__: object) -> None:
         raise error
 

@@ -2,9 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,9 +17,7 @@ PLAIN = ["a red circle", "Two GREEN squares, on white!", "日本語 and 😀 [SE
 
 
 @pytest.mark.parametrize("repo", ["owner/name", None])
-def test_a_repository_named_by_its_owner_loads_from_the_hub_too(
-    repo: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_repository_named_by_its_owner_loads_from_the_hub_too(repo, tmp_path, monkeypatch, caplog):
     """Of a folder open_clip takes the tokenizer that lies there; of a repository the one that the name says."""
     open_clip = pytest.importorskip("open_clip")
     pytest.importorskip("transformers")
@@ -41,9 +36,7 @@ def test_a_repository_named_by_its_owner_loads_from_the_hub_too(
     ("encoder", "kind", "pooling"),
     [(bert, "timm-vit", "cls"), (roberta, "vit", "mean"), (roberta, "resnet", "auto")],
 )
-def test_open_clip_reads_a_text_encoder_of_transformers(
-    encoder: Callable[[Path], Path], kind: str, pooling: str, tmp_path: Path
-) -> None:
+def test_open_clip_reads_a_text_encoder_of_transformers(encoder, kind, pooling, tmp_path):
     """As its CustomTextCLIP, from the folder alone: the encoder's own folder is gone."""
     open_clip = pytest.importorskip("open_clip")
     pytest.importorskip("transformers")
@@ -76,9 +69,7 @@ def test_open_clip_reads_a_text_encoder_of_transformers(
         (distilbert, {}, "is a distilbert"),
     ],
 )
-def test_a_text_encoder_that_open_clip_has_no_words_for_is_refused(
-    encoder: Callable[[Path], Path], keys: dict[str, Any], reason: str, tmp_path: Path
-) -> None:
+def test_a_text_encoder_that_open_clip_has_no_words_for_is_refused(encoder, keys, reason, tmp_path):
     pytest.importorskip("transformers")
     model = build("vit", **{"text.hf_model": str(encoder(tmp_path / "encoder")), "text.context_length": 16, **keys})
     for form, words in (("open_clip", reason), ("huggingface", "text tower is a HuggingfaceTextTower.*text.hf_model")):
@@ -86,7 +77,7 @@ def test_a_text_encoder_that_open_clip_has_no_words_for_is_refused(
             declip.export(model, form, tmp_path / "out")
 
 
-def test_a_text_encoder_of_the_hub_keeps_its_name(tmp_path: Path) -> None:
+def test_a_text_encoder_of_the_hub_keeps_its_name(tmp_path):
     """The name leads to the configuration; where the encoder has none, the repository's own does."""
     pytest.importorskip("open_clip")
     pytest.importorskip("transformers")

@@ -17,7 +17,6 @@ from declip.api import train
 from declip.errors import UserError
 from declip.interchange import declip_file
 from declip.interchange.read import read
-from declip.interchange.weights import Weights
 from declip.interchange.wrapped_weights import wrapped_in
 from declip.models.dual_encoder import DualEncoder
 from declip.models.hf_encoder import ENTRY
@@ -42,14 +41,14 @@ every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
 @pytest.fixture(scope="module")
-def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Weights, Any]]:
+def families(tmp_path_factory):
     folder = tmp_path_factory.mktemp("families")
     found = {family: saved(family, folder / family) for family in FAMILIES}
     return {family: (read(name), library) for family, (name, library) in found.items()}
 
 
 @pytest.fixture(scope="module")
-def files(families: dict[str, tuple[Weights, Any]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def files(families, tmp_path_factory):
     """Our own file of each family, whose model needs nothing else."""
     folder = tmp_path_factory.mktemp("files")
     for family, (weights, _) in families.items():
@@ -64,9 +63,7 @@ def tuned(table: Path, weights: str, **keys: Any) -> Recipe:
 
 
 @every_family
-def test_its_image_tower_embeds_every_patch_or_says_that_it_does_not(
-    families: dict[str, tuple[Weights, Any]], family: str
-) -> None:
+def test_its_image_tower_embeds_every_patch_or_says_that_it_does_not(families, family):
     model = families[family][0].build().eval()
     tower, images = model.image_tower, torch.randn(2, 3, model.preprocessor.size, model.preprocessor.size)
     with torch.no_grad():
@@ -80,7 +77,7 @@ def test_its_image_tower_embeds_every_patch_or_says_that_it_does_not(
 
 
 @every_family
-def test_features_equal_the_librarys_and_the_export_goes_back(family: str, families: Any, tmp_path: Path) -> None:
+def test_features_equal_the_librarys_and_the_export_goes_back(family, families, tmp_path):
     weights, library = families[family]
     model = weights.check().build().eval()
     assert isinstance(model.image_tower, WrappedImageTower)
@@ -100,7 +97,7 @@ def test_features_equal_the_librarys_and_the_export_goes_back(family: str, famil
 
 
 @pytest.mark.parametrize("family", FAMILIES if os.environ.get("DECLIP_ONNX") else ["siglip2"])
-def test_onnx_gives_the_same_features_at_any_batch_and_length(family: str, families: Any, tmp_path: Path) -> None:
+def test_onnx_gives_the_same_features_at_any_batch_and_length(family, families, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     model, out = families[family][0].build().eval(), tmp_path / "out"
@@ -125,7 +122,7 @@ def test_onnx_gives_the_same_features_at_any_batch_and_length(family: str, famil
 
 
 @every_family
-def test_every_parameter_has_a_gradient_and_a_layer(family: str, files: dict[str, str]) -> None:
+def test_every_parameter_has_a_gradient_and_a_layer(family, files):
     model = read(files[family]).build()
     pixels, tokens = torch.randn(3, 3, 32, 32), model.tokenize(CAPTIONS[:3])
     (model.encode_image(pixels) * torch.arange(3)[:, None] + model.encode_text(tokens)).sum().backward()
@@ -143,9 +140,7 @@ def test_every_parameter_has_a_gradient_and_a_layer(family: str, files: dict[str
 
 
 @pytest.mark.parametrize("family", ["siglip2", "mobileclip2"])  # timm, batch norm
-def test_training_moves_every_parameter_and_resumes_to_the_bit(
-    family: str, files: dict[str, str], table: Path, tmp_path: Path
-) -> None:
+def test_training_moves_every_parameter_and_resumes_to_the_bit(family, files, table, tmp_path):
     recipe, start = tuned(table, files[family]), read(files[family]).tensors
     run = train(recipe, out=tmp_path / "whole", quiet=True, report=False)
     assert set(run.metrics[0]["losses"]) == {"sigmoid" if "logit_bias" in start else "contrastive"}
@@ -159,9 +154,7 @@ def test_training_moves_every_parameter_and_resumes_to_the_bit(
 
 
 @pytest.mark.parametrize("family", ["mobileclip2", "coca", "xlm-roberta"])
-def test_a_run_with_adapters_is_merged_when_it_is_loaded(
-    family: str, files: dict[str, str], table: Path, tmp_path: Path
-) -> None:
+def test_a_run_with_adapters_is_merged_when_it_is_loaded(family, files, table, tmp_path):
     lora = {"finetune.lora": {"rank": 2}, "finetune.layer_decay": 1.0, "train.checkpoint_every": 2}
     trainer = Trainer(assemble(tuned(table, files[family], **lora), tmp_path, quiet=True))
     before, learned, tokens = state(trainer), trainer.parts.model, trainer.parts.model.tokenize(CAPTIONS)
@@ -188,7 +181,7 @@ LENGTHS = {"eva": 6, "coca": 20, "biomedclip": 24}
 
 
 @pytest.mark.parametrize("family", LENGTHS)
-def test_positions_are_stretched_or_cut(family: str, families: Any, table: Path, tmp_path: Path) -> None:
+def test_positions_are_stretched_or_cut(family, families, table, tmp_path):
     weights, length = families[family][0], LENGTHS[family]
     recipe, old = tuned(table, weights.origin, **{"text.context_length": length}), weights.recipe.text.context_length
     model = assemble(recipe, tmp_path / "run", quiet=True).model.eval()
@@ -211,7 +204,7 @@ def test_positions_are_stretched_or_cut(family: str, families: Any, table: Path,
     torch.testing.assert_close(again.encode_text(tokens), model.encode_text(tokens), rtol=0, atol=1e-5)
 
 
-def test_positions_of_an_encoder_have_an_end(families: Any, table: Path, tmp_path: Path) -> None:
+def test_positions_of_an_encoder_have_an_end(families, table, tmp_path):
     for family, longest in (("biomedclip", 24), ("xlm-roberta", 24)):
         recipe = tuned(table, families[family][0].origin, **{"text.context_length": longest + 1})
         with pytest.raises(UserError, match=f"positions for {longest} ids. Set text.context_length"):
@@ -219,7 +212,7 @@ def test_positions_of_an_encoder_have_an_end(families: Any, table: Path, tmp_pat
         assert not (tmp_path / family).exists()
 
 
-def test_losses_that_need_more_than_a_tower_gives_are_refused(families: Any, table: Path) -> None:
+def test_losses_that_need_more_than_a_tower_gives_are_refused(families, table):
     weights = families["coca"][0]
     model = weights.build()
     recipe = weights.fit(tuned(table, weights.origin, loss_weights={"masked_language": 1.0}))
@@ -231,7 +224,7 @@ def test_losses_that_need_more_than_a_tower_gives_are_refused(families: Any, tab
         Objective(recipe, model)
 
 
-def test_a_tokenizer_that_is_missing_is_one_error(families: Any, tmp_path: Path) -> None:
+def test_a_tokenizer_that_is_missing_is_one_error(families, tmp_path):
     folder = shutil.copytree(families["siglip2"][0].origin.removeprefix("open_clip:local-dir:"), tmp_path / "siglip2")
     for file in folder.glob("*token*"):
         file.unlink()
@@ -239,9 +232,8 @@ def test_a_tokenizer_that_is_missing_is_one_error(families: Any, tmp_path: Path)
         read(str(folder))
 
 
-def test_a_strangers_configuration_opens_no_file_and_no_address(families: Any) -> None:
+def test_a_strangers_configuration_opens_no_file_and_no_address(families):
     model = wrapped_in(families["siglip2"][0].build())
-    assert model is not None
     config = copy.deepcopy(model.config)
     config["text_cfg"]["hf_model_name"] = "/missing"
     assert type(replace(model, config=config).build(32)[1]).__name__ == "TextTransformer"

@@ -48,7 +48,7 @@ def their_folder(out: Path) -> Path:
     return out
 
 
-def test_clip_models_of_transformers_come_in(tmp_path: Path) -> None:
+def test_clip_models_of_transformers_come_in(tmp_path):
     """Unlike widths, an activation for each tower, the first releases' end token."""
     transformers = pytest.importorskip("transformers")
     folder = their_folder(tmp_path / "theirs")
@@ -67,7 +67,7 @@ def test_clip_models_of_transformers_come_in(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exported(tmp_path_factory):
     folder = tmp_path_factory.mktemp("huggingface") / "theirs"
     declip.export(build("vit"), "huggingface", folder)
     return folder
@@ -80,7 +80,7 @@ def edit(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     file.write_text(json.dumps(content))
 
 
-def test_the_first_releases_files_are_read(exported: Path, tmp_path: Path) -> None:
+def test_the_first_releases_files_are_read(exported, tmp_path):
     """Sizes as numbers, a second name for a configuration, half precision, a buffer too many."""
     expected = declip.load(exported, device="cpu")
     folder = Path(shutil.copytree(exported, tmp_path / "old"))
@@ -130,9 +130,7 @@ CONFIG, PICTURES, WORDS = "config.json", "preprocessor_config.json", "tokenizer.
         (WORDS, sets(model={"vocab": {"a": 0}}), "tokenizer.json"),
     ],
 )
-def test_a_folder_that_ours_cannot_be_is_told_by_what_differs_first(
-    file: str, change: Callable[[dict[str, Any]], Any], message: str, exported: Path, tmp_path: Path
-) -> None:
+def test_a_folder_that_ours_cannot_be_is_told_by_what_differs_first(file, change, message, exported, tmp_path):
     folder = Path(shutil.copytree(exported, tmp_path / "wrong"))
     edit(folder / file, change)
     with pytest.raises(UserError, match=rf"CLIPModel: .*{message}") as caught:
@@ -140,7 +138,7 @@ def test_a_folder_that_ours_cannot_be_is_told_by_what_differs_first(
     assert "\n" not in str(caught.value)
 
 
-def test_weights_that_are_not_whole_are_told_by_what_is_missing(exported: Path, tmp_path: Path) -> None:
+def test_weights_that_are_not_whole_are_told_by_what_is_missing(exported, tmp_path):
     folder = Path(shutil.copytree(exported, tmp_path / "wrong"))
     weights = folder / "model.safetensors"
     whole, tensors = weights.read_bytes(), load_file(exported / weights.name)  # the other is written over

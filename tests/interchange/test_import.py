@@ -32,9 +32,7 @@ def official_file(folder: Path, state: dict[str, Any]) -> Path:
 
 @pytest.mark.golden
 @pytest.mark.parametrize("name", model_cases())
-def test_official_models_come_in_whole(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_official_models_come_in_whole(name, tmp_path, monkeypatch, capfd):
     file, out = official_file(tmp_path, Case(name).state), tmp_path / "out"
     assert command(["export", str(file), "--format", "safetensors", "--out", str(out)], monkeypatch) == 0
     assert f"Written: {out}" in capfd.readouterr().out.replace("\n", "")
@@ -50,7 +48,7 @@ def test_official_models_come_in_whole(
     assert "ckpt.pth.tar`" in (out / "README.md").read_text(encoding="utf-8")
 
 
-def test_official_weights_are_exported_for_open_clip(tmp_path: Path) -> None:
+def test_official_weights_are_exported_for_open_clip(tmp_path):
     """With their bias after the text projection."""
     pytest.importorskip("open_clip")
     model, _ = read_official(read_state("defilip_vit_tiny"), text_heads=2)
@@ -58,9 +56,7 @@ def test_official_weights_are_exported_for_open_clip(tmp_path: Path) -> None:
     export_exactly(model.eval(), "open_clip", tmp_path / "out")
 
 
-def test_home_is_expanded_wherever_a_folder_is_given(
-    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_home_is_expanded_wherever_a_folder_is_given(table, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     file = official_file(tmp_path, read_state("defilip_vit_tiny"))
@@ -81,7 +77,7 @@ def backbone_of(state: dict[str, torch.Tensor], layout: str) -> dict[str, torch.
 @pytest.mark.golden
 @pytest.mark.parametrize("layout", ["named", "bare"])
 @pytest.mark.parametrize("name", model_cases("declip"))
-def test_an_image_tower_alone_gives_image_features(name: str, layout: str, tmp_path: Path) -> None:
+def test_an_image_tower_alone_gives_image_features(name, layout, tmp_path):
     case = Case(name)
     file = official_file(tmp_path, backbone_of(case.state, layout))
     declip.export(file, "safetensors", tmp_path / "out")
@@ -120,9 +116,7 @@ class Painted(PairSource):
         return Pair(str(index), draw(*self.rows[index]), self.captions(index))
 
 
-def test_probes_of_an_image_tower_alone_work_and_zero_shot_says_why_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_probes_of_an_image_tower_alone_work_and_zero_shot_says_why_not(tmp_path, monkeypatch, capfd):
     state = read_state("defilip_vit_tiny")
     model = declip.load(official_file(tmp_path, backbone_of(state, "named")), device="cpu")
     data = Dataset("painted", {"train": Painted, "test": Painted})
@@ -138,7 +132,7 @@ def test_probes_of_an_image_tower_alone_work_and_zero_shot_says_why_not(
     assert "torch.Size([1, 64]) torch.Size([1, 64])" in run_card(tmp_path / "out", monkeypatch, capfd)
 
 
-def test_what_is_no_model_of_ours_stays_open_clips(tmp_path: Path) -> None:
+def test_what_is_no_model_of_ours_stays_open_clips(tmp_path):
     pytest.importorskip("open_clip")
     declip.export(build("vit-clip-words"), "open_clip", tmp_path / "theirs")
     config = tmp_path / "theirs" / "open_clip_config.json"

@@ -1,5 +1,4 @@
 import re
-from pathlib import Path
 
 import pytest
 import timm
@@ -18,7 +17,7 @@ from declip.training.trainer import Trainer
 from training.starts import recipe_for
 
 
-def test_a_loaded_run_gives_the_features_of_the_trained_model(table: Path, tmp_path: Path) -> None:
+def test_a_loaded_run_gives_the_features_of_the_trained_model(table, tmp_path):
     trainer = Trainer(assemble(recipe_for(table), tmp_path, quiet=True))
     trainer.train()
     expected = trainer.parts.model.eval()
@@ -32,7 +31,7 @@ def test_a_loaded_run_gives_the_features_of_the_trained_model(table: Path, tmp_p
         assert model.encode_image(images).norm(dim=-1).item() == pytest.approx(1, abs=1e-5)
 
 
-def test_what_is_not_a_model_is_named(table: Path, tmp_path: Path) -> None:
+def test_what_is_not_a_model_is_named(table, tmp_path):
     with pytest.raises(UserError, match="Cannot find the model"):
         declip.load(tmp_path / "missing")
     with pytest.raises(UserError, match="not a run folder"):
@@ -44,9 +43,7 @@ def test_what_is_not_a_model_is_named(table: Path, tmp_path: Path) -> None:
         declip.load(tmp_path / "run")
 
 
-def test_damaged_checkpoints_and_their_weights_alone_are_named(
-    table: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_damaged_checkpoints_and_their_weights_alone_are_named(table, tmp_path, caplog):
     plain = recipe_for(table, steps=4, checkpoint_every=1, keep_checkpoints=4, evaluate_every=1)
     evaluation = plain.evaluation.model_copy(update={"retrieval": (str(table),)})
     train = plain.train.model_copy(update={"patience": 9})
@@ -67,7 +64,7 @@ def test_damaged_checkpoints_and_their_weights_alone_are_named(
         declip.load(tmp_path)
 
 
-def test_timms_image_tower_alone_gives_its_pooled_feature(tmp_path: Path) -> None:
+def test_timms_image_tower_alone_gives_its_pooled_feature(tmp_path):
     trunk = timm.create_model("test_vit", num_classes=0).eval()
     save_file(trunk.state_dict(), tmp_path / "vit.safetensors")
     model = declip.load(f"timm:test_vit/{tmp_path / 'vit.safetensors'}", device="cpu")
@@ -80,7 +77,7 @@ def test_timms_image_tower_alone_gives_its_pooled_feature(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("change", ["more", "fewer", "statistics", "other"])
-def test_timms_weights_of_another_architecture_are_refused(tmp_path: Path, change: str) -> None:
+def test_timms_weights_of_another_architecture_are_refused(tmp_path, change):
     name = "test_resnet" if change == "statistics" else "test_vit"
     state = timm.create_model(name).state_dict()
     classifier = [key for key in state if key.startswith(("fc.", "head."))]
@@ -100,7 +97,7 @@ def test_timms_weights_of_another_architecture_are_refused(tmp_path: Path, chang
     declip.load(f"timm:{name}/{tmp_path / 'w.safetensors'}")
 
 
-def test_a_tower_that_pools_two_tokens_gives_timms_feature() -> None:
+def test_a_tower_that_pools_two_tokens_gives_timms_feature():
     options = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2}
     trunk = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=0, **options).eval()
     for parameter in trunk.parameters():

@@ -6,7 +6,6 @@ import logging
 import shutil
 import socket
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("open_clip_configs")
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_features_are_open_clips(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_features_are_open_clips(name, tmp_path, monkeypatch):
     """Of the embedding, and of the backbone: what the projection takes. No random number and no logger changes."""
     theirs, before = random_model(name), torch.get_rng_state()
     monkeypatch.setattr(logging.root, "handlers", [])
@@ -51,7 +50,7 @@ def test_features_are_open_clips(name: str, tmp_path: Path, monkeypatch: pytest.
         torch.testing.assert_close(project[name](model.encode_backbone(pixels)), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_the_sizes_among_openais_tensors_are_no_damage(tmp_path: Path) -> None:
+def test_the_sizes_among_openais_tensors_are_no_damage(tmp_path):
     theirs = random_model("tiny-vit")
     sizes = {name: torch.tensor(32) for name in ("input_resolution", "context_length", "vocab_size")}
     state = {name: tensor.clone() for name, tensor in theirs.state_dict().items()} | sizes
@@ -67,14 +66,14 @@ def test_the_sizes_among_openais_tensors_are_no_damage(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "shape"), [("positional_embedding", (20, 32)), ("visual.positional_embedding", (65, 32))]
 )
-def test_positions_of_another_size_are_refused(tmp_path: Path, name: str, shape: tuple[int, int]) -> None:
+def test_positions_of_another_size_are_refused(tmp_path, name, shape):
     state = random_model("tiny-vit").state_dict() | {name: torch.zeros(shape)}
     torch.save(state, tmp_path / "other.pt")
     with pytest.raises(UserError, match=rf"{name}' has shape \({shape[0]}, 32\) instead of"):
         declip.load(f"open_clip:tiny-vit/{tmp_path / 'other.pt'}")
 
 
-def test_checkpoints_of_its_training_from_here_and_from_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkpoints_of_its_training_from_here_and_from_home(tmp_path, monkeypatch):
     theirs = random_model("tiny-vit")
     saved(theirs, tmp_path / "epoch_1.pt")
     monkeypatch.chdir(tmp_path)
@@ -83,7 +82,7 @@ def test_checkpoints_of_its_training_from_here_and_from_home(tmp_path: Path, mon
         assert same(declip.load(f"open_clip:tiny-vit/{spelling}", device="cpu"), theirs)
 
 
-def test_a_tag_brings_its_preparation_and_activation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tag_brings_its_preparation_and_activation(tmp_path, monkeypatch):
     config = copy.deepcopy(CONFIGS["tiny-vit"])
     monkeypatch.setitem(factory._MODEL_CONFIGS, "tiny-vit-quickgelu", config | {"quick_gelu": True})
     theirs = random_model("tiny-vit-quickgelu")
@@ -100,9 +99,7 @@ def test_a_tag_brings_its_preparation_and_activation(tmp_path: Path, monkeypatch
         assert same(model, theirs)
 
 
-def test_a_run_from_published_weights_keeps_no_copy_of_them(
-    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_from_published_weights_keeps_no_copy_of_them(table, tmp_path, monkeypatch):
     file = saved(random_model("tiny-vit"), tmp_path / "tagged.safetensors")
     monkeypatch.setitem(pretrained._PRETRAINED, "tiny-vit", {"first_tag": {"file": str(file)}})
     recipe = tuned(table, "open_clip:tiny-vit/first_tag", {"steps": 2, "checkpoint_every": 1})
@@ -131,13 +128,13 @@ def test_a_run_from_published_weights_keeps_no_copy_of_them(
         ("local-dir:/missing", "'/missing'.*open_clip_config.json"),
     ],
 )
-def test_wrong_names(given: str, message: str) -> None:
+def test_wrong_names(given, message):
     with pytest.raises(UserError, match=message) as caught:
         declip.load(f"open_clip:{given}")
     assert "\n" not in str(caught.value)
 
 
-def test_a_torchscript_archive_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_torchscript_archive_is_refused(tmp_path, monkeypatch):
     file = tmp_path / "program.pt"
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), file)
     monkeypatch.setattr(torch.jit, "load", lambda *_, **__: pytest.fail("torch.jit.load was called"))
@@ -147,7 +144,7 @@ def test_a_torchscript_archive_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
             declip.load(given)
 
 
-def test_wrong_folders(tmp_path: Path) -> None:
+def test_wrong_folders(tmp_path):
     folder = folder_of(random_model("tiny-vit"), tmp_path / "model", "tiny-vit")
     weights, config = folder / "open_clip_model.safetensors", folder / "open_clip_config.json"
     for where in (folder, f"open_clip:local-dir:{folder}"):
@@ -170,9 +167,7 @@ def test_wrong_folders(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("given", ["open_clip:ViT-B-32/openai", "hf-hub:owner/name", "timm:resnet18.a1_in1k"])
-def test_without_network_nothing_is_tried_again(
-    given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_without_network_nothing_is_tried_again(given, tmp_path, monkeypatch, capfd):
     """The client of the Hub tries for a minute; here no request is made, and what is offline is named."""
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
@@ -186,9 +181,7 @@ def test_without_network_nothing_is_tried_again(
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_file_of_a_model_that_is_published_with_another_preparation(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_file_of_a_model_that_is_published_with_another_preparation(tmp_path, monkeypatch, caplog):
     file = saved(random_model("tiny-vit"), tmp_path / "weights.pt")
     tags: dict[str, Any] = {}
     monkeypatch.setitem(pretrained._PRETRAINED, "tiny-vit", tags)
@@ -199,7 +192,7 @@ def test_a_file_of_a_model_that_is_published_with_another_preparation(
         assert ("published weights of tiny-vit" in caplog.text) == warned
 
 
-def test_the_packages_that_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_packages_that_are_missing(tmp_path, monkeypatch):
     (tmp_path / "weights.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(UserError, match=r"needs the package transformers\. Install it: pip install transformers"):

@@ -82,7 +82,7 @@ WRONG: dict[str, tuple[Callable[[State], Any], str]] = {
 
 @pytest.mark.usefixtures("open_clip_configs")
 @pytest.mark.parametrize("name", WRONG)
-def test_a_wrong_file_is_refused_by_each_reader(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_file_is_refused_by_each_reader(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make, message = WRONG[name]
     content = make({part: t.float() for part, t in read_state("clip_vit_tiny").items()})
@@ -100,7 +100,7 @@ def test_a_wrong_file_is_refused_by_each_reader(name: str, tmp_path: Path, monke
         assert "visual.proj" in str(caught.value)
 
 
-def test_a_file_of_ours_that_was_changed_names_the_first_tensor(tmp_path: Path) -> None:
+def test_a_file_of_ours_that_was_changed_names_the_first_tensor(tmp_path):
     from safetensors import safe_open
 
     declip.export(build("vit"), "safetensors", tmp_path / "out")
@@ -169,7 +169,7 @@ DEEP: dict[str, Callable[[Path], Path]] = {
 
 
 @pytest.mark.parametrize("name", DEEP)
-def test_more_layers_than_tensors_are_refused_before_they_are_built(name: str, tmp_path: Path) -> None:
+def test_more_layers_than_tensors_are_refused_before_they_are_built(name, tmp_path):
     where = DEEP[name](tmp_path)
     got, megabytes = apart(lambda: declip.load(where, device="cpu"))
     assert re.search(r"100,0\d\d layers", got), got

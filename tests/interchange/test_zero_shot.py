@@ -44,15 +44,14 @@ def start(kind: str = "conv") -> Weights:
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("DECLIP_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "heads"
 
 
-def test_projections_compare_as_the_closed_form_does() -> None:
+def test_projections_compare_as_the_closed_form_does():
     weights = start()
     model, classes = complete(weights).build().eval(), weights.classes
-    assert classes is not None
     texts = encode_texts(weights, list(classes.names))
     pairs = ClassPairs(classes.rows, texts, torch.arange(COUNT), classes.mean)
     nothing = Pairs(torch.empty(0, classes.rows.shape[1]), torch.empty(0, texts.shape[1]), torch.empty(0).long())
@@ -67,10 +66,9 @@ def test_projections_compare_as_the_closed_form_does() -> None:
     assert (model.preprocessor.size, model.recipe and model.recipe.embed_dim) == (64, texts.shape[1])
 
 
-def test_projections_are_computed_once_for_a_classifier_and_its_names(cache: Path) -> None:
+def test_projections_are_computed_once_for_a_classifier_and_its_names(cache):
     weights = start()
     classes = weights.classes
-    assert classes is not None
     first = complete(weights)
     (file,) = cache.iterdir()
     written = file.stat().st_mtime_ns
@@ -93,10 +91,9 @@ def test_projections_are_computed_once_for_a_classifier_and_its_names(cache: Pat
         assert torch.equal(first.tensors[name], repaired.tensors[name])
 
 
-def test_projections_do_not_depend_on_the_order_of_sums() -> None:
+def test_projections_do_not_depend_on_the_order_of_sums():
     weights = start()
     classes = weights.classes
-    assert classes is not None
     texts, order = encode_texts(weights, list(classes.names)), torch.randperm(COUNT)
     other = replace(classes, rows=classes.rows[order], names=tuple(classes.names[number] for number in order))
     for first, second in zip(class_heads(classes, texts), class_heads(other, texts[order]), strict=True):
@@ -104,15 +101,14 @@ def test_projections_do_not_depend_on_the_order_of_sums() -> None:
         assert torch.equal(first * 2**24, (first * 2**24).round())  # above the noise of 1e-14 of full-size towers
 
 
-def test_a_cache_that_cannot_be_written_only_costs_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_cannot_be_written_only_costs_time(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("", encoding="utf-8")
     monkeypatch.setenv("DECLIP_CACHE", str(tmp_path / "file"))
     complete(start()).build()
 
 
-def test_weights_with_projections_or_without_names_stay_as_they_are() -> None:
+def test_weights_with_projections_or_without_names_stay_as_they_are():
     weights = start()
-    assert weights.classes is not None
     for same in (
         complete(weights),
         replace(weights, classes=None),
@@ -121,9 +117,8 @@ def test_weights_with_projections_or_without_names_stay_as_they_are() -> None:
         assert complete(same) is same
 
 
-def test_a_model_without_pairs_is_exported_as_any_other(tmp_path: Path) -> None:
+def test_a_model_without_pairs_is_exported_as_any_other(tmp_path):
     weights = start("vit")
-    assert weights.classes is not None
     weights = replace(weights, classes=replace(weights.classes, size=None))
     model = complete(weights).build().eval()
     formats = {*supported_formats(model)}
@@ -139,10 +134,9 @@ def test_a_model_without_pairs_is_exported_as_any_other(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not starter.installed(), reason="the packages of the built-in start are not installed")
 @pytest.mark.parametrize("name", [*filter(starter.installed, STARTS)])
-def test_a_builtin_start_is_a_whole_model_except_for_training(name: str, tmp_path: Path) -> None:
+def test_a_builtin_start_is_a_whole_model_except_for_training(name, tmp_path):
     start = read_start(name)
     assert not any(tensor.startswith(PROJECTIONS) for tensor in start.tensors)
-    assert start.classes is not None
     assert (start.recipe.text.hf_model, start.classes.size) == (name, STARTS[name])
     exported = export(name, "safetensors", tmp_path / "out")
     assert exported.difference is not None
@@ -153,21 +147,19 @@ def test_a_builtin_start_is_a_whole_model_except_for_training(name: str, tmp_pat
     whole = declip.embed(declip.load(tmp_path / "out", device="cpu"), images, out=tmp_path / "whole")
     declip.embed(name, images, out=tmp_path / "index", precision="fp32")
     parts = declip.Index.open(tmp_path / "index")
-    assert isinstance(parts.text_model.image_tower, NoImageTower)  # type: ignore[attr-defined]
+    assert isinstance(parts.text_model.image_tower, NoImageTower)
     assert [hit.score for hit in parts.search("an apple")] == [hit.score for hit in whole.search("an apple")]
 
 
 @pytest.mark.skipif(not starter.installed(), reason="the packages of the built-in start are not installed")
-def test_the_builtin_features_of_names_are_those_of_the_text_tower() -> None:
+def test_the_builtin_features_of_names_are_those_of_the_text_tower():
     weights = read_start(starter.NAME)
-    assert weights.classes is not None
-    assert weights.classes.features is not None
     texts = encode_texts(weights, weights.classes.texts()[0][:40])
     assert float(torch.cosine_similarity(weights.classes.features[:40], texts).min()) > 0.9998
 
 
 @pytest.mark.skipif(not starter.installed(), reason="the packages of the built-in start are not installed")
-def test_the_builtin_text_encoder_is_what_transformers_reads() -> None:
+def test_the_builtin_text_encoder_is_what_transformers_reads():
     folder = Path(str(distribution(starter.TEXT).locate_file(starter.TEXT_FOLDER)))
     expected, weights = read_encoder(str(folder), pretrained=True), read_start(starter.NAME)
     assert weights.encoder == replace(expected, folder=None)
@@ -175,7 +167,7 @@ def test_the_builtin_text_encoder_is_what_transformers_reads() -> None:
     assert all(torch.equal(tensor, weights.tensors[f"text_tower.encoder.{name}"]) for name, tensor in built.items())
 
 
-def test_an_image_classifier_of_timm_with_a_text_encoder_is_a_model_without_pairs(tmp_path: Path) -> None:
+def test_an_image_classifier_of_timm_with_a_text_encoder_is_a_model_without_pairs(tmp_path):
     pytest.importorskip("transformers")
     torch.manual_seed(0)
     bert(tmp_path / "bert")
@@ -191,7 +183,6 @@ def test_an_image_classifier_of_timm_with_a_text_encoder_is_a_model_without_pair
     )
     model = declip.load(name, device="cpu")
     classes = start.classes
-    assert classes is not None
     with torch.no_grad():
         images = torch.nn.functional.normalize(model.image_tower.proj(classes.rows[:50]), dim=-1)
         texts = model.encode_text(model.tokenize(classes.names[:50]))

@@ -101,7 +101,7 @@ def largest(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 def export_exactly(model: DualEncoder, form: str, out: Path) -> Path:
     """Export a model to a folder from which its library reads the same features."""
-    exported = declip.export(model, form, out)  # type: ignore[arg-type]
+    exported = declip.export(model, form, out)
     assert exported.difference is not None
     assert exported.difference <= EXACT
     return out

@@ -2,7 +2,6 @@
 
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 from filelock import FileLock
@@ -12,7 +11,7 @@ from declip.io.cache import LOCK, cache_entries, clear_cache, trim_cache
 
 
 @pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cache(tmp_path, monkeypatch):
     """Four folders of features of 1,000 bytes, the later ones used later, and a shard and a built-in set."""
     monkeypatch.setenv("DECLIP_CACHE", str(tmp_path))
     for number, name in enumerate(("features/a", "features/b", "features/c", "features/d", "shards/e", "emoji/f")):
@@ -27,7 +26,7 @@ def names(cache: Path) -> set[str]:
     return {str(entry.path.relative_to(cache)) for entry in cache_entries()}
 
 
-def test_features_longest_unused_go_first(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_features_longest_unused_go_first(cache, monkeypatch):
     monkeypatch.setenv("DECLIP_CACHE_GB", "2.5e-6")
     with FileLock(cache / "features/b" / LOCK):  # of another process
         os.utime(cache / "features/b", (2, 2))
@@ -38,7 +37,7 @@ def test_features_longest_unused_go_first(cache: Path, monkeypatch: pytest.Monke
         trim_cache(keep=())
 
 
-def test_clear_keeps_what_cannot_be_computed(cache: Path) -> None:
+def test_clear_keeps_what_cannot_be_computed(cache):
     with pytest.raises(UserError, match="'nothing'"):
         clear_cache("nothing")
     assert clear_cache("shards") == 1_000
@@ -47,7 +46,7 @@ def test_clear_keeps_what_cannot_be_computed(cache: Path) -> None:
     assert names(cache) == {"features/b", "emoji/f"}
 
 
-def test_the_commands(cache: Path, command: Any) -> None:
+def test_the_commands(cache, command):
     shown = command("cache", "show").out
     assert all(part in shown for part in (str(cache), "features", "shards"))
     assert command("cache", "clear", "features").out.split()[:2] == ["0.0", "MB"]

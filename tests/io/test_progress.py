@@ -2,7 +2,6 @@
 
 import io
 import re
-from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -26,7 +25,7 @@ class Clock:
         return self.now
 
 
-def test_without_a_terminal_a_bar_is_a_line_now_and_then(capfd: pytest.CaptureFixture[str]) -> None:
+def test_without_a_terminal_a_bar_is_a_line_now_and_then(capfd):
     clock = Clock()
     with progress_bar(*COLUMNS, get_time=clock) as bar:
         task = bar.add_task("Images of cars", total=25)
@@ -42,9 +41,7 @@ def test_without_a_terminal_a_bar_is_a_line_now_and_then(capfd: pytest.CaptureFi
 
 
 @pytest.mark.parametrize(("width", "terms"), [(80, 1), (120, 3), (200, 6)])
-def test_a_narrow_terminal_drops_terms_and_keeps_the_step_and_the_time_left(
-    tmp_path: Path, width: int, terms: int
-) -> None:
+def test_a_narrow_terminal_drops_terms_and_keeps_the_step_and_the_time_left(tmp_path, width, terms):
     bar = Bar()
     bar.start(RunInfo(tmp_path, 0, 100_000, 128))
     clock = Clock()
@@ -56,15 +53,13 @@ def test_a_narrow_terminal_drops_terms_and_keeps_the_step_and_the_time_left(
     bar.log(20, {"loss": 8.123, "losses": dict.fromkeys(TERMS, 8.123), "samples_per_second": 12_345.0})
     console = Console(file=io.StringIO(), force_terminal=True, color_system=None, width=width)
     console.print(bar.progress.get_renderable())
-    (line,) = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    (line,) = console.file.getvalue().splitlines()
     assert "20/100000" in line
     assert "27:46:20" in line, "99,980 s at a second a step"
     assert line.count(" 8.123") == terms
 
 
-def test_a_run_without_a_terminal_tells_its_steps_in_lines(
-    table: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_without_a_terminal_tells_its_steps_in_lines(table, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(progress, "LONGEST", 0.0)  # every step
     train(recipe_for(table, "clip"), out=tmp_path, report=False)
     printed = capfd.readouterr().err

@@ -13,7 +13,7 @@ SIZES = {
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_states_and_gradients_are_those_of_transformers(training: bool) -> None:
+def test_states_and_gradients_are_those_of_transformers(training):
     transformers = pytest.importorskip("transformers")
     theirs = transformers.BertModel(transformers.BertConfig(**SIZES), add_pooling_layer=False).train(training)
     ours = Bert(SIZES).train(training)
@@ -32,6 +32,6 @@ def test_states_and_gradients_are_those_of_transformers(training: bool) -> None:
 
 
 @pytest.mark.parametrize("change", [{"model_type": "roberta"}, {"hidden_act": "relu"}])
-def test_other_encoders_are_left_to_transformers(change: dict[str, str]) -> None:
+def test_other_encoders_are_left_to_transformers(change):
     assert is_plain(SIZES)
     assert not is_plain(SIZES | change)

@@ -18,7 +18,7 @@ def centered(side: torch.Tensor, weights: torch.Tensor) -> np.ndarray:
 
 
 @pytest.mark.parametrize("ridge", [0.1, 3.0])
-def test_two_way_ridge_is_scikit_learns_ridge_both_ways(ridge: float) -> None:
+def test_two_way_ridge_is_scikit_learns_ridge_both_ways(ridge):
     images, texts = features(40)
     weights = torch.linspace(0.5, 2.0, 40, dtype=torch.float64)
     (heads,) = closed_form_heads(images, texts, weights, (Form("ridge", ridge),))
@@ -37,7 +37,7 @@ def test_two_way_ridge_is_scikit_learns_ridge_both_ways(ridge: float) -> None:
 
 
 @pytest.mark.parametrize("ridge", [0.1, 3.0])
-def test_cca_whitens_both_sides(ridge: float) -> None:
+def test_cca_whitens_both_sides(ridge):
     images, texts = features(40)
     weights = torch.linspace(0.5, 2.0, 40, dtype=torch.float64)
     (heads,) = closed_form_heads(images, texts, weights, (Form("cca", ridge),))
@@ -55,7 +55,7 @@ def test_cca_whitens_both_sides(ridge: float) -> None:
 
 
 @pytest.mark.parametrize("ridge", [0.1, 3.0, 1e9])
-def test_pulled_heads_solve_the_penalized_regression_both_ways(ridge: float) -> None:
+def test_pulled_heads_solve_the_penalized_regression_both_ways(ridge):
     images, texts = features(40)
     images = images[:, :7] + texts  # embeddings in one space
     weights = torch.linspace(0.5, 2.0, 40, dtype=torch.float64)
@@ -76,7 +76,7 @@ def test_pulled_heads_solve_the_penalized_regression_both_ways(ridge: float) -> 
 
 
 @pytest.mark.parametrize("shape", [(9, 5), (5, 9), (6, 6)])
-def test_split_product_is_the_singular_value_decomposition(shape: tuple[int, int]) -> None:
+def test_split_product_is_the_singular_value_decomposition(shape):
     product = torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     left, right = split_product(product)
     values = torch.linalg.svdvals(product)
@@ -85,7 +85,7 @@ def test_split_product_is_the_singular_value_decomposition(shape: tuple[int, int
     torch.testing.assert_close(right @ right.mT, values.diag())
 
 
-def test_an_image_counts_once_however_many_captions_it_has() -> None:
+def test_an_image_counts_once_however_many_captions_it_has():
     images, texts = features(30)
     once = Pairs(images, texts, torch.arange(30))
     owners = torch.cat([torch.arange(30), torch.zeros(3, dtype=torch.int64)])
@@ -95,20 +95,20 @@ def test_an_image_counts_once_however_many_captions_it_has() -> None:
     torch.testing.assert_close(first.image.mT @ first.text, second.image.mT @ second.text)
 
 
-def test_directions_of_the_means_are_ignored() -> None:
+def test_directions_of_the_means_are_ignored():
     pairs = pairs_of(50)
     (heads,) = fit_heads(pairs, torch.ones(50, dtype=torch.bool), None, 0.0, (DEFAULT_FORM,))
     for head, side in ((heads.image, pairs.images), (heads.text, pairs.texts)):
         assert float((head @ side.mean(dim=0)).norm() / head.norm()) < 1e-12
 
 
-def test_features_without_variance_give_finite_heads() -> None:
+def test_features_without_variance_give_finite_heads():
     pairs = Pairs(torch.ones(5, 12), torch.ones(5, 7), torch.arange(5))
     (heads,) = fit_heads(pairs, torch.ones(5, dtype=torch.bool), None, 0.0, (DEFAULT_FORM,))
     assert bool(heads.image.isfinite().all() and heads.text.isfinite().all())
 
 
-def test_a_common_vector_of_the_classifier_changes_nothing() -> None:
+def test_a_common_vector_of_the_classifier_changes_nothing():
     classes, pairs, chosen = class_pairs(), pairs_of(25), torch.ones(25, dtype=torch.bool)
     moved = classes._replace(rows=classes.rows + torch.linspace(-3, 3, 12, dtype=torch.float64))
     products = []

@@ -26,11 +26,11 @@ def meta(image: str, **keys: Any) -> DualEncoder:
 
 
 @pytest.mark.parametrize("image", OPENAI)
-def test_towers_have_the_size_of_openai(image: str) -> None:
+def test_towers_have_the_size_of_openai(image):
     width = 1024 if image == "resnet50_clip" else 512
     assert sum(p.numel() for p in meta(image, embed_dim=width).parameters()) == OPENAI[image] + 512 + width
 
 
-def test_the_largest_tower_of_the_paper_has_the_size_that_timm_states() -> None:
+def test_the_largest_tower_of_the_paper_has_the_size_that_timm_states():
     trunk = meta("regnety_640").image_tower.trunk
     assert sum(p.numel() for p in trunk.parameters()) + 1000 * (4920 + 1) == 281_378_786  # with 1,000 classes

@@ -23,7 +23,7 @@ def changed(folder: Path, **config: object) -> Path:
     return folder
 
 
-def test_a_folder_that_is_none_and_a_missing_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_is_none_and_a_missing_library(tmp_path, monkeypatch):
     for folder in (tmp_path / "missing", tmp_path):
         with pytest.raises(UserError, match=r"not a folder with config\.json"):
             model_of(folder)
@@ -51,12 +51,12 @@ def test_a_folder_that_is_none_and_a_missing_library(tmp_path: Path, monkeypatch
         ({"hidden_act": "sinister"}, "cannot be built"),
     ],
 )
-def test_a_configuration_that_cannot_be_used(tmp_path: Path, config: dict[str, object], said: str) -> None:
+def test_a_configuration_that_cannot_be_used(tmp_path, config, said):
     with pytest.raises(UserError, match=said):
         model_of(changed(bert(tmp_path / "bert"), **config))
 
 
-def test_weights_that_could_run_code_are_not_opened(tmp_path: Path) -> None:
+def test_weights_that_could_run_code_are_not_opened(tmp_path):
     folder = bert(tmp_path / "bert")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(UserError, match=r"model\.safetensors.*save_pretrained"):
@@ -67,7 +67,7 @@ def test_weights_that_could_run_code_are_not_opened(tmp_path: Path) -> None:
         model_of(folder)
 
 
-def test_tokenizers_that_are_missing_damaged_or_lack_a_token(tmp_path: Path) -> None:
+def test_tokenizers_that_are_missing_damaged_or_lack_a_token(tmp_path):
     folder = roberta(tmp_path / "roberta")
     whole = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps({**whole, "mask_token": None}))
@@ -82,9 +82,7 @@ def test_tokenizers_that_are_missing_damaged_or_lack_a_token(tmp_path: Path) -> 
         model_of(folder)
 
 
-def test_of_the_hub_no_file_is_fetched_that_could_run_code_and_no_network_is_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_of_the_hub_no_file_is_fetched_that_could_run_code_and_no_network_is_one_line(tmp_path, monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
@@ -109,7 +107,7 @@ def test_of_the_hub_no_file_is_fetched_that_could_run_code_and_no_network_is_one
     assert not any(pattern.endswith((".py", ".bin", "*")) for _, patterns in asked for pattern in patterns)
 
 
-def test_what_is_kept_names_no_folder_and_no_code_and_fits_no_other_tokenizer(tmp_path: Path) -> None:
+def test_what_is_kept_names_no_folder_and_no_code_and_fits_no_other_tokenizer(tmp_path):
     folder = changed(bert(tmp_path / "bert"), auto_map={"AutoModel": "evil.Model"}, attn_implementation="owner/kernel")
     kept = read_encoder(str(folder), pretrained=True).to_tensor()
     text = kept.numpy().tobytes().decode()
@@ -122,7 +120,7 @@ def test_what_is_kept_names_no_folder_and_no_code_and_fits_no_other_tokenizer(tm
         model_of(folder).load_state_dict(first.state_dict())
 
 
-def test_an_encoder_that_did_not_come_with_the_weights_is_not_looked_for(tmp_path: Path) -> None:
+def test_an_encoder_that_did_not_come_with_the_weights_is_not_looked_for(tmp_path):
     folder = bert(tmp_path / "bert")
     recipe = Recipe.model_validate({**TINY, "text": {"hf_model": str(folder)}, "loss_weights": WEIGHTS["clip"]})
     with pytest.raises(UserError, match="missing or damaged"):

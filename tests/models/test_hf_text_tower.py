@@ -27,7 +27,7 @@ KINDS: dict[str, Callable[[Path], Path]] = {
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("encoders")
     return {kind: make(root / kind) for kind, make in KINDS.items()}
 
@@ -40,7 +40,7 @@ def states(folder: Path, tokens: torch.Tensor, padding: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
 @pytest.mark.parametrize("pooling", ["auto", "cls", "mean", "eos"])
-def test_features_are_transformers_own_pooled_and_projected(folders: dict[str, Path], kind: str, pooling: str) -> None:
+def test_features_are_transformers_own_pooled_and_projected(folders, kind, pooling):
     model = model_of(folders[kind], pooling=pooling, projection_bias=True).double()
     tower, tokens = model.text_tower, model.tokenize(CAPTIONS)
     words, found = states(folders[kind], tokens, model.tokenizer.padding), tower(tokens)
@@ -72,7 +72,7 @@ def test_features_are_transformers_own_pooled_and_projected(folders: dict[str, P
         ({"pooling_mode": "weightedmean"}, None),
     ],
 )
-def test_auto_pools_as_a_sentence_encoder_says(tmp_path: Path, config: object, expected: str | None) -> None:
+def test_auto_pools_as_a_sentence_encoder_says(tmp_path, config, expected):
     folder = bert(tmp_path / "bert")
     (folder / "1_Pooling").mkdir()
     (folder / "1_Pooling/config.json").write_text(json.dumps(config))
@@ -83,14 +83,12 @@ def test_auto_pools_as_a_sentence_encoder_says(tmp_path: Path, config: object, e
         return
     model = model_of(folder)
     assert model.text_tower.pooling == expected
-    kept = encoder_kept_in(model.state_dict(), model.recipe, folder)  # type: ignore[arg-type]
-    assert DualEncoder.from_recipe(model.recipe, kept).text_tower.pooling == expected  # type: ignore[arg-type]
+    kept = encoder_kept_in(model.state_dict(), model.recipe, folder)
+    assert DualEncoder.from_recipe(model.recipe, kept).text_tower.pooling == expected
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_padding_does_not_matter_every_parameter_learns_and_blocks_are_found(
-    folders: dict[str, Path], kind: str
-) -> None:
+def test_padding_does_not_matter_every_parameter_learns_and_blocks_are_found(folders, kind):
     model = model_of(folders[kind]).double()
     tokens = model.tokenize(CAPTIONS)
     lengths = torch.tensor([len(model.tokenizer.encode(text)) for text in CAPTIONS])
@@ -107,15 +105,15 @@ def test_padding_does_not_matter_every_parameter_learns_and_blocks_are_found(
     assert undecayed == ["encoder.embeddings.position_embeddings.weight"]
 
 
-def test_the_language_head_starts_as_the_word_embeddings(folders: dict[str, Path]) -> None:
+def test_the_language_head_starts_as_the_word_embeddings(folders):
     model = model_of(folders["bert"], "declip")
-    head = Objective(model.recipe, model).terms["masked_language"].head  # type: ignore[arg-type]
+    head = Objective(model.recipe, model).terms["masked_language"].head
     words = model.text_tower.encoder.embeddings.word_embeddings.weight
     assert torch.equal(head.weight, words)
     assert head.weight.data_ptr() != words.data_ptr()
 
 
-def test_random_weights_come_from_the_seed(folders: dict[str, Path]) -> None:
+def test_random_weights_come_from_the_seed(folders):
     first, second = (model_of(folders["bert"], pretrained=False).state_dict() for _ in range(2))
     pretrained = model_of(folders["bert"]).state_dict()
     name = "text_tower.encoder.embeddings.word_embeddings.weight"

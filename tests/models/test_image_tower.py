@@ -9,7 +9,7 @@ from declip.recipe.schema import Recipe
 
 
 @pytest.mark.parametrize("name", [*SMALL_TOWERS, "resnet50_clip", "convnext_atto", "vit_tiny_patch16_224"])
-def test_pooled_hidden_and_token_features_have_the_announced_widths(name: str) -> None:
+def test_pooled_hidden_and_token_features_have_the_announced_widths(name):
     tower = ImageTower(name, size=64, embed_dim=24).eval()
     with torch.no_grad():
         features = tower(torch.randn(2, 3, 64, 64))
@@ -20,7 +20,7 @@ def test_pooled_hidden_and_token_features_have_the_announced_widths(name: str) -
     assert features.tokens.shape[1] > 1
 
 
-def test_a_size_that_a_tower_cannot_take_is_named_and_trying_it_changes_nothing() -> None:
+def test_a_size_that_a_tower_cannot_take_is_named_and_trying_it_changes_nothing():
     tower = ImageTower("resnet50_clip", size=100, embed_dim=24, options={"depths": [1, 1, 1, 1]})
     before, random = {name: tensor.clone() for name, tensor in tower.state_dict().items()}, torch.get_rng_state()
     with pytest.raises(UserError, match=r"'resnet50_clip' does not take images of 100 × 100 pixels"):
@@ -31,7 +31,7 @@ def test_a_size_that_a_tower_cannot_take_is_named_and_trying_it_changes_nothing(
     assert all(torch.equal(before[name], tensor) for name, tensor in tower.state_dict().items())
 
 
-def test_tokens_of_a_map_keep_the_order_of_the_grid() -> None:
+def test_tokens_of_a_map_keep_the_order_of_the_grid():
     tower = ImageTower("declip_conv_tiny", size=32, embed_dim=8).eval()
     images = torch.randn(1, 3, 32, 32)
     grid = tower.trunk.forward_features(images)
@@ -39,7 +39,7 @@ def test_tokens_of_a_map_keep_the_order_of_the_grid() -> None:
     torch.testing.assert_close(tokens[0, grid.shape[3]], grid[0, :, 1, 0])
 
 
-def test_a_wrong_tower_is_named() -> None:
+def test_a_wrong_tower_is_named():
     for name, options, message in (
         ("resnet18", {"color": 3}, "timm cannot build the image tower 'resnet18'"),
         ("declip_vit_tiny", {"patch_size": "big"}, "timm cannot build"),
@@ -52,7 +52,7 @@ def test_a_wrong_tower_is_named() -> None:
         ImageTower("declip_conv_tiny", 32, 8, freeze_patch_embed=True)
 
 
-def test_an_image_much_smaller_than_the_tower_was_made_for_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_image_much_smaller_than_the_tower_was_made_for_is_said_once(caplog):
     for _ in range(2):
         ImageTower("vit_tiny_patch16_224", 48, 8)
         ImageTower("declip_vit_tiny", 48, 8)
@@ -61,7 +61,7 @@ def test_an_image_much_smaller_than_the_tower_was_made_for_is_said_once(caplog: 
     assert "'vit_tiny_patch16_224'" in said[0]
 
 
-def test_a_model_in_bfloat16_encodes_on_a_cpu() -> None:
+def test_a_model_in_bfloat16_encodes_on_a_cpu():
     model = DualEncoder.from_recipe(Recipe.model_validate(TINY)).eval()
     images, tokens = torch.randn(2, 3, 32, 32), model.tokenize(["red circle", "blue"])
     exact = [model.encode_image(images), model.encode_text(tokens)]

@@ -31,7 +31,7 @@ def model_of(tower: str, size: int) -> DualEncoder:
         ("declip_vit_tiny", 32),
     ],
 )
-def test_features_are_those_of_the_model(tower: str, size: int) -> None:
+def test_features_are_those_of_the_model(tower, size):
     model = model_of(tower, size)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     images = torch.randn(9, 3, size, size)
@@ -42,7 +42,7 @@ def test_features_are_those_of_the_model(tower: str, size: int) -> None:
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
-def test_batch_norm_is_folded_into_the_convolutions() -> None:
+def test_batch_norm_is_folded_into_the_convolutions():
     model = model_of("tf_efficientnet_lite0", 64)
     towers = (model.image_tower, inference_tower(model))
     norms = [sum(hasattr(m, "running_mean") for m in tower.modules()) for tower in towers]
@@ -62,7 +62,7 @@ class Swapped(torch.nn.Module):
         return self.conv(self.norm(images))
 
 
-def test_a_norm_before_its_convolution_is_not_folded() -> None:
+def test_a_norm_before_its_convolution_is_not_folded():
     model = model_of("declip_conv_tiny", 32)
     model.image_tower.trunk.stem = torch.nn.Sequential(Swapped(), model.image_tower.trunk.stem).eval()
     assert inference_tower(model) is model.image_tower

@@ -6,7 +6,7 @@ from models.test_text_tower import captions, small_tower
 
 
 @pytest.mark.parametrize("buckets", [2, 3, 5, 9])
-def test_buckets_give_the_features_and_gradients_of_one_pass(buckets: int) -> None:
+def test_buckets_give_the_features_and_gradients_of_one_pass(buckets):
     lengths = [20, 3, 9, 3, 12, 8, 20]
     tower, tokens = small_tower().double(), captions(lengths, 20)
     whole = tower(tokens)
@@ -32,9 +32,7 @@ def test_buckets_give_the_features_and_gradients_of_one_pass(buckets: int) -> No
         (None, 4, [(2, 20)]),
     ],
 )
-def test_each_bucket_is_truncated_to_its_own_longest(
-    lengths: list[int] | None, buckets: int, shapes: list[tuple[int, int]]
-) -> None:
+def test_each_bucket_is_truncated_to_its_own_longest(lengths, buckets, shapes):
     tower, tokens = small_tower(), captions(lengths or [5, 9], 20)
     seen: list[tuple[int, ...]] = []
     tower.register_forward_pre_hook(lambda _, given: seen.append(tuple(given[0].shape)))

@@ -1,7 +1,5 @@
 """Converted models: what "auto" means on a device, features, identity, and towers that fix a type."""
 
-from typing import Any
-
 import pytest
 import torch
 
@@ -14,7 +12,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def computing(monkeypatch: pytest.MonkeyPatch) -> Any:
+def computing(monkeypatch):
     """Set the instructions of the CPU; torch emulates bfloat16 where it has none."""
     return lambda **names: monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: names)
 
@@ -23,13 +21,13 @@ def computing(monkeypatch: pytest.MonkeyPatch) -> Any:
     ("instructions", "expected"),
     [({"avx2": True}, "float32"), ({"avx512_f": True}, "float32"), ({"avx512_bf16": True}, "bfloat16")],
 )
-def test_auto_is_what_the_processor_computes_itself(computing: Any, instructions: dict, expected: str) -> None:
+def test_auto_is_what_the_processor_computes_itself(computing, instructions, expected):
     computing(**instructions)
     assert pick_precision("auto", CPU) is getattr(torch, expected)
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "half"])
-def test_emulated_and_unknown_precisions_are_refused(computing: Any, precision: str) -> None:
+def test_emulated_and_unknown_precisions_are_refused(computing, precision):
     computing(avx2=True)
     with pytest.raises(UserError, match=rf"{precision}.*auto.*fp32"):
         pick_precision(precision, CPU)
@@ -37,7 +35,7 @@ def test_emulated_and_unknown_precisions_are_refused(computing: Any, precision: 
 
 # A tower whose norms are folded, one with norms before its convolutions, one without any.
 @pytest.mark.parametrize("tower", ["declip_conv_tiny", "resnetv2_18d", "declip_vit_tiny"])
-def test_features_stay_close_and_the_model_the_same(computing: Any, tower: str) -> None:
+def test_features_stay_close_and_the_model_the_same(computing, tower):
     computing(avx512_bf16=True)
     model = model_of(tower, 32)
     images, tokens = torch.randn(5, 3, 32, 32), model.tokenize(["red", "a blue circle"])
@@ -69,7 +67,7 @@ class Fixed(torch.nn.Module):
 
 
 @pytest.mark.parametrize("spoiled", [True, False])
-def test_a_tower_that_cannot_be_converted_stays_float32(computing: Any, spoiled: bool) -> None:
+def test_a_tower_that_cannot_be_converted_stays_float32(computing, spoiled):
     computing(avx512_bf16=True)
     models: list[DualEncoder] = [model_of("declip_conv_tiny", 32) for _ in range(2)]
     for model in models:
@@ -80,7 +78,7 @@ def test_a_tower_that_cannot_be_converted_stays_float32(computing: Any, spoiled:
         convert(models[1], "bf16")
 
 
-def test_rounded_filters_keep_their_sums() -> None:
+def test_rounded_filters_keep_their_sums():
     torch.manual_seed(0)
     weight = torch.randn(64, 3, 3, 3)
     rounded, nearest = round_taps(weight, torch.bfloat16), weight.bfloat16().float()

@@ -8,7 +8,7 @@ VOCABULARY, END = 50, 48
 
 def small_tower(**options: object) -> TextTower:
     torch.manual_seed(0)
-    return TextTower(VOCABULARY, END, embed_dim=12, width=32, layers=2, heads=4, context=20, **options)  # type: ignore[arg-type]
+    return TextTower(VOCABULARY, END, embed_dim=12, width=32, layers=2, heads=4, context=20, **options)
 
 
 def captions(lengths: list[int], context: int) -> torch.Tensor:
@@ -20,7 +20,7 @@ def captions(lengths: list[int], context: int) -> torch.Tensor:
     return tokens
 
 
-def test_a_batch_cut_to_its_longest_caption_equals_the_padded_one() -> None:
+def test_a_batch_cut_to_its_longest_caption_equals_the_padded_one():
     tower, tokens = small_tower().double(), captions([5, 8, 3], 20)
     tokens[0, 2] = VOCABULARY - 1  # an id above the end's does not move the pooling
     padded, cut = tower(tokens), tower(tokens[:, :8])
@@ -30,7 +30,7 @@ def test_a_batch_cut_to_its_longest_caption_equals_the_padded_one() -> None:
 
 
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
-def test_equals_open_clip_on_the_same_weights(activation: str) -> None:
+def test_equals_open_clip_on_the_same_weights(activation):
     open_clip = pytest.importorskip("open_clip")
     from open_clip.transformer import QuickGELU
 

@@ -34,7 +34,7 @@ TOWERS: dict[str, tuple[int, dict[str, Any], int, bool]] = {
 
 
 @pytest.mark.parametrize("name", TOWERS)
-def test_a_tower_is_timms_and_learns_from_every_term(name: str) -> None:
+def test_a_tower_is_timms_and_learns_from_every_term(name):
     """No parameter is left without a gradient, which DDP would wait for, and a step changes the trunk."""
     size, options, cells, batch_norm = TOWERS[name]
     terms = {**METHODS["defilip"], "simclr": 0.1}

@@ -1,6 +1,5 @@
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -19,7 +18,7 @@ DEMO_SETS = {
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_every_shipped_recipe_is_valid_and_says_what_it_is(name: str) -> None:
+def test_every_shipped_recipe_is_valid_and_says_what_it_is(name):
     recipe = load_recipe(name)
     assert recipe.name == name
     assert Recipe.model_validate(yaml.safe_load(recipe.to_yaml())) == recipe
@@ -42,18 +41,18 @@ METHOD = {
 
 
 @pytest.mark.parametrize("names", METHOD, ids=lambda names: names[0])
-def test_recipes_have_the_weights_of_the_method(names: tuple[str, str]) -> None:
+def test_recipes_have_the_weights_of_the_method(names):
     recipe, demo = map(load_recipe, names)
     assert recipe.active_losses == demo.active_losses == METHOD[names]
     assert (recipe.image.size, demo.image.size) == (224, 32)
 
 
-def test_the_library_is_small() -> None:
-    files = list((resources.files("declip.recipe") / "library").iterdir())  # type: ignore[union-attr]
+def test_the_library_is_small():
+    files = list((resources.files("declip.recipe") / "library").iterdir())
     assert sum(file.name.endswith(".yaml") for file in files) <= 22, "an option of one recipe is better than a recipe"
 
 
-def test_the_published_recipe_has_the_authors_numbers() -> None:
+def test_the_published_recipe_has_the_authors_numbers():
     recipe = load_recipe("declip-yfcc15m-r50")
     assert recipe.image.model == "resnet50_clip"
     assert (recipe.image.size, recipe.embed_dim) == (224, 1024)
@@ -68,7 +67,7 @@ def test_the_published_recipe_has_the_authors_numbers() -> None:
     assert (views.grayscale_prob, views.blur_prob) == (0.2, 0.5)
 
 
-def test_a_recipe_extends_another_file_and_an_override_changes_one_entry(tmp_path: Path) -> None:
+def test_a_recipe_extends_another_file_and_an_override_changes_one_entry(tmp_path):
     (tmp_path / "base.yaml").write_text("extends: declip\nseed: 7\ntrain: {steps: 11}\n")
     (tmp_path / "mine.yaml").write_text("extends: base.yaml\ntrain: {batch_size: 9}\nloss_weights: {contrastive: 2}\n")
     recipe = load_recipe(tmp_path / "mine.yaml", {"train.lr": "0.5", "image.size": 48})
@@ -94,12 +93,12 @@ def test_a_recipe_extends_another_file_and_an_override_changes_one_entry(tmp_pat
         ({"evaluation.retrieval": ["h.csv"]}, {**DEMO_SETS, "retrieval": ("h.csv",)}),
     ],
 )
-def test_a_recipes_evaluation_sets_hold_for_its_own_source(overrides: dict[str, Any], kept: dict[str, Any]) -> None:
+def test_a_recipes_evaluation_sets_hold_for_its_own_source(overrides, kept):
     recipe = load_recipe("demo-declip", overrides)
     assert recipe.evaluation == Evaluation(**(DEMO_SETS if kept is None else kept))
 
 
-def test_a_child_recipe_with_a_source_of_its_own_has_its_own_evaluation_sets(tmp_path: Path) -> None:
+def test_a_child_recipe_with_a_source_of_its_own_has_its_own_evaluation_sets(tmp_path):
     (tmp_path / "bare.yaml").write_text("extends: demo-declip\ndata: {source: a.csv}\n")
     (tmp_path / "mine.yaml").write_text("extends: bare.yaml\nevaluation: {retrieval: [h.csv]}\n")
     (tmp_path / "longer.yaml").write_text("extends: mine.yaml\ndata: {source: a.csv}\ntrain: {steps: 9}\n")
@@ -128,7 +127,7 @@ def test_a_child_recipe_with_a_source_of_its_own_has_its_own_evaluation_sets(tmp
         ),
     ],
 )
-def test_a_mistake_is_named(overrides: dict[str, str], says: tuple[str, ...]) -> None:
+def test_a_mistake_is_named(overrides, says):
     with pytest.raises(UserError) as caught:
         load_recipe("clip", overrides)
     assert [part for part in says if part not in str(caught.value)] == []
@@ -141,7 +140,7 @@ def test_a_mistake_is_named(overrides: dict[str, str], says: tuple[str, ...]) ->
         ("train.steps: 3\n", "write train: {steps: …} instead"),
     ],
 )
-def test_a_mistake_in_a_file_is_named(text: str, says: str, tmp_path: Path) -> None:
+def test_a_mistake_in_a_file_is_named(text, says, tmp_path):
     (tmp_path / "mine.yaml").write_text("extends: demo-clip\n" + text)
     with pytest.raises(UserError, match=says):
         load_recipe(tmp_path / "mine.yaml")
@@ -156,18 +155,18 @@ def test_a_mistake_in_a_file_is_named(text: str, says: str, tmp_path: Path) -> N
         ("data.num_workers", "'data.workers'"),
     ],
 )
-def test_names_of_other_tools_lead_to_our_keys(given: str, meant: str) -> None:
+def test_names_of_other_tools_lead_to_our_keys(given, meant):
     assert meant in str(unknown_key(given))
 
 
-def test_synonyms_lead_to_keys_and_each_to_one() -> None:
+def test_synonyms_lead_to_keys_and_each_to_one():
     keys = {*recipe_keys()}
     assert synonyms().keys() <= keys
     names = [name for given in synonyms().values() for name in given.split()]
     assert len(names) == len(set(names))
 
 
-def test_one_string_is_a_list_of_one_and_home_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_string_is_a_list_of_one_and_home_is_expanded(monkeypatch):
     monkeypatch.setenv("HOME", "/home/somebody")
     overrides = {"evaluation.retrieval": "~/a.csv", "evaluation.zero_shot": "pets:~/pets", "data.source": "~/b.csv"}
     recipe = load_recipe("clip", overrides | {"data.image_root": "~/images", "finetune.pretrained": "runs/~x"})
@@ -177,7 +176,7 @@ def test_one_string_is_a_list_of_one_and_home_is_expanded(monkeypatch: pytest.Mo
     assert recipe.finetune.pretrained == "runs/~x"
 
 
-def test_a_recipe_that_extends_itself_is_named(tmp_path: Path) -> None:
+def test_a_recipe_that_extends_itself_is_named(tmp_path):
     (tmp_path / "loop.yaml").write_text("extends: loop.yaml\n")
     with pytest.raises(UserError, match=r"loop.yaml.* extends itself"):
         load_recipe(tmp_path / "loop.yaml")
@@ -190,12 +189,12 @@ def test_a_recipe_that_extends_itself_is_named(tmp_path: Path) -> None:
         *[("1:30", "1:30"), ("5e", "5e"), ("1.2.3", "1.2.3"), ("0x10", "0x10"), ("[5e-4, 2]", [5e-4, 2])],
     ],
 )
-def test_numbers_are_read_as_python_writes_them(text: str, value: Any) -> None:
+def test_numbers_are_read_as_python_writes_them(text, value):
     found = read_value("train.lr", text)
     assert (found, type(found)) == (value, type(value))
 
 
-def test_text_that_looks_like_a_number_stays_text() -> None:
+def test_text_that_looks_like_a_number_stays_text():
     recipe = load_recipe("clip", {"name": "'5e-4'", "data.columns.caption": "'010'", "train.lr": "5e-4"})
     again = Recipe.model_validate(read_yaml(recipe.to_yaml()))
     assert (again.name, again.data.columns["caption"], again.train.lr) == ("5e-4", "010", 5e-4)

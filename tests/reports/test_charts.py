@@ -36,7 +36,7 @@ def xy(ax: Axes, name: str) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(line.get_xdata(), dtype=float), np.asarray(line.get_ydata(), dtype=float)
 
 
-def test_smoothing_takes_away_noise_keeps_the_level_and_skips_gaps() -> None:
+def test_smoothing_takes_away_noise_keeps_the_level_and_skips_gaps():
     smooth = smoothed(2 + np.random.default_rng(0).standard_normal(600))
     assert smooth.std() < 0.25
     assert smooth.mean() == pytest.approx(2, abs=0.1)
@@ -46,11 +46,10 @@ def test_smoothing_takes_away_noise_keeps_the_level_and_skips_gaps() -> None:
     assert np.isnan(smoothed(constant)[40])
 
 
-def test_a_value_over_the_steps_has_all_spikes_and_a_small_picture() -> None:
+def test_a_value_over_the_steps_has_all_spikes_and_a_small_picture():
     steps, values = np.arange(10, 200_010, 10), np.linspace(5, 1, 20_000) + np.random.default_rng(0).normal(size=20_000)
     values[123], values[200], values[300] = 1e4, np.nan, np.inf
     chart = value_chart("total", steps, values)
-    assert chart is not None
     assert len(chart.svg("x")) < 40_000
     assert re.fullmatch(r"total, from .* at step 10 to .* at step 200,000\.", chart.words)
     smooth = xy(axes(chart), "total")[1]
@@ -63,14 +62,14 @@ def test_a_value_over_the_steps_has_all_spikes_and_a_small_picture() -> None:
     assert (lone.get_xlim(), lone.lines[-1].get_marker()) == ((1, 40), "o")
 
 
-def test_scores_are_named_with_their_last_value_and_chance_is_shown() -> None:
+def test_scores_are_named_with_their_last_value_and_chance_is_shown():
     ax = axes(score_chart({"top-1": [0.1, 0.2], "top-5": [0.3, 0.4]}, [100, 200], 0.05))
     assert names(ax) == ["chance 5.0 %", "top-1 20.0 %", "top-5 40.0 %"]
     np.testing.assert_allclose(xy(ax, "top-1 20.0 %")[1], [10, 20])
     np.testing.assert_allclose(xy(ax, "chance 5.0 %")[1], 5)
 
 
-def test_curves_show_means_intervals_seeds_and_chance() -> None:
+def test_curves_show_means_intervals_seeds_and_chance():
     ax = axes(curves(outcome(study())))
     np.testing.assert_allclose(xy(ax, "clip")[1], [10, 20, 30, 40])
     np.testing.assert_allclose(xy(ax, "declip")[0], [1000, 2000, 4000, 8000], rtol=0.05)
@@ -84,7 +83,7 @@ def test_curves_show_means_intervals_seeds_and_chance() -> None:
     assert 35 < axes(curves(wide)).get_ylim()[1] < 55  # the interval of two seeds reaches up to 64 %
 
 
-def test_strange_names_are_escaped_and_svgs_take_their_colors_from_the_page_and_share_no_ids() -> None:
+def test_strange_names_are_escaped_and_svgs_take_their_colors_from_the_page_and_share_no_ids():
     plan, strange = study(), '_<b>"&$x$ long name'
     more = tuple(replace(plan.variants[1], name=f"{strange}{number}") for number in range(10))
     chart = curves(outcome(replace(plan, variants=(*plan.variants, *more))))

@@ -1,7 +1,6 @@
 """The result of a comparison: its tables, its page and its terminal output."""
 
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +9,6 @@ from rich.console import Console
 
 from comparison.synthetic import MEASURE, outcome, score, study
 from declip.comparison.outcome import ComparedFactor, Factor, FactorAt, Outcome, measured
-from declip.comparison.study import Trial
 from declip.reports import comparison as report
 from declip.reports.page import NONE
 from reports.pages import Page
@@ -29,7 +27,7 @@ def printed(found: Outcome) -> str:
     return console.export_text()
 
 
-def test_a_whole_comparison(tmp_path: Path) -> None:
+def test_a_whole_comparison(tmp_path):
     command = ("declip", "compare", "clip", "declip", "--pairs", "1k 2k")
     plan = replace(study(pairs=(1000, 2000)), commands=(command,))
     html, page = written(outcome(plan), tmp_path)
@@ -58,15 +56,13 @@ def test_a_whole_comparison(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_winner_is_stated_only_beyond_the_noise_of_the_seeds(
-    seeds: tuple[int, ...], value: Callable[[Trial], float], shown: str, absent: str
-) -> None:
+def test_a_winner_is_stated_only_beyond_the_noise_of_the_seeds(seeds, value, shown, absent):
     text = " ".join(printed(outcome(study(seeds=seeds), value=value)).split())
     assert shown in text
     assert absent not in text
 
 
-def test_the_terminal_has_intervals_failures_and_warnings() -> None:
+def test_the_terminal_has_intervals_failures_and_warnings():
     text = printed(outcome(study()))
     assert "10.0 ± 2.5 (3)" in text
     assert "2.00 to 2.00" in text
@@ -79,7 +75,7 @@ def test_the_terminal_has_intervals_failures_and_warnings() -> None:
     assert "standard errors" not in printed(outcome(study(), value=lambda trial: 0.013))
 
 
-def test_unfinished_comparisons_say_so(tmp_path: Path) -> None:
+def test_unfinished_comparisons_say_so(tmp_path):
     nothing = outcome(study(), done=lambda trial: False)
     _, page = written(nothing, tmp_path)
     assert "0 of 24 runs" in page.texts["head"]
@@ -92,7 +88,7 @@ def test_unfinished_comparisons_say_so(tmp_path: Path) -> None:
     assert "nothing to compare" in page.texts["head"]
 
 
-def test_names_are_escaped_everywhere(tmp_path: Path) -> None:
+def test_names_are_escaped_everywhere(tmp_path):
     made = study()
     first, second = made.variants
     variants = (
@@ -109,7 +105,7 @@ def scores_row(found: Outcome) -> tuple[str, ...]:
     return report.scores_table(found.study, MEASURE, found.curves()[MEASURE]).rows[0]
 
 
-def test_scores_have_intervals_and_as_many_decimals_as_their_mean() -> None:
+def test_scores_have_intervals_and_as_many_decimals_as_their_mean():
     # three seeds a point apart: the standard deviation is a point, the interval 4.303 / sqrt(3) points
     assert scores_row(outcome(study())) == (
         "clip",
@@ -124,7 +120,7 @@ def test_scores_have_intervals_and_as_many_decimals_as_their_mean() -> None:
     assert scores_row(small)[1] == "0.10 ± 0.02 (3)"
 
 
-def test_a_factor_is_listed_at_every_size_also_where_it_is_outside() -> None:
+def test_a_factor_is_listed_at_every_size_also_where_it_is_outside():
     at = (FactorAt(1000, 0.1, None, "below"), FactorAt(2000, 0.2, 800.0), FactorAt(4000, 0.3, None, "above"))
     factors = [
         ComparedFactor("a", Factor(at, 2.5, 2.0, 3.0)),
@@ -138,7 +134,7 @@ def test_a_factor_is_listed_at_every_size_also_where_it_is_outside() -> None:
     )
 
 
-def test_measures_and_costs_are_listed(tmp_path: Path) -> None:
+def test_measures_and_costs_are_listed(tmp_path):
     found = outcome(study(), retrieval=True)
     assert report.measures_table(measured(found)).rows == (
         (MEASURE, "200 classes", "400", "0.50 %"),

@@ -28,7 +28,7 @@ def half_right(painted):
     return _features(images, texts, captions), thumbnails_of(painted(COLOURS, captions))
 
 
-def test_captions_found_and_not_found(half_right) -> None:
+def test_captions_found_and_not_found(half_right):
     features, thumbnails = half_right
     queries, right_fraction = retrieval(features, thumbnails, RNG(0), each=2)
     assert [query.rank for query in queries] == [1, 1, 2, 2]
@@ -40,7 +40,7 @@ def test_captions_found_and_not_found(half_right) -> None:
     assert not queries[2].hits[0].correct
 
 
-def test_an_image_with_the_same_caption_is_right(painted) -> None:
+def test_an_image_with_the_same_caption_is_right(painted):
     captions = [("a cat",), ("a cat",), ("a dog",)]
     features = _features(np.eye(3), np.eye(3)[[0, 0, 2]], captions)
     queries, _ = retrieval(features, thumbnails_of(painted(COLOURS[:3], captions)), RNG(0))

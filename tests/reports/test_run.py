@@ -66,7 +66,7 @@ def _read(path: Path) -> tuple[str, Page]:
     return html, Page(html)
 
 
-def test_the_whole_report(whole) -> None:
+def test_the_whole_report(whole):
     folder, model, _ = whole
     path = write_report(folder, model)
     assert path == folder / "report.html"
@@ -101,7 +101,7 @@ def test_the_whole_report(whole) -> None:
     assert "Colors by &lt;nobody&gt;" in html
 
 
-def test_the_same_run_shows_the_same_and_a_large_source_is_sampled(whole) -> None:
+def test_the_same_run_shows_the_same_and_a_large_source_is_sampled(whole):
     folder, model, _ = whole
 
     def body() -> str:
@@ -113,7 +113,7 @@ def test_the_same_run_shows_the_same_and_a_large_source_is_sampled(whole) -> Non
     assert max(size for kind, size, *_ in model.passes if kind == "image") == 10
 
 
-def test_without_evaluation_examples_and_classes_there_are_no_such_sections(whole, painted) -> None:
+def test_without_evaluation_examples_and_classes_there_are_no_such_sections(whole, painted):
     folder, model, held_out = whole
     for name in ("evaluations.jsonl", "examples.json"):
         (folder / name).unlink()
@@ -129,7 +129,7 @@ def test_without_evaluation_examples_and_classes_there_are_no_such_sections(whol
     assert "views" not in page.ids
 
 
-def test_held_out_pairs_that_are_gone_are_left_out_with_a_warning(whole, caplog) -> None:
+def test_held_out_pairs_that_are_gone_are_left_out_with_a_warning(whole, caplog):
     folder, model, held_out = whole
     held_out[0] = str(folder / "gone.csv")
     _, page = _read(write_report(folder, model))

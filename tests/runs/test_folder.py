@@ -21,7 +21,7 @@ def _metrics(step: int, **more) -> dict:
     return row | {"losses": {"contrastive": step / 10}} | more
 
 
-def test_an_empty_folder(tmp_path: Path) -> None:
+def test_an_empty_folder(tmp_path):
     run = read_run(tmp_path)
     assert (run.metrics, run.evaluations, run.skipped, run.recipe_text) == ([], [], None, "")
     assert (run.step, run.samples_per_second, run.seconds) == (0, None, 0.0)
@@ -30,7 +30,7 @@ def test_an_empty_folder(tmp_path: Path) -> None:
         read_run(tmp_path / "nowhere")
 
 
-def test_metrics_by_step_the_later_row_of_a_step_wins_and_a_torn_line_is_left_out(tmp_path: Path) -> None:
+def test_metrics_by_step_the_later_row_of_a_step_wins_and_a_torn_line_is_left_out(tmp_path):
     rows = [_metrics(2), _metrics(4, samples_per_second=None), _metrics(6, samples_per_second=300.0)]
     _write(tmp_path / "metrics.jsonl", [*rows, _metrics(4, samples_per_second=200.0)])
     with (tmp_path / "metrics.jsonl").open("a") as file:
@@ -42,7 +42,7 @@ def test_metrics_by_step_the_later_row_of_a_step_wins_and_a_torn_line_is_left_ou
     assert np.isnan(run.column("losses.simsiam")).all()
 
 
-def test_evaluations_in_order_and_the_last_of_each(tmp_path: Path) -> None:
+def test_evaluations_in_order_and_the_last_of_each(tmp_path):
     def row(step: int, on: str, top1: float) -> dict:
         return {"step": step} | ZeroShotResult(on, 100, 10, top1, 0.5, 0.3).to_dict()
 
@@ -55,6 +55,6 @@ def test_evaluations_in_order_and_the_last_of_each(tmp_path: Path) -> None:
     assert [(each.result.dataset, each.result.top1) for each in run.last()] == [("a", 0.3), ("b", 0.1)]
 
 
-def test_a_run_is_resumed_with_keys_that_change_no_number() -> None:
+def test_a_run_is_resumed_with_keys_that_change_no_number():
     now = {"data.max_broken_fraction": 0.5, "train.keep_checkpoints": 9}
     refuse_another(load_recipe("clip", now), load_recipe("clip"), Path("run"))

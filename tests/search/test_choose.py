@@ -2,7 +2,6 @@
 
 import csv
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ from torch.nn.functional import normalize
 import declip
 from declip.data.sources.open import open_source
 from declip.errors import UserError
-from declip.models.dual_encoder import DualEncoder
 from declip.search import choose as choosing
 from declip.search.facility_location import ALIKE, facility_location
 
@@ -43,7 +41,7 @@ def plain_loop(vectors: torch.Tensor, known: torch.Tensor, count: int) -> list[i
 
 
 @pytest.mark.parametrize("known", [0, 9])
-def test_the_order_is_that_of_the_plain_loop(known: int) -> None:
+def test_the_order_is_that_of_the_plain_loop(known):
     vectors = clusters()
     given = clusters(40, seed=1)[:known]
     found = list(facility_location(vectors, given, 25))
@@ -53,7 +51,7 @@ def test_the_order_is_that_of_the_plain_loop(known: int) -> None:
     assert coverage[-1] <= 1
 
 
-def test_every_beginning_is_a_choice_and_near_duplicates_come_once() -> None:
+def test_every_beginning_is_a_choice_and_near_duplicates_come_once():
     vectors = clusters(120)
     doubled = torch.cat([vectors, normalize(vectors + 0.01 * clusters(120, seed=2), dim=1)])
     rows = [row for row, _ in facility_location(doubled, torch.empty(0, 8), 500)]
@@ -64,9 +62,7 @@ def test_every_beginning_is_a_choice_and_near_duplicates_come_once() -> None:
     assert products.fill_diagonal_(0).max() < ALIKE
 
 
-def test_pairs_that_are_there_count_as_chosen(
-    model: DualEncoder, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pairs_that_are_there_count_as_chosen(model, folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # the index of have.csv is written below it
     (folder / "broken.png").write_bytes(b"no image")
     declip.embed(model, folder, out=tmp_path / "index")  # without vectors of captions
@@ -84,9 +80,7 @@ def test_pairs_that_are_there_count_as_chosen(
     assert again.images[0].score == pytest.approx(first.images[6].score, abs=1e-3)
 
 
-def test_the_table_is_one_of_pairs_once_it_has_captions(
-    folder: Path, tmp_path: Path, weights_file: Path, command: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_table_is_one_of_pairs_once_it_has_captions(folder, tmp_path, weights_file, command, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("lists").mkdir()
     (folder / "red-bar.png").rename(folder / "=red.png")
@@ -106,9 +100,7 @@ def test_the_table_is_one_of_pairs_once_it_has_captions(
     assert [source[n].captions[0] for n in range(len(source))] == [f"shape {n}" for n in range(len(rows))]
 
 
-def test_a_large_source_is_sampled(
-    model: DualEncoder, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_large_source_is_sampled(model, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(choosing, "MOST", 12)
     one, same, other = (
         declip.choose(model, folder, 1, index=tmp_path / "index", seed=seed).images[0].key for seed in (0, 0, 1)
@@ -118,7 +110,7 @@ def test_a_large_source_is_sampled(
     assert (few.compared, "sample of 12 of 24" in few.summary()) == (12, True)
 
 
-def test_wrong_input(model: DualEncoder, folder: Path, tmp_path: Path, command: Any, weights_file: Path) -> None:
+def test_wrong_input(model, folder, tmp_path, command, weights_file):
     with pytest.raises(UserError, match="--out"):
         declip.choose(model, folder, out=tmp_path / "x.txt", index=tmp_path / "index")
     with pytest.raises(UserError, match="count"):

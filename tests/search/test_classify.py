@@ -12,13 +12,12 @@ from torch.nn.functional import normalize
 import declip
 from conftest import draw
 from declip.errors import UserError
-from declip.models.dual_encoder import DualEncoder
 from declip.search.class_names import read_classes
 
 CLASSES = ["red circle", "blue bar", "green square"]
 
 
-def test_probabilities_are_those_of_clip(model: DualEncoder, folder: Path) -> None:
+def test_probabilities_are_those_of_clip(model, folder):
     (folder / "broken.png").write_bytes(b"no image")
     result = declip.classify(model, folder, CLASSES, templates=["{}", "a {}"], batch_size=7)
     assert (len(result.predictions), sum(result.counts.values())) == (24, 24)
@@ -35,9 +34,7 @@ def test_probabilities_are_those_of_clip(model: DualEncoder, folder: Path) -> No
             assert list(prediction.probabilities) == CLASSES
 
 
-def test_a_table_has_every_probability(
-    model: DualEncoder, folder: Path, tmp_path: Path, weights_file: Path, command: Any
-) -> None:
+def test_a_table_has_every_probability(model, folder, tmp_path, weights_file, command):
     (folder / "sub").mkdir()
     for name in ("=1.png", "sub/red-bar.png"):
         draw("red", "bar").save(folder / name)
@@ -61,9 +58,7 @@ def test_a_table_has_every_probability(
     assert all(row[row["class"]] == row["probability"] for row in rows)
 
 
-def test_a_file_a_pattern_and_images_in_memory(
-    model: DualEncoder, folder: Path, tmp_path: Path, weights_file: Path, command: Any
-) -> None:
+def test_a_file_a_pattern_and_images_in_memory(model, folder, tmp_path, weights_file, command):
     whole = {one.image: one.probabilities for one in declip.classify(model, folder, CLASSES).predictions}
     one = folder / "red-bar.png"
     printed = command("classify", one, "--classes", "red circle,blue bar", "--model", weights_file, "--quiet")
@@ -76,15 +71,13 @@ def test_a_file_a_pattern_and_images_in_memory(
     assert "--model" in command("classify", one, "--classes", "a,b").err
 
 
-def test_many_class_names_may_be_one_text() -> None:
+def test_many_class_names_may_be_one_text():
     names = [f"class {number}" for number in range(99)]
     assert read_classes(",".join(names)) == names
-    assert read_classes([1, 2]) == ["1", "2"]  # type: ignore[list-item]
+    assert read_classes([1, 2]) == ["1", "2"]
 
 
-def test_wrong_classes_and_images_are_named(
-    model: DualEncoder, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wrong_classes_and_images_are_named(model, folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("one.txt").write_text("only\nonly\n")
     Path("latin.txt").write_bytes("Bär\nZoo".encode("latin-1"))

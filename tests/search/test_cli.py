@@ -1,7 +1,6 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -13,7 +12,7 @@ from indices import tiny_model
 from text_encoders import bert
 
 
-def test_embed_search_and_look_after(weights_file: Path, folder: Path, tmp_path: Path, command: Any) -> None:
+def test_embed_search_and_look_after(weights_file, folder, tmp_path, command):
     index, query = tmp_path / "index", folder / "red-bar.png"
     embed = ["embed", weights_file, folder, "--out", index, "--dtype", "float32", "--quiet"]
     made = command(*embed)
@@ -31,7 +30,7 @@ def test_embed_search_and_look_after(weights_file: Path, folder: Path, tmp_path:
     assert "23 images" in command("index", "show", index).out
 
 
-def test_explain_draws_a_map_over_an_image(weights_file: Path, folder: Path, tmp_path: Path, command: Any) -> None:
+def test_explain_draws_a_map_over_an_image(weights_file, folder, tmp_path, command):
     image, out = folder / "red-bar.png", tmp_path / "map.png"
     printed = command("explain", weights_file, image, "a red bar", "--out", out).out
     assert "40 × 40 pixels" in printed
@@ -42,9 +41,7 @@ def test_explain_draws_a_map_over_an_image(weights_file: Path, folder: Path, tmp
         assert not (tmp_path / "other.png").exists()
 
 
-def test_a_precision_that_the_device_emulates_is_refused(
-    weights_file: Path, folder: Path, tmp_path: Path, command: Any
-) -> None:
+def test_a_precision_that_the_device_emulates_is_refused(weights_file, folder, tmp_path, command):
     given = ["--device", "cpu", "--precision", "fp16"]
     for words in (
         ["embed", weights_file, folder, "--out", tmp_path / "index"],
@@ -58,9 +55,7 @@ def test_a_precision_that_the_device_emulates_is_refused(
     assert not (tmp_path / "index").exists()
 
 
-def test_lines_into_a_pipe_are_neither_cut_nor_wrapped(
-    weights_file: Path, folder: Path, tmp_path: Path, command: Any
-) -> None:
+def test_lines_into_a_pipe_are_neither_cut_nor_wrapped(weights_file, folder, tmp_path, command):
     caption, index = " ".join(["a red circle"] * 60), tmp_path / ("a long name " * 10)
     (tmp_path / "pairs.jsonl").write_text(json.dumps({"image": "shapes/red-circle.png", "caption": caption}) + "\n")
     assert command("embed", weights_file, tmp_path / "pairs.jsonl", "--out", index, "--quiet").status == 0
@@ -77,13 +72,13 @@ def loaded_by(code: str, *names: str) -> list[str]:
     return done.stdout.splitlines()[-1].split()
 
 
-def test_the_package_and_its_commands_import_no_torch() -> None:
+def test_the_package_and_its_commands_import_no_torch():
     assert loaded_by("import declip", "torch", "numpy", "typer", "pydantic") == []
     assert loaded_by("import declip.search.info", "torch", "scipy", "huggingface_hub") == []
     assert loaded_by("import declip.cli.app", "torch", "scipy", "numpy", "pydantic", "yaml", "jinja2") == []
 
 
-def test_a_text_search_builds_no_image_tower(folder: Path, tmp_path: Path, command: Any) -> None:
+def test_a_text_search_builds_no_image_tower(folder, tmp_path, command):
     own = tiny_model()
     changes: dict[str, Any] = {"hf_model": str(bert(tmp_path / "bert")), "context_length": 24}
     recipe = own.recipe.model_copy(update={"text": own.recipe.text.model_copy(update=changes)})

@@ -2,7 +2,6 @@
 
 import os
 import signal
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ import declip
 from data.tars import write_tar
 
 
-def test_datasets(weights_file: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_datasets(weights_file, folder, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     import datasets
 
@@ -31,9 +30,7 @@ def test_datasets(weights_file: Path, folder: Path, tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.slow
-def test_ray_with_a_worker_that_is_killed(
-    weights_file: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ray_with_a_worker_that_is_killed(weights_file, folder, tmp_path, monkeypatch):
     for name, value in {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_DISABLE_PROGRESS_BARS": "1"}.items():
         monkeypatch.setenv(name, value)
     import ray

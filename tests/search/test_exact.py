@@ -7,7 +7,7 @@ from declip.search.exact import nearest
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_nearest_equals_a_loop_in_float64(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nearest_equals_a_loop_in_float64(dtype, monkeypatch):
     monkeypatch.setattr(exact, "ROWS", 30)
     monkeypatch.setattr(exact, "BLOCK_BYTES", 4 * 24 * 7)  # 7 rows: blocks do not divide the parts
     generator = torch.Generator().manual_seed(0)
@@ -27,7 +27,7 @@ def test_nearest_equals_a_loop_in_float64(dtype: torch.dtype, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("k", [1, 5, 20, 60])
-def test_of_equal_scores_the_first_ids_are_taken(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_equal_scores_the_first_ids_are_taken(k, monkeypatch):
     monkeypatch.setattr(exact, "ROWS", 150)
     vectors = torch.randn(300, 8, generator=torch.Generator().manual_seed(0))
     copies = [7, *range(100, 200), *range(250, 300)]
@@ -35,7 +35,7 @@ def test_of_equal_scores_the_first_ids_are_taken(k: int, monkeypatch: pytest.Mon
     assert nearest(torch.ones(1, 8), torch.arange(300), vectors, k)[0].tolist() == [copies[:k]]
 
 
-def test_few_vectors_give_few_results() -> None:
+def test_few_vectors_give_few_results():
     vectors = torch.tensor([1.0, 0, 1, 1])[:, None].expand(4, 8)
     assert (
         nearest(torch.ones(2, 8), torch.tensor([2, 5, 7, 9]), vectors, 10, skip_zeros=True)[0].tolist()

@@ -1,7 +1,6 @@
 import json
 import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,7 @@ from indices import tiny_model, write_index
 
 
 @pytest.fixture
-def made(model: DualEncoder, folder: Path, tmp_path: Path) -> Index:
+def made(model, folder, tmp_path):
     return declip.embed(model, folder, out=tmp_path / "index", dtype="float32")
 
 
@@ -35,7 +34,7 @@ def brute(index: Index, query: np.ndarray) -> list[tuple[int, float]]:
     return [(int(index.ids[at]), float(scores[at])) for at in order]
 
 
-def test_search_by_text_image_and_both(made: Index, model: DualEncoder, folder: Path) -> None:
+def test_search_by_text_image_and_both(made, model, folder):
     query_image = Image.open(folder / "red-bar.png").convert("RGB")
     with torch.no_grad():
         text = model.encode_text(model.tokenize(["a red bar"]))[0].double().numpy()
@@ -63,9 +62,7 @@ def test_search_by_text_image_and_both(made: Index, model: DualEncoder, folder: 
     assert made.query("bar", template="emoji").norm().item() == pytest.approx(1, abs=1e-5), "a mean"
 
 
-def test_images_are_found_by_key_and_no_path_in_the_index_is_opened(
-    made: Index, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_images_are_found_by_key_and_no_path_in_the_index_is_opened(made, folder, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="no image with the id"):
         made.image(24)
     row, before = made.row(10), made.image(10)
@@ -79,7 +76,7 @@ def test_images_are_found_by_key_and_no_path_in_the_index_is_opened(
             moved.image(10)
 
 
-def test_another_model_is_refused(made: Index, model: DualEncoder) -> None:
+def test_another_model_is_refused(made, model):
     other = tiny_model()
     other.preprocessor.mean = torch.zeros(3)
     text = model.recipe.text.model_copy(update={"activation": "gelu"})
@@ -93,7 +90,7 @@ def test_another_model_is_refused(made: Index, model: DualEncoder) -> None:
     assert Index.open(made.folder, model=model).search("a red bar", k=1)
 
 
-def test_projections_that_are_computed_on_another_machine_are_the_same_model() -> None:
+def test_projections_that_are_computed_on_another_machine_are_the_same_model():
     one, other = tiny_model(), tiny_model()
     other.image_tower.proj.weight.data *= 1 + 1e-6
     name = "image_tower.proj.weight"
@@ -104,7 +101,7 @@ def test_projections_that_are_computed_on_another_machine_are_the_same_model() -
     assert fingerprint(one) != fingerprint(other)
 
 
-def test_a_bad_query_says_why(made: Index) -> None:
+def test_a_bad_query_says_why(made):
     image = Image.new("RGB", (8, 8))
     wrong: tuple[tuple[dict[str, Any], str], ...] = (
         ({"text": "  "}, "Nothing to search for"),
@@ -121,7 +118,7 @@ def test_a_bad_query_says_why(made: Index) -> None:
             made.search(**arguments)
 
 
-def test_damage_is_said(made: Index) -> None:
+def test_damage_is_said(made):
     path, files = made.folder / INFO, made.folder / "generation-1"
     tree = json.loads(path.read_text())
     npy, rows = (files / "vectors.npy").read_bytes(), (files / "rows.parquet").read_bytes()
@@ -155,7 +152,7 @@ def test_damage_is_said(made: Index) -> None:
         Index.open(made.folder.parent)
 
 
-def test_a_table_that_expands_is_refused(made: Index) -> None:
+def test_a_table_that_expands_is_refused(made):
     rows, path = 24, made.folder / "generation-1/rows.parquet"
     keys = pa.array(["x" * 3_000_000] * rows, pa.large_string())
     table = pq.read_table(path).set_column(2, SCHEMA.field("key"), keys)
@@ -169,7 +166,7 @@ def test_a_table_that_expands_is_refused(made: Index) -> None:
             Index.open(made.folder)
 
 
-def test_a_source_that_is_an_object_has_to_be_given_again(model: DualEncoder, table: Path, tmp_path: Path) -> None:
+def test_a_source_that_is_an_object_has_to_be_given_again(model, table, tmp_path):
     source = open_source(table)
     made = declip.embed(model, source, out=tmp_path / "index")
     assert made.image(0).size == (40, 40)
@@ -182,7 +179,7 @@ def test_a_source_that_is_an_object_has_to_be_given_again(model: DualEncoder, ta
         made.nearest(np.full((1, made.info.dimension), np.nan), 3)
 
 
-def test_the_sheet_shows_what_was_found(made: Index, folder: Path) -> None:
+def test_the_sheet_shows_what_was_found(made, folder):
     hits = made.search(image=folder / "red-bar.png", k=9)
     (folder / hits[1].key).unlink()
     drawn = search_sheet(Index.open(made.folder), hits, "like red-bar.png", Image.new("RGB", (50, 50), "lime"))
@@ -191,7 +188,7 @@ def test_the_sheet_shows_what_was_found(made: Index, folder: Path) -> None:
     assert (pixels == (255, 0, 0)).all(1).sum() > 500, "what was found"
 
 
-def test_the_files_of_an_index_are_read_by_other_programs(tmp_path: Path) -> None:
+def test_the_files_of_an_index_are_read_by_other_programs(tmp_path):
     images, texts = torch.eye(3), torch.eye(3).flip(0)
     index = write_index(tmp_path / "index", images, texts, ["a", "", "c"])
     captions, rows, vectors = index.summary().rpartition("Files: ")[2].split(", ")
@@ -201,10 +198,10 @@ def test_the_files_of_an_index_are_read_by_other_programs(tmp_path: Path) -> Non
     with pytest.raises(UserError, match="--captions"):
         write_index(tmp_path / "plain", images).vectors([0], "captions")
     with pytest.raises(UserError, match="'words'"):
-        index.vectors([0], "words")  # type: ignore[arg-type]
+        index.vectors([0], "words")
 
 
-def test_an_export_for_approximate_search(tmp_path: Path, command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_export_for_approximate_search(tmp_path, command, monkeypatch):
     usearch = pytest.importorskip("usearch.index")
     vectors = torch.nn.functional.normalize(torch.randn(600, 16, generator=torch.Generator().manual_seed(0)), dim=-1)
     index = write_index(tmp_path / "index", vectors)

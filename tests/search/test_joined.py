@@ -16,7 +16,6 @@ import declip
 from conftest import draw
 from declip.errors import UserError
 from declip.interchange.declip_file import write_declip_file
-from declip.models.dual_encoder import DualEncoder
 from declip.search import embed as embedding
 from declip.search.embedder import _load
 from indices import tiny_model
@@ -29,7 +28,7 @@ def write_rows(path: Path, rows: dict[str, Any]) -> Path:
 
 
 @pytest.fixture
-def rows(folder: Path) -> dict[str, list[Any]]:
+def rows(folder):
     """The 24 images as bytes, a path, a PIL image or an array, and three broken rows."""
     paths = sorted(folder.iterdir())
     images: list[Any] = [path.read_bytes() for path in paths]
@@ -41,9 +40,7 @@ def rows(folder: Path) -> dict[str, list[Any]]:
     }
 
 
-def test_an_embedder_returns_a_row_for_each_row(
-    rows: dict[str, list[Any]], weights_file: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_embedder_returns_a_row_for_each_row(rows, weights_file, folder, tmp_path, monkeypatch):
     index = declip.embed(weights_file, folder, out=tmp_path / "index", dtype="float32", precision="fp32")
     monkeypatch.chdir(weights_file.parent)
     embedder = declip.Embedder(weights_file.name, precision="fp32")
@@ -69,7 +66,7 @@ def test_an_embedder_returns_a_row_for_each_row(
         embedder({"id": [1], "photo": [b""]})
 
 
-def test_an_embedder_of_texts(weights_file: Path) -> None:
+def test_an_embedder_of_texts(weights_file):
     model = declip.load(weights_file, "cpu")
     made = declip.Embedder(weights_file, text="caption", precision="fp32")(
         {"id": [1, 2, 3], "caption": ["a red  bar", 4, ""]})  # fmt: skip
@@ -78,9 +75,7 @@ def test_an_embedder_of_texts(weights_file: Path) -> None:
     assert [error.partition(":")[0] for error in made["error"]] == ["", "unreadable text", "empty caption"]
 
 
-def test_an_index_of_parquet_files(
-    rows: dict[str, list[Any]], weights_file: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_index_of_parquet_files(rows, weights_file, folder, tmp_path, monkeypatch):
     monkeypatch.setattr("declip.search.joined.PART_ROWS", 7)
     embedder = declip.Embedder(weights_file, precision="fp32")
     for number, span in enumerate((slice(5), slice(5, None))):
@@ -99,9 +94,7 @@ def test_an_index_of_parquet_files(
     assert (len(again), again.info.generation) == (24, 2)
 
 
-def test_parquet_files_that_are_refused(
-    rows: dict[str, list[Any]], weights_file: Path, tmp_path: Path, command: Any
-) -> None:
+def test_parquet_files_that_are_refused(rows, weights_file, tmp_path, command):
     made = declip.Embedder(weights_file, precision="fp32")({name: cells[:4] for name, cells in rows.items()})
     write_declip_file(tiny_model(1), tmp_path / "other.safetensors")
     vectors = made["vector"]
@@ -131,7 +124,7 @@ def test_parquet_files_that_are_refused(
     )
 
 
-def test_parts_are_one_index(weights_file: Path, folder: Path, tmp_path: Path, command: Any) -> None:
+def test_parts_are_one_index(weights_file, folder, tmp_path, command):
     (folder / "blue-bar.png").write_bytes(b"no image")
     out = tmp_path / "index"
     embed = ["embed", weights_file, folder, "--out", out, "--dtype", "float32", "--precision", "fp32", "--quiet"]
@@ -155,9 +148,7 @@ def test_parts_are_one_index(weights_file: Path, folder: Path, tmp_path: Path, c
     assert "without parts" in command("index", "join", out).err
 
 
-def test_a_killed_part_continues(
-    model: DualEncoder, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_killed_part_continues(model, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(embedding, "PART_ROWS", 4)
     for number in (1, 2):
         killed, repeated = Interrupted(folder, 6), Interrupted(folder)
@@ -172,9 +163,7 @@ def test_a_killed_part_continues(
     assert torch.equal(index.vectors(index.ids), whole.vectors(whole.ids))
 
 
-def test_parts_that_do_not_fit_are_refused(
-    model: DualEncoder, weights_file: Path, folder: Path, tmp_path: Path, command: Any
-) -> None:
+def test_parts_that_do_not_fit_are_refused(model, weights_file, folder, tmp_path, command):
     out = tmp_path / "index"
     for given in ("0/3", "4/3", "3", "1/0"):
         refused = command("embed", weights_file, folder, "--out", out, "--part", given)

@@ -1,6 +1,5 @@
 """What the tests of the terms share: golden cases, random unit vectors, and what every term must do."""
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from golden_cases import GOLDEN
 
 
 @pytest.fixture(scope="session")
-def golden() -> Callable[[str], dict[str, Tensor]]:
+def golden():
     """Read one case of the authors' values: golden("infonce/0")["loss"]."""
     arrays = np.load(GOLDEN / "loss_cases.npz")
 
@@ -27,7 +26,7 @@ def golden() -> Callable[[str], dict[str, Tensor]]:
 
 
 @pytest.fixture
-def units() -> Callable[..., Tensor]:
+def units():
     """Draw float64 vectors of length 1, the same ones in every run: units(2, 5, 8)."""
     generator = torch.Generator().manual_seed(0)
 
@@ -47,6 +46,6 @@ class NoDeviceReads(TorchDispatchMode):
 
 
 @pytest.fixture
-def no_device_reads() -> type[NoDeviceReads]:
+def no_device_reads():
     """A context in which nothing may wait for the device: with no_device_reads(): ..."""
     return NoDeviceReads

@@ -22,7 +22,7 @@ Limit = float | None
 
 
 def views(z1: Tensor, z2: Tensor, keys1: Tensor, keys2: Tensor, scale: Scale, offset: int, limit: Limit) -> Tensor:
-    return nt_xent(z1, z2, keys1, keys2, 1 / scale, offset, limit)  # type: ignore[arg-type]
+    return nt_xent(z1, z2, keys1, keys2, 1 / scale, offset, limit)
 
 
 def late(

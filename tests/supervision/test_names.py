@@ -25,7 +25,7 @@ def loss_names(path: Path) -> set[str]:
     return found
 
 
-def test_no_loss_is_named_outside_supervision_and_recipes() -> None:
+def test_no_loss_is_named_outside_supervision_and_recipes():
     named = set()
     for path in SOURCE.rglob("*.py"):
         place = path.relative_to(SOURCE).as_posix()

@@ -48,7 +48,7 @@ def double(batch: PairBatch) -> PairBatch:
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
-def test_the_total_is_the_weighted_sum_of_the_active_terms(name: str) -> None:
+def test_the_total_is_the_weighted_sum_of_the_active_terms(name):
     model, objective = parts(WEIGHTS[name])
     terms = objective(model, random_batch())
     assert set(terms) == {*WEIGHTS[name], "loss"}
@@ -57,7 +57,7 @@ def test_the_total_is_the_weighted_sum_of_the_active_terms(name: str) -> None:
     torch.testing.assert_close(terms["loss"], expected)
 
 
-def test_the_contrastive_loss_sees_the_masked_or_the_clean_caption_and_both_predict_the_same_words() -> None:
+def test_the_contrastive_loss_sees_the_masked_or_the_clean_caption_and_both_predict_the_same_words():
     weights, batch = {"contrastive": 1.0, "masked_language": 1.0}, random_batch()
     assert batch.masked is not None
     predicted = []
@@ -69,17 +69,14 @@ def test_the_contrastive_loss_sees_the_masked_or_the_clean_caption_and_both_pred
         torch.testing.assert_close(terms["contrastive"], expected)
         predicted.append(terms["masked_language"])
     torch.testing.assert_close(*predicted)
-    assert batch.labels is not None
     batch.labels.fill_(-100)
     assert objective(model, batch)["masked_language"].item() == 0, "no word is masked"
 
 
-def test_the_queue_is_looked_up_before_it_is_written_augmentations_first() -> None:
+def test_the_queue_is_looked_up_before_it_is_written_augmentations_first():
     model, objective = parts({"nearest_neighbor": 1.0, "contrastive": 1.0})
-    assert objective.queue is not None
     batch = random_batch()
     assert objective(model, batch)["nearest_neighbor"].item() == 0, "nothing to find yet"
-    assert batch.masked is not None
     assert len(objective.queue) == 0
     objective.after_step(model)
     second, first = model.encode_text(batch.texts[1]), model.encode_text(batch.masked)
@@ -93,11 +90,10 @@ def test_the_queue_is_looked_up_before_it_is_written_augmentations_first() -> No
     assert len(objective.queue) == 32
 
 
-def test_a_base_view_is_for_the_contrast_alone() -> None:
+def test_a_base_view_is_for_the_contrast_alone():
     model, objective = parts(WEIGHTS["slip"])
     three = random_batch(views=3)
     terms = objective(model, three)
-    assert three.masked is not None
     images, texts = model.encode_image(three.views["contrastive"].pixels), model.encode_text(three.masked)
     expected = contrastive.info_nce(images, texts, images, texts, model.logit_scale.exp())
     torch.testing.assert_close(terms["contrastive"], expected)
@@ -106,14 +102,13 @@ def test_a_base_view_is_for_the_contrast_alone() -> None:
     torch.testing.assert_close(terms["simclr"], objective(model, two)["simclr"])
 
 
-def test_one_image_view_meets_both_captions() -> None:
+def test_one_image_view_meets_both_captions():
     weights = {"contrastive": 0.4, "multi_view": 0.4, "nearest_neighbor": 0.2}
     model, objective = parts(weights, views={"image_second": False})
     batch = random_batch(views=1)
     batch = PairBatch(batch.views, batch.texts, sample_ids=batch.sample_ids)
     objective(model, batch)
     objective.after_step(model)
-    assert objective.queue is not None
     known = objective.queue.features[: len(objective.queue)].double()
     terms = objective(model, batch)
     image, scale = model.encode_image(batch.views["first"].pixels).double(), model.logit_scale.exp().double()
@@ -137,7 +132,7 @@ def test_one_image_view_meets_both_captions() -> None:
 
 
 @pytest.mark.parametrize("name", ["slip", "defilip"])
-def test_loss_matrices_above_the_limit_are_made_in_blocks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loss_matrices_above_the_limit_are_made_in_blocks(name, monkeypatch):
     """8 pairs in float64: matrices of 512 bytes or more."""
     calls: list[int] = []
     checkpoint = contrastive.checkpoint
@@ -159,7 +154,7 @@ def test_loss_matrices_above_the_limit_are_made_in_blocks(name: str, monkeypatch
         torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-9)
 
 
-def test_scales_are_limited_after_the_step() -> None:
+def test_scales_are_limited_after_the_step():
     model, objective = parts(WEIGHTS["filip"], logit_scale={"min": 3.0})
     model.logit_scale.data.fill_(9.0)
     objective.terms["late_interaction"].logit_scale.data.fill_(1.0)
@@ -168,18 +163,17 @@ def test_scales_are_limited_after_the_step() -> None:
     assert objective.terms["late_interaction"].logit_scale.item() == 3.0
 
 
-def test_with_places_of_masked_words_known_nothing_waits_for_the_device(no_device_reads) -> None:
+def test_with_places_of_masked_words_known_nothing_waits_for_the_device(no_device_reads):
     found = []
     for given in (random_batch(), random_batch().to("cpu")):
         model, objective = parts(WITHOUT_BATCH_NORM)
-        assert objective.queue is not None
         objective.queue.push(torch.randn(5, 16, generator=torch.Generator().manual_seed(0)))
         with no_device_reads() if given.mask_positions is not None else nullcontext():
             found.append(objective(model, given))
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
-def test_batch_norm_sees_each_view_alone() -> None:
+def test_batch_norm_sees_each_view_alone():
     model, objective = parts({"contrastive": 0.5, "multi_view": 0.5}, image={"model": "declip_conv_tiny", "size": 32})
     batch = random_batch()
     views = [view.pixels for view in batch.views.values()]
@@ -195,7 +189,7 @@ def test_batch_norm_sees_each_view_alone() -> None:
 
 
 @pytest.mark.parametrize("mask", [True, False])
-def test_captions_in_groups_of_like_length_give_the_same_terms(mask: bool) -> None:
+def test_captions_in_groups_of_like_length_give_the_same_terms(mask):
     batch = random_batch()
     end = DualEncoder.from_recipe(Recipe.model_validate(TINY)).tokenizer.end
     lengths = (batch.texts == end).int().argmax(dim=2) + 1
@@ -213,6 +207,6 @@ def test_captions_in_groups_of_like_length_give_the_same_terms(mask: bool) -> No
         torch.testing.assert_close(given, expected, rtol=1e-8, atol=1e-12)
 
 
-def test_groups_that_leave_out_padding_are_refused_where_padding_counts() -> None:
+def test_groups_that_leave_out_padding_are_refused_where_padding_counts():
     with pytest.raises(ValueError, match="include_padding"):
         Recipe.model_validate({**TINY, "train": {"length_buckets": 2}, "late_interaction": {"include_padding": True}})

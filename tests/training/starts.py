@@ -51,7 +51,7 @@ def tuned(table: Path, weights: object, train_keys: dict[str, Any] | None = None
     given = set()
     for key, section, name in (("image_size", "image", "size"), ("context_length", "text", "context_length")):
         if key in keys:
-            tree[section] = {**TINY[section], name: keys.pop(key)}  # type: ignore[dict-item]
+            tree[section] = {**TINY[section], name: keys.pop(key)}
             given.add(f"{section}.{name}")
     recipe = Recipe.model_validate({**tree, "finetune": {"pretrained": str(weights), **keys}})
     recipe._given = frozenset(given)

@@ -43,7 +43,7 @@ def best_step(rows: list[dict[str, Any]]) -> int:
     return int(min((row for row in rows if "best_step" not in row), key=order)["step"])
 
 
-def test_validation_loss_equals_the_plain_loop() -> None:
+def test_validation_loss_equals_the_plain_loop():
     generator = torch.Generator().manual_seed(0)
     images, texts = (torch.nn.functional.normalize(torch.randn(300, 5, generator=generator), dim=1) for _ in range(2))
     order = np.random.default_rng((0, 300)).permutation(300).tolist()
@@ -61,7 +61,7 @@ def test_validation_loss_equals_the_plain_loop() -> None:
 STALE = {"lr": 0.3, "warmup_lr": 1e-3, "warmup_steps": 12, "patience": 3}
 
 
-def test_a_run_ends_with_its_best_weights_also_when_it_was_killed(table: Path, tmp_path: Path) -> None:
+def test_a_run_ends_with_its_best_weights_also_when_it_was_killed(table, tmp_path):
     recipe, whole = recipe_for(table, **STALE), tmp_path / "whole"
     run = train(recipe, out=whole, quiet=True, report=False)
     assert run.finished
@@ -74,7 +74,7 @@ def test_a_run_ends_with_its_best_weights_also_when_it_was_killed(table: Path, t
     assert last["best_step"] == best
     assert last["loss"] == pytest.approx(rows[best]["loss"], rel=1e-6)
     weights = part("model", load_checkpoint(whole / "checkpoints/best").weights)
-    loaded = declip.load(whole, device="cpu").state_dict()  # type: ignore[attr-defined]
+    loaded = declip.load(whole, device="cpu").state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in weights.items())
 
     held = {**run.evaluations[-1], "dataset": "held.csv"}  # a test set, of which only the end is known
@@ -96,7 +96,7 @@ def test_a_run_ends_with_its_best_weights_also_when_it_was_killed(table: Path, t
     assert (parts / "checkpoints/best").resolve().name == f"step-{best:08d}"
 
 
-def test_the_best_checkpoint_is_kept_and_nothing_changes_without_patience(table: Path, tmp_path: Path) -> None:
+def test_the_best_checkpoint_is_kept_and_nothing_changes_without_patience(table, tmp_path):
     keys: dict[str, Any] = {"checkpoint_every": 1, "keep_checkpoints": 1, "steps": 10, "lr": 0.3, "warmup_lr": 0.3}
     train(recipe_for(table, patience=100, **keys), out=tmp_path / "watched", quiet=True, report=False)
     train(recipe_for(table, **keys), out=tmp_path / "plain", quiet=True, report=False)
@@ -109,7 +109,7 @@ def test_the_best_checkpoint_is_kept_and_nothing_changes_without_patience(table:
     assert all(torch.equal(one.weights[name], tensor) for name, tensor in other.weights.items())
 
 
-def test_two_processes_stop_together_with_the_same_best_weights(table: Path, tmp_path: Path) -> None:
+def test_two_processes_stop_together_with_the_same_best_weights(table, tmp_path):
     recipe = recipe_for(table, **STALE)
     one, other = in_processes(ended, 2, tmp_path / "processes", recipe, tmp_path / "run")
     assert one[:2] == other[:2]
@@ -119,7 +119,7 @@ def test_two_processes_stop_together_with_the_same_best_weights(table: Path, tmp
     assert all(torch.equal(end[2][name], tensor) for end in (one, other) for name, tensor in best.items())
 
 
-def test_recall_decides_and_then_the_loss() -> None:
+def test_recall_decides_and_then_the_loss():
     best, evaluation = BestEvaluation(), Evaluation(retrieval=("mine",), zero_shot=("classes",))
     better = []
     for step, (score, loss) in enumerate(((0.2, 1.0), (0.2, 1.0), (0.2, 0.9), (0.1, 0.1), (0.3, 2.0))):
@@ -133,7 +133,7 @@ def test_recall_decides_and_then_the_loss() -> None:
     assert not BestEvaluation(score=0.6).update(1, [accuracy], evaluation)
 
 
-def test_epochs_and_something_to_watch(table: Path, tmp_path: Path) -> None:
+def test_epochs_and_something_to_watch(table, tmp_path):
     train = assemble(recipe_for(table, epochs=2.5), tmp_path / "run", quiet=True).recipe.train
     assert (train.steps, train.epochs) == (8, None)  # 2.5 × 3 batches of 8 of 24 pairs
     (tmp_path / "base.yaml").write_text("train: {epochs: 3}")

@@ -74,7 +74,7 @@ def recipe_of(table: Path) -> Recipe:
     return Recipe.model_validate(tiny_tree(table, **sections))
 
 
-def test_a_run_with_callbacks_and_a_term_resumes_bit_exactly(table: Path, tmp_path: Path) -> None:
+def test_a_run_with_callbacks_and_a_term_resumes_bit_exactly(table, tmp_path):
     recipe, terms, kept = recipe_of(table), {"mine": Mine}, Kept()
     whole = declip.train(recipe, out=tmp_path / "whole", quiet=True, report=False, terms=terms)
     run = declip.train(recipe, out=tmp_path / "run", quiet=True, terms=terms, callbacks=[kept])
@@ -98,7 +98,7 @@ def test_a_run_with_callbacks_and_a_term_resumes_bit_exactly(table: Path, tmp_pa
     declip.load(run.folder, device="cpu")
 
 
-def test_two_processes_learn_a_term_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_processes_learn_a_term_as_one(tmp_path, monkeypatch):
     monkeypatch.setitem(CASES, "mine", {"contrastive": 1.0, "mine": 0.5})
     with extra_terms({"mine": Mine}):
         expected = some_recipes(["mine"], (BATCH,), "layer norm", {})
@@ -110,9 +110,9 @@ def test_two_processes_learn_a_term_as_one(tmp_path: Path, monkeypatch: pytest.M
     ("terms", "said"),
     [({"contrastive": Mine}, "name 'contrastive'"), ({"a.b": Mine}, "'a.b'"), ({"mine": nn.Linear}, "subclass of")],
 )
-def test_wrong_terms_and_callbacks_are_refused(terms: Any, said: str, table: Path, tmp_path: Path) -> None:
+def test_wrong_terms_and_callbacks_are_refused(terms, said, table, tmp_path):
     with pytest.raises(UserError, match=said):
         declip.train(recipe_of(table), out=tmp_path / "run", quiet=True, terms=terms)
     with pytest.raises(UserError, match=r"callbacks has .*print.*declip\.Sink"):
-        declip.train(recipe_of(table), out=tmp_path / "run", quiet=True, callbacks=[print])  # type: ignore[list-item]
+        declip.train(recipe_of(table), out=tmp_path / "run", quiet=True, callbacks=[print])
     assert not list(tmp_path.iterdir())

@@ -1,7 +1,5 @@
 """Warnings about captions that the text tower does not know, or that are cut."""
 
-from pathlib import Path
-
 import pytest
 
 from declip.data.sources.open import open_source
@@ -15,7 +13,7 @@ from text_encoders import bert
     ("caption", "parts"),
     [("a red circle", ()), ("赤い丸", ("unknown", "--from")), ("a red circle " * 9, ("cut", "text.context_length"))],
 )
-def test_captions_that_cannot_be_read_are_named(caption: str, parts: tuple[str, ...], tmp_path: Path) -> None:
+def test_captions_that_cannot_be_read_are_named(caption, parts, tmp_path):
     encoder = read_encoder(str(bert(tmp_path / "bert")), pretrained=False)
     tokenizer = HuggingfaceTokenizer(encoder.tokenizer, encoder.specials, context=16)
     source = open_source([("image.png", caption)] * 3)
@@ -26,5 +24,5 @@ def test_captions_that_cannot_be_read_are_named(caption: str, parts: tuple[str, 
         assert "100.0 %" in warnings[0]
 
 
-def test_a_tokenizer_of_bytes_knows_every_script() -> None:
+def test_a_tokenizer_of_bytes_knows_every_script():
     assert not caption_warnings(open_source([("image.png", "赤い丸")]), Tokenizer(context=77))

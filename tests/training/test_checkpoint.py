@@ -51,7 +51,7 @@ def same(found: Checkpoint, written: Checkpoint) -> bool:
     return equal and about[0] == about[1]
 
 
-def test_the_newest_read_back_as_they_were_written(tmp_path: Path) -> None:
+def test_the_newest_read_back_as_they_were_written(tmp_path):
     before = os.umask(0o027)
     for step in (2, 10, 4, 100, 123_456_789, 123_456_789):
         folder = write_snapshot(tmp_path, sample(step), keep=2)
@@ -63,21 +63,20 @@ def test_the_newest_read_back_as_they_were_written(tmp_path: Path) -> None:
     assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o640}, "safetensors' own are its owner's"
 
 
-def test_after_falling_back_the_damaged_ones_push_no_good_one_out(tmp_path: Path) -> None:
+def test_after_falling_back_the_damaged_ones_push_no_good_one_out(tmp_path):
     for step in (100, 200, 300):
         write_snapshot(tmp_path, sample(step), keep=3)
     for step in (200, 300):
         (checkpoints.folder_of(tmp_path, step) / checkpoints.WEIGHTS).write_bytes(b"half")
     write_snapshot(tmp_path, sample(150), keep=1)
     found, problems = newest_good(tmp_path)
-    assert found is not None
     assert (found.step, len(problems)) == (150, 2)
     write_snapshot(tmp_path, sample(200), keep=1)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000200", "step-00000300"]
     assert load_checkpoint(checkpoints.folder_of(tmp_path, 200)).step == 200
 
 
-def test_an_unfinished_write_is_no_checkpoint_and_the_next_one_clears_it_away(tmp_path: Path) -> None:
+def test_an_unfinished_write_is_no_checkpoint_and_the_next_one_clears_it_away(tmp_path):
     write_snapshot(tmp_path, sample(1), keep=2)
     for name in ("step-00000002.partial", "step-00000001.old.partial", "step-00000099.partial"):
         shutil.copytree(checkpoints.folder_of(tmp_path, 1), tmp_path / "checkpoints" / name)
@@ -116,18 +115,17 @@ def damage(path: Path, how: str) -> None:
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("how", [*CONTENTS, *OTHER_THINGS])
-def test_a_damaged_one_is_named_and_the_one_before_is_taken(tmp_path: Path, how: str, name: str) -> None:
+def test_a_damaged_one_is_named_and_the_one_before_is_taken(tmp_path, how, name):
     write_snapshot(tmp_path, sample(1), keep=2)
     damage(write_snapshot(tmp_path, sample(2), keep=2) / name, how)
     found, problems = newest_good(tmp_path)
-    assert found is not None
     assert same(found, sample(1))
     assert len(problems) == 1
     assert "step-00000002" in problems[0]
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_every_flipped_bit_is_noticed(tmp_path: Path, name: str) -> None:
+def test_every_flipped_bit_is_noticed(tmp_path, name):
     folder = write_snapshot(tmp_path, sample(2), keep=2)
     path, content = folder / name, (folder / name).read_bytes()
     places = range(0, len(content), max(len(content) // 300, 1))
@@ -145,7 +143,7 @@ def test_every_flipped_bit_is_noticed(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     "change", [{"sha256": {"../../dev/zero": "0"}}, {"sha256": []}, {"step": -1}, {"step": True}, {"more": 1}]
 )
-def test_a_state_of_another_make_is_refused(tmp_path: Path, change: dict[str, object]) -> None:
+def test_a_state_of_another_make_is_refused(tmp_path, change):
     folder = write_snapshot(tmp_path, sample(3), keep=1)
     state = json.loads((folder / checkpoints.STATE).read_text()) | change
     del state["digest"]
@@ -154,7 +152,7 @@ def test_a_state_of_another_make_is_refused(tmp_path: Path, change: dict[str, ob
         load_checkpoint(folder)
 
 
-def test_tensors_that_are_whole_but_none_are_refused(tmp_path: Path) -> None:
+def test_tensors_that_are_whole_but_none_are_refused(tmp_path):
     """As someone could write them on purpose: the checksums match."""
     folder = write_snapshot(tmp_path, sample(3), keep=1)
     (folder / checkpoints.WEIGHTS).write_bytes((1 << 62).to_bytes(8, "little"))
@@ -167,9 +165,7 @@ def test_tensors_that_are_whole_but_none_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_disk_that_gives_back_something_else_costs_no_earlier_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_a_disk_that_gives_back_something_else_costs_no_earlier_one(tmp_path, monkeypatch, name):
     good = write_snapshot(tmp_path, sample(1), keep=1)
     flush = checkpoints.flush
 
@@ -187,7 +183,7 @@ def test_a_disk_that_gives_back_something_else_costs_no_earlier_one(
     assert load_checkpoint(good).step == 1
 
 
-def test_a_crash_in_the_middle_of_removing_leaves_no_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_crash_in_the_middle_of_removing_leaves_no_part(tmp_path, monkeypatch):
     write_snapshot(tmp_path, sample(1), keep=1)
 
     def crash(path: Path) -> None:
@@ -201,7 +197,7 @@ def test_a_crash_in_the_middle_of_removing_leaves_no_part(tmp_path: Path, monkey
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000002"]
 
 
-def test_a_snapshot_is_written_in_a_thread_as_it_was_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_snapshot_is_written_in_a_thread_as_it_was_taken(tmp_path, monkeypatch):
     go, save, live = threading.Event(), checkpoints.save_tensors, sample(1)
     monkeypatch.setattr(checkpoints, "save_tensors", lambda *given: go.wait(10) and save(*given))
     odd = torch.tensor([0x7FC00001, -1, 1], dtype=torch.int32).view(torch.float32)  # NaN with payloads, a denormal
@@ -223,7 +219,7 @@ def test_a_snapshot_is_written_in_a_thread_as_it_was_taken(tmp_path: Path, monke
     assert same(load_checkpoint(checkpoints.folder_of(tmp_path, 2)), sample(2))
 
 
-def test_what_a_write_met_is_raised_at_the_next_once(tmp_path: Path) -> None:
+def test_what_a_write_met_is_raised_at_the_next_once(tmp_path):
     (tmp_path / "checkpoints").write_text("in the way")
     writer = CheckpointWriter(tmp_path, keep=1)
     writer.write(sample(1))
@@ -235,7 +231,7 @@ def test_what_a_write_met_is_raised_at_the_next_once(tmp_path: Path) -> None:
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000003"]
 
 
-def test_a_process_that_ends_finishes_the_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_ends_finishes_the_write(tmp_path, monkeypatch):
     save = checkpoints.save_tensors
     monkeypatch.setattr(checkpoints, "save_tensors", lambda *given: (time.sleep(0.1), save(*given)))
     writer = CheckpointWriter(tmp_path, keep=1)
@@ -247,7 +243,7 @@ def test_a_process_that_ends_finishes_the_write(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("key", ["model.a.exp_avg", "model.a.exp_avg_sq", "model.gone.exp_avg"])
-def test_a_moment_that_is_not_its_parameters_is_refused(key: str) -> None:
+def test_a_moment_that_is_not_its_parameters_is_refused(key):
     optimizer = torch.optim.AdamW([{"params": [torch.nn.Parameter(torch.ones(3))], "names": ["model.a"]}])
     with pytest.raises(UserError, match="--out"):
         load_moments(optimizer, {key: torch.ones(2)})

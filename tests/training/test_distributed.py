@@ -3,7 +3,6 @@
 import functools
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -59,8 +58,6 @@ def random_batch(recipe: Recipe, seed: int) -> PairBatch:
 
 def cropped(batch: PairBatch) -> PairBatch:
     """Texts as long as the longest caption of this part of a batch."""
-    assert batch.masked is not None
-    assert batch.labels is not None
     n = int((batch.texts != 0).sum(dim=2).max())
     return replace(batch, texts=batch.texts[..., :n], masked=batch.masked[:, :n], labels=batch.labels[:, :n])
 
@@ -151,7 +148,7 @@ def every_case(world: int) -> dict[str, dict[str, dict[str, torch.Tensor]]]:
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_ranks_learn_what_one_process_learns(tmp_path: Path, world: int) -> None:
+def test_ranks_learn_what_one_process_learns(tmp_path, world):
     for theirs in in_processes(every_case, world, tmp_path, world):
         for case, found in theirs.items():
             names, tower, _, keys = BY_RANKS[case]
@@ -159,12 +156,12 @@ def test_ranks_learn_what_one_process_learns(tmp_path: Path, world: int) -> None
             compare(alone(names, tower, **{key: keys[key] for key in {"optimizer"} & keys.keys()}), found)
 
 
-def test_activations_computed_twice_change_nothing() -> None:
+def test_activations_computed_twice_change_nothing():
     found = two_steps("declip", "batch norm", (BATCH,), grad_checkpointing=True)
     compare(alone(["declip"], "batch norm"), {"declip": found})
 
 
-def test_fewer_pairs_than_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fewer_pairs_than_processes_are_refused(monkeypatch):
     recipe = Recipe.model_validate({**TINY, "loss_weights": WEIGHTS["clip"]})
     model = DualEncoder.from_recipe(recipe)
     monkeypatch.setattr(distributed, "world_size", lambda: BATCH + 1)
@@ -172,13 +169,11 @@ def test_fewer_pairs_than_processes_are_refused(monkeypatch: pytest.MonkeyPatch)
         build_learner(recipe, model, Objective(recipe, model))
 
 
-def test_chunks_give_every_gradient_of_the_whole_batch() -> None:
+def test_chunks_give_every_gradient_of_the_whole_batch():
     compare(alone(list(CASES)), some_recipes(list(CASES), (BATCH,), "layer norm", {"grad_cache_chunk": 3}))
 
 
-def test_the_towers_see_a_chunk_at_a_time_and_batch_norm_is_told(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_towers_see_a_chunk_at_a_time_and_batch_norm_is_told(monkeypatch, caplog):
     seen: list[int] = []
     forward = ImageTower.forward
 
@@ -194,7 +189,7 @@ def test_the_towers_see_a_chunk_at_a_time_and_batch_norm_is_told(
     assert set(counts) == {6}, "the first pass leaves the running statistics alone"
 
 
-def test_dropout_draws_the_same_in_both_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dropout_draws_the_same_in_both_passes(monkeypatch):
     options = {"patch_size": 8, "embed_dim": 64, "depth": 1, "proj_drop_rate": 0.5, "patch_drop_rate": 0.5}
     monkeypatch.setitem(OPTIONS, "layer norm", options)
     expected = {"declip": two_steps("declip", "layer norm", (BATCH,))}

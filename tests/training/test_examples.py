@@ -16,7 +16,7 @@ from evaluation.conftest import painted
 __all__ = ["painted"]
 
 
-def test_views_are_unnormalized_and_texts_decoded(painted) -> None:
+def test_views_are_unnormalized_and_texts_decoded(painted):
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
     tokenizer = Tokenizer(context=16, merges=4000)
     ids, changed = (tokenizer.encode(text) for text in ("a red cat sat", "a cat red sat"))

@@ -31,7 +31,7 @@ COLORS = ("red", "green", "blue", "white")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory):
     """Pairs with two captions each, and two towers without projections."""
     folder = tmp_path_factory.mktemp("fit")
     torch.manual_seed(0)
@@ -86,11 +86,11 @@ def cosines(where: Path, folder: Path) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def run(folder: Path) -> Run:
+def run(folder):
     return fitted(folder, folder / "run")
 
 
-def test_heads_are_those_of_every_caption_of_all_pairs(run: Run, folder: Path) -> None:
+def test_heads_are_those_of_every_caption_of_all_pairs(run, folder):
     model: Any = declip.load(run.folder, device="cpu")
     source = open_source(folder / "pairs.csv")
     captions = [source.captions(index) for index in range(COUNT)]
@@ -107,7 +107,7 @@ def test_heads_are_those_of_every_caption_of_all_pairs(run: Run, folder: Path) -
     assert (known["pairs"], known["captions"], known["classes"], known["candidates"]) == (COUNT, 2 * COUNT, 0, 8)
 
 
-def test_the_run_is_a_normal_run_with_one_checkpoint_and_no_copy_of_the_start(run: Run, folder: Path) -> None:
+def test_the_run_is_a_normal_run_with_one_checkpoint_and_no_copy_of_the_start(run, folder):
     assert run.finished
     assert [path.name for path in (run.folder / "checkpoints").glob("step-*")] == ["step-00000001"]
     assert not (run.folder / KEPT).exists()
@@ -118,27 +118,27 @@ def test_the_run_is_a_normal_run_with_one_checkpoint_and_no_copy_of_the_start(ru
     assert page.count('src="data:image/webp') == len(run.examples["worst"]) == 16
 
 
-def test_a_start_of_two_towers_by_one_name_is_the_same(run: Run, folder: Path, tmp_path: Path) -> None:
+def test_a_start_of_two_towers_by_one_name_is_the_same(run, folder, tmp_path):
     where = f"timm:test_vit/{folder / 'vit.safetensors'}+{folder / 'bert'}"
     other = declip.finetune(folder / "pairs.csv", where, out=tmp_path / "run", quiet=True, **{"image.size": 32})
     assert other.cross_validation["ridge"] == run.cross_validation["ridge"]
     torch.testing.assert_close(cosines(other.folder, folder), cosines(run.folder, folder), rtol=0, atol=1e-3)
 
 
-def test_every_caption_has_an_out_of_fold_rank(run: Run) -> None:
+def test_every_caption_has_an_out_of_fold_rank(run):
     ranks = list(run.caption_ranks.values())
     assert len(ranks) == 2 * COUNT
     assert ranks == sorted(ranks, reverse=True)
     assert 0 <= ranks[-1] < ranks[0] <= 1
 
 
-def test_the_order_of_pairs_does_not_matter(run: Run, folder: Path, tmp_path: Path) -> None:
+def test_the_order_of_pairs_does_not_matter(run, folder, tmp_path):
     other = fitted(folder, tmp_path / "run", "reversed.csv")
     assert other.cross_validation["ridge"] == run.cross_validation["ridge"]
     torch.testing.assert_close(cosines(other.folder, folder), cosines(run.folder, folder), rtol=0, atol=1e-3)
 
 
-def test_a_finished_run_stays_and_a_killed_one_is_fitted_again(run: Run, folder: Path, tmp_path: Path) -> None:
+def test_a_finished_run_stays_and_a_killed_one_is_fitted_again(run, folder, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(run.folder, copy, symlinks=True)
     written = (copy / CROSS_VALIDATION).stat().st_mtime_ns
@@ -150,10 +150,10 @@ def test_a_finished_run_stays_and_a_killed_one_is_fitted_again(run: Run, folder:
     assert torch.equal(cosines(copy, folder), cosines(run.folder, folder))
 
 
-def test_a_split_column_decides_what_is_validated_on(folder: Path, tmp_path: Path) -> None:
+def test_a_split_column_decides_what_is_validated_on(folder, tmp_path):
     run = fitted(folder, tmp_path / "run", "split.csv")
     assert run.cross_validation["pairs"] == COUNT // 2
-    assert [row.result.images for row in read_run(run.folder).last()] == [COUNT // 4]  # type: ignore[attr-defined,union-attr,unused-ignore]
+    assert [row.result.images for row in read_run(run.folder).last()] == [COUNT // 4]
 
 
 @pytest.mark.parametrize(
@@ -163,16 +163,14 @@ def test_a_split_column_decides_what_is_validated_on(folder: Path, tmp_path: Pat
         ({"loss_weights.multi_view": 1.0}, ("loss_weights.multi_view", "--freeze none")),
     ],
 )
-def test_keys_without_effect_are_refused(
-    keys: dict[str, Any], named: tuple[str, ...], folder: Path, tmp_path: Path
-) -> None:
+def test_keys_without_effect_are_refused(keys, named, folder, tmp_path):
     with pytest.raises(UserError) as error:
         fitted(folder, tmp_path / "run", **keys)
     assert all(part in str(error.value) for part in named)
     assert not (tmp_path / "run").exists()
 
 
-def test_the_classes_of_the_start_are_pairs_too(folder: Path, tmp_path: Path) -> None:
+def test_the_classes_of_the_start_are_pairs_too(folder, tmp_path):
     save_file(timm.create_model("test_vit", num_classes=4).state_dict(), tmp_path / "vit.safetensors")
     (tmp_path / "names.txt").write_text("\n".join(COLORS))
     options: dict[str, Any] = {"freeze": "both", "quiet": True, "finetune.class_names": str(tmp_path / "names.txt")}
@@ -184,7 +182,7 @@ def test_the_classes_of_the_start_are_pairs_too(folder: Path, tmp_path: Path) ->
     assert run.cross_validation["classes"] == 0
 
 
-def test_the_cost_is_estimated_without_a_run(folder: Path, tmp_path: Path) -> None:
+def test_the_cost_is_estimated_without_a_run(folder, tmp_path):
     start = f"timm:test_vit/{folder / 'vit.safetensors'}"
     recipe, cost = estimate_finetune(folder / "pairs.csv", start, out=tmp_path / "r", freeze="both", **keys_of(folder))
     assert f"{COUNT} pairs" in str(cost)
@@ -200,7 +198,7 @@ def fitted_here(folder: Path, out: Path) -> tuple[bool, bool]:
     return run.finished, run.is_rank_zero
 
 
-def test_two_processes_are_one(run: Run, folder: Path, tmp_path: Path) -> None:
+def test_two_processes_are_one(run, folder, tmp_path):
     assert in_processes(fitted_here, 2, tmp_path / "meet", folder, tmp_path / "run") == [(True, True), (True, False)]
     ours, theirs = (
         load_file(each / "checkpoints/step-00000001/model.safetensors") for each in (run.folder, tmp_path / "run")
@@ -208,7 +206,7 @@ def test_two_processes_are_one(run: Run, folder: Path, tmp_path: Path) -> None:
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
-def test_one_pair_is_fitted_without_a_validation_part(folder: Path, tmp_path: Path, command: Any) -> None:
+def test_one_pair_is_fitted_without_a_validation_part(folder, tmp_path, command):
     (folder / "single.csv").write_text("\n".join((folder / "pairs.csv").read_text().splitlines()[:2]) + "\n")
     words = ["finetune", folder / "single.csv", "--from", f"timm:test_vit/{folder / 'vit.safetensors'}", "--freeze"]
     keys = (f"{key}={value}" for key, value in keys_of(folder).items())
@@ -220,18 +218,18 @@ def test_one_pair_is_fitted_without_a_validation_part(folder: Path, tmp_path: Pa
     assert bool(cosines(tmp_path / "run", folder).isfinite().all())
 
 
-def test_broken_pairs_are_counted_and_refused_and_cut_captions_named(folder: Path, tmp_path: Path) -> None:
+def test_broken_pairs_are_counted_and_refused_and_cut_captions_named(folder, tmp_path):
     head, *rows = (folder / "pairs.csv").read_text().splitlines()
     (folder / "broken.csv").write_text("\n".join([head, *rows, "missing.png,a red circle"]) + "\n")
-    run = fitted(folder, tmp_path / "run", "broken.csv", **{"text.context_length": 5})  # type: ignore[arg-type]
+    run = fitted(folder, tmp_path / "run", "broken.csv", **{"text.context_length": 5})
     assert "longer than 5 tokens" in (run.folder / "log.txt").read_text(encoding="utf-8")
     skipped = json.loads((run.folder / "skipped.json").read_text())
     assert (skipped["seen"], run.cross_validation["pairs"]) == (COUNT + 1, COUNT)
     with pytest.raises(UserError, match="max_broken_fraction"):
-        fitted(folder, tmp_path / "refused", "broken.csv", **{"data.max_broken_fraction": 0.01})  # type: ignore[arg-type]
+        fitted(folder, tmp_path / "refused", "broken.csv", **{"data.max_broken_fraction": 0.01})
 
 
-def test_a_start_with_projections_is_never_worse_afterwards(run: Run, folder: Path) -> None:
+def test_a_start_with_projections_is_never_worse_afterwards(run, folder):
     again = declip.finetune(folder / "pairs.csv", run.folder, freeze="both", quiet=True, out=folder / "again")
     assert again.cross_validation["method"] in ("start", "pulled", "cca")
     before, after = (cosines(each.folder, folder) for each in (run, again))

@@ -18,12 +18,12 @@ from declip.training.frozen_encoder import FeatureStore, FrozenEncoder, text_key
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("DECLIP_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "features"
 
 
-def test_evaluation_computes_the_towers_once(start: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluation_computes_the_towers_once(start, monkeypatch):
     model: Any = declip.load(start, device="cpu")
     encoder = FrozenEncoder(model)
     images, tokens = torch.randn(3, 3, 32, 32), model.tokenize(["a red circle", "a square"])
@@ -42,7 +42,7 @@ def test_evaluation_computes_the_towers_once(start: Path, monkeypatch: pytest.Mo
     assert not read_keys.called, "the keys are read once, not for every batch"
 
 
-def test_features_of_other_towers_and_versions_are_computed_again(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_features_of_other_towers_and_versions_are_computed_again(cache, monkeypatch):
     def stores(activation: str = "gelu", weight: float = 0.1) -> set[str]:
         """The folders of both towers."""
         torch.manual_seed(0)
@@ -66,14 +66,14 @@ def test_features_of_other_towers_and_versions_are_computed_again(cache: Path, m
 
 
 @pytest.mark.parametrize("padding", [0, 1, 49])
-def test_a_caption_has_one_key_for_every_padded_length(padding: int) -> None:
+def test_a_caption_has_one_key_for_every_padded_length(padding):
     ids = [5, 0, 1, 49, 7]
     keys = {text_key(torch.tensor(ids + [padding] * count), padding) for count in (0, 1, 9)}
     assert len(keys) == 1
     assert text_key(torch.tensor([*ids, 8]), padding) not in keys
 
 
-def test_a_store_reads_only_the_keys_that_another_process_appended(tmp_path: Path) -> None:
+def test_a_store_reads_only_the_keys_that_another_process_appended(tmp_path):
     first, second = (FeatureStore(tmp_path, 1, torch.float32) for _ in range(2))
     keys = [bytes([number]) * 16 for number in range(4)]
     first.append(keys[:2], torch.tensor([[0.0], [1.0]]))
@@ -86,7 +86,7 @@ def test_a_store_reads_only_the_keys_that_another_process_appended(tmp_path: Pat
     assert first.rows()[first.places(keys)].squeeze(1).tolist() == [0, 1, 2, 3]
 
 
-def test_a_full_disk_or_a_kill_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_or_a_kill_loses_nothing(tmp_path, monkeypatch):
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "full")
 

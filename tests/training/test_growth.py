@@ -12,17 +12,16 @@ from declip.training.heads import WIDER, Choice, choose_heads, jackknife
 from pair_features import pairs_of
 
 
-def test_the_jackknife_of_equal_groups_is_the_interval_of_a_mean() -> None:
+def test_the_jackknife_of_equal_groups_is_the_interval_of_a_mean():
     values = np.random.default_rng(0).random(30)
     without = (values.sum() - values) / 29
     half = WIDER * t.ppf(0.975, 29) * values.std(ddof=1) / 30**0.5
     assert jackknife(without, np.full((30, 2), 4)) == pytest.approx(half)
 
 
-def test_a_few_large_groups_widen_the_interval() -> None:
+def test_a_few_large_groups_widen_the_interval():
     pairs = pairs_of(200, noise=1.0)
     outcome = choose_heads(pairs, np.arange(200)).outcome
-    assert outcome is not None
     even, uneven = np.arange(200) // 2, np.minimum(np.arange(200), 100)  # 100 groups of 2; 100 of 1 and one of 100
     widths = [(found := outcome.recall(1, pairs, groups)).high - found.low for groups in (even, uneven)]
     assert widths[1] > 1.15 * widths[0]
@@ -33,11 +32,10 @@ def curves(pairs: Pairs, groups: np.ndarray) -> tuple[Choice, list[int], dict[in
     return choice, *growth(pairs, groups, None, choice)
 
 
-def test_a_rising_curve_is_continued() -> None:
+def test_a_rising_curve_is_continued():
     pairs, groups = pairs_of(600, v=100, w=80, noise=3.0), np.arange(600)
     choice, images, found = curves(pairs, groups)
     assert images == [75, 150, 300, 600]
-    assert choice.outcome is not None
     assert found[1].measured[-1] == choice.outcome.recall(1, pairs, groups)
     facts = {str(k): each.to_dict() for k, each in found.items()}
     chart = growth_chart({"pairs": [*images, 1200, 2400, 4800], **facts})
@@ -50,12 +48,12 @@ def test_a_rising_curve_is_continued() -> None:
     assert "expected" in chart.words
 
 
-def test_parts_keep_groups_together() -> None:
+def test_parts_keep_groups_together():
     _, images, _ = curves(pairs_of(320), np.arange(320) // 4)
     assert images == [40, 80, 160, 320]
 
 
-def test_a_curve_that_does_not_rise_is_not_continued() -> None:
+def test_a_curve_that_does_not_rise_is_not_continued():
     noise = torch.randn(200, 12, generator=torch.Generator().manual_seed(1))
     unrelated = Pairs(noise, noise.roll(1, 0).flip(1), torch.arange(200))
     for pairs, reason in ((unrelated, "flat"), (pairs_of(200, noise=0.01), "cannot rise")):

@@ -3,7 +3,6 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -38,7 +37,7 @@ def encoder_recipe(table: Path, folder: Path, weights: str = "declip", **train_k
     return recipe_for(table, weights, sections, log_every=1, **train_keys)
 
 
-def test_it_learns_and_loads_without_its_folder(table: Path, tmp_path: Path) -> None:
+def test_it_learns_and_loads_without_its_folder(table, tmp_path):
     folder = roberta(tmp_path / "roberta")
     recipe = encoder_recipe(table, folder)
     train(recipe, out=tmp_path / "whole", quiet=True, report=False)
@@ -76,7 +75,7 @@ def test_it_learns_and_loads_without_its_folder(table: Path, tmp_path: Path) -> 
     ],
     ids=["paced", "lora"],
 )
-def test_a_tuned_encoder_resumes_to_the_bit_without_its_folder(table: Path, tmp_path: Path, keys: Any) -> None:
+def test_a_tuned_encoder_resumes_to_the_bit_without_its_folder(table, tmp_path, keys):
     """Next to an image tower with random weights, without finetune.pretrained."""
     folder = bert(tmp_path / "bert")
     recipe = encoder_recipe(table, folder, "clip", lr=1e-2).model_dump(mode="json")
@@ -96,7 +95,7 @@ def test_a_tuned_encoder_resumes_to_the_bit_without_its_folder(table: Path, tmp_
     declip.load(tmp_path / "whole", device="cpu")
 
 
-def test_batches_are_masked_and_padded_with_the_encoders_ids(table: Path, tmp_path: Path) -> None:
+def test_batches_are_masked_and_padded_with_the_encoders_ids(table, tmp_path):
     trainer = Trainer(assemble(encoder_recipe(table, roberta(tmp_path / "roberta")), tmp_path / "run", quiet=True))
     tokenizer = trainer.parts.model.tokenizer
     assert (tokenizer.mask, tokenizer.padding) == (MASK, PADDING)
@@ -104,7 +103,6 @@ def test_batches_are_masked_and_padded_with_the_encoders_ids(table: Path, tmp_pa
     for _ in range(4):
         batch = next(trainer.loader)
         assert batch.masked is not None
-        assert batch.lengths is not None
         for text, masked, length in zip(batch.texts[0], batch.masked, batch.lengths[0].tolist(), strict=True):
             assert (text[0], text[length - 1]) == (tokenizer.start, tokenizer.end)
             for row in (text, masked):
@@ -114,7 +112,7 @@ def test_batches_are_masked_and_padded_with_the_encoders_ids(table: Path, tmp_pa
     assert found > 10
 
 
-def test_onnx_has_the_encoders_tokenizer_and_padding(table: Path, tmp_path: Path) -> None:
+def test_onnx_has_the_encoders_tokenizer_and_padding(table, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     model = DualEncoder.from_recipe(encoder_recipe(table, roberta(tmp_path / "roberta"), "clip")).eval()

@@ -30,7 +30,7 @@ DROPOUT = {"image": {**TINY["image"], "model_kwargs": {**TINY["image"]["model_kw
 
 
 @pytest.fixture(scope="module")
-def recipe(table: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def recipe(table, tmp_path_factory):
     """The keys of a run over the shapes and two pairs without an image, so that ranks hold unequal numbers."""
     path = tmp_path_factory.mktemp("broken") / "pairs.jsonl"
     rows = [json.loads(line) for line in table.read_text().splitlines()]
@@ -55,7 +55,7 @@ def _meet_twice(rank: int, folder: str) -> None:
         Path(folder, f"{rank}-{number}").write_text(f"{total.item():g}")
 
 
-def test_the_processes_of_a_run_can_begin_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_processes_of_a_run_can_begin_another(tmp_path, monkeypatch):
     server = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # torchrun's own
     for name, value in {"ADDR": "127.0.0.1", "PORT": server.port}.items():
         monkeypatch.setenv(f"MASTER_{name}", str(value))
@@ -76,7 +76,7 @@ def stopped(recipe: Recipe, folder: Path, at: int, by: int) -> tuple[int, bool]:
             rest = (rest[0], trainer.stop.asked, rest[2])
         return meet(step, *rest)
 
-    trainer.parts.hosts.sync_step = ask  # type: ignore[method-assign]
+    trainer.parts.hosts.sync_step = ask
     run = trainer.train()
     assert run.finished or run.status == 75
     return run.step, run.finished
@@ -90,12 +90,12 @@ QUEUE = "objective.terms.nearest_neighbor.queue.features"
 
 
 @pytest.fixture(scope="module")
-def one(recipe: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def one(recipe, tmp_path_factory):
     """The run of one process."""
     return train(of(recipe), out=tmp_path_factory.mktemp("one") / "run", quiet=True, report=False).folder
 
 
-def test_two_processes_make_one_run(recipe: dict[str, Any], one: Path, tmp_path: Path) -> None:
+def test_two_processes_make_one_run(recipe, one, tmp_path):
     assert in_processes(trained, 2, tmp_path / "a", of(recipe), tmp_path / "two") == [(8, True)] * 2
     assert losses(tmp_path / "two") == pytest.approx(losses(one), rel=1e-3)
     assert (one / "skipped.json").read_text() == (tmp_path / "two/skipped.json").read_text()
@@ -112,16 +112,14 @@ def test_two_processes_make_one_run(recipe: dict[str, Any], one: Path, tmp_path:
     ],
     ids=["frozen-sharded", "lora"],
 )
-def test_two_processes_tune_as_one(
-    table: Path, tmp_path: Path, start: Path, keys: dict[str, Any], parallel: str
-) -> None:
+def test_two_processes_tune_as_one(table, tmp_path, start, keys, parallel):
     recipe = tuned(table, start, {"strategy": parallel, "steps": 4, "log_every": 1}, **keys)
     train(recipe, out=tmp_path / "one", quiet=True, report=False)
     assert in_processes(trained, 2, tmp_path / "ranks", recipe, tmp_path / "two") == [(4, True)] * 2
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
     given, first, second = (
         declip.load(run, device="cpu").state_dict() for run in (start, tmp_path / "one", tmp_path / "two")
-    )  # type: ignore[attr-defined]
+    )
     still = given.keys() - moved(given, first)
     assert still == given.keys() - moved(given, second)
     assert len(still) > 10
@@ -134,9 +132,7 @@ def warned(recipe: Recipe, folder: Path, caplog: pytest.LogCaptureFixture) -> in
     return caplog.text.count("too few usable pairs")
 
 
-def test_steps_in_which_a_process_has_no_pair_are_left_out_with_one_warning(
-    recipe: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_steps_in_which_a_process_has_no_pair_are_left_out_with_one_warning(recipe, tmp_path, caplog):
     two_epochs = of(recipe, batch_size=2, steps=26, checkpoint_every=100)
     assert in_processes(warned, 2, tmp_path / "a", two_epochs, tmp_path / "run", caplog) == [1, 0]
     assert 22 <= len(losses(tmp_path / "run")) < 25
@@ -146,7 +142,7 @@ def whole_and_in_parts(recipe: Recipe, whole: Path, parts: Path) -> list[tuple[i
     return [trained(recipe, whole), stopped(recipe, parts, 3, 1), trained(recipe, parts, True)]
 
 
-def test_stopped_on_one_rank_both_stop_and_the_rest_is_bit_for_bit(recipe: dict[str, Any], tmp_path: Path) -> None:
+def test_stopped_on_one_rank_both_stop_and_the_rest_is_bit_for_bit(recipe, tmp_path):
     dropout = of({**recipe, **DROPOUT}, strategy="fsdp", checkpoint_every=100)
     ends = in_processes(whole_and_in_parts, 2, tmp_path / "a", dropout, tmp_path / "whole", tmp_path / "parts")
     assert ends == [[(8, True), (4, False), (8, True)]] * 2
@@ -155,9 +151,7 @@ def test_stopped_on_one_rank_both_stop_and_the_rest_is_bit_for_bit(recipe: dict[
     same_end(tmp_path / "whole", tmp_path / "parts")
 
 
-def test_another_number_of_processes_goes_on_with_the_same_batches_and_moments(
-    recipe: dict[str, Any], one: Path, tmp_path: Path
-) -> None:
+def test_another_number_of_processes_goes_on_with_the_same_batches_and_moments(recipe, one, tmp_path):
     parts, other = tmp_path / "parts", of(recipe, strategy="fsdp", checkpoint_every=100)
     assert not stopped(other, parts, 3, 0)[1]
     assert in_processes(trained, 2, tmp_path / "b", other, parts, True) == [(8, True)] * 2
@@ -186,7 +180,7 @@ def absent(patience: float) -> str:
     return "came"
 
 
-def test_a_rank_that_does_not_come_is_named(tmp_path: Path) -> None:
+def test_a_rank_that_does_not_come_is_named(tmp_path):
     told = in_processes(absent, 2, tmp_path, 1.0)[0]
     assert told.startswith("Rank 1 did not reach step 3 within 1 s")
     assert "--resume" in told
@@ -202,7 +196,7 @@ def died(recipe: Recipe, folder: Path) -> str:
             os._exit(0)
         return forward(self, *arguments)
 
-    Objective.forward = deadly  # type: ignore[method-assign]
+    Objective.forward = deadly
     try:
         trainer.train()
     except UserError as error:
@@ -210,7 +204,7 @@ def died(recipe: Recipe, folder: Path) -> str:
     return "came"
 
 
-def test_a_rank_that_dies_within_a_step_ends_the_run_without_a_trace(recipe: dict[str, Any], tmp_path: Path) -> None:
+def test_a_rank_that_dies_within_a_step_ends_the_run_without_a_trace(recipe, tmp_path):
     told = in_processes(died, 2, tmp_path / "a", of(recipe), tmp_path / "run")[0]
     assert "did not reach step 3 within" in told
     assert "--resume" in told
@@ -226,7 +220,7 @@ def refused(recipe: Recipe, folder: Path) -> str:
     return "began"
 
 
-def test_what_the_first_rank_refuses_ends_the_others_too(recipe: dict[str, Any], one: Path, tmp_path: Path) -> None:
+def test_what_the_first_rank_refuses_ends_the_others_too(recipe, one, tmp_path):
     first, second = in_processes(refused, 2, tmp_path / "a", of(recipe), one)
     assert "already holds a run" in first
     assert second == "ended with 2"

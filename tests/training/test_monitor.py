@@ -2,7 +2,6 @@
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 
@@ -11,7 +10,7 @@ from declip.training.monitor import monitored
 from declip.training.sinks import RunInfo, Sink
 
 
-def test_numbers_that_are_not_finite_are_null_in_every_row(tmp_path: Path) -> None:
+def test_numbers_that_are_not_finite_are_null_in_every_row(tmp_path):
     result = {"dataset": "a", "task": "retrieval", "r1": math.nan, "ranks": [1, math.inf], "by_way": {"text": math.nan}}
     for start in (0, 1):  # resuming reads the rows and writes them again
         with monitored(RunInfo(tmp_path, start, 2, 8, quiet=True)) as monitor:
@@ -26,9 +25,7 @@ def test_numbers_that_are_not_finite_are_null_in_every_row(tmp_path: Path) -> No
     assert math.isnan(Run(tmp_path).column("losses.contrastive")[0])
 
 
-def test_time_and_samples_leave_out_evaluations_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_time_and_samples_leave_out_evaluations_and_nothing_else(tmp_path, monkeypatch):
     clock = iter([0.0, 5.0, 6.0, 7.0, 17.0, 18.0, 19.0])
     monkeypatch.setattr("declip.training.monitor.time.perf_counter", lambda: next(clock))
     with monitored(RunInfo(tmp_path, 2, 6, 8, quiet=True)) as monitor:
@@ -40,7 +37,7 @@ def test_time_and_samples_leave_out_evaluations_and_nothing_else(
     assert (row["seconds"], row["samples_per_second"]) == (2.0, 8.0)
 
 
-def test_a_failing_sink_closes_those_before_it(tmp_path: Path) -> None:
+def test_a_failing_sink_closes_those_before_it(tmp_path):
     class Closed(Sink):
         closed = False
 

@@ -50,7 +50,7 @@ def plain_muon(weight: torch.Tensor, gradients: list[torch.Tensor]) -> torch.Ten
     return weight
 
 
-def test_equals_a_plain_loop_and_adamw_on_the_rest() -> None:
+def test_equals_a_plain_loop_and_adamw_on_the_rest():
     ours, rest = layers(), layers()
     start = {name: parameter.detach().clone() for name, parameter in ours.named_parameters()}
     take(build_optimizer(ours.named_parameters(), Train(optimizer="muon")), ours, range(4))
@@ -70,7 +70,7 @@ def test_equals_a_plain_loop_and_adamw_on_the_rest() -> None:
     assert orthogonalized == 4
 
 
-def test_large_weights_in_bfloat16_are_orthogonalized_too() -> None:
+def test_large_weights_in_bfloat16_are_orthogonalized_too():
     torch.manual_seed(0)
     layer = nn.Linear(300, 128, bias=False)
     before = layer.weight.detach().clone()

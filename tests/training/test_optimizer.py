@@ -15,7 +15,7 @@ from golden_cases import GOLDEN
 UNDECAYED_WORDS = ("bias", "norm", "ln_", "logit_scale", "pos_embed", "positional", "cls_token")
 
 
-def test_groups_hold_every_parameter_once_and_decay_spares_biases_norms_scales_and_positions() -> None:
+def test_groups_hold_every_parameter_once_and_decay_spares_biases_norms_scales_and_positions():
     recipe = Recipe.model_validate({**TINY, "loss_weights": WEIGHTS["defilip"]})
     model = DualEncoder.from_recipe(recipe)
     named = named_trainable(model, objective := Objective(recipe, model))
@@ -37,7 +37,7 @@ def test_groups_hold_every_parameter_once_and_decay_spares_biases_norms_scales_a
         ("swin_tiny_patch4_window7_224", {"relative_position_bias_table"}),
     ],
 )
-def test_scales_positions_and_tokens_of_other_towers_do_not_decay(name: str, spared: set[str]) -> None:
+def test_scales_positions_and_tokens_of_other_towers_do_not_decay(name, spared):
     with torch.device("meta"):
         tower = timm.create_model(name)
     found = {key for key, p in tower.named_parameters() if p.ndim > 1 and not decays(key, p)}
@@ -47,7 +47,7 @@ def test_scales_positions_and_tokens_of_other_towers_do_not_decay(name: str, spa
 
 
 @pytest.mark.golden
-def test_the_schedule_equals_the_official_one() -> None:
+def test_the_schedule_equals_the_official_one():
     """Their iterations count from 1 and their configuration runs 128,001 of them."""
     cases = np.load(GOLDEN / "loss_cases.npz")
     train = Train(steps=128001, warmup_lr=1e-4, lr=1e-3, warmup_steps=2500)
@@ -56,7 +56,7 @@ def test_the_schedule_equals_the_official_one() -> None:
 
 
 @pytest.mark.parametrize("warmup", [0, 1, 2, 10, 50, 100])
-def test_the_learning_rate_rises_to_its_peak_and_falls_to_zero(warmup: int) -> None:
+def test_the_learning_rate_rises_to_its_peak_and_falls_to_zero(warmup):
     train = Train(steps=50, warmup_lr=1e-4, lr=1e-3, warmup_steps=warmup)
     rates = [learning_rate(step, train) for step in range(50)]
     top = max(min(warmup, 50) - 1, 0)

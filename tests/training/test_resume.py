@@ -63,7 +63,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_resumed_run_equals_one_never_interrupted(table: Path, start: Path, tmp_path: Path, name: str) -> None:
+def test_a_resumed_run_equals_one_never_interrupted(table, start, tmp_path, name):
     case = CASES[name](table, start, tmp_path)
     resumes_exactly(case.recipe, tmp_path, case.stop, lambda: shutil.rmtree(case.removed) if case.removed else None)
     if case.removed is not None:

@@ -1,7 +1,6 @@
 """Training that starts from weights: what it can start from, what is taken over, mixtures, and what is refused."""
 
 import json
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,7 +31,7 @@ from interchange.towers import build
 from training.starts import STATISTICS, VIT, last, moved, state, tuned
 
 
-def test_a_run_gives_towers_heads_tokenizer_statistics_and_scale(table: Path, tmp_path: Path, start: Path) -> None:
+def test_a_run_gives_towers_heads_tokenizer_statistics_and_scale(table, tmp_path, start):
     trainer = Trainer(assemble(tuned(table, start), tmp_path, quiet=True))
     checkpoint = load_checkpoint(list_checkpoints(start)[-1])
     given, heads = part("model", checkpoint.weights), part("objective", checkpoint.training)
@@ -43,7 +42,7 @@ def test_a_run_gives_towers_heads_tokenizer_statistics_and_scale(table: Path, tm
     recipe = trainer.parts.recipe
     assert (recipe.text.layers, recipe.text.bpe_merges, recipe.text.activation) == (3, 400, "gelu")
     assert (recipe.image.mean, recipe.embed_dim) == (STATISTICS["mean"], 24)
-    assert trainer.parts.model.tokenizer.vocabulary == declip.load(start).tokenizer.vocabulary  # type: ignore[attr-defined]
+    assert trainer.parts.model.tokenizer.vocabulary == declip.load(start).tokenizer.vocabulary
     assert trainer.parts.model.preprocessor.mean == pytest.approx(STATISTICS["mean"])
     assert trainer.parts.model.logit_scale.item() == pytest.approx(recipe.logit_scale.init)
     assert len(trainer.parts.objective.queue or ()) == 0
@@ -57,9 +56,7 @@ def test_a_run_gives_towers_heads_tokenizer_statistics_and_scale(table: Path, tm
         ({"logit_scale.init": 3.0}, r"logit_scale\.init=3\.0"),
     ],
 )
-def test_a_key_that_the_weights_overrule_is_refused(
-    keys: dict[str, Any], said: str, start: Path, table: Path, tmp_path: Path
-) -> None:
+def test_a_key_that_the_weights_overrule_is_refused(keys, said, start, table, tmp_path):
     for recipe in ("finetune", "clip"):
         with pytest.raises(UserError, match=said):
             read_start(str(start)).fit(load_recipe(recipe, {"finetune.pretrained": str(start), **keys}))
@@ -69,7 +66,7 @@ def test_a_key_that_the_weights_overrule_is_refused(
     assert not (tmp_path / "run").exists()
 
 
-def test_keys_that_hold_beside_weights(start: Path, table: Path, tmp_path: Path) -> None:
+def test_keys_that_hold_beside_weights(start, table, tmp_path):
     """Those of shipped recipes give way, equal ones are no matter, statistics are the user's where they are given."""
     found = read_start(str(start))
     keys = {"finetune.pretrained": str(start), "text.context_length": 20, "image.size": 32, "data.source": str(table)}
@@ -84,7 +81,7 @@ def test_keys_that_hold_beside_weights(start: Path, table: Path, tmp_path: Path)
     assert found.fit(load_recipe(tmp_path / "resolved.yaml")) == recipe
 
 
-def test_heads_are_taken_whole_or_not_at_all(table: Path, tmp_path: Path, start: Path) -> None:
+def test_heads_are_taken_whole_or_not_at_all(table, tmp_path, start):
     """The start's language head has its vocabulary; a projector of another width is new, all of it."""
     keys = tuned(table, start).model_dump(mode="json") | {"simsiam": {"widths": [16, 16, 6]}}
     trainer = Trainer(assemble(Recipe.model_validate(keys), tmp_path, quiet=True))
@@ -93,11 +90,10 @@ def test_heads_are_taken_whole_or_not_at_all(table: Path, tmp_path: Path, start:
     taken = {name for name, _ in trainer.parts.objective.named_parameters() if torch.equal(own[name], heads[name])}
     new = {name for name, _ in trainer.parts.objective.named_parameters()} - taken
     assert {".".join(name.split(".")[:3]) for name in new} == {"terms.simsiam.predictor"}
-    assert trainer.parts.pretrained is not None
     assert "new: simsiam.predictor" in trainer.parts.pretrained.summary
 
 
-def test_positions_are_resized_as_timm_does(table: Path, tmp_path: Path, start: Path) -> None:
+def test_positions_are_resized_as_timm_does(table, tmp_path, start):
     trainer = Trainer(assemble(tuned(table, start, image_size=48), tmp_path / "vit-run", quiet=True))
     name, given, own = "image_tower.trunk.pos_embed", last(start), state(trainer)
     torch.testing.assert_close(own.pop(name), resample_abs_pos_embed(given[name], [6, 6], [4, 4]))
@@ -114,7 +110,7 @@ def test_positions_are_resized_as_timm_does(table: Path, tmp_path: Path, start: 
     assert not moved(given, own)
 
 
-def test_positions_without_rows_for_tokens_are_resized_as_timm_does() -> None:
+def test_positions_without_rows_for_tokens_are_resized_as_timm_does():
     small, large = (timm.create_model("test_vit", no_embed_class=True, reg_tokens=4, img_size=s) for s in (64, 96))
     model: Any = SimpleNamespace(image_tower=SimpleNamespace(trunk=large))
     found = _resized(f"{IMAGE}trunk.pos_embed", small.pos_embed, large.pos_embed, model)
@@ -123,7 +119,7 @@ def test_positions_without_rows_for_tokens_are_resized_as_timm_does() -> None:
 
 
 @pytest.mark.parametrize("length", [33, 8])
-def test_a_length_of_captions_stretches_or_cuts_the_positions(table: Path, tmp_path: Path, length: int) -> None:
+def test_a_length_of_captions_stretches_or_cuts_the_positions(table, tmp_path, length):
     given, name = build("vit"), "text_tower.positional_embedding"
     write_declip_file(given, tmp_path / "source")
     recipe = tuned(table, tmp_path / "source", {"steps": 2}, context_length=length)
@@ -141,19 +137,19 @@ def test_a_length_of_captions_stretches_or_cuts_the_positions(table: Path, tmp_p
     tokens = model.tokenize(["a red circle", "blue", "red " * 50])
     assert tokens.shape[1] == length
     with torch.no_grad():
-        given.text_tower.positional_embedding[: min(length, 16)] = expected[:16]  # type: ignore[index,operator]
+        given.text_tower.positional_embedding[: min(length, 16)] = expected[:16]
         short = tokens[:2, :8]
         torch.testing.assert_close(model.encode_text(tokens)[:2], given.encode_text(short), rtol=0, atol=1e-5)
     assert trainer.train().finished
     assert mixing.ends_of(tmp_path / "run", "cpu")[0].text_tower.context == length
     loaded = declip.load(tmp_path / "run", device="cpu")
     for form in ("open_clip", "huggingface"):
-        declip.export(tmp_path / "run", form, tmp_path / form)  # type: ignore[arg-type]
+        declip.export(tmp_path / "run", form, tmp_path / form)
         again = declip.load(tmp_path / form, device="cpu")
         torch.testing.assert_close(again.encode_text(tokens), loaded.encode_text(tokens), rtol=0, atol=1e-5)
 
 
-def test_timm_weights_start_the_image_tower_alone(table: Path, tmp_path: Path) -> None:
+def test_timm_weights_start_the_image_tower_alone(table, tmp_path):
     torch.manual_seed(5)
     published = timm.create_model("test_vit", num_classes=0)
     save_file(weights := published.state_dict(), tmp_path / "vit.safetensors")
@@ -168,7 +164,7 @@ def test_timm_weights_start_the_image_tower_alone(table: Path, tmp_path: Path) -
         hidden = small.eval().forward_head(small.forward_features(pictures), pre_logits=True)
         torch.testing.assert_close(trainer.parts.model.image_tower.eval()(pictures).pre_logits, hidden)
     assert trainer.parts.recipe.image.mean == pytest.approx(published.pretrained_cfg["mean"])
-    assert trainer.parts.recipe.text.width == TINY["text"]["width"]  # type: ignore[index]
+    assert trainer.parts.recipe.text.width == TINY["text"]["width"]
     before = state(trainer)
     trainer.train()
     changed = moved(before, last(tmp_path / "r"))
@@ -179,7 +175,7 @@ def test_timm_weights_start_the_image_tower_alone(table: Path, tmp_path: Path) -
         mixing.ends_of(tmp_path / "r")
 
 
-def test_the_start_is_measured_once(table: Path, tmp_path: Path, start: Path) -> None:
+def test_the_start_is_measured_once(table, tmp_path, start):
     keys = tuned(table, start, {"steps": 4}).model_dump(mode="json") | {
         "evaluation": {"retrieval": [str(table)], "final_retrieval": [str(table)]}
     }
@@ -195,7 +191,7 @@ def test_the_start_is_measured_once(table: Path, tmp_path: Path, start: Path) ->
     assert rows[0]["image_to_text_r1"] == expected["image_to_text_r1"]
 
 
-def test_mixtures_are_the_line_between_start_and_end(table: Path, tmp_path: Path, start: Path) -> None:
+def test_mixtures_are_the_line_between_start_and_end(table, tmp_path, start):
     train(tuned(table, start), out=tmp_path / "run", quiet=True, report=False)
     first, final = mixing.ends_of(tmp_path / "run", "cpu")
     given, learned = first.state_dict(), final.state_dict()
@@ -208,9 +204,7 @@ def test_mixtures_are_the_line_between_start_and_end(table: Path, tmp_path: Path
         assert not moved(mixing.interpolate(first, final, fraction).state_dict(), end)
 
 
-def test_the_card_says_what_was_fine_tuned_and_from_what(
-    table: Path, tmp_path: Path, start: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_card_says_what_was_fine_tuned_and_from_what(table, tmp_path, start, monkeypatch):
     declip.export(start, "safetensors", tmp_path / "secret" / "base", license="mit")
     recipe = tuned(table, tmp_path / "secret" / "base", {"steps": 1})
     evaluation = {"retrieval": (str(table),)}
@@ -234,7 +228,7 @@ def test_the_card_says_what_was_fine_tuned_and_from_what(
     assert (head["base_model"], head["base_model_relation"]) == ("a/b", "finetune")
 
 
-def test_a_start_of_the_hub_is_named_by_its_repository() -> None:
+def test_a_start_of_the_hub_is_named_by_its_repository():
     for where, hub in (
         ("huggingface:openai/clip-vit-base-patch32", "openai/clip-vit-base-patch32"),
         ("open_clip:hf-hub:laion/CLIP-ViT-B-32", "laion/CLIP-ViT-B-32"),
@@ -248,7 +242,7 @@ def test_a_start_of_the_hub_is_named_by_its_repository() -> None:
         assert "somewhere" not in without_folders(where)
 
 
-def test_wrong_mixtures_are_refused(start: Path) -> None:
+def test_wrong_mixtures_are_refused(start):
     with pytest.raises(UserError, match="alpha is"):
         mixing.interpolate(build("vit"), build("vit"), 1.5)
     with pytest.raises(UserError, match="'image_tower"):
@@ -271,9 +265,7 @@ def test_wrong_mixtures_are_refused(start: Path) -> None:
         ({"weights": "timm:test_vit.no_such_tag"}, "tag"),
     ],
 )
-def test_what_cannot_be_is_said_before_a_folder_is_made(
-    table: Path, tmp_path: Path, start: Path, keys: dict[str, Any], said: str
-) -> None:
+def test_what_cannot_be_is_said_before_a_folder_is_made(table, tmp_path, start, keys, said):
     with pytest.raises(ValueError, match=said):
         train(tuned(table, **{"weights": start, **keys}), out=tmp_path / "run", quiet=True, report=False)
     assert not (tmp_path / "run").exists()
@@ -281,7 +273,7 @@ def test_what_cannot_be_is_said_before_a_folder_is_made(
         Recipe.model_validate({**TINY, "finetune": {"lr_scale": 0.1}})
 
 
-def test_wrong_files_are_no_start(table: Path, tmp_path: Path) -> None:
+def test_wrong_files_are_no_start(table, tmp_path):
     other, vit, program = (tmp_path / name for name in ("other.safetensors", "vit.safetensors", "p.pt"))
     save_file(timm.create_model("test_convnext").state_dict(), other)
     save_file(timm.create_model("test_vit").state_dict(), vit)
@@ -301,7 +293,7 @@ def test_wrong_files_are_no_start(table: Path, tmp_path: Path) -> None:
         assert not (tmp_path / "run").exists()
 
 
-def test_a_run_on_one_pair_is_resumed(conv_start: Path, table: Path, tmp_path: Path) -> None:
+def test_a_run_on_one_pair_is_resumed(conv_start, table, tmp_path):
     row = json.loads(table.read_text().splitlines()[0])
     one = tmp_path / "one.jsonl"
     one.write_text(json.dumps({**row, "image": str(table.parent / row["image"])}))

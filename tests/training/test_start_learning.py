@@ -1,6 +1,5 @@
 """Training that starts from weights: what is frozen, how fast each part learns, adapters, and resuming."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,7 +21,7 @@ from interchange.towers import build
 from training.starts import VIT, last, moved, state, tuned
 
 
-def test_towers_rest_while_new_heads_warm_up(table: Path, tmp_path: Path, conv_start: Path) -> None:
+def test_towers_rest_while_new_heads_warm_up(table, tmp_path, conv_start):
     """Statistics of batch norm too."""
     file = tmp_path / "towers.safetensors"  # without heads
     write_declip_file(declip.load(conv_start, device="cpu"), file)
@@ -40,9 +39,7 @@ def test_towers_rest_while_new_heads_warm_up(table: Path, tmp_path: Path, conv_s
 
 
 @pytest.mark.parametrize(("image", "text"), [(2, 3), ("all", 0)])
-def test_what_is_frozen_stays_to_the_bit_and_the_rest_learns(
-    table: Path, tmp_path: Path, start: Path, image: Any, text: Any
-) -> None:
+def test_what_is_frozen_stays_to_the_bit_and_the_rest_learns(table, tmp_path, start, image, text):
     trainer = Trainer(
         assemble(tuned(table, start, freeze_image_blocks=image, freeze_text_blocks=text), tmp_path, quiet=True)
     )
@@ -58,7 +55,7 @@ def test_what_is_frozen_stays_to_the_bit_and_the_rest_learns(
     assert len(frozen) > 10
 
 
-def test_statistics_of_a_tower_that_learns_slowly_rest(table: Path, tmp_path: Path, conv_start: Path) -> None:
+def test_statistics_of_a_tower_that_learns_slowly_rest(table, tmp_path, conv_start):
     cases: list[tuple[bool, dict[str, Any]]]
     cases = [(False, {}), (True, {"layer_decay": 0.9}), (True, {"head_warmup_steps": 1})]
     for slowly, keys in (*cases, (True, {"freeze_image_blocks": "all"})):
@@ -77,7 +74,7 @@ def test_statistics_of_a_tower_that_learns_slowly_rest(table: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("asked", [1, "all"])
-def test_frozen_parts_drop_nothing_though_the_rest_does(table: Path, tmp_path: Path, asked: Any) -> None:
+def test_frozen_parts_drop_nothing_though_the_rest_does(table, tmp_path, asked):
     """Stem and first block give the same twice after `train()`; what learns above them draws dropout."""
     image = {"image.model_kwargs": {**VIT["model_kwargs"], "pos_drop_rate": 0.5, "proj_drop_rate": 0.5}}
     write_declip_file(build("vit", **image), tmp_path / "vit.safetensors")
@@ -96,7 +93,7 @@ def test_frozen_parts_drop_nothing_though_the_rest_does(table: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_frozen_batch_norm_stays_frozen_when_the_others_are_synchronized(device: str) -> None:
+def test_frozen_batch_norm_stays_frozen_when_the_others_are_synchronized(device):
     model = build("conv")
     freeze(model, [name for name, depth in depths(model).items() if name.startswith(IMAGE) and depth <= 1])
     every = {name for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
@@ -112,7 +109,7 @@ def test_frozen_batch_norm_stays_frozen_when_the_others_are_synchronized(device:
     assert {name for name, norm in norms.items() if isinstance(norm, kinds)} >= every - frozen
 
 
-def test_depths_count_stem_blocks_and_what_follows() -> None:
+def test_depths_count_stem_blocks_and_what_follows():
     for kind, image_blocks in (("vit", 2), ("resnet", 5), ("timm-convnext", 9), ("conv", 3)):
         model = build(kind)
         found = depths(model)
@@ -127,7 +124,7 @@ def test_depths_count_stem_blocks_and_what_follows() -> None:
     assert depths(build("vit"))["image_tower.norm.weight"] == 3
 
 
-def test_each_layer_has_its_rate(table: Path, tmp_path: Path, start: Path) -> None:
+def test_each_layer_has_its_rate(table, tmp_path, start):
     trainer = Trainer(assemble(tuned(table, start, lr_scale=0.5, layer_decay=0.7), tmp_path, quiet=True))
     factors = {
         id(p): group["multiplier"].factor for group in trainer.parts.optimizer.param_groups for p in group["params"]
@@ -139,16 +136,14 @@ def test_each_layer_has_its_rate(table: Path, tmp_path: Path, start: Path) -> No
     assert all(factors[id(p)] == 1.0 for p in trainer.parts.objective.parameters())
 
 
-def test_what_waits_stands_still_and_then_warms_up() -> None:
+def test_what_waits_stands_still_and_then_warms_up():
     recipe = Recipe.model_validate(TINY)
     shares = [group_lr(1.0, step, LrMultiplier(0.5, frozen_in_warmup=True), 3, recipe.train) for step in range(7)]
     assert shares == [0, 0, 0, 0.25, 0.5, 0.5, 0.5]
     assert group_lr(1.0, 0, LrMultiplier(0.5), 3, recipe.train) == 0.5
 
 
-def test_adapters_alone_learn_and_are_merged_when_the_run_is_loaded(
-    table: Path, tmp_path: Path, conv_start: Path
-) -> None:
+def test_adapters_alone_learn_and_are_merged_when_the_run_is_loaded(table, tmp_path, conv_start):
     """On convolutions, and on the fused attention of the text tower."""
     trainer = Trainer(
         assemble(tuned(table, conv_start, {"steps": 4}, lora={"rank": 2, "alpha": 4}), tmp_path, quiet=True)
@@ -160,14 +155,14 @@ def test_adapters_alone_learn_and_are_merged_when_the_run_is_loaded(
     assert changed - {"logit_scale"} == {name for name in before if ".lora_" in name}
     assert any("in_proj" in name or ".attn.lora_" in name for name in changed)
     loaded = declip.load(tmp_path, device="cpu")
-    assert not any("lora" in name for name in loaded.state_dict())  # type: ignore[attr-defined]
+    assert not any("lora" in name for name in loaded.state_dict())
     for found, expected in zip(features(loaded), features(trainer.parts.model.eval()), strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     given = features(declip.load(conv_start, device="cpu"))
     assert not any(torch.equal(found, own) for found, own in zip(features(loaded)[1::2], given[1::2], strict=True))
 
 
-def test_lora_with_a_frozen_tower_leaves_it_without_adapters(table: Path, tmp_path: Path, start: Path) -> None:
+def test_lora_with_a_frozen_tower_leaves_it_without_adapters(table, tmp_path, start):
     trainer = Trainer(assemble(tuned(table, start, lora={"rank": 2}, freeze_text_blocks="all"), tmp_path, quiet=True))
     names = {name for name, parameter in trainer.parts.model.named_parameters() if parameter.requires_grad}
     assert names == {"logit_scale"} | {name for name in names if name.startswith(IMAGE) and ".lora_" in name}

@@ -62,7 +62,7 @@ READERS = {"tensorboard": read_tensorboard, "mlflow": read_mlflow, "trackio": re
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_a_resumed_run_is_one_run_in_the_tracker(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_is_one_run_in_the_tracker(name, tmp_path, monkeypatch):
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # it is read when trackio is imported
     pytest.importorskip(TRACKERS[name].library)
     if name == "trackio" and str(sys.modules[name].TRACKIO_DIR) != str(tmp_path / "trackio"):
@@ -75,7 +75,7 @@ def test_a_resumed_run_is_one_run_in_the_tracker(name: str, tmp_path: Path, monk
     assert READERS[name](tmp_path, "../a:b.csv/retrieval/r1") == {2: 0.0, 4: 0.25}
 
 
-def test_wandb_writes_offline_under_the_id_that_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_writes_offline_under_the_id_that_is_kept(tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb")
     monkeypatch.delenv("WANDB_MODE", raising=False)
     written(tmp_path, ["wandb"], starts=(0,))
@@ -97,9 +97,7 @@ def fake_wandb(log: Callable[..., None] = lambda *_, **__: None) -> SimpleNamesp
     return module
 
 
-def test_wandb_goes_online_where_the_user_asks_and_continues_its_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wandb_goes_online_where_the_user_asks_and_continues_its_run(tmp_path, monkeypatch):
     rows: list[tuple[int, float]] = []
     module = fake_wandb(lambda numbers, step: rows.append((step, numbers.get("train/loss", numbers.get("r1")))))
     monkeypatch.setitem(sys.modules, "wandb", module)
@@ -114,9 +112,7 @@ def test_wandb_goes_online_where_the_user_asks_and_continues_its_run(
     assert module.ended == [0, 0, 1]
 
 
-def test_a_tracker_that_fails_does_not_end_the_run(
-    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_tracker_that_fails_does_not_end_the_run(table, tmp_path, monkeypatch, caplog):
     tries = []
 
     def fail(numbers: object, step: int) -> None:
@@ -130,9 +126,7 @@ def test_a_tracker_that_fails_does_not_end_the_run(
     assert [row["step"] for row in read_rows(run.folder / METRICS)] == [2, 4, 6, 8]
 
 
-def test_a_tracker_that_is_missing_or_cannot_start_is_refused(
-    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_tracker_that_is_missing_or_cannot_start_is_refused(table, tmp_path, monkeypatch, capfd):
     monkeypatch.setitem(sys.modules, "trackio", None)
     words = ["train", "demo-clip", f"data.source={table}", "train.report_to=[trackio]", "--out", str(tmp_path / "run")]
     assert command(words, monkeypatch) == 2
@@ -146,7 +140,7 @@ def test_a_tracker_that_is_missing_or_cannot_start_is_refused(
         recipe_for(table, "clip", report_to=["mlflo"])
 
 
-def test_the_default_is_tensorboard_and_variables_of_the_user_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_is_tensorboard_and_variables_of_the_user_stay(monkeypatch):
     monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "false")
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace())
     assert [tracker.name for tracker in trackers_of([AUTO, "tensorboard"])] == ["tensorboard"]

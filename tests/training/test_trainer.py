@@ -32,7 +32,7 @@ from training.starts import recipe_for, same_end, stop_at
 
 
 @pytest.mark.parametrize("name", ["slip", "defilip"])  # together they have the losses of all
-def test_every_recipe_lowers_its_own_loss(table: Path, tmp_path: Path, name: str) -> None:
+def test_every_recipe_lowers_its_own_loss(table, tmp_path, name):
     recipe = recipe_for(table, name, steps=24, lr=3e-3, log_every=1, checkpoint_every=60)
     run = train(recipe, out=tmp_path, quiet=True, report=False)
     totals = [row["loss"] for row in run.metrics]
@@ -42,7 +42,7 @@ def test_every_recipe_lowers_its_own_loss(table: Path, tmp_path: Path, name: str
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_it_resumes_to_the_same_bits(table: Path, tmp_path: Path) -> None:
+def test_killed_at_any_moment_it_resumes_to_the_same_bits(table, tmp_path):
     """SIGKILL at moments spread over the run, checkpoint writing included, until it gets through."""
     recipe = recipe_for(table, "declip", steps=32, checkpoint_every=7, log_every=3)
     train(recipe, out=tmp_path / "whole", quiet=True, report=False)
@@ -64,9 +64,7 @@ def test_killed_at_any_moment_it_resumes_to_the_same_bits(table: Path, tmp_path:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_saves_and_the_run_continues(
-    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
-) -> None:
+def test_a_signal_saves_and_the_run_continues(table, tmp_path, monkeypatch, number):
     """SIGUSR1 may come twice; a second Ctrl-C would end at once."""
     recipe = recipe_for(table, "clip", checkpoint_every=100)
     step = trainer_module.training_step
@@ -76,7 +74,7 @@ def test_a_signal_saves_and_the_run_continues(
             (tmp_path / "once").touch()
             for _ in range(1 if number == signal.SIGINT else 2):
                 os.kill(os.getpid(), number)
-        return step(*arguments)  # type: ignore[arg-type]
+        return step(*arguments)
 
     monkeypatch.setattr(trainer_module, "training_step", interrupted)
     run = train(recipe, out=tmp_path / "run", quiet=True, report=False)
@@ -87,7 +85,7 @@ def test_a_signal_saves_and_the_run_continues(
     same_end(tmp_path / "whole", tmp_path / "run")
 
 
-def test_the_logit_scale_stays_within_its_limits(table: Path, tmp_path: Path) -> None:
+def test_the_logit_scale_stays_within_its_limits(table, tmp_path):
     limits = {"logit_scale": {"min": 2.0, "max": 3.2}}
     recipe = recipe_for(table, "clip", limits, steps=4, lr=0.3, warmup_lr=0.3)
     trainer = Trainer(assemble(recipe, tmp_path, quiet=True))
@@ -95,9 +93,7 @@ def test_the_logit_scale_stays_within_its_limits(table: Path, tmp_path: Path) ->
     assert round(trainer.parts.model.logit_scale.item(), 6) in (2.0, 3.2)
 
 
-def test_a_loss_that_is_not_finite_stops_with_all_that_helps(
-    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_loss_that_is_not_finite_stops_with_all_that_helps(table, tmp_path, monkeypatch):
     trainer = Trainer(assemble(recipe_for(table, checkpoint_every=2, log_every=1), tmp_path, quiet=True))
     term = trainer.parts.objective.terms["contrastive"]
     loss = term.loss
@@ -114,7 +110,7 @@ def test_a_loss_that_is_not_finite_stops_with_all_that_helps(
     assert all(torch.isfinite(tensor).all() for tensor in weights.values())
 
 
-def test_a_run_of_another_recipe_is_not_resumed(table: Path, tmp_path: Path) -> None:
+def test_a_run_of_another_recipe_is_not_resumed(table, tmp_path):
     run = tmp_path / "run"
     train(recipe_for(table), out=run, quiet=True, report=False)
     with pytest.raises(UserError, match=r"lr was 0\.001.*steps was 8.*finetune\.pretrained"):
@@ -125,7 +121,7 @@ def test_a_run_of_another_recipe_is_not_resumed(table: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("name", ["pairs.jsonl", "val.jsonl"])
-def test_a_run_is_not_resumed_with_other_pairs_but_with_repaired_ones(table: Path, tmp_path: Path, name: str) -> None:
+def test_a_run_is_not_resumed_with_other_pairs_but_with_repaired_ones(table, tmp_path, name):
     lines = [json.loads(line) for line in table.read_text().splitlines()]
     for row in lines:
         row["image"] = str(table.parent / row["image"])
@@ -178,7 +174,7 @@ class At(Sink):
 
 
 @pytest.mark.parametrize("what", ["training pairs", "held-out set"])
-def test_an_error_of_the_data_in_mid_run_saves_the_steps_before(table: Path, tmp_path: Path, what: str) -> None:
+def test_an_error_of_the_data_in_mid_run_saves_the_steps_before(table, tmp_path, what):
     val = tmp_path / "val.jsonl"
     rows = [json.loads(line) for line in table.read_text().splitlines()]
     val.write_text("".join(json.dumps({**row, "image": str(table.parent / row["image"])}) + "\n" for row in rows))
@@ -204,7 +200,7 @@ def test_an_error_of_the_data_in_mid_run_saves_the_steps_before(table: Path, tmp
     same_end(tmp_path / "whole", tmp_path / "run")
 
 
-def test_damaged_lines_are_dropped_with_a_warning_and_block_no_resume(table: Path, tmp_path: Path) -> None:
+def test_damaged_lines_are_dropped_with_a_warning_and_block_no_resume(table, tmp_path):
     stop_at(recipe_for(table, "clip"), tmp_path, 1)
     bad = [b'{"step": 2, "pa', b"\0" * 40, b"\xff\xfe{}", b"17", b"[" * 100_000, b'{"step": 1, "lo']
     for name in ("metrics.jsonl", "evaluations.jsonl"):
@@ -215,7 +211,7 @@ def test_damaged_lines_are_dropped_with_a_warning_and_block_no_resume(table: Pat
         assert f"6 damaged lines of {tmp_path / name}" in (tmp_path / "log.txt").read_text()
 
 
-def test_a_few_pairs_of_which_many_are_broken_are_refused_before_training(table: Path, tmp_path: Path) -> None:
+def test_a_few_pairs_of_which_many_are_broken_are_refused_before_training(table, tmp_path):
     lines = table.read_text(encoding="utf-8").replace('"image": "', f'"image": "{table.parent}/').splitlines()[:12]
     lines += [f'{{"image": "missing-{number}.png", "caption": "lost"}}' for number in range(4)]
     (tmp_path / "pairs.jsonl").write_text("\n".join(lines), encoding="utf-8")
@@ -226,7 +222,7 @@ def test_a_few_pairs_of_which_many_are_broken_are_refused_before_training(table:
     assemble(recipe_for(table, "clip", {"data": {**data, "max_broken_fraction": 0.3}}), tmp_path / "run", quiet=True)
 
 
-def test_a_folder_in_use_is_refused_and_free_as_soon_as_its_process_is_killed(table: Path, tmp_path: Path) -> None:
+def test_a_folder_in_use_is_refused_and_free_as_soon_as_its_process_is_killed(table, tmp_path):
     """A worker of the killed process, which lives on for some seconds, holds nothing."""
     data = {"source": str(table), "workers": 1}
     recipe = recipe_for(table, sections={"data": data}, steps=100_000, checkpoint_every=2)
@@ -242,7 +238,7 @@ def test_a_folder_in_use_is_refused_and_free_as_soon_as_its_process_is_killed(ta
     assert assemble(recipe, tmp_path, resume=True, quiet=True).progress.step > 0
 
 
-def test_wrong_runs_are_refused_before_anything_is_made(table: Path, tmp_path: Path) -> None:
+def test_wrong_runs_are_refused_before_anything_is_made(table, tmp_path):
     (tmp_path / "file").touch()
     small = {"image": {"model": "convnext_atto", "size": 16}}  # its last grid would be half a cell
     for recipe, folder, message in (
@@ -256,9 +252,7 @@ def test_wrong_runs_are_refused_before_anything_is_made(table: Path, tmp_path: P
         assert not (tmp_path / "run").exists()
 
 
-def test_evaluations_change_nothing_and_one_that_a_crash_cut_short_is_done_again_once(
-    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_evaluations_change_nothing_and_one_that_a_crash_cut_short_is_done_again_once(table, tmp_path, monkeypatch):
     tree = recipe_for(table, "clip", log_every=1).model_dump()
     tree["image"]["model_kwargs"]["pos_drop_rate"] = 0.5
     plain = train(Recipe.model_validate(tree), out=tmp_path / "plain", quiet=True, report=False)
@@ -282,9 +276,7 @@ def test_evaluations_change_nothing_and_one_that_a_crash_cut_short_is_done_again
 
 
 @pytest.mark.parametrize("chunk", [None, 3])
-def test_views_are_finished_in_full_precision(
-    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int | None
-) -> None:
+def test_views_are_finished_in_full_precision(table, tmp_path, monkeypatch, chunk):
     seen, apply = list[bool](), views.apply
 
     def watched(*arguments: Any) -> torch.Tensor:
@@ -301,19 +293,17 @@ def test_views_are_finished_in_full_precision(
     ("asked", "can", "taken"),
     [("auto", True, "bf16"), ("auto", False, "fp32"), ("fp32", True, "fp32"), ("bf16", False, "bf16")],
 )
-def test_a_run_takes_the_precision_that_its_device_can_and_keeps_it(
-    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str, can: bool, taken: str
-) -> None:
+def test_a_run_takes_the_precision_that_its_device_can_and_keeps_it(table, tmp_path, monkeypatch, asked, can, taken):
     monkeypatch.setattr(assembly, "computes_bf16", lambda device: can)
     first = Trainer(assemble(recipe_for(table, precision=asked), tmp_path, quiet=True))
     assert first.parts.recipe.train.precision == taken
-    first.parts.lock.close()  # type: ignore[union-attr]
+    first.parts.lock.close()
     monkeypatch.setattr(assembly, "computes_bf16", lambda device: not can)
     again = Trainer(assemble(recipe_for(table, precision=asked), tmp_path, resume=True, quiet=True))
     assert again.parts.recipe.train.precision == taken
 
 
-def test_a_device_is_asked_for_its_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_is_asked_for_its_precision(monkeypatch):
     for can in (False, True):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda can=can: {"avx512_bf16": can})
         monkeypatch.setattr(

@@ -11,18 +11,18 @@ CHANCE = math.log(64)
 
 
 @pytest.fixture
-def monitor() -> LossMonitor:
+def monitor():
     return LossMonitor(batch_size=64, warmup_steps=10, watched="contrastive")
 
 
 @pytest.mark.parametrize(("first", "last"), [(CHANCE, 0.1), (8.24, 6.98), (30.0, 8.0)])
-def test_a_falling_loss_hears_nothing(monitor: LossMonitor, first: float, last: float) -> None:
+def test_a_falling_loss_hears_nothing(monitor, first, last):
     for step in range(1, 251):
         loss = first + (last - first) * step / 250 + 0.3 * math.sin(step)
         assert monitor.check(step, {"contrastive": loss}) is None
 
 
-def test_a_loss_at_chance_is_named_once_and_late(monitor: LossMonitor) -> None:
+def test_a_loss_at_chance_is_named_once_and_late(monitor):
     assert monitor.check(FLAT_AFTER - 1, {"contrastive": CHANCE}) is None
     warning = monitor.check(FLAT_AFTER, {"contrastive": CHANCE + 0.01})
     assert warning is not None
@@ -32,7 +32,7 @@ def test_a_loss_at_chance_is_named_once_and_late(monitor: LossMonitor) -> None:
 
 
 @pytest.mark.parametrize("term", ["contrastive", "late_interaction"])
-def test_a_loss_worse_than_guessing_is_named_after_the_warmup(term: str) -> None:
+def test_a_loss_worse_than_guessing_is_named_after_the_warmup(term):
     monitor = LossMonitor(batch_size=64, warmup_steps=10, watched=term)
     assert monitor.check(5, {term: CHANCE}) is None
     assert monitor.check(10, {term: CHANCE + 2}) is None
@@ -40,13 +40,13 @@ def test_a_loss_worse_than_guessing_is_named_after_the_warmup(term: str) -> None
 
 
 @pytest.mark.parametrize("between", [3.9, math.nan, math.inf])
-def test_a_loss_that_rises_above_a_high_start_diverges(monitor: LossMonitor, between: float) -> None:
+def test_a_loss_that_rises_above_a_high_start_diverges(monitor, between):
     for step, above in ((1, 3.0), (20, between)):
         assert monitor.check(step, {"contrastive": CHANCE + above}) is None
     assert monitor.check(30, {"contrastive": CHANCE + 4.1}) is not None
 
 
-def test_steps_that_wait_for_the_loader_are_named_once_and_not_before_enough_was_seen() -> None:
+def test_steps_that_wait_for_the_loader_are_named_once_and_not_before_enough_was_seen():
     monitor = ThroughputMonitor()
     for _ in range(WARM):
         assert monitor.check(100.0, 0.1, 1) is None
@@ -58,7 +58,7 @@ def test_steps_that_wait_for_the_loader_are_named_once_and_not_before_enough_was
     assert "data.workers=1 now" in warning
 
 
-def test_automatic_workers_are_the_cores_of_a_rank_that_do_not_train(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_automatic_workers_are_the_cores_of_a_rank_that_do_not_train(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     assert [auto_workers(threads) for threads in (0, 1, 6, 8, 20)] == [8, 7, 2, 0, 0]
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")

@@ -22,7 +22,7 @@ fsspec = pytest.importorskip("fsspec")
 
 
 @pytest.fixture
-def copies(cache, monkeypatch) -> Path:
+def copies(cache, monkeypatch):
     monkeypatch.setattr(shard_files, "PAUSE", 0.0)
     return cache / "shards/copies"
 

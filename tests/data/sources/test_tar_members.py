@@ -94,7 +94,7 @@ def test_what_lies_ends_the_walk_and_spares_what_came_before(tmp_path, tail, say
 
 
 @pytest.fixture(scope="module")
-def archive(tmp_path_factory) -> bytes:
+def archive(tmp_path_factory):
     path = tmp_path_factory.mktemp("tar") / "t.tar"
     content = [(name, os.urandom(5) * 60 * n) for n, name in enumerate(NAMES)]
     return write_tar(path, content, tarfile.PAX_FORMAT).read_bytes()

@@ -147,7 +147,7 @@ def test_captions_never_become_empty_and_single_words_stay(generator):
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
+def tokenizer():
     return Tokenizer(merges=600)
 
 

@@ -1,5 +1,3 @@
-from pathlib import Path
-
 import pytest
 
 from declip.data.text.tokenizer import HuggingfaceTokenizer
@@ -13,17 +11,17 @@ CONTEXT = 20
 
 
 @pytest.fixture(scope="module", params=[bert, roberta])
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(request, tmp_path_factory):
     return request.param(tmp_path_factory.mktemp("encoder") / "folder")
 
 
 @pytest.fixture(scope="module")
-def tokenizer(folder: Path) -> HuggingfaceTokenizer:
+def tokenizer(folder):
     encoder = read_encoder(str(folder), pretrained=False)
     return HuggingfaceTokenizer(encoder.tokenizer, encoder.specials, CONTEXT)
 
 
-def test_ids_and_padding_are_those_of_transformers(folder: Path, tokenizer: HuggingfaceTokenizer) -> None:
+def test_ids_and_padding_are_those_of_transformers(folder, tokenizer):
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     expected = theirs(list(CAPTIONS), truncation=True, max_length=CONTEXT, padding=True, return_tensors="pt")
     assert tokenizer(CAPTIONS).tolist() == expected["input_ids"].tolist()
@@ -32,7 +30,7 @@ def test_ids_and_padding_are_those_of_transformers(folder: Path, tokenizer: Hugg
     assert tokenizer.vocabulary == len(theirs)
 
 
-def test_special_tokens_in_a_caption_are_spelled_out(tokenizer: HuggingfaceTokenizer) -> None:
+def test_special_tokens_in_a_caption_are_spelled_out(tokenizer):
     specials = {tokenizer.start, tokenizer.end, tokenizer.mask, tokenizer.padding}
     special = {number for number, token in tokenizer.library.get_added_tokens_decoder().items() if token.special}
     assert specials <= special == {*range(tokenizer.vocabulary)} - {*tokenizer.words}, "words that may replace others"
@@ -42,7 +40,7 @@ def test_special_tokens_in_a_caption_are_spelled_out(tokenizer: HuggingfaceToken
         assert len(ids) > 5
 
 
-def test_it_decodes_what_the_report_shows(tokenizer: HuggingfaceTokenizer) -> None:
+def test_it_decodes_what_the_report_shows(tokenizer):
     ids = tokenizer.encode("red circle in blue")
     assert tokenizer.decode([*ids, tokenizer.padding, tokenizer.padding]) == "red circle in blue"
     assert tokenizer.decode([tokenizer.mask]) in ("[MASK]", "<mask>")
@@ -50,7 +48,7 @@ def test_it_decodes_what_the_report_shows(tokenizer: HuggingfaceTokenizer) -> No
         tokenizer.decode([tokenizer.vocabulary])
 
 
-def test_other_definitions_are_refused(tokenizer: HuggingfaceTokenizer) -> None:
+def test_other_definitions_are_refused(tokenizer):
     definition = tokenizer.library.to_str()
     with pytest.raises(UserError, match="cannot be read"):
         HuggingfaceTokenizer("{}", {}, CONTEXT)

@@ -14,7 +14,7 @@ ASSETS = files("declip.data").joinpath("assets")
 OFFICIAL = read_json("eda_cases.json").get("synonyms", {})
 
 
-def test_the_table_is_the_one_that_was_reviewed_and_has_its_license() -> None:
+def test_the_table_is_the_one_that_was_reviewed_and_has_its_license():
     """Without names, numbers, rare senses and offensive words; a new table by scripts/builtin is to be read again."""
     content = lzma.decompress(ASSETS.joinpath("synonyms.txt.xz").read_bytes())
     assert hashlib.sha256(content).hexdigest() == "fd10997d4c702d15824eb61124182fec4c8b44d853800cc1d8c2207c05607ff6"
@@ -27,7 +27,7 @@ INFLECTED = {
 }  # fmt: skip
 
 
-def test_words_have_synonyms_in_their_form() -> None:
+def test_words_have_synonyms_in_their_form():
     assert all(expected in synonyms(word) for word, expected in INFLECTED.items())
     assert synonyms("bed") == synonyms("two") == synonyms("fields of") == synonyms("") == ()
 
@@ -46,7 +46,7 @@ def is_form_of(synonym: str, lemma: str) -> bool:
 
 @pytest.mark.golden
 @pytest.mark.parametrize("word", [word for word in OFFICIAL if len(word) > 1])
-def test_synonyms_are_some_of_wordnets(word: str) -> None:
+def test_synonyms_are_some_of_wordnets(word):
     """Lemmas of the most frequent senses only: for "dog" the animal, not the andiron."""
     ours, theirs = synonyms(word.lower()), set(OFFICIAL[word])
     assert all(any(is_form_of(as_the_authors_write(synonym), lemma) for lemma in theirs) for synonym in ours)

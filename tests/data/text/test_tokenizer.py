@@ -20,12 +20,12 @@ CASES = [case for case in OFFICIAL.get("cases", []) if not re.search(r"<\|(start
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
+def tokenizer():
     return Tokenizer()
 
 
 @pytest.fixture(scope="module")
-def small() -> Tokenizer:
+def small():
     return Tokenizer(merges=600)
 
 

@@ -2,7 +2,6 @@
 
 import pickle
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +15,7 @@ from evaluation import trees
 WNIDS = list(read_prompts("imagenet").classes)
 
 
-def test_a_folder_without_splits(tmp_path: Path) -> None:
+def test_a_folder_without_splits(tmp_path):
     trees.paint(tmp_path / "shapes" / "red_square" / "deep" / "b.jpg", 1)
     trees.paint(tmp_path / "shapes" / "red_square" / "a.JPG", 1)
     trees.paint(tmp_path / "shapes" / "Cat" / "1.jpg", 0)
@@ -30,7 +29,7 @@ def test_a_folder_without_splits(tmp_path: Path) -> None:
     assert [test[row].key for row in range(3)] == ["Cat/1.jpg", "red_square/a.JPG", "red_square/deep/b.jpg"]
 
 
-def test_splits_number_the_classes_alike(tmp_path: Path) -> None:
+def test_splits_number_the_classes_alike(tmp_path):
     for split, classes in (("train", "abc"), ("validation", "bc"), ("test", "c")):
         for name in classes:
             trees.paint(tmp_path / split / name / "1.jpg", "abc".index(name))
@@ -45,7 +44,7 @@ def test_splits_number_the_classes_alike(tmp_path: Path) -> None:
     assert trees.labels_of(dataset.split("test")) == [1, 2]
 
 
-def test_folders_that_cannot_be_measured(tmp_path: Path) -> None:
+def test_folders_that_cannot_be_measured(tmp_path):
     with pytest.raises(UserError, match="no folder"):
         open_dataset(f"folder:{tmp_path / 'nowhere'}")
     trees.paint(tmp_path / "train" / "a" / "1.jpg", 0)
@@ -59,7 +58,7 @@ def test_folders_that_cannot_be_measured(tmp_path: Path) -> None:
         open_dataset(f"folder:{tmp_path}")
 
 
-def test_caltech101_has_thirty_of_each_class_for_training_and_all_the_rest(tmp_path: Path) -> None:
+def test_caltech101_has_thirty_of_each_class_for_training_and_all_the_rest(tmp_path):
     folder = tmp_path / "caltech101" / "101_ObjectCategories"
     names = sorted(read_prompts("caltech101").classes)
     for name in names:
@@ -86,7 +85,7 @@ def test_caltech101_has_thirty_of_each_class_for_training_and_all_the_rest(tmp_p
         open_dataset(f"caltech101:{tmp_path / 'caltech101'}")
 
 
-def test_imagenet_by_wordnet_number(tmp_path: Path) -> None:
+def test_imagenet_by_wordnet_number(tmp_path):
     trees.paint(tmp_path / "val" / "ILSVRC2012_val_00000001.JPEG", 0)
     with pytest.raises(UserError, match=r"1000 folders.*from 'n01440764' to 'n15075141'.*1000 are missing"):
         open_dataset(f"imagenet:{tmp_path}")  # images that are not sorted into classes
@@ -106,7 +105,7 @@ def test_imagenet_by_wordnet_number(tmp_path: Path) -> None:
         open_dataset(f"imagenet:{tmp_path}")
 
 
-def test_imagenet_v2_counts_its_folders_as_numbers(tmp_path: Path) -> None:
+def test_imagenet_v2_counts_its_folders_as_numbers(tmp_path):
     for label in range(1000):
         (tmp_path / str(label)).mkdir()
     for label in (2, 10, 999):
@@ -117,7 +116,7 @@ def test_imagenet_v2_counts_its_folders_as_numbers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "count"), [("imagenet-r", 200), ("imagenet-a", 200)])
-def test_imagenets_relatives_choose_among_their_own_classes(tmp_path: Path, name, count) -> None:
+def test_imagenets_relatives_choose_among_their_own_classes(tmp_path, name, count):
     wnids = wnids_of(name)
     assert len(wnids) == count
     assert wnids == sorted(wnids)

@@ -18,7 +18,7 @@ ROWS = [("a.jpg", "dog", "train"), ("b.jpg", "cat", "test"), ("c.jpg", "dog", "t
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path):
     for label, (name, *_) in enumerate(ROWS):
         trees.paint(tmp_path / name, label)
     return tmp_path
@@ -37,7 +37,7 @@ def _write(folder: Path, kind: str, head: tuple[str, ...], rows: list[tuple]) ->
 
 
 @pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "parquet"])
-def test_labels_and_splits(folder: Path, kind: str) -> None:
+def test_labels_and_splits(folder, kind):
     dataset = open_dataset(_write(folder, kind, ("image", "Label", "split"), ROWS))
     assert (dataset.name, dataset.templates) == (str(folder / f"mine.{kind}"), "plain")
     found = {}
@@ -55,7 +55,7 @@ def test_labels_and_splits(folder: Path, kind: str) -> None:
     }
 
 
-def test_captions_stay_with_labels_and_all_rows_are_the_test(folder: Path) -> None:
+def test_captions_stay_with_labels_and_all_rows_are_the_test(folder):
     rows = [(name, label, f"a photo of one {label}") for name, label, _ in ROWS]
     dataset = open_dataset(_write(folder, "jsonl", ("image", "class_name", "caption"), rows))
     assert list(dataset.openers) == ["test"]
@@ -64,7 +64,7 @@ def test_captions_stay_with_labels_and_all_rows_are_the_test(folder: Path) -> No
     assert test[0].captions == ("a photo of one dog",)
 
 
-def test_the_column_is_chosen_by_name(folder: Path) -> None:
+def test_the_column_is_chosen_by_name(folder):
     rows = [("a.jpg", "x", "warm"), ("b.jpg", "y", "cold")]
     path = _write(folder, "csv", ("image", "label", "tempr"), rows)
     assert open_dataset(path).split("test").class_names == ("x", "y")
@@ -77,14 +77,14 @@ def test_the_column_is_chosen_by_name(folder: Path) -> None:
     assert open_dataset(path).split("test").labels is None  # it is for retrieval
 
 
-def test_numbers_as_labels_are_in_the_order_of_numbers(folder: Path) -> None:
+def test_numbers_as_labels_are_in_the_order_of_numbers(folder):
     for kind in ("csv", "jsonl", "parquet"):
         path = _write(folder, kind, ("image", "label"), [("a.jpg", 10), ("b.jpg", 9), ("c.jpg", 10)])
         test = open_dataset(path).split("test")
         assert (test.class_names, test.labels.tolist()) == (("9", "10"), [1, 0, 1])
 
 
-def test_images_in_parquet_with_the_names_that_hugging_face_keeps(folder: Path) -> None:
+def test_images_in_parquet_with_the_names_that_hugging_face_keeps(folder):
     images = [{"bytes": (folder / name).read_bytes(), "path": None} for name, *_ in ROWS]
     table = pa.table({"image": images, "label": [2, 0, -1, 2]})
     features = {"label": {"names": ["ape", "bee", "cow"], "_type": "ClassLabel"}}
@@ -99,7 +99,7 @@ def test_images_in_parquet_with_the_names_that_hugging_face_keeps(folder: Path) 
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
-def test_rows_without_a_label_or_with_two_are_broken_pairs(folder: Path, kind: str) -> None:
+def test_rows_without_a_label_or_with_two_are_broken_pairs(folder, kind):
     rows = [("a.jpg", "dog"), ("b.jpg", " "), ("c.jpg", "cat"), ("d.jpg", "cat"), ("d.jpg", "dog"), ("c.jpg", "cat")]
     test = open_dataset(_write(folder, kind, ("image", "label"), rows)).split("test")
     assert test.class_names == ("cat", "dog")
@@ -112,14 +112,14 @@ def test_rows_without_a_label_or_with_two_are_broken_pairs(folder: Path, kind: s
         test[3]
 
 
-def test_a_damaged_row_is_counted_in_the_test(folder: Path) -> None:
+def test_a_damaged_row_is_counted_in_the_test(folder):
     trees.write(folder / "mine.csv", "image,label,split\na.jpg,x,train\nb.jpg,y,test\nbroken row\n")
     test = open_dataset(str(folder / "mine.csv")).split("test")
     with pytest.raises(BrokenPair, match="unreadable row"):
         test[1]
 
 
-def test_retrieval_takes_captioned_images_whatever_their_labels(folder: Path, model) -> None:
+def test_retrieval_takes_captioned_images_whatever_their_labels(folder, model):
     rows = [("a.jpg", "dog", "a"), ("b.jpg", " ", "b"), ("c.jpg", "cat", "c"), ("d.jpg", "cat", "d")]
     table = _write(folder, "csv", ("image", "label", "caption"), [*rows, ("d.jpg", "dog", "also d")])
     classes, pairs = evaluate_all(model, table, ["zero-shot", "retrieval"])
@@ -136,6 +136,6 @@ def test_retrieval_takes_captioned_images_whatever_their_labels(folder: Path, mo
         ([("a.jpg", "x", "test"), ("b.jpg", "y", "")], "''.*train, validation, test"),
     ],
 )
-def test_what_cannot_be_measured(folder: Path, rows, message) -> None:
+def test_what_cannot_be_measured(folder, rows, message):
     with pytest.raises(UserError, match=message):
         open_dataset(_write(folder, "csv", ("image", "label", "split"), rows))

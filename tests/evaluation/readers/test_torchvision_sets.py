@@ -2,7 +2,6 @@
 
 import pickle
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,7 +30,7 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_images_labels_and_names(name: str, tmp_path: Path, monkeypatch) -> None:
+def test_images_labels_and_names(name, tmp_path, monkeypatch):
     make = getattr(trees, name)
     make(tmp_path, monkeypatch) if name == "flowers102" else make(tmp_path)
     dataset = open_dataset(f"{name}:{tmp_path}")
@@ -52,7 +51,7 @@ def test_images_labels_and_names(name: str, tmp_path: Path, monkeypatch) -> None
         open_dataset(f"{name}:{tmp_path}")
 
 
-def test_labels_and_captions_need_no_image_and_a_broken_one_is_counted(tmp_path: Path) -> None:
+def test_labels_and_captions_need_no_image_and_a_broken_one_is_counted(tmp_path):
     trees.pets(tmp_path)
     images = tmp_path / "oxford-iiit-pet" / "images"
     (images / "Abyssinian_201.jpg").unlink()
@@ -68,7 +67,7 @@ def test_labels_and_captions_need_no_image_and_a_broken_one_is_counted(tmp_path:
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_cifar(name: str, tmp_path: Path, monkeypatch) -> None:
+def test_cifar(name, tmp_path, monkeypatch):
     kind, classes = KINDS[name]
     trees.cifar(tmp_path, monkeypatch, kind, classes)
     dataset = open_dataset(f"{name}:{tmp_path}")
@@ -83,7 +82,7 @@ def test_cifar(name: str, tmp_path: Path, monkeypatch) -> None:
     assert test[0].captions == test.captions(0) == (test.class_names[last],)
 
 
-def test_missing_and_changed_batches_of_cifar(tmp_path: Path, monkeypatch) -> None:
+def test_missing_and_changed_batches_of_cifar(tmp_path, monkeypatch):
     kind, classes = KINDS["cifar10"]
     trees.cifar(tmp_path, monkeypatch, kind, classes)
     batch = tmp_path / "cifar-10-batches-py" / "data_batch_3"
@@ -98,7 +97,7 @@ def test_missing_and_changed_batches_of_cifar(tmp_path: Path, monkeypatch) -> No
 
 
 @pytest.mark.parametrize("place", ["SUN397/Partitions", "."])
-def test_sun397_by_its_official_lists(tmp_path: Path, place: str) -> None:
+def test_sun397_by_its_official_lists(tmp_path, place):
     base = tmp_path / "SUN397"
     trees.write(base / "ClassName.txt", "".join(f"/{name[0]}/{name}\n" for name in SUN))
     for label, name in enumerate(SUN):
