@@ -139,8 +139,8 @@ def find_changes(
             rows = list(zip(*(column.to_pylist() for column in table.columns), strict=True))
             own = [hash64(key) for key, _, _ in rows]
             known.append(np.array(own, np.uint64))
-            at = [row if key in repeated else (*row[:2], None) for key, row in zip(own, rows, strict=True)]
-            marks.append(np.array([hash64(row) for row in at], np.uint64))
+            named = [row if key in repeated else (*row[:2], None) for key, row in zip(own, rows, strict=True)]
+            marks.append(np.array([hash64(row) for row in named], np.uint64))
     ids = np.concatenate([np.zeros(0, np.int64), *(store.ids for store in writer.stores)])
     mark = np.concatenate([np.zeros(0, np.uint64), *marks])
     order = mark.argsort(kind="stable")

@@ -68,8 +68,9 @@ class Embedder:
             errors, texts = _read_texts(_column(batch, self.text, "text"))
             vectors = text_features(model, texts) if texts else None
         else:
+            places: Sequence[int] = range(len(ids))
             if self.source is None:
-                places, source = range(len(ids)), _items(_column(batch, self.image, "image"))
+                source = _items(_column(batch, self.image, "image"))
             else:
                 places, source = ids, _open(self.source, self.columns)
                 ids = [source.key(place) for place in places]
