@@ -38,13 +38,7 @@ def test_a_template_goes_around_the_names(client, state):
     assert client.post("/api/classify", json={**asked, "template": "imagenet"}).status_code == 200
 
 
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        (b"no image at all", "unreadable"),
-        (png(7_100, 7_100), "too large"),
-    ],
-)
+@pytest.mark.parametrize(("content", "said"), [(b"no image at all", "unreadable"), (png(7_100, 7_100), "too large")])
 def test_other_files_are_refused_with_a_reason(client, content, said):
     answer = client.post("/api/images", content=content)
     assert answer.status_code == 422

@@ -156,11 +156,7 @@ def test_it_continues_after_a_kill(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"size": 50}, "size was 48, now 50"),
-        ({"shard_pairs": 5}, "shard_pairs was 4, now 5"),
-    ],
+    ("changed", "message"), [({"size": 50}, "size was 48, now 50"), ({"shard_pairs": 5}, "shard_pairs was 4, now 5")]
 )
 def test_another_option_in_the_same_folder_is_refused(folder, tmp_path, changed, message):
     options = {"size": 48, "shard_pairs": 4, "workers": 0}

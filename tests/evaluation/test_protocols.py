@@ -12,13 +12,7 @@ from declip.api import evaluate
 from declip.errors import UserError
 from declip.evaluation.datasets import Dataset
 from declip.evaluation.protocols import Options, evaluate_all
-from declip.evaluation.results import (
-    LinearProbeResult,
-    Measure,
-    ZeroShotResult,
-    read_result,
-    short_names,
-)
+from declip.evaluation.results import LinearProbeResult, Measure, ZeroShotResult, read_result, short_names
 from declip.interchange.export import export
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schema import Recipe

@@ -33,8 +33,7 @@ def test_a_repository_named_by_its_owner_loads_from_the_hub_too(repo, tmp_path, 
 
 
 @pytest.mark.parametrize(
-    ("encoder", "kind", "pooling"),
-    [(bert, "timm-vit", "cls"), (roberta, "vit", "mean"), (roberta, "resnet", "auto")],
+    ("encoder", "kind", "pooling"), [(bert, "timm-vit", "cls"), (roberta, "vit", "mean"), (roberta, "resnet", "auto")]
 )
 def test_open_clip_reads_a_text_encoder_of_transformers(encoder, kind, pooling, tmp_path):
     """As its CustomTextCLIP, from the folder alone: the encoder's own folder is gone."""

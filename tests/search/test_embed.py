@@ -105,10 +105,7 @@ def test_a_stopped_call_continues_bit_exact(
             declip.Index.open(tmp_path / "stopped", model=model)
         read.append(source.read)
     assert (read[0][-1], read[1][0]) == (11, 7), "complete parts are not embedded again"
-    for left in (
-        "generation-1",
-        ".unfinished/part-x",
-    ):  # of a kill before index.json; of a stranger
+    for left in ("generation-1", ".unfinished/part-x"):  # of a kill before index.json; of a stranger
         (tmp_path / "stopped" / left).mkdir()
         (tmp_path / "stopped" / left / "rows.parquet").write_bytes(b"half")
     declip.embed(model, Interrupted(folder), out=tmp_path / "stopped", batch_size=3, workers=2)

@@ -34,9 +34,7 @@ CASES = {
     CAPTIONS: {"contrastive": 0.4, "multi_view": 0.4, "nearest_neighbor": 0.2},
     SOFT: {"contrastive": 0.4, "multi_view": 0.3, "nearest_neighbor": 0.3},
 }
-SECTIONS: dict[str, dict[str, Any]] = {
-    SOFT: {"contrastive": {"label_smoothing": 0.1}},
-}
+SECTIONS: dict[str, dict[str, Any]] = {SOFT: {"contrastive": {"label_smoothing": 0.1}}}
 OPTIONS: dict[str, dict[str, Any]] = {"layer norm": {"patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2}}
 TOWERS = {"layer norm": "declip_vit_tiny", "batch norm": "declip_conv_tiny"}
 

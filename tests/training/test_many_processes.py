@@ -106,10 +106,7 @@ def test_two_processes_make_one_run(recipe, one, tmp_path):
 
 @pytest.mark.parametrize(
     ("keys", "parallel"),
-    [
-        ({"freeze_image_blocks": 2, "layer_decay": 0.8}, "fsdp"),
-        ({"lora": {"rank": 2}}, "ddp"),
-    ],
+    [({"freeze_image_blocks": 2, "layer_decay": 0.8}, "fsdp"), ({"lora": {"rank": 2}}, "ddp")],
     ids=["frozen-sharded", "lora"],
 )
 def test_two_processes_tune_as_one(table, tmp_path, start, keys, parallel):

@@ -178,9 +178,7 @@ def test_an_error_of_the_data_in_mid_run_saves_the_steps_before(table, tmp_path,
     val = tmp_path / "val.jsonl"
     rows = [json.loads(line) for line in table.read_text().splitlines()]
     val.write_text("".join(json.dumps({**row, "image": str(table.parent / row["image"])}) + "\n" for row in rows))
-    sections = {
-        "evaluation": {"retrieval": [str(val)]},
-    }
+    sections = {"evaluation": {"retrieval": [str(val)]}}
     recipe = recipe_for(table, "clip", sections, log_every=1, checkpoint_every=100, evaluate_every=5)
     train(recipe, out=tmp_path / "whole", quiet=True, report=False)
     source = Breaking(table)

@@ -55,10 +55,7 @@ def built(root, tmp_path_factory):
     keys = [*DRAWINGS, "food/torn.svg", "food/gone.svg"]
     titles = {key: title for key, (title, *_) in DRAWINGS.items()}
     stamps = [dict(zip(("key", "name", "kind", "photo", "test"), row, strict=True)) for row in CHOSEN_STAMPS]
-    rows = {
-        "clipart": [{"key": k, "title": titles.get(k, "x"), "author": "A"} for k in keys],
-        "stamps": stamps,
-    }
+    rows = {"clipart": [{"key": k, "title": titles.get(k, "x"), "author": "A"} for k in keys], "stamps": stamps}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sets, "read_rows", rows.get)
         patch.setenv(FOLDER_VARIABLE, str(root))

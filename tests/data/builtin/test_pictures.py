@@ -10,16 +10,7 @@ import numpy as np
 import pytest
 
 from declip.data.builtin.fetch import Package
-from declip.data.builtin.pictures import (
-    COLOR,
-    GRAY,
-    MANIFEST,
-    NOTICE,
-    TABLE,
-    BuiltinSet,
-    BuiltinSource,
-    Selection,
-)
+from declip.data.builtin.pictures import COLOR, GRAY, MANIFEST, NOTICE, TABLE, BuiltinSet, BuiltinSource, Selection
 from declip.data.builtin.sets import BUILTIN_SPLITS, BUILTINS, download, open_builtin
 from declip.data.pair import PairSource
 from declip.data.sources.open import open_source

@@ -176,8 +176,7 @@ def test_boxes_are_distributed_as_torchvisions(shape):
 
 
 @pytest.mark.parametrize(
-    ("shape", "box"),
-    [((400, 10), (193, 0, 13, 10)), ((10, 400), (0, 193, 10, 13)), ((1, 50), (0, 24, 1, 1))],
+    ("shape", "box"), [((400, 10), (193, 0, 13, 10)), ((10, 400), (0, 193, 10, 13)), ((1, 50), (0, 24, 1, 1))]
 )
 def test_a_picture_too_long_for_any_box_gives_its_middle(shape, box):
     maker = transform(scale=(0.9, 1.0))

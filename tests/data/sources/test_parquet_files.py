@@ -56,11 +56,7 @@ def test_files_that_are_not_one_table_are_refused(parts):
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
 def test_a_folder_with_metadata_is_a_table(folder, kind):
     (folder / "a.txt").write_text("not this")
-    write(
-        folder / f"metadata.{kind}",
-        [("a.png", "/x", "red"), ("b.png", "/y", "blue")],
-        ("file_name", "path", "text"),
-    )
+    write(folder / f"metadata.{kind}", [("a.png", "/x", "red"), ("b.png", "/y", "blue")], ("file_name", "path", "text"))
     source = open_source(folder)
     assert [source.key(n) for n in range(len(source))] == ["a.png", "b.png"]
     assert source[1].captions == ("blue",)

@@ -101,10 +101,7 @@ def archive(tmp_path_factory):
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    flips=st.lists(st.tuples(st.integers(0, 20_000), st.integers(0, 255)), max_size=8),
-    cut=st.integers(0, 20_000),
-)
+@given(flips=st.lists(st.tuples(st.integers(0, 20_000), st.integers(0, 255)), max_size=8), cut=st.integers(0, 20_000))
 @example(flips=[], cut=20_000)
 def test_mutated_archives_never_crash_and_stay_within_the_file(tmp_path, archive, flips, cut):
     mutated = bytearray(archive[:cut])

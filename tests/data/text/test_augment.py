@@ -8,15 +8,7 @@ import pytest
 
 from declip.data.batch import Needs, plan_views
 from declip.data.sources.open import open_source
-from declip.data.text.augment import (
-    IGNORED,
-    STOP_WORDS,
-    augment,
-    delete_words,
-    mask_tokens,
-    replace_words,
-    swap_words,
-)
+from declip.data.text.augment import IGNORED, STOP_WORDS, augment, delete_words, mask_tokens, replace_words, swap_words
 from declip.data.text.tokenizer import Tokenizer
 from declip.recipe.load import load_recipe
 from declip.training.pairs import unaugmented
