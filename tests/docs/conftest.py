@@ -191,6 +191,7 @@ def here(world, emoji_cache, tmp_path, monkeypatch):
         return whole(replace(study, variants=ends, pairs=(16,), seeds=(0,)), out, 1, quiet)
 
     monkeypatch.setattr(runner, "run", few)
+    monkeypatch.setattr(runner, "step_seconds", lambda parts, warm, count: [0.1] * count)
     monkeypatch.setattr(zero_shot, "read_prompts", one_template)
     monkeypatch.setattr(uvicorn.Server, "run", visit)
     return tmp_path

@@ -56,19 +56,3 @@ def test_code_is_fenced_and_works_in_bash_and_zsh(page):
         assert [line for line in code.splitlines() if len(line) > WIDEST] == []
         assert [line for line in lines(code) if GLOBBED.search(QUOTED.sub("", line))] == []
         assert "#" not in QUOTED.sub("", code)
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("declip train clip --outt x", "No such option"),
-        ("declip train clip train.stepps=3", r"train\.stepps"),
-        ("declip evaluate runs/none --dataset builtin:emoji-test", "ended with 2"),
-    ],
-)
-def test_a_wrong_line_is_seen(line, message, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    page = tmp_path / "page.md"
-    page.write_text(f"```shell\n# what it does\n{line}\n```\n", encoding="utf-8")
-    with pytest.raises(Exception, match=message):
-        Reader(monkeypatch).follow(page)

@@ -18,7 +18,7 @@ from declip.interchange import declip_file
 from declip.interchange.declip_file import FILE, write_declip_file
 from declip.training.assemble import assemble
 from declip.training.trainer import Trainer
-from interchange.towers import CAPTIONS, EXACT, build, command, export_exactly, largest, pictures
+from interchange.towers import CAPTIONS, EXACT, build, export_exactly, largest, pictures
 from training.starts import recipe_for
 
 
@@ -117,15 +117,14 @@ def test_one_file_holds_everything(tmp_path):
             assert torch.equal(own, other)
 
 
-def test_a_run_is_exported_with_its_data_steps_and_results(table, tmp_path, monkeypatch, capfd):
+def test_a_run_is_exported_with_its_data_steps_and_results(table, tmp_path, monkeypatch, capfd, command):
     recipe = recipe_for(table, steps=4).model_copy(update={"name": "shapes"})
     recipe = recipe.model_copy(update={"evaluation": recipe.evaluation.model_copy(update={"retrieval": (str(table),)})})
     trainer = Trainer(assemble(recipe, tmp_path / "run", quiet=True))
     trainer.train()
     out = tmp_path / "out"
-    words = ["export", str(tmp_path / "run"), "--format", "safetensors", "--out", str(out), "--license", "cc-by-4.0"]
-    assert command(words, monkeypatch) == 0
-    assert "Read back by declip" in capfd.readouterr().out
+    words = ["export", tmp_path / "run", "--format", "safetensors", "--out", out, "--license", "cc-by-4.0"]
+    assert "Read back by declip" in command(*words).out
     trained, tokens = trainer.parts.model.eval(), trainer.parts.model.tokenize("a red circle")
     with torch.no_grad():
         assert torch.equal(declip.load(out, device="cpu").encode_text(tokens), trained.encode_text(tokens))

@@ -9,7 +9,7 @@ import torch
 import declip
 from declip.errors import UserError
 from interchange.test_export import features, same_until_the_end
-from interchange.towers import CAPTIONS, EXACT, build, command, export_exactly, largest, pictures
+from interchange.towers import CAPTIONS, EXACT, build, export_exactly, largest, pictures
 from text_encoders import bert, distilbert, roberta
 
 PLAIN = ["a red circle", "Two GREEN squares, on white!", "日本語 and 😀 [SEP]", "!", " ".join(["nought"] * 40)]
@@ -17,14 +17,14 @@ PLAIN = ["a red circle", "Two GREEN squares, on white!", "日本語 and 😀 [SE
 
 
 @pytest.mark.parametrize("repo", ["owner/name", None])
-def test_a_repository_named_by_its_owner_loads_from_the_hub_too(repo, tmp_path, monkeypatch, caplog):
+def test_a_repository_named_by_its_owner_loads_from_the_hub_too(repo, tmp_path, caplog, command):
     """Of a folder open_clip takes the tokenizer that lies there; of a repository the one that the name says."""
     open_clip = pytest.importorskip("open_clip")
     pytest.importorskip("transformers")
     model, out = build("vit"), tmp_path / "out"
     declip.export(model, "safetensors", tmp_path / "model")
     words = ["export", str(tmp_path / "model"), "--format", "open_clip", "--out", str(out)]
-    assert command([*words, *(["--repo", repo] if repo else [])], monkeypatch) == 0
+    assert command(*words, *(["--repo", repo] if repo else [])).status == 0
     config = json.loads((out / "open_clip_config.json").read_text())
     assert config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] == (repo or "tokenizer.json")
     assert not [record for record in caplog.records if record.levelname != "INFO"]

@@ -18,7 +18,7 @@ from declip.interchange import official
 from declip.interchange.declip_file import FILE
 from golden_cases import Case, model_cases, read_official, read_state
 from interchange.test_export import features, run_card
-from interchange.towers import EXACT, build, command, export_exactly, largest
+from interchange.towers import EXACT, build, export_exactly, largest
 from training.starts import recipe_for
 
 
@@ -32,10 +32,9 @@ def official_file(folder: Path, state: dict[str, Any]) -> Path:
 
 @pytest.mark.golden
 @pytest.mark.parametrize("name", model_cases())
-def test_official_models_come_in_whole(name, tmp_path, monkeypatch, capfd):
+def test_official_models_come_in_whole(name, tmp_path, command):
     file, out = official_file(tmp_path, Case(name).state), tmp_path / "out"
-    assert command(["export", str(file), "--format", "safetensors", "--out", str(out)], monkeypatch) == 0
-    assert f"Written: {out}" in capfd.readouterr().out.replace("\n", "")
+    assert f"Written: {out}" in command("export", file, "--format", "safetensors", "--out", out).out.replace("\n", "")
     expected, objective = read_official(file)
     read = declip.load(out, device="cpu")
     for found, own in zip(features(read), features(expected.eval()), strict=True):

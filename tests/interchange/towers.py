@@ -4,14 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
 import declip
 from conftest import draw
-from declip.cli import app as cli
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.load import load_recipe
 
@@ -105,11 +103,3 @@ def export_exactly(model: DualEncoder, form: str, out: Path) -> Path:
     assert exported.difference is not None
     assert exported.difference <= EXACT
     return out
-
-
-def command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
-    """The command as a shell starts it; its exit status."""
-    monkeypatch.setattr("sys.argv", ["declip", *words])
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
-    return int(caught.value.code or 0)

@@ -3,52 +3,51 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
+import declip
 from declip.errors import UserError
 from declip.recipe.schema import Recipe
 from declip.runs.folder import KEPT
 from declip.training.assemble import assemble
-from text_encoders import roberta
+from text_encoders import bert, roberta
 from training.starts import recipe_for, resumes_exactly, tuned
 
-
-class Case(NamedTuple):
-    """A recipe, the step at which it is stopped, and a folder that is removed before it is resumed."""
-
-    recipe: Recipe
-    stop: int = 4
-    removed: Path | None = None
+Case = Callable[[Path, Path, Path], tuple[Recipe, Path | None]]
+"""From a table, a start and a folder: a recipe, and a folder that is removed before the run is resumed."""
 
 
-def plain(name: str, workers: int, **train: Any) -> Callable[..., Case]:
-    def case(table: Path, start: Path, folder: Path) -> Case:
-        data = {"source": str(table), "workers": workers}
-        return Case(recipe_for(table, name, {"data": data}, **train))
+def plain(name: str, workers: int, **train: Any) -> Case:
+    def case(table: Path, start: Path, folder: Path) -> tuple[Recipe, None]:
+        return recipe_for(table, name, {"data": {"source": str(table), "workers": workers}}, **train), None
 
     return case
 
 
-def smoothed(table: Path, start: Path, folder: Path) -> Case:
+def smoothed(table: Path, start: Path, folder: Path) -> tuple[Recipe, None]:
     weights = {"contrastive": 1.0, "nearest_neighbor": 0.5}
-    return Case(recipe_for(table, sections={"loss_weights": weights, "contrastive": {"label_smoothing": 0.1}}))
+    return recipe_for(table, sections={"loss_weights": weights, "contrastive": {"label_smoothing": 0.1}}), None
 
 
-def fine_tuned(train: dict[str, Any] | None = None, **keys: Any) -> Callable[..., Case]:
-    def case(table: Path, start: Path, folder: Path) -> Case:
+def fine_tuned(**keys: Any) -> Case:
+    def case(table: Path, start: Path, folder: Path) -> tuple[Recipe, Path]:
         source = Path(shutil.copytree(start, folder / "source"))
-        return Case(tuned(table, source, train, **keys), removed=source)
+        return tuned(table, source, **keys), source
 
     return case
 
 
-def text_encoder(table: Path, start: Path, folder: Path) -> Case:
-    pytest.importorskip("transformers")
-    encoder = roberta(folder / "roberta")
-    text = {"hf_model": str(encoder), "context_length": 24, "pooling": "mean"}
-    return Case(recipe_for(table, "declip", {"text": text}), removed=encoder)
+def text_encoder(make: Callable[[Path], Path], losses: str, **keys: Any) -> Case:
+    """Next to an image tower with random weights, without finetune.pretrained."""
+
+    def case(table: Path, start: Path, folder: Path) -> tuple[Recipe, Path]:
+        pytest.importorskip("transformers")
+        text = {"hf_model": str(make(folder / "encoder")), "context_length": 24, "pooling": "mean"}
+        return recipe_for(table, losses, {"text": text, "finetune": keys}, lr=1e-2), folder / "encoder"
+
+    return case
 
 
 CASES = {
@@ -58,15 +57,18 @@ CASES = {
     "layer decay, head warm-up": fine_tuned(lr_scale=0.5, layer_decay=0.8, head_warmup_steps=3, freeze_text_blocks=1),
     "adapters": fine_tuned(lora={"rank": 2}, head_warmup_steps=2),
     "another image size and length": fine_tuned(image_size=48, context_length=12),
-    "Hugging Face encoder": text_encoder,
+    "encoder": text_encoder(roberta, "declip"),
+    "encoder, layer decay": text_encoder(bert, "clip", lr_scale=0.1, layer_decay=0.5, freeze_text_blocks=1),
+    "encoder, adapters": text_encoder(bert, "clip", lr_scale=0.5, lora={"rank": 2, "dropout": 0.3}),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_resumed_run_equals_one_never_interrupted(table, start, tmp_path, name):
-    case = CASES[name](table, start, tmp_path)
-    resumes_exactly(case.recipe, tmp_path, case.stop, lambda: shutil.rmtree(case.removed) if case.removed else None)
-    if case.removed is not None:
-        assert (tmp_path / "parts" / KEPT).is_file() == (case.removed.name == "source")
-        with pytest.raises(UserError, match=str(case.removed)):
-            assemble(case.recipe, tmp_path / "new", quiet=True)
+    recipe, removed = CASES[name](table, start, tmp_path)
+    resumes_exactly(recipe, tmp_path, 4, lambda: shutil.rmtree(removed) if removed else None)
+    if removed:
+        assert (tmp_path / "parts" / KEPT).is_file() == (removed.name == "source")
+        declip.load(tmp_path / "parts", device="cpu")
+        with pytest.raises(UserError, match=str(removed)):
+            assemble(recipe, tmp_path / "new", quiet=True)

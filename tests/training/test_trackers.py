@@ -18,7 +18,6 @@ from declip.runs.folder import METRICS, TRACKING, read_rows
 from declip.training.monitor import monitored
 from declip.training.sinks import RunInfo
 from declip.training.trackers import AUTO, TRACKERS, trackers_of
-from interchange.towers import command
 from training.starts import recipe_for
 
 Numbers = dict[int, float]
@@ -126,11 +125,11 @@ def test_a_tracker_that_fails_does_not_end_the_run(table, tmp_path, monkeypatch,
     assert [row["step"] for row in read_rows(run.folder / METRICS)] == [2, 4, 6, 8]
 
 
-def test_a_tracker_that_is_missing_or_cannot_start_is_refused(table, tmp_path, monkeypatch, capfd):
+def test_a_tracker_that_is_missing_or_cannot_start_is_refused(table, tmp_path, monkeypatch, command):
     monkeypatch.setitem(sys.modules, "trackio", None)
-    words = ["train", "demo-clip", f"data.source={table}", "train.report_to=[trackio]", "--out", str(tmp_path / "run")]
-    assert command(words, monkeypatch) == 2
-    assert "pip install 'declip[trackio]'" in capfd.readouterr().err
+    words = ["train", "demo-clip", f"data.source={table}", "train.report_to=[trackio]", "--out", tmp_path / "run"]
+    refused = command(*words)
+    assert (refused.status, "pip install 'declip[trackio]'" in refused.err) == (2, True)
     assert not (tmp_path / "run").exists()
     monkeypatch.setitem(sys.modules, "wandb", fake_wandb())
     monkeypatch.delattr(sys.modules["wandb"], "init")
