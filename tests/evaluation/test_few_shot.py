@@ -14,10 +14,11 @@ from declip.evaluation.few_shot import (
     FewShotForm,
     FewShotHead,
     center_of,
+    centered,
     choose_threshold,
     fit_few_shot,
-    fit_heads,
-    joined,
+    fit_mixture,
+    halves,
 )
 from declip.evaluation.protocols import Options, evaluate_all
 from declip.evaluation.results import FewShotResult, read_result
@@ -40,20 +41,36 @@ def accuracy(head: FewShotHead, test: Examples) -> float:
 @pytest.mark.parametrize("shots", [2, 40])
 def test_the_weight_minimizes_the_weighted_squared_error(shots: int) -> None:
     examples, form = made_up(shots), FewShotForm(4.0, 0.1)
-    (head,) = fit_heads(examples, (form,))
-    x = joined(examples.images, center_of(examples), form, 12)
+    head = fit_mixture(examples, {form: 2.0})
+    x = centered(examples.images, center_of(examples), 12) / 2**0.5
     names = normalize(examples.names - examples.names.mean(0), dim=1)
     x = torch.cat([x, torch.cat([torch.zeros_like(names), names / 2**0.5], dim=1)])
     y = torch.cat([one_hot(examples.labels, 6), torch.eye(6)]) - 1 / 6
     w = torch.cat([torch.full((6 * shots,), 1 / shots), torch.full((6,), 4 / shots)])
     expected = torch.linalg.solve(x.T * w @ x + 0.1 * torch.eye(24), x.T * w @ y).T
-    assert torch.allclose(head.weight, expected, atol=1e-4)
+    z = centered(made_up(3, seed=1).images, head.center, 12) / 2**0.5
+    assert torch.allclose(head.scores(made_up(3, seed=1).images), 2 * z @ expected.T, atol=1e-4)
+
+
+def test_a_mixture_adds_the_scores_of_its_regressions() -> None:
+    examples, test = made_up(4), made_up(3, seed=1).images
+    mixture = {FewShotForm(0.0, 0.3): 2.0, FewShotForm(4.0, 0.1): 0.5}
+    alone = [fit_mixture(examples, {form: factor}).scores(test) for form, factor in mixture.items()]
+    mixed = fit_mixture(examples, mixture)
+    assert torch.allclose(mixed.scores(test), sum(alone), atol=1e-5)
+    assert mixed.name_weight == pytest.approx(4.0 * 0.5 / 2.5)
+
+
+def test_square_roots_of_features_without_negative_values() -> None:
+    images = torch.tensor([[1.0, 4.0, 3.0, 4.0], [1.0, -4.0, 3.0, 4.0]])
+    expected = torch.tensor([[1 / 5**0.5, 2 / 5**0.5, 0.6, 0.8], [1 / 17**0.5, -4 / 17**0.5, 0.6, 0.8]])
+    assert torch.allclose(halves(images, 2), expected)
 
 
 def test_a_large_penalty_compares_with_class_means() -> None:
     examples, test = made_up(5), made_up(50, seed=1)
-    (head,) = fit_heads(examples, (FewShotForm(0.0, 1e4),))
-    x, z = (joined(part.images, center_of(examples), head.form, 12) for part in (examples, test))
+    head = fit_mixture(examples, {FewShotForm(0.0, 1e4): 1.0})
+    x, z = (centered(part.images, center_of(examples), 12)[:, :12] for part in (examples, test))
     means = torch.stack([x[examples.labels == label].mean(0) for label in range(6)])
     assert torch.equal(head.scores(test.images).argmax(1), (z @ (means - means.mean(0)).T).argmax(1))
 
@@ -63,7 +80,7 @@ def test_good_names_weigh_more_than_images_and_bad_ones_nothing() -> None:
     few = {noise: made_up(4, noise=0.8, names=noise) for noise in (0.0, 5.0)}
     good, bad = (fit_few_shot(few[noise]) for noise in (0.0, 5.0))
     alone = fit_few_shot(few[0.0].take(torch.empty(0, dtype=torch.int64)))
-    assert good.form.name_weight >= 4 > bad.form.name_weight
+    assert good.name_weight >= 4 > bad.name_weight
     assert accuracy(good, test) > accuracy(bad, test)
     assert accuracy(alone, test) > 0.4
     assert alone.accuracy is None
@@ -130,6 +147,6 @@ def test_a_class_without_images_is_found_by_its_name() -> None:
     test = made_up(40, noise=0.2, seed=3)
     head = fit_few_shot(some)
     own = test.take(test.labels == 2)
-    assert head.form.name_weight > 0
+    assert head.name_weight > 0
     assert accuracy(head, own) > 0.5
     assert np.isfinite(head.weight.numpy()).all()

@@ -45,7 +45,7 @@ def test_examples_teach_a_model_that_knows_nothing(model: DualEncoder, folder: P
 def test_a_class_may_be_a_name_alone(model: DualEncoder, folder: Path, examples: Path) -> None:
     fitted = declip.Classifier.fit(model, ["blue_thing", "red thing", "green thing", "a star"], examples)
     assert fitted.counts == (len(SHAPES), len(SHAPES), len(SHAPES), 0)
-    assert fitted.head.form.name_weight > 0
+    assert fitted.head.name_weight > 0
     result = declip.classify(model, folder, head=fitted)
     assert "a star" in result.counts
     with pytest.raises(UserError, match="--classes"):

@@ -1,10 +1,11 @@
 """Few-shot classification in closed form: class names and any number of images per class, on frozen features.
 
-Ridge regression to the classes, in which a name is as many images as cross-validation says (κ). Its penalty leads from
-class means compared by cosine (large) to a covariance that all classes share (small).
+Ridge regression to the classes, in which a name counts as κ images. Its penalty leads from class means compared by
+cosine (large) to a covariance that all classes share (small). Regressions of several κ and penalties are added,
+weighted by cross-validation.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -21,21 +22,22 @@ from declip.models.inference import chunked, inference_tower
 RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 100.0)  # the last are class means
 NAME_WEIGHTS = (0.0, 1.0, 4.0, 16.0)  # κ, in images
 SCALES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)  # candidates for the factor of scores before the softmax
-FOLDS, FEWEST = 5, 5  # folds, and images per class from which on the settings are chosen
-MOST = 1_500  # images that the choice is made on: the classifier is fitted to all
+FOLDS, FEWEST = 5, 2  # folds, and images per class from which on the settings are weighted
+TEMPERATURE = 4.0  # of the weights: images of a class are not independent
+MOST = 1_500  # images that settings are weighted on: the classifier is fitted to all
 MOST_LEFT_OUT = 50  # classes that are left out, one at a time, for the threshold
 
 
 class FewShotForm(NamedTuple):
-    """The settings that cross-validation chooses."""
+    """The settings of one ridge regression."""
 
     name_weight: float
     ridge: float
 
 
-# Of fewer images per class, where a choice is 1 to 2 points worse (builtin:stamps-kinds, emoji by category)
-DEFAULT_FORM, DEFAULT_SCALE = FewShotForm(4.0, 0.3), 8.0
-NO_NAMES = FewShotForm(0.0, 0.3)  # the same where names are no better than chance on the images
+Mixture = Mapping[FewShotForm, float]
+"""The factors of the regressions whose scores are added."""
+DEFAULT_MIXTURE: Mixture = {FewShotForm(4.0, 0.3): 8.0}  # of fewer images per class
 
 
 class Examples(NamedTuple):
@@ -65,13 +67,18 @@ class FewShotHead:
     weight: Tensor  # (C, v + d)
     center: Tensor  # (v + d,)
     width: int  # v
-    form: FewShotForm
-    scale: float = DEFAULT_SCALE
+    mixture: Mixture
     accuracy: Measure | None = None  # of images that were left out; None with one image per class or none
+
+    @property
+    def name_weight(self) -> float:
+        """The mean κ: as many images as a class's name counts."""
+        total = sum(form.name_weight * factor for form, factor in self.mixture.items())
+        return total / sum(self.mixture.values())
 
     def scores(self, images: Tensor) -> Tensor:
         """(n, C), before the softmax, of features (n, v + d)."""
-        return self.scale * joined(images.to(self.weight), self.center, self.form, self.width) @ self.weight.mT
+        return centered(images.to(self.weight), self.center, self.width) @ self.weight.mT
 
 
 def joint_encoder(model: Encoder) -> tuple[Callable[[Tensor], Tensor], int]:
@@ -87,48 +94,51 @@ def joint_encoder(model: Encoder) -> tuple[Callable[[Tensor], Tensor], int]:
     return lambda pixels: chunked(model.encode_image, pixels), 0
 
 
-def joined(images: Tensor, center: Tensor, form: FewShotForm, width: int) -> Tensor:
-    """Centered features of length 1: of both halves, or only those before the projection if names have no weight."""
-    halves = [normalize(half, dim=-1) for half in images.split([width, images.shape[1] - width], dim=1)]
-    centered = [
-        normalize(half - part, dim=-1)
-        for half, part in zip(halves, center.split([width, len(center) - width]), strict=True)
-    ]
-    if width and not form.name_weight:
-        centered[1] = torch.zeros_like(centered[1])
-    return normalize(torch.cat(centered, dim=1), dim=-1)
+def halves(images: Tensor, width: int) -> Tensor:
+    """(n, v + d), both halves with length 1; of features without negative values, as after a ReLU, the square roots.
+
+    Roots are worth half a point of top-1: few large activations count less.
+    """
+    before, embedded = images[:, :width], images[:, width:]
+    if width:
+        before = torch.where(before.amin(dim=1, keepdim=True) >= 0, before.clamp(min=0).sqrt(), before)
+    return torch.cat([normalize(before, dim=-1), normalize(embedded, dim=-1)], dim=1)
+
+
+def centered(images: Tensor, center: Tensor, width: int) -> Tensor:
+    """(n, v + d), the directions of both halves from the center."""
+    moved = halves(images, width) - center
+    return torch.cat([normalize(moved[:, :width], dim=-1), normalize(moved[:, width:], dim=-1)], dim=1)
 
 
 def center_of(examples: Examples) -> Tensor:
     """(v + d,), the mean over classes of the mean of their images; zeros without images."""
-    images, width = examples.images, examples.width
-    if not len(images):
-        return torch.zeros(images.shape[1])
+    if not len(examples.images):
+        return torch.zeros(examples.images.shape[1])
     weights = 1 / torch.bincount(examples.labels)[examples.labels]
-    halves = torch.cat([normalize(half, dim=-1) for half in images.split([width, images.shape[1] - width], dim=1)], 1)
-    return (weights / weights.sum()) @ halves
+    return (weights / weights.sum()) @ halves(examples.images, examples.width)
 
 
-def fit_heads(examples: Examples, forms: tuple[FewShotForm, ...]) -> list[FewShotHead]:
-    """Ridge regression of the classes' indicators on features, by each form.
+def fit_forms(examples: Examples, center: Tensor, forms: Iterable[FewShotForm]) -> dict[FewShotForm, Tensor]:
+    """Ridge regression of the classes' indicators on features, by each form: weights (C, v + d).
 
     With X the images and the names, w their weights (1 in all for a class's images, κ / n for its name) and Y their
     classes minus 1 / C, the weight is the smaller of
         Xᵀ √w (√w X Xᵀ √w + ε I)⁻¹ √w Y        (Xᵀ w X + ε I)⁻¹ Xᵀ w Y
+    Rows of X have length 1: both halves times √½, or only features before the projection where names have no weight.
     """
-    center, count = center_of(examples), len(examples.names)
+    forms, count, width = tuple(forms), len(examples.names), examples.width
     sizes = torch.bincount(examples.labels, minlength=count).clamp(min=1)
-    found = dict[FewShotForm, FewShotHead]()
+    images, found = centered(examples.images, center, width), dict[FewShotForm, Tensor]()
     for kappa in dict.fromkeys(form.name_weight for form in forms):
         # --- rows: images, then names, whose half before the projection is 0
-        own = [form for form in forms if form.name_weight == kappa]
-        rows, labels = joined(examples.images, center, own[0], examples.width), examples.labels
-        weights = 1 / sizes[labels]
+        factors = torch.ones(images.shape[1])
+        if width:
+            factors[:width], factors[width:] = (0.5**0.5, 0.5**0.5) if kappa else (1.0, 0.0)
+        rows, labels, weights = images * factors, examples.labels, 1 / sizes[examples.labels]
         if kappa or not len(rows):
             names = normalize(examples.names - examples.names.mean(dim=0), dim=-1)
-            padded = torch.cat(
-                [names.new_zeros(count, examples.width), names * (0.5**0.5 if examples.width else 1.0)], dim=1
-            )
+            padded = torch.cat([names.new_zeros(count, width), names], dim=1) * factors
             # A class without images has the weight of the others
             alone = torch.bincount(labels, minlength=count) == 0
             rows, labels = torch.cat([rows, padded]), torch.cat([labels, torch.arange(count)])
@@ -139,18 +149,26 @@ def fit_heads(examples: Examples, forms: tuple[FewShotForm, ...]) -> list[FewSho
         dual = len(x) < x.shape[1]
         values, axes = torch.linalg.eigh(x @ x.mT if dual else x.mT @ x)
         target = axes.mT @ (y if dual else x.mT @ y)
-        for form in own:
+        for form in (form for form in forms if form.name_weight == kappa):
             solved = axes @ (target / (values.clamp(min=0) + form.ridge)[:, None])
-            found[form] = FewShotHead((x.mT @ solved if dual else solved).mT.contiguous(), center, examples.width, form)
-    return [found[form] for form in forms]
+            found[form] = (x.mT @ solved if dual else solved).mT * factors
+    return found
+
+
+def fit_mixture(examples: Examples, mixture: Mixture) -> FewShotHead:
+    """Add the regressions of a mixture: as all are linear in the same features, their sum is one linear classifier."""
+    center = center_of(examples)
+    weights = fit_forms(examples, center, mixture)
+    weight = torch.stack([factor * weights[form] for form, factor in mixture.items()]).sum(dim=0)
+    return FewShotHead(weight.contiguous(), center, examples.width, mixture)
 
 
 def fit_few_shot(examples: Examples, seed: int = 0) -> FewShotHead:
-    """Choose settings, scale and accuracy by cross-validation on the images, and fit the settings to all."""
+    """Weigh settings, and measure the accuracy, by cross-validation on the images; fit the mixture to all."""
     sizes = np.bincount(examples.labels.numpy(), minlength=len(examples.names))
-    forms: tuple[FewShotForm, ...] = (_without_choice(examples),)
     if sizes.max(initial=0) < 2:
-        return fit_heads(examples, forms)[0]
+        return fit_mixture(examples, DEFAULT_MIXTURE)
+    forms = tuple(DEFAULT_MIXTURE)
     if len(examples.labels) >= FEWEST * (sizes > 0).sum():
         kappas = NAME_WEIGHTS if sizes.all() else NAME_WEIGHTS[1:]
         forms = tuple(FewShotForm(kappa, ridge) for kappa in kappas for ridge in RIDGES)
@@ -159,40 +177,31 @@ def fit_few_shot(examples: Examples, seed: int = 0) -> FewShotHead:
         part = MOST / len(examples.labels)
         chosen = sample_per_class(examples.labels.numpy(), lambda count: max(2, round(part * count)), seed)
         some = examples.take(torch.from_numpy(chosen))
-    scores = cross_validate(some, forms, seed)  # (forms, n, C)
-    losses = torch.stack(
-        [(scale * scores).log_softmax(-1)[:, torch.arange(len(some.labels)), some.labels].mean(1) for scale in SCALES]
+    # --- the best scale of each form, and its weight by the likelihood of the images that were left out
+    scores, count = cross_validate(some, forms, seed), len(some.labels)  # (forms, n, C)
+    likelihoods = torch.stack(
+        [(scale * scores).log_softmax(-1)[:, torch.arange(count), some.labels].mean(1) for scale in SCALES]
     )
-    scale, number = divmod(int(losses.argmax()), len(forms))
-    (head,) = fit_heads(examples, (forms[number],))
-    right = float((scores[number].argmax(1) == some.labels).double().mean())
-    measure = Measure("examples", right, 1 / len(examples.names), len(some.labels))
-    return replace(head, scale=SCALES[scale], accuracy=measure)
+    best = likelihoods.max(dim=0)
+    factors = (best.values * count / TEMPERATURE).softmax(0) * torch.tensor(SCALES)[best.indices]
+    head = fit_mixture(examples, dict(zip(forms, factors.tolist(), strict=True)))
+    right = float(((factors @ scores.flatten(1)).view(scores.shape[1:]).argmax(1) == some.labels).double().mean())
+    return replace(head, accuracy=Measure("examples", right, 1 / len(examples.names), count))
 
 
-def _without_choice(examples: Examples) -> FewShotForm:
-    """The default, with names unless these find few of the images: of C images, one is right by chance."""
-    if not len(examples.labels):
-        return DEFAULT_FORM
-    (names,) = fit_heads(examples.take(torch.empty(0, dtype=torch.int64)), (DEFAULT_FORM,))
-    names = replace(names, center=center_of(examples))
-    right = int((names.scores(examples.images).argmax(1) == examples.labels).sum())
-    expected = len(examples.labels) / len(examples.names)
-    complete = len(examples.labels.unique()) == len(examples.names)
-    return NO_NAMES if complete and right <= expected + expected**0.5 else DEFAULT_FORM
-
-
-def cross_validate(examples: Examples, forms: tuple[FewShotForm, ...], seed: int = 0) -> Tensor:
-    """(forms, n, C), the scores of each image by heads that have not seen its fold; all classes are in all folds."""
-    labels = examples.labels.numpy()
+def cross_validate(examples: Examples, forms: Iterable[FewShotForm], seed: int = 0) -> Tensor:
+    """(forms, n, C), the scores of each image by regressions that have not seen its fold; folds have all classes."""
+    labels, forms = examples.labels.numpy(), tuple(forms)
     rng, folds = np.random.default_rng(seed), np.zeros(len(labels), np.int64)
     for rows in by_class(labels):
         folds[rng.permutation(rows)] = np.arange(len(rows)) % FOLDS
     scores = torch.empty(len(forms), len(labels), len(examples.names))
     for fold in np.unique(folds):
         out = torch.from_numpy(folds == fold)
-        for number, head in enumerate(fit_heads(examples.take(~out), forms)):
-            scores[number, out] = replace(head, scale=1.0).scores(examples.images[out])
+        center = center_of(examples.take(~out))
+        images = centered(examples.images[out], center, examples.width)
+        weights = fit_forms(examples.take(~out), center, forms)
+        scores[:, out] = torch.stack([images @ weights[form].mT for form in forms])
     return scores
 
 
@@ -212,10 +221,11 @@ def choose_threshold(examples: Examples, head: FewShotHead, seed: int = 0) -> Re
     left_out = np.random.default_rng(seed).permutation(present)[:MOST_LEFT_OUT]
     outside = list[Tensor]()
     for label in left_out.tolist():
-        (other,) = fit_heads(examples.without(label), (head.form,))
-        outside.append(replace(other, scale=head.scale).scores(examples.images[examples.labels == label]).amax(1))
+        other = fit_mixture(examples.without(label), head.mixture)
+        outside.append(other.scores(examples.images[examples.labels == label]).amax(1))
     strangers = torch.cat(outside)
-    own = head.scale * cross_validate(examples, (head.form,), seed)[0].amax(1)
+    factors = torch.tensor(list(head.mixture.values()))[:, None, None]
+    own = (factors * cross_validate(examples, head.mixture, seed)).sum(dim=0).amax(1)
     values, order = torch.cat([own, strangers]).sort()
     is_own = order < len(own)
     lost, rejected = (mask.double().cumsum(0) / mask.sum() for mask in (is_own, ~is_own))

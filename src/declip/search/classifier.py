@@ -44,8 +44,7 @@ class _Stored(BaseModel):
     classes: list[str] = Field(min_length=2)
     counts: list[int]
     width: int = Field(ge=0)
-    form: tuple[float, float]
-    scale: float = Field(gt=0, allow_inf_nan=False)
+    mixture: list[tuple[float, float, float]] = Field(min_length=1)  # κ, penalty, factor
     accuracy: tuple[float, int] | None
     rejection: dict[str, float] | None
     model: str
@@ -120,8 +119,8 @@ class Classifier:
         """The examples, the settings, and what cross-validation says."""
         head, none = self.head, sum(not count for count in self.counts)
         lines = [f"{sum(self.counts):,} examples of {len(self.counts) - none:,} classes, {none:,} more by name alone"]
-        if head.form.name_weight:
-            lines[0] += f"; a name counts as {head.form.name_weight:g} images"
+        if head.name_weight >= 0.1:
+            lines[0] += f"; a name counts as {head.name_weight:.2g} images"
         if head.accuracy is not None:
             low, high = head.accuracy.interval
             lines.append(
@@ -143,8 +142,7 @@ class Classifier:
             classes=list(self.classes),
             counts=list(self.counts),
             width=head.width,
-            form=tuple(head.form),
-            scale=head.scale,
+            mixture=[(*form, factor) for form, factor in head.mixture.items()],
             accuracy=None if head.accuracy is None else (head.accuracy.value, head.accuracy.n),
             rejection=None if self.rejection is None else asdict(self.rejection),
             model=self.model,
@@ -167,7 +165,8 @@ class Classifier:
                 raise ValueError("the sizes do not fit, or numbers are not finite")
         except Exception as error:  # a stranger's file; safetensors has its own classes
             raise UserError(f"'{path}' is not a head of declip classify: {one_line(error, 200)}.") from error
-        head = FewShotHead(weight, center, stored.width, FewShotForm(*stored.form), stored.scale)
+        mixture = {FewShotForm(*form): factor for *form, factor in stored.mixture}
+        head = FewShotHead(weight, center, stored.width, mixture)
         if stored.accuracy is not None:
             head = replace(head, accuracy=Measure("examples", stored.accuracy[0], 1 / count, stored.accuracy[1]))
         return cls(tuple(stored.classes), tuple(stored.counts), head, rejection, stored.model, SkipCounter())
