@@ -33,24 +33,27 @@ from declip.models.closed_form import (
 from declip.models.inference import chunked, inference_tower
 from declip.search.facility_location import facility_location
 
-START = "builtin:lite0-minilm"
 FORMS = (Form("ridge", 0.3), Form("ridge", 1.0), Form("ridge", 3.0), Form("cca", 0.3), Form("cca", 1.0))
 # Training part, test part, images of the pool of a seed, numbers of captions by choice, and more by chance
 SETS = {
     "emoji": ("emoji", "emoji-test", 4_500, (175, 350, 700, 1_400), (2_800, 4_500)),
     "icons": ("icons", "icons-test", 3_000, (175, 350, 700, 1_400), (2_800,)),
     "stamps": ("stamps", None, 275, (20, 40, 80, 160), (275,)),
+    "clipart": ("clipart", None, 1_000, (100, 200, 400), (1_000,)),
+    "emoji-2000": ("emoji", None, 1_500, (175, 350, 700), (1_500,)),
 }
-LIMIT = {"icons": 4_000}  # images that are encoded, at random
+LIMIT = {"icons": 4_000, "emoji-2000": 2_000}  # images that are encoded, at random
 
 
-def features(name: str, work: Path) -> Pairs:
+def features(set_name: str, name: str, start: str, work: Path) -> Pairs:
     """Pooled features of a built-in set, kept in a file."""
-    path = work / f"{name}-128.pt"
+    path = work / f"{set_name}-{name}-{start.removeprefix('builtin:')}.pt"
     if not path.exists():
-        model, source = declip.load(START, "cpu"), open_builtin(name)
+        model, source = declip.load(start, "cpu"), open_builtin(name)
         tower = inference_tower(model)
-        order = np.random.default_rng(0).permutation(len(source))[: LIMIT.get(name)]
+        order = np.random.default_rng(0).permutation(len(source))[
+            : LIMIT.get(set_name) if name == SETS[set_name][0] else None
+        ]
         with torch.no_grad():
             encode = partial(chunked, lambda pixels: tower(pixels).pre_logits.float())
             found = encode_source(model, source, encode=encode, texts=False, indices=np.sort(order), progress=True)
@@ -96,20 +99,21 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--start", default="builtin:lite2-minilm")
     given = parser.parse_args()
-    start = declip.load(START, "cpu")
-    known = read(START).named_classes()
+    start = declip.load(given.start, "cpu")
+    known = read(given.start).named_classes()
     assert known is not None
     assert known.features is not None
     classes = ClassPairs(known.rows.float(), known.features.float(), known.texts()[1], known.mean.float())
     head = start.image_tower.proj.weight.detach().float()
     for name in given.sets:
         train, held_out, size, counts, more = SETS[name]
-        everything, factors = features(train, given.work), {}
+        everything, factors = features(name, train, given.start, given.work), {}
         for seed in range(given.seeds):
             order = np.random.default_rng(seed).permutation(len(everything.images))
             pool, rest = order[:size], order[size:]
-            test = take(everything, rest) if held_out is None else features(held_out, given.work)
+            test = take(everything, rest) if held_out is None else features(name, held_out, given.start, given.work)
             images = everything.images[torch.from_numpy(pool)]
             found = facility_location(project(head, images), torch.empty(0, len(head)), max(counts))
             chosen = pool[[row for row, _ in found]]
@@ -124,7 +128,14 @@ def main() -> None:
                 chance = {n: values[best[n]] for n, values in tried.items()}
                 for n in counts:
                     value = recall(take(small, chosen[:n]), small_test, extra)[best[n]]
-                    row = {"set": name, "pairs": kind, "seed": seed, "captions": n, "chance": round(chance[n], 2)}
+                    row = {
+                        "start": given.start,
+                        "set": name,
+                        "pairs": kind,
+                        "seed": seed,
+                        "captions": n,
+                        "chance": round(chance[n], 2),
+                    }
                     row |= {"chosen": round(value, 2), "factor": round(factor(chance, n, value), 3)}
                     factors.setdefault((kind, n), []).append(row["factor"])
                     with given.out.open("a", encoding="utf-8") as file:
