@@ -5,6 +5,8 @@ import io
 import json
 import os
 import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from types import SimpleNamespace
 
 # Threads that wait for each other make everything slow next to other tests; set before the libraries are loaded, and
@@ -56,6 +58,12 @@ def pytest_collection_finish() -> None:
 def tiny_tree(source: object, losses: str = "clip", **sections: object) -> dict[str, object]:
     """A recipe that trains towers of `TINY` on a source, without loader processes."""
     return {**TINY, "data": {"source": str(source), "workers": 0}, "loss_weights": WEIGHTS[losses], **sections}
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, object]]) -> Path:
+    """Write a JSONL table."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
 
 
 def draw(color: str, shape: str, size: int = 40) -> Image.Image:
@@ -111,9 +119,14 @@ def table(tmp_path_factory):
             draw(color, shape).save(folder / f"{color}-{shape}.png")
             captions = [f"a {color} {shape}", f"{shape} painted in {color} on white paper"]
             rows.append({"image": f"{color}-{shape}.png", "caption": captions})
-    path = folder / "shapes.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
+    return write_rows(folder / "shapes.jsonl", rows)
+
+
+@pytest.fixture(scope="session")
+def rows(table):
+    """The rows of the table with absolute paths, for tables that lie elsewhere."""
+    found = map(json.loads, table.read_text(encoding="utf-8").splitlines())
+    return [{**row, "image": str(table.parent / row["image"])} for row in found]
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """Files that came from elsewhere: what reading one gets, and what it takes."""
 
+import hashlib
+import json
 import multiprocessing
 import resource
 from collections.abc import Callable
@@ -13,6 +15,7 @@ from PIL import Image
 from conftest import encoded
 from declip.data.pair import BrokenPair
 from declip.errors import UserError
+from declip.runs.checkpoint import STATE
 
 ROOM = 48
 """MB that reading may take beyond what the process had; the bombs here would take 64 and more, or everything."""
@@ -64,6 +67,14 @@ def apart(work: Callable[[], object]) -> tuple[str, float]:
     finally:
         process.kill()
         process.join()
+
+
+def forge(checkpoint: Path, **changes: object) -> None:
+    """Change the state of a checkpoint, and its digest, as an attacker would."""
+    state = {**json.loads((checkpoint / STATE).read_text()), **changes}
+    del state["digest"]
+    digest = hashlib.sha256(json.dumps(state, indent=1).encode()).hexdigest()
+    (checkpoint / STATE).write_text(json.dumps({**state, "digest": digest}, indent=1))
 
 
 def written(kind: str, **options: Any) -> bytes:

@@ -155,27 +155,15 @@ def test_a_running_run_keeps_its_folder(pairs: Path, weights: Path, tmp_path: Pa
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock", "checkpoint"]
 
 
-@pytest.mark.parametrize(
-    ("names", "keys", "says"),
-    [
-        (None, {"finetune.class_pairs": True}, ("finetune.class_names", "finetune.class_pairs=false")),
-        ("a\nb\n", {}, ("2 names", "7 classes")),
-        ("a\nb\nb\n", {}, ("'b'", "2 times", "finetune.class_names")),
-        ("a\n", {"finetune.class_pairs": False}, ("finetune.class_pairs", "--freeze both")),
-    ],
-)
-def test_classes_without_a_name_each_are_refused(
-    names: str | None, keys: dict[str, Any], says: tuple[str, ...], tmp_path: Path
-) -> None:
+def test_names_of_classes_are_checked_before_the_pairs_are_read(tmp_path: Path) -> None:
+    """Every wrong file of names: tests/interchange/test_classes.py."""
     save_file(timm.create_model("test_vit", num_classes=7).state_dict(), tmp_path / "w.safetensors")
-    if names is not None:
-        (tmp_path / "names.txt").write_text(names, encoding="utf-8")
-        keys = {**keys, "finetune.class_names": str(tmp_path / "names.txt")}
-    with pytest.raises(UserError) as caught:  # before the pairs, which do not exist, are read
-        declip.finetune(
-            "no.csv", f"timm:test_vit/{tmp_path / 'w.safetensors'}", freeze="both", out=tmp_path / "r", **keys
-        )
-    assert [word for word in says if word not in str(caught.value)] == [], caught.value
+    (tmp_path / "names.txt").write_text("a\nb\n", encoding="utf-8")
+    start = f"timm:test_vit/{tmp_path / 'w.safetensors'}"
+    for class_pairs, says in ((True, "2 names.*7 classes"), (False, "finetune.class_pairs.*--freeze both")):
+        keys: Any = {"finetune.class_names": str(tmp_path / "names.txt"), "finetune.class_pairs": class_pairs}
+        with pytest.raises(UserError, match=says):
+            declip.finetune("no.csv", start, freeze="both", out=tmp_path / "r", **keys)
 
 
 def test_a_refused_run_removes_only_its_own_files(pairs: Path, weights: Path, tmp_path: Path) -> None:

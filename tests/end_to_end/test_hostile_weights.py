@@ -1,6 +1,5 @@
 """Weights, checkpoints and recipes from elsewhere: nothing in them runs, memory stays bounded, all is said."""
 
-import hashlib
 import json
 import pickle
 import struct
@@ -25,7 +24,7 @@ from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe
 from declip.runs.checkpoint import STATE, WEIGHTS, Checkpoint, write_snapshot
 from golden_cases import read_official, read_state
-from hostile import ROOM, Trap, apart, quickly, said
+from hostile import ROOM, Trap, apart, forge, quickly, said
 
 pytestmark = pytest.mark.usefixtures("here")
 
@@ -144,14 +143,6 @@ def checkpoint(here):
     return write_snapshot(here / "run", Checkpoint(1, weights, {}, recipe.to_yaml()), keep=1)
 
 
-def edit(folder: Path, recipe: str) -> None:
-    """Give a checkpoint another recipe, with its digest, as an attacker would."""
-    state = json.loads((folder / STATE).read_text())
-    state = {name: value for name, value in state.items() if name != "digest"} | {"recipe": recipe}
-    digest = hashlib.sha256(json.dumps(state, indent=1).encode()).hexdigest()
-    (folder / STATE).write_text(json.dumps({**state, "digest": digest}, indent=1))
-
-
 def laughs(levels: int = 30) -> str:
     """Ten aliases of ten aliases of ten …: 10^30 entries of 30 lines."""
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
@@ -173,7 +164,7 @@ RECIPES = {
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_that_would_run_code_or_is_none(name, checkpoint):
-    edit(checkpoint, RECIPES[name])
+    forge(checkpoint, recipe=RECIPES[name])
     Path("mine.yaml").write_text(RECIPES[name])
     works = {"run": lambda: declip.load(checkpoint, device="cpu"), "mine": lambda: load_recipe("mine.yaml")}
     for where, work in works.items():
@@ -199,7 +190,7 @@ def test_a_checkpoint_whose_recipe_asks_for_another_model(change, checkpoint):
     tree = yaml.safe_load(json.loads((checkpoint / STATE).read_text())["recipe"])
     for key, value in change.items():
         tree[key] = {**tree[key], **value} if isinstance(value, dict) else value
-    edit(checkpoint, yaml.safe_dump(tree))
+    forge(checkpoint, recipe=yaml.safe_dump(tree))
     got, megabytes = apart(lambda: declip.load(checkpoint, device="cpu"))
     assert got != "read"
     assert megabytes < 2 * ROOM

@@ -16,7 +16,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from conftest import draw, tiny_tree
+from conftest import draw, tiny_tree, write_rows
 from declip.api import train
 from declip.cli import app as cli
 from declip.recipe.schema import Recipe
@@ -230,7 +230,7 @@ def test_wrong_arguments_are_answered_without_torch_and_libraries_stay_silent(tm
 
 
 @pytest.fixture
-def broken(table, here):
+def broken(table, rows, here):
     """A table of 24 good pairs and 8 broken ones; each reason once, "missing image" and "unreadable image" twice."""
     (here / "text.png").write_text("I am text")
     (here / "folder").mkdir()
@@ -238,9 +238,7 @@ def broken(table, here):
     draw("red", "square", size=200).save(here / "whole.jpg")
     (here / "cut.jpg").write_bytes((here / "whole.jpg").read_bytes()[:1500])
     good = f"{table.parent}/./red-bar.png"  # written otherwise than in the table, so that no rows are merged
-    rows = [json.loads(line) for line in table.read_text().splitlines()]
-    rows = [{**row, "image": str(table.parent / row["image"])} for row in rows]
-    rows += [
+    faults = [
         {"image": "gone.png", "caption": "no such file"},
         {"image": None, "caption": "no image named"},
         {"image": "text.png", "caption": "text"},
@@ -250,9 +248,7 @@ def broken(table, here):
         {"image": good, "caption": "x" * 100_000},
         {"image": good.replace("./", "././"), "caption": " "},
     ]
-    path = here / "broken.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return write_rows(here / "broken.jsonl", [*rows, *faults])
 
 
 REASONS = {"missing image": 2, "unreadable image": 2}
@@ -279,11 +275,9 @@ def test_broken_pairs_are_named_and_stop_a_run_where_they_are_too_many(broken, t
     assert [reason for reason in REASONS if reason not in printed] == []
 
 
-def test_batches_of_broken_pairs_alone_are_passed_over(table, here, declip):
-    rows = [json.dumps({"image": f"gone-{number}.png", "caption": "gone"}) for number in range(48)]
-    good = [json.loads(line) for line in table.read_text().splitlines()]
-    rows += [json.dumps({**row, "image": str(table.parent / row["image"])}) for row in good]
-    (here / "most.jsonl").write_text("\n".join(rows))
+def test_batches_of_broken_pairs_alone_are_passed_over(rows, here, declip):
+    lost = [{"image": f"gone-{number}.png", "caption": "gone"} for number in range(48)]
+    write_rows(here / "most.jsonl", [*lost, *rows])
     words = ["data.source=most.jsonl", "data.max_broken_fraction=1", "train.batch_size=4", "train.steps=18"]
     status, printed = declip("train", "mine.yaml", *words, "train.log_every=1", "--out", "run", "--quiet")
     assert status == 0, printed

@@ -1,6 +1,7 @@
 """A model whose features can be worked out by hand: an image is its mean color, a text the colors it names."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,7 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from declip.data.pair import BrokenPair, Pair, PairSource
+from declip.data.pair import BrokenPair, Pair, PairSource, SkipCounter
+from declip.evaluation.encode import SourceFeatures
 
 COLOURS = {
     "red": (255, 0, 0),
@@ -81,6 +83,12 @@ class PaintedSource(PairSource):
     def __getitem__(self, index: int) -> Pair:
         captions = self.captions(index)
         return Pair(f"row {index}", Image.new("RGB", (8, 8), COLOURS[self.colors[index]]), captions)
+
+
+def features_of(images: Tensor, captions: Sequence[tuple[str, ...]] | None = None, texts: Any = None) -> SourceFeatures:
+    """Features that no model made."""
+    captions = captions if captions is not None else [()] * len(images)
+    return SourceFeatures("hand", np.arange(len(images)), images, tuple(captions), texts, SkipCounter())
 
 
 @pytest.fixture

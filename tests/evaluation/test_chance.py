@@ -6,12 +6,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from declip.data.pair import SkipCounter
-from declip.evaluation.encode import SourceFeatures
 from declip.evaluation.linear_probe import Labeled, ProbeData, linear_probe
 from declip.evaluation.results import Result
 from declip.evaluation.retrieval import retrieve
 from declip.evaluation.zero_shot import classify
+from evaluation.conftest import features_of
 
 EQUAL = np.arange(120) % 12
 UNEQUAL = np.r_[np.zeros(70, dtype=int), np.ones(30, dtype=int), 2 + np.arange(20) % 10]
@@ -25,10 +24,6 @@ CAPTIONS = {
 
 def _random(rows: int, generator: torch.Generator) -> Tensor:
     return normalize(torch.randn(rows, 16, generator=generator), dim=1)
-
-
-def _source(images: Tensor, captions: list[tuple[str, ...]], texts: Tensor | None) -> SourceFeatures:
-    return SourceFeatures("random", np.arange(len(images)), images, tuple(captions), texts, SkipCounter())
 
 
 def _near(results: list[Result]) -> None:
@@ -45,7 +40,7 @@ def test_retrieval_in_both_directions(captions):
     rows = [row_of[caption] for own in captions for caption in own]
     images = len(captions)
     _near([
-        retrieve(_source(_random(images, generator), captions, _random(len(row_of), generator)[rows]))
+        retrieve(features_of(_random(images, generator), captions, _random(len(row_of), generator)[rows]))
         for _ in range(100)
     ])  # fmt: skip
 
@@ -53,9 +48,8 @@ def test_retrieval_in_both_directions(captions):
 @pytest.mark.parametrize("labels", [EQUAL, UNEQUAL], ids=["equal", "unequal"])
 def test_classification_by_names(labels):
     generator = torch.Generator().manual_seed(0)
-    none: list[tuple[str, ...]] = [()] * len(labels)
     _near([
-        classify(_source(_random(len(labels), generator), none, None), labels, _random(12, generator))
+        classify(features_of(_random(len(labels), generator)), labels, _random(12, generator))
         for _ in range(100)
     ])  # fmt: skip
 

@@ -5,9 +5,8 @@ import pytest
 import torch
 from numpy.random import default_rng
 
-from declip.data.pair import SkipCounter
-from declip.evaluation.encode import SourceFeatures
 from declip.evaluation.retrieval import chance_levels, ranks, recall, retrieve
+from evaluation.conftest import features_of
 
 
 def _singles(*columns: int) -> list[np.ndarray]:
@@ -22,10 +21,6 @@ def _rank_by_loop(scores: np.ndarray, right: list[np.ndarray]) -> list[int]:
     return found
 
 
-def _features(images: torch.Tensor, texts: torch.Tensor, captions: list[tuple[str, ...]]) -> SourceFeatures:
-    return SourceFeatures("hand", np.arange(len(captions)), images, tuple(captions), texts, SkipCounter())
-
-
 def test_ties_and_nan_go_against_the_model():
     scores = torch.tensor([[0.5, 0.5, 0.5], [0.2, 0.2, 0.1], [0.1, 0.2, 0.2], [0.3, 0.3 + 1e-8, 0.0]])
     assert ranks(scores, torch.eye(3), _singles(0, 0, 1, 0)).tolist() == [3, 2, 2, 2]
@@ -34,7 +29,7 @@ def test_ties_and_nan_go_against_the_model():
     assert ranks(scores, torch.eye(3), _singles(0, 1, 2)).tolist() == [3, 3, 3]
     for value in (nan, 8**-0.5):  # a model that says always the same finds nothing
         same = torch.full((20, 8), value)
-        result = retrieve(_features(same, same, [(f"text {row}",) for row in range(20)]))
+        result = retrieve(features_of(same, [(f"text {row}",) for row in range(20)], same))
         assert (result.text_to_image.r10, result.image_to_text.r10, result.text_to_image.median_rank) == (0, 0, 20)
 
 
@@ -70,7 +65,7 @@ def test_both_directions_with_several_captions():
             [0.0, 0.0, 0.2],  # f finds image 2
         ]
     )
-    result = retrieve(_features(torch.eye(3), texts, captions))
+    result = retrieve(features_of(torch.eye(3), captions, texts))
     assert (result.images, result.texts) == (3, 6)
     assert result.text_to_image.r1 == pytest.approx(4 / 6)
     assert result.text_to_image.r5 == 1.0
@@ -84,10 +79,10 @@ def test_both_directions_with_several_captions():
 def test_a_caption_that_two_images_share():
     images = torch.tensor([[1.0, 0.0, 0.0], [0.9, 0.1, 0.0], [0.0, 0.0, 1.0]])
     cat, dog, tail = [1.0, 0.0, 0.0], [0.0, 0.0, 1.0], [0.1, 1.0, 0.0]
-    result = retrieve(_features(images, torch.tensor([cat, cat, tail, dog]), [("cat",), ("cat", "tail"), ("dog",)]))
+    result = retrieve(features_of(images, [("cat",), ("cat", "tail"), ("dog",)], torch.tensor([cat, cat, tail, dog])))
     assert result.text_to_image.r1 == 1.0  # the second cat's caption finds the first cat; "tail" finds its own
     assert result.image_to_text.r1 == 1.0
     assert result.image_to_text.chance1 == pytest.approx((1 + 2 + 1) / 3 / 3)  # among three distinct captions
-    alone = retrieve(_features(images, torch.tensor([cat, cat, tail, dog]), [("cat",), ("a cat", "tail"), ("dog",)]))
+    alone = retrieve(features_of(images, [("cat",), ("a cat", "tail"), ("dog",)], torch.tensor([cat, cat, tail, dog])))
     assert alone.text_to_image.r1 == pytest.approx(3 / 4)
     assert alone.image_to_text.r1 == pytest.approx(1 / 3)  # equal features of different words tie

@@ -5,14 +5,9 @@ import pytest
 import torch
 from numpy.random import default_rng
 
-from declip.data.pair import SkipCounter
 from declip.errors import UserError
-from declip.evaluation.encode import SourceFeatures
 from declip.evaluation.zero_shot import class_features, classify, read_templates
-
-
-def _features(images: torch.Tensor) -> SourceFeatures:
-    return SourceFeatures("hand", np.arange(len(images)), images, ((),) * len(images), None, SkipCounter())
+from evaluation.conftest import features_of
 
 
 def _unit(rows: np.ndarray) -> np.ndarray:
@@ -37,7 +32,7 @@ def test_numbers_equal_an_independent_computation():
     labels[labels == 7] = 8  # a class without an image
     classes = _unit(rng.standard_normal((12, 16)))
     images = _unit(classes[labels] + 0.4 * rng.standard_normal((300, 16)))
-    result = classify(_features(torch.from_numpy(images)), labels, torch.from_numpy(classes))
+    result = classify(features_of(torch.from_numpy(images)), labels, torch.from_numpy(classes))
     order = np.argsort(-images @ classes.T, axis=1)
     hit = order[:, 0] == labels
     assert result.top1 == pytest.approx(hit.mean())
@@ -54,16 +49,16 @@ def test_of_classes_of_the_same_name_the_first_is_right_as_argmax_has_it():
     images = torch.nn.functional.normalize(torch.randn(200, 8, generator=generator), dim=1)
     labels = default_rng(0).integers(0, 6, size=200)
     hit = (images @ classes.T).argmax(1).numpy() == labels
-    result = classify(_features(images), labels, classes)
+    result = classify(features_of(images), labels, classes)
     assert result.top1 == pytest.approx(hit.mean())
     assert 0 < hit[labels == 1].mean() < 1
     assert not hit[np.isin(labels, (3, 5))].any()
 
 
 def test_a_model_that_gives_every_class_the_same_feature_names_only_the_first_and_nan_loses():
-    result = classify(_features(torch.eye(3)), np.arange(3), torch.ones(3, 3) / 3**0.5)
+    result = classify(features_of(torch.eye(3)), np.arange(3), torch.ones(3, 3) / 3**0.5)
     assert result.top1 == pytest.approx(1 / 3)
-    result = classify(_features(torch.full((6, 6), float("nan"))), np.arange(6), torch.eye(6))
+    result = classify(features_of(torch.full((6, 6), float("nan"))), np.arange(6), torch.eye(6))
     assert (result.top1, result.top5, result.mean_per_class) == (0.0, 0.0, 0.0)
 
 

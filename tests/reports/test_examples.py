@@ -5,18 +5,15 @@ import pytest
 import torch
 
 from declip.data.images.thumbnails import thumbnails_of
-from declip.data.pair import SkipCounter
-from declip.evaluation.encode import SourceFeatures
 from declip.reports.run import retrieval
+from evaluation.conftest import features_of
 
 COLOURS = ["red", "green", "blue", "cyan", "yellow", "white"]
 RNG = np.random.default_rng
 
 
-def _features(images, texts, captions) -> SourceFeatures:
-    indices = np.arange(len(captions))
-    tensors = (torch.tensor(rows, dtype=torch.float32) for rows in (images, texts))
-    return SourceFeatures("hand", indices, next(tensors), tuple(captions), next(tensors), SkipCounter())
+def _features(images, texts, captions):
+    return features_of(torch.tensor(images).float(), captions, torch.tensor(texts).float())
 
 
 @pytest.fixture

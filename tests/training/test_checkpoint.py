@@ -23,6 +23,7 @@ from declip.runs.checkpoint import (
     write_snapshot,
 )
 from declip.training.optimizer import load_moments
+from hostile import forge
 
 FILES = (checkpoints.WEIGHTS, checkpoints.TRAINING, checkpoints.STATE)
 
@@ -145,9 +146,7 @@ def test_every_flipped_bit_is_noticed(tmp_path, name):
 )
 def test_a_state_of_another_make_is_refused(tmp_path, change):
     folder = write_snapshot(tmp_path, sample(3), keep=1)
-    state = json.loads((folder / checkpoints.STATE).read_text()) | change
-    del state["digest"]
-    (folder / checkpoints.STATE).write_text(checkpoints._with_digest(state))
+    forge(folder, **change)
     with pytest.raises(UserError, match=r"state\.json is damaged"):
         load_checkpoint(folder)
 
@@ -156,10 +155,7 @@ def test_tensors_that_are_whole_but_none_are_refused(tmp_path):
     """As someone could write them on purpose: the checksums match."""
     folder = write_snapshot(tmp_path, sample(3), keep=1)
     (folder / checkpoints.WEIGHTS).write_bytes((1 << 62).to_bytes(8, "little"))
-    state = json.loads((folder / checkpoints.STATE).read_text())
-    del state["digest"]
-    state["sha256"][checkpoints.WEIGHTS] = sha256(folder / checkpoints.WEIGHTS)
-    (folder / checkpoints.STATE).write_text(checkpoints._with_digest(state))
+    forge(folder, sha256={name: sha256(folder / name) for name in (checkpoints.WEIGHTS, checkpoints.TRAINING)})
     with pytest.raises(UserError, match="step-00000003 is not a complete checkpoint"):
         load_checkpoint(folder)
 

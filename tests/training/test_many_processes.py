@@ -1,6 +1,5 @@
 """The trainer on several processes: one run, one folder, one end, whatever happens to a rank."""
 
-import json
 import os
 import signal
 import time
@@ -11,7 +10,7 @@ import pytest
 import torch
 
 import declip
-from conftest import TINY, tiny_tree
+from conftest import TINY, tiny_tree, write_rows
 from declip.api import train
 from declip.errors import UserError
 from declip.recipe.schema import Recipe
@@ -25,18 +24,14 @@ from declip.training.trainer import Trainer, warn_once
 from processes import in_processes
 from training.starts import losses, moved, same_end, trained, tuned
 
-BROKEN = 2
 DROPOUT = {"image": {**TINY["image"], "model_kwargs": {**TINY["image"]["model_kwargs"], "pos_drop_rate": 0.5}}}
 
 
 @pytest.fixture(scope="module")
-def recipe(table, tmp_path_factory):
+def recipe(rows, tmp_path_factory):
     """The keys of a run over the shapes and two pairs without an image, so that ranks hold unequal numbers."""
-    path = tmp_path_factory.mktemp("broken") / "pairs.jsonl"
-    rows = [json.loads(line) for line in table.read_text().splitlines()]
-    rows = [{**row, "image": str(table.parent / row["image"])} for row in rows]
-    rows += [{"image": f"missing-{number}.png", "caption": "nothing"} for number in range(BROKEN)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    broken = [{"image": f"missing-{number}.png", "caption": "nothing"} for number in range(2)]
+    path = write_rows(tmp_path_factory.mktemp("broken") / "pairs.jsonl", [*rows, *broken])
     tree = tiny_tree(path, "declip", name="declip")
     return {**tree, "data": {**tree["data"], "max_broken_fraction": 0.5}}
 

@@ -1,6 +1,5 @@
 """Training that starts from weights: what it can start from, what is taken over, mixtures, and what is refused."""
 
-import json
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +11,7 @@ from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 
 import declip
-from conftest import TINY
+from conftest import TINY, write_rows
 from declip.api import train
 from declip.errors import UserError
 from declip.interchange.declip_file import write_declip_file
@@ -293,10 +292,8 @@ def test_wrong_files_are_no_start(table, tmp_path):
         assert not (tmp_path / "run").exists()
 
 
-def test_a_run_on_one_pair_is_resumed(conv_start, table, tmp_path):
-    row = json.loads(table.read_text().splitlines()[0])
-    one = tmp_path / "one.jsonl"
-    one.write_text(json.dumps({**row, "image": str(table.parent / row["image"])}))
+def test_a_run_on_one_pair_is_resumed(conv_start, rows, tmp_path):
+    one = write_rows(tmp_path / "one.jsonl", rows[:1])
     keys: dict[str, Any] = {"freeze": "none", "quiet": True, "train.steps": 2, "train.report_to": [], "data.workers": 0}
     for resume in (False, True):
         run = declip.finetune(one, conv_start, out=tmp_path / "run", resume=resume, **keys)

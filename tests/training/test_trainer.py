@@ -1,5 +1,4 @@
 import itertools
-import json
 import multiprocessing
 import os
 import signal
@@ -11,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import WEIGHTS
+from conftest import WEIGHTS, write_rows
 from declip.api import train
 from declip.data.images import views
 from declip.data.pair import PairSource
@@ -121,27 +120,19 @@ def test_a_run_of_another_recipe_is_not_resumed(table, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["pairs.jsonl", "val.jsonl"])
-def test_a_run_is_not_resumed_with_other_pairs_but_with_repaired_ones(table, tmp_path, name):
-    lines = [json.loads(line) for line in table.read_text().splitlines()]
-    for row in lines:
-        row["image"] = str(table.parent / row["image"])
-    captions = [row["caption"] for row in lines]
-    broken = [{**lines[0], "caption": ""}, *lines[1:]]
-
-    def write(rows: list[dict[str, str]]) -> None:
-        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-
+def test_a_run_is_not_resumed_with_other_pairs_but_with_repaired_ones(rows, tmp_path, name):
+    captions = [row["caption"] for row in rows]
     for each in ("pairs.jsonl", "val.jsonl"):
-        (tmp_path / each).write_text("".join(json.dumps(row) + "\n" for row in broken))
+        write_rows(tmp_path / each, [{**rows[0], "caption": ""}, *rows[1:]])
     sections = {"evaluation": {"retrieval": [str(tmp_path / "val.jsonl")]}}
     recipe = recipe_for(tmp_path / "pairs.jsonl", "clip", sections, steps=2)
     run = train(recipe, out=tmp_path / "run", quiet=True, report=False).folder
-    shuffled = [{**row, "caption": caption} for row, caption in zip(lines, captions[1:] + captions[:1], strict=True)]
-    for others, change in ((shuffled, "sampled keys or captions"), (lines[::-1], "sampled"), (lines[:-1], "24.*23")):
-        write(others)
+    shuffled = [{**row, "caption": caption} for row, caption in zip(rows, captions[1:] + captions[:1], strict=True)]
+    for others, change in ((shuffled, "sampled keys or captions"), (rows[::-1], "sampled"), (rows[:-1], "24.*23")):
+        write_rows(tmp_path / name, others)
         with pytest.raises(UserError, match=f"{change}.*--out"):
             assemble(recipe, run, resume=True, quiet=True)
-    write(lines)
+    write_rows(tmp_path / name, rows)
     assert assemble(recipe, run, resume=True, quiet=True).progress.step == 2
 
 
@@ -174,10 +165,8 @@ class At(Sink):
 
 
 @pytest.mark.parametrize("what", ["training pairs", "held-out set"])
-def test_an_error_of_the_data_in_mid_run_saves_the_steps_before(table, tmp_path, what):
-    val = tmp_path / "val.jsonl"
-    rows = [json.loads(line) for line in table.read_text().splitlines()]
-    val.write_text("".join(json.dumps({**row, "image": str(table.parent / row["image"])}) + "\n" for row in rows))
+def test_an_error_of_the_data_in_mid_run_saves_the_steps_before(table, rows, tmp_path, what):
+    val = write_rows(tmp_path / "val.jsonl", rows)
     sections = {"evaluation": {"retrieval": [str(val)]}}
     recipe = recipe_for(table, "clip", sections, log_every=1, checkpoint_every=100, evaluate_every=5)
     train(recipe, out=tmp_path / "whole", quiet=True, report=False)
@@ -209,11 +198,9 @@ def test_damaged_lines_are_dropped_with_a_warning_and_block_no_resume(table, tmp
         assert f"6 damaged lines of {tmp_path / name}" in (tmp_path / "log.txt").read_text()
 
 
-def test_a_few_pairs_of_which_many_are_broken_are_refused_before_training(table, tmp_path):
-    lines = table.read_text(encoding="utf-8").replace('"image": "', f'"image": "{table.parent}/').splitlines()[:12]
-    lines += [f'{{"image": "missing-{number}.png", "caption": "lost"}}' for number in range(4)]
-    (tmp_path / "pairs.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    data = {"source": str(tmp_path / "pairs.jsonl")}
+def test_a_few_pairs_of_which_many_are_broken_are_refused_before_training(table, rows, tmp_path):
+    lost = [{"image": f"missing-{number}.png", "caption": "lost"} for number in range(4)]
+    data = {"source": str(write_rows(tmp_path / "pairs.jsonl", [*rows[:12], *lost]))}
     with pytest.raises(UserError, match=r"4 of the 16 .*4 × missing image.*data\.max_broken_fraction"):
         assemble(recipe_for(table, "clip", {"data": data}), tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()

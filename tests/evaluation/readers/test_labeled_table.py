@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from data.tables import write
 from declip.data.pair import BrokenPair
 from declip.errors import UserError
 from declip.evaluation.datasets import open_dataset
@@ -25,15 +26,7 @@ def folder(tmp_path):
 
 
 def _write(folder: Path, kind: str, head: tuple[str, ...], rows: list[tuple]) -> str:
-    path = folder / f"mine.{kind}"
-    if kind == "parquet":
-        pq.write_table(pa.table({name: [row[i] for row in rows] for i, name in enumerate(head)}), path)
-    elif kind == "jsonl":
-        trees.write(path, "".join(json.dumps(dict(zip(head, row, strict=True))) + "\n" for row in rows))
-    else:
-        mark = "," if kind == "csv" else "\t"
-        trees.write(path, "".join(mark.join(map(str, row)) + "\n" for row in [head, *rows]))
-    return str(path)
+    return str(write(folder / f"mine.{kind}", rows, head))
 
 
 @pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "parquet"])
