@@ -20,7 +20,7 @@ import torch
 
 from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe
-from declip.training.assemble import assemble, build_loader, continue_at
+from declip.training.assemble import assemble, build_loader
 from declip.training.distributed import HostGroup, StepSync
 from declip.training.trainer import Trainer
 
@@ -74,8 +74,10 @@ class Watch(HostGroup):
             self.kept.write_text(json.dumps(self.rows) + "\n", encoding="utf-8")
         if step and step % self.restart_every == 0:
             trainer.loader.close()
-            trainer.loader = build_loader(parts.recipe, parts.source, parts.model, parts.workers)
-            continue_at(step, parts, trainer.loader)
+            loader = build_loader(parts.recipe, parts.source, parts.model, parts.workers)
+            loader.step, loader.skipped = step, parts.progress.skipped
+            loader.seen = step * parts.recipe.train.batch_size
+            trainer.loader = loader
         trainer.stop.asked = trainer.stop.asked or time.perf_counter() - self.started > self.seconds
         return super().sync_step(step, rows, stop, *rest)
 

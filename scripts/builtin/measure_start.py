@@ -19,7 +19,7 @@ from declip.interchange.classes import texts_digest
 from declip.interchange.timm_weights import encode_texts
 from declip.models.dual_encoder import DualEncoder
 from declip.models.layers import IMAGE
-from declip.recipe.finetuning import STARTS
+from declip.recipe.starts import STARTS
 
 INT8 = 127  # largest value of a stored feature; rows have scales of their own
 SETS, IMAGES, BATCH = ("builtin:clipart", "builtin:emoji"), 1_000, 50
