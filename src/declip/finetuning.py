@@ -20,7 +20,8 @@ from declip.inspection.split import FEWEST, PairSplit, check_copies, related_pai
 from declip.interchange import starter
 from declip.interchange.export import FORMATS, export
 from declip.interchange.layouts import Refusal
-from declip.interchange.read import load, read_start
+from declip.interchange.model_card import trace
+from declip.interchange.read import read_start
 from declip.io.atomic import remove
 from declip.io.text import plural
 from declip.models.device import pick_device
@@ -287,12 +288,12 @@ def _end(mixes: bool, quiet: bool, folder: Path, model: Encoder) -> None:
 def write_finetuned(folder: Path, model: Encoder) -> None:
     """Write the report of a finished run, and export its model to every format that can hold it."""
     write_report(folder, model)
-    merged = load(folder, "cpu")  # without adapters, and whole where it was sharded
+    merged = trace(folder)  # without adapters, and whole where it was sharded; loaded once for all formats
     for format in ("safetensors", "open_clip", "huggingface"):
         try:
             if format != "safetensors":
-                FORMATS[format].express(merged)
-            export(folder, format, folder / "exported" / format, overwrite=True)
+                FORMATS[format].express(merged.model)
+            export(merged, format, folder / "exported" / format, overwrite=True)
         except Refusal:
             continue
         except UserError as error:  # the run is whole without it
