@@ -138,6 +138,8 @@ def test_a_builtin_start_is_a_whole_model_except_for_training(name, tmp_path):
     start = read_start(name)
     assert not any(tensor.startswith(PROJECTIONS) for tensor in start.tensors)
     assert (start.recipe.text.hf_model, start.classes.size) == (name, STARTS[name])
+    if name != "builtin:lite0-minilm":
+        return  # the others differ in the size of their image tower alone
     exported = export(name, "safetensors", tmp_path / "out")
     assert exported.difference is not None
     assert exported.difference < EXACT

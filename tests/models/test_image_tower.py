@@ -1,11 +1,19 @@
+from typing import Any
+
 import pytest
+import timm
 import torch
+from torch import nn
 
 from conftest import TINY
 from declip.errors import UserError
 from declip.models.dual_encoder import DualEncoder
 from declip.models.image_tower import SMALL_TOWERS, ImageTower
+from declip.models.layers import blocks_of
+from declip.models.text_tower import TextTower
+from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe
+from declip.supervision.objective import Objective
 
 
 @pytest.mark.parametrize("name", [*SMALL_TOWERS, "resnet50_clip", "convnext_atto", "vit_tiny_patch16_224"])
@@ -69,3 +77,52 @@ def test_a_model_in_bfloat16_encodes_on_a_cpu():
     for found, expected in zip([model.encode_image(images), model.encode_text(tokens)], exact, strict=True):
         assert found.dtype == torch.float32
         torch.testing.assert_close(found, expected, rtol=0, atol=0.03)
+
+
+OPENAI = {
+    "vit_base_patch32_clip_quickgelu_224": 151_277_313,
+    "vit_base_patch16_clip_quickgelu_224": 149_620_737,
+    "resnet50_clip": 102_007_137,
+}
+"""Parameters of OpenAI's CLIP; ours has a word more, the mask, and a bias of the text projection."""
+
+
+def meta(image: str, **keys: Any) -> DualEncoder:
+    recipe = load_recipe("clip-yfcc15m-vitb32", {"image.model": image, "image.freeze_patch_embed": False, **keys})
+    with torch.device("meta"):
+        model = DualEncoder.from_recipe(recipe)
+        Objective(recipe, model)
+    return model
+
+
+@pytest.mark.parametrize("image", OPENAI)
+def test_towers_have_the_size_of_openai(image):
+    width = 1024 if image == "resnet50_clip" else 512
+    assert sum(p.numel() for p in meta(image, embed_dim=width).parameters()) == OPENAI[image] + 512 + width
+
+
+def test_the_largest_tower_of_the_paper_has_the_size_that_timm_states():
+    trunk = meta("regnety_640").image_tower.trunk
+    assert sum(p.numel() for p in trunk.parameters()) + 1000 * (4920 + 1) == 281_378_786  # with 1,000 classes
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "count"),
+    [
+        ("vit_base_patch32_clip_quickgelu_224", "Block", 12),
+        ("resnet50_clip", "BottleneckBlock", 16),
+        ("fastvit_mci0", "FastVitStage", 4),
+        ("mobilenetv4_conv_small", "UniversalInvertedResidual", 12),
+    ],
+)
+def test_blocks_of_towers(name, kind, count):
+    with torch.device("meta"):
+        tower = timm.create_model(name)
+    blocks = blocks_of(tower)
+    assert (type(blocks[0]).__name__, len(blocks)) == (kind, count)
+
+
+def test_blocks_of_the_text_tower_and_of_a_plain_layer():
+    tower = TextTower(vocabulary=10, end=9, embed_dim=4, width=8, layers=3, heads=2)
+    assert blocks_of(tower) == list(tower.transformer.resblocks)
+    assert blocks_of(nn.Linear(2, 2)) == []

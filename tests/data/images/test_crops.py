@@ -11,11 +11,11 @@ from PIL import Image
 from scipy.stats import binomtest, ks_2samp, kstest
 from torch import Tensor
 
-from conftest import encoded
+from conftest import encoded, texture
 from data.fakes import scene
 from declip.data.batch import Photometric, View
 from declip.data.images import views
-from declip.data.images.decode import decode
+from declip.data.images.decode import decode, open_image
 from declip.data.images.preprocess import Preprocess
 from declip.data.images.views import ViewTransform, apply_photometric
 from declip.recipe.schema import ImageView
@@ -234,3 +234,28 @@ def test_preprocess_takes_any_mode_any_shape_and_one_image(monkeypatch):
         torch.testing.assert_close(prepare(image), white)
     assert sizes[-1] == (16, 16), "a thin line is not blown up before it is cropped"
     assert prepare([]).shape == (0, 3, 16, 16)
+
+
+@pytest.mark.parametrize("size", [(150, 110), (40, 33), (20, 31), (32, 32), (900, 30)])
+@pytest.mark.parametrize("options", [{}, {"squash": True}, {"interpolation": "bilinear"}])
+def test_pixels_are_pillows_to_a_level_or_two(size, options):
+    image, preprocess = texture(0).resize(size, 3), Preprocess(32, [0.5] * 3, [0.25] * 3, **options)
+    own = preprocess.fast(open_image(encoded(image, "PNG"), "x"))
+    assert (own.shape, str(own.dtype)) == ((3, 32, 32), "torch.uint8")
+    difference = (preprocess.normalize(own[None]) - preprocess(image)).abs() * 0.25 * 255
+    assert float(difference.max()) < 3.5
+    assert float(difference.mean()) < 0.6
+
+
+def test_a_large_jpeg_is_decoded_smaller():
+    image, preprocess = (
+        open_image(encoded(texture(0).resize((640, 480), 3), "JPEG", quality=95), "x"),
+        Preprocess(32, [0] * 3, [1] * 3),
+    )
+    decoded = []
+    pixels = image.pixels
+    image.pixels = lambda scale=1: decoded.append(scale) or pixels(scale)
+    own = preprocess.fast(image)
+    assert decoded == [4], "of 480 pixels 120 are left; 64 are enough, 60 are not"
+    difference = (preprocess.normalize(own[None]) - preprocess(Image.fromarray(pixels()))).abs() * 255
+    assert float(difference.mean()) < 2
