@@ -215,7 +215,9 @@ def lock_folder(folder: Path) -> FileIO:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / LOCK).open("ab+", buffering=0)
     except OSError as error:
-        raise not_writable(folder, error) from error
+        raise UserError(
+            f"Cannot write into the run folder '{folder}': {error.strerror}. Choose another with --out."
+        ) from error
     if sys.platform != "win32":
         _lock(file, folder)
     with suppress(OSError):
@@ -313,11 +315,6 @@ def refuse_another(recipe: Recipe, earlier: Recipe, folder: Path) -> None:
             "overrides, or choose another folder with --out. To train longer, which changes the learning rates, start "
             f"a new run from these weights: finetune.pretrained='{folder}'."
         )
-
-
-def not_writable(folder: Path, error: OSError) -> UserError:
-    """Build the error for a run folder that cannot be created or written."""
-    return UserError(f"Cannot write into the run folder '{folder}': {error.strerror}. Choose another with --out.")
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

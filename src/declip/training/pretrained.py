@@ -76,7 +76,8 @@ def apply_pretrained(
     state, of_heads = model.state_dict(), objective.state_dict()
     kept: dict[str, Tensor] = {}
     # Published weights are read again by their name, unless position embeddings were resampled.
-    if start is not None and not (is_published(start.origin) and _same_shapes(start.tensors, state)):
+    resampled = start is not None and any(t.shape != state[name].shape for name, t in start.tensors.items())
+    if start is not None and (resampled or not is_published(start.origin)):
         kept |= prefixed("model", {name: state[name].clone() for name in taken})
         kept |= prefixed("objective", {name: of_heads[name].clone() for name in heads})
     layers = depths(model)
@@ -97,10 +98,6 @@ def apply_pretrained(
     multipliers = {f"model.{name}": _multiplier(name, tune, layers, frozen) for name in names}
     whole = start is not None and start.whole and not any(name.startswith((IMAGE, TEXT)) for name in new)
     return Pretrained(kept, multipliers, whole, summary)
-
-
-def _same_shapes(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> bool:
-    return all(tensor.shape == state[name].shape for name, tensor in tensors.items())
 
 
 def load_tensors(start: Weights, model: DualEncoder) -> set[str]:
