@@ -1,19 +1,15 @@
 """Run folders are read in whatever state they are."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from conftest import write_rows
 from declip.errors import UserError
 from declip.evaluation.results import ZeroShotResult
 from declip.recipe.load import load_recipe
 from declip.runs.folder import read_run, refuse_another
-
-
-def _write(path: Path, rows: list[dict]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _metrics(step: int, **more) -> dict:
@@ -32,7 +28,7 @@ def test_an_empty_folder(tmp_path):
 
 def test_metrics_by_step_the_later_row_of_a_step_wins_and_a_torn_line_is_left_out(tmp_path):
     rows = [_metrics(2), _metrics(4, samples_per_second=None), _metrics(6, samples_per_second=300.0)]
-    _write(tmp_path / "metrics.jsonl", [*rows, _metrics(4, samples_per_second=200.0)])
+    write_rows(tmp_path / "metrics.jsonl", [*rows, _metrics(4, samples_per_second=200.0)])
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 8, "pairs')
     run = read_run(tmp_path)
@@ -47,7 +43,7 @@ def test_evaluations_in_order_and_the_last_of_each(tmp_path):
         return {"step": step} | ZeroShotResult(on, 100, 10, top1, 0.5, 0.3).to_dict()
 
     other = {"step": 20, "dataset": "a", "task": "of another version", "top1": 0.9}
-    _write(tmp_path / "evaluations.jsonl", [row(20, "a", 0.3), row(10, "a", 0.2), row(20, "b", 0.1), other])
+    write_rows(tmp_path / "evaluations.jsonl", [row(20, "a", 0.3), row(10, "a", 0.2), row(20, "b", 0.1), other])
     run = read_run(tmp_path)
     assert run.step == 20, "also where the last step has no metrics"
     assert [each.step for each in run.evaluated] == [10, 20, 20]
