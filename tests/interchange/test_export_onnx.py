@@ -5,27 +5,31 @@ import re
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 import declip
 from declip.errors import UserError
 from interchange.test_export import run_card, same_until_the_end
-from interchange.towers import CAPTIONS, EXACT, build, export_exactly, largest, pictures
+from interchange.towers import CAPTIONS, EXACT, VIT, build, export_exactly, largest, pictures
+from text_encoders import roberta
 
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
+
+ONE_BLOCK = {"image.model_kwargs": {**VIT["image.model_kwargs"], "depth": 1}, "text.layers": 1}
+"""Keys of smaller towers: the exporter takes a second for each block."""
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     """The export of a model whose text projection has a bias; torch's exporter takes seconds."""
-    return export_exactly(build("vit-bias"), "onnx", tmp_path_factory.mktemp("onnx") / "out")
+    return export_exactly(build("vit-bias", **ONE_BLOCK), "onnx", tmp_path_factory.mktemp("onnx") / "out")
 
 
 def test_onnxruntime_gives_our_features_at_any_batch_and_length(exported):
     import onnx
-    from tokenizers import Tokenizer
 
-    model, about = build("vit-bias"), json.loads((exported / "declip_onnx.json").read_text())
+    model, about = build("vit-bias", **ONE_BLOCK), json.loads((exported / "declip_onnx.json").read_text())
     image, text = (onnxruntime.InferenceSession(exported / name) for name in ("image.onnx", "text.onnx"))
     tokenizer = Tokenizer.from_file(str(exported / about["text"]["tokenizer"]))
     tokenizer.encode_special_tokens = True
@@ -57,7 +61,7 @@ def test_onnxruntime_gives_our_features_at_any_batch_and_length(exported):
 
 def test_the_code_in_the_card_works_as_it_is(exported, monkeypatch, capfd):
     printed = run_card(exported, monkeypatch, capfd)
-    model = build("vit-bias")
+    model = build("vit-bias", **ONE_BLOCK)
     from PIL import Image
 
     with torch.no_grad():
@@ -65,6 +69,25 @@ def test_the_code_in_the_card_works_as_it_is(exported, monkeypatch, capfd):
         texts = model.encode_text(model.tokenize(["an orange square", "a cat"]))
     expected = (model.logit_scale.exp() * image @ texts.T).softmax(dim=-1)[0].tolist()
     assert [float(word) for word in re.findall(r"\d\.\d+", printed)] == pytest.approx(expected, abs=1e-4)
+
+
+def test_onnx_has_the_encoders_tokenizer_and_padding(tmp_path):
+    pytest.importorskip("transformers")
+    model = build(
+        "vit", **{**ONE_BLOCK, "text.hf_model": str(roberta(tmp_path / "roberta")), "text.context_length": 24}
+    )
+    folder = export_exactly(model, "onnx", tmp_path / "onnx")
+    about = json.loads((folder / "declip_onnx.json").read_text())["text"]
+    assert (about["padding"], about["context"]) == (1, 24)  # RoBERTa's padding
+    library = Tokenizer.from_file(str(folder / about["tokenizer"]))
+    library.encode_special_tokens = True
+    library.enable_padding(pad_id=about["padding"])
+    captions = ["a red circle", "Blue </s> square " * 9]
+    ids = torch.tensor([each.ids for each in library.encode_batch(captions)])
+    assert ids.tolist() == model.tokenize(captions).tolist()
+    session = onnxruntime.InferenceSession(folder / "text.onnx")
+    found = torch.from_numpy(session.run(None, {"input_ids": ids.numpy()})[0])
+    torch.testing.assert_close(found, model.encode_text(ids).detach(), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -1,20 +1,17 @@
 """Runs with a Hugging Face text encoder: they learn, go on, and are loaded when its folder is gone."""
 
-import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer as Library
 
 import declip
 from conftest import WEIGHTS
 from declip.api import train
 from declip.errors import UserError
 from declip.interchange.declip_file import FILE, RECIPE, VERSION
-from declip.models.dual_encoder import DualEncoder
 from declip.models.hf_encoder import ENTRY
 from declip.models.layers import TEXT, depths
 from declip.recipe.schema import Recipe
@@ -22,7 +19,6 @@ from declip.runs.folder import read_run
 from declip.training.assemble import assemble
 from declip.training.mixture import ends_of
 from declip.training.trainer import Trainer
-from interchange.towers import export_exactly
 from text_encoders import bert, roberta
 from training.starts import last, moved, recipe_for, state, tuned
 
@@ -94,21 +90,3 @@ def test_batches_are_masked_and_padded_with_the_encoders_ids(table, tmp_path):
             found += int((masked == MASK).sum())
     trainer.loader.close()
     assert found > 10
-
-
-def test_onnx_has_the_encoders_tokenizer_and_padding(table, tmp_path):
-    onnxruntime = pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
-    model = DualEncoder.from_recipe(encoder_recipe(table, roberta(tmp_path / "roberta"), "clip")).eval()
-    folder = export_exactly(model, "onnx", tmp_path / "onnx")
-    about = json.loads((folder / "declip_onnx.json").read_text())["text"]
-    assert (about["padding"], about["context"]) == (PADDING, 24)
-    library = Library.from_file(str(folder / about["tokenizer"]))
-    library.encode_special_tokens = True
-    library.enable_padding(pad_id=about["padding"])
-    captions = ["a red circle", "Blue </s> square " * 9]
-    ids = torch.tensor([each.ids for each in library.encode_batch(captions)])
-    assert ids.tolist() == model.tokenize(captions).tolist()
-    session = onnxruntime.InferenceSession(folder / "text.onnx")
-    found = torch.from_numpy(session.run(None, {"input_ids": ids.numpy()})[0])
-    torch.testing.assert_close(found, model.encode_text(ids).detach(), rtol=0, atol=1e-5)
