@@ -9,8 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -146,28 +144,13 @@ def test_a_run_that_fails_leaves_its_reason_and_does_not_end_the_others(recipes,
     assert not again.failures
 
 
-@contextmanager
-def _once_it_continues(out: Path, act: Callable[[], object]) -> Iterator[None]:
-    """Act when a run of the comparison in `out` logs its next row, unless the block has ended before."""
-    logged, over = _rows_logged(out), threading.Event()
-
-    def watch() -> None:
-        while _rows_logged(out) <= logged:
-            if over.wait(0.02):
-                return
-        act()
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        yield
-    finally:
-        over.set()
-        watcher.join()
-
-
 def _rows_logged(out: Path) -> int:
     return sum(path.read_bytes().count(b"\n") for path in out.glob("runs/*/metrics.jsonl"))
+
+
+def _compare_in_a_terminal(*given: Any, **options: Any) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are deaf to it
+    tiny(*given, **options)
 
 
 @linux
@@ -175,28 +158,21 @@ def test_stopped_and_killed_it_ends_as_if_it_had_gone_through(recipes, table, tm
     recipes = {"declip": recipes["declip"]}
     options: dict = {"pairs": (16,), "overrides": {"train.steps": 16, "train.checkpoint_every": 4}}
     whole, out = tiny(recipes, table, tmp_path / "whole", **options), tmp_path / "out"
-
-    # --- Ctrl-C: the running trial is saved
-    heard = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are deaf to it
-    try:
-        with _once_it_continues(out, lambda: os.kill(os.getpid(), signal.SIGINT)):
-            stopped = tiny(recipes, table, out, **options)
-    finally:
-        signal.signal(signal.SIGINT, heard)
-    assert not stopped.complete
-    assert list(out.glob("runs/*/checkpoints/step-*"))
-
-    # --- another process takes the trial, and is killed; this one waits, and continues it
-    logged = _rows_logged(out)
-    other = multiprocessing.get_context("fork").Process(target=tiny, args=(recipes, table, out), kwargs=options)
-    other.start()
-    while _rows_logged(out) <= logged and other.is_alive():
-        time.sleep(0.02)
-    other.kill()
-    found = tiny(recipes, table, out, **options)
+    fork = multiprocessing.get_context("fork")
+    for number in (signal.SIGINT, signal.SIGKILL):  # the first saves the running trial
+        logged = _rows_logged(out)
+        other = fork.Process(target=_compare_in_a_terminal, args=(recipes, table, out), kwargs=options)
+        other.start()
+        while _rows_logged(out) <= logged and other.is_alive():
+            time.sleep(0.02)
+        os.kill(other.pid, number)
+        if number == signal.SIGINT:
+            other.join()
+            assert (other.exitcode, read_outcome(out).complete) == (0, False)
+            assert list(out.glob("runs/*/checkpoints/step-*"))
+    found = tiny(recipes, table, out, **options)  # waits for the killed process, and continues its trial
     other.join()
-    assert other.exitcode == -signal.SIGKILL
-    assert found.complete
+    assert (other.exitcode, found.complete) == (-signal.SIGKILL, True)
     (row,), (expected,) = found.rows.values(), whole.rows.values()
     assert (row["loss"], row["results"]) == (expected["loss"], expected["results"])
 
