@@ -46,5 +46,4 @@ def show(rows: Sequence[Mapping[str, object]], hidden: Sequence[str] = ()) -> No
     for found in rows:
         table.add_row(*("" if found.get(key) is None else str(found[key]) for key in shown))
     console = Console(stderr=True)
-    console = console if console.is_terminal else Console(stderr=True, width=160)
-    console.print(table)
+    (console if console.is_terminal else Console(stderr=True, width=160)).print(table)
