@@ -70,8 +70,7 @@ def finetune(
             recipe = moved_lists(load_recipe(folder / RECIPE, overrides), folder)
             hosts.on_rank_zero(partial(_refuse_others, recipe, pairs, weights, val, freeze))
         else:
-            resolve = partial(finetune_recipe, pairs, folder, weights, val, freeze, given, quiet)
-            recipe = hosts.on_rank_zero(resolve)
+            recipe = hosts.on_rank_zero(partial(finetune_recipe, pairs, folder, weights, val, freeze, given, quiet))
         if closed_form(recipe):
             run = fit(recipe, folder, resume, quiet, related_pairs, write_finetuned)
             undo.pop_all()

@@ -98,9 +98,8 @@ def choose(
     opened = open_or_embed(model, images, index, device=device, precision=precision, columns=columns, **options)
     if path is not None:
         image_cell(opened, int(opened.ids[0]), path.parent)  # raises early
-    known = torch.empty(0, opened.info.dimension)
-    if have is not None:
-        known = captioned_vectors(open_or_embed(opened.model, have, **options))
+    captioned = None if have is None else open_or_embed(opened.model, have, **options)
+    known = torch.empty(0, opened.info.dimension) if captioned is None else captioned_vectors(captioned)
     choice = choose_from(opened, count, known, seed)
     if path is not None:
         choice.write(path)
