@@ -58,8 +58,7 @@ def embed(
 
     Args:
         model: A model, or what `declip.load` opens.
-        source: What `declip.data.sources.open.open_images` opens with the columns, or a source. A folder
-            needs no captions.
+        source: What `declip.data.sources.open.open_images` opens with the columns; a folder needs no captions.
         captions: Also store the mean vector of the captions of each image, for `over="captions"`.
         workers: Number of processes that read images; 0: the main process; None: one per core, at most 8, but 0 for a
             Python object as a source.
@@ -68,15 +67,13 @@ def embed(
         part: (3, 8): the third of eight parts of the images, in the folder OUT.part-3-of-8. `Index.join` joins them.
 
     Raises:
-        UserError: The source or model does not exist, no image can be used, an option is out of range, or the folder
-            has other files, or an index of another model, source or option, or cannot be written to.
+        UserError: Source, model or an option cannot be used, or the folder has other content or is not writable.
     """
     # --- options, source and model
     check_range("batch_size", batch_size, 1)
     if dtype not in get_args(Dtype):
         raise unknown("dtype", dtype, get_args(Dtype))
-    folder = Path(out).expanduser()
-    folder = folder if part is None else part_folder(folder, part)
+    folder = Path(out).expanduser() if part is None else part_folder(Path(out).expanduser(), part)
     if not isinstance(source, str | Path):
         source, workers = open_source(source, columns), workers or 0  # the object may not work in another process
     columns = replace(columns, root=stored_path(columns.root, folder) or None)
@@ -86,7 +83,6 @@ def embed(
     encoder = load(model, device, precision) if isinstance(model, str | Path) else model
     if captions:
         encoder.tokenize([""])  # a model without a text tower fails now, not after an hour
-
     # --- compare the source with the index, and write what differs
     made_by = describe_model(encoder, loaded_from or model, folder)
     wanted = IndexInfo(model=made_by, source=saved, dtype=dtype, captions=captions, precision=precision_of(encoder))
