@@ -25,7 +25,13 @@ def scripts(monkeypatch):
     """Import a file of benchmarks/ or scripts/."""
     for folder in ("benchmarks", "scripts"):
         monkeypatch.syspath_prepend(str(ROOT / folder))
-    return lambda name: __import__(name)
+
+    def imported(name: str) -> Any:
+        if getattr(sys.modules.get(name), "__file__", None) is None:  # the folder tests/search is a module too
+            monkeypatch.delitem(sys.modules, name, raising=False)
+        return __import__(name)
+
+    return imported
 
 
 @pytest.fixture
