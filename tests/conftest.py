@@ -5,8 +5,6 @@ import io
 import json
 import os
 import sys
-from collections.abc import Iterable, Mapping
-from pathlib import Path
 from types import SimpleNamespace
 
 # Threads that wait for each other make everything slow next to other tests; set before the libraries are loaded, and
@@ -50,23 +48,23 @@ WEIGHTS = {
 gc.disable()  # imports make millions of objects that stay; searching them for garbage takes a quarter of their time
 
 
-def pytest_collection_finish() -> None:
+def pytest_collection_finish():
     gc.freeze()  # no collection looks again at what the imports made, here or in processes forked from here
     gc.enable()
 
 
-def tiny_tree(source: object, losses: str = "clip", **sections: object) -> dict[str, object]:
+def tiny_tree(source, losses="clip", **sections):
     """A recipe that trains towers of `TINY` on a source, without loader processes."""
     return {**TINY, "data": {"source": str(source), "workers": 0}, "loss_weights": WEIGHTS[losses], **sections}
 
 
-def write_rows(path: Path, rows: Iterable[Mapping[str, object]]) -> Path:
+def write_rows(path, rows):
     """Write a JSONL table."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
-def draw(color: str, shape: str, size: int = 40) -> Image.Image:
+def draw(color, shape, size=40):
     """A colored shape on white."""
     image = Image.new("RGB", (size, size), "white")
     pen, box = ImageDraw.Draw(image), (8, 8, size - 8, size - 8)
@@ -81,13 +79,13 @@ def draw(color: str, shape: str, size: int = 40) -> Image.Image:
     return image
 
 
-def texture(seed: int, side: int = 48) -> Image.Image:
+def texture(seed, side=48):
     """A smooth image of many colors, another for each seed."""
     small = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     return Image.fromarray(small).resize((side, side), Image.Resampling.BICUBIC)
 
 
-def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+def encoded(image, kind="PNG", **options):
     """An image as the bytes of a file."""
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
@@ -99,7 +97,7 @@ def command(monkeypatch, capfd):
     """Runs the command as a shell starts it; gives its exit status and what it printed."""
     from declip.cli import app as cli
 
-    def run(*words: object) -> SimpleNamespace:
+    def run(*words):
         monkeypatch.setattr(sys, "argv", ["declip", *map(str, words)])
         capfd.readouterr()
         with pytest.raises(SystemExit) as caught:

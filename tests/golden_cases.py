@@ -5,7 +5,6 @@ Tests that compare with them carry the marker `golden`.
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -31,18 +30,18 @@ TERMS = {
 """Our names of the official terms."""
 
 
-def read_json(name: str) -> dict[str, Any]:
+def read_json(name):
     """A JSON file of the folder."""
     return json.loads((GOLDEN / name).read_text(encoding="utf-8"))
 
 
-def read_state(name: str) -> dict[str, torch.Tensor]:
+def read_state(name):
     """The state dict of a model before its first step; matrices are stored as multiples of 1/512."""
     packed = {key: torch.from_numpy(array) for key, array in np.load(GOLDEN / f"{name}_weights.npz").items()}
     return {key: (t.float() / 512).half() if t.dtype in (torch.int8, torch.int16) else t for key, t in packed.items()}
 
 
-def model_cases(*kinds: str) -> list[str]:
+def model_cases(*kinds):
     """The models with recorded training steps, all kinds or some, by name."""
     found = []
     for path in sorted(GOLDEN.glob("*.json")):
@@ -52,7 +51,7 @@ def model_cases(*kinds: str) -> list[str]:
     return found
 
 
-def loss_cases(*groups: str) -> list[str]:
+def loss_cases(*groups):
     """The names of the cases of single losses and of totals, such as "infonce/0"."""
     names = {"/".join(key.split("/")[:2]) for key in np.load(GOLDEN / "loss_cases.npz")}
     return sorted(name for name in names if name.split("/")[0] in groups)

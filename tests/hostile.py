@@ -4,9 +4,7 @@ import hashlib
 import json
 import multiprocessing
 import resource
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -26,14 +24,14 @@ quickly = settings(max_examples=40, deadline=None, suppress_health_check=[Health
 class Trap:
     """Makes a file where it is unpickled."""
 
-    def __init__(self, marker: Path) -> None:
+    def __init__(self, marker):
         self.marker = marker
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self):
         return open, (str(self.marker), "w")
 
 
-def said(work: Callable[[], object]) -> str:
+def said(work):
     """What a file got: the error's message, the broken pair's reason, or "read". Anything else is raised."""
     try:
         work()
@@ -44,12 +42,12 @@ def said(work: Callable[[], object]) -> str:
     return "read"
 
 
-def apart(work: Callable[[], object]) -> tuple[str, float]:
+def apart(work):
     """The same in a process of its own: what the file got, and the MB that reading it took at most."""
     fork = multiprocessing.get_context("fork")
     reader, writer = fork.Pipe(duplex=False)
 
-    def child() -> None:
+    def child():
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + (3 << 30),) * 2)  # should it fail, the machine survives
@@ -69,7 +67,7 @@ def apart(work: Callable[[], object]) -> tuple[str, float]:
         process.join()
 
 
-def forge(checkpoint: Path, **changes: object) -> None:
+def forge(checkpoint, **changes):
     """Change the state of a checkpoint, and its digest, as an attacker would."""
     state = {**json.loads((checkpoint / STATE).read_text()), **changes}
     del state["digest"]
@@ -77,12 +75,12 @@ def forge(checkpoint: Path, **changes: object) -> None:
     (checkpoint / STATE).write_text(json.dumps({**state, "digest": digest}, indent=1))
 
 
-def written(kind: str, **options: Any) -> bytes:
+def written(kind, **options):
     """The bytes of a small red picture."""
     return encoded(Image.new("RGB", (16, 16), "red"), kind, **options)
 
 
-def sparse(path: Path, head: bytes, size: int) -> None:
+def sparse(path, head, size):
     """A file that says it is so large, and takes no room on the disk."""
     with path.open("wb") as file:
         file.write(head)

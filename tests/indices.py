@@ -1,12 +1,8 @@
 """A tiny model with random weights, a folder of images without captions, and indices of made-up vectors."""
 
-from collections.abc import Sequence
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from conftest import COLOURS, SHAPES, draw, tiny_tree
 from declip.data.pair import Origin, SkipCounter
@@ -19,13 +15,13 @@ from declip.search.store import Block, IndexedImage
 from declip.search.writer import open_writer
 
 
-def tiny_model(seed: int = 0) -> DualEncoder:
+def tiny_model(seed=0):
     """A model of a few thousand random weights."""
     torch.manual_seed(seed)
     return DualEncoder.from_recipe(Recipe.model_validate(tiny_tree("unused"))).eval()
 
 
-def write_index(folder: Path, images: Tensor, texts: Tensor | None = None, captions: Sequence[str] = ()) -> Index:
+def write_index(folder, images, texts=None, captions=()):
     """An index of vectors that no model made, written in parts of 500 rows; an empty caption means none."""
     made_by = ModelInfo(path="", name="no model", fingerprint="0" * 64)
     source = SourceInfo(path="", name="made up")

@@ -1,13 +1,11 @@
 """Features of pairs that share directions, for tests of closed-form heads."""
 
-from typing import Any
-
 import torch
 
 from declip.models.closed_form import ClassPairs, Pairs
 
 
-def features(n: int, v: int = 12, w: int = 7, seed: int = 0, noise: float = 0.1) -> tuple[torch.Tensor, torch.Tensor]:
+def features(n, v=12, w=7, seed=0, noise=0.1):
     """Images (n, v) and texts (n, w) that share four directions, with means that are not 0."""
     generator = torch.Generator().manual_seed(seed)
     maps = torch.Generator().manual_seed(99)
@@ -20,12 +18,12 @@ def features(n: int, v: int = 12, w: int = 7, seed: int = 0, noise: float = 0.1)
     return sides[0], sides[1]
 
 
-def pairs_of(n: int, **options: Any) -> Pairs:
+def pairs_of(n, **options):
     images, texts = features(n, **options)
     return Pairs(images, texts, torch.arange(n))
 
 
-def class_pairs(count: int = 60) -> ClassPairs:
+def class_pairs(count=60):
     """Classes whose rows and names share the directions that the pairs share."""
     rows, texts = features(count, seed=7)
     return ClassPairs(rows, texts, torch.arange(count), rows.mean(dim=0))

@@ -26,7 +26,7 @@ LAYERS = (
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 
-def modules() -> dict[str, Path]:
+def modules():
     found = {}
     for path in SOURCE.rglob("*.py"):
         parts = path.relative_to(SOURCE).with_suffix("").parts
@@ -37,7 +37,7 @@ def modules() -> dict[str, Path]:
 MODULES = modules()
 
 
-def imports(name: str) -> set[str]:
+def imports(name):
     """The modules of the package that a module imports, also inside functions and for types."""
     found = set()
     for node in ast.walk(ast.parse(MODULES[name].read_text(encoding="utf-8"))):
@@ -71,7 +71,7 @@ def test_no_circle_of_modules():
 
 
 def test_no_class_name_twice():
-    seen: dict[str, str] = {}
+    seen = {}
     for name, path in sorted(MODULES.items()):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.ClassDef):

@@ -1,8 +1,6 @@
 """Hugging Face text encoders small enough for tests, written into a folder with random weights."""
 
 import json
-from pathlib import Path
-from typing import Any
 
 import torch
 from tokenizers import ByteLevelBPETokenizer
@@ -23,7 +21,7 @@ SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "i
 OFFSET = 2  # RoBERTa's first position
 
 
-def bert(folder: Path, context: int = 24, model: str = "BertForMaskedLM", **config: Any) -> Path:
+def bert(folder, context=24, model="BertForMaskedLM", **config):
     """An uncased BERT over letters and a few words, as older repositories hold it: vocab.txt without tokenizer.json."""
     import transformers
 
@@ -36,7 +34,7 @@ def bert(folder: Path, context: int = 24, model: str = "BertForMaskedLM", **conf
     return _saved(getattr(transformers, model)(transformers.BertConfig(**sizes)), folder)
 
 
-def distilbert(folder: Path, context: int = 24) -> Path:
+def distilbert(folder, context=24):
     """A DistilBERT with `bert`'s tokenizer."""
     import transformers
 
@@ -46,7 +44,7 @@ def distilbert(folder: Path, context: int = 24) -> Path:
     return _saved(transformers.DistilBertForMaskedLM(transformers.DistilBertConfig(vocab_size=known, **sizes)), folder)
 
 
-def roberta(folder: Path, context: int = 24, kind: str = "Roberta", **config: Any) -> Path:
+def roberta(folder, context=24, kind="Roberta", **config):
     """A cased RoBERTa over bytes and some merges; it pads with 1 and its words begin at 4."""
     import transformers
 
@@ -61,7 +59,7 @@ def roberta(folder: Path, context: int = 24, kind: str = "Roberta", **config: An
     return _saved(getattr(transformers, f"{kind}ForMaskedLM")(made), folder)
 
 
-def model_of(folder: str | Path, weights: str = "clip", **text: Any) -> DualEncoder:
+def model_of(folder, weights="clip", **text):
     """A tiny model with the encoder of a folder."""
     keys = {"context_length": 24, "hf_model": str(folder), **text}
     torch.manual_seed(0)
@@ -69,7 +67,7 @@ def model_of(folder: str | Path, weights: str = "clip", **text: Any) -> DualEnco
     return DualEncoder.from_recipe(recipe).eval()
 
 
-def _saved(model: Any, folder: Path) -> Path:
+def _saved(model, folder):
     """Save it with weights that no two parameters share a value of: BERT starts from zeros and ones."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

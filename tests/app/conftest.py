@@ -1,8 +1,6 @@
 """An app over the pairs of the shared table, as the model of a short run sees them."""
 
-from contextlib import AbstractContextManager
 from importlib.util import find_spec
-from typing import Any
 
 import pytest
 
@@ -34,7 +32,7 @@ def shared(run_folder, table, tmp_path_factory):
     return open_state(str(run_folder), str(table), tmp_path_factory.mktemp("page") / "index")
 
 
-def ask(state: Any, **options: Any) -> AbstractContextManager[Any]:
+def ask(state, **options):
     """A client that asks as the pages themselves do; no network is used."""
     from starlette.testclient import TestClient
 
@@ -82,7 +80,7 @@ def start(opened, tmp_path):
     """Starts captioning into a file, as a start of the server does."""
     from declip.app.captions import Captioning
 
-    def begin(name: str = "captions.csv") -> Any:
+    def begin(name="captions.csv"):
         opened.captioning = Captioning(opened, tmp_path / name)
         return opened
 

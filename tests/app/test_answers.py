@@ -1,7 +1,6 @@
 import io
 import json
 import shutil
-from typing import Any
 
 import numpy as np
 import pytest
@@ -57,7 +56,7 @@ def test_a_huge_upload_is_refused_and_none_reaches_the_disk(client, monkeypatch)
 
 
 def test_a_wrong_question_is_answered_with_a_sentence(client):
-    wrong: tuple[tuple[dict[str, Any], str], ...] = (
+    wrong = (
         ({"classes": ["a"]}, "no image yet"),
         ({"classes": ["", "  "], "id": 0}, "There is no class yet"),
         ({"classes": "cat", "id": 0}, "classes: Input should be a valid array"),

@@ -3,10 +3,7 @@
 import csv
 import shutil
 import threading
-from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
@@ -27,7 +24,7 @@ PHONE = {"width": 390, "height": 844}
 
 
 @contextmanager
-def served(state: Any) -> Iterator[str]:
+def served(state):
     """The address of an app, served in a thread."""
     with take_port("127.0.0.1", 0) as bound:
         server = uvicorn.Server(uvicorn.Config(build(state, "127.0.0.1"), log_config=None))
@@ -60,7 +57,7 @@ def page(browser, address):
     context = browser.new_context(base_url=address, accept_downloads=True)
     context.set_default_timeout(60_000)
     opened = context.new_page()
-    wrong: list[str] = []
+    wrong = []
     opened.on("pageerror", lambda error: wrong.append(str(error)))
     opened.on("request", lambda asked: None if asked.url.startswith((address, "blob:")) else wrong.append(asked.url))
     opened.on("console", lambda said: wrong.append(said.text) if "Content Security Policy" in said.text else None)
@@ -146,7 +143,7 @@ def test_old_answers_go_when_another_question_fails(page, tmp_path):
     [("search", "/api/search", "#hits > li"), ("classify", "/api/classify", "#bars > li:visible")],
 )
 def test_an_answer_that_comes_after_the_image_was_removed_is_dropped(page, view, asked, result):
-    held: list[Any] = []
+    held = []
     page.route(f"**{asked}**", lambda route: held.append(route))  # Playwright marks the handler
     with page.expect_request(f"**{asked}**"):
         page.goto(f"/{view}?id=0")
@@ -158,7 +155,7 @@ def test_an_answer_that_comes_after_the_image_was_removed_is_dropped(page, view,
     sync_api.expect(page.locator(result)).to_have_count(0)
 
 
-def tab_to(page: Any, selector: str) -> None:
+def tab_to(page, selector):
     """Press Tab until an element that matches has the focus."""
     for _ in range(100):
         page.keyboard.press("Tab")
@@ -244,7 +241,7 @@ def test_thirty_images_are_captioned_without_a_mouse_through_restarts_and_a_seco
     assert all(any(row["caption"].endswith(f" no. {number}") for row in rows) for number in range(30))
 
 
-def find_cell(table: Path, name: str) -> str:
+def find_cell(table, name):
     """The cell of an image in a table."""
     rows = csv.DictReader(table.read_text(encoding="utf-8").splitlines())
     return next(row["image"] for row in rows if name in row["image"])

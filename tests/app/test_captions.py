@@ -1,7 +1,6 @@
 """Captioning images: the table on the disk, two tabs, the heads that are fitted, and hostile or wrong input."""
 
 import csv
-from typing import Any
 
 import pytest
 
@@ -10,7 +9,7 @@ from declip.data.sources.open import open_source
 from declip.errors import UserError
 
 
-def save(client: Any, shown: dict[str, Any], *captions: str) -> Any:
+def save(client, shown, *captions):
     return client.post("/api/caption", json={"id": shown["id"], "captions": captions, "seen": shown["saved"]})
 
 

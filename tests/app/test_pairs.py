@@ -2,7 +2,6 @@ import csv
 import json
 import shutil
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,11 +12,10 @@ from app.conftest import ask
 from declip.app.pairs import compare_captions, find_similar
 from declip.app.state import AppState
 from declip.errors import UserError
-from declip.search.index import Index
 from indices import write_index
 
 
-def state_of(index: Index, ranks: dict[int, float] | None = None) -> Any:
+def state_of(index, ranks=None):
     """What a comparison needs of the app's state."""
     return SimpleNamespace(index=index, ranks=ranks or {}, check_running=lambda: None)
 
@@ -52,7 +50,7 @@ def test_pairs_that_a_run_was_trained_on_are_judged_out_of_fold(run_folder, shar
     rows = [(row.key, text) for row in map(shared.index.row, shared.index.ids) for text in row.captions]
     ranks = {pair: number / len(rows) for number, pair in enumerate(reversed(rows))}
 
-    def state_with(share: float) -> AppState:
+    def state_with(share):
         with (run / "out_of_fold.csv").open("w", newline="") as file:
             known = list(ranks.items())[: round(share * len(rows))]
             csv.writer(file).writerows([("key", "caption", "rank"), *((*pair, f"{rank:.4f}") for pair, rank in known)])
@@ -127,7 +125,7 @@ def test_the_list_has_keys_and_reasons(client, state):
 def test_a_comparison_is_made_once_and_ends_with_the_server(state):
     calls = []
 
-    def compare(state: Any) -> int:
+    def compare(state):
         state.check_running()
         calls.append(state.index)
         return 7

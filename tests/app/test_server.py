@@ -4,7 +4,6 @@ import signal
 import sys
 import threading
 import urllib.request
-from typing import Any
 
 import pytest
 
@@ -41,7 +40,7 @@ def test_a_mistake_ends_with_one_line(state, run_folder, tmp_path, monkeypatch, 
     other, index = tmp_path / "other.safetensors", state.index.folder
     write_declip_file(tiny_model(1), other)
     with take_port("127.0.0.1", 0) as taken:  # held from here on, before the server listens
-        mistakes: tuple[tuple[list[object], list[object]], ...] = (
+        mistakes = (
             ([run_folder, "nowhere"], ["'nowhere'"]),
             ([other, index], ["another model", f"'{run_folder}'", f"'{other}'"]),
             ([run_folder, index, "--index", "elsewhere"], ["--index"]),
@@ -61,14 +60,14 @@ def test_a_mistake_ends_with_one_line(state, run_folder, tmp_path, monkeypatch, 
 def test_the_page_is_served_ctrl_c_ends_quietly_and_another_address_is_warned_of(
     run_folder, state, monkeypatch, command
 ):
-    pages: list[str] = []
+    pages = []
 
-    def visit(address: str) -> None:
+    def visit(address):
         with urllib.request.urlopen(address, timeout=60) as answer:
             pages.append(answer.read().decode())
         os.kill(os.getpid(), signal.SIGINT)
 
-    def visited(bound: Any) -> str:
+    def visited(bound):
         address = address_of(bound)
         threading.Thread(target=visit, args=(address,)).start()
         return address

@@ -3,21 +3,15 @@
 import json
 import signal
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
-from types import ModuleType
-from typing import Any
 
 import pytest
 
 from declip.cli import app as cli
 
 ROOT = Path(__file__).parents[2]
-Scripts = Callable[[str], ModuleType]
-Call = Callable[..., tuple[Any, list[str]]]
-Gpu = Callable[..., tuple[Any, dict[str, Any]]]
 
 
 @pytest.fixture
@@ -26,7 +20,7 @@ def scripts(monkeypatch):
     for folder in ("benchmarks", "scripts"):
         monkeypatch.syspath_prepend(str(ROOT / folder))
 
-    def imported(name: str) -> Any:
+    def imported(name):
         if getattr(sys.modules.get(name), "__file__", None) is None:  # the folder tests/search is a module too
             monkeypatch.delitem(sys.modules, name, raising=False)
         return __import__(name)
@@ -38,9 +32,9 @@ def scripts(monkeypatch):
 def call(scripts, monkeypatch, capsys):
     """Run a file as a command; give its exit status and the lines that it printed."""
 
-    def called(name: str, *arguments: object) -> tuple[Any, list[str]]:
+    def called(name, *arguments):
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-        status: Any = 0
+        status = 0
         try:
             scripts(name).main()
         except SystemExit as ended:
@@ -83,7 +77,7 @@ def gpu(scripts, call, tmp_path, monkeypatch):
     """Measure parts of toy towers; give the exit status and what is printed."""
     monkeypatch.setattr(scripts("gpu"), "RECIPES", ("clip",))
 
-    def called(*words: object) -> tuple[Any, dict[str, Any]]:
+    def called(*words):
         status, printed = call("gpu", "--out", tmp_path, "--device", "cpu", "--tiny", *words)
         return status, json.loads(printed[-1])
 
@@ -126,7 +120,7 @@ def test_the_functions_at_which_runs_are_killed_exist(scripts):
     assert [name for name, (owner, function) in moments.items() if not hasattr(owner, function)] == []
 
 
-def call_here(monkeypatch: pytest.MonkeyPatch, command: list[str]) -> int:
+def call_here(monkeypatch, command):
     """Run `declip …` in this process, and return its exit status."""
     monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(SystemExit) as ended:

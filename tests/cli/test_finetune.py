@@ -3,9 +3,7 @@
 import csv
 import subprocess
 import sys
-from pathlib import Path
 from statistics import fmean
-from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
@@ -32,12 +30,12 @@ from interchange.towers import build
 from training.starts import moved, same_end, stop_at
 from training.test_best import best_step
 
-PLAIN: dict[str, Any] = {"data.workers": 0, "train.report_to": []}
+PLAIN = {"data.workers": 0, "train.report_to": []}
 """Without loader processes and TensorBoard."""
 
 
 @pytest.fixture(scope="module")
-def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def pairs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pairs")
     with (folder / "pairs.csv").open("w", newline="") as file:
         table = csv.writer(file)
@@ -52,7 +50,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def weights(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def weights(pairs, tmp_path_factory):
     out = tmp_path_factory.mktemp("weights") / "start"
     image = {"model": "declip_conv_tiny", "size": 32}  # open_clip cannot hold it, which saves the time of its import
     tree = tiny_tree(pairs, image=image, train={**TINY["train"], "steps": 2})
@@ -60,7 +58,7 @@ def weights(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_one_line_trains_validates_and_exports(pairs: Path, weights: Path, tmp_path: Path, command: Any) -> None:
+def test_one_line_trains_validates_and_exports(pairs, weights, tmp_path, command):
     out = tmp_path / "run"
     words = ["finetune", pairs, "--from", weights, "--out", out, "--quiet", "train.epochs=3"]
     printed = command(*words, "train.patience=9").out
@@ -79,7 +77,7 @@ def test_one_line_trains_validates_and_exports(pairs: Path, weights: Path, tmp_p
     assert "--resume" in command(*words).err
 
 
-def test_the_best_mixture_with_the_start_is_kept(pairs: Path, weights: Path, tmp_path: Path, command: Any) -> None:
+def test_the_best_mixture_with_the_start_is_kept(pairs, weights, tmp_path, command):
     out, other = tmp_path / "run", pairs.with_name("other.csv")
     words = ["finetune", pairs, "--from", weights, "--val", other, "--keep", pairs, "--out", out, "--quiet"]
     words += ["train.epochs=4", "train.lr=3e-2", "data.workers=0", "train.report_to=[]"]
@@ -101,7 +99,7 @@ def test_the_best_mixture_with_the_start_is_kept(pairs: Path, weights: Path, tmp
     assert len(read_run(out).evaluations) == len(run.evaluations)
 
 
-def test_python_uses_the_same_words_and_resumes(pairs: Path, weights: Path, tmp_path: Path) -> None:
+def test_python_uses_the_same_words_and_resumes(pairs, weights, tmp_path):
     keys = {"train.steps": 6, "train.batch_size": 4, "train.evaluate_every": 2, "train.patience": 9}
     keys |= {"data.max_pairs": np.int64(12), **PLAIN}
     options = {"val": (), "freeze": "text", "quiet": True, **keys}
@@ -112,7 +110,7 @@ def test_python_uses_the_same_words_and_resumes(pairs: Path, weights: Path, tmp_
     recipe = finetuning.finetune_recipe(pairs, part, weights, (), "text", keys, quiet=True)
     stop_at(recipe, part, 3)
     listed = (part / "val.pairs").read_bytes()
-    others: list[dict[str, Any]] = [{"freeze": "none"}, {"val": [pairs]}, {"pairs": "builtin:emoji"}]
+    others = [{"freeze": "none"}, {"val": [pairs]}, {"pairs": "builtin:emoji"}]
     for other in (*others, {"weights": "builtin:lite0-minilm"}):
         given = {"pairs": pairs, "weights": weights, **options, **other}
         with pytest.raises(UserError, match="not what this run was started with"):
@@ -122,18 +120,16 @@ def test_python_uses_the_same_words_and_resumes(pairs: Path, weights: Path, tmp_
     same_end(tmp_path / "whole", part)
 
 
-def test_a_run_with_adapters_is_exported_in_every_format_that_holds_it(
-    pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_with_adapters_is_exported_in_every_format_that_holds_it(pairs, tmp_path, monkeypatch):
     write_declip_file(build("vit"), tmp_path / "vit.safetensors")
     monkeypatch.setattr(finetuning, "export", written := Mock())
-    keys: dict[str, Any] = {"finetune.lora": {"rank": 2}, "train.steps": 2, "train.batch_size": 8}
+    keys = {"finetune.lora": {"rank": 2}, "train.steps": 2, "train.batch_size": 8}
     keys |= PLAIN
     assert declip.finetune(pairs, tmp_path / "vit.safetensors", out=tmp_path / "run", quiet=True, **keys).finished
     assert [call.args[1] for call in written.call_args_list] == ["safetensors", "open_clip", "huggingface"]
 
 
-def test_a_list_of_pairs_is_split_into_lists_of_its_source(pairs: Path, weights: Path, tmp_path: Path) -> None:
+def test_a_list_of_pairs_is_split_into_lists_of_its_source(pairs, weights, tmp_path):
     write_pair_list(tmp_path / "some.pairs", PairList(str(pairs), Columns(), 40, [*range(4, 40)]))
     finetuning.finetune_recipe(tmp_path / "some.pairs", tmp_path / "run", weights, quiet=True)
     train, val = (read_pair_list(tmp_path / "run" / name) for name in finetuning.SPLIT)
@@ -141,7 +137,7 @@ def test_a_list_of_pairs_is_split_into_lists_of_its_source(pairs: Path, weights:
     assert (train.source, len(open_source(tmp_path / "run" / finetuning.SPLIT[1]))) == (str(pairs), len(val.indices))
 
 
-def test_a_running_run_keeps_its_folder(pairs: Path, weights: Path, tmp_path: Path) -> None:
+def test_a_running_run_keeps_its_folder(pairs, weights, tmp_path):
     other = (
         "import fcntl, pathlib, sys; f = pathlib.Path(sys.argv[1]); f.mkdir(); l = open(f / '.lock', 'ab')"
         "; fcntl.lockf(l, fcntl.LOCK_EX); (f / 'checkpoint').touch(); print('locked', flush=True); input()"
@@ -155,18 +151,18 @@ def test_a_running_run_keeps_its_folder(pairs: Path, weights: Path, tmp_path: Pa
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock", "checkpoint"]
 
 
-def test_names_of_classes_are_checked_before_the_pairs_are_read(tmp_path: Path) -> None:
+def test_names_of_classes_are_checked_before_the_pairs_are_read(tmp_path):
     """Every wrong file of names: tests/interchange/test_classes.py."""
     save_file(timm.create_model("test_vit", num_classes=7).state_dict(), tmp_path / "w.safetensors")
     (tmp_path / "names.txt").write_text("a\nb\n", encoding="utf-8")
     start = f"timm:test_vit/{tmp_path / 'w.safetensors'}"
     for class_pairs, says in ((True, "2 names.*7 classes"), (False, "finetune.class_pairs.*--freeze both")):
-        keys: Any = {"finetune.class_names": str(tmp_path / "names.txt"), "finetune.class_pairs": class_pairs}
+        keys = {"finetune.class_names": str(tmp_path / "names.txt"), "finetune.class_pairs": class_pairs}
         with pytest.raises(UserError, match=says):
             declip.finetune("no.csv", start, freeze="both", out=tmp_path / "r", **keys)
 
 
-def test_a_refused_run_removes_only_its_own_files(pairs: Path, weights: Path, tmp_path: Path) -> None:
+def test_a_refused_run_removes_only_its_own_files(pairs, weights, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").touch()
     with pytest.raises(UserError, match="--val"):
@@ -175,18 +171,18 @@ def test_a_refused_run_removes_only_its_own_files(pairs: Path, weights: Path, tm
 
 
 @pytest.mark.parametrize("rate", ["5e-4", "0.0005"])
-def test_numbers_are_read_as_python_writes_them(rate: str) -> None:
+def test_numbers_are_read_as_python_writes_them(rate):
     given = read_overrides({"train.lr": rate, "train.epochs": "1e1", "train": {"batch_size": "16"}})
     keys = settings(64, "heads", on_cpu=False, given=given)
     assert (keys["train.lr"], keys["train.warmup_lr"]) == (0.0005, pytest.approx(5e-6))
     assert (keys["train.batch_size"], keys["train.evaluate_every"]) == (16, 4)
 
 
-def test_pairs_of_the_start_are_not_validated_on(pairs: Path, weights: Path, tmp_path: Path) -> None:
+def test_pairs_of_the_start_are_not_validated_on(pairs, weights, tmp_path):
     head, *rows = pairs.read_text().splitlines()
     table = pairs.with_name("fewer.csv")
     table.write_text("\n".join([head, *rows[:30]]) + "\n")
-    keys: dict[str, Any] = {"quiet": True, **PLAIN, "train.steps": 1, "train.batch_size": 8}
+    keys = {"quiet": True, **PLAIN, "train.steps": 1, "train.batch_size": 8}
     first = declip.finetune(table, weights, out=tmp_path / "first", **keys)
     renamed = pairs.with_name("renamed.csv")  # the same images with other captions, so that their hashes change
     renamed.write_text("\n".join([head, *(f"{row} again" for row in rows)]) + "\n")
@@ -197,13 +193,13 @@ def test_pairs_of_the_start_are_not_validated_on(pairs: Path, weights: Path, tmp
     assert not trained & validated
 
 
-def test_without_weights_three_ways_are_named(pairs: Path, tmp_path: Path, monkeypatch: Any, command: Any) -> None:
+def test_without_weights_three_ways_are_named(pairs, tmp_path, monkeypatch, command):
     monkeypatch.setattr(starter, "installed", lambda: False)
     error = command("finetune", pairs, "--out", tmp_path / "run").err
     assert all(word in error for word in ("builtin:lite2-minilm", "open_clip:", "a file"))
 
 
-def test_dry_run_keeps_nothing(pairs: Path, weights: Path, tmp_path: Path, monkeypatch: Any, command: Any) -> None:
+def test_dry_run_keeps_nothing(pairs, weights, tmp_path, monkeypatch, command):
     monkeypatch.chdir(tmp_path)
     other = pairs.with_name("other.csv")
     for val, source in (([], "runs/finetune/train.pairs"), (["--val", other], pairs)):
@@ -216,7 +212,7 @@ def test_dry_run_keeps_nothing(pairs: Path, weights: Path, tmp_path: Path, monke
     assert not list(tmp_path.iterdir())
 
 
-def test_the_table_of_settings() -> None:
+def test_the_table_of_settings():
     sizes = [settings(count, "whole", on_cpu=True)["train.batch_size"] for count in (1, 3, 20, 200, 5_000)]
     assert sizes == [2, 3, 8, 16, 128]
     for start, freeze, on_cpu, expected in (
@@ -235,11 +231,11 @@ def test_the_table_of_settings() -> None:
     assert (given["train.evaluate_every"], given["train.warmup_steps"], given["train.warmup_lr"]) == (40, 4, 0.01)
 
 
-def test_python_objects_are_split_and_validated_on(pairs: Path, tmp_path: Path) -> None:
+def test_python_objects_are_split_and_validated_on(pairs, tmp_path):
     weights = declip.export(build("conv"), "safetensors", tmp_path / "start").folder
     rows = [line.split(",") for line in pairs.read_text().splitlines()[1:]]
     items = [(str(pairs.parent / name), caption) for name, caption in rows]
-    keys: dict[str, Any] = {"quiet": True, **PLAIN, "train.steps": 1, "train.batch_size": 8}
+    keys = {"quiet": True, **PLAIN, "train.steps": 1, "train.batch_size": 8}
     split = declip.finetune(items, weights, out=tmp_path / "split", **keys)
     assert (split.finished, split.last()[0].result.images > 0) == (True, True)  # type: ignore[union-attr]
     held_out = declip.finetune(items[:30], weights, val=items[30:], out=tmp_path / "val", **keys)

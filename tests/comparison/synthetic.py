@@ -1,12 +1,10 @@
 """Comparisons with known numbers: clip gains 10 points per doubling, and declip needs half as many pairs."""
 
-from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from math import log2
-from typing import Any
 
 from declip.comparison.outcome import Outcome
-from declip.comparison.study import Study, Trial, Variant
+from declip.comparison.study import Study, Variant
 from declip.evaluation.results import RecallAtK, RetrievalResult, ZeroShotResult
 
 SIZES = (1000, 2000, 4000, 8000)
@@ -15,33 +13,27 @@ VERSIONS = {"declip": "0.1.0", "torch": "2.6.0"}
 AHEAD = {"clip": 1, "declip": 2}
 
 
-def study(names: Sequence[str] = ("clip", "declip"), **changes: Any) -> Study:
+def study(names=("clip", "declip"), **changes):
     """Recipes at four sizes with three seeds; a run of declip takes twice as long."""
     overrides = {"train.steps": "100", "train.batch_size": "50"}
     variants = tuple(Variant.of(name, overrides) for name in names)
     return replace(Study(variants, SIZES, (0, 1, 2), ("test",), ("zero-shot",)), **changes)
 
 
-def score(trial: Trial) -> float:
+def score(trial):
     """By how many pairs and which variant; the seeds lie a point apart."""
     return 0.1 * log2(trial.pairs * AHEAD.get(trial.variant, 1.1) / 500) + 0.01 * (trial.seed - 1)
 
 
-def outcome(
-    plan: Study,
-    value: Callable[[Trial], float] = score,
-    done: Callable[[Trial], bool] = lambda trial: True,
-    retrieval: bool = False,
-    **more: Any,
-) -> Outcome:
+def outcome(plan, value=score, done=lambda trial: True, retrieval=False, **more):
     """Every finished run, each evaluated on 400 images of 200 classes."""
     rows = {trial.id: row(plan, trial, value(trial), retrieval) for trial in plan.trials() if done(trial)}
     return Outcome(plan, rows, **more)
 
 
-def row(plan: Study, trial: Trial, top1: float, retrieval: bool) -> dict[str, Any]:
+def row(plan, trial, top1, retrieval):
     """What `trials.run_trial` writes."""
-    results: list[dict[str, Any]] = [ZeroShotResult("test", 400, 200, top1, min(1.0, top1 + 0.1), top1).to_dict()]
+    results = [ZeroShotResult("test", 400, 200, top1, min(1.0, top1 + 0.1), top1).to_dict()]
     if retrieval:
         recalls = (
             RecallAtK(400, 400, top1 + more, 1.0, 1.0, 1 / 400, 5 / 400, 10 / 400, 1.0) for more in (-0.02, 0.02)

@@ -12,7 +12,6 @@ import time
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -23,11 +22,10 @@ from conftest import tiny_tree
 from declip.api import compare, train
 from declip.comparison import runner as comparing
 from declip.comparison import trials as running
-from declip.comparison.outcome import Outcome, read_outcome, scores
-from declip.comparison.study import Study, Trial, read_study
+from declip.comparison.outcome import read_outcome, scores
+from declip.comparison.study import Study, read_study
 from declip.comparison.trials import FAILURE, folder_of, run_trial
 from declip.errors import UserError
-from declip.training.parts import Parts
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="sends SIGKILL")
 
@@ -42,9 +40,9 @@ def recipes(table, tmp_path):
     return files
 
 
-def tiny(recipes: dict[str, str], table: Path, out: Path, **more: Any) -> Outcome:
+def tiny(recipes, table, out, **more):
     """Compare them by retrieval: two sizes, one seed, in this process."""
-    options: dict[str, Any] = {"pairs": (8, 16), "seeds": 1, "datasets": [str(table)], "tasks": ["retrieval"]}
+    options = {"pairs": (8, 16), "seeds": 1, "datasets": [str(table)], "tasks": ["retrieval"]}
     options |= {"jobs": 1, "quiet": True, **more}
     return compare(list(recipes.values()), out=out, **options)
 
@@ -72,7 +70,7 @@ def test_few_shot_is_compared_at_each_number_of_shots(recipes, table, tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8), color).save(path)
     colors = f"folder:{tmp_path / 'colors'}"
-    options: dict[str, Any] = {"pairs": (8,), "datasets": [colors], "tasks": ["few-shot"]}
+    options = {"pairs": (8,), "datasets": [colors], "tasks": ["few-shot"]}
     outcome = tiny({"clip": recipes["clip"]}, table, tmp_path / "out", **options, shots=[3, 1])
     assert [name.removeprefix(colors) for name in outcome.measures] == [": 1 shot, top-1", ": 3 shots, top-1"]
     with pytest.raises(UserError, match=r"shots was \(1, 3\), now \(1,\)"):
@@ -144,11 +142,11 @@ def test_a_run_that_fails_leaves_its_reason_and_does_not_end_the_others(recipes,
     assert not again.failures
 
 
-def _rows_logged(out: Path) -> int:
+def _rows_logged(out):
     return sum(path.read_bytes().count(b"\n") for path in out.glob("runs/*/metrics.jsonl"))
 
 
-def _compare_in_a_terminal(*given: Any, **options: Any) -> None:
+def _compare_in_a_terminal(*given, **options):
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are deaf to it
     tiny(*given, **options)
 
@@ -156,7 +154,7 @@ def _compare_in_a_terminal(*given: Any, **options: Any) -> None:
 @linux
 def test_stopped_and_killed_it_ends_as_if_it_had_gone_through(recipes, table, tmp_path):
     recipes = {"declip": recipes["declip"]}
-    options: dict = {"pairs": (16,), "overrides": {"train.steps": 16, "train.checkpoint_every": 4}}
+    options = {"pairs": (16,), "overrides": {"train.steps": 16, "train.checkpoint_every": 4}}
     whole, out = tiny(recipes, table, tmp_path / "whole", **options), tmp_path / "out"
     fork = multiprocessing.get_context("fork")
     for number in (signal.SIGINT, signal.SIGKILL):  # the first saves the running trial
@@ -180,12 +178,12 @@ def test_stopped_and_killed_it_ends_as_if_it_had_gone_through(recipes, table, tm
 def test_at_equal_compute_steps_are_inverse_to_the_measured_seconds_and_stay(recipes, table, tmp_path, monkeypatch):
     seconds, timed = {"clip": 0.1, "declip": 0.25, "slow-clip": 0.4}, []
 
-    def step_seconds(parts: Parts, warm: int, count: int) -> list[float]:
+    def step_seconds(parts, warm, count):
         timed.append(parts.recipe.name)
         return [seconds[parts.recipe.name]] * count
 
     monkeypatch.setattr(comparing, "step_seconds", step_seconds)
-    options: dict = {"pairs": (8,), "budget": "compute"}
+    options = {"pairs": (8,), "budget": "compute"}
     outcome = tiny(recipes, table, tmp_path / "out", **options)
     assert timed == ["clip", "declip"] * comparing.ROUNDS
     assert {row["variant"]: (row["steps"], row["samples"]) for row in outcome.rows.values()} == {
@@ -207,10 +205,10 @@ def test_at_equal_compute_steps_are_inverse_to_the_measured_seconds_and_stay(rec
 
 def test_two_processes_divide_the_runs(recipes, table, tmp_path, monkeypatch):
     recipes, done = {"clip": recipes["clip"]}, []
-    options: dict = {"seeds": 2, "overrides": {"train.steps": 4}}
+    options = {"seeds": 2, "overrides": {"train.steps": 4}}
     alone, out = tiny(recipes, table, tmp_path / "alone", **options), tmp_path / "out"
 
-    def run_after_the_other(study: Study, trial: Trial, folder: Path) -> bool:
+    def run_after_the_other(study, trial, folder):
         until = time.monotonic() + 120
         while not list(out.glob("runs/*/result.json")) and time.monotonic() < until:
             time.sleep(0.05)
@@ -227,15 +225,15 @@ def test_two_processes_divide_the_runs(recipes, table, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("end", ["Ctrl-C", "crash"])
 def test_other_processes_end_with_this_one_and_crashes_are_reported(end, recipes, table, tmp_path, monkeypatch, capsys):
-    started: list[subprocess.Popen] = []
+    started = []
     popen = subprocess.Popen
 
-    def start(command: list[str], **options: Any) -> subprocess.Popen:
+    def start(command, **options):
         code = "raise SystemExit(3)" if end == "crash" else "import time; time.sleep(600)"
         started.append(popen([command[0], "-c", code], **options))
         return started[-1]
 
-    def stop(study: Study, trial: Trial, folder: Path) -> bool:
+    def stop(study, trial, folder):
         if end == "Ctrl-C":
             raise KeyboardInterrupt
         started[0].wait()
@@ -254,7 +252,7 @@ def test_other_processes_end_with_this_one_and_crashes_are_reported(end, recipes
 
 
 def test_a_taken_run_is_left_to_the_one_who_took_it(recipes, table, tmp_path, monkeypatch):
-    done: list[str] = []
+    done = []
     monkeypatch.setattr(running, "run_trial", lambda study, trial, folder: done.append(trial.id) or True)
     out = tmp_path / "out"
     study = comparing.open_folder(_study(recipes, table), out)
@@ -262,7 +260,7 @@ def test_a_taken_run_is_left_to_the_one_who_took_it(recipes, table, tmp_path, mo
     (out / "runs").mkdir()
     held = threading.Event()
 
-    def hold() -> None:
+    def hold():
         with FileLock(f"{folder_of(out, first)}.lock"):
             held.set()
             time.sleep(0.3)
@@ -273,7 +271,7 @@ def test_a_taken_run_is_left_to_the_one_who_took_it(recipes, table, tmp_path, mo
     assert done == [second.id, first.id], "the taken one is waited for, last"
 
 
-def _study(recipes: dict[str, str], table: Path, **more: Any) -> Study:
+def _study(recipes, table, **more):
     return Study.of(list(recipes.values()), [8], [0], datasets=[str(table)], tasks=["retrieval"], **more)
 
 

@@ -10,7 +10,7 @@ from declip.comparison.outcome import EfficiencyCurve, curve_of, factor, pairs_n
 PAIRS = (1000, 2000, 4000, 8000)
 
 
-def _curve(values: list[float], spread: float = 0.0, pairs: tuple[int, ...] = PAIRS) -> EfficiencyCurve:
+def _curve(values, spread=0.0, pairs=PAIRS):
     return EfficiencyCurve(pairs, tuple((value - spread, value, value + spread) for value in values))
 
 

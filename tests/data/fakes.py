@@ -1,7 +1,5 @@
 """Small stand-ins for the tests of data: JPEG files, a source of noise, a tokenizer, and loaders by their options."""
 
-from collections.abc import Mapping
-
 import numpy as np
 from PIL import Image
 
@@ -12,7 +10,7 @@ from declip.data.pair import BrokenPair, Pair, PairSource
 from declip.recipe.schema import ImageView, TextView
 
 
-def scene(width: int = 150, height: int = 101, seed: int = 0) -> Image.Image:
+def scene(width=150, height=101, seed=0):
     """Smooth colors with some grain, as a photograph has them."""
     generator = np.random.default_rng(seed)
     coarse = Image.fromarray(generator.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize((width, height), 3)
@@ -20,7 +18,7 @@ def scene(width: int = 150, height: int = 101, seed: int = 0) -> Image.Image:
     return Image.fromarray((np.asarray(coarse) + grain).clip(0, 255).astype(np.uint8))
 
 
-def jpeg(image: Image.Image | None = None, **options: object) -> bytes:
+def jpeg(image=None, **options):
     """A JPEG file of an image, of a scene by default."""
     return encoded(image or scene(), "JPEG", **{"quality": 90} | options)
 
@@ -28,16 +26,16 @@ def jpeg(image: Image.Image | None = None, **options: object) -> bytes:
 class Noise(PairSource):
     """Images of noise, two captions a pair; some broken, by place and reason."""
 
-    def __init__(self, count: int = 30, broken: Mapping[int, str] | None = None) -> None:
+    def __init__(self, count=30, broken=None):
         self.name, self.count, self.broken = "fake", count, broken or {}
 
-    def __len__(self) -> int:
+    def __len__(self):
         return self.count
 
-    def captions(self, index: int) -> tuple[str, ...]:
+    def captions(self, index):
         return tuple(f"{index} {word} of a small dog under the green tree by night" for word in ("photo", "sketch"))
 
-    def __getitem__(self, index: int) -> Pair:
+    def __getitem__(self, index):
         if index in self.broken:
             raise BrokenPair(self.broken[index], f"pair-{index}")
         noise = np.random.default_rng(index).integers(0, 256, (16, 20, 3), dtype=np.uint8)
@@ -50,29 +48,21 @@ class Words:
     vocabulary, start, end, mask, padding = 5003, 5000, 5001, 5002, 0
     words = range(start)
 
-    def __init__(self, context: int = 32) -> None:
+    def __init__(self, context=32):
         self.context, self.word_of = context, {}
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text):
         ids = [1 + sum(31**place * ord(c) for place, c in enumerate(word)) % 4999 for word in text.split()]
         self.word_of |= dict(zip(ids, text.split(), strict=True))
         return [self.start, *ids[: self.context - 2], self.end]
 
-    def decode(self, ids: list[int]) -> str:
+    def decode(self, ids):
         return " ".join(self.word_of[number] for number in ids[1:-1])
 
 
 def make_loader(
-    source: PairSource,
-    *,
-    size: int = 12,
-    context: int = 32,
-    views: tuple[str, ...] = ("first", "second"),
-    texts: int = 2,
-    mask: float | None = 0.15,
-    whole_context: bool = False,
-    **options: object,
-) -> PairLoader:
+    source, *, size=12, context=32, views=("first", "second"), texts=2, mask=0.15, whole_context=False, **options
+):
     """A loader; options go to `TextView`, the loader and the assembler."""
     text = {name: options.pop(name) for name in TextView.model_fields.keys() & options}
     specs = tuple(ViewSpec(name, size, ImageView()) for name in views)

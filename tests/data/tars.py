@@ -3,8 +3,6 @@
 import io
 import json
 import tarfile
-from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 from PIL import Image
 
@@ -14,12 +12,12 @@ SIZES = (5, 1, 9, 6)
 """Pairs in each shard of the fixture `shard_folder`."""
 
 
-def picture(number: int, kind: str = "png") -> bytes:
+def picture(number, kind="png"):
     """An image whose pixels tell its number."""
     return encoded(Image.new("RGB", (16, 16), (number % 256, number // 256, 7)), kind)
 
 
-def write_tar(path: Path, members: Iterable[tuple[str, bytes]], format: int = tarfile.USTAR_FORMAT) -> Path:
+def write_tar(path, members, format=tarfile.USTAR_FORMAT):
     """A tar of these members, in order."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w", format=format) as tar:
@@ -30,7 +28,7 @@ def write_tar(path: Path, members: Iterable[tuple[str, bytes]], format: int = ta
     return path
 
 
-def pair(number: int) -> list[tuple[str, bytes]]:
+def pair(number):
     """The members of pair `number`, as img2dataset writes them."""
     said = {"caption": f"picture {number}", "url": "http://x"}
     return [
@@ -40,7 +38,7 @@ def pair(number: int) -> list[tuple[str, bytes]]:
     ]
 
 
-def write_shards(folder: Path, sizes: Sequence[int]) -> Path:
+def write_shards(folder, sizes):
     """Shards 00000.tar and so on with so many pairs, numbered through."""
     first = 0
     for shard, size in enumerate(sizes):

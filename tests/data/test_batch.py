@@ -10,15 +10,15 @@ from declip.errors import UserError
 PLAIN = Photometric(1.0, 1.0, 1.0, 0.0, (3, 1, 0, 2), True, False, 0.5, 1)
 
 
-def photometric(count: int = 3) -> Photometric:
+def photometric(count=3):
     return Photometric.stack([PLAIN] * count)
 
 
-def raw(count: int = 3) -> View:
+def raw(count=3):
     return View(torch.zeros(count, 3, 4, 4, dtype=torch.uint8), photometric(count))
 
 
-def parts(pairs: int = 3, length: int = 8, **other) -> dict:
+def parts(pairs=3, length=8, **other):
     whole = {
         "views": {"first": torch.zeros(pairs, 3, 4, 4), "small": torch.zeros(pairs, 3, 2, 2)},
         "texts": torch.ones(2, pairs, length, dtype=torch.int64),

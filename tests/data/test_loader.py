@@ -6,15 +6,12 @@ import os
 import pickle
 import signal
 import subprocess
-from pathlib import Path
 
 import pytest
 import torch
 from scipy.stats import binomtest
 
 from data.fakes import Noise, Words, make_loader
-from declip.data.batch import PairBatch
-from declip.data.loader import PairLoader
 from declip.data.pair import Pair
 from declip.data.sources.shards import ShardSource
 from declip.data.sources.subset import Joined
@@ -24,16 +21,16 @@ from declip.errors import UserError
 PAIRS = 30
 
 
-def make(source: Noise | None = None, **options) -> PairLoader:
+def make(source=None, **options):
     return make_loader(source or Noise(), **options)
 
 
-def take(loader: PairLoader, count: int) -> list[PairBatch]:
+def take(loader, count):
     with loader:
         return list(itertools.islice(loader, count))
 
 
-def content(batch: PairBatch) -> dict[str, torch.Tensor]:
+def content(batch):
     tensors = dict(vars(batch))
     for name, view in batch.views.items():
         tensors |= {f"{name}.pixels": view.pixels}
@@ -41,7 +38,7 @@ def content(batch: PairBatch) -> dict[str, torch.Tensor]:
     return {name: value for name, value in tensors.items() if isinstance(value, torch.Tensor)}
 
 
-def assert_same(given: list[PairBatch], expected: list[PairBatch]) -> None:
+def assert_same(given, expected):
     assert len(given) == len(expected)
     for one, other in zip(given, expected, strict=True):
         ours, theirs = content(one), content(other)
@@ -182,7 +179,7 @@ def test_too_large_a_share_of_broken_pairs_stops_after_a_hundred_pairs():
 
 
 def test_a_mistake_that_a_worker_meets_arrives_as_it_was(monkeypatch):
-    def fail(_, index: int) -> Pair:
+    def fail(_, index):
         raise UserError(f"Row {index} is gone.")
 
     monkeypatch.setattr(Noise, "__getitem__", fail)
@@ -216,7 +213,7 @@ def test_workers_ignore_signals_of_others_and_end_with_the_loader(number):
 def test_a_process_that_leaves_its_loader_open_can_end():
     """Python asks workers by SIGTERM to end and then waits for them: a deaf one would be waited for for ever."""
 
-    def leave_open() -> None:
+    def leave_open():
         loader = make(workers=1)
         next(loader)
         multiprocessing.active_children()[0].join(0)
@@ -228,7 +225,7 @@ def test_a_process_that_leaves_its_loader_open_can_end():
     assert process.exitcode == 3
 
 
-def joined(folder: Path) -> Joined:
+def joined(folder):
     return Joined([ShardSource(f"{folder}/{name}.tar") for name in ("{00000..00002}", "00003", "00003")])
 
 

@@ -2,7 +2,6 @@
 
 import io
 import struct
-from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -17,11 +16,11 @@ ALT = '<dc:{0}><rdf:Alt><rdf:li xml:lang="x-default">{1}</rdf:li></rdf:Alt></dc:
 BAG = "<dc:subject><rdf:Bag><rdf:li>bird</rdf:li><rdf:li> red </rdf:li><rdf:li>bird</rdf:li></rdf:Bag></dc:subject>"
 
 
-def xmp(inner: str) -> bytes:
+def xmp(inner):
     return PACKET.format(inner).encode()
 
 
-def iptc(*fields: tuple[int, bytes]) -> bytes:
+def iptc(*fields):
     """A JPEG's segment with records of IPTC."""
     records = b"".join(b"\x1c\x02" + bytes([number]) + struct.pack(">H", len(text)) + text for number, text in fields)
     block = b"8BIM\x04\x04\x00\x00" + struct.pack(">I", len(records)) + records + b"\x00" * (len(records) % 2)
@@ -29,14 +28,14 @@ def iptc(*fields: tuple[int, bytes]) -> bytes:
     return b"\xff\xed" + struct.pack(">H", len(content) + 2) + content
 
 
-def write(path: Path, packet: bytes = b"", segment: bytes = b"") -> None:
+def write(path, packet=b"", segment=b""):
     written = io.BytesIO()
     Image.new("RGB", (8, 8), "red").save(written, "JPEG", **({"xmp": packet} if packet else {}))
     content = written.getvalue()
     path.write_bytes(content[:2] + segment + content[2:])
 
 
-def captions(folder: Path) -> tuple[str, ...]:
+def captions(folder):
     return open_source(folder).captions(0)
 
 

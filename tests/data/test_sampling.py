@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import chisquare
 
-from declip.data.loader import Order, build_order
+from declip.data.loader import build_order
 from declip.data.pair import PairSource
 from declip.data.sources.subset import Joined, take
 from declip.errors import UserError
@@ -15,11 +15,11 @@ from declip.errors import UserError
 class Numbers(PairSource):
     """A source that is only as long as it is."""
 
-    def __init__(self, count: int, blocks: list[int] | None = None, remote: bool = False, name: str = "numbers"):
+    def __init__(self, count, blocks=None, remote=False, name="numbers"):
         self.count, self.remote, self.name = count, remote, name
         self.blocks = None if blocks is None else np.array(blocks)
 
-    def __len__(self) -> int:
+    def __len__(self):
         return self.count
 
     def __getitem__(self, index):
@@ -33,11 +33,11 @@ SIZES = [30, 7, 0, 55, 41, 1, 66, 23, 19, 60]
 SHARDS = Numbers(sum(SIZES), SIZES)
 
 
-def order_of(source, batch=8, buffer=None) -> Order:
+def order_of(source, batch=8, buffer=None):
     return build_order(source, batch, 5, buffer)
 
 
-def steps(order: Order, first: int, last: int) -> np.ndarray:
+def steps(order, first, last):
     return np.concatenate([order.indices(step) for step in range(first, last)])
 
 

@@ -130,7 +130,7 @@ def test_finished_shards_are_not_made_again(folder, tmp_path, monkeypatch):
 def test_it_continues_after_a_kill(folder, tmp_path):
     out = tmp_path / "made"
 
-    def shard_slowly() -> None:
+    def shard_slowly():
         os.setsid()
         files_of = module._Packer.files
         module._Packer.files = lambda self, place: time.sleep(60 if place == 6 else 0) or files_of(self, place)

@@ -8,8 +8,6 @@ import yaml
 from conftest import TINY, WEIGHTS
 from data.tables import write
 from data.tars import write_shards
-from declip.data.batch import View
-from declip.data.pair import PairSource
 from declip.data.sources.shards import ShardSource
 from declip.data.sources.subset import Joined, Subset
 from declip.errors import UserError
@@ -25,7 +23,7 @@ def shards(tmp_path, cache):
     return write_shards(tmp_path / "shards", (5, 9, 7))
 
 
-def recipe_of(source: object, **data: object) -> Recipe:
+def recipe_of(source, **data):
     return Recipe.model_validate({**TINY, "data": {"source": source, **data}})
 
 
@@ -61,7 +59,7 @@ def test_rows_of_other_splits_are_not_trained_on(folder, shards):
 
 
 def test_a_group_is_refused_where_no_source_is_a_table(shards, table):
-    def opened(source: object, **data: object) -> PairSource:
+    def opened(source, **data):
         tree = {"source": source, "columns": {"group": "image"}, **data}
         return open_training_source(Recipe.model_validate({**TINY, "data": tree}))
 
@@ -75,7 +73,7 @@ def test_a_group_is_refused_where_no_source_is_a_table(shards, table):
 def test_a_milder_contrastive_view_is_one_more(table):
     mild = {"scale": [1.0, 1.0], "color_jitter_prob": 0, "grayscale_prob": 0, "blur_prob": 0, "hflip_prob": 0}
 
-    def views(contrastive: dict[str, object] | None) -> dict[str, View]:
+    def views(contrastive):
         tree = {"loss_weights": WEIGHTS["slip"], "views": {"contrastive_view": contrastive}}
         recipe = Recipe.model_validate({**TINY, **tree, "data": {"source": str(table)}})
         with build_loader(recipe, open_training_source(recipe), DualEncoder.from_recipe(recipe)) as loader:

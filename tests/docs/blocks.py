@@ -10,9 +10,8 @@ import runpy
 import shlex
 import subprocess
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 from typer.main import get_command
@@ -49,20 +48,20 @@ class Block(NamedTuple):
     line: int
 
 
-def blocks(page: Path) -> list[Block]:
+def blocks(page):
     """List the fenced blocks of a page."""
     text = page.read_text(encoding="utf-8")
     return [Block(found[1], found[2], text.count("\n", 0, found.start()) + 1) for found in FENCE.finditer(text)]
 
 
-def lines(code: str) -> Iterator[str]:
+def lines(code):
     """Yield the commands of a shell block, continued lines joined."""
     for line in code.replace("\\\n", " ").splitlines():
         if line.strip() and not line.lstrip().startswith("#"):
             yield line.strip()
 
 
-def check(words: list[str]) -> None:
+def check(words):
     """Assert that what a shell line names exists: command, options, keys, file, target, extra."""
     if "declip" in words:
         _check_declip(words[words.index("declip") :])
@@ -85,8 +84,8 @@ def check(words: list[str]) -> None:
         assert set(extra[1].split(",")) <= set(project["optional-dependencies"]), words[-1]
 
 
-def _check_declip(words: list[str]) -> None:
-    command: Any = get_command(cli.app)
+def _check_declip(words):
+    command = get_command(cli.app)
     rest = words[1:]
     while hasattr(command, "commands") and rest:
         command, rest = command.commands[rest[0]], rest[1:]
@@ -95,7 +94,7 @@ def _check_declip(words: list[str]) -> None:
         load_recipe(given["recipe"], parse_overrides(given["overrides"] or []))
 
 
-def why_not(line: str) -> str | None:
+def why_not(line):
     """Give the reason why a shell line is only checked; None where it is run."""
     program = line.split()[0]
     if DOWNLOADED.search(line):
@@ -114,12 +113,12 @@ def why_not(line: str) -> str | None:
 class Reader:
     """Follow pages in the present folder; `left` are the lines that were only checked, with the reason."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, monkeypatch):
         self.monkeypatch = monkeypatch
-        self.names: dict[str, Any] = {"__name__": "page"}
-        self.left: dict[str, str] = {}
+        self.names = {"__name__": "page"}
+        self.left = {}
 
-    def follow(self, page: Path) -> None:
+    def follow(self, page):
         """Run all blocks of a page."""
         for block in blocks(page):
             where = f"{page.name}:{block.line}"
@@ -137,7 +136,7 @@ class Reader:
                 for line in lines(code):
                     self._type(line, where)
 
-    def _type(self, line: str, where: str) -> None:
+    def _type(self, line, where):
         words = shlex.split(line, comments=True)
         check(words)
         if reason := why_not(line):

@@ -2,13 +2,10 @@
 
 import csv
 import json
-import socket
 import sys
 import tarfile
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -21,14 +18,12 @@ import declip.api
 import declip.finetuning
 from conftest import COLOURS, SHAPES, draw
 from declip.comparison import runner
-from declip.comparison.study import Study
 from declip.data.builtin.sets import DESIGNS, EMOJI
 from declip.data.prepare import write_exclusions
 from declip.data.sources.open import open_source
 from declip.evaluation import zero_shot
-from declip.evaluation.zero_shot import PromptSet, read_prompts
+from declip.evaluation.zero_shot import read_prompts
 from declip.recipe.load import load_recipe
-from declip.recipe.schema import Recipe
 from evaluation import trees
 from golden_cases import read_state
 from text_encoders import roberta
@@ -45,7 +40,7 @@ MAKE_SMALL = ("declip.finetuning", "declip.training.assemble", "declip.compariso
 """Modules that resolve the recipes of commands; those that read foreign weights keep the real sizes."""
 
 
-def small(recipe: Recipe) -> Recipe:
+def small(recipe):
     """Cut a recipe down to seconds: few steps of few pairs, small towers, no loader processes."""
     train, pairs = recipe.train, recipe.data.max_pairs
     keys = {
@@ -86,7 +81,7 @@ def emoji_cache(tmp_path_factory):
     return cache
 
 
-def write_tables(folder: Path, name: str, source: str) -> None:
+def write_tables(folder, name, source):
     """Write a source as NAME.csv and NAME.jsonl, one row per caption, NAME-test.csv with classes, and pictures/."""
     pairs, rows, classes = open_source(source), [], []
     for number in range(len(pairs)):
@@ -103,7 +98,7 @@ def write_tables(folder: Path, name: str, source: str) -> None:
             writer.writerows(lines)
 
 
-def write_data(folder: Path, pictures: Path) -> None:
+def write_data(folder, pictures):
     """Write what the pages have in /data: shards, images, pets with enough for a probe, some ImageNet classes."""
     folder.mkdir()
     (folder / "pictures").symlink_to(pictures)
@@ -155,7 +150,7 @@ def world(emoji_cache, tmp_path_factory):
     return folder
 
 
-def visit(server: uvicorn.Server, sockets: Sequence[socket.socket]) -> None:
+def visit(server, sockets):
     """Stand in for `uvicorn.Server.run`: open each view of the page once and search."""
     host, port = sockets[0].getsockname()[:2]
     with TestClient(server.config.app, base_url=f"http://{host}:{port}") as client:
@@ -185,7 +180,7 @@ def here(world, emoji_cache, tmp_path, monkeypatch):
     monkeypatch.setattr("declip.api.write_page", lambda outcome, out: Path(out, "report.html").touch())
     whole = runner.run
 
-    def few(study: Study, out: Any, jobs: int | None = None, quiet: bool = False) -> Any:
+    def few(study, out, jobs=None, quiet=False):
         """Compare the first and the last recipe at a small number of pairs with one seed, in this process."""
         ends = tuple({each.name: each for each in (study.variants[0], study.variants[-1])}.values())
         return whole(replace(study, variants=ends, pairs=(16,), seeds=(0,)), out, 1, quiet)
@@ -197,7 +192,7 @@ def here(world, emoji_cache, tmp_path, monkeypatch):
     return tmp_path
 
 
-def one_template(name: str) -> PromptSet:
+def one_template(name):
     """Read a prompt set with one template: ImageNet's has 80,000 sentences."""
     prompts = read_prompts(name)
     return replace(prompts, templates=prompts.templates[:1])

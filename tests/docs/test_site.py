@@ -33,7 +33,7 @@ def site(tmp_path_factory):
     return folder
 
 
-def _no_network(*_: object) -> None:
+def _no_network(*_):
     raise AssertionError("the site asks for the network while it is built")
 
 

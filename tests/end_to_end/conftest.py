@@ -8,7 +8,7 @@ import zlib
 import pytest
 
 
-def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
+def png(width, height, *chunks):
     """A PNG that says that it is so large."""
     head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     parts = [(b"IHDR", head), *chunks, (b"IEND", b"")]

@@ -4,9 +4,7 @@ import os
 import pickle
 import struct
 import zlib
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given
@@ -23,7 +21,7 @@ from hostile import ROOM, Trap, apart, quickly, said, sparse, written
 pytestmark = pytest.mark.usefixtures("here")
 
 
-def patched(kind: str, find: bytes, skip: int, form: str, *sizes: int, **options: Any) -> bytes:
+def patched(kind, find, skip, form, *sizes, **options):
     """A small picture that says that it is a large one."""
     content = written(kind, **options)
     place = (content.index(find) if find else 0) + skip
@@ -31,7 +29,7 @@ def patched(kind: str, find: bytes, skip: int, form: str, *sizes: int, **options
     return content[:place] + new + content[place + len(new) :]
 
 
-def tiff(side: int) -> bytes:
+def tiff(side):
     tags = [(256, side), (257, side), (258, 8), (259, 1), (262, 1), (273, 8), (277, 1), (278, side), (279, 100)]
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
     return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4)
@@ -40,7 +38,7 @@ def tiff(side: int) -> bytes:
 BOMB, PIXELS = zlib.compress(bytes(64 << 20), 1), zlib.compress(bytes(14))
 
 
-IMAGES: dict[str, tuple[bytes, str]] = {
+IMAGES = {
     "50 gigapixels, PNG": (png(223_607, 223_607, (b"IDAT", zlib.compress(bytes(99)))), "image too large"),
     "179 megapixels, PNG": (png(13_377, 13_378, (b"IDAT", zlib.compress(bytes(99)))), "image too large"),
     "4 gigapixels, JPEG": (patched("JPEG", b"\xff\xc0", 5, ">HH", 65_500, 65_500), "image too large"),
@@ -85,7 +83,7 @@ def test_a_file_of_20_gigabytes_is_not_read():
     assert megabytes < ROOM
 
 
-OTHER_THINGS: dict[str, Callable[[Path], object]] = {
+OTHER_THINGS = {
     "pipe": os.mkfifo,
     "device": lambda path: path.symlink_to("/dev/zero"),
     "folder": Path.mkdir,

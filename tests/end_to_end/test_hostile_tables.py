@@ -4,7 +4,6 @@ import json
 import os
 import pickle
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,17 +21,17 @@ from hostile import ROOM, Trap, apart, quickly, said, written
 pytestmark = pytest.mark.usefixtures("here")
 
 
-def table(kind: str, rows: list[dict[str, Any]]) -> Path:
+def table(kind, rows):
     return write(Path(f"t.{kind}"), [tuple(row.values()) for row in rows], tuple(rows[0]))
 
 
-def read_all(source: Any) -> list[str]:
+def read_all(source):
     """What each of the first rows gets."""
     return [said(lambda i=i: source[i]) for i in range(min(len(source), 40))]
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "tsv", "parquet"])
-def test_an_image_root_cannot_be_left(kind: str, here: Path) -> None:
+def test_an_image_root_cannot_be_left(kind, here):
     root = here / "images"
     (root / "inner").mkdir(parents=True)
     for place in (root / "in.png", here / "out.png", here.parent / "up.png"):
@@ -52,7 +51,7 @@ def test_an_image_root_cannot_be_left(kind: str, here: Path) -> None:
     assert dict(zip(expected, read_all(source), strict=True)) == expected
 
 
-CELLS: list[tuple[str, str, str]] = [
+CELLS = [
     ("NaN", '"x"', "missing image"),
     ("null", '"x"', "missing image"),
     ("1e999", '"x"', "missing image"),
@@ -79,7 +78,7 @@ CELLS: list[tuple[str, str, str]] = [
 ]
 
 
-def test_cells_that_hold_anything() -> None:
+def test_cells_that_hold_anything():
     Image.new("RGB", (2, 2)).save("a.png")
     # Each row has a path of its own, so that none is merged with another.
     images = [image.replace('"a.png"', f'"{"./" * i}a.png"') for i, (image, *_) in enumerate(CELLS)]
@@ -92,7 +91,7 @@ def test_cells_that_hold_anything() -> None:
     assert source.captions(control) == ("[2J",), "nothing that a terminal obeys is left"
 
 
-def test_a_row_that_does_not_end_takes_no_memory() -> None:
+def test_a_row_that_does_not_end_takes_no_memory():
     Image.new("RGB", (2, 2)).save("a.png")
     with open("t.jsonl", "wb") as file:
         file.write(b'{"image": "a.png", "caption": "x"}\n{"image": "a.png", "caption": "')
@@ -110,7 +109,7 @@ def test_a_row_that_does_not_end_takes_no_memory() -> None:
     assert "no column 'image'" in said(lambda: open_source("h.csv"))
 
 
-def test_a_million_columns() -> None:
+def test_a_million_columns():
     Path("t.jsonl").write_text(json.dumps({f"column{n}\x1b": 0 for n in range(100_000)}))
     got = apart(lambda: open_source("t.jsonl"))[0]
     assert "no column 'image'" in got
@@ -118,7 +117,7 @@ def test_a_million_columns() -> None:
     assert len(got) < 3000
 
 
-def test_names_that_are_no_text(here: Path) -> None:
+def test_names_that_are_no_text(here):
     for name in (b"set/one/\xff\x1b.png", b"set/two/b.png"):
         os.makedirs(os.path.dirname(name), exist_ok=True)
         with open(name, "wb") as file:
@@ -133,7 +132,7 @@ def test_names_that_are_no_text(here: Path) -> None:
     assert "name is not UTF-8" in said(lambda: open_dataset("folder:set"))
 
 
-def test_parquet_that_would_run_code(here: Path) -> None:
+def test_parquet_that_would_run_code(here):
     """Arrow before 14.0.1 unpickled a type that a file names (CVE-2023-47248)."""
     trap = pickle.dumps(Trap(here / "harm"))
     about = {"ARROW:extension:name": "arrow.py_extension_type", "ARROW:extension:metadata": trap}
@@ -145,7 +144,7 @@ def test_parquet_that_would_run_code(here: Path) -> None:
     assert not Path("harm").exists()
 
 
-def test_parquet_that_repeats_one_caption(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parquet_that_repeats_one_caption(monkeypatch):
     """A few kilobytes that stand for half a gigabyte, and could stand for a thousand."""
     monkeypatch.setattr("declip.data.sources.rows.MOST_IN_PARQUET", 64 << 20)
     caption = pa.DictionaryArray.from_arrays(pa.array([0] * 8000, pa.int32()), ["x" * (1 << 16)])
@@ -156,7 +155,7 @@ def test_parquet_that_repeats_one_caption(monkeypatch: pytest.MonkeyPatch) -> No
     assert megabytes < 4 * ROOM
 
 
-def test_every_flipped_bit_in_parquet() -> None:
+def test_every_flipped_bit_in_parquet():
     path = table("parquet", [{"image": "a.png", "caption": "x"}] * 2)
     content = path.read_bytes()
     for place in range(0, len(content), 2):
@@ -174,14 +173,14 @@ PIECES = [
 @quickly
 @given(st.lists(st.sampled_from(PIECES)).map(b"".join), st.sampled_from(["jsonl", "csv", "tsv"]))
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_any_bytes_as_a_table(content: bytes, kind: str) -> None:
+def test_any_bytes_as_a_table(content, kind):
     path = Path(f"any.{kind}")
     path.write_bytes(content)
     said(lambda: read_all(open_source(path)))
     said(lambda: read_all(open_dataset(str(path)).split("test")))
 
 
-def test_folders_that_link_to_each_other_end(here: Path) -> None:
+def test_folders_that_link_to_each_other_end(here):
     for name in ("set/cat/deep", "set/dog"):
         (here / name).mkdir(parents=True)
         Image.new("RGB", (2, 2)).save(here / name / "a.png")
@@ -192,7 +191,7 @@ def test_folders_that_link_to_each_other_end(here: Path) -> None:
     assert len(open_dataset("folder:set").split("test")) == 2
 
 
-def test_labels_of_any_kind() -> None:
+def test_labels_of_any_kind():
     Image.new("RGB", (2, 2)).save("a.png")
     labels = ["cat", "dog", "1" * 5000, "x" * 2000, "\ud800", None, 1.5, [["cat"]], {}, "\0", True, " "]
     rows = [{"image": "./" * i + "a.png", "caption": "x", "label": label} for i, label in enumerate(labels)]

@@ -4,9 +4,7 @@ import json
 import pickle
 import struct
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -29,12 +27,12 @@ from hostile import ROOM, Trap, apart, forge, quickly, said
 pytestmark = pytest.mark.usefixtures("here")
 
 
-def legacy_tar(path: Path, trap: Trap) -> None:
+def legacy_tar(path, trap):
     """torch's form before 0.1.10, which is unpacked to the disk where it is read."""
     write_tar(path, [(name, pickle.dumps(trap)) for name in ("storages", "tensors", "pickle", "../outside")])
 
 
-TRAPS: dict[str, Callable[[Path, Trap], object]] = {
+TRAPS = {
     "pickle.pth": lambda path, trap: path.write_bytes(pickle.dumps({"model": trap})),
     "pickle.pth.tar": lambda path, trap: path.write_bytes(pickle.dumps({"model": trap}, protocol=2)),
     "zip.pt": lambda path, trap: torch.save({"state_dict": trap}, path),
@@ -56,13 +54,13 @@ def test_weights_that_would_run_code(name, here):
     assert set(here.parent.rglob("*")) == before
 
 
-def zip_bomb(path: Path) -> None:
+def zip_bomb(path):
     torch.save({"logit_scale": torch.ones(1)}, path)
     with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         archive.writestr(f"{path.stem}/data/1", bytes(64 << 20))
 
 
-def overlapping_zip(path: Path) -> None:
+def overlapping_zip(path):
     """Five hundred entries that are all the same megabyte."""
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("x/data/0", bytes(1 << 20))
@@ -72,23 +70,23 @@ def overlapping_zip(path: Path) -> None:
 class Endless:
     """What `weights_only` allows to be made of nothing."""
 
-    def __init__(self, make: Any, *given: Any) -> None:
+    def __init__(self, make, *given):
         self.make, self.given = make, given
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self):
         return self.make, self.given
 
 
-def holding(value: Any) -> Callable[[Path], None]:
+def holding(value):
     names = ("logit_scale", "visual.conv1.weight", "encode_text.token_embedding.weight")
     return lambda path: torch.save({"model": dict.fromkeys(names, value)}, path)
 
 
-ITSELF: list[Any] = []
+ITSELF = []
 ITSELF.append(ITSELF)
 
 
-BOMBS: dict[str, Callable[[Path], object]] = {
+BOMBS = {
     "inflates.pth": zip_bomb,
     "overlaps.pth": overlapping_zip,
     "repeats.pth": holding(torch.zeros(1).expand(1 << 20, 1 << 20)),
@@ -143,7 +141,7 @@ def checkpoint(here):
     return write_snapshot(here / "run", Checkpoint(1, weights, {}, recipe.to_yaml()), keep=1)
 
 
-def laughs(levels: int = 30) -> str:
+def laughs(levels=30):
     """Ten aliases of ten aliases of ten …: 10^30 entries of 30 lines."""
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, levels)]

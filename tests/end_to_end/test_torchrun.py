@@ -7,9 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -35,14 +33,14 @@ PLAYED = {
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
 
-def logged_once(process: subprocess.Popen[str], run: Path) -> None:
+def logged_once(process, run):
     """Wait until a run logs its first row, or its process ends."""
     end = time.monotonic() + 200
     while not (run / "metrics.jsonl").exists() and process.poll() is None and time.monotonic() < end:
         time.sleep(0.05)
 
 
-def family(pid: int) -> Iterator[int]:
+def family(pid):
     """A process and all that come from it."""
     yield pid
     for task in Path(f"/proc/{pid}/task").iterdir():
@@ -50,11 +48,11 @@ def family(pid: int) -> Iterator[int]:
             yield from family(int(child))
 
 
-def mortal(marker: Path, *words: str) -> None:
+def mortal(marker, *words):
     """The command on one rank; of the first two, the second kills itself in its third step."""
     step, calls = trainer.training_step, iter(range(1000))
 
-    def deadly(parts: Any, batch: Any, sync: Any) -> Any:
+    def deadly(parts, batch, sync):
         result = step(parts, batch, sync)
         if sync.offset and not marker.exists() and next(calls) == 2:
             marker.touch()
@@ -65,7 +63,7 @@ def mortal(marker: Path, *words: str) -> None:
     cli.main()
 
 
-def agent(*given: object) -> None:
+def agent(*given):
     """What `torchrun --standalone --nproc-per-node 2 --max-restarts 1` runs, with ranks forked from this process."""
     rendezvous = {"run_id": "test", "rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "local_addr": "127.0.0.1"}
     elastic_launch(LaunchConfig(1, 1, 2, max_restarts=1, start_method="fork", **rendezvous), mortal)(*given)

@@ -7,7 +7,6 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -24,14 +23,12 @@ from declip.runs.folder import read_rows
 from declip.search.embed import embed
 from end_to_end.conftest import png
 
-Command = Callable[..., tuple[int, str]]
-
 
 @pytest.fixture
 def declip(command):
     """The command: its exit status and all that it printed, on one line."""
 
-    def run(*words: object) -> tuple[int, str]:
+    def run(*words):
         outcome = command(*words)
         assert "Traceback" not in outcome.err
         return outcome.status, " ".join((outcome.out + outcome.err).split())
@@ -300,7 +297,7 @@ def test_an_interrupted_run_prints_words_that_a_shell_reads(table, here, declip,
 
     step = trainer.training_step
 
-    def interrupted(*arguments: object) -> object:
+    def interrupted(*arguments):
         os.kill(os.getpid(), signal.SIGINT)
         return step(*arguments)
 
@@ -331,7 +328,7 @@ def test_a_full_disk_is_reported_and_the_run_continues_once_there_is_room(here, 
     assert (status, [part for part in ("R@1", "'result.json'", "--json") if part not in printed]) == (2, [])
 
 
-def on_a_full_disk(words: list[str], largest: int) -> tuple[int | None, str]:
+def on_a_full_disk(words, largest):
     """The command in a process of its own whose files are limited; its exit status and all that it printed."""
     fork = multiprocessing.get_context("fork")
     reader, writer = os.pipe()
@@ -344,7 +341,7 @@ def on_a_full_disk(words: list[str], largest: int) -> tuple[int | None, str]:
     return process.exitcode, printed
 
 
-def _limited(words: list[str], largest: int, writer: int) -> None:
+def _limited(words, largest, writer):
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write beyond the limit then raises, as on a full disk
     resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
     sys.stdout = sys.stderr = os.fdopen(writer, "w", encoding="utf-8")

@@ -1,13 +1,10 @@
 """A model whose features can be worked out by hand: an image is its mean color, a text the colors it names."""
 
-from collections.abc import Sequence
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 
 from declip.data.pair import BrokenPair, Pair, PairSource, SkipCounter
 from declip.evaluation.encode import SourceFeatures
@@ -28,27 +25,27 @@ OTHER = len(WORDS) + 1  # the id of every word that is no color
 class ColorModel(nn.Module):
     """Knows the colors; `gain` is a weight without effect on the direction of a feature."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.gain = nn.Parameter(torch.ones(()))
         self.frozen = nn.BatchNorm1d(3)
         self.logit_scale = nn.Parameter(torch.tensor(2.66))
-        self.passes: list[tuple[str, int, bool, bool]] = []
+        self.passes = []
 
-    def preprocess(self, images: list[Image.Image]) -> Tensor:
+    def preprocess(self, images):
         pixels = [np.asarray(image.resize((4, 4)), dtype=np.float32) / 255 for image in images]
         return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
 
-    def encode_image(self, images: Tensor) -> Tensor:
+    def encode_image(self, images):
         self.passes.append(("image", len(images), self.training, torch.is_grad_enabled()))
         return self.gain * images.mean((2, 3))
 
-    def tokenize(self, texts: list[str]) -> Tensor:
+    def tokenize(self, texts):
         ids = [[WORDS.index(word) + 1 if word in WORDS else OTHER for word in text.split()] for text in texts]
         width = max(map(len, ids))
         return torch.tensor([row + [0] * (width - len(row)) for row in ids])
 
-    def encode_text(self, tokens: Tensor) -> Tensor:
+    def encode_text(self, tokens):
         self.passes.append(("text", len(tokens), self.training, torch.is_grad_enabled()))
         table = torch.zeros(OTHER + 1, 3)
         table[1:OTHER] = torch.tensor(list(COLOURS.values())) / 255
@@ -58,34 +55,27 @@ class ColorModel(nn.Module):
 class PaintedSource(PairSource):
     """Images of one color each; places in `broken` cannot be read."""
 
-    def __init__(
-        self,
-        colors: Sequence[str],
-        captions: Sequence[tuple[str, ...]] | None = None,
-        classes: Sequence[str] | None = None,
-        broken: Sequence[int] = (),
-        name: str = "painted",
-    ) -> None:
+    def __init__(self, colors, captions=None, classes=None, broken=(), name="painted"):
         self.name, self.colors, self.broken = name, list(colors), set(broken)
         self.texts = list(captions) if captions is not None else [(color,) for color in colors]
         if classes is not None:
             self.class_names = tuple(classes)
             self.labels = np.array([self.class_names.index(color) for color in colors])
 
-    def __len__(self) -> int:
+    def __len__(self):
         return len(self.colors)
 
-    def captions(self, index: int) -> tuple[str, ...]:
+    def captions(self, index):
         if index in self.broken:
             raise BrokenPair("truncated image", f"row {index}")
         return self.texts[index]
 
-    def __getitem__(self, index: int) -> Pair:
+    def __getitem__(self, index):
         captions = self.captions(index)
         return Pair(f"row {index}", Image.new("RGB", (8, 8), COLOURS[self.colors[index]]), captions)
 
 
-def features_of(images: Tensor, captions: Sequence[tuple[str, ...]] | None = None, texts: Any = None) -> SourceFeatures:
+def features_of(images, captions=None, texts=None):
     """Features that no model made."""
     captions = captions if captions is not None else [()] * len(images)
     return SourceFeatures("hand", np.arange(len(images)), images, tuple(captions), texts, SkipCounter())

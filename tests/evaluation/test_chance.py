@@ -3,11 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 from torch.nn.functional import normalize
 
 from declip.evaluation.linear_probe import Labeled, ProbeData, linear_probe
-from declip.evaluation.results import Result
 from declip.evaluation.retrieval import retrieve
 from declip.evaluation.zero_shot import classify
 from evaluation.conftest import features_of
@@ -22,11 +20,11 @@ CAPTIONS = {
 }
 
 
-def _random(rows: int, generator: torch.Generator) -> Tensor:
+def _random(rows, generator):
     return normalize(torch.randn(rows, 16, generator=generator), dim=1)
 
 
-def _near(results: list[Result]) -> None:
+def _near(results):
     values = np.array([[measure.value for measure in result.measures()] for result in results])  # (models, measures)
     chance = np.array([[measure.chance for measure in result.measures()] for result in results]).mean(0)
     error = values.std(0, ddof=1) / len(results) ** 0.5

@@ -27,7 +27,7 @@ def test_a_named_set(tmp_path):
 def test_a_split_is_opened_when_it_is_asked_for_and_once(painted):
     opened = []
 
-    def make(which: str):
+    def make(which):
         opened.append(which)
         return painted(["red"] * (which != "validation"))
 

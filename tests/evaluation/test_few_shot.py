@@ -1,7 +1,5 @@
 """Few-shot classification: the closed form, names against images, what is left out, and the protocol."""
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
@@ -12,7 +10,6 @@ from declip.evaluation.datasets import Dataset
 from declip.evaluation.few_shot import (
     Examples,
     FewShotForm,
-    FewShotHead,
     center_of,
     centered,
     choose_threshold,
@@ -24,7 +21,7 @@ from declip.evaluation.protocols import Options, evaluate_all
 from declip.evaluation.results import FewShotResult, read_result
 
 
-def made_up(shots: int, classes: int = 6, noise: float = 0.5, names: float = 0.0, seed: int = 0) -> Examples:
+def made_up(shots, classes=6, noise=0.5, names=0.0, seed=0):
     """Classes around random directions; `names` is the noise of their names, in units of the classes' distance."""
     rng = torch.Generator().manual_seed(seed)
     centers = torch.randn(classes, 12, generator=torch.Generator().manual_seed(99))
@@ -34,12 +31,12 @@ def made_up(shots: int, classes: int = 6, noise: float = 0.5, names: float = 0.0
     return Examples(torch.cat([images, images], dim=1), labels, texts, 12)
 
 
-def accuracy(head: FewShotHead, test: Examples) -> float:
+def accuracy(head, test):
     return float((head.scores(test.images).argmax(1) == test.labels).float().mean())
 
 
 @pytest.mark.parametrize("shots", [2, 40])
-def test_the_weight_minimizes_the_weighted_squared_error(shots: int) -> None:
+def test_the_weight_minimizes_the_weighted_squared_error(shots):
     examples, form = made_up(shots), FewShotForm(4.0, 0.1)
     head = fit_mixture(examples, {form: 2.0})
     x = centered(examples.images, center_of(examples), 12) / 2**0.5
@@ -52,7 +49,7 @@ def test_the_weight_minimizes_the_weighted_squared_error(shots: int) -> None:
     assert torch.allclose(head.scores(made_up(3, seed=1).images), 2 * z @ expected.T, atol=1e-4)
 
 
-def test_a_mixture_adds_the_scores_of_its_regressions() -> None:
+def test_a_mixture_adds_the_scores_of_its_regressions():
     examples, test = made_up(4), made_up(3, seed=1).images
     mixture = {FewShotForm(0.0, 0.3): 2.0, FewShotForm(4.0, 0.1): 0.5}
     alone = [fit_mixture(examples, {form: factor}).scores(test) for form, factor in mixture.items()]
@@ -61,13 +58,13 @@ def test_a_mixture_adds_the_scores_of_its_regressions() -> None:
     assert mixed.name_weight == pytest.approx(4.0 * 0.5 / 2.5)
 
 
-def test_square_roots_of_features_without_negative_values() -> None:
+def test_square_roots_of_features_without_negative_values():
     images = torch.tensor([[1.0, 4.0, 3.0, 4.0], [1.0, -4.0, 3.0, 4.0]])
     expected = torch.tensor([[1 / 5**0.5, 2 / 5**0.5, 0.6, 0.8], [1 / 17**0.5, -4 / 17**0.5, 0.6, 0.8]])
     assert torch.allclose(halves(images, 2), expected)
 
 
-def test_a_large_penalty_compares_with_class_means() -> None:
+def test_a_large_penalty_compares_with_class_means():
     examples, test = made_up(5), made_up(50, seed=1)
     head = fit_mixture(examples, {FewShotForm(0.0, 1e4): 1.0})
     x, z = (centered(part.images, center_of(examples), 12)[:, :12] for part in (examples, test))
@@ -75,7 +72,7 @@ def test_a_large_penalty_compares_with_class_means() -> None:
     assert torch.equal(head.scores(test.images).argmax(1), (z @ (means - means.mean(0)).T).argmax(1))
 
 
-def test_good_names_weigh_more_than_images_and_bad_ones_nothing() -> None:
+def test_good_names_weigh_more_than_images_and_bad_ones_nothing():
     test = made_up(100, noise=0.8, seed=1)
     few = {noise: made_up(4, noise=0.8, names=noise) for noise in (0.0, 5.0)}
     good, bad = (fit_few_shot(few[noise]) for noise in (0.0, 5.0))
@@ -86,7 +83,7 @@ def test_good_names_weigh_more_than_images_and_bad_ones_nothing() -> None:
     assert alone.accuracy is None
 
 
-def test_the_accuracy_is_that_of_images_that_were_not_seen() -> None:
+def test_the_accuracy_is_that_of_images_that_were_not_seen():
     right, told = [], []
     for seed in range(6):
         head = fit_few_shot(made_up(8, noise=0.8, names=1.0, seed=seed))
@@ -97,14 +94,14 @@ def test_the_accuracy_is_that_of_images_that_were_not_seen() -> None:
     assert (sum(right) >= 5, told) == (True, [48] * 6)
 
 
-def test_probabilities_are_calibrated() -> None:
+def test_probabilities_are_calibrated():
     test = made_up(400, noise=0.6, seed=7)
     head = fit_few_shot(made_up(16, noise=0.6, names=0.5))
     best = head.scores(test.images).softmax(1).max(1)
     assert float(best.values.mean()) == pytest.approx(float((best.indices == test.labels).float().mean()), abs=0.1)
 
 
-def test_images_of_other_classes_are_below_the_threshold() -> None:
+def test_images_of_other_classes_are_below_the_threshold():
     everything = made_up(20, classes=9, noise=0.1)
     known = everything
     for _ in range(3):
@@ -117,7 +114,7 @@ def test_images_of_other_classes_are_below_the_threshold() -> None:
     assert (found.auroc > 0.7, found.rejected > found.lost + 0.3) == (True, True)
 
 
-def test_the_protocol_gives_names_and_images(model, painted) -> None:
+def test_the_protocol_gives_names_and_images(model, painted):
     colors = ["red", "green", "blue"]
     train = painted(colors * 4, classes=colors, broken=[0])
     dataset = Dataset("colors", {"train": lambda: train, "test": lambda: painted(colors * 2, classes=colors)})
@@ -132,7 +129,7 @@ def test_the_protocol_gives_names_and_images(model, painted) -> None:
         evaluate_all(model, Dataset("x", {"test": lambda: train}), ("few-shot",))
 
 
-def test_shots_require_the_task(command: Any) -> None:
+def test_shots_require_the_task(command):
     for words in (
         ("evaluate", "builtin:lite0-minilm", "--dataset", "builtin:stamps-kinds"),
         ("compare", "clip", "--pairs", 8),
@@ -141,7 +138,7 @@ def test_shots_require_the_task(command: Any) -> None:
         assert (refused.status, "--task few-shot" in refused.err) == (2, True)
 
 
-def test_a_class_without_images_is_found_by_its_name() -> None:
+def test_a_class_without_images_is_found_by_its_name():
     examples = made_up(6, noise=0.2)
     some = examples.take(examples.labels != 2)
     test = made_up(40, noise=0.2, seed=3)

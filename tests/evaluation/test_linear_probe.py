@@ -1,7 +1,6 @@
 """The sweep against many values, and the probe against scikit-learn from end to end."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -62,18 +61,18 @@ class Known:
     iterations: int = 1
     converged: bool = True
 
-    def measure(self, features: torch.Tensor, labels: torch.Tensor) -> tuple[np.ndarray, float]:
+    def measure(self, features, labels):
         return self.right.numpy(), self.loss
 
 
 class KnownProblem:
     """A problem whose fits have known scores and losses, by step of the grid."""
 
-    def __init__(self, data: ProbeData, right: Callable[[int], torch.Tensor | int], loss=lambda step: 0.0) -> None:
+    def __init__(self, data, right, loss=lambda step: 0.0):
         self.rows, self.right, self.loss = torch.arange(len(data.validation)), right, loss
         self.fits = 0
 
-    def fit(self, C: float, start: Known | None = None) -> Known:
+    def fit(self, C, start=None):
         assert start is None or start.C < C, "the nearest one below"
         self.fits += 1
         right = self.right(STEPS[C])

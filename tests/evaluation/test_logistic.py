@@ -89,5 +89,5 @@ def test_what_cannot_be_fitted(digits):
         LogisticProblem(spoiled, labels)
 
 
-def _objective(features: torch.Tensor, labels: torch.Tensor, found: linear_probe.LogisticFit, C: float) -> float:
+def _objective(features, labels, found, C):
     return found.measure(features.double(), labels)[1] + float(found.weight.square().sum()) / (2 * C * len(labels))

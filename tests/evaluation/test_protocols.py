@@ -144,13 +144,13 @@ def test_splits_that_do_not_fit_each_other(probed, painted):
         evaluate(probed, Dataset("set", {"train": lambda: train, "test": lambda: test}), "linear")
 
 
-def _printed(results) -> str:
+def _printed(results):
     console = Console(record=True, width=120, file=io.StringIO())
     console.print(rich_table(results_table(results)))
     return console.export_text()
 
 
-def _assert_read_back(result) -> None:
+def _assert_read_back(result):
     row = json.loads(json.dumps({"step": 7} | result.to_dict()))
     assert row["task"] == result.task
     assert row.get("chance") == (None if result.task == "retrieval" else 1 / 7)

@@ -9,11 +9,11 @@ from declip.evaluation.retrieval import chance_levels, ranks, recall, retrieve
 from evaluation.conftest import features_of
 
 
-def _singles(*columns: int) -> list[np.ndarray]:
+def _singles(*columns):
     return [np.array([column]) for column in columns]
 
 
-def _rank_by_loop(scores: np.ndarray, right: list[np.ndarray]) -> list[int]:
+def _rank_by_loop(scores, right):
     found = []
     for row, own in zip(scores, right, strict=True):
         best = max(row[j] for j in own)

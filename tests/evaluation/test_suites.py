@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torchvision import datasets
 
 from declip.errors import UserError
@@ -22,7 +22,7 @@ KNOWN = {name: label for label, name in enumerate(trees.TEN)} | {
 class NameModel(nn.Module):
     """Knows the color of each class by its name; a feature is one-hot."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.gain = nn.Parameter(torch.ones(()))
 
@@ -30,19 +30,19 @@ class NameModel(nn.Module):
         labels = torch.tensor([trees.label_of(image) for image in images], dtype=torch.float32)
         return labels[:, None, None, None].expand(-1, 3, 2, 2)
 
-    def _feature(self, labels: Tensor) -> Tensor:
+    def _feature(self, labels):
         return self.gain * nn.functional.one_hot(labels.long(), 12).float()
 
-    def encode_image(self, images: Tensor) -> Tensor:
+    def encode_image(self, images):
         return self._feature(images[:, 0, 0, 0])
 
     encode_backbone = encode_image
 
-    def tokenize(self, texts: list[str]) -> Tensor:
+    def tokenize(self, texts):
         found = [[label for name, label in KNOWN.items() if name in text.lower()] for text in texts]
         return torch.tensor([labels[-1] if labels else 11 for labels in found])[:, None]
 
-    def encode_text(self, tokens: Tensor) -> Tensor:
+    def encode_text(self, tokens):
         return self._feature(tokens[:, 0])
 
 
@@ -102,7 +102,7 @@ def test_published_averages_are_those_of_the_numbers():
         assert (values["pets"], values["cifar10"]) == ((33.8, 66.7) if task == "zero-shot" else (72.2, 89.2))
 
 
-def _markdown(*sets: str, task: str = "zero-shot") -> str:
+def _markdown(*sets, task="zero-shot"):
     results = {on: ZeroShotResult(on, 100, 10, 0.5, 1.0, 0.4) for on in sets}
     missing = {on: "gone" for on in SETS if on not in sets}
     return SuiteResult(task, results, missing).markdown("mine")

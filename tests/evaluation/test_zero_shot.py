@@ -10,7 +10,7 @@ from declip.evaluation.zero_shot import class_features, classify, read_templates
 from evaluation.conftest import features_of
 
 
-def _unit(rows: np.ndarray) -> np.ndarray:
+def _unit(rows):
     return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
 
 
@@ -18,7 +18,7 @@ def test_class_features_are_the_normalized_mean_of_normalized_ones(model):
     found = class_features(model, ["red", "blue"], ["{}", "{} and green", "white {} {}"])
     red, green, blue, white = np.eye(3)[0], np.eye(3)[1], np.eye(3)[2], np.ones(3)
 
-    def mean(color: np.ndarray) -> np.ndarray:
+    def mean(color):
         return _unit(np.mean([_unit(t + 1e-3) for t in (color, color + green, white + 2 * color)], axis=0))
 
     np.testing.assert_allclose(found.numpy(), [mean(red), mean(blue)], atol=1e-6)

@@ -3,54 +3,50 @@
 import hashlib
 import json
 import pickle
-from pathlib import Path
 
 import numpy as np
-import pytest
 from PIL import Image
 from scipy.io import savemat
 from torchvision import datasets
-
-from declip.evaluation.datasets import LabeledSource
 
 SHADES = 20
 TEN = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 """CIFAR-10's classes."""
 
 
-def color(label: int) -> tuple[int, int, int]:
+def color(label):
     """The color of a class's images: labels in steps that JPEG keeps apart."""
     return (SHADES * (label % 10), SHADES * (label // 10 % 10), SHADES * (label // 100))
 
 
-def label_of(image: Image.Image) -> int:
+def label_of(image):
     """The label that an image's color tells."""
     red, green, blue = (round(value / SHADES) for value in np.asarray(image, np.float64).mean((0, 1)))
     return red + 10 * green + 100 * blue
 
 
-def labels_of(source: LabeledSource) -> list[int]:
+def labels_of(source):
     """The labels of a source, which its images tell too."""
     assert [label_of(source[row].image) for row in range(len(source))] == source.labels.tolist()
     return source.labels.tolist()
 
 
-def paint(path: Path, label: int) -> None:
+def paint(path, label):
     """Write an image of a class."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (8, 8), color(label)).save(path, "JPEG", quality=100, subsampling=0)
 
 
-def write(path: Path, text: str) -> None:
+def write(path, text):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
 
 
-def md5(path: Path) -> str:
+def md5(path):
     return hashlib.md5(path.read_bytes()).hexdigest()
 
 
-def pets(root: Path) -> None:
+def pets(root):
     """Three breeds; the test has 3, 1 and 2 images of them."""
     base = root / "oxford-iiit-pet"
     lists = {
@@ -67,7 +63,7 @@ def pets(root: Path) -> None:
             paint(base / "images" / f"{image}.jpg", int(label) - 1)
 
 
-def flowers102(root: Path, patch: pytest.MonkeyPatch) -> None:
+def flowers102(root, patch):
     """Images 1 to 6 of the classes 77, 1, 93, 60, 102, 16, as imagelabels.mat numbers them."""
     base, labels = root / "flowers-102", np.array([77, 1, 93, 60, 102, 16])
     base.mkdir(parents=True)
@@ -86,7 +82,7 @@ def flowers102(root: Path, patch: pytest.MonkeyPatch) -> None:
 CARS = ("AM General Hummer SUV 2000", "Ram C/V Cargo Van Minivan 2012", "smart fortwo Convertible 2012")
 
 
-def cars(root: Path) -> None:
+def cars(root):
     base = root / "stanford_cars"
     (base / "devkit").mkdir(parents=True)
     names = np.empty((1, len(CARS)), dtype=object)
@@ -107,7 +103,7 @@ def cars(root: Path) -> None:
 AIRCRAFT = ("707-320", "C-130", "F-16A/B", "F/A-18")
 
 
-def aircraft(root: Path) -> None:
+def aircraft(root):
     base = root / "fgvc-aircraft-2013b" / "data"
     write(base / "variants.txt", "".join(f"{name}\n" for name in AIRCRAFT))
     image = 34309
@@ -120,7 +116,7 @@ def aircraft(root: Path) -> None:
         write(base / f"images_variant_{split}.txt", "".join(lines))
 
 
-def food101(root: Path) -> None:
+def food101(root):
     """The lists name the classes in another order than the alphabet's."""
     base = root / "food-101"
     names = ("apple_pie", "creme_brulee", "waffles")
@@ -131,7 +127,7 @@ def food101(root: Path) -> None:
             paint(base / "images" / name / f"{number}00{label}.jpg", label)
 
 
-def dtd(root: Path) -> None:
+def dtd(root):
     base = root / "dtd" / "dtd"
     names = ("banded", "polka-dotted", "zigzagged")
     for number, split in enumerate(("train", "val", "test")):
@@ -140,7 +136,7 @@ def dtd(root: Path) -> None:
             paint(base / "images" / name / f"{name}_000{number}.jpg", label)
 
 
-def cifar(root: Path, patch: pytest.MonkeyPatch, kind: type, classes: list[str], count: int = 4) -> None:
+def cifar(root, patch, kind, classes, count=4):
     """Batches of `count` images each, of the classes in turn from the last one down."""
     base = root / kind.base_folder
     base.mkdir(parents=True)
@@ -159,7 +155,7 @@ def cifar(root: Path, patch: pytest.MonkeyPatch, kind: type, classes: list[str],
     patch.setattr(kind, "meta", {**kind.meta, "md5": md5(meta)})
 
 
-def class_folders(root: Path, names: list[str], images: int = 1) -> None:
+def class_folders(root, names, images=1):
     """A folder a class; only the first and the last two hold images, so that a thousand are quick to make."""
     for label, name in enumerate(names):
         (root / name).mkdir(parents=True)

@@ -9,7 +9,6 @@ from PIL import Image
 from conftest import texture
 from declip.data.pair import BrokenPair, Pair, PairSource
 from declip.errors import UserError
-from declip.inspection.result import Inspection
 from declip.inspection.scan import inspect_source, sample_places
 from declip.reports.inspection import sentences
 
@@ -19,29 +18,29 @@ class Numbers(PairSource):
 
     name = "numbers"
 
-    def __init__(self, captions: list[tuple[str, ...]], side: int = 8) -> None:
+    def __init__(self, captions, side=8):
         self.given, self.side = captions, side
 
-    def __len__(self) -> int:
+    def __len__(self):
         return len(self.given)
 
-    def __getitem__(self, index: int) -> Pair:
+    def __getitem__(self, index):
         return Pair(f"pair {index}", self.image(index), self.captions(index))
 
-    def image(self, index: int) -> Image.Image:
+    def image(self, index):
         return texture(index, self.side)
 
-    def captions(self, index: int) -> tuple[str, ...]:
+    def captions(self, index):
         if not self.given[index]:
             raise BrokenPair("empty caption", f"pair {index}")
         return self.given[index]
 
 
-def rules(inspection: Inspection) -> dict[str, float]:
+def rules(inspection):
     return {finding.rule: finding.number for finding in inspection.findings}
 
 
-def advice(inspection: Inspection, rule: str) -> str:
+def advice(inspection, rule):
     """Both sentences of a finding."""
     return next(f"{text} {advice}" for finding, text, advice in sentences(inspection) if finding.rule == rule)
 

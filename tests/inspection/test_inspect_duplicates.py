@@ -19,15 +19,15 @@ from declip.inspection.reading import (
 )
 
 
-def photo(seed: int) -> Image.Image:
+def photo(seed):
     return texture(seed, 256)
 
 
-def compressed(image: Image.Image, quality: int) -> Image.Image:
+def compressed(image, quality):
     return decode(encoded(image, "JPEG", quality=quality), "k")
 
 
-def groups_of(images: list[Image.Image]) -> list[int]:
+def groups_of(images):
     return near_groups(np.array([look(image) for image in images], LOOK)).tolist()
 
 
@@ -54,7 +54,7 @@ def test_color_shape_and_a_small_sign_tell_drawings_apart():
     groups = groups_of([draw(color, shape) for color in COLOURS for shape in SHAPES])
     assert len(set(groups)) == len(groups)
 
-    def sign(box: tuple[int, int, int, int]) -> Image.Image:
+    def sign(box):
         image = Image.new("RGB", (64, 64), "white")
         pen = ImageDraw.Draw(image)
         pen.ellipse((2, 2, 62, 62), fill="black")
@@ -66,7 +66,7 @@ def test_color_shape_and_a_small_sign_tell_drawings_apart():
     assert len(set(groups_of([minus, plus, minus.resize((48, 48))]))) == 2
 
 
-def bits(looks: np.ndarray, name: str, i: int, j: int) -> int:
+def bits(looks, name, i, j):
     words = np.bitwise_xor(looks[name][i], looks[name][j])
     return sum(int(word).bit_count() for word in words)
 

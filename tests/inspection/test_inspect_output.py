@@ -10,7 +10,7 @@ from conftest import texture
 from declip.data.pair import BrokenPair, Pair, PairSource
 from declip.data.prepare import read_exclusions
 from declip.data.sources.open import open_source
-from declip.inspection.result import Fraction, Inspection, spread_of
+from declip.inspection.result import Fraction, spread_of
 from declip.inspection.scan import inspect_source
 from declip.io.text import about, shown
 from declip.reports.inspection import exclusions, page, summary
@@ -29,15 +29,15 @@ class Hostile(PairSource):
 
     name = "<b>hostile\x1b[31m"
 
-    def __len__(self) -> int:
+    def __len__(self):
         return 12
 
-    def __getitem__(self, index: int) -> Pair:
+    def __getitem__(self, index):
         if index == 11:
             raise BrokenPair("missing image", f"<i>gone\x1b[1m{index}")
         return Pair(f"<u>{index}\udcff", texture(index % 8, 90), self.captions(index))
 
-    def captions(self, index: int) -> tuple[str, ...]:
+    def captions(self, index):
         return (HOSTILE[index % len(HOSTILE)].replace("\ud800", ""),)
 
 
@@ -58,7 +58,7 @@ def test_the_page_escapes_what_comes_from_the_data_loads_nothing_and_shows_every
     assert html.count('<img src="data:image/') == count == 11 + 6
 
 
-def printed(inspection: Inspection) -> str:
+def printed(inspection):
     console = Console(width=90, record=True, file=open("/dev/null", "w"), force_terminal=True)  # noqa: SIM115
     console.print(summary(inspection))
     return console.export_text()

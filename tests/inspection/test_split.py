@@ -2,11 +2,9 @@
 
 import csv
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from conftest import texture
 from declip.data.columns import Columns
@@ -16,7 +14,7 @@ from declip.errors import UserError
 from declip.inspection.split import check_copies, split_pairs
 
 
-def write(folder: Path, rows: list[tuple[Image.Image, str]]) -> Path:
+def write(folder, rows):
     folder.mkdir(exist_ok=True)
     with (folder / "pairs.csv").open("w", newline="") as file:
         table = csv.writer(file)
@@ -28,7 +26,7 @@ def write(folder: Path, rows: list[tuple[Image.Image, str]]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def pairs(tmp_path_factory):
     """60 pairs: in 20 groups of three, the first two show one image in two sizes, the last two share a caption."""
     rows = []
     for group in range(20):
@@ -37,7 +35,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write(tmp_path_factory.mktemp("groups") / "x", rows)
 
 
-def test_groups_stay_on_one_side(pairs: Path) -> None:
+def test_groups_stay_on_one_side(pairs):
     source = open_source(pairs)
     train, val = split_pairs(source)
     assert sorted([*train, *val]) == list(range(60))
@@ -47,7 +45,7 @@ def test_groups_stay_on_one_side(pairs: Path) -> None:
     assert len(split_pairs(source, most=4).val) == 3
 
 
-def test_pairs_stay_in_their_part_when_others_are_added(tmp_path: Path) -> None:
+def test_pairs_stay_in_their_part_when_others_are_added(tmp_path):
     """Also where a new pair shows a known image or has a known caption."""
     rows = [(texture(number), f"caption {number}") for number in range(300)]
     new = [(texture(number), f"caption {number if number % 4 else number // 5}") for number in range(300, 350)]
@@ -65,17 +63,17 @@ def test_pairs_stay_in_their_part_when_others_are_added(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("count", [20, 40, 64])
-def test_few_pairs_have_a_validation_part_near_the_fraction(tmp_path: Path, count: int) -> None:
+def test_few_pairs_have_a_validation_part_near_the_fraction(tmp_path, count):
     for start in range(0, 200, 100):
         table = write(tmp_path / str(start), [(texture(start + n), f"caption {start + n}") for n in range(count)])
         assert count // 20 <= len(split_pairs(open_source(table)).val) <= count // 5
 
 
-def test_a_column_of_splits_is_obeyed(tmp_path: Path) -> None:
+def test_a_column_of_splits_is_obeyed(tmp_path):
     table = write(tmp_path / "x", [(texture(number), f"caption {number}") for number in range(60)])
     head, *rows = table.read_text().splitlines()
 
-    def parts(of: dict[int, str], rest: str) -> tuple[np.ndarray, np.ndarray]:
+    def parts(of, rest):
         named = [f"{row},{of.get(number, rest)}" for number, row in enumerate(rows)]
         table.write_text("\n".join([f"{head},split", *named]))
         return split_pairs(open_source(table))
@@ -87,7 +85,7 @@ def test_a_column_of_splits_is_obeyed(tmp_path: Path) -> None:
     assert 2 <= len(val) <= 8
 
 
-def test_pairs_that_the_start_was_trained_on_are_not_held_out(pairs: Path, tmp_path: Path) -> None:
+def test_pairs_that_the_start_was_trained_on_are_not_held_out(pairs, tmp_path):
     source = open_source(pairs)
     seen = [(texture(group, 60), f"seen {group}") for group in range(10)]
     val = split_pairs(source, seen=open_source(write(tmp_path / "seen", seen))).val
@@ -95,7 +93,7 @@ def test_pairs_that_the_start_was_trained_on_are_not_held_out(pairs: Path, tmp_p
     assert val.min() >= 30
 
 
-def test_photos_of_one_product_stay_on_one_side(tmp_path: Path) -> None:
+def test_photos_of_one_product_stay_on_one_side(tmp_path):
     table = write(tmp_path / "x", [(texture(number), f"caption {number}") for number in range(60)])
     head, *rows = table.read_text().splitlines()
     named = [f"{row},{'' if number > 50 else number // 3}" for number, row in enumerate(rows)]
@@ -105,7 +103,7 @@ def test_photos_of_one_product_stay_on_one_side(tmp_path: Path) -> None:
     assert not set(train[train <= 50] // 3) & set(val[val <= 50] // 3)
 
 
-def test_a_list_opens_as_its_pairs(pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_list_opens_as_its_pairs(pairs, tmp_path, monkeypatch):
     monkeypatch.chdir(pairs.parent)
     columns = Columns(root=".")
     write_pair_list(tmp_path / "some.pairs", PairList(pairs.name, columns, 60, [3, 5, 59]))
@@ -124,14 +122,14 @@ def test_a_list_opens_as_its_pairs(pairs: Path, tmp_path: Path, monkeypatch: pyt
         open_source(tmp_path / "marked.pairs")
     pairs.write_text("".join(lines))
     good = {"source": str(pairs), "columns": {}, "total": 60, "indices": [1]}
-    wrong: list[dict] = [{"indices": indices} for indices in ([2, 1], [60], [], 3)]
+    wrong = [{"indices": indices} for indices in ([2, 1], [60], [], 3)]
     for change in (*wrong, {"columns": {"x": 1}}, {"source": str(tmp_path / "wrong.pairs")}):
         (tmp_path / "wrong.pairs").write_text(json.dumps({**good, **change}))
         with pytest.raises(UserError, match="not a list of pairs"):
             open_source(tmp_path / "wrong.pairs")
 
 
-def test_what_cannot_be_split_is_refused(tmp_path: Path) -> None:
+def test_what_cannot_be_split_is_refused(tmp_path):
     images = [texture(n) for n in range(30)]
     one = open_source(write(tmp_path / "one", [(image, "a thing") for image in images]))
     two = open_source(write(tmp_path / "two", [(image, f"thing {n % 2}") for n, image in enumerate(images)]))
@@ -141,7 +139,7 @@ def test_what_cannot_be_split_is_refused(tmp_path: Path) -> None:
             split_pairs(source)
 
 
-def test_copied_validation_images_are_refused_or_counted(pairs: Path, tmp_path: Path) -> None:
+def test_copied_validation_images_are_refused_or_counted(pairs, tmp_path):
     source = open_source(pairs)
     with pytest.raises(UserError, match=r"100.0 % .*--val"):
         check_copies(source, source)

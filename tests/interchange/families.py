@@ -1,9 +1,6 @@
 """Tiny models of open_clip and transformers with random weights, one for each class of tower, in folders."""
 
 import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import timm
 import torch
@@ -18,8 +15,8 @@ TEXT = {"context_length": 12, "width": 32, "heads": 2, "layers": 2}
 SIZE = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 
 
-def _registered(base: str, **sizes: Any) -> Callable[..., torch.nn.Module]:
-    def build(pretrained: bool = False, **options: Any) -> torch.nn.Module:
+def _registered(base, **sizes):
+    def build(pretrained=False, **options):
         for name in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
             options.pop(name, None)
         return timm.create_model(base, **{**sizes, **options})
@@ -40,7 +37,7 @@ for given in (
     _registered(given[0], **given[1])
 
 
-def _timm(base: str, pool: str, proj: str | None) -> dict[str, Any]:
+def _timm(base, pool, proj):
     name = f"declip_test_{base}"
     return {"image_size": 32, "timm_model_name": name, "timm_pool": pool, "timm_proj": proj}
 
@@ -50,7 +47,7 @@ SIGLIP_TEXT = {
     **TEXT, "vocab_size": 60, "no_causal_mask": True, "proj_bias": True, "pool_type": "last", "hf_tokenizer_name": "x",
     "tokenizer_kwargs": {"clean": "canonicalize"}, "norm_kwargs": {"eps": 1e-6}, "act_kwargs": {"approximate": "tanh"},
 }  # fmt: skip
-OPEN_CLIP: dict[str, dict[str, Any]] = {
+OPEN_CLIP = {
     "siglip2": {
         "embed_dim": 32, "init_logit_bias": -10, "custom_text": True, "text_cfg": SIGLIP_TEXT,
         "vision_cfg": _timm("vit_base_patch16_siglip_224", "map", "none"),
@@ -98,7 +95,7 @@ PREPARED = {
 FAMILIES = tuple(OPEN_CLIP)
 
 
-def _spread(model: torch.nn.Module) -> torch.nn.Module:
+def _spread(model):
     """Leave no weight at its start, so that all matter."""
     with torch.no_grad():
         for weight in model.parameters():
@@ -110,7 +107,7 @@ def _spread(model: torch.nn.Module) -> torch.nn.Module:
     return model.eval()
 
 
-def saved(family: str, folder: Path) -> tuple[str, Any]:
+def saved(family, folder):
     """Write a family's folder; give the name by which it is loaded, and the library's model."""
     import open_clip
 
@@ -137,7 +134,7 @@ def saved(family: str, folder: Path) -> tuple[str, Any]:
     return f"open_clip:local-dir:{folder}", model
 
 
-def _tokenizer(folder: Path, kind: str) -> None:
+def _tokenizer(folder, kind):
     """A unigram tokenizer like SigLIP's, which puts its end behind a text and pads with another id."""
     library = Tokenizer(models.Unigram())
     library.normalizer = normalizers.Replace(" ", "▁")
@@ -151,7 +148,7 @@ def _tokenizer(folder: Path, kind: str) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
-def features(model: Any, pixels: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def features(model, pixels, tokens):
     """The library's own features of images and captions."""
     with torch.no_grad():
         return model.encode_image(pixels, normalize=True), model.encode_text(tokens, normalize=True)

@@ -4,18 +4,17 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, ClassVar
+from typing import ClassVar
 
 
 class Hub(ThreadingHTTPServer):
     """The server and what it holds."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.revisions: dict[str, dict[str, dict[str, bytes]]] = {}  # by repository and id, oldest first: files
+        self.revisions = {}  # by repository and id, oldest first: files
         self.endpoint = f"http://127.0.0.1:{self.server_port}"
 
 
@@ -29,10 +28,10 @@ class Handler(BaseHTTPRequestHandler):
     )
     resolve: ClassVar[re.Pattern[str]] = re.compile(r"/([\w.-]+/[\w.-]+)/resolve/([^/]+)/([^?]+)")
 
-    def log_message(self, *_: object) -> None:
+    def log_message(self, *_):
         pass
 
-    def answer(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
+    def answer(self, status, body, headers=None):
         self.send_response(status)
         for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
             self.send_header(name, value)
@@ -40,10 +39,10 @@ class Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    def say(self, content: Any) -> None:
+    def say(self, content):
         self.answer(200, json.dumps(content).encode(), {"Content-Type": "application/json"})
 
-    def do_GET(self) -> None:
+    def do_GET(self):
         asked, wanted = self.info.fullmatch(self.path), self.resolve.match(self.path)
         match = asked or wanted
         commits = self.server.revisions.get(match[1], {}) if match else {}
@@ -66,7 +65,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serving() -> Iterator[Hub]:
+def serving():
     """A running Hub."""
     hub = Hub()
     thread = threading.Thread(target=hub.serve_forever, kwargs={"poll_interval": 0.02})

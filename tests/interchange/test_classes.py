@@ -1,7 +1,6 @@
 """Classes of a classifier: rows from weights, names from ImageNet or from a file."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import timm
@@ -11,10 +10,9 @@ from safetensors.torch import save_file
 from declip.errors import UserError
 from declip.interchange.classes import Classes, read_names, texts_digest
 from declip.interchange.read import read, read_start
-from declip.interchange.weights import Weights
 
 
-def read_timm(folder: Path, name: str, count: int = 1000, **others: torch.Tensor) -> tuple[Weights, torch.nn.Module]:
+def read_timm(folder, name, count=1000, **others):
     """Weights of a timm classifier, and the classifier."""
     model = timm.create_model(name, num_classes=count).eval()
     save_file(model.state_dict() | others, folder / "w.safetensors")

@@ -4,7 +4,6 @@ import copy
 import os
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -22,27 +21,27 @@ from interchange.towers import CAPTIONS, EXACT, build, export_exactly, largest, 
 from training.starts import recipe_for
 
 
-def run_card(folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> str:
+def run_card(folder, monkeypatch, capfd):
     """Run the Python of the model card; what it prints."""
     monkeypatch.chdir(folder)
     exec(re.findall(r"```python\n(.*?)```", _card(folder), re.DOTALL)[0], {})
     return capfd.readouterr().out
 
 
-def features(model: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def features(model):
     """Of the shared pictures and captions: pixels, their features, tokens, their features."""
     with torch.no_grad():
         pixels, tokens = model.preprocess(pictures()), model.tokenize(CAPTIONS)
         return pixels, model.encode_image(pixels), tokens, model.encode_text(tokens)
 
 
-def same_until_the_end(theirs: torch.Tensor, ours: torch.Tensor, end: int) -> bool:
+def same_until_the_end(theirs, ours, end):
     """Whether token ids agree up to and with the end token; what pads them is no one's matter."""
     upto = (ours == end).int().argmax(dim=1) + 1
     return all(row[:n].tolist() == own[:n].tolist() for row, own, n in zip(theirs, ours, upto, strict=True))
 
 
-def assert_features(label: str, images: torch.Tensor, texts: torch.Tensor, model: Any) -> None:
+def assert_features(label, images, texts, model):
     """Compare features of the shared pictures and captions with a model's."""
     _, own_images, _, own_texts = features(model)
     difference = largest(images, own_images), largest(texts, own_texts)
@@ -50,7 +49,7 @@ def assert_features(label: str, images: torch.Tensor, texts: torch.Tensor, model
     assert max(difference) <= EXACT
 
 
-def assert_same_model(read: Any, model: Any) -> None:
+def assert_same_model(read, model):
     """Compare a model that was written and read again; its mask's row is the mean of the vocabulary's others."""
     assert not read.training
     assert_features("read again", *features(read)[1::2], model)
@@ -138,7 +137,7 @@ def test_a_run_is_exported_with_its_data_steps_and_results(table, tmp_path, monk
     assert "tensor" in run_card(out, monkeypatch, capfd)
 
 
-def _card(folder: Path) -> str:
+def _card(folder):
     return (folder / "README.md").read_text(encoding="utf-8")
 
 
@@ -185,7 +184,7 @@ def test_a_model_in_lower_precision_is_written_in_float32(tmp_path):
 
 
 def test_features_that_come_out_differently_are_not_kept(tmp_path, monkeypatch):
-    def spoiled(model: Any, folder: Path, heads: Any = None) -> None:
+    def spoiled(model, folder, heads=None):
         other = copy.deepcopy(model)
         other.image_tower.proj.weight.data[0] += 0.1
         write_declip_file(other, folder / FILE)
@@ -234,7 +233,7 @@ def test_wrong_words_and_folders_in_use(tmp_path):
 
 @pytest.mark.skipif(os.name != "posix", reason="/dev/full")
 def test_a_full_disk_and_a_place_that_cannot_be_written_are_one_line(tmp_path, monkeypatch):
-    def full(model: Any, folder: Path, heads: Any = None) -> None:
+    def full(model, folder, heads=None):
         (folder / "weights").symlink_to("/dev/full")
         (folder / "weights").write_text("x" * 100_000)
 

@@ -98,7 +98,7 @@ def test_onnx_has_the_encoders_tokenizer_and_padding(tmp_path):
     ],
 )
 def test_without_its_packages_or_for_what_it_cannot_trace_it_says_so(error, message, tmp_path, monkeypatch):
-    def fails(*_: object, **__: object) -> None:
+    def fails(*_, **__):
         raise error
 
     monkeypatch.setattr(torch.onnx, "export", fails)

@@ -82,7 +82,7 @@ def test_a_text_encoder_of_the_hub_keeps_its_name(tmp_path):
     pytest.importorskip("transformers")
     model = build("vit", **{"text.hf_model": str(bert(tmp_path / "bert")), "text.context_length": 16})
 
-    def written(repo: str | None) -> str:
+    def written(repo):
         declip.export(model, "open_clip", tmp_path / "out", repo=repo, overwrite=True)
         config = json.loads((tmp_path / "out" / "open_clip_config.json").read_text())
         return config["model_cfg"]["text_cfg"]["hf_model_name"]

@@ -5,8 +5,6 @@ import json
 import os
 import shutil
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -24,7 +22,6 @@ from declip.models.layers import IMAGE, TEXT, blocks, depths
 from declip.models.lora import MARK
 from declip.models.wrapped import WrappedImageTower
 from declip.recipe.load import load_recipe
-from declip.recipe.schema import Recipe
 from declip.runs.checkpoint import list_checkpoints, load_checkpoint
 from declip.runs.folder import KEPT
 from declip.supervision.objective import Objective
@@ -56,7 +53,7 @@ def files(families, tmp_path_factory):
     return {family: str(folder / f"{family}.safetensors") for family in families}
 
 
-def tuned(table: Path, weights: str, **keys: Any) -> Recipe:
+def tuned(table, weights, **keys):
     train = {"train.steps": 2, "train.batch_size": 8, "train.checkpoint_every": 1, "train.log_every": 1}
     given = {"data.source": str(table), "finetune.pretrained": weights, "train.precision": "fp32", "data.workers": 0}
     return load_recipe("finetune", {**given, **train, "train.length_buckets": 1, **keys})
@@ -105,7 +102,7 @@ def test_onnx_gives_the_same_features_at_any_batch_and_length(family, families, 
     about = json.loads((out / "declip_onnx.json").read_text())
     image, text = (onnxruntime.InferenceSession(out / about[part]["file"]) for part in ("image", "text"))
     ids = Tokenizer.from_file(str(out / "tokenizer.json")).encode(CAPTIONS[0]).ids  # this one needs no cleaning
-    pixels, tokens, differences = model.preprocess(pictures()[:4]), model.tokenize(CAPTIONS), list[float]()
+    pixels, tokens, differences = model.preprocess(pictures()[:4]), model.tokenize(CAPTIONS), []
     assert ids == tokens[0, : len(ids)].tolist()
     for rows, length in ((1, len(ids)), (4, tokens.shape[1])):
         given, captions = pixels[:rows], tokens[:rows, :length]

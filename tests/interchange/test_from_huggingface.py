@@ -2,9 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,7 +16,7 @@ from interchange.test_export import features, same_until_the_end
 from interchange.towers import CAPTIONS, EXACT, build, largest, pictures
 
 
-def their_folder(out: Path) -> Path:
+def their_folder(out):
     """As transformers itself makes it: CLIP's first words, its own tokenizer class, weights at random."""
     import transformers
 
@@ -73,7 +71,7 @@ def exported(tmp_path_factory):
     return folder
 
 
-def edit(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+def edit(file, change):
     """Change a JSON file in place."""
     content = json.loads(file.read_text())
     change(content)
@@ -85,7 +83,7 @@ def test_the_first_releases_files_are_read(exported, tmp_path):
     expected = declip.load(exported, device="cpu")
     folder = Path(shutil.copytree(exported, tmp_path / "old"))
 
-    def older(pictures: dict[str, Any]) -> None:
+    def older(pictures):
         pictures["feature_extractor_type"] = pictures.pop("image_processor_type").replace("ImageProcessor", "X")
         pictures.update(size=32, crop_size=32)
         del pictures["do_rescale"], pictures["rescale_factor"], pictures["do_normalize"]
@@ -104,7 +102,7 @@ def test_the_first_releases_files_are_read(exported, tmp_path):
 FIRST = "vision_model.post_layernorm.weight"
 
 
-def sets(*sections: str, **values: Any) -> Callable[[dict[str, Any]], None]:
+def sets(*sections, **values):
     """A change of a JSON file, or of a section in it."""
     return lambda content: (content[sections[0]] if sections else content).update(values)
 
@@ -143,7 +141,7 @@ def test_weights_that_are_not_whole_are_told_by_what_is_missing(exported, tmp_pa
     weights = folder / "model.safetensors"
     whole, tensors = weights.read_bytes(), load_file(exported / weights.name)  # the other is written over
 
-    def refused(message: str) -> None:
+    def refused(message):
         with pytest.raises(UserError, match=message):
             declip.load(folder)
 

@@ -1,8 +1,6 @@
 """Loading from a Hub on this machine by name and revision, and the card that the Hub reads."""
 
 import re
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -36,12 +34,12 @@ def hub(tmp_path, monkeypatch):
         yield server
 
 
-def same(model: Any, other: Any) -> bool:
+def same(model, other):
     """Whether both give the same features of images and of captions."""
     return all(largest(*pair) <= EXACT for pair in zip(features(model)[1::2], features(other)[1::2], strict=True))
 
 
-def exported(model: Any, form: str, folder: Path) -> dict[str, bytes]:
+def exported(model, form, folder):
     """Files of an export."""
     declip.export(model, form, folder, repo="me/conv")
     return {path.name: path.read_bytes() for path in folder.iterdir()}

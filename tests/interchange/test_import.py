@@ -1,8 +1,6 @@
 """Official and open_clip weights as files of declip, and image towers alone."""
 
 import json
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +20,7 @@ from interchange.towers import EXACT, build, export_exactly, largest
 from training.starts import recipe_for
 
 
-def official_file(folder: Path, state: dict[str, Any]) -> Path:
+def official_file(folder, state):
     """A checkpoint as the official code saves it."""
     path = folder / "ckpt.pth.tar"
     model = {f"module.{name}": tensor.float() for name, tensor in state.items()}
@@ -66,7 +64,7 @@ def test_home_is_expanded_wherever_a_folder_is_given(table, tmp_path, monkeypatc
     assert "Fine-tuned on 24 pairs" in (tmp_path / "exported" / "README.md").read_text(encoding="utf-8")
 
 
-def backbone_of(state: dict[str, torch.Tensor], layout: str) -> dict[str, torch.Tensor]:
+def backbone_of(state, layout):
     state = {part: t.float() for part, t in state.items() if part.startswith("visual.")}
     if layout == "bare":
         return {part.removeprefix("visual."): tensor for part, tensor in state.items()}
@@ -101,17 +99,17 @@ class Painted(PairSource):
     name = "painted"
     class_names = COLOURS
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.rows = [(color, shape) for color in COLOURS for shape in SHAPES]
         self.labels = np.array([COLOURS.index(color) for color, _ in self.rows])
 
-    def __len__(self) -> int:
+    def __len__(self):
         return len(self.rows)
 
-    def captions(self, index: int) -> tuple[str, ...]:
+    def captions(self, index):
         return (self.rows[index][0],)
 
-    def __getitem__(self, index: int) -> Pair:
+    def __getitem__(self, index):
         return Pair(str(index), draw(*self.rows[index]), self.captions(index))
 
 
@@ -137,7 +135,7 @@ def test_what_is_no_model_of_ours_stays_open_clips(tmp_path):
     config = tmp_path / "theirs" / "open_clip_config.json"
     plain = json.loads(config.read_text())
 
-    def load(part: str, **change: Any) -> Any:
+    def load(part, **change):
         config.write_text(json.dumps({**plain, part: {**plain[part], **change}}))
         return declip.load(tmp_path / "theirs")
 

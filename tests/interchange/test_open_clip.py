@@ -6,7 +6,6 @@ import logging
 import shutil
 import socket
 import sys
-from typing import Any
 
 import pytest
 import torch
@@ -183,7 +182,7 @@ def test_without_network_nothing_is_tried_again(given, tmp_path, monkeypatch, ca
 
 def test_a_file_of_a_model_that_is_published_with_another_preparation(tmp_path, monkeypatch, caplog):
     file = saved(random_model("tiny-vit"), tmp_path / "weights.pt")
-    tags: dict[str, Any] = {}
+    tags = {}
     monkeypatch.setitem(pretrained._PRETRAINED, "tiny-vit", tags)
     for tag, mode, warned in (("first", "squash", True), ("second", "shortest", False)):
         tags[tag] = {"resize_mode": mode}

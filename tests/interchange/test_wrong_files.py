@@ -3,14 +3,11 @@
 import io
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save
-from torch import Tensor
 
 import declip
 from declip.errors import UserError
@@ -23,22 +20,20 @@ from interchange.families import saved
 from interchange.tiny_open_clip import random_model
 from interchange.towers import build
 
-State = dict[str, Tensor]
 
-
-def zeros(*names: str, start: str = "") -> State:
+def zeros(*names, start=""):
     return {f"{start}{name}": torch.zeros(1) for name in names}
 
 
-def without(state: State, name: str) -> State:
+def without(state, name):
     return {other: tensor for other, tensor in state.items() if other != name}
 
 
-def image_tower(state: State) -> State:
+def image_tower(state):
     return {name: tensor for name, tensor in state.items() if name.startswith("visual.")}
 
 
-def in_file(content: Any, name: str) -> bytes:
+def in_file(content, name):
     if name.endswith("safetensors"):
         return save(content)
     file = io.BytesIO()
@@ -46,7 +41,7 @@ def in_file(content: Any, name: str) -> bytes:
     return file.getvalue()
 
 
-def half(content: Any, name: str) -> bytes:
+def half(content, name):
     whole = in_file(content, name)
     return whole[: len(whole) // 2]
 
@@ -57,7 +52,7 @@ THEIRS = "open_clip:MODEL/FILE"
 ONNX = b"\x08\x08\x12\x07pytorch"
 TORCHVISION = {"conv1.weight": torch.ones(8, 3, 7, 7), "layer1.0.conv1.weight": torch.ones(8, 8, 1, 1)}
 
-WRONG: dict[str, tuple[Callable[[State], Any], str]] = {
+WRONG = {
     "missing.pth": (lambda own: without(own, NORM), r"'visual\.ln_post\.weight' is missing"),
     "holed.pth": (lambda own: without(image_tower(own), NORM), r"'visual\.ln_post\.weight' is missing"),
     "shape.pth": (lambda own: own | {NORM: torch.ones(3)}, r"'visual\.ln_post\.weight' has shape \(3,\)"),
@@ -124,7 +119,7 @@ def test_a_file_of_ours_that_was_changed_names_the_first_tensor(tmp_path):
 LAYERS = 100_000
 
 
-def own_file(folder: Path) -> Path:
+def own_file(folder):
     """A file of some hundred bytes, as in the first report."""
     recipe = declip.load_recipe("clip", {"text.layers": LAYERS}).to_yaml()
     path = folder / "small.safetensors"
@@ -132,7 +127,7 @@ def own_file(folder: Path) -> Path:
     return path
 
 
-def own_file_with_encoder(folder: Path) -> Path:
+def own_file_with_encoder(folder):
     encoder = TextEncoder({"model_type": "bert", "num_hidden_layers": LAYERS}, "{}", {})
     recipe = declip.load_recipe("clip", {"text.hf_model": "x"}).to_yaml()
     path = folder / "encoder.safetensors"
@@ -140,7 +135,7 @@ def own_file_with_encoder(folder: Path) -> Path:
     return path
 
 
-def edited(path: Path, *keys: str) -> Path:
+def edited(path, *keys):
     """Set a number of layers in a JSON file, and return its folder."""
     tree = json.loads(path.read_text())
     section = tree
@@ -151,16 +146,16 @@ def edited(path: Path, *keys: str) -> Path:
     return path.parent
 
 
-def clip(folder: Path) -> Path:
+def clip(folder):
     declip.export(build("vit-clip-words"), "huggingface", folder / "clip")
     return edited(folder / "clip" / "config.json", "vision_config", "num_hidden_layers")
 
 
-def family(name: str, file: str, *keys: str) -> Callable[[Path], Path]:
+def family(name, file, *keys):
     return lambda folder: (saved(name, folder / name), edited(folder / name / file, *keys))[1]
 
 
-DEEP: dict[str, Callable[[Path], Path]] = {
+DEEP = {
     "own file": own_file,
     "own file, text encoder": own_file_with_encoder,
     "transformers CLIP": clip,

@@ -32,7 +32,7 @@ from text_encoders import bert
 COUNT = 60
 
 
-def start(kind: str = "conv") -> Weights:
+def start(kind="conv"):
     """Two towers without projections, with a classifier."""
     torch.manual_seed(0)
     recipe = load_recipe("clip", KINDS[kind])

@@ -1,19 +1,15 @@
 """What the tests of open_clip's models share: tiny ones of each kind with their weights in files, pictures, words."""
 
 import json
-from pathlib import Path
-from typing import Any
 
 import open_clip
 import torch
-from PIL import Image
 from safetensors.torch import save_file
 
-from declip.models.dual_encoder import DualEncoder
 from interchange import towers
 
 TEXT = {"context_length": 12, "width": 32, "heads": 2, "layers": 1}
-CONFIGS: dict[str, dict[str, Any]] = {
+CONFIGS = {
     "tiny-vit": {
         "embed_dim": 16,
         "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
@@ -33,7 +29,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 WORDS = ["a red circle", "Two GREEN squares, on white!", "", "nought " * 40]
 
 
-def random_model(name: str, seed: int = 5) -> Any:
+def random_model(name, seed=5):
     """open_clip's own model in evaluation mode, no weight left at its start."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -44,7 +40,7 @@ def random_model(name: str, seed: int = 5) -> Any:
     return model.eval()
 
 
-def saved(model: torch.nn.Module, path: Path) -> Path:
+def saved(model, path):
     """Its weights in a file, by open_clip's ways: a bare state dict, or a checkpoint of its training."""
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     if path.suffix == ".safetensors":
@@ -57,7 +53,7 @@ def saved(model: torch.nn.Module, path: Path) -> Path:
     return path
 
 
-def folder_of(model: torch.nn.Module, folder: Path, name: str) -> Path:
+def folder_of(model, folder, name):
     """A folder of the schema local-dir."""
     folder.mkdir()
     config = {"model_cfg": CONFIGS[name], "preprocess_cfg": {}}
@@ -66,12 +62,12 @@ def folder_of(model: torch.nn.Module, folder: Path, name: str) -> Path:
     return folder
 
 
-def pictures() -> list[Image.Image]:
+def pictures():
     """Four wide and high ones."""
     return towers.pictures()[1:5]
 
 
-def same(model: DualEncoder, theirs: Any) -> bool:
+def same(model, theirs):
     """Whether a model of declip has the features of open_clip's, for its pixels and open_clip's tokens."""
     pixels, tokens = model.preprocess(pictures()), open_clip.tokenize(WORDS, context_length=12)
     with torch.no_grad():

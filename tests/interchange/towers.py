@@ -1,8 +1,5 @@
 """What the tests of exports and imports share: small models of each kind, real pictures of odd sizes, captions."""
 
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import torch
 from PIL import Image
@@ -27,7 +24,7 @@ VIT = {
     "image.size": 32,
     "image.model_kwargs": {"patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2},
 }
-KINDS: dict[str, dict[str, Any]] = {
+KINDS = {
     "vit": {**VIT, **TEXT},
     "vit-gelu": {**VIT, **TEXT, "image.model": "vit_base_patch32_clip_224", "text.activation": "gelu"},
     "vit-mixed": {**VIT, **TEXT, "text.activation": "gelu"},
@@ -61,7 +58,7 @@ CAPTIONS = [
 ]
 
 
-def build(kind: str, **changes: Any) -> DualEncoder:
+def build(kind, **changes):
     """A small model in evaluation mode, no weight left at its start."""
     with torch.random.fork_rng():
         torch.manual_seed(3)
@@ -75,7 +72,7 @@ def build(kind: str, **changes: Any) -> DualEncoder:
     return model.eval()
 
 
-def pictures() -> list[Image.Image]:
+def pictures():
     """Photographs and drawings, wide and high, smaller and larger than what a tower takes, sides odd and even."""
     photographs = [Image.fromarray(pixels) for pixels in load_sample_images().images]
     noise = np.random.default_rng(3).integers(0, 256, (51, 90, 3), np.uint8)
@@ -91,13 +88,13 @@ def pictures() -> list[Image.Image]:
     ]
 
 
-def largest(found: torch.Tensor, expected: torch.Tensor) -> float:
+def largest(found, expected):
     """The largest difference of two tensors of the same shape."""
     assert found.shape == expected.shape
     return float((found - expected).abs().max())
 
 
-def export_exactly(model: DualEncoder, form: str, out: Path) -> Path:
+def export_exactly(model, form, out):
     """Export a model to a folder from which its library reads the same features."""
     exported = declip.export(model, form, out)
     assert exported.difference is not None

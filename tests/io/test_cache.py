@@ -1,7 +1,6 @@
 """The entries of the cache: their sizes, what is removed, and the commands."""
 
 import os
-from pathlib import Path
 
 import pytest
 from filelock import FileLock
@@ -22,7 +21,7 @@ def cache(tmp_path, monkeypatch):
     return tmp_path
 
 
-def names(cache: Path) -> set[str]:
+def names(cache):
     return {str(entry.path.relative_to(cache)) for entry in cache_entries()}
 
 

@@ -10,7 +10,7 @@ def test_workers_end_when_the_main_process_was_killed(monkeypatch):
     monkeypatch.setattr(pool, "POLL_SECONDS", 0.2)
     receiving, sending = multiprocessing.Pipe(duplex=False)
 
-    def start_and_wait() -> None:
+    def start_and_wait():
         results = pool.computed([bytes(1 << 20)] * 8, range(8), workers=2)
         sending.send(len(next(results)))  # the next ones fill the pipe, and nobody reads them
         time.sleep(60)

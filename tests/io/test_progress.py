@@ -21,7 +21,7 @@ LINE = r"training +{}/8 .*0:00:\d\d elapsed .*loss -?\d+\.\d{{3}}"
 class Clock:
     now = 0.0
 
-    def __call__(self) -> float:
+    def __call__(self):
         return self.now
 
 

@@ -10,7 +10,7 @@ from declip.models.closed_form import DEFAULT_FORM, Form, Pairs, closed_form_hea
 from pair_features import class_pairs, features, pairs_of
 
 
-def centered(side: torch.Tensor, weights: torch.Tensor) -> np.ndarray:
+def centered(side, weights):
     rows, mean = side.numpy(), np.average(side.numpy(), axis=0, weights=weights.numpy())
     direction = mean / np.linalg.norm(mean)
     rows = rows - np.outer(rows @ direction, direction)

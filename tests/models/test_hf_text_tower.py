@@ -1,7 +1,5 @@
 import json
-from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +16,7 @@ from text_encoders import CAPTIONS, bert, distilbert, model_of, roberta
 
 transformers = pytest.importorskip("transformers")
 
-KINDS: dict[str, Callable[[Path], Path]] = {
+KINDS = {
     "bert": bert,
     "roberta": roberta,
     "xlm-roberta": partial(roberta, kind="XLMRoberta"),
@@ -33,7 +31,7 @@ def folders(tmp_path_factory):
     return {kind: make(root / kind) for kind, make in KINDS.items()}
 
 
-def states(folder: Path, tokens: torch.Tensor, padding: int) -> torch.Tensor:
+def states(folder, tokens, padding):
     """transformers' own token states, of the public class and from the public mask."""
     theirs = transformers.AutoModel.from_pretrained(folder, add_pooling_layer=False).double().eval()
     return theirs(input_ids=tokens, attention_mask=(tokens != padding).long()).last_hidden_state

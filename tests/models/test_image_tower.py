@@ -1,5 +1,3 @@
-from typing import Any
-
 import pytest
 import timm
 import torch
@@ -87,7 +85,7 @@ OPENAI = {
 """Parameters of OpenAI's CLIP; ours has a word more, the mask, and a bias of the text projection."""
 
 
-def meta(image: str, **keys: Any) -> DualEncoder:
+def meta(image, **keys):
     recipe = load_recipe("clip-yfcc15m-vitb32", {"image.model": image, "image.freeze_patch_embed": False, **keys})
     with torch.device("meta"):
         model = DualEncoder.from_recipe(recipe)

@@ -9,7 +9,7 @@ from declip.models.inference import image_encoder, inference_tower
 from declip.recipe.schema import Recipe
 
 
-def model_of(tower: str, size: int) -> DualEncoder:
+def model_of(tower, size):
     torch.manual_seed(0)
     tree = tiny_tree("unused", image={"model": tower, "size": size})
     model = DualEncoder.from_recipe(Recipe.model_validate(tree))
@@ -53,12 +53,12 @@ def test_batch_norm_is_folded_into_the_convolutions():
 class Swapped(torch.nn.Module):
     """A norm that is made after a convolution, and applied before it."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.conv, self.norm = torch.nn.Conv2d(3, 3, 1), torch.nn.BatchNorm2d(3)
         torch.nn.init.uniform_(self.norm.running_mean)
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, images):
         return self.conv(self.norm(images))
 
 

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from declip.errors import UserError
-from declip.models.dual_encoder import DualEncoder
 from declip.models.inference import convert, fingerprint, pick_precision, precision_of, round_taps
 from models.test_inference import model_of
 
@@ -56,11 +55,11 @@ def test_features_stay_close_and_the_model_the_same(computing, tower):
 class Fixed(torch.nn.Module):
     """A layer that computes in float32 alone, or one that bfloat16 spoils."""
 
-    def __init__(self, spoiled: bool) -> None:
+    def __init__(self, spoiled):
         super().__init__()
         self.weight, self.spoiled = torch.nn.Parameter(torch.ones(1)), spoiled
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
+    def forward(self, features):
         if features.dtype == torch.float32:
             return features
         return -features if self.spoiled else torch.dot(features.flatten(), features.float().flatten())
@@ -69,7 +68,7 @@ class Fixed(torch.nn.Module):
 @pytest.mark.parametrize("spoiled", [True, False])
 def test_a_tower_that_cannot_be_converted_stays_float32(computing, spoiled):
     computing(avx512_bf16=True)
-    models: list[DualEncoder] = [model_of("declip_conv_tiny", 32) for _ in range(2)]
+    models = [model_of("declip_conv_tiny", 32) for _ in range(2)]
     for model in models:
         model.image_tower.proj = torch.nn.Sequential(model.image_tower.proj, Fixed(spoiled))
     assert precision_of(convert(models[0], "auto")) == "fp32"

@@ -1,7 +1,5 @@
 """Where a text fits in an image: embeddings of cells, and maps of scenes with pictures at known places."""
 
-from typing import Any
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,7 +11,7 @@ from declip.models.dual_encoder import DualEncoder
 from declip.models.image_tower import ImageTower
 from declip.recipe.schema import Recipe
 
-MEAN_POOLED: dict[str, dict[str, Any]] = {
+MEAN_POOLED = {
     "declip_conv_tiny": {},
     "swin_tiny_patch4_window7_224": {"depths": [1, 1], "embed_dim": 24, "num_heads": [1, 2]},  # channels last
     "vit_small_patch16_224": {"depth": 1, "global_pool": "avg", "fc_norm": False},

@@ -6,12 +6,12 @@ from declip.models.text_tower import TextTower, encode_by_length
 VOCABULARY, END = 50, 48
 
 
-def small_tower(**options: object) -> TextTower:
+def small_tower(**options):
     torch.manual_seed(0)
     return TextTower(VOCABULARY, END, embed_dim=12, width=32, layers=2, heads=4, context=20, **options)
 
 
-def captions(lengths: list[int], context: int) -> torch.Tensor:
+def captions(lengths, context):
     tokens = torch.zeros(len(lengths), context, dtype=torch.int64)
     for row, length in enumerate(lengths):
         tokens[row, 0] = 47
@@ -73,7 +73,7 @@ def test_buckets_give_the_features_and_gradients_of_one_pass(buckets):
 )
 def test_each_bucket_is_truncated_to_its_own_longest(lengths, buckets, shapes):
     tower, tokens = small_tower(), captions(lengths or [5, 9], 20)
-    seen: list[tuple[int, ...]] = []
+    seen = []
     tower.register_forward_pre_hook(lambda _, given: seen.append(tuple(given[0].shape)))
     encode_by_length(tower, tokens, None if lengths is None else torch.tensor(lengths), buckets)
     assert seen == shapes

@@ -1,7 +1,5 @@
 """Image towers of many kinds, each cut down: timm's own features, tokens, and a training step of every term."""
 
-from typing import Any
-
 import pytest
 import timm
 import torch
@@ -10,7 +8,6 @@ from conftest import TINY
 from conftest import WEIGHTS as METHODS
 from declip.data.batch import PairBatch
 from declip.models.dual_encoder import DualEncoder
-from declip.models.image_tower import ImageTower
 from declip.recipe.schema import Recipe
 from declip.supervision.objective import Objective
 from declip.training.assemble import plan_of
@@ -18,7 +15,7 @@ from declip.training.parallel import build_learner
 from declip.training.step import StepParts, training_step
 
 VIT = {"embed_dim": 64, "depth": 2, "num_heads": 2}
-TOWERS: dict[str, tuple[int, dict[str, Any], int, bool]] = {
+TOWERS = {
     "vit_large_patch14_clip_224": (28, VIT, 4, False),
     "vit_base_patch16_siglip_224": (32, VIT, 4, False),
     "vit_base_mci_224": (32, {"depth": 1}, 4, True),
@@ -68,7 +65,7 @@ def test_a_tower_is_timms_and_learns_from_every_term(name):
     assert any(not torch.equal(weight, before[name]) for name, weight in tower.trunk.named_parameters())
 
 
-def _check_features(tower: ImageTower, theirs: torch.nn.Module, images: torch.Tensor, cells: int) -> None:
+def _check_features(tower, theirs, images, cells):
     norm = {f"norm.{part}": weight for part, weight in tower.norm.state_dict().items()}
     theirs.load_state_dict({**tower.trunk.state_dict(), **norm})
     with torch.no_grad():

@@ -8,20 +8,20 @@ VOID = {"meta", "img", "link", "br", "hr", "input", "path", "circle", "use"}
 class Page(HTMLParser):
     """Checks that tags are closed in order; keeps texts by section, ids, links and resources."""
 
-    def __init__(self, html: str) -> None:
+    def __init__(self, html):
         super().__init__()
-        self.open: list[str] = []
-        self.ids: list[str] = []
-        self.resources: list[str] = []
-        self.links: list[str] = []
-        self.alts: list[str | None] = []
-        self.texts: dict[str, str] = {}
+        self.open = []
+        self.ids = []
+        self.resources = []
+        self.links = []
+        self.alts = []
+        self.texts = {}
         self.section = "head"
         self.feed(html)
         self.close()
         assert self.open == []
 
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+    def handle_starttag(self, tag, attrs):
         given = dict(attrs)
         if tag not in VOID:
             self.open.append(tag)
@@ -33,9 +33,9 @@ class Page(HTMLParser):
         if tag == "img":
             self.alts.append(given.get("alt"))
 
-    def handle_endtag(self, tag: str) -> None:
+    def handle_endtag(self, tag):
         if tag not in VOID:
             assert self.open.pop() == tag
 
-    def handle_data(self, data: str) -> None:
+    def handle_data(self, data):
         self.texts[self.section] = self.texts.get(self.section, "") + data.replace("\N{NO-BREAK SPACE}", " ")

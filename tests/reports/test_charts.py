@@ -6,30 +6,28 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 
 from comparison.synthetic import MEASURE, outcome, study
-from declip.comparison.outcome import Outcome
-from declip.reports.charts import COLORS, Chart, score_chart, smoothed, value_chart
+from declip.reports.charts import COLORS, score_chart, smoothed, value_chart
 from declip.reports.comparison import curve_chart
 
 
-def axes(chart: Chart) -> Axes:
+def axes(chart):
     (ax,) = chart.figure().get_axes()
     return ax
 
 
-def curves(found: Outcome) -> Chart:
+def curves(found):
     return curve_chart(found.study, found.curves()[MEASURE], MEASURE, 0.005)
 
 
-def names(ax: Axes) -> list[str]:
+def names(ax):
     (legend,) = ax.figure.legends
     return [text.get_text().strip() for text in legend.get_texts()]
 
 
-def xy(ax: Axes, name: str) -> tuple[np.ndarray, np.ndarray]:
+def xy(ax, name):
     handles, labels = ax.get_legend_handles_labels()
     handle = handles[[label.strip() for label in labels].index(name)]
     line = handle[0] if isinstance(handle, tuple) else handle
@@ -87,7 +85,7 @@ def test_strange_names_are_escaped_and_svgs_take_their_colors_from_the_page_and_
     plan, strange = study(), '_<b>"&$x$ long name'
     more = tuple(replace(plan.variants[1], name=f"{strange}{number}") for number in range(10))
     chart = curves(outcome(replace(plan, variants=(*plan.variants, *more))))
-    ids: list[str] = []
+    ids = []
     assert names(axes(chart)) == ["chance", "clip", "declip", *(variant.name for variant in more)]
     for name in "ab":
         svg = chart.svg(name)

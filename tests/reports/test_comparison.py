@@ -2,13 +2,12 @@
 
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from comparison.synthetic import MEASURE, outcome, score, study
-from declip.comparison.outcome import ComparedFactor, Factor, FactorAt, Outcome, measured
+from declip.comparison.outcome import ComparedFactor, Factor, FactorAt, measured
 from declip.reports import comparison as report
 from declip.reports.page import NONE
 from reports.pages import Page
@@ -16,12 +15,12 @@ from reports.pages import Page
 BAD = '<script>alert("1")</script>'
 
 
-def written(found: Outcome, folder: Path) -> tuple[str, Page]:
+def written(found, folder):
     html = report.write_page(found, folder).read_text(encoding="utf-8")
     return html, Page(html)
 
 
-def printed(found: Outcome) -> str:
+def printed(found):
     console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(report.summary(found))
     return console.export_text()
@@ -101,7 +100,7 @@ def test_names_are_escaped_everywhere(tmp_path):
     assert BAD in page.texts["compared"]
 
 
-def scores_row(found: Outcome) -> tuple[str, ...]:
+def scores_row(found):
     return report.scores_table(found.study, MEASURE, found.curves()[MEASURE]).rows[0]
 
 

@@ -2,7 +2,6 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 
@@ -16,7 +15,7 @@ NAMES = ("red", "green", "blue", "yellow", "cyan", "magenta", "white")
 SECTIONS = ("numbers", "curves", "retrieval", "views", "skipped", "recipe")
 
 
-def _run_folder(folder: Path, steps: int = 30) -> Path:
+def _run_folder(folder, steps=30):
     """A finished run with every file."""
     evaluation = {"zero_shot": ["builtin:emoji-test"], "final_zero_shot": ["painted"]}
     tree = {"name": "declip-tiny", "loss_weights": {"contrastive": 0.4, "simsiam": 0.2}, "evaluation": evaluation}
@@ -61,7 +60,7 @@ def whole(model, painted, tmp_path, monkeypatch):
     return _run_folder(tmp_path), model, held_out
 
 
-def _read(path: Path) -> tuple[str, Page]:
+def _read(path):
     html = path.read_text(encoding="utf-8")
     return html, Page(html)
 
@@ -104,7 +103,7 @@ def test_the_whole_report(whole):
 def test_the_same_run_shows_the_same_and_a_large_source_is_sampled(whole):
     folder, model, _ = whole
 
-    def body() -> str:
+    def body():
         return re.sub("Written by declip [^<]*", "", write_report(folder, model, limit=10).read_text())
 
     html = body()

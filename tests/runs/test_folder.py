@@ -12,7 +12,7 @@ from declip.recipe.load import load_recipe
 from declip.runs.folder import read_run, refuse_another
 
 
-def _metrics(step: int, **more) -> dict:
+def _metrics(step, **more):
     row = {"step": step, "samples_seen": 10 * step, "seconds": 2.0, "samples_per_second": 100.0, "loss": 1.0}
     return row | {"losses": {"contrastive": step / 10}} | more
 
@@ -39,7 +39,7 @@ def test_metrics_by_step_the_later_row_of_a_step_wins_and_a_torn_line_is_left_ou
 
 
 def test_evaluations_in_order_and_the_last_of_each(tmp_path):
-    def row(step: int, on: str, top1: float) -> dict:
+    def row(step, on, top1):
         return {"step": step} | ZeroShotResult(on, 100, 10, top1, 0.5, 0.3).to_dict()
 
     other = {"step": 20, "dataset": "a", "task": "of another version", "top1": 0.9}

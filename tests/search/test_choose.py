@@ -15,7 +15,7 @@ from declip.search import choose as choosing
 from declip.search.facility_location import ALIKE, facility_location
 
 
-def clusters(count: int = 300, width: int = 8, seed: int = 0) -> torch.Tensor:
+def clusters(count=300, width=8, seed=0):
     """Vectors of length 1 in clusters of unequal size."""
     generator = torch.Generator().manual_seed(seed)
     centers = torch.randn(12, width, generator=generator)
@@ -23,12 +23,12 @@ def clusters(count: int = 300, width: int = 8, seed: int = 0) -> torch.Tensor:
     return normalize(centers[owners] + 0.6 * torch.randn(count, width, generator=generator) + 1.0, dim=1)
 
 
-def plain_loop(vectors: torch.Tensor, known: torch.Tensor, count: int) -> list[int]:
+def plain_loop(vectors, known, count):
     mean = vectors.mean(0)
     units = normalize(vectors - mean, dim=1)
     similarity = lambda rows: (units @ rows.T).clamp(min=0) ** 3  # noqa: E731
     covered = similarity(normalize(known - mean, dim=1)).amax(1) if len(known) else torch.zeros(len(units))
-    taken, all_known = list[int](), normalize(known - mean, dim=1)
+    taken, all_known = [], normalize(known - mean, dim=1)
     for _ in range(count):
         gains = (similarity(units) - covered[:, None]).clamp(min=0).sum(0)
         for row in range(len(units)):

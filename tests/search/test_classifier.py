@@ -1,8 +1,5 @@
 """Classification by examples: folders and tables, heads in files, "none of these", and wrong input."""
 
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 from PIL import Image
@@ -17,7 +14,7 @@ COLORS = ("red", "blue", "green")
 
 
 @pytest.fixture
-def examples(tmp_path: Path) -> Path:
+def examples(tmp_path):
     """A folder of images for each of three colors, one of which cannot be read."""
     for color in COLORS:
         (tmp_path / "examples" / f"{color}_thing").mkdir(parents=True)
@@ -27,7 +24,7 @@ def examples(tmp_path: Path) -> Path:
     return tmp_path / "examples"
 
 
-def test_examples_teach_a_model_that_knows_nothing(model: DualEncoder, folder: Path, examples: Path) -> None:
+def test_examples_teach_a_model_that_knows_nothing(model, folder, examples):
     result = declip.classify(model, folder, examples=examples)
     right = [one for one in result.predictions if one.image.startswith(COLORS)]
     assert all(one.best == f"{one.image.split('-')[0]} thing" for one in right)
@@ -42,7 +39,7 @@ def test_examples_teach_a_model_that_knows_nothing(model: DualEncoder, folder: P
     assert all(word in classifier.summary() for word in ("Accuracy", "n = ", "none of these", "unreadable"))
 
 
-def test_a_class_may_be_a_name_alone(model: DualEncoder, folder: Path, examples: Path) -> None:
+def test_a_class_may_be_a_name_alone(model, folder, examples):
     fitted = declip.Classifier.fit(model, ["blue_thing", "red thing", "green thing", "a star"], examples)
     assert fitted.counts == (len(SHAPES), len(SHAPES), len(SHAPES), 0)
     assert fitted.head.name_weight > 0
@@ -52,9 +49,7 @@ def test_a_class_may_be_a_name_alone(model: DualEncoder, folder: Path, examples:
         declip.Classifier.fit(model, ["red thing", "blue thing"], examples)
 
 
-def test_a_saved_head_gives_the_same(
-    model: DualEncoder, folder: Path, examples: Path, tmp_path: Path, weights_file: Path, command: Any
-) -> None:
+def test_a_saved_head_gives_the_same(model, folder, examples, tmp_path, weights_file, command):
     rows = [f"{path},{path.parent.name}" for path in sorted(examples.rglob("*.png"))]
     table, head = tmp_path / "examples.csv", tmp_path / "head.safetensors"
     table.write_text("\n".join(["image,kind", *rows]))
@@ -80,7 +75,7 @@ def test_a_saved_head_gives_the_same(
         assert (refused.status, name in refused.err) == (2, True)
 
 
-def test_images_of_no_class_are_rejected(model: DualEncoder, examples: Path, tmp_path: Path) -> None:
+def test_images_of_no_class_are_rejected(model, examples, tmp_path):
     result = declip.classify(model, examples, examples=examples, reject=True, out=tmp_path / "x.csv")
     assert result.classifier is not None
     rejection = result.classifier.rejection

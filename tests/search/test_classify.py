@@ -2,7 +2,6 @@
 
 import csv
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -83,7 +82,7 @@ def test_wrong_classes_and_images_are_named(model, folder, tmp_path, monkeypatch
     Path("latin.txt").write_bytes("Bär\nZoo".encode("latin-1"))
     Path("broken").mkdir()
     Path("broken/a.png").write_bytes(b"x")
-    wrong: tuple[tuple[Any, Any, str], ...] = (
+    wrong = (
         (folder, "nowhere.txt", "nowhere.txt"),
         (folder, "cat,", "'cat'"),
         (folder, [], "two"),

@@ -1,7 +1,6 @@
 import json
 import subprocess
 import sys
-from typing import Any
 
 from PIL import Image
 
@@ -64,7 +63,7 @@ def test_lines_into_a_pipe_are_neither_cut_nor_wrapped(weights_file, folder, tmp
     assert str(index) in command("index", "show", index).out.splitlines()[0]
 
 
-def loaded_by(code: str, *names: str) -> list[str]:
+def loaded_by(code, *names):
     """Which of some modules a program imports."""
     ending = f"\nprint(*(name for name in {names} if name in sys.modules))"
     done = subprocess.run([sys.executable, "-c", f"import sys\n{code}{ending}"], capture_output=True, text=True)
@@ -80,7 +79,7 @@ def test_the_package_and_its_commands_import_no_torch():
 
 def test_a_text_search_builds_no_image_tower(folder, tmp_path, command):
     own = tiny_model()
-    changes: dict[str, Any] = {"hf_model": str(bert(tmp_path / "bert")), "context_length": 24}
+    changes = {"hf_model": str(bert(tmp_path / "bert")), "context_length": 24}
     recipe = own.recipe.model_copy(update={"text": own.recipe.text.model_copy(update=changes)})
     code = "import declip.search.index as i"
     for name, model in (("own", own), ("encoder", DualEncoder.from_recipe(recipe))):

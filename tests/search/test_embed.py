@@ -1,8 +1,6 @@
 import logging
 import multiprocessing
 import shutil
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,13 +16,12 @@ from declip.data.columns import Columns
 from declip.data.images.decode import decode
 from declip.data.pair import Origin, Pair, PairSource
 from declip.errors import UserError
-from declip.models.dual_encoder import DualEncoder
 from declip.search import embed as embedding
 from declip.search.writer import open_index
 from indices import tiny_model
 
 
-def contents(index: Path) -> dict[str, bytes]:
+def contents(index):
     files = [path for path in index.rglob("*") if path.is_file() and ".lock" not in path.name]
     return {str(path.relative_to(index)): path.read_bytes() for path in files}
 
@@ -34,32 +31,32 @@ class Interrupted(PairSource):
 
     name = "interrupted"
 
-    def __init__(self, folder: Path, stop: int = 1000) -> None:
-        self.files, self.stop, self.read = sorted(folder.iterdir()), stop, list[int]()
+    def __init__(self, folder, stop=1000):
+        self.files, self.stop, self.read = sorted(folder.iterdir()), stop, []
 
-    def __len__(self) -> int:
+    def __len__(self):
         return len(self.files)
 
-    def __getitem__(self, index: int) -> Pair:
+    def __getitem__(self, index):
         if len(self.read) == self.stop:
             raise KeyboardInterrupt
         self.read.append(index)
         return Pair(self.key(index), decode(self.files[index], self.key(index)), (self.key(index),))
 
-    def key(self, index: int) -> str:
+    def key(self, index):
         return self.files[index].name
 
-    def captions(self, index: int) -> tuple[str, ...]:
+    def captions(self, index):
         return (self.key(index),)
 
-    def image(self, index: int) -> Image.Image:
+    def image(self, index):
         return decode(self.files[index], self.key(index))
 
-    def origin(self, index: int) -> Origin:
+    def origin(self, index):
         return Origin(stamp=str(self.files[index].stat().st_size))
 
 
-def test_vectors_are_the_models_and_keys_the_sources(model: DualEncoder, folder: Path, tmp_path: Path) -> None:
+def test_vectors_are_the_models_and_keys_the_sources(model, folder, tmp_path):
     index = declip.embed(model, folder, out=tmp_path / "index", dtype="float32", batch_size=7)
     names = sorted(path.name for path in folder.iterdir())
     with torch.no_grad():
@@ -73,9 +70,7 @@ def test_vectors_are_the_models_and_keys_the_sources(model: DualEncoder, folder:
     assert "Without caption: 24" in index.summary()
 
 
-def test_an_index_in_another_precision_is_searched_and_updated(
-    weights_file: Path, folder: Path, tmp_path: Path, monkeypatch: Any
-) -> None:
+def test_an_index_in_another_precision_is_searched_and_updated(weights_file, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})  # emulated where it is false
     index = declip.embed(weights_file, folder, out=tmp_path / "index", device="cpu")
     assert index.info.precision == "bf16"
@@ -88,9 +83,7 @@ def test_an_index_in_another_precision_is_searched_and_updated(
     assert "computed in bf16, fp32" in index.summary()
 
 
-def test_a_stopped_call_continues_bit_exact(
-    model: DualEncoder, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_stopped_call_continues_bit_exact(model, folder, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(embedding, "PART_ROWS", 7)
     for name in ("black-bar.png", "blue-bar.png"):  # tried again, but after the others
         (folder / name).write_bytes(b"no image")
@@ -114,9 +107,7 @@ def test_a_stopped_call_continues_bit_exact(
     assert stopped == whole, "with worker processes or without"
 
 
-def test_later_calls_embed_what_is_new_or_changed_and_drop_what_is_gone(
-    model: DualEncoder, folder: Path, tmp_path: Path
-) -> None:
+def test_later_calls_embed_what_is_new_or_changed_and_drop_what_is_gone(model, folder, tmp_path):
     out = tmp_path / "index"
     first = declip.embed(model, folder, out=out, dtype="float32")
     ids, vectors = dict(zip(first.keys(), first.ids, strict=True)), first.vectors(first.ids)
@@ -142,7 +133,7 @@ def test_later_calls_embed_what_is_new_or_changed_and_drop_what_is_gone(
     assert len(declip.Index.open(out)) == 24
 
 
-def opened_until(index: Path, done: Path, count: Any) -> None:
+def opened_until(index, done, count):
     """Open an index again and again, and send how often it was complete."""
     number = 0
     while not done.exists():
@@ -153,7 +144,7 @@ def opened_until(index: Path, done: Path, count: Any) -> None:
     count.put(number)
 
 
-def test_an_index_opens_while_it_is_updated(model: DualEncoder, folder: Path, tmp_path: Path) -> None:
+def test_an_index_opens_while_it_is_updated(model, folder, tmp_path):
     out, done = tmp_path / "index", tmp_path / "done"
     declip.embed(model, folder, out=out)
     fork = multiprocessing.get_context("fork")
@@ -169,7 +160,7 @@ def test_an_index_opens_while_it_is_updated(model: DualEncoder, folder: Path, tm
     assert declip.Index.open(out).info.generation == 13
 
 
-def test_broken_images_are_counted_and_tried_again(model: DualEncoder, folder: Path, tmp_path: Path) -> None:
+def test_broken_images_are_counted_and_tried_again(model, folder, tmp_path):
     whole = (folder / "red-bar.png").read_bytes()
     (folder / "red-bar.png").write_bytes(whole[:60])
     (folder / "blue-bar.png").write_bytes(b"")
@@ -186,15 +177,13 @@ def test_broken_images_are_counted_and_tried_again(model: DualEncoder, folder: P
         declip.embed(model, tmp_path / "broken", out=tmp_path / "none")
 
 
-def test_another_option_model_source_or_folder_is_refused(
-    model: DualEncoder, folder: Path, table: Path, tmp_path: Path
-) -> None:
+def test_another_option_model_source_or_folder_is_refused(model, folder, table, tmp_path):
     broken = tiny_model()
     torch.nn.init.constant_(next(broken.image_tower.parameters()), torch.nan)
-    same: dict[str, Any] = {"model": model, "source": folder, "out": tmp_path / "index"}
+    same = {"model": model, "source": folder, "out": tmp_path / "index"}
     declip.embed(**same)
     before = contents(tmp_path / "index")
-    changed: tuple[tuple[dict[str, Any], str], ...] = (
+    changed = (
         ({"dtype": "float32"}, "dtype was 'float16'"),
         ({"captions": True}, "captions was False"),
         ({"dtype": "int8"}, "dtype 'int8'"),
@@ -210,7 +199,7 @@ def test_another_option_model_source_or_folder_is_refused(
     assert contents(tmp_path / "index") == before
 
 
-def test_repaired_captions_and_other_objects_are_embedded_again(model: DualEncoder, tmp_path: Path) -> None:
+def test_repaired_captions_and_other_objects_are_embedded_again(model, tmp_path):
     table = tmp_path / "pairs.csv"
     for number, color in enumerate(("red", "blue")):
         draw(color, "bar", 40).save(tmp_path / f"{number}.png")
@@ -228,7 +217,7 @@ def test_repaired_captions_and_other_objects_are_embedded_again(model: DualEncod
     assert (index.keys(), index.row(0).origin.path) == (["1.png"], str(tmp_path / "1.png"))
 
 
-def test_captions_get_the_mean_of_their_vectors(model: DualEncoder, table: Path, tmp_path: Path) -> None:
+def test_captions_get_the_mean_of_their_vectors(model, table, tmp_path):
     index = declip.embed(model, table, out=tmp_path / "index", captions=True, dtype="float32")
     with torch.no_grad():
         texts = model.encode_text(model.tokenize(list(index.row(5).captions)))
@@ -237,8 +226,8 @@ def test_captions_get_the_mean_of_their_vectors(model: DualEncoder, table: Path,
     assert (found[0].item(), found[1].item()) == (5, pytest.approx(1, abs=1e-5))
 
 
-def test_shards_that_come_later_and_share_names(model: DualEncoder, tmp_path: Path) -> None:
-    def shard(folder: str, *colors: str) -> None:
+def test_shards_that_come_later_and_share_names(model, tmp_path):
+    def shard(folder, *colors):
         members = [(f"{n}.{kind}", data) for n, c in enumerate(colors) for kind, data in
                    (("png", encoded(draw(c, "bar"))), ("txt", c.encode()))]  # fmt: skip
         write_tar(tmp_path / folder / "0.tar", members)
@@ -257,7 +246,7 @@ def test_shards_that_come_later_and_share_names(model: DualEncoder, tmp_path: Pa
     assert declip.embed(model, tmp_path / "b", out=tmp_path / "one").ids.tolist() == [0, 1, 2, 3]
 
 
-def test_cells_of_a_table_that_have_moved_are_embedded_again(model: DualEncoder, folder: Path, tmp_path: Path) -> None:
+def test_cells_of_a_table_that_have_moved_are_embedded_again(model, folder, tmp_path):
     paths = [path for path in sorted(folder.iterdir()) if "red" in path.name]
     table, out = tmp_path / "bytes.parquet", tmp_path / "index"
     cells = {"image": [path.read_bytes() for path in paths], "caption": ["a bar", None, "a square", "a triangle"]}

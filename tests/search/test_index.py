@@ -1,7 +1,6 @@
 import json
 import sys
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -28,7 +27,7 @@ def made(model, folder, tmp_path):
     return declip.embed(model, folder, out=tmp_path / "index", dtype="float32")
 
 
-def brute(index: Index, query: np.ndarray) -> list[tuple[int, float]]:
+def brute(index, query):
     scores = index.vectors(index.ids).numpy().astype(np.float64) @ query.astype(np.float64)
     order = np.argsort(-scores, kind="stable")
     return [(int(index.ids[at]), float(scores[at])) for at in order]
@@ -103,7 +102,7 @@ def test_projections_that_are_computed_on_another_machine_are_the_same_model():
 
 def test_a_bad_query_says_why(made):
     image = Image.new("RGB", (8, 8))
-    wrong: tuple[tuple[dict[str, Any], str], ...] = (
+    wrong = (
         ({"text": "  "}, "Nothing to search for"),
         ({"text": "a", "k": 0}, "k is 0"),
         ({"text": "a", "image": "nowhere.png"}, "missing image"),
@@ -123,7 +122,7 @@ def test_damage_is_said(made):
     tree = json.loads(path.read_text())
     npy, rows = (files / "vectors.npy").read_bytes(), (files / "rows.parquet").read_bytes()
     shorter = npy.replace(b"(24, 16)", b"(16, 24)")
-    changes: tuple[tuple[dict[str, Any], str], ...] = (
+    changes = (
         ({"layout": 99}, "another version of declip: layout"),
         ({"generation": "../x"}, "generation"),
         ({"next_id": 3}, "do not increase"),

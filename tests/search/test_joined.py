@@ -2,8 +2,6 @@
 
 import pickle
 import shutil
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +20,7 @@ from indices import tiny_model
 from search.test_embed import Interrupted
 
 
-def write_rows(path: Path, rows: dict[str, Any]) -> Path:
+def write_rows(path, rows):
     pq.write_table(pa.table({**rows, "vector": list(rows["vector"])}), path)
     return path
 
@@ -31,7 +29,7 @@ def write_rows(path: Path, rows: dict[str, Any]) -> Path:
 def rows(folder):
     """The 24 images as bytes, a path, a PIL image or an array, and three broken rows."""
     paths = sorted(folder.iterdir())
-    images: list[Any] = [path.read_bytes() for path in paths]
+    images = [path.read_bytes() for path in paths]
     images[:4] = [str(paths[0]), Image.open(paths[1]), np.asarray(Image.open(paths[2]).convert("RGB")),
                   {"bytes": None, "path": str(paths[3])}]  # fmt: skip
     return {
@@ -98,7 +96,7 @@ def test_parquet_files_that_are_refused(rows, weights_file, tmp_path, command):
     made = declip.Embedder(weights_file, precision="fp32")({name: cells[:4] for name, cells in rows.items()})
     write_declip_file(tiny_model(1), tmp_path / "other.safetensors")
     vectors = made["vector"]
-    changed: dict[str, tuple[dict[str, Any], str]] = {
+    changed = {
         "repeated": ({"id": ["a", "b", "c", "b"]}, "id 'b' is in several rows"),
         "model": ({"model": ["0" * 64 + " fp32"] * 4}, "another model, of fingerprint 00000000"),
         "none": ({"error": ["missing image"] * 4}, "no image that can be used"),

@@ -1,12 +1,9 @@
 """What the tests of the terms share: golden cases, random unit vectors, and what every term must do."""
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from golden_cases import GOLDEN
@@ -17,7 +14,7 @@ def golden():
     """Read one case of the authors' values: golden("infonce/0")["loss"]."""
     arrays = np.load(GOLDEN / "loss_cases.npz")
 
-    def case(name: str) -> dict[str, Tensor]:
+    def case(name):
         found = {k.removeprefix(f"{name}/"): torch.tensor(arrays[k]) for k in arrays if k.startswith(f"{name}/")}
         assert found, f"no golden case {name}"
         return found
@@ -30,7 +27,7 @@ def units():
     """Draw float64 vectors of length 1, the same ones in every run: units(2, 5, 8)."""
     generator = torch.Generator().manual_seed(0)
 
-    def draw(*shape: int) -> Tensor:
+    def draw(*shape):
         return F.normalize(torch.randn(*shape, generator=generator, dtype=torch.float64), dim=-1)
 
     return draw
@@ -39,7 +36,7 @@ def units():
 class NoDeviceReads(TorchDispatchMode):
     """Fails at operations whose outcome the host must read, and on a GPU wait for."""
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
         assert name not in ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select"), name
         return func(*args, **(kwargs or {}))

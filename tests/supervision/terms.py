@@ -1,10 +1,7 @@
 """The losses that compare rows with all ranks' keys, in one form: term(*rows, *keys, scale, offset, limit)."""
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from declip.supervision.contrastive import info_nce
 from declip.supervision.late_interaction import late_interaction
@@ -17,34 +14,27 @@ BATCH = 6
 LENGTHS = torch.tensor([2, 5, 1, 4, 3, 5])
 NEIGHBORS = F.normalize(torch.randn(2, BATCH, 5, generator=torch.Generator().manual_seed(9)), dim=-1).bfloat16()
 
-Scale = Tensor | float
-Limit = float | None
 
-
-def views(z1: Tensor, z2: Tensor, keys1: Tensor, keys2: Tensor, scale: Scale, offset: int, limit: Limit) -> Tensor:
+def views(z1, z2, keys1, keys2, scale, offset, limit):
     return nt_xent(z1, z2, keys1, keys2, 1 / scale, offset, limit)
 
 
-def late(
-    images: Tensor, words: Tensor, image_keys: Tensor, word_keys: Tensor, scale: Scale, offset: int, limit: Limit
-) -> Tensor:
+def late(images, words, image_keys, word_keys, scale, offset, limit):
     mask = torch.arange(words.shape[1]) < LENGTHS[: len(word_keys), None]
     own = mask[offset : offset + len(words)]
     return late_interaction(images, words, own, image_keys, word_keys, mask, scale, offset, max_logit_bytes=limit)
 
 
-def neighbors(images: Tensor, keys: Tensor, scale: Scale, offset: int, limit: Limit) -> Tensor:
+def neighbors(images, keys, scale, offset, limit):
     return neighbor_contrast(images, NEIGHBORS[:, : keys.shape[1]].to(images), scale, offset, limit)
 
 
-def sigmoid(
-    images: Tensor, texts: Tensor, image_keys: Tensor, text_keys: Tensor, scale: Scale, offset: int, limit: Limit
-) -> Tensor:
+def sigmoid(images, texts, image_keys, text_keys, scale, offset, limit):
     """With a bias that follows the scale, so that the scale's gradient shows both."""
     return sigmoid_loss(images, text_keys, scale, -0.4 * scale, offset, limit)
 
 
-TERMS: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
+TERMS = {
     "info_nce": (info_nce, [(BATCH, 5)] * 2),
     "multi_view": (multi_view, [(2, BATCH, 5)] * 2),
     "nt_xent": (views, [(BATCH, 5)] * 2),
@@ -55,6 +45,6 @@ TERMS: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
 """Name → loss, and shapes of its features."""
 
 
-def batch_axis(shape: tuple[int, ...]) -> int:
+def batch_axis(shape):
     """Axis of the pairs: views come before them."""
     return int(shape[0] == 2)

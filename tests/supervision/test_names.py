@@ -14,7 +14,7 @@ TENSOR_NAMES = {"interchange/official.py"}
 """Maps the official implementation's names of tensors to ours."""
 
 
-def loss_names(path: Path) -> set[str]:
+def loss_names(path):
     """Losses that a file names: as a string, as a section of the recipe, or by the key of its weight."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -19,14 +19,14 @@ WITHOUT_BATCH_NORM = {
 }  # fmt: skip
 
 
-def parts(weights: dict[str, float], **sections: object) -> tuple[DualEncoder, Objective]:
+def parts(weights, **sections):
     recipe = Recipe.model_validate({**TINY, "loss_weights": weights, **sections})
     torch.manual_seed(0)
     model = DualEncoder.from_recipe(recipe)
     return model, Objective(recipe, model)
 
 
-def random_batch(size: int = 8, views: int = 2, length: int = 16) -> PairBatch:
+def random_batch(size=8, views=2, length=16):
     generator = torch.Generator().manual_seed(3)
     tokenizer = DualEncoder.from_recipe(Recipe.model_validate(TINY)).tokenizer
     texts = torch.randint(1, 500, (2, size, length), generator=generator)
@@ -43,7 +43,7 @@ def random_batch(size: int = 8, views: int = 2, length: int = 16) -> PairBatch:
     return PairBatch(dict(zip(names, images, strict=False)), texts, masked, labels, torch.arange(size))
 
 
-def double(batch: PairBatch) -> PairBatch:
+def double(batch):
     return replace(batch, views={name: view.pixels.double() for name, view in batch.views.items()})
 
 
@@ -114,7 +114,7 @@ def test_one_image_view_meets_both_captions():
     image, scale = model.encode_image(batch.views["first"].pixels).double(), model.logit_scale.exp().double()
     texts = [model.encode_text(view).double() for view in batch.texts]
 
-    def contrast(rows: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    def contrast(rows, keys):
         logits = [[scale * (row @ key) for key in keys] for row in rows]
         losses = [torch.stack(row).logsumexp(0) - row[place] for place, row in enumerate(logits)]
         return torch.stack(losses).mean()
@@ -134,7 +134,7 @@ def test_one_image_view_meets_both_captions():
 @pytest.mark.parametrize("name", ["slip", "defilip"])
 def test_loss_matrices_above_the_limit_are_made_in_blocks(name, monkeypatch):
     """8 pairs in float64: matrices of 512 bytes or more."""
-    calls: list[int] = []
+    calls = []
     checkpoint = contrastive.checkpoint
     monkeypatch.setattr(contrastive, "checkpoint", lambda *x, **options: calls.append(1) or checkpoint(*x, **options))
     batch, found = double(random_batch()), []

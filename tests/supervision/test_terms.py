@@ -1,8 +1,6 @@
 """What every loss must do, in one pass and in blocks: gradients, ranks, precision, and no wait for the device."""
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -27,7 +25,7 @@ def features(units, name):
     return [units(*shape).requires_grad_() for shape in TERMS[name][1]]
 
 
-def part(features: list[Tensor], start: int, size: int) -> list[Tensor]:
+def part(features, start, size):
     """The features of some of the pairs."""
     return [x.narrow(batch_axis(tuple(x.shape)), start, size) for x in features]
 
@@ -107,7 +105,7 @@ def test_the_hardest_pairs_at_scale_100_stay_finite(name, shape, negatives, limi
     assert rows.grad.isfinite().all()
 
 
-def values(term: Callable[..., Tensor], inputs: list[Tensor], scale: Any, limit: float | None) -> list[Tensor]:
+def values(term, inputs, scale, limit):
     """The loss of the middle pairs, and its gradients."""
     leaves = [x.detach().requires_grad_() for x in (*part(inputs, 1, 4), *inputs)]
     loss = term(*leaves, scale, 1, limit)
@@ -134,7 +132,7 @@ class Largest(TorchDispatchMode):
 
     elements = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         made = [x.numel() for x in (result if isinstance(result, tuple | list) else [result]) if isinstance(x, Tensor)]
         self.elements = max([self.elements, *made])
@@ -149,9 +147,9 @@ def test_blocks_neither_make_nor_keep_anything_of_the_matrixs_size(units, monkey
     rows = [units(*(pairs if n == BATCH else n for n in shape)).requires_grad_() for shape in TERMS[name][1]]
     largest, kept = {}, {}
     for limit in (None, 0):
-        sizes: list[int] = [0]
+        sizes = [0]
 
-        def keep(x: Tensor, sizes: list[int] = sizes) -> Tensor:
+        def keep(x, sizes=sizes):
             sizes.append(x.numel())
             return x
 

@@ -1,20 +1,15 @@
 """What the tests of runs share: a run to start from, recipes, stopping and resuming, and what has changed."""
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import torch
-from torch import Tensor
 
 from conftest import TINY, tiny_tree
 from declip.api import train
 from declip.recipe.schema import Recipe
-from declip.runs.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, part
+from declip.runs.checkpoint import list_checkpoints, load_checkpoint, part
 from declip.runs.folder import read_rows
 from declip.training.assemble import assemble
 from declip.training.parts import StopRequest
-from declip.training.sinks import RunInfo, Sink
+from declip.training.sinks import Sink
 from declip.training.trainer import Trainer
 
 CLOCK = ("seconds", "samples_per_second")
@@ -30,15 +25,13 @@ CONV = {"model": "declip_conv_tiny", "size": 32}
 STATISTICS = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
 
 
-def recipe_for(
-    table: Path, name: str = "declip", sections: dict[str, Any] | None = None, **train_keys: object
-) -> Recipe:
+def recipe_for(table, name="declip", sections=None, **train_keys):
     """A tiny recipe on a table, with some sections in place of its own."""
     tree = tiny_tree(table, name, name=name, train={**TINY["train"], **train_keys})
     return Recipe.model_validate({**tree, **(sections or {})})
 
 
-def start_from(table: Path, out: Path, image: dict[str, Any] = VIT, name: str = "declip") -> Path:
+def start_from(table, out, image=VIT, name="declip"):
     """A run of other sizes than `TINY`, that a run of ours can start from."""
     sections = {"image": {**image, **STATISTICS}, "text": {**SMALL, "activation": "gelu"}}
     tree = tiny_tree(table, name, name=name, embed_dim=24, **sections)
@@ -46,7 +39,7 @@ def start_from(table: Path, out: Path, image: dict[str, Any] = VIT, name: str = 
     return out
 
 
-def tuned(table: Path, weights: object, train_keys: dict[str, Any] | None = None, **keys: Any) -> Recipe:
+def tuned(table, weights, train_keys=None, **keys):
     tree = tiny_tree(table, "declip", name="tuned", train={**TINY["train"], "lr": 1e-2, **(train_keys or {})})
     given = set()
     for key, section, name in (("image_size", "image", "size"), ("context_length", "text", "context_length")):
@@ -64,17 +57,17 @@ class StopBefore(Sink):
     step: int
     request: StopRequest
 
-    def start(self, info: RunInfo) -> None:
+    def start(self, info):
         self.advance(info.start)
 
-    def log(self, step: int, values: object) -> None:
+    def log(self, step, values):
         self.advance(step)
 
-    def advance(self, step: int) -> None:
+    def advance(self, step):
         self.request.asked = step + 1 >= self.step
 
 
-def stop_at(recipe: Recipe, folder: Path, step: int) -> None:
+def stop_at(recipe, folder, step):
     """Train until a step, as if a signal had come then."""
     sink = StopBefore()
     trainer = Trainer(assemble(recipe, folder, quiet=True, callbacks=[sink]))
@@ -83,7 +76,7 @@ def stop_at(recipe: Recipe, folder: Path, step: int) -> None:
     assert (run.step, run.finished) == (step, False)
 
 
-def same_end(one: Path, other: Path) -> None:
+def same_end(one, other):
     """Weights, heads, queue, moments, random states and metrics of two runs are equal bit for bit."""
     first, second = (load_checkpoint(list_checkpoints(folder)[-1]) for folder in (one, other))
     assert first.step == second.step
@@ -97,9 +90,7 @@ def same_end(one: Path, other: Path) -> None:
     assert rows[0] == rows[1]
 
 
-def resumes_exactly(
-    recipe: Recipe, folder: Path, step: int = 4, meanwhile: Callable[[], object] = lambda: None
-) -> Checkpoint:
+def resumes_exactly(recipe, folder, step=4, meanwhile=lambda: None):
     """Compare a run in `whole` with one in `parts` that was stopped and resumed; give the last checkpoint."""
     train(recipe, out=folder / "whole", quiet=True, report=False)
     stop_at(recipe, folder / "parts", step)
@@ -109,31 +100,31 @@ def resumes_exactly(
     return load_checkpoint(folder / "whole" / "checkpoints" / "last")
 
 
-def trained(recipe: Recipe, folder: Path, resume: bool = False) -> tuple[int, bool]:
+def trained(recipe, folder, resume=False):
     """Train in one of several processes: the step at the end, and whether all are done."""
     run = Trainer(assemble(recipe, folder, resume, quiet=True)).train()
     return run.step, run.finished
 
 
-def ended(recipe: Recipe, folder: Path) -> tuple[int, bool, dict[str, Tensor]]:
+def ended(recipe, folder):
     """Train as `trained`, and give the model's tensors too."""
     trainer = Trainer(assemble(recipe, folder, quiet=True))
     run = trainer.train()
     return run.step, run.finished, trainer.parts.model.state_dict()
 
 
-def losses(run: Path) -> list[float]:
+def losses(run):
     """The logged losses."""
     return [row["loss"] for row in read_rows(run / "metrics.jsonl")]
 
 
-def state(trainer: Trainer) -> dict[str, Tensor]:
+def state(trainer):
     return {name: tensor.clone() for name, tensor in trainer.parts.model.state_dict().items()}
 
 
-def last(run: Path) -> dict[str, Tensor]:
+def last(run):
     return part("model", load_checkpoint(list_checkpoints(run)[-1]).weights)
 
 
-def moved(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
+def moved(before, after):
     return {name for name in before if not torch.equal(before[name], after[name])}

@@ -1,8 +1,6 @@
 """Epochs, the validation loss, the best checkpoint and early stopping."""
 
 import math
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -28,16 +26,16 @@ from training.starts import ended, same_end, stop_at
 RIGHT = RecallAtK(9, 9, 1, 1, 1, 0.1, 0.5, 1, 1)
 
 
-def recipe_for(table: Path, **keys: Any) -> Recipe:
+def recipe_for(table, **keys):
     """A run that learns, and then overshoots: evaluated every 2 steps."""
     train = {**TINY["train"], "steps": 24, "evaluate_every": 2, "checkpoint_every": 100, **keys}
     return Recipe.model_validate(tiny_tree(table, name="best", train=train, evaluation={"retrieval": (str(table),)}))
 
 
-def best_step(rows: list[dict[str, Any]]) -> int:
+def best_step(rows):
     """The step of the highest mean R@1, of equal ones that of the lowest loss."""
 
-    def order(row: dict[str, Any]) -> tuple[float, float]:
+    def order(row):
         return -(row["text_to_image_r1"] + row["image_to_text_r1"]), row["loss"]
 
     return int(min((row for row in rows if "best_step" not in row), key=order)["step"])
@@ -97,7 +95,7 @@ def test_a_run_ends_with_its_best_weights_also_when_it_was_killed(table, tmp_pat
 
 
 def test_the_best_checkpoint_is_kept_and_nothing_changes_without_patience(table, tmp_path):
-    keys: dict[str, Any] = {"checkpoint_every": 1, "keep_checkpoints": 1, "steps": 10, "lr": 0.3, "warmup_lr": 0.3}
+    keys = {"checkpoint_every": 1, "keep_checkpoints": 1, "steps": 10, "lr": 0.3, "warmup_lr": 0.3}
     train(recipe_for(table, patience=100, **keys), out=tmp_path / "watched", quiet=True, report=False)
     train(recipe_for(table, **keys), out=tmp_path / "plain", quiet=True, report=False)
     best = (tmp_path / "watched/checkpoints/best").resolve()

@@ -2,9 +2,6 @@
 
 import os
 import signal
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,15 +10,14 @@ from torch import Tensor, nn
 import declip
 from conftest import tiny_tree
 from declip.errors import UserError
-from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schema import Recipe
 from declip.reports.run import loss_charts
 from declip.runs.checkpoint import list_checkpoints, load_checkpoint
 from declip.runs.folder import EVALUATIONS, METRICS, read_rows
 from declip.supervision import objective
 from declip.supervision.objective import extra_terms
-from declip.supervision.term import Encodings, Rows, Similarity, Term
-from declip.training.sinks import RunInfo, Sink
+from declip.supervision.term import Term
+from declip.training.sinks import Sink
 from processes import in_processes
 from training.starts import same_end
 from training.test_distributed import BATCH, CASES, compare, some_recipes
@@ -32,44 +28,44 @@ class Mine(Term):
 
     steps: Tensor
 
-    def __init__(self, recipe: Recipe, model: DualEncoder) -> None:
+    def __init__(self, recipe, model):
         super().__init__(recipe, model)
         self.head = nn.Linear(recipe.embed_dim, 4)
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
-    def features(self, encoded: Encodings) -> dict[str, Tensor]:
+    def features(self, encoded):
         return {"heads": self.head(encoded.images[-1])}
 
-    def loss(self, own: Rows, keys: Rows, similarity: Similarity, offset: int) -> Tensor:
+    def loss(self, own, keys, similarity, offset):
         return (own.extra["heads"] @ keys.extra["heads"].T).logsumexp(dim=1).mean()
 
     @torch.no_grad()
-    def after_step(self, model: DualEncoder) -> None:
+    def after_step(self, model):
         self.steps += 1
 
 
 class Kept(Sink):
     """Everything that a callback gets."""
 
-    def __init__(self) -> None:
-        self.starts, self.rows, self.results, self.closed = list[int](), list[Any](), list[Any](), 0
+    def __init__(self):
+        self.starts, self.rows, self.results, self.closed = [], [], [], 0
 
-    def start(self, info: RunInfo) -> None:
+    def start(self, info):
         self.starts.append(info.start)
 
-    def log(self, step: int, values: Mapping[str, Any]) -> None:
+    def log(self, step, values):
         self.rows.append({"step": step, **values})
         if step == 4:
             os.kill(os.getpid(), signal.SIGUSR1)  # the run saves and stops after the next step
 
-    def evaluation(self, step: int, values: Mapping[str, Any]) -> None:
+    def evaluation(self, step, values):
         self.results.append({"step": step, **values})
 
-    def close(self) -> None:
+    def close(self):
         self.closed += 1
 
 
-def recipe_of(table: Path) -> Recipe:
+def recipe_of(table):
     sections = {"loss_weights": {"contrastive": 1.0, "mine": 0.5}, "evaluation": {"retrieval": [str(table)]}}
     return Recipe.model_validate(tiny_tree(table, **sections))
 
@@ -81,7 +77,7 @@ def test_a_run_with_callbacks_and_a_term_resumes_bit_exactly(table, tmp_path):
     assert (run.finished, run.step, kept.closed) == (False, 5, 1)
     with pytest.raises(UserError, match=r"loss_weights\.mine"):  # it is needed again
         declip.train(recipe, out=tmp_path / "run", resume=True, quiet=True)
-    more: Any = {"resume": True, "quiet": True, "report": False}
+    more = {"resume": True, "quiet": True, "report": False}
     run = declip.train(recipe, out=tmp_path / "run", **more, terms=terms, callbacks=[kept])
     same_end(whole.folder, run.folder)
     training = load_checkpoint(list_checkpoints(run.folder)[-1]).training

@@ -4,8 +4,6 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -28,7 +26,7 @@ from hostile import forge
 FILES = (checkpoints.WEIGHTS, checkpoints.TRAINING, checkpoints.STATE)
 
 
-def sample(step: int) -> Checkpoint:
+def sample(step):
     shared = torch.arange(6.0).view(2, 3)
     checkpoint = Checkpoint(
         step=step,
@@ -40,11 +38,11 @@ def sample(step: int) -> Checkpoint:
     return snapshot(checkpoint)
 
 
-def same(found: Checkpoint, written: Checkpoint) -> bool:
+def same(found, written):
     """Equal to the last bit, NaN and its payload too."""
     theirs, ours = ({**each.weights, **each.training} for each in (found, written))
 
-    def bits(tensor: torch.Tensor) -> torch.Tensor:
+    def bits(tensor):
         return tensor.contiguous().view(-1).view(torch.uint8)
 
     equal = theirs.keys() == ours.keys() and all(torch.equal(bits(theirs[name]), bits(ours[name])) for name in ours)
@@ -89,7 +87,7 @@ def test_an_unfinished_write_is_no_checkpoint_and_the_next_one_clears_it_away(tm
     assert not list((tmp_path / "checkpoints").glob("*.partial"))
 
 
-CONTENTS: dict[str, Callable[[bytes], bytes]] = {
+CONTENTS = {
     "empty": lambda content: b"",
     "half": lambda content: content[: len(content) // 2],
     "one byte less": lambda content: content[:-1],
@@ -97,7 +95,7 @@ CONTENTS: dict[str, Callable[[bytes], bytes]] = {
     "zeros": lambda content: bytes(len(content)),
     "nested": lambda content: b"[" * 100_000,
 }
-OTHER_THINGS: dict[str, Callable[[Path], None]] = {
+OTHER_THINGS = {
     "missing": lambda path: None,
     "folder": lambda path: path.mkdir(),
     "pipe": lambda path: os.mkfifo(path),
@@ -105,7 +103,7 @@ OTHER_THINGS: dict[str, Callable[[Path], None]] = {
 }
 
 
-def damage(path: Path, how: str) -> None:
+def damage(path, how):
     content = path.read_bytes()
     path.unlink()
     if how in CONTENTS:
@@ -165,7 +163,7 @@ def test_a_disk_that_gives_back_something_else_costs_no_earlier_one(tmp_path, mo
     good = write_snapshot(tmp_path, sample(1), keep=1)
     flush = checkpoints.flush
 
-    def rot(path: Path) -> None:
+    def rot(path):
         flush(path)
         if path.name == name:
             content = bytearray(path.read_bytes())
@@ -182,7 +180,7 @@ def test_a_disk_that_gives_back_something_else_costs_no_earlier_one(tmp_path, mo
 def test_a_crash_in_the_middle_of_removing_leaves_no_part(tmp_path, monkeypatch):
     write_snapshot(tmp_path, sample(1), keep=1)
 
-    def crash(path: Path) -> None:
+    def crash(path):
         if path.exists():
             (path / checkpoints.WEIGHTS).unlink()
             raise KeyboardInterrupt

@@ -3,7 +3,6 @@
 import functools
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
@@ -34,12 +33,12 @@ CASES = {
     CAPTIONS: {"contrastive": 0.4, "multi_view": 0.4, "nearest_neighbor": 0.2},
     SOFT: {"contrastive": 0.4, "multi_view": 0.3, "nearest_neighbor": 0.3},
 }
-SECTIONS: dict[str, dict[str, Any]] = {SOFT: {"contrastive": {"label_smoothing": 0.1}}}
-OPTIONS: dict[str, dict[str, Any]] = {"layer norm": {"patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2}}
+SECTIONS = {SOFT: {"contrastive": {"label_smoothing": 0.1}}}
+OPTIONS = {"layer norm": {"patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2}}
 TOWERS = {"layer norm": "declip_vit_tiny", "batch norm": "declip_conv_tiny"}
 
 
-def random_batch(recipe: Recipe, seed: int) -> PairBatch:
+def random_batch(recipe, seed):
     generator = torch.Generator().manual_seed(seed)
     tokenizer = Tokenizer(context=recipe.text.context_length, merges=recipe.text.bpe_merges)
     texts = torch.randint(1, 500, (2, BATCH, LENGTH), generator=generator)
@@ -54,13 +53,13 @@ def random_batch(recipe: Recipe, seed: int) -> PairBatch:
     return PairBatch(views, texts, masked, labels, torch.arange(BATCH) + BATCH * seed)
 
 
-def cropped(batch: PairBatch) -> PairBatch:
+def cropped(batch):
     """Texts as long as the longest caption of this part of a batch."""
     n = int((batch.texts != 0).sum(dim=2).max())
     return replace(batch, texts=batch.texts[..., :n], masked=batch.masked[:, :n], labels=batch.labels[:, :n])
 
 
-def two_steps(name: str, tower: str, counts: tuple[int, ...], **train: Any) -> dict[str, torch.Tensor]:
+def two_steps(name, tower, counts, **train):
     """What two steps give: mean losses, every gradient of the second, every weight, running statistic and queue row."""
     tree = {**TINY, "loss_weights": CASES[name], "image": {"model": TOWERS[tower], "size": 32}}
     tree["image"]["model_kwargs"] = OPTIONS.get(tower, {})
@@ -90,18 +89,16 @@ def two_steps(name: str, tower: str, counts: tuple[int, ...], **train: Any) -> d
     return found
 
 
-def some_recipes(
-    names: list[str], counts: tuple[int, ...], tower: str, train: dict[str, Any]
-) -> dict[str, dict[str, torch.Tensor]]:
+def some_recipes(names, counts, tower, train):
     return {name: two_steps(name, tower, counts, **train) for name in names}
 
 
-def largest_difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+def largest_difference(found, expected):
     scale = expected.abs().max().item()
     return (found - expected).abs().max().item() / scale if scale > 1e-9 else 0.0
 
 
-def compare(one: dict[str, dict[str, torch.Tensor]], many: dict[str, dict[str, torch.Tensor]]) -> None:
+def compare(one, many):
     """Equal to 1e-5; `pytest -s` prints how near, as shares of a tensor's largest entry."""
     for name, mine in one.items():
         assert mine.keys() == many[name].keys()
@@ -118,12 +115,12 @@ def compare(one: dict[str, dict[str, torch.Tensor]], many: dict[str, dict[str, t
 one_process = functools.cache(partial(two_steps, counts=(BATCH,)))
 
 
-def alone(names: list[str], tower: str = "layer norm", **train: Any) -> dict[str, dict[str, torch.Tensor]]:
+def alone(names, tower="layer norm", **train):
     """What one process learns of each recipe; computed once."""
     return {name: one_process(name, tower, **train) for name in names}
 
 
-BY_RANKS: dict[str, tuple[list[str], str, tuple[int, ...], dict[str, Any]]] = {
+BY_RANKS = {
     "every loss": (list(CASES), "layer norm", (5, 3), {}),
     "four ranks": (["defilip", CAPTIONS], "layer norm", (2, 2, 2, 2), {}),
     "batch norm": (["declip", CAPTIONS, "sigmoid"], "batch norm", (5, 3), {}),
@@ -139,7 +136,7 @@ BY_RANKS: dict[str, tuple[list[str], str, tuple[int, ...], dict[str, Any]]] = {
 """Recipes, towers, pairs of each rank and keys; one process learns the same without those of how it is computed."""
 
 
-def every_case(world: int) -> dict[str, dict[str, dict[str, torch.Tensor]]]:
+def every_case(world):
     """What a rank learns of each case of this number of ranks."""
     cases = {name: case for name, case in BY_RANKS.items() if len(case[2]) == world}
     return {name: some_recipes(names, counts, tower, keys) for name, (names, tower, counts, keys) in cases.items()}
@@ -172,10 +169,10 @@ def test_chunks_give_every_gradient_of_the_whole_batch():
 
 
 def test_the_towers_see_a_chunk_at_a_time_and_batch_norm_is_told(monkeypatch, caplog):
-    seen: list[int] = []
+    seen = []
     forward = ImageTower.forward
 
-    def counted(self: ImageTower, images: torch.Tensor) -> Any:
+    def counted(self, images):
         seen.append(len(images))
         return forward(self, images)
 

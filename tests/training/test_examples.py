@@ -45,5 +45,5 @@ def test_views_are_unnormalized_and_texts_decoded(painted):
     }
 
 
-def _pixel(src: str) -> tuple[int, ...]:
+def _pixel(src):
     return Image.open(io.BytesIO(base64.b64decode(src.partition(",")[2]))).getpixel((3, 3))

@@ -3,14 +3,11 @@
 import csv
 import json
 import shutil
-from pathlib import Path
-from typing import Any
 
 import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 import declip
 from conftest import texture
@@ -19,7 +16,7 @@ from declip.errors import UserError
 from declip.finetuning import estimate_finetune, finetune_recipe
 from declip.inspection.split import related_pairs
 from declip.models.closed_form import Form, Pairs, fit_heads
-from declip.runs.folder import CROSS_VALIDATION, KEPT, Run, read_run
+from declip.runs.folder import CROSS_VALIDATION, KEPT, read_run
 from declip.training.fit import fit
 from processes import in_processes
 from text_encoders import bert
@@ -50,7 +47,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-def write(path: Path, rows: list[tuple[str, str, str, str]], split: bool) -> None:
+def write(path, rows, split):
     with path.open("w", newline="") as file:
         table = csv.writer(file)
         table.writerow(["image", "caption", *["split"] * split])
@@ -59,7 +56,7 @@ def write(path: Path, rows: list[tuple[str, str, str, str]], split: bool) -> Non
                 table.writerow([name, caption, *[part] * split])
 
 
-def keys_of(folder: Path, **keys: Any) -> dict[str, Any]:
+def keys_of(folder, **keys):
     return {
         "text.hf_model": str(folder / "bert"),
         "image.size": 32,
@@ -69,15 +66,15 @@ def keys_of(folder: Path, **keys: Any) -> dict[str, Any]:
     }
 
 
-def fitted(folder: Path, out: Path, table: str = "pairs.csv", resume: bool = False, **keys: Any) -> Run:
+def fitted(folder, out, table="pairs.csv", resume=False, **keys):
     """Fine-tune as the command does."""
-    options: dict[str, Any] = {"freeze": "both", "quiet": True, "resume": resume, **keys_of(folder, **keys)}
+    options = {"freeze": "both", "quiet": True, "resume": resume, **keys_of(folder, **keys)}
     return declip.finetune(folder / table, f"timm:test_vit/{folder / 'vit.safetensors'}", out=out, **options)
 
 
-def cosines(where: Path, folder: Path) -> Tensor:
+def cosines(where, folder):
     """Similarities of all images and captions, and the logit scale."""
-    model: Any = declip.load(where, device="cpu")
+    model = declip.load(where, device="cpu")
     source = open_source(folder / "pairs.csv")
     captions = [caption for index in range(len(source)) for caption in source.captions(index)]
     with torch.no_grad():
@@ -91,7 +88,7 @@ def run(folder):
 
 
 def test_heads_are_those_of_every_caption_of_all_pairs(run, folder):
-    model: Any = declip.load(run.folder, device="cpu")
+    model = declip.load(run.folder, device="cpu")
     source = open_source(folder / "pairs.csv")
     captions = [source.captions(index) for index in range(COUNT)]
     with torch.no_grad():
@@ -173,7 +170,7 @@ def test_keys_without_effect_are_refused(keys, named, folder, tmp_path):
 def test_the_classes_of_the_start_are_pairs_too(folder, tmp_path):
     save_file(timm.create_model("test_vit", num_classes=4).state_dict(), tmp_path / "vit.safetensors")
     (tmp_path / "names.txt").write_text("\n".join(COLORS))
-    options: dict[str, Any] = {"freeze": "both", "quiet": True, "finetune.class_names": str(tmp_path / "names.txt")}
+    options = {"freeze": "both", "quiet": True, "finetune.class_names": str(tmp_path / "names.txt")}
     start = f"timm:test_vit/{tmp_path / 'vit.safetensors'}"
     run = declip.finetune(folder / "pairs.csv", start, out=tmp_path / "run", **options, **keys_of(folder))
     assert (run.cross_validation["classes"], set(run.cross_validation["recall_without_classes"])) == (4, {"1", "10"})
@@ -190,7 +187,7 @@ def test_the_cost_is_estimated_without_a_run(folder, tmp_path):
     assert not (tmp_path / "r").exists()
 
 
-def fitted_here(folder: Path, out: Path) -> tuple[bool, bool]:
+def fitted_here(folder, out):
     """Fit in one of several processes, see `fitted`."""
     start = f"timm:test_vit/{folder / 'vit.safetensors'}"
     recipe = finetune_recipe(folder / "pairs.csv", out.with_suffix(".none"), start, (), "both", keys_of(folder), True)

@@ -2,7 +2,6 @@
 
 import errno
 from pathlib import Path
-from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -24,12 +23,12 @@ def cache(tmp_path, monkeypatch):
 
 
 def test_evaluation_computes_the_towers_once(start, monkeypatch):
-    model: Any = declip.load(start, device="cpu")
+    model = declip.load(start, device="cpu")
     encoder = FrozenEncoder(model)
     images, tokens = torch.randn(3, 3, 32, 32), model.tokenize(["a red circle", "a square"])
     expected = model.encode_image(images), model.encode_text(tokens)
 
-    def look() -> None:
+    def look():
         with torch.no_grad():
             torch.testing.assert_close(encoder.encode_image(images), expected[0])
             torch.testing.assert_close(encoder.encode_text(tokens), expected[1])
@@ -43,7 +42,7 @@ def test_evaluation_computes_the_towers_once(start, monkeypatch):
 
 
 def test_features_of_other_towers_and_versions_are_computed_again(cache, monkeypatch):
-    def stores(activation: str = "gelu", weight: float = 0.1) -> set[str]:
+    def stores(activation="gelu", weight=0.1):
         """The folders of both towers."""
         torch.manual_seed(0)
         model = DualEncoder.from_recipe(
@@ -87,7 +86,7 @@ def test_a_store_reads_only_the_keys_that_another_process_appended(tmp_path):
 
 
 def test_a_full_disk_or_a_kill_loses_nothing(tmp_path, monkeypatch):
-    def full(*_: object, **__: object) -> None:
+    def full(*_, **__):
         raise OSError(errno.ENOSPC, "full")
 
     store, key = FeatureStore(tmp_path, 2, torch.float32), b"b" * 16

@@ -7,8 +7,8 @@ from scipy.stats import t
 
 from declip.models.closed_form import Pairs
 from declip.reports.charts import growth_chart
-from declip.training.growth import Growth, growth
-from declip.training.heads import WIDER, Choice, choose_heads, jackknife
+from declip.training.growth import growth
+from declip.training.heads import WIDER, choose_heads, jackknife
 from pair_features import pairs_of
 
 
@@ -27,7 +27,7 @@ def test_a_few_large_groups_widen_the_interval():
     assert widths[1] > 1.15 * widths[0]
 
 
-def curves(pairs: Pairs, groups: np.ndarray) -> tuple[Choice, list[int], dict[int, Growth]]:
+def curves(pairs, groups):
     choice = choose_heads(pairs, groups)
     return choice, *growth(pairs, groups, None, choice)
 

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from declip.models.closed_form import DEFAULT_FORM, Heads, Pairs
+from declip.models.closed_form import DEFAULT_FORM, Pairs
 from declip.training import heads
 from declip.training.heads import HeldOutRanks, assign_folds, caption_numbers, choose_heads, score
 from pair_features import class_pairs, pairs_of
 
 
-def held_out(found: Heads, pairs: Pairs) -> HeldOutRanks:
+def held_out(found, pairs):
     outcome = HeldOutRanks.empty(pairs)
     score(
         outcome,

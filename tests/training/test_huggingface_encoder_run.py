@@ -1,7 +1,6 @@
 """Runs with a Hugging Face text encoder: they learn, go on, and are loaded when its folder is gone."""
 
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -27,7 +26,7 @@ pytest.importorskip("transformers")
 MASK, PADDING = 4, 1  # RoBERTa's
 
 
-def encoder_recipe(table: Path, folder: Path, weights: str = "declip", **train_keys: object) -> Recipe:
+def encoder_recipe(table, folder, weights="declip", **train_keys):
     text = {"hf_model": str(folder), "context_length": 24, "pooling": "mean"}
     sections = {"text": text, "evaluation": {"final_retrieval": [str(table)]}}
     return recipe_for(table, weights, sections, log_every=1, **train_keys)

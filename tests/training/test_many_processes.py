@@ -4,7 +4,6 @@ import os
 import signal
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -36,11 +35,11 @@ def recipe(rows, tmp_path_factory):
     return {**tree, "data": {**tree["data"], "max_broken_fraction": 0.5}}
 
 
-def of(keys: dict[str, Any], **train_keys: Any) -> Recipe:
+def of(keys, **train_keys):
     return Recipe.model_validate({**keys, "train": {**TINY["train"], "log_every": 1, **train_keys}})
 
 
-def _meet_twice(rank: int, folder: str) -> None:
+def _meet_twice(rank, folder):
     os.environ["RANK"] = str(rank)
     for number in range(2):
         distributed.join(torch.device("cpu"), timeout=30)
@@ -60,12 +59,12 @@ def test_the_processes_of_a_run_can_begin_another(tmp_path, monkeypatch):
     assert [(tmp_path / f"{rank}-{number}").read_text() for number in range(2) for rank in range(2)] == list("1133")
 
 
-def stopped(recipe: Recipe, folder: Path, at: int, by: int) -> tuple[int, bool]:
+def stopped(recipe, folder, at, by):
     """A run in which one rank is asked to stop before it comes to a step."""
     trainer = Trainer(assemble(recipe, folder, quiet=True))
     meet = trainer.parts.hosts.sync_step
 
-    def ask(step: int, *rest: Any) -> Any:
+    def ask(step, *rest):
         if step == at and distributed.rank() == by:
             os.kill(os.getpid(), signal.SIGTERM)
             rest = (rest[0], trainer.stop.asked, rest[2])
@@ -77,7 +76,7 @@ def stopped(recipe: Recipe, folder: Path, at: int, by: int) -> tuple[int, bool]:
     return run.step, run.finished
 
 
-def end_of(folder: Path) -> dict[str, torch.Tensor]:
+def end_of(folder):
     return load_checkpoint(folder / "checkpoints/last").training
 
 
@@ -118,7 +117,7 @@ def test_two_processes_tune_as_one(table, tmp_path, start, keys, parallel):
     assert (tmp_path / "two" / KEPT).is_file()
 
 
-def warned(recipe: Recipe, folder: Path, caplog: pytest.LogCaptureFixture) -> int:
+def warned(recipe, folder, caplog):
     warn_once.cache_clear()
     assert trained(recipe, folder) == (26, True)
     return caplog.text.count("too few usable pairs")
@@ -130,7 +129,7 @@ def test_steps_in_which_a_process_has_no_pair_are_left_out_with_one_warning(reci
     assert 22 <= len(losses(tmp_path / "run")) < 25
 
 
-def whole_and_in_parts(recipe: Recipe, whole: Path, parts: Path) -> list[tuple[int, bool]]:
+def whole_and_in_parts(recipe, whole, parts):
     return [trained(recipe, whole), stopped(recipe, parts, 3, 1), trained(recipe, parts, True)]
 
 
@@ -159,7 +158,7 @@ def test_another_number_of_processes_goes_on_with_the_same_batches_and_moments(r
         torch.testing.assert_close(resumed[name], expected[name], rtol=0, atol=0.02 * scale + floor, msg=name)
 
 
-def absent(patience: float) -> str:
+def absent(patience):
     """Rank 1 sleeps where it should come to step 3."""
     hosts = HostGroup(patience)
     try:
@@ -178,12 +177,12 @@ def test_a_rank_that_does_not_come_is_named(tmp_path):
     assert "--resume" in told
 
 
-def died(recipe: Recipe, folder: Path) -> str:
+def died(recipe, folder):
     """Rank 1 dies within a step: the other one waits for it in the gather or in the sum of the gradients."""
     trainer = Trainer(assemble(recipe, folder, quiet=True))
     forward, calls = Objective.forward, iter(range(100))
 
-    def deadly(self: Objective, *arguments: Any) -> dict[str, torch.Tensor]:
+    def deadly(self, *arguments):
         if distributed.rank() == 1 and next(calls) == 3:
             os._exit(0)
         return forward(self, *arguments)
@@ -202,7 +201,7 @@ def test_a_rank_that_dies_within_a_step_ends_the_run_without_a_trace(recipe, tmp
     assert "--resume" in told
 
 
-def refused(recipe: Recipe, folder: Path) -> str:
+def refused(recipe, folder):
     try:
         Trainer(assemble(recipe, folder, quiet=True))
     except UserError as error:

@@ -55,11 +55,11 @@ def test_a_failing_sink_closes_those_before_it(tmp_path):
     class Closed(Sink):
         closed = False
 
-        def close(self) -> None:
+        def close(self):
             self.closed = True
 
     class Failing(Sink):
-        def start(self, info: RunInfo) -> None:
+        def start(self, info):
             raise OSError(info.folder)
 
     first = Closed()

@@ -9,7 +9,7 @@ from declip.training.optimizer import build_optimizer, use_muon
 LR, DECAY = 0.02, 0.1
 
 
-def layers() -> nn.Module:
+def layers():
     torch.manual_seed(0)
     return nn.ModuleDict(
         {
@@ -23,7 +23,7 @@ def layers() -> nn.Module:
     ).double()
 
 
-def take(optimizer: torch.optim.Optimizer, module: nn.Module, steps: range) -> None:
+def take(optimizer, module, steps):
     for group in optimizer.param_groups:
         group["lr"] = LR
     for step in steps:
@@ -33,7 +33,7 @@ def take(optimizer: torch.optim.Optimizer, module: nn.Module, steps: range) -> N
         optimizer.step()
 
 
-def plain_muon(weight: torch.Tensor, gradients: list[torch.Tensor]) -> torch.Tensor:
+def plain_muon(weight, gradients):
     """Muon's steps on one weight, as its authors write them."""
     weight, momentum = weight.clone(), torch.zeros_like(weight)
     for gradient in gradients:
@@ -56,7 +56,7 @@ def test_equals_a_plain_loop_and_adamw_on_the_rest():
     take(build_optimizer(ours.named_parameters(), Train(optimizer="muon")), ours, range(4))
     take(build_optimizer(rest.named_parameters(), Train()), rest, range(4))
     expected = dict(rest.named_parameters())
-    gradients: dict[str, list[torch.Tensor]] = {name: [] for name in start}
+    gradients = {name: [] for name in start}
     for step in range(4):
         generator = torch.Generator().manual_seed(step)
         for name, value in start.items():

@@ -1,48 +1,42 @@
 """One table of recipes: a run that was stopped and resumed equals one never interrupted, bit for bit."""
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import declip
 from declip.errors import UserError
-from declip.recipe.schema import Recipe
 from declip.runs.folder import KEPT
 from declip.training.assemble import assemble
 from text_encoders import bert, roberta
 from training.starts import recipe_for, resumes_exactly, tuned
 
-Case = Callable[[Path, Path, Path], tuple[Recipe, Path | None]]
-"""From a table, a start and a folder: a recipe, and a folder that is removed before the run is resumed."""
 
-
-def plain(name: str, workers: int, **train: Any) -> Case:
-    def case(table: Path, start: Path, folder: Path) -> tuple[Recipe, None]:
+def plain(name, workers, **train):
+    def case(table, start, folder):
         return recipe_for(table, name, {"data": {"source": str(table), "workers": workers}}, **train), None
 
     return case
 
 
-def smoothed(table: Path, start: Path, folder: Path) -> tuple[Recipe, None]:
+def smoothed(table, start, folder):
     weights = {"contrastive": 1.0, "nearest_neighbor": 0.5}
     return recipe_for(table, sections={"loss_weights": weights, "contrastive": {"label_smoothing": 0.1}}), None
 
 
-def fine_tuned(**keys: Any) -> Case:
-    def case(table: Path, start: Path, folder: Path) -> tuple[Recipe, Path]:
+def fine_tuned(**keys):
+    def case(table, start, folder):
         source = Path(shutil.copytree(start, folder / "source"))
         return tuned(table, source, **keys), source
 
     return case
 
 
-def text_encoder(make: Callable[[Path], Path], losses: str, **keys: Any) -> Case:
+def text_encoder(make, losses, **keys):
     """Next to an image tower with random weights, without finetune.pretrained."""
 
-    def case(table: Path, start: Path, folder: Path) -> tuple[Recipe, Path]:
+    def case(table, start, folder):
         pytest.importorskip("transformers")
         text = {"hf_model": str(make(folder / "encoder")), "context_length": 24, "pooling": "mean"}
         return recipe_for(table, losses, {"text": text, "finetune": keys}, lr=1e-2), folder / "encoder"
@@ -50,7 +44,7 @@ def text_encoder(make: Callable[[Path], Path], losses: str, **keys: Any) -> Case
     return case
 
 
-CASES = {
+CASES = {  # functions of a table, a start and a folder: a recipe, and a folder that is removed before resuming
     "clip, a loader process": plain("clip", 1),
     "defilip, Muon": plain("defilip", 0, optimizer="muon"),
     "smoothed": smoothed,

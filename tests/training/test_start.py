@@ -1,7 +1,6 @@
 """Training that starts from weights: what it can start from, what is taken over, mixtures, and what is refused."""
 
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import timm
@@ -111,7 +110,7 @@ def test_positions_are_resized_as_timm_does(table, tmp_path, start):
 
 def test_positions_without_rows_for_tokens_are_resized_as_timm_does():
     small, large = (timm.create_model("test_vit", no_embed_class=True, reg_tokens=4, img_size=s) for s in (64, 96))
-    model: Any = SimpleNamespace(image_tower=SimpleNamespace(trunk=large))
+    model = SimpleNamespace(image_tower=SimpleNamespace(trunk=large))
     found = _resized(f"{IMAGE}trunk.pos_embed", small.pos_embed, large.pos_embed, model)
     assert found.shape == large.pos_embed.shape
     torch.testing.assert_close(found, resample_abs_pos_embed(small.pos_embed, [6, 6], [4, 4], num_prefix_tokens=0))
@@ -210,7 +209,7 @@ def test_the_card_says_what_was_fine_tuned_and_from_what(table, tmp_path, start,
     recipe = recipe.model_copy(update={"evaluation": recipe.evaluation.model_copy(update=evaluation)})
     train(recipe, out=tmp_path / "run", quiet=True, report=False)
 
-    def card(**keys: Any) -> tuple[dict[str, Any], str]:
+    def card(**keys):
         declip.export(tmp_path / "run", "safetensors", tmp_path / "out", overwrite=True, **keys)
         text = (tmp_path / "out" / "README.md").read_text()
         return yaml.safe_load(text.split("---")[1]), text
@@ -280,7 +279,6 @@ def test_wrong_files_are_no_start(table, tmp_path):
     relpos = {"depth": 1, "embed_dim": 32, "num_heads": 2, "rel_pos_type": "bias"}
     model = build("vit", **{"image.model": "vit_relpos_small_patch16_224", "image.model_kwargs": relpos})
     write_declip_file(model, tmp_path / "relpos.safetensors")
-    keys: dict[str, Any]
     for where, keys, message in (
         (f"timm:test_vit/{other}", {}, "test_vit"),
         (f"timm:test_vit/{program}", {}, str(program.name)),
@@ -294,7 +292,7 @@ def test_wrong_files_are_no_start(table, tmp_path):
 
 def test_a_run_on_one_pair_is_resumed(conv_start, rows, tmp_path):
     one = write_rows(tmp_path / "one.jsonl", rows[:1])
-    keys: dict[str, Any] = {"freeze": "none", "quiet": True, "train.steps": 2, "train.report_to": [], "data.workers": 0}
+    keys = {"freeze": "none", "quiet": True, "train.steps": 2, "train.report_to": [], "data.workers": 0}
     for resume in (False, True):
         run = declip.finetune(one, conv_start, out=tmp_path / "run", resume=resume, **keys)
         assert (run.finished, run.recipe.data.source) == (True, (str(one), str(one)))

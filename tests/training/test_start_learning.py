@@ -1,7 +1,5 @@
 """Training that starts from weights: what is frozen, how fast each part learns, adapters, and resuming."""
 
-from typing import Any
-
 import pytest
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -56,7 +54,6 @@ def test_what_is_frozen_stays_to_the_bit_and_the_rest_learns(table, tmp_path, st
 
 
 def test_statistics_of_a_tower_that_learns_slowly_rest(table, tmp_path, conv_start):
-    cases: list[tuple[bool, dict[str, Any]]]
     cases = [(False, {}), (True, {"layer_decay": 0.9}), (True, {"head_warmup_steps": 1})]
     for slowly, keys in (*cases, (True, {"freeze_image_blocks": "all"})):
         folder = tmp_path / "-".join(["run", *keys])
@@ -82,8 +79,8 @@ def test_frozen_parts_drop_nothing_though_the_rest_does(table, tmp_path, asked):
     trainer = Trainer(assemble(recipe, tmp_path / "run", quiet=True))
     trainer.parts.model.eval()
     trainer.parts.learner.train()
-    tower: Any = trainer.parts.model.image_tower
-    outputs: list[torch.Tensor] = []
+    tower = trainer.parts.model.image_tower
+    outputs = []
     for layer in tower.trunk.blocks[:2]:
         layer.register_forward_hook(lambda _module, _input, output: outputs.append(output))
     images = torch.randn(2, 3, 32, 32)

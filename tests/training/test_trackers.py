@@ -5,10 +5,7 @@ import os
 import sqlite3
 import sys
 import time
-from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -20,10 +17,8 @@ from declip.training.sinks import RunInfo
 from declip.training.trackers import AUTO, TRACKERS, trackers_of
 from training.starts import recipe_for
 
-Numbers = dict[int, float]
 
-
-def written(folder: Path, report_to: list[str], starts: tuple[int, ...] = (0, 2)) -> None:
+def written(folder, report_to, starts=(0, 2)):
     """Steps of loss 10, 20, 30, 40 in two parts, as a run that is resumed after its second step."""
     (folder / "recipe.yaml").write_text("train: {lr: 0.5}\nloss_weights: {contrastive: 1.0}\n")
     for start in starts:
@@ -33,13 +28,13 @@ def written(folder: Path, report_to: list[str], starts: tuple[int, ...] = (0, 2)
             monitor.evaluation(start + 2, {"dataset": "../a:b.csv", "task": "retrieval", "r1": start / 8, "n": 4})
 
 
-def read_tensorboard(folder: Path, name: str) -> Numbers:
+def read_tensorboard(folder, name):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     return {event.step: event.value for event in EventAccumulator(str(folder / "tensorboard")).Reload().Scalars(name)}
 
 
-def read_mlflow(folder: Path, name: str) -> Numbers:
+def read_mlflow(folder, name):
     from mlflow.tracking import MlflowClient
 
     client = MlflowClient((folder / "mlruns").as_uri())
@@ -49,7 +44,7 @@ def read_mlflow(folder: Path, name: str) -> Numbers:
     return {metric.step: metric.value for metric in client.get_metric_history(run.info.run_id, name)}
 
 
-def read_trackio(folder: Path, name: str) -> Numbers:
+def read_trackio(folder, name):
     with sqlite3.connect(folder / "trackio" / "declip.db") as database:
         rows = database.execute("select run_name, step, metrics from metrics").fetchall()
     assert {row[0] for row in rows} == {json.loads((folder / TRACKING).read_text())["trackio"]}
@@ -84,11 +79,11 @@ def test_wandb_writes_offline_under_the_id_that_is_kept(tmp_path, monkeypatch):
     assert all(word in file.read_bytes() for word in (b"train/contrastive", b"retrieval/r1"))
 
 
-def fake_wandb(log: Callable[..., None] = lambda *_, **__: None) -> SimpleNamespace:
+def fake_wandb(log=lambda *_, **__: None):
     """A module like wandb that keeps what it is called with as `calls` and `ended`."""
     module = SimpleNamespace(calls=[], ended=[], Settings=dict)
 
-    def init(**options: Any) -> SimpleNamespace:
+    def init(**options):
         module.calls.append(options)
         return SimpleNamespace(log=log, finish=lambda exit_code: module.ended.append(exit_code))
 
@@ -97,7 +92,7 @@ def fake_wandb(log: Callable[..., None] = lambda *_, **__: None) -> SimpleNamesp
 
 
 def test_wandb_goes_online_where_the_user_asks_and_continues_its_run(tmp_path, monkeypatch):
-    rows: list[tuple[int, float]] = []
+    rows = []
     module = fake_wandb(lambda numbers, step: rows.append((step, numbers.get("train/loss", numbers.get("r1")))))
     monkeypatch.setitem(sys.modules, "wandb", module)
     monkeypatch.setenv("WANDB_MODE", "online")
@@ -114,7 +109,7 @@ def test_wandb_goes_online_where_the_user_asks_and_continues_its_run(tmp_path, m
 def test_a_tracker_that_fails_does_not_end_the_run(table, tmp_path, monkeypatch, caplog):
     tries = []
 
-    def fail(numbers: object, step: int) -> None:
+    def fail(numbers, step):
         tries.append(step)
         raise ConnectionError("no route")
 

@@ -3,9 +3,6 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,7 +10,6 @@ import torch
 from conftest import WEIGHTS, write_rows
 from declip.api import train
 from declip.data.images import views
-from declip.data.pair import PairSource
 from declip.data.sources.open import named_objects, open_source
 from declip.data.sources.subset import DerivedSource
 from declip.errors import UserError
@@ -68,7 +64,7 @@ def test_a_signal_saves_and_the_run_continues(table, tmp_path, monkeypatch, numb
     recipe = recipe_for(table, "clip", checkpoint_every=100)
     step = trainer_module.training_step
 
-    def interrupted(*arguments: object) -> object:
+    def interrupted(*arguments):
         if not (tmp_path / "once").exists():
             (tmp_path / "once").touch()
             for _ in range(1 if number == signal.SIGINT else 2):
@@ -141,13 +137,13 @@ class Breaking(DerivedSource):
 
     name, broken = "pairs", False
 
-    def __init__(self, table: Path) -> None:
+    def __init__(self, table):
         self.pairs = open_source(str(table))
 
-    def __len__(self) -> int:
+    def __len__(self):
         return len(self.pairs)
 
-    def locate(self, index: int) -> tuple[PairSource, int]:
+    def locate(self, index):
         if self.broken:
             raise UserError("the table changed")
         return self.pairs, index
@@ -156,10 +152,10 @@ class Breaking(DerivedSource):
 class At(Sink):
     """Does something when a step is logged."""
 
-    def __init__(self, step: int, action: Callable[[], object]) -> None:
+    def __init__(self, step, action):
         self.step, self.action = step, action
 
-    def log(self, step: int, values: Mapping[str, Any]) -> None:
+    def log(self, step, values):
         if step == self.step:
             self.action()
 
@@ -245,7 +241,7 @@ def test_evaluations_change_nothing_and_one_that_a_crash_cut_short_is_done_again
     tree["train"]["evaluate_every"] = 2
     recipe, evaluate_all, calls = Recipe.model_validate(tree), trainer_module.evaluate_all, itertools.count(1)
 
-    def crash(*given: Any) -> Any:
+    def crash(*given):
         if next(calls) == 4:  # the one after the last step
             raise RuntimeError("crash")
         return evaluate_all(*given)
@@ -262,9 +258,9 @@ def test_evaluations_change_nothing_and_one_that_a_crash_cut_short_is_done_again
 
 @pytest.mark.parametrize("chunk", [None, 3])
 def test_views_are_finished_in_full_precision(table, tmp_path, monkeypatch, chunk):
-    seen, apply = list[bool](), views.apply
+    seen, apply = [], views.apply
 
-    def watched(*arguments: Any) -> torch.Tensor:
+    def watched(*arguments):
         seen.append(torch.is_autocast_enabled("cpu"))
         return apply(*arguments)
 

@@ -9,7 +9,6 @@ import torchvision.transforms.v2 as T
 import torchvision.transforms.v2.functional as TF
 from PIL import Image
 from scipy.stats import binomtest, ks_2samp, kstest
-from torch import Tensor
 
 from conftest import encoded, texture
 from data.fakes import scene
@@ -25,19 +24,19 @@ OFF = {"color_jitter_prob": 0.0, "grayscale_prob": 0.0, "blur_prob": 0.0}
 OPERATIONS = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
 
 
-def transform(size: int = 24, **options) -> ViewTransform:
+def transform(size=24, **options):
     return ViewTransform(size, ImageView(**options))
 
 
-def sampled(maker: ViewTransform, count: int, generator: np.random.Generator) -> Photometric:
+def sampled(maker, count, generator):
     return Photometric.stack([maker.sample_params(generator) for _ in range(count)])
 
 
-def applied(images: Tensor, params: Photometric) -> Tensor:
+def applied(images, params):
     return apply_photometric({"first": View(images, params)}, torch.tensor(MEAN), torch.tensor(STD))["first"].pixels
 
 
-def colors(count: int, size: int = 24, seed: int = 0) -> Tensor:
+def colors(count, size=24, seed=0):
     """(count, 3, size, size) uint8: noise, flat grays, primary colors and ties between channels."""
     generator = np.random.default_rng(seed)
     images = generator.integers(0, 256, (count, 3, size, size), dtype=np.uint8)
@@ -47,7 +46,7 @@ def colors(count: int, size: int = 24, seed: int = 0) -> Tensor:
     return torch.from_numpy(images)
 
 
-def one_by_one(maker: ViewTransform, images: Tensor, params: Photometric) -> Tensor:
+def one_by_one(maker, images, params):
     """The same views, each sample alone through torchvision."""
     out = torch.empty(images.shape)
     values = (params.brightness, params.contrast, params.saturation, params.hue)
@@ -63,7 +62,7 @@ def one_by_one(maker: ViewTransform, images: Tensor, params: Photometric) -> Ten
     return out
 
 
-def assert_equal_views(given: Tensor, expected: Tensor) -> None:
+def assert_equal_views(given, expected):
     """Equal to 3e-6 of the range of pixel values; torchvision's own hue is 1e-6 off in float32."""
     assert ((given - expected) * torch.tensor(STD).view(3, 1, 1)).abs().max() < 3e-6
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,14 +21,14 @@ from indices import tiny_model
 class Shapes:
     """The table's pairs in memory, as a user's dataset has them."""
 
-    def __init__(self, table: Path, broken: tuple[int, ...] = ()) -> None:
+    def __init__(self, table, broken=()):
         self.rows = [json.loads(line) for line in table.read_text().splitlines()]
         self.folder, self.broken = table.parent, broken
 
-    def __len__(self) -> int:
+    def __len__(self):
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> dict:
+    def __getitem__(self, index):
         if index in self.broken:
             raise OSError("the disk is gone")
         row = self.rows[index]

@@ -6,7 +6,6 @@ import os
 import pickle
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
@@ -38,11 +37,11 @@ def memory(tmp_path, copies):
     system.store.clear()
 
 
-def kept(copies: Path) -> list[Path]:
+def kept(copies):
     return sorted(copies.glob("*.tar"), key=lambda path: path.stat().st_mtime_ns)
 
 
-def all_captions(source: ShardSource) -> list[str]:
+def all_captions(source):
     return [source.captions(i)[0] for i in range(len(source))]
 
 

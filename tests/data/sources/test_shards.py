@@ -22,7 +22,7 @@ from declip.data.sources.shards import ShardSource
 pytestmark = pytest.mark.usefixtures("cache")
 
 
-def by_the_library(paths: list[Path]) -> list[tuple[tuple[int, ...], str]]:
+def by_the_library(paths):
     """Every pair's first pixel and caption, read one after the other with tarfile."""
     found = []
     for path in sorted(paths):
@@ -34,7 +34,7 @@ def by_the_library(paths: list[Path]) -> list[tuple[tuple[int, ...], str]]:
     return found
 
 
-def one(tmp_path: Path, members: list[tuple[str, bytes]]) -> ShardSource:
+def one(tmp_path, members):
     return ShardSource(str(write_tar(tmp_path / "one.tar", members)))
 
 
@@ -73,7 +73,7 @@ def test_missing_shards_are_named(shard_folder, monkeypatch):
 
 
 def test_captions_of_text_and_json(tmp_path):
-    def members(key: str, text: bytes | None, described: object) -> list[tuple[str, bytes]]:
+    def members(key, text, described):
         found = [(f"{key}.JPG", picture(1, "jpeg"))]
         found += [] if text is None else [(f"{key}.txt", text)]
         return found + ([] if described is None else [(f"{key}.json", json.dumps(described).encode())])
@@ -184,7 +184,7 @@ def test_the_index_is_made_once_for_each_state_of_a_shard(shard_folder, cache, m
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="no /proc")
 def test_open_files_are_bounded_and_closed(tmp_path):
-    def held() -> int:
+    def held():
         return len(list(Path("/proc/self/fd").iterdir()))
 
     before = held()

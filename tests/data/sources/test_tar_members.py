@@ -5,7 +5,6 @@ import os
 import random
 import tarfile
 import tracemalloc
-from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
@@ -22,9 +21,9 @@ NAMES = [
 ]  # fmt: skip
 
 
-def walk(path: Path) -> tuple[list[tuple[str, int, int]], str | None]:
+def walk(path):
     """The members up to the damage, and the damage."""
-    found: list[tuple[str, int, int]] = []
+    found = []
     try:
         found.extend(members(OpenFile(path)))
     except tarfile.TarError as error:
@@ -51,14 +50,14 @@ def test_members_are_the_files_that_the_library_finds(tmp_path, format):
     assert damage is None
 
 
-def header(name: bytes = b"a.jpg", size: bytes = b"00000000010\0", kind: bytes = b"0") -> bytes:
+def header(name=b"a.jpg", size=b"00000000010\0", kind=b"0"):
     block = name.ljust(100, b"\0") + b"0000644\0" + b"0000000\0" * 2 + size.ljust(12, b"\0") + b"00000000000\0"
     block += b" " * 8 + kind + bytes(100) + b"ustar\x0000" + bytes(247)
     assert len(block) == BLOCK
     return block[:148] + b"%06o\0 " % sum(block) + block[156:]
 
 
-def extended(content: bytes, kind: bytes = b"x") -> bytes:
+def extended(content, kind=b"x"):
     return header(b"pax", b"%011o\0" % len(content), kind) + content + bytes(-len(content) % BLOCK)
 
 

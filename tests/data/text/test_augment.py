@@ -18,7 +18,7 @@ OFFICIAL = read_json("eda_cases.json")
 CAPTIONS = sorted({case["caption"] for case in OFFICIAL.get("random_swap", []) if len(case["caption"].split()) > 1})
 
 
-def swaps(words: list[str]) -> set[str]:
+def swaps(words):
     """All captions that one swap of two places gives."""
     found = set()
     for first, second in combinations(range(len(words)), 2):
@@ -28,13 +28,13 @@ def swaps(words: list[str]) -> set[str]:
     return found
 
 
-def is_part_of(part: list[str], whole: list[str]) -> bool:
+def is_part_of(part, whole):
     """Whether a list is another one with some elements left out."""
     rest = iter(whole)
     return all(word in rest for word in part)
 
 
-def within(count: int, trials: int, probability: float) -> bool:
+def within(count, trials, probability):
     """Whether a count is within 4.5 standard deviations of its binomial mean."""
     return abs(count - trials * probability) <= 4.5 * sqrt(trials * probability * (1 - probability))
 
@@ -91,7 +91,7 @@ def test_each_operation_has_a_third(generator):
 
 
 def test_replacement_keeps_punctuation_capitals_and_possessives(generator):
-    def drawn(caption: str) -> set[str]:
+    def drawn(caption):
         return {" ".join(replace_words(caption.split(), 1, generator)) for _ in range(200)}
 
     assert "the battlefield." in drawn("the field.")

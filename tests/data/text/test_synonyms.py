@@ -32,12 +32,12 @@ def test_words_have_synonyms_in_their_form():
     assert synonyms("bed") == synonyms("two") == synonyms("fields of") == synonyms("") == ()
 
 
-def as_the_authors_write(synonym: str) -> str:
+def as_the_authors_write(synonym):
     """Lower case, hyphens as spaces, no other signs."""
     return re.sub(r"[^a-z ]", "", synonym.lower().replace("-", " "))
 
 
-def is_form_of(synonym: str, lemma: str) -> bool:
+def is_form_of(synonym, lemma):
     """WordNet's synonyms are lemmas, ours follow the caption's word: "hightails it" is a form of "hightail it"."""
     ours, theirs = synonym.split(), lemma.split()
     stems = [{a, *(a[:-cut] + ending for cut in range(1, 5) for ending in ("", "e", "y"))} for a in ours]

@@ -36,14 +36,14 @@ def reference():
     return SimpleTokenizer()
 
 
-def ours(ids: list[int], special: dict[str, int], tokenizer: Tokenizer) -> list[int]:
+def ours(ids, special, tokenizer):
     """The authors' ids, who put the mask before start and end, as ours."""
     names = {"<|mask|>": tokenizer.mask, "<|startoftext|>": tokenizer.start, "<|endoftext|>": tokenizer.end}
     numbers = {number: names[name] for name, number in special.items()}
     return [numbers.get(token, token) for token in ids]
 
 
-def random_text(source: random.Random) -> str:
+def random_text(source):
     """Words and scraps of all that a caption from the web may hold."""
     scraps = (
         lambda: chr(source.randrange(source.choice([0x250, 0x3000, 0xD800]))),

@@ -2,7 +2,6 @@
 
 import json
 import pickle
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,7 +24,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def _write(folder: Path, kind: str, head: tuple[str, ...], rows: list[tuple]) -> str:
+def _write(folder, kind, head, rows):
     return str(write(folder / f"mine.{kind}", rows, head))
 
 
