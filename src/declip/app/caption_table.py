@@ -10,9 +10,8 @@ from starlette.exceptions import HTTPException
 
 from declip.data.sources.shard_files import resolve
 from declip.errors import UserError
-from declip.io.atomic import atomic_write
+from declip.io.atomic import atomic_write, csv_path
 from declip.io.cache import locked
-from declip.io.csv_file import csv_path
 from declip.search.choose import image_cell
 from declip.search.index import Index
 

@@ -8,12 +8,9 @@ from typing import Annotated
 import typer
 
 import declip
-from declip.cli.choose import choose
-from declip.cli.classify import classify
-from declip.cli.compare import compare
 from declip.cli.data import group as data
-from declip.cli.evaluate import evaluate
-from declip.cli.explain import explain
+from declip.cli.evaluate import compare, evaluate
+from declip.cli.images import choose, classify, explain
 from declip.cli.options import Overrides, console, fail, file, say
 from declip.cli.search import embed, index, search
 from declip.cli.serve import app as serve_app

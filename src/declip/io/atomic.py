@@ -41,6 +41,14 @@ def check_writable(paths: Iterable[Path | None]) -> None:
             raise UserError(f"'{path}' cannot be written: {why}. Choose another file.")
 
 
+def csv_path(given: str | Path, option: str = "--out") -> Path:
+    """Return the path of a table to write; raises `UserError` if it is not a .csv file."""
+    path = Path(given).expanduser()
+    if path.suffix.lower() != ".csv" or path.is_dir():
+        raise UserError(f"A table is written to a .csv file, not to '{given}'. Choose another path with {option}.")
+    return path
+
+
 @contextmanager
 def atomic_write(
     target: Path, elsewhere: str = f"set {CACHE_VARIABLE} to another folder", durable: bool = False

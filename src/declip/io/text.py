@@ -1,4 +1,4 @@
-"""Numbers, durations and untrusted text for the terminal and for pages, and reading YAML."""
+"""Numbers, durations and untrusted text for the terminal, pages and tables, and reading YAML."""
 
 import re
 from collections import Counter
@@ -27,6 +27,9 @@ NUMBERS = {
     ),
 }
 """YAML 1.1 reads 5e-4 as text, 010 as 8 and 1:30 as 90."""
+
+FORMULA = re.compile(r"'*[=+\-@\t\r]")
+"""Beginnings of cells that a spreadsheet evaluates; an apostrophe before them makes them text."""
 
 
 def shown(text: str, most: int = 160) -> str:
@@ -87,6 +90,11 @@ def one_line(error: Exception, longest: int = 300) -> str:
     """Format the message of an error on one line, or its class if the message is empty."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= longest else f"{text[:longest]} …"
+
+
+def plain_cell(cell: str) -> str:
+    """A cell that a spreadsheet does not compute as a formula."""
+    return f"'{cell}" if FORMULA.match(cell) else cell
 
 
 class _Loader(SafeLoader):

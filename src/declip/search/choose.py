@@ -17,9 +17,8 @@ from declip.data.sources.python_items import Items
 from declip.data.sources.shard_files import resolve
 from declip.errors import UserError, check_range
 from declip.evaluation.encode import Encoder
-from declip.io.atomic import atomic_write
-from declip.io.csv_file import FORMULA, csv_path
-from declip.io.text import percent
+from declip.io.atomic import atomic_write, csv_path
+from declip.io.text import FORMULA, percent
 from declip.models.inference import Precision
 from declip.search.facility_location import facility_location
 from declip.search.index import Hit, Index

@@ -21,8 +21,8 @@ from declip.evaluation.encode import Encoder
 from declip.evaluation.few_shot import joint_encoder
 from declip.evaluation.zero_shot import class_features, logit_scale, read_templates
 from declip.interchange.read import load
-from declip.io.atomic import atomic_write
-from declip.io.csv_file import csv_path, plain
+from declip.io.atomic import atomic_write, csv_path
+from declip.io.text import plain_cell
 from declip.models.inference import Precision
 from declip.search.class_names import read_options
 from declip.search.classifier import Classifier
@@ -178,11 +178,11 @@ def _open_table(out: Path | None, classes: Sequence[str]) -> Iterator[Callable[[
         target.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
     ):
         table = csv.writer(file)
-        table.writerow(["image", "class", "probability", *map(plain, classes)])
+        table.writerow(["image", "class", "probability", *map(plain_cell, classes)])
 
         def write(prediction: Prediction) -> None:
             numbers = (f"{number:.6g}" for number in (prediction.probability, *prediction.probabilities.values()))
-            table.writerow([plain(prediction.image), plain(prediction.best), *numbers])
+            table.writerow([plain_cell(prediction.image), plain_cell(prediction.best), *numbers])
 
         yield write
 
