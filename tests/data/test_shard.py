@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import tarfile
 import time
@@ -16,7 +17,7 @@ from conftest import draw
 from data.fakes import jpeg, scene
 from declip.data import prepare as module
 from declip.data.pair import BrokenPair, LazyImage, Pair, PairSource
-from declip.data.prepare import downscaled_bytes, shard_source
+from declip.data.prepare import downscaled_bytes, join_shards, shard_source
 from declip.data.sources.open import open_source
 from declip.errors import UserError
 
@@ -191,3 +192,38 @@ def test_a_shard_without_a_good_pair_and_a_source_without_any(tmp_path):
 
 def test_an_image_longer_than_jpeg_allows_is_png():
     assert downscaled_bytes(LazyImage(scene(70_000, 2)), 256)[0] == "png"
+
+
+def test_parts_are_joined(folder, tmp_path, command):
+    whole = shard_source(folder, tmp_path / "whole", size=48, shard_pairs=2)
+    out, options = tmp_path / "made", ["--size", 48, "--shard-pairs", 2, "--quiet"]
+    shard = ["data", "shard", folder, "--out", out, *options]
+    assert "only 5 shards for 6 parts" in command(*shard, "--part", "1/6").err
+    for part in ("2/2", "2/2"):
+        assert command(*shard, "--part", part).status == 0
+    missing = command("data", "join", out)
+    assert (missing.status, "Part 1 of 2" in missing.err, "--part 1/2" in missing.err) == (2, True, True)
+    other = tmp_path / "made.part-1-of-2"
+    shard_source(folder, out, size=32, shard_pairs=2, part=(1, 2))
+    with pytest.raises(UserError, match="size was 48, now 32"):
+        join_shards(out)
+    shutil.rmtree(other)
+    shutil.rmtree(out)
+    # --- a killed part, and a call to join that was killed after it moved a shard
+    assert command(*shard, "--part", "1/2").status == 0
+    (other / "000001.tar").unlink()
+    with pytest.raises(UserError, match=r"'000001.tar' is missing"):
+        join_shards(out)
+    assert command(*shard, "--part", "1/2").status == 0
+    joined = join_shards(out)
+    assert (joined.pairs, joined.shards, joined.skipped) == (whole.pairs, 5, whole.skipped)
+    assert {name: content for name, content in files(out).items() if name != "prepared.json"} == {
+        name: content for name, content in files(tmp_path / "whole").items() if name != "prepared.json"
+    }
+    # --- repeated later, all do nothing
+    before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    assert command(*shard, "--part", "1/2").out.startswith(f"Ready: {out}: 7 pairs, 5 shards")
+    assert command("data", "join", out).status == 0
+    assert {p.name: p.stat().st_mtime_ns for p in out.glob("*.tar")} == {
+        name: time for name, time in before.items() if name.endswith(".tar")
+    }

@@ -10,16 +10,19 @@ from declip.cli.options import (
     ImageColumn,
     ImageRoot,
     JsonOut,
+    PartOption,
     Quiet,
     Workers,
     check_source,
     console,
+    expand,
     file,
     say,
 )
 from declip.data.columns import Columns
 from declip.errors import UserError
 from declip.io.atomic import check_writable, write_text
+from declip.io.parts import parse_part
 
 Leaks = Annotated[
     list[str] | None, typer.Option(metavar="SET", help="test set; find its images among the pairs; repeatable")
@@ -52,10 +55,12 @@ def shard(
     image_column: ImageColumn = "image",
     caption_column: CaptionColumn = "caption",
     image_root: ImageRoot = None,
+    part: PartOption = None,
     quiet: Quiet = False,
 ) -> None:
     """Shrink the images of a source and write tar shards. Run the command again to continue after an interruption."""
     check_source(source, "SOURCE")
+    number = parse_part(part)
     from declip.data.prepare import shard_source
 
     prepared = shard_source(
@@ -66,9 +71,20 @@ def shard(
         workers=workers,
         columns=Columns(image_column, caption_column, root=image_root),
         exclude=exclude,
+        part=number,
         progress=not quiet,
     )
     say(prepared.summary())
+
+
+@group.command()
+def join(
+    out: Annotated[Path, typer.Argument(metavar="DIR", parser=expand, help="the --out of the parts")],
+) -> None:
+    """Move the shards that `declip data shard --part` wrote into one folder."""
+    from declip.data.prepare import join_shards
+
+    say(join_shards(out).summary())
 
 
 @group.command()

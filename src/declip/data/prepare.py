@@ -20,6 +20,7 @@ from declip.data.sources.shard_files import absolute
 from declip.data.sources.shards import LARGEST_IMAGE, LARGEST_TEXT
 from declip.errors import UserError, check_range
 from declip.io.atomic import ELSEWHERE, atomic_write, locked_folder, write_text
+from declip.io.parts import Part, find_parts, part_folder, span_of
 from declip.io.pool import mapped
 from declip.io.text import plural
 
@@ -94,6 +95,7 @@ def shard_source(
     workers: int | None = None,
     columns: Columns = DEFAULT,
     exclude: str | Path | None = None,
+    part: Part | None = None,
     progress: bool = False,
 ) -> ShardedPairs:
     """Write the pairs of a source as WebDataset shards 000000.tar and so on, with images no larger than needed.
@@ -106,6 +108,7 @@ def shard_source(
         size: Largest shorter side in pixels; no image is enlarged, and a JPEG file that is small enough is copied.
         workers: Worker processes; 0 does the work in this one, None uses one per core, 8 at most.
         exclude: A list of pairs to leave out, see `read_exclusions`; each is counted by the list's reason.
+        part: (3, 8): the third of eight parts of the shards, in the folder OUT.part-3-of-8. `join_shards` joins them.
     """
     check_range("size", size, 16)
     check_range("shard_pairs", shard_pairs, 1)
@@ -123,7 +126,14 @@ def shard_source(
     made_of |= {"content": _content(opened, excluded)}
     starts = range(0, len(opened), shard_pairs)
     shards = {f"{k:06d}.tar": range(s, min(s + shard_pairs, len(opened))) for k, s in enumerate(starts)}
-    with locked_folder(Path(out).expanduser(), RECORD, ELSEWHERE) as folder:
+    whole = Path(out).expanduser()
+    if part:
+        span = span_of(part, len(shards), "shards")
+        shards = dict(islice(shards.items(), span.start, span.stop))
+        joined = _finished_shards(whole, made_of) if (whole / RECORD).exists() else {}
+        if shards.keys() <= joined.keys():
+            return _totals(whole, joined, opened.name, len(opened))
+    with locked_folder(part_folder(whole, part) if part else whole, RECORD, ELSEWHERE) as folder:
         done = _finished_shards(folder, made_of)
         missing = {name: places for name, places in shards.items() if name not in done}
         # --- the others, each recorded when it is complete; a folder with shards always has a record
@@ -131,11 +141,33 @@ def shard_source(
         for name, row in _write_shards(missing, folder, _Packer(opened, size, excluded), workers, progress):
             done[name] = row
             _record(folder, made_of, done)
-        sizes = {name: row["pairs"] for name, row in sorted(done.items())}
-        write_text(folder / SIZES, json.dumps(sizes, indent=1))
+        _record_sizes(folder, done)
         if opened.credit:
             write_text(folder / NOTICE, opened.credit + "\n")
     return _totals(folder, done, opened.name, len(opened))
+
+
+def join_shards(out: str | Path) -> ShardedPairs:
+    """Move the shards of all parts that `shard_source(…, out, part=…)` wrote to `out`. A stopped call can be repeated.
+
+    Raises `UserError` if a part is missing, or of another source, option or number of parts.
+    """
+    parts = find_parts(Path(out).expanduser(), SIZES)
+    made_of, _ = _read_record(parts[0])
+    with locked_folder(Path(out).expanduser(), RECORD, ELSEWHERE) as folder:
+        shards = _recorded_shards(folder, made_of)
+        for part in parts:
+            shards |= _recorded_shards(part, made_of)
+        _record(folder, made_of, shards)  # before they come, so that a repeated call finds the rows of moved ones
+        for part in parts:
+            for path in (*part.glob("*.tar"), *part.glob(NOTICE)):
+                path.replace(folder / path.name)
+        done = _finished_shards(folder, made_of)
+        for number in range(-(-made_of["pairs"] // made_of["shard_pairs"])):
+            if (name := f"{number:06d}.tar") not in done:
+                raise UserError(f"The shard '{name}' is missing in the parts of '{folder}'. Write its part again.")
+        _record_sizes(folder, done)
+    return _totals(folder, done, made_of["source"], made_of["pairs"])
 
 
 def _totals(folder: Path, shards: Mapping[str, Mapping[str, Any]], source: str, count: int) -> ShardedPairs:
@@ -163,20 +195,29 @@ def _content(source: PairSource, excluded: Mapping[int, str]) -> str:
 
 def _finished_shards(folder: Path, made_of: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The shards that are complete, by name, with their numbers; those of another source or option are refused."""
-    path = folder / RECORD
-    if not path.exists():
+    sizes = {file.name: file.stat().st_size for file in folder.glob("*.tar")}
+    return {name: row for name, row in _recorded_shards(folder, made_of).items() if sizes.get(name) == row["bytes"]}
+
+
+def _recorded_shards(folder: Path, made_of: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The shards of a record, which may be missing; those of another source or option are refused."""
+    if not (folder / RECORD).exists():
         return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        earlier, shards = dict(content["made_of"]), dict(content["shards"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"'{path}' cannot be read: {error}. Remove the folder, or {ELSEWHERE}.") from error
+    earlier, shards = _read_record(folder)
     changed = [key for key in sorted(made_of.keys() | earlier.keys()) if made_of.get(key) != earlier.get(key)]
     if changed:
         shown = "; ".join(f"{key} was {earlier.get(key)!r}, now {made_of.get(key)!r}" for key in changed)
         raise UserError(f"'{folder}' holds shards of another source or option: {shown}. Use the same, or {ELSEWHERE}.")
-    sizes = {file.name: file.stat().st_size for file in folder.glob("*.tar")}
-    return {name: row for name, row in shards.items() if sizes.get(name) == row["bytes"]}
+    return shards
+
+
+def _read_record(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    path = folder / RECORD
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return dict(content["made_of"]), dict(content["shards"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"'{path}' cannot be read: {error}. Remove the folder, or {ELSEWHERE}.") from error
 
 
 def _write_shards(
@@ -200,6 +241,10 @@ def _write_shards(
                 skipped.merge(broken)
         counts = {"pairs": len(places) - skipped.total, "bytes": path.stat().st_size}
         yield shard, counts | {"skipped": skipped.to_dict()["reasons"]}
+
+
+def _record_sizes(folder: Path, shards: Mapping[str, Any]) -> None:
+    write_text(folder / SIZES, json.dumps({name: row["pairs"] for name, row in sorted(shards.items())}, indent=1))
 
 
 def _record(folder: Path, made_of: Mapping[str, Any], shards: Mapping[str, Any]) -> None:
