@@ -12,6 +12,7 @@ from declip.evaluation.few_shot import (
     FewShotForm,
     center_of,
     centered,
+    choose_threshold,
     fit_few_shot,
     fit_mixture,
     halves,
@@ -98,6 +99,19 @@ def test_probabilities_are_calibrated():
     head = fit_few_shot(made_up(16, noise=0.6, names=0.5))
     best = head.scores(test.images).softmax(1).max(1)
     assert float(best.values.mean()) == pytest.approx(float((best.indices == test.labels).float().mean()), abs=0.1)
+
+
+def test_images_of_other_classes_are_below_the_threshold():
+    everything = made_up(20, classes=9, noise=0.1)
+    known = everything
+    for _ in range(3):
+        known = known.without(0)
+    head = fit_few_shot(known)
+    found = choose_threshold(known, head)
+    scores = head.scores(everything.images).amax(1)
+    strangers = everything.labels < 3
+    assert float((scores[strangers] < found.threshold).float().mean()) == pytest.approx(found.rejected, abs=0.2)
+    assert (found.auroc > 0.7, found.rejected > found.lost + 0.3) == (True, True)
 
 
 def test_the_protocol_gives_names_and_images(model, painted):

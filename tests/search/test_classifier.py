@@ -1,7 +1,8 @@
-"""Classification by examples: folders and tables, heads in files, and wrong input."""
+"""Classification by examples: folders and tables, heads in files, "none of these", and wrong input."""
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import declip
@@ -35,7 +36,7 @@ def test_examples_teach_a_model_that_knows_nothing(model, folder, examples):
         3 * len(SHAPES),
     )
     assert classifier.skipped.counts == {"unreadable image": 1}
-    assert all(word in classifier.summary() for word in ("Accuracy", "n = ", "unreadable"))
+    assert all(word in classifier.summary() for word in ("Accuracy", "n = ", "none of these", "unreadable"))
 
 
 def test_a_class_may_be_a_name_alone(model, folder, examples):
@@ -68,7 +69,24 @@ def test_a_saved_head_gives_the_same(model, folder, examples, tmp_path, weights_
     for file in ("bare.safetensors", "head.safetensors", "gone.safetensors"):
         with pytest.raises(UserError, match=file):
             declip.classify(model, folder, head=tmp_path / file)
-    wrong = (["--head", head, "--classes", "a,b"], ["--save", "x"], [])
-    for options, name in zip(wrong, ("--classes", "--save", "--classes"), strict=True):
+    wrong = (["--head", head, "--classes", "a,b"], ["--classes", "a,b", "--reject"], ["--save", "x"], [])
+    for options, name in zip(wrong, ("--classes", "--reject", "--save", "--classes"), strict=True):
         refused = command(*words, *options)
         assert (refused.status, name in refused.err) == (2, True)
+
+
+def test_images_of_no_class_are_rejected(model, examples, tmp_path):
+    result = declip.classify(model, examples, examples=examples, reject=True, out=tmp_path / "x.csv")
+    assert result.classifier is not None
+    rejection = result.classifier.rejection
+    assert rejection is not None
+    found = declip.classify(model, [Image.new("RGB", (40, 40), "yellow")] * 2, head=result.classifier, reject=True)
+    scores = [max(one.probabilities.values()) for one in found.predictions]
+    assert {one.best for one in found.predictions} <= {"none of these", *result.classifier.classes}
+    assert scores[0] == scores[1]
+    assert 0 <= rejection.lost < rejection.rejected <= 1
+    for inner in ("red_thing", "blue_thing"):
+        for path in sorted((examples / inner).glob("*.png"))[1:]:
+            path.unlink()
+    with pytest.raises(UserError, match="--reject"):
+        declip.classify(model, examples, ["red thing", "blue thing", "green thing"], reject=True)

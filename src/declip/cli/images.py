@@ -63,6 +63,7 @@ def classify(
     label_column: Annotated[str | None, typer.Option(help="table column of classes in the examples")] = None,
     head: Annotated[Path | None, file("a classifier that --save wrote, instead of --classes and --examples")] = None,
     save: Annotated[Path | None, file("save the classifier that is fitted to the examples")] = None,
+    reject: Annotated[bool, typer.Option("--reject", help="assign images of other classes to 'none of these'")] = False,
     out: Annotated[Path | None, file("write the probability of every class to this .csv file")] = None,
     templates: Annotated[str, typer.Option(help="name of a template set, or a template with {}")] = "plain",
     *,
@@ -73,13 +74,13 @@ def classify(
     check_model(model)
     if save is not None and examples is None:
         raise UserError("--save requires --examples: it saves the classifier that is fitted to them.")
-    names = read_options(classes, examples, head)
+    names = read_options(classes, examples, head, reject)
     check_writable((save, out and csv_path(out)))
     if examples is not None:
         check_source(examples, "--examples")
     from declip.search.classify import classify as run_classification
 
-    fitted: dict[str, Any] = {"examples": examples, "head": head, "label_column": label_column}
+    fitted: dict[str, Any] = {"examples": examples, "head": head, "reject": reject, "label_column": label_column}
     fitted |= {"templates": templates, "out": out, "on_prediction": _print if out is None else None}
     _print_result(run_classification(model, images, names, **fitted, **reading), save, out)
 

@@ -25,6 +25,7 @@ SCALES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)  # candidates for the factor of 
 FOLDS, FEWEST = 5, 2  # folds, and images per class from which on the settings are weighted
 TEMPERATURE = 4.0  # of the weights: images of a class are not independent
 MOST = 1_500  # images that settings are weighted on: the classifier is fitted to all
+MOST_LEFT_OUT = 50  # classes that are left out, one at a time, for the threshold
 
 
 class FewShotForm(NamedTuple):
@@ -50,6 +51,13 @@ class Examples(NamedTuple):
     def take(self, rows: Tensor) -> "Examples":
         """Some of the images."""
         return self._replace(images=self.images[rows], labels=self.labels[rows])
+
+    def without(self, label: int) -> "Examples":
+        """All but one class; the classes after it move up."""
+        kept = self.labels != label
+        labels = self.labels[kept] - (self.labels[kept] > label).long()
+        names = torch.cat([self.names[:label], self.names[label + 1 :]])
+        return self._replace(images=self.images[kept], labels=labels, names=names)
 
 
 @dataclass(frozen=True)
@@ -195,3 +203,32 @@ def cross_validate(examples: Examples, forms: Iterable[FewShotForm], seed: int =
         weights = fit_forms(examples.take(~out), center, forms)
         scores[:, out] = torch.stack([images @ weights[form].mT for form in forms])
     return scores
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """A threshold below which an image is of none of the classes, by leaving classes out."""
+
+    threshold: float  # of the largest score
+    rejected: float  # fraction of the images of left-out classes below it
+    lost: float  # fraction of held-out images of the classes below it
+    auroc: float  # of images of left-out classes and of the classes
+
+
+def choose_threshold(examples: Examples, head: FewShotHead, seed: int = 0) -> Rejection:
+    """Choose the threshold with the largest difference of `rejected` and `lost`."""
+    present = examples.labels.unique().tolist()
+    left_out = np.random.default_rng(seed).permutation(present)[:MOST_LEFT_OUT]
+    outside = list[Tensor]()
+    for label in left_out.tolist():
+        other = fit_mixture(examples.without(label), head.mixture)
+        outside.append(other.scores(examples.images[examples.labels == label]).amax(1))
+    strangers = torch.cat(outside)
+    factors = torch.tensor(list(head.mixture.values()))[:, None, None]
+    own = (factors * cross_validate(examples, head.mixture, seed)).sum(dim=0).amax(1)
+    values, order = torch.cat([own, strangers]).sort()
+    is_own = order < len(own)
+    lost, rejected = (mask.double().cumsum(0) / mask.sum() for mask in (is_own, ~is_own))
+    best = int((rejected - lost).argmax())
+    auroc = float((own[:, None] > strangers).double().mean() + 0.5 * (own[:, None] == strangers).double().mean())
+    return Rejection(float(values[best]), float(rejected[best]), float(lost[best]), auroc)

@@ -1,7 +1,7 @@
 """A classifier from class names and example images, which can be saved and used on other images."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,15 +15,25 @@ from declip.data.sources.python_items import Items
 from declip.errors import UserError
 from declip.evaluation.datasets import LabeledSource, open_dataset, with_classes
 from declip.evaluation.encode import Encoder, encode_source
-from declip.evaluation.few_shot import Examples, FewShotForm, FewShotHead, fit_few_shot, joint_encoder
+from declip.evaluation.few_shot import (
+    Examples,
+    FewShotForm,
+    FewShotHead,
+    Rejection,
+    choose_threshold,
+    fit_few_shot,
+    joint_encoder,
+)
 from declip.evaluation.results import Measure
 from declip.evaluation.zero_shot import class_features, read_templates
 from declip.interchange.read import load
 from declip.io.atomic import atomic_write, save_tensors
 from declip.io.text import one_line, percent
+from declip.search.class_names import NONE
 from declip.search.model import fingerprint
 
 KEY = "declip.classifier"  # of the metadata of a file
+FEWEST = 3  # classes with images that leaving one out requires
 
 
 class _Stored(BaseModel):
@@ -36,6 +46,7 @@ class _Stored(BaseModel):
     width: int = Field(ge=0)
     mixture: list[tuple[float, float, float]] = Field(min_length=1)  # κ, penalty, factor
     accuracy: tuple[float, int] | None
+    rejection: dict[str, float] | None
     model: str
 
 
@@ -46,6 +57,7 @@ class Classifier:
     classes: tuple[str, ...]
     counts: tuple[int, ...]  # example images of each class
     head: FewShotHead
+    rejection: Rejection | None  # None with fewer than three classes of two images
     model: str  # fingerprint
     skipped: SkipCounter  # example images that could not be read
 
@@ -91,9 +103,12 @@ class Classifier:
             found = encode_source(loaded, source, encode=encode, texts=False, **options)
             images, skipped = found.images, found.skipped
             labels = torch.from_numpy(number[np.asarray(source.labels)[found.indices]])
-        head = fit_few_shot(Examples(images, labels, names, width))
-        counts = torch.bincount(labels, minlength=len(known)).tolist()
-        return cls(known, tuple(counts), head, fingerprint(loaded), skipped)
+        given = Examples(images, labels, names, width)
+        head = fit_few_shot(given)
+        counts = torch.bincount(labels, minlength=len(known))
+        enough = head.accuracy is not None and int((counts > 0).sum()) >= FEWEST
+        rejection = choose_threshold(given, head) if enough else None
+        return cls(known, tuple(counts.tolist()), head, rejection, fingerprint(loaded), skipped)
 
     def check_model(self, model: Encoder) -> None:
         """Refuse another model than the one that it was fitted to."""
@@ -112,6 +127,12 @@ class Classifier:
                 f"Accuracy on examples that were left out: {percent(head.accuracy.value)} ({percent(low)} to "
                 f"{percent(high)}, n = {head.accuracy.n:,}, chance {percent(head.accuracy.chance)})"
             )
+        if self.rejection is not None:
+            found = self.rejection
+            lines.append(
+                f"'{NONE}': {percent(found.rejected)} of the examples of classes that were left out, "
+                f"{percent(found.lost)} of the others (AUROC {found.auroc:.2f})"
+            )
         return "\n".join(lines + [f"Left out: {line}" for line in self.skipped.lines()])
 
     def save(self, path: str | Path) -> None:
@@ -123,6 +144,7 @@ class Classifier:
             width=head.width,
             mixture=[(*form, factor) for form, factor in head.mixture.items()],
             accuracy=None if head.accuracy is None else (head.accuracy.value, head.accuracy.n),
+            rejection=None if self.rejection is None else asdict(self.rejection),
             model=self.model,
         )
         with atomic_write(Path(path).expanduser(), "choose another path with --save") as target:
@@ -136,6 +158,7 @@ class Classifier:
             with safe_open(path, "pt") as file:
                 stored = _Stored.model_validate_json((file.metadata() or {})[KEY])
                 weight, center = (file.get_tensor(name).float() for name in ("weight", "center"))
+            rejection = None if stored.rejection is None else Rejection(**stored.rejection)
             count, columns = weight.shape
             whole = bool(weight.isfinite().all() and center.isfinite().all()) and stored.width <= columns
             if not whole or center.shape != (columns,) or {count} != {len(stored.classes), len(stored.counts)}:
@@ -146,7 +169,7 @@ class Classifier:
         head = FewShotHead(weight, center, stored.width, mixture)
         if stored.accuracy is not None:
             head = replace(head, accuracy=Measure("examples", stored.accuracy[0], 1 / count, stored.accuracy[1]))
-        return cls(tuple(stored.classes), tuple(stored.counts), head, stored.model, SkipCounter())
+        return cls(tuple(stored.classes), tuple(stored.counts), head, rejection, stored.model, SkipCounter())
 
 
 def _open_examples(examples: str | Path | PairSource | Items, label_column: str | None) -> LabeledSource:

@@ -1,6 +1,7 @@
 """Classify images: a probability of each class that the user names."""
 
 import csv
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -24,7 +25,7 @@ from declip.interchange.read import load
 from declip.io.atomic import atomic_write, csv_path
 from declip.io.text import plain_cell
 from declip.models.inference import Precision
-from declip.search.class_names import read_options
+from declip.search.class_names import NONE, read_options
 from declip.search.classifier import Classifier
 from declip.search.model import encode_images
 
@@ -63,6 +64,7 @@ def classify(
     *,
     examples: str | Path | PairSource | Items | None = None,
     head: str | Path | Classifier | None = None,
+    reject: bool = False,
     label_column: str | None = None,
     templates: str | Sequence[str] = "plain",
     out: str | Path | None = None,
@@ -81,6 +83,7 @@ def classify(
         classes: Names, a file with one per line, or a string of names with commas; by default those of the examples.
         examples: Labeled images of some or all of the classes, as for `declip.Classifier.fit`.
         head: A fitted classifier or its file, instead of classes and examples.
+        reject: Assign images unlike the examples to "none of these".
         label_column: The column of classes in a table of examples.
         templates: Name of a template set, or templates with ``{}`` for the class.
         out: A .csv file for the probability of every class.
@@ -92,7 +95,7 @@ def classify(
     """
     # --- input, before the model is loaded
     check_range("batch_size", batch_size, 1)
-    names = read_options(classes, examples, head) or []
+    names = read_options(classes, examples, head, reject) or []
     prompts = read_templates(templates)[1]
     source, path = _open(images, replace(columns, caption=None)), None if out is None else csv_path(out)
     classifier = Classifier.load(head) if isinstance(head, str | Path) else head
@@ -102,8 +105,10 @@ def classify(
     options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "progress": progress}
     if examples is not None:
         classifier = Classifier.fit(encoder, names, examples, templates=prompts, label_column=label_column, **options)
-    scorer = _with_examples(encoder, classifier) if classifier else _names_alone(encoder, names, prompts, batch_size)
-    result = Classification(dict.fromkeys(scorer.names, 0), classifier=classifier)
+    scorer = (
+        _with_examples(encoder, classifier, reject) if classifier else _names_alone(encoder, names, prompts, batch_size)
+    )
+    result = Classification(dict.fromkeys([*scorer.names, *([NONE] if reject else [])], 0), classifier=classifier)
     collect = on_prediction or (result.predictions.append if path is None else lambda prediction: None)
     # --- classify and write batch by batch
     with _open_table(path, scorer.names) as write:
@@ -142,12 +147,15 @@ class _Scorer:
     names: Sequence[str]
     encode: Callable[[Tensor], Tensor] | None  # pixels to vectors; None: `Encoder.encode_image`
     score: Callable[[Tensor], Tensor]  # vectors (n, d) to (n, C)
+    threshold: float = -math.inf  # of the largest score, below which an image is of no class
 
     def predict(self, keys: Sequence[str], vectors: Tensor) -> Iterator[Prediction]:
         """The predictions for images with keys and vectors (n, d)."""
-        for key, own in zip(keys, self.score(vectors).double().softmax(dim=1).tolist(), strict=True):
+        scores = self.score(vectors).double()
+        strange = scores.amax(dim=1) < self.threshold
+        for key, own, other in zip(keys, scores.softmax(dim=1).tolist(), strange.tolist(), strict=True):
             largest, best = max(zip(own, self.names, strict=True), key=itemgetter(0))
-            yield Prediction(key, best, largest, dict(zip(self.names, own, strict=True)))
+            yield Prediction(key, NONE if other else best, largest, dict(zip(self.names, own, strict=True)))
 
 
 def _names_alone(encoder: Encoder, names: Sequence[str], prompts: Sequence[str], batch_size: int) -> _Scorer:
@@ -157,10 +165,13 @@ def _names_alone(encoder: Encoder, names: Sequence[str], prompts: Sequence[str],
     return _Scorer(names, None, lambda vectors: scale * vectors.double() @ texts.T)
 
 
-def _with_examples(encoder: Encoder, classifier: Classifier) -> _Scorer:
+def _with_examples(encoder: Encoder, classifier: Classifier, reject: bool) -> _Scorer:
     """The scores of a classifier of examples."""
     classifier.check_model(encoder)
-    return _Scorer(classifier.classes, joint_encoder(encoder)[0], classifier.head.scores)
+    if reject and classifier.rejection is None:
+        raise UserError("--reject requires examples of three classes or more, with two images of one of them or more.")
+    threshold = classifier.rejection.threshold if reject and classifier.rejection else -math.inf
+    return _Scorer(classifier.classes, joint_encoder(encoder)[0], classifier.head.scores, threshold)
 
 
 def _read(source: ImageSource, place: int) -> tuple[LazyImage, str]:
