@@ -1,7 +1,6 @@
 """Features of frozen towers on disk: found again, computed again when something changed, shared by processes."""
 
-import errno
-from pathlib import Path
+import sqlite3
 from unittest.mock import Mock
 
 import pytest
@@ -13,7 +12,7 @@ from declip.errors import UserError
 from declip.models.dual_encoder import DualEncoder
 from declip.models.image_tower import ImageTower
 from declip.recipe.schema import Recipe
-from declip.training.frozen_encoder import FeatureStore, FrozenEncoder, text_key
+from declip.training.frozen_encoder import FILE, FrozenEncoder, PooledFeatures, text_key
 
 
 @pytest.fixture(autouse=True)
@@ -35,10 +34,7 @@ def test_evaluation_computes_the_towers_once(start, monkeypatch):
 
     look()
     monkeypatch.setattr(ImageTower, "pool", None)
-    read_keys = Mock()
-    monkeypatch.setattr("declip.training.frozen_encoder.FeatureStore.refresh", read_keys)
     look()
-    assert not read_keys.called, "the keys are read once, not for every batch"
 
 
 def test_features_of_other_towers_and_versions_are_computed_again(cache, monkeypatch):
@@ -72,34 +68,19 @@ def test_a_caption_has_one_key_for_every_padded_length(padding):
     assert text_key(torch.tensor([*ids, 8]), padding) not in keys
 
 
-def test_a_store_reads_only_the_keys_that_another_process_appended(tmp_path):
-    first, second = (FeatureStore(tmp_path, 1, torch.float32) for _ in range(2))
-    keys = [bytes([number]) * 16 for number in range(4)]
-    first.append(keys[:2], torch.tensor([[0.0], [1.0]]))
-    assert keys[0] not in second
-    second.refresh()
-    second.append(keys[2:], torch.tensor([[2.0], [3.0]]))
-    with (tmp_path / "keys").open("r+b") as file:  # keys that were read once are not read again
-        file.write(bytes(16))
-    first.refresh()
-    assert first.rows()[first.places(keys)].squeeze(1).tolist() == [0, 1, 2, 3]
+def test_processes_share_features_and_a_kill_loses_nothing(tmp_path):
+    inputs, tower = torch.tensor([[1], [2], [1]]), Mock(pool=lambda rows: rows.float().expand(-1, 2))
+    first, second = (PooledFeatures(tmp_path, lambda row: bytes([row.item()]) * 16, tower) for _ in range(2))
+    assert first.of(inputs).tolist() == [[1, 1], [2, 2], [1, 1]]
+    with sqlite3.connect(tmp_path / FILE) as file:  # as a killed process leaves it
+        file.execute("DELETE FROM features WHERE key = ?", (bytes([2]) * 16,))
+    second.tower = Mock(pool=lambda rows: 10 * rows.float().expand(-1, 2))
+    assert second.of(inputs).tolist() == [[1, 1], [20, 20], [1, 1]]
+    assert first.of(inputs).tolist() == [[1, 1], [20, 20], [1, 1]]
 
 
-def test_a_full_disk_or_a_kill_loses_nothing(tmp_path, monkeypatch):
-    def full(*_, **__):
-        raise OSError(errno.ENOSPC, "full")
-
-    store, key = FeatureStore(tmp_path, 2, torch.float32), b"b" * 16
-    store.append([b"a" * 16], torch.ones(1, 2))
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "open", full)
-        with pytest.raises(UserError, match="DECLIP_CACHE"):
-            store.append([key], torch.zeros(1, 2))
-    assert key not in store
-    store.append([key], torch.full((1, 2), 3.0))
-    with (tmp_path / "keys").open("r+b") as file:  # as after a kill: the last row was written, its key was not
-        file.truncate(16 + 5)
-    store = FeatureStore(tmp_path, 2, torch.float32)
-    assert key not in store
-    store.append([key], torch.full((1, 2), 4.0))
-    assert FeatureStore(tmp_path, 2, torch.float32).rows().tolist() == [[1, 1], [4, 4]]
+def test_a_full_disk_or_a_damaged_file_is_named(tmp_path):
+    store = PooledFeatures(tmp_path, lambda row: bytes([row.item()]) * 16, Mock(pool=lambda rows: rows.float()))
+    (tmp_path / FILE).write_bytes(b"spoiled" * 1000)
+    with pytest.raises(UserError, match="DECLIP_CACHE"):
+        store.of(torch.tensor([[1]]))

@@ -1,10 +1,11 @@
-"""Features of frozen towers, computed once and saved as rows found by a key."""
+"""Features of frozen towers, computed once and saved by a key of their input."""
 
 import hashlib
 import json
-import mmap
 import os
-from collections.abc import Callable, Iterable, Sequence
+import sqlite3
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,88 +15,20 @@ import PIL
 import timm
 import torch
 import torch.nn.functional as F
-from filelock import FileLock
 from torch import Tensor
 
 from declip.errors import UserError
 from declip.evaluation.encode import eval_mode
-from declip.io.atomic import FULL, cache_folder
-from declip.io.cache import FEATURES, LOCK, trim_cache
+from declip.io.atomic import cache_folder
+from declip.io.cache import FEATURES, trim_cache
 from declip.io.pool import pairs_bar
 from declip.models.dual_encoder import DualEncoder
 from declip.models.inference import chunked, inference_tower
 from declip.models.layers import IMAGE, PROJECTIONS, TEXT
 
-KEY = 16  # bytes of a key
-
+KEY, FILE = 16, "features.sqlite"  # bytes of a key; file of a tower
 BATCH = 64  # captions that the tower sees at a time
 FEATURE_VERSION = 1  # increase it when preprocessing, tokenizers or towers compute other features of the same input
-
-
-class FeatureStore:
-    """Rows of numbers by key, in two files that only grow: the keys, and the rows in the same order.
-
-    The rows of a block are written before its keys, so a process that is killed loses at most the last block. One
-    process at a time may append; call `refresh` first where another one may have.
-    """
-
-    def __init__(self, folder: Path, width: int, dtype: torch.dtype) -> None:
-        self.width, self.dtype, self._bytes = width, dtype, width * dtype.itemsize
-        self._keys, self._rows = folder / "keys", folder / "rows"
-        folder.mkdir(parents=True, exist_ok=True)
-        for path in (self._keys, self._rows):
-            path.touch()
-        os.utime(folder)  # `declip.io.cache` removes what was opened longest ago
-        self._count, self._places = 0, dict[bytes, int]()
-        self.refresh()
-
-    def __contains__(self, key: bytes) -> bool:
-        return key in self._places
-
-    def refresh(self) -> None:
-        """Read the keys that were appended since the last call, by any process."""
-        count = min(self._keys.stat().st_size // KEY, self._rows.stat().st_size // self._bytes)
-        if count <= self._count:
-            return
-        with self._keys.open("rb") as file:
-            file.seek(KEY * self._count)
-            stored = file.read(KEY * (count - self._count))
-        for number in range(self._count, count):
-            start = KEY * (number - self._count)
-            self._places[stored[start : start + KEY]] = number
-        self._count = count
-
-    def append(self, keys: list[bytes], rows: Tensor) -> None:
-        """Write new rows (n, width) under their keys; if the disk is full, earlier rows stay valid."""
-        content = rows.to(self.dtype).contiguous().cpu().view(torch.uint8).numpy().tobytes()
-        try:
-            # Rows first: a key without its row would be read as a neighbor's.
-            for path, size, block in ((self._rows, self._bytes, content), (self._keys, KEY, b"".join(keys))):
-                with path.open("r+b") as file:
-                    file.truncate(self._count * size)
-                    file.seek(self._count * size)
-                    file.write(block)
-        except OSError as error:
-            if error.errno not in FULL:
-                raise
-            raise UserError(
-                f"No room left on the disk for features in '{self._rows}'. Free some with `declip cache clear`, or set "
-                "DECLIP_CACHE to a folder on another disk."
-            ) from error
-        self._places |= {key: self._count + number for number, key in enumerate(keys)}
-        self._count += len(keys)
-
-    def places(self, keys: Iterable[bytes]) -> np.ndarray:
-        """The row numbers of keys, (n,) int64."""
-        return np.fromiter((self._places[key] for key in keys), np.int64)
-
-    def rows(self) -> Tensor:
-        """All rows, (n, width), mapped from the disk."""
-        if not self._count:
-            return torch.empty(0, self.width, dtype=self.dtype)
-        with self._rows.open("rb") as file:
-            mapped = mmap.mmap(file.fileno(), self._count * self._bytes, access=mmap.ACCESS_COPY)
-        return torch.frombuffer(mapped, dtype=self.dtype).view(self._count, self.width)
 
 
 class FrozenEncoder:
@@ -106,11 +39,10 @@ class FrozenEncoder:
     """
 
     def __init__(self, model: DualEncoder) -> None:
-        self.model = model
-        images, texts, padding = model.image_tower, model.text_tower, model.tokenizer.padding
+        self.model, texts, padding = model, model.text_tower, model.tokenizer.padding
         folders = [cache_folder() / FEATURES / f"pooled-{tower_digest(model, tower)}" for tower in (IMAGE, TEXT)]
-        self._images = _PooledFeatures(folders[0], images.pre_logits_width, _pixel_key, inference_tower(model))
-        self._texts = _PooledFeatures(folders[1], texts.width, partial(text_key, padding=padding), texts)
+        self._images = PooledFeatures(folders[0], _pixel_key, inference_tower(model))
+        self._texts = PooledFeatures(folders[1], partial(text_key, padding=padding), texts)
         trim_cache(keep=folders)
 
     def __getattr__(self, name: str) -> Any:
@@ -144,27 +76,43 @@ class FrozenEncoder:
         return F.normalize(self.model.text_tower.text_projection(self._texts.of(tokens)).float(), dim=-1)
 
 
-class _PooledFeatures:
-    """The pooled features of a tower by its input; the tower runs only on inputs that are not stored."""
+class PooledFeatures:
+    """The pooled features of a tower by its input, in SQLite; the tower runs only on inputs that are missing."""
 
-    def __init__(self, folder: Path, width: int, key: Callable[[Tensor], bytes], tower: Any) -> None:
+    def __init__(self, folder: Path, key: Callable[[Tensor], bytes], tower: Any) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.key, self.tower, self.lock = key, tower, FileLock(folder / LOCK)
-        with self.lock:
-            self.store = FeatureStore(folder, width, torch.float32)
+        os.utime(folder)  # `declip.io.cache` removes what was opened longest ago
+        self.folder, self.key, self.tower = folder, key, tower
+        with self._database() as file:
+            file.execute("CREATE TABLE IF NOT EXISTS features (key BLOB PRIMARY KEY, row BLOB NOT NULL)")
 
     def of(self, batch: Tensor) -> Tensor:
         """(n, …) inputs → (n, w) float32."""
         keys = [self.key(row) for row in batch.cpu()]
-        if any(key not in self.store for key in keys):
-            with self.lock:
-                self.store.refresh()  # another process may have computed them
-                new = {key: number for number, key in enumerate(keys) if key not in self.store}
-                if new:
-                    fresh = batch[[*new.values()]]
-                    features = chunked(self.tower.pool, fresh) if fresh.ndim == 4 else self.tower.pool(fresh)
-                    self.store.append([*new], features)
-        return self.store.rows()[self.store.places(keys)].to(batch.device)
+        with self._database() as file:
+            found = {key: file.execute("SELECT row FROM features WHERE key = ?", (key,)).fetchone() for key in keys}
+        rows = {key: row[0] for key, row in found.items() if row is not None}
+        if new := {key: number for number, key in enumerate(keys) if key not in rows}:
+            fresh = batch[[*new.values()]]
+            features = chunked(self.tower.pool, fresh) if fresh.ndim == 4 else self.tower.pool(fresh)
+            computed = [row.tobytes() for row in features.float().cpu().numpy()]
+            rows |= zip(new, computed, strict=True)
+            with self._database() as file:
+                file.executemany("INSERT OR IGNORE INTO features VALUES (?, ?)", zip(new, computed, strict=True))
+        content = bytearray(b"".join(rows[key] for key in keys))
+        return torch.frombuffer(content, dtype=torch.float32).view(len(keys), -1).to(batch.device)
+
+    @contextmanager
+    def _database(self) -> Iterator[sqlite3.Connection]:
+        """A transaction: what a killed process did not finish is undone by the next one."""
+        try:
+            with closing(sqlite3.connect(self.folder / FILE, timeout=60)) as file, file:
+                yield file
+        except sqlite3.Error as error:
+            raise UserError(
+                f"The features in '{self.folder}' cannot be read or written: {error}. Free room on the disk or run "
+                "`declip cache clear`, or set DECLIP_CACHE to a folder on another disk."
+            ) from error
 
 
 def _pixel_key(pixels: Tensor) -> bytes:
