@@ -11,7 +11,7 @@ def test_workers_end_when_the_main_process_was_killed(monkeypatch):
     receiving, sending = multiprocessing.Pipe(duplex=False)
 
     def start_and_wait():
-        results = pool.computed([bytes(1 << 20)] * 8, range(8), workers=2)
+        results = pool.computed(bytes, [1 << 20] * 8, workers=2)
         sending.send(len(next(results)))  # the next ones fill the pipe, and nobody reads them
         time.sleep(60)
 

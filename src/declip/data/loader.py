@@ -9,12 +9,12 @@ from __future__ import annotations
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import default_collate
 
 from declip.data.batch import IGNORED, PairBatch, Photometric, Plan, View
 from declip.data.images.views import Crop, ViewTransform
@@ -298,8 +298,8 @@ class PairLoader(Iterator[PairBatch]):
         if self._closed:
             raise StopIteration
         if self._batches is None:
-            numbers = itertools.count(self.step)
-            self._batches = computed(_Steps(self.assembler), numbers, self._workers, self._pin_memory)
+            work, steps = partial(_batch_or_error, self.assembler), itertools.count(self.step)
+            self._batches = computed(work, steps, self._workers, self._pin_memory)
         with naming_lost_workers(f" at step {self.step}"):
             batch = next(self._batches)
         if isinstance(batch, UserError):
@@ -339,14 +339,9 @@ class PairLoader(Iterator[PairBatch]):
         )
 
 
-class _Steps(Dataset):
-    """Batches by step; a `UserError` is returned and raised in the main process."""
-
-    def __init__(self, assembler: Assembler) -> None:
-        self.assembler = assembler
-
-    def __getitem__(self, step: int) -> PairBatch | UserError:
-        try:
-            return self.assembler[step]
-        except UserError as error:
-            return error
+def _batch_or_error(assembler: Assembler, step: int) -> PairBatch | UserError:
+    """The batch of a step; a `UserError` is returned, and raised in the main process."""
+    try:
+        return assembler[step]
+    except UserError as error:
+        return error

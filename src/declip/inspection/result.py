@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from declip.evaluation.results import Measure
+
 
 @dataclass(frozen=True)
 class Fraction:
@@ -28,10 +30,8 @@ class Fraction:
         value = count / of if of else 0.0
         if whole or not of:
             return cls(count, of, value, value, value)
-        from scipy.stats import binomtest  # imported here: it takes half a second
-
-        interval = binomtest(count, of).proportion_ci(method="wilson")
-        return cls(count, of, float(interval.low), float(interval.high), value)
+        low, high = Measure("", value, 0.0, of).interval
+        return cls(count, of, max(0.0, low), min(1.0, high), value)
 
 
 # A distribution: n, mean, min, max and the percentiles p1, p5, p25, p50, p75, p95 and p99.

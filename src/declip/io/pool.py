@@ -36,7 +36,7 @@ def mapped(
     if workers is None:
         workers = usual_workers() if len(parts) > 1 else 0
     # The workers start before the thread of the bar does: a fork copies no thread.
-    stream = computed(_Mapped(work, parts), range(len(parts)), min(workers, len(parts)), pin_memory)
+    stream = computed(work, parts, min(workers, len(parts)), pin_memory)
 
     def results() -> Iterator[T]:
         with naming_lost_workers(), pairs_bar(bool(title)) as bar:
@@ -49,24 +49,24 @@ def mapped(
 
 
 class _Mapped(Dataset):
-    """The results of a function by the number of a part."""
+    """The results of a function; its index is the argument."""
 
-    def __init__(self, work: Callable[[Any], Any], parts: Sequence[Any]) -> None:
-        self.work, self.parts = work, parts
+    def __init__(self, work: Callable[[Any], Any]) -> None:
+        self.work = work
 
-    def __getitem__(self, number: int) -> Any:
-        return self.work(self.parts[number])
+    def __getitem__(self, given: Any) -> Any:
+        return self.work(given)
 
 
-def computed(parts: Dataset, numbers: Iterable[int], workers: int, pin_memory: bool = False) -> Iterator[Any]:
-    """Compute parts by their numbers in worker processes, or in this one with 0 workers, and yield them in order.
+def computed(work: Callable[[Any], T], given: Iterable[Any], workers: int, pin_memory: bool = False) -> Iterator[T]:
+    """Apply `work` to arguments in worker processes, or in this one with 0 workers, and yield the results in order.
 
     The call forks the processes, so make it before threads start, and wrap the loop in `naming_lost_workers`.
     """
     loader: DataLoader = DataLoader(
-        parts,
+        _Mapped(work),
         batch_size=None,
-        sampler=numbers,
+        sampler=given,
         num_workers=workers,
         collate_fn=_unchanged,  # torch would convert arrays to tensors
         pin_memory=pin_memory,

@@ -2,11 +2,10 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -80,8 +79,7 @@ def held_out_sets(given: Any) -> list[Any]:
     return list(given) if isinstance(given, list | tuple) and not one else [] if given is None else [given]
 
 
-@dataclass(frozen=True)
-class Resolved:
+class Resolved(NamedTuple):
     """A recipe without open values, its pretrained weights and its training pairs."""
 
     recipe: Recipe
