@@ -2,15 +2,13 @@
 
 import json
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 from torchvision import datasets
 
 from declip.errors import UserError
-from declip.evaluation.protocols import SETS, Options, SuiteResult, evaluate_suite, published
-from declip.evaluation.results import ZeroShotResult
+from declip.evaluation.protocols import SETS, Options, evaluate_suite
 from evaluation import trees
 
 KNOWN = {name: label for label, name in enumerate(trees.TEN)} | {
@@ -88,45 +86,3 @@ def test_the_linear_probe_learns_on_train(root):
     found = evaluate_suite(NameModel(), f"paper11:{root}", "linear", Options(progress=False))
     assert found.values == {"cifar10": 1.0}
     assert "too few" in found.missing["pets"]
-
-
-def test_published_averages_are_those_of_the_numbers():
-    for task, count, methods in (("zero-shot", 11, 9), ("linear", 10, 5)):
-        tree = published(task)
-        assert len(tree["rows"]) == methods
-        assert set(tree["sets"]) <= set(SETS)
-        for row in tree["rows"]:
-            assert len(row["values"]) == len(tree["sets"]) == count
-            assert np.mean(row["values"]) == pytest.approx(row["average"], abs=0.1), row["name"]
-        values = dict(zip(tree["sets"], next(r["values"] for r in tree["rows"] if r["name"] == "DeCLIP"), strict=True))
-        assert (values["pets"], values["cifar10"]) == ((33.8, 66.7) if task == "zero-shot" else (72.2, 89.2))
-
-
-def _markdown(*sets, task="zero-shot"):
-    results = {on: ZeroShotResult(on, 100, 10, 0.5, 1.0, 0.4) for on in sets}
-    missing = {on: "gone" for on in SETS if on not in sets}
-    return SuiteResult(task, results, missing).markdown("mine")
-
-
-def test_published_averages_are_over_the_sets_shown():
-    text = _markdown("cifar10", "pets")
-    lines = text.splitlines()
-    assert lines[0] == "|  |  | C10 | Pets | average |"
-    assert lines[2] == "| mine | measured | 50.0 | 40.0 | 45.0 |"
-    assert "| DeCLIP | published | 66.7 | 33.8 | 50.2 |" in lines
-    assert "2 of 11" in text
-    assert "mean per class: Pets; the others top-1" in text
-    assert "arXiv 2308.08428, Table 3" in text
-    assert "not measured: dtd: gone" in text
-    assert len([line for line in lines if "| published |" in line]) == 9
-
-
-def test_averages_over_different_sets_are_distinguished():
-    whole = _markdown(*SETS)
-    assert "| CLIP | published | 63.7 |" in whole
-    assert "| 31.8 |" in whole
-    assert "| 2.7 | 40.3 | 41.7 |" in whole  # as published; the rounded numbers' own mean is 41.6
-    linear = _markdown("cifar10", "imagenet", task="linear")
-    assert "| CLIP | published | 86.5 |  | 86.5 (1 of 2) |" in linear
-    assert "does not compare" in linear
-    assert "| published |" not in _markdown("imagenet", task="linear")

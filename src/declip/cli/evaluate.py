@@ -44,7 +44,6 @@ def evaluate(
     device: Device = "auto",
     precision: Precision = "fp32",
     json_out: JsonOut = None,
-    markdown_out: Annotated[Path | None, file("with paper11: also write the table as Markdown", "--markdown")] = None,
 ) -> None:
     """Evaluate a model on held-out images."""
     _check_task(task, templates, shots)
@@ -54,15 +53,11 @@ def evaluate(
     from declip.evaluation.protocols import Options
     from declip.interchange.read import load
 
-    check_writable((json_out, markdown_out))
-    suite = _suite_of(datasets, label_column, markdown_out)
+    check_writable((json_out,))
+    suite = _suite_of(datasets, label_column)
     options = Options(templates=templates, shots=shots or [4], batch_size=batch_size, workers=workers)
     loaded = load(model, device, precision)
-    if suite is None:
-        table, found = _evaluate(loaded, datasets, label_column, task, options)
-    else:
-        table, found = _evaluate_suite(loaded, suite, model, task, options, markdown_out)
-    console.print(table)
+    found = _evaluate(loaded, datasets, label_column, task, options, suite)
     if json_out is not None:
         write_text(json_out, json.dumps(found, indent=1), "choose another path with --json")
 
@@ -76,42 +71,37 @@ def _check_task(task: str, templates: str | None, shots: list[int] | None) -> No
     check_shots(shots, (task,))
 
 
-def _evaluate_suite(
-    model: Any, suite: str, name: str, task: str, options: Any, markdown_out: Path | None
-) -> tuple[Any, Any]:
-    """Evaluate on the sets of a published table; return the table with the model's row, and the results."""
-    from rich.markdown import Markdown
-
-    from declip.evaluation.protocols import evaluate_suite
-
-    result = evaluate_suite(model, suite, task, options)
-    markdown = result.markdown(name)
-    if markdown_out is not None:
-        write_text(markdown_out, markdown, "choose another path with --markdown")
-    return Markdown(markdown), result.to_dict()
-
-
-def _evaluate(model: Any, datasets: list[str], label_column: str | None, task: str, options: Any) -> tuple[Any, Any]:
-    """Evaluate on all datasets; return a table, and one row or several."""
+def _evaluate(
+    model: Any, datasets: list[str], label_column: str | None, task: str, options: Any, suite: str | None
+) -> Any:
+    """Evaluate on all datasets, or on those of a suite, and print a table; return one row or several."""
     from declip.evaluation.datasets import open_dataset
-    from declip.evaluation.protocols import evaluate_all
+    from declip.evaluation.protocols import SETS, evaluate_all, evaluate_suite
+    from declip.io.text import percent
     from declip.reports.page import rich_table
     from declip.reports.run import results_table
 
-    opened = [open_dataset(name, label_column=label_column) for name in datasets]
-    results = evaluate_all(model, opened, (task,), options)
-    rows = [each.to_dict() for each in results]
-    return rich_table(results_table(results)), rows if len(rows) > 1 else rows[0]
+    if suite is None:
+        opened = [open_dataset(name, label_column=label_column) for name in datasets]
+        results = evaluate_all(model, opened, (task,), options)
+        rows = [each.to_dict() for each in results]
+        console.print(rich_table(results_table(results)))
+        return rows if len(rows) > 1 else rows[0]
+    measured = evaluate_suite(model, suite, task, options)
+    found = measured.to_dict()
+    console.print(rich_table(results_table(list(measured.results.values()))))
+    say(f"Average of {len(found['values'])} of {len(SETS)} sets by their usual metrics: {percent(found['average'])}")
+    for name, reason in measured.missing.items():
+        say(f"Not measured: {name}: {reason}")
+    return found
 
 
-def _suite_of(datasets: list[str], label_column: str | None, markdown_out: Path | None) -> str | None:
-    """Return the suite among the datasets, if any; refuse options that it does not allow, or that require one."""
+def _suite_of(datasets: list[str], label_column: str | None) -> str | None:
+    """Return the suite among the datasets, if any; refuse options that it does not allow."""
     from declip.evaluation.protocols import PREFIX
 
     suite = next((name for name in datasets if name.startswith(PREFIX)), None)
     if suite is None:
-        if markdown_out is not None:
-            raise UserError(f"--markdown requires --dataset paper11:DIR, but --dataset is '{datasets[0]}'. Use --json.")
         return None
     if len(datasets) > 1:
         raise UserError(f"'{suite}' is a suite and cannot be combined with other datasets. Use one --dataset.")

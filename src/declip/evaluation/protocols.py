@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from importlib import resources
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -20,7 +19,6 @@ from declip.evaluation.few_shot import Examples, fit_few_shot, joint_encoder
 from declip.evaluation.linear_probe import ProbeData, check_probe, check_splits, linear_probe, read_probe_data
 from declip.evaluation.readers import Classified
 from declip.evaluation.results import (
-    METRICS,
     FewShotResult,
     Result,
     RetrievalResult,
@@ -30,18 +28,17 @@ from declip.evaluation.results import (
 )
 from declip.evaluation.retrieval import retrieve
 from declip.evaluation.zero_shot import class_features, classify, logit_scale, read_templates
-from declip.io.text import read_yaml
 from declip.models.dual_encoder import DualEncoder
 from declip.models.inference import chunked
 
 DRAWS = 5  # of the images of few-shot classification
 
 PREFIX = "paper11:"
-SETS: Mapping[str, str] = {
-    "cifar10": "C10", "cifar100": "C100", "food101": "Food", "pets": "Pets", "flowers102": "Flowers", "sun397": "SUN",
-    "cars": "Cars", "dtd": "DTD", "caltech101": "Caltech", "aircraft": "Aircraft", "imagenet": "ImageNet",
-}  # fmt: skip
-"""Datasets → their short names. The folder has one folder per dataset, as for `NAME:PATH`: `pets` contains
+SETS = (
+    *("cifar10", "cifar100", "food101", "pets", "flowers102", "sun397"),
+    *("cars", "dtd", "caltech101", "aircraft", "imagenet"),
+)
+"""Datasets of DeCLIP's paper. The folder has one folder per dataset, as for `NAME:PATH`: `pets` contains
 `oxford-iiit-pet`, `cifar10` contains `cifar-10-batches-py`, `imagenet` contains `val`."""
 
 
@@ -230,42 +227,6 @@ class SuiteResult:
         rows = {name: {"metric": NAMED[name].metric, **result.to_dict()} for name, result in self.results.items()}
         average = {"average": fmean(values.values()), "values": values}
         return {"task": self.task, **average, "results": rows, "missing": dict(self.missing)}
-
-    def markdown(self, name: str = "this model") -> str:
-        """Format the measured row, the published rows and notes as Markdown, in percent."""
-        tree, shown = published(self.task), list(self.results)
-        # --- rows: the measured one, then the published ones over the same datasets
-        rows = [(name, "measured", self.values, fmean(self.values.values()))]
-        for row in tree["rows"]:
-            reported = dict(zip(tree["sets"], (value / 100 for value in row["values"]), strict=True))
-            values = {dataset: reported[dataset] for dataset in shown if dataset in reported}
-            if values:
-                # On all of its datasets, the published average, which was computed before rounding.
-                average = row["average"] / 100 if len(values) == len(reported) else fmean(values.values())
-                rows.append((row["name"], "published", values, average))
-        # --- table
-        lines = [["", "", *(SETS[dataset] for dataset in shown), "average"], ["---"] * 2 + ["---:"] * (len(shown) + 1)]
-        for label, origin, values, average in rows:
-            fewer = "" if len(values) == len(shown) else f" ({len(values)} of {len(shown)})"
-            cells = [f"{100 * values[dataset]:.1f}" if dataset in values else "" for dataset in shown]
-            lines.append([label, origin, *cells, f"{100 * average:.1f}{fewer}"])
-        # --- notes
-        per_class = [SETS[dataset] for dataset in shown if NAMED[dataset].metric == "mean_per_class"]
-        notes = [
-            f"published: {tree['model']}; {tree['source']}",
-            f"{METRICS['mean_per_class']}: {', '.join(per_class) or 'none'}; the others {METRICS['top1']}",
-            f"averages are over the datasets shown, {len(shown)} of {len(SETS)}; one with (n of "
-            f"{len(shown)}) is over fewer and does not compare",
-            *(f"not measured: {dataset}: {reason}" for dataset, reason in self.missing.items()),
-        ]
-        table = ["| " + " | ".join(line) + " |" for line in lines]
-        return "\n".join([*table, "", *(f"- {note}" for note in notes), ""])
-
-
-def published(task: str) -> dict[str, Any]:
-    """Read the published rows, in percent, with their `model`, `source` and the names of the `sets`."""
-    text = (resources.files("declip.evaluation") / "published.yaml").read_text(encoding="utf-8")
-    return read_yaml(text)["paper11"][task]
 
 
 def evaluate_suite(

@@ -13,9 +13,6 @@ from pydantic import TypeAdapter
 
 from declip.io.text import percent
 
-METRICS: Mapping[str, str] = {"top1": "top-1", "mean_per_class": "mean per class"}
-"""Conventional metrics of datasets → their names in tables."""
-
 DIRECTIONS = {"text_to_image": "text → image", "image_to_text": "image → text"}
 
 
