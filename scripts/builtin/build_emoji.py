@@ -8,7 +8,6 @@ and `emojilib` 4.0.3, each under its name. The same files give the same bytes.
 
 import argparse
 import hashlib
-import lzma
 import re
 import unicodedata
 from collections import Counter, defaultdict
@@ -18,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from declip.data.builtin.fetch import read_json
-from declip.data.builtin.pictures import table_file
 from declip.data.builtin.sets import DESIGN, DESIGNS
+from declip.data.tables import asset, pack
 
 COLUMNS = ("code", "name", "category", "group", "held_out", "names", "drawn", "keywords", *DESIGN)
 """Columns of the table. The last ones name each designer's drawing. "names" are further names, each of this emoji
@@ -280,8 +279,8 @@ def main() -> None:
         shown = (drawings[design.key].get(code, "") for design in DESIGNS)
         line = (code, concept.name, concept.category, group, str(int(is_held_out(group))), *lists, *shown)
         lines.append("\t".join(line))
-    packed = lzma.compress("\n".join(lines).encode(), preset=9 | lzma.PRESET_EXTREME)
-    Path(str(table_file("emoji"))).write_bytes(packed)
+    packed = pack(lines)
+    Path(str(asset("emoji.tsv.xz"))).write_bytes(packed)
     print(f"{len(concepts):,} emoji, {len(packed):,} bytes")
 
 

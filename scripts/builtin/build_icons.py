@@ -7,7 +7,6 @@ PACKAGES is a folder with the unpacked npm packages `@iconify/json` 2.2.535, `lu
 """
 
 import argparse
-import lzma
 import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping
@@ -16,8 +15,9 @@ from typing import Any
 
 from build_emoji import Iconify, distinct, group_of, squash
 from declip.data.builtin.fetch import read_json
-from declip.data.builtin.pictures import read_rows, split_texts, table_file
+from declip.data.builtin.pictures import read_rows, shorten, split_texts
 from declip.data.builtin.sets import ICONS_PACKAGE, SPLIT_OF, license_of
+from declip.data.tables import asset, pack
 from declip.data.text.augment import table
 
 TAGS = ("lucide-static", "@tabler/icons")
@@ -236,9 +236,10 @@ def main() -> None:
     parser.add_argument("packages", type=Path)
     lines = ["key\tcategory\tcaptions\tkeywords"]
     for row in choose(parser.parse_args().packages):
-        lines.append("\t".join((row["key"], row["category"], "|".join(row["captions"]), "|".join(row["keywords"]))))
-    packed = lzma.compress("\n".join(lines).encode(), preset=9 | lzma.PRESET_EXTREME)
-    Path(str(table_file("icons"))).write_bytes(packed)
+        captions = shorten("|".join(row["captions"]), row["key"])
+        lines.append("\t".join((row["key"], row["category"], captions, "|".join(row["keywords"]))))
+    packed = pack(lines)
+    Path(str(asset("icons.tsv.xz"))).write_bytes(packed)
     print(f"{len(lines) - 1:,} icons, {len(packed):,} bytes")
 
 

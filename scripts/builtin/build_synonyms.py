@@ -7,13 +7,13 @@ has it. The same files give the same bytes. Formats: WordNet's manual pages wndb
 """
 
 import argparse
-import lzma
 import re
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from declip.data.tables import pack
 from inflection import DETACHMENTS, Form, Irregular, detach, inflect
 
 ASSETS = Path(__file__).resolve().parents[2] / "src" / "declip" / "data" / "assets"
@@ -298,9 +298,7 @@ def main() -> None:
     parser.add_argument("wordnet", type=Path, help="folder with WordNet 3.0's dict files")
     folder = parser.parse_args().wordnet
     text = build(folder)
-    # Nearly half the size that gzip gives; text is told by these settings.
-    settings = {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 4, "pb": 0}
-    packed = lzma.compress(text.encode("utf-8"), filters=[settings])
+    packed = pack(text.split("\n"))
     (ASSETS / "synonyms.txt.xz").write_bytes(packed)
     (ASSETS / "LICENSE.wordnet.txt").write_text(read_license(folder), encoding="utf-8")
     print(f"{len(text.splitlines()):,} lines, {len(packed):,} bytes")

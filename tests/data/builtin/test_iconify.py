@@ -2,15 +2,15 @@
 
 import hashlib
 import json
-import lzma
 
 import numpy as np
 import pytest
 
 from declip.data.builtin import sets
-from declip.data.builtin.pictures import NOTICE, BuiltinSource, table_file
+from declip.data.builtin.pictures import NOTICE, BuiltinSource, lengthen, read_rows, shorten
 from declip.data.builtin.sets import DESIGNS, EMOJI, ICONS, ICONS_PACKAGE
 from declip.data.sources.open import open_source
+from declip.data.tables import pack, unpack
 
 
 def put(path, value):
@@ -26,7 +26,13 @@ def put(path, value):
     ("icons", "9aa90291f2897b7730774716bb93ae61c7310802710a294553745950b43f04c7"),
 ])  # fmt: skip
 def test_the_tables_are_those_that_results_were_measured_on(name, digest):
-    assert hashlib.sha256(lzma.decompress(table_file(name).read_bytes())).hexdigest() == digest
+    rows = read_rows(name)
+    text = "\n".join("\t".join(row) for row in (rows[0], *(row.values() for row in rows)))
+    assert hashlib.sha256(text.encode()).hexdigest() == digest
+    assert unpack(pack(["a", "ab", "", "b" * 100, "b" * 101])) == ["a", "ab", "", "b" * 100, "b" * 101]
+    for captions, coded in {"tab overflow|more": "2|more", "tabs": " tabs", "tab overflow outline bold": "0"}.items():
+        assert shorten(captions, "set/tab-overflow-outline-bold") == coded
+        assert lengthen(coded, "set/tab-overflow-outline-bold") == captions
 
 
 def test_the_emoji_are_those_that_the_pages_count_and_no_group_is_on_two_sides():

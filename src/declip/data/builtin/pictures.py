@@ -3,13 +3,10 @@
 import hashlib
 import importlib.metadata
 import json
-import lzma
 import shutil
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
-from importlib import resources
-from importlib.resources.abc import Traversable
 from io import BytesIO
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -22,6 +19,7 @@ from rich.progress import Progress
 
 from declip.data.builtin.fetch import DebianPackage, NpmPackages, Packages
 from declip.data.pair import BUILTIN_PREFIX, Pair, PairSource
+from declip.data.tables import asset, unpack
 from declip.errors import UserError
 from declip.io.atomic import atomic_write, cache_folder
 from declip.io.pool import pairs_bar
@@ -243,15 +241,29 @@ def _mapped(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     return np.memmap(path, np.uint8, mode="r").reshape(-1, *shape)
 
 
-def table_file(name: str) -> Traversable:
-    """The file of a shipped table."""
-    return resources.files("declip.data") / "assets" / f"{name}.tsv.xz"
-
-
 def read_rows(name: str) -> list[dict[str, str]]:
     """The rows of a shipped table by column; see `split_texts` for columns that hold several texts."""
-    head, *lines = (line.split("\t") for line in lzma.decompress(table_file(name).read_bytes()).decode().split("\n"))
-    return [dict(zip(head, line, strict=True)) for line in lines]
+    head, *lines = (line.split("\t") for line in unpack(asset(f"{name}.tsv.xz").read_bytes()))
+    rows = [dict(zip(head, line, strict=True)) for line in lines]
+    for row in rows if "captions" in head else ():
+        row["captions"] = lengthen(row["captions"], row["key"])
+    return rows
+
+
+def shorten(captions: str, key: str) -> str:
+    """Replace a first caption that the drawing's name starts with by the number of words that the name has more."""
+    first, *others = split_texts(captions)
+    caption, name = first.split(" "), key.split("/")[1].split("-")
+    left = str(len(name) - len(caption)) if name[: len(caption)] == caption else f" {first}"
+    return "|".join([left, *others])
+
+
+def lengthen(captions: str, key: str) -> str:
+    """Undo `shorten`."""
+    first, *others = captions.split("|")
+    name = key.split("/")[1].split("-")
+    caption = first[1:] if first.startswith(" ") else " ".join(name[: len(name) - int(first)])
+    return "|".join([caption, *others])
 
 
 def split_texts(joined: str) -> list[str]:

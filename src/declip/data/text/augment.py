@@ -3,15 +3,14 @@
 EDA: Wei and Zou, EMNLP 2019, without its random insertion, as DeCLIP uses it.
 """
 
-import lzma
 from collections.abc import Sequence
 from functools import cache, lru_cache
-from importlib.resources import files
 
 import numpy as np
 import regex
 
 from declip.data.batch import IGNORED
+from declip.data.tables import asset, unpack
 from declip.data.text.tokenizer import CaptionTokenizer
 
 _MASKED, _RANDOM = 0.8, 0.1  # of the chosen tokens, as in BERT
@@ -119,9 +118,9 @@ def mask_tokens(
 @cache
 def table() -> dict[str, str]:
     """The shipped table, read once per process: synonyms joined by "|" by word; empty for a word without any."""
-    packed = files("declip.data").joinpath("assets", "synonyms.txt.xz").read_bytes()
-    words, _, lists = lzma.decompress(packed).decode("utf-8").partition("\n\n")
-    return dict(zip(words.split("\n"), lists.split("\n"), strict=True))
+    lines = unpack(asset("synonyms.txt.xz").read_bytes())
+    half = len(lines) // 2  # an empty line stands between the words and their lists
+    return dict(zip(lines[:half], lines[half + 1 :], strict=True))
 
 
 @lru_cache(maxsize=2**16)

@@ -1,13 +1,12 @@
 """Caption tokenizers: CLIP's byte pairs, those of Hugging Face encoders, and those of other libraries."""
 
-import gzip
+import bz2
 import html
 import operator
 import string
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
-from importlib.resources import files
 from itertools import chain, islice, takewhile
 from typing import Any
 
@@ -17,6 +16,7 @@ import tokenizers
 import torch
 from tokenizers import models, pre_tokenizers
 
+from declip.data.tables import asset
 from declip.errors import UserError
 
 _MERGES = 48_894
@@ -156,8 +156,7 @@ class _BytePairs:
 
     def __init__(self, merges: int) -> None:
         letters = _byte_letters()
-        packed = files("declip.data").joinpath("assets", "clip_merges.txt.gz").read_bytes()
-        lines = gzip.decompress(packed).decode("utf-8").splitlines()
+        lines = bz2.decompress(asset("clip_merges.txt.bz2").read_bytes()).decode().splitlines()
         pairs = [(left, right) for left, right in map(str.split, lines[1 : merges + 1])]
         ended = [letter + "</w>" for letter in letters.values()]
         vocabulary = [*letters.values(), *ended, *(left + right for left, right in pairs)]
