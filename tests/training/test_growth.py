@@ -29,7 +29,7 @@ def test_a_few_large_groups_widen_the_interval():
 
 def curves(pairs, groups):
     choice = choose_heads(pairs, groups)
-    return choice, *growth(pairs, groups, None, choice)
+    return choice, *growth(choice, len(groups))
 
 
 def test_a_rising_curve_is_continued():

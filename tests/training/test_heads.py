@@ -6,19 +6,14 @@ import torch
 
 from declip.models.closed_form import DEFAULT_FORM, Pairs
 from declip.training import heads
-from declip.training.heads import HeldOutRanks, assign_folds, caption_numbers, choose_heads, score
+from declip.training.heads import Block, HeldOutRanks, assign_folds, caption_numbers, choose_heads, score
 from pair_features import class_pairs, pairs_of
 
 
 def held_out(found, pairs):
     outcome = HeldOutRanks.empty(pairs)
-    score(
-        outcome,
-        found,
-        Pairs(*(t.double() if t.is_floating_point() else t for t in pairs)),
-        torch.arange(len(pairs.images)),
-        caption_numbers(pairs),
-    )
+    block = Block.of(torch.arange(len(pairs.images)), pairs.owners, caption_numbers(pairs))
+    score(outcome, found.similarities(pairs.images.double(), pairs.texts[block.texts].double()), block)
     return outcome
 
 

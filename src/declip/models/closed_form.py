@@ -78,10 +78,11 @@ def closed_form_heads(
     weights = (weights / weights.sum()).double()
     image_side = CenteredFeatures.of(images.double(), weights, mean)
     text_side = CenteredFeatures.of(texts.double(), weights)
-    maps = solve(image_side.rows, text_side.rows, weights, forms)
+    (x_axes, y_axes), maps = solve(Moments.of(image_side.rows, text_side.rows, weights), forms)
+    found = (Heads(left @ x_axes.mT, right @ y_axes.mT) for left, right in maps)
     return [
-        Heads(left, right) if form == START else Heads(image_side.projection(left), text_side.projection(right))
-        for form, (left, right) in zip(forms, maps, strict=True)
+        heads if form == START else Heads(image_side.projection(heads.image), text_side.projection(heads.text))
+        for form, heads in zip(forms, found, strict=True)
     ]
 
 
@@ -104,38 +105,55 @@ class CenteredFeatures(NamedTuple):
         return rows - (rows @ self.direction)[:, None] * self.direction
 
 
-def solve(x: Tensor, y: Tensor, weights: Tensor, forms: tuple[Form, ...]) -> list[tuple[Tensor, Tensor]]:
-    """Projections (k, v) and (k, w) of centered features (n, v) and (n, w) by each form."""
-    sides = []
-    for unit in (x, y):
-        variances, axes = torch.linalg.eigh((unit * weights[:, None]).mT @ unit)  # the dominant cost: O(v³)
-        sides.append((variances.clamp(min=0), axes))
-    (x_variances, x_axes), (y_variances, y_axes) = sides
-    cross = x_axes.mT @ ((x * weights[:, None]).mT @ y) @ y_axes  # (v, w), in the axes of both sides
+class Moments(NamedTuple):
+    """Second moments of centered features of pairs: sums of x xᵀ, y yᵀ and x yᵀ over weighted rows."""
+
+    images: Tensor  # (v, v)
+    texts: Tensor  # (w, w)
+    cross: Tensor  # (v, w)
+
+    @classmethod
+    def of(cls, x: Tensor, y: Tensor, weights: Tensor) -> "Moments":
+        """Sum over rows (n, v) and (n, w) with weights (n,)."""
+        weighted = x * weights[:, None]
+        return cls(weighted.mT @ x, (y * weights[:, None]).mT @ y, weighted.mT @ y)
+
+
+def solve(
+    moments: Moments, forms: tuple[Form, ...], widths: tuple[int, int] | None = None
+) -> tuple[tuple[Tensor, Tensor], list[tuple[Tensor, Tensor]]]:
+    """Principal axes, (v, v) and (w, w), and projections (k, v) and (k, w) of features in these axes by each form.
+
+    Args:
+        widths: Numbers of directions that a ridge refers to the mean variance of; None: all.
+    """
+    (x_variances, x_axes), (y_variances, y_axes) = map(torch.linalg.eigh, moments[:2])  # the dominant cost: O(v³)
+    variances = [x_variances.clamp(min=0), y_variances.clamp(min=0)]
+    means = [side.sum() / width for side, width in zip(variances, widths or map(len, variances), strict=True)]
+    cross = x_axes.mT @ moments.cross @ y_axes  # (v, w), in the axes of both sides
     found = []
     for method, ridge in forms:
         if method == "start":
-            found.append((torch.eye(len(x_axes)).to(x), torch.eye(len(y_axes)).to(y)))
+            found.append((x_axes, y_axes))  # the identity
             continue
-        x_damped, y_damped = (side + ridge * side.mean() for side in (x_variances, y_variances))
+        x_damped, y_damped = (side + ridge * mean for side, mean in zip(variances, means, strict=True))
         if method == "cca":
             # Equal features have no variance at all: they are left at 0 instead of divided by it.
             x_white, y_white = (torch.where(side > 0, side.rsqrt(), 0.0) for side in (x_damped, y_damped))
             left, right = split_product(x_white[:, None] * cross * y_white)
-            left, right = left * x_white, right * y_white
-        else:
-            x_cross = y_cross = cross
-            if method == "pulled":
-                shared = x_axes.mT @ y_axes  # the identity, in the axes of both sides
-                slope = (x_axes @ cross * y_axes).sum()  # tr(XᵀΩY)
-                x_cross, y_cross = (
-                    cross + ridge * side.mean() * (slope / side.sum()).clamp(min=LEAST_SLOPE) * shared
-                    for side in (x_variances, y_variances)
-                )
-            units = [normalize(side.flatten(), dim=0) for side in (x_cross / x_damped[:, None], y_cross / y_damped)]
-            left, right = split_product((units[0] + units[1]).view_as(cross))
-        found.append((left @ x_axes.mT, right @ y_axes.mT))
-    return found
+            found.append((left * x_white, right * y_white))
+            continue
+        x_cross = y_cross = cross
+        if method == "pulled":
+            shared = x_axes.mT @ y_axes  # the identity, in the axes of both sides
+            slope = moments.cross.trace()
+            x_cross, y_cross = (
+                cross + ridge * mean * (slope / side.sum()).clamp(min=LEAST_SLOPE) * shared
+                for side, mean in zip(variances, means, strict=True)
+            )
+        units = [normalize(side.flatten(), dim=0) for side in (x_cross / x_damped[:, None], y_cross / y_damped)]
+        found.append(split_product((units[0] + units[1]).view_as(cross)))
+    return (x_axes, y_axes), found
 
 
 def split_product(product: Tensor) -> tuple[Tensor, Tensor]:

@@ -283,7 +283,7 @@ def _write_facts(
             fitted[name] = {str(k): each.recall(k, pairs, features.groups)._asdict() for k in (1, 10)}
     if outcome is not None:
         fitted["candidates"] = round(float(outcome.images.double().mean()))
-        images, curves = growth(pairs, features.groups, classes, choice, seed)
+        images, curves = growth(choice, len(pairs.images), seed)
         fitted["growth"] = {str(k): curve.to_dict() for k, curve in curves.items()}
         if curves:
             fitted["growth"]["pairs"] = [*images, *(times * images[-1] for times in TIMES)]

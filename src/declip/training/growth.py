@@ -10,18 +10,8 @@ import numpy as np
 import torch
 from scipy.special import expit, logit
 
-from declip.models.closed_form import START, ClassPairs, Form, Pairs
-from declip.training.heads import (
-    FOLDS,
-    Choice,
-    HeldOutRanks,
-    Recall,
-    assign_folds,
-    cross_validate,
-    effective_groups,
-    jackknife,
-    subset,
-)
+from declip.models.closed_form import START, Form, Pairs
+from declip.training.heads import Choice, HeldOutRanks, Recall, effective_groups, jackknife
 
 PARTS = (1 / 8, 1 / 4, 1 / 2, 1.0)
 TIMES = (2, 4, 8)
@@ -44,19 +34,18 @@ class Growth(NamedTuple):
         return {"measured": measured, "expected": expected, "reason": self.reason}
 
 
-def growth(
-    pairs: Pairs, groups: np.ndarray, classes: ClassPairs | None, choice: Choice, seed: int = 0
-) -> tuple[list[int], dict[int, Growth]]:
+def growth(choice: Choice, count: int, seed: int = 0) -> tuple[list[int], dict[int, Growth]]:
     """Numbers of images in the parts, and the curves of R@1 and R@10, for the form and the class weight of heads.
 
     Both are empty if there are too few different pairs.
 
     Args:
-        groups: As in `choose_heads`, and so are the folds.
+        count: Of the images that the choice was made for.
     """
-    folds = torch.from_numpy(assign_folds(groups, FOLDS, seed))
-    some, chosen = subset(pairs, seed)
-    groups, folds = groups[chosen.numpy()], folds[chosen]
+    validation = choice.validation
+    if validation is None:
+        return [], {}
+    groups = validation.groups
     names, members, sizes = np.unique(groups, return_inverse=True, return_counts=True)
     order = np.random.default_rng(seed).permutation(len(names))
     if effective_groups(sizes) < FEWEST:
@@ -68,13 +57,13 @@ def growth(
     images, outcomes = [], []
     for part in PARTS:
         fitted = torch.from_numpy(place[members] <= part)
-        if part == 1 and some is pairs and choice.outcome is not None:  # the same as was chosen
+        if part == 1 and len(groups) == count and choice.outcome is not None:  # the same as was chosen
             tried = [choice.outcome]
         else:
-            tried = cross_validate(some, folds, classes, choice.class_weight, forms if part < 1 else forms[:1], fitted)
-        outcomes.append(max(tried, key=lambda outcome: float(outcome.scores(some.owners).mean())))
-        images.append(int(fitted.sum()) * len(pairs.images) // len(some.images))
-    return images, {k: _continued(k, images, outcomes, some, groups) for k in (1, 10)}
+            tried = validation.ranks(forms if part < 1 else forms[:1], fitted)
+        outcomes.append(max(tried, key=lambda outcome: float(outcome.scores(validation.pairs.owners).mean())))
+        images.append(int(fitted.sum()) * count // len(groups))
+    return images, {k: _continued(k, images, outcomes, validation.pairs, groups) for k in (1, 10)}
 
 
 def _continued(k: int, images: list[int], outcomes: list[HeldOutRanks], pairs: Pairs, groups: np.ndarray) -> Growth:

@@ -1,5 +1,7 @@
 """Projections of frozen towers in closed form, chosen by cross-validation: no steps, no validation set needed."""
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,6 +17,7 @@ from declip.models.closed_form import (
     ClassPairs,
     Form,
     Heads,
+    Moments,
     Pairs,
     fit_heads,
     regression_rows,
@@ -66,14 +69,14 @@ class HeldOutRanks:
     to_image: Tensor  # (m,) rank of a caption's best image
     images: Tensor  # (n,) number of images in the block
     fit: Tensor  # (m,) mean rank of a caption for its image and of the image for it, 0 best, 1 worst
-    losses: Tensor  # sum over images of the cross-entropy with their captions, for each of `SCALES`
+    losses: Tensor  # (n, scales) cross-entropy of an image with its captions, for each of `SCALES`
 
     @classmethod
     def empty(cls, pairs: Pairs) -> "HeldOutRanks":
         """Ranks before the first block."""
         n, m = len(pairs.images), len(pairs.texts)
         to_text, to_image, images = (torch.zeros(size, dtype=torch.int64) for size in (n, m, n))
-        losses = torch.zeros(len(SCALES), dtype=torch.float64)
+        losses = torch.zeros(n, len(SCALES), dtype=torch.float64)
         return cls(to_text, to_image, images, torch.full((m,), torch.nan), losses)
 
     def scores(self, owners: Tensor) -> Tensor:
@@ -129,6 +132,7 @@ class Choice:
     logit_scale: float = DEFAULT_SCALE
     outcome: HeldOutRanks | None = None
     reference: HeldOutRanks | None = None  # of the best form without the classes, or of the start as it is
+    validation: "CrossValidation | None" = None  # with `MOST` of the pairs
 
 
 def choose_heads(
@@ -150,15 +154,20 @@ def choose_heads(
         return Choice(heads, usual, weight)
     folds = torch.from_numpy(assign_folds(groups, FOLDS, seed))
     some, chosen = subset(pairs, seed)
+    validations = {
+        weight: CrossValidation(some, groups[chosen.numpy()], folds[chosen], classes, weight, embedded)
+        for weight in weights
+    }
     tried = {
         (form, weight): outcome
-        for weight in weights
-        for form, outcome in zip(forms, cross_validate(some, folds[chosen], classes, weight, forms), strict=True)
+        for weight, validation in validations.items()
+        for form, outcome in zip(forms, validation.ranks(forms), strict=True)
     }
 
     def outcome(form: Form, weight: float) -> HeldOutRanks:
-        whole = some is pairs
-        return tried[form, weight] if whole else cross_validate(pairs, folds, classes, weight, (form,))[0]
+        if some is pairs:
+            return tried[form, weight]
+        return CrossValidation(pairs, groups, folds, classes, weight, embedded).ranks((form,))[0]
 
     form, weight = _best(tried, (usual, weights[0]), some)
     (heads,) = fit_heads(pairs, everything, classes, weight, (form,))
@@ -166,7 +175,9 @@ def choose_heads(
     if classes is not None:
         alone = {key: each for key, each in tried.items() if key[1] == 0}
         reference = outcome(*_best(alone, (usual, 0.0), some))
-    return Choice(heads, form, weight, SCALES[int(best.losses.argmin())], best, reference)
+    return Choice(
+        heads, form, weight, SCALES[int(best.losses.sum(dim=0).argmin())], best, reference, validations[weight]
+    )
 
 
 def _best(tried: dict[tuple[Form, float], HeldOutRanks], usual: tuple[Form, float], pairs: Pairs) -> tuple[Form, float]:
@@ -185,75 +196,133 @@ def _best(tried: dict[tuple[Form, float], HeldOutRanks], usual: tuple[Form, floa
     return best
 
 
-def cross_validate(
-    pairs: Pairs,
-    folds: Tensor,
-    classes: ClassPairs | None,
-    class_weight: float,
-    forms: tuple[Form, ...],
-    fitted: Tensor | None = None,
-) -> list[HeldOutRanks]:
-    """Fit heads without each fold (n,) in turn and let them find its pairs, by each form.
+class CrossValidation:
+    """Pairs whose heads, fitted without each fold in turn, find the pairs of the fold; for one weight of the classes.
 
     Features are centered once, with the mean of all folds, and only their `DIRECTIONS` largest directions are kept.
-
-    Args:
-        fitted: (n,) bool, the images that heads are fitted to; all are found. None: all.
     """
-    n, m = len(pairs.images), len(pairs.texts)
-    rows = regression_rows(pairs, torch.ones(n, dtype=torch.bool), classes, class_weight)
-    x = CenteredFeatures.of(rows.images.float(), rows.weights, rows.mean).rows  # (r, v), the first m of own images
-    y = CenteredFeatures.of(rows.texts.float(), rows.weights).rows  # (r, w)
-    one_space = any(form.method in ("start", "pulled") for form in forms)  # whose axes must stay those of the texts
-    if x.shape[1] > DIRECTIONS and not one_space:
-        axes = torch.linalg.eigh((x * rows.weights.float()[:, None]).mT @ x).eigenvectors
-        x = x @ axes[:, -DIRECTIONS:]
-    images = torch.empty(n, x.shape[1])
-    images[pairs.owners] = x[:m]
-    fold_of_row = torch.cat([folds[pairs.owners], torch.full((len(x) - m,), -1)])
-    usable = fold_of_row < 0
-    usable[:m] = True if fitted is None else fitted[pairs.owners]
-    centered = Pairs(images, y[:m], pairs.owners)
-    plain = Pairs(pairs.images.float(), pairs.texts.float(), pairs.owners)
-    outcomes, numbers = [HeldOutRanks.empty(pairs) for _ in forms], caption_numbers(pairs)
-    for fold in folds.unique().tolist():
-        kept = (fold_of_row != fold) & usable
-        weights = (rows.weights[kept] / rows.weights[kept].sum()).float()
-        left_out = (folds == fold).nonzero().flatten()
-        blocks = left_out.tensor_split(max(1, round(len(left_out) / BLOCK)))
-        for form, outcome, heads in zip(forms, outcomes, solve(x[kept], y[kept], weights, forms), strict=True):
-            for block in blocks:
-                score(outcome, Heads(*heads), plain if form == START else centered, block, numbers)
-    return outcomes
+
+    def __init__(
+        self,
+        pairs: Pairs,
+        groups: np.ndarray,
+        folds: Tensor,
+        classes: ClassPairs | None,
+        class_weight: float,
+        one_space: bool = False,
+    ) -> None:
+        """Center the features.
+
+        Args:
+            groups: (n,), see `choose_heads`; the folds (n,) keep them together.
+            one_space: The axes of images and texts are the same and must stay so.
+        """
+        self.pairs, self.groups, self.folds = pairs, groups, folds
+        n, m = len(pairs.images), len(pairs.texts)
+        rows = regression_rows(pairs, torch.ones(n, dtype=torch.bool), classes, class_weight)
+        weights = rows.weights.float()
+        x = CenteredFeatures.of(rows.images.float(), rows.weights, rows.mean).rows  # (r, v), the first m of own images
+        y = CenteredFeatures.of(rows.texts.float(), rows.weights).rows  # (r, w)
+        self._widths = (x.shape[1], y.shape[1])
+        if not one_space:
+            self._widths = (min(x.shape[1], DIRECTIONS), y.shape[1])
+            x, y = (_largest_directions(side, weights, width) for side, width in zip((x, y), self._widths, strict=True))
+        self._x, self._y, self._weights = x[:m], y[:m], weights[:m]
+        self._classes = Moments.of(x[m:], y[m:], weights[m:])
+        images = torch.empty(n, x.shape[1])
+        images[pairs.owners] = x[:m]
+        self._centered = Pairs(images, y[:m], pairs.owners)
+        self._plain = Pairs(pairs.images.float(), pairs.texts.float(), pairs.owners)
+        self._numbers = caption_numbers(pairs)
+
+    def ranks(self, forms: tuple[Form, ...], fitted: Tensor | None = None) -> list[HeldOutRanks]:
+        """Ranks of all pairs by each form.
+
+        Args:
+            fitted: (n,) bool, the images that heads are fitted to; all are found. None: all.
+        """
+        outcomes = [HeldOutRanks.empty(self.pairs) for _ in forms]
+        usable = torch.ones(len(self.folds), dtype=torch.bool) if fitted is None else fitted
+
+        def leave_out(fold: int) -> None:
+            kept = ((self.folds != fold) & usable)[self.pairs.owners]  # (m,)
+            own = Moments.of(self._x[kept], self._y[kept], self._weights[kept])
+            (x_axes, y_axes), maps = solve(Moments(*map(torch.add, own, self._classes)), forms, self._widths)
+            left_out = (self.folds == fold).nonzero().flatten()
+            for images in left_out.tensor_split(max(1, round(len(left_out) / BLOCK))):
+                block = Block.of(images, self.pairs.owners, self._numbers)
+                for form, outcome, heads in zip(forms, outcomes, maps, strict=True):
+                    pairs = self._plain if form == START else self._centered
+                    sides = pairs.images[images] @ x_axes, pairs.texts[block.texts] @ y_axes
+                    score(outcome, Heads(*heads).similarities(*sides), block)
+
+        _in_threads(leave_out, self.folds.unique().tolist())
+        return outcomes
 
 
-def score(outcome: HeldOutRanks, heads: Heads, pairs: Pairs, block: Tensor, numbers: Tensor) -> None:
-    """Let the images of a block (b,), rising, and their captions find each other; equal captions are one candidate.
+def _largest_directions(rows: Tensor, weights: Tensor, count: int) -> Tensor:
+    """Turn rows (r, v) so that `count` columns or fewer hold their largest directions."""
+    if len(rows) < count:  # all of their directions
+        return rows @ torch.linalg.qr(rows.mT).Q
+    if rows.shape[1] > count:
+        rows = rows @ torch.linalg.eigh((rows * weights[:, None]).mT @ rows).eigenvectors[:, -count:]
+    return rows
 
-    Args:
-        numbers: (m,), see `caption_numbers`.
-    """
-    captions = torch.isin(pairs.owners, block).nonzero().flatten()  # (c,)
-    distinct, columns = numbers[captions].unique(return_inverse=True)  # (d,), (c,)
-    rows = torch.searchsorted(block, pairs.owners[captions])  # (c,)
-    texts = torch.empty(len(distinct), pairs.texts.shape[1], dtype=pairs.texts.dtype)
-    texts[columns] = pairs.texts[captions]
-    similarities = heads.similarities(pairs.images[block], texts)  # (b, d)
+
+def _in_threads(task: Callable[[int], None], values: list[int]) -> None:
+    """Run a task for each value, as many at a time as torch has threads: small matrices gain nothing from several."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(task, values))
+    finally:
+        torch.set_num_threads(threads)
+
+
+class Block(NamedTuple):
+    """Images that compete with each other, and their captions; equal captions are one candidate."""
+
+    images: Tensor  # (b,), rising
+    captions: Tensor  # (c,)
+    rows: Tensor  # (c,) place of the caption's image in the block
+    columns: Tensor  # (c,) place of the caption among the distinct ones
+    texts: Tensor  # (d,) a caption for each distinct one
+
+    @classmethod
+    def of(cls, images: Tensor, owners: Tensor, numbers: Tensor) -> "Block":
+        """Images (b,), rising, with their captions.
+
+        Args:
+            owners: (m,), of all captions.
+            numbers: (m,), see `caption_numbers`.
+        """
+        captions = torch.isin(owners, images).nonzero().flatten()
+        distinct, columns = numbers[captions].unique(return_inverse=True)
+        texts = torch.empty(len(distinct), dtype=torch.int64)
+        texts[columns] = captions
+        return cls(images, captions, torch.searchsorted(images, owners[captions]), columns, texts)
+
+
+def score(outcome: HeldOutRanks, similarities: Tensor, block: Block) -> None:
+    """Let the images of a block and their captions find each other by similarities (b, d)."""
+    captions, rows, columns = block.captions, block.rows, block.columns
     relevant = torch.zeros_like(similarities, dtype=torch.bool)
     relevant[rows, columns] = True
     # --- retrieval: the rank of the best match
     best = similarities.masked_fill(~relevant, -torch.inf)
-    outcome.to_text[block] = (similarities > best.amax(dim=1)[:, None]).sum(dim=1)
+    outcome.to_text[block.images] = (similarities > best.amax(dim=1)[:, None]).sum(dim=1)
     outcome.to_image[captions] = (similarities > best.amax(dim=0)).sum(dim=0)[columns]
-    outcome.images[block] = len(block)
+    outcome.images[block.images] = len(block.images)
     # --- how well each caption fits its own image
     own = similarities[rows, columns]
-    for_image = (similarities[rows] > own[:, None]).sum(dim=1) / max(1, len(distinct) - 1)
-    for_caption = (similarities[:, columns] > own).sum(dim=0) / max(1, len(block) - 1)
+    for_image = (similarities[rows] > own[:, None]).sum(dim=1) / max(1, similarities.shape[1] - 1)
+    for_caption = (similarities[:, columns] > own).sum(dim=0) / max(1, len(block.images) - 1)
     outcome.fit[captions] = (for_image + for_caption) / 2
     # --- softmax over the captions
     for number, scale in enumerate(SCALES):
-        outcome.losses[number] += ((scale * similarities).logsumexp(dim=1) - (scale * best).logsumexp(dim=1)).sum()
+        losses = (scale * similarities).logsumexp(dim=1) - (scale * best).logsumexp(dim=1)
+        outcome.losses[block.images, number] = losses.double()
 
 
 def caption_numbers(pairs: Pairs) -> Tensor:
