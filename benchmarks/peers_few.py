@@ -35,7 +35,7 @@ from declip.training import fit
 from declip.training.assemble import resolve
 from declip.training.distributed import HostGroup
 from declip.training.frozen_encoder import FrozenEncoder
-from declip.training.heads import Block, HeldOutRanks, assign_folds, caption_numbers, choose_heads, score
+from declip.training.heads import HeldOutBlock, HeldOutRanks, assign_folds, caption_numbers, choose_heads, score
 
 SIZES = (31, 124, 500, 2_000, 0)  # training pairs; 0: all
 MOST = 6_000  # of 64,000 icons
@@ -100,7 +100,7 @@ class Data:
 def recall(towers: Towers, pairs: Pairs) -> tuple[float, float]:
     """R@1 and R@10 in percent, the mean of both directions; equal captions are one candidate."""
     outcome, rows = HeldOutRanks.empty(pairs), torch.arange(len(pairs.images))
-    block = Block.of(rows, pairs.owners, caption_numbers(pairs))
+    block = HeldOutBlock.of(rows, pairs.owners, caption_numbers(pairs))
     with torch.no_grad():
         sides = towers.image(pairs.images), towers.text(pairs.texts[block.texts])
         images, texts = (normalize(side, dim=-1) for side in sides)

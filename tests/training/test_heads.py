@@ -6,13 +6,13 @@ import torch
 
 from declip.models.closed_form import DEFAULT_FORM, Pairs
 from declip.training import heads
-from declip.training.heads import Block, HeldOutRanks, assign_folds, caption_numbers, choose_heads, score
+from declip.training.heads import HeldOutBlock, HeldOutRanks, assign_folds, caption_numbers, choose_heads, score
 from pair_features import class_pairs, pairs_of
 
 
 def held_out(found, pairs):
     outcome = HeldOutRanks.empty(pairs)
-    block = Block.of(torch.arange(len(pairs.images)), pairs.owners, caption_numbers(pairs))
+    block = HeldOutBlock.of(torch.arange(len(pairs.images)), pairs.owners, caption_numbers(pairs))
     score(outcome, found.similarities(pairs.images.double(), pairs.texts[block.texts].double()), block)
     return outcome
 

@@ -250,7 +250,7 @@ class CrossValidation:
             (x_axes, y_axes), maps = solve(Moments(*map(torch.add, own, self._classes)), forms, self._widths)
             left_out = (self.folds == fold).nonzero().flatten()
             for images in left_out.tensor_split(max(1, round(len(left_out) / BLOCK))):
-                block = Block.of(images, self.pairs.owners, self._numbers)
+                block = HeldOutBlock.of(images, self.pairs.owners, self._numbers)
                 for form, outcome, heads in zip(forms, outcomes, maps, strict=True):
                     pairs = self._plain if form == START else self._centered
                     sides = pairs.images[images] @ x_axes, pairs.texts[block.texts] @ y_axes
@@ -280,7 +280,7 @@ def _in_threads(task: Callable[[int], None], values: list[int]) -> None:
         torch.set_num_threads(threads)
 
 
-class Block(NamedTuple):
+class HeldOutBlock(NamedTuple):
     """Images that compete with each other, and their captions; equal captions are one candidate."""
 
     images: Tensor  # (b,), rising
@@ -290,7 +290,7 @@ class Block(NamedTuple):
     texts: Tensor  # (d,) a caption for each distinct one
 
     @classmethod
-    def of(cls, images: Tensor, owners: Tensor, numbers: Tensor) -> "Block":
+    def of(cls, images: Tensor, owners: Tensor, numbers: Tensor) -> "HeldOutBlock":
         """Images (b,), rising, with their captions.
 
         Args:
@@ -304,7 +304,7 @@ class Block(NamedTuple):
         return cls(images, captions, torch.searchsorted(images, owners[captions]), columns, texts)
 
 
-def score(outcome: HeldOutRanks, similarities: Tensor, block: Block) -> None:
+def score(outcome: HeldOutRanks, similarities: Tensor, block: HeldOutBlock) -> None:
     """Let the images of a block and their captions find each other by similarities (b, d)."""
     captions, rows, columns = block.captions, block.rows, block.columns
     relevant = torch.zeros_like(similarities, dtype=torch.bool)
