@@ -16,6 +16,8 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
+from declip.errors import UserError
+
 torch.set_num_threads(1)
 
 COLOURS = ("red", "green", "blue", "orange", "purple", "black")
@@ -90,6 +92,14 @@ def encoded(image, kind="PNG", **options):
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
+
+
+def refuses(match, call, /, *given, **options):
+    """A call that must end with a `UserError` of one line that matches; gives the line."""
+    with pytest.raises(UserError, match=match) as caught:
+        call(*given, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
 @pytest.fixture

@@ -2,11 +2,9 @@
 
 import csv
 
-import pytest
-
 from app.conftest import NAMES, ask
+from conftest import refuses
 from declip.data.sources.open import open_source
-from declip.errors import UserError
 
 
 def save(client, shown, *captions):
@@ -81,5 +79,4 @@ def test_wrong_input_is_refused(start, tmp_path, state):
         assert "Caption" not in plain.get("/search").text
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     for name in ("captions.txt", "other.csv"):
-        with pytest.raises(UserError, match="--caption"):
-            start(name)
+        refuses("--caption", start, name)

@@ -9,9 +9,9 @@ import torch
 from torch.nn.functional import normalize
 
 from app.conftest import ask
+from conftest import refuses
 from declip.app.pairs import compare_captions, find_similar
 from declip.app.state import AppState
-from declip.errors import UserError
 from indices import write_index
 
 
@@ -133,5 +133,4 @@ def test_a_comparison_is_made_once_and_ends_with_the_server(state):
     assert [state.once(compare), state.once(compare)] == [7, 7]
     assert calls == [state.index]
     state.stopped.set()
-    with pytest.raises(UserError, match="stopped"):
-        state.once(find_similar)
+    refuses("stopped", state.once, find_similar)

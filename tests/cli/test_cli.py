@@ -2,13 +2,11 @@
 
 import json
 
-import pytest
 import yaml
 
 import declip
-from conftest import tiny_tree
+from conftest import refuses, tiny_tree
 from declip.api import train
-from declip.errors import UserError
 from declip.training.assemble import resolve_recipe
 
 
@@ -51,8 +49,7 @@ def test_held_out_sets_are_evaluated_by_what_they_have(table, tmp_path):
     classes.write_text("image,label\n" + "".join(f"{image},{n % 2}\n" for n, image in enumerate(images)))
     recipe = resolve_recipe("demo-clip", data="a [b]: c.csv", val=list(map(str, (both, classes, table))))
     assert resolve_recipe("demo-clip", val=table).evaluation.retrieval == (str(table),)
-    with pytest.raises(UserError, match="generator is not a source"):
-        train("demo-clip", data=(pair for pair in ()), out=tmp_path / "run")
+    refuses("generator is not a source", train, "demo-clip", data=(pair for pair in ()), out=tmp_path / "run")
     assert recipe.data.source == "a [b]: c.csv"
     assert recipe.evaluation.zero_shot == (str(both), str(classes))
     assert recipe.evaluation.retrieval == (str(both), str(table))

@@ -12,12 +12,11 @@ import timm
 from safetensors.torch import save_file
 
 import declip
-from conftest import TINY, texture, tiny_tree
+from conftest import TINY, refuses, texture, tiny_tree
 from declip import finetuning
 from declip.data.columns import Columns
 from declip.data.sources.open import open_source
 from declip.data.sources.subset import PairList, read_pair_list, write_pair_list
-from declip.errors import UserError
 from declip.interchange import starter
 from declip.interchange.declip_file import write_declip_file
 from declip.recipe.finetuning import read_overrides, settings
@@ -113,8 +112,7 @@ def test_python_uses_the_same_words_and_resumes(pairs, weights, tmp_path):
     others = [{"freeze": "none"}, {"val": [pairs]}, {"pairs": "builtin:emoji"}]
     for other in (*others, {"weights": "builtin:lite0-minilm"}):
         given = {"pairs": pairs, "weights": weights, **options, **other}
-        with pytest.raises(UserError, match="not what this run was started with"):
-            declip.finetune(out=part, resume=True, **given)
+        refuses("not what this run was started with", declip.finetune, out=part, resume=True, **given)
     assert declip.finetune(pairs, weights, out=part, resume=True, **options).finished
     assert (part / "val.pairs").read_bytes() == listed
     same_end(tmp_path / "whole", part)
@@ -145,8 +143,7 @@ def test_a_running_run_keeps_its_folder(pairs, weights, tmp_path):
     with subprocess.Popen([sys.executable, "-c", other, tmp_path / "run"], stdin=-1, stdout=-1) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"locked\n"
-        with pytest.raises(UserError, match="in use"):
-            declip.finetune(pairs, weights, out=tmp_path / "run", quiet=True)
+        refuses("in use", declip.finetune, pairs, weights, out=tmp_path / "run", quiet=True)
         process.communicate(b"\n")
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock", "checkpoint"]
 
@@ -158,15 +155,13 @@ def test_names_of_classes_are_checked_before_the_pairs_are_read(tmp_path):
     start = f"timm:test_vit/{tmp_path / 'w.safetensors'}"
     for class_pairs, says in ((True, "2 names.*7 classes"), (False, "finetune.class_pairs.*--freeze both")):
         keys = {"finetune.class_names": str(tmp_path / "names.txt"), "finetune.class_pairs": class_pairs}
-        with pytest.raises(UserError, match=says):
-            declip.finetune("no.csv", start, freeze="both", out=tmp_path / "r", **keys)
+        refuses(says, declip.finetune, "no.csv", start, freeze="both", out=tmp_path / "r", **keys)
 
 
 def test_a_refused_run_removes_only_its_own_files(pairs, weights, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").touch()
-    with pytest.raises(UserError, match="--val"):
-        declip.finetune(pairs, weights, out=tmp_path / "run", val=[pairs], quiet=True)
+    refuses("--val", declip.finetune, pairs, weights, out=tmp_path / "run", val=[pairs], quiet=True)
     assert sorted(path.name for path in (tmp_path / "run").iterdir() if path.name != ".lock") == ["notes.txt"]
 
 

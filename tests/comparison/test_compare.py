@@ -18,7 +18,7 @@ import yaml
 from filelock import FileLock
 from PIL import Image
 
-from conftest import tiny_tree
+from conftest import refuses, tiny_tree
 from declip.api import compare, train
 from declip.comparison import runner as comparing
 from declip.comparison import trials as running
@@ -102,8 +102,7 @@ def test_a_recipe_edited_between_two_calls_is_not_averaged_with_its_earlier_self
     tiny(recipes, table, tmp_path / "out", pairs=(8,))
     text = Path(recipes["clip"]).read_text(encoding="utf-8")
     Path(recipes["clip"]).write_text(text.replace("warmup_steps: 2", "warmup_steps: 3"), encoding="utf-8")
-    with pytest.raises(UserError, match=r"clip: train\.warmup_steps was 2, now 3"):
-        tiny(recipes, table, tmp_path / "out", pairs=(8,), seeds=2)
+    refuses(r"clip: train\.warmup_steps was 2, now 3", tiny, recipes, table, tmp_path / "out", pairs=(8,), seeds=2)
     study = read_study(tmp_path / "out")
     assert study.seeds == (0,)
     with pytest.raises(UserError, match=r"train\.warmup_steps"):  # nor does a worker that is still there run it
@@ -116,11 +115,9 @@ def test_a_recipe_edited_between_two_calls_is_not_averaged_with_its_earlier_self
 
 def test_recipes_whose_runs_would_share_folders_are_refused(recipes, table, tmp_path):
     first, second = ({name: str(shutil.copy(recipes["clip"], tmp_path / name))} for name in ("a b.yaml", "a-b.yaml"))
-    with pytest.raises(UserError, match="Rename one"):
-        tiny({**first, **second}, table, tmp_path / "both")
+    refuses("Rename one", tiny, {**first, **second}, table, tmp_path / "both")
     comparing.open_folder(_study(first, table), tmp_path / "out")
-    with pytest.raises(UserError, match="Rename one"):
-        comparing.open_folder(_study(second, table), tmp_path / "out")
+    refuses("Rename one", comparing.open_folder, _study(second, table), tmp_path / "out")
 
 
 def test_a_run_that_fails_leaves_its_reason_and_does_not_end_the_others(recipes, table, tmp_path, monkeypatch):
@@ -293,14 +290,11 @@ def _study(recipes, table, **more):
     ],
 )
 def test_what_cannot_be_compared_is_refused_before_anything_is_made(options, message, recipes, table, tmp_path):
-    with pytest.raises(UserError, match=message):
-        tiny(recipes, table, tmp_path / "out", **options)
+    refuses(message, tiny, recipes, table, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_with_something_else_in_it_is_left_alone(recipes, table, tmp_path):
-    with pytest.raises(UserError, match="no comparison"):
-        read_outcome(tmp_path)
+    refuses("no comparison", read_outcome, tmp_path)
     (tmp_path / "thesis.tex").touch()
-    with pytest.raises(UserError, match="--out"):
-        tiny(recipes, table, tmp_path)
+    refuses("--out", tiny, recipes, table, tmp_path)

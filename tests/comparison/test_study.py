@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
+from conftest import refuses
 from declip.comparison.study import Study, Variant, extended, read_counts, read_study, write_study
-from declip.errors import UserError
 
 STUDY = Study(
     variants=(Variant.of("clip", {}), Variant.of("declip", {"train.steps": 100})),
@@ -36,8 +36,7 @@ def test_the_plan_survives_the_disk_and_a_damaged_one_is_the_users_error(tmp_pat
     assert read_study(tmp_path) == STUDY
     assert read_study(tmp_path / "nowhere") is None
     (tmp_path / "study.json").write_text('{"variants": 3}')
-    with pytest.raises(UserError, match="Choose another folder"):
-        read_study(tmp_path)
+    refuses("Choose another folder", read_study, tmp_path)
 
 
 def test_a_later_call_may_add_variants_pairs_and_seeds_and_keeps_what_was_measured(tmp_path):
@@ -60,12 +59,10 @@ def test_a_later_call_may_add_variants_pairs_and_seeds_and_keeps_what_was_measur
     ],
 )
 def test_a_later_call_for_something_else_is_refused(change, named, tmp_path):
-    with pytest.raises(UserError, match=named):
-        extended(replace(STUDY, **change), STUDY, tmp_path)
+    refuses(named, extended, replace(STUDY, **change), STUDY, tmp_path)
 
 
 def test_numbers_of_pairs():
     assert [read_counts(text) for text in ("1k,4K", "500, 2.5k,500", "1m")] == [(1000, 4000), (500, 2500), (1_000_000,)]
     for text in ("", "1k,", "many", "-5", "0", "1g"):
-        with pytest.raises(UserError, match="is not a number of pairs"):
-            read_counts(text)
+        refuses("is not a number of pairs", read_counts, text)

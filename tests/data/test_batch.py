@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from conftest import refuses
 from declip.data.batch import PairBatch, Photometric, View
 from declip.data.pair import BrokenPair
-from declip.errors import UserError
 
 PLAIN = Photometric(1.0, 1.0, 1.0, 0.0, (3, 1, 0, 2), True, False, 0.5, 1)
 
@@ -68,8 +68,7 @@ INT = torch.int64
     ],
 )
 def test_wrong_shapes_and_types_are_refused(given, says):
-    with pytest.raises(UserError, match=says):
-        PairBatch(**parts(**given))
+    refuses(says, PairBatch, **parts(**given))
 
 
 @pytest.mark.parametrize(
@@ -83,5 +82,4 @@ def test_wrong_shapes_and_types_are_refused(given, says):
     ],
 )
 def test_pixels_that_are_no_view_are_refused(shape, dtype, params):
-    with pytest.raises(UserError, match="A view has shape"):
-        View(torch.zeros(shape, dtype=dtype), params)
+    refuses("A view has shape", View, torch.zeros(shape, dtype=dtype), params)

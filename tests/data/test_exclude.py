@@ -2,10 +2,10 @@ import json
 
 import pytest
 
+from conftest import refuses
 from data.tars import picture, write_tar
 from declip.data.prepare import read_exclusions, shard_source, write_exclusions
 from declip.data.sources.open import open_source
-from declip.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -31,10 +31,8 @@ def twice(tmp_path):
 )
 def test_a_wrong_list_is_refused(twice, tmp_path, content, said):
     (tmp_path / "list").write_bytes(content)
-    with pytest.raises(UserError, match=said):
-        read_exclusions(tmp_path / "list", open_source(twice))
-    with pytest.raises(UserError, match="cannot be read"):
-        read_exclusions(tmp_path / "nowhere", open_source(twice))
+    refuses(said, read_exclusions, tmp_path / "list", open_source(twice))
+    refuses("cannot be read", read_exclusions, tmp_path / "nowhere", open_source(twice))
 
 
 def test_pairs_on_the_list_are_left_out_and_counted_by_reason(twice, tmp_path):
@@ -48,5 +46,4 @@ def test_pairs_on_the_list_are_left_out_and_counted_by_reason(twice, tmp_path):
     kept = open_source(tmp_path / "out")
     assert [kept.captions(place) for place in range(len(kept))] == [("one",), ("two",)]
     assert json.loads((tmp_path / "out/sizes.json").read_text()) == {"000000.tar": 2}
-    with pytest.raises(UserError, match="content was"):
-        shard_source(twice, tmp_path / "out", workers=0)
+    refuses("content was", shard_source, twice, tmp_path / "out", workers=0)

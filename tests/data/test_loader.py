@@ -11,6 +11,7 @@ import pytest
 import torch
 from scipy.stats import binomtest
 
+from conftest import refuses
 from data.fakes import Noise, Words, make_loader
 from declip.data.pair import Pair
 from declip.data.sources.shards import ShardSource
@@ -124,8 +125,7 @@ def test_the_second_text_is_what_was_chosen():
 
 
 def test_what_there_is_not_enough_of_is_refused():
-    with pytest.raises(UserError, match=r"'fake' holds 30 pairs.* 31.*train\.batch_size"):
-        make(batch_size=31)
+    refuses(r"'fake' holds 30 pairs.* 31.*train\.batch_size", make, batch_size=31)
 
 
 def test_a_pair_without_another_caption_gets_the_augmented_caption():
@@ -183,14 +183,12 @@ def test_a_mistake_that_a_worker_meets_arrives_as_it_was(monkeypatch):
         raise UserError(f"Row {index} is gone.")
 
     monkeypatch.setattr(Noise, "__getitem__", fail)
-    with pytest.raises(UserError, match=r"^Row \d+ is gone\.$"):
-        take(make(workers=1), 1)
+    refuses(r"^Row \d+ is gone\.$", take, make(workers=1), 1)
 
 
 def test_a_lost_worker_is_explained(monkeypatch):
     monkeypatch.setattr(Noise, "__getitem__", lambda *_: os._exit(1))
-    with pytest.raises(UserError, match=r"at step 4: .*fewer workers"):
-        take(make(workers=1, start_step=4), 1)
+    refuses(r"at step 4: .*fewer workers", take, make(workers=1, start_step=4), 1)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])

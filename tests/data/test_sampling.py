@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from scipy.stats import chisquare
 
+from conftest import refuses
 from declip.data.loader import build_order
 from declip.data.pair import PairSource
 from declip.data.sources.subset import Joined, take
-from declip.errors import UserError
 
 
 class Numbers(PairSource):
@@ -126,5 +126,4 @@ def test_pairs_are_taken_of_all_sources():
     assert chosen[0] <= chosen[1]
     shards = np.searchsorted([30, 100, 140, 200], small.indices, "right")
     assert small.shards().tolist() == np.bincount(shards).tolist()
-    with pytest.raises(UserError, match="has 200"):
-        take(joined, 201, seed=1)
+    refuses("has 200", take, joined, 201, seed=1)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import draw
+from conftest import draw, refuses
 from data.fakes import jpeg, scene
 from declip.data import prepare as module
 from declip.data.pair import BrokenPair, LazyImage, Pair, PairSource
@@ -142,8 +142,7 @@ def test_it_continues_after_a_kill(folder, tmp_path):
     end = time.monotonic() + 60
     while not list(out.glob(".000001.tar.*.partial")) and time.monotonic() < end:
         time.sleep(0.02)
-    with pytest.raises(UserError, match="Another process"):
-        shard_source(folder, out, size=48, shard_pairs=4, workers=0)
+    refuses("Another process", shard_source, folder, out, size=48, shard_pairs=4, workers=0)
     os.killpg(process.pid, signal.SIGKILL)
     process.join()
     assert files(out).keys() == {"000000.tar", "prepared.json"}
@@ -162,23 +161,19 @@ def test_another_option_in_the_same_folder_is_refused(folder, tmp_path, changed,
     options = {"size": 48, "shard_pairs": 4, "workers": 0}
     shard_source(folder, tmp_path / "made", **options)
     before = files(tmp_path / "made")
-    with pytest.raises(UserError, match=f"another source or option: {message}.*--out"):
-        shard_source(folder, tmp_path / "made", **options | changed)
+    refuses(f"another source or option: {message}.*--out", shard_source, folder, tmp_path / "made", **options | changed)
     (folder / "9.jpg").write_bytes(jpeg())
-    with pytest.raises(UserError, match=r"content was .*; pairs was 9, now 10"):
-        shard_source(folder, tmp_path / "made", **options)
+    refuses(r"content was .*; pairs was 9, now 10", shard_source, folder, tmp_path / "made", **options)
     assert files(tmp_path / "made") == before
 
 
 def test_a_folder_of_something_else_is_left_alone(folder, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.tex").touch()
-    with pytest.raises(UserError, match=r"'thesis\.tex'"):
-        shard_source(folder, tmp_path / "mine", workers=0)
+    refuses(r"'thesis\.tex'", shard_source, folder, tmp_path / "mine", workers=0)
     assert files(tmp_path / "mine") == {"thesis.tex": b""}
     (tmp_path / "mine/prepared.json").write_text('{"made_of": 5, "shards": {}}')
-    with pytest.raises(UserError, match=r"prepared\.json' cannot be read"):
-        shard_source(folder, tmp_path / "mine", workers=0)
+    refuses(r"prepared\.json' cannot be read", shard_source, folder, tmp_path / "mine", workers=0)
 
 
 def test_a_shard_without_a_good_pair_and_a_source_without_any(tmp_path):
@@ -205,15 +200,13 @@ def test_parts_are_joined(folder, tmp_path, command):
     assert (missing.status, "Part 1 of 2" in missing.err, "--part 1/2" in missing.err) == (2, True, True)
     other = tmp_path / "made.part-1-of-2"
     shard_source(folder, out, size=32, shard_pairs=2, part=(1, 2))
-    with pytest.raises(UserError, match="size was 48, now 32"):
-        join_shards(out)
+    refuses("size was 48, now 32", join_shards, out)
     shutil.rmtree(other)
     shutil.rmtree(out)
     # --- a killed part, and a call to join that was killed after it moved a shard
     assert command(*shard, "--part", "1/2").status == 0
     (other / "000001.tar").unlink()
-    with pytest.raises(UserError, match=r"'000001.tar' is missing"):
-        join_shards(out)
+    refuses(r"'000001.tar' is missing", join_shards, out)
     assert command(*shard, "--part", "1/2").status == 0
     joined = join_shards(out)
     assert (joined.pairs, joined.shards, joined.skipped) == (whole.pairs, 5, whole.skipped)

@@ -2,11 +2,8 @@
 
 from pathlib import Path
 
-import pytest
-
 import declip
-from conftest import texture
-from declip.errors import UserError
+from conftest import refuses, texture
 from interchange.towers import build
 
 
@@ -41,5 +38,4 @@ def test_a_project_works_after_it_was_moved(tmp_path, monkeypatch, command):
     assert Path("indices/images/generation-1/vectors.npy").stat() == before, "nothing is embedded again"
     away = (moved / "indices/images").rename(tmp_path / "away")
     assert "--model" in command("search", away, "red").err
-    with pytest.raises(UserError, match="--source"):
-        declip.Index.open(away).image(0)
+    refuses("--source", declip.Index.open(away).image, 0)

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 
-from declip.errors import UserError
+from conftest import refuses
 from declip.evaluation import datasets
 from declip.evaluation.datasets import NAMED, Dataset, open_dataset, with_classes
 from declip.training.assemble import resolve_recipe
@@ -19,8 +19,7 @@ def test_a_named_set(tmp_path):
     assert dataset.split("test").name == "pets"
     per_class = {name for name, named in NAMED.items() if named.metric == "mean_per_class"}
     assert per_class == {"pets", "flowers102", "caltech101", "aircraft"}
-    with pytest.raises(UserError, match=r"'pets:.*' has no validation split\. It has: train, test\."):
-        dataset.split("validation")
+    refuses(r"'pets:.*' has no validation split\. It has: train, test\.", dataset.split, "validation")
     assert pickle.loads(pickle.dumps(dataset)).split("test").labels.tolist() == dataset.split("test").labels.tolist()
 
 
@@ -36,8 +35,7 @@ def test_a_split_is_opened_when_it_is_asked_for_and_once(painted):
     assert opened == ["test"]
     assert dataset.split("train") is dataset.split("train")
     assert opened == ["test", "train"]
-    with pytest.raises(UserError, match="'mine' has no pairs in its validation split"):
-        dataset.split("validation")
+    refuses("'mine' has no pairs in its validation split", dataset.split, "validation")
 
 
 def test_an_open_source_is_a_test_split(painted):
@@ -46,8 +44,7 @@ def test_an_open_source_is_a_test_split(painted):
     assert dataset.split("test") is source
     assert (dataset.name, dataset.templates, dataset.metric) == ("builtin:emoji-test", "emoji", "top1")
     assert open_dataset(painted(["red"])).templates == "plain"
-    with pytest.raises(UserError, match="'painted' has no pairs"):
-        open_dataset(painted([]))
+    refuses("'painted' has no pairs", open_dataset, painted([]))
 
 
 def test_splits_of_a_built_in_set(painted, monkeypatch):
@@ -82,10 +79,8 @@ def test_a_folder_with_captions_is_still_one(tmp_path):
     dataset = open_dataset(str(tmp_path))
     assert list(dataset.openers) == ["test"]
     assert dataset.split("test").captions(0) == ("one", "two")
-    with pytest.raises(UserError, match="has no classes"):
-        with_classes(dataset.split("test"))
-    with pytest.raises(UserError, match="label_column"):
-        open_dataset([(tmp_path / "a.jpg", "one")], label_column="label")
+    refuses("has no classes", with_classes, dataset.split("test"))
+    refuses("label_column", open_dataset, [(tmp_path / "a.jpg", "one")], label_column="label")
 
 
 @pytest.mark.parametrize(
@@ -99,5 +94,4 @@ def test_a_folder_with_captions_is_still_one(tmp_path):
     ],
 )
 def test_what_cannot_be_opened(on, message):
-    with pytest.raises(UserError, match=message):
-        open_dataset(on)
+    refuses(message, open_dataset, on)

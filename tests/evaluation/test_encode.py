@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from conftest import refuses
 from declip.errors import UserError
 from declip.evaluation.encode import encode_source, eval_mode, text_features
 
@@ -75,5 +76,4 @@ def test_features_that_are_not_finite_are_refused_by_name(model, painted, value)
         encode_source(model, painted(["red", "green", "red", "blue", "blue"]), batch_size=2)
     encode = model.encode_text
     model.encode_text = lambda tokens: torch.where(encode(tokens)[:, 2:] > 0.9, value, encode(tokens))
-    with pytest.raises(UserError, match=r"'blue'.*not finite"):
-        text_features(model, ["red", "green", "blue"], batch_size=2)
+    refuses(r"'blue'.*not finite", text_features, model, ["red", "green", "blue"], batch_size=2)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize, one_hot
 
-from declip.errors import UserError
+from conftest import refuses
 from declip.evaluation.datasets import Dataset
 from declip.evaluation.few_shot import (
     Examples,
@@ -123,10 +123,8 @@ def test_the_protocol_gives_names_and_images(model, painted):
     assert (result.top1, result.names_top1, result.n, result.shots) == (1.0, 1.0, 6, 2)
     assert result.measures()[0].name == "2 shots, top-1"
     assert read_result(result.to_dict()) == result
-    with pytest.raises(UserError, match="shots"):
-        Options(shots=0)
-    with pytest.raises(UserError, match=r"train split.*few-shot"):
-        evaluate_all(model, Dataset("x", {"test": lambda: train}), ("few-shot",))
+    refuses("shots", Options, shots=0)
+    refuses(r"train split.*few-shot", evaluate_all, model, Dataset("x", {"test": lambda: train}), ("few-shot",))
 
 
 def test_shots_require_the_task(command):

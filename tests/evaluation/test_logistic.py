@@ -6,7 +6,7 @@ import torch
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
-from declip.errors import UserError
+from conftest import refuses
 from declip.evaluation import linear_probe
 from declip.evaluation.linear_probe import LogisticProblem
 
@@ -81,12 +81,10 @@ def test_classes_without_images_are_never_predicted(digits):
 
 def test_what_cannot_be_fitted(digits):
     features, labels = digits
-    with pytest.raises(UserError, match="at least two classes"):
-        LogisticProblem(features[labels == 1], labels[labels == 1])
+    refuses("at least two classes", LogisticProblem, features[labels == 1], labels[labels == 1])
     spoiled = features.clone()
     spoiled[3, 5] = torch.nan
-    with pytest.raises(UserError, match="not a number"):
-        LogisticProblem(spoiled, labels)
+    refuses("not a number", LogisticProblem, spoiled, labels)
 
 
 def _objective(features, labels, found, C):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from conftest import TINY
+from conftest import TINY, refuses
 from declip.api import evaluate
 from declip.errors import UserError
 from declip.evaluation.datasets import Dataset
@@ -51,8 +51,7 @@ def test_labels_follow_the_images_that_could_be_read_and_templates_the_source(mo
 def test_what_cannot_be_measured_is_said_before_anything_is_encoded(model, painted, task, classes, message):
     sources = [Dataset("first", {"test": lambda: painted(["red"], classes=NAMES)})]
     sources.append(Dataset("second", {"test": lambda: painted(["red", "red"], classes=classes)}))
-    with pytest.raises(UserError, match=message):
-        evaluate_all(model, sources, (task,))
+    refuses(message, evaluate_all, model, sources, (task,))
     assert model.passes == []
 
 
@@ -111,8 +110,7 @@ def test_a_model_may_be_a_path_and_batches_have_a_size(painted, tmp_path, model)
     source = painted(["red", "blue"], captions=[("red",), ("blue",)])
     found, expected = (evaluate(given, source, "retrieval") for given in (tmp_path / "model", real))
     assert found.to_dict() == expected.to_dict()
-    with pytest.raises(UserError, match="batch_size"):
-        evaluate(model, source, "retrieval", batch_size=0)
+    refuses("batch_size", evaluate, model, source, "retrieval", batch_size=0)
 
 
 def test_unreadable_images_are_counted_over_all_splits(probed, painted):
@@ -129,8 +127,7 @@ def test_sets_and_models_that_cannot_be_probed(model, probed, painted, dataset):
     with pytest.raises(UserError, match=r"'painted' has no train split.*'zero-shot' or 'retrieval'"):
         evaluate(probed, painted(NAMES, classes=NAMES), "linear")
     on = dataset(train=NAMES, test=NAMES)
-    with pytest.raises(UserError, match=r"fewer than two training images for 7 of its 7 classes"):
-        evaluate(probed, on, "linear")
+    refuses(r"fewer than two training images for 7 of its 7 classes", evaluate, probed, on, "linear")
     assert probed.passes == []
 
 
@@ -140,8 +137,7 @@ def test_splits_that_do_not_fit_each_other(probed, painted):
         evaluate(probed, Dataset("set", {"train": lambda: train, "test": lambda: test}), "linear")
     test = painted(NAMES, classes=NAMES)
     train.labels[3] = 7
-    with pytest.raises(UserError, match="from 0 to 7"):
-        evaluate(probed, Dataset("set", {"train": lambda: train, "test": lambda: test}), "linear")
+    refuses("from 0 to 7", evaluate, probed, Dataset("set", {"train": lambda: train, "test": lambda: test}), "linear")
 
 
 def _printed(results):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torchvision import datasets
 
-from declip.errors import UserError
+from conftest import refuses
 from declip.evaluation.protocols import SETS, Options, evaluate_suite
 from evaluation import trees
 
@@ -78,8 +78,7 @@ def test_each_set_by_its_own_metric_and_the_missing_ones_listed(root):
     ],
 )
 def test_what_is_not_a_suite_or_not_there(on, task, message):
-    with pytest.raises(UserError, match=message):
-        evaluate_suite(NameModel(), on, task)
+    refuses(message, evaluate_suite, NameModel(), on, task)
 
 
 def test_the_linear_probe_learns_on_train(root):

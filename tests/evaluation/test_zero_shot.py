@@ -5,7 +5,7 @@ import pytest
 import torch
 from numpy.random import default_rng
 
-from declip.errors import UserError
+from conftest import refuses
 from declip.evaluation.zero_shot import class_features, classify, read_templates
 from evaluation.conftest import features_of
 
@@ -67,5 +67,4 @@ def test_templates_by_name_and_by_hand():
     assert read_templates("a {} here") == ("a {} here", ["a {} here"])
     assert read_templates(["{}", "a {}"]) == ("{} | a {}", ["{}", "a {}"])
     for given, message in (("emojy", "'emoji'"), (["{}", "a cat"], "'a cat'"), ([], r"\[\]")):
-        with pytest.raises(UserError, match=message):
-            read_templates(given)
+        refuses(message, read_templates, given)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from declip.errors import UserError
+from conftest import refuses
 from declip.io.plugins import load_plugin, plugins
 from declip.recipe.load import load_recipe, recipe_names
 from declip.supervision import objective
@@ -51,7 +51,5 @@ def test_damaged_plugins_are_named(tmp_path, monkeypatch):
             + ("[declip.trackers]\nbroken = one_missing:X\n" if package == "one" else "")
         )
     monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(UserError, match=r"'same': (one and two|two and one)"):
-        plugins("losses")
-    with pytest.raises(UserError, match="'broken' of the package one cannot be imported"):
-        load_plugin("trackers", "broken")
+    refuses(r"'same': (one and two|two and one)", plugins, "losses")
+    refuses("'broken' of the package one cannot be imported", load_plugin, "trackers", "broken")

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import texture
+from conftest import refuses, texture
 from declip.data.pair import BrokenPair, Pair, PairSource
-from declip.errors import UserError
 from declip.inspection.scan import inspect_source, sample_places
 from declip.reports.inspection import sentences
 
@@ -150,8 +149,7 @@ def test_images_of_a_test_set_are_found(planted):
     assert rules(found)["leakage"] == 0.6
     bare = planted.with_name("bare")
     bare.mkdir()
-    with pytest.raises(UserError, match="bare"):
-        inspect_source(planted, None, check_leakage=[bare], workers=0)
+    refuses("bare", inspect_source, planted, None, check_leakage=[bare], workers=0)
     shutil.copy(next(planted.parent.glob("*.png")), bare / "copy.png")  # without a caption
     (leak,) = inspect_source(planted, None, check_leakage=[bare], workers=0).leakages
     assert (leak.images, leak.found.count > 0) == (1, True)
@@ -193,7 +191,5 @@ def test_scripts_and_queue():
 
 def test_wrong_options_are_refused(planted):
     for name, value in {"sample": 0, "workers": -1, "size": 0, "batch_size": 1, "seed": -1}.items():
-        with pytest.raises(UserError, match=f"{name} is {value}"):
-            inspect_source(planted, **{name: value})
-    with pytest.raises(UserError, match=r"nowhere\.jsonl"):
-        inspect_source(planted, check_leakage=["nowhere.jsonl"])
+        refuses(f"{name} is {value}", inspect_source, planted, **{name: value})
+    refuses(r"nowhere\.jsonl", inspect_source, planted, check_leakage=["nowhere.jsonl"])

@@ -6,11 +6,10 @@ import json
 import numpy as np
 import pytest
 
-from conftest import texture
+from conftest import refuses, texture
 from declip.data.columns import Columns
 from declip.data.sources.open import open_source
 from declip.data.sources.subset import PairList, write_pair_list
-from declip.errors import UserError
 from declip.inspection.split import check_copies, split_pairs
 
 
@@ -112,21 +111,18 @@ def test_a_list_opens_as_its_pairs(pairs, tmp_path, monkeypatch):
     assert source.image(0).size == (48, 48)
     assert [source.captions(i) for i in range(len(source))] == [("first of 1",), ("Common to 1",), ("Common to 19",)]
     write_pair_list(tmp_path / "older.pairs", PairList(str(pairs), Columns(), 61, [3]))
-    with pytest.raises(UserError, match=r"61.*60"):
-        open_source(tmp_path / "older.pairs")
+    refuses(r"61.*60", open_source, tmp_path / "older.pairs")
     write_pair_list(tmp_path / "marked.pairs", PairList(str(pairs), Columns(), 60, [3, 5, 59]), open_source(pairs))
     assert len(open_source(tmp_path / "marked.pairs")) == 3
     lines = pairs.read_text().splitlines(keepends=True)
     pairs.write_text("".join([lines[0], *reversed(lines[1:])]))
-    with pytest.raises(UserError, match="in another order"):
-        open_source(tmp_path / "marked.pairs")
+    refuses("in another order", open_source, tmp_path / "marked.pairs")
     pairs.write_text("".join(lines))
     good = {"source": str(pairs), "columns": {}, "total": 60, "indices": [1]}
     wrong = [{"indices": indices} for indices in ([2, 1], [60], [], 3)]
     for change in (*wrong, {"columns": {"x": 1}}, {"source": str(tmp_path / "wrong.pairs")}):
         (tmp_path / "wrong.pairs").write_text(json.dumps({**good, **change}))
-        with pytest.raises(UserError, match="not a list of pairs"):
-            open_source(tmp_path / "wrong.pairs")
+        refuses("not a list of pairs", open_source, tmp_path / "wrong.pairs")
 
 
 def test_what_cannot_be_split_is_refused(tmp_path):
@@ -135,14 +131,12 @@ def test_what_cannot_be_split_is_refused(tmp_path):
     two = open_source(write(tmp_path / "two", [(image, f"thing {n % 2}") for n, image in enumerate(images)]))
     few = open_source(write(tmp_path / "few", [(image, f"thing {n}") for n, image in enumerate(images[:3])]))
     for source, words in ((one, "same caption"), (two, "2 groups.*15 pairs"), (few, "3 pairs")):
-        with pytest.raises(UserError, match=words):
-            split_pairs(source)
+        refuses(words, split_pairs, source)
 
 
 def test_copied_validation_images_are_refused_or_counted(pairs, tmp_path):
     source = open_source(pairs)
-    with pytest.raises(UserError, match=r"100.0 % .*--val"):
-        check_copies(source, source)
+    refuses(r"100.0 % .*--val", check_copies, source, source)
     new = [(texture(1000 + n), f"new {n}") for n in range(9)]
     assert check_copies(source, open_source(write(tmp_path / "new", new))) is None
     mixed = open_source(write(tmp_path / "mixed", [*new, (texture(0, 40), "known")]))

@@ -7,6 +7,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
+from conftest import refuses
 from declip.errors import UserError
 from declip.interchange.classes import Classes, read_names, texts_digest
 from declip.interchange.read import read, read_start
@@ -85,10 +86,8 @@ def test_classes_need_as_many_names(tmp_path):
     weights, _ = read_timm(tmp_path, "test_vit", count=7)
     names = tmp_path / "names.txt"
     names.write_text("a\nb\n", encoding="utf-8")
-    with pytest.raises(UserError, match=r"2 names.*7 classes"):
-        weights.named_classes(str(names))
-    with pytest.raises(UserError, match=r"finetune\.class_names"):
-        weights.named_classes(required=True)
+    refuses(r"2 names.*7 classes", weights.named_classes, str(names))
+    refuses(r"finetune\.class_names", weights.named_classes, required=True)
     assert weights.named_classes() is None
     names.write_text("\n".join("abcdefg"), encoding="utf-8")
     found = weights.named_classes(str(names))
@@ -100,5 +99,4 @@ def test_names_without_a_classifier_are_refused(tmp_path):
     weights = read_start(f"timm:test_vit/{tmp_path / 'w.safetensors'}")
     assert weights.classes is None
     for file in (None, "names.txt"):
-        with pytest.raises(UserError, match=r"no classifier.*finetune\.class_pairs"):
-            weights.named_classes(file, required=True)
+        refuses(r"no classifier.*finetune\.class_pairs", weights.named_classes, file, required=True)

@@ -12,6 +12,7 @@ import yaml
 from safetensors.torch import load_file
 
 import declip
+from conftest import refuses
 from declip.errors import UserError
 from declip.interchange import declip_file
 from declip.interchange.declip_file import FILE, write_declip_file
@@ -165,8 +166,7 @@ def test_the_code_in_the_card_works_as_it_is(form, library, tmp_path, monkeypatc
     ],
 )
 def test_what_a_format_cannot_say_is_refused_with_the_reason(kind, form, reason, tmp_path):
-    with pytest.raises(UserError, match=reason):
-        declip.export(build(kind), form, tmp_path / "out")
+    refuses(reason, declip.export, build(kind), form, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
@@ -190,8 +190,7 @@ def test_features_that_come_out_differently_are_not_kept(tmp_path, monkeypatch):
         write_declip_file(other, folder / FILE)
 
     monkeypatch.setattr(declip_file, "write", spoiled)
-    with pytest.raises(UserError, match="computes other features"):
-        declip.export(build("vit"), "safetensors", tmp_path / "out")
+    refuses("computes other features", declip.export, build("vit"), "safetensors", tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
@@ -208,27 +207,22 @@ def test_wrong_words_and_folders_in_use(tmp_path):
     model = build("vit")
     with pytest.raises(UserError, match=r"export format 'openclip'. Did you mean 'open_clip'\?.*huggingface, onnx"):
         declip.export(model, "openclip", tmp_path / "out")
-    with pytest.raises(UserError, match="This Identity cannot be exported"):
-        declip.export(torch.nn.Identity(), "onnx", tmp_path / "out")
+    refuses("This Identity cannot be exported", declip.export, torch.nn.Identity(), "onnx", tmp_path / "out")
     (tmp_path / "out").mkdir()
     declip.export(model, "safetensors", tmp_path / "out")
     (tmp_path / "out" / "more.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"or not empty.*--overwrite"):
-        declip.export(model, "safetensors", tmp_path / "out")
+    refuses(r"or not empty.*--overwrite", declip.export, model, "safetensors", tmp_path / "out")
     declip.export(model, "safetensors", tmp_path / "out", overwrite=True)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["README.md", FILE]
     for name, inner in (("photos", "a.jpg"), ("run", "README.md"), ("run/checkpoints", "step")):
         (tmp_path / name).mkdir()
         (tmp_path / name / inner).write_text("mine")
     for name in ("photos", "run"):
-        with pytest.raises(UserError, match="--overwrite does not replace it"):
-            declip.export(model, "safetensors", tmp_path / name, overwrite=True)
+        refuses("--overwrite does not replace it", declip.export, model, "safetensors", tmp_path / name, overwrite=True)
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(UserError, match="is a file"):
-        declip.export(model, "safetensors", tmp_path / "file", overwrite=True)
+    refuses("is a file", declip.export, model, "safetensors", tmp_path / "file", overwrite=True)
     model.recipe = None
-    with pytest.raises(UserError, match="was not built from a recipe"):
-        declip.export(model, "safetensors", tmp_path / "other")
+    refuses("was not built from a recipe", declip.export, model, "safetensors", tmp_path / "other")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="/dev/full")
@@ -241,6 +235,5 @@ def test_a_full_disk_and_a_place_that_cannot_be_written_are_one_line(tmp_path, m
         declip.export(build("vit"), "safetensors", Path("/proc/none/out"))
     assert "DECLIP_CACHE" not in str(caught.value)
     monkeypatch.setattr(declip_file, "write", full)
-    with pytest.raises(UserError, match=r"No room left on the disk to write '.*out'"):
-        declip.export(build("vit"), "safetensors", tmp_path / "out")
+    refuses(r"No room left on the disk to write '.*out'", declip.export, build("vit"), "safetensors", tmp_path / "out")
     assert not list(tmp_path.iterdir())

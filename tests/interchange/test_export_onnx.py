@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer
 
 import declip
-from declip.errors import UserError
+from conftest import refuses
 from interchange.test_export import run_card, same_until_the_end
 from interchange.towers import CAPTIONS, EXACT, VIT, build, export_exactly, largest, pictures
 from text_encoders import roberta
@@ -102,6 +102,5 @@ def test_without_its_packages_or_for_what_it_cannot_trace_it_says_so(error, mess
         raise error
 
     monkeypatch.setattr(torch.onnx, "export", fails)
-    with pytest.raises(UserError, match=message):
-        declip.export(build("vit"), "onnx", tmp_path / "out")
+    refuses(message, declip.export, build("vit"), "onnx", tmp_path / "out")
     assert not list(tmp_path.iterdir())

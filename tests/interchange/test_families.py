@@ -11,6 +11,7 @@ import torch
 from tokenizers import Tokenizer
 
 import declip
+from conftest import refuses
 from declip.api import train
 from declip.errors import UserError
 from declip.interchange import declip_file
@@ -65,8 +66,7 @@ def test_its_image_tower_embeds_every_patch_or_says_that_it_does_not(families, f
     tower, images = model.image_tower, torch.randn(2, 3, model.preprocessor.size, model.preprocessor.size)
     with torch.no_grad():
         if family == "coca":
-            with pytest.raises(UserError, match="no similarity map"):
-                tower.encode_cells(images)
+            refuses("no similarity map", tower.encode_cells, images)
         else:
             cells, features = tower.encode_cells(images), tower(images)
             assert cells.shape == (2, features.tokens.shape[1], features.pooled.shape[1])
@@ -114,8 +114,7 @@ def test_onnx_gives_the_same_features_at_any_batch_and_length(family, families, 
     assert max(differences) < 1e-5
     assert (about["image"]["squash"], about["logit_bias"] or 0) == (model.preprocessor.squash, model.logit_bias or 0)
     model.tokenizer.stored["zeroed"] = 1
-    with pytest.raises(UserError, match=r"onnx: .*tokenizer.*safetensors"):
-        declip.export(model, "onnx", tmp_path / "refused")
+    refuses(r"onnx: .*tokenizer.*safetensors", declip.export, model, "onnx", tmp_path / "refused")
 
 
 @every_family
@@ -213,20 +212,17 @@ def test_losses_that_need_more_than_a_tower_gives_are_refused(families, table):
     weights = families["coca"][0]
     model = weights.build()
     recipe = weights.fit(tuned(table, weights.origin, loss_weights={"masked_language": 1.0}))
-    with pytest.raises(UserError, match=r"views\.text\.mask"):
-        Objective(recipe, model)
+    refuses(r"views\.text\.mask", Objective, recipe, model)
     model.text_tower.gives_tokens = False
     recipe = weights.fit(tuned(table, weights.origin, loss_weights={"late_interaction": 1.0}))
-    with pytest.raises(UserError, match=r"text_tower.*loss_weights\.late_interaction"):
-        Objective(recipe, model)
+    refuses(r"text_tower.*loss_weights\.late_interaction", Objective, recipe, model)
 
 
 def test_a_tokenizer_that_is_missing_is_one_error(families, tmp_path):
     folder = shutil.copytree(families["siglip2"][0].origin.removeprefix("open_clip:local-dir:"), tmp_path / "siglip2")
     for file in folder.glob("*token*"):
         file.unlink()
-    with pytest.raises(UserError, match=r"tokenizer\.json"):
-        read(str(folder))
+    refuses(r"tokenizer\.json", read, str(folder))
 
 
 def test_a_strangers_configuration_opens_no_file_and_no_address(families):
@@ -236,5 +232,4 @@ def test_a_strangers_configuration_opens_no_file_and_no_address(families):
     assert type(replace(model, config=config).build(32)[1]).__name__ == "TextTransformer"
     for name in ("hf-hub:owner/name", "local-dir:/missing"):
         config["vision_cfg"]["timm_model_name"] = name
-        with pytest.raises(UserError, match=name):
-            replace(model, config=config).build(32)
+        refuses(name, replace(model, config=config).build, 32)

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import declip
+from conftest import refuses
 from declip.data.text.tokenizer import Tokenizer, clean
 from declip.errors import UserError
 from declip.interchange.layouts import backend
@@ -142,8 +143,7 @@ def test_weights_that_are_not_whole_are_told_by_what_is_missing(exported, tmp_pa
     whole, tensors = weights.read_bytes(), load_file(exported / weights.name)  # the other is written over
 
     def refused(message):
-        with pytest.raises(UserError, match=message):
-            declip.load(folder)
+        refuses(message, declip.load, folder)
 
     weights.write_bytes(whole[: len(whole) // 2])
     refused("SafetensorError")

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 import declip
-from conftest import draw
+from conftest import draw, refuses
 from declip.errors import UserError
 from declip.interchange.read import read_checkpoint
 from declip.models.image_tower import ImageTower
@@ -32,15 +32,12 @@ def test_a_loaded_run_gives_the_features_of_the_trained_model(table, tmp_path):
 
 
 def test_what_is_not_a_model_is_named(table, tmp_path):
-    with pytest.raises(UserError, match="Cannot find the model"):
-        declip.load(tmp_path / "missing")
-    with pytest.raises(UserError, match="not a run folder"):
-        declip.load(tmp_path)
+    refuses("Cannot find the model", declip.load, tmp_path / "missing")
+    refuses("not a run folder", declip.load, tmp_path)
     with pytest.raises(UserError):
         declip.load(table)
     Trainer(assemble(recipe_for(table), tmp_path / "run", quiet=True))
-    with pytest.raises(UserError, match="no checkpoint yet"):
-        declip.load(tmp_path / "run")
+    refuses("no checkpoint yet", declip.load, tmp_path / "run")
 
 
 def test_damaged_checkpoints_and_their_weights_alone_are_named(table, tmp_path, caplog):
@@ -56,12 +53,10 @@ def test_damaged_checkpoints_and_their_weights_alone_are_named(table, tmp_path, 
     assert read_checkpoint(tmp_path).step == step_of(good)
     assert re.search(rf"{best.name}/{WEIGHTS} is damaged.*step {step_of(good)}", caplog.text)
     folder = list_checkpoints(tmp_path)[-1]
-    with pytest.raises(UserError, match="by its folder"):
-        declip.load(folder / WEIGHTS)
+    refuses("by its folder", declip.load, folder / WEIGHTS)
     for folder in list_checkpoints(tmp_path):
         (folder / WEIGHTS).write_bytes(b"half")
-    with pytest.raises(UserError, match="damaged"):
-        declip.load(tmp_path)
+    refuses("damaged", declip.load, tmp_path)
 
 
 def test_timms_image_tower_alone_gives_its_pooled_feature(tmp_path):
@@ -72,8 +67,7 @@ def test_timms_image_tower_alone_gives_its_pooled_feature(tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(model.encode_backbone(pixels), trunk(pixels))
         torch.testing.assert_close(model.encode_image(pixels), F.normalize(trunk(pixels), dim=-1))
-    with pytest.raises(UserError, match="image tower alone"):
-        model.tokenize("a cat")
+    refuses("image tower alone", model.tokenize, "a cat")
 
 
 @pytest.mark.parametrize("change", ["more", "fewer", "statistics", "other"])

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 import declip
-from declip.errors import UserError
+from conftest import refuses
 from declip.interchange import official
 from declip.interchange.declip_file import FILE, write_declip_file
 from declip.interchange.official import UNUSED
@@ -235,5 +235,4 @@ def test_a_logit_scale_that_theirs_cuts_off_is_cut_off(tiny):
 
 
 def test_heads_that_do_not_divide_the_width(tiny):
-    with pytest.raises(UserError, match="multiple"):
-        read_official(tiny, text_heads=3)
+    refuses("multiple", read_official, tiny, text_heads=3)

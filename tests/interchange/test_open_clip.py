@@ -13,6 +13,7 @@ from huggingface_hub import constants
 from safetensors.torch import save_file
 
 import declip
+from conftest import refuses
 from declip.api import train
 from declip.errors import UserError
 from declip.runs.checkpoint import list_checkpoints
@@ -58,8 +59,7 @@ def test_the_sizes_among_openais_tensors_are_no_damage(tmp_path):
     declip.export(f"open_clip:tiny-vit/{tmp_path / 'openai.pt'}", "safetensors", tmp_path / "out")
     assert same(declip.load(tmp_path / "out", device="cpu"), theirs)
     save_file(state | {"more": torch.zeros(2)}, tmp_path / "more.safetensors")
-    with pytest.raises(UserError, match=r"Cannot load .*'more'"):
-        declip.load(f"open_clip:tiny-vit/{tmp_path / 'more.safetensors'}")
+    refuses(r"Cannot load .*'more'", declip.load, f"open_clip:tiny-vit/{tmp_path / 'more.safetensors'}")
 
 
 @pytest.mark.parametrize(
@@ -139,8 +139,7 @@ def test_a_torchscript_archive_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.jit, "load", lambda *_, **__: pytest.fail("torch.jit.load was called"))
     monkeypatch.setitem(pretrained._PRETRAINED, "tiny-vit", {"first_tag": {"file": str(file)}})
     for given in (f"open_clip:tiny-vit/{file}", "open_clip:tiny-vit/first_tag", str(file)):
-        with pytest.raises(UserError, match=r"TorchScript archive.*open_clip:ViT-B-32/openai"):
-            declip.load(given)
+        refuses(r"TorchScript archive.*open_clip:ViT-B-32/openai", declip.load, given)
 
 
 def test_wrong_folders(tmp_path):
@@ -153,16 +152,13 @@ def test_wrong_folders(tmp_path):
         changed = copy.deepcopy(stored)
         changed["model_cfg"]["text_cfg"]["tokenizer_kwargs"] = {"trust_remote_code": trust}
         config.write_text(json.dumps(changed))
-        with pytest.raises(UserError, match=r"trust_remote_code"):
-            declip.load(folder)
+        refuses(r"trust_remote_code", declip.load, folder)
     for text in ("{", "[]", '{"model_cfg": {}}', '{"model_cfg": {"embed_dim": 8}}', '{"preprocess_cfg": {}}'):
         config.write_text(text)
-        with pytest.raises(UserError, match="Cannot load"):
-            declip.load(folder)
+        refuses("Cannot load", declip.load, folder)
     config.write_text(json.dumps(stored))
     weights.rename(folder / "weights.pt")
-    with pytest.raises(UserError, match=r"open_clip_config.json.*\*\.safetensors"):
-        declip.load(folder)
+    refuses(r"open_clip_config.json.*\*\.safetensors", declip.load, folder)
 
 
 @pytest.mark.parametrize("given", ["open_clip:ViT-B-32/openai", "hf-hub:owner/name", "timm:resnet18.a1_in1k"])
@@ -197,5 +193,4 @@ def test_the_packages_that_are_missing(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"needs the package transformers\. Install it: pip install transformers"):
         declip.load(f"open_clip:ViT-B-16-SigLIP/{tmp_path / 'weights.safetensors'}")
     monkeypatch.setitem(sys.modules, "open_clip", None)
-    with pytest.raises(UserError, match=r"needs open_clip.*pip install 'declip\[open_clip\]'"):
-        declip.load("open_clip:tiny-vit/weights")
+    refuses(r"needs open_clip.*pip install 'declip\[open_clip\]'", declip.load, "open_clip:tiny-vit/weights")

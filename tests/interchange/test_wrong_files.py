@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save
 
 import declip
+from conftest import refuses
 from declip.errors import UserError
 from declip.interchange import official
 from declip.interchange.declip_file import FILE
@@ -83,8 +84,7 @@ def test_a_wrong_file_is_refused_by_each_reader(name, tmp_path, monkeypatch):
     content = make({part: t.float() for part, t in read_state("clip_vit_tiny").items()})
     if content is not None:
         Path(name).write_bytes(content if isinstance(content, bytes) else in_file(content, name))
-    with pytest.raises(UserError, match=message.format(name=name)):
-        official.read(name)
+    refuses(message.format(name=name), official.read, name)
     theirs = f"Cannot load 'open_clip:tiny-vit/{name}'.*must be those of" if content is not None else name
     with pytest.raises(UserError, match=theirs) as caught:
         declip.load(f"open_clip:tiny-vit/{name}")
@@ -112,8 +112,7 @@ def test_a_file_of_ours_that_was_changed_names_the_first_tensor(tmp_path):
     ):
         metadata = about | {"declip.recipe": recipe.replace("embed_dim: 16", f"embed_dim: {embed_dim}")}
         (tmp_path / "changed.safetensors").write_bytes(save(weights, metadata))
-        with pytest.raises(UserError, match=message):
-            declip.load(tmp_path / "changed.safetensors")
+        refuses(message, declip.load, tmp_path / "changed.safetensors")
 
 
 LAYERS = 100_000

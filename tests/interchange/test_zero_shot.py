@@ -11,8 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import declip
-from conftest import draw
-from declip.errors import UserError
+from conftest import draw, refuses
 from declip.interchange import starter
 from declip.interchange.classes import Classes
 from declip.interchange.export import export, supported_formats
@@ -193,5 +192,4 @@ def test_an_image_classifier_of_timm_with_a_text_encoder_is_a_model_without_pair
     exported = export(name, "safetensors", tmp_path / "out")
     assert exported.difference is not None
     assert exported.difference < EXACT
-    with pytest.raises(UserError, match=r"text\.hf_model 'nowhere'"):
-        declip.load(f"timm:test_vit/{tmp_path / 'vit.safetensors'}+nowhere")
+    refuses(r"text\.hf_model 'nowhere'", declip.load, f"timm:test_vit/{tmp_path / 'vit.safetensors'}+nowhere")

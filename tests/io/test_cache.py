@@ -5,7 +5,7 @@ import os
 import pytest
 from filelock import FileLock
 
-from declip.errors import UserError
+from conftest import refuses
 from declip.io.cache import LOCK, cache_entries, clear_cache, trim_cache
 
 
@@ -32,13 +32,11 @@ def test_features_longest_unused_go_first(cache, monkeypatch):
         trim_cache(keep=[cache / "features/a"])
     assert names(cache) == {"features/a", "features/b", "shards/e", "emoji/f"}
     monkeypatch.setenv("DECLIP_CACHE_GB", "much")
-    with pytest.raises(UserError, match="DECLIP_CACHE_GB is 'much'"):
-        trim_cache(keep=())
+    refuses("DECLIP_CACHE_GB is 'much'", trim_cache, keep=())
 
 
 def test_clear_keeps_what_cannot_be_computed(cache):
-    with pytest.raises(UserError, match="'nothing'"):
-        clear_cache("nothing")
+    refuses("'nothing'", clear_cache, "nothing")
     assert clear_cache("shards") == 1_000
     with FileLock(cache / "features/b" / LOCK):  # of another process
         assert clear_cache() == 3_000

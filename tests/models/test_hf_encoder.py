@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from conftest import TINY, WEIGHTS
+from conftest import TINY, WEIGHTS, refuses
 from declip.errors import UserError
 from declip.models.hf_encoder import ENTRY, TextEncoder, read_encoder
 from declip.models.wrapped import encoder_kept_in
@@ -24,15 +24,12 @@ def changed(folder, **config):
 
 def test_a_folder_that_is_none_and_a_missing_library(tmp_path, monkeypatch):
     for folder in (tmp_path / "missing", tmp_path):
-        with pytest.raises(UserError, match=r"not a folder with config\.json"):
-            model_of(folder)
+        refuses(r"not a folder with config\.json", model_of, folder)
     for name in ("config.json", "tokenizer.json"):
         (tmp_path / name).write_text("[]")
-    with pytest.raises(UserError, match="not the configuration"):
-        model_of(tmp_path)
+    refuses("not the configuration", model_of, tmp_path)
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(UserError, match=r"pip install 'declip\[hf\]'"):
-        model_of(tmp_path)
+    refuses(r"pip install 'declip\[hf\]'", model_of, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -51,34 +48,28 @@ def test_a_folder_that_is_none_and_a_missing_library(tmp_path, monkeypatch):
     ],
 )
 def test_a_configuration_that_cannot_be_used(tmp_path, config, said):
-    with pytest.raises(UserError, match=said):
-        model_of(changed(bert(tmp_path / "bert"), **config))
+    refuses(said, model_of, changed(bert(tmp_path / "bert"), **config))
 
 
 def test_weights_that_could_run_code_are_not_opened(tmp_path):
     folder = bert(tmp_path / "bert")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(UserError, match=r"model\.safetensors.*save_pretrained"):
-        model_of(folder)
+    refuses(r"model\.safetensors.*save_pretrained", model_of, folder)
     assert model_of(folder, pretrained=False).text_tower.width == 32
     (folder / "model.safetensors").write_bytes((folder / "pytorch_model.bin").read_bytes()[:1000])
-    with pytest.raises(UserError, match="cannot be built"):
-        model_of(folder)
+    refuses("cannot be built", model_of, folder)
 
 
 def test_tokenizers_that_are_missing_damaged_or_lack_a_token(tmp_path):
     folder = roberta(tmp_path / "roberta")
     whole = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps({**whole, "mask_token": None}))
-    with pytest.raises(UserError, match="no mask_token"):
-        model_of(folder)
+    refuses("no mask_token", model_of, folder)
     (folder / "tokenizer.json").write_text("{")
-    with pytest.raises(UserError, match="cannot be read"):
-        model_of(folder)
+    refuses("cannot be read", model_of, folder)
     for name in ("tokenizer.json", "vocab.json", "merges.txt"):
         (folder / name).unlink(missing_ok=True)
-    with pytest.raises(UserError, match=r"a tokenizer \(tokenizer\.json"):
-        model_of(folder)
+    refuses(r"a tokenizer \(tokenizer\.json", model_of, folder)
 
 
 def test_of_the_hub_no_file_is_fetched_that_could_run_code_and_no_network_is_one_line(tmp_path, monkeypatch):
@@ -115,16 +106,13 @@ def test_what_is_kept_names_no_folder_and_no_code_and_fits_no_other_tokenizer(tm
     first = model_of(folder)
     model_of(folder).load_state_dict(first.state_dict())
     (folder / "vocab.txt").write_text((folder / "vocab.txt").read_text().replace("\nred\n", "\ndim\n"))
-    with pytest.raises(UserError, match="another configuration or tokenizer"):
-        model_of(folder).load_state_dict(first.state_dict())
+    refuses("another configuration or tokenizer", model_of(folder).load_state_dict, first.state_dict())
 
 
 def test_an_encoder_that_did_not_come_with_the_weights_is_not_looked_for(tmp_path):
     folder = bert(tmp_path / "bert")
     recipe = Recipe.model_validate({**TINY, "text": {"hf_model": str(folder)}, "loss_weights": WEIGHTS["clip"]})
-    with pytest.raises(UserError, match="missing or damaged"):
-        encoder_kept_in({}, recipe, tmp_path)
+    refuses("missing or damaged", encoder_kept_in, {}, recipe, tmp_path)
     for text in ("", "{", "[]", "{}", '{"config": {}, "tokenizer": 3}'):
         damaged = torch.tensor(list(text.encode()), dtype=torch.uint8)
-        with pytest.raises(UserError, match="damaged"):
-            encoder_kept_in({ENTRY: damaged}, recipe, tmp_path)
+        refuses("damaged", encoder_kept_in, {ENTRY: damaged}, recipe, tmp_path)

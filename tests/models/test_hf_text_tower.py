@@ -4,7 +4,7 @@ from functools import partial
 import pytest
 import torch
 
-from declip.errors import UserError
+from conftest import refuses
 from declip.models.dual_encoder import DualEncoder
 from declip.models.hf_encoder import Bert, is_plain
 from declip.models.layers import blocks_of
@@ -77,8 +77,7 @@ def test_auto_pools_as_a_sentence_encoder_says(tmp_path, config, expected):
     (folder / "1_Pooling/config.json").write_text(json.dumps(config))
     assert model_of(folder, pooling="mean").text_tower.pooling == "mean"
     if expected is None:
-        with pytest.raises(UserError, match="1_Pooling"):
-            model_of(folder)
+        refuses("1_Pooling", model_of, folder)
         return
     model = model_of(folder)
     assert model.text_tower.pooling == expected

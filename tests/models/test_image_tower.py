@@ -3,8 +3,7 @@ import timm
 import torch
 from torch import nn
 
-from conftest import TINY
-from declip.errors import UserError
+from conftest import TINY, refuses
 from declip.models.dual_encoder import DualEncoder
 from declip.models.image_tower import SMALL_TOWERS, ImageTower
 from declip.models.layers import blocks_of
@@ -29,8 +28,7 @@ def test_pooled_hidden_and_token_features_have_the_announced_widths(name):
 def test_a_size_that_a_tower_cannot_take_is_named_and_trying_it_changes_nothing():
     tower = ImageTower("resnet50_clip", size=100, embed_dim=24, options={"depths": [1, 1, 1, 1]})
     before, random = {name: tensor.clone() for name, tensor in tower.state_dict().items()}, torch.get_rng_state()
-    with pytest.raises(UserError, match=r"'resnet50_clip' does not take images of 100 × 100 pixels"):
-        tower.refuse_size("resnet50_clip", 100)
+    refuses(r"'resnet50_clip' does not take images of 100 × 100 pixels", tower.refuse_size, "resnet50_clip", 100)
     tower.refuse_size("resnet50_clip", 96)
     assert tower.training
     assert torch.equal(random, torch.get_rng_state())
@@ -50,12 +48,10 @@ def test_a_wrong_tower_is_named():
         ("resnet18", {"color": 3}, "timm cannot build the image tower 'resnet18'"),
         ("declip_vit_tiny", {"patch_size": "big"}, "timm cannot build"),
     ):
-        with pytest.raises(UserError, match=message):
-            ImageTower(name, 32, 8, options)
+        refuses(message, ImageTower, name, 32, 8, options)
     tower = ImageTower("declip_vit_tiny", 32, 8, freeze_patch_embed=True)
     assert not tower.trunk.patch_embed.proj.weight.requires_grad
-    with pytest.raises(UserError, match="needs a vision transformer"):
-        ImageTower("declip_conv_tiny", 32, 8, freeze_patch_embed=True)
+    refuses("needs a vision transformer", ImageTower, "declip_conv_tiny", 32, 8, freeze_patch_embed=True)
 
 
 def test_an_image_much_smaller_than_the_tower_was_made_for_is_said_once(caplog):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from declip.errors import UserError
+from conftest import refuses
 from declip.models.inference import convert, fingerprint, pick_precision, precision_of, round_taps
 from models.test_inference import model_of
 
@@ -28,8 +28,7 @@ def test_auto_is_what_the_processor_computes_itself(computing, instructions, exp
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "half"])
 def test_emulated_and_unknown_precisions_are_refused(computing, precision):
     computing(avx2=True)
-    with pytest.raises(UserError, match=rf"{precision}.*auto.*fp32"):
-        pick_precision(precision, CPU)
+    refuses(rf"{precision}.*auto.*fp32", pick_precision, precision, CPU)
 
 
 # A tower whose norms are folded, one with norms before its convolutions, one without any.
@@ -73,8 +72,7 @@ def test_a_tower_that_cannot_be_converted_stays_float32(computing, spoiled):
         model.image_tower.proj = torch.nn.Sequential(model.image_tower.proj, Fixed(spoiled))
     assert precision_of(convert(models[0], "auto")) == "fp32"
     assert next(models[0].text_tower.parameters()).dtype == torch.bfloat16
-    with pytest.raises(UserError, match=r"image tower.*bfloat16.*fp32"):
-        convert(models[1], "bf16")
+    refuses(r"image tower.*bfloat16.*fp32", convert, models[1], "bf16")
 
 
 def test_rounded_filters_keep_their_sums():

@@ -5,8 +5,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from conftest import TINY, draw
-from declip.errors import UserError
+from conftest import TINY, draw, refuses
 from declip.models.dual_encoder import DualEncoder
 from declip.models.image_tower import ImageTower
 from declip.recipe.schema import Recipe
@@ -73,5 +72,4 @@ def test_the_mean_of_a_map_is_the_cosine_of_image_and_text():
 
 def test_a_size_that_the_tower_cannot_take_is_named():
     model = DualEncoder.from_recipe(Recipe.model_validate(TINY)).eval()
-    with pytest.raises(UserError, match=r"64 × 64 pixels.*Give another size"):
-        model.similarity_map(draw("red", "square"), "red", size=64)
+    refuses(r"64 × 64 pixels.*Give another size", model.similarity_map, draw("red", "square"), "red", size=64)

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from conftest import refuses
 from declip.errors import UserError
 from declip.io.text import read_yaml
 from declip.recipe.load import load_recipe, read_value, recipe_keys, recipe_names, synonyms, unknown_key
@@ -142,8 +143,7 @@ def test_a_mistake_is_named(overrides, says):
 )
 def test_a_mistake_in_a_file_is_named(text, says, tmp_path):
     (tmp_path / "mine.yaml").write_text("extends: demo-clip\n" + text)
-    with pytest.raises(UserError, match=says):
-        load_recipe(tmp_path / "mine.yaml")
+    refuses(says, load_recipe, tmp_path / "mine.yaml")
 
 
 @pytest.mark.parametrize(
@@ -178,8 +178,7 @@ def test_one_string_is_a_list_of_one_and_home_is_expanded(monkeypatch):
 
 def test_a_recipe_that_extends_itself_is_named(tmp_path):
     (tmp_path / "loop.yaml").write_text("extends: loop.yaml\n")
-    with pytest.raises(UserError, match=r"loop.yaml.* extends itself"):
-        load_recipe(tmp_path / "loop.yaml")
+    refuses(r"loop.yaml.* extends itself", load_recipe, tmp_path / "loop.yaml")
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,8 @@
 from pathlib import Path
 
 import numpy as np
-import pytest
 
-from conftest import write_rows
-from declip.errors import UserError
+from conftest import refuses, write_rows
 from declip.evaluation.results import ZeroShotResult
 from declip.recipe.load import load_recipe
 from declip.runs.folder import read_run, refuse_another
@@ -22,8 +20,7 @@ def test_an_empty_folder(tmp_path):
     assert (run.metrics, run.evaluations, run.skipped, run.recipe_text) == ([], [], None, "")
     assert (run.step, run.samples_per_second, run.seconds) == (0, None, 0.0)
     assert run.last() == []
-    with pytest.raises(UserError, match="no run folder"):
-        read_run(tmp_path / "nowhere")
+    refuses("no run folder", read_run, tmp_path / "nowhere")
 
 
 def test_metrics_by_step_the_later_row_of_a_step_wins_and_a_torn_line_is_left_out(tmp_path):

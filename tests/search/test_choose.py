@@ -9,8 +9,8 @@ from PIL import Image
 from torch.nn.functional import normalize
 
 import declip
+from conftest import refuses
 from declip.data.sources.open import open_source
-from declip.errors import UserError
 from declip.search import choose as choosing
 from declip.search.facility_location import ALIKE, facility_location
 
@@ -111,12 +111,9 @@ def test_a_large_source_is_sampled(model, folder, tmp_path, monkeypatch):
 
 
 def test_wrong_input(model, folder, tmp_path, command, weights_file):
-    with pytest.raises(UserError, match="--out"):
-        declip.choose(model, folder, out=tmp_path / "x.txt", index=tmp_path / "index")
-    with pytest.raises(UserError, match="count"):
-        declip.choose(model, folder, 0)
+    refuses("--out", declip.choose, model, folder, out=tmp_path / "x.txt", index=tmp_path / "index")
+    refuses("count", declip.choose, model, folder, 0)
     items = [Image.open(folder / "red-bar.png")]
-    with pytest.raises(UserError, match="keys"):
-        declip.choose(model, items, 1, index=tmp_path / "items", out=tmp_path / "x.csv")
+    refuses("keys", declip.choose, model, items, 1, index=tmp_path / "items", out=tmp_path / "x.csv")
     refused = command("choose", folder, "--model", weights_file, "--out", tmp_path / "x.csv", "--have", "gone.csv")
     assert (refused.status, "--have" in refused.err) == (2, True)

@@ -6,8 +6,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import declip
-from conftest import SHAPES, draw
-from declip.errors import UserError
+from conftest import SHAPES, draw, refuses
 from declip.models.dual_encoder import DualEncoder
 
 COLORS = ("red", "blue", "green")
@@ -45,8 +44,7 @@ def test_a_class_may_be_a_name_alone(model, folder, examples):
     assert fitted.head.name_weight > 0
     result = declip.classify(model, folder, head=fitted)
     assert "a star" in result.counts
-    with pytest.raises(UserError, match="--classes"):
-        declip.Classifier.fit(model, ["red thing", "blue thing"], examples)
+    refuses("--classes", declip.Classifier.fit, model, ["red thing", "blue thing"], examples)
 
 
 def test_a_saved_head_gives_the_same(model, folder, examples, tmp_path, weights_file, command):
@@ -61,14 +59,12 @@ def test_a_saved_head_gives_the_same(model, folder, examples, tmp_path, weights_
     # --- another model, damaged files, options that cannot be combined
     torch.manual_seed(5)
     other = DualEncoder.from_recipe(model.recipe).eval()
-    with pytest.raises(UserError, match="another model"):
-        declip.classify(other, folder, head=head)
+    refuses("another model", declip.classify, other, folder, head=head)
     stored = load_file(head)
     save_file(stored, tmp_path / "bare.safetensors")
     head.write_bytes(head.read_bytes()[:-8])
     for file in ("bare.safetensors", "head.safetensors", "gone.safetensors"):
-        with pytest.raises(UserError, match=file):
-            declip.classify(model, folder, head=tmp_path / file)
+        refuses(file, declip.classify, model, folder, head=tmp_path / file)
     wrong = (["--head", head, "--classes", "a,b"], ["--classes", "a,b", "--reject"], ["--save", "x"], [])
     for options, name in zip(wrong, ("--classes", "--reject", "--save", "--classes"), strict=True):
         refused = command(*words, *options)
@@ -88,5 +84,4 @@ def test_images_of_no_class_are_rejected(model, examples, tmp_path):
     for inner in ("red_thing", "blue_thing"):
         for path in sorted((examples / inner).glob("*.png"))[1:]:
             path.unlink()
-    with pytest.raises(UserError, match="--reject"):
-        declip.classify(model, examples, ["red thing", "blue thing", "green thing"], reject=True)
+    refuses("--reject", declip.classify, model, examples, ["red thing", "blue thing", "green thing"], reject=True)

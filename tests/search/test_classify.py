@@ -9,8 +9,7 @@ from PIL import Image
 from torch.nn.functional import normalize
 
 import declip
-from conftest import draw
-from declip.errors import UserError
+from conftest import draw, refuses
 from declip.search.class_names import read_classes
 
 CLASSES = ["red circle", "blue bar", "green square"]
@@ -92,6 +91,5 @@ def test_wrong_classes_and_images_are_named(model, folder, tmp_path, monkeypatch
         ("nowhere", CLASSES, "nowhere"),
     )
     for images, classes, says in wrong:
-        with pytest.raises(UserError, match=says):
-            declip.classify(model, images, classes, out="out.csv")
+        refuses(says, declip.classify, model, images, classes, out="out.csv")
         assert not Path("out.csv").exists()

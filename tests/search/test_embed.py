@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import declip
-from conftest import draw, encoded
+from conftest import draw, encoded, refuses
 from data.tars import write_tar
 from declip.data.columns import Columns
 from declip.data.images.decode import decode
@@ -94,8 +94,7 @@ def test_a_stopped_call_continues_bit_exact(model, folder, tmp_path, monkeypatch
         with pytest.raises(KeyboardInterrupt), caplog.at_level(logging.WARNING, "declip"):
             declip.embed(model, source, out=tmp_path / "stopped", batch_size=3)
         assert "the same command continues" in caplog.text
-        with pytest.raises(UserError, match="not a complete index"):
-            declip.Index.open(tmp_path / "stopped", model=model)
+        refuses("not a complete index", declip.Index.open, tmp_path / "stopped", model=model)
         read.append(source.read)
     assert (read[0][-1], read[1][0]) == (11, 7), "complete parts are not embedded again"
     for left in ("generation-1", ".unfinished/part-x"):  # of a kill before index.json; of a stranger
@@ -128,8 +127,7 @@ def test_later_calls_embed_what_is_new_or_changed_and_drop_what_is_gone(model, f
     shutil.rmtree(folder)
     folder.mkdir()
     (folder / "a.png").write_bytes(b"no image")
-    with pytest.raises(UserError, match="None of the 1 images"):
-        declip.embed(model, folder, out=out, dtype="float32")
+    refuses("None of the 1 images", declip.embed, model, folder, out=out, dtype="float32")
     assert len(declip.Index.open(out)) == 24
 
 
@@ -194,8 +192,7 @@ def test_another_option_model_source_or_folder_is_refused(model, folder, table, 
         ({"out": folder}, "'black-bar.png'"),
     )
     for options, message in changed:
-        with pytest.raises(UserError, match=message):
-            declip.embed(**{**same, **options})
+        refuses(message, declip.embed, **{**same, **options})
     assert contents(tmp_path / "index") == before
 
 

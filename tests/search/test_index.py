@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import declip
-from conftest import draw
+from conftest import draw, refuses
 from declip.data.sources.open import open_source
 from declip.errors import UserError
 from declip.models.dual_encoder import DualEncoder
@@ -62,8 +62,7 @@ def test_search_by_text_image_and_both(made, model, folder):
 
 
 def test_images_are_found_by_key_and_no_path_in_the_index_is_opened(made, folder, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="no image with the id"):
-        made.image(24)
+    refuses("no image with the id", made.image, 24)
     row, before = made.row(10), made.image(10)
     Image.new("RGB", (8, 8)).save(folder / "a-first.png")
     assert np.array_equal(Index.open(made.folder, source=folder).image(10), before), "places have moved"
@@ -71,8 +70,7 @@ def test_images_are_found_by_key_and_no_path_in_the_index_is_opened(made, folder
     moved = Index.open(made.folder)
     for forged in (row, replace(row, key="../secret.png", origin=row.origin._replace(path=f"{tmp_path}/secret.png"))):
         monkeypatch.setattr(moved, "row", lambda id, forged=forged: forged)
-        with pytest.raises(UserError, match="is no longer in 'shapes'"):
-            moved.image(10)
+        refuses("is no longer in 'shapes'", moved.image, 10)
 
 
 def test_another_model_is_refused(made, model):
@@ -82,10 +80,8 @@ def test_another_model_is_refused(made, model):
     computed = DualEncoder.from_recipe(model.recipe.model_copy(update={"text": text}))
     computed.load_state_dict(model.state_dict())
     for wrong in (tiny_model(1), other, computed.eval()):
-        with pytest.raises(UserError, match="another model"):
-            Index.open(made.folder, model=wrong).search("a red bar")
-    with pytest.raises(UserError, match="a Python object"):
-        Index.open(made.folder).search("a red bar")
+        refuses("another model", Index.open(made.folder, model=wrong).search, "a red bar")
+    refuses("a Python object", Index.open(made.folder).search, "a red bar")
     assert Index.open(made.folder, model=model).search("a red bar", k=1)
 
 
@@ -113,8 +109,7 @@ def test_a_bad_query_says_why(made):
         ({"text": "a", "image": image, "weights": (float("nan"), 1.0)}, "two numbers"),
     )
     for arguments, message in wrong:
-        with pytest.raises(UserError, match=message):
-            made.search(**arguments)
+        refuses(message, made.search, **arguments)
 
 
 def test_damage_is_said(made):
@@ -145,10 +140,8 @@ def test_damage_is_said(made):
             Index.open(made.folder).row(0)
         file.write_bytes(whole)
     (files / "vectors.npy").unlink()
-    with pytest.raises(UserError, match="is missing"):
-        Index.open(made.folder)
-    with pytest.raises(UserError, match="not a complete index"):
-        Index.open(made.folder.parent)
+    refuses("is missing", Index.open, made.folder)
+    refuses("not a complete index", Index.open, made.folder.parent)
 
 
 def test_a_table_that_expands_is_refused(made):
@@ -161,21 +154,18 @@ def test_a_table_that_expands_is_refused(made):
     ):
         pq.write_table(table, path, **options)
         assert path.stat().st_size < 4_000_000
-        with pytest.raises(UserError, match="not written by declip"):
-            Index.open(made.folder)
+        refuses("not written by declip", Index.open, made.folder)
 
 
 def test_a_source_that_is_an_object_has_to_be_given_again(model, table, tmp_path):
     source = open_source(table)
     made = declip.embed(model, source, out=tmp_path / "index")
     assert made.image(0).size == (40, 40)
-    with pytest.raises(UserError, match="open the index with source="):
-        Index.open(tmp_path / "index").image(0)
+    refuses("open the index with source=", Index.open(tmp_path / "index").image, 0)
     photos = [(draw("red", "bar"), "a red bar"), (draw("blue", "circle"), "a blue circle")]
     declip.embed(model, photos, out=tmp_path / "photos")
     assert Index.open(tmp_path / "photos", source=photos).image(1).tobytes() == photos[1][0].tobytes()
-    with pytest.raises(UserError, match="NaN"):
-        made.nearest(np.full((1, made.info.dimension), np.nan), 3)
+    refuses("NaN", made.nearest, np.full((1, made.info.dimension), np.nan), 3)
 
 
 def test_the_sheet_shows_what_was_found(made, folder):
@@ -194,10 +184,8 @@ def test_the_files_of_an_index_are_read_by_other_programs(tmp_path):
     assert np.array_equal(np.load(vectors), images.numpy())
     assert np.array_equal(np.load(captions), texts.numpy())
     assert pq.read_table(rows)["key"].to_pylist() == index.keys()
-    with pytest.raises(UserError, match="--captions"):
-        write_index(tmp_path / "plain", images).vectors([0], "captions")
-    with pytest.raises(UserError, match="'words'"):
-        index.vectors([0], "words")
+    refuses("--captions", write_index(tmp_path / "plain", images).vectors, [0], "captions")
+    refuses("'words'", index.vectors, [0], "words")
 
 
 def test_an_export_for_approximate_search(tmp_path, command, monkeypatch):

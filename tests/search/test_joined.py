@@ -11,8 +11,7 @@ import torch
 from PIL import Image
 
 import declip
-from conftest import draw
-from declip.errors import UserError
+from conftest import draw, refuses
 from declip.interchange.declip_file import write_declip_file
 from declip.search import embed as embedding
 from declip.search.embedder import _load
@@ -60,8 +59,7 @@ def test_an_embedder_returns_a_row_for_each_row(rows, weights_file, folder, tmp_
     broken = embedder({"id": np.array([7]), "image": np.array([b"x"], object)})
     assert (broken["id"], broken["vector"].shape, bool(broken["error"][0])) == ([7], (1, 16), True)
     assert embedder({"id": [], "image": []})["vector"].shape == (0, 16)
-    with pytest.raises(UserError, match=r"no column 'image' but id, photo.*image="):
-        embedder({"id": [1], "photo": [b""]})
+    refuses(r"no column 'image' but id, photo.*image=", embedder, {"id": [1], "photo": [b""]})
 
 
 def test_an_embedder_of_texts(weights_file):
@@ -85,8 +83,7 @@ def test_an_index_of_parquet_files(rows, weights_file, folder, tmp_path, monkeyp
     assert torch.allclose(index.vectors(index.ids), own.vectors(own.ids), atol=1e-6)
     assert index.info.skipped["reasons"]["missing image"] == {"count": 1, "examples": ["y"]}
     assert [hit.key for hit in index.search("red", k=5)] == [hit.key for hit in own.search("red", k=5)]
-    with pytest.raises(UserError, match="--source"):
-        index.image(3)
+    refuses("--source", index.image, 3)
     assert declip.Index.open(out, source=folder).image(3).tobytes() == own.image(3).tobytes()
     again = declip.Index.from_parquet(files, model=weights_file, out=out, dtype="float32")
     assert (len(again), again.info.generation) == (24, 2)
@@ -106,8 +103,7 @@ def test_parquet_files_that_are_refused(rows, weights_file, tmp_path, command):
     }
     for name, (columns, message) in changed.items():
         path = write_rows(tmp_path / f"{name}.parquet", {**made, **columns})
-        with pytest.raises(UserError, match=message):
-            declip.Index.from_parquet(path, model=weights_file, out=tmp_path / "index")
+        refuses(message, declip.Index.from_parquet, path, model=weights_file, out=tmp_path / "index")
     pq.write_table(pa.table({"id": ["a"]}), tmp_path / "less.parquet")
     good = write_rows(tmp_path / "good.parquet", made)
     (tmp_path / "cut.parquet").write_bytes(good.read_bytes()[:-20])
@@ -152,8 +148,7 @@ def test_a_killed_part_continues(model, folder, tmp_path, monkeypatch):
         killed, repeated = Interrupted(folder, 6), Interrupted(folder)
         with pytest.raises(KeyboardInterrupt):
             declip.embed(model, killed, out=tmp_path / "index", part=(number, 2), batch_size=2)
-        with pytest.raises(UserError, match=f"Part {number} of 2"):
-            declip.Index.join(tmp_path / "index")
+        refuses(f"Part {number} of 2", declip.Index.join, tmp_path / "index")
         declip.embed(model, repeated, out=tmp_path / "index", part=(number, 2), batch_size=2)
         assert repeated.read[0] == 12 * number - 8, "after the first four images"
     index = declip.Index.join(tmp_path / "index")
@@ -166,19 +161,14 @@ def test_parts_that_do_not_fit_are_refused(model, weights_file, folder, tmp_path
     for given in ("0/3", "4/3", "3", "1/0"):
         refused = command("embed", weights_file, folder, "--out", out, "--part", given)
         assert (refused.status, f"--part is '{given}'" in refused.err) == (2, True)
-    with pytest.raises(UserError, match="only 24 images for 25 parts"):
-        declip.embed(model, folder, out=out, part=(1, 25))
-    with pytest.raises(UserError, match="has no parts"):
-        declip.Index.join(out)
+    refuses("only 24 images for 25 parts", declip.embed, model, folder, out=out, part=(1, 25))
+    refuses("has no parts", declip.Index.join, out)
     declip.embed(model, folder, out=out, part=(1, 2))
     declip.embed(tiny_model(1), folder, out=out, part=(2, 2))
-    with pytest.raises(UserError, match="another model"):
-        declip.Index.join(out)
+    refuses("another model", declip.Index.join, out)
     shutil.rmtree(f"{out}.part-2-of-2")
     (folder / "red-bar.png").unlink()
     declip.embed(model, folder, out=out, part=(2, 2))
-    with pytest.raises(UserError, match="another number of images"):
-        declip.Index.join(out)
+    refuses("another number of images", declip.Index.join, out)
     declip.embed(model, folder, out=out, part=(1, 3))
-    with pytest.raises(UserError, match="parts of 2 and 3"):
-        declip.Index.join(out)
+    refuses("parts of 2 and 3", declip.Index.join, out)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import declip
-from conftest import tiny_tree
+from conftest import refuses, tiny_tree
 from declip.errors import UserError
 from declip.recipe.schema import Recipe
 from declip.reports.run import loss_charts
@@ -107,8 +107,7 @@ def test_two_processes_learn_a_term_as_one(tmp_path, monkeypatch):
     [({"contrastive": Mine}, "name 'contrastive'"), ({"a.b": Mine}, "'a.b'"), ({"mine": nn.Linear}, "subclass of")],
 )
 def test_wrong_terms_and_callbacks_are_refused(terms, said, table, tmp_path):
-    with pytest.raises(UserError, match=said):
-        declip.train(recipe_of(table), out=tmp_path / "run", quiet=True, terms=terms)
+    refuses(said, declip.train, recipe_of(table), out=tmp_path / "run", quiet=True, terms=terms)
     with pytest.raises(UserError, match=r"callbacks has .*print.*declip\.Sink"):
         declip.train(recipe_of(table), out=tmp_path / "run", quiet=True, callbacks=[print])
     assert not list(tmp_path.iterdir())

@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from declip.errors import UserError
+from conftest import refuses
 from declip.io.atomic import sha256
 from declip.runs import checkpoint as checkpoints
 from declip.runs.checkpoint import (
@@ -133,8 +133,7 @@ def test_every_flipped_bit_is_noticed(tmp_path, name):
         flipped = bytearray(content)
         flipped[place] ^= 1 << place % 8
         path.write_bytes(flipped)
-        with pytest.raises(UserError, match="step-00000002"):
-            load_checkpoint(folder)
+        refuses("step-00000002", load_checkpoint, folder)
     path.write_bytes(content)
     assert same(load_checkpoint(folder), sample(2))
 
@@ -145,8 +144,7 @@ def test_every_flipped_bit_is_noticed(tmp_path, name):
 def test_a_state_of_another_make_is_refused(tmp_path, change):
     folder = write_snapshot(tmp_path, sample(3), keep=1)
     forge(folder, **change)
-    with pytest.raises(UserError, match=r"state\.json is damaged"):
-        load_checkpoint(folder)
+    refuses(r"state\.json is damaged", load_checkpoint, folder)
 
 
 def test_tensors_that_are_whole_but_none_are_refused(tmp_path):
@@ -154,8 +152,7 @@ def test_tensors_that_are_whole_but_none_are_refused(tmp_path):
     folder = write_snapshot(tmp_path, sample(3), keep=1)
     (folder / checkpoints.WEIGHTS).write_bytes((1 << 62).to_bytes(8, "little"))
     forge(folder, sha256={name: sha256(folder / name) for name in (checkpoints.WEIGHTS, checkpoints.TRAINING)})
-    with pytest.raises(UserError, match="step-00000003 is not a complete checkpoint"):
-        load_checkpoint(folder)
+    refuses("step-00000003 is not a complete checkpoint", load_checkpoint, folder)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -171,8 +168,7 @@ def test_a_disk_that_gives_back_something_else_costs_no_earlier_one(tmp_path, mo
             path.write_bytes(content)
 
     monkeypatch.setattr(checkpoints, "flush", rot)
-    with pytest.raises(UserError, match=rf"{name} is damaged.*{good}"):
-        write_snapshot(tmp_path, sample(2), keep=1)
+    refuses(rf"{name} is damaged.*{good}", write_snapshot, tmp_path, sample(2), keep=1)
     assert list_checkpoints(tmp_path) == [good]
     assert load_checkpoint(good).step == 1
 
@@ -217,8 +213,7 @@ def test_what_a_write_met_is_raised_at_the_next_once(tmp_path):
     (tmp_path / "checkpoints").write_text("in the way")
     writer = CheckpointWriter(tmp_path, keep=1)
     writer.write(sample(1))
-    with pytest.raises(UserError, match=r"Cannot write the checkpoint .*step-00000001.*no earlier"):
-        writer.write(sample(2))
+    refuses(r"Cannot write the checkpoint .*step-00000001.*no earlier", writer.write, sample(2))
     (tmp_path / "checkpoints").unlink()
     with writer:
         writer.write(sample(3))
@@ -239,5 +234,4 @@ def test_a_process_that_ends_finishes_the_write(tmp_path, monkeypatch):
 @pytest.mark.parametrize("key", ["model.a.exp_avg", "model.a.exp_avg_sq", "model.gone.exp_avg"])
 def test_a_moment_that_is_not_its_parameters_is_refused(key):
     optimizer = torch.optim.AdamW([{"params": [torch.nn.Parameter(torch.ones(3))], "names": ["model.a"]}])
-    with pytest.raises(UserError, match="--out"):
-        load_moments(optimizer, {key: torch.ones(2)})
+    refuses("--out", load_moments, optimizer, {key: torch.ones(2)})

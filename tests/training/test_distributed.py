@@ -7,11 +7,10 @@ from functools import partial
 import pytest
 import torch
 
-from conftest import TINY, WEIGHTS
+from conftest import TINY, WEIGHTS, refuses
 from data.fakes import Noise
 from declip.data.batch import PairBatch
 from declip.data.text.tokenizer import Tokenizer
-from declip.errors import UserError
 from declip.models.dual_encoder import DualEncoder
 from declip.models.image_tower import ImageTower
 from declip.recipe.schema import Recipe
@@ -160,8 +159,7 @@ def test_fewer_pairs_than_processes_are_refused(monkeypatch):
     recipe = Recipe.model_validate({**TINY, "loss_weights": WEIGHTS["clip"]})
     model = DualEncoder.from_recipe(recipe)
     monkeypatch.setattr(distributed, "world_size", lambda: BATCH + 1)
-    with pytest.raises(UserError, match=r"train\.batch_size=8 .* 9 processes"):
-        build_learner(recipe, model, Objective(recipe, model))
+    refuses(r"train\.batch_size=8 .* 9 processes", build_learner, recipe, model, Objective(recipe, model))
 
 
 def test_chunks_give_every_gradient_of_the_whole_batch():

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 import declip
-from conftest import TINY
-from declip.errors import UserError
+from conftest import TINY, refuses
 from declip.models.dual_encoder import DualEncoder
 from declip.models.image_tower import ImageTower
 from declip.recipe.schema import Recipe
@@ -82,5 +81,4 @@ def test_processes_share_features_and_a_kill_loses_nothing(tmp_path):
 def test_a_full_disk_or_a_damaged_file_is_named(tmp_path):
     store = PooledFeatures(tmp_path, lambda row: bytes([row.item()]) * 16, Mock(pool=lambda rows: rows.float()))
     (tmp_path / FILE).write_bytes(b"spoiled" * 1000)
-    with pytest.raises(UserError, match="DECLIP_CACHE"):
-        store.of(torch.tensor([[1]]))
+    refuses("DECLIP_CACHE", store.of, torch.tensor([[1]]))

@@ -7,9 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import declip
-from conftest import WEIGHTS
+from conftest import WEIGHTS, refuses
 from declip.api import train
-from declip.errors import UserError
 from declip.interchange.declip_file import FILE, RECIPE, VERSION
 from declip.models.hf_encoder import ENTRY
 from declip.models.layers import TEXT, depths
@@ -40,8 +39,7 @@ def test_it_learns_and_loads_without_its_folder(table, tmp_path):
     whole = read_run(tmp_path / "whole")
     assert set(whole.metrics[0]["losses"]) == set(WEIGHTS["declip"])
     assert whole.results[0]["task"] == "retrieval"
-    with pytest.raises(UserError, match="not a folder"):
-        train(recipe, out=tmp_path / "new", quiet=True, report=False)
+    refuses("not a folder", train, recipe, out=tmp_path / "new", quiet=True, report=False)
 
     second = Trainer(assemble(tuned(table, tmp_path / "whole", {"steps": 2}), tmp_path / "second", quiet=True))
     assert not moved(last(tmp_path / "whole"), state(second)), "it is a start too"
@@ -58,8 +56,7 @@ def test_it_learns_and_loads_without_its_folder(table, tmp_path):
 
     stripped = {name: tensor for name, tensor in load_file(tmp_path / "out" / FILE).items() if not name.endswith(ENTRY)}
     save_file(stripped, tmp_path / FILE, {RECIPE: recipe.to_yaml(), VERSION: "0"})
-    with pytest.raises(UserError, match="missing or damaged"):
-        declip.load(tmp_path / FILE)
+    refuses("missing or damaged", declip.load, tmp_path / FILE)
 
 
 def test_frozen_blocks_of_an_encoder_rest_and_each_layer_has_its_rate(table, tmp_path):

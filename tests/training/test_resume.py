@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import declip
-from declip.errors import UserError
+from conftest import refuses
 from declip.runs.folder import KEPT
 from declip.training.assemble import assemble
 from text_encoders import bert, roberta
@@ -64,5 +64,4 @@ def test_a_resumed_run_equals_one_never_interrupted(table, start, tmp_path, name
     if removed:
         assert (tmp_path / "parts" / KEPT).is_file() == (removed.name == "source")
         declip.load(tmp_path / "parts", device="cpu")
-        with pytest.raises(UserError, match=str(removed)):
-            assemble(recipe, tmp_path / "new", quiet=True)
+        refuses(str(removed), assemble, recipe, tmp_path / "new", quiet=True)

@@ -10,9 +10,8 @@ from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 
 import declip
-from conftest import TINY, write_rows
+from conftest import TINY, refuses, write_rows
 from declip.api import train
-from declip.errors import UserError
 from declip.interchange.declip_file import write_declip_file
 from declip.interchange.model_card import repository, without_folders
 from declip.interchange.read import is_published, read_start
@@ -56,11 +55,9 @@ def test_a_run_gives_towers_heads_tokenizer_statistics_and_scale(table, tmp_path
 )
 def test_a_key_that_the_weights_overrule_is_refused(keys, said, start, table, tmp_path):
     for recipe in ("finetune", "clip"):
-        with pytest.raises(UserError, match=said):
-            read_start(str(start)).fit(load_recipe(recipe, {"finetune.pretrained": str(start), **keys}))
+        refuses(said, read_start(str(start)).fit, load_recipe(recipe, {"finetune.pretrained": str(start), **keys}))
     given = {"finetune.pretrained": str(start), "data.source": str(table), **keys}
-    with pytest.raises(UserError, match=said):
-        train("finetune", given, out=tmp_path / "run", quiet=True, report=False)
+    refuses(said, train, "finetune", given, out=tmp_path / "run", quiet=True, report=False)
     assert not (tmp_path / "run").exists()
 
 
@@ -169,8 +166,7 @@ def test_timm_weights_start_the_image_tower_alone(table, tmp_path):
     assert {name for name in changed if name.startswith(IMAGE)} == {"image_tower.proj.weight"}
     assert {name for name in changed if name.startswith(TEXT)} == {name for name in before if name.startswith(TEXT)}
     assert read_rows(tmp_path / "r" / "evaluations.jsonl") == []
-    with pytest.raises(UserError, match="nothing to interpolate with"):
-        mixing.ends_of(tmp_path / "r")
+    refuses("nothing to interpolate with", mixing.ends_of, tmp_path / "r")
 
 
 def test_the_start_is_measured_once(table, tmp_path, start):
@@ -241,12 +237,9 @@ def test_a_start_of_the_hub_is_named_by_its_repository():
 
 
 def test_wrong_mixtures_are_refused(start):
-    with pytest.raises(UserError, match="alpha is"):
-        mixing.interpolate(build("vit"), build("vit"), 1.5)
-    with pytest.raises(UserError, match="'image_tower"):
-        mixing.interpolate(build("vit"), build("conv"), 0.5)
-    with pytest.raises(UserError, match="did not start from"):
-        mixing.ends_of(start)
+    refuses("alpha is", mixing.interpolate, build("vit"), build("vit"), 1.5)
+    refuses("'image_tower", mixing.interpolate, build("vit"), build("conv"), 0.5)
+    refuses("did not start from", mixing.ends_of, start)
 
 
 @pytest.mark.parametrize(
@@ -285,8 +278,7 @@ def test_wrong_files_are_no_start(table, tmp_path):
         (f"timm:test_vit/{vit}", {"freeze_text_blocks": 1}, "hold 0 blocks of the text_tower"),
         (tmp_path / "relpos.safetensors", {"image_size": 64}, r"rel_pos.*Leave image\.size out"),
     ):
-        with pytest.raises(UserError, match=message):
-            train(tuned(table, where, **keys), out=tmp_path / "run", quiet=True, report=False)
+        refuses(message, train, tuned(table, where, **keys), out=tmp_path / "run", quiet=True, report=False)
         assert not (tmp_path / "run").exists()
 
 

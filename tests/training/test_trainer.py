@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from conftest import WEIGHTS, write_rows
+from conftest import WEIGHTS, refuses, write_rows
 from declip.api import train
 from declip.data.images import views
 from declip.data.sources.open import named_objects, open_source
@@ -126,8 +126,7 @@ def test_a_run_is_not_resumed_with_other_pairs_but_with_repaired_ones(rows, tmp_
     shuffled = [{**row, "caption": caption} for row, caption in zip(rows, captions[1:] + captions[:1], strict=True)]
     for others, change in ((shuffled, "sampled keys or captions"), (rows[::-1], "sampled"), (rows[:-1], "24.*23")):
         write_rows(tmp_path / name, others)
-        with pytest.raises(UserError, match=f"{change}.*--out"):
-            assemble(recipe, run, resume=True, quiet=True)
+        refuses(f"{change}.*--out", assemble, recipe, run, resume=True, quiet=True)
     write_rows(tmp_path / name, rows)
     assert assemble(recipe, run, resume=True, quiet=True).progress.step == 2
 
@@ -173,8 +172,7 @@ def test_an_error_of_the_data_in_mid_run_saves_the_steps_before(table, rows, tmp
         sink, error = At(5, lambda: val.rename(tmp_path / "away.jsonl")), "val.jsonl"
     with named_objects(source) as (name,):
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": name})})
-        with pytest.raises(UserError, match=error):
-            train(recipe, out=tmp_path / "run", quiet=True, report=False, callbacks=[sink])
+        refuses(error, train, recipe, out=tmp_path / "run", quiet=True, report=False, callbacks=[sink])
         assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step-00000005"]
         if what == "held-out set":
             (tmp_path / "away.jsonl").rename(val)
@@ -211,8 +209,7 @@ def test_a_folder_in_use_is_refused_and_free_as_soon_as_its_process_is_killed(ta
     process.start()
     while process.is_alive() and not list_checkpoints(tmp_path):
         time.sleep(0.01)
-    with pytest.raises(UserError, match=rf"in use: process {process.pid} on .*--out"):
-        assemble(recipe, tmp_path, resume=True, quiet=True)
+    refuses(rf"in use: process {process.pid} on .*--out", assemble, recipe, tmp_path, resume=True, quiet=True)
     assert process.is_alive()
     process.kill()
     process.join()
@@ -228,8 +225,7 @@ def test_wrong_runs_are_refused_before_anything_is_made(table, tmp_path):
         (recipe_for(table, device="cuda:7"), "run", r"train\.device"),
         (recipe_for(table, sections=small), "run", r"'convnext_atto'.*16 × 16.*image\.size"),
     ):
-        with pytest.raises(UserError, match=message):
-            train(recipe, out=tmp_path / folder, quiet=True, report=False)
+        refuses(message, train, recipe, out=tmp_path / folder, quiet=True, report=False)
         assert not (tmp_path / "run").exists()
 
 

@@ -9,6 +9,7 @@ from importlib.metadata import version
 import numpy as np
 import pytest
 
+from conftest import refuses
 from declip.data.builtin.fetch import Package
 from declip.data.builtin.pictures import COLOR, GRAY, MANIFEST, NOTICE, TABLE, BuiltinSet, BuiltinSource, Selection
 from declip.data.builtin.sets import BUILTIN_SPLITS, BUILTINS, download, open_builtin
@@ -138,8 +139,7 @@ def test_names_are_looked_up(cache, monkeypatch):
     monkeypatch.setenv("DECLIP_CACHE", str(cache))
     assert len(BUILTINS) == 14
     for name in {*BUILTINS, *BUILTIN_SPLITS["stamps-kinds"].values()}:
-        with pytest.raises(UserError, match=f"Run `declip data download builtin:{name.split('-')[0]}`"):
-            open_source(f"builtin:{name}")
+        refuses(f"Run `declip data download builtin:{name.split('-')[0]}`", open_source, f"builtin:{name}")
     monkeypatch.setitem(BUILTINS, "plain", PLAIN)
     assert isinstance(open_builtin("builtin:plain"), BuiltinSource)
     assert len(open_source("builtin:plain")) == 3

@@ -9,13 +9,13 @@ import time
 
 import pytest
 
+from conftest import refuses
 from data.tables import message
 from data.tars import SIZES, write_shards
 from declip.data.pair import BrokenPair
 from declip.data.sources import shard_files
 from declip.data.sources.open import open_source
 from declip.data.sources.shards import ShardSource
-from declip.errors import UserError
 
 fsspec = pytest.importorskip("fsspec")
 
@@ -112,13 +112,11 @@ def test_counts_next_to_the_shards_save_reading_them_first(memory, copies):
     with pytest.raises(BrokenPair, match=r"missing in shard: 00001.tar, pair 1 \(1 pairs instead of 3"):
         source[6]
     memory.pipe_file("/set/sizes.json", b'{"00001.tar": "3"}')
-    with pytest.raises(UserError, match=r"sizes\.json: ValueError: not a number"):
-        ShardSource("memory://set")
+    refuses(r"sizes\.json: ValueError: not a number", ShardSource, "memory://set")
 
 
 def test_what_a_kind_of_url_needs_is_named():
-    with pytest.raises(UserError, match=r"'gcs://.*gcsfs"):
-        ShardSource("gcs://bucket/00000.tar")
+    refuses(r"'gcs://.*gcsfs", ShardSource, "gcs://bucket/00000.tar")
 
 
 def test_a_shard_that_cannot_be_fetched_breaks_its_pairs_and_is_not_asked_for_each_time(memory, copies, monkeypatch):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from conftest import refuses
 from data.tables import KINDS, write
 from declip.data.prepare import shard_source
 from declip.data.sources.open import open_source
@@ -55,8 +56,7 @@ def test_cells_that_name_no_split(folder, kind, cells, found):
     if found == {}:
         assert training_part(source) is source
     else:
-        with pytest.raises(UserError, match=rf"'Split'.*{found}"):
-            source.splits()
+        refuses(rf"'Split'.*{found}", source.splits)
 
 
 def test_unreadable_rows_are_in_each_split(folder):
@@ -80,8 +80,7 @@ def test_folders_lists_and_subsets_have_splits(folder):
 
     # Not a list: reading an item may decode its image.
     numbered = type("Items", (), {"__len__": lambda _: 4, "__getitem__": lambda _, index: items[index]})()
-    with pytest.raises(UserError, match=r"'Split'.*list"):
-        training_part(open_source(numbered))
+    refuses(r"'Split'.*list", training_part, open_source(numbered))
 
 
 def test_shards_hold_the_training_pairs_alone(folder, tmp_path):

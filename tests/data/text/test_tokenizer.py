@@ -10,8 +10,8 @@ import threading
 import pytest
 import torch
 
+from conftest import refuses
 from declip.data.text.tokenizer import Tokenizer
-from declip.errors import UserError
 from golden_cases import read_json
 
 OFFICIAL = read_json("token_cases.json")
@@ -136,21 +136,14 @@ def test_decode_shows_masks_and_leaves_padding_out(tokenizer):
 
 
 def test_wrong_use_says_what_is_wrong(tokenizer):
-    with pytest.raises(UserError, match=r"NoneType.*None"):
-        tokenizer.encode(None)
-    with pytest.raises(UserError, match="int"):
-        tokenizer(["a cat", 7])
-    with pytest.raises(UserError, match="no text"):
-        tokenizer([])
-    with pytest.raises(UserError, match=r"99999.*0 to 49408"):
-        tokenizer.decode([99_999])
-    with pytest.raises(UserError, match="-1"):
-        tokenizer.decode([-1])
-    with pytest.raises(UserError, match="context is 2"):
-        Tokenizer(context=2)
+    refuses(r"NoneType.*None", tokenizer.encode, None)
+    refuses("int", tokenizer, ["a cat", 7])
+    refuses("no text", tokenizer, [])
+    refuses(r"99999.*0 to 49408", tokenizer.decode, [99_999])
+    refuses("-1", tokenizer.decode, [-1])
+    refuses("context is 2", Tokenizer, context=2)
     for merges in (-1, 48_895):
-        with pytest.raises(UserError, match="0 to 48,894"):
-            Tokenizer(merges=merges)
+        refuses("0 to 48,894", Tokenizer, merges=merges)
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")

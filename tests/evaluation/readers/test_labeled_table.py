@@ -7,9 +7,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from conftest import refuses
 from data.tables import write
 from declip.data.pair import BrokenPair
-from declip.errors import UserError
 from declip.evaluation.datasets import open_dataset
 from declip.evaluation.protocols import evaluate_all
 from evaluation import trees
@@ -61,10 +61,8 @@ def test_the_column_is_chosen_by_name(folder):
     path = _write(folder, "csv", ("image", "label", "tempr"), rows)
     assert open_dataset(path).split("test").class_names == ("x", "y")
     assert open_dataset(path, label_column="tempr").split("test").class_names == ("cold", "warm")
-    with pytest.raises(UserError, match=r"'mine.csv' 'temper'.*'tempr'.*image, label"):
-        open_dataset(path, label_column="temper")
-    with pytest.raises(UserError, match="not a table"):
-        open_dataset(f"folder:{folder}", label_column="label")
+    refuses(r"'mine.csv' 'temper'.*'tempr'.*image, label", open_dataset, path, label_column="temper")
+    refuses("not a table", open_dataset, f"folder:{folder}", label_column="label")
     path = _write(folder, "csv", ("image", "caption"), [("a.jpg", "one"), ("a.jpg", "two"), ("b.jpg", "three")])
     assert open_dataset(path).split("test").labels is None  # it is for retrieval
 
@@ -129,5 +127,4 @@ def test_retrieval_takes_captioned_images_whatever_their_labels(folder, model):
     ],
 )
 def test_what_cannot_be_measured(folder, rows, message):
-    with pytest.raises(UserError, match=message):
-        open_dataset(_write(folder, "csv", ("image", "label", "split"), rows))
+    refuses(message, open_dataset, _write(folder, "csv", ("image", "label", "split"), rows))

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from torchvision import datasets
 
+from conftest import refuses
 from declip.data.pair import BrokenPair
-from declip.errors import UserError
 from declip.evaluation.datasets import NAMED, open_dataset
 from evaluation import trees
 
@@ -47,8 +47,7 @@ def test_images_labels_and_names(name, tmp_path, monkeypatch):
         assert len(test.class_names) == 102
         assert [test.class_names[label] for label in test.labels] == ["blackberry lily", "air plant"]
     shutil.move(tmp_path / NAMED[name].files, tmp_path / "elsewhere")
-    with pytest.raises(UserError, match=rf"'{name}:{tmp_path}'.*{NAMED[name].files}"):
-        open_dataset(f"{name}:{tmp_path}")
+    refuses(rf"'{name}:{tmp_path}'.*{NAMED[name].files}", open_dataset, f"{name}:{tmp_path}")
 
 
 def test_labels_and_captions_need_no_image_and_a_broken_one_is_counted(tmp_path):
@@ -88,12 +87,10 @@ def test_missing_and_changed_batches_of_cifar(tmp_path, monkeypatch):
     batch = tmp_path / "cifar-10-batches-py" / "data_batch_3"
     content = batch.read_bytes()
     batch.unlink()
-    with pytest.raises(UserError, match=r"incomplete.*cifar-10-batches-py/"):
-        open_dataset(f"cifar10:{tmp_path}")
+    refuses(r"incomplete.*cifar-10-batches-py/", open_dataset, f"cifar10:{tmp_path}")
     # A pickle runs code when it is read, so one that is not the published file never is.
     batch.write_bytes(content + b"x")
-    with pytest.raises(UserError, match="cifar-10-batches-py"):
-        open_dataset(f"cifar10:{tmp_path}")
+    refuses("cifar-10-batches-py", open_dataset, f"cifar10:{tmp_path}")
 
 
 @pytest.mark.parametrize("place", ["SUN397/Partitions", "."])
@@ -103,8 +100,7 @@ def test_sun397_by_its_official_lists(tmp_path, place):
     for label, name in enumerate(SUN):
         for number in "ac":
             trees.paint(base / name[0] / name / f"sun_{number}{label}.jpg", label)
-    with pytest.raises(UserError, match=r"Training_01\.txt.*Partitions\.zip"):
-        open_dataset(f"sun397:{tmp_path}")
+    refuses(r"Training_01\.txt.*Partitions\.zip", open_dataset, f"sun397:{tmp_path}")
     lines = "".join(f"/{name[0]}/{name}/sun_{{}}{label}.jpg\n" for label, name in enumerate(SUN))
     trees.write(tmp_path / place / "Training_01.txt", lines.replace("{}", "a"))
     trees.write(tmp_path / place / "Testing_01.txt", lines.replace("{}", "c"))
@@ -114,5 +110,4 @@ def test_sun397_by_its_official_lists(tmp_path, place):
     assert test.class_names == ("abbey", "bakery shop", "jail indoor", "jail cell", "theater indoor seats")
     assert (train[2].key, test[2].key) == ("j/jail/indoor/sun_a2.jpg", "j/jail/indoor/sun_c2.jpg")
     trees.write(tmp_path / place / "Testing_01.txt", "/z/zoo/sun_a.jpg\n")
-    with pytest.raises(UserError, match="zoo"):
-        open_dataset(f"sun397:{tmp_path}")
+    refuses("zoo", open_dataset, f"sun397:{tmp_path}")
