@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 from tokenizers import ByteLevelBPETokenizer
 
@@ -23,7 +24,7 @@ OFFSET = 2  # RoBERTa's first position
 
 def bert(folder, context=24, model="BertForMaskedLM", **config):
     """An uncased BERT over letters and a few words, as older repositories hold it: vocab.txt without tokenizer.json."""
-    import transformers
+    transformers = pytest.importorskip("transformers")
 
     letters = [chr(number) for number in range(ord("a"), ord("z") + 1)]
     words = ["red", "green", "blue", "circle", "square", "triangle", "bar", "painted", "white", "paper", "in", "on"]
@@ -36,7 +37,7 @@ def bert(folder, context=24, model="BertForMaskedLM", **config):
 
 def distilbert(folder, context=24):
     """A DistilBERT with `bert`'s tokenizer."""
-    import transformers
+    transformers = pytest.importorskip("transformers")
 
     bert(folder)
     known = json.loads((folder / "config.json").read_text())["vocab_size"]
@@ -46,7 +47,7 @@ def distilbert(folder, context=24):
 
 def roberta(folder, context=24, kind="Roberta", **config):
     """A cased RoBERTa over bytes and some merges; it pads with 1 and its words begin at 4."""
-    import transformers
+    transformers = pytest.importorskip("transformers")
 
     trained = ByteLevelBPETokenizer()
     specials = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]

@@ -1,10 +1,21 @@
-"""Captioning images: the table on the disk, two tabs, the heads that are fitted, and hostile or wrong input."""
+"""Captioning images and comparing pairs: what the pages get, write and refuse."""
 
 import csv
+import json
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import normalize
 
 from app.conftest import NAMES, ask
 from conftest import refuses
+from declip.app.pairs import compare_captions, find_similar
+from declip.app.state import AppState
 from declip.data.sources.open import open_source
+from indices import write_index
 
 
 def save(client, shown, *captions):
@@ -80,3 +91,124 @@ def test_wrong_input_is_refused(start, tmp_path, state):
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     for name in ("captions.txt", "other.csv"):
         refuses("--caption", start, name)
+
+
+def state_of(index, ranks=None):
+    """What a comparison needs of the app's state."""
+    return SimpleNamespace(index=index, ranks=ranks or {}, check_running=lambda: None)
+
+
+@pytest.fixture
+def made_up(tmp_path):
+    """60 pairs: captions near their images, but 5 and 6 are exchanged, 7 has none, 20 is an image twice."""
+    torch.manual_seed(0)
+    images = normalize(torch.randn(60, 16), dim=-1)
+    images[20] = images[40]
+    texts = normalize(images + 0.15 * torch.randn(60, 16), dim=-1)
+    texts[[5, 6]] = texts[[6, 5]]
+    texts[7] = 0
+    captions = [f"caption {n}" for n in range(60)]
+    captions[7] = ""
+    return state_of(write_index(tmp_path / "made", images, texts, captions))
+
+
+def test_exchanged_captions_disagree_most(made_up):
+    found = compare_captions(made_up)
+    assert set(found.ids[:2].tolist()) == {5, 6}
+    assert found.without == 1
+    assert 7 not in found.ids
+    own = (made_up.index.vectors(found.ids) * made_up.index.vectors(found.ids, "captions")).sum(1).numpy()
+    np.testing.assert_allclose(found.values, own, atol=1e-6)
+    median = np.median(own)
+    assert (found.median, found.spread) == pytest.approx((median, 1.4826 * np.median(np.abs(own - median))), abs=1e-5)
+
+
+def test_pairs_that_a_run_was_trained_on_are_judged_out_of_fold(run_folder, shared, tmp_path):
+    run = shutil.copytree(run_folder, tmp_path / "run")
+    rows = [(row.key, text) for row in map(shared.index.row, shared.index.ids) for text in row.captions]
+    ranks = {pair: number / len(rows) for number, pair in enumerate(reversed(rows))}
+
+    def state_with(share):
+        with (run / "out_of_fold.csv").open("w", newline="") as file:
+            known = list(ranks.items())[: round(share * len(rows))]
+            csv.writer(file).writerows([("key", "caption", "rank"), *((*pair, f"{rank:.4f}") for pair, rank in known)])
+        return AppState(shared.index, str(run))
+
+    with ask(state_with(0.75)) as client:
+        answer = client.get("/api/pairs/disagreeing?limit=0.5").json()
+        assert "was trained on" not in client.get("/pairs").text
+    assert (answer["ranked"], answer["total"], answer["without"]) == (True, 18, 6)
+    assert [row["id"] for row in answer["rows"]] == list(range(6, 24)), "the worst of an image's captions counts"
+    assert answer["rows"][0]["value"] == pytest.approx(ranks[rows[12]], abs=1e-4)
+    assert answer["marked"] == list(range(6, 12))
+    with ask(state_with(0.25)) as client:  # of another source, mostly
+        assert not client.get("/api/pairs/disagreeing").json()["ranked"]
+        assert "was trained on" in client.get("/pairs").text
+
+
+def test_similar_images_are_those_of_all_with_all_joined_through_others(made_up, tmp_path):
+    similar = find_similar(made_up)
+    [(ids, cosine)] = similar.groups(0.999)
+    assert (ids, cosine) == ([20, 40], pytest.approx(1, abs=1e-5))
+    images = made_up.index.vectors(made_up.index.ids)
+    expected = ((images @ images.T).triu(1) >= 0.8).nonzero()
+    assert sorted(zip(similar.one, similar.other, strict=True)) == [(a, b) for a, b in expected.tolist()]
+    assert similar.groups(1.1) == []
+    angles = torch.tensor([0.0, 0.3, 0.6, 2.0, 2.2])
+    images = torch.stack([angles.cos(), angles.sin()], 1)
+    groups = find_similar(state_of(write_index(tmp_path / "row", images, images, ["a"] * 5))).groups(np.cos(0.31))
+    assert [ids for ids, _ in groups] == [[3, 4], [0, 1, 2]]
+    assert groups[1][1] == pytest.approx(np.cos(0.3), abs=1e-5)
+    same = torch.full((40, 4), 0.49999)  # cosines of 0.99996, as float16 may have
+    [(ids, _)] = find_similar(state_of(write_index(tmp_path / "same", same, same, ["a"] * 40))).groups(1.0)
+    assert len(ids) == 40
+
+
+def test_the_page_gets_what_was_found(client, state):
+    found = compare_captions(state)
+    below = float(found.values[5])
+    answer = client.get(f"/api/pairs/disagreeing?limit={below}").json()
+    assert len(answer["edges"]) == len(answer["counts"]) + 1
+    assert (answer["total"], answer["without"], sum(answer["counts"])) == (24, 0, 24)
+    rows = answer["rows"]
+    assert [row["id"] for row in rows] == found.ids.tolist()
+    assert [row["value"] for row in rows] == pytest.approx(found.values.tolist(), abs=1e-6)
+    assert rows[0]["deviations"] == pytest.approx((found.values[0] - found.median) / found.spread, abs=1e-3)
+    image, texts = state.index.vectors([rows[0]["id"]])[0], state.index.vectors(state.index.ids, "captions")
+    assert rows[0]["nearest"] == state.index.row(int((texts @ image).argmax())).caption
+    assert answer["marked"] == found.ids[:5].tolist()
+    assert client.get("/api/pairs/disagreeing?start=20").json()["rows"][0]["id"] == rows[20]["id"]
+    groups = client.get("/api/pairs/duplicates?threshold=0.8").json()
+    assert len(groups["marked"]) == sum(group["size"] - 1 for group in groups["rows"])
+    assert groups["total"] == len(groups["rows"])
+    for wrong in ("disagreeing?start=-1", "duplicates?threshold=0.5", "duplicates?threshold=x"):
+        assert client.get(f"/api/pairs/{wrong}").status_code == 400, wrong
+    reason = "near-duplicate image"
+    for tree in ({}, {reason: []}, {"other": [1]}, {reason: 1}, {reason: ["x"]}, {reason: [99]}, {reason: [-1]}):
+        assert client.post("/api/pairs/list", json=tree).status_code == 400, tree
+
+
+def test_the_list_has_keys_and_reasons(client, state):
+    client.get("/api/pairs/disagreeing")
+    marked = {"image and caption disagree": [3, 1], "near-duplicate image": [3, 8]}
+    answer = client.post("/api/pairs/list", json=marked)
+    assert "drop.jsonl" in answer.headers["content-disposition"]
+    rows = [json.loads(line) for line in answer.text.splitlines()]
+    assert [(row["key"], row["place"]) for row in rows] == [(state.index.row(n).key, n) for n in (1, 3, 8)]
+    assert [row["reason"] for row in rows] == ["image and caption disagree"] * 2 + ["near-duplicate image"]
+    found = compare_captions(state)
+    assert rows[0]["cosine"] == pytest.approx(float(found.values[found.ids.tolist().index(1)]), abs=1e-4)
+
+
+def test_a_comparison_is_made_once_and_ends_with_the_server(state):
+    calls = []
+
+    def compare(state):
+        state.check_running()
+        calls.append(state.index)
+        return 7
+
+    assert [state.once(compare), state.once(compare)] == [7, 7]
+    assert calls == [state.index]
+    state.stopped.set()
+    refuses("stopped", state.once, find_similar)

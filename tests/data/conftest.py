@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.tars import SIZES, write_shards
+from data.fakes import SIZES, write_shards
 
 
 @pytest.fixture

@@ -1,12 +1,22 @@
-"""Small stand-ins for the tests of data: JPEG files, a source of noise, a tokenizer, and loaders by their options."""
+"""Stand-ins for the tests of data: JPEG files, tables, shards, a source of noise, a tokenizer, loaders by options."""
+
+import csv
+import io
+import json
+import tarfile
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
 from PIL import Image
 
 from conftest import encoded
 from declip.data.batch import Plan, TextSpec, ViewSpec
 from declip.data.loader import Assembler, PairLoader
 from declip.data.pair import BrokenPair, Pair, PairSource
+from declip.data.sources.open import open_source
+from declip.errors import UserError
 from declip.recipe.schema import ImageView, TextView
 
 
@@ -70,3 +80,69 @@ def make_loader(
     loading = {name: options.pop(name) for name in {"start_step", "workers", "max_broken_fraction"} & options.keys()}
     assembler = Assembler(source, Words(context), plan, **({"batch_size": 6, "seed": 3} | options))
     return PairLoader(assembler, **loading)
+
+
+KINDS = ["jsonl", "csv", "tsv", "parquet"]
+
+
+def write(path, rows, names=("image", "caption")):
+    """Write rows in the format of the path's extension."""
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(dict(zip(names, row, strict=True))) + "\n" for row in rows))
+    elif path.suffix == ".parquet":
+        pq.write_table(pa.table({name: [row[place] for row in rows] for place, name in enumerate(names)}), path)
+    else:
+        with path.open("w", newline="") as file:
+            csv.writer(file, delimiter="," if path.suffix == ".csv" else "\t").writerows([names, *rows])
+    return path
+
+
+def reason_of(source, index):
+    with pytest.raises(BrokenPair) as caught:
+        source[index]
+    return caught.value.reason
+
+
+def message(*arguments, **options):
+    with pytest.raises(UserError) as caught:
+        open_source(*arguments, **options)
+    return str(caught.value)
+
+
+SIZES = (5, 1, 9, 6)
+"""Pairs in each shard of the fixture `shard_folder`."""
+
+
+def picture(number, kind="png"):
+    """An image whose pixels tell its number."""
+    return encoded(Image.new("RGB", (16, 16), (number % 256, number // 256, 7)), kind)
+
+
+def write_tar(path, members, format=tarfile.USTAR_FORMAT):
+    """A tar of these members, in order."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=format) as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def pair(number):
+    """The members of pair `number`, as img2dataset writes them."""
+    said = {"caption": f"picture {number}", "url": "http://x"}
+    return [
+        (f"{number:09d}.png", picture(number)),
+        (f"{number:09d}.txt", f"picture {number}".encode()),
+        (f"{number:09d}.json", json.dumps(said).encode()),
+    ]
+
+
+def write_shards(folder, sizes):
+    """Shards 00000.tar and so on with so many pairs, numbered through."""
+    first = 0
+    for shard, size in enumerate(sizes):
+        write_tar(folder / f"{shard:05d}.tar", [m for n in range(first, first + size) for m in pair(n)])
+        first += size
+    return folder

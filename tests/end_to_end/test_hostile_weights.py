@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 import declip
 from conftest import TINY
-from data.tars import write_tar
+from data.fakes import write_tar
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe

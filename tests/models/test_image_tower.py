@@ -1,9 +1,15 @@
+"""Image towers of many kinds: features, sizes, a step of every loss, and where a text fits in an image."""
+
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
-from conftest import TINY, refuses
+from conftest import TINY, draw, refuses
+from conftest import WEIGHTS as METHODS
+from declip.data.batch import PairBatch
 from declip.models.dual_encoder import DualEncoder
 from declip.models.image_tower import SMALL_TOWERS, ImageTower
 from declip.models.layers import blocks_of
@@ -11,6 +17,9 @@ from declip.models.text_tower import TextTower
 from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe
 from declip.supervision.objective import Objective
+from declip.training.assemble import plan_of
+from declip.training.parallel import build_learner
+from declip.training.step import StepParts, training_step
 
 
 @pytest.mark.parametrize("name", [*SMALL_TOWERS, "resnet50_clip", "convnext_atto", "vit_tiny_patch16_224"])
@@ -120,3 +129,129 @@ def test_blocks_of_the_text_tower_and_of_a_plain_layer():
     tower = TextTower(vocabulary=10, end=9, embed_dim=4, width=8, layers=3, heads=2)
     assert blocks_of(tower) == list(tower.transformer.resblocks)
     assert blocks_of(nn.Linear(2, 2)) == []
+
+
+VIT = {"embed_dim": 64, "depth": 2, "num_heads": 2}
+TOWERS = {
+    "vit_large_patch14_clip_224": (28, VIT, 4, False),
+    "vit_base_patch16_siglip_224": (32, VIT, 4, False),
+    "vit_base_mci_224": (32, {"depth": 1}, 4, True),
+    "convnext_tiny": (64, {"depths": [1, 1, 2, 1], "dims": [16, 32, 64, 128]}, 4, False),
+    "swin_tiny_patch4_window7_224": (
+        64, {"depths": [1, 1, 2, 1], "embed_dim": 24, "num_heads": [1, 2, 4, 8]}, 4, False,
+    ),
+    "regnety_002": (64, {}, 4, True),
+    "fastvit_mci0": (64, {"layers": [1, 1, 2, 1], "embed_dims": [16, 32, 64, 128]}, 4, True),
+    "test_efficientnet": (64, {}, 4, True),
+}  # fmt: skip
+"""Name → image size, options, tokens, whether it has batch norm."""
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_a_tower_is_timms_and_learns_from_every_term(name):
+    """No parameter is left without a gradient, which DDP would wait for, and a step changes the trunk."""
+    size, options, cells, batch_norm = TOWERS[name]
+    terms = {**METHODS["defilip"], "simclr": 0.1}
+    recipe = Recipe.model_validate(
+        {**TINY, "image": {"model": name, "size": size, "model_kwargs": options}, "loss_weights": terms}
+    )
+    torch.manual_seed(0)
+    model = DualEncoder.from_recipe(recipe)
+    tower, images = model.image_tower, torch.randn(2, 4, 3, size, size)
+    assert tower.has_batch_norm == batch_norm
+    fixed = {"img_size": size} if name.startswith(("vit", "swin")) else {}
+    _check_features(tower.eval(), timm.create_model(name, num_classes=0, **options, **fixed), images[0], cells)
+
+    objective = Objective(recipe, model)
+    tokens = model.tokenizer([f"{number} red circles" for number in range(4)])
+    masked, labels = tokens.clone(), torch.full_like(tokens, -100)
+    masked[:, 2], labels[:, 2] = model.tokenizer.mask, tokens[:, 2]
+    batch = PairBatch(
+        views={"first": images[0], "second": images[1]},
+        texts=torch.stack([tokens, tokens]),
+        masked=masked,
+        labels=labels,
+    )
+    learner = build_learner(recipe, model.train(), objective.train())
+    before = {name: weight.clone() for name, weight in tower.trunk.named_parameters()}
+    optimizer = torch.optim.SGD(learner.parameters(), lr=1.0)
+    found = training_step(StepParts(learner, optimizer, plan_of(recipe), recipe.train), batch)
+    assert set(found) == {*terms, "loss", "grad_norm"}
+    assert all(torch.isfinite(value) for value in found.values())
+    assert [name for name, weight in learner.named_parameters() if weight.grad is None] == []
+    assert any(not torch.equal(weight, before[name]) for name, weight in tower.trunk.named_parameters())
+
+
+def _check_features(tower, theirs, images, cells):
+    norm = {f"norm.{part}": weight for part, weight in tower.norm.state_dict().items()}
+    theirs.load_state_dict({**tower.trunk.state_dict(), **norm})
+    with torch.no_grad():
+        features = tower(images)
+        torch.testing.assert_close(features.pre_logits, theirs.eval()(images), rtol=1e-5, atol=1e-5)
+    assert features.pooled.shape == (4, 16)
+    assert features.tokens.shape == (4, cells, tower.token_width)
+
+
+MEAN_POOLED = {
+    "declip_conv_tiny": {},
+    "swin_tiny_patch4_window7_224": {"depths": [1, 1], "embed_dim": 24, "num_heads": [1, 2]},  # channels last
+    "vit_small_patch16_224": {"depth": 1, "global_pool": "avg", "fc_norm": False},
+}
+
+
+@pytest.mark.parametrize("name", MEAN_POOLED)
+def test_the_embedding_of_an_image_is_the_mean_of_its_cells(name):
+    tower, images = ImageTower(name, 64, 8, MEAN_POOLED[name]).eval(), torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        cells, pooled = tower.encode_cells(images), tower(images).pooled
+    assert cells.shape[1] > 1
+    torch.testing.assert_close(cells.mean(1), pooled, rtol=1e-5, atol=1e-5)
+
+
+def test_cells_behind_a_class_token_are_projected_as_it_is():
+    tower, images = ImageTower("declip_vit_tiny", 32, 8).eval(), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = tower.proj(tower.norm(tower(images).tokens))
+        torch.testing.assert_close(tower.encode_cells(images), expected)
+
+
+def test_cells_behind_an_attention_pool_take_the_path_of_its_value():
+    tower = ImageTower("resnet50_clip", 64, 8, {"depths": [1, 1, 1, 1]}).eval()
+    pool = tower.trunk.head
+    torch.nn.init.zeros_(pool.pos_embed)  # else the mean of the positions is added
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        values = pool.qkv(tower(images).tokens)[..., -pool.embed_dim :] if pool.qkv else pool.v(tower(images).tokens)
+        torch.testing.assert_close(tower.encode_cells(images), tower.proj(values), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tower", ["declip_conv_tiny", "declip_vit_tiny"])
+def test_the_half_of_a_scene_that_a_text_names_has_the_larger_values(tower):
+    torch.manual_seed(0)
+    recipe = Recipe.model_validate({**TINY, "image": {"model": tower, "size": 64}})
+    model = DualEncoder.from_recipe(recipe).eval()
+    red, blue = (draw(color, "square", 60) for color in ("red", "blue"))
+    scene = Image.new("RGB", (120, 60))
+    scene.paste(red, (0, 0))
+    scene.paste(blue, (60, 0))
+    with torch.no_grad():
+        a, b = (model.image_tower.encode_cells(model.preprocess(picture))[0].mean(0) for picture in (red, blue))
+    for named, text in ((0, a - b), (1, b - a)):
+        model.encode_text = lambda tokens, text=text: F.normalize(text, dim=0)[None]
+        found = model.similarity_map(scene, "the first or the second")
+        assert found.shape == (60, 120)
+        halves = found[:, :60].mean(), found[:, 60:].mean()
+        assert halves[named] > halves[1 - named]
+
+
+def test_the_mean_of_a_map_is_the_cosine_of_image_and_text():
+    model = DualEncoder.from_recipe(Recipe.model_validate({**TINY, "image": {"model": "declip_conv_tiny", "size": 64}}))
+    picture = draw("red", "square").resize((8, 8))  # as many pixels as cells, so that none is interpolated
+    with torch.no_grad():
+        image, text = (model.eval().encode_image(model.preprocess(picture)), model.encode_text(model.tokenize("red")))
+    torch.testing.assert_close(model.similarity_map(picture, "red").mean(), (image @ text.mT)[0, 0])
+
+
+def test_a_size_that_the_tower_cannot_take_is_named():
+    model = DualEncoder.from_recipe(Recipe.model_validate(TINY)).eval()
+    refuses(r"64 × 64 pixels.*Give another size", model.similarity_map, draw("red", "square"), "red", size=64)

@@ -11,7 +11,7 @@ from PIL import Image
 
 import declip
 from conftest import draw, encoded, refuses
-from data.tars import write_tar
+from data.fakes import write_tar
 from declip.data.columns import Columns
 from declip.data.images.decode import decode
 from declip.data.pair import Origin, Pair, PairSource

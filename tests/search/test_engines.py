@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import declip
-from data.tars import write_tar
+from data.fakes import write_tar
 
 
 def test_datasets(weights_file, folder, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""What the tests of the terms share: golden cases, random unit vectors, and what every term must do."""
+"""What the tests of the terms share: golden cases, random unit vectors, and the losses in one form."""
 
 import numpy as np
 import pytest
@@ -6,6 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from declip.supervision.contrastive import info_nce
+from declip.supervision.late_interaction import late_interaction
+from declip.supervision.multi_view import multi_view
+from declip.supervision.nearest_neighbor import neighbor_contrast
+from declip.supervision.sigmoid import sigmoid_loss
+from declip.supervision.simclr import nt_xent
 from golden_cases import GOLDEN
 
 
@@ -46,3 +52,43 @@ class NoDeviceReads(TorchDispatchMode):
 def no_device_reads():
     """A context in which nothing may wait for the device: with no_device_reads(): ..."""
     return NoDeviceReads
+
+
+BATCH = 6
+LENGTHS = torch.tensor([2, 5, 1, 4, 3, 5])
+NEIGHBORS = F.normalize(torch.randn(2, BATCH, 5, generator=torch.Generator().manual_seed(9)), dim=-1).bfloat16()
+
+
+def views(z1, z2, keys1, keys2, scale, offset, limit):
+    return nt_xent(z1, z2, keys1, keys2, 1 / scale, offset, limit)
+
+
+def late(images, words, image_keys, word_keys, scale, offset, limit):
+    mask = torch.arange(words.shape[1]) < LENGTHS[: len(word_keys), None]
+    own = mask[offset : offset + len(words)]
+    return late_interaction(images, words, own, image_keys, word_keys, mask, scale, offset, max_logit_bytes=limit)
+
+
+def neighbors(images, keys, scale, offset, limit):
+    return neighbor_contrast(images, NEIGHBORS[:, : keys.shape[1]].to(images), scale, offset, limit)
+
+
+def sigmoid(images, texts, image_keys, text_keys, scale, offset, limit):
+    """With a bias that follows the scale, so that the scale's gradient shows both."""
+    return sigmoid_loss(images, text_keys, scale, -0.4 * scale, offset, limit)
+
+
+TERMS = {
+    "info_nce": (info_nce, [(BATCH, 5)] * 2),
+    "multi_view": (multi_view, [(2, BATCH, 5)] * 2),
+    "nt_xent": (views, [(BATCH, 5)] * 2),
+    "late_interaction": (late, [(BATCH, 4, 5), (BATCH, 5, 5)]),
+    "sigmoid": (sigmoid, [(BATCH, 5)] * 2),
+    "neighbors": (neighbors, [(2, BATCH, 5)]),
+}
+"""Name → loss, and shapes of its features."""
+
+
+def batch_axis(shape):
+    """Axis of the pairs: views come before them."""
+    return int(shape[0] == 2)

@@ -16,7 +16,7 @@ from declip.supervision.sigmoid import Sigmoid, sigmoid_loss
 from declip.supervision.simclr import nt_xent
 from declip.supervision.simsiam import negative_cosine
 from golden_cases import loss_cases
-from supervision.terms import BATCH, LENGTHS, NEIGHBORS, TERMS, batch_axis
+from supervision.conftest import BATCH, LENGTHS, NEIGHBORS, TERMS, batch_axis
 
 
 def dot(a, b):

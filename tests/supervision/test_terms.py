@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from declip.supervision import contrastive
-from supervision.terms import BATCH, TERMS, batch_axis
+from supervision.conftest import BATCH, TERMS, batch_axis
 
 every_term = pytest.mark.parametrize("name", TERMS)
 in_blocks_too = pytest.mark.parametrize("limit", [None, 0], ids=["whole", "blocks"])
@@ -142,7 +142,7 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("name", [name for name in TERMS if not name.startswith("neighbors")])
 def test_blocks_neither_make_nor_keep_anything_of_the_matrixs_size(units, monkeypatch, name):
     pairs, term = 90, TERMS[name][0]
-    monkeypatch.setattr("supervision.terms.LENGTHS", torch.full((pairs,), 5))
+    monkeypatch.setattr("supervision.conftest.LENGTHS", torch.full((pairs,), 5))
     monkeypatch.setattr(contrastive, "BLOCK_BYTES", 10 * pairs * 8)
     rows = [units(*(pairs if n == BATCH else n for n in shape)).requires_grad_() for shape in TERMS[name][1]]
     largest, kept = {}, {}

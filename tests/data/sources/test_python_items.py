@@ -9,7 +9,7 @@ from PIL import Image
 
 import declip
 from conftest import TINY, WEIGHTS, refuses
-from data.tables import message, reason_of
+from data.fakes import message, reason_of
 from declip.data.columns import Columns
 from declip.data.pair import BrokenPair
 from declip.data.sources.open import open_source

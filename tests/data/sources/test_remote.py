@@ -10,8 +10,7 @@ import time
 import pytest
 
 from conftest import refuses
-from data.tables import message
-from data.tars import SIZES, write_shards
+from data.fakes import SIZES, message, write_shards
 from declip.data.pair import BrokenPair
 from declip.data.sources import shard_files
 from declip.data.sources.open import open_source

@@ -1,16 +1,25 @@
-"""Splits of a source: training takes the train rows, and never the others."""
+"""What is trained on: the train rows of a source and never the others, and several sources as one."""
 
 import json
 
+import numpy as np
 import pytest
+import torch
+import yaml
 
-from conftest import refuses
-from data.tables import KINDS, write
+from conftest import TINY, WEIGHTS, refuses
+from data.fakes import KINDS, write, write_shards
 from declip.data.prepare import shard_source
 from declip.data.sources.open import open_source
-from declip.data.sources.subset import Subset, take, training_part
+from declip.data.sources.shards import ShardSource
+from declip.data.sources.subset import Joined, Subset, take, training_part
 from declip.errors import UserError
 from declip.evaluation.datasets import open_dataset
+from declip.models.dual_encoder import DualEncoder
+from declip.recipe.load import load_recipe
+from declip.recipe.schema import Recipe
+from declip.training.assemble import build_loader
+from declip.training.pairs import open_training_source
 
 ROWS = [("a.png", "one", "train"), ("b.png", "two", "Test"), ("c.png", "three", " val "), ("d.png", "four", "training")]
 NAMES = ("image", "caption", "Split")
@@ -88,3 +97,83 @@ def test_shards_hold_the_training_pairs_alone(folder, tmp_path):
     made = shard_source(write(folder / "t.csv", ROWS, NAMES), tmp_path / "shards", workers=0)
     assert captions(open_source(tmp_path / "shards")) == ["one", "four"]
     assert made.skipped.counts == {"split test": 1, "split validation": 1}
+
+
+@pytest.fixture
+def shards(tmp_path, cache):
+    return write_shards(tmp_path / "shards", (5, 9, 7))
+
+
+def recipe_of(source, **data):
+    return Recipe.model_validate({**TINY, "data": {"source": source, **data}})
+
+
+def test_a_list_of_sources_is_joined(shards, table):
+    recipe = recipe_of([str(table), str(shards)])
+    assert Recipe.model_validate(yaml.safe_load(recipe.to_yaml())) == recipe
+    assert recipe.data.label == f"{table} + {shards}"
+    source = open_training_source(recipe)
+    assert isinstance(source, Joined)
+    assert (len(source), source.name) == (24 + 21, "shapes.jsonl + shards")
+    assert len(open_training_source(recipe_of([str(table), str(shards)], max_pairs=20))) == 20
+
+
+def test_one_source_stays_what_it_was(shards, table):
+    assert recipe_of(str(table)).data.label == str(table)
+    assert isinstance(open_training_source(recipe_of(str(shards))), ShardSource)
+    part = open_training_source(recipe_of(str(table), max_pairs=9))
+    assert isinstance(part, Subset)
+    assert part.indices.tolist() == sorted(np.random.default_rng((0, 24)).permutation(24)[:9].tolist())
+    assert [part.captions(i) for i in range(9)] == [part[i].captions for i in range(9)]
+    with pytest.raises(UserError, match=r"data\.max_pairs=25, but 'shapes\.jsonl' has 24"):
+        open_training_source(recipe_of(str(table), max_pairs=25))
+
+
+def test_rows_of_other_splits_are_not_trained_on(folder, shards):
+    rows = [("a.png", "one", "train"), ("b.png", "two", "test"), ("c.png", "three", "train")]
+    table = str(write(folder / "t.csv", rows, ("image", "caption", "split")))
+    source = open_training_source(recipe_of(table))
+    assert [source.captions(index)[0] for index in range(len(source))] == ["one", "three"]
+    joined = open_training_source(recipe_of([table, str(shards)]))
+    assert (len(joined), joined.captions(1)) == (2 + 21, ("three",))
+    assert len(open_training_source(recipe_of(table, max_pairs=2))) == 2
+
+
+def test_a_group_is_refused_where_no_source_is_a_table(shards, table):
+    def opened(source, **data):
+        tree = {"source": source, "columns": {"group": "image"}, **data}
+        return open_training_source(Recipe.model_validate({**TINY, "data": tree}))
+
+    for source in (str(shards), str(table.parent), [str(shards), str(shards)]):
+        refuses(r"data\.columns\.group names a column of a table", opened, source)
+    for source in (str(table), [str(shards), str(table)]):
+        assert opened(source, max_pairs=9).group_column == "image"
+
+
+def test_a_milder_contrastive_view_is_one_more(table):
+    mild = {"scale": [1.0, 1.0], "color_jitter_prob": 0, "grayscale_prob": 0, "blur_prob": 0, "hflip_prob": 0}
+
+    def views(contrastive):
+        tree = {"loss_weights": WEIGHTS["slip"], "views": {"contrastive_view": contrastive}}
+        recipe = Recipe.model_validate({**TINY, **tree, "data": {"source": str(table)}})
+        with build_loader(recipe, open_training_source(recipe), DualEncoder.from_recipe(recipe)) as loader:
+            return next(loader).views
+
+    three = views(mild)
+    assert list(three) == ["contrastive", "first", "second"]
+    assert (three["contrastive"].pixels[:, :, :2, :2] == 255).all(), "a whole image keeps its white corners"
+    assert not torch.equal(three["first"].pixels, three["second"].pixels)
+    assert list(views(None)) == ["first", "second"]
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("[{source: a, weight: 2}]", "data.source is [{'source': 'a', 'weight': 2}]; give one source, or a list"),
+        ("[]", "data.source is []; give one source, or a list of sources"),
+    ],
+)
+def test_a_source_that_is_none_is_explained(source, says):
+    with pytest.raises(UserError) as caught:
+        load_recipe("clip", {"data.source": source})
+    assert says in str(caught.value)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from conftest import refuses
-from data.tables import KINDS, message, reason_of, write
+from data.fakes import KINDS, message, reason_of, write
 from declip.data.columns import Columns
 from declip.data.pair import BrokenPair
 from declip.data.sources.open import open_source

@@ -1,16 +1,110 @@
-"""The emoji and the icons: the shipped tables, and small packages of drawings that are built by small tables."""
+"""The shipped tables of the built-in sets, and small packages of drawings that are built by small tables."""
 
 import hashlib
 import json
 
 import numpy as np
 import pytest
+from PIL import Image, ImageDraw
 
 from declip.data.builtin import sets
+from declip.data.builtin.fetch import FOLDER_VARIABLE
 from declip.data.builtin.pictures import NOTICE, BuiltinSource, lengthen, read_rows, shorten
-from declip.data.builtin.sets import DESIGNS, EMOJI, ICONS, ICONS_PACKAGE
+from declip.data.builtin.sets import BUILTIN_SPLITS, CLIPART, DESIGNS, EMOJI, ICONS, ICONS_PACKAGE, STAMPS, download
 from declip.data.sources.open import open_source
 from declip.data.tables import pack, unpack
+
+DRAWINGS = {  # title, size of the file, color
+    "animals/bug.svg": ("bug", 'width="210mm" height="297mm"', "red"),
+    "animals/cat_old.svg": ("cat and the dog", 'width="744" height="1052"', "#00ff00"),
+    "food/pear.svg": ("pear", 'width="100%" height="100%" viewBox="0 0 744 1052"', "blue"),
+    "food/pear_02.svg": ("pear", 'width="744" height="1052"', "black"),
+    "food/ghost.svg": ("ghost", 'width="744" height="1052"', "white"),
+}
+CHOSEN_STAMPS = [  # key, name, kind, photo, test; "" has no sentence of a thing
+    ("animals/birds/cartoon/tux", "", "animal", "0", "0"),
+    ("animals/marsupials/koala", "koala", "animal", "1", "0"),
+    ("animals/marsupials/koala_2", "koala", "animal", "1", "0"),
+    ("food/apple", "apple", "food", "1", "1"),
+    ("symbols/a", "", "", "0", "0"),
+    ("vehicles/auto", "red car", "vehicle", "0", "1"),
+]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """The packages as they lie below the root of a machine."""
+    root = tmp_path_factory.mktemp("debian")
+    for key, (_, size, color) in DRAWINGS.items():
+        path = root / CLIPART.packages.data / key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        square = f'<rect x="20" y="20" width="200" height="200" fill="{color}"/>'
+        path.write_text(f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{square}</svg>')
+    (root / CLIPART.packages.data / "food/torn.svg").write_text("<svg")
+    for number, (key, name, *_) in enumerate(CHOSEN_STAMPS):
+        path = root / STAMPS.packages.data / f"{key}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image = Image.new("RGBA", (60, 40), (0, 0, 0, 0))
+        ImageDraw.Draw(image).rectangle((10, 10, 29, 29), fill=(200, number * 5, 30))
+        image.save(path)
+        path.with_suffix(".txt").write_text(f"See a  {name or 'letter'}.\naf.utf8=Iets.\n", encoding="utf-8")
+    notice = root / "usr/share/doc" / STAMPS.packages.name / "copyright"
+    notice.parent.mkdir(parents=True)
+    notice.write_text("GPL-2")
+    return root
+
+
+@pytest.fixture(scope="module")
+def debian(root, tmp_path_factory):
+    cache = tmp_path_factory.mktemp("cache")
+    keys = [*DRAWINGS, "food/torn.svg", "food/gone.svg"]
+    titles = {key: title for key, (title, *_) in DRAWINGS.items()}
+    stamps = [dict(zip(("key", "name", "kind", "photo", "test"), row, strict=True)) for row in CHOSEN_STAMPS]
+    rows = {"clipart": [{"key": k, "title": titles.get(k, "x"), "author": "A"} for k in keys], "stamps": stamps}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sets, "read_rows", rows.get)
+        patch.setenv(FOLDER_VARIABLE, str(root))
+        for name in rows:
+            assert download(f"builtin:{name}", cache, progress=False) == cache / name
+    return cache
+
+
+def test_the_tables_hold_what_the_pages_count():
+    clipart, stamps = read_rows("clipart"), read_rows("stamps")
+    assert (len(clipart), len({row["title"] for row in clipart})) == (1497, 1032)
+    assert len({row["key"] for row in stamps}) == len(stamps) == 949
+    parts = [{(r["kind"], r["name"]) for r in stamps if r["kind"] and r["name"] and r["test"] == t} for t in "01"]
+    assert not parts[0] & parts[1], "the two parts of a kind share no name"
+
+
+def test_clip_art_has_its_titles_and_fills_the_square(debian):
+    source = BuiltinSource(CLIPART, "clipart", debian)
+    assert source.class_names == ("bug", "cat and the dog", "pear")
+    assert source.labels.tolist() == [0, 1, 2, 2]
+    assert source[0].captions == ("bug",)
+    assert len(source) == 4, "without a ghost, a torn file and none"
+    for index, color in enumerate([(255, 0, 0), (0, 255, 0), (0, 0, 255), (0, 0, 0)]):
+        pixels = np.asarray(source[index].image)
+        assert pixels.shape == (CLIPART.side, CLIPART.side, 3)
+        assert (pixels[4:-4, 4:-4] == color).all()
+    assert "public domain" in (debian / "clipart" / NOTICE).read_text()
+
+
+def test_stamps_have_sentences_names_and_kinds(debian):
+    source = BuiltinSource(STAMPS, "stamps", debian)
+    assert [source.class_names[label] for label in source.labels] == ["koala", "koala", "apple", "red car"]
+    assert source.captions(0) == ("See a koala.", "koala")
+    pixels = np.asarray(source[1].image)
+    assert pixels.shape == (STAMPS.side, STAMPS.side, 3)
+    assert (pixels == (200, 10, 30)).all(), "over white, margins cut off"
+    assert [row["key"] for row in BuiltinSource(STAMPS, "stamps-photos", debian).rows] == [
+        "animals/marsupials/koala", "animals/marsupials/koala_2", "food/apple",
+    ]  # fmt: skip
+    train, test = (BuiltinSource(STAMPS, BUILTIN_SPLITS["stamps-kinds"][part], debian) for part in ("train", "test"))
+    assert train.class_names == test.class_names == ("animal", "food", "vehicle")
+    assert (train.labels.tolist(), test.labels.tolist()) == ([0, 0, 0], [1, 2])
+    assert "contributors, GPL-2" in (debian / "stamps" / NOTICE).read_text()
+    assert (debian / "stamps/licenses" / STAMPS.packages.name / "copyright").read_text() == "GPL-2"
 
 
 def put(path, value):
@@ -89,7 +183,7 @@ def info(name):
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory):
+def iconify(tmp_path_factory):
     root, cache = tmp_path_factory.mktemp("packages"), tmp_path_factory.mktemp("cache")
     for design in DESIGNS:
         folder, drawings = root / design.package, DRAWN.get(design.key, {})
@@ -126,35 +220,35 @@ def built(tmp_path_factory):
     ("icons-test", ["carbon/camera", "carbon/wallet", "icon-park/camera"]),
     ("icons-validation", ["bi/camera"]),
 ])  # fmt: skip
-def test_splits_share_names_but_no_designer(built, split, expected, monkeypatch):
-    monkeypatch.setenv("DECLIP_CACHE", str(built))
+def test_splits_share_names_but_no_designer(iconify, split, expected, monkeypatch):
+    monkeypatch.setenv("DECLIP_CACHE", str(iconify))
     source = open_source(f"builtin:{split}")
     assert source.name == f"builtin:{split}"
     assert [source.key(index) for index in range(len(source))] == expected
 
 
-def test_pairs_have_their_texts_and_evaluation_a_class_for_each_name(built):
-    source = BuiltinSource(EMOJI, "emoji-test", built)
+def test_pairs_have_their_texts_and_evaluation_a_class_for_each_name(iconify):
+    source = BuiltinSource(EMOJI, "emoji-test", iconify)
     assert source.class_names == ("grinning face", "red heart", "water wave")
     assert source.labels.tolist() == [0, 1, 2]
     assert "Microsoft, MIT" in source.credit
     assert "OpenMoji" not in source.credit
-    source = BuiltinSource(ICONS, "icons-test", built)
+    source = BuiltinSource(ICONS, "icons-test", iconify)
     assert (source.class_names, source.labels.tolist()) == (("camera", "wallet"), [0, 1, 0])
     assert source.credit == "carbon by A Hand, MIT; icon-park by A Hand, MIT"
-    face = BuiltinSource(EMOJI, "emoji", built)[0]
+    face = BuiltinSource(EMOJI, "emoji", iconify)[0]
     assert face.captions == ("grinning face", "smile", "face", "joy")
-    camera = BuiltinSource(ICONS, "icons", built)[0]
+    camera = BuiltinSource(ICONS, "icons", iconify)[0]
     assert camera.captions == ("camera", "a camera")
 
 
-def test_drawings_fill_the_square_in_black_or_in_their_color(built):
-    source = BuiltinSource(EMOJI, "emoji", built)
+def test_drawings_fill_the_square_in_black_or_in_their_color(iconify):
+    source = BuiltinSource(EMOJI, "emoji", iconify)
     for index in (0, 1):  # squares of different size and place
         pixels = np.asarray(source[index].image)
         assert pixels.shape == (EMOJI.side, EMOJI.side, 3)
         assert (pixels[2:-2, 2:-2] == [255, 0, 0]).all()
-    source = BuiltinSource(ICONS, "icons-test", built)
+    source = BuiltinSource(ICONS, "icons-test", iconify)
     line, green = (np.asarray(source[index].image) for index in (0, 2))
     assert line.shape == (ICONS.side, ICONS.side, 3)
     assert line.min() < 20, "currentColor is black"
@@ -163,8 +257,8 @@ def test_drawings_fill_the_square_in_black_or_in_their_color(built):
     assert green[:, :, 0].min() == green[:, :, 2].min() == 0
 
 
-def test_it_is_said_whose_the_drawings_are(built):
-    emoji, icons = ((built / name / NOTICE).read_text() for name in ("emoji", "icons"))
+def test_it_is_said_whose_the_drawings_are(iconify):
+    emoji, icons = ((iconify / name / NOTICE).read_text() for name in ("emoji", "icons"))
     assert "Fluent Emoji by Microsoft, MIT: 5 drawings\n" in emoji
     assert "Unicode CLDR" in emoji
     assert "carbon by A Hand, MIT: 3 drawings\n" in icons

@@ -1,0 +1,192 @@
+"""Files that appear whole, the cache, workers that outlive their process, and progress."""
+
+import errno
+import io
+import multiprocessing
+import os
+import re
+import time
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+
+from conftest import refuses
+from declip.api import train
+from declip.errors import UserError
+from declip.io import pool, progress
+from declip.io.atomic import atomic_write, cache_folder
+from declip.io.cache import LOCK, cache_entries, clear_cache, trim_cache
+from declip.io.progress import progress_bar
+from declip.training.sinks import Bar, RunInfo
+from training.starts import recipe_for
+
+
+def test_the_environment_chooses_the_folder(monkeypatch):
+    monkeypatch.setenv("DECLIP_CACHE", "~/elsewhere")
+    assert cache_folder() == Path.home() / "elsewhere"
+    monkeypatch.delenv("DECLIP_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
+    assert cache_folder() == Path("/x/declip")
+
+
+def test_a_file_or_folder_appears_whole(tmp_path):
+    with atomic_write(tmp_path / "a/file") as partial:
+        partial.write_text("1")
+        assert not (tmp_path / "a/file").exists()
+    assert (tmp_path / "a/file").read_text() == "1"
+    for value in "23":
+        with atomic_write(tmp_path / "a/folder") as partial:
+            partial.mkdir()
+            (partial / "x").write_text(value)
+        assert (tmp_path / "a/folder/x").read_text() == value
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["file", "folder"]
+
+
+def test_what_fails_leaves_nothing(tmp_path):
+    (tmp_path / "file").write_text("before")
+    with pytest.raises(TypeError), atomic_write(tmp_path / "file") as partial:
+        partial.write_text("half") / "no path"
+    assert (tmp_path / "file").read_text() == "before"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_a_killed_process_left_is_removed_after_a_day(tmp_path):
+    old, new, other = (tmp_path / name for name in (".file.1.partial", ".file.2.partial", ".other.1.partial"))
+    for path in (old, new, other):
+        path.mkdir()
+    os.utime(old, (time.time() - 90_000,) * 2)
+    os.utime(other, (time.time() - 90_000,) * 2)
+    with atomic_write(tmp_path / "file") as partial:
+        partial.write_text("1")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".file.2.partial", ".other.1.partial", "file"]
+
+
+@pytest.mark.parametrize(
+    ("code", "told"), [(errno.ENOSPC, "No room left on the disk"), (errno.EROFS, "cannot be written")]
+)
+def test_a_full_or_forbidden_disk_is_the_users_matter(tmp_path, code, told):
+    with pytest.raises(UserError) as caught, atomic_write(tmp_path / "file"):
+        raise OSError(code, os.strerror(code))
+    assert told in str(caught.value)
+    assert "set DECLIP_CACHE to another folder" in str(caught.value)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """Four folders of features of 1,000 bytes, the later ones used later, and a shard and a built-in set."""
+    monkeypatch.setenv("DECLIP_CACHE", str(tmp_path))
+    for number, name in enumerate(("features/a", "features/b", "features/c", "features/d", "shards/e", "emoji/f")):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "rows").write_bytes(bytes(1_000))
+        for path in (tmp_path / name / "rows", tmp_path / name):
+            os.utime(path, (number + 1, number + 1))
+    return tmp_path
+
+
+def names(cache):
+    return {str(entry.path.relative_to(cache)) for entry in cache_entries()}
+
+
+def test_features_longest_unused_go_first(cache, monkeypatch):
+    monkeypatch.setenv("DECLIP_CACHE_GB", "2.5e-6")
+    with FileLock(cache / "features/b" / LOCK):  # of another process
+        os.utime(cache / "features/b", (2, 2))
+        trim_cache(keep=[cache / "features/a"])
+    assert names(cache) == {"features/a", "features/b", "shards/e", "emoji/f"}
+    monkeypatch.setenv("DECLIP_CACHE_GB", "much")
+    refuses("DECLIP_CACHE_GB is 'much'", trim_cache, keep=())
+
+
+def test_clear_keeps_what_cannot_be_computed(cache):
+    refuses("'nothing'", clear_cache, "nothing")
+    assert clear_cache("shards") == 1_000
+    with FileLock(cache / "features/b" / LOCK):  # of another process
+        assert clear_cache() == 3_000
+    assert names(cache) == {"features/b", "emoji/f"}
+
+
+def test_the_commands(cache, command):
+    shown = command("cache", "show").out
+    assert all(part in shown for part in (str(cache), "features", "shards"))
+    assert command("cache", "clear", "features").out.split()[:2] == ["0.0", "MB"]
+    assert names(cache) == {"shards/e", "emoji/f"}
+    wrong = command("cache", "clear", "nothing")
+    assert (wrong.status, "'nothing'" in wrong.err) == (2, True)
+
+
+def test_workers_end_when_the_main_process_was_killed(monkeypatch):
+    monkeypatch.setattr(pool, "POLL_SECONDS", 0.2)
+    receiving, sending = multiprocessing.Pipe(duplex=False)
+
+    def start_and_wait():
+        results = pool.computed(bytes, [1 << 20] * 8, workers=2)
+        sending.send(len(next(results)))  # the next ones fill the pipe, and nobody reads them
+        time.sleep(60)
+
+    process = multiprocessing.get_context("fork").Process(target=start_and_wait)
+    process.start()
+    sending.close()
+    assert receiving.recv() == 1 << 20
+    process.kill()
+    process.join()
+    assert receiving.poll(20), "its other end is closed when the last worker ends"
+
+
+TERMS = ("contrastive", "multi_view", "simsiam", "masked_language", "nearest_neighbor")
+COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+LINE = r"training +{}/8 .*0:00:\d\d elapsed .*loss -?\d+\.\d{{3}}"
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def test_without_a_terminal_a_bar_is_a_line_now_and_then(capfd):
+    clock = Clock()
+    with progress_bar(*COLUMNS, get_time=clock) as bar:
+        task = bar.add_task("Images of cars", total=25)
+        for second in range(1, 26):
+            clock.now = second
+            bar.advance(task)
+        bar.update(task, completed=25)
+    printed = capfd.readouterr()
+    lines = [" ".join(line.split()) for line in printed.err.splitlines()]
+    times = ["10/25 0:00:15 left", "20/25 0:00:05 left", "25/25 0:00:00 left"]
+    assert lines == [f"Images of cars {time}" for time in times]
+    assert printed.out == ""
+
+
+@pytest.mark.parametrize(("width", "terms"), [(80, 1), (120, 3), (200, 6)])
+def test_a_narrow_terminal_drops_terms_and_keeps_the_step_and_the_time_left(tmp_path, width, terms):
+    bar = Bar()
+    bar.start(RunInfo(tmp_path, 0, 100_000, 128))
+    clock = Clock()
+    bar.progress.get_time = bar.progress.tasks[0]._get_time = clock
+    bar.progress.start_task(bar.task)
+    for step in range(1, 21):
+        clock.now = step
+        bar.advance(step)
+    bar.log(20, {"loss": 8.123, "losses": dict.fromkeys(TERMS, 8.123), "samples_per_second": 12_345.0})
+    console = Console(file=io.StringIO(), force_terminal=True, color_system=None, width=width)
+    console.print(bar.progress.get_renderable())
+    (line,) = console.file.getvalue().splitlines()
+    assert "20/100000" in line
+    assert "27:46:20" in line, "99,980 s at a second a step"
+    assert line.count(" 8.123") == terms
+
+
+def test_a_run_without_a_terminal_tells_its_steps_in_lines(table, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(progress, "LONGEST", 0.0)  # every step
+    train(recipe_for(table, "clip"), out=tmp_path, report=False)
+    printed = capfd.readouterr().err
+    assert re.findall(LINE.format(2), printed), printed
+    assert re.findall(LINE.format(8), printed), "the last step too"
+    assert "━" not in printed
+    assert "Starting: 24 pairs" in printed
+    assert "Starting: 24 pairs" in (tmp_path / "log.txt").read_text()
