@@ -17,6 +17,7 @@ from declip.evaluation.datasets import open_dataset, with_classes
 from declip.evaluation.linear_probe import check_probe, check_splits
 from declip.evaluation.protocols import TASKS
 from declip.io.atomic import write_text
+from declip.io.text import one_line
 from declip.recipe.load import flat, load_recipe
 from declip.recipe.schema import Recipe
 from declip.training.pairs import open_training_source
@@ -215,7 +216,8 @@ def read_study(folder: Path) -> Study | None:
         return TypeAdapter(Study).validate_json(path.read_bytes())
     except ValidationError as error:
         raise UserError(
-            f"'{path}' is not a comparison of this version of declip. Choose another folder with --out. {error}"
+            f"'{path}' is not a comparison of this version of declip: {one_line(error)}. "
+            "Choose another folder with --out."
         ) from error
 
 
