@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.distributed.run import config_from_args, parse_args
 
 from conftest import tiny_tree
 from declip.cli import app as cli
@@ -26,17 +27,35 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "train.sbatch"
 PLAYED = {
     "srun": 'while [[ "$1" == --* ]]; do shift; done\nexec "$@"\n',
     "scontrol": 'if [ "$1" = show ]; then echo localhost; else echo "$@" >> "$REQUEUED"; fi\n',
-    "torchrun": f'exec "{sys.executable}" -m torch.distributed.run "$@"\n',
+    "torchrun": """
+        env -0 > "$ASKED/environment"; printf '%s\\0' "$@" > "$ASKED/part"; mv "$ASKED/part" "$ASKED/words"
+        trap 'kill -TERM "$(cat "$ASKED/agent")"' TERM
+        until [ -e "$ASKED/ended" ]; do sleep 0.05; done
+    """,
 }
-"""SLURM's commands, and torchrun by this Python."""
-
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+"""SLURM's commands, and a torchrun that waits for the one below."""
 
 
-def logged_once(process, run):
-    """Wait until a run logs its first row, or its process ends."""
+def torchrun(asked):
+    """What `torchrun` runs with the words and variables that were written, with ranks forked from this process."""
+    os.environ |= dict(line.split("=", 1) for line in (asked / "environment").read_text().split("\0")[:-1])
+    config, _, words = config_from_args(parse_args((asked / "words").read_text().split("\0")[:-1]))
+    config.start_method = "fork"
+    try:
+        elastic_launch(config, rank)(*words[words.index("declip") + 1 :])
+    finally:
+        (asked / "ended").touch()
+
+
+def rank(*words):
+    sys.argv = ["declip", *words]
+    cli.main()
+
+
+def wait_for(path, alive):
+    """Wait for a file, or the end of the process that writes it."""
     end = time.monotonic() + 200
-    while not (run / "metrics.jsonl").exists() and process.poll() is None and time.monotonic() < end:
+    while not path.exists() and alive() and time.monotonic() < end:
         time.sleep(0.05)
 
 
@@ -59,8 +78,8 @@ def mortal(marker, *words):
             os.kill(os.getpid(), signal.SIGKILL)
         return result
 
-    trainer.training_step, sys.argv = deadly, ["declip", *words]
-    cli.main()
+    trainer.training_step = deadly
+    rank(*words)
 
 
 def agent(*given):
@@ -90,29 +109,38 @@ def test_a_rank_that_dies_is_started_again_and_the_run_continues(table, tmp_path
 
 
 @pytest.mark.slow
-def test_a_slurm_job_whose_time_is_up_saves_asks_to_be_queued_again_and_continues(table, tmp_path):
+def test_a_slurm_job_whose_time_is_up_saves_asks_to_be_queued_again_and_continues(table, tmp_path, capfd):
     """As schedulers do it: each rank hears SIGTERM twice, from outside and from torchrun, and each worker once."""
-    commands, run, requeued, recipe = (tmp_path / name for name in ("bin", "run", "requeued", "mine.yaml"))
+    commands, run, requeued, recipe, asked = (tmp_path / n for n in ("bin", "run", "requeued", "mine.yaml", "asked"))
     recipe.write_text(yaml.safe_dump(tiny_tree(table)))
     commands.mkdir()
+    asked.mkdir()
     for name, text in PLAYED.items():
         (commands / name).write_text(f"#!/bin/bash\n{text}")
         (commands / name).chmod(0o755)
     environment = {
-        **ENVIRONMENT, "PATH": f"{commands}:{os.environ['PATH']}", "REQUEUED": str(requeued), "SLURM_JOB_ID": "7",
-        "SLURM_NNODES": "1", "SLURM_JOB_NODELIST": "localhost", "SLURM_GPUS_ON_NODE": "2", "PORT": "29517",
+        **os.environ, "PATH": f"{commands}:{os.environ['PATH']}", "REQUEUED": str(requeued), "ASKED": str(asked),
+        "SLURM_JOB_ID": "7", "SLURM_NNODES": "1", "SLURM_JOB_NODELIST": "localhost", "SLURM_GPUS_ON_NODE": "2",
+        "PORT": "29517",
     }  # fmt: skip
     words = [shutil.which("bash") or "bash", str(SCRIPT), str(recipe), "--quiet", "--out", str(run)]
     words += ["train.steps=30000", "train.checkpoint_every=10000", "data.workers=1"]
-    job = subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    agent = multiprocessing.get_context("fork").Process(target=torchrun, args=(asked,))
+    job = subprocess.Popen(words, env=environment)
     try:
-        logged_once(job, run)
+        wait_for(asked / "words", lambda: job.poll() is None)
+        agent.start()
+        (asked / "agent").write_text(str(agent.pid))
+        wait_for(run / "metrics.jsonl", agent.is_alive)
         job.send_signal(signal.SIGUSR1)
-        for pid in list(family(job.pid))[1:]:
+        for pid in list(family(agent.pid)):
             os.kill(pid, signal.SIGTERM)
-        _, errors = job.communicate(timeout=60)
+        job.wait(100)
     finally:
+        agent.kill()
+        agent.join()
         job.kill()
+    errors = capfd.readouterr().err
     assert job.returncode == 0, errors
     assert "DataLoader worker" not in errors
     assert requeued.read_text() == "requeue 7\n"
