@@ -31,7 +31,7 @@ from declip.models.dual_encoder import DualEncoder
 from declip.models.hf_encoder import TextEncoder
 from declip.recipe.schema import Recipe
 from declip.runs import folder as run_folder
-from declip.runs.checkpoint import Checkpoint, list_checkpoints, prefixed, write_snapshot
+from declip.runs.checkpoint import Checkpoint, CheckpointWriter, list_checkpoints, prefixed
 from declip.runs.folder import Run, log
 from declip.training import distributed
 from declip.training.assemble import Resolved, resolve
@@ -124,11 +124,12 @@ def _fit(
         set_heads(model, choice, starts)
         extra = {"versions": versions(), "skipped": _skipped(features, source), "samples": samples, "bad_steps": []}
         weights = prefixed("model", model.state_dict())
-        write_snapshot(folder, Checkpoint(STEP, weights, {}, recipe.to_yaml(), extra), recipe.train.keep_checkpoints)
-        monitor.advance(STEP)
-        # --- what is known about them
-        _write_facts(folder, source, features, choice, classes, recipe.seed)
-        _evaluate(monitor, encoder, recipe, quiet)
+        with CheckpointWriter(folder, recipe.train.keep_checkpoints) as writer:
+            writer.write(Checkpoint(STEP, weights, {}, recipe.to_yaml(), extra))
+            monitor.advance(STEP)
+            # --- what is known about them
+            _write_facts(folder, source, features, choice, classes, recipe.seed)
+            _evaluate(monitor, encoder, recipe, quiet)
         monitor.flush()
         finish(folder, cast(Encoder, encoder))
 
