@@ -17,7 +17,7 @@ from declip.evaluation.encode import Encoder
 from declip.evaluation.protocols import Options, evaluate_all
 from declip.evaluation.results import Result
 from declip.interchange.read import load
-from declip.models.inference import Precision
+from declip.models.inference import Engine, Precision
 from declip.recipe.schema import Recipe
 from declip.reports.comparison import write_page
 from declip.reports.run import write_report
@@ -117,6 +117,7 @@ def evaluate(
     *,
     label_column: str | None = None,
     precision: Precision = "fp32",
+    engine: Engine = "torch",
     **options: Any,
 ) -> Result:
     """Evaluate a model on the test split of a dataset; a linear probe is fitted on its train and validation splits.
@@ -129,14 +130,14 @@ def evaluate(
         dataset: A name or path that `declip.evaluation.datasets.open_dataset` opens, or an open dataset or source.
         task: "zero-shot", "retrieval", "linear" (probe) or "few-shot".
         label_column: The table column of classes; see `open_dataset`.
-        precision: As in `declip.load`; a model that is given as an object stays as it is.
+        precision, engine: As in `declip.load`; a model that is given as an object stays as it is.
         options: Fields of `declip.evaluation.protocols.Options`, such as ``batch_size=64`` or
             ``templates="a photo of {}"``.
     """
     chosen, opened = Options(**options), open_dataset(dataset, label_column=label_column)
     if len(chosen.numbers_of_shots) > 1:
         raise UserError("declip.evaluate returns one result. Pass one number of shots, such as shots=4.")
-    loaded = load(model, precision=precision) if isinstance(model, str | Path) else model
+    loaded = load(model, precision=precision, engine=engine) if isinstance(model, str | Path) else model
     return evaluate_all(loaded, opened, (task,), chosen)[0]
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 from difflib import get_close_matches
+from importlib.util import find_spec
 
 MAX_NAMES = 30
 
@@ -24,6 +25,12 @@ def unknown(kind: str, given: str, known: Iterable[str]) -> UserError:
     else:
         shown = f" Known: {', '.join(names)}."
     return UserError(f"Unknown {kind} '{given}'.{hint}{shown}")
+
+
+def check_installed(package: str, extra: str, what: str) -> None:
+    """Raise a `UserError` unless the package that something requires is installed."""
+    if find_spec(package) is None:
+        raise UserError(f"{what} requires {package}: pip install 'declip[{extra}]'.")
 
 
 def check_range(name: str, value: float, low: float, high: float = math.inf) -> None:

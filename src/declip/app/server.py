@@ -24,7 +24,7 @@ from declip.app.state import SIDE, AppState, state_of
 from declip.data.pair import printable
 from declip.errors import UserError
 from declip.evaluation.zero_shot import prompt_names
-from declip.models.inference import Precision
+from declip.models.inference import Engine, Precision
 from declip.search.opening import open_or_embed
 
 VIEWS = ("classify", "search", "pairs", "caption")
@@ -116,11 +116,12 @@ def open_state(
     *,
     device: str = "auto",
     precision: Precision = "auto",
+    engine: Engine = "torch",
     progress: bool = False,
     caption: Path | None = None,
 ) -> AppState:
     """Open an index, or embed a source into one first, see `open_or_embed`; `caption` is the table to write."""
-    index = open_or_embed(model, source, folder, device=device, precision=precision, progress=progress)
+    index = open_or_embed(model, source, folder, device=device, precision=precision, engine=engine, progress=progress)
     if not len(index):
         raise UserError(f"The index '{index.folder}' holds no image. Embed some first: declip embed.")
     state = AppState(index, model)

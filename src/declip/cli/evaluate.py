@@ -9,6 +9,7 @@ import typer
 from declip.cli.options import (
     BatchSize,
     Device,
+    Engine,
     JsonOut,
     Precision,
     Quiet,
@@ -43,6 +44,7 @@ def evaluate(
     workers: Workers = None,
     device: Device = "auto",
     precision: Precision = "fp32",
+    engine: Engine = "torch",
     json_out: JsonOut = None,
 ) -> None:
     """Evaluate a model on held-out images."""
@@ -56,7 +58,7 @@ def evaluate(
     check_writable((json_out,))
     suite = _suite_of(datasets, label_column)
     options = Options(templates=templates, shots=shots or [4], batch_size=batch_size, workers=workers)
-    loaded = load(model, device, precision)
+    loaded = load(model, device, precision, engine)
     found = _evaluate(loaded, datasets, label_column, task, options, suite)
     if json_out is not None:
         write_text(json_out, json.dumps(found, indent=1), "choose another path with --json")

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from declip.data.columns import Columns
-from declip.errors import UserError
+from declip.errors import UserError, check_installed
 from declip.io.atomic import atomic_write
 
 if TYPE_CHECKING:
@@ -34,6 +34,13 @@ def file(help: str, *names: str, metavar: str = "FILE") -> Any:
     return typer.Option(*names, parser=expand, metavar=metavar, help=help)
 
 
+def _check_engine(engine: str) -> str:
+    """Refuse an engine that is not installed, before torch is imported."""
+    if engine != "torch":
+        check_installed(engine, engine, f"--engine {engine}")
+    return engine
+
+
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="recipe keys to set, such as train.steps=500")
@@ -41,6 +48,10 @@ Overrides = Annotated[
 Precision = Annotated[
     Literal["auto", "fp32", "bf16", "fp16"],
     typer.Option(help="precision of the towers; auto: the fastest that the device supports"),
+]
+Engine = Annotated[
+    Literal["torch", "openvino"],
+    typer.Option(callback=_check_engine, help="library that computes the towers; openvino: faster on a CPU"),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="show no progress")]
 Resume = Annotated[bool, typer.Option("--resume", help="continue the run in the run folder")]
@@ -65,6 +76,7 @@ READING: dict[str, tuple[Any, Any]] = {
     "image_root": (ImageRoot, None),
     "device": (Device, "auto"),
     "precision": (Precision, "auto"),
+    "engine": (Engine, "torch"),
     "quiet": (Quiet, False),
 }
 """Options of commands that read images with a model, and their defaults."""

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from declip.cli.options import (
     Device,
+    Engine,
     JsonOut,
     PartOption,
     Precision,
@@ -70,6 +71,7 @@ def search(
     source: Annotated[str | None, typer.Option(help="new path of the images, if they were moved")] = None,
     device: Device = "auto",
     precision: Precision = "fp32",
+    engine: Engine = "torch",
     sheet_out: Annotated[Path | None, file("also write an image of the results (PNG)", "--contact-sheet")] = None,
     json_out: JsonOut = None,
 ) -> None:
@@ -86,7 +88,7 @@ def search(
     # --- search
     from declip.search.index import Index
 
-    opened = Index.open(folder, model=model, source=source, device=device, precision=precision)
+    opened = Index.open(folder, model=model, source=source, device=device, precision=precision, engine=engine)
     hits = opened.search(text, image, weights=both, template=template, k=k, over=over)
     _print_hits(hits)
     # --- files

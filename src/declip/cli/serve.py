@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from declip.cli.options import Device, Precision, Quiet, check_source, file
+from declip.cli.options import Device, Engine, Precision, Quiet, check_source, file
 from declip.errors import UserError
 from declip.recipe.starts import check_model
 
@@ -27,6 +27,7 @@ def app(
     port: Annotated[int, typer.Option(min=0, max=65_535, help="port; 0: any free port")] = PORT,
     device: Device = "auto",
     precision: Precision = "auto",
+    engine: Engine = "torch",
     quiet: Quiet = False,
 ) -> None:
     """Open a model and its pairs in a browser: classify, search, find wrong pairs, caption images."""
@@ -47,7 +48,7 @@ def app(
                 style="yellow",
             )
         state = open_state(
-            model, source, index, device=device, precision=precision, progress=not quiet, caption=caption
+            model, source, index, device=device, precision=precision, engine=engine, progress=not quiet, caption=caption
         )
         images = f"{len(state.index):,} images of {state.index.info.source.name}"
         console.print(f"{images}, index {state.index.folder}")

@@ -15,10 +15,11 @@ from torch.nn.functional import cosine_similarity, normalize
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from declip.errors import UserError, unknown
+from declip.errors import UserError, check_installed, unknown
 from declip.models.device import computes_bf16
 from declip.models.dual_encoder import DualEncoder, has_text
 from declip.models.image_tower import ImageTower, NoImageTower
+from declip.models.openvino import OpenVinoTower
 
 PROBE = "a photo of two red apples, and a dog"  # its token ids are part of the fingerprint
 
@@ -35,11 +36,14 @@ TOLERANCE = 1e-5
 
 log = logging.getLogger("declip")
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Engine = Literal["torch", "openvino"]
+OPENVINO = "openvino "  # before the precision of vectors that it computed
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 LARGEST_CHANGE = 0.02
 """Largest cosine distance between a tower's features before and after. Of random pixels, EfficientNet-Lite0's is 0.001
 in bfloat16, that of other towers below 0.0002."""
+SAME = 1e-5  # in float32, of another engine
 
 
 def fingerprint(model: Any, tensors: Mapping[str, Tensor] | None = None) -> str:
@@ -180,57 +184,92 @@ def pick_precision(precision: str, device: torch.device) -> torch.dtype:
 
 
 def precision_of(model: Any) -> str:
-    """The precision that a model computes images in; empty if it has no weights."""
+    """The precision that a model computes images in, with the engine unless it is torch; empty without weights."""
     tower = getattr(model, "image_tower", model)
+    names = {kind: name for name, kind in TYPES.items()}
+    if isinstance(tower, OpenVinoTower):
+        return f"{OPENVINO}{names[tower.dtype]}"
     weight = next(iter(getattr(tower, "parameters", tuple)()), None)
-    return "" if weight is None else {kind: name for name, kind in TYPES.items()}.get(weight.dtype, str(weight.dtype))
+    return "" if weight is None else names.get(weight.dtype, str(weight.dtype))
 
 
-def convert(model: DualEncoder, precision: str) -> DualEncoder:
+def pick_engine(engine: str, device: torch.device) -> None:
+    """Raise a `UserError` for an engine that does not exist, is not installed, or does not compute on a device."""
+    if engine not in get_args(Engine):
+        raise unknown("engine", engine, get_args(Engine))
+    if engine == "openvino":
+        check_installed("openvino", "openvino", "The engine openvino")
+        if device.type != "cpu":
+            raise UserError(f"The engine openvino computes on the CPU, not on '{device}'. Give --device cpu, or torch.")
+
+
+def convert(model: DualEncoder, precision: str, engine: str = "torch") -> DualEncoder:
     """Convert the towers of a float32 model in place, batch norm folded into convolutions; for inference alone.
 
     The logit scale stays float32, and so does what is left of batch norm. A tower whose features change too much, or
-    that cannot compute in the type, stays float32 with "auto"; otherwise this raises a `UserError`.
+    that cannot compute in the type, stays float32 with "auto" in torch; otherwise this raises a `UserError`.
     """
+    pick_engine(engine, model.device)
     dtype = pick_precision(precision, model.device)
-    if dtype == torch.float32:
+    if engine == "torch" and dtype == torch.float32:
         return model
     model.fingerprint = fingerprint(model)
+    # (tower, an example of its input, its weights to convert, features to compare)
+    towers: list[tuple[str, Tensor, nn.Module, Callable[[], Tensor]]] = []
     if not isinstance(model.image_tower, NoImageTower):
         images = noise(model)
-        _replace(model, "image_tower", folded(model), dtype, lambda: model.encode_image(images), precision)
+        towers.append(("image_tower", images[:1], folded(model), lambda: model.encode_image(images)))
     if has_text(model):
-        tokens = model.tokenize([PROBE])
-        _replace(model, "text_tower", model.text_tower, dtype, lambda: model.encode_text(tokens), precision)
+        tokens = model.tokenize([PROBE, "a"])  # another number and length than the example's
+        towers.append(("text_tower", model.tokenize(["a"]), model.text_tower, lambda: model.encode_text(tokens)))
+    for name, example, tower, encode in towers:
+        converted: Callable[[], nn.Module] = partial(_in_type, tower, dtype)
+        if engine == "openvino":
+            converted = partial(OpenVinoTower, _rounded(tower, dtype), example, dtype)
+        problem = _replace(model, name, converted, encode, SAME if dtype == torch.float32 else LARGEST_CHANGE)
+        what = f"The {name.replace('_', ' ')} cannot compute in {str(dtype).removeprefix('torch.')}"
+        if problem and engine == "openvino":
+            raise UserError(f"{what} with OpenVINO: {problem}. Give --engine torch.")
+        if problem and precision != "auto":
+            raise UserError(f"{what}: {problem}. Give --precision auto or fp32.")
+        if problem:
+            log.warning("%s: %s. It computes in float32.", what, problem)
     return model
 
 
 @torch.no_grad()
 def _replace(
-    model: DualEncoder, name: str, tower: nn.Module, dtype: torch.dtype, encode: Callable[[], Tensor], precision: str
-) -> None:
-    """Replace a tower by a copy of another type, unless `encode` then gives features that are too different."""
+    model: DualEncoder, name: str, convert: Callable[[], nn.Module], encode: Callable[[], Tensor], largest: float
+) -> str:
+    """Replace a tower; if `encode` then gives other features, or fails, keep it, and return what is wrong."""
     original, before = getattr(model, name), encode()
-    converted = deepcopy(tower).requires_grad_(False)
-    for module in converted.modules():
-        if isinstance(module, nn.Conv2d) and max(module.kernel_size) > 1:
-            module.weight.data = round_taps(module.weight.data, dtype)
-    converted.to(dtype)
-    for module in converted.modules():
-        if isinstance(module, _BatchNorm):
-            module.float()  # variances of some channels are far from 1
-    setattr(model, name, converted)
     try:
+        setattr(model, name, convert())
         smallest = float(cosine_similarity(before, encode()).min())
-        problem = "" if smallest >= 1 - LARGEST_CHANGE else f"its features change too much (cosine {smallest:.3f})"
+        problem = "" if smallest >= 1 - largest else f"its features change too much (cosine {smallest:.3f})"
     except (RuntimeError, TypeError, ValueError) as error:  # a tower of another library may fix a type
         problem = str(error).splitlines()[0]
     if problem:
         setattr(model, name, original)
-        what = f"The {name.replace('_', ' ')} cannot compute in {str(dtype).removeprefix('torch.')}: {problem}."
-        if precision != "auto":
-            raise UserError(f"{what} Give --precision auto or fp32.")
-        log.warning("%s It computes in float32.", what)
+    return problem
+
+
+def _in_type(tower: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy of a tower in a type; what is left of batch norm stays float32, as variances may be far from 1."""
+    converted = _rounded(tower, dtype).to(dtype)
+    for module in converted.modules():
+        if isinstance(module, _BatchNorm):
+            module.float()
+    return converted
+
+
+def _rounded(tower: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy of a float32 tower, its filters rounded to a type by `round_taps`."""
+    copy = deepcopy(tower).requires_grad_(False)
+    for module in copy.modules():
+        if isinstance(module, nn.Conv2d) and max(module.kernel_size) > 1 and dtype != torch.float32:
+            module.weight.data = round_taps(module.weight.data, dtype)
+    return copy
 
 
 def round_taps(weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -19,7 +19,7 @@ from declip.errors import UserError, check_range
 from declip.evaluation.encode import Encoder
 from declip.io.atomic import atomic_write, csv_path
 from declip.io.text import FORMULA, percent
-from declip.models.inference import Precision
+from declip.models.inference import Engine, Precision
 from declip.search.facility_location import facility_location
 from declip.search.index import Hit, Index
 from declip.search.opening import open_or_embed
@@ -74,6 +74,7 @@ def choose(
     columns: Columns = DEFAULT,
     device: str = "auto",
     precision: Precision = "auto",
+    engine: Engine = "torch",
     seed: int = 0,
     batch_size: int = 256,
     workers: int | None = None,
@@ -88,13 +89,15 @@ def choose(
         have: A source of pairs by its path: its images with captions count as chosen from the start.
         out: A .csv file to write, with the columns image, caption (empty) and coverage.
         index: The folder of the images' index; by default one below "indices", which `declip app` uses too.
-        precision: As in `declip.load`; a model that is given as an object stays as it is.
+        precision, engine: As in `declip.load`; a model that is given as an object stays as it is.
         seed: Of the sample, if there are more than `MOST` images.
     """
     check_range("count", count, 1)
     path = None if out is None else csv_path(out)
     options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "progress": progress}
-    opened = open_or_embed(model, images, index, device=device, precision=precision, columns=columns, **options)
+    opened = open_or_embed(
+        model, images, index, device=device, precision=precision, engine=engine, columns=columns, **options
+    )
     if path is not None:
         image_cell(opened, int(opened.ids[0]), path.parent)  # raises early
     captioned = None if have is None else open_or_embed(opened.model, have, **options)

@@ -24,7 +24,7 @@ from declip.evaluation.zero_shot import class_features, logit_scale, read_templa
 from declip.interchange.read import load
 from declip.io.atomic import atomic_write, csv_path
 from declip.io.text import plain_cell
-from declip.models.inference import Precision
+from declip.models.inference import Engine, Precision
 from declip.search.class_names import NONE, read_options
 from declip.search.classifier import Classifier
 from declip.search.model import encode_images
@@ -73,6 +73,7 @@ def classify(
     columns: Columns = DEFAULT,
     device: str = "auto",
     precision: Precision = "auto",
+    engine: Engine = "torch",
     progress: bool = False,
     on_prediction: Callable[[Prediction], object] | None = None,
 ) -> Classification:
@@ -87,7 +88,7 @@ def classify(
         label_column: The column of classes in a table of examples.
         templates: Name of a template set, or templates with ``{}`` for the class.
         out: A .csv file for the probability of every class.
-        precision: As in `declip.load`; a model that is given as an object stays as it is.
+        precision, engine: As in `declip.load`; a model that is given as an object stays as it is.
         on_prediction: Called with each prediction, in the order of the images.
 
     Raises:
@@ -100,7 +101,7 @@ def classify(
     source, path = _open(images, replace(columns, caption=None)), None if out is None else csv_path(out)
     classifier = Classifier.load(head) if isinstance(head, str | Path) else head
     workers = workers or (None if isinstance(images, str | Path) and workers is None else 0)
-    encoder = load(model, device, precision) if isinstance(model, str | Path) else model
+    encoder = load(model, device, precision, engine) if isinstance(model, str | Path) else model
     # --- scores of classes
     options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "progress": progress}
     if examples is not None:

@@ -25,7 +25,7 @@ from declip.evaluation.encode import Encoder, text_features
 from declip.interchange.read import load
 from declip.io.parts import Part, part_folder, span_of
 from declip.io.pool import pairs_bar
-from declip.models.inference import Precision, precision_of
+from declip.models.inference import Engine, Precision, precision_of
 from declip.search.index import Index
 from declip.search.info import Dtype, IndexInfo, PartInfo, SourceInfo
 from declip.search.model import describe_model, encode_images
@@ -47,6 +47,7 @@ def embed(
     columns: Columns = DEFAULT,
     device: str = "auto",
     precision: Precision = "auto",
+    engine: Engine = "torch",
     loaded_from: str | Path = "",
     part: Part | None = None,
     progress: bool = False,
@@ -62,7 +63,7 @@ def embed(
         captions: Also store the mean vector of the captions of each image, for `over="captions"`.
         workers: Number of processes that read images; 0: the main process; None: one per core, at most 8, but 0 for a
             Python object as a source.
-        precision: As in `declip.load`; a model that is given as an object stays as it is.
+        precision, engine: As in `declip.load`; a model that is given as an object stays as it is.
         loaded_from: Path or name that `model` was loaded from if it is an object, so that searching can load it.
         part: (3, 8): the third of eight parts of the images, in the folder OUT.part-3-of-8. `Index.join` joins them.
 
@@ -80,7 +81,7 @@ def embed(
     saved = SourceInfo(path=stored_path(source, folder), name="", columns=columns)
     images = saved.open(folder) if isinstance(source, str | Path) else ImageSource(source)
     saved.name = images.name
-    encoder = load(model, device, precision) if isinstance(model, str | Path) else model
+    encoder = load(model, device, precision, engine) if isinstance(model, str | Path) else model
     if captions:
         encoder.tokenize([""])  # a model without a text tower fails now, not after an hour
     # --- compare the source with the index, and write what differs

@@ -18,7 +18,7 @@ from declip.errors import UserError
 from declip.evaluation.encode import BatchReader, text_features
 from declip.interchange.read import load
 from declip.models.dual_encoder import DualEncoder
-from declip.models.inference import Precision, fingerprint, image_encoder, precision_of
+from declip.models.inference import Engine, Precision, fingerprint, image_encoder, precision_of
 from declip.search.model import image_vectors
 
 
@@ -35,7 +35,7 @@ class Embedder:
         source: A source of `declip.embed` to read the images from, such as tar shards, opened in each process. `id` is
             then the column of their numbers, and becomes their key.
         columns: Columns of the source, if it is a table.
-        precision: As in `declip.load`.
+        precision, engine: As in `declip.load`.
     """
 
     def __init__(
@@ -49,11 +49,12 @@ class Embedder:
         columns: Columns = DEFAULT,
         device: str = "auto",
         precision: Precision = "auto",
+        engine: Engine = "torch",
     ) -> None:
         # Workers may have another working directory.
         self.model, self.source, self.columns = absolute(model), source and absolute(source), columns
         self.image, self.text, self.id = image, text, id
-        self.device, self.precision = device, precision
+        self.device, self.precision, self.engine = device, precision, engine
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Embed the rows of a batch, whose columns are lists or arrays.
@@ -62,7 +63,7 @@ class Embedder:
             For each row: `id`; `vector`, (n, d) float32 of length 1, or zeros if the row is broken; `error`, the
             reason, else empty; `model`, its fingerprint and precision, which `Index.from_parquet` checks.
         """
-        model, encode, made_by = _load(self.model, self.device, self.precision)
+        model, encode, made_by = _load(self.model, self.device, self.precision, self.engine)
         ids, vectors = _column(batch, self.id, "id"), None
         if self.text is not None:
             errors, texts = _read_texts(_column(batch, self.text, "text"))
@@ -84,9 +85,11 @@ class Embedder:
 
 
 @lru_cache(1)
-def _load(where: str, device: str, precision: Precision) -> tuple[DualEncoder, Callable[[Tensor], Tensor], str]:
+def _load(
+    where: str, device: str, precision: Precision, engine: Engine
+) -> tuple[DualEncoder, Callable[[Tensor], Tensor], str]:
     """The model of this process, the function that encodes many images, and what identifies both."""
-    model = load(where, device, precision)
+    model = load(where, device, precision, engine)
     return model, image_encoder(model), f"{fingerprint(model)} {precision_of(model)}"
 
 

@@ -22,7 +22,7 @@ from declip.evaluation.zero_shot import class_features, read_templates
 from declip.interchange.read import load, read_text
 from declip.io.atomic import atomic_write
 from declip.models.device import pick_device
-from declip.models.inference import Precision, convert, fingerprint
+from declip.models.inference import Engine, Precision, convert, fingerprint
 from declip.search.exact import nearest
 from declip.search.info import Dtype, Over
 from declip.search.joined import join_parquet, join_parts
@@ -52,7 +52,7 @@ class Index:
         model: The model that made the index, or its new path; the default is the path in index.json.
         source: New path of the images, if they were moved.
         device: Device of the model.
-        precision: Precision of queries, as in `declip.load`; it may differ from that of the index.
+        precision, engine: Of queries, as in `declip.load`; they may differ from those of the index.
 
     Raises:
         UserError: There is no index, it is damaged, or another version of declip wrote it.
@@ -66,10 +66,11 @@ class Index:
         source: str | Path | PairSource | Items | None = None,
         device: str = "auto",
         precision: Precision = "fp32",
+        engine: Engine = "torch",
     ) -> None:
         self.folder = Path(folder).expanduser()
         self._model_given, self._source_given = model, source
-        self._device, self._precision = device, precision
+        self._device, self._precision, self._engine = device, precision, engine
         self.info, self._store = open_index(self.folder)
 
     @classmethod
@@ -125,7 +126,7 @@ class Index:
         """The model that made the index; raises `UserError` if it cannot be loaded, or is another one."""
         made_by = self.info.model
         path = made_by.locate(self.folder) if self._model_given is None else self._model_given
-        model = load(path, self._device, self._precision) if isinstance(path, str | Path) else path
+        model = load(path, self._device, self._precision, self._engine) if isinstance(path, str | Path) else path
         given = describe_model(model, path, self.folder)
         if given.fingerprint != made_by.fingerprint:
             changed = (
@@ -150,7 +151,7 @@ class Index:
         model = weights.build().to(pick_device(self._device)).eval()
         if fingerprint(model, tensors) != self.info.model.fingerprint:
             return self.model  # refuses another model, with the difference
-        return convert(model, self._precision)
+        return convert(model, self._precision, self._engine)
 
     def query(
         self,

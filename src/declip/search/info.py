@@ -91,7 +91,7 @@ class IndexInfo(InfoSection):
     source: SourceInfo
     dtype: Dtype
     captions: bool  # whether captions have vectors too
-    precision: str = Field("", max_length=40)  # in which the vectors were computed; "bf16, fp32" if some in each
+    precision: str = Field("", max_length=60)  # that computed the vectors; "bf16, openvino fp32" if some in each
     part: PartInfo | None = None
     rows: Count = 0
     dimension: Count = 0  # width of the vectors

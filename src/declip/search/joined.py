@@ -16,7 +16,7 @@ from declip.errors import UserError
 from declip.evaluation.encode import Encoder
 from declip.interchange.read import load
 from declip.io.parts import find_parts
-from declip.models.inference import TYPES
+from declip.models.inference import OPENVINO, TYPES
 from declip.search.info import INFO, Dtype, IndexInfo, ModelInfo, SourceInfo
 from declip.search.model import describe_model
 from declip.search.store import PART_ROWS, Block, IndexedImage, hash64
@@ -110,7 +110,7 @@ def _check(tables: Sequence[ParquetRows], made_by: ModelInfo) -> tuple[int, set[
                     reason, _, detail = str(error).partition(": ")
                     skipped.add(BrokenPair(reason, key, detail))
             for digest, _, precision in (str(model).partition(" ") for model in models.unique().to_pylist()):
-                precisions |= {precision} & TYPES.keys()
+                precisions |= {precision} if precision.removeprefix(OPENVINO) in TYPES else set()
                 if digest != made_by.fingerprint:
                     raise UserError(
                         f"The vectors in '{table.path}' were made by another model, of fingerprint "

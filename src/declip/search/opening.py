@@ -11,7 +11,7 @@ from declip.data.sources.shard_files import absolute
 from declip.errors import UserError
 from declip.evaluation.encode import Encoder
 from declip.interchange.read import load
-from declip.models.inference import Precision, fingerprint
+from declip.models.inference import Engine, Precision, fingerprint
 from declip.search.embed import embed
 from declip.search.index import Index
 from declip.search.info import INFO, IndexInfo
@@ -24,6 +24,7 @@ def open_or_embed(
     *,
     device: str = "auto",
     precision: Precision = "auto",
+    engine: Engine = "torch",
     **options: Any,
 ) -> Index:
     """Open an index, or embed a source into one; later calls embed only what is new.
@@ -36,8 +37,8 @@ def open_or_embed(
     if isinstance(source, str | Path) and (Path(source).expanduser() / INFO).is_file():
         if folder is not None:
             raise UserError(f"'{source}' is an index already, so --index '{folder}' is not used. Remove it.")
-        return Index.open(source, model=model, device=device, precision=precision)
-    loaded = load(model, device, precision) if isinstance(model, str | Path) else model
+        return Index.open(source, model=model, device=device, precision=precision, engine=engine)
+    loaded = load(model, device, precision, engine) if isinstance(model, str | Path) else model
     if folder is None:
         if not isinstance(source, str | Path):
             raise UserError("The images are a Python object, which has no path: give the folder of their index.")
