@@ -22,6 +22,7 @@ from declip.interchange.declip_file import write_declip_file
 from declip.recipe.finetuning import read_overrides, settings
 from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe
+from declip.reports.run import write_report
 from declip.runs.folder import read_run
 from declip.training import mixture
 from declip.training.fit import closed_form
@@ -57,7 +58,13 @@ def weights(pairs, tmp_path_factory):
     return out
 
 
-def test_one_line_trains_validates_and_exports(pairs, weights, tmp_path, command):
+@pytest.fixture(autouse=True)
+def without_report(monkeypatch):
+    monkeypatch.setattr(finetuning, "write_report", lambda *_: None)
+
+
+def test_one_line_trains_validates_and_exports(pairs, weights, tmp_path, command, monkeypatch):
+    monkeypatch.setattr(finetuning, "write_report", write_report)
     out = tmp_path / "run"
     words = ["finetune", pairs, "--from", weights, "--out", out, "--quiet", "train.epochs=3"]
     printed = command(*words, "train.patience=9").out

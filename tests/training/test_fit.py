@@ -13,7 +13,7 @@ import declip
 from conftest import texture
 from declip.data.sources.open import open_source
 from declip.errors import UserError
-from declip.finetuning import estimate_finetune, finetune_recipe
+from declip.finetuning import estimate_finetune, finetune_recipe, write_finetuned
 from declip.inspection.split import related_pairs
 from declip.models.closed_form import Form, Pairs, fit_heads
 from declip.runs.folder import CROSS_VALIDATION, KEPT, read_run
@@ -85,6 +85,12 @@ def cosines(where, folder):
 @pytest.fixture(scope="module")
 def run(folder):
     return fitted(folder, folder / "run")
+
+
+@pytest.fixture(autouse=True)
+def without_exports(monkeypatch):
+    """Leave out the report and the exports, which take longer than a fit; `run`, of a wider scope, has them."""
+    monkeypatch.setattr("declip.finetuning.write_finetuned", lambda *_: None)
 
 
 def test_heads_are_those_of_every_caption_of_all_pairs(run, folder):
@@ -203,7 +209,8 @@ def test_two_processes_are_one(run, folder, tmp_path):
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
-def test_one_pair_is_fitted_without_a_validation_part(folder, tmp_path, command):
+def test_one_pair_is_fitted_without_a_validation_part(folder, tmp_path, command, monkeypatch):
+    monkeypatch.setattr("declip.finetuning.write_finetuned", write_finetuned)
     (folder / "single.csv").write_text("\n".join((folder / "pairs.csv").read_text().splitlines()[:2]) + "\n")
     words = ["finetune", folder / "single.csv", "--from", f"timm:test_vit/{folder / 'vit.safetensors'}", "--freeze"]
     keys = (f"{key}={value}" for key, value in keys_of(folder).items())
@@ -226,7 +233,8 @@ def test_broken_pairs_are_counted_and_refused_and_cut_captions_named(folder, tmp
         fitted(folder, tmp_path / "refused", "broken.csv", **{"data.max_broken_fraction": 0.01})
 
 
-def test_a_start_with_projections_is_never_worse_afterwards(run, folder):
+def test_a_start_with_projections_is_never_worse_afterwards(run, folder, monkeypatch):
+    monkeypatch.setattr("declip.finetuning.write_finetuned", write_finetuned)
     again = declip.finetune(folder / "pairs.csv", run.folder, freeze="both", quiet=True, out=folder / "again")
     assert again.cross_validation["method"] in ("start", "pulled", "cca")
     before, after = (cosines(each.folder, folder) for each in (run, again))
