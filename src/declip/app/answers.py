@@ -62,10 +62,7 @@ def _classify(request: Request, asked: ClassifyQuestion) -> Response:
             f"At most {MOST_CLASSES:,} classes of {LONGEST_CLASS} characters each; `declip classify` takes more."
         )
     if count > MOST_PROMPTS:
-        raise UserError(
-            f"{len(names):,} classes with their templates are {count:,} texts; the limit is {MOST_PROMPTS:,}. Enter "
-            "fewer classes, or choose one template."
-        )
+        raise UserError(f"Classes times templates are {count:,} texts; the limit is {MOST_PROMPTS:,}. Enter fewer.")
     image = state.image_vector(asked.image, asked.id)
     if image is None:
         raise UserError("There is no image yet. Choose one first.")

@@ -105,8 +105,7 @@ def find_similar(state: AppState) -> SimilarImages:
     index, ids = state.index, state.index.ids
     if len(ids) > MOST_COMPARED:
         raise UserError(
-            f"{len(ids):,} images are too many to compare with each other (the limit is {MOST_COMPARED:,}). "
-            "`declip data inspect --all` finds copies among any number of images."
+            f"{len(ids):,} images are too many, the limit is {MOST_COMPARED:,}. Use `declip data inspect --all`."
         )
     # --- nearest images of blocks of images, without themselves
     pieces: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []

@@ -128,8 +128,7 @@ def check_source(source: str, option: str) -> None:
         return
     if not source or not Path(source).expanduser().exists():
         raise UserError(
-            f"'{source}' does not exist ({option}). Give a table (.csv, .jsonl, .parquet …), a folder of "
-            "images with captions, tar shards such as 'data/{00000..00331}.tar', or builtin:emoji."
+            f"'{source}' does not exist ({option}). Give a table, a folder of images, tar shards, or builtin:emoji."
         )
 
 

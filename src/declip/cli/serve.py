@@ -62,8 +62,7 @@ def take_port(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
         raise UserError(
-            f"Port {port} of '{host}' cannot be used: {error.strerror}. Choose another one with --port (0: any "
-            "free port), or remove --host to use this machine only."
+            f"Port {port} of '{host}' cannot be used: {error.strerror}. Choose another --port (0: any free port)."
         ) from error
 
 

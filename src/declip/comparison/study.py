@@ -13,9 +13,8 @@ from typing import Any, Self
 from pydantic import TypeAdapter, ValidationError
 
 from declip.errors import UserError, unknown
-from declip.evaluation.datasets import open_dataset, with_classes
-from declip.evaluation.linear_probe import check_probe, check_splits
-from declip.evaluation.protocols import TASKS
+from declip.evaluation.datasets import open_dataset
+from declip.evaluation.protocols import TASKS, check_dataset
 from declip.io.atomic import write_text
 from declip.io.text import one_line
 from declip.recipe.load import flat, load_recipe
@@ -166,14 +165,8 @@ class Study:
         for variant in self.variants:
             self._check_variant(variant, sizes)
         # --- evaluation sets
-        for name in self.datasets:
-            dataset = open_dataset(name)
-            if "zero-shot" in self.tasks:
-                with_classes(dataset.split("test"))
-            if "linear" in self.tasks:
-                check_probe(dataset)
-            if "few-shot" in self.tasks:
-                check_splits(dataset, "few-shot")
+        for dataset, task in product(map(open_dataset, self.datasets), self.tasks):
+            check_dataset(dataset, task)
 
     def check_names(self) -> None:
         """Refuse variants with the same name, or with names that become the same folder."""
@@ -188,8 +181,7 @@ class Study:
         recipe = variant.resolve()
         if recipe.train.epochs is not None:
             raise UserError(
-                f"'{variant.name}' sets train.epochs, so the number of steps would depend on the number of pairs. Set "
-                "train.steps instead."
+                f"'{variant.name}' sets train.epochs, so its steps depend on the number of pairs. Set train.steps."
             )
         if self.pairs[0] < recipe.train.batch_size:
             raise UserError(
@@ -202,8 +194,7 @@ class Study:
             sizes[key] = len(open_training_source(recipe))
         if self.pairs[-1] > sizes[key]:
             raise UserError(
-                f"'{recipe.data.label}' has {sizes[key]:,} pairs, fewer than the {self.pairs[-1]:,} of --pairs. "
-                f"Use at most {sizes[key]:,}."
+                f"'{recipe.data.label}' has {sizes[key]:,} pairs, fewer than the {self.pairs[-1]:,} of --pairs."
             )
 
 
@@ -243,8 +234,7 @@ def extended(study: Study, earlier: Study, folder: Path) -> Study:
         variants[variant.name] = replace(variant, steps=known.steps, seconds=known.seconds)
     if changed:
         raise UserError(
-            f"'{folder}' has another comparison: {'; '.join(changed[:4])}. Use the same options to continue it, "
-            "another folder with --out, or save a changed recipe under another name, which makes it another variant."
+            f"'{folder}' has another comparison: {'; '.join(changed[:4])}. Use the same options, or another --out."
         )
     return replace(
         earlier,

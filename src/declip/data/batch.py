@@ -212,8 +212,7 @@ def plan_views(recipe: Recipe, needs: Iterable[Needs]) -> Plan:
     if not views.image_second:
         if any("second" in need.views for need in needs):
             raise UserError(
-                "A loss of this recipe compares two image views, and views.image_second=false leaves one. Leave it "
-                "out, or set the loss's weight to 0."
+                "views.image_second=false leaves one image view, and a loss compares two. Set that loss's weight to 0."
             )
         wanted.discard("second")
     specs = [ViewSpec(name, size, views.image) for name in ("first", "second") if name == "first" or name in wanted]

@@ -182,9 +182,6 @@ class Assembler:
                 skipped.append(broken)
         return self.collate(samples, skipped)
 
-    def _generator(self, epoch: int, index: int) -> np.random.Generator:
-        return np.random.default_rng((self.seed, epoch, index))
-
     def _texts(self, captions: Sequence[str], generator: np.random.Generator) -> list[str]:
         chosen = int(generator.integers(len(captions)))
         text = captions[chosen]
@@ -200,7 +197,7 @@ class Assembler:
     def sample(self, index: int, epoch: int) -> _Sample:
         """Read a pair, make every random choice about its views, decode it; raises `BrokenPair`."""
         pair = self.source.read_lazy(index)
-        generator = self._generator(epoch, index)
+        generator = np.random.default_rng((self.seed, epoch, index))
         # --- texts, mask, then image views: the order in which random numbers are drawn is part of the result
         rows = [self.tokenizer.encode(t) for t in self._texts(pair.captions, generator)]
         probability = self.plan.texts.mask_probability

@@ -108,10 +108,7 @@ def open_dataset(dataset: str | Path | PairSource | Items | Dataset, *, label_co
 def with_classes(source: PairSource) -> LabeledSource:
     """Check that a source has classes."""
     if source.labels is None:
-        raise UserError(
-            f"'{source.name}' has no classes. Use a dataset with labels, or the task 'retrieval', which only "
-            "needs captions."
-        )
+        raise UserError(f"'{source.name}' has no classes. Use a dataset with labels, or the task 'retrieval'.")
     labels, count = np.asarray(source.labels), len(source.class_names or ())
     low, high = labels.min(initial=0), labels.max(initial=0)
     if len(labels) != len(source) or count < 2 or low < 0 or high >= count:

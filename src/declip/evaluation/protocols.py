@@ -110,7 +110,10 @@ class SharedFeatures:
         train, test = splits["train"], splits["test"]
         # --- features of the images of all draws, of the test images and of the names
         labels = np.asarray(train.labels, dtype=np.int64)
-        draws = {shots: _draws(labels, shots) for shots in options.numbers_of_shots}
+        draws = {
+            shots: [sample_per_class(labels, partial(min, shots), draw) for draw in range(DRAWS)]
+            for shots in options.numbers_of_shots
+        }
         encode, width = joint_encoder(self.model)
         used = np.flatnonzero(np.any([chosen for each in draws.values() for chosen in each], axis=0))
         seen = self._encode(train, encode=encode, texts=False, indices=used)
@@ -147,27 +150,28 @@ class SharedFeatures:
 
     def check(self, task: str) -> None:
         """Refuse a dataset or model that the task cannot use, before anything is encoded."""
-        if task == "zero-shot":
-            with_classes(self.dataset.split("test"))
-            read_templates(self.options.templates or self.dataset.templates)
-        elif task == "few-shot":
-            check_splits(self.dataset, task)
-            read_templates(self.options.templates or self.dataset.templates)
-        elif task != "retrieval":
-            if not hasattr(self.model, "encode_backbone"):
-                raise UserError(
-                    f"{type(self.model).__name__} has no method `encode_backbone` from pixels (n, 3, S, S) to features "
-                    "(n, width), which 'linear' requires. Add it, or use the task 'zero-shot' or 'retrieval'."
-                )
-            check_probe(self.dataset)
+        if task == "linear" and not hasattr(self.model, "encode_backbone"):
+            raise UserError(
+                f"{type(self.model).__name__} has no method `encode_backbone` from pixels (n, 3, S, S) to features "
+                "(n, width), which 'linear' requires. Add it, or use the task 'zero-shot' or 'retrieval'."
+            )
+        check_dataset(self.dataset, task, self.options)
 
     def _encode(self, source: PairSource, **options: Any) -> SourceFeatures:
         shared = {name: getattr(self.options, name) for name in ("batch_size", "workers", "progress")}
         return encode_source(self.model, source, **options, **shared)
 
 
-def _draws(labels: np.ndarray, shots: int) -> list[np.ndarray]:
-    return [sample_per_class(labels, partial(min, shots), draw) for draw in range(DRAWS)]
+def check_dataset(dataset: Dataset, task: str, options: Options | None = None) -> None:
+    """Refuse a dataset that a task cannot use, or unknown templates."""
+    if task == "zero-shot":
+        with_classes(dataset.split("test"))
+    elif task == "few-shot":
+        check_splits(dataset, task)
+    elif task == "linear":
+        check_probe(dataset)
+    if task in ("zero-shot", "few-shot"):
+        read_templates((options and options.templates) or dataset.templates)
 
 
 TASKS: Mapping[str, Callable[[SharedFeatures], Sequence[Result]]] = {

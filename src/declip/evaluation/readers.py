@@ -5,17 +5,16 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from PIL import Image
 from torchvision import datasets
 
 from declip.data.columns import Columns
-from declip.data.images.decode import EXTENSIONS, image_below
+from declip.data.images.decode import EXTENSIONS
 from declip.data.pair import BrokenPair, LazyPair, Pair, PairSource, is_unicode, printable
-from declip.data.sources.entry import EntrySource
+from declip.data.sources.folder import FileList
 from declip.data.sources.rows import TableRows, by_lower_name, cell_name
 from declip.data.sources.subset import SPLITS, DerivedSource, Subset
 from declip.data.sources.table import CAPTION_NAMES, IMAGE_NAMES, TableSource, find_column, open_rows
@@ -52,42 +51,6 @@ it reads them."""
 SUN_LISTS = {"train": "Training_01.txt", "test": "Testing_01.txt"}
 SUN_PLACES = ("SUN397", "SUN397/Partitions", "Partitions", ".")
 """Folders that may contain the lists, which come in a separate archive."""
-
-
-class ListedFile(NamedTuple):
-    """A listed image file."""
-
-    key: str
-    path: Path
-
-
-class FileList(EntrySource):
-    """Image files below a folder, without captions; paths that leave the folder are refused.
-
-    Args:
-        keys: n paths below `root`, absolute or relative to it.
-    """
-
-    def __init__(self, name: str, root: Path, keys: Sequence[str | Path]) -> None:
-        self.name, self.root = name, root
-        # Arrow is small and fast to send to workers; bytes, because names may not be UTF-8.
-        start = root.as_posix().rstrip("/") + "/"
-        paths = (os.fsencode(Path(key).as_posix().removeprefix(start)) for key in keys)
-        self._keys = pa.array(paths, pa.large_binary())
-
-    def __len__(self) -> int:
-        return len(self._keys)
-
-    def entry(self, index: int) -> ListedFile:
-        raw = self._keys[index].as_py()
-        key = raw.decode(errors="replace")
-        return ListedFile(key, image_below(self.root, os.fsdecode(raw), key, follow=False))
-
-    def content(self, entry: ListedFile) -> Path:
-        return entry.path
-
-    def texts(self, entry: ListedFile) -> tuple[str, ...]:
-        return ()
 
 
 class ImageArray(PairSource):

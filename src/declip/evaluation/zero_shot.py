@@ -39,9 +39,7 @@ def prompt_names() -> list[str]:
 def read_prompts(name: str) -> PromptSet:
     """Read a shipped prompt set; raises `UserError` for an unknown name."""
     if name not in prompt_names():
-        raise UserError(
-            f"{unknown('template set', name, prompt_names())} A template of your own contains {{}} for the class name."
-        )
+        raise UserError(f"{unknown('template set', name, prompt_names())} Your own template has {{}} for the class.")
     tree = read_yaml((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
     classes = {str(raw): str(shown) for raw, shown in tree.get("classes", {}).items()}
     return PromptSet(tree["source"], tuple(tree["templates"]), classes)

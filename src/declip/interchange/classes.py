@@ -52,8 +52,7 @@ class Classes:
         names, definitions = read_names(Path(file))
         if len(names) != len(self.rows):
             raise UserError(
-                f"'{file}' has {len(names):,} names, and the classifier has {len(self.rows):,} classes. Give one name "
-                "for each class, in the classifier's order."
+                f"'{file}' has {len(names):,} names for {len(self.rows):,} classes. Give one for each class, in order."
             )
         return replace(self, names=names, definitions=definitions, features=None)
 
@@ -98,7 +97,6 @@ def read_names(file: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
         raise UserError(f"Name {names.index('') + 1} in '{file}' (finetune.class_names) is empty. Name every class.")
     if repeated := [name for name, count in Counter(names).items() if count > 1]:
         raise UserError(
-            f"'{file}' (finetune.class_names) has the name '{repeated[0]}' {names.count(repeated[0])} times. Tell such "
-            "classes apart by their names."
+            f"'{file}' (finetune.class_names) has '{repeated[0]}' {names.count(repeated[0])} times. Name it once."
         )
     return tuple(names), tuple(definitions)

@@ -130,9 +130,7 @@ def _compare(model: DualEncoder, form: ModuleType, folder: Path) -> Exported:
     except ImportError as error:
         return Exported(folder, None, error.name or form.LIBRARY)
     except Exception as error:  # a library raises any class for a folder that it does not understand
-        raise UserError(
-            f"{form.LIBRARY} cannot read the export, so it was removed: {one_line(error, 200)} Report its recipe."
-        ) from error
+        raise UserError(f"{form.LIBRARY} cannot read the export: {one_line(error, 200)} Report its recipe.") from error
     size = model.preprocessor.size
     # (3, 3, S, S) and (3, L)
     pixels = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(0))

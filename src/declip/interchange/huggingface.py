@@ -68,7 +68,10 @@ def read(where: str) -> Weights:
     """
     folder = Path(where).expanduser()
     try:
-        keys, weights = _keys(folder, _read_json(folder / CONFIG)), _read_weights(folder)
+        keys = _keys(folder, _read_json(folder / CONFIG))
+        if not (folder / FILE).is_file():
+            raise UserError(f"there is no {FILE}; other files are not read: save it as one safetensors file")
+        weights = {name: tensor for name, tensor in load_file(folder / FILE).items() if not name.endswith(POSITION_IDS)}
         check_layers(keys, len(weights), CONFIG)
         recipe = load_recipe("clip", {"name": "from-huggingface", **keys})
         return layouts.from_layout(recipe, layouts.TRANSFORMERS, weights, where)
@@ -151,12 +154,6 @@ def _read_tokenizer(file: Path) -> Tokenizer:
 def _read_json(file: Path) -> dict[str, Any]:
     """Read a JSON file; a missing one is empty."""
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-
-
-def _read_weights(folder: Path) -> dict[str, Tensor]:
-    if not (folder / FILE).is_file():
-        raise UserError(f"there is no {FILE} in the folder; other files are not read: save it as one safetensors file")
-    return {name: tensor for name, tensor in load_file(folder / FILE).items() if not name.endswith(POSITION_IDS)}
 
 
 def express(model: DualEncoder) -> tuple[dict[str, Any], dict[str, Tensor]]:

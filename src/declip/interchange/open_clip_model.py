@@ -71,13 +71,10 @@ def load_open_clip(given: str) -> OpenClipModel:
         except UserError:
             raise
         except ImportError as error:
-            raise UserError(
-                f"'{given}' needs the package {error.name}. Install it: pip install {error.name}."
-            ) from error
+            raise UserError(f"'{given}' needs {error.name}: pip install {error.name}.") from error
         except Exception as error:  # a wrong file or configuration raises any class
             raise UserError(
-                f"Cannot load '{given}': {reason(error)} The weights must be those of that model, as open_clip saves "
-                "them (a state dict, or a checkpoint of its training)."
+                f"Cannot load '{given}': {reason(error)} The weights must be those of that model."
             ) from error
     config = config | ({"quick_gelu": True} if options.get("force_quick_gelu") else {})
     return OpenClipModel(model.eval(), prepared, tokenizer, config)
@@ -108,8 +105,7 @@ def _tokenizer(open_clip: ModuleType, given: str, name: str, text: Mapping[str, 
         if "hf_tokenizer_name" not in text:
             raise
         raise UserError(
-            f"The tokenizer of '{given}' can neither be read nor fetched. Put its tokenizer.json next to {CONFIG}, or "
-            "check the network."
+            f"The tokenizer of '{given}' cannot be read or fetched. Put its tokenizer.json next to {CONFIG}."
         ) from error
 
 

@@ -82,13 +82,17 @@ class Weights:
         if not required and file is None:
             return None
         raise UserError(
-            f"'{self.origin}' has no classifier, or none with known names of its classes. Give them as "
-            "finetune.class_names=FILE, or set finetune.class_pairs=false."
+            f"'{self.origin}' has no classifier with names: set finetune.class_names or finetune.class_pairs=false."
         )
 
     def check(self) -> "Weights":
         """Compare names and shapes of the tensors with the recipe, and return the weights."""
-        self._check_layers()
+        encoder = self.encoder
+        parts: list[Any] = [self.recipe.image.model_dump()]
+        if self.whole:
+            stored = encoder.sections if isinstance(encoder, WrappedModel) else getattr(encoder, "config", None)
+            parts.append(stored or self.recipe.text.model_dump())
+        check_layers(parts, len(self.tensors), f"The model in '{self.origin}'")
         # The recipe may be a stranger's: no memory is allocated for its sizes.
         with torch.device("meta"), Uninitialized():
             model, _ = self._empty()
@@ -163,14 +167,6 @@ class Weights:
         if overruled:
             raise UserError(f"The weights of '{self.origin}' determine keys; leave them out: {', '.join(overruled)}.")
         return fitted
-
-    def _check_layers(self) -> None:
-        encoder = self.encoder
-        parts: list[Any] = [self.recipe.image.model_dump()]
-        if self.whole:
-            stored = encoder.sections if isinstance(encoder, WrappedModel) else getattr(encoder, "config", None)
-            parts.append(stored or self.recipe.text.model_dump())
-        check_layers(parts, len(self.tensors), f"The model in '{self.origin}'")
 
     def _empty(self) -> tuple[DualEncoder, Adapters | None]:
         encoder = self.encoder

@@ -35,8 +35,7 @@ def load_plugin(kind: Kind, name: str) -> Any:
         return point.load()
     except Exception as error:  # code of others
         raise UserError(
-            f"'{name}' of the package {_package(point)} cannot be imported: {one_line(error, 200)}. Update or "
-            "uninstall the package."
+            f"'{name}' of the package {_package(point)} cannot be imported: {one_line(error, 200)}. Update it."
         ) from error
 
 

@@ -168,8 +168,7 @@ class TextEncoder:
             raise UserError(f"{CONFIG} has fewer layers than the weights in '{self.folder}', which hold '{more[0]}'.")
         if missing := sorted(notes["missing_keys"]):
             raise UserError(
-                f"The weights in '{self.folder}' lack '{missing[0]}' and {len(missing) - 1} more. Give the encoder's "
-                "own weights, or text.pretrained=false for random ones."
+                f"'{self.folder}' lacks '{missing[0]}' and {len(missing) - 1} more: set text.pretrained=false."
             )
         return model
 
@@ -301,8 +300,7 @@ class HuggingfaceTextTower(SelfContained, AnyTextTower):
         self.pooling = encoder.pooling or "cls" if pooling == "auto" else pooling
         if self.pooling not in POOLINGS.values():
             raise UserError(
-                f"{POOLING} of the text encoder has the pooling {encoder.pooling}; known are cls, mean and lasttoken. "
-                "Set text.pooling=mean, cls or eos."
+                f"{POOLING} has the pooling {encoder.pooling}, which is unknown. Set text.pooling=mean, cls or eos."
             )
         self.width = int(encoder.config.get("hidden_size") or encoder.config["dim"])  # DistilBERT's is "dim"
         self.text_projection: nn.Linear = nn.Linear(self.width, embed_dim, bias=projection_bias)

@@ -115,9 +115,7 @@ class ImageTower(nn.Module):
             # MoCo v3's fixed random patch projection
             patches = getattr(getattr(self.trunk, "patch_embed", None), "proj", None)
             if patches is None:
-                raise UserError(
-                    f"image.freeze_patch_embed needs a vision transformer, and '{name}' is none. Set it to false."
-                )
+                raise UserError(f"'{name}' is not a vision transformer. Set image.freeze_patch_embed to false.")
             patches.requires_grad_(False)
 
     def forward(self, images: Tensor) -> ImageFeatures:
@@ -223,6 +221,5 @@ def _create(name: str, size: int, options: dict[str, Any], weights: Mapping[str,
             return timm.create_model(base, pretrained=bool(published), num_classes=0, **published, **options)
     except (TypeError, AssertionError, ValueError, ArithmeticError, RuntimeError) as error:
         raise UserError(
-            f"timm cannot build the image tower '{name}' with image.size={size} and image.model_kwargs={options}: "
-            f"{error}"
+            f"timm cannot build the image tower '{name}' at {size} px, image.model_kwargs={options}: {error}"
         ) from error

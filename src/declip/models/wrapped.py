@@ -204,9 +204,7 @@ class WrappedTextTower(SelfContained, AnyTextTower):
 
     def language_head(self) -> nn.Module:
         """Refuse a masked-language head: the vocabulary has no mask that the tower knows."""
-        raise UserError(
-            "This text tower has no mask token. Leave out losses that predict masked words, and views.text.mask."
-        )
+        raise UserError("This text tower has no mask token. Leave out masked_language and views.text.mask.")
 
 
 def library_state(tower: WrappedImageTower | WrappedTextTower, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -60,9 +60,7 @@ def parse_overrides(words: Sequence[str]) -> dict[str, str]:
     for word in words:
         key, sign, value = word.partition("=")
         if not sign or not key:
-            raise UserError(
-                f"Cannot read the override '{word}'. Write key=value, for example train.steps=500, behind the others."
-            )
+            raise UserError(f"Cannot read the override '{word}'. Write key=value last, such as train.steps=500.")
         pairs[key.strip()] = value
     return pairs
 
@@ -122,10 +120,7 @@ def _find(name: str | Path, folder: Path) -> Path:
     if found := plugin_recipe(str(name)):
         return found
     if path.exists():
-        raise UserError(
-            f"'{name}' is not a recipe. To train on it: declip train clip --data {name}. From pretrained weights: "
-            f"declip finetune {name}."
-        )
+        raise UserError(f"'{name}' is not a recipe. Train on it with --data {name}, or: declip finetune {name}")
     raise unknown("recipe file" if own else "recipe", str(name), recipe_names())
 
 

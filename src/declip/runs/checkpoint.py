@@ -101,8 +101,7 @@ def write_snapshot(run: Path, kept: Checkpoint, keep: int) -> Path:
         older = list_checkpoints(run)  # untouched
         newest = f"The newest checkpoint is {older[-1]}." if older else "There is no earlier checkpoint."
         raise UserError(
-            f"Cannot write the checkpoint {final}: {str(error).rstrip('.')}. {newest} "
-            "Make room or choose another folder with --out, then continue with --resume."
+            f"Cannot write the checkpoint {final}: {str(error).rstrip('.')}. {newest} Make room, then use --resume."
         ) from error
     # --- those of later steps are not counted: they are damaged, so that the run resumed before them
     older = [path for path in list_checkpoints(run) if step_of(path) <= kept.step and path != best]

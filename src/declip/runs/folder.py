@@ -209,15 +209,11 @@ def lock_folder(folder: Path) -> FileIO:
     try:
         taken = [name for name in OUTPUTS if (folder / name).exists()]
         if taken and not (folder / RECIPE).exists():
-            raise UserError(
-                f"'{folder}' is not a run folder, and a run would overwrite its '{taken[0]}'. Choose another --out."
-            )
+            raise UserError(f"'{folder}' is not a run folder and has '{taken[0]}' already. Choose another --out.")
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / LOCK).open("ab+", buffering=0)
     except OSError as error:
-        raise UserError(
-            f"Cannot write into the run folder '{folder}': {error.strerror}. Choose another with --out."
-        ) from error
+        raise UserError(f"Cannot write into '{folder}': {error.strerror}. Choose another --out.") from error
     if sys.platform != "win32":
         _lock(file, folder)
     with suppress(OSError):
@@ -245,8 +241,7 @@ def _lock(file: FileIO, folder: Path) -> None:
         holder = file.read().decode(errors="replace") or "another process"
         file.close()
         raise UserError(
-            f"'{folder}' is in use: {holder} trains in it. Wait until that run ends, stop it, or choose another "
-            "folder with --out."
+            f"'{folder}' is in use: {holder} trains in it. Wait until that run ends, or choose another --out."
         ) from error
 
 
@@ -283,9 +278,7 @@ def read_recipe(folder: Path) -> Recipe:
     try:
         return moved_lists(load_recipe(path), folder)
     except ValueError as error:
-        raise UserError(
-            f"'{folder}' is not a run of this version of declip. {error} Choose another folder with --out."
-        ) from error
+        raise UserError(f"'{folder}' is not a run of this version. {error} Choose another --out.") from error
 
 
 def moved_lists(recipe: Recipe, folder: Path) -> Recipe:

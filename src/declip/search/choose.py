@@ -101,7 +101,9 @@ def choose(
     if path is not None:
         image_cell(opened, int(opened.ids[0]), path.parent)  # raises early
     captioned = None if have is None else open_or_embed(opened.model, have, **options)
-    known = torch.empty(0, opened.info.dimension) if captioned is None else captioned_vectors(captioned)
+    known = torch.empty(0, opened.info.dimension)
+    if captioned is not None:
+        known = captioned.vectors(captioned.ids[np.array([bool(own) for own in captioned.captions()], dtype=bool)])
     choice = choose_from(opened, count, known, seed)
     if path is not None:
         choice.write(path)
@@ -118,12 +120,6 @@ def choose_from(index: Index, count: int, known: Tensor, seed: int = 0) -> Chose
     if not hits:
         raise UserError(f"All {len(ids):,} images are near-duplicates of captioned images. Add other images.")
     return ChosenImages(hits, index, len(known), len(ids))
-
-
-def captioned_vectors(index: Index) -> Tensor:
-    """(m, d), the vectors of the images of an index that have captions."""
-    captioned = [bool(captions) for captions in index.captions()]
-    return index.vectors(index.ids[np.array(captioned, dtype=bool)])
 
 
 def image_cell(index: Index, id: int, folder: Path) -> str:

@@ -86,9 +86,7 @@ class Classifier:
         source = None if examples is None else _open_examples(examples, label_column)
         known = tuple(classes or (source.class_names if source else ()))
         if len(known) < 2:
-            raise UserError(
-                "A classifier needs two classes or more. Give their names, or examples with folders of them."
-            )
+            raise UserError("A classifier needs two classes or more. Name them, or give examples of them.")
         loaded = load(model, device) if isinstance(model, str | Path) else model
         names = class_features(loaded, known, read_templates(templates)[1], batch_size=batch_size)
         encode, width = joint_encoder(loaded)
@@ -187,7 +185,6 @@ def _numbers(classes: tuple[str, ...], given: Any) -> np.ndarray:
     keys = [str(name).replace("_", " ").casefold() for name in given]
     if strange := [name for name, key in zip(given, keys, strict=True) if key not in numbers]:
         raise UserError(
-            f"The examples have {len(strange):,} classes that --classes does not name, such as '{strange[0]}'. Name "
-            "them, or leave --classes out: then the examples name the classes."
+            f"The examples have {len(strange):,} classes, such as '{strange[0]}', that --classes lacks. Name them too."
         )
     return np.array([numbers[key] for key in keys], dtype=np.int64)

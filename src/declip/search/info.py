@@ -62,8 +62,7 @@ class ModelInfo(InfoSection):
         path = resolve(self.path, folder)
         if not path:
             raise UserError(
-                f"The index '{folder}' was made by a model given as a Python object, {self.name}. Open it with model=, "
-                "or search with --model."
+                f"The index '{folder}' was made by a Python object, {self.name}. Pass it as model=, or give --model."
             )
         if is_missing(path):
             raise UserError(f"The model of the index '{folder}' is no longer at '{path}'. Give its path with --model.")

@@ -64,8 +64,7 @@ def join_parquet(
     for table in tables:
         if absent := [name for name in COLUMNS if name not in table.columns]:
             raise UserError(
-                f"'{table.path}' has no column '{absent[0]}'. Give Parquet files with the columns that "
-                f"`declip.Embedder` returns: {', '.join(COLUMNS)}."
+                f"'{table.path}' has no column '{absent[0]}'; `declip.Embedder` returns {', '.join(COLUMNS)}."
             )
     encoder = load(model) if isinstance(model, str | Path) else model
     made_by = describe_model(encoder, model, folder)

@@ -171,9 +171,7 @@ class Store:
         if over not in MATRICES:
             raise unknown("place to search", over, MATRICES)
         if over not in self.matrices:
-            raise UserError(
-                f"The index '{self.index}' has no vectors of captions. Embed with --captions, into another folder."
-            )
+            raise UserError(f"The index '{self.index}' has no vectors of captions. Embed again with --captions.")
         return self.matrices[over]
 
     def blocks(self, kept: np.ndarray) -> Iterator[Block]:
@@ -200,8 +198,7 @@ class Store:
         except (OSError, ValueError, EOFError, pa.ArrowException) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(
-                f"The files of the index in '{self.folder}' are damaged: {reason}. Restore a copy, or embed again into "
-                "another folder."
+                f"The files of the index in '{self.folder}' are damaged: {reason}. Embed again into another folder."
             ) from error
 
 

@@ -109,8 +109,7 @@ def open_index(folder: Path) -> tuple[IndexInfo, Store]:
             newer = IndexInfo.read(folder)  # the generation was replaced after its name was read
             if newer.generation == info.generation:
                 raise UserError(
-                    f"A file of the index '{folder}' is missing ({error}). Restore a copy, or embed again into "
-                    "another folder."
+                    f"A file of the index '{folder}' is missing ({error}). Embed again into another folder."
                 ) from error
             info = newer
 
@@ -137,6 +136,5 @@ def check_same(folder: Path, before: IndexInfo, now: IndexInfo) -> None:
     changed += [f"{key} was {one[key]!r}, now {other[key]!r}" for key in one if one[key] != other[key]]
     if changed:
         raise UserError(
-            f"'{folder}' holds an index of another model, source or option: {'; '.join(changed)}. Give the same, or "
-            "choose another folder with --out."
+            f"'{folder}' holds an index of another model or option: {'; '.join(changed)}. Choose another --out."
         )

@@ -33,9 +33,7 @@ def open_training_source(recipe: Recipe) -> PairSource:
     else:
         source = Joined([training_part(open_source(name, columns)) for name in data.source])
     if data.columns.get("group") is not None and source.group_column is None:
-        raise UserError(
-            f"data.columns.group names a column of a table, and '{source.name}' is not a table. Leave it out."
-        )
+        raise UserError(f"data.columns.group names a column of a table, which '{source.name}' is not. Leave it out.")
     return source if data.max_pairs is None else take(source, data.max_pairs, recipe.seed)
 
 

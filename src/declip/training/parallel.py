@@ -72,8 +72,7 @@ def _check(recipe: Recipe, model: DualEncoder) -> None:
     train = recipe.train
     if train.batch_size < distributed.world_size():
         raise UserError(
-            f"train.batch_size={train.batch_size} is less than one pair for each of {distributed.world_size()} "
-            "processes. Increase it, or start fewer processes."
+            f"train.batch_size={train.batch_size} is less than the {distributed.world_size()} processes. Increase it."
         )
     if train.strategy == "fsdp" and train.grad_cache_chunk and distributed.world_size() > 1:
         raise UserError("train.grad_cache_chunk requires train.strategy=ddp. Change one of the two.")

@@ -192,8 +192,7 @@ def restore(parts: Parts, found: Checkpoint) -> None:
         load_moments(parts.optimizer, part("optimizer", found.training))
     except (RuntimeError, KeyError) as error:
         raise UserError(
-            f"The newest checkpoint in '{parts.folder}' does not fit the recipe of its run: "
-            f"{str(error).splitlines()[0]}. Start a new run with --out."
+            f"'{parts.folder}' does not fit its recipe: {str(error).splitlines()[0]}. Choose another --out."
         ) from error
     generators = part(f"random.{distributed.rank()}", found.training)
     if generators:
@@ -224,8 +223,7 @@ def _refuse_other_pairs(parts: Parts, before: Mapping[str, list[str]]) -> None:
             change = f"{int(then[0]):,} pairs then, {int(now[0]):,} now"
         if change:
             raise UserError(
-                f"The {pairs} changed since the run in '{parts.folder}' stopped: {change}. Restore them, or start a "
-                "new run with --out."
+                f"The {pairs} changed since '{parts.folder}' stopped: {change}. Restore them, or choose another --out."
             )
 
 

@@ -115,8 +115,7 @@ def load_tensors(start: Weights, model: DualEncoder) -> set[str]:
             fitted[name] = _resized(name, tensor, own[name], model)
         if fitted[name].shape != own[name].shape:
             raise UserError(
-                f"'{name}' of '{start.origin}' has shape {tuple(tensor.shape)}, the model {tuple(own[name].shape)}: "
-                "this tower does not support another image size. Leave image.size out."
+                f"'{name}' of '{start.origin}' does not fit: this tower has one image size. Leave image.size out."
             )
     model.load_state_dict({**own, **fitted})
     return set(fitted)

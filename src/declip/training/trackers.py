@@ -213,8 +213,7 @@ def require_trackers(report_to: Sequence[str]) -> None:
     for name in report_to:
         if name != AUTO and not _installed(name):
             raise UserError(
-                f"train.report_to={name} needs a package that is not installed: pip install 'declip[{name}]', or leave "
-                f"{name} out."
+                f"train.report_to={name} needs a package: pip install 'declip[{name}]', or leave {name} out."
             )
 
 

@@ -211,8 +211,7 @@ class Trainer:
         skipped, seen = self.progress.skipped, self.loader.seen
         if done and skipped.total >= seen:
             raise UserError(
-                f"No pair of '{self.parts.source.name}' could be used, so nothing was learned. Fix the pairs, or set "
-                f"another data.source. {skipped.explanation()}"
+                f"No pair of '{self.parts.source.name}' could be used, so nothing was learned. {skipped.explanation()}"
             )
         if done and skipped.total > self.parts.recipe.data.max_broken_fraction * seen and self.is_rank_zero:
             lost = f"{skipped.total:,} of the {seen:,} pairs seen could not be used"
@@ -274,9 +273,7 @@ class Trainer:
         try:
             found = checkpoints.load_checkpoint(checkpoints.folder_of(folder, best.step))
         except UserError as error:
-            raise UserError(
-                f"{error} It had the best weights. Use another checkpoint, or start a new run with --out."
-            ) from error
+            raise UserError(f"{error} It had the best weights. Choose another --out.") from error
         load_weights(self.parts, found)
         log.info("Best: step %d, validation loss %.4f; its weights are used.", best.step, best.loss)
 

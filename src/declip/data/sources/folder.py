@@ -3,7 +3,7 @@
 import os
 import stat
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image, IptcImagePlugin
 
-from declip.data.images.decode import DAMAGE, EXTENSIONS, FORMATS
+from declip.data.images.decode import DAMAGE, EXTENSIONS, FORMATS, image_below
 from declip.data.pair import LONGEST_CAPTION, BrokenPair, clean_captions
 from declip.data.sources.entry import EntrySource
 from declip.data.sources.subset import NUMBER_OF, UNKNOWN, places_by_split
@@ -88,40 +88,55 @@ class ImageFile(NamedTuple):
     path: Path
 
 
-class FolderSource(EntrySource):
-    """Images of a folder and of the folders in it, sorted by path; `a/b.jpg` has its captions in `a/b.txt`.
+class FileList(EntrySource):
+    """Image files below a folder, without captions; paths that leave the folder are refused.
 
-    Without that file they are the description, title and keywords in the image's XMP and IPTC metadata.
-
-    Names that start with a dot are ignored. Linked folders are not entered.
+    Args:
+        keys: n paths below `root`, absolute or relative to it.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.name = path, path.name or str(path)
+    def __init__(self, name: str, root: Path, keys: Iterable[str | Path]) -> None:
+        self.name, self.root = name, root
         # A million paths take 0.1 GB as Python strings in every worker, and a third of it here, shared. They are bytes
         # since not every file's name is UTF-8.
-        self._keys = pa.array(map(os.fsencode, sorted(_images(self.path))), pa.large_binary())
-        if not len(self._keys):
-            raise UserError(
-                f"The folder '{self.path}' has no image ({', '.join(EXTENSIONS)}). For a folder of tables name one, "
-                "or in a recipe all of them: data.source=[a.csv,b.csv]."
-            )
+        start = root.as_posix().rstrip("/") + "/"
+        paths = (os.fsencode(Path(key).as_posix().removeprefix(start)) for key in keys)
+        self._keys = pa.array(paths, pa.large_binary())
 
     def __len__(self) -> int:
         return len(self._keys)
 
     def entry(self, index: int) -> ImageFile:
         raw = self._keys[index].as_py()
-        return ImageFile(raw.decode(errors="replace"), self.path / os.fsdecode(raw))
+        key = raw.decode(errors="replace")
+        return ImageFile(key, image_below(self.root, os.fsdecode(raw), key, follow=False))
+
+    def content(self, entry: ImageFile) -> Path:
+        return entry.path
+
+    def texts(self, entry: ImageFile) -> tuple[str, ...]:
+        return ()
+
+
+class FolderSource(FileList):
+    """Images of a folder and of the folders in it, sorted by path; `a/b.jpg` has its captions in `a/b.txt`.
+
+    Without that file they are the description, title and keywords in the image's XMP and IPTC metadata. Names that
+    start with a dot are ignored. Linked folders are not entered.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path.name or str(path), path, sorted(_images(path)))
+        if not len(self):
+            raise UserError(
+                f"'{path}' has no image ({', '.join(EXTENSIONS)}). Several tables: data.source=[a.csv,b.csv]."
+            )
 
     def splits(self) -> dict[str, np.ndarray]:
         """Those of folders named train, val and test, if all images are in such folders."""
         folders = pc.list_element(pc.split_pattern(self._keys, b"/"), 0)
         numbers = [NUMBER_OF.get(name.lower().decode(errors="replace"), UNKNOWN) for name in folders.to_pylist()]
         return {} if UNKNOWN in numbers else places_by_split(np.array(numbers))
-
-    def content(self, entry: ImageFile) -> Path:
-        return entry.path
 
     def texts(self, entry: ImageFile) -> tuple[str, ...]:
         key, path = entry.key, entry.path.with_suffix(".txt")

@@ -71,8 +71,7 @@ def open_source(spec: str | Path | PairSource | Items, columns: Columns = DEFAUL
         return TableSource(table, columns)
     if names_shards(text) and text.lower().endswith(TABLE_KINDS):
         raise UserError(
-            f"'{text}' is not one table on this machine. Name one table, Parquet files ('data/*.parquet'), or in a "
-            "recipe all of them: data.source=[a.csv,b.csv]."
+            f"'{text}' is not one table on this machine. Name one, 'data/*.parquet', or data.source=[a.csv,b.csv]."
         )
     if names_shards(text) or (path.is_dir() and holds(path, ".tar")):
         return ShardSource(text)
@@ -85,8 +84,7 @@ def _open_file(path: Path, columns: Columns) -> PairSource:
     """Open a list of pairs; refuse any other file."""
     if not path.exists():
         raise UserError(
-            f"'{path}' does not exist. Give a table ({', '.join(TABLE_KINDS)}), a folder of images with "
-            f"captions, tar shards such as 'data/{{00000..00331}}.tar', or a set such as '{BUILTIN_PREFIX}emoji'."
+            f"'{path}' does not exist. Give a table, a folder of images with captions, tar shards, or builtin:emoji."
         )
     if path.suffix.lower() != LIST_KIND:
         return TableSource(path, columns)  # which refuses what is not a table

@@ -227,8 +227,7 @@ class JsonRows(TextRows):
                 columns.update(dict.fromkeys(cells))
         if fault and (not columns or next(self.lines())[1].lstrip().startswith("[")):
             raise UserError(
-                f"'{path}' is not JSONL, a JSON object on each line: {fault}. To convert one JSON array: "
-                f"jq -c '.[]' {path.name} > rows.jsonl"
+                f"'{path}' is not JSONL: {fault}. To convert one JSON array: jq -c '.[]' {path.name} > rows.jsonl"
             )
         self.columns = list(columns)
 

@@ -72,8 +72,7 @@ class ShardSource(EntrySource):
         self._ends = np.cumsum(self.blocks)
         if not len(self):
             raise UserError(
-                f"'{word}' has no pair. A pair is KEY.jpg (or .png, .webp …) with KEY.txt or KEY.json, where KEY "
-                "has no dot."
+                f"'{word}' has no pair. A pair is KEY.jpg (.png …) with KEY.txt or KEY.json, where KEY has no dot."
             )
 
     def __len__(self) -> int:

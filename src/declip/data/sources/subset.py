@@ -181,8 +181,7 @@ def split_numbers(cells: pa.Array | pa.ChunkedArray, where: str) -> np.ndarray |
     if (number_of == UNKNOWN).any():
         other = next(name for name, number in zip(names, number_of, strict=False) if number == UNKNOWN)
         raise UserError(
-            f"{where} has '{printable(other)}' among names of splits. Write {', '.join(SPLITS)} into each row, or "
-            "rename the column."
+            f"{where} has '{printable(other)}' among names of splits. Write {', '.join(SPLITS)}, or rename the column."
         )
     return number_of[encoded.indices.fill_null(len(names)).to_numpy(zero_copy_only=False)]
 
