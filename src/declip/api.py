@@ -130,7 +130,8 @@ def evaluate(
         dataset: A name or path that `declip.evaluation.datasets.open_dataset` opens, or an open dataset or source.
         task: "zero-shot", "retrieval", "linear" (probe) or "few-shot".
         label_column: The table column of classes; see `open_dataset`.
-        precision, engine: As in `declip.load`; a model that is given as an object stays as it is.
+        precision: As in `declip.load`; a model that is given as an object stays as it is.
+        engine: As in `declip.load`.
         options: Fields of `declip.evaluation.protocols.Options`, such as ``batch_size=64`` or
             ``templates="a photo of {}"``.
     """

@@ -63,7 +63,8 @@ def embed(
         captions: Also store the mean vector of the captions of each image, for `over="captions"`.
         workers: Number of processes that read images; 0: the main process; None: one per core, at most 8, but 0 for a
             Python object as a source.
-        precision, engine: As in `declip.load`; a model that is given as an object stays as it is.
+        precision: As in `declip.load`; a model that is given as an object stays as it is.
+        engine: As in `declip.load`.
         loaded_from: Path or name that `model` was loaded from if it is an object, so that searching can load it.
         part: (3, 8): the third of eight parts of the images, in the folder OUT.part-3-of-8. `Index.join` joins them.
 

@@ -35,7 +35,8 @@ class Embedder:
         source: A source of `declip.embed` to read the images from, such as tar shards, opened in each process. `id` is
             then the column of their numbers, and becomes their key.
         columns: Columns of the source, if it is a table.
-        precision, engine: As in `declip.load`.
+        precision: As in `declip.load`.
+        engine: As in `declip.load`.
     """
 
     def __init__(
