@@ -115,7 +115,7 @@ class ImageTower(nn.Module):
             # MoCo v3's fixed random patch projection
             patches = getattr(getattr(self.trunk, "patch_embed", None), "proj", None)
             if patches is None:
-                raise UserError(f"'{name}' is not a vision transformer. Set image.freeze_patch_embed to false.")
+                raise UserError(f"image.freeze_patch_embed needs a vision transformer, unlike '{name}'.")
             patches.requires_grad_(False)
 
     def forward(self, images: Tensor) -> ImageFeatures:
