@@ -11,12 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from conftest import encoded
+from conftest import encoded, refuses
 from declip.data.batch import Plan, TextSpec, ViewSpec
 from declip.data.loader import Assembler, PairLoader
 from declip.data.pair import BrokenPair, Pair, PairSource
 from declip.data.sources.open import open_source
-from declip.errors import UserError
 from declip.recipe.schema import ImageView, TextView
 
 
@@ -104,9 +103,7 @@ def reason_of(source, index):
 
 
 def message(*arguments, **options):
-    with pytest.raises(UserError) as caught:
-        open_source(*arguments, **options)
-    return str(caught.value)
+    return refuses("", open_source, *arguments, **options)
 
 
 SIZES = (5, 1, 9, 6)

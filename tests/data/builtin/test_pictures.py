@@ -118,10 +118,7 @@ def test_a_split_with_classes_is_pickled_without_its_images(cache):
 )
 def test_damage_is_found_on_opening_and_repaired(cache, harm, reason):
     harm(PLAIN.folder(cache))
-    with pytest.raises(UserError) as caught:
-        BuiltinSource(PLAIN, "plain", cache)
-    assert reason in str(caught.value)
-    assert "Run `declip data download builtin:plain` (no time)" in str(caught.value)
+    refuses([reason, "Run `declip data download builtin:plain` (no time)"], BuiltinSource, PLAIN, "plain", cache)
     PLAIN.download(cache, progress=False)
     assert len(BuiltinSource(PLAIN, "plain", cache)) == 3
 

@@ -20,6 +20,7 @@ from declip.data.sources.shard_files import holds, is_url, names_shards
 from declip.data.sources.subset import COLUMN, places_by_split, split_numbers
 from declip.errors import UserError
 from declip.io.cache import cached_table
+from declip.io.text import one_line
 
 IMAGE_NAMES = ("image", "file_name", "image_path", "filepath", "file_path", "path", "filename", "image_file", "img")
 # Column names of public sets, most telling first; tried when the default column is missing.
@@ -158,7 +159,7 @@ class TableSource(EntrySource):
             version = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in self.file.files]
             return cached_table(f"tables/{kind}", (LAYOUT, *version, options), lambda: (schema, batches))
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise UserError(f"'{self.file.path}' cannot be read: {error}.") from error
+            raise UserError(f"'{self.file.path}' cannot be read: {one_line(error)}.") from error
 
 
 def open_rows(path: str | Path) -> TableRows:
