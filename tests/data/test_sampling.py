@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import chisquare
 
 from conftest import refuses
-from declip.data.loader import build_order
+from declip.data.loader import Order
 from declip.data.pair import PairSource
 from declip.data.sources.subset import Joined, take
 
@@ -34,7 +34,7 @@ SHARDS = Numbers(sum(SIZES), SIZES)
 
 
 def order_of(source, batch=8, buffer=None):
-    return build_order(source, batch, 5, buffer)
+    return Order(source, batch, 5, buffer)
 
 
 def steps(order, first, last):

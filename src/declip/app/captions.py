@@ -1,5 +1,8 @@
-"""Routes of the app to caption images: their order, suggestions, and heads that are fitted to the captions so far."""
+"""Routes of the app to caption images: their table, order and suggestions, and heads fitted to the captions so far."""
 
+import csv
+import hashlib
+import os
 import threading
 import time
 from collections.abc import Sequence
@@ -16,20 +19,81 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from torch import Tensor
 
-from declip.app.caption_table import CaptionTable
 from declip.app.requests import ImageId, OneLine, Question, Text
 from declip.app.state import AppState, state_of
+from declip.data.sources.shard_files import resolve
 from declip.errors import UserError
 from declip.evaluation.results import Measure
 from declip.evaluation.zero_shot import read_prompts
+from declip.io.atomic import atomic_write, csv_path
+from declip.io.cache import locked
 from declip.models.closed_form import Pairs
-from declip.search.choose import choose_from
+from declip.search.choose import choose_from, image_cell
+from declip.search.index import Index
 from declip.training.heads import Choice, choose_heads
 
+ELSEWHERE = "choose another file with --caption"
 EVERY = 25  # captions after which the heads are fitted again
 MOST = 2_000  # images that are offered
 SUGGESTIONS = 5
 HELD = 300  # seconds for which an image that one tab shows is not offered to another
+
+
+class CaptionTable:
+    """The captions of an index's images in a .csv file, which is read again before each change.
+
+    Columns and rows of others in the file stay as they are.
+    """
+
+    def __init__(self, path: Path, index: Index) -> None:
+        self.path, self.index = csv_path(path, "--caption"), index
+        image_cell(index, int(index.ids[0]), path.parent)  # refuses images without files
+        paths = index.paths()
+        self._ids = {resolve(one, index.folder): id for one, id in zip(paths, index.ids.tolist(), strict=True)}
+        self._lock = hashlib.blake2b(os.fsencode(path.absolute()), digest_size=8).hexdigest()
+        self.read()
+
+    def read(self) -> dict[int, list[str]]:
+        """The captions of each image of the index, in the order of the file."""
+        found: dict[int, list[str]] = {}
+        for row in self._rows()[1]:
+            path = os.path.normpath(self.path.parent.absolute() / os.path.expanduser(row["image"] or ""))
+            caption = " ".join((row["caption"] or "").split())
+            if caption and (id := self._ids.get(path)) is not None:
+                found.setdefault(id, []).append(caption)
+        return found
+
+    def add(self, id: int, captions: Sequence[str], seen: Sequence[str]) -> dict[int, list[str]]:
+        """Append captions of an image; raises a 409 if the file has others than `seen` of it. Returns all captions."""
+        with locked("captions", self._lock):
+            known = self.read()
+            if known.get(id, []) != [*seen]:
+                said = "; ".join(known.get(id, [])) or "none"
+                raise HTTPException(409, f"Not saved: this image has other captions now ({said}). Save again to add.")
+            columns, rows = self._rows()
+            cell = image_cell(self.index, id, self.path.parent)
+            rows += [{"image": cell, "caption": text} for text in dict.fromkeys(captions) if text not in seen]
+            with (
+                atomic_write(self.path, ELSEWHERE, durable=True) as target,
+                target.open("w", newline="", encoding="utf-8") as file,
+            ):
+                table = csv.DictWriter(file, columns, restval="", extrasaction="ignore")
+                table.writeheader()
+                table.writerows(rows)
+            return self.read()
+
+    def _rows(self) -> tuple[list[str], list[dict[str, str]]]:
+        if not self.path.exists():
+            return ["image", "caption"], []
+        try:
+            with self.path.open(newline="", encoding="utf-8-sig") as file:
+                reader = csv.DictReader(file)
+                columns, rows = list(reader.fieldnames or ()), list(reader)
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            raise UserError(f"'{self.path}' cannot be read: {error}. Choose another file with --caption.") from error
+        if not {"image", "caption"} <= {*columns}:
+            raise UserError(f"'{self.path}' needs the columns image and caption. Choose another file with --caption.")
+        return columns, rows
 
 
 class PlaceQuestion(Question):
