@@ -3,6 +3,7 @@
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer
@@ -29,34 +30,34 @@ def exported(tmp_path_factory):
 def test_onnxruntime_gives_our_features_at_any_batch_and_length(exported):
     import onnx
 
-    model, about = build("vit-bias", **ONE_BLOCK), json.loads((exported / "declip_onnx.json").read_text())
-    image, text = (onnxruntime.InferenceSession(exported / name) for name in ("image.onnx", "text.onnx"))
-    tokenizer = Tokenizer.from_file(str(exported / about["text"]["tokenizer"]))
+    model, about = build("vit-bias", **ONE_BLOCK), json.loads((exported / "config.json").read_text())
+    image, text = (onnxruntime.InferenceSession(exported / name / "model.onnx") for name in ("visual", "textual"))
+    tokenizer = Tokenizer.from_file(str(exported / "textual" / "tokenizer.json"))
     tokenizer.encode_special_tokens = True
     pixels, differences = model.preprocess(pictures()), {"images": 0.0, "texts": 0.0}
     for batch in (1, 2, len(pixels)):
         given = pixels[:batch]
-        found = torch.tensor(image.run(None, {"pixel_values": given.numpy()})[0])
+        found = torch.tensor(image.run(None, {"image": given.numpy()})[0])
         with torch.no_grad():
             differences["images"] = max(differences["images"], largest(found, model.encode_image(given)))
     for captions in (CAPTIONS[:1], ["!", "a"], CAPTIONS):
         tokens = model.tokenize(captions)
-        found = torch.tensor(text.run(None, {"input_ids": tokens.numpy()})[0])
+        found = torch.tensor(text.run(None, {"text": tokens.int().numpy()})[0])
         with torch.no_grad():
             differences["texts"] = max(differences["texts"], largest(found, model.encode_text(tokens)))
         rows = torch.zeros(len(captions), 16, dtype=torch.int64)
         for row, encoded in zip(rows, tokenizer.encode_batch(captions), strict=True):
             row[: len(encoded.ids)] = torch.tensor(encoded.ids)
-        assert same_until_the_end(rows, tokens, about["text"]["end"])
+        assert same_until_the_end(rows, tokens, about["text_cfg"]["end"])
     print(f"onnx vit-bias: {differences}")
     assert max(differences.values()) <= EXACT
-    written = onnx.load(exported / "text.onnx")
+    written = onnx.load(exported / "textual" / "model.onnx")
     assert [entry.version for entry in written.opset_import if not entry.domain] == [about["opset"]]
     names = [dimension.dim_param for dimension in written.graph.input[0].type.tensor_type.shape.dim]
     assert names == ["batch", "length"]
     assert about["logit_scale"] == pytest.approx(model.logit_scale.exp().item(), rel=1e-6)
-    assert (about["image"]["size"], about["text"]["context"], about["embed_dim"]) == (32, 16, 16)
-    assert about["image"]["mean"] == [0.5, 0.4, 0.3]
+    assert (about["vision_cfg"]["image_size"], about["text_cfg"]["context_length"], about["embed_dim"]) == (32, 16, 16)
+    assert about["preprocess_cfg"]["mean"] == [0.5, 0.4, 0.3]
 
 
 def test_the_code_in_the_card_works_as_it_is(exported, monkeypatch, capfd):
@@ -77,24 +78,53 @@ def test_onnx_has_the_encoders_tokenizer_and_padding(tmp_path):
         "vit", **{**ONE_BLOCK, "text.hf_model": str(roberta(tmp_path / "roberta")), "text.context_length": 24}
     )
     folder = export_exactly(model, "onnx", tmp_path / "onnx")
-    about = json.loads((folder / "declip_onnx.json").read_text())["text"]
-    assert (about["padding"], about["context"]) == (1, 24)  # RoBERTa's padding
-    library = Tokenizer.from_file(str(folder / about["tokenizer"]))
+    about = json.loads((folder / "config.json").read_text())["text_cfg"]
+    assert (about["padding"], about["context_length"]) == (1, 24)  # RoBERTa's padding
+    library = Tokenizer.from_file(str(folder / "textual" / "tokenizer.json"))
     library.encode_special_tokens = True
     library.enable_padding(pad_id=about["padding"])
     captions = ["a red circle", "Blue </s> square " * 9]
     ids = torch.tensor([each.ids for each in library.encode_batch(captions)])
     assert ids.tolist() == model.tokenize(captions).tolist()
-    session = onnxruntime.InferenceSession(folder / "text.onnx")
-    found = torch.from_numpy(session.run(None, {"input_ids": ids.numpy()})[0])
-    torch.testing.assert_close(found, model.encode_text(ids).detach(), rtol=0, atol=1e-5)
+    assert_reads_as_immich(folder, model)
+
+
+def assert_reads_as_immich(folder, model):
+    """Texts and images as Immich's machine learning reads them: files, names, types, padding to the context."""
+    about, prepared, special = (
+        json.loads((folder / name).read_text())
+        for name in ("config.json", "visual/preprocess_cfg.json", "textual/tokenizer_config.json")
+    )
+    tokenizer, length = Tokenizer.from_file(str(folder / "textual/tokenizer.json")), about["text_cfg"]["context_length"]
+    padding = special["pad_token"]
+    tokenizer.enable_padding(length=length, pad_token=padding, pad_id=tokenizer.token_to_id(padding))
+    tokenizer.enable_truncation(max_length=length)
+    visual, textual = (onnxruntime.InferenceSession(folder / name / "model.onnx") for name in ("visual", "textual"))
+    for caption in ("a red circle", "blue square " * 20):
+        ids = np.array([tokenizer.encode(caption).ids], dtype=np.int32)
+        assert ids.shape == (1, length)
+        found = torch.from_numpy(textual.run(None, {"text": ids})[0][0])
+        torch.testing.assert_close(found, model.encode_text(model.tokenize(caption))[0].detach(), rtol=0, atol=1e-5)
+    assert {"size", "interpolation", "mean", "std", "resize_mode"} <= prepared.keys()
+    pixels = model.preprocess(pictures()[:1])
+    found = torch.from_numpy(visual.run(None, {"image": pixels.numpy()})[0][0])
+    torch.testing.assert_close(found, model.encode_image(pixels)[0].detach(), rtol=0, atol=1e-5)
+
+
+def test_immich_can_read_it_and_it_can_be_replaced(exported):
+    model = build("vit-bias", **ONE_BLOCK)
+    assert_reads_as_immich(exported, model)
+    assert declip.export(model, "onnx", exported, overwrite=True).difference < EXACT
 
 
 @pytest.mark.parametrize(
     ("error", "message"),
     [
         (ModuleNotFoundError("gone", name="onnxscript"), r"needs onnxscript.*pip install 'declip\[onnx\]'"),
-        (RuntimeError("data-dependent\n  branch"), "cannot export this tower to image.onnx: data-dependent branch"),
+        (
+            RuntimeError("data-dependent\n  branch"),
+            "cannot export the visual tower: data-dependent branch",
+        ),
     ],
 )
 def test_without_its_packages_or_for_what_it_cannot_trace_it_says_so(error, message, tmp_path, monkeypatch):

@@ -99,20 +99,21 @@ def test_onnx_gives_the_same_features_at_any_batch_and_length(family, families, 
     pytest.importorskip("onnxscript")
     model, out = families[family][0].build().eval(), tmp_path / "out"
     declip.export(model, "onnx", out)
-    about = json.loads((out / "declip_onnx.json").read_text())
-    image, text = (onnxruntime.InferenceSession(out / about[part]["file"]) for part in ("image", "text"))
-    ids = Tokenizer.from_file(str(out / "tokenizer.json")).encode(CAPTIONS[0]).ids  # this one needs no cleaning
+    about = json.loads((out / "config.json").read_text())
+    image, text = (onnxruntime.InferenceSession(out / part / "model.onnx") for part in ("visual", "textual"))
+    ids = Tokenizer.from_file(str(out / "textual/tokenizer.json")).encode(CAPTIONS[0]).ids  # this needs no cleaning
     pixels, tokens, differences = model.preprocess(pictures()[:4]), model.tokenize(CAPTIONS), []
     assert ids == tokens[0, : len(ids)].tolist()
     for rows, length in ((1, len(ids)), (4, tokens.shape[1])):
         given, captions = pixels[:rows], tokens[:rows, :length]
-        found = image.run(None, {"pixel_values": given.numpy()})[0], text.run(None, {"input_ids": captions.numpy()})[0]
+        found = image.run(None, {"image": given.numpy()})[0], text.run(None, {"text": captions.int().numpy()})[0]
         with torch.no_grad():
             for ours, theirs in zip((model.encode_image(given), model.encode_text(captions)), found, strict=True):
                 differences.append(float((ours - torch.from_numpy(theirs)).abs().max()))
     print(f"\n{family}: onnx {max(differences):.1e}")
     assert max(differences) < 1e-5
-    assert (about["image"]["squash"], about["logit_bias"] or 0) == (model.preprocessor.squash, model.logit_bias or 0)
+    assert about["preprocess_cfg"]["resize_mode"] == ("squash" if model.preprocessor.squash else "shortest")
+    assert (about["logit_bias"] or 0) == (model.logit_bias or 0)
     model.tokenizer.stored["zeroed"] = 1
     refuses(r"onnx: .*tokenizer.*safetensors", declip.export, model, "onnx", tmp_path / "refused")
 

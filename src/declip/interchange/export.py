@@ -19,6 +19,7 @@ from declip.interchange import declip_file, huggingface, onnx, open_clip
 from declip.interchange.declip_file import CARD
 from declip.interchange.layouts import Refusal
 from declip.interchange.model_card import NO_LICENSE, Traced, model_card, trace
+from declip.interchange.onnx import FOLDERS
 from declip.io.atomic import atomic_write
 from declip.io.text import listed, one_line
 from declip.models.dual_encoder import DualEncoder
@@ -105,7 +106,7 @@ def _new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
     old = list(out.iterdir()) if out.is_dir() else []
     if out.is_file() or (old and not overwrite):
         raise UserError(f"'{out}' is a file, or not empty. Give another --out, or --overwrite to replace an export.")
-    if old and (not (out / CARD).is_file() or any(path.is_dir() for path in old)):
+    if old and (not (out / CARD).is_file() or any(path.is_dir() and path.name not in FOLDERS for path in old)):
         raise UserError(f"'{out}' is not an export, so --overwrite does not replace it. Give another --out.")
     try:
         with atomic_write(out, "give another folder as --out") as folder:

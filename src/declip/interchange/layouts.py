@@ -333,6 +333,15 @@ def backend(tokenizer: CaptionTokenizer) -> Backend:
     return written
 
 
+def preprocess_config(model: DualEncoder) -> dict[str, Any]:
+    """Preprocessing of images in the words of open_clip."""
+    assert model.recipe is not None, "a model without one was refused"
+    image, given = model.recipe.image, model.preprocessor
+    prepared = {"size": image.size, "mode": "RGB", "mean": list(image.mean), "std": list(image.std)}
+    prepared["interpolation"] = given.filter.name.lower()
+    return prepared | {"resize_mode": "squash" if given.squash else "shortest"}
+
+
 def write_tokenizer(tokenizer: CaptionTokenizer, folder: Path) -> None:
     """Write tokenizer.json and tokenizer_config.json."""
     written = backend(tokenizer)

@@ -185,10 +185,7 @@ def express(model: DualEncoder, place: str = ".") -> tuple[dict[str, Any], dict[
             model_config["init_logit_bias"] = float(model.logit_bias)
         state = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith("_extra_state")}
         tensors = (visual + text).write(state)
-    prepared = {"size": image.size, "mode": "RGB", "mean": list(image.mean), "std": list(image.std)}
-    prepared["interpolation"] = model.preprocessor.filter.name.lower()
-    prepared["resize_mode"] = "squash" if model.preprocessor.squash else "shortest"
-    return {"model_cfg": model_config, "preprocess_cfg": prepared}, tensors
+    return {"model_cfg": model_config, "preprocess_cfg": layouts.preprocess_config(model)}, tensors
 
 
 def reread(folder: Path) -> Reread:
