@@ -169,8 +169,7 @@ class ComparedFactor(NamedTuple):
     factor: Factor | None
 
 
-Curves = Mapping[str, EfficiencyCurve]
-"""Curves of one measure, by variant."""
+Curves = Mapping[str, EfficiencyCurve]  # curves of one measure, by variant
 
 
 @dataclass(frozen=True)

@@ -35,8 +35,7 @@ class FewShotForm(NamedTuple):
     ridge: float
 
 
-Mixture = Mapping[FewShotForm, float]
-"""The factors of the regressions whose scores are added."""
+Mixture = Mapping[FewShotForm, float]  # the factors of the regressions whose scores are added
 DEFAULT_MIXTURE: Mixture = {FewShotForm(4.0, 0.3): 8.0}  # of fewer images per class
 
 

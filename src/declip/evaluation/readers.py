@@ -23,12 +23,8 @@ from declip.evaluation.results import sample_per_class
 from declip.evaluation.zero_shot import class_names, read_prompts
 from declip.io.text import read_yaml
 
-Openers = Mapping[str, Callable[[], PairSource]]
-"""Functions that open each split."""
-
-LABEL_NAMES = ("label", "class", "class_name", "category")
-"""Default names of the label column, in order of preference."""
-
+Openers = Mapping[str, Callable[[], PairSource]]  # functions that open each split
+LABEL_NAMES = ("label", "class", "class_name", "category")  # default names of the label column, in order of preference
 LONGEST_LABEL = 1_000  # characters: a label is a name, not a text
 Cell = str | BrokenPair
 TRAIN_VAL_TEST = {"train": "train", "validation": "val", "test": "test"}

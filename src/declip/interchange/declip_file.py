@@ -19,8 +19,7 @@ from declip.runs.checkpoint import part, prefixed
 
 LIBRARY = "declip"
 FILE, CARD = "declip.safetensors", "README.md"
-RECIPE, VERSION = "declip.recipe", "declip.version"
-"""Keys of the metadata."""
+RECIPE, VERSION = "declip.recipe", "declip.version"  # keys of the metadata
 
 
 def matches(where: str) -> bool:

@@ -35,8 +35,7 @@ FORMATS: Mapping[str, ModuleType] = {
 """Modules with `express(model)`, which raises a `Refusal` if the format cannot hold a model, `write(model, folder)`,
 `reread(folder)`, which raises ImportError if the library is not installed, and `LIBRARY`, its name on the Hub."""
 
-REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
-"""OWNER/NAME on the Hub."""
+REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")  # OWNER/NAME on the Hub
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,7 @@ LIBRARY = "transformers"
 CONFIG, FILE = "config.json", "model.safetensors"
 PREPROCESSOR, PROCESSOR, TOKENIZER = "preprocessor_config.json", "processor_config.json", "tokenizer.json"
 
-EPS = 1e-5
-"""Epsilon of layer norms in CLIP."""
+EPS = 1e-5  # epsilon of layer norms in CLIP
 
 TEXT: Mapping[str, tuple[str, Any]] = {
     "width": ("hidden_size", 512), "layers": ("num_hidden_layers", 12), "heads": ("num_attention_heads", 8),

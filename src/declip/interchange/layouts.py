@@ -292,9 +292,7 @@ def _count(state: Mapping[str, Tensor], pattern: str) -> int:
 
 
 START, END = "<|startoftext|>", "<|endoftext|>"
-PIECE = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
-"""CLIP's pattern, as in `declip.data.text.tokenizer`."""
-
+PIECE = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"  # CLIP's pattern, as in `declip.data.text.tokenizer`
 REPLACED = (
     ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">"), ("&quot;", '"'), ("&#39;", "'"), ("&nbsp;", " "),
     (Regex("[\u02bc\u2018-\u201b]"), "'"), (Regex("[\u201c-\u201f]"), '"'), (Regex(r"\s+"), " "),

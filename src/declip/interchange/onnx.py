@@ -24,8 +24,7 @@ LIBRARY = "onnx"
 OPSET = 18
 FOLDERS = VISUAL, TEXTUAL = "visual", "textual"
 MODEL, ABOUT = "model.onnx", "config.json"
-ROWS, LENGTH = 2, 4
-"""Sizes of the traced example; a size of 1 would be exported as fixed."""
+ROWS, LENGTH = 2, 4  # sizes of the traced example; a size of 1 would be exported as fixed
 
 
 class TowerModule(nn.Module):

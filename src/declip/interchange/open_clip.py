@@ -40,14 +40,10 @@ log = logging.getLogger("declip")
 
 LIBRARY = "open_clip"
 WEIGHTS = "open_clip_model.safetensors"
-CLOSE = 1e-4
-"""Tolerance for features of length 1, between a model here and in open_clip."""
-
+CLOSE = 1e-4  # tolerance for features of length 1, between a model here and in open_clip
 CAPTIONS = ("a red circle", "Two CATS &amp; a dog, asleep on a sofa", "")
 
-ENCODERS = ("bert", "roberta", "xlm-roberta")
-"""Text encoder architectures that both open_clip 3.3 and declip build."""
-
+ENCODERS = ("bert", "roberta", "xlm-roberta")  # text encoder architectures that both open_clip 3.3 and declip build
 POOLERS = {"cls": "cls_last_hidden_state_pooler", "mean": "mean_pooler"}
 
 Part = tuple[dict[str, Any], TensorLayout]

@@ -21,9 +21,7 @@ log = logging.getLogger("declip")
 
 PREFIX, FOLDER = "open_clip:", "local-dir:"
 CONFIG = "open_clip_config.json"
-IN_FOLDER = ("*.safetensors", "*.bin", "*.pth")
-"""Patterns of weights that open_clip 3.3 reads in a folder."""
-
+IN_FOLDER = ("*.safetensors", "*.bin", "*.pth")  # patterns of weights that open_clip 3.3 reads in a folder
 OPENAI_SIZES = {"input_resolution", "context_length", "vocab_size"}
 """Sizes among the tensors of OpenAI's models, which the shapes repeat."""
 

@@ -16,8 +16,7 @@ from declip.models.layers import IMAGE, TEXT
 from declip.models.wrapped import WrappedImageTower, WrappedModel, WrappedTextTower, library_state, plain
 from declip.recipe.load import load_recipe
 
-PREFIXES = ("visual.", "text.")
-"""Prefixes of tensors of open_clip's image and text tower."""
+PREFIXES = ("visual.", "text.")  # prefixes of tensors of open_clip's image and text tower
 
 
 def wrapped_in(model: DualEncoder) -> WrappedModel | None:

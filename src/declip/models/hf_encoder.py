@@ -27,21 +27,15 @@ CONFIG = "config.json"
 TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model")
 FETCHED = ("*.json", "vocab.txt", "merges.txt", "sentencepiece.bpe.model")
 
-POOLING = "1_Pooling/config.json"
-"""File in which sentence-transformers stores a sentence encoder's pooling."""
-
+POOLING = "1_Pooling/config.json"  # file in which sentence-transformers stores a sentence encoder's pooling
 POOLINGS = {"cls": "cls", "cls_token": "cls", "mean": "mean", "mean_tokens": "mean", "lasttoken": "eos"}
 """Poolings of sentence-transformers → `text.pooling` of a recipe."""
 
 ENTRY = "text_tower._extra_state"
 """Name of the entry of a model's state that holds the encoder's configuration and tokenizer, as bytes of JSON."""
 
-OFFSET = ("roberta", "xlm-roberta", "camembert")
-"""Architectures whose first position is the padding id + 1."""
-
-KINDS = ("bert", *OFFSET, "distilbert")
-"""Known architectures."""
-
+OFFSET = ("roberta", "xlm-roberta", "camembert")  # architectures whose first position is the padding id + 1
+KINDS = ("bert", *OFFSET, "distilbert")  # known architectures
 SIZES = {
     *("vocab_size", "max_position_embeddings", "type_vocab_size", "pad_token_id", "initializer_range"),
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act", "layer_norm_eps"),

@@ -14,11 +14,8 @@ from declip.models.dual_encoder import DualEncoder
 from declip.models.wrapped import WrappedImageTower, WrappedTextTower
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-NEARLY_ALL = 0.9
-"""Blocks hold at least this fraction of the parameters of the largest repeated class."""
-
-STAGES = 4
-"""A class with at most this many instances is a stage made of blocks, if blocks can be found in it."""
+NEARLY_ALL = 0.9  # blocks hold at least this fraction of the parameters of the largest repeated class
+STAGES = 4  # A class with at most this many instances is a stage made of blocks, if blocks can be found in it
 
 
 def blocks_of(tower: nn.Module) -> list[nn.Module]:
@@ -76,12 +73,8 @@ def frozen_batch_norm_stats(block: nn.Module) -> Iterator[None]:
             buffer.data.copy_(value)  # by .data: autograd holds the buffer, but does not read it
 
 
-IMAGE, TEXT = "image_tower.", "text_tower."
-"""Prefixes of the towers' parameter names in a `DualEncoder`."""
-
-PROJECTIONS = ("image_tower.proj.", "text_tower.text_projection.")
-"""Prefixes of the projections into the shared space."""
-
+IMAGE, TEXT = "image_tower.", "text_tower."  # prefixes of the towers' parameter names in a `DualEncoder`
+PROJECTIONS = ("image_tower.proj.", "text_tower.text_projection.")  # prefixes of the projections into the shared space
 STEM = re.compile(r"^(token_embedding|positional_embedding|encoder\.embeddings)")
 BLOCK = re.compile(r"^.*?\.(?:resblocks|layer)\.\d+\.")
 """Beginnings of the names of parameters in the stem and in blocks of CLIP's text tower and Hugging Face's encoders."""
@@ -137,8 +130,7 @@ def _counted(tower: nn.Module, stem: re.Pattern[str], block: re.Pattern[str]) ->
     return {name: 0 if name in first else numbers[block_of[name]] if name in block_of else last for name in names}
 
 
-STEM_DROPOUTS = ("pos_drop", "patch_drop")
-"""Dropouts of timm's towers behind the patch embedding; they belong to it."""
+STEM_DROPOUTS = ("pos_drop", "patch_drop")  # dropouts of timm's towers behind the patch embedding; they belong to it
 
 
 def freeze(model: DualEncoder, names: Iterable[str]) -> None:

@@ -12,11 +12,8 @@ from declip.models.layers import IMAGE, TEXT, depths
 from declip.models.text_tower import CausalSelfAttention
 from declip.recipe.schema import LoRA
 
-MARK = ".lora_"
-"""In the names of the adapters' tensors."""
-
-PROJECTIONS = ("proj", "text_projection")
-"""The towers' last layers, which are not adapted."""
+MARK = ".lora_"  # in the names of the adapters' tensors
+PROJECTIONS = ("proj", "text_projection")  # the towers' last layers, which are not adapted
 
 
 class Adapters:

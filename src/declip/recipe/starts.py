@@ -6,9 +6,7 @@ from pathlib import Path
 
 from declip.errors import UserError, unknown
 
-HUB = ("hf-hub", "huggingface")
-"""Prefixes of names of repositories."""
-
+HUB = ("hf-hub", "huggingface")  # prefixes of names of repositories
 STARTS = {"builtin:lite0-minilm": 128, "builtin:lite2-minilm": 192}
 """Built-in starts, with the image size on a CPU: 224 and 260 pixels, their own sizes, take 3 and 2 times as long."""
 

@@ -15,9 +15,7 @@ from declip.io.text import about, percent, shown
 from declip.reports.page import Table, environment, render, rich_table
 
 SHOWN_PERCENTILES = (5, 25, 50, 75, 95)
-LTR = "\N{LEFT-TO-RIGHT MARK}"
-"""Before a number that is followed by text which may run right to left."""
-
+LTR = "\N{LEFT-TO-RIGHT MARK}"  # before a number that is followed by text which may run right to left
 SPREAD_COLUMNS = ("", "min", *("median" if at == 50 else f"{at} %" for at in SHOWN_PERCENTILES), "max")
 
 

@@ -15,9 +15,7 @@ COLUMNS = 8
 SIDE, GAP, MARGIN, HEAD = 148, 16, 28, 60
 """Pixels: of an image, between images, around the sheet, from the margin to the first row."""
 
-LETTERS, LINES, LINE = 19, 3, 17
-"""Letters per line of a caption, lines, and pixels per line."""
-
+LETTERS, LINES, LINE = 19, 3, 17  # letters per line of a caption, lines, and pixels per line
 CELL = SIDE + LINES * LINE + GAP
 HEAT = (240, 80, 20)  # the color of the most similar place
 DIMMED = 0.55  # how far the image is mixed with white where the map is at its median or below

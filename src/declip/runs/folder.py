@@ -34,14 +34,12 @@ TRACKING = "tracking.json"  # ids of the run in the trackers of train.report_to
 CROSS_VALIDATION, OUT_OF_FOLD = "cross_validation.json", "out_of_fold.csv"  # of heads in closed form
 MIXTURE, MIXED = "mixture.json", "mixed.safetensors"  # of a fine-tuning, see `declip.training.mixture`
 LOCK = ".lock"
-KEPT = "start.safetensors"
-"""Pretrained weights that a run started from, for resuming and for interpolation."""
+KEPT = "start.safetensors"  # pretrained weights that a run started from, for resuming and for interpolation
 OUTPUTS = (
     *(METRICS, EVALUATIONS, SKIPPED, EXAMPLES, CROSS_VALIDATION, OUT_OF_FOLD, MIXTURE, MIXED),
     *("log.txt", "report.html", "checkpoints", "exported"),
 )
-SPLIT = ("train.pairs", "val.pairs")
-"""Lists of the parts that `declip finetune` splits its pairs into."""
+SPLIT = ("train.pairs", "val.pairs")  # lists of the parts that `declip finetune` splits its pairs into
 CHANGEABLE = (
     *("name", "data.workers", "data.max_broken_fraction", "train.device"),
     *("train.keep_checkpoints", "train.checkpoint_every", "train.report_to"),

@@ -24,8 +24,7 @@ from declip.search.facility_location import facility_location
 from declip.search.index import Hit, Index
 from declip.search.opening import open_or_embed
 
-MOST = 20_000
-"""Largest number of candidates; of more images a random sample is taken."""
+MOST = 20_000  # largest number of candidates; of more images a random sample is taken
 SAMPLED = 10  # size of the sample for each image to choose, if that is more than `MOST`
 
 
