@@ -29,31 +29,20 @@ SHOWN_CAPTIONS = 5  # captions of an image that a page shows
 
 
 class AppState:
-    """Everything that requests share.
-
-    Args:
-        model_path: What the model was loaded from.
-
-    Attributes:
-        version: Differs at each start, so that a browser shows no thumbnail of an earlier index.
-        list_name: Name of the list of marked pairs in the browser, the same at each start with this index.
-        scale: The model's exp(logit scale): the factor of cosines before the softmax.
-        ranks: Out-of-fold ranks of images by id, see `out_of_fold_ranks`.
-        uploads: Vectors of uploaded images by a token that cannot be guessed.
-        stopped: Once set, comparisons end.
-    """
+    """Everything that requests share; `model_path` is what the model was loaded from."""
 
     def __init__(self, index: Index, model_path: str) -> None:
         self.index, self.model_path = index, model_path
         # Loads the text tower now, which may be refused, and the image tower with the first image that asks for it.
         self.scale = logit_scale(index.text_model)
-        self.version = secrets.token_hex(4)
+        self.version = secrets.token_hex(4)  # so that a browser shows no thumbnail of an earlier index
+        # The browser's list of marked pairs stays the same at each start with this index.
         name = f"{index.info.created} {index.info.model.fingerprint}"
         self.list_name = hashlib.blake2b(name.encode(), digest_size=8).hexdigest()
         self.ranks = out_of_fold_ranks(index, Path(model_path).expanduser())
-        self.uploads: dict[str, Tensor] = {}
+        self.uploads: dict[str, Tensor] = {}  # vectors by a token that cannot be guessed
         self.uploading = asyncio.Semaphore(UPLOADS_AT_ONCE)
-        self.stopped = threading.Event()
+        self.stopped = threading.Event()  # once set, comparisons end
         self.class_vectors = lru_cache(MOST_CLASS_SETS)(self._class_vectors)
         self.compared: dict[object, Any] = {}
         self.captioning: Any = None  # `declip.app.captions.Captioning`, with --caption

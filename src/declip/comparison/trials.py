@@ -59,11 +59,7 @@ def failure(folder: Path, trial: Trial) -> str | None:
 
 
 def run_trial(study: Study, trial: Trial, folder: Path) -> bool:
-    """Train one trial, resuming where it was stopped, evaluate it, save its scores and delete its weights.
-
-    Returns:
-        False after Ctrl-C or SIGTERM.
-    """
+    """Train or resume a trial, evaluate it, save its scores and delete its weights; False after Ctrl-C or SIGTERM."""
     # --- train
     run_folder, variant = folder_of(folder, trial), study.variant(trial.variant)
     overrides = {"train.steps": variant.steps, "data.max_pairs": trial.pairs, "seed": trial.seed}

@@ -183,10 +183,7 @@ def _exactly(name: str, folder: Path, raw: list[str]) -> list[str]:
 def _images(
     name: str, folder: Path, raw: Sequence[str], shown: Sequence[str], sampled: str | None = None
 ) -> Classified:
-    """List the images of all classes.
-
-    With `sampled="train"`, 30 per class, or fewer so that one is left; with "test", all others.
-    """
+    """List the images of all classes; `sampled`: for "train" 30 per class, or all but one, for "test" all others."""
     paths: list[Path] = []
     labels: list[int] = []
     # In the order of torchvision's `make_dataset`.

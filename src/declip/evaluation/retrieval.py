@@ -26,10 +26,8 @@ def ranks(queries: Tensor, candidates: Tensor, correct: Sequence[np.ndarray], *,
         best = max(scores[i, j] for j in correct[i])
         rank[i] = 1 + sum(not scores[i, j] <= best - TIE for j in range(M) if j not in correct[i])
 
-    Args:
-        queries, candidates: (N, d) and (M, d), L2-normalized.
-        correct: N arrays, each of one or more correct candidates.
-        block: Approximate number of scores in memory at a time, instead of all N × M.
+    Queries (N, d) and candidates (M, d) are L2-normalized, `correct` N arrays of one or more candidates; `block` is
+    about the number of scores in memory at a time.
     """
     rows = max(1, block // len(candidates))
     candidates = candidates.double()
@@ -98,10 +96,8 @@ def retrieve(features: SourceFeatures, scale: float | None = None) -> RetrievalR
     """Compute R@1, R@5 and R@10 in both directions.
 
     Any caption of an image is correct for it. A caption that several images share, word for word, is correct for each
-    of them, as in training; CLIP's own evaluation counts it for one image only.
-
-    Args:
-        scale: Factor of the model's logits, for the `contrastive_loss` with the first caption of each image.
+    of them, as in training; CLIP's own evaluation counts it for one image only. With the scale of the model's logits,
+    the loss is the `contrastive_loss` with the first caption of each image.
     """
     assert features.texts is not None, "encode the source with texts=True"
     captions, carriers = features.flat_captions, carriers_of(features)

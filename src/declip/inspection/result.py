@@ -12,15 +12,11 @@ from declip.evaluation.results import Measure
 
 @dataclass(frozen=True)
 class Fraction:
-    """A count out of a number, as a fraction, 0 of none.
-
-    Attributes:
-        low, high: 95 % interval (Wilson 1927) for the complete source; the fraction itself if all of it was read.
-    """
+    """A count out of a number, as a fraction, 0 of none."""
 
     count: int
     of: int
-    low: float
+    low: float  # 95 % interval (Wilson 1927) for the complete source; the fraction itself if all of it was read
     high: float
     fraction: float
 
@@ -121,30 +117,22 @@ class Example:
 
 @dataclass(frozen=True)
 class Inspection:
-    """Everything known about a source of pairs; made by `inspect_source`.
-
-    Attributes:
-        total, read, broken: Pairs of the source, pairs tried, and those of them that cannot be used.
-        reasons: Reasons, each with its count and examples.
-        images, captions: Statistics; these and all that follow are empty when no pair can be used.
-        near_images: Images that look alike, equal ones included.
-        findings: What matters for training, what is to be fixed first.
-    """
+    """Everything known about a source of pairs; made by `inspect_source`."""
 
     name: str
-    total: int
-    read: int
+    total: int  # pairs of the source
+    read: int  # pairs tried
     seed: int
     seconds: float
-    broken: Fraction
-    reasons: dict[str, Any]
-    images: ImageStats | None = None
+    broken: Fraction  # pairs tried that cannot be used
+    reasons: dict[str, Any]  # each with its count and examples
+    images: ImageStats | None = None  # this and all that follow are empty when no pair can be used
     captions: CaptionStats | None = None
     equal_images: Repeats | None = None
-    near_images: Repeats | None = None
+    near_images: Repeats | None = None  # that look alike, equal ones included
     equal_captions: Repeats | None = None
     leakages: tuple[Leakage, ...] = ()
-    findings: tuple[Finding, ...] = ()
+    findings: tuple[Finding, ...] = ()  # what is to be fixed first
     examples: tuple[Example, ...] = field(default=(), repr=False)
     near_examples: tuple[tuple[Example, ...], ...] = field(default=(), repr=False)
     credit: str = ""

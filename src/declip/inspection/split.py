@@ -36,12 +36,7 @@ def split_pairs(
     A source with a split "validation" keeps its own parts; one with other splits is split within its training pairs.
     Else sets of such pairs whose hash, of their first pair, is below `FRACTION` are the validation part, so that a pair
     stays in its part when pairs are added. Of few pairs, between half and twice the wanted number are chosen.
-
-    Args:
-        seen: Pairs that were trained on before; sets with one of their images, or nearly so, go to training.
-
-    Raises:
-        UserError: there are too few pairs, or they are one group.
+    Sets with an image of `seen`, pairs that were trained on before, go to training.
     """
     splits = source.splits()
     candidates = training_part(source)
@@ -95,11 +90,7 @@ def _chosen(hashes: np.ndarray, sizes: np.ndarray, most: int) -> list[int]:
 
 
 def check_copies(train: PairSource, val: PairSource, progress: bool = False) -> str | None:
-    """Look for validation images among the training images; return a warning if there are some.
-
-    Raises:
-        UserError: half of the validation images and more are there.
-    """
+    """Look for validation images among the training images: a warning if there are some, an error from half on."""
     pairs, held_out = _read(train, progress, fewest=1).pairs, _read(val, progress, fewest=1).pairs
     copies = float(across(held_out, pairs).mean())
     words = f"{percent(copies)} of the images of '{val.name}' are training images too, or nearly the same"
@@ -112,9 +103,6 @@ def related_pairs(source: PairSource, progress: bool = False) -> tuple[np.ndarra
     """Find pairs that must not be held out from each other: indices of the pairs that can be used, and their groups.
 
     A group's number is the least hash of its captions, so that it does not depend on the order of the pairs.
-
-    Raises:
-        UserError: no pair can be used, or all have the same caption.
     """
     pairs = _read(source, progress, fewest=1)
     related = _related(pairs, source)

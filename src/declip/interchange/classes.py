@@ -77,11 +77,7 @@ def texts_digest(texts: Sequence[str]) -> str:
 
 
 def read_names(file: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Read names and definitions of classes, in the classifier's order.
-
-    Args:
-        file: One name a line; or a .csv or .tsv table with the column "name", and "definition" if there are any.
-    """
+    """Read names and definitions of classes: one name a line, or a .csv or .tsv table with name and definition."""
     try:
         lines = file.expanduser().read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -93,12 +93,7 @@ def trace(where: str | Path | DualEncoder | Traced) -> Traced:
 def model_card(
     traced: Traced, library: str, checked: str = "", license: str = NO_LICENSE, repo: str | None = None
 ) -> str:
-    """Write the card as Markdown, with metadata for the Hub and Python code for the library.
-
-    Args:
-        checked: A sentence on how the export was read back.
-        repo: OWNER/NAME on the Hub, from which the code in the card then loads the model.
-    """
+    """Write the card as Markdown, with metadata for the Hub and Python code that loads the model, also from `repo`."""
     # Names without folders: a card is published.
     model, start, results = traced.model, traced.recipe.finetune.pretrained, traced.results
     recipe = Recipe.model_validate(_without_folders(traced.recipe.model_dump(mode="json")))

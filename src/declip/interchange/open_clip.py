@@ -126,10 +126,7 @@ def _compared(weights: Weights, opened: OpenClipModel) -> Weights:
 def write(model: DualEncoder, folder: Path, repo: str | None = None, home: Path | None = None) -> None:
     """Write open_clip_config.json, weights and, for a vocabulary other than CLIP's, a Hugging Face tokenizer.
 
-    Args:
-        repo: The repository, OWNER/NAME, that will hold the folder: on the Hub open_clip finds tokenizer and text
-            encoder by name only.
-        home: The final path of the folder.
+    On the Hub open_clip finds tokenizer and text encoder by the name of the repository only; `home` is the final path.
     """
     config, tensors = express(model, repo or str((home or folder).absolute()))
     text_config = config["model_cfg"]["text_cfg"]

@@ -150,11 +150,7 @@ def read_text(where: str | Path) -> tuple[Weights, Mapping[str, Tensor] | None] 
 
 
 def read_checkpoint(path: Path, mixed: bool = True) -> Checkpoint:
-    """Read a checkpoint folder, or the best checkpoint of a run folder, else its newest undamaged one.
-
-    Args:
-        mixed: Return the mixture of its weights with their start, if the run has one.
-    """
+    """Read a checkpoint, or the best one of a run, else its newest undamaged one; `mixed`: with its mixture."""
     if (path / STATE).is_file():
         return load_checkpoint(path)
     if list_checkpoints(path):

@@ -52,12 +52,7 @@ def wrap_open_clip(opened: OpenClipModel, origin: str) -> Weights:
 def _weights(
     stored: WrappedModel, name: str, keys: Mapping[str, Any], state: Mapping[str, Tensor], origin: str
 ) -> Weights:
-    """Load tensors into open_clip's modules, and rename them.
-
-    Args:
-        name: Of both towers in the recipe.
-        keys: Recipe keys "image.…" and "embed_dim".
-    """
+    """Load tensors into open_clip's modules, and rename them; `name` is that of both towers in the recipe."""
     size = keys["image.size"]
     # The configuration may be a stranger's: it is compared with the weights before memory is allocated for it.
     check_layers(stored.sections, len(state), "The configuration")

@@ -17,11 +17,7 @@ T = TypeVar("T")
 
 
 def fetch(given: str, get: Callable[[bool], T], local: str) -> T:
-    """Fetch a model by its name with `get(offline)`, where offline allows only files in the cache.
-
-    Args:
-        local: How weights on this machine are named instead, for the message.
-    """
+    """Fetch a model by its name with `get(offline)`; `local` says how weights on this machine are named instead."""
     offline = not online()
     try:
         return get(offline)

@@ -12,11 +12,7 @@ Kind = Literal["losses", "sources", "trackers", "recipes"]
 
 
 def plugins(kind: Kind) -> dict[str, EntryPoint]:
-    """The entry points of the group ``declip.KIND`` by name; no package is imported.
-
-    Raises:
-        UserError: Two packages give the same name different values.
-    """
+    """The entry points of the group ``declip.KIND`` by name, which must differ; no package is imported."""
     found: dict[str, EntryPoint] = {}
     for point in sorted(entry_points(group=f"declip.{kind}"), key=lambda point: point.name):
         other = found.setdefault(point.name, point)

@@ -59,13 +59,7 @@ def settings(
     given: Mapping[str, Any] | None = None,
     validated: bool = True,
 ) -> dict[str, Any]:
-    """Choose recipe keys by the number of pairs.
-
-    Args:
-        freeze: A key of `FREEZE`.
-        given: The user's keys with values of the schema's types, see `read_overrides`; none of them is changed.
-        validated: Whether there is a validation set.
-    """
+    """Choose recipe keys by the number of pairs; none of the user's, as `read_overrides` returns them, is changed."""
     given = {key: value for key, value in (given or {}).items() if (key, value) != ("train.epochs", None)}
     lora = any(value is not None for key, value in given.items() if key.startswith("finetune.lora"))
     if freeze is None:

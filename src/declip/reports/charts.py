@@ -132,10 +132,7 @@ def pairs_chart(
 ) -> Chart:
     """Draw curves against the number of pairs: means, intervals as bars, small dots for seeds, chance dotted.
 
-    Args:
-        curves: By name, the baseline first; empty ones are skipped.
-        pairs: All numbers of pairs of the study.
-        top: Upper end of the axis.
+    The baseline comes first; empty curves are skipped.
     """
     # --- positions: lines are shifted slightly against each other, in log(pairs), so that bars do not overlap
     logs, shown = np.log(pairs), {name: curve for name, curve in curves.items() if curve.pairs}
@@ -173,11 +170,7 @@ def _ends(curve: EfficiencyCurve) -> str:
 
 
 def growth_chart(growth: Mapping[str, Any]) -> Chart:
-    """Draw R@1 and R@10 with parts of the pairs, and dashed what more are expected to give; bands are intervals.
-
-    Args:
-        growth: As in ``cross_validation.json``.
-    """
+    """Draw R@1 and R@10 with parts of the pairs, and dashed what more are expected to give; bands are intervals."""
     pairs, curves = growth["pairs"], {f"R@{k}": curve for k, curve in growth.items() if k != "pairs"}
 
     def draw(ax: Axes) -> None:

@@ -18,17 +18,12 @@ NONE = "–"  # a table cell without a number
 
 @dataclass(frozen=True)
 class Table:
-    """A table of strings for the page and the terminal.
-
-    Attributes:
-        columns: Column names; may be empty.
-        texts: Number of leading text columns; the others are numbers.
-    """
+    """A table of strings for the page and the terminal."""
 
     caption: str
-    columns: tuple[str, ...]
+    columns: tuple[str, ...]  # names; may be empty
     rows: tuple[tuple[str, ...], ...]
-    texts: int = 1
+    texts: int = 1  # number of leading text columns; the others are numbers
 
 
 def points(fraction: float) -> str:

@@ -44,13 +44,9 @@ class HeldOut(NamedTuple):
 
 
 def write_report(folder: Path, model: Encoder, limit: int = 4_000) -> Path:
-    """Write ``report.html`` into a run folder, from its files.
+    """Write ``report.html`` into a run folder, from its files; the model encodes up to `limit` held-out pairs.
 
     A section whose input cannot be read is left out with a warning.
-
-    Args:
-        model: Encodes the held-out pairs.
-        limit: Number of held-out pairs that examples are taken from, evenly spaced.
     """
     run = read_run(folder)
     # --- headline and examples: the user's own set before a built-in one, final ones before those during training

@@ -27,12 +27,9 @@ def open_or_embed(
     engine: Engine = "torch",
     **options: Any,
 ) -> Index:
-    """Open an index, or embed a source into one; later calls embed only what is new.
+    """Open an index, or embed a source into one, with options of `embed`; later calls embed only what is new.
 
-    Args:
-        source: The folder of an index, or a source of `embed`.
-        folder: That of a source's index; by default one below "indices" for each source and model.
-        options: Arguments of `embed`.
+    By default the folder is one below "indices" for each source and model.
     """
     if isinstance(source, str | Path) and (Path(source).expanduser() / INFO).is_file():
         if folder is not None:

@@ -105,12 +105,8 @@ def write_blocks(target: Path, blocks: Iterable[Block], count: int) -> None:
 class Store:
     """The rows and vectors in a folder that `write_blocks` wrote. A position is the number of a row.
 
-    Args:
-        index: The folder of the index, which stored paths are relative to.
-
-    Raises:
-        UserError: A file is damaged, or differs from `info`.
-        FileNotFoundError: A file is missing.
+    Stored paths are relative to the folder of the index. A damaged file is a `UserError`, a missing one
+    FileNotFoundError.
     """
 
     # Only the ids are read here. The vectors stay mapped from the disk, and rows are decoded by groups. The files may

@@ -22,13 +22,7 @@ UNFINISHED = ".unfinished"  # folder of the parts: "part-NUMBER-REACHED", with a
 class Writer:
     """Adds parts to an index in a locked folder; readers see nothing of them before `finish`.
 
-    Args:
-        wanted: The description of the index to write; raises `UserError` if the folder holds an index, or the parts of
-            one, of another model, source or option.
-
-    Attributes:
-        reached: Place in the source after the last one that the parts cover.
-        stores: The present rows, and those of the parts.
+    An index, or parts of one, of another model, source or option than wanted are refused.
     """
 
     def __init__(self, folder: Path, wanted: IndexInfo) -> None:

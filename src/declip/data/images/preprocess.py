@@ -20,9 +20,7 @@ LEFT = 2.0
 class Preprocess:
     """CLIP's preprocessing to `size` x `size` pixels; mean and std are of red, green and blue in [0, 1].
 
-    Args:
-        interpolation: "bicubic" (CLIP) or "bilinear".
-        squash: Resize both sides to `size` instead of cropping, as SigLIP does.
+    To squash is to resize both sides instead of cropping, as SigLIP does.
     """
 
     def __init__(

@@ -29,11 +29,7 @@ MOST_CAPTION_BYTES = 64 * LONGEST_CAPTION  # a larger .txt file does not hold ca
 
 
 def metadata_captions(path: Path, key: str) -> list[str]:
-    """Description, title and, in one line, keywords of an image file, of XMP and of IPTC; pixels are not decoded.
-
-    Raises:
-        BrokenPair: The metadata are too large, damaged, or have entities or an encoding other than UTF-8.
-    """
+    """Description, title and, in one line, keywords of an image file, of XMP and of IPTC; pixels are not decoded."""
     try:
         with Image.open(path, formats=FORMATS) as image:
             xmp = image.info.get("xmp", b"")
@@ -89,11 +85,7 @@ class ImageFile(NamedTuple):
 
 
 class FileList(EntrySource):
-    """Image files below a folder, without captions; paths that leave the folder are refused.
-
-    Args:
-        keys: n paths below `root`, absolute or relative to it.
-    """
+    """Image files below a folder, by absolute or relative paths, without captions; none may leave the folder."""
 
     def __init__(self, name: str, root: Path, keys: Iterable[str | Path]) -> None:
         self.name, self.root = name, root

@@ -202,10 +202,7 @@ def members(file: OpenFile) -> Iterator[tuple[str, int, int]]:
     """Yield the name of each plain file of an archive, the start of its content and its size in bytes.
 
     `tarfile.TarFile.next` takes most damage for the end of the archive, so headers are read one by one here. The last
-    content may reach beyond the end of the file.
-
-    Raises:
-        tarfile.TarError: A header is invalid; the members yielded before can be used.
+    content may reach beyond the end of the file. An invalid header is a TarError; members yielded before can be used.
     """
     headers = _Headers(file)
     at = 0

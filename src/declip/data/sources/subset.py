@@ -167,18 +167,14 @@ def read_pair_list(path: Path) -> PairList:
 
 
 def split_numbers(cells: pa.Array | pa.ChunkedArray, where: str) -> np.ndarray | None:
-    """Map cells (n,) to numbers of `SPLITS`, `UNREADABLE` where a cell is null; None if no cell names a split.
-
-    Raises:
-        UserError: Some cells name a split and others do not, so that test pairs could be trained on.
-    """
+    """Map cells (n,) to numbers of `SPLITS`, `UNREADABLE` where a cell is null; None if no cell names a split."""
     encoded = cells.dictionary_encode()
     encoded = encoded.combine_chunks() if isinstance(encoded, pa.ChunkedArray) else encoded
     names = encoded.dictionary.to_pylist()
     number_of = np.array([NUMBER_OF.get(name.strip().lower(), UNKNOWN) for name in names] + [UNREADABLE])
     if not (number_of >= 0).any():
         return None
-    if (number_of == UNKNOWN).any():
+    if (number_of == UNKNOWN).any():  # test pairs could be trained on
         other = next(name for name, number in zip(names, number_of, strict=False) if number == UNKNOWN)
         raise UserError(
             f"{where} has '{printable(other)}' among names of splits. Write {', '.join(SPLITS)}, or rename the column."
@@ -199,11 +195,7 @@ def places_by_split(numbers: np.ndarray | None) -> dict[str, np.ndarray]:
 
 
 def training_part(source: PairSource) -> PairSource:
-    """The pairs to train on: all, or those of the split "train" where the source has splits.
-
-    Raises:
-        UserError: The source has splits, but none to train on.
-    """
+    """The pairs to train on: all, or those of the split "train" where the source has splits."""
     splits = source.splits()
     if not splits:
         return source

@@ -98,9 +98,7 @@ def mask_tokens(
 
     Each token between start and end is chosen with `probability`. Of the chosen, 80 % become the mask, 10 % a random
     word's id, 10 % stay. Padding, if any, is known by its position: with CLIP's tokenizer its id is also a word's.
-
-    Returns:
-        The corrupted ids (L,), and the labels (L,): the original id where a token was chosen, -100 elsewhere.
+    The labels are the original ids where a token was chosen, -100 elsewhere.
     """
     masked = list(ids)
     labels = [IGNORED] * len(masked)

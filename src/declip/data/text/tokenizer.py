@@ -33,27 +33,20 @@ class CaptionTokenizer(ABC):
     """Encodes texts as ids and decodes them; start and end ids enclose every text and occur nowhere else.
 
     An instance can be used by threads, forked and pickled.
-
-    Attributes:
-        context: Largest number of ids of a text, start and end included.
-        vocabulary: Number of ids.
-        start, end, mask, padding: Special ids; with CLIP's tokenizer padding is also a word's.
-        words: The ids of words.
-        library: The `tokenizers` library's own object.
     """
 
-    vocabulary: int
+    vocabulary: int  # number of ids
     start: int
     end: int
     mask: int
-    padding: int
-    words: Sequence[int]
+    padding: int  # with CLIP's tokenizer also a word's
+    words: Sequence[int]  # the ids of words
     library: tokenizers.Tokenizer
 
     def __init__(self, context: int) -> None:
         if context < 3:
             raise UserError(f"The context is {context} tokens; start, end and a word need 3 at least.")
-        self.context = context
+        self.context = context  # largest number of ids of a text, start and end included
 
     @abstractmethod
     def word_ids(self, text: str) -> Iterable[int]:
@@ -187,11 +180,8 @@ def _byte_letters() -> dict[int, str]:
 class HuggingfaceTokenizer(CaptionTokenizer):
     """Encodes texts as the ids that an encoder was trained with, equal to those of transformers.
 
-    "[SEP]" and the like in a text are spelled out, so that special ids occur only where this class inserts them.
-
-    Args:
-        definition: The content of tokenizer.json.
-        specials: Ids of start, end, mask and padding.
+    "[SEP]" and the like in a text are spelled out, so that special ids occur only where this class inserts them. The
+    definition is the content of tokenizer.json.
     """
 
     def __init__(self, definition: str, specials: Mapping[str, int], context: int) -> None:
@@ -231,9 +221,7 @@ CLEAN: Mapping[str, Callable[[str], str]] = {
 class WrappedTokenizer(CaptionTokenizer):
     """Encodes texts as the ids of another library's tokenizer; batches are padded to the full context, as there.
 
-    Args:
-        definition: Content of tokenizer.json; None for CLIP's own vocabulary.
-        zeroed: Id that becomes 0 (CLIPA's separator).
+    The definition is the content of tokenizer.json, None for CLIP's; the id `zeroed` becomes 0 (CLIPA's separator).
     """
 
     mask = -1  # none of these models was trained with masks
