@@ -148,10 +148,12 @@ def choose_heads(
     forms, usual = (START_FORMS, START) if embedded else (FORMS, DEFAULT_FORM)
     everything = torch.ones(len(pairs.images), dtype=torch.bool)
     weights = CLASS_WEIGHTS if classes is not None else (0.0,)
+    # --- too few to choose
     if len(np.unique(groups)) < FEWEST:
         weight = DEFAULT_CLASS_WEIGHT if classes is not None else 0.0
         (heads,) = fit_heads(pairs, everything, classes, weight, (usual,))
         return Choice(heads, usual, weight)
+    # --- all candidates
     folds = torch.from_numpy(assign_folds(groups, FOLDS, seed))
     some, chosen = subset(pairs, seed)
     validations = {
@@ -169,15 +171,15 @@ def choose_heads(
             return tried[form, weight]
         return CrossValidation(pairs, groups, folds, classes, weight, embedded).ranks((form,))[0]
 
+    # --- the best, on all pairs
     form, weight = _best(tried, (usual, weights[0]), some)
     (heads,) = fit_heads(pairs, everything, classes, weight, (form,))
     best, reference = outcome(form, weight), outcome(START, 0.0) if embedded else None
     if classes is not None:
         alone = {key: each for key, each in tried.items() if key[1] == 0}
         reference = outcome(*_best(alone, (usual, 0.0), some))
-    return Choice(
-        heads, form, weight, SCALES[int(best.losses.sum(dim=0).argmin())], best, reference, validations[weight]
-    )
+    scale = SCALES[int(best.losses.sum(dim=0).argmin())]
+    return Choice(heads, form, weight, scale, best, reference, validations[weight])
 
 
 def _best(tried: dict[tuple[Form, float], HeldOutRanks], usual: tuple[Form, float], pairs: Pairs) -> tuple[Form, float]:
@@ -227,7 +229,7 @@ class CrossValidation:
         if not one_space:
             self._widths = (min(x.shape[1], DIRECTIONS), y.shape[1])
             x, y = (_largest_directions(side, weights, width) for side, width in zip((x, y), self._widths, strict=True))
-        self._x, self._y, self._weights = x[:m], y[:m], weights[:m]
+        self._weights = weights[:m]
         self._classes = Moments.of(x[m:], y[m:], weights[m:])
         images = torch.empty(n, x.shape[1])
         images[pairs.owners] = x[:m]
@@ -246,14 +248,15 @@ class CrossValidation:
 
         def leave_out(fold: int) -> None:
             kept = ((self.folds != fold) & usable)[self.pairs.owners]  # (m,)
-            own = Moments.of(self._x[kept], self._y[kept], self._weights[kept])
+            images, texts, owners = self._centered
+            own = Moments.of(images[owners[kept]], texts[kept], self._weights[kept])
             (x_axes, y_axes), maps = solve(Moments(*map(torch.add, own, self._classes)), forms, self._widths)
             left_out = (self.folds == fold).nonzero().flatten()
-            for images in left_out.tensor_split(max(1, round(len(left_out) / BLOCK))):
-                block = HeldOutBlock.of(images, self.pairs.owners, self._numbers)
+            for part in left_out.tensor_split(max(1, round(len(left_out) / BLOCK))):
+                block = HeldOutBlock.of(part, owners, self._numbers)
                 for form, outcome, heads in zip(forms, outcomes, maps, strict=True):
                     pairs = self._plain if form == START else self._centered
-                    sides = pairs.images[images] @ x_axes, pairs.texts[block.texts] @ y_axes
+                    sides = pairs.images[part] @ x_axes, pairs.texts[block.texts] @ y_axes
                     score(outcome, Heads(*heads).similarities(*sides), block)
 
         _in_threads(leave_out, self.folds.unique().tolist())
