@@ -171,7 +171,7 @@ def test_too_large_a_share_of_broken_pairs_stops_after_a_hundred_pairs():
     loader = make(source, workers=1, max_broken_fraction=0.02)
     said = refuses("", take, loader, 40)
     assert loader.step == 17
-    assert said.startswith(f"{loader.skipped.total} of the 102 pairs seen (")
+    assert said.startswith(f"{loader.skipped.total} of the 102 pairs of ")
     for part in ("max_broken_fraction allows 2.0%", " × missing image, such as pair-"):
         assert part in said
 

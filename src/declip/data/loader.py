@@ -293,16 +293,11 @@ class PairLoader(Iterator[PairBatch]):
         self.seen += usable + len(skipped)
         for broken in skipped:
             self.skipped.add(broken)
-        fraction, allowed = self.skipped.total / max(self.seen, 1), self._max_broken_fraction * self.seen
+        allowed = self._max_broken_fraction * self.seen
         # Three standard errors are allowed on top: the first pairs may be the broken ones by chance.
-        if self.seen < SEEN_BEFORE_STOPPING or self.skipped.total <= allowed + 3 * allowed**0.5:
-            return
-        self.close()
-        raise UserError(
-            f"{self.skipped.total} of the {self.seen} pairs seen ({fraction:.1%}) could not be used; "
-            f"data.max_broken_fraction allows {self._max_broken_fraction:.1%}. {self.skipped.explanation()} "
-            "Fix or remove them, or raise data.max_broken_fraction."
-        )
+        if self.seen >= SEEN_BEFORE_STOPPING and self.skipped.total > allowed + 3 * allowed**0.5:
+            self.close()
+            raise self.skipped.refusal(self.seen, self._max_broken_fraction, self.assembler.source.name)
 
 
 def _batch_or_error(assembler: Assembler, step: int) -> PairBatch | UserError:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from declip.errors import UserError
 from declip.io.text import shown
 
 # Characters of a caption, above which it is a page or a broken file, and captions of one image: public sets have five,
@@ -198,6 +199,13 @@ class SkipCounter:
             f"{count:,} × {reason}, such as {', '.join(self.examples[reason])}{details.get(reason, '')}"
             for reason, count in sorted(self.counts.items())
         ]
+
+    def refusal(self, seen: int, allowed: float, name: str) -> UserError:
+        """The error for more broken pairs than `data.max_broken_fraction` allows."""
+        return UserError(
+            f"{self.total:,} of the {seen:,} pairs of '{name}' could not be used ({self.total / max(seen, 1):.1%}); "
+            f"data.max_broken_fraction allows {allowed:.1%}. {self.explanation()} Fix or remove them, or raise it."
+        )
 
     def explanation(self) -> str:
         """The reasons in one sentence, with the remedy of the most frequent mistake."""

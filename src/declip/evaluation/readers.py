@@ -228,7 +228,9 @@ def labeled_table(table_path: str | Path, label_column: str | None) -> Openers |
         column = find_column(columns, label_column or LABEL_NAMES[0], LABEL_NAMES, "label", path)
     # --- the pairs of the table, and the rows of each split
     table = TableSource(table_path, Columns(image, "caption" if captioned else None, group=column))
-    rows_of = _rows_of(table)
+    rows_of = table.splits() or {"test": np.arange(len(table))}
+    if "test" not in rows_of:
+        raise UserError(f"'{path.name}' has no test pairs: its splits are {', '.join(rows_of)}. Name some rows 'test'.")
     if column is None:
         return {which: partial(Subset, table, places) for which, places in rows_of.items()}
     # --- class names
@@ -256,14 +258,6 @@ def _labels(cells: list[Cell], names: list[str], table: TableSource) -> tuple[np
         else:
             broken[row] = BrokenPair("missing label", table.key(row), f"'{cell}' is not one of the classes")
     return labels, broken
-
-
-def _rows_of(table: TableSource) -> dict[str, np.ndarray]:
-    """The rows of each non-empty split; all rows are test rows without a split column."""
-    splits = table.splits() or {"test": np.arange(len(table))}
-    if "test" not in splits:
-        raise UserError(f"'{table.name}' has no test pairs: its splits are {', '.join(splits)}. Name some rows 'test'.")
-    return splits
 
 
 def _ordered(names: set[str]) -> list[str]:

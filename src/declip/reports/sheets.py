@@ -5,7 +5,7 @@ from textwrap import wrap
 
 import numpy as np
 from matplotlib.font_manager import findfont
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from declip.errors import UserError
 from declip.io.text import shown
@@ -63,8 +63,7 @@ def _paste(
     """Paste an image into a frame, or draw an empty frame."""
     pen.rectangle((left - 1, top - 1, left + side, top + side), fill="white", outline=FRAME)
     if image is not None:
-        small = image.copy()
-        small.thumbnail((side, side), Image.Resampling.LANCZOS)
+        small = ImageOps.contain(image, (side, side), Image.Resampling.LANCZOS)
         paper.paste(small, (left + (side - small.width) // 2, top + (side - small.height) // 2))
 
 

@@ -53,11 +53,7 @@ def refuse_broken(source: PairSource, allowed: float) -> None:
 def refuse_many(broken: SkipCounter, source: PairSource, allowed: float) -> None:
     """Raise an error if more than a fraction of the pairs is broken."""
     if broken.total > allowed * len(source):
-        raise UserError(
-            f"{broken.total:,} of the {len(source):,} pairs of '{source.name}' cannot be used; "
-            f"data.max_broken_fraction allows {allowed:.1%}. {broken.explanation()} Fix or remove them, set "
-            "another data.source, or raise data.max_broken_fraction."
-        )
+        raise broken.refusal(len(source), allowed, source.name)
 
 
 def sample_hashes(source: PairSource) -> list[str]:
