@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable
 from difflib import get_close_matches
 from importlib.util import find_spec
+from pathlib import Path
 
 MAX_NAMES = 30
 
@@ -25,6 +26,11 @@ def unknown(kind: str, given: str, known: Iterable[str]) -> UserError:
     else:
         shown = f" Known: {', '.join(names)}."
     return UserError(f"Unknown {kind} '{given}'.{hint}{shown}")
+
+
+def newer(path: Path) -> UserError:
+    """Build the error for a file with a layout that this version does not know."""
+    return UserError(f"'{path}' was written by a newer version of declip. Install that: pip install -U declip.")
 
 
 def check_installed(package: str, extra: str, what: str) -> None:

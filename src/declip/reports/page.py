@@ -3,13 +3,13 @@
 import datetime
 from dataclasses import dataclass
 from functools import cache
-from importlib import metadata
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from rich.markup import escape
 from rich.table import Table as RichTable
 
+import declip
 from declip.io import text
 
 NBSP = "\N{NO-BREAK SPACE}"
@@ -66,7 +66,7 @@ def render(template: str, **context: Any) -> str:
     """Render a template with the version, the date and its context."""
     now = datetime.datetime.now().strftime("%d %B %Y, %H:%M")
     found = environment(template.endswith(".txt")).get_template(template)
-    return found.render(version=metadata.version("declip"), date=now, **context)
+    return found.render(version=declip.__version__, date=now, **context)
 
 
 def rich_table(table: Table) -> RichTable:

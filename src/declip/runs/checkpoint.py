@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from declip.errors import UserError
+from declip.errors import UserError, newer
 from declip.io.atomic import flush, remove, save_tensors, sha256
 
 log = logging.getLogger("declip")
@@ -30,6 +30,8 @@ NAME = re.compile(r"step-(\d{8,})")
 
 KINDS = {"step": int, "recipe": str, "extra": dict, "sha256": dict, "digest": str}
 """Keys and types of state.json; "digest" is the checksum of the other keys."""
+
+LAYOUT = 1  # of state.json, which has no key "layout" before this number is raised
 
 MAX_STATE = 64 << 20  # largest size of state.json in bytes; usual ones have a few thousand
 
@@ -213,6 +215,8 @@ def _read_state(folder: Path) -> dict[str, Any]:
     path = folder / STATE
     text = path.read_bytes().decode("utf-8") if path.stat().st_size <= MAX_STATE else "null"
     state = json.loads(text)
+    if isinstance(state, dict) and state.get("layout", LAYOUT) != LAYOUT:
+        raise newer(path)
     good = (
         isinstance(state, dict)
         and {name: type(value) for name, value in state.items()} == KINDS

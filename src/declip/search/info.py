@@ -11,13 +11,14 @@ import declip
 from declip.data.columns import DEFAULT, Columns
 from declip.data.pair import SkipCounter
 from declip.data.sources.shard_files import is_missing, resolve
-from declip.errors import UserError
+from declip.errors import UserError, newer
 from declip.io.atomic import write_text
 
 if TYPE_CHECKING:
     from declip.data.sources.open import ImageSource
 
 INFO = "index.json"
+LAYOUT: Literal[5] = 5  # raised when the files change their meaning
 
 Count = Annotated[int, Field(ge=0, lt=2**40)]
 Dtype = Literal["float16", "float32"]
@@ -83,7 +84,7 @@ class PartInfo(InfoSection):
 class IndexInfo(InfoSection):
     """Everything about an index except its rows and vectors."""
 
-    layout: Literal[5] = 5  # raised when the files change their meaning
+    layout: Literal[5] = LAYOUT
     declip: str = declip.__version__
     created: str = Field(default_factory=lambda: datetime.now(UTC).isoformat())  # of the first call of `embed`
     model: ModelInfo
@@ -115,7 +116,11 @@ class IndexInfo(InfoSection):
         try:
             return cls.model_validate_json(path.read_bytes())
         except ValidationError as error:
-            first = error.errors()[0]
+            problems = error.errors()
+            layouts = [problem["input"] for problem in problems if problem["loc"] == ("layout",)]
+            if layouts and isinstance(layouts[0], int) and layouts[0] > LAYOUT:
+                raise newer(path) from error
+            first = problems[0]
             problem = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
             raise UserError(
                 f"'{path}' is damaged, or of another version of declip: {problem}. Embed again into another folder."

@@ -7,7 +7,6 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from io import FileIO
 from pathlib import Path
 from statistics import fmean
@@ -18,6 +17,7 @@ import timm
 import torch
 from torch import nn
 
+import declip
 from declip.data.batch import Plan
 from declip.data.loader import PairLoader
 from declip.data.pair import PairSource, SkipCounter
@@ -147,7 +147,7 @@ class Parts:
 def versions() -> dict[str, str]:
     """List everything outside the recipe that a result may depend on."""
     return {
-        "declip": version("declip"),
+        "declip": declip.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "timm": timm.__version__,
