@@ -97,9 +97,8 @@ class LogisticProblem:
     ) -> LogisticFit:
         """Find the minimum for one C by L-BFGS, from the fit with another C or from zero.
 
-        Args:
-            tolerance: Largest entry of the gradient in the coordinates above, over the root of the loss where that is
-                below 1. The default leaves about 1e-7 of the loss. In float32, 1e-5 is within rounding.
+        The tolerance is of the largest entry of the gradient in the coordinates above, over the root of the loss where
+        that is below 1: 1e-4 leaves about 1e-7 of the loss; in float32, 1e-5 is within rounding.
         """
         from scipy.optimize import minimize
 

@@ -63,13 +63,10 @@ class ImageArray(PairSource):
 
 
 class Classified(DerivedSource):
-    """Images of a source with one class each.
+    """Images of a source with one class each; without `captioned` the class name is the caption.
 
-    Args:
-        labels: (n,) class numbers.
-        rows: (n,) indices into the source; None: all images in order.
-        captioned: Whether captions come from the source; otherwise the class name is the caption.
-        broken: Rows of the source without a class; each is a broken pair, and its label, 0, is ignored.
+    `rows` (n,) are indices into the source. Those in `broken` have no class: each is a broken pair, and its label, 0,
+    is ignored.
     """
 
     labels: np.ndarray

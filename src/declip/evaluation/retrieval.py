@@ -60,9 +60,8 @@ def chance_levels(correct: Iterable[Sequence[int]], sizes: Iterable[int]) -> lis
 
         sum(c / ((D - len(S)) * comb(D, len(S))) for S in subsets(wrong) if sum(size of S) < k)
 
-    Args:
-        correct: For each query, how often each of its distinct correct candidates occurs.
-        sizes: How often each of the D distinct candidates occurs.
+    `correct` says for each query how often each of its distinct correct candidates occurs, `sizes` how often each of
+    the D does.
     """
     most = max(KS)  # a candidate that occurs more often never leaves room before it, so that its size is capped
     every = Counter(min(size, most) for size in sizes)
@@ -134,10 +133,7 @@ def contrastive_loss(images: Tensor, texts: Tensor, scale: float) -> float:
 
     Equals the plain loop over batches of n pairs, weighted by n
         ½ mean over b of [ logsumexpₙ(s·image[b]·text[n]) + logsumexpₙ(s·text[b]·image[n]) - 2s·image[b]·text[b] ]
-
-    Args:
-        images, texts: (N, d), L2-normalized.
-        scale: s, the model's exp(logit_scale).
+    Features are (N, d), L2-normalized; the scale s is the model's exp(logit_scale).
     """
     order = torch.from_numpy(np.random.default_rng((0, len(images))).permutation(len(images)))
     total = 0.0

@@ -54,10 +54,7 @@ class Bert(nn.Module):
     """BERT's embeddings and blocks (Devlin et al. 2019, arXiv 1810.04805).
 
     Parameters are named, and numbers are computed, as in transformers' `BertModel`; the initial ones have another
-    distribution.
-
-    Args:
-        config: Sizes, by the names of transformers; see `declip.models.hf_encoder.SIZES`.
+    distribution. Sizes have the names of transformers, see `SIZES`.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -271,11 +268,8 @@ class HuggingfaceTextTower(SelfContained, AnyTextTower):
     """transformers' encoder with a projection into the shared space.
 
     Attention is bidirectional and masks padding, so a batch may be truncated to its longest caption. The encoder's
-    pooler is left out: every parameter of the tower gets a gradient.
-
-    Args:
-        pooling: Token states that are projected: "cls", "mean" over the caption, "eos", or "auto": as the encoder was
-            trained as a sentence encoder, else "cls".
+    pooler is left out: every parameter of the tower gets a gradient. The pooling "auto" is that which the encoder was
+    trained with as a sentence encoder, else "cls".
     """
 
     def __init__(

@@ -205,9 +205,7 @@ def encode_by_length(
 
     Equals the plain loop, but for rounding and for the token states behind a caption's end, which are 0
         features[b] = tower(tokens[b, : lengths[b]])
-
-    Args:
-        lengths: (n,) int64 on the host, number of ids up to and with each end; None: one bucket.
+    The lengths, (n,) int64 on the host, count ids up to and with each end; None is one bucket.
     """
     if lengths is None or buckets == 1 or len(tokens) < 2:
         return tower(tokens)

@@ -15,14 +15,8 @@ def nearest(queries: Tensor, ids: Tensor, vectors: Tensor, k: int, skip_zeros: b
         scores = [(q @ vector, id) for id, vector in zip(ids, vectors) if vector.any() or not skip_zeros]
         sorted(scores, key=lambda pair: (-pair[0], pair[1]))[:k]
 
-    Args:
-        queries: (n, d) float32.
-        ids: (m,) int64, increasing.
-        vectors: (m, d) of any float type.
-
-    Returns:
-        Ids (n, k') int64 and scores (n, k') float32, the best first, where k' is `k` or the number of vectors if that
-        is smaller.
+    Queries are (n, d) float32, ids (m,) int64, increasing, vectors (m, d) of any float type. Returns ids and scores,
+    (n, k'), the best first, where k' is `k` or the number of vectors if that is smaller.
     """
     n, d = queries.shape
     rows = max(1, BLOCK_BYTES // (4 * d))

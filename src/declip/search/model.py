@@ -39,10 +39,7 @@ def encode_images(
     progress: bool,
     encode: Callable[[Tensor], Tensor] | None = None,
 ) -> Iterator[tuple[Tensor, list[Any], SkipCounter]]:
-    """Read and encode the images at some places of a source.
-
-    Yields, for each batch: vectors (n, d) float32, of length 1; what `read` returned with the n images; those left out.
-    """
+    """Read and encode images of a source: by batch, unit vectors (n, d), what `read` returned, and those left out."""
     pinned = next(model.parameters()).device.type == "cuda" if hasattr(model, "parameters") else False
     title = f"Images of {source.name}" if progress else ""
     stream = mapped(BatchReader(model, partial(read, source)), batches, workers, title, pinned)

@@ -45,13 +45,9 @@ class StepParts:
 def training_step(parts: StepParts, batch: PairBatch, sync: StepSync | None = None) -> dict[str, Tensor]:
     """Take one training step: move, augment, encode, gather, losses, backward, clip, update.
 
-    Args:
-        batch: This rank's pairs from the loader: views uint8 (B, 3, S, S), texts (T, B, L).
-        sync: Number of pairs of each rank; None on one process.
-
-    Returns:
-        Detached scalars: the losses by name, "loss" and "grad_norm" (before clipping). The mean of the losses over the
-        ranks is the whole batch's. Nothing waits for the device.
+    The batch has this rank's pairs: views uint8 (B, 3, S, S), texts (T, B, L). Returns detached scalars: the losses by
+    name, "loss" and "grad_norm" (before clipping). The mean of the losses over the ranks is the whole batch's. Nothing
+    waits for the device.
     """
     sync = sync or StepSync((len(batch),), stop=False)
     count = sync.rows[distributed.rank()]
