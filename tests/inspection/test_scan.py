@@ -19,27 +19,9 @@ from declip.io.text import about, shown
 from declip.reports.inspection import exclusions, page, sentences, summary
 
 
-class Numbers(PairSource):
-    """Pairs whose captions are given; the image is a color by its number."""
-
-    name = "numbers"
-
-    def __init__(self, captions, side=8):
-        self.given, self.side = captions, side
-
-    def __len__(self):
-        return len(self.given)
-
-    def __getitem__(self, index):
-        return Pair(f"pair {index}", self.image(index), self.captions(index))
-
-    def image(self, index):
-        return texture(index, self.side)
-
-    def captions(self, index):
-        if not self.given[index]:
-            raise BrokenPair("empty caption", f"pair {index}")
-        return self.given[index]
+def numbers(captions, side=8):
+    """Pairs of given captions; the image is a texture by its number."""
+    return open_source([(texture(number, side), given) for number, given in enumerate(captions)])
 
 
 def rules(inspection):
@@ -56,15 +38,14 @@ def planted(tmp_path_factory):
     """A table of 24 drawings of two captions, and faults of every kind."""
     folder = tmp_path_factory.mktemp("planted")
     rows = []
-    noisy = Numbers([("",)] * 30, side=300)
     for number in range(24):
-        noisy.image(number).save(folder / f"good{number}.png")
+        texture(number, 300).save(folder / f"good{number}.png")
         rows.append({"image": f"good{number}.png", "caption": [f"a drawing of number {number}", f"number {number}"]})
     for number in range(3):
         shutil.copy(folder / f"good{number}.png", folder / f"same{number}.png")
         rows.append({"image": f"same{number}.png", "caption": f"once more {number}"})
     for number in range(3, 7):
-        noisy.image(number).resize((150, 150)).save(folder / f"near{number}.jpg", quality=80)
+        texture(number, 300).resize((150, 150)).save(folder / f"near{number}.jpg", quality=80)
         rows.append({"image": f"near{number}.jpg", "caption": "Company  Logo" if number % 2 else "company logo"})
     content = (folder / "near3.jpg").read_bytes()
     (folder / "cut.jpg").write_bytes(content[: len(content) // 2])
@@ -107,7 +88,7 @@ def test_processes_find_what_one_finds(planted):
 
 
 def test_a_sample_says_how_sure_it_is():
-    source = Numbers([() if number % 10 == 0 else (f"caption {number}",) for number in range(1000)])
+    source = numbers([() if number % 10 == 0 else (f"caption {number}",) for number in range(1000)])
     found = inspect_source(source, 200, workers=0)
     assert (found.read, found.total, found.whole) == (200, 1000, False)
     places = [sample_places(1000, 200, seed).tolist() for seed in (0, 0, 1)]
@@ -120,19 +101,19 @@ def test_a_sample_says_how_sure_it_is():
 
 def test_repeated_captions_are_named_where_pairs_share_several():
     texts = [("a drawing", ("zebra", "zebu")[number % 2] if number < 20 else f"{number}") for number in range(30)]
-    found = inspect_source(Numbers(texts), None, workers=0).equal_captions
+    found = inspect_source(numbers(texts), None, workers=0).equal_captions
     assert [(group.size, group.caption) for group in found.examples] == [(30, "a drawing"), (10, "zebra"), (10, "zebu")]
 
 
 def test_equal_captions_in_a_batch_are_estimated():
     texts = [("cat",) if number % 4 == 0 else (f"caption {number}", f"text {number}") for number in range(400)]
-    variants = inspect_source(Numbers([("Cat", "cat"), ("dog", "hound"), ("cat",)]), None, batch_size=3, workers=0)
+    variants = inspect_source(numbers([("Cat", "cat"), ("dog", "hound"), ("cat",)]), None, batch_size=3, workers=0)
     assert variants.equal_captions.members == 2, "one text within a pair"
     assert variants.captions.equal_in_batch == pytest.approx(1.0), "of three couples one, always"
-    several = inspect_source(Numbers([("cat", f"a {n}", f"b {n}", f"c {n}") for n in range(400)]), None, workers=0)
+    several = inspect_source(numbers([("cat", f"a {n}", f"b {n}", f"c {n}") for n in range(400)]), None, workers=0)
     assert several.captions.equal_in_batch == pytest.approx(128 * 127 / 2 / 16, rel=0.3), "each shows it once in four"
     whole, *samples = (
-        inspect_source(Numbers(texts), count, batch_size=64, seed=seed, workers=0).captions.equal_in_batch
+        inspect_source(numbers(texts), count, batch_size=64, seed=seed, workers=0).captions.equal_in_batch
         for seed, count in enumerate([None, *[100] * 8])
     )
     assert whole == pytest.approx(64 * 63 / 2 * 100 * 99 / (400 * 399))
@@ -140,19 +121,19 @@ def test_equal_captions_in_a_batch_are_estimated():
 
 
 def test_one_pair_is_enough_and_none_says_why():
-    found = inspect_source(Numbers([("a single caption",)]), workers=0)
+    found = inspect_source(numbers([("a single caption",)]), workers=0)
     assert (found.usable, found.equal_images.groups, found.captions.equal_in_batch, len(found.examples)) == (1, 0, 0, 1)
-    found = inspect_source(Numbers([()] * 3), workers=0)
+    found = inspect_source(numbers([()] * 3), workers=0)
     assert (found.usable, found.images, found.captions, found.examples) == (0, None, None, ())
     assert found.reasons["empty caption"]["count"] == 3
     assert [(finding.rule, finding.fix) for finding in found.findings] == [("broken", True)]
 
 
 def test_images_of_a_test_set_are_found(planted):
-    found = inspect_source(Numbers([("a b",)] * 40, side=300), None, check_leakage=[planted], workers=0)
+    found = inspect_source(numbers([("a b",)] * 40, side=300), None, check_leakage=[planted], workers=0)
     (leak,) = found.leakages
     assert (leak.name, leak.images, leak.found.count) == ("planted.jsonl", 34, 24)
-    assert leak.copies[:2] == (("pair 0", 0), ("pair 1", 1))
+    assert leak.copies[:2] == (("item 0", 0), ("item 1", 1))
     assert rules(found)["leakage"] == 0.6
     bare = planted.with_name("bare")
     bare.mkdir()
@@ -164,12 +145,12 @@ def test_images_of_a_test_set_are_found(planted):
 
 def test_one_word_captions_lead_to_another_second_view():
     for caption, words in ((("cat", "tom", "kitty"), "views.text.second_view=caption"), (("cat",), "Add words")):
-        assert words in advice(inspect_source(Numbers([caption] * 4), workers=0), "one_word")
+        assert words in advice(inspect_source(numbers([caption] * 4), workers=0), "one_word")
 
 
 @pytest.mark.parametrize(("words", "context"), [(14, 16), (15, 24), (300, 77)])
 def test_context_is_the_shortest_that_truncates_little(words, context):
-    found = inspect_source(Numbers([("cat " * words,)] * 3), workers=0)
+    found = inspect_source(numbers([("cat " * words,)] * 3), workers=0)
     assert found.captions.context_length == context
     assert found.captions.truncated[77].count == (3 if words + 2 > 77 else 0)
     (rule,) = {"context_length", "truncated"} & set(rules(found))
@@ -179,7 +160,7 @@ def test_context_is_the_shortest_that_truncates_little(words, context):
 
 def test_resolution_against_the_training_size():
     large, small, fits = (
-        inspect_source(Numbers([("a cat",)] * 3, side=side), size=100, workers=0) for side in (400, 70, 120)
+        inspect_source(numbers([("a cat",)] * 3, side=side), size=100, workers=0) for side in (400, 70, 120)
     )
     assert rules(large)["large_images"] == 4.0
     assert "--size 200`: 4 times fewer" in advice(large, "large_images")
@@ -189,10 +170,10 @@ def test_resolution_against_the_training_size():
 
 
 def test_scripts_and_queue():
-    found = inspect_source(Numbers([("белая кошка",)] * 1 + [("a white cat",)] * 3), workers=0)
+    found = inspect_source(numbers([("белая кошка",)] * 1 + [("a white cat",)] * 3), workers=0)
     assert rules(found)["other_script"] == 0.25
     assert found.captions.examples == {"not in Latin script": ["белая кошка"]}
-    thousands = inspect_source(Numbers([(f"caption {n}",) for n in range(1453)]), 20, workers=0)
+    thousands = inspect_source(numbers([(f"caption {n}",) for n in range(1453)]), 20, workers=0)
     assert "queue_size=256" in advice(thousands, "queue")
 
 

@@ -16,10 +16,8 @@ from conftest import refuses
 from declip.errors import UserError
 from declip.interchange import declip_file
 from declip.interchange.declip_file import FILE, write_declip_file
-from declip.training.assemble import assemble
-from declip.training.trainer import Trainer
 from interchange.towers import CAPTIONS, EXACT, build, export_exactly, largest, pictures
-from training.starts import recipe_for
+from training.starts import recipe_for, trainer_of
 
 
 def run_card(folder, monkeypatch, capfd):
@@ -120,7 +118,7 @@ def test_one_file_holds_everything(tmp_path):
 def test_a_run_is_exported_with_its_data_steps_and_results(table, tmp_path, monkeypatch, capfd, command):
     recipe = recipe_for(table, steps=4).model_copy(update={"name": "shapes"})
     recipe = recipe.model_copy(update={"evaluation": recipe.evaluation.model_copy(update={"retrieval": (str(table),)})})
-    trainer = Trainer(assemble(recipe, tmp_path / "run", quiet=True))
+    trainer = trainer_of(recipe, tmp_path / "run")
     trainer.train()
     out = tmp_path / "out"
     words = ["export", tmp_path / "run", "--format", "safetensors", "--out", out, "--license", "cc-by-4.0"]

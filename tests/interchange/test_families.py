@@ -27,10 +27,9 @@ from declip.runs.checkpoint import list_checkpoints, load_checkpoint
 from declip.runs.folder import KEPT
 from declip.supervision.objective import Objective
 from declip.training.assemble import assemble
-from declip.training.trainer import Trainer
 from interchange.families import CAPTIONS, FAMILIES, features, saved
 from interchange.towers import export_exactly, pictures
-from training.starts import moved, same_end, state
+from training.starts import moved, same_end, state, trainer_of
 
 pytest.importorskip("open_clip")
 pytest.importorskip("transformers")
@@ -153,7 +152,7 @@ def test_training_moves_every_parameter_and_resumes_to_the_bit(family, files, ta
 @pytest.mark.parametrize("family", ["mobileclip2", "coca", "xlm-roberta"])
 def test_a_run_with_adapters_is_merged_when_it_is_loaded(family, files, table, tmp_path):
     lora = {"finetune.lora": {"rank": 2}, "finetune.layer_decay": 1.0, "train.checkpoint_every": 2}
-    trainer = Trainer(assemble(tuned(table, files[family], **lora), tmp_path, quiet=True))
+    trainer = trainer_of(tuned(table, files[family], **lora), tmp_path)
     before, learned, tokens = state(trainer), trainer.parts.model, trainer.parts.model.tokenize(CAPTIONS)
     trainer.train()
     adapters = {n for n in before if MARK in n}

@@ -3,15 +3,13 @@
 import json
 import math
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import declip
-from conftest import COLOURS, SHAPES, draw, refuses
-from declip.data.pair import Pair, PairSource
+from conftest import refuses
 from declip.errors import UserError
 from declip.evaluation.datasets import Dataset
 from declip.interchange import official
@@ -19,6 +17,7 @@ from declip.interchange.declip_file import FILE, write_declip_file
 from declip.interchange.official import UNUSED
 from declip.interchange.read import read_start
 from declip.training.pretrained import apply_pretrained
+from evaluation.conftest import WORDS, PaintedSource
 from golden_cases import GOLDEN, TERMS, Case, model_cases, read_official, read_state
 from interchange.test_export import features, run_card
 from interchange.towers import EXACT, build, export_exactly, largest
@@ -316,31 +315,12 @@ def test_an_image_tower_alone_gives_image_features(name, layout, tmp_path):
     refuses("image tower alone", read.encode_text, torch.zeros(1, 4, dtype=torch.int64))
 
 
-class Painted(PairSource):
-    """Colored shapes with the color as the class."""
-
-    name = "painted"
-    class_names = COLOURS
-
-    def __init__(self):
-        self.rows = [(color, shape) for color in COLOURS for shape in SHAPES]
-        self.labels = np.array([COLOURS.index(color) for color, _ in self.rows])
-
-    def __len__(self):
-        return len(self.rows)
-
-    def captions(self, index):
-        return (self.rows[index][0],)
-
-    def __getitem__(self, index):
-        return Pair(str(index), draw(*self.rows[index]), self.captions(index))
-
-
 def test_probes_of_an_image_tower_alone_work_and_zero_shot_says_why_not(tmp_path, monkeypatch, capfd):
     state = read_state("defilip_vit_tiny")
     model = declip.load(official_file(tmp_path, backbone_of(state, "named")), device="cpu")
-    data = Dataset("painted", {"train": Painted, "test": Painted})
-    assert declip.evaluate(model, data, "linear").n == 24
+    source = PaintedSource(WORDS * 4, classes=WORDS)
+    data = Dataset("painted", {"train": lambda: source, "test": lambda: source})
+    assert declip.evaluate(model, data, "linear").n == 28
     refuses("image tower alone", declip.evaluate, model, data, "zero-shot")
     with pytest.raises(UserError, match=r"cannot be exported as open_clip: it has no text tower.*onnx and safetensors"):
         declip.export(model, "open_clip", tmp_path / "out")

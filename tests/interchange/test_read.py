@@ -18,16 +18,14 @@ from declip.interchange.read import read_checkpoint, read_start
 from declip.models.image_tower import ImageTower
 from declip.recipe.load import load_recipe
 from declip.runs.checkpoint import WEIGHTS, list_checkpoints, step_of
-from declip.training.assemble import assemble
-from declip.training.trainer import Trainer
 from interchange.hub_server import serving
 from interchange.test_export import features
 from interchange.towers import EXACT, build, largest
-from training.starts import recipe_for
+from training.starts import recipe_for, trainer_of
 
 
 def test_a_loaded_run_gives_the_features_of_the_trained_model(table, tmp_path):
-    trainer = Trainer(assemble(recipe_for(table), tmp_path, quiet=True))
+    trainer = trainer_of(recipe_for(table), tmp_path)
     trainer.train()
     expected = trainer.parts.model.eval()
     for where in (tmp_path, list_checkpoints(tmp_path)[-1]):
@@ -45,7 +43,7 @@ def test_what_is_not_a_model_is_named(table, tmp_path):
     refuses("not a run folder", declip.load, tmp_path)
     with pytest.raises(UserError):
         declip.load(table)
-    Trainer(assemble(recipe_for(table), tmp_path / "run", quiet=True))
+    trainer_of(recipe_for(table), tmp_path / "run")
     refuses("no checkpoint yet", declip.load, tmp_path / "run")
 
 
@@ -54,7 +52,7 @@ def test_damaged_checkpoints_and_their_weights_alone_are_named(table, tmp_path, 
     evaluation = plain.evaluation.model_copy(update={"retrieval": (str(table),)})
     train = plain.train.model_copy(update={"patience": 9})
     watched = plain.model_copy(update={"evaluation": evaluation, "train": train})
-    Trainer(assemble(watched, tmp_path, quiet=True)).train()
+    trainer_of(watched, tmp_path).train()
     best = (tmp_path / "checkpoints/best").resolve()
     kept = list_checkpoints(tmp_path)
     (best / WEIGHTS).write_bytes(b"half")

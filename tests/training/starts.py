@@ -67,10 +67,14 @@ class StopBefore(Sink):
         self.request.asked = step + 1 >= self.step
 
 
+def trainer_of(recipe, folder, **options):
+    return Trainer(assemble(recipe, folder, quiet=True, **options))
+
+
 def stop_at(recipe, folder, step):
     """Train until a step, as if a signal had come then."""
     sink = StopBefore()
-    trainer = Trainer(assemble(recipe, folder, quiet=True, callbacks=[sink]))
+    trainer = trainer_of(recipe, folder, callbacks=[sink])
     sink.step, sink.request = step, trainer.stop
     run = trainer.train()
     assert (run.step, run.finished) == (step, False)
@@ -102,13 +106,13 @@ def resumes_exactly(recipe, folder, step=4, meanwhile=lambda: None):
 
 def trained(recipe, folder, resume=False):
     """Train in one of several processes: the step at the end, and whether all are done."""
-    run = Trainer(assemble(recipe, folder, resume, quiet=True)).train()
+    run = trainer_of(recipe, folder, resume=resume).train()
     return run.step, run.finished
 
 
 def ended(recipe, folder):
     """Train as `trained`, and give the model's tensors too."""
-    trainer = Trainer(assemble(recipe, folder, quiet=True))
+    trainer = trainer_of(recipe, folder)
     run = trainer.train()
     return run.step, run.finished, trainer.parts.model.state_dict()
 

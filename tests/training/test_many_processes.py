@@ -17,11 +17,10 @@ from declip.runs.checkpoint import list_checkpoints, load_checkpoint
 from declip.runs.folder import KEPT
 from declip.supervision.objective import Objective
 from declip.training import distributed
-from declip.training.assemble import assemble
 from declip.training.distributed import HostGroup
-from declip.training.trainer import Trainer, warn_once
+from declip.training.trainer import warn_once
 from processes import in_processes
-from training.starts import losses, moved, same_end, trained, tuned
+from training.starts import losses, moved, same_end, trained, trainer_of, tuned
 
 DROPOUT = {"image": {**TINY["image"], "model_kwargs": {**TINY["image"]["model_kwargs"], "pos_drop_rate": 0.5}}}
 
@@ -61,7 +60,7 @@ def test_the_processes_of_a_run_can_begin_another(tmp_path, monkeypatch):
 
 def stopped(recipe, folder, at, by):
     """A run in which one rank is asked to stop before it comes to a step."""
-    trainer = Trainer(assemble(recipe, folder, quiet=True))
+    trainer = trainer_of(recipe, folder)
     meet = trainer.parts.hosts.sync_step
 
     def ask(step, *rest):
@@ -179,7 +178,7 @@ def test_a_rank_that_does_not_come_is_named(tmp_path):
 
 def died(recipe, folder):
     """Rank 1 dies within a step: the other one waits for it in the gather or in the sum of the gradients."""
-    trainer = Trainer(assemble(recipe, folder, quiet=True))
+    trainer = trainer_of(recipe, folder)
     forward, calls = Objective.forward, iter(range(100))
 
     def deadly(self, *arguments):
@@ -203,7 +202,7 @@ def test_a_rank_that_dies_within_a_step_ends_the_run_without_a_trace(recipe, tmp
 
 def refused(recipe, folder):
     try:
-        Trainer(assemble(recipe, folder, quiet=True))
+        trainer_of(recipe, folder)
     except UserError as error:
         return str(error)
     except SystemExit as ended:

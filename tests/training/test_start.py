@@ -23,13 +23,12 @@ from declip.runs.folder import read_rows
 from declip.training import mixture as mixing
 from declip.training.assemble import assemble
 from declip.training.pretrained import _resized
-from declip.training.trainer import Trainer
 from interchange.towers import build
-from training.starts import STATISTICS, VIT, last, moved, state, tuned
+from training.starts import STATISTICS, VIT, last, moved, state, trainer_of, tuned
 
 
 def test_a_run_gives_towers_heads_tokenizer_statistics_and_scale(table, tmp_path, start):
-    trainer = Trainer(assemble(tuned(table, start), tmp_path, quiet=True))
+    trainer = trainer_of(tuned(table, start), tmp_path)
     checkpoint = load_checkpoint(list_checkpoints(start)[-1])
     given, heads = part("model", checkpoint.weights), part("objective", checkpoint.training)
     assert not moved(given, state(trainer))
@@ -79,7 +78,7 @@ def test_keys_that_hold_beside_weights(start, table, tmp_path):
 def test_heads_are_taken_whole_or_not_at_all(table, tmp_path, start):
     """The start's language head has its vocabulary; a projector of another width is new, all of it."""
     keys = tuned(table, start).model_dump(mode="json") | {"simsiam": {"widths": [16, 16, 6]}}
-    trainer = Trainer(assemble(Recipe.model_validate(keys), tmp_path, quiet=True))
+    trainer = trainer_of(Recipe.model_validate(keys), tmp_path)
     heads = part("objective", load_checkpoint(list_checkpoints(start)[-1]).training)
     own = trainer.parts.objective.state_dict()
     taken = {name for name, _ in trainer.parts.objective.named_parameters() if torch.equal(own[name], heads[name])}
@@ -89,15 +88,13 @@ def test_heads_are_taken_whole_or_not_at_all(table, tmp_path, start):
 
 
 def test_positions_are_resized_as_timm_does(table, tmp_path, start):
-    trainer = Trainer(assemble(tuned(table, start, image_size=48), tmp_path / "vit-run", quiet=True))
+    trainer = trainer_of(tuned(table, start, image_size=48), tmp_path / "vit-run")
     name, given, own = "image_tower.trunk.pos_embed", last(start), state(trainer)
     torch.testing.assert_close(own.pop(name), resample_abs_pos_embed(given[name], [6, 6], [4, 4]))
     assert not moved(own, given)
     assert trainer.parts.model.preprocessor.size == trainer.parts.recipe.image.size == 48
     write_declip_file(model := build("resnet"), tmp_path / "resnet.safetensors")  # with a pool of attention
-    trainer = Trainer(
-        assemble(tuned(table, tmp_path / "resnet.safetensors", image_size=96), tmp_path / "run", quiet=True)
-    )
+    trainer = trainer_of(tuned(table, tmp_path / "resnet.safetensors", image_size=96), tmp_path / "run")
     given, own = model.state_dict(), state(trainer)
     [name] = [name for name in given if given[name].shape != own[name].shape]
     expected = resample_abs_pos_embed(given.pop(name)[None], [3, 3], [2, 2], num_prefix_tokens=1)[0]
@@ -118,7 +115,7 @@ def test_a_length_of_captions_stretches_or_cuts_the_positions(table, tmp_path, l
     given, name = build("vit"), "text_tower.positional_embedding"
     write_declip_file(given, tmp_path / "source")
     recipe = tuned(table, tmp_path / "source", {"steps": 2}, context_length=length)
-    trainer = Trainer(assemble(recipe, tmp_path / "run", quiet=True))
+    trainer = trainer_of(recipe, tmp_path / "run")
     model, own, old = trainer.parts.model.eval(), state(trainer), given.state_dict()[name].clone()
     expected = own[name].clone()
     for row in range(length):
@@ -149,9 +146,7 @@ def test_timm_weights_start_the_image_tower_alone(table, tmp_path):
     published = timm.create_model("test_vit", num_classes=0)
     save_file(weights := published.state_dict(), tmp_path / "vit.safetensors")
     where = f"timm:test_vit/{tmp_path / 'vit.safetensors'}"
-    trainer = Trainer(
-        assemble(tuned(table, where, freeze_image_blocks="all", image_size=32), tmp_path / "r", quiet=True)
-    )
+    trainer = trainer_of(tuned(table, where, freeze_image_blocks="all", image_size=32), tmp_path / "r")
     small, pictures = timm.create_model("test_vit", num_classes=0, img_size=32), torch.randn(2, 3, 32, 32)
     positions = resample_abs_pos_embed(weights["pos_embed"], [2, 2], num_prefix_tokens=1)
     small.load_state_dict({**weights, "pos_embed": positions})
@@ -174,7 +169,7 @@ def test_the_start_is_measured_once(table, tmp_path, start):
         "evaluation": {"retrieval": [str(table)], "final_retrieval": [str(table)]}
     }
     recipe = Recipe.model_validate(keys)
-    trainer = Trainer(assemble(recipe, tmp_path, quiet=True))
+    trainer = trainer_of(recipe, tmp_path)
     (tmp_path / "evaluations.jsonl").write_text(
         '{"step": 0, "task": "retrieval", "dataset": "of a run that was killed"}\n'
     )

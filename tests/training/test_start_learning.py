@@ -16,15 +16,13 @@ from declip.models.layers import IMAGE, TEXT, blocks, depths, freeze, is_frozen
 from declip.recipe.schema import Recipe
 from declip.runs.checkpoint import list_checkpoints, load_checkpoint, part
 from declip.runs.folder import read_run
-from declip.training.assemble import assemble
 from declip.training.mixture import ends_of
 from declip.training.optimizer import LrMultiplier, group_lr
 from declip.training.parallel import HostSyncBatchNorm, synchronize
-from declip.training.trainer import Trainer
 from interchange.test_export import features
 from interchange.towers import build
 from text_encoders import bert, roberta
-from training.starts import VIT, last, moved, recipe_for, state, tuned
+from training.starts import VIT, last, moved, recipe_for, state, trainer_of, tuned
 
 
 def test_towers_rest_while_new_heads_warm_up(table, tmp_path, conv_start):
@@ -32,7 +30,7 @@ def test_towers_rest_while_new_heads_warm_up(table, tmp_path, conv_start):
     file = tmp_path / "towers.safetensors"  # without heads
     write_declip_file(declip.load(conv_start, device="cpu"), file)
     keys = {"checkpoint_every": 1, "keep_checkpoints": 9, "evaluate_every": 1}
-    trainer = Trainer(assemble(tuned(table, file, keys, head_warmup_steps=2), tmp_path / "run", quiet=True))
+    trainer = trainer_of(tuned(table, file, keys, head_warmup_steps=2), tmp_path / "run")
     before, heads = state(trainer), dict(trainer.parts.objective.named_parameters())
     heads = {name: tensor.clone() for name, tensor in heads.items()}
     trainer.train()
@@ -46,9 +44,7 @@ def test_towers_rest_while_new_heads_warm_up(table, tmp_path, conv_start):
 
 @pytest.mark.parametrize(("image", "text"), [(2, 3), ("all", 0)])
 def test_what_is_frozen_stays_to_the_bit_and_the_rest_learns(table, tmp_path, start, image, text):
-    trainer = Trainer(
-        assemble(tuned(table, start, freeze_image_blocks=image, freeze_text_blocks=text), tmp_path, quiet=True)
-    )
+    trainer = trainer_of(tuned(table, start, freeze_image_blocks=image, freeze_text_blocks=text), tmp_path)
     before, places = state(trainer), depths(trainer.parts.model)
     trainer.train()
     frozen = {
@@ -65,7 +61,7 @@ def test_statistics_of_a_tower_that_learns_slowly_rest(table, tmp_path, conv_sta
     cases = [(False, {}), (True, {"layer_decay": 0.9}), (True, {"head_warmup_steps": 1})]
     for slowly, keys in (*cases, (True, {"freeze_image_blocks": "all"})):
         folder = tmp_path / "-".join(["run", *keys])
-        trainer = Trainer(assemble(tuned(table, conv_start, {"steps": 2}, **keys), folder, quiet=True))
+        trainer = trainer_of(tuned(table, conv_start, {"steps": 2}, **keys), folder)
         assert trainer.parts.model.image_tower.has_batch_norm != slowly
         before = state(trainer)
         trainer.train()
@@ -84,7 +80,7 @@ def test_frozen_parts_drop_nothing_though_the_rest_does(table, tmp_path, asked):
     image = {"image.model_kwargs": {**VIT["model_kwargs"], "pos_drop_rate": 0.5, "proj_drop_rate": 0.5}}
     write_declip_file(build("vit", **image), tmp_path / "vit.safetensors")
     recipe = tuned(table, tmp_path / "vit.safetensors", freeze_image_blocks=asked)
-    trainer = Trainer(assemble(recipe, tmp_path / "run", quiet=True))
+    trainer = trainer_of(recipe, tmp_path / "run")
     trainer.parts.model.eval()
     trainer.parts.learner.train()
     tower = trainer.parts.model.image_tower
@@ -130,7 +126,7 @@ def test_depths_count_stem_blocks_and_what_follows():
 
 
 def test_each_layer_has_its_rate(table, tmp_path, start):
-    trainer = Trainer(assemble(tuned(table, start, lr_scale=0.5, layer_decay=0.7), tmp_path, quiet=True))
+    trainer = trainer_of(tuned(table, start, lr_scale=0.5, layer_decay=0.7), tmp_path)
     factors = {
         id(p): group["multiplier"].factor for group in trainer.parts.optimizer.param_groups for p in group["params"]
     }
@@ -150,9 +146,7 @@ def test_what_waits_stands_still_and_then_warms_up():
 
 def test_adapters_alone_learn_and_are_merged_when_the_run_is_loaded(table, tmp_path, conv_start):
     """On convolutions, and on the fused attention of the text tower."""
-    trainer = Trainer(
-        assemble(tuned(table, conv_start, {"steps": 4}, lora={"rank": 2, "alpha": 4}), tmp_path, quiet=True)
-    )
+    trainer = trainer_of(tuned(table, conv_start, {"steps": 4}, lora={"rank": 2, "alpha": 4}), tmp_path)
     before = state(trainer)
     trainer.train()
     changed = moved(before, last(tmp_path))
@@ -168,7 +162,7 @@ def test_adapters_alone_learn_and_are_merged_when_the_run_is_loaded(table, tmp_p
 
 
 def test_lora_with_a_frozen_tower_leaves_it_without_adapters(table, tmp_path, start):
-    trainer = Trainer(assemble(tuned(table, start, lora={"rank": 2}, freeze_text_blocks="all"), tmp_path, quiet=True))
+    trainer = trainer_of(tuned(table, start, lora={"rank": 2}, freeze_text_blocks="all"), tmp_path)
     names = {name for name, parameter in trainer.parts.model.named_parameters() if parameter.requires_grad}
     assert names == {"logit_scale"} | {name for name in names if name.startswith(IMAGE) and ".lora_" in name}
     assert len(names) > 10
@@ -195,7 +189,7 @@ def test_it_learns_and_loads_without_its_folder(table, tmp_path):
     assert whole.results[0]["task"] == "retrieval"
     refuses("not a folder", train, recipe, out=tmp_path / "new", quiet=True, report=False)
 
-    second = Trainer(assemble(tuned(table, tmp_path / "whole", {"steps": 2}), tmp_path / "second", quiet=True))
+    second = trainer_of(tuned(table, tmp_path / "whole", {"steps": 2}), tmp_path / "second")
     assert not moved(last(tmp_path / "whole"), state(second)), "it is a start too"
     second.train()
     ends_of(tmp_path / "second", "cpu")
@@ -216,7 +210,7 @@ def test_it_learns_and_loads_without_its_folder(table, tmp_path):
 def test_frozen_blocks_of_an_encoder_rest_and_each_layer_has_its_rate(table, tmp_path):
     recipe = encoder_recipe(table, bert(tmp_path / "bert"), "clip", lr=1e-2).model_dump(mode="json")
     keys = {"lr_scale": 0.1, "layer_decay": 0.5, "freeze_text_blocks": 1}
-    trainer = Trainer(assemble(Recipe.model_validate({**recipe, "finetune": keys}), tmp_path / "run", quiet=True))
+    trainer = trainer_of(Recipe.model_validate({**recipe, "finetune": keys}), tmp_path / "run")
     before, places = state(trainer), depths(trainer.parts.model)
     factors = {name: g["multiplier"].factor for g in trainer.parts.optimizer.param_groups for name in g["names"]}
     trainer.train()
@@ -226,7 +220,7 @@ def test_frozen_blocks_of_an_encoder_rest_and_each_layer_has_its_rate(table, tmp
 
 
 def test_batches_are_masked_and_padded_with_the_encoders_ids(table, tmp_path):
-    trainer = Trainer(assemble(encoder_recipe(table, roberta(tmp_path / "roberta")), tmp_path / "run", quiet=True))
+    trainer = trainer_of(encoder_recipe(table, roberta(tmp_path / "roberta")), tmp_path / "run")
     tokenizer = trainer.parts.model.tokenizer
     assert (tokenizer.mask, tokenizer.padding) == (MASK, PADDING)
     found = 0

@@ -22,8 +22,7 @@ from declip.training import trainer as trainer_module
 from declip.training.assemble import assemble
 from declip.training.parts import TRY_AGAIN
 from declip.training.sinks import Sink
-from declip.training.trainer import Trainer
-from training.starts import recipe_for, same_end, stop_at
+from training.starts import recipe_for, same_end, stop_at, trainer_of
 
 
 @pytest.mark.parametrize("name", ["slip", "defilip"])  # together they have the losses of all
@@ -83,13 +82,13 @@ def test_a_signal_saves_and_the_run_continues(table, tmp_path, monkeypatch, numb
 def test_the_logit_scale_stays_within_its_limits(table, tmp_path):
     limits = {"logit_scale": {"min": 2.0, "max": 3.2}}
     recipe = recipe_for(table, "clip", limits, steps=4, lr=0.3, warmup_lr=0.3)
-    trainer = Trainer(assemble(recipe, tmp_path, quiet=True))
+    trainer = trainer_of(recipe, tmp_path)
     trainer.train()
     assert round(trainer.parts.model.logit_scale.item(), 6) in (2.0, 3.2)
 
 
 def test_a_loss_that_is_not_finite_stops_with_all_that_helps(table, tmp_path, monkeypatch):
-    trainer = Trainer(assemble(recipe_for(table, checkpoint_every=2, log_every=1), tmp_path, quiet=True))
+    trainer = trainer_of(recipe_for(table, checkpoint_every=2, log_every=1), tmp_path)
     term = trainer.parts.objective.terms["contrastive"]
     loss = term.loss
     monkeypatch.setattr(term, "loss", lambda *rows: loss(*rows) * (float("nan") if trainer.progress.step == 5 else 1.0))
@@ -271,11 +270,11 @@ def test_views_are_finished_in_full_precision(table, tmp_path, monkeypatch, chun
 )
 def test_a_run_takes_the_precision_that_its_device_can_and_keeps_it(table, tmp_path, monkeypatch, asked, can, taken):
     monkeypatch.setattr(assembly, "computes_bf16", lambda device: can)
-    first = Trainer(assemble(recipe_for(table, precision=asked), tmp_path, quiet=True))
+    first = trainer_of(recipe_for(table, precision=asked), tmp_path)
     assert first.parts.recipe.train.precision == taken
     first.parts.lock.close()
     monkeypatch.setattr(assembly, "computes_bf16", lambda device: not can)
-    again = Trainer(assemble(recipe_for(table, precision=asked), tmp_path, resume=True, quiet=True))
+    again = trainer_of(recipe_for(table, precision=asked), tmp_path, resume=True)
     assert again.parts.recipe.train.precision == taken
 
 
