@@ -176,7 +176,7 @@ def here(world, emoji_cache, tmp_path, monkeypatch):
     for name in MAKE_SMALL:
         for module in [m for n, m in sorted(sys.modules.items()) if n.startswith(name) and hasattr(m, "load_recipe")]:
             monkeypatch.setattr(module, "load_recipe", lambda *given: small(load_recipe(*given)))
-    monkeypatch.setattr("declip.finetuning.write_report", lambda folder, _: (folder / "report.html").touch())
+    monkeypatch.setattr("declip.finetuning.write_finetuned", finish)
     monkeypatch.setattr("declip.api.write_page", lambda outcome, out: Path(out, "report.html").touch())
     whole = runner.run
 
@@ -190,6 +190,12 @@ def here(world, emoji_cache, tmp_path, monkeypatch):
     monkeypatch.setattr(zero_shot, "read_prompts", one_template)
     monkeypatch.setattr(uvicorn.Server, "run", visit)
     return tmp_path
+
+
+def finish(folder, model):
+    """Export what was fine-tuned in one format, without a report."""
+    (folder / "report.html").touch()
+    declip.export(folder, "safetensors", folder / "exported" / "safetensors", overwrite=True)
 
 
 def one_template(name):

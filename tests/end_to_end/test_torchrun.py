@@ -21,7 +21,7 @@ from declip.recipe.load import load_recipe
 from declip.runs.folder import read_rows
 from declip.training import trainer
 from declip.training.assemble import assemble
-from indices import tiny_model
+from interchange.towers import build
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "train.sbatch"
 PLAYED = {
@@ -92,7 +92,7 @@ def agent(*given):
 def test_a_rank_that_dies_is_started_again_and_the_run_continues(table, tmp_path, capfd):
     """Of `finetune`, whose folder is locked once for both ranks before they split the pairs."""
     run, died = tmp_path / "run", tmp_path / "died"
-    write_declip_file(tiny_model(), tmp_path / "start.safetensors")
+    write_declip_file(build("conv"), tmp_path / "start.safetensors")  # no other library can hold it
     words = ("finetune", table, "--from", tmp_path / "start.safetensors", "--freeze", "none", "--out", run, "--resume")
     keys = ("train.steps=6", "train.batch_size=8", "train.log_every=2", "train.checkpoint_every=1", "data.workers=0")
     keys += ("train.report_to=[]",)
