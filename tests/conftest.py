@@ -66,6 +66,24 @@ def write_rows(path, rows):
     return path
 
 
+def in_processes(function, world, folder, *arguments):
+    """Run a function in gloo processes that know each other, and give what it returned in each; None where it ended."""
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.multiprocessing.start_processes(
+        _meet, (function, world, str(folder), arguments), nprocs=world, start_method="fork"
+    )
+    saved = [folder / f"{rank}.pt" for rank in range(world)]
+    return [torch.load(path) if path.exists() else None for path in saved]
+
+
+def _meet(rank, function, world, folder, arguments):
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+    torch.save(function(*arguments), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
 def draw(color, shape, size=40):
     """A colored shape on white."""
     image = Image.new("RGB", (size, size), "white")

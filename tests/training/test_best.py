@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import declip
-from conftest import TINY, refuses, tiny_tree
+from conftest import TINY, in_processes, refuses, tiny_tree
 from declip.api import train
 from declip.errors import UserError
 from declip.evaluation.results import RecallAtK, RetrievalResult, ZeroShotResult
@@ -20,7 +20,6 @@ from declip.runs.checkpoint import list_checkpoints, load_checkpoint, part, step
 from declip.runs.folder import Run, append_row, drop_rows, read_rows
 from declip.training.assemble import assemble
 from declip.training.parts import BestEvaluation
-from processes import in_processes
 from training.starts import ended, same_end, stop_at
 
 RIGHT = RecallAtK(9, 9, 1, 1, 1, 0.1, 0.5, 1, 1)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import declip
-from conftest import refuses, tiny_tree
+from conftest import in_processes, refuses, tiny_tree
 from declip.errors import UserError
 from declip.recipe.schema import Recipe
 from declip.reports.run import loss_charts
@@ -18,7 +18,6 @@ from declip.supervision import objective
 from declip.supervision.objective import extra_terms
 from declip.supervision.term import Term
 from declip.training.sinks import Sink
-from processes import in_processes
 from training.starts import same_end
 from training.test_distributed import BATCH, CASES, compare, some_recipes
 

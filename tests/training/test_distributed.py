@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from conftest import TINY, WEIGHTS, refuses
+from conftest import TINY, WEIGHTS, in_processes, refuses
 from data.fakes import Noise
 from declip.data.batch import PairBatch
 from declip.data.text.tokenizer import Tokenizer
@@ -21,7 +21,6 @@ from declip.training.distributed import StepSync
 from declip.training.optimizer import build_optimizer, named_trainable
 from declip.training.parallel import build_learner, full_tensor
 from declip.training.step import StepParts, training_step
-from processes import in_processes
 
 BATCH, LENGTH = 8, 16
 CAPTIONS = "one image, two captions"

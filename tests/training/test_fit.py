@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import declip
-from conftest import refuses, texture
+from conftest import in_processes, refuses, texture
 from declip.data.sources.open import open_source
 from declip.errors import UserError
 from declip.finetuning import estimate_finetune, finetune_recipe, write_finetuned
@@ -18,7 +18,6 @@ from declip.inspection.split import related_pairs
 from declip.models.closed_form import Form, Pairs, fit_heads
 from declip.runs.folder import CROSS_VALIDATION, KEPT, read_run
 from declip.training.fit import fit
-from processes import in_processes
 from text_encoders import bert
 
 pytest.importorskip("transformers")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import declip
-from conftest import TINY, tiny_tree, write_rows
+from conftest import TINY, in_processes, tiny_tree, write_rows
 from declip.api import train
 from declip.errors import UserError
 from declip.recipe.schema import Recipe
@@ -19,7 +19,6 @@ from declip.supervision.objective import Objective
 from declip.training import distributed
 from declip.training.distributed import HostGroup
 from declip.training.trainer import warn_once
-from processes import in_processes
 from training.starts import losses, moved, same_end, trained, trainer_of, tuned
 
 DROPOUT = {"image": {**TINY["image"], "model_kwargs": {**TINY["image"]["model_kwargs"], "pos_drop_rate": 0.5}}}
