@@ -110,10 +110,8 @@ class SharedFeatures:
         train, test = splits["train"], splits["test"]
         # --- features of the images of all draws, of the test images and of the names
         labels = np.asarray(train.labels, dtype=np.int64)
-        draws = {
-            shots: [sample_per_class(labels, partial(min, shots), draw) for draw in range(DRAWS)]
-            for shots in options.numbers_of_shots
-        }
+        numbers = options.numbers_of_shots
+        draws = {n: [sample_per_class(labels, partial(min, n), seed) for seed in range(DRAWS)] for n in numbers}
         encode, width = joint_encoder(self.model)
         used = np.flatnonzero(np.any([chosen for each in draws.values() for chosen in each], axis=0))
         seen = self._encode(train, encode=encode, texts=False, indices=used)
@@ -129,7 +127,7 @@ class SharedFeatures:
             return head.scores(tested.images).argmax(dim=1).numpy() == truth
 
         # --- a classifier of the names, and one for each draw
-        names_top1, results = score(right(np.zeros(len(labels), bool)), truth), []
+        names_top1, results = score(right(np.zeros(len(labels), bool)), truth), list[FewShotResult]()
         for shots, several in draws.items():
             correct = [right(chosen) for chosen in several]
             top1 = [score(each, truth) for each in correct]

@@ -4,7 +4,7 @@ import io
 import json
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -48,25 +48,11 @@ def write(model: DualEncoder, folder: Path) -> None:
     Images are (batch, 3, S, S) float32, normalized; texts (batch, length) int32 with padding after the end, length at
     most the context. Outputs are (batch, d) float32 of length 1. Batch and length are dynamic.
     """
-    assert model.recipe is not None, "a model without one was refused"
     express(model)
-    batch, prepared, size = torch.export.Dim("batch"), preprocess_config(model), model.recipe.image.size
-    squash = model.preprocessor.squash
-    # Inputs and preprocessing, for readers without declip
-    about: dict[str, Any] = {
-        "opset": OPSET,
-        "embed_dim": model.recipe.embed_dim,
-        "logit_scale": model.logit_scale.exp().item(),
-        "logit_bias": None if model.logit_bias is None else model.logit_bias.item(),
-        "vision_cfg": {"image_size": size, "input": "image", "output": "image_embeds"},
-        "preprocess_cfg": {
-            **prepared,
-            "resize": "both sides to size" if squash else "shorter side to size; the longer side is rounded down",
-            "crop": "none" if squash else "center; half a pixel is rounded to even",
-            **{"transparency": "over white", "scale": "1/255"},
-        },
-    }
+    prepared, batch = preprocess_config(model), torch.export.Dim("batch")
+    about = _description(model, prepared)
     # Image tower
+    size = about["vision_cfg"]["image_size"]
     (folder / VISUAL).mkdir()
     pixels = torch.zeros(ROWS, 3, size, size, device=model.device)
     _export(TowerModule(model, model.encode_image), pixels, {0: batch}, folder / VISUAL / MODEL, about["vision_cfg"])
@@ -87,6 +73,25 @@ def write(model: DualEncoder, folder: Path) -> None:
         _export(tower, tokens, sizes, folder / TEXTUAL / MODEL, about["text_cfg"])
         write_tokenizer(tokenizer, folder / TEXTUAL)
     (folder / ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+
+def _description(model: DualEncoder, prepared: Mapping[str, Any]) -> dict[str, Any]:
+    """Inputs and preprocessing, for readers without declip."""
+    assert model.recipe is not None, "a model without one was refused"
+    squash = model.preprocessor.squash
+    return {
+        "opset": OPSET,
+        "embed_dim": model.recipe.embed_dim,
+        "logit_scale": model.logit_scale.exp().item(),
+        "logit_bias": None if model.logit_bias is None else model.logit_bias.item(),
+        "vision_cfg": {"image_size": model.recipe.image.size, "input": "image", "output": "image_embeds"},
+        "preprocess_cfg": {
+            **prepared,
+            "resize": "both sides to size" if squash else "shorter side to size; the longer side is rounded down",
+            "crop": "none" if squash else "center; half a pixel is rounded to even",
+            **{"transparency": "over white", "scale": "1/255"},
+        },
+    }
 
 
 def reread(folder: Path) -> Reread:

@@ -88,8 +88,7 @@ def choose(
         have: A source of pairs by its path: its images with captions count as chosen from the start.
         out: A .csv file to write, with the columns image, caption (empty) and coverage.
         index: The folder of the images' index; by default one below "indices", which `declip app` uses too.
-        precision: As in `declip.load`; a model that is given as an object stays as it is.
-        engine: As in `declip.load`.
+        precision, engine: As in `declip.load`; a model that is given as an object stays as it is.
         seed: Of the sample, if there are more than `MOST` images.
     """
     check_range("count", count, 1)
@@ -100,9 +99,9 @@ def choose(
     )
     if path is not None:
         image_cell(opened, int(opened.ids[0]), path.parent)  # raises early
-    captioned = None if have is None else open_or_embed(opened.model, have, **options)
     known = torch.empty(0, opened.info.dimension)
-    if captioned is not None:
+    if have is not None:
+        captioned = open_or_embed(opened.model, have, **options)
         known = captioned.vectors(captioned.ids[np.array([bool(own) for own in captioned.captions()], dtype=bool)])
     choice = choose_from(opened, count, known, seed)
     if path is not None:

@@ -90,20 +90,15 @@ class Classifier:
         loaded = load(model, device) if isinstance(model, str | Path) else model
         names = class_features(loaded, known, read_templates(templates)[1], batch_size=batch_size)
         encode, width = joint_encoder(loaded)
-        images, labels, skipped = (
-            torch.empty(0, width + names.shape[1]),
-            torch.empty(0, dtype=torch.int64),
-            SkipCounter(),
-        )
+        given = Examples(torch.empty(0, width + names.shape[1]), torch.empty(0, dtype=torch.int64), names, width)
+        skipped = SkipCounter()
         if source is not None:
             number = _numbers(known, source.class_names)
             options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "progress": progress}
             found = encode_source(loaded, source, encode=encode, texts=False, **options)
-            images, skipped = found.images, found.skipped
-            labels = torch.from_numpy(number[np.asarray(source.labels)[found.indices]])
-        given = Examples(images, labels, names, width)
-        head = fit_few_shot(given)
-        counts = torch.bincount(labels, minlength=len(known))
+            skipped, labels = found.skipped, torch.from_numpy(number[np.asarray(source.labels)[found.indices]])
+            given = given._replace(images=found.images, labels=labels)
+        head, counts = fit_few_shot(given), torch.bincount(given.labels, minlength=len(known))
         enough = head.accuracy is not None and int((counts > 0).sum()) >= FEWEST
         rejection = choose_threshold(given, head) if enough else None
         return cls(known, tuple(counts.tolist()), head, rejection, fingerprint(loaded), skipped)
