@@ -7,6 +7,10 @@ import zlib
 
 import pytest
 
+from interchange.conftest import open_clip_configs
+
+__all__ = ["open_clip_configs"]
+
 
 def png(width, height, *chunks):
     """A PNG that says that it is so large."""

@@ -1,5 +1,7 @@
 """Ridge regression both ways against scikit-learn and plain loops."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 import scipy.linalg
@@ -17,60 +19,52 @@ def centered(side, weights):
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
-@pytest.mark.parametrize("ridge", [0.1, 3.0])
-def test_two_way_ridge_is_scikit_learns_ridge_both_ways(ridge):
-    images, texts = features(40)
-    weights = torch.linspace(0.5, 2.0, 40, dtype=torch.float64)
-    (heads,) = closed_form_heads(images, texts, weights, (Form("ridge", ridge),))
+def both_ways(x, y, regress):
+    """The sum of the regressions of one side on the other, each divided by its norm."""
+    forth, back = regress(x, y), regress(y, x)
+    return forth / np.linalg.norm(forth) + back.T / np.linalg.norm(back)
 
-    x, y, share = centered(images, weights), centered(texts, weights), (weights / weights.sum()).numpy()
-    product = np.zeros((12, 7))
-    for source, target, transposed in ((x, y, False), (y, x, True)):
+
+def plain_ridge(x, y, share, ridge):
+    def regress(source, target):
         # scikit-learn sums over rows: ε times the mean eigenvalue of the weighted covariance, trace / width.
-        alpha = ridge * np.trace((source * share[:, None]).T @ source) / source.shape[1]
-        coefficients = Ridge(alpha=alpha, fit_intercept=False).fit(source, target, sample_weight=share).coef_
-        coefficients = coefficients if transposed else coefficients.T
-        product += coefficients / np.linalg.norm(coefficients)
+        alpha = ridge * np.trace((source * share).T @ source) / source.shape[1]
+        return Ridge(alpha=alpha, fit_intercept=False).fit(source, target, sample_weight=share[:, 0]).coef_.T
 
-    bilinear = (heads.image.mT @ heads.text).numpy()
-    np.testing.assert_allclose(x @ bilinear @ y.T, x @ product @ y.T, atol=1e-8)
+    return both_ways(x, y, regress)
 
 
-@pytest.mark.parametrize("ridge", [0.1, 3.0])
-def test_cca_whitens_both_sides(ridge):
-    images, texts = features(40)
-    weights = torch.linspace(0.5, 2.0, 40, dtype=torch.float64)
-    (heads,) = closed_form_heads(images, texts, weights, (Form("cca", ridge),))
-
-    x, y, share = centered(images, weights), centered(texts, weights), (weights / weights.sum()).numpy()
+def plain_cca(x, y, share, ridge):
     whiteners = []
     for side in (x, y):
-        covariance = (side * share[:, None]).T @ side
+        covariance = (side * share).T @ side
         damped = covariance + ridge * np.trace(covariance) / len(covariance) * np.eye(len(covariance))
         whiteners.append(np.real(scipy.linalg.sqrtm(np.linalg.inv(damped))))
-    product = whiteners[0] @ (x * share[:, None]).T @ y @ whiteners[1]
-
-    bilinear = (heads.image.mT @ heads.text).numpy()
-    np.testing.assert_allclose(x @ bilinear @ y.T, x @ whiteners[0] @ product @ whiteners[1] @ y.T, atol=1e-8)
+    return whiteners[0] @ whiteners[0] @ (x * share).T @ y @ whiteners[1] @ whiteners[1]
 
 
-@pytest.mark.parametrize("ridge", [0.1, 3.0, 1e9])
-def test_pulled_heads_solve_the_penalized_regression_both_ways(ridge):
-    images, texts = features(40)
-    images = images[:, :7] + texts  # embeddings in one space
-    weights = torch.linspace(0.5, 2.0, 40, dtype=torch.float64)
-    (heads,) = closed_form_heads(images, texts, weights, (Form("pulled", ridge),))
-
-    x, y, share = centered(images, weights), centered(texts, weights), (weights / weights.sum()).numpy()
-    product = np.zeros((7, 7))
-    for source, target, transposed in ((x, y, False), (y, x, True)):
-        covariance, cross = ((source * share[:, None]).T @ side for side in (source, target))
+def plain_pulled(x, y, share, ridge):
+    def regress(source, target):
+        covariance, cross = ((source * share).T @ side for side in (source, target))
         penalty, slope = ridge * np.trace(covariance) / 7, np.trace(cross) / np.trace(covariance)
-        map_ = np.linalg.inv(covariance + penalty * np.eye(7)) @ (cross + penalty * slope * np.eye(7))
-        product += (map_.T if transposed else map_) / np.linalg.norm(map_)
+        return np.linalg.inv(covariance + penalty * np.eye(7)) @ (cross + penalty * slope * np.eye(7))
 
+    return both_ways(x, y, regress)
+
+
+PLAIN = {"ridge": plain_ridge, "cca": plain_cca, "pulled": plain_pulled}
+
+
+@pytest.mark.parametrize(("method", "ridge"), [*product(PLAIN, (0.1, 3.0)), ("pulled", 1e9)])
+def test_heads_are_those_of_scikit_learn_and_plain_algebra(method, ridge):
+    images, texts = features(40)
+    if method == "pulled":
+        images = images[:, :7] + texts  # embeddings in one space
+    weights = torch.linspace(0.5, 2.0, 40, dtype=torch.float64)
+    (heads,) = closed_form_heads(images, texts, weights, (Form(method, ridge),))
+    x, y, share = centered(images, weights), centered(texts, weights), (weights / weights.sum()).numpy()[:, None]
     bilinear = (heads.image.mT @ heads.text).numpy()
-    np.testing.assert_allclose(x @ bilinear @ y.T, x @ product @ y.T, atol=1e-8)
+    np.testing.assert_allclose(x @ bilinear @ y.T, x @ PLAIN[method](x, y, share, ridge) @ y.T, atol=1e-8)
     if ridge == 1e9:  # the cosines of the start, up to a factor
         np.testing.assert_allclose(x @ bilinear @ y.T, x @ y.T * 2 / 7**0.5, atol=1e-6)
 

@@ -136,10 +136,11 @@ def test_a_mistake_is_named(overrides, says):
     [
         ("train: {steps: 3}\ntrain: {lr: 1.0e-3}\n", "'train' is given twice"),
         ("train.steps: 3\n", "write train: {steps: …} instead"),
+        ("extends: mine.yaml\n", r"mine\.yaml.* extends itself"),
     ],
 )
 def test_a_mistake_in_a_file_is_named(text, says, tmp_path):
-    (tmp_path / "mine.yaml").write_text("extends: demo-clip\n" + text)
+    (tmp_path / "mine.yaml").write_text(text)
     refuses(says, load_recipe, tmp_path / "mine.yaml")
 
 
@@ -171,11 +172,6 @@ def test_one_string_is_a_list_of_one_and_home_is_expanded(monkeypatch):
     assert recipe.evaluation.zero_shot == ("pets:/home/somebody/pets",)
     assert (recipe.data.source, recipe.data.image_root) == ("/home/somebody/b.csv", "/home/somebody/images")
     assert recipe.finetune.pretrained == "runs/~x"
-
-
-def test_a_recipe_that_extends_itself_is_named(tmp_path):
-    (tmp_path / "loop.yaml").write_text("extends: loop.yaml\n")
-    refuses(r"loop.yaml.* extends itself", load_recipe, tmp_path / "loop.yaml")
 
 
 @pytest.mark.parametrize(

@@ -238,10 +238,13 @@ def check(case, total, terms):
     assert compared > 2
 
 
+def inputs_of(case):
+    return {name.removeprefix("in/"): x.requires_grad_() for name, x in case.items() if name.startswith("in/")}
+
+
 def declip_terms(case, text_views):
     """The four contrasts by our functions; InfoNCE of the first pair and of the others apart."""
-    inputs = {name.removeprefix("in/"): x.requires_grad_() for name, x in case.items() if name.startswith("in/")}
-    sources = ("logits", "logits_aug")[:text_views]
+    inputs, sources = inputs_of(case), ("logits", "logits_aug")[:text_views]
     size = len(inputs["logits.0"])
     images = torch.stack([torch.cat([inputs[f"{s}.{view}"] for s in sources], dim=1) for view in (0, 1)])
     texts = torch.stack([torch.cat([inputs[f"{s}.{view}"] for view in (2, 3)], dim=1) for s in sources])
@@ -298,23 +301,16 @@ def test_defilip(golden, name):
 
 
 @pytest.mark.golden
-@pytest.mark.parametrize("name", loss_cases("slip_total"))
-def test_slip(golden, name):
+@pytest.mark.parametrize("name", loss_cases("slip_total", "filip_total"))
+def test_slip_and_filip(golden, name):
     case = golden(name)
-    inputs = {name.removeprefix("in/"): x.requires_grad_() for name, x in case.items() if name.startswith("in/")}
+    inputs = inputs_of(case)
     keys = torch.eye(len(inputs["logits.0"]))
     contrastive = info_nce(inputs["logits.0"], inputs["logits.1"], keys, keys, 1.0)
-    z1, keys1, z2, keys2 = (inputs[f"sim_features.{i}"] for i in range(4))
-    views = nt_xent(z1, z2, keys1, keys2)
-    check(case, contrastive + views, {"clip_losses": contrastive, "simclr_losses": views})
-
-
-@pytest.mark.golden
-@pytest.mark.parametrize("name", loss_cases("filip_total"))
-def test_filip(golden, name):
-    case = golden(name)
-    inputs = {name.removeprefix("in/"): x.requires_grad_() for name, x in case.items() if name.startswith("in/")}
-    keys = torch.eye(len(inputs["logits.0"]))
-    contrastive = info_nce(inputs["logits.0"], inputs["logits.1"], keys, keys, 1.0)
-    late = info_nce(inputs["dense_logits.0"], inputs["dense_logits.1"], keys, keys, 1.0)
-    check(case, 0 * contrastive + late, {"clip_losses": contrastive, "clip_dense_losses": late})
+    if name.startswith("slip"):
+        z1, keys1, z2, keys2 = (inputs[f"sim_features.{i}"] for i in range(4))
+        views = nt_xent(z1, z2, keys1, keys2)
+        check(case, contrastive + views, {"clip_losses": contrastive, "simclr_losses": views})
+    else:
+        late = info_nce(inputs["dense_logits.0"], inputs["dense_logits.1"], keys, keys, 1.0)
+        check(case, 0 * contrastive + late, {"clip_losses": contrastive, "clip_dense_losses": late})
