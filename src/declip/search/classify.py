@@ -88,7 +88,8 @@ def classify(
         label_column: The column of classes in a table of examples.
         templates: Name of a template set, or templates with ``{}`` for the class.
         out: A .csv file for the probability of every class.
-        precision, engine: As in `declip.load`; a model that is given as an object stays as it is.
+        precision: As in `declip.load`; a model that is given as an object stays as it is.
+        engine: As in `declip.load`.
         on_prediction: Called with each prediction, in the order of the images.
     """
     # --- input, before the model is loaded
