@@ -60,6 +60,11 @@ def train(
 
     Returns:
         The run. After Ctrl-C or SIGTERM, `finished` is False and a checkpoint has been saved.
+
+    Examples:
+        >>> run = declip.train("runs/demo/recipe.yaml", {"train.steps": 2}, "runs/new", data="pairs.csv", quiet=True)
+        >>> run.finished, run.metrics[-1]["step"]
+        (True, 2)
     """
     for callback in callbacks:
         if not isinstance(callback, Sink):
@@ -134,6 +139,10 @@ def evaluate(
         engine: As in `declip.load`.
         options: Fields of `declip.evaluation.protocols.Options`, such as ``batch_size=64`` or
             ``templates="a photo of {}"``.
+
+    Examples:
+        >>> declip.evaluate("runs/demo", "pairs.csv", "retrieval").text_to_image.queries
+        8
     """
     chosen, opened = Options(**options), open_dataset(dataset, label_column=label_column)
     if len(chosen.numbers_of_shots) > 1:

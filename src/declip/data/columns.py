@@ -19,6 +19,10 @@ class Columns:
         caption: Column of captions; None does not read them.
         group: Column whose equal cells mark pairs that show the same thing; None for no groups.
         root: Folder that image paths are relative to; None: the folder of the table.
+
+    Examples:
+        >>> declip.Columns(image="file", caption="title")
+        Columns(image='file', caption='title', group=None, root=None)
     """
 
     image: str = "image"

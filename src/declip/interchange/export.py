@@ -71,6 +71,10 @@ def export(
         overwrite: Replace an existing export.
         repo: OWNER/NAME of the repository on the Hub to which you will upload the folder, for the card. It is required
             if "open_clip" will load the model from there, unless the vocabulary is CLIP's.
+
+    Examples:
+        >>> declip.export("runs/demo", "safetensors", "exports/demo").difference < 1e-6
+        True
     """
     # --- the request, before the model is loaded
     if format not in FORMATS:

@@ -91,6 +91,11 @@ def load(
 
     Returns:
         The model: `encode_image(preprocess(images))` and `encode_text(tokenize(texts))`.
+
+    Examples:
+        >>> model = declip.load("runs/demo")
+        >>> model.encode_text(model.tokenize(["a red square", "a cat"])).shape
+        torch.Size([2, 8])
     """
     target = pick_device(device)
     pick_precision(precision, target)  # refused before the weights are read

@@ -25,6 +25,12 @@ class DualEncoder(nn.Module):
     """Image tower, text tower and logit scale (logarithm of the inverse temperature), with preprocessing and tokenizer.
 
     A model of a sigmoid loss has a logit bias too, others None.
+
+    Examples:
+        >>> model, image = declip.load("runs/demo"), Image.open("photos/red.png")
+        >>> image_features = model.encode_image(model.preprocess(image))
+        >>> (image_features @ model.encode_text(model.tokenize(["a red square", "a cat"])).T).shape
+        torch.Size([1, 2])
     """
 
     recipe: Recipe | None = None  # that `from_recipe` built the model from
@@ -121,6 +127,10 @@ class DualEncoder(nn.Module):
         Args:
             size: Side of the square in pixels, by default that of training. Twice as much shows more detail; towers
                 with position embeddings take one size only.
+
+        Examples:
+            >>> declip.load("runs/demo").similarity_map(Image.open("photos/red.png"), "a red square").shape
+            torch.Size([16, 16])
         """
         image, preprocess = apply_exif(image), copy(self.preprocessor)
         preprocess.size, preprocess.squash = size or preprocess.size, True

@@ -31,7 +31,11 @@ def load_recipe(name: str | Path, overrides: Mapping[str, Any] | None = None) ->
 
     Args:
         name: Name of a shipped recipe, or the path of a YAML file.
-        overrides: Dotted keys and values, such as ``{"train.steps": 500}``; a value of type str is read as YAML.
+        overrides: Dotted keys and values; a value of type str is read as YAML.
+
+    Examples:
+        >>> declip.load_recipe("demo-declip", {"train.steps": 500}).train.steps
+        500
     """
     given: set[str] = set()
     # --- the file and its ancestors, then the overrides

@@ -300,7 +300,12 @@ class Evaluation(Section):
 
 
 class Recipe(Section):
-    """All settings of an experiment."""
+    """All settings of an experiment.
+
+    Examples:
+        >>> declip.load_recipe("slip").active_losses
+        {'contrastive': 1.0, 'simclr': 1.0}
+    """
 
     name: str = Field("unnamed", description="name for tables and reports")
     seed: int = Field(0, ge=0, lt=2**63, description="seed of weights, views, order and choice of pairs")

@@ -91,6 +91,11 @@ def choose(
         precision: As in `declip.load`; a model that is given as an object stays as it is.
         engine: As in `declip.load`.
         seed: Of the sample, if there are more than `MOST` images.
+
+    Examples:
+        >>> chosen = declip.choose("runs/demo", "photos", count=3, workers=0)
+        >>> len(chosen.images)
+        3
     """
     check_range("count", count, 1)
     path = None if out is None else csv_path(out)

@@ -52,7 +52,12 @@ class _Stored(BaseModel):
 
 @dataclass(frozen=True)
 class Classifier:
-    """Class names and example images of some classes, fitted in closed form to a model's frozen features."""
+    """Class names and example images of some classes, fitted in closed form to a model's frozen features.
+
+    Examples:
+        >>> declip.Classifier.fit("runs/demo", examples="labels.csv").classes
+        ('blue', 'red')
+    """
 
     classes: tuple[str, ...]
     counts: tuple[int, ...]  # example images of each class

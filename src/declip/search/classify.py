@@ -91,6 +91,11 @@ def classify(
         precision: As in `declip.load`; a model that is given as an object stays as it is.
         engine: As in `declip.load`.
         on_prediction: Called with each prediction, in the order of the images.
+
+    Examples:
+        >>> found = declip.classify("runs/demo", "photos", ["red", "blue"], workers=0)
+        >>> sum(found.counts.values())
+        8
     """
     # --- input, before the model is loaded
     check_range("batch_size", batch_size, 1)

@@ -70,6 +70,11 @@ def embed(
 
     Raises:
         UserError: Source, model or an option cannot be used, or the folder has other content or is not writable.
+
+    Examples:
+        >>> index = declip.embed("runs/demo", "photos", out="indices/new", workers=0)
+        >>> len(index)
+        8
     """
     # --- options, source and model
     check_range("batch_size", batch_size, 1)

@@ -37,6 +37,11 @@ class Embedder:
         columns: Columns of the source, if it is a table.
         precision: As in `declip.load`.
         engine: As in `declip.load`.
+
+    Examples:
+        >>> embed = declip.Embedder("runs/demo", image="photo", id="name")
+        >>> sorted(embed({"name": ["red"], "photo": ["photos/red.png"]}))
+        ['error', 'id', 'model', 'vector']
     """
 
     def __init__(

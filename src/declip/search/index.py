@@ -57,6 +57,11 @@ class Index:
 
     Raises:
         UserError: There is no index, it is damaged, or another version of declip wrote it.
+
+    Examples:
+        >>> hits = declip.Index("indices/photos").search("a red square", k=3)
+        >>> len(hits)
+        3
     """
 
     def __init__(

@@ -33,6 +33,13 @@ class Sink:
 
     A resumed run repeats the steps after its checkpoint, so a step can be logged twice, with the same numbers. An error
     that a callback raises ends the run.
+
+    Examples:
+        >>> class Losses(declip.Sink):
+        ...     def log(self, step, row): print(step, "loss" in row)
+        >>> options = {"data": "pairs.csv", "quiet": True, "callbacks": [Losses()]}
+        >>> run = declip.train("runs/demo/recipe.yaml", {"train.steps": 1}, "runs/one", **options)
+        1 True
     """
 
     def start(self, info: RunInfo) -> None:

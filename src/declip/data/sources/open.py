@@ -51,6 +51,10 @@ def open_source(spec: str | Path | PairSource | Items, columns: Columns = DEFAUL
             a list of pairs (.pairs), which names its columns itself; NAME:REST for the source NAME of a plugin. In
             Python also a source, or any object with `__len__` and `__getitem__`, see `ItemSource`.
         columns: The columns of a table, or the keys of a Python object's dicts.
+
+    Examples:
+        >>> open_source("pairs.csv")[0].captions
+        ('a red square',)
     """
     # --- objects and names
     if not isinstance(spec, str | Path):

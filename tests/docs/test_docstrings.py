@@ -1,0 +1,56 @@
+"""The examples in docstrings of public names, run in a folder with a run, eight images and a table of them."""
+
+import doctest
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import declip
+from declip.data.sources.open import open_source
+from declip.models.dual_encoder import DualEncoder
+from fixtures.make import PAIRS
+
+RUN = Path(__file__).parents[1] / "fixtures" / "1.0" / "run"
+WITHOUT = {"PairBatch", "Term", "UserError", "compare", "finetune", "interchange"}
+"""Names without an example: those that cost more than a second, and those that need more than five lines."""
+
+OBJECTS = {name: getattr(declip, name) for name in declip.__all__ if name not in WITHOUT}
+OBJECTS |= {"DualEncoder": DualEncoder, "open_source": open_source}
+GLOBS = {"declip": declip, "Image": Image, "open_source": open_source}
+EXAMPLES = {
+    test.name: test
+    for name, value in OBJECTS.items()
+    for test in doctest.DocTestFinder(exclude_empty=True).find(value, name, globs=GLOBS)
+    if test.examples
+}
+
+
+def test_every_name_has_an_example():
+    assert OBJECTS.keys() <= {name.split(".")[0] for name in EXAMPLES}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """runs/demo, photos, pairs.csv, labels.csv, and indices/photos."""
+    path = tmp_path_factory.mktemp("examples")
+    shutil.copytree(RUN, path / "runs" / "demo")
+    (path / "photos").mkdir()
+    rows = ["image,caption"]
+    for image, caption in PAIRS:
+        name = f"photos/{caption.split()[1]}.png"
+        image.save(path / name)
+        rows.append(f"{name},{caption}")
+    (path / "pairs.csv").write_text("\n".join(rows) + "\n")
+    (path / "labels.csv").write_text("image,label\nphotos/red.png,red\nphotos/blue.png,blue\n")
+    declip.embed(path / "runs" / "demo", path / "photos", out=path / "indices" / "photos", workers=0)
+    return path
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_it_prints_what_it_says(name, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    printed = []
+    doctest.DocTestRunner().run(EXAMPLES[name], out=printed.append)
+    assert not printed, "".join(printed)
