@@ -23,11 +23,11 @@ from declip.comparison.outcome import Outcome, read_outcome
 from declip.comparison.study import STUDY, Study, extended, read_study, write_study
 from declip.errors import UserError
 from declip.io.atomic import write_text
+from declip.io.pool import cores
 from declip.io.progress import print_line, progress_bar, status
 from declip.models.device import pick_device
 from declip.training.assemble import assemble
 from declip.training.estimate import step_seconds
-from declip.training.monitor import cores
 
 RESULTS, JOBS_LOG = "results.json", "jobs.log"
 ROUNDS, WARM, TIMED = 3, 3, 8  # rounds of timing, and steps per round: warm-up fills caches and chooses kernels

@@ -23,7 +23,12 @@ MAX_WORKERS = 8  # default limit of worker processes; with more the disk is the 
 
 def usual_workers() -> int:
     """Default number of worker processes: one per core, at most `MAX_WORKERS`."""
-    return min(os.cpu_count() or 1, MAX_WORKERS)
+    return min(cores(), MAX_WORKERS)
+
+
+def cores() -> int:
+    """Number of processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def mapped(

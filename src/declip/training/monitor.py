@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from declip.io.pool import MAX_WORKERS, cores
 from declip.training.sinks import Bar, JsonLines, Messages, RunInfo, Sink
 from declip.training.trackers import AUTO, trackers_of
 
@@ -17,7 +18,6 @@ FLAT_AFTER = 300  # steps after which a contrastive loss still at chance level i
 STARVED = 0.25  # fraction of time spent waiting for batches above which a warning is due
 LEAST_STEPS, LEAST_SECONDS = 20, 5.0  # before a verdict about the loader
 WARM = 3  # steps after a start of the workers that do not count, because their queue is empty
-MOST_WORKERS = 8
 
 
 @contextmanager
@@ -160,9 +160,4 @@ class ThroughputMonitor:
 
 def auto_workers(training: int) -> int:
     """Number of loader processes: this rank's share of the machine's processors, minus the `training` threads."""
-    return max(0, min(MOST_WORKERS, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - training))
-
-
-def cores() -> int:
-    """Number of processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(0, min(MAX_WORKERS, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - training))
