@@ -85,10 +85,11 @@ def gpu(scripts, call, tmp_path, monkeypatch):
     return called
 
 
-def test_embedding_in_two_precisions(call):
+def test_embedding_with_two_engines(call):
     words = ["--towers", "builtin:lite0-minilm", "--sizes", "48x40", "--images", 3, "--repeats", 1, "--threads", 1]
+    words += ["--engine", "openvino"]
     rows = json.loads(call("embed", *words)[1][-1])["rows"]
-    assert [(row["what"], row["count"]) for row in rows] == [("declip", 3), ("fp32", 3), ("tower", 3)]
+    assert [(row["what"], row["count"]) for row in rows] == [("declip", 3), ("fp32", 3), ("tower", 3), ("torch", 3)]
     assert rows[0]["times_declip"] == 1
 
 

@@ -6,6 +6,7 @@ import torch
 from conftest import refuses, tiny_tree
 from declip.models.dual_encoder import DualEncoder
 from declip.models.inference import (
+    chunked,
     convert,
     fingerprint,
     image_encoder,
@@ -152,3 +153,22 @@ def test_rounded_filters_keep_their_sums():
     assert float((rounded - weight).abs().max()) < 2**-6
     lost = [float((each - weight).sum((2, 3)).abs().mean()) for each in (rounded, nearest)]
     assert lost[0] < lost[1] / 4
+
+
+def test_threads_encode_different_images():
+    images, seen = torch.arange(30.0).view(30, 1, 1, 1).expand(30, 3, 256, 256), []  # four at a time
+
+    def encode(part):
+        seen.append((len(part), torch.get_num_threads(), torch.is_grad_enabled()))
+        return part[:, :, 0, 0]
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with torch.no_grad():
+            found = chunked(encode, images)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found, images[:, :, 0, 0])
+    assert sorted(seen) == [(3, 1, False)] * 6 + [(4, 1, False)] * 3

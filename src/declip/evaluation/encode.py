@@ -1,10 +1,12 @@
 """Image and text features of a source for evaluation, without gradients."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import islice
 from typing import Any, Protocol
 
 import numpy as np
@@ -31,6 +33,8 @@ class Encoder(Protocol):
     def modules(self) -> Iterator[nn.Module]: ...
     def parameters(self) -> Iterator[nn.Parameter]: ...
 
+
+READ_AT_ONCE = 32  # images
 
 Row = tuple[int, str, tuple[str, ...]]
 """Index, key and captions of a pair."""
@@ -117,7 +121,7 @@ def encode_source(
     parts: list[Tensor] = []
     skipped = SkipCounter()
     title = f"Images of {source.name}" if progress else ""
-    stream = mapped(BatchReader(model, partial(_read_row, source)), batches, workers, title)
+    stream = read_batches(BatchReader(model, partial(_read_row, source)), batches, workers, title)
     with eval_mode(model) as device:
         embed = image_encoder(model) if encode is None else encode
         for pixels, read, broken in stream:
@@ -183,6 +187,25 @@ class BatchReader:
         if isinstance(self.preprocess, Preprocess):
             return self.preprocess.fast(image)
         return Image.fromarray(image.pixels())
+
+
+def read_batches(
+    reader: BatchReader, batches: Sequence[Any], workers: int | None, title: str, pin_memory: bool = False
+) -> Iterator[tuple[Tensor | None, list[Any], SkipCounter]]:
+    """Read batches of images; arguments as for `mapped`, results as of `BatchReader`.
+
+    A worker process reads a part of a batch at a time, so that all of them read the first one.
+    """
+    size = max(map(len, batches), default=1) if pin_memory else READ_AT_ONCE  # joining would copy to other memory
+    parts = [batch[start : start + size] for batch in batches for start in range(0, len(batch), size)]
+    stream = mapped(reader, parts, workers, title, pin_memory)
+    for batch in batches:
+        pixels, rows, skipped = list[Tensor](), list[Any](), SkipCounter()
+        for part, read, broken in islice(stream, math.ceil(len(batch) / size)):
+            pixels += [] if part is None else [part]
+            rows += read
+            skipped.merge(broken)
+        yield (pixels[0] if len(pixels) == 1 else torch.cat(pixels) if pixels else None), rows, skipped
 
 
 def _read_row(source: PairSource, index: int) -> tuple[Image.Image, Row]:

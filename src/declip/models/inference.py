@@ -2,7 +2,9 @@
 
 import hashlib
 import logging
+import math
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from functools import partial
 from typing import Any, Literal, get_args
@@ -16,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from declip.errors import UserError, check_installed, unknown
-from declip.models.device import computes_bf16
+from declip.models.device import computes_bf16, lanes
 from declip.models.dual_encoder import DualEncoder, has_text
 from declip.models.image_tower import ImageTower, NoImageTower
 from declip.models.openvino import OpenVinoTower
@@ -87,11 +89,32 @@ def _update(digest: Any, head: str, tensor: Tensor) -> None:
 
 
 def chunked(encode: Callable[[Tensor], Tensor], images: Tensor, times: int = 1) -> Tensor:
-    """Encode images (n, 3, H, W), on a CPU a few at a time, `times` as many as by default."""
+    """Encode images (n, 3, H, W), on a CPU a few at a time, `times` as many as by default.
+
+    Several threads encode different images: those that share a layer wait for each other at its end, and as they wait
+    busily, ViT-B/32 takes 1.6 times as much processor time with two threads beside other processes.
+    """
     if images.device.type != "cpu":
         return encode(images)
-    size = max(1, times * PIXELS * torch.get_num_threads() // images[0, 0].numel())
-    return torch.cat([encode(part) for part in images.split(size)])
+    size, threads = max(1, times * PIXELS // images[0, 0].numel()), torch.get_num_threads()
+    at_once = min(lanes(), math.ceil(len(images) / size))
+    if at_once == 1 or torch.is_autocast_enabled("cpu"):  # which other threads do not inherit
+        return torch.cat([encode(part) for part in images.split(size * threads)])
+    each = threads // at_once
+    rounds = math.ceil(len(images) / (size * each * at_once))
+    lane = partial(_in_mode, encode, torch.is_grad_enabled())
+    try:
+        # New threads for each batch: those of a pool would be missing in a forked process.
+        with ThreadPoolExecutor(at_once, initializer=torch.set_num_threads, initargs=(each,)) as pool:
+            return torch.cat(list(pool.map(lane, images.tensor_split(rounds * at_once))))
+    finally:
+        torch.set_num_threads(threads)  # of threads to come, too
+
+
+def _in_mode(encode: Callable[[Tensor], Tensor], grad: bool, images: Tensor) -> Tensor:
+    """Encode images in a thread, which does not inherit whether gradients are computed."""
+    with torch.set_grad_enabled(grad):
+        return encode(images)
 
 
 def image_encoder(model: Any) -> Callable[[Tensor], Tensor]:

@@ -14,8 +14,7 @@ from declip.data.pair import LazyImage, SkipCounter
 from declip.data.sources.open import ImageSource
 from declip.data.sources.shard_files import stored_path
 from declip.errors import UserError
-from declip.evaluation.encode import BatchReader, Encoder, eval_mode
-from declip.io.pool import mapped
+from declip.evaluation.encode import BatchReader, Encoder, eval_mode, read_batches
 from declip.models.inference import fingerprint, image_encoder, normalized
 from declip.search.info import ModelInfo
 
@@ -42,7 +41,7 @@ def encode_images(
     """Read and encode images of a source: by batch, unit vectors (n, d), what `read` returned, and those left out."""
     pinned = next(model.parameters()).device.type == "cuda" if hasattr(model, "parameters") else False
     title = f"Images of {source.name}" if progress else ""
-    stream = mapped(BatchReader(model, partial(read, source)), batches, workers, title, pinned)
+    stream = read_batches(BatchReader(model, partial(read, source)), batches, workers, title, pinned)
     whole = image_encoder(model) if encode is None else lambda pixels: encode(normalized(model, pixels))
     for pixels, rows, broken in stream:
         yield (torch.empty(0, 0) if pixels is None else image_vectors(model, pixels, whole)), rows, broken
