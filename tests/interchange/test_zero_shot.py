@@ -114,6 +114,7 @@ def test_weights_with_projections_or_without_names_stay_as_they_are():
         replace(weights, classes=replace(weights.classes, names=())),
     ):
         assert complete(same) is same
+    refuses("no projections, nor a classifier with known names", replace(weights, classes=None).build)
 
 
 def test_a_model_without_pairs_is_exported_as_any_other(tmp_path):

@@ -112,6 +112,8 @@ class Weights:
         with torch.random.fork_rng(devices=[]), Uninitialized():
             model, adapters = self._empty()
         if difference := first_difference(model.state_dict(), self.tensors):
+            if self.whole and not self.projected:
+                difference = "no projections, nor a classifier with known names of its classes to fit them to"
             raise UserError(
                 f"'{self.origin}' is not a complete model ({difference}), but training can start from it: "
                 f"declip finetune PAIRS --from {self.origin}"
