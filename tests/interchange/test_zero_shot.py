@@ -54,7 +54,7 @@ def test_projections_compare_as_the_closed_form_does():
     texts = encode_texts(weights, list(classes.names))
     pairs = ClassPairs(classes.rows, texts, torch.arange(COUNT), classes.mean)
     nothing = Pairs(torch.empty(0, classes.rows.shape[1]), torch.empty(0, texts.shape[1]), torch.empty(0).long())
-    (heads,) = fit_heads(nothing, torch.empty(0, dtype=torch.bool), pairs, 1.0, (DEFAULT_FORM,))
+    (heads,) = fit_heads(nothing, pairs, 1.0, (DEFAULT_FORM,))
     with torch.no_grad():
         features = model.encode_text(model.tokenize(classes.names))
         images = torch.nn.functional.normalize(model.image_tower.proj(classes.rows), dim=-1)

@@ -84,29 +84,28 @@ def test_an_image_counts_once_however_many_captions_it_has():
     once = Pairs(images, texts, torch.arange(30))
     owners = torch.cat([torch.arange(30), torch.zeros(3, dtype=torch.int64)])
     thrice = Pairs(images, torch.cat([texts, texts[:1].expand(3, -1)]), owners)
-    everything = torch.ones(30, dtype=torch.bool)
-    (first,), (second,) = (fit_heads(pairs, everything, None, 0.0, (DEFAULT_FORM,)) for pairs in (once, thrice))
+    (first,), (second,) = (fit_heads(pairs, None, 0.0, (DEFAULT_FORM,)) for pairs in (once, thrice))
     torch.testing.assert_close(first.image.mT @ first.text, second.image.mT @ second.text)
 
 
 def test_directions_of_the_means_are_ignored():
     pairs = pairs_of(50)
-    (heads,) = fit_heads(pairs, torch.ones(50, dtype=torch.bool), None, 0.0, (DEFAULT_FORM,))
+    (heads,) = fit_heads(pairs, None, 0.0, (DEFAULT_FORM,))
     for head, side in ((heads.image, pairs.images), (heads.text, pairs.texts)):
         assert float((head @ side.mean(dim=0)).norm() / head.norm()) < 1e-12
 
 
 def test_features_without_variance_give_finite_heads():
     pairs = Pairs(torch.ones(5, 12), torch.ones(5, 7), torch.arange(5))
-    (heads,) = fit_heads(pairs, torch.ones(5, dtype=torch.bool), None, 0.0, (DEFAULT_FORM,))
+    (heads,) = fit_heads(pairs, None, 0.0, (DEFAULT_FORM,))
     assert bool(heads.image.isfinite().all() and heads.text.isfinite().all())
 
 
 def test_a_common_vector_of_the_classifier_changes_nothing():
-    classes, pairs, chosen = class_pairs(), pairs_of(25), torch.ones(25, dtype=torch.bool)
+    classes, pairs = class_pairs(), pairs_of(25)
     moved = classes._replace(rows=classes.rows + torch.linspace(-3, 3, 12, dtype=torch.float64))
     products = []
     for each in (classes, moved):
-        (heads,) = fit_heads(pairs, chosen, each, 1.0, (DEFAULT_FORM,))
+        (heads,) = fit_heads(pairs, each, 1.0, (DEFAULT_FORM,))
         products.append(heads.image.mT @ heads.text)
     torch.testing.assert_close(*products)

@@ -101,9 +101,7 @@ def test_heads_are_those_of_every_caption_of_all_pairs(run, folder):
         texts = model.text_tower.pool(model.tokenize([each for pair in captions for each in pair]))
     known = run.cross_validation
     pairs = Pairs(images, texts, torch.arange(COUNT).repeat_interleave(2))
-    (heads,) = fit_heads(
-        pairs, torch.ones(COUNT, dtype=torch.bool), None, 0.0, (Form(known["method"], known["ridge"]),)
-    )
+    (heads,) = fit_heads(pairs, None, 0.0, (Form(known["method"], known["ridge"]),))
     expected = heads.similarities(images.double(), texts.double()).float() * known["logit_scale"]
     torch.testing.assert_close(cosines(run.folder, folder), expected, rtol=0, atol=1e-3)
     assert (known["pairs"], known["captions"], known["classes"], known["candidates"]) == (COUNT, 2 * COUNT, 0, 8)

@@ -220,7 +220,7 @@ def class_heads(classes: Classes, texts: Tensor) -> Heads:
     pairs = ClassPairs(classes.rows.double(), texts.double(), classes.texts()[1], classes.mean.double())
     # The classes are the only pairs.
     nothing = Pairs(torch.empty(0, classes.rows.shape[1]), torch.empty(0, texts.shape[1]), torch.empty(0).long())
-    (heads,) = fit_heads(nothing, torch.empty(0, dtype=torch.bool), pairs, 1.0, (DEFAULT_FORM,))
+    (heads,) = fit_heads(nothing, pairs, 1.0, (DEFAULT_FORM,))
     axes = normalize(heads.text, dim=1).mT  # (w, k)
     rotated = (axes @ head for head in heads)
     # Lengths do not change a cosine; these are the ones of a projection's random start.

@@ -176,12 +176,9 @@ def split_product(product: Tensor) -> tuple[Tensor, Tensor]:
     return (product @ axes * inverse).mT, (axes * roots * (inverse > 0)).mT
 
 
-def fit_heads(
-    pairs: Pairs, chosen: Tensor, classes: ClassPairs | None, class_weight: float, forms: tuple[Form, ...]
-) -> list[Heads]:
-    """Heads of the chosen images (bool, (n,)) and of a classifier's classes, by each form."""
-    # Captions of the images, then texts of the classes
-    rows = regression_rows(pairs, chosen, classes, class_weight)
+def fit_heads(pairs: Pairs, classes: ClassPairs | None, class_weight: float, forms: tuple[Form, ...]) -> list[Heads]:
+    """Heads of images and of a classifier's classes, by each form."""
+    rows = regression_rows(pairs, classes, class_weight)
     return closed_form_heads(rows.images, rows.texts, rows.weights, forms, rows.mean)
 
 
@@ -194,15 +191,14 @@ class RegressionRows(NamedTuple):
     mean: Tensor | None  # (v,) mean feature of images; None: that of `images`
 
 
-def regression_rows(pairs: Pairs, chosen: Tensor, classes: ClassPairs | None, class_weight: float) -> RegressionRows:
-    """Rows of the regression: a chosen image weighs 1, a class `class_weight`, however many texts they have."""
-    captions = chosen[pairs.owners]
-    owners = pairs.owners[captions]
-    images, texts = [pairs.images[owners]], [pairs.texts[captions]]
-    weights = [1 / torch.bincount(owners, minlength=len(pairs.images))[owners].double()]
-    own = pairs.images[chosen].double()
+def regression_rows(pairs: Pairs, classes: ClassPairs | None, class_weight: float) -> RegressionRows:
+    """Rows of the regression: an image weighs 1, a class `class_weight`, however many texts they have."""
+    owners = pairs.owners
+    images, texts = [pairs.images[owners]], [pairs.texts]
+    weights = [1 / torch.bincount(owners)[owners].double()]
     mean = None
     if classes is not None:
+        own = pairs.images.double()
         mean = (OWN_MEAN * classes.mean.double() + own.sum(dim=0)) / (OWN_MEAN + len(own))
         if class_weight:
             # A classifier's rows are known up to a common vector, which softmax ignores.

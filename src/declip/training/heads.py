@@ -36,8 +36,9 @@ START_FORMS = (
 )
 """Candidates where the features are embeddings of a model that has projections."""
 
-CLASS_WEIGHTS = (1.0, 0.25, 0.0)  # candidates for the weight of a class, where an own image has 1; 0: without classes
-DEFAULT_CLASS_WEIGHT = 1.0  # of fewer pairs than can be cross-validated
+CLASS_WEIGHTS = (1.0, 0.25, 0.0)
+"""Candidates for the weight of a class, where an own image has 1; the first where pairs are too few to choose."""
+
 SCALES = (5.0, 10.0, 15.0, 20.0, 30.0, 50.0, 100.0)  # candidates for the logit scale
 DEFAULT_SCALE = 20.0
 TIE = 1e-9  # gains that differ by less are equal: the usual heads, or else the larger weight of the classes, are kept
@@ -146,13 +147,11 @@ def choose_heads(
         embedded: The features are embeddings in one space, which the heads may leave as they are.
     """
     forms, usual = (START_FORMS, START) if embedded else (FORMS, DEFAULT_FORM)
-    everything = torch.ones(len(pairs.images), dtype=torch.bool)
     weights = CLASS_WEIGHTS if classes is not None else (0.0,)
     # --- too few to choose
     if len(np.unique(groups)) < FEWEST:
-        weight = DEFAULT_CLASS_WEIGHT if classes is not None else 0.0
-        (heads,) = fit_heads(pairs, everything, classes, weight, (usual,))
-        return Choice(heads, usual, weight)
+        (heads,) = fit_heads(pairs, classes, weights[0], (usual,))
+        return Choice(heads, usual, weights[0])
     # --- all candidates
     folds = torch.from_numpy(assign_folds(groups, FOLDS, seed))
     some, chosen = subset(pairs, seed)
@@ -173,7 +172,7 @@ def choose_heads(
 
     # --- the best, on all pairs
     form, weight = _best(tried, (usual, weights[0]), some)
-    (heads,) = fit_heads(pairs, everything, classes, weight, (form,))
+    (heads,) = fit_heads(pairs, classes, weight, (form,))
     best, reference = outcome(form, weight), outcome(START, 0.0) if embedded else None
     if classes is not None:
         alone = {key: each for key, each in tried.items() if key[1] == 0}
@@ -221,7 +220,7 @@ class CrossValidation:
         """
         self.pairs, self.groups, self.folds = pairs, groups, folds
         n, m = len(pairs.images), len(pairs.texts)
-        rows = regression_rows(pairs, torch.ones(n, dtype=torch.bool), classes, class_weight)
+        rows = regression_rows(pairs, classes, class_weight)
         weights = rows.weights.float()
         x = CenteredFeatures.of(rows.images.float(), rows.weights, rows.mean).rows  # (r, v), the first m of own images
         y = CenteredFeatures.of(rows.texts.float(), rows.weights).rows  # (r, w)
