@@ -82,14 +82,12 @@ def classify(
     Args:
         images: A folder, a file, a pattern such as "photos/*.jpg", or any source; images need no captions.
         classes: Names, a file with one per line, or a string of names with commas; by default those of the examples.
-        examples: Labeled images of some or all of the classes, as for `declip.Classifier.fit`.
+        examples, label_column: Labeled images of some or all of the classes, as for `declip.Classifier.fit`.
         head: A fitted classifier or its file, instead of classes and examples.
         reject: Assign images unlike the examples to "none of these".
-        label_column: The column of classes in a table of examples.
         templates: Name of a template set, or templates with ``{}`` for the class.
         out: A .csv file for the probability of every class.
-        precision: As in `declip.load`; a model that is given as an object stays as it is.
-        engine: As in `declip.load`.
+        precision, engine: As in `declip.load`; a model that is given as an object stays as it is.
         on_prediction: Called with each prediction, in the order of the images.
 
     Examples:
@@ -109,9 +107,7 @@ def classify(
     options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "progress": progress}
     if examples is not None:
         classifier = Classifier.fit(encoder, names, examples, templates=prompts, label_column=label_column, **options)
-    scorer = (
-        _with_examples(encoder, classifier, reject) if classifier else _names_alone(encoder, names, prompts, batch_size)
-    )
+    scorer = _by_examples(encoder, classifier, reject) if classifier else _by_names(encoder, names, prompts, batch_size)
     result = Classification(dict.fromkeys([*scorer.names, *([NONE] if reject else [])], 0), classifier=classifier)
     collect = on_prediction or (result.predictions.append if path is None else lambda prediction: None)
     # --- classify and write batch by batch
@@ -162,14 +158,14 @@ class _Scorer:
             yield Prediction(key, NONE if other else best, largest, dict(zip(self.names, own, strict=True)))
 
 
-def _names_alone(encoder: Encoder, names: Sequence[str], prompts: Sequence[str], batch_size: int) -> _Scorer:
+def _by_names(encoder: Encoder, names: Sequence[str], prompts: Sequence[str], batch_size: int) -> _Scorer:
     """CLIP's zero-shot classification: the logit scale times the cosines."""
     encoder.tokenize([""])  # a model without a text tower fails before processes start
     texts, scale = class_features(encoder, names, prompts, batch_size=batch_size).double(), logit_scale(encoder)
     return _Scorer(names, None, lambda vectors: scale * vectors.double() @ texts.T)
 
 
-def _with_examples(encoder: Encoder, classifier: Classifier, reject: bool) -> _Scorer:
+def _by_examples(encoder: Encoder, classifier: Classifier, reject: bool) -> _Scorer:
     """The scores of a classifier of examples."""
     classifier.check_model(encoder)
     if reject and classifier.rejection is None:

@@ -58,22 +58,15 @@ def embed(
     index is complete, the call updates it: it embeds new and changed images and removes those that left the source.
 
     Args:
-        model: A model, or what `declip.load` opens.
         source: What `declip.data.sources.open.open_images` opens with the columns; a folder needs no captions.
         captions: Also store the mean vector of the captions of each image, for `over="captions"`.
-        workers: Number of processes that read images; 0: the main process; None: one per core, at most 8, but 0 for a
-            Python object as a source.
-        precision: As in `declip.load`; a model that is given as an object stays as it is.
-        engine: As in `declip.load`.
+        workers: Processes that read images; 0: this one; None: one per core, at most 8, and 0 for a Python object.
+        precision, engine: As in `declip.load`; a model that is given as an object stays as it is.
         loaded_from: Path or name that `model` was loaded from if it is an object, so that searching can load it.
         part: (3, 8): the third of eight parts of the images, in the folder OUT.part-3-of-8. `Index.join` joins them.
 
-    Raises:
-        UserError: Source, model or an option cannot be used, or the folder has other content or is not writable.
-
     Examples:
-        >>> index = declip.embed("runs/demo", "photos", out="indices/new", workers=0)
-        >>> len(index)
+        >>> len(declip.embed("runs/demo", "photos", out="indices/new", workers=0))
         8
     """
     # --- options, source and model

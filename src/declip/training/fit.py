@@ -109,8 +109,7 @@ def _fit(
     if list_checkpoints(folder) and (folder / "exported").exists():
         log.info("The run in '%s' is finished.", folder)
         return
-    info = RunInfo(folder, 0, STEP, recipe.train.batch_size, quiet)
-    with monitored(info, recipe.train.report_to) as monitor:
+    with monitored(RunInfo(folder, 0, STEP, recipe.train.batch_size, quiet), recipe.train.report_to) as monitor:
         for warning in caption_warnings(source, model.tokenizer):
             log.warning(warning)
         # --- features, heads and the checkpoint

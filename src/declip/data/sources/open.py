@@ -45,11 +45,10 @@ def open_source(spec: str | Path | PairSource | Items, columns: Columns = DEFAUL
     """Open a source of pairs.
 
     Args:
-        spec: A built-in set such as "builtin:emoji"; a table (.jsonl, .json, .csv, .tsv, .parquet); a folder or a
-            pattern of Parquet files; a folder of images with a metadata table, or with a text file for each image; tar
-            shards: a .tar file, a folder of them, a pattern, a brace range such as "data/{00000..00331}.tar" or a URL;
-            a list of pairs (.pairs), which names its columns itself; NAME:REST for the source NAME of a plugin. In
-            Python also a source, or any object with `__len__` and `__getitem__`, see `ItemSource`.
+        spec: A built-in set such as "builtin:emoji"; a table; a folder or a pattern of Parquet files; a folder of
+            images with a metadata table, or with a text file for each image; tar shards: a .tar file, a folder of them,
+            a pattern, a brace range such as "data/{00000..00331}.tar" or a URL; a list of pairs (.pairs); NAME:REST for
+            the source NAME of a plugin. In Python also a source, or any object that `ItemSource` takes.
         columns: The columns of a table, or the keys of a Python object's dicts.
 
     Examples:
