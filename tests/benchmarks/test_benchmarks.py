@@ -73,6 +73,11 @@ def test_search_and_its_peers(call, monkeypatch):
     assert min(recall for name, recall in recalls.items() if name.startswith("declip")) > 0.97
 
 
+def test_starting(call):
+    rows = json.loads(call("start", "--repeats", 1)[1][-1])["rows"]
+    assert [row["what"] for row in rows] == ["python", "import declip", "help"]
+
+
 @pytest.fixture
 def gpu(scripts, call, tmp_path, monkeypatch):
     """Measure parts of toy towers; give the exit status and what is printed."""

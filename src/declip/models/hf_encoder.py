@@ -261,6 +261,11 @@ def _transformers() -> ModuleType:
         import transformers
     except ImportError as error:
         raise UserError("A Hugging Face text encoder needs transformers: pip install 'declip[hf]'.") from error
+    if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 4):
+        raise UserError(
+            "A Hugging Face text encoder needs transformers 5.4 or newer; installed is "
+            f"{transformers.__version__}: pip install -U 'declip[hf]'."
+        )
     return transformers
 
 
