@@ -154,7 +154,8 @@ def frozen_model(resolved: Resolved) -> DualEncoder:
     assert weights is not None, "the schema requires finetune.pretrained for frozen blocks"
     if not weights.whole and not (recipe.text.hf_model is not None and recipe.text.pretrained):
         raise UserError(
-            "The weights hold no text tower to freeze. Leave --freeze text and finetune.freeze_text_blocks out."
+            f"'{weights.origin}' has no text tower to freeze. Leave --freeze out, or give a text encoder too: "
+            "--from timm:NAME/FILE+ENCODER."
         )
     torch.manual_seed(recipe.seed)
     encoder = weights.encoder
