@@ -21,10 +21,9 @@ from PIL import Image
 from conftest import refuses, tiny_tree
 from declip.api import compare, train
 from declip.comparison import runner as comparing
-from declip.comparison import trials as running
 from declip.comparison.outcome import read_outcome, scores
+from declip.comparison.runner import FAILURE, folder_of, run_trial
 from declip.comparison.study import Study, read_study
-from declip.comparison.trials import FAILURE, folder_of, run_trial
 from declip.errors import UserError
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="sends SIGKILL")
@@ -126,14 +125,14 @@ def test_a_run_that_fails_leaves_its_reason_and_does_not_end_the_others(recipes,
     def fail(study, trial, folder):
         raise UserError("The loss is not finite.") if trial.variant == "clip" else ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(running, "run_trial", fail)
+    monkeypatch.setattr(comparing, "run_trial", fail)
     outcome = tiny(recipes, table, out, pairs=(8,))
     assert (outcome.complete, len(outcome.rows)) == (False, 0)
     first, second = outcome.failures.values()
     assert first == "The loss is not finite."
     assert re.match(r"(?s)Traceback.*ZeroDivisionError: a bug", second)
     assert len(list(out.glob(f"runs/*/{FAILURE}"))) == 2
-    monkeypatch.setattr(running, "run_trial", run_trial)
+    monkeypatch.setattr(comparing, "run_trial", run_trial)
     again = tiny(recipes, table, out, pairs=(8,))
     assert again.complete
     assert not again.failures
@@ -212,7 +211,7 @@ def test_two_processes_divide_the_runs(recipes, table, tmp_path, monkeypatch):
         done.append(trial.id)
         return run_trial(study, trial, folder)
 
-    monkeypatch.setattr(running, "run_trial", run_after_the_other)
+    monkeypatch.setattr(comparing, "run_trial", run_after_the_other)
     outcome = tiny(recipes, table, out, jobs=2, **options)
     assert 1 <= len(done) < 4
     assert {id: (row["loss"], row["results"]) for id, row in outcome.rows.items()} == {
@@ -237,7 +236,7 @@ def test_other_processes_end_with_this_one_and_crashes_are_reported(end, recipes
         return run_trial(study, trial, folder)
 
     monkeypatch.setattr(subprocess, "Popen", start)
-    monkeypatch.setattr(running, "run_trial", stop)
+    monkeypatch.setattr(comparing, "run_trial", stop)
     if end == "Ctrl-C":
         with pytest.raises(KeyboardInterrupt):
             tiny(recipes, table, tmp_path / "out", jobs=3)
@@ -250,7 +249,7 @@ def test_other_processes_end_with_this_one_and_crashes_are_reported(end, recipes
 
 def test_a_taken_run_is_left_to_the_one_who_took_it(recipes, table, tmp_path, monkeypatch):
     done = []
-    monkeypatch.setattr(running, "run_trial", lambda study, trial, folder: done.append(trial.id) or True)
+    monkeypatch.setattr(comparing, "run_trial", lambda study, trial, folder: done.append(trial.id) or True)
     out = tmp_path / "out"
     study = comparing.open_folder(_study(recipes, table), out)
     first, second = study.trials()
@@ -264,7 +263,7 @@ def test_a_taken_run_is_left_to_the_one_who_took_it(recipes, table, tmp_path, mo
 
     threading.Thread(target=hold).start()
     held.wait()
-    running.work(study, out, study.trials())
+    comparing.work(study, out, study.trials())
     assert done == [second.id, first.id], "the taken one is waited for, last"
 
 

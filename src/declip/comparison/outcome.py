@@ -1,6 +1,8 @@
 """The outcome of a comparison: curves over numbers of pairs, data-efficiency factors, and their intervals."""
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from math import exp, log, sqrt
@@ -11,9 +13,29 @@ import numpy as np
 from scipy.special import stdtrit
 
 from declip.comparison.study import Study, Trial, read_study
-from declip.comparison.trials import failure, read_trial
 from declip.errors import UserError, unknown
 from declip.evaluation.results import Measure, Result, ZeroShotResult, read_result
+
+RUNS, RESULT, FAILURE = "runs", "result.json", "failure.txt"
+
+
+def folder_of(folder: Path, trial: Trial) -> Path:
+    """The run folder of a trial."""
+    return folder / RUNS / trial.id
+
+
+def read_trial(folder: Path, trial: Trial) -> dict[str, Any] | None:
+    """Read the result of a trial, None before it is finished."""
+    with suppress(OSError, ValueError):
+        row: dict[str, Any] = json.loads((folder_of(folder, trial) / RESULT).read_text(encoding="utf-8"))
+        return row
+    return None
+
+
+def failure(folder: Path, trial: Trial) -> str | None:
+    """Read why a trial failed, None if it did not."""
+    path = folder_of(folder, trial) / FAILURE
+    return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
 def t_half_width(values: Sequence[float] | np.ndarray) -> float | None:
@@ -177,7 +199,7 @@ class Outcome:
     """The finished trials of a study, by id."""
 
     study: Study
-    rows: Mapping[str, Mapping[str, Any]]  # results, as `trials.run_trial` writes them
+    rows: Mapping[str, Mapping[str, Any]]  # results, as `runner.run_trial` writes them
     failures: Mapping[str, str] = field(default_factory=dict)  # reasons
 
     @property

@@ -1,36 +1,53 @@
-"""Run a comparison in a folder, in one or several processes, and collect the results."""
+"""Run a comparison in a folder: train, evaluate and save one trial at a time, shared by any number of processes.
+
+`python -m declip.comparison.runner FOLDER` runs the trials that are free.
+"""
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+import traceback
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from declip.comparison import trials
-from declip.comparison.outcome import Outcome, read_outcome
-from declip.comparison.study import STUDY, Study, extended, read_study, write_study
+from declip.comparison.outcome import FAILURE, RESULT, RUNS, Outcome, failure, folder_of, read_outcome, read_trial
+from declip.comparison.study import STUDY, Study, Trial, extended, read_study, write_study
 from declip.errors import UserError
+from declip.evaluation.protocols import Options, evaluate_all
 from declip.io.atomic import write_text
 from declip.io.pool import cores
 from declip.io.progress import print_line, progress_bar, status
 from declip.models.device import pick_device
 from declip.training.assemble import assemble
 from declip.training.estimate import step_seconds
+from declip.training.parts import versions
+from declip.training.trainer import Trainer
 
 RESULTS, JOBS_LOG = "results.json", "jobs.log"
 ROUNDS, WARM, TIMED = 3, 3, 8  # rounds of timing, and steps per round: warm-up fills caches and chooses kernels
+WITHOUT_EVALUATION: dict[str, Any] = {
+    "evaluation.zero_shot": (),
+    "evaluation.retrieval": (),
+    "evaluation.final_zero_shot": (),
+    "evaluation.final_retrieval": (),
+    "train.evaluate_every": 0,
+    "train.patience": None,
+}
+"""Overrides of every trial: the comparison evaluates after the last step."""
 
 
 def run(study: Study, out: str | Path, jobs: int | None = None, quiet: bool = False) -> Outcome:
@@ -53,13 +70,13 @@ def run(study: Study, out: str | Path, jobs: int | None = None, quiet: bool = Fa
     with _share_of_machine(jobs):
         study = open_folder(study, folder, quiet)
         # --- the trials that are left; those that failed are tried again
-        left = [trial for trial in study.trials() if trials.read_trial(folder, trial) is None]
+        left = [trial for trial in study.trials() if read_trial(folder, trial) is None]
         for trial in left:
-            (trials.folder_of(folder, trial) / trials.FAILURE).unlink(missing_ok=True)
+            (folder_of(folder, trial) / FAILURE).unlink(missing_ok=True)
         columns = (TextColumn("runs"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         with progress_bar(*columns, shown=not quiet) as bar, _others(folder, min(jobs, len(left)) - 1):
             task = bar.add_task("runs", total=len(left))
-            trials.work(study, folder, left, lambda: bar.advance(task))
+            work(study, folder, left, lambda: bar.advance(task))
     # --- the results of all processes
     outcome = read_outcome(folder)
     write_text(folder / RESULTS, json.dumps(outcome.to_dict(), indent=1))
@@ -94,7 +111,7 @@ def _timed(study: Study, quiet: bool) -> Study:
     if not new:
         return study
     # --- measure
-    overrides = {**trials.WITHOUT_EVALUATION, "data.max_pairs": study.pairs[0]}
+    overrides = {**WITHOUT_EVALUATION, "data.max_pairs": study.pairs[0]}
     recipes = {variant.name: variant.resolve(overrides) for variant in (first, *new)}
     times: dict[str, list[float]] = {name: [] for name in recipes}
     with status(f"Timing a step of {', '.join(variant.name for variant in new)}", not quiet):
@@ -131,7 +148,7 @@ def _others(folder: Path, count: int) -> Iterator[None]:
     """Let `count` other processes run trials too; stop them at the end of the block, and report those that failed."""
     # Not by multiprocessing, which would run the user's script again. In a new session, so that Ctrl-C reaches only
     # this process: a process that is asked twice to stop ends without saving.
-    command, processes = [sys.executable, "-m", "declip.comparison.trials", str(folder)], []
+    command, processes = [sys.executable, "-m", "declip.comparison.runner", str(folder)], []
     try:
         for _ in range(count):
             with (folder / JOBS_LOG).open("ab") as log:
@@ -151,3 +168,80 @@ def _others(folder: Path, count: int) -> Iterator[None]:
             f"{len(failed)} of {count + 1} processes ended early, with status {failed[0]}; the others did their runs. "
             f"See '{folder / JOBS_LOG}'. Fewer --jobs need less memory.",
         )
+
+
+def run_trial(study: Study, trial: Trial, folder: Path) -> bool:
+    """Train or resume a trial, evaluate it, save its scores and delete its weights; False after Ctrl-C or SIGTERM."""
+    # --- train
+    run_folder, variant = folder_of(folder, trial), study.variant(trial.variant)
+    overrides = {"train.steps": variant.steps, "data.max_pairs": trial.pairs, "seed": trial.seed}
+    overrides |= WITHOUT_EVALUATION
+    parts = assemble(variant.resolve(overrides), run_folder, resume=True, quiet=True)
+    trainer = Trainer(parts)
+    run = trainer.train()
+    if not run.finished:
+        return False
+    # --- evaluate
+    options = Options(shots=study.shots, progress=False)
+    results = [
+        result.to_dict() for name in study.datasets for result in evaluate_all(parts.model, name, study.tasks, options)
+    ]
+    row = {
+        **asdict(trial),
+        "steps": run.recipe.train.steps,
+        "samples": variant.samples,
+        "seconds": round(run.seconds, 1),
+        "loss": run.metrics[-1]["loss"] if run.metrics else None,
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "versions": versions(),
+        "results": results,
+    }
+    write_text(run_folder / RESULT, json.dumps(row, indent=1))
+    # --- a hundred finished runs would fill a disk
+    for name in ("checkpoints", "tensorboard"):
+        shutil.rmtree(run_folder / name, ignore_errors=True)
+    return not trainer.stop.asked
+
+
+def work(study: Study, folder: Path, trials: Iterable[Trial], advance: Callable[[], object] = lambda: None) -> None:
+    """Run the trials that are not finished, first those that no other process has taken, until Ctrl-C."""
+    (folder / RUNS).mkdir(exist_ok=True)
+    taken: list[Trial] = []
+    # A process that was killed released its lock, so this process continues its trial.
+    for wait, some in ((False, trials), (True, taken)):
+        for trial in some:
+            try:
+                if not _run(study, trial, folder, wait):
+                    return
+                advance()  # it has ended, here or in another process
+            except Timeout:
+                taken.append(trial)
+
+
+def _run(study: Study, trial: Trial, folder: Path, wait: bool) -> bool:
+    """Run a trial unless it is finished or failed elsewhere; raise `Timeout` if another process has it."""
+    run_folder = folder_of(folder, trial)
+    # The lock ends with its process, also when that is killed.
+    with FileLock(f"{run_folder}.lock", timeout=-1 if wait else 0):
+        if read_trial(folder, trial) is not None or failure(folder, trial) is not None:
+            return True
+        try:
+            return run_trial(study, trial, folder)
+        except Exception as error:
+            run_folder.mkdir(parents=True, exist_ok=True)
+            reason = str(error) if isinstance(error, UserError) else traceback.format_exc()
+            (run_folder / FAILURE).write_text(reason, encoding="utf-8")
+    return True
+
+
+def _stop_with_parent() -> None:
+    """Send this process SIGTERM when the parent has ended."""
+    os.read(0, 1)  # the parent holds the other end of standard input
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    threading.Thread(target=_stop_with_parent, daemon=True).start()
+    whole = read_study(Path(sys.argv[1]))
+    assert whole is not None, "`runner.run` writes the study first"
+    work(whole, Path(sys.argv[1]), whole.trials())
