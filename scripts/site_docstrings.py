@@ -1,4 +1,4 @@
-"""griffe extension: show the indented loop of a docstring as code."""
+"""griffe extension: show the indented loop of a docstring as code, and parameters that share a description each."""
 
 import re
 from typing import Any
@@ -6,15 +6,20 @@ from typing import Any
 import griffe
 
 LOOP = re.compile(r"^((?!\s*(?:Args|Returns|Raises|Attributes|Yields):$)\S[^\n]*)\n((?:    [^\n]+\n?)+)", re.MULTILINE)
+SHARED = re.compile(r"^( +)(\w+), (\w+): ([^\n]+(?:\n\1 +[^\n]+)*)", re.MULTILINE)  # in a section Args
 
 
 class Loops(griffe.Extension):
-    """Put an empty line around lines that are indented below a sentence, so that Markdown sees code."""
+    """Put an empty line around lines that are indented below a sentence, so that Markdown sees code.
+
+    Griffe also wants a line for each parameter: two that share a description get one each.
+    """
 
     def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
         """Change a docstring before it is parsed."""
         if obj.docstring is not None:
-            obj.docstring.value = LOOP.sub(_separate, obj.docstring.value)
+            value = SHARED.sub(r"\1\2: \4\n\1\3: \4", obj.docstring.value)
+            obj.docstring.value = LOOP.sub(_separate, value)
 
 
 def _separate(match: re.Match[str]) -> str:
