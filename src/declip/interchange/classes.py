@@ -93,6 +93,7 @@ def read_names(file: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
         raise UserError(f"Name {names.index('') + 1} in '{file}' (finetune.class_names) is empty. Name every class.")
     if repeated := [name for name, count in Counter(names).items() if count > 1]:
         raise UserError(
-            f"'{file}' (finetune.class_names) has '{repeated[0]}' {names.count(repeated[0])} times. Name it once."
+            f"'{file}' (finetune.class_names) has '{repeated[0]}' {names.count(repeated[0])} times. Give each "
+            "class another name."
         )
     return tuple(names), tuple(definitions)

@@ -99,7 +99,8 @@ def naming_lost_workers(where: str = "") -> Iterator[None]:
         if "DataLoader worker" not in str(error) or "Traceback" in str(error):
             raise
         raise UserError(
-            f"A worker process was killed{where}: {error} Often memory is too small: use fewer workers."
+            f"A worker process was killed{where}: {error} The usual cause is too little memory or shared memory. Use "
+            "fewer workers (0: load in the main process) or a smaller batch."
         ) from error
 
 

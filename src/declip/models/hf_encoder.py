@@ -159,7 +159,8 @@ class TextEncoder:
             raise UserError(f"{CONFIG} has fewer layers than the weights in '{self.folder}', which hold '{more[0]}'.")
         if missing := sorted(notes["missing_keys"]):
             raise UserError(
-                f"'{self.folder}' lacks '{missing[0]}' and {len(missing) - 1} more: set text.pretrained=false."
+                f"The weights in '{self.folder}' lack '{missing[0]}' and {len(missing) - 1} more. Give the encoder's "
+                "own weights, or text.pretrained=false for random ones."
             )
         return model
 
