@@ -36,6 +36,7 @@ from declip.training.assemble import assemble, resolve_recipe
 from declip.training.distributed import HostGroup
 from declip.training.estimate import estimate
 from declip.training.fit import closed_form, estimate_fit, fit
+from declip.training.frozen_encoder import FrozenEncoder
 from declip.training.mixture import mix_with_start
 from declip.training.pairs import caption_warnings, open_training_source
 from declip.training.trainer import Trainer
@@ -287,7 +288,8 @@ def _end(mixes: bool, quiet: bool, folder: Path, model: Encoder) -> None:
 def write_finetuned(folder: Path, model: Encoder) -> None:
     """Write the report of a finished run, and export its model to every format that can hold it."""
     write_report(folder, model)
-    merged = trace(folder)  # without adapters, and whole where it was sharded; loaded once for all formats
+    # Without adapters, and whole where it was sharded; loaded once for all formats
+    merged = trace(folder, model.model if isinstance(model, FrozenEncoder) else None)
     for format in ("safetensors", "open_clip", "huggingface"):
         try:
             if format != "safetensors":

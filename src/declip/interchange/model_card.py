@@ -20,7 +20,7 @@ from declip.interchange.timm_weights import PREFIX as TIMM
 from declip.io.text import percent, times
 from declip.models.dual_encoder import DualEncoder, has_text
 from declip.recipe.schema import Recipe
-from declip.runs.checkpoint import STATE, list_checkpoints
+from declip.runs.checkpoint import STATE, list_checkpoints, step_of
 from declip.runs.folder import read_run
 from declip.supervision.objective import without_run_state
 
@@ -61,10 +61,13 @@ def without_folders(given: str) -> str:
     return prefix + (Path(path).name or path)
 
 
-def trace(where: str | Path | DualEncoder | Traced) -> Traced:
+def trace(where: str | Path | DualEncoder | Traced, model: DualEncoder | None = None) -> Traced:
     """Load a model on the CPU, with the origin that its folder records; a loaded model keeps its device.
 
     Heads that came with foreign weights are kept; those of a run stay in its checkpoints.
+
+    Args:
+        model: The model of a run with one checkpoint, if it is in memory.
     """
     if isinstance(where, Traced):
         return where
@@ -81,13 +84,16 @@ def trace(where: str | Path | DualEncoder | Traced) -> Traced:
         heads = without_run_state(weights.heads)
         return Traced(weights.build().eval(), weights.recipe, origin=origin, heads=heads)
     # A run: results and pairs are those of the exported step.
-    checkpoint = read_checkpoint(path)
-    run = path.parent.parent if (path / STATE).is_file() else path
-    rows = (row.result for row in read_run(run).evaluated if row.weights == checkpoint.step)
+    if model is None:
+        checkpoint = read_checkpoint(path)
+        step, model = checkpoint.step, weights_of(checkpoint, str(where)).build().eval()
+    else:
+        step = step_of(list_checkpoints(path)[-1])
+    assert model.recipe is not None, "of a run"
+    run = read_run(path.parent.parent if (path / STATE).is_file() else path)
+    rows = (row.result for row in run.evaluated if row.weights == step)
     results = tuple({(result.dataset, result.task): result for result in rows}.values())
-    pairs = read_run(run).examples.get("source", {}).get("pairs")
-    weights = weights_of(checkpoint, str(where))
-    return Traced(weights.build().eval(), weights.recipe, checkpoint.step, pairs, results)
+    return Traced(model, model.recipe, step, run.examples.get("source", {}).get("pairs"), results)
 
 
 def model_card(
