@@ -180,7 +180,7 @@ def test_a_folder_that_is_none_and_a_missing_library(tmp_path, monkeypatch):
         ({"vocab_size": 20}, "69 ids.*vocab_size 20"),
         ({"pad_token_id": 3}, "pads with id 0.*pad_token_id 3"),
         ({"max_position_embeddings": 16}, "positions for 16 ids.*text.context_length to 16 or less"),
-        ({"num_hidden_layers": 3}, r"lacks 'encoder\.layer\.2\.[^']*' and 15 more.*text.pretrained=false"),
+        ({"num_hidden_layers": 3}, r"lack 'encoder\.layer\.2\.[^']*' and 15 more.*text.pretrained=false"),
         ({"num_hidden_layers": 1}, r"fewer layers than the weights.*'[^']*layer\.1\."),
         ({"hidden_act": "sinister"}, "cannot be built"),
     ],
