@@ -28,12 +28,20 @@ TINY_VIT = {
 }
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize("name", sorted(EXAMPLES.keys() - {"images_without_captions"}))
 def test_an_example_trains_for_three_steps(name, table, tmp_path):
     EXAMPLES[name]["main"](str(table), str(tmp_path / "run"), **SMALL)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert all(row["losses"][name] > 0 for row in rows)
+
+
+def test_images_without_captions_train_the_weights_that_the_pairs_start_from(table, tmp_path, caplog):
+    EXAMPLES["images_without_captions"]["main"](str(table.parent), str(table), str(tmp_path / "run"), **SMALL)
+    for folder, loss in (("run-images", "simclr"), ("run", "contrastive")):
+        rows = [json.loads(line) for line in (tmp_path / folder / "metrics.jsonl").read_text().splitlines()]
+        assert [list(row["losses"]) for row in rows] == [[loss]] * 3
+    assert f"Weights of '{tmp_path / 'run-images'}'" in caplog.text and "new: nothing" in caplog.text
 
 
 def test_word_classification_is_the_plain_loop():
