@@ -49,8 +49,8 @@ def test_ray_with_a_worker_that_is_killed(weights_file, folder, tmp_path, monkey
             os.kill(os.getpid(), signal.SIGKILL)
         return embedder(batch)
 
-    # --- one worker at a time, since each imports torch
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="error")
+    # --- two workers
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
     try:
         rows = ray.data.range(24, override_num_blocks=4).map_batches(work, batch_size=None)
         rows.write_parquet(str(tmp_path / "rows"))
