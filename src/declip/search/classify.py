@@ -87,8 +87,7 @@ def classify(
         reject: Assign images unlike the examples to "none of these".
         templates: Name of a template set, or templates with ``{}`` for the class.
         out: A .csv file for the probability of every class.
-        precision: As in `declip.load`; a model that is given as an object stays as it is.
-        engine: As `precision`.
+        precision, engine: As in `declip.load`; a model that is given as an object stays as it is.
         on_prediction: Called with each prediction, in the order of the images.
 
     Examples:

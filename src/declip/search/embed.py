@@ -61,8 +61,7 @@ def embed(
         source: What `declip.data.sources.open.open_images` opens with the columns; a folder needs no captions.
         captions: Also store the mean vector of the captions of each image, for `over="captions"`.
         workers: Processes that read images; 0: this one; None: one per core, at most 8, and 0 for a Python object.
-        precision: As in `declip.load`; a model that is given as an object stays as it is.
-        engine: As `precision`.
+        precision, engine: As in `declip.load`; a model that is given as an object stays as it is.
         loaded_from: Path or name that `model` was loaded from if it is an object, so that searching can load it.
         part: (3, 8): the third of eight parts of the images, in the folder OUT.part-3-of-8. `Index.join` joins them.
 
