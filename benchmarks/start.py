@@ -14,6 +14,7 @@ import time
 
 from machine import machine
 
+REPEATS = 5
 COMMANDS = {"python": ["-c", "pass"], "import declip": ["-c", "import declip"], "help": ["-m", "declip", "--help"]}
 
 
@@ -25,9 +26,15 @@ def seconds_of(words: list[str]) -> tuple[float, float]:
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, time.perf_counter() - start
 
 
-if __name__ == "__main__":
-    rows = []
-    for what, words in {**COMMANDS, "search": ["-m", "declip", "search", sys.argv[1], "a red ball"]}.items():
-        processor, passed = map(statistics.median, zip(*(seconds_of(words) for _ in range(5)), strict=True))
+def main() -> None:
+    """Measure, and print the numbers as JSON; without an index, no search."""
+    rows, index = [], sys.argv[1:2]
+    search = {"search": ["-m", "declip", "search", *index, "a red ball"]} if index else {}
+    for what, words in {**COMMANDS, **search}.items():
+        processor, passed = map(statistics.median, zip(*(seconds_of(words) for _ in range(REPEATS)), strict=True))
         rows.append({"what": what, "processor_s": round(processor, 3), "s": round(passed, 3)})
-    print(json.dumps({"machine": machine(), "repeats": 5, "rows": rows}))
+    print(json.dumps({"machine": machine(), "repeats": REPEATS, "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()

@@ -73,8 +73,9 @@ def test_search_and_its_peers(call, monkeypatch):
     assert min(recall for name, recall in recalls.items() if name.startswith("declip")) > 0.97
 
 
-def test_starting(call):
-    rows = json.loads(call("start", "--repeats", 1)[1][-1])["rows"]
+def test_starting(call, scripts, monkeypatch):
+    monkeypatch.setattr(scripts("start"), "REPEATS", 1)
+    rows = json.loads(call("start")[1][-1])["rows"]
     assert [row["what"] for row in rows] == ["python", "import declip", "help"]
 
 
