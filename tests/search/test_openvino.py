@@ -1,7 +1,10 @@
 """Towers that OpenVINO computes: torch's features, the commands that take --engine, and what is refused."""
 
+import faulthandler
 import pickle
+import signal
 import sys
+import threading
 
 import pytest
 import torch
@@ -24,6 +27,19 @@ def features(model, size):
     with torch.no_grad():
         found = image_encoder(model)(images), model.encode_backbone(images), model.encode_text(model.tokenize(TEXTS))
     return [torch.nn.functional.normalize(each, dim=-1) for each in found]
+
+
+def test_signals_arrive_after_another_thread_freed_a_model():
+    assert faulthandler.is_enabled(), "handlers have a stack of their own"
+    tree = tiny_tree("unused", image={"model": "declip_vit_tiny", "size": 32})
+    held = [convert(DualEncoder.from_recipe(Recipe.model_validate(tree)).eval(), "fp32", "openvino")]
+    thread = threading.Thread(target=held.clear)
+    thread.start()
+    thread.join()
+    earlier = signal.signal(signal.SIGUSR1, lambda number, _: held.append(number))
+    signal.raise_signal(signal.SIGUSR1)
+    signal.signal(signal.SIGUSR1, earlier)
+    assert held == [signal.SIGUSR1]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import sys
 import warnings
+from functools import cache
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -79,9 +80,19 @@ def _compile(module: nn.Module, example: Tensor, hint: str) -> Any:
             frontend = openvino.frontend.FrontEndManager().load_by_framework("pytorch")
             model = frontend.convert(frontend.load(decoder))
         model.reshape([-1, *example.shape[1:]] if example.is_floating_point() else [-1, -1])
-        return openvino.Core().compile_model(model, "CPU", settings)
+        return _core().compile_model(model, "CPU", settings)
     except Exception as error:  # it has classes of its own
         raise RuntimeError(one_line(error, 200)) from error
+
+
+@cache
+def _core() -> Any:
+    """The one core of this process, which is never freed.
+
+    It replaces the stack of signal handlers of a thread that has one, as with faulthandler in pytest and Jupyter. Freed
+    by another thread, it would take that stack away, and the next Ctrl-C would be a segmentation fault.
+    """
+    return _import()[0].Core()
 
 
 def _import() -> tuple[Any, Any]:
