@@ -235,16 +235,24 @@ def run(options: argparse.Namespace, experiment: Experiment, out: Path) -> list[
 
 def call(command: list[str]) -> int:
     """Run a command to its end, also after Ctrl-C, so that it saves a checkpoint; return its exit status."""
-    with subprocess.Popen(command) as process:
-        earlier = (
-            signal.signal(signal.SIGINT, signal.SIG_IGN),
-            signal.signal(signal.SIGTERM, lambda *_: process.terminate()),
-        )
-        try:
-            return process.wait()
-        finally:
-            signal.signal(signal.SIGINT, earlier[0])
-            signal.signal(signal.SIGTERM, earlier[1])
+    # Handlers first: a signal in between would end this process. Functions, because a command inherits SIG_IGN.
+    started: list[subprocess.Popen[bytes]] = []
+    asked: list[int] = []
+
+    def stop(number: int, _: object) -> None:
+        asked.append(number)
+        for process in started:
+            process.terminate()
+
+    earlier = signal.signal(signal.SIGINT, lambda *_: None), signal.signal(signal.SIGTERM, stop)
+    try:
+        started.append(subprocess.Popen(command))
+        if asked:
+            started[0].terminate()
+        return started[0].wait()
+    finally:
+        signal.signal(signal.SIGINT, earlier[0])
+        signal.signal(signal.SIGTERM, earlier[1])
 
 
 if __name__ == "__main__":
