@@ -92,7 +92,7 @@ def chunked(encode: Callable[[Tensor], Tensor], images: Tensor, times: int = 1) 
     """Encode images (n, 3, H, W), on a CPU a few at a time, `times` as many as by default.
 
     Several threads encode different images: those that share a layer wait for each other at its end, and as they wait
-    busily, ViT-B/32 takes 1.6 times as much processor time with two threads beside other processes.
+    busily, ViT-B/32 takes 1.6 times as much processor time with two threads next to other processes.
     """
     if images.device.type != "cpu":
         return encode(images)
