@@ -1,7 +1,8 @@
 """The solver against scikit-learn's, the sweep against many values, and the probe from end to end."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,19 +11,10 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
 from conftest import refuses
-from declip.evaluation.linear_probe import (
-    GRID,
-    Labeled,
-    LogisticProblem,
-    ProbeData,
-    a_fifth,
-    linear_probe,
-    measure,
-    sweep,
-)
+from declip.evaluation.linear_probe import Labeled, LogisticProblem, ProbeData, linear_probe, sweep
 from declip.evaluation.results import by_class, sample_per_class, score
 
-STEPS = {C: step for step, C in GRID.items()}
+STEPS = {10 ** (step / 8): step for step in range(-48, 49)}
 
 
 @pytest.fixture(scope="module")
@@ -42,42 +34,28 @@ def result(data):
 
 def test_the_sweep_is_as_good_as_trying_many(data, result):
     problem, fitted = LogisticProblem(data.train.features, data.train.labels), None
-    np.testing.assert_allclose(sorted(GRID.values()), np.logspace(-6, 6, 97))  # CLIP's
     scores = []
     for step in range(-24, 25, 8):
-        fitted = problem.fit(GRID[step], start=fitted)
-        scores.append(float(measure(fitted, data.validation, data)[0].mean()))
-    chosen = float(measure(problem.fit(result.C), data.validation, data)[0].mean())
+        fitted = problem.fit(10 ** (step / 8), start=fitted)
+        scores.append(fitted.measure(data.validation)[0].mean())
+    chosen = problem.fit(result.C).measure(data.validation)[0].mean()
     # A validation set of 300 gives several peaks; the highest may lie where the halving does not look.
     assert chosen >= max(scores) - 2.01 / 300
-
-
-@dataclass
-class Known:
-    """A classifier that is right on known validation images."""
-
-    C: float
-    right: torch.Tensor
-    loss: float
-    iterations: int = 1
-    converged: bool = True
-
-    def measure(self, features, labels):
-        return self.right.numpy(), self.loss
 
 
 class KnownProblem:
     """A problem whose fits have known scores and losses, by step of the grid."""
 
     def __init__(self, data, right, loss=lambda step: 0.0):
-        self.rows, self.right, self.loss = torch.arange(len(data.validation)), right, loss
+        self.rows, self.right, self.loss = torch.arange(len(data.validation.labels)), right, loss
         self.fits = 0
 
     def fit(self, C, start=None):
         assert start is None or start.C < C, "the nearest one below"
         self.fits += 1
-        right = self.right(STEPS[C])
-        return Known(C, self.rows < right if isinstance(right, int) else right, self.loss(STEPS[C]))
+        right, loss = self.right(STEPS[C]), self.loss(STEPS[C])
+        measured = (self.rows < right if isinstance(right, int) else right).numpy(), loss
+        return SimpleNamespace(C=C, measure=lambda rows: measured)
 
 
 @pytest.mark.parametrize("peak", [-48, -41, 0, 5, 47, 48])
@@ -105,9 +83,8 @@ def test_the_metric_of_the_set_chooses(data, metric, chosen):
 
 
 def test_the_probe_is_scikit_learns_on_train_and_validation(data, result):
-    both = data.train.join(data.validation)
-    theirs = LogisticRegression(C=result.C, max_iter=20_000, tol=1e-8)
-    theirs.fit(both.features.double().numpy(), both.labels.numpy())
+    both = (torch.cat(parts).double().numpy() for parts in zip(data.train, data.validation, strict=True))
+    theirs = LogisticRegression(C=result.C, max_iter=20_000, tol=1e-8).fit(*both)
     predicted, labels = theirs.predict(data.test.features.numpy()), data.test.labels.numpy()
     assert result.top1 == pytest.approx((predicted == labels).mean())
     own = [(predicted[labels == c] == c).mean() for c in range(10)]
@@ -133,10 +110,10 @@ def test_scores_and_samples_by_class():
     assert score(right, labels, "mean_per_class") == pytest.approx((2 / 3 + 1 + 0) / 3)
     assert [places.tolist() for places in by_class(np.array([2, 0, 2, 5]))] == [[1], [0, 2], [3]]
     labels = np.repeat([0, 1, 2, 3, 4], [10, 3, 2, 1, 100])[np.random.default_rng(0).permutation(116)]
-    fifth = sample_per_class(labels, a_fifth)
-    assert np.bincount(labels[fifth], minlength=5).tolist() == [2, 1, 1, 0, 20]
-    assert (sample_per_class(labels, a_fifth, seed=1) != fifth).any()
-    assert sample_per_class(labels, lambda size: 50)[fifth].all()
+    half = sample_per_class(labels, lambda count: count // 2)
+    assert np.bincount(labels[half], minlength=5).tolist() == [5, 1, 1, 0, 50]
+    assert (sample_per_class(labels, lambda count: count // 2, seed=1) != half).any()
+    assert sample_per_class(labels, lambda size: 50)[half].all()
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +135,7 @@ def test_the_minimum_is_scikit_learns_whatever_the_block(digits, monkeypatch, C,
     np.testing.assert_allclose(ours.bias - ours.bias.mean(), theirs.intercept_ - theirs.intercept_.mean(), atol=1e-3)
     chances = ours.scores(features.double()).softmax(1)
     np.testing.assert_allclose(chances, theirs.predict_proba(features.double().numpy()), atol=2e-5)
-    assert (ours.measure(features, labels)[0] == (theirs.predict(features.numpy()) == labels.numpy())).all()
+    assert (ours.measure(Labeled(features, labels))[0] == (theirs.predict(features.numpy()) == labels.numpy())).all()
 
 
 # At the last C the loss is 2e-5: 1 - p would have no digit left in float32.
@@ -195,16 +172,16 @@ def test_classes_without_images_are_never_predicted(digits):
     kept = (labels == 3) | (labels == 7) | (labels == 8)
     found = LogisticProblem(features[kept], labels[kept]).fit(1.0)
     assert found.present.tolist() == [3, 7, 8]
-    right, loss = found.measure(features.double(), labels)
+    right, loss = found.measure(Labeled(features.double(), labels))
     assert right[kept].mean() > 0.97
     assert not right[~kept].any()
     chances = found.scores(features.double()).softmax(1)
     by_hand = -chances[kept, torch.searchsorted(found.present, labels[kept])].log().mean()
     assert loss == pytest.approx(float(by_hand))
-    right, loss = found.measure(torch.full_like(features, torch.nan)[~kept], labels[~kept])
+    right, loss = found.measure(Labeled(torch.full_like(features, torch.nan)[~kept], labels[~kept]))
     assert not right.any()
     assert loss == 0
-    assert not found.measure(torch.full_like(features, torch.nan), labels)[0].any()
+    assert not found.measure(Labeled(torch.full_like(features, torch.nan), labels))[0].any()
 
 
 def test_what_cannot_be_fitted(digits):
@@ -216,4 +193,6 @@ def test_what_cannot_be_fitted(digits):
 
 
 def _objective(features, labels, found, C):
-    return found.measure(features.double(), labels)[1] + float(found.weight.square().sum()) / (2 * C * len(labels))
+    return found.measure(Labeled(features.double(), labels))[1] + float(found.weight.square().sum()) / (
+        2 * C * len(labels)
+    )

@@ -1,8 +1,9 @@
 """Linear probes: logistic regression with scikit-learn's objective on frozen features, minimized by SciPy's L-BFGS."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,16 +19,23 @@ from declip.evaluation.results import LinearProbeResult, sample_per_class, score
 BLOCK = 1 << 22  # scores in memory at a time
 FIRST_STAGE = 20  # iterations after which the curvature is estimated again
 SAMPLE = 4096  # least number of rows for the estimates of curvature and covariance, which set step lengths only
+LAST_STEP = 48  # C is 10 ** (step / 8), from 1e-6 to 1e6 in 96 equal steps of its logarithm
 
-GRID: Mapping[int, float] = {step: 10 ** (step / 8) for step in range(-48, 49)}
-"""C from 1e-6 to 1e6 in 96 equal steps of its logarithm, by step; 0 is 1."""
 
-COARSE = 16  # steps between the first seven values, two decades
+class Labeled(NamedTuple):
+    """Features (n, width) float32 with their classes (n,) int64, on the CPU."""
+
+    features: Tensor
+    labels: Tensor
+
+    def take(self, rows: np.ndarray) -> "Labeled":
+        """Select rows."""
+        return Labeled(self.features[rows], self.labels[rows])
 
 
 @dataclass(frozen=True)
 class LogisticFit:
-    """A fitted linear classifier of the K classes that have training images."""
+    """A fitted linear classifier of the K classes that have training images, on the device of the problem."""
 
     weight: Tensor  # (K, d) float64
     bias: Tensor  # (K,) float64
@@ -38,15 +46,16 @@ class LogisticFit:
 
     def scores(self, features: Tensor) -> Tensor:
         """Logits (n, K) of features (n, d)."""
+        features = features.to(self.weight.device)
         return torch.addmm(self.bias.to(features), features, self.weight.to(features).T)
 
-    def measure(self, features: Tensor, labels: Tensor) -> tuple[np.ndarray, float]:
-        """Whether each row (n, d) is correct, (n,) bool, NaN never; and the mean loss of the rows of fitted classes."""
-        present, rows = self.present.to(labels.device), max(1, BLOCK // len(self.present))
-        known = torch.isin(labels, present)
-        targets = torch.searchsorted(present, labels).where(known, -1)
+    def measure(self, rows: Labeled) -> tuple[np.ndarray, float]:
+        """Whether each row is correct, (n,) bool, NaN never; and the mean loss of the rows of fitted classes."""
+        labels, size = rows.labels.to(self.present.device), max(1, BLOCK // len(self.present))
+        known = torch.isin(labels, self.present)
+        targets = torch.searchsorted(self.present, labels).where(known, -1)
         right, total = [], 0.0
-        for part, wanted in zip(features.split(rows), targets.split(rows), strict=True):
+        for part, wanted in zip(rows.features.split(size), targets.split(size), strict=True):
             scores = self.scores(part)
             best = scores.max(1)
             right.append((best.indices == wanted) & ~best.values.isnan())
@@ -77,10 +86,10 @@ class LogisticProblem:
     def __init__(
         self, features: Tensor, labels: Tensor, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ) -> None:
-        self.present, compact = labels.unique(return_inverse=True)
-        if len(self.present) < 2:
+        present, compact = labels.unique(return_inverse=True)
+        if len(present) < 2:
             raise UserError(f"A probe needs at least two classes; these {len(labels):,} images are of 1.")
-        self.labels, features = compact.to(device), features.to(device, dtype)
+        self.present, self.labels, features = present.to(device), compact.to(device), features.to(device, dtype)
         mean = features.mean(0, dtype=torch.float64).to(dtype)
         if not bool(mean.isfinite().all()):
             raise UserError("Some features are infinite or not a number, so no probe can be fitted on them.")
@@ -124,7 +133,7 @@ class LogisticProblem:
         bias = weight[:, -1] - rotated @ self.mean
         # Rounding may end the line search slightly before the tolerance.
         converged = done < max_iterations and float(abs(found.jac).max()) <= 10 * enough
-        return LogisticFit(rotated.cpu(), bias.cpu(), self.present.cpu(), C, done, converged)
+        return LogisticFit(rotated, bias, self.present, C, done, converged)
 
     @torch.enable_grad()
     def _loss(self, steps: np.ndarray, lengths: Tensor, penalty: Tensor) -> tuple[float, np.ndarray]:
@@ -154,25 +163,6 @@ class LogisticProblem:
 
 
 @dataclass(frozen=True)
-class Labeled:
-    """Features (n, width) float32 with their classes (n,) int64, on the CPU."""
-
-    features: Tensor
-    labels: Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def take(self, rows: np.ndarray) -> "Labeled":
-        """Select rows."""
-        return Labeled(self.features[rows], self.labels[rows])
-
-    def join(self, other: "Labeled") -> "Labeled":
-        """Append the other's rows."""
-        return Labeled(torch.cat([self.features, other.features]), torch.cat([self.labels, other.labels]))
-
-
-@dataclass(frozen=True)
 class ProbeData:
     """The splits of a dataset as a model sees them."""
 
@@ -193,7 +183,11 @@ def check_splits(dataset: Dataset, task: str) -> dict[str, LabeledSource]:
         raise UserError(
             f"'{dataset.name}' has no train split, which '{task}' requires. Use the task 'zero-shot' or 'retrieval'."
         )
-    splits = _splits(dataset)
+    splits = {
+        which: with_classes(dataset.split(which))
+        for which in ("train", "validation", "test")
+        if which in dataset.openers
+    }
     names = tuple(splits["test"].class_names)
     if any(tuple(source.class_names) != names for source in splits.values()):
         raise UserError(f"The splits of '{dataset.name}' need the same {len(names)} class names, in the same order.")
@@ -218,34 +212,19 @@ def read_probe_data(
     """Encode the splits of a dataset that passes `check_probe`."""
     parts: dict[str, Labeled] = {}
     skipped: Counter[str] = Counter()
-    splits = _splits(dataset)
+    splits, held_out = check_splits(dataset, "linear"), "validation split"
     for which, source in splits.items():
         encoded = encode(source)
         labels = np.asarray(source.labels, dtype=np.int64)[encoded.indices]
         parts[which] = Labeled(encoded.images, torch.from_numpy(labels))
         skipped.update(encoded.skipped.counts)
-    held_out = "validation split"
     # --- without a validation split: a fifth of each class's training images, with a fixed seed
     if "validation" not in parts:
-        held_out = "fifth of train"
-        chosen = sample_per_class(parts["train"].labels.numpy(), a_fifth)
-        parts["validation"], parts["train"] = parts["train"].take(chosen), parts["train"].take(~chosen)
-    return ProbeData(
-        dataset.name,
-        len(splits["test"].class_names),
-        parts["train"],
-        parts["validation"],
-        parts["test"],
-        held_out=held_out,
-        metric=dataset.metric,
-        skipped=dict(skipped),
-        device=device,
-    )
-
-
-def a_fifth(count: int) -> int:
-    """A fifth of `count`, rounded, and at least one of two or more."""
-    return max(1, round(count / 5)) if count > 1 else 0
+        held_out, train = "fifth of train", parts["train"]
+        chosen = sample_per_class(train.labels.numpy(), lambda count: max(1, round(count / 5)) if count > 1 else 0)
+        parts |= {"validation": train.take(chosen), "train": train.take(~chosen)}
+    facts: dict[str, Any] = {"held_out": held_out, "metric": dataset.metric, "skipped": dict(skipped), "device": device}
+    return ProbeData(dataset.name, len(splits["test"].class_names), **parts, **facts)
 
 
 def linear_probe(data: ProbeData) -> LinearProbeResult:
@@ -255,22 +234,22 @@ def linear_probe(data: ProbeData) -> LinearProbeResult:
     augmentation, L-BFGS with at most 1,000 iterations.
     """
     # --- C, on the training images alone
-    best = sweep(LogisticProblem(data.train.features, data.train.labels, data.device), data)
+    best = sweep(LogisticProblem(*data.train, data.device), data)
     # --- the last fit, on training and validation images
-    both = data.train.join(data.validation)
-    problem = LogisticProblem(both.features, both.labels, data.device)
+    both = Labeled(*map(torch.cat, zip(data.train, data.validation, strict=True)))
+    problem = LogisticProblem(*both, data.device)
     # A class with validation images only adds a row of weights to the last fit.
     fitted = problem.fit(best.C, start=best if len(problem.present) == len(best.present) else None)
-    right, _ = measure(fitted, data.test, data)
+    right, labels = fitted.measure(data.test)[0], data.test.labels
     return LinearProbeResult(
         dataset=data.dataset,
-        n=len(data.test),
+        n=len(labels),
         classes=data.classes,
-        train=len(both),
+        train=len(both.labels),
         width=data.test.features.shape[1],
-        top1=score(right, data.test.labels.numpy()),
-        mean_per_class=score(right, data.test.labels.numpy(), "mean_per_class"),
-        majority=float((data.test.labels == both.labels.bincount().argmax()).double().mean()),
+        top1=score(right, labels.numpy()),
+        mean_per_class=score(right, labels.numpy(), "mean_per_class"),
+        majority=float((labels == both.labels.bincount().argmax()).double().mean()),
         C=best.C,
         validation=data.held_out,
         converged=fitted.converged,
@@ -286,33 +265,17 @@ def sweep(problem: LogisticProblem, data: ProbeData) -> LogisticFit:
     """
     fits: dict[int, LogisticFit] = {}
     scores: dict[int, tuple[float, float]] = {}
-
-    def attempt(step: int) -> None:
-        if step in GRID and step not in fits:
+    # First C = 1e-6, 1e-4, … 1e6, then half-way to the neighbors of the best one, down to an eighth of a decade.
+    steps: Iterable[int] = range(-LAST_STEP, LAST_STEP + 1, 16)
+    for width in (8, 4, 2, 1, 0):
+        for step in steps:
+            if abs(step) > LAST_STEP or step in fits:
+                continue
             nearest = max((known for known in fits if known < step), default=min(fits, default=step))
-            fits[step] = problem.fit(GRID[step], start=fits.get(nearest))
-            right, loss = measure(fits[step], data.validation, data)
+            fits[step] = problem.fit(10 ** (step / 8), start=fits.get(nearest))
+            right, loss = fits[step].measure(data.validation)
             value = score(right, data.validation.labels.numpy(), data.metric)
             scores[step] = value, -np.nan_to_num(loss, nan=np.inf)
-
-    def best() -> int:
-        return max(sorted(scores), key=scores.__getitem__)
-
-    # First C = 1e-6, 1e-4, … 1e6, then half-way to the neighbors of the best one, down to an eighth of a decade.
-    for step in range(-48, 49, COARSE):
-        attempt(step)
-    for width in (8, 4, 2, 1):
-        peak = best()
-        attempt(peak - width)
-        attempt(peak + width)
-    return fits[best()]
-
-
-def measure(classifier: LogisticFit, rows: Labeled, data: ProbeData) -> tuple[np.ndarray, float]:
-    """`LogisticFit.measure`, computed on the data's device."""
-    return classifier.measure(rows.features.to(data.device), rows.labels.to(data.device))
-
-
-def _splits(dataset: Dataset) -> dict[str, LabeledSource]:
-    names = [which for which in ("train", "validation", "test") if which in dataset.openers]
-    return {which: with_classes(dataset.split(which)) for which in names}
+        best = max(sorted(scores), key=scores.__getitem__)
+        steps = best - width, best + width
+    return fits[best]

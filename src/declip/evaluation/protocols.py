@@ -97,9 +97,8 @@ class SharedFeatures:
 
     def retrieval(self) -> RetrievalResult:
         source, features = self.dataset.split("test"), self.test
-        if (
-            isinstance(source, Classified) and source.captioned and source.broken
-        ):  # retrieval also uses pairs without a class
+        # retrieval also uses pairs without a class
+        if isinstance(source, Classified) and source.captioned and source.broken:
             pairs = self._encode(Subset(source.source, source.rows), texts=True)
             features = replace(pairs, name=self.dataset.name)
         known = isinstance(getattr(self.model, "model", self.model), DualEncoder)  # or a wrapper of one
@@ -218,15 +217,10 @@ class SuiteResult:
     results: Mapping[str, Result]  # by dataset
     missing: Mapping[str, str]  # the other datasets → the reason
 
-    @property
-    def values(self) -> dict[str, float]:
-        """The conventional metric of each dataset, a fraction."""
-        return {name: float(getattr(result, NAMED[name].metric)) for name, result in self.results.items()}
-
     def to_dict(self) -> dict[str, Any]:
-        """Convert to plain data for JSON."""
-        values = self.values
+        """Convert to plain data for JSON; `values` has the conventional metric of each dataset, a fraction."""
         rows = {name: {"metric": NAMED[name].metric, **result.to_dict()} for name, result in self.results.items()}
+        values = {name: row[row["metric"]] for name, row in rows.items()}
         average = {"average": fmean(values.values()), "values": values}
         return {"task": self.task, **average, "results": rows, "missing": dict(self.missing)}
 

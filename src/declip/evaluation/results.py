@@ -30,16 +30,12 @@ class Measure(NamedTuple):
         return self.value / self.chance if self.chance else inf
 
     @property
-    def margin(self) -> float:
-        """Half the width of the 95 % interval of a fraction of `n` independent trials (Wilson 1927)."""
-        z, n, p = 1.96, self.n, self.value
-        return z / (1 + z * z / n) * sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-
-    @property
     def interval(self) -> tuple[float, float]:
-        """The ends of that interval, whose middle is nearer to a half than the value."""
-        middle = (self.value + 1.96**2 / (2 * self.n)) / (1 + 1.96**2 / self.n)
-        return middle - self.margin, middle + self.margin
+        """The 95 % interval of a fraction of `n` independent trials (Wilson 1927)."""
+        z, n, p = 1.96, self.n, self.value
+        middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+        half = z / (1 + z * z / n) * sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        return middle - half, middle + half
 
 
 @dataclass(frozen=True)
@@ -82,7 +78,6 @@ class ClassificationResult(Result):
 
     @property
     def chance(self) -> float:
-        """Chance level of top-1: 1 / classes."""
         return 1 / self.classes
 
     @property
@@ -221,11 +216,11 @@ def read_result(row: Mapping[str, Any]) -> Result | None:
     """Parse a row of `to_dict`, ignoring other keys such as "step"; None for an unknown task."""
     if row.get("task") not in READERS:
         return None
-    # The numbers of both directions are columns of the row.
-    recalls = {}
-    if row["task"] == RetrievalResult.task:
-        names = [column.name for column in fields(RecallAtK)]
-        recalls = {direction: {name: row[f"{direction}_{name}"] for name in names} for direction in DIRECTIONS}
+    # The numbers of both directions of retrieval are columns of the row.
+    recalls = {
+        direction: {column.name: row[f"{direction}_{column.name}"] for column in fields(RecallAtK)}
+        for direction in (DIRECTIONS if row["task"] == RetrievalResult.task else ())
+    }
     return READERS[row["task"]].validate_python({**row, **recalls})
 
 
