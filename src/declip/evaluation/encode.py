@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from declip.data.images.preprocess import Preprocess
-from declip.data.pair import BrokenPair, LazyImage, PairSource, SkipCounter, printable
+from declip.data.pair import BrokenPair, LazyImage, PairSource, SkipCounter
 from declip.data.text.tokenizer import CaptionTokenizer
 from declip.errors import UserError
 from declip.io.pool import mapped, pairs_bar
-from declip.models.inference import image_encoder
+from declip.models.inference import image_encoder, normalized
 
 
 class Encoder(Protocol):
@@ -35,9 +35,6 @@ class Encoder(Protocol):
 
 
 READ_AT_ONCE = 32  # images
-
-Row = tuple[int, str, tuple[str, ...]]
-"""Index, key and captions of a pair."""
 
 
 @dataclass(frozen=True)
@@ -91,8 +88,7 @@ def text_features(model: Encoder, texts: Sequence[str], *, batch_size: int = 256
         for start in bar.track(range(0, len(distinct), batch_size), description="Texts"):
             batch = distinct[start : start + batch_size]
             features = normalize(model.encode_text(model.tokenize(batch).to(device)).float(), dim=-1).cpu()
-            _require_finite(features, "text", batch)
-            parts.append(features)
+            parts.append(_finite(features, "text"))
     return torch.cat(parts)[torch.tensor([row_of[text] for text in texts], dtype=torch.int64)]
 
 
@@ -117,28 +113,18 @@ def encode_source(
     # --- images, in batches whose pixels may come from worker processes
     chosen = np.arange(len(source)) if indices is None else np.asarray(indices, dtype=np.int64)
     batches = np.split(chosen, range(batch_size, len(chosen), batch_size))
-    rows: list[Row] = []
-    parts: list[Tensor] = []
-    skipped = SkipCounter()
-    title = f"Images of {source.name}" if progress else ""
-    stream = read_batches(BatchReader(model, partial(_read_row, source)), batches, workers, title)
-    with eval_mode(model) as device:
-        embed = image_encoder(model) if encode is None else encode
-        for pixels, read, broken in stream:
-            skipped.merge(broken)
-            if pixels is not None:
-                features = embed(pixels.to(device)).float().cpu()  # (b, d); waits for the device
-                features = normalize(features, dim=-1) if encode is None else features
-                _require_finite(features, "image", [key for _, key, _ in read])
-                parts.append(features)
-                rows += read
+    rows, parts, skipped = list[tuple[int, tuple[str, ...]]](), list[Tensor](), SkipCounter()
+    for features, read, broken in encode_batches(model, source, _read_row, batches, workers, progress, encode):
+        skipped.merge(broken)
+        parts += [features] if read else []
+        rows += read
     if not rows:
         raise UserError(
             f"Cannot evaluate on '{source.name}': none of its {len(source)} pairs could be read. "
             f"{skipped.explanation()} Check the paths and captions."
         )
     # --- captions of the pairs that were read
-    read_indices, captions = np.array([index for index, _, _ in rows]), tuple(captions for _, _, captions in rows)
+    read_indices, captions = np.array([index for index, _ in rows]), tuple(captions for _, captions in rows)
     encoded = SourceFeatures(source.name, read_indices, torch.cat(parts), captions, None, skipped)
     if not texts:
         return encoded
@@ -146,7 +132,12 @@ def encode_source(
     return replace(encoded, texts=features, truncated=_count_truncated(model, encoded.flat_captions))
 
 
-def _count_truncated(model: Encoder, texts: Iterable[str]) -> int:
+def _read_row(source: PairSource, index: int) -> tuple[Image.Image, tuple[int, tuple[str, ...]]]:
+    pair = source[index]
+    return pair.image, (index, pair.captions)
+
+
+def _count_truncated(model: Encoder, texts: Sequence[str]) -> int:
     """Count the texts longer than the model's context; 0 for tokenizers of other libraries."""
     tokenizer = getattr(model, "tokenizer", None)
     if not isinstance(tokenizer, CaptionTokenizer):
@@ -154,6 +145,56 @@ def _count_truncated(model: Encoder, texts: Iterable[str]) -> int:
     longer = copy(tokenizer)
     longer.context += 1
     return sum(len(longer.encode(text)) > tokenizer.context for text in texts)
+
+
+def encode_batches(
+    model: Encoder,
+    source: Any,
+    read: Callable[[Any, int], tuple[Image.Image | LazyImage, Any]],
+    batches: Sequence[Any],
+    workers: int | None,
+    progress: bool,
+    encode: Callable[[Tensor], Tensor] | None = None,
+) -> Iterator[tuple[Tensor, list[Any], SkipCounter]]:
+    """Read and encode images of a source: by batch, features (n, d), what `read` returned, and the broken pairs.
+
+    Without `encode` features are embeddings of length 1. Worker processes read a part of a batch at a time, so that all
+    of them read the first one.
+    """
+    with eval_mode(model) as device:
+        pinned = device.type == "cuda"
+    size = max(map(len, batches), default=1) if pinned else READ_AT_ONCE  # joining would copy to other memory
+    parts = [batch[start : start + size] for batch in batches for start in range(0, len(batch), size)]
+    title = f"Images of {source.name}" if progress else ""
+    stream = mapped(BatchReader(model, partial(read, source)), parts, workers, title, pinned)
+    encode_all = image_encoder(model) if encode is None else lambda pixels: encode(normalized(model, pixels))
+    for batch in batches:
+        pixels, rows, skipped = list[Tensor](), list[Any](), SkipCounter()
+        for part, own, broken in islice(stream, math.ceil(len(batch) / size)):
+            pixels += [] if part is None else [part]
+            rows += own
+            skipped.merge(broken)
+        features = torch.empty(0)
+        if rows:
+            whole = pixels[0] if len(pixels) == 1 else torch.cat(pixels)
+            features = image_features(model, whole, encode_all, unit=encode is None)
+        yield features, rows, skipped
+
+
+def image_features(model: Encoder, pixels: Tensor, encode: Callable[[Tensor], Tensor], unit: bool = True) -> Tensor:
+    """Encode (n, 3, S, S) pixels to (n, d) float32 on the CPU, in evaluation mode; `unit` makes the length 1."""
+    with eval_mode(model) as device:
+        features = _finite(encode(pixels.to(device, non_blocking=True)).float().cpu(), "image")
+    return normalize(features, dim=-1) if unit else features
+
+
+def _finite(features: Tensor, what: str) -> Tensor:
+    if not features.isfinite().all():
+        raise UserError(
+            f"The model's {what} features are not finite: the weights diverged or are corrupted. Use an earlier "
+            "checkpoint, or train with a lower train.lr."
+        )
+    return features
 
 
 class BatchReader:
@@ -187,37 +228,3 @@ class BatchReader:
         if isinstance(self.preprocess, Preprocess):
             return self.preprocess.fast(image)
         return Image.fromarray(image.pixels())
-
-
-def read_batches(
-    reader: BatchReader, batches: Sequence[Any], workers: int | None, title: str, pin_memory: bool = False
-) -> Iterator[tuple[Tensor | None, list[Any], SkipCounter]]:
-    """Read batches of images; arguments as for `mapped`, results as of `BatchReader`.
-
-    A worker process reads a part of a batch at a time, so that all of them read the first one.
-    """
-    size = max(map(len, batches), default=1) if pin_memory else READ_AT_ONCE  # joining would copy to other memory
-    parts = [batch[start : start + size] for batch in batches for start in range(0, len(batch), size)]
-    stream = mapped(reader, parts, workers, title, pin_memory)
-    for batch in batches:
-        pixels, rows, skipped = list[Tensor](), list[Any](), SkipCounter()
-        for part, read, broken in islice(stream, math.ceil(len(batch) / size)):
-            pixels += [] if part is None else [part]
-            rows += read
-            skipped.merge(broken)
-        yield (pixels[0] if len(pixels) == 1 else torch.cat(pixels) if pixels else None), rows, skipped
-
-
-def _read_row(source: PairSource, index: int) -> tuple[Image.Image, Row]:
-    pair = source[index]
-    return pair.image, (index, pair.key, pair.captions)
-
-
-def _require_finite(features: Tensor, what: str, names: Sequence[str]) -> None:
-    """Raise a `UserError` that names the first row of features (n, d) with a NaN or an infinity."""
-    finite = features.isfinite().all(1)
-    if not bool(finite.all()):
-        raise UserError(
-            f"The model's features of the {what} '{printable(names[int((~finite).nonzero()[0])])}' are not finite: the "
-            "weights diverged or are corrupted. Use an earlier checkpoint, or train with a lower train.lr."
-        )

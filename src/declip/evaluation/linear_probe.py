@@ -224,7 +224,8 @@ def read_probe_data(
         chosen = sample_per_class(train.labels.numpy(), lambda count: max(1, round(count / 5)) if count > 1 else 0)
         parts |= {"validation": train.take(chosen), "train": train.take(~chosen)}
     facts: dict[str, Any] = {"held_out": held_out, "metric": dataset.metric, "skipped": dict(skipped), "device": device}
-    return ProbeData(dataset.name, len(splits["test"].class_names), **parts, **facts)
+    train, validation, test = (parts[which] for which in ("train", "validation", "test"))
+    return ProbeData(dataset.name, len(splits["test"].class_names), train, validation, test, **facts)
 
 
 def linear_probe(data: ProbeData) -> LinearProbeResult:

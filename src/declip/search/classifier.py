@@ -29,8 +29,8 @@ from declip.evaluation.zero_shot import class_features, read_templates
 from declip.interchange.read import load
 from declip.io.atomic import atomic_write, save_tensors
 from declip.io.text import one_line, percent
+from declip.models.inference import fingerprint
 from declip.search.class_names import NONE
-from declip.search.model import fingerprint
 
 KEY = "declip.classifier"  # of the metadata of a file
 FEWEST = 3  # classes with images that leaving one out requires

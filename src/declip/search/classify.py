@@ -18,7 +18,7 @@ from declip.data.pair import LazyImage, PairSource, SkipCounter
 from declip.data.sources.open import ImageSource, open_images, open_source
 from declip.data.sources.python_items import Items
 from declip.errors import UserError, check_range
-from declip.evaluation.encode import Encoder
+from declip.evaluation.encode import Encoder, encode_batches
 from declip.evaluation.few_shot import joint_encoder
 from declip.evaluation.zero_shot import class_features, logit_scale, read_templates
 from declip.interchange.read import load
@@ -27,7 +27,6 @@ from declip.io.text import plain_cell
 from declip.models.inference import Engine, Precision
 from declip.search.class_names import NONE, read_options
 from declip.search.classifier import Classifier
-from declip.search.model import encode_images
 
 
 @dataclass(frozen=True)
@@ -131,7 +130,7 @@ def _predictions(
     """Classify the images of a source in order; broken ones are counted, and none at all is an error."""
     usable = False
     batches = [range(start, min(start + batch_size, len(source))) for start in range(0, len(source), batch_size)]
-    for vectors, rows, broken in encode_images(model, source, _read, batches, workers, progress, scorer.encode):
+    for vectors, rows, broken in encode_batches(model, source, _read, batches, workers, progress, scorer.encode):
         skipped.merge(broken)
         if rows:
             usable = True

@@ -21,16 +21,15 @@ from declip.data.sources.open import ImageSource, open_source
 from declip.data.sources.python_items import Items
 from declip.data.sources.shard_files import relative, stored_path
 from declip.errors import UserError, check_range, unknown
-from declip.evaluation.encode import Encoder, text_features
+from declip.evaluation.encode import Encoder, encode_batches, text_features
 from declip.interchange.read import load
 from declip.io.parts import Part, part_folder, span_of
 from declip.io.pool import pairs_bar
 from declip.models.inference import Engine, Precision, precision_of
 from declip.search.index import Index
 from declip.search.info import Dtype, IndexInfo, PartInfo, SourceInfo
-from declip.search.model import describe_model, encode_images
 from declip.search.store import PART_ROWS, Block, IndexedImage, hash64
-from declip.search.writer import Writer, open_writer
+from declip.search.writer import Writer, describe_model, open_writer
 
 log = logging.getLogger("declip")
 
@@ -193,7 +192,7 @@ def _embed_places(
     info, skipped = writer.info, SkipCounter()
     parts = [places[start : start + PART_ROWS] for start in range(0, len(places), PART_ROWS)]
     batches = [part[start : start + batch_size].tolist() for part in parts for start in range(0, len(part), batch_size)]
-    stream = encode_images(model, source, read_row, batches, workers, progress)
+    stream = encode_batches(model, source, read_row, batches, workers, progress)
     for part in parts:
         rows, vectors = list[IndexedImage](), list[Tensor]()
         # --- vectors and rows of a part, in memory

@@ -15,11 +15,10 @@ from declip.data.sources.open import ImageSource, open_source
 from declip.data.sources.python_items import ItemSource
 from declip.data.sources.shard_files import absolute
 from declip.errors import UserError
-from declip.evaluation.encode import BatchReader, text_features
+from declip.evaluation.encode import BatchReader, image_features, text_features
 from declip.interchange.read import load
 from declip.models.dual_encoder import DualEncoder
 from declip.models.inference import Engine, Precision, fingerprint, image_encoder, precision_of
-from declip.search.model import image_vectors
 
 
 class Embedder:
@@ -82,7 +81,7 @@ class Embedder:
                 places, source = ids, _open(self.source, self.columns)
                 ids = [source.key(place) for place in places]
             errors, pixels = _read_images(model, source, places)
-            vectors = image_vectors(model, torch.cat(pixels), encode) if pixels else None
+            vectors = image_features(model, torch.cat(pixels), encode) if pixels else None
         # An array without gaps: of lists with None, Ray makes pickled objects.
         rows = np.zeros((len(ids), model.recipe.embed_dim), np.float32)  # type: ignore[union-attr]
         if vectors is not None:

@@ -1,9 +1,15 @@
 """Exact search: products of the queries with all vectors, block by block, so that memory stays small."""
 
+import math
+
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
+
+from declip.errors import UserError
 
 ROWS = 8_192  # vectors whose products are kept at a time
+SHORTEST = 1e-6  # length of a weighted sum of two unit vectors below which they cancel
 BLOCK_BYTES = 2 << 20  # float32 bytes of a block, which stays in a core's cache between conversion and product
 
 
@@ -45,3 +51,13 @@ def nearest(queries: Tensor, ids: Tensor, vectors: Tensor, k: int, skip_zeros: b
         best_ids, best = best_ids.gather(1, order), best.gather(1, order)
     shown = int(best.isfinite().sum(1).min()) if n else 0
     return best_ids[:, :shown], best[:, :shown]
+
+
+def mix(text: Tensor, image: Tensor, weights: tuple[float, float]) -> Tensor:
+    """Normalized weighted sum of two unit vectors (d,); raises `UserError` if they cancel."""
+    if len(weights) != 2 or not all(map(math.isfinite, weights)):
+        raise UserError(f"weights is {weights}; give two numbers, of text and image, such as 0.7,0.3.")
+    both = weights[0] * text + weights[1] * image
+    if both.norm() < SHORTEST:
+        raise UserError(f"With weights {weights[0]:g} and {weights[1]:g} nothing is left of the query. Give others.")
+    return normalize(both, dim=-1)

@@ -17,18 +17,17 @@ from declip.data.sources.open import ImageSource, open_source
 from declip.data.sources.python_items import Items
 from declip.data.sources.shard_files import is_missing, resolve
 from declip.errors import UserError, check_range
-from declip.evaluation.encode import Encoder, eval_mode
+from declip.evaluation.encode import Encoder, eval_mode, image_features
 from declip.evaluation.zero_shot import class_features, read_templates
 from declip.interchange.read import load, read_text
 from declip.io.atomic import atomic_write
 from declip.models.device import pick_device
 from declip.models.inference import Engine, Precision, convert, fingerprint
-from declip.search.exact import nearest
+from declip.search.exact import mix, nearest
 from declip.search.info import Dtype, Over
 from declip.search.joined import join_parquet, join_parts
-from declip.search.model import describe_model, image_vectors, mix
 from declip.search.store import PART_ROWS, IndexedImage
-from declip.search.writer import open_index
+from declip.search.writer import describe_model, open_index
 
 MOST = 10_000  # maximum number of results of a search
 
@@ -179,7 +178,7 @@ class Index:
                 raise UserError(f"The image to search for cannot be used: {broken}.") from broken
             with eval_mode(self.model):
                 pixels = self.model.preprocess([upright])
-            vectors.append(image_vectors(self.model, pixels)[0])
+            vectors.append(image_features(self.model, pixels, self.model.encode_image)[0])
         if not vectors:
             raise UserError("Nothing to search for. Give a text, an image (--image FILE), or both.")
         return vectors[0] if len(vectors) == 1 else mix(vectors[0], vectors[1], weights)

@@ -18,9 +18,8 @@ from declip.interchange.read import load
 from declip.io.parts import find_parts
 from declip.models.inference import OPENVINO, TYPES
 from declip.search.info import INFO, Dtype, IndexInfo, ModelInfo, SourceInfo
-from declip.search.model import describe_model
 from declip.search.store import PART_ROWS, Block, IndexedImage, hash64
-from declip.search.writer import check_same, open_index, open_writer
+from declip.search.writer import check_same, describe_model, open_index, open_writer
 
 COLUMNS = ("id", "vector", "error", "model")
 TOLERANCE = 1e-3  # of the length of a vector

@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 
 from declip.data.pair import SkipCounter
-from declip.data.sources.shard_files import resolve
+from declip.data.sources.shard_files import resolve, stored_path
 from declip.errors import UserError
+from declip.evaluation.encode import Encoder
 from declip.io.atomic import ELSEWHERE, locked_folder, remove
-from declip.search.info import INFO, IndexInfo
+from declip.models.inference import fingerprint
+from declip.search.info import INFO, IndexInfo, ModelInfo
 from declip.search.store import Block, Store, write_blocks
 
 UNFINISHED = ".unfinished"  # folder of the parts: "part-NUMBER-REACHED", with an index.json as it was when they began
@@ -82,6 +84,14 @@ class Writer:
         begun = IndexInfo.read(self._unfinished) if (self._unfinished / INFO).is_file() else None
         if begun is None or begun.generation != (0 if self.current is None else self.current.generation):
             remove(self._unfinished)
+
+
+def describe_model(model: Encoder, path: object, index: Path) -> ModelInfo:
+    """Describe a model that was loaded from `path`, or is a Python object, for the index in a folder."""
+    stored = stored_path(path, index)
+    recipe = getattr(model, "recipe", None)
+    name = str(path) if stored else f"{type(model).__name__} {getattr(recipe, 'name', '')}".strip()
+    return ModelInfo(path=stored, name=name, fingerprint=fingerprint(model))
 
 
 @contextmanager
