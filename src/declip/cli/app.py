@@ -11,12 +11,11 @@ import declip
 from declip.cli.data import group as data
 from declip.cli.evaluate import compare, evaluate
 from declip.cli.images import choose, classify, explain
-from declip.cli.options import Overrides, console, fail, file, say
+from declip.cli.options import Model, Overrides, console, fail, file, say
 from declip.cli.search import embed, index, search
 from declip.cli.serve import app as serve_app
 from declip.cli.train import finetune, train
 from declip.errors import UserError
-from declip.recipe.starts import check_model
 
 recipes = typer.Typer(help="List the shipped recipes, or show one with all its keys.")
 
@@ -79,9 +78,7 @@ def remove_cached(
 
 
 def export(
-    model: Annotated[
-        str, typer.Argument(help="a run folder, a checkpoint, weights of another library, or hf-hub:OWNER/NAME")
-    ],
+    model: Model,
     format: Annotated[str, typer.Option("--format", help="open_clip, huggingface, onnx or safetensors")],
     out: Annotated[Path, file("folder to write", metavar="DIR")],
     license: Annotated[str, typer.Option(help="license for the model card, such as mit")] = "unknown: set it",
@@ -91,7 +88,6 @@ def export(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing export")] = False,
 ) -> None:
     """Export a model to a format of another library or to declip's (safetensors), with a model card."""
-    check_model(model)
     from declip.interchange.export import export as run_export
 
     exported = run_export(model, format, out, license=license, overwrite=overwrite, repo=repo)

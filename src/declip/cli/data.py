@@ -5,28 +5,13 @@ from typing import Annotated, Any
 
 import typer
 
-from declip.cli.options import (
-    CaptionColumn,
-    ImageColumn,
-    ImageRoot,
-    JsonOut,
-    PartOption,
-    Quiet,
-    Workers,
-    check_source,
-    console,
-    expand,
-    file,
-    say,
-)
+from declip.cli import options as opt
+from declip.cli.options import console, expand, file, say
 from declip.data.columns import Columns
 from declip.errors import UserError
 from declip.io.atomic import check_writable, write_text
 from declip.io.parts import parse_part
 
-Leaks = Annotated[
-    list[str] | None, typer.Option(metavar="SET", help="test set; find its images among the pairs; repeatable")
-]
 group = typer.Typer(help="Download, shard and inspect pairs.", no_args_is_help=True)
 
 
@@ -36,7 +21,7 @@ def download(
     cache: Annotated[
         Path | None, file("cache folder; default: DECLIP_CACHE, or ~/.cache/declip", metavar="DIR")
     ] = None,
-    quiet: Quiet = False,
+    quiet: opt.Quiet = False,
 ) -> None:
     """Download a built-in set and render its images, once."""
     from declip.data.builtin.sets import download as fetch
@@ -46,20 +31,19 @@ def download(
 
 @group.command()
 def shard(
-    source: Annotated[str, typer.Argument(help="a table, a folder, tar shards, or builtin:NAME")],
+    source: opt.Source,
     out: Annotated[Path, file("folder to write the tar shards to", metavar="DIR")],
     size: Annotated[int, typer.Option(help="pixels of the shorter side; smaller images are not enlarged")] = 256,
     shard_pairs: Annotated[int, typer.Option(help="pairs per shard")] = 10_000,
     exclude: Annotated[Path | None, file("list of pairs to leave out, from `declip app` or `data inspect`")] = None,
-    workers: Workers = None,
-    image_column: ImageColumn = "image",
-    caption_column: CaptionColumn = "caption",
-    image_root: ImageRoot = None,
-    part: PartOption = None,
-    quiet: Quiet = False,
+    workers: opt.Workers = None,
+    image_column: opt.ImageColumn = "image",
+    caption_column: opt.CaptionColumn = "caption",
+    image_root: opt.ImageRoot = None,
+    part: opt.PartOption = None,
+    quiet: opt.Quiet = False,
 ) -> None:
     """Shrink the images of a source and write tar shards. Run the command again to continue after an interruption."""
-    check_source(source, "SOURCE")
     number = parse_part(part)
     from declip.data.prepare import shard_source
 
@@ -89,25 +73,25 @@ def join(
 
 @group.command()
 def inspect(
-    source: Annotated[str, typer.Argument(help="a table, a folder, tar shards, or builtin:NAME")],
+    source: opt.Source,
     sample: Annotated[int, typer.Option(help="number of pairs to read, chosen at random")] = 2000,
     everything: Annotated[bool, typer.Option("--all", help="read all pairs")] = False,
-    check_leakage: Leaks = None,
+    check_leakage: Annotated[
+        list[str] | None, opt.source("test set; find its images among the pairs; repeatable")
+    ] = None,
     size: Annotated[int, typer.Option(help="image size in training, in pixels")] = 224,
     batch_size: Annotated[int, typer.Option(help="batch size in training, to count false negatives")] = 128,
     seed: Annotated[int, typer.Option(help="seed of the sample and of the examples")] = 0,
-    workers: Workers = None,
-    image_column: ImageColumn = "image",
-    caption_column: CaptionColumn = "caption",
-    image_root: ImageRoot = None,
-    json_out: JsonOut = None,
+    workers: opt.Workers = None,
+    image_column: opt.ImageColumn = "image",
+    caption_column: opt.CaptionColumn = "caption",
+    image_root: opt.ImageRoot = None,
+    json_out: opt.JsonOut = None,
     html_out: Annotated[Path | None, file("also write a page with images", "--html")] = None,
     exclude: Annotated[Path | None, file("list to write, of the copies among the pairs; reads all pairs")] = None,
-    quiet: Quiet = False,
+    quiet: opt.Quiet = False,
 ) -> None:
     """Inspect pairs before training: sizes, lengths, duplicates, broken pairs, and suggested settings."""
-    for name in (source, *(check_leakage or ())):
-        check_source(name, "SOURCE" if name == source else "--check-leakage")
     from declip.inspection.result import Inspection
     from declip.inspection.scan import inspect_source
     from declip.reports.inspection import exclusions, page, summary

@@ -6,52 +6,32 @@ from typing import Annotated, Any
 
 import typer
 
-from declip.cli.options import (
-    BatchSize,
-    Device,
-    Engine,
-    JsonOut,
-    Precision,
-    Quiet,
-    Shots,
-    Workers,
-    check_shots,
-    check_source,
-    console,
-    file,
-    say,
-)
+from declip.cli import options as opt
+from declip.cli.options import check_shots, console, file, say
 from declip.errors import UserError, unknown
 from declip.io.atomic import check_writable, write_text
-from declip.recipe.starts import check_model
 
 TASKS = ("zero-shot", "retrieval", "linear", "few-shot")
 
 
 def evaluate(
-    model: Annotated[
-        str, typer.Argument(help="a run folder, a checkpoint, a weights file, open_clip:MODEL/TAG or hf-hub:OWNER/NAME")
-    ],
+    model: opt.Model,
     datasets: Annotated[
-        list[str],
-        typer.Option("--dataset", help="builtin:NAME, NAME:/path, a table, a folder, or paper11:/path; repeatable"),
+        list[str], opt.source("builtin:NAME, NAME:/path, a table, a folder, or paper11:/path; repeatable", "--dataset")
     ],
     task: Annotated[str, typer.Option(help="zero-shot, retrieval, linear (probe) or few-shot")] = "zero-shot",
-    shots: Shots = None,
+    shots: opt.Shots = None,
     templates: Annotated[str | None, typer.Option(help="name of a template set, or a template with {}")] = None,
     label_column: Annotated[str | None, typer.Option(help="table column of classes")] = None,
-    batch_size: BatchSize = 256,
-    workers: Workers = None,
-    device: Device = "auto",
-    precision: Precision = "fp32",
-    engine: Engine = "torch",
-    json_out: JsonOut = None,
+    batch_size: opt.BatchSize = 256,
+    workers: opt.Workers = None,
+    device: opt.Device = "auto",
+    precision: opt.Precision = "fp32",
+    engine: opt.Engine = "torch",
+    json_out: opt.JsonOut = None,
 ) -> None:
     """Evaluate a model on held-out images."""
     _check_task(task, templates, shots)
-    check_model(model)
-    for name in datasets:
-        check_source(name, "--dataset")
     from declip.evaluation.protocols import Options
     from declip.interchange.read import load
 
@@ -113,7 +93,7 @@ def _suite_of(datasets: list[str], label_column: str | None) -> str | None:
 
 
 Datasets = Annotated[
-    list[str] | None, typer.Option("--dataset", help="evaluation set; default: those of the recipe; repeatable")
+    list[str] | None, opt.source("evaluation set; default: those of the recipe; repeatable", "--dataset")
 ]
 Tasks = Annotated[
     list[str] | None, typer.Option("--task", help="zero-shot (default), retrieval, linear or few-shot; repeatable")
@@ -134,12 +114,12 @@ def compare(
     out: Annotated[Path, file("folder of the comparison", metavar="DIR")] = Path("runs/compare"),
     datasets: Datasets = None,
     tasks: Tasks = None,
-    shots: Shots = None,
+    shots: opt.Shots = None,
     budget: Budget = "samples",
     jobs: Annotated[
         int | None, typer.Option(min=1, help="number of parallel runs; default: one per core, or 1 on a GPU")
     ] = None,
-    quiet: Quiet = False,
+    quiet: opt.Quiet = False,
 ) -> None:
     """Compare recipes at several numbers of pairs. Run the command again to continue an interrupted comparison."""
     from declip.recipe.load import load_recipe, parse_overrides
@@ -149,8 +129,6 @@ def compare(
     overrides = parse_overrides([word for word in words if "=" in word])
     for recipe in recipes:
         load_recipe(recipe, overrides)
-    for name in datasets or ():
-        check_source(name, "--dataset")
     from declip.api import compare as run_comparison
     from declip.comparison.study import read_counts
     from declip.reports.comparison import summary

@@ -6,38 +6,27 @@ from typing import Annotated, Any
 
 import typer
 
-from declip.cli.options import Device, check_source, expand, file, reads_images, say, write_sheet
+from declip.cli import options as opt
+from declip.cli.options import existing, expand, file, reads_images, say, write_sheet
 from declip.errors import UserError
 from declip.io.atomic import check_writable, csv_path
-from declip.recipe.starts import check_model
 from declip.search.class_names import read_options
-
-Model = Annotated[str, typer.Option(help="a run folder, a checkpoint, a weights file, or open_clip:MODEL/TAG")]
 
 
 @reads_images
 def choose(
-    images: Annotated[str, typer.Argument(help="a folder of images, a table, or an index")],
-    model: Model,
+    images: Annotated[str, typer.Argument(callback=existing, help="a folder of images, a table, or an index")],
+    model: opt.ModelOption,
     out: Annotated[Path, file("table to write, with an empty column for captions")],
     count: Annotated[int, typer.Option(min=1, help="number of images to choose")] = 200,
-    have: Annotated[
-        str | None, typer.Option(metavar="PAIRS", help="existing pairs; their images count as chosen")
-    ] = None,
-    index: Annotated[
-        Path | None, file("folder of the index; default: in indices/, named after the source", metavar="DIR")
-    ] = None,
-    sheet_out: Annotated[Path | None, file("also write an image of the chosen images (PNG)", "--contact-sheet")] = None,
+    have: Annotated[str | None, opt.source("existing pairs; their images count as chosen", metavar="PAIRS")] = None,
+    index: opt.IndexFolder = None,
+    sheet_out: opt.SheetOut = None,
     seed: Annotated[int, typer.Option(min=0, help="seed of the sample, if there are more than 20,000 images")] = 0,
     *,
     reading: dict[str, Any],
 ) -> None:
     """Choose the images that you should caption next, by their features; the most useful come first."""
-    # Before torch is imported, which takes seconds.
-    check_model(model)
-    check_source(images, "IMAGES")
-    if have is not None:
-        check_source(have, "--have")
     check_writable((csv_path(out), sheet_out))
     from declip.search.choose import choose as run_choice
 
@@ -53,12 +42,12 @@ def choose(
 @partial(reads_images, captions=False)
 def classify(
     images: Annotated[str, typer.Argument(help="a folder, an image, a pattern in quotes, a table, or tar shards")],
-    model: Model,
+    model: opt.ModelOption,
     classes: Annotated[
         str | None, typer.Option(metavar="FILE|LIST", help="a file with one class per line, or a list: cat,dog")
     ] = None,
     examples: Annotated[
-        str | None, typer.Option(metavar="FOLDER|TABLE", help="labeled images: a folder per class, or a table")
+        str | None, opt.source("labeled images: a folder per class, or a table", metavar="FOLDER|TABLE")
     ] = None,
     label_column: Annotated[str | None, typer.Option(help="table column of classes in the examples")] = None,
     head: Annotated[Path | None, file("a classifier that --save wrote, instead of --classes and --examples")] = None,
@@ -70,14 +59,10 @@ def classify(
     reading: dict[str, Any],
 ) -> None:
     """Classify images into classes by their names, by examples, or both. Without --out, print a line per image."""
-    # Before torch is imported, which takes seconds.
-    check_model(model)
     if save is not None and examples is None:
         raise UserError("--save requires --examples: it saves the classifier that is fitted to them.")
     names = read_options(classes, examples, head, reject)
     check_writable((save, out and csv_path(out)))
-    if examples is not None:
-        check_source(examples, "--examples")
     from declip.search.classify import classify as run_classification
 
     fitted: dict[str, Any] = {"examples": examples, "head": head, "reject": reject, "label_column": label_column}
@@ -107,17 +92,16 @@ def _print(prediction: Any) -> None:
 
 
 def explain(
-    model: Annotated[str, typer.Argument(help="a run folder, a checkpoint, a weights file, or builtin:lite2-minilm")],
+    model: opt.Model,
     image: Annotated[Path, typer.Argument(parser=expand, metavar="IMAGE", help="an image file")],
     text: Annotated[str, typer.Argument(help="what to look for in the image")],
     out: Annotated[Path, file("image to write: a heat map over the given one (PNG)")],
     size: Annotated[int | None, typer.Option(min=8, help="pixels of the sides that the model sees")] = None,
-    device: Device = "auto",
+    device: opt.Device = "auto",
 ) -> None:
     """Show where a text fits in an image: draw a heat map over the image."""
     # --- checks that need no torch, whose import takes seconds
     check_writable((out,))
-    check_model(model)
     if not image.is_file():
         raise UserError(f"There is no image '{image}'. Give a file.")
     if not text.strip():

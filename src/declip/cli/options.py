@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from declip.data.columns import Columns
-from declip.errors import UserError, check_installed
+from declip.errors import UserError
 from declip.io.atomic import atomic_write
+from declip.recipe.starts import check_model
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -34,13 +35,38 @@ def file(help: str, *names: str, metavar: str = "FILE") -> Any:
     return typer.Option(*names, parser=expand, metavar=metavar, help=help)
 
 
-def _check_engine(engine: str) -> str:
-    """Refuse an engine that is not installed, before torch is imported."""
-    if engine != "torch":
-        check_installed(engine, engine, f"--engine {engine}")
-    return engine
+def existing(param: typer.CallbackParam, given: Any) -> Any:
+    """Refuse a source whose path does not exist, before torch is imported; names, URLs and patterns pass."""
+    for source in (given,) if isinstance(given, str) else given or ():
+        check_source(source, param.opts[0] if param.opts[0].startswith("-") else param.opts[0].upper())
+    return given
 
 
+def source(help: str, *names: str, metavar: str = "SET") -> Any:
+    """Declare an option that takes a source."""
+    return typer.Option(*names, callback=existing, metavar=metavar, help=help)
+
+
+def known(model: str | None) -> str | None:
+    """Refuse a model whose path does not exist, before torch is imported."""
+    if model is not None:
+        check_model(model)
+    return model
+
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        callback=known, help="a run folder, a checkpoint, a weights file, a name such as open_clip:MODEL/TAG"
+    ),
+]
+ModelOption = Annotated[
+    str,
+    typer.Option("--model", callback=known, help="a run folder, a checkpoint, a weights file, or open_clip:MODEL/TAG"),
+]
+Source = Annotated[
+    str, typer.Argument(callback=existing, help="a table, a folder of images, tar shards, or builtin:NAME")
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="recipe keys to set, such as train.steps=500")
@@ -50,8 +76,7 @@ Precision = Annotated[
     typer.Option(help="precision of the towers; auto: the fastest that the device supports"),
 ]
 Engine = Annotated[
-    Literal["torch", "openvino"],
-    typer.Option(callback=_check_engine, help="library that computes the towers; openvino: faster on a CPU"),
+    Literal["torch", "openvino"], typer.Option(help="library that computes the towers; openvino: faster on a CPU")
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="show no progress")]
 Resume = Annotated[bool, typer.Option("--resume", help="continue the run in the run folder")]
@@ -68,6 +93,10 @@ PartOption = Annotated[
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="images per forward pass")]
 JsonOut = Annotated[Path | None, file("also write the result as JSON", "--json")]
+SheetOut = Annotated[Path | None, file("also write an image of the results (PNG)", "--contact-sheet")]
+IndexFolder = Annotated[
+    Path | None, file("folder of the index; default: in indices/, named after the source", metavar="DIR")
+]
 READING: dict[str, tuple[Any, Any]] = {
     "batch_size": (BatchSize, 256),
     "workers": (Workers, None),

@@ -8,24 +8,11 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from declip.cli.options import (
-    Device,
-    Engine,
-    JsonOut,
-    PartOption,
-    Precision,
-    check_source,
-    console,
-    expand,
-    file,
-    reads_images,
-    say,
-    write_sheet,
-)
+from declip.cli import options as opt
+from declip.cli.options import console, existing, expand, file, known, reads_images, say, write_sheet
 from declip.errors import UserError
 from declip.io.atomic import check_writable, write_text
 from declip.io.parts import find_parts, parse_part
-from declip.recipe.starts import check_model
 
 if TYPE_CHECKING:
     from declip.search.index import Hit
@@ -37,22 +24,19 @@ Folder = Annotated[Path, typer.Argument(metavar="INDEX", parser=expand, help="a 
 
 @reads_images
 def embed(
-    model: Annotated[str, typer.Argument(help="a run folder, a checkpoint, a weights file, or open_clip:MODEL/TAG")],
-    source: Annotated[str, typer.Argument(help="a folder of images, a table, tar shards, or builtin:NAME")],
+    model: opt.Model,
+    source: opt.Source,
     out: Annotated[Path, file("folder of the index", metavar="DIR")],
     captions: Annotated[
         bool, typer.Option("--captions", help="also store a vector of the captions of each image")
     ] = False,
     dtype: Annotated[Literal["float16", "float32"], typer.Option(help="type of the stored vectors")] = "float16",
-    part: PartOption = None,
+    part: opt.PartOption = None,
     *,
     reading: dict[str, Any],
 ) -> None:
     """Write the vectors of images to an index. Run the command again to continue or to update the index."""
-    # Before torch is imported, which takes seconds.
-    number = parse_part(part)
-    check_model(model)
-    check_source(source, "SOURCE")
+    number = parse_part(part)  # before torch is imported
     from declip.search.embed import embed as run_embedding
 
     made = run_embedding(model, source, out=out, captions=captions, dtype=dtype, part=number, **reading)
@@ -67,18 +51,22 @@ def search(
     k: Annotated[int, typer.Option("-k", "--k", min=1, max=10_000, help="number of results")] = 10,
     over: Annotated[Literal["images", "captions"], typer.Option(help="vectors to search")] = "images",
     template: Annotated[str | None, typer.Option(help="name of a template set, or a template with {}")] = None,
-    model: Annotated[str | None, typer.Option(help="new path of the model, if it was moved")] = None,
-    source: Annotated[str | None, typer.Option(help="new path of the images, if they were moved")] = None,
-    device: Device = "auto",
-    precision: Precision = "fp32",
-    engine: Engine = "torch",
-    sheet_out: Annotated[Path | None, file("also write an image of the results (PNG)", "--contact-sheet")] = None,
-    json_out: JsonOut = None,
+    model: Annotated[str | None, typer.Option(callback=known, help="new path of the model, if it was moved")] = None,
+    source: Annotated[str | None, opt.source("new path of the images, if they were moved", metavar="TEXT")] = None,
+    device: opt.Device = "auto",
+    precision: opt.Precision = "fp32",
+    engine: opt.Engine = "torch",
+    sheet_out: opt.SheetOut = None,
+    json_out: opt.JsonOut = None,
 ) -> None:
     """Search an index by a text, an image, or both."""
     # --- checks that need no torch, whose import takes seconds
     check_writable((sheet_out, json_out))
-    _check_index(folder, model, source)
+    from declip.search.info import IndexInfo
+
+    info = IndexInfo.read(folder)
+    if model is None:
+        info.model.locate(folder)
     if image is not None and not image.is_file():
         raise UserError(f"There is no image '{image}'. Give a file with --image.")
     both = _two_numbers(weights)
@@ -103,19 +91,6 @@ def search(
         given = None if image is None else decode(image, str(image))
         title = text or f"like {image.name if image else ''}"
         write_sheet(sheet_out, search_sheet(opened, hits, title, given))
-
-
-def _check_index(folder: Path, model: str | None, source: str | None) -> None:
-    """Refuse a folder without an index, and a model or a source that is missing, before torch is imported."""
-    from declip.search.info import IndexInfo
-
-    info = IndexInfo.read(folder)
-    if model is None:
-        info.model.locate(folder)
-    else:
-        check_model(model)
-    if source is not None:
-        check_source(source, "--source")
 
 
 def _print_hits(hits: "list[Hit]") -> None:
@@ -172,15 +147,12 @@ def join(
 
 @index.command()
 def from_parquet(
-    files: Annotated[list[str], typer.Argument(help="Parquet files of `declip.Embedder`, their folder, or a pattern")],
-    model: Annotated[str, typer.Option(help="the model that made the vectors")],
+    files: Annotated[list[str], typer.Argument(callback=existing, help="Parquet files, their folder, or a pattern")],
+    model: Annotated[str, typer.Option(callback=known, help="the model that made the vectors")],
     out: Annotated[Path, file("folder of the index", metavar="DIR")],
     dtype: Annotated[Literal["float16", "float32"], typer.Option(help="type of the stored vectors")] = "float16",
 ) -> None:
     """Make an index of the vectors that Ray Data, datasets, Daft or Spark wrote."""
-    check_model(model)
-    for name in files:
-        check_source(name, "FILES")
     from declip.search.index import Index
 
     say(f"Ready: {out}: {Index.from_parquet(files, model=model, out=out, dtype=dtype).summary()}")

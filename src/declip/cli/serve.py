@@ -8,34 +8,29 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from declip.cli.options import Device, Engine, Precision, Quiet, check_source, file
+from declip.cli import options as opt
+from declip.cli.options import existing, file
 from declip.errors import UserError
-from declip.recipe.starts import check_model
 
 PORT = 8765
 ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
 def app(
-    model: Annotated[str, typer.Argument(help="a run folder, a checkpoint, a weights file, or open_clip:MODEL/TAG")],
-    source: Annotated[str, typer.Argument(help="an index, or a source to embed: a folder, a table, or builtin:NAME")],
-    index: Annotated[
-        Path | None, file("folder of the index; default: in indices/, named after the source", metavar="DIR")
-    ] = None,
+    model: opt.Model,
+    source: Annotated[str, typer.Argument(callback=existing, help="an index, or a folder, table or built-in set")],
+    index: opt.IndexFolder = None,
     caption: Annotated[Path | None, file("caption images, and save captions in this .csv file")] = None,
     host: Annotated[str, typer.Option(help="address to listen on; default: this machine only")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65_535, help="port; 0: any free port")] = PORT,
-    device: Device = "auto",
-    precision: Precision = "auto",
-    engine: Engine = "torch",
-    quiet: Quiet = False,
+    device: opt.Device = "auto",
+    precision: opt.Precision = "auto",
+    engine: opt.Engine = "torch",
+    quiet: opt.Quiet = False,
 ) -> None:
     """Open a model and its pairs in a browser: classify, search, find wrong pairs, caption images."""
     if missing := [name for name in ("starlette", "uvicorn") if find_spec(name) is None]:
         raise UserError(f"The app requires {' and '.join(missing)}: pip install 'declip[app]'.")
-    # Before torch is imported, which takes seconds.
-    check_model(model)
-    check_source(source, "SOURCE")
     console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
     # The port is taken before the source is embedded, which may take hours.
     with take_port(host, port) as bound:

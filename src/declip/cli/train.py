@@ -7,48 +7,23 @@ from typing import Annotated, Any
 
 import typer
 
-from declip.cli.options import Overrides, Quiet, Resume, check_source, console, file, say
+from declip.cli import options as opt
+from declip.cli.options import check_source, console, file, known, say
 from declip.recipe.starts import check_model
-
-Validation = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="SET",
-        help="validation set; default: a tenth of the pairs, or none if both towers are frozen; repeatable",
-    ),
-]
-Keep = Annotated[
-    list[str] | None,
-    typer.Option(metavar="SET", help="set on which the accuracy of the weights should not fall; repeatable"),
-]
-Freeze = Annotated[
-    str | None,
-    typer.Option(
-        metavar="TOWERS",
-        help="towers not to train: both, image, text or none; default: both for the built-in weights without a "
-        "GPU, else none",
-    ),
-]
 
 
 def train(
     recipe: Annotated[str, typer.Argument(help="name of a shipped recipe, or a YAML file")],
-    overrides: Overrides = None,
+    overrides: opt.Overrides = None,
     data: Annotated[str | None, typer.Option(metavar="SOURCE", help="training pairs; sets the key data.source")] = None,
-    val: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="SET",
-            help="evaluation set: zero-shot if it has classes, retrieval if it has captions; repeatable",
-        ),
-    ] = None,
+    val: Annotated[list[str] | None, opt.source("evaluation set, with classes or captions; repeatable")] = None,
     out: Annotated[Path | None, file("run folder; default: runs/RECIPE", metavar="DIR")] = None,
-    resume: Resume = False,
-    quiet: Quiet = False,
+    resume: opt.Resume = False,
+    quiet: opt.Quiet = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only estimate memory and time")] = False,
 ) -> None:
     """Train a model as a recipe describes, evaluate it, and write a report."""
-    given = _checked(recipe, overrides or [], data, val or [], resume)
+    given = _checked(recipe, overrides or [], data, resume)
     name = Path(recipe).stem
     from declip import api
     from declip.training.assemble import resolve_recipe
@@ -76,7 +51,7 @@ def leave_unless_finished(run: Any) -> None:
         raise typer.Exit(run.status)
 
 
-def _checked(recipe: str, overrides: list[str], data: str | None, val: list[str], resume: bool) -> dict[str, Any]:
+def _checked(recipe: str, overrides: list[str], data: str | None, resume: bool) -> dict[str, Any]:
     """Read the overrides, and refuse what can be refused before torch is imported."""
     from declip.recipe.load import load_recipe, parse_overrides
 
@@ -84,8 +59,6 @@ def _checked(recipe: str, overrides: list[str], data: str | None, val: list[str]
     resolved = load_recipe(recipe, given)
     if resolved.finetune.pretrained is not None and not resume:  # a checkpoint needs no weights
         check_model(str(resolved.finetune.pretrained))
-    for path in val:
-        check_source(path, "--val")
     named = resolved.data.source if data is None else data
     for source in (named,) if isinstance(named, str) else named:
         check_source(source, "--data or data.source")
@@ -116,23 +89,26 @@ def _print_results(run: Any) -> None:
 
 
 def finetune(
-    pairs: Annotated[str, typer.Argument(help="a table, a folder, tar shards, or builtin:NAME")],
-    overrides: Overrides = None,
+    pairs: opt.Source,
+    overrides: opt.Overrides = None,
     weights: Annotated[
         str | None,
-        typer.Option(
-            "--from", metavar="WEIGHTS", help="pretrained weights; default without a GPU: builtin:lite2-minilm"
-        ),
+        typer.Option("--from", metavar="WEIGHTS", callback=known, help="default without a GPU: builtin:lite2-minilm"),
     ] = None,
-    val: Validation = None,
-    keep: Keep = None,
+    val: Annotated[
+        list[str] | None, opt.source("validation set; default: a tenth of the pairs if towers are trained")
+    ] = None,
+    keep: Annotated[list[str] | None, opt.source("set on which the accuracy should not fall; repeatable")] = None,
     out: Annotated[Path | None, file("run folder; default: runs/finetune", metavar="DIR")] = None,
-    freeze: Freeze = None,
-    resume: Resume = False,
+    freeze: Annotated[
+        str | None,
+        typer.Option(metavar="TOWERS", help="both, image, text or none; default: both for built-in weights on a CPU"),
+    ] = None,
+    resume: opt.Resume = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="only print the recipe, and estimate memory and time")
     ] = False,
-    quiet: Quiet = False,
+    quiet: opt.Quiet = False,
 ) -> None:
     """Fine-tune pretrained weights on your pairs, write a report, and export the model."""
     from declip.recipe.finetuning import read_overrides
@@ -140,11 +116,6 @@ def finetune(
 
     given = parse_overrides(overrides or [])
     read_overrides(given, freeze)
-    sets = [(name, option) for option, names in (("--val", val), ("--keep", keep)) for name in names or ()]
-    for source, option in ((pairs, "PAIRS"), *sets):
-        check_source(source, option)
-    if weights is not None:
-        check_model(weights)
     from declip import api, finetuning
 
     options: dict[str, Any] = {"val": val or (), "keep": keep or (), "out": out, "freeze": freeze, "quiet": quiet}
