@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from conftest import encoded, refuses
-from declip.data.batch import Plan, TextSpec, ViewSpec
+from declip.data.batch import Plan, ViewSpec
 from declip.data.loader import Assembler, PairLoader
 from declip.data.pair import BrokenPair, Pair, PairSource
 from declip.data.sources.open import open_source
@@ -75,7 +75,7 @@ def make_loader(
     """A loader; options go to `TextView`, the loader and the assembler."""
     text = {name: options.pop(name) for name in TextView.model_fields.keys() & options}
     specs = tuple(ViewSpec(name, size, ImageView()) for name in views)
-    plan = Plan(specs, TextSpec(texts, TextView(**text), mask, whole_context), (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    plan = Plan(specs, texts, TextView(**text), mask, whole_context, (0.5,) * 3, (0.25,) * 3)
     loading = {name: options.pop(name) for name in {"start_step", "workers", "max_broken_fraction"} & options.keys()}
     assembler = Assembler(source, Words(context), plan, **({"batch_size": 6, "seed": 3} | options))
     return PairLoader(assembler, **loading)

@@ -94,10 +94,10 @@ def test_features_longest_unused_go_first(cache, monkeypatch):
     monkeypatch.setenv("DECLIP_CACHE_GB", "2.5e-6")
     with FileLock(cache / "features/b" / LOCK):  # of another process
         os.utime(cache / "features/b", (2, 2))
-        trim_cache(keep=[cache / "features/a"])
+        trim_cache("features", keep=[cache / "features/a"])
     assert names(cache) == {"features/a", "features/b", "shards/e", "emoji/f"}
     monkeypatch.setenv("DECLIP_CACHE_GB", "much")
-    refuses("DECLIP_CACHE_GB is 'much'", trim_cache, keep=())
+    refuses("DECLIP_CACHE_GB is 'much'", trim_cache, "features", keep=())
 
 
 def test_clear_keeps_what_cannot_be_computed(cache):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from declip.data.batch import PairBatch, Plan, TextSpec, ViewSpec
+from declip.data.batch import PairBatch, Plan, ViewSpec
 from declip.data.sources.open import open_source
 from declip.data.text.tokenizer import HuggingfaceTokenizer, Tokenizer
 from declip.models.hf_encoder import read_encoder
@@ -172,7 +172,7 @@ def test_views_are_unnormalized_and_texts_decoded(painted):
         sample_ids=torch.tensor([4 + 1]),
     )
     specs = tuple(ViewSpec(name, 8, ImageView()) for name in ("first", "second"))
-    plan = Plan(specs, TextSpec(2, TextView(), 0.15), mean, std)
+    plan = Plan(specs, 2, TextView(), 0.15, False, mean, std)
     (pair,) = example_views(batch, painted(["red", "green", "blue", "cyan"]), plan, tokenizer)
     assert pair["image"]["alt"] == "green"
     assert _pixel(pair["views"][0]["src"]) == pytest.approx(tuple(round(255 * m) for m in mean), abs=1)

@@ -16,9 +16,7 @@ if TYPE_CHECKING:
     from declip.data.pair import BrokenPair
 
 IGNORED = -100  # label of a token that is not to be predicted, the default of torch's cross-entropy
-
-# Fraction of the tokens that are masked or replaced, as in BERT.
-MASK_PROBABILITY = 0.15
+MASK_PROBABILITY = 0.15  # fraction of the tokens that are masked or replaced, as in BERT
 
 
 class Photometric(NamedTuple):
@@ -67,16 +65,6 @@ class View:
     pixels: Tensor
     photometric: Photometric | None = None
 
-    def __post_init__(self) -> None:
-        pixels, raw = self.pixels, self.pixels.dtype == torch.uint8
-        images = pixels.ndim == 4 and pixels.shape[1] == 3 and (raw or pixels.is_floating_point())
-        given = None if self.photometric is None else len(self.photometric.jitter)
-        if not images or given != (len(pixels) if raw else None):
-            raise UserError(
-                f"A view has shape {tuple(pixels.shape)}, type {pixels.dtype} and `photometric` of {given} images; it "
-                "must be (B, 3, H, W), float and normalized, or uint8 with `photometric` of B images."
-            )
-
     def __len__(self) -> int:
         return len(self.pixels)
 
@@ -111,14 +99,19 @@ class PairBatch:
 
     def __post_init__(self) -> None:
         self.views = {n: View(view) if isinstance(view, Tensor) else view for n, view in self.views.items()}
-        if self.texts.ndim != 3 or self.texts.shape[0] not in (1, 2):
-            raise UserError(f"`texts` has shape {tuple(self.texts.shape)}; it must be (T, B, L) with T 1 or 2.")
         sizes = {name: len(view) for name, view in self.views.items()}
-        if set(sizes.values()) != {len(self)}:
-            raise UserError(f"A batch needs a view, and {len(self)} images in each as `texts` has pairs, not {sizes}.")
+        if self.texts.ndim != 3 or set(sizes.values()) != {len(self)}:
+            raise UserError(
+                f"A batch needs `texts` (T, B, L) and views of B images: {tuple(self.texts.shape)}, {sizes}."
+            )
         texts, pairs, length = self.texts.shape
-        shapes = {"texts": (texts, pairs, length), "masked": (pairs, length), "labels": (pairs, length)}
-        for name, shape in (shapes | {"sample_ids": (pairs,), "lengths": (texts, pairs)}).items():
+        shapes = {
+            "masked": (pairs, length),
+            "labels": (pairs, length),
+            "sample_ids": (pairs,),
+            "lengths": (texts, pairs),
+        }
+        for name, shape in ({"texts": (texts, pairs, length)} | shapes).items():
             ids = getattr(self, name)
             if ids is not None and (tuple(ids.shape) != shape or ids.dtype != torch.int64):
                 raise UserError(f"`{name}` is {tuple(ids.shape)} {ids.dtype}; it must be {shape} torch.int64.")
@@ -175,8 +168,7 @@ class Needs:
     whole_context: bool = False  # whether padding counts, so that captions are padded to the longest possible one
 
 
-@dataclass(frozen=True)
-class ViewSpec:
+class ViewSpec(NamedTuple):
     """One image view: its name, its size in pixels and its augmentation."""
 
     name: str
@@ -185,21 +177,14 @@ class ViewSpec:
 
 
 @dataclass(frozen=True)
-class TextSpec:
-    """The text views: how many, how they are augmented, how the caption is masked (None: not at all)."""
-
-    count: int
-    augmentation: TextView
-    mask_probability: float | None
-    whole_context: bool = False  # whether texts are padded to the longest possible caption, since padding counts
-
-
-@dataclass(frozen=True)
 class Plan:
     """All views of a pair, in the order in which their random numbers are sampled, and the image statistics."""
 
     views: tuple[ViewSpec, ...]
-    texts: TextSpec
+    texts: int  # number of text views
+    text: TextView
+    mask_probability: float | None  # None: the caption is not masked
+    whole_context: bool  # whether texts are padded to the longest possible caption, since padding counts
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
@@ -219,12 +204,13 @@ def plan_views(recipe: Recipe, needs: Iterable[Needs]) -> Plan:
     if views.contrastive_view is not None:
         # Losses that compare augmented views keep theirs; without one of them only this view is made.
         specs = [ViewSpec("contrastive", size, views.contrastive_view), *(specs if "second" in wanted else [])]
-    predicts, padded = any(need.masked for need in needs), any(need.whole_context for need in needs)
-    masks = predicts or bool(views.text.mask)
-    texts = TextSpec(
-        max(need.texts for need in needs),
-        views.text,
-        MASK_PROBABILITY if masks else None,
-        whole_context=padded,
+    masked = any(need.masked for need in needs) or bool(views.text.mask)
+    return Plan(
+        views=tuple(specs),
+        texts=max(need.texts for need in needs),
+        text=views.text,
+        mask_probability=MASK_PROBABILITY if masked else None,
+        whole_context=any(need.whole_context for need in needs),
+        mean=recipe.image.mean,
+        std=recipe.image.std,
     )
-    return Plan(tuple(specs), texts, recipe.image.mean, recipe.image.std)

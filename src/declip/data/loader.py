@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,18 +24,17 @@ from declip.errors import UserError
 from declip.io.pool import computed, naming_lost_workers
 
 SHUFFLE_BUFFER = 50_000  # pairs shuffled together where shards are remote: five of img2dataset's shards
-BLOCKS_STREAM, GROUP_STREAM, WITHIN_STREAM = 1, 2, 3
+BLOCKS_STREAM, GROUP_STREAM = 1, 2
+SEEN_BEFORE_STOPPING = 100  # pairs, before the fraction of broken ones can stop a run: fewer are too noisy
 
 _transform = cache(ViewTransform)
-SEEN_BEFORE_STOPPING = 100  # pairs, before the fraction of broken ones can stop a run: fewer are too noisy
 
 
 class Order:
     """Batches by step: the pairs of an epoch, permuted by the seed; the last ones may fill no batch.
 
-    With a buffer, as remote shards have by default, an epoch has the shards in a sampled order, and groups of at least
-    `buffer` pairs along it are permuted. The pairs of a shard that is split between two groups are permuted first, so
-    that chance decides which fall on either side. Memory then grows with the number of shards, `blocks`, alone.
+    With a buffer, as remote shards have by default, an epoch has the shards in a sampled order, and groups of them with
+    about `buffer` pairs are permuted. Memory then grows with the number of shards alone.
     """
 
     def __init__(self, source: PairSource, batch_size: int, seed: int, buffer: int | None) -> None:
@@ -43,12 +42,12 @@ class Order:
             buffer = SHUFFLE_BUFFER
         self.size, self.batch_size, self.seed = len(source), batch_size, seed
         self.steps_per_epoch = self.size // batch_size  # complete batches
-        self.blocks = None if buffer is None else source.shards()
-        self.groups = 1 if buffer is None else max(1, self.size // max(buffer, batch_size))
-        # (groups + 1,), number of pairs before each group; Python's integers cannot overflow.
-        self._borders = np.array([group * self.size // self.groups for group in range(self.groups + 1)])
-        self._kept: dict[tuple[int, int], np.ndarray] = {}
-        self._shard_orders: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self.buffered = buffer is not None
+        self.blocks = source.shards() if self.buffered else np.array([self.size])
+        self.groups = max(1, self.size // max(buffer or self.size, batch_size))
+        # Those used last, which the next step needs too.
+        self._layout: tuple[int, np.ndarray, np.ndarray, np.ndarray] | None = None
+        self._group: tuple[tuple[int, int], np.ndarray] | None = None
 
     def generator(self, epoch: int, *stream: int) -> np.random.Generator:
         """The random numbers for one purpose; the third number is not the index of a pair, whose stream it would be."""
@@ -58,52 +57,30 @@ class Order:
         """The pairs of a step's batch, (batch_size,) int64."""
         epoch, place = divmod(step, self.steps_per_epoch)
         first, last = place * self.batch_size, (place + 1) * self.batch_size
-        group = int(np.searchsorted(self._borders, first, "right")) - 1
-        pieces: list[np.ndarray] = []
-        while first < last:
-            start, stop = self._borders[group : group + 2]
-            pieces.append(self.group(epoch, group)[first - start : min(last, stop) - start])
-            first, group = min(last, stop), group + 1
-        return np.concatenate(pieces)
+        *_, borders = self.layout(epoch)
+        groups = range(np.searchsorted(borders, first, "right") - 1, np.searchsorted(borders, last))
+        return np.concatenate([self.group(epoch, k)[max(0, first - borders[k]) : last - borders[k]] for k in groups])
 
-    def epoch(self, epoch: int) -> np.ndarray:
-        """All pairs of an epoch in their order, int64."""
-        return np.concatenate([self.group(epoch, group) for group in range(self.groups)])
+    def layout(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The shards in an epoch's order, and the numbers of shards and of pairs before each group, (groups + 1,)."""
+        if self._layout is None or self._layout[0] != epoch:
+            shards = self.generator(epoch, BLOCKS_STREAM).permutation(len(self.blocks))
+            ends = np.cumsum(self.blocks[shards])
+            # A group ends with the shard that completes its share of the pairs.
+            shares = np.arange(1, self.groups + 1) * self.size // self.groups
+            cuts = np.append(0, np.searchsorted(ends, shares) + 1)
+            self._layout = epoch, shards, cuts, np.append(0, ends[cuts[1:] - 1])
+        return self._layout[1:]
 
     def group(self, epoch: int, group: int) -> np.ndarray:
         """The pairs of a group in their order, int64."""
-        if (epoch, group) not in self._kept:
-            if self.blocks is None:
-                _keep(self._kept, (epoch, group), self.generator(epoch).permutation(self.size), 1)
-            else:
-                pairs = self._slice(self.blocks, epoch, *self._borders[group : group + 2].tolist())
-                _keep(self._kept, (epoch, group), self.generator(epoch, GROUP_STREAM, group).permutation(pairs), 2)
-        return self._kept[epoch, group]
-
-    def _slice(self, blocks: np.ndarray, epoch: int, start: int, stop: int) -> np.ndarray:
-        """The pairs from `start` to `stop`, counted along the shards in the epoch's order."""
-        if epoch not in self._shard_orders:
-            order = self.generator(epoch, BLOCKS_STREAM).permutation(len(blocks))
-            _keep(self._shard_orders, epoch, (order, np.cumsum(blocks[order])), 2)
-        (shards, ends), starts = self._shard_orders[epoch], np.cumsum(blocks) - blocks
-        pieces: list[np.ndarray] = []
-        place = int(np.searchsorted(ends, start, "right"))
-        while start < stop:
-            shard, end = int(shards[place]), int(ends[place])
-            length = int(blocks[shard])
-            first, last = start - (end - length), min(stop, end) - (end - length)
-            pairs = int(starts[shard]) + np.arange(length)
-            if last - first < length:
-                pairs = self.generator(epoch, WITHIN_STREAM, shard).permutation(pairs)[first:last]
-            pieces.append(pairs)
-            start, place = min(stop, end), place + 1
-        return np.concatenate(pieces)
-
-
-def _keep(kept: dict[Any, Any], key: object, value: object, most: int) -> None:
-    while len(kept) >= most:
-        kept.pop(next(iter(kept)))
-    kept[key] = value
+        if self._group is None or self._group[0] != (epoch, group):
+            shards, cuts, _ = self.layout(epoch)
+            starts = np.cumsum(self.blocks) - self.blocks
+            pieces = [starts[s] + np.arange(self.blocks[s]) for s in shards[cuts[group] : cuts[group + 1]]]
+            generator = self.generator(epoch, GROUP_STREAM, group) if self.buffered else self.generator(epoch)
+            self._group = (epoch, group), generator.permutation(np.concatenate([np.empty(0, np.int64), *pieces]))
+        return self._group[1]
 
 
 class Assembler:
@@ -133,8 +110,6 @@ class Assembler:
             )
         self.source, self.tokenizer, self.plan = source, tokenizer, plan
         self.batch_size, self.seed = batch_size, seed
-        self.text = plan.texts.augmentation
-        self.scaled_decode = True  # a JPEG at 1/2, 1/4 or 1/8 where every crop stays large enough
         self.rank, self.ranks = rank, ranks
         order = Order(source, batch_size, seed, shuffle_buffer)
         self.steps_per_epoch, self.indices = order.steps_per_epoch, order.indices
@@ -154,14 +129,13 @@ class Assembler:
     def _texts(self, captions: Sequence[str], generator: np.random.Generator) -> list[str]:
         chosen = int(generator.integers(len(captions)))
         text = captions[chosen]
-        if self.plan.texts.count == 1:
+        second = self.plan.text.second_view
+        if self.plan.texts == 1:
             return [text]
-        if self.text.second_view == "caption" and len(captions) > 1:
+        if second == "caption" and len(captions) > 1:
             other = int(generator.integers(len(captions) - 1))
             return [text, captions[other + (other >= chosen)]]
-        if self.text.second_view == "same":
-            return [text, text]
-        return [text, augment(text, generator)]
+        return [text, text if second == "same" else augment(text, generator)]
 
     def sample(self, index: int, epoch: int) -> _Sample:
         """Read a pair, make every random choice about its views, decode it; raises `BrokenPair`."""
@@ -169,10 +143,9 @@ class Assembler:
         generator = np.random.default_rng((self.seed, epoch, index))
         # --- texts, mask, then image views: the order in which random numbers are drawn is part of the result
         rows = [self.tokenizer.encode(t) for t in self._texts(pair.captions, generator)]
-        probability = self.plan.texts.mask_probability
-        masked, labels = (
-            ([], []) if probability is None else mask_tokens(rows[0], generator, self.tokenizer, probability)
-        )
+        masked, labels = list[int](), list[int]()
+        if self.plan.mask_probability is not None:
+            masked, labels = mask_tokens(rows[0], generator, self.tokenizer, self.plan.mask_probability)
         transforms = [_transform(spec.size, spec.augmentation) for spec in self.plan.views]
         chosen = [(t.sample_crop(*pair.image.size, generator), t.sample_params(generator)) for t in transforms]
         # --- pixels, only now that their crops are known
@@ -182,7 +155,7 @@ class Assembler:
     def _crop(self, image: LazyImage, transforms: list[ViewTransform], crops: list[Crop]) -> list[torch.Tensor]:
         """Decode an image, at a reduced scale where every crop stays at least as large as its view, and crop it."""
         best = 1
-        for scale in reversed(image.scales) if self.scaled_decode else ():
+        for scale in reversed(image.scales):
             reduced = [crop.reduced(scale) for crop in crops]
             if all(min(c.width, c.height) >= t.size for c, t in zip(reduced, transforms, strict=True)):
                 best = scale
@@ -201,9 +174,9 @@ class Assembler:
         # One length for all texts, since the captions and their augmentations are encoded in one call.
         longest = max((len(ids) for sample in samples for ids in sample.rows), default=1)
         context = self.tokenizer.context
-        length = context if self.plan.texts.whole_context else padded_length(longest, context)
-        padding, texts = self.tokenizer.padding, range(self.plan.texts.count)
-        masks = self.plan.texts.mask_probability is not None
+        length = context if self.plan.whole_context else padded_length(longest, context)
+        padding, texts = self.tokenizer.padding, range(self.plan.texts)
+        masks = self.plan.mask_probability is not None
         return PairBatch(
             views=views,
             texts=torch.stack([_pad([sample.rows[text] for sample in samples], length, padding) for text in texts]),

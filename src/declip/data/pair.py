@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -50,6 +47,10 @@ class LazyImage:
         """Decode to (H, W, 3) uint8, sides divided by 1 or one of `scales`, rounded up; raises `BrokenPair`."""
         return np.asarray(self._image)
 
+    def decoded(self) -> Image.Image:
+        """The image, upright and RGB; raises `BrokenPair`."""
+        return Image.fromarray(self.pixels())
+
 
 @dataclass(frozen=True)
 class LazyPair:
@@ -58,6 +59,10 @@ class LazyPair:
     key: str
     image: LazyImage
     captions: tuple[str, ...]
+
+    def decoded(self) -> Pair:
+        """Decode the image; raises `BrokenPair`."""
+        return Pair(self.key, self.image.decoded(), self.captions)
 
 
 class BrokenPair(Exception):
@@ -78,19 +83,6 @@ class Origin(NamedTuple):
     offset: int = 0
     size: int = 0  # 0: unknown
     stamp: str = ""  # changes when the image does, as far as that shows without decoding it
-
-
-def file_origin(path: Path) -> Origin:
-    """The place of an image file; its size and time of change are the stamp, which is empty for a missing file."""
-    with suppress(OSError, ValueError):
-        status = path.stat()
-        return Origin(str(path.absolute()), 0, status.st_size, f"{status.st_size}-{status.st_mtime_ns}")
-    return Origin(str(path))
-
-
-def bytes_origin(content: bytes) -> Origin:
-    """The place of bytes in a table's cell; their hash is the stamp."""
-    return Origin("", 0, len(content), hashlib.blake2b(content, digest_size=16).hexdigest())
 
 
 class PairSource(ABC):

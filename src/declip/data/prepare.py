@@ -3,8 +3,9 @@
 import hashlib
 import json
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
@@ -24,19 +25,17 @@ from declip.io.parts import Part, find_parts, part_folder, span_of
 from declip.io.pool import mapped
 from declip.io.text import plural
 
-LONGEST_REASON = 80  # characters: counts are kept by reason
-LARGEST_LIST = 1 << 30  # bytes of a list
-
+LONGEST_REASON, LARGEST_LIST = 80, 1 << 30  # characters of a reason, by which is counted; bytes of a list
 RECORD, SIZES, NOTICE = "prepared.json", "sizes.json", "NOTICE.txt"
 LAYOUT = 3  # raised when the same options write other shards
-SHARD_PAIRS = 10_000
+SIZE, SHARD_PAIRS = 256, 10_000  # pixels of the shorter side: 1.15 times a view of 224, rounded
 PAIRS_AT_ONCE = 16  # pairs that a worker returns together
 BYTE_ORDER_MARK = "\ufeff"  # at the start of a text file it is not part of the text
-SIZE = 256  # pixels of the shorter side: 1.15 times a view of 224, rounded
 QUALITY = 92  # of JPEG
 FEW_COLORS = 256  # an image of at most so many is a drawing, which may be smaller as PNG, and without artifacts
 LONGEST_JPEG = 65_500  # pixels, libjpeg's limit
 SCALED_TO = 2  # a JPEG is decoded no smaller than this many times the result: the filter that shrinks it does the rest
+
 _Members = list[tuple[str, bytes]]
 
 
@@ -138,7 +137,8 @@ def shard_source(
         missing = {name: places for name, places in shards.items() if name not in done}
         # --- the others, each recorded when it is complete; a folder with shards always has a record
         _record(folder, made_of, done)
-        for name, row in _write_shards(missing, folder, _Packer(opened, size, excluded), workers, progress):
+        work, title = partial(_pack, opened, size, excluded), f"Pairs of {opened.name}" if progress else ""
+        for name, row in _write_shards(missing, folder, work, workers, title):
             done[name] = row
             _record(folder, made_of, done)
         _record_sizes(folder, done)
@@ -221,17 +221,16 @@ def _read_record(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]
 
 
 def _write_shards(
-    shards: Mapping[str, range], folder: Path, packer: "_Packer", workers: int | None, progress: bool
+    shards: Mapping[str, range], folder: Path, work: Callable[[range], Any], workers: int | None, title: str
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Write shards in order while the images of the next ones are downscaled; yield the totals of each."""
     parts = {name: [p[i : i + PAIRS_AT_ONCE] for i in range(0, len(p), PAIRS_AT_ONCE)] for name, p in shards.items()}
-    title = f"Pairs of {packer.source.name}" if progress else ""
-    stream = mapped(packer.pack, [places for own in parts.values() for places in own], workers, title)
+    stream = mapped(work, [places for own in parts.values() for places in own], workers, title)
     for shard, places in shards.items():
         path, skipped = folder / shard, SkipCounter()
         with (
-            atomic_write(path, ELSEWHERE) as partial,
-            tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar,
+            atomic_write(path, ELSEWHERE) as written,
+            tarfile.open(written, "w", format=tarfile.USTAR_FORMAT) as tar,
         ):
             for members, broken in islice(stream, len(parts[shard])):
                 for name, content in members:
@@ -251,36 +250,32 @@ def _record(folder: Path, made_of: Mapping[str, Any], shards: Mapping[str, Any])
     write_text(folder / RECORD, json.dumps({"made_of": made_of, "shards": shards}, indent=1))
 
 
-class _Packer:
-    """Turns pairs of a source into members of a shard."""
+def _pack(source: PairSource, size: int, excluded: Mapping[int, str], places: range) -> tuple[_Members, SkipCounter]:
+    """The members of some pairs, and those that cannot be used or are excluded."""
+    members, skipped = _Members(), SkipCounter()
+    for place in places:
+        try:
+            if place in excluded:
+                raise BrokenPair(excluded[place], ImageSource(source).key(place))
+            members += _members(source, size, place)
+        except BrokenPair as broken:
+            skipped.add(broken)
+    return members, skipped
 
-    def __init__(self, source: PairSource, size: int, excluded: Mapping[int, str]) -> None:
-        self.source, self.size, self.excluded = source, size, excluded
 
-    def pack(self, places: range) -> tuple[_Members, SkipCounter]:
-        members, skipped = _Members(), SkipCounter()
-        for place in places:
-            try:
-                members += self.files(place)
-            except BrokenPair as broken:
-                skipped.add(broken)
-        return members, skipped
-
-    def files(self, place: int) -> _Members:
-        """The members of one pair; raises `BrokenPair`, also if it is excluded."""
-        if place in self.excluded:
-            raise BrokenPair(self.excluded[place], ImageSource(self.source).key(place))
-        pair = self.source.read_lazy(place)
-        kind, image = downscaled_bytes(pair.image, self.size)
-        if len(pair.captions) == 1 and not pair.captions[0].startswith(BYTE_ORDER_MARK):
-            ending, text = "txt", pair.captions[0].encode()
-        else:
-            ending, text = "json", json.dumps({"caption": pair.captions}).encode()
-        if len(image) > LARGEST_IMAGE:
-            raise BrokenPair("image too large", pair.key, f"{len(image):,} bytes, at most {LARGEST_IMAGE:,}")
-        if len(text) > LARGEST_TEXT:
-            raise BrokenPair("caption too long", pair.key, f"{len(text):,} bytes together, at most {LARGEST_TEXT:,}")
-        return [(f"{place:09d}.{kind}", image), (f"{place:09d}.{ending}", text)]
+def _members(source: PairSource, size: int, place: int) -> _Members:
+    """The members of one pair; raises `BrokenPair`."""
+    pair = source.read_lazy(place)
+    kind, image = downscaled_bytes(pair.image, size)
+    if len(pair.captions) == 1 and not pair.captions[0].startswith(BYTE_ORDER_MARK):
+        ending, text = "txt", pair.captions[0].encode()
+    else:
+        ending, text = "json", json.dumps({"caption": pair.captions}).encode()
+    if len(image) > LARGEST_IMAGE:
+        raise BrokenPair("image too large", pair.key, f"{len(image):,} bytes, at most {LARGEST_IMAGE:,}")
+    if len(text) > LARGEST_TEXT:
+        raise BrokenPair("caption too long", pair.key, f"{len(text):,} bytes together, at most {LARGEST_TEXT:,}")
+    return [(f"{place:09d}.{kind}", image), (f"{place:09d}.{ending}", text)]
 
 
 def downscaled_bytes(image: LazyImage, size: int) -> tuple[str, bytes]:

@@ -47,23 +47,18 @@ def clear_cache(folder: str | None = None) -> int:
     return sum(entry.size for entry in entries if entry.path.parent.name in wanted and _removed(entry.path))
 
 
-def trim_cache(keep: Iterable[Path]) -> None:
-    """Remove features, longest unused first, until they have at most DECLIP_CACHE_GB; never those to keep."""
-    kept, limit = {*keep}, gigabytes("DECLIP_CACHE_GB") * 1e9
-    entries = [entry for entry in cache_entries() if entry.path.parent.name == FEATURES]
+def trim_cache(folder: str, keep: Iterable[Path]) -> None:
+    """Remove entries of a folder, longest unused first, until DECLIP_CACHE_GB is enough; never those to keep."""
+    given, kept = os.environ.get("DECLIP_CACHE_GB", "50"), {*keep}
+    try:
+        limit = float(given) * 1e9
+    except ValueError as error:
+        raise UserError(f"DECLIP_CACHE_GB is '{given}'; set it to 10^9 bytes, such as 50.") from error
+    entries = [_entry(path) for path in (cache_folder() / folder).glob("[!.]*")]
     total = sum(entry.size for entry in entries)
     for entry in sorted(entries, key=lambda entry: entry.used):
         if total > limit and entry.path not in kept and _removed(entry.path):
             total -= entry.size
-
-
-def gigabytes(variable: str) -> float:
-    """The 10^9 bytes that a variable of the environment allows, 50 by default."""
-    given = os.environ.get(variable, "50")
-    with suppress(ValueError):
-        if (limit := float(given)) >= 0:
-            return limit
-    raise UserError(f"{variable} is '{given}'; set it to 10^9 bytes, such as 50.")
 
 
 def _entry(path: Path) -> Entry:

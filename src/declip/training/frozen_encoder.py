@@ -43,7 +43,7 @@ class FrozenEncoder:
         folders = [cache_folder() / FEATURES / f"pooled-{tower_digest(model, tower)}" for tower in (IMAGE, TEXT)]
         self._images = PooledFeatures(folders[0], _pixel_key, inference_tower(model))
         self._texts = PooledFeatures(folders[1], partial(text_key, padding=padding), texts)
-        trim_cache(keep=folders)
+        trim_cache(FEATURES, keep=folders)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["model"], name)  # preprocessing and tokenizer are the model's

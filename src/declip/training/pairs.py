@@ -70,7 +70,7 @@ def sample_hashes(source: PairSource) -> list[str]:
 
 def unaugmented(source: PairSource, plan: Plan) -> str | None:
     """Return a warning where text views are augmented, but most captions are in a script that this leaves alone."""
-    if plan.texts.count == 1 or plan.texts.augmentation.second_view == "same" or source.remote:
+    if plan.texts == 1 or plan.text.second_view == "same" or source.remote:
         return None
     others = list[bool]()
     for index in _sample(source):

@@ -75,10 +75,10 @@ def test_signed_urls(memory, copies, monkeypatch):
     assert len(kept(copies)) == 1
 
 
-def test_what_was_not_used_for_longest_goes_when_there_is_no_room(memory, copies):
+def test_what_was_not_used_for_longest_goes_when_there_is_no_room(memory, copies, monkeypatch):
     sizes = [memory.info(f"/set/{number:05d}.tar")["size"] for number in range(4)]
-    limit = (sizes[0] + sizes[2]) / 1e9
-    source = ShardSource("memory://set", limit)
+    monkeypatch.setenv("DECLIP_CACHE_GB", str((sizes[0] + sizes[2]) / 1e9))
+    source = ShardSource("memory://set")
     for path in kept(copies):
         path.unlink()
     for index in (0, 5, 15):  # of shards 0, 1 and 3, which fit
@@ -92,7 +92,7 @@ def test_what_was_not_used_for_longest_goes_when_there_is_no_room(memory, copies
 
 
 def test_a_copy_that_others_remove_at_once_is_read_all_the_same(memory, copies, monkeypatch):
-    monkeypatch.setattr(shard_files.ShardFiles, "_make_room", lambda self, newest: newest.unlink())
+    monkeypatch.setattr(shard_files, "trim_cache", lambda folder, keep: keep[0].unlink())
     source = ShardSource("memory://set")
     assert all_captions(source) == EXPECTED
     assert not kept(copies)

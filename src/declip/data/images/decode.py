@@ -51,32 +51,32 @@ def decode(source: Path | bytes | Image.Image, key: str, most_pixels: int = MOST
 
     The size is checked in the header, before any pixel is decoded. Raises `BrokenPair`.
     """
-    with opened(source, key, most_pixels) as image:
-        return apply_exif(image)
+    return open_image(source, key, most_pixels).decoded()
 
 
 @contextmanager
-def opened(source: Path | bytes | Image.Image, key: str, most_pixels: int = MOST_PIXELS) -> Iterator[Image.Image]:
-    """Open an image by its header and check its size; errors here and while it is open become `BrokenPair`."""
-    with raise_as_broken_pair(key):
+def opened(
+    source: Path | bytes | Image.Image, key: str, most_pixels: int = MOST_PIXELS
+) -> Iterator[tuple[Image.Image, bytes]]:
+    """Open an image by its header, and check its size: the image and the file's bytes, none of an image in memory.
+
+    Errors here and while it is open become `BrokenPair`.
+    """
+    try:
         if isinstance(source, Image.Image):
-            yield source
+            yield source, b""
             return
-        content = BytesIO(read_content(source, key))
+        content = source if isinstance(source, bytes) else _read(source, key)
+        if not content:
+            raise BrokenPair("truncated image", key, "no bytes")
         with warnings.catch_warnings():
             # Pillow warns from half of its limit on; such an image is read.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(content, formats=FORMATS)
+            image = Image.open(BytesIO(content), formats=FORMATS)
         with image:
             if image.width * image.height > most_pixels:
                 raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels, at most {most_pixels:,}")
-            yield image
-
-
-@contextmanager
-def raise_as_broken_pair(key: str) -> Iterator[None]:
-    try:
-        yield
+            yield image, content
     except (Image.DecompressionBombError, MemoryError) as error:
         raise BrokenPair("image too large", key, str(error)) from error
     except UnidentifiedImageError as error:  # its message has an address in memory
@@ -84,6 +84,19 @@ def raise_as_broken_pair(key: str) -> Iterator[None]:
     except (OSError, *DAMAGE) as error:
         reason = "truncated image" if "truncated" in str(error).lower() else "unreadable image"
         raise BrokenPair(reason, key, f"{type(error).__name__}: {error}") from error
+
+
+def _read(path: Path, key: str) -> bytes:
+    """The bytes of an image file; raises `BrokenPair`, also for a named pipe, which blocks on open."""
+    try:
+        status = path.stat()
+    except (OSError, ValueError) as error:
+        raise BrokenPair("missing image", key, str(error)) from error
+    if status.st_size > LARGEST_IMAGE:
+        raise BrokenPair("image too large", key, f"a file of {status.st_size:,} bytes, at most {LARGEST_IMAGE:,}")
+    if not stat.S_ISREG(status.st_mode):
+        raise BrokenPair("unreadable image", key, f"{path} is not a file")
+    return path.read_bytes()
 
 
 def apply_exif(image: Image.Image) -> Image.Image:
@@ -107,24 +120,6 @@ def image_below(root: Path, path: str, key: str, *, follow: bool) -> Path:
     if not inside:
         raise BrokenPair("path outside image root", key, f"not below {root}")
     return plain
-
-
-def read_content(source: Path | bytes, key: str) -> bytes:
-    """The bytes of an image file; raises `BrokenPair`, also for a named pipe, which blocks on open."""
-    if isinstance(source, Path):
-        try:
-            status = source.stat()
-        except (OSError, ValueError) as error:
-            raise BrokenPair("missing image", key, str(error)) from error
-        if status.st_size > LARGEST_IMAGE:
-            raise BrokenPair("image too large", key, f"a file of {status.st_size:,} bytes, at most {LARGEST_IMAGE:,}")
-        with raise_as_broken_pair(key):
-            if not stat.S_ISREG(status.st_mode):
-                raise OSError(f"{source} is not a file")
-            source = source.read_bytes()
-    if not source:
-        raise BrokenPair("truncated image", key, "no bytes")
-    return source
 
 
 def rgb(image: Image.Image) -> Image.Image:
@@ -172,7 +167,7 @@ class LazyJpeg(LazyImage):
         width, height = (-(-side // scale) for side in self._stored)
         pixels = self._by_simplejpeg(width, height)
         if pixels is None:
-            with opened(self.content, self._key) as image:
+            with opened(self.content, self._key) as (image, _):
                 if scale > 1:
                     image.draft(None, (self._stored[0] // scale, self._stored[1] // scale))
                 image.load()
@@ -196,8 +191,6 @@ class LazyJpeg(LazyImage):
 
 def open_image(source: Path | bytes | Image.Image, key: str, most_pixels: int = MOST_PIXELS) -> LazyImage:
     """Open an image file or its content as `decode` does; the pixels of a JPEG are decoded on demand."""
-    content = source if isinstance(source, Image.Image) else read_content(source, key)
-    with opened(content, key, most_pixels) as image:
-        if isinstance(content, bytes) and isinstance(image, JpegImageFile):
-            return LazyJpeg(content, key, image)
-        return LazyImage(apply_exif(image))
+    with opened(source, key, most_pixels) as (image, content):
+        lazy = content and isinstance(image, JpegImageFile)
+        return LazyJpeg(content, key, image) if lazy else LazyImage(apply_exif(image))

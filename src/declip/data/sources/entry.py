@@ -1,13 +1,15 @@
 """Base class of sources whose pairs are located first and read piece by piece."""
 
 from abc import abstractmethod
+from contextlib import suppress
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from declip.data.images.decode import decode, open_image
-from declip.data.pair import LazyImage, LazyPair, Origin, Pair, PairSource, bytes_origin, file_origin
+from declip.data.images.decode import open_image
+from declip.data.pair import LazyImage, LazyPair, Origin, Pair, PairSource
 
 
 class EntrySource(PairSource):
@@ -26,9 +28,7 @@ class EntrySource(PairSource):
         """The image file, its bytes, or the image."""
 
     def __getitem__(self, index: int) -> Pair:
-        entry = self.entry(index)
-        captions = self.texts(entry)
-        return Pair(entry.key, decode(self.content(entry), entry.key), captions)
+        return self.read_lazy(index).decoded()
 
     def read_lazy(self, index: int) -> LazyPair:
         entry = self.entry(index)
@@ -42,8 +42,7 @@ class EntrySource(PairSource):
         return self.entry(index).key
 
     def image(self, index: int) -> Image.Image:
-        entry = self.entry(index)
-        return decode(self.content(entry), entry.key)
+        return self.lazy_image(index).decoded()
 
     def lazy_image(self, index: int) -> LazyImage:
         entry = self.entry(index)
@@ -51,6 +50,11 @@ class EntrySource(PairSource):
 
     def origin(self, index: int) -> Origin:
         content = self.content(self.entry(index))
+        if isinstance(content, bytes):
+            return Origin("", 0, len(content), blake2b(content, digest_size=16).hexdigest())
         if isinstance(content, Image.Image):
             return Origin()
-        return file_origin(content) if isinstance(content, Path) else bytes_origin(content)
+        with suppress(OSError, ValueError):
+            status = content.stat()
+            return Origin(str(content.absolute()), 0, status.st_size, f"{status.st_size}-{status.st_mtime_ns}")
+        return Origin(str(content))

@@ -67,7 +67,10 @@ def open_source(spec: str | Path | PairSource | Items, columns: Columns = DEFAUL
         raise UserError(f"'{text}' was a Python object. Pass it again in Python: declip.train(recipe, data=object).")
     kind, colon, rest = text.partition(":")
     if colon and kind in plugins("sources"):
-        return _from_plugin(kind, rest, columns)
+        source = load_plugin("sources", kind)(rest, columns)
+        if not isinstance(source, PairSource):
+            raise UserError(f"The source '{kind}:' of a plugin returned a {type(source).__name__}, not a PairSource.")
+        return source
     # --- tables, shards and folders
     path = Path(text).expanduser()
     if (table := find_table(text)) is not None:
@@ -80,11 +83,6 @@ def open_source(spec: str | Path | PairSource | Items, columns: Columns = DEFAUL
         return ShardSource(text)
     if path.is_dir():
         return FolderSource(path)
-    return _open_file(path, columns)
-
-
-def _open_file(path: Path, columns: Columns) -> PairSource:
-    """Open a list of pairs; refuse any other file."""
     if not path.exists():
         raise UserError(
             f"'{path}' does not exist. Give a table, a folder of images with captions, tar shards, or builtin:emoji."
@@ -93,14 +91,6 @@ def _open_file(path: Path, columns: Columns) -> PairSource:
         return TableSource(path, columns)  # which refuses what is not a table
     listed = read_pair_list(path)
     return listed.of(open_source(listed.source, listed.columns), path)
-
-
-def _from_plugin(name: str, rest: str, columns: Columns) -> PairSource:
-    """Open NAME:REST with the function of a plugin."""
-    source = load_plugin("sources", name)(rest, columns)
-    if not isinstance(source, PairSource):
-        raise UserError(f"The source '{name}:' of a plugin returned a {type(source).__name__}, not a PairSource.")
-    return source
 
 
 class ImageSource:
@@ -115,10 +105,7 @@ class ImageSource:
 
     def __getitem__(self, index: int) -> Pair:
         """Read image `index`, perhaps without captions; raises `BrokenPair` if the image itself cannot be used."""
-        if self.captioned:
-            with suppress(BrokenPair):
-                return self.source[index]
-        return Pair(self.source.key(index), self.source.image(index), ())
+        return self.read_lazy(index).decoded()
 
     def read_lazy(self, index: int) -> LazyPair:
         """As reading image `index`, decoded on demand; `BrokenPair` may be raised then."""

@@ -7,7 +7,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from itertools import chain, count, islice
+from itertools import count, islice
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -22,21 +22,17 @@ from declip.errors import UserError
 
 # Bytes of a file (decompressed), and rows of a Parquet file, beyond which what is read is kept in a cache file.
 LARGE_TABLE, MANY_ROWS = 32 << 20, 250_000
-
 # Bytes that the columns of a Parquet file may take, and their largest ratio to the file's size beyond that.
 MOST_IN_PARQUET, MOST_GROWTH = 1 << 30, 100
-
 # Rows of a Parquet file read at a time: they may hold images, or a value that is stored once and repeated in all.
 ROWS_AT_ONCE = 512
-
-# Splits that begin the names of Parquet files, as the Hub has them: `train-00000-of-00002.parquet`.
-SPLIT = re.compile("(train|val|dev|test)(?![a-z])|validation", re.IGNORECASE)
-
-NOT_UTF8 = "not UTF-8; if the file is Latin-1, convert it: iconv -f latin1 -t utf-8"
-
 LONGEST_ROW = 16 << 20  # characters. A longer row means a lost quote or line end.
 TEXT_ROWS_AT_ONCE = 1 << 12  # rows that are collected before they are written
 PEEKED_ROWS = 100  # rows of a JSONL file read to learn its columns, since no header lists them
+
+# Splits that begin the names of Parquet files, as the Hub has them: `train-00000-of-00002.parquet`.
+SPLIT = re.compile("(train|val|dev|test)(?![a-z])|validation", re.IGNORECASE)
+NOT_UTF8 = "not UTF-8; if the file is Latin-1, convert it: iconv -f latin1 -t utf-8"
 
 
 def by_lower_name(columns: Sequence[str]) -> dict[str, str]:
@@ -109,8 +105,8 @@ class ParquetRows(TableRows):
         types = {field.name: field.type for field in file.schema_arrow}
         if other := [field.name for field in schema if types.get(field.name) != field.type]:
             raise UserError(
-                f"Column '{other[0]}' of '{self.files[0]}' is missing in '{path}' or of another type. Files of one "
-                "table have the same columns; name the others as another source."
+                f"Column '{other[0]}' of '{self.files[0]}' is missing in '{path}' or of another type. Name files with "
+                "other columns as another source."
             )
         size = rows = 0
         for batch in file.iter_batches(ROWS_AT_ONCE, columns=schema.names):
@@ -136,13 +132,8 @@ class TextRows(TableRows):
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         with path.open("rb") as file:
-            start = file.read(LONGEST_ROW)
-        if not start:
-            raise UserError(f"The table '{path}' has no rows. It needs one for each pair.")
-        if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            raise UserError(f"The table '{path}' is UTF-16. Save it as UTF-8.")
-        if b"\r" in start and b"\n" not in start:
-            raise UserError(f"The table '{path}' has lines that end with CR alone: tr '\\r' '\\n' < OLD > NEW.")
+            if file.read(2) in (b"\xff\xfe", b"\xfe\xff"):
+                raise UserError(f"The table '{path}' is UTF-16. Save it as UTF-8.")
 
     @abstractmethod
     def record(self, line: str, following: Iterator[str], number: int) -> dict[str, Any]:
@@ -201,13 +192,12 @@ def _stored(
             raise cells
         for name in wanted:
             cell = cells.get(name)
-            if name == captions:
-                texts = [cell] if isinstance(cell, str) else as_texts(cell, "unreadable row", "")
-            else:
-                texts = [cell if isinstance(cell, str) else cell_name(cell)]
+            if not isinstance(cell, str):
+                cell = as_texts(cell, "unreadable row", "") if name == captions else cell_name(cell)
+            texts = [cell] if isinstance(cell, str) else cell
             if not all(map(is_unicode, filter(None, texts))):
                 raise BrokenPair("invalid text", "", NOT_UTF8)
-            kept.append(texts if name == captions else texts[0])
+            kept.append(texts if name == captions else cell)
     except BrokenPair as broken:
         return (*[None] * len(wanted), line, f"{broken.reason}: {broken.detail}")
     return (*kept, line, None)
@@ -218,18 +208,13 @@ class JsonRows(TextRows):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        columns: dict[str, None] = {}
-        fault: BrokenPair | None = None
-        for _, cells in islice(self.records(), PEEKED_ROWS):
-            if isinstance(cells, BrokenPair):
-                fault = fault or cells
-            else:
-                columns.update(dict.fromkeys(cells))
-        if fault and (not columns or next(self.lines())[1].lstrip().startswith("[")):
+        rows = [cells for _, cells in islice(self.records(), PEEKED_ROWS)]
+        faults = [cells for cells in rows if isinstance(cells, BrokenPair)]
+        self.columns = list(dict.fromkeys(name for cells in rows if isinstance(cells, dict) for name in cells))
+        if faults and (not self.columns or next(self.lines())[1].lstrip().startswith("[")):
             raise UserError(
-                f"'{path}' is not JSONL: {fault}. To convert one JSON array: jq -c '.[]' {path.name} > rows.jsonl"
+                f"'{path}' is not JSONL: {faults[0]}. To convert one JSON array: jq -c '.[]' {path.name} > rows.jsonl"
             )
-        self.columns = list(columns)
 
     def record(self, line: str, following: Iterator[str], number: int) -> dict[str, Any]:
         cells = json.loads(line)
@@ -270,16 +255,13 @@ class DelimitedRows(TextRows):
         """The cells of the row that starts with a line; raises `UserError` if its quotes would swallow others."""
         if '"' not in line:
             return line.rstrip("\r\n").split(self.delimiter)
-        taken: list[str] = []
+        taken = [line]
 
         def parts() -> Iterator[str]:
-            room = LONGEST_ROW
-            for part in chain([line], following if self.delimiter != "\t" else ()):
+            yield line
+            for part in following if self.delimiter != "\t" else ():
                 taken.append(part)
                 yield part
-                room -= len(part)
-                if room < 0:
-                    return
 
         # --- by the rules, over as many lines as the quotes enclose
         try:
@@ -296,8 +278,7 @@ class DelimitedRows(TextRows):
         if lost:
             raise UserError(
                 f"'{self.path}' has a quotation mark in line {number} that is never closed, or only in another row, so "
-                'that rows would be lost. A cell that begins with " also ends with it, and has each " of its text '
-                "twice; csv.writer of Python and spreadsheets write it so."
+                "that rows would be lost. Close it, or write each \" of a text twice, as Python's csv.writer does."
             )
         return cells
 

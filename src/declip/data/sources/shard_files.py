@@ -18,22 +18,18 @@ from typing import Any, NamedTuple, TypeVar
 from declip.data.images.decode import EXTENSIONS
 from declip.errors import UserError
 from declip.io.atomic import FULL, atomic_write, cache_folder
-from declip.io.cache import locked
+from declip.io.cache import locked, trim_cache
 
 T = TypeVar("T")
 
 MOST_SHARDS = 1_000_000
-BRACES = re.compile(r"\{([^{}]*)\}")
-RANGE = re.compile(r"(\d{1,15})\.\.(\d{1,15})")
-
+BRACES, RANGE = re.compile(r"\{([^{}]*)\}"), re.compile(r"(\d{1,15})\.\.(\d{1,15})")
 OPEN_FILES = 64  # local shards that a process keeps open; opening one on a network file system takes milliseconds
 LAYOUT = 5  # raised when the index of a shard changes its meaning
-
+COPIES = "shards/copies"  # folder of the cache
 REQUESTS = 16  # concurrent requests for the size of a shard
-# Tries of a request, and seconds before the second one; twice as many before the third.
-TRIES, PAUSE = 3, 1.0
+TRIES, PAUSE = 3, 1.0  # of a request; seconds before the second try, twice as many before the third
 RESTING = 60.0  # seconds before a shard that could not be fetched is tried again: each of its pairs would wait
-
 # WebDataset's and open_clip's file next to the shards with the number of pairs of each; its largest size in bytes.
 SIZES, LARGEST_SIZES = "sizes.json", 64 << 20
 
@@ -159,15 +155,15 @@ def find_shards(word: str) -> list[Shard]:
 
 
 def _look_up(name: str) -> list[Shard]:
-    """The shards of a path or a URL, with digits that change when a file does."""
     if is_url(name):
-        found = [(url, url, size, version) for url, size, version in _retried(look_up, name)]
-    else:
-        status = os.stat(name)
-        found = [(name, str(Path(name).resolve()), status.st_size, str(status.st_mtime_ns))]
-    states = [repr((LAYOUT, path, size, version)).encode(errors="surrogateescape") for _, path, size, version in found]
-    digests = [hashlib.sha256(state).hexdigest()[:32] for state in states]
-    return [Shard(name, size, digest) for (name, _, size, _), digest in zip(found, digests, strict=True)]
+        return _retried(look_up, name)
+    status = os.stat(name)
+    return [_shard(name, str(Path(name).resolve()), status.st_size, str(status.st_mtime_ns))]
+
+
+def _shard(name: str, path: str, size: int, version: str) -> Shard:
+    state = repr((LAYOUT, path, size, version)).encode(errors="surrogateescape")
+    return Shard(name, size, hashlib.sha256(state).hexdigest()[:32])
 
 
 # Remote files
@@ -201,8 +197,8 @@ def _retried(work: Callable[..., T], *arguments: Any) -> T:
     return work(*arguments)
 
 
-def look_up(url: str) -> list[tuple[str, int, str]]:
-    """URL, size and description of the shards of a URL: one file, those of a pattern, or a folder's .tar files."""
+def look_up(url: str) -> list[Shard]:
+    """The shards of a URL: one file, those of a pattern, or a folder's .tar files."""
     with _file_system(url) as (system, path):
         if "*" in path or not path.partition("?")[0].lower().endswith((".tar", ".gz", ".tgz")):
             pattern = path if "*" in path else f"{path.rstrip('/')}/*.tar"
@@ -213,21 +209,17 @@ def look_up(url: str) -> list[tuple[str, int, str]]:
         if not files:
             raise FileNotFoundError("no .tar file; Parquet files are read from a folder on this machine")
     # Without the address that a redirect led to, which is often signed again each time.
-    infos = {name: {key: value for key, value in info.items() if key != "url"} for name, info in files.items()}
-    return [(name, int(info.get("size") or 0), str(info)) for name, info in infos.items()]
+    versions = {name: str({key: info[key] for key in info if key != "url"}) for name, info in files.items()}
+    return [_shard(name, name, int(info.get("size") or 0), versions[name]) for name, info in files.items()]
 
 
 def fetch(url: str, target: Path, size: int) -> None:
     """Copy a remote file of `size` bytes (0: unknown); raises `UnreadableShard`, or OSError if the disk is full."""
-    try:
-        with _file_system(url) as (system, path):
-            system.get_file(path, str(target))
-            received = target.stat().st_size
-            if size and received != size:
-                raise EOFError(f"{received:,} of {size:,} bytes received")
-    except UnreadableShard:
-        target.unlink(missing_ok=True)
-        raise
+    with _file_system(url) as (system, path):
+        system.get_file(path, str(target))
+        received = target.stat().st_size
+        if size and received != size:
+            raise EOFError(f"{received:,} of {size:,} bytes received")
 
 
 def counts(folder: str) -> dict[str, int]:
@@ -241,52 +233,48 @@ def counts(folder: str) -> dict[str, int]:
         return sizes
 
 
-class ShardFiles:
-    """Opens shards; remote ones are fetched complete, and the least recently used copies beyond `cache_gb` removed."""
+@lru_cache(OPEN_FILES)
+def open_local(shard: Shard) -> OpenFile:
+    """Open a shard on this machine, or return the open file."""
+    return OpenFile(shard.name)
 
-    def __init__(self, cache_gb: float) -> None:
-        self._limit = cache_gb * 1e9
-        self._failed: dict[str, tuple[float, str]] = {}
-        self.open_local = lru_cache(OPEN_FILES)(OpenFile)
 
-    def open(self, shard: Shard) -> OpenFile:
-        """Open a shard for reading; raises `UnreadableShard`, or `UserError` if the disk is full."""
-        try:
-            # A copy is not kept open: it takes room on the disk until the last process closes it.
-            return self._copy(shard) if shard.remote else self.open_local(shard.name)
-        except OSError as error:
-            raise UnreadableShard(f"{shard.name}: {error.strerror or error}") from error
+def open_shard(shard: Shard) -> OpenFile:
+    """Open a shard, a remote one by its copy in the cache, which is trimmed; raises `UnreadableShard`.
 
-    def _copy(self, shard: Shard) -> OpenFile:
-        path = cache_folder() / "shards" / "copies" / f"{shard.state}.tar"
+    A full disk raises `UserError`.
+    """
+    try:
+        # A copy is not kept open: it takes room on the disk until the last process closes it.
+        return _copy(shard) if shard.remote else open_local(shard)
+    except OSError as error:
+        raise UnreadableShard(f"{shard.name}: {error.strerror or error}") from error
+
+
+_failed: dict[str, tuple[float, str]] = {}  # time of the last try and reason, by the state of a shard
+
+
+def _copy(shard: Shard) -> OpenFile:
+    path = cache_folder() / COPIES / f"{shard.state}.tar"
+    with suppress(FileNotFoundError):
+        os.utime(path)  # the time of its last use, for `trim_cache`
+        return OpenFile(path)
+    since, reason = _failed.get(shard.state, (-RESTING, ""))
+    if time.monotonic() - since < RESTING:
+        raise UnreadableShard(reason)
+    with locked("copies", shard.state):
         with suppress(FileNotFoundError):
-            os.utime(path)  # the time of its last use, for `_make_room`
-            return OpenFile(path)
-        since, reason = self._failed.get(shard.state, (-RESTING, ""))
-        if time.monotonic() - since < RESTING:
-            raise UnreadableShard(reason)
-        with locked("copies", shard.state):
-            with suppress(FileNotFoundError):
-                return OpenFile(path)  # fetched by another thread or process in the meantime
-            try:
-                with atomic_write(path) as partial:
-                    _retried(fetch, shard.name, partial, shard.size)
-                    opened = OpenFile(partial)  # another process may remove the copy as soon as it has its name
-            except UnreadableShard as error:
-                self._failed[shard.state] = time.monotonic(), str(error)
-                raise
-        with suppress(FileNotFoundError):  # another process makes room, too
-            self._make_room(path)
-        return opened
-
-    def _make_room(self, newest: Path) -> None:
-        """Remove the least recently used copies beyond the limit."""
-        copies = [(copy.stat(), copy) for copy in newest.parent.glob("*.tar")]
-        total = 0
-        for status, copy in sorted(copies, key=lambda entry: entry[0].st_mtime_ns, reverse=True):
-            total += status.st_size
-            if total > self._limit and copy != newest:
-                copy.unlink(missing_ok=True)
+            return OpenFile(path)  # fetched by another thread or process in the meantime
+        try:
+            with atomic_write(path) as partial:
+                _retried(fetch, shard.name, partial, shard.size)
+                opened = OpenFile(partial)  # another process may remove the copy as soon as it has its name
+        except UnreadableShard as error:
+            _failed[shard.state] = time.monotonic(), str(error)
+            raise
+    with suppress(FileNotFoundError):  # another process makes room, too
+        trim_cache(COPIES, keep=[path])
+    return opened
 
 
 def stored_path(given: object, folder: Path) -> str:

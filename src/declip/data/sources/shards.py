@@ -17,29 +17,33 @@ import pyarrow as pa
 from declip.data.images.decode import EXTENSIONS, LARGEST_IMAGE
 from declip.data.pair import BrokenPair, Origin, as_texts, clean_captions
 from declip.data.sources.entry import EntrySource
-from declip.data.sources.shard_files import OpenFile, Shard, ShardFiles, UnreadableShard, counts, find_shards
+from declip.data.sources.shard_files import (
+    COPIES,
+    OpenFile,
+    Shard,
+    UnreadableShard,
+    counts,
+    find_shards,
+    open_shard,
+)
 from declip.errors import UserError
-from declip.io.cache import cached_table, gigabytes
+from declip.io.cache import cached_table, trim_cache
 from declip.io.pool import pairs_bar
 
 LARGEST_TEXT = 1_000_000  # bytes of a text or JSON file
 LARGEST_HEADER = 1 << 18  # bytes read of a member's headers: `tarfile` reads extended ones of any size they claim
 LARGEST_SIZE = 1 << 62
 MOST_PADDING = 1 << 20  # bytes after the end of an archive; tar's own blocks have 10 KiB
-
-CAPTION_KEYS = ("caption", "captions", "text", "texts")  # the first that has any is read
-
 OPEN_INDICES = 2048  # indices that stay mapped; each takes about 10 kB in addition to its map
 # Shards above which a progress bar is shown while they are indexed, and remote ones that are fetched at once.
 MANY, FETCHED_AT_ONCE = 8, 8
 
+CAPTION_KEYS = ("caption", "captions", "text", "texts")  # the first that has any is read
 PARTS = ("image", "text", "json")
 # The part of a pair that a file is, by its extension.
 KINDS = {ending.removeprefix("."): "image" for ending in EXTENSIONS} | {"txt": "text", "json": "json"}
-
 # A key and its extension; as in WebDataset the key ends at the first dot of the name's last part.
 SAMPLE = re.compile(r"((?:.*/)?[^./]+)\.([^./]*)", re.DOTALL)
-
 SCHEMA = pa.schema([("key", pa.large_binary()), *((part, pa.list_(pa.int64(), 2)) for part in PARTS)])
 
 
@@ -54,19 +58,18 @@ class ShardEntry(NamedTuple):
 class ShardSource(EntrySource):
     """Pairs of tar shards: `KEY.jpg` (or another image), and `KEY.txt` or `KEY.json` or both.
 
-    The text file is one caption. The JSON file may have "caption" or "text", a string or a list of them. Copies of
-    remote shards take up to `cache_gb` 10^9 bytes, by default DECLIP_SHARD_CACHE_GB or 50.
+    The text file is one caption. The JSON file may have "caption" or "text", a string or a list of them.
     """
 
     blocks: np.ndarray
 
-    def __init__(self, word: str, cache_gb: float | None = None) -> None:
-        cache_gb = gigabytes("DECLIP_SHARD_CACHE_GB") if cache_gb is None else cache_gb
-        self._arguments = (word, cache_gb)
-        self.files = ShardFiles(cache_gb)
+    def __init__(self, word: str) -> None:
+        self._word = word
         self._shards = find_shards(word)
         self._index_of = lru_cache(OPEN_INDICES)(self._opened_index)
         self.remote = any(shard.remote for shard in self._shards)
+        if self.remote:
+            trim_cache(COPIES, keep=())
         self.name = self._shards[0].label if len(self._shards) == 1 else word.rstrip("/").rpartition("/")[2]
         self.blocks = self._count()
         self._ends = np.cumsum(self.blocks)
@@ -79,7 +82,7 @@ class ShardSource(EntrySource):
         return int(self._ends[-1])
 
     def __reduce__(self) -> tuple[type, tuple[object, ...]]:  # a worker process opens the shards itself
-        return ShardSource, self._arguments
+        return ShardSource, (self._word,)
 
     def entry(self, index: int) -> ShardEntry:
         if not 0 <= index < len(self):
@@ -130,7 +133,7 @@ class ShardSource(EntrySource):
         if size > most:
             raise BrokenPair(reason, entry.key, f"{part} of {size:,} bytes, at most {most:,}")
         try:
-            content = self.files.open(entry.shard).read(size, at)
+            content = open_shard(entry.shard).read(size, at)
         except (UnreadableShard, OSError) as error:
             raise BrokenPair("unreadable shard", entry.key, str(error)) from error
         if len(content) < size:
@@ -145,9 +148,7 @@ class ShardSource(EntrySource):
 
     def _opened_index(self, number: int) -> pa.Table:
         shard = self._shards[number]
-        return cached_table(
-            "shards/index", shard.state, lambda: (SCHEMA, [make_index(self.files.open(shard), shard.name)])
-        )
+        return cached_table("shards/index", shard.state, lambda: (SCHEMA, [make_index(open_shard(shard), shard.name)]))
 
     def _count(self) -> np.ndarray:
         """The number of pairs of each shard: from `sizes.json` next to remote ones, else from the indices."""

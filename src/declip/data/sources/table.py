@@ -22,8 +22,8 @@ from declip.errors import UserError
 from declip.io.cache import cached_table
 from declip.io.text import one_line
 
-IMAGE_NAMES = ("image", "file_name", "image_path", "filepath", "file_path", "path", "filename", "image_file", "img")
 # Column names of public sets, most telling first; tried when the default column is missing.
+IMAGE_NAMES = ("image", "file_name", "image_path", "filepath", "file_path", "path", "filename", "image_file", "img")
 CAPTION_NAMES = ("caption", "captions", "text", "texts", "title", "description", "sentences")
 
 KINDS: dict[str, Callable[[Path], TableRows]] = {
@@ -34,12 +34,9 @@ KINDS: dict[str, Callable[[Path], TableRows]] = {
     ".parquet": ParquetRows,
 }
 TABLE_KINDS = tuple(KINDS)
-
 SPREADSHEETS = (".xlsx", ".xls", ".xlsm", ".ods", ".numbers")
-
 # Tables in a folder of images, as Hugging Face's ImageFolder has them: column `file_name` and any others.
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-
 LAYOUT = 2  # raised when a file in the cache changes its meaning
 
 
@@ -75,7 +72,7 @@ class TableSource(EntrySource):
         # Hashing images pays only if their captions are merged.
         grouped = _grouped(self.table.column(0), hashed=captions is not None)
         pairs = pa.schema([("rows", pa.large_list(pa.int64()))])
-        self._pairs = combined(self._held("rows", [image, captions is not None], pairs, grouped)["rows"])
+        self._pairs = self._held("rows", [image, captions is not None], pairs, grouped)["rows"].chunk(0)
         if not len(self):
             raise UserError(f"The table '{path}' has no rows. It needs one for each pair.")
 
@@ -234,8 +231,10 @@ def _grouped(images: pa.ChunkedArray, hashed: bool) -> Iterator[pa.RecordBatch]:
     if is_bytes(kind) and not hashed:
         order, starts = rows, np.arange(len(images) + 1)
     else:
-        keys = pa.array(map(_key_of, images), pa.large_binary()) if is_bytes(kind) else images.cast(pa.large_binary())
-        keys = combined(keys.fill_null(b""))
+        if is_bytes(kind):
+            keys = pa.array(map(_key_of, images), pa.large_binary())
+        else:
+            keys = images.cast(pa.large_binary()).fill_null(b"").combine_chunks()
         codes = keys.dictionary_encode().indices.to_numpy()
         first = np.empty(len(keys), np.int64)
         first[codes[::-1]] = rows[::-1]  # the last value written for a code is its first row
@@ -254,13 +253,6 @@ def _key_of(cell: pa.Scalar) -> bytes:
     if cell.is_valid and (content := cell.as_buffer()).size:
         return hashlib.blake2b(content, digest_size=16).digest()
     return path.as_buffer().to_pybytes() if path is not None and path.is_valid else b""
-
-
-def combined(column: pa.ChunkedArray | pa.Array) -> pa.Array:
-    """Combine the chunks of a column, without a copy if it has one."""
-    if isinstance(column, pa.Array):
-        return column
-    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
 def is_bytes(kind: pa.DataType) -> bool:
