@@ -11,7 +11,7 @@ from declip.cli.options import check_shots, console, file, say
 from declip.errors import UserError, unknown
 from declip.io.atomic import check_writable, write_text
 
-TASKS = ("zero-shot", "retrieval", "linear", "few-shot")
+TASKS = ("zero-shot", "retrieval", "linear", "few-shot", "pointing")
 
 
 def evaluate(
@@ -19,7 +19,7 @@ def evaluate(
     datasets: Annotated[
         list[str], opt.source("builtin:NAME, NAME:/path, a table, a folder, or paper11:/path; repeatable", "--dataset")
     ],
-    task: Annotated[str, typer.Option(help="zero-shot, retrieval, linear (probe) or few-shot")] = "zero-shot",
+    task: Annotated[str, typer.Option(help="zero-shot, retrieval, linear (probe), few-shot or pointing")] = "zero-shot",
     shots: opt.Shots = None,
     templates: Annotated[str | None, typer.Option(help="name of a template set, or a template with {}")] = None,
     label_column: Annotated[str | None, typer.Option(help="table column of classes")] = None,
@@ -96,7 +96,8 @@ Datasets = Annotated[
     list[str] | None, opt.source("evaluation set; default: those of the recipe; repeatable", "--dataset")
 ]
 Tasks = Annotated[
-    list[str] | None, typer.Option("--task", help="zero-shot (default), retrieval, linear or few-shot; repeatable")
+    list[str] | None,
+    typer.Option("--task", help="zero-shot (default), retrieval, linear, few-shot or pointing; repeatable"),
 ]
 Budget = Annotated[
     str,

@@ -17,6 +17,7 @@ from declip.evaluation.datasets import NAMED, Dataset, open_dataset, with_classe
 from declip.evaluation.encode import Encoder, SourceFeatures, encode_source, eval_mode
 from declip.evaluation.few_shot import Examples, fit_few_shot, joint_encoder
 from declip.evaluation.linear_probe import ProbeData, check_probe, check_splits, linear_probe, read_probe_data
+from declip.evaluation.pointing import check_pointing, measure_pointing
 from declip.evaluation.readers import Classified
 from declip.evaluation.results import (
     FewShotResult,
@@ -152,6 +153,8 @@ class SharedFeatures:
                 f"{type(self.model).__name__} has no method `encode_backbone` from pixels (n, 3, S, S) to features "
                 "(n, width), which 'linear' requires. Add it, or use the task 'zero-shot' or 'retrieval'."
             )
+        if task == "pointing" and not hasattr(self.model, "similarity_map"):
+            raise UserError(f"{type(self.model).__name__} has no method `similarity_map`, which 'pointing' requires.")
         check_dataset(self.dataset, task, self.options)
 
     def _encode(self, source: PairSource, **options: Any) -> SourceFeatures:
@@ -167,6 +170,8 @@ def check_dataset(dataset: Dataset, task: str, options: Options | None = None) -
         check_splits(dataset, task)
     elif task == "linear":
         check_probe(dataset)
+    elif task == "pointing":
+        check_pointing(dataset)
     if task in ("zero-shot", "few-shot"):
         read_templates((options and options.templates) or dataset.templates)
 
@@ -176,6 +181,7 @@ TASKS: Mapping[str, Callable[[SharedFeatures], Sequence[Result]]] = {
     "retrieval": lambda shared: [shared.retrieval()],
     "linear": lambda shared: [linear_probe(shared.splits)],
     "few-shot": SharedFeatures.few_shot,
+    "pointing": lambda shared: [measure_pointing(shared.model, shared.dataset, shared.options.progress)],
 }
 
 

@@ -117,12 +117,13 @@ class DualEncoder(nn.Module):
         return F.normalize(self.text_tower(tokens).pooled.float(), dim=-1)
 
     @torch.no_grad()
-    def similarity_map(self, image: Image.Image, text: str, size: int | None = None) -> Tensor:
+    def similarity_map(self, image: Image.Image, text: str | Sequence[str], size: int | None = None) -> Tensor:
         """Compute how much every place of an image contributes to its similarity with a text.
 
         Returns:
-            (H, W) float32 in the size of the image, of any sign. If the tower pools its cells by a mean, the mean of
-            the map is the cosine of text and image. The image is squashed to a square, so that all of it is seen.
+            (H, W) float32 in the size of the image, of any sign; (n, H, W) for n texts. If the
+            tower pools its cells by a mean, the mean of the map is the cosine of text and image. The image is squashed
+            to a square, so that all of it is seen.
 
         Args:
             size: Side of the square in pixels, by default that of training. Twice as much shows more detail; towers
@@ -139,9 +140,10 @@ class DualEncoder(nn.Module):
         pixels = preprocess(image).to(self.device, next(self.image_tower.parameters()).dtype)
         # Not cosines: the embedding of an empty background has a direction too, but little length.
         cells = self.image_tower.encode_cells(pixels)[0].float()
-        parts = cells @ self.encode_text(self.tokenize(text))[0] / cells.mean(dim=0).norm()
-        grid = parts.view(1, 1, math.isqrt(len(parts)), -1)
-        return F.interpolate(grid, (image.height, image.width), mode="bilinear")[0, 0].cpu()
+        parts = self.encode_text(self.tokenize(text)) @ cells.mT / cells.mean(dim=0).norm()  # (n, P)
+        grid = parts.unflatten(1, (math.isqrt(len(cells)), -1))[None]
+        maps = F.interpolate(grid, (image.height, image.width), mode="bilinear")[0].cpu()
+        return maps[0] if isinstance(text, str) else maps
 
     def _encode(self, images: Tensor) -> ImageFeatures:
         # A model that was converted, as by model.bfloat16(), takes the preprocessing's float32 images too.

@@ -7,6 +7,7 @@ import shutil
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import AbstractContextManager
 from io import BytesIO
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -18,7 +19,7 @@ from PIL import Image
 from rich.progress import Progress
 
 from declip.data.builtin.fetch import DebianPackage, NpmPackages, Packages
-from declip.data.pair import BUILTIN_PREFIX, Pair, PairSource
+from declip.data.pair import BUILTIN_PREFIX, Box, Pair, PairSource
 from declip.data.tables import asset, unpack
 from declip.errors import UserError
 from declip.io.atomic import atomic_write, cache_folder
@@ -131,10 +132,14 @@ class BuiltinSet(ABC):
             renderer()  # an error before anything is fetched
             with pairs_bar(progress) as bar:
                 step = bar.add_task(f"fetching {self.name}", total=None)
-                with self.packages.fetched() as packages:
+                with self.fetched(cache, progress) as packages:
                     bar.remove_task(step)
                     self.build(packages, folder, bar)
         return folder
+
+    def fetched(self, cache: str | Path | None, progress: bool) -> AbstractContextManager[Packages]:
+        """Fetch what the set is drawn from, for the duration of the context."""
+        return self.packages.fetched()
 
     def build(self, packages: Packages, folder: Path, bar: Progress | None = None) -> None:
         """Render unpacked packages into a folder, which appears whole or not at all."""
@@ -209,6 +214,7 @@ class BuiltinSource(PairSource):
         self.name = BUILTIN_PREFIX + split
         table, self._images = origin.read(origin.folder(cache))
         self.rows, column, names = origin.select(split, table)
+        self.boxed = "objects" in self.rows[0]
         self.credit = "; ".join(dict.fromkeys(map(origin.credit, self.rows)))
         if column:
             self.class_names = tuple(names or sorted({row[column] for row in self.rows}))
@@ -230,6 +236,10 @@ class BuiltinSource(PairSource):
 
     def captions(self, index: int) -> tuple[str, ...]:
         return tuple(self.rows[index]["captions"])
+
+    def boxes(self, index: int) -> list[tuple[str, Box]]:
+        objects = self.rows[index]["objects"]
+        return [(each["name"], (each["left"], each["top"], each["right"], each["bottom"])) for each in objects]
 
     def __reduce__(self) -> tuple[type["BuiltinSource"], tuple[object, ...]]:
         return type(self), self._arguments  # the images stay in the file, shared by all processes

@@ -25,6 +25,7 @@ from declip.data.builtin.pictures import (
     read_rows,
     split_texts,
 )
+from declip.data.builtin.scenes import Scenes
 from declip.data.pair import BUILTIN_PREFIX
 from declip.errors import UserError, unknown
 
@@ -216,6 +217,7 @@ class Icons(BuiltinSet):
 
 
 EMOJI, ICONS = Emoji(), Icons()
+SCENES = Scenes(EMOJI)
 
 # The set that was read last: drawings are rendered set by set.
 read_icons = lru_cache(maxsize=1)(read_json)
@@ -239,8 +241,9 @@ def license_of(info: Mapping[str, Any]) -> str:
     return str(license.get("spdx") or license.get("title") or "unknown")
 
 
+SETS = EMOJI, ICONS, CLIPART, STAMPS, SCENES
 # The set of each source's name.
-BUILTINS: dict[str, BuiltinSet] = {split: item for item in (EMOJI, ICONS, CLIPART, STAMPS) for split in item.splits}
+BUILTINS: dict[str, BuiltinSet] = {split: item for item in SETS for split in item.splits}
 
 # Source names of sets with splits, by split.
 BUILTIN_SPLITS: dict[str, dict[str, str]] = {"stamps-kinds": {"train": "stamps-kinds-train", "test": "stamps-kinds"}}

@@ -52,7 +52,7 @@ class DerivedSource(PairSource):
 
     __getitem__, read_lazy, captions = _delegated("__getitem__"), _delegated("read_lazy"), _delegated("captions")
     key, group, image, origin = _delegated("key"), _delegated("group"), _delegated("image"), _delegated("origin")
-    lazy_image = _delegated("lazy_image")
+    lazy_image, boxes = _delegated("lazy_image"), _delegated("boxes")
 
 
 class Subset(DerivedSource):
@@ -62,6 +62,7 @@ class Subset(DerivedSource):
         self.source, self.indices = source, indices
         self.name = name or f"{source.name}[{len(indices)}]"
         self.credit, self.remote, self.group_column = source.credit, source.remote, source.group_column
+        self.boxed = source.boxed
 
     def __len__(self) -> int:
         return len(self.indices)

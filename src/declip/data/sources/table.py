@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from declip.data.columns import DEFAULT, Columns
 from declip.data.images.decode import image_below
-from declip.data.pair import BrokenPair, as_texts, clean_captions, printable
+from declip.data.pair import Box, BrokenPair, as_texts, clean_captions, printable
 from declip.data.sources.entry import EntrySource
 from declip.data.sources.rows import NOT_UTF8, DelimitedRows, JsonRows, ParquetRows, TableRows, by_lower_name, cell_name
 from declip.data.sources.shard_files import holds, is_url, names_shards
@@ -34,6 +34,7 @@ KINDS: dict[str, Callable[[Path], TableRows]] = {
     ".parquet": ParquetRows,
 }
 TABLE_KINDS = tuple(KINDS)
+SIDES = ("left", "top", "right", "bottom")  # columns of the box of the object that a caption names
 SPREADSHEETS = (".xlsx", ".xls", ".xlsm", ".ods", ".numbers")
 # Tables in a folder of images, as Hugging Face's ImageFolder has them: column `file_name` and any others.
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -63,9 +64,14 @@ class TableSource(EntrySource):
         if not self.root.is_dir():
             raise UserError(f"There is no folder '{self.root}', to which image paths are relative.")
         image, self._caption, self.group_column = find_columns(names, columns, path)
-        self._split = by_lower_name(names).get(COLUMN)
+        lower = by_lower_name(names)
+        self._split = lower.get(COLUMN)
+        self._sides = [lower[side] for side in SIDES] if lower.keys() >= set(SIDES) else []
+        self.boxed = bool(self._sides) and self._caption != image
         # --- the columns, the image first, and the rows of each pair
-        self._columns = list(dict.fromkeys(filter(None, (image, self._caption, self.group_column, self._split))))
+        self._columns = list(
+            dict.fromkeys(filter(None, (image, self._caption, self.group_column, self._split, *self._sides)))
+        )
         captions = None if self._caption == image else self._caption
         schema, batches = self.file.read(self._columns, captions)
         self.table = self._held("cells", [self._columns, captions], schema, batches)
@@ -104,6 +110,22 @@ class TableSource(EntrySource):
 
     def group(self, index: int) -> int:
         return group_number(self.cells(self.entry(index), self.group_column)[0]) if self.group_column else 0
+
+    def boxes(self, index: int) -> list[tuple[str, Box]]:
+        """One object for each row of the image."""
+        entry = self.entry(index)
+        texts = [
+            clean_captions(as_texts(t, "unreadable row", entry.key), entry.key)[0]
+            for t in self.cells(entry, self._caption)
+        ]
+        sides = [self.cells(entry, side) for side in self._sides]
+        try:
+            boxes = [(float(a), float(b), float(c), float(d)) for a, b, c, d in zip(*sides, strict=True)]
+            if not np.isfinite(boxes).all():
+                raise ValueError("a side is not a finite number")
+        except (TypeError, ValueError) as error:
+            raise BrokenPair("unreadable box", entry.key, one_line(error)) from error
+        return list(zip(texts, boxes, strict=True))
 
     def splits(self) -> dict[str, np.ndarray]:
         """Places of the pairs of each split. A pair with rows in several is in the last: test before train."""
