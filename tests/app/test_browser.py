@@ -1,6 +1,7 @@
 """The app in a browser: typing, dropping files, and the keyboard."""
 
 import csv
+import re
 import shutil
 import threading
 from contextlib import contextmanager
@@ -102,6 +103,11 @@ def test_a_text_is_typed_and_found_by_keyboard_alone(page, shared):
     sync_api.expect(page.locator("#hits > li").first).to_contain_text(first.caption)
     assert page.locator("#hits img").first.evaluate("image => image.complete ? image.naturalWidth : 40") == 40
     assert "text=a+red+circle" in page.url
+    image, plain = page.locator("#hits img").first, f"/thumbnails/{first.id}?v={shared.version}"
+    page.locator("#hits a").first.hover()
+    sync_api.expect(image).to_have_attribute("src", re.compile(rf"/maps/{first.id}\?text=a\+red\+circle$"))
+    page.mouse.move(0, 0)
+    sync_api.expect(image).to_have_attribute("src", re.compile(rf"{re.escape(plain)}$"))
     page.locator("#hits a").first.click()
     sync_api.expect(page.locator("#hits > li").first).to_contain_text("cosine 1.000")
 

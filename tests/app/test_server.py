@@ -22,6 +22,7 @@ from declip.app.server import open_state
 from declip.app.state import AppState
 from declip.cli.serve import address_of, take_port
 from declip.interchange.declip_file import write_declip_file
+from declip.reports.sheets import heat_map
 from end_to_end.conftest import png
 from indices import tiny_model
 
@@ -268,6 +269,23 @@ def test_thumbnails_are_small_images_by_id(client, state, monkeypatch):
     monkeypatch.undo()
     for id in ("24", "-1", "x", "..%2f..%2fetc%2fpasswd", "99999999999999999999", "0.png"):
         assert client.get(f"/thumbnails/{id}").status_code in (400, 404), id
+
+
+def test_a_heat_map_is_drawn_over_the_thumbnail(client, state):
+    image, model = state.index.image(3), state.index.model
+    expected = np.asarray(heat_map(image, model.similarity_map(image, "a red circle").numpy()), int)
+    answer = client.get("/maps/3", params={"text": " a  red circle"})
+    assert answer.headers["content-type"] == "image/webp"
+    drawn = np.asarray(Image.open(io.BytesIO(answer.content)).convert("RGB"), int)
+    assert 2 * np.abs(drawn - expected).mean() < np.abs(drawn - np.asarray(image, int)).mean()
+    for id, asked in (
+        ("24", {"text": "red"}),
+        ("x", {"text": "red"}),
+        ("3", {}),
+        ("3", {"text": " "}),
+        ("3", {"text": "a" * 2001}),
+    ):
+        assert client.get(f"/maps/{id}", params=asked).status_code in (400, 404), (id, asked)
 
 
 def test_a_missing_image_gives_away_no_path(model, folder, tmp_path):

@@ -8,7 +8,7 @@ from typing import Any
 
 import uvicorn
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -19,7 +19,7 @@ from starlette.templating import Jinja2Templates
 from starlette.types import ASGIApp
 
 from declip.app import answers, captions, pairs
-from declip.app.requests import LARGEST_UPLOAD, Guard, ImageId
+from declip.app.requests import LARGEST_UPLOAD, Guard, ImageId, Question, Text
 from declip.app.state import SIDE, AppState, state_of
 from declip.data.pair import printable
 from declip.errors import UserError
@@ -44,6 +44,7 @@ def build(state: AppState, host: str) -> ASGIApp:
         Mount("/static", StaticFiles(packages=[("declip.app", "static")])),
         Route("/thumbnails/{id}", thumbnail),
         Route("/images/{id}", thumbnail),
+        Route("/maps/{id}", thumbnail),
         Route("/api/caption", captions.show),
         Route("/api/caption", captions.save, methods=["POST"]),
         Route("/api/images", answers.upload, methods=["POST"]),
@@ -57,6 +58,12 @@ def build(state: AppState, host: str) -> ASGIApp:
     app = Starlette(routes=routes, exception_handlers=dict.fromkeys(answered, _answer_error))
     app.state.shared = state
     return Guard(app, host)  # around everything, so that answers to failures have the headers too
+
+
+class MapQuestion(Question):
+    """A text that is looked for in an image."""
+
+    text: Text = Field(pattern=r"\S")
 
 
 def page(request: Request) -> Response:
@@ -77,13 +84,16 @@ def page(request: Request) -> Response:
 
 
 def thumbnail(request: Request) -> Response:
-    """Answer with a small copy of an image of the index."""
+    """Answer with a small copy of an image of the index, below /maps with the heat map of a text over it."""
+    state, path = state_of(request), request.url.path
     try:
         id = TypeAdapter(ImageId).validate_python(request.path_params["id"])
-        large = request.url.path.startswith("/images/")
-        content = state_of(request).thumbnail(id, LARGE if large else SIDE)
-    except UserError:
-        raise HTTPException(404, "This image no longer exists.") from None
+        if path.startswith("/maps/"):
+            content = state.heat_map(id, MapQuestion.of(request).text)
+        else:
+            content = state.thumbnail(id, LARGE if path.startswith("/images/") else SIDE)
+    except UserError:  # its message may name a path
+        raise HTTPException(404, "This image no longer exists or has no heat map.") from None
     return Response(content, media_type="image/webp", headers={"Cache-Control": "private, max-age=3600"})
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from declip.data.pair import printable
 from declip.errors import UserError
 from declip.evaluation.zero_shot import class_features, logit_scale, read_templates
+from declip.reports.sheets import heat_map
 from declip.runs.folder import OUT_OF_FOLD, read_run
 from declip.search.index import Index
 
@@ -92,18 +93,34 @@ class AppState:
 
     def thumbnail(self, id: int, side: int = SIDE) -> bytes:
         """A small copy of an image of the index as WebP, without the metadata of its file."""
+        return webp(self._small(id, side))
+
+    def heat_map(self, id: int, text: str) -> bytes:
+        """The thumbnail of an image with the places in color that are similar to a text, as WebP."""
+        image = self._small(id, SIDE)
+        with self._encoding:
+            similarities = self.index.model.similarity_map(image, text)  # type: ignore[attr-defined]  # declip loaded it
+        return webp(heat_map(image, similarities.numpy()))
+
+    def _small(self, id: int, side: int) -> Image.Image:
         with self._reading:
             image = self.index.image(id)
-        small, written = image.copy(), io.BytesIO()
-        small.info.clear()
+        small = image.copy()
         small.thumbnail((side, side), Image.Resampling.LANCZOS)
-        small.save(written, "WEBP", quality=82)
-        return written.getvalue()
+        return small
 
     def _class_vectors(self, names: tuple[str, ...], template: str) -> Tensor:
         """(C, d) of length 1."""
         with self._encoding:
             return class_features(self.index.text_model, names, templates_of(template))
+
+
+def webp(image: Image.Image) -> bytes:
+    """Encode an image without the metadata of its file."""
+    written = io.BytesIO()
+    image.info.clear()
+    image.save(written, "WEBP", quality=82)
+    return written.getvalue()
 
 
 def out_of_fold_ranks(index: Index, run: Path) -> dict[int, float]:

@@ -19,7 +19,9 @@ const { run, clear } = latest(async (current) => {
   const found = await ask(`/api/search?${asked}`);
   if (!current()) return;
   find("hits").replaceChildren(...found.hits.map(hit));
-  say(found.hits.length ? `The nearest ${found.hits.length} of ${count(found.images, "image")}, in ${found.seconds.toFixed(2)} s` : "No results: no image has a caption.");
+  const pointing = text ? ". Point at an image to see where the text fits." : "";
+  if (text) for (const [place, card] of [...find("hits").children].entries()) showMap(card, found.hits[place].id, text);
+  say(found.hits.length ? `The nearest ${found.hits.length} of ${count(found.images, "image")}, in ${found.seconds.toFixed(2)} s${pointing}` : "No results: no image has a caption.");
   const address = new URL(location);
   address.search = chosen.token ? "" : new URLSearchParams([...asked].filter(([name]) => name !== "count"));
   history.replaceState(null, "", address);
@@ -28,6 +30,28 @@ const { run, clear } = latest(async (current) => {
 function hit(row) {
   const actions = make("p", { class: "facts" }, make("a", { href: `/classify?id=${row.id}` }, "classify it"));
   return card(row, { facts: [`cosine ${row.cosine.toFixed(3)}`, row.key], more: [actions] });
+}
+
+/** While the pointer or the focus is on a card, shows the heat map of the text over its image. */
+function showMap(card, id, text) {
+  const image = card.querySelector("img");
+  if (!image) return;
+  const plain = image.src;
+  let shown = false;
+  const show = () => {
+    shown = true;
+    const map = new Image();
+    map.addEventListener("load", () => {
+      if (shown) image.src = map.src;
+    });
+    map.src = `/maps/${id}?${new URLSearchParams({ text })}`;
+  };
+  const hide = () => {
+    shown = false;
+    image.src = plain;
+  };
+  for (const event of ["pointerenter", "focusin"]) card.addEventListener(event, show);
+  for (const event of ["pointerleave", "focusout"]) card.addEventListener(event, hide);
 }
 
 function balance() {
