@@ -99,8 +99,7 @@ def open_dataset(dataset: str | Path | PairSource | Items | Dataset, *, label_co
     elif not isinstance(dataset, Dataset):
         if label_column is not None:
             raise UserError(f"label_column is for tables, not for a {type(dataset).__name__}. Remove it.")
-        source = _test_part(open_source(dataset))
-        dataset = Dataset(source.name, {"test": lambda: source}, _templates(source.name))
+        dataset = _unnamed(open_source(dataset))
     dataset.split("test")
     return dataset
 
@@ -123,11 +122,9 @@ def _by_name(given: str, label_column: str | None) -> Dataset:
     name, colon, place = given.partition(":")
     # --- a known dataset in a folder
     if name in NAMED and colon and label_column is None:
-        if not place:
-            raise UserError(f"'{given}' has no folder. Write '{name}:PATH'.")
         named, root = NAMED[name], Path(place).expanduser()
-        if not root.is_dir():
-            raise UserError(f"There is no folder '{root}'. '{name}' expects there: {named.files}.")
+        if not place or not root.is_dir():
+            raise UserError(f"There is no folder '{place}'. Write '{name}:PATH'; expected there: {named.files}.")
         readers = named.open(name, root)
         openers = {which: partial(_read, given, named.files, reader) for which, reader in readers.items()}
         return Dataset(given, openers, named.templates, named.metric)
@@ -145,14 +142,14 @@ def _by_name(given: str, label_column: str | None) -> Dataset:
     known = given.startswith(PREFIX) or Path(given).expanduser().exists()
     if table is None and colon and re.fullmatch(r"[\w-]{2,}", name) and not known:
         raise unknown("dataset", name, [*NAMED, BUILTIN_PREFIX.rstrip(":")])
-    source = _test_part(open_source(given))
-    return Dataset(given, {"test": lambda: source}, _templates(source.name))
+    return _unnamed(open_source(given), given)
 
 
-def _test_part(source: PairSource) -> PairSource:
-    """The pairs of the split "test" of a source that has one, else all."""
-    splits = source.splits()
-    return Subset(source, splits["test"], f"{source.name} (test)") if "test" in splits else source
+def _unnamed(source: PairSource, name: str = "") -> Dataset:
+    """A dataset of the pairs of the split "test" of a source that has one, else of all."""
+    if "test" in (splits := source.splits()):
+        source = Subset(source, splits["test"], f"{source.name} (test)")
+    return Dataset(name or source.name, {"test": lambda: source}, _templates(source.name))
 
 
 def _read(name: str, files: str, read: Callable[[], PairSource]) -> PairSource:

@@ -1,4 +1,4 @@
-"""Sources of evaluation sets: listed image files, images in memory, folders and tables with classes, torchvision."""
+"""Sources of evaluation sets: folders and tables with classes, and the sets that torchvision reads."""
 
 import json
 import os
@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from torchvision import datasets
 
 from declip.data.columns import Columns
 from declip.data.images.decode import EXTENSIONS
 from declip.data.pair import BrokenPair, LazyPair, Pair, PairSource, is_unicode, printable
 from declip.data.sources.folder import FileList
+from declip.data.sources.python_items import ItemSource
 from declip.data.sources.rows import TableRows, by_lower_name, cell_name
 from declip.data.sources.subset import SPLITS, DerivedSource, Subset
 from declip.data.sources.table import CAPTION_NAMES, IMAGE_NAMES, TableSource, find_column, open_rows
@@ -26,7 +26,6 @@ from declip.io.text import read_yaml
 Openers = Mapping[str, Callable[[], PairSource]]  # functions that open each split
 LABEL_NAMES = ("label", "class", "class_name", "category")  # default names of the label column, in order of preference
 LONGEST_LABEL = 1_000  # characters: a label is a name, not a text
-Cell = str | BrokenPair
 TRAIN_VAL_TEST = {"train": "train", "validation": "val", "test": "test"}
 TRAIN_TEST = {"train": "train", "test": "test"}
 
@@ -45,28 +44,14 @@ SETS: Mapping[str, tuple[Callable[..., Any], Mapping[str, Any]]] = {
 it reads them."""
 
 SUN_LISTS = {"train": "Training_01.txt", "test": "Testing_01.txt"}
-SUN_PLACES = ("SUN397", "SUN397/Partitions", "Partitions", ".")
-"""Folders that may contain the lists, which come in a separate archive."""
-
-
-class ImageArray(PairSource):
-    """Images in memory, (n, H, W, 3) uint8, without captions."""
-
-    def __init__(self, name: str, images: np.ndarray) -> None:
-        self.name, self.images = name, images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> Pair:
-        return Pair(f"image {index}", Image.fromarray(self.images[index]), ())
+SUN_PLACES = ("SUN397", "SUN397/Partitions", "Partitions", ".")  # of the lists, which come in a separate archive
 
 
 class Classified(DerivedSource):
     """Images of a source with one class each; without `captioned` the class name is the caption.
 
-    `rows` (n,) are indices into the source. Those in `broken` have no class: each is a broken pair, and its label, 0,
-    is ignored.
+    `rows` (n,) are indices into the source. Those in `broken` have no class: each is a broken pair, whose label is
+    ignored.
     """
 
     labels: np.ndarray
@@ -91,7 +76,7 @@ class Classified(DerivedSource):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Pair:
-        captions = self.captions(index)
+        captions = self.captions(index)  # before the image is read: they may be broken
         return Pair(self.key(index), self.image(index), captions)
 
     def locate(self, index: int) -> tuple[PairSource, int]:
@@ -111,16 +96,14 @@ def image_folder(name: str, root: Path) -> Openers:
     folders = {
         which: root / inner for which, names in SPLITS.items() for inner in reversed(names) if (root / inner).is_dir()
     }
-    if not folders:
-        folders = {"test": root}
-    elif "train" not in folders or len(folders) == 1:
+    if folders and ("train" not in folders or len(folders) == 1):
         raise UserError(
             f"A set with splits needs a 'train' folder and a 'validation' or 'test' folder, but '{root}' has only "
             f"{', '.join(folders)}. To evaluate on one folder, use 'folder:{next(iter(folders.values()))}'."
         )
-    # Without a test folder, the validation folder is used.
-    elif "test" not in folders:
-        folders["test"] = folders.pop("validation")
+    # Without a test folder, the validation folder is used; without any, this one.
+    if "test" not in folders:
+        folders["test"] = folders.pop("validation", root)
     raw = sorted({inner for folder in folders.values() for inner in _inner(folder)})
     if len(raw) < 2:
         raise UserError(f"'{root}' needs one folder of images per class, at least two; it has {len(raw)}.")
@@ -215,15 +198,13 @@ def labeled_table(table_path: str | Path, label_column: str | None) -> Openers |
     path, columns = rows.path, rows.columns
     lower = by_lower_name(columns).keys()
     captioned, labeled = (not lower.isdisjoint(names) for names in (CAPTION_NAMES, LABEL_NAMES))
-    labeled = labeled or label_column is not None
-    if not labeled and not (captioned and "split" in lower):
+    if label_column is None and not labeled and not (captioned and "split" in lower):
         return None
     if label_column is not None and label_column not in columns:
         raise unknown(f"column of labels in '{path.name}'", label_column, columns)
-    image = find_column(columns, "image", IMAGE_NAMES, "image", path)
-    column = None
-    if labeled:
-        column = find_column(columns, label_column or LABEL_NAMES[0], LABEL_NAMES, "label", path)
+    image, column = find_column(columns, "image", IMAGE_NAMES, "image", path), label_column
+    if column is None and labeled:
+        column = find_column(columns, LABEL_NAMES[0], LABEL_NAMES, "label", path)
     # --- the pairs of the table, and the rows of each split
     table = TableSource(table_path, Columns(image, "caption" if captioned else None, group=column))
     rows_of = table.splits() or {"test": np.arange(len(table))}
@@ -231,52 +212,33 @@ def labeled_table(table_path: str | Path, label_column: str | None) -> Openers |
         raise UserError(f"'{path.name}' has no test pairs: its splits are {', '.join(rows_of)}. Name some rows 'test'.")
     if column is None:
         return {which: partial(Subset, table, places) for which, places in rows_of.items()}
-    # --- class names
-    cells = _cells(table, column)
-    names = _known_names(rows, column) or _ordered({cell for cell in cells if isinstance(cell, str)})
-    if len(names) < 2:
-        raise UserError(f"Column '{column}' of '{path}' has {len(names)} classes. It needs at least two.")
-    labels, broken = _labels(cells, names, table)
+    labels, names, broken = _labels(table, column)
     return {
-        which: partial(Classified, table, labels[rows], names, rows=rows, captioned=captioned, broken=broken)
-        for which, rows in rows_of.items()
+        which: partial(Classified, table, labels[places], names, rows=places, captioned=captioned, broken=broken)
+        for which, places in rows_of.items()
     }
 
 
-def _labels(cells: list[Cell], names: list[str], table: TableSource) -> tuple[np.ndarray, dict[int, BrokenPair]]:
-    """The number of the class of each row, (n,) int64, and the reasons of rows without a class."""
-    label_of = {name: label for label, name in enumerate(names)}
-    labels = np.zeros(len(cells), dtype=np.int64)
-    broken: dict[int, BrokenPair] = {}
-    for row, cell in enumerate(cells):
-        if isinstance(cell, BrokenPair):
-            broken[row] = cell
-        elif cell in label_of:
-            labels[row] = label_of[cell]
-        else:
-            broken[row] = BrokenPair("missing label", table.key(row), f"'{cell}' is not one of the classes")
-    return labels, broken
-
-
-def _ordered(names: set[str]) -> list[str]:
-    """Sort as numbers if all are whole numbers, otherwise as text."""
-    numbers = all(name.isdecimal() and len(name) < 20 for name in names)
-    return sorted(names, key=int) if numbers else sorted(names)
-
-
-def _cells(table: TableSource, column: str) -> list[Cell]:
-    """The value of a column for each pair as text, or the reason why it has none."""
-    names = _known_names(table.file, column)
-    cells: list[Cell] = []
-    for index in range(len(table)):
+def _labels(table: TableSource, column: str) -> tuple[np.ndarray, list[str], dict[int, BrokenPair]]:
+    """The class of each row, (n,) int64, the names of the classes, and the reasons of rows without a class."""
+    known, texts, broken = _known_names(table.file, column), dict[int, str](), dict[int, BrokenPair]()
+    for row in range(len(table)):
         try:
-            entry = table.entry(index)
-            given = [v for cell in table.cells(entry, column) for v in (cell if isinstance(cell, list) else [cell])]
-            values = [names[v] if isinstance(v, int) and 0 <= v < len(names) else v for v in given]
-            cells.append(_text(entry.key, values))
-        except BrokenPair as broken:
-            cells.append(broken)
-    return cells
+            texts[row] = _label(table, row, column, known)
+        except BrokenPair as error:
+            broken[row] = error
+    names = known or sorted(set(texts.values()))
+    if not known and all(name.isdecimal() and len(name) < 20 for name in names):
+        names.sort(key=int)
+    if len(names) < 2:
+        raise UserError(f"Column '{column}' of '{table.name}' has {len(names)} classes. It needs at least two.")
+    number_of, labels = {name: number for number, name in enumerate(names)}, np.zeros(len(table), dtype=np.int64)
+    for row, text in texts.items():
+        if text in number_of:
+            labels[row] = number_of[text]
+        else:
+            broken[row] = BrokenPair("missing label", table.key(row), f"'{text}' is not one of the classes")
+    return labels, names, broken
 
 
 def _known_names(rows: TableRows, column: str) -> list[str]:
@@ -288,17 +250,20 @@ def _known_names(rows: TableRows, column: str) -> list[str]:
         return []
 
 
-def _text(key: str, values: Sequence[Any]) -> str:
+def _label(table: TableSource, row: int, column: str, known: Sequence[str]) -> str:
     """Return the single label in the cells of one image, strings or numbers; raises `BrokenPair`."""
+    entry = table.entry(row)
+    given = [value for cell in table.cells(entry, column) for value in (cell if isinstance(cell, list) else [cell])]
+    values = [known[value] if isinstance(value, int) and 0 <= value < len(known) else value for value in given]
     if any(isinstance(value, str) and len(value) > LONGEST_LABEL for value in values):
-        raise BrokenPair("label too long", key, f"more than {LONGEST_LABEL:,} characters")
+        raise BrokenPair("label too long", entry.key, f"more than {LONGEST_LABEL:,} characters")
     texts = {" ".join(cell_name(value).split()) for value in values}
     if "" in texts:
-        raise BrokenPair("missing label", key)
+        raise BrokenPair("missing label", entry.key)
     if not all(map(is_unicode, texts)):
-        raise BrokenPair("invalid text", key, "half of a character that takes two code units")
+        raise BrokenPair("invalid text", entry.key, "half of a character that takes two code units")
     if len(texts) > 1:
-        raise BrokenPair("conflicting labels", key, ", ".join(sorted(texts)))
+        raise BrokenPair("conflicting labels", entry.key, ", ".join(sorted(texts)))
     return texts.pop()
 
 
@@ -312,7 +277,9 @@ def _read(name: str, root: Path, argument: str | bool) -> Classified:
     # The files of Flowers102 have class numbers from 1, without names.
     names = class_names(name, read_prompts(name).classes if name == "flowers102" else files.classes)
     if name.startswith("cifar"):
-        return Classified(ImageArray(name, files.data), files.targets, names)
+        images = ItemSource(files.data)
+        images.name = name
+        return Classified(images, files.targets, names)
     if name == "cars":
         paths, labels = zip(*files._samples, strict=True)
     else:
