@@ -35,8 +35,7 @@ from torch import Tensor
 from declip.data.pair import Origin, SkipCounter
 from declip.search.index import Index
 from declip.search.info import IndexInfo, ModelInfo, SourceInfo
-from declip.search.store import PART_ROWS, Block, IndexedImage
-from declip.search.writer import open_writer
+from declip.search.store import PART_ROWS, Block, IndexedImage, open_writer
 from machine import machine
 from timing import row, take_turns
 

@@ -11,8 +11,7 @@ from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schema import Recipe
 from declip.search.index import Index
 from declip.search.info import IndexInfo, ModelInfo, SourceInfo
-from declip.search.store import Block, IndexedImage
-from declip.search.writer import open_writer
+from declip.search.store import Block, IndexedImage, open_writer
 
 
 def tiny_model(seed=0):

@@ -27,15 +27,15 @@ if TYPE_CHECKING:
     from declip.search.classifier import Classifier as Classifier
     from declip.search.classify import classify as classify
     from declip.search.embed import embed as embed
-    from declip.search.embedder import Embedder as Embedder
     from declip.search.index import Index as Index
+    from declip.search.joined import Embedder as Embedder
     from declip.supervision.term import Term as Term
     from declip.training.sinks import Sink as Sink
 
 _WHERE = {
     "Classifier": "declip.search.classifier",
     "Columns": "declip.data.columns",
-    "Embedder": "declip.search.embedder",
+    "Embedder": "declip.search.joined",
     "Index": "declip.search.index",
     "PairBatch": "declip.data.batch",
     "Recipe": "declip.recipe.schema",

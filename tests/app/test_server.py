@@ -38,7 +38,7 @@ def test_a_source_is_embedded_once_and_an_index_is_opened(weights_file, table, t
     assert len(open_state(str(weights_file), str(folder)).index) == 24
     (tmp_path / "other").mkdir()
     other = shutil.copy(table, tmp_path / "other" / table.name)
-    monkeypatch.setattr("declip.search.opening.embed", lambda *_, out, **__: pytest.fail(str(out)))
+    monkeypatch.setattr("declip.search.embed.embed", lambda *_, out, **__: pytest.fail(str(out)))
     with pytest.raises(pytest.fail.Exception) as caught:
         open_state(str(weights_file), str(other))
     assert str(folder) not in str(caught.value), "each source has its own, also of one name"

@@ -21,7 +21,7 @@ from PIL import Image
 from conftest import refuses, tiny_tree
 from declip.api import compare, train
 from declip.comparison import runner as comparing
-from declip.comparison.outcome import read_outcome, scores
+from declip.comparison.outcome import by_measure, read_outcome
 from declip.comparison.runner import FAILURE, folder_of, run_trial
 from declip.comparison.study import Study, read_study
 from declip.errors import UserError
@@ -56,9 +56,9 @@ def test_every_run_is_what_declip_train_gives(recipes, table, tmp_path):
     alone = train(recipes["clip"], overrides, out=tmp_path / "alone", quiet=True)
     row = rows["clip", 16, 8]
     assert (row["loss"], row["samples"]) == (alone.metrics[-1]["loss"], 8 * 8)
-    (measure,) = outcome.measures
+    (measure,) = outcome.facts
     assert measure == f"{table}: R@1"
-    assert outcome.curve("clip", measure).values[0] == (scores(alone.results)[measure],)
+    assert outcome.curve("clip", measure).values[0] == (by_measure(alone.results)[measure].headline.value,)
     kept = {path.name for path in folder_of(tmp_path / "out", outcome.study.trials()[0]).iterdir()}
     assert {"result.json", "recipe.yaml", "metrics.jsonl", "checkpoints"} - kept == {"checkpoints"}
 
@@ -71,7 +71,7 @@ def test_few_shot_is_compared_at_each_number_of_shots(recipes, table, tmp_path):
     colors = f"folder:{tmp_path / 'colors'}"
     options = {"pairs": (8,), "datasets": [colors], "tasks": ["few-shot"]}
     outcome = tiny({"clip": recipes["clip"]}, table, tmp_path / "out", **options, shots=[3, 1])
-    assert [name.removeprefix(colors) for name in outcome.measures] == [": 1 shot, top-1", ": 3 shots, top-1"]
+    assert [name.removeprefix(colors) for name in outcome.facts] == [": 1 shot, top-1", ": 3 shots, top-1"]
     with pytest.raises(UserError, match=r"shots was \(1, 3\), now \(1,\)"):
         tiny({"clip": recipes["clip"]}, table, tmp_path / "out", **options, shots=1)
 
@@ -88,7 +88,7 @@ def test_it_continues_with_what_is_missing_only(recipes, table, tmp_path, monkey
     assert not read_outcome(tmp_path / "out").complete
     again = tiny(recipes, table, Path("~/out"))
     assert lost.is_file()
-    assert (again.complete, again.measures, kept.stat().st_mtime_ns) == (True, first.measures, written)
+    assert (again.complete, [*again.facts], kept.stat().st_mtime_ns) == (True, [*first.facts], written)
     more = tiny(recipes, table, tmp_path / "out", pairs=(16,), seeds=2)
     assert (more.study.pairs, more.study.seeds, len(more.rows)) == ((8, 16), (0, 1), 4)
     (tmp_path / "moved").mkdir()

@@ -1,6 +1,7 @@
 """The plan of a comparison and what may change; the data-efficiency factor on curves whose answer is known."""
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from math import exp, log, sqrt
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 
 from conftest import refuses
 from declip.comparison.outcome import EfficiencyCurve, curve_of, factor, pairs_needed
-from declip.comparison.study import Study, Variant, extended, read_counts, read_study, write_study
+from declip.comparison.study import Study, Variant, extended, read_counts, read_study
 
 STUDY = Study(
     variants=(Variant.of("clip", {}), Variant.of("declip", {"train.steps": 100})),
@@ -35,7 +36,7 @@ def test_names_of_folders_are_safe_and_differ():
 
 
 def test_the_plan_survives_the_disk_and_a_damaged_one_is_the_users_error(tmp_path):
-    write_study(STUDY, tmp_path)
+    (tmp_path / "study.json").write_text(json.dumps(asdict(STUDY)))
     assert read_study(tmp_path) == STUDY
     assert read_study(tmp_path / "nowhere") is None
     (tmp_path / "study.json").write_text('{"variants": 3}')
@@ -74,8 +75,12 @@ def test_numbers_of_pairs():
 PAIRS = (1000, 2000, 4000, 8000)
 
 
+def _numbered(pairs, values):
+    return EfficiencyCurve(pairs, values, tuple(tuple(range(len(own))) for own in values))
+
+
 def _curve(values, spread=0.0, pairs=PAIRS):
-    return EfficiencyCurve(pairs, tuple((value - spread, value, value + spread) for value in values))
+    return _numbered(pairs, tuple((value - spread, value, value + spread) for value in values))
 
 
 def test_a_curve_shifted_by_log_pairs_gives_its_shift():
@@ -89,7 +94,7 @@ def test_a_curve_shifted_by_log_pairs_gives_its_shift():
     inverse = factor(b, a)
     assert (inverse.at[-1].needed, inverse.at[-1].outside) == (None, "above"), "nothing is extrapolated"
     assert inverse.mean == pytest.approx(0.5)
-    assert factor(EfficiencyCurve((), ()), b).mean is None, "nothing is done yet"
+    assert factor(_numbered((), ()), b).mean is None, "nothing is done yet"
     nothing = factor(_curve([0.6, 0.7, 0.8, 0.9]), b)
     assert (nothing.mean, nothing.low) == (None, None)
     assert {one.outside for one in nothing.at} == {"below"}
@@ -120,7 +125,7 @@ def test_the_interval_grows_with_the_spread_over_seeds_and_needs_two():
     ends = [end for end in (wide.low, narrow.low, 2.0, narrow.high, wide.high) if end is not None]
     assert len(ends) == 5
     assert ends == sorted(ends)
-    one = EfficiencyCurve(PAIRS, ((0.2,), (0.3,), (0.4,), (0.5,)))
+    one = _numbered(PAIRS, ((0.2,), (0.3,), (0.4,), (0.5,)))
     assert factor(one, b).low is None
     assert factor(one, b).mean == pytest.approx(2)
 
@@ -128,8 +133,8 @@ def test_the_interval_grows_with_the_spread_over_seeds_and_needs_two():
 def test_the_interval_is_student_t_of_each_seeds_log_factor():
     # A rises by 1 from 100 to 10,000 pairs, so B's value v at 1,000 pairs has the factor 10 / 100^v: with v = 0.2, 0.5
     # and 0.8 the logs have the mean log(1) and the standard deviation 0.3 log(100).
-    a = EfficiencyCurve((100, 10_000), ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)))
-    found = factor(a, EfficiencyCurve((1000,), ((0.2, 0.5, 0.8),)))
+    a = _numbered((100, 10_000), ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)))
+    found = factor(a, _numbered((1000,), ((0.2, 0.5, 0.8),)))
     half = 4.30265 / sqrt(3) * 0.3 * log(100)
     assert found.mean == pytest.approx(1)
     assert (found.low, found.high) == pytest.approx((exp(-half), exp(half)), rel=1e-4)
@@ -159,7 +164,7 @@ def test_the_interval_holds_the_truth_as_often_as_it_says(sizes, seeds):
     held = []
     for _ in range(600):
         shared, *own = 0.015 * sqrt(0.5) * generator.normal(size=(3, len(sizes), seeds))
-        found = factor(*(EfficiencyCurve(sizes, tuple(map(tuple, truth + shared + each))) for each in own))
+        found = factor(*(_numbered(sizes, tuple(map(tuple, truth + shared + each))) for each in own))
         if found.low is not None and found.high is not None:
             held.append(found.low <= 1 <= found.high)
     assert len(held) > 400
@@ -168,7 +173,7 @@ def test_the_interval_holds_the_truth_as_often_as_it_says(sizes, seeds):
 
 def test_intervals_of_a_curve_are_student_t_and_a_size_without_values_is_left_out():
     # Mean 2, standard deviation 1, n = 3: half width t(0.975, 2) / sqrt(3) = 4.30265 / 1.73205.
-    curve = EfficiencyCurve((10,), ((1.0, 2.0, 3.0),))
+    curve = _numbered((10,), ((1.0, 2.0, 3.0),))
     assert curve.half_widths == pytest.approx([2.48414], abs=1e-4)
-    assert np.isnan(EfficiencyCurve((10,), ((1.0,),)).half_widths).all()
+    assert np.isnan(_numbered((10,), ((1.0,),)).half_widths).all()
     assert curve_of({4: {0: 0.2}, 2: {}, 1: {0: 0.1}}) == EfficiencyCurve((1, 4), ((0.1,), (0.2,)), ((0,), (0,)))

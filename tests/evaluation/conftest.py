@@ -7,7 +7,9 @@ from PIL import Image
 from torch import nn
 
 from declip.data.pair import BrokenPair, Pair, PairSource, SkipCounter
+from declip.evaluation.datasets import Dataset
 from declip.evaluation.encode import SourceFeatures
+from declip.evaluation.linear_probe import linear_probe
 
 COLOURS = {
     "red": (255, 0, 0),
@@ -79,6 +81,27 @@ def features_of(images, captions=None, texts=None):
     """Features that no model made."""
     captions = captions if captions is not None else [()] * len(images)
     return SourceFeatures("hand", np.arange(len(images)), images, tuple(captions), texts, SkipCounter())
+
+
+class KnownSource(PairSource):
+    """Rows of a `Labeled` as a source, whose pairs are not read."""
+
+    def __init__(self, rows, classes):
+        self.name, self.rows, self.labels = "known", rows, rows.labels.numpy()
+        self.class_names = tuple(map(str, range(classes)))
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, index):
+        raise NotImplementedError
+
+
+def probe(parts, classes):
+    """A linear probe of known features, by split."""
+    sources = {which: KnownSource(rows, classes) for which, rows in parts.items()}
+    dataset = Dataset("known", {which: (lambda source=source: source) for which, source in sources.items()})
+    return linear_probe(dataset, lambda source: features_of(source.rows.features))
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """The solver against scikit-learn's, the sweep against many values, and the probe from end to end."""
 
 import math
-from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,8 +10,9 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
 from conftest import refuses
-from declip.evaluation.linear_probe import Labeled, LogisticProblem, ProbeData, linear_probe, sweep
+from declip.evaluation.linear_probe import Labeled, LogisticProblem, sweep
 from declip.evaluation.results import by_class, sample_per_class, score
+from evaluation.conftest import probe
 
 STEPS = {10 ** (step / 8): step for step in range(-48, 49)}
 
@@ -23,22 +23,21 @@ def data():
     pixels, labels = load_digits(return_X_y=True)
     small = pixels.reshape(-1, 4, 2, 4, 2).mean((2, 4)).reshape(-1, 16) / 8
     rows = Labeled(torch.tensor(small, dtype=torch.float32), torch.tensor(labels))
-    parts = [rows.take(np.arange(start, 900, 3)) for start in range(3)]
-    return ProbeData("digits", 10, *parts)
+    return {which: rows.take(np.arange(start, 900, 3)) for start, which in enumerate(("train", "validation", "test"))}
 
 
 @pytest.fixture(scope="module")
 def result(data):
-    return linear_probe(data)
+    return probe(data, 10)
 
 
 def test_the_sweep_is_as_good_as_trying_many(data, result):
-    problem, fitted = LogisticProblem(data.train.features, data.train.labels), None
+    problem, fitted = LogisticProblem(*data["train"]), None
     scores = []
     for step in range(-24, 25, 8):
         fitted = problem.fit(10 ** (step / 8), start=fitted)
-        scores.append(fitted.measure(data.validation)[0].mean())
-    chosen = problem.fit(result.C).measure(data.validation)[0].mean()
+        scores.append(fitted.measure(data["validation"])[0].mean())
+    chosen = problem.fit(result.C).measure(data["validation"])[0].mean()
     # A validation set of 300 gives several peaks; the highest may lie where the halving does not look.
     assert chosen >= max(scores) - 2.01 / 300
 
@@ -46,8 +45,8 @@ def test_the_sweep_is_as_good_as_trying_many(data, result):
 class KnownProblem:
     """A problem whose fits have known scores and losses, by step of the grid."""
 
-    def __init__(self, data, right, loss=lambda step: 0.0):
-        self.rows, self.right, self.loss = torch.arange(len(data.validation.labels)), right, loss
+    def __init__(self, count, right, loss=lambda step: 0.0):
+        self.rows, self.right, self.loss = torch.arange(count), right, loss
         self.fits = 0
 
     def fit(self, C, start=None):
@@ -60,8 +59,8 @@ class KnownProblem:
 
 @pytest.mark.parametrize("peak", [-48, -41, 0, 5, 47, 48])
 def test_one_peak_is_found_wherever_it_is(data, peak):
-    problem = KnownProblem(data, lambda step: 300 - abs(step - peak))
-    assert STEPS[sweep(problem, data).C] == peak
+    problem = KnownProblem(300, lambda step: 300 - abs(step - peak))
+    assert STEPS[sweep(problem, data["validation"]).C] == peak
     # A grid of sixteenths, then the halves of the interval around the peak, nothing else.
     assert problem.fits <= 15
 
@@ -71,21 +70,21 @@ def test_one_peak_is_found_wherever_it_is(data, peak):
     [(lambda step: abs(step - 7), 7), (lambda step: 0.0, -48), (lambda step: 1.0 if step == 16 else math.nan, 16)],
 )
 def test_of_equal_scores_the_smaller_cross_entropy_wins_and_then_the_stronger_penalty(data, loss, chosen):
-    assert STEPS[sweep(KnownProblem(data, lambda step: 150, loss), data).C] == chosen
+    assert STEPS[sweep(KnownProblem(300, lambda step: 150, loss), data["validation"]).C] == chosen
 
 
 @pytest.mark.parametrize(("metric", "chosen"), [("top1", 0), ("mean_per_class", 16)])
-def test_the_metric_of_the_set_chooses(data, metric, chosen):
+def test_the_metric_of_the_set_chooses(metric, chosen):
     labels = torch.tensor([0] * 8 + [1] * 2)
-    uneven = replace(data, validation=Labeled(torch.zeros(10, 16), labels), metric=metric)
     right = {0: labels == 0, 16: torch.arange(10) >= 3}
-    assert STEPS[sweep(KnownProblem(uneven, lambda step: right.get(step, 0)), uneven).C] == chosen
+    uneven = Labeled(torch.zeros(10, 16), labels)
+    assert STEPS[sweep(KnownProblem(10, lambda step: right.get(step, 0)), uneven, metric).C] == chosen
 
 
 def test_the_probe_is_scikit_learns_on_train_and_validation(data, result):
-    both = (torch.cat(parts).double().numpy() for parts in zip(data.train, data.validation, strict=True))
+    both = (torch.cat(parts).double().numpy() for parts in zip(data["train"], data["validation"], strict=True))
     theirs = LogisticRegression(C=result.C, max_iter=20_000, tol=1e-8).fit(*both)
-    predicted, labels = theirs.predict(data.test.features.numpy()), data.test.labels.numpy()
+    predicted, labels = theirs.predict(data["test"].features.numpy()), data["test"].labels.numpy()
     assert result.top1 == pytest.approx((predicted == labels).mean())
     own = [(predicted[labels == c] == c).mean() for c in range(10)]
     assert result.mean_per_class == pytest.approx(np.mean(own))
@@ -95,11 +94,11 @@ def test_the_probe_is_scikit_learns_on_train_and_validation(data, result):
 
 
 def test_a_class_with_validation_images_only_and_test_images_that_choose_nothing(data):
-    train, validation, test = (rows.take(rows.labels < 3) for rows in (data.train, data.validation, data.test))
-    few = ProbeData("digits", 3, train.take(train.labels < 2), validation, test)
-    result = linear_probe(few)
+    few = {which: rows.take(rows.labels < 3) for which, rows in data.items()}
+    few["train"] = few["train"].take(few["train"].labels < 2)
+    result = probe(few, 3)
     assert result.top1 > 0.8
-    spoiled = linear_probe(replace(few, test=Labeled(test.features, (test.labels + 1) % 3)))
+    spoiled = probe({**few, "test": few["test"]._replace(labels=(few["test"].labels + 1) % 3)}, 3)
     assert spoiled.C == result.C
     assert spoiled.top1 < 0.2
 

@@ -6,10 +6,10 @@ import torch
 from numpy.random import default_rng
 from torch.nn.functional import normalize
 
-from declip.evaluation.linear_probe import Labeled, ProbeData, linear_probe
+from declip.evaluation.linear_probe import Labeled
 from declip.evaluation.retrieval import chance_levels, ranks, recall, retrieve
 from declip.evaluation.zero_shot import classify
-from evaluation.conftest import features_of
+from evaluation.conftest import features_of, probe
 
 
 def _singles(*columns):
@@ -135,8 +135,8 @@ def test_classification_by_names(labels):
 
 def test_a_linear_probe_predicts_the_most_frequent_class():
     generator = torch.Generator().manual_seed(0)
-    splits = [Labeled(_random(len(UNEQUAL), generator), torch.from_numpy(UNEQUAL)) for _ in range(3)]
-    top1, per_class = linear_probe(ProbeData("random", 12, *splits)).measures()
+    labels, splits = torch.from_numpy(UNEQUAL), ("train", "validation", "test")
+    top1, per_class = probe({which: Labeled(_random(120, generator), labels) for which in splits}, 12).measures()
     assert top1.chance == pytest.approx(70 / 120)
     assert top1.value == pytest.approx(top1.chance, abs=0.05)
     assert per_class.chance == pytest.approx(1 / 12)

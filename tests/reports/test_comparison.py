@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from comparison.synthetic import MEASURE, outcome, score, study
-from declip.comparison.outcome import ComparedFactor, Factor, FactorAt, measured
+from declip.comparison.outcome import ComparedFactor, Factor, FactorAt
 from declip.reports import comparison as report
 from declip.reports.page import NONE
 from reports.pages import Page
@@ -135,13 +135,13 @@ def test_a_factor_is_listed_at_every_size_also_where_it_is_outside():
 
 def test_measures_and_costs_are_listed(tmp_path):
     found = outcome(study(), retrieval=True)
-    assert report.measures_table(measured(found)).rows == (
+    assert report.measures_table(found.facts).rows == (
         (MEASURE, "200 classes", "400", "0.50 %"),
         ("test: R@1", "400 images and 400 captions", "400", "0.25 %"),
     )
     for each in found.rows.values():
         each["results"][0]["majority"] = 0.4
-    assert "40.0 %" in report.measures_table(measured(found)).rows[0][1]
+    assert "40.0 %" in report.measures_table(replace(found).facts).rows[0][1]
     assert report.cost_table(found).rows == (
         ("clip", "100", "5,000", "60", "1.00"),
         ("declip", "100", "5,000", "120", "2.00"),

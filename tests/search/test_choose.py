@@ -17,7 +17,7 @@ from declip.data.sources.open import open_source
 from declip.interchange.declip_file import write_declip_file
 from declip.models.dual_encoder import DualEncoder
 from declip.search import choose as choosing
-from declip.search.facility_location import ALIKE, facility_location
+from declip.search.choose import ALIKE, facility_location
 from declip.search.index import Index
 from indices import tiny_model
 from text_encoders import bert

@@ -17,7 +17,7 @@ from declip.data.images.decode import decode
 from declip.data.pair import Origin, Pair, PairSource
 from declip.errors import UserError
 from declip.search import embed as embedding
-from declip.search.writer import open_index
+from declip.search.store import open_index
 from indices import tiny_model
 
 

@@ -14,7 +14,7 @@ import declip
 from conftest import draw, refuses
 from declip.interchange.declip_file import write_declip_file
 from declip.search import embed as embedding
-from declip.search.embedder import _load
+from declip.search.joined import _load
 from indices import tiny_model
 from search.test_embed import Interrupted
 
@@ -98,8 +98,8 @@ def test_parquet_files_that_are_refused(rows, weights_file, tmp_path, command):
         "model": ({"model": ["0" * 64 + " fp32"] * 4}, "another model, of fingerprint 00000000"),
         "none": ({"error": ["missing image"] * 4}, "no image that can be used"),
         "nan": ({"vector": [*vectors[:3], vectors[3] * np.nan]}, "not of length 1"),
-        "width": ({"vector": [*vectors[:3], vectors[3][:8]]}, "16 and 8 numbers"),
-        "text": ({"vector": ["a"] * 4}, "type string"),
+        "width": ({"vector": [*vectors[:3], vectors[3][:8]]}, "8 or 16 numbers|16 or 8 numbers"),
+        "text": ({"vector": ["a"] * 4}, "vectors in .*as `declip.Embedder`"),
     }
     for name, (columns, message) in changed.items():
         path = write_rows(tmp_path / f"{name}.parquet", {**made, **columns})

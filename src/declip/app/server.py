@@ -25,7 +25,7 @@ from declip.data.pair import printable
 from declip.errors import UserError
 from declip.evaluation.zero_shot import prompt_names
 from declip.models.inference import Engine, Precision
-from declip.search.opening import open_or_embed
+from declip.search.embed import open_or_embed
 
 VIEWS = ("classify", "search", "pairs", "caption")
 LARGE = 768  # pixels of the longer side of an image to caption

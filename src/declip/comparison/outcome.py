@@ -2,10 +2,10 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from math import exp, log, sqrt
+from itertools import chain, product
+from math import exp, log, nan, sqrt
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,24 +24,10 @@ def folder_of(folder: Path, trial: Trial) -> Path:
     return folder / RUNS / trial.id
 
 
-def read_trial(folder: Path, trial: Trial) -> dict[str, Any] | None:
-    """Read the result of a trial, None before it is finished."""
-    with suppress(OSError, ValueError):
-        row: dict[str, Any] = json.loads((folder_of(folder, trial) / RESULT).read_text(encoding="utf-8"))
-        return row
-    return None
-
-
-def failure(folder: Path, trial: Trial) -> str | None:
-    """Read why a trial failed, None if it did not."""
-    path = folder_of(folder, trial) / FAILURE
-    return path.read_text(encoding="utf-8") if path.is_file() else None
-
-
-def t_half_width(values: Sequence[float] | np.ndarray) -> float | None:
-    """Half the width of the mean's 95 % interval by Student's t; None for one value."""
+def t_half_width(values: Sequence[float] | np.ndarray) -> float:
+    """Half the width of the mean's 95 % interval by Student's t; NaN for one value."""
     n = len(values)
-    return None if n < 2 else float(stdtrit(n - 1, 0.975) * np.std(values, ddof=1) / n**0.5)
+    return float(stdtrit(n - 1, 0.975) * np.std(values, ddof=1) / n**0.5) if n > 1 else nan
 
 
 @dataclass(frozen=True)
@@ -50,7 +36,7 @@ class EfficiencyCurve:
 
     pairs: tuple[int, ...]
     values: tuple[tuple[float, ...], ...]
-    seeds: tuple[tuple[int, ...], ...] = ()  # by default numbered from 0
+    seeds: tuple[tuple[int, ...], ...]
 
     @property
     def means(self) -> np.ndarray:
@@ -60,8 +46,7 @@ class EfficiencyCurve:
     @property
     def half_widths(self) -> np.ndarray:
         """(k,) half the width of each mean's 95 % interval; NaN for one seed."""
-        widths = [t_half_width(values) for values in self.values]
-        return np.array([np.nan if width is None else width for width in widths])
+        return np.array([t_half_width(values) for values in self.values])
 
 
 @dataclass(frozen=True)
@@ -134,22 +119,21 @@ def factor(a: EfficiencyCurve, b: EfficiencyCurve) -> Factor:
     if not inside:
         return Factor(at, None)
     mean, logs = sum(inside) / len(inside), _seed_logs(a, b, at)
-    half = None if logs is None else t_half_width(logs)
-    if half is None:
+    if logs is None:
         return Factor(at, exp(mean))
-    low, high = np.exp(np.clip((mean - half, mean + half), -99, 99))
-    return Factor(at, exp(mean), float(low), float(high))
+    half = t_half_width(logs)
+    low, high = np.exp(np.clip((mean - half, mean + half), -99, 99)).tolist()
+    return Factor(at, exp(mean), low, high)
 
 
 def _seed_logs(a: EfficiencyCurve, b: EfficiencyCurve, at: Sequence[FactorAt]) -> np.ndarray | None:
-    """(seeds,) log factor of each seed, None if the seeds are not paired.
+    """(seeds,) log factor of each seed, None if the seeds are not paired or fewer than two.
 
     To first order, so that it exists for every seed where the factor exists, even if the curve of that seed alone does
     not reach the value. Its mean over the seeds is the log of the factor.
     """
-    numbered = (curve.seeds or tuple(tuple(range(len(values))) for values in curve.values) for curve in (a, b))
-    seeds = {of_size for curve in numbered for of_size in curve}
-    if len(seeds) != 1 or len(next(iter(seeds))) < 2 or len(a.pairs) < 2:
+    seeds = {*a.seeds, *b.seeds}
+    if len(seeds) != 1 or len(a.seeds[0]) < 2 or len(a.pairs) < 2:
         return None
     logs, rising, values_a = np.log(a.pairs), _rising(a.means), _pooled(a)
     start = int(np.searchsorted(rising, rising[0], side="right"))  # the first above the lowest
@@ -208,62 +192,52 @@ class Outcome:
         return all(trial.id in self.rows for trial in self.study.trials())
 
     @cached_property
-    def scores(self) -> dict[str, dict[str, float]]:
-        """Scores by trial and measure."""
-        return {id: scores(row["results"]) for id, row in self.rows.items()}
+    def results(self) -> dict[str, dict[str, Result]]:
+        """Results by trial and measure."""
+        return {id: by_measure(row["results"]) for id, row in self.rows.items()}
 
-    @property
-    def measures(self) -> list[str]:
-        """Names of the measures, the headline first."""
-        return list(dict.fromkeys(name for of_trial in self.scores.values() for name in of_trial))
+    @cached_property
+    def facts(self) -> dict[str, Result]:
+        """The first result of each measure, the headline first, for its test set and chance level."""
+        found: dict[str, Result] = {}
+        for name, result in chain.from_iterable(of_trial.items() for of_trial in self.results.values()):
+            found.setdefault(name, result)
+        return found
 
     def curve(self, variant: str, measure: str) -> EfficiencyCurve:
         """The score of a variant against the number of pairs, of the finished trials."""
-        if measure not in self.measures:
-            raise unknown("measure", measure, self.measures)
+        if measure not in self.facts:
+            raise unknown("measure", measure, self.facts)
         values: dict[int, dict[int, float]] = {pairs: {} for pairs in self.study.pairs}
         # Unfinished trials leave gaps, which the curve skips.
-        for pairs in self.study.pairs:
-            for seed in self.study.seeds:
-                of_trial = self.scores.get(Trial(variant, pairs, seed).id, {})
-                values[pairs] |= {seed: of_trial[measure]} if measure in of_trial else {}
+        for pairs, seed in product(self.study.pairs, self.study.seeds):
+            if result := self.results.get(Trial(variant, pairs, seed).id, {}).get(measure):
+                values[pairs][seed] = result.headline.value
         return curve_of(values)
 
     def curves(self) -> dict[str, Curves]:
         """All curves by measure."""
-        return {m: {variant: self.curve(variant, m) for variant in self.study.names} for m in self.measures}
+        return {m: {variant: self.curve(variant, m) for variant in self.study.names} for m in self.facts}
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to a JSON-ready tree: the study, the finished runs and the failures."""
         return {"study": asdict(self.study), "runs": list(self.rows.values()), "failures": dict(self.failures)}
 
 
-def scores(results: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """The compared score of each dataset and task: top-1, or the mean of R@1 in both directions."""
-    return {_measure(result): result.headline.value for result in filter(None, map(read_result, results))}
-
-
-def measured(outcome: Outcome) -> dict[str, Result]:
-    """The first result of each measure, for its test set and chance level."""
-    rows = (row for trial in outcome.rows.values() for row in trial["results"])
-    found: dict[str, Result] = {}
-    for result in filter(None, map(read_result, rows)):
-        found.setdefault(_measure(result), result)
-    return found
-
-
-def _measure(result: Result) -> str:
-    name = result.headline.name
-    return f"{result.dataset}: {f'zero-shot {name}' if isinstance(result, ZeroShotResult) else name}"
+def by_measure(rows: Iterable[Mapping[str, Any]]) -> dict[str, Result]:
+    """The result of each dataset and task, by the name of what is compared: top-1, or R@1 in both directions."""
+    results = (result for row in rows if (result := read_result(row)) is not None)
+    kind = {ZeroShotResult.task: "zero-shot "}
+    return {f"{result.dataset}: {kind.get(result.task, '')}{result.headline.name}": result for result in results}
 
 
 def compared_factors(study: Study, curves: Curves) -> list[ComparedFactor]:
     """The factor of each variant over the baseline."""
-    baseline, found = curves[study.baseline], []
-    for name in (name for name in study.names if name != study.baseline):
-        both = curves[name].pairs and baseline.pairs
-        found.append(ComparedFactor(name, factor(curves[name], baseline) if both else None))
-    return found
+    baseline, names = curves[study.baseline], [name for name in study.names if name != study.baseline]
+    return [
+        ComparedFactor(name, factor(curves[name], baseline) if curves[name].pairs and baseline.pairs else None)
+        for name in names
+    ]
 
 
 def near_chance(curve: EfficiencyCurve, facts: Measure) -> list[int]:
@@ -279,7 +253,12 @@ def read_outcome(folder: str | Path) -> Outcome:
     study = read_study(folder)
     if study is None:
         raise UserError(f"'{folder}' has no comparison. Run one with `declip compare RECIPE… --out {folder}`.")
-    trials = study.trials()
-    rows = {trial.id: row for trial in trials if (row := read_trial(folder, trial)) is not None}
-    failures = {trial.id: reason for trial in trials if (reason := failure(folder, trial)) is not None}
-    return Outcome(study, rows, failures)
+    written = {
+        name: {
+            trial.id: path.read_text(encoding="utf-8")
+            for trial in study.trials()
+            if (path := folder_of(folder, trial) / name).is_file()
+        }
+        for name in (RESULT, FAILURE)
+    }
+    return Outcome(study, {id: json.loads(text) for id, text in written[RESULT].items()}, written[FAILURE])

@@ -24,8 +24,8 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from declip.comparison.outcome import FAILURE, RESULT, RUNS, Outcome, failure, folder_of, read_outcome, read_trial
-from declip.comparison.study import STUDY, Study, Trial, extended, read_study, write_study
+from declip.comparison.outcome import FAILURE, RESULT, RUNS, Outcome, folder_of, read_outcome
+from declip.comparison.study import STUDY, Study, Trial, extended, read_study
 from declip.errors import UserError
 from declip.evaluation.protocols import Options, evaluate_all
 from declip.io.atomic import write_text
@@ -70,7 +70,7 @@ def run(study: Study, out: str | Path, jobs: int | None = None, quiet: bool = Fa
     with _share_of_machine(jobs):
         study = open_folder(study, folder, quiet)
         # --- the trials that are left; those that failed are tried again
-        left = [trial for trial in study.trials() if read_trial(folder, trial) is None]
+        left = [trial for trial in study.trials() if not (folder_of(folder, trial) / RESULT).is_file()]
         for trial in left:
             (folder_of(folder, trial) / FAILURE).unlink(missing_ok=True)
         columns = (TextColumn("runs"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
@@ -97,7 +97,7 @@ def open_folder(study: Study, folder: Path, quiet: bool = True) -> Study:
         study.check_names()
         if study.budget == "compute":
             study = _timed(study, quiet)
-        write_study(study, folder)
+        write_text(folder / STUDY, json.dumps(asdict(study), indent=1))
     return study
 
 
@@ -106,7 +106,6 @@ def _timed(study: Study, quiet: bool) -> Study:
 
     They and the first variant alternate, so that a machine that slows down does so for all of them.
     """
-    variants = {variant.name: variant for variant in study.variants}
     first, new = study.variants[0], [variant for variant in study.variants if variant.seconds is None]
     if not new:
         return study
@@ -120,11 +119,14 @@ def _timed(study: Study, quiet: bool) -> Study:
                 times[name] += step_seconds(assemble(recipes[name], Path(folder) / "run", quiet=True), WARM, TIMED)
     measured = {name: median(values) for name, values in times.items()}
     # --- as if the machine were as fast as when the first variant was timed
-    scale = (first.seconds or measured[first.name]) / measured[first.name]
-    for variant in new:
-        steps = max(1, int(first.steps * (measured[first.name] / measured[variant.name])))
-        variants[variant.name] = replace(variant, steps=steps, seconds=scale * measured[variant.name])
-    return replace(study, variants=tuple(variants.values()))
+    base = measured[first.name]
+    scale = (first.seconds or base) / base
+    timed = {
+        name: {"steps": max(1, int(first.steps * (base / own))), "seconds": scale * own}
+        for name, own in measured.items()
+    }
+    variants = (replace(one, **timed[one.name]) if one.seconds is None else one for one in study.variants)
+    return replace(study, variants=tuple(variants))
 
 
 @contextmanager
@@ -183,9 +185,7 @@ def run_trial(study: Study, trial: Trial, folder: Path) -> bool:
         return False
     # --- evaluate
     options = Options(shots=study.shots, progress=False)
-    results = [
-        result.to_dict() for name in study.datasets for result in evaluate_all(parts.model, name, study.tasks, options)
-    ]
+    results = (evaluate_all(parts.model, name, study.tasks, options) for name in study.datasets)
     row = {
         **asdict(trial),
         "steps": run.recipe.train.steps,
@@ -194,7 +194,7 @@ def run_trial(study: Study, trial: Trial, folder: Path) -> bool:
         "loss": run.metrics[-1]["loss"] if run.metrics else None,
         "device": "cuda" if torch.cuda.is_available() else "cpu",
         "versions": versions(),
-        "results": results,
+        "results": [result.to_dict() for of_set in results for result in of_set],
     }
     write_text(run_folder / RESULT, json.dumps(row, indent=1))
     # --- a hundred finished runs would fill a disk
@@ -223,14 +223,11 @@ def _run(study: Study, trial: Trial, folder: Path, wait: bool) -> bool:
     run_folder = folder_of(folder, trial)
     # The lock ends with its process, also when that is killed.
     with FileLock(f"{run_folder}.lock", timeout=-1 if wait else 0):
-        if read_trial(folder, trial) is not None or failure(folder, trial) is not None:
-            return True
-        try:
-            return run_trial(study, trial, folder)
-        except Exception as error:
-            run_folder.mkdir(parents=True, exist_ok=True)
-            reason = str(error) if isinstance(error, UserError) else traceback.format_exc()
-            (run_folder / FAILURE).write_text(reason, encoding="utf-8")
+        if not ((run_folder / RESULT).is_file() or (run_folder / FAILURE).is_file()):
+            try:
+                return run_trial(study, trial, folder)
+            except Exception as error:
+                write_text(run_folder / FAILURE, str(error) if isinstance(error, UserError) else traceback.format_exc())
     return True
 
 

@@ -1,11 +1,10 @@
 """A comparison as a value: recipes, numbers of pairs, seeds, the budget, and the trials that follow from them."""
 
-import json
 import re
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, Self
@@ -15,7 +14,6 @@ from pydantic import TypeAdapter, ValidationError
 from declip.errors import UserError, unknown
 from declip.evaluation.datasets import open_dataset
 from declip.evaluation.protocols import TASKS, check_dataset
-from declip.io.atomic import write_text
 from declip.io.text import one_line
 from declip.recipe.load import flat, load_recipe
 from declip.recipe.schema import Recipe
@@ -40,8 +38,7 @@ class Variant:
     @classmethod
     def of(cls, recipe: str, overrides: Mapping[str, Any]) -> Self:
         """Resolve a recipe into a variant named after its file."""
-        name = re.sub(r".*[/\\]|\.ya?ml$", "", recipe)
-        resolved = load_recipe(recipe, overrides)
+        name, resolved = re.sub(r".*[/\\]|\.ya?ml$", "", recipe), load_recipe(recipe, overrides)
         return cls(name, recipe, overrides, resolved.model_dump(mode="json"), resolved.train.steps)
 
     @property
@@ -152,9 +149,11 @@ class Study:
     def check(self) -> None:
         """Refuse what cannot be compared, before anything is timed or trained."""
         self.check_names()
-        for kind, name, known in (*(("task", task, TASKS) for task in self.tasks), ("budget", self.budget, BUDGETS)):
-            if name not in known:
-                raise unknown(kind, name, known)
+        if self.budget not in BUDGETS:
+            raise unknown("budget", self.budget, BUDGETS)
+        for task in self.tasks:
+            if task not in TASKS:
+                raise unknown("task", task, TASKS)
         for key, option in (("seed", "--seeds"), ("data.max_pairs", "--pairs")):
             if any(key in variant.overrides for variant in self.variants):
                 raise UserError(f"A comparison sets {key} itself, from {option}. Remove {key}.")
@@ -163,39 +162,34 @@ class Study:
         # --- recipes and training pairs
         sizes: dict[str, int] = {}
         for variant in self.variants:
-            self._check_variant(variant, sizes)
+            recipe = variant.resolve()
+            if recipe.train.epochs is not None:
+                raise UserError(
+                    f"'{variant.name}' sets train.epochs, so its steps depend on the number of pairs. Set train.steps."
+                )
+            if self.pairs[0] < recipe.train.batch_size:
+                raise UserError(
+                    f"{self.pairs[0]} pairs are fewer than one batch of {recipe.train.batch_size} of '{variant.name}'. "
+                    "Use more pairs, or set train.batch_size."
+                )
+            # Counting the pairs of a large source takes minutes, so recipes with the same data share it.
+            key = recipe.data.model_dump_json()
+            if key not in sizes:
+                sizes[key] = len(open_training_source(recipe))
+            if self.pairs[-1] > sizes[key]:
+                raise UserError(
+                    f"'{recipe.data.label}' has {sizes[key]:,} pairs, fewer than the {self.pairs[-1]:,} of --pairs."
+                )
         # --- evaluation sets
         for dataset, task in product(map(open_dataset, self.datasets), self.tasks):
             check_dataset(dataset, task)
 
     def check_names(self) -> None:
         """Refuse variants with the same name, or with names that become the same folder."""
-        # Names become folder names, in which two may be equal though they differ.
-        if twice := [name for name, count in Counter(self.names).items() if count > 1]:
-            raise UserError(f"Compared twice: {', '.join(twice)}. Pass each recipe once, under a different file name.")
-        if len({Trial(name, 0, 0).id for name in self.names}) < len(self.names):
-            raise UserError("Two recipes' names differ only in signs that become '-' in folder names. Rename one.")
-
-    def _check_variant(self, variant: Variant, sizes: dict[str, int]) -> None:
-        """Refuse a recipe without a number of steps or with too few pairs; `sizes` caches sources by recipe."""
-        recipe = variant.resolve()
-        if recipe.train.epochs is not None:
-            raise UserError(
-                f"'{variant.name}' sets train.epochs, so its steps depend on the number of pairs. Set train.steps."
-            )
-        if self.pairs[0] < recipe.train.batch_size:
-            raise UserError(
-                f"{self.pairs[0]} pairs are fewer than one batch of {recipe.train.batch_size} of '{variant.name}'. Use "
-                "more pairs, or set train.batch_size."
-            )
-        # Counting the pairs of a large source takes minutes, so recipes with the same data share it.
-        key = recipe.data.model_dump_json()
-        if key not in sizes:
-            sizes[key] = len(open_training_source(recipe))
-        if self.pairs[-1] > sizes[key]:
-            raise UserError(
-                f"'{recipe.data.label}' has {sizes[key]:,} pairs, fewer than the {self.pairs[-1]:,} of --pairs."
-            )
+        # Two names may differ, and become the same folder name.
+        count = Counter(Trial(name, 0, 0).id for name in self.names)
+        if twice := [name for name in self.names if count[Trial(name, 0, 0).id] > 1]:
+            raise UserError(f"Recipes need different names, also as folders: {', '.join(twice)}. Rename one file.")
 
 
 def read_study(folder: Path) -> Study | None:
@@ -210,11 +204,6 @@ def read_study(folder: Path) -> Study | None:
             f"'{path}' is not a comparison of this version of declip: {one_line(error)}. "
             "Choose another folder with --out."
         ) from error
-
-
-def write_study(study: Study, folder: Path) -> None:
-    """Replace the study of a folder."""
-    write_text(folder / STUDY, json.dumps(asdict(study), indent=1))
 
 
 def extended(study: Study, earlier: Study, folder: Path) -> Study:

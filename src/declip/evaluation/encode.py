@@ -166,7 +166,7 @@ def encode_batches(
     size = max(map(len, batches), default=1) if pinned else READ_AT_ONCE  # joining would copy to other memory
     parts = [batch[start : start + size] for batch in batches for start in range(0, len(batch), size)]
     title = f"Images of {source.name}" if progress else ""
-    stream = mapped(BatchReader(model, partial(read, source)), parts, workers, title, pinned)
+    stream = mapped(partial(read_images, preprocess_of(model), partial(read, source)), parts, workers, title, pinned)
     encode_all = image_encoder(model) if encode is None else lambda pixels: encode(normalized(model, pixels))
     for batch in batches:
         pixels, rows, skipped = list[Tensor](), list[Any](), SkipCounter()
@@ -197,34 +197,29 @@ def _finite(features: Tensor, what: str) -> Tensor:
     return features
 
 
-class BatchReader:
-    """Reads a batch of images: pixels (n, 3, S, S), what `read` returns with each image, and the broken pairs.
+def preprocess_of(model: Encoder) -> Callable[[list[Image.Image]], Tensor]:
+    """The model's preprocessing on the host, where a worker may use it; `preprocess` moves to the device."""
+    return getattr(model, "preprocessor", model.preprocess)
+
+
+def read_images(
+    preprocess: Any, read: Callable[[int], tuple[Image.Image | LazyImage, Any]], batch: Iterable[int]
+) -> tuple[Tensor | None, list[Any], SkipCounter]:
+    """Read a batch of images: pixels (n, 3, S, S), what `read` returns with each image, and the broken pairs.
 
     The pixels are normalized; those of a `LazyImage` and a model of declip are uint8, as `Preprocess.fast` makes them.
     """
-
-    def __init__(self, model: Encoder, read: Callable[[int], tuple[Image.Image | LazyImage, Any]]) -> None:
-        # `DualEncoder.preprocessor` stays on the host, where a worker may use it; `preprocess` moves to the device.
-        self.preprocess = getattr(model, "preprocessor", model.preprocess)
-        self.read = read
-
-    def __call__(self, batch: Iterable[int]) -> tuple[Tensor | None, list[Any], SkipCounter]:
-        images, rows, skipped = list[Any](), list[Any](), SkipCounter()
-        for index in batch:
-            try:
-                image, row = self.read(int(index))
-                images.append(self._decode(image) if isinstance(image, LazyImage) else image)
-                rows.append(row)
-            except BrokenPair as broken:
-                skipped.add(broken)
-        pixels: Tensor | None = None
-        if images and isinstance(images[0], Tensor):
-            pixels = torch.stack(images).contiguous(memory_format=torch.channels_last)
-        elif images:
-            pixels = self.preprocess(images)
-        return pixels, rows, skipped
-
-    def _decode(self, image: LazyImage) -> Tensor | Image.Image:
-        if isinstance(self.preprocess, Preprocess):
-            return self.preprocess.fast(image)
-        return Image.fromarray(image.pixels())
+    images, rows, skipped = list[Any](), list[Any](), SkipCounter()
+    for index in batch:
+        try:
+            image, row = read(int(index))
+            if isinstance(image, LazyImage):
+                fast = isinstance(preprocess, Preprocess)
+                image = preprocess.fast(image) if fast else Image.fromarray(image.pixels())
+            images.append(image)
+            rows.append(row)
+        except BrokenPair as broken:
+            skipped.add(broken)
+    if images and isinstance(images[0], Tensor):
+        return torch.stack(images).contiguous(memory_format=torch.channels_last), rows, skipped
+    return preprocess(images) if images else None, rows, skipped

@@ -1,9 +1,9 @@
 """Linear probes: logistic regression with scikit-learn's objective on frozen features, minimized by SciPy's L-BFGS."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -162,21 +162,6 @@ class LogisticProblem:
         return float(loss), max(0.3 * float((probabilities * (1 - probabilities)).mean()), 1e-12)
 
 
-@dataclass(frozen=True)
-class ProbeData:
-    """The splits of a dataset as a model sees them."""
-
-    dataset: str
-    classes: int
-    train: Labeled  # to fit
-    validation: Labeled  # to select C
-    test: Labeled  # to report
-    held_out: str = "validation split"  # or "fifth of train"
-    metric: str = "top1"
-    skipped: Mapping[str, int] = field(default_factory=dict)
-    device: torch.device | str = "cpu"  # where the probe is computed
-
-
 def check_splits(dataset: Dataset, task: str) -> dict[str, LabeledSource]:
     """Open the splits of a dataset; refuse one without training images, or with other classes in a split."""
     if "train" not in dataset.openers:
@@ -206,14 +191,16 @@ def check_probe(dataset: Dataset) -> None:
         )
 
 
-def read_probe_data(
+def linear_probe(
     dataset: Dataset, encode: Callable[[PairSource], SourceFeatures], device: torch.device | str = "cpu"
-) -> ProbeData:
-    """Encode the splits of a dataset that passes `check_probe`."""
-    parts: dict[str, Labeled] = {}
-    skipped: Counter[str] = Counter()
-    splits, held_out = check_splits(dataset, "linear"), "validation split"
-    for which, source in splits.items():
+) -> LinearProbeResult:
+    """Select C on the validation images, fit on training and validation images, evaluate on the test images.
+
+    This is CLIP's protocol (Radford et al. 2021, appendix A.3): features before the projection, not normalized, no
+    augmentation, L-BFGS with at most 1,000 iterations. The dataset has passed `check_probe`.
+    """
+    parts, skipped, held_out = dict[str, Labeled](), Counter[str](), "validation split"
+    for which, source in check_splits(dataset, "linear").items():
         encoded = encode(source)
         labels = np.asarray(source.labels, dtype=np.int64)[encoded.indices]
         parts[which] = Labeled(encoded.images, torch.from_numpy(labels))
@@ -223,42 +210,31 @@ def read_probe_data(
         held_out, train = "fifth of train", parts["train"]
         chosen = sample_per_class(train.labels.numpy(), lambda count: max(1, round(count / 5)) if count > 1 else 0)
         parts |= {"validation": train.take(chosen), "train": train.take(~chosen)}
-    facts: dict[str, Any] = {"held_out": held_out, "metric": dataset.metric, "skipped": dict(skipped), "device": device}
-    train, validation, test = (parts[which] for which in ("train", "validation", "test"))
-    return ProbeData(dataset.name, len(splits["test"].class_names), train, validation, test, **facts)
-
-
-def linear_probe(data: ProbeData) -> LinearProbeResult:
-    """Select C on the validation images, fit on training and validation images, evaluate on the test images.
-
-    This is CLIP's protocol (Radford et al. 2021, appendix A.3): features before the projection, not normalized, no
-    augmentation, L-BFGS with at most 1,000 iterations.
-    """
-    # --- C, on the training images alone
-    best = sweep(LogisticProblem(*data.train, data.device), data)
-    # --- the last fit, on training and validation images
-    both = Labeled(*map(torch.cat, zip(data.train, data.validation, strict=True)))
-    problem = LogisticProblem(*both, data.device)
+    # --- C, on the training images alone; then the last fit, on training and validation images
+    best = sweep(LogisticProblem(*parts["train"], device), parts["validation"], dataset.metric)
+    both = Labeled(*map(torch.cat, zip(parts["train"], parts["validation"], strict=True)))
+    problem = LogisticProblem(*both, device)
     # A class with validation images only adds a row of weights to the last fit.
     fitted = problem.fit(best.C, start=best if len(problem.present) == len(best.present) else None)
-    right, labels = fitted.measure(data.test)[0], data.test.labels
+    # --- the test images
+    right, truth = fitted.measure(parts["test"])[0], parts["test"].labels.numpy()
     return LinearProbeResult(
-        dataset=data.dataset,
-        n=len(labels),
-        classes=data.classes,
+        dataset=dataset.name,
+        n=len(truth),
+        classes=len(source.class_names),
         train=len(both.labels),
-        width=data.test.features.shape[1],
-        top1=score(right, labels.numpy()),
-        mean_per_class=score(right, labels.numpy(), "mean_per_class"),
-        majority=float((labels == both.labels.bincount().argmax()).double().mean()),
+        width=both.features.shape[1],
+        top1=score(right, truth),
+        mean_per_class=score(right, truth, "mean_per_class"),
+        majority=float((truth == int(both.labels.bincount().argmax())).mean()),
         C=best.C,
-        validation=data.held_out,
+        validation=held_out,
         converged=fitted.converged,
-        skipped=data.skipped,
+        skipped=dict(skipped),
     )
 
 
-def sweep(problem: LogisticProblem, data: ProbeData) -> LogisticFit:
+def sweep(problem: LogisticProblem, validation: Labeled, metric: str = "top1") -> LogisticFit:
     """Return the fit on the training images with the best score on the validation images, in 15 fits instead of 97.
 
     This is CLIP's search. Between equal scores the smaller cross-entropy decides, which CLIP leaves open, then the
@@ -274,8 +250,8 @@ def sweep(problem: LogisticProblem, data: ProbeData) -> LogisticFit:
                 continue
             nearest = max((known for known in fits if known < step), default=min(fits, default=step))
             fits[step] = problem.fit(10 ** (step / 8), start=fits.get(nearest))
-            right, loss = fits[step].measure(data.validation)
-            value = score(right, data.validation.labels.numpy(), data.metric)
+            right, loss = fits[step].measure(validation)
+            value = score(right, validation.labels.numpy(), metric)
             scores[step] = value, -np.nan_to_num(loss, nan=np.inf)
         best = max(sorted(scores), key=scores.__getitem__)
         steps = best - width, best + width

@@ -16,11 +16,12 @@ from declip.errors import UserError, check_range, unknown
 from declip.evaluation.datasets import NAMED, Dataset, open_dataset, with_classes
 from declip.evaluation.encode import Encoder, SourceFeatures, encode_source, eval_mode
 from declip.evaluation.few_shot import Examples, fit_few_shot, joint_encoder
-from declip.evaluation.linear_probe import ProbeData, check_probe, check_splits, linear_probe, read_probe_data
+from declip.evaluation.linear_probe import check_probe, check_splits, linear_probe
 from declip.evaluation.pointing import check_pointing, measure_pointing
 from declip.evaluation.readers import Classified
 from declip.evaluation.results import (
     FewShotResult,
+    LinearProbeResult,
     Result,
     RetrievalResult,
     ZeroShotResult,
@@ -79,14 +80,13 @@ class SharedFeatures:
         # A source only knows the name of its file, which another dataset may have too.
         return replace(self._encode(self.dataset.split("test"), texts=self.texts), name=self.dataset.name)
 
-    @cached_property
-    def splits(self) -> ProbeData:
-        """Features before the projection and labels of all splits, for probes."""
+    def linear(self) -> LinearProbeResult:
         with eval_mode(self.model) as device:
             # MPS has no float64, which the solver needs.
             probing = "cpu" if device.type == "mps" else device
-        encode = partial(chunked, self.model.encode_backbone)  # type: ignore[attr-defined]  # `check` looked
-        return read_probe_data(self.dataset, lambda source: self._encode(source, encode=encode, texts=False), probing)
+        # Features before the projection; `check` looked for the method
+        encode = partial(chunked, self.model.encode_backbone)  # type: ignore[attr-defined]
+        return linear_probe(self.dataset, lambda source: self._encode(source, encode=encode, texts=False), probing)
 
     def zero_shot(self) -> ZeroShotResult:
         source, options = with_classes(self.dataset.split("test")), self.options
@@ -179,7 +179,7 @@ def check_dataset(dataset: Dataset, task: str, options: Options | None = None) -
 TASKS: Mapping[str, Callable[[SharedFeatures], Sequence[Result]]] = {
     "zero-shot": lambda shared: [shared.zero_shot()],
     "retrieval": lambda shared: [shared.retrieval()],
-    "linear": lambda shared: [linear_probe(shared.splits)],
+    "linear": lambda shared: [shared.linear()],
     "few-shot": SharedFeatures.few_shot,
     "pointing": lambda shared: [measure_pointing(shared.model, shared.dataset, shared.options.progress)],
 }

@@ -99,22 +99,15 @@ def retrieve(features: SourceFeatures, scale: float | None = None) -> RetrievalR
     the loss is the `contrastive_loss` with the first caption of each image.
     """
     assert features.texts is not None, "encode the source with texts=True"
-    captions, carriers = features.flat_captions, carriers_of(features)
-    rows_of: dict[str, list[int]] = {}
-    for row, caption in enumerate(captions):
-        rows_of.setdefault(caption, []).append(row)
+    captions, rows_of, carriers = features.flat_captions, rows_of_captions(features), carriers_of(features)
     times = {caption: len(rows) for caption, rows in rows_of.items()}
     images_of_text = [carriers[caption] for caption in captions]
     # One array for the many images that share their captions, as class names.
-    texts_of = {
-        own: np.array(sorted({row for caption in own for row in rows_of[caption]}), dtype=np.int64)
-        for own in set(features.captions)
-    }
-    texts_of_image = [texts_of[own] for own in features.captions]
+    texts_of = {own: np.unique(np.concatenate([rows_of[caption] for caption in own])) for own in set(features.captions)}
     text_chance = chance_levels(((1,) * len(rows) for rows in images_of_text), [1] * len(features))
     image_chance = chance_levels(([times[each] for each in {*own}] for own in features.captions), times.values())
     text_rank = ranks(features.texts, features.images, images_of_text)
-    image_rank = ranks(features.images, features.texts, texts_of_image)
+    image_rank = ranks(features.images, features.texts, [texts_of[own] for own in features.captions])
     first = np.unique(features.image_rows, return_index=True)[1]
     return RetrievalResult(
         dataset=features.name,
@@ -143,9 +136,14 @@ def contrastive_loss(images: Tensor, texts: Tensor, scale: float) -> float:
     return total / len(order)
 
 
+def rows_of_captions(features: SourceFeatures) -> dict[str, list[int]]:
+    """Map each caption to the rows of `texts` with exactly this caption."""
+    rows: dict[str, list[int]] = {}
+    for row, caption in enumerate(features.flat_captions):
+        rows.setdefault(caption, []).append(row)
+    return rows
+
+
 def carriers_of(features: SourceFeatures) -> dict[str, np.ndarray]:
     """Map each caption to the rows of the images with exactly this caption."""
-    carriers: dict[str, set[int]] = {}
-    for caption, owner in zip(features.flat_captions, features.image_rows.tolist(), strict=True):
-        carriers.setdefault(caption, set()).add(owner)
-    return {caption: np.array(sorted(rows), dtype=np.int64) for caption, rows in carriers.items()}
+    return {caption: np.unique(features.image_rows[rows]) for caption, rows in rows_of_captions(features).items()}

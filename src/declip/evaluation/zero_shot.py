@@ -1,9 +1,9 @@
 """Zero-shot classification, and the prompt sets, one file per dataset in `prompts/`."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
 from importlib import resources
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,11 +18,8 @@ from declip.io.text import read_yaml
 
 FOLDER = resources.files("declip.evaluation") / "prompts"
 
-USUAL_SCALE = 100.0
 
-
-@dataclass(frozen=True)
-class PromptSet:
+class PromptSet(NamedTuple):
     """Templates and class names of a dataset."""
 
     source: str  # the publication
@@ -94,8 +91,8 @@ def classify(
     labels = np.asarray(labels, dtype=np.int64)
     # Classes with the same name, such as the two "missile" in CLIP's list for ImageNet, have the same feature and are
     # one candidate: it is correct for the first of them, as with `argmax` over all classes, and never for the others.
-    distinct, candidate = torch.unique(classes, dim=0, return_inverse=True)
-    candidate = candidate.numpy()
+    distinct, inverse = torch.unique(classes, dim=0, return_inverse=True)
+    candidate = inverse.numpy()
     namesakes_before = np.array([(candidate[:label] == candidate[label]).sum() for label in range(len(classes))])
     rank = ranks(features.images, distinct, candidate[labels][:, None]) + namesakes_before[labels]
     return ZeroShotResult(
@@ -114,4 +111,4 @@ def classify(
 def logit_scale(model: Encoder) -> float:
     """The factor of cosines before the softmax, exp(logit_scale); CLIP's final 100 for a model without one."""
     scale = getattr(model, "logit_scale", getattr(getattr(model, "model", None), "logit_scale", None))
-    return USUAL_SCALE if scale is None else float(torch.as_tensor(scale).detach().exp())
+    return 100.0 if scale is None else float(torch.as_tensor(scale).detach().exp())

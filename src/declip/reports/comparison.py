@@ -17,7 +17,6 @@ from declip.comparison.outcome import (
     EfficiencyCurve,
     Outcome,
     compared_factors,
-    measured,
     near_chance,
 )
 from declip.comparison.study import Study
@@ -46,7 +45,7 @@ def summary(outcome: Outcome) -> Group:
 def context(outcome: Outcome) -> dict[str, Any]:
     """Compute the numbers and tables of the templates."""
     # The first measure is the headline: factors are computed for it alone.
-    study, curves, facts = outcome.study, outcome.curves(), measured(outcome)
+    study, curves, facts = outcome.study, outcome.curves(), outcome.facts
     headline = next(iter(facts), "")
     factors = compared_factors(study, curves[headline]) if headline else []
     return {

@@ -2,6 +2,7 @@
 
 import csv
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,22 +10,24 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from declip.data.columns import DEFAULT, Columns
 from declip.data.images.decode import EXTENSIONS
 from declip.data.pair import PairSource, SkipCounter
 from declip.data.sources.python_items import Items
-from declip.data.sources.shard_files import resolve
 from declip.errors import UserError, check_range
 from declip.evaluation.encode import Encoder
 from declip.io.atomic import atomic_write, csv_path
 from declip.io.text import FORMULA, percent
 from declip.models.inference import Engine, Precision
-from declip.search.facility_location import facility_location
+from declip.search.embed import open_or_embed
 from declip.search.index import Hit, Index
-from declip.search.opening import open_or_embed
 
 MOST = 20_000  # largest number of candidates; of more images a random sample is taken
+ALIKE = 0.95  # cosine of centered vectors from which on two images are near-duplicates
+BLOCK = 64  # candidates whose gain is computed again at a time
+ROWS = 512  # columns of the matrix of similarities that are in memory at a time
 SAMPLED = 10  # size of the sample for each image to choose, if that is more than `MOST`
 
 
@@ -100,15 +103,14 @@ def choose(
     check_range("count", count, 1)
     path = None if out is None else csv_path(out)
     options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "progress": progress}
-    opened = open_or_embed(
-        model, images, index, device=device, precision=precision, engine=engine, columns=columns, **options
-    )
+    computing: dict[str, Any] = {"device": device, "precision": precision, "engine": engine}
+    opened = open_or_embed(model, images, index, columns=columns, **computing, **options)
     if path is not None:
         image_cell(opened, int(opened.ids[0]), path.parent)  # raises early
     known = torch.empty(0, opened.info.dimension)
     if have is not None:
         captioned = open_or_embed(opened.model, have, **options)
-        known = captioned.vectors(captioned.ids[np.array([bool(own) for own in captioned.captions()], dtype=bool)])
+        known = captioned.vectors(captioned.ids[np.array(list(map(bool, captioned.captions())), dtype=bool)])
     choice = choose_from(opened, count, known, seed)
     if path is not None:
         choice.write(path)
@@ -129,7 +131,7 @@ def choose_from(index: Index, count: int, known: Tensor, seed: int = 0) -> Chose
 
 def image_cell(index: Index, id: int, folder: Path) -> str:
     """The path of an image as a table in `folder` names it: relative where both are below the working directory."""
-    path = resolve(index.row(id).origin.path, index.folder)
+    path = index.row(id).origin.path
     if not path.lower().endswith(EXTENSIONS):
         raise UserError(
             f"The images of '{index.info.source.name}' have no files that a table could name. Give a folder of images, "
@@ -139,3 +141,61 @@ def image_cell(index: Index, id: int, folder: Path) -> str:
     if all(os.path.isabs(one) and os.path.commonpath([one, project]) == project for one in (path, place)):
         path = os.path.relpath(path, place)
     return os.path.join(os.curdir, path) if FORMULA.match(path) or path.startswith("~") else path
+
+
+def facility_location(vectors: Tensor, known: Tensor, count: int) -> Iterator[tuple[int, float]]:
+    """Choose rows one by one so that the similarity of every row to its nearest chosen one is large.
+
+    Equals the plain loop, with s(x, y) = max(0, cosine of the centered x and y)³
+        covered = [max(s(x, y) for y in known) for x in vectors]
+        gain(y) = sum(max(0, s(x, y) - covered[x]) for x in vectors)
+        each step takes the y with the largest gain that is no near-duplicate of a chosen or known row.
+    A gain only falls as others are chosen, so an old one is an upper bound, and few are computed again (lazy greedy).
+    With the third power only near images count as covered: recall on emoji is 1 to 3 points higher than with the first.
+    Vectors are (n, d) float32 of length 1, `known` (m, d). Yields the number of a row and the mean of `covered` with
+    it; fewer than `count` if all others are near-duplicates.
+    """
+    mean = vectors.mean(dim=0)
+    units, before = (normalize(rows - mean, dim=-1) for rows in (vectors, known))
+    covered, free = torch.zeros(len(units)), torch.ones(len(units), dtype=torch.bool)
+    for part in before.split(ROWS) if len(before) else ():
+        covered = torch.maximum(covered, _similarities(units, part).amax(dim=1))
+        free &= (units @ part.mT).amax(dim=1) < ALIKE
+    bounds = torch.full((len(units),), -torch.inf)
+    rows = free.nonzero().flatten()
+    bounds[rows] = _gains(units, covered, rows)
+    for _ in range(min(count, len(units))):
+        row = _largest(units, covered, bounds)
+        if bounds[row] == -torch.inf:
+            return
+        covered = torch.maximum(covered, _similarities(units, units[row][None])[:, 0])
+        bounds[units @ units[row] >= ALIKE] = -torch.inf
+        bounds[row] = -torch.inf  # also a row that equals the mean, which has no direction
+        yield row, float(covered.mean())
+
+
+def _similarities(units: Tensor, rows: Tensor) -> Tensor:
+    """(n, b), the third powers of positive cosines."""
+    cosines = (units @ rows.mT).clamp_(min=0)
+    return cosines * cosines * cosines
+
+
+def _gains(units: Tensor, covered: Tensor, rows: Tensor) -> Tensor:
+    """(b,), what each row adds to the sum of `covered` (n,)."""
+    parts = [
+        _similarities(units, units[part]).sub_(covered[:, None]).clamp_(min=0).sum(dim=0) for part in rows.split(ROWS)
+    ]
+    return torch.cat(parts) if parts else torch.empty(0)
+
+
+def _largest(units: Tensor, covered: Tensor, bounds: Tensor) -> int:
+    """The row with the largest gain; upper bounds (n,) of gains are replaced by gains as far as needed."""
+    exact = torch.zeros(len(bounds), dtype=torch.bool)
+    while True:
+        row = int(bounds.argmax())
+        if exact[row] or bounds[row] == -torch.inf:
+            return row
+        rows = bounds.masked_fill(exact, -torch.inf).topk(min(BLOCK, len(bounds))).indices
+        rows = rows[bounds[rows] > -torch.inf]
+        bounds[rows] = _gains(units, covered, rows)
+        exact[rows] = True

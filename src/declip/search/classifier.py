@@ -1,13 +1,13 @@
 """A classifier from class names and example images, which can be saved and used on other images."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 from safetensors import safe_open
 
 from declip.data.pair import PairSource, SkipCounter
@@ -36,17 +36,15 @@ KEY = "declip.classifier"  # of the metadata of a file
 FEWEST = 3  # classes with images that leaving one out requires
 
 
-class _Stored(BaseModel):
+class _Stored(BaseModel, extra="forbid"):
     """The metadata of a file."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    classes: list[str] = Field(min_length=2)
-    counts: list[int]
+    classes: tuple[str, ...] = Field(min_length=2)
+    counts: tuple[int, ...]
     width: int = Field(ge=0)
     mixture: list[tuple[float, float, float]] = Field(min_length=1)  # κ, penalty, factor
     accuracy: tuple[float, int] | None
-    rejection: dict[str, float] | None
+    rejection: Rejection | None
     model: str
 
 
@@ -95,23 +93,22 @@ class Classifier:
         loaded = load(model, device) if isinstance(model, str | Path) else model
         names = class_features(loaded, known, read_templates(templates)[1], batch_size=batch_size)
         encode, width = joint_encoder(loaded)
-        given = Examples(torch.empty(0, width + names.shape[1]), torch.empty(0, dtype=torch.int64), names, width)
-        skipped = SkipCounter()
+        images, labels, skipped = (
+            torch.empty(0, width + names.shape[1]),
+            torch.empty(0, dtype=torch.int64),
+            SkipCounter(),
+        )
         if source is not None:
             number = _numbers(known, source.class_names)
             options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "progress": progress}
             found = encode_source(loaded, source, encode=encode, texts=False, **options)
-            skipped, labels = found.skipped, torch.from_numpy(number[np.asarray(source.labels)[found.indices]])
-            given = given._replace(images=found.images, labels=labels)
+            images, skipped = found.images, found.skipped
+            labels = torch.from_numpy(number[np.asarray(source.labels)[found.indices]])
+        given = Examples(images, labels, names, width)
         head, counts = fit_few_shot(given), torch.bincount(given.labels, minlength=len(known))
         enough = head.accuracy is not None and int((counts > 0).sum()) >= FEWEST
         rejection = choose_threshold(given, head) if enough else None
         return cls(known, tuple(counts.tolist()), head, rejection, fingerprint(loaded), skipped)
-
-    def check_model(self, model: Encoder) -> None:
-        """Refuse another model than the one that it was fitted to."""
-        if fingerprint(model) != self.model:
-            raise UserError("The head was fitted to another model. Give that model, or fit it again with --examples.")
 
     def summary(self) -> str:
         """The examples, the settings, and what cross-validation says."""
@@ -120,13 +117,12 @@ class Classifier:
         if head.name_weight >= 0.1:
             lines[0] += f"; a name counts as {head.name_weight:.2g} images"
         if head.accuracy is not None:
-            low, high = head.accuracy.interval
+            low, high = map(percent, head.accuracy.interval)
             lines.append(
-                f"Accuracy on examples that were left out: {percent(head.accuracy.value)} ({percent(low)} to "
-                f"{percent(high)}, n = {head.accuracy.n:,}, chance {percent(head.accuracy.chance)})"
+                f"Accuracy on examples that were left out: {percent(head.accuracy.value)} ({low} to {high}, n = "
+                f"{head.accuracy.n:,}, chance {percent(head.accuracy.chance)})"
             )
-        if self.rejection is not None:
-            found = self.rejection
+        if (found := self.rejection) is not None:
             lines.append(
                 f"'{NONE}': {percent(found.rejected)} of the examples of classes that were left out, "
                 f"{percent(found.lost)} of the others (AUROC {found.auroc:.2f})"
@@ -137,12 +133,12 @@ class Classifier:
         """Write a safetensors file."""
         head = self.head
         stored = _Stored(
-            classes=list(self.classes),
-            counts=list(self.counts),
+            classes=self.classes,
+            counts=self.counts,
             width=head.width,
             mixture=[(*form, factor) for form, factor in head.mixture.items()],
             accuracy=None if head.accuracy is None else (head.accuracy.value, head.accuracy.n),
-            rejection=None if self.rejection is None else asdict(self.rejection),
+            rejection=self.rejection,
             model=self.model,
         )
         with atomic_write(Path(path).expanduser(), "choose another path with --save") as target:
@@ -156,7 +152,6 @@ class Classifier:
             with safe_open(path, "pt") as file:
                 stored = _Stored.model_validate_json((file.metadata() or {})[KEY])
                 weight, center = (file.get_tensor(name).float() for name in ("weight", "center"))
-            rejection = None if stored.rejection is None else Rejection(**stored.rejection)
             count, columns = weight.shape
             whole = bool(weight.isfinite().all() and center.isfinite().all()) and stored.width <= columns
             if not whole or center.shape != (columns,) or {count} != {len(stored.classes), len(stored.counts)}:
@@ -164,10 +159,9 @@ class Classifier:
         except Exception as error:  # a stranger's file; safetensors has its own classes
             raise UserError(f"'{path}' is not a head of declip classify: {one_line(error, 200)}.") from error
         mixture = {FewShotForm(*form): factor for *form, factor in stored.mixture}
-        head = FewShotHead(weight, center, stored.width, mixture)
-        if stored.accuracy is not None:
-            head = replace(head, accuracy=Measure("examples", stored.accuracy[0], 1 / count, stored.accuracy[1]))
-        return cls(tuple(stored.classes), tuple(stored.counts), head, rejection, stored.model, SkipCounter())
+        accuracy = stored.accuracy and Measure("examples", stored.accuracy[0], 1 / count, stored.accuracy[1])
+        head = FewShotHead(weight, center, stored.width, mixture, accuracy)
+        return cls(stored.classes, stored.counts, head, stored.rejection, stored.model, SkipCounter())
 
 
 def _open_examples(examples: str | Path | PairSource | Items, label_column: str | None) -> LabeledSource:

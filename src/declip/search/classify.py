@@ -3,12 +3,11 @@
 import csv
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from glob import glob
-from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -24,7 +23,7 @@ from declip.evaluation.zero_shot import class_features, logit_scale, read_templa
 from declip.interchange.read import load
 from declip.io.atomic import atomic_write, csv_path
 from declip.io.text import plain_cell
-from declip.models.inference import Engine, Precision
+from declip.models.inference import Engine, Precision, fingerprint
 from declip.search.class_names import NONE, read_options
 from declip.search.classifier import Classifier
 
@@ -106,41 +105,32 @@ def classify(
     options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "progress": progress}
     if examples is not None:
         classifier = Classifier.fit(encoder, names, examples, templates=prompts, label_column=label_column, **options)
-    scorer = _by_examples(encoder, classifier, reject) if classifier else _by_names(encoder, names, prompts, batch_size)
+    if classifier is not None:
+        scorer = _by_examples(encoder, classifier, reject)
+    else:
+        scorer = _by_names(encoder, names, prompts, batch_size)
     result = Classification(dict.fromkeys([*scorer.names, *([NONE] if reject else [])], 0), classifier=classifier)
-    collect = on_prediction or (result.predictions.append if path is None else lambda prediction: None)
     # --- classify and write batch by batch
-    with _open_table(path, scorer.names) as write:
-        for prediction in _predictions(encoder, source, scorer, result.skipped, **options):
-            result.counts[prediction.best] += 1
-            write(prediction)
-            collect(prediction)
+    batches = [range(start, min(start + batch_size, len(source))) for start in range(0, len(source), batch_size)]
+    with nullcontext() if path is None else _open_table(path, scorer.names) as table:
+        for vectors, keys, broken in encode_batches(encoder, source, _read, batches, workers, progress, scorer.encode):
+            result.skipped.merge(broken)
+            for prediction in scorer.predict(keys, vectors) if keys else ():
+                result.counts[prediction.best] += 1
+                if table is not None:
+                    numbers = (prediction.probability, *prediction.probabilities.values())
+                    cells = (plain_cell(prediction.image), plain_cell(prediction.best))
+                    table.writerow([*cells, *(f"{number:.6g}" for number in numbers)])
+                if on_prediction is not None:
+                    on_prediction(prediction)
+                elif table is None:
+                    result.predictions.append(prediction)
+        if not any(result.counts.values()):
+            raise UserError(f"None of the {len(source):,} images can be used: {result.skipped.explanation()}")
     return result
 
 
-def _predictions(
-    model: Encoder,
-    source: ImageSource,
-    scorer: "_Scorer",
-    skipped: SkipCounter,
-    batch_size: int,
-    workers: int | None,
-    progress: bool,
-) -> Iterator[Prediction]:
-    """Classify the images of a source in order; broken ones are counted, and none at all is an error."""
-    usable = False
-    batches = [range(start, min(start + batch_size, len(source))) for start in range(0, len(source), batch_size)]
-    for vectors, rows, broken in encode_batches(model, source, _read, batches, workers, progress, scorer.encode):
-        skipped.merge(broken)
-        if rows:
-            usable = True
-            yield from scorer.predict(rows, vectors)
-    if not usable:
-        raise UserError(f"None of the {len(source):,} images can be used: {skipped.explanation()}")
-
-
-@dataclass(frozen=True)
-class _Scorer:
+class _Scorer(NamedTuple):
     """Scores of classes, whose softmax is the probability."""
 
     names: Sequence[str]
@@ -153,8 +143,9 @@ class _Scorer:
         scores = self.score(vectors).double()
         strange = scores.amax(dim=1) < self.threshold
         for key, own, other in zip(keys, scores.softmax(dim=1).tolist(), strange.tolist(), strict=True):
-            largest, best = max(zip(own, self.names, strict=True), key=itemgetter(0))
-            yield Prediction(key, NONE if other else best, largest, dict(zip(self.names, own, strict=True)))
+            probabilities = dict(zip(self.names, own, strict=True))
+            best = max(probabilities, key=probabilities.__getitem__)
+            yield Prediction(key, NONE if other else best, probabilities[best], probabilities)
 
 
 def _by_names(encoder: Encoder, names: Sequence[str], prompts: Sequence[str], batch_size: int) -> _Scorer:
@@ -166,7 +157,8 @@ def _by_names(encoder: Encoder, names: Sequence[str], prompts: Sequence[str], ba
 
 def _by_examples(encoder: Encoder, classifier: Classifier, reject: bool) -> _Scorer:
     """The scores of a classifier of examples."""
-    classifier.check_model(encoder)
+    if fingerprint(encoder) != classifier.model:
+        raise UserError("The head was fitted to another model. Give that model, or fit it again with --examples.")
     if reject and classifier.rejection is None:
         raise UserError("--reject requires examples of three classes or more, with two images of one of them or more.")
     threshold = classifier.rejection.threshold if reject and classifier.rejection else -math.inf
@@ -178,23 +170,15 @@ def _read(source: ImageSource, place: int) -> tuple[LazyImage, str]:
 
 
 @contextmanager
-def _open_table(out: Path | None, classes: Sequence[str]) -> Iterator[Callable[[Prediction], object]]:
-    """Open a table, which appears when all predictions are written; None writes nothing."""
-    if out is None:
-        yield lambda prediction: None
-        return
+def _open_table(out: Path, classes: Sequence[str]) -> Iterator[Any]:
+    """Open a table, which appears when all predictions are written."""
     with (
         atomic_write(out, "choose another path with --out") as target,
         target.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
     ):
         table = csv.writer(file)
         table.writerow(["image", "class", "probability", *map(plain_cell, classes)])
-
-        def write(prediction: Prediction) -> None:
-            numbers = (f"{number:.6g}" for number in (prediction.probability, *prediction.probabilities.values()))
-            table.writerow([plain_cell(prediction.image), plain_cell(prediction.best), *numbers])
-
-        yield write
+        yield table
 
 
 def _open(images: str | Path | PairSource | Items, columns: Columns) -> ImageSource:

@@ -3,12 +3,13 @@
 import hashlib
 import logging
 import math
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -19,17 +20,16 @@ from declip.data.columns import DEFAULT, Columns
 from declip.data.pair import BrokenPair, LazyImage, LazyPair, Origin, PairSource, SkipCounter
 from declip.data.sources.open import ImageSource, open_source
 from declip.data.sources.python_items import Items
-from declip.data.sources.shard_files import relative, stored_path
+from declip.data.sources.shard_files import absolute, relative, stored_path
 from declip.errors import UserError, check_range, unknown
 from declip.evaluation.encode import Encoder, encode_batches, text_features
 from declip.interchange.read import load
 from declip.io.parts import Part, part_folder, span_of
 from declip.io.pool import pairs_bar
-from declip.models.inference import Engine, Precision, precision_of
+from declip.models.inference import Engine, Precision, fingerprint, precision_of
 from declip.search.index import Index
-from declip.search.info import Dtype, IndexInfo, PartInfo, SourceInfo
-from declip.search.store import PART_ROWS, Block, IndexedImage, hash64
-from declip.search.writer import Writer, describe_model, open_writer
+from declip.search.info import INFO, Dtype, IndexInfo, PartInfo, SourceInfo
+from declip.search.store import PART_ROWS, Block, IndexedImage, Writer, describe_model, hash64, open_writer
 
 log = logging.getLogger("declip")
 
@@ -89,28 +89,46 @@ def embed(
     wanted.part = part and PartInfo(number=part[0], parts=part[1], images=len(images))
     with open_writer(folder, wanted) as writer:
         try:
-            _update(writer, images, span, encoder, batch_size, workers, progress)
+            places, gone = find_changes(images, span, writer, progress)
+            skipped = _embed_places(writer, images, encoder, places, batch_size, workers, progress)
         except KeyboardInterrupt:
             log.warning("Stopped. The parts written so far are saved; the same command continues.")
             raise
+        if sum(len(store.ids) for store in writer.stores) == len(gone):
+            raise UserError(f"None of the {len(span):,} images of '{images.name}' can be used: {skipped.explanation()}")
+        writer.finish(gone, skipped)
     return Index.open(folder, model=encoder, source=source)
 
 
-def _update(
-    writer: Writer,
-    source: ImageSource,
-    span: range,
-    model: Encoder,
-    batch_size: int,
-    workers: int | None,
-    progress: bool,
-) -> None:
-    """Embed what is new or has changed in a span of a source, and drop what has left it."""
-    places, gone = find_changes(source, span, writer, progress)
-    skipped = _embed_places(writer, source, model, places, batch_size, workers, progress)
-    if sum(len(store.ids) for store in writer.stores) == len(gone):
-        raise UserError(f"None of the {len(span):,} images of '{source.name}' can be used: {skipped.explanation()}")
-    writer.finish(gone, skipped)
+def open_or_embed(
+    model: str | Path | Encoder,
+    source: str | Path | PairSource | Items,
+    folder: str | Path | None = None,
+    *,
+    device: str = "auto",
+    precision: Precision = "auto",
+    engine: Engine = "torch",
+    **options: Any,
+) -> Index:
+    """Open an index, or embed a source into one, with options of `embed`; later calls embed only what is new.
+
+    By default the folder is one below "indices" for each source and model.
+    """
+    if isinstance(source, str | Path) and (Path(source).expanduser() / INFO).is_file():
+        if folder is not None:
+            raise UserError(f"'{source}' is an index already, so --index '{folder}' is not used. Remove it.")
+        return Index.open(source, model=model, device=device, precision=precision, engine=engine)
+    loaded = load(model, device, precision, engine) if isinstance(model, str | Path) else model
+    if folder is None:
+        if not isinstance(source, str | Path):
+            raise UserError("The images are a Python object, which has no path: give the folder of their index.")
+        digest = hashlib.sha256(f"{fingerprint(loaded)} {absolute(source)}".encode("utf-8", "surrogateescape"))
+        name = re.sub(r"[^A-Za-z0-9]+", "-", Path(source).name.removeprefix("builtin:")).strip("-") or "source"
+        folder = Path("indices") / f"{name[:40]}-{digest.hexdigest()[:8]}"
+    given = model if isinstance(model, str | Path) else ""
+    known = Path(folder).expanduser()
+    captions = IndexInfo.read(known).captions if (known / INFO).is_file() else True
+    return embed(loaded, source, out=folder, captions=captions, loaded_from=given, **options)
 
 
 def find_changes(
@@ -124,39 +142,29 @@ def find_changes(
         The places to embed, and the ids of rows to drop, because their image has left the source or has changed.
     """
     keys = np.fromiter((hash64(source.key(place)) for place in span), np.uint64, len(span))
-    # Of several images that share key and stamp, each stands for one row, and is told from the others by its place.
     ordered, counts = np.unique(keys, return_counts=True)
     repeated = set(ordered[counts > 1].tolist())
-    # --- rows, sorted by the hash of what identifies them
-    known, marks = list[np.ndarray](), list[np.ndarray]()
-    for store in writer.stores:
-        for table in store.tables("key", "stamp", "place"):
-            rows = list(zip(*(column.to_pylist() for column in table.columns), strict=True))
-            own = [hash64(key) for key, _, _ in rows]
-            known.append(np.array(own, np.uint64))
-            named = [row if key in repeated else (*row[:2], None) for key, row in zip(own, rows, strict=True)]
-            marks.append(np.array([hash64(row) for row in named], np.uint64))
-    ids = np.concatenate([np.zeros(0, np.int64), *(store.ids for store in writer.stores)])
-    mark = np.concatenate([np.zeros(0, np.uint64), *marks])
-    order = mark.argsort(kind="stable")
-    mark, kept = mark[order], np.zeros(len(mark), bool)
-    # --- images: each takes a row of its own
-    seen, new = np.isin(keys, np.concatenate([np.zeros(0, np.uint64), *known])), np.ones(len(keys), bool)
+
+    def mark(key: str, stamp: str, place: int) -> int:
+        # Of images that share a key, each stands for the row of its place.
+        return hash64((key, stamp, place if hash64(key) in repeated else None))
+
+    tables = (table for store in writer.stores for table in store.tables("key", "stamp", "place"))
+    rows = chain.from_iterable(zip(*(column.to_pylist() for column in table.columns), strict=True) for table in tables)
+    known, marks = np.fromiter(((hash64(row[0]), mark(*row)) for row in rows), np.dtype((np.uint64, 2))).T
+    # --- images whose key is known: a stamp may cost as much as the pixels
+    seen, wanted = np.isin(keys, known), np.zeros(len(span), np.uint64)
     with pairs_bar(progress) as bar:
         for at, place in enumerate(bar.track(span, description=f"Looking through {source.name}")):
-            if not seen[at]:
-                continue
-            told_by = place if int(keys[at]) in repeated else None
-            wanted = np.uint64(hash64((source.key(place), _stamped(source, place).stamp, told_by)))
-            row = int(np.searchsorted(mark, wanted))
-            while row < len(mark) and mark[row] == wanted and kept[row]:
-                row += 1
-            if row < len(mark) and mark[row] == wanted:
-                kept[row], new[at] = True, False
+            if seen[at]:
+                wanted[at] = mark(source.key(place), _stamped(source, place).stamp, place)
+    distinct, first = np.unique(marks, return_index=True)
+    kept = first[np.isin(distinct, wanted[seen])]
+    ids = np.concatenate([np.zeros(0, np.int64), *(store.ids for store in writer.stores)])
     # What follows the last part comes first, so that the batches are those of a call that was not killed.
-    places = np.flatnonzero(new) + span.start
+    places = span.start + np.flatnonzero(~seen | ~np.isin(wanted, marks))
     later = places >= writer.reached
-    return np.concatenate([places[later], places[~later]]), np.sort(ids[order][~kept])
+    return np.concatenate([places[later], places[~later]]), np.sort(np.delete(ids, kept))
 
 
 def _stamped(source: ImageSource, place: int, origin: Origin | None = None, loaded: LazyPair | None = None) -> Origin:

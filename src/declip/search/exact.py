@@ -21,8 +21,9 @@ def nearest(queries: Tensor, ids: Tensor, vectors: Tensor, k: int, skip_zeros: b
         scores = [(q @ vector, id) for id, vector in zip(ids, vectors) if vector.any() or not skip_zeros]
         sorted(scores, key=lambda pair: (-pair[0], pair[1]))[:k]
 
-    Queries are (n, d) float32, ids (m,) int64, increasing, vectors (m, d) of any float type. Returns ids and scores,
-    (n, k'), the best first, where k' is `k` or the number of vectors if that is smaller.
+    Which of several equal scores come last is arbitrary. Queries are (n, d) float32, ids (m,) int64, increasing,
+    vectors (m, d) of any float type. Returns ids and scores, (n, k'), the best first, where k' is `k` or the number of
+    vectors if that is smaller.
     """
     n, d = queries.shape
     rows = max(1, BLOCK_BYTES // (4 * d))
@@ -39,11 +40,8 @@ def nearest(queries: Tensor, ids: Tensor, vectors: Tensor, k: int, skip_zeros: b
         if skip_zeros:
             scores.masked_fill_(~block.any(1), -torch.inf)
         # --- the best of the block
-        values, places = scores.topk(min(k + 1, scores.shape[1]))
-        if 0 < k < values.shape[1]:  # of equal ones at its end `topk` takes any
-            for row in ((values[:, k - 1] == values[:, k]) & values[:, k].isfinite()).nonzero()[:, 0]:
-                places[row] = scores[row].argsort(descending=True, stable=True)[: k + 1]
-        places = places[:, :k].sort(dim=1).values  # (n, k) by id, so that stable sorting orders equal scores by id
+        places = scores.topk(min(k, scores.shape[1])).indices  # of equal ones at its end it takes any
+        places = places.sort(dim=1).values  # (n, k) by id, so that stable sorting orders equal scores by id
         # --- the best so far
         best_ids = torch.cat([best_ids, own[places]], dim=1)
         best = torch.cat([best, scores.gather(1, places)], dim=1)

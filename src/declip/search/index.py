@@ -16,7 +16,7 @@ from declip.data.pair import BrokenPair, PairSource, SkipCounter, printable
 from declip.data.sources.open import ImageSource, open_source
 from declip.data.sources.python_items import Items
 from declip.data.sources.shard_files import is_missing, resolve
-from declip.errors import UserError, check_range
+from declip.errors import UserError, check_installed, check_range
 from declip.evaluation.encode import Encoder, eval_mode, image_features
 from declip.evaluation.zero_shot import class_features, read_templates
 from declip.interchange.read import load, read_text
@@ -26,8 +26,7 @@ from declip.models.inference import Engine, Precision, convert, fingerprint
 from declip.search.exact import mix, nearest
 from declip.search.info import Dtype, Over
 from declip.search.joined import join_parquet, join_parts
-from declip.search.store import PART_ROWS, IndexedImage
-from declip.search.writer import describe_model, open_index
+from declip.search.store import PART_ROWS, IndexedImage, describe_model, open_index
 
 MOST = 10_000  # maximum number of results of a search
 
@@ -80,16 +79,12 @@ class Index:
 
     @classmethod
     def open(cls, folder: str | Path, **options: Any) -> "Index":
-        """Open an index; the options are the arguments of the class."""
+        """Open an index; options as of the class."""
         return cls(folder, **options)
 
     @classmethod
     def join(cls, folder: str | Path, **options: Any) -> "Index":
-        """Join all parts that `embed(…, out=folder, part=…)` wrote, which stay, and open the index.
-
-        Raises:
-            UserError: A part is missing, or made with another model, source, option or number of parts.
-        """
+        """Join all parts that `embed(…, out=folder, part=…)` wrote, which stay, and open the index."""
         join_parts(Path(folder).expanduser())
         return cls(folder, **options)
 
@@ -110,9 +105,6 @@ class Index:
         Args:
             files: A file, a folder, a pattern, or several.
             model: The model that made the vectors; each row names its fingerprint, which must be this model's.
-
-        Raises:
-            UserError: A file is damaged or has other columns, an id is repeated, or another model made a vector.
         """
         join_parquet(files, model, Path(out).expanduser(), dtype)
         return cls(out, model=model)
@@ -134,11 +126,8 @@ class Index:
         model = load(path, self._device, self._precision, self._engine) if isinstance(path, str | Path) else path
         given = describe_model(model, path, self.folder)
         if given.fingerprint != made_by.fingerprint:
-            changed = (
-                "its weights or preprocessing have changed since" if given.name == made_by.name else f"not {given}"
-            )
             raise UserError(
-                f"The index '{self.folder}' was made by another model: {made_by}, {changed}. Cosines of two models "
+                f"The index '{self.folder}' was made by another model: {made_by}, not {given}. Cosines of two models "
                 "cannot be compared. Give that model with --model, or embed again into another folder."
             )
         return model
@@ -147,16 +136,14 @@ class Index:
     def text_model(self) -> Encoder:
         """The model to encode texts with: without its image tower, if that would have to be loaded first."""
         given = self._model_given
-        if "model" in vars(self) or not isinstance(given, str | Path | None):
-            return self.model
-        read = read_text(self.info.model.locate(self.folder) if given is None else given)
-        if read is None:
-            return self.model
-        weights, tensors = read
-        model = weights.build().to(pick_device(self._device)).eval()
-        if fingerprint(model, tensors) != self.info.model.fingerprint:
-            return self.model  # refuses another model, with the difference
-        return convert(model, self._precision, self._engine)
+        if "model" not in vars(self) and isinstance(given, str | Path | None):
+            read = read_text(self.info.model.locate(self.folder) if given is None else given)
+            if read is not None:
+                weights, tensors = read
+                model = weights.build().to(pick_device(self._device)).eval()
+                if fingerprint(model, tensors) == self.info.model.fingerprint:
+                    return convert(model, self._precision, self._engine)
+        return self.model  # refuses another model, with the difference
 
     def query(
         self,
@@ -203,9 +190,6 @@ class Index:
 
         Returns:
             The `k` nearest images, the best first.
-
-        Raises:
-            UserError: No query, an image that cannot be read, `k` out of its range, or another model.
         """
         check_range("k", k, 1, MOST)
         ids, scores = self.nearest(self.query(text, image, weights, template)[None], k, over=over)  # (1, k') each
@@ -214,32 +198,23 @@ class Index:
     def nearest(self, queries: Tensor, k: int, *, over: Over = "images") -> tuple[Tensor, Tensor]:
         """Find ids (n, k') int64 and cosines (n, k') float32 nearest to vectors (n, d) of length 1, the best first."""
         queries = as_tensor(queries, dtype=float32)
-        if queries.ndim != 2 or queries.shape[1] != self.info.dimension or k < 0:
+        if queries.ndim != 2 or queries.shape[1] != self.info.dimension or k < 0 or not queries.isfinite().all():
             raise UserError(
-                f"queries has shape {tuple(queries.shape)} and k is {k}; expected (n, {self.info.dimension}), k >= 0."
+                f"queries has shape {tuple(queries.shape)} and k is {k}; expected (n, {self.info.dimension}) without "
+                "NaN, and k >= 0."
             )
-        if not queries.isfinite().all():
-            raise UserError("A query has NaN or infinite values. Remove it.")
         # Images without captions have vectors of zeros among those of captions.
         ids, vectors = from_numpy(self.ids), from_numpy(self._store.matrix(over))
         return nearest(queries, ids, vectors, k, skip_zeros=over == "captions")
 
     def export(self, path: str | Path, over: Over = "images") -> Path:
-        """Write the vectors as a file of usearch, a library for approximate search, whose keys are the ids.
-
-        Raises:
-            UserError: Another ending than `.usearch`, the package is missing, or the file cannot be written.
-        """
+        """Write the vectors as a .usearch file, of a library for approximate search, whose keys are the ids."""
         target = Path(path).expanduser()
         if target.suffix != ".usearch":
-            raise UserError(
-                f"'{path}' does not end with .usearch. The index itself has a Parquet table and .npy vectors: `declip "
-                "index show` prints their paths."
-            )
-        try:
-            from usearch.index import Index as ApproximateIndex
-        except ImportError as error:
-            raise UserError("Exporting needs usearch. Install it: pip install 'declip[usearch]'.") from error
+            raise UserError(f"'{path}' does not end with .usearch. `declip index show` prints the paths of .npy files.")
+        check_installed("usearch", "usearch", "Exporting")
+        from usearch.index import Index as ApproximateIndex
+
         matrix, kind = self._store.matrix(over), {"float16": "f16", "float32": "f32"}[self.info.dtype]
         made = ApproximateIndex(ndim=matrix.shape[1], metric="ip", dtype=kind)
         for start in range(0, len(matrix), PART_ROWS):
@@ -272,10 +247,10 @@ class Index:
         """Read an image from the source, RGB and upright; raises `UserError` if there is no such image any more."""
         # By the row's key, among what the source itself lists: no path in the index is ever opened.
         row, source = self.row(id), self._source
-        place: int | None = row.place
-        if row.place >= len(source) or source.key(row.place) != row.key:  # the source has changed since
-            place = self._places.get(row.key)
-        if place is None:
+        place = row.place
+        if place >= len(source) or source.key(place) != row.key:  # the source has changed since
+            place = self._places.get(row.key, -1)
+        if place < 0:
             raise UserError(f"'{printable(row.key)}' is no longer in '{source.name}'.")
         try:
             return source[place].image
@@ -295,16 +270,14 @@ class Index:
 
     @cached_property
     def _source(self) -> ImageSource:
-        given, saved = self._source_given, self.info.source
+        given, saved, path = self._source_given, self.info.source, resolve(self.info.source.path, self.folder)
         if given is not None and not isinstance(given, str | Path):
             return ImageSource(open_source(given, saved.columns_of(self.folder)))
-        if given is None and not saved.path:
+        if given is None and (not path or is_missing(path)):
             raise UserError(
-                f"The index was made from '{saved.name}' and does not know where its images are. To see them, give "
-                "--source, or open the index with source=, a Python object or what it was opened from."
+                f"The images of the index '{self.folder}' are not at '{path or saved.name}'. Give --source, or open "
+                "the index with source=, a path or a Python object."
             )
-        if given is None and is_missing(path := resolve(saved.path, self.folder)):
-            raise UserError(f"The images of the index '{self.folder}' are no longer at '{path}'. Give --source.")
         return saved.open(self.folder, given)
 
     @cached_property

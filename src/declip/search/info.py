@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 import declip
 from declip.data.columns import DEFAULT, Columns
@@ -13,12 +13,13 @@ from declip.data.pair import SkipCounter
 from declip.data.sources.shard_files import is_missing, resolve
 from declip.errors import UserError, newer
 from declip.io.atomic import write_text
+from declip.io.text import one_line
 
 if TYPE_CHECKING:
     from declip.data.sources.open import ImageSource
 
 INFO = "index.json"
-LAYOUT: Literal[5] = 5  # raised when the files change their meaning
+LAYOUT = 5  # raised when the files change their meaning
 
 Count = Annotated[int, Field(ge=0, lt=2**40)]
 Dtype = Literal["float16", "float32"]
@@ -26,10 +27,8 @@ Over = Literal["images", "captions"]
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
-class InfoSection(BaseModel):
+class InfoSection(BaseModel, extra="forbid"):
     """A section of index.json; unknown keys are refused."""
-
-    model_config = ConfigDict(extra="forbid")
 
 
 class SourceInfo(InfoSection):
@@ -84,7 +83,7 @@ class PartInfo(InfoSection):
 class IndexInfo(InfoSection):
     """Everything about an index except its rows and vectors."""
 
-    layout: Literal[5] = LAYOUT
+    layout: Literal[5] = 5
     declip: str = declip.__version__
     created: str = Field(default_factory=lambda: datetime.now(UTC).isoformat())  # of the first call of `embed`
     model: ModelInfo
@@ -116,12 +115,10 @@ class IndexInfo(InfoSection):
         try:
             return cls.model_validate_json(path.read_bytes())
         except ValidationError as error:
-            problems = error.errors()
-            layouts = [problem["input"] for problem in problems if problem["loc"] == ("layout",)]
-            if layouts and isinstance(layouts[0], int) and layouts[0] > LAYOUT:
-                raise newer(path) from error
-            first = problems[0]
-            problem = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+            for problem in error.errors():
+                if problem["loc"] == ("layout",) and isinstance(problem["input"], int) and problem["input"] > LAYOUT:
+                    raise newer(path) from error
             raise UserError(
-                f"'{path}' is damaged, or of another version of declip: {problem}. Embed again into another folder."
+                f"'{path}' is damaged, or of another version of declip: {one_line(error)}. Embed again into another "
+                "folder."
             ) from error

@@ -1,10 +1,11 @@
-"""The rows and vectors of an index: a Parquet table and .npy matrices in one folder, mapped into memory."""
+"""The files of an index: a Parquet table and .npy matrices, written in parts and joined into a new generation."""
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from threading import Lock
 
@@ -13,13 +14,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from torch import Tensor
 
-from declip.data.pair import Origin
-from declip.data.sources.shard_files import resolve
+from declip.data.pair import Origin, SkipCounter
+from declip.data.sources.shard_files import resolve, stored_path
 from declip.errors import UserError, unknown
-from declip.io.atomic import ELSEWHERE, atomic_write, flush
-from declip.search.info import IndexInfo, Over
+from declip.evaluation.encode import Encoder
+from declip.io.atomic import ELSEWHERE, atomic_write, flush, locked_folder, remove
+from declip.io.text import one_line
+from declip.models.inference import fingerprint
+from declip.search.info import INFO, IndexInfo, ModelInfo, Over
 
 ROWS = "rows.parquet"
+UNFINISHED = ".unfinished"  # folder of the parts: "part-NUMBER-REACHED", with an index.json as it was when they began
 MATRICES: dict[Over, str] = {"images": "vectors.npy", "captions": "caption_vectors.npy"}
 
 PART_ROWS = 8_192  # most rows of a part of an unfinished index, and of a row group
@@ -69,8 +74,8 @@ class Block:
         cells = [(row.id, row.place, row.key, shown, *row.origin) for row, shown in zip(rows, texts, strict=True)]
         columns = list(zip(*cells, strict=True))
         arrays = [pa.array(values, field.type) for values, field in zip(columns, SCHEMA, strict=True)]
-        given: dict[Over, Tensor | None] = {"images": images, "captions": captions}
-        matrices = {over: vectors.numpy().astype(dtype) for over, vectors in given.items() if vectors is not None}
+        given = zip(MATRICES, (images, captions), strict=True)
+        matrices = {over: vectors.numpy().astype(dtype) for over, vectors in given if vectors is not None}
         return cls(pa.table(arrays, schema=SCHEMA), matrices)
 
 
@@ -89,13 +94,12 @@ def write_blocks(target: Path, blocks: Iterable[Block], count: int) -> None:
         with pq.ParquetWriter(folder / ROWS, SCHEMA, compression="NONE", use_dictionary=False) as writer:
             for block in blocks:
                 writer.write_table(block.table, row_group_size=PART_ROWS)
-                stop = start + len(block.table)
                 for over, values in block.matrices.items():
                     if over not in matrices:
                         path, shape = folder / MATRICES[over], (count, values.shape[1])
                         matrices[over] = np.lib.format.open_memmap(path, "w+", values.dtype, shape)
-                    matrices[over][start:stop] = values
-                start = stop
+                    matrices[over][start : start + len(values)] = values
+                start += len(block.table)
         for matrix in matrices.values():
             matrix.flush()
         for path in folder.iterdir():
@@ -105,23 +109,20 @@ def write_blocks(target: Path, blocks: Iterable[Block], count: int) -> None:
 class Store:
     """The rows and vectors in a folder that `write_blocks` wrote. A position is the number of a row.
 
-    Stored paths are relative to the folder of the index. A damaged file is a `UserError`, a missing one
-    FileNotFoundError.
+    A damaged file is a `UserError`, a missing one FileNotFoundError.
     """
 
-    # Only the ids are read here. The vectors stay mapped from the disk, and rows are decoded by groups. The files may
-    # be replaced while they are open.
+    # Only the ids are read here. The vectors stay mapped from the disk, and rows are decoded by groups.
     def __init__(self, folder: Path, index: Path, info: IndexInfo) -> None:
         self.folder, self.index, self._lock = folder, index, Lock()
-        kinds: list[Over] = ["images", "captions"] if info.captions else ["images"]
+        self.matrices: dict[Over, np.ndarray] = {}
         with self._reading():
             self._file = pq.ParquetFile(folder / ROWS, memory_map=True)
-            _check_layout(self._file)
-            # Mode "c" (copy on write) because torch warns about arrays that are not writable.
-            self.matrices = {over: np.load(folder / MATRICES[over], mmap_mode="c") for over in kinds}
-            for over, matrix in self.matrices.items():
-                expected = ((self._file.metadata.num_rows, info.dimension), np.dtype(info.dtype))
-                if (matrix.shape, matrix.dtype) != expected:
+            sizes = _check_layout(self._file)
+            for over in MATRICES if info.captions else ("images",):
+                # Mode "c" (copy on write) because torch warns about arrays that are not writable.
+                matrix = self.matrices[over] = np.load(folder / MATRICES[over], mmap_mode="c")
+                if (matrix.shape, matrix.dtype) != ((sum(sizes), info.dimension), np.dtype(info.dtype)):
                     raise ValueError(f"{MATRICES[over]} has shape {matrix.shape} and type {matrix.dtype}")
         # Not `to_numpy`, which imports pandas; `concatenate` makes the writable copy that torch asks for.
         pieces = [np.from_dlpack(chunk) for chunk in self.column("id").chunks]
@@ -129,8 +130,7 @@ class Store:
         with self._reading():
             if (np.diff(self.ids) <= 0).any() or (self.ids >= info.next_id).any():
                 raise ValueError("the ids do not increase")
-        groups = range(self._file.num_row_groups)
-        self._starts = np.cumsum([0, *(self._file.metadata.row_group(number).num_rows for number in groups)])
+        self._starts = np.cumsum([0, *sizes])
         self._group = lru_cache(CACHED_GROUPS)(self._read_group)
 
     def column(self, name: str) -> pa.ChunkedArray:
@@ -142,11 +142,7 @@ class Store:
 
     def tables(self, *names: str) -> Iterator[pa.Table]:
         """Read columns of all rows, group by group."""
-        for number in range(self._file.num_row_groups):
-            with self._reading():
-                table = self._file.read_row_group(number, list(names), use_threads=False)
-                table.validate(full=True)
-            yield table
+        return (self._read_group(number, *names) for number in range(len(self._starts) - 1))
 
     def positions(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """(n,) int64, the positions of rows; raises `UserError` for an id that does not exist."""
@@ -177,9 +173,9 @@ class Store:
                 table = self._read_group(number).filter(pa.array(mask))
                 yield Block(table, {over: matrix[start:stop][mask] for over, matrix in self.matrices.items()})
 
-    def _read_group(self, number: int) -> pa.Table:
+    def _read_group(self, number: int, *names: str) -> pa.Table:
         with self._reading():
-            table = self._file.read_row_group(number, use_threads=False)
+            table = self._file.read_row_group(number, names or None, use_threads=False)
             table.validate(full=True)
             return table
 
@@ -192,18 +188,18 @@ class Store:
         except FileNotFoundError:
             raise
         except (OSError, ValueError, EOFError, pa.ArrowException) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(
-                f"The files of the index in '{self.folder}' are damaged: {reason}. Embed again into another folder."
+                f"The files of the index in '{self.folder}' are damaged: {one_line(error)}. Embed again into another "
+                "folder."
             ) from error
 
 
-def _check_layout(file: pq.ParquetFile) -> None:
-    """Raise a `ValueError` unless the table is as `write_blocks` writes it."""
+def _check_layout(file: pq.ParquetFile) -> list[int]:
+    """The rows of each group; raises `ValueError` unless the table is as `write_blocks` writes it."""
     if not file.schema_arrow.equals(SCHEMA):
         raise ValueError(f"{ROWS} has other columns")
-    for number in range(file.num_row_groups):
-        group = file.metadata.row_group(number)
+    groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
+    for group in groups:
         chunks = [group.column(place) for place in range(group.num_columns)]
         plain = all(
             chunk.compression == "UNCOMPRESSED"
@@ -213,3 +209,124 @@ def _check_layout(file: pq.ParquetFile) -> None:
         )
         if not plain or group.num_rows > PART_ROWS:
             raise ValueError(f"{ROWS} was not written by declip")
+    return [group.num_rows for group in groups]
+
+
+class Writer:
+    """Adds parts to an index in a locked folder; readers see nothing of them before `finish`.
+
+    An index, or parts of one, of another model, source or option than wanted are refused.
+    """
+
+    def __init__(self, folder: Path, wanted: IndexInfo) -> None:
+        self.folder, self._unfinished = folder, folder / UNFINISHED
+        self.current = IndexInfo.read(folder) if (folder / INFO).is_file() else None
+        self._remove_leftovers()
+        # --- go on from the parts of a killed call, or from the index
+        self.info, self.precision = wanted.model_copy(deep=True, update={"precision": ""}), wanted.precision
+        begun = IndexInfo.read(self._unfinished) if (self._unfinished / INFO).is_file() else self.current
+        if begun is not None:
+            check_same(folder, begun, wanted)
+            for name in ("created", "generation", "next_id", "dimension", "precision"):
+                setattr(self.info, name, getattr(begun, name))
+        # --- the rows so far; a part's name tells the next free id and the place that it reached
+        self.stores = [] if self.current is None else [Store(_files(folder, self.current), folder, self.current)]
+        self._parts = sorted(self._unfinished.glob("part-*-*"))
+        for path in self._parts:
+            self.info.next_id = int(path.name.split("-")[1])
+            self.stores.append(Store(path, folder, self.info))
+        self.reached = int(self._parts[-1].name.split("-")[2]) if self._parts else 0
+
+    def add(self, block: Block, reached: int) -> None:
+        """Write a part."""
+        self.info.dimension = block.matrices["images"].shape[1]
+        if not self._parts:
+            self.info.save(self._unfinished)
+        if self.precision not in self.info.precision.split(", "):
+            self.info.precision = ", ".join(filter(None, (self.info.precision, self.precision)))
+        self.info.next_id += len(block.table)
+        self._parts.append(self._unfinished / f"part-{self.info.next_id:012d}-{reached}")
+        write_blocks(self._parts[-1], [block], len(block.table))
+        self.stores.append(Store(self._parts[-1], self.folder, self.info))
+
+    def finish(self, gone: np.ndarray, skipped: SkipCounter) -> None:
+        """Join the rows, without those in `gone`, into a new generation, and make it the index."""
+        kept = [~np.isin(store.ids, gone) for store in self.stores]
+        blocks = chain.from_iterable(map(Store.blocks, self.stores, kept))
+        rows = sum(len(store.ids) for store in self.stores) - len(gone)
+        self.replace(blocks if self._parts or len(gone) else None, rows, skipped)
+
+    def replace(self, blocks: Iterable[Block] | None, rows: int, skipped: SkipCounter) -> None:
+        """Make blocks of `rows` rows the next generation; None: the present one stays."""
+        self.info.rows, self.info.skipped = rows, skipped.to_dict()
+        if blocks is not None:
+            self.info.generation += 1
+            write_blocks(_files(self.folder, self.info), blocks, rows)
+        self.info.save(self.folder)  # from here on readers see the new rows
+        self.current = self.info
+        self._remove_leftovers()
+
+    def _remove_leftovers(self) -> None:
+        """Remove files that a killed call left: other generations, and parts that were joined already."""
+        for path in self.folder.glob("generation-*"):
+            if self.current is None or path != _files(self.folder, self.current):
+                remove(path)
+        begun = IndexInfo.read(self._unfinished) if (self._unfinished / INFO).is_file() else None
+        if begun is None or begun.generation != (0 if self.current is None else self.current.generation):
+            remove(self._unfinished)
+
+
+def describe_model(model: Encoder, path: object, index: Path) -> ModelInfo:
+    """Describe a model that was loaded from `path`, or is a Python object, for the index in a folder."""
+    stored = stored_path(path, index)
+    recipe = getattr(model, "recipe", None)
+    name = str(path) if stored else f"{type(model).__name__} {getattr(recipe, 'name', '')}".strip()
+    return ModelInfo(path=stored, name=name, fingerprint=fingerprint(model))
+
+
+@contextmanager
+def open_writer(folder: Path, wanted: IndexInfo) -> Iterator[Writer]:
+    """Lock the folder of an index, created if missing, and open it for writing."""
+    # A call that was killed just before its first index.json leaves parts and the first generation.
+    killed = (folder / UNFINISHED / INFO).is_file() and not (folder / INFO).exists()
+    with locked_folder(folder, "generation-1" if killed else INFO, ELSEWHERE):
+        yield Writer(folder, wanted)
+
+
+def open_index(folder: Path) -> tuple[IndexInfo, Store]:
+    """Open the newest generation of an index, also while another process writes the next one."""
+    info = IndexInfo.read(folder)
+    while True:
+        try:
+            return info, Store(_files(folder, info), folder, info)
+        except FileNotFoundError as error:
+            newer = IndexInfo.read(folder)  # the generation was replaced after its name was read
+            if newer.generation == info.generation:
+                raise UserError(
+                    f"A file of the index '{folder}' is missing ({error}). Embed again into another folder."
+                ) from error
+            info = newer
+
+
+def _files(folder: Path, info: IndexInfo) -> Path:
+    """The folder with the files of a generation."""
+    return folder / f"generation-{info.generation}"
+
+
+def check_same(folder: Path, before: IndexInfo, now: IndexInfo) -> None:
+    """Raise a `UserError` if an index was made by another model, of another source, or with other options."""
+    one, other = (
+        {
+            "the model": info.model.fingerprint,
+            "the source": resolve(info.source.path, folder) or info.source.name,
+            **asdict(info.source.columns_of(folder)),
+            "dtype": info.dtype,
+            "captions": info.captions,
+        }
+        for info in (before, now)
+    )
+    changed = [f"{key} was {one[key]!r}, now {other[key]!r}" for key in one if one[key] != other[key]]
+    if changed:
+        raise UserError(
+            f"'{folder}' holds an index of another model or option: {'; '.join(changed)}. Choose another --out."
+        )
