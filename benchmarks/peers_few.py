@@ -99,13 +99,13 @@ class Data:
 
 def recall(towers: Towers, pairs: Pairs) -> tuple[float, float]:
     """R@1 and R@10 in percent, the mean of both directions; equal captions are one candidate."""
-    outcome, rows = HeldOutRanks.empty(pairs), torch.arange(len(pairs.images))
+    outcome, rows = HeldOutRanks(pairs), torch.arange(len(pairs.images))
     block = HeldOutBlock.of(rows, pairs.owners, caption_numbers(pairs))
     with torch.no_grad():
         sides = towers.image(pairs.images), towers.text(pairs.texts[block.texts])
         images, texts = (normalize(side, dim=-1) for side in sides)
         score(outcome, images @ texts.mT, block)
-    r1, r10 = (100 * outcome.recall(k, pairs, rows.numpy()).value for k in (1, 10))
+    r1, r10 = (100 * outcome.recall(k, rows.numpy()).value for k in (1, 10))
     return r1, r10
 
 

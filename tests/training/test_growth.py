@@ -23,7 +23,7 @@ def test_a_few_large_groups_widen_the_interval():
     pairs = pairs_of(200, noise=1.0)
     outcome = choose_heads(pairs, np.arange(200)).outcome
     even, uneven = np.arange(200) // 2, np.minimum(np.arange(200), 100)  # 100 groups of 2; 100 of 1 and one of 100
-    widths = [(found := outcome.recall(1, pairs, groups)).high - found.low for groups in (even, uneven)]
+    widths = [(found := outcome.recall(1, groups)).high - found.low for groups in (even, uneven)]
     assert widths[1] > 1.15 * widths[0]
 
 
@@ -36,7 +36,7 @@ def test_a_rising_curve_is_continued():
     pairs, groups = pairs_of(600, v=100, w=80, noise=3.0), np.arange(600)
     choice, images, found = curves(pairs, groups)
     assert images == [75, 150, 300, 600]
-    assert found[1].measured[-1] == choice.outcome.recall(1, pairs, groups)
+    assert found[1].measured[-1] == choice.outcome.recall(1, groups)
     facts = {str(k): each.to_dict() for k, each in found.items()}
     chart = growth_chart({"pairs": [*images, 1200, 2400, 4800], **facts})
     for curve in found.values():

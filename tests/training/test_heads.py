@@ -11,7 +11,7 @@ from pair_features import class_pairs, pairs_of
 
 
 def held_out(found, pairs):
-    outcome = HeldOutRanks.empty(pairs)
+    outcome = HeldOutRanks(pairs)
     block = HeldOutBlock.of(torch.arange(len(pairs.images)), pairs.owners, caption_numbers(pairs))
     score(outcome, found.similarities(pairs.images.double(), pairs.texts[block.texts].double()), block)
     return outcome
@@ -27,7 +27,7 @@ def test_classes_alone_make_heads_that_find_images():
 def test_wrong_classes_do_no_harm():
     classes, pairs, groups = class_pairs(300), pairs_of(60), np.arange(60)
     choice = choose_heads(pairs, groups, classes._replace(texts=classes.texts.flip(0)))
-    assert choice.outcome.recall(1, pairs, groups).value >= choice.reference.recall(1, pairs, groups).value - 0.02
+    assert choice.outcome.recall(1, groups).value >= choice.reference.recall(1, groups).value - 0.02
     assert choose_heads(pairs_of(20), np.arange(20), classes).class_weight > 0
 
 
@@ -58,8 +58,8 @@ def test_more_noise_needs_more_ridge():
 def test_cross_validated_recall_is_near_that_of_new_images():
     pairs, new = pairs_of(400, noise=1.0), pairs_of(80, noise=1.0, seed=5)
     choice = choose_heads(pairs, np.arange(400))
-    truth = held_out(choice.heads, new).recall(10, new, np.arange(80)).value
-    estimate = choice.outcome.recall(10, pairs, np.arange(400))
+    truth = held_out(choice.heads, new).recall(10, np.arange(80)).value
+    estimate = choice.outcome.recall(10, np.arange(400))
     assert estimate.value == pytest.approx(truth, abs=0.1)  # folds of 80 images, too
     assert estimate.low < estimate.value < estimate.high
 

@@ -18,6 +18,7 @@ from declip.recipe.schema import Recipe
 from declip.runs.checkpoint import list_checkpoints, load_checkpoint
 from declip.runs.folder import read_rows
 from declip.training import assemble as assembly
+from declip.training import pairs
 from declip.training import trainer as trainer_module
 from declip.training.assemble import assemble
 from declip.training.parts import TRY_AGAIN
@@ -122,7 +123,11 @@ def test_a_run_is_not_resumed_with_other_pairs_but_with_repaired_ones(rows, tmp_
     recipe = recipe_for(tmp_path / "pairs.jsonl", "clip", sections, steps=2)
     run = train(recipe, out=tmp_path / "run", quiet=True, report=False).folder
     shuffled = [{**row, "caption": caption} for row, caption in zip(rows, captions[1:] + captions[:1], strict=True)]
-    for others, change in ((shuffled, "sampled keys or captions"), (rows[::-1], "sampled"), (rows[:-1], "24.*23")):
+    for others, change in (
+        (shuffled, "sampled keys or captions"),
+        (rows[::-1], "sampled"),
+        (rows[:-1], "24 .*23"),
+    ):
         write_rows(tmp_path / name, others)
         refuses(f"{change}.*--out", assemble, recipe, run, resume=True, quiet=True)
     write_rows(tmp_path / name, rows)
@@ -233,7 +238,7 @@ def test_evaluations_change_nothing_and_one_that_a_crash_cut_short_is_done_again
     plain = train(Recipe.model_validate(tree), out=tmp_path / "plain", quiet=True, report=False)
     tree["evaluation"]["retrieval"] = [str(table)]
     tree["train"]["evaluate_every"] = 2
-    recipe, evaluate_all, calls = Recipe.model_validate(tree), trainer_module.evaluate_all, itertools.count(1)
+    recipe, evaluate_all, calls = Recipe.model_validate(tree), pairs.evaluate_all, itertools.count(1)
 
     def crash(*given):
         if next(calls) == 4:  # the one after the last step
@@ -241,7 +246,7 @@ def test_evaluations_change_nothing_and_one_that_a_crash_cut_short_is_done_again
         return evaluate_all(*given)
 
     with monkeypatch.context() as broken:
-        broken.setattr(trainer_module, "evaluate_all", crash)
+        broken.setattr(pairs, "evaluate_all", crash)
         with pytest.raises(RuntimeError, match="crash"):
             train(recipe, out=tmp_path / "run", quiet=True, report=False)
     for _ in range(2):

@@ -19,23 +19,15 @@ from declip.models.device import computes_bf16, pick_device
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe
-from declip.runs import checkpoint as checkpoints
 from declip.runs import folder as run_folder
-from declip.runs.checkpoint import Checkpoint
+from declip.runs.checkpoint import Checkpoint, folder_of, load_checkpoint
 from declip.runs.folder import RECIPE, log, read_recipe
 from declip.supervision.objective import Objective, needs_of
 from declip.training import distributed
 from declip.training.distributed import HostGroup
 from declip.training.monitor import auto_workers
 from declip.training.optimizer import build_optimizer, named_trainable
-from declip.training.pairs import (
-    TRAINING,
-    has_captions,
-    open_held_out,
-    open_training_source,
-    refuse_broken,
-    sample_hashes,
-)
+from declip.training.pairs import has_captions, open_training_source, refuse_broken, sample_hashes
 from declip.training.parallel import build_learner
 from declip.training.parts import Parts, restore
 from declip.training.pretrained import apply_pretrained, load_pretrained
@@ -133,7 +125,11 @@ def assemble(
     hosts.on_rank_zero(partial(refuse_broken, source, recipe.data.max_broken_fraction))
     # --- model and objective, random from the seed, then pretrained
     torch.manual_seed(recipe.seed)
-    model = _build_model(resolved, folder, resume).to(device)
+    encoder = resolved.weights.encoder if resolved.weights is not None else None
+    if encoder is None and resume:  # a resumed run reads its text encoder from its own checkpoint
+        encoder = run_folder.kept_encoder(recipe, folder)
+    model = DualEncoder.from_recipe(recipe, encoder).to(device)
+    model.image_tower.refuse_size(recipe.image.model, recipe.image.size)
     objective = Objective(recipe, model).to(device)
     pretrained = apply_pretrained(resolved.weights, recipe, model, objective)
     objective.prepare(source, model)
@@ -147,7 +143,7 @@ def assemble(
     threads = torch.get_num_threads() if device.type == "cpu" else 1
     workers = auto_workers(threads) if recipe.data.workers == "auto" else recipe.data.workers
     loader = build_loader(recipe, source, model, workers)
-    samples = {name: sample_hashes(pairs) for name, pairs in {TRAINING: source, **open_held_out(recipe)}.items()}
+    samples = sample_hashes(recipe, source)
     # --- the run folder, and the checkpoint in it
     parts = Parts(
         recipe, folder, quiet, callbacks, hosts, source, plan_of(recipe), model, objective, pretrained, learner,
@@ -155,16 +151,6 @@ def assemble(
     )  # fmt: skip
     _start_or_continue(parts, resume)
     return parts
-
-
-def _build_model(resolved: Resolved, folder: Path, resume: bool) -> DualEncoder:
-    """Build the model with random weights; a resumed run reads its text encoder from its own checkpoint."""
-    recipe, encoder = resolved.recipe, resolved.weights.encoder if resolved.weights is not None else None
-    if encoder is None and resume:
-        encoder = run_folder.kept_encoder(recipe, folder)
-    model = DualEncoder.from_recipe(recipe, encoder)
-    model.image_tower.refuse_size(recipe.image.model, recipe.image.size)
-    return model
 
 
 def plan_of(recipe: Recipe) -> Plan:
@@ -184,29 +170,22 @@ def build_loader(recipe: Recipe, source: PairSource, model: DualEncoder, workers
         rank=distributed.rank(),
         ranks=distributed.world_size(),
     )
-    return PairLoader(
-        assembler,
-        workers=workers,
-        pin_memory=model.device.type == "cuda",
-        max_broken_fraction=recipe.data.max_broken_fraction,
-    )
+    cuda = model.device.type == "cuda"
+    return PairLoader(assembler, workers=workers, pin_memory=cuda, max_broken_fraction=recipe.data.max_broken_fraction)
 
 
 def _start_or_continue(parts: Parts, resume: bool) -> None:
     """Lock the run folder; restore the checkpoint in it, which rank 0 chooses, or save what the run starts from."""
-    newest: Checkpoint | None = None
+    chosen: list[Checkpoint | None] = []
 
     def choose() -> int | None:
-        nonlocal newest
         parts.lock = run_folder.lock_folder(parts.folder)
-        newest = run_folder.open_folder(parts.recipe, parts.folder, resume)
-        return newest.step if newest is not None else None
+        chosen.append(run_folder.open_folder(parts.recipe, parts.folder, resume))
+        return chosen[0] and chosen[0].step
 
     step = parts.hosts.on_rank_zero(choose)
-    if step is not None and newest is None:
-        newest = checkpoints.load_checkpoint(checkpoints.folder_of(parts.folder, step))
-    if newest is not None:
-        restore(parts, newest)
+    if step is not None:
+        restore(parts, (chosen and chosen[0]) or load_checkpoint(folder_of(parts.folder, step)))
     elif parts.pretrained is not None and distributed.is_rank_zero():
         parts.pretrained.keep(parts.folder, parts.recipe)
     # The loader has not begun.

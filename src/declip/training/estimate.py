@@ -1,4 +1,4 @@
-"""Estimate the time and memory of a run by taking a few of its steps."""
+"""Estimate the time and memory of a run by a few of its steps, or by the features of a few pairs."""
 
 import sys
 import time
@@ -10,20 +10,26 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 
+from declip.data.pair import PairSource
 from declip.evaluation.datasets import open_dataset
 from declip.evaluation.encode import encode_source
 from declip.io.text import duration, plural
+from declip.models.device import pick_device
+from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schema import Recipe
-from declip.training.assemble import assemble, resolve_epochs
+from declip.training import distributed
+from declip.training.assemble import assemble, resolve, resolve_epochs
+from declip.training.distributed import HostGroup
+from declip.training.fit import frozen_model
 from declip.training.pairs import evaluation_tasks, open_training_source
 from declip.training.parts import Parts
 from declip.training.step import StepParts, training_step
 
-TIMED, ENCODED = 2, 32  # steps, after one that does not count, and pairs of each evaluation set
+TIMED, ENCODED = 2, 32  # steps, after one that does not count, and pairs of each set
 
 
 def estimate(recipe: Recipe) -> tuple[Recipe, str]:
-    """Resolve a recipe, and estimate the time and memory of its run by a few steps in a temporary folder."""
+    """Resolve a recipe, and estimate the time and memory of its run."""
     source = open_training_source(recipe)
     recipe = resolve_epochs(recipe, source)
     train, few = recipe.train, min(len(source), 2 * recipe.train.batch_size)
@@ -32,14 +38,9 @@ def estimate(recipe: Recipe) -> tuple[Recipe, str]:
     with TemporaryDirectory() as folder:
         parts = assemble(small, Path(folder) / "run", quiet=True)
         steps = train.steps * fmean(step_seconds(parts, 1, TIMED))
-        # --- evaluations, from a few pairs of each set
-        evaluations, count = 0.0, 1 + (train.steps - 1) // train.evaluate_every if train.evaluate_every else 1
-        for name in evaluation_tasks(recipe, final=False):
-            pairs = open_dataset(name).split("test")
-            places = np.linspace(0, len(pairs) - 1, min(ENCODED, len(pairs))).astype(int)
-            started = time.perf_counter()
-            encode_source(parts.model, pairs, indices=places)
-            evaluations += count * (time.perf_counter() - started) * len(pairs) / len(places)
+        sets = [open_dataset(name).split("test") for name in evaluation_tasks(recipe, final=False)]
+        count = 1 + (train.steps - 1) // train.evaluate_every if train.evaluate_every else 1
+        evaluations = count * sum(_encoding_seconds(parts.model, pairs) for pairs in sets)
         memory = _peak(parts.model.device) / 2**30
     text = (
         f"{plural(train.steps, 'step')} of {train.batch_size:,} pairs at most, about {duration(steps + evaluations)} "
@@ -48,18 +49,35 @@ def estimate(recipe: Recipe) -> tuple[Recipe, str]:
     return parts.recipe.model_copy(update={"data": recipe.data}), text
 
 
+def estimate_fit(recipe: Recipe) -> tuple[Recipe, str]:
+    """Resolve the recipe of heads in closed form, and estimate the time of their features."""
+    device = pick_device(distributed.local_device(recipe.train.device))
+    resolved = resolve(recipe, Path(), False, device, HostGroup())
+    return resolved.recipe, (
+        "Projections in closed form, without steps: about "
+        f"{_encoding_seconds(frozen_model(resolved).to(device), resolved.source):,.0f} s for the features of "
+        f"{plural(len(resolved.source), 'pair')}, less for those in the cache, then about 10 s for cross-validation."
+    )
+
+
+def _encoding_seconds(model: DualEncoder, pairs: PairSource) -> float:
+    places = np.linspace(0, len(pairs) - 1, min(ENCODED, len(pairs))).astype(int)
+    began = time.perf_counter()
+    encode_source(model, pairs, indices=places)
+    return (time.perf_counter() - began) * len(pairs) / len(places)
+
+
 def step_seconds(parts: Parts, warm: int, count: int) -> list[float]:
     """Time steps of a run that is then discarded, loading included, without the first `warm`."""
-    step_parts = StepParts(parts.learner, parts.optimizer, parts.plan, parts.recipe.train)
+    step_parts, seconds = StepParts(parts.learner, parts.optimizer, parts.plan, parts.recipe.train), []
     parts.learner.train()
-    seconds = []
     with parts.loader, parts.lock or nullcontext():
         for _ in range(warm + count):
-            started = time.perf_counter()
+            began = time.perf_counter()
             batch = next(parts.loader)
             sync = parts.hosts.sync_step(0, len(batch), stop=False)
             training_step(step_parts, batch, sync)["loss"].item()  # waits for the device
-            seconds.append(time.perf_counter() - started)
+            seconds.append(time.perf_counter() - began)
     return seconds[warm:]
 
 

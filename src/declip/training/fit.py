@@ -5,7 +5,6 @@ Every caption of every pair is used, on one plain view of its image; cross-valid
 
 import csv
 import json
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -21,10 +20,8 @@ from declip.data.images.thumbnails import thumbnails_of
 from declip.data.pair import PairSource, SkipCounter
 from declip.errors import UserError
 from declip.evaluation.encode import Encoder, encode_source
-from declip.evaluation.protocols import Options, evaluate_all
 from declip.io.atomic import atomic_write, write_text
 from declip.io.pool import usual_workers
-from declip.io.text import plural
 from declip.models.closed_form import START, ClassPairs, Pairs
 from declip.models.device import pick_device
 from declip.models.dual_encoder import DualEncoder
@@ -39,12 +36,11 @@ from declip.training.distributed import HostGroup
 from declip.training.frozen_encoder import FrozenEncoder
 from declip.training.growth import TIMES, growth
 from declip.training.heads import Choice, HeldOutRanks, choose_heads
-from declip.training.monitor import Monitor, monitored
+from declip.training.monitor import monitored
 from declip.training.pairs import (
-    TRAINING,
     caption_warnings,
+    evaluate_tasks,
     evaluation_tasks,
-    open_held_out,
     refuse_broken,
     refuse_many,
     sample_hashes,
@@ -53,14 +49,13 @@ from declip.training.parts import versions
 from declip.training.pretrained import load_tensors
 from declip.training.sinks import RunInfo
 
-RECALL_OF_START, RECALL_WITHOUT_CLASSES = "recall_of_start", "recall_without_classes"  # what the result is compared to
 STEP = 1  # of the checkpoint: fitting is one step
-TIMED = 32  # pairs of an estimate
 SHOWN_WORST = 16  # captions on the page of the run
 MANY = 2_000  # pairs from which on processes read the images
 
 # Finds pairs that must not be held out from each other, see `declip.inspection.split.related_pairs`.
 Related = Callable[[PairSource, bool], tuple[np.ndarray, np.ndarray]]
+Finish = Callable[[Path, Encoder], None]
 
 
 class Features(NamedTuple):
@@ -79,9 +74,7 @@ def closed_form(recipe: Recipe) -> bool:
     return tune.freeze_image_blocks == tune.freeze_text_blocks == "all" and tune.lora is None
 
 
-def fit(
-    recipe: Recipe, folder: Path, resume: bool, quiet: bool, related: Related, finish: Callable[[Path, Encoder], None]
-) -> Run:
+def fit(recipe: Recipe, folder: Path, resume: bool, quiet: bool, related: Related, finish: Finish) -> Run:
     """Fit the projections of frozen towers, evaluate them, write the run folder and call `finish`, all on rank 0."""
     device = pick_device(distributed.local_device(recipe.train.device))
     distributed.join(device)
@@ -92,19 +85,13 @@ def fit(
 
 
 def _fit(
-    resolved: Resolved,
-    device: torch.device,
-    folder: Path,
-    resume: bool,
-    quiet: bool,
-    related: Related,
-    finish: Callable[[Path, Encoder], None],
+    resolved: Resolved, device: torch.device, folder: Path, resume: bool, quiet: bool, related: Related, finish: Finish
 ) -> None:
     recipe, source = resolved.recipe, resolved.source
     # --- all checks, then the run folder
     model = frozen_model(resolved).to(device)
     refuse_broken(source, recipe.data.max_broken_fraction)
-    samples = {name: sample_hashes(pairs) for name, pairs in {TRAINING: source, **open_held_out(recipe)}.items()}
+    samples = sample_hashes(recipe, source)
     run_folder.open_folder(recipe, folder, resume)
     if list_checkpoints(folder) and (folder / "exported").exists():
         log.info("The run in '%s' is finished.", folder)
@@ -115,37 +102,24 @@ def _fit(
         # --- features, heads and the checkpoint
         encoder = FrozenEncoder(model)
         features = compute_features(encoder, source, recipe, related, not quiet)
+        skipped = {**features.skipped.to_dict(), "seen": len(source)}
+        write_text(folder / run_folder.SKIPPED, json.dumps(skipped, indent=1))
         starts = resolved.weights is not None and resolved.weights.projected  # as a CLIP has
         classes = None if starts else class_pairs(resolved, encoder, not quiet)
         if starts:
             features = features._replace(pairs=embeddings(features.pairs, model))
         choice = choose_heads(features.pairs, features.groups, classes, recipe.seed, embedded=starts)
         set_heads(model, choice, starts)
-        extra = {"versions": versions(), "skipped": _skipped(features, source), "samples": samples, "bad_steps": []}
-        weights = prefixed("model", model.state_dict())
+        extra = {"versions": versions(), "skipped": skipped, "samples": samples}
         with CheckpointWriter(folder, recipe.train.keep_checkpoints) as writer:
-            writer.write(Checkpoint(STEP, weights, {}, recipe.to_yaml(), extra))
+            writer.write(Checkpoint(STEP, prefixed("model", model.state_dict()), {}, recipe.to_yaml(), extra))
             monitor.advance(STEP)
             # --- what is known about them
             _write_facts(folder, source, features, choice, classes, recipe.seed)
-            _evaluate(monitor, encoder, recipe, quiet)
+            for result in evaluate_tasks(cast(Encoder, encoder), evaluation_tasks(recipe, final=True), not quiet):
+                monitor.evaluation(STEP, result.to_dict())
         monitor.flush()
         finish(folder, cast(Encoder, encoder))
-
-
-def estimate_fit(recipe: Recipe) -> tuple[Recipe, str]:
-    """Resolve the recipe of heads in closed form, and estimate the time of their features from a few pairs."""
-    device = pick_device(distributed.local_device(recipe.train.device))
-    resolved = resolve(recipe, Path(), False, device, HostGroup())
-    model, source = frozen_model(resolved).to(device), resolved.source
-    places = np.linspace(0, len(source) - 1, min(TIMED, len(source))).astype(int)
-    began = time.perf_counter()
-    encode_source(model, source, indices=places)
-    seconds = (time.perf_counter() - began) * len(source) / len(places)
-    return resolved.recipe, (
-        f"Projections in closed form, without steps: about {seconds:,.0f} s for the features of "
-        f"{plural(len(source), 'pair')}, less for those in the cache, then about 10 s for cross-validation."
-    )
 
 
 def frozen_model(resolved: Resolved) -> DualEncoder:
@@ -212,16 +186,13 @@ def compute_features(
 
 def class_pairs(resolved: Resolved, encoder: FrozenEncoder, shown: bool) -> ClassPairs | None:
     """Return the classes of the start's classifier as pairs, if it has one with names and the recipe uses them."""
-    weights, tune = resolved.weights, resolved.recipe.finetune
-    if weights is None or not tune.class_pairs:
-        return None
-    classes = weights.named_classes()
+    weights, wanted = resolved.weights, resolved.recipe.finetune.class_pairs
+    classes = weights.named_classes() if weights is not None and wanted else None
     if classes is None:
         return None
     texts, owners = classes.texts()
-    features = classes.features
-    if features is None:
-        features = encoder.pool_captions(texts, shown, "Class names")
+    known = classes.features
+    features = encoder.pool_captions(texts, shown, "Class names") if known is None else known
     return ClassPairs(classes.rows, features, owners, classes.mean)
 
 
@@ -229,8 +200,7 @@ def class_pairs(resolved: Resolved, encoder: FrozenEncoder, shown: bool) -> Clas
 def set_heads(model: DualEncoder, choice: Choice, starts: bool = False) -> None:
     """Set both projections and the logit scale; dimensions beyond the number of directions are 0.
 
-    Args:
-        starts: The heads are maps of the space of the model's projections, so they are applied after these.
+    Where the model `starts` with projections, the heads are maps of their space, and are applied after them.
     """
     if choice.form == START:  # they stay as they are
         return
@@ -248,17 +218,7 @@ def set_heads(model: DualEncoder, choice: Choice, starts: bool = False) -> None:
     model.logit_scale.fill_(float(np.log(choice.logit_scale)))
 
 
-def _evaluate(monitor: Monitor, encoder: FrozenEncoder, recipe: Recipe, quiet: bool) -> None:
-    for name, protocols in evaluation_tasks(recipe, final=True).items():
-        for result in evaluate_all(cast(Encoder, encoder), name, protocols, Options(progress=not quiet)):
-            monitor.evaluation(STEP, result.to_dict())
-
-
 # --- the files that the report reads
-
-
-def _skipped(features: Features, source: PairSource) -> dict[str, Any]:
-    return {**features.skipped.to_dict(), "seen": len(source)}
 
 
 def _write_facts(
@@ -266,7 +226,6 @@ def _write_facts(
 ) -> None:
     """Write what was fitted and what cross-validation says about it."""
     pairs, outcome = features.pairs, choice.outcome
-    write_text(folder / run_folder.SKIPPED, json.dumps(_skipped(features, source), indent=1))
     facts = {"name": source.name, "pairs": len(source), "credit": source.credit}
     worst = [] if outcome is None else _write_ranks(folder, source, features, outcome)
     write_text(folder / run_folder.EXAMPLES, json.dumps({"source": facts, "losses": {}, "views": [], "worst": worst}))
@@ -281,7 +240,7 @@ def _write_facts(
     compared = "recall_of_start" if classes is None else "recall_without_classes"
     for name, each in (("recall", outcome), (compared, choice.reference)):
         if each is not None:
-            fitted[name] = {str(k): each.recall(k, pairs, features.groups)._asdict() for k in (1, 10)}
+            fitted[name] = {str(k): each.recall(k, features.groups)._asdict() for k in (1, 10)}
     if outcome is not None:
         fitted["candidates"] = round(float(outcome.images.double().mean()))
         images, curves = growth(choice, len(pairs.images), seed)
@@ -295,15 +254,14 @@ def _write_ranks(folder: Path, source: PairSource, features: Features, outcome: 
     """Write the out-of-fold rank of each caption, the worst first: 0 is best, 1 worst; return the worst with images."""
     order = outcome.fit.argsort(descending=True, stable=True).tolist()
     rows = [(source.key(int(features.indices[row])), features.captions[row], float(outcome.fit[row])) for row in order]
-    with (
-        atomic_write(folder / run_folder.OUT_OF_FOLD) as temporary,
-        temporary.open("w", newline="", encoding="utf-8") as file,
-    ):
+    path = folder / run_folder.OUT_OF_FOLD
+    with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(["key", "caption", "rank"])
         table.writerows((key, caption, f"{rank:.4f}") for key, caption, rank in rows)
-    worst, image_of = [], thumbnails_of(source)
-    for row, (key, caption, rank) in zip(order[:SHOWN_WORST], rows, strict=False):
-        image = image_of(int(features.indices[row]))
-        worst.append({"key": key, "caption": caption, "rank": rank, "image": image and image._asdict()})
-    return worst
+    image_of = thumbnails_of(source)
+    images = (image_of(int(features.indices[row])) for row in order[:SHOWN_WORST])
+    return [
+        {"key": key, "caption": caption, "rank": rank, "image": image and image._asdict()}
+        for image, (key, caption, rank) in zip(images, rows, strict=False)
+    ]

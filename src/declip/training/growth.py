@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from scipy.special import expit, logit
 
-from declip.models.closed_form import START, Form, Pairs
+from declip.models.closed_form import START, Form
 from declip.training.heads import Choice, HeldOutRanks, Recall, effective_groups, jackknife
 
 PARTS = (1 / 8, 1 / 4, 1 / 2, 1.0)
@@ -35,21 +35,18 @@ class Growth(NamedTuple):
 
 
 def growth(choice: Choice, count: int, seed: int = 0) -> tuple[list[int], dict[int, Growth]]:
-    """Numbers of images in the parts, and the curves of R@1 and R@10, for the form and the class weight of heads.
+    """Numbers of images in the parts, and the curves of R@1 and R@10, for a choice made for `count` images.
 
     Both are empty if there are too few different pairs.
-
-    Args:
-        count: Of the images that the choice was made for.
     """
     validation = choice.validation
     if validation is None:
         return [], {}
     groups = validation.groups
     names, members, sizes = np.unique(groups, return_inverse=True, return_counts=True)
-    order = np.random.default_rng(seed).permutation(len(names))
     if effective_groups(sizes) < FEWEST:
         return [], {}
+    order = np.random.default_rng(seed).permutation(len(names))
     place = np.empty(len(names))
     place[order] = (sizes[order].cumsum() - sizes[order] / 2) / sizes.sum()  # the share of images before its middle
     method, ridge = choice.form
@@ -61,15 +58,14 @@ def growth(choice: Choice, count: int, seed: int = 0) -> tuple[list[int], dict[i
             tried = [choice.outcome]
         else:
             tried = validation.ranks(forms if part < 1 else forms[:1], fitted)
-        outcomes.append(max(tried, key=lambda outcome: float(outcome.scores(validation.pairs.owners).mean())))
+        outcomes.append(max(tried, key=lambda outcome: float(outcome.scores().mean())))
         images.append(int(fitted.sum()) * count // len(groups))
-    return images, {k: _continued(k, images, outcomes, validation.pairs, groups) for k in (1, 10)}
+    return images, {k: _continued(k, images, outcomes, groups) for k in (1, 10)}
 
 
-def _continued(k: int, images: list[int], outcomes: list[HeldOutRanks], pairs: Pairs, groups: np.ndarray) -> Growth:
-    """Continue the curve of R@k."""
-    measured = [outcome.recall(k, pairs, groups) for outcome in outcomes]
-    curves, counts = zip(*(outcome.by_group(k, pairs, groups) for outcome in outcomes), strict=True)
+def _continued(k: int, images: list[int], outcomes: list[HeldOutRanks], groups: np.ndarray) -> Growth:
+    measured = [outcome.recall(k, groups) for outcome in outcomes]
+    curves, counts = zip(*(outcome.by_group(k, groups) for outcome in outcomes), strict=True)
     found, count = np.stack(curves), counts[0]  # (parts, g, 2) hits, (g, 2) candidates for one
     if measured[-1].value > FULL:
         return Growth(measured, [], "it cannot rise much further")

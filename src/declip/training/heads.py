@@ -1,6 +1,5 @@
 """Projections of frozen towers in closed form, chosen by cross-validation: no steps, no validation set needed."""
 
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -29,27 +28,24 @@ FORMS = (
     *(Form("ridge", ridge) for ridge in (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)),
     *(Form("cca", ridge) for ridge in (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)),
 )
+# Candidates where the features are embeddings of a model that has projections
 START_FORMS = (
     START,
     *(Form("pulled", ridge) for ridge in (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)),
     *(Form("cca", ridge) for ridge in (0.3, 1.0, 3.0)),
 )
-"""Candidates where the features are embeddings of a model that has projections."""
-
-CLASS_WEIGHTS = (1.0, 0.25, 0.0)
-"""Candidates for the weight of a class, where an own image has 1; the first where pairs are too few to choose."""
-
+CLASS_WEIGHTS = (1.0, 0.25, 0.0)  # of a class, where an own image has 1; the first where pairs are too few to choose
 SCALES = (5.0, 10.0, 15.0, 20.0, 30.0, 50.0, 100.0)  # candidates for the logit scale
 DEFAULT_SCALE = 20.0
 TIE = 1e-9  # gains that differ by less are equal: the usual heads, or else the larger weight of the classes, are kept
+# Standard errors that the gain of a candidate must exceed. A start that was trained on pairs is changed with more
+# caution: with 1.0 it lost up to 11 points (31 to 124 pairs of builtin:clipart and stamps, from a model of icons).
 CAUTION, START_CAUTION = 1.0, 2.0
-"""Standard errors that the gain of a candidate must exceed. A start that was trained on pairs is changed with more
-caution: with 1.0 it lost up to 11 points (31 to 124 pairs of builtin:clipart and stamps, from a model of icons)."""
 FOLDS, FEWEST = 5, 20  # folds, and groups of pairs from which on there is a choice
 MOST = 5_000  # images that the choice is made on: the heads are of all, and so are their out-of-fold ranks
+# Factor of an interval's width. Images of a fold compete with each other, and folds share pairs that are fitted, so
+# their errors are not independent (arXiv 2104.00673). Chosen with 80 intervals on four built-in sets.
 WIDER = 1.3
-"""Factor of an interval's width. Images of a fold compete with each other, and folds share pairs that are fitted, so
-their errors are not independent (arXiv 2104.00673). Chosen with 80 intervals on four built-in sets."""
 BLOCK = 1_000  # images that compete, so that the time grows with the number of images, not its square
 DIRECTIONS = 512  # largest directions of the image features that cross-validation keeps: a tenth of 1,280's time
 
@@ -62,43 +58,36 @@ class Recall(NamedTuple):
     high: float
 
 
-@dataclass
 class HeldOutRanks:
-    """What a candidate makes of the pairs, each by heads that have not seen its fold."""
+    """What a candidate makes of the pairs, each by heads that have not seen its fold; filled block by block."""
 
-    to_text: Tensor  # (n,) rank of an image's best caption among those of its block, from 0
-    to_image: Tensor  # (m,) rank of a caption's best image
-    images: Tensor  # (n,) number of images in the block
-    fit: Tensor  # (m,) mean rank of a caption for its image and of the image for it, 0 best, 1 worst
-    losses: Tensor  # (n, scales) cross-entropy of an image with its captions, for each of `SCALES`
+    def __init__(self, pairs: Pairs) -> None:
+        n, m, self.owners = len(pairs.images), len(pairs.texts), pairs.owners
+        self.to_text = torch.zeros(n, dtype=torch.int64)  # rank of an image's best caption in its block, from 0
+        self.to_image = torch.zeros(m, dtype=torch.int64)  # rank of a caption's best image
+        self.images = torch.zeros(n, dtype=torch.int64)  # number of images in the block
+        self.fit = torch.full((m,), torch.nan)  # mean rank of caption and image for each other, 0 best, 1 worst
+        self.losses = torch.zeros(n, len(SCALES), dtype=torch.float64)  # cross-entropy of an image with its captions
 
-    @classmethod
-    def empty(cls, pairs: Pairs) -> "HeldOutRanks":
-        """Ranks before the first block."""
-        n, m = len(pairs.images), len(pairs.texts)
-        to_text, to_image, images = (torch.zeros(size, dtype=torch.int64) for size in (n, m, n))
-        losses = torch.zeros(n, len(SCALES), dtype=torch.float64)
-        return cls(to_text, to_image, images, torch.full((m,), torch.nan), losses)
-
-    def scores(self, owners: Tensor) -> Tensor:
+    def scores(self) -> Tensor:
         """(n,) mean over both directions of the reciprocal rank and of a hit among the first ten, for each image.
 
         The reciprocal rank alone is smoother than R@1 where there are a dozen images, but blind to R@10.
         """
         to_text, to_image = ((1 / (1 + ranks.double()) + (ranks < 10)) / 2 for ranks in (self.to_text, self.to_image))
-        counts = torch.bincount(owners, minlength=len(to_text))
-        return (to_text + torch.zeros(len(counts)).double().index_add(0, owners, to_image) / counts) / 2
+        counts = torch.bincount(self.owners, minlength=len(to_text))
+        return (to_text + torch.zeros(len(counts)).double().index_add(0, self.owners, to_image) / counts) / 2
 
-    def by_group(self, k: int, pairs: Pairs, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def by_group(self, k: int, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(groups, 2) hits among the first k, and candidates for a hit, of images and of captions."""
         members = np.unique(groups, return_inverse=True)[1]
-        sides = ((members, self.to_text), (members[pairs.owners.numpy()], self.to_image))
+        sides = ((members, self.to_text), (members[self.owners.numpy()], self.to_image))
         found = [np.bincount(of, (ranks < k).double().numpy()) for of, ranks in sides]
         return np.stack(found, axis=1), np.stack([np.bincount(of) for of, _ in sides], axis=1)
 
-    def recall(self, k: int, pairs: Pairs, groups: np.ndarray) -> Recall:
+    def recall(self, k: int, groups: np.ndarray) -> Recall:
         """Recall at k, with its interval."""
-        found, counts = self.by_group(k, pairs, groups)
+        found, counts = self.by_group(k, groups)
         value = float((found.sum(axis=0) / counts.sum(axis=0)).mean())
         # Two groups that are found and two that are not, of mean size, as Agresti and Coull add to a proportion: if all
         # groups are found, the interval would have no width otherwise.
@@ -155,15 +144,11 @@ def choose_heads(
     # --- all candidates
     folds = torch.from_numpy(assign_folds(groups, FOLDS, seed))
     some, chosen = subset(pairs, seed)
-    validations = {
-        weight: CrossValidation(some, groups[chosen.numpy()], folds[chosen], classes, weight, embedded)
-        for weight in weights
-    }
-    tried = {
-        (form, weight): outcome
-        for weight, validation in validations.items()
-        for form, outcome in zip(forms, validation.ranks(forms), strict=True)
-    }
+    validations, tried = dict[float, CrossValidation](), dict[tuple[Form, float], HeldOutRanks]()
+    for weight in weights:
+        own_groups = groups[chosen.numpy()]
+        validations[weight] = CrossValidation(some, own_groups, folds[chosen], classes, weight, embedded)
+        tried |= {(form, weight): found for form, found in zip(forms, validations[weight].ranks(forms), strict=True)}
 
     def outcome(form: Form, weight: float) -> HeldOutRanks:
         if some is pairs:
@@ -171,26 +156,26 @@ def choose_heads(
         return CrossValidation(pairs, groups, folds, classes, weight, embedded).ranks((form,))[0]
 
     # --- the best, on all pairs
-    form, weight = _best(tried, (usual, weights[0]), some)
+    form, weight = _best(tried, (usual, weights[0]))
     (heads,) = fit_heads(pairs, classes, weight, (form,))
     best, reference = outcome(form, weight), outcome(START, 0.0) if embedded else None
     if classes is not None:
         alone = {key: each for key, each in tried.items() if key[1] == 0}
-        reference = outcome(*_best(alone, (usual, 0.0), some))
+        reference = outcome(*_best(alone, (usual, 0.0)))
     scale = SCALES[int(best.losses.sum(dim=0).argmin())]
     return Choice(heads, form, weight, scale, best, reference, validations[weight])
 
 
-def _best(tried: dict[tuple[Form, float], HeldOutRanks], usual: tuple[Form, float], pairs: Pairs) -> tuple[Form, float]:
+def _best(tried: dict[tuple[Form, float], HeldOutRanks], usual: tuple[Form, float]) -> tuple[Form, float]:
     """The candidate whose gain in the mean score over the usual one, less `CAUTION` standard errors, is largest.
 
     A dozen images cannot tell the candidates apart: the best of 39 would be one by chance. With 31 to 124 pairs this
     chose heads that were up to 7 points better on other pairs (builtin:stamps and stamps-photos, mean of R@1 and R@10).
     """
-    ranks = {key: outcome.scores(pairs.owners) for key, outcome in tried.items()}
     best, largest, caution = usual, 0.0, START_CAUTION if usual[0] == START else CAUTION
-    for key, each in ranks.items():
-        gains = each - ranks[usual]  # (n,)
+    compared = tried[usual].scores()
+    for key, each in tried.items():
+        gains = each.scores() - compared  # (n,)
         gain = float(gains.mean() - caution * gains.std() / len(gains) ** 0.5)
         if gain > largest + TIE:
             best, largest = key, gain
@@ -212,21 +197,15 @@ class CrossValidation:
         class_weight: float,
         one_space: bool = False,
     ) -> None:
-        """Center the features.
-
-        Args:
-            groups: (n,), see `choose_heads`; the folds (n,) keep them together.
-            one_space: The axes of images and texts are the same and must stay so.
-        """
+        # The folds (n,) keep groups (n,) together; in one space the axes of images and texts must stay the same.
         self.pairs, self.groups, self.folds = pairs, groups, folds
         n, m = len(pairs.images), len(pairs.texts)
         rows = regression_rows(pairs, classes, class_weight)
         weights = rows.weights.float()
         x = CenteredFeatures.of(rows.images.float(), rows.weights, rows.mean).rows  # (r, v), the first m of own images
         y = CenteredFeatures.of(rows.texts.float(), rows.weights).rows  # (r, w)
-        self._widths = (x.shape[1], y.shape[1])
+        self._widths = (x.shape[1] if one_space else min(x.shape[1], DIRECTIONS), y.shape[1])
         if not one_space:
-            self._widths = (min(x.shape[1], DIRECTIONS), y.shape[1])
             x, y = (_largest_directions(side, weights, width) for side, width in zip((x, y), self._widths, strict=True))
         self._weights = weights[:m]
         self._classes = Moments.of(x[m:], y[m:], weights[m:])
@@ -242,7 +221,7 @@ class CrossValidation:
         Args:
             fitted: (n,) bool, the images that heads are fitted to; all are found. None: all.
         """
-        outcomes = [HeldOutRanks.empty(self.pairs) for _ in forms]
+        outcomes = [HeldOutRanks(self.pairs) for _ in forms]
         usable = torch.ones(len(self.folds), dtype=torch.bool) if fitted is None else fitted
 
         def leave_out(fold: int) -> None:
@@ -258,7 +237,14 @@ class CrossValidation:
                     sides = pairs.images[part] @ x_axes, pairs.texts[block.texts] @ y_axes
                     score(outcome, Heads(*heads).similarities(*sides), block)
 
-        _in_threads(leave_out, self.folds.unique().tolist())
+        # As many folds at a time as torch has threads: small matrices gain nothing from several.
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            with ThreadPoolExecutor(threads) as pool:
+                list(pool.map(leave_out, self.folds.unique().tolist()))
+        finally:
+            torch.set_num_threads(threads)
         return outcomes
 
 
@@ -269,17 +255,6 @@ def _largest_directions(rows: Tensor, weights: Tensor, count: int) -> Tensor:
     if rows.shape[1] > count:
         rows = rows @ torch.linalg.eigh((rows * weights[:, None]).mT @ rows).eigenvectors[:, -count:]
     return rows
-
-
-def _in_threads(task: Callable[[int], None], values: list[int]) -> None:
-    """Run a task for each value, as many at a time as torch has threads: small matrices gain nothing from several."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(task, values))
-    finally:
-        torch.set_num_threads(threads)
 
 
 class HeldOutBlock(NamedTuple):
@@ -293,12 +268,7 @@ class HeldOutBlock(NamedTuple):
 
     @classmethod
     def of(cls, images: Tensor, owners: Tensor, numbers: Tensor) -> "HeldOutBlock":
-        """Images (b,), rising, with their captions.
-
-        Args:
-            owners: (m,), of all captions.
-            numbers: (m,), see `caption_numbers`.
-        """
+        """Images (b,), rising, with their captions; `owners` and `numbers` (see `caption_numbers`) (m,) are of all."""
         captions = torch.isin(owners, images).nonzero().flatten()
         distinct, columns = numbers[captions].unique(return_inverse=True)
         texts = torch.empty(len(distinct), dtype=torch.int64)

@@ -103,7 +103,7 @@ class NonFiniteGuard:
 
 
 class LossMonitor:
-    """Finds a problem in the logged losses of a run and warns of it once; `watched` is `Objective.watched`."""
+    """Warns once of a loss, `Objective.watched`, that stays at chance level or diverges."""
 
     def __init__(self, batch_size: int, warmup_steps: int, watched: str | None) -> None:
         self.watched, self.batch_size, self.warmup_steps = watched, batch_size, warmup_steps
@@ -111,27 +111,25 @@ class LossMonitor:
 
     def check(self, step: int, losses: Mapping[str, float]) -> str | None:
         """Return the warning that is due after a number of steps, if any."""
-        loss = losses.get(self.watched or "")
+        name, loss = self.watched, losses.get(self.watched or "")
         if loss is None or not math.isfinite(loss):  # `NonFiniteGuard` handles those that are not finite
             return None
         # Pretrained weights may begin far above chance: only a rise above the lowest loss so far counts.
         self._lowest = min(self._lowest, loss)
-        warning = None
-        if step >= FLAT_AFTER and abs(loss - self.chance) < 0.02:
-            warning = (
-                f"After {step} steps the {self.watched} loss is still at chance level, ln({self.batch_size}) = "
+        flat = step >= FLAT_AFTER and abs(loss - self.chance) < 0.02
+        if not flat and (step <= self.warmup_steps or loss <= max(self.chance, self._lowest) + 1):
+            return None
+        self.watched = None  # no second warning
+        if flat:
+            return (
+                f"After {step} steps the {name} loss is still at chance level, ln({self.batch_size}) = "
                 f"{self.chance:.2f}. Usual causes: too high a learning rate, captions that do not belong to the "
                 "images, or one caption for all. Try a tenth of train.lr, and declip data inspect."
             )
-        elif step > self.warmup_steps and loss > max(self.chance, self._lowest) + 1:
-            warning = (
-                f"At step {step} the {self.watched} loss is {loss:.2f}, after {self._lowest:.2f}; chance level is "
-                f"{self.chance:.2f}: the run diverges. Usual cause: too high a learning rate. Try half of "
-                "train.lr, a longer train.warmup_steps, or train.grad_clip_norm=1.0."
-            )
-        if warning is not None:
-            self.watched = None  # no second warning
-        return warning
+        return (
+            f"At step {step} the {name} loss is {loss:.2f}, after {self._lowest:.2f}: the run diverges. Usual cause: "
+            "too high a learning rate. Try half of train.lr, a longer train.warmup_steps, or train.grad_clip_norm=1.0."
+        )
 
 
 class ThroughputMonitor:

@@ -1,6 +1,7 @@
 """The pairs of a run: training pairs and held-out sets are opened, and a sample is checked before the first step."""
 
 import hashlib
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 
 import numpy as np
@@ -14,6 +15,9 @@ from declip.data.text.augment import in_other_script
 from declip.data.text.tokenizer import CaptionTokenizer
 from declip.errors import UserError
 from declip.evaluation.datasets import open_dataset, with_classes
+from declip.evaluation.encode import Encoder
+from declip.evaluation.protocols import Options, evaluate_all
+from declip.evaluation.results import Result
 from declip.io.text import percent
 from declip.recipe.schema import Recipe
 
@@ -26,12 +30,9 @@ UNKNOWN, CUT = 0.1, 0.05  # fractions of unknown tokens, and of captions that ar
 def open_training_source(recipe: Recipe) -> PairSource:
     """Open the training pairs, of a source with splits those of "train", limited to `data.max_pairs` by the seed."""
     data = recipe.data
-    columns = Columns.of(data)
-    source: PairSource
-    if isinstance(data.source, str):
-        source = training_part(open_source(data.source, columns))
-    else:
-        source = Joined([training_part(open_source(name, columns)) for name in data.source])
+    names = [data.source] if isinstance(data.source, str) else data.source
+    parts = [training_part(open_source(name, Columns.of(data))) for name in names]
+    source = parts[0] if isinstance(data.source, str) else Joined(parts)
     if data.columns.get("group") is not None and source.group_column is None:
         raise UserError(f"data.columns.group names a column of a table, which '{source.name}' is not. Leave it out.")
     return source if data.max_pairs is None else take(source, data.max_pairs, recipe.seed)
@@ -56,8 +57,18 @@ def refuse_many(broken: SkipCounter, source: PairSource, allowed: float) -> None
         raise broken.refusal(len(source), allowed, source.name)
 
 
-def sample_hashes(source: PairSource) -> list[str]:
-    """Hash the number of pairs, and the key and captions of some; empty for a pair that is broken or not at hand."""
+def sample_hashes(recipe: Recipe, source: PairSource) -> dict[str, list[str]]:
+    """Open every held-out set, to find an unusable one before training, and hash it and the training pairs."""
+    sets = {TRAINING: source}
+    for name, protocols in evaluation_tasks(recipe, final=True).items():
+        sets[name] = open_dataset(name).split("test")
+        if "zero-shot" in protocols:
+            with_classes(sets[name])
+    return {name: _hashes(pairs) for name, pairs in sets.items()}
+
+
+def _hashes(source: PairSource) -> list[str]:
+    """Number of pairs, and hashes of key and captions of some; empty for a pair that is broken or not at hand."""
     hashes = [str(len(source))]
     for index in [] if source.remote else _sample(source):
         found = ""
@@ -70,21 +81,23 @@ def sample_hashes(source: PairSource) -> list[str]:
 
 def unaugmented(source: PairSource, plan: Plan) -> str | None:
     """Return a warning where text views are augmented, but most captions are in a script that this leaves alone."""
-    if plan.texts == 1 or plan.text.second_view == "same" or source.remote:
+    if plan.texts == 1 or plan.text.second_view == "same":
         return None
-    others = list[bool]()
-    for index in _sample(source):
-        with suppress(BrokenPair):
-            others += map(in_other_script, source.captions(index))
-    message = (
-        f"{sum(others)} of {len(others)} captions are not in Latin script: English augmentation does not change them."
-    )
-    return message if 2 * sum(others) > len(others) else None
+    others = [*map(in_other_script, _some_captions(source))]
+    if 2 * sum(others) <= len(others):
+        return None
+    return f"{sum(others)} of {len(others)} captions are not in Latin script: augmentation does not change them."
 
 
 def _sample(source: PairSource, size: int = SAMPLE) -> list[int]:
     places: list[int] = np.linspace(0, len(source) - 1, min(size, len(source))).astype(int).tolist()
     return places
+
+
+def _some_captions(source: PairSource, size: int = SAMPLE) -> Iterator[str]:
+    for index in [] if source.remote else _sample(source, size):
+        with suppress(BrokenPair):
+            yield from source.captions(index)
 
 
 def evaluation_tasks(recipe: Recipe, final: bool) -> dict[str, list[str]]:
@@ -98,6 +111,12 @@ def evaluation_tasks(recipe: Recipe, final: bool) -> dict[str, list[str]]:
             if protocol not in tasks.setdefault(name, []):
                 tasks[name].append(protocol)
     return tasks
+
+
+def evaluate_tasks(model: Encoder, tasks: Mapping[str, list[str]], progress: bool) -> Iterator[Result]:
+    """Evaluate a model on datasets by their protocols, see `evaluation_tasks`."""
+    for name, protocols in tasks.items():
+        yield from evaluate_all(model, name, protocols, Options(progress=progress))
 
 
 def has_captions(source: PairSource) -> bool:
@@ -118,40 +137,21 @@ def tasks_to_keep(recipe: Recipe) -> dict[str, list[str]]:
     return {name: ["retrieval" if has_captions(source) else "zero-shot"] for name, source in sets.items()}
 
 
-def open_held_out(recipe: Recipe) -> dict[str, PairSource]:
-    """Open the test split of every dataset that the recipe evaluates on, to find an unusable one before training."""
-    sets = {}
-    for name, protocols in evaluation_tasks(recipe, final=True).items():
-        sets[name] = open_dataset(name).split("test")
-        if "zero-shot" in protocols:
-            with_classes(sets[name])
-    return sets
-
-
 def caption_warnings(source: PairSource, tokenizer: CaptionTokenizer) -> list[str]:
     """Look at the tokens of some captions, evenly spaced in the source; remote sources are not read."""
-    if source.remote:
-        return []
-    unknown, tokens, cut, captions = 0, 0, 0, 0
-    unknown_id = _unknown_id(tokenizer)
-    for index in _sample(source, 512):
-        with suppress(BrokenPair):
-            for caption in source.captions(index):
-                ids = [*tokenizer.word_ids(caption)]
-                unknown += ids.count(unknown_id)
-                tokens += len(ids)
-                cut += len(ids) + 2 > tokenizer.context  # start and end
-                captions += 1
+    texts, unknown_id = [[*tokenizer.word_ids(text)] for text in _some_captions(source, 512)], _unknown_id(tokenizer)
+    unknown = sum(ids.count(unknown_id) for ids in texts) / max(1, sum(map(len, texts)))
+    cut = sum(len(ids) + 2 > tokenizer.context for ids in texts) / max(1, len(texts))  # with start and end
     warnings = []
-    if tokens and unknown / tokens > UNKNOWN:
+    if unknown > UNKNOWN:
         warnings.append(
-            f"{percent(unknown / tokens)} of the captions' tokens are unknown to the text tower: it cannot tell these "
-            "words apart. Write captions in its language, or give weights of a multilingual text tower with --from."
+            f"{percent(unknown)} of the captions' tokens are unknown to the text tower: it cannot tell these words "
+            "apart. Write captions in its language, or give weights of a multilingual text tower with --from."
         )
-    if captions and cut / captions > CUT:
+    if cut > CUT:
         warnings.append(
-            f"{percent(cut / captions)} of the captions are longer than {tokenizer.context} tokens "
-            "(text.context_length); what follows is not read. Write what matters first."
+            f"{percent(cut)} of the captions are longer than {tokenizer.context} tokens (text.context_length); what "
+            "follows is not read. Write what matters first."
         )
     return warnings
 

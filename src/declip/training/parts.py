@@ -56,11 +56,8 @@ class StopRequest:
         """Catch the signals `STOPS`; after the first one, Ctrl-C ends the process at once.
 
         Further SIGTERM and SIGUSR1 are ignored: a scheduler signals all processes of a job, and torchrun forwards them
-        too. Only the main thread can catch signals; in another thread this does nothing.
+        too.
         """
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
 
         def catch(number: int, frame: FrameType | None) -> None:
             if self.signal:
@@ -69,7 +66,8 @@ class StopRequest:
             log.info("Stopping after this step and saving; Ctrl-C from now on stops at once, without saving.")
             signal.signal(signal.SIGINT, earlier[signal.SIGINT])
 
-        earlier: dict[int, Any] = {number: signal.signal(number, catch) for number in STOPS}
+        can_catch = threading.current_thread() is threading.main_thread()
+        earlier: dict[int, Any] = {number: signal.signal(number, catch) for number in (STOPS if can_catch else ())}
         try:
             yield
         finally:
@@ -79,10 +77,7 @@ class StopRequest:
 
 @dataclass
 class BestEvaluation:
-    """The best evaluation of a run, which ends after `train.patience` others that were not better.
-
-    R@1 decides, and the loss where it is equal: on few pairs the loss is lowest long before retrieval is best.
-    """
+    """The best evaluation of a run, which ends after `train.patience` others that were not better."""
 
     step: int = -1  # steps done before it; 0 for the pretrained weights
     score: float = -1.0
@@ -92,14 +87,13 @@ class BestEvaluation:
     def update(self, step: int, results: Sequence[Result], evaluation: Evaluation) -> bool:
         """Record an evaluation; return whether it is the best so far.
 
-        Its score is the mean R@1 of both directions on the recipe's retrieval sets or, without one, the mean top-1.
+        Its score is the mean R@1 of both directions on the recipe's retrieval sets or, without one, the mean top-1. The
+        loss decides where it is equal: on few pairs it is lowest long before retrieval is best.
         """
         found = [r for r in results if isinstance(r, RetrievalResult) and r.dataset in evaluation.retrieval]
         classified = [r for r in results if isinstance(r, ZeroShotResult) and r.dataset in evaluation.zero_shot]
-        score, loss = (
-            fmean(r.headline.value for r in found or classified),
-            fmean([r.loss or 0.0 for r in found] or [0.0]),
-        )
+        score = fmean(r.headline.value for r in found or classified)
+        loss = fmean([r.loss or 0.0 for r in found] or [0.0])
         if better := (score, -loss) > (self.score, -self.loss):
             self.step, self.score, self.loss, self.stale = step, score, loss, 0
         else:
@@ -158,28 +152,20 @@ def versions() -> dict[str, str]:
 
 
 def collect(parts: Parts) -> Checkpoint | None:
-    """Collect the state that the next step depends on: a collective of all ranks, of which rank 0 gets the result.
-
-    Generators of all ranks are stored by rank: "random.0.cpu" and so on.
-    """
+    """Collect the state that the next step depends on: a collective of all ranks, of which rank 0 gets the result."""
     progress, rank_zero = parts.progress, distributed.is_rank_zero()
     generators = parts.hosts.gather_objects(random_states(parts.model.device))
     if not (rank_zero or parts.sharded):
         return None
-    state = dict(unwrap(parts.learner).state_dict())  # "model.…" and "objective.…"
-    weights = {name: state.pop(name) for name in list(state) if name.startswith("model.")}
-    training = state | prefixed("optimizer", moments(parts.optimizer))
-    if parts.sharded:
-        weights = {name: full_tensor(tensor) for name, tensor in weights.items()}
-        training = {name: full_tensor(tensor) for name, tensor in training.items()}
-    for rank, states in enumerate(generators):
+    state = unwrap(parts.learner).state_dict()  # "model.…" and "objective.…"
+    training = {name: full_tensor(t) for name, t in (state | prefixed("optimizer", moments(parts.optimizer))).items()}
+    weights = {name: training.pop(name) for name in list(training) if name.startswith("model.")}
+    for rank, states in enumerate(generators):  # "random.0.cpu" and so on
         training |= prefixed(f"random.{rank}", states)
-    extra: dict[str, Any] = {
-        "versions": versions(),
-        "skipped": {**progress.skipped.to_dict(), "seen": progress.step * parts.recipe.train.batch_size},
-        "samples": dict(parts.samples),
-        **({} if progress.best is None else {"best": asdict(progress.best)}),
-    }
+    skipped = {**progress.skipped.to_dict(), "seen": progress.step * parts.recipe.train.batch_size}
+    extra: dict[str, Any] = {"versions": versions(), "skipped": skipped, "samples": dict(parts.samples)}
+    if progress.best is not None:
+        extra["best"] = asdict(progress.best)
     return Checkpoint(progress.step, weights, training, parts.recipe.to_yaml(), extra) if rank_zero else None
 
 
@@ -218,10 +204,8 @@ def _refuse_other_pairs(parts: Parts, before: Mapping[str, list[str]]) -> None:
         then, pairs = before.get(name, now), f"{name} '{parts.source.name}'" if name == TRAINING else f"set '{name}'"
         # A broken pair, empty here, may be repaired.
         differ = sum(a != b for a, b in zip(then[1:], now[1:], strict=False) if a and b)
-        change = f"{differ} of {len(now) - 1} sampled keys or captions differ" if differ else ""
-        if then[0] != now[0]:
-            change = f"{int(then[0]):,} pairs then, {int(now[0]):,} now"
-        if change:
+        if differ or then[0] != now[0]:
+            change = f"{differ} of {len(now) - 1} sampled keys or captions differ; {then[0]} pairs then, {now[0]} now"
             raise UserError(
                 f"The {pairs} changed since '{parts.folder}' stopped: {change}. Restore them, or choose another --out."
             )

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from declip.data.batch import PairBatch
 from declip.errors import UserError
-from declip.evaluation.protocols import Options, evaluate_all
 from declip.evaluation.results import Result
 from declip.interchange.read import load
 from declip.io.pool import naming_lost_workers
@@ -31,12 +30,10 @@ from declip.training.distributed import StepSync
 from declip.training.examples import write_examples
 from declip.training.monitor import LossMonitor, Monitor, NonFiniteGuard, ThroughputMonitor, monitored
 from declip.training.optimizer import group_lr, learning_rate
-from declip.training.pairs import evaluation_tasks, unaugmented
+from declip.training.pairs import evaluate_tasks, evaluation_tasks, unaugmented
 from declip.training.parts import TRY_AGAIN, BestEvaluation, Parts, StopRequest, collect, load_weights
 from declip.training.sinks import RunInfo
 from declip.training.step import StepParts, training_step
-
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # parameters of glibc's mallopt
 
 warn_once = cache(log.warning)
 
@@ -92,9 +89,18 @@ class Trainer:
 
     def _prepare(self, monitor: Monitor) -> None:
         """Do what precedes the next step: messages, and evaluation of the starting weights."""
-        parts = self.parts
-        self._introduce()
-        if self.progress.step == 0 and parts.pretrained is not None and parts.pretrained.whole:
+        parts, step = self.parts, self.progress.step
+        trained = sum(p.numel() for group in parts.optimizer.param_groups for p in group["params"]) / 1e6
+        weights = ", ".join(f"{weight:g} {name}" for name, weight in parts.objective.weights.items())
+        log.info(
+            f"{f'Resuming at step {step}' if step else 'Starting'}: {len(parts.source):,} pairs of "
+            f"{parts.source.name}; {trained:,.2f} M trainable parameters; {weights}; {parts.model.device}, "
+            f"{parts.recipe.train.precision}, {torch.get_num_threads()} threads"
+        )
+        if parts.pretrained is not None:
+            log.info(parts.pretrained.summary)
+        self._warn(unaugmented(parts.source, parts.plan))
+        if step == 0 and parts.pretrained is not None and parts.pretrained.whole:
             results = self.evaluate(monitor, final=True)
             if self._is_best(results):
                 self.save(monitor)
@@ -128,7 +134,9 @@ class Trainer:
 
                 # --- log
                 self._log(monitor, values if logs else {}, lr)
-                self._warn(done, waited, time.perf_counter() - began)
+                self._warn(self.throughput.check(waited, time.perf_counter() - began, parts.workers))
+                if done:
+                    self._check_skipped()
                 monitor.count(step)
 
                 # --- evaluate
@@ -145,7 +153,7 @@ class Trainer:
     def _next_batch(self, monitor: Monitor) -> tuple[PairBatch, StepSync, float]:
         """Read a batch; return it with the state of all ranks and the seconds that it took."""
         batch: PairBatch | None = None
-        error: UserError | None = None
+        error: UserError | SystemExit = SystemExit(2)
         asked = time.perf_counter()
         try:
             batch = next(self.loader)
@@ -153,11 +161,10 @@ class Trainer:
             error = found
         waited = time.perf_counter() - asked
         rows, skipped = (0, None) if batch is None else (len(batch), batch.skipped or None)
-        failed = error is not None
-        sync = self.parts.hosts.sync_step(self.progress.step, rows, self.stop.asked, skipped, failed)
+        sync = self.parts.hosts.sync_step(self.progress.step, rows, self.stop.asked, skipped, batch is None)
         with self._saving(monitor):
             if batch is None or sync.failed:  # any rank cannot read its pairs: all save and end
-                raise error if error is not None else SystemExit(2)
+                raise error
             if len(sync.rows) > 1:
                 self.loader.count(sync.total, list(itertools.chain(*sync.notes)))
         if self.is_rank_zero and not (self.parts.folder / run_folder.EXAMPLES).exists():
@@ -180,13 +187,13 @@ class Trainer:
         lr = learning_rate(step, train)
         for group in parts.optimizer.param_groups:
             group["lr"] = group_lr(lr, step, group["multiplier"], parts.recipe.head_warmup, train)
-        if not sync.usable:
-            if self.is_rank_zero:
-                warn_once("Steps with too few usable pairs (fewer than one on a process) are skipped.")
-            return {}, lr
-        values = training_step(self.step_parts, batch, sync)
-        self.guard.check(step, values)
-        return values, lr
+        if sync.usable:
+            values = training_step(self.step_parts, batch, sync)
+            self.guard.check(step, values)
+            return values, lr
+        if self.is_rank_zero:
+            warn_once("Steps with too few usable pairs (fewer than one on a process) are skipped.")
+        return {}, lr
 
     # --- what belongs to a step
 
@@ -199,23 +206,19 @@ class Trainer:
         means = distributed.average(torch.stack(list(values.values()))).tolist()
         numbers = dict(zip(values, means, strict=True))
         monitor.log(self.progress.step, numbers, lr, self.parts.model.logit_scale.detach().exp().item())
-        warning = self.losses.check(self.progress.step, numbers)
-        if warning is not None and self.is_rank_zero:
-            log.warning(warning)
+        self._warn(self.losses.check(self.progress.step, numbers))
 
-    def _warn(self, done: bool, waited: float, took: float) -> None:
-        """Warn of a slow loader, and after the last step of lost pairs; refuse a run that had no pair."""
-        starved = self.throughput.check(waited, took, self.parts.workers)
-        if starved is not None and self.is_rank_zero:
-            log.warning(starved)
-        skipped, seen = self.progress.skipped, self.loader.seen
-        if done and skipped.total >= seen:
-            raise UserError(
-                f"No pair of '{self.parts.source.name}' could be used, so nothing was learned. {skipped.explanation()}"
-            )
-        if done and skipped.total > self.parts.recipe.data.max_broken_fraction * seen and self.is_rank_zero:
-            lost = f"{skipped.total:,} of the {seen:,} pairs seen could not be used"
-            log.warning("%s. %s", lost, skipped.explanation())
+    def _warn(self, message: str | None) -> None:
+        if message is not None and self.is_rank_zero:
+            log.warning(message)
+
+    def _check_skipped(self) -> None:
+        """Warn of lost pairs after the last step; refuse a run that had no pair."""
+        skipped, seen, name = self.progress.skipped, self.loader.seen, self.parts.source.name
+        if skipped.total >= seen:
+            raise UserError(f"No pair of '{name}' could be used, so nothing was learned. {skipped.explanation()}")
+        if skipped.total > self.parts.recipe.data.max_broken_fraction * seen:
+            self._warn(f"{skipped.total:,} of the {seen:,} pairs seen could not be used. {skipped.explanation()}")
 
     def _refuse_nonfinite(self, values: Mapping[str, Tensor]) -> None:
         """Stop at a loss or gradient that is not finite: the weights may be corrupted, the checkpoints are not."""
@@ -239,14 +242,12 @@ class Trainer:
         parts, progress = self.parts, self.progress
 
         def run() -> list[Result]:
-            options = Options(progress=not parts.quiet and self.is_rank_zero)
             best = progress.best if final and self.finished else None
             weights = {} if best is None else {"best_step": best.step}
-            results: list[Result] = []
-            for name, protocols in evaluation_tasks(parts.recipe, final).items():
-                for result in evaluate_all(parts.model, name, protocols, options):
-                    monitor.evaluation(progress.step, {**result.to_dict(), **weights})
-                    results.append(result)
+            tasks, results = evaluation_tasks(parts.recipe, final), list[Result]()
+            for result in evaluate_tasks(parts.model, tasks, not parts.quiet and self.is_rank_zero):
+                monitor.evaluation(progress.step, {**result.to_dict(), **weights})
+                results.append(result)
             return results
 
         if final and self.is_rank_zero:  # a crash may have interrupted it before
@@ -258,11 +259,12 @@ class Trainer:
 
     def _is_best(self, results: list[Result]) -> bool:
         """Compare an evaluation with the best one so far; False where the recipe does not watch them."""
-        progress, recipe = self.progress, self.parts.recipe
-        if recipe.train.patience is None or (progress.best is not None and progress.best.step == progress.step):
+        recipe, step = self.parts.recipe, self.progress.step
+        best = self.progress.best or BestEvaluation()
+        if recipe.train.patience is None or best.step == step:
             return False
-        progress.best = progress.best or BestEvaluation()
-        return progress.best.update(progress.step, results, recipe.evaluation)
+        self.progress.best = best
+        return best.update(step, results, recipe.evaluation)
 
     def _load_best(self) -> None:
         """Replace the last weights by those of the best evaluation."""
@@ -286,8 +288,6 @@ class Trainer:
         tasks = evaluation_tasks(self.parts.recipe, final=True)
         return all((name, protocol) in done for name, protocols in tasks.items() for protocol in protocols)
 
-    # --- checkpoints and messages
-
     def save(self, monitor: Monitor) -> None:
         """Begin to write a checkpoint, and write the counts of skipped pairs; every rank must call it."""
         monitor.flush()
@@ -297,28 +297,11 @@ class Trainer:
             (self.parts.folder / run_folder.SKIPPED).write_text(counts, encoding="utf-8")
             self.writer.write(state)
 
-    def _introduce(self) -> None:
-        parts, step = self.parts, self.progress.step
-        trained = sum(p.numel() for group in parts.optimizer.param_groups for p in group["params"]) / 1e6
-        weights = ", ".join(f"{weight:g} {name}" for name, weight in parts.objective.weights.items())
-        log.info(
-            f"{f'Resuming at step {step}' if step else 'Starting'}: {len(parts.source):,} pairs of "
-            f"{parts.source.name}; {trained:,.2f} M trainable parameters; {weights}; {parts.model.device}, "
-            f"{parts.recipe.train.precision}, {torch.get_num_threads()} threads"
-        )
-        if parts.pretrained is not None:
-            log.info(parts.pretrained.summary)
-        if message := unaugmented(parts.source, parts.plan):
-            log.warning(message)
-
 
 def keep_freed_memory() -> None:
-    """Tell glibc to keep freed blocks for the next step, until the process ends; no effect with other C libraries.
-
-    Otherwise each block is returned to the system and mapped again, zeroed page by page: a tenth of a small step on a
-    CPU.
-    """
+    """Tell glibc to keep freed blocks for the next step, until the process ends; no effect with other C libraries."""
+    # Else each is returned to the system and mapped again, zeroed page by page: a tenth of a small step on a CPU.
     library: Any = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
     if hasattr(library, "mallopt"):
-        library.mallopt(M_TRIM_THRESHOLD, -1)
-        library.mallopt(M_MMAP_MAX, 0)
+        library.mallopt(-1, -1)  # M_TRIM_THRESHOLD
+        library.mallopt(-4, 0)  # M_MMAP_MAX
