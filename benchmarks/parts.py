@@ -31,8 +31,9 @@ def build(recipe: Recipe, source: PairSource, device: torch.device | str = "cpu"
     model = DualEncoder.from_recipe(recipe).to(device)
     objective = Objective(recipe, model).to(device)
     objective.prepare(source, model)
-    if objective.queue is not None:
-        objective.queue.push(torch.randn(objective.queue.size, recipe.embed_dim, device=device))
+    if "nearest_neighbor" in objective.terms:
+        queue = objective.terms["nearest_neighbor"].queue
+        queue.push(torch.randn(queue.size, recipe.embed_dim, device=device))
     learner, plan, train = build_learner(recipe, model, objective).train(), plan_of(recipe), recipe.train
     optimizer = build_optimizer(named_trainable(model, objective), train)
     step = StepParts(learner, optimizer, plan, train)

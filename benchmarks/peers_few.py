@@ -33,7 +33,6 @@ from declip.inspection.split import related_pairs
 from declip.models.closed_form import ClassPairs, Heads, Pairs
 from declip.training import fit
 from declip.training.assemble import resolve
-from declip.training.distributed import HostGroup
 from declip.training.frozen_encoder import FrozenEncoder
 from declip.training.heads import HeldOutBlock, HeldOutRanks, assign_folds, caption_numbers, choose_heads, score
 
@@ -82,7 +81,7 @@ class Data:
         with TemporaryDirectory() as folder:
             keys = {"train.device": "cpu", **({"data.max_pairs": MOST} if name.endswith("icons") else {})}
             recipe = finetune_recipe(name, Path(folder), weights, freeze="both", given=keys, quiet=True)
-            resolved = resolve(recipe, Path(folder), False, torch.device("cpu"), HostGroup())
+            resolved = resolve(recipe, Path(folder))
             model, starts = fit.frozen_model(resolved), resolved.weights is not None and resolved.weights.projected
             encoder = FrozenEncoder(model)
             features = fit.compute_features(encoder, resolved.source, resolved.recipe, related_pairs, True)

@@ -126,8 +126,8 @@ class Case:
 
     def read(self, weights=None, **options):
         model, objective = read_official(self.state, weights or self.weights, **self.heads, **options)
-        if objective.queue is not None:
-            objective.queue.push(self.value("bank_before").T)
+        if "nearest_neighbor" in objective.terms:
+            objective.terms["nearest_neighbor"].queue.push(self.value("bank_before").T)
         return model.to(self.dtype), objective.to(self.dtype)
 
     def parameter(self, modules, name):

@@ -33,7 +33,6 @@ from declip.reports.run import write_report
 from declip.runs.folder import LOCK, RECIPE, SPLIT, Run, lock_folder, log, moved_lists
 from declip.training import distributed
 from declip.training.assemble import assemble, resolve_recipe
-from declip.training.distributed import HostGroup
 from declip.training.estimate import estimate, estimate_fit
 from declip.training.fit import closed_form, fit
 from declip.training.frozen_encoder import FrozenEncoder
@@ -64,8 +63,7 @@ def finetune(
         overrides["evaluation.keep"] = [absolute(str(name)) for name in keep]
     folder = FINETUNED if out is None else Path(out).expanduser()
     given = read_overrides(overrides, freeze)
-    distributed.join(pick_device(distributed.local_device(given.get("train.device", "auto"))))
-    hosts = HostGroup()
+    hosts = distributed.meet(given.get("train.device", "auto"))[1]
     with ExitStack() as held, ExitStack() as undo:
         # Rank 0 alone writes, and only into a folder that it holds.
         hosts.on_rank_zero(partial(claim_folder, folder, held, undo))

@@ -110,8 +110,8 @@ def test_training_continues_from_a_file_to_the_official_second_step(name, tmp_pa
 
     model, objective = case.read()
     apply_pretrained(read_start(str(tmp_path / FILE)), model.recipe, model, objective)
-    if objective.queue is not None:
-        objective.queue.push(case.value("bank_before", "step2/").T)
+    if "nearest_neighbor" in objective.terms:
+        objective.terms["nearest_neighbor"].queue.push(case.value("bank_before", "step2/").T)
     case.step = case.about["steps"][1]
     terms = objective(model, case.batch("step2/"))
     expected = expected_terms(case) | {"loss": case.step["loss_total"]}
@@ -153,11 +153,11 @@ def test_queue_after_a_step_holds_the_official_rows_and_the_tail_that_they_drop(
     before, after = case.value("bank_before").T, case.value("bank_after").T
     size, start = len(before), case.step["bank_ptr_before"]
     model, objective = case.read(queue_size=size)
-    objective.queue.pointer = start
+    objective.terms["nearest_neighbor"].queue.pointer = start
     batch = case.batch()
     objective(model, batch)
     objective.after_step(model)
-    queue = objective.queue
+    queue = objective.terms["nearest_neighbor"].queue
     augmented, masked = (F.normalize(case.value(f"text_raw_{view}"), dim=-1) for view in ("aug", "main"))
     newest = queue.features.roll(-queue.pointer, dims=0)[-2 * len(batch) :]
     torch.testing.assert_close(newest, torch.cat([augmented, masked]))

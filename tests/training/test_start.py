@@ -41,7 +41,7 @@ def test_a_run_gives_towers_heads_tokenizer_statistics_and_scale(table, tmp_path
     assert trainer.parts.model.tokenizer.vocabulary == declip.load(start).tokenizer.vocabulary
     assert trainer.parts.model.preprocessor.mean == pytest.approx(STATISTICS["mean"])
     assert trainer.parts.model.logit_scale.item() == pytest.approx(recipe.logit_scale.init)
-    assert len(trainer.parts.objective.queue or ()) == 0
+    assert len(trainer.parts.objective.terms["nearest_neighbor"].queue) == 0
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from declip.supervision.contrastive import Contrastive, to_float32
 from declip.supervision.late_interaction import LateInteraction
 from declip.supervision.masked_language import MaskedLanguage, chosen_rows
 from declip.supervision.multi_view import MultiView
-from declip.supervision.nearest_neighbor import NearestNeighbor, Queue
+from declip.supervision.nearest_neighbor import NearestNeighbor
 from declip.supervision.sigmoid import Sigmoid
 from declip.supervision.simclr import SimCLR
 from declip.supervision.simsiam import SimSiam
@@ -42,14 +42,9 @@ TERMS: dict[str, type[Term]] = {
 Gather = Callable[[Tensor], Tensor]
 
 
-def identity_gather(rows: Tensor) -> Tensor:
-    """The gather of a single process: its own rows are all rows."""
-    return rows
-
-
 @contextmanager
 def extra_terms(terms: Mapping[str, type[Term]]) -> Iterator[None]:
-    """Let recipes weight losses that are not of this package, until the block ends: name in `loss_weights` → class."""
+    """Let recipes weight losses that are not of this package until the block ends: name in `loss_weights` → class."""
     _add_terms(terms)
     try:
         yield
@@ -113,12 +108,6 @@ class Objective(nn.Module):
             for name in (name for name, term in active.items() if term.needs.tokens and lacking):
                 raise UserError(f"{name} needs token states, which this {tower} lacks. Set loss_weights.{name} to 0.")
 
-    @property
-    def queue(self) -> Queue | None:
-        """The nearest-neighbor queue, if that loss has a weight."""
-        term = dict(self.terms.items()).get("nearest_neighbor")
-        return term.queue if isinstance(term, NearestNeighbor) else None
-
     def prepare(self, source: PairSource, model: DualEncoder) -> None:
         """Prepare every loss, before the optimizer is built and a checkpoint is loaded."""
         for _, term in self._terms():
@@ -136,19 +125,19 @@ class Objective(nn.Module):
         return tuple(f"terms.{name}.{layer}." for name, term in self._terms() for layer in term.over_vocabulary)
 
     def forward(
-        self, model: DualEncoder, batch: PairBatch, gather: Gather = identity_gather, offset: int = 0
+        self, model: DualEncoder, batch: PairBatch, gather: Gather | None = None, offset: int = 0
     ) -> dict[str, Tensor]:
         """Compute every active loss by its name, and "loss", the sum of weight · loss.
 
         Args:
             batch: Float views (B, 3, S, S) and texts (T, B, L); masked and labels when the recipe masks.
-            gather: (B, k) → (N, k), rows of all ranks, in rank order, with gradient.
+            gather: (B, k) → (N, k), rows of all ranks, in rank order, with gradient; None: there is one rank.
             offset: Row of this rank's first pair in that order.
         """
         return self.losses(self.run_towers(model, batch), model, batch, gather, offset)
 
     def losses(
-        self, outputs: TowerOutputs, model: DualEncoder, batch: PairBatch, gather: Gather, offset: int
+        self, outputs: TowerOutputs, model: DualEncoder, batch: PairBatch, gather: Gather | None, offset: int
     ) -> dict[str, Tensor]:
         """Compute the losses from the towers' outputs for the whole batch, as `forward`."""
         # Each term's own features, from normalized embeddings
@@ -158,7 +147,7 @@ class Objective(nn.Module):
         features = {name: term.features(encoded) for name, term in terms}
         keys = {name: term.keys(features[name]) for name, term in terms}
         gathered = own = Rows(outputs.views, images, texts, {})
-        if gather is not identity_gather:
+        if gather is not None:
             keys = {name: term.pad_keys(keys[name]) for name, term in terms}
             gathered, keys = gather_rows(own, keys, gather)
         # Loss of this rank's rows against the keys of all ranks
@@ -259,7 +248,6 @@ def encode_views(model: DualEncoder, views: Sequence[Tensor]) -> ImageFeatures:
     `pooled` and `pre_logits` have a leading axis of views; `tokens` are the first view's.
     """
     tower: ImageTower = model.image_tower
-    # Batch norm must see each view alone.
     alone = model.training and tower.has_batch_norm
     passes = [tower(pixels) for pixels in (views if alone else [torch.cat([*views])])]
     pooled, pre_logits = (torch.cat([getattr(some, name) for some in passes]) for name in ("pooled", "pre_logits"))

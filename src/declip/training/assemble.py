@@ -15,7 +15,7 @@ from declip.data.pair import PairSource
 from declip.errors import UserError
 from declip.evaluation.datasets import open_dataset
 from declip.interchange.weights import Weights
-from declip.models.device import computes_bf16, pick_device
+from declip.models.device import computes_bf16
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe
@@ -32,7 +32,7 @@ from declip.training.parallel import build_learner
 from declip.training.parts import Parts, restore
 from declip.training.pretrained import apply_pretrained, load_pretrained
 from declip.training.sinks import Sink
-from declip.training.trackers import require_trackers
+from declip.training.trackers import trackers_of
 
 
 def resolve_recipe(
@@ -72,21 +72,24 @@ def held_out_sets(given: Any) -> list[Any]:
 
 
 class Resolved(NamedTuple):
-    """A recipe without open values, its pretrained weights and its training pairs."""
+    """A recipe without open values, with what is opened to resolve it."""
 
     recipe: Recipe
-    weights: Weights | None
-    source: PairSource
+    weights: Weights | None  # pretrained
+    source: PairSource  # training pairs
+    device: torch.device
+    hosts: HostGroup
 
 
-def resolve(recipe: Recipe, folder: Path, resume: bool, device: torch.device, hosts: HostGroup) -> Resolved:
+def resolve(recipe: Recipe, folder: Path = Path(), resume: bool = False) -> Resolved:
     """Resolve a recipe; a resumed run keeps its precision and reads its weights from its folder."""
+    device, hosts = distributed.meet(recipe.train.device)
     recipe = hosts.on_rank_zero(partial(resolve_precision, recipe, device, folder, resume))
     weights = load_pretrained(recipe, folder, resume)
     if weights is not None:
         recipe = weights.fit(recipe)
     source = open_training_source(recipe)
-    return Resolved(resolve_epochs(recipe, source), weights, source)
+    return Resolved(resolve_epochs(recipe, source), weights, source, device, hosts)
 
 
 def resolve_precision(recipe: Recipe, device: torch.device, folder: Path, resume: bool) -> Recipe:
@@ -114,24 +117,19 @@ def assemble(
     recipe: Recipe, folder: Path, resume: bool = False, quiet: bool = False, callbacks: Sequence[Sink] = ()
 ) -> Parts:
     """Build the parts of a recipe's run, or of the run in the folder, to continue it; `callbacks` get its numbers."""
-    # --- processes and device
-    device = pick_device(distributed.local_device(recipe.train.device))
-    distributed.join(device)
-    hosts = HostGroup()
-    hosts.on_rank_zero(partial(require_trackers, recipe.train.report_to))
-    # --- recipe, pretrained weights and pairs; from here on the recipe does not change
-    resolved = resolve(recipe, folder, resume, device, hosts)
-    recipe, source = resolved.recipe, resolved.source
+    # --- processes, device, pretrained weights and pairs; from here on the recipe does not change
+    recipe, weights, source, device, hosts = resolve(recipe, folder, resume)
+    hosts.on_rank_zero(lambda: len(trackers_of(recipe.train.report_to)))  # refuses those that are not installed
     hosts.on_rank_zero(partial(refuse_broken, source, recipe.data.max_broken_fraction))
     # --- model and objective, random from the seed, then pretrained
     torch.manual_seed(recipe.seed)
-    encoder = resolved.weights.encoder if resolved.weights is not None else None
+    encoder = weights.encoder if weights is not None else None
     if encoder is None and resume:  # a resumed run reads its text encoder from its own checkpoint
         encoder = run_folder.kept_encoder(recipe, folder)
     model = DualEncoder.from_recipe(recipe, encoder).to(device)
     model.image_tower.refuse_size(recipe.image.model, recipe.image.size)
     objective = Objective(recipe, model).to(device)
-    pretrained = apply_pretrained(resolved.weights, recipe, model, objective)
+    pretrained = apply_pretrained(weights, recipe, model, objective)
     objective.prepare(source, model)
     # --- learner and optimizer
     learner = build_learner(recipe, model, objective)
@@ -181,7 +179,7 @@ def _start_or_continue(parts: Parts, resume: bool) -> None:
     def choose() -> int | None:
         parts.lock = run_folder.lock_folder(parts.folder)
         chosen.append(run_folder.open_folder(parts.recipe, parts.folder, resume))
-        return chosen[0] and chosen[0].step
+        return None if chosen[0] is None else chosen[0].step
 
     step = parts.hosts.on_rank_zero(choose)
     if step is not None:

@@ -16,13 +16,14 @@ from torch.distributed.nn.functional import all_gather
 from torch.distributed.rendezvous import rendezvous
 
 from declip.errors import UserError
-from declip.supervision.objective import Gather, identity_gather
+from declip.models.device import pick_device
+from declip.supervision.objective import Gather
 
 T = TypeVar("T")
 
 RANK_TIMEOUT = 600.0  # seconds that a process waits for the others at a step before the run ends
 LONG_TIMEOUT = timedelta(hours=12)  # how long the other ranks wait while rank 0 evaluates, writes or reads
-BARRIER_SECONDS = 2.0  # how long the ranks that are left after a timeout wait for each other, to name the missing
+
 JOINS = count()  # numbers the process groups of this process: one that ended leaves its addresses in the store
 
 
@@ -47,7 +48,7 @@ def launched() -> bool:
 
 
 def local_device(name: str) -> str:
-    """Return the name of a rank's device: "auto" or "cuda" become "cuda:LOCAL_RANK" under torchrun."""
+    """Name of a rank's device: "auto" or "cuda" become "cuda:LOCAL_RANK" under torchrun."""
     if not launched() or name not in ("auto", "cuda") or not torch.cuda.is_available():
         return name
     return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
@@ -73,6 +74,13 @@ def join(device: torch.device, timeout: float = RANK_TIMEOUT) -> None:
     )
 
 
+def meet(device: str) -> "tuple[torch.device, HostGroup]":
+    """Join the other processes; return this rank's device by the key train.device, and the coordination of ranks."""
+    own = pick_device(local_device(device))
+    join(own)
+    return own, HostGroup()
+
+
 def leave() -> None:
     """End the process group."""
     if dist.is_initialized():
@@ -84,8 +92,8 @@ def seed_rank(seed: int, step: int) -> None:
     torch.manual_seed(seed + 7919 * (rank() + 1) + step)
 
 
-def gather(counts: Sequence[int]) -> Gather:
-    """Return a function (counts[rank], k) → (sum(counts), k) that gathers rows in rank order.
+def gather(counts: Sequence[int]) -> Gather | None:
+    """Return a function (counts[rank], k) → (sum(counts), k) that gathers rows in rank order; None on one process.
 
     The gradient of a row is summed over the ranks that used it.
     """
@@ -95,7 +103,7 @@ def gather(counts: Sequence[int]) -> Gather:
         parts = all_gather(torch.cat([own, padding]))
         return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
-    return rows if world_size() > 1 else identity_gather
+    return rows if world_size() > 1 else None
 
 
 def summed(values: Tensor) -> Tensor:
@@ -202,16 +210,13 @@ class HostGroup:
             known = isinstance(error, dist.DistError) or re.search("[gG]loo|NCCL|Timed out", str(error))
             if self.alone or not known:
                 raise
+            missing = None  # as far as torch tells this rank
+            try:
+                dist.monitored_barrier(self.long_group, timedelta(seconds=2), wait_all_ranks=True)
+            except RuntimeError as told:
+                missing = re.search(r"Ranks ([\d, ]*\d)", str(told))
             raise UserError(
-                f"{self._missing_ranks()} did not reach step {step} within {self.timeout:g} s, or its process ended: "
-                "the first error in the ranks' logs is the cause. Continue from the newest checkpoint with --resume."
+                f"{f'Rank {missing[1]}' if missing else 'Another rank'} did not reach step {step} within "
+                f"{self.timeout:g} s, or its process ended: the first error in the ranks' logs is the cause. Continue "
+                "from the newest checkpoint with --resume."
             ) from error
-
-    def _missing_ranks(self) -> str:
-        """Name the ranks that do not come to a barrier, as far as torch tells this rank."""
-        try:
-            dist.monitored_barrier(self.long_group, timedelta(seconds=BARRIER_SECONDS), wait_all_ranks=True)
-        except RuntimeError as error:
-            if named := re.search(r"Ranks ([\d, ]*\d)", str(error)):
-                return f"Rank {named[1]}"
-        return "Another rank"

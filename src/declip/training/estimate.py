@@ -14,12 +14,9 @@ from declip.data.pair import PairSource
 from declip.evaluation.datasets import open_dataset
 from declip.evaluation.encode import encode_source
 from declip.io.text import duration, plural
-from declip.models.device import pick_device
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schema import Recipe
-from declip.training import distributed
 from declip.training.assemble import assemble, resolve, resolve_epochs
-from declip.training.distributed import HostGroup
 from declip.training.fit import frozen_model
 from declip.training.pairs import evaluation_tasks, open_training_source
 from declip.training.parts import Parts
@@ -51,11 +48,10 @@ def estimate(recipe: Recipe) -> tuple[Recipe, str]:
 
 def estimate_fit(recipe: Recipe) -> tuple[Recipe, str]:
     """Resolve the recipe of heads in closed form, and estimate the time of their features."""
-    device = pick_device(distributed.local_device(recipe.train.device))
-    resolved = resolve(recipe, Path(), False, device, HostGroup())
+    resolved = resolve(recipe)
+    seconds = _encoding_seconds(frozen_model(resolved).to(resolved.device), resolved.source)
     return resolved.recipe, (
-        "Projections in closed form, without steps: about "
-        f"{_encoding_seconds(frozen_model(resolved).to(device), resolved.source):,.0f} s for the features of "
+        f"Projections in closed form, without steps: about {seconds:,.0f} s for the features of "
         f"{plural(len(resolved.source), 'pair')}, less for those in the cache, then about 10 s for cross-validation."
     )
 

@@ -23,7 +23,6 @@ from declip.evaluation.encode import Encoder, encode_source
 from declip.io.atomic import atomic_write, write_text
 from declip.io.pool import usual_workers
 from declip.models.closed_form import START, ClassPairs, Pairs
-from declip.models.device import pick_device
 from declip.models.dual_encoder import DualEncoder
 from declip.models.hf_encoder import TextEncoder
 from declip.recipe.schema import Recipe
@@ -32,7 +31,6 @@ from declip.runs.checkpoint import Checkpoint, CheckpointWriter, list_checkpoint
 from declip.runs.folder import Run, log
 from declip.training import distributed
 from declip.training.assemble import Resolved, resolve
-from declip.training.distributed import HostGroup
 from declip.training.frozen_encoder import FrozenEncoder
 from declip.training.growth import TIMES, growth
 from declip.training.heads import Choice, HeldOutRanks, choose_heads
@@ -76,20 +74,15 @@ def closed_form(recipe: Recipe) -> bool:
 
 def fit(recipe: Recipe, folder: Path, resume: bool, quiet: bool, related: Related, finish: Finish) -> Run:
     """Fit the projections of frozen towers, evaluate them, write the run folder and call `finish`, all on rank 0."""
-    device = pick_device(distributed.local_device(recipe.train.device))
-    distributed.join(device)
-    hosts = HostGroup()
-    resolved = resolve(recipe, folder, resume, device, hosts)
-    hosts.on_rank_zero(partial(_fit, resolved, device, folder, resume, quiet, related, finish))
+    resolved = resolve(recipe, folder, resume)
+    resolved.hosts.on_rank_zero(partial(_fit, resolved, folder, resume, quiet, related, finish))
     return Run(folder, STEP, True, is_rank_zero=distributed.is_rank_zero())
 
 
-def _fit(
-    resolved: Resolved, device: torch.device, folder: Path, resume: bool, quiet: bool, related: Related, finish: Finish
-) -> None:
+def _fit(resolved: Resolved, folder: Path, resume: bool, quiet: bool, related: Related, finish: Finish) -> None:
     recipe, source = resolved.recipe, resolved.source
     # --- all checks, then the run folder
-    model = frozen_model(resolved).to(device)
+    model = frozen_model(resolved).to(resolved.device)
     refuse_broken(source, recipe.data.max_broken_fraction)
     samples = sample_hashes(recipe, source)
     run_folder.open_folder(recipe, folder, resume)

@@ -7,8 +7,7 @@ Muon: Jordan et al. 2024 (kellerjordan.github.io/posts/muon); the factor on the 
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +23,6 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
 RMS = 0.2  # the usual root mean square of AdamW's updates
 LARGE = 128  # smaller dimension from which bfloat16 is faster; below, converting costs a CPU more than it saves
-
 ADAMW_NAMES = ("embedding", "pos_embed", "cls_token", "reg_token", "bias")
 
 
@@ -83,8 +81,7 @@ class Muon(torch.optim.AdamW):
         if not parameters:
             return
         for parameter in parameters:
-            if not self.state[parameter]:
-                # AdamW's load_state_dict looks for "step".
+            if not self.state[parameter]:  # AdamW's load_state_dict looks for "step".
                 self.state[parameter] |= {"momentum": torch.zeros_like(parameter), "step": torch.zeros(())}
         gradients = [parameter.grad for parameter in parameters]
         momenta = [self.state[parameter]["momentum"] for parameter in parameters]
@@ -106,15 +103,12 @@ class Muon(torch.optim.AdamW):
                 parameter.add_(shard_like(parameter, step) if isinstance(parameter, DTensor) else step, alpha=rate)
 
 
-@dataclass(frozen=True)
-class LrMultiplier:
+class LrMultiplier(NamedTuple):
     """A parameter's learning rate relative to the recipe's, and whether it is 0 while new heads warm up."""
 
     factor: float = 1.0
     frozen_in_warmup: bool = False
 
-
-BETAS = (0.9, 0.98)  # AdamW's, as in DeCLIP's YFCC15M recipe
 
 UNDECAYED = (
     *("positional_embedding", "position_embedding.weight", "position_embeddings.weight", "pos_embed"),
@@ -154,13 +148,13 @@ def build_optimizer(
             "names": list(group),  # by which checkpoints store the moments
             "weight_decay": train.weight_decay if decayed else 0.0,
             "multiplier": multiplier,  # see `group_lr`
-            **({"muon": muon} if train.optimizer == "muon" else {}),
+            "muon": muon,
         }
         for (decayed, muon, _, multiplier), group in groups.items()
         if group
     ]
     kind = Muon if train.optimizer == "muon" else torch.optim.AdamW
-    return kind(options, lr=train.warmup_lr, betas=BETAS, fused=True)
+    return kind(options, lr=train.warmup_lr, betas=(0.9, 0.98), fused=True)  # as in DeCLIP's YFCC15M recipe
 
 
 def learning_rate(step: int, train: Train) -> float:
@@ -171,8 +165,6 @@ def learning_rate(step: int, train: Train) -> float:
     number, warmup = step + 1, min(train.warmup_steps, train.steps)
     if number < warmup:
         return train.warmup_lr + (train.lr - train.warmup_lr) * step / (warmup - 1)
-    if number == warmup:
-        return train.lr
     progress = (number - warmup) / max(train.steps - warmup, 1)
     return train.lr * (1 + math.cos(math.pi * min(progress, 1.0))) / 2
 
@@ -182,10 +174,8 @@ def group_lr(lr: float, step: int, multiplier: LrMultiplier, head_warmup_steps: 
 
     A group that is frozen in the warm-up of the heads has 0 for `head_warmup_steps` steps, and then warms up linearly.
     """
-    if not multiplier.frozen_in_warmup:
-        return lr * multiplier.factor
-    warmed = min(1.0, (step - head_warmup_steps + 1) / max(train.warmup_steps, 1))
-    return lr * multiplier.factor * max(warmed, 0.0)
+    warmed = (step - head_warmup_steps + 1) / max(train.warmup_steps, 1) if multiplier.frozen_in_warmup else 1.0
+    return lr * multiplier.factor * max(0.0, min(1.0, warmed))
 
 
 def moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -213,8 +203,5 @@ def load_moments(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
 
 def _parameters(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """List the parameters by name in the order of the groups, by which torch counts them."""
-    return {
-        name: parameter
-        for group in optimizer.param_groups
-        for name, parameter in zip(group["names"], group["params"], strict=True)
-    }
+    groups = optimizer.param_groups
+    return {n: p for group in groups for n, p in zip(group["names"], group["params"], strict=True)}

@@ -21,6 +21,7 @@ from declip.models.dual_encoder import DualEncoder
 from declip.models.layers import blocks_of, grad_checkpointing, is_frozen
 from declip.recipe.schema import Recipe
 from declip.runs.folder import log
+from declip.supervision.contrastive import to_float32
 from declip.supervision.objective import Gather, Objective
 from declip.training import distributed
 
@@ -32,7 +33,7 @@ class Learner(nn.Module):
         super().__init__()
         self.model, self.objective, self.sharded = model, objective, False  # FSDP shards towers and heads
 
-    def forward(self, batch: PairBatch, gather: Gather, offset: int) -> dict[str, Tensor]:
+    def forward(self, batch: PairBatch, gather: Gather | None, offset: int) -> dict[str, Tensor]:
         """Compute the losses by name, and "loss", their weighted sum; see `Objective.forward`."""
         return self.objective(self.model, batch, gather, offset)
 
@@ -47,34 +48,27 @@ def build_learner(recipe: Recipe, model: DualEncoder, objective: Objective) -> n
         model.image_tower.register_forward_pre_hook(lambda _, x: x[0].contiguous(memory_format=torch.channels_last))
     if distributed.world_size() > 1:
         synchronize(learner if train.grad_cache_chunk is None else objective, model.device)
-    if train.grad_checkpointing:
-        for tower in (model.image_tower, model.text_tower):
-            grad_checkpointing(tower)
+    for tower in (model.image_tower, model.text_tower) if train.grad_checkpointing else ():
+        grad_checkpointing(tower)
     if distributed.world_size() == 1 or train.grad_cache_chunk is not None:
         return learner
     if train.strategy == "fsdp":
         _shard(model, objective)
         learner.sharded = True
         return learner
-    options = signature(DistributedDataParallel).parameters
-    buffers = "forward_sync_buffers" if "forward_sync_buffers" in options else "broadcast_buffers"  # before torch 2.13
-    equal: Any = {buffers: False}  # the queue and synchronized batch norms are equal on all ranks by construction
-    return DistributedDataParallel(
-        learner,
-        **equal,
-        gradient_as_bucket_view=True,
-        find_unused_parameters=not objective.reaches_all,
-    )
+    known = signature(DistributedDataParallel).parameters
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # before torch 2.13
+    # The queue and synchronized batch norms are equal on all ranks by construction.
+    options: Any = {buffers: False, "find_unused_parameters": not objective.reaches_all}
+    return DistributedDataParallel(learner, gradient_as_bucket_view=True, **options)
 
 
 def _check(recipe: Recipe, model: DualEncoder) -> None:
     """Raise an error for keys that cannot be combined."""
-    train = recipe.train
-    if train.batch_size < distributed.world_size():
-        raise UserError(
-            f"train.batch_size={train.batch_size} is less than the {distributed.world_size()} processes. Increase it."
-        )
-    if train.strategy == "fsdp" and train.grad_cache_chunk and distributed.world_size() > 1:
+    train, ranks = recipe.train, distributed.world_size()
+    if train.batch_size < ranks:
+        raise UserError(f"train.batch_size={train.batch_size} is less than the {ranks} processes. Increase it.")
+    if train.strategy == "fsdp" and train.grad_cache_chunk and ranks > 1:
         raise UserError("train.grad_cache_chunk requires train.strategy=ddp. Change one of the two.")
     if train.grad_cache_chunk and model.image_tower.has_batch_norm and distributed.is_rank_zero():
         log.warning(
@@ -101,10 +95,10 @@ def unwrap(learner: nn.Module) -> Learner:
 
 def clip_gradients(parameters: list[Tensor], limit: float) -> Tensor:
     """Scale all gradients to a total norm of at most `limit`; return the norm before, a scalar."""
-    # Sharded and other parameters may be mixed.
     groups = [[p for p in parameters if isinstance(p, DTensor) is sharded] for sharded in (True, False)]
     if not groups[0]:
         return nn.utils.clip_grad_norm_(parameters, limit)
+    # Sharded and other parameters are mixed.
     gradients = [[p.grad for p in group if p.grad is not None] for group in groups]
     norm = torch.stack([full_tensor(nn.utils.get_total_norm(some)) for some in gradients if some]).norm()
     for group in groups:
@@ -142,11 +136,10 @@ def shard_like(like: object, tensor: Tensor) -> Tensor:
 
 def synchronize(module: nn.Module, device: torch.device) -> None:
     """Replace every batch norm that learns by one that is synchronized over all ranks; names and values stay."""
-    # torch's `SyncBatchNorm` works on CUDA alone.
     for name, child in list(module.named_children()):
         if not isinstance(child, _BatchNorm):
             synchronize(child, device)
-        elif not is_frozen(child):
+        elif not is_frozen(child):  # torch's `SyncBatchNorm` works on CUDA alone
             setattr(module, name, convert_sync_batchnorm(child) if device.type == "cuda" else HostSyncBatchNorm(child))
 
 
@@ -155,23 +148,23 @@ class HostSyncBatchNorm(_BatchNorm):
 
     def __init__(self, norm: _BatchNorm) -> None:
         super().__init__(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
-        self.weight, self.bias = norm.weight, norm.bias
-        self.running_mean, self.running_var = norm.running_mean, norm.running_var
-        self.num_batches_tracked = norm.num_batches_tracked
+        for name, value in (*norm.named_parameters(recurse=False), *norm.named_buffers(recurse=False)):
+            setattr(self, name, value)
         # timm's batch norms end with dropout and activation.
         self.drop, self.act = (getattr(norm, name, nn.Identity()) for name in ("drop", "act"))
         self.train(norm.training)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self: Any, x: Tensor) -> Tensor:
         """(B, C, ...) → the same shape."""
-        normed: Tensor = self.act(self.drop(self._normalize(x)))
-        return normed
+        if self.training:
+            normed = self._normalize(x)
+        else:
+            normed = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        return self.act(self.drop(normed))
 
     def _normalize(self: Any, x: Tensor) -> Tensor:
         """Normalize by two sums over ranks: of the values, then of the squared deviations from their mean."""
-        if not self.training:
-            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
-        values = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+        values = to_float32(x)
         others = [0, *range(2, x.ndim)]
         local = torch.cat([values.sum(others), values.new_tensor([values.numel() / x.shape[1]])])  # (C + 1,)
         total = distributed.summed(local)

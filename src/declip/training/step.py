@@ -84,7 +84,7 @@ def _weighted(losses: dict[str, Tensor], weight: float) -> dict[str, Tensor]:
 
 
 def _backward_in_chunks(
-    parts: StepParts, learner: Learner, batch: PairBatch, gather: Gather, sync: StepSync
+    parts: StepParts, learner: Learner, batch: PairBatch, gather: Gather | None, sync: StepSync
 ) -> dict[str, Tensor]:
     """GradCache: large batches on small devices, with towers that see a batch in chunks (Gao et al., arXiv 2101.06983).
 

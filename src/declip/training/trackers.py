@@ -65,14 +65,14 @@ class WandB(Tracker):
         import wandb
 
         mode: Any = os.environ.get("WANDB_MODE", "offline")
-        self._run = wandb.init(
+        self._run: Any = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "declip"),
             name=info.folder.name,
             id=kept_id(info.folder, "wandb", lambda: uuid.uuid4().hex[:12]),
             resume="allow" if mode == "online" else None,  # offline the id alone joins the parts
             dir=info.folder,
             mode=mode,
-            config=_recipe(info.folder),
+            config=read_yaml(Run(info.folder).recipe_text),
             settings=wandb.Settings(console="off", silent=info.quiet),  # standard error stays the progress bar's
         )
 
@@ -80,7 +80,7 @@ class WandB(Tracker):
         self._run.log(dict(values), step=step)
 
     def close(self) -> None:
-        self._run.finish(exit_code=int(_failed()))
+        self._run.finish(exit_code=int(sys.exc_info()[0] is not None))  # whether an error ends the run
 
 
 class MLflow(Tracker):
@@ -102,7 +102,7 @@ class MLflow(Tracker):
         known = self._client.get_experiment_by_name(title)
         where = known.experiment_id if known else self._client.create_experiment(title)
         run: str = self._client.create_run(where, run_name=folder.name).info.run_id
-        self._client.log_batch(run, params=[Param(key, str(value)) for key, value in flat(_recipe(folder)).items()])
+        self._client.log_batch(run, params=[Param(key, str(value)) for key, value in _keys(folder).items()])
         return run
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
@@ -115,10 +115,10 @@ class MLflow(Tracker):
         self._client.log_batch(self._run, [Metric(name, value, now, step) for name, value in metrics])
 
     def close(self) -> None:
-        self._client.set_terminated(self._run, "FAILED" if _failed() else "FINISHED")
+        self._client.set_terminated(self._run, "FINISHED" if sys.exc_info()[0] is None else "FAILED")
 
 
-class Trackio(Tracker):
+class Trackio(WandB):
     """Trackio's database on this machine, or the Space that TRACKIO_SPACE_ID names."""
 
     library = "trackio"
@@ -131,14 +131,11 @@ class Trackio(Tracker):
                 project=os.environ.get("TRACKIO_PROJECT", "declip"),
                 name=kept_id(info.folder, "trackio", lambda: f"{info.folder.name}-{uuid.uuid4().hex[:6]}"),
                 resume="allow",
-                config=flat(_recipe(info.folder)),
+                config=_keys(info.folder),
                 embed=False,
                 auto_log_gpu=False,
                 auto_log_cpu=False,
             )
-
-    def log(self, step: int, values: Mapping[str, Any]) -> None:
-        self._run.log(dict(values), step=step)
 
     def close(self) -> None:
         import trackio
@@ -147,17 +144,11 @@ class Trackio(Tracker):
             trackio.finish()
 
 
-# By their name in train.report_to.
-TRACKERS: dict[str, type[Tracker]] = {
-    "tensorboard": TensorBoard,
-    "wandb": WandB,
-    "mlflow": MLflow,
-    "trackio": Trackio,
-}
+# By their name in train.report_to, which may also be that of a plugin
+TRACKERS: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "wandb": WandB, "mlflow": MLflow, "trackio": Trackio}
 
 
-def tracker_class(name: str) -> type[Tracker]:
-    """The class of a tracker by its name in train.report_to, which may be that of a plugin."""
+def _tracker_class(name: str) -> type[Tracker]:
     return TRACKERS[name] if name in TRACKERS else load_plugin("trackers", name)
 
 
@@ -168,7 +159,7 @@ class Tracked(Sink):
     """
 
     def __init__(self, name: str) -> None:
-        self.name, self.tracker, self._failed = name, tracker_class(name)(), False
+        self.name, self.tracker, self._failed = name, _tracker_class(name)(), False
 
     def start(self, info: RunInfo) -> None:
         try:
@@ -204,17 +195,18 @@ class Tracked(Sink):
 
 def trackers_of(report_to: Sequence[str]) -> list[Tracked]:
     """Create the trackers that train.report_to names; for `AUTO`, TensorBoard if it is installed."""
-    names = dict.fromkeys("tensorboard" if name == AUTO else name for name in report_to)
-    return [Tracked(name) for name in names if _installed(name)]
-
-
-def require_trackers(report_to: Sequence[str]) -> None:
-    """Raise an error if the library of a tracker is not installed."""
-    for name in report_to:
-        if name != AUTO and not _installed(name):
-            raise UserError(
-                f"train.report_to={name} needs a package: pip install 'declip[{name}]', or leave {name} out."
-            )
+    os.environ.update(VARIABLES | os.environ)
+    trackers = {}
+    for name in ("tensorboard" if name == AUTO else name for name in report_to):
+        try:
+            importlib.import_module(_tracker_class(name).library)
+            trackers[name] = Tracked(name)
+        except ImportError as error:
+            if name in report_to:
+                raise UserError(
+                    f"train.report_to={name} needs a package: pip install 'declip[{name}]', or leave {name} out."
+                ) from error
+    return list(trackers.values())
 
 
 def kept_id(folder: Path, name: str, create: Callable[[], str]) -> str:
@@ -227,19 +219,5 @@ def kept_id(folder: Path, name: str, create: Callable[[], str]) -> str:
     return ids[name]
 
 
-def _installed(name: str) -> bool:
-    os.environ.update(VARIABLES | os.environ)
-    try:
-        importlib.import_module(tracker_class(name).library)
-    except ImportError:
-        return False
-    return True
-
-
-def _failed() -> bool:
-    """Whether the run is being closed because of an error."""
-    return sys.exc_info()[0] is not None
-
-
-def _recipe(folder: Path) -> dict[str, Any]:
-    return read_yaml(Run(folder).recipe_text) or {}
+def _keys(folder: Path) -> dict[str, Any]:
+    return flat(read_yaml(Run(folder).recipe_text))
