@@ -6,11 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from declip.supervision.contrastive import info_nce
+from declip.supervision.contrastive import info_nce, sigmoid_loss
 from declip.supervision.late_interaction import late_interaction
 from declip.supervision.multi_view import multi_view
 from declip.supervision.nearest_neighbor import neighbor_contrast
-from declip.supervision.sigmoid import sigmoid_loss
 from declip.supervision.simclr import nt_xent
 from golden_cases import GOLDEN
 

@@ -8,11 +8,10 @@ import torch.nn.functional as F
 
 from declip.supervision import contrastive
 from declip.supervision import late_interaction as module
-from declip.supervision.contrastive import cross_entropy_to_keys, info_nce
+from declip.supervision.contrastive import Sigmoid, cross_entropy_to_keys, info_nce, sigmoid_loss
 from declip.supervision.late_interaction import late_interaction, select_tokens, similarity
 from declip.supervision.masked_language import chosen_rows, cross_entropy
 from declip.supervision.nearest_neighbor import neighbor_contrast
-from declip.supervision.sigmoid import Sigmoid, sigmoid_loss
 from declip.supervision.simclr import nt_xent
 from declip.supervision.simsiam import negative_cosine
 from golden_cases import loss_cases

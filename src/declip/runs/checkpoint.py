@@ -24,15 +24,11 @@ from declip.io.atomic import flush, remove, save_tensors, sha256
 log = logging.getLogger("declip")
 
 WEIGHTS, TRAINING, STATE = "model.safetensors", "training.safetensors", "state.json"
-LAST, BEST = "last", "best"
-"""Names of links to the newest checkpoint and to that of the best evaluation, if the file system has links."""
+LAST, BEST = "last", "best"  # links to the newest checkpoint and to the best one, if the file system has links
 NAME = re.compile(r"step-(\d{8,})")
-
+# Keys and types of state.json; "digest" is the checksum of the other keys
 KINDS = {"step": int, "recipe": str, "extra": dict, "sha256": dict, "digest": str}
-"""Keys and types of state.json; "digest" is the checksum of the other keys."""
-
 LAYOUT = 1  # of state.json, which has no key "layout" before this number is raised
-
 MAX_STATE = 64 << 20  # largest size of state.json in bytes; usual ones have a few thousand
 
 
@@ -65,13 +61,12 @@ def step_of(folder: Path) -> int:
 
 def snapshot(checkpoint: Checkpoint) -> Checkpoint:
     """Copy a checkpoint into host memory, with contiguous tensors."""
-
-    def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        # From a CUDA device into pinned memory, asynchronously; `snapshot` synchronizes once.
-        to_host: Any = {"device": "cpu", "copy": True, "memory_format": torch.contiguous_format}
-        return {name: tensor.detach().to(non_blocking=tensor.is_cuda, **to_host) for name, tensor in tensors.items()}
-
-    weights, training = copied(checkpoint.weights), copied(checkpoint.training)
+    # From a CUDA device into pinned memory, asynchronously, so it is synchronized once.
+    to_host: Any = {"device": "cpu", "copy": True, "memory_format": torch.contiguous_format}
+    weights, training = (
+        {name: tensor.detach().to(non_blocking=tensor.is_cuda, **to_host) for name, tensor in tensors.items()}
+        for tensors in (checkpoint.weights, checkpoint.training)
+    )
     for device in {tensor.device for tensor in checkpoint.weights.values() if tensor.is_cuda}:
         torch.cuda.synchronize(device)
     return replace(checkpoint, weights=weights, training=training, extra=copy.deepcopy(checkpoint.extra))
@@ -88,6 +83,7 @@ def write_snapshot(run: Path, kept: Checkpoint, keep: int) -> Path:
         for left in final.parent.glob("*.partial"):  # of a process that was killed
             remove(left)
         _write_files(kept, partial)
+        _read_state(partial)
         # --- rename, then move the links to it
         remove(final)  # it is damaged: the run would have resumed from it otherwise
         partial.rename(final)
@@ -116,7 +112,7 @@ def write_snapshot(run: Path, kept: Checkpoint, keep: int) -> Path:
 
 
 def _write_files(kept: Checkpoint, folder: Path) -> None:
-    """Write the files of a checkpoint into a new folder, flush them, and read them back."""
+    """Write the files of a checkpoint into a new folder, and flush them."""
     folder.mkdir(parents=True)
     save_tensors(kept.weights, folder / WEIGHTS)
     save_tensors(kept.training, folder / TRAINING)
@@ -125,7 +121,6 @@ def _write_files(kept: Checkpoint, folder: Path) -> None:
     (folder / STATE).write_text(_with_digest(state), encoding="utf-8")
     for path in [*folder.iterdir(), folder]:
         flush(path)
-    _read_state(folder)
 
 
 def best_of(run: Path, checkpoint: Checkpoint) -> Path | None:
@@ -172,11 +167,11 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     try:
         state = _read_state(folder)
         weights, training = load_file(folder / WEIGHTS), load_file(folder / TRAINING)
+        return Checkpoint(state["step"], weights, training, state["recipe"], state["extra"])
     except UserError:
         raise
     except (OSError, ValueError, RecursionError, MemoryError, SafetensorError) as error:
         raise UserError(f"{folder} is not a complete checkpoint: {error or type(error).__name__}.") from error
-    return Checkpoint(state["step"], weights, training, state["recipe"], state["extra"])
 
 
 def newest_good(run: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -224,8 +219,7 @@ def _read_state(folder: Path) -> dict[str, Any]:
         and state["sha256"].keys() == {WEIGHTS, TRAINING}
         and text == _with_digest({name: value for name, value in state.items() if name != "digest"})
     )
-    damaged = [name for name in (WEIGHTS, TRAINING) if good and sha256(folder / name) != state["sha256"][name]]
-    if not good or damaged:
-        name = damaged[0] if damaged else STATE
-        raise UserError(f"The checkpoint file {folder / name} is damaged: its checksum does not match.")
+    damaged = [n for n in (WEIGHTS, TRAINING) if sha256(folder / n) != state["sha256"][n]] if good else [STATE]
+    if damaged:
+        raise UserError(f"The checkpoint file {folder / damaged[0]} is damaged: its checksum does not match.")
     return dict(state)

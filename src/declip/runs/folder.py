@@ -40,11 +40,11 @@ OUTPUTS = (
     *("log.txt", "report.html", "checkpoints", "exported"),
 )
 SPLIT = ("train.pairs", "val.pairs")  # lists of the parts that `declip finetune` splits its pairs into
+# Recipe keys that may differ when a run is resumed, because they change no number
 CHANGEABLE = (
     *("name", "data.workers", "data.max_broken_fraction", "train.device"),
     *("train.keep_checkpoints", "train.checkpoint_every", "train.report_to"),
 )
-"""Recipe keys that may differ when a run is resumed, because they change no number."""
 log = logging.getLogger("declip")
 
 
@@ -101,12 +101,8 @@ class Run:
     @cached_property
     def evaluated(self) -> list[Evaluated]:
         """Evaluations with protocols of this version, by step."""
-        rows = [
-            Evaluated(row["step"], result, row.get("best_step", row["step"]))
-            for row in self.evaluations
-            if (result := read_result(row))
-        ]
-        return sorted(rows, key=lambda row: row.step)
+        found = ((row, read_result(row)) for row in sorted(self.evaluations, key=lambda row: int(row["step"])))
+        return [Evaluated(row["step"], result, row.get("best_step", row["step"])) for row, result in found if result]
 
     @property
     def results(self) -> list[dict[str, Any]]:
@@ -201,8 +197,7 @@ def read_run(folder: str | Path) -> Run:
 def lock_folder(folder: Path) -> FileIO:
     """Create the run folder and lock it for this process, until the returned file is closed or the process ends.
 
-    A folder without a run is refused if it has files that a run would overwrite. On Windows, and on file systems
-    without such locks, nothing is locked.
+    A folder without a run is refused if it has files that a run would overwrite.
     """
     try:
         taken = [name for name in OUTPUTS if (folder / name).exists()]
@@ -225,16 +220,14 @@ def lock_folder(folder: Path) -> FileIO:
 
 
 def _lock(file: FileIO, folder: Path) -> None:
-    """Lock a file, unless its file system has no locks; close it and raise if another process holds the lock."""
+    """Lock a file, unless its file system has no locks; raise if another process holds the lock."""
     import fcntl
 
     try:
-        # Unlike flock's, worker processes do not inherit this lock.
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, worker processes do not inherit this lock
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EAGAIN):
             return
-        # Held by a process that wrote its name
         file.seek(0)
         holder = file.read().decode(errors="replace") or "another process"
         file.close()
@@ -249,9 +242,8 @@ def open_folder(recipe: Recipe, folder: Path, resume: bool) -> Checkpoint | None
     if (folder / RECIPE).exists():
         if not resume:
             raise UserError(f"'{folder}' already holds a run. Continue it with --resume, or choose another --out.")
-        # Damaged checkpoints are passed over.
-        newest, problems = newest_good(folder)
         refuse_another(recipe, read_recipe(folder), folder)
+        newest, problems = newest_good(folder)  # damaged checkpoints are passed over
         for problem in problems:
             log.warning(problem)
         if problems and newest is None:
@@ -284,22 +276,20 @@ def moved_lists(recipe: Recipe, folder: Path) -> Recipe:
 
     def found(name: str) -> str:
         here = folder / Path(name).name
-        return str(here) if Path(name).name in SPLIT and not Path(name).exists() and here.is_file() else name
+        return str(here) if here.name in SPLIT and not Path(name).exists() and here.is_file() else name
 
-    data, sets = recipe.data, dict(recipe.evaluation)
+    data = recipe.data
     if isinstance(data.source, str):
         data = data.model_copy(update={"source": found(data.source)})
-    sets = {key: tuple(map(found, names)) for key, names in sets.items() if names}
+    sets = {key: tuple(map(found, names)) for key, names in recipe.evaluation if names}
     return recipe.model_copy(update={"data": data, "evaluation": recipe.evaluation.model_copy(update=sets)})
 
 
 def refuse_another(recipe: Recipe, earlier: Recipe, folder: Path) -> None:
     """Refuse to resume a run with a recipe that changes its numbers."""
-    # Compare key by key; some change no number.
     now, then = flat(recipe.model_dump(mode="json")), flat(earlier.model_dump(mode="json"))
-    differ = [key for key in sorted(now.keys() | then.keys()) if now.get(key) != then.get(key)]
-    changed = [key for key in differ if key not in CHANGEABLE]
-    if changed:
+    keys = sorted((now.keys() | then.keys()) - {*CHANGEABLE})
+    if changed := [key for key in keys if now.get(key) != then.get(key)]:
         shown = "; ".join(f"{key} was {then.get(key)!r}, now {now.get(key)!r}" for key in changed)
         raise UserError(
             f"'{folder}' is a run of another recipe ('{earlier.name}'): {shown}. Resume with the same recipe and "
@@ -334,10 +324,8 @@ def drop_rows(path: Path, after: int) -> None:
     """Remove the rows of later steps, which a resumed run repeats, and, with a warning, damaged lines."""
     if not path.exists():
         return
-    # Rows of steps that are repeated, and what a kill left half
     rows = read_rows(path)
-    damaged = sum(1 for line in _text(path).split("\n") if line) - len(rows)
-    if damaged:
+    if damaged := sum(1 for line in _text(path).split("\n") if line) - len(rows):
         log.warning("Removed %d damaged lines of %s.", damaged, path)
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= after))
 

@@ -17,12 +17,11 @@ from declip.models.dual_encoder import DualEncoder
 from declip.models.image_tower import ImageFeatures, ImageTower
 from declip.models.text_tower import encode_by_length
 from declip.recipe.schema import Recipe
-from declip.supervision.contrastive import Contrastive, to_float32
+from declip.supervision.contrastive import Contrastive, Sigmoid, to_float32
 from declip.supervision.late_interaction import LateInteraction
 from declip.supervision.masked_language import MaskedLanguage, chosen_rows
 from declip.supervision.multi_view import MultiView
 from declip.supervision.nearest_neighbor import NearestNeighbor
-from declip.supervision.sigmoid import Sigmoid
 from declip.supervision.simclr import SimCLR
 from declip.supervision.simsiam import SimSiam
 from declip.supervision.term import Encodings, Rows, Similarity, Term, TowerOutputs

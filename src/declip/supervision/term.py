@@ -28,32 +28,20 @@ class TowerOutputs:
     lengths: Tensor  # (B,) int64, number of tokens of the first text view
 
     def tensors(self) -> dict[str, Tensor]:
-        """Give the tensors that are present, by field name."""
+        """Return the tensors that are present, by field name."""
         return {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
-
-
-def pair_axis(name: str) -> int:
-    """Axis that counts pairs (or masked tokens) in the field of that name."""
-    return int(name in ("images", "texts", "pre_logits"))
 
 
 def joined(parts: Sequence[TowerOutputs]) -> TowerOutputs:
     """Join the outputs of consecutive parts of a batch."""
+    axes = dict.fromkeys(("images", "texts", "pre_logits"), 1)  # of pairs; others count pairs or masked tokens first
     names = parts[0].tensors()
-    whole = {name: torch.cat([getattr(part, name) for part in parts], dim=pair_axis(name)) for name in names}
+    whole = {name: torch.cat([getattr(part, name) for part in parts], dim=axes.get(name, 0)) for name in names}
     return replace(parts[0], **whole)  # type: ignore[arg-type]  # the names are those of tensor fields
 
 
-def split_like(name: str, gradient: Tensor, parts: Sequence[TowerOutputs]) -> list[Tensor]:
-    """Split the gradient of a joined tensor into its parts' gradients."""
-    axis = pair_axis(name)
-    return list(gradient.split([getattr(part, name).shape[axis] for part in parts], dim=axis))
-
-
 T = TypeVar("T")
-
-MAX_LOGIT_BYTES = 256e6
-"""Largest loss matrix kept for the backward pass; a larger one is computed in blocks, twice."""
+MAX_LOGIT_BYTES = 256e6  # largest loss matrix kept for the backward pass; a larger one is computed in blocks, twice
 
 
 @dataclass(frozen=True)
@@ -167,6 +155,6 @@ def augmented_views(views: tuple[str, ...]) -> slice:
 
 
 def require(value: T | None) -> T:
-    """Give a value that is present because the term's `needs` name it."""
+    """Return a value that is present because the term's `needs` name it."""
     assert value is not None, "the term's needs name it"
     return value

@@ -21,15 +21,11 @@ SHOWN_PAIRS = 4
 
 def write_examples(parts: Parts, batch: PairBatch) -> None:
     """Write examples.json: the training source, the losses with their chance levels, and the views of some pairs."""
-    source, terms = parts.source, parts.objective.terms
-    losses = {
-        name: {
-            "title": getattr(term, "title", name),  # a user's own term may have none
-            "explanation": term.explanation,
-            "chance": term.chance(parts.recipe.train.batch_size),  # type: ignore[operator]
-        }
-        for name, term in terms.items()
-    }
+    source, losses = parts.source, dict[str, dict[str, Any]]()
+    for name, term in parts.objective.terms.items():
+        chance = term.chance(parts.recipe.train.batch_size)  # type: ignore[operator]
+        title = getattr(term, "title", name)  # a user's own term may have none
+        losses[name] = {"title": title, "explanation": term.explanation, "chance": chance}
     views = example_views(batch, source, parts.plan, parts.model.tokenizer)
     facts = {"name": source.name, "pairs": len(source), "credit": source.credit}
     write_text(parts.folder / EXAMPLES, json.dumps({"source": facts, "losses": losses, "views": views}))
@@ -50,6 +46,7 @@ def example_views(
         changed += (batch.labels != IGNORED).any(1)
     order = np.random.default_rng(0).permutation(len(batch))
     chosen = order[np.argsort(-changed.numpy()[order], kind="stable")][:SHOWN_PAIRS]
+    assert batch.sample_ids is not None, "the loader sets them"
     thumbnails = thumbnails_of(source)
     pairs: list[dict[str, Any]] = []
     for row in chosen.tolist():
@@ -57,13 +54,9 @@ def example_views(
         texts = dict(zip(("caption", "augmented"), decoded, strict=False))
         if batch.masked is not None and batch.labels is not None:
             texts["masked"] = _masked(tokenizer, batch.masked[row], batch.labels[row])
-        image = None if batch.sample_ids is None else thumbnails(int(batch.sample_ids[row]) % len(source))
-        views = [pixels(view[row].float().numpy(), f"View of: {texts['caption']}") for view in images]
-        pairs.append({
-            "image": None if image is None else image._asdict(),
-            "views": [view._asdict() for view in views],
-            "texts": texts,
-        })  # fmt: skip
+        image = thumbnails(int(batch.sample_ids[row]) % len(source))
+        views = [pixels(view[row].float().numpy(), f"View of: {texts['caption']}")._asdict() for view in images]
+        pairs.append({"image": image and image._asdict(), "views": views, "texts": texts})
     return pairs
 
 

@@ -39,10 +39,10 @@ class FrozenEncoder:
     """
 
     def __init__(self, model: DualEncoder) -> None:
-        self.model, texts, padding = model, model.text_tower, model.tokenizer.padding
+        self.model, key = model, partial(text_key, padding=model.tokenizer.padding)
         folders = [cache_folder() / FEATURES / f"pooled-{tower_digest(model, tower)}" for tower in (IMAGE, TEXT)]
         self._images = PooledFeatures(folders[0], _pixel_key, inference_tower(model))
-        self._texts = PooledFeatures(folders[1], partial(text_key, padding=padding), texts)
+        self._texts = PooledFeatures(folders[1], key, model.text_tower)
         trim_cache(FEATURES, keep=folders)
 
     def __getattr__(self, name: str) -> Any:
@@ -54,9 +54,7 @@ class FrozenEncoder:
 
     def pool_captions(self, captions: Sequence[str], shown: bool = False, title: str = "Captions") -> Tensor:
         """Encode captions up to the projection: (m, w) float32, rows of equal captions equal bit for bit."""
-        distinct = sorted(
-            set(captions), key=lambda caption: (len(caption), caption)
-        )  # batches of one length have little padding
+        distinct = sorted(set(captions), key=lambda caption: (len(caption), caption))  # little padding in a batch
         found: list[Tensor] = []
         with eval_mode(self.model) as device, pairs_bar(shown) as bar:
             task = bar.add_task(title, total=len(distinct))
@@ -95,10 +93,10 @@ class PooledFeatures:
         if new := {key: number for number, key in enumerate(keys) if key not in rows}:
             fresh = batch[[*new.values()]]
             features = chunked(self.tower.pool, fresh) if fresh.ndim == 4 else self.tower.pool(fresh)
-            computed = [row.tobytes() for row in features.float().cpu().numpy()]
-            rows |= zip(new, computed, strict=True)
+            computed = [*zip(new, (row.tobytes() for row in features.float().cpu().numpy()), strict=True)]
+            rows |= computed
             with self._database() as file:
-                file.executemany("INSERT OR IGNORE INTO features VALUES (?, ?)", zip(new, computed, strict=True))
+                file.executemany("INSERT OR IGNORE INTO features VALUES (?, ?)", computed)
         content = bytearray(b"".join(rows[key] for key in keys))
         return torch.frombuffer(content, dtype=torch.float32).view(len(keys), -1).to(batch.device)
 

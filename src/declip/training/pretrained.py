@@ -31,10 +31,9 @@ def load_pretrained(recipe: Recipe, folder: Path, resume: bool) -> Weights | Non
     """Load a run's pretrained weights, if any: the copy in its folder when resuming, else `finetune.pretrained`."""
     if recipe.finetune.pretrained is None:
         return None
-    kept, names = folder / KEPT, recipe.finetune.class_names
-    if resume and kept.is_file():
-        return read_part(str(kept))
-    start = read_start(recipe.finetune.pretrained)
+    if resume and (folder / KEPT).is_file():
+        return read_part(str(folder / KEPT))
+    start, names = read_start(recipe.finetune.pretrained), recipe.finetune.class_names
     return start if names is None else replace(start, classes=start.named_classes(names))
 
 
@@ -78,7 +77,7 @@ def apply_pretrained(
     # Published weights are read again by their name, unless position embeddings were resampled.
     resampled = start is not None and any(t.shape != state[name].shape for name, t in start.tensors.items())
     if start is not None and (resampled or not is_published(start.origin)):
-        kept |= prefixed("model", {name: state[name].clone() for name in taken})
+        kept = prefixed("model", {name: state[name].clone() for name in taken})
         kept |= prefixed("objective", {name: of_heads[name].clone() for name in heads})
     layers = depths(model)
     new = [name for name, _ in model.named_parameters() if name not in loaded]
@@ -92,8 +91,7 @@ def apply_pretrained(
     names = [name for name, _ in model.named_parameters() if name in loaded]
     if tune.lora is not None:
         names += _add_adapters(model, tune, tune.lora, loaded)
-    frozen = recipe.head_warmup > 0 and bool(new)
-    if frozen:
+    if frozen := recipe.head_warmup > 0 and bool(new):
         summary += f" Steps 1 to {recipe.head_warmup} (finetune.head_warmup_steps) train only what is new."
     multipliers = {f"model.{name}": _multiplier(name, tune, layers, frozen) for name in names}
     whole = start is not None and start.whole and not any(name.startswith((IMAGE, TEXT)) for name in new)
@@ -102,15 +100,14 @@ def apply_pretrained(
 
 def load_tensors(start: Weights, model: DualEncoder) -> set[str]:
     """Load the tensors of a start into a model of its recipe, resampled where they depend on a size, and name them."""
-    own = model.state_dict()
-    fitted: dict[str, Tensor] = {}
-    old = start.recipe.text.context_length
+    own, fitted, old = model.state_dict(), dict[str, Tensor](), start.recipe.text.context_length
     for name, tensor in start.tensors.items():
-        if name == ENTRY or tensor.shape == own[name].shape:  # the entry also has the length of captions
-            fitted[name] = own[name] if name == ENTRY else tensor
-        elif name.startswith(TEXT) and name.endswith("positional_embedding"):
-            rows = [_stretched(tensor[:old], model.text_tower.context), tensor[old:]]  # behind them CoCa's class token
-            fitted[name] = torch.cat(rows)
+        if name == ENTRY:  # it also has the length of captions
+            fitted[name] = own[name]
+        elif tensor.shape == own[name].shape:
+            fitted[name] = tensor
+        elif name.startswith(TEXT) and name.endswith("positional_embedding"):  # behind the rows CoCa's class token
+            fitted[name] = torch.cat([_stretched(tensor[:old], model.text_tower.context), tensor[old:]])
         else:
             fitted[name] = _resized(name, tensor, own[name], model)
         if fitted[name].shape != own[name].shape:
@@ -131,8 +128,8 @@ def _stretched(positions: Tensor, length: int) -> Tensor:
 
 def _resized(name: str, tensor: Tensor, own: Tensor, model: DualEncoder) -> Tensor:
     """Interpolate the square grid of position embeddings for another image size; the class token's stays."""
-    names = ("pos_embed", "positional_embedding")
-    if not name.startswith(IMAGE) or not name.endswith(names) or tensor.ndim not in (2, 3):
+    embeds = name.startswith(IMAGE) and name.endswith(("pos_embed", "positional_embedding"))
+    if not embeds or tensor.ndim not in (2, 3):
         return tensor
     trunk = getattr(model.image_tower.trunk, "trunk", model.image_tower.trunk)
     grid_only = getattr(trunk, "no_embed_class", False)  # as of DeiT III and of DINOv2 with registers
@@ -145,14 +142,10 @@ def _resized(name: str, tensor: Tensor, own: Tensor, model: DualEncoder) -> Tens
 
 def _place_heads(start: Weights, objective: Objective) -> set[str]:
     """Load the heads whose tensors all fit, and return their names."""
-
-    def head(name: str) -> str:
-        return ".".join(name.split(".")[:3])  # "terms.simsiam.projector"
-
     own = {name: t for name, t in objective.state_dict().items() if isinstance(t, Tensor)}
     fits = {name for name in own if name in start.heads and start.heads[name].shape == own[name].shape}
-    partly = {head(name) for name in own.keys() - fits}
-    heads = {name: start.heads[name] for name in fits if head(name) not in partly}
+    partly = {tuple(name.split(".")[:3]) for name in own.keys() - fits}  # terms, simsiam, projector
+    heads = {name: start.heads[name] for name in fits if tuple(name.split(".")[:3]) not in partly}
     objective.load_state_dict({**objective.state_dict(), **heads})
     return set(heads)
 
@@ -188,9 +181,8 @@ def _add_adapters(model: DualEncoder, tune: FineTuning, lora: LoRA, loaded: set[
 
 def _multiplier(name: str, tune: FineTuning, layers: Mapping[str, int], frozen: bool) -> LrMultiplier:
     """Apply layer-wise decay, by the distance from the tower's last layer (as in BEiT, arXiv 2106.08254)."""
-    factor = 1.0
-    for tower in (IMAGE, TEXT):
-        if name.startswith(tower):
-            below_top = blocks(layers, tower) + 1 - layers[name] if name in layers else 0
-            factor = tune.lr_scale * tune.layer_decay**below_top
-    return LrMultiplier(factor, frozen)
+    tower = next((tower for tower in (IMAGE, TEXT) if name.startswith(tower)), None)
+    if tower is None:
+        return LrMultiplier(1.0, frozen)
+    below_top = blocks(layers, tower) + 1 - layers[name] if name in layers else 0
+    return LrMultiplier(tune.lr_scale * tune.layer_decay**below_top, frozen)

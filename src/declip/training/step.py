@@ -12,7 +12,7 @@ from declip.models.device import random_states, set_random_states
 from declip.models.layers import frozen_batch_norm_stats
 from declip.recipe.schema import Train
 from declip.supervision.objective import Gather
-from declip.supervision.term import TowerOutputs, joined, split_like
+from declip.supervision.term import TowerOutputs, joined
 from declip.training import distributed
 from declip.training.distributed import StepSync
 from declip.training.parallel import Learner, average_gradients, clip_gradients, unwrap
@@ -63,8 +63,8 @@ def training_step(parts: StepParts, batch: PairBatch, sync: StepSync | None = No
         with parts.autocast(), record_function("declip: towers and losses"):
             losses = parts.learner(batch, gather, sync.offset)
         losses = _weighted(losses, sync.weight)
-        with record_function("declip: backward"):
-            losses["loss"].backward()  # DDP and FSDP average gradients over the ranks meanwhile
+        with record_function("declip: backward"):  # DDP and FSDP average gradients over the ranks meanwhile
+            losses["loss"].backward()
     else:
         losses = _backward_in_chunks(parts, learner, batch, gather, sync)
 
@@ -104,22 +104,18 @@ def _backward_in_chunks(
             with parts.autocast():
                 outputs.append(objective.run_towers(model, ready))
     final_states = random_states(model.device)
-    joint = joined(outputs)
-    leaves = {name: tensor for name, tensor in joint.tensors().items() if tensor.is_floating_point()}
-    for leaf in leaves.values():
-        leaf.requires_grad_()
+    leaves = [{n: t.requires_grad_() for n, t in part.tensors().items() if t.is_floating_point()} for part in outputs]
     rest = parts.prepare(batch) if objective.reads_pixels else batch.without_images()
     rest = rest.to(model.device, non_blocking=True)
     with parts.autocast():
-        losses = _weighted(objective.losses(joint, model, rest, gather, sync.offset), sync.weight)
+        losses = _weighted(objective.losses(joined(outputs), model, rest, gather, sync.offset), sync.weight)
     losses["loss"].backward()
-    gradients = {name: split_like(name, leaf.grad, outputs) for name, leaf in leaves.items() if leaf.grad is not None}
-    for number, (part, state) in enumerate(zip(chunks, states, strict=True)):
+    for part, state, first in zip(chunks, states, leaves, strict=True):
         set_random_states(state, model.device)  # dropout must sample the same masks as in the first pass
         ready = parts.prepare(part)
         with parts.autocast():
             again = objective.run_towers(model, ready).tensors()
-        names = [name for name in gradients if again[name].requires_grad]
-        torch.autograd.backward([again[name] for name in names], [gradients[name][number] for name in names])
+        names = [name for name, leaf in first.items() if leaf.grad is not None and again[name].requires_grad]
+        torch.autograd.backward([again[name] for name in names], [first[name].grad for name in names])
     set_random_states(final_states, model.device)
     return losses
