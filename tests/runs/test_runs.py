@@ -27,7 +27,6 @@ from declip.runs.checkpoint import (
     write_snapshot,
 )
 from declip.runs.folder import read_run, refuse_another
-from declip.training.optimizer import load_moments
 from hostile import forge
 
 
@@ -280,9 +279,3 @@ def test_a_process_that_ends_finishes_the_write(tmp_path, monkeypatch):
     child.join(20)
     assert child.exitcode == 0
     assert same(load_checkpoint(list_checkpoints(tmp_path)[0]), sample(1))
-
-
-@pytest.mark.parametrize("key", ["model.a.exp_avg", "model.a.exp_avg_sq", "model.gone.exp_avg"])
-def test_a_moment_that_is_not_its_parameters_is_refused(key):
-    optimizer = torch.optim.AdamW([{"params": [torch.nn.Parameter(torch.ones(3))], "names": ["model.a"]}])
-    refuses("--out", load_moments, optimizer, {key: torch.ones(2)})

@@ -52,7 +52,7 @@ def test_time_and_samples_leave_out_evaluations_and_nothing_else(tmp_path, monke
     monkeypatch.setattr("declip.training.monitor.time.perf_counter", lambda: next(clock))
     with monitored(RunInfo(tmp_path, 2, 6, 8, quiet=True)) as monitor:
         monitor.restart_timer()  # at 5, after an evaluation before the first step
-        monitor.count(3)  # 1 s, at 6; read again at 7
+        monitor.count()  # 1 s, at 6; read again at 7
         monitor.restart_timer()  # at 17
         monitor.log(4, {"loss": 1.0, "grad_norm": 2.0}, 0.1, 14.0)  # 1 s, at 18
     (row,) = read_rows(tmp_path / METRICS)

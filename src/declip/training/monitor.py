@@ -38,14 +38,11 @@ class Monitor:
 
     def __init__(self, info: RunInfo, sinks: Sequence[Sink]) -> None:
         self.info, self.sinks = info, sinks
-        self._mark, self._mark_step = time.perf_counter(), info.start
-        self._seconds, self._samples = 0.0, 0
+        self._mark, self._seconds, self._logged = time.perf_counter(), 0.0, info.start
 
-    def count(self, step: int) -> None:
-        """Count time and samples up to a step, before an evaluation or a checkpoint."""
+    def count(self) -> None:
+        """Count the time of a step, before an evaluation or a checkpoint."""
         self._seconds += time.perf_counter() - self._mark
-        self._samples += (step - self._mark_step) * self.info.batch_size
-        self._mark_step = step
         self.restart_timer()
 
     def restart_timer(self) -> None:
@@ -59,8 +56,9 @@ class Monitor:
 
     def log(self, step: int, values: Mapping[str, float], lr: float, logit_scale: float) -> None:
         """Write a row of metrics after a number of steps, with the losses by name, "loss" and "grad_norm"."""
-        self.count(step)
-        seconds, samples, self._seconds, self._samples = self._seconds, self._samples, 0.0, 0
+        self.count()
+        seconds, samples = self._seconds, (step - self._logged) * self.info.batch_size
+        self._seconds, self._logged = 0.0, step
         row = {
             "samples_seen": step * self.info.batch_size,
             "lr": lr,

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from declip.errors import UserError
 from declip.models.device import computes_bf16
 from declip.recipe.schema import Train
 from declip.training.parallel import full_tensor, shard_like
@@ -191,13 +190,7 @@ def load_moments(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
     state: dict[int, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         name, moment = key.rsplit(".", 1)
-        parameter = parameters.get(name)
-        if parameter is None or (moment != "step" and tensor.shape != parameter.shape):
-            raise UserError(
-                f"The checkpoint's moment '{key}', {tuple(tensor.shape)}, does not fit a parameter of this model. "
-                "Start a new run with --out."
-            )
-        state.setdefault(numbers[name], {})[moment] = shard_like(parameter, tensor)
+        state.setdefault(numbers[name], {})[moment] = shard_like(parameters[name], tensor)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

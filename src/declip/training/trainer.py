@@ -137,7 +137,7 @@ class Trainer:
                 self._warn(self.throughput.check(waited, time.perf_counter() - began, parts.workers))
                 if done:
                     self._check_skipped()
-                monitor.count(step)
+                monitor.count()
 
                 # --- evaluate
                 if evaluates:
