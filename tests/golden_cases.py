@@ -52,7 +52,7 @@ def model_cases(*kinds):
 
 
 def loss_cases(*groups):
-    """The names of the cases of single losses and of totals, such as "infonce/0"."""
+    """The names of the cases of single losses, such as "infonce/0"."""
     names = {"/".join(key.split("/")[:2]) for key in np.load(GOLDEN / "loss_cases.npz")}
     return sorted(name for name in names if name.split("/")[0] in groups)
 

@@ -1,4 +1,3 @@
-import copy
 import math
 
 import hypothesis.strategies as st
@@ -6,11 +5,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
-from safetensors.torch import load, save
 
 from declip.supervision import nearest_neighbor as module
 from declip.supervision.nearest_neighbor import Queue
-from golden_cases import loss_cases
 
 WIDTH = 4
 
@@ -63,50 +60,6 @@ def test_equals_a_plain_list_under_any_pushes(size, counts, seed):
             assert scores.tolist() == pytest.approx([model.best(query) for query in queries.tolist()], abs=1e-5)
 
 
-def assert_same(queue, other):
-    state, expected = queue.state_dict(), other.state_dict()
-    assert state.keys() == expected.keys()
-    for name, value in expected.items():
-        assert torch.equal(state[name], value), name
-    assert (len(queue), queue.pointer) == (len(other), other.pointer)
-
-
-@pytest.mark.golden
-@pytest.mark.parametrize("bank", loss_cases("nn_bank"))
-def test_against_the_authors_bank(golden, bank):
-    """Same slots, pointer and neighbors, but the rows that they drop at the end go on at the front.
-
-    Theirs starts from random vectors and stores what it is given; ours stores rows of length 1. So each of their
-    states is put in, and where they fill the end exactly or not at all the outcomes are the same.
-    """
-    case = golden(bank)
-    size = int(case["size"])
-    for op in range(int(case["n_ops"])):
-        step = {k.removeprefix(f"op{op}/"): v for k, v in case.items() if k.startswith(f"op{op}/")}
-        before, query = step["bank_before"].T, step["query"]
-        queue = Queue(size, before.shape[1])
-        queue.push(before)
-        queue.pointer = start = int(step["ptr_before"])
-        assert torch.allclose(queue.features.norm(dim=1), torch.ones(size))
-        slots = queue.nearest(query)
-        if torch.allclose(before.norm(dim=1), torch.ones(size)):
-            torch.testing.assert_close(queue.features[slots], step["output"][0], rtol=0, atol=1e-6)
-        else:
-            assert torch.equal(slots, (query @ queue.features.T).argmax(dim=1))
-        if not step["update"]:
-            continue
-        queue.push(query)
-        tail = len(query) - (size - start)
-        if tail <= 0:
-            assert queue.pointer == int(step["ptr_after"])
-            expected = F.normalize(step["bank_after"].T, dim=1)
-            torch.testing.assert_close(queue.features, expected, rtol=0, atol=1e-6)
-        else:
-            assert int(step["ptr_after"]) == 0
-            assert queue.pointer == tail % size
-            torch.testing.assert_close(queue.features[:tail], F.normalize(query[-tail:], dim=1))
-
-
 def test_written_in_float32_at_length_1_and_without_gradient():
     queue = Queue(6, WIDTH)
     features = (100 * torch.randn(4, WIDTH)).bfloat16().requires_grad_()
@@ -139,18 +92,3 @@ def test_searching_in_blocks_finds_the_same(monkeypatch, held):
     assert torch.equal(queue.nearest(queries), expected)
     assert max(sizes) <= held
     assert queue.nearest(queries[:0]).shape == (0,)
-
-
-@pytest.mark.parametrize("count", [0, 3, 8])
-def test_a_saved_queue_continues_as_if_never_stopped(count):
-    generator = torch.Generator().manual_seed(3)
-    queue = Queue(5, WIDTH)
-    queue.push(rows(generator, count))
-    more, other = rows(generator, 3), Queue(5, WIDTH)
-    other.load_state_dict(load(save(queue.state_dict())))
-    for each in (other, copy.deepcopy(queue)):
-        assert_same(each, queue)
-        reference = copy.deepcopy(queue)
-        for pushed in (each, reference):
-            pushed.push(more)
-        assert_same(each, reference)
