@@ -79,40 +79,32 @@ def test_a_failing_sink_closes_those_before_it(tmp_path):
 CHANCE = math.log(64)
 
 
-@pytest.fixture
-def monitor():
-    return LossMonitor(batch_size=64, warmup_steps=10, watched="contrastive")
+def warnings_of(losses, watched="contrastive"):
+    """The warnings of the steps that have one, by step."""
+    monitor = LossMonitor(batch_size=64, warmup_steps=10, watched=watched)
+    said = {step: monitor.check(step, {watched: loss}) for step, loss in losses.items()}
+    return {step: warning for step, warning in said.items() if warning}
 
 
 @pytest.mark.parametrize(("first", "last"), [(CHANCE, 0.1), (8.24, 6.98), (30.0, 8.0)])
-def test_a_falling_loss_hears_nothing(monitor, first, last):
-    for step in range(1, 251):
-        loss = first + (last - first) * step / 250 + 0.3 * math.sin(step)
-        assert monitor.check(step, {"contrastive": loss}) is None
+def test_a_falling_loss_hears_nothing(first, last):
+    assert not warnings_of({n: first + (last - first) * n / 250 + 0.3 * math.sin(n) for n in range(1, 251)})
 
 
-def test_a_loss_at_chance_is_named_once_and_late(monitor):
-    assert monitor.check(FLAT_AFTER - 1, {"contrastive": CHANCE}) is None
-    warning = monitor.check(FLAT_AFTER, {"contrastive": CHANCE + 0.01})
-    assert warning is not None
-    assert "4.16" in warning
-    assert "train.lr" in warning
-    assert monitor.check(FLAT_AFTER + 10, {"contrastive": CHANCE}) is None
-
-
-@pytest.mark.parametrize("term", ["contrastive", "late_interaction"])
-def test_a_loss_worse_than_guessing_is_named_after_the_warmup(term):
-    monitor = LossMonitor(batch_size=64, warmup_steps=10, watched=term)
-    assert monitor.check(5, {term: CHANCE}) is None
-    assert monitor.check(10, {term: CHANCE + 2}) is None
-    assert "the run diverges" in str(monitor.check(11, {term: CHANCE + 2}))
-
-
-@pytest.mark.parametrize("between", [3.9, math.nan, math.inf])
-def test_a_loss_that_rises_above_a_high_start_diverges(monitor, between):
-    for step, above in ((1, 3.0), (20, between)):
-        assert monitor.check(step, {"contrastive": CHANCE + above}) is None
-    assert monitor.check(30, {"contrastive": CHANCE + 4.1}) is not None
+@pytest.mark.parametrize(
+    ("losses", "step", "said"),
+    [
+        ({FLAT_AFTER - 1: 0, FLAT_AFTER: 0.01, FLAT_AFTER + 10: 0}, FLAT_AFTER, "4.16"),
+        ({5: 0, 10: 2, 11: 2}, 11, "the run diverges"),
+        *(({1: 3.0, 20: between, 30: 4.1}, 30, "the run diverges") for between in (3.9, math.nan, math.inf)),
+    ],
+)
+@pytest.mark.parametrize("watched", ["contrastive", "late_interaction"])
+def test_a_loss_that_stays_at_chance_or_rises_after_the_warmup_is_named_once(losses, step, said, watched):
+    (found,) = warnings_of({n: CHANCE + above for n, above in losses.items()}, watched).items()
+    assert found[0] == step
+    assert said in found[1]
+    assert "train.lr" in found[1]
 
 
 def test_steps_that_wait_for_the_loader_are_named_once_and_not_before_enough_was_seen():
