@@ -18,7 +18,8 @@ from typing import Any
 
 from declip.data.builtin.fetch import read_json
 from declip.data.builtin.sets import DESIGN, DESIGNS
-from declip.data.tables import asset, pack
+from declip.data.tables import asset
+from packing import pack
 
 COLUMNS = ("code", "name", "category", "group", "held_out", "names", "drawn", "keywords", *DESIGN)
 """Columns of the table. The last ones name each designer's drawing. "names" are further names, each of this emoji

@@ -15,10 +15,11 @@ from typing import Any
 
 from build_emoji import Iconify, distinct, group_of, squash
 from declip.data.builtin.fetch import read_json
-from declip.data.builtin.pictures import read_rows, shorten, split_texts
+from declip.data.builtin.pictures import read_rows, split_texts
 from declip.data.builtin.sets import ICONS_PACKAGE, SPLIT_OF, license_of
-from declip.data.tables import asset, pack
+from declip.data.tables import asset
 from declip.data.text.augment import table
+from packing import pack, shorten
 
 TAGS = ("lucide-static", "@tabler/icons")
 """Packages with keywords for icon names."""

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from declip.data.tables import pack
 from inflection import DETACHMENTS, Form, Irregular, detach, inflect
+from packing import pack
 
 ASSETS = Path(__file__).resolve().parents[2] / "src" / "declip" / "data" / "assets"
 PARTS = {"n": "noun", "v": "verb", "a": "adj", "r": "adv"}
@@ -36,6 +36,20 @@ SKIPPED_GLOSS = re.compile(
     r"\bslang\b|\barchaic\b|\bobsolete\b|\bdialect|sexual|prostitut|intercourse|copulat|genital|masturbat"
     r"|\bsemen\b|\bfec(es|al)\b|defecat|eliminate urine|buttocks"
 )
+# Words that show nothing, or that WordNet knows in another sense ("who", "it", "in", "us", "as").
+_STOP_WORDS = """
+a about above across after again against all along also although always am amid among an and another any
+anyone anything are around as at away be because been before behind being below beneath beside besides between
+beyond both but by can cannot could did do does doing done down during each either else every everyone
+everything for from had has have having he her here hers herself him himself his how however i if in inside
+into is it its itself just let like many may me might mine more most much must my myself near neither never no
+nobody none nor not nothing now of off on once one only onto or other others our ours ourselves out outside
+over own per quite rather same shall she should since so some somebody someone something still such than that
+the their theirs them themselves then there these they this those though through thus to together too toward
+towards under until up upon us very via was we were what when where whether which while who whom whose why
+will with within without would yes yet you your yours yourself yourselves
+"""
+STOP_WORDS = frozenset(_STOP_WORDS.split())
 # Crude, dated or belittling words: most are not marked in WordNet, and none may be a word of a phrase either.
 _CRUDE_WORDS = """
 arse ass asshole barbarian bitch bollock boob bugger cock colored coloured coon crap crapper cretin crone cunt
@@ -282,7 +296,8 @@ def build(folder: Path) -> str:
     heads = {word.lower() for _, words in chosen.values() for phrase in words for word in phrase.split(" ")}
     lexicon = Lexicon(kept, [row for row in exceptions if (row[2], row[0]) in kept or row[2] in heads])
     words = sorted({word for word in lexicon.words() if lexicon.readings(word)})
-    return "\n".join([*words, "", *("|".join(lexicon.synonyms(word)) for word in words)])
+    synonyms = ("" if word in STOP_WORDS else "|".join(lexicon.synonyms(word)) for word in words)
+    return "\n".join([*words, "", *synonyms])
 
 
 def read_license(folder: Path) -> str:

@@ -14,7 +14,7 @@ from declip.data.pair import BrokenPair, Pair, PairSource
 from declip.data.prepare import read_exclusions
 from declip.data.sources.open import open_source
 from declip.inspection.result import Fraction, spread_of
-from declip.inspection.scan import inspect_source, sample_places
+from declip.inspection.scan import inspect_source
 from declip.io.text import about, shown
 from declip.reports.inspection import exclusions, page, sentences, summary
 
@@ -91,9 +91,9 @@ def test_a_sample_says_how_sure_it_is():
     source = numbers([() if number % 10 == 0 else (f"caption {number}",) for number in range(1000)])
     found = inspect_source(source, 200, workers=0)
     assert (found.read, found.total, found.whole) == (200, 1000, False)
-    places = [sample_places(1000, 200, seed).tolist() for seed in (0, 0, 1)]
-    assert places[0] == places[1] != places[2]
-    assert places[0] == sorted(set(places[0]))
+    again, other = (inspect_source(source, 200, seed=seed, workers=0).examples for seed in (0, 1))
+    first, second, third = ([example.key for example in examples] for examples in (found.examples, again, other))
+    assert first == second != third
     assert found.broken.low < 0.1 < found.broken.high
     assert found.broken.high - found.broken.low < 0.1
     assert "95 %" in advice(found, "broken")

@@ -37,11 +37,6 @@ class Photometric(NamedTuple):
         return Photometric(*(tensor[start:stop] for tensor in self))
 
     @classmethod
-    def cat(cls, parts: Sequence[Photometric]) -> Photometric:
-        """Parameters of several groups of images, one after the other."""
-        return cls(*map(torch.cat, zip(*parts, strict=True)))
-
-    @classmethod
     def stack(cls, params: Sequence[Photometric]) -> Photometric:
         """Tensors from the parameters of single images."""
         kinds = {"order": torch.int64, "jitter": torch.bool, "gray": torch.bool, "radius": torch.int64}

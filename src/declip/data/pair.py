@@ -17,7 +17,6 @@ from declip.io.text import shown
 # Characters of a caption, above which it is a page or a broken file, and captions of one image: public sets have five,
 # region descriptions fifty; more mean a wrong image column.
 LONGEST_CAPTION, MOST_CAPTIONS = 20_000, 10_000
-
 CONTROL, SURROGATE = re.compile("[\x00-\x1f\x7f-\x9f]"), re.compile("[\ud800-\udfff]")
 MOST_SHOWN = 300  # characters of a key or detail in a message: a file can name its images as it likes
 EXAMPLES_KEPT = 5  # keys kept for each reason, enough to find the cause without a run's record growing with its data
@@ -220,7 +219,7 @@ class SkipCounter:
 
 def as_texts(cell: Any, reason: str, key: str) -> list[str | None]:
     """The captions of a cell, one or a list of them; raises `BrokenPair` if one is not text."""
-    texts = cell if isinstance(cell, list) else [cell]
+    texts = list(cell) if isinstance(cell, list | tuple | np.ndarray) else [cell]
     if not all(text is None or isinstance(text, str) for text in texts):
         raise BrokenPair(reason, key, f"the caption is not text: {str(cell)[:40]}")
     return texts

@@ -18,20 +18,16 @@ from declip.io.pool import mapped
 COARSE, FINE = 8, 16  # steps to the right and down that a small copy has: hashes of 128 and of 512 bits
 LOOK = np.dtype([("coarse", np.uint64, (2,)), ("fine", np.uint64, (8,)), ("tint", np.uint8, (3,))])  # 83 bytes
 STEP = 2  # gray levels by which a neighbor must be brighter to count, so that flat areas do not hash their noise
-
 # Bits of 128 and of 512 in which the hashes of two near-duplicates may differ, and levels of 255 by which their mean
 # red, green or blue may. Of the built-in photographs, drawings and icons, 90 % and more of the copies at half the size
 # or of JPEG quality 75 pass (photographs: all).
 COARSE_BITS, FINE_BITS, TINT = 6, 24, 16
-
 # Blocks of 16 bits. Hashes that differ in 6 bits are equal in at least two of 8 blocks, so among hashes sorted by each
 # pair of blocks, 28 in all, every pair of near-duplicates is adjacent at least once.
 BLOCKS = 8
-
 # Maximum distance of two hashes among those with the same two blocks, so that the work stays linear. If there are more
 # (blank margins, one template) some near-duplicates are connected only through a third.
 REACH = 64
-
 SET_BITS = np.array([number.bit_count() for number in range(256)], np.uint8)
 
 OTHER_SCRIPT, ONE_WORD = "not in Latin script", "one word"
@@ -50,23 +46,12 @@ KINDS = {
     ONE_WORD: regex.compile(r"[^ ]*"),
 }
 
-# What is kept of a pair, 109 bytes.
-PAIR = np.dtype(
-    [
-        ("place", np.int64),
-        ("exact", np.uint64),
-        ("look", LOOK),
-        ("width", np.int32),
-        ("height", np.int32),
-        ("captions", np.uint16),
-    ]
-)
-
-# What is kept of a caption, 15 bytes; its kind by number, -1 for none.
+# What is kept of a pair, 109 bytes, and of a caption, 15 bytes; its kind by number, -1 for none.
+NUMBERS = [("width", np.int32), ("height", np.int32), ("captions", np.uint16)]
+PAIR = np.dtype([("place", np.int64), ("exact", np.uint64), ("look", LOOK), *NUMBERS])
 CAPTION = np.dtype([("hash", np.uint64), ("tokens", np.uint32), ("words", np.uint16), ("kind", np.int8)])
 KIND_NUMBERS: dict[str | None, int] = {None: -1, **{name: number for number, name in enumerate(KINDS)}}
 MOST_PER_PAIR = np.iinfo(np.uint16).max  # captions of a pair that are looked at
-
 # Parts that the work is divided into, and how many pairs one has: small ones move the bar, many cost memory.
 PARTS, SMALLEST_PART, LARGEST_PART = 200, 8, 512
 

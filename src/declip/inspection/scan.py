@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from declip.data.columns import DEFAULT, Columns
-from declip.data.pair import BrokenPair, Pair, PairSource, SkipCounter
+from declip.data.pair import BrokenPair, Pair, PairSource
 from declip.data.sources.open import ImageSource, open_source
 from declip.data.text.tokenizer import clean
 from declip.errors import UserError, check_range
@@ -45,26 +45,15 @@ from declip.inspection.result import (
 )
 from declip.io.progress import status
 
-# Default of `data.max_broken_fraction`: a run stops above it.
-BROKEN = 0.05
-
+BROKEN = 0.05  # default of `data.max_broken_fraction`: a run stops above it
 # Fraction of a batch's rows with an equal caption in it: reported from the first on, to be fixed above the second.
 EQUAL_ROWS, MANY_EQUAL_ROWS = 0.01, 0.1
-
 # Multiples of the training size: from where on shrinking pays, and to what; pixels that towers' sizes divide by.
 LARGE, KEPT, MULTIPLE = 3.0, 2, 32
-
-# Fraction of images under the training size from where on a smaller size pays.
-SMALL = 0.25
-
-# The longest context of CLIP, and the fraction that it may truncate.
-LONGEST_CONTEXT, MANY_TRUNCATED = 77, 0.01
-
+SMALL = 0.25  # fraction of images under the training size from where on a smaller size pays
+LONGEST_CONTEXT, MANY_TRUNCATED = 77, 0.01  # of CLIP, and the fraction of captions that it may truncate
 # Pairs for each entry of the nearest-neighbor queue, entries at least, and the official implementation's entries.
 QUEUE_FRACTION, SMALLEST_QUEUE, USUAL_QUEUE = 3, 64, 65_536
-
-# A rule, its number, from where on it is reported and to be fixed, and what its sentence needs beyond the numbers.
-Row = tuple[str, float, float, float, dict[str, Any]]
 
 SAMPLE, SIZE, BATCH, SEED = 2000, 224, 128, 0
 EXAMPLES, NEAR_EXAMPLES, NEAR_MEMBERS = 40, 4, 8  # example pairs; groups that look alike, and members of each
@@ -74,6 +63,9 @@ THUMBNAIL = 224  # pixels of an example's longer side, at most: sharp at half of
 CONTEXTS, SHOWN_LENGTHS = (*range(16, 77, 8), 77), (32, 77)
 LEFT_OUT = 0.01  # fraction of the captions that the advised context may cut
 
+# A rule, its number, from where on it is reported and to be fixed, and what its sentence needs beyond the numbers.
+Row = tuple[str, float, float, float, dict[str, Any]]
+
 
 def find(it: Inspection) -> tuple[Finding, ...]:
     """Apply all rules to an inspection without findings; what is to be fixed comes first."""
@@ -82,26 +74,20 @@ def find(it: Inspection) -> tuple[Finding, ...]:
         rows.append(("broken", it.broken.fraction, 0, BROKEN, {"reason": reason, "example": row["examples"][0]}))
     for leak in it.leakages:
         rows.append(("leakage", leak.found.fraction, 0, 0, {"set": leak.name, "images": leak.images}))
-    if it.images is not None and it.captions is not None:
-        rows += _repeats_rows(it, it.captions) + _captions_rows(it.captions) + _images_rows(it.images)
-        size = SMALLEST_QUEUE
-        while 2 * size * QUEUE_FRACTION <= it.total:
-            size *= 2
-        rows.append(("queue", USUAL_QUEUE / it.total, 1 / QUEUE_FRACTION, inf, {"usual": USUAL_QUEUE, "size": size}))
+    if it.images and it.captions and it.equal_images and it.near_images:
+        equal, near = it.equal_images.members / it.usable, it.near_images.members / it.usable
+        couples = it.captions.batch_size / 2  # of equal captions, if all rows of a batch had one
+        size = 1 << (max(SMALLEST_QUEUE, it.total // QUEUE_FRACTION).bit_length() - 1)
+        rows += [
+            ("equal_images", equal, 0, 0.01, {}),
+            ("near_images", near if near > equal else 0, 0.01, inf, {}),
+            ("equal_captions", it.captions.equal_in_batch, couples * EQUAL_ROWS, couples * MANY_EQUAL_ROWS, {}),
+            *_captions_rows(it.captions),
+            *_images_rows(it.images),
+            ("queue", USUAL_QUEUE / it.total, 1 / QUEUE_FRACTION, inf, {"usual": USUAL_QUEUE, "size": size}),
+        ]
     found = [Finding(name, n, values, n > fix) for name, n, least, fix, values in rows if n and n >= least]
     return tuple(sorted(found, key=lambda finding: not finding.fix))
-
-
-def _repeats_rows(it: Inspection, captions: CaptionStats) -> list[Row]:
-    assert it.equal_images is not None
-    assert it.near_images is not None
-    equal, near = it.equal_images.members / it.usable, it.near_images.members / it.usable
-    couples = captions.batch_size / 2  # of equal captions, if all rows of a batch had one
-    return [
-        ("equal_images", equal, 0, 0.01, {}),
-        ("near_images", near if near > equal else 0, 0.01, inf, {}),
-        ("equal_captions", captions.equal_in_batch, couples * EQUAL_ROWS, couples * MANY_EQUAL_ROWS, {}),
-    ]
 
 
 def _captions_rows(captions: CaptionStats) -> list[Row]:
@@ -155,26 +141,24 @@ def inspect_source(
     start, source = time.perf_counter(), open_source(source, columns)
     others = [open_source(other, Columns(caption=None)) for other in check_leakage]
     # --- the sample, some of it broken
-    places = sample_places(len(source), sample, seed)
+    total = len(source)
+    places = np.arange(total)
+    if sample is not None and sample < total:
+        places = np.sort(np.random.default_rng((seed, total)).choice(total, sample, replace=False))
     found = read(source, places, workers, f"Pairs of {source.name}" if progress else "")
     # --- statistics of the usable pairs, leakage, and what follows
-    broken = Fraction.counted(found.skipped.total, len(places), len(places) == len(source)), _reasons(found.skipped)
-    inspection = Inspection(source.name, len(source), len(places), seed, 0.0, *broken, credit=source.credit)
+    broken = Fraction.counted(found.skipped.total, len(places), len(places) == total)
+    reasons: dict[str, Any] = found.skipped.to_dict()["reasons"]
+    for reason, detail in found.skipped.details.items():
+        if detail:  # such as the path that was tried
+            reasons[reason]["examples"][0] += f" ({detail})"
+    inspection = Inspection(source.name, total, len(places), seed, 0.0, broken, reasons, credit=source.credit)
     if len(found.pairs):
         with status("Looking for duplicates", progress):
             inspection = _described(inspection, source, found, size, batch_size)
         leakages = tuple(_leakage(source, found, other, workers, progress) for other in others)
         inspection = replace(inspection, leakages=leakages)
     return replace(inspection, findings=find(inspection), seconds=time.perf_counter() - start)
-
-
-def _reasons(skipped: SkipCounter) -> dict[str, Any]:
-    """The counts and examples of broken pairs by reason, the first example with its detail, such as the path tried."""
-    reasons: dict[str, Any] = skipped.to_dict()["reasons"]
-    for reason, detail in skipped.details.items():
-        if detail:
-            reasons[reason]["examples"][0] += f" ({detail})"
-    return reasons
 
 
 def _leakage(source: PairSource, found: ReadPairs, other: PairSource, workers: int | None, progress: bool) -> Leakage:
@@ -188,13 +172,6 @@ def _leakage(source: PairSource, found: ReadPairs, other: PairSource, workers: i
     all_read = len(found.pairs) + found.skipped.total == len(source)
     fraction = Fraction.counted(len(copied), len(found.pairs), all_read)
     return Leakage(other.name, len(seen), fraction, tuple(zip(keys, copied, strict=True)))
-
-
-def sample_places(total: int, sample: int | None, seed: int) -> np.ndarray:
-    """Sample places of a source at random, all where that is not more than `sample`: int64, rising."""
-    if sample is None or sample >= total:
-        return np.arange(total)
-    return np.sort(np.random.default_rng((seed, total)).choice(total, sample, replace=False))
 
 
 def _described(it: Inspection, source: PairSource, found: ReadPairs, size: int, batch_size: int) -> Inspection:
@@ -212,9 +189,11 @@ def _described(it: Inspection, source: PairSource, found: ReadPairs, size: int, 
     drawn = texts[np.cumsum(counts) - counts + (generator.random(n) * counts).astype(np.int64)]
     sizes = np.bincount(drawn)
     equal = float((sizes * (sizes - 1)).sum() / max(1, n * (n - 1)))
+    shorter, longer = np.minimum(pairs["width"], pairs["height"]), np.maximum(pairs["width"], pairs["height"])
+    smaller = Fraction.counted(int((shorter < size).sum()), n, it.whole)
     return replace(
         it,
-        images=_images(pairs, size, it.whole),
+        images=ImageStats(spread_of(shorter), spread_of(longer / shorter), size, smaller),
         captions=_captions(source, found, places[owners], equal, batch_size, it.whole),
         equal_images=_repeats(source, same, places),
         near_images=_repeats(source, alike, places),
@@ -222,12 +201,6 @@ def _described(it: Inspection, source: PairSource, found: ReadPairs, size: int, 
         examples=_examples(source, places[chosen]),
         near_examples=_near_examples(source, places, same, alike),
     )
-
-
-def _images(pairs: np.ndarray, size: int, whole: bool) -> ImageStats:
-    shorter, longer = np.minimum(pairs["width"], pairs["height"]), np.maximum(pairs["width"], pairs["height"])
-    smaller = Fraction.counted(int((shorter < size).sum()), len(pairs), whole)
-    return ImageStats(shorter=spread_of(shorter), aspect=spread_of(longer / shorter), size=size, smaller=smaller)
 
 
 def _captions(
@@ -267,7 +240,6 @@ def _repeats(source: PairSource, groups: np.ndarray, places: np.ndarray, hashes:
     """Group repeated images, or captions with `hashes`, by group and place of the pair that shows them."""
     numbers, sizes = repeated(groups)
     examples = []
-    # Pairs are read again, since only their numbers were kept.
     for number, size in zip(numbers[:LISTED], sizes[:LISTED].tolist(), strict=True):
         pairs = _pairs(source, places[groups == number][:KEYS])
         captions = [caption for pair in pairs for caption in pair.captions]
@@ -298,7 +270,7 @@ def _examples(source: PairSource, places: np.ndarray) -> tuple[Example, ...]:
 
 
 def _pairs(source: PairSource, places: Iterable[int]) -> list[Pair]:
-    """Read pairs again, without those that were removed in the meantime."""
+    """Read pairs again, since only their numbers were kept, without those that were removed in the meantime."""
     pairs = []
     for place in places:
         with suppress(BrokenPair):

@@ -14,7 +14,6 @@ from declip.errors import UserError, unknown
 from declip.io.atomic import atomic_write, cache_folder, remove
 
 LOCK = ".lock"
-LOCKS = 64  # number of lock files of a kind; tables that share one wait for each other
 FEATURES, SHARDS, HEADS = "features", "shards", "heads"
 # Folders of the cache whose content is computed or copied again when it is missing.
 COMPUTED = (FEATURES, SHARDS, HEADS, "tables")
@@ -125,5 +124,6 @@ def locked(kind: str, name: str) -> Iterator[None]:
     with ExitStack() as stack:
         with suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(FileLock(folder / f"{kind}-{int(name[:8], 16) % LOCKS}.lock"))
+            # 256 lock files of a kind; names that share one wait for each other.
+            stack.enter_context(FileLock(folder / f"{kind}-{name[:2]}.lock"))
         yield

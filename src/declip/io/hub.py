@@ -1,7 +1,6 @@
 """Fetching from the Hugging Face Hub, or from its cache if the Hub cannot be reached."""
 
 import socket
-import threading
 from collections.abc import Callable
 from contextlib import suppress
 from typing import TypeVar
@@ -29,21 +28,12 @@ def fetch(given: str, get: Callable[[bool], T], local: str) -> T:
         ) from error
 
 
-def online(seconds: float = 5.0) -> bool:
+def online() -> bool:
     """Whether the Hub can be reached; without this check its client retries for about a minute."""
-    if constants.HF_HUB_OFFLINE:
-        return False
-    address, connected = urlsplit(constants.ENDPOINT), list[bool]()
-    if getproxies():  # the proxy connects, and may do so even if this machine cannot
+    address = urlsplit(constants.ENDPOINT)
+    if constants.HF_HUB_OFFLINE or getproxies():  # a proxy may connect even if this machine cannot
+        return not constants.HF_HUB_OFFLINE
+    with suppress(OSError):
+        socket.create_connection((address.hostname or "", address.port or 443), timeout=5).close()
         return True
-
-    def connect() -> None:
-        port = address.port or (443 if address.scheme == "https" else 80)
-        with suppress(OSError), socket.create_connection((address.hostname or "", port), seconds):
-            connected.append(True)
-
-    # In a thread, because looking up a name has no time limit of its own.
-    thread = threading.Thread(target=connect, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return bool(connected)
+    return False

@@ -19,6 +19,7 @@ from declip.io.progress import progress_bar
 T = TypeVar("T")
 
 MAX_WORKERS = 8  # default limit of worker processes; with more the disk is the bottleneck
+POLL_SECONDS = 5.0  # interval at which a worker checks that the main process is alive
 
 
 def usual_workers() -> int:
@@ -53,14 +54,9 @@ def mapped(
     return results()
 
 
-class _Mapped(Dataset):
-    """The results of a function; its index is the argument."""
-
-    def __init__(self, work: Callable[[Any], Any]) -> None:
-        self.work = work
-
+class _Arguments(Dataset):
     def __getitem__(self, given: Any) -> Any:
-        return self.work(given)
+        return given
 
 
 def computed(work: Callable[[Any], T], given: Iterable[Any], workers: int, pin_memory: bool = False) -> Iterator[T]:
@@ -69,11 +65,11 @@ def computed(work: Callable[[Any], T], given: Iterable[Any], workers: int, pin_m
     The call forks the processes, so make it before threads start, and wrap the loop in `naming_lost_workers`.
     """
     loader: DataLoader = DataLoader(
-        _Mapped(work),
+        _Arguments(),
         batch_size=None,
         sampler=given,
         num_workers=workers,
-        collate_fn=_unchanged,  # torch would convert arrays to tensors
+        collate_fn=work,
         pin_memory=pin_memory,
         worker_init_fn=partial(leave_signals_to_main, os.getpid()),
         generator=torch.Generator(),  # otherwise the loader would advance torch's global generator
@@ -104,9 +100,6 @@ def naming_lost_workers(where: str = "") -> Iterator[None]:
         ) from error
 
 
-POLL_SECONDS = 5.0  # interval at which a worker checks that the main process is alive
-
-
 def leave_signals_to_main(main: int, _: int) -> None:
     """Ignore signals that stop a run in a worker: the main process receives them too and still needs its batches.
 
@@ -125,7 +118,3 @@ def _exit_on_request_of(main: int) -> None:
     while os.getppid() == main and (sent is None or sent.si_pid != main):
         sent = signal.sigtimedwait({signal.SIGTERM}, POLL_SECONDS)
     os._exit(0)
-
-
-def _unchanged(result: Any) -> Any:
-    return result

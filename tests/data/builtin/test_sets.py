@@ -9,10 +9,9 @@ from PIL import Image, ImageDraw
 
 from declip.data.builtin import sets
 from declip.data.builtin.fetch import FOLDER_VARIABLE
-from declip.data.builtin.pictures import NOTICE, BuiltinSource, lengthen, read_rows, shorten
+from declip.data.builtin.pictures import NOTICE, BuiltinSource, read_rows
 from declip.data.builtin.sets import BUILTIN_SPLITS, CLIPART, DESIGNS, EMOJI, ICONS, ICONS_PACKAGE, STAMPS, download
 from declip.data.sources.open import open_source
-from declip.data.tables import pack, unpack
 
 DRAWINGS = {  # title, size of the file, color
     "animals/bug.svg": ("bug", 'width="210mm" height="297mm"', "red"),
@@ -123,10 +122,6 @@ def test_the_tables_are_those_that_results_were_measured_on(name, digest):
     rows = read_rows(name)
     text = "\n".join("\t".join(row) for row in (rows[0], *(row.values() for row in rows)))
     assert hashlib.sha256(text.encode()).hexdigest() == digest
-    assert unpack(pack(["a", "ab", "", "b" * 100, "b" * 101])) == ["a", "ab", "", "b" * 100, "b" * 101]
-    for captions, coded in {"tab overflow|more": "2|more", "tabs": " tabs", "tab overflow outline bold": "0"}.items():
-        assert shorten(captions, "set/tab-overflow-outline-bold") == coded
-        assert lengthen(coded, "set/tab-overflow-outline-bold") == captions
 
 
 def test_the_emoji_are_those_that_the_pages_count_and_no_group_is_on_two_sides():

@@ -8,7 +8,7 @@ import subprocess
 import tarfile
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -17,7 +17,6 @@ from declip.errors import UserError
 
 # Files of an npm package that name its authors and license.
 NOTICES = re.compile(r"LICEN[CS]E|README|readme|(info|collections|package)\.json$")
-
 FOLDER_VARIABLE = "DECLIP_DEBIAN"
 PATIENCE = 3600  # seconds to fetch the packages of one set; the largest has 104 MB
 
@@ -30,8 +29,7 @@ class Package(NamedTuple):
     notices: list[Path]  # that name its authors and license
 
 
-# Unpacked packages by name.
-Packages = dict[str, Package]
+Packages = dict[str, Package]  # by name
 
 
 @dataclass(frozen=True)
@@ -121,13 +119,14 @@ def run(tool: str, *arguments: str, cwd: Path, remedy: str) -> None:
 
 def unpack_npm(archive: Path, into: Path) -> None:
     """Write the JSON files and notices of an archive of `npm pack`; paths that would leave the folder are skipped."""
+
+    def wanted(member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo | None:
+        inner = member.name.partition("/")[2]
+        if not member.isfile() or not (inner.endswith(".json") or NOTICES.match(PurePosixPath(inner).name)):
+            return None
+        with suppress(tarfile.FilterError):
+            return tarfile.data_filter(member.replace(name=inner), folder)
+        return None
+
     with tarfile.open(archive) as tar:
-        for member in tar:
-            inner = PurePosixPath(member.name).parts[1:]
-            if not member.isfile() or not inner or ".." in inner:
-                continue
-            content = tar.extractfile(member)
-            if content and (inner[-1].endswith(".json") or NOTICES.match(inner[-1])):
-                path = into.joinpath(*inner)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(content.read())
+        tar.extractall(into, filter=wanted)

@@ -33,12 +33,10 @@ LONGEST_SIDE = 4096  # pixels; a drawing that takes less than a twentieth of its
 TABLE, MANIFEST, NOTICE = "pairs.parquet", "manifest.json", "NOTICE.txt"
 # Pixels of images without and with color, uint8, one after the other; gray ones take a third of the space.
 GRAY, COLOR = "images-gray.bin", "images-color.bin"
-
 ABOUT = """The images in this folder belong to others. Show the line of an image wherever you show it.
 All were drawn at {} px over white, margins cut off. The notices are in licenses/."""
 
-# A row of a set's table: "key", "captions" and columns of the set.
-Row = dict[str, Any]
+Row = dict[str, Any]  # of a set's table: "key", "captions" and columns of the set
 
 
 def renderer() -> Callable[..., bytes]:
@@ -144,9 +142,9 @@ class BuiltinSet(ABC):
     def build(self, packages: Packages, folder: Path, bar: Progress | None = None) -> None:
         """Render unpacked packages into a folder, which appears whole or not at all."""
         chosen = self.choose(packages)
-        shown = chosen if bar is None else bar.track(chosen, description="drawing")
+        rows = chosen if bar is None else bar.track(chosen, description="drawing")
         with atomic_write(folder) as partial:
-            self.write(partial, ((row, self.pixels(row, packages)) for row in shown), packages)
+            self.write(partial, ((row, self.pixels(row, packages)) for row in rows), packages)
             self.read(partial)
 
     def write(self, folder: Path, drawings: Iterable[tuple[Row, np.ndarray | None]], packages: Packages) -> None:
@@ -164,7 +162,7 @@ class BuiltinSet(ABC):
             licenses = folder / "licenses" / name.replace("/", "-")
             licenses.mkdir(parents=True)
             for path in package.notices:
-                shutil.copyfile(path, licenses / path.name)
+                shutil.copy(path, licenses)
 
     def _draw(self, folder: Path, drawings: Iterable[tuple[Row, np.ndarray | None]]) -> list[Row]:
         """Write the pixels, and return the rows of the drawings that are visible and not seen before."""
@@ -189,10 +187,9 @@ class BuiltinSet(ABC):
     def read(self, folder: Path) -> tuple[list[Row], list[np.ndarray]]:
         """Read the table, and map the gray and the colored images, (n, side, side) and (m, side, side, 3) uint8."""
         try:
-            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-            if manifest["layout"] != self.layout:
+            if json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["layout"] != self.layout:
                 raise ValueError("another version of declip made them")
-            rows, side = pq.read_table(folder / TABLE).to_pylist(), manifest["side"]
+            rows, side = pq.read_table(folder / TABLE).to_pylist(), self.side
             images = [_mapped(folder / GRAY, (side, side)), _mapped(folder / COLOR, (side, side, 3))]
             colored = sum(row["colored"] for row in rows)
             if [*map(len, images)] != [len(rows) - colored, colored]:
@@ -256,24 +253,12 @@ def read_rows(name: str) -> list[dict[str, str]]:
     head, *lines = (line.split("\t") for line in unpack(asset(f"{name}.tsv.xz").read_bytes()))
     rows = [dict(zip(head, line, strict=True)) for line in lines]
     for row in rows if "captions" in head else ():
-        row["captions"] = lengthen(row["captions"], row["key"])
+        # A first caption is the number of words that the name has more, or written out after a space.
+        first, *others = row["captions"].split("|")
+        name = row["key"].split("/")[1].split("-")
+        caption = first[1:] if first.startswith(" ") else " ".join(name[: len(name) - int(first)])
+        row["captions"] = "|".join([caption, *others])
     return rows
-
-
-def shorten(captions: str, key: str) -> str:
-    """Replace a first caption that the drawing's name starts with by the number of words that the name has more."""
-    first, *others = split_texts(captions)
-    caption, name = first.split(" "), key.split("/")[1].split("-")
-    left = str(len(name) - len(caption)) if name[: len(caption)] == caption else f" {first}"
-    return "|".join([left, *others])
-
-
-def lengthen(captions: str, key: str) -> str:
-    """Undo `shorten`."""
-    first, *others = captions.split("|")
-    name = key.split("/")[1].split("-")
-    caption = first[1:] if first.startswith(" ") else " ".join(name[: len(name) - int(first)])
-    return "|".join([caption, *others])
 
 
 def split_texts(joined: str) -> list[str]:

@@ -21,7 +21,6 @@ from declip.recipe.schema import ImageView
 LUMA = (0.2989, 0.587, 0.114)  # of red, green and blue in a gray value, as torchvision has it (ITU-R 601-2)
 CHUNK_BYTES = 1 << 19  # of the float32 images processed together on a CPU: they fit its second-level cache
 SIGMAS_KEPT = 6.0  # a tap further out weighs less than 2e-8 of the central one: no effect in float32
-
 CROP_ATTEMPTS = 10  # boxes sampled before the largest central one is taken, as in torchvision's RandomResizedCrop
 RATIO = (3 / 4, 4 / 3)  # smallest and largest aspect ratio of a box
 BLUR_SIGMA = (0.1, 2.0)  # smallest and largest sigma of the blur, in pixels
@@ -37,13 +36,12 @@ def apply(images: Tensor, photometric: Photometric, mean: Tensor, std: Tensor) -
         limit = max(1, CHUNK_BYTES // (4 * images[0].numel()))
     for chunk in _chunks(photometric, limit):
         # A blocking copy would synchronize with the device, about a hundred times in a step.
-        rows = chunk.rows.to(images.device, non_blocking=True)
-        factors = chunk.factors.to(images.device, non_blocking=True)
+        rows, factors, grays = (part.to(images.device, non_blocking=True) for part in chunk[1:4])
         pixels = images.index_select(0, rows).float().div_(255)
         for number in chunk.operations:
             JITTER[number](pixels, factors[number])
-        if chunk.gray.numel():
-            gray(pixels, chunk.gray.to(images.device, non_blocking=True))
+        if grays.numel():
+            gray(pixels, grays)
         if chunk.sigma.numel():
             blur(pixels[-len(chunk.sigma) :], chunk.sigma, chunk.radius)
         out.index_copy_(0, rows, pixels.sub_(mean).div_(std))
@@ -81,14 +79,9 @@ def _chunks(photometric: Photometric, limit: int) -> Iterator[_Chunk]:
         operations = tuple(number for number in order[rows[start]].tolist() if number >= 0)
         for first in range(start, stop, limit):
             members = rows[first : min(first + limit, stop)]
-            yield _Chunk(
-                operations=operations,
-                rows=torch.from_numpy(members),
-                factors=torch.from_numpy(factors[:, members]),
-                gray=torch.from_numpy(np.flatnonzero(is_gray[members])),
-                sigma=torch.from_numpy(sigma[members][sigma[members] > 0]),
-                radius=int(radius[members[0]]),
-            )
+            blurred = sigma[members][sigma[members] > 0]
+            arrays = members, factors[:, members], np.flatnonzero(is_gray[members]), blurred
+            yield _Chunk(operations, *map(torch.from_numpy, arrays), radius=int(radius[members[0]]))
 
 
 def brightness(images: Tensor, factor: Tensor) -> None:
@@ -247,13 +240,13 @@ class ViewTransform:
 
 def apply_photometric(views: Mapping[str, View], mean: Tensor, std: Tensor) -> dict[str, View]:
     """Apply the sampled parameters and normalize to (B, 3, S, S) float32; finished views are unchanged."""
-    finished = dict(views)
-    sizes: dict[torch.Size, dict[str, Photometric]] = {}
+    finished, sizes = dict(views), dict[torch.Size, dict[str, Photometric]]()
     for name, view in views.items():
         if view.photometric is not None:
             sizes.setdefault(view.pixels.shape, {})[name] = view.photometric
     for params in sizes.values():
         pixels = torch.cat([views[name].pixels for name in params])
-        chunks = apply(pixels, Photometric.cat([*params.values()]), mean, std).chunk(len(params))
+        joined = Photometric(*map(torch.cat, zip(*params.values(), strict=True)))
+        chunks = apply(pixels, joined, mean, std).chunk(len(params))
         finished |= {name: View(chunk) for name, chunk in zip(params, chunks, strict=True)}
     return finished

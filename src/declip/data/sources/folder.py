@@ -19,13 +19,12 @@ from declip.data.sources.subset import NUMBER_OF, UNKNOWN, places_by_split
 from declip.errors import UserError
 
 LARGEST = 1 << 20  # bytes of XMP: titles and keywords take a few thousand
+MOST_CAPTION_BYTES = 64 * LONGEST_CAPTION  # a larger .txt file does not hold captions
 RDF, DC = "{http://www.w3.org/1999/02/22-rdf-syntax-ns#}", "{http://purl.org/dc/elements/1.1/}"
 XMP_TEXTS, XMP_KEYWORDS = (f"{DC}description", f"{DC}title"), f"{DC}subject"
 IPTC_TEXTS, IPTC_KEYWORDS = ((2, 120), (2, 105), (2, 5)), (2, 25)  # caption, headline and object name
+# Descriptions that cameras write into every file.
 CAMERAS = {"olympus digital camera", "sony dsc", "samsung camera pictures", "kodak digital still camera", "default"}
-"""Descriptions that cameras write into every file."""
-
-MOST_CAPTION_BYTES = 64 * LONGEST_CAPTION  # a larger .txt file does not hold captions
 
 
 def metadata_captions(path: Path, key: str) -> list[str]:
@@ -71,12 +70,12 @@ def _items(element: ET.Element) -> Iterator[str]:
 def _decoded(value: bytes | list[bytes] | None) -> list[str]:
     """Texts of an IPTC field: UTF-8, or else Latin-1, which older programs wrote."""
     found = list[str]()
-    for raw in value if isinstance(value, list) else [value or b""]:
+    for raw in filter(bytes.strip, value if isinstance(value, list) else [value or b""]):
         try:
             found.append(raw.decode("utf-8"))
         except UnicodeDecodeError:
             found.append(raw.decode("latin-1"))
-    return [text for text in found if text.strip()]
+    return found
 
 
 class ImageFile(NamedTuple):
@@ -140,11 +139,10 @@ class FolderSource(FileList):
             if len(content) > MOST_CAPTION_BYTES:
                 raise BrokenPair("caption too long", key, f"its file is longer than {MOST_CAPTION_BYTES:,} bytes")
             return clean_captions(content.decode("utf-8-sig").splitlines(), key)
-        except FileNotFoundError as error:
-            if any(captions := metadata_captions(entry.path, key)):
-                return clean_captions(captions, key)
-            raise BrokenPair("missing caption", key, str(error)) from error
         except OSError as error:
+            missing = isinstance(error, FileNotFoundError)
+            if missing and any(captions := metadata_captions(entry.path, key)):
+                return clean_captions(captions, key)
             raise BrokenPair("missing caption", key, str(error)) from error
         except UnicodeDecodeError as error:
             raise BrokenPair("invalid text", key, f"not UTF-8: {error}") from error

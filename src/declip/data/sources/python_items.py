@@ -1,6 +1,6 @@
 """Pairs from a Python object: anything with `__len__` and `__getitem__`, such as a list or a dataset of torch."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -57,7 +57,7 @@ class ItemSource(EntrySource):
         self._listed = isinstance(items, list | tuple)
         self.root = None if columns.root is None else Path(columns.root).expanduser()
         self._columns = [columns.image, columns.caption or columns.image]
-        item: Any = next(self._readable(), None)
+        item = self._first()
         self._split = by_lower_name(list(item)).get(COLUMN) if _is_row(item) else None
         if _is_row(item):
             *self._columns, self.group_column = find_columns(list(item), columns, self.name)
@@ -74,9 +74,7 @@ class ItemSource(EntrySource):
         return self.entry(index).key if self._listed else f"item {index}"
 
     def group(self, index: int) -> int:
-        item = self._read(index) if self.group_column else None
-        cell = item.get(self.group_column) if isinstance(item, Mapping) else None
-        return group_number(cell)
+        return group_number(self._cell(index, self.group_column)) if self.group_column else 0
 
     def splits(self) -> dict[str, np.ndarray]:
         """Those that the key "split" names; they would have to be read with the pixels where the items are no list."""
@@ -87,8 +85,7 @@ class ItemSource(EntrySource):
                 f"The items of the {self.name} have the key '{self._split}'. Pass a list of dicts, only those of "
                 "the split 'train', or dicts without the key to train on all."
             )
-        items = map(self._read, range(len(self)))
-        cells = [item.get(self._split) if isinstance(item, Mapping) else None for item in items]
+        cells = (self._cell(index, self._split) for index in range(len(self)))
         names = pa.array(map(cell_name, cells), pa.string())
         return places_by_split(split_numbers(names, f"The key '{self._split}' of the {self.name}"))
 
@@ -104,8 +101,6 @@ class ItemSource(EntrySource):
             item, texts = item
         if self.class_names is not None and isinstance(texts, int | np.integer) and 0 <= texts < len(self.class_names):
             texts = self.class_names[int(texts)]
-        if isinstance(texts, tuple | np.ndarray):
-            texts = list(texts) if isinstance(texts, tuple) else texts.tolist()
         texts = as_texts(texts, "unreadable item", key)
         if isinstance(item, str | Path) and self._listed:
             key = str(item)
@@ -128,10 +123,15 @@ class ItemSource(EntrySource):
         reason = "missing image" if image is None or isinstance(image, str) else "unreadable image"
         raise BrokenPair(reason, key, f"a {type(image).__name__}, not a PIL image, uint8 (H, W, 3) or path")
 
-    def _readable(self) -> Iterator[Any]:
+    def _cell(self, index: int, column: str) -> Any:
+        item = self._read(index)
+        return item.get(column) if isinstance(item, Mapping) else None
+
+    def _first(self) -> Any:
         for index in range(min(len(self), PEEKED_ITEMS)):
             with suppress(BrokenPair):
-                yield self._read(index)
+                return self._read(index)
+        return None
 
     def _read(self, index: int) -> Any:
         try:

@@ -18,17 +18,13 @@ from declip.data.sources.shard_files import resolve, stored_path
 from declip.errors import UserError
 from declip.io.atomic import write_text
 
-LIST_KIND = ".pairs"
-
-COLUMN = "split"
-
+LIST_KIND, COLUMN = ".pairs", "split"
 # Names of splits in folders and tables, in any case.
 SPLITS: Mapping[str, Sequence[str]] = {
     "train": ("train", "training"),
     "validation": ("validation", "val", "valid", "dev"),
     "test": ("test", "testing"),
 }
-
 NUMBER_OF = {name: number for number, names in enumerate(SPLITS.values()) for name in names}
 UNREADABLE, UNKNOWN = -1, -2
 
@@ -50,9 +46,9 @@ class DerivedSource(PairSource):
     def locate(self, index: int) -> tuple[PairSource, int]:
         """The source of pair `index`, and its index there."""
 
-    __getitem__, read_lazy, captions = _delegated("__getitem__"), _delegated("read_lazy"), _delegated("captions")
-    key, group, image, origin = _delegated("key"), _delegated("group"), _delegated("image"), _delegated("origin")
-    lazy_image, boxes = _delegated("lazy_image"), _delegated("boxes")
+    __getitem__, read_lazy, captions, key, group, image, lazy_image, origin, boxes = map(
+        _delegated, ("__getitem__", "read_lazy", "captions", "key", "group", "image", "lazy_image", "origin", "boxes")
+    )
 
 
 class Subset(DerivedSource):

@@ -146,12 +146,10 @@ class TableSource(EntrySource):
         image = decoded(cell, entry.key)
         if image and isinstance(cell, pa.StructScalar):
             image = image.get("bytes") or image.get("path")
-        if not image:
-            raise BrokenPair("missing image", entry.key, "the row names none")
-        if isinstance(image, bytes):
+        if isinstance(image, bytes) and image:
             return image
-        if not isinstance(image, str):
-            raise BrokenPair("missing image", entry.key, f"its cell is not a path: {str(image)[:40]}")
+        if not image or not isinstance(image, str):
+            raise BrokenPair("missing image", entry.key, f"not a path: {str(image or '')[:40]}")
         if image.startswith(("http://", "https://")):
             raise BrokenPair("missing image", entry.key, "a web address; download the images and name the files")
         if "\\" in image and not os.path.exists(self.root / image):

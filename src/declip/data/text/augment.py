@@ -17,21 +17,6 @@ _MASKED, _RANDOM = 0.8, 0.1  # of the chosen tokens, as in BERT
 
 LATIN, OTHER = (regex.compile(pattern, regex.V1) for pattern in (r"\p{Latin}", r"[\p{L}--\p{Latin}]"))
 
-# Words that show nothing, or that WordNet knows in another sense ("who", "it", "in", "us", "as").
-_STOPS = """
-a about above across after again against all along also although always am amid among an and another any
-anyone anything are around as at away be because been before behind being below beneath beside besides between
-beyond both but by can cannot could did do does doing done down during each either else every everyone
-everything for from had has have having he her here hers herself him himself his how however i if in inside
-into is it its itself just let like many may me might mine more most much must my myself near neither never no
-nobody none nor not nothing now of off on once one only onto or other others our ours ourselves out outside
-over own per quite rather same shall she should since so some somebody someone something still such than that
-the their theirs them themselves then there these they this those though through thus to together too toward
-towards under until up upon us very via was we were what when where whether which while who whom whose why
-will with within without would yes yet you your yours yourself yourselves
-"""
-STOP_WORDS = frozenset(_STOPS.split())
-
 
 def augment(caption: str, generator: np.random.Generator, alpha: float = 0.1) -> str:
     """Change a caption a little: one of synonym replacement, random swap and random deletion, a third each.
@@ -42,15 +27,10 @@ def augment(caption: str, generator: np.random.Generator, alpha: float = 0.1) ->
     words = caption.split()
     if len(words) < 2 or in_other_script(caption):
         return caption
-    count = max(1, int(alpha * len(words)))
-    match _below(3, generator):
-        case 0:
-            words = replace_words(words, count, generator)
-        case 1:
-            words = swap_words(words, count, generator)
-        case _:
-            words = delete_words(words, alpha, generator)
-    return " ".join(words)
+    operation, count = _below(3, generator), max(1, int(alpha * len(words)))
+    if operation == 2:
+        return " ".join(delete_words(words, alpha, generator))
+    return " ".join((replace_words, swap_words)[operation](words, count, generator))
 
 
 def in_other_script(caption: str) -> bool:
@@ -61,7 +41,7 @@ def in_other_script(caption: str) -> bool:
 def replace_words(words: Sequence[str], count: int, generator: np.random.Generator) -> list[str]:
     """Replace up to `count` different words by synonyms, which may be phrases, each wherever it stands."""
     parsed = [_parse(word) for word in words]
-    known = {core.lower(): synonyms(core.lower()) for _, core, _ in parsed if core.lower() not in STOP_WORDS}
+    known = {core.lower(): synonyms(core.lower()) for _, core, _ in parsed}
     candidates = [core for core, others in known.items() if others]
     replacements: dict[str, str] = {}
     while candidates and len(replacements) < count:
@@ -77,8 +57,7 @@ def swap_words(words: Sequence[str], count: int, generator: np.random.Generator)
     """Swap two of the words, at least two, at different places, `count` times."""
     swapped = list(words)
     for _ in range(count):
-        first = _below(len(swapped), generator)
-        second = _below(len(swapped) - 1, generator)
+        first, second = _below(len(swapped), generator), _below(len(swapped) - 1, generator)
         second += second >= first
         swapped[first], swapped[second] = swapped[second], swapped[first]
     return swapped

@@ -22,8 +22,7 @@ from declip.errors import UserError
 _MERGES = 48_894
 # CLIP's pattern without its special tokens; ignoring case also makes U+0345 a letter.
 _PIECE = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
-_LONGEST_CACHED = 64
-
+_LONGEST_CACHED = 64  # characters of a word whose ids are kept
 # Required special ids; BERT calls them [CLS], [SEP], [MASK] and [PAD].
 SPECIALS = ("start", "end", "mask", "padding")
 PUNCTUATION = str.maketrans("_", " ", string.punctuation.replace("_", ""))
@@ -42,11 +41,15 @@ class CaptionTokenizer(ABC):
     padding: int  # with CLIP's tokenizer also a word's
     words: Sequence[int]  # the ids of words
     library: tokenizers.Tokenizer
+    _arguments: tuple[Any, ...]  # of the constructor
 
     def __init__(self, context: int) -> None:
         if context < 3:
             raise UserError(f"The context is {context} tokens; start, end and a word need 3 at least.")
         self.context = context  # largest number of ids of a text, start and end included
+
+    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
+        return type(self), self._arguments
 
     @abstractmethod
     def word_ids(self, text: str) -> Iterable[int]:
@@ -107,18 +110,15 @@ class Tokenizer(CaptionTokenizer):
 
     def __init__(self, context: int = 77, merges: int | None = None) -> None:
         super().__init__(context)
-        self.merges = _MERGES if merges is None else merges
-        if not 0 <= self.merges <= _MERGES:
-            raise UserError(f"{self.merges:,} merges were given; CLIP's vocabulary has 0 to {_MERGES:,}.")
-        self.words = range(512 + self.merges)
+        merges = _MERGES if merges is None else merges
+        self._arguments = (context, merges)
+        if not 0 <= merges <= _MERGES:
+            raise UserError(f"{merges:,} merges were given; CLIP's vocabulary has 0 to {_MERGES:,}.")
+        self.words = range(512 + merges)
         self.start, self.end, self.mask = (len(self.words) + number for number in range(3))
-        self.vocabulary = self.mask + 1
-        self.padding = 0
-        self._bpe = _bpe(self.merges)
+        self.vocabulary, self.padding = self.mask + 1, 0
+        self._bpe = _bpe(merges)
         self.library = self._bpe.library
-
-    def __reduce__(self) -> tuple[type["Tokenizer"], tuple[int, int]]:
-        return type(self), (self.context, self.merges)
 
     def word_ids(self, text: str) -> Iterable[int]:
         return chain.from_iterable(map(self._bpe.encode, clean(text).split(" ")))
@@ -148,7 +148,9 @@ class _BytePairs:
     """
 
     def __init__(self, merges: int) -> None:
-        letters = _byte_letters()
+        # Letters of CLIP's merges by byte, in the order of CLIP's ids: printable bytes of Latin-1 first.
+        letters = {byte: chr(byte) for byte in (*range(33, 127), *range(161, 173), *range(174, 256))}
+        letters |= {byte: chr(256 + n) for n, byte in enumerate(byte for byte in range(256) if byte not in letters)}
         lines = bz2.decompress(asset("clip_merges.txt.bz2").read_bytes()).decode().splitlines()
         pairs = [(left, right) for left, right in map(str.split, lines[1 : merges + 1])]
         ended = [letter + "</w>" for letter in letters.values()]
@@ -168,13 +170,6 @@ class _BytePairs:
 
 
 _bpe = lru_cache(maxsize=4)(_BytePairs)
-
-
-def _byte_letters() -> dict[int, str]:
-    """Map bytes to the letters of CLIP's merges, in the order of CLIP's ids: printable bytes of Latin-1 first."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
 
 
 class HuggingfaceTokenizer(CaptionTokenizer):
@@ -199,9 +194,6 @@ class HuggingfaceTokenizer(CaptionTokenizer):
         self.start, self.end, self.mask, self.padding = (specials[name] for name in SPECIALS)
         added = self.library.get_added_tokens_decoder().items()
         self.words = sorted(ids - {number for number, token in added if token.special} - {*specials.values()})
-
-    def __reduce__(self) -> tuple[type["HuggingfaceTokenizer"], tuple[str, dict[str, int], int]]:
-        return type(self), self._arguments
 
     def word_ids(self, text: str) -> Iterable[int]:
         return self.library.encode(text, add_special_tokens=False).ids
@@ -233,6 +225,7 @@ class WrappedTokenizer(CaptionTokenizer):
         self.stored: dict[str, Any] = {
             "definition": definition, "context": context, "clean": clean, "padding": padding, "zeroed": zeroed,
         }  # fmt: skip
+        self._arguments = tuple(self.stored.values())
         self.padding, self._clean, self._zeroed = padding, CLEAN[clean], zeroed
         self.clip = Tokenizer(context) if definition is None else None
         self.library = self.clip.library if self.clip else read_definition(str(definition))
@@ -242,9 +235,6 @@ class WrappedTokenizer(CaptionTokenizer):
         self.words = range(self.vocabulary)
         empty = self.encode("") or [padding]
         self.start, self.end = empty[0] if len(empty) > 1 else -1, empty[-1]
-
-    def __reduce__(self) -> tuple[type["WrappedTokenizer"], tuple[Any, ...]]:
-        return type(self), tuple(self.stored.values())
 
     def ids(self, text: str) -> list[int]:
         text = self._clean(text)
