@@ -8,7 +8,6 @@ from PIL import Image, ImageDraw
 
 from conftest import COLOURS, SHAPES, draw, encoded, texture
 from declip.data.images.decode import decode
-from declip.data.text.tokenizer import Tokenizer
 from declip.inspection.reading import (
     COARSE_BITS,
     FINE_BITS,
@@ -21,7 +20,6 @@ from declip.inspection.reading import (
     kind_of,
     look,
     near_groups,
-    token_count,
 )
 
 
@@ -53,11 +51,6 @@ from declip.inspection.reading import (
 )
 def test_kinds_of_captions(caption, kind):
     assert kind_of(caption) == kind
-
-
-def test_tokens_are_counted_beyond_the_context():
-    assert token_count("a cat") == len(Tokenizer().encode("a cat")) == 4
-    assert token_count("cat " * 300) == 302
 
 
 def photo(seed):

@@ -116,12 +116,10 @@ class Assembler:
 
     def __getitem__(self, step: int) -> PairBatch:
         """Build this rank's part of the batch of a step; `skipped` has its broken pairs."""
-        epoch = step // self.steps_per_epoch
-        samples: list[_Sample] = []
-        skipped: list[BrokenPair] = []
+        samples, skipped = list[_Sample](), list[BrokenPair]()
         for index in np.array_split(self.indices(step), self.ranks)[self.rank].tolist():
             try:
-                samples.append(self.sample(index, epoch))
+                samples.append(self.sample(index, step // self.steps_per_epoch))
             except BrokenPair as broken:
                 skipped.append(broken)
         return self.collate(samples, skipped)
@@ -154,14 +152,12 @@ class Assembler:
 
     def _crop(self, image: LazyImage, transforms: list[ViewTransform], crops: list[Crop]) -> list[torch.Tensor]:
         """Decode an image, at a reduced scale where every crop stays at least as large as its view, and crop it."""
-        best = 1
-        for scale in reversed(image.scales):
+        for scale in (*image.scales, 1):
             reduced = [crop.reduced(scale) for crop in crops]
-            if all(min(c.width, c.height) >= t.size for c, t in zip(reduced, transforms, strict=True)):
-                best = scale
-        pixels = image.pixels(best)
-        crops = crops if best == 1 else [crop.reduced(best) for crop in crops]
-        return [transform.crop_and_resize(pixels, crop) for transform, crop in zip(transforms, crops, strict=True)]
+            if scale == 1 or all(min(c.width, c.height) >= t.size for c, t in zip(reduced, transforms, strict=True)):
+                break
+        pixels = image.pixels(scale)
+        return [transform.crop_and_resize(pixels, crop) for transform, crop in zip(transforms, reduced, strict=True)]
 
     def collate(self, samples: list[_Sample], skipped: list[BrokenPair]) -> PairBatch:
         """Stack the samples; every text is padded to the longest one's length, rounded up."""
@@ -224,10 +220,9 @@ class PairLoader(Iterator[PairBatch]):
     ) -> None:
         self.assembler = assembler
         self.step = start_step  # of the next batch
-        self.skipped = SkipCounter()  # of the batches yielded so far, as is `seen`, which counts all pairs
-        self.seen = 0
-        self.steps_per_epoch = self.assembler.steps_per_epoch
-        self.indices = self.assembler.indices
+        # Of the batches yielded so far: the broken pairs, and the number of all pairs.
+        self.skipped, self.seen = SkipCounter(), 0
+        self.steps_per_epoch, self.indices = assembler.steps_per_epoch, assembler.indices
         self._workers, self._pin_memory = workers, pin_memory
         self._max_broken_fraction = max_broken_fraction
         self._batches: Iterator[PairBatch | UserError] | None = None

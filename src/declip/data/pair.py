@@ -209,12 +209,11 @@ class SkipCounter:
 
     def explanation(self) -> str:
         """The reasons in one sentence, with the remedy of the most frequent mistake."""
-        sentence = "; ".join(self.lines()) + "."
-        if "missing image" in self.counts:
-            sentence += " A table's image paths are relative to its folder, or to data.image_root."
-        if "missing caption" in self.counts:
-            sentence += " A folder needs a text file of the same name for each image, or a table metadata.csv."
-        return sentence
+        remedies = {
+            "missing image": " A table's image paths are relative to its folder, or to data.image_root.",
+            "missing caption": " A folder needs a text file of the same name for each image, or a table metadata.csv.",
+        }
+        return f"{'; '.join(self.lines())}.{''.join(remedies.get(reason, '') for reason in self.counts)}"
 
 
 def as_texts(cell: Any, reason: str, key: str) -> list[str | None]:

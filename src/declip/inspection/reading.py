@@ -154,11 +154,6 @@ def repeated(groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return order, sizes[order]
 
 
-def token_count(caption: str) -> int:
-    """CLIP tokens of a caption, start and end included, not truncated."""
-    return len(Tokenizer(context=1 << 30).encode(caption))
-
-
 def kind_of(caption: str) -> str | None:
     """Classify a caption: one of `KINDS`, or None for several words."""
     return next((name for name, pattern in KINDS.items() if pattern.fullmatch(caption)), None)
@@ -190,9 +185,8 @@ def read(
 
 
 def _read_part(source: PairSource, captioned: bool, places: np.ndarray) -> ReadPairs:
-    rows: list[tuple[object, ...]] = []
-    lines: list[tuple[int, ...]] = []
-    skipped = SkipCounter()
+    rows, lines, skipped = list[tuple[object, ...]](), list[tuple[int, ...]](), SkipCounter()
+    tokenizer = Tokenizer(context=1 << 30)  # CLIP's, without truncation
     for place in places.tolist():
         try:
             pair = source[place] if captioned else Pair("", source.image(place), ())
@@ -201,7 +195,7 @@ def _read_part(source: PairSource, captioned: bool, places: np.ndarray) -> ReadP
             continue
         captions = pair.captions[:MOST_PER_PAIR]
         for caption in captions:
-            kind = KIND_NUMBERS[kind_of(caption)]
-            lines.append((caption_hash(caption), token_count(caption), len(caption.split()), kind))
+            counts = len(tokenizer.encode(caption)), len(caption.split())
+            lines.append((caption_hash(caption), *counts, KIND_NUMBERS[kind_of(caption)]))
         rows.append((place, image_hash(pair.image), look(pair.image), *pair.image.size, len(captions)))
     return ReadPairs(np.array(rows, PAIR), np.array(lines, CAPTION), skipped)

@@ -18,19 +18,8 @@ from declip.data.pair import BrokenPair, Pair, PairSource
 from declip.data.sources.open import ImageSource, open_source
 from declip.data.text.tokenizer import clean
 from declip.errors import UserError, check_range
-from declip.inspection.reading import (
-    KINDS,
-    ONE_WORD,
-    OTHER_SCRIPT,
-    ReadPairs,
-    across,
-    caption_hash,
-    equal_groups,
-    kind_of,
-    near_groups,
-    read,
-    repeated,
-)
+from declip.inspection import reading
+from declip.inspection.reading import KINDS, ReadPairs, equal_groups
 from declip.inspection.result import (
     CaptionStats,
     Example,
@@ -92,7 +81,7 @@ def find(it: Inspection) -> tuple[Finding, ...]:
 
 def _captions_rows(captions: CaptionStats) -> list[Row]:
     odd = {kind: part.fraction for kind, part in captions.kinds.items()}
-    one_word, other_script = odd.pop(ONE_WORD, 0), odd.pop(OTHER_SCRIPT, 0)
+    one_word, other_script = odd.pop(reading.ONE_WORD, 0), odd.pop(reading.OTHER_SCRIPT, 0)
     example = ", ".join(captions.examples[max(odd, key=odd.__getitem__)]) if odd else ""
     truncated = captions.truncated[LONGEST_CONTEXT].fraction > MANY_TRUNCATED
     return [
@@ -145,7 +134,7 @@ def inspect_source(
     places = np.arange(total)
     if sample is not None and sample < total:
         places = np.sort(np.random.default_rng((seed, total)).choice(total, sample, replace=False))
-    found = read(source, places, workers, f"Pairs of {source.name}" if progress else "")
+    found = reading.read(source, places, workers, f"Pairs of {source.name}" if progress else "")
     # --- statistics of the usable pairs, leakage, and what follows
     broken = Fraction.counted(found.skipped.total, len(places), len(places) == total)
     reasons: dict[str, Any] = found.skipped.to_dict()["reasons"]
@@ -164,10 +153,10 @@ def inspect_source(
 def _leakage(source: PairSource, found: ReadPairs, other: PairSource, workers: int | None, progress: bool) -> Leakage:
     """Find the pairs whose image looks like one of another source."""
     title = f"Images of {other.name}" if progress else ""
-    seen, _, skipped = read(other, np.arange(len(other)), workers, title, captioned=False)
+    seen, _, skipped = reading.read(other, np.arange(len(other)), workers, title, captioned=False)
     if not len(seen):
         raise UserError(f"No image of '{other.name}' can be used. {skipped.explanation()}")
-    copied = found.pairs["place"][across(found.pairs, seen)].tolist()
+    copied = found.pairs["place"][reading.across(found.pairs, seen)].tolist()
     keys = map(ImageSource(source).key, copied)
     all_read = len(found.pairs) + found.skipped.total == len(source)
     fraction = Fraction.counted(len(copied), len(found.pairs), all_read)
@@ -178,7 +167,7 @@ def _described(it: Inspection, source: PairSource, found: ReadPairs, size: int, 
     """Add all that needs a pair that can be used."""
     pairs, lines, n = found.pairs, found.captions, len(found.pairs)
     places, counts = pairs["place"], pairs["captions"].astype(np.int64)
-    same, alike, texts = equal_groups(pairs["exact"]), near_groups(pairs["look"]), equal_groups(lines["hash"])
+    same, alike, texts = equal_groups(pairs["exact"]), reading.near_groups(pairs["look"]), equal_groups(lines["hash"])
     # (captions,): the pair of each; (texts,): the place of the first caption that says it
     first = np.unique(texts, return_index=True)[1]
     owners = np.repeat(np.arange(n), counts)
@@ -220,7 +209,7 @@ def _captions(
             kinds[name] = fraction(which)
             first = np.sort(np.unique(lines["hash"][which], return_index=True)[1])  # of each text
             pairs = _pairs(source, places[which][first[:OF_A_KIND]])
-            texts = (text[:LONGEST_TEXT] for pair in pairs for text in pair.captions if kind_of(text) == name)
+            texts = (text[:LONGEST_TEXT] for pair in pairs for text in pair.captions if reading.kind_of(text) == name)
             examples[name] = list(dict.fromkeys(texts))[:OF_A_KIND]
     batch_size = min(batch_size, len(source))
     return CaptionStats(
@@ -238,14 +227,14 @@ def _captions(
 
 def _repeats(source: PairSource, groups: np.ndarray, places: np.ndarray, hashes: np.ndarray | None = None) -> Repeats:
     """Group repeated images, or captions with `hashes`, by group and place of the pair that shows them."""
-    numbers, sizes = repeated(groups)
+    numbers, sizes = reading.repeated(groups)
     examples = []
     for number, size in zip(numbers[:LISTED], sizes[:LISTED].tolist(), strict=True):
         pairs = _pairs(source, places[groups == number][:KEYS])
         captions = [caption for pair in pairs for caption in pair.captions]
         if hashes is not None:
             wanted = hashes[groups == number][0]
-            captions = [clean(caption) for caption in captions if caption_hash(caption) == wanted]
+            captions = [clean(caption) for caption in captions if reading.caption_hash(caption) == wanted]
         examples.append(RepeatGroup(size, tuple(pair.key for pair in pairs), next(iter(captions), "")))
     return Repeats(len(np.unique(places[np.isin(groups, numbers)])), len(numbers), tuple(examples))
 
@@ -254,7 +243,7 @@ def _near_examples(
     source: PairSource, places: np.ndarray, same: np.ndarray, alike: np.ndarray
 ) -> tuple[tuple[Example, ...], ...]:
     """Groups of near-duplicates, those with most images that are not equal first."""
-    numbers, sizes = repeated(alike)
+    numbers, sizes = reading.repeated(alike)
     different = np.bincount(alike[np.unique(same, return_index=True)[1]], minlength=alike.max() + 1)
     order = np.lexsort((-sizes, -different[numbers]))[:NEAR_EXAMPLES]
     return tuple(_examples(source, places[alike == number][:NEAR_MEMBERS]) for number in numbers[order])

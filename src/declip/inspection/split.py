@@ -13,9 +13,7 @@ from declip.io.text import percent, plural
 
 # Fraction of the pairs that the validation part has, and at most how many; pairs of which a part can be split off.
 FRACTION, MOST, FEWEST = 0.1, 5_000, 20
-
-# Fraction of copied validation images above which a validation set is refused.
-COPIED = 0.5
+COPIED = 0.5  # fraction of copied validation images above which a validation set is refused
 
 
 class PairSplit(NamedTuple):
@@ -26,10 +24,7 @@ class PairSplit(NamedTuple):
 
 
 def split_pairs(
-    source: PairSource,
-    most: int = MOST,
-    progress: bool = False,
-    seen: PairSource | None = None,
+    source: PairSource, most: int = MOST, progress: bool = False, seen: PairSource | None = None
 ) -> PairSplit:
     """Split off a validation part: pairs with nearly the same image, the same caption, or one group stay together.
 

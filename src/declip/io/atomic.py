@@ -35,9 +35,8 @@ def cache_folder() -> Path:
 def check_writable(paths: Iterable[Path | None]) -> None:
     """Refuse paths that cannot be written, before work that takes long; None is ignored."""
     for path in filter(None, paths):
-        folder = path.parent
-        if path.is_dir() or not os.access(folder, os.W_OK):
-            why = "it is a folder" if path.is_dir() else f"'{folder}' is not a writable folder"
+        if path.is_dir() or not os.access(path.parent, os.W_OK):
+            why = "it is a folder" if path.is_dir() else f"'{path.parent}' is not a writable folder"
             raise UserError(f"'{path}' cannot be written: {why}. Choose another file.")
 
 

@@ -19,17 +19,12 @@ _UNSEEN = regex.compile(r"[\p{Cc}\p{Cs}\p{Co}\p{Zl}\p{Zp}\u200e\u200f\u202a-\u20
 
 MAX_CHARACTERS, MAX_DEPTH = 1 << 17, 20  # limits of a recipe; the shipped ones have some 3,000 characters and 4 levels
 
-NUMBERS = {
-    "int": r"[-+]?[0-9][0-9_]*",
-    "float": (
-        r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*|[0-9][0-9_]*(?=[eE]))(?:[eE][-+]?[0-9]+)?"
-        r"|[-+]?\.(?:inf|nan)"
-    ),
-}
-"""YAML 1.1 reads 5e-4 as text, 010 as 8 and 1:30 as 90."""
+# YAML 1.1 reads 5e-4 as text, 010 as 8 and 1:30 as 90.
+_FRACTION = r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*|[0-9][0-9_]*(?=[eE]))(?:[eE][-+]?[0-9]+)?"
+NUMBERS = {"int": r"[-+]?[0-9][0-9_]*", "float": rf"{_FRACTION}|[-+]?\.(?:inf|nan)"}
 
+# Beginnings of cells that a spreadsheet evaluates; an apostrophe before them makes them text.
 FORMULA = re.compile(r"'*[=+\-@\t\r]")
-"""Beginnings of cells that a spreadsheet evaluates; an apostrophe before them makes them text."""
 
 
 def shown(text: str, most: int = 160) -> str:
@@ -64,9 +59,8 @@ def short_count(number: int) -> str:
 
 def percent(fraction: float) -> str:
     """Format a fraction in percent, small ones with more digits: 0.0008 is "0.08 %", 0.367 is "36.7 %"."""
-    if fraction and fraction < 0.001:
-        return f"{100 * fraction:.2g} %"
-    return f"{100 * fraction:.2f} %" if fraction < 0.01 else f"{100 * fraction:.1f} %"
+    digits = ".2g" if fraction and fraction < 0.001 else ".2f" if fraction < 0.01 else ".1f"
+    return f"{100 * fraction:{digits}} %"
 
 
 def times(factor: float) -> str:
@@ -76,13 +70,8 @@ def times(factor: float) -> str:
 
 def duration(seconds: float) -> str:
     """Format seconds: "43 s", "5 min 12 s", "3 h 5 min"."""
-    whole = round(seconds)
-    if whole < 60:
-        words = f"{whole} s"
-    elif whole < 3600:
-        words = f"{whole // 60} min {whole % 60} s"
-    else:
-        words = f"{whole // 3600} h {whole % 3600 // 60} min"
+    hours, minutes, rest = round(seconds) // 3600, round(seconds) % 3600 // 60, round(seconds) % 60
+    words = f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
     return words.replace(" ", "\N{NO-BREAK SPACE}")
 
 

@@ -166,16 +166,12 @@ class BuiltinSet(ABC):
 
     def _draw(self, folder: Path, drawings: Iterable[tuple[Row, np.ndarray | None]]) -> list[Row]:
         """Write the pixels, and return the rows of the drawings that are visible and not seen before."""
-        rows: list[Row] = []
-        seen: set[bytes] = set()
-        counts = [0, 0]
+        rows, seen, counts = list[Row](), set[bytes](), [0, 0]
         # Written in order and not through a memory map: on a full disk a map dies of SIGBUS, this with a message.
         with (folder / GRAY).open("wb") as gray, (folder / COLOR).open("wb") as color:
             for row, pixels in drawings:
-                if pixels is None or pixels.min() > INVISIBLE:
-                    continue
-                digest = hashlib.sha256(pixels.tobytes()).digest()
-                if digest in seen and not self.keeps_repeated:
+                digest = b"" if pixels is None else hashlib.sha256(pixels.tobytes()).digest()
+                if pixels is None or pixels.min() > INVISIBLE or (digest in seen and not self.keeps_repeated):
                     continue
                 seen.add(digest)
                 colored = bool((pixels != pixels[:, :, :1]).any())

@@ -19,27 +19,18 @@ from declip.data.pair import BrokenPair, LazyImage
 
 # The raster formats that data sets are made of. Pillow's others are rare, slow, or start other programs (EPS).
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", *(("AVIF",) if features.check("avif") else ()))
-
 # Extensions of images, including formats that cannot be read and count as broken.
 EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif")
-
 MOST_PIXELS = 178_956_970  # Pillow's own limit for a decompression bomb: 2 GiB / 4 / 3, twice
 LARGEST_IMAGE = 100_000_000  # bytes of a file
-
-ORIENTATION = 0x0112
-# Inverse of each EXIF orientation; 1 is already upright.
-TURNS = {
-    2: Transpose.FLIP_LEFT_RIGHT,
-    3: Transpose.ROTATE_180,
-    4: Transpose.FLIP_TOP_BOTTOM,
-    5: Transpose.TRANSPOSE,
-    6: Transpose.ROTATE_270,
-    7: Transpose.TRANSVERSE,
-    8: Transpose.ROTATE_90,
-}
-
 # Errors of Pillow's readers for a damaged file, besides OSError.
 DAMAGE = (SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, OverflowError, struct.error, zlib.error)
+
+ORIENTATION = 0x0112
+# Inverse of each EXIF orientation from 2 on; 1 is already upright.
+UPRIGHT = (Transpose.FLIP_LEFT_RIGHT, Transpose.ROTATE_180, Transpose.FLIP_TOP_BOTTOM)
+SIDEWAYS = (Transpose.TRANSPOSE, Transpose.ROTATE_270, Transpose.TRANSVERSE, Transpose.ROTATE_90)
+TURNS = dict(enumerate((*UPRIGHT, *SIDEWAYS), 2))
 
 SCALES = (8, 4, 2)  # divisors of the sides that libjpeg supports while it decodes
 SMALLEST_SCALED = 8  # pixels that a side keeps at least; the decoders disagree about images smaller than a block
@@ -112,9 +103,9 @@ def image_below(root: Path, path: str, key: str, *, follow: bool) -> Path:
     """The path of an image that may not leave a folder; with `follow`, links may not lead out either."""
     # Normalized first, so that the path checked is the path opened.
     plain = Path(os.path.abspath(root / path))
-    inside = plain.is_relative_to(os.path.abspath(root))
     try:
-        inside = inside and (not follow or Path(os.path.realpath(plain)).is_relative_to(os.path.realpath(root)))
+        resolved = [os.path.abspath, *([os.path.realpath] if follow else [])]
+        inside = all(Path(real(plain)).is_relative_to(real(root)) for real in resolved)
     except (OSError, ValueError) as error:
         raise BrokenPair("missing image", key, str(error)) from error
     if not inside:
@@ -159,7 +150,7 @@ class LazyJpeg(LazyImage):
     def __init__(self, content: bytes, key: str, image: Image.Image) -> None:
         self.content = content
         self._key, self._stored, self._turn = key, image.size, TURNS.get(orientation(image))
-        self.size = image.size[::-1] if 5 <= orientation(image) <= 8 else image.size
+        self.size = image.size[::-1] if self._turn in SIDEWAYS else image.size
         self.scales = tuple(scale for scale in SCALES if min(image.size) >= SMALLEST_SCALED * scale)
 
     def pixels(self, scale: int = 1) -> np.ndarray:

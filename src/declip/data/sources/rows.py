@@ -7,7 +7,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from itertools import count, islice
+from itertools import chain, count, islice
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -82,7 +82,12 @@ class ParquetRows(TableRows):
         elif not path.is_file():
             self.files = [Path(file) for file in expand(str(path))]
         self.folder = Path(os.path.commonpath([file.parent for file in self.files]))
-        footers = [_footer(file) for file in self.files]
+        footers = list[pq.FileMetaData]()
+        for file in self.files:
+            try:
+                footers.append(pq.read_metadata(file))
+            except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+                raise UserError(f"'{file}' is not a Parquet file: {str(error).rstrip('.')}.") from error
         self.arrow_schema = footers[0].schema.to_arrow_schema()
         self.columns, self.metadata = self.arrow_schema.names, self.arrow_schema.metadata or {}
         self._rows = [footer.num_rows for footer in footers]
@@ -93,11 +98,8 @@ class ParquetRows(TableRows):
     def read(self, wanted: Sequence[str], captions: str | None) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
         schema = pa.schema([self.arrow_schema.field(name) for name in wanted])
 
-        def batches() -> Iterator[pa.RecordBatch]:
-            for path, rows in zip(self.files, self._rows, strict=True):
-                yield from self._batches(path, rows, schema)
-
-        return schema, batches()
+        each = (self._batches(path, rows, schema) for path, rows in zip(self.files, self._rows, strict=True))
+        return schema, chain.from_iterable(each)
 
     def _batches(self, path: Path, count: int, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
         """The columns of one of the files, which has `count` rows."""
@@ -117,13 +119,6 @@ class ParquetRows(TableRows):
             yield pa.RecordBatch.from_arrays(batch.select(schema.names).columns, schema=schema)
         if rows != count:
             raise UserError(f"'{path}' cannot be read: it says {count:,} rows and has {rows:,}.")
-
-
-def _footer(path: Path) -> pq.FileMetaData:
-    try:
-        return pq.read_metadata(path)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"'{path}' is not a Parquet file: {str(error).rstrip('.')}.") from error
 
 
 class TextRows(TableRows):

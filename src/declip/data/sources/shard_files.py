@@ -71,9 +71,6 @@ class Shard(NamedTuple):
         return (self.name.partition("?")[0] if self.remote else self.name).rpartition("/")[2]
 
 
-# Names
-
-
 def names_shards(word: str) -> bool:
     """Whether a word can only mean shards: a tar file, a URL or a pattern."""
     if is_url(word) or word.lower().endswith((".tar", ".tgz", ".tar.gz")):
@@ -112,21 +109,17 @@ def expand(word: str) -> list[str]:
     """
     shards: list[str] = []
     for name in [word] if not is_url(word) and Path(word).expanduser().exists() else _braces(word):
-        files = _files(name)
+        path = Path(name).expanduser()
+        if is_url(name) or path.is_file():
+            files = [name if is_url(name) else str(path)]
+        elif path.is_dir():
+            files = files_in(path, ".tar")
+        else:
+            files = sorted(file for file in glob.glob(str(path), recursive=True) if Path(file).is_file())
         if not files:
             raise UserError(f"'{name}' does not exist. Fetch it, or name existing files.")
         shards += files
     return shards
-
-
-def _files(name: str) -> list[str]:
-    """A URL, or the files of a path, a folder or a pattern, possibly none."""
-    path = Path(name).expanduser()
-    if is_url(name) or path.is_file():
-        return [name if is_url(name) else str(path)]
-    if path.is_dir():
-        return files_in(path, ".tar")
-    return sorted(file for file in glob.glob(str(path), recursive=True) if Path(file).is_file())
 
 
 def _braces(word: str) -> list[str]:
@@ -164,9 +157,6 @@ def _look_up(name: str) -> list[Shard]:
 def _shard(name: str, path: str, size: int, version: str) -> Shard:
     state = repr((LAYOUT, path, size, version)).encode(errors="surrogateescape")
     return Shard(name, size, hashlib.sha256(state).hexdigest()[:32])
-
-
-# Remote files
 
 
 @contextmanager

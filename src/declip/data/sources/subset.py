@@ -130,7 +130,7 @@ class PairList(NamedTuple):
 
     def digest_in(self, source: PairSource) -> str:
         """Hash of up to 64 keys that a source has at the listed places."""
-        keys = []
+        keys = list[str]()
         for index in self.indices[:: max(1, len(self.indices) // 32)]:
             with suppress(BrokenPair):
                 keys.append(source.key(index))
@@ -181,14 +181,8 @@ def split_numbers(cells: pa.Array | pa.ChunkedArray, where: str) -> np.ndarray |
 
 def places_by_split(numbers: np.ndarray | None) -> dict[str, np.ndarray]:
     """Rising places of the pairs of each split that has some, by the pairs' numbers (n,); `UNREADABLE` is in each."""
-    if numbers is None:
-        return {}
-    shared = numbers == UNREADABLE
-    return {
-        name: np.flatnonzero(shared | (numbers == number))
-        for number, name in enumerate(SPLITS)
-        if (numbers == number).any()
-    }
+    found = {} if numbers is None else {name: numbers == number for number, name in enumerate(SPLITS)}
+    return {name: np.flatnonzero(where | (numbers == UNREADABLE)) for name, where in found.items() if where.any()}
 
 
 def training_part(source: PairSource) -> PairSource:
