@@ -13,7 +13,6 @@ from scipy.stats import binomtest
 
 from conftest import refuses
 from data.fakes import Noise, Words, make_loader
-from declip.data.pair import Pair
 from declip.data.sources.shards import ShardSource
 from declip.data.sources.subset import Joined
 from declip.data.sources.subset import take as choose_pairs
@@ -117,29 +116,20 @@ def test_one_caption_is_drawn_each_time_and_its_augmentation_is_of_the_same_one(
     assert not any("photo" in caption and "sketch" in other for caption, other in said)
 
 
-def test_the_second_text_is_what_was_chosen():
+def test_the_second_text_is_what_was_chosen(monkeypatch):
     assert all(first == second for first, second in _said(make(second_view="same")))
     for first, second in _said(make(second_view="caption")):
         assert {"photo" in first, "photo" in second} == {True, False}
         assert first.split()[0] == second.split()[0]  # of the same pair
+    captions = Noise.captions
+    monkeypatch.setattr(Noise, "captions", lambda *given: captions(*given)[:1])  # there is no other one
+    usual = _said(make())
+    assert sum(first != second for first, second in usual) > 0.5 * len(usual)
+    assert _said(make(second_view="caption")) == usual
 
 
 def test_what_there_is_not_enough_of_is_refused():
     refuses(r"'fake' holds 30 pairs.* 31.*train\.batch_size", make, batch_size=31)
-
-
-def test_a_pair_without_another_caption_gets_the_augmented_caption():
-    class Bare(Noise):
-        def captions(self, index):
-            return super().captions(index)[:1]
-
-        def __getitem__(self, index):
-            pair = super().__getitem__(index)
-            return Pair(pair.key, pair.image, pair.captions)
-
-    usual = _said(make(Bare()))
-    assert sum(first != second for first, second in usual) > 0.5 * len(usual)
-    assert _said(make(Bare(), second_view="caption")) == usual
 
 
 def test_broken_pairs_shrink_their_batch_and_are_counted_when_it_is_yielded():
@@ -176,17 +166,13 @@ def test_too_large_a_share_of_broken_pairs_stops_after_a_hundred_pairs():
         assert part in said
 
 
-def test_a_mistake_that_a_worker_meets_arrives_as_it_was(monkeypatch):
+def test_a_mistake_that_a_worker_meets_arrives_as_it_was_and_a_lost_worker_is_explained(monkeypatch):
     def fail(_, index):
         raise UserError(f"Row {index} is gone.")
 
-    monkeypatch.setattr(Noise, "__getitem__", fail)
-    refuses(r"^Row \d+ is gone\.$", take, make(workers=1), 1)
-
-
-def test_a_lost_worker_is_explained(monkeypatch):
-    monkeypatch.setattr(Noise, "__getitem__", lambda *_: os._exit(1))
-    refuses(r"at step 4: .*fewer workers", take, make(workers=1, start_step=4), 1)
+    for act, says in ((fail, r"^Row \d+ is gone\.$"), (lambda *_: os._exit(1), r"at step 4: .*fewer workers")):
+        monkeypatch.setattr(Noise, "__getitem__", act)
+        refuses(says, take, make(workers=1, start_step=4), 1)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])

@@ -19,7 +19,6 @@ from declip.data import prepare as module
 from declip.data.pair import BrokenPair, LazyImage, Pair, PairSource
 from declip.data.prepare import downscaled_bytes, join_shards, read_exclusions, shard_source, write_exclusions
 from declip.data.sources.open import open_source
-from declip.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -154,20 +153,15 @@ def test_it_continues_after_a_kill(folder, tmp_path):
     assert not list(out.glob(".*.partial"))
 
 
-@pytest.mark.parametrize(
-    ("changed", "message"), [({"size": 50}, "size was 48, now 50"), ({"shard_pairs": 5}, "shard_pairs was 4, now 5")]
-)
-def test_another_option_in_the_same_folder_is_refused(folder, tmp_path, changed, message):
+def test_a_folder_of_something_else_is_left_alone(folder, tmp_path):
     options = {"size": 48, "shard_pairs": 4, "workers": 0}
     shard_source(folder, tmp_path / "made", **options)
     before = files(tmp_path / "made")
-    refuses(f"another source or option: {message}.*--out", shard_source, folder, tmp_path / "made", **options | changed)
+    for changed, message in (({"size": 50}, "size was 48, now 50"), ({"shard_pairs": 5}, "shard_pairs was 4, now 5")):
+        refuses(f"option: {message}.*--out", shard_source, folder, tmp_path / "made", **options | changed)
     (folder / "9.jpg").write_bytes(jpeg())
     refuses(r"content was .*; pairs was 9, now 10", shard_source, folder, tmp_path / "made", **options)
     assert files(tmp_path / "made") == before
-
-
-def test_a_folder_of_something_else_is_left_alone(folder, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.tex").touch()
     refuses(r"'thesis\.tex'", shard_source, folder, tmp_path / "mine", workers=0)
@@ -181,12 +175,9 @@ def test_a_shard_without_a_good_pair_and_a_source_without_any(tmp_path):
     made = shard_source(source, tmp_path / "made", shard_pairs=4, workers=0)
     assert (made.pairs, made.shards, made.skipped.counts) == (4, 2, {"missing image": 4})
     assert len(open_source(tmp_path / "made")) == 4
-    with pytest.raises(UserError, match=r"None of the 8 pairs of 'hostile' can be used: 8 × missing image"):
-        shard_source(Source(broken=range(8)), tmp_path / "none", workers=0)
-
-
-def test_an_image_longer_than_jpeg_allows_is_png():
-    assert downscaled_bytes(LazyImage(scene(70_000, 2)), 256)[0] == "png"
+    nothing = Source(broken=range(8))
+    refuses(r"None of the 8 pairs of 'hostile' can be used: 8 ×", shard_source, nothing, tmp_path / "none", workers=0)
+    assert downscaled_bytes(LazyImage(scene(70_000, 2)), 256)[0] == "png", "longer than JPEG allows"
 
 
 def test_parts_are_joined(folder, tmp_path, command):

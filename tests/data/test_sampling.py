@@ -90,8 +90,6 @@ def test_remote_shards_are_buffered_unless_told_otherwise():
     assert len({i // 1000 for i in epoch_of(order_of(far, buffer=10_000), 0)[:20_000].tolist()}) == 20
 
 
-# Joined sources
-
 PARTS = [Numbers(100, [30, 70], name="a"), Numbers(40, name="b"), Numbers(60, [60], name="c")]
 
 
@@ -113,16 +111,12 @@ def test_shards_of_joined_sources_come_in_one_random_order():
     assert 0.2 < np.mean(shares) / 2000 < 0.8
 
 
-def test_joined_sources_follow_each_other():
+def test_joined_sources_follow_each_other_and_pairs_are_taken_of_all():
     joined = Joined([Numbers(5, name="a"), Numbers(5, name="a"), Numbers(3, name="b")])
     assert [joined[i] for i in range(13)] == [("a", i % 5) for i in range(10)] + [("b", i) for i in range(3)]
-    assert joined.captions(11) == ("b 1",)
-    assert joined.name == "a + a + b"
+    assert (joined.captions(11), joined.name) == (("b 1",), "a + a + b")
     with pytest.raises(IndexError):
         joined[13]
-
-
-def test_pairs_are_taken_of_all_sources():
     joined = Joined(PARTS)
     small, large = take(joined, 50, seed=1), take(joined, 120, seed=1)
     chosen = [{one[i] for i in range(len(one))} for one in (small, large)]

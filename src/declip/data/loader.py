@@ -84,11 +84,9 @@ class Order:
 
 
 class Assembler:
-    """Builds the batch of any step.
+    """Builds the batch of any step; each of `ranks` builds consecutive pairs of a batch of `batch_size`.
 
-    Epoch e shows all pairs in an order sampled from (seed, e), without those that do not fill a last batch. Everything
-    random about pair i in epoch e comes from a generator seeded by (seed, e, i): texts, mask, then each image view.
-    Each of `ranks` builds consecutive pairs of a batch of `batch_size`.
+    Everything random about pair i in epoch e comes from a generator seeded by (seed, e, i): texts, mask, then each view.
     """
 
     def __init__(
@@ -203,10 +201,9 @@ def _pad(rows: list[list[int]], length: int, value: int) -> torch.Tensor:
 
 
 class PairLoader(Iterator[PairBatch]):
-    """Yields the batches of steps `start_step`, `start_step` + 1, and so on without end.
+    """Yields the batches of steps `start_step`, `start_step` + 1, and so on, the same with any number of workers.
 
-    A batch is a function of its step alone (see `Assembler`), so any number of workers yields the same batches. A
-    broken pair is left out of its batch, and counted in `skipped` when the batch is yielded.
+    A broken pair is left out of its batch, and counted in `skipped` when the batch is yielded.
     """
 
     def __init__(

@@ -228,10 +228,7 @@ def _write_shards(
     stream = mapped(work, [places for own in parts.values() for places in own], workers, title)
     for shard, places in shards.items():
         path, skipped = folder / shard, SkipCounter()
-        with (
-            atomic_write(path, ELSEWHERE) as written,
-            tarfile.open(written, "w", format=tarfile.USTAR_FORMAT) as tar,
-        ):
+        with atomic_write(path, ELSEWHERE) as written, tarfile.open(written, "w", format=tarfile.USTAR_FORMAT) as tar:
             for members, broken in islice(stream, len(parts[shard])):
                 for name, content in members:
                     info = tarfile.TarInfo(name)

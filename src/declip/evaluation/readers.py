@@ -252,18 +252,18 @@ def _known_names(rows: TableRows, column: str) -> list[str]:
 
 def _label(table: TableSource, row: int, column: str, known: Sequence[str]) -> str:
     """Return the single label in the cells of one image, strings or numbers; raises `BrokenPair`."""
-    entry = table.entry(row)
-    given = [value for cell in table.cells(entry, column) for value in (cell if isinstance(cell, list) else [cell])]
+    key, rows = table.entry(row)
+    given = [value for cell in table.cells(key, rows, column) for value in (cell if isinstance(cell, list) else [cell])]
     values = [known[value] if isinstance(value, int) and 0 <= value < len(known) else value for value in given]
     if any(isinstance(value, str) and len(value) > LONGEST_LABEL for value in values):
-        raise BrokenPair("label too long", entry.key, f"more than {LONGEST_LABEL:,} characters")
+        raise BrokenPair("label too long", key, f"more than {LONGEST_LABEL:,} characters")
     texts = {" ".join(cell_name(value).split()) for value in values}
     if "" in texts:
-        raise BrokenPair("missing label", entry.key)
+        raise BrokenPair("missing label", key)
     if not all(map(is_unicode, texts)):
-        raise BrokenPair("invalid text", entry.key, "half of a character that takes two code units")
+        raise BrokenPair("invalid text", key, "half of a character that takes two code units")
     if len(texts) > 1:
-        raise BrokenPair("conflicting labels", entry.key, ", ".join(sorted(texts)))
+        raise BrokenPair("conflicting labels", key, ", ".join(sorted(texts)))
     return texts.pop()
 
 

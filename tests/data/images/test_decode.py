@@ -1,6 +1,5 @@
 """Formats, modes and damage; pictures that are decoded late have the same pixels and reasons."""
 
-import json
 import warnings
 from io import BytesIO
 
@@ -9,14 +8,12 @@ import pytest
 from PIL import Image, ImageOps
 
 from conftest import encoded
-from data.fakes import jpeg, make_loader, scene, write_tar
-from data.test_loader import assert_same
+from data.fakes import jpeg, make_loader, scene
 from declip.data.images import decode as module
 from declip.data.images.decode import LazyJpeg, apply_exif, decode, open_image, opened
 from declip.data.images.views import ViewTransform
-from declip.data.pair import BrokenPair, PairSource
+from declip.data.pair import BrokenPair
 from declip.data.sources.open import open_source
-from declip.data.sources.subset import Joined, take
 
 
 def noise(seed=0, size=(40, 60, 3)):
@@ -29,22 +26,10 @@ def test_formats_are_read(kind):
     assert (image.mode, image.size) == ("RGB", (60, 40))
     if kind in ("PNG", "BMP", "TIFF"):
         np.testing.assert_array_equal(np.asarray(image), np.asarray(noise()))
-
-
-def test_first_frame_of_a_moving_gif():
-    frames = [Image.new("RGB", (4, 4), color) for color in ("red", "blue")]
-    image = decode(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]), "k")
-    assert image.getpixel((1, 1)) == (255, 0, 0)
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_undone(orientation):
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    content = encoded(noise(), "PNG", exif=exif)
-    expected = ImageOps.exif_transpose(Image.open(BytesIO(content)))
-    assert decode(content, "k").tobytes() == expected.tobytes()
-    assert decode(content, "k").size == ((60, 40) if orientation < 5 else (40, 60))
+    if kind == "GIF":  # the first frame of several
+        frames = [Image.new("RGB", (4, 4), color) for color in ("red", "blue")]
+        moving = encoded(frames[0], kind, save_all=True, append_images=frames[1:])
+        assert decode(moving, "k").getpixel((1, 1)) == (255, 0, 0)
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
@@ -99,7 +84,6 @@ def test_a_large_image_is_read_without_a_warning(tmp_path):
 
 
 SIZE = (150, 101)
-pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture(params=["simplejpeg", "pillow"])
@@ -168,13 +152,16 @@ def test_other_contents_of_a_jpeg_are_read_as_by_decode(decoder):
 def test_exif_turns_size_pixels_and_smaller_pixels(decoder, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    content = jpeg(exif=exif)
-    picture, expected = open_image(content, "k"), by_pillow(content)
-    assert picture.size == expected.size
-    np.testing.assert_array_equal(picture.pixels(), np.asarray(expected))
+    for kind in ("JPEG", "PNG"):
+        content = encoded(scene(), kind, exif=exif)
+        picture, expected = open_image(content, "k"), ImageOps.exif_transpose(Image.open(BytesIO(content)))
+        assert picture.size == expected.size
+        np.testing.assert_array_equal(picture.pixels(), np.asarray(expected))
+        assert decode(content, "k").tobytes() == expected.tobytes()
     upright = Image.fromarray(open_image(jpeg(), "k").pixels(2))
     turn = module.TURNS.get(orientation)
-    np.testing.assert_array_equal(picture.pixels(2), np.asarray(upright if turn is None else upright.transpose(turn)))
+    turned = open_image(jpeg(exif=exif), "k").pixels(2)
+    np.testing.assert_array_equal(turned, np.asarray(upright if turn is None else upright.transpose(turn)))
 
 
 @pytest.mark.parametrize("options", JPEGS.values(), ids=JPEGS)
@@ -227,54 +214,10 @@ def test_the_size_is_checked_before_a_pixel_is_decoded(decoder, monkeypatch):
     assert open_image(clean, "k").size == SIZE, "and no pixel is decoded to open a good one"
 
 
-@pytest.fixture
-def sources(tmp_path):
-    """The same three pairs as a folder, a table and a shard; the picture of the last is cut short."""
-    contents = [jpeg(scene(400, 300, 1)), jpeg(scene(60, 50, 2)), jpeg()[:-400]]
-    (tmp_path / "folder").mkdir()
-    members = []
-    for number, file in enumerate(contents):
-        (tmp_path / f"folder/{number}.jpg").write_bytes(file)
-        (tmp_path / f"folder/{number}.txt").write_text(f"picture {number}")
-        said = {"caption": f"picture {number}"}
-        members += [(f"{number}.jpg", file), (f"{number}.json", json.dumps(said).encode())]
-    rows = [{"image": f"folder/{number}.jpg", "caption": f"picture {number}"} for number in range(3)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    write_tar(tmp_path / "shards/0.tar", members)
-    found = [open_source(tmp_path / name) for name in ("folder", "rows.jsonl", "shards")]
-    return [*found, take(found[0], 3, 0), Joined([found[1], found[2], found[2]])]
-
-
-class Decoded(PairSource):
-    """A source with the methods that every one needs; every image is decoded."""
-
-    def __init__(self, source):
-        self.source, self.name = source, source.name
-
-    def __len__(self):
-        return len(self.source)
-
-    def __getitem__(self, index):
-        return self.source[index]
-
-
-def batches(source, size, count=12, **options):
-    options = {"batch_size": 2, "seed": 1, "max_broken_fraction": 1.0, **options}
-    with make_loader(source, size=size, **options) as loader:
-        return [next(loader) for _ in range(count)], loader.skipped
-
-
-def test_batches_are_those_of_decoded_pictures_where_nothing_is_scaled(sources, decoder, monkeypatch):
-    for source in sources:
-        for size, scales in ((152, module.SCALES), (32, ())):
-            monkeypatch.setattr(module, "SCALES", scales)
-            (ours, skipped), (expected, also) = (batches(s, size, 6) for s in (source, Decoded(source)))
-            assert skipped == also
-            assert set(skipped.counts) == {"truncated image"}
-            assert_same(ours, expected)
-
-
-def test_the_scale_keeps_the_views_size(sources, monkeypatch):
+def test_the_scale_keeps_the_views_size(tmp_path, monkeypatch):
+    for number, size in enumerate(((400, 300), (60, 50), SIZE)):
+        (tmp_path / f"{number}.jpg").write_bytes(jpeg(scene(*size)))
+        (tmp_path / f"{number}.txt").write_text("a picture")
     scales, cuts = [], []
     pixels, cut = LazyJpeg.pixels, ViewTransform.crop_and_resize
     monkeypatch.setattr(LazyJpeg, "pixels", lambda self, scale=1: scales.append(scale) or pixels(self, scale))
@@ -283,7 +226,9 @@ def test_the_scale_keeps_the_views_size(sources, monkeypatch):
         "crop_and_resize",
         lambda self, array, crop: cuts.append((crop, array.shape)) or cut(self, array, crop),
     )
-    batches(sources[0], 32, count=40)
+    with make_loader(open_source(tmp_path), size=32, batch_size=2, seed=1) as loader:
+        for _ in range(40):
+            next(loader)
     assert set(scales) == {1, 2, 4, 8}
     assert len(cuts) > 60
     for crop, (height, width, _) in cuts:

@@ -13,8 +13,6 @@ from declip.data.sources import rows as table_rows
 from declip.data.sources.open import open_source
 from declip.data.sources.table import TableSource
 
-# Parquet
-
 
 def content(folder, name):
     return (folder / f"{name}.png").read_bytes()
@@ -70,12 +68,9 @@ def test_parquet_types_of_captions(folder, captions):
 
 
 def test_parquet_that_is_not_utf8_breaks_the_row(folder):
-    text = pa.Array.from_buffers(
-        pa.string(), 2, [None, pa.py_buffer(np.array([0, 1, 2], np.int32)), pa.py_buffer(b"x\xe9")]
-    )
-    source = parquet(folder, ["a.png", "b.png"], text)
-    assert source[0].captions == ("x",)
-    assert reason_of(source, 1) == "invalid text"
+    content = [None, pa.py_buffer(np.array([0, 1, 2], np.int32)), pa.py_buffer(b"x\xe9")]
+    source = parquet(folder, ["a.png", "b.png"], pa.Array.from_buffers(pa.string(), 2, content))
+    assert (source[0].captions, reason_of(source, 1)) == (("x",), "invalid text")
 
 
 def test_parquet_cut_short(folder):
@@ -85,9 +80,6 @@ def test_parquet_cut_short(folder):
     assert "is not a Parquet file" in message(folder / "t.parquet")
     (folder / "t.parquet").write_bytes(whole[:4] + bytes(60) + whole[64:])
     assert "cannot be read" in message(folder / "t.parquet")
-
-
-# Large tables
 
 
 @pytest.fixture

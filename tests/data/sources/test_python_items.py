@@ -82,10 +82,9 @@ def test_items_of_one_group_share_a_number():
 
 def test_a_data_frame_is_its_rows(table):
     frame = pytest.importorskip("pandas").read_json(table, lines=True)
+    frame["caption"] = [np.array(captions, object) for captions in frame["caption"]]  # as read from Parquet
     source = open_source(frame, Columns(root=table.parent))
     assert (source.name, len(source), source[3].captions) == ("DataFrame", 24, open_source(table)[3].captions)
-    frame["caption"] = [np.array(captions, object) for captions in frame["caption"]]  # as read from Parquet
-    assert open_source(frame, Columns(root=table.parent))[3].captions == source[3].captions
 
 
 def test_other_objects_are_refused(table):

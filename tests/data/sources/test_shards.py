@@ -55,7 +55,7 @@ def test_pairs_are_those_that_the_library_reads(shard_folder):
         source[21]
 
 
-def test_what_names_shards(shard_folder):
+def test_what_names_shards_and_which_are_missing(shard_folder):
     (shard_folder / "._00000.tar").write_bytes(b"of macOS")
     for word, sizes in (
         ("{0}/0000[02].tar", [5, 9]),
@@ -65,9 +65,6 @@ def test_what_names_shards(shard_folder):
     ):
         assert open_source(word.format(shard_folder)).blocks.tolist() == sizes
     assert (absolute("~/x/*.tar"), absolute("memory://a.tar")) == (f"{Path.home()}/x/*.tar", "memory://a.tar")
-
-
-def test_missing_shards_are_named(shard_folder):
     for word, missing in (("{00002..00012}.tar", "00004.tar"), ("x.tar", "x.tar"), ("x*.tar", "x*.tar")):
         assert f"'{shard_folder}/{missing}' does not exist" in message(f"{shard_folder}/{word}")
     assert "names more than 1,000,000 shards" in message("{0..9999999999999}.tar")
@@ -144,17 +141,12 @@ def test_names_that_would_leave_a_folder_are_only_names(tmp_path):
     assert all(path.is_relative_to(tmp_path / "cache") for path in new)
 
 
-def test_a_shard_cut_short_is_refused_and_one_cut_later_breaks_its_pairs(shard_folder):
+def test_shards_cut_short_and_other_files_are_refused_and_one_cut_later_breaks_its_pairs(shard_folder, tmp_path):
     source = ShardSource(str(shard_folder))
-    path = shard_folder / "00002.tar"
-    with tarfile.open(path) as tar:
-        at = tar.getmember("000000010.txt").offset_data
-    os.truncate(path, at + 3)
+    with tarfile.open(shard_folder / "00002.tar") as tar:
+        os.truncate(shard_folder / "00002.tar", tar.getmember("000000010.txt").offset_data + 3)
     assert (source.captions(9), reason_of(source, 10)) == (("picture 9",), "truncated shard")
     assert re.search(r"00002.tar' .* beyond its first 5 pairs: cut short", message(str(shard_folder)))
-
-
-def test_other_files_are_not_shards(tmp_path):
     for content in (b"\x1f\x8b" + bytes(600), b"<html>" * 200, b"", b"abc"):
         (tmp_path / "t.tar").write_bytes(content)
         assert "decompress" in message(str(tmp_path / "t.tar"))

@@ -13,43 +13,46 @@ from declip.data.pair import LazyImage, LazyPair, Origin, Pair, PairSource
 
 
 class EntrySource(PairSource):
-    """Pairs that are located by number and then read as needed; every method may raise `BrokenPair`."""
+    """Pairs that are located by number, and then read as needed by their key and place.
+
+    Every method may raise `BrokenPair`.
+    """
 
     @abstractmethod
-    def entry(self, index: int) -> Any:
-        """Locate pair `index`: an object with a `key`."""
+    def entry(self, index: int) -> tuple[str, Any]:
+        """Locate pair `index`: its key, and what the methods below need to read it."""
 
     @abstractmethod
-    def texts(self, entry: Any) -> tuple[str, ...]:
+    def texts(self, key: str, place: Any) -> tuple[str, ...]:
         """The cleaned captions, at least one."""
 
     @abstractmethod
-    def content(self, entry: Any) -> Path | bytes | Image.Image:
+    def content(self, key: str, place: Any) -> Path | bytes | Image.Image:
         """The image file, its bytes, or the image."""
 
     def __getitem__(self, index: int) -> Pair:
         return self.read_lazy(index).decoded()
 
     def read_lazy(self, index: int) -> LazyPair:
-        entry = self.entry(index)
-        captions = self.texts(entry)
-        return LazyPair(entry.key, open_image(self.content(entry), entry.key), captions)
+        key, place = self.entry(index)
+        captions = self.texts(key, place)
+        return LazyPair(key, open_image(self.content(key, place), key), captions)
 
     def captions(self, index: int) -> tuple[str, ...]:
-        return self.texts(self.entry(index))
+        return self.texts(*self.entry(index))
 
     def key(self, index: int) -> str:
-        return self.entry(index).key
+        return self.entry(index)[0]
 
     def image(self, index: int) -> Image.Image:
         return self.lazy_image(index).decoded()
 
     def lazy_image(self, index: int) -> LazyImage:
-        entry = self.entry(index)
-        return open_image(self.content(entry), entry.key)
+        key, place = self.entry(index)
+        return open_image(self.content(key, place), key)
 
     def origin(self, index: int) -> Origin:
-        content = self.content(self.entry(index))
+        content = self.content(*self.entry(index))
         if isinstance(content, bytes):
             return Origin("", 0, len(content), blake2b(content, digest_size=16).hexdigest())
         if isinstance(content, Image.Image):

@@ -5,7 +5,6 @@ import stat
 import xml.etree.ElementTree as ET
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -78,11 +77,6 @@ def _decoded(value: bytes | list[bytes] | None) -> list[str]:
     return found
 
 
-class ImageFile(NamedTuple):
-    key: str
-    path: Path
-
-
 class FileList(EntrySource):
     """Image files below a folder, by absolute or relative paths, without captions; none may leave the folder."""
 
@@ -97,15 +91,15 @@ class FileList(EntrySource):
     def __len__(self) -> int:
         return len(self._keys)
 
-    def entry(self, index: int) -> ImageFile:
+    def entry(self, index: int) -> tuple[str, Path]:
         raw = self._keys[index].as_py()
         key = raw.decode(errors="replace")
-        return ImageFile(key, image_below(self.root, os.fsdecode(raw), key, follow=False))
+        return key, image_below(self.root, os.fsdecode(raw), key, follow=False)
 
-    def content(self, entry: ImageFile) -> Path:
-        return entry.path
+    def content(self, key: str, place: Path) -> Path:
+        return place
 
-    def texts(self, entry: ImageFile) -> tuple[str, ...]:
+    def texts(self, key: str, place: Path) -> tuple[str, ...]:
         return ()
 
 
@@ -129,8 +123,8 @@ class FolderSource(FileList):
         numbers = [NUMBER_OF.get(name.lower().decode(errors="replace"), UNKNOWN) for name in folders.to_pylist()]
         return {} if UNKNOWN in numbers else places_by_split(np.array(numbers))
 
-    def texts(self, entry: ImageFile) -> tuple[str, ...]:
-        key, path = entry.key, entry.path.with_suffix(".txt")
+    def texts(self, key: str, place: Path) -> tuple[str, ...]:
+        path = place.with_suffix(".txt")
         try:
             if not stat.S_ISREG(path.stat().st_mode):  # a named pipe blocks on open
                 raise BrokenPair("missing caption", key, f"{path} is not a file")
@@ -141,7 +135,7 @@ class FolderSource(FileList):
             return clean_captions(content.decode("utf-8-sig").splitlines(), key)
         except OSError as error:
             missing = isinstance(error, FileNotFoundError)
-            if missing and any(captions := metadata_captions(entry.path, key)):
+            if missing and any(captions := metadata_captions(place, key)):
                 return clean_captions(captions, key)
             raise BrokenPair("missing caption", key, str(error)) from error
         except UnicodeDecodeError as error:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -25,12 +25,6 @@ PEEKED_ITEMS = 100  # items read to learn their columns, until one can be read
 class Items(Protocol):
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> Any: ...
-
-
-class Item(NamedTuple):
-    key: str
-    image: Any
-    captions: list[str | None]
 
 
 class ItemSource(EntrySource):
@@ -71,7 +65,7 @@ class ItemSource(EntrySource):
         return len(self.items)
 
     def key(self, index: int) -> str:
-        return self.entry(index).key if self._listed else f"item {index}"
+        return self.entry(index)[0] if self._listed else f"item {index}"
 
     def group(self, index: int) -> int:
         return group_number(self._cell(index, self.group_column)) if self.group_column else 0
@@ -92,7 +86,8 @@ class ItemSource(EntrySource):
     def origin(self, index: int) -> Origin:
         return super().origin(index) if self._listed else Origin()
 
-    def entry(self, index: int) -> Item:
+    def entry(self, index: int) -> tuple[str, tuple[Any, list[str | None]]]:
+        """The key; the image and its captions."""
         item, (image, caption), key = self._read(index), self._columns, f"item {index}"
         texts: Any = None
         if _is_row(item):
@@ -104,13 +99,13 @@ class ItemSource(EntrySource):
         texts = as_texts(texts, "unreadable item", key)
         if isinstance(item, str | Path) and self._listed:
             key = str(item)
-        return Item(key, item, texts)
+        return key, (item, texts)
 
-    def texts(self, entry: Item) -> tuple[str, ...]:
-        return clean_captions(entry.captions, entry.key)
+    def texts(self, key: str, place: Any) -> tuple[str, ...]:
+        return clean_captions(place[1], key)
 
-    def content(self, entry: Item) -> Path | bytes | Image.Image:
-        key, image = entry.key, entry.image
+    def content(self, key: str, place: Any) -> Path | bytes | Image.Image:
+        image, _ = place
         if isinstance(image, Mapping):
             image = image.get("bytes") or image.get("path")
         if isinstance(image, str | Path) and str(image):

@@ -97,7 +97,6 @@ class ParquetRows(TableRows):
 
     def read(self, wanted: Sequence[str], captions: str | None) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
         schema = pa.schema([self.arrow_schema.field(name) for name in wanted])
-
         each = (self._batches(path, rows, schema) for path, rows in zip(self.files, self._rows, strict=True))
         return schema, chain.from_iterable(each)
 

@@ -9,7 +9,7 @@ import tarfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,15 +17,7 @@ import pyarrow as pa
 from declip.data.images.decode import EXTENSIONS, LARGEST_IMAGE
 from declip.data.pair import BrokenPair, Origin, as_texts, clean_captions
 from declip.data.sources.entry import EntrySource
-from declip.data.sources.shard_files import (
-    COPIES,
-    OpenFile,
-    Shard,
-    UnreadableShard,
-    counts,
-    find_shards,
-    open_shard,
-)
+from declip.data.sources.shard_files import COPIES, OpenFile, Shard, UnreadableShard, counts, find_shards, open_shard
 from declip.errors import UserError
 from declip.io.cache import cached_table, trim_cache
 from declip.io.pool import pairs_bar
@@ -47,12 +39,8 @@ SAMPLE = re.compile(r"((?:.*/)?[^./]+)\.([^./]*)", re.DOTALL)
 SCHEMA = pa.schema([("key", pa.large_binary()), *((part, pa.list_(pa.int64(), 2)) for part in PARTS)])
 
 
-class ShardEntry(NamedTuple):
-    """A pair of a shard: start and size in bytes of each part that it has."""
-
-    key: str
-    shard: Shard
-    places: Mapping[str, tuple[int, int]]
+# A shard, and start and size in bytes of each part of a pair that it has.
+Place = tuple[Shard, Mapping[str, tuple[int, int]]]
 
 
 class ShardSource(EntrySource):
@@ -84,67 +72,68 @@ class ShardSource(EntrySource):
     def __reduce__(self) -> tuple[type, tuple[object, ...]]:  # a worker process opens the shards itself
         return ShardSource, (self._word,)
 
-    def entry(self, index: int) -> ShardEntry:
+    def entry(self, index: int) -> tuple[str, Place]:
         if not 0 <= index < len(self):
             raise IndexError(f"pair {index} of {len(self)}")
         number = int(np.searchsorted(self._ends, index, "right"))
         shard, row = self._shards[number], index - int(self._ends[number] - self.blocks[number])
-        place = f"{shard.label}, pair {row}"
+        where = f"{shard.label}, pair {row}"
         try:
             pairs = self._index_of(number)
         except (UnreadableShard, UserError) as error:
-            raise BrokenPair("unreadable shard", place, str(error)) from error
+            raise BrokenPair("unreadable shard", where, str(error)) from error
         if row >= len(pairs):
-            raise BrokenPair("missing in shard", place, f"{len(pairs):,} pairs instead of {self.blocks[number]:,}")
+            raise BrokenPair("missing in shard", where, f"{len(pairs):,} pairs instead of {self.blocks[number]:,}")
         places = {part: pairs[part][row].as_py() for part in PARTS}
         key = pairs["key"][row].as_py().decode(errors="backslashreplace")  # not every name is UTF-8
         present = {part: tuple(place) for part, place in places.items() if place is not None}
-        return ShardEntry(f"{shard.label}/{key}", shard, present)
+        return f"{shard.label}/{key}", (shard, present)
 
-    def content(self, entry: ShardEntry) -> bytes:
-        return self._read(entry, "image", LARGEST_IMAGE, "image too large")
+    def content(self, key: str, place: Place) -> bytes:
+        return self._read(key, place, "image", LARGEST_IMAGE, "image too large")
 
-    def texts(self, entry: ShardEntry) -> tuple[str, ...]:
+    def texts(self, key: str, place: Place) -> tuple[str, ...]:
         captions: list[str | None] = []
-        if "text" in entry.places:
-            captions.append(self._unicode(entry, "text"))
-        if "json" in entry.places:
+        if "text" in place[1]:
+            captions.append(self._unicode(key, place, "text"))
+        if "json" in place[1]:
             try:
-                row: Any = json.loads(self._unicode(entry, "json"))
+                row: Any = json.loads(self._unicode(key, place, "json"))
                 given = [row.get(name) for name in CAPTION_KEYS]
             except (ValueError, AttributeError, RecursionError) as error:
-                raise BrokenPair("unreadable JSON", entry.key, f"not an object: {error}") from error
-            cells = (as_texts(cell, "unreadable JSON", entry.key) for cell in given)
+                raise BrokenPair("unreadable JSON", key, f"not an object: {error}") from error
+            cells = (as_texts(cell, "unreadable JSON", key) for cell in given)
             captions += next((texts for texts in cells if any(texts)), [])
         if not captions:
-            raise BrokenPair("missing caption", entry.key, "no .txt, and no .json with a caption")
-        return clean_captions(captions, entry.key)
+            raise BrokenPair("missing caption", key, "no .txt, and no .json with a caption")
+        return clean_captions(captions, key)
 
     def origin(self, index: int) -> Origin:
-        entry = self.entry(index)
-        at, size = entry.places.get("image", (0, 0))
-        return Origin(entry.shard.name, at, size, f"{entry.shard.state[:16]}-{at}-{size}")
+        _, (shard, places) = self.entry(index)
+        at, size = places.get("image", (0, 0))
+        return Origin(shard.name, at, size, f"{shard.state[:16]}-{at}-{size}")
 
-    def _read(self, entry: ShardEntry, part: str, most: int, reason: str) -> bytes:
+    def _read(self, key: str, place: Place, part: str, most: int, reason: str) -> bytes:
         """The bytes of a part that must be there and no larger; raises `BrokenPair`."""
-        if part not in entry.places:
-            raise BrokenPair(f"missing {part}", entry.key, "the shard has none of this key")
-        at, size = entry.places[part]
+        shard, places = place
+        if part not in places:
+            raise BrokenPair(f"missing {part}", key, "the shard has none of this key")
+        at, size = places[part]
         if size > most:
-            raise BrokenPair(reason, entry.key, f"{part} of {size:,} bytes, at most {most:,}")
+            raise BrokenPair(reason, key, f"{part} of {size:,} bytes, at most {most:,}")
         try:
-            content = open_shard(entry.shard).read(size, at)
+            content = open_shard(shard).read(size, at)
         except (UnreadableShard, OSError) as error:
-            raise BrokenPair("unreadable shard", entry.key, str(error)) from error
+            raise BrokenPair("unreadable shard", key, str(error)) from error
         if len(content) < size:
-            raise BrokenPair("truncated shard", entry.key, f"{len(content):,} of {size:,} bytes of the {part}")
+            raise BrokenPair("truncated shard", key, f"{len(content):,} of {size:,} bytes of the {part}")
         return content
 
-    def _unicode(self, entry: ShardEntry, part: str) -> str:
+    def _unicode(self, key: str, place: Place, part: str) -> str:
         try:
-            return self._read(entry, part, LARGEST_TEXT, "caption too long").decode("utf-8-sig")
+            return self._read(key, place, part, LARGEST_TEXT, "caption too long").decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            raise BrokenPair("invalid text", entry.key, f"not UTF-8: {error}") from error
+            raise BrokenPair("invalid text", key, f"not UTF-8: {error}") from error
 
     def _opened_index(self, number: int) -> pa.Table:
         shard = self._shards[number]

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -35,17 +35,9 @@ KINDS: dict[str, Callable[[Path], TableRows]] = {
 }
 TABLE_KINDS = tuple(KINDS)
 SIDES = ("left", "top", "right", "bottom")  # columns of the box of the object that a caption names
-SPREADSHEETS = (".xlsx", ".xls", ".xlsm", ".ods", ".numbers")
 # Tables in a folder of images, as Hugging Face's ImageFolder has them: column `file_name` and any others.
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 LAYOUT = 2  # raised when a file in the cache changes its meaning
-
-
-class TableRow(NamedTuple):
-    """A pair of a table: the numbers of its rows, which show one image."""
-
-    key: str  # the image's path, else the number of its row or line
-    rows: list[int]
 
 
 class TableSource(EntrySource):
@@ -88,43 +80,40 @@ class TableSource(EntrySource):
     def __reduce__(self) -> tuple[type, tuple[object, ...]]:  # a worker process opens the table itself
         return TableSource, self._arguments
 
-    def entry(self, index: int) -> TableRow:
+    def entry(self, index: int) -> tuple[str, list[int]]:
+        """The image's path, else the number of its row or line; the numbers of the rows, which show one image."""
         rows = self._pairs[index].as_py()
         key, *_ = map(self._place, rows)
         image = self.table.column(0)[rows[0]]
         if not is_bytes(image.type):
             path = decoded(image, key)
             key = path if path and isinstance(path, str) else key
-        return TableRow(key, rows)
+        return key, rows
 
-    def cells(self, entry: TableRow, column: str) -> list[Any]:
+    def cells(self, key: str, rows: list[int], column: str) -> list[Any]:
         """The cells that a pair's rows have in a column; raises `BrokenPair`."""
         cells = self.table.column(self._columns.index(column))
-        return [b"" if is_bytes(cells.type) else decoded(cells[row], entry.key) for row in entry.rows]
+        return [b"" if is_bytes(cells.type) else decoded(cells[row], key) for row in rows]
 
-    def texts(self, entry: TableRow) -> tuple[str, ...]:
-        cells = self.cells(entry, self._caption)
-        return clean_captions(
-            (text for cell in cells for text in as_texts(cell, "unreadable row", entry.key)), entry.key
-        )
+    def texts(self, key: str, rows: list[int]) -> tuple[str, ...]:
+        cells = self.cells(key, rows, self._caption)
+        return clean_captions((text for cell in cells for text in as_texts(cell, "unreadable row", key)), key)
 
     def group(self, index: int) -> int:
-        return group_number(self.cells(self.entry(index), self.group_column)[0]) if self.group_column else 0
+        return group_number(self.cells(*self.entry(index), self.group_column)[0]) if self.group_column else 0
 
     def boxes(self, index: int) -> list[tuple[str, Box]]:
         """One object for each row of the image."""
-        entry = self.entry(index)
-        texts = [
-            clean_captions(as_texts(t, "unreadable row", entry.key), entry.key)[0]
-            for t in self.cells(entry, self._caption)
-        ]
-        sides = [self.cells(entry, side) for side in self._sides]
+        key, rows = self.entry(index)
+        cells = self.cells(key, rows, self._caption)
+        texts = [clean_captions(as_texts(cell, "unreadable row", key), key)[0] for cell in cells]
+        sides = [self.cells(key, rows, side) for side in self._sides]
         try:
             boxes = [(float(a), float(b), float(c), float(d)) for a, b, c, d in zip(*sides, strict=True)]
             if not np.isfinite(boxes).all():
                 raise ValueError("a side is not a finite number")
         except (TypeError, ValueError) as error:
-            raise BrokenPair("unreadable box", entry.key, one_line(error)) from error
+            raise BrokenPair("unreadable box", key, one_line(error)) from error
         return list(zip(texts, boxes, strict=True))
 
     def splits(self) -> dict[str, np.ndarray]:
@@ -141,21 +130,21 @@ class TableSource(EntrySource):
             numbers = np.maximum.reduceat(numbers[rows], starts[:-1])
         return places_by_split(numbers)
 
-    def content(self, entry: TableRow) -> Path | bytes:
-        cell = self.table.column(0)[entry.rows[0]]
-        image = decoded(cell, entry.key)
+    def content(self, key: str, rows: list[int]) -> Path | bytes:
+        cell = self.table.column(0)[rows[0]]
+        image = decoded(cell, key)
         if image and isinstance(cell, pa.StructScalar):
             image = image.get("bytes") or image.get("path")
         if isinstance(image, bytes) and image:
             return image
         if not image or not isinstance(image, str):
-            raise BrokenPair("missing image", entry.key, f"not a path: {str(image or '')[:40]}")
+            raise BrokenPair("missing image", key, f"not a path: {str(image or '')[:40]}")
         if image.startswith(("http://", "https://")):
-            raise BrokenPair("missing image", entry.key, "a web address; download the images and name the files")
+            raise BrokenPair("missing image", key, "a web address; download the images and name the files")
         if "\\" in image and not os.path.exists(self.root / image):
             image = image.replace("\\", "/")  # written on Windows
         if self.confined:
-            return image_below(self.root, image, entry.key, follow=True)
+            return image_below(self.root, image, key, follow=True)
         return Path(os.path.normpath(self.root / os.path.expanduser(image)))
 
     def _place(self, row: int) -> str:
@@ -185,8 +174,9 @@ def open_rows(path: str | Path) -> TableRows:
     if path.is_dir() or (not path.exists() and names_shards(str(path))):
         return ParquetRows(path)
     if not path.is_file() or path.suffix.lower() not in KINDS:
-        remedy = "Save it as CSV (UTF-8)." if path.suffix.lower() in SPREADSHEETS else "Give a table of these formats."
-        raise UserError(f"'{path.name}' is not a table that can be read: {', '.join(TABLE_KINDS)}. {remedy}")
+        raise UserError(
+            f"'{path.name}' is not a table of {', '.join(TABLE_KINDS)}. Save it as CSV (UTF-8), for example."
+        )
     return KINDS[path.suffix.lower()](path)
 
 
