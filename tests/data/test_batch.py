@@ -12,21 +12,13 @@ from declip.data.pair import EXAMPLES_KEPT, BrokenPair, SkipCounter
 PLAIN = Photometric(1.0, 1.0, 1.0, 0.0, (3, 1, 0, 2), True, False, 0.5, 1)
 
 
-def photometric(count=3):
-    return Photometric.stack([PLAIN] * count)
-
-
-def raw(count=3):
-    return View(torch.zeros(count, 3, 4, 4, dtype=torch.uint8), photometric(count))
-
-
-def parts(pairs=3, length=8, **other):
+def parts(**other):
     whole = {
-        "views": {"first": torch.zeros(pairs, 3, 4, 4), "small": torch.zeros(pairs, 3, 2, 2)},
-        "texts": torch.ones(2, pairs, length, dtype=torch.int64),
-        "masked": torch.ones(pairs, length, dtype=torch.int64),
-        "labels": torch.full((pairs, length), -100),
-        "sample_ids": torch.arange(pairs),
+        "views": {"first": torch.zeros(3, 3, 4, 4), "small": torch.zeros(3, 3, 2, 2)},
+        "texts": torch.ones(2, 3, 8, dtype=torch.int64),
+        "masked": torch.ones(3, 8, dtype=torch.int64),
+        "labels": torch.full((3, 8), -100),
+        "sample_ids": torch.arange(3),
     }
     return whole | other
 
@@ -36,7 +28,8 @@ def test_moving_takes_every_tensor_and_leaves_the_plan_of_the_work_on_the_host()
     labels = torch.full((3, 8), -100)
     labels[0, 2] = labels[2, 5] = 7
     lengths = torch.tensor([[4, 8, 6], [4, 3, 6]])
-    batch = PairBatch(**parts(views={"first": raw()}, labels=labels, lengths=lengths), skipped=[broken])
+    raw = View(torch.zeros(3, 3, 4, 4, dtype=torch.uint8), Photometric.stack([PLAIN] * 3))
+    batch = PairBatch(**parts(views={"first": raw}, labels=labels, lengths=lengths), skipped=[broken])
     assert batch.mask_positions is None
     moved = batch.to("meta")
     for name in ("texts", "masked", "labels", "sample_ids", "mask_positions"):

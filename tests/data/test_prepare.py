@@ -76,9 +76,9 @@ def test_what_is_read_back_is_what_was_there(folder, tmp_path, workers):
     made = shard_source(folder, tmp_path / "made", size=48, shard_pairs=4, workers=workers)
     before, after = open_source(folder), open_source(tmp_path / "made")
     assert (made.pairs, made.shards) == (len(after), 3) == (7, 3)
-    assert made.skipped.counts == {"truncated image": 1, "missing caption": 1}
-    assert "7 pairs, 3 shards," in made.summary()
-    assert "Left out: 1 × truncated image, such as 1.jpg" in made.summary()
+    assert all(
+        part in made.summary() for part in ("7 pairs, 3 shards,", "Left out: 1 × truncated image, such as 1.jpg")
+    )
     assert made.skipped.examples == {"truncated image": ["1.jpg"], "missing caption": ["4.jpg"]}
     assert made.bytes == sum(path.stat().st_size for path in (tmp_path / "made").glob("*.tar"))
     assert json.loads((tmp_path / "made/sizes.json").read_text()) == {"000000.tar": 3, "000001.tar": 3, "000002.tar": 1}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from functools import cache, partial
 from typing import NamedTuple
 
@@ -86,7 +87,7 @@ class Order:
 class Assembler:
     """Builds the batch of any step; each of `ranks` builds consecutive pairs of a batch of `batch_size`.
 
-    Everything random about pair i in epoch e comes from a generator seeded by (seed, e, i): texts, mask, then each view.
+    Everything random about pair i in epoch e comes from a generator seeded by (seed, e, i): texts, mask, each view.
     """
 
     def __init__(
@@ -200,11 +201,8 @@ def _pad(rows: list[list[int]], length: int, value: int) -> torch.Tensor:
     return torch.from_numpy(padded)
 
 
-class PairLoader(Iterator[PairBatch]):
-    """Yields the batches of steps `start_step`, `start_step` + 1, and so on, the same with any number of workers.
-
-    A broken pair is left out of its batch, and counted in `skipped` when the batch is yielded.
-    """
+class PairLoader(Iterator[PairBatch], AbstractContextManager["PairLoader"]):
+    """Yields the batches of steps from `start_step` on, without broken pairs, which are counted when it is yielded."""
 
     def __init__(
         self,
@@ -246,9 +244,6 @@ class PairLoader(Iterator[PairBatch]):
         self._closed = True
         # The iterator stops its processes when the last reference to it is deleted.
         self._batches = None
-
-    def __enter__(self) -> PairLoader:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

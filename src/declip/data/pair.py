@@ -89,11 +89,7 @@ Box = tuple[float, float, float, float]
 
 
 class PairSource(ABC):
-    """A list of pairs, read by index. A source can be pickled and read from several processes.
-
-    A subclass needs a `name`, `__len__` and `__getitem__`; it overrides the other methods if it can
-    avoid reading the complete pair.
-    """
+    """Pairs, read by index in any process. A subclass needs `name`, `__len__`, `__getitem__`; the rest is for speed."""
 
     name: str
     credit: str = ""  # a sentence that a license asks for wherever an image is shown

@@ -148,10 +148,7 @@ def shard_source(
 
 
 def join_shards(out: str | Path) -> ShardedPairs:
-    """Move the shards of all parts that `shard_source(…, out, part=…)` wrote to `out`. A stopped call can be repeated.
-
-    Raises `UserError` if a part is missing, or of another source, option or number of parts.
-    """
+    """Move the shards of all parts of `shard_source` to `out`; raises `UserError` unless all are there and fit."""
     parts = find_parts(Path(out).expanduser(), SIZES)
     made_of, _ = _read_record(parts[0])
     with locked_folder(Path(out).expanduser(), RECORD, ELSEWHERE) as folder:

@@ -170,10 +170,7 @@ class ReadPairs(NamedTuple):
 def read(
     source: PairSource, places: np.ndarray, workers: int | None, progress: str = "", captioned: bool = True
 ) -> ReadPairs:
-    """Read the pairs at rising places with workers as `mapped` has them; `progress` is the title of a bar.
-
-    Not `captioned`: the images alone, whatever their captions are.
-    """
+    """Read the pairs, or images alone, at rising places by `workers` processes; `progress` is the title of a bar."""
     step = int(np.clip(len(places) // PARTS, SMALLEST_PART, LARGEST_PART))
     parts = [places[start : start + step] for start in range(0, len(places), step)]
     pairs, captions, skipped = [np.empty(0, PAIR)], [np.empty(0, CAPTION)], SkipCounter()

@@ -95,10 +95,7 @@ def check_copies(train: PairSource, val: PairSource, progress: bool = False) -> 
 
 
 def related_pairs(source: PairSource, progress: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """Find pairs that must not be held out from each other: indices of the pairs that can be used, and their groups.
-
-    A group's number is the least hash of its captions, so that it does not depend on the order of the pairs.
-    """
+    """Find the pairs that can be used, and their groups, by least hash of a caption, that must not be separated."""
     pairs = _read(source, progress, fewest=1)
     related = _related(pairs, source)
     least = np.full(related.max() + 1, np.iinfo(np.uint64).max)

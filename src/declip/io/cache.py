@@ -34,10 +34,7 @@ def cache_entries() -> list[Entry]:
 
 
 def clear_cache(folder: str | None = None) -> int:
-    """Remove the entries of a folder of the cache, or of all of `COMPUTED`, and return the number of bytes freed.
-
-    Entries that a process holds stay.
-    """
+    """Remove unused entries of a folder of the cache, or of all of `COMPUTED`; return the number of bytes freed."""
     entries = cache_entries()
     names = dict.fromkeys(entry.path.parent.name for entry in entries)
     if folder is not None and folder not in names:
@@ -82,10 +79,7 @@ def _removed(path: Path) -> bool:
 def cached_table(
     kind: str, version: object, make: Callable[[], tuple[pa.Schema, Iterable[pa.RecordBatch]]]
 ) -> pa.Table:
-    """Memory-map a table from the folder `kind` of the cache; if it is missing, `make` builds it.
-
-    `version` identifies everything that the table depends on, by its `repr`.
-    """
+    """Memory-map a table from the folder `kind` of the cache, built by `make` once for the `repr` of a version."""
     name = hashlib.sha256(repr(version).encode(errors="surrogateescape")).hexdigest()[:32]
     target = cache_folder() / kind / f"{name}.arrow"
     if (table := _mapped(target)) is not None:
@@ -116,10 +110,7 @@ def _mapped(path: Path) -> pa.Table | None:
 
 @contextmanager
 def locked(kind: str, name: str) -> Iterator[None]:
-    """Lock a name in the cache for one process; a read-only cache is not locked, and the next write reports it.
-
-    Locks of different kinds may be nested. The name starts with hexadecimal digits.
-    """
+    """Lock a name that starts with hexadecimal digits for one process; not in a read-only cache."""
     folder = cache_folder() / "locks"
     with ExitStack() as stack:
         with suppress(OSError):

@@ -38,10 +38,7 @@ SAME_EVERYWHERE = ("YCbCr", "Gray", "RGB")  # color spaces that simplejpeg conve
 
 
 def decode(source: Path | bytes | Image.Image, key: str, most_pixels: int = MOST_PIXELS) -> Image.Image:
-    """Read an image as RGB: upright by its EXIF orientation, transparent pixels over white, the first frame.
-
-    The size is checked in the header, before any pixel is decoded. Raises `BrokenPair`.
-    """
+    """Read an image as upright RGB, transparent pixels over white, the first frame; raises `BrokenPair`."""
     return open_image(source, key, most_pixels).decoded()
 
 
@@ -49,10 +46,7 @@ def decode(source: Path | bytes | Image.Image, key: str, most_pixels: int = MOST
 def opened(
     source: Path | bytes | Image.Image, key: str, most_pixels: int = MOST_PIXELS
 ) -> Iterator[tuple[Image.Image, bytes]]:
-    """Open an image by its header, and check its size: the image and the file's bytes, none of an image in memory.
-
-    Errors here and while it is open become `BrokenPair`.
-    """
+    """Open an image, with the bytes of a file; errors here and while it is open become `BrokenPair`."""
     try:
         if isinstance(source, Image.Image):
             yield source, b""

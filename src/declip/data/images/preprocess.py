@@ -18,10 +18,7 @@ LEFT = 2.0
 
 
 class Preprocess:
-    """CLIP's preprocessing to `size` x `size` pixels; mean and std are of red, green and blue in [0, 1].
-
-    To squash is to resize both sides instead of cropping, as SigLIP does.
-    """
+    """CLIP's preprocessing to `size` x `size` pixels; to squash is to resize both sides instead, as SigLIP does."""
 
     def __init__(
         self,

@@ -1,8 +1,4 @@
-"""Training views of images: a random crop of each, then color jitter, grayscale and blur on whole batches.
-
-Unlike torchvision's, each sample has its own parameters. Samples with the same order of operations are processed
-together, in chunks that fit the processor's cache.
-"""
+"""Training views: a random crop of each image, then color jitter, grayscale and blur, by its own parameters."""
 
 from __future__ import annotations
 

@@ -13,10 +13,7 @@ from declip.data.pair import LazyImage, LazyPair, Origin, Pair, PairSource
 
 
 class EntrySource(PairSource):
-    """Pairs that are located by number, and then read as needed by their key and place.
-
-    Every method may raise `BrokenPair`.
-    """
+    """Pairs that are located by number, then read as needed by key and place; all methods may raise `BrokenPair`."""
 
     @abstractmethod
     def entry(self, index: int) -> tuple[str, Any]:

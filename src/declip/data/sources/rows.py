@@ -66,10 +66,7 @@ class TableRows(ABC):
 
 
 class ParquetRows(TableRows):
-    """A Parquet file, or several: those of a folder or a pattern, in the order of their names.
-
-    Images are paths, bytes, or structs of `bytes` and `path`.
-    """
+    """A Parquet file, or several in the order of their names; images are paths, bytes, or structs of both."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)

@@ -39,10 +39,7 @@ class UnreadableShard(Exception):
 
 
 class OpenFile:
-    """An open file, closed when nothing refers to it any more.
-
-    Unlike a memory map, which ends the process where the file is cut short, `read` then returns fewer bytes.
-    """
+    """An open file, closed when unused; where it was cut short a memory map ends the process, this reads less."""
 
     def __init__(self, path: str | Path) -> None:
         self._descriptor = os.open(path, os.O_RDONLY)
@@ -103,10 +100,7 @@ def files_in(folder: Path, ending: str) -> list[str]:
 
 
 def expand(word: str) -> list[str]:
-    """List the paths and URLs of the shards that a word names; those of a folder or a pattern are sorted.
-
-    Of URLs only braces are expanded here.
-    """
+    """List the paths and URLs of shards that a word names, sorted by a folder or pattern; of URLs only by braces."""
     shards: list[str] = []
     for name in [word] if not is_url(word) and Path(word).expanduser().exists() else _braces(word):
         path = Path(name).expanduser()
@@ -230,10 +224,7 @@ def open_local(shard: Shard) -> OpenFile:
 
 
 def open_shard(shard: Shard) -> OpenFile:
-    """Open a shard, a remote one by its copy in the cache, which is trimmed; raises `UnreadableShard`.
-
-    A full disk raises `UserError`.
-    """
+    """Open a shard, or the copy of a remote one; raises `UnreadableShard`, and `UserError` if the disk is full."""
     try:
         # A copy is not kept open: it takes room on the disk until the last process closes it.
         return _copy(shard) if shard.remote else open_local(shard)
@@ -268,10 +259,7 @@ def _copy(shard: Shard) -> OpenFile:
 
 
 def stored_path(given: object, folder: Path) -> str:
-    """Path of a source or a model as a file in `folder` stores it; empty for a Python object.
-
-    It is relative to the folder if both are below the working directory, else absolute.
-    """
+    """Path as a file in `folder` stores it: relative if both are in the working directory; "" for a Python object."""
     if not isinstance(given, str | Path) or not str(given):
         return ""
     return relative(absolute(given), folder)

@@ -1,7 +1,4 @@
-"""Pairs from WebDataset's tar shards, the format of img2dataset and open_clip, read by random access.
-
-A shard is indexed once, by the headers that `tarfile` reads. Nothing is extracted or unpickled.
-"""
+"""Pairs from WebDataset's tar shards, read by random access; nothing is extracted or unpickled."""
 
 import json
 import re
@@ -44,10 +41,7 @@ Place = tuple[Shard, Mapping[str, tuple[int, int]]]
 
 
 class ShardSource(EntrySource):
-    """Pairs of tar shards: `KEY.jpg` (or another image), and `KEY.txt` or `KEY.json` or both.
-
-    The text file is one caption. The JSON file may have "caption" or "text", a string or a list of them.
-    """
+    """Pairs of tar shards: `KEY.jpg` (or another image), with `KEY.txt`, one caption, or `KEY.json`, or both."""
 
     blocks: np.ndarray
 

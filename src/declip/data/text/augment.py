@@ -1,7 +1,4 @@
-"""Text views of a caption: its augmentation (EDA) and its masking (BERT's, NAACL 2019).
-
-EDA: Wei and Zou, EMNLP 2019, without its random insertion, as DeCLIP uses it.
-"""
+"""Text views of a caption: EDA (Wei and Zou, EMNLP 2019) without insertion, and BERT's masking (NAACL 2019)."""
 
 from collections.abc import Sequence
 from functools import cache, lru_cache

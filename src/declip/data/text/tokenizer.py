@@ -29,10 +29,7 @@ PUNCTUATION = str.maketrans("_", " ", string.punctuation.replace("_", ""))
 
 
 class CaptionTokenizer(ABC):
-    """Encodes texts as ids and decodes them; start and end ids enclose every text and occur nowhere else.
-
-    An instance can be used by threads, forked and pickled.
-    """
+    """Encodes texts as ids, enclosed by start and end; can be used by threads, forked and pickled."""
 
     vocabulary: int  # number of ids
     start: int
@@ -142,10 +139,7 @@ def fix(text: str) -> str:
 
 
 class _BytePairs:
-    """Byte-pair encoding of strings between two spaces, with the first `merges` of CLIP's merges.
-
-    Each string is looked up in a bounded cache or encoded by itself, so that the library's thread pool never starts.
-    """
+    """Byte-pair encoding of each word by itself: the library's thread pool, which must not be forked, never starts."""
 
     def __init__(self, merges: int) -> None:
         # Letters of CLIP's merges by byte, in the order of CLIP's ids: printable bytes of Latin-1 first.
@@ -173,11 +167,7 @@ _bpe = lru_cache(maxsize=4)(_BytePairs)
 
 
 class HuggingfaceTokenizer(CaptionTokenizer):
-    """Encodes texts as the ids that an encoder was trained with, equal to those of transformers.
-
-    "[SEP]" and the like in a text are spelled out, so that special ids occur only where this class inserts them. The
-    definition is the content of tokenizer.json.
-    """
+    """Encodes texts as transformers does, by the content of tokenizer.json; "[SEP]" in a text is spelled out."""
 
     def __init__(self, definition: str, specials: Mapping[str, int], context: int) -> None:
         super().__init__(context)
