@@ -111,7 +111,7 @@ class Tokenizer(CaptionTokenizer):
         self._arguments = (context, merges)
         if not 0 <= merges <= _MERGES:
             raise UserError(f"{merges:,} merges were given; CLIP's vocabulary has 0 to {_MERGES:,}.")
-        self.words = range(512 + merges)
+        self.words, self.merges = range(512 + merges), merges
         self.start, self.end, self.mask = (len(self.words) + number for number in range(3))
         self.vocabulary, self.padding = self.mask + 1, 0
         self._bpe = _bpe(merges)
