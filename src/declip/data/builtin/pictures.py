@@ -251,8 +251,8 @@ def read_rows(name: str) -> list[dict[str, str]]:
     for row in rows if "captions" in head else ():
         # A first caption is the number of words that the name has more, or written out after a space.
         first, *others = row["captions"].split("|")
-        name = row["key"].split("/")[1].split("-")
-        caption = first[1:] if first.startswith(" ") else " ".join(name[: len(name) - int(first)])
+        words = row["key"].split("/")[1].split("-")
+        caption = first[1:] if first.startswith(" ") else " ".join(words[: len(words) - int(first)])
         row["captions"] = "|".join([caption, *others])
     return rows
 

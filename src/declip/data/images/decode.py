@@ -97,9 +97,9 @@ def image_below(root: Path, path: str, key: str, *, follow: bool) -> Path:
     """The path of an image that may not leave a folder; with `follow`, links may not lead out either."""
     # Normalized first, so that the path checked is the path opened.
     plain = Path(os.path.abspath(root / path))
+    inside = plain.is_relative_to(os.path.abspath(root))
     try:
-        resolved = [os.path.abspath, *([os.path.realpath] if follow else [])]
-        inside = all(Path(real(plain)).is_relative_to(real(root)) for real in resolved)
+        inside = inside and (not follow or Path(os.path.realpath(plain)).is_relative_to(os.path.realpath(root)))
     except (OSError, ValueError) as error:
         raise BrokenPair("missing image", key, str(error)) from error
     if not inside:

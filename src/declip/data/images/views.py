@@ -32,7 +32,7 @@ def apply(images: Tensor, photometric: Photometric, mean: Tensor, std: Tensor) -
         limit = max(1, CHUNK_BYTES // (4 * images[0].numel()))
     for chunk in _chunks(photometric, limit):
         # A blocking copy would synchronize with the device, about a hundred times in a step.
-        rows, factors, grays = (part.to(images.device, non_blocking=True) for part in chunk[1:4])
+        rows, factors, grays = (part.to(images.device, non_blocking=True) for part in chunk[2:5])
         pixels = images.index_select(0, rows).float().div_(255)
         for number in chunk.operations:
             JITTER[number](pixels, factors[number])
@@ -48,11 +48,11 @@ class _Chunk(NamedTuple):
     """Samples that are processed together: they have the same operations in the same order."""
 
     operations: tuple[int, ...]
+    radius: int  # of the blur's kernel, one for all: views with different ones are in different chunks
     rows: Tensor  # (n,) int64, the samples among all n
     factors: Tensor  # (4, n) float32, by number of operation
     gray: Tensor  # (m,) int64, which of the n become gray
     sigma: Tensor  # (k,) float32, of the last k of the n; the others are not blurred
-    radius: int  # of the blur's kernel, one for all: views with different ones are in different chunks
 
 
 def _chunks(photometric: Photometric, limit: int) -> Iterator[_Chunk]:
@@ -77,7 +77,7 @@ def _chunks(photometric: Photometric, limit: int) -> Iterator[_Chunk]:
             members = rows[first : min(first + limit, stop)]
             blurred = sigma[members][sigma[members] > 0]
             arrays = members, factors[:, members], np.flatnonzero(is_gray[members]), blurred
-            yield _Chunk(operations, *map(torch.from_numpy, arrays), radius=int(radius[members[0]]))
+            yield _Chunk(operations, int(radius[members[0]]), *map(torch.from_numpy, arrays))
 
 
 def brightness(images: Tensor, factor: Tensor) -> None:
