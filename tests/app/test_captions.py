@@ -68,7 +68,7 @@ def test_after_25_images_the_heads_are_fitted(start):
     (estimate,) = found["estimates"]
     assert estimate["captions"] == 25
     assert 0 <= estimate["low"] <= estimate["value"] <= estimate["high"] <= 1
-    assert state.captioning._choice.heads.image.shape[1] == state.index.info.dimension
+    assert state.captioning._heads.image.shape[1] == state.index.info.dimension
     assert start().captioning.estimates[0] == state.captioning.estimates[0]
 
 

@@ -101,5 +101,5 @@ def test_strange_names_are_escaped_and_svgs_take_their_colors_from_the_page_and_
         assert not [color for color in COLORS if color in svg]
         assert root.get("viewBox")
         assert root.get("width") is None
-        assert "declip from 20 % with 1,000 pairs to 50 % with 8,000" in (root.get("aria-label") or "")
+        assert "declip up to 50.0 %" in (root.get("aria-label") or "")
     assert len(ids) == len(set(ids))

@@ -6,7 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,10 +27,10 @@ from declip.evaluation.results import Measure
 from declip.evaluation.zero_shot import read_prompts
 from declip.io.atomic import atomic_write, csv_path
 from declip.io.cache import locked
-from declip.models.closed_form import Pairs
+from declip.models.closed_form import Heads, Pairs
 from declip.search.choose import choose_from, image_cell
 from declip.search.index import Index
-from declip.training.heads import Choice, choose_heads
+from declip.training.heads import choose_heads
 
 ELSEWHERE = "choose another file with --caption"
 EVERY = 25  # captions after which the heads are fitted again
@@ -112,16 +112,6 @@ class SaveQuestion(Question):
     seen: list[Annotated[str, OneLine]]
 
 
-@dataclass(frozen=True)
-class HeldOutFit:
-    """How often a left-out caption and its image fit better than others, with a 95 % interval, after some captions."""
-
-    captions: int
-    value: float
-    low: float
-    high: float
-
-
 class Captioning:
     """The order of the images, what the tabs show, and the heads that are fitted to the captions so far."""
 
@@ -129,29 +119,25 @@ class Captioning:
         self.state, self.table = state, CaptionTable(path, state.index)
         self.captions = self.table.read()
         self.order = self._order()
-        self.estimates: list[HeldOutFit] = []
-        self._choice: Choice | None = None
+        # How often a left-out caption and its image fit better than others, with a 95 % interval, after each fit
+        self.estimates: list[dict[str, float]] = []
+        self._heads: Heads | None = None
         self._held: dict[int, tuple[str, float]] = {}  # tab and time, by image
         self._lock, self._fitting = threading.Lock(), threading.Lock()
         self.classes = list(dict.fromkeys(read_prompts("imagenet").classes.values()))
         vectors = state.class_vectors(tuple(self.classes), "")
         self._vectors = dict(zip(self.classes, vectors, strict=True))  # of texts
-        self._rounds = len(self.captions) // EVERY  # of fits
-        self._fit(len(self.captions))
+        self._fit()
 
     def _order(self) -> list[int]:
         """Captioned images in the order of the file, then those to caption: a table's by row, others by choice."""
-        index, captioned = self.state.index, list(self.captions)
+        index, order = self.state.index, list(self.captions)
         if index.info.source.path.lower().endswith((".csv", ".tsv", ".jsonl", ".json", ".parquet")):
-            chosen = index.ids.tolist()
-        elif len(captioned) < len(index):
-            try:
-                chosen = [hit.id for hit in choose_from(index, MOST, index.vectors(captioned)).images]
-            except UserError:  # all others are near-duplicates
-                chosen = []
-        else:
-            chosen = []
-        return list(dict.fromkeys([*captioned, *chosen]))
+            order += index.ids.tolist()
+        elif len(order) < len(index):
+            with suppress(UserError):  # all others are near-duplicates
+                order += [hit.id for hit in choose_from(index, MOST, index.vectors(order)).images]
+        return list(dict.fromkeys(order))
 
     def next_place(self, tab: str, after: int) -> int | None:
         """The first image without a caption after a place, then from the start, that no other tab shows."""
@@ -167,27 +153,26 @@ class Captioning:
     def save(self, id: int, captions: Sequence[str], seen: Sequence[str]) -> None:
         """Write captions to the disk, and fit the heads again after every 25 images."""
         with self._lock:
+            before = len(self.captions)
             try:
                 self.captions = self.table.add(id, captions, seen)
             except HTTPException:
                 self.captions = self.table.read()  # which the page shows next
                 raise
-            count = len(self.captions)
-            due, self._rounds = count // EVERY > self._rounds, count // EVERY
+            due = len(self.captions) // EVERY > before // EVERY
         if due:
-            threading.Thread(target=self._fit, args=(count,), daemon=True).start()
+            threading.Thread(target=self._fit, daemon=True).start()
 
     def suggestions(self, id: int) -> list[str]:
         """Captions and names of ImageNet's classes that are nearest to an image, by the heads of now."""
         texts = list(dict.fromkeys([text for own in self.captions.values() for text in own] + self.classes))
         features = self._features(texts)
         image = self.state.index.vectors([id])
-        if self._choice is None:
-            cosines = (image @ features.mT)[0]
+        if self._heads is None:
+            cosines = image @ features.mT
         else:
-            heads = self._choice.heads
-            cosines = heads.similarities(image.to(heads.image), features.to(heads.text))[0]
-        return [texts[place] for place in cosines.topk(min(SUGGESTIONS, len(texts))).indices.tolist()]
+            cosines = self._heads.similarities(image.to(self._heads.image), features.to(self._heads.text))
+        return [texts[place] for place in cosines[0].topk(min(SUGGESTIONS, len(texts))).indices.tolist()]
 
     def _features(self, texts: Sequence[str]) -> Tensor:
         """(t, d), the vectors of texts, each encoded once."""
@@ -196,12 +181,12 @@ class Captioning:
                 self._vectors[text] = self.state.query(text)
         return torch.stack([self._vectors[text] for text in texts])
 
-    def _fit(self, count: int) -> None:
+    def _fit(self) -> None:
         """Fit heads to the captions so far, and measure by cross-validation how well they fit."""
         with self._fitting:
-            if count < EVERY:
+            known = dict(self.captions)
+            if len(known) < EVERY:
                 return
-            known = {id: texts[:] for id, texts in self.captions.items()}
             texts = [text for own in known.values() for text in own]
             owners = torch.repeat_interleave(torch.tensor([len(own) for own in known.values()]))
             pairs = Pairs(self.state.index.vectors([*known]), self._features(texts), owners)
@@ -212,26 +197,19 @@ class Captioning:
                 # Not a recall, which depends on the number of images
                 value = 1 - float(choice.outcome.fit.nanmean())
                 low, high = Measure("fit", value, 0.5, len(known)).interval
-                self.estimates.append(HeldOutFit(len(known), value, min(low, value), max(high, value)))
-            self._choice = choice
+                estimate = {"captions": len(known), "value": value, "low": min(low, value), "high": max(high, value)}
+                self.estimates.append(estimate)
+            self._heads = choice.heads
 
     def describe(self, place: int) -> dict[str, Any]:
         """An image as the page shows it."""
         id = self.order[place]
-        return {
-            "place": place,
-            **self.state.describe(id),
-            "saved": self.captions.get(id, []),
-            "suggestions": self.suggestions(id),
-        }
+        about = {"place": place, **self.state.describe(id), "saved": self.captions.get(id, [])}
+        return {**about, "suggestions": self.suggestions(id)}
 
     def progress(self) -> dict[str, Any]:
         """Numbers of images, and the estimates so far."""
-        return {
-            "done": len(self.captions),
-            "total": len(self.order),
-            "estimates": [vars(one) for one in self.estimates],
-        }
+        return {"done": len(self.captions), "total": len(self.order), "estimates": self.estimates}
 
 
 def show(request: Request) -> Response:

@@ -160,22 +160,18 @@ def pairs_chart(
             ax.plot(across, seeds, ".", color=style["color"], markersize=3.5, alpha=0.7)
         _legend(ax)
 
-    words = "; ".join(f"{name} {_ends(curve)}" for name, curve in shown.items())
-    return Chart(f"{words}; chance {100 * chance:.3g} %.", (4.1, 3.4 + 0.1 * len(shown)), draw)
-
-
-def _ends(curve: EfficiencyCurve) -> str:
-    first, last = (f"{100 * mean:.3g} % with {n:,}" for mean, n in ((curve.means[i], curve.pairs[i]) for i in (0, -1)))
-    return f"from {first} pairs to {last}"
+    words = "; ".join(f"{name} up to {percent(max(curve.means))}" for name, curve in shown.items())
+    return Chart(f"{words}, with {pairs[0]:,} to {pairs[-1]:,} pairs.", (4.1, 3.4 + 0.1 * len(shown)), draw)
 
 
 def growth_chart(growth: Mapping[str, Any]) -> Chart:
     """Draw R@1 and R@10 with parts of the pairs, and dashed what more are expected to give; bands are intervals."""
     pairs, curves = growth["pairs"], {f"R@{k}": curve for k, curve in growth.items() if k != "pairs"}
+    count = len(growth["1"]["measured"])
 
     def draw(ax: Axes) -> None:
         for color, (name, curve) in zip(COLORS[1:], curves.items()):  # noqa: B905
-            count, rows = len(curve["measured"]), [*curve["measured"], *curve["expected"]]
+            rows = [*curve["measured"], *curve["expected"]]
             values, low, high = (100 * np.array([row[key] for row in rows]) for key in ("value", "low", "high"))
             ax.fill_between(pairs[: len(rows)], low, high, color=color, alpha=0.15, linewidth=0)
             ax.plot(pairs[:count], values[:count], "o-", color=color, linewidth=1.8, markersize=4, label=name)
@@ -190,12 +186,8 @@ def growth_chart(growth: Mapping[str, Any]) -> Chart:
         ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
         _legend(ax)
 
-    words = "; ".join(
-        f"{name} {percent(curve['measured'][0]['value'])} to {percent(curve['measured'][-1]['value'])}"
-        + (f", expected {percent(curve['expected'][-1]['value'])}" if curve["expected"] else "")
-        for name, curve in curves.items()
-    )
-    return Chart(f"{words}, with {pairs[0]:,} to {pairs[-1]:,} pairs.", (4.2, 2.8), draw)
+    words = "; ".join(f"{name} {percent(curve['measured'][-1]['value'])}" for name, curve in curves.items())
+    return Chart(f"{words}, with {pairs[count - 1]:,} pairs.", (4.2, 2.8), draw)
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:

@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 from markupsafe import Markup
 
-from declip.data.images.thumbnails import Thumbnail, Thumbnails, thumbnails_of
+from declip.data.images.thumbnails import thumbnails_of
 from declip.data.pair import PairSource
 from declip.errors import UserError
 from declip.evaluation.datasets import open_dataset
@@ -27,22 +27,6 @@ PROGRESS = {"lr": ("learning rate", False), "logit_scale": ("logit scale", False
 SHOWN = 5  # candidates of a query
 
 
-class TitledChart(NamedTuple):
-    """A chart with its title and notes on its values; None when nothing finite was logged."""
-
-    title: str
-    svg: Markup | None
-    explanation: str = ""
-
-
-class HeldOut(NamedTuple):
-    """The test split of a held-out set, its features and thumbnails by row."""
-
-    source: PairSource
-    features: SourceFeatures
-    thumbnails: Thumbnails
-
-
 def write_report(folder: Path, model: Encoder, limit: int = 4_000) -> Path:
     """Write ``report.html`` into a run folder, from its files; the model encodes up to `limit` held-out pairs.
 
@@ -57,7 +41,7 @@ def write_report(folder: Path, model: Encoder, limit: int = 4_000) -> Path:
     # --- tables and examples
     held_out = _encode(model, dataset, limit)
     source = run.examples.get("source")
-    credits = (source and source["credit"], held_out and held_out.source.credit)
+    credits = (source and source["credit"], held_out and held_out["source"].credit)
     content = render(
         "run.html",
         run=run,
@@ -71,11 +55,11 @@ def write_report(folder: Path, model: Encoder, limit: int = 4_000) -> Path:
         fitted=fitted_lines(run),
         growth=growth_chart(grown).svg("growth") if (grown := run.cross_validation.get("growth")) else None,
         losses=loss_charts(run) if run.metrics else [],
-        progress=[TitledChart(title, _svg(title, run, key, noisy)) for key, (title, noisy) in PROGRESS.items()],
+        progress=[_chart(title, _svg(title, run, key, noisy)) for key, (title, noisy) in PROGRESS.items()],
         accuracy=accuracy_charts(run),
         skipped_table=skipped_table(run),
         held_out=held_out,
-        retrieved=held_out and retrieval(held_out.features, held_out.thumbnails, np.random.default_rng(0)),
+        retrieved=held_out and retrieval(**held_out, rng=np.random.default_rng(0)),
         credits=list(dict.fromkeys(filter(None, credits))),
     )
     return write_text(folder / NAME, content)
@@ -135,9 +119,9 @@ def _numbers(measure: Measure) -> tuple[str, ...]:
     return measure.name, percent(measure.value), *chance, f"{measure.n:,}"
 
 
-def loss_charts(run: Run) -> list[TitledChart]:
+def loss_charts(run: Run) -> list[dict[str, Any]]:
     """Draw the total and each loss."""
-    charts = [TitledChart("total", _svg("total", run, "loss"), "The weighted sum, which training minimizes.")]
+    charts = [_chart("total", _svg("total", run, "loss"), "The weighted sum, which training minimizes.")]
     facts, weights = run.examples.get("losses", {}), run.recipe.loss_weights
     for name in dict.fromkeys(name for row in run.metrics for name in row.get("losses", {})):
         known = facts.get(name, {"title": name, "explanation": "", "chance": None})
@@ -146,11 +130,11 @@ def loss_charts(run: Run) -> list[TitledChart]:
             notes.append(f"Weight {weights[name]:g}.")
         if known["chance"] is not None:
             notes.append(f"Chance level {known['chance']:.2f}.")
-        charts.append(TitledChart(known["title"], _svg(known["title"], run, f"losses.{name}"), " ".join(notes)))
+        charts.append(_chart(known["title"], _svg(known["title"], run, f"losses.{name}"), " ".join(notes)))
     return charts
 
 
-def accuracy_charts(run: Run) -> list[TitledChart]:
+def accuracy_charts(run: Run) -> list[dict[str, Any]]:
     """Draw held-out accuracy over the steps, for everything that was evaluated more than once."""
     charts = []
     names = short_names(row.result.dataset for row in run.evaluated)
@@ -164,8 +148,12 @@ def accuracy_charts(run: Run) -> list[TitledChart]:
         lines = {name.removesuffix(" R@1"): [measures[name].value for measures in every] for name in shown}
         first = every[-1][shown[0]]
         svg = score_chart(lines, [row.step for row in rows], first.chance).svg(f"accuracy-{number}")
-        charts.append(TitledChart(last.task, svg, f"{names[last.dataset]}, n = {first.n:,}"))
+        charts.append(_chart(last.task, svg, f"{names[last.dataset]}, n = {first.n:,}"))
     return charts
+
+
+def _chart(title: str, svg: Markup | None, explanation: str = "") -> dict[str, Any]:
+    return {"title": title, "svg": svg, "explanation": explanation}
 
 
 def _svg(title: str, run: Run, column: str, noisy: bool = True) -> Markup | None:
@@ -173,7 +161,7 @@ def _svg(title: str, run: Run, column: str, noisy: bool = True) -> Markup | None
     return None if chart is None else chart.svg(f"chart-{column}")
 
 
-def _encode(model: Encoder, name: str | None, limit: int) -> HeldOut | None:
+def _encode(model: Encoder, name: str | None, limit: int) -> dict[str, Any] | None:
     if name is None:
         return None
     try:
@@ -183,35 +171,20 @@ def _encode(model: Encoder, name: str | None, limit: int) -> HeldOut | None:
     except UserError as error:
         log.warning("The report shows no retrieved images: %s", error)
         return None
-    thumbnail = thumbnails_of(source)
-    return HeldOut(source, features, lambda row: thumbnail(int(features.indices[row])))
-
-
-class Candidate(NamedTuple):
-    """A retrieved image with its first caption; it is correct if it has the caption of the query."""
-
-    caption: str
-    image: Thumbnail | None
-    correct: bool
-
-
-class Query(NamedTuple):
-    """A caption, its nearest images, and the rank of the first correct one."""
-
-    caption: str
-    hits: list[Candidate]
-    rank: int
+    return {"source": source, "features": features}
 
 
 def retrieval(
-    features: SourceFeatures, thumbnails: Thumbnails, rng: np.random.Generator, each: int = 4
-) -> tuple[list[Query], float]:
+    source: PairSource, features: SourceFeatures, rng: np.random.Generator, each: int = 4
+) -> tuple[list[dict[str, Any]], float]:
     """Pick random captions, `each` of those that rank their image first and of the others, with the nearest images.
 
     Returns:
-        The captions, and the fraction of all captions that rank their image first.
+        The captions, each with its nearest images and the rank of the first correct one, and the fraction of all
+        captions that rank their image first. An image is correct if it has the caption.
     """
     assert features.texts is not None
+    thumbnails, places = thumbnails_of(source), features.indices
     captions, carriers = features.flat_captions, carriers_of(features)
     correct = [carriers[caption] for caption in captions]
     rank = ranks(features.texts, features.images, correct)
@@ -224,6 +197,9 @@ def retrieval(
     queries = []
     for row in chosen.values():
         nearest = (features.images @ features.texts[row]).topk(min(SHOWN, len(features))).indices  # (SHOWN,)
-        hits = [Candidate(features.captions[i][0], thumbnails(i), i in correct[row]) for i in nearest.tolist()]
-        queries.append(Query(captions[row], hits, int(rank[row])))
+        hits = [
+            {"caption": features.captions[i][0], "image": thumbnails(int(places[i])), "correct": i in correct[row]}
+            for i in nearest.tolist()
+        ]
+        queries.append({"caption": captions[row], "hits": hits, "rank": int(rank[row])})
     return queries, float(np.mean(rank == 1))
