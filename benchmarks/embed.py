@@ -29,8 +29,7 @@ from declip.models.inference import convert, image_encoder, precision_of
 from declip.recipe.load import load_recipe
 from declip.recipe.starts import STARTS
 from declip.search.embed import embed
-from machine import machine
-from timing import row, take_turns
+from timing import machine, medians, row, time_turns
 
 TOWERS = {"ViT-B-32": "vit_base_patch32_clip_quickgelu_224", "RN50": "resnet50_clip"}  # open_clip's names, and timm's
 
@@ -104,7 +103,7 @@ def compare(tower: str, size: str, count: int, repeats: int, engine: str) -> lis
             sides["open_clip"] = open_clip_loop(tower, paths)
         if tower == "ViT-B-32":
             sides["sentence_transformers"] = sentence_loop(Path(work) / "hf", paths)
-        seconds = take_turns(repeats, sides)
+        seconds = medians(time_turns(repeats, sides))
     about = {"size": size, "precision": precision_of(model)}
     rows = [row(tower, name, each, count, "images", **about) for name, each in seconds.items()]
     return [{**each, "times_declip": round(seconds[each["what"]] / seconds["declip"], 3)} for each in rows]

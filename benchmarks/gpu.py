@@ -40,23 +40,15 @@ from declip.training.assemble import assemble
 from declip.training.step import training_step
 from declip.training.trainer import Trainer
 from gpu_steps import Bench, open_clips_side, our_side
-from machine import machine
-from pairs import InMemory, Shapes, texts_of
-from parts import build
+from pairs import InMemory, Shapes, build, texts_of
 from step import TOWERS, recipe_of, sizes
-from timing import show
+from timing import machine, show
 
 RECIPES = ("clip", "declip", "declip-yfcc15m-vitb32")
 PUBLISHED = {"open_clip": "clip-yfcc15m-vitb32", "clip": "clip-yfcc15m-vitb32", "declip": "declip-yfcc15m-vitb32"}
 """Side → the recipe whose sizes it has, where that is another."""
 
 Rows = list[dict[str, Any]]
-
-
-def one_line(error: Exception) -> str:
-    """Format an error in one line."""
-    remedy = ": pip install 'declip[bench]'" if isinstance(error, ImportError) else ""
-    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}{remedy}"
 
 
 def sides(bench: Bench, name: str, arms: tuple[str, ...], steps: Callable[..., dict[str, Any]]) -> Rows:
@@ -69,7 +61,7 @@ def sides(bench: Bench, name: str, arms: tuple[str, ...], steps: Callable[..., d
         try:
             rows.append(row | steps(bench, name, arm, recipe, shape, source))
         except Exception as error:
-            rows.append(row | {"failed": one_line(error)})
+            rows.append(row | {"failed": repr(error)[:300]})
         bench.free()
     return rows
 
@@ -304,7 +296,7 @@ def run_parts(bench: Bench, names: list[str], minutes: float) -> tuple[dict[str,
         try:
             rows = PARTS[name](bench)
         except Exception as error:  # one part must not stop the others
-            rows = [{"what": "all", "failed": one_line(error)}]
+            rows = [{"what": "all", "failed": repr(error)[:300]}]
         bench.free()
         took = round(time.perf_counter() - started, 1)
         found = {"card": bench.card, "tiny": bench.tiny, "seconds": took, "machine": machine(), "rows": rows}

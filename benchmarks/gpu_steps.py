@@ -19,11 +19,10 @@ from declip.models.device import pick_device
 from declip.recipe.schema import Recipe
 from declip.training.assemble import plan_of
 from declip.training.step import training_step
-from machine import device_name
-from pairs import InMemory
-from parts import build
+from pairs import InMemory, build
 from peers import Shape, open_clip_side
 from step import batch_of
+from timing import device_name
 
 PEAKS = {
     "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12, "B200": 2250e12,

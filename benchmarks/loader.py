@@ -28,9 +28,8 @@ from declip.data.pair import LazyPair, Pair, PairSource
 from declip.data.text.tokenizer import Tokenizer
 from declip.recipe.schema import ImageTowerConfig, ImageView, Recipe
 from declip.supervision.objective import needs_of
-from machine import machine
 from pairs import open_pairs
-from timing import row, show, take_turns
+from timing import machine, medians, row, show, time_turns
 
 PAIRS = 64
 """Also the batch size, so that every turn loads the same files."""
@@ -164,7 +163,7 @@ def measure(repeats: int, size: int = 224) -> list[dict[str, object]]:
     torch.set_num_threads(1)
     rows = []
     for source in (drawings(), *(photographs(*each) for each in SIZES)):
-        seconds = take_turns(repeats, tasks(source, size))
+        seconds = medians(time_turns(repeats, tasks(source, size)))
         about = {"pictures": source.name, "bytes": sum(map(len, source.files)) // PAIRS}
         for what, taken in seconds.items():
             ratio = {"times_device": round(taken / seconds[DEVICE], 2)}

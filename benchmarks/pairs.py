@@ -1,13 +1,22 @@
-"""Pairs for the benchmarks: emoji, or drawn shapes if the emoji are not downloaded, and longer texts."""
+"""Pairs for the benchmarks: emoji, or drawn shapes, and longer texts; and the parts of a training step on them."""
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw
 
 from declip.data.pair import Pair, PairSource
 from declip.data.sources.open import open_source
 from declip.errors import UserError
+from declip.models.dual_encoder import DualEncoder
+from declip.recipe.schema import Recipe
+from declip.supervision.objective import Objective
+from declip.training.assemble import build_loader, plan_of
+from declip.training.optimizer import build_optimizer, named_trainable
+from declip.training.parallel import build_learner
+from declip.training.step import StepParts
 
 COLORS = ("red", "green", "blue", "orange", "purple", "black", "brown", "pink")
 SHAPES = ("circle", "square", "ring", "frame")
@@ -77,3 +86,18 @@ class InMemory(PairSource):
     def captions(self, index: int) -> tuple[str, ...]:
         """One caption."""
         return (self.texts[index],)
+
+
+def build(recipe: Recipe, source: PairSource, device: torch.device | str = "cpu") -> SimpleNamespace:
+    """Build model, objective, step and loader as the trainer does, with random weights and a filled queue."""
+    torch.manual_seed(0)
+    model = DualEncoder.from_recipe(recipe).to(device)
+    objective = Objective(recipe, model).to(device)
+    objective.prepare(source, model)
+    if "nearest_neighbor" in objective.terms:
+        queue = objective.terms["nearest_neighbor"].queue
+        queue.push(torch.randn(queue.size, recipe.embed_dim, device=device))
+    learner, plan, train = build_learner(recipe, model, objective).train(), plan_of(recipe), recipe.train
+    optimizer = build_optimizer(named_trainable(model, objective), train)
+    step = StepParts(learner, optimizer, plan, train)
+    return SimpleNamespace(model=model, objective=objective, step=step, loader=build_loader(recipe, source, model))

@@ -36,8 +36,7 @@ from declip.data.pair import Origin, SkipCounter
 from declip.search.index import Index
 from declip.search.info import IndexInfo, ModelInfo, SourceInfo
 from declip.search.store import PART_ROWS, Block, IndexedImage, open_writer
-from machine import machine
-from timing import row, take_turns
+from timing import machine, medians, row, time_turns
 
 WIDTH, CENTERS, K, TARGET = 512, 1_000, 10, 0.99
 OURS, OURS_FULL = "declip, exact, float16", "declip, exact, float32"
@@ -136,7 +135,7 @@ def compare(count: int, width: int, batches: list[int], repeats: int) -> list[di
         for batch in batches:
             asked = queries[:batch].contiguous()
             turns = {name: (lambda search=search, asked=asked: search(asked)) for name, search in searches.items()}
-            seconds = take_turns(repeats, turns)
+            seconds = medians(time_turns(repeats, turns))
             for name, search in searches.items():
                 measured = row("search", name, seconds[name], batch, "queries", vectors=count, width=width)
                 rows.append({**measured, "milliseconds": round(1e3 * seconds[name], 3)})

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 
-from machine import machine
+from timing import machine
 
 REPEATS = 5
 COMMANDS = {"python": ["-c", "pass"], "import declip": ["-c", "import declip"], "help": ["-m", "declip", "--help"]}

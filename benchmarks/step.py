@@ -34,11 +34,9 @@ from declip.training.assemble import build_loader
 from declip.training.optimizer import build_optimizer, named_trainable
 from declip.training.step import training_step
 from declip.training.trainer import keep_freed_memory
-from machine import device_name, machine
-from pairs import CAPTIONS, InMemory, open_pairs, texts_of
-from parts import build
+from pairs import CAPTIONS, InMemory, build, open_pairs, texts_of
 from peers import LEARNING_RATE, Shape, Side, count, open_clip_side
-from timing import medians, show, time_turns
+from timing import device_name, machine, medians, show, time_turns
 
 TOWERS = {
     "ViT-B-32": "vit_base_patch32_clip_quickgelu_224",

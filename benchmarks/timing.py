@@ -1,11 +1,48 @@
-"""Timing on a shared machine: the compared tasks take turns in one process; rows of results as a table."""
+"""Timing on a shared machine: compared tasks take turns in one process; the machine, and rows of results as a table."""
 
+import os
+import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import distributions
+from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.table import Table
+
+PACKAGES = (
+    "torch", "torchvision", "timm", "numpy", "pillow", "tokenizers", "open_clip_torch", "simplejpeg", "faiss-cpu",
+    "sentence-transformers",
+)  # fmt: skip
+"""Packages whose versions are recorded."""
+
+
+def machine() -> dict[str, object]:
+    """Return date, processor, threads, load and versions."""
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_before": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+        "versions": {found.name: found.version for found in distributions() if found.name in PACKAGES},
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """Return the accelerator's name, or cpu."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
+def processor() -> str:
+    """Return the processor's name on Linux, else its architecture."""
+    cpu = Path("/proc/cpuinfo")
+    lines = cpu.read_text().splitlines() if cpu.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 def time_turns(repeats: int, tasks: Mapping[str, Callable[[], object]]) -> dict[str, list[float]]:
@@ -21,11 +58,6 @@ def time_turns(repeats: int, tasks: Mapping[str, Callable[[], object]]) -> dict[
             if turn:
                 taken[name].append(time.perf_counter() - start)
     return taken
-
-
-def take_turns(repeats: int, tasks: Mapping[str, Callable[[], object]]) -> dict[str, float]:
-    """Run the tasks as `time_turns` does and return the median seconds of each."""
-    return medians(time_turns(repeats, tasks))
 
 
 def medians(taken: Mapping[str, list[float]]) -> dict[str, float]:

@@ -39,13 +39,11 @@ def test_a_source_is_embedded_once_and_an_index_is_opened(weights_file, table, t
     (tmp_path / "other").mkdir()
     other = shutil.copy(table, tmp_path / "other" / table.name)
     monkeypatch.setattr("declip.search.embed.embed", lambda *_, out, **__: pytest.fail(str(out)))
-    with pytest.raises(pytest.fail.Exception) as caught:
-        open_state(str(weights_file), str(other))
-    assert str(folder) not in str(caught.value), "each source has its own, also of one name"
     write_declip_file(tiny_model(1), tmp_path / "other.safetensors")
-    with pytest.raises(pytest.fail.Exception) as caught:
-        open_state(str(tmp_path / "other.safetensors"), str(table))
-    assert str(folder) not in str(caught.value), "each model has its own"
+    for model, source in ((weights_file, other), (tmp_path / "other.safetensors", table)):  # each has its own index
+        with pytest.raises(pytest.fail.Exception) as caught:
+            open_state(str(model), str(source))
+        assert str(folder) not in str(caught.value)
 
 
 def test_a_mistake_ends_with_one_line(state, run_folder, tmp_path, monkeypatch, command):
@@ -96,27 +94,24 @@ def test_the_page_is_served_ctrl_c_ends_quietly_and_another_address_is_warned_of
     assert "no password" in command(*words, "--host", "0.0.0.0").err
 
 
-@pytest.mark.parametrize("view", ["classify", "search", "pairs"])
-def test_every_view_is_one_page_that_loads_nothing_from_elsewhere(client, view):
-    answer = client.get(f"/{view}")
-    assert answer.status_code == 200
-    assert f'href="/{view}" aria-current="page"' in answer.text
-    assert "http" not in answer.text.replace("http-equiv", "")
-    for inline in ("<script>", "<style", " style=", " onclick=", "javascript:"):
-        assert inline not in answer.text
-    assert client.post(f"/{view}").status_code == 405
+def test_every_view_is_one_page_that_loads_nothing_from_elsewhere(client):
+    for view in ("classify", "search", "pairs"):
+        answer = client.get(f"/{view}")
+        assert f'href="/{view}" aria-current="page"' in answer.text
+        inline = ("<script>", "<style", " style=", " onclick=", "javascript:", "http")
+        assert [word for word in inline if word in answer.text.replace("http-equiv", "")] == []
+        assert client.post(f"/{view}").status_code == 405
     assert client.get("/", follow_redirects=False).headers["location"] == "/search"
 
 
 def test_answers_say_what_a_browser_may_do(client):
     for address in ("/search", "/static/app.css", "/api/pairs/disagreeing", "/thumbnails/0", "/nothing", "/api/search"):
         headers = client.get(address).headers
-        policy = headers["content-security-policy"]
-        assert "default-src 'none'" in policy
-        assert "unsafe" not in policy
-        assert "frame-ancestors 'none'" in policy
-        assert headers["x-content-type-options"] == "nosniff"
-        assert headers["cross-origin-resource-policy"] == "same-origin"
+        policy = {"default-src 'none'", "frame-ancestors 'none'"}
+        assert policy <= {*headers["content-security-policy"].split("; ")}
+        assert "unsafe" not in headers["content-security-policy"]
+        found = headers["x-content-type-options"], headers["cross-origin-resource-policy"]
+        assert found == ("nosniff", "same-origin")
 
 
 def test_own_names_and_addresses_in_numbers_are_answered_and_foreign_names_refused(client):
@@ -126,35 +121,30 @@ def test_own_names_and_addresses_in_numbers_are_answered_and_foreign_names_refus
         assert client.get("/search", headers={"Host": host}).status_code == 421, host
 
 
-@pytest.mark.parametrize("address", ["/api/images", "/api/classify", "/api/pairs/list"])
-def test_a_foreign_page_can_send_nothing(client, address):
-    for origin in ("http://evil.example", "null", "http://127.0.0.1:1", "", PAGE + ".evil.example"):
-        assert client.post(address, json={}, headers={"Origin": origin}).status_code == 403, origin
-    del client.headers["Origin"]
-    assert client.post(address, json={}).status_code == 403
-
-
-def test_a_foreign_page_can_load_nothing_but_the_user_may_follow_a_link(client):
+def test_a_foreign_page_can_send_and_load_nothing_but_the_user_may_follow_a_link(client):
     loads = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"}
     assert client.get("/thumbnails/0", headers=loads).status_code == 403
     assert client.get("/api/search?text=a", headers=loads).status_code == 403
     assert client.get("/search", headers={**loads, "Sec-Fetch-Mode": "navigate"}).status_code == 200
     assert client.get("/thumbnails/0", headers={"Sec-Fetch-Site": "same-origin"}).status_code == 200
+    del client.headers["Origin"]
+    foreign = ("http://evil.example", "null", "http://127.0.0.1:1", "", PAGE + ".evil.example")
+    for address in ("/api/images", "/api/classify", "/api/pairs/list"):
+        for headers in ({}, *({"Origin": origin} for origin in foreign)):
+            assert client.post(address, json={}, headers=headers).status_code == 403, headers
 
 
 def test_no_other_file_is_served(client):
     for address in ("/static/..%2fserver.py", "/static/../server.py", "/static/", "/nothing", "/etc/passwd"):
         answer = client.get(address)
-        assert answer.status_code == 404, address
-        assert "import" not in answer.text
+        assert (answer.status_code, "import" in answer.text) == (404, False), address
 
 
 def test_a_failure_of_ours_says_nothing_of_its_inside(state, monkeypatch):
     monkeypatch.setattr(state.index, "nearest", {"a secret": 1})  # a call of it fails
     with ask(state, raise_server_exceptions=False) as client:
         answer = client.get("/api/search?text=a")
-    assert answer.status_code == 500
-    assert "content-security-policy" in answer.headers
+    assert (answer.status_code, "content-security-policy" in answer.headers) == (500, True)
     assert "secret" not in answer.text
 
 
@@ -180,14 +170,10 @@ def test_a_template_goes_around_the_names(client, state):
     assert client.post("/api/classify", json={**asked, "template": "imagenet"}).status_code == 200
 
 
-@pytest.mark.parametrize(("content", "said"), [(b"no image at all", "unreadable"), (png(7_100, 7_100), "too large")])
-def test_other_files_are_refused_with_a_reason(client, content, said):
-    answer = client.post("/api/images", content=content)
-    assert answer.status_code == 422
-    assert said in answer.json()["error"]
-
-
-def test_a_huge_upload_is_refused_and_none_reaches_the_disk(client, monkeypatch):
+def test_a_wrong_or_huge_upload_is_refused_and_none_reaches_the_disk(client, monkeypatch):
+    for content, said in ((b"no image at all", "unreadable"), (png(7_100, 7_100), "too large")):
+        answer = client.post("/api/images", content=content)
+        assert (answer.status_code, said in answer.json()["error"]) == (422, True)
     content = encoded(Image.fromarray(np.random.default_rng(0).integers(0, 255, (900, 900, 3), np.uint8)))
     assert len(content) > 1 << 20  # what Starlette's forms would put into a temporary file
     for maker in ("SpooledTemporaryFile", "NamedTemporaryFile", "mkstemp"):
@@ -212,8 +198,7 @@ def test_a_wrong_question_is_answered_with_a_sentence(client):
     )
     for tree, message in wrong:
         answer = client.post("/api/classify", content=json.dumps(tree))
-        assert answer.status_code in (400, 410), tree
-        assert message in answer.json()["error"]
+        assert (answer.status_code in (400, 410), message in answer.json()["error"]) == (True, True), tree
     for content in (b"[]", b"{", b"\xff", b"[" * 100_000, b"null"):
         assert client.post("/api/classify", content=content).status_code == 400
 
@@ -256,8 +241,7 @@ def test_a_wrong_search_names_its_parameter(client):
     }  # fmt: skip
     for asked, named in wrong.items():
         answer = client.get(f"/api/search?{asked}")
-        assert answer.status_code == 400, asked
-        assert named in answer.json()["error"]
+        assert (answer.status_code, named in answer.json()["error"]) == (400, True), asked
 
 
 def test_thumbnails_are_small_images_by_id(client, state, monkeypatch):
@@ -292,8 +276,7 @@ def test_a_missing_image_gives_away_no_path(model, folder, tmp_path):
     with ask(AppState(declip.embed(model, folder, out=tmp_path / "index"), "")) as client:
         shutil.rmtree(folder)
         answer = client.get("/thumbnails/0")
-        assert answer.status_code == 404
-        assert str(tmp_path) not in answer.text
+        assert (answer.status_code, str(tmp_path) in answer.text) == (404, False)
         assert client.get("/api/search?text=red").status_code == 200
 
 
@@ -306,8 +289,7 @@ def test_text_of_the_source_never_becomes_markup(model, tmp_path):
     with ask(AppState(index, evil)) as client:
         for view in ("search", "classify", "pairs"):
             text = client.get(f"/{view}").text
-            assert "<img src=x" not in text
-            assert "</script><img" not in text
+            assert [markup for markup in ("<img src=x", "</script><img") if markup in text] == []
         assert "&lt;img src=x" in client.get("/search").text
         found = client.get("/api/search?text=a")
         assert found.headers["content-type"] == "application/json"
@@ -318,6 +300,5 @@ def test_an_index_without_captions_says_how_to_get_them(model, folder, tmp_path)
     with ask(AppState(declip.embed(model, folder, out=tmp_path / "images"), "")) as client:
         for address in ("/api/search?text=a&over=captions", "/api/pairs/disagreeing"):
             answer = client.get(address)
-            assert answer.status_code == 400
-            assert "--captions" in answer.json()["error"]
+            assert (answer.status_code, "--captions" in answer.json()["error"]) == (400, True)
         assert client.get("/api/pairs/duplicates").status_code == 200

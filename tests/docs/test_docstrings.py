@@ -29,6 +29,7 @@ EXAMPLES = {
 
 def test_every_name_has_an_example():
     assert OBJECTS.keys() <= {name.split(".")[0] for name in EXAMPLES}
+    assert [name for name in WITHOUT if getattr(declip, name, None) is None] == []
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.distributed.run import config_from_args, parse_args
 
 from conftest import tiny_tree
+from declip import finetuning
 from declip.cli import app as cli
 from declip.interchange.declip_file import write_declip_file
 from declip.recipe.load import load_recipe
@@ -70,6 +71,7 @@ def family(pid):
 def mortal(marker, *words):
     """The command on one rank; of the first two, the second kills itself in its third step."""
     step, calls = trainer.training_step, iter(range(1000))
+    finetuning.write_finetuned = lambda folder, model: None  # no report and exports, which take seconds
 
     def deadly(parts, batch, sync):
         result = step(parts, batch, sync)

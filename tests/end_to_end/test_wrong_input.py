@@ -189,8 +189,8 @@ def wrong(table, trained, tmp_path_factory):
     for name in ("nothing", "uncaptioned", "others"):
         (folder / name).mkdir()
     (folder / "others" / "report.html").write_text("mine")
-    for number in range(2):
-        draw("red", "circle").save(folder / "uncaptioned" / f"{number}.png")
+    draw("red", "circle").save(folder / "uncaptioned" / "0.png")
+    draw("red", "circle").save(folder / "uncaptioned" / "1.png")
     save_file({"layer.weight": torch.zeros(64)}, folder / "other.safetensors")
     (folder / "start").symlink_to(trained)
     return folder
@@ -211,8 +211,8 @@ def test_a_mistake_ends_with_what_to_do(name, table, trained, index, wrong, decl
 
 
 def test_a_mistake_names_the_rank(declip, monkeypatch):
-    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2")):
-        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     assert "rank 1: Unknown recipe 'declipp'" in declip("train", "declipp")[1]
 
 
@@ -233,17 +233,10 @@ def broken(table, rows, here):
     draw("red", "square", size=200).save(here / "whole.jpg")
     (here / "cut.jpg").write_bytes((here / "whole.jpg").read_bytes()[:1500])
     good = f"{table.parent}/./red-bar.png"  # written otherwise than in the table, so that no rows are merged
-    faults = [
-        {"image": "gone.png", "caption": "no such file"},
-        {"image": None, "caption": "no image named"},
-        {"image": "text.png", "caption": "text"},
-        {"image": "folder", "caption": "a folder"},
-        {"image": "cut.jpg", "caption": "cut off"},
-        {"image": "huge.png", "caption": "30,000 pixels wide and high"},
-        {"image": good, "caption": "x" * 100_000},
-        {"image": good.replace("./", "././"), "caption": " "},
-    ]
-    return write_rows(here / "broken.jsonl", [*rows, *faults])
+    faults = dict.fromkeys(("gone.png", None, "text.png", "folder", "cut.jpg", "huge.png"), "a caption")
+    faults |= {good: "x" * 100_000, good.replace("./", "././"): " "}
+    faulty = [{"image": image, "caption": caption} for image, caption in faults.items()]
+    return write_rows(here / "broken.jsonl", [*rows, *faulty])
 
 
 REASONS = {"missing image": 2, "unreadable image": 2}
@@ -257,13 +250,16 @@ def test_broken_pairs_are_named_and_stop_a_run_where_they_are_too_many(broken, t
     skipped = json.loads((here / "run" / "skipped.json").read_text())
     assert {reason: row["count"] for reason, row in skipped["reasons"].items()} == REASONS
     assert skipped["seen"] == 32, "one epoch"
-    assert skipped["reasons"]["truncated image"]["examples"] == ["cut.jpg"]
-    assert skipped["reasons"]["image too large"]["examples"] == ["huge.png"]
-    assert set(skipped["reasons"]["unreadable image"]["examples"]) == {"text.png", "folder"}
+    examples = {reason: {*row["examples"]} for reason, row in skipped["reasons"].items()}
+    files = {
+        "truncated image": {"cut.jpg"},
+        "image too large": {"huge.png"},
+        "unreadable image": {"text.png", "folder"},
+    }
+    assert files.items() <= examples.items()
     status, printed = declip("train", "mine.yaml", "data.source=broken.jsonl", "train.steps=20", "--quiet")
-    assert status == 2
     named = (*REASONS.keys() - {"truncated image"}, "data.max_broken_fraction")
-    assert [part for part in named if part not in printed] == []
+    assert (status, [part for part in named if part not in printed]) == (2, [])
     status, printed = declip("evaluate", trained, "--dataset", broken, "--task", "retrieval", "--json", "result.json")
     assert status == 0, printed
     assert json.loads((here / "result.json").read_text())["skipped"] == REASONS
@@ -285,8 +281,7 @@ def test_a_strangers_recipe_is_no_run(here, declip):
     for content in ("flour: 200 g\n", "", "- a\n", "a: b: c\n"):
         (here / "cookbook" / "recipe.yaml").write_text(content)
         status, printed = declip("train", "mine.yaml", "--out", "cookbook", "--resume")
-        assert status == 2
-        assert [part for part in ("'cookbook'", "--out") if part not in printed] == []
+        assert (status, [part for part in ("'cookbook'", "--out") if part not in printed]) == (2, [])
         assert (here / "cookbook" / "recipe.yaml").read_text() == content
 
 

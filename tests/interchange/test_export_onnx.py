@@ -111,10 +111,8 @@ def assert_reads_as_immich(folder, model):
     torch.testing.assert_close(found, model.encode_image(pixels)[0].detach(), rtol=0, atol=1e-5)
 
 
-def test_immich_can_read_it_and_it_can_be_replaced(exported):
-    model = build("vit-bias", **ONE_BLOCK)
-    assert_reads_as_immich(exported, model)
-    assert declip.export(model, "onnx", exported, overwrite=True).difference < EXACT
+def test_immich_can_read_it(exported):
+    assert_reads_as_immich(exported, build("vit-bias", **ONE_BLOCK))
 
 
 @pytest.mark.parametrize(
