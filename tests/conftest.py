@@ -66,6 +66,12 @@ def write_rows(path, rows):
     return path
 
 
+def write_table(path, rows):
+    """Write a table of images and captions; each row is a line."""
+    path.write_text("\n".join(["image,caption", *rows]) + "\n", encoding="utf-8")
+    return path
+
+
 def in_processes(function, world, folder, *arguments):
     """Run a function in gloo processes that know each other, and give what it returned in each; None where it ended."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -157,6 +157,8 @@ def compare(
     seeds: int | Sequence[int] = 3,
     *,
     out: str | Path,
+    jobs: int | None = None,
+    quiet: bool = False,
     **options: Any,
 ) -> Outcome:
     """Compare recipes at several numbers of pairs, and write results.json and report.html.
@@ -164,12 +166,11 @@ def compare(
     See `declip.comparison.study.Study.of` for the arguments `datasets`, `tasks`, `shots`, `overrides` and `budget`, and
     `declip.comparison.runner.run` for `jobs` and `quiet`.
     """
-    running = {name: options.pop(name) for name in ("jobs", "quiet") if name in options}
-    lists = {"datasets", "tasks"}
-    options |= {name: tuple(map(str, several(options[name]))) for name in lists & options.keys()}
-    options |= {"shots": several(options["shots"])} if "shots" in options else {}
+    for name, kind in (("datasets", str), ("tasks", str), ("shots", int)):
+        if name in options:
+            options[name] = tuple(map(kind, several(options[name])))
+    names, counts = list(map(str, several(recipes))), list(map(int, several(pairs)))
     numbers = seeds if isinstance(seeds, int) else list(map(int, seeds))
-    names, counts = map(str, several(recipes)), map(int, several(pairs))
-    outcome = runner.run(Study.of(list(names), list(counts), numbers, **options), out, **running)
+    outcome = runner.run(Study.of(names, counts, numbers, **options), out, jobs, quiet)
     write_page(outcome, Path(out).expanduser())
     return outcome

@@ -5,7 +5,7 @@ from importlib.util import find_spec
 import pytest
 
 import declip
-from conftest import COLOURS, SHAPES, draw, tiny_tree
+from conftest import COLOURS, SHAPES, draw, tiny_tree, write_table
 from declip.recipe.schema import Recipe
 from indices import folder, model, weights_file
 
@@ -63,8 +63,7 @@ def uncaptioned(tmp_path_factory):
     for name in NAMES:
         color, shape, side = name.split("-")
         draw(color, shape).resize((int(side), int(side))).save(folder / f"{name}.png")
-    (folder / "choose.csv").write_text("\n".join(["image,caption", *(f"{name}.png," for name in NAMES)]))
-    return folder / "choose.csv"
+    return write_table(folder / "choose.csv", [f"{name}.png," for name in NAMES])
 
 
 @pytest.fixture(scope="session")

@@ -11,9 +11,8 @@ import pytest
 
 from app.conftest import NAMES
 from conftest import draw
-from declip.app.server import build
+from declip.app.server import address_of, build, take_port
 from declip.app.state import AppState
-from declip.cli.serve import address_of, take_port
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
 uvicorn = pytest.importorskip("uvicorn", reason="the app needs declip[app]")

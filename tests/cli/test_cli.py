@@ -6,7 +6,7 @@ from pathlib import Path
 import yaml
 
 import declip
-from conftest import refuses, texture, tiny_tree
+from conftest import refuses, texture, tiny_tree, write_table
 from declip.api import train
 from declip.training.assemble import resolve_recipe
 from interchange.towers import build
@@ -29,7 +29,7 @@ def test_trains_evaluates_and_resumes(table, tmp_path, command):
     assert result == {key: value for key, value in last.items() if key != "step"}
 
     other = tmp_path / "other.csv"
-    other.write_text(f"image,caption\n{table.parent}/red-bar.png,a red bar\n{table.parent}/blue-bar.png,a blue bar\n")
+    write_table(other, [f"{table.parent}/{color}-bar.png,a {color} bar" for color in ("red", "blue")])
     printed = command(*evaluate, both, "--dataset", other).out
     assert [name for name in ("shapes.jsonl", "other.csv") if name not in printed] == []
     rows = json.loads(both.read_text())
@@ -64,11 +64,9 @@ def test_recipes_are_listed_and_shown(command):
 def test_a_project_works_after_it_was_moved(tmp_path, monkeypatch, command):
     project = tmp_path / "before"
     (project / "images").mkdir(parents=True)
-    rows = ["image,caption"]
     for number in range(40):
         texture(number).save(project / "images" / f"{number}.png")
-        rows.append(f"{number}.png,texture number {number}")
-    (project / "pairs.csv").write_text("\n".join(rows) + "\n")
+    write_table(project / "pairs.csv", [f"{number}.png,texture number {number}" for number in range(40)])
     declip.export(build("conv"), "safetensors", project / "start")
     monkeypatch.chdir(project)
     keys = {"train.steps": 4, "train.batch_size": 8, "data.workers": 0, "train.report_to": []}

@@ -1,6 +1,5 @@
 """The command `declip finetune`, and the same in Python."""
 
-import csv
 import subprocess
 import sys
 from statistics import fmean
@@ -12,7 +11,7 @@ import timm
 from safetensors.torch import save_file
 
 import declip
-from conftest import TINY, refuses, texture, tiny_tree
+from conftest import TINY, refuses, texture, tiny_tree, write_table
 from declip import finetuning
 from declip.data.columns import Columns
 from declip.data.sources.open import open_source
@@ -37,15 +36,10 @@ PLAIN = {"data.workers": 0, "train.report_to": []}
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pairs")
-    with (folder / "pairs.csv").open("w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(["image", "caption"])
-        for number in range(48):
+    for name, numbers in {"pairs": range(40), "other": range(40, 48)}.items():
+        for number in numbers:
             texture(number).save(folder / f"{number}.png")
-            table.writerow([f"{number}.png", f"texture number {number}"])
-    head, *rows = (folder / "pairs.csv").read_text().splitlines()
-    for name, part in {"pairs": rows[:40], "other": rows[40:]}.items():
-        (folder / f"{name}.csv").write_text("\n".join([head, *part]) + "\n")
+        write_table(folder / f"{name}.csv", [f"{number}.png,texture number {number}" for number in numbers])
     return folder / "pairs.csv"
 
 
@@ -68,16 +62,14 @@ def test_one_line_trains_validates_and_exports(pairs, weights, tmp_path, command
     out = tmp_path / "run"
     words = ["finetune", pairs, "--from", weights, "--out", out, "--quiet", "train.epochs=3"]
     printed = command(*words, "train.patience=9").out
-    assert "text → image R@1" in printed
-    assert "validation loss" in printed
-    assert str(out / "report.html") in printed
+    parts = ("text → image R@1", "validation loss", str(out / "report.html"))
+    assert [part for part in parts if part not in printed] == []
     done = read_run(out)
     assert done.recipe.train.steps == 12  # 3 epochs of 4 batches of 8 of the 36 pairs
     assert {row["step"] for row in done.evaluations} == {0, 4, 8, 12}
     assert done.recipe.data.source == str(out / "train.pairs")
     assert done.recipe.evaluation.retrieval == (str(out / "val.pairs"),)
-    best = best_step(done.evaluations)
-    assert done.best_step == best
+    assert done.best_step == best_step(done.evaluations)
     exported = declip.load(out / "exported/safetensors/declip.safetensors", device="cpu")
     assert not moved(exported.state_dict(), declip.load(out, device="cpu").state_dict())  # type: ignore[attr-defined]
     assert "--resume" in command(*words).err
@@ -172,22 +164,20 @@ def test_a_refused_run_removes_only_its_own_files(pairs, weights, tmp_path):
     assert sorted(path.name for path in (tmp_path / "run").iterdir() if path.name != ".lock") == ["notes.txt"]
 
 
-@pytest.mark.parametrize("rate", ["5e-4", "0.0005"])
-def test_numbers_are_read_as_python_writes_them(rate):
-    given = read_overrides({"train.lr": rate, "train.epochs": "1e1", "train": {"batch_size": "16"}})
+def test_numbers_are_read_as_python_writes_them():
+    given = read_overrides({"train.lr": "5e-4", "train.epochs": "1e1", "train": {"batch_size": "16"}})
     keys = settings(64, "heads", on_cpu=False, given=given)
     assert (keys["train.lr"], keys["train.warmup_lr"]) == (0.0005, pytest.approx(5e-6))
     assert (keys["train.batch_size"], keys["train.evaluate_every"]) == (16, 4)
 
 
 def test_pairs_of_the_start_are_not_validated_on(pairs, weights, tmp_path):
-    head, *rows = pairs.read_text().splitlines()
-    table = pairs.with_name("fewer.csv")
-    table.write_text("\n".join([head, *rows[:30]]) + "\n")
+    rows = pairs.read_text().splitlines()[1:]
+    table = write_table(pairs.with_name("fewer.csv"), rows[:30])
     keys = {"quiet": True, **PLAIN, "train.steps": 1, "train.batch_size": 8}
     first = declip.finetune(table, weights, out=tmp_path / "first", **keys)
-    renamed = pairs.with_name("renamed.csv")  # the same images with other captions, so that their hashes change
-    renamed.write_text("\n".join([head, *(f"{row} again" for row in rows)]) + "\n")
+    # the same images with other captions, so that their hashes change
+    renamed = write_table(pairs.with_name("renamed.csv"), [f"{row} again" for row in rows])
     finetuning.finetune_recipe(renamed, tmp_path / "second", first.folder, quiet=True)
     trained = {rows[index] for index in read_pair_list(tmp_path / "first" / "train.pairs").indices}
     validated = {rows[index] for index in read_pair_list(tmp_path / "second" / "val.pairs").indices}
@@ -206,24 +196,19 @@ def test_dry_run_keeps_nothing(pairs, weights, tmp_path, monkeypatch, command):
     other = pairs.with_name("other.csv")
     for val, source in (([], "runs/finetune/train.pairs"), (["--val", other], pairs)):
         printed = command("finetune", pairs, "--from", weights, "--dry-run", "--quiet", *val).out
-        assert f"source: {source}" in printed
+        parts = (f"source: {source}", "batch_size: 8", "max_pairs: null", "GiB")
+        assert [part for part in parts if part not in printed] == []
         assert (str(other) in printed) == bool(val)
-        assert "batch_size: 8" in printed
-        assert "max_pairs: null" in printed
-        assert "GiB" in printed
     assert not list(tmp_path.iterdir())
 
 
 def test_the_table_of_settings():
     sizes = [settings(count, "whole", on_cpu=True)["train.batch_size"] for count in (1, 3, 20, 200, 5_000)]
     assert sizes == [2, 3, 8, 16, 128]
-    for start, freeze, on_cpu, expected in (
-        ("heads", None, True, True),
-        ("heads", None, False, False),
-        ("heads", "both", False, True),
-        ("heads", "image", True, False),
-        ("whole", None, True, False),
-    ):
+    closed = {("heads", None, True), ("heads", "both", False)}
+    trained = {("heads", None, False), ("heads", "image", True), ("whole", None, True)}
+    for start, freeze, on_cpu in closed | trained:
+        expected = (start, freeze, on_cpu) in closed
         assert closed_form(load_recipe("finetune", settings(200, start, on_cpu, freeze, None, False))) == expected  # type: ignore[arg-type]
     lora = {"finetune.lora": {"rank": 2}, "train.patience": None}
     adapters = load_recipe("finetune", settings(200, "heads", on_cpu=True, given=lora))

@@ -33,8 +33,14 @@ LOCAL = {
 }
 """Large or remote data and a slow format, which tests/interchange exports, and the local stand-in for each."""
 
-DOWNLOADED = re.compile(r"ViT-B-32/laion2b|data download builtin:(?:clipart|stamps)")
-"""Lines that need the network and have no stand-in."""
+CHECKED = {
+    r"ViT-B-32/laion2b|data download builtin:(?:clipart|stamps)": "network",
+    r"report_to=": "packages for tracking",
+    r"^(?:torchrun|sbatch)\b": "several processes",
+    r"^hf\b": "an account of the Hub",
+    r"^(?:pip|make|pytest|git|python benchmarks/|python3 -m venv)": "installs, or takes minutes",
+}
+"""Lines that are only checked, and why."""
 
 GLOBBED = re.compile(r"(?:^|\s)(?:[^\s'\"]*[\[\]{}*?~#][^\s'\"]*)")
 """Words that bash or zsh would expand, or take for a comment, unless they are quoted."""
@@ -74,9 +80,8 @@ def check(words):
         for option in words[2:]:
             assert not option.startswith("--") or option == "--help" or f'"{option}"' in script, f"{words[1]} {option}"
     if words[0] == "make":
-        assert re.search(
-            rf"^([\w-]+ )*{words[1]}[ :]", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE
-        ), words[1]
+        makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+        assert re.search(rf"^([\w-]+ )*{words[1]}[ :]", makefile, re.MULTILINE), words[1]
     if words[0] == "pytest":
         assert all((ROOT / name).exists() for name in words[1:] if not name.startswith("-")), words
     if words[0] == "pip" and (extra := re.search(r"\[(.+)\]", words[-1])):
@@ -96,18 +101,7 @@ def _check_declip(words):
 
 def why_not(line):
     """Give the reason why a shell line is only checked; None where it is run."""
-    program = line.split()[0]
-    if DOWNLOADED.search(line):
-        return "network"
-    if "report_to=" in line:
-        return "packages for tracking"
-    if program in ("torchrun", "sbatch"):
-        return "several processes"
-    if program == "hf":
-        return "an account of the Hub"
-    if program in ("pip", "make", "pytest", "git") or line.startswith(("python benchmarks/", "python3 -m venv")):
-        return "installs, or takes minutes"
-    return None
+    return next((reason for pattern, reason in CHECKED.items() if re.search(pattern, line)), None)
 
 
 class Reader:

@@ -66,13 +66,9 @@ def emoji_cache(tmp_path_factory):
     for design in DESIGNS:
         for number, (color, shape) in enumerate((c, s) for c in COLOURS for s in SHAPES):
             code, name = f"{FIRST + number:x}", f"{color} {shape}"
-            rows.append(
-                {
-                    "key": f"{design.key}/{code}", "design": design.key, "drawing": name,
-                    "code": code, "name": name, "category": shape, "group": shape, "held_out": color == COLOURS[-1],
-                    "captions": [name, f"{shape} in {color}"],
-                }
-            )  # fmt: skip
+            row = {"key": f"{design.key}/{code}", "design": design.key, "code": code, "drawing": name, "name": name}
+            row |= {"category": shape, "group": shape, "held_out": color == COLOURS[-1]}
+            rows.append({**row, "captions": [name, f"{shape} in {color}"]})
             pixels.append(np.asarray(draw(color, shape, SIDE)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(EMOJI), "side", SIDE)

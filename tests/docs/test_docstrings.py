@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 import declip
+from conftest import write_table
 from declip.data.sources.open import open_source
 from declip.models.dual_encoder import DualEncoder
 from fixtures.make import PAIRS
@@ -38,12 +39,12 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("examples")
     shutil.copytree(RUN, path / "runs" / "demo")
     (path / "photos").mkdir()
-    rows = ["image,caption"]
+    rows = []
     for image, caption in PAIRS:
         name = f"photos/{caption.split()[1]}.png"
         image.save(path / name)
         rows.append(f"{name},{caption}")
-    (path / "pairs.csv").write_text("\n".join(rows) + "\n")
+    write_table(path / "pairs.csv", rows)
     (path / "labels.csv").write_text("image,label\nphotos/red.png,red\nphotos/blue.png,blue\n")
     declip.embed(path / "runs" / "demo", path / "photos", out=path / "indices" / "photos", workers=0)
     return path

@@ -24,11 +24,11 @@ from declip.app.state import SIDE, AppState, state_of
 from declip.data.pair import printable
 from declip.errors import UserError
 from declip.evaluation.zero_shot import prompt_names
-from declip.models.inference import Engine, Precision
 from declip.search.embed import open_or_embed
 
 VIEWS = ("classify", "search", "pairs", "caption")
 LARGE = 768  # pixels of the longer side of an image to caption
+ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 EXAMPLES = 6  # captions of the index that a page offers to begin with
 ENVIRONMENT = Environment(
     loader=PackageLoader("declip.app"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -72,12 +72,8 @@ def page(request: Request) -> Response:
     state, view = state_of(request), request.url.path[1:]
     if view == "caption" and state.captioning is None:
         raise HTTPException(404, "Start the app with --caption FILE to caption images.")
-    context: dict[str, Any] = {
-        "view": view,
-        "views": VIEWS if state.captioning else VIEWS[:-1],
-        "state": state,
-        "info": state.index.info,
-    }
+    views = VIEWS if state.captioning else VIEWS[:-1]
+    context: dict[str, Any] = {"view": view, "views": views, "state": state, "info": state.index.info}
     context |= {"template_sets": prompt_names(), "examples": _examples(state)}
     context |= {"largest_upload": LARGEST_UPLOAD >> 20, "lowest": pairs.LOWEST}
     return TEMPLATES.TemplateResponse(request, f"{view}.html", context)
@@ -120,24 +116,33 @@ def _answer_error(request: Request, error: Exception) -> Response:
 
 
 def open_state(
-    model: str,
-    source: str,
-    folder: Path | None = None,
-    *,
-    device: str = "auto",
-    precision: Precision = "auto",
-    engine: Engine = "torch",
-    progress: bool = False,
-    caption: Path | None = None,
+    model: str, source: str, folder: Path | None = None, *, caption: Path | None = None, **options: Any
 ) -> AppState:
     """Open an index, or embed a source into one first, see `open_or_embed`; `caption` is the table to write."""
-    index = open_or_embed(model, source, folder, device=device, precision=precision, engine=engine, progress=progress)
+    index = open_or_embed(model, source, folder, **options)
     if not len(index):
         raise UserError(f"The index '{index.folder}' holds no image. Embed some first: declip embed.")
     state = AppState(index, model)
     if caption is not None:
         state.captioning = captions.Captioning(state, caption)
     return state
+
+
+def take_port(host: str, port: int) -> socket.socket:
+    """Listen on a port; raises `UserError` if the host does not exist, or the port is in use or not allowed."""
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise UserError(
+            f"Port {port} of '{host}' cannot be used: {error.strerror}. Choose another --port (0: any free port)."
+        ) from error
+
+
+def address_of(bound: socket.socket) -> str:
+    """The address to open in a browser."""
+    host, port = bound.getsockname()[:2]
+    host = ANY_ADDRESS.get(host, host)
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}/"
 
 
 def serve(state: AppState, bound: socket.socket, host: str) -> None:

@@ -12,8 +12,7 @@ from declip.cli.data import group as data
 from declip.cli.evaluate import compare, evaluate
 from declip.cli.images import choose, classify, explain
 from declip.cli.options import Model, Overrides, console, fail, file, say
-from declip.cli.search import embed, index, search
-from declip.cli.serve import app as serve_app
+from declip.cli.search import embed, index, search, serve
 from declip.cli.train import finetune, train
 from declip.errors import UserError
 
@@ -123,7 +122,7 @@ COMMANDS = (finetune, train, evaluate, compare, choose, classify, embed, search,
 for command in COMMANDS:
     app.command()(command)
 
-app.command(name="app")(serve_app)
+app.command(name="app")(serve)
 for group, name in ((data, "data"), (recipes, "recipes"), (cache, "cache"), (index, "index")):
     app.add_typer(group, name=name)
 

@@ -2,16 +2,16 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from declip.cli import options as opt
 from declip.cli.options import check_shots, console, file, say
-from declip.errors import UserError, unknown
+from declip.errors import UserError
 from declip.io.atomic import check_writable, write_text
 
-TASKS = ("zero-shot", "retrieval", "linear", "few-shot", "pointing")
+Task = Literal["zero-shot", "retrieval", "linear", "few-shot", "pointing"]
 
 
 def evaluate(
@@ -19,7 +19,7 @@ def evaluate(
     datasets: Annotated[
         list[str], opt.source("builtin:NAME, NAME:/path, a table, a folder, or paper11:/path; repeatable", "--dataset")
     ],
-    task: Annotated[str, typer.Option(help="zero-shot, retrieval, linear (probe), few-shot or pointing")] = "zero-shot",
+    task: Annotated[Task, typer.Option(help="what to measure; linear: a linear probe")] = "zero-shot",
     shots: opt.Shots = None,
     templates: Annotated[str | None, typer.Option(help="name of a template set, or a template with {}")] = None,
     label_column: Annotated[str | None, typer.Option(help="table column of classes")] = None,
@@ -31,26 +31,20 @@ def evaluate(
     json_out: opt.JsonOut = None,
 ) -> None:
     """Evaluate a model on held-out images."""
-    _check_task(task, templates, shots)
-    from declip.evaluation.protocols import Options
-    from declip.interchange.read import load
-
-    check_writable((json_out,))
-    suite = _suite_of(datasets, label_column)
-    options = Options(templates=templates, shots=shots or [4], batch_size=batch_size, workers=workers)
-    loaded = load(model, device, precision, engine)
-    found = _evaluate(loaded, datasets, label_column, task, options, suite)
-    if json_out is not None:
-        write_text(json_out, json.dumps(found, indent=1), "choose another path with --json")
-
-
-def _check_task(task: str, templates: str | None, shots: list[int] | None) -> None:
-    """Refuse an unknown task, and options of another one."""
-    if task not in TASKS:
-        raise unknown("task", task, TASKS)
+    check_shots(shots, (task,))
     if templates is not None and task not in ("zero-shot", "few-shot"):
         raise UserError(f"--templates requires --task zero-shot or few-shot, but --task is {task}. Remove it.")
-    check_shots(shots, (task,))
+    check_writable((json_out,))
+    from declip.evaluation.protocols import PREFIX, Options
+    from declip.interchange.read import load
+
+    suite = next((name for name in datasets if name.startswith(PREFIX)), None)
+    if suite is not None and (len(datasets) > 1 or label_column is not None):
+        raise UserError(f"The suite '{suite}' is evaluated alone. Give one --dataset, and no --label-column.")
+    options = Options(templates=templates, shots=shots or [4], batch_size=batch_size, workers=workers)
+    found = _evaluate(load(model, device, precision, engine), datasets, label_column, task, options, suite)
+    if json_out is not None:
+        write_text(json_out, json.dumps(found, indent=1), "choose another path with --json")
 
 
 def _evaluate(
@@ -78,33 +72,6 @@ def _evaluate(
     return found
 
 
-def _suite_of(datasets: list[str], label_column: str | None) -> str | None:
-    """Return the suite among the datasets, if any; refuse options that it does not allow."""
-    from declip.evaluation.protocols import PREFIX
-
-    suite = next((name for name in datasets if name.startswith(PREFIX)), None)
-    if suite is None:
-        return None
-    if len(datasets) > 1:
-        raise UserError(f"'{suite}' is a suite and cannot be combined with other datasets. Use one --dataset.")
-    if label_column is not None:
-        raise UserError(f"--label-column requires a table, but --dataset is '{suite}'. Remove it.")
-    return suite
-
-
-Datasets = Annotated[
-    list[str] | None, opt.source("evaluation set; default: those of the recipe; repeatable", "--dataset")
-]
-Tasks = Annotated[
-    list[str] | None,
-    typer.Option("--task", help="zero-shot (default), retrieval, linear, few-shot or pointing; repeatable"),
-]
-Budget = Annotated[
-    str,
-    typer.Option(help="samples: every recipe runs its train.steps; compute: every recipe runs as long as the first"),
-]
-
-
 def compare(
     words: Annotated[
         list[str],
@@ -113,10 +80,15 @@ def compare(
     pairs: Annotated[str, typer.Option(help="numbers of training pairs, such as 1k,2k,4k")],
     seeds: Annotated[int, typer.Option(min=1, help="runs per recipe and number of pairs, with seeds 0, 1 …")] = 3,
     out: Annotated[Path, file("folder of the comparison", metavar="DIR")] = Path("runs/compare"),
-    datasets: Datasets = None,
-    tasks: Tasks = None,
+    datasets: Annotated[
+        list[str] | None, opt.source("default: the sets of the recipe; repeatable", "--dataset")
+    ] = None,
+    tasks: Annotated[list[str] | None, typer.Option("--task", help="default: zero-shot; repeatable")] = None,
     shots: opt.Shots = None,
-    budget: Budget = "samples",
+    budget: Annotated[
+        Literal["samples", "compute"],
+        typer.Option(help="samples: every recipe runs its steps; compute: every recipe runs as long as the first"),
+    ] = "samples",
     jobs: Annotated[
         int | None, typer.Option(min=1, help="number of parallel runs; default: one per core, or 1 on a GPU")
     ] = None,

@@ -1,16 +1,17 @@
-"""The commands ``declip embed``, ``search`` and ``index``. Wrong paths are refused before torch is imported."""
+"""The commands ``declip embed``, ``search``, ``app`` and ``index``, which refuse wrong paths without torch."""
 
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from declip.cli import options as opt
 from declip.cli.options import console, existing, expand, file, known, reads_images, say, write_sheet
-from declip.errors import UserError
+from declip.errors import UserError, check_installed
 from declip.io.atomic import check_writable, write_text
 from declip.io.parts import find_parts, parse_part
 
@@ -101,6 +102,41 @@ def _print_hits(hits: "list[Hit]") -> None:
         cells = (hit.key, "; ".join(hit.captions[:2]))
         table.add_row(str(number), f"{hit.score:.3f}", *(escape(shown(cell, len(cell))) for cell in cells))
     console.print(table)
+
+
+def serve(
+    model: opt.Model,
+    source: Annotated[str, typer.Argument(callback=existing, help="an index, or a folder, table or built-in set")],
+    index: opt.IndexFolder = None,
+    caption: Annotated[Path | None, file("caption images, and save captions in this .csv file")] = None,
+    host: Annotated[str, typer.Option(help="address to listen on; default: this machine only")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65_535, help="port; 0: any free port")] = 8765,
+    device: opt.Device = "auto",
+    precision: opt.Precision = "auto",
+    engine: opt.Engine = "torch",
+    quiet: opt.Quiet = False,
+) -> None:
+    """Open a model and its pairs in a browser: classify, search, find wrong pairs, caption images."""
+    for name in ("starlette", "uvicorn"):
+        check_installed(name, "app", "The app")
+    from declip.app import server
+
+    errors = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+    # The port is taken before the source is embedded, which may take hours.
+    with server.take_port(host, port) as bound:
+        if host not in ("localhost", "127.0.0.1", "::1"):
+            errors.print(
+                f"Warning: everyone who can reach {host} can open the app. It has no password; all images and "
+                "captions of the source can be seen, and requests can keep this machine busy.",
+                style="yellow",
+            )
+        state = server.open_state(
+            model, source, index, device=device, precision=precision, engine=engine, progress=not quiet, caption=caption
+        )
+        images = f"{len(state.index):,} images of {state.index.info.source.name}"
+        errors.print(f"{images}, index {state.index.folder}")
+        errors.print(f"Open {server.address_of(bound)} (Ctrl-C stops)")
+        server.serve(state, bound, host)
 
 
 @index.command()
