@@ -1,12 +1,16 @@
-"""Fine-tuning: the split of the pairs, the recipe, and the end of the run."""
+"""Fine-tuning: the split of the pairs, the recipe, and the end of the run, a mixture with the start (WiSE-FT)."""
 
+import copy
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import Any
+
+import torch
 
 from declip.data.columns import Columns
 from declip.data.pair import BrokenPair, PairSource
@@ -21,26 +25,30 @@ from declip.interchange import starter
 from declip.interchange.export import FORMATS, export
 from declip.interchange.layouts import Refusal
 from declip.interchange.model_card import trace
-from declip.interchange.read import read_start
-from declip.io.atomic import remove
+from declip.interchange.read import read_checkpoint, read_start, weights_of
+from declip.io.atomic import atomic_write, remove, save_tensors, write_text
 from declip.io.text import plural
 from declip.models.device import pick_device
+from declip.models.dual_encoder import DualEncoder
 from declip.recipe.finetuning import FREEZE, Start, read_overrides, settings
 from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe
 from declip.recipe.starts import STARTS
 from declip.reports.run import write_report
+from declip.runs import folder as run_folder
+from declip.runs.checkpoint import prefixed
 from declip.runs.folder import LOCK, RECIPE, SPLIT, Run, lock_folder, log, moved_lists
 from declip.training import distributed
 from declip.training.assemble import assemble, resolve_recipe
 from declip.training.estimate import estimate, estimate_fit
 from declip.training.fit import closed_form, fit
 from declip.training.frozen_encoder import FrozenEncoder
-from declip.training.mixture import mix_with_start
-from declip.training.pairs import caption_warnings, open_training_source
+from declip.training.pairs import caption_warnings, evaluation_tasks, measure, open_training_source, tasks_to_keep
+from declip.training.pretrained import load_pretrained
 from declip.training.trainer import Trainer
 
 FINETUNED = Path("runs") / "finetune"
+ALPHAS = (1.0, 0.75, 0.5, 0.25)  # fractions of the fine-tuned weights that are tried; of equal ones the first is taken
 MOST_SEEN = 200_000  # training pairs of the start that are compared with new ones: 1,000 a second
 
 Name = str | Path
@@ -275,3 +283,59 @@ def write_finetuned(folder: Path, model: Encoder) -> None:
             continue
         except UserError as error:  # the run is whole without it
             log.warning(str(error))
+
+
+# --- WiSE-FT: interpolation between pretrained and fine-tuned weights (Wortsman et al. 2022, arXiv 2109.01903)
+
+
+def interpolate(start: DualEncoder, end: DualEncoder, alpha: float) -> DualEncoder:
+    """Interpolate two models of one architecture: (1 - alpha) · start + alpha · end (equation 1 of the paper).
+
+    The new model is in evaluation mode. Running statistics of batch norm are interpolated like weights.
+    """
+    first, last, mixed = start.state_dict(), end.state_dict(), copy.deepcopy(end)
+    mixed.load_state_dict(
+        {name: torch.lerp(first[name], t, alpha) if t.is_floating_point() else t for name, t in last.items()}
+    )
+    return mixed.eval()
+
+
+def ends_of(folder: Path, device: str = "auto") -> tuple[DualEncoder, DualEncoder]:
+    """Load the pretrained and the fine-tuned model of a run that started from a whole model."""
+    start = load_pretrained(run_folder.read_recipe(folder), folder, resume=True)
+    assert start is not None, "the run started from weights"
+    models = start.check().build(), weights_of(read_checkpoint(folder, mixed=False), str(folder)).build()
+    return models[0].to(pick_device(device)).eval(), models[1].to(pick_device(device)).eval()
+
+
+def mix_with_start(folder: Path, quiet: bool = False) -> DualEncoder | None:
+    """Choose a mixture on the validation sets and `evaluation.keep`, and write it into the folder of a finished run.
+
+    `declip.load` reads it instead of the best checkpoint. The score is the mean, over the sets, of R@1 of both
+    directions or of top-1. None if the fine-tuned weights alone are best.
+    """
+    run = run_folder.read_run(folder)
+    if "alpha" in run.mixture:
+        return None
+    tasks = evaluation_tasks(run.recipe, final=False) | tasks_to_keep(run.recipe)
+    start, end = ends_of(folder)
+    scores = dict[float, dict[str, float]]()
+    for alpha in ALPHAS:
+        model = interpolate(start, end, alpha)
+        scores[alpha] = {
+            name: fmean(result.headline.value for result in measure(model, {name: found}, not quiet))
+            for name, found in tasks.items()
+        }
+    best = max(ALPHAS, key=lambda alpha: fmean(scores[alpha].values()))
+    mixed = interpolate(start, end, best) if best < 1 else None
+    if mixed is not None:
+        with atomic_write(folder / run_folder.MIXED) as temporary:
+            save_tensors(prefixed("model", mixed.state_dict()), temporary)
+        for result in measure(mixed, evaluation_tasks(run.recipe, final=True), not quiet):
+            run_folder.append_row(
+                folder / run_folder.EVALUATIONS, {"step": run.step, "best_step": run.best_step, **result.to_dict()}
+            )
+    # Written last: a run that is stopped before chooses again.
+    write_text(folder / run_folder.MIXTURE, json.dumps({"alpha": best, "scores": scores}, indent=1))
+    log.info("Mixture with the start (WiSE-FT): %g of the fine-tuned weights is best.", best)
+    return mixed

@@ -47,7 +47,7 @@ def test_held_out_sets_are_evaluated_by_what_they_have(table, tmp_path):
     both.write_text("image,caption,label\n" + "".join(f"{image},bar {n},{n % 2}\n" for n, image in enumerate(images)))
     classes.write_text("image,label\n" + "".join(f"{image},{n % 2}\n" for n, image in enumerate(images)))
     recipe = resolve_recipe("demo-clip", data="a [b]: c.csv", val=list(map(str, (both, classes, table))))
-    assert resolve_recipe("demo-clip", val=table).evaluation.retrieval == (str(table),)
+    assert resolve_recipe("demo-clip", val=[table]).evaluation.retrieval == (str(table),)
     refuses("generator is not a source", train, "demo-clip", data=(pair for pair in ()), out=tmp_path / "run")
     assert recipe.data.source == "a [b]: c.csv"
     assert recipe.evaluation.zero_shot == (str(both), str(classes))

@@ -23,7 +23,6 @@ from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe
 from declip.reports.run import write_report
 from declip.runs.folder import read_run
-from declip.training import mixture
 from declip.training.fit import closed_form
 from interchange.towers import build
 from training.starts import moved, same_end, stop_at
@@ -85,8 +84,8 @@ def test_the_best_mixture_with_the_start_is_kept(pairs, weights, tmp_path, comma
     assert run.mixture["alpha"] == max(scores, key=lambda alpha: (scores[alpha], alpha))
     assert f"{run.mixture['alpha']:g} × fine-tuned" in printed
     # --- the model of the run is that mixture, and its last results are the mixture's
-    start, end = mixture.ends_of(out, "cpu")
-    mixed = mixture.interpolate(start, end, run.mixture["alpha"])
+    start, end = finetuning.ends_of(out, "cpu")
+    mixed = finetuning.interpolate(start, end, run.mixture["alpha"])
     loaded = declip.load(out, device="cpu")
     assert not moved(mixed.state_dict(), loaded.state_dict())  # type: ignore[attr-defined]
     truth = declip.evaluate(loaded, str(pairs), "retrieval").to_dict()

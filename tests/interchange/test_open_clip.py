@@ -16,9 +16,9 @@ import declip
 from conftest import refuses
 from declip.api import train
 from declip.errors import UserError
+from declip.finetuning import ends_of
 from declip.runs.checkpoint import list_checkpoints
 from declip.runs.folder import KEPT
-from declip.training.mixture import ends_of
 from interchange.tiny_open_clip import CONFIGS, WORDS, folder_of, pictures, random_model, same, saved
 from training.starts import same_end, tuned
 

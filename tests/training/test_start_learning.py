@@ -10,13 +10,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import declip
 from conftest import TINY, WEIGHTS, refuses
 from declip.api import train
+from declip.finetuning import ends_of
 from declip.interchange.declip_file import FILE, RECIPE, VERSION, write_declip_file
 from declip.models.hf_encoder import ENTRY
 from declip.models.layers import IMAGE, TEXT, blocks, depths, freeze, is_frozen
 from declip.recipe.schema import Recipe
 from declip.runs.checkpoint import list_checkpoints, load_checkpoint, part
 from declip.runs.folder import read_run
-from declip.training.mixture import ends_of
 from declip.training.optimizer import LrMultiplier, group_lr
 from declip.training.parallel import HostSyncBatchNorm, synchronize
 from interchange.test_export import features

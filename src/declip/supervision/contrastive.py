@@ -19,12 +19,10 @@ BLOCK_BYTES = 2**26  # of logits held at a time: 64 MiB
 def mean_in_blocks(
     loss: Callable[[int, int], Tensor], rows: int, row_bytes: int, max_logit_bytes: float | None
 ) -> Tensor:
-    """Mean over rows of a loss that is a sum over rows.
+    """Mean over rows of a loss that sums over the rows from the first number to the second.
 
-    Args:
-        loss: Sum over the rows from the first number to the second.
-        row_bytes: Bytes of a row that the backward pass needs: its logits, or the positions of its maxima.
-        max_logit_bytes: Bytes that may be kept for the backward pass; None: all.
+    The backward pass needs `row_bytes` of a row: its logits, or the positions of its maxima. If that is more than
+    `max_logit_bytes` for all rows (None: never), the loss is computed in blocks.
     """
     if max_logit_bytes is None or rows * row_bytes <= max_logit_bytes:
         return loss(0, rows) / rows
@@ -71,14 +69,8 @@ def cross_entropy_to_keys(
 
     Equals the plain loop
         mean over b of  log Σₙ exp(s·rows[b]·keys[n]) - s·rows[b]·keys[offset + b]
-
-    Args:
-        rows: (B, d), L2-normalized, of this rank.
-        keys: (N, d), L2-normalized, of all ranks in rank order.
-        scale: exp(logit_scale), the inverse temperature.
-        offset: Row of `keys` that belongs to the first of `rows`.
-        max_logit_bytes: See `mean_in_blocks`.
-        smoothing: Part of the target that is spread evenly over all keys, see `smoothed_cross_entropy`.
+    of L2-normalized rows (B, d) of this rank and keys (N, d) of all ranks, in rank order. The scale s is the inverse
+    temperature exp(logit_scale); see `mean_in_blocks` for `max_logit_bytes`, `smoothed_cross_entropy` for `smoothing`.
     """
     rows, keys = to_float32(rows), to_float32(keys)
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -102,9 +103,11 @@ class Objective(nn.Module):
         if model.logit_bias is not None and not any(term.uses_bias for term in active.values()):
             model.logit_bias.requires_grad_(False)  # softmax does not see it
         self.reads_pixels = any(term.reads_pixels for _, term in self._terms())
-        for tower in ("image_tower", "text_tower"):
-            lacking = not getattr(getattr(model, tower), "gives_tokens", True)
-            for name in (name for name, term in active.items() if term.needs.tokens and lacking):
+        # The first loss that compares images with captions, and beginnings of names of layers whose outputs are words
+        self.watched = next((name for name, term in active.items() if term.compares_pairs), None)
+        self.over_vocabulary = tuple(f"terms.{n}.{layer}." for n, t in active.items() for layer in t.over_vocabulary)
+        for name, tower in product(active, ("image_tower", "text_tower")):
+            if active[name].needs.tokens and not getattr(getattr(model, tower), "gives_tokens", True):
                 raise UserError(f"{name} needs token states, which this {tower} lacks. Set loss_weights.{name} to 0.")
 
     def prepare(self, source: PairSource, model: DualEncoder) -> None:
@@ -112,16 +115,6 @@ class Objective(nn.Module):
         for _, term in self._terms():
             term.prepare(source, model)
         self.to(model.device)
-
-    @property
-    def watched(self) -> str | None:
-        """Name of the first loss that compares images with captions; None if no loss does."""
-        return next((name for name, term in self._terms() if term.compares_pairs), None)
-
-    @property
-    def over_vocabulary(self) -> tuple[str, ...]:
-        """Beginnings of the names of parameters of layers whose outputs are words."""
-        return tuple(f"terms.{name}.{layer}." for name, term in self._terms() for layer in term.over_vocabulary)
 
     def forward(
         self, model: DualEncoder, batch: PairBatch, gather: Gather | None = None, offset: int = 0
@@ -139,7 +132,6 @@ class Objective(nn.Module):
         self, outputs: TowerOutputs, model: DualEncoder, batch: PairBatch, gather: Gather | None, offset: int
     ) -> dict[str, Tensor]:
         """Compute the losses from the towers' outputs for the whole batch, as `forward`."""
-        # Each term's own features, from normalized embeddings
         terms = self._terms()
         images, texts = (F.normalize(to_float32(x), dim=-1) for x in (outputs.images, outputs.texts))
         encoded = Encodings(images, texts, outputs, batch)
@@ -162,10 +154,7 @@ class Objective(nn.Module):
         tokens, pre_logits, masked = (
             any(getattr(need, output) for need in self.needs) for output in ("tokens", "pre_logits", "masked")
         )
-        # One pass over the views, one over all captions
-        pixels = [view.pixels for view in batch.views.values()]
-        images = encode_views(model, pixels)
-        # (T, B, L), or T + 1 with the masked caption
+        images = encode_views(model, [view.pixels for view in batch.views.values()])
         captions, masked_at, lengths = self._captions(batch, masked)
         texts = encode_by_length(model.text_tower, captions.flatten(0, 1), lengths, self.recipe.train.length_buckets)
         count, size = captions.shape[:2]
@@ -203,8 +192,8 @@ class Objective(nn.Module):
             return torch.cat([batch.masked[None], batch.texts[1:]]), 0, lengths
         if batch.masked is None or not masked:
             return batch.texts, 0, lengths
-        if batch.lengths is not None:
-            lengths = torch.cat([batch.lengths.flatten(), batch.lengths[0]])
+        if lengths is not None:
+            lengths = torch.cat([lengths, lengths[: len(batch)]])
         return torch.cat([batch.texts, batch.masked[None]]), len(batch.texts), lengths
 
 
@@ -213,9 +202,8 @@ def gather_rows(
 ) -> tuple[Rows, dict[str, dict[str, Tensor]]]:
     """Gather the features of all ranks in one collective.
 
-    Everything travels as one (B, k) float tensor: features next to each other, booleans as 0 and 1, and the bits of
-    integers as floats that are only copied, never computed with. `extra` has, by loss and name, features (B, …) of the
-    same shape on all ranks but for B.
+    Everything travels as one (B, k) float tensor: booleans as 0 and 1, and the bits of integers as floats that are only
+    copied, never computed with. `extra` has, by loss and name, features (B, …), of one shape but for B.
     """
     tensors = {("", "images"): own.images.transpose(0, 1), ("", "texts"): own.texts.transpose(0, 1)}
     tensors |= {(term, name): rows for term, features in extra.items() for name, rows in features.items()}

@@ -39,7 +39,7 @@ def resolve_recipe(
     recipe: str | Path | Recipe,
     overrides: Mapping[str, Any] | None = None,
     data: str | Path | None = None,
-    val: str | Path | Sequence[str | Path] = (),
+    val: Sequence[str | Path] = (),
 ) -> Recipe:
     """Load a recipe with its overrides, training pairs and held-out sets, see `train`."""
     if isinstance(recipe, Recipe):
@@ -49,7 +49,6 @@ def resolve_recipe(
     given = dict(overrides or {})
     if data is not None:
         given["data.source"] = json.dumps(str(data))  # quoted, because values are read as YAML
-    val = several(val)
     if val:
         sets = {str(name): open_dataset(name).split("test") for name in val}
         classes = [name for name, source in sets.items() if source.labels is not None]

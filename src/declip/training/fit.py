@@ -35,14 +35,7 @@ from declip.training.frozen_encoder import FrozenEncoder
 from declip.training.growth import TIMES, growth
 from declip.training.heads import Choice, HeldOutRanks, choose_heads
 from declip.training.monitor import monitored
-from declip.training.pairs import (
-    caption_warnings,
-    evaluate_tasks,
-    evaluation_tasks,
-    refuse_broken,
-    refuse_many,
-    sample_hashes,
-)
+from declip.training.pairs import caption_warnings, evaluation_tasks, measure, refuse_broken, refuse_many, sample_hashes
 from declip.training.parts import versions
 from declip.training.pretrained import load_tensors
 from declip.training.sinks import RunInfo
@@ -109,7 +102,7 @@ def _fit(resolved: Resolved, folder: Path, resume: bool, quiet: bool, related: R
             monitor.advance(STEP)
             # --- what is known about them
             _write_facts(folder, source, features, choice, classes, recipe.seed)
-            for result in evaluate_tasks(cast(Encoder, encoder), evaluation_tasks(recipe, final=True), not quiet):
+            for result in measure(cast(Encoder, encoder), evaluation_tasks(recipe, final=True), not quiet):
                 monitor.evaluation(STEP, result.to_dict())
         monitor.flush()
         finish(folder, cast(Encoder, encoder))

@@ -130,10 +130,8 @@ def choose_heads(
 ) -> Choice:
     """Choose form and weight of the classes by cross-validation, and fit the heads again on all pairs.
 
-    Args:
-        groups: (n,) int, equal for images that must stay in one fold: with nearly the same image or the same caption.
-        classes: The classes of the image tower's classifier, if it has one.
-        embedded: The features are embeddings in one space, which the heads may leave as they are.
+    Images with equal `groups` (n,) stay in one fold: those with nearly the same image or the same caption. Features
+    that are `embedded` in one space may stay as they are.
     """
     forms, usual = (START_FORMS, START) if embedded else (FORMS, DEFAULT_FORM)
     weights = CLASS_WEIGHTS if classes is not None else (0.0,)
@@ -216,11 +214,7 @@ class CrossValidation:
         self._numbers = caption_numbers(pairs)
 
     def ranks(self, forms: tuple[Form, ...], fitted: Tensor | None = None) -> list[HeldOutRanks]:
-        """Ranks of all pairs by each form.
-
-        Args:
-            fitted: (n,) bool, the images that heads are fitted to; all are found. None: all.
-        """
+        """Ranks of all pairs by each form, whose heads are fitted to some images (n,) bool, or to all."""
         outcomes = [HeldOutRanks(self.pairs) for _ in forms]
         usable = torch.ones(len(self.folds), dtype=torch.bool) if fitted is None else fitted
 

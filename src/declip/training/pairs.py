@@ -113,7 +113,7 @@ def evaluation_tasks(recipe: Recipe, final: bool) -> dict[str, list[str]]:
     return tasks
 
 
-def evaluate_tasks(model: Encoder, tasks: Mapping[str, list[str]], progress: bool) -> Iterator[Result]:
+def measure(model: Encoder, tasks: Mapping[str, list[str]], progress: bool) -> Iterator[Result]:
     """Evaluate a model on datasets by their protocols, see `evaluation_tasks`."""
     for name, protocols in tasks.items():
         yield from evaluate_all(model, name, protocols, Options(progress=progress))

@@ -30,7 +30,7 @@ from declip.training.distributed import StepSync
 from declip.training.examples import write_examples
 from declip.training.monitor import LossMonitor, Monitor, NonFiniteGuard, ThroughputMonitor, monitored
 from declip.training.optimizer import group_lr, learning_rate
-from declip.training.pairs import evaluate_tasks, evaluation_tasks, unaugmented
+from declip.training.pairs import evaluation_tasks, measure, unaugmented
 from declip.training.parts import TRY_AGAIN, BestEvaluation, Parts, StopRequest, collect, load_weights
 from declip.training.sinks import RunInfo
 from declip.training.step import StepParts, training_step
@@ -245,7 +245,7 @@ class Trainer:
             best = progress.best if final and self.finished else None
             weights = {} if best is None else {"best_step": best.step}
             tasks, results = evaluation_tasks(parts.recipe, final), list[Result]()
-            for result in evaluate_tasks(parts.model, tasks, not parts.quiet and self.is_rank_zero):
+            for result in measure(parts.model, tasks, not parts.quiet and self.is_rank_zero):
                 monitor.evaluation(progress.step, {**result.to_dict(), **weights})
                 results.append(result)
             return results
