@@ -7,9 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from declip.io.pool import MAX_WORKERS, cores
 from declip.training.sinks import Bar, JsonLines, Messages, RunInfo, Sink
 from declip.training.trackers import AUTO, trackers_of
@@ -83,23 +80,6 @@ class Monitor:
             sink.flush()
 
 
-class NonFiniteGuard:
-    """Finds the first step whose loss or gradient is not finite, without waiting for the device at every one."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._first = torch.tensor(-1, device=device)
-
-    def check(self, step: int, values: Mapping[str, Tensor]) -> None:
-        """Record on the device whether a step, counted from 0, is the first bad one; no wait."""
-        good = torch.isfinite(values["loss"]) & torch.isfinite(values["grad_norm"])
-        self._first = torch.where((self._first < 0) & ~good, step, self._first)
-
-    @property
-    def first(self) -> int | None:
-        """The first bad step; a wait for the device."""
-        return None if (found := int(self._first)) < 0 else found
-
-
 class LossMonitor:
     """Warns once of a loss, `Objective.watched`, that stays at chance level or diverges."""
 
@@ -110,7 +90,7 @@ class LossMonitor:
     def check(self, step: int, losses: Mapping[str, float]) -> str | None:
         """Return the warning that is due after a number of steps, if any."""
         name, loss = self.watched, losses.get(self.watched or "")
-        if loss is None or not math.isfinite(loss):  # `NonFiniteGuard` handles those that are not finite
+        if loss is None or not math.isfinite(loss):  # the trainer handles those that are not finite
             return None
         # Pretrained weights may begin far above chance: only a rise above the lowest loss so far counts.
         self._lowest = min(self._lowest, loss)

@@ -28,7 +28,7 @@ from declip.runs.folder import Run, log
 from declip.training import distributed
 from declip.training.distributed import StepSync
 from declip.training.examples import write_examples
-from declip.training.monitor import LossMonitor, Monitor, NonFiniteGuard, ThroughputMonitor, monitored
+from declip.training.monitor import LossMonitor, Monitor, ThroughputMonitor, monitored
 from declip.training.optimizer import group_lr, learning_rate
 from declip.training.pairs import evaluation_tasks, measure, unaugmented
 from declip.training.parts import TRY_AGAIN, BestEvaluation, Parts, StopRequest, collect, load_weights
@@ -42,10 +42,10 @@ class Trainer:
     """Takes the remaining steps of a run."""
 
     def __init__(self, parts: Parts) -> None:
-        recipe, device = parts.recipe, parts.model.device
+        recipe = parts.recipe
         self.parts, self.progress, self.loader = parts, parts.progress, parts.loader
         self.step_parts = StepParts(parts.learner, parts.optimizer, parts.plan, recipe.train)
-        self.guard = NonFiniteGuard(device)
+        self.first_bad = torch.tensor(-1, device=parts.model.device)  # step whose loss or gradient is not finite
         self.losses = LossMonitor(recipe.train.batch_size, recipe.train.warmup_steps, parts.objective.watched)
         self.throughput = ThroughputMonitor()
         self.stop = StopRequest()
@@ -189,7 +189,8 @@ class Trainer:
             group["lr"] = group_lr(lr, step, group["multiplier"], parts.recipe.head_warmup, train)
         if sync.usable:
             values = training_step(self.step_parts, batch, sync)
-            self.guard.check(step, values)
+            bad = ~torch.isfinite(values["loss"] + values["grad_norm"])
+            self.first_bad = torch.where((self.first_bad < 0) & bad, step, self.first_bad)  # no wait for the device
             return values, lr
         if self.is_rank_zero:
             warn_once("Steps with too few usable pairs (fewer than one on a process) are skipped.")
@@ -222,8 +223,8 @@ class Trainer:
 
     def _refuse_nonfinite(self, values: Mapping[str, Tensor]) -> None:
         """Stop at a loss or gradient that is not finite: the weights may be corrupted, the checkpoints are not."""
-        bad = self.guard.first
-        if bad is None:
+        bad = int(self.first_bad)
+        if bad < 0:
             return
         self.writer.wait()
         earlier = checkpoints.list_checkpoints(self.parts.folder)
