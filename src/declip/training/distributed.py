@@ -47,38 +47,26 @@ def launched() -> bool:
     return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
 
 
-def local_device(name: str) -> str:
-    """Name of a rank's device: "auto" or "cuda" become "cuda:LOCAL_RANK" under torchrun."""
-    if not launched() or name not in ("auto", "cuda") or not torch.cuda.is_available():
-        return name
-    return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
+def meet(name: str) -> "tuple[torch.device, HostGroup]":
+    """Join torchrun's processes, if it started this one; return this rank's device and the coordination of ranks.
 
-
-def join(device: torch.device, timeout: float = RANK_TIMEOUT) -> None:
-    """Start the process group of torchrun's processes, NCCL for CUDA, gloo otherwise; without torchrun do nothing."""
-    if not launched() or dist.is_initialized():
-        return
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    store, own, ranks = next(rendezvous("env://", timeout=timedelta(seconds=timeout)))
-    # torchrun keeps its store, with the addresses of dead processes, when it restarts them, so keys get a prefix. With
-    # several machines each counts its restarts alone, and the store is new.
-    one_machine = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_machine else "0"
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        store=dist.PrefixStore(f"declip/attempt/{attempt}/{next(JOINS)}", store),
-        rank=own,
-        world_size=ranks,
-        timeout=timedelta(seconds=timeout),
-    )
-
-
-def meet(device: str) -> "tuple[torch.device, HostGroup]":
-    """Join the other processes; return this rank's device by the key train.device, and the coordination of ranks."""
-    own = pick_device(local_device(device))
-    join(own)
-    return own, HostGroup()
+    Under torchrun the devices "auto" and "cuda" are "cuda:LOCAL_RANK". Groups use NCCL for CUDA, gloo otherwise.
+    """
+    if launched() and name in ("auto", "cuda") and torch.cuda.is_available():
+        name = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
+    device, timeout = pick_device(name), timedelta(seconds=RANK_TIMEOUT)
+    if launched() and not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        store, own, ranks = next(rendezvous("env://", timeout=timeout))
+        # torchrun keeps its store, with the addresses of dead processes, when it restarts them, so keys get a prefix.
+        # With several machines each counts its restarts alone, and the store is new.
+        one_machine = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_machine else "0"
+        store = dist.PrefixStore(f"declip/attempt/{attempt}/{next(JOINS)}", store)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=own, world_size=ranks, timeout=timeout)
+    return device, HostGroup()
 
 
 def leave() -> None:
