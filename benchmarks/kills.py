@@ -34,7 +34,7 @@ from declip.runs import checkpoint
 from declip.runs.checkpoint import list_checkpoints, load_checkpoint
 from declip.runs.folder import METRICS, read_rows
 from declip.supervision.objective import Objective
-from declip.training import monitor, sinks, trainer
+from declip.training import sinks, trainer
 from declip.training.assemble import assemble
 from declip.training.trainer import Trainer
 
@@ -61,7 +61,7 @@ MOMENTS: dict[str, tuple[Any, str]] = {
     "backward": (torch.Tensor, "backward"),
     "optimizer": (torch.optim.AdamW, "step"),
     "logging": (sinks, "append_row"),
-    "flushing the log": (monitor.Monitor, "flush"),
+    "flushing the log": (sinks.Monitor, "flush"),
     "taking the state": (trainer, "collect"),
     "writing the checkpoint's tensors": (checkpoint, "save_tensors"),
     "hashing the checkpoint": (checkpoint, "sha256"),

@@ -16,18 +16,19 @@ from declip.data.text.tokenizer import HuggingfaceTokenizer, Tokenizer
 from declip.models.hf_encoder import read_encoder
 from declip.recipe.schema import ImageView, TextView
 from declip.runs.folder import EVALUATIONS, METRICS, Run, read_rows
+from declip.training.assemble import auto_workers
 from declip.training.examples import example_views
-from declip.training.monitor import (
+from declip.training.pairs import caption_warnings
+from declip.training.sinks import (
     FLAT_AFTER,
     LEAST_STEPS,
     WARM,
     LossMonitor,
+    RunInfo,
+    Sink,
     ThroughputMonitor,
-    auto_workers,
     monitored,
 )
-from declip.training.pairs import caption_warnings
-from declip.training.sinks import RunInfo, Sink
 from evaluation.conftest import painted
 from text_encoders import bert
 
@@ -49,7 +50,7 @@ def test_numbers_that_are_not_finite_are_null_in_every_row(tmp_path):
 
 def test_time_and_samples_leave_out_evaluations_and_nothing_else(tmp_path, monkeypatch):
     clock = iter([0.0, 5.0, 6.0, 7.0, 17.0, 18.0, 19.0])
-    monkeypatch.setattr("declip.training.monitor.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("declip.training.sinks.time.perf_counter", lambda: next(clock))
     with monitored(RunInfo(tmp_path, 2, 6, 8, quiet=True)) as monitor:
         monitor.restart_timer()  # at 5, after an evaluation before the first step
         monitor.count()  # 1 s, at 6; read again at 7
@@ -71,7 +72,7 @@ def test_a_failing_sink_closes_those_before_it(tmp_path):
             raise OSError(info.folder)
 
     first = Closed()
-    with pytest.raises(OSError), monitored(RunInfo(tmp_path, 0, 2, 8, quiet=True), callbacks=[first, Failing()]):
+    with pytest.raises(OSError), monitored(RunInfo(tmp_path, 0, 2, 8, quiet=True), [first, Failing()]):
         pass
     assert first.closed
 

@@ -12,8 +12,7 @@ import pytest
 from declip.api import train
 from declip.errors import UserError
 from declip.runs.folder import METRICS, TRACKING, read_rows
-from declip.training.monitor import monitored
-from declip.training.sinks import RunInfo
+from declip.training.sinks import RunInfo, monitored
 from declip.training.trackers import AUTO, TRACKERS, trackers_of
 from training.starts import recipe_for
 
@@ -22,7 +21,7 @@ def written(folder, report_to, starts=(0, 2)):
     """Steps of loss 10, 20, 30, 40 in two parts, as a run that is resumed after its second step."""
     (folder / "recipe.yaml").write_text("train: {lr: 0.5}\nloss_weights: {contrastive: 1.0}\n")
     for start in starts:
-        with monitored(RunInfo(folder, start, 4, 8, quiet=True), report_to) as monitor:
+        with monitored(RunInfo(folder, start, 4, 8, quiet=True), trackers_of(report_to)) as monitor:
             for step in (start + 1, start + 2):
                 monitor.log(step, {"loss": 10.0 * step, "contrastive": 1.0, "grad_norm": 2.0}, 0.1, 14.0)
             monitor.evaluation(start + 2, {"dataset": "../a:b.csv", "task": "retrieval", "r1": start / 8, "n": 4})
@@ -101,7 +100,7 @@ def test_wandb_goes_online_where_the_user_asks_and_continues_its_run(tmp_path, m
     assert first == second
     assert (first["mode"], first["resume"], first["config"]["train"]) == ("online", "allow", {"lr": 0.5})
     assert [step for step, loss in rows if loss] == [1, 2, 3, 4]
-    with pytest.raises(KeyError), monitored(RunInfo(tmp_path, 4, 5, 8, quiet=True), ["wandb"]):
+    with pytest.raises(KeyError), monitored(RunInfo(tmp_path, 4, 5, 8, quiet=True), trackers_of(["wandb"])):
         raise KeyError
     assert module.ended == [0, 0, 1]
 

@@ -1,6 +1,7 @@
 """Assembly of a run from a recipe: all checks are made here, before the first step."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from numbers import Integral
@@ -15,6 +16,7 @@ from declip.data.pair import PairSource
 from declip.errors import UserError
 from declip.evaluation.datasets import open_dataset
 from declip.interchange.weights import Weights
+from declip.io.pool import MAX_WORKERS, cores
 from declip.models.device import computes_bf16
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.load import load_recipe
@@ -25,7 +27,6 @@ from declip.runs.folder import RECIPE, log, read_recipe
 from declip.supervision.objective import Objective, needs_of
 from declip.training import distributed
 from declip.training.distributed import HostGroup
-from declip.training.monitor import auto_workers
 from declip.training.optimizer import build_optimizer, named_trainable
 from declip.training.pairs import has_captions, open_training_source, refuse_broken, sample_hashes
 from declip.training.parallel import build_learner
@@ -148,6 +149,11 @@ def assemble(
     )  # fmt: skip
     _start_or_continue(parts, resume)
     return parts
+
+
+def auto_workers(training: int) -> int:
+    """Number of loader processes: this rank's share of the machine's processors, minus the `training` threads."""
+    return max(0, min(MAX_WORKERS, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - training))
 
 
 def plan_of(recipe: Recipe) -> Plan:

@@ -34,11 +34,11 @@ from declip.training.assemble import Resolved, resolve
 from declip.training.frozen_encoder import FrozenEncoder
 from declip.training.growth import TIMES, growth
 from declip.training.heads import Choice, HeldOutRanks, choose_heads
-from declip.training.monitor import monitored
 from declip.training.pairs import caption_warnings, evaluation_tasks, measure, refuse_broken, refuse_many, sample_hashes
 from declip.training.parts import versions
 from declip.training.pretrained import load_tensors
-from declip.training.sinks import RunInfo
+from declip.training.sinks import RunInfo, monitored
+from declip.training.trackers import trackers_of
 
 STEP = 1  # of the checkpoint: fitting is one step
 SHOWN_WORST = 16  # captions on the page of the run
@@ -82,7 +82,8 @@ def _fit(resolved: Resolved, folder: Path, resume: bool, quiet: bool, related: R
     if list_checkpoints(folder) and (folder / "exported").exists():
         log.info("The run in '%s' is finished.", folder)
         return
-    with monitored(RunInfo(folder, 0, STEP, recipe.train.batch_size, quiet), recipe.train.report_to) as monitor:
+    info = RunInfo(folder, 0, STEP, recipe.train.batch_size, quiet)
+    with monitored(info, trackers_of(recipe.train.report_to)) as monitor:
         for warning in caption_warnings(source, model.tokenizer):
             log.warning(warning)
         # --- features, heads and the checkpoint

@@ -1,8 +1,11 @@
-"""Sinks receive a run's numbers: the base class, the files of the run folder, and the progress bar."""
+"""Sinks receive a run's numbers from its monitor: files, the progress bar; and checks of these numbers."""
 
 import logging
+import math
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,11 @@ from rich.table import Column
 
 from declip.io.progress import progress_bar
 from declip.runs.folder import EVALUATIONS, METRICS, append_row, drop_rows, log
+
+FLAT_AFTER = 300  # steps after which a contrastive loss still at chance level is worth a warning
+STARVED = 0.25  # fraction of time spent waiting for batches above which a warning is due
+LEAST_STEPS, LEAST_SECONDS = 20, 5.0  # before a verdict about the loader
+WARM = 3  # steps after a start of the workers that do not count, because their queue is empty
 
 FORMAT = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
 
@@ -142,3 +150,118 @@ class Bar(Sink):
     def close(self) -> None:
         self.progress.stop()
         log.removeHandler(self._handler)
+
+
+@contextmanager
+def monitored(info: RunInfo, more: Sequence[Sink] = (), silent: bool = False) -> Iterator["Monitor"]:
+    """Open a run's files, bar and `more` sinks; nothing where `silent`, as on every rank but the first."""
+    sinks = [] if silent else [Messages(), JsonLines(), Bar(), *more]
+    with ExitStack() as started:
+        for sink in sinks:
+            sink.start(info)
+            started.callback(sink.close)
+        yield Monitor(info, sinks)
+
+
+class Monitor:
+    """Builds rows of numbers and passes them to sinks."""
+
+    def __init__(self, info: RunInfo, sinks: Sequence[Sink]) -> None:
+        self.info, self.sinks = info, sinks
+        self._mark, self._seconds, self._logged = time.perf_counter(), 0.0, info.start
+
+    def count(self) -> None:
+        """Count the time of a step, before an evaluation or a checkpoint."""
+        self._seconds += time.perf_counter() - self._mark
+        self.restart_timer()
+
+    def restart_timer(self) -> None:
+        """Exclude the time since `count` from duration and speed."""
+        self._mark = time.perf_counter()
+
+    def advance(self, step: int) -> None:
+        """Report a step that is not logged."""
+        for sink in self.sinks:
+            sink.advance(step)
+
+    def log(self, step: int, values: Mapping[str, float], lr: float, logit_scale: float) -> None:
+        """Write a row of metrics after a number of steps, with the losses by name, "loss" and "grad_norm"."""
+        self.count()
+        seconds, samples = self._seconds, (step - self._logged) * self.info.batch_size
+        self._seconds, self._logged = 0.0, step
+        row = {
+            "samples_seen": step * self.info.batch_size,
+            "lr": lr,
+            "logit_scale": logit_scale,
+            "loss": values["loss"],
+            "losses": {name: value for name, value in values.items() if name not in ("loss", "grad_norm")},
+            "grad_norm": values["grad_norm"],
+            "seconds": round(seconds, 4),
+            "samples_per_second": round(samples / seconds, 1) if seconds > 0 else None,
+        }
+        for sink in self.sinks:
+            sink.log(step, row)
+
+    def evaluation(self, step: int, values: Mapping[str, Any]) -> None:
+        """Write the result of an evaluation."""
+        for sink in self.sinks:
+            sink.evaluation(step, values)
+
+    def flush(self) -> None:
+        """Write everything to disk."""
+        for sink in self.sinks:
+            sink.flush()
+
+
+class LossMonitor:
+    """Warns once of a loss, `Objective.watched`, that stays at chance level or diverges."""
+
+    def __init__(self, batch_size: int, warmup_steps: int, watched: str | None) -> None:
+        self.watched, self.batch_size, self.warmup_steps = watched, batch_size, warmup_steps
+        self.chance, self._lowest = math.log(batch_size), math.inf
+
+    def check(self, step: int, losses: Mapping[str, float]) -> str | None:
+        """Return the warning that is due after a number of steps, if any."""
+        name, loss = self.watched, losses.get(self.watched or "")
+        if loss is None or not math.isfinite(loss):  # the trainer handles those that are not finite
+            return None
+        # Pretrained weights may begin far above chance: only a rise above the lowest loss so far counts.
+        self._lowest = min(self._lowest, loss)
+        flat = step >= FLAT_AFTER and abs(loss - self.chance) < 0.02
+        if not flat and (step <= self.warmup_steps or loss <= max(self.chance, self._lowest) + 1):
+            return None
+        self.watched = None  # no second warning
+        if flat:
+            return (
+                f"After {step} steps the {name} loss is still at chance level, ln({self.batch_size}) = "
+                f"{self.chance:.2f}. Usual causes: too high a learning rate, captions that do not belong to the "
+                "images, or one caption for all. Try a tenth of train.lr, and declip data inspect."
+            )
+        return (
+            f"At step {step} the {name} loss is {loss:.2f}, after {self._lowest:.2f}: the run diverges. Usual cause: "
+            "too high a learning rate. Try half of train.lr, a longer train.warmup_steps, or train.grad_clip_norm=1.0."
+        )
+
+
+class ThroughputMonitor:
+    """Warns once when steps wait for the loader for much of their time."""
+
+    def __init__(self) -> None:
+        self._steps, self._waited, self._total = -WARM, 0.0, 0.0
+
+    def check(self, waited: float, took: float, workers: int) -> str | None:
+        """Count a step by its seconds of waiting and computing; return the warning that is due, if any."""
+        self._steps += 1
+        if self._steps > 0:
+            self._waited, self._total = self._waited + waited, self._total + waited + took
+        if self._steps < LEAST_STEPS or self._total < LEAST_SECONDS:
+            return None
+        fraction = self._waited / self._total
+        self._steps, self._waited, self._total = 0, 0.0, 0.0
+        if fraction < STARVED:
+            return None
+        self._total = -math.inf  # no second warning
+        return (
+            f"Steps wait {fraction:.0%} of their time for batches. More loader processes (data.workers={workers} now; "
+            "results stay the same) or smaller images (declip data shard) help, where processors are free."
+        )

@@ -1,10 +1,10 @@
 """One step of training."""
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.profiler import record_function
 
 from declip.data.batch import PairBatch, Plan
 from declip.data.images.views import apply_photometric
@@ -33,9 +33,8 @@ class StepParts:
 
     def prepare(self, batch: PairBatch) -> PairBatch:
         """Move a batch to the device and finish its images there."""
-        with record_function("declip: views"):
-            batch = batch.to(self.mean.device, non_blocking=True)
-            return replace(batch, views=apply_photometric(batch.views, self.mean, self.std))
+        batch = batch.to(self.mean.device, non_blocking=True)
+        return replace(batch, views=apply_photometric(batch.views, self.mean, self.std))
 
     def autocast(self) -> torch.autocast:
         """The context in which towers and heads run."""
@@ -60,22 +59,19 @@ def training_step(parts: StepParts, batch: PairBatch, sync: StepSync | None = No
     optimizer.zero_grad(set_to_none=True)
     if train.grad_cache_chunk is None:
         batch = parts.prepare(batch)
-        with parts.autocast(), record_function("declip: towers and losses"):
+        with parts.autocast():
             losses = parts.learner(batch, gather, sync.offset)
         losses = _weighted(losses, sync.weight)
-        with record_function("declip: backward"):  # DDP and FSDP average gradients over the ranks meanwhile
-            losses["loss"].backward()
+        losses["loss"].backward()  # DDP and FSDP average gradients over the ranks meanwhile
     else:
         losses = _backward_in_chunks(parts, learner, batch, gather, sync)
 
-    with record_function("declip: optimizer"):
-        if learner.sharded or train.grad_cache_chunk is not None:  # DDP has done it
-            average_gradients(parameters)
-        limit = float("inf") if train.grad_clip_norm is None else train.grad_clip_norm
-        grad_norm = clip_gradients(parameters, limit)
-        values = {name: loss.detach() for name, loss in losses.items()} | {"grad_norm": grad_norm}
-        optimizer.step()
-        learner.objective.after_step(learner.model)  # limits the scales, and writes the queue
+    if learner.sharded or train.grad_cache_chunk is not None:  # DDP has done it
+        average_gradients(parameters)
+    grad_norm = clip_gradients(parameters, math.inf if train.grad_clip_norm is None else train.grad_clip_norm)
+    values = {name: loss.detach() for name, loss in losses.items()} | {"grad_norm": grad_norm}
+    optimizer.step()
+    learner.objective.after_step(learner.model)  # limits the scales, and writes the queue
     return values
 
 
@@ -89,9 +85,8 @@ def _backward_in_chunks(
     """GradCache: large batches on small devices, with towers that see a batch in chunks (Gao et al., arXiv 2101.06983).
 
     The outputs of the towers are computed without a graph, chunk after chunk; the losses and their gradient with
-    respect to these outputs are computed for the whole batch; then each chunk is computed again, with a graph, and its
-    part of that gradient goes backward through it. Exact where a pair's output depends on that pair alone, so not for
-    towers with batch norm.
+    respect to these outputs for the whole batch; then each chunk again, with a graph, through which its part of that
+    gradient goes backward. Exact where a pair's output depends on that pair alone, so not for towers with batch norm.
     """
     model, objective, chunk = learner.model, learner.objective, parts.train.grad_cache_chunk or len(batch)
     chunks = [batch.rows(start, min(start + chunk, len(batch))) for start in range(0, len(batch), chunk)]

@@ -28,12 +28,12 @@ from declip.runs.folder import Run, log
 from declip.training import distributed
 from declip.training.distributed import StepSync
 from declip.training.examples import write_examples
-from declip.training.monitor import LossMonitor, Monitor, ThroughputMonitor, monitored
 from declip.training.optimizer import group_lr, learning_rate
 from declip.training.pairs import evaluation_tasks, measure, unaugmented
 from declip.training.parts import TRY_AGAIN, BestEvaluation, Parts, StopRequest, collect, load_weights
-from declip.training.sinks import RunInfo
+from declip.training.sinks import LossMonitor, Monitor, RunInfo, ThroughputMonitor, monitored
 from declip.training.step import StepParts, training_step
+from declip.training.trackers import trackers_of
 
 warn_once = cache(log.warning)
 
@@ -64,7 +64,8 @@ class Trainer:
         parts, train = self.parts, self.parts.recipe.train
         info = RunInfo(parts.folder, self.progress.step, train.steps, train.batch_size, parts.quiet)
         with parts.lock or nullcontext():
-            with monitored(info, train.report_to, parts.callbacks, not self.is_rank_zero) as monitor, self.writer:
+            sinks = [*trackers_of(train.report_to), *parts.callbacks] if self.is_rank_zero else []
+            with monitored(info, sinks, not self.is_rank_zero) as monitor, self.writer:
                 if not self.finished:
                     self._prepare(monitor)
                     monitor.restart_timer()
