@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import declip
-from conftest import in_processes, refuses, tiny_tree
+from conftest import refuses, tiny_tree
 from declip.errors import UserError
 from declip.recipe.schema import Recipe
 from declip.reports.run import loss_charts
@@ -19,7 +19,6 @@ from declip.supervision.objective import extra_terms
 from declip.supervision.term import Term
 from declip.training.sinks import Sink
 from training.starts import same_end
-from training.test_distributed import BATCH, CASES, compare, some_recipes
 
 
 class Mine(Term):
@@ -91,14 +90,6 @@ def test_a_run_with_callbacks_and_a_term_resumes_bit_exactly(table, tmp_path):
     with extra_terms(terms):  # it has no title
         assert [chart.title for chart in loss_charts(whole)][-1] == "mine"
     declip.load(run.folder, device="cpu")
-
-
-def test_two_processes_learn_a_term_as_one(tmp_path, monkeypatch):
-    monkeypatch.setitem(CASES, "mine", {"contrastive": 1.0, "mine": 0.5})
-    with extra_terms({"mine": Mine}):
-        expected = some_recipes(["mine"], (BATCH,), "layer norm", {})
-        for theirs in in_processes(some_recipes, 2, tmp_path, ["mine"], (5, 3), "layer norm", {}):
-            compare(expected, theirs)
 
 
 @pytest.mark.parametrize(

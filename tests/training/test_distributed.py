@@ -149,11 +149,6 @@ def test_ranks_learn_what_one_process_learns(tmp_path, world):
             compare(alone(names, tower, **{key: keys[key] for key in {"optimizer"} & keys.keys()}), found)
 
 
-def test_activations_computed_twice_change_nothing():
-    found = two_steps("declip", "batch norm", (BATCH,), grad_checkpointing=True)
-    compare(alone(["declip"], "batch norm"), {"declip": found})
-
-
 def test_fewer_pairs_than_processes_are_refused(monkeypatch):
     recipe = Recipe.model_validate({**TINY, "loss_weights": WEIGHTS["clip"]})
     model = DualEncoder.from_recipe(recipe)

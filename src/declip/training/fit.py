@@ -77,13 +77,12 @@ def _fit(resolved: Resolved, folder: Path, resume: bool, quiet: bool, related: R
     # --- all checks, then the run folder
     model = frozen_model(resolved).to(resolved.device)
     refuse_broken(source, recipe.data.max_broken_fraction)
-    samples = sample_hashes(recipe, source)
+    samples, trackers = sample_hashes(recipe, source), trackers_of(recipe.train.report_to)
     run_folder.open_folder(recipe, folder, resume)
     if list_checkpoints(folder) and (folder / "exported").exists():
         log.info("The run in '%s' is finished.", folder)
         return
-    info = RunInfo(folder, 0, STEP, recipe.train.batch_size, quiet)
-    with monitored(info, trackers_of(recipe.train.report_to)) as monitor:
+    with monitored(RunInfo(folder, 0, STEP, recipe.train.batch_size, quiet), trackers) as monitor:
         for warning in caption_warnings(source, model.tokenizer):
             log.warning(warning)
         # --- features, heads and the checkpoint
