@@ -202,7 +202,7 @@ def _pad(rows: list[list[int]], length: int, value: int) -> torch.Tensor:
 
 
 class PairLoader(Iterator[PairBatch], AbstractContextManager["PairLoader"]):
-    """Yields the batches of steps from `start_step` on, without broken pairs, which are counted when it is yielded."""
+    """Yields the batches from `start_step` on; broken pairs are left out, and counted when their batch is yielded."""
 
     def __init__(
         self,

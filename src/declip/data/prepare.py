@@ -25,7 +25,7 @@ from declip.io.parts import Part, find_parts, part_folder, span_of
 from declip.io.pool import mapped
 from declip.io.text import plural
 
-LONGEST_REASON, LARGEST_LIST = 80, 1 << 30  # characters of a reason, by which is counted; bytes of a list
+LONGEST_REASON = 80  # characters: counts are kept by reason
 RECORD, SIZES, NOTICE = "prepared.json", "sizes.json", "NOTICE.txt"
 LAYOUT = 3  # raised when the same options write other shards
 SIZE, SHARD_PAIRS = 256, 10_000  # pixels of the shorter side: 1.15 times a view of 224, rounded
@@ -49,8 +49,6 @@ def read_exclusions(path: str | Path, source: PairSource) -> dict[int, str]:
     """Read the reasons of a list by place; raises `UserError` unless the source has the list's keys there."""
     path, keys = Path(path).expanduser(), ImageSource(source)
     try:
-        if path.stat().st_size > LARGEST_LIST:
-            raise ValueError(f"it has more than {LARGEST_LIST:,} bytes")
         given = [json.loads(line) for line in path.read_text("utf-8").split("\n") if line.strip()]
         rows = [(str(row["key"]), int(row["place"]), printable(str(row["reason"])[:LONGEST_REASON])) for row in given]
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:

@@ -1,7 +1,4 @@
-"""Inspect the pairs of a source, and compare its numbers with thresholds for contrastive training on few pairs.
-
-The sentences are in `declip/reports/templates/findings.txt`, one macro for each rule.
-"""
+"""Inspect pairs before training on few of them; reports/templates/findings.txt has a macro for each rule."""
 
 import time
 from collections.abc import Iterable, Sequence

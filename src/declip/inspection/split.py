@@ -95,7 +95,7 @@ def check_copies(train: PairSource, val: PairSource, progress: bool = False) -> 
 
 
 def related_pairs(source: PairSource, progress: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """Find the pairs that can be used, and their groups, by least hash of a caption, that must not be separated."""
+    """The usable pairs, and of each the group that must not be separated, numbered by its least hash of a caption."""
     pairs = _read(source, progress, fewest=1)
     related = _related(pairs, source)
     least = np.full(related.max() + 1, np.iinfo(np.uint64).max)

@@ -35,7 +35,7 @@ def cores() -> int:
 def mapped(
     work: Callable[[Any], T], parts: Sequence[Any], workers: int | None, title: str, pin_memory: bool = False
 ) -> Iterator[T]:
-    """Apply `work` to parts of several pairs, in order, with a bar if titled; None: `usual_workers` for two parts."""
+    """Apply `work` to parts of several pairs, in order, with a bar if titled; None workers: the usual ones."""
     if workers is None:
         workers = usual_workers() if len(parts) > 1 else 0
     # The workers start before the thread of the bar does: a fork copies no thread.

@@ -202,12 +202,10 @@ class ViewTransform:
         return Crop(*self.box(width, height, generator), bool(generator.random() < self.augmentation.hflip_prob))
 
     def crop_and_resize(self, pixels: np.ndarray, crop: Crop) -> Tensor:
-        """Crop, resize (bicubic, antialiased) and maybe flip (H, W, 3) uint8 pixels to (3, size, size) uint8.
-
-        torch's resize of uint8 takes a third to half of the time of Pillow's and differs by a level or two of 255.
-        """
+        """Crop, resize (bicubic, antialiased) and maybe flip (H, W, 3) uint8 to (3, size, size) uint8."""
         left, top, width, height, flip = crop
-        # Cropped first, so that pixels around the box stay out of the filter, as torchvision does it.
+        # Cropped first, so that pixels around the box stay out of the filter, as torchvision does it. torch's resize of
+        # uint8 takes a third to half of the time of Pillow's and differs by a level or two of 255.
         part = torch.from_numpy(pixels[top : top + height, left : left + width].copy())
         view = F.interpolate(part.permute(2, 0, 1).unsqueeze(0), (self.size, self.size), mode="bicubic", antialias=True)
         return (view.flip(-1) if flip else view)[0]

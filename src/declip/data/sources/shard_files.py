@@ -39,7 +39,7 @@ class UnreadableShard(Exception):
 
 
 class OpenFile:
-    """An open file, closed when unused; where it was cut short a memory map ends the process, this reads less."""
+    """An open file, closed when unused. If it was cut short, `read` returns less; a memory map ends the process."""
 
     def __init__(self, path: str | Path) -> None:
         self._descriptor = os.open(path, os.O_RDONLY)
@@ -100,7 +100,7 @@ def files_in(folder: Path, ending: str) -> list[str]:
 
 
 def expand(word: str) -> list[str]:
-    """List the paths and URLs of shards that a word names, sorted by a folder or pattern; of URLs only by braces."""
+    """List the paths and URLs of the shards that a word names; of a URL, only braces are expanded here."""
     shards: list[str] = []
     for name in [word] if not is_url(word) and Path(word).expanduser().exists() else _braces(word):
         path = Path(name).expanduser()

@@ -154,10 +154,7 @@ class ShardSource(EntrySource):
 
 
 def make_index(file: OpenFile, name: str) -> pa.RecordBatch:
-    """Find the pairs of a shard, in the order in which it first names them; raises `UserError` for a damaged one.
-
-    Members of one key are a pair wherever they stand; a second one of an extension begins another pair.
-    """
+    """Find the pairs of a shard: members of one key, of each extension one. A damaged shard raises `UserError`."""
     rows: list[dict[str, object]] = []
     latest: dict[str, dict[str, object]] = {}
     images: dict[str, str] = {}  # the extension of the latest pair's image by key

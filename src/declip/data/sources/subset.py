@@ -107,10 +107,7 @@ class Joined(DerivedSource):
 
 
 class PairList(NamedTuple):
-    """A file that lists pairs of a source: its name and columns, its number of pairs, and rising indices.
-
-    `digest` is of some of their keys: a table that was sorted again has other keys at these places.
-    """
+    """A list of pairs of a source: its name, columns and size, rising indices, and a digest of some of their keys."""
 
     source: str
     columns: Columns

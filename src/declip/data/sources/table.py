@@ -41,10 +41,7 @@ LAYOUT = 2  # raised when a file in the cache changes its meaning
 
 
 class TableSource(EntrySource):
-    """Pairs from the rows of a table, see `open_source`; rows of one image are one pair, where its first row is.
-
-    The columns are held in memory or, of a large table, mapped from a file in the cache, never as Python objects.
-    """
+    """Pairs from the rows of a table, in memory or mapped from the cache; rows of one image are one pair."""
 
     def __init__(self, path: str | Path, columns: Columns = DEFAULT) -> None:
         self._arguments = (path, columns)

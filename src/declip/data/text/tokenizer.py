@@ -201,10 +201,7 @@ CLEAN: Mapping[str, Callable[[str], str]] = {
 
 
 class WrappedTokenizer(CaptionTokenizer):
-    """Encodes texts as the ids of another library's tokenizer; batches are padded to the full context, as there.
-
-    The definition is the content of tokenizer.json, None for CLIP's; the id `zeroed` becomes 0 (CLIPA's separator).
-    """
+    """Encodes texts as another library does, by tokenizer.json or CLIP's, padded to the context; `zeroed` becomes 0."""
 
     mask = -1  # none of these models was trained with masks
 
