@@ -98,21 +98,17 @@ def equal_groups(hashes: np.ndarray) -> np.ndarray:
     return number[group]
 
 
-def near_groups(looks: np.ndarray) -> np.ndarray:
-    """Number the groups of images that look alike, also through a third, by (n,) `LOOK`s: int64 (n,)."""
-    raw = np.ascontiguousarray(looks).view(np.dtype((np.void, looks.itemsize)))
-    _, first, equal = np.unique(raw, return_index=True, return_inverse=True)
-    return equal_groups(_joined(looks[first])[equal])
-
-
 def components(count: int, edges: np.ndarray) -> np.ndarray:
     """Label the connected components of nodes 0 to `count` - 1 and edges (2, e): (count,)."""
     graph = coo_array((np.ones(edges.shape[1], bool), edges), shape=(count, count))
     return connected_components(graph, directed=False)[1]
 
 
-def _joined(looks: np.ndarray) -> np.ndarray:
-    """A label of the group that each of n different `LOOK`s is in, (n,)."""
+def near_groups(looks: np.ndarray) -> np.ndarray:
+    """Number the groups of images that look alike, also through a third, by (n,) `LOOK`s: int64 (n,)."""
+    raw = np.ascontiguousarray(looks).view(np.dtype((np.void, looks.itemsize)))
+    _, distinct, equal = np.unique(raw, return_index=True, return_inverse=True)
+    looks = looks[distinct]
     coarse, fine = (np.ascontiguousarray(looks[name]) for name in ("coarse", "fine"))
     tints = looks["tint"].astype(np.int16)
     blocks = coarse.view(np.uint16).astype(np.uint32)
@@ -137,7 +133,7 @@ def _joined(looks: np.ndarray) -> np.ndarray:
             pair = pair[:, np.abs(tints[pair[0]] - tints[pair[1]]).max(1, initial=0) <= TINT]
             if pair.size:
                 labels = components(len(looks), labels[pair])[labels]
-    return labels
+    return equal_groups(labels[equal])
 
 
 def across(pairs: np.ndarray, others: np.ndarray) -> np.ndarray:

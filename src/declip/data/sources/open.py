@@ -23,17 +23,14 @@ _OBJECTS: dict[str, Any] = {}
 @contextmanager
 def named_objects(*given: Any) -> Iterator[list[Any]]:
     """Give Python objects names that `open_source` takes within the block; strings, paths and None stay as they are."""
-    names: list[Any] = []
-    for item in given:
-        if item is None or isinstance(item, str | Path):
-            names.append(item)
-            continue
-        size = len(item) if hasattr(item, "__len__") else "?"  # refused when it is opened
-        name = f"{PREFIX}{type(item).__qualname__}({size})"
-        while name in _OBJECTS:
-            name += "+"
-        _OBJECTS[name] = item
-        names.append(name)
+    names: list[Any] = list(given)
+    for place, item in enumerate(given):
+        if item is not None and not isinstance(item, str | Path):
+            size = len(item) if hasattr(item, "__len__") else "?"  # refused when it is opened
+            name = f"{PREFIX}{type(item).__qualname__}({size})"
+            while name in _OBJECTS:
+                name += "+"
+            _OBJECTS[name], names[place] = item, name
     try:
         yield names
     finally:
