@@ -15,8 +15,8 @@ from conftest import refuses
 from declip.api import train
 from declip.errors import UserError
 from declip.interchange import declip_file
+from declip.interchange.open_clip_model import wrapped_in
 from declip.interchange.read import read
-from declip.interchange.wrapped_weights import wrapped_in
 from declip.models.dual_encoder import DualEncoder
 from declip.models.hf_encoder import ENTRY
 from declip.models.layers import IMAGE, TEXT, blocks, depths

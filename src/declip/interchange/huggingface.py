@@ -15,8 +15,8 @@ from declip.errors import UserError
 from declip.interchange import layouts
 from declip.interchange.layouts import TO_CLIP_VIT, Refusal, Reread, backend, clip_text_tower, write_tokenizer
 from declip.interchange.open_clip_model import CONFIG as OPEN_CLIP_CONFIG
+from declip.interchange.open_clip_model import wrapped_in
 from declip.interchange.weights import Weights, check_layers
-from declip.interchange.wrapped_weights import wrapped_in
 from declip.io.atomic import save_tensors
 from declip.io.text import one_line
 from declip.models.dual_encoder import DualEncoder

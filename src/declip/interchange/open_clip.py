@@ -1,5 +1,6 @@
 """Read models of open_clip, and write models as folders that open_clip loads as ``local-dir:FOLDER``."""
 
+import copy
 import json
 import logging
 from collections.abc import Mapping
@@ -23,15 +24,23 @@ from declip.interchange.layouts import (
     clip_text_tower,
     write_tokenizer,
 )
-from declip.interchange.open_clip_model import CONFIG, OpenClipModel, load_open_clip, matches
+from declip.interchange.open_clip_model import (
+    CONFIG,
+    PREFIXES,
+    OpenClipModel,
+    load_open_clip,
+    matches,
+    wrap_open_clip,
+    wrapped_in,
+)
 from declip.interchange.weights import Weights, first_difference
-from declip.interchange.wrapped_weights import express_wrapped, wrap_open_clip, wrapped_in
 from declip.io.atomic import save_tensors
 from declip.io.text import one_line
 from declip.models.dual_encoder import DualEncoder
 from declip.models.hf_encoder import CONFIG as ENCODER
 from declip.models.hf_encoder import PREFIX as HUB_ENCODER
 from declip.models.hf_encoder import HuggingfaceTextTower, TextEncoder
+from declip.models.wrapped import WrappedModel, library_state
 from declip.recipe.load import load_recipe
 
 __all__ = ["express", "matches", "read", "reread", "write"]
@@ -57,9 +66,7 @@ def read(where: str) -> Weights:
     converted; other towers are wrapped as they are. The features are compared with those of open_clip.
     """
     opened = load_open_clip(where)
-    with suppress(
-        UserError, AttributeError, LookupError, TypeError, ValueError, RuntimeError
-    ):  # another architecture than CLIP's
+    with suppress(Exception):  # another architecture than CLIP's
         return _compared(_converted(opened, where), opened)
     try:
         return _compared(wrap_open_clip(opened, where), opened)
@@ -156,7 +163,7 @@ def express(model: DualEncoder, place: str = ".") -> tuple[dict[str, Any], dict[
     image = recipe.image
     # Towers of open_clip go back as they came; CLIP's are renamed.
     if (wrapped := wrapped_in(model)) is not None:
-        model_config, tensors = express_wrapped(model)
+        model_config, tensors = _express_wrapped(model, wrapped)
         if wrapped.encoder is not None:
             model_config["text_cfg"]["hf_model_name"] = place
     else:
@@ -179,6 +186,22 @@ def express(model: DualEncoder, place: str = ".") -> tuple[dict[str, Any], dict[
         state = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith("_extra_state")}
         tensors = (visual + text).write(state)
     return {"model_cfg": model_config, "preprocess_cfg": layouts.preprocess_config(model)}, tensors
+
+
+def _express_wrapped(model: DualEncoder, stored: WrappedModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    tensors = {
+        f"{prefix}{name}": tensor
+        for prefix, tower in zip(PREFIXES, (model.image_tower, model.text_tower), strict=True)
+        for name, tensor in library_state(tower, tower.state_dict()).items()  # type: ignore[arg-type]
+    }
+    tensors |= {name: t for name, t in model.state_dict().items() if name.startswith("logit_")}
+    config = copy.deepcopy(dict(stored.config)) | {"custom_text": True}
+    if model.logit_bias is not None:
+        config.setdefault("init_logit_bias", -10)
+    config["vision_cfg"]["image_size"] = model.preprocessor.size
+    for section in ("vision_cfg", "text_cfg"):
+        config[section].pop("output_tokens", None)
+    return config, tensors
 
 
 def reread(folder: Path) -> Reread:

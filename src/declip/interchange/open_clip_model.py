@@ -1,4 +1,7 @@
-"""Models built by open_clip (Ilharco et al. 2021, github.com/mlfoundations/open_clip)."""
+"""Models built by open_clip (Ilharco et al. 2021, github.com/mlfoundations/open_clip), and those with its towers.
+
+The latter are SigLIP, MobileCLIP 2, EVA, PE-Core and the towers of CoCa.
+"""
 
 import json
 import logging
@@ -10,25 +13,28 @@ from typing import Any, NamedTuple
 
 import huggingface_hub
 import torch
-from torch import nn
 
 from declip.errors import UserError, unknown
-from declip.interchange.weights import check_file, check_layers, check_memory, reason
+from declip.interchange.weights import Weights, check_file, check_layers, check_memory, reason
 from declip.io.hub import fetch, online
 from declip.io.progress import quiet
+from declip.models.dual_encoder import DualEncoder
+from declip.models.layers import IMAGE, TEXT
+from declip.models.wrapped import WrappedImageTower, WrappedModel, WrappedTextTower, plain
+from declip.recipe.load import load_recipe
 
 log = logging.getLogger("declip")
 
 PREFIX, FOLDER = "open_clip:", "local-dir:"
 CONFIG = "open_clip_config.json"
 IN_FOLDER = ("*.safetensors", "*.bin", "*.pth")  # patterns of weights that open_clip 3.3 reads in a folder
-OPENAI_SIZES = {"input_resolution", "context_length", "vocab_size"}
-"""Sizes among the tensors of OpenAI's models, which the shapes repeat."""
+PREFIXES = ("visual.", "text.")  # prefixes of tensors of open_clip's image and text tower
 
 
 class OpenClipModel(NamedTuple):
     """A model of open_clip: a CLIP, CustomTextCLIP or CoCa, with its preprocessing, tokenizer and "model_cfg"."""
 
+    name: str  # in open_clip
     model: Any
     preprocess: Any
     tokenizer: Any
@@ -43,11 +49,9 @@ def matches(where: str) -> bool:
 def load_open_clip(given: str) -> OpenClipModel:
     """Build a model of open_clip by its name or folder, in evaluation mode, on the CPU, in float32.
 
-    Nothing in a file or folder can run code.
-
-    The activation is the tag's: open_clip 3.3 itself computes ``ViT-B-32/openai``, and 26 more of its tags, with GELU
-    although the weights were trained with QuickGELU, and only warns. With a file the name decides:
-    ``ViT-B-32-quickgelu/FILE`` for weights trained with QuickGELU.
+    Nothing in a file or folder can run code. The activation is the tag's: open_clip 3.3 itself computes
+    ``ViT-B-32/openai``, and 26 more of its tags, with GELU although the weights were trained with QuickGELU, and only
+    warns. With a file the name decides: ``ViT-B-32-quickgelu/FILE`` for weights trained with QuickGELU.
     """
     try:
         import open_clip
@@ -62,9 +66,9 @@ def load_open_clip(given: str) -> OpenClipModel:
             if name.startswith(FOLDER):
                 _check_config(open_clip, name, config, sum(counts), files)
             tokenizer = _tokenizer(open_clip, given, name, config.get("text_cfg", {}))
-            model = open_clip.create_model(name, weights_only=True, **options)
+            model: Any = open_clip.create_model(name, weights_only=True, **options)
             if not name.startswith(FOLDER):
-                _load(open_clip, model, files[0])
+                _check_positions(open_clip, model, files[0])
             prepared = open_clip.transform.PreprocessCfg(**model.visual.preprocess_cfg)
         except UserError:
             raise
@@ -75,7 +79,7 @@ def load_open_clip(given: str) -> OpenClipModel:
                 f"Cannot load '{given}': {reason(error)} The weights must be those of that model."
             ) from error
     config = config | ({"quick_gelu": True} if options.get("force_quick_gelu") else {})
-    return OpenClipModel(model.eval(), prepared, tokenizer, config)
+    return OpenClipModel(name, model.eval(), prepared, tokenizer, config)
 
 
 def _check_config(open_clip: ModuleType, name: str, config: Mapping[str, Any], tensors: int, files: list[Path]) -> None:
@@ -121,7 +125,6 @@ def _resolve(open_clip: ModuleType, given: str) -> tuple[str, list[Path], dict[s
     if name not in open_clip.list_models():
         raise unknown("open_clip model", name, open_clip.list_models())
     tags = open_clip.list_pretrained_tags_by_model(name)
-    empty = {"load_weights": False, "pretrained_text": False}  # without a download
     # A published tag
     if open_clip.is_pretrained_cfg(name, weights):
         tag = open_clip.get_pretrained_cfg(name, weights)
@@ -130,7 +133,8 @@ def _resolve(open_clip: ModuleType, given: str) -> tuple[str, list[Path], dict[s
             return _cached(tag) if offline and not tag.get("file") else open_clip.download_pretrained(tag)
 
         file = Path(fetch(given, get, f"{PREFIX}MODEL/FILE or as a folder"))
-        return name, [file], {"force_preprocess_cfg": tag, "force_quick_gelu": bool(tag.get("quick_gelu")), **empty}
+        options = {"force_preprocess_cfg": tag, "force_quick_gelu": bool(tag.get("quick_gelu"))}
+        return name, [file], {"pretrained": str(file), **options}
     # A file of weights, which does not contain its preprocessing
     file = Path(weights).expanduser()
     if not file.is_file():
@@ -139,11 +143,11 @@ def _resolve(open_clip: ModuleType, given: str) -> tuple[str, list[Path], dict[s
             f"which downloads, or {PREFIX}{name}/FILE. Tags: {', '.join(tags) or 'none'}."
         )
     transform: Any = open_clip.transform
-    plain = asdict(transform.PreprocessCfg())  # a file does not contain its preprocessing
-    published = [transform.merge_preprocess_dict(plain, open_clip.get_pretrained_cfg(name, tag)) for tag in tags]
-    if published and plain not in published:
+    usual = asdict(transform.PreprocessCfg())
+    published = [transform.merge_preprocess_dict(usual, open_clip.get_pretrained_cfg(name, tag)) for tag in tags]
+    if published and usual not in published:
         log.warning("'%s' is used with CLIP's preprocessing, unlike the published weights of %s.", file, name)
-    return name, [file], empty
+    return name, [file], {"pretrained": str(file)}
 
 
 def _cached(tag: Mapping[str, Any]) -> str:
@@ -154,15 +158,79 @@ def _cached(tag: Mapping[str, Any]) -> str:
     return next(path for path in found if isinstance(path, str))
 
 
-def _load(open_clip: ModuleType, model: nn.Module, file: Path) -> None:
-    """Load a file of weights into a model; missing and other tensors are errors."""
+def _check_positions(open_clip: ModuleType, model: torch.nn.Module, file: Path) -> None:
+    """Refuse position embeddings of another size, which open_clip resamples silently."""
     held = open_clip.factory.load_state_dict(str(file), weights_only=True)
     for name, tensor in model.state_dict().items():
-        resized = name in held and held[name].shape != tensor.shape
-        if resized and name.endswith(("positional_embedding", "pos_embed")):  # open_clip would change them silently
+        if name.endswith(("positional_embedding", "pos_embed")) and held.get(name, tensor).shape != tensor.shape:
             raise ValueError(f"{name!r} has shape {tuple(held[name].shape)} instead of {tuple(tensor.shape)}")
-    keys = open_clip.load_checkpoint(model, str(file), strict=False, weights_only=True)
-    wrong = [f"{name!r} is missing" for name in keys.missing_keys]
-    wrong += [f"{name!r} belongs to another model" for name in keys.unexpected_keys if name not in OPENAI_SIZES]
-    if wrong:
-        raise ValueError(wrong[0])
+
+
+def wrapped_in(model: DualEncoder) -> WrappedModel | None:
+    """Configuration of a model with wrapped towers; None for other models."""
+    tower = model.text_tower
+    return WrappedModel.from_tensor(tower.stored) if isinstance(tower, WrappedTextTower) else None
+
+
+def wrap_open_clip(opened: OpenClipModel, origin: str) -> Weights:
+    """Wrap the towers of any model of open_clip, with its tokenizer and preprocessing."""
+    from open_clip.model import convert_to_custom_text_state_dict
+
+    prepared, config = opened.preprocess, {k: v for k, v in opened.config.items() if k != "multimodal_cfg"}
+    sides = {prepared.size} if isinstance(prepared.size, int) else set(prepared.size)
+    if prepared.resize_mode not in ("shortest", "squash") or len(sides) > 1:
+        raise UserError(f"its images are resized {prepared.resize_mode} to {prepared.size}, not to a square")
+    size, text = sides.pop(), config["text_cfg"]
+    stored = WrappedModel(
+        config,
+        {"interpolation": prepared.interpolation, "squash": prepared.resize_mode == "squash"},
+        _tokenizer_arguments(opened.tokenizer, text),
+        plain(opened.model.text.config.to_dict()) if text.get("hf_model_name") else None,
+    )
+    # The configuration may be a stranger's: it is compared with the weights before memory is allocated for it.
+    state = convert_to_custom_text_state_dict(opened.model.state_dict())
+    check_layers(stored.sections, len(state), "The configuration")
+    with torch.device("meta"):
+        check_memory(stored.build(size), sum(t.nbytes for t in state.values()), "The configuration")
+    # Load the tensors into new modules, and name them as in declip
+    state = {n: t.detach().cpu().float() if t.is_floating_point() else t for n, t in state.items()}
+    with torch.random.fork_rng(devices=[]):
+        modules = stored.build(size)
+    for prefix, module in zip(PREFIXES, modules, strict=True):
+        module.load_state_dict({n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)})
+    tokenizer = stored.build_tokenizer()
+    towers = {
+        IMAGE: WrappedImageTower(modules[0], stored.kinds[0], config["embed_dim"]),
+        TEXT: WrappedTextTower(modules[1], tokenizer, stored),
+    }
+    tensors = {f"{start}{n}": t.detach() for start, tower in towers.items() for n, t in tower.state_dict().items()}
+    tensors |= {n: state[n].squeeze() for n in ("logit_scale", "logit_bias") if n in state}
+    # The name is that of the model, folder or repository.
+    parts = Path(opened.name.removeprefix(FOLDER)).parts
+    name = PREFIX + next((part.removeprefix("models--") for part in parts if part.startswith("models--")), parts[-1])
+    keys = {
+        **{"name": "from-open-clip", "embed_dim": config["embed_dim"], "image.model": name, "text.hf_model": name},
+        **{"image.size": size, "image.mean": list(prepared.mean), "image.std": list(prepared.std)},
+        **{"text.pretrained": False, "text.context_length": tokenizer.context},
+        "logit_bias": float(tensors["logit_bias"]) if "logit_bias" in tensors else None,
+    }
+    return Weights(load_recipe("clip", keys), tensors, origin)
+
+
+def _tokenizer_arguments(tokenizer: Any, text: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `WrappedTokenizer`."""
+    from open_clip.tokenizer import SigLipTokenizer, SimpleTokenizer
+
+    options = text.get("tokenizer_kwargs") or {}
+    if isinstance(tokenizer, SimpleTokenizer):
+        return {"definition": None, "context": tokenizer.context_length, "clean": options.get("clean", "lower")}
+    library = tokenizer.tokenizer
+    if getattr(tokenizer, "tokenizer_mode", "") or library.padding_side != "right":
+        raise UserError(f"its tokenizer pads on the {library.padding_side}, with the mode '{tokenizer.tokenizer_mode}'")
+    return {
+        "definition": library.backend_tokenizer.to_str(),
+        "context": tokenizer.context_length,
+        "clean": options.get("clean", "canonicalize" if isinstance(tokenizer, SigLipTokenizer) else "whitespace"),
+        "padding": library.pad_token_id,
+        "zeroed": library.sep_token_id if getattr(tokenizer, "strip_sep_token", False) else None,
+    }
