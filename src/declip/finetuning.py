@@ -22,9 +22,8 @@ from declip.evaluation.datasets import open_dataset
 from declip.evaluation.encode import Encoder
 from declip.inspection.split import FEWEST, PairSplit, check_copies, related_pairs, split_pairs
 from declip.interchange import starter
-from declip.interchange.export import FORMATS, export
+from declip.interchange.export import FORMATS, export, trace
 from declip.interchange.layouts import Refusal
-from declip.interchange.model_card import trace
 from declip.interchange.read import read_checkpoint, read_start, weights_of
 from declip.io.atomic import atomic_write, remove, save_tensors, write_text
 from declip.io.text import plural

@@ -19,7 +19,7 @@ import declip
 from conftest import draw, refuses
 from declip.errors import UserError
 from declip.evaluation.results import RecallAtK, RetrievalResult
-from declip.interchange.model_card import Traced, model_card
+from declip.interchange.export import Traced, model_card
 from declip.interchange.read import read_checkpoint, read_start
 from declip.models.image_tower import ImageTower
 from declip.recipe.load import load_recipe

@@ -12,7 +12,7 @@ from declip.api import train
 from declip.errors import UserError
 from declip.evaluation.results import RecallAtK, RetrievalResult, ZeroShotResult
 from declip.evaluation.retrieval import contrastive_loss
-from declip.interchange.model_card import trace
+from declip.interchange.export import trace
 from declip.recipe.load import load_recipe
 from declip.recipe.schema import Evaluation, Recipe
 from declip.reports.run import measures_table

@@ -14,7 +14,7 @@ from conftest import TINY, refuses, write_rows
 from declip import finetuning
 from declip.api import train
 from declip.interchange.declip_file import write_declip_file
-from declip.interchange.model_card import repository, without_folders
+from declip.interchange.export import repository, without_folders
 from declip.interchange.read import is_published, read_start
 from declip.models.layers import IMAGE, TEXT
 from declip.recipe.load import load_recipe
@@ -211,7 +211,7 @@ def test_the_card_says_what_was_fine_tuned_and_from_what(table, tmp_path, start,
     assert "secret" not in text
     assert str(table.parent) not in text
     assert card(license="apache-2.0")[0]["license"] == "apache-2.0"
-    monkeypatch.setattr("declip.interchange.model_card.repository", lambda _: "a/b")
+    monkeypatch.setattr("declip.interchange.export.repository", lambda _: "a/b")
     head = card()[0]
     assert (head["base_model"], head["base_model_relation"]) == ("a/b", "finetune")
 

@@ -1,28 +1,42 @@
-"""Export a model as a folder of another library's or our format, with a model card."""
+"""Export a model as a folder of another library's or our format, with a model card (README.md)."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import ModelCardData
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from safetensors import SafetensorError
+from torch import Tensor
 
+import declip
 from declip.errors import UserError, unknown
 from declip.evaluation.encode import eval_mode
-from declip.interchange import declip_file, huggingface, onnx, open_clip
+from declip.evaluation.results import Result, short_names
+from declip.interchange import declip_file, huggingface, onnx, open_clip, starter
 from declip.interchange.declip_file import CARD
 from declip.interchange.layouts import Refusal
-from declip.interchange.model_card import NO_LICENSE, Traced, model_card, trace
-from declip.interchange.onnx import FOLDERS
+from declip.interchange.open_clip_model import PREFIX as OPEN_CLIP
+from declip.interchange.read import HUB_PREFIXES, read, read_checkpoint, weights_of
+from declip.interchange.timm_weights import PREFIX as TIMM
 from declip.io.atomic import atomic_write
-from declip.io.text import listed, one_line
-from declip.models.dual_encoder import DualEncoder
+from declip.io.text import listed, one_line, percent, times
+from declip.models.dual_encoder import DualEncoder, has_text
+from declip.recipe.schema import Recipe
+from declip.runs.checkpoint import STATE, list_checkpoints, step_of
+from declip.runs.folder import read_run
+from declip.supervision.objective import without_run_state
+
+NO_LICENSE = "unknown: set it"
+IDENTIFIER = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9.]+)*", re.IGNORECASE)
+"""License identifiers of the Hub, such as "mit" or "cc-by-4.0"; any other license is "other" with a name."""
 
 TOLERANCE = 1e-4
 """Tolerance for features of length 1, between a model and its export; exact exports differ by about 1e-7."""
@@ -36,6 +50,7 @@ FORMATS: Mapping[str, ModuleType] = {
 `reread(folder)`, which raises ImportError if the library is not installed, and `LIBRARY`, its name on the Hub."""
 
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")  # OWNER/NAME on the Hub
+HUB_DATASET = re.compile(rf"hf://datasets/({REPOSITORY.pattern})")
 
 
 @dataclass(frozen=True)
@@ -50,6 +65,19 @@ class Exported:
         if self.difference is None:
             return f"Not read back: {self.by} is not installed here."
         return f"Read back by {self.by}: features differ by at most {self.difference:.1e}."
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A model to export, with what is recorded of its origin."""
+
+    model: DualEncoder
+    recipe: Recipe
+    step: int | None = None  # number of steps; None without a checkpoint
+    pairs: int | None = None  # number of distinct training pairs
+    results: Sequence[Result] = ()  # after that step
+    origin: str | None = None  # description of the weights' origin, unless that is a run
+    heads: Mapping[str, Tensor] = field(default_factory=dict)  # of losses, by the names of `Objective`
 
 
 def export(
@@ -87,19 +115,17 @@ def export(
         built = deepcopy(built).float()
     # --- write into a new folder, read it back, add the card; the folder appears when all is done
     with _new_folder(out, overwrite) as folder, eval_mode(built):
-        _write(built, format, folder, options.get(format, {}))
+        try:
+            form.write(built, folder, **options.get(format, {}))
+        except Refusal as refusal:
+            able = listed(list(supported_formats(built)))
+            raise UserError(
+                f"This model cannot be exported as {format}: {refusal}. Formats that can: {able}."
+            ) from refusal
         exported = replace(_compare(built, form, folder), folder=out)
         card = model_card(traced, form.LIBRARY, str(exported), license, repo)
         (folder / CARD).write_text(card, encoding="utf-8")
     return exported
-
-
-def _write(model: DualEncoder, format: str, folder: Path, options: Mapping[str, Any]) -> None:
-    try:
-        FORMATS[format].write(model, folder, **options)
-    except Refusal as refusal:
-        able = listed(list(supported_formats(model)))
-        raise UserError(f"This model cannot be exported as {format}: {refusal}. Formats that can: {able}.") from refusal
 
 
 @contextmanager
@@ -108,7 +134,7 @@ def _new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
     old = list(out.iterdir()) if out.is_dir() else []
     if out.is_file() or (old and not overwrite):
         raise UserError(f"'{out}' is a file, or not empty. Give another --out, or --overwrite to replace an export.")
-    if old and (not (out / CARD).is_file() or any(path.is_dir() and path.name not in FOLDERS for path in old)):
+    if old and (not (out / CARD).is_file() or any(path.is_dir() and path.name not in onnx.FOLDERS for path in old)):
         raise UserError(f"'{out}' is not an export, so --overwrite does not replace it. Give another --out.")
     try:
         with atomic_write(out, "give another folder as --out") as folder:
@@ -150,3 +176,116 @@ def _compare(model: DualEncoder, form: ModuleType, folder: Path) -> Exported:
             "removed. Report its recipe."
         )
     return Exported(folder, difference, foreign.by)
+
+
+def repository(where: str) -> str | None:
+    """Repository on the Hub of weights by their name; None for other names."""
+    prefix = next((prefix for prefix in HUB_PREFIXES if where.startswith(prefix)), None)
+    return where.removeprefix(prefix).partition("@")[0] if prefix else None
+
+
+def without_folders(given: str) -> str:
+    """Remove local folders, and the query of a URL, from the name of a source, a set or weights."""
+    if given.startswith(HUB_PREFIXES) or "://" in given:
+        return given.partition("?")[0]
+    prefix, path = re.fullmatch(r"((?:[\w-]+:)*)(.*)", given, re.DOTALL).groups()  # type: ignore[union-attr]
+    if prefix in (OPEN_CLIP, TIMM):  # the model's name comes before the file's
+        model, slash, path = path.partition("/")
+        prefix += model + slash
+    return prefix + (Path(path).name or path)
+
+
+def trace(where: str | Path | DualEncoder | Traced, model: DualEncoder | None = None) -> Traced:
+    """Load a model on the CPU, with the origin that its folder records; a loaded model keeps its device.
+
+    Heads that came with foreign weights are kept; those of a run stay in its checkpoints.
+
+    Args:
+        model: The model of a run with one checkpoint, if it is in memory.
+    """
+    if isinstance(where, Traced):
+        return where
+    if not isinstance(where, str | Path):
+        if not isinstance(where, DualEncoder) or where.recipe is None:
+            raise UserError(f"This {type(where).__name__} cannot be exported: it was not built from a recipe.")
+        return Traced(where, where.recipe)
+    path = Path(where).expanduser()
+    if not (path / STATE).is_file() and not list_checkpoints(path):
+        weights = read(where)
+        origin = f"`{without_folders(str(where))}`"
+        if weights.whole and weights.classes is not None:
+            origin += ", with projections fitted to the names of its classifier's classes (arXiv 2605.22484)"
+        heads = without_run_state(weights.heads)
+        return Traced(weights.build().eval(), weights.recipe, origin=origin, heads=heads)
+    # A run: results and pairs are those of the exported step.
+    if model is None:
+        checkpoint = read_checkpoint(path)
+        step, model = checkpoint.step, weights_of(checkpoint, str(where)).build().eval()
+    else:
+        step = step_of(list_checkpoints(path)[-1])
+    assert model.recipe is not None, "of a run"
+    run = read_run(path.parent.parent if (path / STATE).is_file() else path)
+    rows = (row.result for row in run.evaluated if row.weights == step)
+    results = tuple({(result.dataset, result.task): result for result in rows}.values())
+    return Traced(model, model.recipe, step, run.examples.get("source", {}).get("pairs"), results)
+
+
+def model_card(
+    traced: Traced, library: str, checked: str = "", license: str = NO_LICENSE, repo: str | None = None
+) -> str:
+    """Write the card as Markdown, with metadata for the Hub and Python code that loads the model, also from `repo`."""
+    # Names without folders: a card is published.
+    model, start, results = traced.model, traced.recipe.finetune.pretrained, traced.results
+    recipe = Recipe.model_validate(_without_folders(traced.recipe.model_dump(mode="json")))
+    names = short_names(result.dataset for result in results)
+    options: dict[str, Any] = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    environment = Environment(loader=PackageLoader("declip.interchange"), keep_trailing_newline=True, **options)
+    environment.filters |= {"percent": percent, "times": times}
+    return environment.get_template("model_card.md").render(
+        vars(replace(traced, recipe=recipe)),
+        head=_head(traced, library, license),
+        name=recipe.name if traced.step is not None else "A language-image model",
+        repo=repo,
+        whole=has_text(model),
+        sigmoid=model.logit_bias is not None,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        version=declip.__version__,
+        library=library,
+        checked=checked,
+        start=without_folders(start) if start else None,
+        measured=[(without_folders(names[r.dataset]), r.task, m) for r in results for m in r.measures()],
+        license=license,
+    )
+
+
+def _without_folders(tree: Any) -> Any:
+    """Replace paths by names in a recipe's tree."""
+    if isinstance(tree, dict):
+        return {key: _without_folders(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_without_folders(value) for value in tree]
+    return without_folders(tree) if isinstance(tree, str) and ("/" in tree or "\\" in tree) else tree
+
+
+def _head(traced: Traced, library: str, license: str) -> str:
+    """Metadata of the card as YAML."""
+    task = "zero-shot-image-classification" if has_text(traced.model) else "image-feature-extraction"
+    fields: dict[str, Any] = {"library_name": library, "pipeline_tag": task}
+    fields |= {"license": "other", "license_name": license}
+    if license == NO_LICENSE or IDENTIFIER.fullmatch(license):
+        fields |= {"license": license.partition(":")[0].lower(), "license_name": None}
+    if bases := _base_models(traced.recipe):
+        fields |= {"base_model": bases[0] if len(bases) == 1 else bases, "base_model_relation": "finetune"}
+    if traced.step is not None and (datasets := HUB_DATASET.findall(traced.recipe.data.label)):
+        fields["datasets"] = list(dict.fromkeys(datasets))
+    fields["tags"] = ["clip", "declip", "contrastive-learning"]
+    return f"{ModelCardData(**fields).to_yaml()}\n"
+
+
+def _base_models(recipe: Recipe) -> list[str]:
+    """Repositories on the Hub of the weights that a run started from."""
+    starts = recipe.finetune.pretrained, recipe.text.hf_model
+    if builtin := next(filter(starter.matches, map(str, starts)), None):
+        return starter.repositories(builtin)
+    starts = recipe.finetune.pretrained, recipe.text.hf_model if recipe.text.pretrained else None
+    return list(dict.fromkeys(id for start in starts if start and (id := repository(start))))

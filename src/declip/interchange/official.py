@@ -60,11 +60,16 @@ def read(where: str, text_heads: int | None = None, image_heads: int | None = No
 
 def weights_of(content: Any, origin: str, text_heads: int | None = None, image_heads: int | None = None) -> Weights:
     """Convert a checkpoint or a state dict; prefixes "module." and, of an image tower alone, "visual." are optional."""
-    state = _tensors_of(content)
+    state = {}
+    for given, tensor in unwrapped(content, "model", "state_dict").items():  # the second is open_clip's
+        if not UNUSED.match(name := re.sub(r"^text_encoder\.", TEXT, given)):  # SLIP's
+            state[name] = tensor.float() if tensor.is_floating_point() else tensor
     try:
         # Both towers, or an image tower alone
         whole = any("token_embedding" in name for name in state)
-        tensors = state if whole else _image_tower(state)
+        if not whole and not any(name.startswith("visual.") for name in state):
+            state = {f"visual.{name}": tensor for name, tensor in state.items() if not UNUSED.match(f"visual.{name}")}
+        tensors = {name: tensor for name, tensor in state.items() if whole or name.startswith("visual.")}
         needed = ("visual.conv1.weight", *(("logit_scale", EMBEDDING) if whole else ()))
         if not set(needed) <= tensors.keys() or not {layouts.CLASS_TOKEN, layouts.GRID} & tensors.keys():
             raise UserError(NOT_OFFICIAL)
@@ -96,23 +101,6 @@ def token_order(vocabulary: int) -> Tensor:
     return torch.cat([torch.arange(mask), torch.tensor([start, end, mask])])
 
 
-def _tensors_of(content: Any) -> dict[str, Tensor]:
-    """Tensors of a checkpoint or a state dict by name, without "module." and without unused ones."""
-    state = {}
-    for given, tensor in unwrapped(content, "model", "state_dict").items():  # the second is open_clip's
-        name = re.sub(r"^text_encoder\.", TEXT, str(given).removeprefix("module."))  # SLIP's
-        if isinstance(tensor, Tensor) and not UNUSED.match(name):
-            state[name] = tensor.float() if tensor.is_floating_point() else tensor
-    return state
-
-
-def _image_tower(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of an image tower alone, by names "visual.…"."""
-    if not any(name.startswith("visual.") for name in state):
-        state = {f"visual.{name}": tensor for name, tensor in state.items() if not UNUSED.match(f"visual.{name}")}
-    return {name: tensor for name, tensor in state.items() if name.startswith("visual.")}
-
-
 def _keys(state: Mapping[str, Tensor], text_heads: int | None, image_heads: int | None) -> dict[str, Any]:
     """Recipe keys of the towers and the heads of losses."""
     if EMBEDDING not in state:
@@ -124,8 +112,7 @@ def _keys(state: Mapping[str, Tensor], text_heads: int | None, image_heads: int 
 
 def _recipe_name(state: Mapping[str, Tensor]) -> str:
     """Name of the official recipe with these heads."""
-    late = "image_mapping.weight" in state
-    kind = "filip" if late else "clip"
+    kind = "filip" if "image_mapping.weight" in state else "clip"
     if "predictor_sim.linear1.weight" in state:
         kind = "slip"
     elif "projector.linear1.weight" in state:

@@ -70,7 +70,8 @@ def read(where: str) -> Weights:
         config = timm.get_pretrained_cfg(name)
     if config is None:
         raise unknown("timm model or tag", name, {*timm.list_models(), *timm.list_pretrained(f"{architecture}*")})
-    state = _read_file(where, Path(file).expanduser() if file else _download(where, name, config))
+    content = read_tensors(Path(file).expanduser() if file else _download(where, name, config))
+    state = unwrapped(content, "state_dict_ema", "model_ema", "state_dict", "model")
     size = config.input_size[-1]
     tower, rest = _filled(where, architecture, size, state)
     width = tower.pre_logits_width
@@ -87,17 +88,14 @@ def read(where: str) -> Weights:
 def _with_text(image: Weights, name: str, where: str) -> Weights:
     """Add a text encoder to an image tower, without projections into a shared space."""
     encoder = read_encoder(name, pretrained=True)
-    positions = encoder.config.get("max_position_embeddings", CONTEXT + OFFSET) - OFFSET
-    text = image.recipe.text.model_copy(update={"hf_model": name, "context_length": min(CONTEXT, positions)})
+    context = min(CONTEXT, encoder.config.get("max_position_embeddings", CONTEXT + OFFSET) - OFFSET)
+    text = {"hf_model": name, "context_length": context, "pretrained": False}
+    recipe = image.recipe.model_copy(update={"text": image.recipe.text.model_copy(update=text)})
     with torch.random.fork_rng(devices=[]):
-        filled = DualEncoder.from_recipe(image.recipe.model_copy(update={"text": text}), encoder, image=False)
+        filled = DualEncoder.from_recipe(recipe, encoder, image=False)
     tensors = {**image.tensors, **filled.state_dict()}
-    return replace(
-        image,
-        recipe=image.recipe.model_copy(update={"text": text.model_copy(update={"pretrained": False})}),
-        tensors={name: tensor for name, tensor in tensors.items() if not name.startswith(PROJECTIONS)},
-        origin=where,
-    )
+    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(PROJECTIONS)}
+    return replace(image, recipe=recipe, tensors=kept, origin=where)
 
 
 def _classes(rest: Mapping[str, Tensor], width: int) -> Classes | None:
@@ -130,14 +128,6 @@ def _filled(
     return tower, {name: tensor for name, tensor in weights.items() if name not in kept}
 
 
-def _read_file(where: str, path: Path) -> Mapping[str, Tensor]:
-    content = unwrapped(read_tensors(path), "state_dict_ema", "model_ema", "state_dict", "model")
-    state = {str(name).removeprefix("module."): t for name, t in content.items() if isinstance(t, Tensor)}
-    if not state:
-        raise UserError(f"'{where}' has no tensors. Give weights as timm saves them.")
-    return state
-
-
 def _download(where: str, name: str, config: Any) -> Path:
     if not config.hf_hub_id:
         raise UserError(f"timm publishes no weights of '{name}' on the Hub. Give a file, {PREFIX}NAME/FILE.")
@@ -167,7 +157,7 @@ def complete_text(weights: Weights, size: int) -> Weights | None:
     Args:
         size: Of the images, as the classes have it.
     """
-    heads = _read_heads(_path(_key(weights)))
+    heads = _read_heads(_cache_file(weights))
     return None if heads is None else _with_heads(weights, heads, size).text
 
 
@@ -186,7 +176,7 @@ def _with_heads(weights: Weights, heads: Heads, size: int | None) -> Weights:
 
 
 def _cached_heads(weights: Weights, classes: Classes) -> Heads:
-    path = _path(_key(weights, classes))
+    path = _cache_file(weights, classes)
     if heads := _read_heads(path):
         return heads
     log.info("Computing the projections of '%s' from the names of its classes, once.", weights.origin)
@@ -198,10 +188,6 @@ def _cached_heads(weights: Weights, classes: Classes) -> Heads:
     except UserError as error:  # the model is the same without a cache
         log.warning("%s", error)
     return heads
-
-
-def _path(key: str) -> Path:
-    return cache_folder() / HEADS / f"{key}.safetensors"
 
 
 def _read_heads(path: Path) -> Heads | None:
@@ -242,8 +228,8 @@ def encode_texts(weights: Weights, texts: list[str]) -> Tensor:
     return features
 
 
-def _key(weights: Weights, classes: Classes | None = None) -> str:
-    """Hash everything that the projections depend on."""
+def _cache_file(weights: Weights, classes: Classes | None = None) -> Path:
+    """Path of the projections in the cache folder, by a hash of everything that they depend on."""
     known = [VERSION, torch.__version__, weights.recipe.text.model_dump(mode="json")]
     tensors: dict[str, Tensor] = {}
     if weights.published:  # the names of the classes are timm's
@@ -256,4 +242,4 @@ def _key(weights: Weights, classes: Classes | None = None) -> str:
     for name, tensor in tensors.items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return cache_folder() / HEADS / f"{digest.hexdigest()}.safetensors"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from declip.models.hf_encoder import TextEncoder
 from declip.models.layers import IMAGE, PROJECTIONS, TEXT
 from declip.models.lora import Adapters, adapted
 from declip.models.wrapped import WrappedModel, encoder_kept_in
+from declip.recipe.load import flat
 from declip.recipe.schema import LogitScale, Recipe
 from declip.supervision.objective import for_sigmoid, without_run_state
 
@@ -159,13 +160,13 @@ class Weights:
                 text = text.model_copy(update={"context_length": recipe.text.context_length})
             changed |= {"text": text, "embed_dim": self.recipe.embed_dim, "logit_scale": scale}
         fitted = recipe.model_copy(update=changed)
-        # Keys that the user gave and the weights decide otherwise
-        overruled = []
-        for key in sorted(recipe.given):
-            asked, becomes = _value(recipe, key), _value(fitted, key)
-            # A resolved recipe contains the default scale.
-            if asked != becomes and (key != "logit_scale.init" or asked != LogitScale().init):
-                overruled.append(f"{key}={asked} (becomes {becomes})")
+        # Keys that the user gave and the weights decide otherwise; a resolved recipe contains the default scale
+        asked, becomes = flat(recipe.model_dump()), flat(fitted.model_dump())
+        overruled = [
+            f"{key}={asked[key]} (becomes {becomes.get(key)})"
+            for key in sorted(recipe.given & asked.keys())
+            if asked[key] != becomes.get(key) and (key, asked[key]) != ("logit_scale.init", LogitScale().init)
+        ]
         if overruled:
             raise UserError(f"The weights of '{self.origin}' determine keys; leave them out: {', '.join(overruled)}.")
         return fitted
@@ -204,7 +205,7 @@ def empty(
 
 def check_layers(config: Any, tensors: int, where: str) -> None:
     """Refuse a configuration with more layers than tensors: building these would take minutes and gigabytes."""
-    layers = sum(_layers(config))
+    layers = _layers(config)
     if layers > tensors:
         raise UserError(f"{where} has {layers:,} layers, but the weights hold {tensors:,} tensors.")
 
@@ -216,31 +217,26 @@ def check_memory(modules: Iterable[nn.Module], size: int, where: str) -> None:
         raise UserError(f"{where} takes {memory:,} bytes, but the weights hold {size:,}.")
 
 
-def _layers(config: Any, key: str = "") -> Iterator[int]:
-    """Numbers of layers anywhere in a configuration, by the usual names of their keys."""
+def _layers(config: Any, key: str = "") -> int:
+    """Number of layers anywhere in a configuration, by the usual names of their keys."""
     if isinstance(config, Mapping):
-        for name, value in config.items():
-            yield from _layers(value, str(name))
-    elif isinstance(config, list | tuple):
-        for value in config:
-            yield from _layers(value, key)
-    elif isinstance(config, int) and LAYER_KEY.search(key):
-        yield max(config, 0)
+        return sum(_layers(value, str(name)) for name, value in config.items())
+    if isinstance(config, list | tuple):
+        return sum(_layers(value, key) for value in config)
+    return max(config, 0) if isinstance(config, int) and LAYER_KEY.search(key) else 0
 
 
 def read_recipe(text: str, origin: str) -> Recipe:
     """Read the recipe of weights, which may be a stranger's."""
     try:
         return Recipe.model_validate(read_yaml(text))
-    except ValidationError as error:
-        keys = [".".join(map(str, problem["loc"])) for problem in error.errors()]
-        more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-        raise UserError(
-            f"The recipe in '{origin}' is of another version of declip: {', '.join(keys[:3])}{more} cannot be read. "
-            "Train again, or use the weights with the version that wrote them."
-        ) from error
     except Exception as error:  # YAML has its own errors
-        raise UserError(f"The recipe in '{origin}' cannot be read by this version: {one_line(error)}") from error
+        keys = [problem["loc"] for problem in error.errors()] if isinstance(error, ValidationError) else []
+        what = ", ".join(".".join(map(str, key)) for key in keys[:3]) or one_line(error)
+        raise UserError(
+            f"The recipe in '{origin}' is damaged, or of another version of declip: {what}. Train again, or use the "
+            "weights with the version that wrote them."
+        ) from error
 
 
 def first_difference(expected: Mapping[str, Any], given: Mapping[str, Any]) -> str | None:
@@ -257,14 +253,6 @@ def first_difference(expected: Mapping[str, Any], given: Mapping[str, Any]) -> s
     return problems[0] + more if problems else None
 
 
-def _value(recipe: Recipe, key: str) -> Any:
-    """Value of a dotted key; None if image.model_kwargs lacks it."""
-    value: Any = recipe
-    for name in key.split("."):
-        value = getattr(value, name) if isinstance(value, BaseModel) else value.get(name)
-    return value
-
-
 def read_tensors(path: Path) -> Any:
     """Read a torch or safetensors file into host memory."""
     if not path.is_file() or path.suffix == ".onnx":
@@ -277,10 +265,11 @@ def read_tensors(path: Path) -> Any:
         raise UserError(f"Cannot read weights from '{path}': {reason(error)} Download the file again.") from error
 
 
-def unwrapped(content: Any, *keys: str) -> Mapping[str, Any]:
-    """Weights in the content of a checkpoint: below the first of the keys that it has, or all of it."""
+def unwrapped(content: Any, *keys: str) -> dict[str, Tensor]:
+    """Tensors in the content of a checkpoint, without "module.": below the first of the keys that it has, or all."""
     content = content if isinstance(content, Mapping) else {}
-    return next((content[key] for key in keys if isinstance(content.get(key), Mapping)), content)
+    state = next((content[key] for key in keys if isinstance(content.get(key), Mapping)), content)
+    return {str(name).removeprefix("module."): tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
 
 
 def check_file(path: Path) -> int:
