@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import huggingface_hub
 import torch
 
-from declip.errors import UserError, unknown
+from declip.errors import UserError, check_installed, unknown
 from declip.interchange.weights import Weights, check_file, check_layers, check_memory, reason
 from declip.io.hub import fetch, online
 from declip.io.progress import quiet
@@ -53,10 +53,9 @@ def load_open_clip(given: str) -> OpenClipModel:
     ``ViT-B-32/openai``, and 26 more of its tags, with GELU although the weights were trained with QuickGELU, and only
     warns. With a file the name decides: ``ViT-B-32-quickgelu/FILE`` for weights trained with QuickGELU.
     """
-    try:
-        import open_clip
-    except ImportError as error:
-        raise UserError(f"'{given}' needs open_clip ({error}). Install it: pip install 'declip[open_clip]'.") from error
+    check_installed("open_clip", "open_clip", f"'{given}'")
+    import open_clip
+
     with quiet("huggingface_hub"), torch.random.fork_rng(devices=[]):
         name, files, options = _resolve(open_clip, given)
         try:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from declip.data.pair import printable
 from declip.data.text.tokenizer import HuggingfaceTokenizer
-from declip.errors import UserError, unknown
+from declip.errors import UserError, check_installed, unknown
 from declip.io.hub import fetch
 from declip.io.text import one_line
 from declip.models.text_tower import AnyTextTower, SelfContained, row_at
@@ -59,16 +60,16 @@ class Bert(nn.Module):
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
-        width, epsilon = config["hidden_size"], config["layer_norm_eps"]
+        width = config["hidden_size"]
         parts = {
             "word_embeddings": nn.Embedding(config["vocab_size"], width, padding_idx=config["pad_token_id"]),
             "position_embeddings": nn.Embedding(config["max_position_embeddings"], width),
             "token_type_embeddings": nn.Embedding(config["type_vocab_size"], width),
-            "LayerNorm": nn.LayerNorm(width, epsilon),
+            "LayerNorm": nn.LayerNorm(width, config["layer_norm_eps"]),
         }
         self.embeddings = nn.ModuleDict(parts)
-        blocks = [BertBlock(config) for _ in range(config["num_hidden_layers"])]
-        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(blocks)})
+        blocks = nn.ModuleList(BertBlock(config) for _ in range(config["num_hidden_layers"]))
+        self.encoder = nn.ModuleDict({"layer": blocks})
         self.dropout = config["hidden_dropout_prob"]
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> SimpleNamespace:
@@ -167,7 +168,16 @@ class TextEncoder:
 
 def read_encoder(given: str, pretrained: bool) -> TextEncoder:
     """Read a text encoder's configuration and tokenizer from a folder, or from "huggingface:NAME", which is fetched."""
-    folder = _fetched(given, pretrained) if given.startswith(PREFIX) else Path(given).expanduser()
+    folder = Path(given).expanduser()
+    if given.startswith(PREFIX):
+        log.info("Fetching '%s'.", given)
+        files = [*FETCHED, "model*.safetensors"] if pretrained else [*FETCHED]
+
+        def get(offline: bool) -> str:
+            name = given.removeprefix(PREFIX)
+            return huggingface_hub.snapshot_download(name, allow_patterns=files, local_files_only=offline)
+
+        folder = Path(fetch(given, get, "their folder"))
     transformers = _transformers()  # after the Hub was asked: the import takes seconds
     if not (folder / CONFIG).is_file() or not any((folder / name).is_file() for name in TOKENIZERS):
         raise UserError(
@@ -189,11 +199,9 @@ def read_encoder(given: str, pretrained: bool) -> TextEncoder:
 
 def check_context(config: Mapping[str, Any], context: int) -> None:
     """Refuse captions of more ids than an encoder has positions; those of some encoders have no end."""
-    positions, offset = config.get("max_position_embeddings"), 0
-    if config["model_type"] in OFFSET:
-        offset = config["pad_token_id"] + 1
-    if positions is not None and context > positions - offset:
-        longest = positions - offset
+    positions = config.get("max_position_embeddings", math.inf) or math.inf
+    longest = positions - (config["pad_token_id"] + 1 if config["model_type"] in OFFSET else 0)
+    if context > longest:
         raise UserError(f"The encoder has positions for {longest} ids. Set text.context_length to {longest} or less.")
 
 
@@ -245,28 +253,10 @@ def _pooling(folder: Path) -> str | None:
     return " and ".join(POOLINGS.get(mode, mode) for mode in ([modes] if isinstance(modes, str) else modes))
 
 
-def _fetched(given: str, pretrained: bool) -> Path:
-    """Fetch the Hub's files, or what is missing of them here, and return their folder."""
-    log.info("Fetching '%s'.", given)
-    files = [*FETCHED, "model*.safetensors"] if pretrained else [*FETCHED]
-    name = given.removeprefix(PREFIX)
-
-    def get(offline: bool) -> str:
-        return huggingface_hub.snapshot_download(name, allow_patterns=files, local_files_only=offline)
-
-    return Path(fetch(given, get, "their folder"))
-
-
 def _transformers() -> ModuleType:
-    try:
-        import transformers
-    except ImportError as error:
-        raise UserError("A Hugging Face text encoder needs transformers: pip install 'declip[hf]'.") from error
-    if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 4):
-        raise UserError(
-            "A Hugging Face text encoder needs transformers 5.4 or newer; installed is "
-            f"{transformers.__version__}: pip install -U 'declip[hf]'."
-        )
+    check_installed("transformers", "hf", "A Hugging Face text encoder")
+    import transformers
+
     return transformers
 
 

@@ -100,21 +100,19 @@ def chunked(encode: Callable[[Tensor], Tensor], images: Tensor, times: int = 1) 
     at_once = min(lanes(), math.ceil(len(images) / size))
     if at_once == 1 or torch.is_autocast_enabled("cpu"):  # which other threads do not inherit
         return torch.cat([encode(part) for part in images.split(size * threads)])
-    each = threads // at_once
+    each, grad = threads // at_once, torch.is_grad_enabled()
     rounds = math.ceil(len(images) / (size * each * at_once))
-    lane = partial(_in_mode, encode, torch.is_grad_enabled())
+
+    def start() -> None:  # threads inherit neither
+        torch.set_num_threads(each)
+        torch.set_grad_enabled(grad)
+
     try:
         # New threads for each batch: those of a pool would be missing in a forked process.
-        with ThreadPoolExecutor(at_once, initializer=torch.set_num_threads, initargs=(each,)) as pool:
-            return torch.cat(list(pool.map(lane, images.tensor_split(rounds * at_once))))
+        with ThreadPoolExecutor(at_once, initializer=start) as pool:
+            return torch.cat(list(pool.map(encode, images.tensor_split(rounds * at_once))))
     finally:
         torch.set_num_threads(threads)  # of threads to come, too
-
-
-def _in_mode(encode: Callable[[Tensor], Tensor], grad: bool, images: Tensor) -> Tensor:
-    """Encode images in a thread, which does not inherit whether gradients are computed."""
-    with torch.set_grad_enabled(grad):
-        return encode(images)
 
 
 def image_encoder(model: Any) -> Callable[[Tensor], Tensor]:

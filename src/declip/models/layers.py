@@ -3,15 +3,14 @@
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from declip.models.dual_encoder import DualEncoder
-from declip.models.wrapped import WrappedImageTower, WrappedTextTower
+from declip.models.wrapped import WrappedImageTower
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 NEARLY_ALL = 0.9  # blocks hold at least this fraction of the parameters of the largest repeated class
@@ -52,12 +51,9 @@ def grad_checkpointing(tower: nn.Module) -> int:
     # so that parameters keep their names; the wrapper of torch.distributed.algorithms renames them.
     from torch.distributed._composable import checkpoint
 
-    def contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), frozen_batch_norm_stats(block)  # of the first pass and of the recomputation
-
     blocks = blocks_of(tower)
-    for block in blocks:
-        checkpoint(block, context_fn=partial(contexts, block))
+    for block in blocks:  # the contexts are of the first pass and of the recomputation
+        checkpoint(block, context_fn=lambda block=block: (nullcontext(), frozen_batch_norm_stats(block)))
     return len(blocks)
 
 
@@ -75,15 +71,12 @@ def frozen_batch_norm_stats(block: nn.Module) -> Iterator[None]:
 
 IMAGE, TEXT = "image_tower.", "text_tower."  # prefixes of the towers' parameter names in a `DualEncoder`
 PROJECTIONS = ("image_tower.proj.", "text_tower.text_projection.")  # prefixes of the projections into the shared space
-STEM = re.compile(r"^(token_embedding|positional_embedding|encoder\.embeddings)")
-BLOCK = re.compile(r"^.*?\.(?:resblocks|layer)\.\d+\.")
-"""Beginnings of the names of parameters in the stem and in blocks of CLIP's text tower and Hugging Face's encoders."""
-
-WRAPPED_STEM = re.compile(
-    r"^trunk\.(?:transformer\.)?(?:conv\d|bn\d|ln_pre|\w+_embedding|cls_emb|embeddings|embed_\w+|layernorm_embedding)"
+STEM = re.compile(
+    r"(?:trunk\.)?(?:transformer\.|encoder\.)?"
+    r"(?:conv\d|bn\d|ln_pre|\w+_embedding|cls_emb|embeddings|embed_\w+|layernorm_embedding)"
 )
-WRAPPED_BLOCK = re.compile(r"^trunk\.(?:\w+\.)*?(?:resblocks|layers|layer\d?|blocks?)\.\d+\.")
-"""The same of modules of open_clip, and of transformers inside them."""
+BLOCK = re.compile(r"(?:\w+\.)*?(?:resblocks|layers|layer\d?|blocks?)\.\d+\.")
+"""Beginnings of the names of parameters in the stem and in blocks, except of timm's towers."""
 
 
 def depths(model: DualEncoder) -> dict[str, int]:
@@ -92,9 +85,14 @@ def depths(model: DualEncoder) -> dict[str, int]:
     The stem (patch or word embedding, positions) has index 0, block after block has 1, 2, …, and the last norm and
     projection one more than the last block. In networks with stages, blocks count through all of them.
     """
-    visual, words = model.image_tower, model.text_tower
-    image = _wrapped(visual) if isinstance(visual, WrappedImageTower) else _timm(visual, visual.trunk, "trunk.")
-    text = _wrapped(words) if isinstance(words, WrappedTextTower) else _counted(words, STEM, BLOCK)
+    tower, trunk = model.image_tower, model.image_tower.trunk
+    if not isinstance(tower, WrappedImageTower):
+        image = _timm(tower, trunk, "trunk.")
+    elif type(trunk).__name__ == "TimmModel":
+        image = _timm(tower, trunk.trunk, "trunk.trunk.")
+    else:
+        image = _counted(tower)
+    text = _counted(model.text_tower)
     return {IMAGE + n: depth for n, depth in image.items()} | {TEXT + n: depth for n, depth in text.items()}
 
 
@@ -113,21 +111,13 @@ def _timm(tower: nn.Module, trunk: Any, prefix: str) -> dict[str, int]:
     return depth_of | {name: last for name, _ in tower.named_parameters() if name not in depth_of}
 
 
-def _wrapped(tower: WrappedImageTower | WrappedTextTower) -> dict[str, int]:
-    trunk: Any = tower.trunk
-    if type(trunk).__name__ == "TimmModel":
-        return _timm(tower, trunk.trunk, "trunk.trunk.")
-    return _counted(tower, WRAPPED_STEM, WRAPPED_BLOCK)
-
-
-def _counted(tower: nn.Module, stem: re.Pattern[str], block: re.Pattern[str]) -> dict[str, int]:
+def _counted(tower: nn.Module) -> dict[str, int]:
     """Count the blocks in the order of the names of their parameters."""
     names = [name for name, _ in tower.named_parameters()]
-    block_of = {name: match[0] for name in names if (match := block.match(name))}
+    block_of = {name: match[0] for name in names if (match := BLOCK.match(name))}
     numbers = {prefix: number for number, prefix in enumerate(dict.fromkeys(block_of.values()), start=1)}
-    last = 1 + len(numbers)
-    first = {name for name in names if name not in block_of and stem.match(name)}
-    return {name: 0 if name in first else numbers[block_of[name]] if name in block_of else last for name in names}
+    others = {name: 0 if STEM.match(name) else 1 + len(numbers) for name in names}
+    return {name: numbers[block_of[name]] if name in block_of else others[name] for name in names}
 
 
 STEM_DROPOUTS = ("pos_drop", "patch_drop")  # dropouts of timm's towers behind the patch embedding; they belong to it

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from declip.errors import UserError
+from declip.errors import check_installed
 from declip.models.dual_encoder import DualEncoder
 from declip.models.layers import IMAGE, TEXT, depths
 from declip.models.text_tower import CausalSelfAttention
@@ -46,10 +46,9 @@ def adapted(names: Iterable[str]) -> list[str]:
 
 
 def _adapt(tower: nn.Module, stem: set[str], lora: LoRA) -> Any:
-    try:
-        from peft import LoraConfig, LoraModel
-    except ImportError as error:
-        raise UserError('finetune.lora needs peft: pip install "declip[lora]".') from error
+    check_installed("peft", "lora", "finetune.lora")
+    from peft import LoraConfig, LoraModel
+
     _split_attention(tower)
     # Its layers' weights are read without calling them, so peft adapts the whole; not where keys have another width.
     fused = {name: module for name, module in tower.named_modules() if isinstance(module, nn.MultiheadAttention)}

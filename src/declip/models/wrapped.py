@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from declip.data.text.tokenizer import WrappedTokenizer
-from declip.errors import UserError
+from declip.errors import UserError, check_installed
 from declip.models.hf_encoder import ENTRY, TextEncoder, check_context
 from declip.models.image_tower import ImageTower, grid_tokens, pool_cells
 from declip.models.text_tower import AnyTextTower, SelfContained
@@ -70,18 +70,15 @@ class WrappedModel:
 
     def build(self, size: int) -> tuple[nn.Module, nn.Module]:
         """Build open_clip's image and text modules for an image size, with random weights."""
+        check_installed("open_clip", "open_clip", "This model")
         import timm
+        from open_clip import CustomTextCLIP
 
-        try:
-            from open_clip import CustomTextCLIP
-        except ImportError as error:
-            raise UserError(f"This model needs {error.name}. Install it: pip install 'declip[open_clip]'.") from error
         config = deepcopy(dict(self.config))
         vision, text = config["vision_cfg"], config["text_cfg"]
         name = vision.get("timm_model_name")
         if name is not None and (":" in name or not timm.is_model(name)):
             raise UserError(f"The configuration names '{name}', which is not a model of timm {timm.__version__}.")
-        # Nothing in the configuration is looked up, here or on the Hub.
         native = vision.get("image_size")
         text.pop("hf_model_name", None)  # it would be looked up, here or on the Hub
         vision |= {"timm_model_pretrained": False} if name else {"image_size": size}
@@ -154,11 +151,8 @@ class WrappedImageTower(ImageTower):
         if self._timm:
             features = module.trunk.forward_features(images)
             return module.head(module.trunk.forward_head(features)), grid_tokens(module.trunk, features)
-        out = module(images)
-        if not self.gives_tokens:
-            return out, out.unsqueeze(1)
-        pooled, tokens = out
-        return pooled, tokens
+        out: Any = module(images)
+        return out if self.gives_tokens else (out, out.unsqueeze(1))
 
     def encode_cells(self, images: Tensor) -> Tensor:
         """Embed the patches of images (B, 3, H, W), (B, P, d), not normalized."""
