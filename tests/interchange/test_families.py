@@ -19,8 +19,7 @@ from declip.interchange.open_clip_model import wrapped_in
 from declip.interchange.read import read
 from declip.models.dual_encoder import DualEncoder
 from declip.models.hf_encoder import ENTRY
-from declip.models.layers import IMAGE, TEXT, blocks, depths
-from declip.models.lora import MARK
+from declip.models.layers import IMAGE, MARK, TEXT, blocks, depths
 from declip.models.wrapped import WrappedImageTower
 from declip.recipe.load import load_recipe
 from declip.runs.checkpoint import list_checkpoints, load_checkpoint

@@ -312,16 +312,12 @@ def backend(tokenizer: CaptionTokenizer) -> Backend:
     vocabulary = {**model["vocab"], START: tokenizer.start, END: tokenizer.end}
     merges = [tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ")) for merge in model["merges"]]
     written = Backend(models.BPE(vocab=vocabulary, merges=merges, end_of_word_suffix="</w>", unk_token=END))
-    replaced = [normalizers.Replace(what, by) for what, by in REPLACED]
-    written.normalizer = normalizers.Sequence(
-        [normalizers.NFC(), *replaced, normalizers.Lowercase(), normalizers.Strip()]
-    )
-    written.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PIECE), behavior="removed", invert=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    replaced = (normalizers.Replace(what, by) for what, by in REPLACED)
+    cleaning = [normalizers.NFC(), *replaced, normalizers.Lowercase(), normalizers.Strip()]
+    written.normalizer = normalizers.Sequence(cleaning)
+    pieces = pre_tokenizers.Split(Regex(PIECE), behavior="removed", invert=True)
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    written.pre_tokenizer = pre_tokenizers.Sequence([pieces, to_bytes])
     written.post_processor = processors.TemplateProcessing(
         single=f"{START} $A {END}", special_tokens=[(START, tokenizer.start), (END, tokenizer.end)]
     )

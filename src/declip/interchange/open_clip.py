@@ -15,15 +15,6 @@ from torch import Tensor
 
 from declip.errors import UserError
 from declip.interchange import layouts
-from declip.interchange.layouts import (
-    TO_CLIP_VIT,
-    Refusal,
-    Reread,
-    TensorLayout,
-    activation_of,
-    clip_text_tower,
-    write_tokenizer,
-)
 from declip.interchange.open_clip_model import (
     CONFIG,
     PREFIXES,
@@ -55,7 +46,7 @@ CAPTIONS = ("a red circle", "Two CATS &amp; a dog, asleep on a sofa", "")
 ENCODERS = ("bert", "roberta", "xlm-roberta")  # text encoder architectures that both open_clip 3.3 and declip build
 POOLERS = {"cls": "cls_last_hidden_state_pooler", "mean": "mean_pooler"}
 
-Part = tuple[dict[str, Any], TensorLayout]
+Part = tuple[dict[str, Any], layouts.TensorLayout]
 """A section of open_clip's configuration, or keys of a recipe, and the layout of the tensors."""
 
 
@@ -67,14 +58,14 @@ def read(where: str) -> Weights:
     """
     opened = load_open_clip(where)
     with suppress(Exception):  # another architecture than CLIP's
-        return _compared(_converted(opened, where), opened)
+        return _compared(_convert(opened, where), opened)
     try:
         return _compared(wrap_open_clip(opened, where), opened)
     except Exception as error:  # a tower that is not known
         raise UserError(f"This model of open_clip cannot be read: {one_line(error).rstrip('.')}.") from error
 
 
-def _converted(opened: OpenClipModel, origin: str) -> Weights:
+def _convert(opened: OpenClipModel, origin: str) -> Weights:
     state = opened.model.state_dict()
     tensors = {name: t.cpu().float() if t.is_floating_point() else t for name, t in state.items()}
     tensors["logit_scale"] = tensors["logit_scale"].squeeze()
@@ -137,11 +128,10 @@ def write(model: DualEncoder, folder: Path, repo: str | None = None, home: Path 
     """
     config, tensors = express(model, repo or str((home or folder).absolute()))
     text_config = config["model_cfg"]["text_cfg"]
-    encoder, wrapped = None, wrapped_in(model)
+    wrapped = wrapped_in(model)
+    encoder = None if wrapped is None else wrapped.encoder
     if isinstance(model.text_tower, HuggingfaceTextTower):
         encoder = TextEncoder.from_tensor(model.text_tower.stored).config
-    elif wrapped is not None:
-        encoder = wrapped.encoder
     if encoder is not None:
         (folder / ENCODER).write_text(json.dumps(dict(encoder), indent=2) + "\n", encoding="utf-8")
     # open_clip has CLIP's own tokenizer; others are files.
@@ -149,7 +139,7 @@ def write(model: DualEncoder, folder: Path, repo: str | None = None, home: Path 
     if needs_file if wrapped is None else wrapped.tokenizer["definition"] is not None:
         # open_clip reads the tokenizer of a folder from that folder, and of a repository by its name.
         text_config["hf_tokenizer_name"] = repo or "tokenizer.json"
-        write_tokenizer(model.tokenizer, folder)
+        layouts.write_tokenizer(model.tokenizer, folder)
         if repo is None:
             log.info("open_clip loads this export as local-dir:FOLDER. For the Hub: declip export --repo OWNER/NAME.")
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -169,7 +159,7 @@ def express(model: DualEncoder, place: str = ".") -> tuple[dict[str, Any], dict[
     else:
         keys = layouts.clip_keys(model.image_tower)
         if isinstance(model.text_tower, HuggingfaceTextTower):
-            activation = activation_of(keys) if keys else "gelu"
+            activation = layouts.activation_of(keys) if keys else "gelu"
             text_config, text = _text_encoder(model.text_tower, recipe.text.hf_model or "", place)
         else:
             activation = recipe.text.activation
@@ -204,7 +194,7 @@ def _express_wrapped(model: DualEncoder, stored: WrappedModel) -> tuple[dict[str
     return config, tensors
 
 
-def reread(folder: Path) -> Reread:
+def reread(folder: Path) -> layouts.Reread:
     """Load the folder with open_clip."""
     import open_clip
 
@@ -214,7 +204,7 @@ def reread(folder: Path) -> Reread:
         changes["text_cfg"] = {**text_config, "hf_model_name": str(folder), "hf_model_pretrained": False}
     model: Any = open_clip.create_model(f"local-dir:{folder}", weights_only=True, **changes).eval()
     context = int(model.context_length)
-    return Reread(
+    return layouts.Reread(
         f"open_clip {open_clip.__version__}",
         model.encode_image,
         lambda tokens: model.encode_text(tokens if changes else F.pad(tokens, (0, context - tokens.shape[1]))),
@@ -222,7 +212,7 @@ def reread(folder: Path) -> Reread:
 
 
 def _text_config(model: DualEncoder) -> Part:
-    tower, text = clip_text_tower(model), model.recipe.text  # type: ignore[union-attr]
+    tower, text = layouts.clip_text_tower(model), model.recipe.text  # type: ignore[union-attr]
     vocabulary = model.tokenizer.vocabulary - 1
     config: dict[str, Any] = {name: getattr(text, name) for name in ("context_length", "width", "heads", "layers")}
     config |= {"vocab_size": vocabulary, "proj_bias": text.projection_bias}
@@ -237,7 +227,7 @@ def _text_encoder(tower: HuggingfaceTextTower, given: str, place: str) -> Part:
     kind = encoder.config["model_type"]
     biased = tower.text_projection.bias is not None
     if kind not in ENCODERS or tower.pooling not in POOLERS or biased:
-        raise Refusal(
+        raise layouts.Refusal(
             f"its text encoder is a {kind}, with {tower.pooling} pooling and {'a' if biased else 'no'} bias after its "
             f"projection; open_clip supports {', '.join(ENCODERS)}, text.pooling={' or '.join(POOLERS)}, no bias"
         )
@@ -257,7 +247,7 @@ def _vision_config(model: DualEncoder, keys: Mapping[str, Any] | None, activatio
     if keys and "depths" in sizes:
         width = round(64 * sizes["width_factor"])
         return {"layers": sizes["depths"], "width": width, "patch_size": None}, layouts.CLIP_RESNET
-    if keys and activation_of(keys) == activation:
+    if keys and layouts.activation_of(keys) == activation:
         return {
             "layers": sizes["depth"],
             "width": sizes["embed_dim"],
@@ -275,8 +265,8 @@ def _vision_config(model: DualEncoder, keys: Mapping[str, Any] | None, activatio
         norm = {f"norm.{part}": tensor for part, tensor in tower.norm.state_dict().items()}
         difference = first_difference(trunk.state_dict(), {**tower.trunk.state_dict(), **norm})
     if difference:
-        way_out = f"train with text.activation={activation_of(keys)}" if keys else TO_CLIP_VIT
-        raise Refusal(
+        way_out = f"train with text.activation={layouts.activation_of(keys)}" if keys else layouts.TO_CLIP_VIT
+        raise layouts.Refusal(
             "its image tower is neither CLIP's ViT with the activation of the text tower nor CLIP's ResNet, and "
             f"open_clip builds other towers by timm's name, which is another network than '{name}' at "
             f"{model.preprocessor.size} px ({difference}); {way_out}"

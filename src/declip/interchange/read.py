@@ -162,18 +162,16 @@ def read_checkpoint(path: Path, mixed: bool = True) -> Checkpoint:
         newest, problems = newest_good(path)
         if newest is None:
             raise UserError(f"No checkpoint in '{path}' is complete. {problems[0]}")
-        # The best checkpoint, unless it is damaged
+        # The best checkpoint, unless it is damaged, or removed when a better one was saved that is damaged now
         chosen, best = newest, best_of(path, newest)
-        if best not in (None, folder_of(path, newest.step)):
-            try:
-                chosen = load_checkpoint(best)
-            except UserError as error:  # damaged, or removed when a better one was saved that is damaged now
-                problems.append(str(error))
+        try:
+            chosen = newest if best in (None, folder_of(path, newest.step)) else load_checkpoint(best)
+        except UserError as error:
+            problems.append(str(error))
         for problem in problems:
             log.warning("%s Reading step %d instead.", problem, chosen.step)
-        if mixed and (path / MIXED).is_file():
-            return replace(chosen, weights=read_tensors(path / MIXED))
-        return chosen
+        mixture = path / MIXED
+        return replace(chosen, weights=read_tensors(mixture)) if mixed and mixture.is_file() else chosen
     problem = "has no checkpoint yet" if (path / RECIPE).is_file() else f"is not a run folder: it has no {RECIPE}"
     raise UserError(f"'{path}' {problem}. Give a run folder, one in its checkpoints, or a folder of another format.")
 

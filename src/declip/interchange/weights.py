@@ -23,8 +23,7 @@ from declip.interchange.classes import Classes
 from declip.io.text import one_line, read_yaml
 from declip.models.dual_encoder import DualEncoder
 from declip.models.hf_encoder import TextEncoder
-from declip.models.layers import IMAGE, PROJECTIONS, TEXT
-from declip.models.lora import Adapters, adapted
+from declip.models.layers import IMAGE, PROJECTIONS, TEXT, Adapters, adapted
 from declip.models.wrapped import WrappedModel, encoder_kept_in
 from declip.recipe.load import flat
 from declip.recipe.schema import LogitScale, Recipe

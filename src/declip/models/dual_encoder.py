@@ -69,9 +69,15 @@ class DualEncoder(nn.Module):
         model is an image tower alone, and encoding captions raises a `UserError`. Without `image` it encodes captions
         alone, which a `WrappedModel` cannot.
         """
+        image_tower: ImageTower
         if isinstance(encoder, WrappedModel):
-            image_tower, tokenizer, text_tower = _wrapped_parts(recipe, encoder)
-            options = encoder.image
+            encoder, options = encoder.with_context(recipe.text.context_length), encoder.image
+            visual, words = encoder.build(recipe.image.size)
+            image_tower = WrappedImageTower(visual, encoder.kinds[0], recipe.embed_dim)
+            tokenizer = encoder.build_tokenizer()
+            text_tower = WrappedTextTower(words, tokenizer, encoder)
+            if recipe.views.text.mask:
+                text_tower.language_head()  # raises
         else:
             # Towers of declip, either of which may be missing
             image_tower = _image_tower(recipe) if image else NoImageTower()
@@ -153,16 +159,6 @@ class DualEncoder(nn.Module):
 def has_text(model: DualEncoder) -> bool:
     """Whether the model can encode captions."""
     return not isinstance(model.text_tower, NoTextTower)
-
-
-def _wrapped_parts(recipe: Recipe, encoder: WrappedModel) -> tuple[ImageTower, CaptionTokenizer, AnyTextTower]:
-    encoder = encoder.with_context(recipe.text.context_length)
-    visual, words = encoder.build(recipe.image.size)
-    tokenizer = encoder.build_tokenizer()
-    text_tower = WrappedTextTower(words, tokenizer, encoder)
-    if recipe.views.text.mask:
-        text_tower.language_head()  # raises
-    return WrappedImageTower(visual, encoder.kinds[0], recipe.embed_dim), tokenizer, text_tower
 
 
 def _image_tower(recipe: Recipe) -> ImageTower:

@@ -166,11 +166,23 @@ class TextTower(AnyTextTower):
         self.token_embedding = nn.Embedding(vocabulary, width)
         self.positional_embedding = nn.Parameter(torch.empty(context, width))
         gelu = QuickGELU() if activation == "quick_gelu" else nn.GELU()
-        blocks = nn.Sequential(*(TextBlock(width, heads, gelu) for _ in range(layers)))
+        blocks: Any = nn.Sequential(*(TextBlock(width, heads, gelu) for _ in range(layers)))
         self.transformer = nn.Sequential(OrderedDict(resblocks=blocks))  # named as in CLIP
         self.ln_final = nn.LayerNorm(width)
         self.text_projection: nn.Linear = nn.Linear(width, embed_dim, bias=projection_bias)
-        self._initialize(layers)
+        # CLIP's standard deviations
+        scale, depth = width**-0.5, (2 * layers) ** -0.5
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.positional_embedding, std=0.01)
+        for block in blocks:
+            nn.init.normal_(block.attn.in_proj_weight, std=scale)
+            nn.init.normal_(block.attn.out_proj.weight, std=scale * depth)
+            nn.init.zeros_(block.attn.out_proj.bias)
+            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
+            nn.init.normal_(block.mlp.c_proj.weight, std=scale * depth)
+        nn.init.normal_(self.text_projection.weight, std=scale)
+        if projection_bias:
+            nn.init.zeros_(self.text_projection.bias)
 
     def encode(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Encode token ids (B, L), every row with an end-of-text token; pooled is the state there."""
@@ -183,22 +195,6 @@ class TextTower(AnyTextTower):
     def language_head(self) -> nn.Module:
         """Build a masked-language head with random weights."""
         return nn.Linear(self.width, self.token_embedding.num_embeddings)
-
-    def _initialize(self, layers: int) -> None:
-        """Initialize the weights with CLIP's standard deviations."""
-        scale = self.width**-0.5
-        nn.init.normal_(self.token_embedding.weight, std=0.02)
-        nn.init.normal_(self.positional_embedding, std=0.01)
-        blocks: Any = self.transformer.resblocks
-        for block in blocks:
-            nn.init.normal_(block.attn.in_proj_weight, std=scale)
-            nn.init.normal_(block.attn.out_proj.weight, std=scale * (2 * layers) ** -0.5)
-            nn.init.zeros_(block.attn.out_proj.bias)
-            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * self.width) ** -0.5)
-            nn.init.normal_(block.mlp.c_proj.weight, std=scale * (2 * layers) ** -0.5)
-        nn.init.normal_(self.text_projection.weight, std=self.width**-0.5)
-        if self.text_projection.bias is not None:
-            nn.init.zeros_(self.text_projection.bias)
 
 
 def encode_by_length(

@@ -18,8 +18,7 @@ from declip.interchange.weights import Weights
 from declip.io.atomic import ELSEWHERE, atomic_write
 from declip.models.dual_encoder import DualEncoder
 from declip.models.hf_encoder import ENTRY
-from declip.models.layers import IMAGE, TEXT, blocks, depths, freeze, keep_in_evaluation
-from declip.models.lora import MARK, Adapters
+from declip.models.layers import IMAGE, MARK, TEXT, Adapters, blocks, depths, freeze, keep_in_evaluation
 from declip.recipe.schema import FineTuning, LoRA, Recipe
 from declip.runs.checkpoint import prefixed
 from declip.runs.folder import KEPT
