@@ -303,7 +303,7 @@ def ends_of(folder: Path, device: str = "auto") -> tuple[DualEncoder, DualEncode
     """Load the pretrained and the fine-tuned model of a run that started from a whole model."""
     start = load_pretrained(run_folder.read_recipe(folder), folder, resume=True)
     assert start is not None, "the run started from weights"
-    models = start.check().build(), weights_of(read_checkpoint(folder, mixed=False), str(folder)).build()
+    models = start.check().build(), weights_of(read_checkpoint(folder, mixed=False), str(folder)).check().build()
     return models[0].to(pick_device(device)).eval(), models[1].to(pick_device(device)).eval()
 
 

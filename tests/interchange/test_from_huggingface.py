@@ -134,25 +134,15 @@ def test_a_folder_that_ours_cannot_be_is_told_by_what_differs_first(file, change
     refuses(rf"CLIPModel: .*{message}", declip.load, folder)
 
 
-def test_weights_that_are_not_whole_are_told_by_what_is_missing(exported, tmp_path):
+def test_files_that_are_missing_or_damaged(exported, tmp_path):
     folder = Path(shutil.copytree(exported, tmp_path / "wrong"))
     weights = folder / "model.safetensors"
-    whole, tensors = weights.read_bytes(), load_file(exported / weights.name)  # the other is written over
-
-    def refused(message):
-        refuses(message, declip.load, folder)
-
-    weights.write_bytes(whole[: len(whole) // 2])
-    refused("SafetensorError")
-    for changed, message in (
-        ({name: t for name, t in tensors.items() if name != FIRST}, rf"'{FIRST}' is missing\."),
-        (tensors | {FIRST: torch.ones(3)}, rf"'{FIRST}' has shape \(3,\) instead of \(64,\)"),
-        (tensors | {"lora.weight": torch.ones(3)}, "'lora.weight' belongs to another model"),
-        (tensors | {FIRST: torch.ones(64, dtype=torch.int8)}, f"'{FIRST}' holds torch.int8"),
-    ):
-        save_file(changed, weights)
-        refused(message)
+    tensors = load_file(exported / weights.name)  # the other is written over
+    save_file(tensors | {FIRST: torch.ones(64, dtype=torch.int8)}, weights)
+    refuses(f"'{FIRST}' holds torch.int8", declip.load, folder)
+    weights.write_bytes(weights.read_bytes()[:1000])
+    refuses("SafetensorError", declip.load, folder)
     weights.unlink()
-    refused("there is no model.safetensors")
+    refuses("there is no model.safetensors", declip.load, folder)
     (folder / "config.json").write_text("{")
-    refused("JSONDecodeError")
+    refuses("JSONDecodeError", declip.load, folder)

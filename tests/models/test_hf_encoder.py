@@ -161,8 +161,7 @@ def changed(folder, **config):
 
 
 def test_a_folder_that_is_none_and_a_missing_library(tmp_path, monkeypatch):
-    for folder in (tmp_path / "missing", tmp_path):
-        refuses(r"not a folder with config\.json", model_of, folder)
+    refuses(r"not a folder with config\.json", model_of, tmp_path)
     for name in ("config.json", "tokenizer.json"):
         (tmp_path / name).write_text("[]")
     refuses("not the configuration", model_of, tmp_path)

@@ -77,4 +77,4 @@ def write_part(tensors: Mapping[str, Tensor], recipe: Recipe, path: Path) -> Non
 def reread(folder: Path) -> Reread:
     """Load an exported folder."""
     model = read_part(str(folder)).build().eval()  # which this process wrote
-    return Reread(f"declip {declip.__version__}", model.encode_image, model.encode_text if has_text(model) else None)
+    return f"declip {declip.__version__}", model.encode_image, model.encode_text if has_text(model) else None

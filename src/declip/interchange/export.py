@@ -155,7 +155,7 @@ def supported_formats(model: DualEncoder) -> Iterator[str]:
 def _compare(model: DualEncoder, form: ModuleType, folder: Path) -> Exported:
     """Read a folder back and compare the features."""
     try:
-        foreign = form.reread(folder)
+        by, encode_image, encode_text = form.reread(folder)
     except ImportError as error:
         return Exported(folder, None, error.name or form.LIBRARY)
     except Exception as error:  # a library raises any class for a folder that it does not understand
@@ -163,19 +163,19 @@ def _compare(model: DualEncoder, form: ModuleType, folder: Path) -> Exported:
     size = model.preprocessor.size
     # (3, 3, S, S) and (3, L)
     pixels = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(0))
-    expected, features = [model.encode_image(pixels.to(model.device))], [foreign.image(pixels)]
-    if foreign.text is not None:
+    expected, features = [model.encode_image(pixels.to(model.device))], [encode_image(pixels)]
+    if encode_text is not None:
         tokens = model.tokenize(CAPTIONS)
         expected.append(model.encode_text(tokens))
-        features.append(foreign.text(tokens.cpu()))
+        features.append(encode_text(tokens.cpu()))
     ours, theirs = torch.cat(expected).cpu(), F.normalize(torch.cat(features).float(), dim=-1)
     difference = float((ours - theirs).abs().max())
     if not difference <= TOLERANCE:  # NaN too
         raise UserError(
-            f"{foreign.by} computes other features from the export (they differ by {difference:.1e}), so it was "
+            f"{by} computes other features from the export (they differ by {difference:.1e}), so it was "
             "removed. Report its recipe."
         )
-    return Exported(folder, difference, foreign.by)
+    return Exported(folder, difference, by)
 
 
 def repository(where: str) -> str | None:
@@ -220,7 +220,7 @@ def trace(where: str | Path | DualEncoder | Traced, model: DualEncoder | None = 
     # A run: results and pairs are those of the exported step.
     if model is None:
         checkpoint = read_checkpoint(path)
-        step, model = checkpoint.step, weights_of(checkpoint, str(where)).build().eval()
+        step, model = checkpoint.step, weights_of(checkpoint, str(where)).check().build().eval()
     else:
         step = step_of(list_checkpoints(path)[-1])
     assert model.recipe is not None, "of a run"

@@ -192,7 +192,7 @@ def reread(folder: Path) -> Reread:
 
     with as_user_error(f"transformers cannot read '{folder}'"):
         model = transformers.AutoModel.from_pretrained(folder, local_files_only=True).eval()
-    return Reread(
+    return (
         f"transformers {transformers.__version__}",
         lambda pixels: model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output),
         lambda tokens: model.text_projection(model.text_model(input_ids=tokens).pooler_output),

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
@@ -40,12 +40,10 @@ class Refusal(UserError):
     """A format cannot hold a model; the message says why, and which settings of training it can hold."""
 
 
-class Reread(NamedTuple):
-    """An exported model as loaded by the library of its format."""
-
-    by: str  # the library and its version
-    image: Callable[[Tensor], Tensor]  # (n, 3, S, S) normalized pixels → (n, d) features of any length
-    text: Callable[[Tensor], Tensor] | None  # (n, L) token ids of declip → (n, d) features
+Encode = Callable[[Tensor], Tensor]
+Reread = tuple[str, Encode, Encode | None]
+"""An exported model as loaded by the library of its format: the library and its version; normalized pixels
+(n, 3, S, S) → (n, d) features of any length; token ids of declip (n, L) → (n, d) features."""
 
 
 def clip_text_tower(model: DualEncoder) -> TextTower:

@@ -76,7 +76,13 @@ def weights_of(content: Any, origin: str, text_heads: int | None = None, image_h
         # Rows of words in the order of declip
         for name in [name for name in tensors if name.startswith((EMBEDDING, "text_label_predictor."))]:
             tensors[name] = tensors[name][token_order(len(tensors[name]))]
-        recipe = load_recipe(_recipe_name(tensors), _keys(tensors, text_heads, image_heads))
+        # The official recipe with these heads
+        kind = "filip" if "image_mapping.weight" in tensors else "clip"
+        if "predictor_sim.linear1.weight" in tensors:
+            kind = "slip"
+        elif "projector.linear1.weight" in tensors:
+            kind = f"de{kind}"
+        recipe = load_recipe(f"{kind}-yfcc15m-vitb32", _keys(tensors, text_heads, image_heads))
         heads = {name: tensor for name, tensor in tensors.items() if layouts.rename(name, HEADS, back=True) != name}
         towers = {name: tensor for name, tensor in tensors.items() if name not in heads}
         # The official forward pass clamps the scale.
@@ -108,13 +114,3 @@ def _keys(state: Mapping[str, Tensor], text_heads: int | None, image_heads: int 
     widths = {key: [len(state[name]) for name in names if name in state] for key, names in HEAD_SIZES.items()}
     sizes = {key: found[0] if key.endswith("width") else found for key, found in widths.items() if found}
     return {**layouts.image_keys(state, image_heads), **layouts.text_keys(state, TEXT, text_heads, mask=True), **sizes}
-
-
-def _recipe_name(state: Mapping[str, Tensor]) -> str:
-    """Name of the official recipe with these heads."""
-    kind = "filip" if "image_mapping.weight" in state else "clip"
-    if "predictor_sim.linear1.weight" in state:
-        kind = "slip"
-    elif "projector.linear1.weight" in state:
-        kind = f"de{kind}"
-    return f"{kind}-yfcc15m-vitb32"

@@ -4,7 +4,7 @@ import io
 import json
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -50,9 +50,22 @@ def write(model: DualEncoder, folder: Path) -> None:
     """
     express(model)
     prepared, batch = preprocess_config(model), torch.export.Dim("batch")
-    about = _description(model, prepared)
+    squash, size = model.preprocessor.squash, model.preprocessor.size
+    # Inputs and preprocessing, for readers without declip
+    about: dict[str, Any] = {
+        "opset": OPSET,
+        "embed_dim": model.recipe.embed_dim,  # type: ignore[union-attr]  # a model without a recipe was refused
+        "logit_scale": model.logit_scale.exp().item(),
+        "logit_bias": None if model.logit_bias is None else model.logit_bias.item(),
+        "vision_cfg": {"image_size": size, "input": "image", "output": "image_embeds"},
+        "preprocess_cfg": {
+            **prepared,
+            "resize": "both sides to size" if squash else "shorter side to size; the longer side is rounded down",
+            "crop": "none" if squash else "center; half a pixel is rounded to even",
+            **{"transparency": "over white", "scale": "1/255"},
+        },
+    }
     # Image tower
-    size = about["vision_cfg"]["image_size"]
     (folder / VISUAL).mkdir()
     pixels = torch.zeros(ROWS, 3, size, size, device=model.device)
     _export(TowerModule(model, model.encode_image), pixels, {0: batch}, folder / VISUAL / MODEL, about["vision_cfg"])
@@ -75,25 +88,6 @@ def write(model: DualEncoder, folder: Path) -> None:
     (folder / ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
 
-def _description(model: DualEncoder, prepared: Mapping[str, Any]) -> dict[str, Any]:
-    """Inputs and preprocessing, for readers without declip."""
-    assert model.recipe is not None, "a model without one was refused"
-    squash = model.preprocessor.squash
-    return {
-        "opset": OPSET,
-        "embed_dim": model.recipe.embed_dim,
-        "logit_scale": model.logit_scale.exp().item(),
-        "logit_bias": None if model.logit_bias is None else model.logit_bias.item(),
-        "vision_cfg": {"image_size": model.recipe.image.size, "input": "image", "output": "image_embeds"},
-        "preprocess_cfg": {
-            **prepared,
-            "resize": "both sides to size" if squash else "shorter side to size; the longer side is rounded down",
-            "crop": "none" if squash else "center; half a pixel is rounded to even",
-            **{"transparency": "over white", "scale": "1/255"},
-        },
-    }
-
-
 def reread(folder: Path) -> Reread:
     """Load the files with onnxruntime."""
     import onnxruntime
@@ -103,11 +97,8 @@ def reread(folder: Path) -> Reread:
         return lambda batch: torch.from_numpy(opened.run(None, {given: batch.numpy()})[0])
 
     text = session(TEXTUAL, "text") if (folder / TEXTUAL).is_dir() else None
-    return Reread(
-        f"onnxruntime {onnxruntime.__version__}",
-        session(VISUAL, "image"),
-        text and (lambda tokens: text(tokens.int())),
-    )
+    version = f"onnxruntime {onnxruntime.__version__}"
+    return version, session(VISUAL, "image"), text and (lambda tokens: text(tokens.int()))
 
 
 def _export(module: nn.Module, example: Tensor, sizes: dict[int, Any], path: Path, about: dict[str, Any]) -> None:

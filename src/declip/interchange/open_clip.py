@@ -58,19 +58,16 @@ def read(where: str) -> Weights:
     """
     opened = load_open_clip(where)
     with suppress(Exception):  # another architecture than CLIP's
-        return _compared(_convert(opened, where), opened)
+        state = opened.model.state_dict()
+        tensors = {name: t.cpu().float() if t.is_floating_point() else t for name, t in state.items()}
+        tensors["logit_scale"] = tensors["logit_scale"].squeeze()
+        keys, layout = _keys(opened, tensors)
+        recipe = load_recipe("clip", {"name": "from-open-clip", **keys})
+        return _compared(layouts.from_layout(recipe, layout, tensors, where), opened)
     try:
         return _compared(wrap_open_clip(opened, where), opened)
     except Exception as error:  # a tower that is not known
         raise UserError(f"This model of open_clip cannot be read: {one_line(error).rstrip('.')}.") from error
-
-
-def _convert(opened: OpenClipModel, origin: str) -> Weights:
-    state = opened.model.state_dict()
-    tensors = {name: t.cpu().float() if t.is_floating_point() else t for name, t in state.items()}
-    tensors["logit_scale"] = tensors["logit_scale"].squeeze()
-    keys, layout = _keys(opened, tensors)
-    return layouts.from_layout(load_recipe("clip", {"name": "from-open-clip", **keys}), layout, tensors, origin)
 
 
 def _keys(opened: OpenClipModel, state: Mapping[str, Tensor]) -> Part:
@@ -204,7 +201,7 @@ def reread(folder: Path) -> layouts.Reread:
         changes["text_cfg"] = {**text_config, "hf_model_name": str(folder), "hf_model_pretrained": False}
     model: Any = open_clip.create_model(f"local-dir:{folder}", weights_only=True, **changes).eval()
     context = int(model.context_length)
-    return layouts.Reread(
+    return (
         f"open_clip {open_clip.__version__}",
         model.encode_image,
         lambda tokens: model.encode_text(tokens if changes else F.pad(tokens, (0, context - tokens.shape[1]))),

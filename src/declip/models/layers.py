@@ -35,13 +35,12 @@ def blocks_of(tower: nn.Module) -> list[nn.Module]:
     sizes = [sum(p.numel() for p in nn.ModuleList(modules).parameters()) for modules in groups]
     large = [modules for modules, size in zip(groups, sizes, strict=True) if size >= NEARLY_ALL * max(sizes)]
     many = [modules for modules in large if len(modules) > STAGES] or large
-    return next((group for group in many if not any(_lie_in(group, other) for other in many)), [])
-
-
-def _lie_in(inner: list[nn.Module], outer: list[nn.Module]) -> bool:
-    """Whether most of some modules lie inside others."""
-    inside = {id(part) for module in outer for part in module.modules() if part is not module}
-    return sum(id(module) in inside for module in inner) > len(inner) / 2
+    # The outermost: most of them lie in no other
+    parts = [{id(part) for module in group for part in module.modules() if part is not module} for group in many]
+    for group in many:
+        if not any(sum(id(module) in inside for module in group) > len(group) / 2 for inside in parts):
+            return group
+    return []
 
 
 def grad_checkpointing(tower: nn.Module) -> int:
@@ -137,7 +136,8 @@ def freeze(model: DualEncoder, names: Iterable[str]) -> None:
         if name in frozen:
             parameter.requires_grad_(False)
     for tower in (model.image_tower, model.text_tower):
-        parts = [part for part in tower.modules() if part is not tower and _fully_frozen(part)]
+        learns = {part: [p.requires_grad for p in part.parameters()] for part in tower.modules() if part is not tower}
+        parts = [part for part, flags in learns.items() if flags and not any(flags)]
         stem: Any = getattr(getattr(tower, "trunk", None), "patch_embed", None)
         if stem in parts:
             parts += [getattr(tower.trunk, name) for name in STEM_DROPOUTS if hasattr(tower.trunk, name)]
@@ -156,11 +156,6 @@ def keep_in_evaluation(model: DualEncoder, modules: Iterable[nn.Module]) -> None
 def is_frozen(module: nn.Module) -> bool:
     """Whether a module is kept in evaluation mode."""
     return getattr(module, "always_eval", False)
-
-
-def _fully_frozen(module: nn.Module) -> bool:
-    trainable = [parameter.requires_grad for parameter in module.parameters()]
-    return bool(trainable) and not any(trainable)
 
 
 MARK = ".lora_"  # in the names of the adapters' tensors
@@ -186,7 +181,10 @@ class Adapters:
     def merge(self) -> DualEncoder:
         """Add the adapters to the weights and remove them."""
         for tuner in self._tuners:
-            _fuse_attention(tuner.merge_and_unload())
+            for module in tuner.merge_and_unload().modules():
+                if isinstance(module, CausalSelfAttention) and module.in_proj is not None:  # see `_split_attention`
+                    layer, module.in_proj = module.in_proj, None
+                    module.in_proj_weight, module.in_proj_bias = nn.Parameter(layer.weight), nn.Parameter(layer.bias)
         return self._model.requires_grad_(True)
 
 
@@ -229,11 +227,3 @@ def _split_attention(tower: nn.Module) -> None:
             layer.weight, layer.bias = module.in_proj_weight, module.in_proj_bias
             del module.in_proj_weight, module.in_proj_bias
             module.in_proj = layer
-
-
-def _fuse_attention(tower: nn.Module) -> None:
-    """Undo `_split_attention`."""
-    for module in tower.modules():
-        if isinstance(module, CausalSelfAttention) and module.in_proj is not None:
-            layer, module.in_proj = module.in_proj, None
-            module.in_proj_weight, module.in_proj_bias = nn.Parameter(layer.weight), nn.Parameter(layer.bias)
