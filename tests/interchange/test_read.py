@@ -12,7 +12,6 @@ from safetensors.torch import save_file
 
 import declip
 from conftest import draw, refuses
-from declip.errors import UserError
 from declip.evaluation.results import RecallAtK, RetrievalResult
 from declip.interchange.export import Traced, model_card
 from declip.interchange.read import read_checkpoint, read_start
@@ -31,18 +30,14 @@ def test_a_loaded_run_gives_the_features_of_the_trained_model(table, tmp_path):
     for where in (tmp_path, list_checkpoints(tmp_path)[-1]):
         model = declip.load(where, device="cpu")
         assert not model.training
-        images, words = model.preprocess([draw("red", "circle")]), model.tokenize("a red circle")
-        with torch.no_grad():
-            assert torch.equal(model.encode_image(images), expected.encode_image(images))
-            assert torch.equal(model.encode_text(words), expected.encode_text(words))
-        assert model.encode_image(images).norm(dim=-1).item() == pytest.approx(1, abs=1e-5)
+        assert all(map(torch.equal, features(model), features(expected)))
+        torch.testing.assert_close(features(model)[1].norm(dim=1), torch.ones(9))
 
 
 def test_what_is_not_a_model_is_named(table, tmp_path):
     refuses("Cannot find the model", declip.load, tmp_path / "missing")
     refuses("not a run folder", declip.load, tmp_path)
-    with pytest.raises(UserError):
-        declip.load(table)
+    refuses("Cannot read weights", declip.load, table)
     trainer_of(recipe_for(table), tmp_path / "run")
     refuses("no checkpoint yet", declip.load, tmp_path / "run")
 

@@ -22,16 +22,14 @@ from declip.training.parallel import build_learner
 from declip.training.step import StepParts, training_step
 
 
-@pytest.mark.parametrize("name", [*SMALL_TOWERS, "resnet50_clip", "convnext_atto", "vit_tiny_patch16_224"])
+@pytest.mark.parametrize("name", [*SMALL_TOWERS, "resnet50_clip"])
 def test_pooled_hidden_and_token_features_have_the_announced_widths(name):
     tower = ImageTower(name, size=64, embed_dim=24).eval()
     with torch.no_grad():
         features = tower(torch.randn(2, 3, 64, 64))
-    assert features.pooled.shape == (2, 24)
-    assert features.pre_logits.shape == (2, tower.pre_logits_width)
-    assert features.tokens.ndim == 3
-    assert features.tokens.shape[2] == tower.token_width
+    assert (features.pooled.shape, features.pre_logits.shape) == ((2, 24), (2, tower.pre_logits_width))
     assert features.tokens.shape[1] > 1
+    assert features.tokens.shape[2] == tower.token_width
 
 
 def test_a_size_that_a_tower_cannot_take_is_named_and_trying_it_changes_nothing():
