@@ -153,7 +153,6 @@ def supported_formats(model: DualEncoder) -> Iterator[str]:
 
 
 def _compare(model: DualEncoder, form: ModuleType, folder: Path) -> Exported:
-    """Read a folder back and compare the features."""
     try:
         by, encode_image, encode_text = form.reread(folder)
     except ImportError as error:
@@ -268,7 +267,6 @@ def _without_folders(tree: Any) -> Any:
 
 
 def _head(traced: Traced, library: str, license: str) -> str:
-    """Metadata of the card as YAML."""
     task = "zero-shot-image-classification" if has_text(traced.model) else "image-feature-extraction"
     fields: dict[str, Any] = {"library_name": library, "pipeline_tag": task}
     fields |= {"license": "other", "license_name": license}

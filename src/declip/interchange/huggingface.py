@@ -81,7 +81,6 @@ def read(where: str) -> Weights:
 
 
 def _keys(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Recipe keys of a configuration."""
     if (kind := config.get("model_type")) != "clip":
         others = "others, such as SigLIP, through open_clip: hf-hub:timm/ViT-B-16-SigLIP2"
         raise UserError(f"its model_type is {kind!r}; supported: clip; {others}")
@@ -117,7 +116,6 @@ def _expect(key: str, value: Any, *allowed: Any) -> None:
 
 
 def _preprocessing(folder: Path, side: int) -> dict[str, Any]:
-    """Image preprocessing, which must be CLIP's."""
     # Like transformers 5, prefer processor_config.json to the older file.
     given = _read_json(folder / PROCESSOR).get("image_processor") or _read_json(folder / PREPROCESSOR)
     if not given:
@@ -151,7 +149,6 @@ def _read_tokenizer(file: Path) -> Tokenizer:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON file; a missing one is empty."""
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 

@@ -108,7 +108,6 @@ def token_order(vocabulary: int) -> Tensor:
 
 
 def _keys(state: Mapping[str, Tensor], text_heads: int | None, image_heads: int | None) -> dict[str, Any]:
-    """Recipe keys of the towers and the heads of losses."""
     if EMBEDDING not in state:
         return layouts.image_keys(state, image_heads)
     widths = {key: [len(state[name]) for name in names if name in state] for key, names in HEAD_SIZES.items()}

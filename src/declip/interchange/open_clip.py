@@ -99,7 +99,6 @@ def _keys(opened: OpenClipModel, state: Mapping[str, Tensor]) -> Part:
 
 
 def _compared(weights: Weights, opened: OpenClipModel) -> Weights:
-    """Compare the features of images and captions with those of open_clip."""
     from open_clip.transform import image_transform_v2
 
     # Odd sizes, so that resizing and cropping are compared too.

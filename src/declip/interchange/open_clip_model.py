@@ -129,7 +129,12 @@ def _resolve(open_clip: ModuleType, given: str) -> tuple[str, list[Path], dict[s
         tag = open_clip.get_pretrained_cfg(name, weights)
 
         def get(offline: bool) -> str:
-            return _cached(tag) if offline and not tag.get("file") else open_clip.download_pretrained(tag)
+            if not offline or tag.get("file"):
+                return open_clip.download_pretrained(tag)
+            repo, _, file = tag["hf_hub"].rpartition("/")
+            files = [file] if file else ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
+            cached = (huggingface_hub.try_to_load_from_cache(repo, file) for file in files)
+            return next(path for path in cached if isinstance(path, str))
 
         file = Path(fetch(given, get, f"{PREFIX}MODEL/FILE or as a folder"))
         options = {"force_preprocess_cfg": tag, "force_quick_gelu": bool(tag.get("quick_gelu"))}
@@ -147,14 +152,6 @@ def _resolve(open_clip: ModuleType, given: str) -> tuple[str, list[Path], dict[s
     if published and usual not in published:
         log.warning("'%s' is used with CLIP's preprocessing, unlike the published weights of %s.", file, name)
     return name, [file], {"pretrained": str(file)}
-
-
-def _cached(tag: Mapping[str, Any]) -> str:
-    """Path of a tag's weights in the Hub's cache."""
-    repo, _, name = tag["hf_hub"].rpartition("/")
-    names = [name] if name else ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
-    found = (huggingface_hub.try_to_load_from_cache(repo, name) for name in names)
-    return next(path for path in found if isinstance(path, str))
 
 
 def _check_positions(open_clip: ModuleType, model: torch.nn.Module, file: Path) -> None:
@@ -217,7 +214,6 @@ def wrap_open_clip(opened: OpenClipModel, origin: str) -> Weights:
 
 
 def _tokenizer_arguments(tokenizer: Any, text: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of `WrappedTokenizer`."""
     from open_clip.tokenizer import SigLipTokenizer, SimpleTokenizer
 
     options = text.get("tokenizer_kwargs") or {}

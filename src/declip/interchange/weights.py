@@ -72,10 +72,7 @@ class Weights:
         return encoder_kept_in(self.tensors, self.recipe, Path(self.origin)) if self.whole else None
 
     def named_classes(self, file: str | None = None, required: bool = False) -> Classes | None:
-        """Return the classes if their names are known, or with the user's names in a file.
-
-        Raises a `UserError` if that is impossible with a file, or required.
-        """
+        """Return the classes if they have names, or those in a file; a `UserError` without, if given or required."""
         classes = self.classes if self.classes is None or file is None else self.classes.with_names(file)
         if classes is not None and classes.names:
             return classes

@@ -277,7 +277,17 @@ class HuggingfaceTextTower(SelfContained, AnyTextTower):
         projection_bias: bool = False,
     ) -> None:
         super().__init__()
-        _check(encoder, tokenizer)
+        # Configuration and tokenizer may be a stranger's.
+        config = encoder.config
+        if str(config.get("model_type")) not in KINDS:
+            raise unknown("text encoder", str(config.get("model_type")), KINDS)
+        if tokenizer.vocabulary > config["vocab_size"] or tokenizer.padding != config["pad_token_id"]:
+            raise UserError(
+                f"The text encoder's tokenizer has {tokenizer.vocabulary:,} ids and pads with id {tokenizer.padding}; "
+                f"{CONFIG} says vocab_size {config['vocab_size']:,}, pad_token_id {config['pad_token_id']}. Save both "
+                "of one model."
+            )
+        check_context(config, tokenizer.context)
         self.encoder = encoder.build()
         self.stored = encoder.to_tensor()
         self.padding, self.context = tokenizer.padding, tokenizer.context
@@ -286,7 +296,7 @@ class HuggingfaceTextTower(SelfContained, AnyTextTower):
             raise UserError(
                 f"{POOLING} has the pooling {encoder.pooling}, which is unknown. Set text.pooling=mean, cls or eos."
             )
-        self.width = int(encoder.config.get("hidden_size") or encoder.config["dim"])  # DistilBERT's is "dim"
+        self.width = int(config.get("hidden_size") or config["dim"])  # DistilBERT's is "dim"
         self.text_projection: nn.Linear = nn.Linear(self.width, embed_dim, bias=projection_bias)
         nn.init.normal_(self.text_projection.weight, std=self.width**-0.5)
         if projection_bias:
@@ -315,18 +325,3 @@ class HuggingfaceTextTower(SelfContained, AnyTextTower):
         head.weight.data.copy_(words)
         nn.init.zeros_(head.bias)
         return head
-
-
-def _check(encoder: TextEncoder, tokenizer: HuggingfaceTokenizer) -> None:
-    """Check a configuration and a tokenizer, which may be a stranger's, against each other."""
-    config = encoder.config
-    kind = str(config.get("model_type"))
-    if kind not in KINDS:
-        raise unknown("text encoder", kind, KINDS)
-    if tokenizer.vocabulary > config["vocab_size"] or tokenizer.padding != config["pad_token_id"]:
-        raise UserError(
-            f"The text encoder's tokenizer has {tokenizer.vocabulary:,} ids and pads with id {tokenizer.padding}; "
-            f"{CONFIG} says vocab_size {config['vocab_size']:,}, pad_token_id {config['pad_token_id']}. Save both of "
-            "one model."
-        )
-    check_context(config, tokenizer.context)

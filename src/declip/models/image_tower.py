@@ -45,24 +45,20 @@ def _blocks(kind: str, depths: Sequence[int], width: int, ratio: float) -> "tupl
     )
 
 
-def _conv(width: int) -> dict[str, Any]:
-    """Options of a residual network for small images: stem of stride 2 without a pool."""
+def _conv(width: int) -> tuple[str, dict[str, Any]]:
+    """A residual network for small images: stem of stride 2 without a pool; "blocks" are arguments of `_blocks`."""
     plain = {"num_features": 0, "act_layer": "relu", "stem_type": "3x3", "stem_pool": ""}
-    blocks = ("basic", (1, 1, 1), width, 1.0)  # arguments of `_blocks`
-    return {"blocks": blocks, "stem_chs": width // 2, **plain}
+    return "resnet51q", {"blocks": ("basic", (1, 1, 1), width, 1.0), "stem_chs": width // 2, **plain}
 
 
-def _vit(patch: int, width: int, depth: int) -> dict[str, Any]:
-    return {"patch_size": patch, "embed_dim": width, "depth": depth, "num_heads": width // 64}
+def _vit(patch: int, width: int, depth: int) -> tuple[str, dict[str, Any]]:
+    sizes = {"patch_size": patch, "embed_dim": width, "depth": depth, "num_heads": width // 64}
+    return "vit_base_patch32_clip_quickgelu_224", sizes
 
 
 SMALL_TOWERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "declip_conv_tiny": ("resnet51q", _conv(32)),
-    "declip_conv_small": ("resnet51q", _conv(48)),
-    "declip_conv_base": ("resnet51q", _conv(64)),
-    "declip_vit_tiny": ("vit_base_patch32_clip_quickgelu_224", _vit(4, 128, 4)),
-    "declip_vit_small": ("vit_base_patch32_clip_quickgelu_224", _vit(4, 192, 6)),
-    "declip_vit_base": ("vit_base_patch32_clip_quickgelu_224", _vit(8, 256, 8)),
+    **{"declip_conv_tiny": _conv(32), "declip_conv_small": _conv(48), "declip_conv_base": _conv(64)},
+    **{"declip_vit_tiny": _vit(4, 128, 4), "declip_vit_small": _vit(4, 192, 6), "declip_vit_base": _vit(8, 256, 8)},
 }
 """Named sizes for images of 32 to 64 pixels: name → (timm model, arguments of `timm.create_model`)."""
 
@@ -200,25 +196,24 @@ def _create(name: str, size: int, options: dict[str, Any], weights: Mapping[str,
     # Options of the named size, then the recipe's
     clip_resnet = base.startswith("resnet") and "_clip" in base
     known = timm.get_pretrained_cfg(base)
-    fixed = known is not None and known.fixed_input_size  # one size per model; timm's own unless given
     if refused := OTHER_FILES & options.keys():
         raise UserError(f"image.model_kwargs has {', '.join(sorted(refused))}, which would read a file. Leave it out.")
     options = {**preset, **options}
     if clip_resnet and "depths" in options:
         options["blocks"] = _blocks("bottle", options.pop("depths"), 256, 0.25)
-    if fixed or clip_resnet or base.startswith("vit"):
-        options.setdefault("img_size", size)
+    if clip_resnet or base.startswith("vit") or (known is not None and known.fixed_input_size):
+        options.setdefault("img_size", size)  # one size per model; timm's own unless given
     if name not in SMALL_TOWERS and known is not None and 2 * size <= known.input_size[-1]:
         warn_once(
             f"The image tower '{name}' was made for images of {known.input_size[-1]} pixels; at image.size={size} it "
             f"sees few patches. Give a larger image.size, or a tower for small images: {', '.join(SMALL_TOWERS)}."
         )
-    published: dict[str, Any] = {}
-    if weights is not None:  # without a classifier to leave out timm loads them strictly
-        published = {"pretrained_cfg_overlay": {"state_dict": dict(weights), "classifier": None}}
+    # Without a classifier to leave out timm loads weights strictly.
+    published = None if weights is None else {"state_dict": dict(weights), "classifier": None}
+    source = {"pretrained": published is not None, "pretrained_cfg_overlay": published}
     try:
         with torch.no_grad():
-            return timm.create_model(base, pretrained=bool(published), num_classes=0, **published, **options)
+            return timm.create_model(base, num_classes=0, **source, **options)
     except (TypeError, AssertionError, ValueError, ArithmeticError, RuntimeError) as error:
         raise UserError(
             f"timm cannot build the image tower '{name}' at {size} px, image.model_kwargs={options}: {error}"

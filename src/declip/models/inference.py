@@ -285,7 +285,6 @@ def _in_type(tower: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def _rounded(tower: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy of a float32 tower, its filters rounded to a type by `round_taps`."""
     copy = deepcopy(tower).requires_grad_(False)
     for module in copy.modules():
         if isinstance(module, nn.Conv2d) and max(module.kernel_size) > 1 and dtype != torch.float32:
