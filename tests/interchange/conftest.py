@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from interchange.tiny_open_clip import CONFIGS
+from interchange.families import CONFIGS
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from declip.api import train
 from declip.finetuning import ends_of
 from declip.runs.checkpoint import list_checkpoints
 from declip.runs.folder import KEPT
-from interchange.tiny_open_clip import CONFIGS, WORDS, folder_of, pictures, random_model, same, saved
+from interchange.families import CONFIGS, WORDS, folder_of, pictures, random_model, same, weights_file
 from training.starts import same_end, tuned
 
 open_clip = pytest.importorskip("open_clip")
@@ -31,7 +31,7 @@ def test_features_are_open_clips(name, tmp_path, monkeypatch):
     """Of the embedding, and of the backbone: what the projection takes. No random number and no logger changes."""
     theirs, before = random_model(name), torch.get_rng_state()
     monkeypatch.setattr(logging.root, "handlers", [])
-    model = declip.load(f"open_clip:{name}/{saved(theirs, tmp_path / 'weights.safetensors')}", device="cpu")
+    model = declip.load(f"open_clip:{name}/{weights_file(theirs, tmp_path / 'weights.safetensors')}", device="cpu")
     assert torch.equal(torch.get_rng_state(), before)
     assert logging.root.handlers == []
     transform = open_clip.create_model_and_transforms(name)[2]
@@ -63,7 +63,7 @@ def test_tensors_of_another_model_are_refused(tmp_path, change, said):
 
 def test_checkpoints_of_its_training_from_here_and_from_home(tmp_path, monkeypatch):
     theirs = random_model("tiny-vit")
-    saved(theirs, tmp_path / "epoch_1.pt")
+    weights_file(theirs, tmp_path / "epoch_1.pt")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     for spelling in ("epoch_1.pt", "~/epoch_1.pt"):
@@ -74,7 +74,7 @@ def test_a_tag_brings_its_preparation_and_activation(tmp_path, monkeypatch):
     config = copy.deepcopy(CONFIGS["tiny-vit"])
     monkeypatch.setitem(factory._MODEL_CONFIGS, "tiny-vit-quickgelu", config | {"quick_gelu": True})
     theirs = random_model("tiny-vit-quickgelu")
-    file = str(saved(theirs, tmp_path / "tagged.safetensors"))
+    file = str(weights_file(theirs, tmp_path / "tagged.safetensors"))
     tag = {"file": file, "mean": (0.5, 0.5, 0.5), "std": (0.2, 0.3, 0.4), "resize_mode": "squash", "quick_gelu": True}
     for name in ("tiny-vit", "tiny-vit-quickgelu"):
         monkeypatch.setitem(pretrained._PRETRAINED, name, {"first_tag": tag})
@@ -88,7 +88,7 @@ def test_a_tag_brings_its_preparation_and_activation(tmp_path, monkeypatch):
 
 
 def test_a_run_from_published_weights_keeps_no_copy_of_them(table, tmp_path, monkeypatch):
-    file = saved(random_model("tiny-vit"), tmp_path / "tagged.safetensors")
+    file = weights_file(random_model("tiny-vit"), tmp_path / "tagged.safetensors")
     monkeypatch.setitem(pretrained._PRETRAINED, "tiny-vit", {"first_tag": {"file": str(file)}})
     recipe = tuned(table, "open_clip:tiny-vit/first_tag", {"steps": 2, "checkpoint_every": 1})
     train(recipe, out=tmp_path / "whole", quiet=True, report=False)
@@ -161,7 +161,7 @@ def test_without_network_nothing_is_tried_again(given, tmp_path, monkeypatch, ca
 
 
 def test_a_file_of_a_model_that_is_published_with_another_preparation(tmp_path, monkeypatch, caplog):
-    file = saved(random_model("tiny-vit"), tmp_path / "weights.pt")
+    file = weights_file(random_model("tiny-vit"), tmp_path / "weights.pt")
     tags = {}
     monkeypatch.setitem(pretrained._PRETRAINED, "tiny-vit", tags)
     for tag, mode, warned in (("first", "squash", True), ("second", "shortest", False)):

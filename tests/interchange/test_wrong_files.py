@@ -16,8 +16,7 @@ from declip.interchange.declip_file import FILE
 from declip.models.hf_encoder import ENTRY, TextEncoder
 from golden_cases import read_state
 from hostile import apart
-from interchange.families import saved
-from interchange.tiny_open_clip import random_model
+from interchange.families import random_model, saved
 from interchange.towers import build
 
 

@@ -88,7 +88,6 @@ def read_names(file: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
         if not rows or "name" not in rows[0]:
             raise UserError(f"'{file}' (finetune.class_names) has no column 'name'. Give a table name,definition.")
         names, definitions = ([(row.get(key) or "").strip() for row in rows] for key in ("name", "definition"))
-    # Every class has a name of its own.
     if "" in names:
         raise UserError(f"Name {names.index('') + 1} in '{file}' (finetune.class_names) is empty. Name every class.")
     if repeated := [name for name, count in Counter(names).items() if count > 1]:

@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -58,8 +59,7 @@ def read(where: str) -> Weights:
     """
     opened = load_open_clip(where)
     with suppress(Exception):  # another architecture than CLIP's
-        state = opened.model.state_dict()
-        tensors = {name: t.cpu().float() if t.is_floating_point() else t for name, t in state.items()}
+        tensors = opened.model.state_dict()
         tensors["logit_scale"] = tensors["logit_scale"].squeeze()
         keys, layout = _keys(opened, tensors)
         recipe = load_recipe("clip", {"name": "from-open-clip", **keys})
@@ -103,12 +103,11 @@ def _compared(weights: Weights, opened: OpenClipModel) -> Weights:
 
     # Odd sizes, so that resizing and cropping are compared too.
     ours, theirs, transform = weights.build().eval(), opened.model, image_transform_v2(opened.preprocess, False)
-    noise = torch.randint(0, 256, (57, 91, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    images = [Image.fromarray(noise.numpy()), Image.fromarray(noise.numpy()).resize((40, 333))]
-    pixels = torch.stack([transform(image) for image in images])
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (57, 91, 3), dtype=np.uint8))
+    images = [noise, noise.resize((40, 333))]
+    pixels, tokens = torch.stack([transform(image) for image in images]), opened.tokenizer(list(CAPTIONS))
     with torch.no_grad():
         visual = ours.encode_image(ours.preprocess(images)) - theirs.encode_image(pixels, normalize=True)
-        tokens = opened.tokenizer(list(CAPTIONS))
         texts = ours.encode_text(ours.tokenize(CAPTIONS)) - theirs.encode_text(tokens, normalize=True)
     # NaN fails this comparison too.
     for kind, difference in (("images", visual), ("captions", texts)):
@@ -146,7 +145,6 @@ def express(model: DualEncoder, place: str = ".") -> tuple[dict[str, Any], dict[
     """Build open_clip's configuration and tensors; `place` is the folder or repository of the files."""
     recipe = model.recipe
     assert recipe is not None, "a model without one was refused"
-    image = recipe.image
     # Towers of open_clip go back as they came; CLIP's are renamed.
     if (wrapped := wrapped_in(model)) is not None:
         model_config, tensors = _express_wrapped(model, wrapped)
@@ -164,7 +162,7 @@ def express(model: DualEncoder, place: str = ".") -> tuple[dict[str, Any], dict[
         model_config = {
             "embed_dim": recipe.embed_dim,
             "quick_gelu": activation == "quick_gelu",
-            "vision_cfg": {"image_size": image.size, **vision_config},
+            "vision_cfg": {"image_size": recipe.image.size, **vision_config},
             "text_cfg": text_config,
         }
         if model.logit_bias is not None:
@@ -209,9 +207,8 @@ def reread(folder: Path) -> layouts.Reread:
 
 def _text_config(model: DualEncoder) -> Part:
     tower, text = layouts.clip_text_tower(model), model.recipe.text  # type: ignore[union-attr]
-    vocabulary = model.tokenizer.vocabulary - 1
     config: dict[str, Any] = {name: getattr(text, name) for name in ("context_length", "width", "heads", "layers")}
-    config |= {"vocab_size": vocabulary, "proj_bias": text.projection_bias}
+    config |= {"vocab_size": model.tokenizer.vocabulary - 1, "proj_bias": text.projection_bias}
     if text.bpe_merges is not None:
         config["tokenizer_kwargs"] = {"clean": "lower"}
     return config, layouts.CLIP_TEXT if tower.text_projection.bias is None else layouts.CLIP_TEXT_WITH_BIAS
@@ -244,13 +241,9 @@ def _vision_config(model: DualEncoder, keys: Mapping[str, Any] | None, activatio
         width = round(64 * sizes["width_factor"])
         return {"layers": sizes["depths"], "width": width, "patch_size": None}, layouts.CLIP_RESNET
     if keys and layouts.activation_of(keys) == activation:
-        return {
-            "layers": sizes["depth"],
-            "width": sizes["embed_dim"],
-            "head_width": sizes["embed_dim"] // sizes["num_heads"],
-            "patch_size": sizes["patch_size"],
-            "mlp_ratio": sizes["mlp_ratio"],
-        }, layouts.CLIP_VIT
+        width = sizes["embed_dim"]
+        config = {"layers": sizes["depth"], "width": width, "head_width": width // sizes["num_heads"]}
+        return config | {name: sizes[name] for name in ("patch_size", "mlp_ratio")}, layouts.CLIP_VIT
     import timm
 
     name, tower = model.recipe.image.model, model.image_tower  # type: ignore[union-attr]

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import huggingface_hub
 import torch
 
+from declip.data.text.tokenizer import WrappedTokenizer
 from declip.errors import UserError, check_installed, unknown
 from declip.interchange.weights import Weights, check_file, check_layers, check_memory, reason
 from declip.io.hub import fetch, online
@@ -189,12 +190,11 @@ def wrap_open_clip(opened: OpenClipModel, origin: str) -> Weights:
     with torch.device("meta"):
         check_memory(stored.build(size), sum(t.nbytes for t in state.values()), "The configuration")
     # Load the tensors into new modules, and name them as in declip
-    state = {n: t.detach().cpu().float() if t.is_floating_point() else t for n, t in state.items()}
     with torch.random.fork_rng(devices=[]):
         modules = stored.build(size)
     for prefix, module in zip(PREFIXES, modules, strict=True):
         module.load_state_dict({n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)})
-    tokenizer = stored.build_tokenizer()
+    tokenizer = WrappedTokenizer(**stored.tokenizer)
     towers = {
         IMAGE: WrappedImageTower(modules[0], stored.kinds[0], config["embed_dim"]),
         TEXT: WrappedTextTower(modules[1], tokenizer, stored),

@@ -156,11 +156,7 @@ def complete(weights: Weights) -> Weights:
 
 
 def complete_text(weights: Weights, size: int) -> Weights | None:
-    """Add the projections to a published text tower alone; None if they are not in the cache folder yet.
-
-    Args:
-        size: Of the images, as the classes have it.
-    """
+    """Add the projections to a published text tower, for images of a size; None if they are not in the cache yet."""
     heads = _read_heads(_cache_file(weights))
     return None if heads is None else _with_heads(weights, heads, size).text
 
@@ -173,9 +169,8 @@ def _with_heads(weights: Weights, heads: Heads, size: int | None) -> Weights:
         "logit_scale": recipe.logit_scale.model_copy(update={"init": math.log(LOGIT_SCALE)}),
     }
     new = {f"{prefix}weight": head for prefix, head in zip(PROJECTIONS, heads, strict=True)}
-    new |= {"logit_scale": torch.tensor(math.log(LOGIT_SCALE))}
+    tensors = {**weights.tensors, **new, "logit_scale": torch.tensor(math.log(LOGIT_SCALE))}
     published = weights.published and f"{weights.published} {VERSION}"
-    tensors = {**weights.tensors, **new}
     return replace(weights, recipe=recipe.model_copy(update=changes), tensors=tensors, published=published)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from declip.data.images.decode import apply_exif
 from declip.data.images.preprocess import Preprocess
-from declip.data.text.tokenizer import CaptionTokenizer, HuggingfaceTokenizer, Tokenizer
+from declip.data.text.tokenizer import CaptionTokenizer, HuggingfaceTokenizer, Tokenizer, WrappedTokenizer
 from declip.errors import UserError
 from declip.models.hf_encoder import HuggingfaceTextTower, TextEncoder, read_encoder
 from declip.models.image_tower import ImageFeatures, ImageTower, NoImageTower
@@ -74,7 +74,7 @@ class DualEncoder(nn.Module):
             encoder, options = encoder.with_context(recipe.text.context_length), encoder.image
             visual, words = encoder.build(recipe.image.size)
             image_tower = WrappedImageTower(visual, encoder.kinds[0], recipe.embed_dim)
-            tokenizer = encoder.build_tokenizer()
+            tokenizer = WrappedTokenizer(**encoder.tokenizer)
             text_tower = WrappedTextTower(words, tokenizer, encoder)
             if recipe.views.text.mask:
                 text_tower.language_head()  # raises

@@ -64,10 +64,6 @@ class WrappedModel:
         image = "timm" if vision.get("timm_model_name") else "resnet" if resnet else "vit"
         return image, "hf" if self.encoder is not None or text.get("hf_model_name") else "clip"
 
-    def build_tokenizer(self) -> WrappedTokenizer:
-        """Build the tokenizer."""
-        return WrappedTokenizer(**self.tokenizer)
-
     def build(self, size: int) -> tuple[nn.Module, nn.Module]:
         """Build open_clip's image and text modules for an image size, with random weights."""
         check_installed("open_clip", "open_clip", "This model")
