@@ -95,15 +95,10 @@ def _keys(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     _expect("text_config.intermediate_size", text.get("intermediate_size", 2048), 4 * text_keys["text.width"])
     tokenizer = _read_tokenizer(folder / TOKENIZER)
     _expect("text_config.eos_token_id", text.get("eos_token_id", 49_407), tokenizer.end, POOLS_AT_HIGHEST)
-    # Images
-    size = vision.get("image_size", 224)
-    preprocessing = _preprocessing(folder, size)
     return {
         **layouts.vit_keys(**vision_keys),
         **text_keys,
-        "image.size": size,
-        "image.mean": preprocessing["image_mean"],
-        "image.std": preprocessing["image_std"],
+        **_image_keys(folder, vision.get("image_size", 224)),
         "embed_dim": config.get("projection_dim", 512),
         "text.bpe_merges": layouts.merges_key(layouts.NO_MERGES + tokenizer.merges),
     }
@@ -115,7 +110,8 @@ def _expect(key: str, value: Any, *allowed: Any) -> None:
         raise UserError(f"{key} is {value!r}; supported: {' or '.join(map(repr, allowed))}")
 
 
-def _preprocessing(folder: Path, side: int) -> dict[str, Any]:
+def _image_keys(folder: Path, side: int) -> dict[str, Any]:
+    """Recipe keys of the preprocessing, which must be CLIP's."""
     # Like transformers 5, prefer processor_config.json to the older file.
     given = _read_json(folder / PROCESSOR).get("image_processor") or _read_json(folder / PREPROCESSOR)
     if not given:
@@ -128,7 +124,7 @@ def _preprocessing(folder: Path, side: int) -> dict[str, Any]:
     for key, expected in PREPROCESSING.items():
         if not key.startswith("image_"):
             _expect(f"image preprocessing: {key}", given[key], *sizes.get(key, (expected,)))
-    return given
+    return {"image.size": side, "image.mean": given["image_mean"], "image.std": given["image_std"]}
 
 
 def _read_tokenizer(file: Path) -> Tokenizer:
@@ -141,9 +137,9 @@ def _read_tokenizer(file: Path) -> Tokenizer:
     except Exception as error:  # tokenizers raises Exception itself
         raise UserError(f"{file.name} cannot be read: {one_line(error, 160)}. Put the model's own there") from error
     vocabulary = theirs.get_vocab()
-    if 0 <= len(vocabulary) - layouts.NO_MERGES <= layouts.CLIP_MERGES:
-        ours = Tokenizer(merges=len(vocabulary) - layouts.NO_MERGES)
-        if vocabulary == backend(ours).get_vocab() and encoded == [ours.encode(caption) for caption in CAPTIONS]:
+    if 0 <= (merges := len(vocabulary) - layouts.NO_MERGES) <= layouts.CLIP_MERGES:
+        ours = Tokenizer(merges=merges)
+        if vocabulary == backend(ours).get_vocab() and encoded == [*map(ours.encode, CAPTIONS)]:
             return ours
     raise UserError(f"{file.name} is not CLIP's tokenizer, or one with its first merges")
 
@@ -171,10 +167,10 @@ def write(model: DualEncoder, folder: Path) -> None:
     """Write config.json, model.safetensors, preprocessor_config.json and the tokenizer's files."""
     config, tensors = express(model)
     image = model.recipe.image  # type: ignore[union-attr]
-    sizes = {"size": {"shortest_edge": image.size}, "crop_size": {"height": image.size, "width": image.size}}
     preprocessor = {
-        **{"image_processor_type": "CLIPImageProcessor", "processor_class": "CLIPProcessor"},
-        **{"do_convert_rgb": True, **PREPROCESSING, **sizes, "resample": model.preprocessor.filter.value},
+        **{"image_processor_type": "CLIPImageProcessor", "processor_class": "CLIPProcessor", "do_convert_rgb": True},
+        **{**PREPROCESSING, "resample": model.preprocessor.filter.value, "size": {"shortest_edge": image.size}},
+        "crop_size": {"height": image.size, "width": image.size},
         **{"image_mean": list(image.mean), "image_std": list(image.std)},
     }
     for file, content in ((CONFIG, config), (PREPROCESSOR, preprocessor)):

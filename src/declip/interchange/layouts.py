@@ -330,8 +330,8 @@ def preprocess_config(model: DualEncoder) -> dict[str, Any]:
     assert model.recipe is not None, "a model without one was refused"
     image, given = model.recipe.image, model.preprocessor
     prepared = {"size": image.size, "mode": "RGB", "mean": list(image.mean), "std": list(image.std)}
-    prepared["interpolation"] = given.filter.name.lower()
-    return prepared | {"resize_mode": "squash" if given.squash else "shortest"}
+    how = {"interpolation": given.filter.name.lower(), "resize_mode": "squash" if given.squash else "shortest"}
+    return prepared | how
 
 
 def write_tokenizer(tokenizer: CaptionTokenizer, folder: Path) -> None:

@@ -235,15 +235,15 @@ def convert(model: DualEncoder, precision: str, engine: str = "torch") -> DualEn
     if engine == "torch" and dtype == torch.float32:
         return model
     model.fingerprint = fingerprint(model)
-    # (tower, an example of its input, its weights to convert, features to compare)
-    towers: list[tuple[str, Tensor, nn.Module, Callable[[], Tensor]]] = []
+    # (tower, its weights to convert, an example of its input, features to compare of another number and length)
+    towers: list[tuple[str, nn.Module, Tensor, Callable[[], Tensor]]] = []
     if not isinstance(model.image_tower, NoImageTower):
         images = noise(model)
-        towers.append(("image_tower", images[:1], folded(model), lambda: model.encode_image(images)))
+        towers.append(("image_tower", folded(model), images[:1], lambda: model.encode_image(images)))
     if has_text(model):
-        tokens = model.tokenize([PROBE, "a"])  # another number and length than the example's
-        towers.append(("text_tower", model.tokenize(["a"]), model.text_tower, lambda: model.encode_text(tokens)))
-    for name, example, tower, encode in towers:
+        tokens = model.tokenize([PROBE, "a"])
+        towers.append(("text_tower", model.text_tower, model.tokenize(["a"]), lambda: model.encode_text(tokens)))
+    for name, tower, example, encode in towers:
         converted: Callable[[], nn.Module] = partial(_in_type, tower, dtype)
         if engine == "openvino":
             converted = partial(OpenVinoTower, _rounded(tower, dtype), example, dtype)
