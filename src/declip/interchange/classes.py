@@ -51,9 +51,7 @@ class Classes:
         """Replace the names by those of a file, see `read_names`."""
         names, definitions = read_names(Path(file))
         if len(names) != len(self.rows):
-            raise UserError(
-                f"'{file}' has {len(names):,} names for {len(self.rows):,} classes. Give one for each class, in order."
-            )
+            raise UserError(f"'{file}' has {len(names):,} names for {len(self.rows):,} classes. Give one for each.")
         return replace(self, names=names, definitions=definitions, features=None)
 
     def with_features(self, file: Path) -> "Classes":
@@ -90,9 +88,9 @@ def read_names(file: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
         names, definitions = ([(row.get(key) or "").strip() for row in rows] for key in ("name", "definition"))
     if "" in names:
         raise UserError(f"Name {names.index('') + 1} in '{file}' (finetune.class_names) is empty. Name every class.")
-    if repeated := [name for name, count in Counter(names).items() if count > 1]:
-        raise UserError(
-            f"'{file}' (finetune.class_names) has '{repeated[0]}' {names.count(repeated[0])} times. Give each "
-            "class another name."
-        )
+    for name, count in Counter(names).most_common(1):
+        if count > 1:
+            raise UserError(
+                f"'{file}' (finetune.class_names) has '{name}' {count} times. Give each class another name."
+            )
     return tuple(names), tuple(definitions)

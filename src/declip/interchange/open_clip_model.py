@@ -75,9 +75,7 @@ def load_open_clip(given: str) -> OpenClipModel:
         except ImportError as error:
             raise UserError(f"'{given}' needs {error.name}: pip install {error.name}.") from error
         except Exception as error:  # a wrong file or configuration raises any class
-            raise UserError(
-                f"Cannot load '{given}': {reason(error)} The weights must be those of that model."
-            ) from error
+            raise UserError(f"Cannot load '{given}': {reason(error)} Give weights of that model.") from error
     config = config | ({"quick_gelu": True} if options.get("force_quick_gelu") else {})
     return OpenClipModel(name, model.eval(), prepared, tokenizer, config)
 
@@ -106,9 +104,7 @@ def _tokenizer(open_clip: ModuleType, given: str, name: str, text: Mapping[str, 
     except (OSError, ValueError) as error:  # transformers tries several ways, and names the last
         if "hf_tokenizer_name" not in text:
             raise
-        raise UserError(
-            f"The tokenizer of '{given}' cannot be read or fetched. Put its tokenizer.json next to {CONFIG}."
-        ) from error
+        raise UserError(f"Cannot read the tokenizer of '{given}'. Put its tokenizer.json next to {CONFIG}.") from error
 
 
 def _resolve(open_clip: ModuleType, given: str) -> tuple[str, list[Path], dict[str, Any]]:

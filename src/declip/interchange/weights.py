@@ -229,10 +229,7 @@ def read_recipe(text: str, origin: str) -> Recipe:
     except Exception as error:  # YAML has its own errors
         keys = [problem["loc"] for problem in error.errors()] if isinstance(error, ValidationError) else []
         what = ", ".join(".".join(map(str, key)) for key in keys[:3]) or one_line(error)
-        raise UserError(
-            f"The recipe in '{origin}' is damaged, or of another version of declip: {what}. Train again, or use the "
-            "weights with the version that wrote them."
-        ) from error
+        raise UserError(f"The recipe in '{origin}' is damaged, or another version's: {what}. Train again.") from error
 
 
 def first_difference(expected: Mapping[str, Any], given: Mapping[str, Any]) -> str | None:

@@ -293,9 +293,7 @@ class HuggingfaceTextTower(SelfContained, AnyTextTower):
         self.padding, self.context = tokenizer.padding, tokenizer.context
         self.pooling = encoder.pooling or "cls" if pooling == "auto" else pooling
         if self.pooling not in POOLINGS.values():
-            raise UserError(
-                f"{POOLING} has the pooling {encoder.pooling}, which is unknown. Set text.pooling=mean, cls or eos."
-            )
+            raise UserError(f"{POOLING} has an unknown pooling, {encoder.pooling}. Set text.pooling=mean, cls or eos.")
         self.width = int(config.get("hidden_size") or config["dim"])  # DistilBERT's is "dim"
         self.text_projection: nn.Linear = nn.Linear(self.width, embed_dim, bias=projection_bias)
         nn.init.normal_(self.text_projection.weight, std=self.width**-0.5)

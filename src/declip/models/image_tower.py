@@ -215,6 +215,5 @@ def _create(name: str, size: int, options: dict[str, Any], weights: Mapping[str,
         with torch.no_grad():
             return timm.create_model(base, num_classes=0, **source, **options)
     except (TypeError, AssertionError, ValueError, ArithmeticError, RuntimeError) as error:
-        raise UserError(
-            f"timm cannot build the image tower '{name}' at {size} px, image.model_kwargs={options}: {error}"
-        ) from error
+        given = f"'{name}' at {size} px, image.model_kwargs={options}"
+        raise UserError(f"timm cannot build the image tower {given}: {error}") from error

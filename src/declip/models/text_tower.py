@@ -57,10 +57,7 @@ class AnyTextTower(nn.Module, ABC):
 
 def refuse_text(texts: str | Sequence[str] | Tensor = ()) -> NoReturn:
     """Stand in for a missing tokenizer or text tower: raise a `UserError`."""
-    raise UserError(
-        "This model has an image tower alone, so captions and class names cannot be encoded. Use its image features "
-        "(--task linear), or give a file with both towers."
-    )
+    raise UserError("This is an image tower alone, without texts. Use --task linear, or weights of both towers.")
 
 
 class NoTextTower(AnyTextTower):

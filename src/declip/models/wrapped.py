@@ -156,10 +156,7 @@ class WrappedImageTower(ImageTower):
         if self._timm:
             return self.proj(pool_cells(module.trunk, images, lambda x: module.head(module.trunk.forward_head(x))))
         if not self.gives_tokens or module.attn_pool is not None:
-            raise UserError(
-                "This image tower of open_clip gives no embedding of a patch, so it has no similarity map. Use a "
-                "ViT without an attention pool, a tower of timm, or a run of declip."
-            )
+            raise UserError("This tower embeds no patches, so it has no similarity map. Use a tower of timm or declip.")
         tokens = module(images)[1]
         return self.proj(module.ln_post(tokens) if module.final_ln_after_pool else tokens)
 
