@@ -56,11 +56,7 @@ class DualEncoder(nn.Module):
 
     @classmethod
     def from_recipe(
-        cls,
-        recipe: Recipe,
-        encoder: TextEncoder | WrappedModel | None = None,
-        text: bool = True,
-        image: bool = True,
+        cls, recipe: Recipe, encoder: TextEncoder | WrappedModel | None = None, text: bool = True, image: bool = True
     ) -> "DualEncoder":
         """Build the model that a recipe describes, with random weights from torch's current seed.
 
