@@ -207,10 +207,6 @@ def test_rows_multiply_the_pooled_feature(name, tmp_path):
     assert weights.classes.definitions[0].startswith("freshwater")
 
 
-def test_a_head_of_several_layers_has_no_classes(tmp_path):
-    assert read_timm(tmp_path, "test_vit", **{"head.fc1.weight": torch.ones(5, 64)})[0].classes is None
-
-
 def test_names_and_definitions_become_texts_of_their_class(tmp_path):
     table, plain = tmp_path / "names.csv", tmp_path / "names.txt"
     table.write_text('definition,name\n"a fruit, red",apple\n,pear\n', encoding="utf-8-sig")
@@ -222,15 +218,10 @@ def test_names_and_definitions_become_texts_of_their_class(tmp_path):
 
 
 def test_measured_features_are_those_of_the_same_names_alone(tmp_path):
-    classes, file = (
-        Classes(torch.ones(2, 3), torch.zeros(3), ("apple", "pear"), ("", "")),
-        tmp_path / "names.safetensors",
-    )
-    stored = {
-        "features": torch.tensor([[127, 0], [-64, 127]], dtype=torch.int8),
-        "scales": torch.tensor([[0.1], [1.0]]),
-    }
-    save_file(stored, file, {"texts": texts_digest(["apple", "pear"])})
+    classes = Classes(torch.ones(2, 3), torch.zeros(3), ("apple", "pear"), ("", ""))
+    stored, file = torch.tensor([[127, 0], [-64, 127]], dtype=torch.int8), tmp_path / "names.safetensors"
+    scales = torch.tensor([[0.1], [1.0]])
+    save_file({"features": stored, "scales": scales}, file, {"texts": texts_digest(["apple", "pear"])})
     features = classes.with_features(file).features
     torch.testing.assert_close(features, torch.tensor([[12.7, 0.0], [-64.0, 127.0]]))
     assert replace(classes, names=("pear", "apple")).with_features(file).features is None
@@ -263,13 +254,12 @@ def test_classes_need_as_many_names(tmp_path):
     refuses(r"finetune\.class_names", weights.named_classes, required=True)
     assert weights.named_classes() is None
     names.write_text("\n".join("abcdefg"), encoding="utf-8")
-    found = weights.named_classes(str(names))
-    assert found.names == tuple("abcdefg")
+    assert weights.named_classes(str(names)).names == tuple("abcdefg")
 
 
-def test_names_without_a_classifier_are_refused(tmp_path):
-    save_file(timm.create_model("test_vit", num_classes=0).state_dict(), tmp_path / "w.safetensors")
-    weights = read_start(f"timm:test_vit/{tmp_path / 'w.safetensors'}")
+@pytest.mark.parametrize(("count", "others"), [(0, {}), (1000, {"head.fc1.weight": torch.ones(5, 64)})])
+def test_without_a_classifier_of_one_layer_there_are_no_classes(tmp_path, count, others):
+    weights, _ = read_timm(tmp_path, "test_vit", count, **others)
     assert weights.classes is None
     for file in (None, "names.txt"):
         refuses(r"no classifier.*finetune\.class_pairs", weights.named_classes, file, required=True)

@@ -8,7 +8,8 @@ import scipy.linalg
 import torch
 from sklearn.linear_model import Ridge
 
-from declip.models.closed_form import DEFAULT_FORM, Form, Pairs, closed_form_heads, fit_heads, split_product
+from declip.models import closed_form
+from declip.models.closed_form import DEFAULT_FORM, Form, Pairs, fit_heads, split_product
 from pair_features import class_pairs, features, pairs_of
 
 
@@ -61,7 +62,8 @@ def test_heads_are_those_of_scikit_learn_and_plain_algebra(method, ridge):
     if method == "pulled":
         images = images[:, :7] + texts  # embeddings in one space
     weights = torch.linspace(0.5, 2.0, 40, dtype=torch.float64)
-    (heads,) = closed_form_heads(images, texts, weights, (Form(method, ridge),))
+    rows = closed_form.RegressionRows(images, texts, weights, None)
+    (heads,) = closed_form.closed_form_heads(rows, (Form(method, ridge),))
     x, y, share = centered(images, weights), centered(texts, weights), (weights / weights.sum()).numpy()[:, None]
     bilinear = (heads.image.mT @ heads.text).numpy()
     np.testing.assert_allclose(x @ bilinear @ y.T, x @ PLAIN[method](x, y, share, ridge) @ y.T, atol=1e-8)

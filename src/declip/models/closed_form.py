@@ -52,9 +52,16 @@ class Heads(NamedTuple):
         return normalize(images @ self.image.mT, dim=-1) @ normalize(texts @ self.text.mT, dim=-1).mT
 
 
-def closed_form_heads(
-    images: Tensor, texts: Tensor, weights: Tensor, forms: tuple[Form, ...], mean: Tensor | None = None
-) -> list[Heads]:
+class RegressionRows(NamedTuple):
+    """Pairs of one image and one text with weights: first the captions of the images, then the texts of the classes."""
+
+    images: Tensor  # (r, v)
+    texts: Tensor  # (r, w)
+    weights: Tensor  # (r,) float64
+    mean: Tensor | None  # (v,) mean feature of images; None: that of `images`
+
+
+def closed_form_heads(rows: RegressionRows, forms: tuple[Form, ...]) -> list[Heads]:
     """Two linear projections by each form, from ridge regression in both directions or canonical correlation.
 
     With X and Y the features without the direction of their mean, scaled to unit length, and Ω the weights,
@@ -68,16 +75,10 @@ def closed_form_heads(
     "pulled" is for embeddings of a model that has projections: ridge regression towards them (the penalty of ProLIP,
     arXiv 2410.05270), as all of its space is kept where the ridge is large:
         R₁ = (XᵀΩX + εₓI)⁻¹ (XᵀΩY + εₓ cₓ I)        cₓ = tr(XᵀΩY) / tr(XᵀΩX)        R₂ with X and Y exchanged
-
-    Args:
-        images: (n, v).
-        texts: (n, w), of the same pairs.
-        weights: (n,), of the pairs.
-        mean: (v,) mean feature of images; None: that of `images`.
     """
-    weights = (weights / weights.sum()).double()
-    image_side = CenteredFeatures.of(images.double(), weights, mean)
-    text_side = CenteredFeatures.of(texts.double(), weights)
+    weights = (rows.weights / rows.weights.sum()).double()
+    image_side = CenteredFeatures.of(rows.images.double(), weights, rows.mean)
+    text_side = CenteredFeatures.of(rows.texts.double(), weights)
     (x_axes, y_axes), maps = solve(Moments.of(image_side.rows, text_side.rows, weights), forms)
     found = (Heads(left @ x_axes.mT, right @ y_axes.mT) for left, right in maps)
     return [
@@ -176,21 +177,6 @@ def split_product(product: Tensor) -> tuple[Tensor, Tensor]:
     return (product @ axes * inverse).mT, (axes * roots * (inverse > 0)).mT
 
 
-def fit_heads(pairs: Pairs, classes: ClassPairs | None, class_weight: float, forms: tuple[Form, ...]) -> list[Heads]:
-    """Heads of images and of a classifier's classes, by each form."""
-    rows = regression_rows(pairs, classes, class_weight)
-    return closed_form_heads(rows.images, rows.texts, rows.weights, forms, rows.mean)
-
-
-class RegressionRows(NamedTuple):
-    """Pairs of one image and one text with weights: first the captions of the images, then the texts of the classes."""
-
-    images: Tensor  # (r, v)
-    texts: Tensor  # (r, w)
-    weights: Tensor  # (r,) float64
-    mean: Tensor | None  # (v,) mean feature of images; None: that of `images`
-
-
 def regression_rows(pairs: Pairs, classes: ClassPairs | None, class_weight: float) -> RegressionRows:
     """Rows of the regression: an image weighs 1, a class `class_weight`, however many texts they have."""
     owners = pairs.owners
@@ -206,3 +192,8 @@ def regression_rows(pairs: Pairs, classes: ClassPairs | None, class_weight: floa
             texts.append(classes.texts)
             weights.append(class_weight / torch.bincount(classes.owners)[classes.owners].double())
     return RegressionRows(torch.cat(images), torch.cat(texts), torch.cat(weights), mean)
+
+
+def fit_heads(pairs: Pairs, classes: ClassPairs | None, class_weight: float, forms: tuple[Form, ...]) -> list[Heads]:
+    """Heads of images and of a classifier's classes, by each form."""
+    return closed_form_heads(regression_rows(pairs, classes, class_weight), forms)
