@@ -159,13 +159,6 @@ def test_two_classes_are_scikit_learns_one_vector(digits):
     assert float(ours.bias[1] - ours.bias[0]) == pytest.approx(theirs.intercept_[0], abs=1e-3)
 
 
-@pytest.mark.parametrize("allowed", [3, 25])
-def test_out_of_iterations_is_said(digits, allowed):
-    found = LogisticProblem(*digits).fit(100.0, max_iterations=allowed)
-    assert not found.converged
-    assert found.iterations == allowed
-
-
 def test_classes_without_images_are_never_predicted(digits):
     features, labels = digits
     kept = (labels == 3) | (labels == 7) | (labels == 8)

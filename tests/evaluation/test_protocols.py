@@ -35,14 +35,6 @@ def test_zero_shot_of_a_model_that_knows_its_colors(model, painted):
     assert (result.dataset, result.templates) == ("painted", "plain")
 
 
-def test_labels_follow_the_images_that_could_be_read_and_templates_the_source(model, painted):
-    source = painted(["red", "blue", "cyan"], classes=NAMES, broken=[0], name="builtin:emoji/test")
-    source.labels[1] = NAMES.index("green")
-    result = evaluate(model, source)
-    assert (result.top1, result.templates) == (0.5, "emoji")
-    assert evaluate(model, source, templates="a {}").templates == "a {}"
-
-
 @pytest.mark.parametrize(
     ("task", "classes", "message"),
     [

@@ -17,7 +17,7 @@ from declip.evaluation.encode import SourceFeatures
 from declip.evaluation.results import LinearProbeResult, sample_per_class, score
 
 BLOCK = 1 << 22  # scores in memory at a time
-FIRST_STAGE = 20  # iterations after which the curvature is estimated again
+FIRST_STAGE, MOST = 20, 1000  # iterations after which the curvature is estimated again, and the fit ends
 SAMPLE = 4096  # least number of rows for the estimates of curvature and covariance, which set step lengths only
 LAST_STEP = 48  # C is 10 ** (step / 8), from 1e-6 to 1e6 in 96 equal steps of its logarithm
 
@@ -101,9 +101,7 @@ class LogisticProblem:
         self.rows = torch.cat([centered @ self.axes.to(dtype), centered.new_ones(len(labels), 1)], 1)
         self.spread = torch.cat([spread.clamp_min(0), spread.new_ones(1)])
 
-    def fit(
-        self, C: float, *, start: LogisticFit | None = None, tolerance: float = 1e-4, max_iterations: int = 1000
-    ) -> LogisticFit:
+    def fit(self, C: float, *, start: LogisticFit | None = None, tolerance: float = 1e-4) -> LogisticFit:
         """Find the minimum for one C by L-BFGS, from the fit with another C or from zero.
 
         The tolerance is of the largest entry of the gradient in the coordinates above, over the root of the loss where
@@ -119,20 +117,18 @@ class LogisticProblem:
             weight = torch.cat([rotated, (bias + start.weight.to(weight) @ self.mean).unsqueeze(1)], 1)
         # The curvature at the start is that of other weights, so it is estimated again after some iterations.
         done = 0
-        for allowed in (min(FIRST_STAGE, max_iterations), max_iterations):
+        for allowed in (FIRST_STAGE, MOST):
             near, curvature = self._estimate(weight, penalty)
             lengths, enough = (curvature * self.spread + penalty).rsqrt(), tolerance * min(1.0, near) ** 0.5
-            options = {"maxiter": allowed - done, "maxfun": 2 * max_iterations, "gtol": enough, "ftol": 1e-14}
+            options = {"maxiter": allowed - done, "maxfun": 2 * MOST, "gtol": enough, "ftol": 1e-14}
             begin = (weight / lengths).flatten().cpu().numpy()
             found = minimize(self._loss, begin, (lengths, penalty), jac=True, method="L-BFGS-B", options=options)
             weight, done = torch.from_numpy(found.x).to(weight).view_as(weight) * lengths, done + int(found.nit)
-            if done >= max_iterations:
-                break
         # --- back from the coordinates to the features
         rotated = weight[:, :-1] @ self.axes.T
         bias = weight[:, -1] - rotated @ self.mean
         # Rounding may end the line search slightly before the tolerance.
-        converged = done < max_iterations and float(abs(found.jac).max()) <= 10 * enough
+        converged = done < MOST and float(abs(found.jac).max()) <= 10 * enough
         return LogisticFit(rotated, bias, self.present, C, done, converged)
 
     @torch.enable_grad()
