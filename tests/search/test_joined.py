@@ -94,7 +94,7 @@ def test_parquet_files_that_are_refused(rows, weights_file, tmp_path, command):
     write_declip_file(tiny_model(1), tmp_path / "other.safetensors")
     vectors = made["vector"]
     changed = {
-        "repeated": ({"id": ["a", "b", "c", "b"]}, "id 'b' is in several rows"),
+        "repeated": ({"id": ["a", "b", "c", "b"]}, "1 ids are in several rows"),
         "model": ({"model": ["0" * 64 + " fp32"] * 4}, "another model, of fingerprint 00000000"),
         "none": ({"error": ["missing image"] * 4}, "no image that can be used"),
         "nan": ({"vector": [*vectors[:3], vectors[3] * np.nan]}, "not of length 1"),

@@ -93,18 +93,14 @@ class Classifier:
         loaded = load(model, device) if isinstance(model, str | Path) else model
         names = class_features(loaded, known, read_templates(templates)[1], batch_size=batch_size)
         encode, width = joint_encoder(loaded)
-        images, labels, skipped = (
-            torch.empty(0, width + names.shape[1]),
-            torch.empty(0, dtype=torch.int64),
-            SkipCounter(),
-        )
+        given = Examples(torch.empty(0, width + names.shape[1]), torch.empty(0).long(), names, width)
+        skipped = SkipCounter()
         if source is not None:
             number = _numbers(known, source.class_names)
             options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "progress": progress}
             found = encode_source(loaded, source, encode=encode, texts=False, **options)
-            images, skipped = found.images, found.skipped
-            labels = torch.from_numpy(number[np.asarray(source.labels)[found.indices]])
-        given = Examples(images, labels, names, width)
+            labels, skipped = torch.from_numpy(number[np.asarray(source.labels)[found.indices]]), found.skipped
+            given = Examples(found.images, labels, names, width)
         head, counts = fit_few_shot(given), torch.bincount(given.labels, minlength=len(known))
         enough = head.accuracy is not None and int((counts > 0).sum()) >= FEWEST
         rejection = choose_threshold(given, head) if enough else None
@@ -132,15 +128,10 @@ class Classifier:
     def save(self, path: str | Path) -> None:
         """Write a safetensors file."""
         head = self.head
-        stored = _Stored(
-            classes=self.classes,
-            counts=self.counts,
-            width=head.width,
-            mixture=[(*form, factor) for form, factor in head.mixture.items()],
-            accuracy=None if head.accuracy is None else (head.accuracy.value, head.accuracy.n),
-            rejection=self.rejection,
-            model=self.model,
-        )
+        own = {name: getattr(self, name) for name in ("classes", "counts", "rejection", "model")}
+        mixture = [(*form, factor) for form, factor in head.mixture.items()]
+        accuracy = None if head.accuracy is None else (head.accuracy.value, head.accuracy.n)
+        stored = _Stored(**own, width=head.width, mixture=mixture, accuracy=accuracy)
         with atomic_write(Path(path).expanduser(), "choose another path with --save") as target:
             save_tensors({"weight": head.weight, "center": head.center}, target, {KEY: stored.model_dump_json()})
 
@@ -166,10 +157,9 @@ class Classifier:
 
 def _open_examples(examples: str | Path | PairSource | Items, label_column: str | None) -> LabeledSource:
     """Open labeled images; a folder is one of folders of classes."""
-    given: Any = examples
-    if isinstance(examples, str | Path) and Path(examples).expanduser().is_dir():
-        given = f"folder:{Path(examples).expanduser()}"
-    dataset = open_dataset(given, label_column=label_column)
+    if isinstance(examples, str | Path) and (folder := Path(examples).expanduser()).is_dir():
+        examples = f"folder:{folder}"
+    dataset = open_dataset(examples, label_column=label_column)
     return with_classes(dataset.split("train" if "train" in dataset.openers else "test"))
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -49,10 +50,10 @@ class Classification:
 
     def summary(self) -> str:
         """One line for the classes, the most frequent first, and one for each reason of images left out."""
-        counts = sorted(((count, name) for name, count in self.counts.items() if count), key=lambda row: -row[0])
-        classes = ", ".join(f"{count:,} {name}" for count, name in counts[:20]) + (", …" if len(counts) > 20 else "")
-        total = sum(self.counts.values())
-        return "\n".join([f"{total:,} images: {classes}", *(f"Left out: {line}" for line in self.skipped.lines())])
+        counts = Counter(self.counts)
+        classes = ", ".join(f"{count:,} {name}" for name, count in counts.most_common(20) if count)
+        left_out = (f"Left out: {line}" for line in self.skipped.lines())
+        return "\n".join([f"{counts.total():,} images: {classes}{', …' * (len(+counts) > 20)}", *left_out])
 
 
 def classify(

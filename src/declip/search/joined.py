@@ -44,10 +44,10 @@ TOLERANCE = 1e-3  # of the length of a vector
 def join_parts(folder: Path) -> None:
     """See `Index.join`."""
     # --- all parts, of one model and one source
-    opened = [open_index(path) for path in find_parts(folder, INFO)]
-    infos, stores = [info for info, _ in opened], [store for _, store in opened]
-    first, skipped = infos[0], SkipCounter()
-    for path, info in zip((store.folder.parent for store in stores), infos, strict=True):
+    paths, skipped = find_parts(folder, INFO), SkipCounter()
+    infos, stores = zip(*map(open_index, paths), strict=True)
+    first = infos[0]
+    for path, info in zip(paths, infos, strict=True):
         check_same(path, first, info)
         if info.part is None or first.part is None or info.part.images != first.part.images:
             raise UserError(f"'{path}' and the first part are of another number of images. Embed all parts again.")
@@ -129,11 +129,9 @@ def _check(tables: Sequence[ParquetRows], made_by: ModelInfo) -> tuple[int, set[
                         f"The vectors in '{table.path}' were made by another model, of fingerprint "
                         f"{printable(digest[:8])}, not by {made_by}. Give that model, or embed again."
                     )
-    distinct, counts = np.unique(np.concatenate(hashes), return_counts=True) if hashes else np.zeros((2, 0))
-    for repeated in distinct[counts > 1][:1]:
-        every = (key for table in tables for (ids,) in _read(table, "id") for key in map(cell_name, ids.to_pylist()))
-        key = next(key for key in every if hash64(key) == repeated)
-        raise UserError(f"The id '{printable(key)}' is in several rows. Remove files that were written twice.")
+    counts = np.unique(np.concatenate([np.zeros(0, np.uint64), *hashes]), return_counts=True)[1]
+    if repeated := int((counts > 1).sum()):
+        raise UserError(f"{repeated:,} ids are in several rows each. Remove files that were written twice.")
     return int(counts.sum()), precisions, skipped
 
 
