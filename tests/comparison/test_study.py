@@ -20,6 +20,10 @@ STUDY = Study(
 )
 
 
+def _write(study, folder):
+    (folder / "study.json").write_text(json.dumps(asdict(study)))
+
+
 def test_trials_go_seed_by_seed_and_samples_are_those_of_the_recipe():
     trials = STUDY.trials()
     assert len({trial.id for trial in trials}) == len(trials) == 8
@@ -30,7 +34,7 @@ def test_trials_go_seed_by_seed_and_samples_are_those_of_the_recipe():
 
 
 def test_the_plan_survives_the_disk_and_a_damaged_one_is_the_users_error(tmp_path):
-    (tmp_path / "study.json").write_text(json.dumps(asdict(STUDY)))
+    _write(STUDY, tmp_path)
     assert read_study(tmp_path) == STUDY
     assert read_study(tmp_path / "nowhere") is None
     (tmp_path / "study.json").write_text('{"variants": 3}')
@@ -41,7 +45,8 @@ def test_a_later_call_may_add_variants_pairs_and_seeds_and_keeps_what_was_measur
     slip = Variant.of("slip", {})
     more = replace(STUDY, variants=(*STUDY.variants, slip), pairs=(800,), seeds=(2,))
     timed = tuple(replace(variant, steps=70, seconds=0.1) for variant in STUDY.variants)
-    found = extended(more, replace(STUDY, variants=timed), tmp_path)
+    _write(replace(STUDY, variants=timed), tmp_path)
+    found = extended(more, tmp_path)
     assert [variant.name for variant in found.variants] == ["clip", "declip", "slip"]
     assert (found.pairs, found.seeds) == ((200, 400, 800), (0, 1, 2))
     assert found.variants == (*timed, slip)
@@ -57,7 +62,8 @@ def test_a_later_call_may_add_variants_pairs_and_seeds_and_keeps_what_was_measur
     ],
 )
 def test_a_later_call_for_something_else_is_refused(change, named, tmp_path):
-    refuses(named, extended, replace(STUDY, **change), STUDY, tmp_path)
+    _write(STUDY, tmp_path)
+    refuses(named, extended, replace(STUDY, **change), tmp_path)
 
 
 def test_numbers_of_pairs():

@@ -1,7 +1,9 @@
 """Indices of what several processes embedded."""
 
+import os
 import pickle
 import shutil
+import signal
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +14,7 @@ from PIL import Image
 
 import declip
 from conftest import draw, refuses
+from data.fakes import write_tar
 from declip.interchange.declip_file import write_declip_file
 from declip.search import embed as embedding
 from declip.search.joined import _load
@@ -73,9 +76,17 @@ def test_an_embedder_of_texts(weights_file):
 
 def test_an_index_of_parquet_files(rows, weights_file, folder, tmp_path, monkeypatch):
     monkeypatch.setattr("declip.search.joined.PART_ROWS", 7)
-    embedder = declip.Embedder(weights_file, precision="fp32")
-    for number, span in enumerate((slice(5), slice(5, None))):
-        write_rows(tmp_path / f"{number}.parquet", embedder({name: cells[span] for name, cells in rows.items()}))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    import datasets
+
+    images = [*(path.read_bytes() for path in sorted(folder.iterdir())), *rows["image"][24:]]
+    images = [{"bytes": image, "path": None} for image in images]
+    given = datasets.Dataset.from_dict({"id": rows["id"], "image": images})
+    made = given.map(
+        declip.Embedder(weights_file, precision="fp32"), batched=True, batch_size=7, remove_columns=given.column_names
+    )
+    for number, span in enumerate((range(5), range(5, 27))):
+        made.select(span).to_parquet(str(tmp_path / f"{number}.parquet"))
     files, out = str(tmp_path / "*.parquet"), tmp_path / "index"
     index = declip.Index.from_parquet(files, model=weights_file, out=out, dtype="float32")
     own = declip.embed(weights_file, folder, out=tmp_path / "own", dtype="float32", precision="fp32")
@@ -172,3 +183,42 @@ def test_parts_that_do_not_fit_are_refused(model, weights_file, folder, tmp_path
     refuses("another number of images", declip.Index.join, out)
     declip.embed(model, folder, out=out, part=(1, 3))
     refuses("parts of 2 and 3", declip.Index.join, out)
+
+
+@pytest.mark.slow
+def test_ray_with_a_worker_that_is_killed(weights_file, folder, tmp_path, monkeypatch):
+    for name, value in {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_DISABLE_PROGRESS_BARS": "1"}.items():
+        monkeypatch.setenv(name, value)
+    import ray
+    import ray.data
+
+    # --- shards, which each worker reads by declip's reader
+    members = [(f"{n:02d}.{kind}", data) for n, path in enumerate(sorted(folder.iterdir()))
+               for kind, data in (("png", path.read_bytes()), ("txt", path.stem.encode()))]  # fmt: skip
+    write_tar(tmp_path / "shards/0.tar", members[:24])
+    write_tar(tmp_path / "shards/1.tar", members[24:])
+    shards, killed = tmp_path / "shards", tmp_path / "killed"
+    embedder = declip.Embedder(weights_file, source=shards, precision="fp32")
+
+    def work(batch):
+        if 9 in batch["id"] and not killed.exists():
+            killed.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return embedder(batch)
+
+    # --- two workers
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
+    try:
+        rows = ray.data.range(24, override_num_blocks=4).map_batches(work, batch_size=None)
+        rows.write_parquet(str(tmp_path / "rows"))
+    finally:
+        ray.shutdown()
+    # --- all rows are there, once, and equal those of one process
+    assert killed.exists()
+    index = declip.Index.from_parquet(tmp_path / "rows", model=weights_file, out=tmp_path / "made", dtype="float32")
+    whole = declip.embed(weights_file, shards, out=tmp_path / "whole", precision="fp32", dtype="float32")
+    order = np.argsort(index.keys())
+    assert [index.keys()[at] for at in order] == whole.keys()
+    assert (index.vectors(index.ids[order]) - whole.vectors(whole.ids)).abs().max() < 1e-6
+    found = declip.Index.open(index.folder, source=shards)
+    assert found.image(0).tobytes() == found.image(int(found.search(image=found.image(0), k=1)[0].id)).tobytes()

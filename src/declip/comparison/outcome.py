@@ -127,11 +127,8 @@ def factor(a: EfficiencyCurve, b: EfficiencyCurve) -> Factor:
 
 
 def _seed_logs(a: EfficiencyCurve, b: EfficiencyCurve, at: Sequence[FactorAt]) -> np.ndarray | None:
-    """(seeds,) log factor of each seed, None if the seeds are not paired or fewer than two.
-
-    To first order, so that it exists for every seed where the factor exists, even if the curve of that seed alone does
-    not reach the value. Its mean over the seeds is the log of the factor.
-    """
+    """(seeds,) log factor of each seed, with the factor's mean; None if seeds are not paired or fewer than two."""
+    # To first order, so that it exists where the curve of one seed does not reach the value.
     seeds = {*a.seeds, *b.seeds}
     if len(seeds) != 1 or len(a.seeds[0]) < 2 or len(a.pairs) < 2:
         return None

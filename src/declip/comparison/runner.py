@@ -63,8 +63,7 @@ def run(study: Study, out: str | Path, jobs: int | None = None, quiet: bool = Fa
         The outcome, which is also in results.json; `complete` is False after Ctrl-C.
     """
     folder = Path(out).expanduser()
-    earlier = read_study(folder)
-    (study if earlier is None else extended(study, earlier, folder)).check()
+    extended(study, folder).check()
     if jobs is None:
         jobs = cores() if pick_device(study.variants[0].resolve().train.device).type == "cpu" else 1
     with _share_of_machine(jobs):
@@ -92,8 +91,7 @@ def open_folder(study: Study, folder: Path, quiet: bool = True) -> Study:
     if not (folder / STUDY).exists() and any(path.name[0] != "." for path in folder.iterdir()):
         raise UserError(f"'{folder}' is not empty and has no comparison. Choose another folder with --out.")
     with FileLock(folder / ".plan.lock"):
-        earlier = read_study(folder)
-        study = study if earlier is None else extended(study, earlier, folder)
+        study = extended(study, folder)
         study.check_names()
         if study.budget == "compute":
             study = _timed(study, quiet)
@@ -102,14 +100,11 @@ def open_folder(study: Study, folder: Path, quiet: bool = True) -> Study:
 
 
 def _timed(study: Study, quiet: bool) -> Study:
-    """Time a step of the variants that were not timed yet, loading included, and set the steps that fit the budget.
-
-    They and the first variant alternate, so that a machine that slows down does so for all of them.
-    """
+    """Time a step of the new variants, loading included, and set the steps that fit the budget."""
     first, new = study.variants[0], [variant for variant in study.variants if variant.seconds is None]
     if not new:
         return study
-    # --- measure
+    # --- in turns with the first variant, so that a machine that slows down does so for all of them
     overrides = {**WITHOUT_EVALUATION, "data.max_pairs": study.pairs[0]}
     recipes = {variant.name: variant.resolve(overrides) for variant in (first, *new)}
     times: dict[str, list[float]] = {name: [] for name in recipes}

@@ -206,8 +206,11 @@ def read_study(folder: Path) -> Study | None:
         ) from error
 
 
-def extended(study: Study, earlier: Study, folder: Path) -> Study:
-    """Add the variants, pairs and seeds of a new call to the study in a folder."""
+def extended(study: Study, folder: Path) -> Study:
+    """Add the variants, pairs and seeds of a new call to the study in a folder, if there is one."""
+    earlier = read_study(folder)
+    if earlier is None:
+        return study
     # Anything else would change the meaning of earlier trials.
     changed = [
         f"{name} was {getattr(earlier, name)}, now {getattr(study, name)}"

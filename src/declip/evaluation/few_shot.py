@@ -94,10 +94,8 @@ def joint_encoder(model: Encoder) -> tuple[Callable[[Tensor], Tensor], int]:
 
 
 def halves(images: Tensor, width: int) -> Tensor:
-    """(n, v + d), both halves with length 1; of features without negative values, as after a ReLU, the square roots.
-
-    Roots are worth half a point of top-1: few large activations count less.
-    """
+    """(n, v + d), both halves with length 1; of features without negative values, as after a ReLU, the square roots."""
+    # Roots are worth half a point of top-1: few large activations count less.
     before, embedded = images[:, :width], images[:, width:]
     if width:
         before = torch.where(before.amin(dim=1, keepdim=True) >= 0, before.clamp(min=0).sqrt(), before)

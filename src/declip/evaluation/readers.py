@@ -112,12 +112,8 @@ def image_folder(name: str, root: Path) -> Openers:
 
 
 def caltech101(name: str, root: Path) -> Openers:
-    """Open Caltech-101: `root` holds `caltech101/101_ObjectCategories/` with 102 folders.
-
-    As in CLIP (Radford et al. 2021, appendix A), each class has 30 training images; all others are test images. CLIP's
-    sample was not published; this one has seed 0.
-    """
-    # The background is a class, as in CLIP and unlike in torchvision's reader.
+    """Open Caltech-101: 30 training images of each class, all others for the test, as in CLIP (2021, appendix A)."""
+    # The background is a class, unlike in torchvision's reader. CLIP's sample was not published; this one has seed 0.
     folder = root / "caltech101" / "101_ObjectCategories"
     raw = _exactly(name, folder, list(read_prompts(name).classes))
     return {

@@ -1,5 +1,6 @@
 """Atomic writing of files and folders, and the cache folder."""
 
+import csv
 import errno
 import hashlib
 import os
@@ -10,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
@@ -81,6 +82,18 @@ def atomic_write(
     finally:
         if target.parent.is_dir():
             remove(partial)
+
+
+@contextmanager
+def csv_table(path: Path, header: Iterable[str]) -> Iterator[Any]:
+    """Write a table, see `atomic_write`; yields its csv writer."""
+    with (
+        atomic_write(path, "choose another path with --out") as target,
+        target.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
+    ):
+        table = csv.writer(file)
+        table.writerow(header)
+        yield table
 
 
 @contextmanager

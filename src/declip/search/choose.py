@@ -1,6 +1,5 @@
 """Choose the images to caption next: together, their features are close to those of most other images."""
 
-import csv
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from declip.data.pair import PairSource, SkipCounter
 from declip.data.sources.python_items import Items
 from declip.errors import UserError, check_range
 from declip.evaluation.encode import Encoder
-from declip.io.atomic import atomic_write, csv_path
+from declip.io.atomic import csv_path, csv_table
 from declip.io.text import FORMULA, percent
 from declip.models.inference import Engine, Precision
 from declip.search.embed import open_or_embed
@@ -56,12 +55,7 @@ class ChosenImages:
 
     def write(self, out: Path) -> None:
         """Write a table with a row for each image and an empty column for its caption."""
-        with (
-            atomic_write(out, "choose another path with --out") as target,
-            target.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
-        ):
-            table = csv.writer(file)
-            table.writerow(["image", "caption", "coverage"])
+        with csv_table(out, ("image", "caption", "coverage")) as table:
             table.writerows([image_cell(self.index, hit.id, out.parent), "", f"{hit.score:.4f}"] for hit in self.images)
 
 
@@ -91,8 +85,7 @@ def choose(
         have: A source of pairs by its path: its images with captions count as chosen from the start.
         out: A .csv file to write, with the columns image, caption (empty) and coverage.
         index: The folder of the images' index; by default one below "indices", which `declip app` uses too.
-        precision: As in `declip.load`; a model that is given as an object stays as it is.
-        engine: As `precision`.
+        precision, engine: As in `declip.load`; a model that is given as an object stays as it is.
         seed: Of the sample, if there are more than `MOST` images.
 
     Examples:

@@ -1,10 +1,9 @@
 """Classify images: a probability of each class that the user names."""
 
-import csv
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from glob import glob
 from pathlib import Path
@@ -22,7 +21,7 @@ from declip.evaluation.encode import Encoder, encode_batches
 from declip.evaluation.few_shot import joint_encoder
 from declip.evaluation.zero_shot import class_features, logit_scale, read_templates
 from declip.interchange.read import load
-from declip.io.atomic import atomic_write, csv_path
+from declip.io.atomic import csv_path, csv_table
 from declip.io.text import plain_cell
 from declip.models.inference import Engine, Precision, fingerprint
 from declip.search.class_names import NONE, read_options
@@ -113,7 +112,8 @@ def classify(
     result = Classification(dict.fromkeys([*scorer.names, *([NONE] if reject else [])], 0), classifier=classifier)
     # --- classify and write batch by batch
     batches = [range(start, min(start + batch_size, len(source))) for start in range(0, len(source), batch_size)]
-    with nullcontext() if path is None else _open_table(path, scorer.names) as table:
+    header = ("image", "class", "probability", *map(plain_cell, scorer.names))
+    with nullcontext() if path is None else csv_table(path, header) as table:
         for vectors, keys, broken in encode_batches(encoder, source, _read, batches, workers, progress, scorer.encode):
             result.skipped.merge(broken)
             for prediction in scorer.predict(keys, vectors) if keys else ():
@@ -168,18 +168,6 @@ def _by_examples(encoder: Encoder, classifier: Classifier, reject: bool) -> _Sco
 
 def _read(source: ImageSource, place: int) -> tuple[LazyImage, str]:
     return source.read_lazy(place).image, source.key(place)
-
-
-@contextmanager
-def _open_table(out: Path, classes: Sequence[str]) -> Iterator[Any]:
-    """Open a table, which appears when all predictions are written."""
-    with (
-        atomic_write(out, "choose another path with --out") as target,
-        target.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
-    ):
-        table = csv.writer(file)
-        table.writerow(["image", "class", "probability", *map(plain_cell, classes)])
-        yield table
 
 
 def _open(images: str | Path | PairSource | Items, columns: Columns) -> ImageSource:

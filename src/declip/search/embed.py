@@ -134,12 +134,9 @@ def open_or_embed(
 def find_changes(
     source: ImageSource, span: range, writer: Writer, progress: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Compare a span of a source with the rows that were embedded of it, by key and stamp (`_stamped`).
+    """The places to embed, and the ids of rows to drop, because their image has left the source or has changed.
 
-    Memory is 8 bytes for a key or a row, whatever their text: they are compared by hashes of 64 bits.
-
-    Returns:
-        The places to embed, and the ids of rows to drop, because their image has left the source or has changed.
+    Keys and stamps (`_stamped`) are compared by hashes of 64 bits, so that memory is 8 bytes for a key or a row.
     """
     keys = np.fromiter((hash64(source.key(place)) for place in span), np.uint64, len(span))
     ordered, counts = np.unique(keys, return_counts=True)

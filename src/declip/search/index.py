@@ -50,11 +50,7 @@ class Index:
         model: The model that made the index, or its new path; the default is the path in index.json.
         source: New path of the images, if they were moved.
         device: Device of the model.
-        precision: Of queries, as in `declip.load`; they may differ from those of the index.
-        engine: As in `declip.load`.
-
-    Raises:
-        UserError: There is no index, it is damaged, or another version of declip wrote it.
+        precision, engine: Of queries, as in `declip.load`; they may differ from those of the index.
 
     Examples:
         >>> hits = declip.Index("indices/photos").search("a red square", k=3)

@@ -107,10 +107,7 @@ def write_blocks(target: Path, blocks: Iterable[Block], count: int) -> None:
 
 
 class Store:
-    """The rows and vectors in a folder that `write_blocks` wrote. A position is the number of a row.
-
-    A damaged file is a `UserError`, a missing one FileNotFoundError.
-    """
+    """The rows and vectors in a folder of `write_blocks`. Damage is a `UserError`, a missing file FileNotFoundError."""
 
     # Only the ids are read here. The vectors stay mapped from the disk, and rows are decoded by groups.
     def __init__(self, folder: Path, index: Path, info: IndexInfo) -> None:
@@ -213,10 +210,7 @@ def _check_layout(file: pq.ParquetFile) -> list[int]:
 
 
 class Writer:
-    """Adds parts to an index in a locked folder; readers see nothing of them before `finish`.
-
-    An index, or parts of one, of another model, source or option than wanted are refused.
-    """
+    """Adds parts to an index in a locked folder, of the wanted model and options; readers see none before `finish`."""
 
     def __init__(self, folder: Path, wanted: IndexInfo) -> None:
         self.folder, self._unfinished = folder, folder / UNFINISHED
