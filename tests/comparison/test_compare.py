@@ -58,7 +58,7 @@ def test_every_run_is_what_declip_train_gives(recipes, table, tmp_path):
     assert (row["loss"], row["samples"]) == (alone.metrics[-1]["loss"], 8 * 8)
     (measure,) = outcome.facts
     assert measure == f"{table}: R@1"
-    assert outcome.curve("clip", measure).values[0] == (by_measure(alone.results)[measure].headline.value,)
+    assert outcome.curves()[measure]["clip"].values[0] == (by_measure(alone.results)[measure].headline.value,)
     kept = {path.name for path in folder_of(tmp_path / "out", outcome.study.trials()[0]).iterdir()}
     assert {"result.json", "recipe.yaml", "metrics.jsonl", "checkpoints"} - kept == {"checkpoints"}
 

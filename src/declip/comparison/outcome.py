@@ -201,18 +201,16 @@ class Outcome:
             found.setdefault(name, result)
         return found
 
-    def curve(self, variant: str, measure: str) -> EfficiencyCurve:
-        """The score of a variant against the number of pairs, of the finished trials."""
-        values: dict[int, dict[int, float]] = {pairs: {} for pairs in self.study.pairs}
-        # Unfinished trials leave gaps, which the curve skips.
-        for pairs, seed in product(self.study.pairs, self.study.seeds):
-            if result := self.results.get(Trial(variant, pairs, seed).id, {}).get(measure):
-                values[pairs][seed] = result.headline.value
-        return curve_of(values)
-
-    def curves(self) -> dict[str, Curves]:
-        """All curves by measure."""
-        return {m: {variant: self.curve(variant, m) for variant in self.study.names} for m in self.facts}
+    def curves(self) -> dict[str, dict[str, EfficiencyCurve]]:
+        """The curves by measure and variant; unfinished trials leave gaps, which a curve skips."""
+        study, found = self.study, dict[str, dict[str, EfficiencyCurve]]()
+        for measure, variant in product(self.facts, study.names):
+            values: dict[int, dict[int, float]] = {pairs: {} for pairs in study.pairs}
+            for pairs, seed in product(study.pairs, study.seeds):
+                if result := self.results.get(Trial(variant, pairs, seed).id, {}).get(measure):
+                    values[pairs][seed] = result.headline.value
+            found.setdefault(measure, {})[variant] = curve_of(values)
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to a JSON-ready tree: the study, the finished runs and the failures."""

@@ -166,7 +166,8 @@ def encode_batches(
     size = max(map(len, batches), default=1) if pinned else READ_AT_ONCE  # joining would copy to other memory
     parts = [batch[start : start + size] for batch in batches for start in range(0, len(batch), size)]
     title = f"Images of {source.name}" if progress else ""
-    stream = mapped(partial(read_images, preprocess_of(model), partial(read, source)), parts, workers, title, pinned)
+    preprocess = getattr(model, "preprocessor", model.preprocess)  # on the host, where a worker may use it
+    stream = mapped(partial(read_images, preprocess, partial(read, source)), parts, workers, title, pinned)
     encode_all = image_encoder(model) if encode is None else lambda pixels: encode(normalized(model, pixels))
     for batch in batches:
         pixels, rows, skipped = list[Tensor](), list[Any](), SkipCounter()
@@ -195,11 +196,6 @@ def _finite(features: Tensor, what: str) -> Tensor:
             "checkpoint, or train with a lower train.lr."
         )
     return features
-
-
-def preprocess_of(model: Encoder) -> Callable[[list[Image.Image]], Tensor]:
-    """The model's preprocessing on the host, where a worker may use it; `preprocess` moves to the device."""
-    return getattr(model, "preprocessor", model.preprocess)
 
 
 def read_images(

@@ -105,10 +105,11 @@ def classify(
     options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "progress": progress}
     if examples is not None:
         classifier = Classifier.fit(encoder, names, examples, templates=prompts, label_column=label_column, **options)
-    if classifier is not None:
-        scorer = _by_examples(encoder, classifier, reject)
-    else:
-        scorer = _by_names(encoder, names, prompts, batch_size)
+    scorer = _scorer(encoder, classifier, names, prompts, batch_size)
+    if reject:
+        if classifier is None or classifier.rejection is None:
+            raise UserError("--reject requires examples of three classes or more, with two images of one or more.")
+        scorer = scorer._replace(threshold=classifier.rejection.threshold)
     result = Classification(dict.fromkeys([*scorer.names, *([NONE] if reject else [])], 0), classifier=classifier)
     # --- classify and write batch by batch
     batches = [range(start, min(start + batch_size, len(source))) for start in range(0, len(source), batch_size)]
@@ -149,21 +150,17 @@ class _Scorer(NamedTuple):
             yield Prediction(key, NONE if other else best, probabilities[best], probabilities)
 
 
-def _by_names(encoder: Encoder, names: Sequence[str], prompts: Sequence[str], batch_size: int) -> _Scorer:
-    """CLIP's zero-shot classification: the logit scale times the cosines."""
+def _scorer(
+    encoder: Encoder, classifier: Classifier | None, names: Sequence[str], prompts: Sequence[str], batch_size: int
+) -> _Scorer:
+    """The scores of a classifier; without one CLIP's zero-shot classification, the logit scale times the cosines."""
+    if classifier is not None:
+        if fingerprint(encoder) != classifier.model:
+            raise UserError("The head was fitted to another model. Give that model, or fit it again with --examples.")
+        return _Scorer(classifier.classes, joint_encoder(encoder)[0], classifier.head.scores)
     encoder.tokenize([""])  # a model without a text tower fails before processes start
     texts, scale = class_features(encoder, names, prompts, batch_size=batch_size).double(), logit_scale(encoder)
     return _Scorer(names, None, lambda vectors: scale * vectors.double() @ texts.T)
-
-
-def _by_examples(encoder: Encoder, classifier: Classifier, reject: bool) -> _Scorer:
-    """The scores of a classifier of examples."""
-    if fingerprint(encoder) != classifier.model:
-        raise UserError("The head was fitted to another model. Give that model, or fit it again with --examples.")
-    if reject and classifier.rejection is None:
-        raise UserError("--reject requires examples of three classes or more, with two images of one of them or more.")
-    threshold = classifier.rejection.threshold if reject and classifier.rejection else -math.inf
-    return _Scorer(classifier.classes, joint_encoder(encoder)[0], classifier.head.scores, threshold)
 
 
 def _read(source: ImageSource, place: int) -> tuple[LazyImage, str]:

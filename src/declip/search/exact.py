@@ -9,7 +9,6 @@ from torch.nn.functional import normalize
 from declip.errors import UserError
 
 ROWS = 8_192  # vectors whose products are kept at a time
-SHORTEST = 1e-6  # length of a weighted sum of two unit vectors below which they cancel
 BLOCK_BYTES = 2 << 20  # float32 bytes of a block, which stays in a core's cache between conversion and product
 
 
@@ -56,6 +55,6 @@ def mix(text: Tensor, image: Tensor, weights: tuple[float, float]) -> Tensor:
     if len(weights) != 2 or not all(map(math.isfinite, weights)):
         raise UserError(f"weights is {weights}; give two numbers, of text and image, such as 0.7,0.3.")
     both = weights[0] * text + weights[1] * image
-    if both.norm() < SHORTEST:
+    if both.norm() < 1e-6:
         raise UserError(f"With weights {weights[0]:g} and {weights[1]:g} nothing is left of the query. Give others.")
     return normalize(both, dim=-1)
