@@ -136,15 +136,6 @@ def test_labels_and_splits(folder, kind):
     }
 
 
-def test_captions_stay_with_labels_and_all_rows_are_the_test(folder):
-    rows = [(name, label, f"a photo of one {label}") for name, label, _ in ROWS]
-    dataset = open_dataset(_write(folder, "jsonl", ("image", "class_name", "caption"), rows))
-    assert list(dataset.openers) == ["test"]
-    test = dataset.split("test")
-    assert test.labels.tolist() == [1, 0, 1, 0]
-    assert test[0].captions == ("a photo of one dog",)
-
-
 def test_the_column_is_chosen_by_name(folder):
     rows = [("a.jpg", "x", "warm"), ("b.jpg", "y", "cold")]
     path = _write(folder, "csv", ("image", "label", "tempr"), rows)

@@ -14,7 +14,7 @@ from declip.api import evaluate
 from declip.errors import UserError
 from declip.evaluation.datasets import Dataset
 from declip.evaluation.protocols import SETS, Options, evaluate_all, evaluate_suite
-from declip.evaluation.results import LinearProbeResult, Measure, ZeroShotResult, read_result, short_names
+from declip.evaluation.results import LinearProbeResult, Measure, read_result, short_names
 from declip.interchange.export import export
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schema import Recipe
@@ -23,16 +23,6 @@ from declip.reports.run import results_table
 from evaluation import trees
 
 NAMES = ("red", "green", "blue", "yellow", "cyan", "magenta", "white")
-
-
-def test_zero_shot_of_a_model_that_knows_its_colors(model, painted):
-    source = painted(["red", "blue", "cyan", "white"], classes=NAMES, broken=[1])
-    result = evaluate(model, source)
-    assert isinstance(result, ZeroShotResult)
-    assert (result.top1, result.top5, result.mean_per_class) == (1.0, 1.0, 1.0)
-    assert (result.n, result.classes, result.measures()[0].times_chance) == (3, 7, 7.0)
-    assert result.skipped == {"truncated image": 1}
-    assert (result.dataset, result.templates) == ("painted", "plain")
 
 
 @pytest.mark.parametrize(
@@ -54,7 +44,7 @@ def test_tasks_share_the_images(model, painted):
     source = painted(["red", "green", "blue"], classes=NAMES, broken=[1])
     zero_shot, retrieval = evaluate_all(model, source, ("zero-shot", "retrieval"), Options(progress=False))
     assert [kind for kind, *_ in model.passes].count("image") == 1
-    assert zero_shot.top1 == 1.0
+    assert (zero_shot.top1, zero_shot.top5, zero_shot.mean_per_class, zero_shot.n) == (1.0, 1.0, 1.0, 2)
     assert (retrieval.text_to_image.r1, retrieval.image_to_text.r1) == (1.0, 1.0)
     assert retrieval.text_to_image.chance1 == pytest.approx(1 / 2)
 

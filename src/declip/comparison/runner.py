@@ -116,11 +116,11 @@ def _timed(study: Study, quiet: bool) -> Study:
     # --- as if the machine were as fast as when the first variant was timed
     base = measured[first.name]
     scale = (first.seconds or base) / base
-    timed = {
-        name: {"steps": max(1, int(first.steps * (base / own))), "seconds": scale * own}
-        for name, own in measured.items()
-    }
-    variants = (replace(one, **timed[one.name]) if one.seconds is None else one for one in study.variants)
+    variants = list(study.variants)
+    for place, variant in enumerate(variants):
+        if variant.seconds is None:
+            own = measured[variant.name]
+            variants[place] = replace(variant, steps=max(1, int(first.steps * (base / own))), seconds=scale * own)
     return replace(study, variants=tuple(variants))
 
 

@@ -64,7 +64,7 @@ def join_parts(folder: Path) -> None:
                 start += len(ids)
                 yield Block(block.table.set_column(0, block.table.schema.field("id"), ids), block.matrices)
 
-    made = first.part.model_copy(update={"number": 0})  # type: ignore[union-attr]
+    made = first.part.model_copy(update={"number": 0})
     wanted = first.model_copy(update={"part": made, "generation": 0})
     _write(folder, wanted, {info.precision for info in infos}, blocks(), sum(info.rows for info in infos), skipped)
 
@@ -224,7 +224,7 @@ class Embedder:
         else:
             places: Sequence[int] = range(len(ids))
             if self.source is None:
-                items = [(image, None) for image in _column(batch, self.image, "image")]
+                items: list[Any] = [(image, None) for image in _column(batch, self.image, "image")]
                 source = ImageSource(ItemSource(items or [None]), captioned=False)
             else:
                 places, source = ids, _open(self.source, self.columns)

@@ -116,7 +116,8 @@ class Store:
         with self._reading():
             self._file = pq.ParquetFile(folder / ROWS, memory_map=True)
             sizes = _check_layout(self._file)
-            for over in MATRICES if info.captions else ("images",):
+            kinds: list[Over] = ["images", "captions"] if info.captions else ["images"]
+            for over in kinds:
                 # Mode "c" (copy on write) because torch warns about arrays that are not writable.
                 matrix = self.matrices[over] = np.load(folder / MATRICES[over], mmap_mode="c")
                 if (matrix.shape, matrix.dtype) != ((sum(sizes), info.dimension), np.dtype(info.dtype)):
