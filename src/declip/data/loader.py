@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import NamedTuple
 
@@ -84,33 +85,29 @@ class Order:
         return self._group[1]
 
 
+@dataclass(eq=False)
 class Assembler:
     """Builds the batch of any step; each of `ranks` builds consecutive pairs of a batch of `batch_size`.
 
     Everything random about pair i in epoch e comes from a generator seeded by (seed, e, i): texts, mask, each view.
     """
 
-    def __init__(
-        self,
-        source: PairSource,
-        tokenizer: CaptionTokenizer,
-        plan: Plan,
-        *,
-        batch_size: int,
-        seed: int,
-        shuffle_buffer: int | None = None,
-        rank: int = 0,
-        ranks: int = 1,
-    ) -> None:
-        if len(source) < batch_size:
+    source: PairSource
+    tokenizer: CaptionTokenizer
+    plan: Plan
+    batch_size: int
+    seed: int
+    shuffle_buffer: int | None = None
+    rank: int = 0
+    ranks: int = 1
+
+    def __post_init__(self) -> None:
+        if len(self.source) < self.batch_size:
             raise UserError(
-                f"'{source.name}' holds {len(source)} pairs, fewer than one batch of {batch_size}. "
+                f"'{self.source.name}' holds {len(self.source)} pairs, fewer than one batch of {self.batch_size}. "
                 "Set a smaller train.batch_size, or add pairs."
             )
-        self.source, self.tokenizer, self.plan = source, tokenizer, plan
-        self.batch_size, self.seed = batch_size, seed
-        self.rank, self.ranks = rank, ranks
-        order = Order(source, batch_size, seed, shuffle_buffer)
+        order = Order(self.source, self.batch_size, self.seed, self.shuffle_buffer)
         self.steps_per_epoch, self.indices = order.steps_per_epoch, order.indices
 
     def __getitem__(self, step: int) -> PairBatch:
@@ -201,25 +198,21 @@ def _pad(rows: list[list[int]], length: int, value: int) -> torch.Tensor:
     return torch.from_numpy(padded)
 
 
+@dataclass(eq=False)
 class PairLoader(Iterator[PairBatch], AbstractContextManager["PairLoader"]):
     """Yields the batches from `start_step` on; broken pairs are left out, and counted when their batch is yielded."""
 
-    def __init__(
-        self,
-        assembler: Assembler,
-        *,
-        start_step: int = 0,
-        workers: int = 0,
-        pin_memory: bool = False,
-        max_broken_fraction: float = 0.05,
-    ) -> None:
-        self.assembler = assembler
-        self.step = start_step  # of the next batch
+    assembler: Assembler
+    start_step: int = 0
+    workers: int = 0
+    pin_memory: bool = False
+    max_broken_fraction: float = 0.05
+
+    def __post_init__(self) -> None:
+        self.step = self.start_step  # of the next batch
         # Of the batches yielded so far: the broken pairs, and the number of all pairs.
         self.skipped, self.seen = SkipCounter(), 0
-        self.steps_per_epoch, self.indices = assembler.steps_per_epoch, assembler.indices
-        self._workers, self._pin_memory = workers, pin_memory
-        self._max_broken_fraction = max_broken_fraction
+        self.steps_per_epoch, self.indices = self.assembler.steps_per_epoch, self.assembler.indices
         self._batches: Iterator[PairBatch | UserError] | None = None
         self._closed = False
 
@@ -228,7 +221,7 @@ class PairLoader(Iterator[PairBatch], AbstractContextManager["PairLoader"]):
             raise StopIteration
         if self._batches is None:
             work, steps = partial(_batch_or_error, self.assembler), itertools.count(self.step)
-            self._batches = computed(work, steps, self._workers, self._pin_memory)
+            self._batches = computed(work, steps, self.workers, self.pin_memory)
         with naming_lost_workers(f" at step {self.step}"):
             batch = next(self._batches)
         if isinstance(batch, UserError):
@@ -253,11 +246,11 @@ class PairLoader(Iterator[PairBatch], AbstractContextManager["PairLoader"]):
         self.seen += usable + len(skipped)
         for broken in skipped:
             self.skipped.add(broken)
-        allowed = self._max_broken_fraction * self.seen
+        allowed = self.max_broken_fraction * self.seen
         # Three standard errors are allowed on top: the first pairs may be the broken ones by chance.
         if self.seen >= SEEN_BEFORE_STOPPING and self.skipped.total > allowed + 3 * allowed**0.5:
             self.close()
-            raise self.skipped.refusal(self.seen, self._max_broken_fraction, self.assembler.source.name)
+            raise self.skipped.refusal(self.seen, self.max_broken_fraction, self.assembler.source.name)
 
 
 def _batch_or_error(assembler: Assembler, step: int) -> PairBatch | UserError:
