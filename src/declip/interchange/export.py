@@ -192,10 +192,8 @@ def without_folders(given: str) -> str:
 def trace(where: str | Path | DualEncoder | Traced, model: DualEncoder | None = None) -> Traced:
     """Load a model on the CPU, with the origin that its folder records; a loaded model keeps its device.
 
-    Heads that came with foreign weights are kept; those of a run stay in its checkpoints.
-
-    Args:
-        model: The model of a run with one checkpoint, if it is in memory.
+    Heads that came with foreign weights are kept; those of a run stay in its checkpoints. `model` is that of a run with
+    one checkpoint, if it is in memory.
     """
     if isinstance(where, Traced):
         return where

@@ -74,7 +74,7 @@ def read(where: str) -> Weights:
 
     def get(offline: bool) -> str:
         published = "open_clip_model.safetensors" if config.hf_hub_filename else "model.safetensors"
-        return huggingface_hub.hf_hub_download(config.hf_hub_id, published, local_files_only=offline)
+        return huggingface_hub.hf_hub_download(str(config.hf_hub_id), published, local_files_only=offline)
 
     content = read_tensors(Path(file or fetch(where, get, f"{PREFIX}NAME/FILE")).expanduser())
     state = unwrapped(content, "state_dict_ema", "model_ema", "state_dict", "model")

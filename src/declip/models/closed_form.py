@@ -125,8 +125,7 @@ def solve(
 ) -> tuple[tuple[Tensor, Tensor], list[tuple[Tensor, Tensor]]]:
     """Principal axes, (v, v) and (w, w), and projections (k, v) and (k, w) of features in these axes by each form.
 
-    Args:
-        widths: Numbers of directions that a ridge refers to the mean variance of; None: all.
+    A ridge refers to the mean variance of `widths` directions, by default all.
     """
     (x_variances, x_axes), (y_variances, y_axes) = map(torch.linalg.eigh, moments[:2])  # the dominant cost: O(v³)
     variances = [x_variances.clamp(min=0), y_variances.clamp(min=0)]

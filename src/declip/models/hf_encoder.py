@@ -46,11 +46,6 @@ SIZES = {
 """Keys of a configuration that are read: sizes, dropout, activation; others name other tasks, files or code."""
 
 
-def is_plain(config: Mapping[str, Any]) -> bool:
-    """Whether `Bert` computes what transformers computes for a configuration."""
-    return config["model_type"] == "bert" and config["hidden_act"] == "gelu"
-
-
 class Bert(nn.Module):
     """BERT's embeddings and blocks (Devlin et al. 2019, arXiv 1810.04805).
 
@@ -143,8 +138,8 @@ class TextEncoder:
 
     def build(self) -> nn.Module:
         """Build the encoder without its pooler, with the weights of `folder` or random ones."""
-        if self.filled_later and is_plain(self.config):
-            return Bert(self.config)
+        if self.filled_later and (self.config["model_type"], self.config.get("hidden_act")) == ("bert", "gelu"):
+            return Bert(self.config)  # which computes what transformers computes
         auto = _transformers().AutoModel
         options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "sdpa"}
         if self.config["model_type"] != "distilbert":  # which has no pooler

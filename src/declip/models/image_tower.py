@@ -210,7 +210,7 @@ def _create(name: str, size: int, options: dict[str, Any], weights: Mapping[str,
         )
     # Without a classifier to leave out timm loads weights strictly.
     published = None if weights is None else {"state_dict": dict(weights), "classifier": None}
-    source = {"pretrained": published is not None, "pretrained_cfg_overlay": published}
+    source: dict[str, Any] = {"pretrained": published is not None, "pretrained_cfg_overlay": published}
     try:
         with torch.no_grad():
             return timm.create_model(base, num_classes=0, **source, **options)

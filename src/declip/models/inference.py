@@ -51,10 +51,8 @@ SAME = 1e-5  # in float32, of another engine
 def fingerprint(model: Any, tensors: Mapping[str, Tensor] | None = None) -> str:
     """SHA-256, in hexadecimal, of a model: class, tensors, settings of its towers, preprocessing and tokenizer.
 
-    A model that was converted to another precision has the one of its float32 weights.
-
-    Args:
-        tensors: Tensors of the model in the types of the file, if it was built in part.
+    A model that was converted to another precision has the one of its float32 weights. `tensors` are those of the file,
+    in its types, if the model was built in part.
     """
     if converted := getattr(model, "fingerprint", ""):
         return str(converted)
