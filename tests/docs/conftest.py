@@ -28,7 +28,6 @@ from evaluation import trees
 from golden_cases import read_state
 from text_encoders import roberta
 
-SIDE = 40
 FIRST = 0x1F34E
 """Code point of the first drawing: the red apple, which the pages name."""
 
@@ -69,9 +68,8 @@ def emoji_cache(tmp_path_factory):
             row = {"key": f"{design.key}/{code}", "design": design.key, "code": code, "drawing": name, "name": name}
             row |= {"category": shape, "group": shape, "held_out": color == COLOURS[-1]}
             rows.append({**row, "captions": [name, f"{shape} in {color}"]})
-            pixels.append(np.asarray(draw(color, shape, SIDE)))
+            pixels.append(np.asarray(draw(color, shape, EMOJI.side)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(EMOJI), "side", SIDE)
         patch.setattr(type(EMOJI), "credit", lambda self, row: "drawn for a test")
         EMOJI.write(EMOJI.folder(cache), zip(rows, pixels, strict=True), {})
     return cache
@@ -129,7 +127,7 @@ def world(emoji_cache, tmp_path_factory):
         write_tables(folder, "pairs", "builtin:emoji")
         write_tables(folder, "heldout", "builtin:emoji-test")
         write_data(folder / "data", folder / "pictures")
-        draw(COLOURS[0], SHAPES[0], SIDE).save(folder / "photo.jpg")
+        draw(COLOURS[0], SHAPES[0]).save(folder / "photo.jpg")
         runs = folder / "runs"
         for name, recipe in {
             "demo": declip.load_recipe("demo-declip"),
@@ -197,4 +195,4 @@ def finish(folder, model):
 def one_template(name):
     """Read a prompt set with one template: ImageNet's has 80,000 sentences."""
     prompts = read_prompts(name)
-    return replace(prompts, templates=prompts.templates[:1])
+    return prompts._replace(templates=prompts.templates[:1])
