@@ -18,9 +18,7 @@ from declip.errors import UserError
 from declip.models.dual_encoder import DualEncoder
 from declip.models.inference import fingerprint
 from declip.reports.sheets import search_sheet
-from declip.search import exact
-from declip.search.exact import nearest
-from declip.search.index import Index
+from declip.search.index import Index, nearest
 from declip.search.info import INFO
 from declip.search.store import SCHEMA
 from indices import tiny_model, write_index
@@ -210,8 +208,8 @@ def test_an_export_for_approximate_search(tmp_path, command, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_nearest_equals_a_loop_in_float64(dtype, monkeypatch):
-    monkeypatch.setattr(exact, "ROWS", 30)
-    monkeypatch.setattr(exact, "BLOCK_BYTES", 4 * 24 * 7)  # 7 rows: blocks do not divide the parts
+    monkeypatch.setattr("declip.search.index.ROWS", 30)
+    monkeypatch.setattr("declip.search.index.BLOCK_BYTES", 4 * 24 * 7)  # 7 rows: blocks do not divide the parts
     generator = torch.Generator().manual_seed(0)
     vectors = torch.randn(100, 24, generator=generator).to(dtype)
     queries = torch.randn(5, 24, generator=generator)

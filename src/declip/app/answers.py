@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, Response
 from declip.app.requests import LARGEST_UPLOAD, ImageQuestion, OneLine, Template, Text, read_body, read_image
 from declip.app.state import state_of, templates_of
 from declip.errors import UserError
-from declip.search.exact import mix
+from declip.search.index import mix
 from declip.search.info import Over
 
 MOST_PROMPTS = 8_000  # classes times templates: all are encoded while the page waits

@@ -1,5 +1,6 @@
 """An index of images: searched by text, by image or both."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,8 +9,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
+import torch
 from PIL import Image
-from torch import Tensor, as_tensor, float32, from_numpy
+from torch import Tensor
+from torch.nn.functional import normalize
 
 from declip.data.images.decode import decode
 from declip.data.pair import BrokenPair, PairSource, SkipCounter, printable
@@ -23,12 +26,13 @@ from declip.interchange.read import load, read_text
 from declip.io.atomic import atomic_write
 from declip.models.device import pick_device
 from declip.models.inference import Engine, Precision, convert, fingerprint
-from declip.search.exact import mix, nearest
 from declip.search.info import Dtype, Over
 from declip.search.joined import join_parquet, join_parts
 from declip.search.store import PART_ROWS, IndexedImage, describe_model, open_index
 
 MOST = 10_000  # maximum number of results of a search
+ROWS = 8_192  # vectors whose products are kept at a time
+BLOCK_BYTES = 2 << 20  # float32 bytes of a block, which stays in a core's cache between conversion and product
 
 
 @dataclass(frozen=True)
@@ -193,14 +197,14 @@ class Index:
 
     def nearest(self, queries: Tensor, k: int, *, over: Over = "images") -> tuple[Tensor, Tensor]:
         """Find ids (n, k') int64 and cosines (n, k') float32 nearest to vectors (n, d) of length 1, the best first."""
-        queries = as_tensor(queries, dtype=float32)
+        queries = torch.as_tensor(queries, dtype=torch.float32)
         if queries.ndim != 2 or queries.shape[1] != self.info.dimension or k < 0 or not queries.isfinite().all():
             raise UserError(
                 f"queries has shape {tuple(queries.shape)} and k is {k}; expected (n, {self.info.dimension}) without "
                 "NaN, and k >= 0."
             )
         # Images without captions have vectors of zeros among those of captions.
-        ids, vectors = from_numpy(self.ids), from_numpy(self._store.matrix(over))
+        ids, vectors = torch.from_numpy(self.ids), torch.from_numpy(self._store.matrix(over))
         return nearest(queries, ids, vectors, k, skip_zeros=over == "captions")
 
     def export(self, path: str | Path, over: Over = "images") -> Path:
@@ -225,7 +229,7 @@ class Index:
 
     def vectors(self, ids: Sequence[int] | np.ndarray, over: Over = "images") -> Tensor:
         """(n, d) float32, the vectors of images, or of their captions: zeros if an image has none."""
-        return as_tensor(self._store.matrix(over)[self._store.positions(ids)], dtype=float32)
+        return torch.as_tensor(self._store.matrix(over)[self._store.positions(ids)], dtype=torch.float32)
 
     def keys(self) -> list[str]:
         """The key of each image in the order of `ids`; several images may share one."""
@@ -280,3 +284,51 @@ class Index:
     def _places(self) -> dict[str, int]:
         """The first place of each key in the source as it is now."""
         return {self._source.key(place): place for place in reversed(range(len(self._source)))}
+
+
+def nearest(queries: Tensor, ids: Tensor, vectors: Tensor, k: int, skip_zeros: bool = False) -> tuple[Tensor, Tensor]:
+    """Find the vectors with the largest products, taken in float32 whatever the vectors' type.
+
+    The plain loop::
+
+        scores = [(q @ vector, id) for id, vector in zip(ids, vectors) if vector.any() or not skip_zeros]
+        sorted(scores, key=lambda pair: (-pair[0], pair[1]))[:k]
+
+    Which of several equal scores come last is arbitrary. Queries are (n, d) float32, ids (m,) int64, increasing,
+    vectors (m, d) of any float type. Returns ids and scores, (n, k'), the best first, where k' is `k` or the number of
+    vectors if that is smaller.
+    """
+    n, d = queries.shape
+    rows = max(1, BLOCK_BYTES // (4 * d))
+    buffer = torch.empty(rows, d)
+    best_ids, best = torch.empty(n, 0, dtype=torch.int64), torch.empty(n, 0)
+    for own, block in zip(ids.split(ROWS), vectors.split(ROWS), strict=True):
+        # --- products, (n, rows of the block)
+        scores = torch.empty(n, len(block))
+        for start in range(0, len(block), rows):
+            piece = block[start : start + rows]
+            if piece.dtype != torch.float32:
+                piece = buffer[: len(piece)].copy_(piece)
+            scores[:, start : start + rows] = queries @ piece.T
+        if skip_zeros:
+            scores.masked_fill_(~block.any(1), -torch.inf)
+        # --- the best of the block
+        places = scores.topk(min(k, scores.shape[1])).indices  # of equal ones at its end it takes any
+        places = places.sort(dim=1).values  # (n, k) by id, so that stable sorting orders equal scores by id
+        # --- the best so far
+        best_ids = torch.cat([best_ids, own[places]], dim=1)
+        best = torch.cat([best, scores.gather(1, places)], dim=1)
+        order = best.argsort(dim=1, descending=True, stable=True)[:, :k]
+        best_ids, best = best_ids.gather(1, order), best.gather(1, order)
+    shown = int(best.isfinite().sum(1).min()) if n else 0
+    return best_ids[:, :shown], best[:, :shown]
+
+
+def mix(text: Tensor, image: Tensor, weights: tuple[float, float]) -> Tensor:
+    """Normalized weighted sum of two unit vectors (d,); raises `UserError` if they cancel."""
+    if len(weights) != 2 or not all(map(math.isfinite, weights)):
+        raise UserError(f"weights is {weights}; give two numbers, of text and image, such as 0.7,0.3.")
+    both = weights[0] * text + weights[1] * image
+    if both.norm() < 1e-6:
+        raise UserError(f"With weights {weights[0]:g} and {weights[1]:g} nothing is left of the query. Give others.")
+    return normalize(both, dim=-1)
