@@ -7,6 +7,7 @@ import struct
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from data.fakes import reason_of
 from declip.data.pair import LONGEST_CAPTION, BrokenPair
@@ -117,8 +118,6 @@ def test_what_cameras_write_is_no_caption_and_a_damaged_image_has_none(tmp_path)
 def test_other_formats(tmp_path, kind):
     image, packet = Image.new("RGB", (8, 8), "red"), xmp(ALT.format("title", "A bird"))
     if kind == ".png":
-        from PIL.PngImagePlugin import PngInfo
-
         info = PngInfo()
         info.add_itxt("XML:com.adobe.xmp", packet.decode())
         image.save(tmp_path / "a.png", pnginfo=info)

@@ -32,16 +32,13 @@ def test_parquet_bytes_and_lists_of_captions(folder):
     assert reason_of(source, 3) == "empty caption"
 
 
-@pytest.mark.parametrize("kind", ["dictionary", "fixed"])
-def test_parquet_bytes_of_other_types(folder, kind):
+def test_parquet_bytes_of_other_types(folder):
     files = [content(folder, name) for name in "aba"]
-    if kind == "fixed":
-        size = max(map(len, files))
-        images = pa.array([file.ljust(size, b"\0") for file in files], pa.binary(size))
-    else:
-        images = pa.array(files, pa.binary()).dictionary_encode()
-    source = parquet(folder, images, ["x", "y", "x"])
-    assert [source[1].key, source[1].image.getpixel((0, 0)), source[1].captions] == ["row 1", (1, 1, 1), ("y",)]
+    size = max(map(len, files))
+    fixed = pa.array([file.ljust(size, b"\0") for file in files], pa.binary(size))
+    for images in (fixed, pa.array(files, pa.binary()).dictionary_encode()):
+        source = parquet(folder, images, ["x", "y", "x"])
+        assert [source[1].key, source[1].image.getpixel((0, 0)), source[1].captions] == ["row 1", (1, 1, 1), ("y",)]
 
 
 def test_parquet_structs_of_bytes_and_path(folder):
@@ -53,24 +50,16 @@ def test_parquet_structs_of_bytes_and_path(folder):
     assert reason_of(source, 2) == "missing image"
 
 
-@pytest.mark.parametrize(
-    "captions",
-    [
-        pa.array(["x", None], pa.large_string()),
-        pa.array(["x", None]).dictionary_encode(),
-        pa.array([["x"], None], pa.large_list(pa.string())),
-    ],
-)
-def test_parquet_types_of_captions(folder, captions):
-    source = parquet(folder, ["a.png", "b.png"], captions)
-    assert source[0].captions == ("x",)
-    assert reason_of(source, 1) == "empty caption"
-
-
-def test_parquet_that_is_not_utf8_breaks_the_row(folder):
-    content = [None, pa.py_buffer(np.array([0, 1, 2], np.int32)), pa.py_buffer(b"x\xe9")]
-    source = parquet(folder, ["a.png", "b.png"], pa.Array.from_buffers(pa.string(), 2, content))
-    assert (source[0].captions, reason_of(source, 1)) == (("x",), "invalid text")
+def test_parquet_types_of_captions_and_text_that_is_not_utf8(folder):
+    latin = [None, pa.py_buffer(np.array([0, 1, 2], np.int32)), pa.py_buffer(b"x\xe9")]
+    for captions, reason in (
+        (pa.array(["x", None], pa.large_string()), "empty caption"),
+        (pa.array(["x", None]).dictionary_encode(), "empty caption"),
+        (pa.array([["x"], None], pa.large_list(pa.string())), "empty caption"),
+        (pa.Array.from_buffers(pa.string(), 2, latin), "invalid text"),
+    ):
+        source = parquet(folder, ["a.png", "b.png"], captions)
+        assert (source[0].captions, reason_of(source, 1)) == (("x",), reason)
 
 
 def test_parquet_cut_short(folder):
