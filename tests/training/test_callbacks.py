@@ -88,7 +88,7 @@ def test_a_run_with_callbacks_and_a_term_resumes_bit_exactly(table, tmp_path):
     assert kept.starts == [0, 5]
     assert "mine" not in objective.TERMS
     with extra_terms(terms):  # it has no title
-        assert [chart.title for chart in loss_charts(whole)][-1] == "mine"
+        assert [chart["title"] for chart in loss_charts(whole)][-1] == "mine"
     declip.load(run.folder, device="cpu")
 
 

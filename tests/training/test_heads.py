@@ -137,7 +137,7 @@ def test_a_rising_curve_is_continued():
         assert values == sorted(values)
         widths = [each.high - each.low for each in curve.expected]
         assert widths == sorted(widths)
-    assert "expected" in chart.words
+    assert "600 pairs" in chart.words
 
 
 def test_parts_keep_groups_together():
