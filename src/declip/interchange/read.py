@@ -18,17 +18,7 @@ from declip.models.device import pick_device
 from declip.models.dual_encoder import DualEncoder
 from declip.models.inference import Engine, Precision, convert, pick_engine, pick_precision
 from declip.recipe.starts import STARTS, no_model
-from declip.runs.checkpoint import (
-    STATE,
-    Checkpoint,
-    best_of,
-    folder_of,
-    list_checkpoints,
-    load_checkpoint,
-    log,
-    newest_good,
-    part,
-)
+from declip.runs.checkpoint import STATE, Checkpoint, list_checkpoints, load_best, load_checkpoint, part
 from declip.runs.folder import MIXED, RECIPE
 
 READERS = (starter, timm_weights, declip_file, huggingface, open_clip, official)
@@ -159,18 +149,7 @@ def read_checkpoint(path: Path, mixed: bool = True) -> Checkpoint:
     if (path / STATE).is_file():
         return load_checkpoint(path)
     if list_checkpoints(path):
-        newest, problems = newest_good(path)
-        if newest is None:
-            raise UserError(f"No checkpoint in '{path}' is complete. {problems[0]}")
-        # The best checkpoint, unless it is damaged, or removed when a better one was saved that is damaged now
-        chosen, best = newest, best_of(path, newest)
-        try:
-            chosen = newest if best in (None, folder_of(path, newest.step)) else load_checkpoint(best)
-        except UserError as error:
-            problems.append(str(error))
-        for problem in problems:
-            log.warning("%s Reading step %d instead.", problem, chosen.step)
-        mixture = path / MIXED
+        chosen, mixture = load_best(path), path / MIXED
         return replace(chosen, weights=read_tensors(mixture)) if mixed and mixture.is_file() else chosen
     problem = "has no checkpoint yet" if (path / RECIPE).is_file() else f"is not a run folder: it has no {RECIPE}"
     raise UserError(f"'{path}' {problem}. Give a run folder, one in its checkpoints, or a folder of another format.")

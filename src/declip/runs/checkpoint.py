@@ -185,6 +185,22 @@ def newest_good(run: Path) -> tuple[Checkpoint | None, list[str]]:
     return None, problems
 
 
+def load_best(run: Path) -> Checkpoint:
+    """Read the best checkpoint of a run, else its newest undamaged one."""
+    newest, problems = newest_good(run)
+    if newest is None:
+        raise UserError(f"No checkpoint in '{run}' is complete. {problems[0]}")
+    # The best one may be damaged, or have been removed when a better one was saved that is damaged now.
+    chosen, best = newest, best_of(run, newest)
+    try:
+        chosen = newest if best in (None, folder_of(run, newest.step)) else load_checkpoint(best)
+    except UserError as error:
+        problems.append(str(error))
+    for problem in problems:
+        log.warning("%s Reading step %d instead.", problem, chosen.step)
+    return chosen
+
+
 def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Add a prefix to every name."""
     return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
