@@ -84,9 +84,8 @@ def finetune(
             undo.pop_all()
         else:
             parts = assemble(recipe, folder, resume, quiet)
-            if distributed.is_rank_zero():
-                for warning in caption_warnings(parts.source, parts.model.tokenizer):
-                    log.warning(warning)
+            for warning in caption_warnings(parts.source, parts.model.tokenizer) if distributed.is_rank_zero() else ():
+                log.warning(warning)
             undo.pop_all()
             mixes = parts.pretrained is not None and parts.pretrained.whole and recipe.train.patience is not None
             run = Trainer(parts).train(

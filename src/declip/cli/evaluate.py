@@ -89,9 +89,7 @@ def compare(
         Literal["samples", "compute"],
         typer.Option(help="samples: every recipe runs its steps; compute: every recipe runs as long as the first"),
     ] = "samples",
-    jobs: Annotated[
-        int | None, typer.Option(min=1, help="number of parallel runs; default: one per core, or 1 on a GPU")
-    ] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="parallel runs; default: one per core, or 1 on a GPU")] = None,
     quiet: opt.Quiet = False,
 ) -> None:
     """Compare recipes at several numbers of pairs. Run the command again to continue an interrupted comparison."""

@@ -198,8 +198,7 @@ def linear_probe(
     parts, skipped, held_out = dict[str, Labeled](), Counter[str](), "validation split"
     for which, source in check_splits(dataset, "linear").items():
         encoded = encode(source)
-        labels = np.asarray(source.labels, dtype=np.int64)[encoded.indices]
-        parts[which] = Labeled(encoded.images, torch.from_numpy(labels))
+        parts[which] = Labeled(encoded.images, torch.from_numpy(np.asarray(source.labels, np.int64)[encoded.indices]))
         skipped.update(encoded.skipped.counts)
     # --- without a validation split: a fifth of each class's training images, with a fixed seed
     if "validation" not in parts:

@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -124,16 +125,7 @@ def _resolve(open_clip: ModuleType, given: str) -> tuple[str, list[Path], dict[s
     # A published tag
     if open_clip.is_pretrained_cfg(name, weights):
         tag = open_clip.get_pretrained_cfg(name, weights)
-
-        def get(offline: bool) -> str:
-            if not offline or tag.get("file"):
-                return open_clip.download_pretrained(tag)
-            repo, _, file = tag["hf_hub"].rpartition("/")
-            files = [file] if file else ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
-            cached = (huggingface_hub.try_to_load_from_cache(repo, file) for file in files)
-            return next(path for path in cached if isinstance(path, str))
-
-        file = Path(fetch(given, get, f"{PREFIX}MODEL/FILE or as a folder"))
+        file = Path(fetch(given, partial(_published_file, open_clip, tag), f"{PREFIX}MODEL/FILE or as a folder"))
         options = {"force_preprocess_cfg": tag, "force_quick_gelu": bool(tag.get("quick_gelu"))}
         return name, [file], {"pretrained": str(file), **options}
     # A file of weights, which does not contain its preprocessing
@@ -149,6 +141,16 @@ def _resolve(open_clip: ModuleType, given: str) -> tuple[str, list[Path], dict[s
     if published and usual not in published:
         log.warning("'%s' is used with CLIP's preprocessing, unlike the published weights of %s.", file, name)
     return name, [file], {"pretrained": str(file)}
+
+
+def _published_file(open_clip: ModuleType, tag: Mapping[str, Any], offline: bool) -> str:
+    """The weights of a published tag, downloaded or cached."""
+    if not offline or tag.get("file"):
+        return open_clip.download_pretrained(tag)
+    repo, _, file = tag["hf_hub"].rpartition("/")
+    files = [file] if file else ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
+    cached = (huggingface_hub.try_to_load_from_cache(repo, file) for file in files)
+    return next(path for path in cached if isinstance(path, str))
 
 
 def _check_positions(open_clip: ModuleType, model: torch.nn.Module, file: Path) -> None:
@@ -197,9 +199,7 @@ def wrap_open_clip(opened: OpenClipModel, origin: str) -> Weights:
     }
     tensors = {f"{start}{n}": t.detach() for start, tower in towers.items() for n, t in tower.state_dict().items()}
     tensors |= {n: state[n].squeeze() for n in ("logit_scale", "logit_bias") if n in state}
-    # The name is that of the model, folder or repository.
-    parts = Path(opened.name.removeprefix(FOLDER)).parts
-    name = PREFIX + next((part.removeprefix("models--") for part in parts if part.startswith("models--")), parts[-1])
+    name = PREFIX + _short_name(opened.name)
     keys = {
         **{"name": "from-open-clip", "embed_dim": config["embed_dim"], "image.model": name, "text.hf_model": name},
         **{"image.size": size, "image.mean": list(prepared.mean), "image.std": list(prepared.std)},
@@ -207,6 +207,12 @@ def wrap_open_clip(opened: OpenClipModel, origin: str) -> Weights:
         "logit_bias": float(tensors["logit_bias"]) if "logit_bias" in tensors else None,
     }
     return Weights(load_recipe("clip", keys), tensors, origin)
+
+
+def _short_name(name: str) -> str:
+    """The name of a model, folder or repository."""
+    parts = Path(name.removeprefix(FOLDER)).parts
+    return next((part.removeprefix("models--") for part in parts if part.startswith("models--")), parts[-1])
 
 
 def _tokenizer_arguments(tokenizer: Any, text: Mapping[str, Any]) -> dict[str, Any]:

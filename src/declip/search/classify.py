@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from glob import glob
@@ -107,29 +107,50 @@ def classify(
         classifier = Classifier.fit(encoder, names, examples, templates=prompts, label_column=label_column, **options)
     scorer = _scorer(encoder, classifier, names, prompts, batch_size)
     if reject:
-        if classifier is None or classifier.rejection is None:
-            raise UserError("--reject requires examples of three classes or more, with two images of one or more.")
-        scorer = scorer._replace(threshold=classifier.rejection.threshold)
+        scorer = scorer._replace(threshold=_threshold(classifier))
     result = Classification(dict.fromkeys([*scorer.names, *([NONE] if reject else [])], 0), classifier=classifier)
     # --- classify and write batch by batch
     batches = [range(start, min(start + batch_size, len(source))) for start in range(0, len(source), batch_size)]
+    stream = encode_batches(encoder, source, _read, batches, workers, progress, scorer.encode)
+    _predict(scorer, stream, result, path, on_prediction)
+    return result
+
+
+def _predict(
+    scorer: "_Scorer",
+    stream: Iterable[tuple[Tensor, list[str], SkipCounter]],
+    result: Classification,
+    path: Path | None,
+    on_prediction: Callable[[Prediction], object] | None,
+) -> None:
+    """Add predictions to a result batch by batch, and write them to a table, which appears whole or not at all."""
     header = ("image", "class", "probability", *map(plain_cell, scorer.names))
     with nullcontext() if path is None else csv_table(path, header) as table:
-        for vectors, keys, broken in encode_batches(encoder, source, _read, batches, workers, progress, scorer.encode):
+        for vectors, keys, broken in stream:
             result.skipped.merge(broken)
             for prediction in scorer.predict(keys, vectors) if keys else ():
                 result.counts[prediction.best] += 1
                 if table is not None:
-                    numbers = (prediction.probability, *prediction.probabilities.values())
-                    cells = (plain_cell(prediction.image), plain_cell(prediction.best))
-                    table.writerow([*cells, *(f"{number:.6g}" for number in numbers)])
+                    table.writerow(_cells(prediction))
                 if on_prediction is not None:
                     on_prediction(prediction)
                 elif table is None:
                     result.predictions.append(prediction)
         if not any(result.counts.values()):
-            raise UserError(f"None of the {len(source):,} images can be used: {result.skipped.explanation()}")
-    return result
+            count = sum(result.skipped.counts.values())
+            raise UserError(f"None of the {count:,} images can be used: {result.skipped.explanation()}")
+
+
+def _threshold(classifier: Classifier | None) -> float:
+    """The largest score below which an image is of no class."""
+    if classifier is None or classifier.rejection is None:
+        raise UserError("--reject requires examples of three classes or more, with two images of one or more.")
+    return classifier.rejection.threshold
+
+
+def _cells(prediction: Prediction) -> list[str]:
+    numbers = prediction.probability, *prediction.probabilities.values()
+    return [plain_cell(prediction.image), plain_cell(prediction.best), *(f"{number:.6g}" for number in numbers)]
 
 
 class _Scorer(NamedTuple):

@@ -68,17 +68,13 @@ def embed(
         >>> len(declip.embed("runs/demo", "photos", out="indices/new", workers=0))
         8
     """
-    # --- options, source and model
     check_range("batch_size", batch_size, 1)
     if dtype not in get_args(Dtype):
         raise unknown("dtype", dtype, get_args(Dtype))
     folder = Path(out).expanduser() if part is None else part_folder(Path(out).expanduser(), part)
     if not isinstance(source, str | Path):
         source, workers = open_source(source, columns), workers or 0  # the object may not work in another process
-    columns = replace(columns, root=stored_path(columns.root, folder) or None)
-    saved = SourceInfo(path=stored_path(source, folder), name="", columns=columns)
-    images = saved.open(folder) if isinstance(source, str | Path) else ImageSource(source)
-    saved.name = images.name
+    saved, images = _open_images(source, columns, folder)
     encoder = load(model, device, precision, engine) if isinstance(model, str | Path) else model
     if captions:
         encoder.tokenize([""])  # a model without a text tower fails now, not after an hour
@@ -98,6 +94,15 @@ def embed(
             raise UserError(f"None of the {len(span):,} images of '{images.name}' can be used: {skipped.explanation()}")
         writer.finish(gone, skipped)
     return Index.open(folder, model=encoder, source=source)
+
+
+def _open_images(source: str | Path | PairSource, columns: Columns, folder: Path) -> tuple[SourceInfo, ImageSource]:
+    """Open the images, and describe them for the index in a folder."""
+    columns = replace(columns, root=stored_path(columns.root, folder) or None)
+    saved = SourceInfo(path=stored_path(source, folder), name="", columns=columns)
+    images = saved.open(folder) if isinstance(source, str | Path) else ImageSource(source)
+    saved.name = images.name
+    return saved, images
 
 
 def open_or_embed(

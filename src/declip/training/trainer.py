@@ -111,8 +111,7 @@ class Trainer:
 
     def _take_steps(self, monitor: Monitor) -> None:
         """Take steps until the last one, a request to stop, or evaluations that no longer improve."""
-        parts, progress, train = self.parts, self.progress, self.parts.recipe.train
-        stopped = False
+        parts, progress, train, stopped = self.parts, self.progress, self.parts.recipe.train, False
         while not (self.finished or stopped):
             with naming_lost_workers(f" at step {progress.step}"), parts.hosts.explain_timeout(progress.step):
                 # --- batch
