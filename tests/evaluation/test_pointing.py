@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tests.conftest import refuses
 
 import declip
+from conftest import refuses
 from declip.data.pair import Pair, PairSource
 from declip.data.sources.open import open_source
 from declip.evaluation.results import read_result
+from evaluation.conftest import ColorModel
 
 BOXES = [
     [("red", (0, 0, 8, 8)), ("blue", (8, 8, 24, 16))],
@@ -22,27 +23,29 @@ BOXES = [
 class Boxed(PairSource):
     name, boxed = "boxed", True
 
+    def __init__(self, objects=BOXES):
+        self.objects = objects
+
     def __len__(self):
-        return len(BOXES)
+        return len(self.objects)
 
     def __getitem__(self, index):
         return Pair(str(index), Image.new("RGB", (24, 16)), ("red",))
 
     def boxes(self, index):
-        return BOXES[index]
+        return self.objects[index]
 
 
-class Mapped:
+class Mapped(ColorModel):
     """A model whose maps are random numbers of the text alone."""
-
-    def encode_image(self, images): ...
-    def encode_text(self, tokens): ...
-    def preprocess(self, images): ...
-    def tokenize(self, texts): ...
 
     def similarity_map(self, image, texts):
         maps = [np.random.default_rng(len(text)).normal(size=(image.height, image.width)) for text in texts]
         return torch.tensor(np.stack(maps), dtype=torch.float32)
+
+
+def pointing(model, source):
+    return declip.evaluate(model, source, "pointing", progress=False)
 
 
 def test_pointing_equals_the_plain_loop():
@@ -58,7 +61,7 @@ def test_pointing_equals_the_plain_loop():
             hits.append(inside.ravel()[found.argmax()])
             overlaps.append((top & inside).sum() / (top | inside).sum())
             areas.append(inside.mean())
-    result = declip.evaluate(Mapped(), Boxed(), "pointing", progress=False)
+    result = pointing(Mapped(), Boxed())
     assert (result.images, result.n, result.pointing) == (2, 4, np.mean(hits))
     assert result.iou == pytest.approx(np.mean(overlaps), abs=1e-6)
     assert result.chance == pytest.approx(np.mean(areas), abs=1e-6)
@@ -72,26 +75,14 @@ def test_random_maps_are_at_chance():
         def similarity_map(self, image, texts):
             return torch.from_numpy(self.rng.normal(size=(len(texts), image.height, image.width)))
 
-    class Many(Boxed):
-        def __len__(self):
-            return 400
-
-        def boxes(self, index):
-            return [(str(side), (0, 0, side, 16)) for side in (3, 12)]
-
-    result = declip.evaluate(Random(), Many(), "pointing", progress=False)
+    result = pointing(Random(), Boxed([[(str(side), (0, 0, side, 16)) for side in (3, 12)]] * 400))
     assert result.pointing == pytest.approx(result.chance, abs=0.05)
     assert result.iou == pytest.approx(result.iou_chance, abs=0.01)
 
 
-ROWS = "image,caption,left,top,right,bottom\n"
-
-
-def table(folder, rows, side=(800, 400)):
-    image = Image.new("RGB", side, "blue")
-    image.paste((255, 0, 0), (0, 0, side[0] // 2, side[1]))
-    image.save(folder / "a.png")
-    (folder / "boxes.csv").write_text(ROWS + rows)
+def table(folder, rows):
+    Image.new("RGB", (800, 400)).save(folder / "a.png")
+    (folder / "boxes.csv").write_text("image,caption,left,top,right,bottom\n" + rows)
     return folder / "boxes.csv"
 
 
@@ -105,38 +96,21 @@ def test_a_table_has_a_row_for_each_object(tmp_path):
             left = torch.arange(384).expand(192, 384).float()
             return torch.stack([-left if text == "red" else left for text in texts])
 
-    result = declip.evaluate(Half(), path, "pointing", progress=False)
+    result = pointing(Half(), path)
     assert (result.n, result.pointing, result.iou, result.chance) == (2, 1, 1, 0.5)
 
 
 def test_unusable_boxes_are_counted(tmp_path):
     rows = "a.png,red,0,0,400,400\nb.png,red,0,0,4,4\n"
-    Image.new("RGB", (8, 8)).save(tmp_path / "c.png")
     for name, sides in (("c.png", "5,5,5,6"), ("d.png", "x,0,1,1"), ("e.png", "0,0,nan,1")):
         Image.new("RGB", (8, 8)).save(tmp_path / name)
         rows += f"{name},red,{sides}\n"
-    result = declip.evaluate(Mapped(), table(tmp_path, rows), "pointing", progress=False)
+    result = pointing(Mapped(), table(tmp_path, rows))
     assert (result.n, dict(result.skipped)) == (1, {"missing image": 1, "empty box": 1, "unreadable box": 2})
-    refuses(
-        "no image with a box could be read",
-        declip.evaluate,
-        Mapped(),
-        table(tmp_path, "a.png,red,1,1,1,1\n"),
-        "pointing",
-    )
+    refuses("no image with a box could be read", pointing, Mapped(), table(tmp_path, "a.png,red,1,1,1,1\n"))
 
 
 def test_what_has_no_boxes_or_maps_is_refused(tmp_path):
-    path = table(tmp_path, "a.png,red,0,0,400,400\n")
-    refuses(
-        "has no boxes.*a row for each object",
-        declip.evaluate,
-        Mapped(),
-        [(Image.new("RGB", (8, 8)), "red")],
-        "pointing",
-    )
-
-    class Plain:
-        encode_image = encode_text = preprocess = tokenize = None
-
-    refuses("no method `similarity_map`", declip.evaluate, Plain(), path, "pointing")
+    bare = [(Image.new("RGB", (8, 8)), "red")]
+    refuses("has no boxes.*a row for each object", pointing, Mapped(), bare)
+    refuses("no method `similarity_map`", pointing, ColorModel(), table(tmp_path, "a.png,red,0,0,400,400\n"))

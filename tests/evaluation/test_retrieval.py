@@ -8,7 +8,6 @@ from torch.nn.functional import normalize
 
 from declip.evaluation.linear_probe import Labeled
 from declip.evaluation.retrieval import chance_levels, ranks, recall, retrieve
-from declip.evaluation.zero_shot import classify
 from evaluation.conftest import features_of, probe
 
 
@@ -58,16 +57,8 @@ def test_recall_and_chance_by_hand():
 
 def test_both_directions_with_several_captions():
     captions = [("a", "b"), ("c",), ("d", "e", "f")]
-    texts = torch.tensor(
-        [
-            [0.9, 0.1, 0.0],  # a finds image 0
-            [0.1, 0.8, 0.0],  # b finds image 1 first, own second
-            [0.3, 0.5, 0.1],  # c finds image 1
-            [0.9, 0.5, 0.1],  # d: own is third
-            [0.0, 0.0, 0.7],  # e finds image 2
-            [0.0, 0.0, 0.2],  # f finds image 2
-        ]
-    )
+    # a, c, e and f find their image first, b second, d third.
+    texts = torch.tensor([[9, 1, 0], [1, 8, 0], [3, 5, 1], [9, 5, 1], [0, 0, 7], [0, 0, 2]]) / 10
     result = retrieve(features_of(torch.eye(3), captions, texts))
     assert (result.images, result.texts) == (3, 6)
     assert result.text_to_image.r1 == pytest.approx(4 / 6)
@@ -91,10 +82,8 @@ def test_a_caption_that_two_images_share():
     assert alone.image_to_text.r1 == pytest.approx(1 / 3)  # equal features of different words tie
 
 
-EQUAL = np.arange(120) % 12
 UNEQUAL = np.r_[np.zeros(70, dtype=int), np.ones(30, dtype=int), 2 + np.arange(20) % 10]
 CAPTIONS = {
-    "class names": [(f"class {row % 10}",) for row in range(100)],
     "unequal class names": [(f"class {label}",) for label in UNEQUAL],
     "sentences": [tuple(f"{row} {number}" for number in range(5)) for row in range(30)],
     "both": [(f"class {row % 7}", f"own {row}") if row % 3 else (f"class {row % 2}",) for row in range(80)],
@@ -105,38 +94,24 @@ def _random(rows, generator):
     return normalize(torch.randn(rows, 16, generator=generator), dim=1)
 
 
-def _near(results):
-    values = np.array([[measure.value for measure in result.measures()] for result in results])  # (models, measures)
-    chance = np.array([[measure.chance for measure in result.measures()] for result in results]).mean(0)
-    error = values.std(0, ddof=1) / len(results) ** 0.5
-    assert (np.abs(values.mean(0) - chance) < 4 * error + 1e-6).all(), (values.mean(0), chance)
-
-
 @pytest.mark.parametrize("captions", CAPTIONS.values(), ids=CAPTIONS)
-def test_retrieval_in_both_directions(captions):
+def test_random_features_are_at_chance_in_both_directions(captions):
     generator = torch.Generator().manual_seed(0)
     row_of = {caption: row for row, caption in enumerate(dict.fromkeys(each for own in captions for each in own))}
     rows = [row_of[caption] for own in captions for caption in own]
-    images = len(captions)
-    _near([
-        retrieve(features_of(_random(images, generator), captions, _random(len(row_of), generator)[rows]))
-        for _ in range(100)
-    ])  # fmt: skip
-
-
-@pytest.mark.parametrize("labels", [EQUAL, UNEQUAL], ids=["equal", "unequal"])
-def test_classification_by_names(labels):
-    generator = torch.Generator().manual_seed(0)
-    _near([
-        classify(features_of(_random(len(labels), generator)), labels, _random(12, generator))
-        for _ in range(100)
-    ])  # fmt: skip
+    found = []
+    for _ in range(50):
+        images, texts = _random(len(captions), generator), _random(len(row_of), generator)[rows]
+        found.append([each[1:3] for each in retrieve(features_of(images, captions, texts)).measures()])
+    values, chance = np.moveaxis(np.array(found), 2, 0)  # (models, measures) each
+    error = values.std(0, ddof=1) / len(found) ** 0.5
+    assert (np.abs(values.mean(0) - chance[0]) < 4 * error + 1e-6).all(), (values.mean(0), chance[0])
 
 
 def test_a_linear_probe_predicts_the_most_frequent_class():
     generator = torch.Generator().manual_seed(0)
     labels, splits = torch.from_numpy(UNEQUAL), ("train", "validation", "test")
-    top1, per_class = probe({which: Labeled(_random(120, generator), labels) for which in splits}, 12).measures()
+    top1, per_class = probe({each: Labeled(_random(120, generator)[:, :2], labels) for each in splits}, 12).measures()
     assert top1.chance == pytest.approx(70 / 120)
     assert top1.value == pytest.approx(top1.chance, abs=0.05)
     assert per_class.chance == pytest.approx(1 / 12)
