@@ -153,12 +153,3 @@ def cifar(root, patch, kind, classes, count=4):
     meta = base / kind.meta["filename"]
     meta.write_bytes(pickle.dumps({kind.meta["key"]: classes}, protocol=2))
     patch.setattr(kind, "meta", {**kind.meta, "md5": md5(meta)})
-
-
-def class_folders(root, names, images=1):
-    """A folder a class; only the first and the last two hold images, so that a thousand are quick to make."""
-    for label, name in enumerate(names):
-        (root / name).mkdir(parents=True)
-        if label == 0 or label >= len(names) - 2:
-            for number in range(images):
-                paint(root / name / f"{name}_{number}.JPEG", label)

@@ -198,13 +198,13 @@ def test_ray_with_a_worker_that_is_killed(weights_file, folder, tmp_path, monkey
     write_tar(tmp_path / "shards/0.tar", members[:24])
     write_tar(tmp_path / "shards/1.tar", members[24:])
     shards, killed = tmp_path / "shards", tmp_path / "killed"
-    embedder = declip.Embedder(weights_file, source=shards, precision="fp32")
+    sent = pickle.dumps(declip.Embedder(weights_file, source=shards, precision="fp32"))
 
     def work(batch):
         if 9 in batch["id"] and not killed.exists():
             killed.touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        return embedder(batch)
+        return pickle.loads(sent)(batch)  # only now, because torch takes seconds to import
 
     # --- two workers
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
