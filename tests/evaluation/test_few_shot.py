@@ -1,6 +1,5 @@
 """Few-shot classification: the closed form, names against images, what is left out, and the protocol."""
 
-import numpy as np
 import pytest
 import torch
 from torch.nn.functional import normalize, one_hot
@@ -79,9 +78,7 @@ def test_the_accuracy_is_that_of_images_that_were_not_seen():
 
 def test_images_of_other_classes_are_below_the_threshold():
     everything = made_up(20, classes=9, noise=0.1)
-    known = everything
-    for _ in range(3):
-        known = known.without(0)
+    known = everything.without(0).without(0).without(0)
     head = fit_few_shot(known)
     found = choose_threshold(known, head)
     scores = head.scores(everything.images).amax(1)
@@ -100,6 +97,7 @@ def test_the_protocol_gives_names_and_images(model, painted):
     assert result.measures()[0].name == "2 shots, top-1"
     assert read_result(result.to_dict()) == result
     refuses("shots", Options, shots=0)
+    refuses("batch_size", Options, batch_size=0)
     refuses(r"train split.*few-shot", evaluate_all, model, Dataset("x", {"test": lambda: train}), ("few-shot",))
 
 
@@ -113,11 +111,7 @@ def test_shots_require_the_task(command):
 
 
 def test_a_class_without_images_is_found_by_its_name():
-    examples = made_up(6, noise=0.2)
-    some = examples.take(examples.labels != 2)
-    test = made_up(40, noise=0.2, seed=3)
-    head = fit_few_shot(some)
-    own = test.take(test.labels == 2)
+    examples, test = made_up(6, noise=0.2), made_up(40, noise=0.2, seed=3)
+    head = fit_few_shot(examples.take(examples.labels != 2))
     assert head.name_weight > 0
-    assert accuracy(head, own) > 0.5
-    assert np.isfinite(head.weight.numpy()).all()
+    assert accuracy(head, test.take(test.labels == 2)) > 0.5

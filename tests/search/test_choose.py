@@ -110,16 +110,13 @@ def test_the_table_is_one_of_pairs_once_it_has_captions(folder, tmp_path, weight
 
 def test_a_large_source_is_sampled(model, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(choosing, "MOST", 12)
-    one, same, other = (
-        declip.choose(model, folder, 1, index=tmp_path / "index", seed=seed).images[0].key for seed in (0, 0, 1)
-    )
+    few = [declip.choose(model, folder, 1, index=tmp_path / "index", seed=seed) for seed in (0, 0, 1)]
+    one, same, other = (choice.images[0].key for choice in few)
     assert (one == same, one == other) == (True, False)
-    few = declip.choose(model, folder, 1, index=tmp_path / "index")
-    assert (few.compared, "sample of 12 of 24" in few.summary()) == (12, True)
+    assert (few[0].compared, "sample of 12 of 24" in few[0].summary()) == (12, True)
 
 
 def test_wrong_input(model, folder, tmp_path, command, weights_file):
-    refuses("--out", declip.choose, model, folder, out=tmp_path / "x.txt", index=tmp_path / "index")
     refuses("count", declip.choose, model, folder, 0)
     items = [Image.open(folder / "red-bar.png")]
     refuses("keys", declip.choose, model, items, 1, index=tmp_path / "items", out=tmp_path / "x.csv")
@@ -176,35 +173,35 @@ def test_lines_into_a_pipe_are_neither_cut_nor_wrapped(weights_file, folder, tmp
     assert str(index) in command("index", "show", index).out.splitlines()[0]
 
 
-def loaded_by(code, *names):
-    """Which of some modules a program imports."""
-    ending = f"\nprint(*(name for name in {names} if name in sys.modules))"
-    done = subprocess.run([sys.executable, "-c", f"import sys\n{code}{ending}"], capture_output=True, text=True)
+def loaded_by(*steps):
+    """Which of some modules a program imports up to the end of each step: of code, and names."""
+    code = "".join(
+        f"{step}\nprint(*(name for name in {names.split()} if name in sys.modules))\n" for step, names in steps
+    )
+    done = subprocess.run([sys.executable, "-c", f"import sys\n{code}"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()[-1].split()
+    return done.stdout.splitlines()
 
 
 def test_the_package_and_its_commands_import_no_torch():
-    assert loaded_by("import declip", "torch", "numpy", "typer", "pydantic") == []
-    assert loaded_by("import declip.search.info", "torch", "scipy", "huggingface_hub") == []
-    assert loaded_by("import declip.cli.app", "torch", "scipy", "numpy", "pydantic", "yaml", "jinja2") == []
+    assert loaded_by(
+        ("import declip", "torch numpy typer pydantic"),
+        ("import declip.cli.app", "torch scipy numpy pydantic yaml jinja2"),
+        ("import declip.search.info", "torch scipy huggingface_hub"),
+    ) == ["", "", ""]
 
 
-def test_a_text_search_builds_no_image_tower(folder, tmp_path, command):
+def test_a_text_search_builds_no_image_tower(folder, tmp_path):
     own = tiny_model()
     changes = {"hf_model": str(bert(tmp_path / "bert")), "context_length": 24}
     recipe = own.recipe.model_copy(update={"text": own.recipe.text.model_copy(update=changes)})
     code = "import declip.search.index as i"
     for name, model in (("own", own), ("encoder", DualEncoder.from_recipe(recipe))):
-        write_declip_file(model, tmp_path / f"{name}.safetensors")
-        assert (
-            command("embed", tmp_path / f"{name}.safetensors", folder, "--out", tmp_path / name, "--quiet").status == 0
-        )
+        write_declip_file(model, file := tmp_path / f"{name}.safetensors")
+        declip.embed(file, folder, out=tmp_path / name, workers=0)
         code += f"\ni.Index.open({str(tmp_path / name)!r}).search('red', k=3)"
-    names = ("timm", "torchvision", "transformers", "wandb", "pandas", "matplotlib", "torch._dynamo", "torch")
-    assert loaded_by(code, *names) == ["torch"]
-    # The text tower alone finds what the model finds.
-    for name in ("own", "encoder"):
-        parts, whole = Index.open(tmp_path / name), Index.open(tmp_path / name, model=tmp_path / f"{name}.safetensors")
+        # The text tower alone finds what the model finds.
+        parts, whole = Index.open(tmp_path / name), Index.open(tmp_path / name, model=file)
         assert whole.model.image_tower.proj is not None
         assert [(hit.key, hit.score) for hit in parts.search("red")] == [(h.key, h.score) for h in whole.search("red")]
+    assert loaded_by((code, "timm torchvision transformers wandb pandas matplotlib torch._dynamo torch")) == ["torch"]

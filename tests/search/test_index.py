@@ -14,7 +14,6 @@ from PIL import Image
 import declip
 from conftest import draw, refuses
 from declip.data.sources.open import open_source
-from declip.errors import UserError
 from declip.models.dual_encoder import DualEncoder
 from declip.models.inference import fingerprint
 from declip.reports.sheets import search_sheet
@@ -49,11 +48,6 @@ def test_search_by_text_image_and_both(made, model, folder):
         expected = brute(made, query)[:5]
         assert [hit.id for hit in hits] == [id_ for id_, _ in expected]
         np.testing.assert_allclose([hit.score for hit in hits], [score for _, score in expected], atol=1e-5)
-    exif = Image.Exif()
-    exif[0x0112] = 6  # lies on its side, as a phone writes it
-    exif_file = folder.parent / "turned.png"
-    query_image.save(exif_file, exif=exif)
-    torch.testing.assert_close(made.query(image=Image.open(exif_file)), made.query(image=exif_file))
     found = made.search(image=query_image, k=4)
     assert found[0].key == "red-bar.png"
     assert made.nearest(made.vectors([found[0].id]), 4)[0][0].tolist() == [hit.id for hit in found]
@@ -138,8 +132,7 @@ def test_damage_is_said(made):
     for file, damaged, message in damages:
         whole = file.read_bytes()
         file.write_bytes(damaged)
-        with pytest.raises(UserError, match=message):
-            Index.open(made.folder).row(0)
+        refuses(message, lambda: Index.open(made.folder).row(0))
         file.write_bytes(whole)
     (files / "vectors.npy").unlink()
     refuses("is missing", Index.open, made.folder)
@@ -150,11 +143,8 @@ def test_a_table_that_expands_is_refused(made):
     rows, path = 24, made.folder / "generation-1/rows.parquet"
     keys = pa.array(["x" * 3_000_000] * rows, pa.large_string())
     table = pq.read_table(path).set_column(2, SCHEMA.field("key"), keys)
-    for options in (
-        {"use_dictionary": ["key"], "compression": "NONE"},
-        {"use_dictionary": False, "compression": "ZSTD"},
-    ):
-        pq.write_table(table, path, **options)
+    for dictionary, compression in ((["key"], "NONE"), (False, "ZSTD")):
+        pq.write_table(table, path, use_dictionary=dictionary, compression=compression)
         assert path.stat().st_size < 4_000_000
         refuses("not written by declip", Index.open, made.folder)
 
@@ -227,9 +217,6 @@ def test_nearest_equals_a_loop_in_float64(dtype, monkeypatch):
 
 
 def test_few_vectors_give_few_results():
-    vectors = torch.tensor([1.0, 0, 1, 1])[:, None].expand(4, 8)
-    assert (
-        nearest(torch.ones(2, 8), torch.tensor([2, 5, 7, 9]), vectors, 10, skip_zeros=True)[0].tolist()
-        == [[2, 7, 9]] * 2
-    )
+    vectors, ids = torch.tensor([1.0, 0, 1, 1])[:, None].expand(4, 8), torch.tensor([2, 5, 7, 9])
+    assert nearest(torch.ones(2, 8), ids, vectors, 10, skip_zeros=True)[0].tolist() == [[2, 7, 9]] * 2
     assert nearest(torch.ones(1, 8), torch.arange(0), torch.ones(0, 8), 3)[0].shape == (1, 0)
