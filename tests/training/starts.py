@@ -40,7 +40,9 @@ def start_from(table, out, image=VIT, name="declip"):
 
 
 def tuned(table, weights, train_keys=None, **keys):
-    tree = tiny_tree(table, "declip", name="tuned", train={**TINY["train"], "lr": 1e-2, **(train_keys or {})})
+    """A recipe of four steps that starts from weights; `keys` are of finetune, but for two sizes."""
+    train_keys = {"steps": 4, "lr": 1e-2, **(train_keys or {})}
+    tree = tiny_tree(table, "declip", name="tuned", train={**TINY["train"], **train_keys})
     given = set()
     for key, section, name in (("image_size", "image", "size"), ("context_length", "text", "context_length")):
         if key in keys:
@@ -87,21 +89,8 @@ def same_end(one, other):
     for mine, theirs in ((first.weights, second.weights), (first.training, second.training)):
         assert mine.keys() == theirs.keys()
         assert not moved(mine, theirs)
-    rows = [
-        [{k: v for k, v in row.items() if k not in CLOCK} for row in read_rows(f / "metrics.jsonl")]
-        for f in (one, other)
-    ]
+    rows = [[{**row, **dict.fromkeys(CLOCK)} for row in read_rows(f / "metrics.jsonl")] for f in (one, other)]
     assert rows[0] == rows[1]
-
-
-def resumes_exactly(recipe, folder, step=4, meanwhile=lambda: None):
-    """Compare a run in `whole` with one in `parts` that was stopped and resumed; give the last checkpoint."""
-    train(recipe, out=folder / "whole", quiet=True, report=False)
-    stop_at(recipe, folder / "parts", step)
-    meanwhile()
-    assert train(recipe, out=folder / "parts", resume=True, quiet=True, report=False).finished
-    same_end(folder / "whole", folder / "parts")
-    return load_checkpoint(folder / "whole" / "checkpoints" / "last")
 
 
 def trained(recipe, folder, resume=False):

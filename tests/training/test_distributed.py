@@ -26,7 +26,8 @@ BATCH, LENGTH = 8, 16
 CAPTIONS = "one image, two captions"
 SOFT = "soft targets"
 CASES = {
-    **WEIGHTS,
+    "slip": WEIGHTS["slip"],
+    "defilip": WEIGHTS["defilip"],
     "sigmoid": {"sigmoid": 1.0},
     CAPTIONS: {"contrastive": 0.4, "multi_view": 0.4, "nearest_neighbor": 0.2},
     SOFT: {"contrastive": 0.4, "multi_view": 0.3, "nearest_neighbor": 0.3},
@@ -59,7 +60,7 @@ def cropped(batch):
 
 def two_steps(name, tower, counts, **train):
     """What two steps give: mean losses, every gradient of the second, every weight, running statistic and queue row."""
-    tree = {**TINY, "loss_weights": CASES[name], "image": {"model": TOWERS[tower], "size": 32}}
+    tree = {**TINY, "loss_weights": {**WEIGHTS, **CASES}[name], "image": {"model": TOWERS[tower], "size": 32}}
     tree["image"]["model_kwargs"] = OPTIONS.get(tower, {})
     tree["views"] = {"image_second": name != CAPTIONS}
     tree |= SECTIONS.get(name, {})
@@ -91,13 +92,7 @@ def some_recipes(names, counts, tower, train):
     return {name: two_steps(name, tower, counts, **train) for name in names}
 
 
-def largest_difference(found, expected):
-    scale = expected.abs().max().item()
-    return (found - expected).abs().max().item() / scale if scale > 1e-9 else 0.0
-
-
 def compare(one, many):
-    """Equal to 1e-5; `pytest -s` prints how near, as shares of a tensor's largest entry."""
     for name, mine in one.items():
         assert mine.keys() == many[name].keys()
         for key, value in mine.items():
@@ -105,9 +100,6 @@ def compare(one, many):
             torch.testing.assert_close(
                 many[name][key], value, rtol=1e-5, atol=1e-9 + 1e-7 * scale, msg=lambda m, at=(name, key): f"{at}: {m}"
             )
-        for kind, of_kind in (("losses", " at "), ("gradients", "gradient of ")):
-            near = [largest_difference(many[name][key], mine[key]) for key in mine if of_kind in key]
-            print(f"{name}, {kind}: {max(near):.1e}")
 
 
 one_process = functools.cache(partial(two_steps, counts=(BATCH,)))
@@ -121,14 +113,13 @@ def alone(names, tower="layer norm", **train):
 BY_RANKS = {
     "every loss": (list(CASES), "layer norm", (5, 3), {}),
     "four ranks": (["defilip", CAPTIONS], "layer norm", (2, 2, 2, 2), {}),
-    "batch norm": (["declip", CAPTIONS, "sigmoid"], "batch norm", (5, 3), {}),
+    "batch norm": (["declip", CAPTIONS], "batch norm", (5, 3), {}),
     "sharded": (["slip", "declip"], "layer norm", (5, 3), {"strategy": "fsdp"}),
     "sharded, channels last": (["declip"], "batch norm", (5, 3), {"strategy": "fsdp", "channels_last": True}),
     "sharded, activations computed twice": (
         ["declip"], "batch norm", (4, 4), {"strategy": "fsdp", "grad_checkpointing": True},
     ),
     "chunks": (["declip", "filip"], "layer norm", (5, 3), {"grad_cache_chunk": 2}),
-    "Muon": (["declip"], "layer norm", (5, 3), {"optimizer": "muon"}),
     "Muon, sharded": (["declip"], "layer norm", (5, 3), {"optimizer": "muon", "strategy": "fsdp"}),
 }  # fmt: skip
 """Recipes, towers, pairs of each rank and keys; one process learns the same without those of how it is computed."""
@@ -145,7 +136,6 @@ def test_ranks_learn_what_one_process_learns(tmp_path, world):
     for theirs in in_processes(every_case, world, tmp_path, world):
         for case, found in theirs.items():
             names, tower, _, keys = BY_RANKS[case]
-            print(case)
             compare(alone(names, tower, **{key: keys[key] for key in {"optimizer"} & keys.keys()}), found)
 
 

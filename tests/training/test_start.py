@@ -32,9 +32,8 @@ def test_a_run_gives_towers_heads_tokenizer_statistics_and_scale(table, tmp_path
     checkpoint = load_checkpoint(list_checkpoints(start)[-1])
     given, heads = part("model", checkpoint.weights), part("objective", checkpoint.training)
     assert not moved(given, state(trainer))
-    own = trainer.parts.objective.state_dict()
-    for name in (name for name, _ in trainer.parts.objective.named_parameters()):
-        assert torch.equal(heads[name], own[name]), name
+    own = dict(trainer.parts.objective.named_parameters())
+    assert not moved(own, heads)
     recipe = trainer.parts.recipe
     assert (recipe.text.layers, recipe.text.bpe_merges, recipe.text.activation) == (3, 400, "gelu")
     assert (recipe.image.mean, recipe.embed_dim) == (STATISTICS["mean"], 24)
@@ -80,9 +79,7 @@ def test_heads_are_taken_whole_or_not_at_all(table, tmp_path, start):
     keys = tuned(table, start).model_dump(mode="json") | {"simsiam": {"widths": [16, 16, 6]}}
     trainer = trainer_of(Recipe.model_validate(keys), tmp_path)
     heads = part("objective", load_checkpoint(list_checkpoints(start)[-1]).training)
-    own = trainer.parts.objective.state_dict()
-    taken = {name for name, _ in trainer.parts.objective.named_parameters() if torch.equal(own[name], heads[name])}
-    new = {name for name, _ in trainer.parts.objective.named_parameters()} - taken
+    new = moved(dict(trainer.parts.objective.named_parameters()), heads)
     assert {".".join(name.split(".")[:3]) for name in new} == {"terms.simsiam.predictor"}
     assert "new: simsiam.predictor" in trainer.parts.pretrained.summary
 
@@ -114,8 +111,7 @@ def test_positions_without_rows_for_tokens_are_resized_as_timm_does():
 def test_a_length_of_captions_stretches_or_cuts_the_positions(table, tmp_path, length):
     given, name = build("vit"), "text_tower.positional_embedding"
     write_declip_file(given, tmp_path / "source")
-    recipe = tuned(table, tmp_path / "source", {"steps": 2}, context_length=length)
-    trainer = trainer_of(recipe, tmp_path / "run")
+    trainer = trainer_of(tuned(table, tmp_path / "source", {"steps": 1}, context_length=length), tmp_path / "run")
     model, own, old = trainer.parts.model.eval(), state(trainer), given.state_dict()[name].clone()
     expected = own[name].clone()
     for row in range(length):
@@ -123,8 +119,6 @@ def test_a_length_of_captions_stretches_or_cuts_the_positions(table, tmp_path, l
         below = min(int(at), 14)
         expected[row] = (1 - at + below) * old[below] + (at - below) * old[below + 1]
     torch.testing.assert_close(own[name], expected, rtol=0, atol=1e-6)
-    assert torch.equal(own[name][0], old[0])
-    assert torch.equal(own[name][-1], old[min(length, 16) - 1])
     assert moved(given.state_dict(), own) == {name}
     tokens = model.tokenize(["a red circle", "blue", "red " * 50])
     assert tokens.shape[1] == length
@@ -164,23 +158,19 @@ def test_timm_weights_start_the_image_tower_alone(table, tmp_path):
 
 
 def test_the_start_is_measured_once(table, tmp_path, start):
-    keys = tuned(table, start, {"steps": 4}).model_dump(mode="json") | {
-        "evaluation": {"retrieval": [str(table)], "final_retrieval": [str(table)]}
-    }
-    recipe = Recipe.model_validate(keys)
+    sets = {"evaluation": {"retrieval": [str(table)], "final_retrieval": [str(table)]}}
+    recipe = Recipe.model_validate(tuned(table, start, {"steps": 1}).model_dump(mode="json") | sets)
     trainer = trainer_of(recipe, tmp_path)
-    (tmp_path / "evaluations.jsonl").write_text(
-        '{"step": 0, "task": "retrieval", "dataset": "of a run that was killed"}\n'
-    )
+    write_rows(tmp_path / "evaluations.jsonl", [{"step": 0, "task": "retrieval", "dataset": "of a killed run"}])
     trainer.train()
     rows = read_rows(tmp_path / "evaluations.jsonl")
-    assert [(row["step"], row["dataset"]) for row in rows] == [(0, str(table)), (4, str(table))]
+    assert [(row["step"], row["dataset"]) for row in rows] == [(0, str(table)), (1, str(table))]
     expected = declip.evaluate(declip.load(start), str(table), "retrieval").to_dict()
     assert rows[0]["image_to_text_r1"] == expected["image_to_text_r1"]
 
 
 def test_mixtures_are_the_line_between_start_and_end(table, tmp_path, start):
-    train(tuned(table, start), out=tmp_path / "run", quiet=True, report=False)
+    train(tuned(table, start, {"steps": 1}), out=tmp_path / "run", quiet=True, report=False)
     first, final = finetuning.ends_of(tmp_path / "run", "cpu")
     given, learned = first.state_dict(), final.state_dict()
     assert not moved(given, last(start))
@@ -206,23 +196,18 @@ def test_the_card_says_what_was_fine_tuned_and_from_what(table, tmp_path, start,
 
     head, text = card()
     assert (head["license"], "base_model" in head) == ("unknown", False)
-    assert "Fine-tuned on 24 pairs of `shapes.jsonl`" in text
-    assert "from the weights `base`" in text
-    assert "secret" not in text
-    assert str(table.parent) not in text
-    assert card(license="apache-2.0")[0]["license"] == "apache-2.0"
+    assert all(words in text for words in ("Fine-tuned on 24 pairs of `shapes.jsonl`", "from the weights `base`"))
+    assert not any(words in text for words in ("secret", str(table.parent)))
     monkeypatch.setattr("declip.interchange.export.repository", lambda _: "a/b")
-    head = card()[0]
-    assert (head["base_model"], head["base_model_relation"]) == ("a/b", "finetune")
+    head, _ = card(license="apache-2.0")
+    assert (head["license"], head["base_model"], head["base_model_relation"]) == ("apache-2.0", "a/b", "finetune")
 
 
 def test_a_start_of_the_hub_is_named_by_its_repository():
     for where, hub in (
-        ("huggingface:openai/clip-vit-base-patch32", "openai/clip-vit-base-patch32"),
         ("open_clip:hf-hub:laion/CLIP-ViT-B-32", "laion/CLIP-ViT-B-32"),
         ("hf-hub:owner/name@v1", "owner/name"),
         ("timm:test_vit/somewhere/vit.safetensors", None),
-        ("open_clip:ViT-B-32/somewhere/vit.pt", None),
         ("open_clip:local-dir:/somewhere/model", None),
     ):
         assert repository(where) == hub
@@ -234,13 +219,11 @@ def test_a_start_of_the_hub_is_named_by_its_repository():
     ("keys", "said"),
     [
         ({"freeze_image_blocks": 4}, "hold 3 blocks"),
-        ({"freeze_text_blocks": 9}, "Give 0 to 3, or all"),
         ({"lora": {"rank": 2}, "freeze_image_blocks": 1}, "0 or all"),
         ({"lora": {"rank": 2}, "layer_decay": 0.5}, "layer_decay"),
         ({"lora": {"rank": 2}, "train_keys": {"strategy": "fsdp"}}, "train.strategy=fsdp"),
         ({"pretrained": "nowhere"}, "model 'nowhere'"),
         ({"weights": "timm:no_such_tower"}, "no_such_tower"),
-        ({"weights": "timm:test_vit/nowhere.pt"}, r"nowhere\.pt"),
         ({"weights": "timm:test_vit.no_such_tag"}, "tag"),
     ],
 )

@@ -39,7 +39,7 @@ def test_every_recipe_lowers_its_own_loss(table, tmp_path, name):
 @pytest.mark.slow
 def test_killed_at_any_moment_it_resumes_to_the_same_bits(table, tmp_path):
     """SIGKILL at moments spread over the run, checkpoint writing included, until it gets through."""
-    recipe = recipe_for(table, "declip", steps=32, checkpoint_every=7, log_every=3)
+    recipe = recipe_for(table, "declip", steps=20, checkpoint_every=6, log_every=3)
     train(recipe, out=tmp_path / "whole", quiet=True, report=False)
     run, kills = tmp_path / "killed", 0
     fork = multiprocessing.get_context("fork")
@@ -85,11 +85,7 @@ def test_a_loss_that_is_not_finite_stops_with_all_that_helps(table, tmp_path, mo
     term = trainer.parts.objective.terms["contrastive"]
     loss = term.loss
     monkeypatch.setattr(term, "loss", lambda *rows: loss(*rows) * (float("nan") if trainer.progress.step == 5 else 1.0))
-    said = refuses("", trainer.train)
-    message = said
-    assert "not finite at step 6" in message
-    assert "contrastive nan" in message
-    assert "step-00000004" in message
+    message = refuses(("not finite at step 6", "contrastive nan", "step-00000004"), trainer.train)
     named = {int(word.strip(",")) for word in message.split("pairs ")[1].split(" … of ")[0].split()}
     assert named == {int(i) for i in trainer.loader.indices(5)}
     weights = load_checkpoint(list_checkpoints(tmp_path)[-1]).weights
@@ -101,10 +97,8 @@ def test_a_run_of_another_recipe_is_not_resumed(table, tmp_path):
     train(recipe_for(table), out=run, quiet=True, report=False)
     with pytest.raises(UserError, match=r"lr was 0\.001.*steps was 8.*finetune\.pretrained"):
         train(recipe_for(table, lr=2e-3, steps=9), out=run, resume=True, quiet=True, report=False)
-    rows = (run / "metrics.jsonl").read_text()
-    assert train(
-        recipe_for(table, checkpoint_every=3, keep_checkpoints=9), out=run, resume=True, quiet=True, report=False
-    ).finished
+    rows, other = (run / "metrics.jsonl").read_text(), recipe_for(table, checkpoint_every=3, keep_checkpoints=9)
+    assert train(other, out=run, resume=True, quiet=True, report=False).finished
     assert (run / "metrics.jsonl").read_text() == rows
 
 
@@ -117,11 +111,7 @@ def test_a_run_is_not_resumed_with_other_pairs_but_with_repaired_ones(rows, tmp_
     recipe = recipe_for(tmp_path / "pairs.jsonl", "clip", sections, steps=2)
     run = train(recipe, out=tmp_path / "run", quiet=True, report=False).folder
     shuffled = [{**row, "caption": caption} for row, caption in zip(rows, captions[1:] + captions[:1], strict=True)]
-    for others, change in (
-        (shuffled, "sampled keys or captions"),
-        (rows[::-1], "sampled"),
-        (rows[:-1], "24 .*23"),
-    ):
+    for others, change in ((shuffled, "sampled keys or captions"), (rows[::-1], "sampled"), (rows[:-1], "24 .*23")):
         write_rows(tmp_path / name, others)
         refuses(f"{change}.*--out", assemble, recipe, run, resume=True, quiet=True)
     write_rows(tmp_path / name, rows)
@@ -163,10 +153,9 @@ def test_an_error_of_the_data_in_mid_run_saves_the_steps_before(table, rows, tmp
     recipe = recipe_for(table, "clip", sections, log_every=1, checkpoint_every=100, evaluate_every=5)
     train(recipe, out=tmp_path / "whole", quiet=True, report=False)
     source = Breaking(table)
+    sink, error = At(5, lambda: val.rename(tmp_path / "away.jsonl")), "val.jsonl"
     if what == "training pairs":
         sink, error = At(5, lambda: setattr(source, "broken", True)), "the table changed"
-    else:
-        sink, error = At(5, lambda: val.rename(tmp_path / "away.jsonl")), "val.jsonl"
     with named_objects(source) as (name,):
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": name})})
         refuses(error, train, recipe, out=tmp_path / "run", quiet=True, report=False, callbacks=[sink])
@@ -214,15 +203,13 @@ def test_a_folder_in_use_is_refused_and_free_as_soon_as_its_process_is_killed(ta
 
 
 def test_wrong_runs_are_refused_before_anything_is_made(table, tmp_path):
-    (tmp_path / "file").touch()
     small = {"image": {"model": "convnext_atto", "size": 16}}  # its last grid would be half a cell
-    for recipe, folder, message in (
-        (recipe_for(table), "file/run", "file/run.*--out"),
-        (recipe_for(table, batch_size=64), "run", "24"),
-        (recipe_for(table, device="cuda:7"), "run", r"train\.device"),
-        (recipe_for(table, sections=small), "run", r"'convnext_atto'.*16 × 16.*image\.size"),
+    for recipe, message in (
+        (recipe_for(table, batch_size=64), "24"),
+        (recipe_for(table, device="cuda:7"), r"train\.device"),
+        (recipe_for(table, sections=small), r"'convnext_atto'.*16 × 16.*image\.size"),
     ):
-        refuses(message, train, recipe, out=tmp_path / folder, quiet=True, report=False)
+        refuses(message, train, recipe, out=tmp_path / "run", quiet=True, report=False)
         assert not (tmp_path / "run").exists()
 
 
