@@ -105,7 +105,11 @@ def test_automatic_workers_are_the_cores_of_a_rank_that_do_not_train(monkeypatch
 
 @pytest.mark.parametrize(
     ("caption", "parts"),
-    [("a red circle", ()), ("赤い丸", ("100.0 %", "unknown", "--from")), ("a red circle " * 9, ("100.0 %", "text.context_length"))],
+    [
+        ("a red circle", ()),
+        ("赤い丸", ("100.0 %", "unknown", "--from")),
+        ("a red circle " * 9, ("100.0 %", "text.context_length")),
+    ],
 )
 def test_captions_that_cannot_be_read_are_named(caption, parts, tmp_path):
     encoder = read_encoder(str(bert(tmp_path / "bert")), pretrained=False)
