@@ -43,7 +43,7 @@ def torchrun(asked):
     config, _, words = config_from_args(parse_args((asked / "words").read_text().split("\0")[:-1]))
     config.start_method = "fork"
     try:
-        elastic_launch(config, rank)(*words[words.index("declip") + 1 :])
+        elastic_launch(config, rank_that_exits)(*words[words.index("declip") + 1 :])
     finally:
         (asked / "ended").touch()
 
@@ -51,6 +51,14 @@ def torchrun(asked):
 def rank(*words):
     sys.argv = ["declip", *words]
     cli.main()
+
+
+def rank_that_exits(*words):
+    """A rank that ends with its command; torch would hold a forked one for 30 s until the agent reads its result."""
+    try:
+        rank(*words)
+    finally:
+        os._exit(0)
 
 
 def wait_for(path, alive):
