@@ -39,25 +39,20 @@ def test_moving_takes_every_tensor_and_leaves_the_plan_of_the_work_on_the_host()
     assert moved.views["first"].photometric is batch.views["first"].photometric
     assert moved.lengths is lengths
     assert moved.skipped == [broken]
-    here = batch.to("cpu")
-    assert here.mask_positions.tolist() == [2, 21]
-    part = here.rows(1, 3)
+    part = batch.to("cpu").rows(1, 3)
     assert (part.lengths.tolist(), part.mask_positions, part.skipped) == ([[8, 6], [3, 6]], None, [])
     assert part.to("cpu").mask_positions.tolist() == [13]
     assert len(part.views["first"].photometric.jitter) == 2
-
-
-INT = torch.int64
 
 
 @pytest.mark.parametrize(
     ("given", "says"),
     [
         ({"views": {}}, "needs `texts`"),
-        ({"texts": torch.ones(3, 8, dtype=INT)}, "needs `texts`"),
-        ({"texts": torch.ones(2, 4, 8, dtype=INT)}, "needs `texts`"),
+        ({"texts": torch.ones(3, 8, dtype=torch.int64)}, "needs `texts`"),
+        ({"texts": torch.ones(2, 4, 8, dtype=torch.int64)}, "needs `texts`"),
         ({"texts": torch.ones(2, 3, 8)}, r"`texts` is .*float32"),
-        ({"masked": torch.ones(3, 7, dtype=INT)}, r"`masked` is \(3, 7\).*\(3, 8\)"),
+        ({"masked": torch.ones(3, 7, dtype=torch.int64)}, r"`masked` is \(3, 7\).*\(3, 8\)"),
         ({"labels": torch.full((3, 8), -100, dtype=torch.int32)}, "`labels` is .*int32"),
         ({"sample_ids": torch.arange(4)}, r"`sample_ids` is \(4,\).*\(3,\)"),
     ],
@@ -79,14 +74,11 @@ def test_skip_counter_counts_all_and_keeps_few_examples():
     counter = SkipCounter()
     for number in range(9):
         counter.add(BrokenPair("missing image", f"{number}.jpg"))
-    counter.add(BrokenPair("empty caption", "x"))
-    counter.add(BrokenPair("empty caption", "x"))
-    state = counter.to_dict()["reasons"]
-    assert list(state) == ["empty caption", "missing image"]
-    assert state["missing image"] == {"count": 9, "examples": [f"{n}.jpg" for n in range(EXAMPLES_KEPT)]}
-    assert state["empty caption"] == {"count": 2, "examples": ["x"]}
-    assert counter.total == 11
+        counter.add(BrokenPair("empty caption", "x"))
+    assert counter.to_dict()["reasons"] == {
+        "empty caption": {"count": 9, "examples": ["x"]},
+        "missing image": {"count": 9, "examples": [f"{n}.jpg" for n in range(EXAMPLES_KEPT)]},
+    }
     again = SkipCounter.from_dict(counter.to_dict())
     again.add(BrokenPair("empty caption", "y"))
-    assert again.total == 12
-    assert counter.total == 11
+    assert (again.total, counter.total) == (19, 18)
