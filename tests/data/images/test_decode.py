@@ -15,8 +15,8 @@ from declip.data.pair import BrokenPair
 from declip.data.sources.open import open_source
 
 
-def noise(seed=0, size=(40, 60, 3)):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, size, dtype=np.uint8))
+def noise():
+    return Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8))
 
 
 @pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "JPEG", "WEBP", "GIF", "MPO"])
@@ -56,8 +56,7 @@ def test_damaged_exif_leaves_the_image_as_it_is():
 )
 def test_every_mode_becomes_rgb_over_white(image, kind, options, pixel):
     decoded = decode(encoded(image, kind, **options), "k")
-    assert decoded.mode == "RGB"
-    assert decoded.getpixel((1, 1)) == pixel
+    assert (decoded.mode, decoded.getpixel((1, 1))) == ("RGB", pixel)
 
 
 def test_a_scan_in_16_bits_whose_zero_is_white_is_not_inverted():
@@ -69,8 +68,7 @@ def test_a_scan_in_16_bits_whose_zero_is_white_is_not_inverted():
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "BMP", "GIF", "TIFF"])
 def test_half_a_file_is_truncated(kind):
     content = encoded(noise(), kind)
-    with pytest.raises(BrokenPair, match=r"^truncated image: k "):
-        decode(content[: len(content) // 2], "k")
+    assert outcome(lambda: decode(content[: len(content) // 2], "k")) == "truncated image"
 
 
 @pytest.mark.filterwarnings("error")
@@ -79,17 +77,13 @@ def test_a_large_image_is_read_without_a_warning():
         assert image.size == (10_000, 10_000)
 
 
-SIZE = (150, 101)
-
-
 @pytest.fixture(params=["simplejpeg", "pillow"])
 def decoder(request, monkeypatch):
     """Run with each decoder."""
     if request.param == "pillow":
         monkeypatch.setattr(module, "simplejpeg", None)
-    elif module.simplejpeg is None:
-        pytest.skip("simplejpeg is not installed")
-    return request.param
+    else:
+        pytest.importorskip("simplejpeg")
 
 
 def outcome(read):
@@ -100,13 +94,12 @@ def outcome(read):
         return broken.reason
 
 
-def by_pillow(content):
-    with opened(content, "k") as (image, _):
-        return apply_exif(image)
-
-
 def assert_as_pillow(content):
-    ours, expected = outcome(lambda: open_image(content, "k").pixels()), outcome(lambda: by_pillow(content))
+    def by_pillow():
+        with opened(content, "k") as (image, _):
+            return apply_exif(image)
+
+    ours, expected = outcome(lambda: open_image(content, "k").pixels()), outcome(by_pillow)
     assert type(ours) is type(expected), (ours, expected)
     np.testing.assert_array_equal(ours, expected)
     return expected
@@ -125,11 +118,10 @@ JPEGS = {
 
 @pytest.mark.parametrize("options", JPEGS.values(), ids=JPEGS)
 def test_full_size_pixels_are_those_of_decode(decoder, options):
-    for size in ((1, 1), (7, 5), (33, 16), SIZE):
+    for size in ((1, 1), (7, 5), (33, 16), (150, 101)):
         content = jpeg(scene(*size), **options)
         picture = open_image(content, "k")
-        assert isinstance(picture, LazyJpeg)
-        assert picture.size == size
+        assert (type(picture), picture.size) == (LazyJpeg, size)
         assert_as_pillow(content)
 
 
@@ -154,10 +146,10 @@ def test_exif_turns_size_pixels_and_smaller_pixels(decoder, orientation):
         assert picture.size == expected.size
         np.testing.assert_array_equal(picture.pixels(), np.asarray(expected))
         assert decode(content, "k").tobytes() == expected.tobytes()
-    upright = Image.fromarray(open_image(jpeg(), "k").pixels(2))
+    smaller = Image.fromarray(open_image(jpeg(), "k").pixels(2))
     turn = module.TURNS.get(orientation)
     turned = open_image(jpeg(exif=exif), "k").pixels(2)
-    np.testing.assert_array_equal(turned, np.asarray(upright if turn is None else upright.transpose(turn)))
+    np.testing.assert_array_equal(turned, np.asarray(smaller if turn is None else smaller.transpose(turn)))
 
 
 @pytest.mark.parametrize("options", JPEGS.values(), ids=JPEGS)
@@ -179,54 +171,45 @@ def test_both_decoders_give_the_pixels_of_a_smaller_picture(options, monkeypatch
 @pytest.mark.parametrize("progressive", [False, True])
 def test_a_file_cut_short_anywhere_is_judged_as_by_decode(decoder, progressive):
     content = jpeg(scene(40, 30), quality=60, progressive=progressive)
-    found = [assert_as_pillow(content[:length]) for length in range(0, len(content), 7)]
+    cut = [content[:length] for length in range(0, len(content), 7)]
+    found = [assert_as_pillow(each) for each in (*cut, content[:-2], content + b"more")]
     assert {reason for reason in found if isinstance(reason, str)} == {"truncated image", "unreadable image"}
-    assert_as_pillow(content[:-2])
-    assert_as_pillow(content + b"more")
 
 
 def test_a_damaged_file_is_judged_as_by_decode(decoder):
-    generator = np.random.default_rng(0)
-    clean = jpeg(scene(64, 48), quality=60)
-    seen = []
+    generator, clean = np.random.default_rng(0), jpeg(scene(64, 48), quality=60)
+    broken = 0
     for _ in range(300):
         content = bytearray(clean)
         for place in generator.integers(2, len(clean), int(generator.integers(1, 4))):
             content[place] = generator.integers(256)
-        seen.append(isinstance(assert_as_pillow(bytes(content)), str))
-    assert 10 < sum(seen) < 290
+        broken += isinstance(assert_as_pillow(bytes(content)), str)
+    assert 10 < broken < 290
 
 
 def test_the_size_is_checked_before_a_pixel_is_decoded(decoder, monkeypatch):
     clean = jpeg()
     monkeypatch.setattr(Image.Image, "load", lambda image: pytest.fail("decoded"))
-    huge = bytearray(clean)
-    at = huge.index(b"\xff\xc0")
-    huge[at + 5 : at + 9] = b"\xff\xdc\xff\xdc"  # 65,500 x 65,500
-    for read in (lambda: open_image(bytes(huge), "k"), lambda: open_image(clean, "k", 9999)):
-        with pytest.raises(BrokenPair) as caught:
-            read()
-        assert caught.value.reason == "image too large"
-    assert open_image(clean, "k").size == SIZE, "and no pixel is decoded to open a good one"
+    with pytest.raises(BrokenPair, match="image too large"):
+        open_image(clean, "k", 9999)
+    assert open_image(clean, "k").size == (150, 101), "and no pixel is decoded to open a good one"
 
 
 def test_the_scale_keeps_the_views_size(tmp_path, monkeypatch):
-    for number, size in enumerate(((400, 300), (60, 50), SIZE)):
+    for number, size in enumerate(((400, 300), (60, 50), (150, 101))):
         (tmp_path / f"{number}.jpg").write_bytes(jpeg(scene(*size)))
         (tmp_path / f"{number}.txt").write_text("a picture")
-    scales, cuts = [], []
-    pixels, cut = LazyJpeg.pixels, ViewTransform.crop_and_resize
-    monkeypatch.setattr(LazyJpeg, "pixels", lambda self, scale=1: scales.append(scale) or pixels(self, scale))
-    monkeypatch.setattr(
-        ViewTransform,
-        "crop_and_resize",
-        lambda self, array, crop: cuts.append((crop, array.shape)) or cut(self, array, crop),
-    )
+    cuts, cut = [], ViewTransform.crop_and_resize
+
+    def recorded(self, array, crop):
+        cuts.append((crop, array.shape))
+        return cut(self, array, crop)
+
+    monkeypatch.setattr(ViewTransform, "crop_and_resize", recorded)
     with make_loader(open_source(tmp_path), size=32, batch_size=2, seed=1) as loader:
         for _ in range(40):
             next(loader)
-    assert set(scales) == {1, 2, 4, 8}
-    assert len(cuts) > 60
+    assert {50, 100, 75, 150} <= {width for _, (_, width, _) in cuts}, "scales 8, 4, 2 and 1"
     for crop, (height, width, _) in cuts:
         assert 0 <= crop.left <= crop.left + crop.width <= width
         assert 0 <= crop.top <= crop.top + crop.height <= height
