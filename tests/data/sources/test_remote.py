@@ -4,13 +4,14 @@ import itertools
 import json
 import os
 import pickle
+import shutil
 import sys
 import time
 
 import pytest
 
 from conftest import refuses
-from data.fakes import SIZES, message, write_shards
+from data.fakes import SIZES, message, reason_of, write_shards
 from declip.data.pair import BrokenPair
 from declip.data.sources import shard_files
 from declip.data.sources.open import open_source
@@ -40,11 +41,12 @@ def kept(copies):
     return sorted(copies.glob("*.tar"), key=lambda path: path.stat().st_mtime_ns)
 
 
-def all_captions(source):
-    return [source.captions(i)[0] for i in range(len(source))]
+def numbers(source):
+    """The numbers of the pictures, which their captions tell."""
+    return [int(source.captions(i)[0].removeprefix("picture ")) for i in range(len(source))]
 
 
-EXPECTED = [f"picture {n}" for n in range(21)]
+ALL = list(range(21))
 
 
 def test_urls_are_read_as_files_are_and_fetched_once(memory, copies, monkeypatch):
@@ -52,7 +54,7 @@ def test_urls_are_read_as_files_are_and_fetched_once(memory, copies, monkeypatch
     monkeypatch.setattr(shard_files, "fetch", lambda *given: fetched.append(given[0]) or fetch(*given))
     for word in ("memory://set/{00000..00003}.tar", "memory://set", "memory://set/*.tar"):
         source = open_source(word)
-        assert all_captions(source) == all_captions(pickle.loads(pickle.dumps(source))) == EXPECTED
+        assert numbers(source) == numbers(pickle.loads(pickle.dumps(source))) == ALL
         assert source.remote
     assert source[7].image.getpixel((0, 0)) == (7, 0, 7)
     assert sorted(fetched[4:]) == [f"memory:///set/{n:05d}.tar" for n in range(4)]
@@ -60,17 +62,17 @@ def test_urls_are_read_as_files_are_and_fetched_once(memory, copies, monkeypatch
 
 
 def test_signed_urls(memory, copies, monkeypatch):
-    numbers, info = itertools.count(), type(memory).info
+    count, info = itertools.count(), type(memory).info
 
     def led_to(*given, **options):
-        return {**info(*given, **options), "url": f"https://x/?X-Amz-Signature={next(numbers)}"}
+        return {**info(*given, **options), "url": f"https://x/?X-Amz-Signature={next(count)}"}
 
     monkeypatch.setattr(type(memory), "info", led_to)
     signed = "set/00002.tar?X-Amz-Credential=a/b&X-Amz-Signature=c"
     memory.pipe_file(f"/{signed}", memory.cat_file("/set/00002.tar"))
     for _ in range(2):
         source = open_source(f"memory://{signed}")
-        assert (all_captions(source), source.key(0)) == (EXPECTED[6:15], "00002.tar/000000006")
+        assert (numbers(source), source.key(0)) == (ALL[6:15], "00002.tar/000000006")
     assert len(kept(copies)) == 1
 
 
@@ -78,22 +80,18 @@ def test_what_was_not_used_for_longest_goes_when_there_is_no_room(memory, copies
     sizes = [memory.info(f"/set/{number:05d}.tar")["size"] for number in range(4)]
     monkeypatch.setenv("DECLIP_CACHE_GB", str((sizes[0] + sizes[2]) / 1e9))
     source = ShardSource("memory://set")
-    for path in kept(copies):
-        path.unlink()
-    for index in (0, 5, 15):  # of shards 0, 1 and 3, which fit
+    shutil.rmtree(copies)
+    for index in (0, 5, 15, 1, 6):  # of shards 0, 1 and 3, which fit, 0 again, so 1 is the oldest, and 2
         source.captions(index)
         time.sleep(0.01)
-    source.captions(1)  # shard 0 is used again, so shard 1 is the oldest
-    time.sleep(0.01)
-    source.captions(6)  # shard 2
     assert [path.stat().st_size for path in kept(copies)] == [sizes[0], sizes[2]]
-    assert all_captions(source) == EXPECTED
+    assert numbers(source) == ALL
 
 
 def test_a_copy_that_others_remove_at_once_is_read_all_the_same(memory, copies, monkeypatch):
     monkeypatch.setattr(shard_files, "trim_cache", lambda folder, keep: keep[0].unlink())
     source = ShardSource("memory://set")
-    assert all_captions(source) == EXPECTED
+    assert numbers(source) == ALL
     assert not kept(copies)
 
 
@@ -102,21 +100,18 @@ def test_counts_next_to_the_shards_save_reading_them_first(memory, copies):
     source = ShardSource("memory://set")
     assert source.blocks.tolist() == list(SIZES)
     assert not kept(copies)
-    assert source.captions(7) == ("picture 7",)
-    assert len(kept(copies)) == 1
+    assert (source.captions(7), len(kept(copies))) == (("picture 7",), 1)
     memory.pipe_file("/set/sizes.json", b'{"00001.tar": 3, "00002.tar": 2}')
     source = ShardSource("memory://set")
     assert source.blocks.tolist() == [5, 3, 2, 6]
-    with pytest.raises(BrokenPair, match=r"missing in shard: 00001.tar, pair 1 \(1 pairs instead of 3"):
-        source[6]
+    assert reason_of(source, 6) == "missing in shard"
     memory.pipe_file("/set/sizes.json", b'{"00001.tar": "3"}')
     refuses(r"sizes\.json: ValueError: not a number", ShardSource, "memory://set")
 
 
 def test_a_shard_that_cannot_be_fetched_breaks_its_pairs_and_is_not_asked_for_each_time(memory, copies, monkeypatch):
     source = ShardSource("memory://set")
-    for path in kept(copies):
-        path.unlink()
+    shutil.rmtree(copies)
     asked = []
 
     def fail(self, path, *_, **__):
@@ -157,6 +152,5 @@ def test_what_is_not_there(copies, monkeypatch):
         ("nosuch://x/a.tar", "Protocol not known: nosuch"),
     ):
         assert says in message(word)
-        assert "\n" not in message(word)
     monkeypatch.setitem(sys.modules, "fsspec.core", None)
     assert "pip install 'declip[remote]'" in message("s3://bucket/00000.tar")

@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import pickle
-import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,6 @@ import pytest
 from conftest import refuses
 from data.fakes import KINDS, message, reason_of, write
 from declip.data.columns import Columns
-from declip.data.pair import BrokenPair
 from declip.data.sources.open import open_source
 from declip.data.sources.subset import take
 from declip.data.sources.table import IMAGE_NAMES, TableSource, find_column
@@ -23,32 +22,21 @@ def test_one_bad_row_leaves_the_others(folder, kind):
     (folder / "text.jpg").write_text("I am text")
     rows = [("a.png", "x" * 100_000), ("none.png", "gone"), ("text.jpg", "words"), ("b.png", " "), ("", "no path")]
     source = TableSource(write(folder / f"t.{kind}", [*rows, ("c.png", "good")]))
-    found = {}
-    for index in range(len(source)):
-        try:
-            pair = source[index]
-            found[pair.key] = pair.captions
-        except BrokenPair as broken:
-            found[broken.key] = broken.reason
+    assert [reason_of(source, index) for index in range(5)] == [
+        "caption too long", "missing image", "unreadable image", "empty caption", "missing image",
+    ]  # fmt: skip
     place = {"jsonl": "line 5", "csv": "line 6", "tsv": "line 6", "parquet": "row 4"}[kind]
-    assert found == {
-        "a.png": "caption too long",
-        "none.png": "missing image",
-        "text.jpg": "unreadable image",
-        "b.png": "empty caption",
-        place: "missing image",
-        "c.png": ("good",),
-    }
+    assert (source.key(4), source[5].captions) == (place, ("good",))
 
 
 def test_usual_names_are_found_where_no_other_is_given():
-    def found(columns, given):
+    def found(columns, given="image"):
         return find_column(columns, given, IMAGE_NAMES, "image", Path("t.csv"))
 
-    assert found(["caption", "image"], "image") == "image"
-    assert found(["url", "FilePath", "title"], "image") == "FilePath"
-    assert found(["filename", "image_path"], "image") == "image_path"
-    assert found(["Image ", "caption"], "image") == "Image "
+    assert found(["caption", "image"]) == "image"
+    assert found(["url", "FilePath", "title"]) == "FilePath"
+    assert found(["filename", "image_path"]) == "image_path"
+    assert found(["Image ", "caption"]) == "Image "
     for columns, given in ((["picture", "p"], "image"), (["picture", "path"], "filename")):
         refuses(f"no column '{given}'", found, columns, given)
     refuses("2 columns named 'image'", found, ["image", "image"], "image")
@@ -59,9 +47,8 @@ def test_usual_names_are_found_where_no_other_is_given():
 def test_tables_with_nothing_in_them(folder, kind):
     path = folder / f"t.{kind}"
     path.touch()
-    assert re.search("no column 'image'|is not a Parquet file", message(path))
-    write(path, [])
-    assert re.search("no column 'image'|no rows|cast from null", message(path))
+    refuses("no column 'image'|is not a Parquet file", open_source, path)
+    refuses("no column 'image'|no rows|cast from null", open_source, write(path, []))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -70,11 +57,12 @@ def test_rows_of_one_image_are_one_pair(folder, kind):
     source = TableSource(write(folder / f"t.{kind}", [tuple(row.split("|")) for row in rows]))
     merged = [("first", "third"), ("lost",), ("second",), ("lost too",)]
     assert [source.captions(i) for i in range(len(source))] == merged
-    assert [source.key(0), source[2].key] == ["b.png", "a.png"]
-    assert source[2].image.getpixel((0, 0)) == (0, 0, 0)
-    assert pickle.loads(pickle.dumps(source))[2].captions == ("second",)
-    assert len(pickle.dumps(source)) < 1000
-    assert reason_of(source, 1) == reason_of(source, 3) == "missing image"
+    content = pickle.dumps(source)
+    assert len(content) < 1000
+    for each in (source, pickle.loads(content)):
+        assert (each.key(0), each[2].key, each[2].captions) == ("b.png", "a.png", ("second",))
+        assert each[2].image.getpixel((0, 0)) == (0, 0, 0)
+        assert reason_of(each, 1) == reason_of(each, 3) == "missing image"
 
 
 def test_jsonl_rows_are_found_across_blank_lines(folder):
@@ -82,16 +70,17 @@ def test_jsonl_rows_are_found_across_blank_lines(folder):
     text = "\ufeff" + "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     (folder / "t.jsonl").write_text(text.replace("\n\n", "\r\n\n  \t \n\r\r\n", 3), encoding="utf-8")
     source = TableSource(folder / "t.jsonl")
-    assert len(source) == 20
-    assert [source.captions(i)[0] for i in range(20)] == [f"n {i}" + "é" * i for i in range(20)]
+    assert [source.captions(i)[0] for i in range(len(source))] == [row["caption"] for row in rows]
 
 
 def test_a_row_too_long_to_hold_breaks_alone_and_files_may_be_appended(folder, monkeypatch):
     monkeypatch.setattr("declip.data.sources.rows.LONGEST_ROW", 1000)
-    for kind, long in (("csv", 'b.png,"' + "long, " * 300 + '"'), ("jsonl", json.dumps({"image": "b.png" * 300}))):
-        head = "\ufeffimage,caption\n" if kind == "csv" else "\ufeff"
-        rows = ["a.png,x", "c.png,y"] if kind == "csv" else [f'{{"image": "{n}.png", "caption": "x"}}' for n in "ac"]
-        (folder / f"t.{kind}").write_text(f"{head}{rows[0]}\n{long}\n\ufeff{rows[1]}\n", encoding="utf-8")
+    for kind, head, row, long in (
+        ("csv", "image,caption\n", "{}.png,x", 'b.png,"' + "long, " * 300 + '"'),
+        ("jsonl", "", '{{"image": "{}.png", "caption": "x"}}', json.dumps({"image": "b.png" * 300})),
+    ):
+        text = f"\ufeff{head}{row.format('a')}\n{long}\n\ufeff{row.format('c')}\n"
+        (folder / f"t.{kind}").write_text(text, encoding="utf-8")
         source = open_source(folder / f"t.{kind}")
         assert (source.key(0), reason_of(source, 1), source[2].key) == ("a.png", "unreadable row", "c.png")
 
@@ -109,15 +98,13 @@ def test_the_authors_list_reads_as_it_is(folder, monkeypatch):
     assert reason_of(whole, 1) == "path outside image root"
     for array in (json.dumps(lines), "[\n" + ",\n".join(map(json.dumps, lines)) + "\n]\n"):
         (folder / "array.json").write_text(array)
-        assert re.search(r"is not JSONL.*jq -c '\.\[\]' array\.json > rows\.jsonl", message(folder / "array.json"))
+        refuses(r"is not JSONL.*jq -c '\.\[\]' array\.json", open_source, folder / "array.json")
 
 
-def test_tables_of_spreadsheets_and_paths_of_windows(folder):
-    (folder / "pairs.xlsx").write_bytes(b"PK")
-    assert "CSV" in message(folder / "pairs.xlsx")
+def test_paths_of_windows(folder):
     (folder / "inner").mkdir()
     for name in ("inner/x.png", "y\\z.png"):
-        (folder / name).write_bytes((folder / "b.png").read_bytes())
+        shutil.copy(folder / "b.png", folder / name)
     write(folder / "t.csv", [("inner\\x.png", "x"), ("y\\z.png", "a name with a backslash"), ("in\\none.png", "gone")])
     for columns in (Columns(), Columns(root=folder)):
         source = open_source(folder / "t.csv", columns)
@@ -140,9 +127,8 @@ def test_a_table_that_is_rewritten_in_place_stays_as_it_was_opened(folder, cache
 def test_csv_rows_of_the_wrong_length_are_broken_pairs(folder):
     (folder / "t.csv").write_text("image,caption\na.png,good\nb.png,one, two\nc.png\nb.png,fine\n")
     source = TableSource(folder / "t.csv")
-    assert (len(source), source[3].captions, reason_of(source, 2)) == (4, ("fine",), "unreadable row")
-    with pytest.raises(BrokenPair, match=r"unreadable row: line 3 \(3 cells instead of 2\)"):
-        source[1]
+    assert (len(source), source[3].captions) == (4, ("fine",))
+    assert reason_of(source, 1) == reason_of(source, 2) == "unreadable row"
 
 
 @pytest.mark.parametrize(
@@ -161,16 +147,14 @@ def test_csv_whose_quote_would_swallow_rows(folder, head, rows, place):
 
 
 @pytest.mark.parametrize(
-    "cell", ['"a cat,\nblack, on a mat\nby b.png"', '"one\r\n\r\ntwo ""x"""', '5" wide', '"so" she said', '"x"', '""']
+    "cell", ['"a cat,\nblack, on a mat\nby b.png"', '"one\r\n\r\ntwo ""x"""', '5" wide', '"so" she said', '"x"']
 )
 def test_csv_quotes_that_swallow_nothing(folder, cell):
-    content = f'\ufeff"image","caption"\na.png,{cell}\nb.png,"y"\nc.png,"z"'
-    (folder / "t.csv").write_bytes(content.encode())
-    rows = list(csv.reader(io.StringIO(content.removeprefix("\ufeff"), newline="")))[1:]
+    content = f'"image","caption"\na.png,{cell}\nb.png,"y"\nc.png,"z"'
+    (folder / "t.csv").write_bytes(b"\xef\xbb\xbf" + content.encode())
+    rows = list(csv.DictReader(io.StringIO(content, newline="")))
     source = TableSource(folder / "t.csv")
-    assert [source[i].captions if i or cell != '""' else ("",) for i in range(3)] == [
-        (" ".join(caption.split()),) for _, caption in rows
-    ]
+    assert [source.captions(i) for i in range(3)] == [(" ".join(row["caption"].split()),) for row in rows]
 
 
 def test_tsv_without_quotes_is_read_as_it_stands(folder):
@@ -182,8 +166,8 @@ def test_tsv_without_quotes_is_read_as_it_stands(folder):
     text = "caption\timage\n" + "".join(f"{caption}\t{i}.png\n" for i, caption in enumerate(captions))
     (folder / "t.tsv").write_text(text)
     source = TableSource(folder / "t.tsv")
-    assert [source.captions(i) for i in range(len(source))] == [(caption,) for caption in expected]
-    assert [source.key(i) for i in range(len(source))] == [f"{i}.png" for i in range(len(captions))]
+    found = [(source.key(i), source.captions(i)[0]) for i in range(len(source))]
+    assert found == [(f"{i}.png", caption) for i, caption in enumerate(expected)]
 
 
 def test_semicolons_and_tabs_are_read_and_utf_16_and_latin_1_get_a_hint(folder):
@@ -193,22 +177,19 @@ def test_semicolons_and_tabs_are_read_and_utf_16_and_latin_1_get_a_hint(folder):
     (folder / "t.csv").write_text("image,caption\na.png,x\n", encoding="utf-16")
     assert "is UTF-16. Save it as UTF-8." in message(folder / "t.csv")
     (folder / "t.csv").write_bytes("image,caption\na.png,café\nb\xe9.png,x\nc.png,good\n".encode("latin-1"))
-    for place in (0, 1):
-        with pytest.raises(BrokenPair, match=r"invalid text.*iconv -f latin1"):
-            open_source(folder / "t.csv")[place]
-    assert open_source(folder / "t.csv")[2].captions == ("good",)
+    source = open_source(folder / "t.csv")
+    assert [reason_of(source, place) for place in (0, 1)] == ["invalid text"] * 2
+    assert source[2].captions == ("good",)
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
 def test_rows_of_one_group_share_a_number(tmp_path, kind):
-    groups = ["7", "other", "7", ""]
-    rows = [(f"{n}.png", "a", group) for n, group in enumerate(groups)]
+    rows = [(f"{n}.png", "a", group) for n, group in enumerate(("7", "other", "7", ""))]
     path = write(tmp_path / f"table.{kind}", rows, ("image", "caption", "product"))
     source = open_source(path, Columns(group="product"))
     found = [source.group(index) for index in range(4)]
-    assert 0 not in found[:3]
-    assert [found[0] == found[2], found[0] == found[1], found[3]] == [True, False, 0]
+    assert found[0] == found[2] != found[1]
+    assert (0 in found[:3], found[3], open_source(path).group(0)) == (False, 0, 0)
     copied = pickle.loads(pickle.dumps(take(source, 2, 0)))
-    assert [copied.group(0), copied.group(1)] == [found[index] for index in take(source, 2, 0).indices]
-    assert open_source(path).group(0) == 0
+    assert [copied.group(0), copied.group(1)] == [found[index] for index in copied.indices]
     assert "data.columns.group" in message(path, Columns(group="produkt"))
