@@ -16,8 +16,7 @@ class Numbers(PairSource):
     """A source that is only as long as it is."""
 
     def __init__(self, count, blocks=None, remote=False, name="numbers"):
-        self.count, self.remote, self.name = count, remote, name
-        self.blocks = None if blocks is None else np.array(blocks)
+        self.count, self.blocks, self.remote, self.name = count, blocks and np.array(blocks), remote, name
 
     def __len__(self):
         return self.count
@@ -33,10 +32,6 @@ SIZES = [30, 7, 0, 55, 41, 1, 66, 23, 19, 60]
 SHARDS = Numbers(sum(SIZES), SIZES)
 
 
-def order_of(source, batch=8, buffer=None):
-    return Order(source, batch, 5, buffer)
-
-
 def epoch_of(order, epoch):
     return np.concatenate([order.group(epoch, group) for group in range(order.groups)])
 
@@ -46,7 +41,7 @@ def steps(order, first, last):
 
 
 def test_the_default_is_the_permutation_that_runs_were_trained_with():
-    order = order_of(SHARDS)
+    order = Order(SHARDS, 8, 5, None)
     for epoch in (0, 3):
         whole = np.random.default_rng((5, epoch, 302)).permutation(302)
         assert epoch_of(order, epoch).tolist() == whole.tolist()
@@ -57,7 +52,7 @@ def test_the_default_is_the_permutation_that_runs_were_trained_with():
 @pytest.mark.parametrize("buffer", [1, 40, 100, 1000])
 @pytest.mark.parametrize("source", [SHARDS, Numbers(302), Numbers(2500)])
 def test_every_pair_comes_once_an_epoch_in_another_order(source, buffer):
-    order = order_of(source, buffer=buffer)
+    order = Order(source, 8, 5, buffer)
     orders = [epoch_of(order, epoch) for epoch in range(2)]
     assert all(sorted(each.tolist()) == list(range(len(source))) for each in orders)
     assert (orders[0] != orders[1]).mean() > 0.9
@@ -66,7 +61,7 @@ def test_every_pair_comes_once_an_epoch_in_another_order(source, buffer):
 
 def test_a_stretch_of_steps_touches_the_shards_of_a_group_only():
     source = Numbers(20_000, [100] * 200)
-    order = order_of(source, batch=50, buffer=1000)
+    order = Order(source, 50, 5, 1000)
     for first in range(0, order.steps_per_epoch, 20):
         shards = {index // 100 for index in steps(order, first, first + 20).tolist()}
         assert len(shards) <= 11
@@ -76,7 +71,7 @@ def test_a_stretch_of_steps_touches_the_shards_of_a_group_only():
 
 def test_pairs_left_out_at_an_epochs_end_are_chance():
     source = Numbers(105, [35, 35, 35])
-    order, left = order_of(source, batch=50, buffer=20), Counter()
+    order, left = Order(source, 50, 5, 20), Counter()
     for epoch in range(600):
         left.update(epoch_of(order, epoch)[100:].tolist())
     assert len(left) == 105
@@ -85,9 +80,9 @@ def test_pairs_left_out_at_an_epochs_end_are_chance():
 
 def test_remote_shards_are_buffered_unless_told_otherwise():
     near, far = Numbers(120_000, [1000] * 120), Numbers(120_000, [1000] * 120, remote=True)
-    assert len({i // 1000 for i in epoch_of(order_of(near), 0)[:20_000].tolist()}) == 120
-    assert len({i // 1000 for i in epoch_of(order_of(far), 0)[:20_000].tolist()}) == 60
-    assert len({i // 1000 for i in epoch_of(order_of(far, buffer=10_000), 0)[:20_000].tolist()}) == 20
+    for source, buffer, shards in ((near, None, 120), (far, None, 60), (far, 10_000, 20)):
+        first = epoch_of(Order(source, 8, 5, buffer), 0)[:20_000]
+        assert len({*(first // 1000).tolist()}) == shards
 
 
 PARTS = [Numbers(100, [30, 70], name="a"), Numbers(40, name="b"), Numbers(60, [60], name="c")]
@@ -96,7 +91,7 @@ PARTS = [Numbers(100, [30, 70], name="a"), Numbers(40, name="b"), Numbers(60, [6
 @pytest.mark.parametrize("buffer", [None, 50, 150])
 def test_an_epoch_shows_each_pair_of_a_source_as_often_as_the_source_is_given(buffer):
     joined = Joined([*PARTS, PARTS[0]])
-    order = order_of(joined, buffer=buffer)
+    order = Order(joined, 8, 5, buffer)
     assert (len(joined), order.steps_per_epoch) == (300, 300 // 8)
     for epoch in range(3):
         shown = Counter(joined[index] for index in epoch_of(order, epoch).tolist())
@@ -105,7 +100,7 @@ def test_an_epoch_shows_each_pair_of_a_source_as_often_as_the_source_is_given(bu
 
 def test_shards_of_joined_sources_come_in_one_random_order():
     joined = Joined([Numbers(9000, [900] * 10, name="a"), Numbers(8000, name="b")])
-    order = order_of(joined, batch=100, buffer=2000)
+    order = Order(joined, 100, 5, 2000)
     shares = [sum(joined[i][0] == "b" for i in steps(order, s, s + 20).tolist()) for s in range(0, 160, 20)]
     assert len({*shares}) > 1
     assert 0.2 < np.mean(shares) / 2000 < 0.8

@@ -49,19 +49,17 @@ def test_a_file_or_folder_appears_whole_or_not_at_all(tmp_path):
 
 
 def test_what_a_killed_process_left_is_removed_after_a_day(tmp_path):
-    for name, age in ((".file.1.partial", 90_000), (".file.2.partial", 0), (".other.1.partial", 90_000)):
+    for name in (".file.1.partial", ".file.2.partial", ".other.1.partial"):
         (tmp_path / name).mkdir()
-        os.utime(tmp_path / name, (time.time() - age,) * 2)
+        os.utime(tmp_path / name, (time.time() - (0 if "2" in name else 90_000),) * 2)
     with atomic_write(tmp_path / "file") as partial:
         partial.write_text("1")
     assert sorted(path.name for path in tmp_path.iterdir()) == [".file.2.partial", ".other.1.partial", "file"]
 
 
-@pytest.mark.parametrize(
-    ("code", "told"), [(errno.ENOSPC, "No room left on the disk"), (errno.EROFS, "cannot be written")]
-)
+@pytest.mark.parametrize(("code", "told"), [(errno.ENOSPC, "No room left"), (errno.EROFS, "cannot be written")])
 def test_a_full_or_forbidden_disk_is_the_users_matter(tmp_path, code, told):
-    with pytest.raises(UserError, match=f"{told}.*set DECLIP_CACHE to another"), atomic_write(tmp_path / "file"):
+    with pytest.raises(UserError, match=f"{told}.*DECLIP_CACHE"), atomic_write(tmp_path / "file"):
         raise OSError(code, os.strerror(code))
 
 
@@ -92,9 +90,8 @@ def test_features_longest_unused_go_first(cache, monkeypatch):
 
 
 def test_clear_keeps_what_cannot_be_computed(cache, command):
-    shown = command("cache", "show").out
+    shown, wrong = command("cache", "show").out, command("cache", "clear", "nothing")
     assert all(part in shown for part in (str(cache), "features", "shards"))
-    wrong = command("cache", "clear", "nothing")
     assert (wrong.status, "'nothing'" in wrong.err) == (2, True)
     assert clear_cache("shards") == 1_000
     with FileLock(cache / "features/b" / LOCK):  # of another process
@@ -124,7 +121,6 @@ def test_workers_end_when_the_main_process_was_killed(monkeypatch):
 
 TERMS = ("contrastive", "multi_view", "simsiam", "masked_language", "nearest_neighbor")
 COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-LINE = r"training +{}/8 .*0:00:\d\d elapsed .*loss -?\d+\.\d{{3}}"
 
 
 class Clock:
@@ -143,9 +139,8 @@ def test_without_a_terminal_a_bar_is_a_line_now_and_then(capfd):
             bar.advance(task)
         bar.update(task, completed=25)
     printed = capfd.readouterr()
-    lines = [" ".join(line.split()) for line in printed.err.splitlines()]
     times = ["10/25 0:00:15 left", "20/25 0:00:05 left", "25/25 0:00:00 left"]
-    assert lines == [f"Images of cars {time}" for time in times]
+    assert [" ".join(line.split()) for line in printed.err.splitlines()] == [f"Images of cars {time}" for time in times]
     assert printed.out == ""
 
 
@@ -172,8 +167,7 @@ def test_a_run_without_a_terminal_tells_its_steps_in_lines(table, tmp_path, capf
     monkeypatch.setattr(progress, "LONGEST", 0.0)  # every step
     train(recipe_for(table, "clip"), out=tmp_path, report=False)
     printed = capfd.readouterr().err
-    assert re.findall(LINE.format(2), printed), printed
-    assert re.findall(LINE.format(8), printed), "the last step too"
-    assert "━" not in printed
-    assert "Starting: 24 pairs" in printed
+    for step in (2, 8):
+        assert re.findall(rf"training +{step}/8 .*0:00:\d\d elapsed .*loss -?\d+\.\d{{3}}", printed), printed
+    assert ("Starting: 24 pairs" in printed, "━" in printed) == (True, False)
     assert "Starting: 24 pairs" in (tmp_path / "log.txt").read_text()

@@ -28,9 +28,8 @@ def cache(tmp_path_factory):
             row = {"key": f"{design}/{name}", "design": design, "code": name, "name": name, "captions": [name]}
             drawings.append(({**row, "held_out": False, "category": "", "group": ""}, pixels))
     EMOJI.write(EMOJI.folder(cache), drawings, {})
-    folder = EMOJI.folder(cache) / "licenses/noto"
-    folder.mkdir(parents=True)
-    (folder / "LICENSE").write_text("as noto")
+    (EMOJI.folder(cache) / "licenses/noto").mkdir(parents=True)
+    (EMOJI.folder(cache) / "licenses/noto/LICENSE").write_text("as noto")
     FewScenes(EMOJI).download(cache, progress=False)
     return cache
 
@@ -53,8 +52,7 @@ def test_each_box_holds_the_object_of_its_name(cache):
 
 def test_captions_name_all_objects_and_where_one_is(cache):
     source = BuiltinSource(FewScenes(EMOJI), "scenes", cache)
-    assert len(source) == 6
-    for index in range(len(source)):
+    for index in range(6):
         names, place = source.captions(index)
         boxes = dict(source.boxes(index))
         assert sorted(names.split(", ")) == sorted(boxes)
