@@ -15,15 +15,7 @@ from conftest import refuses, write_rows
 from declip.evaluation.results import ZeroShotResult
 from declip.io.atomic import sha256
 from declip.runs import checkpoint as checkpoints
-from declip.runs.checkpoint import (
-    Checkpoint,
-    CheckpointWriter,
-    list_checkpoints,
-    load_checkpoint,
-    newest_good,
-    snapshot,
-    write_snapshot,
-)
+from declip.runs.checkpoint import Checkpoint, CheckpointWriter, list_checkpoints, load_checkpoint, write_snapshot
 from declip.runs.folder import read_run
 from hostile import forge
 
@@ -78,19 +70,18 @@ def sample(step):
         recipe="name: sample\n",
         extra={"versions": {"torch": "x"}, "é": [float("nan"), 0.1]},
     )
-    return snapshot(checkpoint)
+    return checkpoints.snapshot(checkpoint)
 
 
 def same(found, written):
     """Equal to the last bit, NaN and its payload too."""
-    theirs, ours = ({**each.weights, **each.training} for each in (found, written))
 
-    def bits(tensor):
-        return tensor.contiguous().view(-1).view(torch.uint8)
+    def content(checkpoint):
+        tensors = {**checkpoint.weights, **checkpoint.training}
+        bits = {name: tensor.contiguous().view(-1).view(torch.uint8).tolist() for name, tensor in tensors.items()}
+        return checkpoint.step, checkpoint.recipe, json.dumps(checkpoint.extra), bits
 
-    equal = theirs.keys() == ours.keys() and all(torch.equal(bits(theirs[name]), bits(ours[name])) for name in ours)
-    about = [(each.step, each.recipe, json.dumps(each.extra)) for each in (found, written)]
-    return equal and about[0] == about[1]
+    return content(found) == content(written)
 
 
 def test_the_newest_read_back_as_they_were_written(tmp_path):
@@ -111,7 +102,7 @@ def test_after_falling_back_the_damaged_ones_push_no_good_one_out(tmp_path):
     for step in (200, 300):
         (checkpoints.folder_of(tmp_path, step) / checkpoints.WEIGHTS).write_bytes(b"half")
     write_snapshot(tmp_path, sample(150), keep=1)
-    found, problems = newest_good(tmp_path)
+    found, problems = checkpoints.newest_good(tmp_path)
     assert (found.step, len(problems)) == (150, 2)
     write_snapshot(tmp_path, sample(200), keep=1)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000200", "step-00000300"]
@@ -130,48 +121,39 @@ def test_an_unfinished_write_is_no_checkpoint_and_the_next_one_clears_it_away(tm
     assert not list((tmp_path / "checkpoints").glob("*.partial"))
 
 
-CONTENTS = {
-    "empty": lambda content: b"",
-    "half": lambda content: content[: len(content) // 2],
-    "one byte less": lambda content: content[:-1],
-    "one byte more": lambda content: content + b" ",
-    "zeros": lambda content: bytes(len(content)),
-    "nested": lambda content: b"[" * 100_000,
+DAMAGES = {
+    "empty": lambda path, content: path.write_bytes(b""),
+    "half": lambda path, content: path.write_bytes(content[: len(content) // 2]),
+    "one byte less": lambda path, content: path.write_bytes(content[:-1]),
+    "one byte more": lambda path, content: path.write_bytes(content + b" "),
+    "zeros": lambda path, content: path.write_bytes(bytes(len(content))),
+    "nested": lambda path, content: path.write_bytes(b"[" * 100_000),
+    "missing": lambda path, content: None,
+    "folder": lambda path, content: path.mkdir(),
+    "pipe": lambda path, content: os.mkfifo(path),
+    "device": lambda path, content: path.symlink_to("/dev/zero"),
 }
-OTHER_THINGS = {
-    "missing": lambda path: None,
-    "folder": lambda path: path.mkdir(),
-    "pipe": lambda path: os.mkfifo(path),
-    "device": lambda path: path.symlink_to("/dev/zero"),
-}
-
-
-def damage(path, how):
-    content = path.read_bytes()
-    path.unlink()
-    if how in CONTENTS:
-        path.write_bytes(CONTENTS[how](content))
-    else:
-        OTHER_THINGS[how](path)
 
 
 @pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("how", [*CONTENTS, *OTHER_THINGS])
+@pytest.mark.parametrize("how", DAMAGES)
 def test_a_damaged_one_is_named_and_the_one_before_is_taken(tmp_path, how, name):
     write_snapshot(tmp_path, sample(1), keep=2)
-    damage(write_snapshot(tmp_path, sample(2), keep=2) / name, how)
-    found, problems = newest_good(tmp_path)
+    path = write_snapshot(tmp_path, sample(2), keep=2) / name
+    content = path.read_bytes()
+    path.unlink()
+    DAMAGES[how](path, content)
+    found, (problem,) = checkpoints.newest_good(tmp_path)
     assert same(found, sample(1))
-    assert len(problems) == 1
-    assert "step-00000002" in problems[0]
+    assert "step-00000002" in problem
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_every_flipped_bit_is_noticed(tmp_path, name):
     folder = write_snapshot(tmp_path, sample(2), keep=2)
     path, content = folder / name, (folder / name).read_bytes()
-    places = range(0, len(content), max(len(content) // 300, 1))
-    assert len(places) > 100
+    places = range(0, len(content), max(len(content) // 100, 1))
+    assert len(places) >= 100
     for place in places:
         flipped = bytearray(content)
         flipped[place] ^= 1 << place % 8

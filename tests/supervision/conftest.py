@@ -39,18 +39,12 @@ def units():
 
 
 class NoDeviceReads(TorchDispatchMode):
-    """Fails at operations whose outcome the host must read, and on a GPU wait for."""
+    """A context that fails at operations whose outcome the host must read, and on a GPU wait for."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
         assert name not in ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select"), name
         return func(*args, **(kwargs or {}))
-
-
-@pytest.fixture
-def no_device_reads():
-    """A context in which nothing may wait for the device: with no_device_reads(): ..."""
-    return NoDeviceReads
 
 
 BATCH = 6

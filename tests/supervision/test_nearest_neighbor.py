@@ -1,5 +1,3 @@
-import math
-
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -17,28 +15,6 @@ def ordered(queue):
     return queue.features.roll(-queue.pointer, dims=0)[queue.size - len(queue) :]
 
 
-def rows(generator, n):
-    return torch.randn(n, WIDTH, generator=generator)
-
-
-class ListQueue:
-    """The queue as a plain list of features, oldest first."""
-
-    def __init__(self, size):
-        self.size = size
-        self.items = []
-
-    def push(self, features):
-        for feature in features.tolist():
-            length = math.hypot(*feature)
-            self.items.append([x / length for x in feature])
-            self.items = self.items[-self.size :]
-
-    def best(self, query):
-        """The largest similarity to a query."""
-        return max(sum(x * y for x, y in zip(query, f, strict=True)) for f in self.items)
-
-
 pushes = st.lists(st.integers(0, 17), max_size=6)
 
 
@@ -46,18 +22,18 @@ pushes = st.lists(st.integers(0, 17), max_size=6)
 @given(size=st.integers(1, 8), counts=pushes, seed=st.integers(0, 999))
 def test_equals_a_plain_list_under_any_pushes(size, counts, seed):
     generator = torch.Generator().manual_seed(seed)
-    queue, model = Queue(size, WIDTH), ListQueue(size)
+    queue, items = Queue(size, WIDTH), []
     for count in counts:
-        features = rows(generator, count)
+        features = torch.randn(count, WIDTH, generator=generator)
         queue.push(features)
-        model.push(features)
-        assert len(queue) == len(model.items)
-        expected = torch.tensor(model.items).reshape(-1, WIDTH)
-        torch.testing.assert_close(ordered(queue), expected, rtol=0, atol=1e-6)
-        if len(queue):
-            queries = rows(generator, 5)
+        items = [*items, *(feature / feature.norm() for feature in features)][-size:]
+        assert len(queue) == len(items)
+        if items:
+            expected = torch.stack(items)
+            torch.testing.assert_close(ordered(queue), expected, rtol=0, atol=1e-6)
+            queries = torch.randn(5, WIDTH, generator=generator)
             scores = (queries * queue.features[queue.nearest(queries)]).sum(dim=1)
-            assert scores.tolist() == pytest.approx([model.best(query) for query in queries.tolist()], abs=1e-5)
+            torch.testing.assert_close(scores, (queries @ expected.T).amax(dim=1), rtol=0, atol=1e-5)
 
 
 def test_written_in_float32_at_length_1_and_without_gradient():

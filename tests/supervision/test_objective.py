@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from declip.recipe.schema import Recipe
 from declip.supervision import contrastive
 from declip.supervision import term as supervision_term
 from declip.supervision.objective import Objective
+from supervision.conftest import NoDeviceReads
 
 WITHOUT_BATCH_NORM = {
     "contrastive": 0.1, "multi_view": 0.3, "masked_language": 0.2, "nearest_neighbor": 0.2, "late_interaction": 0.2,
@@ -31,10 +33,8 @@ def random_batch(size=8, views=2, length=16):
     tokenizer = DualEncoder.from_recipe(Recipe.model_validate(TINY)).tokenizer
     texts = torch.randint(1, 500, (2, size, length), generator=generator)
     ends = torch.randint(4, length, (2, size), generator=generator)
-    for view in range(2):
-        for row in range(size):
-            texts[view, row, ends[view, row]] = tokenizer.end
-            texts[view, row, ends[view, row] + 1 :] = 0
+    place = torch.arange(length)
+    texts = torch.where(place == ends[..., None], tokenizer.end, texts).where(place <= ends[..., None], 0)
     masked, labels = texts[0].clone(), torch.full((size, length), -100)
     labels[::2, 1], masked[::2, 1] = texts[0, ::2, 1], tokenizer.mask
     labels[1, 2], masked[1, 2] = texts[0, 1, 2], tokenizer.mask
@@ -91,12 +91,10 @@ def test_the_queue_is_looked_up_before_it_is_written_augmentations_first():
     second, first = model.encode_text(batch.texts[1]), model.encode_text(batch.masked)
     torch.testing.assert_close(known(objective), torch.cat([second, first]).detach())
     assert objective(model, batch)["nearest_neighbor"].item() > 0
-    objective(model, batch)
-    objective.after_step(model)
-    objective.eval()
-    objective(model, batch)
-    objective.after_step(model)
-    assert len(known(objective)) == 32
+    for train in (True, False):
+        objective.train(train)(model, batch)
+        objective.after_step(model)
+        assert len(known(objective)) == 32
 
 
 def test_a_base_view_is_for_the_contrast_alone():
@@ -127,17 +125,14 @@ def test_one_image_view_meets_both_captions():
         "nearest_neighbor": sum(contrastive.cross_entropy_to_keys(image, keys, scale) for keys in nearest) / 2,
     }
     expected["loss"] = sum(weight * expected[name] for name, weight in weights.items())
-    assert terms.keys() == expected.keys()
-    for name, value in expected.items():
-        torch.testing.assert_close(terms[name], value, rtol=1e-5, atol=0)
+    torch.testing.assert_close(terms, expected, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("name", ["slip", "defilip"])
 def test_loss_matrices_above_the_limit_are_made_in_blocks(name, monkeypatch):
     """8 pairs in float64: matrices of 512 bytes or more."""
-    calls = []
-    checkpoint = contrastive.checkpoint
-    monkeypatch.setattr(contrastive, "checkpoint", lambda *x, **options: calls.append(1) or checkpoint(*x, **options))
+    checkpoint = Mock(wraps=contrastive.checkpoint)
+    monkeypatch.setattr(contrastive, "checkpoint", checkpoint)
     batch, found = double(random_batch()), []
     for limit in (1e9, 511):
         monkeypatch.setattr(supervision_term, "MAX_LOGIT_BYTES", limit)
@@ -145,14 +140,14 @@ def test_loss_matrices_above_the_limit_are_made_in_blocks(name, monkeypatch):
         model.double(), objective.double()
         objective(model, batch)
         objective.after_step(model)
-        calls.clear()
+        checkpoint.reset_mock()
         terms = objective(model, batch)
         terms["loss"].backward()
         gradients = [p.grad for p in (*model.parameters(), *objective.parameters()) if p.grad is not None]
         found.append([*terms.values(), *gradients])
-        assert len(calls) == (0 if limit > 511 else {"slip": 4, "defilip": 14}[name]), "every matrix is one block"
-    for x, y in zip(*found, strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-9)
+        made = 0 if limit > 511 else {"slip": 4, "defilip": 14}[name]
+        assert checkpoint.call_count == made, "every matrix is one block"
+    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-9)
 
 
 def test_scales_are_limited_after_the_step():
@@ -164,12 +159,12 @@ def test_scales_are_limited_after_the_step():
     assert objective.terms["late_interaction"].logit_scale.item() == 3.0
 
 
-def test_with_places_of_masked_words_known_nothing_waits_for_the_device(no_device_reads):
+def test_with_places_of_masked_words_known_nothing_waits_for_the_device():
     found = []
     for given in (random_batch(), random_batch().to("cpu")):
         model, objective = parts(WITHOUT_BATCH_NORM)
         queue_of(objective).push(torch.randn(5, 16, generator=torch.Generator().manual_seed(0)))
-        with no_device_reads() if given.mask_positions is not None else nullcontext():
+        with NoDeviceReads() if given.mask_positions is not None else nullcontext():
             found.append(objective(model, given))
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
@@ -202,10 +197,9 @@ def test_captions_in_groups_of_like_length_give_the_same_terms(mask):
         terms = objective.double()(model.double(), batch)
         terms["loss"].backward()
         found.append((terms, [p.grad for p in model.parameters()]))
-    for name, value in found[0][0].items():
-        torch.testing.assert_close(found[1][0][name], value, rtol=1e-10, atol=0)
-    for given, expected in zip(found[1][1], found[0][1], strict=True):
-        torch.testing.assert_close(given, expected, rtol=1e-8, atol=1e-12)
+    (terms, gradients), (expected, expected_gradients) = found
+    torch.testing.assert_close(terms, expected, rtol=1e-10, atol=0)
+    torch.testing.assert_close(gradients, expected_gradients, rtol=1e-8, atol=1e-12)
 
 
 def test_groups_that_leave_out_padding_are_refused_where_padding_counts():

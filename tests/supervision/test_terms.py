@@ -1,6 +1,7 @@
-"""What every loss must do, in one pass and in blocks: gradients, ranks, precision, and no wait for the device."""
+"""What every loss must do, in one pass and in blocks: gradients, precision, and no wait for the device."""
 
 import math
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from declip.supervision import contrastive
-from supervision.conftest import BATCH, TERMS, batch_axis
+from supervision.conftest import BATCH, TERMS, NoDeviceReads, batch_axis
 
 every_term = pytest.mark.parametrize("name", TERMS)
 in_blocks_too = pytest.mark.parametrize("limit", [None, 0], ids=["whole", "blocks"])
@@ -41,20 +42,6 @@ def test_gradients_are_finite_differences(features, name, limit):
 
 @every_term
 @in_blocks_too
-def test_two_ranks_have_the_whole_batchs_loss_as_mean_and_its_gradients(features, name, limit):
-    term, half = TERMS[name][0], BATCH // 2
-    whole = term(*features, *features, 10.0, 0, limit)
-    ranks = [term(*part(features, start, half), *features, 10.0, start, limit) for start in (0, half)]
-    assert abs(ranks[0] - ranks[1]) > 1e-6
-    together = torch.stack(ranks).mean()
-    torch.testing.assert_close(together, whole)
-    expected = torch.autograd.grad(whole, features)
-    for found, gradient in zip(torch.autograd.grad(together, features), expected, strict=True):
-        torch.testing.assert_close(found, gradient)
-
-
-@every_term
-@in_blocks_too
 def test_precision_is_float32_for_halves_and_deaf_to_autocast(features, name, limit):
     term = TERMS[name][0]
     halves = [x.detach().bfloat16() for x in features]
@@ -64,29 +51,17 @@ def test_precision_is_float32_for_halves_and_deaf_to_autocast(features, name, li
     gradients = torch.autograd.grad(expected, singles)
     with torch.autocast("cpu", torch.bfloat16):
         found = term(*singles, *singles, 100.0, 0, limit)
-        assert torch.equal(found, expected)
-        assert torch.equal(term(*halves, *halves, 100.0, 0, limit), expected)
-    for x, gradient in zip(torch.autograd.grad(found, singles), gradients, strict=True):
-        assert torch.equal(x, gradient)
-    assert torch.equal(term(*halves, *halves, 100.0, 0, limit), expected)
+        assert found == expected == term(*halves, *halves, 100.0, 0, limit)
+    assert all(map(torch.equal, torch.autograd.grad(found, singles), gradients))
+    assert term(*halves, *halves, 100.0, 0, limit) == expected
     assert term(*features, *features, 100.0, 0, limit).dtype == torch.float64
 
 
 @every_term
 @in_blocks_too
-def test_nothing_waits_for_the_device(features, name, limit, no_device_reads):
-    with no_device_reads():
+def test_nothing_waits_for_the_device(features, name, limit):
+    with NoDeviceReads():
         TERMS[name][0](*features, *features, torch.tensor(14.3), 0, limit).backward()
-
-
-@pytest.mark.parametrize("name", [name for name in TERMS if name != "sigmoid"])
-@in_blocks_too
-def test_one_pair_alone_costs_nothing(features, name, limit):
-    alone = part(features, 0, 1)
-    loss = TERMS[name][0](*alone, *alone, 100.0, 0, limit)
-    loss.backward()
-    assert loss.item() == pytest.approx(0, abs=1e-12)
-    assert all(x.grad is not None and x.grad.isfinite().all() for x in features)
 
 
 @pytest.mark.parametrize(
@@ -105,26 +80,16 @@ def test_the_hardest_pairs_at_scale_100_stay_finite(name, shape, negatives, limi
     assert rows.grad.isfinite().all()
 
 
-def values(term, inputs, scale, limit):
-    """The loss of the middle pairs, and its gradients."""
-    leaves = [x.detach().requires_grad_() for x in (*part(inputs, 1, 4), *inputs)]
-    loss = term(*leaves, scale, 1, limit)
-    gradients = torch.autograd.grad(3 * loss, [*leaves, scale], allow_unused=True)
-    return [loss.detach(), *(x for x in gradients if x is not None)]
-
-
 @every_term
-def test_blocks_above_the_limit_give_what_one_pass_gives_below(features, name, monkeypatch):
-    term, scale = TERMS[name][0], torch.tensor(14.3, dtype=torch.float64, requires_grad=True)
-    calls, checkpoint = [], contrastive.checkpoint
-    monkeypatch.setattr(contrastive, "checkpoint", lambda *x, **options: calls.append(1) or checkpoint(*x, **options))
+def test_a_matrix_above_the_limit_is_made_in_blocks(features, name, monkeypatch):
+    term, rows = TERMS[name][0], part(features, 1, 4)
+    checkpoint = Mock(wraps=contrastive.checkpoint)
+    monkeypatch.setattr(contrastive, "checkpoint", checkpoint)
     largest = {"nt_xent": 4 * 2 * BATCH, "late_interaction": 4 * 5 * BATCH}.get(name, 4 * BATCH) * 8
-    expected = values(term, features, scale, None)
-    assert all(torch.equal(*pair) for pair in zip(values(term, features, scale, largest), expected, strict=True))
-    assert calls == []
-    for found, value in zip(values(term, features, scale, largest - 1), expected, strict=True):
-        torch.testing.assert_close(found, value, rtol=0, atol=1e-13 * float(value.abs().max()))
-    assert calls
+    assert term(*rows, *features, 14.3, 1, largest) == term(*rows, *features, 14.3, 1, None)
+    assert not checkpoint.called
+    term(*rows, *features, 14.3, 1, largest - 1)
+    assert checkpoint.called
 
 
 class Largest(TorchDispatchMode):

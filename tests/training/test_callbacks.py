@@ -2,6 +2,7 @@
 
 import os
 import signal
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -42,25 +43,14 @@ class Mine(Term):
         self.steps += 1
 
 
-class Kept(Sink):
-    """Everything that a callback gets."""
+def stop_after_five(step, values):
+    if step == 4:
+        os.kill(os.getpid(), signal.SIGUSR1)  # the run saves and stops after the next step
 
-    def __init__(self):
-        self.starts, self.rows, self.results, self.closed = [], [], [], 0
 
-    def start(self, info):
-        self.starts.append(info.start)
-
-    def log(self, step, values):
-        self.rows.append({"step": step, **values})
-        if step == 4:
-            os.kill(os.getpid(), signal.SIGUSR1)  # the run saves and stops after the next step
-
-    def evaluation(self, step, values):
-        self.results.append({"step": step, **values})
-
-    def close(self):
-        self.closed += 1
+def rows_of(method):
+    """The rows that a sink's method received."""
+    return [{"step": call.args[0], **call.args[1]} for call in method.call_args_list]
 
 
 def recipe_of(table):
@@ -69,23 +59,24 @@ def recipe_of(table):
 
 
 def test_a_run_with_callbacks_and_a_term_resumes_bit_exactly(table, tmp_path):
-    recipe, terms, kept = recipe_of(table), {"mine": Mine}, Kept()
+    recipe, terms, sink = recipe_of(table), {"mine": Mine}, Mock(Sink)
+    sink.log.side_effect = stop_after_five
     whole = declip.train(recipe, out=tmp_path / "whole", quiet=True, report=False, terms=terms)
-    run = declip.train(recipe, out=tmp_path / "run", quiet=True, terms=terms, callbacks=[kept])
-    assert (run.finished, run.step, kept.closed) == (False, 5, 1)
+    run = declip.train(recipe, out=tmp_path / "run", quiet=True, terms=terms, callbacks=[sink])
+    assert (run.finished, run.step, sink.close.call_count) == (False, 5, 1)
     with pytest.raises(UserError, match=r"loss_weights\.mine"):  # it is needed again
         declip.train(recipe, out=tmp_path / "run", resume=True, quiet=True)
     more = {"resume": True, "quiet": True, "report": False}
-    run = declip.train(recipe, out=tmp_path / "run", **more, terms=terms, callbacks=[kept])
+    run = declip.train(recipe, out=tmp_path / "run", **more, terms=terms, callbacks=[sink])
     same_end(whole.folder, run.folder)
     training = load_checkpoint(list_checkpoints(run.folder)[-1]).training
     assert training["objective.terms.mine.steps"] == 8
     assert training["objective.terms.mine.head.weight"].shape == (4, 16)
-    assert kept.rows == read_rows(run.folder / METRICS)
-    assert [row["step"] for row in kept.rows] == [2, 4, 6, 8]
-    assert all(row["losses"].keys() == {"contrastive", "mine"} for row in kept.rows)
-    assert [row["step"] for row in read_rows(run.folder / EVALUATIONS)] == [row["step"] for row in kept.results] == [8]
-    assert kept.starts == [0, 5]
+    rows, results = rows_of(sink.log), rows_of(sink.evaluation)
+    assert rows == read_rows(run.folder / METRICS)
+    assert [(row["step"], *row["losses"]) for row in rows] == [(step, "contrastive", "mine") for step in (2, 4, 6, 8)]
+    assert [row["step"] for row in read_rows(run.folder / EVALUATIONS)] == [row["step"] for row in results] == [8]
+    assert [call.args[0].start for call in sink.start.call_args_list] == [0, 5]
     assert "mine" not in objective.TERMS
     with extra_terms(terms):  # it has no title
         assert [chart["title"] for chart in loss_charts(whole)][-1] == "mine"

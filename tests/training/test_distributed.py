@@ -3,6 +3,7 @@
 import functools
 from dataclasses import replace
 from functools import partial
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -60,11 +61,10 @@ def cropped(batch):
 
 def two_steps(name, tower, counts, **train):
     """What two steps give: mean losses, every gradient of the second, every weight, running statistic and queue row."""
-    tree = {**TINY, "loss_weights": {**WEIGHTS, **CASES}[name], "image": {"model": TOWERS[tower], "size": 32}}
-    tree["image"]["model_kwargs"] = OPTIONS.get(tower, {})
-    tree["views"] = {"image_second": name != CAPTIONS}
-    tree |= SECTIONS.get(name, {})
-    recipe = Recipe.model_validate({**tree, "train": {**TINY["train"], **train}})
+    image = {"model": TOWERS[tower], "size": 32, "model_kwargs": OPTIONS.get(tower, {})}
+    tree = {**TINY, "loss_weights": {**WEIGHTS, **CASES}[name], "image": image, **SECTIONS.get(name, {})}
+    tree |= {"views": {"image_second": name != CAPTIONS}, "train": {**TINY["train"], **train}}
+    recipe = Recipe.model_validate(tree)
     torch.manual_seed(0)
     model = DualEncoder.from_recipe(recipe).double()
     objective = Objective(recipe, model)
@@ -151,17 +151,11 @@ def test_chunks_give_every_gradient_of_the_whole_batch():
 
 
 def test_the_towers_see_a_chunk_at_a_time_and_batch_norm_is_told(monkeypatch, caplog):
-    seen = []
-    forward = ImageTower.forward
-
-    def counted(self, images):
-        seen.append(len(images))
-        return forward(self, images)
-
-    monkeypatch.setattr(ImageTower, "forward", counted)
+    forward = Mock(wraps=ImageTower.forward)
+    monkeypatch.setattr(ImageTower, "forward", lambda *given: forward(*given))
     found = two_steps("clip", "batch norm", (BATCH,), grad_cache_chunk=3)
     assert "sees each chunk alone" in caplog.text
-    assert seen == [3, 3, 2] * 4, "two passes in each of two steps"
+    assert [len(call.args[1]) for call in forward.call_args_list] == [3, 3, 2] * 4, "two passes in each of two steps"
     counts = [int(value) for name, value in found.items() if name.endswith("num_batches_tracked")]
     assert set(counts) == {6}, "the first pass leaves the running statistics alone"
 

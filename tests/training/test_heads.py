@@ -9,23 +9,14 @@ from declip.models.closed_form import DEFAULT_FORM, Pairs
 from declip.reports.charts import growth_chart
 from declip.training import heads
 from declip.training.growth import growth
-from declip.training.heads import (
-    WIDER,
-    HeldOutBlock,
-    HeldOutRanks,
-    assign_folds,
-    caption_numbers,
-    choose_heads,
-    jackknife,
-    score,
-)
+from declip.training.heads import HeldOutBlock, HeldOutRanks, assign_folds, caption_numbers, choose_heads, jackknife
 from pair_features import class_pairs, pairs_of
 
 
 def held_out(found, pairs):
     outcome = HeldOutRanks(pairs)
     block = HeldOutBlock.of(torch.arange(len(pairs.images)), pairs.owners, caption_numbers(pairs))
-    score(outcome, found.similarities(pairs.images.double(), pairs.texts[block.texts].double()), block)
+    heads.score(outcome, found.similarities(pairs.images.double(), pairs.texts[block.texts].double()), block)
     return outcome
 
 
@@ -107,7 +98,7 @@ def test_fewer_groups_than_can_be_validated_take_the_defaults():
 def test_the_jackknife_of_equal_groups_is_the_interval_of_a_mean():
     values = np.random.default_rng(0).random(30)
     without = (values.sum() - values) / 29
-    half = WIDER * t.ppf(0.975, 29) * values.std(ddof=1) / 30**0.5
+    half = heads.WIDER * t.ppf(0.975, 29) * values.std(ddof=1) / 30**0.5
     assert jackknife(without, np.full((30, 2), 4)) == pytest.approx(half)
 
 

@@ -236,16 +236,14 @@ def test_what_cannot_be_is_said_before_a_folder_is_made(table, tmp_path, start, 
 
 
 def test_wrong_files_are_no_start(table, tmp_path):
-    other, vit, program = (tmp_path / name for name in ("other.safetensors", "vit.safetensors", "p.pt"))
+    other, vit = tmp_path / "other.safetensors", tmp_path / "vit.safetensors"
     save_file(timm.create_model("test_convnext").state_dict(), other)
     save_file(timm.create_model("test_vit").state_dict(), vit)
-    program.write_bytes(b"cos\nsystem\n(S'touch hacked'\ntR.")
     relpos = {"depth": 1, "embed_dim": 32, "num_heads": 2, "rel_pos_type": "bias"}
     model = build("vit", **{"image.model": "vit_relpos_small_patch16_224", "image.model_kwargs": relpos})
     write_declip_file(model, tmp_path / "relpos.safetensors")
     for where, keys, message in (
         (f"timm:test_vit/{other}", {}, "test_vit"),
-        (f"timm:test_vit/{program}", {}, str(program.name)),
         (f"timm:test_vit/{vit}", {"freeze_text_blocks": 1}, "hold 0 blocks of the text_tower"),
         (tmp_path / "relpos.safetensors", {"image_size": 64}, r"rel_pos.*Leave image\.size out"),
     ):
