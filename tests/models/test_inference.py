@@ -13,7 +13,6 @@ from declip.models.inference import (
     inference_tower,
     pick_precision,
     precision_of,
-    round_taps,
 )
 from declip.recipe.schema import Recipe
 
@@ -29,14 +28,13 @@ def model_of(tower, size):
     return model.eval()
 
 
-# The second is the built-in start's tower, the next two have norms before convolutions, the last has no batch norm.
+# The second is the built-in start's tower, the third has norms before convolutions, the last has no batch norm.
 @pytest.mark.parametrize(
     ("tower", "size"),
     [
         ("declip_conv_tiny", 32),
         ("tf_efficientnet_lite0", 64),
-        ("resnetv2_18d", 64),
-        ("densenet121", 64),
+        ("resnetv2_18d", 32),
         ("declip_vit_tiny", 32),
     ],
 )
@@ -106,7 +104,7 @@ def test_emulated_and_unknown_precisions_are_refused(computing, precision):
 def test_features_stay_close_and_the_model_the_same(computing, tower):
     computing(avx512_bf16=True)
     model = model_of(tower, 32)
-    images, tokens = torch.randn(5, 3, 32, 32), model.tokenize(["red", "a blue circle"])
+    images, tokens = torch.randn(2, 3, 32, 32), model.tokenize(["red", "a blue circle"])
     encode = [lambda: model.encode_image(images), lambda: model.encode_text(tokens)]
     with torch.no_grad():
         before, identity = [each() for each in encode], fingerprint(model)
@@ -143,16 +141,6 @@ def test_a_tower_that_cannot_be_converted_stays_float32(computing, spoiled):
     assert precision_of(convert(models[0], "auto")) == "fp32"
     assert next(models[0].text_tower.parameters()).dtype == torch.bfloat16
     refuses(r"image tower.*bfloat16.*fp32", convert, models[1], "bf16")
-
-
-def test_rounded_filters_keep_their_sums():
-    torch.manual_seed(0)
-    weight = torch.randn(64, 3, 3, 3)
-    rounded, nearest = round_taps(weight, torch.bfloat16), weight.bfloat16().float()
-    assert torch.equal(rounded, rounded.bfloat16().float())
-    assert float((rounded - weight).abs().max()) < 2**-6
-    lost = [float((each - weight).sum((2, 3)).abs().mean()) for each in (rounded, nearest)]
-    assert lost[0] < lost[1] / 4
 
 
 def test_threads_encode_different_images():

@@ -1,12 +1,15 @@
-"""A model in use: its precision, running its towers without gradients, and its fingerprint."""
+"""A model in use: its precision and engine, running its towers without gradients, and its fingerprint."""
 
 import hashlib
 import logging
 import math
+import sys
+import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
-from functools import partial
+from functools import cache, partial
+from queue import Empty, SimpleQueue
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -18,10 +21,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from declip.errors import UserError, check_installed, unknown
+from declip.io.text import one_line
 from declip.models.device import computes_bf16, lanes
 from declip.models.dual_encoder import DualEncoder, has_text
 from declip.models.image_tower import ImageTower, NoImageTower
-from declip.models.openvino import OpenVinoTower
 
 PROBE = "a photo of two red apples, and a dog"  # its token ids are part of the fingerprint
 
@@ -244,15 +247,16 @@ def convert(model: DualEncoder, precision: str, engine: str = "torch") -> DualEn
     for name, tower, example, encode in towers:
         converted: Callable[[], nn.Module] = partial(_in_type, tower, dtype)
         if engine == "openvino":
-            converted = partial(OpenVinoTower, _rounded(tower, dtype), example, dtype)
+            converted = partial(OpenVinoTower, tower, example, dtype)
         problem = _replace(model, name, converted, encode, SAME if dtype == torch.float32 else LARGEST_CHANGE)
-        what = f"The {name.replace('_', ' ')} cannot compute in {str(dtype).removeprefix('torch.')}"
-        if problem and engine == "openvino":
-            raise UserError(f"{what} with OpenVINO: {problem}. Give --engine torch.")
-        if problem and precision != "auto":
-            raise UserError(f"{what}: {problem}. Give --precision auto or fp32.")
-        if problem:
-            log.warning("%s: %s. It computes in float32.", what, problem)
+        if not problem:
+            continue
+        problem = f"The {name.replace('_', ' ')} cannot compute in {str(dtype).removeprefix('torch.')}: {problem}."
+        if engine == "openvino":
+            raise UserError(f"{problem} Give another engine than OpenVINO: --engine torch.")
+        if precision != "auto":
+            raise UserError(f"{problem} Give --precision auto or fp32.")
+        log.warning("%s It computes in float32.", problem)
     return model
 
 
@@ -275,38 +279,100 @@ def _replace(
 
 def _in_type(tower: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A copy of a tower in a type; what is left of batch norm stays float32, as variances may be far from 1."""
-    converted = _rounded(tower, dtype).to(dtype)
+    converted = deepcopy(tower).requires_grad_(False).to(dtype)
     for module in converted.modules():
         if isinstance(module, _BatchNorm):
             module.float()
     return converted
 
 
-def _rounded(tower: nn.Module, dtype: torch.dtype) -> nn.Module:
-    copy = deepcopy(tower).requires_grad_(False)
-    for module in copy.modules():
-        if isinstance(module, nn.Conv2d) and max(module.kernel_size) > 1 and dtype != torch.float32:
-            module.weight.data = round_taps(module.weight.data, dtype)
-    return copy
+class OpenVinoTower(nn.Module):
+    """A tower whose forward pass OpenVINO computes; all other members are the tower's own.
 
-
-def round_taps(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round filters (out, in, h, w) to a type so that the sum of each stays, which a smooth image is multiplied by.
-
-    The plain loop, over the taps of each filter from the largest to the smallest::
-
-        carry = 0
-        for tap in taps:
-            rounded = round(tap + carry)
-            carry = tap + carry - rounded
-
-    Reduces the mean cosine distance of EfficientNet-Lite0's features in bfloat16 from 0.0011 to 0.0004.
+    Args:
+        tower: A tower on the CPU with float32 weights, which both engines share.
+        example: Images (n, 3, S, S) or token ids (n, L) to trace; others may have another n and L.
+        dtype: Type that OpenVINO computes in.
     """
-    taps = weight.flatten(2)  # (out, in, h * w)
-    order = taps.abs().argsort(dim=2, descending=True)
-    rounded, carry = torch.empty_like(taps), torch.zeros_like(taps[..., :1])
-    for place in order.split(1, dim=2):
-        value = taps.gather(2, place) + carry
-        rounded.scatter_(2, place, value.to(dtype).to(weight.dtype))
-        carry = value - rounded.gather(2, place)
-    return rounded.view_as(weight)
+
+    has_batch_norm = False  # OpenVINO folds it into the convolutions
+
+    def __init__(self, tower: nn.Module, example: Tensor, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.tower, self.dtype = tower, dtype
+        with torch.no_grad():
+            self._features = type(tower(example))
+        self._compiled = _compile(_Outputs(tower).eval(), example, "bf16" if dtype == torch.bfloat16 else "f32")
+        self._idle = SimpleQueue[Any]()  # requests that no thread uses
+
+    def __getattr__(self, name: str) -> Any:
+        """Look up a member of the tower."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("tower"), name)
+
+    def forward(self, given: Tensor) -> Any:
+        """Compute the features of images or token ids."""
+        try:
+            request = self._idle.get_nowait()
+        except Empty:  # one for each thread that computes at the same time
+            request = self._compiled.create_infer_request()
+        outputs = request.infer([given.contiguous().numpy()], share_inputs=True)
+        self._idle.put(request)
+        return self._features(*(torch.from_numpy(outputs[number]) for number in range(len(outputs))))
+
+
+class _Outputs(nn.Module):
+    """A tower that returns its features as a tuple, for tracing."""
+
+    def __init__(self, tower: nn.Module) -> None:
+        super().__init__()
+        self.tower = tower
+
+    def forward(self, given: Tensor) -> tuple[Tensor, ...]:
+        return tuple(vars(self.tower(given)).values())
+
+
+def _compile(module: nn.Module, example: Tensor, hint: str) -> Any:
+    """Trace a module and compile it for other numbers and lengths; raises `RuntimeError` if that is not possible."""
+    openvino, decoder_of, core = _openvino()
+    settings = {
+        "INFERENCE_PRECISION_HINT": hint,
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "NUM_STREAMS": lanes() if example.is_floating_point() else 1,  # batches at a time: see `chunked`
+        "ENABLE_HYPER_THREADING": True,
+        "ENABLE_CPU_PINNING": False,  # the processes that read images need the cores too
+    }
+    try:
+        # Not openvino.convert_model, which traces a second time to check the first.
+        with warnings.catch_warnings(action="ignore"), torch.no_grad():
+            decoder = decoder_of(module, example_input=example, trace_kwargs={"check_trace": False})
+            frontend = openvino.frontend.FrontEndManager().load_by_framework("pytorch")
+            model = frontend.convert(frontend.load(decoder))
+        model.reshape([-1, *example.shape[1:]] if example.is_floating_point() else [-1, -1])
+        return core.compile_model(model, "CPU", settings)
+    except Exception as error:  # it has classes of its own
+        raise RuntimeError(one_line(error, 200)) from error
+
+
+@cache
+def _openvino() -> tuple[Any, Any, Any]:
+    """OpenVINO, its reader of torch's graphs, and the one core of this process, which is never freed.
+
+    It is imported without the module that reports to Google Analytics: OpenVINO reports each import and conversion
+    unless its user has refused, but does without the module.
+    A core replaces the stack of signal handlers of a thread that has one, as with faulthandler in pytest and Jupyter.
+    Freed by another thread, it would take that stack away, and the next Ctrl-C would be a segmentation fault.
+    """
+    reporter = "openvino_telemetry"
+    hide = reporter not in sys.modules
+    if hide:
+        sys.modules[reporter] = None  # type: ignore[assignment]  # its import fails
+    try:
+        import openvino
+        from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
+    finally:
+        if hide:
+            del sys.modules[reporter]
+    return openvino, TorchScriptPythonDecoder, openvino.Core()
