@@ -4,6 +4,7 @@ Tests that compare with them carry the marker `golden`.
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -57,10 +58,20 @@ def loss_cases(*groups):
     return sorted(name for name in names if name.split("/")[0] in groups)
 
 
-def read_official(source, loss_weights=None, queue_size=65_536, **heads):
+def with_heads(weights, text, image):
+    """Weights with numbers of attention heads, which no tensor shows: by default one for 64 channels."""
+    recipe = weights.recipe
+    changes = {"text": recipe.text.model_copy(update={"heads": text})}
+    if image is not None:
+        options = {"model_kwargs": {**recipe.image.model_kwargs, "num_heads": image}}
+        changes["image"] = recipe.image.model_copy(update=options)
+    return replace(weights, recipe=recipe.model_copy(update=changes))
+
+
+def read_official(source, loss_weights=None, queue_size=65_536, heads=None):
     """The model and the objective of a checkpoint's file or content, with its recipe or other weights of the losses."""
-    read = official.weights_of if isinstance(source, dict) else official.read
-    weights = read(source, **heads) if read is official.read else read(source, "the state dict", **heads)
+    weights = official.weights_of(source, "the state dict") if isinstance(source, dict) else official.read(source)
+    weights = weights if heads is None else with_heads(weights, *heads)
     queue = weights.recipe.nearest_neighbor.model_copy(update={"queue_size": queue_size})
     active = weights.recipe.loss_weights if loss_weights is None else loss_weights
     recipe = weights.recipe.model_copy(update={"loss_weights": dict(active), "nearest_neighbor": queue})
@@ -117,15 +128,12 @@ class Case:
 
     @property
     def heads(self):
-        """Attention heads of the towers, which the weights do not tell."""
+        """Attention heads of the text tower and of a ViT."""
         image, text = self.about["config"]["image_encode"], self.about["config"]["text_encode"]
-        return {
-            "text_heads": text["transformer_heads"],
-            "image_heads": image["heads"] if "patch_size" in image else None,
-        }
+        return text["transformer_heads"], image["heads"] if "patch_size" in image else None
 
     def read(self, weights=None, **options):
-        model, objective = read_official(self.state, weights or self.weights, **self.heads, **options)
+        model, objective = read_official(self.state, weights or self.weights, heads=self.heads, **options)
         if "nearest_neighbor" in objective.terms:
             objective.terms["nearest_neighbor"].queue.push(self.value("bank_before").T)
         return model.to(self.dtype), objective.to(self.dtype)

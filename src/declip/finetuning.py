@@ -24,7 +24,7 @@ from declip.inspection.split import FEWEST, PairSplit, check_copies, related_pai
 from declip.interchange import starter
 from declip.interchange.export import FORMATS, export, trace
 from declip.interchange.layouts import Refusal
-from declip.interchange.read import read_checkpoint, read_start, weights_of
+from declip.interchange.read import read_checkpoint, read_start
 from declip.io.atomic import atomic_write, remove, save_tensors, write_text
 from declip.io.text import plural
 from declip.models.device import pick_device
@@ -302,7 +302,7 @@ def ends_of(folder: Path, device: str = "auto") -> tuple[DualEncoder, DualEncode
     """Load the pretrained and the fine-tuned model of a run that started from a whole model."""
     start = load_pretrained(run_folder.read_recipe(folder), folder, resume=True)
     assert start is not None, "the run started from weights"
-    models = start.check().build(), weights_of(read_checkpoint(folder, mixed=False), str(folder)).check().build()
+    models = start.check().build(), read_checkpoint(folder, mixed=False).check().build()
     return models[0].to(pick_device(device)).eval(), models[1].to(pick_device(device)).eval()
 
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,11 +20,11 @@ import declip
 from declip.errors import UserError, unknown
 from declip.evaluation.encode import eval_mode
 from declip.evaluation.results import Result, short_names
-from declip.interchange import declip_file, huggingface, onnx, open_clip, starter
+from declip.interchange import declip_file, huggingface, onnx, open_clip
 from declip.interchange.declip_file import CARD
 from declip.interchange.layouts import Refusal
 from declip.interchange.open_clip_model import PREFIX as OPEN_CLIP
-from declip.interchange.read import HUB_PREFIXES, read, read_checkpoint, weights_of
+from declip.interchange.read import HUB_PREFIXES, read, read_checkpoint
 from declip.interchange.timm_weights import PREFIX as TIMM
 from declip.io.atomic import atomic_write
 from declip.io.text import listed, one_line, percent, times
@@ -50,7 +50,6 @@ FORMATS: Mapping[str, ModuleType] = {
 `reread(folder)`, which raises ImportError if the library is not installed, and `LIBRARY`, its name on the Hub."""
 
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")  # OWNER/NAME on the Hub
-HUB_DATASET = re.compile(rf"hf://datasets/({REPOSITORY.pattern})")
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,6 @@ class Traced:
     """A model to export, with what is recorded of its origin."""
 
     model: DualEncoder
-    recipe: Recipe
     step: int | None = None  # number of steps; None without a checkpoint
     pairs: int | None = None  # number of distinct training pairs
     results: Sequence[Result] = ()  # after that step
@@ -120,7 +118,7 @@ def export(
         except Refusal as refusal:
             able = f"Formats that can: {listed(supported_formats(built))}."
             raise UserError(f"This model cannot be exported as {format}: {refusal}. {able}") from refusal
-        exported = replace(_compare(built, form, folder), folder=out)
+        exported = Exported(out, *_compare(built, form, folder))
         card = model_card(traced, form.LIBRARY, str(exported), license, repo)
         (folder / CARD).write_text(card, encoding="utf-8")
     return exported
@@ -150,11 +148,12 @@ def supported_formats(model: DualEncoder) -> Iterator[str]:
             yield name
 
 
-def _compare(model: DualEncoder, form: ModuleType, folder: Path) -> Exported:
+def _compare(model: DualEncoder, form: ModuleType, folder: Path) -> tuple[float | None, str]:
+    """Largest difference of the features that the format's library computes, and its version: see `Exported`."""
     try:
         by, encode_image, encode_text = form.reread(folder)
     except ImportError as error:
-        return Exported(folder, None, error.name or form.LIBRARY)
+        return None, error.name or form.LIBRARY
     except Exception as error:  # a library raises any class for a folder that it does not understand
         raise UserError(f"{form.LIBRARY} cannot read the export: {one_line(error, 200)} Report its recipe.") from error
     size = model.preprocessor.size
@@ -169,13 +168,7 @@ def _compare(model: DualEncoder, form: ModuleType, folder: Path) -> Exported:
     difference = float((ours - theirs).abs().max())
     if not difference <= TOLERANCE:  # NaN too
         raise UserError(f"{by} computes other features from the export ({difference:.1e} off). Report its recipe.")
-    return Exported(folder, difference, by)
-
-
-def repository(where: str) -> str | None:
-    """Repository on the Hub of weights by their name; None for other names."""
-    prefix = next((prefix for prefix in HUB_PREFIXES if where.startswith(prefix)), None)
-    return where.removeprefix(prefix).partition("@")[0] if prefix else None
+    return difference, by
 
 
 def without_folders(given: str) -> str:
@@ -200,7 +193,7 @@ def trace(where: str | Path | DualEncoder | Traced, model: DualEncoder | None = 
     if not isinstance(where, str | Path):
         if not isinstance(where, DualEncoder) or where.recipe is None:
             raise UserError(f"This {type(where).__name__} cannot be exported: it was not built from a recipe.")
-        return Traced(where, where.recipe)
+        return Traced(where)
     path = Path(where).expanduser()
     if not (path / STATE).is_file() and not list_checkpoints(path):
         weights = read(where)
@@ -208,18 +201,17 @@ def trace(where: str | Path | DualEncoder | Traced, model: DualEncoder | None = 
         if weights.whole and weights.classes is not None:
             origin += ", with projections fitted to the names of its classifier's classes (arXiv 2605.22484)"
         heads = without_run_state(weights.heads)
-        return Traced(weights.build().eval(), weights.recipe, origin=origin, heads=heads)
+        return Traced(weights.build().eval(), origin=origin, heads=heads)
     # A run: results and pairs are those of the exported step.
     if model is None:
-        checkpoint = read_checkpoint(path)
-        step, model = checkpoint.step, weights_of(checkpoint, str(where)).check().build().eval()
+        weights = read_checkpoint(path).check()
+        step, model = weights.step, weights.build().eval()
     else:
         step = step_of(list_checkpoints(path)[-1])
-    assert model.recipe is not None, "of a run"
     run = read_run(path.parent.parent if (path / STATE).is_file() else path)
     rows = (row.result for row in run.evaluated if row.weights == step)
     results = tuple({(result.dataset, result.task): result for result in rows}.values())
-    return Traced(model, model.recipe, step, run.examples.get("source", {}).get("pairs"), results)
+    return Traced(model, step, run.examples.get("source", {}).get("pairs"), results)
 
 
 def model_card(
@@ -227,15 +219,22 @@ def model_card(
 ) -> str:
     """Write the card as Markdown, with metadata for the Hub and Python code that loads the model, also from `repo`."""
     # Names without folders: a card is published.
-    model, start, results = traced.model, traced.recipe.finetune.pretrained, traced.results
-    recipe = Recipe.model_validate(_without_folders(traced.recipe.model_dump(mode="json")))
+    model, results = traced.model, traced.results
+    assert model.recipe is not None, "built from one"
+    recipe = Recipe.model_validate(_without_folders(model.recipe.model_dump(mode="json")))
     names = short_names(result.dataset for result in results)
+    task = "zero-shot-image-classification" if has_text(model) else "image-feature-extraction"
+    terms = {"license": "other", "license_name": license}
+    if license == NO_LICENSE or IDENTIFIER.fullmatch(license):
+        terms = {"license": license.partition(":")[0].lower()}
+    tags = ["clip", "declip", "contrastive-learning"]
     options: dict[str, Any] = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
     environment = Environment(loader=PackageLoader("declip.interchange"), keep_trailing_newline=True, **options)
     environment.filters |= {"percent": percent, "times": times}
     return environment.get_template("model_card.md").render(
-        vars(replace(traced, recipe=recipe)),
-        head=_head(traced, library, license),
+        vars(traced),
+        recipe=recipe,
+        head=f"{ModelCardData(library_name=library, pipeline_tag=task, tags=tags, **terms).to_yaml()}\n",
         name=recipe.name if traced.step is not None else "A language-image model",
         repo=repo,
         whole=has_text(model),
@@ -244,7 +243,7 @@ def model_card(
         version=declip.__version__,
         library=library,
         checked=checked,
-        start=without_folders(start) if start else None,
+        start=without_folders(model.recipe.finetune.pretrained or ""),
         measured=[(without_folders(names[r.dataset]), r.task, m) for r in results for m in r.measures()],
         license=license,
     )
@@ -257,26 +256,3 @@ def _without_folders(tree: Any) -> Any:
     if isinstance(tree, list):
         return [_without_folders(value) for value in tree]
     return without_folders(tree) if isinstance(tree, str) and ("/" in tree or "\\" in tree) else tree
-
-
-def _head(traced: Traced, library: str, license: str) -> str:
-    task = "zero-shot-image-classification" if has_text(traced.model) else "image-feature-extraction"
-    fields: dict[str, Any] = {"library_name": library, "pipeline_tag": task}
-    fields |= {"license": "other", "license_name": license}
-    if license == NO_LICENSE or IDENTIFIER.fullmatch(license):
-        fields |= {"license": license.partition(":")[0].lower(), "license_name": None}
-    if bases := _base_models(traced.recipe):
-        fields |= {"base_model": bases[0] if len(bases) == 1 else bases, "base_model_relation": "finetune"}
-    if traced.step is not None and (datasets := HUB_DATASET.findall(traced.recipe.data.label)):
-        fields["datasets"] = list(dict.fromkeys(datasets))
-    fields["tags"] = ["clip", "declip", "contrastive-learning"]
-    return f"{ModelCardData(**fields).to_yaml()}\n"
-
-
-def _base_models(recipe: Recipe) -> list[str]:
-    """Repositories on the Hub of the weights that a run started from."""
-    starts = recipe.finetune.pretrained, recipe.text.hf_model
-    if builtin := next(filter(starter.matches, map(str, starts)), None):
-        return starter.repositories(builtin)
-    starts = recipe.finetune.pretrained, recipe.text.hf_model if recipe.text.pretrained else None
-    return list(dict.fromkeys(id for start in starts if start and (id := repository(start))))

@@ -245,7 +245,7 @@ def merges_key(vocabulary: int) -> int | None:
     return None if vocabulary == NO_MERGES + CLIP_MERGES else vocabulary - NO_MERGES
 
 
-def image_keys(state: Mapping[str, Tensor], heads: int | None, activation: str = "quick_gelu") -> dict[str, Any]:
+def image_keys(state: Mapping[str, Tensor], heads: int = 0, activation: str = "quick_gelu") -> dict[str, Any]:
     """Recipe keys of CLIP's image tower, by the shapes of its tensors.
 
     By default a ViT has one attention head per 64 channels, as CLIP's ResNets always have.
@@ -270,7 +270,7 @@ def image_keys(state: Mapping[str, Tensor], heads: int | None, activation: str =
     }
 
 
-def text_keys(state: Mapping[str, Tensor], start: str, heads: int | None, mask: bool) -> dict[str, Any]:
+def text_keys(state: Mapping[str, Tensor], start: str, heads: int = 0, mask: bool = False) -> dict[str, Any]:
     """Recipe keys of CLIP's text tower, by the shapes of the tensors whose names begin with `start`."""
     # (vocabulary, width)
     vocabulary, width = state[f"{start}token_embedding.weight"].shape

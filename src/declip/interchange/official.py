@@ -50,16 +50,16 @@ def matches(where: str) -> bool:
     return Path(where).expanduser().is_file()  # a pipe would be waited for
 
 
-def read(where: str, text_heads: int | None = None, image_heads: int | None = None) -> Weights:
-    """Read a checkpoint, ``.pth.tar``, ``.pth``, ``.pt`` or ``.safetensors``: both towers and heads, or an image tower.
+def read(where: str) -> Weights:
+    """Read a checkpoint, ``.pth.tar``, ``.pth``, ``.pt`` or ``.safetensors``."""
+    return weights_of(read_tensors(Path(where).expanduser()), where)
 
-    Sizes follow from the shapes. By default text tower and ViT have one attention head per 64 channels.
+
+def weights_of(content: Any, origin: str) -> Weights:
+    """Convert a checkpoint or a state dict: both towers and heads, or an image tower alone, with or without prefixes.
+
+    Sizes follow from the shapes; text tower and ViT have one attention head per 64 channels.
     """
-    return weights_of(read_tensors(Path(where).expanduser()), where, text_heads, image_heads)
-
-
-def weights_of(content: Any, origin: str, text_heads: int | None = None, image_heads: int | None = None) -> Weights:
-    """Convert a checkpoint or a state dict; prefixes "module." and, of an image tower alone, "visual." are optional."""
     state = {}
     for given, tensor in unwrapped(content, "model", "state_dict").items():  # the second is open_clip's
         if not UNUSED.match(name := re.sub(r"^text_encoder\.", TEXT, given)):  # SLIP's
@@ -82,7 +82,7 @@ def weights_of(content: Any, origin: str, text_heads: int | None = None, image_h
             kind = "slip"
         elif "projector.linear1.weight" in tensors:
             kind = f"de{kind}"
-        recipe = load_recipe(f"{kind}-yfcc15m-vitb32", _keys(tensors, text_heads, image_heads))
+        recipe = load_recipe(f"{kind}-yfcc15m-vitb32", _keys(tensors))
         heads = {name: tensor for name, tensor in tensors.items() if layouts.rename(name, HEADS, back=True) != name}
         towers = {name: tensor for name, tensor in tensors.items() if name not in heads}
         # The official forward pass clamps the scale.
@@ -107,9 +107,9 @@ def token_order(vocabulary: int) -> Tensor:
     return torch.cat([torch.arange(mask), torch.tensor([start, end, mask])])
 
 
-def _keys(state: Mapping[str, Tensor], text_heads: int | None, image_heads: int | None) -> dict[str, Any]:
+def _keys(state: Mapping[str, Tensor]) -> dict[str, Any]:
     if EMBEDDING not in state:
-        return layouts.image_keys(state, image_heads)
+        return layouts.image_keys(state)
     widths = {key: [len(state[name]) for name in names if name in state] for key, names in HEAD_SIZES.items()}
     sizes = {key: found[0] if key.endswith("width") else found for key, found in widths.items() if found}
-    return {**layouts.image_keys(state, image_heads), **layouts.text_keys(state, TEXT, text_heads, mask=True), **sizes}
+    return {**layouts.image_keys(state), **layouts.text_keys(state, TEXT, mask=True), **sizes}

@@ -88,7 +88,7 @@ def _keys(opened: OpenClipModel, state: Mapping[str, Tensor]) -> Part:
     bare = "text_projection" in state
     keys = {
         **image,
-        **layouts.text_keys(state, "", block.attn.num_heads, mask=False),
+        **layouts.text_keys(state, "", block.attn.num_heads),
         "text.activation": activation,
         "image.size": prepared.size if isinstance(prepared.size, int) else prepared.size[0],
         "image.mean": list(prepared.mean),

@@ -18,7 +18,7 @@ from declip.models.device import pick_device
 from declip.models.dual_encoder import DualEncoder
 from declip.models.inference import Engine, Precision, convert, pick_engine, pick_precision
 from declip.recipe.starts import STARTS, no_model
-from declip.runs.checkpoint import STATE, Checkpoint, list_checkpoints, load_best, load_checkpoint, part
+from declip.runs.checkpoint import STATE, list_checkpoints, load_best, load_checkpoint, part
 from declip.runs.folder import MIXED, RECIPE
 
 READERS = (starter, timm_weights, declip_file, huggingface, open_clip, official)
@@ -122,7 +122,7 @@ def _read(where: str | Path) -> Weights:
     path = Path(where).expanduser()
     if not path.exists():
         raise no_model(str(where))
-    return weights_of(read_checkpoint(path), where).check()
+    return read_checkpoint(path).check()
 
 
 def read_text(where: str | Path) -> tuple[Weights, Mapping[str, Tensor] | None] | None:
@@ -138,24 +138,27 @@ def read_text(where: str | Path) -> tuple[Weights, Mapping[str, Tensor] | None] 
     if declip_file.matches(where):
         weights = declip_file.read_part(where)
     elif (path := Path(where).expanduser()).is_dir() and ((path / STATE).is_file() or list_checkpoints(path)):
-        weights = weights_of(read_checkpoint(path), where)
+        weights = read_checkpoint(path)
     else:
         return None
     return None if weights.text is None else (weights.text.check(), weights.tensors)
 
 
-def read_checkpoint(path: Path, mixed: bool = True) -> Checkpoint:
-    """Read a checkpoint, or the best one of a run, else its newest undamaged one; `mixed`: with its mixture."""
+def read_checkpoint(path: Path, mixed: bool = True) -> Weights:
+    """Read a checkpoint, or the best one of a run, else its newest undamaged one; `mixed`: with its mixture.
+
+    The weights are not checked.
+    """
     if (path / STATE).is_file():
-        return load_checkpoint(path)
-    if list_checkpoints(path):
+        chosen = load_checkpoint(path)
+    elif list_checkpoints(path):
         chosen, mixture = load_best(path), path / MIXED
-        return replace(chosen, weights=read_tensors(mixture)) if mixed and mixture.is_file() else chosen
-    problem = "has no checkpoint yet" if (path / RECIPE).is_file() else f"is not a run folder: it has no {RECIPE}"
-    raise UserError(f"'{path}' {problem}. Give a run folder, one in its checkpoints, or a folder of another format.")
-
-
-def weights_of(checkpoint: Checkpoint, where: str) -> Weights:
-    """Weights of a checkpoint, not checked."""
-    heads = part("objective", checkpoint.training)
-    return Weights(read_recipe(checkpoint.recipe, where), part("model", checkpoint.weights), where, heads)
+        if mixed and mixture.is_file():
+            chosen = replace(chosen, weights=read_tensors(mixture))
+    else:
+        problem = "has no checkpoint yet" if (path / RECIPE).is_file() else f"is not a run folder: it has no {RECIPE}"
+        raise UserError(
+            f"'{path}' {problem}. Give a run folder, one in its checkpoints, or a folder of another format."
+        )
+    recipe, heads = read_recipe(chosen.recipe, str(path)), part("objective", chosen.training)
+    return Weights(recipe, part("model", chosen.weights), str(path), heads, step=chosen.step)

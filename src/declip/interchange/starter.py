@@ -52,11 +52,6 @@ def image_tower(where: str) -> str:
     return where.removeprefix("builtin:").removesuffix("-minilm")
 
 
-def repositories(where: str) -> list[str]:
-    """Repositories of the same weights on the Hub, for model cards."""
-    return [f"timm/tf_efficientnet_{image_tower(where)}.in1k", "sentence-transformers/all-MiniLM-L6-v2"]
-
-
 def installed(where: str = NAME) -> bool:
     """Whether the packages of built-in weights are installed."""
     return all(find_spec(file.partition("/")[0]) for file in (_image_file(where), TEXT_FOLDER))

@@ -54,6 +54,7 @@ class Weights:
     origin: str  # file, folder or name from the user
     heads: Mapping[str, Tensor] = field(default_factory=dict)  # by the names of `Objective`
     classes: Classes | None = None  # of the image tower's classifier, if it came with one
+    step: int | None = None  # of the run
     published: str = ""  # what determines the weights, if projections are computed from published files
 
     @property
