@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 import declip
@@ -13,13 +14,11 @@ from conftest import refuses
 from declip.data.text.tokenizer import Tokenizer, clean
 from declip.interchange.layouts import backend
 from interchange.test_export import features, same_until_the_end
-from interchange.towers import CAPTIONS, EXACT, build, largest, pictures
+from interchange.towers import CAPTIONS, EXACT, build, largest, pictures, spread
 
 
 def their_folder(out):
     """As transformers itself makes it: CLIP's first words, its own tokenizer class, weights at random."""
-    import transformers
-
     words = json.loads(backend(Tokenizer(16, 1000)).to_str())["model"]
     tokenizer = transformers.CLIPTokenizer(words["vocab"], [tuple(merge) for merge in words["merges"]])
     tokenizer.model_max_length = 16
@@ -38,17 +37,12 @@ def their_folder(out):
         projection_dim=24,
     )  # fmt: skip
     torch.manual_seed(3)
-    model = transformers.CLIPModel(config)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.add_(0.05 * torch.randn_like(weight))
-    model.save_pretrained(out)
+    spread(transformers.CLIPModel(config)).save_pretrained(out)
     return out
 
 
 def test_clip_models_of_transformers_come_in(tmp_path):
     """Unlike widths, an activation for each tower, the first releases' end token."""
-    transformers = pytest.importorskip("transformers")
     folder = their_folder(tmp_path / "theirs")
     theirs = transformers.CLIPModel.from_pretrained(folder).eval()
     processor = transformers.CLIPProcessor.from_pretrained(folder, backend="pil")
@@ -56,11 +50,10 @@ def test_clip_models_of_transformers_come_in(tmp_path):
     captions = [clean(caption).replace("<|endoftext|>", "") for caption in CAPTIONS]
     inputs = processor(text=captions, images=pictures(), padding=True, truncation=True, return_tensors="pt")
     assert same_until_the_end(inputs["input_ids"], read.tokenize(captions), read.tokenizer.end)
-    with torch.no_grad():
-        pixels = read.preprocess(pictures())
-        found = theirs(**{**inputs, "pixel_values": pixels})
-        assert largest(read.encode_image(pixels), found.image_embeds) <= EXACT
-        assert largest(read.encode_text(read.tokenize(captions)), found.text_embeds) <= EXACT
+    pixels = read.preprocess(pictures())
+    found = theirs(**{**inputs, "pixel_values": pixels})
+    assert largest(read.encode_image(pixels), found.image_embeds) <= EXACT
+    assert largest(read.encode_text(read.tokenize(captions)), found.text_embeds) <= EXACT
     assert torch.equal(read.logit_scale, theirs.logit_scale)
 
 

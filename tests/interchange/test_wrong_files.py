@@ -56,18 +56,13 @@ WRONG = {
     "holed.pth": (lambda own: without(image_tower(own), NORM), r"'visual\.ln_post\.weight' is missing"),
     "shape.pth": (lambda own: own | {NORM: torch.ones(3)}, r"'visual\.ln_post\.weight' has shape \(3,\)"),
     "more.pth": (lambda own: own | {"visual.extra": torch.ones(1)}, "'visual.extra' belongs to another"),
-    "text.pth": (lambda own: own | {"encode_text.extra": torch.ones(1)}, r"'encode_text\.extra' belongs to another"),
     "torchvision.pth": (lambda _: TORCHVISION, NOT_OFFICIAL),
     "clip.pt": (lambda _: zeros(*CLIP), NOT_OFFICIAL),
     "no_scale.pt": (lambda _: zeros("encode_text.token_embedding.weight", "visual.proj"), NOT_OFFICIAL),
-    "none.pt": (lambda _: {}, NOT_OFFICIAL),
-    "bare.pt": (lambda _: zeros(*CLIP, "token_embedding.weight"), THEIRS),
     "run.pt": (lambda _: {"state_dict": zeros(*CLIP, "text.token_embedding.weight", start="module.")}, THEIRS),
-    "lacking.pt": (lambda _: without(random_model("tiny-vit").state_dict(), "visual.proj"), THEIRS),
     "misshapen.pt": (lambda _: random_model("tiny-vit").state_dict() | {"visual.proj": torch.zeros(7, 7)}, THEIRS),
     "half.pth": (lambda own: half(own, "half.pth"), f"{UNREADABLE}.*Download the file again"),
     "half.safetensors": (lambda own: half(own, "half.safetensors"), UNREADABLE),
-    "empty.pt": (lambda _: b"", UNREADABLE),
     "model.onnx": (lambda _: ONNX, "'{name}' is not a file"),
     "nowhere.pth": (lambda _: None, "'{name}' is not a file"),
 }
@@ -130,31 +125,17 @@ def own_file_with_encoder(folder):
     return path
 
 
-def edited(path, *keys):
-    """Set a number of layers in a JSON file, and return its folder."""
-    tree = json.loads(path.read_text())
-    section = tree
-    for key in keys[:-1]:
-        section = section[key]
-    section[keys[-1]] = LAYERS
-    path.write_text(json.dumps(tree))
-    return path.parent
-
-
-def clip(folder):
-    declip.export(build("vit-clip-words"), "huggingface", folder / "clip")
-    return edited(folder / "clip" / "config.json", "vision_config", "num_hidden_layers")
-
-
-def family(name, file, *keys):
-    return lambda folder: (saved(name, folder / name), edited(folder / name / file, *keys))[1]
+def encoder_of_open_clip(folder):
+    saved("biomedclip", folder / "biomedclip")
+    config = folder / "biomedclip" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "num_hidden_layers": LAYERS}))
+    return config.parent
 
 
 DEEP = {
     "own file": own_file,
     "own file, text encoder": own_file_with_encoder,
-    "transformers CLIP": clip,
-    "open_clip, text encoder": family("biomedclip", "config.json", "num_hidden_layers"),
+    "open_clip, text encoder": encoder_of_open_clip,
 }
 
 

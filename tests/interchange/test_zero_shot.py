@@ -11,10 +11,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import declip
-from conftest import draw, refuses
+from conftest import refuses
 from declip.interchange import starter
 from declip.interchange.classes import Classes, read_names, texts_digest
-from declip.interchange.export import export, supported_formats
+from declip.interchange.export import export
 from declip.interchange.read import read, read_start
 from declip.interchange.timm_weights import LOGIT_SCALE, class_heads, complete, encode_texts
 from declip.interchange.weights import Weights
@@ -55,9 +55,8 @@ def test_projections_compare_as_the_closed_form_does():
     pairs = ClassPairs(classes.rows, texts, torch.arange(COUNT), classes.mean)
     nothing = Pairs(torch.empty(0, classes.rows.shape[1]), torch.empty(0, texts.shape[1]), torch.empty(0).long())
     (heads,) = fit_heads(nothing, pairs, 1.0, (DEFAULT_FORM,))
-    with torch.no_grad():
-        features = model.encode_text(model.tokenize(classes.names))
-        images = torch.nn.functional.normalize(model.image_tower.proj(classes.rows), dim=-1)
+    features = model.encode_text(model.tokenize(classes.names))
+    images = torch.nn.functional.normalize(model.image_tower.proj(classes.rows), dim=-1)
     expected = heads.similarities(classes.rows.double(), texts.double()).float()
     torch.testing.assert_close(images @ features.T, expected, atol=EXACT, rtol=0)
     assert float(expected.diagonal().mean()) > float(expected.mean()) + 0.1
@@ -113,21 +112,6 @@ def test_weights_with_projections_or_without_names_stay_as_they_are():
     refuses("no projections, nor a classifier with known names", replace(weights, classes=None).build)
 
 
-def test_a_model_without_pairs_is_exported_as_any_other(tmp_path):
-    weights = start("vit")
-    weights = replace(weights, classes=replace(weights.classes, size=None))
-    model = complete(weights).build().eval()
-    formats = {*supported_formats(model)}
-    assert formats >= {"safetensors", "open_clip", "onnx"}
-    for name in formats - {"onnx"}:  # its exporter takes seconds
-        exported = export(model, name, tmp_path / name)
-        assert exported.difference is None or exported.difference < EXACT
-    read = declip.load(tmp_path / "safetensors", device="cpu")
-    pixels = model.preprocess([draw("red", "circle")])
-    with torch.no_grad():
-        torch.testing.assert_close(read.encode_image(pixels), model.encode_image(pixels), atol=EXACT, rtol=0)
-
-
 @pytest.mark.skipif(not starter.installed(), reason="the packages of the built-in start are not installed")
 @pytest.mark.parametrize("name", [*filter(starter.installed, STARTS)])
 def test_a_builtin_start_is_a_whole_model_except_for_training(name, tmp_path):
@@ -136,13 +120,10 @@ def test_a_builtin_start_is_a_whole_model_except_for_training(name, tmp_path):
     assert (start.recipe.text.hf_model, start.classes.size) == (name, STARTS[name])
     if name != "builtin:lite0-minilm":
         return  # the others differ in the size of their image tower alone
-    exported = export(name, "safetensors", tmp_path / "out")
-    assert exported.difference is not None
-    assert exported.difference < EXACT
     for letter, color in (("a", "red"), ("b", "blue")):
         Image.new("RGB", (40, 40), color).save(tmp_path / f"{letter}.png")
     images = [str(tmp_path / f"{name}.png") for name in "ab"]
-    whole = declip.embed(declip.load(tmp_path / "out", device="cpu"), images, out=tmp_path / "whole")
+    whole = declip.embed(declip.load(name, device="cpu"), images, out=tmp_path / "whole")
     declip.embed(name, images, out=tmp_path / "index", precision="fp32")
     parts = declip.Index.open(tmp_path / "index")
     assert isinstance(parts.text_model.image_tower, NoImageTower)
@@ -163,7 +144,6 @@ def test_the_builtin_text_encoder_is_what_transformers_reads():
 
 
 def test_an_image_classifier_of_timm_with_a_text_encoder_is_a_model_without_pairs(tmp_path):
-    pytest.importorskip("transformers")
     torch.manual_seed(0)
     bert(tmp_path / "bert")
     save_file(timm.create_model("test_vit").state_dict(), tmp_path / "vit.safetensors")  # 1,000 classes
@@ -200,9 +180,8 @@ def read_timm(folder, name, count=1000, **others):
 def test_rows_multiply_the_pooled_feature(name, tmp_path):
     weights, model = read_timm(tmp_path, name)
     pixels = torch.randn(2, 3, weights.recipe.image.size, weights.recipe.image.size)
-    with torch.no_grad():
-        logits = weights.build().eval().encode_backbone(pixels) @ weights.classes.rows.T
-        torch.testing.assert_close(logits + model.get_classifier().bias, model(pixels), atol=1e-5, rtol=1e-4)
+    logits = weights.build().eval().encode_backbone(pixels) @ weights.classes.rows.T
+    torch.testing.assert_close(logits + model.get_classifier().bias, model(pixels), atol=1e-5, rtol=1e-4)
     assert weights.classes.names[0] == "tench, Tinca tinca"
     assert weights.classes.definitions[0].startswith("freshwater")
 

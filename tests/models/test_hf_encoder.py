@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+import transformers
 
 from conftest import TINY, WEIGHTS, refuses
 from declip.models.dual_encoder import DualEncoder
@@ -17,8 +18,6 @@ from declip.recipe.schema import Recipe
 from declip.supervision.objective import Objective
 from declip.training.optimizer import decays
 from text_encoders import CAPTIONS, bert, distilbert, model_of, roberta
-
-transformers = pytest.importorskip("transformers")
 
 KINDS = {
     "bert": bert,

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from open_clip.transformer import QuickGELU, TextTransformer
 
 from declip.models.text_tower import TextTower, encode_by_length
 
@@ -31,13 +32,10 @@ def test_a_batch_cut_to_its_longest_caption_equals_the_padded_one():
 
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
 def test_equals_open_clip_on_the_same_weights(activation):
-    open_clip = pytest.importorskip("open_clip")
-    from open_clip.transformer import QuickGELU
-
     tower = small_tower(activation=activation).double()
     for parameter in tower.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    theirs = open_clip.transformer.TextTransformer(
+    theirs = TextTransformer(
         context_length=20, vocab_size=VOCABULARY, width=32, heads=4, layers=2, output_dim=12,
         act_layer=QuickGELU if activation == "quick_gelu" else torch.nn.GELU, pool_type="eos", eos_id=END,
     ).double()  # fmt: skip
