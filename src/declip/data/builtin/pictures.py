@@ -6,28 +6,31 @@ import json
 import shutil
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial, reduce
 from io import BytesIO
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
-from rich.progress import Progress
+from PIL import Image, ImageChops
 
 from declip.data.builtin.fetch import DebianPackage, NpmPackages, Packages
 from declip.data.pair import BUILTIN_PREFIX, Box, Pair, PairSource
 from declip.data.tables import asset, unpack
 from declip.errors import UserError
 from declip.io.atomic import atomic_write, cache_folder
-from declip.io.pool import pairs_bar
+from declip.io.pool import mapped
+from declip.io.progress import status
 
 OVERSIZE = 2  # drawn larger by this factor, so that cutting off the margins costs no sharpness
 INVISIBLE = 250  # a drawing whose darkest value is above this is invisible on white, and is left out
 DOTS_PER_INCH = 90  # the inch of editors of the 2000s; pages in millimeters come from them
+DRAWN_AT_ONCE = 64  # drawings that a worker returns together
 LONGEST_SIDE = 4096  # pixels; a drawing that takes less than a twentieth of its page stays a little blurred
 
 TABLE, MANIFEST, NOTICE = "pairs.parquet", "manifest.json", "NOTICE.txt"
@@ -77,8 +80,8 @@ def fill_square(image: Image.Image, side: int) -> np.ndarray:
 
 
 def _inked_box(image: Image.Image) -> tuple[int, int, int, int]:
-    inked = np.asarray(image).min(axis=2) <= INVISIBLE
-    return Image.fromarray(inked).getbbox() or (0, 0, *image.size)
+    darkest = reduce(ImageChops.darker, image.split())
+    return darkest.point(lambda value: value <= INVISIBLE).getbbox() or (0, 0, *image.size)
 
 
 class Selection(NamedTuple):
@@ -128,24 +131,29 @@ class BuiltinSet(ABC):
             self.read(folder)
         except UserError:
             renderer()  # an error before anything is fetched
-            with pairs_bar(progress) as bar:
-                step = bar.add_task(f"fetching {self.name}", total=None)
-                with self.fetched(cache, progress) as packages:
-                    bar.remove_task(step)
-                    self.build(packages, folder, bar)
+            with self.fetched(cache, progress) as packages:
+                self.build(packages, folder, None, progress)
         return folder
 
-    def fetched(self, cache: str | Path | None, progress: bool) -> AbstractContextManager[Packages]:
+    @contextmanager
+    def fetched(self, cache: str | Path | None, progress: bool) -> Iterator[Packages]:
         """Fetch what the set is drawn from, for the duration of the context."""
-        return self.packages.fetched()
+        with ExitStack() as stack:
+            with status(f"Fetching {self.name}", progress):
+                packages = stack.enter_context(self.packages.fetched())
+            yield packages
 
-    def build(self, packages: Packages, folder: Path, bar: Progress | None = None) -> None:
-        """Render unpacked packages into a folder, which appears whole or not at all."""
-        chosen = self.choose(packages)
-        rows = chosen if bar is None else bar.track(chosen, description="drawing")
-        with atomic_write(folder) as partial:
-            self.write(partial, ((row, self.pixels(row, packages)) for row in rows), packages)
-            self.read(partial)
+    def build(self, packages: Packages, folder: Path, workers: int | None = 0, progress: bool = False) -> None:
+        """Render unpacked packages into a folder, which appears whole or not at all; None workers: one per core."""
+        rows = self.choose(packages)
+        parts = [rows[start : start + DRAWN_AT_ONCE] for start in range(0, len(rows), DRAWN_AT_ONCE)]
+        drawn = mapped(partial(self._render, packages), parts, workers, f"Drawing {self.name}" if progress else "")
+        with atomic_write(folder) as unfinished:
+            self.write(unfinished, zip(rows, chain.from_iterable(drawn), strict=True), packages)
+            self.read(unfinished)
+
+    def _render(self, packages: Packages, rows: list[Row]) -> list[np.ndarray | None]:
+        return [self.pixels(row, packages) for row in rows]
 
     def write(self, folder: Path, drawings: Iterable[tuple[Row, np.ndarray | None]], packages: Packages) -> None:
         """Write the pixels, the table, the manifest and the notices of the packages."""
