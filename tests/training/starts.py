@@ -93,6 +93,16 @@ def same_end(one, other):
     assert rows[0] == rows[1]
 
 
+def resumes_exactly(recipe, folder, step, meanwhile=lambda: None):
+    """Compare a run in `whole` with one in `parts` that was stopped and resumed; give the last checkpoint."""
+    train(recipe, out=folder / "whole", quiet=True, report=False)
+    stop_at(recipe, folder / "parts", step)
+    meanwhile()
+    assert train(recipe, out=folder / "parts", resume=True, quiet=True, report=False).finished
+    same_end(folder / "whole", folder / "parts")
+    return load_checkpoint(folder / "whole" / "checkpoints" / "last")
+
+
 def trained(recipe, folder, resume=False):
     """Train in one of several processes: the step at the end, and whether all are done."""
     run = trainer_of(recipe, folder, resume=resume).train()

@@ -6,11 +6,10 @@ import pytest
 
 import declip
 from conftest import refuses
-from declip.api import train
 from declip.runs.folder import KEPT
 from declip.training.assemble import assemble
 from text_encoders import bert, roberta
-from training.starts import recipe_for, same_end, stop_at, tuned
+from training.starts import recipe_for, resumes_exactly, tuned
 
 
 def plain(name, workers=0, sections=None, **train):
@@ -56,12 +55,7 @@ CASES = {  # functions of a table, a start and a folder: a recipe, and a folder 
 @pytest.mark.parametrize("name", CASES)
 def test_a_resumed_run_equals_one_never_interrupted(table, start, tmp_path, name):
     recipe, removed = CASES[name](table, start, tmp_path)
-    train(recipe, out=tmp_path / "whole", quiet=True, report=False)
-    stop_at(recipe, tmp_path / "parts", 2)
-    if removed:
-        shutil.rmtree(removed)
-    assert train(recipe, out=tmp_path / "parts", resume=True, quiet=True, report=False).finished
-    same_end(tmp_path / "whole", tmp_path / "parts")
+    resumes_exactly(recipe, tmp_path, 2, lambda: removed and shutil.rmtree(removed))
     if removed:
         assert (tmp_path / "parts" / KEPT).is_file() == (removed.name == "source")
         declip.load(tmp_path / "parts", device="cpu")
