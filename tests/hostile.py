@@ -78,10 +78,3 @@ def forge(checkpoint, **changes):
 def written(kind, **options):
     """The bytes of a small red picture."""
     return encoded(Image.new("RGB", (16, 16), "red"), kind, **options)
-
-
-def sparse(path, head, size):
-    """A file that says it is so large, and takes no room on the disk."""
-    with path.open("wb") as file:
-        file.write(head)
-        file.truncate(size)

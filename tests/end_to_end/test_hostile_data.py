@@ -22,17 +22,16 @@ from declip.data.sources.open import open_source
 from declip.evaluation.datasets import open_dataset
 from declip.recipe.load import load_recipe
 from end_to_end.conftest import png
-from hostile import ROOM, Trap, apart, quickly, said, sparse, written
+from hostile import ROOM, Trap, apart, quickly, said, written
 
 pytestmark = pytest.mark.usefixtures("here")
 
 
-def patched(kind, find, skip, form, *sizes, **options):
-    """A small picture that says that it is a large one."""
-    content = written(kind, **options)
-    place = (content.index(find) if find else 0) + skip
-    new = struct.pack(form, *sizes)
-    return content[:place] + new + content[place + len(new) :]
+def large_jpeg():
+    """A small picture that says that it has 4 gigapixels."""
+    content = written("JPEG")
+    place = content.index(b"\xff\xc0") + 5
+    return content[:place] + struct.pack(">HH", 65_500, 65_500) + content[place + 4 :]
 
 
 def tiff(side):
@@ -42,30 +41,15 @@ def tiff(side):
 
 
 BOMB, PIXELS = zlib.compress(bytes(64 << 20), 1), zlib.compress(bytes(14))
-
-
 IMAGES = {
     "50 gigapixels, PNG": (png(223_607, 223_607, (b"IDAT", zlib.compress(bytes(99)))), "image too large"),
-    "179 megapixels, PNG": (png(13_377, 13_378, (b"IDAT", zlib.compress(bytes(99)))), "image too large"),
-    "4 gigapixels, JPEG": (patched("JPEG", b"\xff\xc0", 5, ">HH", 65_500, 65_500), "image too large"),
-    "4 gigapixels, GIF": (patched("GIF", b"", 6, "<HH", 65_535, 65_535), "image too large"),
-    "WebP that grew": (
-        patched("WEBP", b"VP8X", 12, "<HBHB", 0x3FFF, 0, 0x3FFF, 0, icc_profile=b"x" * 99),
-        "image too large or unreadable image",  # Pillow 12.3 does not open it
-    ),
-    "1,000 gigapixels, BMP": (patched("BMP", b"", 18, "<ii", 1_000_000, 1_000_000), "image too large"),
+    "4 gigapixels, JPEG": (large_jpeg(), "image too large"),
     "1,000 gigapixels, TIFF": (tiff(1_000_000), "image too large"),
-    "negative, BMP": (patched("BMP", b"", 18, "<ii", -5, -5), "image too large"),
     "comment that inflates, PNG": (png(2, 2, (b"zTXt", b"x\0\0" + BOMB), (b"IDAT", PIXELS)), "unreadable image"),
     "pixels that inflate, PNG": (png(2, 2, (b"IDAT", BOMB)), "read"),
     "profile that inflates, PNG": (png(2, 2, (b"iCCP", b"x\0\0" + BOMB), (b"IDAT", PIXELS)), "unreadable image"),
-    "SVG with an entity": (b'<!DOCTYPE x [<!ENTITY e SYSTEM "file:///etc/passwd">]><svg>&e;</svg>', "unreadable image"),
-    "PDF": (b"%PDF-1.7\n1 0 obj<</OpenAction<</S/Launch>>>>endobj\n", "unreadable image"),
     "EPS": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(harm) (w) file\n%%EOF\n", "unreadable image"),
-    "EPS, binary head": (b"\xc5\xd0\xd3\xc6" + struct.pack("<II", 30, 99) + bytes(200), "unreadable image"),
-    "Python": (b"#!/usr/bin/python3\nopen('harm', 'w')\n", "unreadable image"),
     "PPM": (written("PPM"), "unreadable image"),
-    "ICO": (written("ICO"), "unreadable image"),
     "pickle": (pickle.dumps(Trap(Path("harm"))), "unreadable image"),
     "nothing": (b"", "truncated image"),
 }
@@ -77,12 +61,13 @@ def test_images_that_are_bombs_or_none(name):
     Path("a.jpg").write_bytes(content)
     for source in (Path("a.jpg"), content):
         got, megabytes = apart(lambda source=source: decode(source, "a.jpg"))
-        assert (got in expected.split(" or "), megabytes < ROOM) == (True, True)
+        assert (got, megabytes < ROOM) == (expected, True)
     assert not Path("harm").exists()
 
 
 def test_a_file_of_20_gigabytes_is_not_read():
-    sparse(Path("a.webp"), b"RIFF\xff\xff\xff\xffWEBPVP8X", 20 << 30)
+    Path("a.webp").write_bytes(b"RIFF\xff\xff\xff\xffWEBPVP8X")
+    os.truncate("a.webp", 20 << 30)  # takes no room on the disk
     got, megabytes = apart(lambda: decode(Path("a.webp"), "a.webp"))
     assert (got, megabytes < ROOM) == ("image too large", True)
 
@@ -148,12 +133,8 @@ def test_an_image_root_cannot_be_left(kind, here):
 
 CELLS = [
     ("NaN", '"x"', "missing image"),
-    ("null", '"x"', "missing image"),
-    ("1e999", '"x"', "missing image"),
     ("1" * 5000, '"x"', "unreadable row"),
     ('["a.png"]', '"x"', "missing image"),
-    ('{"path": "a.png"}', '"x"', "missing image"),
-    ('""', '"x"', "missing image"),
     ('"\\u0000.png"', '"x"', "missing image"),
     ('"\\ud800.png"', '"x"', "invalid text"),
     (json.dumps("a" * 5000), '"x"', "missing image"),
@@ -162,8 +143,6 @@ CELLS = [
     ('"a.png"', "[" * 60 + '"x"' + "]" * 60, "unreadable row"),
     ('"a.png"', '{"en": "x"}', "unreadable row"),
     ('"a.png"', "[" * 100_000, "unreadable row"),
-    ('"a.png"', "[]", "empty caption"),
-    ('"a.png"', '"\\u0000\\u0000"', "empty caption"),
     ('"a.png"', '"\\u001b[2J\\u0007\\u009b"', "read"),
     ('"a.png"', '"\\u0001\\u0002\\u007f\\u0085"', "empty caption"),
     ('"a.png"', '"\\ud83d"', "invalid text"),

@@ -112,15 +112,11 @@ def test_weights_that_are_larger_than_their_file(name, here):
 
 ODD = [
     ("encode_text.text_projection.weight", torch.zeros(1 << 40, 0)),
-    ("encode_text.text_projection.weight", torch.zeros(1 << 22, 1, dtype=torch.uint8)),
     ("encode_text.positional_embedding", torch.zeros(1 << 40, 0)),
-    ("encode_text.token_embedding.weight", torch.zeros(0, 0)),
-    ("encode_text.token_embedding.weight", torch.zeros(1 << 40, 0)),
     ("visual.conv1.weight", torch.zeros(1 << 22, 1, 1, 1, dtype=torch.uint8)),
     ("visual.conv1.weight", torch.zeros(4)),
     ("visual.conv1.weight", torch.zeros(64, 3, 0, 0)),
     ("visual.positional_embedding", torch.tensor(1.0)),
-    ("visual.positional_embedding", torch.zeros(0, 64)),
     ("logit_scale", torch.zeros(5)),
 ]
 
@@ -151,11 +147,8 @@ RECIPES = {
     "code": "name: !!python/object/apply:os.system ['touch harm']\n",
     "laughs": laughs(),
     "deep": "[" * 5000,
-    "date": "name: 2001-99-99\n",
     "binary": "name: !!binary é\n",
     "null": "name: \0\n",
-    "list": "- a\n",
-    "unknown key": "harm: 1\n",
 }
 
 
@@ -163,8 +156,7 @@ RECIPES = {
 def test_a_recipe_that_would_run_code_or_is_none(name, checkpoint):
     forge(checkpoint, recipe=RECIPES[name])
     Path("mine.yaml").write_text(RECIPES[name])
-    works = {"run": lambda: declip.load(checkpoint, device="cpu"), "mine": lambda: load_recipe("mine.yaml")}
-    for where, work in works.items():
+    for where, work in {"run": lambda: declip.load(checkpoint), "mine": lambda: load_recipe("mine.yaml")}.items():
         got, megabytes = apart(work)
         assert (where in got, megabytes < 2 * ROOM) == (True, True)
     assert not Path("harm").exists()
@@ -177,7 +169,6 @@ def test_a_recipe_that_would_run_code_or_is_none(name, checkpoint):
         {"text": {"context_length": 1 << 40}},
         {"embed_dim": 1 << 50},
         {"image": {"model_kwargs": {"patch_size": 8, "embed_dim": 1 << 20, "depth": 1}}},
-        {"image": {"model_kwargs": {"patch_size": 8, "embed_dim": "x"}}},
         {"image": {"size": 1 << 20}},
         {"image": {"model": "hf-hub:someone/model"}},
     ],
