@@ -16,7 +16,7 @@ from PIL import Image
 
 import declip
 from app.conftest import PAGE, ask
-from conftest import draw, encoded
+from conftest import draw, encoded, write_rows
 from declip.app.requests import LARGEST_JSON
 from declip.app.server import address_of, open_state, take_port
 from declip.app.state import AppState
@@ -101,16 +101,15 @@ def test_every_view_is_one_page_that_loads_nothing_from_elsewhere(client):
         assert [word for word in inline if word in answer.text.replace("http-equiv", "")] == []
         assert client.post(f"/{view}").status_code == 405
     assert client.get("/", follow_redirects=False).headers["location"] == "/search"
-
-
-def test_answers_say_what_a_browser_may_do(client):
-    for address in ("/search", "/static/app.css", "/api/pairs/disagreeing", "/thumbnails/0", "/nothing", "/api/search"):
+    for address in ("/search", "/static/app.css", "/thumbnails/0", "/nothing", "/api/search"):
         headers = client.get(address).headers
-        policy = {"default-src 'none'", "frame-ancestors 'none'"}
-        assert policy <= {*headers["content-security-policy"].split("; ")}
-        assert "unsafe" not in headers["content-security-policy"]
+        policy = headers["content-security-policy"]
+        assert ("default-src 'none'" in policy, "frame-ancestors 'none'" in policy, "unsafe" in policy) == (1, 1, 0)
         found = headers["x-content-type-options"], headers["cross-origin-resource-policy"]
         assert found == ("nosniff", "same-origin")
+    for address in ("/static/..%2fserver.py", "/static/../server.py", "/static/", "/nothing"):
+        answer = client.get(address)
+        assert (answer.status_code, "import" in answer.text) == (404, False), address
 
 
 def test_own_names_and_addresses_in_numbers_are_answered_and_foreign_names_refused(client):
@@ -131,12 +130,6 @@ def test_a_foreign_page_can_send_and_load_nothing_but_the_user_may_follow_a_link
     for address in ("/api/images", "/api/classify", "/api/pairs/list"):
         for headers in ({}, *({"Origin": origin} for origin in foreign)):
             assert client.post(address, json={}, headers=headers).status_code == 403, headers
-
-
-def test_no_other_file_is_served(client):
-    for address in ("/static/..%2fserver.py", "/static/../server.py", "/static/", "/nothing", "/etc/passwd"):
-        answer = client.get(address)
-        assert (answer.status_code, "import" in answer.text) == (404, False), address
 
 
 def test_a_failure_of_ours_says_nothing_of_its_inside(state, monkeypatch):
@@ -161,11 +154,13 @@ def test_probabilities_are_the_softmax_of_the_scaled_cosines(client, state):
     assert probable == sorted(probable, reverse=True)
 
 
-def test_a_template_goes_around_the_names(client, state):
+def test_a_template_goes_around_the_names(client):
     asked = {"id": 0, "classes": ["bar", "circle"], "template": "a red {}"}
-    given = client.post("/api/classify", json=asked).json()["classes"]
-    spelled = client.post("/api/classify", json={"id": 0, "classes": ["a red bar", "a red circle"]}).json()["classes"]
-    assert [row["cosine"] for row in given] == pytest.approx([row["cosine"] for row in spelled], abs=1e-6)
+    given, spelled = (
+        [row["cosine"] for row in client.post("/api/classify", json=each).json()["classes"]]
+        for each in (asked, {"id": 0, "classes": ["a red bar", "a red circle"]})
+    )
+    assert given == pytest.approx(spelled, abs=1e-6)
     assert client.post("/api/classify", json={**asked, "template": "imagenet"}).status_code == 200
 
 
@@ -179,6 +174,9 @@ def test_a_wrong_or_huge_upload_is_refused_and_none_reaches_the_disk(client, mon
         monkeypatch.setattr(f"tempfile.{maker}", None)  # a call of it fails
     assert client.post("/api/images", content=content).status_code == 200
     assert client.post("/api/classify", content=b" " * (LARGEST_JSON + 1)).status_code == 413
+    monkeypatch.setattr("declip.app.state.MOST_UPLOADS", 2)
+    tokens = [client.post("/api/images", content=encoded(draw("red", "bar"))).json()["image"] for _ in range(3)]
+    assert [client.get(f"/api/search?image={token}").status_code for token in tokens] == [410, 200, 200]
     monkeypatch.setattr("declip.app.answers.LARGEST_UPLOAD", 1_000)
     assert client.post("/api/images", content=iter([bytes(100)] * 100)).status_code == 413
 
@@ -187,7 +185,6 @@ def test_a_wrong_question_is_answered_with_a_sentence(client):
     wrong = (
         ({"classes": ["a"]}, "no image yet"),
         ({"classes": ["", "  "], "id": 0}, "There is no class yet"),
-        ({"classes": "cat", "id": 0}, "classes: Input should be a valid array"),
         ({"classes": ["\ud800"], "id": 0}, "Invalid JSON"),
         ({"classes": [str(n) for n in range(900)], "id": 0, "template": "imagenet"}, "8,000"),
         ({"classes": ["a"], "id": 0, "template": "imagenat"}, "Did you mean 'imagenet'"),
@@ -197,15 +194,8 @@ def test_a_wrong_question_is_answered_with_a_sentence(client):
     for tree, message in wrong:
         answer = client.post("/api/classify", content=json.dumps(tree))
         assert (answer.status_code in (400, 410), message in answer.json()["error"]) == (True, True), tree
-    for content in (b"[]", b"{", b"\xff", b"[" * 100_000, b"null"):
+    for content in (b"[]", b"\xff", b"[" * 100_000):
         assert client.post("/api/classify", content=content).status_code == 400
-
-
-def test_vectors_of_the_latest_uploads_alone_are_kept(state, monkeypatch):
-    monkeypatch.setattr("declip.app.state.MOST_UPLOADS", 2)
-    state.uploads.clear()
-    tokens = [state.add_upload(torch.full((1,), float(n))) for n in range(3)]
-    assert [state.uploads.get(token) for token in tokens] == [None, 1.0, 2.0]
 
 
 def test_a_text_finds_the_hits_of_the_index_among_images_and_captions(client, state):
@@ -233,10 +223,8 @@ def test_an_image_finds_the_index_hits_and_the_balance_moves_to_the_text(client,
 
 
 def test_a_wrong_search_names_its_parameter(client):
-    wrong = {
-        "text=+": "image", f"text={'x' * 2_001}": "text", "text=a&count=0": "count", "text=a&over=files": "over",
-        "id=0&text=a&weight=nan": "weight", "id=99999999999999999999999": "id", "id=24": "24",
-    }  # fmt: skip
+    wrong = {"text=+": "image", f"text={'x' * 2_001}": "text", "text=a&count=0": "count", "id=24": "24"}
+    wrong |= {"id=0&text=a&weight=nan": "weight", "id=99999999999999999999999": "id"}
     for asked, named in wrong.items():
         answer = client.get(f"/api/search?{asked}")
         assert (answer.status_code, named in answer.json()["error"]) == (400, True), asked
@@ -260,18 +248,16 @@ def test_a_heat_map_is_drawn_over_the_thumbnail(client, state):
     assert answer.headers["content-type"] == "image/webp"
     drawn = np.asarray(Image.open(io.BytesIO(answer.content)).convert("RGB"), int)
     assert 2 * np.abs(drawn - expected).mean() < np.abs(drawn - np.asarray(image, int)).mean()
-    for id, asked in (
-        ("24", {"text": "red"}),
-        ("x", {"text": "red"}),
-        ("3", {}),
-        ("3", {"text": " "}),
-        ("3", {"text": "a" * 2001}),
-    ):
-        assert client.get(f"/maps/{id}", params=asked).status_code in (400, 404), (id, asked)
+    for id, text in (("24", "red"), ("x", "red"), ("3", " "), ("3", "a" * 2001)):
+        assert client.get(f"/maps/{id}", params={"text": text}).status_code in (400, 404), (id, text)
 
 
-def test_a_missing_image_gives_away_no_path(model, folder, tmp_path):
+def test_a_missing_image_gives_away_no_path_and_missing_captions_are_explained(model, folder, tmp_path):
     with ask(AppState(declip.embed(model, folder, out=tmp_path / "index"), "")) as client:
+        for address in ("/api/search?text=a&over=captions", "/api/pairs/disagreeing"):
+            answer = client.get(address)
+            assert (answer.status_code, "--captions" in answer.json()["error"]) == (400, True)
+        assert client.get("/api/pairs/duplicates").status_code == 200
         shutil.rmtree(folder)
         answer = client.get("/thumbnails/0")
         assert (answer.status_code, str(tmp_path) in answer.text) == (404, False)
@@ -282,21 +268,12 @@ def test_text_of_the_source_never_becomes_markup(model, tmp_path):
     evil = '<img src=x onerror="alert(1)">'
     draw("red", "bar").save(tmp_path / f"{evil.replace('/', '')}.png")
     rows = [{"image": f"{evil}.png", "caption": f"</script>{evil}"}] * 3
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(tmp_path / "pairs.jsonl", rows)
     index = declip.embed(model, tmp_path / "pairs.jsonl", out=tmp_path / "index", captions=True)
     with ask(AppState(index, evil)) as client:
-        for view in ("search", "classify", "pairs"):
-            text = client.get(f"/{view}").text
-            assert [markup for markup in ("<img src=x", "</script><img") if markup in text] == []
-        assert "&lt;img src=x" in client.get("/search").text
+        texts = [client.get(f"/{view}").text for view in ("search", "classify", "pairs")]
+        assert [markup for markup in ("<img src=x", "</script><img") if markup in "".join(texts)] == []
+        assert "&lt;img src=x" in texts[0]
         found = client.get("/api/search?text=a")
         assert found.headers["content-type"] == "application/json"
         assert found.json()["hits"][0]["captions"] == [f"</script>{evil}"]
-
-
-def test_an_index_without_captions_says_how_to_get_them(model, folder, tmp_path):
-    with ask(AppState(declip.embed(model, folder, out=tmp_path / "images"), "")) as client:
-        for address in ("/api/search?text=a&over=captions", "/api/pairs/disagreeing"):
-            answer = client.get(address)
-            assert (answer.status_code, "--captions" in answer.json()["error"]) == (400, True)
-        assert client.get("/api/pairs/duplicates").status_code == 200
