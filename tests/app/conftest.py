@@ -51,7 +51,6 @@ def state(shared):
 
 @pytest.fixture
 def client(state):
-    """A client of the app."""
     with ask(state) as asked:
         yield asked
 

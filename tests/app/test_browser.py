@@ -36,23 +36,21 @@ def served(state):
 
 
 @pytest.fixture(scope="module")
-def address(shared):
-    """The page, served in a thread."""
-    with served(shared) as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
 def browser():
-    """Debian's Chromium."""
     with sync_api.sync_playwright() as playwright:
         opened = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield opened
         opened.close()
 
 
+@pytest.fixture(scope="module")
+def address(shared):
+    with served(shared) as found:
+        yield found
+
+
 @pytest.fixture
-def page(browser, address):
+def page(browser, address, state):
     """A page that asks nobody else and logs no error."""
     context = browser.new_context(base_url=address, accept_downloads=True)
     context.set_default_timeout(60_000)
@@ -100,7 +98,6 @@ def test_a_text_is_typed_and_found_by_keyboard_alone(page, shared):
     sync_api.expect(page.locator("#hits > li")).to_have_count(24)
     first = shared.index.search("a red circle", k=1)[0]
     sync_api.expect(page.locator("#hits > li").first).to_contain_text(first.caption)
-    assert page.locator("#hits img").first.evaluate("image => image.complete ? image.naturalWidth : 40") == 40
     assert "text=a+red+circle" in page.url
     image, plain = page.locator("#hits img").first, f"/thumbnails/{first.id}?v={shared.version}"
     page.locator("#hits a").first.hover()
@@ -129,10 +126,6 @@ def test_old_answers_go_when_another_question_fails(page, tmp_path):
     page.get_by_label("Image to search with").set_input_files(tmp_path / "broken.png")
     sync_api.expect(page.get_by_role("status")).to_contain_text("cannot be read")
     sync_api.expect(page.locator("#hits > li")).to_have_count(0)
-    page.goto("/search?id=0")
-    page.get_by_role("button", name="Remove the image").click()
-    sync_api.expect(page.locator("#hits > li")).to_have_count(0)
-    assert not urlsplit(page.url).query
     page.goto("/search?text=bar")
     sync_api.expect(page.locator("#hits > li")).to_have_count(24)
     page.get_by_label("Text to search for").fill("")
@@ -228,8 +221,9 @@ def test_thirty_images_are_captioned_without_a_mouse_through_restarts_and_a_seco
         two = context.new_page()
         two.goto("/caption")
         sync_api.expect(two.locator("#key")).to_have_text(f"{NAMES[32]}.png")
+        cell = next(row["image"] for row in rows_of(table) if NAMES[29] in row["image"])
         with table.open("a", encoding="utf-8") as file:
-            file.write(f"{find_cell(table, NAMES[29]).replace(NAMES[29], NAMES[30])},written by hand\n")
+            file.write(f"{cell.replace(NAMES[29], NAMES[30])},written by hand\n")
         one.keyboard.type("mine")
         one.keyboard.press("Enter")
         sync_api.expect(one.get_by_role("status")).to_contain_text("Not saved")
@@ -240,13 +234,11 @@ def test_thirty_images_are_captioned_without_a_mouse_through_restarts_and_a_seco
         one.set_viewport_size(PHONE)
         assert one.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
         context.close()
-    rows = list(csv.DictReader(table.read_text(encoding="utf-8").splitlines()))
-    assert len({row["image"] for row in rows}) == 31
-    assert [row["caption"] for row in rows][-2:] == ["written by hand", "mine"]
-    assert all(any(row["caption"].endswith(f" no. {number}") for row in rows) for number in range(30))
+    found = rows_of(table)
+    assert len({row["image"] for row in found}) == 31
+    assert [row["caption"] for row in found][-2:] == ["written by hand", "mine"]
+    assert all(any(row["caption"].endswith(f" no. {number}") for row in found) for number in range(30))
 
 
-def find_cell(table, name):
-    """The cell of an image in a table."""
-    rows = csv.DictReader(table.read_text(encoding="utf-8").splitlines())
-    return next(row["image"] for row in rows if name in row["image"])
+def rows_of(table):
+    return list(csv.DictReader(table.read_text(encoding="utf-8").splitlines()))

@@ -133,17 +133,12 @@ def test_seeds_are_paired_and_those_that_differ_give_no_interval():
     found = factor(_curve([0.2, 0.3, 0.4, 0.5], 0.03), _curve([0.1, 0.2, 0.3, 0.4], 0.03))
     assert (found.low, found.high) == pytest.approx((2, 2))
     a = curve_of({pairs: dict.fromkeys((0, 1), 0.1 * place) for place, pairs in enumerate(PAIRS)})
-    b = curve_of({1000: {0: 0.05, 1: 0.06}, 2000: {0: 0.15}})
-    assert factor(a, b).mean is not None
-    assert factor(a, b).low is None
-    assert factor(a, curve_of({1000: {0: 0.05, 2: 0.06}})).low is None
-    assert factor(a, curve_of({1000: {0: 0.05}})).low is None, "one seed"
+    for rows in ({1000: {0: 0.05, 1: 0.06}, 2000: {0: 0.15}}, {1000: {0: 0.05, 2: 0.06}}, {1000: {0: 0.05}}):
+        found = factor(a, curve_of(rows))
+        assert (found.mean is None, found.low) == (False, None)
 
 
-@pytest.mark.parametrize(
-    ("sizes", "seeds"),
-    [((1000, 4000), 2), ((1000, 4000), 3), ((700, 1400, 2800, 5600), 3), ((500, 1000, 2000, 4000, 8000), 3)],
-)
+@pytest.mark.parametrize(("sizes", "seeds"), [((1000, 4000), 2), ((1000, 4000), 3), ((500, 1000, 2000, 4000, 8000), 3)])
 def test_the_interval_holds_the_truth_as_often_as_it_says(sizes, seeds):
     # Two equal variants, a gain of 3 points a doubling, seeds that move each run by 1.5 points, half of it alike for
     # both. The first is the plan of README. 600 comparisons: 95 % have a standard error of 0.9 points.
