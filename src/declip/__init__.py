@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from declip.recipe.load import load_recipe as load_recipe
     from declip.recipe.schema import Recipe as Recipe
     from declip.search.choose import choose as choose
-    from declip.search.classifier import Classifier as Classifier
+    from declip.search.classify import Classifier as Classifier
     from declip.search.classify import classify as classify
     from declip.search.embed import embed as embed
     from declip.search.index import Index as Index
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from declip.training.sinks import Sink as Sink
 
 _WHERE = {
-    "Classifier": "declip.search.classifier",
+    "Classifier": "declip.search.classify",
     "Columns": "declip.data.columns",
     "Embedder": "declip.search.joined",
     "Index": "declip.search.index",

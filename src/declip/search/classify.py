@@ -1,4 +1,4 @@
-"""Classify images: a probability of each class that the user names."""
+"""Classify images by the names of classes, by example images, or by a classifier that was fitted to both."""
 
 import math
 from collections import Counter
@@ -7,8 +7,12 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from glob import glob
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Self
 
+import numpy as np
+import torch
+from pydantic import BaseModel, Field
+from safetensors import safe_open
 from torch import Tensor
 
 from declip.data.columns import DEFAULT, Columns
@@ -17,15 +21,165 @@ from declip.data.pair import LazyImage, PairSource, SkipCounter
 from declip.data.sources.open import ImageSource, open_images, open_source
 from declip.data.sources.python_items import Items
 from declip.errors import UserError, check_range
-from declip.evaluation.encode import Encoder, encode_batches
-from declip.evaluation.few_shot import joint_encoder
+from declip.evaluation.datasets import LabeledSource, open_dataset, with_classes
+from declip.evaluation.encode import Encoder, encode_batches, encode_source
+from declip.evaluation.few_shot import (
+    Examples,
+    FewShotForm,
+    FewShotHead,
+    Rejection,
+    choose_threshold,
+    fit_few_shot,
+    joint_encoder,
+)
+from declip.evaluation.results import Measure
 from declip.evaluation.zero_shot import class_features, logit_scale, read_templates
 from declip.interchange.read import load
-from declip.io.atomic import csv_path, csv_table
-from declip.io.text import plain_cell
+from declip.io.atomic import atomic_write, csv_path, csv_table, save_tensors
+from declip.io.text import one_line, percent, plain_cell
 from declip.models.inference import Engine, Precision, fingerprint
 from declip.search.class_names import NONE, read_options
-from declip.search.classifier import Classifier
+
+KEY = "declip.classifier"  # of the metadata of a file
+FEWEST = 3  # classes with images that leaving one out requires
+
+
+class _Stored(BaseModel, extra="forbid"):
+    """The metadata of a file."""
+
+    classes: tuple[str, ...] = Field(min_length=2)
+    counts: tuple[int, ...]
+    width: int = Field(ge=0)
+    mixture: list[tuple[float, float, float]] = Field(min_length=1)  # κ, penalty, factor
+    accuracy: tuple[float, int] | None
+    rejection: Rejection | None
+    model: str
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """Class names and example images of some classes, fitted in closed form to a model's frozen features.
+
+    Examples:
+        >>> declip.Classifier.fit("runs/demo", examples="labels.csv").classes
+        ('blue', 'red')
+    """
+
+    classes: tuple[str, ...]
+    counts: tuple[int, ...]  # example images of each class
+    head: FewShotHead
+    rejection: Rejection | None  # None with fewer than three classes of two images
+    model: str  # fingerprint
+    skipped: SkipCounter  # example images that could not be read
+
+    @classmethod
+    def fit(
+        cls,
+        model: str | Path | Encoder,
+        classes: Sequence[str] | None = None,
+        examples: str | Path | PairSource | Items | None = None,
+        *,
+        templates: str | Sequence[str] = "plain",
+        label_column: str | None = None,
+        batch_size: int = 256,
+        workers: int = 0,
+        device: str = "auto",
+        progress: bool = False,
+    ) -> Self:
+        """Fit a classifier.
+
+        Args:
+            classes: Names; by default those of the examples. A class may have no example.
+            examples: A folder with a folder of images for each class, a table with a column of labels, or another
+                source with classes; of one with splits the training part.
+            templates: A shipped template set, or sentences with ``{}`` for the class.
+        """
+        source = None if examples is None else _open_examples(examples, label_column)
+        known = tuple(classes or (source.class_names if source else ()))
+        if len(known) < 2:
+            raise UserError("A classifier needs two classes or more. Name them, or give examples of them.")
+        loaded = load(model, device) if isinstance(model, str | Path) else model
+        names = class_features(loaded, known, read_templates(templates)[1], batch_size=batch_size)
+        encode, width = joint_encoder(loaded)
+        given = Examples(torch.empty(0, width + names.shape[1]), torch.empty(0).long(), names, width)
+        skipped = SkipCounter()
+        if source is not None:
+            number = _numbers(known, source.class_names)
+            options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "progress": progress}
+            found = encode_source(loaded, source, encode=encode, texts=False, **options)
+            labels, skipped = torch.from_numpy(number[np.asarray(source.labels)[found.indices]]), found.skipped
+            given = Examples(found.images, labels, names, width)
+        head, counts = fit_few_shot(given), torch.bincount(given.labels, minlength=len(known))
+        enough = head.accuracy is not None and int((counts > 0).sum()) >= FEWEST
+        rejection = choose_threshold(given, head) if enough else None
+        return cls(known, tuple(counts.tolist()), head, rejection, fingerprint(loaded), skipped)
+
+    def summary(self) -> str:
+        """The examples, the settings, and what cross-validation says."""
+        head, none = self.head, sum(not count for count in self.counts)
+        lines = [f"{sum(self.counts):,} examples of {len(self.counts) - none:,} classes, {none:,} more by name alone"]
+        if head.name_weight >= 0.1:
+            lines[0] += f"; a name counts as {head.name_weight:.2g} images"
+        if head.accuracy is not None:
+            low, high = map(percent, head.accuracy.interval)
+            lines.append(
+                f"Accuracy on examples that were left out: {percent(head.accuracy.value)} ({low} to {high}, n = "
+                f"{head.accuracy.n:,}, chance {percent(head.accuracy.chance)})"
+            )
+        if (found := self.rejection) is not None:
+            lines.append(
+                f"'{NONE}': {percent(found.rejected)} of the examples of classes that were left out, "
+                f"{percent(found.lost)} of the others (AUROC {found.auroc:.2f})"
+            )
+        return "\n".join(lines + [f"Left out: {line}" for line in self.skipped.lines()])
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file."""
+        head = self.head
+        own = {name: getattr(self, name) for name in ("classes", "counts", "rejection", "model")}
+        mixture = [(*form, factor) for form, factor in head.mixture.items()]
+        accuracy = None if head.accuracy is None else (head.accuracy.value, head.accuracy.n)
+        stored = _Stored(**own, width=head.width, mixture=mixture, accuracy=accuracy)
+        with atomic_write(Path(path).expanduser(), "choose another path with --save") as target:
+            save_tensors({"weight": head.weight, "center": head.center}, target, {KEY: stored.model_dump_json()})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a file of `save`; raises `UserError` for another or a damaged one."""
+        path = Path(path).expanduser()
+        try:
+            with safe_open(path, "pt") as file:
+                stored = _Stored.model_validate_json((file.metadata() or {})[KEY])
+                weight, center = (file.get_tensor(name).float() for name in ("weight", "center"))
+            count, columns = weight.shape
+            whole = bool(weight.isfinite().all() and center.isfinite().all()) and stored.width <= columns
+            if not whole or center.shape != (columns,) or {count} != {len(stored.classes), len(stored.counts)}:
+                raise ValueError("the sizes do not fit, or numbers are not finite")
+        except Exception as error:  # a stranger's file; safetensors has its own classes
+            raise UserError(f"'{path}' is not a head of declip classify: {one_line(error, 200)}.") from error
+        mixture = {FewShotForm(*form): factor for *form, factor in stored.mixture}
+        accuracy = stored.accuracy and Measure("examples", stored.accuracy[0], 1 / count, stored.accuracy[1])
+        head = FewShotHead(weight, center, stored.width, mixture, accuracy)
+        return cls(stored.classes, stored.counts, head, stored.rejection, stored.model, SkipCounter())
+
+
+def _open_examples(examples: str | Path | PairSource | Items, label_column: str | None) -> LabeledSource:
+    """Open labeled images; a folder is one of folders of classes."""
+    if isinstance(examples, str | Path) and (folder := Path(examples).expanduser()).is_dir():
+        examples = f"folder:{folder}"
+    dataset = open_dataset(examples, label_column=label_column)
+    return with_classes(dataset.split("train" if "train" in dataset.openers else "test"))
+
+
+def _numbers(classes: tuple[str, ...], given: Any) -> np.ndarray:
+    """The number of each class of the examples among the classes; raises `UserError` for one that is not among them."""
+    numbers = {name.replace("_", " ").casefold(): number for number, name in enumerate(classes)}
+    keys = [str(name).replace("_", " ").casefold() for name in given]
+    if strange := [name for name, key in zip(given, keys, strict=True) if key not in numbers]:
+        raise UserError(
+            f"The examples have {len(strange):,} classes, such as '{strange[0]}', that --classes lacks. Name them too."
+        )
+    return np.array([numbers[key] for key in keys], dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -36,6 +190,11 @@ class Prediction:
     best: str
     probability: float
     probabilities: dict[str, float]
+
+    def _cells(self) -> list[str]:
+        """The row of a table."""
+        numbers = self.probability, *self.probabilities.values()
+        return [plain_cell(self.image), plain_cell(self.best), *(f"{number:.6g}" for number in numbers)]
 
 
 @dataclass
@@ -105,83 +264,63 @@ def classify(
     options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "progress": progress}
     if examples is not None:
         classifier = Classifier.fit(encoder, names, examples, templates=prompts, label_column=label_column, **options)
-    scorer = _scorer(encoder, classifier, names, prompts, batch_size)
+    known, encode, score = _scorer(encoder, classifier, names, prompts, batch_size)
+    threshold = -math.inf  # of the largest score, below which an image is of no class
     if reject:
-        scorer = scorer._replace(threshold=_threshold(classifier))
-    result = Classification(dict.fromkeys([*scorer.names, *([NONE] if reject else [])], 0), classifier=classifier)
-    # --- classify and write batch by batch
+        if classifier is None or classifier.rejection is None:
+            raise UserError("--reject requires examples of three classes or more, with two images of one or more.")
+        threshold = classifier.rejection.threshold
+    result = Classification(dict.fromkeys([*known, *([NONE] if reject else [])], 0), classifier=classifier)
+    # --- classify and write batch by batch; the table appears complete or not at all
     batches = [range(start, min(start + batch_size, len(source))) for start in range(0, len(source), batch_size)]
-    stream = encode_batches(encoder, source, _read, batches, workers, progress, scorer.encode)
-    _predict(scorer, stream, result, path, on_prediction)
+    stream = encode_batches(encoder, source, _read, batches, workers, progress, encode)
+    header = ("image", "class", "probability", *map(plain_cell, known))
+    with nullcontext() if path is None else csv_table(path, header) as table:
+        for prediction in _predictions(stream, known, score, threshold, result.skipped):
+            result.counts[prediction.best] += 1
+            if table is not None:
+                table.writerow(prediction._cells())
+            if on_prediction is not None:
+                on_prediction(prediction)
+            elif table is None:
+                result.predictions.append(prediction)
+        if not any(result.counts.values()):
+            raise UserError(f"None of the {result.skipped.total:,} images can be used: {result.skipped.explanation()}")
     return result
 
 
-def _predict(
-    scorer: "_Scorer",
+def _predictions(
     stream: Iterable[tuple[Tensor, list[str], SkipCounter]],
-    result: Classification,
-    path: Path | None,
-    on_prediction: Callable[[Prediction], object] | None,
-) -> None:
-    """Add predictions to a result batch by batch, and write them to a table, which appears whole or not at all."""
-    header = ("image", "class", "probability", *map(plain_cell, scorer.names))
-    with nullcontext() if path is None else csv_table(path, header) as table:
-        for vectors, keys, broken in stream:
-            result.skipped.merge(broken)
-            for prediction in scorer.predict(keys, vectors) if keys else ():
-                result.counts[prediction.best] += 1
-                if table is not None:
-                    table.writerow(_cells(prediction))
-                if on_prediction is not None:
-                    on_prediction(prediction)
-                elif table is None:
-                    result.predictions.append(prediction)
-        if not any(result.counts.values()):
-            count = sum(result.skipped.counts.values())
-            raise UserError(f"None of the {count:,} images can be used: {result.skipped.explanation()}")
-
-
-def _threshold(classifier: Classifier | None) -> float:
-    """The largest score below which an image is of no class."""
-    if classifier is None or classifier.rejection is None:
-        raise UserError("--reject requires examples of three classes or more, with two images of one or more.")
-    return classifier.rejection.threshold
-
-
-def _cells(prediction: Prediction) -> list[str]:
-    numbers = prediction.probability, *prediction.probabilities.values()
-    return [plain_cell(prediction.image), plain_cell(prediction.best), *(f"{number:.6g}" for number in numbers)]
-
-
-class _Scorer(NamedTuple):
-    """Scores of classes, whose softmax is the probability."""
-
-    names: Sequence[str]
-    encode: Callable[[Tensor], Tensor] | None  # pixels to vectors; None: `Encoder.encode_image`
-    score: Callable[[Tensor], Tensor]  # vectors (n, d) to (n, C)
-    threshold: float = -math.inf  # of the largest score, below which an image is of no class
-
-    def predict(self, keys: Sequence[str], vectors: Tensor) -> Iterator[Prediction]:
-        """The predictions for images with keys and vectors (n, d)."""
-        scores = self.score(vectors).double()
-        strange = scores.amax(dim=1) < self.threshold
-        for key, own, other in zip(keys, scores.softmax(dim=1).tolist(), strange.tolist(), strict=True):
-            probabilities = dict(zip(self.names, own, strict=True))
+    names: Sequence[str],
+    score: Callable[[Tensor], Tensor],
+    threshold: float,
+    skipped: SkipCounter,
+) -> Iterator[Prediction]:
+    """The predictions of batches of vectors (n, d); counts broken images in `skipped`."""
+    for vectors, keys, broken in stream:
+        skipped.merge(broken)
+        scores = score(vectors).double() if keys else torch.empty(0, len(names))  # (n, C)
+        rejected = (scores.amax(dim=1) < threshold).tolist()
+        for key, own, other in zip(keys, scores.softmax(dim=1).tolist(), rejected, strict=True):
+            probabilities = dict(zip(names, own, strict=True))
             best = max(probabilities, key=probabilities.__getitem__)
             yield Prediction(key, NONE if other else best, probabilities[best], probabilities)
 
 
 def _scorer(
     encoder: Encoder, classifier: Classifier | None, names: Sequence[str], prompts: Sequence[str], batch_size: int
-) -> _Scorer:
-    """The scores of a classifier; without one CLIP's zero-shot classification, the logit scale times the cosines."""
+) -> tuple[Sequence[str], Callable[[Tensor], Tensor] | None, Callable[[Tensor], Tensor]]:
+    """Classes, the encoder of pixels (None: `Encoder.encode_image`), and the scores (n, C) of vectors (n, d).
+
+    The softmax of scores is the probability. Without a classifier, it is CLIP's: logit scale times cosines.
+    """
     if classifier is not None:
         if fingerprint(encoder) != classifier.model:
             raise UserError("The head was fitted to another model. Give that model, or fit it again with --examples.")
-        return _Scorer(classifier.classes, joint_encoder(encoder)[0], classifier.head.scores)
+        return classifier.classes, joint_encoder(encoder)[0], classifier.head.scores
     encoder.tokenize([""])  # a model without a text tower fails before processes start
     texts, scale = class_features(encoder, names, prompts, batch_size=batch_size).double(), logit_scale(encoder)
-    return _Scorer(names, None, lambda vectors: scale * vectors.double() @ texts.T)
+    return names, None, lambda vectors: scale * vectors.double() @ texts.T
 
 
 def _read(source: ImageSource, place: int) -> tuple[LazyImage, str]:
