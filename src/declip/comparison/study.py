@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from declip.errors import UserError, unknown
 from declip.evaluation.datasets import open_dataset
-from declip.evaluation.protocols import TASKS, check_dataset
+from declip.evaluation.protocols import check_dataset
 from declip.io.text import one_line
 from declip.recipe.load import flat, load_recipe
 from declip.recipe.schema import Recipe
@@ -151,14 +151,14 @@ class Study:
         self.check_names()
         if self.budget not in BUDGETS:
             raise unknown("budget", self.budget, BUDGETS)
-        for task in self.tasks:
-            if task not in TASKS:
-                raise unknown("task", task, TASKS)
         for key, option in (("seed", "--seeds"), ("data.max_pairs", "--pairs")):
             if any(key in variant.overrides for variant in self.variants):
                 raise UserError(f"A comparison sets {key} itself, from {option}. Remove {key}.")
         if not self.datasets:
             raise UserError("Nothing to evaluate on: the recipe names no zero-shot set. Name one with --dataset.")
+        # --- evaluation sets
+        for dataset, task in product(map(open_dataset, self.datasets), self.tasks):
+            check_dataset(dataset, task)
         # --- recipes and training pairs
         sizes: dict[str, int] = {}
         for variant in self.variants:
@@ -180,9 +180,6 @@ class Study:
                 raise UserError(
                     f"'{recipe.data.label}' has {sizes[key]:,} pairs, fewer than the {self.pairs[-1]:,} of --pairs."
                 )
-        # --- evaluation sets
-        for dataset, task in product(map(open_dataset, self.datasets), self.tasks):
-            check_dataset(dataset, task)
 
     def check_names(self) -> None:
         """Refuse variants with the same name, or with names that become the same folder."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -84,7 +84,7 @@ class SharedFeatures:
         with eval_mode(self.model) as device:
             # MPS has no float64, which the solver needs.
             probing = "cpu" if device.type == "mps" else device
-        # Features before the projection; `check` looked for the method
+        # Features before the projection; `evaluate_all` looked for the method
         encode = partial(chunked, self.model.encode_backbone)  # type: ignore[attr-defined]
         return linear_probe(self.dataset, lambda source: self._encode(source, encode=encode, texts=False), probing)
 
@@ -146,43 +146,38 @@ class SharedFeatures:
             results.append(result)
         return results
 
-    def check(self, task: str) -> None:
-        """Refuse a dataset or model that the task cannot use, before anything is encoded."""
-        if task == "linear" and not hasattr(self.model, "encode_backbone"):
-            raise UserError(
-                f"{type(self.model).__name__} has no method `encode_backbone` from pixels (n, 3, S, S) to features "
-                "(n, width), which 'linear' requires. Add it, or use the task 'zero-shot' or 'retrieval'."
-            )
-        if task == "pointing" and not hasattr(self.model, "similarity_map"):
-            raise UserError(f"{type(self.model).__name__} has no method `similarity_map`, which 'pointing' requires.")
-        check_dataset(self.dataset, task, self.options)
-
     def _encode(self, source: PairSource, **options: Any) -> SourceFeatures:
         shared = {name: getattr(self.options, name) for name in ("batch_size", "workers", "progress")}
         return encode_source(self.model, source, **options, **shared)
 
 
-def check_dataset(dataset: Dataset, task: str, options: Options | None = None) -> None:
-    """Refuse a dataset that a task cannot use, or unknown templates."""
-    if task == "zero-shot":
-        with_classes(dataset.split("test"))
-    elif task == "few-shot":
-        check_splits(dataset, task)
-    elif task == "linear":
-        check_probe(dataset)
-    elif task == "pointing":
-        check_pointing(dataset)
-    if task in ("zero-shot", "few-shot"):
-        read_templates((options and options.templates) or dataset.templates)
+class Task(NamedTuple):
+    """A way to evaluate."""
+
+    run: Callable[[SharedFeatures], Sequence[Result]]
+    check: Callable[[Dataset], object] = lambda dataset: None  # raises `UserError` for a dataset that it cannot use
+    method: str = ""  # of the model, besides those of `Encoder`
+    prompted: bool = False  # whether it uses templates
 
 
-TASKS: Mapping[str, Callable[[SharedFeatures], Sequence[Result]]] = {
-    "zero-shot": lambda shared: [shared.zero_shot()],
-    "retrieval": lambda shared: [shared.retrieval()],
-    "linear": lambda shared: [shared.linear()],
-    "few-shot": SharedFeatures.few_shot,
-    "pointing": lambda shared: [measure_pointing(shared.model, shared.dataset, shared.options.progress)],
+TASKS: Mapping[str, Task] = {
+    "zero-shot": Task(lambda on: [on.zero_shot()], lambda dataset: with_classes(dataset.split("test")), prompted=True),
+    "retrieval": Task(lambda on: [on.retrieval()]),
+    "linear": Task(lambda on: [on.linear()], check_probe, "encode_backbone"),
+    "few-shot": Task(SharedFeatures.few_shot, partial(check_splits, task="few-shot"), prompted=True),
+    "pointing": Task(
+        lambda on: [measure_pointing(on.model, on.dataset, on.options.progress)], check_pointing, "similarity_map"
+    ),
 }
+
+
+def check_dataset(dataset: Dataset, task: str, options: Options | None = None) -> None:
+    """Refuse an unknown task, a dataset that the task cannot use, or unknown templates."""
+    if task not in TASKS:
+        raise unknown("task", task, TASKS)
+    TASKS[task].check(dataset)
+    if TASKS[task].prompted:
+        read_templates((options and options.templates) or dataset.templates)
 
 
 def evaluate_all(
@@ -195,9 +190,6 @@ def evaluate_all(
 
     All datasets are checked before the first one is encoded. Each image and text is encoded once for all tasks.
     """
-    for task in tasks:
-        if task not in TASKS:
-            raise unknown("task", task, TASKS)
     # --- every check first: encoding may take hours
     checked: list[SharedFeatures] = []
     for dataset in datasets if isinstance(datasets, list) else [datasets]:
@@ -205,13 +197,15 @@ def evaluate_all(
         if shared.dataset.name in {other.dataset.name for other in checked}:
             raise UserError(f"The dataset '{shared.dataset.name}' is given twice. Pass each dataset once.")
         for task in tasks:
-            shared.check(task)
+            check_dataset(shared.dataset, task, shared.options)
+            if (method := TASKS[task].method) and not hasattr(model, method):
+                raise UserError(f"{type(model).__name__} has no method `{method}`, which the task '{task}' requires.")
         checked.append(shared)
     # --- one dataset at a time
     results = []
     while checked:
         shared = checked.pop(0)  # frees the features of each dataset after its evaluation
-        results += [result for task in tasks for result in TASKS[task](shared)]
+        results += [result for task in tasks for result in TASKS[task].run(shared)]
     return results
 
 
