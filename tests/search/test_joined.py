@@ -65,15 +65,6 @@ def test_an_embedder_returns_a_row_for_each_row(rows, weights_file, folder, tmp_
     refuses(r"no column 'image' but id, photo.*image=", embedder, {"id": [1], "photo": [b""]})
 
 
-def test_an_embedder_of_texts(weights_file):
-    model = declip.load(weights_file, "cpu")
-    made = declip.Embedder(weights_file, text="caption", precision="fp32")(
-        {"id": [1, 2, 3], "caption": ["a red  bar", 4, ""]})  # fmt: skip
-    expected = model.encode_text(model.tokenize(["a red bar"]))[0].detach().numpy()
-    assert np.abs(made["vector"][0] - expected).max() < 1e-6
-    assert [error.partition(":")[0] for error in made["error"]] == ["", "unreadable text", "empty caption"]
-
-
 def test_an_index_of_parquet_files(rows, weights_file, folder, tmp_path, monkeypatch):
     monkeypatch.setattr("declip.search.joined.PART_ROWS", 7)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

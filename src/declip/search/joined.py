@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from declip.data.columns import DEFAULT, Columns
-from declip.data.pair import BrokenPair, Origin, SkipCounter, as_texts, clean_captions, printable
+from declip.data.pair import BrokenPair, Origin, SkipCounter, printable
 from declip.data.sources.open import ImageSource, open_source
 from declip.data.sources.python_items import ItemSource
 from declip.data.sources.rows import ParquetRows, cell_name
 from declip.data.sources.shard_files import absolute
 from declip.errors import UserError
-from declip.evaluation.encode import Encoder, image_features, read_images, text_features
+from declip.evaluation.encode import Encoder, image_features, read_images
 from declip.interchange.read import load
 from declip.io.parts import find_parts
 from declip.io.text import one_line
@@ -178,7 +178,6 @@ class Embedder:
     Args:
         model: What `declip.load` opens, by a path or name that every worker can read.
         image: Column of images: PIL images, arrays (H, W, 3) uint8, paths, bytes, or dicts of `bytes` and `path`.
-        text: Column of texts to embed instead.
         id: Column that identifies a row; it is copied.
         source: A source of `declip.embed` to read the images from, such as tar shards, opened in each process. `id` is
             then the column of their numbers, and becomes their key.
@@ -196,7 +195,6 @@ class Embedder:
         model: str | Path,
         *,
         image: str = "image",
-        text: str | None = None,
         id: str = "id",
         source: str | Path | None = None,
         columns: Columns = DEFAULT,
@@ -206,7 +204,7 @@ class Embedder:
     ) -> None:
         # Workers may have another working directory.
         self.model, self.source, self.columns = absolute(model), source and absolute(source), columns
-        self.image, self.text, self.id = image, text, id
+        self.image, self.id = image, id
         self.device, self.precision, self.engine = device, precision, engine
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -217,24 +215,26 @@ class Embedder:
             reason, else empty; `model`, its fingerprint and precision, which `Index.from_parquet` checks.
         """
         model, encode, made_by = _load(self.model, self.device, self.precision, self.engine)
-        ids, vectors = _column(batch, self.id, "id"), None
-        if self.text is not None:
-            errors, texts = _read_texts(_column(batch, self.text, "text"))
-            vectors = text_features(model, texts) if texts else None
+        ids = _column(batch, self.id, "id")
+        places: Sequence[int] = range(len(ids))
+        if self.source is None:
+            items: list[Any] = [(image, None) for image in _column(batch, self.image, "image")]
+            source = ImageSource(ItemSource(items or [None]), captioned=False)
         else:
-            places: Sequence[int] = range(len(ids))
-            if self.source is None:
-                items: list[Any] = [(image, None) for image in _column(batch, self.image, "image")]
-                source = ImageSource(ItemSource(items or [None]), captioned=False)
-            else:
-                places, source = ids, _open(self.source, self.columns)
-                ids = [source.key(place) for place in places]
-            errors, pixels = _read_images(model, source, places)
-            vectors = image_features(model, torch.cat(pixels), encode) if pixels else None
-        # An array without gaps: of lists with None, Ray makes pickled objects.
+            places, source = ids, _open(self.source, self.columns)
+            ids = [source.key(place) for place in places]
+        # --- why each image cannot be used, and the pixels (1, 3, S, S) of those that can
+        errors, usable = list[str](), list[Tensor]()
+        for place in places:  # each alone, to know what is wrong with it
+            pixels, _, broken = read_images(
+                model.preprocessor, lambda place: (source.read_lazy(place).image, 0), [place]
+            )
+            errors.append("; ".join(f"{reason}: {detail}" for reason, detail in broken.details.items()))
+            usable += [] if pixels is None else [pixels]
+        # --- an array without gaps: of lists with None, Ray makes pickled objects
         rows = np.zeros((len(ids), model.recipe.embed_dim), np.float32)  # type: ignore[union-attr]
-        if vectors is not None:
-            rows[[not error for error in errors]] = vectors.numpy()
+        if usable:
+            rows[[not error for error in errors]] = image_features(model, torch.cat(usable), encode).numpy()
         return {"id": ids, "vector": rows, "error": errors, "model": [made_by] * len(ids)}
 
 
@@ -257,25 +257,3 @@ def _column(batch: Mapping[str, Any], name: str, argument: str) -> list[Any]:
 @lru_cache(1)
 def _open(source: str, columns: Columns) -> ImageSource:
     return ImageSource(open_source(source, columns), captioned=False)
-
-
-def _read_images(model: DualEncoder, source: ImageSource, places: Sequence[int]) -> tuple[list[str], list[Tensor]]:
-    """Why each image cannot be used, or an empty text, and the pixels (1, 3, S, S) of those that can."""
-    errors, usable = list[str](), list[Tensor]()
-    for place in places:  # each alone, to know what is wrong with it
-        pixels, _, broken = read_images(model.preprocessor, lambda place: (source.read_lazy(place).image, 0), [place])
-        errors.append("; ".join(f"{reason}: {detail}" for reason, detail in broken.details.items()))
-        usable += [] if pixels is None else [pixels]
-    return errors, usable
-
-
-def _read_texts(texts: Sequence[Any]) -> tuple[list[str], list[str]]:
-    """Why each text cannot be used, or an empty text, and those that can, cleaned."""
-    errors, usable = list[str](), list[str]()
-    for number, text in enumerate(texts):
-        try:
-            usable += clean_captions(as_texts(text, "unreadable text", str(number)), str(number))
-            errors.append("")
-        except BrokenPair as broken:
-            errors.append(": ".join(filter(None, (broken.reason, broken.detail))))
-    return errors, usable
