@@ -39,12 +39,8 @@ class Photometric(NamedTuple):
     @classmethod
     def stack(cls, params: Sequence[Photometric]) -> Photometric:
         """Tensors from the parameters of single images."""
-        kinds = {"order": torch.int64, "jitter": torch.bool, "gray": torch.bool, "radius": torch.int64}
-        columns = {
-            name: torch.tensor([getattr(row, name) for row in params], dtype=kinds.get(name, torch.float32))
-            for name in cls._fields
-        }
-        return cls(**columns)._replace(order=columns["order"].reshape(-1, 4))
+        neutral = cls(1.0, 1.0, 1.0, 0.0, (0, 1, 2, 3), False, False, 0.0, 0)  # has the types where there is no image
+        return cls(*map(torch.tensor, zip(*params or [neutral], strict=True))).rows(0, len(params))
 
 
 @dataclass(eq=False)
@@ -96,17 +92,10 @@ class PairBatch:
         self.views = {n: View(view) if isinstance(view, Tensor) else view for n, view in self.views.items()}
         sizes = {name: len(view) for name, view in self.views.items()}
         if self.texts.ndim != 3 or set(sizes.values()) != {len(self)}:
-            raise UserError(
-                f"A batch needs `texts` (T, B, L) and views of B images: {tuple(self.texts.shape)}, {sizes}."
-            )
+            raise UserError(f"A batch needs `texts` (T, B, L) and views of B images: {self.texts.shape}, {sizes}.")
         texts, pairs, length = self.texts.shape
-        shapes = {
-            "masked": (pairs, length),
-            "labels": (pairs, length),
-            "sample_ids": (pairs,),
-            "lengths": (texts, pairs),
-        }
-        for name, shape in ({"texts": (texts, pairs, length)} | shapes).items():
+        shapes = {"texts": (texts, pairs, length), "lengths": (texts, pairs), "sample_ids": (pairs,)}
+        for name, shape in (shapes | dict.fromkeys(("masked", "labels"), (pairs, length))).items():
             ids = getattr(self, name)
             if ids is not None and (tuple(ids.shape) != shape or ids.dtype != torch.int64):
                 raise UserError(f"`{name}` is {tuple(ids.shape)} {ids.dtype}; it must be {shape} torch.int64.")
@@ -191,9 +180,7 @@ def plan_views(recipe: Recipe, needs: Iterable[Needs]) -> Plan:
     size, views = recipe.image.size, recipe.views
     if not views.image_second:
         if any("second" in need.views for need in needs):
-            raise UserError(
-                "views.image_second=false leaves one image view, and a loss compares two. Set that loss's weight to 0."
-            )
+            raise UserError("views.image_second=false leaves one image view; set the weight of losses of two to 0.")
         wanted.discard("second")
     specs = [ViewSpec(name, size, views.image) for name in ("first", "second") if name == "first" or name in wanted]
     if views.contrastive_view is not None:

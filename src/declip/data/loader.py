@@ -103,10 +103,8 @@ class Assembler:
 
     def __post_init__(self) -> None:
         if len(self.source) < self.batch_size:
-            raise UserError(
-                f"'{self.source.name}' holds {len(self.source)} pairs, fewer than one batch of {self.batch_size}. "
-                "Set a smaller train.batch_size, or add pairs."
-            )
+            few = f"'{self.source.name}' holds {len(self.source)} pairs, fewer than one batch of {self.batch_size}."
+            raise UserError(f"{few} Set a smaller train.batch_size, or add pairs.")
         order = Order(self.source, self.batch_size, self.seed, self.shuffle_buffer)
         self.steps_per_epoch, self.indices = order.steps_per_epoch, order.indices
 
@@ -121,9 +119,8 @@ class Assembler:
         return self.collate(samples, skipped)
 
     def _texts(self, captions: Sequence[str], generator: np.random.Generator) -> list[str]:
-        chosen = int(generator.integers(len(captions)))
+        chosen, second = int(generator.integers(len(captions))), self.plan.text.second_view
         text = captions[chosen]
-        second = self.plan.text.second_view
         if self.plan.texts == 1:
             return [text]
         if second == "caption" and len(captions) > 1:
@@ -167,14 +164,14 @@ class Assembler:
         longest = max((len(ids) for sample in samples for ids in sample.rows), default=1)
         context = self.tokenizer.context
         length = context if self.plan.whole_context else padded_length(longest, context)
-        padding, texts = self.tokenizer.padding, range(self.plan.texts)
-        masks = self.plan.mask_probability is not None
+        padding, masks = self.tokenizer.padding, self.plan.mask_probability is not None
+        texts = [[sample.rows[number] for sample in samples] for number in range(self.plan.texts)]
         return PairBatch(
             views=views,
-            texts=torch.stack([_pad([sample.rows[text] for sample in samples], length, padding) for text in texts]),
+            texts=torch.stack([_pad(rows, length, padding) for rows in texts]),
             masked=_pad([sample.masked for sample in samples], length, padding) if masks else None,
             labels=_pad([sample.labels for sample in samples], length, IGNORED) if masks else None,
-            lengths=torch.tensor([[len(sample.rows[text]) for sample in samples] for text in texts], dtype=torch.int64),
+            lengths=torch.tensor([[*map(len, rows)] for rows in texts], dtype=torch.int64),
             sample_ids=torch.tensor([sample.id for sample in samples], dtype=torch.int64),
             skipped=skipped,
         )

@@ -14,7 +14,7 @@ from typing import Any
 from PIL import Image
 
 from declip.data.columns import DEFAULT, Columns
-from declip.data.images.decode import LazyJpeg
+from declip.data.images.decode import LazyJpeg, encode
 from declip.data.pair import BrokenPair, LazyImage, PairSource, SkipCounter, printable
 from declip.data.sources.open import ImageSource, open_source
 from declip.data.sources.shard_files import absolute
@@ -52,18 +52,14 @@ def read_exclusions(path: str | Path, source: PairSource) -> dict[int, str]:
         given = [json.loads(line) for line in path.read_text("utf-8").split("\n") if line.strip()]
         rows = [(str(row["key"]), int(row["place"]), printable(str(row["reason"])[:LONGEST_REASON])) for row in given]
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise UserError(
-            f"The list '{path}' cannot be read: {printable(str(error))}. Pass one that `declip app` or `declip data "
-            'inspect --exclude` wrote: {"key": …, "place": …, "reason": …} on each line.'
-        ) from error
+        lists = "Pass one that `declip app` or `declip data inspect --exclude` wrote."
+        raise UserError(f"The list '{path}' cannot be read: {printable(str(error))}. {lists}") from error
     if not rows:
         raise UserError(f"The list '{path}' names no pair.")
     for key, place, _ in rows:
         if not 0 <= place < len(source) or keys.key(place) != key:
-            raise UserError(
-                f"The list '{path}' has '{printable(key)}' at place {place}, and '{source.name}' does not. Use the "
-                "source that the list was made from, unchanged, or make the list again."
-            )
+            other = f"The list '{path}' has '{printable(key)}' at place {place}, and '{source.name}' does not."
+            raise UserError(f"{other} Use the source that it was made from, unchanged, or make the list again.")
     return {place: reason for _, place, reason in rows}
 
 
@@ -127,7 +123,7 @@ def shard_source(
     if part:
         span = span_of(part, len(shards), "shards")
         shards = dict(islice(shards.items(), span.start, span.stop))
-        joined = _finished_shards(whole, made_of) if (whole / RECORD).exists() else {}
+        joined = _finished_shards(whole, made_of)
         if shards.keys() <= joined.keys():
             return _totals(whole, joined, opened.name, len(opened))
     with locked_folder(part_folder(whole, part) if part else whole, RECORD, ELSEWHERE) as folder:
@@ -150,17 +146,15 @@ def join_shards(out: str | Path) -> ShardedPairs:
     parts = find_parts(Path(out).expanduser(), SIZES)
     made_of, _ = _read_record(parts[0])
     with locked_folder(Path(out).expanduser(), RECORD, ELSEWHERE) as folder:
-        shards = _recorded_shards(folder, made_of)
-        for part in parts:
-            shards |= _recorded_shards(part, made_of)
+        shards = {name: row for place in (folder, *parts) for name, row in _read_record(place, made_of)[1].items()}
         _record(folder, made_of, shards)  # before they come, so that a repeated call finds the rows of moved ones
         for part in parts:
             for path in (*part.glob("*.tar"), *part.glob(NOTICE)):
                 path.replace(folder / path.name)
         done = _finished_shards(folder, made_of)
-        for number in range(-(-made_of["pairs"] // made_of["shard_pairs"])):
-            if (name := f"{number:06d}.tar") not in done:
-                raise UserError(f"The shard '{name}' is missing in the parts of '{folder}'. Write its part again.")
+        wanted = (f"{number:06d}.tar" for number in range(-(-made_of["pairs"] // made_of["shard_pairs"])))
+        if missing := [name for name in wanted if name not in done]:
+            raise UserError(f"The shard '{missing[0]}' is missing in the parts of '{folder}'. Write its part again.")
         _record_sizes(folder, done)
     return _totals(folder, done, made_of["source"], made_of["pairs"])
 
@@ -191,28 +185,24 @@ def _content(source: PairSource, excluded: Mapping[int, str]) -> str:
 def _finished_shards(folder: Path, made_of: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The shards that are complete, by name, with their numbers; those of another source or option are refused."""
     sizes = {file.name: file.stat().st_size for file in folder.glob("*.tar")}
-    return {name: row for name, row in _recorded_shards(folder, made_of).items() if sizes.get(name) == row["bytes"]}
+    return {name: row for name, row in _read_record(folder, made_of)[1].items() if sizes.get(name) == row["bytes"]}
 
 
-def _recorded_shards(folder: Path, made_of: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The shards of a record, which may be missing; those of another source or option are refused."""
-    if not (folder / RECORD).exists():
-        return {}
-    earlier, shards = _read_record(folder)
-    changed = [key for key in sorted(made_of.keys() | earlier.keys()) if made_of.get(key) != earlier.get(key)]
-    if changed:
-        shown = "; ".join(f"{key} was {earlier.get(key)!r}, now {made_of.get(key)!r}" for key in changed)
-        raise UserError(f"'{folder}' holds shards of another source or option: {shown}. Use the same, or {ELSEWHERE}.")
-    return shards
-
-
-def _read_record(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+def _read_record(folder: Path, made_of: Mapping[str, Any] | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the shards of a folder depend on, and their numbers by name; with `made_of` it must be that, or missing."""
     path = folder / RECORD
+    if made_of is not None and not path.exists():
+        return {}, {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return dict(content["made_of"]), dict(content["shards"])
+        earlier, shards = dict(content["made_of"]), dict(content["shards"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"'{path}' cannot be read: {error}. Remove the folder, or {ELSEWHERE}.") from error
+    now = earlier if made_of is None else made_of
+    if changed := [key for key in sorted(now.keys() | earlier.keys()) if now.get(key) != earlier.get(key)]:
+        shown = "; ".join(f"{key} was {earlier.get(key)!r}, now {now.get(key)!r}" for key in changed)
+        raise UserError(f"'{folder}' holds shards of another source or option: {shown}. Use the same, or {ELSEWHERE}.")
+    return earlier, shards
 
 
 def _write_shards(
@@ -282,13 +272,7 @@ def downscaled_bytes(image: LazyImage, size: int) -> tuple[str, bytes]:
     if short > size:
         width, height = (max(size, round(side * size / short)) for side in image.size)
         decoded = decoded.resize((width, height), Image.Resampling.LANCZOS)
-    files = [("jpg", _encoded(decoded, "JPEG", quality=QUALITY))] if max(decoded.size) <= LONGEST_JPEG else []
+    files = [("jpg", encode(decoded, "JPEG", quality=QUALITY))] if max(decoded.size) <= LONGEST_JPEG else []
     if is_drawing or not files:
-        files.append(("png", _encoded(decoded, "PNG", optimize=True)))
+        files.append(("png", encode(decoded, "PNG", optimize=True)))
     return min(files, key=lambda file: len(file[1]))
-
-
-def _encoded(image: Image.Image, kind: str, **options: int) -> bytes:
-    buffer = BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()

@@ -22,10 +22,8 @@ def fetch(given: str, get: Callable[[bool], T], local: str) -> T:
         return get(offline)
     except Exception as error:  # hub, network and disk have errors of their own
         reason = f"no connection to {constants.ENDPOINT}" if offline else one_line(error, 180).rstrip(".")
-        raise UserError(
-            f"Cannot fetch '{given}': {reason}. Check the network and the name. Weights on this machine are given as "
-            f"{local}; builtin:lite2-minilm needs no network."
-        ) from error
+        others = f"Weights on this machine are given as {local}; builtin:lite2-minilm needs no network."
+        raise UserError(f"Cannot fetch '{given}': {reason}. Check the network and the name. {others}") from error
 
 
 def online() -> bool:

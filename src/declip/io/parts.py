@@ -49,7 +49,6 @@ def find_parts(folder: Path, marker: str) -> list[Path]:
     [(count, paths)] = found.items()
     if missing := [number for number in range(1, count + 1) if not (paths.get(number, folder) / marker).is_file()]:
         others = f" and {len(missing) - 1:,} others are" if len(missing) > 1 else " is"
-        raise UserError(
-            f"Part {missing[0]} of {count}{others} missing or not complete. Write it with --part {missing[0]}/{count}."
-        )
+        absent = f"Part {missing[0]} of {count}{others} missing or not complete"
+        raise UserError(f"{absent}. Write it with --part {missing[0]}/{count}.")
     return [paths[number] for number in range(1, count + 1)]

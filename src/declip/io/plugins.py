@@ -17,10 +17,8 @@ def plugins(kind: Kind) -> dict[str, EntryPoint]:
     for point in sorted(entry_points(group=f"declip.{kind}"), key=lambda point: point.name):
         other = found.setdefault(point.name, point)
         if other.value != point.value:
-            raise UserError(
-                f"Two installed packages have {kind} with the name '{point.name}': {_package(other)} and "
-                f"{_package(point)}. Uninstall one."
-            )
+            both = f"{_package(other)} and {_package(point)}"
+            raise UserError(f"Two installed packages have {kind} with the name '{point.name}': {both}. Uninstall one.")
     return found
 
 
@@ -30,9 +28,8 @@ def load_plugin(kind: Kind, name: str) -> Any:
     try:
         return point.load()
     except Exception as error:  # code of others
-        raise UserError(
-            f"'{name}' of the package {_package(point)} cannot be imported: {one_line(error, 200)}. Update it."
-        ) from error
+        reason = f"'{name}' of the package {_package(point)} cannot be imported: {one_line(error, 200)}"
+        raise UserError(f"{reason}. Update it.") from error
 
 
 def plugin_recipe(name: str) -> Path | None:

@@ -91,10 +91,8 @@ def naming_lost_workers(where: str = "") -> Iterator[None]:
     except RuntimeError as error:
         if "DataLoader worker" not in str(error) or "Traceback" in str(error):
             raise
-        raise UserError(
-            f"A worker process was killed{where}: {error} The usual cause is too little memory or shared memory. Use "
-            "fewer workers (0: load in the main process) or a smaller batch."
-        ) from error
+        remedy = "Use fewer workers (0: load in the main process) or a smaller batch: memory may be short."
+        raise UserError(f"A worker process was killed{where}: {error} {remedy}") from error
 
 
 def leave_signals_to_main(main: int, _: int) -> None:

@@ -128,7 +128,7 @@ def test_shards_cut_short_and_other_files_are_refused_and_one_cut_later_breaks_i
         (tmp_path / "t.tar").write_bytes(content)
         assert "decompress" in message(str(tmp_path / "t.tar"))
     (tmp_path / "t.tar").write_bytes(bytes(1024))
-    assert "no pair. A pair is KEY.jpg" in message(str(tmp_path / "t.tar"))
+    assert "no pair: KEY.jpg" in message(str(tmp_path / "t.tar"))
 
 
 def test_members_of_absurd_size_are_not_read(tmp_path, monkeypatch):

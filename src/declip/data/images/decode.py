@@ -11,7 +11,7 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError, features
+from PIL import ExifTags, Image, UnidentifiedImageError, features
 from PIL.Image import Transpose
 from PIL.JpegImagePlugin import JpegImageFile
 
@@ -26,7 +26,6 @@ LARGEST_IMAGE = 100_000_000  # bytes of a file
 # Errors of Pillow's readers for a damaged file, besides OSError.
 DAMAGE = (SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, OverflowError, struct.error, zlib.error)
 
-ORIENTATION = 0x0112
 # Inverse of each EXIF orientation from 2 on; 1 is already upright.
 UPRIGHT = (Transpose.FLIP_LEFT_RIGHT, Transpose.ROTATE_180, Transpose.FLIP_TOP_BOTTOM)
 SIDEWAYS = (Transpose.TRANSPOSE, Transpose.ROTATE_270, Transpose.TRANSVERSE, Transpose.ROTATE_90)
@@ -112,9 +111,7 @@ def rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith(("I", "F")):
         # By the type's usual range: 0 to 65,535, or 0 to 1 or 255 for floats.
         values = np.nan_to_num(np.asarray(image, np.float32))
-        top = 65_535.0
-        if image.mode == "F":
-            top = 1.0 if values.max(initial=0.0) <= 1.0 else 255.0
+        top = 65_535.0 if image.mode != "F" else 1.0 if values.max(initial=0.0) <= 1.0 else 255.0
         if getattr(image, "tag_v2", {}).get(262) == 0:  # of TIFF: 0 is white, which Pillow applies at 8 bits only
             values = top - values
         image = Image.fromarray((values.clip(0.0, top) * (255.0 / top) + 0.5).astype(np.uint8))
@@ -127,7 +124,7 @@ def rgb(image: Image.Image) -> Image.Image:
 def orientation(image: Image.Image) -> int:
     """The EXIF orientation, 1 (upright) if there is none or the EXIF block cannot be read."""
     try:
-        return int(image.getexif().get(ORIENTATION, 1))
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
     except (OSError, *DAMAGE):
         return 1
 
@@ -149,8 +146,7 @@ class LazyJpeg(LazyImage):
 
     def pixels(self, scale: int = 1) -> np.ndarray:
         """See `LazyImage`; by simplejpeg if it is installed and accepts the file, else by Pillow."""
-        width, height = (-(-side // scale) for side in self._stored)
-        pixels = self._by_simplejpeg(width, height)
+        pixels = self._by_simplejpeg(*(-(-side // scale) for side in self._stored))
         if pixels is None:
             with opened(self.content, self._key) as (image, _):
                 if scale > 1:
@@ -172,6 +168,13 @@ class LazyJpeg(LazyImage):
         except (ValueError, MemoryError):
             return None
         return pixels if pixels.shape == (height, width, 3) else None
+
+
+def encode(image: Image.Image, kind: str, **options: int) -> bytes:
+    """The bytes of an image file; `options` are those of Pillow's `save`."""
+    buffer = BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
 
 
 def open_image(source: Path | bytes | Image.Image, key: str, most_pixels: int = MOST_PIXELS) -> LazyImage:

@@ -1,7 +1,6 @@
 """Small copies of images for a page that is one file."""
 
 import base64
-import io
 from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
@@ -9,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from declip.data.images.decode import encode
 from declip.data.pair import BrokenPair, PairSource
 from declip.io.text import shown
 
@@ -53,7 +53,5 @@ def thumbnails_of(source: PairSource) -> Thumbnails:
     return at
 
 
-def _data_uri(image: Image.Image, kind: str, **options: int | bool) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+def _data_uri(image: Image.Image, kind: str, **options: int) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(encode(image, kind, **options)).decode()}"

@@ -73,17 +73,13 @@ def open_source(spec: str | Path | PairSource | Items, columns: Columns = DEFAUL
     if (table := find_table(text)) is not None:
         return TableSource(table, columns)
     if names_shards(text) and text.lower().endswith(TABLE_KINDS):
-        raise UserError(
-            f"'{text}' is not one table on this machine. Name one, 'data/*.parquet', or data.source=[a.csv,b.csv]."
-        )
+        raise UserError(f"'{text}' is not one table on this machine. Name 'data/*.parquet', or a list of tables.")
     if names_shards(text) or (path.is_dir() and holds(path, ".tar")):
         return ShardSource(text)
     if path.is_dir():
         return FolderSource(path)
     if not path.exists():
-        raise UserError(
-            f"'{path}' does not exist. Give a table, a folder of images with captions, tar shards, or builtin:emoji."
-        )
+        raise UserError(f"'{path}' does not exist. Give a table, a folder of images, tar shards, or builtin:emoji.")
     if path.suffix.lower() != LIST_KIND:
         return TableSource(path, columns)  # which refuses what is not a table
     listed = read_pair_list(path)

@@ -40,10 +40,8 @@ class ItemSource(EntrySource):
         if self.name == "DataFrame" and hasattr(items, "to_dict"):  # of pandas
             items = items.to_dict("records")
         if not (hasattr(items, "__len__") and hasattr(items, "__getitem__")) or isinstance(items, Mapping | bytes):
-            raise UserError(
-                f"A {self.name} is not a source of pairs. Pass a name, or an object with __len__ and "
-                "__getitem__ that returns dicts or (image, caption), such as a list."
-            )
+            wanted = "an object with __len__ and __getitem__ that returns dicts or (image, caption), such as a list"
+            raise UserError(f"A {self.name} is not a source of pairs. Pass a name, or {wanted}.")
         self.items = items
         if not len(items):
             raise UserError(f"The {self.name} has no items. It needs one for each pair.")
@@ -75,10 +73,8 @@ class ItemSource(EntrySource):
         if self._split is None:
             return {}
         if not self._listed:
-            raise UserError(
-                f"The items of the {self.name} have the key '{self._split}'. Pass a list of dicts, only those of "
-                "the split 'train', or dicts without the key to train on all."
-            )
+            remedy = "Pass a list of dicts, only those of the split 'train', or dicts without the key to train on all."
+            raise UserError(f"The items of the {self.name} have the key '{self._split}'. {remedy}")
         cells = (self._cell(index, self._split) for index in range(len(self)))
         names = pa.array(map(cell_name, cells), pa.string())
         return places_by_split(split_numbers(names, f"The key '{self._split}' of the {self.name}"))

@@ -103,8 +103,7 @@ class ParquetRows(TableRows):
         types = {field.name: field.type for field in file.schema_arrow}
         if other := [field.name for field in schema if types.get(field.name) != field.type]:
             raise UserError(
-                f"Column '{other[0]}' of '{self.files[0]}' is missing in '{path}' or of another type. Name files with "
-                "other columns as another source."
+                f"'{path}' has no column '{other[0]}' of the type in '{self.files[0]}'. Name it separately."
             )
         size = rows = 0
         for batch in file.iter_batches(ROWS_AT_ONCE, columns=schema.names):
@@ -204,7 +203,7 @@ class JsonRows(TextRows):
         self.columns = list(dict.fromkeys(name for cells in rows if isinstance(cells, dict) for name in cells))
         if faults and (not self.columns or next(self.lines())[1].lstrip().startswith("[")):
             raise UserError(
-                f"'{path}' is not JSONL: {faults[0]}. To convert one JSON array: jq -c '.[]' {path.name} > rows.jsonl"
+                f"'{path}' is not JSONL: {faults[0]}. Convert an array: jq -c '.[]' {path.name} > rows.jsonl"
             )
 
     def record(self, line: str, following: Iterator[str], number: int) -> dict[str, Any]:
@@ -267,10 +266,8 @@ class DelimitedRows(TextRows):
             with suppress(csv.Error):
                 cells = next(csv.reader([line], delimiter=self.delimiter))
         if lost:
-            raise UserError(
-                f"'{self.path}' has a quotation mark in line {number} that is never closed, or only in another row, so "
-                "that rows would be lost. Close it, or write each \" of a text twice, as Python's csv.writer does."
-            )
+            lost_rows = f"'{self.path}' has a quotation mark in line {number} that is not closed in its row"
+            raise UserError(f'{lost_rows}, so that rows would be lost. Close it, or write each " of a text twice.')
         return cells
 
     def _swallows(self, lines: list[str]) -> bool:

@@ -134,11 +134,8 @@ def _braces(word: str) -> list[str]:
 
 def find_shards(word: str) -> list[Shard]:
     """Look up the shards that a word names (see `expand`), in order."""
-    try:
-        with ThreadPoolExecutor(REQUESTS) as pool:
-            return [shard for shards in pool.map(_look_up, expand(word)) for shard in shards]
-    except (UnreadableShard, OSError) as error:
-        raise UserError(f"A shard cannot be read: {error}.") from error
+    with ThreadPoolExecutor(REQUESTS) as pool:
+        return [shard for shards in pool.map(_look_up, expand(word)) for shard in shards]
 
 
 def _look_up(name: str) -> list[Shard]:
@@ -160,10 +157,8 @@ def _file_system(url: str) -> Iterator[tuple[Any, str]]:
         core = importlib.import_module("fsspec.core")
         yield core.url_to_fs(url)  # requested each time: fsspec then returns a new one in a forked process
     except ImportError as error:
-        raise UserError(
-            f"Reading '{url}' requires fsspec: pip install 'declip[remote]', and the package for this kind of URL "
-            "(s3fs, gcsfs, huggingface_hub for hf)."
-        ) from error
+        needed = "pip install 'declip[remote]', and the package for this URL (s3fs, gcsfs, huggingface_hub for hf)"
+        raise UserError(f"Reading '{url}' requires fsspec: {needed}.") from error
     except Exception as error:
         if isinstance(error, OSError) and error.errno in FULL:
             raise
@@ -209,9 +204,7 @@ def fetch(url: str, target: Path, size: int) -> None:
 def counts(folder: str) -> dict[str, int]:
     """The number of pairs by a shard's last name, from `SIZES` in a remote folder; empty if it is missing."""
     with _file_system(f"{folder}/{SIZES}") as (system, path):
-        if not system.exists(path):
-            return {}
-        sizes = json.loads(system.cat_file(path, 0, LARGEST_SIZES))
+        sizes = json.loads(system.cat_file(path, 0, LARGEST_SIZES)) if system.exists(path) else {}
         if not all(isinstance(count, int) and 0 <= count < 2**31 for count in sizes.values()):
             raise ValueError("not a number of pairs for each shard; fix or remove it")
         return sizes

@@ -25,7 +25,7 @@ LARGEST_SIZE = 1 << 62
 MOST_PADDING = 1 << 20  # bytes after the end of an archive; tar's own blocks have 10 KiB
 OPEN_INDICES = 2048  # indices that stay mapped; each takes about 10 kB in addition to its map
 # Shards above which a progress bar is shown while they are indexed, and remote ones that are fetched at once.
-MANY, FETCHED_AT_ONCE = 8, 8
+MANY, AT_ONCE = 8, 8
 
 CAPTION_KEYS = ("caption", "captions", "text", "texts")  # the first that has any is read
 PARTS = ("image", "text", "json")
@@ -34,7 +34,6 @@ KINDS = {ending.removeprefix("."): "image" for ending in EXTENSIONS} | {"txt": "
 # A key and its extension; as in WebDataset the key ends at the first dot of the name's last part.
 SAMPLE = re.compile(r"((?:.*/)?[^./]+)\.([^./]*)", re.DOTALL)
 SCHEMA = pa.schema([("key", pa.large_binary()), *((part, pa.list_(pa.int64(), 2)) for part in PARTS)])
-
 
 # A shard, and start and size in bytes of each part of a pair that it has.
 Place = tuple[Shard, Mapping[str, tuple[int, int]]]
@@ -47,18 +46,19 @@ class ShardSource(EntrySource):
 
     def __init__(self, word: str) -> None:
         self._word = word
-        self._shards = find_shards(word)
         self._index_of = lru_cache(OPEN_INDICES)(self._opened_index)
-        self.remote = any(shard.remote for shard in self._shards)
-        if self.remote:
-            trim_cache(COPIES, keep=())
+        try:
+            self._shards = find_shards(word)
+            self.remote = any(shard.remote for shard in self._shards)
+            if self.remote:
+                trim_cache(COPIES, keep=())
+            self.blocks = self._count()
+        except (UnreadableShard, OSError) as error:
+            raise UserError(f"A shard cannot be read: {error}.") from error
         self.name = self._shards[0].label if len(self._shards) == 1 else word.rstrip("/").rpartition("/")[2]
-        self.blocks = self._count()
         self._ends = np.cumsum(self.blocks)
         if not len(self):
-            raise UserError(
-                f"'{word}' has no pair. A pair is KEY.jpg (.png …) with KEY.txt or KEY.json, where KEY has no dot."
-            )
+            raise UserError(f"'{word}' has no pair: KEY.jpg (.png …) with KEY.txt or KEY.json, where KEY has no dot.")
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -78,10 +78,9 @@ class ShardSource(EntrySource):
             raise BrokenPair("unreadable shard", where, str(error)) from error
         if row >= len(pairs):
             raise BrokenPair("missing in shard", where, f"{len(pairs):,} pairs instead of {self.blocks[number]:,}")
-        places = {part: pairs[part][row].as_py() for part in PARTS}
         key = pairs["key"][row].as_py().decode(errors="backslashreplace")  # not every name is UTF-8
-        present = {part: tuple(place) for part, place in places.items() if place is not None}
-        return f"{shard.label}/{key}", (shard, present)
+        places = {part: tuple(place) for part in PARTS if (place := pairs[part][row].as_py()) is not None}
+        return f"{shard.label}/{key}", (shard, places)
 
     def content(self, key: str, place: Place) -> bytes:
         return self._read(key, place, "image", LARGEST_IMAGE, "image too large")
@@ -137,19 +136,13 @@ class ShardSource(EntrySource):
         """The number of pairs of each shard: from `sizes.json` next to remote ones, else from the indices."""
         # A signature in a URL is for its shard alone: no other file of its folder can be requested.
         folders = [s.name.rpartition("/")[0] if s.remote and "?" not in s.name else "" for s in self._shards]
-        try:
-            promised = {folder: counts(folder) if folder else {} for folder in set(folders)}
-            sizes = [promised[folder].get(s.label) for folder, s in zip(folders, self._shards, strict=True)]
-            unknown = [number for number, count in enumerate(sizes) if count is None]
-            with (
-                ThreadPoolExecutor(FETCHED_AT_ONCE if self.remote else 1) as pool,
-                pairs_bar(len(unknown) > MANY) as bar,
-            ):
-                found = bar.track(pool.map(self._index_of, unknown), len(unknown), description="Indexing shards")
-                for number, pairs in zip(unknown, found, strict=True):
-                    sizes[number] = len(pairs)
-        except UnreadableShard as error:
-            raise UserError(f"A shard cannot be read: {error}.") from error
+        promised = {folder: counts(folder) if folder else {} for folder in set(folders)}
+        sizes = [promised[folder].get(s.label) for folder, s in zip(folders, self._shards, strict=True)]
+        unknown = [number for number, count in enumerate(sizes) if count is None]
+        with ThreadPoolExecutor(AT_ONCE if self.remote else 1) as pool, pairs_bar(len(unknown) > MANY) as bar:
+            found = bar.track(pool.map(self._index_of, unknown), len(unknown), description="Indexing shards")
+            for number, pairs in zip(unknown, found, strict=True):
+                sizes[number] = len(pairs)
         return np.array(sizes, np.int64)
 
 
@@ -172,10 +165,10 @@ def make_index(file: OpenFile, name: str) -> pa.RecordBatch:
                 rows.append(latest[key])
             latest[key][part] = (at, size)
     except (tarfile.TarError, OSError) as error:
-        raise UserError(
-            f"The shard '{name}' is not a tar archive that can be read beyond its first {len(rows):,} pairs: {error}. "
-            "Fetch or write it again, or remove it; decompress a compressed one."
-        ) from error
+        read = (
+            f"The shard '{name}' is not a tar archive that can be read beyond its first {len(rows):,} pairs: {error}."
+        )
+        raise UserError(f"{read} Fetch or write it again, or remove it; decompress a compressed one.") from error
     return pa.RecordBatch.from_pylist(rows, SCHEMA)
 
 
@@ -185,8 +178,7 @@ def members(file: OpenFile) -> Iterator[tuple[str, int, int]]:
     `tarfile.TarFile.next` takes most damage for the end of the archive, so headers are read one by one here. The last
     content may reach beyond the end of the file. An invalid header is a TarError; members yielded before can be used.
     """
-    headers = _Headers(file)
-    at = 0
+    headers, at = _Headers(file), 0
     try:
         tar = tarfile.TarFile(fileobj=headers, encoding="utf-8", errors="surrogateescape")  # type: ignore[arg-type]
         while at < file.size:

@@ -119,10 +119,8 @@ class PairList(NamedTuple):
         """The listed pairs of the opened source; `where` names the list if they are others now."""
         if len(source) != self.total or (self.digest and self.digest_in(source) != self.digest):
             now = f"{len(source):,}" if len(source) != self.total else "others, or these in another order"
-            raise UserError(
-                f"'{where}' lists pairs of '{self.source}' when it had {self.total:,}; now it has {now}. Write the "
-                "list again in another folder."
-            )
+            changed = f"'{where}' lists pairs of '{self.source}' when it had {self.total:,}; now it has {now}."
+            raise UserError(f"{changed} Write the list again in another folder.")
         return Subset(source, np.array(self.indices, np.int64))
 
     def digest_in(self, source: PairSource) -> str:
@@ -152,7 +150,7 @@ def read_pair_list(path: Path) -> PairList:
         listed = listed._replace(source=resolve(listed.source, path.parent), columns=columns)
         places = np.asarray(listed.indices)
         rising = places.dtype == np.int64 and (np.diff(places, prepend=-1, append=listed.total) > 0).all()
-        texts = all(isinstance(name, str) for name in (listed.source, *filter(None, asdict(listed.columns).values())))
+        texts = all(isinstance(name, str) for name in (listed.source, *filter(None, asdict(columns).values())))
         if rising and texts and not listed.source.lower().endswith(LIST_KIND):  # no list of itself
             return listed
     except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError):
@@ -169,10 +167,8 @@ def split_numbers(cells: pa.Array | pa.ChunkedArray, where: str) -> np.ndarray |
     if not (number_of >= 0).any():
         return None
     if (number_of == UNKNOWN).any():  # test pairs could be trained on
-        other = next(name for name, number in zip(names, number_of, strict=False) if number == UNKNOWN)
-        raise UserError(
-            f"{where} has '{printable(other)}' among names of splits. Write {', '.join(SPLITS)}, or rename the column."
-        )
+        other = names[int((number_of == UNKNOWN).argmax())]
+        raise UserError(f"{where} has '{printable(other)}'. Write {', '.join(SPLITS)} there, or rename the column.")
     return number_of[encoded.indices.fill_null(len(names)).to_numpy(zero_copy_only=False)]
 
 
@@ -185,12 +181,9 @@ def places_by_split(numbers: np.ndarray | None) -> dict[str, np.ndarray]:
 def training_part(source: PairSource) -> PairSource:
     """The pairs to train on: all, or those of the split "train" where the source has splits."""
     splits = source.splits()
-    if not splits:
+    if splits and "train" not in splits:
+        others = f"'{source.name}' has no training pairs: its splits are {', '.join(splits)}."
+        raise UserError(f"{others} Name some rows 'train', or rename the column '{COLUMN}' to train on all.")
+    if not splits or len(splits["train"]) == len(source):
         return source
-    if "train" not in splits:
-        raise UserError(
-            f"'{source.name}' has no training pairs: its splits are {', '.join(splits)}. Name some rows 'train', or "
-            f"rename the column '{COLUMN}' to train on all."
-        )
-    train = splits["train"]
-    return source if len(train) == len(source) else Subset(source, train, f"{source.name} (train)")
+    return Subset(source, splits["train"], f"{source.name} (train)")

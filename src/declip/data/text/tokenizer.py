@@ -177,10 +177,8 @@ class HuggingfaceTokenizer(CaptionTokenizer):
         ids = set(self.library.get_vocab(with_added_tokens=True).values())
         self.vocabulary = max(ids, default=-1) + 1
         if specials.keys() != set(SPECIALS) or not all(0 <= number < self.vocabulary for number in specials.values()):
-            raise UserError(
-                f"The tokenizer's special ids are {dict(specials)}; it needs one each for {', '.join(SPECIALS)}, under "
-                f"{self.vocabulary:,}."
-            )
+            wanted = f"one each for {', '.join(SPECIALS)}, under {self.vocabulary:,}"
+            raise UserError(f"The tokenizer's special ids are {dict(specials)}; it needs {wanted}.")
         self.start, self.end, self.mask, self.padding = (specials[name] for name in SPECIALS)
         added = self.library.get_added_tokens_decoder().items()
         self.words = sorted(ids - {number for number, token in added if token.special} - {*specials.values()})
