@@ -15,9 +15,8 @@ from typing import Any
 
 from build_emoji import Iconify, distinct, group_of, squash
 from declip.data.builtin.fetch import read_json
-from declip.data.builtin.pictures import read_rows, split_texts
 from declip.data.builtin.sets import ICONS_PACKAGE, SPLIT_OF, license_of
-from declip.data.tables import asset
+from declip.data.tables import asset, read_rows, split_texts
 from declip.data.text.augment import table
 from packing import pack, shorten
 

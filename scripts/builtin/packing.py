@@ -1,11 +1,11 @@
-"""Writing the tables that the package ships: what `declip.data.tables` and `declip.data.builtin.pictures` read."""
+"""Writing the tables that the package ships: what `declip.data.tables` reads."""
 
 import lzma
 from collections.abc import Iterable
 from itertools import takewhile
 from operator import eq
 
-from declip.data.builtin.pictures import split_texts
+from declip.data.tables import split_texts
 
 _LONGEST = ord("~") - ord("0")  # of a shared prefix
 _FILTER = {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 4, "pb": 0}  # settings for text

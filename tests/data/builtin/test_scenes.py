@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from declip.data.builtin.pictures import NOTICE, BuiltinSource
-from declip.data.builtin.scenes import Scenes, Split, layers
+from declip.data.builtin.scenes import Scenes, layers
 from declip.data.builtin.sets import EMOJI
 
 COLORS = {"square": (200, 30, 30), "bar": (30, 30, 200), "tile": (30, 150, 30), "board": (10, 10, 10)}
 
 
 class FewScenes(Scenes):
-    splits: ClassVar = {"scenes": Split("emoji", 6), "scenes-test": Split("emoji-test", 4)}
+    splits: ClassVar = {"scenes": ("emoji", 6), "scenes-test": ("emoji-test", 4)}
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_captions_name_all_objects_and_where_one_is(cache):
 
 def test_a_scene_depends_on_its_split_and_number_alone(cache, tmp_path):
     class Fewer(FewScenes):
-        splits: ClassVar = {"scenes": Split("emoji", 2), "scenes-test": Split("emoji-test", 1)}
+        splits: ClassVar = {"scenes": ("emoji", 2), "scenes-test": ("emoji-test", 1)}
 
     first, again = BuiltinSource(FewScenes(EMOJI), "scenes", cache), Fewer(EMOJI)
     layers.cache_clear()

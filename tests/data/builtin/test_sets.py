@@ -10,9 +10,10 @@ from PIL import Image, ImageDraw
 
 from declip.data.builtin import sets
 from declip.data.builtin.fetch import FOLDER_VARIABLE
-from declip.data.builtin.pictures import NOTICE, BuiltinSource, read_rows
+from declip.data.builtin.pictures import NOTICE, BuiltinSource
 from declip.data.builtin.sets import BUILTIN_SPLITS, CLIPART, DESIGNS, EMOJI, ICONS, ICONS_PACKAGE, STAMPS, download
 from declip.data.sources.open import open_source
+from declip.data.tables import read_rows
 
 DRAWINGS = {  # title, size of the file, color
     "animals/bug.svg": ("bug", 'width="210mm" height="297mm"', "red"),

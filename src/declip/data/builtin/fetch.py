@@ -74,14 +74,13 @@ class DebianPackage:
         if (root / self.data).is_dir():
             yield self.unpacked(root)
             return
+        remedy = (
+            f"On Debian or Ubuntu, run `apt-get update` and then `apt-get install {self.name}`. Elsewhere, unpack it "
+            f"from a Debian mirror into a folder, so that this has '{self.data}', and set {FOLDER_VARIABLE} to that."
+        )
         with tempfile.TemporaryDirectory() as folder:
             # apt fetches as another user where it can, and says so at length where the folder is not for all.
             Path(folder).chmod(0o755)
-            remedy = (
-                f"On Debian or Ubuntu, run `apt-get update` and then `apt-get install {self.name}`. "
-                f"Elsewhere, unpack {self.name} from a Debian mirror into a folder, so that this holds '{self.data}', "
-                f"and set {FOLDER_VARIABLE} to the folder."
-            )
             run("apt-get", "download", "-q", self.name, cwd=Path(folder), remedy=remedy)
             archives = map(str, Path(folder).glob("*.deb"))
             run("dpkg-deb", "-x", *archives, folder, cwd=Path(folder), remedy=remedy)
@@ -89,9 +88,8 @@ class DebianPackage:
 
     def unpacked(self, root: Path) -> Packages:
         """The package below a root folder."""
-        documents = root / "usr/share/doc" / self.name
-        notices = [path for path in (documents / "copyright",) if path.is_file()]
-        return {self.name: Package(root / self.data, "of Debian", notices)}
+        notice = root / "usr/share/doc" / self.name / "copyright"
+        return {self.name: Package(root / self.data, "of Debian", [notice] if notice.is_file() else [])}
 
 
 def read_json(path: Path) -> Any:

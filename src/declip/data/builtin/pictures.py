@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial, reduce
+from functools import lru_cache, partial, reduce
 from io import BytesIO
 from itertools import chain
 from pathlib import Path
@@ -19,9 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, ImageChops
 
-from declip.data.builtin.fetch import DebianPackage, NpmPackages, Packages
+from declip.data.builtin.fetch import DebianPackage, NpmPackages, Packages, read_json
 from declip.data.pair import BUILTIN_PREFIX, Box, Pair, PairSource
-from declip.data.tables import asset, unpack
 from declip.errors import UserError
 from declip.io.atomic import atomic_write, cache_folder
 from declip.io.pool import mapped
@@ -77,6 +76,19 @@ def fill_square(image: Image.Image, side: int) -> np.ndarray:
     square = Image.new("RGB", (longest, longest), "white")
     square.paste(part, ((longest - part.width) // 2, (longest - part.height) // 2))
     return np.asarray(square.resize((side, side), Image.Resampling.LANCZOS))
+
+
+# The set that was read last: drawings are rendered set by set.
+read_icons = lru_cache(maxsize=1)(read_json)
+
+
+def draw_icon(file: Path, name: str, side: int) -> np.ndarray:
+    """Render a drawing of a set of icons that fills the square, its shape kept: uint8 (side, side, 3)."""
+    icons = read_icons(file)
+    icon = {"left": 0, "top": 0, "width": 16, "height": 16} | icons | icons["icons"][name]
+    page, box = OVERSIZE * side, " ".join(str(icon[key]) for key in ("left", "top", "width", "height"))
+    names = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    return fill_square(draw(f'<svg {names} width="{page}" height="{page}" viewBox="{box}">{icon["body"]}</svg>'), side)
 
 
 def _inked_box(image: Image.Image) -> tuple[int, int, int, int]:
@@ -200,10 +212,8 @@ class BuiltinSet(ABC):
                 raise ValueError("images are missing")
         except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
             fault = f"cannot be used: {error}" if folder.is_dir() else "are not there yet"
-            raise UserError(
-                f"The built-in {self.name} in '{folder}' {fault}. "
-                f"Run `declip data download {BUILTIN_PREFIX}{self.name}` ({self.effort})."
-            ) from error
+            remedy = f"Run `declip data download {BUILTIN_PREFIX}{self.name}` ({self.effort})."
+            raise UserError(f"The built-in {self.name} in '{folder}' {fault}. {remedy}") from error
         return rows, images
 
 
@@ -250,21 +260,3 @@ def _mapped(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     if not path.stat().st_size:
         return np.zeros((0, *shape), np.uint8)
     return np.memmap(path, np.uint8, mode="r").reshape(-1, *shape)
-
-
-def read_rows(name: str) -> list[dict[str, str]]:
-    """The rows of a shipped table by column; see `split_texts` for columns that hold several texts."""
-    head, *lines = (line.split("\t") for line in unpack(asset(f"{name}.tsv.xz").read_bytes()))
-    rows = [dict(zip(head, line, strict=True)) for line in lines]
-    for row in rows if "captions" in head else ():
-        # A first caption is the number of words that the name has more, or written out after a space.
-        first, *others = row["captions"].split("|")
-        words = row["key"].split("/")[1].split("-")
-        caption = first[1:] if first.startswith(" ") else " ".join(words[: len(words) - int(first)])
-        row["captions"] = "|".join([caption, *others])
-    return rows
-
-
-def split_texts(joined: str) -> list[str]:
-    """The texts of a column that holds several."""
-    return joined.split("|") if joined else []

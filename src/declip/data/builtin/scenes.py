@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
@@ -19,24 +19,17 @@ TRIES = 40  # places to try for an object; where none is free, another object is
 WHITE = 246  # values above it are the paper that a drawing was made on
 
 
-class Split(NamedTuple):
-    """A split: the emoji in it, and the number of scenes."""
-
-    emoji: str
-    scenes: int
-
-
 class Scenes(BuiltinSet):
     """The scenes: each of one designer's emoji; what a scene shows depends on its split and number alone."""
 
     name, layout, effort = "scenes", 1, "four minutes and 640 MB, from the emoji"
     side = 96
     names_by = "Names: as of the emoji"
-    splits: ClassVar[Mapping[str, Split]] = {
-        "scenes": Split("emoji", 20_000),
-        "scenes-validation": Split("emoji-validation", 1_000),
-        "scenes-test": Split("emoji-test", 1_000),
-        "scenes-test-new": Split("emoji-test-new", 1_000),
+    splits: ClassVar[Mapping[str, tuple[str, int]]] = {  # the emoji in them, and the number of scenes
+        "scenes": ("emoji", 20_000),
+        "scenes-validation": ("emoji-validation", 1_000),
+        "scenes-test": ("emoji-test", 1_000),
+        "scenes-test-new": ("emoji-test-new", 1_000),
     }
 
     def __init__(self, emoji: BuiltinSet) -> None:
@@ -72,13 +65,11 @@ class Scenes(BuiltinSet):
         return rows
 
     def pixels(self, row: Row, packages: Packages) -> np.ndarray:
-        source = opened(self.emoji, self.splits[row["split"]].emoji, packages["emoji"].folder.parent)
+        source = opened(self.emoji, self.splits[row["split"]][0], packages["emoji"].folder.parent)
         scene = ground(np.random.default_rng(row["seed"]), self.side)
         for item in row["objects"]:
-            size = (item["right"] - item["left"],) * 2
-            drawing, opacity = (
-                layer.resize(size, Image.Resampling.LANCZOS) for layer in layers(source, item["drawing"])
-            )
+            size, both = (item["right"] - item["left"],) * 2, layers(source, item["drawing"])
+            drawing, opacity = (layer.resize(size, Image.Resampling.LANCZOS) for layer in both)
             scene.paste(drawing, (item["left"], item["top"]), opacity)
         return np.asarray(scene)
 

@@ -5,7 +5,6 @@ training knows and, with emoji, for unseen ones. Scripts in scripts/builtin make
 """
 
 from collections.abc import Mapping
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -14,19 +13,17 @@ from PIL import Image
 
 from declip.data.builtin.fetch import DebianPackage, NpmPackages, Packages, read_json
 from declip.data.builtin.pictures import (
-    OVERSIZE,
     BuiltinSet,
     BuiltinSource,
     Row,
     Selection,
-    draw,
+    draw_icon,
     fill_square,
     rasterize_page,
-    read_rows,
-    split_texts,
 )
 from declip.data.builtin.scenes import Scenes
 from declip.data.pair import BUILTIN_PREFIX
+from declip.data.tables import read_rows, split_texts
 from declip.errors import UserError, unknown
 
 
@@ -207,8 +204,7 @@ class Icons(BuiltinSet):
             info = infos[prefix]
             row = {"key": icon["key"], "split": SPLIT_OF.get(prefix, "train"), "set": prefix, "title": info["name"]}
             row |= {"author": info.get("author", {}).get("name", ""), "licence": license_of(info)}
-            row |= {"name": captions[0], "category": icon["category"]}
-            rows.append({**row, "captions": captions})
+            rows.append({**row, "name": captions[0], "category": icon["category"], "captions": captions})
         return rows
 
     def pixels(self, row: Row, packages: Packages) -> np.ndarray:
@@ -218,21 +214,6 @@ class Icons(BuiltinSet):
 
 EMOJI, ICONS = Emoji(), Icons()
 SCENES = Scenes(EMOJI)
-
-# The set that was read last: drawings are rendered set by set.
-read_icons = lru_cache(maxsize=1)(read_json)
-
-
-def draw_icon(file: Path, name: str, side: int) -> np.ndarray:
-    """Render a drawing of a set that fills the square, its shape kept: uint8 (side, side, 3)."""
-    icons = read_icons(file)
-    icon = {"left": 0, "top": 0, "width": 16, "height": 16} | icons | icons["icons"][name]
-    svg = (
-        '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-        f'width="{OVERSIZE * side}" height="{OVERSIZE * side}" '
-        f'viewBox="{icon["left"]} {icon["top"]} {icon["width"]} {icon["height"]}">{icon["body"]}</svg>'
-    )
-    return fill_square(draw(svg), side)
 
 
 def license_of(info: Mapping[str, Any]) -> str:
