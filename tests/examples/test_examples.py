@@ -1,6 +1,5 @@
 """Every file in examples/ trains for three steps, and its loss equals a plain loop; the plugin is used by its names."""
 
-import json
 import runpy
 import subprocess
 import sys
@@ -12,23 +11,21 @@ import torch
 from conftest import refuses
 from declip.io.plugins import load_plugin, plugins
 from declip.recipe.load import load_recipe, recipe_names
+from declip.runs.folder import read_rows
 from declip.supervision import objective
 
 FOLDER = Path(__file__).parents[2] / "examples"
 EXAMPLES = {path.stem: runpy.run_path(str(path)) for path in sorted(FOLDER.glob("*.py"))}
 SMALL = {"train.steps": 3, "train.batch_size": 8, "train.log_every": 1, "train.device": "cpu"}
 SMALL |= {"data.workers": 0, "image.size": 32, "text.width": 32}
-TINY_VIT = {
-    "train.precision": "fp32",
-    "image.model": "declip_vit_tiny",
-    "image.model_kwargs": {"patch_size": 8, "embed_dim": 64, "depth": 1},
-}
+TINY_VIT = {"train.precision": "fp32", "image.model": "declip_vit_tiny"}
+TINY_VIT |= {"image.model_kwargs": {"patch_size": 8, "embed_dim": 64, "depth": 1}}
 
 
 @pytest.mark.parametrize("name", sorted(EXAMPLES.keys() - {"images_without_captions"}))
 def test_an_example_trains_for_three_steps(name, table, tmp_path):
     EXAMPLES[name]["main"](str(table), str(tmp_path / "run"), **SMALL)
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert all(row["losses"][name] > 0 for row in rows)
 
@@ -36,8 +33,7 @@ def test_an_example_trains_for_three_steps(name, table, tmp_path):
 def test_images_without_captions_train_the_weights_that_the_pairs_start_from(table, tmp_path, caplog):
     EXAMPLES["images_without_captions"]["main"](str(table.parent), str(table), str(tmp_path / "run"), **SMALL)
     for folder, loss in (("run-images", "simclr"), ("run", "contrastive")):
-        rows = [json.loads(line) for line in (tmp_path / folder / "metrics.jsonl").read_text().splitlines()]
-        assert [list(row["losses"]) for row in rows] == [[loss]] * 3
+        assert [list(row["losses"]) for row in read_rows(tmp_path / folder / "metrics.jsonl")] == [[loss]] * 3
     assert f"Weights of '{tmp_path / 'run-images'}'" in caplog.text
     assert "new: nothing" in caplog.text
 
@@ -45,9 +41,8 @@ def test_images_without_captions_train_the_weights_that_the_pairs_start_from(tab
 def test_word_classification_is_the_plain_loop():
     texts = torch.tensor([[[90, 7, 3, 7, 91, 3], [90, 5, 91, 0, 0, 0], [90, 2, 2, 2, 2, 91]]])
     texts = torch.cat([texts, texts.flip(1)])
-    token_columns, word_targets, word_cross_entropy = (
-        EXAMPLES["word_classification"][name] for name in ("token_columns", "word_targets", "word_cross_entropy")
-    )
+    names = ("token_columns", "word_targets", "word_cross_entropy")
+    token_columns, word_targets, word_cross_entropy = (EXAMPLES["word_classification"][name] for name in names)
     word_ids, idf = torch.tensor([0, 3, 5, 7]), torch.tensor([0.7, 0.1, 0.2, 0.9], dtype=torch.float64)
     logits = (9 * torch.randn(3, 2, 4, dtype=torch.float64)).requires_grad_()
     columns = token_columns(texts, word_ids, 91).transpose(0, 1).flatten(1)
@@ -91,7 +86,7 @@ def test_a_loss_that_reads_pixels_sees_all_of_them_in_chunks(table, tmp_path):
     teacher = str(tmp_path / "whole-teacher")
     for name, given, keys in (("whole", None, {}), ("chunks", teacher, {"train.grad_cache_chunk": 3})):
         EXAMPLES["distillation"]["main"](str(table), str(tmp_path / name), given, **{**TINY_VIT, **SMALL, **keys})
-        rows.append(json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[-1])["losses"])
+        rows.append(read_rows(tmp_path / name / "metrics.jsonl")[-1]["losses"])
     assert rows[1] == pytest.approx(rows[0], rel=1e-4)
 
 

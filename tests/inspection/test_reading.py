@@ -52,8 +52,8 @@ def groups_of(images):
 
 
 def test_hashes_tell_images_and_captions_apart():
-    assert image_hash(photo(0)) == image_hash(photo(0).copy())
     other = photo(0)
+    assert image_hash(other) == image_hash(photo(0))
     other.putpixel((3, 3), (1, 2, 3))
     assert image_hash(other) != image_hash(photo(0))
     assert image_hash(Image.new("RGB", (2, 8))) != image_hash(Image.new("RGB", (8, 2)))

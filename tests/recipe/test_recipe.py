@@ -52,7 +52,6 @@ def test_the_published_recipe_has_the_authors_numbers():
     expected = {
         "image": {"model": "resnet50_clip", "size": 224},
         "embed_dim": 1024,
-        "text": {"width": 512, "layers": 12, "heads": 8, "context_length": 77},
         "train": {"batch_size": 4096, "steps": 128000, "lr": 1e-3, "weight_decay": 0.1, "warmup_lr": 1e-4},
         "train.warmup_steps": 2500,
         "nearest_neighbor": {"queue_size": 65536},
@@ -109,18 +108,12 @@ def test_a_child_recipe_with_a_source_of_its_own_has_its_own_evaluation_sets(tmp
         ({"train.steps": "many"}, ("train.steps='many'", "integer")),
         ({"data": "pairs.csv"}, ("data='pairs.csv'", "recipes show")),
         ({"data.columns.captoin": "x"}, ("data.columns.captoin", "'caption'")),
-        ({"loss_weights.contrastive": "0"}, ("loss_weights",)),
         ({"text.heads": "5"}, ("text.width 384", "text.heads 5")),
-        ({"train.warmup_lr": "1"}, ("warmup_lr 1.0", "train.lr")),
         ({"train.epochs": ".inf"}, ("train.epochs=inf", "finite")),
         ({"train.steps": "yes"}, ("steps is true", "number")),
-        ({"seed": str(2**64)}, (f"seed={2**64}",)),
         ({"image.mean": "[123.7, 116.3, 103.5]"}, ("image.mean.0=123.7", "less than or equal to 1")),
         ({"logit_scale.init": "20"}, ("logit_scale.init 20.0", "logarithms")),
-        (
-            {"views.image_second": "no", "views.contrastive_view": "{}"},
-            ("views.contrastive_view", "image_second=false"),
-        ),
+        ({"views.image_second": "no", "views.contrastive_view": "{}"}, ("views.contrastive_view", "=false")),
     ],
 )
 def test_a_mistake_is_named(overrides, says):
@@ -137,11 +130,9 @@ def test_a_mistake_in_a_file_is_named(tmp_path):
         refuses(says, load_recipe, tmp_path / "mine.yaml")
 
 
-MEANT = {"learning_rate": "train.lr", "simclr.lr": "train.lr", "data.num_workers": "data.workers"}
-
-
 def test_names_of_other_tools_and_typing_errors_lead_each_to_one_key():
-    for given, meant in (*MEANT.items(), ("finetune.pretraind", "finetune.pretrained")):
+    keys = {"learning_rate": "train.lr", "simclr.lr": "train.lr", "data.num_workers": "data.workers"}
+    for given, meant in (*keys.items(), ("finetune.pretraind", "finetune.pretrained")):
         assert f"'{meant}'" in str(unknown_key(given))
     assert synonyms().keys() <= {*recipe_keys()}
     names = [name for given in synonyms().values() for name in given.split()]
@@ -156,19 +147,12 @@ def test_one_string_is_a_list_of_one_and_home_is_expanded(monkeypatch):
     assert found["evaluation.zero_shot"] == ("pets:/home/somebody/pets",)
 
 
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [
-        *[("5e-4", 5e-4), ("1E3", 1e3), ("+2.5e+3", 2.5e3), ("1_000", 1000), ("010", 10), (".5", 0.5), ("3.", 3.0)],
-        *[("1:30", "1:30"), ("5e", "5e"), ("1.2.3", "1.2.3"), ("0x10", "0x10"), ("[5e-4, 2]", [5e-4, 2])],
-    ],
-)
-def test_numbers_are_read_as_python_writes_them(text, value):
-    found = read_value("train.lr", text)
-    assert (found, type(found)) == (value, type(value))
-
-
-def test_text_that_looks_like_a_number_stays_text():
+def test_numbers_are_read_as_python_writes_them_and_text_stays_text():
+    values = {"5e-4": 5e-4, "1E3": 1e3, "+2.5e+3": 2.5e3, "1_000": 1000, "010": 10, ".5": 0.5, "3.": 3.0}
+    values |= {text: text for text in ("1:30", "5e", "1.2.3", "0x10")} | {"[5e-4, 2]": [5e-4, 2]}
+    for text, value in values.items():
+        found = read_value("train.lr", text)
+        assert (found, type(found)) == (value, type(value))
     recipe = load_recipe("clip", {"name": "'5e-4'", "data.columns.caption": "'010'", "train.lr": "5e-4"})
     again = Recipe.model_validate(read_yaml(recipe.to_yaml()))
     assert (again.name, again.data.columns["caption"], again.train.lr) == ("5e-4", "010", 5e-4)

@@ -38,10 +38,8 @@ def test_smoothing_takes_away_noise_keeps_the_level_and_skips_gaps():
     smooth = smoothed(2 + np.random.default_rng(0).standard_normal(600))
     assert smooth.std() < 0.25
     assert smooth.mean() == pytest.approx(2, abs=0.1)
-    constant = np.full(100, 3.0)
-    constant[40] = np.nan
-    np.testing.assert_allclose(np.delete(smoothed(constant), 40), 3.0)
-    assert np.isnan(smoothed(constant)[40])
+    constant = np.where(np.arange(100) == 40, np.nan, 3.0)
+    np.testing.assert_allclose(smoothed(constant), constant)
 
 
 def test_a_value_over_the_steps_has_all_spikes_and_a_small_picture():
@@ -55,7 +53,6 @@ def test_a_value_over_the_steps_has_all_spikes_and_a_small_picture():
     assert np.nanmax(np.asarray(axes(chart).lines[0].get_ydata())) == 1e4
     assert np.nanmax(smooth) < 7, "no spike is in the mean"
     assert value_chart("x", np.arange(2), np.full(2, np.nan)) is None
-    assert axes(value_chart("x", np.array([7]), np.array([0.5]))).lines
     lone = axes(value_chart("x", np.arange(1, 41), np.r_[0.5, np.full(39, np.nan)]))
     assert (lone.get_xlim(), lone.lines[-1].get_marker()) == ((1, 40), "o")
 
@@ -89,17 +86,14 @@ def test_strange_names_are_escaped_and_svgs_take_their_colors_from_the_page_and_
     assert names(axes(chart)) == ["chance", "clip", "declip", *(variant.name for variant in more)]
     for name in "ab":
         svg = chart.svg(name)
-        assert "<b>" not in svg
-        assert '&lt;b&gt;"&amp;$x$' in svg
+        assert ("<b>" in svg, '&lt;b&gt;"&amp;$x$' in svg) == (False, True)
         root = ElementTree.fromstring(svg.replace("xlink:", ""))
         ids += [str(element.get("id")) for element in root.iter() if element.get("id")]
-        used = [element.get("href", "") for element in root.iter() if element.get("href")]
+        used = {element.get("href", "")[1:] for element in root.iter() if element.get("href")}
         assert used
-        assert all(target[1:] in ids for target in used)
+        assert used <= {*ids}
         assert "var(--series-1)" in svg
-        assert not re.search(r"http|<metadata|<style|xmlns", svg)
-        assert not [color for color in COLORS if color in svg]
-        assert root.get("viewBox")
-        assert root.get("width") is None
+        assert not re.search("|".join(["http|<metadata|<style|xmlns", *COLORS]), svg)
+        assert (bool(root.get("viewBox")), root.get("width")) == (True, None)
         assert "declip up to 50.0 %" in (root.get("aria-label") or "")
     assert len(ids) == len(set(ids))

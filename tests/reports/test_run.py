@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from conftest import write_rows
 from declip.data.images.thumbnails import thumbnails_of
 from declip.evaluation.datasets import open_dataset
 from declip.evaluation.results import RecallAtK, RetrievalResult, ZeroShotResult
@@ -19,29 +20,24 @@ NAMES = ("red", "green", "blue", "yellow", "cyan", "magenta", "white")
 SECTIONS = ("numbers", "curves", "retrieval", "views", "skipped", "recipe")
 
 
-def _run_folder(folder, steps=30):
+def _run_folder(folder):
     """A finished run with every file."""
     evaluation = {"zero_shot": ["builtin:emoji-test"], "final_zero_shot": ["painted"]}
     tree = {"name": "declip-tiny", "loss_weights": {"contrastive": 0.4, "simsiam": 0.2}, "evaluation": evaluation}
     tree["train"] = {"batch_size": 64}
     recipe = Recipe.model_validate(tree)
     (folder / "recipe.yaml").write_text(recipe.to_yaml())
-    with (folder / "metrics.jsonl").open("w") as file:
-        for step in range(10, steps + 1, 10):
-            terms = {"contrastive": 4 / step, "simsiam": -0.5}
-            row = {"step": step, "samples_seen": 64 * step, "loss": 1 / step, "losses": terms, "seconds": 65.0}
-            row |= {"lr": 1e-3, "logit_scale": 14.3, "grad_norm": 1.0, "samples_per_second": 987.0}
-            file.write(json.dumps(row) + "\n")
+    rows = []
+    for step in (10, 20, 30):
+        terms = {"contrastive": 4 / step, "simsiam": -0.5}
+        row = {"step": step, "samples_seen": 64 * step, "loss": 1 / step, "losses": terms, "seconds": 65.0}
+        rows.append(row | {"lr": 1e-3, "logit_scale": 14.3, "grad_norm": 1.0, "samples_per_second": 987.0})
+    write_rows(folder / "metrics.jsonl", rows)
     recall = RecallAtK(30, 20, 0.4321, 0.6, 0.8, 0.05, 0.25, 0.5, 2.0)
-    results = [
-        ZeroShotResult("painted", 200, 7, top1, top5, 0.5, skipped={"truncated image": 3})
-        for top1, top5 in ((0.21, 0.6), (0.5432, 0.8765))
-    ]
-    with (folder / "evaluations.jsonl").open("w") as file:
-        for step, result in zip((10, 30), results, strict=True):
-            file.write(json.dumps({"step": step} | result.to_dict()) + "\n")
-        retrieval = RetrievalResult("painted", 20, 30, recall, recall)
-        file.write(json.dumps({"step": 30} | retrieval.to_dict()) + "\n")
+    results = [(30, RetrievalResult("painted", 20, 30, recall, recall))]
+    for step, top1, top5 in ((10, 0.21, 0.6), (30, 0.5432, 0.8765)):
+        results.append((step, ZeroShotResult("painted", 200, 7, top1, top5, 0.5, skipped={"truncated image": 3})))
+    write_rows(folder / "evaluations.jsonl", [{"step": step} | result.to_dict() for step, result in results])
     skipped = {"reasons": {"empty caption": {"count": 17, "examples": ["row <5>"]}}, "seen": 1920}
     (folder / "skipped.json").write_text(json.dumps(skipped))
     thumbnail = {"src": "data:image/png;base64,iVBORw0KGgo=", "alt": "a cat"}
@@ -90,8 +86,7 @@ def test_the_whole_report(whole):
     assert 'class="absent"' not in html
     assert len(html.encode()) < 3_000_000
     # It loads nothing from elsewhere.
-    assert page.resources
-    assert all(resource.startswith("data:image/") for resource in page.resources)
+    assert {resource[:11] for resource in page.resources} == {"data:image/"}
     assert all(link.startswith("#") and link[1:] in page.ids for link in page.links)
     assert not re.search(r"https?:|url\((?!#)|@import|<link", html)
     assert all(alt for alt in page.alts)
@@ -118,12 +113,8 @@ def test_without_evaluation_examples_and_classes_there_are_no_such_sections(whol
         (folder / name).unlink()
     held_out[0] = painted(["red", "green"], [("word " * 3000,), ("green",)])
     html, page = _read(write_report(folder, model))
-    for section, *parts in (
-        ("numbers", "No evaluation", "1,920"),
-        ("head", "no evaluation yet"),
-        ("retrieval", "✓", "word…"),  # the examples need the model alone
-    ):
-        assert [part for part in parts if part not in page.texts[section]] == []
+    for section, part in (("numbers", "No evaluation"), ("head", "no evaluation yet"), ("retrieval", "word…")):
+        assert part in page.texts[section]
     assert html.count("<svg") == 3 + 3
     assert ("word " * 40 in html, "views" in page.ids) == (False, False)
 
@@ -159,7 +150,6 @@ def test_captions_found_and_not_found(painted):
 def test_an_image_with_the_same_caption_is_right(painted):
     captions = [("a cat",), ("a cat",), ("a dog",)]
     features = features_of(torch.eye(3), captions, torch.eye(3)[[0, 0, 2]])
-    queries, _ = retrieval(painted(COLOURS[:3], captions), features, RNG(0))
-    cat = next(query for query in queries if query["caption"] == "a cat")
-    assert cat["rank"] == 1
+    cat, *_ = sorted(retrieval(painted(COLOURS[:3], captions), features, RNG(0))[0], key=lambda each: each["caption"])
+    assert (cat["caption"], cat["rank"]) == ("a cat", 1)
     assert [hit["caption"] for hit in cat["hits"] if hit["correct"]] == ["a cat"] * 2
