@@ -15,7 +15,7 @@ from declip.models.image_tower import ImageTower
 from declip.models.layers import blocks_of
 from declip.models.text_tower import TextTower
 from declip.recipe.load import load_recipe
-from declip.recipe.schema import Recipe
+from declip.recipe.schema import Recipe, TextTowerConfig
 from declip.supervision.objective import Objective
 from declip.training.assemble import plan_of
 from declip.training.parallel import build_learner
@@ -110,7 +110,7 @@ def test_blocks_of_towers(name, kind, count):
 
 
 def test_blocks_of_the_text_tower_and_of_a_plain_layer():
-    tower = TextTower(vocabulary=10, end=9, embed_dim=4, width=8, layers=3, heads=2)
+    tower = TextTower(10, 9, TextTowerConfig(width=8, layers=3, heads=2), embed_dim=4)
     assert blocks_of(tower) == list(tower.transformer.resblocks)
     assert blocks_of(nn.Linear(2, 2)) == []
 

@@ -3,13 +3,15 @@ import torch
 from open_clip.transformer import QuickGELU, TextTransformer
 
 from declip.models.text_tower import TextTower, encode_by_length
+from declip.recipe.schema import TextTowerConfig
 
 VOCABULARY, END = 50, 48
 
 
 def small_tower(**options):
     torch.manual_seed(0)
-    return TextTower(VOCABULARY, END, embed_dim=12, width=32, layers=2, heads=4, context=20, **options)
+    text = TextTowerConfig(width=32, layers=2, heads=4, context_length=20, **options)
+    return TextTower(VOCABULARY, END, text, embed_dim=12)
 
 
 def captions(lengths, context):

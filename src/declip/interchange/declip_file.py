@@ -65,7 +65,6 @@ def write(model: DualEncoder, folder: Path, heads: Mapping[str, Tensor] | None =
 
 def write_declip_file(model: DualEncoder, path: Path, heads: Mapping[str, Tensor] | None = None) -> None:
     """Write a model, as "model.…" tensors, and heads of losses, as "objective.…" tensors."""
-    assert model.recipe is not None, "built from a recipe"
     write_part(prefixed("model", model.state_dict()) | prefixed("objective", heads or {}), model.recipe, path)
 
 

@@ -191,8 +191,8 @@ def trace(where: str | Path | DualEncoder | Traced, model: DualEncoder | None = 
     if isinstance(where, Traced):
         return where
     if not isinstance(where, str | Path):
-        if not isinstance(where, DualEncoder) or where.recipe is None:
-            raise UserError(f"This {type(where).__name__} cannot be exported: it was not built from a recipe.")
+        if not isinstance(where, DualEncoder):
+            raise UserError(f"This {type(where).__name__} cannot be exported: it is not a model of declip.")
         return Traced(where)
     path = Path(where).expanduser()
     if not (path / STATE).is_file() and not list_checkpoints(path):
@@ -220,11 +220,10 @@ def model_card(
     """Write the card as Markdown, with metadata for the Hub and Python code that loads the model, also from `repo`."""
     # Names without folders: a card is published.
     model, results = traced.model, traced.results
-    assert model.recipe is not None, "built from one"
     recipe = Recipe.model_validate(_without_folders(model.recipe.model_dump(mode="json")))
     names = short_names(result.dataset for result in results)
     task = "zero-shot-image-classification" if has_text(model) else "image-feature-extraction"
-    terms = {"license": "other", "license_name": license}
+    terms: dict[str, Any] = {"license": "other", "license_name": license}
     if license == NO_LICENSE or IDENTIFIER.fullmatch(license):
         terms = {"license": license.partition(":")[0].lower()}
     tags = ["clip", "declip", "contrastive-learning"]

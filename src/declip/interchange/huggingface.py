@@ -166,7 +166,7 @@ def express(model: DualEncoder) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def write(model: DualEncoder, folder: Path) -> None:
     """Write config.json, model.safetensors, preprocessor_config.json and the tokenizer's files."""
     config, tensors = express(model)
-    image = model.recipe.image  # type: ignore[union-attr]
+    image = model.recipe.image
     preprocessor = {
         **{"image_processor_type": "CLIPImageProcessor", "processor_class": "CLIPProcessor", "do_convert_rgb": True},
         **{**PREPROCESSING, "resample": model.preprocessor.filter.value, "size": {"shortest_edge": image.size}},
@@ -194,7 +194,6 @@ def reread(folder: Path) -> Reread:
 
 def _config(model: DualEncoder, keys: Mapping[str, Any]) -> dict[str, Any]:
     recipe, tokenizer, vit = model.recipe, model.tokenizer, keys["image.model_kwargs"]
-    assert recipe is not None, "a model without one was refused"
     sizes = {
         "width": vit["embed_dim"], "layers": vit["depth"], "heads": vit["num_heads"], "patch": vit["patch_size"],
         "hidden": int(vit["embed_dim"] * vit["mlp_ratio"]), "activation": layouts.activation_of(keys),

@@ -327,7 +327,6 @@ def backend(tokenizer: CaptionTokenizer) -> Backend:
 
 def preprocess_config(model: DualEncoder) -> dict[str, Any]:
     """Preprocessing of images in the words of open_clip."""
-    assert model.recipe is not None, "a model without one was refused"
     image, given = model.recipe.image, model.preprocessor
     prepared = {"size": image.size, "mode": "RGB", "mean": list(image.mean), "std": list(image.std)}
     how = {"interpolation": given.filter.name.lower(), "resize_mode": "squash" if given.squash else "shortest"}

@@ -54,7 +54,7 @@ def write(model: DualEncoder, folder: Path) -> None:
     # Inputs and preprocessing, for readers without declip
     about: dict[str, Any] = {
         "opset": OPSET,
-        "embed_dim": model.recipe.embed_dim,  # type: ignore[union-attr]  # a model without a recipe was refused
+        "embed_dim": model.recipe.embed_dim,
         "logit_scale": model.logit_scale.exp().item(),
         "logit_bias": None if model.logit_bias is None else model.logit_bias.item(),
         "vision_cfg": {"image_size": size, "input": "image", "output": "image_embeds"},

@@ -144,7 +144,6 @@ def write(model: DualEncoder, folder: Path, repo: str | None = None, home: Path 
 def express(model: DualEncoder, place: str = ".") -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Build open_clip's configuration and tensors; `place` is the folder or repository of the files."""
     recipe = model.recipe
-    assert recipe is not None, "a model without one was refused"
     # Towers of open_clip go back as they came; CLIP's are renamed.
     if (wrapped := wrapped_in(model)) is not None:
         model_config, tensors = _express_wrapped(model, wrapped)
@@ -206,7 +205,7 @@ def reread(folder: Path) -> layouts.Reread:
 
 
 def _text_config(model: DualEncoder) -> Part:
-    tower, text = layouts.clip_text_tower(model), model.recipe.text  # type: ignore[union-attr]
+    tower, text = layouts.clip_text_tower(model), model.recipe.text
     config: dict[str, Any] = {name: getattr(text, name) for name in ("context_length", "width", "heads", "layers")}
     config |= {"vocab_size": model.tokenizer.vocabulary - 1, "proj_bias": text.projection_bias}
     if text.bpe_merges is not None:
@@ -246,7 +245,7 @@ def _vision_config(model: DualEncoder, keys: Mapping[str, Any] | None, activatio
         return config | {name: sizes[name] for name in ("patch_size", "mlp_ratio")}, layouts.CLIP_VIT
     import timm
 
-    name, tower = model.recipe.image.model, model.image_tower  # type: ignore[union-attr]
+    name, tower = model.recipe.image.model, model.image_tower
     difference: str | None = "timm does not know it"
     if timm.is_model(name):
         with torch.device("meta"):

@@ -17,7 +17,7 @@ import torch
 
 from declip.data.text.tokenizer import WrappedTokenizer
 from declip.errors import UserError, check_installed, unknown
-from declip.interchange.weights import Weights, check_file, check_layers, check_memory, reason
+from declip.interchange.weights import Weights, check_file, check_layers, memory_of, reason, refuse_growth
 from declip.io.hub import fetch, online
 from declip.io.progress import quiet
 from declip.models.dual_encoder import DualEncoder
@@ -92,7 +92,7 @@ def _check_config(open_clip: ModuleType, name: str, config: Mapping[str, Any], t
         return  # compared when the model is wrapped
     with torch.device("meta"):
         model = open_clip.create_model(name, load_weights=False, pretrained_text=False, device="meta")
-    check_memory([model], sum(file.stat().st_size for file in files), CONFIG)
+    refuse_growth(CONFIG, memory_of(model), sum(file.stat().st_size for file in files))
 
 
 def _tokenizer(open_clip: ModuleType, given: str, name: str, text: Mapping[str, Any]) -> Any:
@@ -184,9 +184,9 @@ def wrap_open_clip(opened: OpenClipModel, origin: str) -> Weights:
     )
     # The configuration may be a stranger's: it is compared with the weights before memory is allocated for it.
     state = convert_to_custom_text_state_dict(opened.model.state_dict())
-    check_layers(stored.sections, len(state), "The configuration")
+    check_layers(vars(stored), len(state), "The configuration")
     with torch.device("meta"):
-        check_memory(stored.build(size), sum(t.nbytes for t in state.values()), "The configuration")
+        refuse_growth("The configuration", memory_of(*stored.build(size)), sum(t.nbytes for t in state.values()))
     # Load the tensors into new modules, and name them as in declip
     with torch.random.fork_rng(devices=[]):
         modules = stored.build(size)

@@ -97,7 +97,7 @@ def _with_text(image: Weights, name: str, where: str) -> Weights:
     text = {"hf_model": name, "context_length": context, "pretrained": False}
     recipe = image.recipe.model_copy(update={"text": image.recipe.text.model_copy(update=text)})
     with torch.random.fork_rng(devices=[]):
-        filled = DualEncoder.from_recipe(recipe, encoder, image=False)
+        filled = DualEncoder(recipe, encoder, image=False)
     tensors = {**image.tensors, **filled.state_dict()}
     kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(PROJECTIONS)}
     return replace(image, recipe=recipe, tensors=kept, origin=where)
@@ -202,7 +202,7 @@ def class_heads(classes: Classes, texts: Tensor) -> Heads:
 def encode_texts(weights: Weights, texts: list[str]) -> Tensor:
     """Pooled features (t, w) of texts by the text tower of weights without projections."""
     with torch.random.fork_rng(devices=[]):
-        model = DualEncoder.from_recipe(weights.recipe, weights.encoder).eval()
+        model = DualEncoder(weights.recipe, weights.encoder).eval()
     model.load_state_dict(model.state_dict() | dict(weights.tensors))
     tokens = model.tokenize(texts)
     lengths = (tokens != model.tokenizer.padding).sum(dim=1)

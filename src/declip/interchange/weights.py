@@ -85,12 +85,9 @@ class Weights:
 
     def check(self) -> "Weights":
         """Compare names and shapes of the tensors with the recipe, and return the weights."""
-        encoder = self.encoder
-        parts: list[Any] = [self.recipe.image.model_dump()]
-        if self.whole:
-            stored = encoder.sections if isinstance(encoder, WrappedModel) else getattr(encoder, "config", None)
-            parts.append(stored or self.recipe.text.model_dump())
-        check_layers(parts, len(self.tensors), f"The model in '{self.origin}'")
+        text = self.encoder or self.recipe.text
+        sizes = [self.recipe.image.model_dump(), vars(text) if self.whole else None]
+        check_layers(sizes, len(self.tensors), f"The model in '{self.origin}'")
         # The recipe may be a stranger's: no memory is allocated for its sizes.
         with torch.device("meta"), Uninitialized():
             model, _ = self._empty()
@@ -193,7 +190,7 @@ def empty(
 ) -> DualEncoder:
     """Build the model of a recipe that came with weights, with random weights."""
     try:
-        return DualEncoder.from_recipe(recipe, encoder, text, image)
+        return DualEncoder(recipe, encoder, text, image)
     except UserError:
         raise
     except Exception as error:  # invalid sizes fail anywhere in torch and timm
@@ -207,11 +204,15 @@ def check_layers(config: Any, tensors: int, where: str) -> None:
         raise UserError(f"{where} has {layers:,} layers, but the weights hold {tensors:,} tensors.")
 
 
-def check_memory(modules: Iterable[nn.Module], size: int, where: str) -> None:
-    """Refuse modules, built on the meta device, that take much more memory than their weights of `size` bytes."""
-    memory = sum(parameter.numel() * 4 for module in modules for parameter in module.parameters())
+def refuse_growth(where: str, memory: int, size: int) -> None:
+    """Refuse what takes much more memory than its weights of `size` bytes."""
     if memory > MAX_GROWTH * size:
-        raise UserError(f"{where} takes {memory:,} bytes, but the weights hold {size:,}.")
+        raise UserError(f"{where} takes {memory:,} bytes of memory, but its weights have {size:,}. Save them again.")
+
+
+def memory_of(*modules: nn.Module) -> int:
+    """Bytes of the parameters of modules in float32, which may be on the meta device."""
+    return sum(parameter.numel() * 4 for module in modules for parameter in module.parameters())
 
 
 def _layers(config: Any, key: str = "") -> int:
@@ -283,6 +284,7 @@ def reason(error: Exception, longest: int = 300) -> str:
 
 
 def _load(path: Path, mmap: bool = False) -> Any:
+    size = path.stat().st_size
     with path.open("rb") as file:
         archive = file.read(4) == b"PK\x03\x04"  # torch's own test for archives
     if archive:
@@ -293,10 +295,10 @@ def _load(path: Path, mmap: bool = False) -> Any:
                 f"'{path}' is a TorchScript archive, whose code is not run. Load OpenAI's weights by tag, such as "
                 "open_clip:ViT-B-32/openai; of your own models save the `state_dict()`."
             )
-        _refuse_growth(path, sum(entry.file_size for entry in entries))
+        refuse_growth(f"'{path}'", sum(entry.file_size for entry in entries), size)
     content = torch.load(path, map_location="cpu", weights_only=True, mmap=(mmap and archive) or None)
     # An expanded tensor can repeat one number 10^12 times, and a copy of it would take the memory.
-    _refuse_growth(path, sum(tensor.nbytes for tensor in _tensors(content)))
+    refuse_growth(f"'{path}'", sum(tensor.nbytes for tensor in _tensors(content)), size)
     return content
 
 
@@ -312,9 +314,3 @@ def _tensors(content: Any) -> Iterator[Tensor]:
             yield item
         elif isinstance(item, Mapping | list | tuple | set):
             left.extend(item.values() if isinstance(item, Mapping) else item)
-
-
-def _refuse_growth(path: Path, unpacked: int) -> None:
-    size = path.stat().st_size
-    if unpacked > MAX_GROWTH * size:
-        raise UserError(f"'{path}' has {size:,} bytes, but its tensors take {unpacked:,}. Save the weights again.")

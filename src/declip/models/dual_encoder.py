@@ -1,7 +1,7 @@
 """The dual encoder: an image tower and a text tower with a shared embedding space."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from typing import Any, Self
 
@@ -33,61 +33,50 @@ class DualEncoder(nn.Module):
         torch.Size([1, 2])
     """
 
-    recipe: Recipe | None = None  # that `from_recipe` built the model from
     computed: tuple[str, dict[str, Tensor]] = ("", {})  # `Weights.published`, and the projections computed from it
     fingerprint = ""  # of the float32 weights, if the towers were converted since
 
     def __init__(
-        self,
-        image_tower: ImageTower,
-        text_tower: AnyTextTower,
-        preprocess: Preprocess,
-        tokenizer: CaptionTokenizer,
-        logit_scale: float,
-        logit_bias: float | None = None,
+        self, recipe: Recipe, encoder: TextEncoder | WrappedModel | None = None, text: bool = True, image: bool = True
     ) -> None:
-        super().__init__()
-        self.image_tower = image_tower
-        self.text_tower = text_tower
-        self.logit_scale = nn.Parameter(torch.tensor(logit_scale))
-        self.logit_bias = None if logit_bias is None else nn.Parameter(torch.tensor(logit_bias))
-        self.preprocessor = preprocess
-        self.tokenizer = tokenizer
-
-    @classmethod
-    def from_recipe(
-        cls, recipe: Recipe, encoder: TextEncoder | WrappedModel | None = None, text: bool = True, image: bool = True
-    ) -> "DualEncoder":
-        """Build the model that a recipe describes, with random weights from torch's current seed.
+        """Build both towers, or one.
 
         The encoder of ``text.hf_model`` starts from its own weights unless ``text.pretrained`` is false; `encoder` is
         used instead where the weights will be loaded anyway. A `WrappedModel` gives both towers. Without `text` the
         model is an image tower alone, and encoding captions raises a `UserError`. Without `image` it encodes captions
         alone, which a `WrappedModel` cannot.
         """
-        image_tower: ImageTower
+        super().__init__()
+        self.recipe, given = recipe, recipe.image
+        self.image_tower: ImageTower
+        self.text_tower: AnyTextTower
+        self.tokenizer: CaptionTokenizer
+        options: Mapping[str, Any] = {}
         if isinstance(encoder, WrappedModel):
             encoder, options = encoder.with_context(recipe.text.context_length), encoder.image
-            visual, words = encoder.build(recipe.image.size)
-            image_tower = WrappedImageTower(visual, encoder.kinds[0], recipe.embed_dim)
-            tokenizer = WrappedTokenizer(**encoder.tokenizer)
-            text_tower = WrappedTextTower(words, tokenizer, encoder)
+            visual, words = encoder.build(given.size)
+            self.image_tower = WrappedImageTower(visual, encoder.kinds[0], recipe.embed_dim)
+            self.tokenizer = tokenizer = WrappedTokenizer(**encoder.tokenizer)
+            self.text_tower = WrappedTextTower(words, tokenizer, encoder)
             if recipe.views.text.mask:
-                text_tower.language_head()  # raises
+                self.text_tower.language_head()  # raises
         else:
             # Towers of declip, either of which may be missing
-            given = recipe.image
             if image and given.model == recipe.text.hf_model:
                 raise UserError(f"image.model={given.model} comes with weights: give them as finetune.pretrained.")
             sizes = (given.model, given.size, recipe.embed_dim, given.model_kwargs, given.freeze_patch_embed)
-            image_tower = ImageTower(*sizes) if image else NoImageTower()
+            self.image_tower = ImageTower(*sizes) if image else NoImageTower()
             # `refuse_text` stands for a tokenizer: it raises when it is called.
-            tokenizer, text_tower = _text_parts(recipe, encoder) if text else (refuse_text, NoTextTower())  # type: ignore[assignment]
-            options = {}
-        preprocess = Preprocess(recipe.image.size, recipe.image.mean, recipe.image.std, **options)
-        model = cls(image_tower, text_tower, preprocess, tokenizer, recipe.logit_scale.init, recipe.initial_bias)
-        model.recipe = recipe
-        return model
+            self.tokenizer, self.text_tower = _text_parts(recipe, encoder) if text else (refuse_text, NoTextTower())  # type: ignore[assignment]
+        self.logit_scale = nn.Parameter(torch.tensor(recipe.logit_scale.init))
+        bias = recipe.initial_bias
+        self.logit_bias = None if bias is None else nn.Parameter(torch.tensor(bias))
+        self.preprocessor = Preprocess(given.size, given.mean, given.std, **options)
+
+    @classmethod
+    def from_recipe(cls, recipe: Recipe, encoder: TextEncoder | WrappedModel | None = None) -> "DualEncoder":
+        """Build the model that a recipe describes, with random weights from torch's current seed."""
+        return cls(recipe, encoder)
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode of all modules, except those that `declip.models.layers` keeps in evaluation mode."""
@@ -166,7 +155,6 @@ def _text_parts(recipe: Recipe, encoder: TextEncoder | None) -> tuple[CaptionTok
     if text.hf_model is not None:
         encoder = encoder or read_encoder(text.hf_model, text.pretrained)
         hf_tokenizer = HuggingfaceTokenizer(encoder.tokenizer, encoder.specials, text.context_length)
-        return hf_tokenizer, HuggingfaceTextTower(encoder, hf_tokenizer, dim, text.pooling, text.projection_bias)
+        return hf_tokenizer, HuggingfaceTextTower(encoder, hf_tokenizer, text, dim)
     tokenizer = Tokenizer(context=text.context_length, merges=text.bpe_merges)
-    sizes: dict[str, Any] = text.model_dump(include={"width", "layers", "heads", "projection_bias", "activation"})
-    return tokenizer, TextTower(tokenizer.vocabulary, tokenizer.end, dim, context=text.context_length, **sizes)
+    return tokenizer, TextTower(tokenizer.vocabulary, tokenizer.end, text, dim)

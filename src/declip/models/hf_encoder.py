@@ -21,6 +21,7 @@ from declip.errors import UserError, check_installed, unknown
 from declip.io.hub import fetch
 from declip.io.text import one_line
 from declip.models.text_tower import AnyTextTower, SelfContained, row_at
+from declip.recipe.schema import TextTowerConfig
 
 log = logging.getLogger("declip")
 PREFIX = "huggingface:"
@@ -264,12 +265,7 @@ class HuggingfaceTextTower(SelfContained, AnyTextTower):
     """
 
     def __init__(
-        self,
-        encoder: TextEncoder,
-        tokenizer: HuggingfaceTokenizer,
-        embed_dim: int,
-        pooling: str = "auto",
-        projection_bias: bool = False,
+        self, encoder: TextEncoder, tokenizer: HuggingfaceTokenizer, text: TextTowerConfig, embed_dim: int
     ) -> None:
         super().__init__()
         # Configuration and tokenizer may be a stranger's.
@@ -286,13 +282,13 @@ class HuggingfaceTextTower(SelfContained, AnyTextTower):
         self.encoder = encoder.build()
         self.stored = encoder.to_tensor()
         self.padding, self.context = tokenizer.padding, tokenizer.context
-        self.pooling = encoder.pooling or "cls" if pooling == "auto" else pooling
+        self.pooling = encoder.pooling or "cls" if text.pooling == "auto" else text.pooling
         if self.pooling not in POOLINGS.values():
             raise UserError(f"{POOLING} has an unknown pooling, {encoder.pooling}. Set text.pooling=mean, cls or eos.")
         self.width = int(config.get("hidden_size") or config["dim"])  # DistilBERT's is "dim"
-        self.text_projection: nn.Linear = nn.Linear(self.width, embed_dim, bias=projection_bias)
+        self.text_projection: nn.Linear = nn.Linear(self.width, embed_dim, bias=text.projection_bias)
         nn.init.normal_(self.text_projection.weight, std=self.width**-0.5)
-        if projection_bias:
+        if text.projection_bias:
             nn.init.zeros_(self.text_projection.bias)
 
     def encode(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from declip.data.text.tokenizer import padded_length
 from declip.errors import UserError
+from declip.recipe.schema import TextTowerConfig
 
 
 @dataclass(frozen=True)
@@ -138,37 +139,23 @@ class TextTower(AnyTextTower):
 
     Args:
         vocabulary: Number of token ids, ``<|mask|>`` included.
-        projection_bias: Whether the projection has a bias (CLIP: no; DeCLIP's official weights: yes).
-        activation: "quick_gelu" (CLIP) or "gelu".
     """
 
     padding = 0
 
-    def __init__(
-        self,
-        vocabulary: int,
-        end: int,
-        embed_dim: int,
-        width: int = 512,
-        layers: int = 12,
-        heads: int = 8,
-        context: int = 77,
-        projection_bias: bool = False,
-        activation: str = "quick_gelu",
-    ) -> None:
+    def __init__(self, vocabulary: int, end: int, text: TextTowerConfig, embed_dim: int) -> None:
         super().__init__()
-        self.end = end
-        self.width = width
-        self.context = context
+        self.end, self.context = end, text.context_length
+        self.width = width = text.width
         self.token_embedding = nn.Embedding(vocabulary, width)
-        self.positional_embedding = nn.Parameter(torch.empty(context, width))
-        gelu = QuickGELU() if activation == "quick_gelu" else nn.GELU()
-        blocks: Any = nn.Sequential(*(TextBlock(width, heads, gelu) for _ in range(layers)))
+        self.positional_embedding = nn.Parameter(torch.empty(self.context, width))
+        gelu = QuickGELU() if text.activation == "quick_gelu" else nn.GELU()
+        blocks: Any = nn.Sequential(*(TextBlock(width, text.heads, gelu) for _ in range(text.layers)))
         self.transformer = nn.Sequential(OrderedDict(resblocks=blocks))  # named as in CLIP
         self.ln_final = nn.LayerNorm(width)
-        self.text_projection: nn.Linear = nn.Linear(width, embed_dim, bias=projection_bias)
+        self.text_projection: nn.Linear = nn.Linear(width, embed_dim, bias=text.projection_bias)
         # CLIP's standard deviations
-        scale, depth = width**-0.5, (2 * layers) ** -0.5
+        scale, depth = width**-0.5, (2 * text.layers) ** -0.5
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positional_embedding, std=0.01)
         for block in blocks:
@@ -178,7 +165,7 @@ class TextTower(AnyTextTower):
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
             nn.init.normal_(block.mlp.c_proj.weight, std=scale * depth)
         nn.init.normal_(self.text_projection.weight, std=scale)
-        if projection_bias:
+        if text.projection_bias:
             nn.init.zeros_(self.text_projection.bias)
 
     def encode(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -52,11 +52,6 @@ class WrappedModel:
         return replace(self, config=config, tokenizer={**self.tokenizer, "context": length})
 
     @property
-    def sections(self) -> list[Any]:
-        """Sections of the configuration that describe towers."""
-        return [{name: part for name, part in self.config.items() if name.endswith("_cfg")}, self.encoder]
-
-    @property
     def kinds(self) -> tuple[str, str]:
         """Kinds of the image module (timm, resnet, vit) and of the text module (clip, hf)."""
         vision, text = self.config["vision_cfg"], self.config["text_cfg"]

@@ -127,9 +127,9 @@ def text_key(row: Tensor, padding: int) -> bytes:
 def tower_digest(model: DualEncoder, tower: str) -> str:
     """Hash a tower's weights except the projection, its recipe section, and the versions of the code."""
     # Equal weights may compute other features: with another pooling, activation or number of heads, or in other code.
-    section = None if model.recipe is None else (model.recipe.image if tower == IMAGE else model.recipe.text)
+    section = model.recipe.image if tower == IMAGE else model.recipe.text
     versions = FEATURE_VERSION, torch.__version__, timm.__version__, PIL.__version__  # Pillow decodes and resizes
-    known = [section and section.model_dump(mode="json"), versions]
+    known = [section.model_dump(mode="json"), versions]
     digest = hashlib.sha256(json.dumps(known).encode())
     for name, tensor in model.state_dict().items():
         if name.startswith(tower) and not name.startswith(PROJECTIONS):
