@@ -50,7 +50,7 @@ def write(model: DualEncoder, folder: Path) -> None:
     """
     express(model)
     prepared, batch = preprocess_config(model), torch.export.Dim("batch")
-    squash, size = model.preprocessor.squash, model.preprocessor.size
+    size = model.preprocessor.size
     # Inputs and preprocessing, for readers without declip
     about: dict[str, Any] = {
         "opset": OPSET,
@@ -58,12 +58,7 @@ def write(model: DualEncoder, folder: Path) -> None:
         "logit_scale": model.logit_scale.exp().item(),
         "logit_bias": None if model.logit_bias is None else model.logit_bias.item(),
         "vision_cfg": {"image_size": size, "input": "image", "output": "image_embeds"},
-        "preprocess_cfg": {
-            **prepared,
-            "resize": "both sides to size" if squash else "shorter side to size; the longer side is rounded down",
-            "crop": "none" if squash else "center; half a pixel is rounded to even",
-            **{"transparency": "over white", "scale": "1/255"},
-        },
+        "preprocess_cfg": prepared,
     }
     # Image tower
     (folder / VISUAL).mkdir()

@@ -77,60 +77,45 @@ def closed_form_heads(rows: RegressionRows, forms: tuple[Form, ...]) -> list[Hea
         R₁ = (XᵀΩX + εₓI)⁻¹ (XᵀΩY + εₓ cₓ I)        cₓ = tr(XᵀΩY) / tr(XᵀΩX)        R₂ with X and Y exchanged
     """
     weights = (rows.weights / rows.weights.sum()).double()
-    image_side = CenteredFeatures.of(rows.images.double(), weights, rows.mean)
-    text_side = CenteredFeatures.of(rows.texts.double(), weights)
-    (x_axes, y_axes), maps = solve(Moments.of(image_side.rows, text_side.rows, weights), forms)
+    x, x_mean = centered(rows.images.double(), weights, rows.mean)
+    y, y_mean = centered(rows.texts.double(), weights)
+    (x_axes, y_axes), maps = solve(moments(x, y, weights), forms)
     found = (Heads(left @ x_axes.mT, right @ y_axes.mT) for left, right in maps)
+    # Equal features have no variance in the mean's direction, others have: it must stay ignored.
     return [
-        heads if form == START else Heads(image_side.projection(heads.image), text_side.projection(heads.text))
+        heads if form == START else Heads(_without(heads.image, x_mean), _without(heads.text, y_mean))
         for form, heads in zip(forms, found, strict=True)
     ]
 
 
-class CenteredFeatures(NamedTuple):
-    """Features without the direction of their mean, scaled to unit length."""
-
-    rows: Tensor  # (n, v)
-    direction: Tensor  # (v,), of unit length
-
-    @classmethod
-    def of(cls, features: Tensor, weights: Tensor, mean: Tensor | None = None) -> "CenteredFeatures":
-        """Center features (n, v) by their weighted mean, or a given one (v,)."""
-        center = weights.to(features) @ features if mean is None else mean.to(features)
-        direction = normalize(center, dim=0)
-        return cls(normalize(features - (features @ direction)[:, None] * direction, dim=-1), direction)
-
-    def projection(self, rows: Tensor) -> Tensor:
-        """A projection (k, v) of the centered features as one of features, which ignores their mean's direction."""
-        # Equal features have no variance in the mean's direction, others have: it must stay ignored.
-        return rows - (rows @ self.direction)[:, None] * self.direction
+def centered(features: Tensor, weights: Tensor, mean: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Features (n, v) of unit length without the direction of their weighted mean, or a given one (v,); that too."""
+    direction = normalize(weights.to(features) @ features if mean is None else mean.to(features), dim=0)
+    return normalize(_without(features, direction), dim=-1), direction
 
 
-class Moments(NamedTuple):
-    """Second moments of centered features of pairs: sums of x xᵀ, y yᵀ and x yᵀ over weighted rows."""
+def _without(rows: Tensor, direction: Tensor) -> Tensor:
+    return rows - (rows @ direction)[:, None] * direction
 
-    images: Tensor  # (v, v)
-    texts: Tensor  # (w, w)
-    cross: Tensor  # (v, w)
 
-    @classmethod
-    def of(cls, x: Tensor, y: Tensor, weights: Tensor) -> "Moments":
-        """Sum over rows (n, v) and (n, w) with weights (n,)."""
-        weighted = x * weights[:, None]
-        return cls(weighted.mT @ x, (y * weights[:, None]).mT @ y, weighted.mT @ y)
+def moments(x: Tensor, y: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
+    """Sums of x xᵀ, y yᵀ and x yᵀ over weighted rows (n, v) and (n, w): (v, v), (w, w) and (v, w)."""
+    weighted = x * weights[:, None]
+    return weighted.mT @ x, (y * weights[:, None]).mT @ y, weighted.mT @ y
 
 
 def solve(
-    moments: Moments, forms: tuple[Form, ...], widths: tuple[int, int] | None = None
+    moments: tuple[Tensor, ...], forms: tuple[Form, ...], widths: tuple[int, int] | None = None
 ) -> tuple[tuple[Tensor, Tensor], list[tuple[Tensor, Tensor]]]:
     """Principal axes, (v, v) and (w, w), and projections (k, v) and (k, w) of features in these axes by each form.
 
     A ridge refers to the mean variance of `widths` directions, by default all.
     """
-    (x_variances, x_axes), (y_variances, y_axes) = map(torch.linalg.eigh, moments[:2])  # the dominant cost: O(v³)
+    *sides, crossed = moments
+    (x_variances, x_axes), (y_variances, y_axes) = map(torch.linalg.eigh, sides)  # the dominant cost: O(v³)
     variances = [x_variances.clamp(min=0), y_variances.clamp(min=0)]
     means = [side.sum() / width for side, width in zip(variances, widths or map(len, variances), strict=True)]
-    cross = x_axes.mT @ moments.cross @ y_axes  # (v, w), in the axes of both sides
+    cross = x_axes.mT @ crossed @ y_axes  # (v, w), in the axes of both sides
     found = []
     for method, ridge in forms:
         if method == "start":
@@ -146,7 +131,7 @@ def solve(
         x_cross = y_cross = cross
         if method == "pulled":
             shared = x_axes.mT @ y_axes  # the identity, in the axes of both sides
-            slope = moments.cross.trace()
+            slope = crossed.trace()
             x_cross, y_cross = (
                 cross + ridge * mean * (slope / side.sum()).clamp(min=LEAST_SLOPE) * shared
                 for side, mean in zip(variances, means, strict=True)

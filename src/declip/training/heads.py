@@ -12,13 +12,13 @@ from torch import Tensor
 from declip.models.closed_form import (
     DEFAULT_FORM,
     START,
-    CenteredFeatures,
     ClassPairs,
     Form,
     Heads,
-    Moments,
     Pairs,
+    centered,
     fit_heads,
+    moments,
     regression_rows,
     solve,
 )
@@ -200,13 +200,13 @@ class CrossValidation:
         n, m = len(pairs.images), len(pairs.texts)
         rows = regression_rows(pairs, classes, class_weight)
         weights = rows.weights.float()
-        x = CenteredFeatures.of(rows.images.float(), rows.weights, rows.mean).rows  # (r, v), the first m of own images
-        y = CenteredFeatures.of(rows.texts.float(), rows.weights).rows  # (r, w)
+        x = centered(rows.images.float(), rows.weights, rows.mean)[0]  # (r, v), the first m of own images
+        y = centered(rows.texts.float(), rows.weights)[0]  # (r, w)
         self._widths = (x.shape[1] if one_space else min(x.shape[1], DIRECTIONS), y.shape[1])
         if not one_space:
             x, y = (_largest_directions(side, weights, width) for side, width in zip((x, y), self._widths, strict=True))
         self._weights = weights[:m]
-        self._classes = Moments.of(x[m:], y[m:], weights[m:])
+        self._classes = moments(x[m:], y[m:], weights[m:])
         images = torch.empty(n, x.shape[1])
         images[pairs.owners] = x[:m]
         self._centered = Pairs(images, y[:m], pairs.owners)
@@ -221,8 +221,8 @@ class CrossValidation:
         def leave_out(fold: int) -> None:
             kept = ((self.folds != fold) & usable)[self.pairs.owners]  # (m,)
             images, texts, owners = self._centered
-            own = Moments.of(images[owners[kept]], texts[kept], self._weights[kept])
-            (x_axes, y_axes), maps = solve(Moments(*map(torch.add, own, self._classes)), forms, self._widths)
+            own = moments(images[owners[kept]], texts[kept], self._weights[kept])
+            (x_axes, y_axes), maps = solve(tuple(map(torch.add, own, self._classes)), forms, self._widths)
             left_out = (self.folds == fold).nonzero().flatten()
             for part in left_out.tensor_split(max(1, round(len(left_out) / BLOCK))):
                 block = HeldOutBlock.of(part, owners, self._numbers)
