@@ -13,6 +13,7 @@ from declip.models.inference import (
     inference_tower,
     pick_precision,
     precision_of,
+    round_taps,
 )
 from declip.recipe.schema import Recipe
 
@@ -141,6 +142,16 @@ def test_a_tower_that_cannot_be_converted_stays_float32(computing, spoiled):
     assert precision_of(convert(models[0], "auto")) == "fp32"
     assert next(models[0].text_tower.parameters()).dtype == torch.bfloat16
     refuses(r"image tower.*bfloat16.*fp32", convert, models[1], "bf16")
+
+
+def test_rounded_filters_keep_their_sums():
+    torch.manual_seed(0)
+    weight = torch.randn(64, 3, 3, 3)
+    rounded, nearest = round_taps(weight, torch.bfloat16), weight.bfloat16().float()
+    assert torch.equal(rounded, rounded.bfloat16().float())
+    assert float((rounded - weight).abs().max()) < 2**-6
+    lost = [float((each - weight).sum((2, 3)).abs().mean()) for each in (rounded, nearest)]
+    assert lost[0] < lost[1] / 4
 
 
 def test_threads_encode_different_images():
