@@ -1,7 +1,7 @@
 """Evaluation datasets by name, with their splits, class names, templates and metric."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,15 +16,7 @@ from declip.data.sources.python_items import PREFIX, Items
 from declip.data.sources.subset import Subset
 from declip.data.sources.table import find_table
 from declip.errors import UserError, unknown
-from declip.evaluation.readers import (
-    Openers,
-    caltech101,
-    image_folder,
-    imagenet,
-    labeled_table,
-    sun397,
-    torchvision_set,
-)
+from declip.evaluation.readers import NAMED, Openers, labeled_table
 
 
 class LabeledSource(PairSource):
@@ -32,37 +24,6 @@ class LabeledSource(PairSource):
 
     labels: np.ndarray
     class_names: Sequence[str]
-
-
-@dataclass(frozen=True)
-class Named:
-    """A known dataset in a folder of the user; error messages name the expected `files`."""
-
-    open: Callable[[str, Path], Openers]
-    files: str
-    templates: str = "plain"
-    metric: str = "top1"
-
-
-NAMED: Mapping[str, Named] = {
-    "pets": Named(torchvision_set, "oxford-iiit-pet/", "pets", "mean_per_class"),
-    "cifar10": Named(torchvision_set, "cifar-10-batches-py/", "cifar10"),
-    "cifar100": Named(torchvision_set, "cifar-100-python/", "cifar100"),
-    "sun397": Named(sun397, "SUN397/ with ClassName.txt", "sun397"),
-    "food101": Named(torchvision_set, "food-101/", "food101"),
-    "flowers102": Named(torchvision_set, "flowers-102/", "flowers102", "mean_per_class"),
-    "cars": Named(torchvision_set, "stanford_cars/", "cars"),
-    "caltech101": Named(caltech101, "caltech101/101_ObjectCategories/", "caltech101", "mean_per_class"),
-    "aircraft": Named(torchvision_set, "fgvc-aircraft-2013b/", "aircraft", "mean_per_class"),
-    "dtd": Named(torchvision_set, "dtd/", "dtd"),
-    "imagenet": Named(imagenet, "val/", "imagenet"),
-    "imagenet-v2": Named(imagenet, "folders 0 to 999", "imagenet"),
-    "imagenet-r": Named(imagenet, "one folder per WordNet number", "imagenet"),
-    "imagenet-sketch": Named(imagenet, "one folder per WordNet number", "imagenet"),
-    "imagenet-a": Named(imagenet, "one folder per WordNet number", "imagenet"),
-    "folder": Named(image_folder, "one folder of images per class"),
-}
-"""Names of `NAME:/path`. Metrics as in CLIP's table of datasets (Radford et al. 2021, appendix A)."""
 
 
 @dataclass(frozen=True)

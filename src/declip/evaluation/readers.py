@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torchvision import datasets
@@ -26,23 +26,6 @@ from declip.io.text import read_yaml
 Openers = Mapping[str, Callable[[], PairSource]]  # functions that open each split
 LABEL_NAMES = ("label", "class", "class_name", "category")  # default names of the label column, in order of preference
 LONGEST_LABEL = 1_000  # characters: a label is a name, not a text
-TRAIN_VAL_TEST = {"train": "train", "validation": "val", "test": "test"}
-TRAIN_TEST = {"train": "train", "test": "test"}
-
-SETS: Mapping[str, tuple[Callable[..., Any], Mapping[str, Any]]] = {
-    "pets": (datasets.OxfordIIITPet, {"train": "trainval", "test": "test"}),
-    "cifar10": (datasets.CIFAR10, {"train": True, "test": False}),
-    "cifar100": (datasets.CIFAR100, {"train": True, "test": False}),
-    "food101": (datasets.Food101, TRAIN_TEST),
-    "flowers102": (datasets.Flowers102, TRAIN_VAL_TEST),
-    "cars": (datasets.StanfordCars, TRAIN_TEST),
-    "aircraft": (datasets.FGVCAircraft, TRAIN_VAL_TEST),
-    # The first of DTD's ten partitions, as in CLIP (Radford et al. 2021, appendix A) and most papers.
-    "dtd": (datasets.DTD, TRAIN_VAL_TEST),
-}
-"""Name → torchvision's class, and our splits → its argument. The class of CIFAR checks the MD5 of its pickles before
-it reads them."""
-
 SUN_LISTS = {"train": "Training_01.txt", "test": "Testing_01.txt"}
 SUN_PLACES = ("SUN397", "SUN397/Partitions", "Partitions", ".")  # of the lists, which come in a separate archive
 
@@ -263,13 +246,14 @@ def _label(table: TableSource, row: int, column: str, known: Sequence[str]) -> s
     return texts.pop()
 
 
-def torchvision_set(name: str, root: Path) -> Openers:
-    """Open one of `SETS`."""
-    return {which: partial(_read, name, root, argument) for which, argument in SETS[name][1].items()}
+def torchvision_set(kind: Callable[..., Any], splits: Mapping[str, Any]) -> Callable[[str, Path], Openers]:
+    """The function that opens a set of torchvision, by our splits and its argument for each."""
+    return lambda name, root: {which: partial(_read, kind, name, root, given) for which, given in splits.items()}
 
 
-def _read(name: str, root: Path, argument: str | bool) -> Classified:
-    files = SETS[name][0](root, download=False, **{"train" if isinstance(argument, bool) else "split": argument})
+def _read(kind: Callable[..., Any], name: str, root: Path, argument: str | bool) -> Classified:
+    # The class of CIFAR checks the MD5 of its pickles before it reads them.
+    files = kind(root, download=False, **{"train" if isinstance(argument, bool) else "split": argument})
     # The files of Flowers102 have class numbers from 1, without names.
     names = class_names(name, read_prompts(name).classes if name == "flowers102" else files.classes)
     if name.startswith("cifar"):
@@ -302,3 +286,38 @@ def _sun(name: str, folder: Path, path: Path) -> Classified:
     labels = [label_of[key.partition("/")[2].rpartition("/")[0]] for key in keys]
     names = class_names(name, [raw.replace("/", " ") for raw in classes])
     return Classified(FileList(name, folder, keys), labels, names)
+
+
+class Named(NamedTuple):
+    """A known dataset in a folder of the user; error messages name the expected `files`."""
+
+    open: Callable[[str, Path], Openers]
+    files: str
+    templates: str = "plain"
+    metric: str = "top1"
+
+
+PER_CLASS = "mean_per_class"
+TRAINVAL, FLAG = {"train": "trainval", "test": "test"}, {"train": True, "test": False}
+PLAIN, WITH_VAL = {"train": "train", "test": "test"}, {"train": "train", "validation": "val", "test": "test"}
+NAMED: Mapping[str, Named] = {
+    "pets": Named(torchvision_set(datasets.OxfordIIITPet, TRAINVAL), "oxford-iiit-pet/", "pets", PER_CLASS),
+    "cifar10": Named(torchvision_set(datasets.CIFAR10, FLAG), "cifar-10-batches-py/", "cifar10"),
+    "cifar100": Named(torchvision_set(datasets.CIFAR100, FLAG), "cifar-100-python/", "cifar100"),
+    "sun397": Named(sun397, "SUN397/ with ClassName.txt", "sun397"),
+    "food101": Named(torchvision_set(datasets.Food101, PLAIN), "food-101/", "food101"),
+    "flowers102": Named(torchvision_set(datasets.Flowers102, WITH_VAL), "flowers-102/", "flowers102", PER_CLASS),
+    "cars": Named(torchvision_set(datasets.StanfordCars, PLAIN), "stanford_cars/", "cars"),
+    "caltech101": Named(caltech101, "caltech101/101_ObjectCategories/", "caltech101", PER_CLASS),
+    "aircraft": Named(torchvision_set(datasets.FGVCAircraft, WITH_VAL), "fgvc-aircraft-2013b/", "aircraft", PER_CLASS),
+    # The first of DTD's ten partitions, as in CLIP (Radford et al. 2021, appendix A) and most papers.
+    "dtd": Named(torchvision_set(datasets.DTD, WITH_VAL), "dtd/", "dtd"),
+    "imagenet": Named(imagenet, "val/", "imagenet"),
+    "imagenet-v2": Named(imagenet, "folders 0 to 999", "imagenet"),
+    **{
+        f"imagenet-{variant}": Named(imagenet, "one folder per WordNet number", "imagenet")
+        for variant in ("r", "sketch", "a")
+    },
+    "folder": Named(image_folder, "one folder of images per class"),
+}
+"""Names of `NAME:/path`. Metrics as in CLIP's table of datasets (Radford et al. 2021, appendix A)."""
