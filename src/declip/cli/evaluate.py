@@ -63,11 +63,10 @@ def _evaluate(
         rows = [each.to_dict() for each in results]
         console.print(rich_table(results_table(results)))
         return rows if len(rows) > 1 else rows[0]
-    measured = evaluate_suite(model, suite, task, options)
-    found = measured.to_dict()
-    console.print(rich_table(results_table(list(measured.results.values()))))
+    results, found = evaluate_suite(model, suite, task, options)
+    console.print(rich_table(results_table(results)))
     say(f"Average of {len(found['values'])} of {len(SETS)} sets by their usual metrics: {percent(found['average'])}")
-    for name, reason in measured.missing.items():
+    for name, reason in found["missing"].items():
         say(f"Not measured: {name}: {reason}")
     return found
 

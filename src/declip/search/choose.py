@@ -155,8 +155,7 @@ def facility_location(vectors: Tensor, known: Tensor, count: int) -> Iterator[tu
         covered = torch.maximum(covered, _similarities(units, part).amax(dim=1))
         free &= (units @ part.mT).amax(dim=1) < ALIKE
     bounds = torch.full((len(units),), -torch.inf)
-    rows = free.nonzero().flatten()
-    bounds[rows] = _gains(units, covered, rows)
+    bounds[free] = _gains(units, covered, free.nonzero().flatten())
     for _ in range(min(count, len(units))):
         row = _largest(units, covered, bounds)
         if bounds[row] == -torch.inf:
@@ -175,20 +174,16 @@ def _similarities(units: Tensor, rows: Tensor) -> Tensor:
 
 def _gains(units: Tensor, covered: Tensor, rows: Tensor) -> Tensor:
     """(b,), what each row adds to the sum of `covered` (n,)."""
-    parts = [
-        _similarities(units, units[part]).sub_(covered[:, None]).clamp_(min=0).sum(dim=0) for part in rows.split(ROWS)
-    ]
-    return torch.cat(parts) if parts else torch.empty(0)
+    parts = (_similarities(units, units[part]) for part in rows.split(ROWS))  # (n, b)
+    return torch.cat([part.sub_(covered[:, None]).clamp_(min=0).sum(dim=0) for part in parts])
 
 
 def _largest(units: Tensor, covered: Tensor, bounds: Tensor) -> int:
     """The row with the largest gain; upper bounds (n,) of gains are replaced by gains as far as needed."""
-    exact = torch.zeros(len(bounds), dtype=torch.bool)
     while True:
-        row = int(bounds.argmax())
-        if exact[row] or bounds[row] == -torch.inf:
-            return row
-        rows = bounds.masked_fill(exact, -torch.inf).topk(min(BLOCK, len(bounds))).indices
+        rows = bounds.topk(min(BLOCK, len(bounds))).indices
         rows = rows[bounds[rows] > -torch.inf]
         bounds[rows] = _gains(units, covered, rows)
-        exact[rows] = True
+        row = int(bounds.argmax())
+        if row in rows or not len(rows):
+            return row

@@ -18,9 +18,9 @@ from torch.nn.functional import normalize
 
 from declip.data.columns import DEFAULT, Columns
 from declip.data.pair import BrokenPair, LazyImage, LazyPair, Origin, PairSource, SkipCounter
-from declip.data.sources.open import ImageSource, open_source
+from declip.data.sources.open import ImageSource, open_images, open_source
 from declip.data.sources.python_items import Items
-from declip.data.sources.shard_files import absolute, relative, stored_path
+from declip.data.sources.shard_files import absolute, relative, resolve, stored_path
 from declip.errors import UserError, check_range, unknown
 from declip.evaluation.encode import Encoder, encode_batches, text_features
 from declip.interchange.read import load
@@ -100,7 +100,10 @@ def _open_images(source: str | Path | PairSource, columns: Columns, folder: Path
     """Open the images, and describe them for the index in a folder."""
     columns = replace(columns, root=stored_path(columns.root, folder) or None)
     saved = SourceInfo(path=stored_path(source, folder), name="", columns=columns)
-    images = saved.open(folder) if isinstance(source, str | Path) else ImageSource(source)
+    if isinstance(source, PairSource):
+        images = ImageSource(source)
+    else:
+        images = open_images(resolve(saved.path, folder), saved.columns_of(folder))
     saved.name = images.name
     return saved, images
 

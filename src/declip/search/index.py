@@ -16,7 +16,7 @@ from torch.nn.functional import normalize
 
 from declip.data.images.decode import decode
 from declip.data.pair import BrokenPair, PairSource, SkipCounter, printable
-from declip.data.sources.open import ImageSource, open_source
+from declip.data.sources.open import ImageSource, open_images, open_source
 from declip.data.sources.python_items import Items
 from declip.data.sources.shard_files import is_missing, resolve
 from declip.errors import UserError, check_installed, check_range
@@ -270,15 +270,16 @@ class Index:
 
     @cached_property
     def _source(self) -> ImageSource:
-        given, saved, path = self._source_given, self.info.source, resolve(self.info.source.path, self.folder)
-        if given is not None and not isinstance(given, str | Path):
-            return ImageSource(open_source(given, saved.columns_of(self.folder)))
-        if given is None and (not path or is_missing(path)):
+        saved, path = self.info.source, resolve(self.info.source.path, self.folder)
+        given, columns = path if self._source_given is None else self._source_given, saved.columns_of(self.folder)
+        if not isinstance(given, str | Path):
+            return ImageSource(open_source(given, columns))
+        if given is path and (not path or is_missing(path)):
             raise UserError(
                 f"The images of the index '{self.folder}' are not at '{path or saved.name}'. Give --source, or open "
                 "the index with source=, a path or a Python object."
             )
-        return saved.open(self.folder, given)
+        return open_images(given, columns)
 
     @cached_property
     def _places(self) -> dict[str, int]:

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, Field, ValidationError
 
@@ -14,9 +14,6 @@ from declip.data.sources.shard_files import is_missing, resolve
 from declip.errors import UserError, newer
 from declip.io.atomic import write_text
 from declip.io.text import one_line
-
-if TYPE_CHECKING:
-    from declip.data.sources.open import ImageSource
 
 INFO = "index.json"
 LAYOUT = 5  # raised when the files change their meaning
@@ -42,12 +39,6 @@ class SourceInfo(InfoSection):
         """The columns of the source of the index in `folder`."""
         root = self.columns.root
         return self.columns if root is None else replace(self.columns, root=resolve(str(root), folder))
-
-    def open(self, folder: Path, moved_to: str | Path | None = None) -> "ImageSource":
-        """Open the source of the index in `folder`, or the copy of it at `moved_to`."""
-        from declip.data.sources.open import open_images  # imports torch: not before a path is known to exist
-
-        return open_images(resolve(self.path, folder) if moved_to is None else moved_to, self.columns_of(folder))
 
 
 class ModelInfo(InfoSection):
