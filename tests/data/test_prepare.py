@@ -210,6 +210,8 @@ def test_parts_are_joined(folder, tmp_path, command):
     assert command(*first).out.startswith(f"Ready: {out}: 7 pairs, 5 shards")
     assert command("data", "join", out).status == 0
     assert {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")} == before
+    shutil.rmtree(other)
+    refuses("Part 1 of 2 is missing", join_shards, out)
 
 
 @pytest.fixture

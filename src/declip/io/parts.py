@@ -37,18 +37,18 @@ def span_of(part: Part | None, count: int, things: str) -> range:
 
 def find_parts(folder: Path, marker: str) -> list[Path]:
     """The folders of all parts of an output, in order; raises `UserError` unless each is there with a file `marker`."""
-    found: dict[int, dict[int, Path]] = {}
+    paths: dict[tuple[int, int], Path] = {}
     for path in folder.parent.glob(f"{escape(folder.name)}.part-*"):
         if match := NAME.fullmatch(path.name.removeprefix(folder.name)):
-            found.setdefault(int(match[2]), {})[int(match[1])] = path
-    if not found:
+            paths[int(match[2]), int(match[1])] = path
+    counts = sorted({count for count, _ in paths})
+    if not counts:
         raise UserError(f"'{folder}' has no parts. Write each with --part, such as --part 1/8, and the same --out.")
-    if len(found) > 1:
-        counts = " and ".join(f"{count:,}" for count in sorted(found))
-        raise UserError(f"'{folder}' has parts of {counts}, of which only one can be used. Remove the others.")
-    [(count, paths)] = found.items()
-    if missing := [number for number in range(1, count + 1) if not (paths.get(number, folder) / marker).is_file()]:
-        others = f" and {len(missing) - 1:,} others are" if len(missing) > 1 else " is"
-        absent = f"Part {missing[0]} of {count}{others} missing or not complete"
-        raise UserError(f"{absent}. Write it with --part {missing[0]}/{count}.")
-    return [paths[number] for number in range(1, count + 1)]
+    if len(counts) > 1:
+        raise UserError(f"'{folder}' has parts of {' and '.join(map(str, counts))}. Remove those of all but one.")
+    [count] = counts
+    numbers = range(1, count + 1)
+    if missing := [n for n in numbers if not ((path := paths.get((count, n))) and (path / marker).is_file())]:
+        first = f"Part {missing[0]} of {count} is missing or not complete ({len(missing):,} in all)"
+        raise UserError(f"{first}. Write it with --part {missing[0]}/{count}.")
+    return [paths[count, number] for number in numbers]

@@ -117,14 +117,9 @@ def run(tool: str, *arguments: str, cwd: Path, remedy: str) -> None:
 
 def unpack_npm(archive: Path, into: Path) -> None:
     """Write the JSON files and notices of an archive of `npm pack`; paths that would leave the folder are skipped."""
-
-    def wanted(member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo | None:
-        inner = member.name.partition("/")[2]
-        if not member.isfile() or not (inner.endswith(".json") or NOTICES.match(PurePosixPath(inner).name)):
-            return None
-        with suppress(tarfile.FilterError):
-            return tarfile.data_filter(member.replace(name=inner), folder)
-        return None
-
     with tarfile.open(archive) as tar:
-        tar.extractall(into, filter=wanted)
+        for member in tar:
+            inner = member.name.partition("/")[2]
+            if member.isfile() and (inner.endswith(".json") or NOTICES.match(PurePosixPath(inner).name)):
+                with suppress(tarfile.FilterError):
+                    tar.extract(member.replace(name=inner), into, filter="data")

@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -128,21 +128,13 @@ def _braces(word: str) -> list[str]:
             raise UserError(f"'{word}' names more than {MOST_SHARDS:,} shards. Shorten its range.")
         step = 1 if first <= last else -1
         choices = [str(number).zfill(len(ends[1])) for number in range(first, last + step, step)]
-    before, after = word[: braces.start()], word[braces.end() :]
-    return [name for choice in choices for name in _braces(before + choice + after)]
+    return [name for choice in choices for name in _braces(word.replace(braces[0], choice, 1))]
 
 
 def find_shards(word: str) -> list[Shard]:
     """Look up the shards that a word names (see `expand`), in order."""
     with ThreadPoolExecutor(REQUESTS) as pool:
-        return [shard for shards in pool.map(_look_up, expand(word)) for shard in shards]
-
-
-def _look_up(name: str) -> list[Shard]:
-    if is_url(name):
-        return _retried(look_up, name)
-    status = os.stat(name)
-    return [_shard(name, str(Path(name).resolve()), status.st_size, str(status.st_mtime_ns))]
+        return [shard for shards in pool.map(partial(_retried, look_up), expand(word)) for shard in shards]
 
 
 def _shard(name: str, path: str, size: int, version: str) -> Shard:
@@ -177,7 +169,10 @@ def _retried(work: Callable[..., T], *arguments: Any) -> T:
 
 
 def look_up(url: str) -> list[Shard]:
-    """The shards of a URL: one file, those of a pattern, or a folder's .tar files."""
+    """The shard of a path, or those of a URL: one file, those of a pattern, or a folder's .tar files."""
+    if not is_url(url):
+        status = os.stat(url)
+        return [_shard(url, str(Path(url).resolve()), status.st_size, str(status.st_mtime_ns))]
     with _file_system(url) as (system, path):
         if "*" in path or not path.partition("?")[0].lower().endswith((".tar", ".gz", ".tgz")):
             pattern = path if "*" in path else f"{path.rstrip('/')}/*.tar"
@@ -210,10 +205,8 @@ def counts(folder: str) -> dict[str, int]:
         return sizes
 
 
-@lru_cache(OPEN_FILES)
-def open_local(shard: Shard) -> OpenFile:
-    """Open a shard on this machine, or return the open file."""
-    return OpenFile(shard.name)
+# Opens a shard on this machine, or returns the open file.
+open_local = lru_cache(OPEN_FILES)(lambda shard: OpenFile(shard.name))
 
 
 def open_shard(shard: Shard) -> OpenFile:
