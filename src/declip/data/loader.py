@@ -40,16 +40,15 @@ class Order:
     """
 
     def __init__(self, source: PairSource, batch_size: int, seed: int, buffer: int | None) -> None:
-        if buffer is None and source.remote:
-            buffer = SHUFFLE_BUFFER
+        buffer = SHUFFLE_BUFFER if buffer is None and source.remote else buffer
         self.size, self.batch_size, self.seed = len(source), batch_size, seed
         self.steps_per_epoch = self.size // batch_size  # complete batches
         self.buffered = buffer is not None
         self.blocks = source.shards() if self.buffered else np.array([self.size])
         self.groups = max(1, self.size // max(buffer or self.size, batch_size))
-        # Those used last, which the next step needs too.
-        self._layout: tuple[int, np.ndarray, np.ndarray, np.ndarray] | None = None
-        self._group: tuple[tuple[int, int], np.ndarray] | None = None
+        # Those used last, which the next step needs too, by epoch.
+        self._layout: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+        self._group: dict[tuple[int, int], np.ndarray] = {}
 
     def generator(self, epoch: int, *stream: int) -> np.random.Generator:
         """The random numbers for one purpose; the third number is not the index of a pair, whose stream it would be."""
@@ -65,24 +64,24 @@ class Order:
 
     def layout(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The shards in an epoch's order, and the numbers of shards and of pairs before each group, (groups + 1,)."""
-        if self._layout is None or self._layout[0] != epoch:
+        if epoch not in self._layout:
             shards = self.generator(epoch, BLOCKS_STREAM).permutation(len(self.blocks))
             ends = np.cumsum(self.blocks[shards])
             # A group ends with the shard that completes its share of the pairs.
             shares = np.arange(1, self.groups + 1) * self.size // self.groups
             cuts = np.append(0, np.searchsorted(ends, shares) + 1)
-            self._layout = epoch, shards, cuts, np.append(0, ends[cuts[1:] - 1])
-        return self._layout[1:]
+            self._layout = {epoch: (shards, cuts, np.append(0, ends[cuts[1:] - 1]))}
+        return self._layout[epoch]
 
     def group(self, epoch: int, group: int) -> np.ndarray:
         """The pairs of a group in their order, int64."""
-        if self._group is None or self._group[0] != (epoch, group):
+        if (epoch, group) not in self._group:
             shards, cuts, _ = self.layout(epoch)
             starts = np.cumsum(self.blocks) - self.blocks
             pieces = [starts[s] + np.arange(self.blocks[s]) for s in shards[cuts[group] : cuts[group + 1]]]
             generator = self.generator(epoch, GROUP_STREAM, group) if self.buffered else self.generator(epoch)
-            self._group = (epoch, group), generator.permutation(np.concatenate([np.empty(0, np.int64), *pieces]))
-        return self._group[1]
+            self._group = {(epoch, group): generator.permutation(np.concatenate([np.empty(0, np.int64), *pieces]))}
+        return self._group[epoch, group]
 
 
 @dataclass(eq=False)
@@ -146,11 +145,11 @@ class Assembler:
     def _crop(self, image: LazyImage, transforms: list[ViewTransform], crops: list[Crop]) -> list[torch.Tensor]:
         """Decode an image, at a reduced scale where every crop stays at least as large as its view, and crop it."""
         for scale in (*image.scales, 1):
-            reduced = [crop.reduced(scale) for crop in crops]
-            if scale == 1 or all(min(c.width, c.height) >= t.size for c, t in zip(reduced, transforms, strict=True)):
+            reduced = [(transform, crop.reduced(scale)) for transform, crop in zip(transforms, crops, strict=True)]
+            if scale == 1 or all(min(crop.width, crop.height) >= transform.size for transform, crop in reduced):
                 break
         pixels = image.pixels(scale)
-        return [transform.crop_and_resize(pixels, crop) for transform, crop in zip(transforms, reduced, strict=True)]
+        return [transform.crop_and_resize(pixels, crop) for transform, crop in reduced]
 
     def collate(self, samples: list[_Sample], skipped: list[BrokenPair]) -> PairBatch:
         """Stack the samples; every text is padded to the longest one's length, rounded up."""

@@ -175,7 +175,6 @@ class SkipCounter:
 
     @property
     def total(self) -> int:
-        """The number of broken pairs."""
         return sum(self.counts.values())
 
     def to_dict(self) -> dict[str, Any]:
@@ -191,17 +190,14 @@ class SkipCounter:
     def lines(self) -> list[str]:
         """A line for each reason: its count, a few keys, the first detail."""
         details = {reason: f" ({detail})" for reason, detail in self.details.items() if detail}
-        return [
-            f"{count:,} × {reason}, such as {', '.join(self.examples[reason])}{details.get(reason, '')}"
-            for reason, count in sorted(self.counts.items())
-        ]
+        keys = {reason: ", ".join(examples) + details.get(reason, "") for reason, examples in self.examples.items()}
+        return [f"{count:,} × {reason}, such as {keys[reason]}" for reason, count in sorted(self.counts.items())]
 
     def refusal(self, seen: int, allowed: float, name: str) -> UserError:
         """The error for more broken pairs than `data.max_broken_fraction` allows."""
-        return UserError(
-            f"{self.total:,} of the {seen:,} pairs of '{name}' could not be used ({self.total / max(seen, 1):.1%}); "
-            f"data.max_broken_fraction allows {allowed:.1%}. {self.explanation()} Fix or remove them, or raise it."
-        )
+        broken = f"{self.total:,} of the {seen:,} pairs of '{name}' could not be used ({self.total / max(seen, 1):.1%})"
+        remedy = f"{self.explanation()} Fix or remove them, or raise it."
+        return UserError(f"{broken}; data.max_broken_fraction allows {allowed:.1%}. {remedy}")
 
     def explanation(self) -> str:
         """The reasons in one sentence, with the remedy of the most frequent mistake."""

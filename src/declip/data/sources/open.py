@@ -122,10 +122,10 @@ class ImageSource:
         return ()
 
     def origin(self, index: int) -> Origin:
-        origin = Origin()
         with suppress(BrokenPair):
             origin = self.source.origin(index)
-        return origin._replace(path=origin.path.encode(errors="replace").decode())
+            return origin._replace(path=origin.path.encode(errors="replace").decode())
+        return Origin()
 
 
 def open_images(spec: str | Path, columns: Columns = DEFAULT) -> ImageSource:

@@ -84,10 +84,9 @@ class ItemSource(EntrySource):
 
     def entry(self, index: int) -> tuple[str, tuple[Any, list[str | None]]]:
         """The key; the image and its captions."""
-        item, (image, caption), key = self._read(index), self._columns, f"item {index}"
-        texts: Any = None
+        item, texts, key = self._read(index), None, f"item {index}"
         if _is_row(item):
-            texts, item = item.get(caption), item.get(image)
+            item, texts = map(item.get, self._columns)
         elif isinstance(item, tuple | list) and len(item) == 2:
             item, texts = item
         if self.class_names is not None and isinstance(texts, int | np.integer) and 0 <= texts < len(self.class_names):

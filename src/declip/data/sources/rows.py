@@ -72,10 +72,10 @@ class ParquetRows(TableRows):
         super().__init__(path)
         if path.is_dir():
             self.files = list(map(Path, files_in(path, ".parquet")))
-            splits = {name[0].lower() for file in self.files if (name := SPLIT.match(file.name))}
+            splits = sorted({name[0].lower() for file in self.files if (name := SPLIT.match(file.name))})
             if len(splits) > 1:
-                one = path / f"{min(splits)}*.parquet"
-                raise UserError(f"'{path}' has the splits {', '.join(sorted(splits))}. Name the files of one: '{one}'.")
+                one = path / f"{splits[0]}*.parquet"
+                raise UserError(f"'{path}' has the splits {', '.join(splits)}. Name the files of one: '{one}'.")
         elif not path.is_file():
             self.files = [Path(file) for file in expand(str(path))]
         self.folder = Path(os.path.commonpath([file.parent for file in self.files]))
@@ -181,13 +181,12 @@ def _stored(
         if isinstance(cells, BrokenPair):
             raise cells
         for name in wanted:
-            cell = cells.get(name)
-            if not isinstance(cell, str):
-                cell = as_texts(cell, "unreadable row", "") if name == captions else cell_name(cell)
-            texts = [cell] if isinstance(cell, str) else cell
+            texts = (
+                as_texts(cells.get(name), "unreadable row", "") if name == captions else [cell_name(cells.get(name))]
+            )
             if not all(map(is_unicode, filter(None, texts))):
                 raise BrokenPair("invalid text", "", NOT_UTF8)
-            kept.append(texts if name == captions else cell)
+            kept.append(texts if name == captions else texts[0])
     except BrokenPair as broken:
         return (*[None] * len(wanted), line, f"{broken.reason}: {broken.detail}")
     return (*kept, line, None)
