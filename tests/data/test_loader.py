@@ -1,4 +1,4 @@
-"""The loader: batches are a function of their position, whoever makes them; broken pairs are never lost."""
+"""The loader: batches are a function of their position, whoever makes them; the order of an epoch; broken pairs."""
 
 import itertools
 import multiprocessing
@@ -6,23 +6,26 @@ import os
 import pickle
 import signal
 import subprocess
+from collections import Counter
 
+import numpy as np
 import pytest
 import torch
-from scipy.stats import binomtest
+from scipy.stats import binomtest, chisquare
 
 from conftest import refuses
 from data.fakes import Noise, Words
 from data.fakes import make_loader as make
+from declip.data.loader import Order
+from declip.data.pair import PairSource
 from declip.data.sources.shards import ShardSource
-from declip.data.sources.subset import Joined
-from declip.data.sources.subset import take as choose_pairs
+from declip.data.sources.subset import Joined, take
 from declip.errors import UserError
 
 PAIRS = 30
 
 
-def take(loader, count):
+def first_of(loader, count):
     with loader:
         return list(itertools.islice(loader, count))
 
@@ -49,7 +52,7 @@ SOURCES = {
     "pairs": lambda _: Noise(broken={4: "missing image", 11: "truncated image"}),
     "shards": ShardSource,
     "joined": lambda at: Joined([ShardSource(f"{at}/{name}.tar") for name in ("{00000..00002}", "00003", "00003")]),
-    "part": lambda at: choose_pairs(ShardSource(at), 13, seed=0),
+    "part": lambda at: take(ShardSource(at), 13, seed=0),
 }
 
 
@@ -60,18 +63,18 @@ SOURCES = {
 def test_any_number_of_workers_and_any_start_give_the_same_batches(shard_folder, kind, buffer):
     source, options = SOURCES[kind](str(shard_folder)), {"batch_size": 4, "shuffle_buffer": buffer}
     alone = make(source, **options, max_broken_fraction=1.0)
-    whole = take(alone, 10)
+    whole = first_of(alone, 10)
     assert len({tag for batch in whole for tag in batch.sample_ids.tolist()}) == 40 - alone.skipped.total
     assert (kind == "pairs") == (alone.skipped.total > 0)
     for start, workers in ((5, 0), (2, 3)):
         again = make(pickle.loads(pickle.dumps(source)), start_step=start, workers=workers, **options)
-        assert_same(take(again, 10 - start), whole[start:])
+        assert_same(first_of(again, 10 - start), whole[start:])
         assert again.step == 10
 
 
 def test_a_pair_is_drawn_again_each_epoch_and_by_each_seed():
-    first, second = (take(make(batch_size=PAIRS, start_step=step), 1)[0] for step in (0, 1))
-    third = take(make(batch_size=PAIRS, seed=4), 1)[0]
+    first, second = (first_of(make(batch_size=PAIRS, start_step=step), 1)[0] for step in (0, 1))
+    third = first_of(make(batch_size=PAIRS, seed=4), 1)[0]
     for other in (second, third):
         rows = [(batch.sample_ids % PAIRS).argsort() for batch in (first, other)]
         for name in ("first", "second"):
@@ -88,15 +91,15 @@ def test_a_pair_is_drawn_again_each_epoch_and_by_each_seed():
 def test_all_texts_have_one_length_a_multiple_of_eight_within_the_context(words, context, length, monkeypatch):
     caption = " ".join(f"qx{word}" for word in range(words))  # no synonyms
     monkeypatch.setattr(Noise, "captions", lambda *_: (caption,))
-    batch = take(make(context=context), 1)[0]
+    batch = first_of(make(context=context), 1)[0]
     assert batch.texts.shape[2] == batch.masked.shape[1] == batch.labels.shape[1] == length
     assert ((batch.texts == Words.end).sum(-1) == 1).all()
     # Where padding counts, a pair's loss must not depend on the longest caption of its batch.
-    assert take(make(context=context, whole_context=True), 1)[0].texts.shape[2] == context
+    assert first_of(make(context=context, whole_context=True), 1)[0].texts.shape[2] == context
 
 
 def test_the_mask_is_of_the_caption_view():
-    batches = take(make(mask=0.5), 20)
+    batches = first_of(make(mask=0.5), 20)
     for batch in batches:
         chosen = batch.labels != -100
         assert torch.equal(batch.masked[~chosen], batch.texts[0][~chosen])
@@ -153,7 +156,7 @@ def test_broken_pairs_shrink_their_batch_and_are_counted_when_it_is_yielded():
 
 
 def test_a_batch_without_a_good_pair_is_empty_and_keeps_its_step():
-    batches = take(make(Noise(broken=dict.fromkeys(range(PAIRS), "missing image"))), 16)
+    batches = first_of(make(Noise(broken=dict.fromkeys(range(PAIRS), "missing image"))), 16)
     assert [len(batch) for batch in batches] == [0] * 16
     assert batches[0].views["second"].pixels.shape == (0, 3, 12, 12)
 
@@ -161,11 +164,11 @@ def test_a_batch_without_a_good_pair_is_empty_and_keeps_its_step():
 def test_too_large_a_share_of_broken_pairs_stops_after_a_hundred_pairs():
     source = Noise(broken={1: "missing image", 2: "missing image", 3: "truncated image"})
     exact = make(source, batch_size=PAIRS, max_broken_fraction=0.1)
-    assert len(take(exact, 8)) == 8  # a tenth is broken in every batch, a tenth is allowed
+    assert len(first_of(exact, 8)) == 8  # a tenth is broken in every batch, a tenth is allowed
     for seed in range(3):  # where chance shows more of them at first
-        assert len(take(make(source, seed=seed, max_broken_fraction=0.1), 20)) == 20
+        assert len(first_of(make(source, seed=seed, max_broken_fraction=0.1), 20)) == 20
     loader = make(source, workers=1, max_broken_fraction=0.02)
-    said = refuses("", take, loader, 40)
+    said = refuses("", first_of, loader, 40)
     assert loader.step == 17
     assert said.startswith(f"{loader.skipped.total} of the 102 pairs of ")
     for part in ("max_broken_fraction allows 2.0%", " × missing image, such as pair-"):
@@ -178,7 +181,7 @@ def test_a_mistake_that_a_worker_meets_arrives_as_it_was_and_a_lost_worker_is_ex
 
     for act, says in ((fail, r"^Row \d+ is gone\.$"), (lambda *_: os._exit(1), r"at step 4: .*fewer workers")):
         monkeypatch.setattr(Noise, "__getitem__", act)
-        refuses(says, take, make(workers=1, start_step=4), 1)
+        refuses(says, first_of, make(workers=1, start_step=4), 1)
 
 
 def test_workers_ignore_signals_of_others_and_end_with_the_loader():
@@ -189,7 +192,7 @@ def test_workers_ignore_signals_of_others_and_end_with_the_loader():
     assert len(workers) == 2
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         subprocess.run(["kill", f"-{number}", *(str(worker.pid) for worker in workers)], check=True)
-    assert_same([*first, *itertools.islice(loader, 8)], take(make(), 10))
+    assert_same([*first, *itertools.islice(loader, 8)], first_of(make(), 10))
     loader.close()
     loader.close()
     for worker in workers:
@@ -211,3 +214,113 @@ def test_a_process_that_leaves_its_loader_open_can_end():
     process.start()
     process.join(30)
     assert process.exitcode == 3
+
+
+class Numbers(PairSource):
+    """A source that is only as long as it is."""
+
+    def __init__(self, count, blocks=None, remote=False, name="numbers"):
+        self.count, self.blocks, self.remote, self.name = count, blocks and np.array(blocks), remote, name
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        return self.name, index
+
+    def captions(self, index):
+        return (f"{self.name} {index}",)
+
+
+SIZES = [30, 7, 0, 55, 41, 1, 66, 23, 19, 60]
+SHARDS = Numbers(sum(SIZES), SIZES)
+
+
+def epoch_of(order, epoch):
+    return np.concatenate([order.group(epoch, group) for group in range(order.groups)])
+
+
+def steps(order, first, last):
+    return np.concatenate([order.indices(step) for step in range(first, last)])
+
+
+def test_the_default_is_the_permutation_that_runs_were_trained_with():
+    order = Order(SHARDS, 8, 5, None)
+    for epoch in (0, 3):
+        whole = np.random.default_rng((5, epoch, 302)).permutation(302)
+        assert epoch_of(order, epoch).tolist() == whole.tolist()
+        assert steps(order, 37 * epoch, 37 * epoch + 37).tolist() == whole[:296].tolist()
+    assert order.steps_per_epoch == 37
+
+
+@pytest.mark.parametrize("buffer", [1, 40, 100, 1000])
+@pytest.mark.parametrize("source", [SHARDS, Numbers(302), Numbers(2500)])
+def test_every_pair_comes_once_an_epoch_in_another_order(source, buffer):
+    order = Order(source, 8, 5, buffer)
+    orders = [epoch_of(order, epoch) for epoch in range(2)]
+    assert all(sorted(each.tolist()) == list(range(len(source))) for each in orders)
+    assert (orders[0] != orders[1]).mean() > 0.9
+    assert steps(order, 0, order.steps_per_epoch).tolist() == orders[0][: order.steps_per_epoch * 8].tolist()
+
+
+def test_a_stretch_of_steps_touches_the_shards_of_a_group_only():
+    source = Numbers(20_000, [100] * 200)
+    order = Order(source, 50, 5, 1000)
+    for first in range(0, order.steps_per_epoch, 20):
+        shards = {index // 100 for index in steps(order, first, first + 20).tolist()}
+        assert len(shards) <= 11
+    together = epoch_of(order, 0)[:1000]
+    assert np.abs(np.diff(together // 100)).mean() > 30  # of ten shards from all over the source, mixed
+
+
+def test_pairs_left_out_at_an_epochs_end_are_chance():
+    source = Numbers(105, [35, 35, 35])
+    order, left = Order(source, 50, 5, 20), Counter()
+    for epoch in range(600):
+        left.update(epoch_of(order, epoch)[100:].tolist())
+    assert len(left) == 105
+    assert chisquare(list(left.values())).pvalue > 1e-4
+
+
+def test_remote_shards_are_buffered_unless_told_otherwise():
+    near, far = Numbers(120_000, [1000] * 120), Numbers(120_000, [1000] * 120, remote=True)
+    for source, buffer, shards in ((near, None, 120), (far, None, 60), (far, 10_000, 20)):
+        first = epoch_of(Order(source, 8, 5, buffer), 0)[:20_000]
+        assert len({*(first // 1000).tolist()}) == shards
+
+
+PARTS = [Numbers(100, [30, 70], name="a"), Numbers(40, name="b"), Numbers(60, [60], name="c")]
+
+
+@pytest.mark.parametrize("buffer", [None, 50, 150])
+def test_an_epoch_shows_each_pair_of_a_source_as_often_as_the_source_is_given(buffer):
+    joined = Joined([*PARTS, PARTS[0]])
+    order = Order(joined, 8, 5, buffer)
+    assert (len(joined), order.steps_per_epoch) == (300, 300 // 8)
+    for epoch in range(3):
+        shown = Counter(joined[index] for index in epoch_of(order, epoch).tolist())
+        assert shown == {(part.name, i): 1 + (part.name == "a") for part in PARTS for i in range(len(part))}
+
+
+def test_shards_of_joined_sources_come_in_one_random_order():
+    joined = Joined([Numbers(9000, [900] * 10, name="a"), Numbers(8000, name="b")])
+    order = Order(joined, 100, 5, 2000)
+    shares = [sum(joined[i][0] == "b" for i in steps(order, s, s + 20).tolist()) for s in range(0, 160, 20)]
+    assert len({*shares}) > 1
+    assert 0.2 < np.mean(shares) / 2000 < 0.8
+
+
+def test_joined_sources_follow_each_other_and_pairs_are_taken_of_all():
+    joined = Joined([Numbers(5, name="a"), Numbers(5, name="a"), Numbers(3, name="b")])
+    assert [joined[i] for i in range(13)] == [("a", i % 5) for i in range(10)] + [("b", i) for i in range(3)]
+    assert (joined.captions(11), joined.name) == (("b 1",), "a + a + b")
+    with pytest.raises(IndexError):
+        joined[13]
+    joined = Joined(PARTS)
+    small, large = take(joined, 50, seed=1), take(joined, 120, seed=1)
+    chosen = [{one[i] for i in range(len(one))} for one in (small, large)]
+    assert len(small) == len(chosen[0]) == 50
+    assert chosen[0] <= chosen[1]
+    shards = np.searchsorted([30, 100, 140, 200], small.indices, "right")
+    assert small.shards().tolist() == np.bincount(shards).tolist()
+    refuses("has 200", take, joined, 201, seed=1)

@@ -1,8 +1,9 @@
-"""The shipped tables of the built-in sets, and small packages of drawings that are built by small tables."""
+"""The shipped tables of the built-in sets, small packages of drawings built by small tables, and scenes of emoji."""
 
 import hashlib
 import json
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from PIL import Image, ImageDraw
 from declip.data.builtin import sets
 from declip.data.builtin.fetch import FOLDER_VARIABLE
 from declip.data.builtin.pictures import NOTICE, BuiltinSource
+from declip.data.builtin.scenes import Scenes, layers
 from declip.data.builtin.sets import BUILTIN_SPLITS, CLIPART, DESIGNS, EMOJI, ICONS, ICONS_PACKAGE, STAMPS, download
 from declip.data.sources.open import open_source
 from declip.data.tables import read_rows
@@ -32,32 +34,26 @@ CHOSEN_STAMPS = [  # key, name, kind, photo, test; "" has no sentence of a thing
 ]
 
 
+def put(path, value):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(value if isinstance(value, str) else json.dumps(value), encoding="utf-8")
+
+
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    """The packages as they lie below the root of a machine."""
-    root = tmp_path_factory.mktemp("debian")
+def debian(tmp_path_factory):
+    """The sets of the packages as they lie below the root of a machine."""
+    root, cache = tmp_path_factory.mktemp("debian"), tmp_path_factory.mktemp("cache")
     for key, (_, size, color) in DRAWINGS.items():
-        path = root / CLIPART.packages.data / key
-        path.parent.mkdir(parents=True, exist_ok=True)
         square = f'<rect x="20" y="20" width="200" height="200" fill="{color}"/>'
-        path.write_text(f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{square}</svg>')
-    (root / CLIPART.packages.data / "food/torn.svg").write_text("<svg")
+        put(root / CLIPART.packages.data / key, f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{square}</svg>')
+    put(root / CLIPART.packages.data / "food/torn.svg", "<svg")
     for number, (key, name, *_) in enumerate(CHOSEN_STAMPS):
         path = root / STAMPS.packages.data / f"{key}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
+        put(path.with_suffix(".txt"), f"See a  {name or 'letter'}.\naf.utf8=Iets.\n")
         image = Image.new("RGBA", (60, 40), (0, 0, 0, 0))
         ImageDraw.Draw(image).rectangle((10, 10, 29, 29), fill=(200, number * 5, 30))
         image.save(path)
-        path.with_suffix(".txt").write_text(f"See a  {name or 'letter'}.\naf.utf8=Iets.\n", encoding="utf-8")
-    notice = root / "usr/share/doc" / STAMPS.packages.name / "copyright"
-    notice.parent.mkdir(parents=True)
-    notice.write_text("GPL-2")
-    return root
-
-
-@pytest.fixture(scope="module")
-def debian(root, tmp_path_factory):
-    cache = tmp_path_factory.mktemp("cache")
+    put(root / "usr/share/doc" / STAMPS.packages.name / "copyright", "GPL-2")
     keys = [*DRAWINGS, "food/torn.svg", "food/gone.svg"]
     titles = {key: title for key, (title, *_) in DRAWINGS.items()}
     stamps = [dict(zip(("key", "name", "kind", "photo", "test"), row, strict=True)) for row in CHOSEN_STAMPS]
@@ -96,11 +92,6 @@ def test_stamps_have_sentences_names_and_kinds(debian):
     assert (train.labels.tolist(), test.labels.tolist()) == ([0, 0, 0], [1, 2])
     assert "contributors, GPL-2" in (debian / "stamps" / NOTICE).read_text()
     assert (debian / "stamps/licenses" / STAMPS.packages.name / "copyright").read_text() == "GPL-2"
-
-
-def put(path, value):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value), encoding="utf-8")
 
 
 @pytest.mark.parametrize(("name", "digest"), [
@@ -160,8 +151,7 @@ def bar(number, fill):
 
 
 def info(name):
-    license = {"title": "MIT license", "spdx": "MIT", "url": "https://example.org/licence"}
-    return {"name": name, "license": license, "author": {"name": "A Hand", "url": f"https://example.org/{name}"}}
+    return {"name": name, "license": {"title": "MIT license", "spdx": "MIT"}, "author": {"name": "A Hand"}}
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +160,6 @@ def iconify(tmp_path_factory):
     for design in DESIGNS:
         folder, drawings = root / design.package, DRAWN.get(design.key, {})
         put(folder / "icons.json", {"icons": {name: square(**how) for name, how in drawings.items()}})
-        put(folder / "info.json", info(design.key))
         put(folder / "package.json", {"version": "1.2.3"})
     for prefix, drawings in SETS.items():
         fill = "#0f0" if prefix == "icon-park" else "currentColor"
@@ -236,3 +225,70 @@ def test_it_is_said_whose_the_drawings_are(iconify):
     emoji, icons = ((iconify / name / NOTICE).read_text() for name in ("emoji", "icons"))
     assert all(part in emoji for part in ("Fluent Emoji by Microsoft, MIT: 5 drawings\n", "Unicode CLDR"))
     assert "carbon by A Hand, MIT: 3 drawings\n" in icons
+
+
+COLORS = {"square": (200, 30, 30), "bar": (30, 30, 200), "tile": (30, 150, 30), "board": (10, 10, 10)}
+
+
+class FewScenes(Scenes):
+    splits: ClassVar = {"scenes": ("emoji", 6), "scenes-test": ("emoji-test", 4)}
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    """The emoji: colored squares whose center is white, by three designers."""
+    cache, drawings = tmp_path_factory.mktemp("cache"), []
+    for design in ("noto", "twemoji", "fluent"):
+        for name, color in COLORS.items():
+            pixels = np.full((EMOJI.side, EMOJI.side, 3), 255, np.uint8)
+            pixels[8:-8, 8:-8] = color
+            pixels[40:-40, 40:-40] = 255
+            row = {"key": f"{design}/{name}", "design": design, "code": name, "name": name, "captions": [name]}
+            drawings.append(({**row, "held_out": False, "category": "", "group": ""}, pixels))
+    EMOJI.write(EMOJI.folder(cache), drawings, {})
+    (EMOJI.folder(cache) / "licenses/noto").mkdir(parents=True)
+    (EMOJI.folder(cache) / "licenses/noto/LICENSE").write_text("as noto")
+    FewScenes(EMOJI).download(cache, progress=False)
+    return cache
+
+
+def test_each_box_holds_the_object_of_its_name(scenes):
+    source = BuiltinSource(FewScenes(EMOJI), "scenes-test", scenes)
+    assert (len(source), source.boxed, source.credit) == (4, True, "Fluent Emoji by Microsoft, MIT")
+    for index in range(len(source)):
+        pixels, covered = np.asarray(source.image(index)), np.zeros((96, 96), int)
+        assert 3 <= len(source.boxes(index)) <= 5
+        for name, (left, top, right, bottom) in source.boxes(index):
+            assert 24 <= right - left == bottom - top <= 40
+            covered[top:bottom, left:right] += 1
+            edge = pixels[top + (bottom - top) // 4, left + (right - left) // 2]  # of the square around the center
+            assert np.abs(edge - np.array(COLORS[name], int)).max() < 25
+            inner = pixels[(top + bottom) // 2, (left + right) // 2]
+            assert inner.min() > 230, "white that is enclosed belongs to the object"
+        assert covered.max() == 1
+
+
+def test_captions_name_all_objects_and_where_one_is(scenes):
+    source = BuiltinSource(FewScenes(EMOJI), "scenes", scenes)
+    for index in range(6):
+        names, place = source.captions(index)
+        boxes = dict(source.boxes(index))
+        assert sorted(names.split(", ")) == sorted(boxes)
+        one, *words, other = place.split()
+        (x, y, *_), (u, v, *_) = boxes[one], boxes[other]
+        holds = {"left of": x < u, "right of": x > u, "above": y < v, "below": y >= v}
+        assert holds[" ".join(words)]
+
+
+def test_a_scene_depends_on_its_split_and_number_alone(scenes, tmp_path):
+    class Fewer(FewScenes):
+        splits: ClassVar = {"scenes": ("emoji", 2), "scenes-test": ("emoji-test", 1)}
+
+    first, again = BuiltinSource(FewScenes(EMOJI), "scenes", scenes), Fewer(EMOJI)
+    layers.cache_clear()
+    with again.fetched(scenes, progress=False) as packages:
+        again.build(packages, again.folder(tmp_path))
+    for index in range(2):
+        np.testing.assert_array_equal(BuiltinSource(again, "scenes", tmp_path).image(index), first.image(index))
+    assert (tmp_path / "scenes/licenses/noto/LICENSE").read_text() == "as noto"
+    assert "Fluent Emoji by Microsoft" in (tmp_path / "scenes" / NOTICE).read_text()

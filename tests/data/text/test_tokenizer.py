@@ -1,4 +1,4 @@
-"""Token ids against open_clip's and the authors', and what a caption may not do."""
+"""Token ids against open_clip's, the authors' and transformers', and what a caption may not do."""
 
 import html.entities
 import multiprocessing
@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from conftest import refuses
-from declip.data.text.tokenizer import Tokenizer
+from declip.data.text.tokenizer import HuggingfaceTokenizer, Tokenizer
+from declip.models.hf_encoder import read_encoder
 from golden_cases import read_json
+from text_encoders import CAPTIONS, bert, roberta
 
 OFFICIAL = read_json("token_cases.json")
 CASES = [case for case in OFFICIAL.get("cases", []) if not re.search(r"<\|(start|end)oftext\|>", case["caption"])]
@@ -71,7 +73,7 @@ def test_ids_equal_open_clip_on_random_text(tokenizer):
     from open_clip.tokenizer import SimpleTokenizer
 
     source, reference = random.Random(0), SimpleTokenizer()
-    for _ in range(1500):
+    for _ in range(800):
         text = random_text(source)
         expected = [tokenizer.start, *reference.encode(text)[:75], tokenizer.end]
         assert tokenizer.encode(text) == expected, repr(text)
@@ -138,3 +140,49 @@ def test_copies_forked_workers_and_threads_agree():
     assert list(map(pickle.loads(packed).encode, texts)) == expected
     with multiprocessing.get_context("fork").Pool(2) as processes, ThreadPool(4) as threads:
         assert threads.map(tokenizer.encode, texts) == processes.map(tokenizer.encode, texts) == expected
+
+
+CONTEXT = 20
+
+
+@pytest.fixture(scope="module", params=[bert, roberta])
+def encoder(request, tmp_path_factory):
+    """The folder of a text encoder, and its tokenizer."""
+    pytest.importorskip("transformers")
+    folder = request.param(tmp_path_factory.mktemp("encoder") / "folder")
+    read = read_encoder(str(folder), pretrained=False)
+    return folder, HuggingfaceTokenizer(read.tokenizer, read.specials, CONTEXT)
+
+
+def test_ids_and_padding_are_those_of_transformers(encoder):
+    from transformers import AutoTokenizer
+
+    folder, tokenizer = encoder
+    theirs = AutoTokenizer.from_pretrained(folder)
+    expected = theirs(list(CAPTIONS), truncation=True, max_length=CONTEXT, padding=True, return_tensors="pt")
+    assert tokenizer(CAPTIONS).tolist() == expected["input_ids"].tolist()
+    assert tokenizer.encode("") == [theirs.cls_token_id, theirs.sep_token_id]
+    assert tokenizer("a").shape == (1, 8)
+    assert tokenizer.vocabulary == len(theirs)
+
+
+def test_special_tokens_in_a_caption_are_spelled_out(encoder):
+    _, tokenizer = encoder
+    specials = {tokenizer.start, tokenizer.end, tokenizer.mask, tokenizer.padding}
+    special = {number for number, token in tokenizer.library.get_added_tokens_decoder().items() if token.special}
+    assert specials <= special == {*range(tokenizer.vocabulary)} - {*tokenizer.words}, "words that may replace others"
+    for token in ("[CLS]", "[SEP]", "[MASK]", "[PAD]", "<s>", "</s>", "<mask>", "<pad>"):
+        ids = tokenizer.encode(f"red {token} square")
+        assert not specials & set(ids[1:-1]), token
+        assert len(ids) > 5
+
+
+def test_it_decodes_what_the_report_shows_and_other_definitions_are_refused(encoder):
+    _, tokenizer = encoder
+    ids = tokenizer.encode("red circle in blue")
+    assert tokenizer.decode([*ids, tokenizer.padding, tokenizer.padding]) == "red circle in blue"
+    assert tokenizer.decode([tokenizer.mask]) in ("[MASK]", "<mask>")
+    refuses(f"{tokenizer.vocabulary}", tokenizer.decode, [tokenizer.vocabulary])
+    refuses("cannot be read", HuggingfaceTokenizer, "{}", {}, CONTEXT)
+    specials = {"start": 0, "end": 2, "mask": 10**6, "padding": 1}
+    refuses("special ids", HuggingfaceTokenizer, tokenizer.library.to_str(), specials, CONTEXT)
