@@ -41,7 +41,6 @@ from declip.training import distributed
 from declip.training.assemble import assemble, resolve_recipe
 from declip.training.estimate import estimate, estimate_fit
 from declip.training.fit import closed_form, fit
-from declip.training.frozen_encoder import FrozenEncoder
 from declip.training.pairs import caption_warnings, evaluation_tasks, measure, open_training_source, tasks_to_keep
 from declip.training.pretrained import load_pretrained
 from declip.training.trainer import Trainer
@@ -271,7 +270,7 @@ def write_finetuned(folder: Path, model: Encoder) -> None:
     """Write the report of a finished run, and export its model to every format that can hold it."""
     write_report(folder, model)
     # Without adapters, and whole where it was sharded; loaded once for all formats
-    merged = trace(folder, model.model if isinstance(model, FrozenEncoder) else None)
+    merged = trace(folder)
     for format in ("safetensors", "open_clip", "huggingface"):
         try:
             if format != "safetensors":

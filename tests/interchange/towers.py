@@ -39,6 +39,7 @@ KINDS = {
         **TEXT,
     },
     "timm-vit": {"image.model": "test_vit", "image.size": 160, **TEXT},
+    "timm-convnext": {"image.model": "test_convnext", "image.size": 64, **TEXT},
     "timm-vit-32": {"image.model": "test_vit", "image.size": 32, **TEXT},
     "conv": {"image.model": "declip_conv_tiny", "image.size": 32, **TEXT},
 }  # fmt: skip

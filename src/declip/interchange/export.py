@@ -30,7 +30,7 @@ from declip.io.atomic import atomic_write
 from declip.io.text import listed, one_line, percent, times
 from declip.models.dual_encoder import DualEncoder, has_text
 from declip.recipe.schema import Recipe
-from declip.runs.checkpoint import STATE, list_checkpoints, step_of
+from declip.runs.checkpoint import STATE, list_checkpoints
 from declip.runs.folder import read_run
 from declip.supervision.objective import without_run_state
 
@@ -182,11 +182,10 @@ def without_folders(given: str) -> str:
     return prefix + (Path(path).name or path)
 
 
-def trace(where: str | Path | DualEncoder | Traced, model: DualEncoder | None = None) -> Traced:
+def trace(where: str | Path | DualEncoder | Traced) -> Traced:
     """Load a model on the CPU, with the origin that its folder records; a loaded model keeps its device.
 
-    Heads that came with foreign weights are kept; those of a run stay in its checkpoints. `model` is that of a run with
-    one checkpoint, if it is in memory.
+    Heads that came with foreign weights are kept; those of a run stay in its checkpoints.
     """
     if isinstance(where, Traced):
         return where
@@ -200,18 +199,12 @@ def trace(where: str | Path | DualEncoder | Traced, model: DualEncoder | None = 
         origin = f"`{without_folders(str(where))}`"
         if weights.whole and weights.classes is not None:
             origin += ", with projections fitted to the names of its classifier's classes (arXiv 2605.22484)"
-        heads = without_run_state(weights.heads)
-        return Traced(weights.build().eval(), origin=origin, heads=heads)
+        return Traced(weights.build().eval(), origin=origin, heads=without_run_state(weights.heads))
     # A run: results and pairs are those of the exported step.
-    if model is None:
-        weights = read_checkpoint(path).check()
-        step, model = weights.step, weights.build().eval()
-    else:
-        step = step_of(list_checkpoints(path)[-1])
-    run = read_run(path.parent.parent if (path / STATE).is_file() else path)
-    rows = (row.result for row in run.evaluated if row.weights == step)
+    weights, run = read_checkpoint(path).check(), read_run(path.parent.parent if (path / STATE).is_file() else path)
+    rows = (row.result for row in run.evaluated if row.weights == weights.step)
     results = tuple({(result.dataset, result.task): result for result in rows}.values())
-    return Traced(model, step, run.examples.get("source", {}).get("pairs"), results)
+    return Traced(weights.build().eval(), weights.step, run.examples.get("source", {}).get("pairs"), results)
 
 
 def model_card(

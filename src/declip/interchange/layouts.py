@@ -245,6 +245,11 @@ def merges_key(vocabulary: int) -> int | None:
     return None if vocabulary == NO_MERGES + CLIP_MERGES else vocabulary - NO_MERGES
 
 
+def image_layout(state: Mapping[str, Any]) -> TensorLayout:
+    """Layout of CLIP's image tower: a ViT or a ResNet."""
+    return CLIP_VIT if CLASS_TOKEN in state else CLIP_RESNET
+
+
 def image_keys(state: Mapping[str, Tensor], heads: int = 0, activation: str = "quick_gelu") -> dict[str, Any]:
     """Recipe keys of CLIP's image tower, by the shapes of its tensors.
 

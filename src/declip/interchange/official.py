@@ -98,7 +98,7 @@ def weights_of(content: Any, origin: str) -> Weights:
 
 def layout_of(state: Mapping[str, Any]) -> layouts.TensorLayout:
     """Layout of a state dict: CLIP's ViT or ResNet, and the official text tower."""
-    return (layouts.CLIP_VIT if layouts.CLASS_TOKEN in state else layouts.CLIP_RESNET) + layouts.OFFICIAL_TEXT
+    return layouts.image_layout(state) + layouts.OFFICIAL_TEXT
 
 
 def token_order(vocabulary: int) -> Tensor:

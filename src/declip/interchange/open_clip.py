@@ -79,12 +79,11 @@ def _keys(opened: OpenClipModel, state: Mapping[str, Tensor]) -> Part:
     tower, block = model.visual, model.transformer.resblocks[0]
     activation = "quick_gelu" if opened.config.get("quick_gelu") else "gelu"
     if hasattr(tower, "trunk"):
-        image, image_layout = {"image.model": tower.trunk.default_cfg["architecture"]}, layouts.TIMM
-    elif hasattr(tower, "attnpool"):
-        image, image_layout = layouts.image_keys(state, tower.attnpool.num_heads), layouts.CLIP_RESNET
+        image, layout = {"image.model": tower.trunk.default_cfg["architecture"]}, layouts.TIMM
     else:
-        first = tower.transformer.resblocks[0]
-        image, image_layout = layouts.image_keys(state, first.attn.num_heads, activation), layouts.CLIP_VIT
+        attention = tower.attnpool if hasattr(tower, "attnpool") else tower.transformer.resblocks[0].attn
+        image = layouts.image_keys(state, attention.num_heads, activation)
+        layout = layouts.image_layout(state)
     bare = "text_projection" in state
     keys = {
         **image,
@@ -95,7 +94,7 @@ def _keys(opened: OpenClipModel, state: Mapping[str, Tensor]) -> Part:
         "image.std": list(prepared.std),
         "embed_dim": state["text_projection"].shape[1] if bare else len(state["text_projection.weight"]),
     }
-    return keys, image_layout + (layouts.CLIP_TEXT if bare else layouts.CLIP_TEXT_WITH_BIAS)
+    return keys, layout + (layouts.CLIP_TEXT if bare else layouts.CLIP_TEXT_WITH_BIAS)
 
 
 def _compared(weights: Weights, opened: OpenClipModel) -> Weights:

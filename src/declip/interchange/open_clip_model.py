@@ -185,13 +185,13 @@ def wrap_open_clip(opened: OpenClipModel, origin: str) -> Weights:
     # The configuration may be a stranger's: it is compared with the weights before memory is allocated for it.
     state = convert_to_custom_text_state_dict(opened.model.state_dict())
     check_layers(vars(stored), len(state), "The configuration")
-    with torch.device("meta"):
-        refuse_growth("The configuration", memory_of(*stored.build(size)), sum(t.nbytes for t in state.values()))
-    # Load the tensors into new modules, and name them as in declip
-    with torch.random.fork_rng(devices=[]):
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
         modules = stored.build(size)
+    refuse_growth("The configuration", memory_of(*modules), sum(t.nbytes for t in state.values()))
+    # Assign the tensors to the modules, which name them as in declip
     for prefix, module in zip(PREFIXES, modules, strict=True):
-        module.load_state_dict({n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)})
+        own = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
+        module.load_state_dict(own, assign=True)
     tokenizer = WrappedTokenizer(**stored.tokenizer)
     towers = {
         IMAGE: WrappedImageTower(modules[0], stored.kinds[0], config["embed_dim"]),
@@ -199,7 +199,9 @@ def wrap_open_clip(opened: OpenClipModel, origin: str) -> Weights:
     }
     tensors = {f"{start}{n}": t.detach() for start, tower in towers.items() for n, t in tower.state_dict().items()}
     tensors |= {n: state[n].squeeze() for n in ("logit_scale", "logit_bias") if n in state}
-    name = PREFIX + _short_name(opened.name)
+    parts = Path(opened.name.removeprefix(FOLDER)).parts
+    hub = (part.removeprefix("models--") for part in parts if part.startswith("models--"))  # in the Hub's cache
+    name = PREFIX + next(hub, parts[-1])
     keys = {
         **{"name": "from-open-clip", "embed_dim": config["embed_dim"], "image.model": name, "text.hf_model": name},
         **{"image.size": size, "image.mean": list(prepared.mean), "image.std": list(prepared.std)},
@@ -207,12 +209,6 @@ def wrap_open_clip(opened: OpenClipModel, origin: str) -> Weights:
         "logit_bias": float(tensors["logit_bias"]) if "logit_bias" in tensors else None,
     }
     return Weights(load_recipe("clip", keys), tensors, origin)
-
-
-def _short_name(name: str) -> str:
-    """The name of a model, folder or repository."""
-    parts = Path(name.removeprefix(FOLDER)).parts
-    return next((part.removeprefix("models--") for part in parts if part.startswith("models--")), parts[-1])
 
 
 def _tokenizer_arguments(tokenizer: Any, text: Mapping[str, Any]) -> dict[str, Any]:

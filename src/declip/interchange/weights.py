@@ -23,7 +23,7 @@ from declip.interchange.classes import Classes
 from declip.io.text import one_line, read_yaml
 from declip.models.dual_encoder import DualEncoder
 from declip.models.hf_encoder import TextEncoder
-from declip.models.layers import IMAGE, PROJECTIONS, TEXT, Adapters, adapted
+from declip.models.layers import IMAGE, PROJECTIONS, TEXT, adapted, add_adapters, merge_adapters
 from declip.models.wrapped import WrappedModel, encoder_kept_in
 from declip.recipe.load import flat
 from declip.recipe.schema import LogitScale, Recipe
@@ -117,7 +117,8 @@ class Weights:
         if self.published:
             heads = {name: tensor for name, tensor in self.tensors.items() if name.startswith(PROJECTIONS)}
             model.computed = (self.published, heads)
-        return adapters.merge() if adapters is not None else model
+        merge_adapters(adapters)
+        return model
 
     def as_start(self) -> "Weights":
         """Remove tensors that another run cannot use: the queue, and the projection of an image tower alone."""
@@ -165,14 +166,15 @@ class Weights:
             raise UserError(f"The weights of '{self.origin}' determine keys; leave them out: {', '.join(overruled)}.")
         return fitted
 
-    def _empty(self) -> tuple[DualEncoder, Adapters | None]:
+    def _empty(self) -> tuple[DualEncoder, list[Any]]:
+        """Build the model without its weights, and its adapters."""
         encoder = self.encoder
         if isinstance(encoder, TextEncoder):
             encoder = replace(encoder, filled_later=True)
         image = any(name.startswith(IMAGE) for name in self.tensors)
         model = empty(self.recipe, encoder, self.whole, image)
         lora, towers = self.recipe.finetune.lora, adapted(self.tensors)
-        return model, Adapters(model, lora, towers) if lora is not None and towers else None
+        return model, add_adapters(model, lora, towers) if lora is not None and towers else []
 
 
 class Uninitialized(TorchFunctionMode):

@@ -162,30 +162,24 @@ MARK = ".lora_"  # in the names of the adapters' tensors
 UNADAPTED = ("proj", "text_projection")  # the towers' last layers
 
 
-class Adapters:
-    """Low-rank adapters of the library peft (LoRA; Hu et al. 2022, arXiv 2106.09685) on towers of a model, in place.
+def add_adapters(model: DualEncoder, lora: LoRA, towers: Iterable[str]) -> list[Any]:
+    """Add low-rank adapters of the library peft (LoRA; Hu et al. 2022, arXiv 2106.09685) to towers of a model.
 
     Every linear layer and ungrouped convolution between stem and projection gets one, the text tower's fused attention
-    map too; no other parameter of these towers learns. At first they change nothing: B is 0.
+    map too; no other parameter of these towers learns. At first they change nothing: B is 0. Returns peft's tuners.
     """
+    stem = {name for name, depth in depths(model).items() if depth == 0}
+    return [_adapt(getattr(model, tower[:-1]), {name.removeprefix(tower) for name in stem}, lora) for tower in towers]
 
-    def __init__(self, model: DualEncoder, lora: LoRA, towers: Iterable[str] = (IMAGE, TEXT)) -> None:
-        self._model = model
-        # The stem is not adapted.
-        layers = depths(model)
-        self._tuners = []
-        for tower in towers:
-            stem = {n.removeprefix(tower) for n, depth in layers.items() if n.startswith(tower) and depth == 0}
-            self._tuners.append(_adapt(getattr(model, tower[:-1]), stem, lora))
 
-    def merge(self) -> DualEncoder:
-        """Add the adapters to the weights and remove them."""
-        for tuner in self._tuners:
-            for module in tuner.merge_and_unload().modules():
-                if isinstance(module, CausalSelfAttention) and module.in_proj is not None:  # see `_split_attention`
-                    layer, module.in_proj = module.in_proj, None
-                    module.in_proj_weight, module.in_proj_bias = nn.Parameter(layer.weight), nn.Parameter(layer.bias)
-        return self._model.requires_grad_(True)
+def merge_adapters(tuners: Iterable[Any]) -> None:
+    """Add adapters to the weights of their tower and remove them."""
+    for tuner in tuners:
+        tower = tuner.merge_and_unload().requires_grad_(True)
+        for module in tower.modules():
+            if isinstance(module, CausalSelfAttention) and module.in_proj is not None:  # see `_split_attention`
+                layer, module.in_proj = module.in_proj, None
+                module.in_proj_weight, module.in_proj_bias = nn.Parameter(layer.weight), nn.Parameter(layer.bias)
 
 
 def adapted(names: Iterable[str]) -> list[str]:

@@ -18,7 +18,7 @@ from declip.interchange.weights import Weights
 from declip.io.atomic import ELSEWHERE, atomic_write
 from declip.models.dual_encoder import DualEncoder
 from declip.models.hf_encoder import ENTRY
-from declip.models.layers import IMAGE, MARK, TEXT, Adapters, blocks, depths, freeze, keep_in_evaluation
+from declip.models.layers import IMAGE, MARK, TEXT, add_adapters, blocks, depths, freeze, keep_in_evaluation
 from declip.recipe.schema import FineTuning, LoRA, Recipe
 from declip.runs.checkpoint import prefixed
 from declip.runs.folder import KEPT
@@ -171,7 +171,7 @@ def _add_adapters(model: DualEncoder, tune: FineTuning, lora: LoRA, loaded: set[
     frozen = {IMAGE: tune.freeze_image_blocks, TEXT: tune.freeze_text_blocks}
     towers = [t for t in (IMAGE, TEXT) if frozen[t] != "all" and any(name.startswith(t) for name in loaded)]
     new = {name for name, _ in model.named_parameters()} - loaded
-    Adapters(model, lora, towers)
+    add_adapters(model, lora, towers)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(MARK in name or name in new or parameter.requires_grad)
     freeze(model, [name for name, parameter in model.named_parameters() if not parameter.requires_grad])
