@@ -14,8 +14,7 @@ from conftest import refuses, texture, write_rows, write_table
 from declip.data.pair import BrokenPair, Pair, PairSource
 from declip.data.prepare import read_exclusions
 from declip.data.sources.open import open_source
-from declip.inspection.result import Fraction
-from declip.inspection.scan import inspect_source
+from declip.inspection.scan import Fraction, inspect_source
 from declip.io.text import about, shown
 from declip.reports.inspection import page, sentences, summary
 
@@ -158,14 +157,12 @@ def test_resolution_against_the_training_size():
     assert not {"small_images", "large_images"} & set(rules(fits))
 
 
-def test_words_scripts_and_queue():
+def test_words_and_scripts():
     for caption, words in ((("cat", "tom", "kitty"), "views.text.second_view=caption"), (("cat",), "Add words")):
         assert words in advice(inspect_source(numbers([caption] * 4), workers=0), "one_word")
     found = inspect_source(numbers([("белая кошка",)] * 1 + [("a white cat",)] * 3), workers=0)
     assert rules(found)["other_script"] == 0.25
     assert found.captions.examples == {"not in Latin script": ["белая кошка"]}
-    thousands = inspect_source(numbers([(f"caption {n}",) for n in range(1453)]), 20, workers=0)
-    assert "queue_size=256" in advice(thousands, "queue")
 
 
 def test_wrong_options_are_refused(planted):

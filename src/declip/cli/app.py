@@ -9,11 +9,9 @@ import typer
 
 import declip
 from declip.cli.data import group as data
-from declip.cli.evaluate import compare, evaluate
-from declip.cli.images import choose, classify, explain
 from declip.cli.options import Model, Overrides, console, fail, file, say
-from declip.cli.search import embed, index, search, serve
-from declip.cli.train import finetune, train
+from declip.cli.search import choose, classify, embed, explain, index, search, serve
+from declip.cli.train import compare, evaluate, finetune, train
 from declip.errors import UserError
 
 recipes = typer.Typer(help="List the shipped recipes, or show one with all its keys.")

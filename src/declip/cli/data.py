@@ -92,8 +92,7 @@ def inspect(
     quiet: opt.Quiet = False,
 ) -> None:
     """Inspect pairs before training: sizes, lengths, duplicates, broken pairs, and suggested settings."""
-    from declip.inspection.result import Inspection
-    from declip.inspection.scan import inspect_source
+    from declip.inspection.scan import Inspection, inspect_source
     from declip.reports.inspection import exclusions, page, summary
 
     check_writable((json_out, html_out, exclude))

@@ -3,7 +3,7 @@
 import os
 import re
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from functools import wraps
 from inspect import Parameter, Signature, signature
 from pathlib import Path
@@ -159,9 +159,3 @@ def check_source(source: str, option: str) -> None:
         raise UserError(
             f"'{source}' does not exist ({option}). Give a table, a folder of images, tar shards, or builtin:emoji."
         )
-
-
-def check_shots(shots: list[int] | None, tasks: Collection[str]) -> None:
-    """Refuse `--shots` without the task few-shot."""
-    if shots and "few-shot" not in tasks:
-        raise UserError(f"--shots requires --task few-shot, but --task is {' '.join(tasks)}. Remove it.")

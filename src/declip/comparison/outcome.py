@@ -2,12 +2,12 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain, product
 from math import exp, log, nan, sqrt
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from scipy.special import stdtrit
@@ -165,13 +165,6 @@ def curve_of(rows: Mapping[int, Mapping[int, float]]) -> EfficiencyCurve:
     )
 
 
-class ComparedFactor(NamedTuple):
-    """The factor of a variant over the baseline; None before both were measured."""
-
-    variant: str
-    factor: Factor | None
-
-
 Curves = Mapping[str, EfficiencyCurve]  # curves of one measure, by variant
 
 
@@ -212,10 +205,6 @@ class Outcome:
             found.setdefault(measure, {})[variant] = curve_of(values)
         return found
 
-    def to_dict(self) -> dict[str, Any]:
-        """Convert to a JSON-ready tree: the study, the finished runs and the failures."""
-        return {"study": asdict(self.study), "runs": list(self.rows.values()), "failures": dict(self.failures)}
-
 
 def by_measure(rows: Iterable[Mapping[str, Any]]) -> dict[str, Result]:
     """The result of each dataset and task, by the name of what is compared: top-1, or R@1 in both directions."""
@@ -224,13 +213,10 @@ def by_measure(rows: Iterable[Mapping[str, Any]]) -> dict[str, Result]:
     return {f"{result.dataset}: {kind.get(result.task, '')}{result.headline.name}": result for result in results}
 
 
-def compared_factors(study: Study, curves: Curves) -> list[ComparedFactor]:
-    """The factor of each variant over the baseline."""
-    baseline, names = curves[study.baseline], [name for name in study.names if name != study.baseline]
-    return [
-        ComparedFactor(name, factor(curves[name], baseline) if curves[name].pairs and baseline.pairs else None)
-        for name in names
-    ]
+def compared_factors(study: Study, curves: Curves) -> dict[str, Factor | None]:
+    """The factor of each other variant over the baseline, by name; None before both were measured."""
+    baseline, others = curves[study.baseline], [name for name in study.names if name != study.baseline]
+    return {name: factor(curves[name], baseline) if curves[name].pairs and baseline.pairs else None for name in others}
 
 
 def near_chance(curve: EfficiencyCurve, facts: Measure) -> list[int]:
@@ -239,19 +225,15 @@ def near_chance(curve: EfficiencyCurve, facts: Measure) -> list[int]:
     return [pairs for pairs, mean in zip(curve.pairs, curve.means, strict=True) if mean <= limit]
 
 
-def read_outcome(folder: str | Path) -> Outcome:
+def read_outcome(folder: Path) -> Outcome:
     """Read the finished trials of a comparison; raises `UserError` if the folder has no comparison."""
-    folder = Path(folder)
     # Every trial has its own files, so that processes may still be writing others.
     study = read_study(folder)
     if study is None:
         raise UserError(f"'{folder}' has no comparison. Run one with `declip compare RECIPE… --out {folder}`.")
-    written = {
-        name: {
-            trial.id: path.read_text(encoding="utf-8")
-            for trial in study.trials()
-            if (path := folder_of(folder, trial) / name).is_file()
-        }
-        for name in (RESULT, FAILURE)
-    }
-    return Outcome(study, {id: json.loads(text) for id, text in written[RESULT].items()}, written[FAILURE])
+
+    def written(name: str) -> dict[str, str]:
+        paths = {trial.id: folder_of(folder, trial) / name for trial in study.trials()}
+        return {id: path.read_text(encoding="utf-8") for id, path in paths.items() if path.is_file()}
+
+    return Outcome(study, {id: json.loads(text) for id, text in written(RESULT).items()}, written(FAILURE))

@@ -78,7 +78,8 @@ def run(study: Study, out: str | Path, jobs: int | None = None, quiet: bool = Fa
             work(study, folder, left, lambda: bar.advance(task))
     # --- the results of all processes
     outcome = read_outcome(folder)
-    write_text(folder / RESULTS, json.dumps(outcome.to_dict(), indent=1))
+    tree = {"study": asdict(outcome.study), "runs": [*outcome.rows.values()], "failures": outcome.failures}
+    write_text(folder / RESULTS, json.dumps(tree, indent=1))
     return outcome
 
 

@@ -1,7 +1,6 @@
 """A comparison as a value: recipes, numbers of pairs, seeds, the budget, and the trials that follow from them."""
 
 import re
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -84,7 +83,6 @@ class Study:
     tasks: tuple[str, ...]
     shots: tuple[int, ...] = (4,)  # of few-shot
     budget: str = "samples"
-    commands: tuple[tuple[str, ...], ...] = ()  # words of every command that created or extended this study
 
     @classmethod
     def of(
@@ -116,7 +114,7 @@ class Study:
                 "declip compare clip declip --pairs 1k,4k."
             )
         variants = tuple(Variant.of(recipe, dict(overrides or {})) for recipe in recipes)
-        first, program = variants[0].resolve().evaluation, Path(sys.argv[0]).name
+        first = variants[0].resolve().evaluation
         return cls(
             variants=variants,
             pairs=tuple(sorted(set(pairs))),
@@ -125,7 +123,6 @@ class Study:
             tasks=tuple(tasks),
             shots=tuple(sorted(set(shots))),
             budget=budget,
-            commands=(("declip" if program == "__main__.py" else program, *sys.argv[1:]),),
         )
 
     @property
@@ -230,7 +227,6 @@ def extended(study: Study, folder: Path) -> Study:
         variants=tuple(variants.values()),
         pairs=tuple(sorted({*earlier.pairs, *study.pairs})),
         seeds=tuple(sorted({*earlier.seeds, *study.seeds})),
-        commands=tuple(dict.fromkeys((*earlier.commands, *study.commands))),
     )
 
 

@@ -1,8 +1,7 @@
 """The page of a comparison and its terminal output."""
 
 import json
-import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -11,14 +10,7 @@ import numpy as np
 from rich.console import Group
 from rich.text import Text
 
-from declip.comparison.outcome import (
-    ComparedFactor,
-    Curves,
-    EfficiencyCurve,
-    Outcome,
-    compared_factors,
-    near_chance,
-)
+from declip.comparison.outcome import Curves, EfficiencyCurve, Factor, Outcome, compared_factors, near_chance
 from declip.comparison.study import Study
 from declip.evaluation.results import Result
 from declip.io.atomic import write_text
@@ -47,18 +39,15 @@ def context(outcome: Outcome) -> dict[str, Any]:
     # The first measure is the headline: factors are computed for it alone.
     study, curves, facts = outcome.study, outcome.curves(), outcome.facts
     headline = next(iter(facts), "")
-    factors = compared_factors(study, curves[headline]) if headline else []
+    factors = compared_factors(study, curves[headline]) if headline else {}
     return {
         "study": study,
         "outcome": outcome,
-        "rows": list(outcome.rows.values()),
         "trials": len(study.trials()),
         "facts": facts,
         "headline": headline,
         "factors": factors,
         "near_chance": near_chance(curves[headline][study.baseline], facts[headline].headline) if headline else [],
-        "equal_samples": len({variant.samples for variant in study.variants}) == 1,
-        "commands": [shlex.join(words) for words in study.commands],
         "variants_table": variants_table(study),
         "measures_table": measures_table(facts),
         "failures_table": failures_table(outcome.failures),
@@ -107,10 +96,10 @@ def _score(curve: EfficiencyCurve, pairs: int) -> str:
     return f"{value}{interval} ({len(curve.values[at])})"
 
 
-def factors_table(factors: Sequence[ComparedFactor], study: Study) -> Table:
+def factors_table(factors: Mapping[str, Factor | None], study: Study) -> Table:
     """Factors by variant: their mean, and at each of the baseline's numbers of pairs."""
     rows = []
-    for name, factor in factors:
+    for name, factor in factors.items():
         cells, interval = dict.fromkeys(study.pairs, NONE), NONE
         for at in factor.at if factor else ():
             outside = "exceeded" if at.outside == "below" else "not reached"

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from declip.data.images.thumbnails import thumbnail
 from declip.data.prepare import write_exclusions
-from declip.inspection.result import Finding, Fraction, Inspection, Spread
+from declip.inspection.scan import Finding, Fraction, Inspection, Spread
 from declip.io.text import about, percent, shown
 from declip.reports.page import Table, environment, render, rich_table
 
