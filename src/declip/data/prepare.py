@@ -110,9 +110,8 @@ def shard_source(
     opened = open_source(source, columns)
     name = absolute(source) if isinstance(source, str | Path) else opened.name
     # Shards hold no splits: a test pair among them would be trained on.
-    excluded = {
-        place: f"split {name}" for name, at in opened.splits().items() if name != "train" for place in at.tolist()
-    }
+    held_out = ((name, places) for name, places in opened.splits().items() if name != "train")
+    excluded = {place: f"split {name}" for name, places in held_out for place in places.tolist()}
     excluded |= {} if exclude is None else read_exclusions(exclude, opened)
     # --- what the shards depend on, and which exist
     made_of = {"layout": LAYOUT, "source": name, "size": size, "shard_pairs": shard_pairs, "pairs": len(opened)}

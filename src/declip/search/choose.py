@@ -15,6 +15,7 @@ from declip.data.columns import DEFAULT, Columns
 from declip.data.images.decode import EXTENSIONS
 from declip.data.pair import PairSource, SkipCounter
 from declip.data.sources.python_items import Items
+from declip.data.sources.shard_files import relative
 from declip.errors import UserError, check_range
 from declip.evaluation.encode import Encoder
 from declip.io.atomic import csv_path, csv_table
@@ -123,16 +124,14 @@ def choose_from(index: Index, count: int, known: Tensor, seed: int = 0) -> Chose
 
 
 def image_cell(index: Index, id: int, folder: Path) -> str:
-    """The path of an image as a table in `folder` names it: relative where both are below the working directory."""
+    """The path of an image as a table in `folder` names it: relative below the folder or the working directory."""
     path = index.row(id).origin.path
     if not path.lower().endswith(EXTENSIONS):
         raise UserError(
             f"The images of '{index.info.source.name}' have no files that a table could name. Give a folder of images, "
             "or call declip.choose without `out`, which returns their keys."
         )
-    project, place = os.getcwd(), str(folder.resolve())
-    if all(os.path.isabs(one) and os.path.commonpath([one, project]) == project for one in (path, place)):
-        path = os.path.relpath(path, place)
+    path = relative(path, folder).removeprefix(f"{folder.resolve()}{os.sep}")
     return os.path.join(os.curdir, path) if FORMULA.match(path) or path.startswith("~") else path
 
 

@@ -42,10 +42,8 @@ class Clipart(BuiltinSet):
         return Selection(table, "title")
 
     def choose(self, packages: Packages) -> list[Row]:
-        rows = read_rows("clipart")
-        return [
-            row | {"category": row["key"].split("/")[0].replace("_", " "), "captions": [row["title"]]} for row in rows
-        ]
+        rows = ((row, row["key"].partition("/")[0].replace("_", " ")) for row in read_rows("clipart"))
+        return [row | {"category": category, "captions": [row["title"]]} for row, category in rows]
 
     def pixels(self, row: Row, packages: Packages) -> np.ndarray | None:
         path = packages[self.packages.name].folder / row["key"]

@@ -32,6 +32,7 @@ PEEKED_ROWS = 100  # rows of a JSONL file read to learn its columns, since no he
 
 # Splits that begin the names of Parquet files, as the Hub has them: `train-00000-of-00002.parquet`.
 SPLIT = re.compile("(train|val|dev|test)(?![a-z])|validation", re.IGNORECASE)
+Row = dict[str, Any]  # cells by column
 NOT_UTF8 = "not UTF-8; if the file is Latin-1, convert it: iconv -f latin1 -t utf-8"
 
 
@@ -102,9 +103,7 @@ class ParquetRows(TableRows):
         file, most = pq.ParquetFile(path), max(MOST_GROWTH * path.stat().st_size, MOST_IN_PARQUET)
         types = {field.name: field.type for field in file.schema_arrow}
         if other := [field.name for field in schema if types.get(field.name) != field.type]:
-            raise UserError(
-                f"'{path}' has no column '{other[0]}' of the type in '{self.files[0]}'. Name it separately."
-            )
+            raise UserError(f"'{path}' has no column '{other[0]}' of the type in '{self.files[0]}'. Name it apart.")
         size = rows = 0
         for batch in file.iter_batches(ROWS_AT_ONCE, columns=schema.names):
             size, rows = size + batch.nbytes, rows + len(batch)
@@ -126,7 +125,7 @@ class TextRows(TableRows):
                 raise UserError(f"The table '{path}' is UTF-16. Save it as UTF-8.")
 
     @abstractmethod
-    def record(self, line: str, following: Iterator[str], number: int) -> dict[str, Any]:
+    def record(self, line: str, following: Iterator[str], number: int) -> Row:
         """The cells by column of the row that starts with a line; raises ValueError or RecursionError."""
 
     def lines(self) -> Iterator[tuple[int, str]]:
@@ -140,7 +139,7 @@ class TextRows(TableRows):
                     return
                 yield number, line
 
-    def records(self) -> Iterator[tuple[int, dict[str, Any] | BrokenPair]]:
+    def records(self) -> Iterator[tuple[int, Row | BrokenPair]]:
         """The number of the first line of each row, and its cells or what is wrong with it."""
         lines = self.lines()
         following = (line for _, line in lines)
@@ -172,18 +171,15 @@ class TextRows(TableRows):
         return schema, batches()
 
 
-def _stored(
-    line: int, cells: dict[str, Any] | BrokenPair, wanted: Sequence[str], captions: str | None
-) -> tuple[Any, ...]:
+def _stored(line: int, cells: Row | BrokenPair, wanted: Sequence[str], captions: str | None) -> tuple[Any, ...]:
     """The wanted cells, the line's number, and no fault; or no cells and a fault."""
     kept: list[Any] = []
     try:
         if isinstance(cells, BrokenPair):
             raise cells
         for name in wanted:
-            texts = (
-                as_texts(cells.get(name), "unreadable row", "") if name == captions else [cell_name(cells.get(name))]
-            )
+            cell = cells.get(name)
+            texts = as_texts(cell, "unreadable row", "") if name == captions else [cell_name(cell)]
             if not all(map(is_unicode, filter(None, texts))):
                 raise BrokenPair("invalid text", "", NOT_UTF8)
             kept.append(texts if name == captions else texts[0])
@@ -201,11 +197,9 @@ class JsonRows(TextRows):
         faults = [cells for cells in rows if isinstance(cells, BrokenPair)]
         self.columns = list(dict.fromkeys(name for cells in rows if isinstance(cells, dict) for name in cells))
         if faults and (not self.columns or next(self.lines())[1].lstrip().startswith("[")):
-            raise UserError(
-                f"'{path}' is not JSONL: {faults[0]}. Convert an array: jq -c '.[]' {path.name} > rows.jsonl"
-            )
+            raise UserError(f"'{path}' is not JSONL: {faults[0]}. Convert an array: jq -c '.[]' {path.name} > a.jsonl")
 
-    def record(self, line: str, following: Iterator[str], number: int) -> dict[str, Any]:
+    def record(self, line: str, following: Iterator[str], number: int) -> Row:
         cells = json.loads(line)
         if not isinstance(cells, dict):
             raise ValueError("not a JSON object")
@@ -231,10 +225,10 @@ class DelimitedRows(TextRows):
             self.delimiter = next((sign for sign in ";\t" if sign in header), ",")
         self.columns = self._cells(header, (line for _, line in lines), number)
 
-    def records(self) -> Iterator[tuple[int, dict[str, Any] | BrokenPair]]:
+    def records(self) -> Iterator[tuple[int, Row | BrokenPair]]:
         return islice(super().records(), 1, None)
 
-    def record(self, line: str, following: Iterator[str], number: int) -> dict[str, Any]:
+    def record(self, line: str, following: Iterator[str], number: int) -> Row:
         cells = self._cells(line, following, number)
         if len(cells) != len(self.columns):
             raise ValueError(f"{len(cells)} cells instead of {len(self.columns)}")

@@ -165,10 +165,8 @@ def make_index(file: OpenFile, name: str) -> pa.RecordBatch:
                 rows.append(latest[key])
             latest[key][part] = (at, size)
     except (tarfile.TarError, OSError) as error:
-        read = (
-            f"The shard '{name}' is not a tar archive that can be read beyond its first {len(rows):,} pairs: {error}."
-        )
-        raise UserError(f"{read} Fetch or write it again, or remove it; decompress a compressed one.") from error
+        end = f"The shard '{name}' cannot be read as a tar archive beyond its first {len(rows):,} pairs: {error}."
+        raise UserError(f"{end} Fetch or write it again, or remove it; decompress a compressed one.") from error
     return pa.RecordBatch.from_pylist(rows, SCHEMA)
 
 

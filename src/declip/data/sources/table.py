@@ -58,9 +58,8 @@ class TableSource(EntrySource):
         self._sides = [lower[side] for side in SIDES] if lower.keys() >= set(SIDES) else []
         self.boxed = bool(self._sides) and self._caption != image
         # --- the columns, the image first, and the rows of each pair
-        self._columns = list(
-            dict.fromkeys(filter(None, (image, self._caption, self.group_column, self._split, *self._sides)))
-        )
+        wanted = (image, self._caption, self.group_column, self._split, *self._sides)
+        self._columns = list(dict.fromkeys(filter(None, wanted)))
         captions = None if self._caption == image else self._caption
         schema, batches = self.file.read(self._columns, captions)
         self.table = self._held("cells", [self._columns, captions], schema, batches)
@@ -82,10 +81,8 @@ class TableSource(EntrySource):
         rows = self._pairs[index].as_py()
         key, *_ = map(self._place, rows)
         image = self.table.column(0)[rows[0]]
-        if not is_bytes(image.type):
-            path = decoded(image, key)
-            key = path if path and isinstance(path, str) else key
-        return key, rows
+        path = None if is_bytes(image.type) else decoded(image, key)
+        return path if path and isinstance(path, str) else key, rows
 
     def cells(self, key: str, rows: list[int], column: str) -> list[Any]:
         """The cells that a pair's rows have in a column; raises `BrokenPair`."""
@@ -104,14 +101,13 @@ class TableSource(EntrySource):
         key, rows = self.entry(index)
         cells = self.cells(key, rows, self._caption)
         texts = [clean_captions(as_texts(cell, "unreadable row", key), key)[0] for cell in cells]
-        sides = [self.cells(key, rows, side) for side in self._sides]
         try:
-            boxes = [(float(a), float(b), float(c), float(d)) for a, b, c, d in zip(*sides, strict=True)]
+            boxes = np.array([self.cells(key, rows, side) for side in self._sides], np.float64).T  # (rows, 4)
             if not np.isfinite(boxes).all():
                 raise ValueError("a side is not a finite number")
         except (TypeError, ValueError) as error:
             raise BrokenPair("unreadable box", key, one_line(error)) from error
-        return list(zip(texts, boxes, strict=True))
+        return [(text, tuple(box)) for text, box in zip(texts, boxes.tolist(), strict=True)]
 
     def splits(self) -> dict[str, np.ndarray]:
         """Places of the pairs of each split. A pair with rows in several is in the last: test before train."""
@@ -120,8 +116,7 @@ class TableSource(EntrySource):
         cells: Any = self.table.column(self._columns.index(self._split))
         if isinstance(self.file, ParquetRows):
             cells = pa.array(map(cell_name, cells.to_pylist()), pa.string())
-        numbers = split_numbers(cells, f"Column '{self._split}' of '{self.name}'")
-        if numbers is not None:
+        if (numbers := split_numbers(cells, f"Column '{self._split}' of '{self.name}'")) is not None:
             rows, starts = self._pairs.flatten().to_numpy(), self._pairs.offsets.to_numpy()
             # (rows,) -> (pairs,)
             numbers = np.maximum.reduceat(numbers[rows], starts[:-1])
@@ -171,9 +166,7 @@ def open_rows(path: str | Path) -> TableRows:
     if path.is_dir() or (not path.exists() and names_shards(str(path))):
         return ParquetRows(path)
     if not path.is_file() or path.suffix.lower() not in KINDS:
-        raise UserError(
-            f"'{path.name}' is not a table of {', '.join(TABLE_KINDS)}. Save it as CSV (UTF-8), for example."
-        )
+        raise UserError(f"'{path.name}' is not a table of {', '.join(TABLE_KINDS)}. Save it as CSV in UTF-8.")
     return KINDS[path.suffix.lower()](path)
 
 
