@@ -114,10 +114,9 @@ BY_RANKS = {
     "every loss": (list(CASES), "layer norm", (5, 3), {}),
     "four ranks": (["defilip", CAPTIONS], "layer norm", (2, 2, 2, 2), {}),
     "batch norm": (["declip", CAPTIONS], "batch norm", (5, 3), {}),
-    "sharded": (["slip", "declip"], "layer norm", (5, 3), {"strategy": "fsdp"}),
-    "sharded, channels last": (["declip"], "batch norm", (5, 3), {"strategy": "fsdp", "channels_last": True}),
-    "sharded, activations computed twice": (
-        ["declip"], "batch norm", (4, 4), {"strategy": "fsdp", "grad_checkpointing": True},
+    "sharded": (["slip"], "layer norm", (5, 3), {"strategy": "fsdp"}),
+    "sharded, channels last, activations computed twice": (
+        ["declip"], "batch norm", (4, 4), {"strategy": "fsdp", "channels_last": True, "grad_checkpointing": True},
     ),
     "chunks": (["declip", "filip"], "layer norm", (5, 3), {"grad_cache_chunk": 2}),
     "Muon, sharded": (["declip"], "layer norm", (5, 3), {"optimizer": "muon", "strategy": "fsdp"}),
