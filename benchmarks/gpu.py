@@ -37,7 +37,6 @@ from declip.io.atomic import atomic_write
 from declip.recipe.load import load_recipe
 from declip.runs.checkpoint import list_checkpoints, load_checkpoint
 from declip.training.assemble import assemble
-from declip.training.step import training_step
 from declip.training.trainer import Trainer
 from gpu_steps import Bench, open_clips_side, our_side
 from pairs import InMemory, Shapes, build, texts_of
@@ -106,7 +105,7 @@ def views(bench: Bench) -> Rows:
     batch, threads = next(built.loader), torch.get_num_threads()
     finish = {
         device: partial(
-            apply_photometric, batch.to(device).views, built.step.mean.to(device), built.step.std.to(device)
+            apply_photometric, batch.to(device).views, built.learner.mean.to(device), built.learner.std.to(device)
         )
         for device in (bench.device, torch.device("cpu"))
     }
@@ -172,10 +171,10 @@ def resume(bench: Bench) -> Rows:
                 load_recipe("demo-declip", keys), InMemory(texts_of(Shapes(), "joined", 256), 64), bench.device
             )
             batch = next(built.loader).to(bench.device)
-            slow = bench.seconds(lambda: training_step(built.step, batch))
+            slow = bench.seconds(lambda: built.step(batch))
         finally:
             torch.use_deterministic_algorithms(False)
-        fast = bench.seconds(lambda: training_step(built.step, batch))
+        fast = bench.seconds(lambda: built.step(batch))
     return [*rows, {"what": "time of deterministic mode", "value": round(slow / fast, 3)}]
 
 
@@ -231,12 +230,12 @@ def waits(bench: Bench) -> Rows:
     source = InMemory(texts_of(Shapes(), "joined", 256), 32)
     built = build(load_recipe("demo-declip", {"train.precision": bench.precision}), source, bench.device)
     batch = next(built.loader).to(bench.device)
-    training_step(built.step, batch)  # creates the optimizer state
+    built.step(batch)  # creates the optimizer state
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            training_step(built.step, batch)
+            built.step(batch)
         finally:
             torch.cuda.set_sync_debug_mode("default")
     places = sorted({f"{Path(found.filename).name}:{found.lineno}" for found in caught})

@@ -18,7 +18,6 @@ from declip.data.images.views import apply_photometric
 from declip.models.device import pick_device
 from declip.recipe.schema import Recipe
 from declip.training.assemble import plan_of
-from declip.training.step import training_step
 from pairs import InMemory, build
 from peers import Shape, open_clip_side
 from step import batch_of
@@ -135,8 +134,8 @@ def our_side(bench: Bench, recipe: Recipe, source: InMemory) -> Run:
 
     def run(count: int) -> Callable[[], object]:
         batch = tiled(host, count).to(bench.device)
-        training_step(built.step, batch)
-        return lambda: training_step(built.step, batch)
+        built.step(batch)
+        return lambda: built.step(batch)
 
     return run
 

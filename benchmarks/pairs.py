@@ -1,6 +1,7 @@
 """Pairs for the benchmarks: emoji, or drawn shapes, and longer texts; and the parts of a training step on them."""
 
 from collections.abc import Sequence
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,10 +14,10 @@ from declip.errors import UserError
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schema import Recipe
 from declip.supervision.objective import Objective
-from declip.training.assemble import build_loader, plan_of
+from declip.training.assemble import build_loader
 from declip.training.optimizer import build_optimizer, named_trainable
 from declip.training.parallel import build_learner
-from declip.training.step import StepParts
+from declip.training.step import training_step
 
 COLORS = ("red", "green", "blue", "orange", "purple", "black", "brown", "pink")
 SHAPES = ("circle", "square", "ring", "frame")
@@ -97,7 +98,9 @@ def build(recipe: Recipe, source: PairSource, device: torch.device | str = "cpu"
     if "nearest_neighbor" in objective.terms:
         queue = objective.terms["nearest_neighbor"].queue
         queue.push(torch.randn(queue.size, recipe.embed_dim, device=device))
-    learner, plan, train = build_learner(recipe, model, objective).train(), plan_of(recipe), recipe.train
-    optimizer = build_optimizer(named_trainable(model, objective), train)
-    step = StepParts(learner, optimizer, plan, train)
-    return SimpleNamespace(model=model, objective=objective, step=step, loader=build_loader(recipe, source, model))
+    learner = build_learner(recipe, model, objective).train()
+    optimizer = build_optimizer(named_trainable(model, objective), recipe.train)
+    step, loader = partial(training_step, learner, optimizer), build_loader(recipe, source, model)
+    return SimpleNamespace(
+        model=model, objective=objective, learner=learner, optimizer=optimizer, step=step, loader=loader
+    )

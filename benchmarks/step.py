@@ -32,7 +32,6 @@ from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe
 from declip.training.assemble import build_loader
 from declip.training.optimizer import build_optimizer, named_trainable
-from declip.training.step import training_step
 from declip.training.trainer import keep_freed_memory
 from pairs import CAPTIONS, InMemory, build, open_pairs, texts_of
 from peers import LEARNING_RATE, Shape, Side, count, open_clip_side
@@ -143,8 +142,8 @@ def our_side(arm: str, setting: Setting) -> Side:
     }
     with_muon = recipe.train.model_copy(update={"optimizer": "muon"})
     muon = build_optimizer(named_trainable(built.model, built.objective), with_muon)
-    parts = {"": lambda: training_step(built.step, batch), ": optimizer": built.step.optimizer.step}
-    parts[": views"] = lambda: apply_photometric(batch.views, built.step.mean, built.step.std)
+    parts = {"": lambda: built.step(batch), ": optimizer": built.optimizer.step}
+    parts[": views"] = lambda: apply_photometric(batch.views, built.learner.mean, built.learner.std)
     if arm == "clip":
         parts[": muon"] = muon.step
     return Side(parts, parameters, batch.texts.shape[-1])

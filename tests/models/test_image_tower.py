@@ -17,9 +17,8 @@ from declip.models.text_tower import TextTower
 from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe, TextTowerConfig
 from declip.supervision.objective import Objective
-from declip.training.assemble import plan_of
 from declip.training.parallel import build_learner
-from declip.training.step import StepParts, training_step
+from declip.training.step import training_step
 
 
 @pytest.mark.parametrize("name", ["declip_conv_tiny", "declip_vit_tiny", "resnet50_clip"])
@@ -160,7 +159,7 @@ def test_a_tower_is_timms_and_learns_from_every_term(name):
     learner = build_learner(recipe, model.train(), objective.train())
     before = {name: weight.clone() for name, weight in tower.trunk.named_parameters()}
     optimizer = torch.optim.SGD(learner.parameters(), lr=1.0)
-    found = training_step(StepParts(learner, optimizer, plan_of(recipe), recipe.train), batch)
+    found = training_step(learner, optimizer, batch)
     assert set(found) == {*terms, "loss", "grad_norm"}
     assert all(torch.isfinite(value) for value in found.values())
     assert [name for name, weight in learner.named_parameters() if weight.grad is None] == []

@@ -21,7 +21,7 @@ from declip.training.assemble import plan_of
 from declip.training.distributed import StepSync
 from declip.training.optimizer import build_optimizer, named_trainable
 from declip.training.parallel import build_learner, full_tensor
-from declip.training.step import StepParts, training_step
+from declip.training.step import training_step
 
 BATCH, LENGTH = 8, 16
 CAPTIONS = "one image, two captions"
@@ -34,6 +34,8 @@ CASES = {
     SOFT: {"contrastive": 0.4, "multi_view": 0.3, "nearest_neighbor": 0.3},
 }
 SECTIONS = {SOFT: {"contrastive": {"label_smoothing": 0.1}}}
+AS_THEY_ARE = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+EXACT = {**TINY["train"], "grad_clip_norm": 1.0, "precision": "fp32"}
 OPTIONS = {"layer norm": {"patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2}}
 TOWERS = {"layer norm": "declip_vit_tiny", "batch norm": "declip_conv_tiny"}
 
@@ -61,9 +63,9 @@ def cropped(batch):
 
 def two_steps(name, tower, counts, **train):
     """What two steps give: mean losses, every gradient of the second, every weight, running statistic and queue row."""
-    image = {"model": TOWERS[tower], "size": 32, "model_kwargs": OPTIONS.get(tower, {})}
+    image = {"model": TOWERS[tower], "size": 32, "model_kwargs": OPTIONS.get(tower, {}), **AS_THEY_ARE}
     tree = {**TINY, "loss_weights": {**WEIGHTS, **CASES}[name], "image": image, **SECTIONS.get(name, {})}
-    tree |= {"views": {"image_second": name != CAPTIONS}, "train": {**TINY["train"], **train}}
+    tree |= {"views": {"image_second": name != CAPTIONS}, "train": {**EXACT, **train}}
     recipe = Recipe.model_validate(tree)
     torch.manual_seed(0)
     model = DualEncoder.from_recipe(recipe).double()
@@ -71,15 +73,13 @@ def two_steps(name, tower, counts, **train):
     objective.prepare(Noise(8), model)
     objective.double()
     learner = build_learner(recipe, model, objective)
-    section = recipe.train.model_copy(update={"grad_clip_norm": 1.0, "precision": "fp32"})
-    plain = replace(plan_of(recipe), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
     named = named_trainable(model, objective)
-    parts = StepParts(learner, build_optimizer(named, section), plain, section)
+    optimizer = build_optimizer(named, recipe.train)
     model.train(), objective.train()
     sync, found = StepSync(counts, stop=False), {}
     for step in range(2):
         part = random_batch(recipe, step).rows(sync.offset, sync.offset + counts[distributed.rank()])
-        for name_, value in training_step(parts, cropped(part), sync).items():
+        for name_, value in training_step(learner, optimizer, cropped(part), sync).items():
             found[f"{name_} at {step}"] = distributed.average(value.clone())
     assert all(parameter.grad is not None for _, parameter in named) or name == "filip"
     found |= {f"gradient of {n}": full_tensor(p.grad).clone() for n, p in named if p.grad is not None}

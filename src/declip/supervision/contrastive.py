@@ -45,18 +45,6 @@ def scaled_similarity(rows: Tensor, keys: Tensor, scale: Tensor | float) -> Tens
         return (scale * to_float32(rows)) @ to_float32(keys).mT
 
 
-def smoothed_cross_entropy(logits: Tensor, positives: Tensor, smoothing: float) -> Tensor:
-    """Sum over rows of the cross-entropy with label smoothing (arXiv 1512.00567, section 7).
-
-    Equals the plain loop, y = positives[b], of N keys
-        q[n] = (1 - ε)·[n = y] + ε / N
-        sum over b of  -Σₙ q[n]·log softmax(logits[b])[n]
-    """
-    positive = positives[:, None] == torch.arange(logits.shape[1], device=logits.device)
-    targets = torch.lerp(positive.to(logits.dtype), torch.full_like(logits, 1 / logits.shape[1]), smoothing)
-    return -(targets * logits.log_softmax(dim=1)).sum()
-
-
 def cross_entropy_to_keys(
     rows: Tensor,
     keys: Tensor,
@@ -69,16 +57,18 @@ def cross_entropy_to_keys(
 
     Equals the plain loop
         mean over b of  log Σₙ exp(s·rows[b]·keys[n]) - s·rows[b]·keys[offset + b]
-    of L2-normalized rows (B, d) of this rank and keys (N, d) of all ranks, in rank order. The scale s is the inverse
-    temperature exp(logit_scale); see `mean_in_blocks` for `max_logit_bytes`, `smoothed_cross_entropy` for `smoothing`.
+    of L2-normalized rows (B, d) of this rank and keys (N, d) of all ranks, in rank order; with a label smoothing of ε
+        mean over b of  log Σₙ exp(s·rows[b]·keys[n]) - Σₙ ((1 - ε)·[n = offset + b] + ε / N)·s·rows[b]·keys[n]
+    The scale s is the inverse temperature exp(logit_scale); see `mean_in_blocks` for `max_logit_bytes`.
     """
     rows, keys = to_float32(rows), to_float32(keys)
 
     def loss(start: int, stop: int) -> Tensor:
         logits = scaled_similarity(rows[start:stop], keys, scale)
         positives = torch.arange(offset + start, offset + stop, device=rows.device)
-        if smoothing:
-            return smoothed_cross_entropy(logits, positives, smoothing)
+        if smoothing:  # targets (rows, N) in place of numbers of keys (arXiv 1512.00567, section 7)
+            positive = positives[:, None] == torch.arange(len(keys), device=rows.device)
+            positives = torch.lerp(positive.to(logits.dtype), torch.full_like(logits, 1 / len(keys)), smoothing)
         return F.cross_entropy(logits, positives, reduction="sum")
 
     return mean_in_blocks(loss, len(rows), len(keys) * keys.itemsize, max_logit_bytes)

@@ -20,7 +20,7 @@ from declip.training.assemble import assemble, resolve, resolve_epochs
 from declip.training.fit import frozen_model
 from declip.training.pairs import evaluation_tasks, open_training_source
 from declip.training.parts import Parts
-from declip.training.step import StepParts, training_step
+from declip.training.step import training_step
 
 TIMED, ENCODED = 2, 32  # steps, after one that does not count, and pairs of each set
 
@@ -65,14 +65,14 @@ def _encoding_seconds(model: DualEncoder, pairs: PairSource) -> float:
 
 def step_seconds(parts: Parts, warm: int, count: int) -> list[float]:
     """Time steps of a run that is then discarded, loading included, without the first `warm`."""
-    step_parts, seconds = StepParts(parts.learner, parts.optimizer, parts.plan, parts.recipe.train), []
+    seconds = []
     parts.learner.train()
     with parts.loader, parts.lock or nullcontext():
         for _ in range(warm + count):
             began = time.perf_counter()
             batch = next(parts.loader)
             sync = parts.hosts.sync_step(0, len(batch), stop=False)
-            training_step(step_parts, batch, sync)["loss"].item()  # waits for the device
+            training_step(parts.learner, parts.optimizer, batch, sync)["loss"].item()  # waits for the device
             seconds.append(time.perf_counter() - began)
     return seconds[warm:]
 

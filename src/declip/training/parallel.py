@@ -1,6 +1,7 @@
 """The learner, and its distribution: DDP, FSDP2, SyncBatchNorm, and gradients over ranks."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from inspect import signature
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from declip.data.batch import PairBatch
+from declip.data.images.views import apply_photometric
 from declip.errors import UserError
 from declip.models.dual_encoder import DualEncoder
 from declip.models.layers import blocks_of, grad_checkpointing, is_frozen
@@ -32,10 +34,22 @@ class Learner(nn.Module):
     def __init__(self, model: DualEncoder, objective: Objective) -> None:
         super().__init__()
         self.model, self.objective, self.sharded = model, objective, False  # FSDP shards towers and heads
+        image = objective.recipe.image
+        self.mean, self.std = (torch.tensor(values, device=model.device) for values in (image.mean, image.std))
 
     def forward(self, batch: PairBatch, gather: Gather | None, offset: int) -> dict[str, Tensor]:
         """Compute the losses by name, and "loss", their weighted sum; see `Objective.forward`."""
         return self.objective(self.model, batch, gather, offset)
+
+    def prepare(self, batch: PairBatch) -> PairBatch:
+        """Move a batch to the device and finish its images there."""
+        batch = batch.to(self.mean.device, non_blocking=True)
+        return replace(batch, views=apply_photometric(batch.views, self.mean, self.std))
+
+    def autocast(self) -> torch.autocast:
+        """The context in which towers and heads run; losses and logits stay float32."""
+        enabled = self.objective.recipe.train.precision == "bf16"
+        return torch.autocast(self.mean.device.type, torch.bfloat16, enabled=enabled)
 
 
 def build_learner(recipe: Recipe, model: DualEncoder, objective: Objective) -> nn.Module:

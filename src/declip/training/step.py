@@ -1,16 +1,13 @@
 """One step of training."""
 
 import math
-from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from declip.data.batch import PairBatch, Plan
-from declip.data.images.views import apply_photometric
+from declip.data.batch import PairBatch
 from declip.models.device import random_states, set_random_states
 from declip.models.layers import frozen_batch_norm_stats
-from declip.recipe.schema import Train
 from declip.supervision.objective import Gather
 from declip.supervision.term import TowerOutputs, joined
 from declip.training import distributed
@@ -18,53 +15,33 @@ from declip.training.distributed import StepSync
 from declip.training.parallel import Learner, average_gradients, clip_gradients, unwrap
 
 
-@dataclass
-class StepParts:
-    """The objects and settings of a step."""
-
-    learner: nn.Module  # from `declip.training.parallel.build_learner`
-    optimizer: torch.optim.Optimizer
-    plan: Plan  # its image statistics normalize the views
-    train: Train  # with `precision` "bf16" towers and heads run in autocast; losses and logits stay float32
-
-    def __post_init__(self) -> None:
-        device = unwrap(self.learner).model.device
-        self.mean, self.std = (torch.tensor(values, device=device) for values in (self.plan.mean, self.plan.std))
-
-    def prepare(self, batch: PairBatch) -> PairBatch:
-        """Move a batch to the device and finish its images there."""
-        batch = batch.to(self.mean.device, non_blocking=True)
-        return replace(batch, views=apply_photometric(batch.views, self.mean, self.std))
-
-    def autocast(self) -> torch.autocast:
-        """The context in which towers and heads run."""
-        return torch.autocast(self.mean.device.type, torch.bfloat16, enabled=self.train.precision == "bf16")
-
-
-def training_step(parts: StepParts, batch: PairBatch, sync: StepSync | None = None) -> dict[str, Tensor]:
+def training_step(
+    distributed_learner: nn.Module, optimizer: torch.optim.Optimizer, batch: PairBatch, sync: StepSync | None = None
+) -> dict[str, Tensor]:
     """Take one training step: move, augment, encode, gather, losses, backward, clip, update.
 
-    The batch has this rank's pairs: views uint8 (B, 3, S, S), texts (T, B, L). Returns detached scalars: the losses by
-    name, "loss" and "grad_norm" (before clipping). The mean of the losses over the ranks is the whole batch's. Nothing
-    waits for the device.
+    The learner is from `build_learner`; the batch has this rank's pairs: views uint8 (B, 3, S, S), texts (T, B, L).
+    Returns detached scalars: the losses by name, "loss" and "grad_norm" (before clipping). The mean of the losses over
+    the ranks is the whole batch's. Nothing waits for the device.
     """
     sync = sync or StepSync((len(batch),), stop=False)
     count = sync.rows[distributed.rank()]
     assert all(len(view) == count for view in batch.views.values()), "(B, 3, S, S) each"
     assert batch.texts.shape[1] == count, "(T, B, L)"
-    learner, optimizer, train = unwrap(parts.learner), parts.optimizer, parts.train
+    learner = unwrap(distributed_learner)
+    train = learner.objective.recipe.train
     gather = distributed.gather(sync.rows)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
     optimizer.zero_grad(set_to_none=True)
     if train.grad_cache_chunk is None:
-        batch = parts.prepare(batch)
-        with parts.autocast():
-            losses = parts.learner(batch, gather, sync.offset)
+        batch = learner.prepare(batch)
+        with learner.autocast():
+            losses = distributed_learner(batch, gather, sync.offset)
         losses = _weighted(losses, sync.weight)
         losses["loss"].backward()  # DDP and FSDP average gradients over the ranks meanwhile
     else:
-        losses = _backward_in_chunks(parts, learner, batch, gather, sync)
+        losses = _backward_in_chunks(learner, train.grad_cache_chunk, batch, gather, sync)
 
     if learner.sharded or train.grad_cache_chunk is not None:  # DDP has done it
         average_gradients(parameters)
@@ -80,7 +57,7 @@ def _weighted(losses: dict[str, Tensor], weight: float) -> dict[str, Tensor]:
 
 
 def _backward_in_chunks(
-    parts: StepParts, learner: Learner, batch: PairBatch, gather: Gather | None, sync: StepSync
+    learner: Learner, chunk: int, batch: PairBatch, gather: Gather | None, sync: StepSync
 ) -> dict[str, Tensor]:
     """GradCache: large batches on small devices, with towers that see a batch in chunks (Gao et al., arXiv 2101.06983).
 
@@ -88,27 +65,27 @@ def _backward_in_chunks(
     respect to these outputs for the whole batch; then each chunk again, with a graph, through which its part of that
     gradient goes backward. Exact where a pair's output depends on that pair alone, so not for towers with batch norm.
     """
-    model, objective, chunk = learner.model, learner.objective, parts.train.grad_cache_chunk or len(batch)
+    model, objective = learner.model, learner.objective
     chunks = [batch.rows(start, min(start + chunk, len(batch))) for start in range(0, len(batch), chunk)]
     outputs: list[TowerOutputs] = []
     states: list[dict[str, Tensor]] = []
     with torch.no_grad(), frozen_batch_norm_stats(model):
         for part in chunks:
             states.append(random_states(model.device))
-            ready = parts.prepare(part)
-            with parts.autocast():
+            ready = learner.prepare(part)
+            with learner.autocast():
                 outputs.append(objective.run_towers(model, ready))
     final_states = random_states(model.device)
     leaves = [{n: t.requires_grad_() for n, t in part.tensors().items() if t.is_floating_point()} for part in outputs]
-    rest = parts.prepare(batch) if objective.reads_pixels else batch.without_images()
+    rest = learner.prepare(batch) if objective.reads_pixels else batch.without_images()
     rest = rest.to(model.device, non_blocking=True)
-    with parts.autocast():
+    with learner.autocast():
         losses = _weighted(objective.losses(joined(outputs), model, rest, gather, sync.offset), sync.weight)
     losses["loss"].backward()
     for part, state, first in zip(chunks, states, leaves, strict=True):
         set_random_states(state, model.device)  # dropout must sample the same masks as in the first pass
-        ready = parts.prepare(part)
-        with parts.autocast():
+        ready = learner.prepare(part)
+        with learner.autocast():
             again = objective.run_towers(model, ready).tensors()
         names = [name for name, leaf in first.items() if leaf.grad is not None and again[name].requires_grad]
         torch.autograd.backward([again[name] for name in names], [first[name].grad for name in names])

@@ -32,7 +32,7 @@ from declip.training.optimizer import group_lr, learning_rate
 from declip.training.pairs import evaluation_tasks, measure, unaugmented
 from declip.training.parts import TRY_AGAIN, BestEvaluation, Parts, StopRequest, collect, load_weights
 from declip.training.sinks import LossMonitor, Monitor, RunInfo, ThroughputMonitor, monitored
-from declip.training.step import StepParts, training_step
+from declip.training.step import training_step
 from declip.training.trackers import trackers_of
 
 warn_once = cache(log.warning)
@@ -44,7 +44,6 @@ class Trainer:
     def __init__(self, parts: Parts) -> None:
         recipe = parts.recipe
         self.parts, self.progress, self.loader = parts, parts.progress, parts.loader
-        self.step_parts = StepParts(parts.learner, parts.optimizer, parts.plan, recipe.train)
         self.first_bad = torch.tensor(-1, device=parts.model.device)  # step whose loss or gradient is not finite
         self.losses = LossMonitor(recipe.train.batch_size, recipe.train.warmup_steps, parts.objective.watched)
         self.throughput = ThroughputMonitor()
@@ -188,7 +187,7 @@ class Trainer:
         for group in parts.optimizer.param_groups:
             group["lr"] = group_lr(lr, step, group["multiplier"], parts.recipe.head_warmup, train)
         if sync.usable:
-            values = training_step(self.step_parts, batch, sync)
+            values = training_step(parts.learner, parts.optimizer, batch, sync)
             bad = ~torch.isfinite(values["loss"] + values["grad_norm"])
             self.first_bad = torch.where((self.first_bad < 0) & bad, step, self.first_bad)  # no wait for the device
             return values, lr
