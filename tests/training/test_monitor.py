@@ -11,11 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from declip.data.batch import PairBatch, Plan, ViewSpec
+from declip.data.batch import PairBatch
 from declip.data.sources.open import open_source
 from declip.data.text.tokenizer import HuggingfaceTokenizer, Tokenizer
 from declip.models.hf_encoder import read_encoder
-from declip.recipe.schema import ImageView, TextView
+from declip.recipe.schema import ImageTowerConfig
 from declip.runs.folder import EVALUATIONS, METRICS, Run, read_rows
 from declip.training.assemble import auto_workers
 from declip.training.examples import example_views
@@ -142,9 +142,8 @@ def test_views_are_unnormalized_and_texts_decoded(painted):
         labels=torch.tensor([labels]),
         sample_ids=torch.tensor([4 + 1]),
     )
-    specs = tuple(ViewSpec(name, 8, ImageView()) for name in ("first", "second"))
-    plan = Plan(specs, 2, TextView(), 0.15, False, mean, std)
-    (pair,) = example_views(batch, painted(["red", "green", "blue", "cyan"]), plan, tokenizer)
+    statistics = ImageTowerConfig(model="test_vit", mean=mean, std=std)
+    (pair,) = example_views(batch, painted(["red", "green", "blue", "cyan"]), statistics, tokenizer)
     assert pair["image"]["alt"] == "green"
     assert _pixel(pair["views"][0]["src"]) == pytest.approx(tuple(round(255 * m) for m in mean), abs=1)
     second = tuple(min(255, round(255 * (m + s))) for m, s in zip(mean, std, strict=True))

@@ -144,8 +144,8 @@ def assemble(
     samples = sample_hashes(recipe, source)
     # --- the run folder, and the checkpoint in it
     parts = Parts(
-        recipe, folder, quiet, callbacks, hosts, source, plan_of(recipe), model, objective, pretrained, learner,
-        optimizer, loader, workers, samples,
+        recipe, folder, quiet, callbacks, hosts, source, model, objective, pretrained, learner, optimizer, loader,
+        workers, samples,
     )  # fmt: skip
     _start_or_continue(parts, resume)
     return parts

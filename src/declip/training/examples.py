@@ -7,12 +7,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from declip.data.batch import IGNORED, PairBatch, Plan
+from declip.data.batch import IGNORED, PairBatch
 from declip.data.images.thumbnails import pixels, thumbnails_of
 from declip.data.images.views import apply_photometric
 from declip.data.pair import PairSource
 from declip.data.text.tokenizer import CaptionTokenizer
 from declip.io.atomic import write_text
+from declip.recipe.schema import ImageTowerConfig
 from declip.runs.folder import EXAMPLES
 from declip.training.parts import Parts
 
@@ -26,19 +27,19 @@ def write_examples(parts: Parts, batch: PairBatch) -> None:
         chance = term.chance(parts.recipe.train.batch_size)  # type: ignore[operator]
         title = getattr(term, "title", name)  # a user's own term may have none
         losses[name] = {"title": title, "explanation": term.explanation, "chance": chance}
-    views = example_views(batch, source, parts.plan, parts.model.tokenizer)
+    views = example_views(batch, source, parts.recipe.image, parts.model.tokenizer)
     facts = {"name": source.name, "pairs": len(source), "credit": source.credit}
     write_text(parts.folder / EXAMPLES, json.dumps({"source": facts, "losses": losses, "views": views}))
 
 
 def example_views(
-    batch: PairBatch, source: PairSource, plan: Plan, tokenizer: CaptionTokenizer
+    batch: PairBatch, source: PairSource, statistics: ImageTowerConfig, tokenizer: CaptionTokenizer
 ) -> list[dict[str, Any]]:
     """Show random pairs of a batch as the towers see them: pixels un-normalized, token ids decoded.
 
     Pairs whose text was changed or masked come first. An image is the `src` and `alt` of a thumbnail, or None.
     """
-    mean, std = torch.tensor(plan.mean), torch.tensor(plan.std)
+    mean, std = torch.tensor(statistics.mean), torch.tensor(statistics.std)
     finished = apply_photometric(batch.views, mean, std)
     images = [view.pixels * std.view(3, 1, 1) + mean.view(3, 1, 1) for view in finished.values()]  # (B, 3, S, S) each
     changed = (batch.texts[0] != batch.texts[-1]).any(1).float()

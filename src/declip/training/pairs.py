@@ -6,12 +6,10 @@ from contextlib import suppress
 
 import numpy as np
 
-from declip.data.batch import Plan
 from declip.data.columns import Columns
 from declip.data.pair import BrokenPair, PairSource, SkipCounter
 from declip.data.sources.open import open_source
 from declip.data.sources.subset import Joined, take, training_part
-from declip.data.text.augment import in_other_script
 from declip.data.text.tokenizer import CaptionTokenizer
 from declip.errors import UserError
 from declip.evaluation.datasets import open_dataset, with_classes
@@ -40,10 +38,8 @@ def open_training_source(recipe: Recipe) -> PairSource:
 
 def refuse_broken(source: PairSource, allowed: float) -> None:
     """Raise an error if more than a fraction of a few pairs cannot be used; images are opened, not decoded."""
-    if source.remote or len(source) > FEW:
-        return
     broken = SkipCounter()
-    for index in range(len(source)):
+    for index in range(0 if source.remote or len(source) > FEW else len(source)):
         try:
             source.read_lazy(index)
         except BrokenPair as error:
@@ -70,7 +66,7 @@ def sample_hashes(recipe: Recipe, source: PairSource) -> dict[str, list[str]]:
 def _hashes(source: PairSource) -> list[str]:
     """Number of pairs, and hashes of key and captions of some; empty for a pair that is broken or not at hand."""
     hashes = [str(len(source))]
-    for index in [] if source.remote else _sample(source):
+    for index in _sample(source):
         found = ""
         with suppress(BrokenPair):
             text = "\n".join((source.key(index), *source.captions(index)))
@@ -79,33 +75,17 @@ def _hashes(source: PairSource) -> list[str]:
     return hashes
 
 
-def unaugmented(source: PairSource, plan: Plan) -> str | None:
-    """Return a warning where text views are augmented, but most captions are in a script that this leaves alone."""
-    if plan.texts == 1 or plan.text.second_view == "same":
-        return None
-    others = [*map(in_other_script, _some_captions(source))]
-    if 2 * sum(others) <= len(others):
-        return None
-    return f"{sum(others)} of {len(others)} captions are not in Latin script: augmentation does not change them."
-
-
 def _sample(source: PairSource, size: int = SAMPLE) -> list[int]:
-    places: list[int] = np.linspace(0, len(source) - 1, min(size, len(source))).astype(int).tolist()
+    """Indices of evenly spaced pairs; none of a remote source."""
+    count = 0 if source.remote else min(size, len(source))
+    places: list[int] = np.linspace(0, len(source) - 1, count).astype(int).tolist()
     return places
-
-
-def _some_captions(source: PairSource, size: int = SAMPLE) -> Iterator[str]:
-    for index in [] if source.remote else _sample(source, size):
-        with suppress(BrokenPair):
-            yield from source.captions(index)
 
 
 def evaluation_tasks(recipe: Recipe, final: bool) -> dict[str, list[str]]:
     """Map each dataset that a recipe evaluates on, at the end or during training, to its protocols."""
-    wanted, tasks = recipe.evaluation, dict[str, list[str]]()
+    wanted, tasks = recipe.evaluation, tasks_to_keep(recipe) if final else {}
     ends = (("zero-shot", wanted.final_zero_shot), ("retrieval", wanted.final_retrieval)) if final else ()
-    if final:
-        tasks |= tasks_to_keep(recipe)
     for protocol, names in (("zero-shot", wanted.zero_shot), ("retrieval", wanted.retrieval), *ends):
         for name in names:
             if protocol not in tasks.setdefault(name, []):
@@ -123,10 +103,8 @@ def has_captions(source: PairSource) -> bool:
     """Whether any of the first pairs has a caption other than the name of its class, for retrieval."""
     for index in range(min(SAMPLE, len(source))):
         with suppress(BrokenPair):
-            captions = source.captions(index)
-            if source.labels is None or source.class_names is None:
-                return True
-            if captions != (source.class_names[source.labels[index]],):
+            captions, names = source.captions(index), source.class_names
+            if source.labels is None or names is None or captions != (names[source.labels[index]],):
                 return True
     return False
 
@@ -139,7 +117,10 @@ def tasks_to_keep(recipe: Recipe) -> dict[str, list[str]]:
 
 def caption_warnings(source: PairSource, tokenizer: CaptionTokenizer) -> list[str]:
     """Look at the tokens of some captions, evenly spaced in the source; remote sources are not read."""
-    texts, unknown_id = [[*tokenizer.word_ids(text)] for text in _some_captions(source, 512)], _unknown_id(tokenizer)
+    texts, unknown_id = list[list[int]](), _unknown_id(tokenizer)
+    for index in _sample(source, 512):
+        with suppress(BrokenPair):
+            texts += [[*tokenizer.word_ids(text)] for text in source.captions(index)]
     unknown = sum(ids.count(unknown_id) for ids in texts) / max(1, sum(map(len, texts)))
     cut = sum(len(ids) + 2 > tokenizer.context for ids in texts) / max(1, len(texts))  # with start and end
     warnings = []

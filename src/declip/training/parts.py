@@ -18,7 +18,6 @@ import torch
 from torch import nn
 
 import declip
-from declip.data.batch import Plan
 from declip.data.loader import PairLoader
 from declip.data.pair import PairSource, SkipCounter
 from declip.errors import UserError
@@ -120,7 +119,6 @@ class Parts:
     callbacks: Sequence[Sink]
     hosts: HostGroup  # coordination between the ranks
     source: PairSource
-    plan: Plan
     model: DualEncoder
     objective: Objective
     pretrained: Pretrained | None  # what was loaded, also from a text encoder; None where all weights are random

@@ -29,7 +29,7 @@ from declip.training import distributed
 from declip.training.distributed import StepSync
 from declip.training.examples import write_examples
 from declip.training.optimizer import group_lr, learning_rate
-from declip.training.pairs import evaluation_tasks, measure, unaugmented
+from declip.training.pairs import evaluation_tasks, measure
 from declip.training.parts import TRY_AGAIN, BestEvaluation, Parts, StopRequest, collect, load_weights
 from declip.training.sinks import LossMonitor, Monitor, RunInfo, ThroughputMonitor, monitored
 from declip.training.step import training_step
@@ -99,7 +99,6 @@ class Trainer:
         )
         if parts.pretrained is not None:
             log.info(parts.pretrained.summary)
-        self._warn(unaugmented(parts.source, parts.plan))
         if step == 0 and parts.pretrained is not None and parts.pretrained.whole:
             results = self.evaluate(monitor, final=True)
             if self._is_best(results):
