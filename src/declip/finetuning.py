@@ -98,14 +98,11 @@ def claim_folder(folder: Path, held: ExitStack, undo: ExitStack) -> None:
     """Lock a run folder until `held` is closed; closing `undo` removes what was written since, and new folders."""
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     held.enter_context(closing(lock_folder(folder)))
-    earlier = {LOCK, *(path.name for path in folder.iterdir())}
+    earlier = {path for path in folder.iterdir() if path.name != LOCK or not new}
 
     def remove_new() -> None:
-        for path in folder.iterdir():
-            if path.name not in earlier:
-                remove(path)
-        if new:
-            remove(folder / LOCK)
+        for path in {*folder.iterdir()} - earlier:
+            remove(path)
         with suppress(OSError):  # somebody wrote into one
             for path in new:
                 path.rmdir()
@@ -114,18 +111,13 @@ def claim_folder(folder: Path, held: ExitStack, undo: ExitStack) -> None:
 
 
 def _refuse_others(recipe: Recipe, pairs: Name, weights: Name | None, val: Sequence[Name], freeze: str | None) -> None:
-    """Refuse to resume a fine-tuning with other arguments than it was started with."""
-
     def behind(name: Name) -> str:
         place = Path(name).expanduser()
         return read_pair_list(place).source if place.suffix == LIST_KIND and place.is_file() else absolute(name)
 
     named = recipe.data.source if isinstance(recipe.data.source, str) else recipe.data.source[0]  # one pair, twice
     if named.endswith(LIST_KIND) and not Path(named).is_file():
-        raise UserError(
-            f"There is no '{named}', the list of this run's pairs. Rename its folder back, and run from the "
-            "same working folder."
-        )
+        raise UserError(f"There is no '{named}', the list of this run's pairs. Run from the same working folder.")
     tune, sets = recipe.finetune, (*recipe.evaluation.retrieval, *recipe.evaluation.zero_shot)
     others = {
         f"PAIRS={pairs}": behind(pairs) != behind(named),
@@ -209,10 +201,7 @@ def _choose_pairs(
         if seen is None:
             raise
         parts = split_pairs(source, progress=not quiet)
-        log.warning(
-            f"The weights were trained on these pairs, or on most of them ('{seen.name}'), so the validation results "
-            "are too high. Give other pairs with --val."
-        )
+        log.warning("The weights were trained on most of these pairs: results are too high. Give others with --val.")
     _write_parts(folder, PairList(pairs, columns, len(source), []), source, parts)
     own, held_out_part = (str(folder / name) for name in SPLIT)
     return open_source(own), own, [held_out_part]
@@ -247,13 +236,11 @@ def _check_few(source: PairSource) -> None:
     captions = set[str]()
     for index in range(len(source)):
         with suppress(BrokenPair):  # refused later
-            captions |= {*source[index].captions}
+            captions.update(source[index].captions)
     if len(captions) == 1 < len(source):
         raise UserError(f"All pairs of '{source.name}' have the same caption. Describe each image.")
-    log.warning(
-        f"'{source.name}' has {plural(len(source), 'pair')}: too few for a validation part ({FEWEST}), so all are "
-        "trained on and nothing is measured. Give other pairs with --val to measure."
-    )
+    count = plural(len(source), "pair")
+    log.warning(f"{count}: too few for a validation part ({FEWEST}), so nothing is measured. Give others with --val.")
 
 
 def default_weights(device: str) -> str:
@@ -291,9 +278,8 @@ def interpolate(start: DualEncoder, end: DualEncoder, alpha: float) -> DualEncod
     The new model is in evaluation mode. Running statistics of batch norm are interpolated like weights.
     """
     first, last, mixed = start.state_dict(), end.state_dict(), copy.deepcopy(end)
-    mixed.load_state_dict(
-        {name: torch.lerp(first[name], t, alpha) if t.is_floating_point() else t for name, t in last.items()}
-    )
+    floats = {name for name, tensor in last.items() if tensor.is_floating_point()}
+    mixed.load_state_dict(last | {name: torch.lerp(first[name], last[name], alpha) for name in floats})
     return mixed.eval()
 
 
@@ -329,9 +315,8 @@ def mix_with_start(folder: Path, quiet: bool = False) -> DualEncoder | None:
         with atomic_write(folder / run_folder.MIXED) as temporary:
             save_tensors(prefixed("model", mixed.state_dict()), temporary)
         for result in measure(mixed, evaluation_tasks(run.recipe, final=True), not quiet):
-            run_folder.append_row(
-                folder / run_folder.EVALUATIONS, {"step": run.step, "best_step": run.best_step, **result.to_dict()}
-            )
+            row = {"step": run.step, "best_step": run.best_step, **result.to_dict()}
+            run_folder.append_row(folder / run_folder.EVALUATIONS, row)
     # Written last: a run that is stopped before chooses again.
     write_text(folder / run_folder.MIXTURE, json.dumps({"alpha": best, "scores": scores}, indent=1))
     log.info("Mixture with the start (WiSE-FT): %g of the fine-tuned weights is best.", best)

@@ -98,7 +98,7 @@ def compare(one, many):
         for key, value in mine.items():
             scale = value.abs().max().item() if value.is_floating_point() and value.numel() else 0.0
             torch.testing.assert_close(
-                many[name][key], value, rtol=1e-5, atol=1e-9 + 1e-7 * scale, msg=lambda m, at=(name, key): f"{at}: {m}"
+                many[name][key], value, rtol=1e-9, atol=1e-12 + 1e-9 * scale, msg=lambda m, at=(name, key): f"{at}: {m}"
             )
 
 

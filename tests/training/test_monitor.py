@@ -90,10 +90,10 @@ def test_a_loss_that_stays_at_chance_or_rises_after_the_warmup_is_named_once(los
 
 def test_steps_that_wait_for_the_loader_are_named_once_and_not_before_enough_was_seen():
     monitor = ThroughputMonitor()
-    steps = [*[(100.0, 0.1)] * 3, *[(0.1, 0.9)] * 20, *[(0.4, 0.6)] * 60]  # before the queue is full; little; much
+    steps = [*[(100.0, 0.1)] * 3, *[(0.1, 0.9)] * 20, *[(0.6, 0.4)] * 60]  # before the queue is full; little; much
     said = {step: warning for step, times in enumerate(steps, 1) if (warning := monitor.check(*times, 1))}
-    assert said.keys() == {3 + 20 + 20}
-    assert all(part in said[43] for part in ("wait 40% of", "data.workers=1 now"))
+    assert said.keys() == {3 + 20 + 9}
+    assert all(part in said[32] for part in ("wait 26% of", "data.workers=1 now"))
 
 
 def test_automatic_workers_are_the_cores_of_a_rank_that_do_not_train(monkeypatch):

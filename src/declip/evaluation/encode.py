@@ -79,16 +79,21 @@ def eval_mode(model: Encoder) -> Iterator[torch.device]:
             module.training = mode
 
 
-def text_features(model: Encoder, texts: Sequence[str], *, batch_size: int = 256, progress: bool = False) -> Tensor:
-    """Encode m texts: (m, d) float32 on the CPU, L2-normalized; features of equal texts are bit-exact copies."""
+def text_features(
+    model: Encoder, texts: Sequence[str], *, encode: Any = None, batch_size: int = 256, progress: bool = False
+) -> Tensor:
+    """Encode m texts: (m, d) float32 on the CPU, L2-normalized; features of equal texts are bit-exact copies.
+
+    Features by `encode`, a function of token ids (n, L) on the model's device, are not normalized.
+    """
     row_of = {text: row for row, text in enumerate(sorted(dict.fromkeys(texts), key=len))}  # by length: little padding
     distinct = list(row_of)
     parts = []
     with eval_mode(model) as device, pairs_bar(progress) as bar:
         for start in bar.track(range(0, len(distinct), batch_size), description="Texts"):
             batch = distinct[start : start + batch_size]
-            features = normalize(model.encode_text(model.tokenize(batch).to(device)).float(), dim=-1).cpu()
-            parts.append(_finite(features, "text"))
+            features = (encode or model.encode_text)(model.tokenize(batch).to(device)).float()
+            parts.append(_finite((normalize(features, dim=-1) if encode is None else features).cpu(), "text"))
     return torch.cat(parts)[torch.tensor([row_of[text] for text in texts], dtype=torch.int64)]
 
 

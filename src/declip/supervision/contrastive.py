@@ -14,6 +14,7 @@ from declip.recipe.schema import Recipe
 from declip.supervision.term import Rows, Similarity, Term, require
 
 BLOCK_BYTES = 2**26  # of logits held at a time: 64 MiB
+Scale = Tensor | float  # a parameter of the model, or a constant
 
 
 def mean_in_blocks(
@@ -48,7 +49,7 @@ def scaled_similarity(rows: Tensor, keys: Tensor, scale: Tensor | float) -> Tens
 def cross_entropy_to_keys(
     rows: Tensor,
     keys: Tensor,
-    scale: Tensor | float,
+    scale: Scale,
     offset: int = 0,
     max_logit_bytes: float | None = None,
     smoothing: float = 0.0,
@@ -98,12 +99,7 @@ def info_nce(
 
 
 def sigmoid_loss(
-    image: Tensor,
-    text_keys: Tensor,
-    scale: Tensor | float,
-    bias: Tensor | float,
-    offset: int = 0,
-    max_logit_bytes: float | None = None,
+    image: Tensor, text_keys: Tensor, scale: Scale, bias: Scale, offset: int = 0, max_logit_bytes: float | None = None
 ) -> Tensor:
     """Binary cross-entropy of every image with every text, one positive per image: SigLIP, arXiv 2303.15343.
 

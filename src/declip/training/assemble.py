@@ -179,16 +179,17 @@ def build_loader(recipe: Recipe, source: PairSource, model: DualEncoder, workers
 
 def _start_or_continue(parts: Parts, resume: bool) -> None:
     """Lock the run folder; restore the checkpoint in it, which rank 0 chooses, or save what the run starts from."""
-    chosen: list[Checkpoint | None] = []
+    found: Checkpoint | None = None
 
     def choose() -> int | None:
+        nonlocal found
         parts.lock = run_folder.lock_folder(parts.folder)
-        chosen.append(run_folder.open_folder(parts.recipe, parts.folder, resume))
-        return None if chosen[0] is None else chosen[0].step
+        found = run_folder.open_folder(parts.recipe, parts.folder, resume)
+        return None if found is None else found.step
 
     step = parts.hosts.on_rank_zero(choose)
     if step is not None:
-        restore(parts, (chosen and chosen[0]) or load_checkpoint(folder_of(parts.folder, step)))
+        restore(parts, found or load_checkpoint(folder_of(parts.folder, step)))
     elif parts.pretrained is not None and distributed.is_rank_zero():
         parts.pretrained.keep(parts.folder, parts.recipe)
     # The loader has not begun.

@@ -203,8 +203,8 @@ class HostGroup:
                 dist.monitored_barrier(self.long_group, timedelta(seconds=2), wait_all_ranks=True)
             except RuntimeError as told:
                 missing = re.search(r"Ranks ([\d, ]*\d)", str(told))
+            other = f"Rank {missing[1]}" if missing else "Another rank"
             raise UserError(
-                f"{f'Rank {missing[1]}' if missing else 'Another rank'} did not reach step {step} within "
-                f"{self.timeout:g} s, or its process ended: the first error in the ranks' logs is the cause. Continue "
-                "from the newest checkpoint with --resume."
+                f"{other} did not reach step {step} within {self.timeout:g} s, or ended: the ranks' logs have the "
+                "first error. Continue with --resume."
             ) from error

@@ -113,10 +113,7 @@ def frozen_model(resolved: Resolved) -> DualEncoder:
     recipe, weights = resolved.recipe, resolved.weights
     assert weights is not None, "the schema requires finetune.pretrained for frozen blocks"
     if not weights.whole and not (recipe.text.hf_model is not None and recipe.text.pretrained):
-        raise UserError(
-            f"'{weights.origin}' has no text tower to freeze. Leave --freeze out, or give a text encoder too: "
-            "--from timm:NAME/FILE+ENCODER."
-        )
+        raise UserError(f"'{weights.origin}' has no text tower to freeze. Give one too: --from timm:NAME/FILE+ENCODER.")
     torch.manual_seed(recipe.seed)
     encoder = weights.encoder
     if isinstance(encoder, TextEncoder):  # built without transformers, whose import takes longer than torch's
@@ -126,8 +123,7 @@ def frozen_model(resolved: Resolved) -> DualEncoder:
     load_tensors(weights, model)
     if not all(isinstance(projection, nn.Linear) for projection in projections(model)):
         raise UserError(
-            f"--freeze both fits linear projections, and the towers of '{weights.origin}' have none. Give --freeze "
-            "none with finetune.lora={rank: 8}, or --freeze image or text."
+            f"--freeze both fits linear projections, which '{weights.origin}' lacks. Give another --freeze."
         )
     return model.eval()
 
@@ -178,7 +174,7 @@ def class_pairs(resolved: Resolved, encoder: FrozenEncoder, shown: bool) -> Clas
         return None
     texts, owners = classes.texts()
     known = classes.features
-    features = encoder.pool_captions(texts, shown, "Class names") if known is None else known
+    features = encoder.pool_captions(texts, shown) if known is None else known
     return ClassPairs(classes.rows, features, owners, classes.mean)
 
 
@@ -210,7 +206,6 @@ def set_heads(model: DualEncoder, choice: Choice, starts: bool = False) -> None:
 def _write_facts(
     folder: Path, source: PairSource, features: Features, choice: Choice, classes: ClassPairs | None, seed: int
 ) -> None:
-    """Write what was fitted and what cross-validation says about it."""
     pairs, outcome = features.pairs, choice.outcome
     facts = {"name": source.name, "pairs": len(source), "credit": source.credit}
     worst = [] if outcome is None else _write_ranks(folder, source, features, outcome)

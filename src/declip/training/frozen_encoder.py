@@ -18,10 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from declip.errors import UserError
-from declip.evaluation.encode import eval_mode
+from declip.evaluation.encode import text_features
 from declip.io.atomic import cache_folder
 from declip.io.cache import FEATURES, trim_cache
-from declip.io.pool import pairs_bar
 from declip.models.dual_encoder import DualEncoder
 from declip.models.inference import chunked, inference_tower
 from declip.models.layers import IMAGE, PROJECTIONS, TEXT
@@ -52,18 +51,9 @@ class FrozenEncoder:
         """(n, 3, S, S) normalized → (n, v) float32, before the projection."""
         return self._images.of(images)
 
-    def pool_captions(self, captions: Sequence[str], shown: bool = False, title: str = "Captions") -> Tensor:
-        """Encode captions up to the projection: (m, w) float32, rows of equal captions equal bit for bit."""
-        distinct = sorted(set(captions), key=lambda caption: (len(caption), caption))  # little padding in a batch
-        found: list[Tensor] = []
-        with eval_mode(self.model) as device, pairs_bar(shown) as bar:
-            task = bar.add_task(title, total=len(distinct))
-            for start in range(0, len(distinct), BATCH):
-                batch = distinct[start : start + BATCH]
-                found.append(self._texts.of(self.model.tokenize(batch).to(device)).cpu())
-                bar.advance(task, len(batch))
-        place = {caption: row for row, caption in enumerate(distinct)}
-        return torch.cat(found)[torch.tensor([place[caption] for caption in captions])]
+    def pool_captions(self, captions: Sequence[str], shown: bool = False) -> Tensor:
+        """(m, w) float32, before the projection; rows of equal captions equal bit for bit."""
+        return text_features(self.model, captions, encode=self._texts.of, batch_size=BATCH, progress=shown)
 
     def encode_image(self, images: Tensor) -> Tensor:
         """(n, 3, S, S) normalized → (n, d) float32 of length 1."""
@@ -108,8 +98,8 @@ class PooledFeatures:
                 yield file
         except sqlite3.Error as error:
             raise UserError(
-                f"The features in '{self.folder}' cannot be read or written: {error}. Free room on the disk or run "
-                "`declip cache clear`, or set DECLIP_CACHE to a folder on another disk."
+                f"The features in '{self.folder}' cannot be read or written: {error}. Make room on the disk, run "
+                "`declip cache clear`, or set DECLIP_CACHE to another folder."
             ) from error
 
 

@@ -2,6 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
@@ -142,11 +143,11 @@ def choose_heads(
     # --- all candidates
     folds = torch.from_numpy(assign_folds(groups, FOLDS, seed))
     some, chosen = subset(pairs, seed)
-    validations, tried = dict[float, CrossValidation](), dict[tuple[Form, float], HeldOutRanks]()
-    for weight in weights:
-        own_groups = groups[chosen.numpy()]
-        validations[weight] = CrossValidation(some, own_groups, folds[chosen], classes, weight, embedded)
-        tried |= {(form, weight): found for form, found in zip(forms, validations[weight].ranks(forms), strict=True)}
+    few = some, groups[chosen.numpy()], folds[chosen], classes
+    validations = {weight: CrossValidation(*few, weight, embedded) for weight in weights}
+    tried = dict[tuple[Form, float], HeldOutRanks]()
+    for weight, validation in validations.items():
+        tried |= zip(product(forms, [weight]), validation.ranks(forms), strict=True)
 
     def outcome(form: Form, weight: float) -> HeldOutRanks:
         if some is pairs:
@@ -192,13 +193,13 @@ class CrossValidation:
         groups: np.ndarray,
         folds: Tensor,
         classes: ClassPairs | None,
-        class_weight: float,
-        one_space: bool = False,
+        weight: float,
+        one_space: bool,
     ) -> None:
         # The folds (n,) keep groups (n,) together; in one space the axes of images and texts must stay the same.
         self.pairs, self.groups, self.folds = pairs, groups, folds
         n, m = len(pairs.images), len(pairs.texts)
-        rows = regression_rows(pairs, classes, class_weight)
+        rows = regression_rows(pairs, classes, weight)
         weights = rows.weights.float()
         x = centered(rows.images.float(), rows.weights, rows.mean)[0]  # (r, v), the first m of own images
         y = centered(rows.texts.float(), rows.weights)[0]  # (r, w)

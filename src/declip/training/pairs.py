@@ -126,14 +126,12 @@ def caption_warnings(source: PairSource, tokenizer: CaptionTokenizer) -> list[st
     warnings = []
     if unknown > UNKNOWN:
         warnings.append(
-            f"{percent(unknown)} of the captions' tokens are unknown to the text tower: it cannot tell these words "
-            "apart. Write captions in its language, or give weights of a multilingual text tower with --from."
+            f"{percent(unknown)} of the captions' tokens are unknown to the text tower, which cannot tell them apart. "
+            "Write captions in its language, or give weights of a multilingual text tower with --from."
         )
     if cut > CUT:
-        warnings.append(
-            f"{percent(cut)} of the captions are longer than {tokenizer.context} tokens (text.context_length); what "
-            "follows is not read. Write what matters first."
-        )
+        longer = f"{percent(cut)} of the captions are longer than {tokenizer.context} tokens (text.context_length)"
+        warnings.append(f"{longer}; what follows is not read. Write what matters first.")
     return warnings
 
 

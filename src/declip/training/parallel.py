@@ -78,7 +78,6 @@ def build_learner(recipe: Recipe, model: DualEncoder, objective: Objective) -> n
 
 
 def _check(recipe: Recipe, model: DualEncoder) -> None:
-    """Raise an error for keys that cannot be combined."""
     train, ranks = recipe.train, distributed.world_size()
     if train.batch_size < ranks:
         raise UserError(f"train.batch_size={train.batch_size} is less than the {ranks} processes. Increase it.")
@@ -87,7 +86,7 @@ def _check(recipe: Recipe, model: DualEncoder) -> None:
     if train.grad_cache_chunk and model.image_tower.has_batch_norm and distributed.is_rank_zero():
         log.warning(
             f"train.grad_cache_chunk={train.grad_cache_chunk}: the batch norm of '{recipe.image.model}' sees each "
-            "chunk alone, so gradients are not exactly those of the whole batch; layer norm has no such difference."
+            "chunk alone, so gradients are not exactly those of the whole batch."
         )
 
 

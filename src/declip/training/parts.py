@@ -175,9 +175,8 @@ def restore(parts: Parts, found: Checkpoint) -> None:
         load_weights(parts, found)
         load_moments(parts.optimizer, part("optimizer", found.training))
     except (RuntimeError, KeyError) as error:
-        raise UserError(
-            f"'{parts.folder}' does not fit its recipe: {str(error).splitlines()[0]}. Choose another --out."
-        ) from error
+        reason = str(error).splitlines()[0]
+        raise UserError(f"'{parts.folder}' does not fit its recipe: {reason}. Choose another --out.") from error
     generators = part(f"random.{distributed.rank()}", found.training)
     if generators:
         set_random_states(generators, parts.model.device)
@@ -189,15 +188,10 @@ def restore(parts: Parts, found: Checkpoint) -> None:
     then, now = extra["versions"], versions()
     changed = [f"{name} {then.get(name)} → {value}" for name, value in now.items() if then.get(name) != value]
     if changed and distributed.is_rank_zero():
-        log.warning(
-            "This differs from the checkpoint's: %s. Batches and their order stay the same, but sums may be rounded "
-            "differently and dropout masks differ.",
-            ", ".join(changed),
-        )
+        log.warning("Changed since the checkpoint: %s. Sums may be rounded differently.", ", ".join(changed))
 
 
 def _refuse_other_pairs(parts: Parts, before: Mapping[str, list[str]]) -> None:
-    """Raise an error if the training pairs or a held-out set are not those of the checkpoint."""
     for name, now in parts.samples.items():
         then, pairs = before.get(name, now), f"{name} '{parts.source.name}'" if name == TRAINING else f"set '{name}'"
         # A broken pair, empty here, may be repaired.
@@ -205,7 +199,7 @@ def _refuse_other_pairs(parts: Parts, before: Mapping[str, list[str]]) -> None:
         if differ or then[0] != now[0]:
             change = f"{differ} of {len(now) - 1} sampled keys or captions differ; {then[0]} pairs then, {now[0]} now"
             raise UserError(
-                f"The {pairs} changed since '{parts.folder}' stopped: {change}. Restore them, or choose another --out."
+                f"The {pairs} changed since the run stopped: {change}. Restore them, or choose another --out."
             )
 
 

@@ -110,9 +110,7 @@ def load_tensors(start: Weights, model: DualEncoder) -> set[str]:
         else:
             fitted[name] = _resized(name, tensor, own[name], model)
         if fitted[name].shape != own[name].shape:
-            raise UserError(
-                f"'{name}' of '{start.origin}' does not fit: this tower has one image size. Leave image.size out."
-            )
+            raise UserError(f"'{name}' of '{start.origin}' has one image size. Leave image.size out.")
     model.load_state_dict({**own, **fitted})
     return set(fitted)
 
@@ -155,10 +153,8 @@ def _freeze(model: DualEncoder, tune: FineTuning, layers: Mapping[str, int], loa
         names = [name for name in layers if name.startswith(tower) and name in loaded]
         most = blocks(layers, tower) if names else 0
         if asked != 0 and (most if asked == "all" else asked) not in range(1, most + 1):
-            raise UserError(
-                f"finetune.{key}={asked}, but the weights hold {most} blocks of the {tower[:-1]}. "
-                f"{f'Give 0 to {most}, or all' if most else 'Leave it and --freeze out'}."
-            )
+            allowed = f"Give 0 to {most}, or all" if most else "Leave it and --freeze out"
+            raise UserError(f"finetune.{key}={asked}: the weights hold {most} blocks of the {tower[:-1]}. {allowed}.")
         freeze(model, [name for name in names if asked == "all" or layers[name] <= asked] if asked else [])
     if tune.lr_scale < 1 or tune.layer_decay < 1 or tune.head_warmup_steps:
         # Statistics of a few small batches would replace those of millions of images, to which the weights belong.

@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -113,21 +114,19 @@ class Bar(Sink):
     """Standard error: messages and a progress bar, or occasional lines without a terminal."""
 
     def start(self, info: RunInfo) -> None:
-        # On a narrow terminal the losses are truncated, never the step or the time left.
+        # On a narrow terminal the numbers are truncated, never the step or the time left.
         self.progress = progress_bar(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=None, table_column=Column(ratio=1)),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[speed]}"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[losses]}", "dim", table_column=Column(ratio=4, no_wrap=True)),
+            TextColumn("{task.fields[numbers]}", "dim", table_column=Column(ratio=8, no_wrap=True)),
             shown=not info.quiet,
             refresh_per_second=2,
             expand=True,
         )
-        done, steps = info.start, info.steps
-        self.task = self.progress.add_task("training", completed=done, total=steps, speed="", losses="")
+        self.task = self.progress.add_task("training", completed=info.start, total=info.steps, numbers="")
         console = self.progress.console
         self._handler: logging.Handler = RichHandler(console=console, show_path=False, markup=False)
         if not console.is_interactive:
@@ -139,10 +138,9 @@ class Bar(Sink):
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         losses = {"loss": values["loss"], **values["losses"]}
-        fields: dict[str, Any] = {"losses": "  ".join(f"{name} {value:.3f}" for name, value in losses.items())}
-        if values["samples_per_second"] is not None:
-            fields["speed"] = f"{values['samples_per_second']:,.0f} samples/s"
-        self.progress.update(self.task, completed=step, **fields)
+        numbers = [f"{values['samples_per_second'] or 0:,.0f} samples/s"]
+        numbers += [f"{name} {value:.3f}" for name, value in losses.items()]
+        self.progress.update(self.task, completed=step, numbers="  ".join(numbers))
 
     def advance(self, step: int) -> None:
         self.progress.update(self.task, completed=step)
@@ -217,7 +215,7 @@ class LossMonitor:
     """Warns once of a loss, `Objective.watched`, that stays at chance level or diverges."""
 
     def __init__(self, batch_size: int, warmup_steps: int, watched: str | None) -> None:
-        self.watched, self.batch_size, self.warmup_steps = watched, batch_size, warmup_steps
+        self.watched, self.warmup_steps = watched, warmup_steps
         self.chance, self._lowest = math.log(batch_size), math.inf
 
     def check(self, step: int, losses: Mapping[str, float]) -> str | None:
@@ -231,15 +229,10 @@ class LossMonitor:
         if not flat and (step <= self.warmup_steps or loss <= max(self.chance, self._lowest) + 1):
             return None
         self.watched = None  # no second warning
-        if flat:
-            return (
-                f"After {step} steps the {name} loss is still at chance level, ln({self.batch_size}) = "
-                f"{self.chance:.2f}. Usual causes: too high a learning rate, captions that do not belong to the "
-                "images, or one caption for all. Try a tenth of train.lr, and declip data inspect."
-            )
         return (
-            f"At step {step} the {name} loss is {loss:.2f}, after {self._lowest:.2f}: the run diverges. Usual cause: "
-            "too high a learning rate. Try half of train.lr, a longer train.warmup_steps, or train.grad_clip_norm=1.0."
+            f"At step {step} the {name} loss is {loss:.2f}, that of a guess {self.chance:.2f}, the lowest so far "
+            f"{self._lowest:.2f}: {'nothing is learned' if flat else 'the run diverges'}. Try a lower train.lr, "
+            "train.grad_clip_norm=1.0, and declip data inspect."
         )
 
 
@@ -254,14 +247,10 @@ class ThroughputMonitor:
         self._steps += 1
         if self._steps > 0:
             self._waited, self._total = self._waited + waited, self._total + waited + took
-        if self._steps < LEAST_STEPS or self._total < LEAST_SECONDS:
+        if self._steps < LEAST_STEPS or self._total < LEAST_SECONDS or self._waited < STARVED * self._total:
             return None
-        fraction = self._waited / self._total
-        self._steps, self._waited, self._total = 0, 0.0, 0.0
-        if fraction < STARVED:
-            return None
-        self._total = -math.inf  # no second warning
+        self._steps = -sys.maxsize  # no second warning
         return (
-            f"Steps wait {fraction:.0%} of their time for batches. More loader processes (data.workers={workers} now; "
-            "results stay the same) or smaller images (declip data shard) help, where processors are free."
+            f"Steps wait {self._waited / self._total:.0%} of their time for batches. Try more loader processes "
+            f"(data.workers={workers} now) where processors are free, or smaller images (declip data shard)."
         )

@@ -148,10 +148,6 @@ class Trackio(WandB):
 TRACKERS: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "wandb": WandB, "mlflow": MLflow, "trackio": Trackio}
 
 
-def _tracker_class(name: str) -> type[Tracker]:
-    return TRACKERS[name] if name in TRACKERS else load_plugin("trackers", name)
-
-
 class Tracked(Sink):
     """Sends a run's numbers to a tracker by flat names such as "train/loss".
 
@@ -159,15 +155,16 @@ class Tracked(Sink):
     """
 
     def __init__(self, name: str) -> None:
-        self.name, self.tracker, self._failed = name, _tracker_class(name)(), False
+        self.name, self._failed = name, False
+        self.tracker: Tracker = (TRACKERS.get(name) or load_plugin("trackers", name))()
+        importlib.import_module(self.tracker.library)
 
     def start(self, info: RunInfo) -> None:
         try:
             self.tracker.start(replace(info, folder=info.folder.resolve()))
         except Exception as error:  # each library has errors of its own
-            raise UserError(
-                f"train.report_to={self.name} cannot start: {one_line(error, 200)}. Fix its settings, or leave it out."
-            ) from error
+            reason = one_line(error, 200)
+            raise UserError(f"train.report_to={self.name} cannot start: {reason}. Fix it, or leave it out.") from error
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         numbers = {name: values[name] for name in ("loss", "grad_norm", "lr", "logit_scale")} | values["losses"]
@@ -199,13 +196,11 @@ def trackers_of(report_to: Sequence[str]) -> list[Tracked]:
     trackers = {}
     for name in ("tensorboard" if name == AUTO else name for name in report_to):
         try:
-            importlib.import_module(_tracker_class(name).library)
             trackers[name] = Tracked(name)
         except ImportError as error:
             if name in report_to:
-                raise UserError(
-                    f"train.report_to={name} needs a package: pip install 'declip[{name}]', or leave {name} out."
-                ) from error
+                remedy = f"pip install 'declip[{name}]', or leave {name} out"
+                raise UserError(f"train.report_to={name} needs a package: {remedy}.") from error
     return list(trackers.values())
 
 

@@ -228,10 +228,11 @@ class Trainer:
         earlier = checkpoints.list_checkpoints(self.parts.folder)
         indices = ", ".join(map(str, self.loader.indices(bad)[:8].tolist()))
         losses = ", ".join(f"{name} {float(value):.4g}" for name, value in values.items())
+        good = earlier[-1] if earlier else "missing"
         raise UserError(
-            f"The loss is not finite at step {bad + 1}: {losses}. The batch held the pairs {indices} … "
-            f"of '{self.parts.source.name}'. The last good checkpoint is {earlier[-1] if earlier else 'missing'}. A "
-            "lower train.lr, a longer train.warmup_steps, or train.grad_clip_norm=1.0 usually helps."
+            f"The loss is not finite at step {bad + 1}: {losses}. The batch held the pairs {indices} … of "
+            f"'{self.parts.source.name}'. The last good checkpoint is {good}. Try a lower train.lr, a longer "
+            "train.warmup_steps, or train.grad_clip_norm=1.0."
         )
 
     # --- evaluation
@@ -266,7 +267,6 @@ class Trainer:
         return best.update(step, results, recipe.evaluation)
 
     def _load_best(self) -> None:
-        """Replace the last weights by those of the best evaluation."""
         best, folder = self.progress.best, self.parts.folder
         if best is None or best.step == self.progress.step:
             return
