@@ -177,7 +177,7 @@ def test_a_wrong_or_huge_upload_is_refused_and_none_reaches_the_disk(client, mon
     monkeypatch.setattr("declip.app.state.MOST_UPLOADS", 2)
     tokens = [client.post("/api/images", content=encoded(draw("red", "bar"))).json()["image"] for _ in range(3)]
     assert [client.get(f"/api/search?image={token}").status_code for token in tokens] == [410, 200, 200]
-    monkeypatch.setattr("declip.app.answers.LARGEST_UPLOAD", 1_000)
+    monkeypatch.setattr("declip.app.server.LARGEST_UPLOAD", 1_000)
     assert client.post("/api/images", content=iter([bytes(100)] * 100)).status_code == 413
 
 

@@ -54,7 +54,7 @@ ROUNDING = 5e-4
 
 
 class SimilarImages(NamedTuple):
-    """Pairs of images whose cosine is `LOWEST` or more: ids (m,) and (m,) int64, cosines (m,) float32."""
+    """Pairs of images whose cosine is `LOWEST` or more, most of them twice: ids (m,), (m,) int64, cosines (m,)."""
 
     one: np.ndarray
     other: np.ndarray
@@ -67,7 +67,6 @@ class SimilarImages(NamedTuple):
             return []
         ids, nodes = np.unique(np.stack([self.one[chosen], self.other[chosen]]), return_inverse=True)
         edges = nodes.reshape(2, -1)  # numbers of ids, two for each pair
-        # Group by connected components; a group's cosine is the largest of its pairs.
         label = components(len(ids), edges)
         largest = np.full(label.max() + 1, -np.inf, np.float32)
         np.maximum.at(largest, label[edges[0]], self.cosines[chosen])
@@ -117,11 +116,7 @@ def find_similar(state: AppState) -> SimilarImages:
         query_ids = np.repeat(block, near.shape[1]).reshape(near.shape)
         alike = (near != query_ids) & (cosines >= LOWEST)
         pieces.append((query_ids[alike], near[alike], cosines[alike]))
-    one, other, cosines = (np.concatenate(arrays) for arrays in zip(*pieces, strict=True))
-    # --- each pair once: most appear twice, once from each side
-    first, second = np.minimum(one, other), np.maximum(one, other)
-    _, kept = np.unique(np.stack([first, second]), axis=1, return_index=True)
-    return SimilarImages(first[kept], second[kept], cosines[kept].astype(np.float32))
+    return SimilarImages(*(np.concatenate(arrays) for arrays in zip(*pieces, strict=True)))
 
 
 def disagreeing(request: Request) -> Response:

@@ -1,15 +1,18 @@
-"""The server of the app: its routes and pages, and opening or making its index."""
+"""The server of the app: its routes, classification and search, and opening or making its index."""
 
 import logging
 import socket
+import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import torch
 import uvicorn
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from pydantic import Field, TypeAdapter, ValidationError
 from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response
@@ -18,17 +21,31 @@ from starlette.staticfiles import StaticFiles
 from starlette.templating import Jinja2Templates
 from starlette.types import ASGIApp
 
-from declip.app import answers, captions, pairs
-from declip.app.requests import LARGEST_UPLOAD, Guard, ImageId, Question, Text
-from declip.app.state import SIDE, AppState, state_of
+from declip.app import captions, pairs
+from declip.app.requests import (
+    LARGEST_UPLOAD,
+    Guard,
+    ImageId,
+    ImageQuestion,
+    OneLine,
+    Question,
+    Template,
+    Text,
+    read_body,
+    read_image,
+)
+from declip.app.state import SIDE, AppState, state_of, templates_of
 from declip.data.pair import printable
 from declip.errors import UserError
 from declip.evaluation.zero_shot import prompt_names
 from declip.search.embed import open_or_embed
+from declip.search.index import mix
+from declip.search.info import Over
 
 VIEWS = ("classify", "search", "pairs", "caption")
 LARGE = 768  # pixels of the longer side of an image to caption
 ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+MOST_PROMPTS = 8_000  # classes times templates: all are encoded while the page waits
 EXAMPLES = 6  # captions of the index that a page offers to begin with
 ENVIRONMENT = Environment(
     loader=PackageLoader("declip.app"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -47,9 +64,9 @@ def build(state: AppState, host: str) -> ASGIApp:
         Route("/maps/{id}", thumbnail),
         Route("/api/caption", captions.show),
         Route("/api/caption", captions.save, methods=["POST"]),
-        Route("/api/images", answers.upload, methods=["POST"]),
-        Route("/api/classify", answers.classify, methods=["POST"]),
-        Route("/api/search", answers.search),
+        Route("/api/images", upload, methods=["POST"]),
+        Route("/api/classify", classify, methods=["POST"]),
+        Route("/api/search", search),
         Route("/api/pairs/disagreeing", pairs.disagreeing),
         Route("/api/pairs/duplicates", pairs.duplicates),
         Route("/api/pairs/list", pairs.save_list, methods=["POST"]),
@@ -91,6 +108,75 @@ def thumbnail(request: Request) -> Response:
     except UserError:  # its message may name a path
         raise HTTPException(404, "This image no longer exists or has no heat map.") from None
     return Response(content, media_type="image/webp", headers={"Cache-Control": "private, max-age=3600"})
+
+
+class ClassifyQuestion(ImageQuestion):
+    """An image, the classes, and a prompt template for them."""
+
+    classes: list[Annotated[str, OneLine]]
+    template: Template = ""
+
+
+class SearchQuestion(ImageQuestion):
+    """A text, an image or both; `weight` is that of the text."""
+
+    text: Text = ""
+    template: Template = ""
+    weight: float = Field(0.5, ge=0, le=1)
+    count: int = Field(24, ge=1, le=200)
+    over: Over = "images"
+
+
+async def upload(request: Request) -> Response:
+    """Encode an uploaded image and answer with the token of its vector; the image itself is not stored."""
+    state = state_of(request)
+    async with state.uploading:
+        content = await read_body(request, LARGEST_UPLOAD)
+        vector = await run_in_threadpool(lambda: state.query(None, read_image(content)))
+    return JSONResponse({"image": state.add_upload(vector)})
+
+
+async def classify(request: Request) -> Response:
+    """Answer with the classes' probabilities, the largest first."""
+    return await run_in_threadpool(_classify, request, await ClassifyQuestion.in_body(request))
+
+
+def _classify(request: Request, asked: ClassifyQuestion) -> Response:
+    state = state_of(request)
+    names = [name for name in dict.fromkeys(asked.classes) if name]
+    count = len(names) * len(templates_of(asked.template))
+    if not names:
+        raise UserError("There is no class yet. Enter some, one per line.")
+    if count > MOST_PROMPTS:
+        raise UserError(
+            f"Classes times templates are {count:,} texts; the limit is {MOST_PROMPTS:,}. `declip classify` takes more."
+        )
+    image = state.image_vector(asked.image, asked.id)
+    if image is None:
+        raise UserError("There is no image yet. Choose one first.")
+    # --- softmax of scale · cosine, as CLIP is trained
+    cosines = state.class_vectors(tuple(names), asked.template) @ image
+    softmax = torch.softmax(state.scale * cosines.double(), dim=0)
+    order = softmax.argsort(descending=True, stable=True).tolist()
+    rows = [{"name": names[i], "probability": float(softmax[i]), "cosine": float(cosines[i])} for i in order]
+    return JSONResponse({"classes": rows, "scale": state.scale})
+
+
+def search(request: Request) -> Response:
+    """Answer with the images nearest to a text, an image, or both."""
+    state, asked, started = state_of(request), SearchQuestion.of(request), time.perf_counter()
+    query = image = state.image_vector(asked.image, asked.id)
+    if asked.text:
+        text = state.query(asked.text, template=asked.template)
+        query = text if image is None else mix(text, image, (asked.weight, 1 - asked.weight))
+    if query is None:
+        raise UserError("Enter a text, or choose an image.")
+    ids, cosines = state.index.nearest(query[None], asked.count, over=asked.over)
+    hits = [
+        {**state.describe(id), "cosine": cosine}
+        for id, cosine in zip(ids[0].tolist(), cosines[0].tolist(), strict=True)
+    ]
+    return JSONResponse({"hits": hits, "images": len(state.index), "seconds": time.perf_counter() - started})
 
 
 def _examples(state: AppState) -> list[str]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
 import declip
 from declip.cli.data import group as data
@@ -35,7 +36,7 @@ def list_recipes(context: typer.Context) -> None:
 
 @recipes.command("show")
 def show_recipe(
-    recipe: Annotated[str, typer.Argument(help="name of a shipped recipe, or a YAML file")],
+    recipe: Annotated[str, Argument(help="name of a shipped recipe, or a YAML file")],
     overrides: Overrides = None,
 ) -> None:
     """Print a recipe as YAML, with every key and default."""
@@ -65,7 +66,7 @@ def show_cache() -> None:
 @cache.command("clear")
 def remove_cached(
     folder: Annotated[
-        str | None, typer.Argument(help="name of one folder; default: features, shards, heads and tables")
+        str | None, Argument(help="name of one folder; default: features, shards, heads and tables")
     ] = None,
 ) -> None:
     """Remove cached files that can be computed or downloaded again. Files in use stay."""
@@ -76,13 +77,11 @@ def remove_cached(
 
 def export(
     model: Model,
-    format: Annotated[str, typer.Option("--format", help="open_clip, huggingface, onnx or safetensors")],
+    format: Annotated[str, Option("--format", help="open_clip, huggingface, onnx or safetensors")],
     out: Annotated[Path, file("folder to write", metavar="DIR")],
-    license: Annotated[str, typer.Option(help="license for the model card, such as mit")] = "unknown: set it",
-    repo: Annotated[
-        str | None, typer.Option(help="OWNER/NAME of the repository on the Hub, for the model card")
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing export")] = False,
+    license: Annotated[str, Option(help="license for the model card, such as mit")] = "unknown: set it",
+    repo: Annotated[str | None, Option(help="OWNER/NAME of the repository on the Hub, for the model card")] = None,
+    overwrite: Annotated[bool, Option("--overwrite", help="replace an existing export")] = False,
 ) -> None:
     """Export a model to a format of another library or to declip's (safetensors), with a model card."""
     from declip.interchange.export import export as run_export
@@ -110,7 +109,7 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version and exit")
+        bool, Option("--version", callback=_print_version, is_eager=True, help="print the version and exit")
     ] = False,
 ) -> None:
     pass

@@ -1,13 +1,14 @@
 """The commands ``declip data``: download a built-in set, write shards, inspect pairs."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 from declip.cli import options as opt
-from declip.cli.options import console, expand, file, say
-from declip.data.columns import Columns
+from declip.cli.options import console, expand, file, reads_images, say
 from declip.errors import UserError
 from declip.io.atomic import check_writable, write_text
 from declip.io.parts import parse_part
@@ -17,10 +18,8 @@ group = typer.Typer(help="Download, shard and inspect pairs.", no_args_is_help=T
 
 @group.command()
 def download(
-    name: Annotated[str, typer.Argument(help="a built-in set, such as builtin:emoji")],
-    cache: Annotated[
-        Path | None, file("cache folder; default: DECLIP_CACHE, or ~/.cache/declip", metavar="DIR")
-    ] = None,
+    name: Annotated[str, Argument(help="a built-in set, such as builtin:emoji")],
+    cache: Annotated[Path | None, file("folder; default: DECLIP_CACHE, or ~/.cache/declip", metavar="DIR")] = None,
     quiet: opt.Quiet = False,
 ) -> None:
     """Download a built-in set and render its images, once."""
@@ -29,42 +28,31 @@ def download(
     say(f"Ready: {fetch(name, cache, progress=not quiet)}")
 
 
+WITHOUT_MODEL = ("batch_size", "device", "precision", "engine")
+
+
 @group.command()
+@partial(reads_images, without=WITHOUT_MODEL)
 def shard(
     source: opt.Source,
     out: Annotated[Path, file("folder to write the tar shards to", metavar="DIR")],
-    size: Annotated[int, typer.Option(help="pixels of the shorter side; smaller images are not enlarged")] = 256,
-    shard_pairs: Annotated[int, typer.Option(help="pairs per shard")] = 10_000,
+    size: Annotated[int, Option(help="pixels of the shorter side; smaller images are not enlarged")] = 256,
+    shard_pairs: Annotated[int, Option(help="pairs per shard")] = 10_000,
     exclude: Annotated[Path | None, file("list of pairs to leave out, from `declip app` or `data inspect`")] = None,
-    workers: opt.Workers = None,
-    image_column: opt.ImageColumn = "image",
-    caption_column: opt.CaptionColumn = "caption",
-    image_root: opt.ImageRoot = None,
     part: opt.PartOption = None,
-    quiet: opt.Quiet = False,
+    *,
+    reading: dict[str, Any],
 ) -> None:
     """Shrink the images of a source and write tar shards. Run the command again to continue after an interruption."""
     number = parse_part(part)
     from declip.data.prepare import shard_source
 
-    prepared = shard_source(
-        source,
-        out,
-        size=size,
-        shard_pairs=shard_pairs,
-        workers=workers,
-        columns=Columns(image_column, caption_column, root=image_root),
-        exclude=exclude,
-        part=number,
-        progress=not quiet,
-    )
-    say(prepared.summary())
+    made = shard_source(source, out, size=size, shard_pairs=shard_pairs, exclude=exclude, part=number, **reading)
+    say(made.summary())
 
 
 @group.command()
-def join(
-    out: Annotated[Path, typer.Argument(metavar="DIR", parser=expand, help="the --out of the parts")],
-) -> None:
+def join(out: Annotated[Path, Argument(metavar="DIR", parser=expand, help="the --out of the parts")]) -> None:
     """Move the shards that `declip data shard --part` wrote into one folder."""
     from declip.data.prepare import join_shards
 
@@ -72,24 +60,20 @@ def join(
 
 
 @group.command()
+@partial(reads_images, without=WITHOUT_MODEL)
 def inspect(
     source: opt.Source,
-    sample: Annotated[int, typer.Option(help="number of pairs to read, chosen at random")] = 2000,
-    everything: Annotated[bool, typer.Option("--all", help="read all pairs")] = False,
-    check_leakage: Annotated[
-        list[str] | None, opt.source("test set; find its images among the pairs; repeatable")
-    ] = None,
-    size: Annotated[int, typer.Option(help="image size in training, in pixels")] = 224,
-    batch_size: Annotated[int, typer.Option(help="batch size in training, to count false negatives")] = 128,
-    seed: Annotated[int, typer.Option(help="seed of the sample and of the examples")] = 0,
-    workers: opt.Workers = None,
-    image_column: opt.ImageColumn = "image",
-    caption_column: opt.CaptionColumn = "caption",
-    image_root: opt.ImageRoot = None,
+    sample: Annotated[int, Option(help="number of pairs to read, chosen at random")] = 2000,
+    everything: Annotated[bool, Option("--all", help="read all pairs")] = False,
+    check_leakage: Annotated[opt.Several, opt.source("test set to find among the pairs; repeatable")] = None,
+    size: Annotated[int, Option(help="image size in training, in pixels")] = 224,
+    batch_size: Annotated[int, Option(help="batch size in training, to count false negatives")] = 128,
+    seed: Annotated[int, Option(help="seed of the sample and of the examples")] = 0,
     json_out: opt.JsonOut = None,
     html_out: Annotated[Path | None, file("also write a page with images", "--html")] = None,
     exclude: Annotated[Path | None, file("list to write, of the copies among the pairs; reads all pairs")] = None,
-    quiet: opt.Quiet = False,
+    *,
+    reading: dict[str, Any],
 ) -> None:
     """Inspect pairs before training: sizes, lengths, duplicates, broken pairs, and suggested settings."""
     from declip.inspection.scan import Inspection, inspect_source
@@ -98,8 +82,7 @@ def inspect(
     check_writable((json_out, html_out, exclude))
     if exclude and not check_leakage:
         raise UserError("--exclude lists the copies that --check-leakage finds. Give a test set with --check-leakage.")
-    options: dict[str, Any] = {"seed": seed, "workers": workers, "size": size, "batch_size": batch_size}
-    options |= {"columns": Columns(image_column, caption_column, root=image_root), "progress": not quiet}
+    options: dict[str, Any] = {"seed": seed, "size": size, "batch_size": batch_size, **reading}
     read = None if everything or exclude else sample
     inspection = inspect_source(source, read, check_leakage=check_leakage or (), **options)
     console.print(summary(inspection))

@@ -3,7 +3,7 @@
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import wraps
 from inspect import Parameter, Signature, signature
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 from rich.console import Console
 from rich.markup import escape
+from typer import Argument, Option
 
 from declip.data.columns import Columns
 from declip.errors import UserError
@@ -32,7 +33,7 @@ def expand(path: str) -> Path:
 
 def file(help: str, *names: str, metavar: str = "FILE") -> Any:
     """Declare an option that takes a path."""
-    return typer.Option(*names, parser=expand, metavar=metavar, help=help)
+    return Option(*names, parser=expand, metavar=metavar, help=help)
 
 
 def existing(param: typer.CallbackParam, given: Any) -> Any:
@@ -44,7 +45,7 @@ def existing(param: typer.CallbackParam, given: Any) -> Any:
 
 def source(help: str, *names: str, metavar: str = "SET") -> Any:
     """Declare an option that takes a source."""
-    return typer.Option(*names, callback=existing, metavar=metavar, help=help)
+    return Option(*names, callback=existing, metavar=metavar, help=help)
 
 
 def known(model: str | None) -> str | None:
@@ -54,49 +55,29 @@ def known(model: str | None) -> str | None:
     return model
 
 
-Model = Annotated[
-    str,
-    typer.Argument(
-        callback=known, help="a run folder, a checkpoint, a weights file, a name such as open_clip:MODEL/TAG"
-    ),
-]
-ModelOption = Annotated[
-    str,
-    typer.Option("--model", callback=known, help="a run folder, a checkpoint, a weights file, or open_clip:MODEL/TAG"),
-]
-Source = Annotated[
-    str, typer.Argument(callback=existing, help="a table, a folder of images, tar shards, or builtin:NAME")
-]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="recipe keys to set, such as train.steps=500")
-]
+Several = list[str] | None
+MODEL = "a run folder, a checkpoint, a weights file, or a name such as open_clip:MODEL/TAG"
+Model = Annotated[str, Argument(callback=known, help=MODEL)]
+ModelOption = Annotated[str, Option("--model", callback=known, help=MODEL)]
+Source = Annotated[str, Argument(callback=existing, help="a table, a folder of images, tar shards, or builtin:NAME")]
+Device = Annotated[str, Option(help="auto, cpu, cuda, cuda:1 or mps")]
+Overrides = Annotated[Several, Argument(metavar="[KEY=VALUE]...", help="recipe keys to set, such as train.steps=500")]
 Precision = Annotated[
-    Literal["auto", "fp32", "bf16", "fp16"],
-    typer.Option(help="precision of the towers; auto: the fastest that the device supports"),
+    Literal["auto", "fp32", "bf16", "fp16"], Option(help="precision of the towers; auto: the device's fastest")
 ]
-Engine = Annotated[
-    Literal["torch", "openvino"], typer.Option(help="library that computes the towers; openvino: faster on a CPU")
-]
-Quiet = Annotated[bool, typer.Option("--quiet", help="show no progress")]
-Resume = Annotated[bool, typer.Option("--resume", help="continue the run in the run folder")]
-ImageColumn = Annotated[str, typer.Option(help="table column of image paths")]
-CaptionColumn = Annotated[str, typer.Option(help="table column of captions")]
+Engine = Annotated[Literal["torch", "openvino"], Option(help="library of the towers; openvino: faster on a CPU")]
+Quiet = Annotated[bool, Option("--quiet", help="show no progress")]
+Resume = Annotated[bool, Option("--resume", help="continue the run in the run folder")]
+ImageColumn = Annotated[str, Option(help="table column of image paths")]
+CaptionColumn = Annotated[str, Option(help="table column of captions")]
 ImageRoot = Annotated[Path | None, file("folder that image paths in a table are relative to", metavar="DIR")]
-Workers = Annotated[int | None, typer.Option(min=0, help="number of processes; default: one per core, at most 8")]
-Shots = Annotated[
-    list[int] | None,
-    typer.Option(min=1, help="with few-shot: number of examples per class; default: 4; repeatable"),
-]
-PartOption = Annotated[
-    str | None, typer.Option("--part", metavar="I/N", help="only part I of N, which another command joins, such as 3/8")
-]
-BatchSize = Annotated[int, typer.Option(min=1, help="images per forward pass")]
+Workers = Annotated[int | None, Option(min=0, help="number of processes; default: one per core, at most 8")]
+Shots = Annotated[list[int] | None, Option(min=1, help="few-shot: examples per class; default: 4; repeatable")]
+PartOption = Annotated[str | None, Option("--part", metavar="I/N", help="part I of N, to be joined, such as 3/8")]
+BatchSize = Annotated[int, Option(min=1, help="images per forward pass")]
 JsonOut = Annotated[Path | None, file("also write the result as JSON", "--json")]
 SheetOut = Annotated[Path | None, file("also write an image of the results (PNG)", "--contact-sheet")]
-IndexFolder = Annotated[
-    Path | None, file("folder of the index; default: in indices/, named after the source", metavar="DIR")
-]
+IndexFolder = Annotated[Path | None, file("index; default: in indices/, named after the source", metavar="DIR")]
 READING: dict[str, tuple[Any, Any]] = {
     "batch_size": (BatchSize, 256),
     "workers": (Workers, None),
@@ -108,13 +89,13 @@ READING: dict[str, tuple[Any, Any]] = {
     "engine": (Engine, "torch"),
     "quiet": (Quiet, False),
 }
-"""Options of commands that read images with a model, and their defaults."""
+"""Options of commands that read images, and their defaults."""
 
 
-def reads_images(command: Callable[..., None], captions: bool = True) -> Callable[..., None]:
+def reads_images(command: Callable[..., None], without: Collection[str] = ()) -> Callable[..., None]:
     """Add the options `READING` to a command, whose parameter `reading` gets them as arguments of the Python API."""
     own = [parameter for parameter in signature(command).parameters.values() if parameter.name != "reading"]
-    options = [name for name in READING if captions or name != "caption_column"]
+    options = [name for name in READING if name not in without]
 
     @wraps(command)
     def run(**given: Any) -> None:

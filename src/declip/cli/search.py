@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from typer import Argument, Option
 
 from declip.cli import options as opt
 from declip.cli.options import console, existing, expand, file, known, reads_images, say, write_sheet
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 index = typer.Typer(help="Show an index of images, or make one of parts or Parquet files.", no_args_is_help=True)
 
-Folder = Annotated[Path, typer.Argument(metavar="INDEX", parser=expand, help="a folder written by `declip embed`")]
+Folder = Annotated[Path, Argument(metavar="INDEX", parser=expand, help="a folder written by `declip embed`")]
 
 
 @reads_images
@@ -30,10 +31,8 @@ def embed(
     model: opt.Model,
     source: opt.Source,
     out: Annotated[Path, file("folder of the index", metavar="DIR")],
-    captions: Annotated[
-        bool, typer.Option("--captions", help="also store a vector of the captions of each image")
-    ] = False,
-    dtype: Annotated[Literal["float16", "float32"], typer.Option(help="type of the stored vectors")] = "float16",
+    captions: Annotated[bool, Option("--captions", help="also store a vector of the captions of each image")] = False,
+    dtype: Annotated[Literal["float16", "float32"], Option(help="type of the stored vectors")] = "float16",
     part: opt.PartOption = None,
     *,
     reading: dict[str, Any],
@@ -48,13 +47,13 @@ def embed(
 
 def search(
     folder: Folder,
-    text: Annotated[str | None, typer.Argument(help="text to search for")] = None,
+    text: Annotated[str | None, Argument(help="text to search for")] = None,
     image: Annotated[Path | None, file("image to search for, alone or with the text")] = None,
-    weights: Annotated[str, typer.Option(help="weights of text and image, if both are given")] = "1,1",
-    k: Annotated[int, typer.Option("-k", "--k", min=1, max=10_000, help="number of results")] = 10,
-    over: Annotated[Literal["images", "captions"], typer.Option(help="vectors to search")] = "images",
-    template: Annotated[str | None, typer.Option(help="name of a template set, or a template with {}")] = None,
-    model: Annotated[str | None, typer.Option(callback=known, help="new path of the model, if it was moved")] = None,
+    weights: Annotated[str, Option(help="weights of text and image, if both are given")] = "1,1",
+    k: Annotated[int, Option("-k", "--k", min=1, max=10_000, help="number of results")] = 10,
+    over: Annotated[Literal["images", "captions"], Option(help="vectors to search")] = "images",
+    template: Annotated[str | None, Option(help="name of a template set, or a template with {}")] = None,
+    model: Annotated[str | None, Option(callback=known, help="new path of the model, if it was moved")] = None,
     source: Annotated[str | None, opt.source("new path of the images, if they were moved", metavar="TEXT")] = None,
     device: opt.Device = "auto",
     precision: opt.Precision = "fp32",
@@ -108,11 +107,11 @@ def _print_hits(hits: "list[Hit]") -> None:
 
 def serve(
     model: opt.Model,
-    source: Annotated[str, typer.Argument(callback=existing, help="an index, or a folder, table or built-in set")],
+    source: Annotated[str, Argument(callback=existing, help="an index, or a folder, table or built-in set")],
     index: opt.IndexFolder = None,
     caption: Annotated[Path | None, file("caption images, and save captions in this .csv file")] = None,
-    host: Annotated[str, typer.Option(help="address to listen on; default: this machine only")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65_535, help="port; 0: any free port")] = 8765,
+    host: Annotated[str, Option(help="address to listen on; default: this machine only")] = "127.0.0.1",
+    port: Annotated[int, Option(min=0, max=65_535, help="port; 0: any free port")] = 8765,
     device: opt.Device = "auto",
     precision: opt.Precision = "auto",
     engine: opt.Engine = "torch",
@@ -158,8 +157,8 @@ def show(folder: Folder) -> None:
 @index.command()
 def export(
     folder: Folder,
-    out: Annotated[Path, typer.Argument(metavar="FILE.usearch", parser=expand, help="file to write")],
-    over: Annotated[Literal["images", "captions"], typer.Option(help="vectors to export")] = "images",
+    out: Annotated[Path, Argument(metavar="FILE.usearch", parser=expand, help="file to write")],
+    over: Annotated[Literal["images", "captions"], Option(help="vectors to export")] = "images",
 ) -> None:
     """Write the vectors as a file of usearch, for approximate search among many millions of images."""
     from declip.search.info import IndexInfo
@@ -172,7 +171,7 @@ def export(
 
 @index.command()
 def join(
-    folder: Annotated[Path, typer.Argument(metavar="INDEX", parser=expand, help="the --out of its parts")],
+    folder: Annotated[Path, Argument(metavar="INDEX", parser=expand, help="the --out of its parts")],
 ) -> None:
     """Join the parts that `declip embed --part` wrote, which stay."""
     from declip.search.info import INFO
@@ -185,10 +184,10 @@ def join(
 
 @index.command()
 def from_parquet(
-    files: Annotated[list[str], typer.Argument(callback=existing, help="Parquet files, their folder, or a pattern")],
-    model: Annotated[str, typer.Option(callback=known, help="the model that made the vectors")],
+    files: Annotated[list[str], Argument(callback=existing, help="Parquet files, their folder, or a pattern")],
+    model: Annotated[str, Option(callback=known, help="the model that made the vectors")],
     out: Annotated[Path, file("folder of the index", metavar="DIR")],
-    dtype: Annotated[Literal["float16", "float32"], typer.Option(help="type of the stored vectors")] = "float16",
+    dtype: Annotated[Literal["float16", "float32"], Option(help="type of the stored vectors")] = "float16",
 ) -> None:
     """Make an index of the vectors that Ray Data, datasets, Daft or Spark wrote."""
     from declip.search.index import Index
@@ -206,14 +205,14 @@ def _two_numbers(text: str) -> tuple[float, float]:
 
 @reads_images
 def choose(
-    images: Annotated[str, typer.Argument(callback=existing, help="a folder of images, a table, or an index")],
+    images: Annotated[str, Argument(callback=existing, help="a folder of images, a table, or an index")],
     model: opt.ModelOption,
     out: Annotated[Path, file("table to write, with an empty column for captions")],
-    count: Annotated[int, typer.Option(min=1, help="number of images to choose")] = 200,
+    count: Annotated[int, Option(min=1, help="number of images to choose")] = 200,
     have: Annotated[str | None, opt.source("existing pairs; their images count as chosen", metavar="PAIRS")] = None,
     index: opt.IndexFolder = None,
     sheet_out: opt.SheetOut = None,
-    seed: Annotated[int, typer.Option(min=0, help="seed of the sample, if there are more than 20,000 images")] = 0,
+    seed: Annotated[int, Option(min=0, help="seed of the sample, if there are more than 20,000 images")] = 0,
     *,
     reading: dict[str, Any],
 ) -> None:
@@ -230,22 +229,22 @@ def choose(
         write_sheet(sheet_out, search_sheet(choice.index, choice.images, title, order="in their order"))
 
 
-@partial(reads_images, captions=False)
+@partial(reads_images, without=("caption_column",))
 def classify(
-    images: Annotated[str, typer.Argument(help="a folder, an image, a pattern in quotes, a table, or tar shards")],
+    images: Annotated[str, Argument(help="a folder, an image, a pattern in quotes, a table, or tar shards")],
     model: opt.ModelOption,
     classes: Annotated[
-        str | None, typer.Option(metavar="FILE|LIST", help="a file with one class per line, or a list: cat,dog")
+        str | None, Option(metavar="FILE|LIST", help="a file with one class per line, or a list: cat,dog")
     ] = None,
     examples: Annotated[
         str | None, opt.source("labeled images: a folder per class, or a table", metavar="FOLDER|TABLE")
     ] = None,
-    label_column: Annotated[str | None, typer.Option(help="table column of classes in the examples")] = None,
+    label_column: Annotated[str | None, Option(help="table column of classes in the examples")] = None,
     head: Annotated[Path | None, file("a classifier that --save wrote, instead of --classes and --examples")] = None,
     save: Annotated[Path | None, file("save the classifier that is fitted to the examples")] = None,
-    reject: Annotated[bool, typer.Option("--reject", help="assign images of other classes to 'none of these'")] = False,
+    reject: Annotated[bool, Option("--reject", help="assign images of other classes to 'none of these'")] = False,
     out: Annotated[Path | None, file("write the probability of every class to this .csv file")] = None,
-    templates: Annotated[str, typer.Option(help="name of a template set, or a template with {}")] = "plain",
+    templates: Annotated[str, Option(help="name of a template set, or a template with {}")] = "plain",
     *,
     reading: dict[str, Any],
 ) -> None:
@@ -284,10 +283,10 @@ def _print(prediction: Any) -> None:
 
 def explain(
     model: opt.Model,
-    image: Annotated[Path, typer.Argument(parser=expand, metavar="IMAGE", help="an image file")],
-    text: Annotated[str, typer.Argument(help="what to look for in the image")],
+    image: Annotated[Path, Argument(parser=expand, metavar="IMAGE", help="an image file")],
+    text: Annotated[str, Argument(help="what to look for in the image")],
     out: Annotated[Path, file("image to write: a heat map over the given one (PNG)")],
-    size: Annotated[int | None, typer.Option(min=8, help="pixels of the sides that the model sees")] = None,
+    size: Annotated[int | None, Option(min=8, help="pixels of the sides that the model sees")] = None,
     device: opt.Device = "auto",
 ) -> None:
     """Show where a text fits in an image: draw a heat map over the image."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from typer import Argument, Option
 
 from declip.cli import options as opt
 from declip.cli.options import check_source, console, file, known, say
@@ -19,14 +20,14 @@ Task = Literal["zero-shot", "retrieval", "linear", "few-shot", "pointing"]
 
 
 def train(
-    recipe: Annotated[str, typer.Argument(help="name of a shipped recipe, or a YAML file")],
+    recipe: Annotated[str, Argument(help="name of a shipped recipe, or a YAML file")],
     overrides: opt.Overrides = None,
-    data: Annotated[str | None, typer.Option(metavar="SOURCE", help="training pairs; sets the key data.source")] = None,
-    val: Annotated[list[str] | None, opt.source("evaluation set, with classes or captions; repeatable")] = None,
+    data: Annotated[str | None, Option(metavar="SOURCE", help="training pairs; sets the key data.source")] = None,
+    val: Annotated[opt.Several, opt.source("evaluation set, with classes or captions; repeatable")] = None,
     out: Annotated[Path | None, file("run folder; default: runs/RECIPE", metavar="DIR")] = None,
     resume: opt.Resume = False,
     quiet: opt.Quiet = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="only estimate memory and time")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="only estimate memory and time")] = False,
 ) -> None:
     """Train a model as a recipe describes, evaluate it, and write a report."""
     given = _checked(recipe, overrides or [], data, resume)
@@ -98,21 +99,19 @@ def finetune(
     overrides: opt.Overrides = None,
     weights: Annotated[
         str | None,
-        typer.Option("--from", metavar="WEIGHTS", callback=known, help="default without a GPU: builtin:lite2-minilm"),
+        Option("--from", metavar="WEIGHTS", callback=known, help="default on a CPU: builtin:lite2-minilm"),
     ] = None,
     val: Annotated[
-        list[str] | None, opt.source("validation set; default: a tenth of the pairs if towers are trained")
+        opt.Several, opt.source("validation set; default: a tenth of the pairs if towers are trained")
     ] = None,
-    keep: Annotated[list[str] | None, opt.source("set on which the accuracy should not fall; repeatable")] = None,
+    keep: Annotated[opt.Several, opt.source("set on which the accuracy should not fall; repeatable")] = None,
     out: Annotated[Path | None, file("run folder; default: runs/finetune", metavar="DIR")] = None,
     freeze: Annotated[
         str | None,
-        typer.Option(metavar="TOWERS", help="both, image, text or none; default: both for built-in weights on a CPU"),
+        Option(metavar="TOWERS", help="both, image, text or none; default: both for built-in weights on a CPU"),
     ] = None,
     resume: opt.Resume = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="only print the recipe, and estimate memory and time")
-    ] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="only print the recipe, and estimate memory and time")] = False,
     quiet: opt.Quiet = False,
 ) -> None:
     """Fine-tune pretrained weights on your pairs, write a report, and export the model."""
@@ -151,10 +150,10 @@ def evaluate(
     datasets: Annotated[
         list[str], opt.source("builtin:NAME, NAME:/path, a table, a folder, or paper11:/path; repeatable", "--dataset")
     ],
-    task: Annotated[Task, typer.Option(help="what to measure; linear: a linear probe")] = "zero-shot",
+    task: Annotated[Task, Option(help="what to measure; linear: a linear probe")] = "zero-shot",
     shots: opt.Shots = None,
-    templates: Annotated[str | None, typer.Option(help="name of a template set, or a template with {}")] = None,
-    label_column: Annotated[str | None, typer.Option(help="table column of classes")] = None,
+    templates: Annotated[str | None, Option(help="name of a template set, or a template with {}")] = None,
+    label_column: Annotated[str | None, Option(help="table column of classes")] = None,
     batch_size: opt.BatchSize = 256,
     workers: opt.Workers = None,
     device: opt.Device = "auto",
@@ -167,60 +166,49 @@ def evaluate(
     if templates is not None and task not in ("zero-shot", "few-shot"):
         raise UserError(f"--templates requires --task zero-shot or few-shot, but --task is {task}. Remove it.")
     check_writable((json_out,))
-    from declip.evaluation.protocols import PREFIX, Options
+    from declip.evaluation.datasets import open_dataset
+    from declip.evaluation.protocols import PREFIX, SETS, Options, evaluate_all, evaluate_suite
     from declip.interchange.read import load
+    from declip.io.text import percent
+    from declip.reports.page import rich_table
+    from declip.reports.run import results_table
 
     suite = next((name for name in datasets if name.startswith(PREFIX)), None)
     if suite is not None and (len(datasets) > 1 or label_column is not None):
         raise UserError(f"The suite '{suite}' is evaluated alone. Give one --dataset, and no --label-column.")
     options = Options(templates=templates, shots=shots or [4], batch_size=batch_size, workers=workers)
-    found = _evaluate(load(model, device, precision, engine), datasets, label_column, task, options, suite)
-    if json_out is not None:
-        write_text(json_out, json.dumps(found, indent=1), "choose another path with --json")
-
-
-def _evaluate(
-    model: Any, datasets: list[str], label_column: str | None, task: str, options: Any, suite: str | None
-) -> Any:
-    """Evaluate on all datasets, or on those of a suite, and print a table; return one row or several."""
-    from declip.evaluation.datasets import open_dataset
-    from declip.evaluation.protocols import SETS, evaluate_all, evaluate_suite
-    from declip.io.text import percent
-    from declip.reports.page import rich_table
-    from declip.reports.run import results_table
-
+    loaded = load(model, device, precision, engine)
     if suite is None:
         opened = [open_dataset(name, label_column=label_column) for name in datasets]
-        results = evaluate_all(model, opened, (task,), options)
-        rows = [each.to_dict() for each in results]
-        console.print(rich_table(results_table(results)))
-        return rows if len(rows) > 1 else rows[0]
-    results, found = evaluate_suite(model, suite, task, options)
+        results, found = evaluate_all(loaded, opened, (task,), options), None
+    else:
+        results, found = evaluate_suite(loaded, suite, task, options)
     console.print(rich_table(results_table(results)))
-    say(f"Average of {len(found['values'])} of {len(SETS)} sets by their usual metrics: {percent(found['average'])}")
-    for name, reason in found["missing"].items():
-        say(f"Not measured: {name}: {reason}")
-    return found
+    if found:
+        say(
+            f"Average of {len(found['values'])} of {len(SETS)} sets by their usual metrics: {percent(found['average'])}"
+        )
+        for name, reason in found["missing"].items():
+            say(f"Not measured: {name}: {reason}")
+    if json_out is not None:
+        rows = [each.to_dict() for each in results]
+        tree = found or (rows if len(rows) > 1 else rows[0])
+        write_text(json_out, json.dumps(tree, indent=1), "choose another path with --json")
 
 
 def compare(
-    words: Annotated[
-        list[str],
-        typer.Argument(metavar="RECIPE... [KEY=VALUE]...", help="recipes, and keys that override all of them"),
-    ],
-    pairs: Annotated[str, typer.Option(help="numbers of training pairs, such as 1k,2k,4k")],
-    seeds: Annotated[int, typer.Option(min=1, help="runs per recipe and number of pairs, with seeds 0, 1 …")] = 3,
+    words: Annotated[list[str], Argument(metavar="RECIPE... [KEY=VALUE]...", help="recipes, and keys for all of them")],
+    pairs: Annotated[str, Option(help="numbers of training pairs, such as 1k,2k,4k")],
+    seeds: Annotated[int, Option(min=1, help="runs per recipe and number of pairs, with seeds 0, 1 …")] = 3,
     out: Annotated[Path, file("folder of the comparison", metavar="DIR")] = Path("runs/compare"),
-    datasets: Annotated[
-        list[str] | None, opt.source("default: the sets of the recipe; repeatable", "--dataset")
-    ] = None,
-    tasks: Annotated[list[str] | None, typer.Option("--task", help="default: zero-shot; repeatable")] = None,
+    datasets: Annotated[opt.Several, opt.source("default: the sets of the recipe; repeatable", "--dataset")] = None,
+    tasks: Annotated[opt.Several, Option("--task", help="default: zero-shot; repeatable")] = None,
     shots: opt.Shots = None,
     budget: Annotated[
         Literal["samples", "compute"],
-        typer.Option(help="samples: every recipe runs its steps; compute: every recipe runs as long as the first"),
+        Option(help="samples: every recipe runs its steps; compute: every recipe runs as long as the first"),
     ] = "samples",
-    jobs: Annotated[int | None, typer.Option(min=1, help="parallel runs; default: one per core, or 1 on a GPU")] = None,
+    jobs: Annotated[int | None, Option(min=1, help="parallel runs; default: one per core, or 1 on a GPU")] = None,
     quiet: opt.Quiet = False,
 ) -> None:
     """Compare recipes at several numbers of pairs. Run the command again to continue an interrupted comparison."""
