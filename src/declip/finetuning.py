@@ -22,7 +22,7 @@ from declip.evaluation.datasets import open_dataset
 from declip.evaluation.encode import Encoder
 from declip.inspection.split import FEWEST, PairSplit, check_copies, related_pairs, split_pairs
 from declip.interchange import starter
-from declip.interchange.export import FORMATS, export, trace
+from declip.interchange.export import export, trace
 from declip.interchange.layouts import Refusal
 from declip.interchange.read import read_checkpoint, read_start
 from declip.io.atomic import atomic_write, remove, save_tensors, write_text
@@ -260,8 +260,6 @@ def write_finetuned(folder: Path, model: Encoder) -> None:
     merged = trace(folder)
     for format in ("safetensors", "open_clip", "huggingface"):
         try:
-            if format != "safetensors":
-                FORMATS[format].express(merged.model)
             export(merged, format, folder / "exported" / format, overwrite=True)
         except Refusal:
             continue

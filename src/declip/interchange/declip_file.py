@@ -54,10 +54,6 @@ def read_part(where: str) -> Weights:
     return Weights(read_recipe(recipe, str(path)), part("model", tensors), str(where), part("objective", tensors))
 
 
-def express(model: DualEncoder) -> None:
-    """Accept every model."""
-
-
 def write(model: DualEncoder, folder: Path, heads: Mapping[str, Tensor] | None = None) -> None:
     """Write a model into a folder."""
     write_declip_file(model, folder / FILE, heads)

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +27,7 @@ from declip.interchange.open_clip_model import PREFIX as OPEN_CLIP
 from declip.interchange.read import HUB_PREFIXES, read, read_checkpoint
 from declip.interchange.timm_weights import PREFIX as TIMM
 from declip.io.atomic import atomic_write
-from declip.io.text import listed, one_line, percent, times
+from declip.io.text import one_line, percent, times
 from declip.models.dual_encoder import DualEncoder, has_text
 from declip.recipe.schema import Recipe
 from declip.runs.checkpoint import STATE, list_checkpoints
@@ -46,8 +46,8 @@ CAPTIONS = ("a red circle", "two cats asleep on a sofa, seen from above", "!")
 FORMATS: Mapping[str, ModuleType] = {
     "open_clip": open_clip, "huggingface": huggingface, "onnx": onnx, "safetensors": declip_file,
 }  # fmt: skip
-"""Modules with `express(model)`, which raises a `Refusal` if the format cannot hold a model, `write(model, folder)`,
-`reread(folder)`, which raises ImportError if the library is not installed, and `LIBRARY`, its name on the Hub."""
+"""Modules with `write(model, folder)`, which raises a `Refusal` if the format cannot hold a model, `reread(folder)`,
+which raises ImportError if the library is not installed, and `LIBRARY`, its name on the Hub."""
 
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")  # OWNER/NAME on the Hub
 
@@ -116,8 +116,8 @@ def export(
         try:
             form.write(built, folder, **options.get(format, {}))
         except Refusal as refusal:
-            able = f"Formats that can: {listed(supported_formats(built))}."
-            raise UserError(f"This model cannot be exported as {format}: {refusal}. {able}") from refusal
+            way_out = "Export as safetensors, which holds every model."
+            raise Refusal(f"This model cannot be exported as {format}: {refusal}. {way_out}") from refusal
         exported = Exported(out, *_compare(built, form, folder))
         card = model_card(traced, form.LIBRARY, str(exported), license, repo)
         (folder / CARD).write_text(card, encoding="utf-8")
@@ -138,14 +138,6 @@ def _new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
             yield folder
     except (OSError, SafetensorError) as error:  # the latter is its one class for every trouble with a file
         raise UserError(f"Cannot write '{out}': {error}. Make room, or give another folder as --out.") from error
-
-
-def supported_formats(model: DualEncoder) -> Iterator[str]:
-    """Formats that can hold a model."""
-    for name, form in FORMATS.items():
-        with suppress(Refusal):
-            form.express(model)
-            yield name
 
 
 def _compare(model: DualEncoder, form: ModuleType, folder: Path) -> tuple[float | None, str]:

@@ -8,7 +8,6 @@ from typing import Any
 
 import tokenizers
 from safetensors.torch import load_file
-from torch import Tensor
 
 from declip.data.text.tokenizer import Tokenizer
 from declip.errors import UserError
@@ -148,11 +147,11 @@ def _read_json(file: Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
-def express(model: DualEncoder) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Build the configuration and tensors of `CLIPModel`."""
+def write(model: DualEncoder, folder: Path) -> None:
+    """Write config.json, model.safetensors, preprocessor_config.json and the tokenizer's files."""
     if wrapped_in(model) is not None:
         raise Refusal("its towers are open_clip's")
-    text, keys = clip_text_tower(model), layouts.clip_keys(model.image_tower)
+    text, keys, image = clip_text_tower(model), layouts.clip_keys(model.image_tower), model.recipe.image
     if keys is None or "num_heads" not in keys["image.model_kwargs"]:
         kind = type(model.image_tower.trunk).__name__
         raise Refusal(f"CLIPModel has CLIP's vision transformer only, and this image tower is a {kind}; {TO_CLIP_VIT}")
@@ -160,20 +159,14 @@ def express(model: DualEncoder) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise Refusal("CLIPModel has no bias after the text projection; train with text.projection_bias=false")
     if model.logit_bias is not None:
         raise Refusal("CLIPModel has no logit bias, which a sigmoid loss learns")
-    return _config(model, keys), layouts.TRANSFORMERS.write(model.state_dict())
-
-
-def write(model: DualEncoder, folder: Path) -> None:
-    """Write config.json, model.safetensors, preprocessor_config.json and the tokenizer's files."""
-    config, tensors = express(model)
-    image = model.recipe.image
+    tensors = layouts.TRANSFORMERS.write(model.state_dict())
     preprocessor = {
         **{"image_processor_type": "CLIPImageProcessor", "processor_class": "CLIPProcessor", "do_convert_rgb": True},
         **{**PREPROCESSING, "resample": model.preprocessor.filter.value, "size": {"shortest_edge": image.size}},
         "crop_size": {"height": image.size, "width": image.size},
         **{"image_mean": list(image.mean), "image_std": list(image.std)},
     }
-    for file, content in ((CONFIG, config), (PREPROCESSOR, preprocessor)):
+    for file, content in ((CONFIG, _config(model, keys)), (PREPROCESSOR, preprocessor)):
         (folder / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     write_tokenizer(model.tokenizer, folder)
     save_tensors({name: tensor.float() for name, tensor in tensors.items()}, folder / FILE, {"format": "pt"})

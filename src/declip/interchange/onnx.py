@@ -19,6 +19,7 @@ from declip.interchange.layouts import Refusal, Reread, preprocess_config, write
 from declip.io.progress import quiet
 from declip.io.text import one_line
 from declip.models.dual_encoder import DualEncoder, has_text
+from declip.models.inference import TowerFunction
 
 LIBRARY = "onnx"
 OPSET = 18
@@ -27,28 +28,14 @@ MODEL, ABOUT = "model.onnx", "config.json"
 ROWS, LENGTH = 2, 4  # sizes of the traced example; a size of 1 would be exported as fixed
 
 
-class TowerModule(nn.Module):
-    """One of a model's two encoders as a module."""
-
-    def __init__(self, model: DualEncoder, encode: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.model, self.forward = model, encode
-        self.eval()
-
-
-def express(model: DualEncoder) -> None:
-    """Accept every tower; `write` fails if torch cannot trace it."""
-    if isinstance(model.tokenizer, WrappedTokenizer) and model.tokenizer.stored["zeroed"] is not None:
-        raise Refusal("its tokenizer replaces one id by 0, which tokenizer.json cannot represent")
-
-
 def write(model: DualEncoder, folder: Path) -> None:
     """Write visual/ and textual/, each with a model.onnx, and config.json, which describes them.
 
     Images are (batch, 3, S, S) float32, normalized; texts (batch, length) int32 with padding after the end, length at
     most the context. Outputs are (batch, d) float32 of length 1. Batch and length are dynamic.
     """
-    express(model)
+    if isinstance(model.tokenizer, WrappedTokenizer) and model.tokenizer.stored["zeroed"] is not None:
+        raise Refusal("its tokenizer replaces one id by 0, which tokenizer.json cannot represent")
     prepared, batch = preprocess_config(model), torch.export.Dim("batch")
     size = model.preprocessor.size
     # Inputs and preprocessing, for readers without declip
@@ -63,7 +50,7 @@ def write(model: DualEncoder, folder: Path) -> None:
     # Image tower
     (folder / VISUAL).mkdir()
     pixels = torch.zeros(ROWS, 3, size, size, device=model.device)
-    _export(TowerModule(model, model.encode_image), pixels, {0: batch}, folder / VISUAL / MODEL, about["vision_cfg"])
+    _export(TowerFunction(model, model.encode_image), pixels, {0: batch}, folder / VISUAL / MODEL, about["vision_cfg"])
     (folder / VISUAL / "preprocess_cfg.json").write_text(json.dumps(prepared, indent=2) + "\n", encoding="utf-8")
     if has_text(model):
         # Text tower, with a tokenizer of the `tokenizers` library
@@ -77,7 +64,7 @@ def write(model: DualEncoder, folder: Path) -> None:
         tokens = torch.zeros(ROWS, LENGTH, dtype=torch.int32, device=model.device)
         tokens[:, -1] = tokenizer.end
         sizes = {0: batch, 1: torch.export.Dim("length", max=tokenizer.context)}
-        tower = TowerModule(model, lambda tokens: model.encode_text(tokens.long()))
+        tower = TowerFunction(model, lambda tokens: model.encode_text(tokens.long()))
         _export(tower, tokens, sizes, folder / TEXTUAL / MODEL, about["text_cfg"])
         write_tokenizer(tokenizer, folder / TEXTUAL)
     (folder / ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")

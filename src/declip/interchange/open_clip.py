@@ -35,7 +35,7 @@ from declip.models.hf_encoder import HuggingfaceTextTower, TextEncoder
 from declip.models.wrapped import WrappedModel, library_state
 from declip.recipe.load import load_recipe
 
-__all__ = ["express", "matches", "read", "reread", "write"]
+__all__ = ["matches", "read", "reread", "write"]
 
 log = logging.getLogger("declip")
 
@@ -120,7 +120,7 @@ def write(model: DualEncoder, folder: Path, repo: str | None = None, home: Path 
 
     On the Hub open_clip finds tokenizer and text encoder by the name of the repository only; `home` is the final path.
     """
-    config, tensors = express(model, repo or str((home or folder).absolute()))
+    config, tensors = _express(model, repo or str((home or folder).absolute()))
     text_config = config["model_cfg"]["text_cfg"]
     wrapped = wrapped_in(model)
     encoder = None if wrapped is None else wrapped.encoder
@@ -140,7 +140,7 @@ def write(model: DualEncoder, folder: Path, repo: str | None = None, home: Path 
     save_tensors(tensors, folder / WEIGHTS, {"format": "pt"})
 
 
-def express(model: DualEncoder, place: str = ".") -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _express(model: DualEncoder, place: str = ".") -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Build open_clip's configuration and tensors; `place` is the folder or repository of the files."""
     recipe = model.recipe
     # Towers of open_clip go back as they came; CLIP's are renamed.

@@ -319,7 +319,7 @@ class OpenVinoTower(nn.Module):
         self.tower, self.dtype = tower, dtype
         with torch.no_grad():
             self._features = type(tower(example))
-        self._compiled = _compile(_Outputs(tower).eval(), example, "bf16" if dtype == torch.bfloat16 else "f32")
+        self._compiled = _compile(tower, example, "bf16" if dtype == torch.bfloat16 else "f32")
         self._idle = SimpleQueue[Any]()  # requests that no thread uses
 
     def __getattr__(self, name: str) -> Any:
@@ -340,19 +340,17 @@ class OpenVinoTower(nn.Module):
         return self._features(*(torch.from_numpy(outputs[number]) for number in range(len(outputs))))
 
 
-class _Outputs(nn.Module):
-    """A tower that returns its features as a tuple, for tracing."""
+class TowerFunction(nn.Module):
+    """A function of a model as a module in evaluation mode, to trace."""
 
-    def __init__(self, tower: nn.Module) -> None:
+    def __init__(self, model: nn.Module, function: Callable[[Tensor], Any]) -> None:
         super().__init__()
-        self.tower = tower
-
-    def forward(self, given: Tensor) -> tuple[Tensor, ...]:
-        return tuple(vars(self.tower(given)).values())
+        self.model, self.forward = model, function
+        self.eval()
 
 
-def _compile(module: nn.Module, example: Tensor, hint: str) -> Any:
-    """Trace a module and compile it for other numbers and lengths; raises `RuntimeError` if that is not possible."""
+def _compile(tower: nn.Module, example: Tensor, hint: str) -> Any:
+    """Trace a tower and compile it for other numbers and lengths; raises `RuntimeError` if that is not possible."""
     openvino, decoder_of, core = _openvino()
     settings = {
         "INFERENCE_PRECISION_HINT": hint,
@@ -364,6 +362,7 @@ def _compile(module: nn.Module, example: Tensor, hint: str) -> Any:
     try:
         # Not openvino.convert_model, which traces a second time to check the first.
         with warnings.catch_warnings(action="ignore"), torch.no_grad():
+            module = TowerFunction(tower, lambda given: tuple(vars(tower(given)).values()))
             decoder = decoder_of(module, example_input=example, trace_kwargs={"check_trace": False})
             frontend = openvino.frontend.FrontEndManager().load_by_framework("pytorch")
             model = frontend.convert(frontend.load(decoder))
