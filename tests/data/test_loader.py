@@ -137,10 +137,6 @@ def test_the_second_text_is_what_was_chosen(monkeypatch):
     assert _said(make(second_view="caption")) == usual
 
 
-def test_what_there_is_not_enough_of_is_refused():
-    refuses(r"'fake' holds 30 pairs.* 31.*train\.batch_size", make, batch_size=31)
-
-
 def test_broken_pairs_shrink_their_batch_and_are_counted_when_it_is_yielded():
     broken = dict.fromkeys(range(10), "missing image") | {20: "image too large"}
     loader = make(Noise(broken=broken), workers=1, max_broken_fraction=1.0)
@@ -155,10 +151,11 @@ def test_broken_pairs_shrink_their_batch_and_are_counted_when_it_is_yielded():
     assert loader.skipped.to_dict()["reasons"]["image too large"]["examples"] == ["pair-20"]
 
 
-def test_a_batch_without_a_good_pair_is_empty_and_keeps_its_step():
+def test_a_batch_without_a_good_pair_is_empty_and_a_source_smaller_than_a_batch_is_refused():
     batches = first_of(make(Noise(broken=dict.fromkeys(range(PAIRS), "missing image"))), 16)
     assert [len(batch) for batch in batches] == [0] * 16
     assert batches[0].views["second"].pixels.shape == (0, 3, 12, 12)
+    refuses(r"'fake' holds 30 pairs.* 31.*train\.batch_size", make, batch_size=31)
 
 
 def test_too_large_a_share_of_broken_pairs_stops_after_a_hundred_pairs():

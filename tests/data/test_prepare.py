@@ -15,7 +15,6 @@ from PIL import Image
 
 from conftest import draw, refuses
 from data.fakes import jpeg, picture, scene, write_tar
-from declip.data import prepare as module
 from declip.data.pair import BrokenPair, LazyImage, Pair, PairSource
 from declip.data.prepare import downscaled_bytes, join_shards, read_exclusions, shard_source, write_exclusions
 from declip.data.sources.open import open_source
@@ -34,13 +33,14 @@ class Source(PairSource):
         ("one", "\ufefftwo"), ("x" * 20_000,), ("one",),
     )  # fmt: skip
 
-    def __init__(self, broken=()):
-        self.broken = broken
+    def __init__(self, broken=(), slow=None):
+        self.broken, self.slow = broken, slow
 
     def __len__(self):
         return len(self.keys)
 
     def __getitem__(self, index):
+        time.sleep(60 if index == self.slow else 0)
         if index in self.broken:
             raise BrokenPair("missing image", self.keys[index])
         return Pair(self.keys[index], scene(40 + index, 30), self.captions(index))
@@ -104,52 +104,43 @@ def test_hostile_names_and_captions(tmp_path):
     source = Source(broken=(3,))
     shard_source(source, tmp_path / "made", size=256, workers=0)
     after = open_source(tmp_path / "made")
-    kept = [index for index in range(len(source)) if index != 3]
-    assert [after[place].captions for place in range(len(after))] == [source.said[index] for index in kept]
-    assert [after[place].image.width for place in range(len(after))] == [40 + index for index in kept]
+    found = [(after[place].captions, after[place].image.width) for place in range(len(after))]
+    assert found == [(source.said[index], 40 + index) for index in range(len(source)) if index != 3]
     assert (tmp_path / "made/NOTICE.txt").read_text() == "drawn by somebody\n"
     with tarfile.open(tmp_path / "made/000000.tar") as tar:
         assert all(re.fullmatch(r"\d{9}\.(jpg|png|txt|json)", name) for name in tar.getnames())
 
 
-def test_finished_shards_are_not_made_again(folder, tmp_path, monkeypatch):
+def test_only_shards_that_are_missing_or_cut_short_are_made_again(folder, tmp_path):
     out = tmp_path / "made"
     shard_source(folder, out, **SMALL)
-    whole = files(out)
-    read = []
-    members = module._members
-    monkeypatch.setattr(module, "_members", lambda *given: read.append(given[-1]) or members(*given))
-    again = shard_source(folder, out, **SMALL)
-    assert (again.pairs, again.skipped.total, read) == (7, 2, [])
+    whole, first = files(out), (out / "000000.tar").stat().st_mtime_ns
     (out / "000001.tar").write_bytes(whole["000001.tar"][:-512])
     (out / "000002.tar").unlink()
-    shard_source(folder, out, **SMALL)
-    assert read == [4, 5, 6, 7, 8]
-    assert files(out) == whole
+    again = shard_source(folder, out, **SMALL)
+    assert (again.pairs, again.skipped.total, files(out)) == (7, 2, whole)
+    assert (out / "000000.tar").stat().st_mtime_ns == first
 
 
-def test_it_continues_after_a_kill(folder, tmp_path):
+def test_it_continues_after_a_kill(tmp_path):
     out = tmp_path / "made"
 
     def shard_slowly():
         os.setsid()
-        members = module._members
-        module._members = lambda *given: time.sleep(60 if given[-1] == 6 else 0) or members(*given)
-        module.PAIRS_AT_ONCE = 1
-        shard_source(folder, out, **SMALL | {"workers": 1})
+        shard_source(Source(slow=6), out, **SMALL | {"workers": 1})
 
     process = multiprocessing.get_context("fork").Process(target=shard_slowly)
     process.start()
     end = time.monotonic() + 60
     while not list(out.glob(".000001.tar.*.partial")) and time.monotonic() < end:
         time.sleep(0.02)
-    refuses("Another process", shard_source, folder, out, **SMALL)
+    refuses("Another process", shard_source, Source(), out, **SMALL)
     os.killpg(process.pid, signal.SIGKILL)
     process.join()
     assert files(out).keys() == {"000000.tar", "prepared.json"}
     first = (out / "000000.tar").stat().st_mtime_ns
-    shard_source(folder, out, **SMALL)
-    shard_source(folder, tmp_path / "at once", **SMALL)
+    shard_source(Source(), out, **SMALL)
+    shard_source(Source(), tmp_path / "at once", **SMALL)
     assert files(out) == files(tmp_path / "at once")
     assert (out / "000000.tar").stat().st_mtime_ns == first
     assert not list(out.glob(".*.partial"))

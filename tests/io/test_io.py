@@ -36,7 +36,6 @@ def test_a_file_or_folder_appears_whole_or_not_at_all(tmp_path):
     with atomic_write(tmp_path / "a/file") as partial:
         partial.write_text("1")
         assert not (tmp_path / "a/file").exists()
-    assert (tmp_path / "a/file").read_text() == "1"
     for value in "23":
         with atomic_write(tmp_path / "a/folder") as partial:
             partial.mkdir()

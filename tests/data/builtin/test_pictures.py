@@ -15,7 +15,7 @@ from conftest import refuses
 from data.fakes import write_tar
 from declip.data.builtin import fetch
 from declip.data.builtin.fetch import DebianPackage, NpmPackages, Package
-from declip.data.builtin.pictures import COLOR, GRAY, MANIFEST, NOTICE, TABLE, BuiltinSet, BuiltinSource, Selection
+from declip.data.builtin.pictures import COLOR, GRAY, MANIFEST, NOTICE, TABLE, BuiltinSet, BuiltinSource
 from declip.data.builtin.sets import BUILTINS, download
 from declip.data.sources.open import open_source
 from declip.errors import UserError
@@ -54,7 +54,7 @@ class Plain(BuiltinSet):
         return "by nobody"
 
     def select(self, split, table):
-        return Selection(table, "kind" if split == "plain-classes" else None)
+        return table, "kind" if split == "plain-classes" else None, ()
 
 
 PLAIN = Plain()

@@ -12,7 +12,7 @@ from functools import lru_cache, partial, reduce
 from io import BytesIO
 from itertools import chain
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -39,6 +39,8 @@ ABOUT = """The images in this folder belong to others. Show the line of an image
 All were drawn at {} px over white, margins cut off. The notices are in licenses/."""
 
 Row = dict[str, Any]  # of a set's table: "key", "captions" and columns of the set
+# The rows that make a source, the column of their classes or None, and names: empty for the classes that occur.
+Selection = tuple[list[Row], str | None, Sequence[str]]
 
 
 def renderer() -> Callable[..., bytes]:
@@ -94,14 +96,6 @@ def draw_icon(file: Path, name: str, side: int) -> np.ndarray:
 def _inked_box(image: Image.Image) -> tuple[int, int, int, int]:
     darkest = reduce(ImageChops.darker, image.split())
     return darkest.point(lambda value: value <= INVISIBLE).getbbox() or (0, 0, *image.size)
-
-
-class Selection(NamedTuple):
-    """The rows of a set's table that make a source."""
-
-    rows: list[Row]
-    class_column: str | None = None  # None for a source without classes
-    class_names: Sequence[str] = ()  # empty for the classes that occur, in alphabetical order
 
 
 class BuiltinSet(ABC):

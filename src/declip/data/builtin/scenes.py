@@ -46,7 +46,7 @@ class Scenes(BuiltinSet):
         return self.emoji.credit(row)
 
     def select(self, split: str, table: list[Row]) -> Selection:
-        return Selection([row for row in table if row["split"] == split])
+        return [row for row in table if row["split"] == split], None, ()
 
     def choose(self, packages: Packages) -> list[Row]:
         rows = []

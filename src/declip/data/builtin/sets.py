@@ -39,7 +39,7 @@ class Clipart(BuiltinSet):
         return "Open Clip Art Library 0.18 and its contributors, public domain"
 
     def select(self, split: str, table: list[Row]) -> Selection:
-        return Selection(table, "title")
+        return table, "title", ()
 
     def choose(self, packages: Packages) -> list[Row]:
         rows = ((row, row["key"].partition("/")[0].replace("_", " ")) for row in read_rows("clipart"))
@@ -76,7 +76,7 @@ class Stamps(BuiltinSet):
         names = sorted({row[column] for row in rows})
         if column == "kind":
             rows = [row for row in rows if row["test"] == (split == "stamps-kinds")]
-        return Selection(rows, column, names)
+        return rows, column, names
 
     def choose(self, packages: Packages) -> list[Row]:
         folder, rows = packages[self.packages.name].folder, []
@@ -150,9 +150,8 @@ class Emoji(BuiltinSet):
         designs, new = self.splits[split], split.endswith("-new")
         known = {row["code"] for row in table if row["design"] in TRAINING and not row["held_out"]}
         rows = [r for r in table if r["design"] in designs and (r["held_out"] if new else r["code"] in known)]
-        if len(designs) > 1:
-            return Selection(rows)
-        return Selection(rows, "name", [row["name"] for row in rows])  # one designer: one drawing a class
+        # One designer drew one emoji a class.
+        return (rows, None, ()) if len(designs) > 1 else (rows, "name", [row["name"] for row in rows])
 
     def credit(self, row: Row) -> str:
         return DESIGN[row["design"]].credit
@@ -190,7 +189,7 @@ class Icons(BuiltinSet):
         """The icons of a split's sets whose names training knows."""
         known = {row["name"] for row in table if row["split"] == "train"}
         rows = [row for row in table if row["split"] == self.splits[split] and row["name"] in known]
-        return Selection(rows, None if self.splits[split] == "train" else "name")
+        return rows, None if self.splits[split] == "train" else "name", ()
 
     def credit(self, row: Row) -> str:
         return f"{row['title']} by {row['author']}, {row['licence']}"
