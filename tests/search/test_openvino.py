@@ -44,7 +44,7 @@ def test_signals_arrive_after_another_thread_freed_a_model():
 
 @pytest.mark.parametrize(
     ("tower", "size", "depths"),
-    [("resnet50_clip", 64, {"depths": [1, 1, 1, 1]}), ("tf_efficientnet_lite0", 64, {})],
+    [("resnet50_clip", 64, {"depths": [1, 1, 1, 1], "width_factor": 0.25}), ("tf_efficientnet_lite0", 64, {})],
 )
 def test_features_are_those_of_torch(tower, size, depths, tmp_path):
     text = {"hf_model": str(bert(tmp_path / "bert", 77))} if "lite" in tower else {}

@@ -297,7 +297,7 @@ class Named(NamedTuple):
     metric: str = "top1"
 
 
-PER_CLASS = "mean_per_class"
+PER_CLASS, VARIANT = "mean_per_class", Named(imagenet, "one folder per WordNet number", "imagenet")
 TRAINVAL, FLAG = {"train": "trainval", "test": "test"}, {"train": True, "test": False}
 PLAIN, WITH_VAL = {"train": "train", "test": "test"}, {"train": "train", "validation": "val", "test": "test"}
 NAMED: Mapping[str, Named] = {
@@ -314,10 +314,7 @@ NAMED: Mapping[str, Named] = {
     "dtd": Named(torchvision_set(datasets.DTD, WITH_VAL), "dtd/", "dtd"),
     "imagenet": Named(imagenet, "val/", "imagenet"),
     "imagenet-v2": Named(imagenet, "folders 0 to 999", "imagenet"),
-    **{
-        f"imagenet-{variant}": Named(imagenet, "one folder per WordNet number", "imagenet")
-        for variant in ("r", "sketch", "a")
-    },
+    **dict.fromkeys(("imagenet-r", "imagenet-sketch", "imagenet-a"), VARIANT),
     "folder": Named(image_folder, "one folder of images per class"),
 }
 """Names of `NAME:/path`. Metrics as in CLIP's table of datasets (Radford et al. 2021, appendix A)."""

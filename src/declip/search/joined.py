@@ -232,7 +232,7 @@ class Embedder:
             errors.append("; ".join(f"{reason}: {detail}" for reason, detail in broken.details.items()))
             usable += [] if pixels is None else [pixels]
         # --- an array without gaps: of lists with None, Ray makes pickled objects
-        rows = np.zeros((len(ids), model.recipe.embed_dim), np.float32)  # type: ignore[union-attr]
+        rows = np.zeros((len(ids), model.recipe.embed_dim), np.float32)
         if usable:
             rows[[not error for error in errors]] = image_features(model, torch.cat(usable), encode).numpy()
         return {"id": ids, "vector": rows, "error": errors, "model": [made_by] * len(ids)}

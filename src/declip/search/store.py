@@ -116,12 +116,11 @@ class Store:
         with self._reading():
             self._file = pq.ParquetFile(folder / ROWS, memory_map=True)
             sizes = _check_layout(self._file)
-            kinds: list[Over] = ["images", "captions"] if info.captions else ["images"]
-            for over in kinds:
+            for over, name in list(MATRICES.items())[: 1 + info.captions]:
                 # Mode "c" (copy on write) because torch warns about arrays that are not writable.
-                matrix = self.matrices[over] = np.load(folder / MATRICES[over], mmap_mode="c")
+                matrix = self.matrices[over] = np.load(folder / name, mmap_mode="c")
                 if (matrix.shape, matrix.dtype) != ((sum(sizes), info.dimension), np.dtype(info.dtype)):
-                    raise ValueError(f"{MATRICES[over]} has shape {matrix.shape} and type {matrix.dtype}")
+                    raise ValueError(f"{name} has shape {matrix.shape} and type {matrix.dtype}")
         # Not `to_numpy`, which imports pandas; `concatenate` makes the writable copy that torch asks for.
         pieces = [np.from_dlpack(chunk) for chunk in self.column("id").chunks]
         self.ids: np.ndarray = np.concatenate([np.zeros(0, np.int64), *pieces])
@@ -194,19 +193,17 @@ class Store:
 
 def _check_layout(file: pq.ParquetFile) -> list[int]:
     """The rows of each group; raises `ValueError` unless the table is as `write_blocks` writes it."""
-    if not file.schema_arrow.equals(SCHEMA):
-        raise ValueError(f"{ROWS} has other columns")
     groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
-    for group in groups:
-        chunks = [group.column(place) for place in range(group.num_columns)]
-        plain = all(
-            chunk.compression == "UNCOMPRESSED"
-            and set(chunk.encodings) <= {"PLAIN", "RLE"}
-            and chunk.num_values <= MOST_CAPTIONS * group.num_rows
-            for chunk in chunks
-        )
-        if not plain or group.num_rows > PART_ROWS:
-            raise ValueError(f"{ROWS} was not written by declip")
+    chunks = ((group.num_rows, group.column(place)) for group in groups for place in range(group.num_columns))
+    plain = all(
+        chunk.compression == "UNCOMPRESSED"
+        and set(chunk.encodings) <= {"PLAIN", "RLE"}
+        and chunk.num_values <= MOST_CAPTIONS * rows
+        and rows <= PART_ROWS
+        for rows, chunk in chunks
+    )
+    if not plain or not file.schema_arrow.equals(SCHEMA):
+        raise ValueError(f"{ROWS} was not written by declip")
     return [group.num_rows for group in groups]
 
 
