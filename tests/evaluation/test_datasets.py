@@ -12,7 +12,7 @@ from conftest import refuses
 from data.fakes import write
 from declip.data.pair import BrokenPair
 from declip.evaluation import datasets
-from declip.evaluation.datasets import NAMED, Dataset, open_dataset, with_classes
+from declip.evaluation.datasets import Dataset, open_dataset, with_classes
 from declip.evaluation.protocols import evaluate_all
 from declip.training.assemble import resolve_recipe
 from evaluation import trees
@@ -23,8 +23,6 @@ def test_a_named_set(tmp_path):
     dataset = open_dataset(f"pets:{tmp_path}")
     assert (dataset.name, dataset.templates, dataset.metric) == (f"pets:{tmp_path}", "pets", "mean_per_class")
     assert dataset.split("test").name == "pets"
-    per_class = {name for name, named in NAMED.items() if named.metric == "mean_per_class"}
-    assert per_class == {"pets", "flowers102", "caltech101", "aircraft"}
     refuses(r"'pets:.*' has no validation split\. It has: train, test\.", dataset.split, "validation")
     assert pickle.loads(pickle.dumps(dataset)).split("test").labels.tolist() == dataset.split("test").labels.tolist()
 
@@ -57,10 +55,8 @@ def test_splits_of_a_built_in_set(painted, monkeypatch):
     monkeypatch.setattr(datasets, "open_builtin", lambda name: painted(["red"], name=name))
     dataset = open_dataset("builtin:stamps-kinds")
     assert (dataset.name, dataset.templates) == ("builtin:stamps-kinds", "plain")
-    assert {which: dataset.split(which).name for which in dataset.openers} == {
-        "train": "stamps-kinds-train",
-        "test": "stamps-kinds",
-    }
+    splits = {which: dataset.split(which).name for which in dataset.openers}
+    assert splits == {"train": "stamps-kinds-train", "test": "stamps-kinds"}
     emoji = open_dataset("builtin:emoji-test")
     assert (list(emoji.openers), emoji.templates, emoji.split("test").name) == (["test"], "emoji", "emoji-test")
     assert open_dataset("builtin:icons-test").templates == "emoji"
@@ -69,8 +65,8 @@ def test_splits_of_a_built_in_set(painted, monkeypatch):
 def test_a_table_of_captions_may_have_splits(tmp_path):
     for number in range(4):
         trees.paint(tmp_path / f"{number}.png", number)
-    rows = [f"{number}.png,caption {number},{'train' if number < 3 else 'test'}" for number in range(4)]
-    trees.write(tmp_path / "table.csv", "\n".join(["image,caption,split", *rows]))
+    rows = [(f"{number}.png", f"caption {number}", "train" if number < 3 else "test") for number in range(4)]
+    write(tmp_path / "table.csv", rows, ("image", "caption", "split"))
     for given in (str(tmp_path / "table.csv"), tmp_path / "table.csv"):
         dataset = open_dataset(given)
         assert dataset.name == str(given)
@@ -89,18 +85,15 @@ def test_a_folder_with_captions_is_still_one(tmp_path):
     refuses("label_column", open_dataset, [(tmp_path / "a.jpg", "one")], label_column="label")
 
 
-@pytest.mark.parametrize(
-    ("on", "message"),
-    [
+def test_what_cannot_be_opened():
+    for given, message in (
         ("pet:/data/x", "'pet'.*'pets'.*cifar10"),
         ("pets:", "'pets:PATH'"),
         ("pets:/nowhere/at/all", "'/nowhere/at/all'.*oxford-iiit-pet/"),
-        ("builtin:nothing", "Unknown built-in set 'nothing'"),
+        ("builtin:nothing", "'nothing'"),
         ("C:/nowhere", "does not exist"),
-    ],
-)
-def test_what_cannot_be_opened(on, message):
-    refuses(message, open_dataset, on)
+    ):
+        refuses(message, open_dataset, given)
 
 
 ROWS = [("a.jpg", "dog", "train"), ("b.jpg", "cat", "test"), ("c.jpg", "dog", "test"), ("d.jpg", "cat", "val")]
@@ -168,7 +161,7 @@ def test_images_in_parquet_with_the_names_that_hugging_face_keeps(folder):
         test[2]
 
 
-@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
 def test_rows_without_a_label_or_with_two_are_broken_pairs(folder, kind):
     rows = [("a.jpg", "dog"), ("b.jpg", " "), ("c.jpg", "cat"), ("d.jpg", "cat"), ("d.jpg", "dog"), ("c.jpg", "cat")]
     test = open_dataset(_write(folder, kind, ("image", "label"), rows)).split("test")
@@ -190,14 +183,12 @@ def test_retrieval_takes_captioned_images_whatever_their_labels(folder, model):
     assert (pairs.images, pairs.text_to_image.queries, pairs.skipped) == (4, 5, {})
 
 
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        ([("a.jpg", "x", "test"), ("b.jpg", "x", "test")], "has 1 classes"),
-        ([("a.jpg", "x", "train"), ("b.jpg", "y", "val")], "no test pairs.*train, validation"),
-        ([("a.jpg", "x", "test"), ("b.jpg", "y", "tst")], "'tst'.*train, validation, test"),
-        ([("a.jpg", "x", "test"), ("b.jpg", "y", "")], "''.*train, validation, test"),
-    ],
-)
-def test_what_cannot_be_measured(folder, rows, message):
-    refuses(message, open_dataset, _write(folder, "csv", ("image", "label", "split"), rows))
+def test_what_cannot_be_measured(folder):
+    for one, other, message in (
+        (("x", "test"), ("x", "test"), "has 1 classes"),
+        (("x", "train"), ("y", "val"), "no test pairs.*train, validation"),
+        (("x", "test"), ("y", "tst"), "'tst'.*train, validation, test"),
+        (("x", "test"), ("y", ""), "''.*train, validation, test"),
+    ):
+        table = _write(folder, "csv", ("image", "label", "split"), [("a.jpg", *one), ("b.jpg", *other)])
+        refuses(message, open_dataset, table)

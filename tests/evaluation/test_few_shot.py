@@ -105,11 +105,8 @@ def test_the_protocol_gives_names_and_images(model, painted):
 
 
 def test_shots_require_the_task(command):
-    for words in (
-        ("evaluate", "builtin:lite0-minilm", "--dataset", "builtin:stamps-kinds"),
-        ("compare", "clip", "--pairs", 8),
-    ):
-        refused = command(*words, "--shots", 2)
+    for words in ("evaluate builtin:lite0-minilm --dataset builtin:stamps-kinds", "compare clip --pairs 8"):
+        refused = command(*words.split(), "--shots", 2)
         assert (refused.status, "--task few-shot" in refused.err) == (2, True)
 
 

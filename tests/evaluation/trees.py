@@ -71,12 +71,8 @@ def flowers102(root, patch):
         paint(base / "jpg" / f"image_{number:05d}.jpg", int(label) - 1)
     savemat(base / "imagelabels.mat", {"labels": labels[None]})
     savemat(base / "setid.mat", {"trnid": np.array([[2, 4]]), "valid": np.array([[1, 6]]), "tstid": np.array([[5, 3]])})
-    known = dict(datasets.Flowers102._file_dict)
-    known |= {
-        "label": ("imagelabels.mat", md5(base / "imagelabels.mat")),
-        "setid": ("setid.mat", md5(base / "setid.mat")),
-    }
-    patch.setattr(datasets.Flowers102, "_file_dict", known)
+    known = {key: (name, md5(base / name)) for key, name in (("label", "imagelabels.mat"), ("setid", "setid.mat"))}
+    patch.setattr(datasets.Flowers102, "_file_dict", datasets.Flowers102._file_dict | known)
 
 
 CARS = ("AM General Hummer SUV 2000", "Ram C/V Cargo Van Minivan 2012", "smart fortwo Convertible 2012")
@@ -85,9 +81,7 @@ CARS = ("AM General Hummer SUV 2000", "Ram C/V Cargo Van Minivan 2012", "smart f
 def cars(root):
     base = root / "stanford_cars"
     (base / "devkit").mkdir(parents=True)
-    names = np.empty((1, len(CARS)), dtype=object)
-    names[0] = CARS
-    savemat(base / "devkit" / "cars_meta.mat", {"class_names": names})
+    savemat(base / "devkit" / "cars_meta.mat", {"class_names": np.array([CARS], dtype=object)})
     kind = [(each, object) for each in ("bbox_x1", "class", "fname")]
     for file, folder, classes in (
         (base / "devkit" / "cars_train_annos.mat", "cars_train", (3, 1)),
@@ -106,25 +100,20 @@ AIRCRAFT = ("707-320", "C-130", "F-16A/B", "F/A-18")
 def aircraft(root):
     base = root / "fgvc-aircraft-2013b" / "data"
     write(base / "variants.txt", "".join(f"{name}\n" for name in AIRCRAFT))
-    image = 34309
     for split, labels in (("train", (0, 3)), ("val", (1,)), ("test", (2, 0, 3))):
-        lines = []
         for label in labels:
-            paint(base / "images" / f"{image:07d}.jpg", label)
-            lines.append(f"{image:07d} {AIRCRAFT[label]}\n")
-            image += 1
-        write(base / f"images_variant_{split}.txt", "".join(lines))
+            paint(base / "images" / f"{split}{label}.jpg", label)
+        write(base / f"images_variant_{split}.txt", "".join(f"{split}{each} {AIRCRAFT[each]}\n" for each in labels))
 
 
 def food101(root):
     """The lists name the classes in another order than the alphabet's."""
     base = root / "food-101"
     names = ("apple_pie", "creme_brulee", "waffles")
-    for split, number in (("train", 1), ("test", 2)):
-        rows = {name: [f"{name}/{number}00{label}"] for label, name in reversed(list(enumerate(names)))}
-        write(base / "meta" / f"{split}.json", json.dumps(rows))
+    for split in ("train", "test"):
+        write(base / "meta" / f"{split}.json", json.dumps({name: [f"{name}/{split}"] for name in names[::-1]}))
         for label, name in enumerate(names):
-            paint(base / "images" / name / f"{number}00{label}.jpg", label)
+            paint(base / "images" / name / f"{split}.jpg", label)
 
 
 def dtd(root):

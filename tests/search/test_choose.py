@@ -96,14 +96,15 @@ def test_the_table_is_one_of_pairs_once_it_has_captions(folder, tmp_path, weight
     made = command(*words, "lists/first.csv", "--contact-sheet", "sheet.png")
     assert (made.status, "captioned before" in made.out) == (0, True), made.err
     assert Image.open("sheet.png").width > 1000
-    rows = list(csv.DictReader(Path("lists/first.csv").read_text().splitlines()))
+    rows = list(csv.DictReader(Path("lists/first.csv").open()))
     keys = [Path(row["image"]).name for row in rows]
     assert keys == [hit.key for hit in declip.choose(weights_file, folder, 24).images]
     assert {row["caption"] for row in rows} == {""}
     assert [float(row["coverage"]) for row in rows] == sorted(float(row["coverage"]) for row in rows)
     with Path("lists/first.csv").open("w", newline="") as file:
-        table = csv.writer(file)
-        table.writerows([["image", "caption"], *([row["image"], f"shape {n}"] for n, row in enumerate(rows))])
+        csv.writer(file).writerows(
+            [["image", "caption"], *([row["image"], f"shape {n}"] for n, row in enumerate(rows))]
+        )
     source = open_source("lists/first.csv")
     assert [source[n].captions[0] for n in range(len(source))] == [f"shape {n}" for n in range(len(rows))]
 

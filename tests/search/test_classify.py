@@ -85,7 +85,6 @@ def test_wrong_classes_and_images_are_named(model, folder, tmp_path, monkeypatch
     Path("broken/a.png").write_bytes(b"x")
     wrong = (
         (folder, "nowhere.txt", "nowhere.txt"),
-        (folder, "cat,", "'cat'"),
         (folder, [], "two"),
         (folder, "one.txt", "'only'"),
         (folder, "latin.txt", "latin.txt"),
@@ -113,16 +112,12 @@ def examples(tmp_path):
 
 def test_examples_teach_a_model_that_knows_nothing(model, folder, examples):
     result = declip.classify(model, folder, examples=examples)
-    right = [one for one in result.predictions if one.image.startswith(COLORS)]
-    assert all(one.best == f"{one.image.split('-')[0]} thing" for one in right)
-    assert all(sum(one.probabilities.values()) == pytest.approx(1) for one in right)
+    for one in (one for one in result.predictions if one.image.startswith(COLORS)):
+        assert one.best == f"{one.image.split('-')[0]} thing"
+        assert sum(one.probabilities.values()) == pytest.approx(1)
     classifier = result.classifier
-    assert classifier is not None
-    assert (classifier.classes, sum(classifier.counts)) == (
-        tuple(sorted(f"{c} thing" for c in COLORS)),
-        3 * len(SHAPES),
-    )
-    assert classifier.skipped.counts == {"unreadable image": 1}
+    assert classifier.classes == tuple(sorted(f"{c} thing" for c in COLORS))
+    assert (sum(classifier.counts), classifier.skipped.counts) == (3 * len(SHAPES), {"unreadable image": 1})
     assert all(word in classifier.summary() for word in ("Accuracy", "n = ", "none of these", "unreadable"))
 
 
@@ -161,13 +156,9 @@ def test_a_saved_head_gives_the_same(model, folder, examples, tmp_path, weights_
 
 def test_images_of_no_class_are_rejected(model, examples, tmp_path):
     result = declip.classify(model, examples, examples=examples, reject=True, out=tmp_path / "x.csv")
-    assert result.classifier is not None
-    rejection = result.classifier.rejection
-    assert rejection is not None
-    found = declip.classify(model, [Image.new("RGB", (40, 40), "yellow")] * 2, head=result.classifier, reject=True)
-    scores = [max(one.probabilities.values()) for one in found.predictions]
-    assert {one.best for one in found.predictions} <= {"none of these", *result.classifier.classes}
-    assert scores[0] == scores[1]
+    rejection, strange = result.classifier.rejection, Image.new("RGB", (40, 40), "yellow")
+    (found,) = declip.classify(model, [strange], head=result.classifier, reject=True).predictions
+    assert found.best in {"none of these", *result.classifier.classes}
     assert 0 <= rejection.lost < rejection.rejected <= 1
     for inner in ("red_thing", "blue_thing"):
         for path in sorted((examples / inner).glob("*.png"))[1:]:

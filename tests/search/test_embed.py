@@ -204,11 +204,9 @@ def test_repaired_captions_and_other_objects_are_embedded_again(model, tmp_path)
         index = declip.embed(model, table, out=tmp_path / "index", captions=True)
         assert sorted(index.row(id).caption for id in index.ids.tolist()) == ["blue bar", word]
     assert index.ids.tolist() == [1, 2], "the other row is as it was"
-    found = []
-    for color in ("red", "green"):
-        index = declip.embed(model, [(draw(color, "bar", 40), "a bar")], out=tmp_path / "objects")
-        found.append(index.vectors(index.ids))
-    assert not torch.equal(*found)
+    objects = [[(draw(color, "bar", 40), "a bar")] for color in ("red", "green")]
+    one, other = (declip.embed(model, each, out=tmp_path / "objects") for each in objects)
+    assert not torch.equal(one.vectors(one.ids), other.vectors(other.ids))
     index = declip.embed(model, [("1.png", "a bar")], out=tmp_path / "named", columns=Columns(root=tmp_path))
     assert (index.keys(), index.row(0).origin.path) == (["1.png"], str(tmp_path / "1.png"))
 

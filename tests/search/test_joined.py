@@ -16,6 +16,7 @@ import declip
 from conftest import draw, refuses
 from data.fakes import write_tar
 from declip.interchange.declip_file import write_declip_file
+from declip.io.parts import parse_part
 from declip.search import embed as embedding
 from declip.search.joined import _load
 from indices import tiny_model
@@ -34,10 +35,8 @@ def rows(folder):
     images = [path.read_bytes() for path in paths]
     images[:4] = [str(paths[0]), Image.open(paths[1]), np.asarray(Image.open(paths[2]).convert("RGB")),
                   {"bytes": None, "path": str(paths[3])}]  # fmt: skip
-    return {
-        "id": [path.name for path in paths] + ["x", "y", "z"],
-        "image": [*images, b"no image", None, images[9][:70]],
-    }
+    ids = [path.name for path in paths] + ["x", "y", "z"]
+    return {"id": ids, "image": [*images, b"no image", None, images[9][:70]]}
 
 
 def test_an_embedder_returns_a_row_for_each_row(rows, weights_file, folder, tmp_path, monkeypatch):
@@ -111,13 +110,11 @@ def test_parquet_files_that_are_refused(rows, weights_file, tmp_path, command):
     (tmp_path / "cut.parquet").write_bytes(good.read_bytes()[:-20])
     for path, model, message in (("less", weights_file, "no column 'vector'"), ("cut", weights_file, "not a Parquet"),
                                  ("good", tmp_path / "other.safetensors", "another model")):  # fmt: skip
-        words = ["index", "from-parquet", tmp_path / f"{path}.parquet", "--model", model, "--out", tmp_path / "index"]
-        refused = command(*words)
+        files, out = tmp_path / f"{path}.parquet", tmp_path / "index"
+        refused = command("index", "from-parquet", files, "--model", model, "--out", out)
         assert (refused.status, message in " ".join(refused.err.split())) == (2, True), refused.err
-    assert not (tmp_path / "index/index.json").exists()
-    assert (
-        "4 images" in command("index", "from-parquet", good, "--model", weights_file, "--out", tmp_path / "index").out
-    )
+    assert not (out / "index.json").exists()
+    assert "4 images" in command("index", "from-parquet", good, "--model", weights_file, "--out", out).out
 
 
 def test_parts_are_one_index(weights_file, folder, tmp_path, command):
@@ -158,11 +155,10 @@ def test_a_killed_part_continues(model, folder, tmp_path, monkeypatch):
     assert torch.equal(index.vectors(index.ids), whole.vectors(whole.ids))
 
 
-def test_parts_that_do_not_fit_are_refused(model, weights_file, folder, tmp_path, command):
+def test_parts_that_do_not_fit_are_refused(model, folder, tmp_path):
     out = tmp_path / "index"
     for given in ("0/3", "4/3", "3", "1/0"):
-        refused = command("embed", weights_file, folder, "--out", out, "--part", given)
-        assert (refused.status, f"--part is '{given}'" in refused.err) == (2, True)
+        refuses(f"--part is '{given}'", parse_part, given)
     refuses("only 24 images for 25 parts", declip.embed, model, folder, out=out, part=(1, 25))
     refuses("has no parts", declip.Index.join, out)
     declip.embed(model, folder, out=out, part=(1, 2))
