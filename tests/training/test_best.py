@@ -102,7 +102,8 @@ def test_two_processes_stop_together_with_the_same_best_weights(table, tmp_path)
     recipe = recipe_for(table, **STALE)
     one, other = in_processes(ended, 2, tmp_path / "processes", recipe, tmp_path / "run")
     assert one[:2] == other[:2]
-    assert (one[0] < 24, one[1]) == (True, True)
+    assert one[1]
+    assert one[0] < 24
     best = part("model", load_checkpoint(tmp_path / "run/checkpoints/best").weights)
     assert not moved(best, one[2]) | moved(best, other[2])
 

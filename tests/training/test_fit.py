@@ -102,7 +102,8 @@ def test_the_run_is_a_normal_run_with_one_checkpoint_and_no_copy_of_the_start(ru
     assert "Cross-validated among 8 images" in page
     assert page.count('src="data:image/webp') == len(run.examples["worst"]) == 16
     ranks = list(run.caption_ranks.values())
-    assert (len(ranks), ranks) == (2 * COUNT, sorted(ranks, reverse=True))
+    assert len(ranks) == 2 * COUNT
+    assert ranks == sorted(ranks, reverse=True)
     assert 0 <= ranks[-1] < ranks[0] <= 1
 
 
@@ -142,10 +143,8 @@ def test_the_classes_of_the_start_are_pairs_too(folder, tmp_path):
     save_file(timm.create_model("test_vit", num_classes=4).state_dict(), tmp_path / "vit.safetensors")
     (tmp_path / "names.txt").write_text("\n".join(COLORS))
     options = {"freeze": "both", "quiet": True, **keys_of(folder)}
-    start, names = (
-        f"timm:test_vit/{tmp_path / 'vit.safetensors'}",
-        {"finetune.class_names": str(tmp_path / "names.txt")},
-    )
+    names = {"finetune.class_names": str(tmp_path / "names.txt")}
+    start = f"timm:test_vit/{tmp_path / 'vit.safetensors'}"
     known = declip.finetune(folder / "pairs.csv", start, out=tmp_path / "run", **options, **names).cross_validation
     assert (known["classes"], set(known["recall_without_classes"])) == (4, {"1", "10"})
     without = {"finetune.class_pairs": False}

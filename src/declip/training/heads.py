@@ -143,8 +143,10 @@ def choose_heads(
     # --- all candidates
     folds = torch.from_numpy(assign_folds(groups, FOLDS, seed))
     some, chosen = subset(pairs, seed)
-    few = some, groups[chosen.numpy()], folds[chosen], classes
-    validations = {weight: CrossValidation(*few, weight, embedded) for weight in weights}
+    own_groups, own_folds = groups[chosen.numpy()], folds[chosen]
+    validations = {
+        weight: CrossValidation(some, own_groups, own_folds, classes, weight, embedded) for weight in weights
+    }
     tried = dict[tuple[Form, float], HeldOutRanks]()
     for weight, validation in validations.items():
         tried |= zip(product(forms, [weight]), validation.ranks(forms), strict=True)

@@ -130,8 +130,10 @@ def caption_warnings(source: PairSource, tokenizer: CaptionTokenizer) -> list[st
             "Write captions in its language, or give weights of a multilingual text tower with --from."
         )
     if cut > CUT:
-        longer = f"{percent(cut)} of the captions are longer than {tokenizer.context} tokens (text.context_length)"
-        warnings.append(f"{longer}; what follows is not read. Write what matters first.")
+        warnings.append(
+            f"{percent(cut)} of the captions are longer than {tokenizer.context} tokens (text.context_length); what "
+            "follows is not read. Write what matters first."
+        )
     return warnings
 
 

@@ -163,8 +163,9 @@ class Tracked(Sink):
         try:
             self.tracker.start(replace(info, folder=info.folder.resolve()))
         except Exception as error:  # each library has errors of its own
-            reason = one_line(error, 200)
-            raise UserError(f"train.report_to={self.name} cannot start: {reason}. Fix it, or leave it out.") from error
+            raise UserError(
+                f"train.report_to={self.name} cannot start: {one_line(error, 200)}. Fix its settings, or leave it out."
+            ) from error
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         numbers = {name: values[name] for name in ("loss", "grad_norm", "lr", "logit_scale")} | values["losses"]
@@ -199,8 +200,9 @@ def trackers_of(report_to: Sequence[str]) -> list[Tracked]:
             trackers[name] = Tracked(name)
         except ImportError as error:
             if name in report_to:
-                remedy = f"pip install 'declip[{name}]', or leave {name} out"
-                raise UserError(f"train.report_to={name} needs a package: {remedy}.") from error
+                raise UserError(
+                    f"train.report_to={name} needs a package: pip install 'declip[{name}]', or leave {name} out."
+                ) from error
     return list(trackers.values())
 
 
