@@ -5,19 +5,20 @@ import pytest
 import torch
 
 import declip
-from conftest import TINY, in_processes, refuses, tiny_tree
+from conftest import in_processes, refuses
 from declip.api import train
 from declip.errors import UserError
 from declip.evaluation.results import RecallAtK, RetrievalResult, ZeroShotResult
 from declip.evaluation.retrieval import contrastive_loss
 from declip.interchange.export import trace
 from declip.recipe.load import load_recipe
-from declip.recipe.schema import Evaluation, Recipe
+from declip.recipe.schema import Evaluation
 from declip.reports.run import measures_table
 from declip.runs.checkpoint import list_checkpoints, load_checkpoint, part, step_of
 from declip.runs.folder import Run, append_row, drop_rows, read_rows
 from declip.training.assemble import assemble
 from declip.training.parts import BestEvaluation
+from training import starts
 from training.starts import ended, moved, same_end, stop_at
 
 RIGHT = RecallAtK(9, 9, 1, 1, 1, 0.1, 0.5, 1, 1)
@@ -25,8 +26,8 @@ RIGHT = RecallAtK(9, 9, 1, 1, 1, 0.1, 0.5, 1, 1)
 
 def recipe_for(table, **keys):
     """A run that learns, and then overshoots: evaluated every 2 steps."""
-    train = {**TINY["train"], "steps": 24, "evaluate_every": 2, "checkpoint_every": 100, **keys}
-    return Recipe.model_validate(tiny_tree(table, name="best", train=train, evaluation={"retrieval": (str(table),)}))
+    keys = {"steps": 24, "evaluate_every": 2, "checkpoint_every": 100, **keys}
+    return starts.recipe_for(table, "clip", {"evaluation": {"retrieval": (str(table),)}}, **keys)
 
 
 def best_step(rows):

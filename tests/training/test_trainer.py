@@ -135,27 +135,18 @@ class Breaking(DerivedSource):
         return self.pairs, index
 
 
-class At(Sink):
-    """Does something when a step is logged."""
-
-    def __init__(self, step, action):
-        self.step, self.action = step, action
-
-    def log(self, step, values):
-        if step == self.step:
-            self.action()
-
-
 @pytest.mark.parametrize("what", ["training pairs", "held-out set"])
 def test_an_error_of_the_data_in_mid_run_saves_the_steps_before(table, rows, tmp_path, what):
     val = write_rows(tmp_path / "val.jsonl", rows)
     sections = {"evaluation": {"retrieval": [str(val)]}}
     recipe = recipe_for(table, "clip", sections, log_every=1, checkpoint_every=100, evaluate_every=5)
     train(recipe, out=tmp_path / "whole", quiet=True, report=False)
-    source = Breaking(table)
-    sink, error = At(5, lambda: val.rename(tmp_path / "away.jsonl")), "val.jsonl"
-    if what == "training pairs":
-        sink, error = At(5, lambda: setattr(source, "broken", True)), "the table changed"
+    source, sink = Breaking(table), Mock(Sink)
+    change, error = {
+        "training pairs": (lambda: setattr(source, "broken", True), "the table changed"),
+        "held-out set": (lambda: val.rename(tmp_path / "away.jsonl"), "val.jsonl"),
+    }[what]
+    sink.log.side_effect = lambda step, values: change() if step == 5 else None
     with named_objects(source) as (name,):
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": name})})
         refuses(error, train, recipe, out=tmp_path / "run", quiet=True, report=False, callbacks=[sink])
