@@ -87,10 +87,8 @@ def atomic_write(
 @contextmanager
 def csv_table(path: Path, header: Iterable[str]) -> Iterator[Any]:
     """Write a table, see `atomic_write`; yields its csv writer."""
-    with (
-        atomic_write(path, "choose another path with --out") as target,
-        target.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
-    ):
+    options: dict[str, Any] = {"newline": "", "encoding": "utf-8", "errors": "backslashreplace"}
+    with atomic_write(path, "choose another path with --out") as target, target.open("w", **options) as file:
         table = csv.writer(file)
         table.writerow(header)
         yield table

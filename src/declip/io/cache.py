@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,9 +14,9 @@ from declip.errors import UserError, unknown
 from declip.io.atomic import atomic_write, cache_folder, remove
 
 LOCK = ".lock"
-FEATURES, SHARDS, HEADS = "features", "shards", "heads"
+FEATURES, HEADS = "features", "heads"
 # Folders of the cache whose content is computed or copied again when it is missing.
-COMPUTED = (FEATURES, SHARDS, HEADS, "tables")
+COMPUTED = (FEATURES, HEADS, "shards", "tables")
 
 
 class Entry(NamedTuple):
@@ -65,14 +65,8 @@ def _entry(path: Path) -> Entry:
 
 def _removed(path: Path) -> bool:
     """Remove an entry unless a process holds its lock; return whether it was removed."""
-    try:
-        if (path / LOCK).exists():
-            with FileLock(path / LOCK, timeout=0):
-                remove(path)
-        else:
-            remove(path)
-    except (Timeout, OSError):
-        return False
+    with suppress(Timeout, OSError), FileLock(path / LOCK, timeout=0) if (path / LOCK).exists() else nullcontext():
+        remove(path)
     return not path.exists()
 
 

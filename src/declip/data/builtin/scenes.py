@@ -119,8 +119,8 @@ def place(rng: np.random.Generator, drawings: list[int], source: BuiltinSource, 
 
 def overlap(one: Mapping[str, int], other: Mapping[str, int]) -> bool:
     """Whether two boxes share a pixel."""
-    across = one["left"] < other["right"] and other["left"] < one["right"]
-    return across and one["top"] < other["bottom"] and other["top"] < one["bottom"]
+    sides = (("left", "right"), ("top", "bottom"))
+    return all(one[start] < other[end] and other[start] < one[end] for start, end in sides)
 
 
 def describe(rng: np.random.Generator, objects: list[dict[str, Any]]) -> list[str]:

@@ -44,10 +44,8 @@ def replace_words(words: Sequence[str], count: int, generator: np.random.Generat
     while candidates and len(replacements) < count:
         core = candidates.pop(_below(len(candidates), generator))
         replacements[core] = known[core][_below(len(known[core]), generator)]
-    return [
-        before + _like(core, replacements[core.lower()]) + after if core.lower() in replacements else word
-        for word, (before, core, after) in zip(words, parsed, strict=True)
-    ]
+    changed = {core: _like(core, replacements[core.lower()]) for _, core, _ in parsed if core.lower() in replacements}
+    return [before + changed.get(core, core) + after for before, core, after in parsed]
 
 
 def swap_words(words: Sequence[str], count: int, generator: np.random.Generator) -> list[str]:

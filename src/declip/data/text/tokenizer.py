@@ -148,7 +148,7 @@ class _BytePairs:
         lines = bz2.decompress(asset("clip_merges.txt.bz2").read_bytes()).decode().splitlines()
         pairs = [(left, right) for left, right in map(str.split, lines[1 : merges + 1])]
         ended = [letter + "</w>" for letter in letters.values()]
-        vocabulary = [*letters.values(), *ended, *(left + right for left, right in pairs)]
+        vocabulary = [*letters.values(), *ended, *map("".join, pairs)]
         numbers = {piece: number for number, piece in enumerate(vocabulary)}
         self.library = tokenizers.Tokenizer(models.BPE(vocab=numbers, merges=pairs, end_of_word_suffix="</w>"))
         self.library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
