@@ -14,8 +14,8 @@ import torch
 
 from declip.data.columns import Columns
 from declip.data.pair import BrokenPair, PairSource
+from declip.data.sources.names import absolute
 from declip.data.sources.open import open_source
-from declip.data.sources.shard_files import absolute
 from declip.data.sources.subset import LIST_KIND, PairList, Subset, read_pair_list, training_part, write_pair_list
 from declip.errors import UserError
 from declip.evaluation.datasets import open_dataset

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from declip.app.requests import ImageId, OneLine, Question, Text
 from declip.app.state import AppState, state_of
-from declip.data.sources.shard_files import resolve
+from declip.data.sources.names import resolve
 from declip.errors import UserError
 from declip.evaluation.results import Measure
 from declip.evaluation.zero_shot import read_prompts

@@ -16,8 +16,8 @@ from PIL import Image
 from declip.data.columns import DEFAULT, Columns
 from declip.data.images.decode import LazyJpeg, encode
 from declip.data.pair import BrokenPair, LazyImage, PairSource, SkipCounter, printable
+from declip.data.sources.names import absolute
 from declip.data.sources.open import ImageSource, open_source
-from declip.data.sources.shard_files import absolute
 from declip.data.sources.shards import LARGEST_IMAGE, LARGEST_TEXT
 from declip.errors import UserError, check_range
 from declip.io.atomic import ELSEWHERE, atomic_write, locked_folder, write_text

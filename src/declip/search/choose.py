@@ -14,8 +14,8 @@ from torch.nn.functional import normalize
 from declip.data.columns import DEFAULT, Columns
 from declip.data.images.decode import EXTENSIONS
 from declip.data.pair import PairSource, SkipCounter
+from declip.data.sources.names import relative
 from declip.data.sources.python_items import Items
-from declip.data.sources.shard_files import relative
 from declip.errors import UserError, check_range
 from declip.evaluation.encode import Encoder
 from declip.io.atomic import csv_path, csv_table

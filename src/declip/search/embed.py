@@ -18,9 +18,9 @@ from torch.nn.functional import normalize
 
 from declip.data.columns import DEFAULT, Columns
 from declip.data.pair import BrokenPair, LazyImage, LazyPair, Origin, PairSource, SkipCounter
+from declip.data.sources.names import absolute, relative, resolve, stored_path
 from declip.data.sources.open import ImageSource, open_images, open_source
 from declip.data.sources.python_items import Items
-from declip.data.sources.shard_files import absolute, relative, resolve, stored_path
 from declip.errors import UserError, check_range, unknown
 from declip.evaluation.encode import Encoder, encode_batches, text_features
 from declip.interchange.read import load

@@ -16,9 +16,9 @@ from torch.nn.functional import normalize
 
 from declip.data.images.decode import decode
 from declip.data.pair import BrokenPair, PairSource, SkipCounter, printable
+from declip.data.sources.names import is_missing, resolve
 from declip.data.sources.open import ImageSource, open_images, open_source
 from declip.data.sources.python_items import Items
-from declip.data.sources.shard_files import is_missing, resolve
 from declip.errors import UserError, check_installed, check_range
 from declip.evaluation.encode import Encoder, eval_mode, image_features
 from declip.evaluation.zero_shot import class_features, read_templates

@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field, ValidationError
 import declip
 from declip.data.columns import DEFAULT, Columns
 from declip.data.pair import SkipCounter
-from declip.data.sources.shard_files import is_missing, resolve
+from declip.data.sources.names import is_missing, resolve
 from declip.errors import UserError, newer
 from declip.io.atomic import write_text
 from declip.io.text import one_line

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from declip.data.columns import DEFAULT, Columns
 from declip.data.pair import BrokenPair, Origin, SkipCounter, printable
+from declip.data.sources.names import absolute
 from declip.data.sources.open import ImageSource, open_source
 from declip.data.sources.python_items import ItemSource
 from declip.data.sources.rows import ParquetRows, cell_name
-from declip.data.sources.shard_files import absolute
 from declip.errors import UserError
 from declip.evaluation.encode import Encoder, image_features, read_images
 from declip.interchange.read import load

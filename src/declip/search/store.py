@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from torch import Tensor
 
 from declip.data.pair import Origin, SkipCounter
-from declip.data.sources.shard_files import resolve, stored_path
+from declip.data.sources.names import resolve, stored_path
 from declip.errors import UserError, unknown
 from declip.evaluation.encode import Encoder
 from declip.io.atomic import ELSEWHERE, atomic_write, flush, locked_folder, remove

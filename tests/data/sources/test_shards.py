@@ -14,8 +14,9 @@ import pytest
 
 from data.fakes import SIZES, message, pair, picture, reason_of, write_shards, write_tar
 from declip.data.sources import shards
+from declip.data.sources.names import absolute
 from declip.data.sources.open import open_source
-from declip.data.sources.shard_files import OPEN_FILES, OpenFile, absolute, open_local
+from declip.data.sources.shard_files import OPEN_FILES, OpenFile, open_local
 from declip.data.sources.shards import ShardSource, members
 
 pytestmark = pytest.mark.usefixtures("cache")

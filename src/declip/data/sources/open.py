@@ -9,8 +9,8 @@ from declip.data.builtin.sets import open_builtin
 from declip.data.columns import DEFAULT, Columns
 from declip.data.pair import BUILTIN_PREFIX, BrokenPair, LazyPair, Origin, Pair, PairSource
 from declip.data.sources.folder import FolderSource
+from declip.data.sources.names import holds, names_shards
 from declip.data.sources.python_items import PREFIX, Items, ItemSource
-from declip.data.sources.shard_files import holds, names_shards
 from declip.data.sources.shards import ShardSource
 from declip.data.sources.subset import LIST_KIND, read_pair_list
 from declip.data.sources.table import TABLE_KINDS, TableSource, find_table

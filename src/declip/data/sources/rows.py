@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from declip.data.images.decode import EXTENSIONS
 from declip.data.pair import BrokenPair, as_texts, is_unicode
-from declip.data.sources.shard_files import expand, files_in
+from declip.data.sources.names import expand, files_in
 from declip.errors import UserError
 
 # Bytes of a file (decompressed), and rows of a Parquet file, beyond which what is read is kept in a cache file.

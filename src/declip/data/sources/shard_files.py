@@ -1,11 +1,9 @@
-"""Names of sources: patterns of shards, files on this machine or remote ones through fsspec, and paths in projects."""
+"""Files of shards: found, opened, and copied to the cache where they are remote, through fsspec."""
 
-import glob
 import hashlib
 import importlib
 import json
 import os
-import re
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -15,15 +13,13 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from declip.data.images.decode import EXTENSIONS
+from declip.data.sources.names import expand, is_url
 from declip.errors import UserError
 from declip.io.atomic import FULL, atomic_write, cache_folder
 from declip.io.cache import locked, trim_cache
 
 T = TypeVar("T")
 
-MOST_SHARDS = 1_000_000
-BRACES, RANGE = re.compile(r"\{([^{}]*)\}"), re.compile(r"(\d{1,15})\.\.(\d{1,15})")
 OPEN_FILES = 64  # local shards that a process keeps open; opening one on a network file system takes milliseconds
 LAYOUT = 5  # raised when the index of a shard changes its meaning
 COPIES = "shards/copies"  # folder of the cache
@@ -66,69 +62,6 @@ class Shard(NamedTuple):
     def label(self) -> str:
         """The last part of the name, without a URL's query, which may be a signature."""
         return (self.name.partition("?")[0] if self.remote else self.name).rpartition("/")[2]
-
-
-def names_shards(word: str) -> bool:
-    """Whether a word can only mean shards: a tar file, a URL or a pattern."""
-    if is_url(word) or word.lower().endswith((".tar", ".tgz", ".tar.gz")):
-        return True
-    return any(sign in word for sign in "*?[{") and not Path(word).expanduser().exists()
-
-
-def is_url(word: str) -> bool:
-    """Whether a word is a URL rather than a path."""
-    return "://" in word
-
-
-def absolute(spec: str | Path) -> str:
-    """The name of a source, model or folder that is valid in any working directory."""
-    path = Path(spec).expanduser()
-    if path.exists():
-        return str(path.resolve())
-    return os.path.abspath(path) if names_shards(str(spec)) and not is_url(str(spec)) else str(spec)
-
-
-def holds(folder: Path, ending: str) -> bool:
-    """Whether a folder has files with this ending and, directly in it, no image."""
-    endings = {path.suffix.lower() for path in folder.iterdir() if not path.name.startswith(".")}
-    return ending in endings and not endings & set(EXTENSIONS)
-
-
-def files_in(folder: Path, ending: str) -> list[str]:
-    """List the files of a folder with this ending, without hidden ones such as macOS's."""
-    return sorted(str(file) for file in folder.glob("[!.]*") if file.suffix.lower() == ending)
-
-
-def expand(word: str) -> list[str]:
-    """List the paths and URLs of the shards that a word names; of a URL, only braces are expanded here."""
-    shards: list[str] = []
-    for name in [word] if not is_url(word) and Path(word).expanduser().exists() else _braces(word):
-        path = Path(name).expanduser()
-        if is_url(name) or path.is_file():
-            files = [name if is_url(name) else str(path)]
-        elif path.is_dir():
-            files = files_in(path, ".tar")
-        else:
-            files = sorted(file for file in glob.glob(str(path), recursive=True) if Path(file).is_file())
-        if not files:
-            raise UserError(f"'{name}' does not exist. Fetch it, or name existing files.")
-        shards += files
-    return shards
-
-
-def _braces(word: str) -> list[str]:
-    """Expand `{000..331}` (padded like its first number) and `{a,b}` as a shell does."""
-    braces = BRACES.search(word)
-    if braces is None:
-        return [word]
-    choices = braces[1].split(",")
-    if ends := RANGE.fullmatch(braces[1]):
-        first, last = int(ends[1]), int(ends[2])
-        if abs(last - first) >= MOST_SHARDS:
-            raise UserError(f"'{word}' names more than {MOST_SHARDS:,} shards. Shorten its range.")
-        step = 1 if first <= last else -1
-        choices = [str(number).zfill(len(ends[1])) for number in range(first, last + step, step)]
-    return [name for choice in choices for name in _braces(word.replace(braces[0], choice, 1))]
 
 
 def find_shards(word: str) -> list[Shard]:
@@ -242,27 +175,3 @@ def _copy(shard: Shard) -> OpenFile:
     with suppress(FileNotFoundError):  # another process makes room, too
         trim_cache(COPIES, keep=[path])
     return opened
-
-
-def stored_path(given: object, folder: Path) -> str:
-    """Path as a file in `folder` stores it: relative if both are in the working directory; "" for a Python object."""
-    if not isinstance(given, str | Path) or not str(given):
-        return ""
-    return relative(absolute(given), folder)
-
-
-def relative(path: str, folder: Path) -> str:
-    """A path as `stored_path` stores it, without resolving links; anything but an absolute path stays."""
-    project, place = os.getcwd(), str(folder.resolve())
-    inside = all(os.path.isabs(one) and os.path.commonpath([one, project]) == project for one in (path, place))
-    return os.path.relpath(path, place) if inside and not path.startswith(place + os.sep) else path
-
-
-def resolve(path: str, folder: Path) -> str:
-    """The absolute path of what `stored_path` stored; URLs and names such as builtin:emoji stay."""
-    return os.path.normpath(folder.resolve() / path) if path.startswith(os.pardir + os.sep) else path
-
-
-def is_missing(path: str) -> bool:
-    """Whether this is an absolute path that does not exist, unlike a name such as open_clip:MODEL/TAG."""
-    return os.path.isabs(path) and not names_shards(path) and not os.path.exists(path)

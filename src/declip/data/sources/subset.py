@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from declip.data.columns import Columns
 from declip.data.pair import BrokenPair, PairSource, printable
-from declip.data.sources.shard_files import resolve, stored_path
+from declip.data.sources.names import resolve, stored_path
 from declip.errors import UserError
 from declip.io.atomic import write_text
 

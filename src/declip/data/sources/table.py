@@ -15,8 +15,8 @@ from declip.data.columns import DEFAULT, Columns
 from declip.data.images.decode import image_below
 from declip.data.pair import Box, BrokenPair, as_texts, clean_captions, printable
 from declip.data.sources.entry import EntrySource
+from declip.data.sources.names import holds, is_url, names_shards
 from declip.data.sources.rows import NOT_UTF8, DelimitedRows, JsonRows, ParquetRows, TableRows, by_lower_name, cell_name
-from declip.data.sources.shard_files import holds, is_url, names_shards
 from declip.data.sources.subset import COLUMN, places_by_split, split_numbers
 from declip.errors import UserError
 from declip.io.cache import cached_table

@@ -1,0 +1,99 @@
+"""Names of sources: patterns of shards, URLs and folders, and paths that stay valid when a project moves."""
+
+import glob
+import os
+import re
+from pathlib import Path
+
+from declip.data.images.decode import EXTENSIONS
+from declip.errors import UserError
+
+MOST_SHARDS = 1_000_000
+BRACES, RANGE = re.compile(r"\{([^{}]*)\}"), re.compile(r"(\d{1,15})\.\.(\d{1,15})")
+
+
+def names_shards(word: str) -> bool:
+    """Whether a word can only mean shards: a tar file, a URL or a pattern."""
+    if is_url(word) or word.lower().endswith((".tar", ".tgz", ".tar.gz")):
+        return True
+    return any(sign in word for sign in "*?[{") and not Path(word).expanduser().exists()
+
+
+def is_url(word: str) -> bool:
+    """Whether a word is a URL rather than a path."""
+    return "://" in word
+
+
+def absolute(spec: str | Path) -> str:
+    """The name of a source, model or folder that is valid in any working directory."""
+    path = Path(spec).expanduser()
+    if path.exists():
+        return str(path.resolve())
+    return os.path.abspath(path) if names_shards(str(spec)) and not is_url(str(spec)) else str(spec)
+
+
+def holds(folder: Path, ending: str) -> bool:
+    """Whether a folder has files with this ending and, directly in it, no image."""
+    endings = {path.suffix.lower() for path in folder.iterdir() if not path.name.startswith(".")}
+    return ending in endings and not endings & set(EXTENSIONS)
+
+
+def files_in(folder: Path, ending: str) -> list[str]:
+    """List the files of a folder with this ending, without hidden ones such as macOS's."""
+    return sorted(str(file) for file in folder.glob("[!.]*") if file.suffix.lower() == ending)
+
+
+def expand(word: str) -> list[str]:
+    """List the paths and URLs of the shards that a word names; of a URL, only braces are expanded here."""
+    shards: list[str] = []
+    for name in [word] if not is_url(word) and Path(word).expanduser().exists() else _braces(word):
+        path = Path(name).expanduser()
+        if is_url(name) or path.is_file():
+            files = [name if is_url(name) else str(path)]
+        elif path.is_dir():
+            files = files_in(path, ".tar")
+        else:
+            files = sorted(file for file in glob.glob(str(path), recursive=True) if Path(file).is_file())
+        if not files:
+            raise UserError(f"'{name}' does not exist. Fetch it, or name existing files.")
+        shards += files
+    return shards
+
+
+def _braces(word: str) -> list[str]:
+    """Expand `{000..331}` (padded like its first number) and `{a,b}` as a shell does."""
+    braces = BRACES.search(word)
+    if braces is None:
+        return [word]
+    choices = braces[1].split(",")
+    if ends := RANGE.fullmatch(braces[1]):
+        first, last = int(ends[1]), int(ends[2])
+        if abs(last - first) >= MOST_SHARDS:
+            raise UserError(f"'{word}' names more than {MOST_SHARDS:,} shards. Shorten its range.")
+        step = 1 if first <= last else -1
+        choices = [str(number).zfill(len(ends[1])) for number in range(first, last + step, step)]
+    return [name for choice in choices for name in _braces(word.replace(braces[0], choice, 1))]
+
+
+def stored_path(given: object, folder: Path) -> str:
+    """Path as a file in `folder` stores it: relative if both are in the working directory; "" for a Python object."""
+    if not isinstance(given, str | Path) or not str(given):
+        return ""
+    return relative(absolute(given), folder)
+
+
+def relative(path: str, folder: Path) -> str:
+    """A path as `stored_path` stores it, without resolving links; anything but an absolute path stays."""
+    project, place = os.getcwd(), str(folder.resolve())
+    inside = all(os.path.isabs(one) and os.path.commonpath([one, project]) == project for one in (path, place))
+    return os.path.relpath(path, place) if inside and not path.startswith(place + os.sep) else path
+
+
+def resolve(path: str, folder: Path) -> str:
+    """The absolute path of what `stored_path` stored; URLs and names such as builtin:emoji stay."""
+    return os.path.normpath(folder.resolve() / path) if path.startswith(os.pardir + os.sep) else path
+
+
+def is_missing(path: str) -> bool:
+    """Whether this is an absolute path that does not exist, unlike a name such as open_clip:MODEL/TAG."""
+    return os.path.isabs(path) and not names_shards(path) and not os.path.exists(path)
