@@ -7,15 +7,12 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from huggingface_hub import constants, metadata_load
+from huggingface_hub import constants
 from safetensors.torch import save_file
 
 import declip
 from conftest import draw, refuses
-from declip.evaluation.results import RecallAtK, RetrievalResult
-from declip.interchange.export import Traced, model_card
 from declip.interchange.read import read_checkpoint, read_start
-from declip.recipe.load import load_recipe
 from declip.runs.checkpoint import WEIGHTS, list_checkpoints, step_of
 from interchange.test_export import features
 from interchange.towers import EXACT, build, largest
@@ -151,18 +148,3 @@ def test_a_repository_of_another_library_is_read_without_its_pickles(hub, form, 
         assert same(declip.load(name, device="cpu"), model)
         assert read_start(name).whole
     assert not list((tmp_path / "cache").rglob("*.bin"))
-
-
-def test_the_card_has_results_and_data(tmp_path):
-    recall = RecallAtK(10, 10, 0.5, 0.7, 0.9, 0.1, 0.5, 1.0, 2.0)
-    results = (RetrievalResult("/home/me/shapes.csv", images=10, texts=10, text_to_image=recall, image_to_text=recall),)
-    keys = {"data.source": "hf://datasets/owner/pairs/data/*.tar", "finetune.pretrained": "builtin:lite0-minilm"}
-    recipe = load_recipe("clip", {**keys, "name": "mine"})
-    model = build("vit")
-    model.recipe = recipe
-    card = model_card(Traced(model, 4, 100, results), "declip", license="mit")
-    (tmp_path / "README.md").write_text(card, encoding="utf-8")
-    head = metadata_load(tmp_path / "README.md")
-    assert (head["license"], head["library_name"]) == ("mit", "declip")
-    assert "| shapes.csv | retrieval | text → image R@1 | 50.0 %" in card
-    assert not re.search(r"/home", card)

@@ -15,11 +15,9 @@ def small_tower(**options):
 
 
 def captions(lengths, context):
-    tokens = torch.zeros(len(lengths), context, dtype=torch.int64)
-    for row, length in enumerate(lengths):
-        tokens[row, 0] = 47
-        tokens[row, 1 : length - 1] = torch.randint(1, 47, (length - 2,))
-        tokens[row, length - 1] = END
+    tokens = torch.randint(1, 47, (len(lengths), context))
+    for row, length in zip(tokens, lengths, strict=True):
+        row[length - 1], row[length:] = END, 0
     return tokens
 
 

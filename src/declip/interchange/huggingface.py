@@ -19,7 +19,7 @@ from declip.interchange.weights import Weights, check_layers
 from declip.io.atomic import save_tensors
 from declip.io.text import one_line
 from declip.models.dual_encoder import DualEncoder
-from declip.models.hf_encoder import as_user_error
+from declip.models.hf_encoder import quiet_transformers
 from declip.recipe.load import load_recipe
 
 LIBRARY = "transformers"
@@ -176,7 +176,7 @@ def reread(folder: Path) -> Reread:
     """Load an exported folder with transformers."""
     import transformers
 
-    with as_user_error(f"transformers cannot read '{folder}'"):
+    with quiet_transformers(f"transformers cannot read '{folder}'"):
         model = transformers.AutoModel.from_pretrained(folder, local_files_only=True).eval()
     return (
         f"transformers {transformers.__version__}",

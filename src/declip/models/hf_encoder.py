@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
@@ -141,17 +141,17 @@ class TextEncoder:
         """Build the encoder without its pooler, with the weights of `folder` or random ones."""
         if self.filled_later and (self.config["model_type"], self.config.get("hidden_act")) == ("bert", "gelu"):
             return Bert(self.config)  # which computes what transformers computes
-        auto = _transformers().AutoModel
         options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "sdpa"}
         if self.config["model_type"] != "distilbert":  # which has no pooler
             options["add_pooling_layer"] = False
         remedy = " Only safetensors are read, as save_pretrained(FOLDER) writes them; others can run code."
-        with as_user_error(f"The text encoder in '{self.folder}' cannot be built", remedy if self.folder else ""):
-            config = _configuration(self.config["model_type"], self.config)
+        problem = f"The text encoder in '{self.folder}' cannot be built"
+        with quiet_transformers(problem, remedy if self.folder else "") as library:
+            config = _configuration(library, self.config["model_type"], self.config)
             if self.folder is None:
-                return auto.from_config(config, **options)
+                return library.AutoModel.from_config(config, **options)
             options |= {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
-            model, notes = auto.from_pretrained(self.folder, config=config, **options)
+            model, notes = library.AutoModel.from_pretrained(self.folder, config=config, **options)
         if more := sorted(name for name in notes["unexpected_keys"] if ".layer." in name):
             raise UserError(f"{CONFIG} has fewer layers than the weights in '{self.folder}', which hold '{more[0]}'.")
         if missing := sorted(notes["missing_keys"]):
@@ -174,7 +174,6 @@ def read_encoder(given: str, pretrained: bool) -> TextEncoder:
             return huggingface_hub.snapshot_download(name, allow_patterns=files, local_files_only=offline)
 
         folder = Path(fetch(given, get, "their folder"))
-    transformers = _transformers()  # after the Hub was asked: the import takes seconds
     if not (folder / CONFIG).is_file() or not any((folder / name).is_file() for name in TOKENIZERS):
         raise UserError(
             f"text.hf_model '{given}' is not a folder with {CONFIG} and a tokenizer ({', '.join(TOKENIZERS)}). Give "
@@ -183,9 +182,9 @@ def read_encoder(given: str, pretrained: bool) -> TextEncoder:
     # Only sizes of the configuration are read, no code and no addresses.
     config = _config(given, folder)
     names = {"start": "cls_token", "end": "sep_token", "mask": "mask_token", "padding": "pad_token"}
-    with as_user_error(f"The tokenizer or {POOLING} of '{given}' cannot be read"):
+    with quiet_transformers(f"The tokenizer or {POOLING} of '{given}' cannot be read") as library:
         pooling = _pooling(folder)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = library.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         definition = tokenizer.backend_tokenizer.to_str()
         specials = {special: getattr(tokenizer, f"{name}_id") for special, name in names.items()}
         if lacking := [names[special] for special, number in specials.items() if number is None]:
@@ -202,15 +201,17 @@ def check_context(config: Mapping[str, Any], context: int) -> None:
 
 
 @contextmanager
-def as_user_error(problem: str, remedy: str = "") -> Iterator[None]:
-    """Say what failed, in one line; quiet logs and progress bars. Libraries and strangers' files raise every class."""
+def quiet_transformers(problem: str, remedy: str = "") -> Iterator[Any]:
+    """Yield transformers without its logs and progress bars, and say in one line what failed, an error of any class."""
+    check_installed("transformers", "hf", "A Hugging Face text encoder")
+    import transformers
     from transformers.utils import logging as hf_logging
 
     disabled, bars = logging.root.manager.disable, hf_logging.is_progress_bar_enabled()
     logging.disable(logging.CRITICAL)
     hf_logging.disable_progress_bar()
     try:
-        yield
+        yield transformers
     except Exception as error:
         reason = printable(one_line(error)).removesuffix(".")
         raise UserError(f"{problem}: {reason}.{remedy}") from error
@@ -220,18 +221,18 @@ def as_user_error(problem: str, remedy: str = "") -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
-def _configuration(kind: str, sizes: Mapping[str, Any]) -> Any:
-    return _transformers().AutoConfig.for_model(kind, **{k: v for k, v in sizes.items() if k in SIZES})
+def _configuration(library: Any, kind: str, sizes: Mapping[str, Any]) -> Any:
+    return library.AutoConfig.for_model(kind, **{name: size for name, size in sizes.items() if name in SIZES})
 
 
 def _config(given: str, folder: Path) -> dict[str, Any]:
     """Read "model_type" and `SIZES`, with the architecture's defaults for keys that the file lacks."""
-    with as_user_error(f"'{folder / CONFIG}' is not the configuration of a supported encoder"):
+    with quiet_transformers(f"'{folder / CONFIG}' is not the configuration of a supported encoder") as library:
         tree = json.loads((folder / CONFIG).read_bytes())
         kind = "decoder" if tree.get("is_decoder") else tree.get("model_type")
         positions = tree.get("position_embedding_type") or "absolute"
         if kind in KINDS and positions == "absolute":
-            whole = _configuration(kind, tree).to_dict()
+            whole = _configuration(library, kind, tree).to_dict()
             return {"model_type": kind, **{name: whole[name] for name in sorted(SIZES & whole.keys())}}
     raise UserError(
         f"text.hf_model '{given}' is of the kind {kind!r} with {positions!r} positions; known are the encoders "
@@ -247,13 +248,6 @@ def _pooling(folder: Path) -> str | None:
     flags = [name.removeprefix(prefix) for name, on in tree.items() if name.startswith(prefix) and on is True]
     modes = tree.get("pooling_mode", flags or ["mean"])
     return " and ".join(POOLINGS.get(mode, mode) for mode in ([modes] if isinstance(modes, str) else modes))
-
-
-def _transformers() -> ModuleType:
-    check_installed("transformers", "hf", "A Hugging Face text encoder")
-    import transformers
-
-    return transformers
 
 
 class HuggingfaceTextTower(SelfContained, AnyTextTower):
