@@ -156,10 +156,10 @@ def kind_of(caption: str) -> str | None:
 
 
 class ReadPairs(NamedTuple):
-    """The `PAIR`s that can be used, in the order of the source, and their `CAPTION`s."""
+    """What was read, in the order of the source."""
 
-    pairs: np.ndarray
-    captions: np.ndarray
+    pairs: np.ndarray  # (n,) `PAIR`, those that can be used
+    captions: np.ndarray  # `CAPTION`, of all these pairs
     skipped: SkipCounter
 
 

@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from math import inf
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -59,12 +59,11 @@ class Fraction:
         return cls(count, of, max(0.0, low), min(1.0, high), value)
 
 
-# A distribution: n, mean, min, max and the percentiles p1, p5, p25, p50, p75, p95 and p99.
 Spread = dict[str, float]
 
 
 def spread_of(values: np.ndarray) -> Spread:
-    """Describe at least one number."""
+    """Distribution of one number or more: n, mean, min, max and the percentiles p1, p5, p25, p50, p75, p95 and p99."""
     percentiles = {f"p{at}": float(np.percentile(values, at)) for at in (1, 5, 25, 50, 75, 95, 99)}
     ends = {"min": float(values.min()), **percentiles, "max": float(values.max())}
     return {"n": len(values), "mean": float(values.mean(dtype=np.float64)), **ends}
@@ -97,11 +96,11 @@ class CaptionStats:
 
 @dataclass(frozen=True)
 class RepeatGroup:
-    """Pairs with the same image or caption: how many, the first keys, and the first or common caption."""
+    """Pairs with the same image or caption."""
 
     size: int
-    keys: tuple[str, ...]
-    caption: str
+    keys: tuple[str, ...]  # of the first
+    caption: str  # the first, or the one that all have
 
 
 @dataclass(frozen=True)
@@ -133,15 +132,14 @@ class Finding:
     fix: bool = False  # whether it should be fixed before training
 
 
-@dataclass(frozen=True)
-class Example:
-    """A pair to look at: its key, its first caption, its image's size in the source, and a small copy."""
+class Example(NamedTuple):
+    """A pair to look at."""
 
     key: str
-    caption: str
-    width: int
+    caption: str  # the first
+    width: int  # of the image in the source
     height: int
-    image: Image.Image
+    image: Image.Image  # a small copy
 
 
 @dataclass(frozen=True)
@@ -176,15 +174,11 @@ class Inspection:
         """Pairs tried that can be used."""
         return self.read - self.broken.count
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, without the example images."""
+    def to_json(self) -> str:
+        """All but the example images as JSON."""
         plain = asdict(replace(self, examples=(), near_examples=()))
         del plain["examples"], plain["near_examples"]
-        return {**plain, "whole": self.whole, "usable": self.usable}
-
-    def to_json(self) -> str:
-        """The plain data as JSON."""
-        return json.dumps(self.to_dict(), indent=1, ensure_ascii=False)
+        return json.dumps({**plain, "whole": self.whole, "usable": self.usable}, indent=1, ensure_ascii=False)
 
 
 # A rule, its number, from where on it is reported and to be fixed, and what its sentence needs beyond the numbers.
@@ -274,12 +268,12 @@ def inspect_source(
     for reason, detail in found.skipped.details.items():
         if detail:  # such as the path that was tried
             reasons[reason]["examples"][0] += f" ({detail})"
-    inspection = Inspection(source.name, total, len(places), seed, 0.0, broken, reasons, credit=source.credit)
+    facts: dict[str, Any] = {}
     if len(found.pairs):
         with status("Looking for duplicates", progress):
-            inspection = _described(inspection, source, found, size, batch_size)
-        leakages = tuple(_leakage(source, found, other, workers, progress) for other in others)
-        inspection = replace(inspection, leakages=leakages)
+            facts = _described(source, found, size, batch_size, seed, len(places) == total)
+        facts["leakages"] = tuple(_leakage(source, found, other, workers, progress) for other in others)
+    inspection = Inspection(source.name, total, len(places), seed, 0.0, broken, reasons, credit=source.credit, **facts)
     return replace(inspection, findings=find(inspection), seconds=time.perf_counter() - start)
 
 
@@ -296,8 +290,10 @@ def _leakage(source: PairSource, found: ReadPairs, other: PairSource, workers: i
     return Leakage(other.name, len(seen), fraction, tuple(zip(keys, copied, strict=True)))
 
 
-def _described(it: Inspection, source: PairSource, found: ReadPairs, size: int, batch_size: int) -> Inspection:
-    """Add all that needs a pair that can be used."""
+def _described(
+    source: PairSource, found: ReadPairs, size: int, batch_size: int, seed: int, whole: bool
+) -> dict[str, Any]:
+    """Fields of `Inspection` that need a pair that can be used."""
     pairs, lines, n = found.pairs, found.captions, len(found.pairs)
     places, counts = pairs["place"], pairs["captions"].astype(np.int64)
     same, alike, texts = equal_groups(pairs["exact"]), reading.near_groups(pairs["look"]), equal_groups(lines["hash"])
@@ -305,24 +301,25 @@ def _described(it: Inspection, source: PairSource, found: ReadPairs, size: int, 
     first = np.unique(texts, return_index=True)[1]
     owners = np.repeat(np.arange(n), counts)
     owners_of, shown = np.unique(np.stack([owners, texts]), axis=1)  # a text that a pair has twice counts once
-    generator = np.random.default_rng((it.seed, n, 1))
+    generator = np.random.default_rng((seed, n, 1))
     chosen = np.sort(generator.choice(n, min(EXAMPLES, n), replace=False))
     # Each pair shows one of its captions, as in an epoch; of all couples of pairs, how many show the same?
     drawn = texts[np.cumsum(counts) - counts + (generator.random(n) * counts).astype(np.int64)]
     sizes = np.bincount(drawn)
     equal = float((sizes * (sizes - 1)).sum() / max(1, n * (n - 1)))
     shorter, longer = np.minimum(pairs["width"], pairs["height"]), np.maximum(pairs["width"], pairs["height"])
-    smaller = Fraction.counted(int((shorter < size).sum()), n, it.whole)
-    return replace(
-        it,
-        images=ImageStats(spread_of(shorter), spread_of(longer / shorter), size, smaller),
-        captions=_captions(source, found, places[owners], equal, batch_size, it.whole),
-        equal_images=_repeats(source, same, places),
-        near_images=_repeats(source, alike, places),
-        equal_captions=_repeats(source, shown, places[owners_of], lines["hash"][first[shown]]),
-        examples=_examples(source, places[chosen]),
-        near_examples=_near_examples(source, places, same, alike),
-    )
+    smaller = Fraction.counted(int((shorter < size).sum()), n, whole)
+    return {
+        "images": ImageStats(spread_of(shorter), spread_of(longer / shorter), size, smaller),
+        "captions": _captions(source, found, places[owners], equal, batch_size, whole),
+        "equal_images": _repeats(source, same, places),
+        "near_images": _repeats(source, alike, places),
+        "equal_captions": _repeats(source, shown, places[owners_of], lines["hash"][first[shown]]),
+        "examples": _examples(source, places[chosen]),
+        "near_examples": tuple(
+            _examples(source, places[alike == number][:NEAR_MEMBERS]) for number in _most_different(same, alike)
+        ),
+    }
 
 
 def _captions(
@@ -372,14 +369,11 @@ def _repeats(source: PairSource, groups: np.ndarray, places: np.ndarray, hashes:
     return Repeats(len(np.unique(places[np.isin(groups, numbers)])), len(numbers), tuple(examples))
 
 
-def _near_examples(
-    source: PairSource, places: np.ndarray, same: np.ndarray, alike: np.ndarray
-) -> tuple[tuple[Example, ...], ...]:
-    """Groups of near-duplicates, those with most images that are not equal first."""
+def _most_different(same: np.ndarray, alike: np.ndarray) -> list[int]:
+    """Numbers of groups of near-duplicates, those with most images that are not equal first."""
     numbers, sizes = reading.repeated(alike)
     different = np.bincount(alike[np.unique(same, return_index=True)[1]], minlength=alike.max() + 1)
-    order = np.lexsort((-sizes, -different[numbers]))[:NEAR_EXAMPLES]
-    return tuple(_examples(source, places[alike == number][:NEAR_MEMBERS]) for number in numbers[order])
+    return numbers[np.lexsort((-sizes, -different[numbers]))[:NEAR_EXAMPLES]].tolist()
 
 
 def _examples(source: PairSource, places: np.ndarray) -> tuple[Example, ...]:

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Group
-from rich.padding import Padding
 from rich.table import Table as RichTable
 from rich.text import Text
 
@@ -33,15 +32,11 @@ def exclusions(inspection: Inspection) -> str:
 
 def summary(it: Inspection) -> Group:
     """Format the inspection for the terminal: numbers first, findings last."""
-    parts: list[Any] = [
-        Text(shown(it.name), "bold").append(f"  {render('extent.txt', it=it)} {it.seconds:.1f} s.", "not bold")
-    ]
-    # --- numbers
+    extent = f"  {render('extent.txt', it=it)} {it.seconds:.1f} s."
+    parts: list[Any] = [Text(shown(it.name), "bold").append(extent, "not bold")]
     for table in tables(it).values():
-        if table.rows:
-            parts += [Padding(Text(table.caption, "bold"), (1, 0, 0, 0), expand=False), rich_table(table)]
-    # --- findings
-    parts.append(Padding(Text("Findings", "bold"), (1, 0, 0, 0), expand=False))
+        parts += [Text(f"\n{table.caption}", "bold"), rich_table(table)] if table.rows else []
+    parts.append(Text("\nFindings", "bold"))
     for finding, text, advice in sentences(it):
         line = RichTable.grid()
         mark = Text("! ", "bold red") if finding.fix else Text("· ", "bold")
@@ -104,13 +99,8 @@ def _statistics(it: Inspection) -> dict[str, Table]:
 
 
 def _repeats(it: Inspection) -> Table:
-    kinds = {
-        "equal images": it.equal_images,
-        "images that look alike": it.near_images,
-        "equal captions": it.equal_captions,
-    }
-    rows = []
-    for name, repeats in kinds.items():
+    names, rows = ("equal images", "images that look alike", "equal captions"), []
+    for name, repeats in zip(names, (it.equal_images, it.near_images, it.equal_captions), strict=True):
         assert repeats is not None
         largest = max(repeats.examples, key=lambda group: group.size, default=None)
         example = f"{LTR}{largest.size:,} × {shown(largest.caption, 40)}" if largest else ""
