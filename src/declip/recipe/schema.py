@@ -34,12 +34,17 @@ def _known_tracker(name: str) -> str:
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
+Blocks = Count | Literal["all"]
+Workers = Count | Literal["auto"]
 Width = Annotated[int, Field(ge=1)]
 Spread = Annotated[float, Field(ge=1e-6, le=1)]
+Spreads = tuple[Spread, Spread, Spread]
 Portion = Annotated[float, Field(gt=0, le=1)]
 Strength = Annotated[float, Field(ge=0)]
+Jitter = tuple[Strength, Strength, Strength, Annotated[Strength, Field(le=0.5)]]
 RGB = tuple[Fraction, Fraction, Fraction]
 Place = Annotated[str, AfterValidator(_expand_user)]
+Second = Literal["eda", "caption", "same"]
 OneOrMore = BeforeValidator(lambda given: (given,) if isinstance(given, str) else given)
 Places = Annotated[tuple[Place, ...], OneOrMore]
 Column = Literal["image", "caption", "group"]
@@ -48,7 +53,7 @@ TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 Tracker = Annotated[str, AfterValidator(_known_tracker)]
 Trackers = Annotated[tuple[Tracker, ...], OneOrMore]
 
-NUMBERS = (int, float, int | None, float | None, int | Literal["auto"], int | Literal["all"])
+NUMBERS = (int, float, int | None, float | None, Blocks, Workers)
 
 
 class Section(BaseModel):
@@ -67,16 +72,12 @@ class Section(BaseModel):
 class Data(Section):
     """The training pairs and how they are read."""
 
-    source: Place | tuple[Place, ...] = Field(
-        "builtin:emoji", description="table, folder, shards or built-in set, or a list of these"
-    )
-    columns: dict[Column, str] = Field(
-        COLUMNS, description="columns of a table: image, caption, and group, whose equal cells show one thing"
-    )
+    source: Place | tuple[Place, ...] = Field("builtin:emoji", description="table, folder, shards or set; or a list")
+    columns: dict[Column, str] = Field(COLUMNS, description="columns of image, caption, and group (shows one thing)")
     image_root: Place | None = Field(None, description="folder of a table's image paths; default: the table's folder")
     max_pairs: int | None = Field(None, ge=2, description="train on this many pairs only, chosen by the seed")
     shuffle_buffer: int | None = Field(None, ge=1, description="pairs shuffled together; default: all; remote: 50,000")
-    workers: Count | Literal["auto"] = Field("auto", description="loader processes; auto: 1 per free core, at most 8")
+    workers: Workers = Field("auto", description="loader processes; auto: 1 per free core, at most 8")
     max_broken_fraction: Fraction = Field(0.05, description="fraction of broken pairs above which a run stops")
 
     @field_validator("source", mode="before")
@@ -104,9 +105,7 @@ class ImageTowerConfig(Section):
     model: str = Field("declip_vit_small", description="name of a timm model or of a small tower of declip")
     size: int = Field(32, ge=16, le=4096, description="height and width in pixels; pretrained weights are resized")
     mean: RGB = Field((0.48145466, 0.4578275, 0.40821073), description="mean of red, green and blue in 0 to 1")
-    std: tuple[Spread, Spread, Spread] = Field(
-        (0.26862954, 0.26130258, 0.27577711), description="standard deviation of red, green and blue"
-    )
+    std: Spreads = Field((0.26862954, 0.26130258, 0.27577711), description="standard deviation of red, green and blue")
     model_kwargs: dict[str, Any] = Field(default_factory=dict, description="arguments of timm.create_model")
     freeze_patch_embed: bool = Field(False, description="keep a ViT's patch embedding at its random start (MoCo v3)")
 
@@ -138,9 +137,7 @@ class ImageView(Section):
     """MoCo v2's augmentation (Chen et al. 2020, arXiv 2003.04297), as DeCLIP uses it."""
 
     scale: tuple[Portion, Portion] = Field((0.2, 1.0), description="smallest and largest fraction of the image's area")
-    color_jitter: tuple[Strength, Strength, Strength, Annotated[Strength, Field(le=0.5)]] = Field(
-        (0.4, 0.4, 0.4, 0.1), description="strength of brightness, contrast, saturation and hue"
-    )
+    color_jitter: Jitter = Field((0.4, 0.4, 0.4, 0.1), description="brightness, contrast, saturation and hue")
     color_jitter_prob: Fraction = Field(0.8, description="probability of color jitter")
     grayscale_prob: Fraction = Field(0.2, description="probability of grayscale")
     blur_prob: Fraction = Field(0.5, description="probability of Gaussian blur")
@@ -150,9 +147,7 @@ class ImageView(Section):
 class TextView(Section):
     """The second text view, such as EDA (Wei and Zou 2019)."""
 
-    second_view: Literal["eda", "caption", "same"] = Field(
-        "eda", description="second text view: EDA of the first, another caption, or the first again"
-    )
+    second_view: Second = Field("eda", description="EDA of the first, another caption, or the first again (same)")
     mask: bool | None = Field(None, description="mask words for all losses; default: if masked_language has a weight")
 
 
@@ -225,15 +220,11 @@ class FineTuning(Section):
     """The pretrained weights, and how they are trained."""
 
     pretrained: Place | None = Field(None, description="weights that declip.load takes, or timm:NAME")
-    class_names: Place | None = Field(
-        None, description="file with the names of the classifier's classes: one per line, or a table name,definition"
-    )
+    class_names: Place | None = Field(None, description="file of the classes' names: one per line, or name,definition")
     lr_scale: float = Field(1.0, gt=0, description="factor on the learning rate for pretrained towers")
     layer_decay: float = Field(1.0, gt=0, le=1, description="factor on the learning rate per layer below the last")
-    freeze_image_blocks: Count | Literal["all"] = Field(
-        0, description="number of lowest image blocks to freeze, stem included; all: the whole tower (LiT)"
-    )
-    freeze_text_blocks: Count | Literal["all"] = Field(0, description="number of lowest text blocks to freeze, or all")
+    freeze_image_blocks: Blocks = Field(0, description="lowest image blocks to freeze; all: the whole tower (LiT)")
+    freeze_text_blocks: Blocks = Field(0, description="number of lowest text blocks to freeze, or all")
     head_warmup_steps: int = Field(0, ge=0, description="first steps that train only new parameters; at most a quarter")
     class_pairs: bool = Field(True, description="with frozen towers, use the start's classes as pairs")
     lora: LoRA | None = Field(None, description="train low-rank adapters instead: rank, alpha, dropout")
@@ -242,9 +233,7 @@ class FineTuning(Section):
     def _consistent(self) -> Self:
         frozen = self.freeze_image_blocks == self.freeze_text_blocks == "all" and self.class_pairs
         if self.class_names is not None and not frozen:
-            raise ValueError(
-                "finetune.class_names requires finetune.class_pairs and both towers frozen (--freeze both)"
-            )
+            raise ValueError("finetune.class_names requires finetune.class_pairs and --freeze both")
         for name in ("freeze_image_blocks", "freeze_text_blocks"):
             if self.lora is not None and getattr(self, name) not in (0, "all"):
                 raise ValueError(f"finetune.lora freezes all blocks; finetune.{name} is 0 or all then")
@@ -268,10 +257,7 @@ class Train(Section):
     precision: Literal["auto", "fp32", "bf16"] = Field("fp32", description="of the towers; auto: bf16 if supported")
     channels_last: bool = Field(False, description="channels-last memory format, for convolutions")
     log_every: int = Field(10, ge=1, description="number of steps between logged rows")
-    report_to: Trackers = Field(
-        ("auto",),
-        description=f"trackers: {', '.join(TRACKERS)}; auto: tensorboard if installed; []: none",
-    )
+    report_to: Trackers = Field(("auto",), description=f"{', '.join(TRACKERS)}; auto: tensorboard or none; []: none")
     evaluate_every: int = Field(0, ge=0, description="number of steps between evaluations; 0: only at the end")
     patience: int | None = Field(None, ge=1, description="evaluations without improvement that end a run")
     checkpoint_every: int = Field(200, ge=1, description="number of steps between checkpoints")
@@ -314,9 +300,7 @@ class Recipe(Section):
     text: TextTowerConfig = TextTowerConfig()
     embed_dim: int = Field(512, ge=1, description="width of the shared embedding space")
     views: Views = Views()
-    loss_weights: dict[str, Annotated[float, Field(ge=0)]] = Field(
-        {"contrastive": 1.0}, description="weight of each loss by name; see declip.supervision.objective.TERMS"
-    )
+    loss_weights: dict[str, Strength] = Field({"contrastive": 1.0}, description="weight of each loss by its name")
     contrastive: ContrastiveConfig = ContrastiveConfig()
     simsiam: SimSiamConfig = SimSiamConfig()
     simclr: SimCLRConfig = SimCLRConfig()
@@ -340,7 +324,6 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _losses_fit(self) -> Self:
-        """Check losses and views against each other."""
         if not self.active_losses:
             raise ValueError("every weight in loss_weights is 0; at least one must be above 0")
         if self.train.length_buckets > 1 and self.late_interaction.include_padding:
@@ -351,7 +334,6 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _training_fits(self) -> Self:
-        """Check the keys of fine-tuning and training against each other."""
         train, tune = self.train, self.finetune
         tunes_text = self.text.hf_model is not None and self.text.pretrained
         of_text = {"lr_scale", "freeze_text_blocks", "layer_decay", "head_warmup_steps", "lora"}
