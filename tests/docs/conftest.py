@@ -114,7 +114,10 @@ def write_data(folder, pictures):
     for line in lines:
         name, label, *_ = line.split()
         trees.paint(folder / "pets" / "oxford-iiit-pet" / "images" / f"{name}.jpg", int(label))
-    trees.class_folders(folder / "imagenet" / "val", list(read_prompts("imagenet").classes))
+    for label, name in enumerate(read_prompts("imagenet").classes):
+        (folder / "imagenet" / "val" / name).mkdir(parents=True)
+        if label < 2:
+            trees.paint(folder / "imagenet" / "val" / name / "0.JPEG", label)
 
 
 @pytest.fixture(scope="session")
