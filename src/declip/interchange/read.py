@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,9 @@ def hub_folder(where: str) -> str:
     repo, _, revision = where.removeprefix(prefix).partition("@")
 
     def get(*patterns: str) -> Path:
-        def download(offline: bool) -> str:
-            options: Any = {"allow_patterns": [*DESCRIPTION, *patterns], "revision": revision or None}
-            return str(huggingface_hub.snapshot_download(repo, local_files_only=offline, **options))
-
-        return Path(fetch(where, download, "the path of their folder"))
+        options: Any = {"allow_patterns": [*DESCRIPTION, *patterns], "revision": revision or None}
+        download = partial(huggingface_hub.snapshot_download, repo, **options)
+        return Path(fetch(where, lambda offline: download(local_files_only=offline), "the path of their folder"))
 
     # First the small files, which show the format; then the weights of that format.
     folder = get()

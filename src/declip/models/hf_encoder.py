@@ -63,19 +63,18 @@ class Bert(nn.Module):
             "token_type_embeddings": nn.Embedding(config["type_vocab_size"], width),
             "LayerNorm": nn.LayerNorm(width, config["layer_norm_eps"]),
         }
-        self.embeddings = nn.ModuleDict(parts)
+        self.embeddings: Any = nn.ModuleDict(parts)
         blocks = nn.ModuleList(BertBlock(config) for _ in range(config["num_hidden_layers"]))
-        self.encoder = nn.ModuleDict({"layer": blocks})
+        self.encoder: Any = nn.ModuleDict({"layer": blocks})
         self.dropout = config["hidden_dropout_prob"]
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> SimpleNamespace:
         """Encode ids (B, L), with a mask (B, 1, 1, L) that is true where there is no padding."""
-        parts: Any = self.embeddings
-        encoder: Any = self.encoder
+        parts = self.embeddings
         x = parts.word_embeddings(input_ids) + parts.token_type_embeddings.weight[0]
         x = parts.LayerNorm(x + parts.position_embeddings.weight[: input_ids.shape[1]])  # (B, L, width)
         x = F.dropout(x, self.dropout, self.training)
-        for block in encoder.layer:
+        for block in self.encoder.layer:
             x = block(x, attention_mask)
         return SimpleNamespace(last_hidden_state=x)
 
@@ -91,21 +90,20 @@ class BertBlock(nn.Module):
             return nn.ModuleDict({"dense": nn.Linear(features, width), "LayerNorm": nn.LayerNorm(width, epsilon)})
 
         maps = nn.ModuleDict({name: nn.Linear(width, width) for name in ("query", "key", "value")})
-        self.attention = nn.ModuleDict({"self": maps, "output": output(width)})
+        self.attention: Any = nn.ModuleDict({"self": maps, "output": output(width)})
         self.intermediate = nn.ModuleDict({"dense": nn.Linear(width, inner)})
         self.output = output(inner)
         self.heads = config["num_attention_heads"]
         self.dropout, self.attention_dropout = config["hidden_dropout_prob"], config["attention_probs_dropout_prob"]
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        attention: Any = self.attention
         # (B, L, width) → (B, heads, L, width / heads)
-        maps = attention["self"].values()
+        maps = self.attention["self"].values()
         query, key, value = (layer(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for layer in maps)
         dropout = self.attention_dropout if self.training else 0.0
         # (B, heads, L, width / heads), padding masked
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
-        x = self._add(attention["output"], mixed.transpose(1, 2).flatten(2), x)
+        x = self._add(self.attention["output"], mixed.transpose(1, 2).flatten(2), x)
         return self._add(self.output, F.gelu(self.intermediate["dense"](x)), x)
 
     def _add(self, output: Any, inner: Tensor, x: Tensor) -> Tensor:
@@ -273,7 +271,7 @@ class HuggingfaceTextTower(SelfContained, AnyTextTower):
                 "of one model."
             )
         check_context(config, tokenizer.context)
-        self.encoder = encoder.build()
+        self.encoder: Any = encoder.build()
         self.stored = encoder.to_tensor()
         self.padding, self.context = tokenizer.padding, tokenizer.context
         self.pooling = encoder.pooling or "cls" if text.pooling == "auto" else text.pooling
@@ -302,8 +300,7 @@ class HuggingfaceTextTower(SelfContained, AnyTextTower):
 
     def language_head(self) -> nn.Module:
         """Build a masked-language head that starts as the word embeddings, as in BERT."""
-        embeddings: Any = self.encoder.embeddings
-        words: Tensor = embeddings.word_embeddings.weight  # (vocabulary, width)
+        words: Tensor = self.encoder.embeddings.word_embeddings.weight  # (vocabulary, width)
         head = nn.Linear(*words.mT.shape)
         head.weight.data.copy_(words)
         nn.init.zeros_(head.bias)

@@ -138,16 +138,15 @@ class WrappedImageTower(ImageTower):
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Encode images (B, 3, H, W) as pooled features (B, width) and tokens (B, P, width)."""
-        module: Any = self.trunk
         if self._timm:
-            features = module.trunk.forward_features(images)
-            return module.head(module.trunk.forward_head(features)), grid_tokens(module.trunk, features)
-        out: Any = module(images)
+            features = self.trunk.trunk.forward_features(images)
+            return self.trunk.head(self.trunk.trunk.forward_head(features)), grid_tokens(self.trunk.trunk, features)
+        out: Any = self.trunk(images)
         return out if self.gives_tokens else (out, out.unsqueeze(1))
 
     def encode_cells(self, images: Tensor) -> Tensor:
         """Embed the patches of images (B, 3, H, W), (B, P, d), not normalized."""
-        module: Any = self.trunk
+        module = self.trunk
         if self._timm:
             return self.proj(pool_cells(module.trunk, images, lambda x: module.head(module.trunk.forward_head(x))))
         if not self.gives_tokens or module.attn_pool is not None:
@@ -177,11 +176,10 @@ class WrappedTextTower(SelfContained, AnyTextTower):
 
     def encode(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Encode token ids (B, L), padded on the right."""
-        module: Any = self.trunk
         length, end = tokens.shape[1], (tokens == self.end).long().argmax(dim=1)
         if not self._masks_padding:  # these modules see padding, or have a mask of one size
             tokens = F.pad(tokens, (0, self.context - length), value=self.padding)
-        pooled, states = module(tokens)
+        pooled, states = self.trunk(tokens)
         return pooled, states[:, :length], end + 1
 
     def language_head(self) -> nn.Module:
