@@ -273,7 +273,7 @@ def test_probes_of_an_image_tower_alone_work_and_zero_shot_says_why_not(tmp_path
     data = Dataset("painted", {"train": lambda: source, "test": lambda: source})
     assert declip.evaluate(model, data, "linear").n == 28
     refuses("image tower alone", declip.evaluate, model, data, "zero-shot")
-    refuses("no text tower.*onnx and safetensors", declip.export, model, "open_clip", tmp_path / "out")
+    refuses("no text tower.*safetensors", declip.export, model, "open_clip", tmp_path / "out")
     declip.export(model, "safetensors", tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "image tower alone" in card
