@@ -61,7 +61,6 @@ def tiny_tree(source, losses="clip", **sections):
 
 
 def write_rows(path, rows):
-    """Write a JSONL table."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
@@ -91,7 +90,6 @@ def _meet(rank, function, world, folder, arguments):
 
 
 def draw(color, shape, size=40):
-    """A colored shape on white."""
     image = Image.new("RGB", (size, size), "white")
     pen, box = ImageDraw.Draw(image), (8, 8, size - 8, size - 8)
     if shape == "circle":
@@ -112,7 +110,6 @@ def texture(seed, side=48):
 
 
 def encoded(image, kind="PNG", **options):
-    """An image as the bytes of a file."""
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
@@ -165,5 +162,4 @@ def rows(table):
 
 @pytest.fixture
 def generator():
-    """A generator with a fixed seed."""
     return np.random.default_rng(0)

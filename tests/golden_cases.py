@@ -32,7 +32,6 @@ TERMS = {
 
 
 def read_json(name):
-    """A JSON file of the folder."""
     return json.loads((GOLDEN / name).read_text(encoding="utf-8"))
 
 
@@ -128,7 +127,6 @@ class Case:
 
     @property
     def heads(self):
-        """Attention heads of the text tower and of a ViT."""
         image, text = self.about["config"]["image_encode"], self.about["config"]["text_encode"]
         return text["transformer_heads"], image["heads"] if "patch_size" in image else None
 

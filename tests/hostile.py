@@ -76,5 +76,4 @@ def forge(checkpoint, **changes):
 
 
 def written(kind, **options):
-    """The bytes of a small red picture."""
     return encoded(Image.new("RGB", (16, 16), "red"), kind, **options)

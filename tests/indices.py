@@ -15,7 +15,6 @@ from declip.search.store import Block, IndexedImage, open_writer
 
 
 def tiny_model(seed=0):
-    """A model of a few thousand random weights."""
     torch.manual_seed(seed)
     return DualEncoder.from_recipe(Recipe.model_validate(tiny_tree("unused"))).eval()
 
@@ -38,13 +37,11 @@ def write_index(folder, images, texts=None, captions=()):
 
 @pytest.fixture(scope="session")
 def model():
-    """The model that makes the indices."""
     return tiny_model()
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """24 images of shapes, without captions."""
     path = tmp_path / "shapes"
     path.mkdir()
     for color in COLOURS:
@@ -55,7 +52,6 @@ def folder(tmp_path):
 
 @pytest.fixture(scope="session")
 def weights_file(model, tmp_path_factory):
-    """The model as a file."""
     path = tmp_path_factory.mktemp("weights") / "model.safetensors"
     write_declip_file(model, path)
     return path

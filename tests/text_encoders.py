@@ -36,7 +36,6 @@ def bert(folder, context=24, model="BertForMaskedLM", **config):
 
 
 def distilbert(folder, context=24):
-    """A DistilBERT with `bert`'s tokenizer."""
     transformers = pytest.importorskip("transformers")
 
     bert(folder)

@@ -18,7 +18,6 @@ collect_ignore_glob = [] if find_spec("starlette") and find_spec("uvicorn") else
 
 @pytest.fixture(scope="session")
 def run_folder(table, tmp_path_factory):
-    """A run of a few steps."""
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     declip.train(Recipe.model_validate(tiny_tree(table, "declip", name="tiny")), out=folder, quiet=True, report=False)
     return folder
@@ -26,14 +25,12 @@ def run_folder(table, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def shared(run_folder, table, tmp_path_factory):
-    """The state of the app."""
     from declip.app.server import open_state
 
     return open_state(str(run_folder), str(table), tmp_path_factory.mktemp("page") / "index")
 
 
 def ask(state, **options):
-    """A client that asks as the pages themselves do; no network is used."""
     from starlette.testclient import TestClient
 
     from declip.app.server import build
@@ -57,7 +54,6 @@ def client(state):
 
 @pytest.fixture(scope="session")
 def uncaptioned(tmp_path_factory):
-    """A table of images without captions."""
     folder = tmp_path_factory.mktemp("uncaptioned")
     for name in NAMES:
         color, shape, side = name.split("-")
@@ -67,7 +63,6 @@ def uncaptioned(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def opened(run_folder, uncaptioned, tmp_path_factory):
-    """The state of an app over them."""
     from declip.app.server import open_state
 
     return open_state(str(run_folder), str(uncaptioned), tmp_path_factory.mktemp("captions") / "index")

@@ -154,7 +154,6 @@ def test_an_answer_that_comes_after_the_image_was_removed_is_dropped(page, view,
 
 
 def tab_to(page, selector):
-    """Press Tab until an element that matches has the focus."""
     for _ in range(100):
         page.keyboard.press("Tab")
         if page.evaluate("selector => document.activeElement.matches(selector)", selector):

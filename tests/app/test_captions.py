@@ -90,7 +90,6 @@ def test_wrong_input_is_refused(start, tmp_path, state):
 
 
 def state_of(index):
-    """What a comparison needs of the app's state."""
     return SimpleNamespace(index=index, ranks={}, check_running=lambda: None)
 
 

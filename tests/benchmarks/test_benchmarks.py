@@ -17,7 +17,6 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def scripts(monkeypatch):
-    """Import a file of benchmarks/ or scripts/."""
     for folder in ("benchmarks", "scripts"):
         monkeypatch.syspath_prepend(str(ROOT / folder))
 
@@ -128,7 +127,6 @@ def test_the_functions_at_which_runs_are_killed_exist(scripts):
 
 
 def call_here(monkeypatch, command):
-    """Run `declip …` in this process, and return its exit status."""
     monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(SystemExit) as ended:
         cli.main()
@@ -176,7 +174,6 @@ def test_a_stopped_reproduction_lets_the_run_save_its_checkpoint(scripts):
 
 @pytest.fixture(scope="module")
 def builders():
-    """The scripts that build the tables of the built-in sets."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(Path(__file__).parents[2] / "scripts" / "builtin"))
         import build_emoji

@@ -32,7 +32,6 @@ def outcome(plan, value=score, done=lambda trial: True, retrieval=False, **more)
 
 
 def row(plan, trial, top1, retrieval):
-    """What `runner.run_trial` writes."""
     results = [ZeroShotResult("test", 400, 200, top1, min(1.0, top1 + 0.1), top1).to_dict()]
     if retrieval:
         recalls = (

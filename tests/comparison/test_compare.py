@@ -6,7 +6,6 @@ import re
 import shutil
 import signal
 import subprocess
-import threading
 import time
 from dataclasses import replace
 from itertools import product
@@ -14,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from filelock import FileLock
 from PIL import Image
 
 from conftest import refuses, tiny_tree
@@ -28,7 +26,6 @@ from declip.errors import UserError
 
 @pytest.fixture
 def recipes(table, tmp_path):
-    """Recipe files by name."""
     files = {name: tmp_path / f"{name}.yaml" for name in ("clip", "declip")}
     for name, path in files.items():
         path.write_text(yaml.safe_dump(tiny_tree(table, name)), encoding="utf-8")
@@ -102,10 +99,6 @@ def test_a_recipe_edited_between_two_calls_is_not_averaged_with_its_earlier_self
     assert study.seeds == (0,)
     # Nor does a worker that is still there run it.
     refuses(r"train\.warmup_steps", run_trial, study, replace(study.trials()[0], seed=1), tmp_path / "out")
-    other = tmp_path / "clip-3.yaml"
-    Path(recipes["clip"]).rename(other).with_name("clip.yaml").write_text(text, encoding="utf-8")
-    both = tiny({**recipes, "clip-3": str(other)}, table, tmp_path / "out", pairs=(8,))
-    assert [each.name for each in both.study.variants] == ["clip", "clip-3"]
 
 
 def test_recipes_whose_runs_would_share_folders_are_refused(recipes, table, tmp_path):
@@ -236,26 +229,6 @@ def test_other_processes_end_with_this_one_and_crashes_are_reported(end, recipes
         assert re.search(r"1 of 2 processes.*status 3.*--jobs", capsys.readouterr().err)
     expected = [-signal.SIGTERM] * 2 if end == "Ctrl-C" else [3]
     assert [process.returncode for process in started] == expected
-
-
-def test_a_taken_run_is_left_to_the_one_who_took_it(recipes, table, tmp_path, monkeypatch):
-    done = []
-    monkeypatch.setattr(comparing, "run_trial", lambda study, trial, folder: done.append(trial.id) or True)
-    out = tmp_path / "out"
-    study = comparing.open_folder(_study(recipes, table), out)
-    first, second = study.trials()
-    (out / "runs").mkdir()
-    held = threading.Event()
-
-    def hold():
-        with FileLock(f"{folder_of(out, first)}.lock"):
-            held.set()
-            time.sleep(0.3)
-
-    threading.Thread(target=hold).start()
-    held.wait()
-    comparing.work(study, out, study.trials())
-    assert done == [second.id, first.id], "the taken one is waited for, last"
 
 
 def _study(recipes, table, **more):

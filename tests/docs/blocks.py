@@ -47,15 +47,12 @@ GLOBBED = re.compile(r"(?:^|\s)(?:[^\s'\"]*[\[\]{}*?~#][^\s'\"]*)")
 
 
 class Block(NamedTuple):
-    """A fenced block: its language, its text and its first line in the page."""
-
     kind: str
     code: str
     line: int
 
 
 def blocks(page):
-    """List the fenced blocks of a page."""
     text = page.read_text(encoding="utf-8")
     return [Block(found[1], found[2], text.count("\n", 0, found.start()) + 1) for found in FENCE.finditer(text)]
 
@@ -113,7 +110,6 @@ class Reader:
         self.left = {}
 
     def follow(self, page):
-        """Run all blocks of a page."""
         for block in blocks(page):
             where = f"{page.name}:{block.line}"
             code = block.code

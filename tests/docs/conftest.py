@@ -122,7 +122,6 @@ def write_data(folder, pictures):
 
 @pytest.fixture(scope="session")
 def world(emoji_cache, tmp_path_factory):
-    """Folder with all files that a page may take for granted."""
     folder = tmp_path_factory.mktemp("world")
     (folder / "pictures").mkdir()
     with pytest.MonkeyPatch.context() as patch:
@@ -190,7 +189,6 @@ def here(world, emoji_cache, tmp_path, monkeypatch):
 
 
 def finish(folder, model):
-    """Export what was fine-tuned in one format, without a report."""
     (folder / "report.html").touch()
     declip.export(folder, "safetensors", folder / "exported" / "safetensors", overwrite=True)
 

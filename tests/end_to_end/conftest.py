@@ -13,7 +13,6 @@ __all__ = ["open_clip_configs"]
 
 
 def png(width, height, *chunks):
-    """A PNG that says that it is so large."""
     head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     parts = [(b"IHDR", head), *chunks, (b"IEND", b"")]
     framed = (struct.pack(">I", len(c)) + kind + c + struct.pack(">I", zlib.crc32(kind + c)) for kind, c in parts)

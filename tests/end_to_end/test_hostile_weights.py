@@ -61,7 +61,6 @@ def zip_bomb(path):
 
 
 def overlapping_zip(path):
-    """Five hundred entries that are all the same megabyte."""
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("x/data/0", bytes(1 << 20))
         archive.filelist.extend(archive.filelist * 500)
@@ -130,7 +129,6 @@ def test_weights_of_sizes_that_no_one_meant(name, tensor):
 
 @pytest.fixture
 def checkpoint(here):
-    """A checkpoint of a tiny model."""
     recipe = Recipe.model_validate({key: TINY[key] for key in ("image", "text", "embed_dim")})
     weights = {f"model.{name}": tensor for name, tensor in DualEncoder.from_recipe(recipe).state_dict().items()}
     return write_snapshot(here / "run", Checkpoint(1, weights, {}, recipe.to_yaml()), keep=1)

@@ -62,14 +62,12 @@ def rank_that_exits(*words):
 
 
 def wait_for(path, alive):
-    """Wait for a file, or the end of the process that writes it."""
     end = time.monotonic() + 200
     while not path.exists() and alive() and time.monotonic() < end:
         time.sleep(0.05)
 
 
 def family(pid):
-    """A process and all that come from it."""
     yield pid
     for task in Path(f"/proc/{pid}/task").iterdir():
         for child in (task / "children").read_text().split():

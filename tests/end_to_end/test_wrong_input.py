@@ -36,7 +36,6 @@ def declip(command):
 
 @pytest.fixture
 def here(table, tmp_path, monkeypatch):
-    """A working folder with a good recipe, `mine.yaml`."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(tiny_tree(table)))
     return tmp_path
@@ -50,14 +49,12 @@ def environment(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def trained(table, tmp_path_factory):
-    """The run folder of a tiny model."""
     recipe = Recipe.model_validate(tiny_tree(table))
     return train(recipe, out=tmp_path_factory.mktemp("trained"), quiet=True).folder
 
 
 @pytest.fixture(scope="module")
 def index(table, trained, tmp_path_factory):
-    """An index of the table's images."""
     return embed(trained, table, out=tmp_path_factory.mktemp("made") / "index").folder
 
 

@@ -21,7 +21,6 @@ from declip.reports.inspection import page, sentences, summary
 
 
 def numbers(captions, side=8):
-    """Pairs of given captions; the image is a texture by its number."""
     return open_source([(texture(number, side), given) for number, given in enumerate(captions)])
 
 
@@ -30,7 +29,6 @@ def rules(inspection):
 
 
 def advice(inspection, rule):
-    """Both sentences of a finding."""
     return next(f"{text} {advice}" for finding, text, advice in sentences(inspection) if finding.rule == rule)
 
 

@@ -21,7 +21,6 @@ SECTIONS = ("numbers", "curves", "retrieval", "views", "skipped", "recipe")
 
 
 def _run_folder(folder):
-    """A finished run with every file."""
     evaluation = {"zero_shot": ["builtin:emoji-test"], "final_zero_shot": ["painted"]}
     tree = {"name": "declip-tiny", "loss_weights": {"contrastive": 0.4, "simsiam": 0.2}, "evaluation": evaluation}
     tree["train"] = {"batch_size": 64}
