@@ -18,7 +18,6 @@ from declip.data.images.decode import LazyJpeg, encode
 from declip.data.pair import BrokenPair, LazyImage, PairSource, SkipCounter, printable
 from declip.data.sources.names import absolute
 from declip.data.sources.open import ImageSource, open_source
-from declip.data.sources.shards import LARGEST_IMAGE, LARGEST_TEXT
 from declip.errors import UserError, check_range
 from declip.io.atomic import ELSEWHERE, atomic_write, locked_folder, write_text
 from declip.io.parts import Part, find_parts, part_folder, span_of
@@ -252,10 +251,6 @@ def _members(source: PairSource, size: int, place: int) -> _Members:
         ending, text = "txt", pair.captions[0].encode()
     else:
         ending, text = "json", json.dumps({"caption": pair.captions}).encode()
-    if len(image) > LARGEST_IMAGE:
-        raise BrokenPair("image too large", pair.key, f"{len(image):,} bytes, at most {LARGEST_IMAGE:,}")
-    if len(text) > LARGEST_TEXT:
-        raise BrokenPair("caption too long", pair.key, f"{len(text):,} bytes together, at most {LARGEST_TEXT:,}")
     return [(f"{place:09d}.{kind}", image), (f"{place:09d}.{ending}", text)]
 
 
