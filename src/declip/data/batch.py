@@ -180,7 +180,7 @@ def plan_views(recipe: Recipe, needs: Iterable[Needs]) -> Plan:
     size, views = recipe.image.size, recipe.views
     if not views.image_second:
         if any("second" in need.views for need in needs):
-            raise UserError("views.image_second=false leaves one image view; set the weight of losses of two to 0.")
+            raise UserError("With views.image_second=false no loss can compare two views. Set their weights to 0.")
         wanted.discard("second")
     specs = [ViewSpec(name, size, views.image) for name in ("first", "second") if name == "first" or name in wanted]
     if views.contrastive_view is not None:

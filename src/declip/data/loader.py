@@ -102,8 +102,8 @@ class Assembler:
 
     def __post_init__(self) -> None:
         if len(self.source) < self.batch_size:
-            few = f"'{self.source.name}' holds {len(self.source)} pairs, fewer than one batch of {self.batch_size}."
-            raise UserError(f"{few} Set a smaller train.batch_size, or add pairs.")
+            problem = f"'{self.source.name}' holds {len(self.source)} pairs, fewer than one batch of {self.batch_size}."
+            raise UserError(f"{problem} Set a smaller train.batch_size, or add pairs.")
         order = Order(self.source, self.batch_size, self.seed, self.shuffle_buffer)
         self.steps_per_epoch, self.indices = order.steps_per_epoch, order.indices
 

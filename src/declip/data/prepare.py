@@ -51,14 +51,14 @@ def read_exclusions(path: str | Path, source: PairSource) -> dict[int, str]:
         given = [json.loads(line) for line in path.read_text("utf-8").split("\n") if line.strip()]
         rows = [(str(row["key"]), int(row["place"]), printable(str(row["reason"])[:LONGEST_REASON])) for row in given]
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        lists = "Pass one that `declip app` or `declip data inspect --exclude` wrote."
-        raise UserError(f"The list '{path}' cannot be read: {printable(str(error))}. {lists}") from error
+        remedy = "Pass one that `declip app` or `declip data inspect --exclude` wrote."
+        raise UserError(f"The list '{path}' cannot be read: {printable(str(error))}. {remedy}") from error
     if not rows:
         raise UserError(f"The list '{path}' names no pair.")
     for key, place, _ in rows:
         if not 0 <= place < len(source) or keys.key(place) != key:
-            other = f"The list '{path}' has '{printable(key)}' at place {place}, and '{source.name}' does not."
-            raise UserError(f"{other} Use the source that it was made from, unchanged, or make the list again.")
+            problem = f"The list '{path}' has '{printable(key)}' at place {place}, and '{source.name}' does not."
+            raise UserError(f"{problem} Use the source that it was made from, unchanged, or make the list again.")
     return {place: reason for _, place, reason in rows}
 
 

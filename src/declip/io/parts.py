@@ -49,6 +49,6 @@ def find_parts(folder: Path, marker: str) -> list[Path]:
     [count] = counts
     numbers = range(1, count + 1)
     if missing := [n for n in numbers if (count, n) not in paths or not (paths[count, n] / marker).is_file()]:
-        first = f"Part {missing[0]} of {count} is missing or not complete ({len(missing):,} in all)"
-        raise UserError(f"{first}. Write it with --part {missing[0]}/{count}.")
+        problem = f"Part {missing[0]} of {count} is missing or not complete ({len(missing):,} in all)"
+        raise UserError(f"{problem}. Write it with --part {missing[0]}/{count}.")
     return [paths[count, number] for number in numbers]

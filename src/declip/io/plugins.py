@@ -28,8 +28,8 @@ def load_plugin(kind: Kind, name: str) -> Any:
     try:
         return point.load()
     except Exception as error:  # code of others
-        reason = f"'{name}' of the package {_package(point)} cannot be imported: {one_line(error, 200)}"
-        raise UserError(f"{reason}. Update it.") from error
+        problem = f"'{name}' of the package {_package(point)} cannot be imported: {one_line(error, 200)}"
+        raise UserError(f"{problem}. Update it.") from error
 
 
 def plugin_recipe(name: str) -> Path | None:

@@ -103,7 +103,8 @@ class ParquetRows(TableRows):
         file, most = pq.ParquetFile(path), max(MOST_GROWTH * path.stat().st_size, MOST_IN_PARQUET)
         types = {field.name: field.type for field in file.schema_arrow}
         if other := [field.name for field in schema if types.get(field.name) != field.type]:
-            raise UserError(f"'{path}' has no column '{other[0]}' of the type in '{self.files[0]}'. Name it apart.")
+            problem = f"'{path}' has no column '{other[0]}' of the type in '{self.files[0]}'."
+            raise UserError(f"{problem} Name files with other columns as another source.")
         size = rows = 0
         for batch in file.iter_batches(ROWS_AT_ONCE, columns=schema.names):
             size, rows = size + batch.nbytes, rows + len(batch)
@@ -259,8 +260,8 @@ class DelimitedRows(TextRows):
             with suppress(csv.Error):
                 cells = next(csv.reader([line], delimiter=self.delimiter))
         if lost:
-            lost_rows = f"'{self.path}' has a quotation mark in line {number} that is not closed in its row"
-            raise UserError(f'{lost_rows}, so that rows would be lost. Close it, or write each " of a text twice.')
+            problem = f"'{self.path}' has a quotation mark in line {number} that is not closed in its row"
+            raise UserError(f'{problem}, so that rows would be lost. Close it, or write each " of a text twice.')
         return cells
 
     def _swallows(self, lines: list[str]) -> bool:

@@ -165,8 +165,8 @@ def make_index(file: OpenFile, name: str) -> pa.RecordBatch:
                 rows.append(latest[key])
             latest[key][part] = (at, size)
     except (tarfile.TarError, OSError) as error:
-        end = f"The shard '{name}' cannot be read as a tar archive beyond its first {len(rows):,} pairs: {error}."
-        raise UserError(f"{end} Fetch or write it again, or remove it; decompress a compressed one.") from error
+        problem = f"The shard '{name}' cannot be read as a tar archive beyond its first {len(rows):,} pairs: {error}."
+        raise UserError(f"{problem} Fetch or write it again, or remove it; decompress a compressed one.") from error
     return pa.RecordBatch.from_pylist(rows, SCHEMA)
 
 

@@ -119,8 +119,8 @@ class PairList(NamedTuple):
         """The listed pairs of the opened source; `where` names the list if they are others now."""
         if len(source) != self.total or (self.digest and self.digest_in(source) != self.digest):
             now = f"{len(source):,}" if len(source) != self.total else "others, or these in another order"
-            changed = f"'{where}' lists pairs of '{self.source}' when it had {self.total:,}; now it has {now}."
-            raise UserError(f"{changed} Write the list again in another folder.")
+            problem = f"'{where}' lists pairs of '{self.source}' when it had {self.total:,}; now it has {now}."
+            raise UserError(f"{problem} Write the list again in another folder.")
         return Subset(source, np.array(self.indices, np.int64))
 
     def digest_in(self, source: PairSource) -> str:
@@ -182,8 +182,8 @@ def training_part(source: PairSource) -> PairSource:
     """The pairs to train on: all, or those of the split "train" where the source has splits."""
     splits = source.splits()
     if splits and "train" not in splits:
-        others = f"'{source.name}' has no training pairs: its splits are {', '.join(splits)}."
-        raise UserError(f"{others} Name some rows 'train', or rename the column '{COLUMN}' to train on all.")
+        problem = f"'{source.name}' has no training pairs: its splits are {', '.join(splits)}."
+        raise UserError(f"{problem} Name some rows 'train', or rename the column '{COLUMN}' to train on all.")
     if not splits or len(splits["train"]) == len(source):
         return source
     return Subset(source, splits["train"], f"{source.name} (train)")

@@ -198,8 +198,8 @@ def find_column(columns: Sequence[str], given: str, usual: Sequence[str], what: 
     if column is None:
         exist = ", ".join(f"'{printable(name[:40])}'" for name in columns[:30]) or "none"
         remedy = f"data.columns.{what}=NAME in training, Columns({what}=NAME) in Python, else the command's option."
-        columns_now = f"The table '{path}' has no column '{given}' for the {what}. Its columns: {exist}."
-        raise UserError(f"{columns_now} Rename one, or name it: {remedy}")
+        problem = f"The table '{path}' has no column '{given}' for the {what}. Its columns: {exist}."
+        raise UserError(f"{problem} Rename one, or name it: {remedy}")
     if (count := list(columns).count(column)) > 1:
         raise UserError(f"The table '{path}' has {count} columns named '{printable(column)}'. Rename all but one.")
     return column
