@@ -33,6 +33,7 @@ from declip.models.closed_form import DEFAULT_FORM, ClassPairs, Heads, Pairs, fi
 from declip.models.dual_encoder import DualEncoder
 from declip.models.hf_encoder import read_encoder
 from declip.models.image_tower import ImageTower
+from declip.models.inference import hash_tensors
 from declip.models.layers import PROJECTIONS, TEXT
 from declip.recipe.load import load_recipe
 
@@ -223,7 +224,5 @@ def _cache_file(weights: Weights, classes: Classes | None = None) -> Path:
         tensors = {name: tensor for name, tensor in sorted(weights.tensors.items()) if name.startswith(TEXT)}
         tensors |= {"rows": classes.rows, "mean": classes.mean}
     digest = hashlib.blake2b(json.dumps(known).encode(), digest_size=12)
-    for name, tensor in tensors.items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+    hash_tensors(digest, tensors)
     return cache_folder() / HEADS / f"{digest.hexdigest()}.safetensors"

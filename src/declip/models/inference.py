@@ -71,12 +71,12 @@ def fingerprint(model: Any, tensors: Mapping[str, Tensor] | None = None) -> str:
     if published and all(torch.equal(state[name].cpu(), tensor) for name, tensor in projections.items()):
         digest.update(published.encode())
         state = {}
-    for name, value in sorted(state.items()):
-        if isinstance(value, Tensor):
-            value = value.float() if value.is_floating_point() and tensors is not None else value  # as models compute
-            _update(digest, f"{name} {value.dtype} ", value)
+    floats = tensors is not None  # as models compute
+    values = {name: value for name, value in sorted(state.items()) if isinstance(value, Tensor)}
+    hash_tensors(digest, {n: v.float() if floats and v.is_floating_point() else v for n, v in values.items()})
     noise = np.random.default_rng(0).integers(0, 256, (97, 131, 3), dtype=np.uint8)
-    _update(digest, "", model.preprocess([Image.fromarray(noise)]).float())
+    pixels = model.preprocess([Image.fromarray(noise)]).float()
+    digest.update(str(tuple(pixels.shape)).encode() + pixels.cpu().numpy().tobytes())
     try:
         digest.update(repr(model.tokenize([PROBE]).tolist()).encode())
     except UserError:  # a model without a text tower
@@ -84,9 +84,11 @@ def fingerprint(model: Any, tensors: Mapping[str, Tensor] | None = None) -> str:
     return digest.hexdigest()
 
 
-def _update(digest: Any, head: str, tensor: Tensor) -> None:
-    digest.update(f"{head}{tuple(tensor.shape)}".encode())
-    digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+def hash_tensors(digest: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Update a digest with names, types, shapes and values of tensors."""
+    for name, tensor in tensors.items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 def chunked(encode: Callable[[Tensor], Tensor], images: Tensor, times: int = 1) -> Tensor:

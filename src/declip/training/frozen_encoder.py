@@ -22,7 +22,7 @@ from declip.evaluation.encode import text_features
 from declip.io.atomic import cache_folder
 from declip.io.cache import FEATURES, trim_cache
 from declip.models.dual_encoder import DualEncoder
-from declip.models.inference import chunked, inference_tower
+from declip.models.inference import chunked, hash_tensors, inference_tower
 from declip.models.layers import IMAGE, PROJECTIONS, TEXT
 
 KEY, FILE = 16, "features.sqlite"  # bytes of a key; file of a tower
@@ -121,8 +121,6 @@ def tower_digest(model: DualEncoder, tower: str) -> str:
     versions = FEATURE_VERSION, torch.__version__, timm.__version__, PIL.__version__  # Pillow decodes and resizes
     known = [section.model_dump(mode="json"), versions]
     digest = hashlib.sha256(json.dumps(known).encode())
-    for name, tensor in model.state_dict().items():
-        if name.startswith(tower) and not name.startswith(PROJECTIONS):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    state = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(tower)}
+    hash_tensors(digest, {name: tensor for name, tensor in state.items() if not name.startswith(PROJECTIONS)})
     return digest.hexdigest()[:24]
