@@ -32,27 +32,25 @@ if TYPE_CHECKING:
     from declip.supervision.term import Term as Term
     from declip.training.sinks import Sink as Sink
 
-_WHERE = {
-    "Classifier": "declip.search.classify",
-    "Columns": "declip.data.columns",
-    "Embedder": "declip.search.joined",
-    "Index": "declip.search.index",
-    "PairBatch": "declip.data.batch",
-    "Recipe": "declip.recipe.schema",
-    "Sink": "declip.training.sinks",
-    "Term": "declip.supervision.term",
-    "UserError": "declip.errors",
-    "choose": "declip.search.choose",
-    "classify": "declip.search.classify",
-    "compare": "declip.api",
-    "embed": "declip.search.embed",
-    "evaluate": "declip.api",
-    "export": "declip.interchange.export",
-    "finetune": "declip.api",
-    "load": "declip.interchange.read",
-    "load_recipe": "declip.recipe.load",
-    "train": "declip.api",
+_MODULES = {
+    "api": "compare evaluate finetune train",
+    "data.batch": "PairBatch",
+    "data.columns": "Columns",
+    "errors": "UserError",
+    "interchange.export": "export",
+    "interchange.read": "load",
+    "recipe.load": "load_recipe",
+    "recipe.schema": "Recipe",
+    "search.choose": "choose",
+    "search.classifier": "Classifier",
+    "search.classify": "classify",
+    "search.embed": "embed",
+    "search.index": "Index",
+    "search.joined": "Embedder",
+    "supervision.term": "Term",
+    "training.sinks": "Sink",
 }
+_WHERE = {name: f"declip.{module}" for module, names in _MODULES.items() for name in names.split()}
 __all__ = sorted([*_WHERE, "interchange"])
 
 

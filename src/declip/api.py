@@ -25,7 +25,7 @@ from declip.runs.folder import Run
 from declip.supervision.objective import extra_terms
 from declip.supervision.term import Term
 from declip.training import distributed
-from declip.training.assemble import assemble, held_out_sets, resolve_recipe, several
+from declip.training.assemble import assemble, held_out_sets, resolve_recipe
 from declip.training.sinks import Sink
 from declip.training.trainer import Trainer
 
@@ -166,11 +166,6 @@ def compare(
     See `declip.comparison.study.Study.of` for the arguments `datasets`, `tasks`, `shots`, `overrides` and `budget`, and
     `declip.comparison.runner.run` for `jobs` and `quiet`.
     """
-    for name, kind in (("datasets", str), ("tasks", str), ("shots", int)):
-        if name in options:
-            options[name] = tuple(map(kind, several(options[name])))
-    names, counts = list(map(str, several(recipes))), list(map(int, several(pairs)))
-    numbers = seeds if isinstance(seeds, int) else list(map(int, seeds))
-    outcome = runner.run(Study.of(names, counts, numbers, **options), out, jobs, quiet)
+    outcome = runner.run(Study.of(recipes, pairs, seeds, **options), out, jobs, quiet)
     write_page(outcome, Path(out).expanduser())
     return outcome

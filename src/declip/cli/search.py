@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 from typer import Argument, Option
 
 from declip.cli import options as opt
@@ -97,12 +95,13 @@ def search(
 
 def _print_hits(hits: "list[Hit]") -> None:
     from declip.io.text import shown
+    from declip.reports.page import Table, rich_table
 
-    table = Table("", "cosine", "image", "caption", box=None, header_style="dim")
+    rows = []
     for number, hit in enumerate(hits, 1):
         cells = (hit.key, "; ".join(hit.captions[:2]))
-        table.add_row(str(number), f"{hit.score:.3f}", *(escape(shown(cell, len(cell))) for cell in cells))
-    console.print(table)
+        rows.append((str(number), f"{hit.score:.3f}", *(shown(cell, len(cell)) for cell in cells)))
+    console.print(rich_table(Table("", ("", "cosine", "image", "caption"), tuple(rows), texts=4)))
 
 
 def serve(
@@ -261,7 +260,6 @@ def classify(
 
 
 def _print_result(result: Any, save: Path | None, out: Path | None) -> None:
-    """Print what was fitted, saved, written and left out, and save the classifier."""
     if result.classifier is not None:
         typer.echo(result.classifier.summary(), err=True)
         if save is not None:
@@ -275,7 +273,6 @@ def _print_result(result: Any, save: Path | None, out: Path | None) -> None:
 
 
 def _print(prediction: Any) -> None:
-    """Print a prediction as a row of a table."""
     from declip.data.pair import printable
 
     typer.echo(f"{printable(prediction.image)}\t{prediction.best}\t{prediction.probability:.4f}")

@@ -233,6 +233,5 @@ def compare(
 
 
 def _check_shots(shots: list[int] | None, tasks: Collection[str]) -> None:
-    """Refuse `--shots` without the task few-shot."""
     if shots and "few-shot" not in tasks:
         raise UserError(f"--shots requires --task few-shot, but --task is {' '.join(tasks)}. Remove it.")

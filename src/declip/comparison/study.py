@@ -16,6 +16,7 @@ from declip.evaluation.protocols import check_dataset
 from declip.io.text import one_line
 from declip.recipe.load import flat, load_recipe
 from declip.recipe.schema import Recipe
+from declip.training.assemble import several
 from declip.training.pairs import open_training_source
 
 STUDY = "study.json"
@@ -87,14 +88,14 @@ class Study:
     @classmethod
     def of(
         cls,
-        recipes: Sequence[str],
-        pairs: Sequence[int],
+        recipes: str | Path | Sequence[str | Path],
+        pairs: int | Sequence[int],
         seeds: int | Sequence[int] = 3,
         *,
         overrides: Mapping[str, Any] | None = None,
-        datasets: Sequence[str] = (),
-        tasks: Sequence[str] = ("zero-shot",),
-        shots: Sequence[int] = (4,),
+        datasets: str | Path | Sequence[str | Path] = (),
+        tasks: str | Sequence[str] = ("zero-shot",),
+        shots: int | Sequence[int] = (4,),
         budget: str = "samples",
     ) -> Self:
         """Build a study.
@@ -107,21 +108,19 @@ class Study:
             shots: Numbers of examples per class, with the task few-shot.
             budget: One of `BUDGETS`.
         """
-        seeds = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
-        if not (recipes and pairs and seeds and tasks):
-            raise UserError(
-                "A comparison needs at least one recipe, one number of pairs, one seed and one task. Example: "
-                "declip compare clip declip --pairs 1k,4k."
-            )
-        variants = tuple(Variant.of(recipe, dict(overrides or {})) for recipe in recipes)
+        numbers = tuple(map(int, range(seeds) if isinstance(seeds, int) else seeds))
+        variants = tuple(Variant.of(str(recipe), dict(overrides or {})) for recipe in several(recipes))
+        counts, names = tuple(sorted({*map(int, several(pairs))})), tuple(several(tasks))
+        if not (variants and counts and numbers and names):
+            raise UserError("A comparison needs at least one recipe, one number of pairs, one seed and one task.")
         first = variants[0].resolve().evaluation
         return cls(
             variants=variants,
-            pairs=tuple(sorted(set(pairs))),
-            seeds=seeds,
-            datasets=tuple(datasets) or first.final_zero_shot or first.zero_shot,
-            tasks=tuple(tasks),
-            shots=tuple(sorted(set(shots))),
+            pairs=counts,
+            seeds=numbers,
+            datasets=tuple(map(str, several(datasets))) or first.final_zero_shot or first.zero_shot,
+            tasks=names,
+            shots=tuple(sorted({*map(int, several(shots))})),
             budget=budget,
         )
 

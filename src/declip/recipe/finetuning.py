@@ -81,11 +81,8 @@ def settings(
     # --- length
     if "train.steps" not in given:
         keys["train.epochs"] = 20 if pairs < 10_000 else 10
-    return _with_dependent(keys | given, pairs, validated)
-
-
-def _with_dependent(keys: dict[str, Any], pairs: int, validated: bool) -> dict[str, Any]:
-    """Add the keys that follow from batch size, learning rate and length, unless they are given."""
+    keys |= given
+    # --- what follows from these, unless it is given
     per_epoch = max(1, pairs // keys["train.batch_size"])
     steps = keys["train.steps"] if "train.steps" in keys else max(1, round(keys["train.epochs"] * per_epoch))
     rest = {

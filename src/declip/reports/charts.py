@@ -12,7 +12,7 @@ from markupsafe import Markup, escape
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 from scipy.ndimage import uniform_filter1d
 
 from declip.comparison.outcome import EfficiencyCurve
@@ -120,7 +120,7 @@ def score_chart(lines: Mapping[str, Sequence[float]], steps: Sequence[int], chan
         ax.set_ylim(0, 1.06 * top)
         ax.set_xlim(left=0)
         _over_steps(ax)
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
+        ax.yaxis.set_major_formatter("{x:g} %")
         _legend(ax)
 
     words = "; ".join(f"{name} from {percent(line[0])} to {percent(line[-1])}" for name, line in lines.items())
@@ -140,12 +140,9 @@ def pairs_chart(
     margin = max(0.06 * (logs[-1] - logs[0]), 0.6 * step * (len(shown) + 1)) if len(pairs) > 1 else 0.5
 
     def draw(ax: Axes) -> None:
-        ax.set_xscale("log")
-        ax.set_xticks(list(pairs), [short_count(number) for number in pairs])
-        ax.set_xticks([], minor=True)
+        _over_pairs(ax, pairs)
         ax.set(xlabel="distinct pairs", ylabel=f"{unit}, %", ylim=(0, 100 * top))
         ax.set_xlim(np.exp(logs[0] - margin), np.exp(logs[-1] + margin))
-        ax.grid(axis="y")
         ax.axhline(100 * chance, **CHANCE)
         for place, name in enumerate(curves):
             if (curve := shown.get(name)) is None:
@@ -178,12 +175,9 @@ def growth_chart(growth: Mapping[str, Any]) -> Chart:
             ax.plot(pairs[count - 1 : len(rows)], values[count - 1 :], "--", color=color, linewidth=1.4)
             ax.plot(pairs[count : len(rows)], values[count:], "o", color=color, markersize=4, fillstyle="none")
         ax.axvline(pairs[count - 1], color=QUIET, linewidth=0.8, linestyle=":")
-        ax.set_xscale("log", base=2)
-        ax.set_xticks(pairs, [short_count(number) for number in pairs])
-        ax.set_xticks([], minor=True)
+        _over_pairs(ax, pairs)
         ax.set(xlabel="pairs", ylim=(0, 100))
-        ax.grid(axis="y")
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
+        ax.yaxis.set_major_formatter("{x:g} %")
         _legend(ax)
 
     words = "; ".join(f"{name} {percent(curve['measured'][-1]['value'])}" for name, curve in curves.items())
@@ -206,8 +200,15 @@ def _legend(ax: Axes) -> None:
     ax.figure.legend(handles, shown, loc="outside lower left", ncols=columns, columnspacing=1, frameon=False)
 
 
+def _over_pairs(ax: Axes, pairs: Sequence[int]) -> None:
+    ax.set_xscale("log")
+    ax.set_xticks(list(pairs), [short_count(number) for number in pairs])
+    ax.set_xticks([], minor=True)
+    ax.grid(axis="y")
+
+
 def _over_steps(ax: Axes) -> None:
     ax.grid(axis="y")
     ax.xaxis.set_major_locator(MaxNLocator(4, integer=True, min_n_ticks=1))
     ax.yaxis.set_major_locator(MaxNLocator(4))
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_count(round(value))))
+    ax.xaxis.set_major_formatter(lambda value, _: short_count(round(value)))

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from markupsafe import Markup
 
 from declip.data.images.thumbnails import thumbnails_of
 from declip.data.pair import PairSource
@@ -55,7 +54,7 @@ def write_report(folder: Path, model: Encoder, limit: int = 4_000) -> Path:
         fitted=fitted_lines(run),
         growth=growth_chart(grown).svg("growth") if (grown := run.cross_validation.get("growth")) else None,
         losses=loss_charts(run) if run.metrics else [],
-        progress=[_chart(title, _svg(title, run, key, noisy)) for key, (title, noisy) in PROGRESS.items()],
+        progress=[_curve(run, title, key, noisy=noisy) for key, (title, noisy) in PROGRESS.items()],
         accuracy=accuracy_charts(run),
         skipped_table=skipped_table(run),
         held_out=held_out,
@@ -113,7 +112,7 @@ def results_table(results: Sequence[Result]) -> Table:
 
 
 def _numbers(measure: Measure) -> tuple[str, ...]:
-    """Name, value, chance level with the largest class if that is higher, multiple of chance and n."""
+    """Name, value, chance level with that of the largest class, multiple of chance, and n."""
     largest = "" if measure.majority is None else f" (largest class {percent(measure.majority)})"
     chance = percent(measure.chance) + largest, times(measure.times_chance)
     return measure.name, percent(measure.value), *chance, f"{measure.n:,}"
@@ -121,7 +120,7 @@ def _numbers(measure: Measure) -> tuple[str, ...]:
 
 def loss_charts(run: Run) -> list[dict[str, Any]]:
     """Draw the total and each loss."""
-    charts = [_chart("total", _svg("total", run, "loss"), "The weighted sum, which training minimizes.")]
+    charts = [_curve(run, "total", "loss", "The weighted sum, which training minimizes.")]
     facts, weights = run.examples.get("losses", {}), run.recipe.loss_weights
     for name in dict.fromkeys(name for row in run.metrics for name in row.get("losses", {})):
         known = facts.get(name, {"title": name, "explanation": "", "chance": None})
@@ -130,7 +129,7 @@ def loss_charts(run: Run) -> list[dict[str, Any]]:
             notes.append(f"Weight {weights[name]:g}.")
         if known["chance"] is not None:
             notes.append(f"Chance level {known['chance']:.2f}.")
-        charts.append(_chart(known["title"], _svg(known["title"], run, f"losses.{name}"), " ".join(notes)))
+        charts.append(_curve(run, known["title"], f"losses.{name}", " ".join(notes)))
     return charts
 
 
@@ -148,17 +147,14 @@ def accuracy_charts(run: Run) -> list[dict[str, Any]]:
         lines = {name.removesuffix(" R@1"): [measures[name].value for measures in every] for name in shown}
         first = every[-1][shown[0]]
         svg = score_chart(lines, [row.step for row in rows], first.chance).svg(f"accuracy-{number}")
-        charts.append(_chart(last.task, svg, f"{names[last.dataset]}, n = {first.n:,}"))
+        explanation = f"{names[last.dataset]}, n = {first.n:,}"
+        charts.append({"title": last.task, "svg": svg, "explanation": explanation})
     return charts
 
 
-def _chart(title: str, svg: Markup | None, explanation: str = "") -> dict[str, Any]:
-    return {"title": title, "svg": svg, "explanation": explanation}
-
-
-def _svg(title: str, run: Run, column: str, noisy: bool = True) -> Markup | None:
+def _curve(run: Run, title: str, column: str, explanation: str = "", noisy: bool = True) -> dict[str, Any]:
     chart = value_chart(title, run.steps, run.column(column), noisy)
-    return None if chart is None else chart.svg(f"chart-{column}")
+    return {"title": title, "svg": chart and chart.svg(f"chart-{column}"), "explanation": explanation}
 
 
 def _encode(model: Encoder, name: str | None, limit: int) -> dict[str, Any] | None:

@@ -60,7 +60,6 @@ def search_sheet(
 def _paste(
     paper: Image.Image, pen: ImageDraw.ImageDraw, image: Image.Image | None, left: int, top: int, side: int
 ) -> None:
-    """Paste an image into a frame, or draw an empty frame."""
     pen.rectangle((left - 1, top - 1, left + side, top + side), fill="white", outline=FRAME)
     if image is not None:
         small = ImageOps.contain(image, (side, side), Image.Resampling.LANCZOS)
