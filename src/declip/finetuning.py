@@ -236,7 +236,7 @@ def _check_few(source: PairSource) -> None:
     captions = set[str]()
     for index in range(len(source)):
         with suppress(BrokenPair):  # refused later
-            captions.update(source[index].captions)
+            captions.update(source.captions(index))
     if len(captions) == 1 < len(source):
         raise UserError(f"All pairs of '{source.name}' have the same caption. Describe each image.")
     count = plural(len(source), "pair")

@@ -123,7 +123,7 @@ def frozen_model(resolved: Resolved) -> DualEncoder:
     load_tensors(weights, model)
     if not all(isinstance(projection, nn.Linear) for projection in projections(model)):
         raise UserError(
-            f"--freeze both fits linear projections, which '{weights.origin}' lacks. Give another --freeze."
+            f"--freeze both fits linear projections, which '{weights.origin}' lacks. Give --freeze none, image or text."
         )
     return model.eval()
 

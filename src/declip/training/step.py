@@ -16,7 +16,7 @@ from declip.training.parallel import Learner, average_gradients, clip_gradients,
 
 
 def training_step(
-    distributed_learner: nn.Module, optimizer: torch.optim.Optimizer, batch: PairBatch, sync: StepSync | None = None
+    learner: nn.Module, optimizer: torch.optim.Optimizer, batch: PairBatch, sync: StepSync | None = None
 ) -> dict[str, Tensor]:
     """Take one training step: move, augment, encode, gather, losses, backward, clip, update.
 
@@ -28,32 +28,28 @@ def training_step(
     count = sync.rows[distributed.rank()]
     assert all(len(view) == count for view in batch.views.values()), "(B, 3, S, S) each"
     assert batch.texts.shape[1] == count, "(T, B, L)"
-    learner = unwrap(distributed_learner)
-    train = learner.objective.recipe.train
+    inner = unwrap(learner)
+    train = inner.objective.recipe.train
     gather = distributed.gather(sync.rows)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
     optimizer.zero_grad(set_to_none=True)
     if train.grad_cache_chunk is None:
-        batch = learner.prepare(batch)
-        with learner.autocast():
-            losses = distributed_learner(batch, gather, sync.offset)
-        losses = _weighted(losses, sync.weight)
+        batch = inner.prepare(batch)
+        with inner.autocast():
+            losses = learner(batch, gather, sync.offset)
+        losses = {name: loss * sync.weight for name, loss in losses.items()}
         losses["loss"].backward()  # DDP and FSDP average gradients over the ranks meanwhile
     else:
-        losses = _backward_in_chunks(learner, train.grad_cache_chunk, batch, gather, sync)
+        losses = _backward_in_chunks(inner, train.grad_cache_chunk, batch, gather, sync)
 
-    if learner.sharded or train.grad_cache_chunk is not None:  # DDP has done it
+    if inner.sharded or train.grad_cache_chunk is not None:  # DDP has done it
         average_gradients(parameters)
     grad_norm = clip_gradients(parameters, math.inf if train.grad_clip_norm is None else train.grad_clip_norm)
     values = {name: loss.detach() for name, loss in losses.items()} | {"grad_norm": grad_norm}
     optimizer.step()
-    learner.objective.after_step(learner.model)  # limits the scales, and writes the queue
+    inner.objective.after_step(inner.model)  # limits the scales, and writes the queue
     return values
-
-
-def _weighted(losses: dict[str, Tensor], weight: float) -> dict[str, Tensor]:
-    return losses if weight == 1 else {name: loss * weight for name, loss in losses.items()}
 
 
 def _backward_in_chunks(
@@ -80,7 +76,8 @@ def _backward_in_chunks(
     rest = learner.prepare(batch) if objective.reads_pixels else batch.without_images()
     rest = rest.to(model.device, non_blocking=True)
     with learner.autocast():
-        losses = _weighted(objective.losses(joined(outputs), model, rest, gather, sync.offset), sync.weight)
+        losses = objective.losses(joined(outputs), model, rest, gather, sync.offset)
+    losses = {name: loss * sync.weight for name, loss in losses.items()}
     losses["loss"].backward()
     for part, state, first in zip(chunks, states, leaves, strict=True):
         set_random_states(state, model.device)  # dropout must sample the same masks as in the first pass

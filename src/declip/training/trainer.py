@@ -271,11 +271,7 @@ class Trainer:
         if best is None or best.step == self.progress.step:
             return
         self.parts.hosts.on_rank_zero(self.writer.wait)
-        try:
-            found = checkpoints.load_checkpoint(checkpoints.folder_of(folder, best.step))
-        except UserError as error:
-            raise UserError(f"{error} It had the best weights. Choose another --out.") from error
-        load_weights(self.parts, found)
+        load_weights(self.parts, checkpoints.load_checkpoint(checkpoints.folder_of(folder, best.step)))
         log.info("Best: step %d, validation loss %.4f; its weights are used.", best.step, best.loss)
 
     def _evaluated_at_end(self) -> bool:
