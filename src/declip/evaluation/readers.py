@@ -297,9 +297,14 @@ class Named(NamedTuple):
     metric: str = "top1"
 
 
-PER_CLASS, VARIANT = "mean_per_class", Named(imagenet, "one folder per WordNet number", "imagenet")
-TRAINVAL, FLAG = {"train": "trainval", "test": "test"}, {"train": True, "test": False}
-PLAIN, WITH_VAL = {"train": "train", "test": "test"}, {"train": "train", "validation": "val", "test": "test"}
+PER_CLASS = "mean_per_class"
+VARIANT = Named(imagenet, "one folder per WordNet number", "imagenet")
+# Our splits → the arguments of torchvision's classes
+FLAG = {"train": True, "test": False}
+TRAINVAL = {"train": "trainval", "test": "test"}
+PLAIN = {"train": "train", "test": "test"}
+WITH_VAL = {"train": "train", "validation": "val", "test": "test"}
+
 NAMED: Mapping[str, Named] = {
     "pets": Named(torchvision_set(datasets.OxfordIIITPet, TRAINVAL), "oxford-iiit-pet/", "pets", PER_CLASS),
     "cifar10": Named(torchvision_set(datasets.CIFAR10, FLAG), "cifar-10-batches-py/", "cifar10"),

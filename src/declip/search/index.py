@@ -270,16 +270,18 @@ class Index:
 
     @cached_property
     def _source(self) -> ImageSource:
-        saved, path = self.info.source, resolve(self.info.source.path, self.folder)
-        given, columns = path if self._source_given is None else self._source_given, saved.columns_of(self.folder)
-        if not isinstance(given, str | Path):
-            return ImageSource(open_source(given, columns))
-        if given is path and (not path or is_missing(path)):
-            raise UserError(
-                f"The images of the index '{self.folder}' are not at '{path or saved.name}'. Give --source, or open "
-                "the index with source=, a path or a Python object."
-            )
-        return open_images(given, columns)
+        saved = self.info.source
+        given, columns = self._source_given, saved.columns_of(self.folder)
+        if given is None:
+            given = resolve(saved.path, self.folder)
+            if not given or is_missing(given):
+                raise UserError(
+                    f"The images of the index '{self.folder}' are not at '{given or saved.name}'. Give --source, or "
+                    "open the index with source=, a path or a Python object."
+                )
+        return (
+            open_images(given, columns) if isinstance(given, str | Path) else ImageSource(open_source(given, columns))
+        )
 
     @cached_property
     def _places(self) -> dict[str, int]:

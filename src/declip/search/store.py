@@ -116,7 +116,9 @@ class Store:
         with self._reading():
             self._file = pq.ParquetFile(folder / ROWS, memory_map=True)
             sizes = _check_layout(self._file)
-            for over, name in list(MATRICES.items())[: 1 + info.captions]:
+            for over, name in MATRICES.items():
+                if over == "captions" and not info.captions:
+                    continue
                 # Mode "c" (copy on write) because torch warns about arrays that are not writable.
                 matrix = self.matrices[over] = np.load(folder / name, mmap_mode="c")
                 if (matrix.shape, matrix.dtype) != ((sum(sizes), info.dimension), np.dtype(info.dtype)):
