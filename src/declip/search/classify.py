@@ -18,7 +18,7 @@ from torch import Tensor
 from declip.data.columns import DEFAULT, Columns
 from declip.data.images.decode import EXTENSIONS
 from declip.data.pair import LazyImage, PairSource, SkipCounter
-from declip.data.sources.open import ImageSource, open_images, open_source
+from declip.data.sources.open import ImageSource, open_images
 from declip.data.sources.python_items import Items
 from declip.errors import UserError, check_range
 from declip.evaluation.datasets import LabeledSource, open_dataset, with_classes
@@ -329,10 +329,9 @@ def _read(source: ImageSource, place: int) -> tuple[LazyImage, str]:
 
 def _open(images: str | Path | PairSource | Items, columns: Columns) -> ImageSource:
     """Open images: also a single file, or the files of a pattern."""
-    if not isinstance(images, str | Path):
-        return ImageSource(open_source(images, columns))
-    path = Path(images).expanduser()
-    names = [str(path)] if path.exists() else sorted(glob(str(path), recursive=True))
-    if files := [name for name in names if name.lower().endswith(EXTENSIONS)]:
-        return ImageSource(open_source(files), captioned=False)
+    if isinstance(images, str | Path):
+        path = Path(images).expanduser()
+        names = [str(path)] if path.exists() else sorted(glob(str(path), recursive=True))
+        if files := [name for name in names if name.lower().endswith(EXTENSIONS)]:
+            images = files
     return open_images(images, columns)

@@ -100,10 +100,8 @@ def _open_images(source: str | Path | PairSource, columns: Columns, folder: Path
     """Open the images, and describe them for the index in a folder."""
     columns = replace(columns, root=stored_path(columns.root, folder) or None)
     saved = SourceInfo(path=stored_path(source, folder), name="", columns=columns)
-    if isinstance(source, PairSource):
-        images = ImageSource(source)
-    else:
-        images = open_images(resolve(saved.path, folder), saved.columns_of(folder))
+    given = source if isinstance(source, PairSource) else resolve(saved.path, folder)
+    images = open_images(given, saved.columns_of(folder))
     saved.name = images.name
     return saved, images
 

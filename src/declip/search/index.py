@@ -17,7 +17,7 @@ from torch.nn.functional import normalize
 from declip.data.images.decode import decode
 from declip.data.pair import BrokenPair, PairSource, SkipCounter, printable
 from declip.data.sources.names import is_missing, resolve
-from declip.data.sources.open import ImageSource, open_images, open_source
+from declip.data.sources.open import ImageSource, open_images
 from declip.data.sources.python_items import Items
 from declip.errors import UserError, check_installed, check_range
 from declip.evaluation.encode import Encoder, eval_mode, image_features
@@ -270,8 +270,7 @@ class Index:
 
     @cached_property
     def _source(self) -> ImageSource:
-        saved = self.info.source
-        given, columns = self._source_given, saved.columns_of(self.folder)
+        saved, given = self.info.source, self._source_given
         if given is None:
             given = resolve(saved.path, self.folder)
             if not given or is_missing(given):
@@ -279,9 +278,7 @@ class Index:
                     f"The images of the index '{self.folder}' are not at '{given or saved.name}'. Give --source, or "
                     "open the index with source=, a path or a Python object."
                 )
-        return (
-            open_images(given, columns) if isinstance(given, str | Path) else ImageSource(open_source(given, columns))
-        )
+        return open_images(given, saved.columns_of(self.folder))
 
     @cached_property
     def _places(self) -> dict[str, int]:

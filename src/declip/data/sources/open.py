@@ -128,7 +128,7 @@ class ImageSource:
         return Origin()
 
 
-def open_images(spec: str | Path, columns: Columns = DEFAULT) -> ImageSource:
+def open_images(spec: str | Path | PairSource | Items, columns: Columns = DEFAULT) -> ImageSource:
     """Open the images of a source as `open_source` does; `columns.caption` is None for a table without captions."""
     source = open_source(spec, columns)
     return ImageSource(source, captioned=columns.caption is not None or not isinstance(source, TableSource))
