@@ -23,6 +23,7 @@ from declip.evaluation.readers import Classified
 from declip.evaluation.results import (
     FewShotResult,
     LinearProbeResult,
+    PointingResult,
     Result,
     RetrievalResult,
     ZeroShotResult,
@@ -66,6 +67,9 @@ class Options:
         return (self.shots,) if isinstance(self.shots, int) else tuple(self.shots)
 
 
+DEFAULT = Options()
+
+
 @dataclass(frozen=True)
 class SharedFeatures:
     """The features of a dataset, encoded on first use and shared by all tasks."""
@@ -78,33 +82,34 @@ class SharedFeatures:
     @cached_property
     def test(self) -> SourceFeatures:
         """Features of the test split, projected and normalized."""
-        # A source only knows the name of its file, which another dataset may have too.
-        return replace(self._encode(self.dataset.split("test"), texts=self.texts), name=self.dataset.name)
+        return self._encode(self.dataset.split("test"), texts=self.texts)
 
-    def linear(self) -> LinearProbeResult:
+    def linear(self) -> list[LinearProbeResult]:
         with eval_mode(self.model) as device:
             # MPS has no float64, which the solver needs.
             probing = "cpu" if device.type == "mps" else device
         # Features before the projection; `evaluate_all` looked for the method
         encode = partial(chunked, self.model.encode_backbone)  # type: ignore[attr-defined]
-        return linear_probe(self.dataset, lambda source: self._encode(source, encode=encode, texts=False), probing)
+        return [linear_probe(self.dataset, lambda source: self._encode(source, encode=encode, texts=False), probing)]
 
-    def zero_shot(self) -> ZeroShotResult:
+    def zero_shot(self) -> list[ZeroShotResult]:
         source, options = with_classes(self.dataset.split("test")), self.options
         name, templates = read_templates(options.templates or self.dataset.templates)
         classes = class_features(
             self.model, source.class_names, templates, batch_size=options.batch_size, progress=options.progress
         )
-        return classify(self.test, source.labels[self.test.indices], classes, templates=name)
+        return [classify(self.test, source.labels[self.test.indices], classes, templates=name)]
 
-    def retrieval(self) -> RetrievalResult:
+    def retrieval(self) -> list[RetrievalResult]:
         source, features = self.dataset.split("test"), self.test
         # retrieval also uses pairs without a class
         if isinstance(source, Classified) and source.captioned and source.broken:
-            pairs = self._encode(Subset(source.source, source.rows), texts=True)
-            features = replace(pairs, name=self.dataset.name)
+            features = self._encode(Subset(source.source, source.rows), texts=True)
         known = isinstance(getattr(self.model, "model", self.model), DualEncoder)  # or a wrapper of one
-        return retrieve(features, logit_scale(self.model) if known else None)
+        return [retrieve(features, logit_scale(self.model) if known else None)]
+
+    def pointing(self) -> list[PointingResult]:
+        return [measure_pointing(self.model, self.dataset, self.options.progress)]
 
     def few_shot(self) -> list[FewShotResult]:
         splits, options = check_splits(self.dataset, "few-shot"), self.options
@@ -149,7 +154,8 @@ class SharedFeatures:
 
     def _encode(self, source: PairSource, **options: Any) -> SourceFeatures:
         shared = {name: getattr(self.options, name) for name in ("batch_size", "workers", "progress")}
-        return encode_source(self.model, source, **options, **shared)
+        # A source only knows the name of its file, which another dataset may have too.
+        return replace(encode_source(self.model, source, **options, **shared), name=self.dataset.name)
 
 
 class Task(NamedTuple):
@@ -162,30 +168,28 @@ class Task(NamedTuple):
 
 
 TASKS: Mapping[str, Task] = {
-    "zero-shot": Task(lambda on: [on.zero_shot()], lambda dataset: with_classes(dataset.split("test")), prompted=True),
-    "retrieval": Task(lambda on: [on.retrieval()]),
-    "linear": Task(lambda on: [on.linear()], check_probe, "encode_backbone"),
+    "zero-shot": Task(SharedFeatures.zero_shot, lambda dataset: with_classes(dataset.split("test")), prompted=True),
+    "retrieval": Task(SharedFeatures.retrieval),
+    "linear": Task(SharedFeatures.linear, check_probe, "encode_backbone"),
     "few-shot": Task(SharedFeatures.few_shot, partial(check_splits, task="few-shot"), prompted=True),
-    "pointing": Task(
-        lambda on: [measure_pointing(on.model, on.dataset, on.options.progress)], check_pointing, "similarity_map"
-    ),
+    "pointing": Task(SharedFeatures.pointing, check_pointing, "similarity_map"),
 }
 
 
-def check_dataset(dataset: Dataset, task: str, options: Options | None = None) -> None:
+def check_dataset(dataset: Dataset, task: str, options: Options = DEFAULT) -> None:
     """Refuse an unknown task, a dataset that the task cannot use, or unknown templates."""
     if task not in TASKS:
         raise unknown("task", task, TASKS)
     TASKS[task].check(dataset)
     if TASKS[task].prompted:
-        read_templates((options and options.templates) or dataset.templates)
+        read_templates(options.templates or dataset.templates)
 
 
 def evaluate_all(
     model: Encoder,
     datasets: str | PairSource | Dataset | list[Dataset],
     tasks: Sequence[str],
-    options: Options | None = None,
+    options: Options = DEFAULT,
 ) -> list[Result]:
     """Evaluate on one or more datasets by one or more of `TASKS`.
 
@@ -194,11 +198,11 @@ def evaluate_all(
     # --- every check first: encoding may take hours
     checked: list[SharedFeatures] = []
     for dataset in datasets if isinstance(datasets, list) else [datasets]:
-        shared = SharedFeatures(model, open_dataset(dataset), options or Options(), texts="retrieval" in tasks)
+        shared = SharedFeatures(model, open_dataset(dataset), options, texts="retrieval" in tasks)
         if shared.dataset.name in {other.dataset.name for other in checked}:
             raise UserError(f"The dataset '{shared.dataset.name}' is given twice. Pass each dataset once.")
         for task in tasks:
-            check_dataset(shared.dataset, task, shared.options)
+            check_dataset(shared.dataset, task, options)
             if (method := TASKS[task].method) and not hasattr(model, method):
                 raise UserError(f"{type(model).__name__} has no method `{method}`, which the task '{task}' requires.")
         checked.append(shared)
@@ -211,7 +215,7 @@ def evaluate_all(
 
 
 def evaluate_suite(
-    model: Encoder, dataset: str, task: str = "zero-shot", options: Options | None = None
+    model: Encoder, dataset: str, task: str = "zero-shot", options: Options = DEFAULT
 ) -> tuple[list[Result], dict[str, Any]]:
     """Evaluate a model on all datasets of ``paper11:FOLDER`` that are there, by "zero-shot" or "linear".
 
