@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -28,8 +28,6 @@ from declip.io.pool import computed, naming_lost_workers
 SHUFFLE_BUFFER = 50_000  # pairs shuffled together where shards are remote: five of img2dataset's shards
 BLOCKS_STREAM, GROUP_STREAM = 1, 2
 SEEN_BEFORE_STOPPING = 100  # pairs, before the fraction of broken ones can stop a run: fewer are too noisy
-
-_transform = cache(ViewTransform)
 
 
 class Order:
@@ -104,6 +102,7 @@ class Assembler:
         if len(self.source) < self.batch_size:
             problem = f"'{self.source.name}' holds {len(self.source)} pairs, fewer than one batch of {self.batch_size}."
             raise UserError(f"{problem} Set a smaller train.batch_size, or add pairs.")
+        self.transforms = [ViewTransform(spec.size, spec.augmentation) for spec in self.plan.views]
         order = Order(self.source, self.batch_size, self.seed, self.shuffle_buffer)
         self.steps_per_epoch, self.indices = order.steps_per_epoch, order.indices
 
@@ -136,16 +135,15 @@ class Assembler:
         masked, labels = list[int](), list[int]()
         if self.plan.mask_probability is not None:
             masked, labels = mask_tokens(rows[0], generator, self.tokenizer, self.plan.mask_probability)
-        transforms = [_transform(spec.size, spec.augmentation) for spec in self.plan.views]
-        chosen = [(t.sample_crop(*pair.image.size, generator), t.sample_params(generator)) for t in transforms]
+        chosen = [(t.sample_crop(*pair.image.size, generator), t.sample_params(generator)) for t in self.transforms]
         # --- pixels, only now that their crops are known
-        pixels = self._crop(pair.image, transforms, [crop for crop, _ in chosen])
+        pixels = self._crop(pair.image, [crop for crop, _ in chosen])
         return _Sample(pixels, [params for _, params in chosen], rows, masked, labels, epoch * len(self.source) + index)
 
-    def _crop(self, image: LazyImage, transforms: list[ViewTransform], crops: list[Crop]) -> list[torch.Tensor]:
+    def _crop(self, image: LazyImage, crops: list[Crop]) -> list[torch.Tensor]:
         """Decode an image, at a reduced scale where every crop stays at least as large as its view, and crop it."""
         for scale in (*image.scales, 1):
-            reduced = [(transform, crop.reduced(scale)) for transform, crop in zip(transforms, crops, strict=True)]
+            reduced = [(transform, crop.reduced(scale)) for transform, crop in zip(self.transforms, crops, strict=True)]
             if scale == 1 or all(min(crop.width, crop.height) >= transform.size for transform, crop in reduced):
                 break
         pixels = image.pixels(scale)

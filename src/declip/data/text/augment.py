@@ -109,8 +109,6 @@ def _below(limit: int, generator: np.random.Generator) -> int:
 
 def _parse(word: str) -> tuple[str, str, str]:
     """Split a written word into punctuation before it, the word, and a possessive and punctuation after it."""
-    if word.isalpha():
-        return "", word, ""
     places = [place for place, letter in enumerate(word) if letter.isalnum()]
     if not places:
         return word, "", ""
