@@ -27,7 +27,7 @@ from declip.interchange.open_clip_model import PREFIX as OPEN_CLIP
 from declip.interchange.read import HUB_PREFIXES, read, read_checkpoint
 from declip.interchange.timm_weights import PREFIX as TIMM
 from declip.io.atomic import atomic_write
-from declip.io.text import one_line, percent, times
+from declip.io.text import about, one_line, percent
 from declip.models.dual_encoder import DualEncoder, has_text
 from declip.recipe.schema import Recipe
 from declip.runs.checkpoint import STATE, list_checkpoints
@@ -214,7 +214,7 @@ def model_card(
     tags = ["clip", "declip", "contrastive-learning"]
     options: dict[str, Any] = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
     environment = Environment(loader=PackageLoader("declip.interchange"), keep_trailing_newline=True, **options)
-    environment.filters |= {"percent": percent, "times": times}
+    environment.filters |= {"percent": percent, "about": about}
     return environment.get_template("model_card.md").render(
         vars(traced),
         recipe=recipe,

@@ -63,11 +63,6 @@ def percent(fraction: float) -> str:
     return f"{100 * fraction:{digits}} %"
 
 
-def times(factor: float) -> str:
-    """Format a multiple of chance: "1.4", "37", "1,280"."""
-    return f"{factor:.1f}" if factor < 10 else f"{factor:,.0f}"
-
-
 def duration(seconds: float) -> str:
     """Format seconds: "43 s", "5 min 12 s", "3 h 5 min"."""
     hours, minutes, rest = round(seconds) // 3600, round(seconds) % 3600 // 60, round(seconds) % 60

@@ -49,7 +49,6 @@ def environment(plain_text: bool = False) -> Environment:
     )
     created.filters |= {
         "percent": lambda value: text.percent(value).replace(" ", NBSP),
-        "times": text.times,
         "count": lambda value: f"{value:,}",
         "plural": text.plural,
         "duration": text.duration,

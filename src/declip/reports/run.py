@@ -14,7 +14,7 @@ from declip.evaluation.encode import Encoder, SourceFeatures, encode_source
 from declip.evaluation.results import Measure, Result, RetrievalResult, ZeroShotResult, short_names
 from declip.evaluation.retrieval import carriers_of, ranks
 from declip.io.atomic import write_text
-from declip.io.text import percent, times
+from declip.io.text import about, percent
 from declip.reports.charts import growth_chart, score_chart, value_chart
 from declip.reports.page import NONE, Table, points, render
 from declip.runs.folder import Run, log, read_run
@@ -114,7 +114,7 @@ def results_table(results: Sequence[Result]) -> Table:
 def _numbers(measure: Measure) -> tuple[str, ...]:
     """Name, value, chance level with that of the largest class, multiple of chance, and n."""
     largest = "" if measure.majority is None else f" (largest class {percent(measure.majority)})"
-    chance = percent(measure.chance) + largest, times(measure.times_chance)
+    chance = percent(measure.chance) + largest, about(measure.times_chance)
     return measure.name, percent(measure.value), *chance, f"{measure.n:,}"
 
 
