@@ -34,16 +34,16 @@ TURNS = dict(enumerate((*UPRIGHT, *SIDEWAYS), 2))
 SCALES = (8, 4, 2)  # divisors of the sides that libjpeg supports while it decodes
 SMALLEST_SCALED = 8  # pixels that a side keeps at least; the decoders disagree about images smaller than a block
 SAME_EVERYWHERE = ("YCbCr", "Gray", "RGB")  # color spaces that simplejpeg converts to the same RGB as Pillow
-Source = Path | bytes | Image.Image  # an image, its file, or the bytes of that
+AnyImage = Path | bytes | Image.Image  # an image, its file, or the bytes of that
 
 
-def decode(source: Source, key: str, most_pixels: int = MOST_PIXELS) -> Image.Image:
+def decode(source: AnyImage, key: str, most_pixels: int = MOST_PIXELS) -> Image.Image:
     """Read an image as upright RGB, transparent pixels over white, the first frame; raises `BrokenPair`."""
     return open_image(source, key, most_pixels).decoded()
 
 
 @contextmanager
-def opened(source: Source, key: str, most_pixels: int = MOST_PIXELS) -> Iterator[tuple[Image.Image, bytes]]:
+def opened(source: AnyImage, key: str, most_pixels: int = MOST_PIXELS) -> Iterator[tuple[Image.Image, bytes]]:
     """Open an image, with the bytes of a file; errors here and while it is open become `BrokenPair`."""
     try:
         if isinstance(source, Image.Image):
@@ -176,7 +176,7 @@ def encode(image: Image.Image, kind: str, **options: int) -> bytes:
     return buffer.getvalue()
 
 
-def open_image(source: Source, key: str, most_pixels: int = MOST_PIXELS) -> LazyImage:
+def open_image(source: AnyImage, key: str, most_pixels: int = MOST_PIXELS) -> LazyImage:
     """Open an image file or its content as `decode` does; the pixels of a JPEG are decoded on demand."""
     with opened(source, key, most_pixels) as (image, content):
         lazy = content and isinstance(image, JpegImageFile)

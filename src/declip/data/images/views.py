@@ -215,9 +215,8 @@ class ViewTransform:
         strength = self.augmentation.color_jitter
         *factors, turn, spread, jittered, gray, blurred = generator.random(8).tolist()
         order = generator.random(4).argsort()
-        lows = [max(0.0, 1 - s) for s in strength]
         brightness, contrast, saturation = (
-            a + (1 + s - a) * u for a, s, u in zip(lows, strength, factors, strict=False)
+            (low := max(0.0, 1 - s)) + (1 + s - low) * u for s, u in zip(strength, factors, strict=False)
         )
         low, high = BLUR_SIGMA
         return Photometric(

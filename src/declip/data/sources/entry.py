@@ -3,12 +3,11 @@
 from abc import abstractmethod
 from contextlib import suppress
 from hashlib import blake2b
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from declip.data.images.decode import open_image
+from declip.data.images.decode import AnyImage, open_image
 from declip.data.pair import LazyImage, LazyPair, Origin, Pair, PairSource
 
 
@@ -24,7 +23,7 @@ class EntrySource(PairSource):
         """The cleaned captions, at least one."""
 
     @abstractmethod
-    def content(self, key: str, place: Any) -> Path | bytes | Image.Image:
+    def content(self, key: str, place: Any) -> AnyImage:
         """The image file, its bytes, or the image."""
 
     def __getitem__(self, index: int) -> Pair:

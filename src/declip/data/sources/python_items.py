@@ -10,7 +10,7 @@ import pyarrow as pa
 from PIL import Image
 
 from declip.data.columns import DEFAULT, Columns
-from declip.data.images.decode import image_below
+from declip.data.images.decode import AnyImage, image_below
 from declip.data.pair import BrokenPair, Origin, as_texts, clean_captions
 from declip.data.sources.entry import EntrySource
 from declip.data.sources.rows import by_lower_name, cell_name
@@ -99,7 +99,7 @@ class ItemSource(EntrySource):
     def texts(self, key: str, place: Any) -> tuple[str, ...]:
         return clean_captions(place[1], key)
 
-    def content(self, key: str, place: Any) -> Path | bytes | Image.Image:
+    def content(self, key: str, place: Any) -> AnyImage:
         image, _ = place
         if isinstance(image, Mapping):
             image = image.get("bytes") or image.get("path")
