@@ -137,8 +137,8 @@ class Bar(Sink):
             self.progress.start()
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        losses = {"loss": values["loss"], **values["losses"]}
-        numbers = [f"{values['samples_per_second'] or 0:,.0f} samples/s"]
+        speed, losses = values["samples_per_second"], {"loss": values["loss"], **values["losses"]}
+        numbers = [] if speed is None else [f"{speed:,.0f} samples/s"]
         numbers += [f"{name} {value:.3f}" for name, value in losses.items()]
         self.progress.update(self.task, completed=step, numbers="  ".join(numbers))
 
@@ -229,10 +229,14 @@ class LossMonitor:
         if not flat and (step <= self.warmup_steps or loss <= max(self.chance, self._lowest) + 1):
             return None
         self.watched = None  # no second warning
+        if flat:
+            return (
+                f"After {step} steps the {name} loss is still {loss:.2f}, that of guessing. Usual causes: too high a "
+                "train.lr, or captions that do not belong to the images. Try a tenth of it, and declip data inspect."
+            )
         return (
-            f"At step {step} the {name} loss is {loss:.2f}, that of a guess {self.chance:.2f}, the lowest so far "
-            f"{self._lowest:.2f}: {'nothing is learned' if flat else 'the run diverges'}. Try a lower train.lr, "
-            "train.grad_clip_norm=1.0, and declip data inspect."
+            f"At step {step} the {name} loss is {loss:.2f}, after {self._lowest:.2f}: the run diverges. Try half of "
+            "train.lr, a longer train.warmup_steps, or train.grad_clip_norm=1.0."
         )
 
 
