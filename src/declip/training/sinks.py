@@ -231,8 +231,9 @@ class LossMonitor:
         self.watched = None  # no second warning
         if flat:
             return (
-                f"After {step} steps the {name} loss is still {loss:.2f}, that of guessing. Usual causes: too high a "
-                "train.lr, or captions that do not belong to the images. Try a tenth of it, and declip data inspect."
+                f"After {step} steps the {name} loss is still that of guessing, {self.chance:.2f}. Usual causes: too "
+                "high a train.lr, or captions that do not belong to the images. Try a tenth of it, and declip data "
+                "inspect."
             )
         return (
             f"At step {step} the {name} loss is {loss:.2f}, after {self._lowest:.2f}: the run diverges. Try half of "
