@@ -63,12 +63,12 @@ class CaptionTable:
                 found.setdefault(id, []).append(caption)
         return found
 
-    def add(self, id: int, captions: Sequence[str], seen: Sequence[str]) -> dict[int, list[str]]:
-        """Append captions of an image; raises a 409 if the file has others than `seen` of it. Returns all captions."""
+    def add(self, id: int, captions: Sequence[str], seen: Sequence[str]) -> None:
+        """Append captions of an image; raises a 409 if the file has others than `seen` of it."""
         with locked("captions", self._lock):
-            known = self.read()
-            if known.get(id, []) != [*seen]:
-                said = "; ".join(known.get(id, [])) or "none"
+            known = self.read().get(id, [])
+            if known != [*seen]:
+                said = "; ".join(known) or "none"
                 raise HTTPException(409, f"Not saved: this image has other captions now ({said}). Save again to add.")
             columns, rows = self._rows()
             cell = image_cell(self.index, id, self.path.parent)
@@ -80,7 +80,6 @@ class CaptionTable:
                 table = csv.DictWriter(file, columns, restval="", extrasaction="ignore")
                 table.writeheader()
                 table.writerows(rows)
-            return self.read()
 
     def _rows(self) -> tuple[list[str], list[dict[str, str]]]:
         if not self.path.exists():
@@ -155,10 +154,9 @@ class Captioning:
         with self._lock:
             before = len(self.captions)
             try:
-                self.captions = self.table.add(id, captions, seen)
-            except HTTPException:
-                self.captions = self.table.read()  # which the page shows next
-                raise
+                self.table.add(id, captions, seen)
+            finally:  # also if others were added meanwhile, which the page shows next
+                self.captions = self.table.read()
             due = len(self.captions) // EVERY > before // EVERY
         if due:
             threading.Thread(target=self._fit, daemon=True).start()
@@ -166,12 +164,11 @@ class Captioning:
     def suggestions(self, id: int) -> list[str]:
         """Captions and names of ImageNet's classes that are nearest to an image, by the heads of now."""
         texts = list(dict.fromkeys([text for own in self.captions.values() for text in own] + self.classes))
-        features = self._features(texts)
-        image = self.state.index.vectors([id])
-        if self._heads is None:
+        image, features, heads = self.state.index.vectors([id]), self._features(texts), self._heads
+        if heads is None:
             cosines = image @ features.mT
         else:
-            cosines = self._heads.similarities(image.to(self._heads.image), features.to(self._heads.text))
+            cosines = heads.similarities(image.to(heads.image), features.to(heads.text))
         return [texts[place] for place in cosines[0].topk(min(SUGGESTIONS, len(texts))).indices.tolist()]
 
     def _features(self, texts: Sequence[str]) -> Tensor:
@@ -201,15 +198,14 @@ class Captioning:
                 self.estimates.append(estimate)
             self._heads = choice.heads
 
-    def describe(self, place: int) -> dict[str, Any]:
-        """An image as the page shows it."""
+    def describe(self, place: int | None) -> dict[str, Any]:
+        """Numbers of images, the estimates so far, and an image as the page shows it."""
+        numbers = {"done": len(self.captions), "total": len(self.order), "estimates": self.estimates}
+        if place is None:
+            return numbers
         id = self.order[place]
-        about = {"place": place, **self.state.describe(id), "saved": self.captions.get(id, [])}
-        return {**about, "suggestions": self.suggestions(id)}
-
-    def progress(self) -> dict[str, Any]:
-        """Numbers of images, and the estimates so far."""
-        return {"done": len(self.captions), "total": len(self.order), "estimates": self.estimates}
+        about = {"place": place, "saved": self.captions.get(id, []), "suggestions": self.suggestions(id)}
+        return {**numbers, **self.state.describe(id), **about}
 
 
 def show(request: Request) -> Response:
@@ -218,7 +214,7 @@ def show(request: Request) -> Response:
     place = captioning.next_place(asked.tab, asked.after) if asked.place is None else asked.place
     if place is not None and place >= len(captioning.order):
         raise HTTPException(404, "There is no such image.")
-    return JSONResponse(captioning.progress() | ({} if place is None else captioning.describe(place)))
+    return JSONResponse(captioning.describe(place))
 
 
 async def save(request: Request) -> Response:
@@ -230,7 +226,7 @@ async def save(request: Request) -> Response:
     if asked.id not in captioning.order:
         raise HTTPException(404, "There is no such image.")
     await run_in_threadpool(captioning.save, asked.id, texts, asked.seen)
-    return JSONResponse(captioning.progress() | {"saved": captioning.captions[asked.id]})
+    return JSONResponse(captioning.describe(None) | {"saved": captioning.captions[asked.id]})
 
 
 def _captioning(request: Request) -> Captioning:

@@ -101,10 +101,8 @@ def thumbnail(request: Request) -> Response:
     state, path = state_of(request), request.url.path
     try:
         id = TypeAdapter(ImageId).validate_python(request.path_params["id"])
-        if path.startswith("/maps/"):
-            content = state.heat_map(id, MapQuestion.of(request).text)
-        else:
-            content = state.thumbnail(id, LARGE if path.startswith("/images/") else SIDE)
+        text = MapQuestion.of(request).text if path.startswith("/maps/") else ""
+        content = state.thumbnail(id, LARGE if path.startswith("/images/") else SIDE, text)
     except UserError:  # its message may name a path
         raise HTTPException(404, "This image no longer exists or has no heat map.") from None
     return Response(content, media_type="image/webp", headers={"Cache-Control": "private, max-age=3600"})
@@ -180,14 +178,12 @@ def search(request: Request) -> Response:
 
 
 def _examples(state: AppState) -> list[str]:
-    """A few captions, evenly spaced over the index."""
     ids = state.index.ids
     rows = [state.index.row(int(ids[len(ids) * (2 * n + 1) // (2 * EXAMPLES)])) for n in range(EXAMPLES)]
     return list(dict.fromkeys(printable(row.caption)[:60] for row in rows if row.captions))
 
 
 def _answer_error(request: Request, error: Exception) -> Response:
-    """Answer with the message of an error, as JSON for scripts."""
     status, message = 400, str(error)
     if isinstance(error, HTTPException):
         status, message = error.status_code, error.detail

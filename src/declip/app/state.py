@@ -47,8 +47,7 @@ class AppState:
         self.class_vectors = lru_cache(MOST_CLASS_SETS)(self._class_vectors)
         self.compared: dict[object, Any] = {}
         self.captioning: Any = None  # `declip.app.captions.Captioning`, with --caption
-        # A query switches the model to evaluation mode and back, and a source may not be thread-safe. One comparison
-        # at a time uses all cores.
+        # A query switches the model's mode and back, sources may not be thread-safe, and comparisons use all cores.
         self._encoding, self._reading, self._comparing = threading.Lock(), threading.Lock(), threading.Lock()
 
     def once(self, compare: "Callable[[AppState], Any]") -> Any:
@@ -91,36 +90,25 @@ class AppState:
         captions = [printable(caption) for caption in row.captions[:SHOWN_CAPTIONS]]
         return {"id": id, "key": printable(row.key), "captions": captions}
 
-    def thumbnail(self, id: int, side: int = SIDE) -> bytes:
-        """A small copy of an image of the index as WebP, without the metadata of its file."""
-        return webp(self._small(id, side))
-
-    def heat_map(self, id: int, text: str) -> bytes:
-        """The thumbnail of an image with the places in color that are similar to a text, as WebP."""
-        image = self._small(id, SIDE)
-        with self._encoding:
-            similarities = self.index.model.similarity_map(image, text)  # type: ignore[attr-defined]  # declip loaded it
-        return webp(heat_map(image, similarities.numpy()))
-
-    def _small(self, id: int, side: int) -> Image.Image:
+    def thumbnail(self, id: int, side: int = SIDE, text: str = "") -> bytes:
+        """A small copy of an image of the index as WebP; with a text, the places similar to it are in color."""
         with self._reading:
-            image = self.index.image(id)
-        small = image.copy()
-        small.thumbnail((side, side), Image.Resampling.LANCZOS)
-        return small
+            image = self.index.image(id).copy()
+        image.thumbnail((side, side), Image.Resampling.LANCZOS)
+        if text:
+            with self._encoding:
+                similarities = self.index.model.similarity_map(image, text)  # type: ignore[attr-defined]  # of declip
+            image = heat_map(image, similarities.numpy())
+        # --- without the metadata of its file
+        image.info.clear()
+        written = io.BytesIO()
+        image.save(written, "WEBP", quality=82)
+        return written.getvalue()
 
     def _class_vectors(self, names: tuple[str, ...], template: str) -> Tensor:
         """(C, d) of length 1."""
         with self._encoding:
             return class_features(self.index.text_model, names, templates_of(template))
-
-
-def webp(image: Image.Image) -> bytes:
-    """Encode an image without the metadata of its file."""
-    written = io.BytesIO()
-    image.info.clear()
-    image.save(written, "WEBP", quality=82)
-    return written.getvalue()
 
 
 def out_of_fold_ranks(index: Index, run: Path) -> dict[int, float]:
