@@ -28,17 +28,16 @@ def test_trains_evaluates_and_resumes(table, tmp_path, command):
     last = json.loads((out / "evaluations.jsonl").read_text().splitlines()[-1])
     assert result == {key: value for key, value in last.items() if key != "step"}
 
-    other = tmp_path / "other.csv"
-    write_table(other, [f"{table.parent}/{color}-bar.png,a {color} bar" for color in ("red", "blue")])
+    other = write_table(
+        tmp_path / "other.csv", [f"{table.parent}/{color}-bar.png,a {color} bar" for color in ("red", "blue")]
+    )
     printed = command(*evaluate, both, "--dataset", other).out
     assert [name for name in ("shapes.jsonl", "other.csv") if name not in printed] == []
     rows = json.loads(both.read_text())
     assert [(row["dataset"], row["images"]) for row in rows] == [(str(table), 24), (str(other), 2)]
     assert rows[0] == result
-    both.unlink()
-    for wrong in (str(table), f"paper11:{tmp_path}", "missing.csv"):
-        failed = command(*evaluate, both, "--dataset", wrong)
-        assert (failed.status, wrong in failed.err, both.exists()) == (2, True, False)
+    failed = command(*evaluate, tmp_path / "none.json", "--dataset", f"paper11:{tmp_path}")
+    assert (failed.status, "paper11" in failed.err, (tmp_path / "none.json").exists()) == (2, True, False)
 
 
 def test_held_out_sets_are_evaluated_by_what_they_have(table, tmp_path):

@@ -39,12 +39,9 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("examples")
     shutil.copytree(RUN, path / "runs" / "demo")
     (path / "photos").mkdir()
-    rows = []
     for image, caption in PAIRS:
-        name = f"photos/{caption.split()[1]}.png"
-        image.save(path / name)
-        rows.append(f"{name},{caption}")
-    write_table(path / "pairs.csv", rows)
+        image.save(path / f"photos/{caption.split()[1]}.png")
+    write_table(path / "pairs.csv", [f"photos/{caption.split()[1]}.png,{caption}" for _, caption in PAIRS])
     (path / "labels.csv").write_text("image,label\nphotos/red.png,red\nphotos/blue.png,blue\n")
     declip.embed(path / "runs" / "demo", path / "photos", out=path / "indices" / "photos", workers=0)
     return path
