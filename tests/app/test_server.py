@@ -164,7 +164,7 @@ def test_a_template_goes_around_the_names(client):
     assert client.post("/api/classify", json={**asked, "template": "imagenet"}).status_code == 200
 
 
-def test_a_wrong_or_huge_upload_is_refused_and_none_reaches_the_disk(client, monkeypatch):
+def test_a_wrong_or_huge_upload_is_refused_and_none_reaches_the_disk(client, state, monkeypatch):
     for content, said in ((b"no image at all", "unreadable"), (png(7_100, 7_100), "too large")):
         answer = client.post("/api/images", content=content)
         assert (answer.status_code, said in answer.json()["error"]) == (422, True)
@@ -175,6 +175,7 @@ def test_a_wrong_or_huge_upload_is_refused_and_none_reaches_the_disk(client, mon
     assert client.post("/api/images", content=content).status_code == 200
     assert client.post("/api/classify", content=b" " * (LARGEST_JSON + 1)).status_code == 413
     monkeypatch.setattr("declip.app.state.MOST_UPLOADS", 2)
+    state.uploads.clear()
     tokens = [client.post("/api/images", content=encoded(draw("red", "bar"))).json()["image"] for _ in range(3)]
     assert [client.get(f"/api/search?image={token}").status_code for token in tokens] == [410, 200, 200]
     monkeypatch.setattr("declip.app.server.LARGEST_UPLOAD", 1_000)
