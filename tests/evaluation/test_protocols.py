@@ -127,7 +127,7 @@ def test_the_table_has_every_number_with_its_chance_and_majority(model, painted)
     console = Console(record=True, width=120, file=io.StringIO())
     console.print(rich_table(results_table(results)))
     text = console.export_text()
-    for words in ("painted", "top-1", "100.0 %", "14.3 % (largest class 66.7 %)", "7.0", "text → image R@1"):
+    for words in ("painted", "top-1", "100.0 %", "14.3 % (largest class 66.7 %)", " 7  ", "text → image R@1"):
         assert words in text
     assert "truncated image" in text
     even = evaluate(model, painted(NAMES, classes=NAMES))
