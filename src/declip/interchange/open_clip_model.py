@@ -194,7 +194,7 @@ def wrap_open_clip(opened: OpenClipModel, origin: str) -> Weights:
         module.load_state_dict(own, assign=True)
     tokenizer = WrappedTokenizer(**stored.tokenizer)
     towers = {
-        IMAGE: WrappedImageTower(modules[0], stored.kinds[0], config["embed_dim"]),
+        IMAGE: WrappedImageTower(modules[0], config["embed_dim"]),
         TEXT: WrappedTextTower(modules[1], tokenizer, stored),
     }
     tensors = {f"{start}{n}": t.detach() for start, tower in towers.items() for n, t in tower.state_dict().items()}

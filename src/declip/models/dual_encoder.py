@@ -55,7 +55,7 @@ class DualEncoder(nn.Module):
         if isinstance(encoder, WrappedModel):
             encoder, options = encoder.with_context(recipe.text.context_length), encoder.image
             visual, words = encoder.build(given.size)
-            self.image_tower = WrappedImageTower(visual, encoder.kinds[0], recipe.embed_dim)
+            self.image_tower = WrappedImageTower(visual, recipe.embed_dim)
             self.tokenizer = tokenizer = WrappedTokenizer(**encoder.tokenizer)
             self.text_tower = WrappedTextTower(words, tokenizer, encoder)
             if recipe.views.text.mask:

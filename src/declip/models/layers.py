@@ -90,7 +90,7 @@ def depths(model: DualEncoder) -> dict[str, int]:
     tower, trunk = model.image_tower, model.image_tower.trunk
     if not isinstance(tower, WrappedImageTower):
         image = _timm(tower, trunk, "trunk.")
-    elif type(trunk).__name__ == "TimmModel":
+    elif tower.is_timm:
         image = _timm(tower, trunk.trunk, "trunk.trunk.")
     else:
         image = _counted(tower)

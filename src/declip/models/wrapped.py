@@ -51,14 +51,6 @@ class WrappedModel:
         config = {**self.config, "text_cfg": {**self.config["text_cfg"], "context_length": length}}
         return replace(self, config=config, tokenizer={**self.tokenizer, "context": length})
 
-    @property
-    def kinds(self) -> tuple[str, str]:
-        """Kinds of the image module (timm, resnet, vit) and of the text module (clip, hf)."""
-        vision, text = self.config["vision_cfg"], self.config["text_cfg"]
-        resnet = isinstance(vision.get("layers"), list | tuple)
-        image = "timm" if vision.get("timm_model_name") else "resnet" if resnet else "vit"
-        return image, "hf" if self.encoder is not None or text.get("hf_model_name") else "clip"
-
     def build(self, size: int) -> tuple[nn.Module, nn.Module]:
         """Build open_clip's image and text modules for an image size, with random weights."""
         check_installed("open_clip", "open_clip", "This model")
@@ -117,12 +109,12 @@ class WrappedImageTower(ImageTower):
     Without such a map, as in SigLIP, `proj` is the identity and the features before it are the embedding.
     """
 
-    def __init__(self, module: Any, kind: str, embed_dim: int) -> None:
+    def __init__(self, module: Any, embed_dim: int) -> None:
         nn.Module.__init__(self)
         name, self.trunk = "proj", module
-        self._timm = kind == "timm"
-        self.gives_tokens = kind != "resnet"  # one token per patch
-        if self._timm and not hasattr(module.head, "pool"):
+        self.is_timm = hasattr(module, "trunk")
+        self.gives_tokens = not hasattr(module, "attnpool")  # one token per patch, unlike a ResNet
+        if self.is_timm and not hasattr(module.head, "pool"):
             classifier = module.trunk.get_classifier()
             if len(module.head):
                 name = "head"
@@ -132,13 +124,13 @@ class WrappedImageTower(ImageTower):
         linear = [part for part in self.proj.modules() if isinstance(part, nn.Linear)]
         self.pre_logits_width = linear[0].in_features if linear else embed_dim
         self.token_width = self.pre_logits_width
-        if self._timm or kind == "vit":
-            self.token_width = int(module.trunk.num_features if self._timm else module.ln_post.normalized_shape[0])
+        if self.gives_tokens:
+            self.token_width = int(module.trunk.num_features if self.is_timm else module.ln_post.normalized_shape[0])
         self.has_batch_norm = any(isinstance(m, _BatchNorm) for m in self.modules())
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Encode images (B, 3, H, W) as pooled features (B, width) and tokens (B, P, width)."""
-        if self._timm:
+        if self.is_timm:
             features = self.trunk.trunk.forward_features(images)
             return self.trunk.head(self.trunk.trunk.forward_head(features)), grid_tokens(self.trunk.trunk, features)
         out: Any = self.trunk(images)
@@ -147,7 +139,7 @@ class WrappedImageTower(ImageTower):
     def encode_cells(self, images: Tensor) -> Tensor:
         """Embed the patches of images (B, 3, H, W), (B, P, d), not normalized."""
         module = self.trunk
-        if self._timm:
+        if self.is_timm:
             return self.proj(pool_cells(module.trunk, images, lambda x: module.head(module.trunk.forward_head(x))))
         if not self.gives_tokens or module.attn_pool is not None:
             raise UserError("This tower embeds no patches, so it has no similarity map. Use a tower of timm or declip.")
@@ -160,10 +152,9 @@ class WrappedTextTower(SelfContained, AnyTextTower):
 
     def __init__(self, module: Any, tokenizer: WrappedTokenizer, stored: WrappedModel) -> None:
         super().__init__()
-        kind = stored.kinds[1]
         self.trunk, self.stored = module, stored.to_tensor()
         self.padding, self.end, self.context = tokenizer.padding, tokenizer.end, tokenizer.context
-        self._masks_padding = kind == "hf"
+        self._masks_padding = hasattr(module, "pooler")  # an encoder of Hugging Face
         # With the pooler output of the encoder open_clip omits the first token state.
         self.gives_tokens = not (self._masks_padding and hasattr(module.pooler, "use_pooler_output"))
         self.text_projection, self.projection = _taken(module, "proj" if self._masks_padding else "text_projection")
