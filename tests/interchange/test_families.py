@@ -14,7 +14,6 @@ import declip
 from conftest import refuses
 from declip.api import train
 from declip.interchange import declip_file
-from declip.interchange.open_clip_model import wrapped_in
 from declip.interchange.read import read
 from declip.models.dual_encoder import DualEncoder
 from declip.models.hf_encoder import ENTRY
@@ -208,7 +207,7 @@ def test_a_tokenizer_that_is_missing_is_one_error(open_family, tmp_path):
 
 
 def test_a_strangers_configuration_opens_no_file_and_no_address(open_family):
-    model = wrapped_in(open_family("siglip2")[0].build())
+    model = open_family("siglip2")[0].build().text_tower.wrapped
     config = copy.deepcopy(model.config)
     config["text_cfg"]["hf_model_name"] = "/missing"
     assert type(replace(model, config=config).build(32)[1]).__name__ == "TextTransformer"

@@ -20,12 +20,9 @@ import declip
 from declip.errors import UserError, unknown
 from declip.evaluation.encode import eval_mode
 from declip.evaluation.results import Result, short_names
-from declip.interchange import declip_file, huggingface, onnx, open_clip
-from declip.interchange.declip_file import CARD
+from declip.interchange import declip_file, huggingface, onnx, open_clip, open_clip_model, timm_weights
 from declip.interchange.layouts import Refusal
-from declip.interchange.open_clip_model import PREFIX as OPEN_CLIP
 from declip.interchange.read import HUB_PREFIXES, read, read_checkpoint
-from declip.interchange.timm_weights import PREFIX as TIMM
 from declip.io.atomic import atomic_write
 from declip.io.text import about, one_line, percent
 from declip.models.dual_encoder import DualEncoder, has_text
@@ -120,7 +117,7 @@ def export(
             raise Refusal(f"This model cannot be exported as {format}: {refusal}. {way_out}") from refusal
         exported = Exported(out, *_compare(built, form, folder))
         card = model_card(traced, form.LIBRARY, str(exported), license, repo)
-        (folder / CARD).write_text(card, encoding="utf-8")
+        (folder / declip_file.CARD).write_text(card, encoding="utf-8")
     return exported
 
 
@@ -130,7 +127,8 @@ def _new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
     old = list(out.iterdir()) if out.is_dir() else []
     if out.is_file() or (old and not overwrite):
         raise UserError(f"'{out}' is a file, or not empty. Give another --out, or --overwrite to replace an export.")
-    if old and (not (out / CARD).is_file() or any(path.is_dir() and path.name not in onnx.FOLDERS for path in old)):
+    others = [path for path in old if path.is_dir() and path.name not in onnx.FOLDERS]
+    if others or (old and not (out / declip_file.CARD).is_file()):
         raise UserError(f"'{out}' is not an export, so --overwrite does not replace it. Give another --out.")
     try:
         with atomic_write(out, "give another folder as --out") as folder:
@@ -168,7 +166,7 @@ def without_folders(given: str) -> str:
     if given.startswith(HUB_PREFIXES) or "://" in given:
         return given.partition("?")[0]
     prefix, path = re.fullmatch(r"((?:[\w-]+:)*)(.*)", given, re.DOTALL).groups()  # type: ignore[union-attr]
-    if prefix in (OPEN_CLIP, TIMM):  # the model's name comes before the file's
+    if prefix in (open_clip_model.PREFIX, timm_weights.PREFIX):  # the model's name comes before the file's
         model, slash, path = path.partition("/")
         prefix += model + slash
     return prefix + (Path(path).name or path)

@@ -14,7 +14,6 @@ from declip.errors import UserError
 from declip.interchange import layouts
 from declip.interchange.layouts import TO_CLIP_VIT, Refusal, Reread, backend, clip_text_tower, write_tokenizer
 from declip.interchange.open_clip_model import CONFIG as OPEN_CLIP_CONFIG
-from declip.interchange.open_clip_model import wrapped_in
 from declip.interchange.weights import Weights, check_layers
 from declip.io.atomic import save_tensors
 from declip.io.text import one_line
@@ -149,8 +148,6 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 def write(model: DualEncoder, folder: Path) -> None:
     """Write config.json, model.safetensors, preprocessor_config.json and the tokenizer's files."""
-    if wrapped_in(model) is not None:
-        raise Refusal("its towers are open_clip's")
     text, keys, image = clip_text_tower(model), layouts.clip_keys(model.image_tower), model.recipe.image
     if keys is None or "num_heads" not in keys["image.model_kwargs"]:
         kind = type(model.image_tower.trunk).__name__

@@ -16,23 +16,14 @@ from torch import Tensor
 
 from declip.errors import UserError
 from declip.interchange import layouts
-from declip.interchange.open_clip_model import (
-    CONFIG,
-    PREFIXES,
-    OpenClipModel,
-    load_open_clip,
-    matches,
-    wrap_open_clip,
-    wrapped_in,
-)
+from declip.interchange.open_clip_model import CONFIG, PREFIXES, OpenClipModel, load_open_clip, matches, wrap_open_clip
 from declip.interchange.weights import Weights, first_difference
 from declip.io.atomic import save_tensors
 from declip.io.text import one_line
+from declip.models import hf_encoder
 from declip.models.dual_encoder import DualEncoder
-from declip.models.hf_encoder import CONFIG as ENCODER
-from declip.models.hf_encoder import PREFIX as HUB_ENCODER
-from declip.models.hf_encoder import HuggingfaceTextTower, TextEncoder
-from declip.models.wrapped import WrappedModel, library_state
+from declip.models.hf_encoder import HuggingfaceTextTower
+from declip.models.wrapped import WrappedModel, WrappedTextTower, library_state
 from declip.recipe.load import load_recipe
 
 __all__ = ["matches", "read", "reread", "write"]
@@ -122,15 +113,16 @@ def write(model: DualEncoder, folder: Path, repo: str | None = None, home: Path 
     """
     config, tensors = _express(model, repo or str((home or folder).absolute()))
     text_config = config["model_cfg"]["text_cfg"]
-    wrapped = wrapped_in(model)
-    encoder = None if wrapped is None else wrapped.encoder
+    # open_clip has CLIP's own tokenizer; others are files, as are configurations of text encoders.
+    encoder, needs_file = None, "hf_model_name" in text_config or "tokenizer_kwargs" in text_config
     if isinstance(model.text_tower, HuggingfaceTextTower):
-        encoder = TextEncoder.from_tensor(model.text_tower.stored).config
+        encoder = model.text_tower.encoder_config
+    elif isinstance(model.text_tower, WrappedTextTower):
+        wrapped = model.text_tower.wrapped
+        encoder, needs_file = wrapped.encoder, wrapped.tokenizer["definition"] is not None
     if encoder is not None:
-        (folder / ENCODER).write_text(json.dumps(dict(encoder), indent=2) + "\n", encoding="utf-8")
-    # open_clip has CLIP's own tokenizer; others are files.
-    needs_file = "hf_model_name" in text_config or "tokenizer_kwargs" in text_config
-    if needs_file if wrapped is None else wrapped.tokenizer["definition"] is not None:
+        (folder / hf_encoder.CONFIG).write_text(json.dumps(dict(encoder), indent=2) + "\n", encoding="utf-8")
+    if needs_file:
         # open_clip reads the tokenizer of a folder from that folder, and of a repository by its name.
         text_config["hf_tokenizer_name"] = repo or "tokenizer.json"
         layouts.write_tokenizer(model.tokenizer, folder)
@@ -144,9 +136,9 @@ def _express(model: DualEncoder, place: str = ".") -> tuple[dict[str, Any], dict
     """Build open_clip's configuration and tensors; `place` is the folder or repository of the files."""
     recipe = model.recipe
     # Towers of open_clip go back as they came; CLIP's are renamed.
-    if (wrapped := wrapped_in(model)) is not None:
-        model_config, tensors = _express_wrapped(model, wrapped)
-        if wrapped.encoder is not None:
+    if isinstance(model.text_tower, WrappedTextTower):
+        model_config, tensors = _express_wrapped(model, model.text_tower.wrapped)
+        if model.text_tower.wrapped.encoder is not None:
             model_config["text_cfg"]["hf_model_name"] = place
     else:
         keys = layouts.clip_keys(model.image_tower)
@@ -214,9 +206,7 @@ def _text_config(model: DualEncoder) -> Part:
 
 def _text_encoder(tower: HuggingfaceTextTower, given: str, place: str) -> Part:
     """A text encoder of transformers, with its configuration on the Hub or in the folder."""
-    encoder = TextEncoder.from_tensor(tower.stored)
-    kind = encoder.config["model_type"]
-    biased = tower.text_projection.bias is not None
+    kind, biased = tower.encoder_config["model_type"], tower.text_projection.bias is not None
     if kind not in ENCODERS or tower.pooling not in POOLERS or biased:
         raise layouts.Refusal(
             f"its text encoder is a {kind}, with {tower.pooling} pooling and {'a' if biased else 'no'} bias after its "
@@ -224,8 +214,8 @@ def _text_encoder(tower: HuggingfaceTextTower, given: str, place: str) -> Part:
         )
     config = {
         "context_length": tower.context,
-        "vocab_size": encoder.config["vocab_size"],
-        "hf_model_name": given.removeprefix(HUB_ENCODER) if given.startswith(HUB_ENCODER) else place,
+        "vocab_size": tower.encoder_config["vocab_size"],
+        "hf_model_name": given.removeprefix(hf_encoder.PREFIX) if given.startswith(hf_encoder.PREFIX) else place,
         "hf_proj_type": "linear",
         "hf_pooler_type": POOLERS[tower.pooling],
     }

@@ -20,7 +20,6 @@ from declip.errors import UserError, check_installed, unknown
 from declip.interchange.weights import Weights, check_file, check_layers, memory_of, reason, refuse_growth
 from declip.io.hub import fetch, online
 from declip.io.progress import quiet
-from declip.models.dual_encoder import DualEncoder
 from declip.models.layers import IMAGE, TEXT
 from declip.models.wrapped import WrappedImageTower, WrappedModel, WrappedTextTower, plain
 from declip.recipe.load import load_recipe
@@ -159,12 +158,6 @@ def _check_positions(open_clip: ModuleType, model: torch.nn.Module, file: Path) 
     for name, tensor in model.state_dict().items():
         if name.endswith(("positional_embedding", "pos_embed")) and held.get(name, tensor).shape != tensor.shape:
             raise ValueError(f"{name!r} has shape {tuple(held[name].shape)} instead of {tuple(tensor.shape)}")
-
-
-def wrapped_in(model: DualEncoder) -> WrappedModel | None:
-    """Configuration of a model with wrapped towers; None for other models."""
-    tower = model.text_tower
-    return WrappedModel.from_tensor(tower.stored) if isinstance(tower, WrappedTextTower) else None
 
 
 def wrap_open_clip(opened: OpenClipModel, origin: str) -> Weights:

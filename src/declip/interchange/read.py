@@ -10,9 +10,7 @@ import huggingface_hub
 from torch import Tensor
 
 from declip.errors import UserError
-from declip.interchange import declip_file, huggingface, official, open_clip, starter, timm_weights
-from declip.interchange.open_clip_model import PREFIX as OPEN_CLIP
-from declip.interchange.timm_weights import complete, complete_text
+from declip.interchange import declip_file, huggingface, official, open_clip, open_clip_model, starter, timm_weights
 from declip.interchange.weights import Weights, read_recipe, read_tensors
 from declip.io.hub import fetch
 from declip.models.device import pick_device
@@ -94,7 +92,7 @@ def load(
 
 def read(where: str | Path) -> Weights:
     """Read weights of a model, with `complete` if they lack projections; arguments and errors as `load`."""
-    return complete(_read(where))
+    return timm_weights.complete(_read(where))
 
 
 def read_start(where: str) -> Weights:
@@ -106,8 +104,8 @@ def is_published(where: str) -> bool:
     """Whether a name stands for the same weights later: built in, a tag of open_clip or timm, a revision on the Hub."""
     if where.startswith(HUB_PREFIXES):
         return "@" in where
-    name, _, tag = where.removeprefix(OPEN_CLIP).partition("/")
-    if where.startswith(OPEN_CLIP):
+    name, _, tag = where.removeprefix(open_clip_model.PREFIX).partition("/")
+    if where.startswith(open_clip_model.PREFIX):
         return ":" not in name and not Path(tag).suffix and not Path(tag).is_file()
     return starter.matches(where) or (timm_weights.matches(where) and not tag and "+" not in where)
 
@@ -132,7 +130,7 @@ def read_text(where: str | Path) -> tuple[Weights, Mapping[str, Tensor] | None] 
     """
     where = str(where)
     if starter.matches(where):
-        text = complete_text(starter.read_text(where), STARTS[where])
+        text = timm_weights.complete_text(starter.read_text(where), STARTS[where])
         return None if text is None else (text.check(), None)
     if declip_file.matches(where):
         weights = declip_file.read_part(where)

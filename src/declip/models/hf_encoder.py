@@ -261,7 +261,7 @@ class HuggingfaceTextTower(SelfContained, AnyTextTower):
     ) -> None:
         super().__init__()
         # Configuration and tokenizer may be a stranger's.
-        config = encoder.config
+        self.encoder_config = config = encoder.config
         if str(config.get("model_type")) not in KINDS:
             raise unknown("text encoder", str(config.get("model_type")), KINDS)
         if tokenizer.vocabulary > config["vocab_size"] or tokenizer.padding != config["pad_token_id"]:

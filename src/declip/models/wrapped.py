@@ -152,7 +152,7 @@ class WrappedTextTower(SelfContained, AnyTextTower):
 
     def __init__(self, module: Any, tokenizer: WrappedTokenizer, stored: WrappedModel) -> None:
         super().__init__()
-        self.trunk, self.stored = module, stored.to_tensor()
+        self.trunk, self.wrapped, self.stored = module, stored, stored.to_tensor()
         self.padding, self.end, self.context = tokenizer.padding, tokenizer.end, tokenizer.context
         self._masks_padding = hasattr(module, "pooler")  # an encoder of Hugging Face
         # With the pooler output of the encoder open_clip omits the first token state.
