@@ -111,7 +111,7 @@ def claim_folder(folder: Path, held: ExitStack, undo: ExitStack) -> None:
 
 
 def _refuse_others(recipe: Recipe, pairs: Name, weights: Name | None, val: Sequence[Name], freeze: str | None) -> None:
-    def behind(name: Name) -> str:
+    def source_of(name: Name) -> str:
         place = Path(name).expanduser()
         return read_pair_list(place).source if place.suffix == LIST_KIND and place.is_file() else absolute(name)
 
@@ -120,7 +120,7 @@ def _refuse_others(recipe: Recipe, pairs: Name, weights: Name | None, val: Seque
         raise UserError(f"There is no '{named}', the list of this run's pairs. Run from the same working folder.")
     tune, sets = recipe.finetune, (*recipe.evaluation.retrieval, *recipe.evaluation.zero_shot)
     others = {
-        f"PAIRS={pairs}": behind(pairs) != behind(named),
+        f"PAIRS={pairs}": source_of(pairs) != source_of(named),
         f"--from {weights}": weights is not None and absolute(weights) != absolute(tune.pretrained or ""),
         **{f"--val {name}": absolute(name) not in map(absolute, sets) for name in val},
         f"--freeze {freeze}": freeze and FREEZE.get(freeze) != (tune.freeze_image_blocks, tune.freeze_text_blocks),
