@@ -87,9 +87,12 @@ def finetune(
                 log.warning(warning)
             undo.pop_all()
             mixes = parts.pretrained is not None and parts.pretrained.whole and recipe.train.patience is not None
-            run = Trainer(parts).train(
-                lambda folder, model: write_finetuned(folder, (mixes and mix_with_start(folder, quiet)) or model)
-            )
+
+            def finish(folder: Path, model: DualEncoder) -> None:
+                mixed = mix_with_start(folder, quiet) if mixes else None
+                write_finetuned(folder, model if mixed is None else mixed)
+
+            run = Trainer(parts).train(finish)
     distributed.leave()
     return run
 

@@ -2,7 +2,6 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import product
 from typing import NamedTuple
 
 import numpy as np
@@ -149,7 +148,7 @@ def choose_heads(
     }
     tried = dict[tuple[Form, float], HeldOutRanks]()
     for weight, validation in validations.items():
-        tried |= zip(product(forms, [weight]), validation.ranks(forms), strict=True)
+        tried |= {(form, weight): found for form, found in zip(forms, validation.ranks(forms), strict=True)}
 
     def outcome(form: Form, weight: float) -> HeldOutRanks:
         if some is pairs:
