@@ -51,7 +51,8 @@ def clip_text_tower(model: DualEncoder) -> TextTower:
     if not has_text(model):
         raise Refusal("it has no text tower; export a model with both towers")
     if not isinstance(model.text_tower, TextTower):
-        raise Refusal(f"its text tower is a {type(model.text_tower).__name__}; train without text.hf_model")
+        kind = type(model.text_tower).__name__
+        raise Refusal(f"its text tower is a {kind}, not CLIP's, which is the one of a recipe without text.hf_model")
     return model.text_tower
 
 
