@@ -154,9 +154,9 @@ def test_the_interval_holds_the_truth_as_often_as_it_says(sizes, seeds):
     assert 0.93 < np.mean(held) < 0.985
 
 
-def test_intervals_of_a_curve_are_student_t_and_a_size_without_values_is_left_out():
+def test_intervals_of_a_curve_are_student_t_and_sizes_rise():
     # Mean 2, standard deviation 1, n = 3: half width t(0.975, 2) / sqrt(3) = 4.30265 / 1.73205.
     curve = _numbered((10,), ((1.0, 2.0, 3.0),))
     assert curve.half_widths == pytest.approx([2.48414], abs=1e-4)
     assert np.isnan(_numbered((10,), ((1.0,),)).half_widths).all()
-    assert curve_of({4: {0: 0.2}, 2: {}, 1: {0: 0.1}}) == EfficiencyCurve((1, 4), ((0.1,), (0.2,)), ((0,), (0,)))
+    assert curve_of({4: {0: 0.2}, 1: {0: 0.1}}) == EfficiencyCurve((1, 4), ((0.1,), (0.2,)), ((0,), (0,)))

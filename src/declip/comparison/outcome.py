@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import chain, product
+from itertools import product
 from math import exp, log, nan, sqrt
 from pathlib import Path
 from typing import Any
@@ -156,8 +156,8 @@ def _pooled(curve: EfficiencyCurve) -> np.ndarray:
 
 
 def curve_of(rows: Mapping[int, Mapping[int, float]]) -> EfficiencyCurve:
-    """Build a curve from values by number of pairs and seed, without numbers that have no values."""
-    measured = {pairs: dict(sorted(rows[pairs].items())) for pairs in sorted(rows) if rows[pairs]}
+    """Build a curve from values by number of pairs and seed."""
+    measured = {pairs: dict(sorted(rows[pairs].items())) for pairs in sorted(rows)}
     return EfficiencyCurve(
         tuple(measured),
         tuple(tuple(values.values()) for values in measured.values()),
@@ -190,18 +190,18 @@ class Outcome:
     def facts(self) -> dict[str, Result]:
         """The first result of each measure, the headline first, for its test set and chance level."""
         found: dict[str, Result] = {}
-        for name, result in chain.from_iterable(of_trial.items() for of_trial in self.results.values()):
-            found.setdefault(name, result)
+        for of_trial in self.results.values():
+            found |= {name: result for name, result in of_trial.items() if name not in found}
         return found
 
     def curves(self) -> dict[str, dict[str, EfficiencyCurve]]:
         """The curves by measure and variant; unfinished trials leave gaps, which a curve skips."""
         study, found = self.study, dict[str, dict[str, EfficiencyCurve]]()
         for measure, variant in product(self.facts, study.names):
-            values: dict[int, dict[int, float]] = {pairs: {} for pairs in study.pairs}
+            values: dict[int, dict[int, float]] = {}
             for pairs, seed in product(study.pairs, study.seeds):
                 if result := self.results.get(Trial(variant, pairs, seed).id, {}).get(measure):
-                    values[pairs][seed] = result.headline.value
+                    values.setdefault(pairs, {})[seed] = result.headline.value
             found.setdefault(measure, {})[variant] = curve_of(values)
         return found
 

@@ -203,27 +203,26 @@ def work(study: Study, folder: Path, trials: Iterable[Trial], advance: Callable[
     """Run the trials that are not finished, first those that no other process has taken, until Ctrl-C."""
     (folder / RUNS).mkdir(exist_ok=True)
     taken: list[Trial] = []
-    # A process that was killed released its lock, so this process continues its trial.
+    # A lock ends with its process, also when that is killed: then this process continues its trial.
     for wait, some in ((False, trials), (True, taken)):
         for trial in some:
             try:
-                if not _run(study, trial, folder, wait):
-                    return
+                with FileLock(f"{folder_of(folder, trial)}.lock", timeout=-1 if wait else 0):
+                    if not _run(study, trial, folder):
+                        return
                 advance()  # it has ended, here or in another process
             except Timeout:
                 taken.append(trial)
 
 
-def _run(study: Study, trial: Trial, folder: Path, wait: bool) -> bool:
-    """Run a trial unless it is finished or failed elsewhere; raise `Timeout` if another process has it."""
+def _run(study: Study, trial: Trial, folder: Path) -> bool:
+    """Run a trial unless it is finished or failed elsewhere; False after Ctrl-C."""
     run_folder = folder_of(folder, trial)
-    # The lock ends with its process, also when that is killed.
-    with FileLock(f"{run_folder}.lock", timeout=-1 if wait else 0):
-        if not ((run_folder / RESULT).is_file() or (run_folder / FAILURE).is_file()):
-            try:
-                return run_trial(study, trial, folder)
-            except Exception as error:
-                write_text(run_folder / FAILURE, str(error) if isinstance(error, UserError) else traceback.format_exc())
+    if not ((run_folder / RESULT).is_file() or (run_folder / FAILURE).is_file()):
+        try:
+            return run_trial(study, trial, folder)
+        except Exception as error:
+            write_text(run_folder / FAILURE, str(error) if isinstance(error, UserError) else traceback.format_exc())
     return True
 
 

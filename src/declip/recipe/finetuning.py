@@ -38,17 +38,9 @@ def read_overrides(overrides: Mapping[str, Any] | None, freeze: str | None = Non
     image, text = FREEZE[freeze or ("both" if given.get("finetune.class_names") is not None else "none")]
     others: dict[str, Any] = {"train.warmup_lr": 0, "train.evaluate_every": 1, "evaluation.retrieval": ["validation"]}
     others |= {"finetune.freeze_image_blocks": image, "finetune.freeze_text_blocks": text, "finetune.layer_decay": 1.0}
-    tree = load_recipe("finetune", {**others, **given}).model_dump()
-    return {key: _value(tree, key, value) for key, value in given.items()}
-
-
-def _value(tree: Any, key: str, given: Any) -> Any:
-    """The checked value of a dotted key; sections, and parts of values that are null, stay as they were given."""
-    for name in key.split("."):
-        if not isinstance(tree, Mapping) or name not in tree:
-            return given
-        tree = tree[name]
-    return given if isinstance(tree, Mapping) else tree
+    checked = flat(load_recipe("finetune", {**others, **given}).model_dump())
+    # Sections, and parts of values that are null, stay as they were given.
+    return {key: checked.get(key, value) for key, value in given.items()}
 
 
 def settings(

@@ -60,10 +60,9 @@ class Chart:
     draw: Callable[[Axes], None]
 
     def figure(self) -> Figure:
-        """Draw the figure."""
-        with rc_context(STYLE):
-            figure = Figure(figsize=self.size, layout="constrained")
-            self.draw(figure.subplots())
+        """Draw the figure, in the style of the present context."""
+        figure = Figure(figsize=self.size, layout="constrained")
+        self.draw(figure.subplots())
         return figure
 
     def svg(self, name: str) -> Markup:
