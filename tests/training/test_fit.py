@@ -46,7 +46,7 @@ def folder(tmp_path_factory):
 
 
 def keys_of(folder, **keys):
-    sizes = {"image.size": 32, "text.context_length": 24}
+    sizes = {"image.size": 32, "text.context_length": 24, "embed_dim": 64}
     return {"text.hf_model": str(folder / "bert"), **sizes, "train.report_to": [], **keys}
 
 
