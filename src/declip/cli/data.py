@@ -19,7 +19,9 @@ group = typer.Typer(help="Download, shard and inspect pairs.", no_args_is_help=T
 @group.command()
 def download(
     name: Annotated[str, Argument(help="a built-in set, such as builtin:emoji")],
-    cache: Annotated[Path | None, file("folder; default: DECLIP_CACHE, or ~/.cache/declip", metavar="DIR")] = None,
+    cache: Annotated[
+        Path | None, file("cache folder; default: DECLIP_CACHE, or ~/.cache/declip", metavar="DIR")
+    ] = None,
     quiet: opt.Quiet = False,
 ) -> None:
     """Download a built-in set and render its images, once."""
@@ -65,7 +67,7 @@ def inspect(
     source: opt.Source,
     sample: Annotated[int, Option(help="number of pairs to read, chosen at random")] = 2000,
     everything: Annotated[bool, Option("--all", help="read all pairs")] = False,
-    check_leakage: Annotated[opt.Several, opt.source("test set to find among the pairs; repeatable")] = None,
+    check_leakage: Annotated[opt.Several, opt.source("test set; find its images among the pairs; repeatable")] = None,
     size: Annotated[int, Option(help="image size in training, in pixels")] = 224,
     batch_size: Annotated[int, Option(help="batch size in training, to count false negatives")] = 128,
     seed: Annotated[int, Option(help="seed of the sample and of the examples")] = 0,

@@ -63,21 +63,30 @@ Source = Annotated[str, Argument(callback=existing, help="a table, a folder of i
 Device = Annotated[str, Option(help="auto, cpu, cuda, cuda:1 or mps")]
 Overrides = Annotated[Several, Argument(metavar="[KEY=VALUE]...", help="recipe keys to set, such as train.steps=500")]
 Precision = Annotated[
-    Literal["auto", "fp32", "bf16", "fp16"], Option(help="precision of the towers; auto: the device's fastest")
+    Literal["auto", "fp32", "bf16", "fp16"],
+    Option(help="precision of the towers; auto: the fastest that the device supports"),
 ]
-Engine = Annotated[Literal["torch", "openvino"], Option(help="library of the towers; openvino: faster on a CPU")]
+Engine = Annotated[
+    Literal["torch", "openvino"], Option(help="library that computes the towers; openvino: faster on a CPU")
+]
 Quiet = Annotated[bool, Option("--quiet", help="show no progress")]
 Resume = Annotated[bool, Option("--resume", help="continue the run in the run folder")]
 ImageColumn = Annotated[str, Option(help="table column of image paths")]
 CaptionColumn = Annotated[str, Option(help="table column of captions")]
 ImageRoot = Annotated[Path | None, file("folder that image paths in a table are relative to", metavar="DIR")]
 Workers = Annotated[int | None, Option(min=0, help="number of processes; default: one per core, at most 8")]
-Shots = Annotated[list[int] | None, Option(min=1, help="few-shot: examples per class; default: 4; repeatable")]
-PartOption = Annotated[str | None, Option("--part", metavar="I/N", help="part I of N, to be joined, such as 3/8")]
+Shots = Annotated[
+    list[int] | None, Option(min=1, help="with few-shot: number of examples per class; default: 4; repeatable")
+]
+PartOption = Annotated[
+    str | None, Option("--part", metavar="I/N", help="only part I of N, which another command joins, such as 3/8")
+]
 BatchSize = Annotated[int, Option(min=1, help="images per forward pass")]
 JsonOut = Annotated[Path | None, file("also write the result as JSON", "--json")]
 SheetOut = Annotated[Path | None, file("also write an image of the results (PNG)", "--contact-sheet")]
-IndexFolder = Annotated[Path | None, file("index; default: in indices/, named after the source", metavar="DIR")]
+IndexFolder = Annotated[
+    Path | None, file("folder of the index; default: in indices/, named after the source", metavar="DIR")
+]
 READING: dict[str, tuple[Any, Any]] = {
     "batch_size": (BatchSize, 256),
     "workers": (Workers, None),

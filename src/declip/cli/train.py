@@ -99,7 +99,7 @@ def finetune(
     overrides: opt.Overrides = None,
     weights: Annotated[
         str | None,
-        Option("--from", metavar="WEIGHTS", callback=known, help="default on a CPU: builtin:lite2-minilm"),
+        Option("--from", metavar="WEIGHTS", callback=known, help="default without a GPU: builtin:lite2-minilm"),
     ] = None,
     val: Annotated[
         opt.Several, opt.source("validation set; default: a tenth of the pairs if towers are trained")
@@ -197,7 +197,9 @@ def evaluate(
 
 
 def compare(
-    words: Annotated[list[str], Argument(metavar="RECIPE... [KEY=VALUE]...", help="recipes, and keys for all of them")],
+    words: Annotated[
+        list[str], Argument(metavar="RECIPE... [KEY=VALUE]...", help="recipes, and keys that override all of them")
+    ],
     pairs: Annotated[str, Option(help="numbers of training pairs, such as 1k,2k,4k")],
     seeds: Annotated[int, Option(min=1, help="runs per recipe and number of pairs, with seeds 0, 1 …")] = 3,
     out: Annotated[Path, file("folder of the comparison", metavar="DIR")] = Path("runs/compare"),

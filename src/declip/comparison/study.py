@@ -112,7 +112,10 @@ class Study:
         variants = tuple(Variant.of(str(recipe), dict(overrides or {})) for recipe in several(recipes))
         counts, names = tuple(sorted({*map(int, several(pairs))})), tuple(several(tasks))
         if not (variants and counts and numbers and names):
-            raise UserError("A comparison needs at least one recipe, one number of pairs, one seed and one task.")
+            raise UserError(
+                "A comparison needs at least one recipe, one number of pairs, one seed and one task. Example: "
+                "declip compare clip declip --pairs 1k,4k."
+            )
         first = variants[0].resolve().evaluation
         return cls(
             variants=variants,

@@ -72,8 +72,12 @@ class Section(BaseModel):
 class Data(Section):
     """The training pairs and how they are read."""
 
-    source: Place | tuple[Place, ...] = Field("builtin:emoji", description="table, folder, shards or set; or a list")
-    columns: dict[Column, str] = Field(COLUMNS, description="columns of image, caption, and group (shows one thing)")
+    source: Place | tuple[Place, ...] = Field(
+        "builtin:emoji", description="table, folder, shards or built-in set, or a list of these"
+    )
+    columns: dict[Column, str] = Field(
+        COLUMNS, description="columns of a table: image, caption, and group, whose equal cells show one thing"
+    )
     image_root: Place | None = Field(None, description="folder of a table's image paths; default: the table's folder")
     max_pairs: int | None = Field(None, ge=2, description="train on this many pairs only, chosen by the seed")
     shuffle_buffer: int | None = Field(None, ge=1, description="pairs shuffled together; default: all; remote: 50,000")
@@ -137,7 +141,9 @@ class ImageView(Section):
     """MoCo v2's augmentation (Chen et al. 2020, arXiv 2003.04297), as DeCLIP uses it."""
 
     scale: tuple[Portion, Portion] = Field((0.2, 1.0), description="smallest and largest fraction of the image's area")
-    color_jitter: Jitter = Field((0.4, 0.4, 0.4, 0.1), description="brightness, contrast, saturation and hue")
+    color_jitter: Jitter = Field(
+        (0.4, 0.4, 0.4, 0.1), description="strength of brightness, contrast, saturation and hue"
+    )
     color_jitter_prob: Fraction = Field(0.8, description="probability of color jitter")
     grayscale_prob: Fraction = Field(0.2, description="probability of grayscale")
     blur_prob: Fraction = Field(0.5, description="probability of Gaussian blur")
@@ -147,7 +153,9 @@ class ImageView(Section):
 class TextView(Section):
     """The second text view, such as EDA (Wei and Zou 2019)."""
 
-    second_view: Second = Field("eda", description="EDA of the first, another caption, or the first again (same)")
+    second_view: Second = Field(
+        "eda", description="second text view: EDA of the first, another caption, or the first again"
+    )
     mask: bool | None = Field(None, description="mask words for all losses; default: if masked_language has a weight")
 
 
@@ -220,10 +228,14 @@ class FineTuning(Section):
     """The pretrained weights, and how they are trained."""
 
     pretrained: Place | None = Field(None, description="weights that declip.load takes, or timm:NAME")
-    class_names: Place | None = Field(None, description="file of the classes' names: one per line, or name,definition")
+    class_names: Place | None = Field(
+        None, description="file with the names of the classifier's classes: one per line, or a table name,definition"
+    )
     lr_scale: float = Field(1.0, gt=0, description="factor on the learning rate for pretrained towers")
     layer_decay: float = Field(1.0, gt=0, le=1, description="factor on the learning rate per layer below the last")
-    freeze_image_blocks: Blocks = Field(0, description="lowest image blocks to freeze; all: the whole tower (LiT)")
+    freeze_image_blocks: Blocks = Field(
+        0, description="number of lowest image blocks to freeze, stem included; all: the whole tower (LiT)"
+    )
     freeze_text_blocks: Blocks = Field(0, description="number of lowest text blocks to freeze, or all")
     head_warmup_steps: int = Field(0, ge=0, description="first steps that train only new parameters; at most a quarter")
     class_pairs: bool = Field(True, description="with frozen towers, use the start's classes as pairs")
@@ -233,7 +245,9 @@ class FineTuning(Section):
     def _consistent(self) -> Self:
         frozen = self.freeze_image_blocks == self.freeze_text_blocks == "all" and self.class_pairs
         if self.class_names is not None and not frozen:
-            raise ValueError("finetune.class_names requires finetune.class_pairs and --freeze both")
+            raise ValueError(
+                "finetune.class_names requires finetune.class_pairs and both towers frozen (--freeze both)"
+            )
         for name in ("freeze_image_blocks", "freeze_text_blocks"):
             if self.lora is not None and getattr(self, name) not in (0, "all"):
                 raise ValueError(f"finetune.lora freezes all blocks; finetune.{name} is 0 or all then")
@@ -257,7 +271,9 @@ class Train(Section):
     precision: Literal["auto", "fp32", "bf16"] = Field("fp32", description="of the towers; auto: bf16 if supported")
     channels_last: bool = Field(False, description="channels-last memory format, for convolutions")
     log_every: int = Field(10, ge=1, description="number of steps between logged rows")
-    report_to: Trackers = Field(("auto",), description=f"{', '.join(TRACKERS)}; auto: tensorboard or none; []: none")
+    report_to: Trackers = Field(
+        ("auto",), description=f"{', '.join(TRACKERS)}; auto: tensorboard if installed; []: none"
+    )
     evaluate_every: int = Field(0, ge=0, description="number of steps between evaluations; 0: only at the end")
     patience: int | None = Field(None, ge=1, description="evaluations without improvement that end a run")
     checkpoint_every: int = Field(200, ge=1, description="number of steps between checkpoints")
@@ -300,7 +316,9 @@ class Recipe(Section):
     text: TextTowerConfig = TextTowerConfig()
     embed_dim: int = Field(512, ge=1, description="width of the shared embedding space")
     views: Views = Views()
-    loss_weights: dict[str, Strength] = Field({"contrastive": 1.0}, description="weight of each loss by its name")
+    loss_weights: dict[str, Strength] = Field(
+        {"contrastive": 1.0}, description="weight of each loss by name; see declip.supervision.objective.TERMS"
+    )
     contrastive: ContrastiveConfig = ContrastiveConfig()
     simsiam: SimSiamConfig = SimSiamConfig()
     simclr: SimCLRConfig = SimCLRConfig()
