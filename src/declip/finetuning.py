@@ -120,7 +120,10 @@ def _refuse_others(recipe: Recipe, pairs: Name, weights: Name | None, val: Seque
 
     named = recipe.data.source if isinstance(recipe.data.source, str) else recipe.data.source[0]  # one pair, twice
     if named.endswith(LIST_KIND) and not Path(named).is_file():
-        raise UserError(f"There is no '{named}', the list of this run's pairs. Run from the same working folder.")
+        raise UserError(
+            f"There is no '{named}', the list of this run's pairs. Rename its folder back, and run from the "
+            "same working folder."
+        )
     tune, sets = recipe.finetune, (*recipe.evaluation.retrieval, *recipe.evaluation.zero_shot)
     others = {
         f"PAIRS={pairs}": source_of(pairs) != source_of(named),
@@ -204,7 +207,10 @@ def _choose_pairs(
         if seen is None:
             raise
         parts = split_pairs(source, progress=not quiet)
-        log.warning("The weights were trained on most of these pairs: results are too high. Give others with --val.")
+        log.warning(
+            f"The weights were trained on these pairs, or on most of them ('{seen.name}'), so the validation results "
+            "are too high. Give other pairs with --val."
+        )
     _write_parts(folder, PairList(pairs, columns, len(source), []), source, parts)
     own, held_out_part = (str(folder / name) for name in SPLIT)
     return open_source(own), own, [held_out_part]
@@ -242,8 +248,10 @@ def _check_few(source: PairSource) -> None:
             captions.update(source.captions(index))
     if len(captions) == 1 < len(source):
         raise UserError(f"All pairs of '{source.name}' have the same caption. Describe each image.")
-    count = plural(len(source), "pair")
-    log.warning(f"{count}: too few for a validation part ({FEWEST}), so nothing is measured. Give others with --val.")
+    log.warning(
+        f"'{source.name}' has {plural(len(source), 'pair')}: too few for a validation part ({FEWEST}), so all are "
+        "trained on and nothing is measured. Give other pairs with --val to measure."
+    )
 
 
 def default_weights(device: str) -> str:

@@ -97,9 +97,10 @@ def write_snapshot(run: Path, kept: Checkpoint, keep: int) -> Path:
     except Exception as error:  # safetensors has its own error class for a full disk
         shutil.rmtree(partial, ignore_errors=True)
         older = list_checkpoints(run)  # untouched
-        newest = f"The newest one is {older[-1]}." if older else "There is no earlier one."
-        reason = str(error).rstrip(".")
-        raise UserError(f"Cannot write the checkpoint {final}: {reason}. {newest} Make room, then --resume.") from error
+        newest = f"The newest checkpoint is {older[-1]}." if older else "There is no earlier checkpoint."
+        raise UserError(
+            f"Cannot write the checkpoint {final}: {str(error).rstrip('.')}. {newest} Make room, then use --resume."
+        ) from error
     # --- those of later steps are not counted: they are damaged, so that the run resumed before them
     older = [path for path in list_checkpoints(run) if step_of(path) <= kept.step and path != best]
     for old in older[:-keep]:

@@ -213,7 +213,9 @@ def _lock(file: FileIO, folder: Path) -> None:
         file.seek(0)
         holder = file.read().decode(errors="replace") or "another process"
         file.close()
-        raise UserError(f"'{folder}' is in use: {holder} trains in it. Wait, or choose another --out.") from error
+        raise UserError(
+            f"'{folder}' is in use: {holder} trains in it. Wait until that run ends, or choose another --out."
+        ) from error
 
 
 def open_folder(recipe: Recipe, folder: Path, resume: bool) -> Checkpoint | None:
@@ -272,8 +274,9 @@ def refuse_another(recipe: Recipe, earlier: Recipe, folder: Path) -> None:
     if changed := [key for key in keys if now.get(key) != then.get(key)]:
         shown = "; ".join(f"{key} was {then.get(key)!r}, now {now.get(key)!r}" for key in changed)
         raise UserError(
-            f"'{folder}' is a run of another recipe: {shown}. Resume with the same recipe, or choose another --out. To "
-            f"train longer, which changes the learning rates, start from its weights: finetune.pretrained='{folder}'."
+            f"'{folder}' is a run of another recipe: {shown}. Resume with the same recipe and overrides, or choose "
+            "another --out. To train longer, which changes the learning rates, start a new run from these weights: "
+            f"finetune.pretrained='{folder}'."
         )
 
 

@@ -205,6 +205,6 @@ class HostGroup:
                 missing = re.search(r"Ranks ([\d, ]*\d)", str(told))
             other = f"Rank {missing[1]}" if missing else "Another rank"
             raise UserError(
-                f"{other} did not reach step {step} within {self.timeout:g} s, or ended: the ranks' logs have the "
-                "first error. Continue with --resume."
+                f"{other} did not reach step {step} within {self.timeout:g} s, or its process ended: the first error "
+                "in the ranks' logs is the cause. Continue from the newest checkpoint with --resume."
             ) from error

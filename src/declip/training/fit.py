@@ -113,7 +113,10 @@ def frozen_model(resolved: Resolved) -> DualEncoder:
     recipe, weights = resolved.recipe, resolved.weights
     assert weights is not None, "the schema requires finetune.pretrained for frozen blocks"
     if not weights.whole and not (recipe.text.hf_model is not None and recipe.text.pretrained):
-        raise UserError(f"'{weights.origin}' has no text tower to freeze. Give one too: --from timm:NAME/FILE+ENCODER.")
+        raise UserError(
+            f"'{weights.origin}' has no text tower to freeze. Leave --freeze out, or give a text encoder too: "
+            "--from timm:NAME/FILE+ENCODER."
+        )
     torch.manual_seed(recipe.seed)
     encoder = weights.encoder
     if isinstance(encoder, TextEncoder):  # built without transformers, whose import takes longer than torch's
@@ -123,7 +126,8 @@ def frozen_model(resolved: Resolved) -> DualEncoder:
     load_tensors(weights, model)
     if not all(isinstance(projection, nn.Linear) for projection in projections(model)):
         raise UserError(
-            f"--freeze both fits linear projections, which '{weights.origin}' lacks. Give --freeze none, image or text."
+            f"--freeze both fits linear projections, and the towers of '{weights.origin}' have none. Give --freeze "
+            "none with finetune.lora={rank: 8}, or --freeze image or text."
         )
     return model.eval()
 

@@ -99,7 +99,7 @@ class PooledFeatures:
         except sqlite3.Error as error:
             raise UserError(
                 f"The features in '{self.folder}' cannot be read or written: {error}. Make room on the disk, run "
-                "`declip cache clear`, or set DECLIP_CACHE to another folder."
+                "`declip cache clear`, or set DECLIP_CACHE to a folder on another disk."
             ) from error
 
 

@@ -86,7 +86,7 @@ def _check(recipe: Recipe, model: DualEncoder) -> None:
     if train.grad_cache_chunk and model.image_tower.has_batch_norm and distributed.is_rank_zero():
         log.warning(
             f"train.grad_cache_chunk={train.grad_cache_chunk}: the batch norm of '{recipe.image.model}' sees each "
-            "chunk alone, so gradients are not exactly those of the whole batch."
+            "chunk alone, so gradients are not exactly those of the whole batch; layer norm has no such difference."
         )
 
 

@@ -175,8 +175,9 @@ def restore(parts: Parts, found: Checkpoint) -> None:
         load_weights(parts, found)
         load_moments(parts.optimizer, part("optimizer", found.training))
     except (RuntimeError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"'{parts.folder}' does not fit its recipe: {reason}. Choose another --out.") from error
+        raise UserError(
+            f"'{parts.folder}' does not fit its recipe: {str(error).splitlines()[0]}. Choose another --out."
+        ) from error
     generators = part(f"random.{distributed.rank()}", found.training)
     if generators:
         set_random_states(generators, parts.model.device)
@@ -188,7 +189,11 @@ def restore(parts: Parts, found: Checkpoint) -> None:
     then, now = extra["versions"], versions()
     changed = [f"{name} {then.get(name)} → {value}" for name, value in now.items() if then.get(name) != value]
     if changed and distributed.is_rank_zero():
-        log.warning("Changed since the checkpoint: %s. Sums may be rounded differently.", ", ".join(changed))
+        log.warning(
+            "This differs from the checkpoint's: %s. Batches and their order stay the same, but sums may be rounded "
+            "differently and dropout masks differ.",
+            ", ".join(changed),
+        )
 
 
 def _refuse_other_pairs(parts: Parts, before: Mapping[str, list[str]]) -> None:
@@ -199,7 +204,7 @@ def _refuse_other_pairs(parts: Parts, before: Mapping[str, list[str]]) -> None:
         if differ or then[0] != now[0]:
             change = f"{differ} of {len(now) - 1} sampled keys or captions differ; {then[0]} pairs then, {now[0]} now"
             raise UserError(
-                f"The {pairs} changed since the run stopped: {change}. Restore them, or choose another --out."
+                f"The {pairs} changed since '{parts.folder}' stopped: {change}. Restore them, or choose another --out."
             )
 
 

@@ -110,7 +110,9 @@ def load_tensors(start: Weights, model: DualEncoder) -> set[str]:
         else:
             fitted[name] = _resized(name, tensor, own[name], model)
         if fitted[name].shape != own[name].shape:
-            raise UserError(f"'{name}' of '{start.origin}' has one image size. Leave image.size out.")
+            raise UserError(
+                f"'{name}' of '{start.origin}' does not fit: this tower has one image size. Leave image.size out."
+            )
     model.load_state_dict({**own, **fitted})
     return set(fitted)
 
