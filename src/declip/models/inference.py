@@ -45,7 +45,7 @@ Engine = Literal["torch", "openvino"]
 OPENVINO = "openvino "  # before the precision of vectors that it computed
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-CHANGE = 0.02
+LARGEST_CHANGE = 0.02
 """Largest cosine distance between a tower's features before and after. Of random pixels, EfficientNet-Lite0's is 0.001
 in bfloat16, that of other towers below 0.0002."""
 SAME = 1e-5  # in float32, of another engine
@@ -248,11 +248,12 @@ def convert(model: DualEncoder, precision: str, engine: str = "torch") -> DualEn
         tokens = model.tokenize([PROBE, "a"])
         towers.append(("text_tower", model.text_tower, model.tokenize(["a"]), lambda: model.encode_text(tokens)))
     for name, tower, example, encode in towers:
-        original, before, least = getattr(model, name), encode(), 1 - (SAME if dtype == torch.float32 else CHANGE)
+        original, before = getattr(model, name), encode()
+        largest_change = SAME if dtype == torch.float32 else LARGEST_CHANGE
         try:
             tower = _rounded(tower, dtype)
             setattr(model, name, OpenVinoTower(tower, example, dtype) if engine == "openvino" else _cast(tower, dtype))
-            if (smallest := float(cosine_similarity(before, encode()).min())) >= least:
+            if (smallest := float(cosine_similarity(before, encode()).min())) >= 1 - largest_change:
                 continue
             problem = f"its features change too much (cosine {smallest:.3f})"
         except (RuntimeError, TypeError, ValueError) as error:  # a tower of another library may fix a type
