@@ -116,7 +116,7 @@ def test_the_minimum_is_scikit_learns_whatever_the_block(digits, monkeypatch, C,
     monkeypatch.setattr("declip.evaluation.linear_probe.BLOCK", block)
     features, labels = digits
     theirs = LogisticRegression(C=C, max_iter=20_000, tol=1e-8).fit(features.double().numpy(), labels.numpy())
-    ours = LogisticProblem(features, labels, dtype=torch.float64).fit(C, tolerance=1e-14)
+    ours = LogisticProblem(features.double(), labels).fit(C, tolerance=1e-14)
     assert ours.converged
     size = np.abs(theirs.coef_).max()
     np.testing.assert_allclose(ours.weight, theirs.coef_, atol=2e-4 * size)
@@ -130,7 +130,7 @@ def test_the_minimum_is_scikit_learns_whatever_the_block(digits, monkeypatch, C,
 @pytest.mark.parametrize(("C", "near"), [(1e-3, 2e-5), (1.0, 2e-5), (100.0, 2e-5), (1e5, 1e-3)])
 def test_single_precision_finds_the_same_minimum(digits, C, near):
     features, labels = digits
-    exact = LogisticProblem(features, labels, dtype=torch.float64).fit(C, tolerance=1e-14)
+    exact = LogisticProblem(features.double(), labels).fit(C, tolerance=1e-14)
     quick = LogisticProblem(features, labels).fit(C)
     assert quick.converged
     again = LogisticProblem(features, labels).fit(C, start=quick)
@@ -143,7 +143,7 @@ def test_single_precision_finds_the_same_minimum(digits, C, near):
 def test_two_classes_are_scikit_learns_one_vector(digits):
     features, labels = (part[digits[1] < 2] for part in digits)
     theirs = LogisticRegression(C=0.05, max_iter=20_000, tol=1e-8).fit(features.double().numpy(), labels.numpy())
-    ours = LogisticProblem(features, labels, dtype=torch.float64).fit(0.05, tolerance=1e-14)
+    ours = LogisticProblem(features.double(), labels).fit(0.05, tolerance=1e-14)
     np.testing.assert_allclose(ours.weight[1] - ours.weight[0], theirs.coef_[0], atol=1e-4)
     assert float(ours.bias[1] - ours.bias[0]) == pytest.approx(theirs.intercept_[0], abs=1e-3)
 

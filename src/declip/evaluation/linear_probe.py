@@ -78,19 +78,16 @@ class LogisticProblem:
     the curvature k of the softmax (Böhning 1992, "Multinomial logistic regression algorithm").
 
     Args:
-        features: (n, d), any float dtype.
+        features: (n, d); scores have their dtype, but losses and weights are always float64.
         labels: (n,) int64. Classes without a row are never predicted.
-        dtype: dtype of the features and the scores; losses and weights are always float64.
     """
 
-    def __init__(
-        self, features: Tensor, labels: Tensor, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-    ) -> None:
+    def __init__(self, features: Tensor, labels: Tensor, device: torch.device | str = "cpu") -> None:
         present, compact = labels.unique(return_inverse=True)
         if len(present) < 2:
             raise UserError(f"A probe needs at least two classes; these {len(labels):,} images are of 1.")
-        self.present, self.labels, features = present.to(device), compact.to(device), features.to(device, dtype)
-        mean = features.mean(0, dtype=torch.float64).to(dtype)
+        self.present, self.labels, features = present.to(device), compact.to(device), features.to(device)
+        mean = features.mean(0, dtype=torch.float64).to(features)
         if not bool(mean.isfinite().all()):
             raise UserError("Some features are infinite or not a number, so no probe can be fitted on them.")
         self.mean, centered = mean.double(), features - mean
@@ -98,10 +95,10 @@ class LogisticProblem:
         sample = centered[:: max(1, len(labels) // max(SAMPLE, 8 * len(mean)))].double()
         spread, self.axes = torch.linalg.eigh(sample.T @ sample / len(sample))
         # (n, d + 1) on the axes of the covariance. The bias is the weight of a last column of ones.
-        self.rows = torch.cat([centered @ self.axes.to(dtype), centered.new_ones(len(labels), 1)], 1)
+        self.rows = torch.cat([centered @ self.axes.to(centered), centered.new_ones(len(labels), 1)], 1)
         self.spread = torch.cat([spread.clamp_min(0), spread.new_ones(1)])
 
-    def fit(self, C: float, *, start: LogisticFit | None = None, tolerance: float = 1e-10) -> LogisticFit:
+    def fit(self, C: float, *, start: LogisticFit | None = None, tolerance: float = 1e-9) -> LogisticFit:
         """Find the minimum for one C by L-BFGS, from the fit with another C or from zero.
 
         It ends when an iteration lowers the loss by less than the tolerance, a fraction of the loss.
@@ -125,7 +122,9 @@ class LogisticProblem:
         # --- back from the coordinates to the features
         rotated = weight[:, :-1] @ self.axes.T
         bias = weight[:, -1] - rotated @ self.mean
-        return LogisticFit(rotated, bias, self.present, C, done, done < MOST)
+        # Rounding may end the line search before the tolerance is reached, so the gradient is looked at too.
+        converged = done < MOST and float(abs(found.jac).max()) <= 0.01 * found.fun**0.5
+        return LogisticFit(rotated, bias, self.present, C, done, converged)
 
     @torch.enable_grad()
     def _loss(self, steps: np.ndarray, lengths: Tensor, penalty: Tensor) -> tuple[float, np.ndarray]:
