@@ -127,10 +127,10 @@ def say(line: str) -> None:
         console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
-def write_sheet(path: Path, sheet: "Image") -> None:
-    """Write a contact sheet as PNG."""
-    with atomic_write(path, "choose another file with --contact-sheet") as target:
-        sheet.save(target, "PNG")
+def write_image(path: Path, image: "Image", option: str) -> None:
+    """Write an image as PNG."""
+    with atomic_write(path, f"choose another file with {option}") as target:
+        image.save(target, "PNG")
     say(f"Written: {path}")
 
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from typer import Argument, Option
 
 from declip.cli import options as opt
-from declip.cli.options import console, existing, expand, file, known, reads_images, say, write_sheet
+from declip.cli.options import console, existing, expand, file, known, reads_images, say, write_image
 from declip.errors import UserError, check_installed
 from declip.io.atomic import check_writable, csv_path, write_text
 from declip.io.parts import find_parts, parse_part
@@ -90,7 +90,7 @@ def search(
 
         given = None if image is None else decode(image, str(image))
         title = text or f"like {image.name if image else ''}"
-        write_sheet(sheet_out, search_sheet(opened, hits, title, given))
+        write_image(sheet_out, search_sheet(opened, hits, title, given), "--contact-sheet")
 
 
 def _print_hits(hits: "list[Hit]") -> None:
@@ -224,8 +224,8 @@ def choose(
     if sheet_out is not None:
         from declip.reports.sheets import search_sheet
 
-        title = f"The first to caption: {out.name}"
-        write_sheet(sheet_out, search_sheet(choice.index, choice.images, title, order="in their order"))
+        sheet = search_sheet(choice.index, choice.images, f"The first to caption: {out.name}", order="in their order")
+        write_image(sheet_out, sheet, "--contact-sheet")
 
 
 @partial(reads_images, without=("caption_column",))
@@ -297,7 +297,6 @@ def explain(
     from declip.data.images.decode import decode
     from declip.data.pair import BrokenPair
     from declip.interchange.read import load
-    from declip.io.atomic import atomic_write
     from declip.reports.sheets import heat_map
 
     try:
@@ -306,9 +305,6 @@ def explain(
         raise UserError(f"'{image}' cannot be used: {error}. Give another image.") from error
     found = load(model, device).similarity_map(picture, text, size)
     top, left = divmod(int(found.argmax()), found.shape[1])
-    with atomic_write(out, "choose another file with --out") as target:
-        heat_map(picture, found.numpy()).save(target, "PNG")
-    say(
-        f"Most similar at {left}, {top} of {picture.width} × {picture.height} pixels: {found.max():.2f}, "
-        f"mean {found.mean():.2f}.\nWritten: {out}"
-    )
+    place = f"{left}, {top} of {picture.width} × {picture.height} pixels"
+    say(f"Most similar at {place}: {found.max():.2f}, mean {found.mean():.2f}.")
+    write_image(out, heat_map(picture, found.numpy()), "--out")

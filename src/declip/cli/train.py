@@ -162,6 +162,7 @@ def evaluate(
     json_out: opt.JsonOut = None,
 ) -> None:
     """Evaluate a model on held-out images."""
+    # --- checks that need no torch, whose import takes seconds
     _check_shots(shots, (task,))
     if templates is not None and task not in ("zero-shot", "few-shot"):
         raise UserError(f"--templates requires --task zero-shot or few-shot, but --task is {task}. Remove it.")
@@ -173,6 +174,7 @@ def evaluate(
     from declip.reports.page import rich_table
     from declip.reports.run import results_table
 
+    # --- all sets, or those of a suite
     suite = next((name for name in datasets if name.startswith(PREFIX)), None)
     if suite is not None and (len(datasets) > 1 or label_column is not None):
         raise UserError(f"The suite '{suite}' is evaluated alone. Give one --dataset, and no --label-column.")
@@ -183,6 +185,7 @@ def evaluate(
         results, found = evaluate_all(loaded, opened, (task,), options), None
     else:
         results, found = evaluate_suite(loaded, suite, task, options)
+    # --- print and write
     console.print(rich_table(results_table(results)))
     if found:
         say(
