@@ -98,7 +98,7 @@ class LogisticProblem:
         self.rows = torch.cat([centered @ self.axes.to(centered), centered.new_ones(len(labels), 1)], 1)
         self.spread = torch.cat([spread.clamp_min(0), spread.new_ones(1)])
 
-    def fit(self, C: float, *, start: LogisticFit | None = None, tolerance: float = 1e-9) -> LogisticFit:
+    def fit(self, C: float, *, start: LogisticFit | None = None, tolerance: float = 1e-10) -> LogisticFit:
         """Find the minimum for one C by L-BFGS, from the fit with another C or from zero.
 
         It ends when an iteration lowers the loss by less than the tolerance, a fraction of the loss.
