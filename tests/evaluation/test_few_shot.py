@@ -17,7 +17,7 @@ from declip.evaluation.few_shot import (
     halves,
 )
 from declip.evaluation.protocols import Options, evaluate_all
-from declip.evaluation.results import FewShotResult, read_result
+from declip.evaluation.results import read_result
 
 
 def made_up(shots, classes=6, noise=0.5, names=0.0, seed=0):
@@ -58,22 +58,20 @@ def test_good_names_weigh_more_than_images_and_bad_ones_nothing():
     test = made_up(100, noise=0.8, seed=1)
     few = {noise: made_up(4, noise=0.8, names=noise) for noise in (0.0, 5.0)}
     good, bad = (fit_few_shot(few[noise]) for noise in (0.0, 5.0))
-    alone = fit_few_shot(few[0.0].take(torch.empty(0, dtype=torch.int64)))
+    alone = fit_few_shot(few[0.0].take([]))
     assert good.name_weight >= 4 > bad.name_weight
     assert accuracy(good, test) > accuracy(bad, test)
-    assert accuracy(alone, test) > 0.4
-    assert alone.accuracy is None
+    assert (accuracy(alone, test) > 0.4, alone.accuracy) == (True, None)
 
 
 def test_the_accuracy_is_that_of_images_that_were_not_seen():
-    right, told = [], []
+    right = 0
     for seed in range(6):
         head = fit_few_shot(made_up(8, noise=0.8, names=1.0, seed=seed))
-        assert head.accuracy is not None
         low, high = head.accuracy.interval
-        right.append(low <= accuracy(head, made_up(200, noise=0.8, seed=50)) <= high)
-        told.append(head.accuracy.n)
-    assert (sum(right) >= 5, told) == (True, [48] * 6)
+        right += low <= accuracy(head, made_up(200, noise=0.8, seed=50)) <= high
+        assert head.accuracy.n == 48
+    assert right >= 5
 
 
 def test_images_of_other_classes_are_below_the_threshold():
@@ -94,7 +92,6 @@ def test_the_protocol_gives_names_and_images(model, painted):
         "colors", {"train": lambda: train, "test": lambda: painted(colors * 2, classes=colors, broken=[5])}
     )
     (result,) = evaluate_all(model, dataset, ("few-shot",), Options(shots=2, progress=False))
-    assert isinstance(result, FewShotResult)
     assert (result.top1, result.names_top1, result.n, result.shots) == (1.0, 1.0, 5, 2)
     assert result.skipped == {"truncated image": 2}, "of both splits"
     assert result.measures()[0].name == "2 shots, top-1"

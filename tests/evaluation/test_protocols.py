@@ -13,7 +13,7 @@ from conftest import TINY, refuses
 from declip.api import evaluate
 from declip.evaluation.datasets import Dataset
 from declip.evaluation.protocols import SETS, Options, evaluate_all, evaluate_suite
-from declip.evaluation.results import LinearProbeResult, Measure, read_result, short_names
+from declip.evaluation.results import Measure, read_result, short_names
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schema import Recipe
 from declip.reports.page import rich_table
@@ -67,7 +67,6 @@ def test_probes_of_a_model_that_knows_its_colors(probed, dataset):
     linear = evaluate(probed, on, "linear")
     assert sum(size for _, size, *_ in probed.passes) == 38  # each split once
     assert not any(training or grad for *_, training, grad in probed.passes)
-    assert isinstance(linear, LinearProbeResult)
     assert (linear.top1, linear.mean_per_class, linear.n, linear.classes) == (1.0, 1.0, 3, 7)
     assert (linear.dataset, linear.train, linear.width, linear.validation) == ("set", 35, 3, "validation split")
     assert [measure.name for measure in linear.measures()] == ["linear probe, top-1", "linear probe, mean per class"]

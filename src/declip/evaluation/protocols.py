@@ -204,7 +204,10 @@ def evaluate_all(
         for task in tasks:
             check_dataset(shared.dataset, task, options)
             if (method := TASKS[task].method) and not hasattr(model, method):
-                raise UserError(f"{type(model).__name__} has no method `{method}`, which the task '{task}' requires.")
+                raise UserError(
+                    f"{type(model).__name__} has no method `{method}`, which the task '{task}' requires. Add it, or "
+                    "choose the task 'zero-shot' or 'retrieval'."
+                )
         checked.append(shared)
     # --- one dataset at a time
     results = []
