@@ -14,10 +14,11 @@ from declip.data.sources.open import open_source
 from declip.errors import UserError
 from declip.finetuning import estimate_finetune, finetune_recipe
 from declip.inspection.split import related_pairs
-from declip.models.closed_form import Form, Pairs, fit_heads
+from declip.models.closed_form import Form, Heads, Pairs, fit_heads
 from declip.reports.run import write_report
 from declip.runs.folder import CROSS_VALIDATION, KEPT, read_run
-from declip.training.fit import fit
+from declip.training.fit import fit, set_heads
+from declip.training.heads import Choice
 from text_encoders import bert
 from training.starts import last, moved
 
@@ -206,3 +207,13 @@ def test_a_start_with_projections_is_never_worse_afterwards(run, folder, tmp_pat
     # the exported model has the same projections in one layer each
     exported = declip.export(again.folder, "safetensors", tmp_path / "exported").folder
     torch.testing.assert_close(cosines(exported, folder), after)
+
+
+def test_heads_are_applied_after_the_projections_of_their_start(run):
+    model, heads = declip.load(run.folder, "cpu"), Heads(*torch.randn(2, 8, 64).unbind())
+    images, tokens = model.preprocess([texture(0), texture(1)]), model.tokenize(["red circle", "blue"])
+    with torch.no_grad():
+        expected = heads.similarities(model.encode_image(images), model.encode_text(tokens))
+        set_heads(model, Choice(heads, Form("pulled", 1.0), 0.0, logit_scale=7.0), starts=True)
+        torch.testing.assert_close(model.encode_image(images) @ model.encode_text(tokens).mT, expected)
+    assert model.logit_scale.exp().item() == pytest.approx(7)
