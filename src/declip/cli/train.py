@@ -167,36 +167,40 @@ def evaluate(
     if templates is not None and task not in ("zero-shot", "few-shot"):
         raise UserError(f"--templates requires --task zero-shot or few-shot, but --task is {task}. Remove it.")
     check_writable((json_out,))
-    from declip.evaluation.datasets import open_dataset
-    from declip.evaluation.protocols import PREFIX, SETS, Options, evaluate_all, evaluate_suite
+    from declip.evaluation.protocols import PREFIX, Options
     from declip.interchange.read import load
-    from declip.io.text import percent
-    from declip.reports.page import rich_table
-    from declip.reports.run import results_table
 
-    # --- all sets, or those of a suite
     suite = next((name for name in datasets if name.startswith(PREFIX)), None)
     if suite is not None and (len(datasets) > 1 or label_column is not None):
         raise UserError(f"The suite '{suite}' is evaluated alone. Give one --dataset, and no --label-column.")
     options = Options(templates=templates, shots=shots or [4], batch_size=batch_size, workers=workers)
-    loaded = load(model, device, precision, engine)
+    found = _evaluate(load(model, device, precision, engine), datasets, label_column, task, options, suite)
+    if json_out is not None:
+        write_text(json_out, json.dumps(found, indent=1), "choose another path with --json")
+
+
+def _evaluate(
+    model: Any, datasets: list[str], label_column: str | None, task: str, options: Any, suite: str | None
+) -> Any:
+    """Evaluate on all sets, or on those of a suite, and print a table; return one row or several."""
+    from declip.evaluation.datasets import open_dataset
+    from declip.evaluation.protocols import SETS, evaluate_all, evaluate_suite
+    from declip.io.text import percent
+    from declip.reports.page import rich_table
+    from declip.reports.run import results_table
+
     if suite is None:
         opened = [open_dataset(name, label_column=label_column) for name in datasets]
-        results, found = evaluate_all(loaded, opened, (task,), options), None
-    else:
-        results, found = evaluate_suite(loaded, suite, task, options)
-    # --- print and write
-    console.print(rich_table(results_table(results)))
-    if found:
-        say(
-            f"Average of {len(found['values'])} of {len(SETS)} sets by their usual metrics: {percent(found['average'])}"
-        )
-        for name, reason in found["missing"].items():
-            say(f"Not measured: {name}: {reason}")
-    if json_out is not None:
+        results = evaluate_all(model, opened, (task,), options)
+        console.print(rich_table(results_table(results)))
         rows = [each.to_dict() for each in results]
-        tree = found or (rows if len(rows) > 1 else rows[0])
-        write_text(json_out, json.dumps(tree, indent=1), "choose another path with --json")
+        return rows if len(rows) > 1 else rows[0]
+    results, found = evaluate_suite(model, suite, task, options)
+    console.print(rich_table(results_table(results)))
+    say(f"Average of {len(found['values'])} of {len(SETS)} sets by their usual metrics: {percent(found['average'])}")
+    for name, reason in found["missing"].items():
+        say(f"Not measured: {name}: {reason}")
+    return found
 
 
 def compare(

@@ -192,9 +192,7 @@ def wrap_open_clip(opened: OpenClipModel, origin: str) -> Weights:
     }
     tensors = {f"{start}{n}": t.detach() for start, tower in towers.items() for n, t in tower.state_dict().items()}
     tensors |= {n: state[n].squeeze() for n in ("logit_scale", "logit_bias") if n in state}
-    parts = Path(opened.name.removeprefix(FOLDER)).parts
-    hub = (part.removeprefix("models--") for part in parts if part.startswith("models--"))  # in the Hub's cache
-    name = PREFIX + next(hub, parts[-1])
+    name = PREFIX + _short_name(opened.name)
     keys = {
         **{"name": "from-open-clip", "embed_dim": config["embed_dim"], "image.model": name, "text.hf_model": name},
         **{"image.size": size, "image.mean": list(prepared.mean), "image.std": list(prepared.std)},
@@ -202,6 +200,12 @@ def wrap_open_clip(opened: OpenClipModel, origin: str) -> Weights:
         "logit_bias": float(tensors["logit_bias"]) if "logit_bias" in tensors else None,
     }
     return Weights(load_recipe("clip", keys), tensors, origin)
+
+
+def _short_name(name: str) -> str:
+    """The name of a model, a folder or, in the Hub's cache, a repository."""
+    parts = Path(name.removeprefix(FOLDER)).parts
+    return next((part.removeprefix("models--") for part in parts if part.startswith("models--")), parts[-1])
 
 
 def _tokenizer_arguments(tokenizer: Any, text: Mapping[str, Any]) -> dict[str, Any]:
