@@ -191,11 +191,6 @@ class Prediction:
     probability: float
     probabilities: dict[str, float]
 
-    def _cells(self) -> list[str]:
-        """The row of a table."""
-        numbers = self.probability, *self.probabilities.values()
-        return [plain_cell(self.image), plain_cell(self.best), *(f"{number:.6g}" for number in numbers)]
-
 
 @dataclass
 class Classification:
@@ -265,28 +260,44 @@ def classify(
     if examples is not None:
         classifier = Classifier.fit(encoder, names, examples, templates=prompts, label_column=label_column, **options)
     known, encode, score = _scorer(encoder, classifier, names, prompts, batch_size)
-    threshold = -math.inf  # of the largest score, below which an image is of no class
-    if reject:
-        if classifier is None or classifier.rejection is None:
-            raise UserError("--reject requires examples of three classes or more, with two images of one or more.")
-        threshold = classifier.rejection.threshold
+    threshold = _threshold(classifier) if reject else -math.inf
     result = Classification(dict.fromkeys([*known, *([NONE] if reject else [])], 0), classifier=classifier)
-    # --- classify and write batch by batch; the table appears complete or not at all
+    # --- classify and write batch by batch
     batches = [range(start, min(start + batch_size, len(source))) for start in range(0, len(source), batch_size)]
     stream = encode_batches(encoder, source, _read, batches, workers, progress, encode)
     header = ("image", "class", "probability", *map(plain_cell, known))
+    # The table appears complete or not at all.
     with nullcontext() if path is None else csv_table(path, header) as table:
-        for prediction in _predictions(stream, known, score, threshold, result.skipped):
-            result.counts[prediction.best] += 1
-            if table is not None:
-                table.writerow(prediction._cells())
-            if on_prediction is not None:
-                on_prediction(prediction)
-            elif table is None:
-                result.predictions.append(prediction)
-        if not any(result.counts.values()):
-            raise UserError(f"None of the {result.skipped.total:,} images can be used: {result.skipped.explanation()}")
+        _collect(_predictions(stream, known, score, threshold, result.skipped), result, table, on_prediction)
     return result
+
+
+def _threshold(classifier: Classifier | None) -> float:
+    """The largest score below which an image is of no class."""
+    if classifier is None or classifier.rejection is None:
+        raise UserError("--reject requires examples of three classes or more, with two images of one or more.")
+    return classifier.rejection.threshold
+
+
+def _collect(
+    predictions: Iterable[Prediction],
+    result: Classification,
+    table: Any,
+    on_prediction: Callable[[Prediction], object] | None,
+) -> None:
+    """Count predictions, and write them to a table, pass them to a function, or keep them in the result."""
+    for prediction in predictions:
+        result.counts[prediction.best] += 1
+        if table is not None:
+            numbers = prediction.probability, *prediction.probabilities.values()
+            names = map(plain_cell, (prediction.image, prediction.best))
+            table.writerow([*names, *(f"{number:.6g}" for number in numbers)])
+        if on_prediction is not None:
+            on_prediction(prediction)
+        elif table is None:
+            result.predictions.append(prediction)
+    if not any(result.counts.values()):
+        raise UserError(f"None of the {result.skipped.total:,} images can be used: {result.skipped.explanation()}")
 
 
 def _predictions(
