@@ -262,11 +262,10 @@ def classify(
     known, encode, score = _scorer(encoder, classifier, names, prompts, batch_size)
     threshold = _threshold(classifier) if reject else -math.inf
     result = Classification(dict.fromkeys([*known, *([NONE] if reject else [])], 0), classifier=classifier)
-    # --- classify and write batch by batch
+    # --- classify and write batch by batch; the table appears complete or not at all
     batches = [range(start, min(start + batch_size, len(source))) for start in range(0, len(source), batch_size)]
     stream = encode_batches(encoder, source, _read, batches, workers, progress, encode)
     header = ("image", "class", "probability", *map(plain_cell, known))
-    # The table appears complete or not at all.
     with nullcontext() if path is None else csv_table(path, header) as table:
         _collect(_predictions(stream, known, score, threshold, result.skipped), result, table, on_prediction)
     return result
