@@ -37,7 +37,7 @@ TERMS: dict[str, type[Term]] = {
     "simclr": SimCLR,
     "late_interaction": LateInteraction,
 }
-"""Name in `loss_weights` → loss. A new loss is a file, a line here and a recipe."""
+"""Name in `loss_weights` → loss; see CONTRIBUTING.md."""
 
 Gather = Callable[[Tensor], Tensor]
 
