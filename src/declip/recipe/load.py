@@ -170,7 +170,7 @@ def _explain(problem: Mapping[str, Any]) -> str:
             return f"In a file keys are nested: write {nested} instead of {place}."
         return str(unknown_key(place))
     if problem["type"] == "model_type":
-        return f"{place}={problem['input']!r}: {place} is a section; set its keys, which `declip recipes show` lists."
+        return f"{place}={problem['input']!r}: {place} is a section; set its keys (`declip recipes show NAME`)."
     message = problem["msg"].removeprefix("Value error, ")
     where = f"{place}={problem['input']!r}: " if place and problem["type"] != "value_error" else ""
     return f"{where}{message[0].lower()}{message[1:]}."
@@ -188,7 +188,7 @@ def unknown_key(given: str) -> UserError:
     nearest = get_close_matches(given, keys, n=1, cutoff=0.85) or get_close_matches(name, meant, n=1, cutoff=0.8)
     found = meant.get(name) or {key for word in nearest for key in meant.get(word, {word})}
     if len(found) == 1:
-        return UserError(f"Unknown recipe key '{given}'. Did you mean '{min(found)}'? `declip recipes show` lists all.")
+        return UserError(f"Unknown recipe key '{given}'. Did you mean '{min(found)}'? See `declip recipes show NAME`.")
     sections = Recipe.model_fields if "." not in given else ()
     return unknown("recipe key", given, {*keys, *sections})
 
