@@ -124,11 +124,13 @@ class FolderSource(FileList):
     def texts(self, key: str, place: Path) -> tuple[str, ...]:
         path = place.with_suffix(".txt")
         try:
-            if not stat.S_ISREG((status := path.stat()).st_mode):  # a named pipe blocks on open
+            if not stat.S_ISREG(path.stat().st_mode):  # a named pipe blocks on open
                 raise BrokenPair("missing caption", key, f"{path} is not a file")
-            if status.st_size > MOST_CAPTION_BYTES:
+            with path.open("rb") as file:  # not by its size, which is 0 for some files of the system
+                content = file.read(MOST_CAPTION_BYTES + 1)
+            if len(content) > MOST_CAPTION_BYTES:
                 raise BrokenPair("caption too long", key, f"its file is longer than {MOST_CAPTION_BYTES:,} bytes")
-            return clean_captions(path.read_bytes().decode("utf-8-sig").splitlines(), key)
+            return clean_captions(content.decode("utf-8-sig").splitlines(), key)
         except OSError as error:
             if isinstance(error, FileNotFoundError) and any(captions := metadata_captions(place, key)):
                 return clean_captions(captions, key)
