@@ -1,0 +1,62 @@
+"""The operations of a training step, counted without computing it."""
+
+import pytest
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from conftest import tiny_tree
+from declip.models.dual_encoder import DualEncoder
+from declip.recipe.schema import Recipe
+from declip.training.assemble import assemble
+from declip.training.estimate import count_cost
+from declip.training.step import training_step
+
+
+def of_a_transformer(tokens, width, layers):
+    """Multiplications and additions of a forward pass: four matrices of attention, the MLP, both products of it."""
+    return layers * 2 * tokens * (4 * width**2 + 8 * width**2 + 2 * tokens * width)
+
+
+def test_operations_are_those_of_the_formula():
+    recipe, length = Recipe.model_validate(tiny_tree("unused", "declip")), 16
+    image = of_a_transformer(17, 64, 1) + 2 * 16 * (3 * 8 * 8) * 64 + 2 * 64 * 16
+    text = of_a_transformer(length, 32, 1) + 2 * 32 * 16
+    patches = 2 * 16 * (3 * 8 * 8) * 64  # the pixels need no gradient
+    assert count_cost(recipe, length).flops == 2 * (3 * (image + text) - patches)
+
+
+def test_operations_are_those_of_a_step_but_for_losses_and_heads(table, tmp_path):
+    parts = assemble(Recipe.model_validate(tiny_tree(table, "declip")), tmp_path / "run", quiet=True)
+    batch = next(parts.loader)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        training_step(parts.learner, parts.optimizer, batch, parts.hosts.sync_step(0, len(batch), stop=False))
+    parts.loader.close()
+    towers = count_cost(parts.recipe, batch.texts.shape[2]).flops * len(batch)
+    assert 0.95 < towers / counter.get_total_flops() < 1
+
+
+@pytest.mark.parametrize("key", ["grad_checkpointing", "grad_cache_chunk"])
+def test_a_second_forward_pass_costs_a_third_more(key):
+    tree = tiny_tree("unused")
+    once, twice = (
+        count_cost(Recipe.model_validate({**tree, "train": {**tree["train"], key: value}}), 16).flops
+        for value in (None if key.endswith("chunk") else False, 4 if key.endswith("chunk") else True)
+    )
+    assert twice / once == pytest.approx(4 / 3, rel=0.05)
+
+
+def test_memory_grows_by_the_float32_activations_that_a_pair_saves():
+    precise, short = (
+        count_cost(Recipe.model_validate(tiny_tree("unused", train={"precision": precision})), 16)
+        for precision in ("fp32", "bf16")
+    )
+    assert 0.4 < short.activations / precise.activations < 1
+    assert (
+        precise.states
+        == short.states
+        == 16
+        * sum(
+            parameter.numel()
+            for parameter in DualEncoder.from_recipe(Recipe.model_validate(tiny_tree("unused"))).parameters()
+        )
+    )
