@@ -6,10 +6,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision.transforms as T
+from PIL import Image
 from safetensors.torch import load_file
 
 import declip
 from conftest import refuses
+from declip.data.images.decode import open_image
 from declip.evaluation.datasets import Dataset
 from declip.interchange import official
 from declip.interchange.declip_file import FILE, write_declip_file
@@ -19,7 +22,7 @@ from declip.training.pretrained import apply_pretrained
 from evaluation.conftest import WORDS, PaintedSource
 from golden_cases import GOLDEN, TERMS, Case, model_cases, read_official, read_state, with_heads
 from interchange.test_export import features, run_card
-from interchange.towers import EXACT, export_exactly, largest
+from interchange.towers import EXACT, export_exactly, largest, pictures
 from training.starts import recipe_for
 
 CASES = model_cases()
@@ -199,6 +202,23 @@ def test_full_size_models_have_the_shapes_of_our_recipes(file, model, recipe, em
     assert objective.recipe.simclr == expected.simclr
     if expected.image.model.startswith("vit"):
         assert objective.recipe.image.model_kwargs["num_heads"] == 12
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_files_are_preprocessed_as_by_the_authors(name, tmp_path):
+    """From image files to features: Resize(256 / 224 of the crop), CenterCrop and ImageNet's statistics."""
+    model = Case(name).read()[0].eval()
+    size = model.recipe.image.size
+    crop = [T.Resize(size * 256 // 224), T.CenterCrop(size), T.ToTensor()]  # bilinear, torchvision's default
+    theirs = T.Compose([*crop, T.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
+    images = []
+    for number, picture in enumerate(pictures()):
+        picture.save(tmp_path / f"{number}.png")
+        images.append(Image.open(tmp_path / f"{number}.png").convert("RGB"))
+    expected = model.encode_image(torch.stack([theirs(image) for image in images]))
+    assert largest(model.encode_image(model.preprocess(images)), expected) <= EXACT
+    lazy = torch.stack([model.preprocessor.fast(open_image(path, "x")) for path in sorted(tmp_path.iterdir())])
+    assert largest(model.encode_image(model.preprocessor.normalize(lazy)), expected) <= 0.02  # of Pillow: a level apart
 
 
 def test_a_logit_scale_that_theirs_cuts_off_is_cut_off():

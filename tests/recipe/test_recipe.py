@@ -5,9 +5,11 @@ import pytest
 import yaml
 
 from conftest import refuses
+from declip.data.batch import plan_views
 from declip.io.text import read_yaml
 from declip.recipe.load import flat, load_recipe, read_value, recipe_keys, recipe_names, synonyms, unknown_key
-from declip.recipe.schema import Evaluation, Recipe
+from declip.recipe.schema import Evaluation, ImageTowerConfig, Recipe
+from declip.supervision.objective import needs_of
 
 DEMO_SETS = {
     "zero_shot": ("builtin:emoji-validation",),
@@ -28,6 +30,8 @@ def test_every_shipped_recipe_is_valid_and_says_what_it_is(name):
         assert recipe.evaluation == Evaluation()
 
 
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 SHARED = {"multi_view": 0.2, "simsiam": 0.2, "masked_language": 0.2, "nearest_neighbor": 0.2}
 OFFICIAL = {"contrastive": 0.1, **SHARED, "multi_view": 0.3}
 METHOD = {
@@ -60,6 +64,23 @@ def test_the_published_recipe_has_the_authors_numbers():
         "views.image.grayscale_prob": 0.2,
     }
     assert flat(expected).items() <= found.items()
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_published_recipes_have_the_authors_pixels_and_others_clips(name):
+    """In evaluation, and the interpolation in training too."""
+    recipe, published = load_recipe(name), "yfcc15m" in name
+    image, plan = recipe.image, plan_views(recipe, needs_of(recipe))
+    assert (image.mean, image.std) == (plan.mean, plan.std) == (IMAGENET if published else CLIP)
+    assert image.resize == (256 if published else image.size)
+    assert {view.interpolation for view in plan.views} == {"bilinear" if published else "bicubic"}
+
+
+def test_the_resize_in_evaluation_follows_the_size():
+    found = [load_recipe("clip-yfcc15m-vitb32", {"image.size": size}).image.resize for size in (224, 288, 32)]
+    assert found == [256, 329, 36], "timm's rounding"
+    exact = [(side, edge) for side in range(16, 400, 7) for edge in range(side, 4 * side, 11)]
+    assert [e for s, e in exact if ImageTowerConfig(size=s, crop_pct=s / e).resize != e] == []
 
 
 def test_a_recipe_extends_another_file_and_an_override_changes_one_entry(tmp_path):

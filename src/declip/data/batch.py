@@ -153,11 +153,12 @@ class Needs:
 
 
 class ViewSpec(NamedTuple):
-    """One image view: its name, its size in pixels and its augmentation."""
+    """One image view: its name, its size in pixels, its augmentation and the interpolation of its crop."""
 
     name: str
     size: int
     augmentation: ImageView
+    interpolation: str = "bicubic"
 
 
 @dataclass(frozen=True)
@@ -177,15 +178,17 @@ def plan_views(recipe: Recipe, needs: Iterable[Needs]) -> Plan:
     """Derive the views that the losses of a recipe need."""
     needs = list(needs)
     wanted: set[str] = set().union(*(need.views | need.optional_views for need in needs))
-    size, views = recipe.image.size, recipe.views
+    size, views, interpolation = recipe.image.size, recipe.views, recipe.image.interpolation
     if not views.image_second:
         if any("second" in need.views for need in needs):
             raise UserError("With views.image_second=false no loss can compare two views. Set their weights to 0.")
         wanted.discard("second")
-    specs = [ViewSpec(name, size, views.image) for name in ("first", "second") if name == "first" or name in wanted]
+    names = [name for name in ("first", "second") if name == "first" or name in wanted]
+    specs = [ViewSpec(name, size, views.image, interpolation) for name in names]
     if views.contrastive_view is not None:
         # Losses that compare augmented views keep theirs; without one of them only this view is made.
-        specs = [ViewSpec("contrastive", size, views.contrastive_view), *(specs if "second" in wanted else [])]
+        mild = ViewSpec("contrastive", size, views.contrastive_view, interpolation)
+        specs = [mild, *(specs if "second" in wanted else [])]
     masked = any(need.masked for need in needs) or bool(views.text.mask)
     return Plan(
         views=tuple(specs),

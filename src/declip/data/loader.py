@@ -102,7 +102,7 @@ class Assembler:
         if len(self.source) < self.batch_size:
             problem = f"'{self.source.name}' holds {len(self.source)} pairs, fewer than one batch of {self.batch_size}."
             raise UserError(f"{problem} Set a smaller train.batch_size, or add pairs.")
-        self.transforms = [ViewTransform(spec.size, spec.augmentation) for spec in self.plan.views]
+        self.transforms = [ViewTransform(*spec[1:]) for spec in self.plan.views]
         order = Order(self.source, self.batch_size, self.seed, self.shuffle_buffer)
         self.steps_per_epoch, self.indices = order.steps_per_epoch, order.indices
 

@@ -42,7 +42,9 @@ PREPROCESSING: Mapping[str, Any] = {
     "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": [0.48145466, 0.4578275, 0.40821073],
     "image_std": [0.26862954, 0.26130258, 0.27577711],
 }  # fmt: skip
-"""Defaults of transformers; 3 is bicubic."""
+"""Defaults of transformers."""
+
+RESAMPLE = {"bilinear": 2, "bicubic": 3}
 
 POOLS_AT_HIGHEST = 2  # end token of early releases: pooling at the highest id, which is CLIP's end token
 POSITION_IDS = "embeddings.position_ids"  # buffer in older files
@@ -109,7 +111,7 @@ def _expect(key: str, value: Any, *allowed: Any) -> None:
 
 
 def _image_keys(folder: Path, side: int) -> dict[str, Any]:
-    """Recipe keys of the preprocessing, which must be CLIP's."""
+    """Recipe keys of the preprocessing, which must be CLIP's: resize, center crop, normalize."""
     # Like transformers 5, prefer processor_config.json to the older file.
     given = _read_json(folder / PROCESSOR).get("image_processor") or _read_json(folder / PREPROCESSOR)
     if not given:
@@ -118,11 +120,18 @@ def _image_keys(folder: Path, side: int) -> dict[str, Any]:
     if not kind.startswith("CLIP"):
         raise UserError(f"its image processor is a {kind}, not CLIP's")
     given = {**PREPROCESSING, **given}
-    sizes = {"size": (side, {"shortest_edge": side}), "crop_size": (side, {"height": side, "width": side})}
+    resized, *more = given["size"].values() if isinstance(given["size"], Mapping) else [given["size"]]
+    if more or type(resized) is not int or resized < side:
+        raise UserError(f"image preprocessing: size is {given['size']!r}; supported: a shortest_edge of {side} or more")
+    others = {"crop_size": (side, {"height": side, "width": side}), "resample": RESAMPLE.values()}
     for key, expected in PREPROCESSING.items():
-        if not key.startswith("image_"):
-            _expect(f"image preprocessing: {key}", given[key], *sizes.get(key, (expected,)))
-    return {"image.size": side, "image.mean": given["image_mean"], "image.std": given["image_std"]}
+        if key != "size" and not key.startswith("image_"):
+            _expect(f"image preprocessing: {key}", given[key], *others.get(key, (expected,)))
+    return {
+        **{"image.size": side, "image.mean": given["image_mean"], "image.std": given["image_std"]},
+        "image.interpolation": next(name for name, number in RESAMPLE.items() if number == given["resample"]),
+        "image.crop_pct": side / resized,
+    }
 
 
 def _read_tokenizer(file: Path) -> Tokenizer:
@@ -159,7 +168,7 @@ def write(model: DualEncoder, folder: Path) -> None:
     tensors = layouts.TRANSFORMERS.write(model.state_dict())
     preprocessor = {
         **{"image_processor_type": "CLIPImageProcessor", "processor_class": "CLIPProcessor", "do_convert_rgb": True},
-        **{**PREPROCESSING, "resample": model.preprocessor.filter.value, "size": {"shortest_edge": image.size}},
+        **{**PREPROCESSING, "resample": RESAMPLE[image.interpolation], "size": {"shortest_edge": image.resize}},
         "crop_size": {"height": image.size, "width": image.size},
         **{"image_mean": list(image.mean), "image_std": list(image.std)},
     }

@@ -332,11 +332,11 @@ def backend(tokenizer: CaptionTokenizer) -> Backend:
 
 
 def preprocess_config(model: DualEncoder) -> dict[str, Any]:
-    """Preprocessing of images in the words of open_clip."""
+    """Preprocessing of images in the words of open_clip, and "resize", which it does not know, if not "size"."""
     image, given = model.recipe.image, model.preprocessor
     prepared = {"size": image.size, "mode": "RGB", "mean": list(image.mean), "std": list(image.std)}
     how = {"interpolation": given.filter.name.lower(), "resize_mode": "squash" if given.squash else "shortest"}
-    return prepared | how
+    return prepared | how | ({"resize": given.resize} if given.resize != given.size and not given.squash else {})
 
 
 def write_tokenizer(tokenizer: CaptionTokenizer, folder: Path) -> None:

@@ -16,7 +16,15 @@ from torch import Tensor
 
 from declip.errors import UserError
 from declip.interchange import layouts
-from declip.interchange.open_clip_model import CONFIG, PREFIXES, OpenClipModel, load_open_clip, matches, wrap_open_clip
+from declip.interchange.open_clip_model import (
+    CONFIG,
+    PREFIXES,
+    OpenClipModel,
+    image_statistics,
+    load_open_clip,
+    matches,
+    wrap_open_clip,
+)
 from declip.interchange.weights import Weights, first_difference
 from declip.io.atomic import save_tensors
 from declip.io.text import one_line
@@ -65,7 +73,7 @@ def _keys(opened: OpenClipModel, state: Mapping[str, Tensor]) -> Part:
     from open_clip import CLIP
 
     model, prepared = opened.model, opened.preprocess
-    if not isinstance(model, CLIP) or prepared.interpolation != "bicubic" or prepared.resize_mode != "shortest":
+    if not isinstance(model, CLIP) or prepared.resize_mode != "shortest":
         raise UserError("its towers or its preprocessing are not those of CLIP")
     tower, block = model.visual, model.transformer.resblocks[0]
     activation = "quick_gelu" if opened.config.get("quick_gelu") else "gelu"
@@ -81,8 +89,7 @@ def _keys(opened: OpenClipModel, state: Mapping[str, Tensor]) -> Part:
         **layouts.text_keys(state, "", block.attn.num_heads),
         "text.activation": activation,
         "image.size": prepared.size if isinstance(prepared.size, int) else prepared.size[0],
-        "image.mean": list(prepared.mean),
-        "image.std": list(prepared.std),
+        **image_statistics(prepared),
         "embed_dim": state["text_projection"].shape[1] if bare else len(state["text_projection.weight"]),
     }
     return keys, layout + (layouts.CLIP_TEXT if bare else layouts.CLIP_TEXT_WITH_BIAS)

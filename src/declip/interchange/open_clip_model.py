@@ -171,7 +171,7 @@ def wrap_open_clip(opened: OpenClipModel, origin: str) -> Weights:
     size, text = sides.pop(), config["text_cfg"]
     stored = WrappedModel(
         config,
-        {"interpolation": prepared.interpolation, "squash": prepared.resize_mode == "squash"},
+        {"squash": prepared.resize_mode == "squash"},
         _tokenizer_arguments(opened.tokenizer, text),
         plain(opened.model.text.config.to_dict()) if text.get("hf_model_name") else None,
     )
@@ -195,11 +195,21 @@ def wrap_open_clip(opened: OpenClipModel, origin: str) -> Weights:
     name = PREFIX + _short_name(opened.name)
     keys = {
         **{"name": "from-open-clip", "embed_dim": config["embed_dim"], "image.model": name, "text.hf_model": name},
-        **{"image.size": size, "image.mean": list(prepared.mean), "image.std": list(prepared.std)},
+        **{"image.size": size, **image_statistics(prepared)},
         **{"text.pretrained": False, "text.context_length": tokenizer.context},
         "logit_bias": float(tensors["logit_bias"]) if "logit_bias" in tensors else None,
     }
     return Weights(load_recipe("clip", keys), tensors, origin)
+
+
+def image_statistics(prepared: Any) -> dict[str, Any]:
+    """Recipe keys of open_clip's preprocessing besides its size; "random" interpolation is bicubic in evaluation."""
+    interpolation = "bilinear" if prepared.interpolation == "bilinear" else "bicubic"
+    return {
+        "image.mean": list(prepared.mean),
+        "image.std": list(prepared.std),
+        "image.interpolation": interpolation,
+    }
 
 
 def _short_name(name: str) -> str:

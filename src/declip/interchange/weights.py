@@ -130,13 +130,14 @@ class Weights:
     def fit(self, recipe: Recipe) -> Recipe:
         """Set the architecture, preprocessing, tokenizer and logit scale of a recipe to those of the weights.
 
-        Settings of training and rates of dropout are kept, and so are an image size, image statistics and a context
-        length from the user.
+        Settings of training and rates of dropout are kept, and so are an image size, other preprocessing of images and
+        a context length from the user.
         Without a text tower, the recipe's text tower and embedding width are kept. Weights with a bias of the logits
         are trained with a sigmoid loss, unless the user gave losses.
         """
         # The image tower and its preprocessing
-        own = (name for name in ("size", "mean", "std") if f"image.{name}" in recipe.given)
+        preprocessing = ("size", "mean", "std", "interpolation", "crop_pct")
+        own = (name for name in preprocessing if f"image.{name}" in recipe.given)
         keep = {name: getattr(recipe.image, name) for name in ("freeze_patch_embed", *own)}
         # Rates of dropout, such as patch_drop_rate, change no weights.
         theirs, asked = self.recipe.image.model_kwargs, recipe.image.model_kwargs

@@ -71,6 +71,7 @@ class DualEncoder(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(recipe.logit_scale.init))
         bias = recipe.initial_bias
         self.logit_bias = None if bias is None else nn.Parameter(torch.tensor(bias))
+        options = {"interpolation": given.interpolation, "resize": given.resize, **options}
         self.preprocessor = Preprocess(given.size, given.mean, given.std, **options)
 
     @classmethod

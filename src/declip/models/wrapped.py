@@ -31,7 +31,7 @@ class WrappedModel:
     """A model of open_clip without its weights."""
 
     config: Mapping[str, Any]  # "model_cfg"
-    image: Mapping[str, Any]  # "interpolation" and "squash", see `declip.data.images.preprocess.Preprocess`
+    image: Mapping[str, Any]  # "squash", and in older files "interpolation": arguments of `Preprocess`
     tokenizer: Mapping[str, Any]  # arguments of `WrappedTokenizer`
     encoder: Mapping[str, Any] | None = None  # configuration of a Hugging Face text encoder inside open_clip's model
 

@@ -110,8 +110,19 @@ class ImageTowerConfig(Section):
     size: int = Field(32, ge=16, le=4096, description="height and width in pixels; pretrained weights are resized")
     mean: RGB = Field((0.48145466, 0.4578275, 0.40821073), description="mean of red, green and blue in 0 to 1")
     std: Spreads = Field((0.26862954, 0.26130258, 0.27577711), description="standard deviation of red, green and blue")
+    interpolation: Literal["bicubic", "bilinear"] = Field(
+        "bicubic", description="of training crops and of the resize in evaluation: bicubic or bilinear"
+    )
+    crop_pct: float = Field(
+        1.0, ge=0.25, le=1, description="in evaluation, image.size divided by the resized shorter side, as in timm"
+    )
     model_kwargs: dict[str, Any] = Field(default_factory=dict, description="arguments of timm.create_model")
     freeze_patch_embed: bool = Field(False, description="keep a ViT's patch embedding at its random start (MoCo v3)")
+
+    @property
+    def resize(self) -> int:
+        """Shorter side in pixels to which evaluation resizes an image before the center crop."""
+        return int(self.size / self.crop_pct + 1e-6)  # rounded down as by timm; 1e-6 is for the division's rounding
 
 
 class TextTowerConfig(Section):

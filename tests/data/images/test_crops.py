@@ -117,19 +117,20 @@ def test_parameters_are_sampled_as_moco_samples_them():
         assert binomtest(int(chosen.sum()), 4000, probability).pvalue > 1e-3
 
 
+@pytest.mark.parametrize("mode", ["bicubic", "bilinear"])
 @pytest.mark.parametrize("shape", [(60, 40), (17, 90), (5, 5), (300, 200)])
-def test_crop_equals_torchvision_on_the_same_box(shape):
+def test_crop_equals_torchvision_on_the_same_box(shape, mode):
     image, flips = scene(*shape), []
-    cubic, maker = T.InterpolationMode.BICUBIC, transform(32, hflip_prob=0.5)
+    how, maker = T.InterpolationMode(mode), ViewTransform(32, ImageView(hflip_prob=0.5), mode)
     for seed in range(20):
         crop = maker.sample_crop(*image.size, np.random.default_rng(seed))
         box = (crop.top, crop.left, crop.height, crop.width)
         view = maker.crop_and_resize(np.asarray(image), crop)
         flips.append(crop.flip)
         unflipped = view.flip(-1) if crop.flip else view
-        assert torch.equal(unflipped, TF.resized_crop(TF.pil_to_tensor(image), *box, [32, 32], cubic))
+        assert torch.equal(unflipped, TF.resized_crop(TF.pil_to_tensor(image), *box, [32, 32], how))
         # Pillow rounds to uint8 between its two passes in another order: a level or two apart.
-        pillow = TF.pil_to_tensor(TF.resized_crop(image, *box, [32, 32], cubic))
+        pillow = TF.pil_to_tensor(TF.resized_crop(image, *box, [32, 32], how))
         difference = (unflipped.int() - pillow.int()).abs().float()
         assert (difference.max() <= 2, difference.mean() < 0.25) == (True, True)
     assert 0 < sum(flips) < 20
@@ -160,21 +161,24 @@ def test_a_picture_too_long_for_any_box_gives_its_middle():
     assert boxes == [(193, 0, 13, 10), (0, 193, 10, 13), (0, 24, 1, 1)]
 
 
+@pytest.mark.parametrize(("resize", "mode"), [(None, "bicubic"), (37, "bilinear")])
 @pytest.mark.parametrize("shape", [(50, 70), (70, 50), (64, 64), (31, 200), (500, 333), (9, 8), (32, 35)])
-def test_preprocess_equals_clips(shape):
+def test_preprocess_equals_torchvisions(shape, resize, mode):
     image = scene(*shape)
-    crop = [T.Resize(32, T.InterpolationMode.BICUBIC), T.CenterCrop(32), T.PILToTensor()]
-    clip = T.Compose([*crop, T.ToDtype(torch.float32, scale=True), T.Normalize(MEAN, STD)])
-    prepared = Preprocess(32, MEAN, STD)([image, image])
-    torch.testing.assert_close(prepared, torch.stack([clip(image)] * 2), rtol=0, atol=1e-6)
+    crop = [T.Resize(resize or 32, T.InterpolationMode(mode)), T.CenterCrop(32), T.PILToTensor()]
+    expected = T.Compose([*crop, T.ToDtype(torch.float32, scale=True), T.Normalize(MEAN, STD)])
+    prepared = Preprocess(32, MEAN, STD, mode, resize=resize)([image, image])
+    torch.testing.assert_close(prepared, torch.stack([expected(image)] * 2), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("resize", [64, 73])
 @pytest.mark.parametrize("shape", [(41, 887), (887, 42), (3000, 130)])
-def test_long_images_differ_little_from_clips(shape):
+def test_long_images_differ_little_from_clips(shape, resize):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8))
-    clip = T.Compose([T.Resize(64, T.InterpolationMode.BICUBIC), T.CenterCrop(64)])(image)
-    found = Preprocess(64, (0, 0, 0), (1, 1, 1))(image)[0].permute(1, 2, 0).numpy()
-    np.testing.assert_allclose(found * 255, np.asarray(clip), atol=2.01)
+    clip = np.asarray(T.Compose([T.Resize(resize, T.InterpolationMode.BICUBIC), T.CenterCrop(64)])(image))
+    found = Preprocess(64, (0, 0, 0), (1, 1, 1), resize=resize)(image)[0].permute(1, 2, 0).numpy() * 255
+    inner = slice(3, -3)  # pixels outside the crop are outside the filter too
+    np.testing.assert_allclose(found[inner, inner], clip[inner, inner], atol=2.01)
 
 
 @pytest.mark.parametrize("options", [{}, {"transparency": (9, 9, 9)}])
@@ -206,7 +210,7 @@ def test_preprocess_takes_any_mode_any_shape_and_one_image(monkeypatch):
 
 
 @pytest.mark.parametrize("size", [(150, 110), (40, 33), (20, 31), (32, 32), (900, 30)])
-@pytest.mark.parametrize("options", [{}, {"squash": True}, {"interpolation": "bilinear"}])
+@pytest.mark.parametrize("options", [{}, {"squash": True}, {"interpolation": "bilinear"}, {"resize": 37}])
 def test_pixels_are_pillows_to_a_level_or_two(size, options):
     image, preprocess = texture(0).resize(size, 3), Preprocess(32, [0.5] * 3, [0.25] * 3, **options)
     own = preprocess.fast(open_image(encoded(image, "PNG"), "x"))
@@ -216,11 +220,13 @@ def test_pixels_are_pillows_to_a_level_or_two(size, options):
     assert float(difference.mean()) < 0.6
 
 
-def test_a_large_jpeg_is_decoded_smaller():
+@pytest.mark.parametrize(("resize", "scale"), [(32, 4), (60, 4), (61, 2)])
+def test_a_large_jpeg_is_decoded_smaller(resize, scale):
+    """Of 480 pixels 120 are left: enough for a resize to 60, not to 61."""
     image = open_image(encoded(texture(0).resize((640, 480), 3), "JPEG", quality=95), "x")
-    preprocess, decoded, pixels = Preprocess(32, [0] * 3, [1] * 3), [], image.pixels
+    preprocess, decoded, pixels = Preprocess(32, [0] * 3, [1] * 3, resize=resize), [], image.pixels
     image.pixels = lambda scale=1: decoded.append(scale) or pixels(scale)
     own = preprocess.fast(image)
-    assert decoded == [4], "of 480 pixels 120 are left; 64 are enough, 60 are not"
+    assert decoded == [scale]
     difference = (preprocess.normalize(own[None]) - preprocess(Image.fromarray(pixels()))).abs() * 255
     assert float(difference.mean()) < 2

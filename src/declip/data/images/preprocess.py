@@ -13,12 +13,15 @@ from declip.data.pair import LazyImage
 
 # Of an image longer than this many times its shorter side, only what the crop keeps is resized.
 LONGEST_SHAPE = 10
-# The shorter side of a reduced JPEG has at least this many times `size`: with 1.0 features differ six times as much.
+# The shorter side of a reduced JPEG has at least this many times `resize`: with 1.0 features differ six times as much.
 LEFT = 2.0
 
 
 class Preprocess:
-    """CLIP's preprocessing to `size` x `size` pixels; to squash is to resize both sides instead, as SigLIP does."""
+    """CLIP's preprocessing to `size` x `size` pixels; to squash is to resize both sides instead, as SigLIP does.
+
+    `resize`, by default `size`, is the shorter side before the center crop.
+    """
 
     def __init__(
         self,
@@ -27,7 +30,9 @@ class Preprocess:
         std: Sequence[float],
         interpolation: str = "bicubic",
         squash: bool = False,
+        resize: int | None = None,
     ) -> None:
+        self.resize = resize or size
         self.size, self.squash, self.filter = size, squash, Image.Resampling[interpolation.upper()]
         self.mean, self.std = (torch.tensor(tuple(values), dtype=torch.float32) for values in (mean, std))
 
@@ -48,12 +53,12 @@ class Preprocess:
     def fast(self, image: LazyImage) -> Tensor:
         """Crop and resize to (3, size, size) uint8, channels last, three times as fast as Pillow, a level apart."""
         short = min(image.size)
-        scale = next((scale for scale in image.scales if short >= LEFT * scale * self.size), 1)
+        scale = next((scale for scale in image.scales if short >= LEFT * scale * self.resize), 1)
         pixels = image.pixels(scale)  # (H, W, 3)
         height, width = pixels.shape[:2]
         if max(height, width) > LONGEST_SHAPE * min(height, width):
             return torch.from_numpy(np.array(self.square(Image.fromarray(pixels)))).permute(2, 0, 1)
-        inner = [self.size if self.squash else int(self.size * side / min(height, width)) for side in (height, width)]
+        inner = [self.size if self.squash else int(self.resize * side / min(height, width)) for side in (height, width)]
         given = torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy()).permute(2, 0, 1)
         if inner != [height, width]:
             given = F.interpolate(given[None], tuple(inner), mode=self.filter.name.lower(), antialias=True)[0]
@@ -61,11 +66,11 @@ class Preprocess:
         return given[:, top : top + self.size, left : left + self.size]
 
     def square(self, image: Image.Image) -> Image.Image:
-        """Resize the shorter side to `size` and crop the center, as torchvision rounds; or squash."""
+        """Resize the shorter side to `resize` and crop the center, as torchvision rounds; or squash."""
         if self.squash:
             return image.resize((self.size, self.size), self.filter)
         short = min(image.size)
-        width, height = (int(self.size * side / short) for side in image.size)
+        width, height = (int(self.resize * side / short) for side in image.size)
         left, top = round((width - self.size) / 2), round((height - self.size) / 2)
         if max(image.size) > LONGEST_SHAPE * short:
             across, down = image.width / width, image.height / height

@@ -174,8 +174,8 @@ class Crop(NamedTuple):
 class ViewTransform:
     """Samples and makes one training view of `size` x `size` pixels."""
 
-    def __init__(self, size: int, augmentation: ImageView) -> None:
-        self.size, self.augmentation = size, augmentation
+    def __init__(self, size: int, augmentation: ImageView, interpolation: str = "bicubic") -> None:
+        self.size, self.augmentation, self.interpolation = size, augmentation, interpolation
         # The mirrored border is at most one pixel narrower than the view.
         self.blur_radius = min(math.ceil(KERNEL_SIGMAS * BLUR_SIGMA[1]), size - 1)
 
@@ -202,12 +202,13 @@ class ViewTransform:
         return Crop(*self.box(width, height, generator), bool(generator.random() < self.augmentation.hflip_prob))
 
     def crop_and_resize(self, pixels: np.ndarray, crop: Crop) -> Tensor:
-        """Crop, resize (bicubic, antialiased) and maybe flip (H, W, 3) uint8 to (3, size, size) uint8."""
+        """Crop, resize (antialiased) and maybe flip (H, W, 3) uint8 to (3, size, size) uint8."""
         left, top, width, height, flip = crop
         # Cropped first, so that pixels around the box stay out of the filter, as torchvision does it. torch's resize of
         # uint8 takes a third to half of the time of Pillow's and differs by a level or two of 255.
         part = torch.from_numpy(pixels[top : top + height, left : left + width].copy())
-        view = F.interpolate(part.permute(2, 0, 1).unsqueeze(0), (self.size, self.size), mode="bicubic", antialias=True)
+        part = part.permute(2, 0, 1).unsqueeze(0)
+        view = F.interpolate(part, (self.size, self.size), mode=self.interpolation, antialias=True)
         return (view.flip(-1) if flip else view)[0]
 
     def sample_params(self, generator: np.random.Generator) -> Photometric:
