@@ -26,7 +26,7 @@ def test_trains_evaluates_and_resumes(table, tmp_path, command):
     assert command(*evaluate, tmp_path / "result.json").status == 0
     result = json.loads((tmp_path / "result.json").read_text())
     last = json.loads((out / "evaluations.jsonl").read_text().splitlines()[-1])
-    assert result == {key: value for key, value in last.items() if key != "step"}
+    assert result == {"declip": declip.__version__, **{key: value for key, value in last.items() if key != "step"}}
 
     other = write_table(
         tmp_path / "other.csv", [f"{table.parent}/{color}-bar.png,a {color} bar" for color in ("red", "blue")]

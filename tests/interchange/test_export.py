@@ -198,6 +198,9 @@ def test_wrong_words_and_folders_in_use(tmp_path):
     declip.export(model, "safetensors", tmp_path / "out")
     (tmp_path / "out" / "more.txt").write_text("mine")
     refuses(r"or not empty.*--overwrite", declip.export, model, "safetensors", tmp_path / "out")
+    refuses("'more.txt'", declip.export, model, "safetensors", tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out" / "more.txt").read_text() == "mine"
+    (tmp_path / "out" / "more.txt").unlink()
     declip.export(model, "safetensors", tmp_path / "out", overwrite=True)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["README.md", FILE]
     for name, inner in (("photos", "a.jpg"), ("run", "README.md"), ("run/checkpoints", "step")):

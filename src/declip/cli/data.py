@@ -10,7 +10,7 @@ from typer import Argument, Option
 from declip.cli import options as opt
 from declip.cli.options import console, expand, file, reads_images, say
 from declip.errors import UserError
-from declip.io.atomic import check_writable, write_text
+from declip.io.outputs import check_outputs, write_output
 from declip.io.parts import parse_part
 
 group = typer.Typer(help="Download, shard and inspect pairs.", no_args_is_help=True)
@@ -81,16 +81,16 @@ def inspect(
     from declip.inspection.scan import Inspection, inspect_source
     from declip.reports.inspection import exclusions, page, summary
 
-    check_writable((json_out, html_out, exclude))
+    check_outputs((json_out, html_out, exclude))
     if exclude and not check_leakage:
         raise UserError("--exclude lists the copies that --check-leakage finds. Give a test set with --check-leakage.")
     options: dict[str, Any] = {"seed": seed, "size": size, "batch_size": batch_size, **reading}
     read = None if everything or exclude else sample
     inspection = inspect_source(source, read, check_leakage=check_leakage or (), **options)
     console.print(summary(inspection))
-    for make, path in ((Inspection.to_json, json_out), (page, html_out), (exclusions, exclude)):
+    outputs = ((Inspection.to_json, json_out, "--json"), (page, html_out, "--html"), (exclusions, exclude, "--exclude"))
+    for make, path, option in outputs:
         if path is not None:
-            write_text(path, make(inspection), "choose another place")
-            say(f"Written: {path}")
+            say(f"Written: {write_output(path, make(inspection), option)}")
     if inspection.usable == 0:
         raise typer.Exit(2)

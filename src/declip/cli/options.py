@@ -14,9 +14,10 @@ from rich.console import Console
 from rich.markup import escape
 from typer import Argument, Option
 
+import declip
 from declip.data.columns import Columns
 from declip.errors import UserError
-from declip.io.atomic import atomic_write
+from declip.io.outputs import output_file
 from declip.recipe.starts import check_model
 
 if TYPE_CHECKING:
@@ -129,8 +130,12 @@ def say(line: str) -> None:
 
 def write_image(path: Path, image: "Image", option: str) -> None:
     """Write an image as PNG."""
-    with atomic_write(path, f"choose another file with {option}") as target:
-        image.save(target, "PNG")
+    from PIL.PngImagePlugin import PngInfo
+
+    mark = PngInfo()
+    mark.add_text("Software", f"declip {declip.__version__}")
+    with output_file(path, option) as target:
+        image.save(target, "PNG", pnginfo=mark)
     say(f"Written: {path}")
 
 

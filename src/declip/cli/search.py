@@ -1,6 +1,5 @@
 """The commands that use a model: embed, search, index, app, choose, classify and explain."""
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -12,7 +11,8 @@ from typer import Argument, Option
 from declip.cli import options as opt
 from declip.cli.options import console, existing, expand, file, known, reads_images, say, write_image
 from declip.errors import UserError, check_installed
-from declip.io.atomic import check_writable, csv_path, write_text
+from declip.io.atomic import csv_path
+from declip.io.outputs import check_outputs, marked_json, write_output
 from declip.io.parts import find_parts, parse_part
 from declip.search.class_names import read_options
 
@@ -61,7 +61,7 @@ def search(
 ) -> None:
     """Search an index by a text, an image, or both."""
     # --- checks that need no torch, whose import takes seconds
-    check_writable((sheet_out, json_out))
+    check_outputs((sheet_out, json_out))
     from declip.search.info import IndexInfo
 
     info = IndexInfo.read(folder)
@@ -82,8 +82,8 @@ def search(
     # --- files
     if json_out is not None:
         query = {"index": str(folder), "text": text, "image": None if image is None else str(image), "weights": both}
-        result = json.dumps({**query, "over": over, "hits": [hit.to_dict() for hit in hits]}, indent=1) + "\n"
-        say(f"Written: {write_text(json_out, result, 'choose another file with --json')}")
+        result = marked_json({**query, "over": over, "hits": [hit.to_dict() for hit in hits]})
+        say(f"Written: {write_output(json_out, result, '--json')}")
     if sheet_out is not None:
         from declip.data.images.decode import decode
         from declip.reports.sheets import search_sheet
@@ -160,6 +160,7 @@ def export(
     over: Annotated[Literal["images", "captions"], Option(help="vectors to export")] = "images",
 ) -> None:
     """Write the vectors as a file of usearch, for approximate search among many millions of images."""
+    check_outputs((out,))
     from declip.search.info import IndexInfo
 
     IndexInfo.read(folder)
@@ -216,7 +217,7 @@ def choose(
     reading: dict[str, Any],
 ) -> None:
     """Choose the images that you should caption next, by their features; the most useful come first."""
-    check_writable((csv_path(out), sheet_out))
+    check_outputs((csv_path(out), sheet_out))
     from declip.search.choose import choose as run_choice
 
     choice = run_choice(model, images, count, have=have, out=out, index=index, seed=seed, **reading)
@@ -251,7 +252,7 @@ def classify(
     if save is not None and examples is None:
         raise UserError("--save requires --examples: it saves the classifier that is fitted to them.")
     names = read_options(classes, examples, head, reject)
-    check_writable((save, out and csv_path(out)))
+    check_outputs((save, out and csv_path(out)))
     from declip.search.classify import classify as run_classification
 
     fitted: dict[str, Any] = {"examples": examples, "head": head, "reject": reject, "label_column": label_column}
@@ -288,7 +289,7 @@ def explain(
 ) -> None:
     """Show where a text fits in an image: draw a heat map over the image."""
     # --- checks that need no torch, whose import takes seconds
-    check_writable((out,))
+    check_outputs((out,))
     if not image.is_file():
         raise UserError(f"There is no image '{image}'. Give a file.")
     if not text.strip():

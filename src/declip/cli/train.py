@@ -1,6 +1,5 @@
 """The commands ``declip train``, ``finetune``, ``evaluate`` and ``compare``."""
 
-import json
 import shlex
 import sys
 from collections.abc import Collection
@@ -13,7 +12,7 @@ from typer import Argument, Option
 from declip.cli import options as opt
 from declip.cli.options import check_source, console, file, known, say
 from declip.errors import UserError
-from declip.io.atomic import check_writable, write_text
+from declip.io.outputs import check_outputs, marked_json, write_output
 from declip.recipe.starts import check_model
 
 Task = Literal["zero-shot", "retrieval", "linear", "few-shot", "pointing"]
@@ -166,7 +165,7 @@ def evaluate(
     _check_shots(shots, (task,))
     if templates is not None and task not in ("zero-shot", "few-shot"):
         raise UserError(f"--templates requires --task zero-shot or few-shot, but --task is {task}. Remove it.")
-    check_writable((json_out,))
+    check_outputs((json_out,))
     from declip.evaluation.protocols import PREFIX, Options
     from declip.interchange.read import load
 
@@ -176,7 +175,7 @@ def evaluate(
     options = Options(templates=templates, shots=shots or [4], batch_size=batch_size, workers=workers)
     found = _evaluate(load(model, device, precision, engine), datasets, label_column, task, options, suite)
     if json_out is not None:
-        write_text(json_out, json.dumps(found, indent=1), "choose another path with --json")
+        write_output(json_out, marked_json(found), "--json")
 
 
 def _evaluate(

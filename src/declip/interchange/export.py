@@ -124,18 +124,25 @@ def export(
 @contextmanager
 def _new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
     """Yield an empty folder that replaces `out` when the block succeeds; nothing is left otherwise."""
-    old = list(out.iterdir()) if out.is_dir() else []
+    old, card = out.is_dir() and any(out.iterdir()), out / declip_file.CARD
     if out.is_file() or (old and not overwrite):
         raise UserError(f"'{out}' is a file, or not empty. Give another --out, or --overwrite to replace an export.")
-    others = [path for path in old if path.is_dir() and path.name not in onnx.FOLDERS]
-    if others or (old and not (out / declip_file.CARD).is_file()):
+    if old and not (card.is_file() and b"written by declip" in card.read_bytes()):
         raise UserError(f"'{out}' is not an export, so --overwrite does not replace it. Give another --out.")
     try:
         with atomic_write(out, "give another folder as --out") as folder:
             folder.mkdir()
             yield folder
+            if others := sorted(_files(out) - _files(folder)):
+                raise UserError(
+                    f"'{out}' has '{others[0]}', which is not in the new export. Move it, or give another --out."
+                )
     except (OSError, SafetensorError) as error:  # the latter is its one class for every trouble with a file
         raise UserError(f"Cannot write '{out}': {error}. Make room, or give another folder as --out.") from error
+
+
+def _files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
 
 
 def _compare(model: DualEncoder, form: ModuleType, folder: Path) -> tuple[float | None, str]:

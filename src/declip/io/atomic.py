@@ -1,17 +1,16 @@
 """Atomic writing of files and folders, and the cache folder."""
 
-import csv
 import errno
 import hashlib
 import os
 import shutil
 import stat
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
@@ -31,14 +30,6 @@ def cache_folder() -> Path:
     """Path of the cache: $DECLIP_CACHE, else `declip` in $XDG_CACHE_HOME or ~/.cache."""
     usual = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "declip")
     return Path(os.environ.get(CACHE_VARIABLE) or usual).expanduser()
-
-
-def check_writable(paths: Iterable[Path | None]) -> None:
-    """Refuse paths that cannot be written, before work that takes long; None is ignored."""
-    for path in filter(None, paths):
-        if path.is_dir() or not os.access(path.parent, os.W_OK):
-            why = "it is a folder" if path.is_dir() else f"'{path.parent}' is not a writable folder"
-            raise UserError(f"'{path}' cannot be written: {why}. Choose another file.")
 
 
 def csv_path(given: str | Path, option: str = "--out") -> Path:
@@ -82,16 +73,6 @@ def atomic_write(
     finally:
         if target.parent.is_dir():
             remove(partial)
-
-
-@contextmanager
-def csv_table(path: Path, header: Iterable[str]) -> Iterator[Any]:
-    """Write a table, see `atomic_write`; yields its csv writer."""
-    options: dict[str, Any] = {"newline": "", "encoding": "utf-8", "errors": "backslashreplace"}
-    with atomic_write(path, "choose another path with --out") as target, target.open("w", **options) as file:
-        table = csv.writer(file)
-        table.writerow(header)
-        yield table
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from declip.data.sources.names import relative
 from declip.data.sources.python_items import Items
 from declip.errors import UserError, check_range
 from declip.evaluation.encode import Encoder
-from declip.io.atomic import csv_path, csv_table
+from declip.io.outputs import CHOSEN, csv_output, csv_table
 from declip.io.text import FORMULA, percent
 from declip.models.inference import Engine, Precision
 from declip.search.embed import open_or_embed
@@ -56,7 +56,7 @@ class ChosenImages:
 
     def write(self, out: Path) -> None:
         """Write a table with a row for each image and an empty column for its caption."""
-        with csv_table(out, ("image", "caption", "coverage")) as table:
+        with csv_table(out, CHOSEN) as table:
             table.writerows([image_cell(self.index, hit.id, out.parent), "", f"{hit.score:.4f}"] for hit in self.images)
 
 
@@ -95,7 +95,7 @@ def choose(
         3
     """
     check_range("count", count, 1)
-    path = None if out is None else csv_path(out)
+    path = None if out is None else csv_output(out)
     options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "progress": progress}
     computing: dict[str, Any] = {"device": device, "precision": precision, "engine": engine}
     opened = open_or_embed(model, images, index, columns=columns, **computing, **options)

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from declip.errors import UserError
-
-NONE = "none of these"
+from declip.io.outputs import NONE
 
 
 def read_classes(given: str | Path | Sequence[str]) -> list[str]:

@@ -35,7 +35,8 @@ from declip.evaluation.few_shot import (
 from declip.evaluation.results import Measure
 from declip.evaluation.zero_shot import class_features, logit_scale, read_templates
 from declip.interchange.read import load
-from declip.io.atomic import atomic_write, csv_path, csv_table, save_tensors
+from declip.io.atomic import save_tensors
+from declip.io.outputs import CLASSIFIED, csv_output, csv_table, output_file
 from declip.io.text import one_line, percent, plain_cell
 from declip.models.inference import Engine, Precision, fingerprint
 from declip.search.class_names import NONE, read_options
@@ -140,7 +141,7 @@ class Classifier:
         mixture = [(*form, factor) for form, factor in head.mixture.items()]
         accuracy = None if head.accuracy is None else (head.accuracy.value, head.accuracy.n)
         stored = _Stored(**own, width=head.width, mixture=mixture, accuracy=accuracy)
-        with atomic_write(Path(path).expanduser(), "choose another path with --save") as target:
+        with output_file(Path(path).expanduser(), "--save") as target:
             save_tensors({"weight": head.weight, "center": head.center}, target, {KEY: stored.model_dump_json()})
 
     @classmethod
@@ -251,7 +252,7 @@ def classify(
     check_range("batch_size", batch_size, 1)
     names = read_options(classes, examples, head, reject) or []
     prompts = read_templates(templates)[1]
-    source, path = _open(images, replace(columns, caption=None)), None if out is None else csv_path(out)
+    source, path = _open(images, replace(columns, caption=None)), None if out is None else csv_output(out)
     classifier = Classifier.load(head) if isinstance(head, str | Path) else head
     workers = workers or (None if isinstance(images, str | Path) and workers is None else 0)
     encoder = load(model, device, precision, engine) if isinstance(model, str | Path) else model
@@ -265,7 +266,7 @@ def classify(
     # --- classify and write batch by batch; the table appears complete or not at all
     batches = [range(start, min(start + batch_size, len(source))) for start in range(0, len(source), batch_size)]
     stream = encode_batches(encoder, source, _read, batches, workers, progress, encode)
-    header = ("image", "class", "probability", *map(plain_cell, known))
+    header = (*CLASSIFIED, *map(plain_cell, known))
     with nullcontext() if path is None else csv_table(path, header) as table:
         _collect(_predictions(stream, known, score, threshold, result.skipped), result, table, on_prediction)
     return result

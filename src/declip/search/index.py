@@ -23,7 +23,7 @@ from declip.errors import UserError, check_installed, check_range
 from declip.evaluation.encode import Encoder, eval_mode, image_features
 from declip.evaluation.zero_shot import class_features, read_templates
 from declip.interchange.read import load, read_text
-from declip.io.atomic import atomic_write
+from declip.io.outputs import output_file, refuse_foreign
 from declip.models.device import pick_device
 from declip.models.inference import Engine, Precision, convert, fingerprint
 from declip.search.info import Dtype, Over
@@ -213,13 +213,14 @@ class Index:
         if target.suffix != ".usearch":
             raise UserError(f"'{path}' does not end with .usearch. `declip index show` prints the paths of .npy files.")
         check_installed("usearch", "usearch", "Exporting")
+        refuse_foreign(target)
         from usearch.index import Index as ApproximateIndex
 
         matrix, kind = self._store.matrix(over), {"float16": "f16", "float32": "f32"}[self.info.dtype]
         made = ApproximateIndex(ndim=matrix.shape[1], metric="ip", dtype=kind)
         for start in range(0, len(matrix), PART_ROWS):
             made.add(self.ids[start : start + PART_ROWS], matrix[start : start + PART_ROWS])
-        with atomic_write(target, "choose another file") as partial:
+        with output_file(target, "FILE.usearch") as partial:
             made.save(str(partial))
         return target
 

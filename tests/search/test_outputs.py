@@ -1,0 +1,166 @@
+"""Outputs of commands: files that declip did not write, and tables with captions, stay."""
+
+import csv
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from typer.main import get_command
+
+import declip
+from conftest import refuses, write_table
+from declip.cli import app as cli
+
+READ = {
+    "image",
+    "image_root",
+    "exclude of data shard",
+    "head",
+    "cache",
+    "index of choose",
+    "index of app",
+    "out of data join",
+}
+"""Path parameters that name no output; the folders of indices are written as by `embed`."""
+
+OUTPUTS = {
+    "search --contact-sheet": ["search", "index", "red"],
+    "search --json": ["search", "index", "red"],
+    "index export": ["index", "export", "index"],
+    "choose --out": ["choose", "shapes", "--model", "MODEL"],
+    "choose --contact-sheet": ["choose", "shapes", "--model", "MODEL", "--out", "new.csv"],
+    "classify --out": ["classify", "shapes", "--model", "MODEL", "--classes", "red,blue"],
+    "classify --save": ["classify", "shapes", "--model", "MODEL", "--examples", "pairs.csv"],
+    "explain --out": ["explain", "MODEL", "shapes/red-bar.png", "red"],
+    "evaluate --json": ["evaluate", "MODEL", "--dataset", "pairs.csv", "--task", "retrieval"],
+    "data inspect --json": ["data", "inspect", "pairs.csv"],
+    "data inspect --html": ["data", "inspect", "pairs.csv"],
+    "data inspect --exclude": ["data", "inspect", "pairs.csv", "--check-leakage", "pairs.csv"],
+    "app --caption": ["app", "MODEL", "shapes", "--port", "0"],
+    "embed --out": ["embed", "MODEL", "shapes"],
+    "index from-parquet --out": ["index", "from-parquet", "rows.parquet", "--model", "MODEL"],
+    "compare --out": [
+        "compare",
+        "demo-clip",
+        "demo-slip",
+        "data.source=pairs.csv",
+        "--pairs",
+        "8",
+        "--dataset",
+        "pairs.csv",
+        "--task",
+        "retrieval",
+        "train.batch_size=8",
+    ],
+    "export --out": ["export", "MODEL", "--format", "safetensors", "--overwrite"],
+    "data shard --out": ["data", "shard", "pairs.csv"],
+}
+"""Commands by the option that names what they write; it is the last argument where there is none."""
+
+RUNS = {"train --out", "finetune --out"}  # tests/cli/test_finetune.py
+
+
+def path_parameters(command, name=""):
+    for inner in getattr(command, "commands", {}).values():
+        yield from path_parameters(inner, f"{name} {inner.name}".strip())
+    for parameter in command.params:
+        known = parameter.name in READ or f"{parameter.name} of {name}" in READ
+        if parameter.metavar in ("FILE", "DIR", "FILE.usearch") and not known:
+            option = parameter.opts[0]
+            yield f"{name} {option}" if option.startswith("--") else name
+
+
+@pytest.fixture
+def place(weights_file, folder, tmp_path, monkeypatch):
+    """A working folder with images, a table of pairs, and an index."""
+    monkeypatch.chdir(tmp_path)
+    write_table(Path("pairs.csv"), [f"shapes/{path.name},{path.stem}" for path in sorted(folder.iterdir())])
+    labels = [f"shapes/{path.name},{path.stem},{path.stem.split('-')[0]}" for path in sorted(folder.iterdir())]
+    Path("labels.csv").write_text("\n".join(["image,caption,label", *labels]))
+    declip.embed(weights_file, folder, out="index", workers=0)
+    rows = declip.Embedder(weights_file)({"id": ["red"], "image": [Image.open(folder / "red-bar.png")]})
+    pq.write_table(pa.table({**rows, "vector": [*rows["vector"]]}), "rows.parquet")
+    return tmp_path
+
+
+def test_the_table_has_every_output():
+    assert sorted(path_parameters(get_command(cli.app))) == sorted([*OUTPUTS, *RUNS])
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_a_file_of_the_user_stays(name, place, weights_file, command):
+    words = [str(weights_file) if word == "MODEL" else word for word in OUTPUTS[name]]
+    option = [name.split()[-1]] if "--" in name else []
+    is_folder = name.endswith("--out") and name.split()[0] not in ("choose", "classify", "explain")
+    out = Path("mine" if is_folder else "mine.usearch" if name == "index export" else "mine.csv")
+    written = out / "mine.csv" if is_folder else out
+    written.parent.mkdir(exist_ok=True)
+    written.write_text("image,notes\na.jpg,by hand\n")
+    if is_folder:
+        (out / "README.md").write_text("a folder of photographs")
+    refused = command(*words, *option, out)
+    assert (refused.status, out.name in refused.err) == (2, True), refused.err
+    assert written.read_text() == "image,notes\na.jpg,by hand\n"
+    assert is_folder or "app" in words or "another file name" in refused.err
+    assert {path.name for path in out.parent.iterdir()} == {path.name for path in place.iterdir()}
+
+
+def test_a_command_replaces_its_own_files(place, weights_file, command):
+    evaluate = ["evaluate", weights_file, "--dataset", "pairs.csv", "--dataset", "labels.csv", "--task", "retrieval"]
+    inspect = ["data", "inspect", "pairs.csv", "--check-leakage", "pairs.csv", "--exclude", "drop.jsonl"]
+    for words in (
+        ["choose", "shapes", "--model", weights_file, "--contact-sheet", "a.png", "--out", "choose.csv"],
+        ["classify", "shapes", "--model", weights_file, "--examples", "labels.csv", "--save", "head", "--out", "x.csv"],
+        ["search", "index", "red", "--contact-sheet", "b.png", "--json", "hits.json"],
+        ["explain", weights_file, "shapes/red-bar.png", "red", "--out", "map.png"],
+        [*evaluate, "--json", "result.json"],
+        [*inspect, "--json", "page.json", "--html", "page.html"],
+    ):
+        done = [command(*words) for _ in range(2)]
+        assert [one.status for one in done] == [0, 0], done[0].err
+
+
+def edited(path, number, name, value):
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    rows[number][name] = value
+    with path.open("w", newline="") as file:
+        table = csv.DictWriter(file, rows[number], restval="0")
+        table.writeheader()
+        table.writerows(rows)
+
+
+def test_what_a_user_typed_into_a_table_stays(place, model):
+    path = place / "table.csv"
+    for make, changes in (
+        (
+            lambda: declip.choose(model, "shapes", 5, index="index", out=path),
+            [("caption", "a red bar"), ("coverage", "?")],
+        ),
+        (lambda: declip.classify(model, "shapes", ["red", "blue"], out=path), [("class", "green"), ("notes", "x")]),
+    ):
+        for name, value in changes:
+            path.unlink(missing_ok=True)
+            make()
+            edited(path, 3, name, value)
+            before = path.read_bytes()
+            assert "'table.csv'" in refuses("another file name", make).replace(f"{place}/", "")
+            assert path.read_bytes() == before
+
+
+def test_captions_stay_while_more_images_are_chosen(place, weights_file, command):
+    words = ["choose", "shapes", "--model", weights_file, "--count", 5, "--out"]
+    assert command(*words, "choose.csv").status == 0
+    for number in range(5):
+        edited(place / "choose.csv", number, "caption", f"shape {number}")
+    before = Path("choose.csv").read_text()
+    for have in ([], ["--have", "choose.csv"]):
+        refused = command(*words, "choose.csv", *have)
+        assert (refused.status, [part for part in ("5 captions", "--have") if part not in refused.err]) == (2, [])
+    more = command(*words, "more.csv", "--have", "choose.csv")
+    assert (more.status, "5 captioned before" in more.out) == (0, True)
+    tables = [Path(name).read_text().splitlines() for name in ("choose.csv", "more.csv")]
+    images = [row["image"] for lines in tables for row in csv.DictReader(lines)]
+    assert (len({*images}), Path("choose.csv").read_text()) == (10, before)
