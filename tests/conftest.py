@@ -4,6 +4,7 @@ import gc
 import io
 import json
 import os
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -123,6 +124,16 @@ def refuses(match, call, /, *given, **options):
     assert "\n" not in message
     assert isinstance(match, str) or [part for part in match if part not in message] == [], message
     return message
+
+
+def read_only(folder, code):
+    """What Python code prints and raises in a process for which a folder is mounted read-only."""
+    mount = f"mount --bind {folder} {folder} && mount -o remount,bind,ro {folder} || exit 77"
+    words = ["unshare", "--map-root-user", "--mount", "sh", "-c", f'{mount}; exec "$0" -c "$1"', sys.executable, code]
+    done = subprocess.run(words, capture_output=True, text=True)
+    if done.returncode == 77 or "unshare" in done.stderr:
+        pytest.skip("no mount namespaces here")
+    return done.stdout + done.stderr
 
 
 @pytest.fixture

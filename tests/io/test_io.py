@@ -5,20 +5,25 @@ import io
 import multiprocessing
 import os
 import re
+import resource
+import stat
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
 from filelock import FileLock
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
-from conftest import refuses
+from conftest import read_only, refuses
 from declip.api import train
 from declip.errors import UserError
 from declip.io import pool, progress
-from declip.io.atomic import atomic_write, cache_folder
-from declip.io.cache import LOCK, cache_entries, clear_cache, trim_cache
+from declip.io.atomic import atomic_write, cache_folder, locked_folder, save_tensors, write_text
+from declip.io.cache import LOCK, cache_entries, clear_cache, hold, trim_cache
 from declip.io.progress import progress_bar
 from declip.training.sinks import Bar, RunInfo
 from training.starts import recipe_for
@@ -62,6 +67,61 @@ def test_a_full_or_forbidden_disk_is_the_users_matter(tmp_path, code, told):
         raise OSError(code, os.strerror(code))
 
 
+def test_a_link_and_the_permissions_of_a_file_stay(tmp_path):
+    (tmp_path / "synced").mkdir()
+    (tmp_path / "link").symlink_to("synced/file")
+    write_text(tmp_path / "link", "1")
+    (tmp_path / "synced/file").chmod(0o664)
+    write_text(tmp_path / "link", "2")
+    assert ((tmp_path / "synced/file").read_text(), os.readlink(tmp_path / "link")) == ("2", "synced/file")
+    assert stat.S_IMODE((tmp_path / "synced/file").stat().st_mode) == 0o664
+    assert len([*tmp_path.rglob("*")]) == 3
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    for path in (tmp_path / "pipe", tmp_path / "link", Path("/")):
+        refuses(["cannot be replaced", "--out"], write_text, path, "x")
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+
+
+def test_a_read_only_file_system_is_named(tmp_path):
+    code = f"from declip.io.atomic import *; write_text(Path('{tmp_path}/a.txt'), 'x')"
+    last = read_only(tmp_path, code).splitlines()[-1]
+    assert f"UserError: '{tmp_path}/a.txt' cannot be written: Read-only" in last
+
+
+def test_tensors_on_a_full_disk_raise_an_os_error(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, limits[1]))
+    try:
+        refuses("'.*/a' cannot be written: File too large. .*--save", write_tensors, tmp_path / "a")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [*tmp_path.iterdir()] == []
+
+
+def write_tensors(path):
+    with atomic_write(path, "give another --save") as partial:
+        save_tensors({"a": torch.ones(1_000)}, partial)
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+@pytest.mark.filterwarnings("ignore:flock not supported")
+def test_file_systems_without_locks(cache, monkeypatch, code):
+    def flock(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    given = cache / "out", "marker", "choose another"
+    for _ in range(2):
+        with locked_folder(*given):
+            refuses("choose another", locked_folder(*given).__enter__)
+    assert clear_cache("features") == 4_000
+    assert hold(cache / "features/a") is None
+
+
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     """Four folders of features of 1,000 bytes, the later ones used later, and a shard and a built-in set."""
@@ -98,6 +158,27 @@ def test_clear_keeps_what_cannot_be_computed(cache, command):
         assert names(cache) == {"features/b", "emoji/f"}
     assert clear_cache() == 1_000
     assert names(cache) == {"emoji/f"}
+
+
+def test_what_another_process_uses_stays(cache):
+    code = "from declip.io.cache import *; held = hold(cache_folder() / FEATURES / 'c'); print(flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as user:
+        user.stdout.readline()
+        assert clear_cache("features") == 3_000
+        assert names(cache) == {"features/c", "shards/e", "emoji/f"}
+        assert (cache / "features/c/rows").exists()
+        user.communicate(b"\n")
+    assert clear_cache("features") == 1_000
+
+
+def test_a_folder_that_is_used_again_is_another_than_the_removed_one(cache):
+    with hold(cache / "features/a") as first:
+        pass
+    assert clear_cache("features") == 4_000
+    with hold(cache / "features/a") as second:
+        assert os.path.samestat(os.fstat(second.fileno()), (cache / "features/a" / LOCK).stat())
+        assert clear_cache("features") == 0
+    assert first.closed
 
 
 def test_workers_end_when_the_main_process_was_killed(monkeypatch):

@@ -1,5 +1,7 @@
 """Features of frozen towers on disk: found again, computed again when something changed, shared by processes."""
 
+import re
+import shutil
 import sqlite3
 from unittest.mock import Mock
 
@@ -7,7 +9,7 @@ import pytest
 import torch
 
 import declip
-from conftest import TINY, refuses
+from conftest import TINY, read_only, refuses
 from declip.models.dual_encoder import DualEncoder
 from declip.models.image_tower import ImageTower
 from declip.recipe.schema import Recipe
@@ -78,7 +80,33 @@ def test_processes_share_features_and_a_kill_loses_nothing(tmp_path):
     assert first.of(inputs).tolist() == [[1, 1], [20, 20], [1, 1]]
 
 
+def features(folder):
+    return PooledFeatures(folder, lambda row: bytes([row.item()]) * 16, Mock(pool=lambda rows: rows.float()))
+
+
+def test_a_run_keeps_its_features_and_goes_on_without_them(cache, command):
+    store, inputs = features(cache / "a"), torch.tensor([[1], [2]])
+    assert store.of(inputs).tolist() == [[1], [2]]
+    assert (command("cache", "clear").out.split()[0], (cache / "a" / FILE).exists()) == ("0.0", True)
+    shutil.rmtree(cache)
+    assert store.of(inputs).tolist() == [[1], [2]]
+
+
+def test_a_read_only_cache_is_read_and_named_if_it_lacks_features(cache):
+    features(cache).of(torch.tensor([[1], [2]]))
+    code = f"""
+import torch; from pathlib import Path; from declip.training.frozen_encoder import PooledFeatures
+store = PooledFeatures(Path("{cache}"), lambda row: bytes([row.item()]) * 16, torch.nn.Identity())
+print(store.of(torch.tensor([[2], [1]])).tolist())
+store.tower.pool = torch.clone
+store.of(torch.tensor([[3]]))
+"""
+    first, *_, last = read_only(cache, code).splitlines()
+    assert first == "[[2.0], [1.0]]"
+    assert re.search("UserError: The features in .*DECLIP_CACHE", last)
+
+
 def test_a_full_disk_or_a_damaged_file_is_named(tmp_path):
-    store = PooledFeatures(tmp_path, lambda row: bytes([row.item()]) * 16, Mock(pool=lambda rows: rows.float()))
+    store = features(tmp_path)
     (tmp_path / FILE).write_bytes(b"spoiled" * 1000)
     refuses("DECLIP_CACHE", store.of, torch.tensor([[1]]))

@@ -20,7 +20,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -28,7 +28,7 @@ from declip.comparison.outcome import FAILURE, RESULT, RUNS, Outcome, folder_of,
 from declip.comparison.study import STUDY, Study, Trial, extended, read_study
 from declip.errors import UserError
 from declip.evaluation.protocols import Options, evaluate_all
-from declip.io.atomic import write_text
+from declip.io.atomic import file_lock, write_text
 from declip.io.pool import cores
 from declip.io.progress import print_line, progress_bar, status
 from declip.models.device import pick_device
@@ -91,7 +91,7 @@ def open_folder(study: Study, folder: Path, quiet: bool = True) -> Study:
         raise UserError(f"Cannot create '{folder}': {error.strerror}. Choose another folder with --out.") from error
     if not (folder / STUDY).exists() and any(path.name[0] != "." for path in folder.iterdir()):
         raise UserError(f"'{folder}' is not empty and has no comparison. Choose another folder with --out.")
-    with FileLock(folder / ".plan.lock"):
+    with file_lock(folder / ".plan.lock"):
         study = extended(study, folder)
         study.check_names()
         if study.budget == "compute":
@@ -207,7 +207,7 @@ def work(study: Study, folder: Path, trials: Iterable[Trial], advance: Callable[
     for wait, some in ((False, trials), (True, taken)):
         for trial in some:
             try:
-                with FileLock(f"{folder_of(folder, trial)}.lock", timeout=-1 if wait else 0):
+                with file_lock(Path(f"{folder_of(folder, trial)}.lock"), timeout=-1 if wait else 0):
                     if not _run(study, trial, folder):
                         return
                 advance()  # it has ended, here or in another process

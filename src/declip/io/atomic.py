@@ -1,18 +1,19 @@
-"""Atomic writing of files and folders, and the cache folder."""
+"""Atomic writing of files and folders, locks, and the path of the cache."""
 
 import errno
 import hashlib
 import os
+import re
 import shutil
 import stat
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from filelock import FileLock, Timeout
+from filelock import FileLock, SoftFileLock, Timeout
 
 from declip.errors import UserError
 
@@ -23,7 +24,8 @@ CACHE_VARIABLE = "DECLIP_CACHE"
 ELSEWHERE = "choose another folder with --out"
 DAY = 86_400  # seconds after which a temporary file must be left over from a process that was killed
 FULL = (errno.ENOSPC, errno.EDQUOT)
-FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EFBIG)
+FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EFBIG, errno.EIO)
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # of flock, as on NFS without lockd and some of FUSE
 
 
 def cache_folder() -> Path:
@@ -46,66 +48,100 @@ def atomic_write(
 ) -> Iterator[Path]:
     """Yield a temporary path for a file or a folder, and rename it to `target` when the block succeeds.
 
-    `elsewhere` says how to choose another path. `durable` files survive a power failure, with the old or new content.
+    A file that is replaced keeps its permissions, and one behind a symbolic link is replaced, not the link. `elsewhere`
+    says how to choose another path. `durable` files survive a power failure, with the old or new content.
     """
-    if not target.name:
-        raise UserError(f"'{target}' cannot be replaced. Give the path of a file or folder in it; {elsewhere}.")
+    if not target.name or (target.exists() and not (target.is_file() or target.is_dir())):  # such as /dev/null
+        raise UserError(f"'{target}' cannot be replaced. Give the path of a file or folder; {elsewhere}.")
+    if target.is_symlink():
+        target = Path(os.path.realpath(target))
     partial, old = (target.with_name(f".{target.name}.{os.getpid()}.{end}") for end in ("partial", "old"))
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # Left by killed processes: old ones, and those of an earlier process of the same number.
-        for path in target.parent.glob(f".{escape(target.name)}.*"):
-            left = path.suffix in (".partial", ".old") and time.time() - path.stat().st_mtime > DAY
-            if left or path in (partial, old):
-                remove(path)
-        yield partial
-        if durable:
-            flush(partial)
-        # A folder cannot be replaced in one step: for a moment there is none.
-        if target.is_dir():
-            target.rename(old)
-        partial.replace(target)
-        remove(old)
-        if durable:
-            flush(target.parent)
-    except OSError as error:
-        raise _as_user_error(error, target, elsewhere) from error
+        with _user_errors(target, elsewhere):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            # Left by killed processes: old ones, and those of an earlier process of the same number.
+            for path in target.parent.glob(f".{escape(target.name)}.*"):
+                left = path.suffix in (".partial", ".old") and time.time() - path.stat().st_mtime > DAY
+                if left or path in (partial, old):
+                    remove(path)
+            yield partial
+            if target.is_file():
+                _set_mode(partial, target.stat().st_mode)
+            if durable:
+                flush(partial)
+            # A folder cannot be replaced in one step: for a moment there is none.
+            if target.is_dir():
+                target.rename(old)
+            partial.replace(target)
+            remove(old)
+            if durable:
+                flush(target.parent)
     finally:
-        if target.parent.is_dir():
+        with suppress(OSError):  # of a read-only file system, which would replace the error above
             remove(partial)
 
 
 @contextmanager
 def locked_folder(folder: Path, marker: str, elsewhere: str) -> Iterator[Path]:
     """Create and lock a folder for this process; one with other content, without the file `marker`, is refused."""
-    lock = FileLock(folder / ".lock", timeout=0)
-    try:
+    with _user_errors(folder, elsewhere):
         folder.mkdir(parents=True, exist_ok=True)
         others = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
-        if others and marker not in others:
-            raise UserError(f"'{folder}' already has other files, such as '{others[0]}'; {elsewhere}.")
-        lock.acquire()
-    except Timeout as error:
-        raise UserError(f"Another process is writing to '{folder}'. Wait for it, or {elsewhere}.") from error
-    except OSError as error:
-        raise _as_user_error(error, folder, elsewhere) from error
-    try:
+    if others and marker not in others:
+        raise UserError(f"'{folder}' already has other files, such as '{others[0]}'; {elsewhere}.")
+    with locked_for(folder, folder / ".lock", elsewhere):
         for left in folder.glob(".*.partial"):
             remove(left)
         yield folder
+
+
+@contextmanager
+def locked_for(target: Path, lock: Path, elsewhere: str, timeout: float = 0) -> Iterator[None]:
+    """Hold a lock while `target` is written; raises `UserError` if another process holds it after `timeout` seconds."""
+    with ExitStack() as stack:
+        try:
+            with _user_errors(target, elsewhere):
+                lock.parent.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(file_lock(lock, timeout))
+        except Timeout as error:
+            raise UserError(f"Another process is writing to '{target}'. Wait for it, or {elsewhere}.") from error
+        yield
+
+
+@contextmanager
+def file_lock(path: Path, timeout: float = -1) -> Iterator[None]:
+    """Hold a lock on a file; raises `filelock.Timeout` if another process holds it after `timeout` seconds (-1: waits).
+
+    Where the file system has no locks, the lock is a second file, which exists while it is held.
+    """
+    lock: FileLock | SoftFileLock = FileLock(path, timeout)
+    try:
+        lock.acquire()
+    except (OSError, NotImplementedError) as error:  # the latter is filelock's for ENOSYS
+        if getattr(error, "errno", errno.ENOSYS) not in NO_LOCKS:
+            raise
+        lock = SoftFileLock(f"{path}.held", timeout)
+        lock.acquire()
+    try:
+        yield
     finally:
         lock.release()
 
 
 def save_tensors(tensors: "Mapping[str, Tensor]", path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file, of tensors on any device, with the usual permissions of a new file."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file  # imports torch, which takes seconds
 
     path.touch()  # reading the umask would change it, for all threads
-    mode = stat.S_IMODE(path.stat().st_mode)
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata)
-    if stat.S_IMODE(path.stat().st_mode) != mode:
-        path.chmod(mode)
+    mode = path.stat().st_mode
+    try:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata)
+    except SafetensorError as error:  # of a full disk too
+        if match := re.search(r"os error (\d+)", str(error)):
+            raise OSError(int(match[1]), os.strerror(int(match[1])), str(path)) from error
+        raise
+    _set_mode(path, mode)
 
 
 def sha256(path: Path) -> str:
@@ -142,9 +178,18 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
-def _as_user_error(error: OSError, target: Path, elsewhere: str) -> OSError | UserError:
-    if error.errno in FULL:
-        return UserError(f"No room left on the disk to write '{target}'. Make room or {elsewhere}.")
-    if error.errno in FORBIDDEN:
-        return UserError(f"'{target}' cannot be written: {error.strerror}. Fix that or {elsewhere}.")
-    return error
+def _set_mode(path: Path, mode: int) -> None:
+    if stat.S_IMODE(path.stat().st_mode) != stat.S_IMODE(mode):  # some file systems refuse any change
+        path.chmod(stat.S_IMODE(mode))
+
+
+@contextmanager
+def _user_errors(target: Path, elsewhere: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL:
+            raise UserError(f"No room left on the disk to write '{target}'. Make room or {elsewhere}.") from error
+        if error.errno in FORBIDDEN:
+            raise UserError(f"'{target}' cannot be written: {error.strerror}. Fix that or {elsewhere}.") from error
+        raise

@@ -5,13 +5,12 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import pyarrow as pa
-from filelock import FileLock, Timeout
 
 from declip.errors import UserError, unknown
-from declip.io.atomic import atomic_write, cache_folder, remove
+from declip.io.atomic import atomic_write, cache_folder, file_lock, remove
 
 LOCK = ".lock"
 FEATURES, HEADS = "features", "heads"
@@ -63,11 +62,35 @@ def _entry(path: Path) -> Entry:
     return Entry(path, size, max((stat.st_mtime for _, stat in stats), default=0.0))
 
 
+def hold(folder: Path) -> IO[bytes] | None:
+    """Create a folder of the cache; no process removes it while the file that this returns is open.
+
+    None where there can be no such lock: on Windows, in a read-only cache, on a file system without locks.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+
+        file = (folder / LOCK).open("ab")
+        fcntl.flock(file, fcntl.LOCK_SH)
+    except (ImportError, OSError):
+        return None
+    with suppress(FileNotFoundError):
+        if os.path.samestat(os.fstat(file.fileno()), (folder / LOCK).stat()):
+            return file
+    file.close()  # the folder was removed since it was opened
+    return hold(folder)
+
+
 def _removed(path: Path) -> bool:
     """Remove an entry unless a process holds its lock; return whether it was removed."""
-    with suppress(Timeout, OSError), FileLock(path / LOCK, timeout=0) if (path / LOCK).exists() else nullcontext():
-        remove(path)
-    return not path.exists()
+    aside = path.with_name(f".{path.name}.{os.getpid()}.old")
+    # Renamed first: a process that creates the folder again must not lose what it writes.
+    with suppress(OSError), file_lock(path / LOCK, timeout=0) if (path / LOCK).exists() else nullcontext():
+        path.rename(aside)
+        remove(aside)
+        return True
+    return False
 
 
 def cached_table(
@@ -110,5 +133,5 @@ def locked(kind: str, name: str) -> Iterator[None]:
         with suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
             # 256 lock files of a kind; names that share one wait for each other.
-            stack.enter_context(FileLock(folder / f"{kind}-{name[:2]}.lock"))
+            stack.enter_context(file_lock(folder / f"{kind}-{name[:2]}.lock"))
         yield

@@ -5,7 +5,7 @@ import json
 import os
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor
 from declip.errors import UserError
 from declip.evaluation.encode import text_features
 from declip.io.atomic import cache_folder
-from declip.io.cache import FEATURES, trim_cache
+from declip.io.cache import FEATURES, hold, trim_cache
 from declip.models.dual_encoder import DualEncoder
 from declip.models.inference import chunked, hash_tensors, inference_tower
 from declip.models.layers import IMAGE, PROJECTIONS, TEXT
@@ -68,11 +68,11 @@ class PooledFeatures:
     """The pooled features of a tower by its input, in SQLite; the tower runs only on inputs that are missing."""
 
     def __init__(self, folder: Path, key: Callable[[Tensor], bytes], tower: Any) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        os.utime(folder)  # `declip.io.cache` removes what was opened longest ago
         self.folder, self.key, self.tower = folder, key, tower
-        with self._database() as file:
-            file.execute("CREATE TABLE IF NOT EXISTS features (key BLOB PRIMARY KEY, row BLOB NOT NULL)")
+        with self._database():
+            self._held = hold(folder)
+        with suppress(OSError):  # of a read-only cache
+            os.utime(folder)  # `declip.io.cache` removes what was opened longest ago
 
     def of(self, batch: Tensor) -> Tensor:
         """(n, …) inputs → (n, w) float32."""
@@ -94,9 +94,12 @@ class PooledFeatures:
     def _database(self) -> Iterator[sqlite3.Connection]:
         """A transaction: what a killed process did not finish is undone by the next one."""
         try:
+            # Also what was removed from outside, which costs the features and not the run
+            self.folder.mkdir(parents=True, exist_ok=True)
             with closing(sqlite3.connect(self.folder / FILE, timeout=60)) as file, file:
+                file.execute("CREATE TABLE IF NOT EXISTS features (key BLOB PRIMARY KEY, row BLOB NOT NULL)")
                 yield file
-        except sqlite3.Error as error:
+        except (sqlite3.Error, OSError) as error:
             raise UserError(
                 f"The features in '{self.folder}' cannot be read or written: {error}. Make room on the disk, run "
                 "`declip cache clear`, or set DECLIP_CACHE to a folder on another disk."

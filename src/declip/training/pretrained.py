@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -49,11 +48,8 @@ class Pretrained:
         """Write the loaded tensors into the run folder, from where they are read again when resuming."""
         if not self.loaded:
             return
-        try:
-            with atomic_write(folder / KEPT, ELSEWHERE, durable=True) as temporary:
-                write_part(self.loaded, recipe, temporary)
-        except SafetensorError as error:  # of a full disk
-            raise UserError(f"Cannot write '{folder / KEPT}': {error}. Make room, or choose another --out.") from error
+        with atomic_write(folder / KEPT, ELSEWHERE, durable=True) as temporary:
+            write_part(self.loaded, recipe, temporary)
 
 
 def apply_pretrained(
