@@ -5,6 +5,7 @@ import os
 import pickle
 import struct
 import zlib
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -82,14 +83,16 @@ OTHER_THINGS = {
 
 @pytest.mark.parametrize("name", OTHER_THINGS)
 def test_what_is_no_file_does_not_hang(name, here):
-    Path("set").mkdir()
-    for place in ("a.jpg", "set/b.txt", "t.csv", "w.pth", "r.yaml"):
+    for place in ("a.jpg", "set/b.txt", "set/c.jpg", "t.csv", "l.pairs", "w.pth", "r.yaml", "p/a.parquet", "s/a.tar"):
+        (here / place).parent.mkdir(exist_ok=True)
         OTHER_THINGS[name](here / place)
     Image.new("RGB", (4, 4)).save("set/b.png")
     reason = "missing image" if name.startswith("link") else "unreadable image"
     assert apart(lambda: decode(Path("a.jpg"), "a.jpg"))[0] == reason
-    assert apart(lambda: open_source("set")[0])[0] == "missing caption"
-    for work in (lambda: open_source("t.csv"), lambda: declip.load("w.pth"), lambda: load_recipe("r.yaml")):
+    for place, expected in zip(range(len(open_source("set"))), ("missing caption", reason), strict=False):
+        assert apart(lambda place=place: open_source("set")[place])[0] == expected
+    sources = [partial(open_source, spec) for spec in ("t.csv", "l.pairs", "p", "s")]
+    for work in (*sources, lambda: declip.load("w.pth"), lambda: load_recipe("r.yaml")):
         assert apart(work)[0] not in {"read", ""}
 
 

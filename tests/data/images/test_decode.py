@@ -4,7 +4,7 @@ from io import BytesIO
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
 
 from conftest import encoded
 from data.fakes import jpeg, make_loader, scene
@@ -180,6 +180,12 @@ def test_a_damaged_file_is_judged_as_by_decode(decoder):
             content[place] = generator.integers(256)
         broken += isinstance(assert_as_pillow(bytes(content)), str)
     assert 10 < broken < 290
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow reads no AVIF")
+def test_a_damaged_avif_is_a_broken_image():
+    content = encoded(scene(64, 48), "AVIF").replace(b"av01", b"av02")
+    assert outcome(lambda: decode(content, "k")) == "unreadable image"
 
 
 def test_the_size_is_checked_before_a_pixel_is_decoded(decoder, monkeypatch):

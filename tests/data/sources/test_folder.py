@@ -6,11 +6,12 @@ import struct
 import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from conftest import encoded
 from data.fakes import reason_of
 from declip.data.pair import LONGEST_CAPTION
-from declip.data.sources.folder import FolderSource
+from declip.data.sources.folder import FolderSource, metadata_captions
 from declip.data.sources.open import open_images, open_source
 
 
@@ -100,14 +101,38 @@ def test_description_title_and_keywords_are_captions(tmp_path):
 
 def test_iptc_is_read_too_and_equal_texts_count_once(tmp_path):
     fields = ((120, "Ein Käfer".encode("latin-1")), (5, b"A bird"), (25, b"insect"), (25, "grün".encode()))
-    write(tmp_path / "a.jpg", xmp(ALT.format("title", "A bird")), iptc(*fields))
+    empty = ((5, b""), (25, b""))
+    write(tmp_path / "a.jpg", xmp(ALT.format("title", "A bird")), iptc(*fields, *empty))
     assert captions(tmp_path) == ("A bird", "Ein Käfer", "insect, grün")
+
+
+def test_a_million_fields_of_iptc_are_not_read(tmp_path):
+    tags = ImageFileDirectory_v2()
+    tags[33723] = b"\x1c\x02\x78\x00\x01a" * 1_000_000
+    tags.tagtype[33723] = 7
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.tif", tiffinfo=tags)
+    assert reason_of(open_source(tmp_path), 0) == "invalid metadata"
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_large_image_has_captions_without_a_warning(tmp_path):
+    info = PngInfo()
+    info.add_itxt("XML:com.adobe.xmp", xmp(ALT.format("title", "A bird")).decode())
+    Image.new("1", (10_000, 10_000)).save(tmp_path / "a.png", pnginfo=info)
+    assert captions(tmp_path) == ("A bird",)
 
 
 def test_what_cameras_write_is_no_caption_and_a_damaged_image_has_none(tmp_path):
     write(tmp_path / "a.jpg", xmp(ALT.format("description", "OLYMPUS DIGITAL CAMERA         ")))
     (tmp_path / "b.jpg").write_bytes(b"\xff\xd8\xff\xed\x00\x10Photoshop 3.0\x00")
     assert [reason_of(open_source(tmp_path), place) for place in (0, 1)] == ["missing caption"] * 2
+
+
+@pytest.mark.parametrize("name", ["dc:description", "dc:title"])
+def test_nested_metadata_are_read_once(tmp_path, name):
+    packet = xmp(f"<{name}>" * 200 + "<dc:subject>" + "<rdf:li>a</rdf:li>" * 400 + "</dc:subject>" + f"</{name}>" * 200)
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.webp", xmp=packet)
+    assert len("".join(metadata_captions(tmp_path / "a.webp", "a"))) < len(packet)
 
 
 def test_other_formats(tmp_path):

@@ -6,25 +6,36 @@ import struct
 import warnings
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError, features
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError, features
 from PIL.Image import Transpose
 from PIL.JpegImagePlugin import JpegImageFile
 
 from declip.data.pair import BrokenPair, LazyImage
 
 # The raster formats that data sets are made of. Pillow's others are rare, slow, or start other programs (EPS).
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", *(("AVIF",) if features.check("avif") else ()))
+FORMATS: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", *(("AVIF",) if features.check("avif") else ()))
+with suppress(ImportError):
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+    FORMATS += ("HEIF",)
+HEIC = "HEIC photograph (pip install 'declip[heif]', or convert it to JPEG)"  # the reason that such a pair is broken
+HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
 # Extensions of images, including formats that cannot be read and count as broken.
 EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif")
 MOST_PIXELS = 178_956_970  # Pillow's own limit for a decompression bomb: 2 GiB / 4 / 3, twice
 LARGEST_IMAGE = 100_000_000  # bytes of a file
 # Errors of Pillow's readers for a damaged file, besides OSError.
-DAMAGE = (SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, OverflowError, struct.error, zlib.error)
+DAMAGE = (
+    *(SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, OverflowError, RuntimeError),
+    *(struct.error, zlib.error),
+)
 
 # Inverse of each EXIF orientation from 2 on; 1 is already upright.
 UPRIGHT = (Transpose.FLIP_LEFT_RIGHT, Transpose.ROTATE_180, Transpose.FLIP_TOP_BOTTOM)
@@ -52,11 +63,7 @@ def opened(source: AnyImage, key: str, most_pixels: int = MOST_PIXELS) -> Iterat
         content = source if isinstance(source, bytes) else _read(source, key)
         if not content:
             raise BrokenPair("truncated image", key, "no bytes")
-        with warnings.catch_warnings():
-            # Pillow warns from half of its limit on; such an image is read.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(BytesIO(content), formats=FORMATS)
-        with image:
+        with open_header(BytesIO(content), key) as image:
             if image.width * image.height > most_pixels:
                 raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels, at most {most_pixels:,}")
             yield image, content
@@ -69,8 +76,28 @@ def opened(source: AnyImage, key: str, most_pixels: int = MOST_PIXELS) -> Iterat
         raise BrokenPair(reason, key, f"{type(error).__name__}: {error}") from error
 
 
+def open_header(file: BinaryIO, key: str) -> ImageFile.ImageFile:
+    """Open an image of a known format; its pixels are not decoded."""
+    with warnings.catch_warnings():
+        # Pillow warns from half of its limit on; such an image is read.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        try:
+            return Image.open(file, formats=FORMATS)
+        except UnidentifiedImageError:
+            file.seek(4)
+            if "HEIF" not in FORMATS and file.read(8) in (b"ftyp" + brand for brand in HEIC_BRANDS):
+                raise BrokenPair(HEIC, key) from None
+            raise
+
+
 def _read(path: Path, key: str) -> bytes:
-    """The bytes of an image file; raises `BrokenPair`, also for a named pipe, which blocks on open."""
+    """The bytes of an image file; raises `BrokenPair`."""
+    check_file(path, key)
+    return path.read_bytes()
+
+
+def check_file(path: Path, key: str) -> None:
+    """Refuse what cannot be opened as an image file, without opening it: a named pipe would block."""
     try:
         status = path.stat()
     except (OSError, ValueError) as error:
@@ -79,7 +106,6 @@ def _read(path: Path, key: str) -> bytes:
         raise BrokenPair("image too large", key, f"a file of {status.st_size:,} bytes, at most {LARGEST_IMAGE:,}")
     if not stat.S_ISREG(status.st_mode):
         raise BrokenPair("unreadable image", key, f"{path} is not a file")
-    return path.read_bytes()
 
 
 def apply_exif(image: Image.Image) -> Image.Image:

@@ -5,13 +5,15 @@ import stat
 import xml.etree.ElementTree as ET
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from PIL import Image, IptcImagePlugin
+from PIL import Image, ImageFile, IptcImagePlugin
+from PIL.TiffImagePlugin import TiffImageFile
 
-from declip.data.images.decode import DAMAGE, EXTENSIONS, FORMATS, image_below
+from declip.data.images.decode import DAMAGE, EXTENSIONS, check_file, image_below, open_header
 from declip.data.pair import LONGEST_CAPTION, BrokenPair, clean_captions
 from declip.data.sources.entry import EntrySource
 from declip.data.sources.subset import NUMBER_OF, UNKNOWN, places_by_split
@@ -21,6 +23,7 @@ LARGEST = 1 << 20  # bytes of XMP: titles and keywords take a few thousand
 MOST_CAPTION_BYTES = 64 * LONGEST_CAPTION  # a larger .txt file does not hold captions
 RDF, DC = "{http://www.w3.org/1999/02/22-rdf-syntax-ns#}", "{http://purl.org/dc/elements/1.1/}"
 XMP_TEXTS, XMP_KEYWORDS = (f"{DC}description", f"{DC}title"), f"{DC}subject"
+IPTC_TAG = 33723  # of TIFF
 IPTC_TEXTS, IPTC_KEYWORDS = ((2, 120), (2, 105), (2, 5)), (2, 25)  # caption, headline and object name
 # Descriptions that cameras write into every file.
 CAMERAS = {"olympus digital camera", "sony dsc", "samsung camera pictures", "kodak digital still camera", "default"}
@@ -28,10 +31,11 @@ CAMERAS = {"olympus digital camera", "sony dsc", "samsung camera pictures", "kod
 
 def metadata_captions(path: Path, key: str) -> list[str]:
     """Description, title and, in one line, keywords of an image file, of XMP and of IPTC; pixels are not decoded."""
+    check_file(path, key)
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with path.open("rb") as file, open_header(file, key) as image:
             xmp = image.info.get("xmp", b"")
-            iptc = IptcImagePlugin.getiptcinfo(image) or {}
+            iptc = _iptc(image, key)
     except (OSError, *DAMAGE, Image.DecompressionBombError):  # reported when the image is decoded
         return []
     texts, keywords = _xmp(xmp if isinstance(xmp, bytes) else str(xmp).encode(), key)
@@ -56,20 +60,36 @@ def _xmp(packet: bytes, key: str) -> tuple[list[str], list[str]]:
         root = ET.fromstring(text)
     except (ValueError, ET.ParseError, RecursionError) as error:
         raise BrokenPair("invalid metadata", key, f"XMP: {error}") from error
-    texts = [text for name in XMP_TEXTS for found in root.iter(name) for text in _items(found)]
-    return texts, [text for found in root.iter(XMP_KEYWORDS) for text in _items(found)]
+    texts = [text for name in XMP_TEXTS for text in _property(root, name)]
+    return texts, [*_property(root, XMP_KEYWORDS)]
 
 
-def _items(element: ET.Element) -> Iterator[str]:
-    """The texts of a list, or of the element itself."""
-    items = [*element.iter(f"{RDF}li")]
-    yield from (item.text for item in items or [element] if item.text and item.text.strip())
+def _property(root: ET.Element, name: str) -> Iterator[str]:
+    """The texts of a property: of its list, or its own.
+
+    Only at the depths that the standard has, so that each element of a hostile packet is visited a few times at most.
+    """
+    for description in root.iter(f"{RDF}Description"):
+        for element in description.iterfind(name):
+            items = [*element.iterfind(f"*/{RDF}li")] or [element]
+            yield from (item.text for item in items if item.text and item.text.strip())
 
 
-def _decoded(value: bytes | list[bytes] | None) -> list[str]:
+def _iptc(image: ImageFile.ImageFile, key: str) -> dict[tuple[int, int], Any]:
+    """Fields of IPTC by number: bytes, a list of them, or None where a field is empty."""
+    # A JPEG has at most 64 kB. Pillow takes 5 s for the 6 MB that a TIFF may have, and has no public way to their size.
+    size = len(image.tag_v2._tagdata.get(IPTC_TAG, b"")) if isinstance(image, TiffImageFile) else 0
+    if size > LARGEST:
+        raise BrokenPair("invalid metadata", key, f"{size:,} bytes of IPTC, at most {LARGEST:,}")
+    return IptcImagePlugin.getiptcinfo(image) or {}
+
+
+def _decoded(value: bytes | list[bytes | None] | None) -> list[str]:
     """Texts of an IPTC field: UTF-8, or else Latin-1, which older programs wrote."""
     found = list[str]()
-    for raw in filter(bytes.strip, value if isinstance(value, list) else [value or b""]):
+    for raw in value if isinstance(value, list) else [value]:
+        if not raw or not raw.strip():  # an empty field is None
+            continue
         try:
             found.append(raw.decode("utf-8"))
         except UnicodeDecodeError:

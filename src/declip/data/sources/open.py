@@ -80,7 +80,7 @@ def open_source(spec: str | Path | PairSource | Items, columns: Columns = DEFAUL
         return FolderSource(path)
     if not path.exists():
         raise UserError(f"'{path}' does not exist. Give a table, a folder of images, tar shards, or builtin:emoji.")
-    if path.suffix.lower() != LIST_KIND:
+    if path.suffix.lower() != LIST_KIND or not path.is_file():
         return TableSource(path, columns)  # which refuses what is not a table
     listed = read_pair_list(path)
     return listed.of(open_source(listed.source, listed.columns), path)

@@ -82,6 +82,8 @@ class ParquetRows(TableRows):
         self.folder = Path(os.path.commonpath([file.parent for file in self.files]))
         footers = list[pq.FileMetaData]()
         for file in self.files:
+            if not file.is_file():  # a named pipe blocks on open
+                raise UserError(f"'{file}' is not a file. Remove it, or name the Parquet files.")
             try:
                 footers.append(pq.read_metadata(file))
             except (pa.ArrowException, OSError, UnicodeDecodeError) as error:

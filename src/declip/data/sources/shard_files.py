@@ -4,6 +4,7 @@ import hashlib
 import importlib
 import json
 import os
+import stat
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -105,6 +106,8 @@ def look_up(url: str) -> list[Shard]:
     """The shard of a path, or those of a URL: one file, those of a pattern, or a folder's .tar files."""
     if not is_url(url):
         status = os.stat(url)
+        if not stat.S_ISREG(status.st_mode):  # a named pipe blocks on open
+            raise UnreadableShard(f"{url} is not a file")
         return [_shard(url, str(Path(url).resolve()), status.st_size, str(status.st_mtime_ns))]
     with _file_system(url) as (system, path):
         if "*" in path or not path.partition("?")[0].lower().endswith((".tar", ".gz", ".tgz")):
