@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from conftest import draw, encoded, tiny_tree, write_rows
 from declip.api import train
 from declip.cli import app as cli
+from declip.data.images import decode
 from declip.recipe.schema import Recipe
 from declip.runs.folder import read_rows
 from declip.search.embed import embed
@@ -218,6 +219,23 @@ def test_broken_pairs_are_named_and_stop_a_run_where_they_are_too_many(broken, t
     assert status == 0, printed
     assert json.loads((here / "result.json").read_text())["skipped"] == REASONS
     assert [reason for reason in REASONS if reason not in printed] == []
+
+
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [("embed RUN phone --out i", 0), ("data inspect phone", 0), ("finetune phone --from RUN", 2),
+     ("search INDEX --image phone/0.HEIC", 2)],
+)  # fmt: skip
+def test_photographs_of_phones_without_their_reader(words, status, trained, index, here, declip, monkeypatch):
+    pytest.importorskip("pillow_heif")
+    monkeypatch.setattr(decode, "FORMATS", tuple(name for name in decode.FORMATS if name != "HEIF"))
+    (here / "phone").mkdir()
+    for name in ("0.HEIC", "1.heic", "2.HEIC", "3.heif", "4.png"):
+        draw("red", "circle").save(here / "phone" / name)
+        (here / "phone" / name).with_suffix(".txt").write_text(f"a red circle {name}")
+    ended, printed = declip(*words.replace("RUN", str(trained)).replace("INDEX", str(index)).split())
+    number = "phone/0.HEIC" if "search" in words else "4 × HEIC" if "inspect" not in words else "80.0 %"
+    assert (ended, "pip install 'declip[heif]'" in printed, number in printed) == (status, True, True), printed
 
 
 def test_a_strangers_recipe_is_no_run(here, declip):

@@ -131,6 +131,17 @@ def test_other_contents_of_a_jpeg_are_read_as_by_decode(decoder):
         assert_as_pillow(content)
 
 
+def test_a_photograph_of_a_phone_is_read_upright(monkeypatch):
+    pytest.importorskip("pillow_heif")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    content = encoded(scene(64, 48), "HEIF", exif=exif.tobytes(), quality=100)
+    upright = np.asarray(scene(64, 48).transpose(Image.Transpose.ROTATE_270), int)
+    assert np.abs(np.asarray(decode(content, "k"), int) - upright).mean() < 10
+    monkeypatch.setattr(module, "FORMATS", ("JPEG",))
+    assert "pip install 'declip[heif]'" in outcome(lambda: decode(content, "k"))
+
+
 @pytest.mark.parametrize("orientation", range(11))
 def test_exif_turns_size_pixels_and_smaller_pixels(decoder, orientation):
     exif = Image.Exif()
