@@ -2,7 +2,11 @@
 
 import csv
 import json
+import multiprocessing
+import re
+import resource
 import shutil
+from itertools import islice
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,9 +16,12 @@ from torch.nn.functional import normalize
 
 from app.conftest import NAMES, ask
 from conftest import refuses
+from declip.app.caption_table import CaptionTable
 from declip.app.pairs import compare_captions, find_similar
+from declip.app.server import open_state
 from declip.app.state import AppState
 from declip.data.sources.open import open_source
+from declip.data.sources.rows import DelimitedRows
 from indices import write_index
 
 
@@ -53,7 +60,139 @@ def test_two_tabs_show_other_images_and_no_caption_is_overwritten(start, tmp_pat
         now = client.get(f"/api/caption?tab=one&place={one['place']}").json()
         assert save(client, now, "second").json()["saved"] == ["first", "second"]
         assert "by hand" in (tmp_path / "captions.csv").read_text()
-        assert not list(tmp_path.glob(".*"))
+        assert [path.name for path in tmp_path.glob(".*")] == [".captions.csv.lock"]
+
+
+def test_processes_with_other_caches_lose_no_caption(opened, tmp_path, monkeypatch):
+    path, ids = tmp_path / "captions.csv", opened.index.ids.tolist()
+
+    def write_60(name):
+        monkeypatch.setenv("DECLIP_CACHE", str(tmp_path / name))
+        table = CaptionTable(path, opened.index)
+        for number in range(60):
+            id = ids[2 * (number % 24) + (name == "two")]
+            table.change(id, [f"{name} {number}"], table.read().get(id, []))
+
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=write_60, args=(name,)) for name in ("one", "two")]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    saved = [text for own in CaptionTable(path, opened.index).read().values() for text in own]
+    assert (len(saved), [process.exitcode for process in processes]) == (120, [0, 0])
+
+
+ROWS = {
+    "image,caption\na.png,a cat, on a mat\n": "Line 2 .*3 cells instead of 2.*quotation",
+    'image,caption\na.png,"a cat\nb.png,a dog\n': "quotation mark in line 2",
+    "image,caption\na.png,a\nb.png,\udcff\n": "Line 3 .*UTF-8",
+    "image,caption,caption\na.png,a,b\n": "one column caption",
+}
+
+
+@pytest.mark.parametrize(("content", "told"), ROWS.items())
+def test_a_table_that_training_refuses_is_refused_before_and_while_captioning(start, state, tmp_path, content, told):
+    path = tmp_path / "captions.csv"
+    with ask(start()) as client:
+        shown = client.get("/api/caption?tab=one").json()
+        path.write_bytes(content.encode(errors="surrogateescape"))
+        answer = save(client, shown, "mine")
+    assert (answer.status_code, bool(re.search(told, answer.json()["error"]))) == (400, True)
+    assert path.read_bytes() == content.encode(errors="surrogateescape")
+    refuses(told, open_state, "no model is read", "no source", caption=path)
+
+
+CONTENTS = (
+    b'\xef\xbb\xbfimage,caption,note\r\nx.png,"""a"" b","1\r\n2"\r\n\r\n"y.png", c ,\r\n',
+    b"image;caption\nx.png;a, b and c",
+    b"caption,image\n",
+)
+
+
+@pytest.mark.parametrize("content", CONTENTS)
+def test_other_rows_keep_their_bytes(start, tmp_path, content):
+    (tmp_path / "captions.csv").write_bytes(content)
+    with ask(start()) as client:
+        shown = client.get("/api/caption?tab=one").json()
+        shown = {**shown, **save(client, shown, "one, two; three").json()}
+        end = b"\r\n" if b"\r\n" in content else b"\n"
+        added = (tmp_path / "captions.csv").read_bytes().removeprefix(content).removeprefix(end)
+        assert (added.count(b"\n"), added.endswith(end), shown["saved"]) == (1, True, ["one, two; three"])
+        change(client, shown, 0, "four")
+    written = (tmp_path / "captions.csv").read_bytes()
+    assert written.startswith(content)
+    assert (b"four" in written, b"three" in written) == (True, False)
+    rows = [cells for _, cells in DelimitedRows(tmp_path / "captions.csv", ",").records()]
+    assert rows[-1]["caption"] == "four"
+
+
+def test_captions_are_changed_and_deleted_in_their_rows(start, tmp_path, uncaptioned):
+    path = tmp_path / "captions.csv"
+    image = uncaptioned.parent / f"{NAMES[0]}.png"
+    path.write_text(f"image,caption,note\n{image},first,1\nother.png,x,2\n{image},second,3\n")
+    with ask(start()) as client:
+        shown = client.get("/api/caption?tab=one&place=0").json()
+        assert shown["saved"] == ["first", "second"]
+        assert change(client, shown, 1, "the 2nd").json()["saved"] == ["first", "the 2nd"]
+        assert change(client, shown, 0).status_code == 409
+        shown["saved"] = ["first", "the 2nd"]
+        assert change(client, shown, 2, "x").status_code == 400
+        assert change(client, shown, 0, "the 2nd").json()["saved"] == ["the 2nd"], "no caption twice"
+        shown["saved"] = ["the 2nd"]
+        answer = change(client, shown, 0).json()
+        assert (answer["saved"], answer["done"]) == ([], 0)
+        assert path.read_text() == f"image,caption,note\n{image},,1\nother.png,x,2\n{image},,3\n"
+        save(client, {**shown, "saved": []}, "again")
+    assert path.read_text() == f"image,caption,note\n{image},again,1\nother.png,x,2\n{image},,3\n"
+
+
+def change(client, shown, number, *captions):
+    body = {"id": shown["id"], "captions": captions, "seen": shown["saved"], "replaces": number}
+    return client.post("/api/caption", json=body)
+
+
+def test_a_link_to_the_table_stays(start, tmp_path):
+    (tmp_path / "synced").mkdir()
+    (tmp_path / "captions.csv").symlink_to("synced/table.csv")
+    with ask(start()) as client:
+        save(client, client.get("/api/caption?tab=one").json(), "mine")
+    assert (tmp_path / "captions.csv").is_symlink()
+    assert "mine" in (tmp_path / "synced/table.csv").read_text()
+    assert (tmp_path / "synced/.table.csv.lock").exists()
+
+
+def test_a_disk_without_room_is_named(start, tmp_path):
+    with ask(start()) as client:
+        shown = client.get("/api/caption?tab=one").json()
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+        try:
+            answer = save(client, shown, "mine")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert (answer.status_code, "captions.csv' cannot be written" in answer.json()["error"]) == (400, True)
+        assert save(client, shown, "mine").status_code == 200
+    (tmp_path / "file").touch()
+    refuses("cannot be written.*--caption", open_state, "", "", caption=tmp_path / "file" / "captions.csv")
+
+
+@pytest.mark.parametrize("times", [1, 99])
+def test_what_another_program_writes_meanwhile_stays(start, tmp_path, monkeypatch, times):
+    path = tmp_path / "captions.csv"
+    path.write_text("image,caption\n")
+    left = iter(range(times))
+
+    def append(_):
+        for number in islice(left, 1):
+            with path.open("a") as file:
+                file.write(f"x.png,theirs {number}\n")
+
+    monkeypatch.setattr("declip.app.caption_table.flush", append)
+    with ask(start()) as client:
+        answer = save(client, client.get("/api/caption?tab=one").json(), "mine")
+    assert ("theirs 0" in path.read_text(), "mine" in path.read_text()) == (True, times == 1)
+    assert answer.status_code == (200 if times == 1 else 400)
 
 
 def test_after_25_images_the_heads_are_fitted(start):

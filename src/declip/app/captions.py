@@ -1,8 +1,5 @@
-"""Routes of the app to caption images: their table, order and suggestions, and heads fitted to the captions so far."""
+"""Routes of the app to caption images: their order and suggestions, and heads fitted to the captions so far."""
 
-import csv
-import hashlib
-import os
 import threading
 import time
 from collections.abc import Sequence
@@ -19,80 +16,20 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from torch import Tensor
 
+from declip.app.caption_table import CaptionTable
 from declip.app.requests import ImageId, OneLine, Question, Text
 from declip.app.state import AppState, state_of
-from declip.data.sources.names import resolve
 from declip.errors import UserError
 from declip.evaluation.results import Measure
 from declip.evaluation.zero_shot import read_prompts
-from declip.io.atomic import atomic_write, csv_path
-from declip.io.cache import locked
 from declip.models.closed_form import Heads, Pairs
-from declip.search.choose import choose_from, image_cell
-from declip.search.index import Index
+from declip.search.choose import choose_from
 from declip.training.heads import choose_heads
 
-ELSEWHERE = "choose another file with --caption"
 EVERY = 25  # captions after which the heads are fitted again
 MOST = 2_000  # images that are offered
 SUGGESTIONS = 5
 HELD = 300  # seconds for which an image that one tab shows is not offered to another
-
-
-class CaptionTable:
-    """The captions of an index's images in a .csv file, which is read again before each change.
-
-    Columns and rows of others in the file stay as they are.
-    """
-
-    def __init__(self, path: Path, index: Index) -> None:
-        self.path, self.index = csv_path(path, "--caption"), index
-        image_cell(index, int(index.ids[0]), path.parent)  # refuses images without files
-        paths = index.paths()
-        self._ids = {resolve(one, index.folder): id for one, id in zip(paths, index.ids.tolist(), strict=True)}
-        self._lock = hashlib.blake2b(os.fsencode(path.absolute()), digest_size=8).hexdigest()
-        self.read()
-
-    def read(self) -> dict[int, list[str]]:
-        """The captions of each image of the index, in the order of the file."""
-        found: dict[int, list[str]] = {}
-        for row in self._rows()[1]:
-            path = os.path.normpath(self.path.parent.absolute() / os.path.expanduser(row["image"] or ""))
-            caption = " ".join((row["caption"] or "").split())
-            if caption and (id := self._ids.get(path)) is not None:
-                found.setdefault(id, []).append(caption)
-        return found
-
-    def add(self, id: int, captions: Sequence[str], seen: Sequence[str]) -> None:
-        """Append captions of an image; raises a 409 if the file has others than `seen` of it."""
-        with locked("captions", self._lock):
-            known = self.read().get(id, [])
-            if known != [*seen]:
-                said = "; ".join(known) or "none"
-                raise HTTPException(409, f"Not saved: this image has other captions now ({said}). Save again to add.")
-            columns, rows = self._rows()
-            cell = image_cell(self.index, id, self.path.parent)
-            rows += [{"image": cell, "caption": text} for text in dict.fromkeys(captions) if text not in seen]
-            with (
-                atomic_write(self.path, ELSEWHERE, durable=True) as target,
-                target.open("w", newline="", encoding="utf-8") as file,
-            ):
-                table = csv.DictWriter(file, columns, restval="", extrasaction="ignore")
-                table.writeheader()
-                table.writerows(rows)
-
-    def _rows(self) -> tuple[list[str], list[dict[str, str]]]:
-        if not self.path.exists():
-            return ["image", "caption"], []
-        try:
-            with self.path.open(newline="", encoding="utf-8-sig") as file:
-                reader = csv.DictReader(file)
-                columns, rows = list(reader.fieldnames or ()), list(reader)
-        except (OSError, UnicodeDecodeError, csv.Error) as error:
-            raise UserError(f"'{self.path}' cannot be read: {error}. Choose another file with --caption.") from error
-        if not {"image", "caption"} <= {*columns}:
-            raise UserError(f"'{self.path}' needs the columns image and caption. Choose another file with --caption.")
-        return columns, rows
 
 
 class PlaceQuestion(Question):
@@ -104,11 +41,12 @@ class PlaceQuestion(Question):
 
 
 class SaveQuestion(Question):
-    """New captions of an image, and those that the page showed as saved."""
+    """New captions of an image, and those that the page showed as saved; `replaces` is the number of one of them."""
 
     id: ImageId
-    captions: Annotated[list[Text], Field(min_length=1, max_length=50)]
+    captions: Annotated[list[Text], Field(max_length=50)]
     seen: list[Annotated[str, OneLine]]
+    replaces: int | None = Field(None, ge=0)
 
 
 class Captioning:
@@ -149,12 +87,12 @@ class Captioning:
                     return place
         return None
 
-    def save(self, id: int, captions: Sequence[str], seen: Sequence[str]) -> None:
+    def save(self, id: int, captions: Sequence[str], seen: Sequence[str], replaces: int | None) -> None:
         """Write captions to the disk, and fit the heads again after every 25 images."""
         with self._lock:
             before = len(self.captions)
             try:
-                self.table.add(id, captions, seen)
+                self.table.change(id, captions, seen, replaces)
             finally:  # also if others were added meanwhile, which the page shows next
                 self.captions = self.table.read()
             due = len(self.captions) // EVERY > before // EVERY
@@ -218,15 +156,15 @@ def show(request: Request) -> Response:
 
 
 async def save(request: Request) -> Response:
-    """Save captions of an image; the answer comes when they are on the disk."""
+    """Add captions of an image, change one or delete it; the answer comes when the file is on the disk."""
     captioning, asked = _captioning(request), await SaveQuestion.in_body(request)
     texts = [text for text in asked.captions if text]
-    if not texts:
+    if not texts and asked.replaces is None:
         raise UserError("The caption is empty.")
     if asked.id not in captioning.order:
         raise HTTPException(404, "There is no such image.")
-    await run_in_threadpool(captioning.save, asked.id, texts, asked.seen)
-    return JSONResponse(captioning.describe(None) | {"saved": captioning.captions[asked.id]})
+    await run_in_threadpool(captioning.save, asked.id, texts, asked.seen, asked.replaces)
+    return JSONResponse(captioning.describe(None) | {"saved": captioning.captions.get(asked.id, [])})
 
 
 def _captioning(request: Request) -> Captioning:

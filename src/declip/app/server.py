@@ -22,6 +22,7 @@ from starlette.templating import Jinja2Templates
 from starlette.types import ASGIApp
 
 from declip.app import captions, pairs
+from declip.app.caption_table import check_table
 from declip.app.requests import (
     LARGEST_UPLOAD,
     Guard,
@@ -201,6 +202,8 @@ def open_state(
     model: str, source: str, folder: Path | None = None, *, caption: Path | None = None, **options: Any
 ) -> AppState:
     """Open an index, or embed a source into one first, see `open_or_embed`; `caption` is the table to write."""
+    if caption is not None:
+        check_table(caption)  # before images are embedded
     index = open_or_embed(model, source, folder, **options)
     if not len(index):
         raise UserError(f"The index '{index.folder}' holds no image. Embed some first: declip embed.")
