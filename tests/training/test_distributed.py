@@ -97,8 +97,11 @@ def compare(one, many):
         assert mine.keys() == many[name].keys()
         for key, value in mine.items():
             scale = value.abs().max().item() if value.is_floating_point() and value.numel() else 0.0
+            # The gradient of a bias before a batch norm is rounding alone, which AdamW divides by its own size.
+            atol = (1e-12 if key.startswith("gradient") else 1e-9) + 1e-9 * scale
+            where = (name, key)
             torch.testing.assert_close(
-                many[name][key], value, rtol=1e-9, atol=1e-12 + 1e-9 * scale, msg=lambda m, at=(name, key): f"{at}: {m}"
+                many[name][key], value, rtol=1e-9, atol=atol, msg=lambda m, at=where: f"{at}: {m}"
             )
 
 
