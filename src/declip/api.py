@@ -8,6 +8,7 @@ from declip import finetuning
 from declip.comparison import runner
 from declip.comparison.outcome import Outcome
 from declip.comparison.study import Study
+from declip.data.loader import Augment
 from declip.data.pair import PairSource
 from declip.data.sources.open import named_objects
 from declip.data.sources.python_items import Items
@@ -26,6 +27,7 @@ from declip.supervision.objective import extra_terms
 from declip.supervision.term import Term
 from declip.training import distributed
 from declip.training.assemble import assemble, held_out_sets, resolve_recipe
+from declip.training.optimizer import OptimizerFactory
 from declip.training.sinks import Sink
 from declip.training.trainer import Trainer
 
@@ -42,6 +44,8 @@ def train(
     val: str | Path | PairSource | Items | Sequence[Any] = (),
     callbacks: Sequence[Sink] = (),
     terms: Mapping[str, type[Term]] | None = None,
+    optimizer: OptimizerFactory | None = None,
+    augment: Augment | None = None,
 ) -> Run:
     """Train a model as a recipe describes, evaluate it, and write both to a run folder.
 
@@ -57,6 +61,10 @@ def train(
             they have captions.
         callbacks: Objects that receive the numbers of logged steps and evaluations, see `declip.Sink`.
         terms: Losses of your own by name; `loss_weights` sets their weights. Pass them again to resume.
+        optimizer: Function that makes an optimizer from parameter groups, such as ``lambda groups:
+            torch.optim.NAdam(groups)``; the recipe sets learning rate and weight decay. Pass it again to resume.
+        augment: Function that changes each image view, (3, S, S) uint8, after its crop and before color jitter; its
+            second argument is the NumPy generator of the pair. Pass it again to resume.
 
     Returns:
         The run. After Ctrl-C or SIGTERM, `finished` is False and a checkpoint has been saved.
@@ -72,7 +80,8 @@ def train(
     with named_objects(data, *held_out_sets(val)) as (source, *sets), extra_terms(terms or {}):
         resolved = resolve_recipe(recipe, overrides, source, sets)
         folder = Path(out).expanduser() if out is not None else Path("runs") / resolved.name
-        run = Trainer(assemble(resolved, folder, resume, quiet, callbacks)).train(write_report if report else None)
+        parts = assemble(resolved, folder, resume, quiet, callbacks, optimizer, augment)
+        run = Trainer(parts).train(write_report if report else None)
     distributed.leave()
     return run
 

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import declip
 from conftest import refuses
 from declip.io.plugins import load_plugin, plugins
 from declip.recipe.load import load_recipe, recipe_names
+from declip.runs.checkpoint import list_checkpoints, load_checkpoint
 from declip.runs.folder import read_rows
 from declip.supervision import objective
 
@@ -22,12 +24,28 @@ TINY_VIT = {"train.precision": "fp32", "image.model": "declip_vit_tiny"}
 TINY_VIT |= {"image.model_kwargs": {"patch_size": 8, "embed_dim": 64, "depth": 1}}
 
 
-@pytest.mark.parametrize("name", sorted(EXAMPLES.keys() - {"images_without_captions"}))
+DOORS = {"optimizer", "augmentation", "evaluation"}  # examples that train with CLIP's loss
+
+
+@pytest.mark.parametrize("name", sorted(EXAMPLES.keys() - DOORS - {"images_without_captions"}))
 def test_an_example_trains_for_three_steps(name, table, tmp_path):
     EXAMPLES[name]["main"](str(table), str(tmp_path / "run"), **SMALL)
     rows = read_rows(tmp_path / "run" / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3]
-    assert all(row["losses"][name] > 0 for row in rows)
+    assert all(row["losses"][name] > 0 for row in rows[1:])  # a queue is empty at first
+
+
+@pytest.mark.parametrize(("name", "keys"), [("optimizer", {}), ("augmentation", {}), ("evaluation", {"every": 2})])
+def test_an_example_changes_only_what_it_says(name, keys, table, tmp_path, capsys):
+    weights = {}
+    given = {**SMALL, "train.lr": 0.001}
+    declip.train("demo-clip", given, tmp_path / "plain", data=str(table), quiet=True, report=False)
+    EXAMPLES[name]["main"](str(table), str(tmp_path / "changed"), **keys, **given)
+    for out in ("plain", "changed"):
+        weights[out] = load_checkpoint(list_checkpoints(tmp_path / out)[-1]).weights
+    same = all(torch.equal(weights["plain"][key], tensor) for key, tensor in weights["changed"].items())
+    assert same == (name == "evaluation")
+    assert ("step 2: R@1" in capsys.readouterr().out) == (name == "evaluation")
 
 
 def test_images_without_captions_train_the_weights_that_the_pairs_start_from(table, tmp_path, caplog):

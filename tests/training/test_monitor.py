@@ -98,10 +98,10 @@ def test_steps_that_wait_for_the_loader_are_named_once_and_not_before_enough_was
 
 
 def test_automatic_workers_are_the_cores_of_a_rank_that_do_not_train(monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
-    assert [auto_workers(threads) for threads in (0, 1, 6, 8, 20)] == [8, 7, 2, 0, 0]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
+    assert [auto_workers(threads) for threads in (0, 40, 63, 64, 99)] == [32, 24, 1, 0, 0]
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert auto_workers(1) == 1
+    assert auto_workers(1) == 15
 
 
 @pytest.mark.parametrize(

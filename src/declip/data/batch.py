@@ -170,8 +170,14 @@ class Plan:
     text: TextView
     mask_probability: float | None  # None: the caption is not masked
     whole_context: bool  # whether texts are padded to the longest possible caption, since padding counts
+    length_step: int  # the length of a batch of texts is a multiple of it, see `length_step`
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+
+
+def length_step(recipe: Recipe) -> int:
+    """The multiple that texts are padded to: twice as large where each length is compiled."""
+    return 16 if recipe.train.compile else 8
 
 
 def plan_views(recipe: Recipe, needs: Iterable[Needs]) -> Plan:
@@ -196,6 +202,7 @@ def plan_views(recipe: Recipe, needs: Iterable[Needs]) -> Plan:
         text=views.text,
         mask_probability=MASK_PROBABILITY if masked else None,
         whole_context=any(need.whole_context for need in needs),
+        length_step=length_step(recipe),
         mean=recipe.image.mean,
         std=recipe.image.std,
     )

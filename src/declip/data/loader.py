@@ -7,7 +7,7 @@ A batch is a pure function of the seed and the step. The seed (seed, epoch, i) b
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +28,10 @@ from declip.io.pool import computed, naming_lost_workers
 SHUFFLE_BUFFER = 50_000  # pairs shuffled together where shards are remote: five of img2dataset's shards
 BLOCKS_STREAM, GROUP_STREAM = 1, 2
 SEEN_BEFORE_STOPPING = 100  # pairs, before the fraction of broken ones can stop a run: fewer are too noisy
+
+
+Augment = Callable[[torch.Tensor, np.random.Generator], torch.Tensor]
+"""A view (3, S, S) uint8 and the random numbers of its pair → the view (3, S, S) uint8, before color jitter."""
 
 
 class Order:
@@ -97,6 +101,7 @@ class Assembler:
     shuffle_buffer: int | None = None
     rank: int = 0
     ranks: int = 1
+    augment: Augment | None = None
 
     def __post_init__(self) -> None:
         if len(self.source) < self.batch_size:
@@ -138,6 +143,8 @@ class Assembler:
         chosen = [(t.sample_crop(*pair.image.size, generator), t.sample_params(generator)) for t in self.transforms]
         # --- pixels, only now that their crops are known
         pixels = self._crop(pair.image, [crop for crop, _ in chosen])
+        if self.augment is not None:
+            pixels = [_augmented(self.augment, view, generator) for view in pixels]
         return _Sample(pixels, [params for _, params in chosen], rows, masked, labels, epoch * len(self.source) + index)
 
     def _crop(self, image: LazyImage, crops: list[Crop]) -> list[torch.Tensor]:
@@ -160,7 +167,7 @@ class Assembler:
         # One length for all texts, since the captions and their augmentations are encoded in one call.
         longest = max((len(ids) for sample in samples for ids in sample.rows), default=1)
         context = self.tokenizer.context
-        length = context if self.plan.whole_context else padded_length(longest, context)
+        length = context if self.plan.whole_context else padded_length(longest, context, self.plan.length_step)
         padding, masks = self.tokenizer.padding, self.plan.mask_probability is not None
         texts = [[sample.rows[number] for sample in samples] for number in range(self.plan.texts)]
         return PairBatch(
@@ -172,6 +179,15 @@ class Assembler:
             sample_ids=torch.tensor([sample.id for sample in samples], dtype=torch.int64),
             skipped=skipped,
         )
+
+
+def _augmented(augment: Augment, view: torch.Tensor, generator: np.random.Generator) -> torch.Tensor:
+    """Apply a user's function to a view, (3, S, S) uint8, and check what it returns."""
+    changed = augment(view, generator)
+    given = (tuple(changed.shape), changed.dtype) if isinstance(changed, torch.Tensor) else type(changed).__name__
+    if given != (tuple(view.shape), torch.uint8):
+        raise UserError(f"augment returned {given}; return a tensor {tuple(view.shape)} torch.uint8.")
+    return changed
 
 
 class _Sample(NamedTuple):

@@ -182,13 +182,14 @@ class TextTower(AnyTextTower):
 
 
 def encode_by_length(
-    tower: Callable[[Tensor], TextFeatures], tokens: Tensor, lengths: Tensor | None, buckets: int
+    tower: Callable[[Tensor], TextFeatures], tokens: Tensor, lengths: Tensor | None, buckets: int, step: int = 8
 ) -> TextFeatures:
     """Encode captions sorted by length, in buckets of equal size; the features are those of one pass over all.
 
     Equals the plain loop, but for rounding and for the token states behind a caption's end, which are 0
         features[b] = tower(tokens[b, : lengths[b]])
-    The lengths, (n,) int64 on the host, count ids up to and with each end; None is one bucket.
+    The lengths, (n,) int64 on the host, count ids up to and with each end; None is one bucket. Buckets are padded to a
+    multiple of `step`.
     """
     if lengths is None or buckets == 1 or len(tokens) < 2:
         return tower(tokens)
@@ -198,7 +199,7 @@ def encode_by_length(
     rows = order.to(tokens.device, non_blocking=True)
     context = tokens.shape[1]
     parts = [
-        tower(tokens.index_select(0, part)[:, : padded_length(most, context)])
+        tower(tokens.index_select(0, part)[:, : padded_length(most, context, step)])
         for part, most in zip(rows.tensor_split(buckets), longest, strict=False)
     ]
     # Back to the order of the batch

@@ -280,6 +280,10 @@ class Train(Section):
     weight_decay: float = Field(0.1, ge=0, description="decoupled weight decay; not on biases, norms and scales")
     grad_clip_norm: float | None = Field(None, gt=0, description="largest norm of the gradient; default: no clipping")
     precision: Literal["auto", "fp32", "bf16"] = Field("fp32", description="of the towers; auto: bf16 if supported")
+    matmul_precision: Literal["highest", "high", "medium"] = Field(
+        "highest", description="of float32 products on a GPU, as in torch.set_float32_matmul_precision; high: TF32"
+    )
+    compile: bool = Field(False, description="torch.compile of blocks and image augmentation; no effect on a CPU")
     channels_last: bool = Field(False, description="channels-last memory format, for convolutions")
     log_every: int = Field(10, ge=1, description="number of steps between logged rows")
     report_to: Trackers = Field(

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from declip.data.batch import Needs, PairBatch
+from declip.data.batch import Needs, PairBatch, length_step
 from declip.data.pair import PairSource
 from declip.errors import UserError, unknown
 from declip.io.plugins import load_plugin, plugins
@@ -156,7 +156,8 @@ class Objective(nn.Module):
         )
         images = encode_views(model, [view.pixels for view in batch.views.values()])
         captions, masked_at, lengths = self._captions(batch, masked)
-        texts = encode_by_length(model.text_tower, captions.flatten(0, 1), lengths, self.recipe.train.length_buckets)
+        buckets, step = self.recipe.train.length_buckets, length_step(self.recipe)
+        texts = encode_by_length(model.text_tower, captions.flatten(0, 1), lengths, buckets, step)
         count, size = captions.shape[:2]
         text_tokens = texts.text_tokens.unflatten(0, (count, size))
         rows, targets = None, None

@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import torch
 
 from declip.data.batch import Plan, plan_views
-from declip.data.loader import Assembler, PairLoader
+from declip.data.loader import Assembler, Augment, PairLoader
 from declip.data.pair import PairSource
 from declip.errors import UserError
 from declip.evaluation.datasets import open_dataset
 from declip.interchange.weights import Weights
-from declip.io.pool import MAX_WORKERS, cores
+from declip.io.pool import cores
 from declip.models.device import computes_bf16
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.load import load_recipe
@@ -27,13 +27,15 @@ from declip.runs.folder import RECIPE, log, read_recipe
 from declip.supervision.objective import Objective, needs_of
 from declip.training import distributed
 from declip.training.distributed import HostGroup
-from declip.training.optimizer import build_optimizer, named_trainable
+from declip.training.optimizer import OptimizerFactory, build_optimizer, named_trainable
 from declip.training.pairs import has_captions, open_training_source, refuse_broken, sample_hashes
 from declip.training.parallel import build_learner
 from declip.training.parts import Parts, restore
 from declip.training.pretrained import apply_pretrained, load_pretrained
 from declip.training.sinks import Sink
 from declip.training.trackers import trackers_of
+
+MOST_LOADERS = 32  # loader processes of a training process: each holds two batches in shared memory
 
 
 def resolve_recipe(
@@ -84,6 +86,8 @@ class Resolved(NamedTuple):
 def resolve(recipe: Recipe, folder: Path = Path(), resume: bool = False) -> Resolved:
     """Resolve a recipe; a resumed run keeps its precision and reads its weights from its folder."""
     device, hosts = distributed.meet(recipe.train.device)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision(recipe.train.matmul_precision)
     recipe = hosts.on_rank_zero(partial(resolve_precision, recipe, device, folder, resume))
     weights = load_pretrained(recipe, folder, resume)
     if weights is not None:
@@ -114,9 +118,15 @@ def resolve_epochs(recipe: Recipe, source: PairSource) -> Recipe:
 
 
 def assemble(
-    recipe: Recipe, folder: Path, resume: bool = False, quiet: bool = False, callbacks: Sequence[Sink] = ()
+    recipe: Recipe,
+    folder: Path,
+    resume: bool = False,
+    quiet: bool = False,
+    callbacks: Sequence[Sink] = (),
+    optimizer: OptimizerFactory | None = None,
+    augment: Augment | None = None,
 ) -> Parts:
-    """Build the parts of a recipe's run, or of the run in the folder, to continue it; `callbacks` get its numbers."""
+    """Build the parts of a recipe's run, or of the run in the folder, to continue it; see `declip.train`."""
     # --- processes, device, pretrained weights and pairs; from here on the recipe does not change
     recipe, weights, source, device, hosts = resolve(recipe, folder, resume)
     hosts.on_rank_zero(lambda: len(trackers_of(recipe.train.report_to)))  # refuses those that are not installed
@@ -134,17 +144,18 @@ def assemble(
     # --- learner and optimizer
     learner = build_learner(recipe, model, objective)
     multipliers = pretrained.multipliers if pretrained is not None else {}
-    optimizer = build_optimizer(named_trainable(model, objective), recipe.train, multipliers, objective.over_vocabulary)
+    trained = named_trainable(model, objective)
+    built = build_optimizer(trained, recipe.train, multipliers, objective.over_vocabulary, optimizer)
     if not distributed.is_rank_zero():  # which continues the stream of the weights, as one process does
         distributed.seed_rank(recipe.seed, 0)
     # --- loader and held-out sets
     threads = torch.get_num_threads() if device.type == "cpu" else 1
     workers = auto_workers(threads) if recipe.data.workers == "auto" else recipe.data.workers
-    loader = build_loader(recipe, source, model, workers)
+    loader = build_loader(recipe, source, model, workers, augment)
     samples = sample_hashes(recipe, source)
     # --- the run folder, and the checkpoint in it
     parts = Parts(
-        recipe, folder, quiet, callbacks, hosts, source, model, objective, pretrained, learner, optimizer, loader,
+        recipe, folder, quiet, callbacks, hosts, source, model, objective, pretrained, learner, built, loader,
         workers, samples,
     )  # fmt: skip
     _start_or_continue(parts, resume)
@@ -153,7 +164,7 @@ def assemble(
 
 def auto_workers(training: int) -> int:
     """Number of loader processes: this rank's share of the machine's processors, minus the `training` threads."""
-    return max(0, min(MAX_WORKERS, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - training))
+    return max(0, min(MOST_LOADERS, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - training))
 
 
 def plan_of(recipe: Recipe) -> Plan:
@@ -161,7 +172,9 @@ def plan_of(recipe: Recipe) -> Plan:
     return plan_views(recipe, needs_of(recipe))
 
 
-def build_loader(recipe: Recipe, source: PairSource, model: DualEncoder, workers: int = 0) -> PairLoader:
+def build_loader(
+    recipe: Recipe, source: PairSource, model: DualEncoder, workers: int = 0, augment: Augment | None = None
+) -> PairLoader:
     """Build the loader of a recipe; its `step` is that of the next batch."""
     assembler = Assembler(
         source,
@@ -172,6 +185,7 @@ def build_loader(recipe: Recipe, source: PairSource, model: DualEncoder, workers
         shuffle_buffer=recipe.data.shuffle_buffer,
         rank=distributed.rank(),
         ranks=distributed.world_size(),
+        augment=augment,
     )
     cuda = model.device.type == "cuda"
     return PairLoader(assembler, workers=workers, pin_memory=cuda, max_broken_fraction=recipe.data.max_broken_fraction)

@@ -6,13 +6,14 @@ Muon: Jordan et al. 2024 (kellerjordan.github.io/posts/muon); the factor on the 
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from declip.errors import UserError
 from declip.models.device import computes_bf16
 from declip.recipe.schema import Train
 from declip.training.parallel import full_tensor, shard_like
@@ -102,6 +103,10 @@ class Muon(torch.optim.AdamW):
                 parameter.add_(shard_like(parameter, step) if isinstance(parameter, DTensor) else step, alpha=rate)
 
 
+OptimizerFactory = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
+"""Parameter groups, each with its "weight_decay" → optimizer; the run sets "lr" in each before every step."""
+
+
 class LrMultiplier(NamedTuple):
     """A parameter's learning rate relative to the recipe's, and whether it is 0 while new heads warm up."""
 
@@ -132,8 +137,9 @@ def build_optimizer(
     train: Train,
     multipliers: Mapping[str, LrMultiplier] | None = None,
     over_vocabulary: tuple[str, ...] = (),
+    make: OptimizerFactory | None = None,
 ) -> torch.optim.Optimizer:
-    """Build the recipe's optimizer with groups by weight decay, learning rate and sharding."""
+    """Build the recipe's optimizer, or `make`'s, with groups by weight decay, learning rate and sharding."""
     groups: dict[tuple[bool, bool, bool, LrMultiplier], dict[str, nn.Parameter]]
     groups = {(decayed, False, False, LrMultiplier()): {} for decayed in (True, False)}
     for name, parameter in named:
@@ -152,8 +158,23 @@ def build_optimizer(
         for (decayed, muon, _, multiplier), group in groups.items()
         if group
     ]
+    if make is not None:
+        return _made(make, options)
     kind = Muon if train.optimizer == "muon" else torch.optim.AdamW
     return kind(options, lr=train.warmup_lr, betas=(0.9, 0.98), fused=True)  # as in DeCLIP's YFCC15M recipe
+
+
+def _made(make: OptimizerFactory, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """Call a user's factory, and check that the run can drive and save what it returns."""
+    names = [group["names"] for group in groups]
+    optimizer = make(groups)
+    kept = isinstance(optimizer, torch.optim.Optimizer) and [g.get("names") for g in optimizer.param_groups] == names
+    if not kept:
+        raise UserError(
+            f"optimizer returned {type(optimizer).__name__}; return a torch.optim.Optimizer with the groups that it "
+            "was given, such as lambda groups: torch.optim.NAdam(groups)."
+        )
+    return optimizer
 
 
 def learning_rate(step: int, train: Train) -> float:

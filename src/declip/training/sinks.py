@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.table import Column
 
 from declip.io.progress import progress_bar
+from declip.models.dual_encoder import DualEncoder
 from declip.runs.folder import EVALUATIONS, METRICS, append_row, drop_rows, log
 
 FLAT_AFTER = 300  # steps after which a contrastive loss still at chance level is worth a warning
@@ -28,13 +29,17 @@ FORMAT = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
 
 @dataclass(frozen=True)
 class RunInfo:
-    """The run folder, the range of steps that this process runs (`start` to `steps`), and the batch size."""
+    """What a callback knows of a run: folder, the steps of this process (`start` to `steps`), batch size, and model.
+
+    The model is the one that is trained, `declip.evaluate` takes it; with train.strategy=fsdp a process holds a part.
+    """
 
     folder: Path
     start: int
     steps: int
     batch_size: int
     quiet: bool = False
+    model: DualEncoder | None = None
 
 
 class Sink:

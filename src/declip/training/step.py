@@ -12,7 +12,7 @@ from declip.supervision.objective import Gather
 from declip.supervision.term import TowerOutputs, joined
 from declip.training import distributed
 from declip.training.distributed import StepSync
-from declip.training.parallel import Learner, average_gradients, clip_gradients, unwrap
+from declip.training.parallel import Learner, average_gradients, clip_gradients, grad_cache_chunk, unwrap
 
 
 def training_step(
@@ -34,16 +34,17 @@ def training_step(
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
     optimizer.zero_grad(set_to_none=True)
-    if train.grad_cache_chunk is None:
+    chunk = grad_cache_chunk(train)
+    if chunk is None:
         batch = inner.prepare(batch)
         with inner.autocast():
             losses = learner(batch, gather, sync.offset)
         losses = {name: loss * sync.weight for name, loss in losses.items()}
         losses["loss"].backward()  # DDP and FSDP average gradients over the ranks meanwhile
     else:
-        losses = _backward_in_chunks(inner, train.grad_cache_chunk, batch, gather, sync)
+        losses = _backward_in_chunks(inner, chunk, batch, gather, sync)
 
-    if inner.sharded or train.grad_cache_chunk is not None:  # DDP has done it
+    if inner.sharded or chunk is not None:  # DDP has done it
         average_gradients(parameters)
     grad_norm = clip_gradients(parameters, math.inf if train.grad_clip_norm is None else train.grad_clip_norm)
     values = {name: loss.detach() for name, loss in losses.items()} | {"grad_norm": grad_norm}

@@ -61,7 +61,7 @@ class Trainer:
     def train(self, finish: Callable[[Path, DualEncoder], object] | None = None) -> Run:
         """Take the remaining steps, then evaluate; rank 0 then calls `finish` with the folder and the model."""
         parts, train = self.parts, self.parts.recipe.train
-        info = RunInfo(parts.folder, self.progress.step, train.steps, train.batch_size, parts.quiet)
+        info = RunInfo(parts.folder, self.progress.step, train.steps, train.batch_size, parts.quiet, parts.model)
         with parts.lock or nullcontext():
             sinks = [*trackers_of(train.report_to), *parts.callbacks] if self.is_rank_zero else []
             with monitored(info, sinks, not self.is_rank_zero) as monitor, self.writer:

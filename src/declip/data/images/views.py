@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -233,7 +233,12 @@ class ViewTransform:
         )
 
 
-def apply_photometric(views: Mapping[str, View], mean: Tensor, std: Tensor) -> dict[str, View]:
+def apply_photometric(
+    views: Mapping[str, View],
+    mean: Tensor,
+    std: Tensor,
+    finish: Callable[[Tensor, Photometric, Tensor, Tensor], Tensor] | None = None,  # default: `apply`
+) -> dict[str, View]:
     """Apply the sampled parameters and normalize to (B, 3, S, S) float32; finished views are unchanged."""
     finished, sizes = dict(views), dict[torch.Size, dict[str, Photometric]]()
     for name, view in views.items():
@@ -242,6 +247,6 @@ def apply_photometric(views: Mapping[str, View], mean: Tensor, std: Tensor) -> d
     for params in sizes.values():
         pixels = torch.cat([views[name].pixels for name in params])
         joined = Photometric(*map(torch.cat, zip(*params.values(), strict=True)))
-        chunks = apply(pixels, joined, mean, std).chunk(len(params))
+        chunks = (finish or apply)(pixels, joined, mean, std).chunk(len(params))
         finished |= {name: View(chunk) for name, chunk in zip(params, chunks, strict=True)}
     return finished

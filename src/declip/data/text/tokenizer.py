@@ -82,9 +82,9 @@ class CaptionTokenizer(ABC):
         return torch.tensor([row + [self.padding] * (width - len(row)) for row in rows], dtype=torch.int64)
 
 
-def padded_length(longest: int, context: int) -> int:
-    """The length of a batch of texts: their longest, rounded up to 8, so that few different shapes occur."""
-    return min(-(-longest // 8) * 8, context)
+def padded_length(longest: int, context: int, step: int = 8) -> int:
+    """The length of a batch of texts: their longest, rounded up to `step`, so that few different shapes occur."""
+    return min(-(-longest // step) * step, context)
 
 
 def read_definition(definition: str) -> tokenizers.Tokenizer:

@@ -1,0 +1,142 @@
+"""Color jitter, grayscale and blur of all images in a few passes, for a GPU: the same values as `views.apply`.
+
+`views.apply` groups images by their operations, which suits a CPU's cache. On a GPU that is thousands of small kernels
+for a batch. Here every image takes four steps, each with its own operation and factor, in two kernels once compiled:
+one reads the pixels for the gray level that contrast needs, one reads them again and writes the result. The blur is two
+matrix products for each blurred image.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from declip.data.batch import Photometric
+from declip.data.images.views import JITTER, LUMA
+
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(len(JITTER))  # numbers of the operations in `Photometric.order`
+
+
+def compiled(backend: str = "inductor") -> Callable[[Tensor, Photometric, Tensor, Tensor], Tensor]:
+    """Return `apply` with its pixel operations compiled, for batches of any number of images."""
+    colors = torch.compile(change_colors, dynamic=False, fullgraph=True, backend=backend)
+
+    def run(images: Tensor, photometric: Photometric, mean: Tensor, std: Tensor) -> Tensor:
+        return apply(images, photometric, mean, std, colors)
+
+    return run
+
+
+def apply(
+    images: Tensor,
+    photometric: Photometric,
+    mean: Tensor,
+    std: Tensor,
+    colors: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Apply the sampled parameters, then normalize: (n, 3, H, W) uint8 to float32, on the images' device.
+
+    The images are square, as views are. `colors` is `change_colors` or a compiled version of it.
+    """
+    p = photometric
+    factors = torch.stack([p.brightness, p.contrast, p.saturation, p.hue], dim=1).float()  # (n, 4)
+    neutral = torch.tensor([1.0, 1.0, 1.0, 0.0])
+    factors = torch.where(p.jitter[:, None], factors, neutral)
+    # Copies that do not wait for the device; all parameters are on the host.
+    tensors = [part.to(images.device, non_blocking=True) for part in (factors, p.order, p.gray)]
+    for tensor in (images, *tensors):
+        torch._dynamo.maybe_mark_dynamic(tensor, 0)  # batches lack broken pairs: one graph for any number of images
+    out = (colors or change_colors)(images, *tensors)
+    rows = p.sigma.nonzero().flatten()
+    if len(rows):
+        taps = blur_matrices(p.sigma[rows].float(), int(p.radius.max()), images.shape[-1], images.device)
+        rows = rows.to(images.device, non_blocking=True)
+        blurred = taps @ out.index_select(0, rows) @ taps.mT  # (k, 1, H, H) @ (k, 3, H, W) @ (k, 1, W, W)
+        out.index_copy_(0, rows, blurred)
+    return out.sub_(mean.view(3, 1, 1)).div_(std.view(3, 1, 1))
+
+
+def change_colors(images: Tensor, factors: Tensor, order: Tensor, gray: Tensor) -> Tensor:
+    """Apply jitter and grayscale to images (n, 3, H, W) uint8: float32 in [0, 1].
+
+    Each image has its factors (n, 4) by number of operation, the order (n, 4) of the operations, and whether it becomes
+    gray (n,). Equals the functions of `views.JITTER`, one after the other.
+    """
+    # Channels are separate (n, H, W), so that a compiler sees arithmetic alone and makes one kernel of it.
+    pixels = _Colors(*(images.float() / 255).unbind(dim=1))
+    # --- the mean gray level before contrast; the pixels themselves are computed again below, not stored
+    early, before = pixels, torch.ones_like(gray)
+    for step in range(len(JITTER) - 1):
+        before = before & (order[:, step] != CONTRAST)
+        changed = _changed(early, order[:, step], factors, None)
+        early = _Colors(*(torch.where(_each(before), *pair) for pair in zip(changed, early, strict=True)))
+    level = _luma(early).mean(dim=(1, 2))
+    # --- all operations
+    for step in range(len(JITTER)):
+        pixels = _changed(pixels, order[:, step], factors, level)
+    luma = _luma(pixels)
+    return torch.stack([torch.where(_each(gray), luma, channel) for channel in pixels], dim=1)
+
+
+class _Colors(NamedTuple):
+    """The channels of n images, (n, H, W) each."""
+
+    red: Tensor
+    green: Tensor
+    blue: Tensor
+
+
+def _changed(pixels: _Colors, operation: Tensor, factors: Tensor, level: Tensor | None) -> _Colors:
+    """Apply to each image the operation (n,) with its factor; contrast requires the gray level (n,)."""
+    factor = factors.gather(1, operation[:, None]).squeeze(1)
+    # Brightness, contrast and saturation move a pixel away from, or towards, 0, the image's level or its own gray.
+    anchor = torch.where(_each(operation == SATURATION), _luma(pixels), 0.0)
+    if level is not None:
+        anchor = torch.where(_each(operation == CONTRAST), _each(level), anchor)
+    anchor, scale, is_hue = anchor * _each(1 - factor), _each(factor), _each(operation == HUE)
+    turned = _turned(pixels, factor)
+    return _Colors(
+        *(
+            torch.where(is_hue, torch.where(scale != 0, new, old), (old * scale + anchor).clamp(0, 1))
+            for old, new in zip(pixels, turned, strict=True)
+        )
+    )
+
+
+def _turned(pixels: _Colors, shift: Tensor) -> _Colors:
+    """Turn the color circle by shift (n,), in turns; for the formula see `views.hue`."""
+    red, green, blue = pixels
+    low, high = torch.minimum(torch.minimum(red, green), blue), torch.maximum(torch.maximum(red, green), blue)
+    chroma = high - low
+    angle = ((green + blue - red - low) / chroma.clamp_min(1e-12) + 1).copysign(green - blue)
+    channels = []
+    for color in (0.0, 2.0, 4.0):
+        peak = color - 6 * shift
+        peak = peak - 6 * torch.round(peak / 6)
+        distance = ((angle - _each(peak)).abs() - 3).abs() - 1
+        channels.append(distance.clamp(0, 1) * chroma + low)
+    return _Colors(*channels)
+
+
+def blur_matrices(sigma: Tensor, radius: int, size: int, device: torch.device) -> Tensor:
+    """Build the blur along one axis as matrices (k, 1, size, size), for sigma (k,) on the host; see `views.blur`."""
+    offsets = torch.arange(-radius, radius + 1)
+    taps = torch.exp(-0.5 * (offsets / sigma[:, None]) ** 2)
+    taps /= taps.sum(dim=1, keepdim=True)
+    # The border is mirrored without repeating the outermost pixel.
+    sources = torch.arange(size)[:, None] + offsets
+    sources = (sources.abs() - (size - 1)).abs().neg() + (size - 1)  # (size, 2 · radius + 1)
+    hits = F.one_hot(sources, size).float().to(device, non_blocking=True)  # (size, 2 · radius + 1, size)
+    taps = taps.to(device, non_blocking=True)
+    # einsum, not a scatter, whose order of additions a GPU does not fix
+    return torch.einsum("kt,ots->kos", taps, hits).unsqueeze(1)
+
+
+def _luma(pixels: _Colors) -> Tensor:
+    return pixels.red * LUMA[0] + pixels.green * LUMA[1] + pixels.blue * LUMA[2]
+
+
+def _each(values: Tensor) -> Tensor:
+    return values.view(-1, 1, 1)

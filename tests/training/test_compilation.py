@@ -1,0 +1,71 @@
+"""Blocks and augmentation, compiled: the same numbers, few graphs. The backend needs no compiler of C++."""
+
+import numpy as np
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from data.images.test_crops import MEAN, STD, applied, colors, sampled, transform
+from declip.data.images import fused_views
+from declip.models.dual_encoder import DualEncoder
+from declip.training.assemble import assemble
+from declip.training.compilation import compile_blocks
+from declip.training.trainer import Trainer
+from training.starts import CONV, VIT, recipe_for
+
+
+@pytest.fixture
+def counter():
+    torch._dynamo.reset()
+    yield CompileCounterWithBackend("eager")
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("image", "keys", "backend"),
+    [(VIT, {"grad_checkpointing": True}, "aot_eager"), (CONV, {"grad_cache_chunk": 4}, "eager")],
+)
+def test_a_compiled_run_learns_what_a_plain_one_does(table, tmp_path, image, keys, backend):
+    ends, counter = [], CompileCounterWithBackend(backend)
+    torch._dynamo.reset()
+    for name in ("plain", "compiled"):
+        sections = {"image": image} if image else None
+        trainer = Trainer(assemble(recipe_for(table, "declip", sections, steps=2, **keys), tmp_path / name, quiet=True))
+        if name == "compiled":
+            assert compile_blocks(trainer.parts.model, counter) > 2
+        run = trainer.train()
+        ends.append((run.metrics[-1]["loss"], trainer.parts.model.state_dict()))
+    assert counter.frame_count > 0
+    (loss, plain), (compiled_loss, compiled) = ends
+    assert compiled_loss == pytest.approx(loss, rel=1e-4)
+    assert plain.keys() == compiled.keys()
+
+
+def test_blocks_share_a_graph_for_each_length_and_evaluation_has_none(table, counter):
+    model = DualEncoder.from_recipe(recipe_for(table, sections={"text": {"width": 32, "layers": 4, "heads": 2}}))
+    compile_blocks(model, counter)
+    graphs = []
+    for rows, length in [(16, 16), (15, 16), (9, 16), (16, 32), (7, 32)]:
+        model.text_tower(torch.full((rows, length), model.tokenizer.end)).pooled.sum().backward()
+        graphs.append(counter.frame_count)
+    assert graphs == [1, 1, 1, 2, 2]
+    model.eval()
+    model.text_tower(torch.full((4, 48), model.tokenizer.end))
+    assert counter.frame_count == 2
+
+
+@pytest.mark.parametrize("size", [8, 24])
+def test_views_in_one_pass_equal_those_in_groups(size):
+    maker, mean, std = transform(size), torch.tensor(MEAN), torch.tensor(STD)
+    images, params = colors(300, size), sampled(maker, 300, np.random.default_rng(0))
+    found = fused_views.apply(images, params, mean, std)
+    torch.testing.assert_close(found, applied(images, params), rtol=0, atol=1e-5)
+
+
+def test_color_changes_are_one_graph_for_any_number_of_images(counter):
+    maker, mean, std = transform(), torch.tensor(MEAN), torch.tensor(STD)
+    finish = fused_views.compiled(counter)
+    for count in (12, 11, 7):
+        images, params = colors(count), sampled(maker, count, np.random.default_rng(count))
+        torch.testing.assert_close(finish(images, params, mean, std), applied(images, params), rtol=0, atol=1e-5)
+    assert counter.frame_count == 1
