@@ -170,9 +170,9 @@ class Plan:
     text: TextView
     mask_probability: float | None  # None: the caption is not masked
     whole_context: bool  # whether texts are padded to the longest possible caption, since padding counts
-    length_step: int  # the length of a batch of texts is a multiple of it, see `length_step`
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    length_step: int = 8  # the length of a batch of texts is a multiple of it
 
 
 def length_step(recipe: Recipe) -> int:
