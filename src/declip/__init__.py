@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from declip.search.classify import Classifier as Classifier
     from declip.search.classify import classify as classify
     from declip.search.embed import embed as embed
+    from declip.search.embedder import Embedder as Embedder
     from declip.search.index import Index as Index
-    from declip.search.joined import Embedder as Embedder
     from declip.supervision.term import Term as Term
     from declip.training.sinks import Sink as Sink
 
@@ -45,7 +45,7 @@ _MODULES = {
     "search.classify": "Classifier classify",
     "search.embed": "embed",
     "search.index": "Index",
-    "search.joined": "Embedder",
+    "search.embedder": "Embedder",
     "supervision.term": "Term",
     "training.sinks": "Sink",
 }

@@ -4,7 +4,6 @@ import json
 import multiprocessing
 import os
 import re
-import shutil
 import signal
 import tarfile
 import time
@@ -16,7 +15,7 @@ from PIL import Image
 from conftest import draw, refuses
 from data.fakes import jpeg, picture, scene, write_tar
 from declip.data.pair import BrokenPair, LazyImage, Pair, PairSource
-from declip.data.prepare import downscaled_bytes, join_shards, read_exclusions, shard_source, write_exclusions
+from declip.data.prepare import downscaled_bytes, read_exclusions, shard_source, write_exclusions
 from declip.data.sources.open import open_source
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -170,39 +169,6 @@ def test_a_shard_without_a_good_pair_and_a_source_without_any(tmp_path):
     nothing = Source(broken=range(8))
     refuses(r"None of the 8 pairs of 'hostile' can be used: 8 ×", shard_source, nothing, tmp_path / "none", workers=0)
     assert downscaled_bytes(LazyImage(scene(70_000, 2)), 256)[0] == "png", "longer than JPEG allows"
-
-
-def test_parts_are_joined(folder, tmp_path, command):
-    def all_but_record(made):
-        return {name: content for name, content in files(made).items() if name != "prepared.json"}
-
-    options = {"size": 48, "shard_pairs": 2, "workers": 0}
-    whole, out = shard_source(folder, tmp_path / "whole", **options), tmp_path / "made"
-    refuses("only 5 shards for 6 parts", shard_source, folder, out, **options, part=(1, 6))
-    shard_source(folder, out, **options, part=(2, 2))
-    missing = command("data", "join", out)
-    assert (missing.status, "Part 1 of 2" in missing.err, "--part 1/2" in missing.err) == (2, True, True)
-    other = tmp_path / "made.part-1-of-2"
-    shard_source(folder, out, **options | {"size": 32}, part=(1, 2))
-    refuses("size was 48, now 32", join_shards, out)
-    shutil.rmtree(other)
-    shutil.rmtree(out)
-    # --- a killed part, and a call to join that was killed after it moved a shard
-    first = ["data", "shard", folder, "--out", out, "--size", 48, "--shard-pairs", 2, "--quiet", "--part", "1/2"]
-    assert command(*first).status == 0
-    (other / "000001.tar").unlink()
-    refuses(r"'000001.tar' is missing", join_shards, out)
-    shard_source(folder, out, **options, part=(1, 2))
-    joined = join_shards(out)
-    assert (joined.pairs, joined.shards, joined.skipped) == (whole.pairs, 5, whole.skipped)
-    assert all_but_record(out) == all_but_record(tmp_path / "whole")
-    # --- repeated later, all do nothing
-    before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")}
-    assert command(*first).out.startswith(f"Ready: {out}: 7 pairs, 5 shards")
-    assert command("data", "join", out).status == 0
-    assert {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")} == before
-    shutil.rmtree(other)
-    refuses("Part 1 of 2 is missing", join_shards, out)
 
 
 @pytest.fixture

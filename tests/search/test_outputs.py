@@ -21,7 +21,6 @@ READ = {
     "cache",
     "index of choose",
     "index of app",
-    "out of data join",
 }
 """Path parameters that name no output; the folders of indices are written as by `embed`."""
 

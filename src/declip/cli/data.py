@@ -8,10 +8,9 @@ import typer
 from typer import Argument, Option
 
 from declip.cli import options as opt
-from declip.cli.options import console, expand, file, reads_images, say
+from declip.cli.options import console, file, reads_images, say
 from declip.errors import UserError
 from declip.io.outputs import check_outputs, write_output
-from declip.io.parts import parse_part
 
 group = typer.Typer(help="Download, shard and inspect pairs.", no_args_is_help=True)
 
@@ -41,24 +40,14 @@ def shard(
     size: Annotated[int, Option(help="pixels of the shorter side; smaller images are not enlarged")] = 256,
     shard_pairs: Annotated[int, Option(help="pairs per shard")] = 10_000,
     exclude: Annotated[Path | None, file("list of pairs to leave out, from `declip app` or `data inspect`")] = None,
-    part: opt.PartOption = None,
     *,
     reading: dict[str, Any],
 ) -> None:
     """Shrink the images of a source and write tar shards. Run the command again to continue after an interruption."""
-    number = parse_part(part)
     from declip.data.prepare import shard_source
 
-    made = shard_source(source, out, size=size, shard_pairs=shard_pairs, exclude=exclude, part=number, **reading)
+    made = shard_source(source, out, size=size, shard_pairs=shard_pairs, exclude=exclude, **reading)
     say(made.summary())
-
-
-@group.command()
-def join(out: Annotated[Path, Argument(metavar="DIR", parser=expand, help="the --out of the parts")]) -> None:
-    """Move the shards that `declip data shard --part` wrote into one folder."""
-    from declip.data.prepare import join_shards
-
-    say(join_shards(out).summary())
 
 
 @group.command()

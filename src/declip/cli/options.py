@@ -79,9 +79,6 @@ Workers = Annotated[int | None, Option(min=0, help="number of processes; default
 Shots = Annotated[
     list[int] | None, Option(min=1, help="with few-shot: number of examples per class; default: 4; repeatable")
 ]
-PartOption = Annotated[
-    str | None, Option("--part", metavar="I/N", help="only part I of N, which another command joins, such as 3/8")
-]
 BatchSize = Annotated[int, Option(min=1, help="images per forward pass")]
 JsonOut = Annotated[Path | None, file("also write the result as JSON", "--json")]
 SheetOut = Annotated[Path | None, file("also write an image of the results (PNG)", "--contact-sheet")]

@@ -13,13 +13,12 @@ from declip.cli.options import console, existing, expand, file, known, reads_ima
 from declip.errors import UserError, check_installed
 from declip.io.atomic import csv_path
 from declip.io.outputs import check_outputs, marked_json, write_output
-from declip.io.parts import find_parts, parse_part
 from declip.search.class_names import read_options
 
 if TYPE_CHECKING:
     from declip.search.index import Hit
 
-index = typer.Typer(help="Show an index of images, or make one of parts or Parquet files.", no_args_is_help=True)
+index = typer.Typer(help="Show an index of images, or make one of Parquet files.", no_args_is_help=True)
 
 Folder = Annotated[Path, Argument(metavar="INDEX", parser=expand, help="a folder written by `declip embed`")]
 
@@ -31,15 +30,13 @@ def embed(
     out: Annotated[Path, file("folder of the index", metavar="DIR")],
     captions: Annotated[bool, Option("--captions", help="also store a vector of the captions of each image")] = False,
     dtype: Annotated[Literal["float16", "float32"], Option(help="type of the stored vectors")] = "float16",
-    part: opt.PartOption = None,
     *,
     reading: dict[str, Any],
 ) -> None:
     """Write the vectors of images to an index. Run the command again to continue or to update the index."""
-    number = parse_part(part)  # before torch is imported
     from declip.search.embed import embed as run_embedding
 
-    made = run_embedding(model, source, out=out, captions=captions, dtype=dtype, part=number, **reading)
+    made = run_embedding(model, source, out=out, captions=captions, dtype=dtype, **reading)
     say(f"Ready: {made.folder}: {made.summary()}")
 
 
@@ -167,19 +164,6 @@ def export(
     from declip.search.index import Index
 
     say(f"Written: {Index.open(folder).export(out, over)}")
-
-
-@index.command()
-def join(
-    folder: Annotated[Path, Argument(metavar="INDEX", parser=expand, help="the --out of its parts")],
-) -> None:
-    """Join the parts that `declip embed --part` wrote, which stay."""
-    from declip.search.info import INFO
-
-    find_parts(folder, INFO)  # before torch is imported
-    from declip.search.index import Index
-
-    say(f"Ready: {folder}: {Index.join(folder).summary()}")
 
 
 @index.command()

@@ -20,7 +20,6 @@ from declip.data.sources.names import absolute
 from declip.data.sources.open import ImageSource, open_source
 from declip.errors import UserError, check_range
 from declip.io.atomic import ELSEWHERE, atomic_write, locked_folder, write_text
-from declip.io.parts import Part, find_parts, part_folder, span_of
 from declip.io.pool import mapped
 from declip.io.text import plural
 
@@ -87,7 +86,6 @@ def shard_source(
     workers: int | None = None,
     columns: Columns = DEFAULT,
     exclude: str | Path | None = None,
-    part: Part | None = None,
     progress: bool = False,
 ) -> ShardedPairs:
     """Write the pairs of a source as WebDataset shards 000000.tar and so on, with images no larger than needed.
@@ -100,7 +98,6 @@ def shard_source(
         size: Largest shorter side in pixels; no image is enlarged, and a JPEG file that is small enough is copied.
         workers: Worker processes; 0 does the work in this one, None uses one per core, 8 at most.
         exclude: A list of pairs to leave out, see `read_exclusions`; each is counted by the list's reason.
-        part: (3, 8): the third of eight parts of the shards, in the folder OUT.part-3-of-8. `join_shards` joins them.
     """
     check_range("size", size, 16)
     check_range("shard_pairs", shard_pairs, 1)
@@ -117,14 +114,7 @@ def shard_source(
     made_of |= {"content": _content(opened, excluded)}
     starts = range(0, len(opened), shard_pairs)
     shards = {f"{k:06d}.tar": range(s, min(s + shard_pairs, len(opened))) for k, s in enumerate(starts)}
-    whole = Path(out).expanduser()
-    if part:
-        span = span_of(part, len(shards), "shards")
-        shards = dict(islice(shards.items(), span.start, span.stop))
-        joined = _finished_shards(whole, made_of)
-        if shards.keys() <= joined.keys():
-            return _totals(whole, joined, opened.name, len(opened))
-    with locked_folder(part_folder(whole, part) if part else whole, RECORD, ELSEWHERE) as folder:
+    with locked_folder(Path(out).expanduser(), RECORD, ELSEWHERE) as folder:
         done = _finished_shards(folder, made_of)
         missing = {name: places for name, places in shards.items() if name not in done}
         # --- the others, each recorded when it is complete; a folder with shards always has a record
@@ -137,24 +127,6 @@ def shard_source(
         if opened.credit:
             write_text(folder / NOTICE, opened.credit + "\n")
     return _totals(folder, done, opened.name, len(opened))
-
-
-def join_shards(out: str | Path) -> ShardedPairs:
-    """Move the shards of all parts of `shard_source` to `out`; raises `UserError` unless all are there and fit."""
-    parts = find_parts(Path(out).expanduser(), SIZES)
-    made_of, _ = _read_record(parts[0])
-    with locked_folder(Path(out).expanduser(), RECORD, ELSEWHERE) as folder:
-        shards = {name: row for place in (folder, *parts) for name, row in _read_record(place, made_of)[1].items()}
-        _record(folder, made_of, shards)  # before they come, so that a repeated call finds the rows of moved ones
-        for part in parts:
-            for path in (*part.glob("*.tar"), *part.glob(NOTICE)):
-                path.replace(folder / path.name)
-        done = _finished_shards(folder, made_of)
-        wanted = (f"{number:06d}.tar" for number in range(-(-made_of["pairs"] // made_of["shard_pairs"])))
-        if missing := [name for name in wanted if name not in done]:
-            raise UserError(f"The shard '{missing[0]}' is missing in the parts of '{folder}'. Write its part again.")
-        _record_sizes(folder, done)
-    return _totals(folder, done, made_of["source"], made_of["pairs"])
 
 
 def _totals(folder: Path, shards: Mapping[str, Mapping[str, Any]], source: str, count: int) -> ShardedPairs:
@@ -182,25 +154,19 @@ def _content(source: PairSource, excluded: Mapping[int, str]) -> str:
 
 def _finished_shards(folder: Path, made_of: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The shards that are complete, by name, with their numbers; those of another source or option are refused."""
-    sizes = {file.name: file.stat().st_size for file in folder.glob("*.tar")}
-    return {name: row for name, row in _read_record(folder, made_of)[1].items() if sizes.get(name) == row["bytes"]}
-
-
-def _read_record(folder: Path, made_of: Mapping[str, Any] | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the shards of a folder depend on, and their numbers by name; with `made_of` it must be that, or missing."""
     path = folder / RECORD
-    if made_of is not None and not path.exists():
-        return {}, {}
+    if not path.exists():
+        return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         earlier, shards = dict(content["made_of"]), dict(content["shards"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"'{path}' cannot be read: {error}. Remove the folder, or {ELSEWHERE}.") from error
-    now = earlier if made_of is None else made_of
-    if changed := [key for key in sorted(now.keys() | earlier.keys()) if now.get(key) != earlier.get(key)]:
-        shown = "; ".join(f"{key} was {earlier.get(key)!r}, now {now.get(key)!r}" for key in changed)
+    if changed := [key for key in sorted(made_of.keys() | earlier.keys()) if made_of.get(key) != earlier.get(key)]:
+        shown = "; ".join(f"{key} was {earlier.get(key)!r}, now {made_of.get(key)!r}" for key in changed)
         raise UserError(f"'{folder}' holds shards of another source or option: {shown}. Use the same, or {ELSEWHERE}.")
-    return earlier, shards
+    sizes = {file.name: file.stat().st_size for file in folder.glob("*.tar")}
+    return {name: row for name, row in shards.items() if sizes.get(name) == row["bytes"]}
 
 
 def _write_shards(

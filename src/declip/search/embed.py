@@ -24,11 +24,10 @@ from declip.data.sources.python_items import Items
 from declip.errors import UserError, check_range, unknown
 from declip.evaluation.encode import Encoder, encode_batches, text_features
 from declip.interchange.read import load
-from declip.io.parts import Part, part_folder, span_of
 from declip.io.pool import pairs_bar
 from declip.models.inference import Engine, Precision, fingerprint, precision_of
 from declip.search.index import Index
-from declip.search.info import INFO, Dtype, IndexInfo, PartInfo, SourceInfo
+from declip.search.info import INFO, Dtype, IndexInfo, SourceInfo
 from declip.search.store import PART_ROWS, Block, IndexedImage, Writer, describe_model, hash64, open_writer
 
 log = logging.getLogger("declip")
@@ -48,7 +47,6 @@ def embed(
     precision: Precision = "auto",
     engine: Engine = "torch",
     loaded_from: str | Path = "",
-    part: Part | None = None,
     progress: bool = False,
 ) -> Index:
     """Write an index: the vectors of the images of a source, with their keys and captions.
@@ -62,7 +60,6 @@ def embed(
         workers: Processes that read images; 0: this one; None: one per core, at most 8, and 0 for a Python object.
         precision, engine: As in `declip.load`; a model that is given as an object stays as it is.
         loaded_from: Path or name that `model` was loaded from if it is an object, so that searching can load it.
-        part: (3, 8): the third of eight parts of the images, in the folder OUT.part-3-of-8. `Index.join` joins them.
 
     Examples:
         >>> len(declip.embed("runs/demo", "photos", out="indices/new", workers=0))
@@ -71,7 +68,7 @@ def embed(
     check_range("batch_size", batch_size, 1)
     if dtype not in get_args(Dtype):
         raise unknown("dtype", dtype, get_args(Dtype))
-    folder = Path(out).expanduser() if part is None else part_folder(Path(out).expanduser(), part)
+    folder = Path(out).expanduser()
     if not isinstance(source, str | Path):
         source, workers = open_source(source, columns), workers or 0  # the object may not work in another process
     saved, images = _open_images(source, columns, folder)
@@ -81,17 +78,17 @@ def embed(
     # --- compare the source with the index, and write what differs
     made_by = describe_model(encoder, loaded_from or model, folder)
     wanted = IndexInfo(model=made_by, source=saved, dtype=dtype, captions=captions, precision=precision_of(encoder))
-    span = span_of(part, len(images), "images")
-    wanted.part = part and PartInfo(number=part[0], parts=part[1], images=len(images))
     with open_writer(folder, wanted) as writer:
         try:
-            places, gone = find_changes(images, span, writer, progress)
+            places, gone = find_changes(images, writer, progress)
             skipped = _embed_places(writer, images, encoder, places, batch_size, workers, progress)
         except KeyboardInterrupt:
             log.warning("Stopped. The parts written so far are saved; the same command continues.")
             raise
         if sum(len(store.ids) for store in writer.stores) == len(gone):
-            raise UserError(f"None of the {len(span):,} images of '{images.name}' can be used: {skipped.explanation()}")
+            raise UserError(
+                f"None of the {len(images):,} images of '{images.name}' can be used: {skipped.explanation()}"
+            )
         writer.finish(gone, skipped)
     return Index.open(folder, model=encoder, source=source)
 
@@ -137,14 +134,13 @@ def open_or_embed(
     return embed(loaded, source, out=folder, captions=captions, loaded_from=given, **options)
 
 
-def find_changes(
-    source: ImageSource, span: range, writer: Writer, progress: bool = False
-) -> tuple[np.ndarray, np.ndarray]:
+def find_changes(source: ImageSource, writer: Writer, progress: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """The places to embed, and the ids of rows to drop, because their image has left the source or has changed.
 
     Keys and stamps (`_stamped`) are compared by hashes of 64 bits, so that memory is 8 bytes for a key or a row.
     """
-    keys = np.fromiter((hash64(source.key(place)) for place in span), np.uint64, len(span))
+    count = len(source)
+    keys = np.fromiter((hash64(source.key(place)) for place in range(count)), np.uint64, count)
     ordered, counts = np.unique(keys, return_counts=True)
     repeated = set(ordered[counts > 1].tolist())
 
@@ -156,16 +152,16 @@ def find_changes(
     rows = chain.from_iterable(zip(*(column.to_pylist() for column in table.columns), strict=True) for table in tables)
     known, marks = np.fromiter(((hash64(row[0]), mark(*row)) for row in rows), np.dtype((np.uint64, 2))).T
     # --- images whose key is known: a stamp may cost as much as the pixels
-    seen, wanted = np.isin(keys, known), np.zeros(len(span), np.uint64)
+    seen, wanted = np.isin(keys, known), np.zeros(count, np.uint64)
     with pairs_bar(progress) as bar:
-        for at, place in enumerate(bar.track(span, description=f"Looking through {source.name}")):
-            if seen[at]:
-                wanted[at] = mark(source.key(place), _stamped(source, place).stamp, place)
+        for place in bar.track(range(count), description=f"Looking through {source.name}"):
+            if seen[place]:
+                wanted[place] = mark(source.key(place), _stamped(source, place).stamp, place)
     distinct, first = np.unique(marks, return_index=True)
     kept = first[np.isin(distinct, wanted[seen])]
     ids = np.concatenate([np.zeros(0, np.int64), *(store.ids for store in writer.stores)])
     # What follows the last part comes first, so that the batches are those of a call that was not killed.
-    places = span.start + np.flatnonzero(~seen | ~np.isin(wanted, marks))
+    places = np.flatnonzero(~seen | ~np.isin(wanted, marks))
     later = places >= writer.reached
     return np.concatenate([places[later], places[~later]]), np.sort(np.delete(ids, kept))
 

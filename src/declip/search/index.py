@@ -26,8 +26,8 @@ from declip.interchange.read import load, read_text
 from declip.io.outputs import output_file, refuse_foreign
 from declip.models.device import pick_device
 from declip.models.inference import Engine, Precision, convert, fingerprint
+from declip.search.embedder import index_parquet
 from declip.search.info import Dtype, Over
-from declip.search.joined import join_parquet, join_parts
 from declip.search.store import PART_ROWS, IndexedImage, describe_model, open_index
 
 MOST = 10_000  # maximum number of results of a search
@@ -83,12 +83,6 @@ class Index:
         return cls(folder, **options)
 
     @classmethod
-    def join(cls, folder: str | Path, **options: Any) -> "Index":
-        """Join all parts that `embed(…, out=folder, part=…)` wrote, which stay, and open the index."""
-        join_parts(Path(folder).expanduser())
-        return cls(folder, **options)
-
-    @classmethod
     def from_parquet(
         cls,
         files: str | Path | Sequence[str | Path],
@@ -106,7 +100,7 @@ class Index:
             files: A file, a folder, a pattern, or several.
             model: The model that made the vectors; each row names its fingerprint, which must be this model's.
         """
-        join_parquet(files, model, Path(out).expanduser(), dtype)
+        index_parquet(files, model, Path(out).expanduser(), dtype)
         return cls(out, model=model)
 
     def __len__(self) -> int:

@@ -63,14 +63,6 @@ class ModelInfo(InfoSection):
         return f"'{self.name}' (fingerprint {self.fingerprint[:8]})"
 
 
-class PartInfo(InfoSection):
-    """The part of a source's images that an index has; number 0 stands for all parts, joined."""
-
-    number: Count
-    parts: Count
-    images: Count  # of the source
-
-
 class IndexInfo(InfoSection):
     """Everything about an index except its rows and vectors."""
 
@@ -82,7 +74,6 @@ class IndexInfo(InfoSection):
     dtype: Dtype
     captions: bool  # whether captions have vectors too
     precision: str = Field("", max_length=60)  # that computed the vectors; "bf16, openvino fp32" if some in each
-    part: PartInfo | None = None
     rows: Count = 0
     dimension: Count = 0  # width of the vectors
     next_id: Count = 0

@@ -79,6 +79,8 @@ class ParquetRows(TableRows):
                 raise UserError(f"'{path}' has the splits {', '.join(splits)}. Name the files of one: '{one}'.")
         elif not path.is_file():
             self.files = [Path(file) for file in expand(str(path))]
+        if not self.files:
+            raise UserError(f"'{path}' has no .parquet file. Name the files, or their folder.")
         self.folder = Path(os.path.commonpath([file.parent for file in self.files]))
         footers = list[pq.FileMetaData]()
         for file in self.files:

@@ -1,4 +1,4 @@
-"""Indices of what several processes embedded: parts of `embed`, and Parquet files of rows that `Embedder` returned."""
+"""Embed batches of rows in the processes of other programs, and make an index of the Parquet files that they write."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
@@ -21,19 +21,16 @@ from declip.data.sources.rows import ParquetRows, cell_name
 from declip.errors import UserError
 from declip.evaluation.encode import Encoder, image_features, read_images
 from declip.interchange.read import load
-from declip.io.parts import find_parts
 from declip.io.text import one_line
 from declip.models.dual_encoder import DualEncoder
 from declip.models.inference import OPENVINO, TYPES, Engine, Precision, fingerprint, image_encoder, precision_of
-from declip.search.info import INFO, Dtype, IndexInfo, ModelInfo, SourceInfo
+from declip.search.info import Dtype, IndexInfo, ModelInfo, SourceInfo
 from declip.search.store import (
     PART_ROWS,
     Block,
     IndexedImage,
-    check_same,
     describe_model,
     hash64,
-    open_index,
     open_writer,
 )
 
@@ -41,35 +38,7 @@ COLUMNS = ("id", "vector", "error", "model")
 TOLERANCE = 1e-3  # of the length of a vector
 
 
-def join_parts(folder: Path) -> None:
-    """See `Index.join`."""
-    # --- all parts, of one model and one source
-    paths, skipped = find_parts(folder, INFO), SkipCounter()
-    infos, stores = zip(*map(open_index, paths), strict=True)
-    first = infos[0]
-    for path, info in zip(paths, infos, strict=True):
-        check_same(path, first, info)
-        if info.part is None or first.part is None or info.part.images != first.part.images:
-            raise UserError(f"'{path}' and the first part are of another number of images. Embed all parts again.")
-        skipped.merge(SkipCounter.from_dict(info.skipped))
-    if (folder / INFO).is_file() and IndexInfo.read(folder).part is None:
-        raise UserError(f"'{folder}' was made or updated without parts. Remove it, or embed parts of another --out.")
-
-    # --- their rows, numbered from 0 on
-    def blocks() -> Iterator[Block]:
-        start = 0
-        for store in stores:
-            for block in store.blocks(np.ones(len(store.ids), bool)):
-                ids = pa.array(np.arange(start, start + len(block.table)))
-                start += len(ids)
-                yield Block(block.table.set_column(0, block.table.schema.field("id"), ids), block.matrices)
-
-    made = first.part.model_copy(update={"number": 0})
-    wanted = first.model_copy(update={"part": made, "generation": 0})
-    _write(folder, wanted, {info.precision for info in infos}, blocks(), sum(info.rows for info in infos), skipped)
-
-
-def join_parquet(
+def index_parquet(
     files: str | Path | Iterable[str | Path], model: str | Path | Encoder, folder: Path, dtype: Dtype
 ) -> None:
     """See `Index.from_parquet`."""
@@ -83,20 +52,13 @@ def join_parquet(
             )
     made_by = describe_model(load(model) if isinstance(model, str | Path) else model, model, folder)
     ids, precisions, skipped = _check(tables, made_by)
-    # --- their vectors
-    source = SourceInfo(path="", name=", ".join(map(str, given)))
-    wanted = IndexInfo(model=made_by, source=source, dtype=dtype, captions=False)
-    _write(folder, wanted, precisions, _blocks(tables, dtype), ids - skipped.total, skipped)
-
-
-def _write(
-    folder: Path, wanted: IndexInfo, precisions: set[str], blocks: Iterator[Block], rows: int, skipped: SkipCounter
-) -> None:
-    """Write an index of blocks, or replace one of the same model, source and options."""
+    source, rows = SourceInfo(path="", name=", ".join(map(str, given))), ids - skipped.total
     if not rows:
-        raise UserError(f"'{wanted.source.name}' has no image that can be used: {skipped.explanation()}")
+        raise UserError(f"'{source.name}' has no image that can be used: {skipped.explanation()}")
+    # --- their vectors
+    blocks = _blocks(tables, dtype)
     first = next(blocks)
-    with open_writer(folder, wanted) as writer:
+    with open_writer(folder, IndexInfo(model=made_by, source=source, dtype=dtype, captions=False)) as writer:
         writer.info.dimension, writer.info.next_id = first.matrices["images"].shape[1], rows
         writer.info.precision = ", ".join(sorted(filter(None, precisions)))
         writer.replace(chain([first], blocks), rows, skipped)
@@ -141,6 +103,8 @@ def _blocks(tables: Sequence[ParquetRows], dtype: str) -> Iterator[Block]:
     for table in tables:
         for ids, vectors, errors in _read(table, "id", "vector", "error"):
             usable = [not error for error in errors.to_pylist()]
+            if not any(usable):
+                continue
             values = _vectors(vectors.filter(pa.array(usable, pa.bool_())), width, table.path)  # (n, d)
             width = values.shape[1]
             keys = compress(map(cell_name, ids.to_pylist()), usable)
@@ -157,8 +121,6 @@ def _blocks(tables: Sequence[ParquetRows], dtype: str) -> Iterator[Block]:
 def _vectors(cells: pa.Array, width: int, path: Path) -> np.ndarray:
     """(n, d) float32 of a column of lists; `width` is d if it is known."""
     cells = cells.storage if isinstance(cells, pa.ExtensionArray) else cells  # Ray's tensors
-    if not len(cells):
-        return np.zeros((0, width), np.float32)
     try:
         lengths = {*pc.list_value_length(cells).to_pylist(), *([width] if width else [])}
         values = np.from_dlpack(pc.list_flatten(cells).cast(pa.float32())).reshape(len(cells), -1)
@@ -222,6 +184,10 @@ class Embedder:
             source = ImageSource(ItemSource(items or [None]), captioned=False)
         else:
             places, source = ids, _open(self.source, self.columns)
+            if unknown := [place for place in places if not 0 <= place < len(source)]:
+                raise UserError(
+                    f"There is no image {unknown[0]} in '{source.name}': it has {len(source):,}, from 0 on."
+                )
             ids = [source.key(place) for place in places]
         # --- why each image cannot be used, and the pixels (1, 3, S, S) of those that can
         errors, usable = list[str](), list[Tensor]()

@@ -1,9 +1,6 @@
-"""Indices of what several processes embedded."""
+"""Embedding of batches in other programs, and indices of the Parquet files that they write."""
 
-import os
 import pickle
-import shutil
-import signal
 
 import numpy as np
 import pyarrow as pa
@@ -13,17 +10,16 @@ import torch
 from PIL import Image
 
 import declip
-from conftest import draw, refuses
+from conftest import refuses
 from data.fakes import write_tar
 from declip.interchange.declip_file import write_declip_file
-from declip.io.parts import parse_part
-from declip.search import embed as embedding
-from declip.search.joined import _load
+from declip.search.embedder import _load, _open
+from docs.blocks import ROOT, blocks
 from indices import tiny_model
-from search.test_embed import Interrupted
 
 
 def write_rows(path, rows):
+    path.parent.mkdir(exist_ok=True)
     pq.write_table(pa.table({**rows, "vector": list(rows["vector"])}), path)
     return path
 
@@ -65,7 +61,7 @@ def test_an_embedder_returns_a_row_for_each_row(rows, weights_file, folder, tmp_
 
 
 def test_an_index_of_parquet_files(rows, weights_file, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("declip.search.joined.PART_ROWS", 7)
+    monkeypatch.setattr("declip.search.embedder.PART_ROWS", 7)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     import datasets
 
@@ -75,8 +71,9 @@ def test_an_index_of_parquet_files(rows, weights_file, folder, tmp_path, monkeyp
     made = given.map(
         declip.Embedder(weights_file, precision="fp32"), batched=True, batch_size=7, remove_columns=given.column_names
     )
-    for number, span in enumerate((range(5), range(5, 27))):
+    for number, span in enumerate((range(5), range(5, 24))):
         made.select(span).to_parquet(str(tmp_path / f"{number}.parquet"))
+    made.select(range(24, 27)).to_parquet(str(tmp_path / "-.parquet"))  # the first file has errors alone
     files, out = str(tmp_path / "*.parquet"), tmp_path / "index"
     index = declip.Index.from_parquet(files, model=weights_file, out=out, dtype="float32")
     own = declip.embed(weights_file, folder, out=tmp_path / "own", dtype="float32", precision="fp32")
@@ -113,95 +110,26 @@ def test_parquet_files_that_are_refused(rows, weights_file, tmp_path, command):
         files, out = tmp_path / f"{path}.parquet", tmp_path / "index"
         refused = command("index", "from-parquet", files, "--model", model, "--out", out)
         assert (refused.status, message in " ".join(refused.err.split())) == (2, True), refused.err
+    (tmp_path / "empty").mkdir()
+    refuses("no .parquet", declip.Index.from_parquet, tmp_path / "empty", model=weights_file, out=out)
     assert not (out / "index.json").exists()
     assert "4 images" in command("index", "from-parquet", good, "--model", weights_file, "--out", out).out
 
 
-def test_parts_are_one_index(weights_file, folder, tmp_path, command):
-    (folder / "blue-bar.png").write_bytes(b"no image")
-    out = tmp_path / "index"
-    embed = ["embed", weights_file, folder, "--out", out, "--dtype", "float32", "--precision", "fp32", "--quiet"]
-    for part in ("3/3", "1/3", "3/3"):
-        assert command(*embed, "--part", part).status == 0
-    refused = command("index", "join", out)
-    assert (refused.status, "Part 2 of 3 is missing" in refused.err, "--part 2/3" in refused.err) == (2, True, True)
-    assert command(*embed, "--part", "2/3").status == 0
-    # --- joined, twice; equal to one call, and updated as one
-    whole = declip.embed(weights_file, folder, out=tmp_path / "whole", dtype="float32", precision="fp32")
-    for _ in range(2):
-        assert "23 images" in command("index", "join", out).out
-        index = declip.Index.open(out)
-        assert (index.keys(), index.ids.tolist()) == (whole.keys(), whole.ids.tolist())
-        assert torch.allclose(index.vectors(index.ids), whole.vectors(whole.ids), atol=1e-6)
-        assert [index.row(id).place for id in (0, 9, 22)] == [whole.row(id).place for id in (0, 9, 22)]
-        assert index.info.skipped == whole.info.skipped
-    draw("pink", "bar").save(folder / "zz.png")
-    updated = declip.embed(weights_file, folder, out=out, dtype="float32", precision="fp32")
-    assert updated.ids.tolist() == [*range(23), 23], "only the new one is embedded"
-    assert "without parts" in command("index", "join", out).err
-
-
-def test_a_killed_part_continues(model, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(embedding, "PART_ROWS", 4)
-    for number in (1, 2):
-        killed, repeated = Interrupted(folder, 6), Interrupted(folder)
-        with pytest.raises(KeyboardInterrupt):
-            declip.embed(model, killed, out=tmp_path / "index", part=(number, 2), batch_size=2)
-        refuses(f"Part {number} of 2", declip.Index.join, tmp_path / "index")
-        declip.embed(model, repeated, out=tmp_path / "index", part=(number, 2), batch_size=2)
-        assert repeated.read[0] == 12 * number - 8, "after the first four images"
-    index = declip.Index.join(tmp_path / "index")
-    whole = declip.embed(model, Interrupted(folder), out=tmp_path / "whole", batch_size=2)
-    assert torch.equal(index.vectors(index.ids), whole.vectors(whole.ids))
-
-
-def test_parts_that_do_not_fit_are_refused(model, folder, tmp_path):
-    out = tmp_path / "index"
-    for given in ("0/3", "4/3", "3", "1/0"):
-        refuses(f"--part is '{given}'", parse_part, given)
-    refuses("only 24 images for 25 parts", declip.embed, model, folder, out=out, part=(1, 25))
-    refuses("has no parts", declip.Index.join, out)
-    declip.embed(model, folder, out=out, part=(1, 2))
-    declip.embed(tiny_model(1), folder, out=out, part=(2, 2))
-    refuses("another model", declip.Index.join, out)
-    shutil.rmtree(f"{out}.part-2-of-2")
-    (folder / "red-bar.png").unlink()
-    declip.embed(model, folder, out=out, part=(2, 2))
-    refuses("another number of images", declip.Index.join, out)
-    declip.embed(model, folder, out=out, part=(1, 3))
-    refuses("parts of 2 and 3", declip.Index.join, out)
-
-
-@pytest.mark.slow
-def test_ray_with_a_worker_that_is_killed(weights_file, folder, tmp_path, monkeypatch):
-    for name, value in {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_DISABLE_PROGRESS_BARS": "1"}.items():
-        monkeypatch.setenv(name, value)
-    import ray
-    import ray.data
-
-    # --- shards, which each worker reads by declip's reader
+@pytest.fixture
+def shards(folder, tmp_path):
+    """Two shards of twelve images."""
     members = [(f"{n:02d}.{kind}", data) for n, path in enumerate(sorted(folder.iterdir()))
                for kind, data in (("png", path.read_bytes()), ("txt", path.stem.encode()))]  # fmt: skip
-    write_tar(tmp_path / "shards/0.tar", members[:24])
-    write_tar(tmp_path / "shards/1.tar", members[24:])
-    shards, killed = tmp_path / "shards", tmp_path / "killed"
-    sent = pickle.dumps(declip.Embedder(weights_file, source=shards, precision="fp32"))
+    for number in range(2):
+        write_tar(tmp_path / f"shards/{number}.tar", members[24 * number : 24 * number + 24])
+    return tmp_path / "shards"
 
-    def work(batch):
-        if 9 in batch["id"] and not killed.exists():
-            killed.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-        return pickle.loads(sent)(batch)  # only now, because torch takes seconds to import
 
-    # --- two workers
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
-    try:
-        rows = ray.data.range(24, override_num_blocks=4).map_batches(work, batch_size=None)
-        rows.write_parquet(str(tmp_path / "rows"))
-    finally:
-        ray.shutdown()
-    # --- all rows are there, once, and equal those of one process
-    assert killed.exists()
+def test_numbers_of_a_source_are_embedded_in_any_order(weights_file, shards, tmp_path):
+    embedder = declip.Embedder(weights_file, source=shards, precision="fp32")
+    for start in (12, 0, 18, 6):  # as Ray Data calls workers
+        write_rows(tmp_path / f"rows/{start}.parquet", embedder({"id": np.arange(start, start + 6)}))
     index = declip.Index.from_parquet(tmp_path / "rows", model=weights_file, out=tmp_path / "made", dtype="float32")
     whole = declip.embed(weights_file, shards, out=tmp_path / "whole", precision="fp32", dtype="float32")
     order = np.argsort(index.keys())
@@ -209,3 +137,32 @@ def test_ray_with_a_worker_that_is_killed(weights_file, folder, tmp_path, monkey
     assert (index.vectors(index.ids[order]) - whole.vectors(whole.ids)).abs().max() < 1e-6
     found = declip.Index.open(index.folder, source=shards)
     assert found.image(0).tobytes() == found.image(int(found.search(image=found.image(0), k=1)[0].id)).tobytes()
+    refuses("no image 24", embedder, {"id": [23, 24]})
+
+
+def test_rows_of_two_states_of_a_folder_are_refused(weights_file, folder, tmp_path):
+    embedder = declip.Embedder(weights_file, source=folder)
+    write_rows(tmp_path / "rows/0.parquet", embedder({"id": range(12)}))
+    (folder / "red-triangle.png").rename(folder / "a-new.png")
+    _open.cache_clear()  # as in another process
+    write_rows(tmp_path / "rows/12.parquet", embedder({"id": range(12, 24)}))
+    refuses("1 ids are in several rows", declip.Index.from_parquet, tmp_path / "rows", model=weights_file, out="index")
+
+
+def test_the_array_of_jobs_of_the_documentation(weights_file, folder, tmp_path, monkeypatch):
+    page = (ROOT / "docs/scaling.md").read_text()
+    [script] = [block.code for block in blocks(ROOT / "docs/scaling.md") if "SLURM_ARRAY_TASK_ID" in block.code]
+    assert "images.txt" in page
+    monkeypatch.chdir(tmp_path)
+    names = [f"shapes/{path.name}\n" for path in sorted(folder.iterdir())]
+    (tmp_path / "images.txt").write_text("".join(names))
+    script = script.replace("runs/demo", str(weights_file)).replace("1024", "5")
+    for task in (1, 0, 2, 1):  # one of them twice
+        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", str(task))
+        monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "3")
+        exec(compile(script, "page", "exec"), {})
+    index = declip.Index.from_parquet("rows", model=weights_file, out="index")
+    assert sorted(index.keys()) == [name.strip() for name in names]
+    own = declip.embed(weights_file, folder, out="own")
+    order = np.argsort(index.keys())
+    torch.testing.assert_close(index.vectors(index.ids[order]), own.vectors(own.ids))
