@@ -8,7 +8,8 @@ Each part writes OUT/PART.json when it is done, and a later call reads it from t
 those in which something failed. Parts that would start after --minutes are left to the next call; the status is 1
 while something fails. The parts named after a tower train `clip`, `declip` and `declip-yfcc15m-vitb32` at the largest
 batch that fits, compared with open_clip's CLIP step on the same pairs. The part grad-cache takes one large batch in
-chunks, compared with sentence-transformers' loss on open_clip's towers.
+chunks, compared with sentence-transformers' loss on open_clip's towers. The parts named budget divide a step of
+DeCLIP; those named options switch on `train.compile` and others. The gather and waiting for data need several GPUs.
 """
 
 import argparse
@@ -31,6 +32,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.utils.flop_counter import FlopCounterMode
 
+from declip.data.images import fused_views
 from declip.data.images.views import apply_photometric
 from declip.errors import UserError
 from declip.io.atomic import atomic_write
@@ -38,9 +40,9 @@ from declip.recipe.load import load_recipe
 from declip.runs.checkpoint import list_checkpoints, load_checkpoint
 from declip.training.assemble import assemble
 from declip.training.trainer import Trainer
-from gpu_steps import Bench, open_clips_side, our_side
+from gpu_steps import Bench, open_clips_side, our_side, tiled
 from pairs import InMemory, Shapes, build, texts_of
-from step import TOWERS, recipe_of, sizes
+from step import TOWERS, batch_of, recipe_of, sizes
 from timing import machine, show
 
 RECIPES = ("clip", "declip", "declip-yfcc15m-vitb32")
@@ -82,6 +84,84 @@ def tower(bench: Bench, name: str) -> Rows:
     return sides(bench, name, (*RECIPES, "open_clip"), steps)
 
 
+OPTIONS: dict[str, dict[str, Any]] = {
+    "as published": {},
+    "compile": {"compile": True},
+    "matmul_precision high": {"matmul_precision": "high"},
+    "channels_last": {"channels_last": True},
+    "length_buckets 2": {"length_buckets": 2},
+    "all": {"compile": True, "matmul_precision": "high", "channels_last": True, "length_buckets": 2},
+}
+"""Keys of `train`, each switched on alone and then together."""
+
+
+def switched(bench: Bench, name: str, keys: dict[str, Any]) -> tuple[Any, InMemory]:
+    """Return the published recipe of DeCLIP with a tower and some keys of `train`, and pairs for it."""
+    shape, source = sizes(name, bench.tiny, bench.device, bench.precision, "joined")
+    recipe = recipe_of("declip-yfcc15m-vitb32", name, shape, bench.base)
+    train = recipe.train.model_copy(update=keys)
+    torch.set_float32_matmul_precision(train.matmul_precision)
+    return recipe.model_copy(update={"train": train}), source
+
+
+def options(bench: Bench, name: str) -> Rows:
+    """Measure DeCLIP's step with each option of speed on and off, at one batch size."""
+    rows, count = [], 4 if bench.tiny else 256
+    for what, keys in OPTIONS.items():
+        if name.startswith("ViT") and what == "channels_last":
+            continue
+        row = {"tower": name, "what": what}
+        try:
+            rows.append(row | bench.measure(our_side(bench, *switched(bench, name, keys))(count), count))
+        except Exception as error:  # one option must not stop the others
+            rows.append(row | {"failed": repr(error)[:300]})
+        bench.free()
+    torch.set_float32_matmul_precision("highest")
+    return rows
+
+
+def budget(bench: Bench, name: str) -> Rows:
+    """Divide DeCLIP's step into its parts: time, share of the step and, for the towers, utilization."""
+    rows, count = [], 4 if bench.tiny else 256
+    for what in ("as published", "all"):
+        recipe, source = switched(bench, name, OPTIONS[what])
+        built, batch = build(recipe, source, bench.device), tiled(batch_of(recipe, source), count).to(bench.device)
+        ready, inner = built.learner.prepare(batch), built.learner
+
+        def towers(built: Any = built, ready: Any = ready) -> dict[str, torch.Tensor]:
+            with built.learner.autocast():
+                return built.objective.run_towers(built.model, ready).tensors()
+
+        def backward(towers: Any = towers) -> None:
+            outputs = [t for t in towers().values() if t.requires_grad]
+            torch.autograd.backward(outputs, [torch.zeros_like(t) for t in outputs])
+
+        def losses(built: Any = built, ready: Any = ready) -> None:
+            with built.learner.autocast():
+                outputs = built.objective.run_towers(built.model, ready)
+                built.objective.losses(outputs, built.model, ready, None, 0)["loss"].backward()
+
+        with FlopCounterMode(display=False) as counter:
+            backward()
+        parts = {
+            "step": (partial(built.step, batch), None),
+            "views": (partial(inner.prepare, batch), None),
+            "towers": (backward, counter.get_total_flops() / count),
+            "towers and losses": (losses, None),
+            "optimizer": (built.optimizer.step, None),
+            "loading, this process": (partial(next, built.loader), None),
+        }
+        found = {part: bench.measure(task, count, flops) for part, (task, flops) in parts.items()}
+        whole = found["step"]["ms"]
+        rows += [
+            {"tower": name, "what": f"{part}, {what}", "percent": round(100 * row["ms"] / whole, 1), **row}
+            for part, row in found.items()
+        ]
+        bench.free()
+    torch.set_float32_matmul_precision("highest")
+    return rows
+
+
 def grad_cache(bench: Bench) -> Rows:
     """Measure a large batch in chunks: `clip` with `train.grad_cache_chunk`, and sentence-transformers' loss."""
     count, chunk = (8, 4) if bench.tiny else (4096, 256)
@@ -103,17 +183,20 @@ def views(bench: Bench) -> Rows:
     recipe = load_recipe("demo-declip" if bench.tiny else "declip", {"train.batch_size": 8 if bench.tiny else 128})
     built = build(recipe, InMemory(texts_of(Shapes(), "joined", 256), recipe.image.size))
     batch, threads = next(built.loader), torch.get_num_threads()
-    finish = {
+    finish: dict[Any, Any] = {
         device: partial(
             apply_photometric, batch.to(device).views, built.learner.mean.to(device), built.learner.std.to(device)
         )
         for device in (bench.device, torch.device("cpu"))
     }
-    device, host = (task()["first"].pixels.cpu() for task in (finish[bench.device], finish[torch.device("cpu")]))
+    if bench.cuda:  # what train.compile uses
+        finish["compiled"] = partial(finish[bench.device], finish=fused_views.compiled())
+    host = finish[torch.device("cpu")]()["first"].pixels
     torch.set_num_threads(1)
     rows = [{"what": f"{name}, one CPU thread"} | bench.measure(task, len(batch)) for name, task in finish.items()]
     torch.set_num_threads(threads)
-    return [*rows, {"what": "largest difference", "value": (device - host).abs().max().item()}]
+    far = {name: (task()["first"].pixels.cpu() - host).abs().max().item() for name, task in finish.items()}
+    return [*rows, {"what": "largest difference", "value": max(far.values())}]
 
 
 def run_keys(bench: Bench, source: Path, **train: Any) -> dict[str, Any]:
@@ -249,8 +332,12 @@ PARTS: dict[str, Callable[[Bench], Rows]] = {
     "views": views,
     "waits": waits,
     "grad-cache": grad_cache,
+    "budget": lambda bench: budget(bench, "ViT-B-32"),
+    "options": lambda bench: options(bench, "ViT-B-32"),
     "ViT-B-16": lambda bench: tower(bench, "ViT-B-16"),
+    "budget-ViT-B-16": lambda bench: budget(bench, "ViT-B-16"),
     "RN50": lambda bench: tower(bench, "RN50"),
+    "options-RN50": lambda bench: options(bench, "RN50"),
 }
 """Measured in this order."""
 
