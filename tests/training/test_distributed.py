@@ -20,7 +20,7 @@ from declip.training import distributed
 from declip.training.assemble import plan_of
 from declip.training.distributed import StepSync
 from declip.training.optimizer import build_optimizer, named_trainable
-from declip.training.parallel import build_learner, full_tensor
+from declip.training.parallel import build_learner, full_tensor, grad_cache_chunk
 from declip.training.step import training_step
 
 BATCH, LENGTH = 8, 16
@@ -167,3 +167,10 @@ def test_dropout_draws_the_same_in_both_passes(monkeypatch):
     monkeypatch.setitem(OPTIONS, "layer norm", OPTIONS["layer norm"] | options)
     expected = {"declip": two_steps("declip", "layer norm", (BATCH,))}
     compare(expected, {"declip": two_steps("declip", "layer norm", (BATCH,), grad_cache_chunk=BATCH)})
+
+
+@pytest.mark.parametrize(("ranks", "chunk", "expected"), [(1, 4, 4), (1, 8, None), (2, 4, None), (2, 3, 3), (3, 2, 2)])
+def test_a_chunk_that_holds_all_pairs_of_a_process_is_none(monkeypatch, ranks, chunk, expected):
+    monkeypatch.setattr(distributed, "world_size", lambda: ranks)
+    train = Recipe.model_validate({**TINY, "train": {**EXACT, "grad_cache_chunk": chunk}}).train
+    assert grad_cache_chunk(train) == expected
