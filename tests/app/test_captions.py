@@ -77,9 +77,12 @@ def test_processes_with_other_caches_lose_no_caption(opened, tmp_path, monkeypat
     processes = [fork.Process(target=write_60, args=(name,)) for name in ("one", "two")]
     for process in processes:
         process.start()
+    table = CaptionTable(path, opened.index)
+    while any(process.is_alive() for process in processes):
+        table.read()  # between their changes
     for process in processes:
         process.join()
-    saved = [text for own in CaptionTable(path, opened.index).read().values() for text in own]
+    saved = [text for own in table.read().values() for text in own]
     assert (len(saved), [process.exitcode for process in processes]) == (120, [0, 0])
 
 

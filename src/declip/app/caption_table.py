@@ -24,7 +24,7 @@ LONGEST_WAIT = 30  # seconds for which another process may hold the lock
 TRIES = 10  # of a change, while other programs write to the file
 
 
-class Changed(UserError):
+class _Changed(Exception):
     """The file has changed since it was read."""
 
 
@@ -47,18 +47,23 @@ class CaptionFile(NamedTuple):
     @classmethod
     def read(cls, path: Path) -> "CaptionFile":
         """Read a table; raises `UserError` for a row that training would leave out."""
-        state = _state(path)
-        if not state or not state[0]:
-            return cls(state, [b"image,caption\r\n"], (IMAGE, CAPTION), ",", [])
-        try:
-            table = DelimitedRows(path, ",")
-            records = [*table.records()]
-            with path.open("rb") as file:
-                lines = [*file]
-        except OSError as error:
-            raise UserError(f"'{path}' cannot be read: {error.strerror}. Fix that or {ELSEWHERE}.") from error
-        if _state(path) != state:
-            raise Changed(f"'{path}' was rewritten while it was read. Try again.")
+        # --- again if another process replaces the file meanwhile
+        for _ in range(TRIES):
+            state = _state(path)
+            if not state or not state[0]:
+                return cls(state, [b"image,caption\r\n"], (IMAGE, CAPTION), ",", [])
+            try:
+                table = DelimitedRows(path, ",")
+                records = [*table.records()]
+                with path.open("rb") as file:
+                    lines = [*file]
+            except OSError as error:
+                raise UserError(f"'{path}' cannot be read: {error.strerror}. Fix that or {ELSEWHERE}.") from error
+            if _state(path) == state:
+                break
+        else:
+            raise UserError(f"'{path}' changes while it is read. Try again, or {ELSEWHERE}.")
+        # --- what training would leave out is refused
         if any(list(table.columns).count(name) != 1 for name in (IMAGE, CAPTION)):
             raise UserError(f"'{path}' needs one column image and one column caption. Add them, or {ELSEWHERE}.")
         rows = []
@@ -133,7 +138,7 @@ class CaptionTable:
         """
         with locked(self.path) as target:
             for _ in range(TRIES):
-                with suppress(Changed):
+                with suppress(_Changed):
                     file = CaptionFile.read(self.path)
                     content = self._changed(file, id, captions, seen, replaces)
                     with atomic_write(target, ELSEWHERE, durable=True) as partial:
@@ -141,7 +146,7 @@ class CaptionTable:
                         flush(partial)
                         # Editors and programs that synchronize files do not know the lock.
                         if _state(target) != file.state:
-                            raise Changed
+                            raise _Changed
                     return
         raise UserError(f"Not saved: another program is writing to '{self.path}'. Save again, or {ELSEWHERE}.")
 
