@@ -4,6 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 RUN    ?= runs/demo
 GPUS   ?= 1
+NODES  ?= 1
 ARGS   ?=
 
 .DEFAULT_GOAL := help
@@ -17,7 +18,10 @@ help:
 	@echo "make docs    build the documentation into site/; a broken link is an error"
 	@echo "make bench   install open_clip and compare its speed: a training step, and loading"
 	@echo "make bench-gpu  speed, memory and exactness on one GPU, in 8 minutes; repeat it for the missing parts"
-	@echo "make reproduce-yfcc15m DATA=… GPUS=8  check the data, estimate the cost, train DeCLIP, compare; also reproduce-cc3m"
+	@echo "make reproduce-yfcc15m DATA=… GPUS=8  check the data, estimate the cost, train DeCLIP, compare with the paper;"
+	@echo "             ROOT=DIR of a table's images; IMAGENET=DIR and SETS=DIR to measure accuracy;"
+	@echo "             METHOD=clip|slip|filip|declip|defilip BACKBONE=vitb32|r50 NODES=1; ARGS=--check: no training"
+	@echo "make reproduce-cc3m  the same on CC3M with ResNet-50; METHOD=clip has a number that one GPU reaches"
 	@echo "make setup   install into $(VENV)"
 
 $(VENV)/.installed: pyproject.toml
@@ -68,7 +72,9 @@ data-given:
 	@test -n "$(DATA)" || { echo "DATA is missing: make $(MAKECMDGOALS) DATA='/data/{00000..01538}.tar'"; exit 2; }
 
 reproduce-yfcc15m reproduce-cc3m: data-given setup
-	$(BIN)/python scripts/reproduce.py $(@:reproduce-%=%) --data '$(DATA)' --gpus $(GPUS) $(ARGS)
+	$(BIN)/python scripts/reproduce.py $(@:reproduce-%=%) --data '$(DATA)' --gpus $(GPUS) --nodes $(NODES) \
+	    $(if $(ROOT),--root '$(ROOT)') $(METHOD:%=--method %) $(BACKBONE:%=--backbone %) \
+	    $(if $(IMAGENET),--test 'imagenet:$(IMAGENET)') $(if $(SETS),--test 'paper11:$(SETS)') $(ARGS)
 
 clean:
 	rm -rf runs site .pytest_cache .mypy_cache .ruff_cache

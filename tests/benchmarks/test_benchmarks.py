@@ -1,48 +1,12 @@
-"""The benchmarks, the reproduction and the builders of tables work on toy sizes; no time is asserted."""
+"""The benchmarks and the builders of tables work on toy sizes; no time is asserted."""
 
 import json
-import signal
 import sys
-from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
 
 import pytest
-
-from declip.cli import app as cli
-
-ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def scripts(monkeypatch):
-    for folder in ("benchmarks", "scripts"):
-        monkeypatch.syspath_prepend(str(ROOT / folder))
-
-    def imported(name):
-        if getattr(sys.modules.get(name), "__file__", None) is None:  # the folder tests/search is a module too
-            monkeypatch.delitem(sys.modules, name, raising=False)
-        return __import__(name)
-
-    return imported
-
-
-@pytest.fixture
-def call(scripts, monkeypatch, capsys):
-    """Run a file as a command; give its exit status and the lines that it printed."""
-
-    def called(name, *arguments):
-        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-        status = 0
-        try:
-            scripts(name).main()
-        except SystemExit as ended:
-            status = ended.code or 0
-        printed = capsys.readouterr()
-        return status, (printed.out or printed.err).splitlines()
-
-    return called
 
 
 def test_step_and_its_peer(call):
@@ -124,52 +88,6 @@ def test_every_gpu_part_runs_on_a_cpu(gpu, part):
 def test_the_functions_at_which_runs_are_killed_exist(scripts):
     moments = scripts("kills").MOMENTS
     assert [name for name, (owner, function) in moments.items() if not hasattr(owner, function)] == []
-
-
-def call_here(monkeypatch, command):
-    monkeypatch.setattr(sys, "argv", command)
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    return int(ended.value.code or 0)
-
-
-def test_reproduction(scripts, call, tmp_path, monkeypatch):
-    module = scripts("reproduce")
-    known = module.EXPERIMENTS["synthetic"]
-    small = {**known.keys, "train.steps": 8, "train.batch_size": 8, "train.warmup_steps": 0, "train.log_every": 1}
-    small |= {"image.size": 32, "text.layers": 1, "text.width": 64, "text.heads": 2}
-    monkeypatch.setitem(module.EXPERIMENTS, "synthetic", replace(known, keys=small, pairs=40))
-    shards, out = tmp_path / "shards", tmp_path / "out"
-    words = ("synthetic", "--data", shards, "--out", out)
-    status, printed = call("reproduce", *words, "--check-leakage", shards)
-    assert status == 1  # the data are their own test set
-    assert any("40 of 40 pairs look like" in line for line in printed)
-    assert any(line.startswith("on each of 1: 8 steps of 8 pairs at most") for line in printed)
-    assert not (out / "run").exists()
-    monkeypatch.setattr(module, "call", lambda command: call_here(monkeypatch, command[2:]))
-    learning = ("train.lr=0.002", "simsiam.widths=[256, 256, 128]")
-    status, printed = call("reproduce", *words, *learning)
-    assert status == 0, printed
-    assert any("chance is ln(8) = 2.08" in line for line in printed)
-    curve = json.loads((out / "run" / "curve.json").read_text())
-    assert list(curve) == [str(step) for step in range(1, 9)]
-    other = tmp_path / "other.json"
-    other.write_text(json.dumps({**curve, "2": 2 * curve["2"]}))
-    monkeypatch.setattr(module, "call", lambda *_: 0)  # the run has ended
-    status, printed = call("reproduce", *words, *learning, "--curve", other)
-    assert status == 1
-    assert "at step 2" in printed[-1]
-    for text in ('{"9": 1.0}', '{"1": NaN}', "[1]"):  # wrong ones are found before a step is taken
-        other.write_text(text)
-        assert call("reproduce", *words, "--curve", other)[0] == 2
-    assert call("reproduce", *words, "--gpus", 0)[0] == 2
-
-
-def test_a_stopped_reproduction_lets_the_run_save_its_checkpoint(scripts):
-    child = "import os, signal, sys, time; os.kill(os.getppid(), signal.{}); time.sleep({}); sys.exit(7)"
-    call = scripts("reproduce").call
-    assert call([sys.executable, "-c", child.format("SIGINT", 0.2)]) == 7
-    assert call([sys.executable, "-c", child.format("SIGTERM", 60)]) == -signal.SIGTERM
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,9 @@ def estimate(recipe: Recipe) -> tuple[Recipe, str]:
     source = open_training_source(recipe)
     recipe = resolve_epochs(recipe, source)
     train, few = recipe.train, min(len(source), 2 * recipe.train.batch_size)
-    small = recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_pairs": few})})
+    # Of few pairs so many may be broken by chance that a run would stop.
+    limits = {"max_pairs": few, "max_broken_fraction": max(0.5, recipe.data.max_broken_fraction)}
+    small = recipe.model_copy(update={"data": recipe.data.model_copy(update=limits)})
     small._given = recipe.given
     with TemporaryDirectory() as folder:
         parts = assemble(small, Path(folder) / "run", quiet=True)
