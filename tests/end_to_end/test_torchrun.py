@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,10 +19,10 @@ from conftest import tiny_tree
 from declip import finetuning
 from declip.cli import app as cli
 from declip.interchange.declip_file import write_declip_file
-from declip.recipe.load import load_recipe
+from declip.recipe.load import load_recipe, recipe_names
 from declip.runs.folder import read_rows
 from declip.training import trainer
-from declip.training.assemble import assemble
+from declip.training.assemble import assemble, auto_workers
 from interchange.towers import build
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "train.sbatch"
@@ -157,6 +158,31 @@ def test_a_slurm_job_whose_time_is_up_saves_asks_to_be_queued_again_and_continue
     assert 0 < stopped < 30000
     overrides = {"train.steps": 30000, "train.checkpoint_every": 10000, "data.workers": 1}
     assert assemble(load_recipe(recipe, overrides), run, resume=True, quiet=True).progress.step == stopped
+
+
+def test_srun_gets_the_processors_of_the_job(tmp_path):
+    """Since SLURM 22.05 srun gives a step one processor, unless it is asked for more."""
+    played = {**PLAYED, "srun": 'echo "${SRUN_CPUS_PER_TASK:-1}" > "$ASKED"\n'}
+    for name, text in played.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}")
+        (tmp_path / name).chmod(0o755)
+    environment = {
+        **os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "ASKED": str(tmp_path / "asked"),
+        "SLURM_JOB_ID": "7", "SLURM_NNODES": "1", "SLURM_JOB_NODELIST": "localhost", "SLURM_CPUS_PER_TASK": "64",
+    }  # fmt: skip
+    subprocess.run(["bash", str(SCRIPT), "declip", "--out", "run"], env=environment, check=True)
+    assert (tmp_path / "asked").read_text() == "64\n"
+
+
+def test_loaders_of_the_published_recipes_fit_the_processors_of_the_job(monkeypatch):
+    asked = {name: int(number) for name, number in re.findall(r"^#SBATCH --([\w-]+)=(\d+)$", SCRIPT.read_text(), re.M)}
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(asked["gpus-per-node"]))
+    monkeypatch.setattr("declip.io.pool.os.sched_getaffinity", lambda _: range(asked["cpus-per-task"]))
+    for name in (name for name in recipe_names() if "yfcc15m" in name):
+        workers = load_recipe(name).data.workers
+        workers = auto_workers(training=1) if workers == "auto" else workers
+        assert workers > 1, name
+        assert (workers + 1) * asked["gpus-per-node"] <= asked["cpus-per-task"], name
 
 
 def test_the_slurm_script_asks_for_a_run_folder():
