@@ -154,34 +154,52 @@ def filip() -> str:
 
 
 def declip() -> str:
-    """Draw the four features of a pair and the five losses between them."""
+    """Draw two views of an image, two of a caption, the towers, the queue, and the five losses with their weights."""
+
+    def pairing(*points: tuple[float, float], dashed: bool = True) -> str:
+        return arrow(*points, dashed=dashed, color=TERM)
+
     return drawing(
-        392,
-        "DeCLIP: two views of the image, two of the caption, and five losses between them",
+        424,
+        "DeCLIP: two views of the image, two of the caption, a queue of past captions, and five losses between them",
+        # --- views
         box(15, 8, 150, 30, "image", IMAGE),
         box(235, 8, 150, 30, "caption", TEXT),
-        arrow((60, 38), (50, 58)),
-        arrow((120, 38), (130, 58)),
-        arrow((280, 38), (270, 58)),
-        arrow((340, 38), (350, 58)),
+        *(arrow((x, 38), (x + dx, 58)) for x, dx in ((70, -20), (110, 20), (290, -20), (330, 20))),
         boxes(60, 30, IMAGE, (15, 70, "view 1"), (95, 70, "view 2")),
         boxes(60, 30, TEXT, (235, 70, "masked"), (315, 70, "EDA")),
-        down(90, 130, 50, 130, 270, 350),
-        boxes(132, 30, IMAGE, (15, 70, "F₁"), (95, 70, "F₂")),
-        boxes(132, 30, TEXT, (235, 70, "G₁"), (315, 70, "G₂")),
-        words(200, 115, "towers", 11),
-        arrow((50, 162), (50, 182), (270, 182), (270, 164), both=True, color=TERM),
-        words(205, 178, "contrastive", 12, color=TERM),
-        arrow((130, 162), (130, 204), (282, 204), (282, 164), both=True, dashed=True, color=TERM),
-        arrow((60, 162), (60, 220), (344, 220), (344, 164), both=True, dashed=True, color=TERM),
-        arrow((140, 162), (140, 236), (356, 236), (356, 164), both=True, dashed=True, color=TERM),
-        words(205, 252, "multi_view: the three other pairings", 12, color=TERM),
-        boxes(268, 46, TERM, (15, 120, "simsiam\nF₁ ↔ F₂"), (265, 120, "masked_\nlanguage of G₁")),
-        box(145, 330, 110, 46, "queue of past\ncaptions", TEXT, dashed=True),
-        box(265, 330, 120, 46, "nearest_\nneighbor", TERM),
-        words(75, 348, "weights:", 11),
-        words(75, 364, "0.1 0.3 0.2 0.2 0.2", 11),
-        arrow((255, 353), (263, 353)),
+        # --- towers and features; those of the second views go around the first
+        down(90, 110, 50, 130, 270, 350),
+        boxes(112, 30, IMAGE, (15, 150, "image tower")),
+        boxes(112, 30, TEXT, (235, 150, "text tower")),
+        down(142, 188, 45, 355),
+        arrow((15, 127), (5, 127), (5, 304), (13, 304)),
+        arrow((385, 127), (395, 127), (395, 304), (387, 304)),
+        boxes(190, 28, IMAGE, (15, 60, "F₁")),
+        boxes(290, 28, IMAGE, (15, 60, "F₂")),
+        boxes(190, 28, TEXT, (325, 60, "G₁")),
+        boxes(290, 28, TEXT, (325, 60, "G₂")),
+        # --- losses between images and captions
+        box(140, 190, 120, 28, "contrastive 0.1", TERM),
+        *(pairing((x, 204), (end, 204), dashed=False) for x, end in ((140, 78), (260, 322))),
+        box(140, 240, 120, 28, "multi_view 0.3", TERM),
+        *(pairing((x, y), end) for x, y, end in ((160, 240, (78, 206)), (160, 268, (78, 301)))),
+        *(pairing((x, y), end) for x, y, end in ((240, 240, (322, 206)), (240, 268, (322, 301)))),
+        pairing((200, 304), (78, 304)),
+        pairing((200, 304), (322, 304)),
+        # --- losses of one side
+        box(13, 240, 88, 28, "simsiam 0.2", TERM),
+        *(arrow((45, y), (45, end), color=TERM) for y, end in ((240, 220), (268, 288))),
+        box(296, 232, 93, 44, "masked_\nlanguage 0.2", TERM),
+        arrow((355, 232), (355, 220), color=TERM),
+        # --- the queue
+        box(235, 346, 150, 44, "queue of 65,536\npast captions", TEXT, dashed=True),
+        arrow((355, 318), (355, 344)),
+        words(345, 337, "search", 11, "end"),
+        box(78, 346, 104, 44, "nearest_\nneighbor 0.2", TERM),
+        arrow((235, 368), (184, 368)),
+        arrow((78, 368), (45, 368), (45, 320), color=TERM),
+        words(200, 414, "F, G: features. Green: losses with their weights", 12),
     )
 
 
