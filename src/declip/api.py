@@ -17,7 +17,7 @@ from declip.evaluation.datasets import Dataset, open_dataset
 from declip.evaluation.encode import Encoder
 from declip.evaluation.protocols import Options, evaluate_all
 from declip.evaluation.results import Result
-from declip.interchange.read import load
+from declip.interchange.read import folder_or_name, loaded
 from declip.models.inference import Engine, Precision
 from declip.recipe.schema import Recipe
 from declip.reports.comparison import write_page
@@ -88,7 +88,7 @@ def train(
 
 def finetune(
     pairs: str | Path | PairSource | Items,
-    weights: str | Path | None = None,
+    weights: str | Path | Run | None = None,
     *,
     val: str | Path | PairSource | Items | Sequence[Any] = (),
     keep: str | Path | PairSource | Items | Sequence[Any] = (),
@@ -121,11 +121,11 @@ def finetune(
     with named_objects(pairs, *held_out, *held_out_sets(keep)) as (source, *sets):
         own, kept = sets[: len(held_out)], sets[len(held_out) :]
         options: dict[str, Any] = {"val": own, "keep": kept, "freeze": freeze, "resume": resume, "quiet": quiet}
-        return finetuning.finetune(source, weights, out=out, **options, **overrides)
+        return finetuning.finetune(source, folder_or_name(weights), out=out, **options, **overrides)
 
 
 def evaluate(
-    model: str | Path | Encoder,
+    model: str | Path | Run | Encoder,
     dataset: str | Path | PairSource | Items | Dataset,
     task: str = "zero-shot",
     *,
@@ -156,8 +156,7 @@ def evaluate(
     chosen, opened = Options(**options), open_dataset(dataset, label_column=label_column)
     if len(chosen.numbers_of_shots) > 1:
         raise UserError("declip.evaluate returns one result. Pass one number of shots, such as shots=4.")
-    loaded = load(model, precision=precision, engine=engine) if isinstance(model, str | Path) else model
-    return evaluate_all(loaded, opened, (task,), chosen)[0]
+    return evaluate_all(loaded(model, precision=precision, engine=engine), opened, (task,), chosen)[0]
 
 
 def compare(

@@ -22,7 +22,7 @@ from declip.evaluation.encode import eval_mode
 from declip.evaluation.results import Result, short_names
 from declip.interchange import declip_file, huggingface, onnx, open_clip, open_clip_model, timm_weights
 from declip.interchange.layouts import Refusal
-from declip.interchange.read import HUB_PREFIXES, read, read_checkpoint
+from declip.interchange.read import HUB_PREFIXES, folder_or_name, read, read_checkpoint
 from declip.io.atomic import atomic_write
 from declip.io.text import about, one_line, percent
 from declip.models.dual_encoder import DualEncoder, has_text
@@ -186,6 +186,7 @@ def trace(where: str | Path | DualEncoder | Traced) -> Traced:
     """
     if isinstance(where, Traced):
         return where
+    where = folder_or_name(where)
     if not isinstance(where, str | Path):
         if not isinstance(where, DualEncoder):
             raise UserError(f"This {type(where).__name__} cannot be exported: it is not a model of declip.")

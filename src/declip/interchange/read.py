@@ -10,6 +10,7 @@ import huggingface_hub
 from torch import Tensor
 
 from declip.errors import UserError
+from declip.evaluation.encode import Encoder
 from declip.interchange import declip_file, huggingface, official, open_clip, open_clip_model, starter, timm_weights
 from declip.interchange.weights import Weights, read_recipe, read_tensors
 from declip.io.hub import fetch
@@ -18,7 +19,7 @@ from declip.models.dual_encoder import DualEncoder
 from declip.models.inference import Engine, Precision, convert, pick_engine, pick_precision
 from declip.recipe.starts import STARTS, no_model
 from declip.runs.checkpoint import STATE, list_checkpoints, load_best, load_checkpoint, part
-from declip.runs.folder import MIXED, RECIPE
+from declip.runs.folder import MIXED, RECIPE, Run
 
 READERS = (starter, timm_weights, declip_file, huggingface, open_clip, official)
 """Modules with `matches(where)` and `read(where)`, in order of precedence; the last one matches any file."""
@@ -54,7 +55,7 @@ def hub_folder(where: str) -> str:
 
 
 def load(
-    where: str | Path, device: str = "auto", precision: Precision = "fp32", engine: Engine = "torch"
+    where: str | Path | Run, device: str = "auto", precision: Precision = "fp32", engine: Engine = "torch"
 ) -> DualEncoder:
     """Load a model in evaluation mode from a run folder, a file, or a name.
 
@@ -63,7 +64,7 @@ def load(
     Args:
         where: One of:
 
-            - a run folder (its best checkpoint, else the newest undamaged one) or a checkpoint folder in it;
+            - a `Run` or its folder (its best checkpoint, else the newest undamaged one), or a checkpoint folder in it;
             - a file or folder that `declip.export` wrote, or a folder of open_clip or of transformers' `CLIPModel`;
             - a checkpoint of the official implementation (``.pth``, ``.pth.tar``, ``.pt``, ``.safetensors``) with both
               towers or the image tower alone;
@@ -87,7 +88,24 @@ def load(
     target = pick_device(device)
     pick_precision(precision, target)  # refused before the weights are read
     pick_engine(engine, target)
-    return convert(read(where).build().to(target).eval(), precision, engine)
+    return convert(read(folder_or_name(where)).build().to(target).eval(), precision, engine)
+
+
+def folder_or_name(model: Any) -> Any:
+    """The folder of a `Run`; a model, or the name of one, stays."""
+    return model.folder if isinstance(model, Run) else model
+
+
+def loaded(
+    model: str | Path | Run | Encoder, device: str = "auto", precision: Precision = "fp32", engine: Engine = "torch"
+) -> Encoder:
+    """The model that is given as an object, else the one that `load` loads."""
+    if isinstance(model, str | Path | Run):
+        return load(model, device, precision, engine)
+    if not hasattr(model, "encode_image"):
+        allowed = "a run folder, a file, a name, or an object with `encode_image`"
+        raise UserError(f"A model is what `declip.load` takes, {allowed}; {type(model).__name__} was given.")
+    return model
 
 
 def read(where: str | Path) -> Weights:

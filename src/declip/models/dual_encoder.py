@@ -1,16 +1,15 @@
 """The dual encoder: an image tower and a text tower with a shared embedding space."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
-from declip.data.images.decode import apply_exif
+from declip.data.images.decode import Picture, is_pixels, read_picture
 from declip.data.images.preprocess import Preprocess
 from declip.data.text.tokenizer import CaptionTokenizer, HuggingfaceTokenizer, Tokenizer, WrappedTokenizer
 from declip.errors import UserError
@@ -91,29 +90,37 @@ class DualEncoder(nn.Module):
         """Device of the parameters."""
         return self.logit_scale.device
 
-    def preprocess(self, images: Image.Image | Sequence[Image.Image]) -> Tensor:
-        """PIL images → (n, 3, S, S) float32, normalized, on the model's device."""
-        images = [images] if isinstance(images, Image.Image) else list(images)
-        return self.preprocessor(images).to(self.device)
+    def preprocess(self, images: Picture | Iterable[Picture]) -> Tensor:
+        """PIL images, files or arrays (H, W, 3) of uint8 → (n, 3, S, S) float32, normalized, on the model's device."""
+        one = isinstance(images, str) or not isinstance(images, Iterable) or is_pixels(images)
+        several: Any = [images] if one else images
+        return self.preprocessor([read_picture(image) for image in several]).to(self.device)
 
     def tokenize(self, texts: str | Sequence[str]) -> Tensor:
         """Captions → (n, L) int64 on the model's device."""
         return self.tokenizer(texts).to(self.device)
 
-    def encode_image(self, images: Tensor) -> Tensor:
-        """(n, 3, S, S) normalized → (n, d) float32 of length 1."""
+    def encode_image(self, images: Tensor | Picture | Iterable[Picture]) -> Tensor:
+        """Encode images, or the (n, 3, S, S) that `preprocess` made of them, as (n, d) float32 of length 1.
+
+        The features of `encode_image`, `encode_backbone` and `encode_text` have gradients in training mode only.
+        """
         return F.normalize(self._encode(images).pooled.float(), dim=-1)
 
-    def encode_backbone(self, images: Tensor) -> Tensor:
-        """(n, 3, S, S) normalized → (n, width) float32, the pooled feature before the projection: for probes."""
+    def encode_backbone(self, images: Tensor | Picture | Iterable[Picture]) -> Tensor:
+        """Encode images as (n, width) float32, the pooled feature before the projection: for probes."""
         return self._encode(images).pre_logits.float()
 
-    def encode_text(self, tokens: Tensor) -> Tensor:
-        """(n, L) ids → (n, d) float32 of length 1."""
-        return F.normalize(self.text_tower(tokens).pooled.float(), dim=-1)
+    def encode_text(self, texts: Tensor | str | Sequence[str]) -> Tensor:
+        """Encode captions, or the (n, L) ids that `tokenize` made of them, as (n, d) float32 of length 1."""
+        tokens = texts if isinstance(texts, Tensor) else self.tokenize(texts)
+        if tokens.ndim != 2 or tokens.is_floating_point():
+            raise _unsuitable(tokens, "token ids (n, L), as `tokenize` returns them, or texts")
+        with torch.set_grad_enabled(self.training and torch.is_grad_enabled()):
+            return F.normalize(self.text_tower(tokens).pooled.float(), dim=-1)
 
     @torch.no_grad()
-    def similarity_map(self, image: Image.Image, text: str | Sequence[str], size: int | None = None) -> Tensor:
+    def similarity_map(self, image: Picture, text: str | Sequence[str], size: int | None = None) -> Tensor:
         """Compute how much every place of an image contributes to its similarity with a text.
 
         Returns:
@@ -129,7 +136,7 @@ class DualEncoder(nn.Module):
             >>> declip.load("runs/demo").similarity_map(Image.open("photos/red.png"), "a red square").shape
             torch.Size([16, 16])
         """
-        image, preprocess = apply_exif(image), copy(self.preprocessor)
+        image, preprocess = read_picture(image), copy(self.preprocessor)
         preprocess.size, preprocess.squash = size or preprocess.size, True
         if preprocess.size != self.preprocessor.size:
             self.image_tower.refuse_size(type(self.image_tower).__name__, preprocess.size, "size")
@@ -141,9 +148,17 @@ class DualEncoder(nn.Module):
         maps = F.interpolate(grid, (image.height, image.width), mode="bilinear")[0].cpu()
         return maps[0] if isinstance(text, str) else maps
 
-    def _encode(self, images: Tensor) -> ImageFeatures:
-        # A model that was converted, as by model.bfloat16(), takes the preprocessing's float32 images too.
-        return self.image_tower(images.to(next(self.image_tower.parameters()).dtype))
+    def _encode(self, images: Tensor | Picture | Iterable[Picture]) -> ImageFeatures:
+        pixels = images if isinstance(images, Tensor) else self.preprocess(images)
+        if pixels.ndim != 4 or not pixels.is_floating_point():
+            raise _unsuitable(pixels, "pixels (n, 3, S, S), as `preprocess` returns them, or images")
+        with torch.set_grad_enabled(self.training and torch.is_grad_enabled()):
+            # A model that was converted, as by model.bfloat16(), takes the preprocessing's float32 images too.
+            return self.image_tower(pixels.to(next(self.image_tower.parameters()).dtype))
+
+
+def _unsuitable(given: Tensor, wanted: str) -> UserError:
+    return UserError(f"A tensor {tuple(given.shape)} of {given.dtype} cannot be encoded. Pass {wanted}.")
 
 
 def has_text(model: DualEncoder) -> bool:

@@ -34,7 +34,7 @@ from declip.evaluation.few_shot import (
 )
 from declip.evaluation.results import Measure
 from declip.evaluation.zero_shot import class_features, logit_scale, read_templates
-from declip.interchange.read import load
+from declip.interchange.read import loaded
 from declip.io.atomic import save_tensors
 from declip.io.outputs import CLASSIFIED, csv_output, csv_table, output_file
 from declip.io.text import one_line, percent, plain_cell
@@ -99,21 +99,21 @@ class Classifier:
         known = tuple(classes or (source.class_names if source else ()))
         if len(known) < 2:
             raise UserError("A classifier needs two classes or more. Name them, or give examples of them.")
-        loaded = load(model, device) if isinstance(model, str | Path) else model
-        names = class_features(loaded, known, read_templates(templates)[1], batch_size=batch_size)
-        encode, width = joint_encoder(loaded)
+        encoder = loaded(model, device)
+        names = class_features(encoder, known, read_templates(templates)[1], batch_size=batch_size)
+        encode, width = joint_encoder(encoder)
         given = Examples(torch.empty(0, width + names.shape[1]), torch.empty(0).long(), names, width)
         skipped = SkipCounter()
         if source is not None:
             number = _numbers(known, source.class_names)
             options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "progress": progress}
-            found = encode_source(loaded, source, encode=encode, texts=False, **options)
+            found = encode_source(encoder, source, encode=encode, texts=False, **options)
             labels, skipped = torch.from_numpy(number[np.asarray(source.labels)[found.indices]]), found.skipped
             given = Examples(found.images, labels, names, width)
         head, counts = fit_few_shot(given), torch.bincount(given.labels, minlength=len(known))
         enough = head.accuracy is not None and int((counts > 0).sum()) >= FEWEST
         rejection = choose_threshold(given, head) if enough else None
-        return cls(known, tuple(counts.tolist()), head, rejection, fingerprint(loaded), skipped)
+        return cls(known, tuple(counts.tolist()), head, rejection, fingerprint(encoder), skipped)
 
     def summary(self) -> str:
         """The examples, the settings, and what cross-validation says."""
@@ -255,7 +255,7 @@ def classify(
     source, path = _open(images, replace(columns, caption=None)), None if out is None else csv_output(out)
     classifier = Classifier.load(head) if isinstance(head, str | Path) else head
     workers = workers or (None if isinstance(images, str | Path) and workers is None else 0)
-    encoder = load(model, device, precision, engine) if isinstance(model, str | Path) else model
+    encoder = loaded(model, device, precision, engine)
     # --- scores of classes
     options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "progress": progress}
     if examples is not None:

@@ -23,7 +23,7 @@ from declip.data.sources.open import ImageSource, open_images, open_source
 from declip.data.sources.python_items import Items
 from declip.errors import UserError, check_range, unknown
 from declip.evaluation.encode import Encoder, encode_batches, text_features
-from declip.interchange.read import load
+from declip.interchange.read import folder_or_name, loaded
 from declip.io.pool import pairs_bar
 from declip.models.inference import Engine, Precision, fingerprint, precision_of
 from declip.search.index import Index
@@ -72,7 +72,8 @@ def embed(
     if not isinstance(source, str | Path):
         source, workers = open_source(source, columns), workers or 0  # the object may not work in another process
     saved, images = _open_images(source, columns, folder)
-    encoder = load(model, device, precision, engine) if isinstance(model, str | Path) else model
+    model = folder_or_name(model)
+    encoder = loaded(model, device, precision, engine)
     if captions:
         encoder.tokenize([""])  # a model without a text tower fails now, not after an hour
     # --- compare the source with the index, and write what differs
@@ -121,17 +122,18 @@ def open_or_embed(
         if folder is not None:
             raise UserError(f"'{source}' is an index already, so --index '{folder}' is not used. Remove it.")
         return Index.open(source, model=model, device=device, precision=precision, engine=engine)
-    loaded = load(model, device, precision, engine) if isinstance(model, str | Path) else model
+    model = folder_or_name(model)
+    encoder = loaded(model, device, precision, engine)
     if folder is None:
         if not isinstance(source, str | Path):
             raise UserError("The images are a Python object, which has no path: give the folder of their index.")
-        digest = hashlib.sha256(f"{fingerprint(loaded)} {absolute(source)}".encode("utf-8", "surrogateescape"))
+        digest = hashlib.sha256(f"{fingerprint(encoder)} {absolute(source)}".encode("utf-8", "surrogateescape"))
         name = re.sub(r"[^A-Za-z0-9]+", "-", Path(source).name.removeprefix("builtin:")).strip("-") or "source"
         folder = Path("indices") / f"{name[:40]}-{digest.hexdigest()[:8]}"
     given = model if isinstance(model, str | Path) else ""
     known = Path(folder).expanduser()
     captions = IndexInfo.read(known).captions if (known / INFO).is_file() else True
-    return embed(loaded, source, out=folder, captions=captions, loaded_from=given, **options)
+    return embed(encoder, source, out=folder, captions=captions, loaded_from=given, **options)
 
 
 def find_changes(source: ImageSource, writer: Writer, progress: bool = False) -> tuple[np.ndarray, np.ndarray]:

@@ -20,7 +20,7 @@ from declip.data.sources.python_items import ItemSource
 from declip.data.sources.rows import ParquetRows, cell_name
 from declip.errors import UserError
 from declip.evaluation.encode import Encoder, image_features, read_images
-from declip.interchange.read import load
+from declip.interchange.read import load, loaded
 from declip.io.text import one_line
 from declip.models.dual_encoder import DualEncoder
 from declip.models.inference import OPENVINO, TYPES, Engine, Precision, fingerprint, image_encoder, precision_of
@@ -50,7 +50,7 @@ def index_parquet(
             raise UserError(
                 f"'{table.path}' has no column '{absent[0]}'; `declip.Embedder` returns {', '.join(COLUMNS)}."
             )
-    made_by = describe_model(load(model) if isinstance(model, str | Path) else model, model, folder)
+    made_by = describe_model(loaded(model), model, folder)
     ids, precisions, skipped = _check(tables, made_by)
     source, rows = SourceInfo(path="", name=", ".join(map(str, given))), ids - skipped.total
     if not rows:

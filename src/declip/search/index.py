@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from declip.data.images.decode import decode
+from declip.data.images.decode import Picture, read_picture
 from declip.data.pair import BrokenPair, PairSource, SkipCounter, printable
 from declip.data.sources.names import is_missing, resolve
 from declip.data.sources.open import ImageSource, open_images
@@ -22,7 +22,7 @@ from declip.data.sources.python_items import Items
 from declip.errors import UserError, check_installed, check_range
 from declip.evaluation.encode import Encoder, eval_mode, image_features
 from declip.evaluation.zero_shot import class_features, read_templates
-from declip.interchange.read import load, read_text
+from declip.interchange.read import folder_or_name, loaded, read_text
 from declip.io.outputs import output_file, refuse_foreign
 from declip.models.device import pick_device
 from declip.models.inference import Engine, Precision, convert, fingerprint
@@ -73,7 +73,7 @@ class Index:
         engine: Engine = "torch",
     ) -> None:
         self.folder = Path(folder).expanduser()
-        self._model_given, self._source_given = model, source
+        self._model_given, self._source_given = folder_or_name(model), source
         self._device, self._precision, self._engine = device, precision, engine
         self.info, self._store = open_index(self.folder)
 
@@ -117,7 +117,7 @@ class Index:
         """The model that made the index; raises `UserError` if it cannot be loaded, or is another one."""
         made_by = self.info.model
         path = made_by.locate(self.folder) if self._model_given is None else self._model_given
-        model = load(path, self._device, self._precision, self._engine) if isinstance(path, str | Path) else path
+        model = loaded(path, self._device, self._precision, self._engine)
         given = describe_model(model, path, self.folder)
         if given.fingerprint != made_by.fingerprint:
             raise UserError(
@@ -141,22 +141,23 @@ class Index:
 
     def query(
         self,
-        text: str | None = None,
-        image: str | Path | Image.Image | None = None,
+        text: str | Picture | None = None,
+        image: Picture | None = None,
         weights: tuple[float, float] = (1.0, 1.0),
         template: str | None = None,
     ) -> Tensor:
         """(d,) float32 of length 1, the vector of a text, an image, or both; arguments as for `search`."""
+        if not isinstance(text, str | None):
+            if image is not None or isinstance(text, list | tuple):
+                several = "encode several by the model, and call `nearest`"
+                raise UserError(f"search takes one text and one image, not a {type(text).__name__}; {several}.")
+            text, image = None, text
         vectors = []
         if text and not text.isspace():
             templates = ["{}"] if template is None else read_templates(template)[1]
             vectors.append(class_features(self.text_model, [text.strip()], templates)[0])
         if image is not None:
-            given = image if isinstance(image, Image.Image) else Path(image).expanduser()
-            try:
-                upright = decode(given, str(image))
-            except BrokenPair as broken:
-                raise UserError(f"The image to search for cannot be used: {broken}.") from broken
+            upright = read_picture(image)
             with eval_mode(self.model):
                 pixels = self.model.preprocess([upright])
             vectors.append(image_features(self.model, pixels, self.model.encode_image)[0])
@@ -166,8 +167,8 @@ class Index:
 
     def search(
         self,
-        text: str | None = None,
-        image: str | Path | Image.Image | None = None,
+        text: str | Picture | None = None,
+        image: Picture | None = None,
         *,
         weights: tuple[float, float] = (1.0, 1.0),
         template: str | None = None,
@@ -177,7 +178,8 @@ class Index:
         """Find images by a text, an image, or both.
 
         Args:
-            image: An image, or its file.
+            text: A text; an image in its place is searched for as `image`.
+            image: An image, its file, or an array (H, W, 3) of uint8.
             weights: Weights of text and image in their sum; with a negative weight, images unlike it are found.
             template: A template with ``{}`` for the text, or the name of a template set, whose vectors are averaged.
             over: "images" compares with the vectors of the images, "captions" with those of their captions.

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, TypeGuard
 
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError, features
@@ -17,6 +17,7 @@ from PIL.Image import Transpose
 from PIL.JpegImagePlugin import JpegImageFile
 
 from declip.data.pair import BrokenPair, LazyImage
+from declip.errors import UserError
 
 # The raster formats that data sets are made of. Pillow's others are rare, slow, or start other programs (EPS).
 FORMATS: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", *(("AVIF",) if features.check("avif") else ()))
@@ -46,11 +47,32 @@ SCALES = (8, 4, 2)  # divisors of the sides that libjpeg supports while it decod
 SMALLEST_SCALED = 8  # pixels that a side keeps at least; the decoders disagree about images smaller than a block
 SAME_EVERYWHERE = ("YCbCr", "Gray", "RGB")  # color spaces that simplejpeg converts to the same RGB as Pillow
 AnyImage = Path | bytes | Image.Image  # an image, its file, or the bytes of that
+Picture = Image.Image | str | Path | np.ndarray  # what the Python functions take for an image, see `read_picture`
 
 
 def decode(source: AnyImage, key: str, most_pixels: int = MOST_PIXELS) -> Image.Image:
     """Read an image as upright RGB, transparent pixels over white, the first frame; raises `BrokenPair`."""
     return open_image(source, key, most_pixels).decoded()
+
+
+def read_picture(given: Picture) -> Image.Image:
+    """Read an image that a caller gives: a PIL image, a file or (H, W, 3) uint8; raises `UserError`."""
+    if is_pixels(given):
+        return Image.fromarray(given)
+    kind = " ".join(map(str, (type(given).__name__, getattr(given, "dtype", ""), tuple(getattr(given, "shape", ())))))
+    if not isinstance(given, str | Path | Image.Image):
+        raise UserError(f"An image is a PIL image, a file or an array (H, W, 3) of uint8; {kind} was given.")
+    try:
+        if isinstance(given, Image.Image):
+            return decode(given, kind)
+        return decode(Path(given).expanduser(), str(given))
+    except BrokenPair as broken:
+        raise UserError(f"The image cannot be used: {broken}. Give another image.") from broken
+
+
+def is_pixels(given: Any) -> TypeGuard[np.ndarray]:
+    """Whether an object is an array (H, W, 3) of uint8."""
+    return isinstance(given, np.ndarray) and given.dtype == np.uint8 and given.ndim == 3 and given.shape[2] == 3
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import pyarrow as pa
 from PIL import Image
 
 from declip.data.columns import DEFAULT, Columns
-from declip.data.images.decode import AnyImage, image_below
+from declip.data.images.decode import AnyImage, image_below, is_pixels
 from declip.data.pair import BrokenPair, Origin, as_texts, clean_captions
 from declip.data.sources.entry import EntrySource
 from declip.data.sources.rows import by_lower_name, cell_name
@@ -106,7 +106,7 @@ class ItemSource(EntrySource):
         if isinstance(image, str | Path) and str(image):
             path = Path(image).expanduser()
             return path if self.root is None else image_below(self.root, str(path), key, follow=True)
-        if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
+        if is_pixels(image):
             return Image.fromarray(image)
         if isinstance(image, bytes | Image.Image):
             return image

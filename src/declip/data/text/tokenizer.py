@@ -74,7 +74,8 @@ class CaptionTokenizer(ABC):
 
     def __call__(self, texts: str | Sequence[str]) -> torch.Tensor:
         """Encode one text or several as (n, L) int64, L the longest, rounded up to 8 and at most `context`."""
-        rows = [self.encode(text) for text in ([texts] if isinstance(texts, str) else texts)]
+        several: Any = [texts] if isinstance(texts, str) or not isinstance(texts, Iterable) else texts
+        rows = [self.encode(text) for text in several]
         if not rows:
             raise UserError("The tokenizer got no text; pass a string or a list of at least one.")
         # (n, L); few different L, so that kernels and memory are reused.
