@@ -49,6 +49,21 @@ def test_the_notebook_runs(emoji_cache, tmp_path, monkeypatch):
     assert (tmp_path / "exports/open_clip/open_clip_model.safetensors").is_file()
 
 
+LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)#([^)\s]+)\)")
+HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
+
+
+def test_links_to_headings_work_on_github_too():
+    """Which knows no other anchors, such as those that the site has of Python names."""
+    dead = []
+    for page in PAGES:
+        for name, anchor in LINK.findall(page.read_text(encoding="utf-8")):
+            target = (page.parent / name if name else page).read_text(encoding="utf-8")
+            headings = [re.sub(r"[^\w\- ]", "", each.lower()).replace(" ", "-") for each in HEADING.findall(target)]
+            dead += [f"{page.name}: {name}#{anchor}"] * (anchor not in headings)
+    assert dead == []
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_code_is_fenced_and_works_in_bash_and_zsh(page):
     assert {block.kind for block in blocks(page)} <= LANGUAGES
