@@ -51,6 +51,10 @@ def test_items_are_dicts_pairs_or_images(folder):
     assert named.origin(0).path == str(a)
 
 
+def test_a_dict_of_splits_is_not_one_source(folder):
+    refuses(["object['train']", "train, test"], open_source, {"train": [folder / "a.png"], "test": []})
+
+
 def test_items_that_cannot_be_used_are_broken_pairs(table, folder):
     source = open_source(Shapes(table, broken=(0, 3)), Columns(image="picture"))
     assert source[1].captions[0] == "a red square"

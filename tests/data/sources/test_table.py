@@ -47,6 +47,18 @@ def test_usual_names_are_found_where_no_other_is_given():
     refuses("Its columns: 'a.png', 'a cat'", found, ["a.png", "a cat"], "image")
 
 
+@pytest.mark.parametrize(
+    ("names", "unused"),
+    [(("title", "description", "Tags"), "Not used: description, Tags."), (("title", "price"), ""),
+     (("caption", "title"), "")],
+)  # fmt: skip
+def test_a_guess_among_several_columns_of_captions_is_said_once(folder, caplog, names, unused):
+    path = write(folder / f"{len(names)}{names[0]}.csv", [("a.png", *"xyz"[: len(names)])], ("image", *names))
+    assert [open_source(path).captions(0) for _ in range(2)] == [("x",)] * 2
+    said = [record.getMessage() for record in caplog.records]
+    assert [unused in each and "data.columns.caption" in each for each in said] == [True] * bool(unused)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_tables_with_nothing_in_them(folder, kind):
     path = folder / f"t.{kind}"

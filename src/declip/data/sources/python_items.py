@@ -14,7 +14,7 @@ from declip.data.images.decode import AnyImage, image_below, is_pixels
 from declip.data.pair import BrokenPair, Origin, as_texts, clean_captions
 from declip.data.sources.entry import EntrySource
 from declip.data.sources.rows import by_lower_name, cell_name
-from declip.data.sources.subset import COLUMN, places_by_split, split_numbers
+from declip.data.sources.subset import COLUMN, NUMBER_OF, places_by_split, split_numbers
 from declip.data.sources.table import find_column, find_columns, group_number
 from declip.errors import UserError
 
@@ -39,6 +39,11 @@ class ItemSource(EntrySource):
         self.name = type(items).__name__
         if self.name == "DataFrame" and hasattr(items, "to_dict"):  # of pandas
             items = items.to_dict("records")
+        if isinstance(items, Mapping) and (self.name == "DatasetDict" or items.keys() & NUMBER_OF.keys()):
+            splits = [*items, "train"]
+            raise UserError(
+                f"This {self.name} has the splits {', '.join(splits[:-1])}. Pass one: object[{splits[0]!r}]."
+            )
         if not (hasattr(items, "__len__") and hasattr(items, "__getitem__")) or isinstance(items, Mapping | bytes):
             wanted = "an object with __len__ and __getitem__ that returns dicts or (image, caption), such as a list"
             raise UserError(f"A {self.name} is not a source of pairs. Pass a name, or {wanted}.")

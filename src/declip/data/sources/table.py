@@ -1,9 +1,10 @@
 """Pairs from a table: JSONL, CSV, TSV or Parquet, with an image path or image bytes and captions in each row."""
 
 import hashlib
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,9 @@ from declip.io.text import one_line
 # Column names of public sets, most telling first; tried when the default column is missing.
 IMAGE_NAMES = ("image", "file_name", "image_path", "filepath", "file_path", "path", "filename", "image_file", "img")
 CAPTION_NAMES = ("caption", "captions", "text", "texts", "title", "description", "sentences")
+
+OTHER_TEXTS = ("keywords", "tags", "alt", "alt_text")  # never tried, but named where captions are guessed
+warn_once = cache(logging.getLogger("declip").warning)  # once per process, however often the table is opened
 
 KINDS: dict[str, Callable[[Path], TableRows]] = {
     ".jsonl": JsonRows,
@@ -187,6 +191,14 @@ def find_columns(names: Sequence[str], columns: Columns, where: Path | str) -> t
     image = caption = find_column(names, columns.image, IMAGE_NAMES, "image", where)
     if columns.caption not in (None, columns.image):
         caption = find_column(names, columns.caption, CAPTION_NAMES, "caption", where)
+        lower = by_lower_name(names)
+        others = [lower[name] for name in (*CAPTION_NAMES, *OTHER_TEXTS) if lower.get(name, caption) != caption]
+        if caption != columns.caption and others:
+            unused = ", ".join(printable(name) for name in others)
+            warn_once(
+                f"Captions of '{where}': {caption}. Not used: {unused}. Name another column by data.columns.caption in "
+                "training, --caption-column elsewhere."
+            )
     return image, caption, columns.group and find_column(names, columns.group, ("",), "group", where)
 
 
