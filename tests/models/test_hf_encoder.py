@@ -195,6 +195,12 @@ def test_weights_that_could_run_code_are_not_opened(tmp_path):
     refuses("cannot be built", model_of, folder)
 
 
+def test_a_tokenizer_without_words(tmp_path):
+    folder = bert(tmp_path / "bert")
+    (folder / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]")
+    refuses(["special tokens only"], model_of, folder)
+
+
 def test_tokenizers_that_are_missing_damaged_or_lack_a_token(tmp_path):
     folder = roberta(tmp_path / "roberta")
     whole = json.loads((folder / "tokenizer_config.json").read_text())

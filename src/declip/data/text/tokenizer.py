@@ -183,6 +183,8 @@ class HuggingfaceTokenizer(CaptionTokenizer):
         self.start, self.end, self.mask, self.padding = (specials[name] for name in SPECIALS)
         added = self.library.get_added_tokens_decoder().items()
         self.words = sorted(ids - {number for number, token in added if token.special} - {*specials.values()})
+        if not self.words:
+            raise UserError("The tokenizer has special tokens only, no words. Give the tokenizer that the encoder had.")
 
     def word_ids(self, text: str) -> Iterable[int]:
         return self.library.encode(text, add_special_tokens=False).ids
