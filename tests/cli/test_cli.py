@@ -54,6 +54,13 @@ def test_held_out_sets_are_evaluated_by_what_they_have(table, tmp_path):
     assert recipe.evaluation.final_zero_shot == (), "the demo's sets go with the demo's pairs"
 
 
+def test_an_inspection_in_a_pipe_has_lines_to_read(table, tmp_path, command):
+    missing = [f"{'folder' * 20}/{n}.png,a" for n in range(5)]
+    pairs = write_table(tmp_path / "pairs.csv", [f"{table.parent}/red-bar.png,a {'long ' * 30}bar", *missing])
+    printed = command("data", "inspect", pairs, "--workers", 0).out
+    assert max(map(len, printed.splitlines())) <= 100
+
+
 def test_recipes_are_listed_and_shown(command):
     assert [line.split()[0] for line in command("recipes").out.splitlines()] == declip.recipe.load.recipe_names()
     assert yaml.safe_load(command("recipes", "show", "clip", "train.steps=7").out)["train"]["steps"] == 7

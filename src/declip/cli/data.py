@@ -29,6 +29,7 @@ def download(
     say(f"Ready: {fetch(name, cache, progress=not quiet)}")
 
 
+PAGE_WIDTH = 100  # columns of the report in a file or a pipe
 WITHOUT_MODEL = ("batch_size", "device", "precision", "engine")
 
 
@@ -76,7 +77,7 @@ def inspect(
     options: dict[str, Any] = {"seed": seed, "size": size, "batch_size": batch_size, **reading}
     read = None if everything or exclude else sample
     inspection = inspect_source(source, read, check_leakage=check_leakage or (), **options)
-    console.print(summary(inspection))
+    console.print(summary(inspection), width=None if console.is_terminal else PAGE_WIDTH)
     outputs = ((Inspection.to_json, json_out, "--json"), (page, html_out, "--html"), (exclusions, exclude, "--exclude"))
     for make, path, option in outputs:
         if path is not None:
