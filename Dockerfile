@@ -1,5 +1,6 @@
 # docker build -t declip . && docker run --rm -v "$PWD:/work" declip embed builtin:lite2-minilm pictures --out index
-# With a GPU: --build-arg BASE=pytorch/pytorch:2.9.1-cuda12.8-cudnn9-runtime, and docker run --gpus all.
+# With a GPU: --build-arg BASE=pytorch/pytorch:2.9.1-cuda12.8-cudnn9-runtime, and docker run --gpus all --shm-size 16g
+# (loader processes need shared memory, of which Docker gives 64 MB: docs/scaling.md).
 # On a CPU, --build-arg PIP_EXTRA_INDEX_URL=… with PyTorch's index of CPU builds saves 3 GB.
 ARG BASE=python:3.11-slim
 FROM ${BASE}
