@@ -38,7 +38,7 @@ from declip.models.device import pick_device
 from declip.recipe.load import load_recipe, parse_overrides
 from declip.recipe.schema import ImageTowerConfig, Recipe, Train
 from declip.runs.folder import Run
-from declip.training.assemble import plan_of
+from declip.training.assemble import plan_of, resolve_epochs
 from declip.training.estimate import count_cost, estimate
 from declip.training.pairs import open_training_source
 
@@ -80,7 +80,7 @@ EXPERIMENTS = {
         "r50",
         {
             "data.columns.image": "image", "train.batch_size": 1024, "train.lr": 0.001, "train.weight_decay": 0.1,
-            "train.warmup_steps": 2000, "train.steps": 30 * 3_318_333 // 1024,
+            "train.warmup_steps": 2000, "train.epochs": 30,
         },
         {
             "views.image.scale": [0.9, 1.0], "views.image.color_jitter_prob": 0, "views.image.grayscale_prob": 0,
@@ -153,18 +153,18 @@ class Crops(PairSource):
 
 
 def check_data(
-    recipe: Recipe, experiment: Experiment, leakage: list[str], sample: int, out: Path
+    source: PairSource, recipe: Recipe, pairs: int, options: argparse.Namespace, out: Path
 ) -> tuple[list[str], Inspection]:
     """Check the number of pairs, broken pairs and copies of test images; return the problems."""
     sizes = {"size": recipe.image.size, "batch_size": recipe.train.batch_size}
-    found = inspect_source(open_training_source(recipe), sample, check_leakage=leakage, progress=True, **sizes)
+    found = inspect_source(source, options.sample, check_leakage=options.check_leakage, progress=True, **sizes)
     out.mkdir(parents=True, exist_ok=True)
     (out / "data.json").write_text(found.to_json(), encoding="utf-8")
     read = f"{found.broken.fraction:.2%} of {found.read:,} broken"
-    print(f"{found.total:,} pairs, the paper has {experiment.pairs:,}; {read}")
+    print(f"{found.total:,} pairs, the paper has {pairs:,}; {read}")
     problems = []
-    if abs(found.total / experiment.pairs - 1) > 0.05:
-        problems.append(f"{found.total:,} pairs instead of {experiment.pairs:,}: results do not compare")
+    if abs(found.total / pairs - 1) > 0.05:
+        problems.append(f"{found.total:,} pairs instead of {pairs:,}: results do not compare")
     if found.broken.fraction > recipe.data.max_broken_fraction:
         reasons = "; ".join(f"{reason}, such as {row['examples'][0]}" for reason, row in found.reasons.items())
         problems.append(f"{found.broken.fraction:.1%} of the pairs are broken: {reasons}. Is --root (ROOT=) right?")
@@ -333,7 +333,10 @@ def main() -> None:
 def recipe_of(options: argparse.Namespace, experiment: Experiment) -> Recipe:
     """Build the recipe of an experiment with the keys of the command."""
     names = {"method": options.method, "backbone": options.backbone or experiment.backbone}
-    keys = experiment.keys | (experiment.clip_keys if options.method == "clip" else {}) | parse_overrides(options.keys)
+    given = parse_overrides(options.keys)
+    keys = experiment.keys | (experiment.clip_keys if options.method == "clip" else {}) | given
+    if "train.steps" in given:
+        keys["train.epochs"] = None
     keys["data.source"] = options.data
     if options.root is not None:
         keys["data.image_root"] = options.root
@@ -356,12 +359,14 @@ def run(options: argparse.Namespace, experiment: Experiment) -> list[str]:
     if options.experiment == "synthetic" and not Path(options.data).exists():
         shard_source(Crops(experiment.pairs), options.data, size=64, shard_pairs=500, workers=0)
     recipe, tests = recipe_of(options, experiment), tests_there(options.test)
+    source = open_training_source(recipe)
+    recipe = resolve_epochs(recipe, source)
     curve = None if options.curve is None else read_curve(options.curve, recipe.train)
-    baseline = {source: number for number, source, _ in REPORTED.get((which[0], "clip", which[2]), [])}
-    for number, source, _ in reported:
-        clip = f" (CLIP there: {baseline[source]} %)" if options.method != "clip" and source in baseline else ""
-        print(f"Reported zero-shot top-1 on ImageNet: {number} % in {source}{clip}; not measured here")
-    problems, found = check_data(recipe, experiment, options.check_leakage, options.sample, out)
+    baseline = {where: number for number, where, _ in REPORTED.get((which[0], "clip", which[2]), [])}
+    for number, where, _ in reported:
+        clip = f" (CLIP there: {baseline[where]} %)" if options.method != "clip" and where in baseline else ""
+        print(f"Reported zero-shot top-1 on ImageNet: {number} % in {where}{clip}; not measured here")
+    problems, found = check_data(source, recipe, experiment.pairs, options, out)
     print(expected_cost(recipe, options.gpus, options.nodes, found))
     if found.broken.fraction <= recipe.data.max_broken_fraction:
         print(cost(recipe, options.gpus * options.nodes))

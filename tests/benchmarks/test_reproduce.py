@@ -9,6 +9,7 @@ import sys
 import tarfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow
@@ -18,6 +19,7 @@ from pyarrow import parquet
 
 from conftest import TINY, write_rows
 from declip.cli import app as cli
+from declip.recipe.schema import Recipe
 from evaluation import trees
 
 ROOT = Path(__file__).parents[2]
@@ -86,7 +88,8 @@ def small(scripts, monkeypatch):
     module = scripts("reproduce")
     for name in ("yfcc15m", "cc3m"):
         known = module.EXPERIMENTS[name]
-        monkeypatch.setitem(module.EXPERIMENTS, name, replace(known, keys=known.keys | SMALL, pairs=40))
+        keys = known.keys | SMALL | {"train.epochs": None}
+        monkeypatch.setitem(module.EXPERIMENTS, name, replace(known, keys=keys, pairs=40))
     monkeypatch.setattr(module, "call", lambda command: call_here(monkeypatch, command[2:]))
     return module
 
@@ -185,3 +188,32 @@ def test_make_passes_what_is_given():
         "yfcc15m --data x.json --gpus 8 --nodes 1 --root images --method clip --backbone r50 "
         "--test imagenet:in --test paper11:sets"
     )
+
+
+def test_the_published_numbers_of_the_page_are_those_of_the_script(scripts):
+    page = (ROOT / "docs" / "reproduced.md").read_text(encoding="utf-8")
+    expected = {}
+    for (data, method, backbone), rows in scripts("reproduce").REPORTED.items():
+        for number, source, _ in rows if data == "yfcc15m" else ():
+            expected[method, backbone, "benchmark" in source] = number
+    header, *rows = (
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in page.splitlines() if line.startswith(("| | source", "| ViT-B/32 |", "| ResNet-50 |"))
+    )  # fmt: skip
+    found = {}
+    for tower, source, *numbers in rows:
+        for method, number in zip(header[2:], numbers, strict=True):
+            if number:
+                found[method.lower(), {"ViT-B/32": "vitb32"}.get(tower, "r50"), "benchmark" in source] = number
+    assert found == expected
+
+
+def test_the_anchor_on_cc3m_has_open_clips_settings(scripts):
+    module = scripts("reproduce")
+    options = SimpleNamespace(method="clip", backbone="vitb32", keys=[], data="x", root=None, gpus=1, nodes=1)
+    recipe = module.recipe_of(options, module.EXPERIMENTS["cc3m"])
+    train, view = recipe.train, recipe.views.image
+    assert (train.batch_size, train.lr, train.weight_decay, train.epochs) == (1024, 0.001, 0.1, 30)
+    assert (view.scale, view.color_jitter_prob, view.hflip_prob) == ((0.9, 1.0), 0, 0)
+    assert recipe.image.mean == Recipe().image.mean
+    assert recipe.data.columns["image"] == "image"
