@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from declip.supervision import contrastive
 from declip.supervision.contrastive import info_nce, sigmoid_loss
 from declip.supervision.late_interaction import late_interaction
 from declip.supervision.multi_view import multi_view
@@ -36,6 +37,12 @@ def units():
         return F.normalize(torch.randn(*shape, generator=generator, dtype=torch.float64), dim=-1)
 
     return draw
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Compute losses in blocks of one or two rows where a test sets a limit of 0."""
+    monkeypatch.setattr(contrastive, "BLOCK_BYTES", 2 * BATCH * 8)
 
 
 class NoDeviceReads(TorchDispatchMode):

@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from declip.supervision import contrastive
 from declip.supervision import late_interaction as module
 from declip.supervision.contrastive import Sigmoid, cross_entropy_to_keys, info_nce, sigmoid_loss
 from declip.supervision.late_interaction import late_interaction, select_tokens, similarity
@@ -105,8 +104,7 @@ def test_equals_a_plain_loop(units, name, offset, limit):
 
 
 @pytest.mark.parametrize("limit", [None, 0], ids=["whole", "blocks"])
-def test_label_smoothing_spreads_a_part_of_the_target_over_all_keys(units, monkeypatch, limit):
-    monkeypatch.setattr(contrastive, "BLOCK_BYTES", 2 * 6 * 8)
+def test_label_smoothing_spreads_a_part_of_the_target_over_all_keys(units, limit):
     rows, keys = units(6, 4).requires_grad_(), units(6, 4).requires_grad_()
     losses = []
     for b, row in enumerate(rows[1:5], 1):

@@ -15,11 +15,6 @@ every_term = pytest.mark.parametrize("name", TERMS)
 in_blocks_too = pytest.mark.parametrize("limit", [None, 0], ids=["whole", "blocks"])
 
 
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
-    monkeypatch.setattr(contrastive, "BLOCK_BYTES", 3 * 8 * 8)
-
-
 @pytest.fixture
 def features(units, name):
     """A batch's features, which need gradients."""
