@@ -7,14 +7,18 @@ from torch.nn.functional import normalize, one_hot
 from conftest import refuses
 from declip.evaluation.datasets import Dataset
 from declip.evaluation.few_shot import (
+    NAME_WEIGHTS,
+    RIDGES,
     Examples,
     FewShotForm,
+    assign_folds,
     center_of,
     centered,
-    choose_threshold,
+    cross_validate,
     fit_few_shot,
     fit_mixture,
     halves,
+    mixture_factors,
 )
 from declip.evaluation.protocols import Options, evaluate_all
 from declip.evaluation.results import read_result
@@ -48,6 +52,19 @@ def test_the_weight_minimizes_the_weighted_squared_error(shots):
     assert torch.allclose(head.scores(made_up(3, seed=1).images), 2 * z @ expected.T, atol=1e-4)
 
 
+def test_the_name_of_a_class_without_images_weighs_as_images_and_name():
+    examples = made_up(3).take(made_up(3).labels != 2)
+    weight = fit_mixture(examples, {FewShotForm(4.0, 0.1): 1.0}).weight
+    x = centered(examples.images, center_of(examples), 12) / 2**0.5
+    names = normalize(examples.names - examples.names.mean(0), dim=1) / 2**0.5
+    x = torch.cat([x, torch.cat([torch.zeros_like(names), names], dim=1)])
+    y = torch.cat([one_hot(examples.labels, 6), torch.eye(6)]) - 1 / 6
+    w = torch.cat([torch.full((15,), 1 / 3), torch.full((6,), 4 / 3)])
+    w[15 + 2] = 1 + 4
+    expected = torch.linalg.solve(x.T * w @ x + 0.1 * torch.eye(24), x.T * w @ y).T / 2**0.5
+    assert torch.allclose(weight, expected, atol=1e-4)
+
+
 def test_square_roots_of_features_without_negative_values():
     images = torch.tensor([[1.0, 4.0, 3.0, 4.0], [1.0, -4.0, 3.0, 4.0]])
     expected = torch.tensor([[1 / 5**0.5, 2 / 5**0.5, 0.6, 0.8], [1 / 17**0.5, -4 / 17**0.5, 0.6, 0.8]])
@@ -74,15 +91,21 @@ def test_the_accuracy_is_that_of_images_that_were_not_seen():
     assert right >= 5
 
 
-def test_images_of_other_classes_are_below_the_threshold():
-    everything = made_up(20, classes=9, noise=0.1)
-    known = everything.without(0).without(0).without(0)
-    head = fit_few_shot(known)
-    found = choose_threshold(known, head)
-    scores = head.scores(everything.images).amax(1)
-    strangers = everything.labels < 3
-    assert float((scores[strangers] < found.threshold).float().mean()) == pytest.approx(found.rejected, abs=0.2)
-    assert (found.auroc > 0.7, found.rejected > found.lost + 0.3) == (True, True)
+def test_the_accuracy_of_a_fold_is_by_settings_from_the_other_folds():
+    forms, different = [FewShotForm(kappa, ridge) for kappa in NAME_WEIGHTS for ridge in RIDGES], 0
+    for seed in range(4):
+        examples = made_up(4, noise=1.5, names=1.0, seed=seed)
+        folds, right = assign_folds(examples.labels), 0
+        scores, head = cross_validate(examples, forms, folds), fit_few_shot(examples)
+        for fold in range(4):
+            held_out = folds == fold
+            factors = mixture_factors(scores[:, ~held_out], examples.labels[~held_out])
+            other = fit_mixture(examples.take(~held_out), dict(zip(forms, factors.tolist(), strict=True)))
+            right += round(6 * accuracy(other, examples.take(held_out)))
+        assert (head.accuracy.value, head.shots) == (right / 24, 3)
+        factors = torch.tensor(list(head.mixture.values()))
+        different += int(((factors @ scores.flatten(1)).view(24, 6).argmax(1) == examples.labels).sum()) - right
+    assert different > 0, "settings from all folds have seen the images: too high"
 
 
 def test_the_protocol_gives_names_and_images(model, painted):
@@ -99,6 +122,16 @@ def test_the_protocol_gives_names_and_images(model, painted):
     refuses("shots", Options, shots=0)
     refuses("batch_size", Options, batch_size=0)
     refuses(r"train split.*few-shot", evaluate_all, model, Dataset("x", {"test": lambda: train}), ("few-shot",))
+
+
+def test_each_draw_is_fitted_to_its_own_images_and_names_to_none(model, painted):
+    colors, names = ["red", "green", "blue"], ["green", "blue", "red"]  # names mislead
+    train, test = (painted(colors * count, classes=colors) for count in (8, 2))
+    train.class_names = test.class_names = names
+    train.colors[::6] = ["blue"] * 4  # half of the images of the first class
+    dataset = Dataset("colors", {"train": lambda: train, "test": lambda: test})
+    (result,) = evaluate_all(model, dataset, ("few-shot",), Options(shots=2, progress=False))
+    assert (result.names_top1, result.top1 > 0.5, result.deviation > 0) == (0, True, True)
 
 
 def test_shots_require_the_task(command):

@@ -7,7 +7,7 @@ from numpy.random import default_rng
 from torch.nn.functional import normalize
 
 from declip.evaluation.linear_probe import Labeled
-from declip.evaluation.retrieval import chance_levels, ranks, recall, retrieve
+from declip.evaluation.retrieval import chance_levels, contrastive_loss, ranks, recall, retrieve
 from evaluation.conftest import features_of, probe
 
 
@@ -68,6 +68,13 @@ def test_both_directions_with_several_captions():
     assert result.image_to_text.r1 == pytest.approx(1 / 3)
     assert result.image_to_text.median_rank == 2.0
     assert result.image_to_text.chance1 == pytest.approx((2 + 1 + 3) / 6 / 3)
+
+
+def test_the_loss_is_that_of_each_image_with_its_first_caption():
+    captions = [("a", "b"), ("c",), ("d", "e", "f")]
+    images, texts = normalize(torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0)), dim=-1)
+    result = retrieve(features_of(images[:3], captions, texts), scale=5.0)
+    assert result.loss == contrastive_loss(images[:3], texts[[0, 2, 3]], 5.0)
 
 
 def test_a_caption_that_two_images_share():

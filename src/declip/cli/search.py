@@ -226,7 +226,6 @@ def classify(
     label_column: Annotated[str | None, Option(help="table column of classes in the examples")] = None,
     head: Annotated[Path | None, file("a classifier that --save wrote, instead of --classes and --examples")] = None,
     save: Annotated[Path | None, file("save the classifier that is fitted to the examples")] = None,
-    reject: Annotated[bool, Option("--reject", help="assign images of other classes to 'none of these'")] = False,
     out: Annotated[Path | None, file("write the probability of every class to this .csv file")] = None,
     templates: Annotated[str, Option(help="name of a template set, or a template with {}")] = "plain",
     *,
@@ -235,11 +234,11 @@ def classify(
     """Classify images into classes by their names, by examples, or both. Without --out, print a line per image."""
     if save is not None and examples is None:
         raise UserError("--save requires --examples: it saves the classifier that is fitted to them.")
-    names = read_options(classes, examples, head, reject)
+    names = read_options(classes, examples, head)
     check_outputs((save, out and csv_path(out)))
     from declip.search.classify import classify as run_classification
 
-    fitted: dict[str, Any] = {"examples": examples, "head": head, "reject": reject, "label_column": label_column}
+    fitted: dict[str, Any] = {"examples": examples, "head": head, "label_column": label_column}
     fitted |= {"templates": templates, "out": out, "on_prediction": _print if out is None else None}
     _print_result(run_classification(model, images, names, **fitted, **reading), save, out)
 

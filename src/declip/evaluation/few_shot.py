@@ -25,7 +25,6 @@ SCALES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)  # candidates for the factor of 
 FOLDS, FEWEST = 5, 2  # folds, and images per class from which on the settings are weighted
 TEMPERATURE = 4.0  # of the weights: images of a class are not independent
 MOST = 1_500  # images that settings are weighted on: the classifier is fitted to all
-MOST_LEFT_OUT = 50  # classes that are left out, one at a time, for the threshold
 
 
 class FewShotForm(NamedTuple):
@@ -51,13 +50,6 @@ class Examples(NamedTuple):
         """Some of the images."""
         return self._replace(images=self.images[rows], labels=self.labels[rows])
 
-    def without(self, label: int) -> "Examples":
-        """All but one class; the classes after it move up."""
-        kept = self.labels != label
-        labels = self.labels[kept] - (self.labels[kept] > label).long()
-        names = torch.cat([self.names[:label], self.names[label + 1 :]])
-        return self._replace(images=self.images[kept], labels=labels, names=names)
-
 
 @dataclass(frozen=True)
 class FewShotHead:
@@ -68,6 +60,7 @@ class FewShotHead:
     width: int  # v
     mixture: Mixture
     accuracy: Measure | None = None  # of images that were left out; None with one image per class or none
+    shots: float = 0.0  # images per class that the regressions of `accuracy` were fitted to
 
     @property
     def name_weight(self) -> float:
@@ -174,27 +167,35 @@ def fit_few_shot(examples: Examples, seed: int = 0) -> FewShotHead:
         part = MOST / len(examples.labels)
         chosen = sample_per_class(examples.labels.numpy(), lambda count: max(2, round(part * count)), seed)
         some = examples.take(torch.from_numpy(chosen))
-    # --- the best scale of each form, and its weight by the likelihood of the images that were left out
-    scores, count = cross_validate(some, forms, seed), len(some.labels)  # (forms, n, C)
-    likelihoods = torch.stack(
-        [(scale * scores).log_softmax(-1)[:, torch.arange(count), some.labels].mean(1) for scale in SCALES]
-    )
-    best = likelihoods.max(dim=0)
-    factors = (best.values * count / TEMPERATURE).softmax(0) * torch.tensor(SCALES)[best.indices]
+    folds = assign_folds(some.labels, seed)
+    scores = cross_validate(some, forms, folds)
+    factors = mixture_factors(scores, some.labels)
     head = fit_mixture(examples, dict(zip(forms, factors.tolist(), strict=True)))
-    right = float(((factors @ scores.flatten(1)).view(scores.shape[1:]).argmax(1) == some.labels).double().mean())
-    return replace(head, accuracy=Measure("examples", right, 1 / len(examples.names), count))
+    # --- the accuracy in each fold, by weights from the other folds: those of all folds have seen its images
+    count, right, fitted = len(folds), 0, 0
+    for fold in folds.unique():
+        out = folds == fold
+        mixed = torch.einsum("f,fnc->nc", mixture_factors(scores[:, ~out], some.labels[~out]), scores[:, out])
+        right += int((mixed.argmax(dim=1) == some.labels[out]).sum())
+        fitted += int(out.sum()) * int((~out).sum())
+    shots = fitted / count / len(some.labels.unique())
+    return replace(head, accuracy=Measure("examples", right / count, 1 / len(examples.names), count), shots=shots)
 
 
-def cross_validate(examples: Examples, forms: Iterable[FewShotForm], seed: int = 0) -> Tensor:
-    """(forms, n, C), the scores of each image by regressions that have not seen its fold; folds have all classes."""
-    labels, forms = examples.labels.numpy(), tuple(forms)
+def assign_folds(labels: Tensor, seed: int = 0) -> Tensor:
+    """(n,) the fold of each image, at random; the images of each class are spread over all folds."""
     rng, folds = np.random.default_rng(seed), np.zeros(len(labels), np.int64)
-    for rows in by_class(labels):
+    for rows in by_class(labels.numpy()):
         folds[rng.permutation(rows)] = np.arange(len(rows)) % FOLDS
-    scores = torch.empty(len(forms), len(labels), len(examples.names))
-    for fold in np.unique(folds):
-        out = torch.from_numpy(folds == fold)
+    return torch.from_numpy(folds)
+
+
+def cross_validate(examples: Examples, forms: Iterable[FewShotForm], folds: Tensor) -> Tensor:
+    """(forms, n, C), the scores of each image by regressions that have not seen its fold."""
+    forms = tuple(forms)
+    scores = torch.empty(len(forms), len(folds), len(examples.names))
+    for fold in folds.unique():
+        out = folds == fold
         center = center_of(examples.take(~out))
         images = centered(examples.images[out], center, examples.width)
         weights = fit_forms(examples.take(~out), center, forms)
@@ -202,30 +203,11 @@ def cross_validate(examples: Examples, forms: Iterable[FewShotForm], seed: int =
     return scores
 
 
-@dataclass(frozen=True)
-class Rejection:
-    """A threshold below which an image is of none of the classes, by leaving classes out."""
-
-    threshold: float  # of the largest score
-    rejected: float  # fraction of the images of left-out classes below it
-    lost: float  # fraction of held-out images of the classes below it
-    auroc: float  # of images of left-out classes and of the classes
-
-
-def choose_threshold(examples: Examples, head: FewShotHead, seed: int = 0) -> Rejection:
-    """Choose the threshold with the largest difference of `rejected` and `lost`."""
-    present = examples.labels.unique().tolist()
-    left_out = np.random.default_rng(seed).permutation(present)[:MOST_LEFT_OUT]
-    outside = list[Tensor]()
-    for label in left_out.tolist():
-        other = fit_mixture(examples.without(label), head.mixture)
-        outside.append(other.scores(examples.images[examples.labels == label]).amax(1))
-    strangers = torch.cat(outside)
-    factors = torch.tensor(list(head.mixture.values()))[:, None, None]
-    own = (factors * cross_validate(examples, head.mixture, seed)).sum(dim=0).amax(1)
-    values, order = torch.cat([own, strangers]).sort()
-    is_own = order < len(own)
-    lost, rejected = (mask.double().cumsum(0) / mask.sum() for mask in (is_own, ~is_own))
-    best = int((rejected - lost).argmax())
-    auroc = float((own[:, None] > strangers).double().mean() + 0.5 * (own[:, None] == strangers).double().mean())
-    return Rejection(float(values[best]), float(rejected[best]), float(lost[best]), auroc)
+def mixture_factors(scores: Tensor, labels: Tensor) -> Tensor:
+    """(forms,) the factors of a mixture by held-out scores: each form's best scale times its weight by likelihood."""
+    count = len(labels)
+    likelihoods = torch.stack(
+        [(scale * scores).log_softmax(-1)[:, torch.arange(count), labels].mean(1) for scale in SCALES]
+    )
+    best = likelihoods.max(dim=0)
+    return (best.values * count / TEMPERATURE).softmax(0) * torch.tensor(SCALES)[best.indices]

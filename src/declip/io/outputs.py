@@ -13,7 +13,6 @@ import declip
 from declip.errors import UserError
 from declip.io.atomic import atomic_write, csv_path
 
-NONE = "none of these"  # the class of an image that is unlike all examples
 CHOSEN = ("image", "caption", "coverage")  # columns of `declip choose`
 CLASSIFIED = ("image", "class", "probability")  # first columns of `declip classify`
 
@@ -122,6 +121,4 @@ def _is_computed(row: Sequence[str], classes: Sequence[str]) -> bool:
     """Whether a row has the probabilities of the classes, and the class to which the first one belongs."""
     _, best, probability, *cells = row
     given = dict(zip(classes, cells, strict=True))
-    return (
-        abs(sum(map(float, cells)) - 1) < 1e-3 and given.get(best, probability if best == NONE else "") == probability
-    )
+    return abs(sum(map(float, cells)) - 1) < 1e-3 and given.get(best) == probability

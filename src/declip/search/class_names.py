@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from declip.errors import UserError
-from declip.io.outputs import NONE
 
 
 def read_classes(given: str | Path | Sequence[str]) -> list[str]:
@@ -28,16 +27,12 @@ def read_classes(given: str | Path | Sequence[str]) -> list[str]:
     return names
 
 
-def read_options(
-    classes: str | Path | Sequence[str] | None, examples: object, head: object, reject: bool
-) -> list[str] | None:
+def read_options(classes: str | Path | Sequence[str] | None, examples: object, head: object) -> list[str] | None:
     """Read the names of classes, if any; refuse options that cannot be combined."""
     if head is not None and (classes is not None or examples is not None):
         raise UserError("A head (--head) has its own classes. Leave out --classes and --examples.")
     if head is None and classes is None and examples is None:
         raise UserError("Name the classes with --classes, or give examples of them with --examples or --head.")
-    if reject and head is None and examples is None:
-        raise UserError(f"--reject ('{NONE}') requires --examples or --head: its threshold comes from examples.")
     if isinstance(head, str | Path) and not Path(head).expanduser().is_file():
         raise UserError(f"There is no head '{head}'. Make one: declip classify IMAGES --examples … --save {head}.")
     return None if classes is None else read_classes(classes)

@@ -1,6 +1,5 @@
 """Classify images by the names of classes, by example images, or by a classifier that was fitted to both."""
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
@@ -27,8 +26,6 @@ from declip.evaluation.few_shot import (
     Examples,
     FewShotForm,
     FewShotHead,
-    Rejection,
-    choose_threshold,
     fit_few_shot,
     joint_encoder,
 )
@@ -39,13 +36,12 @@ from declip.io.atomic import save_tensors
 from declip.io.outputs import CLASSIFIED, csv_output, csv_table, output_file
 from declip.io.text import one_line, percent, plain_cell
 from declip.models.inference import Engine, Precision, fingerprint
-from declip.search.class_names import NONE, read_options
+from declip.search.class_names import read_options
 
 KEY = "declip.classifier"  # of the metadata of a file
-FEWEST = 3  # classes with images that leaving one out requires
 
 
-class _Stored(BaseModel, extra="forbid"):
+class _Stored(BaseModel):
     """The metadata of a file."""
 
     classes: tuple[str, ...] = Field(min_length=2)
@@ -53,7 +49,7 @@ class _Stored(BaseModel, extra="forbid"):
     width: int = Field(ge=0)
     mixture: list[tuple[float, float, float]] = Field(min_length=1)  # κ, penalty, factor
     accuracy: tuple[float, int] | None
-    rejection: Rejection | None
+    shots: float = 0.0
     model: str
 
 
@@ -69,7 +65,6 @@ class Classifier:
     classes: tuple[str, ...]
     counts: tuple[int, ...]  # example images of each class
     head: FewShotHead
-    rejection: Rejection | None  # None with fewer than three classes of two images
     model: str  # fingerprint
     skipped: SkipCounter  # example images that could not be read
 
@@ -111,9 +106,7 @@ class Classifier:
             labels, skipped = torch.from_numpy(number[np.asarray(source.labels)[found.indices]]), found.skipped
             given = Examples(found.images, labels, names, width)
         head, counts = fit_few_shot(given), torch.bincount(given.labels, minlength=len(known))
-        enough = head.accuracy is not None and int((counts > 0).sum()) >= FEWEST
-        rejection = choose_threshold(given, head) if enough else None
-        return cls(known, tuple(counts.tolist()), head, rejection, fingerprint(encoder), skipped)
+        return cls(known, tuple(counts.tolist()), head, fingerprint(encoder), skipped)
 
     def summary(self) -> str:
         """The examples, the settings, and what cross-validation says."""
@@ -124,23 +117,19 @@ class Classifier:
         if head.accuracy is not None:
             low, high = map(percent, head.accuracy.interval)
             lines.append(
-                f"Accuracy on examples that were left out: {percent(head.accuracy.value)} ({low} to {high}, n = "
-                f"{head.accuracy.n:,}, chance {percent(head.accuracy.chance)})"
-            )
-        if (found := self.rejection) is not None:
-            lines.append(
-                f"'{NONE}': {percent(found.rejected)} of the examples of classes that were left out, "
-                f"{percent(found.lost)} of the others (AUROC {found.auroc:.2f})"
+                f"Accuracy with {head.shots:.3g} examples per class, on those that were left out: "
+                f"{percent(head.accuracy.value)} ({low} to {high}, n = {head.accuracy.n:,}, chance "
+                f"{percent(head.accuracy.chance)}). The classifier was then fitted to all examples."
             )
         return "\n".join(lines + [f"Left out: {line}" for line in self.skipped.lines()])
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file."""
         head = self.head
-        own = {name: getattr(self, name) for name in ("classes", "counts", "rejection", "model")}
+        own = {name: getattr(self, name) for name in ("classes", "counts", "model")}
         mixture = [(*form, factor) for form, factor in head.mixture.items()]
         accuracy = None if head.accuracy is None else (head.accuracy.value, head.accuracy.n)
-        stored = _Stored(**own, width=head.width, mixture=mixture, accuracy=accuracy)
+        stored = _Stored(**own, width=head.width, mixture=mixture, accuracy=accuracy, shots=head.shots)
         with output_file(Path(path).expanduser(), "--save") as target:
             save_tensors({"weight": head.weight, "center": head.center}, target, {KEY: stored.model_dump_json()})
 
@@ -160,8 +149,8 @@ class Classifier:
             raise UserError(f"'{path}' is not a head of declip classify: {one_line(error, 200)}.") from error
         mixture = {FewShotForm(*form): factor for *form, factor in stored.mixture}
         accuracy = stored.accuracy and Measure("examples", stored.accuracy[0], 1 / count, stored.accuracy[1])
-        head = FewShotHead(weight, center, stored.width, mixture, accuracy)
-        return cls(stored.classes, stored.counts, head, stored.rejection, stored.model, SkipCounter())
+        head = FewShotHead(weight, center, stored.width, mixture, accuracy or None, stored.shots)
+        return cls(stored.classes, stored.counts, head, stored.model, SkipCounter())
 
 
 def _open_examples(examples: str | Path | PairSource | Items, label_column: str | None) -> LabeledSource:
@@ -217,7 +206,6 @@ def classify(
     *,
     examples: str | Path | PairSource | Items | None = None,
     head: str | Path | Classifier | None = None,
-    reject: bool = False,
     label_column: str | None = None,
     templates: str | Sequence[str] = "plain",
     out: str | Path | None = None,
@@ -237,7 +225,6 @@ def classify(
         classes: Names, a file with one per line, or a string of names with commas; by default those of the examples.
         examples, label_column: Labeled images of some or all of the classes, as for `declip.Classifier.fit`.
         head: A fitted classifier or its file, instead of classes and examples.
-        reject: Assign images unlike the examples to "none of these".
         templates: Name of a template set, or templates with ``{}`` for the class.
         out: A .csv file for the probability of every class.
         precision, engine: As in `declip.load`; a model that is given as an object stays as it is.
@@ -250,7 +237,7 @@ def classify(
     """
     # --- input, before the model is loaded
     check_range("batch_size", batch_size, 1)
-    names = read_options(classes, examples, head, reject) or []
+    names = read_options(classes, examples, head) or []
     prompts = read_templates(templates)[1]
     source, path = _open(images, replace(columns, caption=None)), None if out is None else csv_output(out)
     classifier = Classifier.load(head) if isinstance(head, str | Path) else head
@@ -261,22 +248,14 @@ def classify(
     if examples is not None:
         classifier = Classifier.fit(encoder, names, examples, templates=prompts, label_column=label_column, **options)
     known, encode, score = _scorer(encoder, classifier, names, prompts, batch_size)
-    threshold = _threshold(classifier) if reject else -math.inf
-    result = Classification(dict.fromkeys([*known, *([NONE] if reject else [])], 0), classifier=classifier)
+    result = Classification(dict.fromkeys(known, 0), classifier=classifier)
     # --- classify and write batch by batch; the table appears complete or not at all
     batches = [range(start, min(start + batch_size, len(source))) for start in range(0, len(source), batch_size)]
     stream = encode_batches(encoder, source, _read, batches, workers, progress, encode)
     header = (*CLASSIFIED, *map(plain_cell, known))
     with nullcontext() if path is None else csv_table(path, header) as table:
-        _collect(_predictions(stream, known, score, threshold, result.skipped), result, table, on_prediction)
+        _collect(_predictions(stream, known, score, result.skipped), result, table, on_prediction)
     return result
-
-
-def _threshold(classifier: Classifier | None) -> float:
-    """The largest score below which an image is of no class."""
-    if classifier is None or classifier.rejection is None:
-        raise UserError("--reject requires examples of three classes or more, with two images of one or more.")
-    return classifier.rejection.threshold
 
 
 def _collect(
@@ -304,18 +283,16 @@ def _predictions(
     stream: Iterable[tuple[Tensor, list[str], SkipCounter]],
     names: Sequence[str],
     score: Callable[[Tensor], Tensor],
-    threshold: float,
     skipped: SkipCounter,
 ) -> Iterator[Prediction]:
     """The predictions of batches of vectors (n, d); counts broken images in `skipped`."""
     for vectors, keys, broken in stream:
         skipped.merge(broken)
         scores = score(vectors).double() if keys else torch.empty(0, len(names))  # (n, C)
-        rejected = (scores.amax(dim=1) < threshold).tolist()
-        for key, own, other in zip(keys, scores.softmax(dim=1).tolist(), rejected, strict=True):
+        for key, own in zip(keys, scores.softmax(dim=1).tolist(), strict=True):
             probabilities = dict(zip(names, own, strict=True))
             best = max(probabilities, key=probabilities.__getitem__)
-            yield Prediction(key, NONE if other else best, probabilities[best], probabilities)
+            yield Prediction(key, best, probabilities[best], probabilities)
 
 
 def _scorer(
