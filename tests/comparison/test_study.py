@@ -110,6 +110,21 @@ def test_between_two_sizes_it_is_linear_in_log_pairs():
     assert pairs_needed(PAIRS, np.array([0.1, 0.3, 0.2, 0.4]), 0.25) == (pytest.approx(2000 * sqrt(2)), "")
 
 
+def test_a_score_above_the_smoothed_curve_that_was_reached_is_inside():
+    means = np.array([0.104, 0.3, 0.29])
+    assert pairs_needed((150, 300, 588), means, 0.297) == (pytest.approx(sqrt(300 * 588)), "")
+    assert pairs_needed((150, 300, 588), means, 0.301) == (None, "above")
+
+
+def test_overlap_is_of_intervals_at_the_same_number_of_pairs():
+    # A spread of 0.01 is an interval of ± 0.0248.
+    a = _curve([0.2, 0.3], 0.01, (1000, 2000))
+    cases = {(0.24, 0.34): True, (0.2, 0.36): False, (0.26, 0.3): False}
+    for means, overlapping in cases.items():
+        assert factor(a, _curve(means, 0.01, (1000, 2000))).overlapping == overlapping
+    assert not factor(a, _numbered((1000,), ((0.2,),))).overlapping, "one seed has no interval"
+
+
 @pytest.mark.parametrize("means", [[0.2, 0.19, 0.3, 0.4], [0.1, 0.3, 0.2, 0.4], [0.2] * 4, [0.4, 0.3, 0.2, 0.1]])
 def test_a_recipe_needs_as_many_pairs_as_itself_also_where_more_pairs_were_worse(means):
     curve = _curve(means, 0.01)

@@ -51,6 +51,21 @@ def test_a_winner_is_stated_only_beyond_the_noise_of_the_seeds(seeds, value, sho
     assert (shown in text, absent in text) == (True, False)
 
 
+NOISY = {"declip": (0.104, 0.129, 0.083), "clip": (0.112, 0.121, 0.138)}
+
+
+@pytest.mark.parametrize(("spread", "shown"), [(0.02, True), (0.0001, False)])
+def test_overlapping_intervals_are_no_difference(spread, shown):
+    def value(trial):
+        noise = spread * (trial.seed - 1) * (-1 if trial.variant == "clip" else 1)
+        return NOISY[trial.variant][(1000, 2000, 4000).index(trial.pairs)] + noise
+
+    text = " ".join(printed(outcome(study(pairs=(1000, 2000, 4000)), value=value)).split())
+    assert ("No difference between declip and clip beyond the noise" in text) == shown
+    assert ("No score of declip reaches the monotone curve of clip with 4,000" in text) != shown
+    assert "2,000 and 4,000" not in text, "12.9 is more than 12.1"
+
+
 def test_the_terminal_has_intervals_failures_and_warnings():
     failed = outcome(study(), done=lambda trial: trial.seed == 0, failures={"clip_n8000": f"Traceback\nError: {BAD}"})
     for found, parts in ((outcome(study()), ("10.0 ± 2.5 (3)", "2.00 to 2.00")), (failed, (BAD, "8 of 24 runs"))):

@@ -56,7 +56,7 @@ class FactorAt:
     pairs: int
     value: float
     needed: float | None  # interpolated number of pairs of A for the same value; None outside of the curve of A
-    outside: str = ""  # "below" if A exceeds it with its fewest pairs, "above" if A never reaches it
+    outside: str = ""  # "below" if A exceeds it with its fewest pairs, "above" if no mean of A reaches it
 
     @property
     def factor(self) -> float | None:
@@ -72,6 +72,7 @@ class Factor:
     mean: float | None  # geometric mean over those within the curve of A; None if there are none
     low: float | None = None  # 95 % interval of `mean` by Student's t over paired seeds; None without at least two
     high: float | None = None
+    overlapping: bool = False  # whether both have 95 % intervals of their means, which overlap at every number of pairs
 
     @property
     def significant(self) -> bool:
@@ -88,8 +89,9 @@ def pairs_needed(pairs: Sequence[int], means: np.ndarray, value: float) -> tuple
     rising = _rising(means)
     if value < rising[0]:
         return None, "below"
-    if value > rising[-1]:
+    if value > max(means):
         return None, "above"
+    value = min(value, rising[-1])  # a mean that was reached, and smoothed with lower ones
     level = rising == value
     # On a level part: the geometric mean of its pairs.
     if level.any():
@@ -115,15 +117,23 @@ def factor(a: EfficiencyCurve, b: EfficiencyCurve) -> Factor:
         FactorAt(pairs, float(value), *pairs_needed(a.pairs, a.means, float(value)))
         for pairs, value in zip(b.pairs, _rising(b.means), strict=True)
     )
+    overlapping = intervals_overlap(a, b)
     inside = [log(one.factor) for one in at if one.factor is not None]
     if not inside:
-        return Factor(at, None)
+        return Factor(at, None, overlapping=overlapping)
     mean, logs = sum(inside) / len(inside), _seed_logs(a, b, at)
     if logs is None:
-        return Factor(at, exp(mean))
+        return Factor(at, exp(mean), overlapping=overlapping)
     half = t_half_width(logs)
     low, high = np.exp(np.clip((mean - half, mean + half), -99, 99)).tolist()
-    return Factor(at, exp(mean), low, high)
+    return Factor(at, exp(mean), low, high, overlapping)
+
+
+def intervals_overlap(a: EfficiencyCurve, b: EfficiencyCurve) -> bool:
+    """Whether the 95 % intervals of two curves overlap at every number of pairs of both; False without intervals."""
+    both = [(a.pairs.index(pairs), b.pairs.index(pairs)) for pairs in a.pairs if pairs in b.pairs]
+    close = [abs(a.means[i] - b.means[j]) <= a.half_widths[i] + b.half_widths[j] for i, j in both]
+    return bool(close) and all(close)
 
 
 def _seed_logs(a: EfficiencyCurve, b: EfficiencyCurve, at: Sequence[FactorAt]) -> np.ndarray | None:
@@ -138,11 +148,12 @@ def _seed_logs(a: EfficiencyCurve, b: EfficiencyCurve, at: Sequence[FactorAt]) -
     for one, values in zip(at, _pooled(b), strict=True):
         if one.factor is None:
             continue
-        place = max(start, int(np.searchsorted(rising, one.value)))
+        value = min(one.value, float(rising[-1]))
+        place = max(start, int(np.searchsorted(rising, value)))
         if place == len(rising):
             return None
         step, rise = logs[place] - logs[place - 1], rising[place] - rising[place - 1]
-        fraction = (one.value - rising[place - 1]) / rise
+        fraction = (value - rising[place - 1]) / rise
         there = (1 - fraction) * values_a[place - 1] + fraction * values_a[place]  # (seeds,)
         # The log factor of the means, plus the distance of the seed's two curves over the slope of A's mean curve.
         rows.append(log(one.factor) + (there - values) * step / rise)
