@@ -142,7 +142,7 @@ def evaluate(
         model: What `declip.load` takes, or an object with `encode_image`, `encode_text`, `preprocess` and `tokenize`,
             and for "linear" also `encode_backbone`.
         dataset: A name or path that `declip.evaluation.datasets.open_dataset` opens, or an open dataset or source.
-        task: "zero-shot", "retrieval", "linear" (probe), "few-shot" or "pointing".
+        task: "zero-shot", "retrieval", "linear" (probe) or "few-shot".
         label_column: The table column of classes; see `open_dataset`.
         precision: As in `declip.load`; a model that is given as an object stays as it is.
         engine: As in `declip.load`.

@@ -17,7 +17,7 @@ from declip.errors import UserError
 from declip.io.outputs import check_outputs, marked_json, write_output
 from declip.recipe.starts import check_model
 
-Task = Literal["zero-shot", "retrieval", "linear", "few-shot", "pointing"]
+Task = Literal["zero-shot", "retrieval", "linear", "few-shot"]
 
 
 def train(

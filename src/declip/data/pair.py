@@ -84,10 +84,6 @@ class Origin(NamedTuple):
     stamp: str = ""  # changes when the image does, as far as that shows without decoding it
 
 
-Box = tuple[float, float, float, float]
-"""Left, top, right and bottom in pixels of the upright image; right and bottom are outside."""
-
-
 class PairSource(ABC):
     """Pairs, read by index in any process. A subclass needs `name`, `__len__`, `__getitem__`; the rest is for speed."""
 
@@ -96,7 +92,6 @@ class PairSource(ABC):
     labels: np.ndarray | None = None  # (n,) int64, where each pair has a class, by its place in `class_names`
     class_names: Sequence[str] | None = None
     group_column: str | None = None  # where `group` reads what pairs share
-    boxed: bool = False  # whether `boxes` knows where the named objects are
     blocks: np.ndarray | None = None  # (shards,) int64, the number of pairs of each shard, in order
     remote: bool = False  # whether shards have to be fetched
 
@@ -118,10 +113,6 @@ class PairSource(ABC):
     def group(self, index: int) -> int:
         """A number shared by pairs that show the same thing; 0 if unknown."""
         return 0
-
-    def boxes(self, index: int) -> list[tuple[str, Box]]:
-        """The objects of image `index`: a text and the box of each."""
-        return []
 
     def splits(self) -> dict[str, np.ndarray]:
         """Rising places of the pairs of each split, "train", "validation" and "test"; empty without splits."""

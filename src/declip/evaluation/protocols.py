@@ -18,12 +18,10 @@ from declip.evaluation.datasets import NAMED, Dataset, open_dataset, with_classe
 from declip.evaluation.encode import Encoder, SourceFeatures, encode_source, eval_mode
 from declip.evaluation.few_shot import Examples, fit_few_shot, joint_encoder
 from declip.evaluation.linear_probe import check_probe, check_splits, linear_probe
-from declip.evaluation.pointing import check_pointing, measure_pointing
 from declip.evaluation.readers import Classified
 from declip.evaluation.results import (
     FewShotResult,
     LinearProbeResult,
-    PointingResult,
     Result,
     RetrievalResult,
     ZeroShotResult,
@@ -108,9 +106,6 @@ class SharedFeatures:
         known = isinstance(getattr(self.model, "model", self.model), DualEncoder)  # or a wrapper of one
         return [retrieve(features, logit_scale(self.model) if known else None)]
 
-    def pointing(self) -> list[PointingResult]:
-        return [measure_pointing(self.model, self.dataset, self.options.progress)]
-
     def few_shot(self) -> list[FewShotResult]:
         splits, options = check_splits(self.dataset, "few-shot"), self.options
         train, test = splits["train"], splits["test"]
@@ -172,7 +167,6 @@ TASKS: Mapping[str, Task] = {
     "retrieval": Task(SharedFeatures.retrieval),
     "linear": Task(SharedFeatures.linear, check_probe, "encode_backbone"),
     "few-shot": Task(SharedFeatures.few_shot, partial(check_splits, task="few-shot"), prompted=True),
-    "pointing": Task(SharedFeatures.pointing, check_pointing, "similarity_map"),
 }
 
 

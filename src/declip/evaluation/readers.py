@@ -51,7 +51,6 @@ class Classified(DerivedSource):
         broken: Mapping[int, BrokenPair] | None = None,
     ) -> None:
         self.name, self.source, self.captioned, self.broken = source.name, source, captioned, broken or {}
-        self.boxed = source.boxed
         self.labels, self.class_names = np.asarray(labels, dtype=np.int64), tuple(class_names)
         self.rows = np.arange(len(source)) if rows is None else rows
 

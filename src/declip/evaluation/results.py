@@ -207,30 +207,7 @@ class FewShotResult(ClassificationResult):
         ]
 
 
-@dataclass(frozen=True, kw_only=True)
-class PointingResult(Result):
-    """Whether a model's similarity maps find the objects that texts name."""
-
-    task: ClassVar[str] = "pointing"
-    images: int
-    n: int  # named objects
-    pointing: float  # fraction of objects whose box holds the most similar pixel
-    chance: float  # mean share of the image that the boxes cover
-    iou: float  # mean overlap of an object's boxes with the most similar pixels, as many as the boxes have
-    iou_chance: float
-
-    def measures(self) -> list[Measure]:
-        return [
-            Measure("pointing", self.pointing, self.chance, self.n),
-            Measure("mean IoU", self.iou, self.iou_chance, self.n),
-        ]
-
-    @property
-    def among(self) -> str:
-        return f"{self.n:,} objects in {self.images:,} images"
-
-
-KINDS = (ZeroShotResult, RetrievalResult, LinearProbeResult, FewShotResult, PointingResult)
+KINDS = (ZeroShotResult, RetrievalResult, LinearProbeResult, FewShotResult)
 READERS: Mapping[str, TypeAdapter[Any]] = {kind.task: TypeAdapter(kind) for kind in KINDS}
 
 

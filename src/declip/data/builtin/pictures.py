@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageChops
 
 from declip.data.builtin.fetch import DebianPackage, NpmPackages, Packages, read_json
-from declip.data.pair import BUILTIN_PREFIX, Box, Pair, PairSource
+from declip.data.pair import BUILTIN_PREFIX, Pair, PairSource
 from declip.errors import UserError
 from declip.io.atomic import atomic_write, cache_folder
 from declip.io.pool import mapped
@@ -219,7 +219,6 @@ class BuiltinSource(PairSource):
         self.name = BUILTIN_PREFIX + split
         table, self._images = origin.read(origin.folder(cache))
         self.rows, column, names = origin.select(split, table)
-        self.boxed = "objects" in self.rows[0]
         self.credit = "; ".join(dict.fromkeys(map(origin.credit, self.rows)))
         if column:
             self.class_names = tuple(names or sorted({row[column] for row in self.rows}))
@@ -241,10 +240,6 @@ class BuiltinSource(PairSource):
 
     def captions(self, index: int) -> tuple[str, ...]:
         return tuple(self.rows[index]["captions"])
-
-    def boxes(self, index: int) -> list[tuple[str, Box]]:
-        objects = self.rows[index]["objects"]
-        return [(each["name"], (each["left"], each["top"], each["right"], each["bottom"])) for each in objects]
 
     def __reduce__(self) -> tuple[type["BuiltinSource"], tuple[object, ...]]:
         return type(self), self._arguments  # the images stay in the file, shared by all processes

@@ -21,7 +21,6 @@ from declip.data.builtin.pictures import (
     fill_square,
     rasterize_page,
 )
-from declip.data.builtin.scenes import Scenes
 from declip.data.pair import BUILTIN_PREFIX
 from declip.data.tables import read_rows, split_texts
 from declip.errors import UserError, unknown
@@ -210,7 +209,6 @@ class Icons(BuiltinSet):
 
 
 EMOJI, ICONS = Emoji(), Icons()
-SCENES = Scenes(EMOJI)
 
 
 def license_of(info: Mapping[str, Any]) -> str:
@@ -219,7 +217,7 @@ def license_of(info: Mapping[str, Any]) -> str:
     return str(license.get("spdx") or license.get("title") or "unknown")
 
 
-SETS = EMOJI, ICONS, CLIPART, STAMPS, SCENES
+SETS = EMOJI, ICONS, CLIPART, STAMPS
 # The set of each source's name.
 BUILTINS: dict[str, BuiltinSet] = {split: item for item in SETS for split in item.splits}
 

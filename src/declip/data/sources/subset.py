@@ -46,8 +46,8 @@ class DerivedSource(PairSource):
     def locate(self, index: int) -> tuple[PairSource, int]:
         """The source of pair `index`, and its index there."""
 
-    __getitem__, read_lazy, captions, key, group, image, lazy_image, origin, boxes = map(
-        _delegated, ("__getitem__", "read_lazy", "captions", "key", "group", "image", "lazy_image", "origin", "boxes")
+    __getitem__, read_lazy, captions, key, group, image, lazy_image, origin = map(
+        _delegated, ("__getitem__", "read_lazy", "captions", "key", "group", "image", "lazy_image", "origin")
     )
 
 
@@ -58,7 +58,6 @@ class Subset(DerivedSource):
         self.source, self.indices = source, indices
         self.name = name or f"{source.name}[{len(indices)}]"
         self.credit, self.remote, self.group_column = source.credit, source.remote, source.group_column
-        self.boxed = source.boxed
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from declip.data.columns import DEFAULT, Columns
 from declip.data.images.decode import image_below
-from declip.data.pair import Box, BrokenPair, as_texts, clean_captions, printable
+from declip.data.pair import BrokenPair, as_texts, clean_captions, printable
 from declip.data.sources.entry import EntrySource
 from declip.data.sources.names import holds, is_url, names_shards
 from declip.data.sources.rows import NOT_UTF8, DelimitedRows, JsonRows, ParquetRows, TableRows, by_lower_name, cell_name
@@ -38,7 +38,6 @@ KINDS: dict[str, Callable[[Path], TableRows]] = {
     ".parquet": ParquetRows,
 }
 TABLE_KINDS = tuple(KINDS)
-SIDES = ("left", "top", "right", "bottom")  # columns of the box of the object that a caption names
 # Tables in a folder of images, as Hugging Face's ImageFolder has them: column `file_name` and any others.
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 LAYOUT = 2  # raised when a file in the cache changes its meaning
@@ -57,12 +56,9 @@ class TableSource(EntrySource):
         if not self.root.is_dir():
             raise UserError(f"There is no folder '{self.root}', to which image paths are relative.")
         image, self._caption, self.group_column = find_columns(names, columns, path)
-        lower = by_lower_name(names)
-        self._split = lower.get(COLUMN)
-        self._sides = [lower[side] for side in SIDES] if lower.keys() >= set(SIDES) else []
-        self.boxed = bool(self._sides) and self._caption != image
+        self._split = by_lower_name(names).get(COLUMN)
         # --- the columns, the image first, and the rows of each pair
-        wanted = (image, self._caption, self.group_column, self._split, *self._sides)
+        wanted = (image, self._caption, self.group_column, self._split)
         self._columns = list(dict.fromkeys(filter(None, wanted)))
         captions = None if self._caption == image else self._caption
         schema, batches = self.file.read(self._columns, captions)
@@ -99,19 +95,6 @@ class TableSource(EntrySource):
 
     def group(self, index: int) -> int:
         return group_number(self.cells(*self.entry(index), self.group_column)[0]) if self.group_column else 0
-
-    def boxes(self, index: int) -> list[tuple[str, Box]]:
-        """One object for each row of the image."""
-        key, rows = self.entry(index)
-        cells = self.cells(key, rows, self._caption)
-        texts = [clean_captions(as_texts(cell, "unreadable row", key), key)[0] for cell in cells]
-        try:
-            boxes = np.array([self.cells(key, rows, side) for side in self._sides], np.float64).T  # (rows, 4)
-            if not np.isfinite(boxes).all():
-                raise ValueError("a side is not a finite number")
-        except (TypeError, ValueError) as error:
-            raise BrokenPair("unreadable box", key, one_line(error)) from error
-        return [(text, tuple(box)) for text, box in zip(texts, boxes.tolist(), strict=True)]
 
     def splits(self) -> dict[str, np.ndarray]:
         """Places of the pairs of each split. A pair with rows in several is in the last: test before train."""
