@@ -119,6 +119,12 @@ def test_own_names_and_addresses_in_numbers_are_answered_and_foreign_names_refus
         assert client.get("/search", headers={"Host": host}).status_code == 421, host
 
 
+def test_two_host_names_are_refused(client):
+    hosts = [("Host", "127.0.0.1:8765"), ("Host", "evil.example")]
+    for headers in (hosts, hosts[::-1], [hosts[0]] * 2):
+        assert client.send(client.build_request("GET", "/search", headers=headers)).status_code == 421, headers
+
+
 def test_a_foreign_page_can_send_and_load_nothing_but_the_user_may_follow_a_link(client):
     loads = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"}
     assert client.get("/thumbnails/0", headers=loads).status_code == 403
