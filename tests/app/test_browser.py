@@ -227,7 +227,7 @@ def test_thirty_images_are_captioned_without_a_mouse_through_restarts_and_a_seco
         one.keyboard.type("mine")
         one.keyboard.press("Enter")
         sync_api.expect(one.get_by_role("status")).to_contain_text("Not saved")
-        sync_api.expect(one.locator("#saved > li")).to_have_text(["written by hand"])
+        sync_api.expect(one.locator("#saved [aria-pressed]")).to_have_text(["written by hand"])
         one.keyboard.press("Enter")
         sync_api.expect(shown).to_have_text(f"{NAMES[31]}.png")
         sync_api.expect(one.locator("#estimates > li")).to_have_count(1)
@@ -238,6 +238,51 @@ def test_thirty_images_are_captioned_without_a_mouse_through_restarts_and_a_seco
     assert len({row["image"] for row in found}) == 31
     assert [row["caption"] for row in found][-2:] == ["written by hand", "mine"]
     assert all(any(row["caption"].endswith(f" no. {number}") for row in found) for number in range(30))
+
+
+def test_a_saved_caption_is_changed_and_deleted(browser, start, tmp_path):
+    def written():
+        return [row["caption"] for row in rows_of(tmp_path / "captions.csv")]
+
+    with served(start()) as address:
+        page = browser.new_context(base_url=address, viewport=PHONE).new_page()
+        page.goto("/")
+        field, saved, status = page.locator("#text"), page.locator("#saved [aria-pressed]"), page.get_by_role("status")
+        sync_api.expect(page.locator("#suggestions > li")).to_have_count(5)
+        sync_api.expect(page.get_by_role("button", name="Save, next")).to_be_in_viewport(ratio=1)
+        for number, text in enumerate(("cauliflower", "broccoli", "spinach"), 1):
+            field.fill(text)
+            page.keyboard.press("Control+Enter")
+            sync_api.expect(saved).to_have_count(number)
+        # --- by keyboard: change, cancel, delete
+        page.keyboard.press("Tab")
+        page.keyboard.press("Enter")
+        sync_api.expect(field).to_have_value("cauliflower")
+        page.keyboard.type(" in a bowl")
+        page.keyboard.press("Control+Enter")
+        sync_api.expect(saved.first).to_have_text("cauliflower in a bowl")
+        assert written() == ["cauliflower in a bowl", "broccoli", "spinach"]
+        saved.first.focus()
+        page.keyboard.press("Delete")
+        sync_api.expect(status).to_have_text("Deleted: cauliflower in a bowl")
+        # --- by a button, while another caption is typed, and by an empty field
+        field.fill("chard")
+        page.get_by_role("button", name="Delete: spinach").click()
+        sync_api.expect(saved).to_have_text(["broccoli"])
+        sync_api.expect(field).to_have_value("chard")
+        saved.click()
+        page.keyboard.press("Escape")
+        sync_api.expect(field).to_have_value("")
+        saved.click()
+        field.fill("")
+        page.keyboard.press("Enter")
+        sync_api.expect(status).to_have_text("Deleted: broccoli")
+        assert [*filter(None, written())] == []
+        # --- typed again
+        field.fill("broccoli")
+        page.keyboard.press("Enter")
+        sync_api.expect(page.locator("#key")).to_have_text(f"{NAMES[1]}.png")
+        assert [*filter(None, written())] == ["broccoli"]
 
 
 def rows_of(table):

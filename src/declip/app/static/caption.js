@@ -3,6 +3,7 @@ import { ask, find, make, say, sendJson } from "./common.js";
 // Of this tab: another one is offered other images.
 const tab = Array.from(crypto.getRandomValues(new Uint32Array(4)), (part) => part.toString(36)).join("");
 let shown = null; // the image on the page
+let edited = null; // the saved caption that the field replaces
 let busy = false;
 const passed = []; // places shown before, for "back"
 
@@ -10,7 +11,7 @@ async function show(query) {
   const found = await ask(`/api/caption?${new URLSearchParams({ tab, ...query })}`);
   progress(found);
   if (found.id === undefined) {
-    shown = null;
+    shown = edited = null;
     find("image").hidden = true;
     find("key").textContent = "";
     find("saved").replaceChildren();
@@ -21,7 +22,7 @@ async function show(query) {
   find("image").src = `/images/${found.id}?v=${document.body.dataset.version}`;
   find("image").hidden = false;
   find("key").textContent = found.key;
-  find("text").value = "";
+  edit(null);
   captions(found.saved);
   find("suggestions").replaceChildren(...found.suggestions.map((text) => {
     const button = make("button", { type: "button", class: "chip" }, text);
@@ -33,7 +34,22 @@ async function show(query) {
 
 function captions(saved) {
   shown.saved = saved;
-  find("saved").replaceChildren(...saved.map((text) => make("li", {}, text)));
+  if (!saved.includes(edited)) edited = null;
+  find("saved").replaceChildren(...saved.map((text) => {
+    const change = make("button", { type: "button", class: "chip", "aria-pressed": String(text === edited), title: "Change this caption" }, text);
+    const cross = make("button", { type: "button", class: "chip", "aria-label": `Delete: ${text}`, title: "Delete this caption" }, "×");
+    change.addEventListener("click", () => edit(text));
+    change.addEventListener("keydown", (event) => event.key === "Delete" && drop(text));
+    cross.addEventListener("click", () => drop(text));
+    return make("li", {}, change, cross);
+  }));
+}
+
+/** Puts a saved caption into the field, which then replaces it; null: the field adds a caption. */
+function edit(text) {
+  edited = text;
+  take(text ?? "");
+  for (const button of find("saved").querySelectorAll("[aria-pressed]")) button.setAttribute("aria-pressed", button.textContent === text);
 }
 
 function progress(found) {
@@ -64,14 +80,11 @@ async function alone(work) {
   busy = false;
 }
 
-async function save() {
-  const text = find("text").value.trim();
-  if (!text || !shown) {
-    say(shown ? "Enter a caption, or skip the image." : "There is no image left.", "bad");
-    return false;
-  }
+/** Sends captions of the image, in place of a saved one if there is an old one. */
+async function send(captionsOfImage, old) {
+  const replaces = old === null ? null : shown.saved.indexOf(old);
   try {
-    const found = await sendJson("/api/caption", { id: shown.id, captions: [text], seen: shown.saved });
+    const found = await sendJson("/api/caption", { id: shown.id, captions: captionsOfImage, seen: shown.saved, replaces });
     progress(found);
     captions(found.saved);
   } catch (error) {
@@ -80,8 +93,28 @@ async function save() {
     if (place) captions(place.saved);
     throw error;
   }
-  find("text").value = "";
+}
+
+async function save() {
+  const text = find("text").value.trim();
+  if (shown && edited !== null && !text) {
+    await remove(edited);
+    return false;
+  }
+  if (!text || !shown) {
+    say(shown ? "Enter a caption, or skip the image." : "There is no image left.", "bad");
+    return false;
+  }
+  await send([text], edited);
+  edit(null);
   return true;
+}
+
+async function remove(text) {
+  const typed = edited === text ? "" : find("text").value;
+  await send([], text);
+  take(typed);
+  say(`Deleted: ${text}`);
 }
 
 const next = () => alone(async () => {
@@ -90,6 +123,7 @@ const next = () => alone(async () => {
   await show({ after: shown.place });
 });
 const another = () => alone(save);
+const drop = (text) => alone(() => remove(text));
 const skip = () => alone(async () => {
   if (!shown) return;
   passed.push(shown.place);
@@ -108,6 +142,7 @@ find("form").addEventListener("submit", (event) => {
 for (const [id, work] of Object.entries({ add: another, back, skip })) find(id).addEventListener("click", work);
 document.addEventListener("keydown", (event) => {
   const keys = { PageUp: back, PageDown: skip };
+  if (edited !== null) keys.Escape = () => edit(null);
   if (event.key === "Enter" && event.ctrlKey) keys.Enter = another;
   const number = Number(event.key);
   if (number >= 1 && number <= 5 && !find("text").value && shown?.suggestions[number - 1]) {

@@ -19,7 +19,7 @@ const { run, clear } = latest(async (current) => {
   const found = await ask(`/api/search?${asked}`);
   if (!current()) return;
   find("hits").replaceChildren(...found.hits.map(hit));
-  const pointing = text ? ". Point at an image to see where the text fits." : "";
+  const pointing = text && matchMedia("(hover: hover)").matches ? ". Point at an image to see where the text fits." : "";
   if (text) for (const [place, card] of [...find("hits").children].entries()) showMap(card, found.hits[place].id, text);
   say(found.hits.length ? `The nearest ${found.hits.length} of ${count(found.images, "image")}, in ${found.seconds.toFixed(2)} s${pointing}` : "No results: no image has a caption.");
   const address = new URL(location);
