@@ -10,6 +10,7 @@ KEY=VALUE arguments are keys of the recipe. The same command continues a stopped
 """
 
 import argparse
+import gc
 import json
 import math
 import signal
@@ -23,6 +24,7 @@ from statistics import fmean, mean
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 import declip
@@ -30,7 +32,7 @@ from declip.data.pair import Pair, PairSource
 from declip.data.prepare import shard_source
 from declip.data.text.tokenizer import padded_length
 from declip.errors import UserError
-from declip.evaluation.datasets import open_dataset
+from declip.evaluation.datasets import open_dataset, with_classes
 from declip.evaluation.protocols import PREFIX, SETS
 from declip.evaluation.readers import NAMED
 from declip.inspection.scan import Inspection, inspect_source
@@ -167,7 +169,8 @@ def check_data(
         problems.append(f"{found.total:,} pairs instead of {pairs:,}: results do not compare")
     if found.broken.fraction > recipe.data.max_broken_fraction:
         reasons = "; ".join(f"{reason}, such as {row['examples'][0]}" for reason, row in found.reasons.items())
-        problems.append(f"{found.broken.fraction:.1%} of the pairs are broken: {reasons}. Is --root (ROOT=) right?")
+        root = ". Is --root right (make: ROOT=)?" if "missing image" in found.reasons else ""
+        problems.append(f"{found.broken.fraction:.1%} of the pairs are broken: {reasons}{root}")
     for leak in found.leakages:
         print(f"{leak.found.count} of {leak.found.of:,} pairs look like an image of {leak.name}")
         if leak.found.count:
@@ -179,13 +182,14 @@ def check_data(
 
 def tests_there(names: Sequence[str]) -> list[str]:
     """Open the test sets before training, and replace paper11:DIR by those of its eleven that are there."""
-    there = {name.partition(":")[0]: name for name in names if not name.startswith(PREFIX)}
-    for name in there.values():
-        open_dataset(name)
+    there = [name for name in names if not name.startswith(PREFIX)]
+    for name in there:
+        with_classes(open_dataset(name).split("test"))
     for folder in (name.removeprefix(PREFIX) for name in names if name.startswith(PREFIX)):
-        for kind in (kind for kind in SETS if kind not in there):
+        given = {name.partition(":")[0] for name in there}
+        for kind in (kind for kind in SETS if kind not in given):
             try:
-                there[kind] = open_dataset(f"{kind}:{Path(folder).expanduser() / kind}").name
+                there.append(open_dataset(f"{kind}:{Path(folder).expanduser() / kind}").name)
             except UserError as error:
                 print(f"Without {kind}: {error}")
     if not there:
@@ -193,7 +197,7 @@ def tests_there(names: Sequence[str]) -> list[str]:
             "WARNING: this run will end without an accuracy. Give --test imagenet:DIR (make: IMAGENET=DIR) and "
             "--test paper11:DIR (SETS=DIR), or run the same command with them again after training."
         )
-    return list(there.values())
+    return there
 
 
 def expected_cost(recipe: Recipe, gpus: int, nodes: int, found: Inspection) -> str:
@@ -235,7 +239,11 @@ def cost(recipe: Recipe, gpus: int) -> str:
     if pick_device(recipe.train.device).type == "cpu" and recipe.image.size > 64:
         return "There is no GPU here on which a few steps could be measured."
     train = recipe.train.model_copy(update={"batch_size": max(1, recipe.train.batch_size // gpus)})
-    return f"on each of {gpus}: {estimate(recipe.model_copy(update={'train': train}))[1]}"
+    text = estimate(recipe.model_copy(update={"train": train}))[1]
+    if torch.cuda.is_available():  # else this process would hold the memory that rank 0 needs
+        gc.collect()
+        torch.cuda.empty_cache()
+    return f"on each of {gpus}: {text}"
 
 
 def read_curve(path: Path, train: Train) -> dict[int, float]:

@@ -217,3 +217,13 @@ def test_the_anchor_on_cc3m_has_open_clips_settings(scripts):
     assert (view.scale, view.color_jitter_prob, view.hflip_prob) == ((0.9, 1.0), 0, 0)
     assert recipe.image.mean == Recipe().image.mean
     assert recipe.data.columns["image"] == "image"
+
+
+def test_a_set_without_classes_is_refused_before_training(small, call, authors, tmp_path):
+    words = ("yfcc15m", "--data", authors, "--root", tmp_path / "images", "--out", tmp_path / "out", "--check")
+    noise(tmp_path / "one.jpg", 1)
+    table = tmp_path / "captions.csv"
+    table.write_text("image,caption\none.jpg,a photo\n")
+    status, printed = call("reproduce", *words, "--test", table)
+    assert status == 2
+    assert "captions.csv" in printed[-1]
