@@ -1,11 +1,14 @@
 """Few-shot classification: the closed form, names against images, what is left out, and the protocol."""
 
+from statistics import mean, stdev
+
 import pytest
 import torch
 from torch.nn.functional import normalize, one_hot
 
 from conftest import refuses
 from declip.evaluation.datasets import Dataset
+from declip.evaluation.encode import encode_source
 from declip.evaluation.few_shot import (
     NAME_WEIGHTS,
     RIDGES,
@@ -21,7 +24,8 @@ from declip.evaluation.few_shot import (
     mixture_factors,
 )
 from declip.evaluation.protocols import Options, evaluate_all
-from declip.evaluation.results import read_result
+from declip.evaluation.results import read_result, sample_per_class
+from declip.evaluation.zero_shot import class_features
 
 
 def made_up(shots, classes=6, noise=0.5, names=0.0, seed=0):
@@ -124,14 +128,22 @@ def test_the_protocol_gives_names_and_images(model, painted):
     refuses(r"train split.*few-shot", evaluate_all, model, Dataset("x", {"test": lambda: train}), ("few-shot",))
 
 
-def test_each_draw_is_fitted_to_its_own_images_and_names_to_none(model, painted):
+def test_the_protocol_equals_a_loop_over_draws(model, painted):
     colors, names = ["red", "green", "blue"], ["green", "blue", "red"]  # names mislead
     train, test = (painted(colors * count, classes=colors) for count in (8, 2))
     train.class_names = test.class_names = names
     train.colors[::6] = ["blue"] * 4  # half of the images of the first class
     dataset = Dataset("colors", {"train": lambda: train, "test": lambda: test})
     (result,) = evaluate_all(model, dataset, ("few-shot",), Options(shots=2, progress=False))
-    assert (result.names_top1, result.top1 > 0.5, result.deviation > 0) == (0, True, True)
+    seen, tested = (encode_source(model, source, texts=False).images for source in (train, test))
+    labels, top1 = torch.from_numpy(train.labels), []
+    for seed in range(5):
+        chosen = torch.from_numpy(sample_per_class(train.labels, lambda count: 2, seed))
+        texts = class_features(model, names, ["{}"])
+        head = fit_few_shot(Examples(seen[chosen], labels[chosen], texts, 0))
+        top1.append(accuracy(head, Examples(tested, torch.from_numpy(test.labels), texts, 0)))
+    assert (result.names_top1, result.top1) == (0, pytest.approx(mean(top1)))
+    assert result.deviation == pytest.approx(stdev(top1)) != 0
 
 
 def test_shots_require_the_task(command):
@@ -143,5 +155,16 @@ def test_shots_require_the_task(command):
 def test_a_class_without_images_is_found_by_its_name():
     examples, test = made_up(6, noise=0.2), made_up(40, noise=0.2, seed=3)
     head = fit_few_shot(examples.take(examples.labels != 2))
-    assert head.name_weight > 0
+    assert all(form.name_weight > 0 for form in head.mixture)
     assert accuracy(head, test.take(test.labels == 2)) > 0.5
+
+
+def test_many_images_are_weighed_on_some_of_them():
+    head = fit_few_shot(made_up(300))
+    assert (head.accuracy.n, head.shots) == (1500, 200)
+
+
+def test_the_center_is_the_mean_of_class_means():
+    examples = made_up(4).take(torch.arange(24) > 2)  # one image of the first class, four of the others
+    means = [halves(examples.images[examples.labels == label], 12).mean(dim=0) for label in range(6)]
+    assert torch.allclose(center_of(examples), torch.stack(means).mean(dim=0), atol=1e-6)

@@ -77,6 +77,16 @@ def test_the_loss_is_that_of_each_image_with_its_first_caption():
     assert result.loss == contrastive_loss(images[:3], texts[[0, 2, 3]], 5.0)
 
 
+def test_the_loss_of_many_pairs_is_the_mean_over_pairs_of_batches():
+    images, texts = normalize(torch.randn(2, 257, 4, generator=torch.Generator().manual_seed(0)), dim=-1).double()
+    total = 0.0
+    for rows in np.array_split(default_rng((0, 257)).permutation(257), 3):
+        logits = 5 * images[rows] @ texts[rows].T
+        for logs in (logits.log_softmax(dim=1), logits.log_softmax(dim=0)):
+            total -= float(logs.diagonal().sum()) / 2
+    assert contrastive_loss(images, texts, 5.0) == pytest.approx(total / 257)
+
+
 def test_a_caption_that_two_images_share():
     images = torch.tensor([[1.0, 0.0, 0.0], [0.9, 0.1, 0.0], [0.0, 0.0, 1.0]])
     cat, dog, tail = [1.0, 0.0, 0.0], [0.0, 0.0, 1.0], [0.1, 1.0, 0.0]

@@ -7,12 +7,13 @@ import torch
 import torch.nn.functional as F
 
 from declip.supervision import late_interaction as module
-from declip.supervision.contrastive import Sigmoid, cross_entropy_to_keys, info_nce, sigmoid_loss
+from declip.supervision.contrastive import Contrastive, Sigmoid, cross_entropy_to_keys, info_nce, sigmoid_loss
 from declip.supervision.late_interaction import late_interaction, select_tokens, similarity
-from declip.supervision.masked_language import chosen_rows, cross_entropy
+from declip.supervision.masked_language import MaskedLanguage, chosen_rows, cross_entropy
 from declip.supervision.nearest_neighbor import neighbor_contrast
-from declip.supervision.simclr import nt_xent
+from declip.supervision.simclr import SimCLR, nt_xent
 from declip.supervision.simsiam import negative_cosine
+from declip.supervision.term import Rows
 from golden_cases import loss_cases
 from supervision.conftest import BATCH, LENGTHS, NEIGHBORS, TERMS, NoDeviceReads, batch_axis
 
@@ -117,6 +118,12 @@ def test_label_smoothing_spreads_a_part_of_the_target_over_all_keys(units, limit
     torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-12)
 
 
+def test_label_smoothing_is_of_both_directions(units):
+    image, text = units(4, 5), units(4, 5)
+    ways = [cross_entropy_to_keys(*pair, 3.0, smoothing=0.3).item() for pair in ((image, text), (text, image))]
+    assert info_nce(image, text, image, text, 3.0, smoothing=0.3).item() == pytest.approx(sum(ways) / 2, rel=1e-12)
+
+
 def assert_gradients(case, loss, names, atol):
     """Compare the loss, and the gradients of its inputs by their names in the case."""
     loss.backward()
@@ -209,6 +216,12 @@ def test_chance_of_the_sigmoid_loss_is_that_of_equal_logits_with_the_best_bias()
     assert losses[1] < min(losses[0], losses[2])
 
 
+def test_chance_is_the_loss_of_equal_features():
+    alike = torch.ones(7, 3, dtype=torch.float64)
+    for loss, term in ((info_nce, Contrastive), (nt_xent, SimCLR)):
+        assert term.chance(None, 7) == pytest.approx(loss(alike, alike, alike, alike, 0.5).item(), rel=1e-12)
+
+
 def test_negative_cosine(units):
     p1, p2, z1, z2 = (units(5, 6) * length for length in (0.5, 3.0, 7.0, 0.1))
     cosines = [
@@ -250,6 +263,17 @@ def test_masked_language_loss(units):
     assert torch.autograd.gradcheck(lambda x: cross_entropy(x, targets), logits.requires_grad_())
     with NoDeviceReads():
         cross_entropy(logits, targets)
+
+
+def test_the_mean_over_ranks_is_the_mean_over_masked_words(units):
+    logits, targets = 5 * units(4, 9), torch.tensor([3, 8, 2, 0])
+    keys = Rows((), torch.empty(0), torch.empty(1, 4, 0), {"count": torch.tensor([1.0, 0.0, 2.0, 1.0])})
+    losses = []
+    for words in (slice(0, 1), slice(1, 4)):  # of two pairs each
+        extra = {"logits": logits[words], "targets": targets[words]}
+        own = Rows((), torch.empty(0), torch.empty(1, 2, 0), extra)
+        losses.append(MaskedLanguage.loss(None, own, keys, None, 0).item())
+    assert sum(losses) / 2 == pytest.approx(cross_entropy(logits, targets).item(), rel=1e-12)
 
 
 @pytest.mark.parametrize("rows", [0, 3])

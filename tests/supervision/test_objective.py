@@ -158,6 +158,9 @@ def test_scales_are_limited_after_the_step():
     objective.after_step(model)
     assert model.logit_scale.exp().item() == pytest.approx(100, rel=1e-5)
     assert objective.terms["late_interaction"].logit_scale.item() == 3.0
+    model.logit_scale.data.fill_(1.0)
+    objective.after_step(model)
+    assert model.logit_scale.item() == 3.0
 
 
 def test_with_places_of_masked_words_known_nothing_waits_for_the_device():
