@@ -406,6 +406,7 @@ def commands(options: argparse.Namespace, words: list[str]) -> str:
     rendezvous = "--rdzv-backend c10d --rdzv-endpoint HOST:29500 --max-restarts 3"
     return (
         f"On each of {nodes} machines that share this folder, of which HOST is one:\n"
+        f"  TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 \\\n"
         f"  torchrun --nnodes {nodes} --nproc-per-node {gpus} {rendezvous} -m declip {given}\n"
         f"or with SLURM:\n"
         f"  sbatch --nodes {nodes} --gpus-per-node {gpus} scripts/train.sbatch {' '.join(words[1:-1])}\n"
