@@ -136,7 +136,7 @@ def opened_until(index, done, count):
     while not done.exists():
         info, store = open_index(index)
         assert store.matrix().shape == (len(store.ids), info.dimension)
-        assert store.row(len(store.ids) - 1)
+        assert store.rows(np.array([len(store.ids) - 1]))
         number += 1
     count.put(number)
 

@@ -13,13 +13,14 @@ from PIL import Image
 
 import declip
 from conftest import draw, refuses
+from declip.data.pair import Origin
 from declip.data.sources.open import open_source
 from declip.models.dual_encoder import DualEncoder
 from declip.models.inference import fingerprint
 from declip.reports.sheets import search_sheet
 from declip.search.index import Index, nearest
 from declip.search.info import INFO
-from declip.search.store import SCHEMA
+from declip.search.store import SCHEMA, Block, IndexedImage, write_blocks
 from indices import tiny_model, write_index
 
 
@@ -218,3 +219,28 @@ def test_few_vectors_give_few_results():
     vectors, ids = torch.tensor([1.0, 0, 1, 1])[:, None].expand(4, 8), torch.tensor([2, 5, 7, 9])
     assert nearest(torch.ones(2, 8), ids, vectors, 10, skip_zeros=True)[0].tolist() == [[2, 7, 9]] * 2
     assert nearest(torch.ones(1, 8), torch.arange(0), torch.ones(0, 8), 3)[0].shape == (1, 0)
+
+
+def test_rows_are_read_in_the_order_of_ids(tmp_path, monkeypatch):
+    monkeypatch.setattr("declip.search.store.PART_ROWS", 7)
+    index = write_index(tmp_path / "index", torch.eye(40))
+    ids = [39, 0, 13, 7, 13, 6]
+    assert [(row.id, row.key, row.captions, row.place) for row in index.rows(ids)] == [
+        (id, f"key {id}", (f"caption {id}",), id) for id in ids
+    ]
+    assert index.rows([]) == []
+    refuses("id 40", index.rows, [3, 40])
+
+
+def test_vectors_are_written_in_order(tmp_path):
+    """A map of a sparse file would end the process on a full disk."""
+    rows, sizes = [IndexedImage(n, str(n), (), n, Origin()) for n in range(4000)], []
+
+    def written():
+        for start in range(0, 4000, 1000):
+            yield Block.of(rows[start : start + 1000], torch.eye(64).repeat(63, 1)[:1000], None, "float32")
+            sizes.append(max(path.stat().st_size for path in tmp_path.rglob("vectors.npy")))
+
+    write_blocks(tmp_path / "made", written(), 4000)
+    assert all(size <= 1000 * 64 * 4 * (number + 1) + 128 for number, size in enumerate(sizes)), sizes
+    assert np.load(tmp_path / "made" / "vectors.npy").shape == (4000, 64)

@@ -189,7 +189,8 @@ class Index:
         """
         check_range("k", k, 1, MOST)
         ids, scores = self.nearest(self.query(text, image, weights, template)[None], k, over=over)  # (1, k') each
-        return [Hit(**vars(self.row(int(id))), score=float(score)) for id, score in zip(ids[0], scores[0], strict=True)]
+        rows = zip(self.rows(ids[0].numpy()), scores[0].tolist(), strict=True)
+        return [Hit(**vars(row), score=score) for row, score in rows]
 
     def nearest(self, queries: Tensor, k: int, *, over: Over = "images") -> tuple[Tensor, Tensor]:
         """Find ids (n, k') int64 and cosines (n, k') float32 nearest to vectors (n, d) of length 1, the best first."""
@@ -222,7 +223,11 @@ class Index:
 
     def row(self, id: int) -> IndexedImage:
         """An image's key, captions and origin; raises `UserError` for an unknown id."""
-        return self._store.row(int(self._store.positions([id])[0]))
+        return self.rows([id])[0]
+
+    def rows(self, ids: Sequence[int] | np.ndarray) -> list[IndexedImage]:
+        """As `row`, of several images, in the order of `ids`."""
+        return self._store.rows(self._store.positions(ids))
 
     def vectors(self, ids: Sequence[int] | np.ndarray, over: Over = "images") -> Tensor:
         """(n, d) float32, the vectors of images, or of their captions: zeros if an image has none."""

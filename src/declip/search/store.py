@@ -2,9 +2,10 @@
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from io import BufferedWriter
 from itertools import chain
 from pathlib import Path
 from threading import Lock
@@ -88,20 +89,18 @@ def write_blocks(target: Path, blocks: Iterable[Block], count: int) -> None:
     """Write `count` rows into the new folder `target`, which appears when all of its files are on the disk."""
     with atomic_write(target, ELSEWHERE, durable=True) as folder:
         folder.mkdir()
-        matrices: dict[Over, np.memmap] = {}
-        start = 0
+        files: dict[Over, BufferedWriter] = {}
         # Without compression and dictionaries, so that a file's size limits what reading it takes: `_check_layout`.
-        with pq.ParquetWriter(folder / ROWS, SCHEMA, compression="NONE", use_dictionary=False) as writer:
+        table = pq.ParquetWriter(folder / ROWS, SCHEMA, compression="NONE", use_dictionary=False)
+        with ExitStack() as opened, table as writer:
             for block in blocks:
                 writer.write_table(block.table, row_group_size=PART_ROWS)
                 for over, values in block.matrices.items():
-                    if over not in matrices:
-                        path, shape = folder / MATRICES[over], (count, values.shape[1])
-                        matrices[over] = np.lib.format.open_memmap(path, "w+", values.dtype, shape)
-                    matrices[over][start : start + len(values)] = values
-                start += len(block.table)
-        for matrix in matrices.values():
-            matrix.flush()
+                    if over not in files:  # not a map of the file: a full disk would end the process
+                        files[over] = opened.enter_context((folder / MATRICES[over]).open("wb"))
+                        kind = {"descr": values.dtype.str, "fortran_order": False, "shape": (count, values.shape[1])}
+                        np.lib.format.write_array_header_1_0(files[over], kind)
+                    files[over].write(np.ascontiguousarray(values).data)
         for path in folder.iterdir():
             flush(path)
 
@@ -146,16 +145,23 @@ class Store:
     def positions(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """(n,) int64, the positions of rows; raises `UserError` for an id that does not exist."""
         wanted = np.atleast_1d(np.asarray(ids, np.int64))
-        if not (known := np.isin(wanted, self.ids)).all():
+        positions = np.searchsorted(self.ids, wanted)
+        known = np.append(self.ids, -1)[positions] == wanted
+        if not known.all():
             raise UserError(f"The index '{self.index}' has no image with the id {wanted[~known][0]}.")
-        return np.searchsorted(self.ids, wanted)
+        return positions
 
-    def row(self, position: int) -> IndexedImage:
-        """Read the row at a position."""
-        number = int(np.searchsorted(self._starts, position, "right")) - 1
-        cells = self._group(number).slice(position - self._starts[number], 1).columns
-        id, place, key, captions, path, *origin = (column[0].as_py() for column in cells)
-        return IndexedImage(id, key, tuple(captions), place, Origin(resolve(path, self.index), *origin))
+    def rows(self, positions: np.ndarray) -> list[IndexedImage]:
+        """Read the rows at positions; each group of rows is decoded once."""
+        numbers = np.searchsorted(self._starts, positions, "right") - 1
+        found = dict[int, IndexedImage]()
+        for number in np.unique(numbers).tolist():
+            columns = self._group(number).columns
+            for at in np.flatnonzero(numbers == number).tolist():
+                cells = (column[int(positions[at] - self._starts[number])].as_py() for column in columns)
+                id, place, key, captions, path, *rest = cells
+                found[at] = IndexedImage(id, key, tuple(captions), place, Origin(resolve(path, self.index), *rest))
+        return [found[at] for at in range(len(positions))]
 
     def matrix(self, over: Over = "images") -> np.ndarray:
         """(n, d), all vectors of a kind, mapped from the disk."""
