@@ -3,13 +3,16 @@
 import json
 import re
 import runpy
+import tomllib
 import xml.etree.ElementTree as ET
 from urllib.parse import urlsplit
 
 import matplotlib.pyplot as plt
 import pytest
+import yaml
 from mkdocstrings import Inventory
 
+import declip
 from docs.blocks import FENCE, GLOBBED, INDENTED, ROOT, Reader, blocks, lines
 
 DOCS = ROOT / "docs"
@@ -143,3 +146,11 @@ def test_drawings_are_those_that_the_script_draws():
     script = runpy.run_path(str(ROOT / "scripts" / "draw_figures.py"))
     for name, draw in script["FIGURES"].items():
         assert (ROOT / "docs" / "figures" / f"{name}.svg").read_text(encoding="utf-8") == draw()
+
+
+def test_the_citation_names_this_version_of_the_software_and_then_the_paper():
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert (cited["type"], cited["version"], project["version"]) == ("software", *2 * [declip.__version__])
+    assert "preferred-citation" not in cited, "GitHub would show that instead"
+    assert "2110.05208" in str(cited["references"])
