@@ -91,7 +91,7 @@ class Cost:
 
     flops: float  # per pair, forward and backward; a multiplication and an addition are two, as peaks are given
     activations: float  # bytes per pair that the backward pass reads
-    states: int  # bytes of weights, gradients, AdamW's two moments and the queue, on each GPU
+    states: int  # bytes of weights, gradients, moments of the optimizer and the queue, on each GPU
 
 
 def count_cost(recipe: Recipe, caption_length: int) -> Cost:
@@ -107,7 +107,8 @@ def count_cost(recipe: Recipe, caption_length: int) -> Cost:
         model = DualEncoder.from_recipe(recipe).train()
         objective = Objective(recipe, model)
     weights = [p for module in (model, objective) for p in module.parameters()]
-    states = sum((16 if p.requires_grad else 4) * p.numel() for p in weights) + sum(
+    trained = 16 if train.optimizer == "adamw" else 12  # weight, gradient, two moments or one
+    states = sum((trained if p.requires_grad else 4) * p.numel() for p in weights) + sum(
         buffer.numel() * buffer.element_size() for buffer in objective.buffers()
     )
     # A caption that the contrastive loss sees unmasked is encoded a second time for the masked words.
