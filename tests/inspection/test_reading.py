@@ -31,8 +31,19 @@ from declip.inspection.reading import (
         ("web address", ["https://example.org/a?b=c"]),
         ("number or date", ["2021-03-04", "4.3.2021 12:30", "12 March 2021", "12345", "3.5 %", "...", "❤"]),
         ("one word", ["cat"]),
+        ("not in English", ["ein roter Kreis", "Der Hund", "un chat dans la maison", "una casa", "een hond"]),
         ("not in Latin script", ["кошка", "белая кошка, 3", "猫の写真"]),
-        (None, ["un café", "кошка the cat", "a cat", "a picture, see https://example.org", "photo of 3 cats"]),
+        (
+            None,
+            [
+                "un café",
+                "Andes mountains",
+                "кошка the cat",
+                "a cat",
+                "a picture, see https://example.org",
+                "photo of 3 cats",
+            ],
+        ),
         (None, ["image editor", "may 5 cats sit here"]),
     ],
 )

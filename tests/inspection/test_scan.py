@@ -161,6 +161,8 @@ def test_words_and_scripts():
     found = inspect_source(numbers([("белая кошка",)] * 1 + [("a white cat",)] * 3), workers=0)
     assert rules(found)["other_script"] == 0.25
     assert found.captions.examples == {"not in Latin script": ["белая кошка"]}
+    found = inspect_source(numbers([("ein Hund",)] * 1 + [("a white cat",)] * 3), workers=0)
+    assert (rules(found)["foreign"], "ein Hund" in advice(found, "foreign")) == (0.25, True)
 
 
 def test_wrong_options_are_refused(planted):

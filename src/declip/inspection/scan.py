@@ -208,13 +208,14 @@ def find(it: Inspection) -> tuple[Finding, ...]:
 
 def _captions_rows(captions: CaptionStats) -> list[Row]:
     odd = {kind: part.fraction for kind, part in captions.kinds.items()}
-    one_word, other_script = odd.pop(reading.ONE_WORD, 0), odd.pop(reading.OTHER_SCRIPT, 0)
+    one_word, other_script, foreign = (odd.pop(k, 0) for k in (reading.ONE_WORD, reading.OTHER_SCRIPT, reading.FOREIGN))
     example = ", ".join(captions.examples[max(odd, key=odd.__getitem__)]) if odd else ""
     truncated = captions.truncated[LONGEST_CONTEXT].fraction > MANY_TRUNCATED
     return [
         ("odd_captions", sum(odd.values()), 0.01, BROKEN, {"kinds": odd, "example": example}),
         ("one_word", one_word, 0.2, inf, {}),
         ("other_script", other_script, 0.05, inf, {}),
+        ("foreign", foreign, 0.1, inf, {}),
         ("truncated" if truncated else "context_length", captions.context_length, 0, inf, {}),
     ]
 
