@@ -23,7 +23,7 @@ IMAGES = {
 WRONG = {
     "no file": ("b.png", "b.png"),
     "text file": ("a.txt", "a.txt"),
-    "floats": (PIXELS / 255, "float64"),
+    "floats": (PIXELS / 255, "float64 (40, 40, 3)"),
     "number": (3, "int"),
     "none": (None, "NoneType"),
     "tensor of one image": (torch.zeros(3, 32, 32), "(3, 32, 32)"),

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from declip.data.images.decode import Picture, is_pixels, read_picture
+from declip.data.images.decode import Picture, read_picture
 from declip.data.images.preprocess import Preprocess
 from declip.data.text.tokenizer import CaptionTokenizer, HuggingfaceTokenizer, Tokenizer, WrappedTokenizer
 from declip.errors import UserError
@@ -92,7 +92,7 @@ class DualEncoder(nn.Module):
 
     def preprocess(self, images: Picture | Iterable[Picture]) -> Tensor:
         """PIL images, files or arrays (H, W, 3) of uint8 → (n, 3, S, S) float32, normalized, on the model's device."""
-        one = isinstance(images, str) or not isinstance(images, Iterable) or is_pixels(images)
+        one = isinstance(images, str) or not isinstance(images, Iterable) or getattr(images, "ndim", 4) != 4
         several: Any = [images] if one else images
         return self.preprocessor([read_picture(image) for image in several]).to(self.device)
 

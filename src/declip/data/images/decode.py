@@ -59,7 +59,9 @@ def read_picture(given: Picture) -> Image.Image:
     """Read an image that a caller gives: a PIL image, a file or (H, W, 3) uint8; raises `UserError`."""
     if is_pixels(given):
         return Image.fromarray(given)
-    kind = " ".join(map(str, (type(given).__name__, getattr(given, "dtype", ""), tuple(getattr(given, "shape", ())))))
+    kind = type(given).__name__
+    if hasattr(given, "shape") and hasattr(given, "dtype"):
+        kind += f" {given.dtype} {tuple(given.shape)}"
     if not isinstance(given, str | Path | Image.Image):
         raise UserError(f"An image is a PIL image, a file or an array (H, W, 3) of uint8; {kind} was given.")
     try:
