@@ -114,6 +114,8 @@ def test_a_score_above_the_smoothed_curve_that_was_reached_is_inside():
     means = np.array([0.104, 0.3, 0.29])
     assert pairs_needed((150, 300, 588), means, 0.297) == (pytest.approx(sqrt(300 * 588)), "")
     assert pairs_needed((150, 300, 588), means, 0.301) == (None, "above")
+    curves = (_curve(values, 0.02, (150, 300, 588)) for values in (means, (0.1, 0.297, 0.4)))
+    assert factor(*curves).low is not None
 
 
 def test_overlap_is_of_intervals_at_the_same_number_of_pairs():

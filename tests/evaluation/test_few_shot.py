@@ -156,6 +156,7 @@ def test_a_class_without_images_is_found_by_its_name():
     examples, test = made_up(6, noise=0.2), made_up(40, noise=0.2, seed=3)
     head = fit_few_shot(examples.take(examples.labels != 2))
     assert all(form.name_weight > 0 for form in head.mixture)
+    assert head.shots == pytest.approx((10 * 20 + 4 * 5 * 25) / 30 / 5)  # folds of 10 and four of 5 images
     assert accuracy(head, test.take(test.labels == 2)) > 0.5
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 import declip
 from conftest import draw, refuses
-from declip.data.pair import Origin
+from declip.data.pair import Origin, Pair, PairSource
 from declip.data.sources.open import open_source
 from declip.models.dual_encoder import DualEncoder
 from declip.models.inference import fingerprint
@@ -66,6 +66,24 @@ def test_images_are_found_by_key_and_no_path_in_the_index_is_opened(made, folder
     for forged in (row, replace(row, key="../secret.png", origin=row.origin._replace(path=f"{tmp_path}/secret.png"))):
         monkeypatch.setattr(moved, "row", lambda id, forged=forged: forged)
         refuses("is no longer in 'shapes'", moved.image, 10)
+
+
+class Copies(PairSource):
+    """Images of one key, whose red is their number."""
+
+    name = "copies"
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        return Pair("red-bar.png", Image.new("RGB", (4, 4), (index, 0, 0)), ("a bar",))
+
+
+def test_of_several_images_with_the_key_the_first_is_read(made):
+    (hit,) = (hit for hit in made.search("red", k=24) if hit.key == "red-bar.png")
+    assert hit.place > 2
+    assert Index.open(made.folder, source=Copies()).image(hit.id).getpixel((0, 0)) == (0, 0, 0)
 
 
 def test_another_model_is_refused(made, model):
