@@ -265,8 +265,10 @@ def default_weights(device: str) -> str:
 
 
 def write_finetuned(folder: Path, model: Encoder) -> None:
-    """Write the report of a finished run, and export its model to every format that can hold it."""
-    write_report(folder, model)
+    """Export the model of a finished run to every format that can hold it, and write the report.
+
+    The report is last: a fit in closed form that has one is finished.
+    """
     # Without adapters, and whole where it was sharded; loaded once for all formats
     merged = trace(folder)
     for format in ("safetensors", "open_clip", "huggingface"):
@@ -276,6 +278,7 @@ def write_finetuned(folder: Path, model: Encoder) -> None:
             continue
         except UserError as error:  # the run is whole without it
             log.warning(str(error))
+    write_report(folder, model)
 
 
 # --- WiSE-FT: interpolation between pretrained and fine-tuned weights (Wortsman et al. 2022, arXiv 2109.01903)

@@ -134,14 +134,14 @@ def test_a_list_of_pairs_is_split_into_lists_of_its_source(pairs, weights, tmp_p
 def test_a_running_run_keeps_its_folder(pairs, weights, tmp_path):
     other = (
         "import fcntl, pathlib, sys; f = pathlib.Path(sys.argv[1]); f.mkdir(); l = open(f / '.lock', 'ab')"
-        "; fcntl.lockf(l, fcntl.LOCK_EX); (f / 'checkpoint').touch(); print('locked', flush=True); input()"
+        "; fcntl.lockf(l, fcntl.LOCK_EX); (f / 'train.pairs').touch(); print('locked', flush=True); input()"
     )
     with subprocess.Popen([sys.executable, "-c", other, tmp_path / "run"], stdin=-1, stdout=-1) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"locked\n"
         refuses("in use", declip.finetune, pairs, weights, out=tmp_path / "run", quiet=True)
         process.communicate(b"\n")
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock", "checkpoint"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock", "train.pairs"]
 
 
 def test_names_of_classes_are_checked_before_the_pairs_are_read(tmp_path):
@@ -154,9 +154,21 @@ def test_names_of_classes_are_checked_before_the_pairs_are_read(tmp_path):
 
 def test_a_refused_run_removes_only_its_own_files(pairs, weights, tmp_path):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "notes.txt").touch()
+    (tmp_path / "run" / ".notes").touch()
     refuses("--val", declip.finetune, pairs, weights, out=tmp_path / "run", val=[pairs], quiet=True)
-    assert sorted(path.name for path in (tmp_path / "run").iterdir() if path.name != ".lock") == ["notes.txt"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir() if path.name != ".lock") == [".notes"]
+
+
+def test_a_run_is_not_written_among_other_files(pairs, weights, tmp_path, command):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "cat.png").touch()
+    for words in (
+        ["finetune", pairs, "--from", weights],
+        ["train", "demo-clip", "train.batch_size=8", "--data", pairs],
+    ):
+        refused = command(*words, "--out", tmp_path / "pictures")
+        assert (refused.status, [part for part in ("cat.png", "--out") if part not in refused.err]) == (2, [])
+    assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["cat.png"]
 
 
 def test_numbers_are_read_as_python_writes_them():

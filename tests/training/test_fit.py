@@ -1,7 +1,10 @@
 """Fine-tuning of projections between frozen towers in closed form."""
 
 import json
+import os
 import shutil
+import signal
+from multiprocessing import get_context
 
 import pytest
 import timm
@@ -12,7 +15,7 @@ import declip
 from conftest import in_processes, refuses, texture
 from declip.data.sources.open import open_source
 from declip.errors import UserError
-from declip.finetuning import estimate_finetune, finetune_recipe
+from declip.finetuning import estimate_finetune, finetune_recipe, write_finetuned
 from declip.inspection.split import related_pairs
 from declip.models.closed_form import Form, Heads, Pairs, fit_heads
 from declip.reports.run import write_report
@@ -122,10 +125,30 @@ def test_a_finished_run_stays_and_a_killed_one_is_fitted_again(run, folder, tmp_
     written = (copy / CROSS_VALIDATION).stat().st_mtime_ns
     assert fitted(folder, copy, resume=True).finished
     assert (copy / CROSS_VALIDATION).stat().st_mtime_ns == written
-    for name in ("checkpoints", "exported"):
-        shutil.rmtree(copy / name)
+    shutil.rmtree(copy / "checkpoints")
     assert fitted(folder, copy, resume=True).finished
     assert torch.equal(cosines(copy, folder), cosines(run.folder, folder))
+
+
+def killed_while_it_exports(folder, recipe):
+    def export(model, format, out, overwrite):
+        out.mkdir(parents=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    declip.finetuning.export = export
+    fit(recipe, folder, False, True, related_pairs, write_finetuned)
+
+
+def test_a_run_that_was_killed_while_it_exported_is_not_finished(folder, tmp_path):
+    start = f"timm:test_vit/{folder / 'vit.safetensors'}"
+    recipe = finetune_recipe(folder / "pairs.csv", tmp_path / "x", start, (), "both", keys_of(folder), True)
+    process = get_context("fork").Process(target=killed_while_it_exports, args=(tmp_path / "run", recipe))
+    process.start()
+    process.join()
+    assert (process.exitcode, (tmp_path / "run" / "exported").exists()) == (-signal.SIGKILL, True)
+    finished = []
+    fit(recipe, tmp_path / "run", True, True, related_pairs, lambda *_: finished.append(1))
+    assert finished == [1]
 
 
 def test_a_split_column_decides_what_is_validated_on(folder, tmp_path):

@@ -35,10 +35,6 @@ CROSS_VALIDATION, OUT_OF_FOLD = "cross_validation.json", "out_of_fold.csv"  # of
 MIXTURE, MIXED = "mixture.json", "mixed.safetensors"  # of a fine-tuning, see `declip.finetuning`
 LOCK = ".lock"
 KEPT = "start.safetensors"  # pretrained weights that a run started from, for resuming and for interpolation
-OUTPUTS = (
-    *(METRICS, EVALUATIONS, SKIPPED, EXAMPLES, CROSS_VALIDATION, OUT_OF_FOLD, MIXTURE, MIXED),
-    *("log.txt", "report.html", "checkpoints", "exported"),
-)
 SPLIT = ("train.pairs", "val.pairs")  # lists of the parts that `declip finetune` splits its pairs into
 # Recipe keys that may differ when a run is resumed, because they change no number
 CHANGEABLE = (
@@ -179,13 +175,15 @@ def read_run(folder: str | Path) -> Run:
 def lock_folder(folder: Path) -> FileIO:
     """Create the run folder and lock it for this process, until the returned file is closed or the process ends.
 
-    A folder without a run is refused if it has files that a run would overwrite.
+    A folder that has other files and no run is refused: a run among photographs could not be told apart from them.
     """
     try:
-        taken = [name for name in OUTPUTS if (folder / name).exists()]
-        if taken and not (folder / RECIPE).exists():
-            raise UserError(f"'{folder}' is not a run folder and has '{taken[0]}' already. Choose another --out.")
         folder.mkdir(parents=True, exist_ok=True)
+        # Lists of a split are written before the recipe, and may be left by a process that was killed in between.
+        others = sorted(path.name for path in folder.iterdir() if path.name not in SPLIT and path.name[0] != ".")
+        if others and RECIPE not in others:
+            found = f"'{folder}' is not a run folder and has other files, such as '{others[0]}'"
+            raise UserError(f"{found}. Choose another --out.")
         file = (folder / LOCK).open("ab+", buffering=0)
     except OSError as error:
         raise UserError(f"Cannot write into '{folder}': {error.strerror}. Choose another --out.") from error

@@ -79,7 +79,7 @@ def _fit(resolved: Resolved, folder: Path, resume: bool, quiet: bool, related: R
     refuse_broken(source, recipe.data.max_broken_fraction)
     samples, trackers = sample_hashes(recipe, source), trackers_of(recipe.train.report_to)
     run_folder.open_folder(recipe, folder, resume)
-    if list_checkpoints(folder) and (folder / "exported").exists():
+    if list_checkpoints(folder) and Run(folder).report.exists():  # written last, after the exports
         log.info("The run in '%s' is finished.", folder)
         return
     with monitored(RunInfo(folder, 0, STEP, recipe.train.batch_size, quiet), trackers) as monitor:
