@@ -42,7 +42,7 @@ def test_groups_stay_on_one_side(pairs):
     assert len(split_pairs(source, most=4).val) == 3
 
 
-def test_pairs_stay_in_their_part_when_others_are_added(tmp_path):
+def test_training_pairs_stay_so_when_others_are_added(tmp_path):
     """Also where a new pair shows a known image or has a known caption."""
     rows = [(texture(number), f"caption {number}") for number in range(300)]
     new = [(texture(number), f"caption {number if number % 4 else number // 5}") for number in range(300, 350)]
@@ -54,8 +54,20 @@ def test_pairs_stay_in_their_part_when_others_are_added(tmp_path):
         table.write_text("".join(lines[: 1 + count]))
         parts[count] = split_pairs(open_source(table))
         assert 0.05 <= len(parts[count].val) / count <= 0.2
-        assert set(parts[300].val) <= set(parts[count].val)
         assert set(parts[300].train) <= set(parts[count].train)
+
+
+def test_copies_before_old_pairs_move_none_into_validation(tmp_path):
+    rows = [(texture(number), f"caption {number}") for number in range(300)]
+    copies = [(texture(number, 40), f"new caption {number}") for number in range(0, 300, 5)]
+    old = split_pairs(open_source(write(tmp_path / "old", rows)))
+    new = split_pairs(open_source(write(tmp_path / "new", [*copies, *rows])))
+    assert set(new.val[new.val >= len(copies)] - len(copies)) <= set(old.val)
+
+
+def test_a_validation_part_has_about_the_largest_size(tmp_path):
+    rows = [(texture(number), f"caption {number}") for number in range(150)]
+    assert 3 <= len(split_pairs(open_source(write(tmp_path / "x", rows)), most=5).val) <= 7
 
 
 def test_few_pairs_have_a_validation_part_near_the_fraction(tmp_path):
@@ -84,6 +96,24 @@ def test_a_column_of_splits_is_obeyed(sixty):
     train, val = parts(dict.fromkeys(range(20), "test"), "train")
     assert sorted([*train, *val]) == list(range(20, 60))
     assert 2 <= len(val) <= 8
+
+
+def test_copies_across_a_given_split_are_counted_or_refused(sixty, caplog):
+    table, head, rows = sixty
+    copied = [f"copy-{number}.png,again {number}" for number in range(20)]
+    for number in range(20):
+        texture(number, 40).save(table.parent / f"copy-{number}.png")
+
+    def split(copies):
+        held_out = [*copied[:copies], *rows[50:]]
+        table.write_text(
+            "\n".join([f"{head},split", *(f"{row},train" for row in rows[:50]), *(f"{row},val" for row in held_out)])
+        )
+        return split_pairs(open_source(table))
+
+    assert len(split(2).val) == 12
+    assert "16.7 % of the images" in caplog.text
+    refuses(("66.7 %", "split"), split, 20)
 
 
 def test_pairs_that_the_start_was_trained_on_are_not_held_out(pairs, tmp_path):

@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -159,6 +160,7 @@ class Inspection:
     near_images: Repeats | None = None  # that look alike, equal ones included
     equal_captions: Repeats | None = None
     leakages: tuple[Leakage, ...] = ()
+    split_copies: Fraction | None = None  # held-out images of a source with splits that look like a training image
     findings: tuple[Finding, ...] = ()  # what is to be fixed first
     examples: tuple[Example, ...] = field(default=(), repr=False)
     near_examples: tuple[tuple[Example, ...], ...] = field(default=(), repr=False)
@@ -192,6 +194,8 @@ def find(it: Inspection) -> tuple[Finding, ...]:
         rows.append(("broken", it.broken.fraction, 0, BROKEN, {"reason": reason, "example": row["examples"][0]}))
     for leak in it.leakages:
         rows.append(("leakage", leak.found.fraction, 0, 0, {"set": leak.name, "images": leak.images}))
+    if it.split_copies is not None:
+        rows.append(("split_copies", it.split_copies.fraction, 0, 0, {}))
     if it.images and it.captions and it.equal_images and it.near_images:
         equal, near = it.equal_images.members / it.usable, it.near_images.members / it.usable
         couples = it.captions.batch_size / 2  # of equal captions, if all rows of a batch had one
@@ -315,12 +319,23 @@ def _described(
         "captions": _captions(source, found, places[owners], equal, batch_size, whole),
         "equal_images": _repeats(source, same, places),
         "near_images": _repeats(source, alike, places),
+        "split_copies": _split_copies(source, alike, places, whole),
         "equal_captions": _repeats(source, shown, places[owners_of], lines["hash"][first[shown]]),
         "examples": _examples(source, places[chosen]),
         "near_examples": tuple(
             _examples(source, places[alike == number][:NEAR_MEMBERS]) for number in _most_different(same, alike)
         ),
     }
+
+
+def _split_copies(source: PairSource, alike: np.ndarray, places: np.ndarray, whole: bool) -> Fraction | None:
+    """Count the pairs of other splits whose image is one of those that are `alike` (n,) to a training image."""
+    splits = source.splits()
+    train = np.isin(places, splits.pop("train", []))
+    held_out = np.isin(places, [*chain.from_iterable(splits.values())])
+    if not held_out.any():
+        return None
+    return Fraction.counted(int(np.isin(alike[held_out], alike[train]).sum()), int(held_out.sum()), whole)
 
 
 def _captions(

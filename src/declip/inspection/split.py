@@ -1,12 +1,13 @@
 """Splitting pairs into a training and a validation part that share no image and no caption."""
 
 import hashlib
+import logging
 from typing import NamedTuple
 
 import numpy as np
 
 from declip.data.pair import PairSource
-from declip.data.sources.subset import training_part
+from declip.data.sources.subset import Subset, training_part
 from declip.errors import UserError
 from declip.inspection.reading import ReadPairs, across, components, equal_groups, near_groups, read
 from declip.io.text import percent, plural
@@ -14,6 +15,8 @@ from declip.io.text import percent, plural
 # Fraction of the pairs that the validation part has, and at most how many; pairs of which a part can be split off.
 FRACTION, MOST, FEWEST = 0.1, 5_000, 20
 COPIED = 0.5  # fraction of copied validation images above which a validation set is refused
+
+log = logging.getLogger("declip")
 
 
 class PairSplit(NamedTuple):
@@ -29,14 +32,19 @@ def split_pairs(
     """Split off a validation part: pairs with nearly the same image, the same caption, or one group stay together.
 
     A source with a split "validation" keeps its own parts; one with other splits is split within its training pairs.
-    Else sets of such pairs whose hash, of their first pair, is below `FRACTION` are the validation part, so that a pair
-    stays in its part when pairs are added. Of few pairs, between half and twice the wanted number are chosen.
-    Sets with an image of `seen`, pairs that were trained on before, go to training.
+    Else sets of such pairs whose hash, the largest of a pair, is below `FRACTION` are the validation part, so that no
+    training pair is ever validated on when pairs are added. Of few pairs, between half and twice the wanted number are
+    chosen. Sets with an image of `seen`, pairs that were trained on before, go to training.
     """
     splits = source.splits()
     candidates = training_part(source)
     if "validation" in splits:
-        return PairSplit(splits["train"], splits["validation"])
+        val = splits["validation"]
+        held_out = Subset(source, val, f"the validation split of {source.name}")
+        for trained in [candidates] if seen is None else [candidates, seen]:
+            if warning := check_copies(trained, held_out, progress):
+                log.warning(warning)
+        return PairSplit(splits["train"], val)
     pairs = _read(candidates, progress)
     related = _related(pairs, candidates)  # (n,) int64
     sizes, hashes = np.bincount(related), _hashes(pairs, candidates, related)
@@ -58,14 +66,17 @@ def split_pairs(
 
 
 def _hashes(pairs: ReadPairs, source: PairSource, related: np.ndarray) -> np.ndarray:
-    """A number from 0 to 1 for each set of related pairs, from the group or the first caption of its first pair."""
-    first = np.unique(related, return_index=True)[1]
-    # (sets,): the row of the first caption of a pair is the number of captions before it.
-    captions = pairs.captions["hash"][np.cumsum(pairs.pairs["captions"])[first] - pairs.pairs["captions"][first]]
-    named = (source.group(place) for place in pairs.pairs["place"][first].tolist())
-    keys = [group or caption for group, caption in zip(named, captions.tolist(), strict=True)]
+    """A number from 0 to 1 for each set of related pairs: the largest of its pairs, of their group or first caption.
+
+    A set that gains a pair can only leave the validation part, wherever the pair stands in the source.
+    """
+    first = np.cumsum(pairs.pairs["captions"]) - pairs.pairs["captions"]  # (n,) row of each pair's first caption
+    named = map(source.group, pairs.pairs["place"].tolist())
+    keys = [group or caption for group, caption in zip(named, pairs.captions["hash"][first].tolist(), strict=True)]
     digests = (hashlib.blake2b(key.to_bytes(8, "little"), digest_size=8, person=b"split").digest() for key in keys)
-    return np.array([int.from_bytes(digest) / 2**64 for digest in digests])
+    largest = np.zeros(related.max() + 1)
+    np.maximum.at(largest, related, [int.from_bytes(digest) / 2**64 for digest in digests])
+    return largest
 
 
 def _chosen(hashes: np.ndarray, sizes: np.ndarray, most: int) -> list[int]:
@@ -90,7 +101,7 @@ def check_copies(train: PairSource, val: PairSource, progress: bool = False) -> 
     copies = float(across(held_out, pairs).mean())
     words = f"{percent(copies)} of the images of '{val.name}' are training images too, or nearly the same"
     if copies >= COPIED:
-        raise UserError(f"{words}, so it measures memorization. Pass other pairs with --val, or leave it out.")
+        raise UserError(f"{words}, so it measures memorization. Give other pairs with --val, or correct the split.")
     return f"{words}: its numbers are inflated by leakage." if copies else None
 
 
