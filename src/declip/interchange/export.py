@@ -70,6 +70,7 @@ class Traced:
     model: DualEncoder
     step: int | None = None  # number of steps; None without a checkpoint
     pairs: int | None = None  # number of distinct training pairs
+    fitted: bool = False  # projections in closed form, without steps
     results: Sequence[Result] = ()  # after that step
     origin: str | None = None  # description of the weights' origin, unless that is a run
     heads: Mapping[str, Tensor] = field(default_factory=dict)  # of losses, by the names of `Objective`
@@ -202,7 +203,8 @@ def trace(where: str | Path | DualEncoder | Traced) -> Traced:
     weights, run = read_checkpoint(path).check(), read_run(path.parent.parent if (path / STATE).is_file() else path)
     rows = (row.result for row in run.evaluated if row.weights == weights.step)
     results = tuple({(result.dataset, result.task): result for result in rows}.values())
-    return Traced(weights.build().eval(), weights.step, run.examples.get("source", {}).get("pairs"), results)
+    pairs, fitted = run.examples.get("source", {}).get("pairs"), bool(run.cross_validation)
+    return Traced(weights.build().eval(), weights.step, pairs, fitted, results)
 
 
 def model_card(
