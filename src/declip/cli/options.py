@@ -71,7 +71,7 @@ Engine = Annotated[
     Literal["torch", "openvino"], Option(help="library that computes the towers; openvino: faster on a CPU")
 ]
 Quiet = Annotated[bool, Option("--quiet", help="show no progress")]
-Resume = Annotated[bool, Option("--resume", help="continue the run in the run folder")]
+Resume = Annotated[bool, Option("--resume", metavar="", help="continue the run in the run folder")]
 ImageColumn = Annotated[str, Option(help="table column of image paths")]
 CaptionColumn = Annotated[str, Option(help="table column of captions")]
 ImageRoot = Annotated[Path | None, file("folder that image paths in a table are relative to", metavar="DIR")]

@@ -28,7 +28,7 @@ def train(
     out: Annotated[Path | None, file("run folder; default: runs/RECIPE", metavar="DIR")] = None,
     resume: opt.Resume = False,
     quiet: opt.Quiet = False,
-    dry_run: Annotated[bool, Option("--dry-run", help="only estimate memory and time")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", metavar="", help="only estimate memory and time")] = False,
 ) -> None:
     """Train a model as a recipe describes, evaluate it, and write a report."""
     given = _checked(recipe, overrides or [], data, resume)
@@ -125,7 +125,9 @@ def finetune(
         Option(metavar="TOWERS", help="both, image, text or none; default: both for built-in weights on a CPU"),
     ] = None,
     resume: opt.Resume = False,
-    dry_run: Annotated[bool, Option("--dry-run", help="only print the recipe, and estimate memory and time")] = False,
+    dry_run: Annotated[
+        bool, Option("--dry-run", metavar="", help="only estimate memory and time, and print the recipe")
+    ] = False,
     quiet: opt.Quiet = False,
 ) -> None:
     """Fine-tune pretrained weights on your pairs, write a report, and export the model."""
@@ -139,7 +141,7 @@ def finetune(
     options: dict[str, Any] = {"val": val or (), "keep": keep or (), "out": out, "freeze": freeze, "quiet": quiet}
     options |= given
     if dry_run:
-        say("\n".join(finetuning.estimate_finetune(pairs, weights, **options)))
+        say("\n\n".join(reversed(finetuning.estimate_finetune(pairs, weights, **options))))
         return
     run = api.finetune(pairs, weights, resume=resume, **options)
     leave_unless_finished(run)
@@ -155,7 +157,8 @@ def _print_finetuned(run: Any) -> None:
     if not run.cross_validation:
         best = f"Best: step {run.best_step:,} of {run.step:,}."
         say(best if run.evaluated else "No validation set: nothing was measured.")
-    say(f"Report: {run.report}. Exported: {run.folder / 'exported'}")
+    size = sum(path.stat().st_size for path in run.folder.rglob("*") if path.is_file()) / 2**20
+    say(f"Report: {run.report}. Exported: {run.folder / 'exported'} (the run has {size:,.0f} MiB)")
     say(f"Search with it: declip embed {run.folder} IMAGES --out index, then: declip search index 'a text'")
 
 
