@@ -17,7 +17,9 @@ from declip.data.sources.open import open_source
 from declip.errors import UserError
 from declip.finetuning import estimate_finetune, finetune_recipe, write_finetuned
 from declip.inspection.split import related_pairs
+from declip.io.text import percent
 from declip.models.closed_form import Form, Heads, Pairs, fit_heads
+from declip.reports.page import NBSP, points, render
 from declip.reports.run import write_report
 from declip.runs.folder import CROSS_VALIDATION, KEPT, read_run
 from declip.training.fit import fit, set_heads
@@ -103,7 +105,9 @@ def test_the_run_is_a_normal_run_with_one_checkpoint_and_no_copy_of_the_start(ru
     exported = cosines(run.folder / "exported" / "safetensors", folder)
     torch.testing.assert_close(exported, cosines(run.folder, folder), rtol=0, atol=1e-5)
     page = run.report.read_text(encoding="utf-8")
-    assert "Cross-validated among 8 images" in page
+    known = run.cross_validation
+    assert f"better than {percent(known['percentile']['value']).replace(' ', NBSP)} of the others" in page
+    assert (list(known["recall"]), known["recall"]["1"]["chance"]) == (["1"], 1 / 8)  # 10 is more than a fifth of 8
     assert page.count('src="data:image/webp') == len(run.examples["worst"]) == 16
     ranks = list(run.caption_ranks.values())
     assert len(ranks) == 2 * COUNT
@@ -170,7 +174,10 @@ def test_the_classes_of_the_start_are_pairs_too(folder, tmp_path):
     names = {"finetune.class_names": str(tmp_path / "names.txt")}
     start = f"timm:test_vit/{tmp_path / 'vit.safetensors'}"
     known = declip.finetune(folder / "pairs.csv", start, out=tmp_path / "run", **options, **names).cross_validation
-    assert (known["classes"], set(known["recall_without_classes"])) == (4, {"1", "10"})
+    assert (known["classes"], known["better"]) == (4, known["gain"]["low"] > 0)
+    assert known["gain"]["value"] == pytest.approx(known["percentile"]["value"] - known["percentile_of_start"]["value"])
+    printed = render("fitted.txt", it={**known, "method": "ridge"}, mixture={})
+    assert [part for part in ("without any fitting", points(known["gain"]["value"])) if part not in printed] == []
     without = {"finetune.class_pairs": False}
     run = declip.finetune(folder / "pairs.csv", start, out=tmp_path / "without", **options, **without)
     assert run.cross_validation["classes"] == 0
@@ -234,6 +241,7 @@ def test_a_start_with_projections_is_never_worse_afterwards(run, folder, tmp_pat
 
 def test_heads_are_applied_after_the_projections_of_their_start(run):
     model, heads = declip.load(run.folder, "cpu"), Heads(*torch.randn(2, 8, 64).unbind())
+    model.image_tower.proj.bias = torch.nn.Parameter(torch.randn(64))  # as of CLIP's ResNets
     images, tokens = model.preprocess([texture(0), texture(1)]), model.tokenize(["red circle", "blue"])
     with torch.no_grad():
         expected = heads.similarities(model.encode_image(images), model.encode_text(tokens))

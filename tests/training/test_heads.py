@@ -5,11 +5,21 @@ import pytest
 import torch
 from scipy.stats import t
 
-from declip.models.closed_form import DEFAULT_FORM, Pairs
+from declip.models.closed_form import DEFAULT_FORM, START, Heads, Pairs
 from declip.reports.charts import growth_chart
 from declip.training import heads
 from declip.training.growth import growth
-from declip.training.heads import HeldOutBlock, HeldOutRanks, assign_folds, caption_numbers, choose_heads, jackknife
+from declip.training.heads import (
+    CrossValidation,
+    HeldOutBlock,
+    HeldOutRanks,
+    assign_folds,
+    best_candidate,
+    caption_numbers,
+    choose_heads,
+    jackknife,
+    ranks_by,
+)
 from pair_features import class_pairs, pairs_of
 
 
@@ -30,8 +40,8 @@ def test_classes_alone_make_heads_that_find_images():
 def test_wrong_classes_do_no_harm():
     classes, pairs, groups = class_pairs(300), pairs_of(60), np.arange(60)
     choice = choose_heads(pairs, groups, classes._replace(texts=classes.texts.flip(0)))
-    assert choice.outcome.recall(1, groups).value >= choice.reference.recall(1, groups).value - 0.02
-    assert choose_heads(pairs_of(20), np.arange(20), classes).class_weight > 0
+    alone = choose_heads(pairs, groups)
+    assert choice.outcome.recall(1, groups).value >= alone.outcome.recall(1, groups).value - 0.02
 
 
 def test_ties_keep_the_usual_heads():
@@ -51,6 +61,72 @@ def test_embeddings_stay_as_they_are_unless_their_pairs_say_otherwise():
         assert choice.form.method == form
     few = Pairs(texts[:10], texts[10:20], torch.arange(10))
     assert choose_heads(few, np.arange(10), embedded=True).form.method == "start"
+
+
+def some_ranks(to_text, to_image):
+    outcome = HeldOutRanks(pairs_of(len(to_text)))
+    outcome.to_text, outcome.to_image = torch.tensor(to_text), torch.tensor(to_image)
+    return outcome
+
+
+def test_a_gain_within_the_noise_is_not_taken():
+    usual = some_ranks([1] * 40, [1] * 40)
+    noisy, steady = [0, 0, 20, 0] * 10, [0, 1, 1, 1] * 10
+    tried = {"usual": usual, "noisy": some_ranks(noisy, noisy)}
+    assert float(tried["noisy"].scores().mean()) > float(usual.scores().mean())
+    assert best_candidate(tried, "usual", 1.0) == "usual"
+    assert best_candidate(tried | {"steady": some_ranks(steady, steady)}, "usual", 1.0) == "steady"
+
+
+def test_percentiles_do_not_depend_on_the_number_of_candidates():
+    pairs = pairs_of(800, noise=1.5)
+    found = choose_heads(pairs, np.arange(800)).heads
+    few, many = (ranks_by(found, pairs, torch.arange(800) % count) for count in (100, 1))
+    assert few.recall(10, np.arange(800)).value > 5 * many.recall(10, np.arange(800)).value / 2
+    percentiles = [float(each.percentiles().mean()) for each in (few, many)]
+    assert percentiles[0] == pytest.approx(percentiles[1], abs=0.015)
+
+
+@pytest.mark.parametrize(("image", "expected"), [(torch.eye(6), 1.0), (torch.zeros(6, 6), 0.5), (-torch.eye(6), 0.0)])
+def test_percentiles_of_the_best_of_equal_and_of_the_worst_candidates(image, expected):
+    rows = torch.eye(6)
+    pairs = Pairs(rows, torch.cat([rows, rows + 0.1]), torch.arange(6).repeat(2))  # two captions of each image
+    outcome = ranks_by(Heads(image, torch.eye(6)), pairs, torch.zeros(6))
+    assert outcome.percentiles().tolist() == pytest.approx([expected] * 6)
+
+
+def test_groups_of_several_images_count_by_their_images():
+    pairs = pairs_of(90, noise=2.0)
+    outcome, groups = choose_heads(pairs, np.arange(90)).outcome, np.minimum(np.arange(90), 30)
+    plain = (float((outcome.to_text < 1).double().mean()) + float((outcome.to_image < 1).double().mean())) / 2
+    assert outcome.recall(1, groups).value == pytest.approx(plain)
+    assert outcome.percentile(groups).value == pytest.approx(float(outcome.percentiles().mean()))
+
+
+def test_captions_of_one_image_weigh_as_one_in_cross_validation():
+    once, folds = pairs_of(40, noise=1.0), torch.arange(40) % 5
+    owners = torch.cat([torch.arange(40), torch.arange(0, 40, 5).repeat(4)])
+    often = Pairs(once.images, once.texts[owners], owners)  # every fifth image has its caption five times
+    fits = []
+    for pairs in (once, often):
+        (outcome,) = CrossValidation(pairs, np.arange(40), folds, None, 0.0, False).ranks((DEFAULT_FORM,))
+        fits.append(outcome.fit[:40])
+    torch.testing.assert_close(*fits)
+
+
+def test_meaningless_captions_leave_the_start_as_it_is():
+    pairs, generator = pairs_of(100), torch.Generator().manual_seed(3)
+    meaningless = pairs._replace(texts=torch.randn(pairs.texts.shape, generator=generator, dtype=torch.float64))
+    choice = choose_heads(meaningless, np.arange(100), class_pairs())
+    assert choice.form == START
+    low, high = choice.outcome.percentile(np.arange(100))[1:]
+    assert low < 0.5 < high
+
+
+def test_few_pairs_take_the_usual_heads():
+    for count, usual in ((40, True), (400, False)):
+        choice = choose_heads(pairs_of(count, noise=0.1), np.arange(count))
+        assert (choice.form == DEFAULT_FORM) == usual
 
 
 def test_more_noise_needs_more_ridge():
@@ -99,49 +175,48 @@ def test_the_jackknife_of_equal_groups_is_the_interval_of_a_mean():
     values = np.random.default_rng(0).random(30)
     without = (values.sum() - values) / 29
     half = heads.WIDER * t.ppf(0.975, 29) * values.std(ddof=1) / 30**0.5
-    assert jackknife(without, np.full((30, 2), 4)) == pytest.approx(half)
+    assert jackknife(without, np.full(30, 4)) == pytest.approx(half)
 
 
 def test_a_few_large_groups_widen_the_interval():
     pairs = pairs_of(200, noise=1.0)
     outcome = choose_heads(pairs, np.arange(200)).outcome
     even, uneven = np.arange(200) // 2, np.minimum(np.arange(200), 100)  # 100 groups of 2; 100 of 1 and one of 100
-    widths = [(found := outcome.recall(1, groups)).high - found.low for groups in (even, uneven)]
-    assert widths[1] > 1.15 * widths[0]
+    for estimate in (lambda groups: outcome.recall(1, groups), outcome.percentile):
+        widths = [(found := estimate(groups)).high - found.low for groups in (even, uneven)]
+        assert widths[1] > 1.15 * widths[0]
 
 
-def curves(pairs, groups):
+def curve_of(pairs, groups):
     choice = choose_heads(pairs, groups)
-    return choice, *growth(choice, len(groups))
+    return choice, growth(choice, len(groups))
 
 
 def test_a_rising_curve_is_continued():
     pairs, groups = pairs_of(600, v=100, w=80, noise=3.0), np.arange(600)
-    choice, images, found = curves(pairs, groups)
-    assert images == [75, 150, 300, 600]
-    assert found[1].measured[-1] == choice.outcome.recall(1, groups)
-    facts = {str(k): each.to_dict() for k, each in found.items()}
-    chart = growth_chart({"pairs": [*images, 1200, 2400, 4800], **facts})
-    for curve in found.values():
-        assert not curve.reason
-        values = [each.value for each in (*curve.measured, *curve.expected)]
-        assert values == sorted(values)
-        widths = [each.high - each.low for each in curve.expected]
-        assert widths == sorted(widths)
-    assert "600 pairs" in chart.words
+    choice, curve = curve_of(pairs, groups)
+    assert curve.pairs == [75, 150, 300, 600, 1200, 2400, 4800]
+    assert curve.measured[-1] == choice.outcome.percentile(groups)
+    assert not curve.reason
+    values = [each.value for each in (*curve.measured, *curve.expected)]
+    assert values == sorted(values)
+    widths = [each.high - each.low for each in curve.expected]
+    assert widths == sorted(widths)
+    assert "600 pairs" in growth_chart(curve.to_dict()).words
 
 
 def test_parts_keep_groups_together():
-    _, images, _ = curves(pairs_of(320), np.arange(320) // 4)
-    assert images == [40, 80, 160, 320]
+    assert curve_of(pairs_of(320), np.arange(320) // 4)[1].pairs[:4] == [40, 80, 160, 320]
 
 
 def test_a_curve_that_does_not_rise_is_not_continued():
     noise = torch.randn(200, 12, generator=torch.Generator().manual_seed(1))
     unrelated = Pairs(noise, noise.roll(1, 0).flip(1), torch.arange(200))
-    for pairs, reason in ((unrelated, "flat"), (pairs_of(200, noise=0.01), "cannot rise")):
-        curve = curves(pairs, np.arange(200))[2][10]
-        assert not curve.expected
-        assert reason in curve.reason
     one_large_group = np.maximum(np.arange(200) - 100, 0)
-    assert curves(pairs_of(200), one_large_group)[1:] == ([], {})
+    for pairs, groups, reason in (
+        (unrelated, np.arange(200), "flat"),
+        (pairs_of(200, noise=0.01), np.arange(200), "cannot rise"),
+        (pairs_of(200), one_large_group, "too few"),
+    ):
+        curve = curve_of(pairs, groups)[1]
+        assert (curve.expected, reason in curve.reason) == ([], True)

@@ -21,7 +21,7 @@ class Form(NamedTuple):
 
 
 DEFAULT_FORM = Form("ridge", 1.0)  # of fewer pairs than can be cross-validated
-START = Form("start", 0.0)  # the embeddings of a model that has projections, as they are
+START = Form("start", 0.0)  # the projections of the start, or those of a classifier's classes alone
 
 
 class Pairs(NamedTuple):
@@ -82,10 +82,7 @@ def closed_form_heads(rows: RegressionRows, forms: tuple[Form, ...]) -> list[Hea
     (x_axes, y_axes), maps = solve(moments(x, y, weights), forms)
     found = (Heads(left @ x_axes.mT, right @ y_axes.mT) for left, right in maps)
     # Equal features have no variance in the mean's direction, others have: it must stay ignored.
-    return [
-        heads if form == START else Heads(_without(heads.image, x_mean), _without(heads.text, y_mean))
-        for form, heads in zip(forms, found, strict=True)
-    ]
+    return [Heads(_without(heads.image, x_mean), _without(heads.text, y_mean)) for heads in found]
 
 
 def centered(features: Tensor, weights: Tensor, mean: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -118,9 +115,6 @@ def solve(
     cross = x_axes.mT @ crossed @ y_axes  # (v, w), in the axes of both sides
     found = []
     for method, ridge in forms:
-        if method == "start":
-            found.append((x_axes, y_axes))  # the identity
-            continue
         x_damped, y_damped = (side + ridge * mean for side, mean in zip(variances, means, strict=True))
         if method == "cca":
             # Equal features have no variance at all: they are left at 0 instead of divided by it.

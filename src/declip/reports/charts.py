@@ -161,26 +161,25 @@ def pairs_chart(
 
 
 def growth_chart(growth: Mapping[str, Any]) -> Chart:
-    """Draw R@1 and R@10 with parts of the pairs, and dashed what more are expected to give; bands are intervals."""
-    pairs, curves = growth["pairs"], {f"R@{k}": curve for k, curve in growth.items() if k != "pairs"}
-    count = len(growth["1"]["measured"])
+    """Draw the percentile with parts of the pairs, and dashed what more are expected to give; bands are intervals."""
+    pairs, count, color = growth["pairs"], len(growth["measured"]), COLORS[1]
+    rows = [*growth["measured"], *growth["expected"]]
+    values, low, high = (100 * np.array([row[key] for row in rows]) for key in ("value", "low", "high"))
 
     def draw(ax: Axes) -> None:
-        for color, (name, curve) in zip(COLORS[1:], curves.items()):  # noqa: B905
-            rows = [*curve["measured"], *curve["expected"]]
-            values, low, high = (100 * np.array([row[key] for row in rows]) for key in ("value", "low", "high"))
-            ax.fill_between(pairs[: len(rows)], low, high, color=color, alpha=0.15, linewidth=0)
-            ax.plot(pairs[:count], values[:count], "o-", color=color, linewidth=1.8, markersize=4, label=name)
-            ax.plot(pairs[count - 1 : len(rows)], values[count - 1 :], "--", color=color, linewidth=1.4)
-            ax.plot(pairs[count : len(rows)], values[count:], "o", color=color, markersize=4, fillstyle="none")
+        ax.fill_between(pairs[: len(rows)], low, high, color=color, alpha=0.15, linewidth=0)
+        ax.plot(pairs[:count], values[:count], "o-", color=color, linewidth=1.8, markersize=4)
+        ax.plot(pairs[count - 1 : len(rows)], values[count - 1 :], "--", color=color, linewidth=1.4)
+        ax.plot(pairs[count : len(rows)], values[count:], "o", color=color, markersize=4, fillstyle="none")
         ax.axvline(pairs[count - 1], color=QUIET, linewidth=0.8, linestyle=":")
+        ax.axhline(50, color=QUIET, linewidth=0.8)
+        ax.text(pairs[0], 50.5, "chance", color=QUIET, va="bottom")
         _over_pairs(ax, pairs)
-        ax.set(xlabel="pairs", ylim=(0, 100))
+        ax.set(xlabel="pairs", ylim=(min(45, low.min()), 100))
         ax.yaxis.set_major_formatter("{x:g} %")
-        _legend(ax)
 
-    words = "; ".join(f"{name} {percent(curve['measured'][-1]['value'])}" for name, curve in curves.items())
-    return Chart(f"{words}, with {pairs[count - 1]:,} pairs.", (4.2, 2.8), draw)
+    words = f"Better than {percent(growth['measured'][-1]['value'])} of the others, with {pairs[count - 1]:,} pairs."
+    return Chart(words, (4.2, 2.8), draw)
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:

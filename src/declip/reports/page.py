@@ -49,6 +49,7 @@ def environment(plain_text: bool = False) -> Environment:
     )
     created.filters |= {
         "percent": lambda value: text.percent(value).replace(" ", NBSP),
+        "points": points,
         "count": lambda value: f"{value:,}",
         "plural": text.plural,
         "duration": text.duration,

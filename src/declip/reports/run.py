@@ -39,7 +39,7 @@ def write_report(folder: Path, model: Encoder, limit: int = 4_000) -> Path:
     results = [row.result for row in run.last() if row.result.dataset == dataset]
     # --- tables and examples
     held_out = _encode(model, dataset, limit)
-    source = run.examples.get("source")
+    source, grown = run.examples.get("source"), run.cross_validation.get("growth", {})
     credits = (source and source["credit"], held_out and held_out["source"].credit)
     content = render(
         "run.html",
@@ -52,7 +52,7 @@ def write_report(folder: Path, model: Encoder, limit: int = 4_000) -> Path:
         retrieval=next((result for result in results if isinstance(result, RetrievalResult)), None),
         results_table=measures_table(run),
         fitted=fitted_lines(run),
-        growth=growth_chart(grown).svg("growth") if (grown := run.cross_validation.get("growth")) else None,
+        growth=growth_chart(grown).svg("growth") if grown.get("measured") else None,
         losses=loss_charts(run) if run.metrics else [],
         progress=[_curve(run, title, key, noisy=noisy) for key, (title, noisy) in PROGRESS.items()],
         accuracy=accuracy_charts(run),

@@ -32,8 +32,8 @@ from declip.runs.folder import Run, log
 from declip.training import distributed
 from declip.training.assemble import Resolved, resolve
 from declip.training.frozen_encoder import FrozenEncoder
-from declip.training.growth import TIMES, growth
-from declip.training.heads import Choice, HeldOutRanks, choose_heads
+from declip.training.growth import growth
+from declip.training.heads import Choice, HeldOutRanks, choose_heads, group_mean
 from declip.training.pairs import caption_warnings, evaluation_tasks, measure, refuse_broken, refuse_many, sample_hashes
 from declip.training.parts import versions
 from declip.training.pretrained import load_tensors
@@ -188,7 +188,7 @@ def set_heads(model: DualEncoder, choice: Choice, starts: bool = False) -> None:
 
     Where the model `starts` with projections, the heads are maps of their space, and are applied after them.
     """
-    if choice.form == START:  # they stay as they are
+    if starts and choice.form == START:  # they stay as they are
         return
     for projection, rows in zip(projections(model), choice.heads, strict=True):
         weight, bias = rows.to(projection.weight), torch.zeros(len(rows)).to(projection.weight)
@@ -222,17 +222,25 @@ def _write_facts(
         "class_weight": choice.class_weight,
         "logit_scale": choice.logit_scale,
     }
-    compared = "recall_of_start" if classes is None else "recall_without_classes"
-    for name, each in (("recall", outcome), (compared, choice.reference)):
-        if each is not None:
-            fitted[name] = {str(k): each.recall(k, features.groups)._asdict() for k in (1, 10)}
     if outcome is not None:
-        fitted["candidates"] = round(float(outcome.images.double().mean()))
-        images, curves = growth(choice, len(pairs.images), seed)
-        fitted["growth"] = {str(k): curve.to_dict() for k, curve in curves.items()}
-        if curves:
-            fitted["growth"]["pairs"] = [*images, *(times * images[-1] for times in TIMES)]
+        fitted |= _measured(choice, outcome, features.groups)
+        fitted["growth"] = growth(choice, len(pairs.images), seed).to_dict()
     write_text(folder / run_folder.CROSS_VALIDATION, json.dumps(fitted, indent=1))
+
+
+def _measured(choice: Choice, outcome: HeldOutRanks, groups: np.ndarray) -> dict[str, Any]:
+    """What cross-validation says about the heads, beside the same numbers of the start or of chance."""
+    own, start = outcome.percentiles().numpy(), choice.start
+    gain = group_mean(own - (0.5 if start is None else start.percentiles().numpy()), groups)
+    found: dict[str, Any] = {"percentile": outcome.percentile(groups)._asdict()}
+    if start is not None:
+        found["percentile_of_start"] = start.percentile(groups)._asdict()
+    found |= {"gain": gain._asdict(), "better": gain.low > 0}
+    # Recall depends on the number of candidates, and is near 1 for any heads among a few.
+    candidates = round(float(outcome.images.double().mean()))
+    ks = [k for k in (1, 10) if k <= candidates / 5]
+    recalls = {str(k): {**outcome.recall(k, groups)._asdict(), "chance": k / candidates} for k in ks}
+    return {**found, "candidates": candidates, "recall": recalls}
 
 
 def _write_ranks(folder: Path, source: PairSource, features: Features, outcome: HeldOutRanks) -> list[dict[str, Any]]:

@@ -1,8 +1,9 @@
 """Projections of frozen towers in closed form, chosen by cross-validation: no steps, no validation set needed."""
 
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -30,7 +31,6 @@ FORMS = (
 )
 # Candidates where the features are embeddings of a model that has projections
 START_FORMS = (
-    START,
     *(Form("pulled", ridge) for ridge in (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)),
     *(Form("cca", ridge) for ridge in (0.3, 1.0, 3.0)),
 )
@@ -41,7 +41,10 @@ TIE = 1e-9  # gains that differ by less are equal: the usual heads, or else the 
 # Standard errors that the gain of a candidate must exceed. A start that was trained on pairs is changed with more
 # caution: with 1.0 it lost up to 11 points (31 to 124 pairs of builtin:clipart and stamps, from a model of icons).
 CAUTION, START_CAUTION = 1.0, 2.0
-FOLDS, FEWEST = 5, 20  # folds, and groups of pairs from which on there is a choice
+FOLDS, FEWEST = 5, 20  # folds, and groups of pairs from which on they are measured
+# Groups of equal size from which on there is a choice. With 20 pairs the usual heads are 1.2 points better than chosen
+# ones (mean of R@1 and R@10), with 31 and 62 as good, with 124 0.3 worse (benchmarks/results/few/choice.jsonl).
+FEW = 60
 MOST = 5_000  # images that the choice is made on: the heads are of all, and so are their out-of-fold ranks
 # Factor of an interval's width. Images of a fold compete with each other, and folds share pairs that are fitted, so
 # their errors are not independent (arXiv 2104.00673). Chosen with 80 intervals on four built-in sets.
@@ -50,8 +53,11 @@ BLOCK = 1_000  # images that compete, so that the time grows with the number of 
 DIRECTIONS = 512  # largest directions of the image features that cross-validation keeps: a tenth of 1,280's time
 
 
-class Recall(NamedTuple):
-    """Recall at k of held-out pairs, mean of both directions, with a 95 % interval by a jackknife over the groups."""
+Key = TypeVar("Key")
+
+
+class Estimate(NamedTuple):
+    """A mean over held-out pairs with its 95 % interval, by a jackknife over the groups."""
 
     value: float
     low: float
@@ -66,7 +72,7 @@ class HeldOutRanks:
         self.to_text = torch.zeros(n, dtype=torch.int64)  # rank of an image's best caption in its block, from 0
         self.to_image = torch.zeros(m, dtype=torch.int64)  # rank of a caption's best image
         self.images = torch.zeros(n, dtype=torch.int64)  # number of images in the block
-        self.fit = torch.full((m,), torch.nan)  # mean rank of caption and image for each other, 0 best, 1 worst
+        self.fit = torch.full((m,), torch.nan)  # mean rank of caption and image for each other, see `rank`
         self.losses = torch.zeros(n, len(SCALES), dtype=torch.float64)  # cross-entropy of an image with its captions
 
     def scores(self) -> Tensor:
@@ -75,8 +81,16 @@ class HeldOutRanks:
         The reciprocal rank alone is smoother than R@1 where there are a dozen images, but blind to R@10.
         """
         to_text, to_image = ((1 / (1 + ranks.double()) + (ranks < 10)) / 2 for ranks in (self.to_text, self.to_image))
-        counts = torch.bincount(self.owners, minlength=len(to_text))
-        return (to_text + torch.zeros(len(counts)).double().index_add(0, self.owners, to_image) / counts) / 2
+        return (to_text + self._by_image(to_image)) / 2
+
+    def percentiles(self) -> Tensor:
+        """(n,) fraction of the other pairs that an image and its captions beat; 0.5 by chance, for any number."""
+        return 1 - self._by_image(self.fit.double())
+
+    def _by_image(self, values: Tensor) -> Tensor:
+        """Mean of the captions' values (m,) float64 for each image, (n,)."""
+        counts = torch.bincount(self.owners, minlength=len(self.to_text))
+        return torch.zeros(len(counts)).double().index_add(0, self.owners, values) / counts
 
     def by_group(self, k: int, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(groups, 2) hits among the first k, and candidates for a hit, of images and of captions."""
@@ -85,8 +99,13 @@ class HeldOutRanks:
         found = [np.bincount(of, (ranks < k).double().numpy()) for of, ranks in sides]
         return np.stack(found, axis=1), np.stack([np.bincount(of) for of, _ in sides], axis=1)
 
-    def recall(self, k: int, groups: np.ndarray) -> Recall:
-        """Recall at k, with its interval."""
+    def percentile(self, groups: np.ndarray) -> Estimate:
+        """Mean percentile of the images, with its interval."""
+        value, low, high = group_mean(self.percentiles().numpy(), groups)
+        return Estimate(value, max(0.0, low), min(1.0, high))
+
+    def recall(self, k: int, groups: np.ndarray) -> Estimate:
+        """Recall at k, mean of both directions, with its interval."""
         found, counts = self.by_group(k, groups)
         value = float((found.sum(axis=0) / counts.sum(axis=0)).mean())
         # Two groups that are found and two that are not, of mean size, as Agresti and Coull add to a proportion: if all
@@ -94,17 +113,31 @@ class HeldOutRanks:
         mean = counts.mean(axis=0)
         found, counts = np.vstack([found, 2 * [mean], 2 * [0 * mean]]), np.vstack([counts, 4 * [mean]])
         without = ((found.sum(axis=0) - found) / (counts.sum(axis=0) - counts)).mean(axis=1)
-        center, half = float((found.sum(axis=0) / counts.sum(axis=0)).mean()), jackknife(without, counts)
-        return Recall(value, max(0.0, min(center - half, value)), min(1.0, max(center + half, value)))
+        center, half = float((found.sum(axis=0) / counts.sum(axis=0)).mean()), jackknife(without, counts.sum(axis=1))
+        return Estimate(value, max(0.0, min(center - half, value)), min(1.0, max(center + half, value)))
 
 
-def jackknife(without: np.ndarray, counts: np.ndarray) -> float:
-    """Half the width of a 95 % interval, from the values (g,) without each group in turn.
+def group_mean(values: np.ndarray, groups: np.ndarray) -> Estimate:
+    """Mean of the images' values (n,), with its interval."""
+    sums, counts = group_sums(values, groups)
+    value = float(values.mean())
+    half = jackknife((sums.sum() - sums) / (counts.sum() - counts), counts)
+    return Estimate(value, value - half, value + half)
+
+
+def group_sums(values: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Sum of the images' values (n,) and number of images of each group, (g,) and (g,)."""
+    members = np.unique(groups, return_inverse=True)[1]
+    return np.bincount(members, values), np.bincount(members)
+
+
+def jackknife(without: np.ndarray, sizes: np.ndarray) -> float:
+    """Half the width of a 95 % interval, from the values (g,) without each group in turn, and the groups' sizes (g,).
 
     It is wide where a few groups hold most images, because Student's t has fewer degrees of freedom there.
     """
     variance = (len(without) - 1) * np.var(without)
-    return float(WIDER * stdtrit(effective_groups(counts.sum(axis=1)) - 1, 0.975) * variance**0.5)
+    return float(WIDER * stdtrit(effective_groups(sizes) - 1, 0.975) * variance**0.5)
 
 
 def effective_groups(sizes: np.ndarray) -> float:
@@ -121,7 +154,7 @@ class Choice:
     class_weight: float
     logit_scale: float = DEFAULT_SCALE
     outcome: HeldOutRanks | None = None
-    reference: HeldOutRanks | None = None  # of the best form without the classes, or of the start as it is
+    start: HeldOutRanks | None = None  # of the start without any fitting; None if it has no projections
     validation: "CrossValidation | None" = None  # with `MOST` of the pairs
 
 
@@ -131,48 +164,74 @@ def choose_heads(
     """Choose form and weight of the classes by cross-validation, and fit the heads again on all pairs.
 
     Images with equal `groups` (n,) stay in one fold: those with nearly the same image or the same caption. Features
-    that are `embedded` in one space may stay as they are.
+    may be `embedded` in one space. Heads that do not rank the pairs of a left-out fold better than those of the start
+    are not taken: the start's stay.
     """
-    forms, usual = (START_FORMS, START) if embedded else (FORMS, DEFAULT_FORM)
+    forms = START_FORMS if embedded else FORMS
     weights = CLASS_WEIGHTS if classes is not None else (0.0,)
-    # --- too few to choose
+    start = start_heads(pairs, classes, embedded)
+    usual = (START, 0.0) if embedded else (DEFAULT_FORM, weights[0])
+    # --- too few to measure
     if len(np.unique(groups)) < FEWEST:
-        (heads,) = fit_heads(pairs, classes, weights[0], (usual,))
-        return Choice(heads, usual, weights[0])
-    # --- all candidates
+        heads = start if embedded and start is not None else fit_heads(pairs, classes, usual[1], usual[:1])[0]
+        return Choice(heads, *usual)
     folds = torch.from_numpy(assign_folds(groups, FOLDS, seed))
     some, chosen = subset(pairs, seed)
     own_groups, own_folds = groups[chosen.numpy()], folds[chosen]
+    # --- all candidates, or of few pairs the usual one
+    if not embedded and effective_groups(np.unique(groups, return_counts=True)[1]) < FEW:
+        forms, weights = (DEFAULT_FORM,), weights[:1]
     validations = {
         weight: CrossValidation(some, own_groups, own_folds, classes, weight, embedded) for weight in weights
     }
     tried = dict[tuple[Form, float], HeldOutRanks]()
     for weight, validation in validations.items():
         tried |= {(form, weight): found for form, found in zip(forms, validation.ranks(forms), strict=True)}
-
-    def outcome(form: Form, weight: float) -> HeldOutRanks:
-        if some is pairs:
-            return tried[form, weight]
-        return CrossValidation(pairs, groups, folds, classes, weight, embedded).ranks((form,))[0]
-
+    if start is not None:
+        tried[START, 0.0] = ranks_by(start, some, own_folds)
+    form, weight = best_candidate(tried, usual, START_CAUTION if embedded else CAUTION)
+    if start is not None and not beats(tried[form, weight], tried[START, 0.0], own_groups):
+        form, weight = START, 0.0
     # --- the best, on all pairs
-    form, weight = _best(tried, (usual, weights[0]))
+    of_start = None if start is None else ranks_by(start, pairs, folds)
+    if form == START and start is not None and of_start is not None:
+        scale = SCALES[int(of_start.losses.sum(dim=0).argmin())]
+        return Choice(start, form, weight, scale, of_start, of_start)
     (heads,) = fit_heads(pairs, classes, weight, (form,))
-    best, reference = outcome(form, weight), outcome(START, 0.0) if embedded else None
-    if classes is not None:
-        alone = {key: each for key, each in tried.items() if key[1] == 0}
-        reference = outcome(*_best(alone, (usual, 0.0)))
-    scale = SCALES[int(best.losses.sum(dim=0).argmin())]
-    return Choice(heads, form, weight, scale, best, reference, validations[weight])
+    outcome = tried[form, weight]
+    if some is not pairs:
+        outcome = CrossValidation(pairs, groups, folds, classes, weight, embedded).ranks((form,))[0]
+    scale = SCALES[int(outcome.losses.sum(dim=0).argmin())]
+    return Choice(heads, form, weight, scale, outcome, of_start, validations[weight])
 
 
-def _best(tried: dict[tuple[Form, float], HeldOutRanks], usual: tuple[Form, float]) -> tuple[Form, float]:
-    """The candidate whose gain in the mean score over the usual one, less `CAUTION` standard errors, is largest.
+def start_heads(pairs: Pairs, classes: ClassPairs | None, embedded: bool) -> Heads | None:
+    """The heads without any pair: embeddings as they are, or those of the classes alone."""
+    if embedded:
+        return Heads(torch.eye(pairs.images.shape[1]), torch.eye(pairs.texts.shape[1]))
+    if classes is None:
+        return None
+    nothing = Pairs(*(part[:0] for part in pairs))
+    return fit_heads(nothing, classes, CLASS_WEIGHTS[0], (DEFAULT_FORM,))[0]
+
+
+def ranks_by(heads: Heads, pairs: Pairs, folds: Tensor) -> HeldOutRanks:
+    """Ranks of all pairs by heads that were not fitted to them, among the candidates of cross-validation."""
+    outcome, numbers = HeldOutRanks(pairs), caption_numbers(pairs)
+    for fold in folds.unique().tolist():
+        for block in blocks((folds == fold).nonzero().flatten(), pairs.owners, numbers):
+            sides = pairs.images[block.images], pairs.texts[block.texts]
+            score(outcome, heads.similarities(*(side.to(heads.image) for side in sides)), block)
+    return outcome
+
+
+def best_candidate(tried: Mapping[Key, HeldOutRanks], usual: Key, caution: float) -> Key:
+    """The candidate whose gain in the mean score over the usual one, less `caution` standard errors, is largest.
 
     A dozen images cannot tell the candidates apart: the best of 39 would be one by chance. With 31 to 124 pairs this
     chose heads that were up to 7 points better on other pairs (builtin:stamps and stamps-photos, mean of R@1 and R@10).
     """
-    best, largest, caution = usual, 0.0, START_CAUTION if usual[0] == START else CAUTION
+    best, largest = usual, 0.0
     compared = tried[usual].scores()
     for key, each in tried.items():
         gains = each.scores() - compared  # (n,)
@@ -180,6 +239,16 @@ def _best(tried: dict[tuple[Form, float], HeldOutRanks], usual: tuple[Form, floa
         if gain > largest + TIE:
             best, largest = key, gain
     return best
+
+
+def beats(outcome: HeldOutRanks, start: HeldOutRanks, groups: np.ndarray) -> bool:
+    """Whether heads rank left-out pairs better than those of the start, and better than chance.
+
+    The gain alone would be above 0 by chance for half of all pairs whose captions mean nothing. An interval of the gain
+    that excludes 0 would give up 2 to 3 points with 31 and 62 pairs (mean of R@1 and R@10, sets of `FEW`).
+    """
+    gain = float((outcome.percentiles() - start.percentiles()).mean())
+    return gain > 0 and outcome.percentile(groups).low > 0.5
 
 
 class CrossValidation:
@@ -212,7 +281,6 @@ class CrossValidation:
         images = torch.empty(n, x.shape[1])
         images[pairs.owners] = x[:m]
         self._centered = Pairs(images, y[:m], pairs.owners)
-        self._plain = Pairs(pairs.images.float(), pairs.texts.float(), pairs.owners)
         self._numbers = caption_numbers(pairs)
 
     def ranks(self, forms: tuple[Form, ...], fitted: Tensor | None = None) -> list[HeldOutRanks]:
@@ -225,12 +293,9 @@ class CrossValidation:
             images, texts, owners = self._centered
             own = moments(images[owners[kept]], texts[kept], self._weights[kept])
             (x_axes, y_axes), maps = solve(tuple(map(torch.add, own, self._classes)), forms, self._widths)
-            left_out = (self.folds == fold).nonzero().flatten()
-            for part in left_out.tensor_split(max(1, round(len(left_out) / BLOCK))):
-                block = HeldOutBlock.of(part, owners, self._numbers)
-                for form, outcome, heads in zip(forms, outcomes, maps, strict=True):
-                    pairs = self._plain if form == START else self._centered
-                    sides = pairs.images[part] @ x_axes, pairs.texts[block.texts] @ y_axes
+            for block in blocks((self.folds == fold).nonzero().flatten(), owners, self._numbers):
+                sides = images[block.images] @ x_axes, texts[block.texts] @ y_axes
+                for outcome, heads in zip(outcomes, maps, strict=True):
                     score(outcome, Heads(*heads).similarities(*sides), block)
 
         # As many folds at a time as torch has threads: small matrices gain nothing from several.
@@ -272,6 +337,12 @@ class HeldOutBlock(NamedTuple):
         return cls(images, captions, torch.searchsorted(images, owners[captions]), columns, texts)
 
 
+def blocks(images: Tensor, owners: Tensor, numbers: Tensor) -> Iterator[HeldOutBlock]:
+    """Divide the images of a fold (n,), rising, into blocks of about `BLOCK`; other arguments as `HeldOutBlock.of`."""
+    for part in images.tensor_split(max(1, round(len(images) / BLOCK))):
+        yield HeldOutBlock.of(part, owners, numbers)
+
+
 def score(outcome: HeldOutRanks, similarities: Tensor, block: HeldOutBlock) -> None:
     """Let the images of a block and their captions find each other by similarities (b, d)."""
     captions, rows, columns = block.captions, block.rows, block.columns
@@ -282,15 +353,27 @@ def score(outcome: HeldOutRanks, similarities: Tensor, block: HeldOutBlock) -> N
     outcome.to_text[block.images] = (similarities > best.amax(dim=1)[:, None]).sum(dim=1)
     outcome.to_image[captions] = (similarities > best.amax(dim=0)).sum(dim=0)[columns]
     outcome.images[block.images] = len(block.images)
-    # --- how well each caption fits its own image
+    # --- the rank of each caption and its image for each other
     own = similarities[rows, columns]
-    for_image = (similarities[rows] > own[:, None]).sum(dim=1) / max(1, similarities.shape[1] - 1)
-    for_caption = (similarities[:, columns] > own).sum(dim=0) / max(1, len(block.images) - 1)
+    for_image = rank(similarities[rows], own, relevant[rows])
+    for_caption = rank(similarities.mT[columns], own, relevant.mT[columns])
     outcome.fit[captions] = (for_image + for_caption) / 2
     # --- softmax over the captions
     for number, scale in enumerate(SCALES):
         losses = (scale * similarities).logsumexp(dim=1) - (scale * best).logsumexp(dim=1)
         outcome.losses[block.images, number] = losses.double()
+
+
+def rank(similarities: Tensor, own: Tensor, relevant: Tensor) -> Tensor:
+    """Rank of each correct candidate among the wrong ones: 0 if it is first, 1 if it is last.
+
+    The fraction of the wrong candidates whose similarity (c, k) is larger than `own` (c,); equal ones count half.
+    Its expectation, 1/2 by chance, does not depend on their number. Without any it is 1/2.
+    """
+    wrong = ~relevant
+    ahead = ((similarities > own[:, None]) & wrong).sum(dim=1) + ((similarities == own[:, None]) & wrong).sum(dim=1) / 2
+    counts = wrong.sum(dim=1)
+    return torch.where(counts > 0, ahead / counts.clamp(min=1), 0.5)
 
 
 def caption_numbers(pairs: Pairs) -> Tensor:
