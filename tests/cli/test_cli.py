@@ -97,3 +97,22 @@ def test_a_project_works_after_it_was_moved(tmp_path, monkeypatch, command):
     away = (moved / "indices/images").rename(tmp_path / "away")
     assert "--model" in command("search", away, "red").err
     refuses("--source", declip.Index.open(away).image, 0)
+
+
+def test_mistaken_words_are_answered_with_what_was_meant(tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    Path("pictures").mkdir()
+    Path("pictures/a.png").touch()
+    Path("heldout.csv").touch()
+    for words, said in (
+        (["embed", "pictures", "builtin:lite2-minilm", "--out", "x"], ["'builtin:lite2-minilm' is a model", "SOURCE"]),
+        (["evaluate", "heldout.csv", "--dataset", "pictures"], ["'heldout.csv' is a table"]),
+        (["embed", "picture", "pictures", "--out", "x"], ["'picture'", "Did you mean 'pictures'"]),
+        (["embed", "owner/name", "pictures", "--out", "x"], ["Did you mean 'hf-hub:owner/name'"]),
+        (["train", "demo-clip", "--epochs", "5"], ["--epochs", "train.epochs"]),
+        (["compare", "demo-clip", "--lr=5", "--pairs", "8"], ["--lr", "train.lr"]),
+        (["search", "pictures", "red"], ["'pictures'", "--out indices/NEW"]),
+        (["search", "gone", "red"], ["'gone'", "--out gone"]),
+    ):
+        refused = command(*words)
+        assert (refused.status, [part for part in said if part not in refused.err]) == (2, []), refused.err

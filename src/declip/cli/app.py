@@ -1,6 +1,7 @@
 """The command ``declip``, with the small commands recipes, cache and export; commands only call the API."""
 
 import errno
+from inspect import signature
 from itertools import groupby
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +11,7 @@ from typer import Argument, Option
 
 import declip
 from declip.cli.data import group as data
-from declip.cli.options import Model, Overrides, console, fail, file, say
+from declip.cli.options import Model, Overrides, WithKeys, console, fail, file, say
 from declip.cli.search import choose, classify, embed, explain, index, search, serve
 from declip.cli.train import compare, evaluate, finetune, train
 from declip.errors import UserError
@@ -117,7 +118,7 @@ def _root(
 
 COMMANDS = (finetune, train, evaluate, compare, choose, classify, embed, search, explain, export)
 for command in COMMANDS:
-    app.command()(command)
+    app.command(cls=WithKeys if {"overrides", "words"} & {*signature(command).parameters} else None)(command)
 
 app.command(name="app")(serve)
 for group, name in ((data, "data"), (recipes, "recipes"), (cache, "cache"), (index, "index")):

@@ -13,16 +13,18 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from typer import Argument, Option
+from typer.core import TyperCommand
 
 import declip
 from declip.data.columns import Columns
 from declip.errors import UserError
 from declip.io.outputs import output_file
-from declip.recipe.starts import check_model
+from declip.recipe.starts import STARTS, check_model
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
 PIPE_WIDTH = 10_000  # columns of output to a file or a pipe, so that lines of tables are not broken
 console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
 
@@ -52,6 +54,9 @@ def source(help: str, *names: str, metavar: str = "SET") -> Any:
 def known(model: str | None) -> str | None:
     """Refuse a model whose path does not exist, before torch is imported."""
     if model is not None:
+        if model.lower().endswith(TABLES):
+            raise UserError(f"'{model}' is a table, not a model. Write the model before the table.")
+
         check_model(model)
     return model
 
@@ -97,6 +102,20 @@ READING: dict[str, tuple[Any, Any]] = {
     "quiet": (Quiet, False),
 }
 """Options of commands that read images, and their defaults."""
+
+
+class WithKeys(TyperCommand):
+    """A command with recipe keys: an unknown option that is the name of one is answered with the key."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        names = {name for parameter in self.params for name in (*parameter.opts, *parameter.secondary_opts)}
+        for word in args:
+            option = word.partition("=")[0]
+            if option.startswith("--") and option not in {*names, "--", "--help"}:
+                from declip.recipe.load import unknown_key
+
+                raise UserError(f"There is no option {option}; recipe keys are KEY=VALUE. {unknown_key(option[2:])}")
+        return super().parse_args(ctx, args)
 
 
 def reads_images(command: Callable[..., None], without: Collection[str] = ()) -> Callable[..., None]:
@@ -145,6 +164,8 @@ def fail(message: str, status: int = 2) -> NoReturn:
 
 def check_source(source: str, option: str) -> None:
     """Refuse a source whose path does not exist, before torch is imported; names, URLs and patterns pass."""
+    if source in STARTS:
+        raise UserError(f"'{source}' is a model, not a source ({option}). Write the model before the source.")
     if re.match(r"[\w-]{2,}:", source) or any(sign in source for sign in "*?[{"):
         return
     if not source or not Path(source).expanduser().exists():

@@ -1,6 +1,8 @@
 """Names of pretrained weights, which are checked without importing torch."""
 
+import os
 import re
+from difflib import get_close_matches
 from pathlib import Path
 
 from declip.errors import UserError
@@ -13,7 +15,10 @@ STARTS = {"builtin:lite0-minilm": 128, "builtin:lite2-minilm": 192}
 
 def no_model(given: str) -> UserError:
     """Build the error for weights that are neither a path nor a name that is known."""
-    hub = f" Did you mean 'hf-hub:{given}'?" if re.fullmatch(r"[\w.-]+/[\w.-]+", given) else ""
+    path = Path(given).expanduser()
+    near = get_close_matches(path.name, os.listdir(path.parent), n=1) if path.parent.is_dir() else []
+    meant = str(path.parent / near[0]) if near else f"hf-hub:{given}" if re.fullmatch(r"[\w.-]+/[\w.-]+", given) else ""
+    hub = f" Did you mean '{meant}'?" if meant else ""
     return UserError(
         f"Cannot find the model '{given}'.{hub} Give a run folder, a checkpoint folder, a weights file, a folder of "
         "transformers' CLIPModel or of open_clip, hf-hub:OWNER/NAME, open_clip:MODEL/TAG, timm:NAME.TAG or "

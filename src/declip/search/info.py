@@ -89,9 +89,10 @@ class IndexInfo(InfoSection):
         """Read index.json; raises `UserError` if it is missing, damaged, or of another version of declip."""
         path = folder / INFO
         if not path.is_file():
+            others = folder.is_dir() and any(path.name[0] != "." for path in folder.iterdir())
             raise UserError(
                 f"'{folder}' is not a complete index of this version of declip: it has no {INFO}. Make one, or "
-                f"continue an interrupted call: declip embed MODEL SOURCE --out {folder}."
+                f"continue an interrupted call: declip embed MODEL SOURCE --out {'indices/NEW' if others else folder}."
             )
         # A stranger's file: pydantic checks every value, and no path in it is opened without asking the source.
         try:
