@@ -75,6 +75,7 @@ def test_many_class_names_may_be_one_text():
     names = [f"class {number}" for number in range(99)]
     assert read_classes(",".join(names)) == names
     assert read_classes([1, 2]) == ["1", "2"]
+    refuses("two classes or more, not 0", read_classes, "")
 
 
 def test_wrong_classes_and_images_are_named(model, folder, tmp_path, monkeypatch):
@@ -128,6 +129,12 @@ def test_a_class_may_be_a_name_alone(model, folder, examples):
     result = declip.classify(model, folder, head=fitted)
     assert "a star" in result.counts
     refuses("--classes", declip.Classifier.fit, model, ["red thing", "blue thing"], examples)
+
+
+def test_classes_that_differ_only_in_case_are_refused(model, examples):
+    (examples / "green_thing").rename(examples / "Red thing")
+    for classes in (None, ["red thing", "blue_thing", "RED thing"]):
+        refuses("differ only in case", declip.Classifier.fit, model, classes, examples)
 
 
 def test_a_saved_head_gives_the_same(model, folder, examples, tmp_path, weights_file, command):

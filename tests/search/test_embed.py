@@ -1,5 +1,6 @@
 import logging
 import multiprocessing
+import os
 import shutil
 
 import numpy as np
@@ -209,6 +210,47 @@ def test_repaired_captions_and_other_objects_are_embedded_again(model, tmp_path)
     assert not torch.equal(one.vectors(one.ids), other.vectors(other.ids))
     index = declip.embed(model, [("1.png", "a bar")], out=tmp_path / "named", columns=Columns(root=tmp_path))
     assert (index.keys(), index.row(0).origin.path) == (["1.png"], str(tmp_path / "1.png"))
+
+
+class Changing(Interrupted):
+    """Images of which the first is replaced right after it was read."""
+
+    def __getitem__(self, index):
+        pair = super().__getitem__(index)
+        if index == 0:
+            draw("gold", "circle", 50).save(self.files[0])
+        return pair
+
+
+def test_an_image_that_changes_while_it_is_read_is_embedded_again(model, folder, tmp_path):
+    declip.embed(model, Changing(folder), out=tmp_path / "index")
+    index = declip.embed(model, Interrupted(folder), out=tmp_path / "index")
+    whole = declip.embed(model, Interrupted(folder), out=tmp_path / "whole")
+    assert index.ids.tolist() == [*range(1, 25)], "the first one only"
+    assert torch.equal(index.vectors([24]), whole.vectors([0]))
+
+
+XMP = (
+    '<x xmlns:dc="http://purl.org/dc/elements/1.1/" xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+    "<rdf:Description><dc:description>a red bar</dc:description></rdf:Description></x>"
+)
+
+
+def test_an_update_opens_no_file_whose_size_and_time_are_as_before(model, tmp_path):
+    folder, out = tmp_path / "photos", tmp_path / "index"
+    folder.mkdir()
+    for name in ("a", "b"):
+        draw("red", "bar").save(folder / f"{name}.webp", xmp=XMP.encode())
+    (folder / "b.txt").write_text("one")
+    assert [row.caption for row in declip.embed(model, folder, out=out).rows([0, 1])] == ["a red bar", "one"]
+    image, before = folder / "a.webp", (folder / "a.webp").stat()
+    image.write_bytes(b"x" * before.st_size)
+    os.utime(image, ns=(before.st_atime_ns, before.st_mtime_ns))
+    (folder / "b.txt").write_text("other")
+    index = declip.embed(model, folder, out=out)
+    assert {row.key: row.caption for row in index.rows(index.ids)} == {"a.webp": "a red bar", "b.webp": "other"}
+    (folder / "b.txt").unlink()
+    assert declip.embed(model, folder, out=out).rows([3])[0].caption == "a red bar"
 
 
 def test_captions_get_the_mean_of_their_vectors(model, table, tmp_path):

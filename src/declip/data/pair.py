@@ -94,6 +94,7 @@ class PairSource(ABC):
     group_column: str | None = None  # where `group` reads what pairs share
     blocks: np.ndarray | None = None  # (shards,) int64, the number of pairs of each shard, in order
     remote: bool = False  # whether shards have to be fetched
+    stamps_captions: bool = False  # whether an origin's stamp changes with the captions too
 
     @abstractmethod
     def __len__(self) -> int: ...

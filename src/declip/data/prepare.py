@@ -145,7 +145,8 @@ def _content(source: PairSource, excluded: Mapping[int, str]) -> str:
     digest = hashlib.sha256(repr(sorted(excluded.items())).encode("utf-8", "replace"))
     for index in range(0 if source.remote else len(source)):
         try:
-            read = repr((source.captions(index), tuple(source.origin(index))))
+            captions = () if source.stamps_captions else source.captions(index)
+            read = repr((captions, tuple(source.origin(index))))
         except BrokenPair as broken:
             read = broken.reason
         digest.update(read.encode("utf-8", "replace"))

@@ -11,6 +11,8 @@ def read_classes(given: str | Path | Sequence[str]) -> list[str]:
     """Read class names from a list, a text with commas, or the lines of a file; at least two different ones."""
     if not isinstance(given, str | Path):
         names = list(given)
+    elif not str(given).strip():
+        names = []
     elif "," in str(given) and not os.path.isfile(os.path.expanduser(given)):
         names = str(given).split(",")
     else:

@@ -163,7 +163,11 @@ def _open_examples(examples: str | Path | PairSource | Items, label_column: str 
 
 def _numbers(classes: tuple[str, ...], given: Any) -> np.ndarray:
     """The number of each class of the examples among the classes; raises `UserError` for one that is not among them."""
-    numbers = {name.replace("_", " ").casefold(): number for number, name in enumerate(classes)}
+    numbers = dict[str, int]()
+    for number, name in enumerate(classes):
+        first = numbers.setdefault(name.replace("_", " ").casefold(), number)
+        if first != number:
+            raise UserError(f"The classes '{classes[first]}' and '{name}' differ only in case or '_'. Rename one.")
     keys = [str(name).replace("_", " ").casefold() for name in given]
     if strange := [name for name, key in zip(given, keys, strict=True) if key not in numbers]:
         raise UserError(

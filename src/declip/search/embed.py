@@ -176,7 +176,8 @@ def _stamped(source: ImageSource, place: int, origin: Origin | None = None, load
         if not origin.stamp:
             loaded = loaded or source.read_lazy(place)
             digest.update(loaded.image.pixels().tobytes())
-        digest.update(repr(loaded.captions if loaded else source.captions(place)).encode("utf-8", "replace"))
+        if not source.source.stamps_captions:
+            digest.update(repr(loaded.captions if loaded else source.captions(place)).encode("utf-8", "replace"))
     return origin._replace(stamp=digest.hexdigest())
 
 
