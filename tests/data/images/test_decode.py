@@ -45,6 +45,7 @@ def test_damaged_exif_leaves_the_image_as_it_is():
         (Image.fromarray(np.full((4, 4), 40_000, np.uint16)), "PNG", {}, (156, 156, 156)),
         (Image.fromarray(np.full((4, 4), 40_000, np.int32)), "TIFF", {}, (156, 156, 156)),
         (Image.fromarray(np.full((4, 4), 0.5, np.float32)), "TIFF", {}, (128, 128, 128)),
+        (Image.fromarray(np.full((4, 4), 1.0, np.float32)), "TIFF", {}, (255, 255, 255)),
         (Image.fromarray(np.full((4, 4), 200.0, np.float32)), "TIFF", {}, (200, 200, 200)),
         (Image.fromarray(np.full((4, 4), np.nan, np.float32)), "TIFF", {}, (0, 0, 0)),
     ],

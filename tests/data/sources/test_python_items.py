@@ -133,3 +133,5 @@ def test_a_dataset_in_the_way_of_torchvision_has_classes():
     result = declip.evaluate(tiny_model(), images, templates="{}", progress=False)
     assert (result.n, result.classes, result.dataset) == (3, 2, "Cifar")
     assert open_source(images)[2].captions == ("dog",)
+    images[0] = (images[0][0], 2)
+    assert reason_of(open_source(images), 0) == "unreadable item"

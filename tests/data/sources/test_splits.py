@@ -74,12 +74,13 @@ def test_unreadable_rows_are_in_each_split(folder):
 
 
 def test_folders_lists_and_subsets_have_splits(folder):
-    for which in ("train", "val", "test"):
+    for which in ("train", "Val", "test"):
         (folder / "photos" / which).mkdir(parents=True)
         shutil.copy(folder / "a.png", folder / "photos" / which)
         (folder / "photos" / which / "a.txt").write_text(which)
     assert captions(training_part(open_source(folder / "photos"))) == ["train"]
     assert captions(open_dataset(folder / "photos").split("test")) == ["test"]
+    assert {*open_source(folder / "photos").splits()} == {"train", "validation", "test"}
     items = [dict(zip(NAMES, row, strict=True)) for row in ROWS]
     source = open_source(items)
     for part, expected in ((source, ["one", "four"]), (take(source, 4, 0), ["one", "four"])):
