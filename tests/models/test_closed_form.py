@@ -9,7 +9,7 @@ import torch
 from sklearn.linear_model import Ridge
 
 from declip.models import closed_form
-from declip.models.closed_form import DEFAULT_FORM, Form, Pairs, fit_heads, split_product
+from declip.models.closed_form import DEFAULT_FORM, Form, Pairs, fit_heads, regression_rows, split_product
 from pair_features import class_pairs, features, pairs_of
 
 
@@ -88,6 +88,13 @@ def test_an_image_counts_once_however_many_captions_it_has():
     thrice = Pairs(images, torch.cat([texts, texts[:1].expand(3, -1)]), owners)
     (first,), (second,) = (fit_heads(pairs, None, 0.0, (DEFAULT_FORM,)) for pairs in (once, thrice))
     torch.testing.assert_close(first.image.mT @ first.text, second.image.mT @ second.text)
+
+
+def test_a_class_counts_once_however_many_texts_it_has():
+    classes = class_pairs(5)
+    owners = torch.tensor([0, 0, 0, 1, 2, 3, 4])
+    rows = regression_rows(pairs_of(8), classes._replace(texts=classes.texts[owners], owners=owners), 0.5)
+    assert torch.bincount(owners, rows.weights[8:]).tolist() == pytest.approx([0.5] * 5)
 
 
 def test_directions_of_the_means_are_ignored():
