@@ -298,10 +298,15 @@ def _count(state: Mapping[str, Tensor], pattern: str) -> int:
 START, END = "<|startoftext|>", "<|endoftext|>"
 PIECE = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"  # CLIP's pattern, as in `declip.data.text.tokenizer`
 REPLACED = (
-    ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">"), ("&quot;", '"'), ("&#39;", "'"), ("&nbsp;", " "),
+    ("&amp;", "&"), ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">"), ("&quot;", '"'), ("&#39;", "'"), ("&nbsp;", " "),
     (Regex("[\u02bc\u2018-\u201b]"), "'"), (Regex("[\u201c-\u201f]"), '"'), (Regex(r"\s+"), " "),
 )  # fmt: skip
-"""Common replacements of CLIP's cleaning; others of ftfy (broken encodings, ligatures) cannot be represented."""
+"""Common replacements of open_clip's cleaning; others of ftfy (broken encodings, ligatures) cannot be represented."""
+
+
+def _cleaning(*more: Any) -> Any:
+    replaced = (normalizers.Replace(what, by) for what, by in REPLACED)
+    return normalizers.Sequence([normalizers.NFC(), *replaced, normalizers.Strip(), *more])
 
 
 def backend(tokenizer: CaptionTokenizer) -> Backend:
@@ -309,6 +314,8 @@ def backend(tokenizer: CaptionTokenizer) -> Backend:
     tokenizer = getattr(tokenizer, "clip", None) or tokenizer
     if not isinstance(tokenizer, Tokenizer):
         written = Backend.from_str(tokenizer.library.to_str())
+        if isinstance(tokenizer, HuggingfaceTokenizer):
+            written.normalizer = _cleaning(*([written.normalizer] if written.normalizer else []))
         written.enable_truncation(tokenizer.context)
         return written
     # CLIP's: its merges, cleaning and pattern as parts of the library
@@ -316,9 +323,7 @@ def backend(tokenizer: CaptionTokenizer) -> Backend:
     vocabulary = {**model["vocab"], START: tokenizer.start, END: tokenizer.end}
     merges = [tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ")) for merge in model["merges"]]
     written = Backend(models.BPE(vocab=vocabulary, merges=merges, end_of_word_suffix="</w>", unk_token=END))
-    replaced = (normalizers.Replace(what, by) for what, by in REPLACED)
-    cleaning = [normalizers.NFC(), *replaced, normalizers.Lowercase(), normalizers.Strip()]
-    written.normalizer = normalizers.Sequence(cleaning)
+    written.normalizer = _cleaning(normalizers.Lowercase())
     pieces = pre_tokenizers.Split(Regex(PIECE), behavior="removed", invert=True)
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     written.pre_tokenizer = pre_tokenizers.Sequence([pieces, to_bytes])

@@ -168,7 +168,7 @@ _bpe = lru_cache(maxsize=4)(_BytePairs)
 
 
 class HuggingfaceTokenizer(CaptionTokenizer):
-    """Encodes texts as transformers does, by the content of tokenizer.json; "[SEP]" in a text is spelled out."""
+    """Encodes texts, cleaned by `fix` as in open_clip, by the content of tokenizer.json; "[SEP]" is spelled out."""
 
     def __init__(self, definition: str, specials: Mapping[str, int], context: int) -> None:
         super().__init__(context)
@@ -187,7 +187,7 @@ class HuggingfaceTokenizer(CaptionTokenizer):
             raise UserError("The tokenizer has special tokens only, no words. Give the tokenizer that the encoder had.")
 
     def word_ids(self, text: str) -> Iterable[int]:
-        return self.library.encode(text, add_special_tokens=False).ids
+        return self.library.encode(fix(text), add_special_tokens=False).ids
 
     def spell(self, ids: list[int]) -> str:
         return self.library.decode(ids, skip_special_tokens=False).strip()
