@@ -1,11 +1,34 @@
 """What tests of models from elsewhere share."""
 
 import json
+import shutil
 
 import open_clip
 import pytest
 
 from interchange.families import CONFIGS
+from interchange.towers import PIXELS, VIT, build, export_exactly
+from text_encoders import roberta
+
+ONE_BLOCK = {"image.model_kwargs": {**VIT["image.model_kwargs"], "depth": 1}, "text.layers": 1}
+"""Keys of smaller towers: the exporter of ONNX takes a second for each block."""
+
+
+@pytest.fixture(scope="session")
+def onnx_clip(tmp_path_factory):
+    """A model whose text projection has a bias, and its folder."""
+    model = build("vit-bias", **ONE_BLOCK, **PIXELS)
+    return model, export_exactly(model, "onnx", tmp_path_factory.mktemp("onnx") / "out")
+
+
+@pytest.fixture(scope="session")
+def onnx_roberta(tmp_path_factory):
+    """A model with a text encoder of transformers, and its folder; that of the encoder is gone."""
+    folder = tmp_path_factory.mktemp("onnx")
+    encoder = roberta(folder / "roberta", num_hidden_layers=1)
+    model = build("vit", **{**ONE_BLOCK, "text.hf_model": str(encoder), "text.context_length": 24})
+    shutil.rmtree(encoder)
+    return model, export_exactly(model, "onnx", folder / "out")
 
 
 @pytest.fixture(scope="session")

@@ -14,21 +14,12 @@ from tokenizers import Tokenizer
 import declip
 from conftest import refuses
 from interchange.test_export import run_card, same_until_the_end
-from interchange.towers import CAPTIONS, EXACT, VIT, build, export_exactly, largest, pictures
-from text_encoders import roberta
-
-ONE_BLOCK = {"image.model_kwargs": {**VIT["image.model_kwargs"], "depth": 1}, "text.layers": 1}
-"""Keys of smaller towers: the exporter takes a second for each block."""
+from interchange.towers import CAPTIONS, EXACT, TYPED, build, largest, pictures
 
 
-@pytest.fixture(scope="session")
-def exported(tmp_path_factory):
-    """The export of a model whose text projection has a bias; torch's exporter takes seconds."""
-    return export_exactly(build("vit-bias", **ONE_BLOCK), "onnx", tmp_path_factory.mktemp("onnx") / "out")
-
-
-def test_onnxruntime_gives_our_features_at_any_batch_and_length(exported):
-    model, about = build("vit-bias", **ONE_BLOCK), json.loads((exported / "config.json").read_text())
+def test_onnxruntime_gives_our_features_at_any_batch_and_length(onnx_clip):
+    model, exported = onnx_clip
+    about = json.loads((exported / "config.json").read_text())
     image, text = (onnxruntime.InferenceSession(exported / name / "model.onnx") for name in ("visual", "textual"))
     tokenizer = Tokenizer.from_file(str(exported / "textual" / "tokenizer.json"))
     tokenizer.encode_special_tokens = True
@@ -54,9 +45,9 @@ def test_onnxruntime_gives_our_features_at_any_batch_and_length(exported):
     assert_reads_as_immich(exported, model)
 
 
-def test_the_code_in_the_card_works_as_it_is(exported, monkeypatch, capfd):
+def test_the_code_in_the_card_works_as_it_is(onnx_clip, monkeypatch, capfd):
+    model, exported = onnx_clip
     printed = run_card(exported, monkeypatch, capfd)
-    model = build("vit-bias", **ONE_BLOCK)
     with torch.no_grad():
         image = model.encode_image(model.preprocess(Image.new("RGB", (320, 240), "orange")))
         texts = model.encode_text(model.tokenize(["an orange square", "a cat"]))
@@ -64,16 +55,14 @@ def test_the_code_in_the_card_works_as_it_is(exported, monkeypatch, capfd):
     assert [float(word) for word in re.findall(r"\d\.\d+", printed)] == pytest.approx(expected, abs=1e-4)
 
 
-def test_onnx_has_the_encoders_tokenizer_and_padding(tmp_path):
-    encoder = str(roberta(tmp_path / "roberta", num_hidden_layers=1))
-    model = build("vit", **{**ONE_BLOCK, "text.hf_model": encoder, "text.context_length": 24})
-    folder = export_exactly(model, "onnx", tmp_path / "onnx")
+def test_onnx_has_the_encoders_tokenizer_and_padding(onnx_roberta):
+    model, folder = onnx_roberta
     about = json.loads((folder / "config.json").read_text())["text_cfg"]
     assert (about["padding"], about["context_length"]) == (1, 24)  # RoBERTa's padding
     library = Tokenizer.from_file(str(folder / "textual" / "tokenizer.json"))
     library.encode_special_tokens = True
     library.enable_padding(pad_id=about["padding"])
-    captions = ["a red circle", "Blue </s> square " * 9]
+    captions = ["a red circle", "Blue </s> square " * 9, *TYPED]
     ids = torch.tensor([each.ids for each in library.encode_batch(captions)])
     assert ids.tolist() == model.tokenize(captions).tolist()
     assert_reads_as_immich(folder, model)

@@ -22,9 +22,9 @@ def their_folder(out):
     words = json.loads(backend(Tokenizer(16, 1000)).to_str())["model"]
     tokenizer = transformers.CLIPTokenizer(words["vocab"], [tuple(merge) for merge in words["merges"]])
     tokenizer.model_max_length = 16
-    statistics = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]}
+    statistics = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4], "resample": 2}
     pixels = transformers.CLIPImageProcessor(
-        size={"shortest_edge": 48}, crop_size={"height": 48, "width": 48}, **statistics
+        size={"shortest_edge": 57}, crop_size={"height": 48, "width": 48}, **statistics
     )
     transformers.CLIPProcessor(pixels, tokenizer).save_pretrained(out)
     sizes = {"num_hidden_layers": 2, "num_attention_heads": 2}
@@ -51,6 +51,10 @@ def test_clip_models_of_transformers_come_in(tmp_path):
     inputs = processor(text=captions, images=pictures(), padding=True, truncation=True, return_tensors="pt")
     assert same_until_the_end(inputs["input_ids"], read.tokenize(captions), read.tokenizer.end)
     pixels = read.preprocess(pictures())
+    resized = [[int(57 * side / min(picture.size)) for side in picture.size] for picture in pictures()]
+    rows = [row for row, sides in enumerate(resized) if not any((side - 48) % 4 == 3 for side in sides)]
+    assert 5 < len(rows) < len(pixels), "the crop of the others begins one pixel earlier, as docs/interchange.md says"
+    assert largest(pixels[rows], inputs["pixel_values"][rows]) <= EXACT
     found = theirs(**{**inputs, "pixel_values": pixels})
     assert largest(read.encode_image(pixels), found.image_embeds) <= EXACT
     assert largest(read.encode_text(read.tokenize(captions)), found.text_embeds) <= EXACT
@@ -114,6 +118,9 @@ CONFIG, PICTURES, WORDS = "config.json", "preprocessor_config.json", "tokenizer.
         (CONFIG, sets("vision_config", patch_size=16), r"position_embedding.* has shape \(17, 64"),
         (CONFIG, sets(text_config=[1]), "AttributeError"),
         (PICTURES, sets(size={"height": 32, "width": 32}), r"size is \{.* 32"),
+        (PICTURES, sets(size={"shortest_edge": 31}), r"shortest_edge of 32 or more"),
+        (PICTURES, sets(size={"shortest_edge": 10**9}), r"image.crop_pct"),
+        (PICTURES, sets(resample=1), r"resample is 1; supported: 2 or 3"),
         (PICTURES, sets(image_processor_type="ViTImageProcessor"), "ViTImage"),
         (PICTURES, dict.clear, "preprocessor_config.json"),
         (WORDS, lambda it: it["model"]["vocab"].update({"ab": 0, "!": 5}), "tokenizer.json"),

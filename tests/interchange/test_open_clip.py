@@ -17,6 +17,8 @@ import declip
 from conftest import refuses
 from declip.api import train
 from declip.finetuning import ends_of
+from declip.interchange import layouts
+from declip.models.wrapped import WrappedImageTower
 from declip.runs.checkpoint import list_checkpoints
 from declip.runs.folder import KEPT
 from interchange.families import CONFIGS, WORDS, folder_of, pictures, random_model, same, weights_file
@@ -39,6 +41,7 @@ def test_features_are_open_clips(name, tmp_path, monkeypatch):
     pixels = torch.stack([transform(picture) for picture in pictures()])
     torch.testing.assert_close(model.preprocess(pictures()), pixels, atol=1e-6, rtol=0)
     assert same(model, theirs)
+    assert not isinstance(model.image_tower, WrappedImageTower)
     project = {
         "tiny-vit": lambda hidden: hidden @ theirs.visual.proj,
         "tiny-resnet": lambda hidden: theirs.visual.attnpool.c_proj(hidden),
@@ -46,6 +49,47 @@ def test_features_are_open_clips(name, tmp_path, monkeypatch):
     }
     expected = theirs.encode_image(pixels, normalize=False)
     torch.testing.assert_close(project[name](model.encode_backbone(pixels)), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("section", "change"),
+    [
+        ("vision_cfg", {"pool_type": "avg"}),
+        ("vision_cfg", {"ls_init_value": 0.1}),
+        ("text_cfg", {"no_causal_mask": True}),
+    ],
+)
+def test_a_clip_with_settings_that_no_recipe_has_keeps_open_clips_modules(section, change, tmp_path, monkeypatch):
+    config = copy.deepcopy(CONFIGS["tiny-vit"])
+    config[section] |= change
+    monkeypatch.setitem(factory._MODEL_CONFIGS, "tiny-other", config)
+    theirs = random_model("tiny-other")
+    model = declip.load(f"open_clip:tiny-other/{weights_file(theirs, tmp_path / 'weights.pt')}", device="cpu")
+    assert isinstance(model.image_tower, WrappedImageTower)
+    assert same(model, theirs)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "random"])
+def test_interpolation_is_open_clips_in_evaluation_and_training(interpolation, tmp_path):
+    """Also of a wrapped model, here by its resizing; "random" is bicubic in evaluation."""
+    for mode in ("shortest", "squash"):
+        folder = folder_of(random_model("tiny-vit"), tmp_path / mode, "tiny-vit")
+        config = folder / "open_clip_config.json"
+        stored = json.loads(config.read_text())
+        stored["preprocess_cfg"] |= {"interpolation": interpolation, "resize_mode": mode}
+        config.write_text(json.dumps(stored))
+        model = declip.load(folder, device="cpu")
+        transform = open_clip.create_model_and_transforms(f"local-dir:{folder}")[2]
+        pixels = torch.stack([transform(picture) for picture in pictures()])
+        torch.testing.assert_close(model.preprocess(pictures()), pixels, atol=1e-6, rtol=0)
+        assert isinstance(model.image_tower, WrappedImageTower) == (mode == "squash")
+        assert model.recipe.image.interpolation == {"random": "bicubic"}.get(interpolation, interpolation)
+
+
+def test_a_conversion_that_fails_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(layouts, "image_layout", lambda state: layouts.CLIP_RESNET)
+    file = weights_file(random_model("tiny-vit"), tmp_path / "weights.pt")
+    refuses("cannot be read: its weights do not match", declip.load, f"open_clip:tiny-vit/{file}")
 
 
 @pytest.mark.parametrize(

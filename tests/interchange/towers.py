@@ -45,6 +45,9 @@ KINDS = {
 }  # fmt: skip
 """Recipe keys of small models, two layers deep."""
 
+PIXELS = {"image.interpolation": "bilinear", "image.crop_pct": 0.875}
+"""As in the official implementation."""
+
 CAPTIONS = [
     "a red circle",
     "Two GREEN squares, on white!",
@@ -56,6 +59,9 @@ CAPTIONS = [
     "",
     "nought " * 40,
 ]
+TYPED = ["it’s a dog’s life", "“quoted” and ‘single’", "salt &amp;amp; pepper", " two  spaces,\ta tab", "naïve café"]
+"""Captions that tokenizer.json cleans; what it cannot repair are encodings and ligatures."""
+BROKEN = ["schÃ¶n", "ﬁne"]
 
 
 def build(kind, **changes):

@@ -56,11 +56,12 @@ class Exported:
     folder: Path
     difference: float | None  # largest of any number of a feature of length 1; None where the library is not installed
     by: str  # the library and its version
+    limits: str = ""  # what the format cannot hold
 
     def __str__(self) -> str:
         if self.difference is None:
-            return f"Not read back: {self.by} is not installed here."
-        return f"Read back by {self.by}: features differ by at most {self.difference:.1e}."
+            return f"Not read back: {self.by} is not installed here.{self.limits}"
+        return f"Read back by {self.by}: features differ by at most {self.difference:.1e}.{self.limits}"
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def export(
         raise UserError(f"The repository is '{repo}'; give OWNER/NAME, such as your-name/my-clip.")
     out, form, traced = Path(out).expanduser(), FORMATS[format], trace(model)
     built = traced.model
-    options: dict[str, Any] = {"open_clip": {"repo": repo, "home": out}, "safetensors": {"heads": traced.heads}}
+    options: dict[str, Any] = {"open_clip": {"repo": repo}, "safetensors": {"heads": traced.heads}}
     if {weight.dtype for weight in built.parameters()} != {torch.float32}:
         built = deepcopy(built).float()
     # --- write into a new folder, read it back, add the card; the folder appears when all is done
@@ -116,7 +117,8 @@ def export(
         except Refusal as refusal:
             way_out = "Export as safetensors, which holds every model."
             raise Refusal(f"This model cannot be exported as {format}: {refusal}. {way_out}") from refusal
-        exported = Exported(out, *_compare(built, form, folder))
+        limits = open_clip.limits(built) if form is open_clip else ""
+        exported = Exported(out, *_compare(built, form, folder), limits)
         card = model_card(traced, form.LIBRARY, str(exported), license, repo)
         (folder / declip_file.CARD).write_text(card, encoding="utf-8")
     return exported
@@ -230,6 +232,9 @@ def model_card(
         name=recipe.name if traced.step is not None else "A language-image model",
         repo=repo,
         whole=has_text(model),
+        preprocessor=model.preprocessor,
+        cleaned=onnx.cleaning(model.tokenizer),
+        encoder=open_clip.text_encoder(model) is not None,
         sigmoid=model.logit_bias is not None,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         version=declip.__version__,

@@ -8,12 +8,11 @@ from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
-from declip.data.text.tokenizer import WrappedTokenizer
+from declip.data.text.tokenizer import CaptionTokenizer, WrappedTokenizer
 from declip.errors import UserError
 from declip.interchange.layouts import Refusal, Reread, preprocess_config, write_tokenizer
 from declip.io.progress import quiet
@@ -57,9 +56,7 @@ def write(model: DualEncoder, folder: Path) -> None:
         tokenizer = model.tokenizer
         about["text_cfg"] = {"context_length": tokenizer.context, "input": "text", "output": "text_embeds"}
         about["text_cfg"] |= {name: getattr(tokenizer, name) for name in ("start", "end", "padding")}
-        clip = getattr(tokenizer, "clip", None) is not None  # whose tokenizer.json includes the cleaning
-        clean = "" if clip else getattr(tokenizer, "stored", {}).get("clean", "")
-        about["text_cfg"]["tokenizer_kwargs"] = {"clean": clean}
+        about["text_cfg"]["tokenizer_kwargs"] = {"clean": cleaning(tokenizer)}
         (folder / TEXTUAL).mkdir()
         tokens = torch.zeros(ROWS, LENGTH, dtype=torch.int32, device=model.device)
         tokens[:, -1] = tokenizer.end
@@ -68,6 +65,12 @@ def write(model: DualEncoder, folder: Path) -> None:
         _export(tower, tokens, sizes, folder / TEXTUAL / MODEL, about["text_cfg"])
         write_tokenizer(tokenizer, folder / TEXTUAL)
     (folder / ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+
+def cleaning(tokenizer: CaptionTokenizer) -> str:
+    """Name in open_clip of the cleaning that tokenizer.json does not contain, or ""."""
+    wrapped = isinstance(tokenizer, WrappedTokenizer) and tokenizer.clip is None
+    return str(tokenizer.stored["clean"]) if wrapped else ""  # type: ignore[attr-defined]
 
 
 def reread(folder: Path) -> Reread:
@@ -86,10 +89,10 @@ def reread(folder: Path) -> Reread:
 def _export(module: nn.Module, example: Tensor, sizes: dict[int, Any], path: Path, about: dict[str, Any]) -> None:
     options: dict[str, Any] = {f"{kind}_names": [about[kind]] for kind in ("input", "output")}
     options |= {"dynamo": True, "dynamic_shapes": (sizes,), "opset_version": OPSET, "verbose": False}
-    unchecked = mock.patch.dict(os.environ, TRANSFORMERS_DISABLE_TORCH_CHECK="1")  # ONNX has no operator for its checks
+    os.environ["TRANSFORMERS_DISABLE_TORCH_CHECK"] = "1"  # ONNX has no operator for these checks of transformers
     try:
         # The exporter warns and prints.
-        with warnings.catch_warnings(action="ignore"), quiet("torch.onnx"), redirect_stdout(io.StringIO()), unchecked:
+        with warnings.catch_warnings(action="ignore"), quiet("torch.onnx"), redirect_stdout(io.StringIO()):
             program = torch.onnx.export(module, (example,), **options)
             assert program is not None
             program.save(path)

@@ -2,9 +2,8 @@
 
 import copy
 import json
-import logging
 from collections.abc import Mapping
-from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,17 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from declip.data.text.tokenizer import Tokenizer
 from declip.errors import UserError
 from declip.interchange import layouts
 from declip.interchange.open_clip_model import (
     CONFIG,
+    FOLDER,
+    HERE,
     PREFIXES,
     OpenClipModel,
-    image_statistics,
+    encoder_from,
+    image_keys,
     load_open_clip,
     matches,
     wrap_open_clip,
@@ -36,14 +39,24 @@ from declip.recipe.load import load_recipe
 
 __all__ = ["matches", "read", "reread", "write"]
 
-log = logging.getLogger("declip")
-
 LIBRARY = "open_clip"
 WEIGHTS = "open_clip_model.safetensors"
 CLOSE = 1e-4  # tolerance for features of length 1, between a model here and in open_clip
 CAPTIONS = ("a red circle", "Two CATS &amp; a dog, asleep on a sofa", "")
 
 ENCODERS = ("bert", "roberta", "xlm-roberta")  # text encoder architectures that both open_clip 3.3 and declip build
+EXPRESSED = {
+    "vision_cfg": {
+        *("layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size", "patch_dropout", "timm_model_name"),
+        *("timm_model_pretrained", "timm_pool", "timm_proj_bias", "timm_drop", "timm_drop_path"),
+    },
+    "text_cfg": {
+        *("context_length", "vocab_size", "width", "heads", "layers", "proj_bias"),
+        *("hf_tokenizer_name", "tokenizer_kwargs"),
+    },
+}
+"""Settings of open_clip's towers that recipes have, or that matter in open_clip's training alone."""
+
 POOLERS = {"cls": "cls_last_hidden_state_pooler", "mean": "mean_pooler"}
 
 Part = tuple[dict[str, Any], layouts.TensorLayout]
@@ -57,24 +70,47 @@ def read(where: str) -> Weights:
     converted; other towers are wrapped as they are. The features are compared with those of open_clip.
     """
     opened = load_open_clip(where)
-    with suppress(Exception):  # another architecture than CLIP's
-        tensors = opened.model.state_dict()
-        tensors["logit_scale"] = tensors["logit_scale"].squeeze()
-        keys, layout = _keys(opened, tensors)
-        recipe = load_recipe("clip", {"name": "from-open-clip", **keys})
-        return _compared(layouts.from_layout(recipe, layout, tensors, where), opened)
     try:
-        return _compared(wrap_open_clip(opened, where), opened)
+        return _compared((_convert if _is_clip(opened) else wrap_open_clip)(opened, where), opened)
     except Exception as error:  # a tower that is not known
         raise UserError(f"This model of open_clip cannot be read: {one_line(error).rstrip('.')}.") from error
 
 
-def _keys(opened: OpenClipModel, state: Mapping[str, Tensor]) -> Part:
-    from open_clip import CLIP
+def _is_clip(opened: OpenClipModel) -> bool:
+    """Whether a recipe can express the model: CLIP's class, settings, tokenizer and preprocessing."""
+    from open_clip import CLIP, CLIPTextCfg, CLIPVisionCfg, SimpleTokenizer
 
-    model, prepared = opened.model, opened.preprocess
-    if not isinstance(model, CLIP) or prepared.resize_mode != "shortest":
-        raise UserError("its towers or its preprocessing are not those of CLIP")
+    size = opened.preprocess.size
+    square = isinstance(size, int) or len(set(size)) == 1
+    if type(opened.model) is not CLIP or opened.preprocess.resize_mode != "shortest" or not square:
+        return False
+    for section, kind in (("vision_cfg", CLIPVisionCfg), ("text_cfg", CLIPTextCfg)):
+        given, usual = asdict(kind(**opened.config[section])), asdict(kind())
+        if any(given[name] != usual[name] for name in usual.keys() - EXPRESSED[section]):
+            return False
+    vision, text = opened.config["vision_cfg"], opened.config["text_cfg"]
+    simple = isinstance(opened.tokenizer, SimpleTokenizer)
+    cleaned = (text.get("tokenizer_kwargs") or {}).get("clean", "lower" if simple else "whitespace")
+    if (vision.get("timm_model_name") and vision.get("timm_pool") != "") or cleaned != "lower":
+        return False
+    if simple:
+        return True
+    vocabulary = opened.tokenizer.tokenizer.get_vocab()
+    merges = len(vocabulary) - layouts.NO_MERGES
+    return 0 <= merges < layouts.CLIP_MERGES and vocabulary == layouts.backend(Tokenizer(merges=merges)).get_vocab()
+
+
+def _convert(opened: OpenClipModel, origin: str) -> Weights:
+    """Convert the towers to those of declip."""
+    tensors = opened.model.state_dict()
+    tensors |= {name: tensor.squeeze() for name, tensor in tensors.items() if name.startswith("logit_")}
+    keys, layout = _keys(opened, tensors)
+    recipe = load_recipe("clip", {"name": "from-open-clip", **keys})
+    return layouts.from_layout(recipe, layout, tensors, origin)
+
+
+def _keys(opened: OpenClipModel, state: Mapping[str, Tensor]) -> Part:
+    model, size = opened.model, opened.preprocess.size
     tower, block = model.visual, model.transformer.resblocks[0]
     activation = "quick_gelu" if opened.config.get("quick_gelu") else "gelu"
     if hasattr(tower, "trunk"):
@@ -88,9 +124,9 @@ def _keys(opened: OpenClipModel, state: Mapping[str, Tensor]) -> Part:
         **image,
         **layouts.text_keys(state, "", block.attn.num_heads),
         "text.activation": activation,
-        "image.size": prepared.size if isinstance(prepared.size, int) else prepared.size[0],
-        **image_statistics(prepared),
+        **image_keys(opened, size if isinstance(size, int) else size[0]),
         "embed_dim": state["text_projection"].shape[1] if bare else len(state["text_projection.weight"]),
+        "logit_bias": float(state["logit_bias"]) if "logit_bias" in state else None,
     }
     return keys, layout + (layouts.CLIP_TEXT if bare else layouts.CLIP_TEXT_WITH_BIAS)
 
@@ -100,6 +136,8 @@ def _compared(weights: Weights, opened: OpenClipModel) -> Weights:
 
     # Odd sizes, so that resizing and cropping are compared too.
     ours, theirs, transform = weights.build().eval(), opened.model, image_transform_v2(opened.preprocess, False)
+    if opened.resize is not None:
+        transform.transforms[0].size = opened.resize
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (57, 91, 3), dtype=np.uint8))
     images = [noise, noise.resize((40, 333))]
     pixels, tokens = torch.stack([transform(image) for image in images]), opened.tokenizer(list(CAPTIONS))
@@ -113,40 +151,44 @@ def _compared(weights: Weights, opened: OpenClipModel) -> Weights:
     return weights
 
 
-def write(model: DualEncoder, folder: Path, repo: str | None = None, home: Path | None = None) -> None:
+def write(model: DualEncoder, folder: Path, repo: str | None = None) -> None:
     """Write open_clip_config.json, weights and, for a vocabulary other than CLIP's, a Hugging Face tokenizer.
 
-    On the Hub open_clip finds tokenizer and text encoder by the name of the repository only; `home` is the final path.
+    open_clip finds a text encoder by the name of the repository, or by a path: that of the folder is an argument in the
+    code of the card, so that the folder can be moved.
     """
-    config, tensors = _express(model, repo or str((home or folder).absolute()))
+    config, tensors = _express(model, repo or HERE)
     text_config = config["model_cfg"]["text_cfg"]
     # open_clip has CLIP's own tokenizer; others are files, as are configurations of text encoders.
-    encoder, needs_file = None, "hf_model_name" in text_config or "tokenizer_kwargs" in text_config
-    if isinstance(model.text_tower, HuggingfaceTextTower):
-        encoder = model.text_tower.encoder_config
-    elif isinstance(model.text_tower, WrappedTextTower):
-        wrapped = model.text_tower.wrapped
-        encoder, needs_file = wrapped.encoder, wrapped.tokenizer["definition"] is not None
-    if encoder is not None:
+    needs_file = "hf_model_name" in text_config or "tokenizer_kwargs" in text_config
+    if isinstance(model.text_tower, WrappedTextTower):
+        needs_file = model.text_tower.wrapped.tokenizer["definition"] is not None
+    if (encoder := text_encoder(model)) is not None:
         (folder / hf_encoder.CONFIG).write_text(json.dumps(dict(encoder), indent=2) + "\n", encoding="utf-8")
     if needs_file:
         # open_clip reads the tokenizer of a folder from that folder, and of a repository by its name.
         text_config["hf_tokenizer_name"] = repo or "tokenizer.json"
         layouts.write_tokenizer(model.tokenizer, folder)
-        if repo is None:
-            log.info("open_clip loads this export as local-dir:FOLDER. For the Hub: declip export --repo OWNER/NAME.")
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     save_tensors(tensors, folder / WEIGHTS, {"format": "pt"})
 
 
-def _express(model: DualEncoder, place: str = ".") -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Build open_clip's configuration and tensors; `place` is the folder or repository of the files."""
+def text_encoder(model: DualEncoder) -> Mapping[str, Any] | None:
+    """Configuration of the model's Hugging Face text encoder, if it has one."""
+    tower = model.text_tower
+    if isinstance(tower, HuggingfaceTextTower):
+        return tower.encoder_config
+    return tower.wrapped.encoder if isinstance(tower, WrappedTextTower) else None
+
+
+def _express(model: DualEncoder, place: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Build open_clip's configuration and tensors; `place` is the repository of the files, or `HERE`."""
     recipe = model.recipe
     # Towers of open_clip go back as they came; CLIP's are renamed.
     if isinstance(model.text_tower, WrappedTextTower):
         model_config, tensors = _express_wrapped(model, model.text_tower.wrapped)
         if model.text_tower.wrapped.encoder is not None:
-            model_config["text_cfg"]["hf_model_name"] = place
+            model_config["text_cfg"] |= {"hf_model_name": place, "hf_model_pretrained": False}
     else:
         keys = layouts.clip_keys(model.image_tower)
         if isinstance(model.text_tower, HuggingfaceTextTower):
@@ -185,15 +227,30 @@ def _express_wrapped(model: DualEncoder, stored: WrappedModel) -> tuple[dict[str
     return config, tensors
 
 
+def limits(model: DualEncoder) -> str:
+    """Describe what open_clip's configuration cannot hold, and what that changes; "" if it holds all."""
+    given, plain = model.preprocessor, copy.copy(model.preprocessor)
+    if given.squash or given.resize == given.size:
+        return ""
+    plain.resize = given.size
+    noise = np.random.default_rng(0).integers(0, 256, (8, 6, 8, 3), dtype=np.uint8)
+    images = [Image.fromarray(pixels).resize((640, 480)) for pixels in noise]  # smooth, as photographs are
+    with torch.no_grad():
+        both = [model.encode_image(prepare(images).to(model.device)) for prepare in (given, plain)]
+    cosine = float((both[0] * both[1]).sum(dim=1).min())
+    return (
+        f" open_clip's configuration has no resize to {given.resize} before the crop of {given.size}; the code of the "
+        f"card sets it. Without, features differ: cosine {cosine:.4f} or more on 8 smooth random images."
+    )
+
+
 def reread(folder: Path) -> layouts.Reread:
     """Load the folder with open_clip."""
     import open_clip
 
     text_config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["model_cfg"]["text_cfg"]
-    changes: dict[str, Any] = {}
-    if "hf_model_name" in text_config:  # the name is the final path, which does not exist yet
-        changes["text_cfg"] = {**text_config, "hf_model_name": str(folder), "hf_model_pretrained": False}
-    model: Any = open_clip.create_model(f"local-dir:{folder}", weights_only=True, **changes).eval()
+    changes = encoder_from(folder, text_config)
+    model: Any = open_clip.create_model(f"{FOLDER}{folder}", weights_only=True, **changes).eval()
     context = int(model.context_length)
     return (
         f"open_clip {open_clip.__version__}",
@@ -223,6 +280,7 @@ def _text_encoder(tower: HuggingfaceTextTower, given: str, place: str) -> Part:
         "context_length": tower.context,
         "vocab_size": tower.encoder_config["vocab_size"],
         "hf_model_name": given.removeprefix(hf_encoder.PREFIX) if given.startswith(hf_encoder.PREFIX) else place,
+        "hf_model_pretrained": False,  # the weights are in the folder
         "hf_proj_type": "linear",
         "hf_pooler_type": POOLERS[tower.pooling],
     }

@@ -28,6 +28,8 @@ log = logging.getLogger("declip")
 
 PREFIX, FOLDER = "open_clip:", "local-dir:"
 CONFIG = "open_clip_config.json"
+ENCODER = "config.json"  # of a text encoder of transformers
+HERE = "."  # "hf_model_name" of a text encoder whose config.json is in the same folder
 IN_FOLDER = ("*.safetensors", "*.bin", "*.pth")  # patterns of weights that open_clip 3.3 reads in a folder
 PREFIXES = ("visual.", "text.")  # prefixes of tensors of open_clip's image and text tower
 
@@ -40,6 +42,7 @@ class OpenClipModel(NamedTuple):
     preprocess: Any
     tokenizer: Any
     config: Mapping[str, Any]
+    resize: int | None = None  # shorter side before the crop, in an export of declip where it is not the image size
 
 
 def matches(where: str) -> bool:
@@ -63,8 +66,11 @@ def load_open_clip(given: str) -> OpenClipModel:
             # Check files and configuration, then build and load.
             config = open_clip.get_model_config(name)
             counts = [check_file(file) for file in files]
+            resize = None
             if name.startswith(FOLDER):
-                _check_config(open_clip, name, config, sum(counts), files)
+                options |= _check_config(open_clip, name, config, sum(counts), files)
+                stored = json.loads(files[0].with_name(CONFIG).read_text(encoding="utf-8"))
+                resize = stored.get("preprocess_cfg", {}).get("resize")
             tokenizer = _tokenizer(open_clip, given, name, config.get("text_cfg", {}))
             model: Any = open_clip.create_model(name, weights_only=True, **options)
             if not name.startswith(FOLDER):
@@ -77,21 +83,40 @@ def load_open_clip(given: str) -> OpenClipModel:
         except Exception as error:  # a wrong file or configuration raises any class
             raise UserError(f"Cannot load '{given}': {reason(error)} Give weights of that model.") from error
     config = config | ({"quick_gelu": True} if options.get("force_quick_gelu") else {})
-    return OpenClipModel(name, model.eval(), prepared, tokenizer, config)
+    return OpenClipModel(name, model.eval(), prepared, tokenizer, config, resize)
 
 
-def _check_config(open_clip: ModuleType, name: str, config: Mapping[str, Any], tensors: int, files: list[Path]) -> None:
-    """Compare the configuration of a folder with its weights before memory is allocated for it."""
+def encoder_from(folder: Path, text: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `open_clip.create_model` to build a text encoder by the config.json in the model's folder, if any.
+
+    The name in the model's configuration may be a path on another machine, or need a network.
+    """
+    from open_clip.hf_configs import arch_dict
+
+    file = folder / ENCODER
+    if "hf_model_name" not in text or not file.is_file():
+        return {}
+    if json.loads(file.read_text(encoding="utf-8")).get("model_type") not in arch_dict:  # of another model
+        return {}
+    return {"text_cfg": {**text, "hf_model_name": str(folder), "hf_model_pretrained": False}}
+
+
+def _check_config(
+    open_clip: ModuleType, name: str, config: Mapping[str, Any], tensors: int, files: list[Path]
+) -> dict[str, Any]:
+    """Compare the configuration of a folder with its weights before memory is allocated; see `encoder_from`."""
+    folder, text = files[0].parent, config.get("text_cfg", {})
     sections = [part for key, part in config.items() if key.endswith("_cfg")]
-    encoder = files[0].with_name("config.json")  # of a text encoder of transformers
-    if encoder.is_file():
-        sections.append(json.loads(encoder.read_text(encoding="utf-8")))
+    if (folder / ENCODER).is_file():
+        sections.append(json.loads((folder / ENCODER).read_text(encoding="utf-8")))
     check_layers(sections, tensors, CONFIG)
-    if config.get("text_cfg", {}).get("hf_model_name"):
-        return  # compared when the model is wrapped
+    encoder = encoder_from(folder, text)
+    if text.get("hf_model_name") and not encoder:
+        return {}  # an encoder of the Hub is compared when the model is wrapped
     with torch.device("meta"):
-        model = open_clip.create_model(name, load_weights=False, pretrained_text=False, device="meta")
+        model = open_clip.create_model(name, load_weights=False, pretrained_text=False, device="meta", **encoder)
     refuse_growth(CONFIG, memory_of(model), sum(file.stat().st_size for file in files))
+    return encoder
 
 
 def _tokenizer(open_clip: ModuleType, given: str, name: str, text: Mapping[str, Any]) -> Any:
@@ -195,20 +220,24 @@ def wrap_open_clip(opened: OpenClipModel, origin: str) -> Weights:
     name = PREFIX + _short_name(opened.name)
     keys = {
         **{"name": "from-open-clip", "embed_dim": config["embed_dim"], "image.model": name, "text.hf_model": name},
-        **{"image.size": size, **image_statistics(prepared)},
+        **image_keys(opened, size),
         **{"text.pretrained": False, "text.context_length": tokenizer.context},
         "logit_bias": float(tensors["logit_bias"]) if "logit_bias" in tensors else None,
     }
     return Weights(load_recipe("clip", keys), tensors, origin)
 
 
-def image_statistics(prepared: Any) -> dict[str, Any]:
-    """Recipe keys of open_clip's preprocessing besides its size; "random" interpolation is bicubic in evaluation."""
-    interpolation = "bilinear" if prepared.interpolation == "bilinear" else "bicubic"
+def image_keys(opened: OpenClipModel, size: int) -> dict[str, Any]:
+    """Recipe keys of open_clip's preprocessing; "random" interpolation is bicubic in evaluation."""
+    prepared = opened.preprocess
+    if opened.resize is not None and (type(opened.resize) is not int or opened.resize < size):
+        raise UserError(f"preprocess_cfg.resize is {opened.resize!r}; it must be an integer of {size} or more")
     return {
+        "image.size": size,
         "image.mean": list(prepared.mean),
         "image.std": list(prepared.std),
-        "image.interpolation": interpolation,
+        "image.interpolation": "bilinear" if prepared.interpolation == "bilinear" else "bicubic",
+        "image.crop_pct": size / (opened.resize or size),
     }
 
 
