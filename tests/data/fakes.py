@@ -69,10 +69,12 @@ class Words:
         return " ".join(self.word_of[number] for number in ids[1:-1])
 
 
-def make_loader(source=None, *, size=12, context=32, mask=0.15, whole_context=False, **options):
+def make_loader(
+    source=None, *, size=12, context=32, mask=0.15, whole_context=False, interpolation="bicubic", **options
+):
     """A loader of two views; options go to `TextView`, the loader and the assembler."""
     text = {name: options.pop(name) for name in TextView.model_fields.keys() & options}
-    specs = tuple(ViewSpec(name, size, ImageView()) for name in ("first", "second"))
+    specs = tuple(ViewSpec(name, size, ImageView(), interpolation) for name in ("first", "second"))
     plan = Plan(specs, 2, TextView(**text), mask, whole_context, (0.5,) * 3, (0.25,) * 3)
     loading = {name: options.pop(name) for name in {"start_step", "workers", "max_broken_fraction"} & options.keys()}
     assembler = Assembler(source or Noise(), Words(context), plan, **({"batch_size": 6, "seed": 3} | options))

@@ -30,6 +30,13 @@ def first_of(loader, count):
         return list(itertools.islice(loader, count))
 
 
+def test_views_are_cropped_with_the_interpolation_of_their_plan():
+    loaders = [make(interpolation=how) for how in ("bicubic", "bilinear")]
+    cubic, linear = (first_of(loader, 1)[0].views["first"].pixels for loader in loaders)
+    assert not torch.equal(cubic, linear)
+    assert (cubic.float().std() > linear.float().std()).item(), "the filter with negative lobes keeps more contrast"
+
+
 def content(batch):
     tensors = dict(vars(batch))
     for name, view in batch.views.items():

@@ -105,6 +105,17 @@ def test_onnx_gives_the_same_features(open_family, tmp_path):
     refuses(r"onnx: .*tokenizer.*safetensors", declip.export, model, "onnx", tmp_path / "refused")
 
 
+def test_a_file_of_before_keeps_its_interpolation(open_family):
+    """It stood with the wrapped model, not in the recipe."""
+    weights = open_family("mobileclip2")[0]
+    stored = weights.encoder
+    old = replace(stored, image={"interpolation": "bilinear", "squash": False}).to_tensor()
+    image = weights.recipe.image.model_copy(update={"interpolation": "bicubic"})
+    recipe = weights.recipe.model_copy(update={"image": image})
+    model = replace(weights, recipe=recipe, tensors={**weights.tensors, ENTRY: old}).build()
+    assert model.preprocessor.filter.name == "BILINEAR"
+
+
 @every_family
 def test_every_parameter_has_a_gradient_and_a_layer(family, own_file):
     model = read(own_file(family)).build()

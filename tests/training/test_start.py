@@ -66,9 +66,11 @@ def test_keys_that_hold_beside_weights(start, table, tmp_path):
     for recipe in ("finetune", "clip", "declip-yfcc15m-vitb32"):
         assert found.fit(load_recipe(recipe, keys)).image.mean == STATISTICS["mean"]
     given = keys | {"image.mean": [0.1, 0.2, 0.3], "image.size": 48, "train.batch_size": 8}
+    given |= {"image.interpolation": "bilinear", "image.crop_pct": 0.75}
     given |= {"image.model_kwargs": {"patch_drop_rate": 0.5}}
     recipe = assemble(load_recipe("clip", given), tmp_path / "run", quiet=True).recipe
     assert (recipe.image.mean, recipe.image.std, recipe.image.size) == ((0.1, 0.2, 0.3), STATISTICS["std"], 48)
+    assert (recipe.image.interpolation, recipe.image.resize) == ("bilinear", 64)
     assert recipe.image.model_kwargs == {**VIT["model_kwargs"], "patch_drop_rate": 0.5}
     (tmp_path / "resolved.yaml").write_text(recipe.to_yaml())
     assert found.fit(load_recipe(tmp_path / "resolved.yaml")) == recipe
