@@ -52,9 +52,10 @@ def test_usual_names_are_found_where_no_other_is_given():
     [(("title", "description", "Tags"), "Not used: description, Tags."), (("title", "price"), ""),
      (("caption", "title"), "")],
 )  # fmt: skip
-def test_a_guess_among_several_columns_of_captions_is_said_once(folder, caplog, names, unused):
+def test_a_guess_among_several_columns_of_captions_is_said_once(folder, caplog, monkeypatch, names, unused):
     path = write(folder / f"{len(names)}{names[0]}.csv", [("a.png", *"xyz"[: len(names)])], ("image", *names))
-    assert [open_source(path).captions(0) for _ in range(2)] == [("x",)] * 2
+    monkeypatch.chdir(folder)
+    assert [open_source(each).captions(0) for each in (path, path.name)] == [("x",)] * 2
     said = [record.getMessage() for record in caplog.records]
     assert [unused in each and "data.columns.caption" in each for each in said] == [True] * bool(unused)
 

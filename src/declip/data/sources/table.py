@@ -178,10 +178,8 @@ def find_columns(names: Sequence[str], columns: Columns, where: Path | str) -> t
         others = [lower[name] for name in (*CAPTION_NAMES, *OTHER_TEXTS) if lower.get(name, caption) != caption]
         if caption != columns.caption and others:
             unused = ", ".join(printable(name) for name in others)
-            warn_once(
-                f"Captions of '{where}': {caption}. Not used: {unused}. Name another column by data.columns.caption in "
-                "training, --caption-column elsewhere."
-            )
+            problem = f"Captions of '{Path(where).name}': {caption}. Not used: {unused}."
+            warn_once(f"{problem} Name another by data.columns.caption in training, --caption-column elsewhere.")
     return image, caption, columns.group and find_column(names, columns.group, ("",), "group", where)
 
 
