@@ -16,7 +16,7 @@ from torch.nn.functional import normalize
 
 from app.conftest import NAMES, ask
 from conftest import refuses
-from declip.app.caption_table import CaptionTable
+from declip.app.caption_table import CaptionFile, CaptionTable
 from declip.app.pairs import compare_captions, find_similar
 from declip.app.server import open_state
 from declip.app.state import AppState
@@ -133,7 +133,7 @@ def test_other_rows_keep_their_bytes(start, tmp_path, content):
 def test_captions_are_changed_and_deleted_in_their_rows(start, tmp_path, uncaptioned):
     path = tmp_path / "captions.csv"
     image = uncaptioned.parent / f"{NAMES[0]}.png"
-    path.write_text(f"image,caption,note\n{image},first,1\nother.png,x,2\n{image},second,3\n")
+    path.write_text(f'image,caption,note\n{image},first,"1\n\n"\n\nother.png,x,2\n{image},second,3\n')
     with ask(start()) as client:
         shown = client.get("/api/caption?tab=one&place=0").json()
         assert shown["saved"] == ["first", "second"]
@@ -145,9 +145,10 @@ def test_captions_are_changed_and_deleted_in_their_rows(start, tmp_path, uncapti
         shown["saved"] = ["the 2nd"]
         answer = change(client, shown, 0).json()
         assert (answer["saved"], answer["done"]) == ([], 0)
-        assert path.read_text() == f"image,caption,note\n{image},,1\nother.png,x,2\n{image},,3\n"
-        save(client, {**shown, "saved": []}, "again")
-    assert path.read_text() == f"image,caption,note\n{image},again,1\nother.png,x,2\n{image},,3\n"
+        assert path.read_text() == f'image,caption,note\n{image},,"1\n\n"\n\nother.png,x,2\n{image},,3\n'
+        save(client, {**shown, "saved": []}, "again", "and again")
+    written = path.read_text()
+    assert written == f'image,caption,note\n{image},again,"1\n\n"\n\nother.png,x,2\n{image},and again,3\n'
 
 
 def change(client, shown, number, *captions):
@@ -196,6 +197,30 @@ def test_what_another_program_writes_meanwhile_stays(start, tmp_path, monkeypatc
         answer = save(client, client.get("/api/caption?tab=one").json(), "mine")
     assert ("theirs 0" in path.read_text(), "mine" in path.read_text()) == (True, times == 1)
     assert answer.status_code == (200 if times == 1 else 400)
+
+
+def test_a_table_that_is_replaced_while_it_is_read_is_read_again(tmp_path, monkeypatch):
+    class Replaced(DelimitedRows):
+        def records(self):
+            rows = [*super().records()]
+            if len(rows) < 3:
+                path.write_text(path.read_text() + "x.png,theirs\n")
+            return rows
+
+    (path := tmp_path / "captions.csv").write_text("image,caption\n")
+    monkeypatch.setattr("declip.app.caption_table.DelimitedRows", Replaced)
+    assert len(CaptionFile.read(path).rows) == 3
+
+
+def test_the_next_image_is_one_that_no_tab_shows(start, monkeypatch):
+    with ask(start()) as client:
+
+        def place(tab, after=-1):
+            return client.get(f"/api/caption?tab={tab}&after={after}").json()["place"]
+
+        assert [place("one"), place("one"), place("two"), place("two", 5), place("two", 47)] == [0, 0, 1, 6, 1]
+        monkeypatch.setattr("declip.app.captions.HELD", -1)  # seconds: all tabs were left long ago
+        assert place("three") == 0
 
 
 def test_after_25_images_the_heads_are_fitted(start):

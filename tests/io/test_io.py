@@ -1,6 +1,7 @@
 """Files that appear whole, the cache, workers that outlive their process, and progress."""
 
 import errno
+import fcntl
 import io
 import multiprocessing
 import os
@@ -22,7 +23,7 @@ from conftest import read_only, refuses
 from declip.api import train
 from declip.errors import UserError
 from declip.io import pool, progress
-from declip.io.atomic import atomic_write, cache_folder, locked_folder, save_tensors, write_text
+from declip.io.atomic import atomic_write, cache_folder, locked_folder, remove, save_tensors, write_text
 from declip.io.cache import LOCK, cache_entries, clear_cache, hold, trim_cache
 from declip.io.progress import progress_bar
 from declip.training.sinks import Bar, RunInfo
@@ -139,11 +140,11 @@ def names(cache):
 
 
 def test_features_longest_unused_go_first(cache, monkeypatch):
-    monkeypatch.setenv("DECLIP_CACHE_GB", "2.5e-6")
     with FileLock(cache / "features/b" / LOCK):  # of another process
-        os.utime(cache / "features/b", (2, 2))
-        trim_cache("features", keep=[cache / "features/a"])
-    assert names(cache) == {"features/a", "features/b", "shards/e", "emoji/f"}
+        for limit, left in (("3e-6", "abd"), ("1e-6", "ab")):
+            monkeypatch.setenv("DECLIP_CACHE_GB", limit)
+            trim_cache("features", keep=[cache / "features/a"])
+            assert names(cache) == {"shards/e", "emoji/f", *(f"features/{name}" for name in left)}
     monkeypatch.setenv("DECLIP_CACHE_GB", "much")
     refuses("DECLIP_CACHE_GB is 'much'", trim_cache, "features", keep=())
 
@@ -179,6 +180,29 @@ def test_a_folder_that_is_used_again_is_another_than_the_removed_one(cache):
         assert os.path.samestat(os.fstat(second.fileno()), (cache / "features/a" / LOCK).stat())
         assert clear_cache("features") == 0
     assert first.closed
+
+
+def test_a_folder_that_is_used_while_it_is_removed_is_a_new_one(cache, monkeypatch):
+    folder, flock = cache / "features/a", fcntl.flock
+
+    def removed_before(file, kind):
+        monkeypatch.setattr("fcntl.flock", flock)
+        remove(folder)
+        flock(file, kind)
+
+    monkeypatch.setattr("fcntl.flock", removed_before)
+    with hold(folder) as held:
+        assert os.path.samestat(os.fstat(held.fileno()), (folder / LOCK).stat())
+    # --- another process begins to use what is being removed
+
+    def used_while_removed(path):
+        if "b" in path.name:
+            hold(cache / "features/b").close()
+        remove(path)
+
+    monkeypatch.setattr("declip.io.cache.remove", used_while_removed)
+    assert clear_cache("features") == 3_000
+    assert [path.name for path in (cache / "features").iterdir()] == ["b"]
 
 
 def test_workers_end_when_the_main_process_was_killed(monkeypatch):
