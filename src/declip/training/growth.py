@@ -14,10 +14,11 @@ from declip.models.closed_form import START, Form
 from declip.training.heads import Choice, Estimate, HeldOutRanks, effective_groups, group_sums, jackknife
 
 PARTS = (1 / 8, 1 / 4, 1 / 2, 1.0)
+FITTED = 3  # largest parts that the line is fitted to
 TIMES = (2, 4, 8)
 MORE_RIDGE = (1.0, 3.0, 10.0)  # times the ridge of all pairs: fewer pairs need more
 FEWEST = 30  # groups of equal size
-BEND = 0.05  # standard deviation of the logit for each doubling, by which a curve leaves the straight line
+BEND = 0.1  # standard deviation of the logit for each doubling, by which a curve leaves the straight line
 FULL = 0.999  # percentile that cannot grow much
 
 
@@ -76,7 +77,8 @@ def _continued(images: list[int], outcomes: list[HeldOutRanks], groups: np.ndarr
     without = (sums.sum(axis=1, keepdims=True) - sums) / (counts.sum() - counts)
     logits = logit(without.clip(least, 1 - least))
     # --- the slope for each doubling by least squares
-    doublings = np.log2(np.array(images) / images[-1])
+    # Of the largest parts: with a few pairs the heads are nearly those of the classes, and the curve is flat.
+    doublings, logits = np.log2(np.array(images) / images[-1])[-FITTED:], logits[-FITTED:]
     centered = doublings - doublings.mean()
     slopes = centered @ logits / (centered**2).sum()  # (g,)
     if slopes.mean() < jackknife(slopes, counts) / 2:
