@@ -34,7 +34,7 @@ setup: $(VENV)/.installed
 
 demo: setup
 	$(BIN)/declip data download builtin:emoji
-	$(BIN)/declip train demo-declip --out $(RUN) --resume
+	$(BIN)/declip train demo-few-declip --out $(RUN) --resume
 
 # The app's tests need a browser; root on Debian gets one, anybody else a line that says what is skipped.
 CHROMIUM := apt-get install -y -q --no-install-recommends chromium

@@ -50,7 +50,7 @@ def build(tower: str, precision: str, engine: str = "torch") -> DualEncoder:
         return load(tower, "cpu", precision, engine)  # type: ignore[arg-type]
     torch.manual_seed(0)
     keys = {"image.model": TOWERS[tower], "image.size": 224, "embed_dim": 512}
-    return convert(DualEncoder(load_recipe("clip", keys), text=False).eval(), precision, engine)
+    return convert(DualEncoder(load_recipe("few-clip", keys), text=False).eval(), precision, engine)
 
 
 def open_clip_loop(tower: str, paths: list[Path]) -> Callable[[], object]:

@@ -38,7 +38,7 @@ from declip.training import sinks, trainer
 from declip.training.assemble import assemble
 from declip.training.trainer import Trainer
 
-RECIPES = tuple(f"demo-{name}" for name in ("clip", "slip", "declip", "declip-official", "multi-view"))
+RECIPES = tuple(f"demo-{name}" for name in ("few-clip", "slip", "few-declip", "declip", "multi-view"))
 STEPS = 24
 SMALL = {
     "train.steps": STEPS, "train.batch_size": 16, "train.checkpoint_every": 5, "train.log_every": 2,

@@ -112,7 +112,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     keys = {"train.steps": options.steps, "data.workers": 1, "train.evaluate_every": 1000}
-    recipe = load_recipe("demo-declip", keys)
+    recipe = load_recipe("demo-few-declip", keys)
     options.out.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory() as folder:
         kept = options.out / "rows.json"

@@ -93,13 +93,13 @@ class Distillation(Term):
 
 def main(data: str, out: str, teacher: str | None = None, **overrides: object) -> None:
     """Train the small demo model with a teacher; without one, an equal model is trained first."""
-    given = teacher or str(declip.train("demo-clip", overrides, out=f"{out}-teacher", data=data).folder)
+    given = teacher or str(declip.train("demo-few-clip", overrides, out=f"{out}-teacher", data=data).folder)
 
     class Taught(Distillation):
         teacher = given
 
     overrides = {"loss_weights": {"contrastive": 0.5, "distillation": 0.5}, **overrides}
-    declip.train("demo-clip", overrides, out=out, data=data, terms={"distillation": Taught})
+    declip.train("demo-few-clip", overrides, out=out, data=data, terms={"distillation": Taught})
 
 
 if __name__ == "__main__":

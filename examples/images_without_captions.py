@@ -37,7 +37,7 @@ def main(images: str, pairs: str, out: str, steps: int = 2400, **overrides: obje
     keys = {"loss_weights": {"contrastive": 0.0, "simclr": 1.0}, "train.steps": alone, **STRONG, **overrides}
     first = declip.train("demo-slip", keys, out=f"{out}-images", data=Images(images), report=False)
     keys = {"finetune.pretrained": str(first.folder), "train.steps": round((1 - SHARE) * steps), **overrides}
-    declip.train("demo-clip", keys, out=out, data=pairs)
+    declip.train("demo-few-clip", keys, out=out, data=pairs)
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ class WithoutDuplicates(Term):
 def main(data: str, out: str, **overrides: object) -> None:
     """Train the small demo model with the loss in place of the contrastive one."""
     overrides = {"loss_weights": {"without_duplicates": 1.0}, **overrides}
-    declip.train("demo-clip", overrides, out=out, data=data, terms={"without_duplicates": WithoutDuplicates})
+    declip.train("demo-few-clip", overrides, out=out, data=data, terms={"without_duplicates": WithoutDuplicates})
 
 
 if __name__ == "__main__":

@@ -109,7 +109,7 @@ class WordClassification(Term):
 def main(data: str, out: str, **overrides: object) -> None:
     """Train the small demo model with the additional loss."""
     overrides = {"loss_weights": {"contrastive": 1.0, "word_classification": 0.3}, **overrides}
-    declip.train("demo-clip", overrides, out=out, data=data, terms={"word_classification": WordClassification})
+    declip.train("demo-few-clip", overrides, out=out, data=data, terms={"word_classification": WordClassification})
 
 
 if __name__ == "__main__":

@@ -132,8 +132,8 @@ def world(emoji_cache, tmp_path_factory):
         draw(COLOURS[0], SHAPES[0]).save(folder / "photo.jpg")
         runs = folder / "runs"
         for name, recipe in {
-            "demo": declip.load_recipe("demo-declip"),
-            "vit": declip.load_recipe("demo-clip", {"image.model": "declip_vit_tiny"}),
+            "demo": declip.load_recipe("demo-few-declip"),
+            "vit": declip.load_recipe("demo-few-clip", {"image.model": "declip_vit_tiny"}),
         }.items():
             declip.train(small(recipe), out=runs / name, quiet=True, report=False)
         declip.embed(runs / "demo", folder / "pictures", out=folder / "indices" / "pictures")

@@ -112,7 +112,7 @@ LAYERS = 100_000
 
 def own_file(folder):
     """A file of some hundred bytes, as in the first report."""
-    recipe = declip.load_recipe("clip", {"text.layers": LAYERS}).to_yaml()
+    recipe = declip.load_recipe("few-clip", {"text.layers": LAYERS}).to_yaml()
     path = folder / "small.safetensors"
     path.write_bytes(save({"model.text_tower.ln_final.weight": torch.ones(1)}, {"declip.recipe": recipe}))
     return path
@@ -120,7 +120,7 @@ def own_file(folder):
 
 def own_file_with_encoder(folder):
     encoder = TextEncoder({"model_type": "bert", "num_hidden_layers": LAYERS}, "{}", {})
-    recipe = declip.load_recipe("clip", {"text.hf_model": "x"}).to_yaml()
+    recipe = declip.load_recipe("few-clip", {"text.hf_model": "x"}).to_yaml()
     path = folder / "encoder.safetensors"
     path.write_bytes(save({f"model.{ENTRY}": encoder.to_tensor()}, {"declip.recipe": recipe}))
     return path

@@ -34,7 +34,7 @@ COUNT = 60
 def start(kind="conv"):
     """Two towers without projections, with a classifier."""
     torch.manual_seed(0)
-    recipe = load_recipe("clip", KINDS[kind])
+    recipe = load_recipe("few-clip", KINDS[kind])
     model = DualEncoder.from_recipe(recipe)
     tensors = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(PROJECTIONS)}
     rows = torch.randn(COUNT, model.image_tower.pre_logits_width)

@@ -68,7 +68,7 @@ def build(kind, **changes):
     """A small model in evaluation mode."""
     with torch.random.fork_rng():
         torch.manual_seed(3)
-        return spread(DualEncoder.from_recipe(load_recipe("clip", {**KINDS[kind], **changes})))
+        return spread(DualEncoder.from_recipe(load_recipe("few-clip", {**KINDS[kind], **changes})))
 
 
 def spread(model):

@@ -45,7 +45,7 @@ def test_a_wrong_tower_is_named():
         refuses(f"timm cannot build the image tower '{name}'", ImageTower, name, 32, 8, options)
     tower = ImageTower("declip_vit_tiny", 32, 8, freeze_patch_embed=True)
     assert not tower.trunk.patch_embed.proj.weight.requires_grad
-    refuses("needs a vision transformer", ImageTower, "declip_conv_tiny", 32, 8, freeze_patch_embed=True)
+    refuses("image.freeze_patch_embed=false", ImageTower, "declip_conv_tiny", 32, 8, freeze_patch_embed=True)
 
 
 def test_an_image_much_smaller_than_the_tower_was_made_for_is_said_once(caplog):

@@ -34,13 +34,14 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 SHARED = {"multi_view": 0.2, "simsiam": 0.2, "masked_language": 0.2, "nearest_neighbor": 0.2}
 OFFICIAL = {"contrastive": 0.1, **SHARED, "multi_view": 0.3}
+FEW = {"contrastive": 0.15, "multi_view": 0.45, "simsiam": 0.2, "nearest_neighbor": 0.2}
 METHOD = {
-    ("clip", "demo-clip"): {"contrastive": 1},
+    ("clip", "demo-clip", "few-clip", "demo-few-clip"): {"contrastive": 1},
     ("slip", "demo-slip"): {"contrastive": 1, "simclr": 1},
     ("filip",): {"contrastive": 1, "late_interaction": 1},
-    ("declip", "demo-declip"): {"contrastive": 0.15, "multi_view": 0.45, "simsiam": 0.2, "nearest_neighbor": 0.2},
-    ("declip-yfcc15m-vitb32", "demo-declip-official"): OFFICIAL,
-    ("defilip-yfcc15m-vitb32",): {**OFFICIAL, "late_interaction": 0.2},
+    ("few-declip", "demo-few-declip"): FEW,
+    ("declip", "demo-declip"): OFFICIAL,
+    ("defilip",): {**OFFICIAL, "late_interaction": 0.2},
 }
 
 
@@ -49,6 +50,19 @@ def test_recipes_have_the_weights_of_the_method():
         for recipe in map(load_recipe, names):
             assert recipe.active_losses == weights
             assert recipe.image.size == (32 if recipe.name.startswith("demo-") else 224)
+
+
+SCALE = {"name", "data.source", "data.columns.image", "data.workers"}
+SCALE |= {f"train.{key}" for key in ("batch_size", "steps", "lr", "warmup_lr", "warmup_steps")}
+SCALE |= {"train.grad_cache_chunk", "train.evaluate_every"}
+
+
+@pytest.mark.parametrize("method", ["clip", "slip", "filip", "declip", "defilip"])
+def test_a_method_differs_from_its_published_run_in_scale_alone(method):
+    ours, published = (flat(load_recipe(name).model_dump()) for name in (method, f"{method}-yfcc15m-vitb32"))
+    different = {key for key in {*ours, *published} if ours.get(key) != published.get(key)}
+    # Without its contrastive loss FILIP would not train the features that evaluation compares.
+    assert different - SCALE == ({"loss_weights.contrastive"} if method == "filip" else set())
 
 
 def test_the_published_recipe_has_the_authors_numbers():
@@ -95,8 +109,8 @@ def test_a_recipe_extends_another_file_and_an_override_changes_one_entry(tmp_pat
     assert load_recipe("clip", {"data.source": Path("a.csv")}).data.source == "a.csv"
     recipe = load_recipe("clip", {"data.columns.caption": "title"})
     assert recipe.data.columns == {"image": "image", "caption": "title"}
-    recipe = load_recipe("declip", {"loss_weights.simsiam": "0"})
-    assert recipe.loss_weights == {**METHOD["declip", "demo-declip"], "simsiam": 0}
+    recipe = load_recipe("few-declip", {"loss_weights.simsiam": "0"})
+    assert recipe.loss_weights == {**FEW, "simsiam": 0}
     assert "simsiam" not in recipe.active_losses
 
 
@@ -138,7 +152,7 @@ def test_a_child_recipe_with_a_source_of_its_own_has_its_own_evaluation_sets(tmp
     ],
 )
 def test_a_mistake_is_named(overrides, says):
-    refuses(says, load_recipe, "clip", overrides)
+    refuses(says, load_recipe, "few-clip", overrides)
 
 
 def test_a_mistake_in_a_file_is_named(tmp_path):

@@ -35,7 +35,9 @@ def test_a_run_is_loaded_exported_and_resumed(saved, tmp_path):
     assert_equals(declip.load(run), expected)
     declip.export(run, "safetensors", tmp_path / "out")
     assert_equals(declip.load(tmp_path / "out" / "declip.safetensors"), expected)
-    resumed = declip.train("clip", overrides(), out=run, data=PAIRS, resume=True, quiet=True, report=False)
+    resumed = declip.train(
+        "few-clip", {**overrides(), "name": "clip"}, out=run, data=PAIRS, resume=True, quiet=True, report=False
+    )
     assert resumed.steps_done == 5
     rows = read_rows(run / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]

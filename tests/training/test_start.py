@@ -52,7 +52,7 @@ def test_a_run_gives_towers_heads_tokenizer_statistics_and_scale(table, tmp_path
     ],
 )
 def test_a_key_that_the_weights_overrule_is_refused(keys, said, start, table, tmp_path):
-    for recipe in ("finetune", "clip"):
+    for recipe in ("finetune", "few-clip"):
         refuses(said, read_start(str(start)).fit, load_recipe(recipe, {"finetune.pretrained": str(start), **keys}))
     given = {"finetune.pretrained": str(start), "data.source": str(table), **keys}
     refuses(said, train, "finetune", given, out=tmp_path / "run", quiet=True, report=False)
@@ -63,12 +63,12 @@ def test_keys_that_hold_beside_weights(start, table, tmp_path):
     """Those of shipped recipes give way, equal ones are no matter, statistics are the user's where they are given."""
     found = read_start(str(start))
     keys = {"finetune.pretrained": str(start), "text.context_length": 20, "image.size": 32, "data.source": str(table)}
-    for recipe in ("finetune", "clip", "declip-yfcc15m-vitb32"):
+    for recipe in ("finetune", "few-clip", "declip-yfcc15m-vitb32"):
         assert found.fit(load_recipe(recipe, keys)).image.mean == STATISTICS["mean"]
     given = keys | {"image.mean": [0.1, 0.2, 0.3], "image.size": 48, "train.batch_size": 8}
     given |= {"image.interpolation": "bilinear", "image.crop_pct": 0.75}
     given |= {"image.model_kwargs": {"patch_drop_rate": 0.5}}
-    recipe = assemble(load_recipe("clip", given), tmp_path / "run", quiet=True).recipe
+    recipe = assemble(load_recipe("few-clip", given), tmp_path / "run", quiet=True).recipe
     assert (recipe.image.mean, recipe.image.std, recipe.image.size) == ((0.1, 0.2, 0.3), STATISTICS["std"], 48)
     assert (recipe.image.interpolation, recipe.image.resize) == ("bilinear", 64)
     assert recipe.image.model_kwargs == {**VIT["model_kwargs"], "patch_drop_rate": 0.5}

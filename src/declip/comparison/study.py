@@ -21,6 +21,7 @@ from declip.training.pairs import open_training_source
 
 STUDY = "study.json"
 BUDGETS = ("samples", "compute")
+BASELINES = ("clip", "few-clip", "demo-clip", "demo-few-clip")
 """Equal samples: every recipe takes its train.steps. Equal compute: the steps that fit into the first recipe's time."""
 
 
@@ -134,8 +135,8 @@ class Study:
 
     @property
     def baseline(self) -> str:
-        """The variant that the others are compared with: clip or demo-clip if present, else the first."""
-        return next((name for name in ("clip", "demo-clip") if name in self.names), self.names[0])
+        """The variant that the others are compared with: one of `BASELINES` if present, else the first."""
+        return next((name for name in BASELINES if name in self.names), self.names[0])
 
     def variant(self, name: str) -> Variant:
         """The variant with this name."""

@@ -72,7 +72,7 @@ def read(where: str) -> Weights:
             raise UserError(f"there is no {FILE}; other files are not read: save it as one safetensors file")
         weights = {name: tensor for name, tensor in load_file(folder / FILE).items() if not name.endswith(POSITION_IDS)}
         check_layers(keys, len(weights), CONFIG)
-        recipe = load_recipe("clip", {"name": "from-huggingface", **keys})
+        recipe = load_recipe("few-clip", {"name": "from-huggingface", **keys})
         return layouts.from_layout(recipe, layouts.TRANSFORMERS, weights, where)
     except Exception as error:  # wrong files raise any class
         name = "" if isinstance(error, UserError) else f"{type(error).__name__}: "

@@ -105,7 +105,7 @@ def _convert(opened: OpenClipModel, origin: str) -> Weights:
     tensors = opened.model.state_dict()
     tensors |= {name: tensor.squeeze() for name, tensor in tensors.items() if name.startswith("logit_")}
     keys, layout = _keys(opened, tensors)
-    recipe = load_recipe("clip", {"name": "from-open-clip", **keys})
+    recipe = load_recipe("few-clip", {"name": "from-open-clip", **keys})
     return layouts.from_layout(recipe, layout, tensors, origin)
 
 

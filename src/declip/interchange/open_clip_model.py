@@ -224,7 +224,7 @@ def wrap_open_clip(opened: OpenClipModel, origin: str) -> Weights:
         **{"text.pretrained": False, "text.context_length": tokenizer.context},
         "logit_bias": float(tensors["logit_bias"]) if "logit_bias" in tensors else None,
     }
-    return Weights(load_recipe("clip", keys), tensors, origin)
+    return Weights(load_recipe("few-clip", keys), tensors, origin)
 
 
 def image_keys(opened: OpenClipModel, size: int) -> dict[str, Any]:

@@ -86,7 +86,7 @@ def read_text(where: str) -> Weights:
         "text.context_length": 64,
         "embed_dim": 384,
     }
-    recipe = load_recipe("clip", keys)
+    recipe = load_recipe("few-clip", keys)
     with torch.random.fork_rng(devices=[]), Uninitialized():
         state = DualEncoder(recipe, _text_encoder(config, tokenizer), image=False).state_dict()
     text = {f"{TEXT_ENCODER}{name}": tensor for name, tensor in load_file(weights).items()}

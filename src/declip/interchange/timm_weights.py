@@ -84,7 +84,7 @@ def read(where: str) -> Weights:
     width = tower.pre_logits_width
     statistics = {"image.mean": list(config.mean), "image.std": list(config.std)}
     keys = {"image.model": architecture, "image.size": size, "image.model_kwargs": {}, **statistics}
-    recipe = load_recipe("clip", {**keys, "embed_dim": width})
+    recipe = load_recipe("few-clip", {**keys, "embed_dim": width})
     # Without a text tower there is no shared space, so the projection is the identity.
     projection = {"proj.weight": torch.eye(width), "proj.bias": torch.zeros(width)}
     tensors = {f"image_tower.{name}": projection.get(name, t) for name, t in tower.state_dict().items()}

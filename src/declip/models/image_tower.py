@@ -111,7 +111,7 @@ class ImageTower(nn.Module):
             # MoCo v3's fixed random patch projection
             patches = getattr(getattr(self.trunk, "patch_embed", None), "proj", None)
             if patches is None:
-                raise UserError(f"image.freeze_patch_embed needs a vision transformer, unlike '{name}'.")
+                raise UserError(f"'{name}' has no patch embedding to freeze: set image.freeze_patch_embed=false.")
             patches.requires_grad_(False)
 
     def forward(self, images: Tensor) -> ImageFeatures:
