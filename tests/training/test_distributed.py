@@ -123,6 +123,7 @@ BY_RANKS = {
     ),
     "chunks": (["declip", "filip"], "layer norm", (5, 3), {"grad_cache_chunk": 2}),
     "Muon, sharded": (["declip"], "layer norm", (5, 3), {"optimizer": "muon", "strategy": "fsdp"}),
+    "SGD, sharded": (["slip"], "layer norm", (5, 3), {"optimizer": "sgd", "strategy": "fsdp"}),
 }  # fmt: skip
 """Recipes, towers, pairs of each rank and keys; one process learns the same without those of how it is computed."""
 

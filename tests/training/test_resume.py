@@ -42,6 +42,7 @@ def text_encoder(make, losses, **keys):
 CASES = {  # functions of a table, a start and a folder: a recipe, and a folder that is removed before resuming
     "clip, a loader process": plain("clip", 1),
     "defilip, Muon": plain("defilip", optimizer="muon"),
+    "slip, SGD": plain("slip", optimizer="sgd"),
     "smoothed": plain("declip", sections={"contrastive": {"label_smoothing": 0.1}}),
     "layer decay, head warm-up": fine_tuned(lr_scale=0.5, layer_decay=0.8, head_warmup_steps=3, freeze_text_blocks=1),
     "adapters": fine_tuned(lora={"rank": 2}, head_warmup_steps=2),

@@ -273,11 +273,13 @@ class Train(Section):
     steps: int = Field(1000, ge=1, description="number of optimizer steps")
     epochs: float | None = Field(None, gt=0, description="number of passes over the pairs, instead of steps")
     batch_size: int = Field(128, ge=2, description="number of pairs per step over all processes")
-    optimizer: Literal["adamw", "muon"] = Field("adamw", description="adamw or muon")
+    optimizer: Literal["adamw", "muon", "sgd"] = Field(
+        "adamw", description="adamw, muon, or sgd with Nesterov momentum 0.9"
+    )
     lr: float = Field(1e-3, gt=0, description="learning rate after the warm-up, from which it falls to 0 as a cosine")
     warmup_lr: float = Field(1e-4, ge=0, description="learning rate of the first step")
     warmup_steps: int = Field(100, ge=0, description="number of steps with a linearly rising learning rate")
-    weight_decay: float = Field(0.1, ge=0, description="decoupled weight decay; not on biases, norms and scales")
+    weight_decay: float = Field(0.1, ge=0, description="decoupled weight decay (sgd: L2), not on biases and norms")
     grad_clip_norm: float | None = Field(None, gt=0, description="largest norm of the gradient; default: no clipping")
     precision: Literal["auto", "fp32", "bf16"] = Field("fp32", description="of the towers; auto: bf16 if supported")
     matmul_precision: Literal["highest", "high", "medium"] = Field(

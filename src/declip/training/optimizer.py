@@ -1,4 +1,4 @@
-"""AdamW and Muon, whose update of a matrix is its orthogonalized momentum.
+"""AdamW, SGD, and Muon, whose update of a matrix is its orthogonalized momentum.
 
 Muon: Jordan et al. 2024 (kellerjordan.github.io/posts/muon); the factor on the learning rate is Liu et al.'s (arXiv
 2502.16982), which allows AdamW's learning rate and weight decay.
@@ -160,6 +160,8 @@ def build_optimizer(
     ]
     if make is not None:
         return _made(make, options)
+    if train.optimizer == "sgd":  # as in DeCLIP's recipes for 88 million pairs
+        return torch.optim.SGD(options, lr=train.warmup_lr, momentum=0.9, nesterov=True, fused=True)
     kind = Muon if train.optimizer == "muon" else torch.optim.AdamW
     return kind(options, lr=train.warmup_lr, betas=(0.9, 0.98), fused=True)  # as in DeCLIP's YFCC15M recipe
 
