@@ -74,6 +74,43 @@ def test_towers_have_the_size_of_openai(image):
     assert sum(p.numel() for p in model.parameters()) == OPENAI[image] + 512 + width
 
 
+def plain(fan):
+    """Standard deviation of PyTorch's default weights and biases."""
+    return (3 * fan) ** -0.5
+
+
+def spreads(module):
+    return {name: float(p.detach().std()) for name, p in module.named_parameters() if p.numel() > 500}
+
+
+def test_clips_vit_starts_as_the_official_one():
+    """With the standard deviations of visual_transformer.py of Sense-GVT/DeCLIP."""
+    tower = ImageTower("vit_base_patch32_clip_quickgelu_224", 64, 512, {"depth": 2})
+    scale, out = 768**-0.5, 768**-0.5 / 2
+    block = {"attn.qkv.weight": scale, "attn.qkv.bias": 0, "attn.proj.weight": out, "attn.proj.bias": 0}
+    block |= {"mlp.fc1.weight": 1536**-0.5, "mlp.fc1.bias": plain(768)}
+    block |= {"mlp.fc2.weight": out, "mlp.fc2.bias": plain(3072)}
+    block |= {f"norm{number}.{kind}": 0 for number in (1, 2) for kind in ("weight", "bias")}
+    expected = {f"trunk.blocks.{number}.{name}": std for number in (0, 1) for name, std in block.items()}
+    expected |= {"trunk.cls_token": scale, "trunk.pos_embed": 0.01, "trunk.patch_embed.proj.weight": plain(3 * 32 * 32)}
+    expected |= {f"{norm}.{kind}": 0 for norm in ("norm", "trunk.norm_pre") for kind in ("weight", "bias")}
+    assert spreads(tower) == pytest.approx({**expected, "proj.weight": scale}, rel=0.12)
+
+
+def test_clips_resnet_starts_as_the_official_one():
+    """With the standard deviations of modified_resnet.py of Sense-GVT/DeCLIP."""
+    tower = ImageTower("resnet50_clip", 64, 1024)
+    convolutions = {f"{name}.weight": m for name, m in tower.named_modules() if isinstance(m, nn.Conv2d)}
+    expected = {name: plain(m.weight[0].numel()) for name, m in convolutions.items()}
+    head = {"trunk.head.pos_embed": 2048**-0.5, "proj.weight": 2048**-0.5, "proj.bias": plain(2048)}
+    head |= {f"trunk.head.{name}.weight": 2048**-0.5 for name in "qkv"}
+    head |= {f"trunk.head.{name}.bias": plain(2048) for name in "qkv"}
+    found = {name: std for name, std in spreads(tower).items() if ".bn." not in name}
+    assert found == pytest.approx({**expected, **head}, rel=0.12)
+    gains = {name: float(p.mean()) for name, p in tower.named_parameters() if name.endswith("bn.weight")}
+    assert gains == {name: 0.0 if "conv3_1x1" in name else 1.0 for name in gains}
+
+
 @pytest.mark.parametrize(
     ("name", "kind", "count"),
     [

@@ -103,8 +103,6 @@ class ImageTower(nn.Module):
         pools_by_attention = isinstance(getattr(self.trunk, "head", None), AttentionPool2d)
         self.proj = nn.Linear(self.pre_logits_width, embed_dim, bias=pools_by_attention)
         nn.init.normal_(self.proj.weight, std=self.pre_logits_width**-0.5)
-        if pools_by_attention:
-            nn.init.zeros_(self.proj.bias)
         self.token_width = int(self.trunk.num_features)
         self.has_batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.modules())
         if freeze_patch_embed:
@@ -213,7 +211,38 @@ def _create(name: str, size: int, options: dict[str, Any], weights: Mapping[str,
     source: dict[str, Any] = {"pretrained": published is not None, "pretrained_cfg_overlay": published}
     try:
         with torch.no_grad():
-            return timm.create_model(base, num_classes=0, **source, **options)
+            trunk = timm.create_model(base, num_classes=0, **source, **options)
     except (TypeError, AssertionError, ValueError, ArithmeticError, RuntimeError) as error:
         given = f"'{name}' at {size} px, image.model_kwargs={options}"
         raise UserError(f"timm cannot build the image tower {given}: {error}") from error
+    if weights is None and name not in SMALL_TOWERS and (clip_resnet or (base.startswith("vit") and "_clip" in base)):
+        (_start_resnet if clip_resnet else _start_vit)(trunk)
+    return trunk
+
+
+@torch.no_grad()
+def _start_vit(trunk: Any) -> None:
+    """Draw the starting weights of DeCLIP's official ViT; timm's have 0.02 everywhere and biases of 0."""
+    scale, depth = trunk.embed_dim**-0.5, (2 * len(trunk.blocks)) ** -0.5
+    for parameter, std in ((trunk.cls_token, scale), (trunk.pos_embed, 0.01)):
+        if parameter is not None:
+            nn.init.normal_(parameter, std=std)
+    for block in trunk.blocks:
+        block.mlp.fc1.reset_parameters()  # for the biases
+        block.mlp.fc2.reset_parameters()
+        nn.init.normal_(block.attn.qkv.weight, std=scale)
+        nn.init.normal_(block.attn.proj.weight, std=scale * depth)
+        nn.init.normal_(block.mlp.fc1.weight, std=(2 * trunk.embed_dim) ** -0.5)
+        nn.init.normal_(block.mlp.fc2.weight, std=scale * depth)
+
+
+@torch.no_grad()
+def _start_resnet(trunk: Any) -> None:
+    """Draw the starting weights of CLIP's ResNet: PyTorch's own, where timm's are larger, or 0."""
+    for module in trunk.modules():
+        if isinstance(module, nn.Conv2d):
+            module.reset_parameters()
+    for layer in trunk.head.children():  # an attention pool's
+        if isinstance(layer, nn.Linear):
+            layer.reset_parameters()
+            nn.init.normal_(layer.weight, std=layer.in_features**-0.5)

@@ -165,8 +165,6 @@ class TextTower(AnyTextTower):
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
             nn.init.normal_(block.mlp.c_proj.weight, std=scale * depth)
         nn.init.normal_(self.text_projection.weight, std=scale)
-        if text.projection_bias:
-            nn.init.zeros_(self.text_projection.bias)
 
     def encode(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Encode token ids (B, L), every row with an end-of-text token; pooled is the state there."""
