@@ -115,7 +115,7 @@ class Study:
         if not (variants and counts and numbers and names):
             raise UserError(
                 "A comparison needs at least one recipe, one number of pairs, one seed and one task. Example: "
-                "declip compare clip declip --pairs 1k,4k."
+                "declip compare few-clip few-declip --pairs 1k,4k."
             )
         first = variants[0].resolve().evaluation
         return cls(
