@@ -65,25 +65,10 @@ def test_a_method_differs_from_its_published_run_in_scale_alone(method):
     assert different - SCALE == ({"loss_weights.contrastive"} if method == "filip" else set())
 
 
-def test_the_published_recipe_has_the_authors_numbers():
-    found = flat(load_recipe("declip-yfcc15m-r50").model_dump())
-    expected = {
-        "image": {"model": "resnet50_clip", "size": 224},
-        "embed_dim": 1024,
-        "train": {"batch_size": 4096, "steps": 128000, "lr": 1e-3, "weight_decay": 0.1, "warmup_lr": 1e-4},
-        "train.warmup_steps": 2500,
-        "nearest_neighbor": {"queue_size": 65536},
-        "logit_scale": {"min": 3.0},
-        "views.image": {"scale": (0.2, 1.0), "color_jitter": (0.4, 0.4, 0.4, 0.1), "blur_prob": 0.5},
-        "views.image.grayscale_prob": 0.2,
-    }
-    assert flat(expected).items() <= found.items()
-
-
 @pytest.mark.parametrize("name", recipe_names())
 def test_published_recipes_have_the_authors_pixels_and_others_clips(name):
     """In evaluation, and the interpolation in training too."""
-    recipe, published = load_recipe(name), "yfcc15m" in name
+    recipe, published = load_recipe(name), not name.startswith(("few-", "demo-", "finetune"))
     image, plan = recipe.image, plan_views(recipe, needs_of(recipe))
     assert (image.mean, image.std) == (plan.mean, plan.std) == (IMAGENET if published else CLIP)
     assert image.resize == (256 if published else image.size)
