@@ -263,14 +263,15 @@ def read_curve(path: Path, train: Train) -> dict[int, float]:
 
 
 def compare_curve(run: Run, curve: dict[int, float] | None) -> list[str]:
-    """Compare the contrastive loss with chance, and all losses with those of another run; return the problems."""
+    """Compare the loss of pairs with chance, and all losses with those of another run; return the problems."""
     losses = {row["step"]: row["loss"] for row in run.metrics}
     (run.folder / "curve.json").write_text(json.dumps(losses), encoding="utf-8")
     problems = [] if all(map(math.isfinite, losses.values())) else ["a loss is not finite"]
-    contrastive, chance = [row["losses"]["contrastive"] for row in run.metrics], math.log(run.recipe.train.batch_size)
+    name = "contrastive" if "contrastive" in run.recipe.active_losses else "late_interaction"
+    contrastive, chance = [row["losses"][name] for row in run.metrics], math.log(run.recipe.train.batch_size)
     later = mean(contrastive[len(contrastive) // 2 :])
     shown = f"{contrastive[0]:.2f} at step {run.metrics[0]['step']:,}, {later:.2f} in the second half"
-    print(f"contrastive loss: {shown}; chance is ln({run.recipe.train.batch_size:,}) = {chance:.2f}")
+    print(f"{name} loss: {shown}; chance is ln({run.recipe.train.batch_size:,}) = {chance:.2f}")
     # An untrained model is at chance. Far above it: wrong scale or learning rate; staying there: nothing is learned.
     if contrastive[0] > chance + 1 or later > chance - 0.02:
         problems.append("the contrastive loss does not begin near chance, or stays there")

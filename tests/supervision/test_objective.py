@@ -82,6 +82,14 @@ def test_the_contrastive_loss_sees_the_masked_or_the_clean_caption_and_both_pred
     assert objective(model, batch)["masked_language"].item() == 0, "no word is masked"
 
 
+def test_late_interaction_alone_is_warned_about(caplog):
+    for weights, warned in (({"late_interaction": 1.0}, [True]), ({"contrastive": 1.0, "late_interaction": 1.0}, [])):
+        caplog.clear()
+        model, objective = parts(weights)
+        objective.prepare((), model)
+        assert ["loss_weights.contrastive=1" in record.message for record in caplog.records] == warned
+
+
 def test_the_queue_is_looked_up_before_it_is_written_augmentations_first():
     model, objective = parts({"nearest_neighbor": 1.0, "contrastive": 1.0})
     batch = random_batch()

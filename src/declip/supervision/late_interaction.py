@@ -1,5 +1,6 @@
 """FILIP's loss: every patch finds its best word, every word its best patch."""
 
+import logging
 import math
 from dataclasses import replace
 
@@ -8,10 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from declip.data.batch import Needs
+from declip.data.pair import PairSource
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schema import Recipe
 from declip.supervision.contrastive import mean_in_blocks, to_float32
 from declip.supervision.term import Encodings, Rows, Similarity, Term, require
+
+log = logging.getLogger("declip")
 
 SCORES_AT_ONCE = 2**26  # of tokens and tokens: 256 MiB in float32, whatever the batch
 
@@ -130,6 +134,14 @@ class LateInteraction(Term):
         self.logit_scale = nn.Parameter(torch.tensor(recipe.logit_scale.init))
         self.longest = self.section.top_k or model.text_tower.context
         self.min_scale = recipe.logit_scale.min
+        self.alone = list(recipe.active_losses) == ["late_interaction"]
+
+    def prepare(self, source: PairSource, model: DualEncoder) -> None:
+        if self.alone:
+            log.warning(
+                "late_interaction alone does not train the features that evaluation, search and exports use: set "
+                "loss_weights.contrastive=1 to train them too."
+            )
 
     @classmethod
     def needs_in(cls, recipe: Recipe) -> Needs:
