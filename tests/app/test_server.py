@@ -127,7 +127,8 @@ def test_two_host_names_are_refused(client):
 
 def test_a_foreign_page_can_send_and_load_nothing_but_the_user_may_follow_a_link(client):
     loads = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"}
-    assert client.get("/thumbnails/0", headers=loads).status_code == 403
+    for mode in ("no-cors", "cors", "websocket"):
+        assert client.get("/thumbnails/0", headers={**loads, "Sec-Fetch-Mode": mode}).status_code == 403, mode
     assert client.get("/api/search?text=a", headers=loads).status_code == 403
     assert client.get("/search", headers={**loads, "Sec-Fetch-Mode": "navigate"}).status_code == 200
     assert client.get("/thumbnails/0", headers={"Sec-Fetch-Site": "same-origin"}).status_code == 200
