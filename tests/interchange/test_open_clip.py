@@ -52,15 +52,16 @@ def test_features_are_open_clips(name, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("section", "change"),
+    ("name", "section", "change"),
     [
-        ("vision_cfg", {"pool_type": "avg"}),
-        ("vision_cfg", {"ls_init_value": 0.1}),
-        ("text_cfg", {"no_causal_mask": True}),
+        ("tiny-vit", "vision_cfg", {"pool_type": "avg"}),
+        ("tiny-vit", "vision_cfg", {"ls_init_value": 0.1}),
+        ("tiny-vit", "text_cfg", {"no_causal_mask": True}),
+        ("tiny-convnext", "vision_cfg", {"timm_pool": "avg"}),
     ],
 )
-def test_a_clip_with_settings_that_no_recipe_has_keeps_open_clips_modules(section, change, tmp_path, monkeypatch):
-    config = copy.deepcopy(CONFIGS["tiny-vit"])
+def test_a_clip_with_settings_that_no_recipe_has_keeps_open_clips_modules(name, section, change, tmp_path, monkeypatch):
+    config = copy.deepcopy(CONFIGS[name])
     config[section] |= change
     monkeypatch.setitem(factory._MODEL_CONFIGS, "tiny-other", config)
     theirs = random_model("tiny-other")
