@@ -56,6 +56,8 @@ def test_an_embedder_returns_a_row_for_each_row(rows, weights_file, folder, tmp_
     assert not vectors[24:].any()
     broken = embedder({"id": np.array([7]), "image": np.array([b"x"], object)})
     assert (broken["id"], broken["vector"].shape, bool(broken["error"][0])) == ([7], (1, 16), True)
+    mixed = embedder({"id": [0, 1], "image": [b"x", rows["image"][5]]})["vector"]
+    assert (mixed[0].any(), np.abs(mixed[1] - vectors[5]).max() < 1e-6) == (False, True)
     assert embedder({"id": [], "image": []})["vector"].shape == (0, 16)
     refuses(r"no column 'image' but id, photo.*image=", embedder, {"id": [1], "photo": [b""]})
 
@@ -84,7 +86,7 @@ def test_an_index_of_parquet_files(rows, weights_file, folder, tmp_path, monkeyp
     refuses("--source", index.image, 3)
     assert declip.Index.open(out, source=folder).image(3).tobytes() == own.image(3).tobytes()
     again = declip.Index.from_parquet(files, model=weights_file, out=out, dtype="float32")
-    assert (len(again), again.info.generation) == (24, 2)
+    assert (len(again), again.info.generation, again.info.next_id) == (24, 2, 24)
 
 
 def test_parquet_files_that_are_refused(rows, weights_file, tmp_path, command):
@@ -96,6 +98,7 @@ def test_parquet_files_that_are_refused(rows, weights_file, tmp_path, command):
         "model": ({"model": ["0" * 64 + " fp32"] * 4}, "another model, of fingerprint 00000000"),
         "none": ({"error": ["missing image"] * 4}, "no image that can be used"),
         "nan": ({"vector": [*vectors[:3], vectors[3] * np.nan]}, "not of length 1"),
+        "length": ({"vector": [*vectors[:3], vectors[3] * 2]}, "not of length 1"),
         "width": ({"vector": [*vectors[:3], vectors[3][:8]]}, "8 or 16 numbers|16 or 8 numbers"),
         "text": ({"vector": ["a"] * 4}, "vectors in .*as `declip.Embedder`"),
     }

@@ -117,6 +117,9 @@ class FileList(EntrySource):
         key = raw.decode(errors="replace")
         return key, image_below(self.root, os.fsdecode(raw), key, follow=False)
 
+    def key(self, index: int) -> str:
+        return self._keys[index].as_py().decode(errors="replace")
+
     def content(self, key: str, place: Path) -> Path:
         return place
 
