@@ -9,6 +9,7 @@ from conftest import refuses, texture
 from declip.data.columns import Columns
 from declip.data.sources.open import open_source
 from declip.data.sources.subset import PairList, write_pair_list
+from declip.inspection.scan import inspect_source
 from declip.inspection.split import check_copies, split_pairs
 
 
@@ -113,6 +114,8 @@ def test_copies_across_a_given_split_are_counted_or_refused(sixty, caplog):
 
     assert len(split(2).val) == 12
     assert "16.7 % of the images" in caplog.text
+    found = {each.rule: each.number for each in inspect_source(table).findings}
+    assert found["split_copies"] == pytest.approx(2 / 12)
     refuses(("66.7 %", "split"), split, 20)
 
 

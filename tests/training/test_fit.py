@@ -115,6 +115,12 @@ def test_the_run_is_a_normal_run_with_one_checkpoint_and_no_copy_of_the_start(ru
     assert 0 <= ranks[-1] < ranks[0] <= 1
 
 
+def test_the_card_of_a_fit_states_no_steps(run):
+    card = (run.folder / "exported" / "safetensors" / "README.md").read_text(encoding="utf-8").partition("<details>")[0]
+    assert f"{COUNT} pairs" in card
+    assert [words for words in ("peak learning rate", "steps of", "pairs seen") if words in card] == []
+
+
 def test_a_start_of_two_towers_by_one_name_and_another_order_of_pairs_change_nothing(run, folder, tmp_path):
     where = f"timm:test_vit/{folder / 'vit.safetensors'}+{folder / 'bert'}"
     named = declip.finetune(folder / "pairs.csv", where, out=tmp_path / "named", quiet=True, **{"image.size": 32})

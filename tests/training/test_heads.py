@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.stats import t
 
-from declip.models.closed_form import DEFAULT_FORM, START, Heads, Pairs
+from declip.models.closed_form import DEFAULT_FORM, START, Heads, Pairs, fit_heads
 from declip.reports.charts import growth_chart
 from declip.training import heads
 from declip.training.growth import growth
@@ -123,15 +123,36 @@ def test_meaningless_captions_leave_the_start_as_it_is():
     assert low < 0.5 < high
 
 
+def test_the_start_knows_no_pair():
+    pairs, classes, groups = pairs_of(40, noise=1.0), class_pairs(), np.arange(40)
+    nothing = Pairs(*(part[:0] for part in pairs))
+    (alone,) = fit_heads(nothing, classes, 1.0, (DEFAULT_FORM,))
+    expected = ranks_by(alone, pairs, torch.from_numpy(assign_folds(groups, 5))).percentiles()
+    torch.testing.assert_close(choose_heads(pairs, groups, classes).start.percentiles(), expected)
+
+
 def test_few_pairs_take_the_usual_heads():
     for count, usual in ((40, True), (400, False)):
         choice = choose_heads(pairs_of(count, noise=0.1), np.arange(count))
         assert (choice.form == DEFAULT_FORM) == usual
+    known = class_pairs(60)
+    wrong = known._replace(texts=known.texts.flip(0))  # worse than any pairs, so the start does not stay
+    assert choose_heads(pairs_of(40, noise=0.1), np.arange(40), wrong).class_weight == 1
 
 
-def test_more_noise_needs_more_ridge():
-    clear, noisy = (choose_heads(pairs_of(300, noise=noise), np.arange(300)).form.ridge for noise in (0.3, 3.0))
-    assert clear < noisy
+def test_more_noise_needs_more_ridge_and_a_smaller_scale():
+    clear, noisy = (choose_heads(pairs_of(300, noise=noise), np.arange(300)) for noise in (0.3, 3.0))
+    assert clear.form.ridge < noisy.form.ridge
+    assert clear.logit_scale > noisy.logit_scale
+
+
+def test_classes_help_in_cross_validation_as_in_the_fit():
+    pairs, folds = pairs_of(20, noise=3.0), torch.arange(20) % 5
+    means = []
+    for weight in (0.0, 1.0):
+        validation = CrossValidation(pairs, np.arange(20), folds, class_pairs(300), weight, False)
+        means.append(float(validation.ranks((DEFAULT_FORM,))[0].percentiles().mean()))
+    assert means[1] > means[0] + 0.1
 
 
 def test_cross_validated_recall_is_near_that_of_new_images():
