@@ -87,6 +87,14 @@ def test_interpolation_is_open_clips_in_evaluation_and_training(interpolation, t
         assert model.recipe.image.interpolation == {"random": "bicubic"}.get(interpolation, interpolation)
 
 
+def test_captions_that_would_be_read_otherwise_are_refused(tmp_path, monkeypatch):
+    config = copy.deepcopy(CONFIGS["tiny-vit"])
+    config["text_cfg"]["tokenizer_kwargs"] = {"clean": "whitespace"}  # CLIP's words with capitals
+    monkeypatch.setitem(factory._MODEL_CONFIGS, "tiny-capitals", config)
+    file = weights_file(random_model("tiny-capitals"), tmp_path / "weights.pt")
+    refuses("features of captions differ", declip.load, f"open_clip:tiny-capitals/{file}")
+
+
 def test_a_conversion_that_fails_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(layouts, "image_layout", lambda state: layouts.CLIP_RESNET)
     file = weights_file(random_model("tiny-vit"), tmp_path / "weights.pt")
