@@ -206,7 +206,8 @@ def expected_cost(recipe: Recipe, gpus: int, nodes: int, found: Inspection) -> s
     # --- operations; captions are padded to the longest of the batch, or of a quarter of it with four buckets
     spread = found.captions.tokens if found.captions else dict.fromkeys(("p25", "p50", "p75", "p99"), context)
     longest = fmean(spread[name] for name in (("p25", "p50", "p75") if train.length_buckets > 1 else ()) + ("p99",))
-    length = padded_length(math.ceil(min(longest, context)), context)
+    plan = plan_of(recipe)
+    length = context if plan.whole_context else padded_length(math.ceil(min(longest, context)), context)
     counted, pairs = count_cost(recipe, length), train.steps * train.batch_size
     total = counted.flops * pairs
     # --- memory of a GPU
@@ -217,7 +218,7 @@ def expected_cost(recipe: Recipe, gpus: int, nodes: int, found: Inspection) -> s
     rate = pairs / seconds["H100, H200"][-1]
     cores = math.ceil(rate / PAIRS_PER_CORE / nodes)
     workers = math.ceil(cores / gpus) if recipe.data.workers == "auto" else recipe.data.workers
-    shared = 2 * workers * gpus * share * len(plan_of(recipe).views) * 3 * recipe.image.size**2
+    shared = 2 * workers * gpus * share * len(plan.views) * 3 * recipe.image.size**2
     here = f"; here it has {disk_usage('/dev/shm').total / 1e9:,.1f} GB" if Path("/dev/shm").is_dir() else ""
     rows = {
         f"hours on {processes} GPUs": "".join(f"{part:>8.0%} of peak" for part in PEAK_FRACTIONS),

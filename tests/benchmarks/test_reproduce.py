@@ -227,3 +227,10 @@ def test_a_set_without_classes_is_refused_before_training(small, call, authors, 
     status, printed = call("reproduce", *words, "--test", table)
     assert status == 2
     assert "captions.csv" in printed[-1]
+
+
+def test_the_cost_of_filip_counts_padding(small, call, shards, tmp_path):
+    words = ("yfcc15m", "--method", "filip", "--data", shards, "--check", "--out", tmp_path / "out")
+    status, printed = call("reproduce", *words, "text.context_length=32")
+    assert status == 0
+    assert "captions of 32 tokens" in "\n".join(printed)
