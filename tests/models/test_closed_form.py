@@ -104,6 +104,16 @@ def test_directions_of_the_means_are_ignored():
         assert float((head @ side.mean(dim=0)).norm() / head.norm()) < 1e-12
 
 
+def test_a_ridge_refers_to_all_directions_of_features_with_fewer_columns():
+    images, texts = features(6)
+    basis, products = torch.linalg.qr(images.mT).Q, []  # (12, 6), all directions that the images have
+    for x, widths in ((images, None), (images @ basis, (12, 7))):
+        axes, maps = closed_form.solve(closed_form.moments(x, texts, torch.ones(6)), (DEFAULT_FORM,), widths)
+        left, right = (side @ own @ head.mT for side, own, head in zip((x, texts), axes, maps[0], strict=True))
+        products.append(left @ right.mT)
+    torch.testing.assert_close(*products)
+
+
 def test_features_without_variance_give_finite_heads():
     pairs = Pairs(torch.ones(5, 12), torch.ones(5, 7), torch.arange(5))
     (heads,) = fit_heads(pairs, None, 0.0, (DEFAULT_FORM,))
