@@ -117,6 +117,9 @@ def test_copies_across_a_given_split_are_counted_or_refused(sixty, caplog):
     found = {each.rule: each.number for each in inspect_source(table).findings}
     assert found["split_copies"] == pytest.approx(2 / 12)
     refuses(("66.7 %", "split"), split, 20)
+    split(0)
+    seen = write(table.parent / "seen", [(texture(number, 60), f"seen {number}") for number in range(50, 60)])
+    refuses("100.0 %", split_pairs, open_source(table), seen=open_source(seen))
 
 
 def test_pairs_that_the_start_was_trained_on_are_not_held_out(pairs, tmp_path):
