@@ -180,7 +180,11 @@ def test_several_machines_get_their_commands(small, call, shards, tmp_path):
 def test_make_passes_what_is_given():
     given = ["DATA=x.json", "ROOT=images", "METHOD=clip", "BACKBONE=r50", "IMAGENET=in", "SETS=sets", "GPUS=8"]
     done = subprocess.run(
-        ["make", "-n", "reproduce-yfcc15m", *given], cwd=ROOT, capture_output=True, text=True, check=True
+        ["make", "-n", "--no-print-directory", "reproduce-yfcc15m", *given],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     words = done.stdout.replace("\\\n", " ").split()
     given = " ".join(word.strip("'") for word in words[words.index("yfcc15m") :])

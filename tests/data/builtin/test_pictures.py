@@ -126,7 +126,7 @@ def test_an_interrupted_build_leaves_what_was_there(cache, monkeypatch):
 
 def test_names_are_looked_up(cache, monkeypatch):
     monkeypatch.setenv("DECLIP_CACHE", str(cache))
-    assert len(BUILTINS) == 18
+    assert len(BUILTINS) == 14
     for name in BUILTINS:
         refuses(f"Run `declip data download builtin:{name.split('-')[0]}`", open_source, f"builtin:{name}")
     monkeypatch.setitem(BUILTINS, "plain", PLAIN)
