@@ -1,6 +1,6 @@
 """Reproduce a run of the papers: check the data, estimate the cost, train, and compare the accuracy with the papers'.
 
-    python scripts/reproduce.py yfcc15m --data yfcc15m_clean_open_data.json --root /data/yfcc15m/images --gpus 8 \\
+    python scripts/reproduce.py yfcc15m --data yfcc15m_clean_open_data.json --root /data/yfcc15m --gpus 8 \\
         --test imagenet:/data/imagenet --test paper11:/data/sets
     python scripts/reproduce.py yfcc15m --method clip --backbone r50 --data '/data/{00000..01538}.tar' --gpus 8
     python scripts/reproduce.py cc3m --method clip --data '/data/{00000..00331}.tar' --check     only checks and cost
@@ -194,8 +194,9 @@ def tests_there(names: Sequence[str]) -> list[str]:
                 print(f"Without {kind}: {error}")
     if not there:
         print(
-            "WARNING: this run will end without an accuracy. Give --test imagenet:DIR (make: IMAGENET=DIR) and "
-            "--test paper11:DIR (SETS=DIR), or run the same command with them again after training."
+            "WARNING: this run will end without an accuracy, because no test set was given, or none was there. Give "
+            "--test imagenet:DIR (make: IMAGENET=DIR) and --test paper11:DIR (SETS=DIR), or run the same command with "
+            "them again after training."
         )
     return there
 

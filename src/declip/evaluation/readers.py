@@ -128,7 +128,11 @@ def wnids_of(name: str) -> list[str]:
 
 def _exactly(name: str, folder: Path, raw: list[str]) -> list[str]:
     """Check that a folder contains exactly the folders of the classes."""
-    there = set(_inner(folder)) if folder.is_dir() else set()
+    if not folder.is_dir():
+        raise UserError(
+            f"'{name}' expects {len(raw)} folders in '{folder}', one per class, and there is no such folder."
+        )
+    there = set(_inner(folder))
     missing, strange = [inner for inner in raw if inner not in there], sorted(there.difference(raw))
     if missing or strange:
         raise UserError(
