@@ -241,3 +241,16 @@ def test_a_curve_that_does_not_rise_is_not_continued():
     ):
         curve = curve_of(pairs, groups)[1]
         assert (curve.expected, reason in curve.reason) == ([], True)
+
+
+def test_ranks_equal_a_plain_loop():
+    texts, owners = torch.tensor([0, 1, 2, 2, 3, 4, 5]), torch.tensor([0, 0, 1, 2, 3, 4, 4])  # 1 and 2 share a caption
+    pairs = Pairs(torch.empty(5, 1), texts[:, None].double(), owners)
+    found, scores = HeldOutRanks(pairs), torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
+    heads.score(found, scores, HeldOutBlock.of(torch.arange(5), owners, caption_numbers(pairs)))
+    for image in range(5):
+        best = max(scores[image, texts[owners == image]])
+        assert found.to_text[image] == sum(score > best for score in scores[image])
+    for caption, text in enumerate(texts):
+        best = max(scores[owners[texts == text], text])
+        assert found.to_image[caption] == sum(score > best for score in scores[:, text])
