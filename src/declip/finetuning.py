@@ -23,7 +23,7 @@ from declip.evaluation.encode import Encoder
 from declip.inspection.split import FEWEST, PairSplit, check_copies, related_pairs, split_pairs
 from declip.interchange import starter
 from declip.interchange.export import export, trace
-from declip.interchange.layouts import Refusal
+from declip.interchange.format import Refusal
 from declip.interchange.read import read_checkpoint, read_start
 from declip.io.atomic import atomic_write, remove, save_tensors, write_text
 from declip.io.text import plural

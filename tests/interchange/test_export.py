@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import open_clip
@@ -18,8 +19,8 @@ from safetensors.torch import load_file
 
 import declip
 from conftest import refuses
-from declip.interchange import declip_file
-from declip.interchange.declip_file import FILE, write_declip_file
+from declip.interchange.declip_file import FILE, DeclipFile
+from declip.interchange.export import FORMATS
 from declip.interchange.open_clip_model import encoder_from
 from declip.models.wrapped import WrappedImageTower
 from interchange.towers import CAPTIONS, EXACT, build, export_exactly, largest, pictures
@@ -175,12 +176,13 @@ def test_a_bias_of_the_logits_is_kept_or_refused(tmp_path):
 
 
 def test_features_that_come_out_differently_are_not_kept(tmp_path, monkeypatch):
-    def spoiled(model, folder, heads=None):
-        other = copy.deepcopy(model)
-        other.image_tower.proj.weight.data[0] += 0.1
-        write_declip_file(other, folder / FILE)
+    class Spoiled(DeclipFile):
+        def write(self, traced, folder, repo):
+            other = copy.deepcopy(traced.model)
+            other.image_tower.proj.weight.data[0] += 0.1
+            super().write(replace(traced, model=other), folder, repo)
 
-    monkeypatch.setattr(declip_file, "write", spoiled)
+    monkeypatch.setitem(FORMATS, "safetensors", Spoiled())
     refuses("computes other features", declip.export, build("vit"), "safetensors", tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
@@ -219,13 +221,14 @@ def test_wrong_words_and_folders_in_use(tmp_path):
 
 @pytest.mark.skipif(os.name != "posix", reason="/dev/full")
 def test_a_full_disk_and_a_place_that_cannot_be_written_are_one_line(tmp_path, monkeypatch):
-    def full(model, folder, heads=None):
-        (folder / "weights").symlink_to("/dev/full")
-        (folder / "weights").write_text("x" * 100_000)
+    class Full(DeclipFile):
+        def write(self, traced, folder, repo):
+            (folder / "weights").symlink_to("/dev/full")
+            (folder / "weights").write_text("x" * 100_000)
 
     said = r"Cannot write '/proc/none/out': .*give another folder as --out"
     assert "DECLIP_CACHE" not in refuses(said, declip.export, build("vit"), "safetensors", Path("/proc/none/out"))
-    monkeypatch.setattr(declip_file, "write", full)
+    monkeypatch.setitem(FORMATS, "safetensors", Full())
     refuses(r"No room left on the disk to write '.*out'", declip.export, build("vit"), "safetensors", tmp_path / "out")
     assert not list(tmp_path.iterdir())
 

@@ -13,8 +13,8 @@ import declip
 from conftest import TINY, refuses, write_rows
 from declip import finetuning
 from declip.api import train
+from declip.interchange.card import without_folders
 from declip.interchange.declip_file import write_declip_file
-from declip.interchange.export import without_folders
 from declip.interchange.read import is_published, read_start
 from declip.models.layers import IMAGE, TEXT
 from declip.recipe.load import load_recipe

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import declip
 from declip.errors import UserError
-from declip.interchange.layouts import Reread
+from declip.interchange.format import Format, ReadBack, Traced, render
 from declip.interchange.weights import Weights, read_recipe
 from declip.io.atomic import save_tensors
 from declip.io.text import one_line
@@ -17,8 +17,7 @@ from declip.models.dual_encoder import DualEncoder, has_text
 from declip.recipe.schema import Recipe
 from declip.runs.checkpoint import part, prefixed
 
-LIBRARY = "declip"
-FILE, CARD = "declip.safetensors", "README.md"
+FILE = "declip.safetensors"
 RECIPE, VERSION = "declip.recipe", "declip.version"  # keys of the metadata
 
 
@@ -54,11 +53,6 @@ def read_part(where: str) -> Weights:
     return Weights(read_recipe(recipe, str(path)), part("model", tensors), str(where), part("objective", tensors))
 
 
-def write(model: DualEncoder, folder: Path, heads: Mapping[str, Tensor] | None = None) -> None:
-    """Write a model into a folder."""
-    write_declip_file(model, folder / FILE, heads)
-
-
 def write_declip_file(model: DualEncoder, path: Path, heads: Mapping[str, Tensor] | None = None) -> None:
     """Write a model, as "model.…" tensors, and heads of losses, as "objective.…" tensors."""
     write_part(prefixed("model", model.state_dict()) | prefixed("objective", heads or {}), model.recipe, path)
@@ -69,7 +63,25 @@ def write_part(tensors: Mapping[str, Tensor], recipe: Recipe, path: Path) -> Non
     save_tensors(tensors, path, {RECIPE: recipe.to_yaml(), VERSION: declip.__version__, "format": "pt"})
 
 
-def reread(folder: Path) -> Reread:
-    """Load an exported folder."""
-    model = read_part(str(folder)).build().eval()  # which this process wrote
-    return f"declip {declip.__version__}", model.encode_image, model.encode_text if has_text(model) else None
+class DeclipFile(Format):
+    """declip.safetensors, which holds every model."""
+
+    name, library = "safetensors", "declip"
+
+    def holds(self, model: DualEncoder) -> None:
+        """Accept every model."""
+
+    def write(self, traced: Traced, folder: Path, repo: str | None) -> None:
+        """Write declip.safetensors, with the heads of losses."""
+        write_declip_file(traced.model, folder / FILE, traced.heads)
+
+    def read_back(self, folder: Path) -> ReadBack:
+        """Load the folder."""
+        model = read_part(str(folder)).build().eval()  # which this process wrote
+        return ReadBack(
+            f"declip {declip.__version__}", model.encode_image, model.encode_text if has_text(model) else None
+        )
+
+    def card(self, model: DualEncoder, repo: str | None) -> str:
+        """Usage by `declip.load`."""
+        return render("safetensors.md", model=model, repo=repo)

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from declip.data.text.tokenizer import Tokenizer
 from declip.errors import UserError
 from declip.interchange import layouts
-from declip.interchange.layouts import TO_CLIP_VIT, Refusal, Reread, backend, clip_text_tower, write_tokenizer
+from declip.interchange.format import Format, ReadBack, Refusal, Traced, render
+from declip.interchange.layouts import TO_CLIP_VIT, backend, clip_text_tower, write_tokenizer
 from declip.interchange.open_clip_model import CONFIG as OPEN_CLIP_CONFIG
 from declip.interchange.weights import Weights, check_layers
 from declip.io.atomic import save_tensors
@@ -21,7 +22,6 @@ from declip.models.dual_encoder import DualEncoder
 from declip.models.hf_encoder import quiet_transformers
 from declip.recipe.load import load_recipe
 
-LIBRARY = "transformers"
 CONFIG, FILE = "config.json", "model.safetensors"
 PREPROCESSOR, PROCESSOR, TOKENIZER = "preprocessor_config.json", "processor_config.json", "tokenizer.json"
 
@@ -155,43 +155,63 @@ def _read_json(file: Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
-def write(model: DualEncoder, folder: Path) -> None:
-    """Write config.json, model.safetensors, preprocessor_config.json and the tokenizer's files."""
-    text, keys, image = clip_text_tower(model), layouts.clip_keys(model.image_tower), model.recipe.image
-    if keys is None or "num_heads" not in keys["image.model_kwargs"]:
-        kind = type(model.image_tower.trunk).__name__
-        raise Refusal(f"CLIPModel has CLIP's vision transformer only, and this image tower is a {kind}; {TO_CLIP_VIT}")
-    if text.text_projection.bias is not None:
-        raise Refusal("CLIPModel has no bias after the text projection; train with text.projection_bias=false")
-    if model.logit_bias is not None:
-        raise Refusal("CLIPModel has no logit bias, which a sigmoid loss learns")
-    tensors = layouts.TRANSFORMERS.write(model.state_dict())
-    preprocessor = {
-        **{"image_processor_type": "CLIPImageProcessor", "processor_class": "CLIPProcessor", "do_convert_rgb": True},
-        **{**PREPROCESSING, "resample": RESAMPLE[image.interpolation], "size": {"shortest_edge": image.resize}},
-        "crop_size": {"height": image.size, "width": image.size},
-        **{"image_mean": list(image.mean), "image_std": list(image.std)},
-    }
-    for file, content in ((CONFIG, _config(model, keys)), (PREPROCESSOR, preprocessor)):
-        (folder / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    write_tokenizer(model.tokenizer, folder)
-    save_tensors({name: tensor.float() for name, tensor in tensors.items()}, folder / FILE, {"format": "pt"})
+class Huggingface(Format):
+    """Folders of transformers' `CLIPModel` and `CLIPProcessor`."""
+
+    name, library = "huggingface", "transformers"
+
+    def holds(self, model: DualEncoder) -> None:
+        """Refuse towers other than CLIP's, and a bias of the text projection or of the logits."""
+        text, keys = clip_text_tower(model), layouts.clip_keys(model.image_tower)
+        if keys is None or "num_heads" not in keys["image.model_kwargs"]:
+            kind = type(model.image_tower.trunk).__name__
+            raise Refusal(
+                f"CLIPModel has CLIP's vision transformer only, and this image tower is a {kind}; {TO_CLIP_VIT}"
+            )
+        if text.text_projection.bias is not None:
+            raise Refusal("CLIPModel has no bias after the text projection; train with text.projection_bias=false")
+        if model.logit_bias is not None:
+            raise Refusal("CLIPModel has no logit bias, which a sigmoid loss learns")
+
+    def write(self, traced: Traced, folder: Path, repo: str | None) -> None:
+        """Write config.json, model.safetensors, preprocessor_config.json and the tokenizer's files."""
+        model, image = traced.model, traced.model.recipe.image
+        tensors = layouts.TRANSFORMERS.write(model.state_dict())
+        preprocessor = {
+            **{
+                "image_processor_type": "CLIPImageProcessor",
+                "processor_class": "CLIPProcessor",
+                "do_convert_rgb": True,
+            },
+            **{**PREPROCESSING, "resample": RESAMPLE[image.interpolation], "size": {"shortest_edge": image.resize}},
+            "crop_size": {"height": image.size, "width": image.size},
+            **{"image_mean": list(image.mean), "image_std": list(image.std)},
+        }
+        for file, content in ((CONFIG, _config(model)), (PREPROCESSOR, preprocessor)):
+            (folder / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_tokenizer(model.tokenizer, folder)
+        save_tensors({name: tensor.float() for name, tensor in tensors.items()}, folder / FILE, {"format": "pt"})
+
+    def read_back(self, folder: Path) -> ReadBack:
+        """Load an exported folder with transformers."""
+        import transformers
+
+        with quiet_transformers(f"transformers cannot read '{folder}'"):
+            model = transformers.AutoModel.from_pretrained(folder, local_files_only=True).eval()
+        return ReadBack(
+            f"transformers {transformers.__version__}",
+            lambda pixels: model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output),
+            lambda tokens: model.text_projection(model.text_model(input_ids=tokens).pooler_output),
+        )
+
+    def card(self, model: DualEncoder, repo: str | None) -> str:
+        """Usage by transformers."""
+        return render("huggingface.md", model=model, repo=repo)
 
 
-def reread(folder: Path) -> Reread:
-    """Load an exported folder with transformers."""
-    import transformers
-
-    with quiet_transformers(f"transformers cannot read '{folder}'"):
-        model = transformers.AutoModel.from_pretrained(folder, local_files_only=True).eval()
-    return (
-        f"transformers {transformers.__version__}",
-        lambda pixels: model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output),
-        lambda tokens: model.text_projection(model.text_model(input_ids=tokens).pooler_output),
-    )
-
-
-def _config(model: DualEncoder, keys: Mapping[str, Any]) -> dict[str, Any]:
+def _config(model: DualEncoder) -> dict[str, Any]:
+    keys = layouts.clip_keys(model.image_tower)
+    assert keys is not None  # checked in `holds`
     recipe, tokenizer, vit = model.recipe, model.tokenizer, keys["image.model_kwargs"]
     sizes = {
         "width": vit["embed_dim"], "layers": vit["depth"], "heads": vit["num_heads"], "patch": vit["patch_size"],

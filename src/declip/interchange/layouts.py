@@ -15,6 +15,7 @@ from torch import Tensor
 
 from declip.data.text.tokenizer import CaptionTokenizer, HuggingfaceTokenizer, Tokenizer, WrappedTokenizer
 from declip.errors import UserError
+from declip.interchange.format import Refusal
 from declip.interchange.weights import Weights, empty, first_difference
 from declip.io.progress import quiet
 from declip.models.dual_encoder import DualEncoder, has_text
@@ -34,16 +35,6 @@ CLASS_TOKEN, GRID = "visual.class_embedding", "visual.attnpool.positional_embedd
 Names = tuple[tuple[str, str], ...]
 """Pairs of our name or prefix and that of another library; the first match counts. # is a number; ? stands for q, k and
 v, which are three tensors there and one here."""
-
-
-class Refusal(UserError):
-    """A format cannot hold a model; the message says why, and which settings of training it can hold."""
-
-
-Encode = Callable[[Tensor], Tensor]
-Reread = tuple[str, Encode, Encode | None]
-"""An exported model as loaded by the library of its format: the library and its version; normalized pixels
-(n, 3, S, S) → (n, d) features of any length; token ids of declip (n, L) → (n, d) features."""
 
 
 def clip_text_tower(model: DualEncoder) -> TextTower:

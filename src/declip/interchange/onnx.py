@@ -14,76 +14,89 @@ from torch import Tensor, nn
 
 from declip.data.text.tokenizer import CaptionTokenizer, WrappedTokenizer
 from declip.errors import UserError
-from declip.interchange.layouts import Refusal, Reread, preprocess_config, write_tokenizer
+from declip.interchange.format import Format, ReadBack, Refusal, Traced, render
+from declip.interchange.layouts import preprocess_config, write_tokenizer
 from declip.io.progress import quiet
 from declip.io.text import one_line
 from declip.models.dual_encoder import DualEncoder, has_text
 from declip.models.inference import TowerFunction
 
-LIBRARY = "onnx"
 OPSET = 18
 FOLDERS = VISUAL, TEXTUAL = "visual", "textual"
 MODEL, ABOUT = "model.onnx", "config.json"
 ROWS, LENGTH = 2, 4  # sizes of the traced example; a size of 1 would be exported as fixed
 
 
-def write(model: DualEncoder, folder: Path) -> None:
-    """Write visual/ and textual/, each with a model.onnx, and config.json, which describes them.
+class Onnx(Format):
+    """Folders with an ONNX file per tower, which onnxruntime computes."""
 
-    Images are (batch, 3, S, S) float32, normalized; texts (batch, length) int32 with padding after the end, length at
-    most the context. Outputs are (batch, d) float32 of length 1. Batch and length are dynamic.
-    """
-    if isinstance(model.tokenizer, WrappedTokenizer) and model.tokenizer.stored["zeroed"] is not None:
-        raise Refusal("its tokenizer replaces one id by 0, which tokenizer.json cannot represent")
-    prepared, batch = preprocess_config(model), torch.export.Dim("batch")
-    size = model.preprocessor.size
-    # Inputs and preprocessing, for readers without declip
-    about: dict[str, Any] = {
-        "opset": OPSET,
-        "embed_dim": model.recipe.embed_dim,
-        "logit_scale": model.logit_scale.exp().item(),
-        "logit_bias": None if model.logit_bias is None else model.logit_bias.item(),
-        "vision_cfg": {"image_size": size, "input": "image", "output": "image_embeds"},
-        "preprocess_cfg": prepared,
-    }
-    # Image tower
-    (folder / VISUAL).mkdir()
-    pixels = torch.zeros(ROWS, 3, size, size, device=model.device)
-    _export(TowerFunction(model, model.encode_image), pixels, {0: batch}, folder / VISUAL / MODEL, about["vision_cfg"])
-    (folder / VISUAL / "preprocess_cfg.json").write_text(json.dumps(prepared, indent=2) + "\n", encoding="utf-8")
-    if has_text(model):
-        # Text tower, with a tokenizer of the `tokenizers` library
-        tokenizer = model.tokenizer
-        about["text_cfg"] = {"context_length": tokenizer.context, "input": "text", "output": "text_embeds"}
-        about["text_cfg"] |= {name: getattr(tokenizer, name) for name in ("start", "end", "padding")}
-        about["text_cfg"]["tokenizer_kwargs"] = {"clean": cleaning(tokenizer)}
-        (folder / TEXTUAL).mkdir()
-        tokens = torch.zeros(ROWS, LENGTH, dtype=torch.int32, device=model.device)
-        tokens[:, -1] = tokenizer.end
-        sizes = {0: batch, 1: torch.export.Dim("length", max=tokenizer.context)}
-        tower = TowerFunction(model, lambda tokens: model.encode_text(tokens.long()))
-        _export(tower, tokens, sizes, folder / TEXTUAL / MODEL, about["text_cfg"])
-        write_tokenizer(tokenizer, folder / TEXTUAL)
-    (folder / ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    name = library = "onnx"
+
+    def holds(self, model: DualEncoder) -> None:
+        """Refuse tokenizers that tokenizer.json cannot represent."""
+        if isinstance(model.tokenizer, WrappedTokenizer) and model.tokenizer.stored["zeroed"] is not None:
+            raise Refusal("its tokenizer replaces one id by 0, which tokenizer.json cannot represent")
+
+    def write(self, traced: Traced, folder: Path, repo: str | None) -> None:
+        """Write visual/ and textual/, each with a model.onnx, and config.json, which describes them.
+
+        Images are (batch, 3, S, S) float32, normalized; texts (batch, length) int32 with padding after the end, length
+        at most the context. Outputs are (batch, d) float32 of length 1. Batch and length are dynamic.
+        """
+        model, prepared, batch = traced.model, preprocess_config(traced.model), torch.export.Dim("batch")
+        size = model.preprocessor.size
+        # Inputs and preprocessing, for readers without declip
+        about: dict[str, Any] = {
+            "opset": OPSET,
+            "embed_dim": model.recipe.embed_dim,
+            "logit_scale": model.logit_scale.exp().item(),
+            "logit_bias": None if model.logit_bias is None else model.logit_bias.item(),
+            "vision_cfg": {"image_size": size, "input": "image", "output": "image_embeds"},
+            "preprocess_cfg": prepared,
+        }
+        # Image tower
+        (folder / VISUAL).mkdir()
+        pixels = torch.zeros(ROWS, 3, size, size, device=model.device)
+        _export(
+            TowerFunction(model, model.encode_image), pixels, {0: batch}, folder / VISUAL / MODEL, about["vision_cfg"]
+        )
+        (folder / VISUAL / "preprocess_cfg.json").write_text(json.dumps(prepared, indent=2) + "\n", encoding="utf-8")
+        if has_text(model):
+            # Text tower, with a tokenizer of the `tokenizers` library
+            tokenizer = model.tokenizer
+            about["text_cfg"] = {"context_length": tokenizer.context, "input": "text", "output": "text_embeds"}
+            about["text_cfg"] |= {name: getattr(tokenizer, name) for name in ("start", "end", "padding")}
+            about["text_cfg"]["tokenizer_kwargs"] = {"clean": cleaning(tokenizer)}
+            (folder / TEXTUAL).mkdir()
+            tokens = torch.zeros(ROWS, LENGTH, dtype=torch.int32, device=model.device)
+            tokens[:, -1] = tokenizer.end
+            sizes = {0: batch, 1: torch.export.Dim("length", max=tokenizer.context)}
+            tower = TowerFunction(model, lambda tokens: model.encode_text(tokens.long()))
+            _export(tower, tokens, sizes, folder / TEXTUAL / MODEL, about["text_cfg"])
+            write_tokenizer(tokenizer, folder / TEXTUAL)
+        (folder / ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+    def read_back(self, folder: Path) -> ReadBack:
+        """Load the files with onnxruntime."""
+        import onnxruntime
+
+        def session(tower: str, given: str) -> Callable[[Tensor], Tensor]:
+            opened = onnxruntime.InferenceSession(folder / tower / MODEL, providers=["CPUExecutionProvider"])
+            return lambda batch: torch.from_numpy(opened.run(None, {given: batch.numpy()})[0])
+
+        text = session(TEXTUAL, "text") if (folder / TEXTUAL).is_dir() else None
+        version = f"onnxruntime {onnxruntime.__version__}"
+        return ReadBack(version, session(VISUAL, "image"), text and (lambda tokens: text(tokens.int())))
+
+    def card(self, model: DualEncoder, repo: str | None) -> str:
+        """Usage by onnxruntime and tokenizers."""
+        return render("onnx.md", model=model, cleaned=cleaning(model.tokenizer))
 
 
 def cleaning(tokenizer: CaptionTokenizer) -> str:
     """Name in open_clip of the cleaning that tokenizer.json does not contain, or ""."""
     wrapped = isinstance(tokenizer, WrappedTokenizer) and tokenizer.clip is None
     return str(tokenizer.stored["clean"]) if wrapped else ""  # type: ignore[attr-defined]
-
-
-def reread(folder: Path) -> Reread:
-    """Load the files with onnxruntime."""
-    import onnxruntime
-
-    def session(tower: str, given: str) -> Callable[[Tensor], Tensor]:
-        opened = onnxruntime.InferenceSession(folder / tower / MODEL, providers=["CPUExecutionProvider"])
-        return lambda batch: torch.from_numpy(opened.run(None, {given: batch.numpy()})[0])
-
-    text = session(TEXTUAL, "text") if (folder / TEXTUAL).is_dir() else None
-    version = f"onnxruntime {onnxruntime.__version__}"
-    return version, session(VISUAL, "image"), text and (lambda tokens: text(tokens.int()))
 
 
 def _export(module: nn.Module, example: Tensor, sizes: dict[int, Any], path: Path, about: dict[str, Any]) -> None:

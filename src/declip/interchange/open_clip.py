@@ -16,6 +16,7 @@ from torch import Tensor
 from declip.data.text.tokenizer import Tokenizer
 from declip.errors import UserError
 from declip.interchange import layouts
+from declip.interchange.format import Format, ReadBack, Refusal, Traced, render
 from declip.interchange.open_clip_model import (
     CONFIG,
     FOLDER,
@@ -37,9 +38,8 @@ from declip.models.hf_encoder import HuggingfaceTextTower
 from declip.models.wrapped import WrappedModel, WrappedTextTower, library_state
 from declip.recipe.load import load_recipe
 
-__all__ = ["matches", "read", "reread", "write"]
+__all__ = ["OpenClip", "matches", "read"]
 
-LIBRARY = "open_clip"
 WEIGHTS = "open_clip_model.safetensors"
 CLOSE = 1e-4  # tolerance for features of length 1, between a model here and in open_clip
 CAPTIONS = ("a red circle", "Two CATS &amp; a dog, asleep on a sofa", "")
@@ -151,26 +151,70 @@ def _compared(weights: Weights, opened: OpenClipModel) -> Weights:
     return weights
 
 
-def write(model: DualEncoder, folder: Path, repo: str | None = None) -> None:
-    """Write open_clip_config.json, weights and, for a vocabulary other than CLIP's, a Hugging Face tokenizer.
+class OpenClip(Format):
+    """Folders that open_clip loads as ``local-dir:FOLDER``."""
 
-    open_clip finds a text encoder by the name of the repository, or by a path: that of the folder is an argument in the
-    code of the card, so that the folder can be moved.
-    """
-    config, tensors = _express(model, repo or HERE)
-    text_config = config["model_cfg"]["text_cfg"]
-    # open_clip has CLIP's own tokenizer; others are files, as are configurations of text encoders.
-    needs_file = "hf_model_name" in text_config or "tokenizer_kwargs" in text_config
-    if isinstance(model.text_tower, WrappedTextTower):
-        needs_file = model.text_tower.wrapped.tokenizer["definition"] is not None
-    if (encoder := text_encoder(model)) is not None:
-        (folder / hf_encoder.CONFIG).write_text(json.dumps(dict(encoder), indent=2) + "\n", encoding="utf-8")
-    if needs_file:
-        # open_clip reads the tokenizer of a folder from that folder, and of a repository by its name.
-        text_config["hf_tokenizer_name"] = repo or "tokenizer.json"
-        layouts.write_tokenizer(model.tokenizer, folder)
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    save_tensors(tensors, folder / WEIGHTS, {"format": "pt"})
+    name = library = "open_clip"
+
+    def holds(self, model: DualEncoder) -> None:
+        """Refuse what open_clip's configuration cannot express."""
+        _express(model, HERE)
+
+    def write(self, traced: Traced, folder: Path, repo: str | None) -> None:
+        """Write open_clip_config.json, weights and, for a vocabulary other than CLIP's, a Hugging Face tokenizer.
+
+        open_clip finds a text encoder by the name of the repository, or by a path: that of the folder is an argument in
+        the code of the card, so that the folder can be moved.
+        """
+        model = traced.model
+        config, tensors = _express(model, repo or HERE)
+        text_config = config["model_cfg"]["text_cfg"]
+        # open_clip has CLIP's own tokenizer; others are files, as are configurations of text encoders.
+        needs_file = "hf_model_name" in text_config or "tokenizer_kwargs" in text_config
+        if isinstance(model.text_tower, WrappedTextTower):
+            needs_file = model.text_tower.wrapped.tokenizer["definition"] is not None
+        if (encoder := text_encoder(model)) is not None:
+            (folder / hf_encoder.CONFIG).write_text(json.dumps(dict(encoder), indent=2) + "\n", encoding="utf-8")
+        if needs_file:
+            # open_clip reads the tokenizer of a folder from that folder, and of a repository by its name.
+            text_config["hf_tokenizer_name"] = repo or "tokenizer.json"
+            layouts.write_tokenizer(model.tokenizer, folder)
+        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        save_tensors(tensors, folder / WEIGHTS, {"format": "pt"})
+
+    def read_back(self, folder: Path) -> ReadBack:
+        """Load the folder with open_clip."""
+        import open_clip
+
+        text_config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["model_cfg"]["text_cfg"]
+        changes = encoder_from(folder, text_config)
+        model: Any = open_clip.create_model(f"{FOLDER}{folder}", weights_only=True, **changes).eval()
+        context = int(model.context_length)
+        return ReadBack(
+            f"open_clip {open_clip.__version__}",
+            model.encode_image,
+            lambda tokens: model.encode_text(tokens if changes else F.pad(tokens, (0, context - tokens.shape[1]))),
+        )
+
+    def card(self, model: DualEncoder, repo: str | None) -> str:
+        """Usage by open_clip."""
+        return render("open_clip.md", model=model, repo=repo, encoder=text_encoder(model) is not None)
+
+    def limits(self, model: DualEncoder) -> str:
+        """Describe what open_clip's configuration cannot hold, and what that changes; "" if it holds all."""
+        given, plain = model.preprocessor, copy.copy(model.preprocessor)
+        if given.squash or given.resize == given.size:
+            return ""
+        plain.resize = given.size
+        noise = np.random.default_rng(0).integers(0, 256, (8, 6, 8, 3), dtype=np.uint8)
+        images = [Image.fromarray(pixels).resize((640, 480)) for pixels in noise]  # smooth, as photographs are
+        with torch.no_grad():
+            both = [model.encode_image(prepare(images).to(model.device)) for prepare in (given, plain)]
+        cosine = float((both[0] * both[1]).sum(dim=1).min())
+        return (
+            f" open_clip's configuration has no resize to {given.resize} before the crop of {given.size}; the code of "
+            f"the card sets it. Without, features differ: cosine {cosine:.4f} or more on 8 smooth random images."
+        )
 
 
 def text_encoder(model: DualEncoder) -> Mapping[str, Any] | None:
@@ -205,7 +249,7 @@ def _express(model: DualEncoder, place: str) -> tuple[dict[str, Any], dict[str, 
             "text_cfg": text_config,
         }
         if model.logit_bias is not None:
-            model_config["init_logit_bias"] = float(model.logit_bias)
+            model_config["init_logit_bias"] = model.logit_bias.item()
         state = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith("_extra_state")}
         tensors = (visual + text).write(state)
     return {"model_cfg": model_config, "preprocess_cfg": layouts.preprocess_config(model)}, tensors
@@ -227,38 +271,6 @@ def _express_wrapped(model: DualEncoder, stored: WrappedModel) -> tuple[dict[str
     return config, tensors
 
 
-def limits(model: DualEncoder) -> str:
-    """Describe what open_clip's configuration cannot hold, and what that changes; "" if it holds all."""
-    given, plain = model.preprocessor, copy.copy(model.preprocessor)
-    if given.squash or given.resize == given.size:
-        return ""
-    plain.resize = given.size
-    noise = np.random.default_rng(0).integers(0, 256, (8, 6, 8, 3), dtype=np.uint8)
-    images = [Image.fromarray(pixels).resize((640, 480)) for pixels in noise]  # smooth, as photographs are
-    with torch.no_grad():
-        both = [model.encode_image(prepare(images).to(model.device)) for prepare in (given, plain)]
-    cosine = float((both[0] * both[1]).sum(dim=1).min())
-    return (
-        f" open_clip's configuration has no resize to {given.resize} before the crop of {given.size}; the code of the "
-        f"card sets it. Without, features differ: cosine {cosine:.4f} or more on 8 smooth random images."
-    )
-
-
-def reread(folder: Path) -> layouts.Reread:
-    """Load the folder with open_clip."""
-    import open_clip
-
-    text_config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["model_cfg"]["text_cfg"]
-    changes = encoder_from(folder, text_config)
-    model: Any = open_clip.create_model(f"{FOLDER}{folder}", weights_only=True, **changes).eval()
-    context = int(model.context_length)
-    return (
-        f"open_clip {open_clip.__version__}",
-        model.encode_image,
-        lambda tokens: model.encode_text(tokens if changes else F.pad(tokens, (0, context - tokens.shape[1]))),
-    )
-
-
 def _text_config(model: DualEncoder) -> Part:
     tower, text = layouts.clip_text_tower(model), model.recipe.text
     config: dict[str, Any] = {name: getattr(text, name) for name in ("context_length", "width", "heads", "layers")}
@@ -272,7 +284,7 @@ def _text_encoder(tower: HuggingfaceTextTower, given: str, place: str) -> Part:
     """A text encoder of transformers, with its configuration on the Hub or in the folder."""
     kind, biased = tower.encoder_config["model_type"], tower.text_projection.bias is not None
     if kind not in ENCODERS or tower.pooling not in POOLERS or biased:
-        raise layouts.Refusal(
+        raise Refusal(
             f"its text encoder is a {kind}, with {tower.pooling} pooling and {'a' if biased else 'no'} bias after its "
             f"projection; open_clip supports {', '.join(ENCODERS)}, text.pooling={' or '.join(POOLERS)}, no bias"
         )
@@ -308,7 +320,7 @@ def _vision_config(model: DualEncoder, keys: Mapping[str, Any] | None, activatio
         difference = first_difference(trunk.state_dict(), {**tower.trunk.state_dict(), **norm})
     if difference:
         way_out = f"train with text.activation={layouts.activation_of(keys)}" if keys else layouts.TO_CLIP_VIT
-        raise layouts.Refusal(
+        raise Refusal(
             "its image tower is neither CLIP's ViT with the activation of the text tower nor CLIP's ResNet, and "
             f"open_clip builds other towers by timm's name, which is another network than '{name}' at "
             f"{model.preprocessor.size} px ({difference}); {way_out}"

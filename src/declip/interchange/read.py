@@ -26,7 +26,7 @@ READERS = (starter, timm_weights, declip_file, huggingface, open_clip, official)
 
 HUGGINGFACE = "huggingface:"
 HUB_PREFIXES = ("hf-hub:", HUGGINGFACE, "open_clip:hf-hub:")
-DESCRIPTION = ["*.json", "*.txt", declip_file.CARD, declip_file.FILE]
+DESCRIPTION = ["*.json", "*.txt", "README.md", declip_file.FILE]
 """Files to fetch first, which show the format of the model; for our format they are all files."""
 
 

@@ -1,0 +1,81 @@
+"""Base class of the formats that models are exported to."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from torch import Tensor
+
+from declip.errors import UserError
+from declip.evaluation.results import Result
+from declip.io.text import about, percent
+from declip.models.dual_encoder import DualEncoder, has_text
+
+
+class Refusal(UserError):
+    """A format cannot hold a model; the message says why, and which settings of training it can hold."""
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A model to export, with what is recorded of its origin."""
+
+    model: DualEncoder
+    step: int | None = None  # number of steps; None without a checkpoint
+    pairs: int | None = None  # number of distinct training pairs
+    fitted: bool = False  # projections in closed form, without steps
+    results: Sequence[Result] = ()  # after that step
+    origin: str | None = None  # description of the weights' origin, unless that is a run
+    heads: Mapping[str, Tensor] = field(default_factory=dict)  # of losses, by the names of `Objective`
+
+
+class ReadBack(NamedTuple):
+    """An exported model as loaded by the library of its format."""
+
+    by: str  # the library and its version
+    encode_image: Callable[[Tensor], Tensor]  # normalized pixels (n, 3, S, S) → (n, d) features of any length
+    encode_text: Callable[[Tensor], Tensor] | None  # token ids of declip (n, L) → (n, d) features of any length
+
+
+class Format(ABC):
+    """A format of exported models: a folder that a library reads."""
+
+    name: str  # value of --format
+    library: str  # the library that reads it, by its name on the Hub
+
+    @abstractmethod
+    def holds(self, model: DualEncoder) -> None:
+        """Raise a `Refusal` with the reason if the format cannot hold a model."""
+
+    @abstractmethod
+    def write(self, traced: Traced, folder: Path, repo: str | None) -> None:
+        """Write a float32 model into an empty folder, to be uploaded to `repo`, OWNER/NAME on the Hub, if given."""
+
+    @abstractmethod
+    def read_back(self, folder: Path) -> ReadBack:
+        """Load an exported folder with the library; raises `ImportError` if that is not installed."""
+
+    @abstractmethod
+    def card(self, model: DualEncoder, repo: str | None) -> str:
+        """Usage section of the model card: Python that computes features from the folder, or from `repo` on the Hub."""
+
+    def limits(self, model: DualEncoder) -> str:
+        """Describe what the export lacks, and what that changes; "" if it has everything."""
+        return ""
+
+
+def render(template: str, **values: Any) -> str:
+    """Render a template of the model card."""
+    environment = Environment(
+        loader=PackageLoader("declip.interchange"),
+        undefined=StrictUndefined,
+        keep_trailing_newline=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": percent, "about": about}
+    environment.globals["has_text"] = has_text
+    return environment.get_template(template).render(values)
