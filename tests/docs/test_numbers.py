@@ -1,0 +1,70 @@
+"""Numbers of the pages' main tables equal the raw files; `<!--numbers:NAME-->` before a table names a function here."""
+
+import json
+import re
+from collections import defaultdict
+from statistics import mean
+
+import pytest
+
+from docs.blocks import ROOT
+
+MARKED = re.compile(r"<!--numbers:(\w+)-->\n\n((?:\|.*\n)+)")
+PAGES = [path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md")]
+TITLES = {"stamps-photos": "photographs", "clipart": "clip art", "ViT-B-32": "ViT-B/32", "RN50": "ResNet-50"}
+TITLES |= {"demo-clip": "demo-few-clip", "demo-declip": "demo-few-declip", "demo-slip": "demo-slip, smoothed"}
+TITLES |= {"demo-declip-official, contrastive.label_smoothing=0.1": "demo-declip, smoothed"}
+TITLES |= {"demo-filip": "FILIP, smoothed", "demo-defilip": "DeFILIP, smoothed"}
+
+
+def read(name):
+    """The rows of a JSONL file without its first line."""
+    return [json.loads(line) for line in (ROOT / "benchmarks/results" / name).read_text("utf-8").splitlines()[1:]]
+
+
+def few():
+    cells = defaultdict(lambda: defaultdict(list))
+    for row in read("few/cells.jsonl"):
+        cells[f"{TITLES.get(row['set'], row['set'])}, {row['pairs']:,}"][row["method"]].append((row["r1"], row["r10"]))
+    for title, methods in cells.items():
+        means = {method: [*map(mean, zip(*runs, strict=True))] for method, runs in methods.items()}
+        ours = [means.pop("declip finetune"), means.pop("declip, own pairs", ())]
+        yield title, [*ours[0], *ours[1], *map(max, zip(*means.values(), strict=True))]
+
+
+def methods():
+    scores = defaultdict(lambda: defaultdict(dict))
+    for row in read("muon/methods.jsonl"):
+        if row["recipe"] in TITLES and row["data"] == "emoji" and "loss_weights" not in row:
+            longer = ", in the time of demo-few-declip" if row["steps"] == 1900 else ""
+            if row["steps"] in (1000, 1900):
+                scores[TITLES[row["recipe"]] + longer][row["pairs"]][row["seed"]] = 100 * row["emoji-test top1"]
+    for row in read("studies/few.jsonl"):  # demo-clip was CLIP as published then
+        if row["budget"] == "samples" and "top-1" in row["measure"]:
+            scores[row["recipe"]][row["pairs"]] = {"all": row["mean_percent"]}
+    return [
+        (title, [None, *(mean(s[n].values()) for n in (1400, 2800, 5600) if n in s)]) for title, s in scores.items()
+    ]
+
+
+def embed():
+    speeds = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    for row in (row for run in read("speed/embed.jsonl") for row in run["rows"] if row["size"] == "1024x768"):
+        side = (
+            "bf16" if row["what"] == "torch" or (row["what"], row["precision"]) == ("declip", "bf16") else row["what"]
+        )
+        speeds[TITLES.get(row["part"], row["part"])][row["count"]][side].append(row["per_second"])
+    for title, counts in speeds.items():
+        most = counts[max(counts)]
+        yield title, [mean(most[side]) for side in ("bf16", "fp32", "open_clip", "sentence_transformers") if most[side]]
+
+
+@pytest.mark.parametrize("check", [few, methods, embed], ids=lambda check: check.__name__)
+def test_a_table_has_the_numbers_of_its_raw_file(check):
+    [table] = [table for page in PAGES for name, table in MARKED.findall(page) if name == check.__name__]
+    expected = dict(check())
+    for line in table.splitlines()[2:]:
+        title, cells = re.sub(r"[`*]", "", line).strip("| ").split(" | ", 1)
+        for printed, value in zip(re.findall(r"\d[\d,]*\.?\d*", cells), expected[title], strict=False):
+            decimals = len(printed.partition(".")[2])
+            assert value is None or printed == f"{value:,.{decimals}f}", f"{title}: {printed}, raw {value}"
