@@ -130,9 +130,14 @@ def evaluate(
     task: str = "zero-shot",
     *,
     label_column: str | None = None,
+    templates: str | Sequence[str] | None = None,
+    shots: int = 4,
+    batch_size: int = 256,
+    workers: int | None = 0,
+    device: str = "auto",
     precision: Precision = "fp32",
     engine: Engine = "torch",
-    **options: Any,
+    progress: bool = True,
 ) -> Result:
     """Evaluate a model on the test split of a dataset; a linear probe is fitted on its train and validation splits.
 
@@ -144,19 +149,22 @@ def evaluate(
         dataset: A name or path that `declip.evaluation.datasets.open_dataset` opens, or an open dataset or source.
         task: "zero-shot", "retrieval", "linear" (probe) or "few-shot".
         label_column: The table column of classes; see `open_dataset`.
-        precision: As in `declip.load`; a model that is given as an object stays as it is.
-        engine: As in `declip.load`.
-        options: Fields of `declip.evaluation.protocols.Options`, such as ``batch_size=64`` or
-            ``templates="a photo of {}"``.
+        templates: For "zero-shot" and "few-shot": the name of a template set, or templates such as "a photo of {}"; by
+            default those of the dataset.
+        shots: For "few-shot": number of examples per class.
+        batch_size: Number of images or texts per forward pass.
+        workers: Number of processes that read images; 0: this one; None: one per core, at most 8.
+        device, precision, engine: As in `declip.load`; a model that is given as an object stays as it is.
 
     Examples:
         >>> declip.evaluate("runs/demo", "pairs.csv", "retrieval").text_to_image.queries
         8
     """
-    chosen, opened = Options(**options), open_dataset(dataset, label_column=label_column)
-    if len(chosen.numbers_of_shots) > 1:
+    options = Options(templates, shots, batch_size, workers, progress)
+    if len(options.numbers_of_shots) > 1:
         raise UserError("declip.evaluate returns one result. Pass one number of shots, such as shots=4.")
-    return evaluate_all(loaded(model, precision=precision, engine=engine), opened, (task,), chosen)[0]
+    opened = open_dataset(dataset, label_column=label_column)
+    return evaluate_all(loaded(model, device, precision, engine), opened, (task,), options)[0]
 
 
 def compare(
@@ -165,15 +173,31 @@ def compare(
     seeds: int | Sequence[int] = 3,
     *,
     out: str | Path,
+    overrides: Mapping[str, Any] | None = None,
+    datasets: str | Path | Sequence[str | Path] = (),
+    tasks: str | Sequence[str] = ("zero-shot",),
+    shots: int | Sequence[int] = (4,),
+    budget: str = "samples",
     jobs: int | None = None,
     quiet: bool = False,
-    **options: Any,
 ) -> Outcome:
     """Compare recipes at several numbers of pairs, and write results.json and report.html.
 
-    See `declip.comparison.study.Study.of` for the arguments `datasets`, `tasks`, `shots`, `overrides` and `budget`, and
-    `declip.comparison.runner.run` for `jobs` and `quiet`.
+    Args:
+        recipes: Names of shipped recipes or YAML files.
+        pairs: Numbers of training pairs.
+        seeds: The number of seeds, counted from 0, or the seeds.
+        out: Folder of the comparison; one that was interrupted continues.
+        overrides: Dotted keys and values for all recipes.
+        datasets: Evaluation sets; by default the first recipe's ``final_zero_shot``, or its ``zero_shot``.
+        shots: Numbers of examples per class, with the task few-shot.
+        budget: "samples": every recipe takes its steps; "compute": every recipe runs as long as the first.
+        jobs: Number of parallel runs, with one thread each if there are several; by default one per core, or 1 on a
+            GPU.
     """
-    outcome = runner.run(Study.of(recipes, pairs, seeds, **options), out, jobs, quiet)
+    study = Study.of(
+        recipes, pairs, seeds, overrides=overrides, datasets=datasets, tasks=tasks, shots=shots, budget=budget
+    )
+    outcome = runner.run(study, out, jobs, quiet)
     write_page(outcome, Path(out).expanduser())
     return outcome

@@ -2,6 +2,7 @@
 
 import doctest
 import shutil
+from inspect import Parameter, signature
 from pathlib import Path
 
 import pytest
@@ -53,3 +54,9 @@ def test_it_prints_what_it_says(name, folder, monkeypatch):
     printed = []
     doctest.DocTestRunner().run(EXAMPLES[name], out=printed.append)
     assert not printed, "".join(printed)
+
+
+@pytest.mark.parametrize("name", ["compare", "evaluate"])
+def test_every_argument_is_named(name):
+    unnamed = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
+    assert [each for each in signature(getattr(declip, name)).parameters.values() if each.kind in unnamed] == []

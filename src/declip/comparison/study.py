@@ -99,16 +99,7 @@ class Study:
         shots: int | Sequence[int] = (4,),
         budget: str = "samples",
     ) -> Self:
-        """Build a study.
-
-        Args:
-            recipes: Names of shipped recipes or YAML files.
-            seeds: The number of seeds, counted from 0, or the seeds.
-            overrides: Dotted keys for all recipes.
-            datasets: Evaluation sets; by default the first recipe's ``final_zero_shot``, or its ``zero_shot``.
-            shots: Numbers of examples per class, with the task few-shot.
-            budget: One of `BUDGETS`.
-        """
+        """Build a study; arguments as `declip.compare`."""
         numbers = tuple(map(int, range(seeds) if isinstance(seeds, int) else seeds))
         variants = tuple(Variant.of(str(recipe), dict(overrides or {})) for recipe in several(recipes))
         counts, names = tuple(sorted({*map(int, several(pairs))})), tuple(several(tasks))
