@@ -18,7 +18,7 @@ from declip.data.builtin.fetch import read_json
 from declip.data.builtin.sets import ICONS_PACKAGE, SPLIT_OF, license_of
 from declip.data.tables import asset, read_rows, split_texts
 from declip.data.text.augment import table
-from packing import pack, shorten
+from packing import pack
 
 TAGS = ("lucide-static", "@tabler/icons")
 """Packages with keywords for icon names."""
@@ -236,8 +236,7 @@ def main() -> None:
     parser.add_argument("packages", type=Path)
     lines = ["key\tcategory\tcaptions\tkeywords"]
     for row in choose(parser.parse_args().packages):
-        captions = shorten("|".join(row["captions"]), row["key"])
-        lines.append("\t".join((row["key"], row["category"], captions, "|".join(row["keywords"]))))
+        lines.append("\t".join((row["key"], row["category"], "|".join(row["captions"]), "|".join(row["keywords"]))))
     packed = pack(lines)
     Path(str(asset("icons.tsv.xz"))).write_bytes(packed)
     print(f"{len(lines) - 1:,} icons, {len(packed):,} bytes")

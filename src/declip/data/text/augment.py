@@ -7,7 +7,7 @@ import numpy as np
 import regex
 
 from declip.data.batch import IGNORED
-from declip.data.tables import asset, unpack
+from declip.data.tables import read_lines
 from declip.data.text.tokenizer import CaptionTokenizer
 
 _MASKED, _RANDOM = 0.8, 0.1  # of the chosen tokens, as in BERT
@@ -90,7 +90,7 @@ def mask_tokens(
 @cache
 def table() -> dict[str, str]:
     """The shipped table, read once per process: synonyms joined by "|" by word; empty for a word without any."""
-    lines = unpack(asset("synonyms.txt.xz").read_bytes())
+    lines = read_lines("synonyms.txt")
     half = len(lines) // 2  # an empty line stands between the words and their lists
     return dict(zip(lines[:half], lines[half + 1 :], strict=True))
 
