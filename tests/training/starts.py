@@ -48,9 +48,7 @@ def tuned(table, weights, train_keys=None, **keys):
         if key in keys:
             tree[section] = {**TINY[section], name: keys.pop(key)}
             given.add(f"{section}.{name}")
-    recipe = Recipe.model_validate({**tree, "finetune": {"pretrained": str(weights), **keys}})
-    recipe._given = frozenset(given)
-    return recipe
+    return Recipe.model_validate({**tree, "finetune": {"pretrained": str(weights), **keys}}, context={"given": given})
 
 
 class StopBefore(Sink):

@@ -50,12 +50,10 @@ def load_recipe(name: str | Path, overrides: Mapping[str, Any] | None = None) ->
         _set(tree, "train.epochs", None)
     # --- every range check, and the keys that the user gave
     try:
-        recipe = Recipe.model_validate(_with_own_sets(tree, base, over))
+        return Recipe.model_validate(_with_own_sets(tree, base, over), context={"given": given})
     except ValidationError as error:
         problems = " ".join(_explain(dict(problem)) for problem in error.errors())
         raise UserError(f"The recipe '{name}' is not valid. {problems}") from error
-    recipe._given = frozenset(given)
-    return recipe
 
 
 def parse_overrides(words: Sequence[str]) -> dict[str, str]:

@@ -348,13 +348,13 @@ class Recipe(Section):
     evaluation: Evaluation = Evaluation()
     _given: frozenset[str] = PrivateAttr(frozenset())
 
-    def __eq__(self, other: object) -> bool:
-        """Whether both describe the same experiment, whoever gave their keys."""
-        return isinstance(other, Recipe) and self.model_dump() == other.model_dump()
+    def model_post_init(self, context: Any) -> None:
+        if context is not None:
+            self._given = frozenset(context["given"])
 
     @property
     def given(self) -> frozenset[str]:
-        """Dotted keys of the user's own files and overrides, as `declip.recipe.load.load_recipe` read them."""
+        """Dotted keys of the user's own files and overrides, which `declip.load_recipe` passes as context."""
         return self._given
 
     @model_validator(mode="after")

@@ -43,7 +43,6 @@ def estimate(recipe: Recipe) -> tuple[Recipe, str]:
     # Of few pairs so many may be broken by chance that a run would stop.
     limits = {"max_pairs": few, "max_broken_fraction": max(0.5, recipe.data.max_broken_fraction)}
     small = recipe.model_copy(update={"data": recipe.data.model_copy(update=limits)})
-    small._given = recipe.given
     with TemporaryDirectory() as folder:
         parts = assemble(small, Path(folder) / "run", quiet=True)
         steps = train.steps * fmean(step_seconds(parts, 1, TIMED))
