@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 import yaml
 
 import declip
@@ -38,6 +39,12 @@ def test_trains_evaluates_and_resumes(table, tmp_path, command):
     assert rows[0] == result
     failed = command(*evaluate, tmp_path / "none.json", "--dataset", f"paper11:{tmp_path}")
     assert (failed.status, "paper11" in failed.err, (tmp_path / "none.json").exists()) == (2, True, False)
+
+
+@pytest.mark.parametrize("name", ["train", "data inspect", "recipes show"])
+def test_the_help_shows_no_type_for_flags(name, command):
+    printed = command(*name.split(), "--help").out
+    assert ("--help" in printed, "<bool>" in printed) == (True, False)
 
 
 def test_held_out_sets_are_evaluated_by_what_they_have(table, tmp_path):

@@ -1,7 +1,6 @@
 """The command ``declip``, with the small commands recipes, cache and export; commands only call the API."""
 
 import errno
-from inspect import signature
 from itertools import groupby
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +10,7 @@ from typer import Argument, Option
 
 import declip
 from declip.cli.data import group as data
-from declip.cli.options import Model, Overrides, WithKeys, console, fail, file, say
+from declip.cli.options import Command, Model, Overrides, console, fail, file, say
 from declip.cli.search import choose, classify, embed, explain, index, search, serve
 from declip.cli.train import compare, evaluate, finetune, train
 from declip.errors import UserError
@@ -118,11 +117,13 @@ def _root(
 
 COMMANDS = (finetune, train, evaluate, compare, choose, classify, embed, search, explain, export)
 for command in COMMANDS:
-    app.command(cls=WithKeys if {"overrides", "words"} & {*signature(command).parameters} else None)(command)
-
+    app.command()(command)
 app.command(name="app")(serve)
 for group, name in ((data, "data"), (recipes, "recipes"), (cache, "cache"), (index, "index")):
     app.add_typer(group, name=name)
+for each in (app, data, recipes, cache, index):
+    for registered in each.registered_commands:
+        registered.cls = Command
 
 
 def main() -> None:

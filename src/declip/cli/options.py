@@ -76,7 +76,7 @@ Engine = Annotated[
     Literal["torch", "openvino"], Option(help="library that computes the towers; openvino: faster on a CPU")
 ]
 Quiet = Annotated[bool, Option("--quiet", help="show no progress")]
-Resume = Annotated[bool, Option("--resume", metavar="", help="continue the run in the run folder")]
+Resume = Annotated[bool, Option("--resume", help="continue the run in the run folder")]
 ImageColumn = Annotated[str, Option(help="table column of image paths")]
 CaptionColumn = Annotated[str, Option(help="table column of captions")]
 ImageRoot = Annotated[Path | None, file("folder that image paths in a table are relative to", metavar="DIR")]
@@ -104,12 +104,19 @@ READING: dict[str, tuple[Any, Any]] = {
 """Options of commands that read images, and their defaults."""
 
 
-class WithKeys(TyperCommand):
-    """A command with recipe keys: an unknown option that is the name of one is answered with the key."""
+class Command(TyperCommand):
+    """A command whose help shows no type for flags, and whose recipe keys answer an unknown option of their name."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        parameters = super().get_params(ctx)
+        for flag in (each for each in parameters if getattr(each, "is_flag", False)):
+            flag.metavar = ""
+        return parameters
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         names = {name for parameter in self.params for name in (*parameter.opts, *parameter.secondary_opts)}
-        for word in args:
+        takes_keys = {"overrides", "words"} & {parameter.name for parameter in self.params}
+        for word in args if takes_keys else ():
             option = word.partition("=")[0]
             if option.startswith("--") and option not in {*names, "--", "--help"}:
                 from declip.recipe.load import unknown_key

@@ -28,7 +28,7 @@ def train(
     out: Annotated[Path | None, file("run folder; default: runs/RECIPE", metavar="DIR")] = None,
     resume: opt.Resume = False,
     quiet: opt.Quiet = False,
-    dry_run: Annotated[bool, Option("--dry-run", metavar="", help="only estimate memory and time")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="only estimate memory and time")] = False,
 ) -> None:
     """Train a model as a recipe describes, evaluate it, and write a report."""
     given = _checked(recipe, overrides or [], data, resume)
@@ -125,9 +125,7 @@ def finetune(
         Option(metavar="TOWERS", help="both, image, text or none; default: both for built-in weights on a CPU"),
     ] = None,
     resume: opt.Resume = False,
-    dry_run: Annotated[
-        bool, Option("--dry-run", metavar="", help="only estimate memory and time, and print the recipe")
-    ] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="only estimate memory and time, and print the recipe")] = False,
     quiet: opt.Quiet = False,
 ) -> None:
     """Fine-tune pretrained weights on your pairs, write a report, and export the model."""
