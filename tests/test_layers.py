@@ -9,7 +9,7 @@ from declip.supervision.objective import TERMS
 
 SOURCE = Path(declip.__file__).parent
 LAYERS = (
-    ("errors", "_version"),
+    ("errors",),
     ("io",),
     ("recipe",),
     ("data",),

@@ -74,19 +74,25 @@ class Run:
         """Path of the report."""
         return self.folder / "report.html"
 
-    recipe = cached_property(lambda run: read_recipe(run.folder))
-    """The resolved recipe."""
+    @cached_property
+    def recipe(self) -> Recipe:
+        """The resolved recipe."""
+        return read_recipe(self.folder)
 
-    recipe_text = cached_property(lambda run: _text(run.folder / RECIPE))
-    """Text of recipe.yaml, or an empty string."""
+    @cached_property
+    def recipe_text(self) -> str:
+        """Text of recipe.yaml, or an empty string."""
+        return _text(self.folder / RECIPE)
 
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:
         """Rows of metrics.jsonl by step; if a step was logged twice, the later row."""
         return [row for _, row in sorted({row["step"]: row for row in read_rows(self.folder / METRICS)}.items())]
 
-    evaluations = cached_property(lambda run: read_rows(run.folder / EVALUATIONS))
-    """Rows of evaluations.jsonl."""
+    @cached_property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """Rows of evaluations.jsonl."""
+        return read_rows(self.folder / EVALUATIONS)
 
     @cached_property
     def evaluated(self) -> list[Evaluated]:
@@ -110,17 +116,25 @@ class Run:
         """The last evaluation of each task on each dataset."""
         return [rows[-1] for rows in self.series()]
 
-    skipped = cached_property(lambda run: _json(run.folder / SKIPPED) or None)
-    """Number of pairs "seen", and "reasons": count and example keys; None before the first checkpoint."""
+    @cached_property
+    def skipped(self) -> dict[str, Any] | None:
+        """Number of pairs "seen", and "reasons": count and example keys; None before the first checkpoint."""
+        return _json(self.folder / SKIPPED) or None
 
-    examples = cached_property(lambda run: _json(run.folder / EXAMPLES))
-    """Facts for the report: "source", "losses", "views", "worst" captions; empty before the first step."""
+    @cached_property
+    def examples(self) -> dict[str, Any]:
+        """Facts for the report: "source", "losses", "views", "worst" captions; empty before the first step."""
+        return _json(self.folder / EXAMPLES)
 
-    cross_validation = cached_property(lambda run: _json(run.folder / CROSS_VALIDATION))
-    """Choice of heads in closed form, see `declip.training.fit`; empty for other runs."""
+    @cached_property
+    def cross_validation(self) -> dict[str, Any]:
+        """Choice of heads in closed form, see `declip.training.fit`; empty for other runs."""
+        return _json(self.folder / CROSS_VALIDATION)
 
-    mixture = cached_property(lambda run: _json(run.folder / MIXTURE))
-    """The fraction "alpha" of the fine-tuned weights, and "scores" of all by set; empty for other runs."""
+    @cached_property
+    def mixture(self) -> dict[str, Any]:
+        """The fraction "alpha" of the fine-tuned weights, and "scores" of all by set; empty for other runs."""
+        return _json(self.folder / MIXTURE)
 
     @cached_property
     def caption_ranks(self) -> dict[tuple[str, str], float]:

@@ -162,13 +162,14 @@ def test_csv_whose_quote_would_swallow_rows(folder, head, rows, place):
     assert place in message(folder / "t.csv")
 
 
+@pytest.mark.parametrize("sign", [",", ";"])
 @pytest.mark.parametrize(
     "cell", ['"a cat,\nblack, on a mat\nby b.png"', '"one\r\n\r\ntwo ""x"""', '5" wide', '"so" she said', '"x"']
 )
-def test_csv_quotes_that_swallow_nothing(folder, cell):
-    content = f'"image","caption"\na.png,{cell}\nb.png,"y"\nc.png,"z"'
+def test_csv_quotes_that_swallow_nothing(folder, cell, sign):
+    content = f'"image"{sign}"caption"\na.png{sign}{cell}\nb.png{sign}"y"\nc.png{sign}"z"'
     (folder / "t.csv").write_bytes(b"\xef\xbb\xbf" + content.encode())
-    rows = list(csv.DictReader(io.StringIO(content, newline="")))
+    rows = list(csv.DictReader(io.StringIO(content, newline=""), delimiter=sign))
     source = TableSource(folder / "t.csv")
     assert [source.captions(i) for i in range(3)] == [(" ".join(row["caption"].split()),) for row in rows]
 

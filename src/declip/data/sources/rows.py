@@ -241,28 +241,23 @@ class DelimitedRows(TextRows):
 
     def _cells(self, line: str, following: Iterator[str], number: int) -> list[str]:
         """The cells of the row that starts with a line; raises `UserError` if its quotes would swallow others."""
+        cells = line.rstrip("\r\n").split(self.delimiter)
         if '"' not in line:
-            return line.rstrip("\r\n").split(self.delimiter)
-        taken = [line]
+            return cells
+        taken, one_line = list[str](), self.delimiter == "\t"
 
         def parts() -> Iterator[str]:
-            yield line
-            for part in following if self.delimiter != "\t" else ():
+            for part in chain([line], () if one_line else following):
                 taken.append(part)
                 yield part
 
-        # --- by the rules, over as many lines as the quotes enclose
         try:
             cells = next(csv.reader(parts(), delimiter=self.delimiter, strict=True))
-            lost = len(taken) > 1 and self._swallows(taken)
-        # --- a line that breaks them: literally in TSV, else as spreadsheets read it
-        except csv.Error as error:
-            cells = line.rstrip("\r\n").split(self.delimiter)
-            if self.delimiter == "\t":
-                return cells
-            lost = len(taken) > 1 or "end of data" in str(error)
-            with suppress(csv.Error):
-                cells = next(csv.reader([line], delimiter=self.delimiter))
+            lost = self._swallows(taken)
+        except csv.Error as error:  # a quotation mark inside a cell, or one that is not closed
+            lost = not one_line and (len(taken) > 1 or "end of data" in str(error))
+            with suppress(csv.Error):  # as spreadsheets read it
+                cells = cells if one_line else next(csv.reader([line], delimiter=self.delimiter))
         if lost:
             problem = f"'{self.path}' has a quotation mark in line {number} that is not closed in its row"
             raise UserError(f'{problem}, so that rows would be lost. Close it, or write each " of a text twice.')

@@ -3,17 +3,18 @@
 import hashlib
 import json
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+from PIL import Image
 
 from declip.data.columns import Columns
-from declip.data.pair import BrokenPair, PairSource, printable
+from declip.data.pair import BrokenPair, LazyImage, LazyPair, Origin, Pair, PairSource, printable
 from declip.data.sources.names import resolve, stored_path
 from declip.errors import UserError
 from declip.io.atomic import write_text
@@ -29,16 +30,6 @@ NUMBER_OF = {name: number for number, names in enumerate(SPLITS.values()) for na
 UNREADABLE, UNKNOWN = -1, -2
 
 
-def _delegated(name: str) -> Callable[..., Any]:
-    """A method that calls the same one of the source that a pair comes from."""
-
-    def call(self: "DerivedSource", index: int) -> Any:
-        source, inner = self.locate(index)
-        return getattr(source, name)(inner)
-
-    return call
-
-
 class DerivedSource(PairSource):
     """Pairs that are read from other sources."""
 
@@ -46,9 +37,37 @@ class DerivedSource(PairSource):
     def locate(self, index: int) -> tuple[PairSource, int]:
         """The source of pair `index`, and its index there."""
 
-    __getitem__, read_lazy, captions, key, group, image, lazy_image, origin = map(
-        _delegated, ("__getitem__", "read_lazy", "captions", "key", "group", "image", "lazy_image", "origin")
-    )
+    def __getitem__(self, index: int) -> Pair:
+        source, inner = self.locate(index)
+        return source[inner]
+
+    def read_lazy(self, index: int) -> LazyPair:
+        source, inner = self.locate(index)
+        return source.read_lazy(inner)
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        source, inner = self.locate(index)
+        return source.captions(inner)
+
+    def key(self, index: int) -> str:
+        source, inner = self.locate(index)
+        return source.key(inner)
+
+    def group(self, index: int) -> int:
+        source, inner = self.locate(index)
+        return source.group(inner)
+
+    def image(self, index: int) -> Image.Image:
+        source, inner = self.locate(index)
+        return source.image(inner)
+
+    def lazy_image(self, index: int) -> LazyImage:
+        source, inner = self.locate(index)
+        return source.lazy_image(inner)
+
+    def origin(self, index: int) -> Origin:
+        source, inner = self.locate(index)
+        return source.origin(inner)
 
 
 class Subset(DerivedSource):
