@@ -20,12 +20,11 @@ import argparse
 import json
 import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from rich.console import Console
@@ -35,7 +34,7 @@ from torch import Tensor
 from declip.data.pair import Origin, SkipCounter
 from declip.search.index import Index
 from declip.search.info import IndexInfo, ModelInfo, SourceInfo
-from declip.search.store import PART_ROWS, Block, IndexedImage, open_writer
+from declip.search.store import BLOCK_ROWS, Block, IndexedImage, open_writer
 from timing import machine, medians, row, time_turns
 
 WIDTH, CENTERS, K, TARGET = 512, 1_000, 10, 0.99
@@ -59,11 +58,15 @@ def write_index(folder: Path, vectors: Tensor, dtype: Any) -> Index:
     """Write an index of random vectors."""
     made_by = ModelInfo(path="", name="no model", fingerprint="0" * 64)
     source = SourceInfo(path="", name="made up")
-    with open_writer(folder, IndexInfo(model=made_by, source=source, dtype=dtype, captions=False)) as writer:
-        for ids in torch.arange(len(vectors)).split(PART_ROWS):
+
+    def blocks() -> Iterator[Block]:
+        for ids in torch.arange(len(vectors)).split(BLOCK_ROWS):
             rows = [IndexedImage(id, f"{id:09d}.jpg", (), id, Origin()) for id in ids.tolist()]
-            writer.add(Block.of(rows, vectors[ids], None, dtype), len(vectors))
-        writer.finish(np.zeros(0, np.int64), SkipCounter())
+            yield Block.of(rows, vectors[ids], None, dtype)
+
+    with open_writer(folder, IndexInfo(model=made_by, source=source, dtype=dtype, captions=False)) as writer:
+        writer.info.next_id, writer.info.dimension = vectors.shape
+        writer.replace(blocks(), len(vectors), SkipCounter())
     return Index.open(folder)
 
 

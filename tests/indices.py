@@ -1,6 +1,5 @@
 """A tiny model with random weights, a folder of images without captions, and indices of made-up vectors."""
 
-import numpy as np
 import pytest
 import torch
 
@@ -20,18 +19,22 @@ def tiny_model(seed=0):
 
 
 def write_index(folder, images, texts=None, captions=()):
-    """An index of vectors that no model made, written in parts of 500 rows; an empty caption means none."""
+    """An index of vectors that no model made, written in blocks of 500 rows; an empty caption means none."""
     made_by = ModelInfo(path="", name="no model", fingerprint="0" * 64)
     source = SourceInfo(path="", name="made up")
     captions = captions or [f"caption {n}" for n in range(len(images))]
     wanted = IndexInfo(model=made_by, source=source, dtype="float32", captions=texts is not None)
-    with open_writer(folder, wanted) as writer:
+
+    def blocks():
         for ids in torch.arange(len(images)).split(500):
             rows = [
                 IndexedImage(n, f"key {n}", (captions[n],) if captions[n] else (), n, Origin()) for n in ids.tolist()
             ]
-            writer.add(Block.of(rows, images[ids], None if texts is None else texts[ids], "float32"), len(images))
-        writer.finish(np.zeros(0, np.int64), SkipCounter())
+            yield Block.of(rows, images[ids], None if texts is None else texts[ids], "float32")
+
+    with open_writer(folder, wanted) as writer:
+        writer.info.next_id, writer.info.dimension = images.shape
+        writer.replace(blocks(), len(images), SkipCounter())
     return Index.open(folder)
 
 

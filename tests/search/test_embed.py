@@ -2,6 +2,9 @@ import logging
 import multiprocessing
 import os
 import shutil
+from contextlib import suppress
+from functools import partial
+from itertools import count
 
 import numpy as np
 import pyarrow as pa
@@ -15,9 +18,10 @@ from conftest import draw, encoded, refuses
 from data.fakes import write_tar
 from declip.data.columns import Columns
 from declip.data.images.decode import decode
-from declip.data.pair import Origin, Pair, PairSource
+from declip.data.pair import Origin, Pair, PairSource, SkipCounter
 from declip.search import embed as embedding
-from declip.search.store import open_index
+from declip.search.info import IndexInfo, ModelInfo, SourceInfo
+from declip.search.store import Block, IndexedImage, open_index, open_writer
 from indices import tiny_model
 
 
@@ -83,21 +87,32 @@ def test_an_index_in_another_precision_is_searched_and_updated(weights_file, fol
     assert "computed in bf16, fp32" in index.summary()
 
 
+def test_rows_of_a_killed_call_count_with_their_precision(tmp_path):
+    given = {"model": ModelInfo(path="", name="", fingerprint="0" * 64), "source": SourceInfo(path="", name="")}
+    row = IndexedImage(0, "a", (), 0, Origin())
+    for precision in ("bf16", "fp32"):
+        wanted = IndexInfo(**given, dtype="float32", captions=False, precision=precision)
+        with open_writer(tmp_path / "index", wanted) as writer:
+            writer.add(Block.of([row], torch.eye(1), None, "float32"))
+    writer.finish(np.arange(2), SkipCounter())
+    assert IndexInfo.read(tmp_path / "index").precision == "bf16, fp32"
+
+
 def test_a_stopped_call_continues_bit_exact(model, folder, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(embedding, "PART_ROWS", 7)
-    for name in ("black-bar.png", "blue-bar.png"):  # tried again, but after the others
+    monkeypatch.setattr(embedding, "BLOCK_ROWS", 7)
+    for name in ("black-bar.png", "blue-bar.png"):  # tried again
         (folder / name).write_bytes(b"no image")
     declip.embed(model, Interrupted(folder), out=tmp_path / "whole", batch_size=3)
     read = []
-    for stop in (12, 8):
+    for stop in (12, 10):
         source = Interrupted(folder, stop)
         with pytest.raises(KeyboardInterrupt), caplog.at_level(logging.WARNING, "declip"):
             declip.embed(model, source, out=tmp_path / "stopped", batch_size=3)
         assert "the same command continues" in caplog.text
         refuses("not a complete index", declip.Index.open, tmp_path / "stopped", model=model)
         read.append(source.read)
-    assert (read[0][-1], read[1][0]) == (11, 7), "complete parts are not embedded again"
-    for left in ("generation-1", ".unfinished/part-x"):  # of a kill before index.json; of a stranger
+    assert (read[0], read[1]) == ([*range(12)], [0, 4, *range(7, 15)]), "complete blocks are not embedded again"
+    for left in ("generation-1", ".unfinished/x"):  # of a kill before index.json; of a stranger
         (tmp_path / "stopped" / left).mkdir()
         (tmp_path / "stopped" / left / "rows.parquet").write_bytes(b"half")
     declip.embed(model, Interrupted(folder), out=tmp_path / "stopped", batch_size=3, workers=2)
@@ -273,6 +288,7 @@ def test_shards_that_come_later_and_share_names(model, tmp_path):
     declip.embed(model, pattern, out=out, captions=True)
     shard("a", "blue", "black")  # moves the others
     index = declip.embed(model, pattern, out=out, captions=True)
+    assert index.ids.tolist() == [0, 1, 2, 3], "those that have moved are not embedded again"
     assert sorted(index.row(id).caption for id in index.ids) == ["black", "blue", "green", "red"]
     for id in index.ids:
         assert index.image(id).tobytes() == draw(index.row(id).caption, "bar").tobytes()
@@ -293,3 +309,51 @@ def test_cells_of_a_table_that_have_moved_are_embedded_again(model, folder, tmp_
     assert [moved.row(id).captions for id in moved.ids] == [("a triangle",), ("a bar",), (), ("a square",)]
     plain = declip.embed(model, table, out=tmp_path / "plain", columns=Columns(caption=None))
     assert [plain.row(id).captions for id in plain.ids] == [()] * 4
+
+
+class Killed(BaseException):
+    """Not caught by anything."""
+
+
+def die_at(number, call, monkeypatch):
+    """Call a function until its nth change of a folder, after which nothing is changed either; whether it got there."""
+    changes, changed = count(), {name: getattr(os, name) for name in ("rename", "replace", "rmdir")}
+
+    def change(name, *given, **options):
+        if next(changes) >= number:
+            raise Killed
+        return changed[name](*given, **options)
+
+    with monkeypatch.context() as patched, suppress(Killed):
+        for name in changed:
+            patched.setattr(os, name, partial(change, name))
+        call()
+        return False
+    return True
+
+
+@pytest.mark.parametrize("update", [False, True])
+def test_a_call_that_is_killed_at_any_moment_leaves_an_index_or_continues(update, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(embedding, "BLOCK_ROWS", 2)
+    (tmp_path / "photos").mkdir()
+    for name in "abc":
+        draw("red", "bar", 30 + ord(name)).save(tmp_path / f"photos/{name}.png")
+    if update:
+        declip.embed(model, Interrupted(tmp_path / "photos"), out=tmp_path / "before")
+    draw("blue", "bar", 50).save(tmp_path / "photos/b.png")
+    (tmp_path / "photos/a.png").rename(tmp_path / "photos/d.png")
+    embed, results = partial(declip.embed, model, Interrupted(tmp_path / "photos")), list[dict[str, bytes]]()
+    for number in count():
+        out = tmp_path / f"{number}"
+        if update:
+            shutil.copytree(tmp_path / "before", out)
+        killed = die_at(number, partial(embed, out=out), monkeypatch)
+        if update:
+            assert sorted(declip.Index.open(out).keys()) in (["a.png", "b.png", "c.png"], ["b.png", "c.png", "d.png"])
+        embed(out=out)
+        results.append(contents(out))
+        results[-1].pop("index.json")
+        if not killed:
+            break
+    assert number > 7
+    assert all(result == results[0] for result in results)

@@ -240,7 +240,7 @@ def test_few_vectors_give_few_results():
 
 
 def test_rows_are_read_in_the_order_of_ids(tmp_path, monkeypatch):
-    monkeypatch.setattr("declip.search.store.PART_ROWS", 7)
+    monkeypatch.setattr("declip.search.store.BLOCK_ROWS", 7)
     index = write_index(tmp_path / "index", torch.eye(40))
     ids = [39, 0, 13, 7, 13, 6]
     assert [(row.id, row.key, row.captions, row.place) for row in index.rows(ids)] == [

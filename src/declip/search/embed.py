@@ -1,4 +1,4 @@
-"""Embed a source: write the vectors of its images in parts, so that a killed call continues where it stopped."""
+"""Embed a source: copy the rows of images that an index has, and write those of new and changed images."""
 
 import hashlib
 import logging
@@ -28,7 +28,7 @@ from declip.io.pool import pairs_bar
 from declip.models.inference import Engine, Precision, fingerprint, precision_of
 from declip.search.index import Index
 from declip.search.info import INFO, Dtype, IndexInfo, SourceInfo
-from declip.search.store import PART_ROWS, Block, IndexedImage, Writer, describe_model, hash64, open_writer
+from declip.search.store import BLOCK_ROWS, Block, IndexedImage, Store, Writer, describe_model, hash64, open_writer
 
 log = logging.getLogger("declip")
 
@@ -81,16 +81,16 @@ def embed(
     wanted = IndexInfo(model=made_by, source=saved, dtype=dtype, captions=captions, precision=precision_of(encoder))
     with open_writer(folder, wanted) as writer:
         try:
-            places, gone = find_changes(images, writer, progress)
-            skipped = _embed_places(writer, images, encoder, places, batch_size, workers, progress)
+            known = find_rows(images, writer.stores, progress)
+            positions, skipped = _embed_missing(writer, images, encoder, known, batch_size, workers, progress)
         except KeyboardInterrupt:
-            log.warning("Stopped. The parts written so far are saved; the same command continues.")
+            log.warning("Stopped. What was embedded is saved; the same command continues.")
             raise
-        if sum(len(store.ids) for store in writer.stores) == len(gone):
+        if (positions < 0).all():
             raise UserError(
                 f"None of the {len(images):,} images of '{images.name}' can be used: {skipped.explanation()}"
             )
-        writer.finish(gone, skipped)
+        writer.finish(positions, skipped)
     return Index.open(folder, model=encoder, source=source)
 
 
@@ -136,36 +136,32 @@ def open_or_embed(
     return embed(encoder, source, out=folder, captions=captions, loaded_from=given, **options)
 
 
-def find_changes(source: ImageSource, writer: Writer, progress: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """The places to embed, and the ids of rows to drop, because their image has left the source or has changed.
+def find_rows(source: ImageSource, stores: Sequence[Store], progress: bool = False) -> np.ndarray:
+    """(n,) int64, the position in a source of the image of each stored row; -1 if it has left or has changed.
 
-    Keys and stamps (`_stamped`) are compared by hashes of 64 bits, so that memory is 8 bytes for a key or a row.
+    An image and a row belong together by key and stamp (`_stamped`), compared by hashes of 64 bits to save memory.
     """
-    count = len(source)
-    keys = np.fromiter((hash64(source.key(place)) for place in range(count)), np.uint64, count)
-    ordered, counts = np.unique(keys, return_counts=True)
-    repeated = set(ordered[counts > 1].tolist())
-
-    def mark(key: str, stamp: str, place: int) -> int:
-        # Of images that share a key, each stands for the row of its place.
-        return hash64((key, stamp, place if hash64(key) in repeated else None))
-
-    tables = (table for store in writer.stores for table in store.tables("key", "stamp", "place"))
+    tables = (table for store in stores for table in store.tables("key", "stamp"))
     rows = chain.from_iterable(zip(*(column.to_pylist() for column in table.columns), strict=True) for table in tables)
-    known, marks = np.fromiter(((hash64(row[0]), mark(*row)) for row in rows), np.dtype((np.uint64, 2))).T
+    hashes = ((hash64(key), hash64((key, stamp))) for key, stamp in rows)
+    known, stored = np.fromiter(hashes, np.dtype((np.uint64, 2))).T
     # --- images whose key is known: a stamp may cost as much as the pixels
-    seen, wanted = np.isin(keys, known), np.zeros(count, np.uint64)
+    keys = np.fromiter((hash64(source.key(at)) for at in range(len(source))), np.uint64, len(source))
+    candidates = np.flatnonzero(np.isin(keys, known))
     with pairs_bar(progress) as bar:
-        for place in bar.track(range(count), description=f"Looking through {source.name}"):
-            if seen[place]:
-                wanted[place] = mark(source.key(place), _stamped(source, place).stamp, place)
-    distinct, first = np.unique(marks, return_index=True)
-    kept = first[np.isin(distinct, wanted[seen])]
-    ids = np.concatenate([np.zeros(0, np.int64), *(store.ids for store in writer.stores)])
-    # What follows the last part comes first, so that the batches are those of a call that was not killed.
-    places = np.flatnonzero(~seen | ~np.isin(wanted, marks))
-    later = places >= writer.reached
-    return np.concatenate([places[later], places[~later]]), np.sort(np.delete(ids, kept))
+        shown = bar.track(candidates, description=f"Looking through {source.name}")
+        marks = (hash64((source.key(at), _stamped(source, at).stamp)) for at in map(int, shown))
+        given = np.fromiter(marks, np.uint64, len(candidates))
+    # --- the nth of several equal rows belongs to the nth of several equal images
+    by_row, by_image = (np.argsort(values, kind="stable") for values in (stored, given))
+    stored, given = stored[by_row], given[by_image]
+    nth = np.arange(len(stored)) - np.searchsorted(stored, stored)
+    at = np.searchsorted(given, stored) + nth
+    same = at < len(given)
+    same[same] = given[at[same]] == stored[same]
+    positions = np.full(len(stored), -1)
+    positions[by_row[same]] = candidates[by_image[at[same]]]
+    return positions
 
 
 def _stamped(source: ImageSource, place: int, origin: Origin | None = None, loaded: LazyPair | None = None) -> Origin:
@@ -189,35 +185,44 @@ def read_row(source: ImageSource, place: int) -> tuple[LazyImage, IndexedImage]:
     return loaded.image, IndexedImage(-1, source.key(place), loaded.captions, place, origin)
 
 
-def _embed_places(
+def _embed_missing(
     writer: Writer,
     source: ImageSource,
     model: Encoder,
-    places: np.ndarray,
+    known: np.ndarray,
     batch_size: int,
     workers: int | None,
     progress: bool,
-) -> SkipCounter:
-    """Embed images part by part; returns the images that were left out."""
-    info, skipped = writer.info, SkipCounter()
-    parts = [places[start : start + PART_ROWS] for start in range(0, len(places), PART_ROWS)]
-    batches = [part[start : start + batch_size].tolist() for part in parts for start in range(0, len(part), batch_size)]
+) -> tuple[np.ndarray, SkipCounter]:
+    """Embed images without a stored row, block by block.
+
+    Returns:
+        The positions in the source of all stored rows, `known` (n,) being those of earlier ones; images left out.
+    """
+    # --- blocks as if no call had been killed, so that batches are the same; then without what is stored
+    missing = np.setdiff1d(np.arange(len(source)), known[: writer.indexed])
+    blocks, stored = np.split(missing, range(BLOCK_ROWS, len(missing), BLOCK_ROWS)), np.zeros(len(source), bool)
+    stored[known[known >= 0]] = True
+    blocks = [block[~stored[block]] for block in blocks]
+    batches = [block[at : at + batch_size].tolist() for block in blocks for at in range(0, len(block), batch_size)]
     stream = encode_batches(model, source, read_row, batches, workers, progress)
-    for part in parts:
+    positions, skipped = [known], SkipCounter()
+    for block in blocks:
         rows, vectors = list[IndexedImage](), list[Tensor]()
-        # --- vectors and rows of a part, in memory
-        for own, read, broken in islice(stream, math.ceil(len(part) / batch_size)):
+        # --- vectors and rows, in memory
+        for own, read, broken in islice(stream, math.ceil(len(block) / batch_size)):
             vectors.append(own)
             for row in read:
                 origin = row.origin._replace(path=relative(row.origin.path, writer.folder))
-                rows.append(replace(row, id=info.next_id + len(rows), origin=origin))
+                rows.append(replace(row, id=len(rows), origin=origin))
             skipped.merge(broken)
-        # --- the part on the disk, from where a killed call continues
+        # --- on the disk, from where a killed call continues
         if rows:
             images = torch.cat([own for own in vectors if len(own)])  # (n, d)
-            captions = _caption_vectors(model, rows, images.shape[1]) if info.captions else None
-            writer.add(Block.of(rows, images, captions, info.dtype), int(part[-1]) + 1)
-    return skipped
+            captions = _caption_vectors(model, rows, images.shape[1]) if writer.info.captions else None
+            writer.add(Block.of(rows, images, captions, writer.info.dtype))
+            positions.append(np.array([row.place for row in rows]))
+    return np.concatenate(positions), skipped
 
 
 def _caption_vectors(model: Encoder, rows: Sequence[IndexedImage], dimension: int) -> Tensor:

@@ -26,7 +26,7 @@ from declip.models.dual_encoder import DualEncoder
 from declip.models.inference import OPENVINO, TYPES, Engine, Precision, fingerprint, image_encoder, precision_of
 from declip.search.info import Dtype, IndexInfo, ModelInfo, SourceInfo
 from declip.search.store import (
-    PART_ROWS,
+    BLOCK_ROWS,
     Block,
     IndexedImage,
     describe_model,
@@ -111,7 +111,7 @@ def _blocks(tables: Sequence[ParquetRows], dtype: str) -> Iterator[Block]:
             rows += [IndexedImage(number, key, (), number, Origin()) for number, key in enumerate(keys, total)]
             parts.append(values)
             total += len(values)
-            if len(rows) >= PART_ROWS:
+            if len(rows) >= BLOCK_ROWS:
                 yield Block.of(rows, torch.from_numpy(np.concatenate(parts)), None, dtype)
                 rows, parts = [], []
     if rows:

@@ -28,7 +28,7 @@ from declip.models.device import pick_device
 from declip.models.inference import Engine, Precision, convert, fingerprint
 from declip.search.embedder import index_parquet
 from declip.search.info import Dtype, Over
-from declip.search.store import PART_ROWS, IndexedImage, describe_model, open_index
+from declip.search.store import BLOCK_ROWS, IndexedImage, describe_model, open_index
 
 MOST = 10_000  # maximum number of results of a search
 ROWS = 8_192  # vectors whose products are kept at a time
@@ -215,8 +215,8 @@ class Index:
 
         matrix, kind = self._store.matrix(over), {"float16": "f16", "float32": "f32"}[self.info.dtype]
         made = ApproximateIndex(ndim=matrix.shape[1], metric="ip", dtype=kind)
-        for start in range(0, len(matrix), PART_ROWS):
-            made.add(self.ids[start : start + PART_ROWS], matrix[start : start + PART_ROWS])
+        for start in range(0, len(matrix), BLOCK_ROWS):
+            made.add(self.ids[start : start + BLOCK_ROWS], matrix[start : start + BLOCK_ROWS])
         with output_file(target, "FILE.usearch") as partial:
             made.save(str(partial))
         return target

@@ -1,12 +1,12 @@
-"""The files of an index: a Parquet table and .npy matrices, written in parts and joined into a new generation."""
+"""The files of an index: a Parquet table and .npy matrices, in a new folder after each change."""
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from io import BufferedWriter
-from itertools import chain
+from itertools import pairwise
 from pathlib import Path
 from threading import Lock
 
@@ -25,10 +25,10 @@ from declip.models.inference import fingerprint
 from declip.search.info import INFO, IndexInfo, ModelInfo, Over
 
 ROWS = "rows.parquet"
-UNFINISHED = ".unfinished"  # folder of the parts: "part-NUMBER-REACHED", with an index.json as it was when they began
+UNFINISHED = ".unfinished"  # folder of the blocks that a call has embedded, with an index.json for `check_same`
 MATRICES: dict[Over, str] = {"images": "vectors.npy", "captions": "caption_vectors.npy"}
 
-PART_ROWS = 8_192  # most rows of a part of an unfinished index, and of a row group
+BLOCK_ROWS = 8_192  # most rows of a block of an unfinished index, and of a row group
 MOST_CAPTIONS, LONGEST_CAPTION = 16, 2_000  # captions of an image that are stored to be shown, and characters of one
 CACHED_GROUPS = 8  # row groups that stay decoded, about 2 MB each
 
@@ -81,7 +81,7 @@ class Block:
 
 
 def hash64(value: object) -> int:
-    """64 bits that stand for a key, or for a key with stamp and place."""
+    """64 bits that stand for a key, or for a key with a stamp."""
     return int.from_bytes(hashlib.blake2b(repr(value).encode("utf-8", "replace"), digest_size=8).digest(), "little")
 
 
@@ -94,7 +94,7 @@ def write_blocks(target: Path, blocks: Iterable[Block], count: int) -> None:
         table = pq.ParquetWriter(folder / ROWS, SCHEMA, compression="NONE", use_dictionary=False)
         with ExitStack() as opened, table as writer:
             for block in blocks:
-                writer.write_table(block.table, row_group_size=PART_ROWS)
+                writer.write_table(block.table, row_group_size=BLOCK_ROWS)
                 for over, values in block.matrices.items():
                     if over not in files:  # not a map of the file: a full disk would end the process
                         files[over] = opened.enter_context((folder / MATRICES[over]).open("wb"))
@@ -122,9 +122,7 @@ class Store:
                 matrix = self.matrices[over] = np.load(folder / name, mmap_mode="c")
                 if (matrix.shape, matrix.dtype) != ((sum(sizes), info.dimension), np.dtype(info.dtype)):
                     raise ValueError(f"{name} has shape {matrix.shape} and type {matrix.dtype}")
-        # Not `to_numpy`, which imports pandas; `concatenate` makes the writable copy that torch asks for.
-        pieces = [np.from_dlpack(chunk) for chunk in self.column("id").chunks]
-        self.ids: np.ndarray = np.concatenate([np.zeros(0, np.int64), *pieces])
+        self.ids = self.numbers("id")
         with self._reading():
             if (np.diff(self.ids) <= 0).any() or (self.ids >= info.next_id).any():
                 raise ValueError("the ids do not increase")
@@ -137,6 +135,11 @@ class Store:
             column = self._file.read([name], use_threads=False)[name]
             column.validate(full=True)
             return column
+
+    def numbers(self, name: str) -> np.ndarray:
+        """Read a column of integers of all rows, (n,) int64."""
+        # Not `to_numpy`, which imports pandas; `concatenate` makes the writable copy that torch asks for.
+        return np.concatenate([np.zeros(0, np.int64), *map(np.from_dlpack, self.column(name).chunks)])
 
     def tables(self, *names: str) -> Iterator[pa.Table]:
         """Read columns of all rows, group by group."""
@@ -171,12 +174,14 @@ class Store:
             raise UserError(f"The index '{self.index}' has no vectors of captions. Embed again with --captions.")
         return self.matrices[over]
 
-    def blocks(self, kept: np.ndarray) -> Iterator[Block]:
-        """The rows that `kept` (n,) bool selects, group by group."""
-        for number, (start, stop) in enumerate(zip(self._starts, self._starts[1:], strict=False)):
-            if (mask := kept[start:stop]).any():
-                table = self._read_group(number).filter(pa.array(mask))
-                yield Block(table, {over: matrix[start:stop][mask] for over, matrix in self.matrices.items()})
+    def blocks(self, positions: np.ndarray) -> Iterator[Block]:
+        """The rows whose new `positions` (n,) in the source are not negative, with them, group by group."""
+        for number, (start, stop) in enumerate(pairwise(self._starts)):
+            own = positions[start:stop]
+            if (kept := own >= 0).any():
+                table = self._read_group(number).filter(pa.array(kept))
+                table = table.set_column(1, SCHEMA.field("place"), pa.array(own[kept]))
+                yield Block(table, {over: matrix[start:stop][kept] for over, matrix in self.matrices.items()})
 
     def _read_group(self, number: int, *names: str) -> pa.Table:
         with self._reading():
@@ -207,7 +212,7 @@ def _check_layout(file: pq.ParquetFile) -> list[int]:
         chunk.compression == "UNCOMPRESSED"
         and set(chunk.encodings) <= {"PLAIN", "RLE"}
         and chunk.num_values <= MOST_CAPTIONS * rows
-        and rows <= PART_ROWS
+        and rows <= BLOCK_ROWS
         for rows, chunk in chunks
     )
     if not plain or not file.schema_arrow.equals(SCHEMA):
@@ -216,64 +221,68 @@ def _check_layout(file: pq.ParquetFile) -> list[int]:
 
 
 class Writer:
-    """Adds parts to an index in a locked folder, of the wanted model and options; readers see none before `finish`."""
+    """Writes an index anew in a locked folder; readers see the old rows until `finish`.
+
+    `stores` is a cache of rows: those of the index, then those embedded since, also by calls that were killed.
+    """
 
     def __init__(self, folder: Path, wanted: IndexInfo) -> None:
         self.folder, self._unfinished = folder, folder / UNFINISHED
-        self.current = IndexInfo.read(folder) if (folder / INFO).is_file() else None
-        self._remove_leftovers()
-        # --- go on from the parts of a killed call, or from the index
-        self.info, self.precision = wanted.model_copy(deep=True, update={"precision": ""}), wanted.precision
-        begun = IndexInfo.read(self._unfinished) if (self._unfinished / INFO).is_file() else self.current
-        if begun is not None:
+        self.info, self._precision = wanted.model_copy(update={"precision": ""}), wanted.precision
+        self.stores = list[Store]()
+        for home in (folder, self._unfinished):
+            if not (home / INFO).is_file():
+                continue
+            begun = IndexInfo.read(home)
             check_same(folder, begun, wanted)
-            for name in ("created", "generation", "next_id", "dimension", "precision"):
+            for name in ("created", "dimension", "precision"):
                 setattr(self.info, name, getattr(begun, name))
-        # --- the rows so far; a part's name tells the next free id and the place that it reached
-        self.stores = [] if self.current is None else [Store(_files(folder, self.current), folder, self.current)]
-        self._parts = sorted(self._unfinished.glob("part-*-*"))
-        for path in self._parts:
-            self.info.next_id = int(path.name.split("-")[1])
-            self.stores.append(Store(path, folder, self.info))
-        self.reached = int(self._parts[-1].name.split("-")[2]) if self._parts else 0
+            if home == folder:
+                self.info.generation, self.info.next_id = begun.generation, begun.next_id
+            paths = [_files(folder, begun)] if home == folder else sorted(home.glob("block-*"))
+            self.stores += [Store(path, folder, begun) for path in paths]
+        self.indexed = len(self.stores[0].ids) if self.info.generation else 0  # the other rows are of blocks
 
-    def add(self, block: Block, reached: int) -> None:
-        """Write a part."""
+    def add(self, block: Block) -> None:
+        """Save rows that were embedded, so that a later call copies them if this one is killed."""
         self.info.dimension = block.matrices["images"].shape[1]
-        if not self._parts:
-            self.info.save(self._unfinished)
-        if self.precision not in self.info.precision.split(", "):
-            self.info.precision = ", ".join(filter(None, (self.info.precision, self.precision)))
-        self.info.next_id += len(block.table)
-        self._parts.append(self._unfinished / f"part-{self.info.next_id:012d}-{reached}")
-        write_blocks(self._parts[-1], [block], len(block.table))
-        self.stores.append(Store(self._parts[-1], self.folder, self.info))
+        if self._precision not in self.info.precision.split(", "):
+            self.info.precision = ", ".join(filter(None, (self.info.precision, self._precision)))
+        begun = self.info.model_copy(update={"next_id": BLOCK_ROWS})  # a block numbers its rows from 0 on
+        begun.save(self._unfinished)
+        path = self._unfinished / f"block-{len(self.stores):06d}"
+        write_blocks(path, [block], len(block.table))
+        self.stores.append(Store(path, self.folder, begun))
 
-    def finish(self, gone: np.ndarray, skipped: SkipCounter) -> None:
-        """Join the rows, without those in `gone`, into a new generation, and make it the index."""
-        kept = [~np.isin(store.ids, gone) for store in self.stores]
-        blocks = chain.from_iterable(map(Store.blocks, self.stores, kept))
-        rows = sum(len(store.ids) for store in self.stores) - len(gone)
-        self.replace(blocks if self._parts or len(gone) else None, rows, skipped)
+    def finish(self, positions: np.ndarray, skipped: SkipCounter) -> None:
+        """Make an index of the rows of `stores` whose `positions` (n,) in the source are not negative."""
+        rows, old = int((positions >= 0).sum()), positions[: self.indexed]
+        unchanged = rows == self.indexed and np.array_equal(old, self.stores[0].numbers("place"))
+        self.replace(None if unchanged else self._copied(positions), rows, skipped)
 
     def replace(self, blocks: Iterable[Block] | None, rows: int, skipped: SkipCounter) -> None:
-        """Make blocks of `rows` rows the next generation; None: the present one stays."""
+        """Make blocks of `rows` rows the index; None: its files stay."""
         self.info.rows, self.info.skipped = rows, skipped.to_dict()
         if blocks is not None:
             self.info.generation += 1
             write_blocks(_files(self.folder, self.info), blocks, rows)
         self.info.save(self.folder)  # from here on readers see the new rows
-        self.current = self.info
-        self._remove_leftovers()
-
-    def _remove_leftovers(self) -> None:
-        """Remove files that a killed call left: other generations, and parts that were joined already."""
         for path in self.folder.glob("generation-*"):
-            if self.current is None or path != _files(self.folder, self.current):
+            if path != _files(self.folder, self.info):
                 remove(path)
-        begun = IndexInfo.read(self._unfinished) if (self._unfinished / INFO).is_file() else None
-        if begun is None or begun.generation != (0 if self.current is None else self.current.generation):
-            remove(self._unfinished)
+        if self._unfinished.exists():  # in one step: `locked_folder` removes the rest if this is killed
+            remove(self._unfinished.rename(self.folder / f"{UNFINISHED}.partial"))
+
+    def _copied(self, positions: np.ndarray) -> Iterator[Block]:
+        """The rows with their new positions; those of blocks get ids now."""
+        stops = np.cumsum([len(store.ids) for store in self.stores])
+        for store, own in zip(self.stores, np.split(positions, stops[:-1]), strict=True):
+            for block in store.blocks(own):
+                if store.folder.parent == self._unfinished:
+                    ids = pa.array(np.arange(len(block.table)) + self.info.next_id)
+                    self.info.next_id += len(ids)
+                    block = replace(block, table=block.table.set_column(0, SCHEMA.field("id"), ids))
+                yield block
 
 
 def describe_model(model: Encoder, path: object, index: Path) -> ModelInfo:
@@ -287,7 +296,7 @@ def describe_model(model: Encoder, path: object, index: Path) -> ModelInfo:
 @contextmanager
 def open_writer(folder: Path, wanted: IndexInfo) -> Iterator[Writer]:
     """Lock the folder of an index, created if missing, and open it for writing."""
-    # A call that was killed just before its first index.json leaves parts and the first generation.
+    # A call that was killed just before its first index.json leaves blocks and the first generation.
     killed = (folder / UNFINISHED / INFO).is_file() and not (folder / INFO).exists()
     with locked_folder(folder, "generation-1" if killed else INFO, ELSEWHERE):
         yield Writer(folder, wanted)
