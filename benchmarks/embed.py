@@ -7,8 +7,7 @@
 
 Weights are random, except those of the built-in start. All sides take turns in one process and hold their model:
 declip as `declip embed` with its defaults, the others in float32 as their guides show. "fp32" is declip in float32,
-"tower" its image tower alone on pixels in memory. With --engine openvino "torch" is declip with torch. The last line
-is JSON; with --json the ratios of ViT-B/32 only.
+"tower" its image tower alone on pixels in memory. The last line is JSON; with --json the ratios of ViT-B/32 only.
 """
 
 import argparse
@@ -44,13 +43,13 @@ def write_images(folder: Path, width: int, height: int, count: int) -> list[Path
     return paths
 
 
-def build(tower: str, precision: str, engine: str = "torch") -> DualEncoder:
+def build(tower: str, precision: str) -> DualEncoder:
     """Build declip's model."""
     if tower in STARTS:
-        return load(tower, "cpu", precision, engine)  # type: ignore[arg-type]
+        return load(tower, "cpu", precision)  # type: ignore[arg-type]
     torch.manual_seed(0)
     keys = {"image.model": TOWERS[tower], "image.size": 224, "embed_dim": 512}
-    return convert(DualEncoder(load_recipe("few-clip", keys), text=False).eval(), precision, engine)
+    return convert(DualEncoder(load_recipe("few-clip", keys), text=False).eval(), precision)
 
 
 def open_clip_loop(tower: str, paths: list[Path]) -> Callable[[], object]:
@@ -81,14 +80,14 @@ def sentence_loop(folder: Path, paths: list[Path]) -> Callable[[], object]:
     return lambda: model.encode([Image.open(path) for path in paths], show_progress_bar=False)
 
 
-def compare(tower: str, size: str, count: int, repeats: int, engine: str) -> list[dict[str, Any]]:
+def compare(tower: str, size: str, count: int, repeats: int) -> list[dict[str, Any]]:
     """Embed `count` files of a size with each side; returns a row for each."""
     width, height = map(int, size.split("x"))
     with tempfile.TemporaryDirectory() as work:
         folder, runs = Path(work) / "images", iter(range(1_000))
         folder.mkdir()
         paths = write_images(folder, width, height, count)
-        model, exact = build(tower, "auto", engine), build(tower, "fp32")
+        model, exact = build(tower, "auto"), build(tower, "fp32")
         side = model.preprocessor.size
         pixels, encode = torch.randint(256, (count, 3, side, side), dtype=torch.uint8), image_encoder(model)
         sides: dict[str, Callable[[], object]] = {
@@ -96,9 +95,6 @@ def compare(tower: str, size: str, count: int, repeats: int, engine: str) -> lis
             "fp32": lambda: embed(exact, folder, out=Path(work) / f"index{next(runs)}"),
             "tower": torch.no_grad()(lambda: encode(pixels)),
         }
-        if engine != "torch":
-            other = build(tower, "auto")
-            sides["torch"] = lambda: embed(other, folder, out=Path(work) / f"index{next(runs)}")
         if tower in TOWERS:
             sides["open_clip"] = open_clip_loop(tower, paths)
         if tower == "ViT-B-32":
@@ -114,7 +110,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--towers", nargs="+", default=["ViT-B-32"], choices=[*TOWERS, *STARTS])
     parser.add_argument("--sizes", nargs="+", default=["1024x768"], help="WIDTHxHEIGHT of the files")
-    parser.add_argument("--engine", default="torch", choices=["torch", "openvino"])
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3, help="turns of each (default 3)")
@@ -125,7 +120,7 @@ def main() -> None:
     result: dict[str, Any] = {"machine": machine(), "repeats": options.repeats, "rows": []}
     for tower in options.towers:
         for size in options.sizes:
-            result["rows"] += compare(tower, size, options.images, options.repeats, options.engine)
+            result["rows"] += compare(tower, size, options.images, options.repeats)
     if options.out:
         options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     for each in result["rows"]:

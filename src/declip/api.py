@@ -18,7 +18,7 @@ from declip.evaluation.encode import Encoder
 from declip.evaluation.protocols import Options, evaluate_all
 from declip.evaluation.results import Result
 from declip.interchange.read import folder_or_name, loaded
-from declip.models.inference import Engine, Precision
+from declip.models.inference import Precision
 from declip.recipe.schema import Recipe
 from declip.reports.comparison import write_page
 from declip.reports.run import write_report
@@ -136,7 +136,6 @@ def evaluate(
     workers: int | None = 0,
     device: str = "auto",
     precision: Precision = "fp32",
-    engine: Engine = "torch",
     progress: bool = True,
 ) -> Result:
     """Evaluate a model on the test split of a dataset; a linear probe is fitted on its train and validation splits.
@@ -154,7 +153,7 @@ def evaluate(
         shots: For "few-shot": number of examples per class.
         batch_size: Number of images or texts per forward pass.
         workers: Number of processes that read images; 0: this one; None: one per core, at most 8.
-        device, precision, engine: As in `declip.load`; a model that is given as an object stays as it is.
+        device, precision: As in `declip.load`; a model that is given as an object stays as it is.
 
     Examples:
         >>> declip.evaluate("runs/demo", "pairs.csv", "retrieval").text_to_image.queries
@@ -164,7 +163,7 @@ def evaluate(
     if len(options.numbers_of_shots) > 1:
         raise UserError("declip.evaluate returns one result. Pass one number of shots, such as shots=4.")
     opened = open_dataset(dataset, label_column=label_column)
-    return evaluate_all(loaded(model, device, precision, engine), opened, (task,), options)[0]
+    return evaluate_all(loaded(model, device, precision), opened, (task,), options)[0]
 
 
 def compare(

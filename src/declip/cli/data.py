@@ -30,7 +30,7 @@ def download(
 
 
 PAGE_WIDTH = 100  # columns of the report in a file or a pipe
-WITHOUT_MODEL = ("batch_size", "device", "precision", "engine")
+WITHOUT_MODEL = ("batch_size", "device", "precision")
 
 
 @group.command()

@@ -72,9 +72,6 @@ Precision = Annotated[
     Literal["auto", "fp32", "bf16", "fp16"],
     Option(help="precision of the towers; auto: the fastest that the device supports"),
 ]
-Engine = Annotated[
-    Literal["torch", "openvino"], Option(help="library that computes the towers; openvino: faster on a CPU")
-]
 Quiet = Annotated[bool, Option("--quiet", help="show no progress")]
 Resume = Annotated[bool, Option("--resume", help="continue the run in the run folder")]
 ImageColumn = Annotated[str, Option(help="table column of image paths")]
@@ -98,7 +95,6 @@ READING: dict[str, tuple[Any, Any]] = {
     "image_root": (ImageRoot, None),
     "device": (Device, "auto"),
     "precision": (Precision, "auto"),
-    "engine": (Engine, "torch"),
     "quiet": (Quiet, False),
 }
 """Options of commands that read images, and their defaults."""

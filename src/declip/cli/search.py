@@ -52,7 +52,6 @@ def search(
     source: Annotated[str | None, opt.source("new path of the images, if they were moved", metavar="TEXT")] = None,
     device: opt.Device = "auto",
     precision: opt.Precision = "fp32",
-    engine: opt.Engine = "torch",
     sheet_out: opt.SheetOut = None,
     json_out: opt.JsonOut = None,
 ) -> None:
@@ -73,7 +72,7 @@ def search(
     # --- search
     from declip.search.index import Index
 
-    opened = Index.open(folder, model=model, source=source, device=device, precision=precision, engine=engine)
+    opened = Index.open(folder, model=model, source=source, device=device, precision=precision)
     hits = opened.search(text, image, weights=both, template=template, k=k, over=over)
     _print_hits(hits)
     # --- files
@@ -110,7 +109,6 @@ def serve(
     port: Annotated[int, Option(min=0, max=65_535, help="port; 0: any free port")] = 8765,
     device: opt.Device = "auto",
     precision: opt.Precision = "auto",
-    engine: opt.Engine = "torch",
     quiet: opt.Quiet = False,
 ) -> None:
     """Open a model and its pairs in a browser: classify, search, find wrong pairs, caption images."""
@@ -128,7 +126,7 @@ def serve(
                 style="yellow",
             )
         state = server.open_state(
-            model, source, index, device=device, precision=precision, engine=engine, progress=not quiet, caption=caption
+            model, source, index, device=device, precision=precision, progress=not quiet, caption=caption
         )
         images = f"{len(state.index):,} images of {state.index.info.source.name}"
         errors.print(f"{images}, index {state.index.folder}")

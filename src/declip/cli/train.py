@@ -173,7 +173,6 @@ def evaluate(
     workers: opt.Workers = None,
     device: opt.Device = "auto",
     precision: opt.Precision = "fp32",
-    engine: opt.Engine = "torch",
     json_out: opt.JsonOut = None,
 ) -> None:
     """Evaluate a model on held-out images."""
@@ -189,7 +188,7 @@ def evaluate(
     if suite is not None and (len(datasets) > 1 or label_column is not None):
         raise UserError(f"The suite '{suite}' is evaluated alone. Give one --dataset, and no --label-column.")
     options = Options(templates=templates, shots=shots or [4], batch_size=batch_size, workers=workers)
-    found = _evaluate(load(model, device, precision, engine), datasets, label_column, task, options, suite)
+    found = _evaluate(load(model, device, precision), datasets, label_column, task, options, suite)
     if json_out is not None:
         write_output(json_out, marked_json(found), "--json")
 

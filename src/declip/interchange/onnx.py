@@ -19,7 +19,6 @@ from declip.interchange.layouts import preprocess_config, write_tokenizer
 from declip.io.progress import quiet
 from declip.io.text import one_line
 from declip.models.dual_encoder import DualEncoder, has_text
-from declip.models.inference import TowerFunction
 
 OPSET = 18
 FOLDERS = VISUAL, TEXTUAL = "visual", "textual"
@@ -91,6 +90,15 @@ class Onnx(Format):
     def card(self, model: DualEncoder, repo: str | None) -> str:
         """Usage by onnxruntime and tokenizers."""
         return render("onnx.md", model=model, cleaned=cleaning(model.tokenizer))
+
+
+class TowerFunction(nn.Module):
+    """A function of a model as a module in evaluation mode, to trace."""
+
+    def __init__(self, model: nn.Module, function: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.model, self.forward = model, function
+        self.eval()
 
 
 def cleaning(tokenizer: CaptionTokenizer) -> str:

@@ -16,7 +16,7 @@ from declip.interchange.weights import Weights, read_recipe, read_tensors
 from declip.io.hub import fetch
 from declip.models.device import pick_device
 from declip.models.dual_encoder import DualEncoder
-from declip.models.inference import Engine, Precision, convert, pick_engine, pick_precision
+from declip.models.inference import Precision, convert, pick_precision
 from declip.recipe.starts import STARTS, no_model
 from declip.runs.checkpoint import STATE, list_checkpoints, load_best, load_checkpoint, part
 from declip.runs.folder import MIXED, RECIPE, Run
@@ -54,9 +54,7 @@ def hub_folder(where: str) -> str:
     return str(get(open_clip.WEIGHTS) if open_clip.matches(str(folder)) and not theirs else get(huggingface.FILE))
 
 
-def load(
-    where: str | Path | Run, device: str = "auto", precision: Precision = "fp32", engine: Engine = "torch"
-) -> DualEncoder:
+def load(where: str | Path | Run, device: str = "auto", precision: Precision = "fp32") -> DualEncoder:
     """Load a model in evaluation mode from a run folder, a file, or a name.
 
     Only names with a colon are downloaded, except those that begin with ``builtin:``.
@@ -75,7 +73,6 @@ def load(
         device: "auto", "cpu", "cuda", …
         precision: "fp32"; "bf16" or "fp16", to use the model, not to train or export it; "auto": the fastest that the
             device computes itself.
-        engine: "openvino" encodes faster on a CPU (``pip install 'declip[openvino]'``), to use the model as above.
 
     Returns:
         The model: `encode_image(preprocess(images))` and `encode_text(tokenize(texts))`.
@@ -87,8 +84,7 @@ def load(
     """
     target = pick_device(device)
     pick_precision(precision, target)  # refused before the weights are read
-    pick_engine(engine, target)
-    return convert(read(folder_or_name(where)).build().to(target).eval(), precision, engine)
+    return convert(read(folder_or_name(where)).build().to(target).eval(), precision)
 
 
 def folder_or_name(model: Any) -> Any:
@@ -96,12 +92,10 @@ def folder_or_name(model: Any) -> Any:
     return model.folder if isinstance(model, Run) else model
 
 
-def loaded(
-    model: str | Path | Run | Encoder, device: str = "auto", precision: Precision = "fp32", engine: Engine = "torch"
-) -> Encoder:
+def loaded(model: str | Path | Run | Encoder, device: str = "auto", precision: Precision = "fp32") -> Encoder:
     """The model that is given as an object, else the one that `load` loads."""
     if isinstance(model, str | Path | Run):
-        return load(model, device, precision, engine)
+        return load(model, device, precision)
     if not hasattr(model, "encode_image"):
         allowed = "a run folder, a file, a name, or an object with `encode_image`"
         raise UserError(f"A model is what `declip.load` takes, {allowed}; {type(model).__name__} was given.")

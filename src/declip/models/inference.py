@@ -1,15 +1,12 @@
-"""A model in use: its precision and engine, running its towers without gradients, and its fingerprint."""
+"""A model in use: its precision, running its towers without gradients, and its fingerprint."""
 
 import hashlib
 import logging
 import math
-import sys
-import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
-from functools import cache, partial
-from queue import Empty, SimpleQueue
+from functools import partial
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -20,8 +17,7 @@ from torch.nn.functional import cosine_similarity, normalize
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from declip.errors import UserError, check_installed, unknown
-from declip.io.text import one_line
+from declip.errors import UserError, unknown
 from declip.models.device import computes_bf16, lanes
 from declip.models.dual_encoder import DualEncoder, has_text
 from declip.models.image_tower import ImageTower, NoImageTower
@@ -41,14 +37,11 @@ TOLERANCE = 1e-5
 
 log = logging.getLogger("declip")
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
-Engine = Literal["torch", "openvino"]
-OPENVINO = "openvino "  # before the precision of vectors that it computed
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 LARGEST_CHANGE = 0.02
 """Largest cosine distance between a tower's features before and after. Of random pixels, EfficientNet-Lite0's is 0.001
 in bfloat16, that of other towers below 0.0002."""
-SAME = 1e-5  # in float32, of another engine
 
 
 def fingerprint(model: Any, tensors: Mapping[str, Tensor] | None = None) -> str:
@@ -208,60 +201,43 @@ def pick_precision(precision: str, device: torch.device) -> torch.dtype:
 
 
 def precision_of(model: Any) -> str:
-    """The precision that a model computes images in, with the engine unless it is torch; empty without weights."""
+    """The precision that a model computes images in; empty without weights."""
     tower = getattr(model, "image_tower", model)
     names = {kind: name for name, kind in TYPES.items()}
-    if isinstance(tower, OpenVinoTower):
-        return f"{OPENVINO}{names[tower.dtype]}"
     weight = next(iter(getattr(tower, "parameters", tuple)()), None)
     return "" if weight is None else names.get(weight.dtype, str(weight.dtype))
 
 
-def pick_engine(engine: str, device: torch.device) -> None:
-    """Raise a `UserError` for an engine that does not exist, is not installed, or does not compute on a device."""
-    if engine not in get_args(Engine):
-        raise unknown("engine", engine, get_args(Engine))
-    if engine == "openvino":
-        check_installed("openvino", "openvino", "The engine openvino")
-        if device.type != "cpu":
-            raise UserError(f"The engine openvino computes on the CPU, not on '{device}'. Give --device cpu, or torch.")
-
-
 @torch.no_grad()
-def convert(model: DualEncoder, precision: str, engine: str = "torch") -> DualEncoder:
+def convert(model: DualEncoder, precision: str) -> DualEncoder:
     """Convert the towers of a float32 model in place, batch norm folded into convolutions; for inference alone.
 
     The logit scale stays float32, and so does what is left of batch norm. A tower whose features change too much, or
-    that cannot compute in the type, stays float32 with "auto" in torch; otherwise this raises a `UserError`.
+    that cannot compute in the type, stays float32 with "auto"; otherwise this raises a `UserError`.
     """
-    pick_engine(engine, model.device)
     dtype = pick_precision(precision, model.device)
-    if engine == "torch" and dtype == torch.float32:
+    if dtype == torch.float32:
         return model
     model.fingerprint = fingerprint(model)
-    # (tower, its weights to convert, an example of its input, features to compare of another number and length)
-    towers: list[tuple[str, nn.Module, Tensor, Callable[[], Tensor]]] = []
+    # (tower, its weights to convert, features to compare)
+    towers: list[tuple[str, nn.Module, Callable[[], Tensor]]] = []
     if not isinstance(model.image_tower, NoImageTower):
         images = noise(model)
-        towers.append(("image_tower", folded(model), images[:1], lambda: model.encode_image(images)))
+        towers.append(("image_tower", folded(model), lambda: model.encode_image(images)))
     if has_text(model):
         tokens = model.tokenize([PROBE, "a"])
-        towers.append(("text_tower", model.text_tower, model.tokenize(["a"]), lambda: model.encode_text(tokens)))
-    for name, tower, example, encode in towers:
+        towers.append(("text_tower", model.text_tower, lambda: model.encode_text(tokens)))
+    for name, tower, encode in towers:
         original, before = getattr(model, name), encode()
-        largest_change = SAME if dtype == torch.float32 else LARGEST_CHANGE
         try:
-            tower = _rounded(tower, dtype)
-            setattr(model, name, OpenVinoTower(tower, example, dtype) if engine == "openvino" else _cast(tower, dtype))
-            if (smallest := float(cosine_similarity(before, encode()).min())) >= 1 - largest_change:
+            setattr(model, name, _cast(_rounded(tower, dtype), dtype))
+            if (smallest := float(cosine_similarity(before, encode()).min())) >= 1 - LARGEST_CHANGE:
                 continue
             problem = f"its features change too much (cosine {smallest:.3f})"
         except (RuntimeError, TypeError, ValueError) as error:  # a tower of another library may fix a type
             problem = str(error).splitlines()[0]
         setattr(model, name, original)
         problem = f"The {name.replace('_', ' ')} cannot compute in {str(dtype).removeprefix('torch.')}: {problem}."
-        if engine == "openvino":
-            raise UserError(f"{problem} Give another engine than OpenVINO: --engine torch.")
         if precision != "auto":
             raise UserError(f"{problem} Give --precision auto or fp32.")
         log.warning("%s It computes in float32.", problem)
@@ -279,7 +255,7 @@ def _cast(tower: nn.Module, dtype: torch.dtype) -> nn.Module:
 def _rounded(tower: nn.Module, dtype: torch.dtype) -> nn.Module:
     copy = deepcopy(tower).requires_grad_(False)
     for module in copy.modules():
-        if isinstance(module, nn.Conv2d) and max(module.kernel_size) > 1 and dtype != torch.float32:
+        if isinstance(module, nn.Conv2d) and max(module.kernel_size) > 1:
             module.weight.data = round_taps(module.weight.data, dtype)
     return copy
 
@@ -304,94 +280,3 @@ def round_taps(weight: Tensor, dtype: torch.dtype) -> Tensor:
         rounded.scatter_(2, place, value.to(dtype).to(weight.dtype))
         carry = value - rounded.gather(2, place)
     return rounded.view_as(weight)
-
-
-class OpenVinoTower(nn.Module):
-    """A tower whose forward pass OpenVINO computes; all other members are the tower's own.
-
-    Args:
-        tower: A tower on the CPU with float32 weights, which both engines share.
-        example: Images (n, 3, S, S) or token ids (n, L) to trace; others may have another n and L.
-        dtype: Type that OpenVINO computes in.
-    """
-
-    has_batch_norm = False  # OpenVINO folds it into the convolutions
-
-    def __init__(self, tower: nn.Module, example: Tensor, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.tower, self.dtype = tower, dtype
-        with torch.no_grad():
-            self._features = type(tower(example))
-        self._compiled = _compile(tower, example, "bf16" if dtype == torch.bfloat16 else "f32")
-        self._idle = SimpleQueue[Any]()  # requests that no thread uses
-
-    def __getattr__(self, name: str) -> Any:
-        """Look up a member of the tower."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("tower"), name)
-
-    def forward(self, given: Tensor) -> Any:
-        """Compute the features of images or token ids."""
-        try:
-            request = self._idle.get_nowait()
-        except Empty:  # one for each thread that computes at the same time
-            request = self._compiled.create_infer_request()
-        outputs = request.infer([given.contiguous().numpy()], share_inputs=True)
-        self._idle.put(request)
-        return self._features(*(torch.from_numpy(outputs[number]) for number in range(len(outputs))))
-
-
-class TowerFunction(nn.Module):
-    """A function of a model as a module in evaluation mode, to trace."""
-
-    def __init__(self, model: nn.Module, function: Callable[[Tensor], Any]) -> None:
-        super().__init__()
-        self.model, self.forward = model, function
-        self.eval()
-
-
-def _compile(tower: nn.Module, example: Tensor, hint: str) -> Any:
-    """Trace a tower and compile it for other numbers and lengths; raises `RuntimeError` if that is not possible."""
-    openvino, decoder_of, core = _openvino()
-    settings = {
-        "INFERENCE_PRECISION_HINT": hint,
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "NUM_STREAMS": lanes() if example.is_floating_point() else 1,  # batches at a time: see `chunked`
-        "ENABLE_HYPER_THREADING": True,
-        "ENABLE_CPU_PINNING": False,  # the processes that read images need the cores too
-    }
-    try:
-        # Not openvino.convert_model, which traces a second time to check the first.
-        with warnings.catch_warnings(action="ignore"), torch.no_grad():
-            module = TowerFunction(tower, lambda given: tuple(vars(tower(given)).values()))
-            decoder = decoder_of(module, example_input=example, trace_kwargs={"check_trace": False})
-            frontend = openvino.frontend.FrontEndManager().load_by_framework("pytorch")
-            model = frontend.convert(frontend.load(decoder))
-        model.reshape([-1, *example.shape[1:]] if example.is_floating_point() else [-1, -1])
-        return core.compile_model(model, "CPU", settings)
-    except Exception as error:  # it has classes of its own
-        raise RuntimeError(one_line(error, 200)) from error
-
-
-@cache
-def _openvino() -> tuple[Any, Any, Any]:
-    """OpenVINO, its reader of torch's graphs, and the one core of this process, which is never freed.
-
-    It is imported without the module that reports to Google Analytics: OpenVINO reports each import and conversion
-    unless its user has refused, but does without the module.
-    A core replaces the stack of signal handlers of a thread that has one, as with faulthandler in pytest and Jupyter.
-    Freed by another thread, it would take that stack away, and the next Ctrl-C would be a segmentation fault.
-    """
-    reporter = "openvino_telemetry"
-    hide = reporter not in sys.modules
-    if hide:
-        sys.modules[reporter] = None  # type: ignore[assignment]  # its import fails
-    try:
-        import openvino
-        from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
-    finally:
-        if hide:
-            del sys.modules[reporter]
-    return openvino, TorchScriptPythonDecoder, openvino.Core()

@@ -20,7 +20,7 @@ from declip.errors import UserError, check_range
 from declip.evaluation.encode import Encoder
 from declip.io.outputs import CHOSEN, csv_output, csv_table
 from declip.io.text import FORMULA, percent
-from declip.models.inference import Engine, Precision
+from declip.models.inference import Precision
 from declip.search.embed import open_or_embed
 from declip.search.index import Hit, Index
 
@@ -71,7 +71,6 @@ def choose(
     columns: Columns = DEFAULT,
     device: str = "auto",
     precision: Precision = "auto",
-    engine: Engine = "torch",
     seed: int = 0,
     batch_size: int = 256,
     workers: int | None = None,
@@ -86,7 +85,7 @@ def choose(
         have: A source of pairs by its path: its images with captions count as chosen from the start.
         out: A .csv file to write, with the columns image, caption (empty) and coverage.
         index: The folder of the images' index; by default one below "indices", which `declip app` uses too.
-        precision, engine: As in `declip.load`; a model that is given as an object stays as it is.
+        precision: As in `declip.load`; a model that is given as an object stays as it is.
         seed: Of the sample, if there are more than `MOST` images.
 
     Examples:
@@ -97,7 +96,7 @@ def choose(
     check_range("count", count, 1)
     path = None if out is None else csv_output(out)
     options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "progress": progress}
-    computing: dict[str, Any] = {"device": device, "precision": precision, "engine": engine}
+    computing: dict[str, Any] = {"device": device, "precision": precision}
     opened = open_or_embed(model, images, index, columns=columns, **computing, **options)
     if path is not None:
         image_cell(opened, int(opened.ids[0]), path.parent)  # raises early

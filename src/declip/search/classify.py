@@ -35,7 +35,7 @@ from declip.interchange.read import loaded
 from declip.io.atomic import save_tensors
 from declip.io.outputs import CLASSIFIED, csv_output, csv_table, output_file
 from declip.io.text import one_line, percent, plain_cell
-from declip.models.inference import Engine, Precision, fingerprint
+from declip.models.inference import Precision, fingerprint
 from declip.search.class_names import read_options
 
 KEY = "declip.classifier"  # of the metadata of a file
@@ -218,7 +218,6 @@ def classify(
     columns: Columns = DEFAULT,
     device: str = "auto",
     precision: Precision = "auto",
-    engine: Engine = "torch",
     progress: bool = False,
     on_prediction: Callable[[Prediction], object] | None = None,
 ) -> Classification:
@@ -231,7 +230,7 @@ def classify(
         head: A fitted classifier or its file, instead of classes and examples.
         templates: Name of a template set, or templates with ``{}`` for the class.
         out: A .csv file for the probability of every class.
-        precision, engine: As in `declip.load`; a model that is given as an object stays as it is.
+        precision: As in `declip.load`; a model that is given as an object stays as it is.
         on_prediction: Called with each prediction, in the order of the images.
 
     Examples:
@@ -246,7 +245,7 @@ def classify(
     source, path = _open(images, replace(columns, caption=None)), None if out is None else csv_output(out)
     classifier = Classifier.load(head) if isinstance(head, str | Path) else head
     workers = workers or (None if isinstance(images, str | Path) and workers is None else 0)
-    encoder = loaded(model, device, precision, engine)
+    encoder = loaded(model, device, precision)
     # --- scores of classes
     options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "progress": progress}
     if examples is not None:

@@ -25,7 +25,7 @@ from declip.errors import UserError, check_range, unknown
 from declip.evaluation.encode import Encoder, encode_batches, text_features
 from declip.interchange.read import folder_or_name, loaded
 from declip.io.pool import pairs_bar
-from declip.models.inference import Engine, Precision, fingerprint, precision_of
+from declip.models.inference import Precision, fingerprint, precision_of
 from declip.search.index import Index
 from declip.search.info import INFO, Dtype, IndexInfo, SourceInfo
 from declip.search.store import BLOCK_ROWS, Block, IndexedImage, Store, Writer, describe_model, hash64, open_writer
@@ -45,7 +45,6 @@ def embed(
     columns: Columns = DEFAULT,
     device: str = "auto",
     precision: Precision = "auto",
-    engine: Engine = "torch",
     loaded_from: str | Path = "",
     progress: bool = False,
 ) -> Index:
@@ -58,7 +57,7 @@ def embed(
         source: What `declip.data.sources.open.open_images` opens with the columns; a folder needs no captions.
         captions: Also store the mean vector of the captions of each image, for `over="captions"`.
         workers: Processes that read images; 0: this one; None: one per core, at most 8, and 0 for a Python object.
-        precision, engine: As in `declip.load`; a model that is given as an object stays as it is.
+        precision: As in `declip.load`; a model that is given as an object stays as it is.
         loaded_from: Path or name that `model` was loaded from if it is an object, so that searching can load it.
 
     Examples:
@@ -73,7 +72,7 @@ def embed(
         source, workers = open_source(source, columns), workers or 0  # the object may not work in another process
     saved, images = _open_images(source, columns, folder)
     model = folder_or_name(model)
-    encoder = loaded(model, device, precision, engine)
+    encoder = loaded(model, device, precision)
     if captions:
         encoder.tokenize([""])  # a model without a text tower fails now, not after an hour
     # --- compare the source with the index, and write what differs
@@ -111,7 +110,6 @@ def open_or_embed(
     *,
     device: str = "auto",
     precision: Precision = "auto",
-    engine: Engine = "torch",
     **options: Any,
 ) -> Index:
     """Open an index, or embed a source into one, with options of `embed`; later calls embed only what is new.
@@ -121,9 +119,9 @@ def open_or_embed(
     if isinstance(source, str | Path) and (Path(source).expanduser() / INFO).is_file():
         if folder is not None:
             raise UserError(f"'{source}' is an index already, so --index '{folder}' is not used. Remove it.")
-        return Index.open(source, model=model, device=device, precision=precision, engine=engine)
+        return Index.open(source, model=model, device=device, precision=precision)
     model = folder_or_name(model)
-    encoder = loaded(model, device, precision, engine)
+    encoder = loaded(model, device, precision)
     if folder is None:
         if not isinstance(source, str | Path):
             raise UserError("The images are a Python object, which has no path: give the folder of their index.")

@@ -23,7 +23,7 @@ from declip.evaluation.encode import Encoder, image_features, read_images
 from declip.interchange.read import load, loaded
 from declip.io.text import one_line
 from declip.models.dual_encoder import DualEncoder
-from declip.models.inference import OPENVINO, TYPES, Engine, Precision, fingerprint, image_encoder, precision_of
+from declip.models.inference import TYPES, Precision, fingerprint, image_encoder, precision_of
 from declip.search.info import Dtype, IndexInfo, ModelInfo, SourceInfo
 from declip.search.store import (
     BLOCK_ROWS,
@@ -85,7 +85,7 @@ def _check(tables: Sequence[ParquetRows], made_by: ModelInfo) -> tuple[int, set[
                     reason, _, detail = str(error).partition(": ")
                     skipped.add(BrokenPair(reason, key, detail))
             for digest, _, precision in (str(model).partition(" ") for model in models.unique().to_pylist()):
-                precisions |= {precision} if precision.removeprefix(OPENVINO) in TYPES else set()
+                precisions |= {precision} if precision in TYPES else set()
                 if digest != made_by.fingerprint:
                     raise UserError(
                         f"The vectors in '{table.path}' were made by another model, of fingerprint "
@@ -144,7 +144,7 @@ class Embedder:
         source: A source of `declip.embed` to read the images from, such as tar shards, opened in each process. `id` is
             then the column of their numbers, and becomes their key.
         columns: Columns of the source, if it is a table.
-        precision, engine: As in `declip.load`.
+        precision: As in `declip.load`.
 
     Examples:
         >>> embed = declip.Embedder("runs/demo", image="photo", id="name")
@@ -162,12 +162,11 @@ class Embedder:
         columns: Columns = DEFAULT,
         device: str = "auto",
         precision: Precision = "auto",
-        engine: Engine = "torch",
     ) -> None:
         # Workers may have another working directory.
         self.model, self.source, self.columns = absolute(model), source and absolute(source), columns
         self.image, self.id = image, id
-        self.device, self.precision, self.engine = device, precision, engine
+        self.device, self.precision = device, precision
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Embed the rows of a batch, whose columns are lists or arrays.
@@ -176,7 +175,7 @@ class Embedder:
             For each row: `id`; `vector`, (n, d) float32 of length 1, or zeros if the row is broken; `error`, the
             reason, else empty; `model`, its fingerprint and precision, which `Index.from_parquet` checks.
         """
-        model, encode, made_by = _load(self.model, self.device, self.precision, self.engine)
+        model, encode, made_by = _load(self.model, self.device, self.precision)
         ids = _column(batch, self.id, "id")
         places: Sequence[int] = range(len(ids))
         if self.source is None:
@@ -205,11 +204,9 @@ class Embedder:
 
 
 @lru_cache(1)
-def _load(
-    where: str, device: str, precision: Precision, engine: Engine
-) -> tuple[DualEncoder, Callable[[Tensor], Tensor], str]:
+def _load(where: str, device: str, precision: Precision) -> tuple[DualEncoder, Callable[[Tensor], Tensor], str]:
     """The model of this process, the function that encodes many images, and what identifies both."""
-    model = load(where, device, precision, engine)
+    model = load(where, device, precision)
     return model, image_encoder(model), f"{fingerprint(model)} {precision_of(model)}"
 
 

@@ -25,7 +25,7 @@ from declip.evaluation.zero_shot import class_features, read_templates
 from declip.interchange.read import folder_or_name, loaded, read_text
 from declip.io.outputs import output_file, refuse_foreign
 from declip.models.device import pick_device
-from declip.models.inference import Engine, Precision, convert, fingerprint
+from declip.models.inference import Precision, convert, fingerprint
 from declip.search.embedder import index_parquet
 from declip.search.info import Dtype, Over
 from declip.search.store import BLOCK_ROWS, IndexedImage, describe_model, open_index
@@ -54,7 +54,7 @@ class Index:
         model: The model that made the index, or its new path; the default is the path in index.json.
         source: New path of the images, if they were moved.
         device: Device of the model.
-        precision, engine: Of queries, as in `declip.load`; they may differ from those of the index.
+        precision: Of queries, as in `declip.load`; it may differ from that of the index.
 
     Examples:
         >>> hits = declip.Index("indices/photos").search("a red square", k=3)
@@ -70,11 +70,10 @@ class Index:
         source: str | Path | PairSource | Items | None = None,
         device: str = "auto",
         precision: Precision = "fp32",
-        engine: Engine = "torch",
     ) -> None:
         self.folder = Path(folder).expanduser()
         self._model_given, self._source_given = folder_or_name(model), source
-        self._device, self._precision, self._engine = device, precision, engine
+        self._device, self._precision = device, precision
         self.info, self._store = open_index(self.folder)
 
     @classmethod
@@ -117,7 +116,7 @@ class Index:
         """The model that made the index; raises `UserError` if it cannot be loaded, or is another one."""
         made_by = self.info.model
         path = made_by.locate(self.folder) if self._model_given is None else self._model_given
-        model = loaded(path, self._device, self._precision, self._engine)
+        model = loaded(path, self._device, self._precision)
         given = describe_model(model, path, self.folder)
         if given.fingerprint != made_by.fingerprint:
             raise UserError(
@@ -136,7 +135,7 @@ class Index:
                 weights, tensors = read
                 model = weights.build().to(pick_device(self._device)).eval()
                 if fingerprint(model, tensors) == self.info.model.fingerprint:
-                    return convert(model, self._precision, self._engine)
+                    return convert(model, self._precision)
         return self.model  # refuses another model, with the difference
 
     def query(

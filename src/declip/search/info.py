@@ -73,7 +73,7 @@ class IndexInfo(InfoSection):
     source: SourceInfo
     dtype: Dtype
     captions: bool  # whether captions have vectors too
-    precision: str = Field("", max_length=60)  # that computed the vectors; "bf16, openvino fp32" if some in each
+    precision: str = Field("", max_length=60)  # that computed the vectors; "bf16, fp32" if some in each
     part: None = Field(None, exclude=True)  # in older files, where it could be a part of a source, which is refused
     rows: Count = 0
     dimension: Count = 0  # width of the vectors
