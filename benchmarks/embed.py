@@ -49,7 +49,7 @@ def build(tower: str, precision: str) -> DualEncoder:
         return load(tower, "cpu", precision)  # type: ignore[arg-type]
     torch.manual_seed(0)
     keys = {"image.model": TOWERS[tower], "image.size": 224, "embed_dim": 512}
-    return convert(DualEncoder(load_recipe("few-clip", keys), text=False).eval(), precision)
+    return convert(DualEncoder(load_recipe("few-clip", keys), towers="image").eval(), precision)
 
 
 def open_clip_loop(tower: str, paths: list[Path]) -> Callable[[], object]:

@@ -40,7 +40,7 @@ def write_mean(name: str, file: Path) -> None:
     """Write the mean image feature of a start."""
     weights = starter.read(name)
     image = weights.recipe.image.model_copy(update={"size": STARTS[name]})
-    model = DualEncoder(weights.recipe.model_copy(update={"image": image}), text=False).eval()
+    model = DualEncoder(weights.recipe.model_copy(update={"image": image}), towers="image").eval()
     tower = {name.removeprefix(IMAGE): tensor for name, tensor in weights.tensors.items() if name.startswith(IMAGE)}
     model.image_tower.load_state_dict(model.image_tower.state_dict() | tower)
     means = []

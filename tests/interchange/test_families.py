@@ -116,6 +116,14 @@ def test_a_file_of_before_keeps_its_interpolation(open_family):
     assert model.preprocessor.filter.name == "BILINEAR"
 
 
+def test_a_wrapped_model_is_known_by_what_is_stored_with_it(open_family):
+    """By no name in its recipe, which a user may change."""
+    weights = open_family("siglip2")[0]
+    text = weights.recipe.text.model_copy(update={"hf_model": "mine"})
+    renamed = replace(weights, recipe=weights.recipe.model_copy(update={"text": text}))
+    assert isinstance(renamed.check().build().image_tower, WrappedImageTower)
+
+
 @every_family
 def test_every_parameter_has_a_gradient_and_a_layer(family, own_file):
     model = read(own_file(family)).build()

@@ -30,6 +30,12 @@ def test_pooled_hidden_and_token_features_have_the_announced_widths(name):
     assert features.tokens.shape[2] == tower.token_width
 
 
+@pytest.mark.parametrize("name", ["open_clip:ViT-B-32/openai", "timm:vit_tiny_patch16_224.augreg_in21k"])
+def test_the_name_of_weights_is_not_an_image_tower(name):
+    recipe = load_recipe("few-clip", {"image.model": name})
+    refuses(rf"image.model={name}.*finetune.pretrained", DualEncoder.from_recipe, recipe)
+
+
 def test_a_size_that_a_tower_cannot_take_is_named_and_trying_it_changes_nothing():
     tower = ImageTower("resnet50_clip", size=100, embed_dim=24, options={"depths": [1, 1, 1, 1]})
     before, random = {name: tensor.clone() for name, tensor in tower.state_dict().items()}, torch.get_rng_state()

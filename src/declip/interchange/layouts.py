@@ -18,7 +18,7 @@ from declip.errors import UserError
 from declip.interchange.format import Refusal
 from declip.interchange.weights import Weights, empty, first_difference
 from declip.io.progress import quiet
-from declip.models.dual_encoder import DualEncoder, has_text
+from declip.models.dual_encoder import DualEncoder, Towers, has_text
 from declip.models.image_tower import ImageTower
 from declip.models.text_tower import TextTower
 from declip.recipe.schema import Recipe
@@ -100,11 +100,11 @@ def rename(name: str, table: Names, back: bool = False) -> str:
 
 
 def from_layout(
-    recipe: Recipe, layout: TensorLayout, tensors: Mapping[str, Tensor], origin: str, text: bool = True
+    recipe: Recipe, layout: TensorLayout, tensors: Mapping[str, Tensor], origin: str, towers: Towers = "both"
 ) -> Weights:
-    """Convert another library's tensors to weights of a recipe, with both towers or the image tower alone."""
+    """Convert another library's tensors to weights of a recipe."""
     with torch.device("meta"):  # the sizes may be a stranger's: they are compared before memory is allocated
-        outline = empty(recipe, text=text).state_dict()
+        outline = empty(recipe, towers=towers).state_dict()
     return Weights(recipe, layout.read(tensors, outline), origin)
 
 

@@ -84,11 +84,11 @@ def weights_of(content: Any, origin: str) -> Weights:
             kind = f"de{kind}"
         recipe = load_recipe(f"{kind}-yfcc15m-vitb32", _keys(tensors))
         heads = {name: tensor for name, tensor in tensors.items() if layouts.rename(name, HEADS, back=True) != name}
-        towers = {name: tensor for name, tensor in tensors.items() if name not in heads}
+        state = {name: tensor for name, tensor in tensors.items() if name not in heads}
         # The official forward pass clamps the scale.
-        scale = towers.get("logit_scale", torch.tensor(recipe.logit_scale.init))
-        towers["logit_scale"] = scale.reshape(()).clamp(max=recipe.logit_scale.max)
-        weights = layouts.from_layout(recipe, layout_of(tensors), towers, origin, whole)
+        scale = state.get("logit_scale", torch.tensor(recipe.logit_scale.init))
+        state["logit_scale"] = scale.reshape(()).clamp(max=recipe.logit_scale.max)
+        weights = layouts.from_layout(recipe, layout_of(tensors), state, origin, "both" if whole else "image")
     except UserError as error:
         raise UserError(f"'{origin}': {str(error).rstrip('.')}.") from error
     except (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError) as error:

@@ -61,7 +61,7 @@ def read(where: str) -> Weights:
     """Read both towers, without projections into a shared space, which fine-tuning adds."""
     text = read_text(where)
     with torch.random.fork_rng(devices=[]), Uninitialized():
-        empty = DualEncoder(text.recipe, text=False)
+        empty = DualEncoder(text.recipe, towers="image")
     # The file has the tensors of timm's model in the same order, by other names, and a classifier last.
     names = [name for name in empty.state_dict() if name.startswith("image_tower.trunk.")]
     kind = image_tower(where)
@@ -88,7 +88,7 @@ def read_text(where: str) -> Weights:
     }
     recipe = load_recipe("few-clip", keys)
     with torch.random.fork_rng(devices=[]), Uninitialized():
-        state = DualEncoder(recipe, _text_encoder(config, tokenizer), image=False).state_dict()
+        state = DualEncoder(recipe, _text_encoder(config, tokenizer), "text").state_dict()
     text = {f"{TEXT_ENCODER}{name}": tensor for name, tensor in load_file(weights).items()}
     state |= {name: tensor for name, tensor in text.items() if name in state}  # the pooler is left out
     tensors = {name: tensor for name, tensor in state.items() if not name.startswith(PROJECTIONS)}

@@ -98,7 +98,7 @@ def _with_text(image: Weights, name: str, where: str) -> Weights:
     text = {"hf_model": name, "context_length": context, "pretrained": False}
     recipe = image.recipe.model_copy(update={"text": image.recipe.text.model_copy(update=text)})
     with torch.random.fork_rng(devices=[]):
-        filled = DualEncoder(recipe, encoder, image=False)
+        filled = DualEncoder(recipe, encoder, "text")
     tensors = {**image.tensors, **filled.state_dict()}
     kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(PROJECTIONS)}
     return replace(image, recipe=recipe, tensors=kept, origin=where)

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from declip.errors import UserError
 from declip.interchange.classes import Classes
 from declip.io.text import one_line, read_yaml
-from declip.models.dual_encoder import DualEncoder
+from declip.models.dual_encoder import DualEncoder, Towers
 from declip.models.hf_encoder import TextEncoder
 from declip.models.layers import IMAGE, PROJECTIONS, TEXT, adapted, add_adapters, merge_adapters
 from declip.models.wrapped import WrappedModel, encoder_kept_in
@@ -172,10 +172,14 @@ class Weights:
         encoder = self.encoder
         if isinstance(encoder, TextEncoder):
             encoder = replace(encoder, filled_later=True)
-        image = any(name.startswith(IMAGE) for name in self.tensors)
-        model = empty(self.recipe, encoder, self.whole, image)
-        lora, towers = self.recipe.finetune.lora, adapted(self.tensors)
-        return model, add_adapters(model, lora, towers) if lora is not None and towers else []
+        towers: Towers = "both"
+        if not self.whole:
+            towers = "image"
+        elif not any(name.startswith(IMAGE) for name in self.tensors):
+            towers = "text"
+        model = empty(self.recipe, encoder, towers)
+        lora, with_adapters = self.recipe.finetune.lora, adapted(self.tensors)
+        return model, add_adapters(model, lora, with_adapters) if lora is not None and with_adapters else []
 
 
 class Uninitialized(TorchFunctionMode):
@@ -188,12 +192,10 @@ class Uninitialized(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def empty(
-    recipe: Recipe, encoder: TextEncoder | WrappedModel | None = None, text: bool = True, image: bool = True
-) -> DualEncoder:
+def empty(recipe: Recipe, encoder: TextEncoder | WrappedModel | None = None, towers: Towers = "both") -> DualEncoder:
     """Build the model of a recipe that came with weights, with random weights."""
     try:
-        return DualEncoder(recipe, encoder, text, image)
+        return DualEncoder(recipe, encoder, towers)
     except UserError:
         raise
     except Exception as error:  # invalid sizes fail anywhere in torch and timm

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +15,12 @@ from declip.data.text.tokenizer import CaptionTokenizer, HuggingfaceTokenizer, T
 from declip.errors import UserError
 from declip.models.hf_encoder import HuggingfaceTextTower, TextEncoder, read_encoder
 from declip.models.image_tower import ImageFeatures, ImageTower, NoImageTower
-from declip.models.text_tower import AnyTextTower, NoTextTower, TextTower, refuse_text
+from declip.models.text_tower import AnyTextTower, NoTextTower, NoTokenizer, TextTower
 from declip.models.wrapped import WrappedImageTower, WrappedModel, WrappedTextTower
 from declip.recipe.schema import Recipe
+from declip.recipe.starts import NAMED
+
+Towers = Literal["both", "image", "text"]
 
 
 class DualEncoder(nn.Module):
@@ -36,14 +39,12 @@ class DualEncoder(nn.Module):
     fingerprint = ""  # of the float32 weights, if the towers were converted since
 
     def __init__(
-        self, recipe: Recipe, encoder: TextEncoder | WrappedModel | None = None, text: bool = True, image: bool = True
+        self, recipe: Recipe, encoder: TextEncoder | WrappedModel | None = None, towers: Towers = "both"
     ) -> None:
-        """Build both towers, or one.
+        """Build both towers, or one; encoding captions without a text tower raises a `UserError`.
 
         The encoder of ``text.hf_model`` starts from its own weights unless ``text.pretrained`` is false; `encoder` is
-        used instead where the weights will be loaded anyway. A `WrappedModel` gives both towers. Without `text` the
-        model is an image tower alone, and encoding captions raises a `UserError`. Without `image` it encodes captions
-        alone, which a `WrappedModel` cannot.
+        used instead where the weights will be loaded anyway. A `WrappedModel` always gives both towers.
         """
         super().__init__()
         self.recipe, given = recipe, recipe.image
@@ -61,12 +62,14 @@ class DualEncoder(nn.Module):
                 self.text_tower.language_head()  # raises
         else:
             # Towers of declip, either of which may be missing
-            if image and given.model == recipe.text.hf_model:
-                raise UserError(f"image.model={given.model} comes with weights: give them as finetune.pretrained.")
-            sizes = (given.model, given.size, recipe.embed_dim, given.model_kwargs, given.freeze_patch_embed)
-            self.image_tower = ImageTower(*sizes) if image else NoImageTower()
-            # `refuse_text` stands for a tokenizer: it raises when it is called.
-            self.tokenizer, self.text_tower = _text_parts(recipe, encoder) if text else (refuse_text, NoTextTower())  # type: ignore[assignment]
+            self.image_tower, self.tokenizer, self.text_tower = NoImageTower(), NoTokenizer(), NoTextTower()
+            if towers != "text":
+                if given.model.startswith(NAMED):
+                    raise UserError(f"image.model={given.model} comes with weights: give them as finetune.pretrained.")
+                sizes = (given.model, given.size, recipe.embed_dim, given.model_kwargs, given.freeze_patch_embed)
+                self.image_tower = ImageTower(*sizes)
+            if towers != "image":
+                self.tokenizer, self.text_tower = _text_parts(recipe, encoder)
         self.logit_scale = nn.Parameter(torch.tensor(recipe.logit_scale.init))
         bias = recipe.initial_bias
         self.logit_bias = None if bias is None else nn.Parameter(torch.tensor(bias))

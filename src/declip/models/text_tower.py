@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from declip.data.text.tokenizer import padded_length
+from declip.data.text.tokenizer import CaptionTokenizer, padded_length
 from declip.errors import UserError
 from declip.recipe.schema import TextTowerConfig
 
@@ -56,15 +56,37 @@ class AnyTextTower(nn.Module, ABC):
         return self.encode(tokens)[0]
 
 
-def refuse_text(texts: str | Sequence[str] | Tensor = ()) -> NoReturn:
-    """Stand in for a missing tokenizer or text tower: raise a `UserError`."""
-    raise UserError("This is an image tower alone, without texts. Use --task linear, or weights of both towers.")
-
-
 class NoTextTower(AnyTextTower):
-    """Placeholder for a missing text tower."""
+    """Placeholder for a missing text tower, which refuses captions."""
 
-    encode = language_head = staticmethod(refuse_text)  # type: ignore[assignment]
+    def encode(self, tokens: Tensor) -> NoReturn:
+        raise no_text()
+
+    def language_head(self) -> NoReturn:
+        raise no_text()
+
+
+class NoTokenizer(CaptionTokenizer):
+    """Placeholder for the tokenizer of a missing text tower, which refuses captions."""
+
+    _arguments = ()
+
+    def __init__(self) -> None:
+        pass  # no context
+
+    def word_ids(self, text: str) -> NoReturn:
+        raise no_text()
+
+    def spell(self, ids: list[int]) -> NoReturn:
+        raise no_text()
+
+    def __call__(self, texts: str | Sequence[str]) -> NoReturn:
+        raise no_text()
+
+
+def no_text() -> UserError:
+    """Build the error of a model without a text tower."""
+    return UserError("This is an image tower alone, without texts. Use --task linear, or weights of both towers.")
 
 
 class SelfContained(nn.Module):

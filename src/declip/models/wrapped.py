@@ -97,8 +97,9 @@ def encoder_kept_in(weights: Mapping[str, Tensor], recipe: Recipe, path: Path) -
     if recipe.text.hf_model is None:
         return None
     try:
-        kind = WrappedModel if recipe.image.model == recipe.text.hf_model else TextEncoder
-        return kind.from_tensor(weights[ENTRY])
+        stored = weights[ENTRY]
+        kind = WrappedModel if "image" in json.loads(stored.numpy().tobytes()) else TextEncoder
+        return kind.from_tensor(stored)
     except Exception as error:  # JSON of any shape
         raise UserError(f"The text encoder's configuration in '{path}' is missing or damaged.") from error
 
