@@ -27,14 +27,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from declip.closed_form.folds import assign_folds
+from declip.closed_form.heads import HeldOutBlock, caption_numbers, choose_heads, score
+from declip.closed_form.solve import ClassPairs, Heads, Pairs
 from declip.comparison.outcome import EfficiencyCurve, curve_of, pairs_needed
-from declip.finetuning import finetune_recipe
-from declip.inspection.split import related_pairs
-from declip.models.closed_form import ClassPairs, Heads, Pairs
-from declip.training import fit
+from declip.finetuning.features import FrozenEncoder, class_pairs, compute_features, embeddings
+from declip.finetuning.fit import frozen_model
+from declip.finetuning.run import finetune_recipe
 from declip.training.assemble import resolve
-from declip.training.frozen_encoder import FrozenEncoder
-from declip.training.heads import HeldOutBlock, HeldOutRanks, assign_folds, caption_numbers, choose_heads, score
 
 SIZES = (31, 124, 500, 2_000, 0)  # training pairs; 0: all
 MOST = 6_000  # of 64,000 icons
@@ -82,11 +82,11 @@ class Data:
             keys = {"train.device": "cpu", **({"data.max_pairs": MOST} if name.endswith("icons") else {})}
             recipe = finetune_recipe(name, Path(folder), weights, freeze="both", given=keys, quiet=True)
             resolved = resolve(recipe, Path(folder))
-            model, starts = fit.frozen_model(resolved), resolved.weights is not None and resolved.weights.projected
+            model, starts = frozen_model(resolved), resolved.weights is not None and resolved.weights.projected
             encoder = FrozenEncoder(model)
-            features = fit.compute_features(encoder, resolved.source, resolved.recipe, related_pairs, True)
-            pairs = fit.embeddings(features.pairs, model) if starts else features.pairs
-            return cls(pairs, features.groups, fit.class_pairs(resolved, encoder, True), starts)
+            features = compute_features(encoder, resolved.source, resolved.recipe, True)
+            pairs = embeddings(features.pairs, model) if starts else features.pairs
+            return cls(pairs, features.groups, class_pairs(resolved, encoder, True), starts)
 
     def some(self, indices: np.ndarray) -> tuple[Pairs, np.ndarray]:
         """Some images with their captions, and their groups."""
@@ -98,12 +98,12 @@ class Data:
 
 def recall(towers: Towers, pairs: Pairs) -> tuple[float, float]:
     """R@1 and R@10 in percent, the mean of both directions; equal captions are one candidate."""
-    outcome, rows = HeldOutRanks(pairs), torch.arange(len(pairs.images))
+    rows = torch.arange(len(pairs.images))
     block = HeldOutBlock.of(rows, pairs.owners, caption_numbers(pairs))
     with torch.no_grad():
         sides = towers.image(pairs.images), towers.text(pairs.texts[block.texts])
         images, texts = (normalize(side, dim=-1) for side in sides)
-        score(outcome, images @ texts.mT, block)
+        outcome = score(images @ texts.mT, block)
     r1, r10 = (100 * outcome.recall(k, rows.numpy()).value for k in (1, 10))
     return r1, r10
 

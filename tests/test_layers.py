@@ -12,7 +12,7 @@ LAYERS = (
     ("errors",),
     ("io",),
     ("recipe",),
-    ("data",),
+    ("closed_form", "data"),
     ("models",),
     ("supervision", "evaluation"),
     ("runs",),
@@ -20,7 +20,7 @@ LAYERS = (
     ("training",),
     ("comparison", "inspection", "search"),
     ("reports",),
-    ("app", "finetuning"),
+    ("finetuning", "app"),
     ("api",),
     ("cli",),
 )

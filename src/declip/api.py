@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from declip import finetuning
 from declip.comparison import runner
 from declip.comparison.outcome import Outcome
 from declip.comparison.study import Study
@@ -17,6 +16,7 @@ from declip.evaluation.datasets import Dataset, open_dataset
 from declip.evaluation.encode import Encoder
 from declip.evaluation.protocols import Options, evaluate_all
 from declip.evaluation.results import Result
+from declip.finetuning import run as finetuning
 from declip.interchange.read import folder_or_name, loaded
 from declip.models.inference import Precision
 from declip.recipe.schema import Recipe

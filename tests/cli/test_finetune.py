@@ -12,18 +12,20 @@ from safetensors.torch import save_file
 
 import declip
 from conftest import TINY, refuses, texture, tiny_tree, write_table
-from declip import finetuning
 from declip.data.columns import Columns
 from declip.data.sources.open import open_source
 from declip.data.sources.subset import PairList, read_pair_list, write_pair_list
+from declip.finetuning import outputs
+from declip.finetuning.fit import closed_form
+from declip.finetuning.run import finetune_recipe
+from declip.finetuning.wise_ft import ends_of, interpolate
 from declip.interchange import starter
 from declip.interchange.declip_file import write_declip_file
 from declip.recipe.finetuning import read_overrides, settings
 from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe
 from declip.reports.run import write_report
-from declip.runs.folder import read_run
-from declip.training.fit import closed_form
+from declip.runs.folder import SPLIT, read_run
 from interchange.towers import build
 from training.starts import moved, same_end, stop_at
 from training.test_best import best_step
@@ -52,11 +54,11 @@ def weights(pairs, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def without_report(monkeypatch):
-    monkeypatch.setattr(finetuning, "write_report", lambda *_: None)
+    monkeypatch.setattr(outputs, "write_report", lambda *_: None)
 
 
 def test_one_line_trains_validates_and_exports(pairs, weights, tmp_path, command, monkeypatch):
-    monkeypatch.setattr(finetuning, "write_report", write_report)
+    monkeypatch.setattr(outputs, "write_report", write_report)
     out = tmp_path / "run"
     words = ["finetune", pairs, "--from", weights, "--out", out, "--quiet", "train.epochs=3"]
     printed = command(*words, "train.patience=9").out
@@ -83,8 +85,8 @@ def test_the_best_mixture_with_the_start_is_kept(pairs, weights, tmp_path, comma
     assert run.mixture["alpha"] == max(scores, key=lambda alpha: (scores[alpha], alpha))
     assert f"{run.mixture['alpha']:g} × fine-tuned" in printed
     # --- the model of the run is that mixture, and its last results are the mixture's
-    start, end = finetuning.ends_of(out, "cpu")
-    mixed = finetuning.interpolate(start, end, run.mixture["alpha"])
+    start, end = ends_of(out, "cpu")
+    mixed = interpolate(start, end, run.mixture["alpha"])
     loaded = declip.load(out, device="cpu")
     assert not moved(mixed.state_dict(), loaded.state_dict())  # type: ignore[attr-defined]
     truth = declip.evaluate(loaded, str(pairs), "retrieval").to_dict()
@@ -103,7 +105,7 @@ def test_python_uses_the_same_words_and_resumes(pairs, weights, tmp_path):
     assert whole.finished
     assert whole.recipe.finetune.freeze_text_blocks == "all"
     part = tmp_path / "part"
-    recipe = finetuning.finetune_recipe(pairs, part, weights, (), "text", keys, quiet=True)
+    recipe = finetune_recipe(pairs, part, weights, (), "text", keys, quiet=True)
     stop_at(recipe, part, 3)
     listed = (part / "val.pairs").read_bytes()
     others = [{"freeze": "none"}, {"val": [pairs]}, {"pairs": "builtin:emoji"}]
@@ -117,7 +119,7 @@ def test_python_uses_the_same_words_and_resumes(pairs, weights, tmp_path):
 
 def test_a_run_with_adapters_is_exported_in_every_format_that_holds_it(pairs, tmp_path, monkeypatch):
     write_declip_file(build("vit"), tmp_path / "vit.safetensors")
-    monkeypatch.setattr(finetuning, "export", written := Mock())
+    monkeypatch.setattr(outputs, "export", written := Mock())
     keys = {"finetune.lora": {"rank": 2}, "train.steps": 2, "train.batch_size": 8, **PLAIN}
     assert declip.finetune(pairs, tmp_path / "vit.safetensors", out=tmp_path / "run", quiet=True, **keys).finished
     assert [call.args[1] for call in written.call_args_list] == ["safetensors", "open_clip", "huggingface"]
@@ -125,10 +127,10 @@ def test_a_run_with_adapters_is_exported_in_every_format_that_holds_it(pairs, tm
 
 def test_a_list_of_pairs_is_split_into_lists_of_its_source(pairs, weights, tmp_path):
     write_pair_list(tmp_path / "some.pairs", PairList(str(pairs), Columns(), 40, [*range(4, 40)]))
-    finetuning.finetune_recipe(tmp_path / "some.pairs", tmp_path / "run", weights, quiet=True)
-    train, val = (read_pair_list(tmp_path / "run" / name) for name in finetuning.SPLIT)
+    finetune_recipe(tmp_path / "some.pairs", tmp_path / "run", weights, quiet=True)
+    train, val = (read_pair_list(tmp_path / "run" / name) for name in SPLIT)
     assert sorted([*train.indices, *val.indices]) == [*range(4, 40)]
-    assert (train.source, len(open_source(tmp_path / "run" / finetuning.SPLIT[1]))) == (str(pairs), len(val.indices))
+    assert (train.source, len(open_source(tmp_path / "run" / SPLIT[1]))) == (str(pairs), len(val.indices))
 
 
 def test_a_running_run_keeps_its_folder(pairs, weights, tmp_path):
@@ -185,7 +187,7 @@ def test_pairs_of_the_start_are_not_validated_on(pairs, weights, tmp_path):
     first = declip.finetune(table, weights, out=tmp_path / "first", **keys)
     # the same images with other captions, so that their hashes change
     renamed = write_table(pairs.with_name("renamed.csv"), [f"{row} again" for row in rows])
-    finetuning.finetune_recipe(renamed, tmp_path / "second", first.folder, quiet=True)
+    finetune_recipe(renamed, tmp_path / "second", first.folder, quiet=True)
     trained = {rows[index] for index in read_pair_list(tmp_path / "first" / "train.pairs").indices}
     validated = {rows[index] for index in read_pair_list(tmp_path / "second" / "val.pairs").indices}
     assert len(validated) >= 2

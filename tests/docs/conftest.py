@@ -15,7 +15,7 @@ from starlette.testclient import TestClient
 
 import declip
 import declip.api
-import declip.finetuning
+import declip.finetuning.run
 from conftest import COLOURS, SHAPES, draw
 from declip.comparison import runner
 from declip.data.builtin.sets import DESIGNS, EMOJI
@@ -172,7 +172,7 @@ def here(world, emoji_cache, tmp_path, monkeypatch):
     for name in MAKE_SMALL:
         for module in [m for n, m in sorted(sys.modules.items()) if n.startswith(name) and hasattr(m, "load_recipe")]:
             monkeypatch.setattr(module, "load_recipe", lambda *given: small(load_recipe(*given)))
-    monkeypatch.setattr("declip.finetuning.write_finetuned", finish)
+    monkeypatch.setattr("declip.finetuning.outputs.write_finetuned", finish)
     monkeypatch.setattr("declip.api.write_page", lambda outcome, out: Path(out, "report.html").touch())
     whole = runner.run
 

@@ -14,9 +14,9 @@ from declip.evaluation.few_shot import (
     RIDGES,
     Examples,
     FewShotForm,
-    assign_folds,
     center_of,
     centered,
+    class_folds,
     cross_validate,
     fit_few_shot,
     fit_mixture,
@@ -99,7 +99,7 @@ def test_the_accuracy_of_a_fold_is_by_settings_from_the_other_folds():
     forms, different = [FewShotForm(kappa, ridge) for kappa in NAME_WEIGHTS for ridge in RIDGES], 0
     for seed in range(4):
         examples = made_up(4, noise=1.5, names=1.0, seed=seed)
-        folds, right = assign_folds(examples.labels), 0
+        folds, right = class_folds(examples.labels), 0
         scores, head = cross_validate(examples, forms, folds), fit_few_shot(examples)
         for fold in range(4):
             held_out = folds == fold

@@ -16,7 +16,7 @@ from open_clip import factory, pretrained
 import declip
 from conftest import refuses
 from declip.api import train
-from declip.finetuning import ends_of
+from declip.finetuning.wise_ft import ends_of
 from declip.interchange import layouts
 from declip.models.wrapped import WrappedImageTower
 from declip.runs.checkpoint import list_checkpoints

@@ -12,13 +12,13 @@ from safetensors.torch import load_file, save_file
 
 import declip
 from conftest import refuses
+from declip.closed_form.solve import DEFAULT_FORM, ClassPairs, Pairs, fit_heads
 from declip.interchange import starter
 from declip.interchange.classes import Classes, read_names, texts_digest
 from declip.interchange.export import export
 from declip.interchange.read import read, read_start
 from declip.interchange.timm_weights import LOGIT_SCALE, class_heads, complete, encode_texts
 from declip.interchange.weights import Weights
-from declip.models.closed_form import DEFAULT_FORM, ClassPairs, Pairs, fit_heads
 from declip.models.dual_encoder import DualEncoder
 from declip.models.hf_encoder import read_encoder
 from declip.models.image_tower import NoImageTower

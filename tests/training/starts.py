@@ -8,7 +8,7 @@ from declip.recipe.schema import Recipe
 from declip.runs.checkpoint import list_checkpoints, load_checkpoint, part
 from declip.runs.folder import read_rows
 from declip.training.assemble import assemble
-from declip.training.parts import StopRequest
+from declip.training.signals import StopRequest
 from declip.training.sinks import Sink
 from declip.training.trainer import Trainer
 

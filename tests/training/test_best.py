@@ -17,7 +17,7 @@ from declip.reports.run import measures_table
 from declip.runs.checkpoint import list_checkpoints, load_checkpoint, part, step_of
 from declip.runs.folder import Run, append_row, drop_rows, read_rows
 from declip.training.assemble import assemble
-from declip.training.parts import BestEvaluation
+from declip.training.state import BestEvaluation
 from training import starts
 from training.starts import ended, moved, same_end, stop_at
 

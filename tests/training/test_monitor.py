@@ -19,8 +19,8 @@ from declip.recipe.schema import ImageTowerConfig
 from declip.runs.folder import EVALUATIONS, METRICS, Run, read_rows
 from declip.training.assemble import auto_workers
 from declip.training.examples import example_views
-from declip.training.pairs import caption_warnings
-from declip.training.sinks import FLAT_AFTER, LossMonitor, RunInfo, Sink, ThroughputMonitor, monitored
+from declip.training.sinks import RunInfo, Sink, monitored
+from declip.training.warnings import FLAT_AFTER, LossMonitor, ThroughputMonitor, caption_warnings
 from evaluation.conftest import painted
 from text_encoders import bert
 

@@ -11,8 +11,8 @@ from timm.layers import resample_abs_pos_embed
 
 import declip
 from conftest import TINY, refuses, write_rows
-from declip import finetuning
 from declip.api import train
+from declip.finetuning.wise_ft import ends_of, interpolate
 from declip.interchange.card import without_folders
 from declip.interchange.declip_file import write_declip_file
 from declip.interchange.read import is_published, read_start
@@ -129,7 +129,7 @@ def test_a_length_of_captions_stretches_or_cuts_the_positions(table, tmp_path, l
         short = tokens[:2, :8]
         torch.testing.assert_close(model.encode_text(tokens)[:2], given.encode_text(short), rtol=0, atol=1e-5)
     assert trainer.train().finished
-    assert finetuning.ends_of(tmp_path / "run", "cpu")[0].text_tower.context == length
+    assert ends_of(tmp_path / "run", "cpu")[0].text_tower.context == length
     loaded = declip.load(tmp_path / "run", device="cpu")
     for form in ("open_clip", "huggingface"):
         declip.export(tmp_path / "run", form, tmp_path / form)
@@ -173,15 +173,15 @@ def test_the_start_is_measured_once(table, tmp_path, start):
 
 def test_mixtures_are_the_line_between_start_and_end(table, tmp_path, start):
     train(tuned(table, start, {"steps": 1}), out=tmp_path / "run", quiet=True, report=False)
-    first, final = finetuning.ends_of(tmp_path / "run", "cpu")
+    first, final = ends_of(tmp_path / "run", "cpu")
     given, learned = first.state_dict(), final.state_dict()
     assert not moved(given, last(start))
-    half = finetuning.interpolate(first, final, 0.25).state_dict()
+    half = interpolate(first, final, 0.25).state_dict()
     for name, tensor in half.items():
         expected = 0.75 * given[name].double() + 0.25 * learned[name].double()
         torch.testing.assert_close(tensor.double(), expected, rtol=0, atol=1e-6)
     for fraction, end in ((0, given), (1, learned)):
-        assert not moved(finetuning.interpolate(first, final, fraction).state_dict(), end)
+        assert not moved(interpolate(first, final, fraction).state_dict(), end)
 
 
 def test_the_card_says_what_was_fine_tuned_and_from_what(table, tmp_path, start):

@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import declip
 from conftest import TINY, WEIGHTS, refuses
 from declip.api import train
-from declip.finetuning import ends_of
+from declip.finetuning.wise_ft import ends_of
 from declip.interchange.declip_file import FILE, RECIPE, VERSION, write_declip_file
 from declip.models.hf_encoder import ENTRY
 from declip.models.layers import IMAGE, TEXT, blocks, depths, freeze, is_frozen

@@ -18,10 +18,10 @@ from declip.recipe.schema import Recipe
 from declip.runs.checkpoint import list_checkpoints, load_checkpoint
 from declip.runs.folder import read_rows
 from declip.training import assemble as assembly
-from declip.training import pairs
+from declip.training import evaluations
 from declip.training import trainer as trainer_module
 from declip.training.assemble import assemble
-from declip.training.parts import TRY_AGAIN
+from declip.training.signals import TRY_AGAIN
 from declip.training.sinks import Sink
 from training.starts import recipe_for, same_end, stop_at, trainer_of
 
@@ -213,7 +213,7 @@ def test_evaluations_change_nothing_and_one_that_a_crash_cut_short_is_done_again
     recipe = Recipe.model_validate(tree)
     results = [DEFAULT, DEFAULT, DEFAULT, RuntimeError("crash")]  # after the last step
     with monkeypatch.context() as broken:
-        broken.setattr(pairs, "evaluate_all", Mock(wraps=pairs.evaluate_all, side_effect=results))
+        broken.setattr(evaluations, "evaluate_all", Mock(wraps=evaluations.evaluate_all, side_effect=results))
         with pytest.raises(RuntimeError, match="crash"):
             train(recipe, out=tmp_path / "run", quiet=True, report=False)
     for _ in range(2):

@@ -19,12 +19,12 @@ from torch import Tensor
 from declip.app.caption_table import CaptionTable
 from declip.app.requests import ImageId, OneLine, Question, Text
 from declip.app.state import AppState, state_of
+from declip.closed_form.heads import choose_heads
+from declip.closed_form.solve import Heads, Pairs
 from declip.errors import UserError
 from declip.evaluation.results import Measure
 from declip.evaluation.zero_shot import read_prompts
-from declip.models.closed_form import Heads, Pairs
 from declip.search.choose import choose_from
-from declip.training.heads import choose_heads
 
 EVERY = 25  # captions after which the heads are fitted again
 MOST = 2_000  # images that are offered

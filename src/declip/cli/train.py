@@ -134,12 +134,13 @@ def finetune(
 
     given = parse_overrides(overrides or [])
     read_overrides(given, freeze)
-    from declip import api, finetuning
+    from declip import api
+    from declip.finetuning.run import estimate_finetune
 
     options: dict[str, Any] = {"val": val or (), "keep": keep or (), "out": out, "freeze": freeze, "quiet": quiet}
     options |= given
     if dry_run:
-        say("\n\n".join(reversed(finetuning.estimate_finetune(pairs, weights, **options))))
+        say("\n\n".join(reversed(estimate_finetune(pairs, weights, **options))))
         return
     run = api.finetune(pairs, weights, resume=resume, **options)
     leave_unless_finished(run)

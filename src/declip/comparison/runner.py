@@ -29,12 +29,12 @@ from declip.comparison.study import STUDY, Study, Trial, extended, read_study
 from declip.errors import UserError
 from declip.evaluation.protocols import Options, evaluate_all
 from declip.io.atomic import file_lock, write_text
-from declip.io.pool import cores
+from declip.io.pool import cores, torch_threads
 from declip.io.progress import print_line, progress_bar, status
 from declip.models.device import pick_device
 from declip.training.assemble import assemble
 from declip.training.estimate import step_seconds
-from declip.training.parts import versions
+from declip.training.state import versions
 from declip.training.trainer import Trainer
 
 RESULTS, JOBS_LOG = "results.json", "jobs.log"
@@ -129,13 +129,12 @@ def _timed(study: Study, quiet: bool) -> Study:
 def _share_of_machine(jobs: int) -> Iterator[None]:
     """Use one thread if there are several jobs, and a share of the loader processes; subprocesses inherit both."""
     names = {"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": str(jobs)} if jobs > 1 else {}
-    threads, before = torch.get_num_threads(), {name: os.environ[name] for name in names if name in os.environ}
+    before = {name: os.environ[name] for name in names if name in os.environ}
     os.environ |= names
-    torch.set_num_threads(1 if jobs > 1 else threads)
     try:
-        yield
+        with torch_threads(1 if jobs > 1 else torch.get_num_threads()):
+            yield
     finally:
-        torch.set_num_threads(threads)
         for name in names:
             del os.environ[name]
         os.environ |= before

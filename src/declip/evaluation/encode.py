@@ -32,6 +32,8 @@ class Encoder(Protocol):
     def tokenize(self, texts: list[str], /) -> Tensor: ...  # → (n, L) token ids
     def modules(self) -> Iterator[nn.Module]: ...
     def parameters(self) -> Iterator[nn.Parameter]: ...
+    @property
+    def logit_scale(self) -> Tensor: ...  # log of the factor of cosines; a plain object may lack these three
 
 
 READ_AT_ONCE = 32  # images

@@ -1,8 +1,8 @@
 """Few-shot classification in closed form: class names and any number of images per class, on frozen features.
 
-Ridge regression to the classes, in which a name counts as κ images. Its penalty leads from class means compared by
-cosine (large) to a covariance that all classes share (small). Regressions of several κ and penalties are added,
-weighted by cross-validation.
+Ridge regression to the classes, in which a name counts as κ images. A large penalty gives class means compared by
+cosine, a small one linear discriminant analysis. Regressions of several κ and penalties are added, weighted by
+cross-validation.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
+from declip.closed_form.folds import PrincipalAxes, assign_folds
 from declip.evaluation.encode import Encoder
 from declip.evaluation.results import Measure, by_class, sample_per_class
 from declip.models.dual_encoder import DualEncoder
@@ -79,8 +80,9 @@ def joint_encoder(model: Encoder) -> tuple[Callable[[Tensor], Tensor], int]:
         tower = inference_tower(model)
 
         def both(pixels: Tensor) -> Tensor:
-            found = tower(pixels.to(next(tower.parameters()).dtype))
-            return torch.cat([normalize(part.float(), dim=-1) for part in (found.pre_logits, found.pooled)], dim=-1)
+            features = tower(pixels.to(next(tower.parameters()).dtype))
+            sides = features.pre_logits, features.pooled
+            return torch.cat([normalize(side.float(), dim=-1) for side in sides], dim=-1)
 
         return lambda pixels: chunked(both, pixels), model.image_tower.proj.weight.shape[1]
     return lambda pixels: chunked(model.encode_image, pixels), 0
@@ -119,7 +121,7 @@ def fit_forms(examples: Examples, center: Tensor, forms: Iterable[FewShotForm]) 
     """
     forms, count, width = tuple(forms), len(examples.names), examples.width
     sizes = torch.bincount(examples.labels, minlength=count).clamp(min=1)
-    images, found = centered(examples.images, center, width), dict[FewShotForm, Tensor]()
+    images, fitted = centered(examples.images, center, width), dict[FewShotForm, Tensor]()
     for kappa in dict.fromkeys(form.name_weight for form in forms):
         # --- rows: images, then names, whose half before the projection is 0
         factors = torch.ones(images.shape[1])
@@ -136,13 +138,13 @@ def fit_forms(examples: Examples, center: Tensor, forms: Iterable[FewShotForm]) 
         roots = weights.sqrt()[:, None]
         x, y = rows * roots, (one_hot(labels, count) - 1 / count) * roots
         # --- one decomposition for all penalties
+        chosen = [form for form in forms if form.name_weight == kappa]
         dual = len(x) < x.shape[1]
-        values, axes = torch.linalg.eigh(x @ x.mT if dual else x.mT @ x)
-        target = axes.mT @ (y if dual else x.mT @ y)
-        for form in (form for form in forms if form.name_weight == kappa):
-            solved = axes @ (target / (values.clamp(min=0) + form.ridge)[:, None])
-            found[form] = (x.mT @ solved if dual else solved).mT * factors
-    return found
+        matrix, target = (x @ x.mT, y) if dual else (x.mT @ x, x.mT @ y)
+        solutions = PrincipalAxes.of(matrix).ridge(target, [form.ridge for form in chosen])
+        for form, solution in zip(chosen, solutions, strict=True):
+            fitted[form] = (x.mT @ solution if dual else solution).mT * factors
+    return fitted
 
 
 def fit_mixture(examples: Examples, mixture: Mixture) -> FewShotHead:
@@ -167,7 +169,7 @@ def fit_few_shot(examples: Examples, seed: int = 0) -> FewShotHead:
         part = MOST / len(examples.labels)
         chosen = sample_per_class(examples.labels.numpy(), lambda count: max(2, round(part * count)), seed)
         some = examples.take(torch.from_numpy(chosen))
-    folds = assign_folds(some.labels, seed)
+    folds = class_folds(some.labels, seed)
     scores = cross_validate(some, forms, folds)
     factors = mixture_factors(scores, some.labels)
     head = fit_mixture(examples, dict(zip(forms, factors.tolist(), strict=True)))
@@ -182,11 +184,11 @@ def fit_few_shot(examples: Examples, seed: int = 0) -> FewShotHead:
     return replace(head, accuracy=Measure("examples", right / count, 1 / len(examples.names), count), shots=shots)
 
 
-def assign_folds(labels: Tensor, seed: int = 0) -> Tensor:
+def class_folds(labels: Tensor, seed: int = 0) -> Tensor:
     """(n,) the fold of each image, at random; the images of each class are spread over all folds."""
     rng, folds = np.random.default_rng(seed), np.zeros(len(labels), np.int64)
     for rows in by_class(labels.numpy()):
-        folds[rng.permutation(rows)] = np.arange(len(rows)) % FOLDS
+        folds[rows] = assign_folds(rows, FOLDS, rng)
     return torch.from_numpy(folds)
 
 

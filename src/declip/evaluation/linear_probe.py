@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from declip.closed_form.folds import PrincipalAxes
 from declip.data.pair import PairSource
 from declip.errors import UserError
 from declip.evaluation.datasets import Dataset, LabeledSource, with_classes
@@ -93,10 +94,10 @@ class LogisticProblem:
         self.mean, centered = mean.double(), features - mean
         # (sample, d) for the covariance, whose axes and spreads are those of the coordinates
         sample = centered[:: max(1, len(labels) // max(SAMPLE, 8 * len(mean)))].double()
-        spread, self.axes = torch.linalg.eigh(sample.T @ sample / len(sample))
+        spread, self.axes = PrincipalAxes.of(sample.T @ sample / len(sample))
         # (n, d + 1) on the axes of the covariance. The bias is the weight of a last column of ones.
         self.rows = torch.cat([centered @ self.axes.to(centered), centered.new_ones(len(labels), 1)], 1)
-        self.spread = torch.cat([spread.clamp_min(0), spread.new_ones(1)])
+        self.spread = torch.cat([spread, spread.new_ones(1)])
 
     def fit(self, C: float, *, start: LogisticFit | None = None, tolerance: float = 1e-10) -> LogisticFit:
         """Find the minimum for one C by L-BFGS, from the fit with another C or from zero.

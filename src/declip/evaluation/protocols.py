@@ -30,7 +30,6 @@ from declip.evaluation.results import (
 )
 from declip.evaluation.retrieval import retrieve
 from declip.evaluation.zero_shot import class_features, classify, logit_scale, read_templates
-from declip.models.dual_encoder import DualEncoder
 from declip.models.inference import chunked
 
 DRAWS = 5  # of the images of few-shot classification
@@ -103,8 +102,7 @@ class SharedFeatures:
         # retrieval also uses pairs without a class
         if isinstance(source, Classified) and source.captioned and source.broken:
             features = self._encode(Subset(source.source, source.rows), texts=True)
-        known = isinstance(getattr(self.model, "model", self.model), DualEncoder)  # or a wrapper of one
-        return [retrieve(features, logit_scale(self.model) if known else None)]
+        return [retrieve(features, logit_scale(self.model) if hasattr(self.model, "logit_scale") else None)]
 
     def few_shot(self) -> list[FewShotResult]:
         splits, options = check_splits(self.dataset, "few-shot"), self.options

@@ -110,5 +110,5 @@ def classify(
 
 def logit_scale(model: Encoder) -> float:
     """The factor of cosines before the softmax, exp(logit_scale); CLIP's final 100 for a model without one."""
-    scale = getattr(model, "logit_scale", getattr(getattr(model, "model", None), "logit_scale", None))
+    scale = getattr(model, "logit_scale", None)
     return 100.0 if scale is None else float(torch.as_tensor(scale).detach().exp())

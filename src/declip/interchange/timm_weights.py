@@ -23,13 +23,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from declip.closed_form.solve import DEFAULT_FORM, ClassPairs, Heads, Pairs, fit_heads
 from declip.errors import UserError, unknown
 from declip.interchange.classes import Classes
 from declip.interchange.weights import Weights, read_tensors, unwrapped
 from declip.io.atomic import atomic_write, cache_folder, save_tensors
 from declip.io.cache import HEADS
 from declip.io.hub import fetch
-from declip.models.closed_form import DEFAULT_FORM, ClassPairs, Heads, Pairs, fit_heads
 from declip.models.dual_encoder import DualEncoder
 from declip.models.hf_encoder import read_encoder
 from declip.models.image_tower import ImageTower

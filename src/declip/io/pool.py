@@ -32,6 +32,17 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Compute with a number of torch's threads, also in threads that start meanwhile; then with as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def mapped(
     work: Callable[[Any], T], parts: Sequence[Any], workers: int | None, title: str, pin_memory: bool = False
 ) -> Iterator[T]:

@@ -128,7 +128,7 @@ class Run:
 
     @cached_property
     def cross_validation(self) -> dict[str, Any]:
-        """Choice of heads in closed form, see `declip.training.fit`; empty for other runs."""
+        """Choice of heads in closed form, see `declip.finetuning.fit`; empty for other runs."""
         return _json(self.folder / CROSS_VALIDATION)
 
     @cached_property

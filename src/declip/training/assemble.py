@@ -27,12 +27,13 @@ from declip.runs.folder import RECIPE, log, read_recipe
 from declip.supervision.objective import Objective, needs_of
 from declip.training import distributed
 from declip.training.distributed import HostGroup
+from declip.training.evaluations import has_captions
 from declip.training.optimizer import OptimizerFactory, build_optimizer, named_trainable
-from declip.training.pairs import has_captions, open_training_source, refuse_broken, sample_hashes
+from declip.training.pairs import open_training_source, refuse_broken, sample_hashes
 from declip.training.parallel import build_learner
-from declip.training.parts import Parts, restore
 from declip.training.pretrained import apply_pretrained, load_pretrained
 from declip.training.sinks import Sink
+from declip.training.state import Parts, restore
 from declip.training.trackers import trackers_of
 
 MOST_LOADERS = 32  # loader processes of a training process: each holds two batches in shared memory

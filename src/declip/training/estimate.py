@@ -1,8 +1,7 @@
-"""Estimate the time and memory of a run by a few of its steps, or by the features of a few pairs."""
+"""Estimate the time and memory of a run by a few of its steps."""
 
 import sys
 import time
-from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,21 +17,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from declip.data.pair import PairSource
-from declip.data.sources.open import ImageSource
 from declip.evaluation.datasets import open_dataset
 from declip.evaluation.encode import encode_source
 from declip.io.text import duration, plural
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schema import Recipe
 from declip.supervision.objective import Objective
-from declip.training.assemble import assemble, plan_of, resolve, resolve_epochs
-from declip.training.fit import frozen_model
-from declip.training.pairs import evaluation_tasks, open_training_source
-from declip.training.parts import Parts
+from declip.training.assemble import assemble, plan_of, resolve_epochs
+from declip.training.evaluations import evaluation_tasks
+from declip.training.pairs import open_training_source
+from declip.training.state import Parts
 from declip.training.step import training_step
 
 TIMED, ENCODED = 2, 32  # steps, after one that does not count, and pairs of each set
-MOST_ASKED = 100_000  # pairs whose image files are compared: 25,000 a second
 
 
 def estimate(recipe: Recipe) -> tuple[Recipe, str]:
@@ -48,7 +45,7 @@ def estimate(recipe: Recipe) -> tuple[Recipe, str]:
         steps = train.steps * fmean(step_seconds(parts, 1, TIMED))
         sets = [open_dataset(name).split("test") for name in evaluation_tasks(recipe, final=False)]
         count = 1 + (train.steps - 1) // train.evaluate_every if train.evaluate_every else 1
-        evaluations = count * sum(_encoding_seconds(parts.model, pairs) for pairs in sets)
+        evaluations = count * sum(encoding_seconds(parts.model, pairs) for pairs in sets)
         memory = _peak(parts.model.device) / 2**30
     text = (
         f"{plural(train.steps, 'step')} of {train.batch_size:,} pairs at most, about {duration(steps + evaluations)} "
@@ -57,35 +54,12 @@ def estimate(recipe: Recipe) -> tuple[Recipe, str]:
     return parts.recipe.model_copy(update={"data": recipe.data}), text
 
 
-def estimate_fit(recipe: Recipe) -> tuple[Recipe, str]:
-    """Resolve the recipe of heads in closed form, and estimate the time of their features."""
-    resolved = resolve(recipe)
-    model, source = frozen_model(resolved).to(resolved.device), resolved.source
-    seconds = _encoding_seconds(model, source)
-    if repeated := _share_repeated(source):  # read again, but not encoded again
-        reading = _encoding_seconds(model, source, encode=lambda images: images[:, :, 0, 0], texts=False)
-        seconds += repeated * (reading - seconds)
-    return resolved.recipe, (
-        f"Projections in closed form, without steps: about {seconds:,.0f} s for the features of "
-        f"{plural(len(resolved.source), 'pair')}, less for those in the cache, then about 10 s for cross-validation."
-    )
-
-
-def _encoding_seconds(model: DualEncoder, pairs: PairSource, **options: Any) -> float:
+def encoding_seconds(model: DualEncoder, pairs: PairSource, **options: Any) -> float:
+    """Estimate the time to encode all pairs by that of a few, evenly spaced; options are those of `encode_source`."""
     places = np.linspace(0, len(pairs) - 1, min(ENCODED, len(pairs))).astype(int)
     began = time.perf_counter()
     encode_source(model, pairs, indices=places, **options)
     return (time.perf_counter() - began) * len(pairs) / len(places)
-
-
-def _share_repeated(pairs: PairSource) -> float:
-    """The fraction of pairs whose image file an earlier pair has; 0 where these are too many to ask."""
-    if pairs.remote or len(pairs) > MOST_ASKED:
-        return 0.0
-    source = ImageSource(pairs)
-    origins = (source.origin(index) for index in range(len(pairs)))
-    counts = Counter(origin for origin in origins if origin.stamp)
-    return (counts.total() - len(counts)) / len(pairs)
 
 
 def step_seconds(parts: Parts, warm: int, count: int) -> list[float]:

@@ -15,7 +15,7 @@ from declip.data.text.tokenizer import CaptionTokenizer
 from declip.io.atomic import write_text
 from declip.recipe.schema import ImageTowerConfig
 from declip.runs.folder import EXAMPLES
-from declip.training.parts import Parts
+from declip.training.state import Parts
 
 SHOWN_PAIRS = 4
 

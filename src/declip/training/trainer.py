@@ -27,13 +27,15 @@ from declip.runs.checkpoint import CheckpointWriter
 from declip.runs.folder import Run, log
 from declip.training import distributed
 from declip.training.distributed import StepSync
+from declip.training.evaluations import evaluation_tasks, measure
 from declip.training.examples import write_examples
 from declip.training.optimizer import group_lr, learning_rate
-from declip.training.pairs import evaluation_tasks, measure
-from declip.training.parts import TRY_AGAIN, BestEvaluation, Parts, StopRequest, collect, load_weights
-from declip.training.sinks import LossMonitor, Monitor, RunInfo, ThroughputMonitor, monitored
+from declip.training.signals import TRY_AGAIN, StopRequest
+from declip.training.sinks import Monitor, RunInfo, monitored
+from declip.training.state import BestEvaluation, Parts, collect, load_weights
 from declip.training.step import training_step
 from declip.training.trackers import trackers_of
+from declip.training.warnings import LossMonitor, ThroughputMonitor
 
 warn_once = cache(log.warning)
 

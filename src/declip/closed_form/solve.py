@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from declip.closed_form.folds import PrincipalAxes
+
 LEAST_SLOPE = 1e-3  # of embeddings on those of their pairs, where the model is no better than chance
-OWN_MEAN = 10  # images of one's own that weigh as much as the start's mean feature
+OWN_MEAN = 10  # training images that weigh as much as the start's mean feature
 
 
 class Form(NamedTuple):
@@ -80,9 +82,8 @@ def closed_form_heads(rows: RegressionRows, forms: tuple[Form, ...]) -> list[Hea
     x, x_mean = centered(rows.images.double(), weights, rows.mean)
     y, y_mean = centered(rows.texts.double(), weights)
     (x_axes, y_axes), maps = solve(moments(x, y, weights), forms)
-    found = (Heads(left @ x_axes.mT, right @ y_axes.mT) for left, right in maps)
     # Equal features have no variance in the mean's direction, others have: it must stay ignored.
-    return [Heads(_without(heads.image, x_mean), _without(heads.text, y_mean)) for heads in found]
+    return [Heads(_without(left @ x_axes.mT, x_mean), _without(right @ y_axes.mT, y_mean)) for left, right in maps]
 
 
 def centered(features: Tensor, weights: Tensor, mean: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -109,18 +110,18 @@ def solve(
     A ridge refers to the mean variance of `widths` directions, by default all.
     """
     *sides, crossed = moments
-    (x_variances, x_axes), (y_variances, y_axes) = map(torch.linalg.eigh, sides)  # the dominant cost: O(v³)
-    variances = [x_variances.clamp(min=0), y_variances.clamp(min=0)]
+    (x_variances, x_axes), (y_variances, y_axes) = map(PrincipalAxes.of, sides)  # the dominant cost: O(v³)
+    variances = x_variances, y_variances
     means = [side.sum() / width for side, width in zip(variances, widths or map(len, variances), strict=True)]
     cross = x_axes.mT @ crossed @ y_axes  # (v, w), in the axes of both sides
-    found = []
+    maps = []
     for method, ridge in forms:
         x_damped, y_damped = (side + ridge * mean for side, mean in zip(variances, means, strict=True))
         if method == "cca":
             # Equal features have no variance at all: they are left at 0 instead of divided by it.
             x_white, y_white = (torch.where(side > 0, side.rsqrt(), 0.0) for side in (x_damped, y_damped))
             left, right = split_product(x_white[:, None] * cross * y_white)
-            found.append((left * x_white, right * y_white))
+            maps.append((left * x_white, right * y_white))
             continue
         x_cross = y_cross = cross
         if method == "pulled":
@@ -131,8 +132,8 @@ def solve(
                 for side, mean in zip(variances, means, strict=True)
             )
         units = [normalize(side.flatten(), dim=0) for side in (x_cross / x_damped[:, None], y_cross / y_damped)]
-        found.append(split_product((units[0] + units[1]).view_as(cross)))
-    return (x_axes, y_axes), found
+        maps.append(split_product((units[0] + units[1]).view_as(cross)))
+    return (x_axes, y_axes), maps
 
 
 def split_product(product: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,7 +146,7 @@ def split_product(product: Tensor) -> tuple[Tensor, Tensor]:
         right, left = split_product(product.mT)
         return left, right
     try:
-        squares, axes = (found.flip(-1) for found in torch.linalg.eigh(product.mT @ product))
+        squares, axes = (each.flip(-1) for each in torch.linalg.eigh(product.mT @ product))
     except torch.linalg.LinAlgError:  # float32 with many equal eigenvalues, as of unused dimensions
         left, right = split_product(product.double())
         return left.to(product), right.to(product)

@@ -8,8 +8,8 @@ import scipy.linalg
 import torch
 from sklearn.linear_model import Ridge
 
-from declip.models import closed_form
-from declip.models.closed_form import DEFAULT_FORM, Form, Pairs, fit_heads, regression_rows, split_product
+from declip.closed_form import solve
+from declip.closed_form.solve import DEFAULT_FORM, Form, Pairs, fit_heads, regression_rows, split_product
 from pair_features import class_pairs, features, pairs_of
 
 
@@ -62,8 +62,8 @@ def test_heads_are_those_of_scikit_learn_and_plain_algebra(method, ridge):
     if method == "pulled":
         images = images[:, :7] + texts  # embeddings in one space
     weights = torch.linspace(0.5, 2.0, 40, dtype=torch.float64)
-    rows = closed_form.RegressionRows(images, texts, weights, None)
-    (heads,) = closed_form.closed_form_heads(rows, (Form(method, ridge),))
+    rows = solve.RegressionRows(images, texts, weights, None)
+    (heads,) = solve.closed_form_heads(rows, (Form(method, ridge),))
     x, y, share = centered(images, weights), centered(texts, weights), (weights / weights.sum()).numpy()[:, None]
     bilinear = (heads.image.mT @ heads.text).numpy()
     np.testing.assert_allclose(x @ bilinear @ y.T, x @ PLAIN[method](x, y, share, ridge) @ y.T, atol=1e-8)
@@ -108,7 +108,7 @@ def test_a_ridge_refers_to_all_directions_of_features_with_fewer_columns():
     images, texts = features(6)
     basis, products = torch.linalg.qr(images.mT).Q, []  # (12, 6), all directions that the images have
     for x, widths in ((images, None), (images @ basis, (12, 7))):
-        axes, maps = closed_form.solve(closed_form.moments(x, texts, torch.ones(6)), (DEFAULT_FORM,), widths)
+        axes, maps = solve.solve(solve.moments(x, texts, torch.ones(6)), (DEFAULT_FORM,), widths)
         left, right = (side @ own @ head.mT for side, own, head in zip((x, texts), axes, maps[0], strict=True))
         products.append(left @ right.mT)
     torch.testing.assert_close(*products)

@@ -5,24 +5,27 @@ Every caption of every pair is used, on one plain view of its image; cross-valid
 
 import csv
 import json
-from collections.abc import Callable
+from collections import Counter
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.functional import normalize
 
+from declip.closed_form.growth import growth
+from declip.closed_form.heads import Choice, HeldOutRanks, choose_heads, group_mean
+from declip.closed_form.solve import START, ClassPairs
 from declip.data.images.thumbnails import thumbnails_of
-from declip.data.pair import PairSource, SkipCounter
+from declip.data.pair import PairSource
+from declip.data.sources.open import ImageSource
 from declip.errors import UserError
-from declip.evaluation.encode import Encoder, encode_source
+from declip.finetuning import outputs
+from declip.finetuning.features import Features, FrozenEncoder, class_pairs, compute_features, embeddings, projections
 from declip.io.atomic import atomic_write, write_text
-from declip.io.pool import usual_workers
-from declip.models.closed_form import START, ClassPairs, Pairs
+from declip.io.text import plural
 from declip.models.dual_encoder import DualEncoder
 from declip.models.hf_encoder import TextEncoder
 from declip.recipe.schema import Recipe
@@ -31,32 +34,18 @@ from declip.runs.checkpoint import Checkpoint, CheckpointWriter, list_checkpoint
 from declip.runs.folder import Run, log
 from declip.training import distributed
 from declip.training.assemble import Resolved, resolve
-from declip.training.frozen_encoder import FrozenEncoder
-from declip.training.growth import growth
-from declip.training.heads import Choice, HeldOutRanks, choose_heads, group_mean
-from declip.training.pairs import caption_warnings, evaluation_tasks, measure, refuse_broken, refuse_many, sample_hashes
-from declip.training.parts import versions
+from declip.training.estimate import encoding_seconds
+from declip.training.evaluations import evaluation_tasks, measure
+from declip.training.pairs import refuse_broken, sample_hashes
 from declip.training.pretrained import load_tensors
 from declip.training.sinks import RunInfo, monitored
+from declip.training.state import versions
 from declip.training.trackers import trackers_of
+from declip.training.warnings import caption_warnings
 
 STEP = 1  # of the checkpoint: fitting is one step
 SHOWN_WORST = 16  # captions on the page of the run
-MANY = 2_000  # pairs from which on processes read the images
-
-# Finds pairs that must not be held out from each other, see `declip.inspection.split.related_pairs`.
-Related = Callable[[PairSource, bool], tuple[np.ndarray, np.ndarray]]
-Finish = Callable[[Path, Encoder], None]
-
-
-class Features(NamedTuple):
-    """Pooled features of all pairs that can be used, with what the out-of-fold table says of them."""
-
-    pairs: Pairs
-    groups: np.ndarray  # (n,), see `choose_heads`
-    indices: np.ndarray  # (m,) of the pair of each caption in the source
-    captions: list[str]  # (m,)
-    skipped: SkipCounter
+MOST_ASKED = 100_000  # pairs whose image files are compared: 25,000 a second
 
 
 def closed_form(recipe: Recipe) -> bool:
@@ -65,14 +54,14 @@ def closed_form(recipe: Recipe) -> bool:
     return tune.freeze_image_blocks == tune.freeze_text_blocks == "all" and tune.lora is None
 
 
-def fit(recipe: Recipe, folder: Path, resume: bool, quiet: bool, related: Related, finish: Finish) -> Run:
-    """Fit the projections of frozen towers, evaluate them, write the run folder and call `finish`, all on rank 0."""
+def fit(recipe: Recipe, folder: Path, resume: bool, quiet: bool) -> Run:
+    """Fit the projections of frozen towers, evaluate them and write the run folder, all on rank 0."""
     resolved = resolve(recipe, folder, resume)
-    resolved.hosts.on_rank_zero(partial(_fit, resolved, folder, resume, quiet, related, finish))
+    resolved.hosts.on_rank_zero(partial(_fit, resolved, folder, resume, quiet))
     return Run(folder, STEP, True, is_rank_zero=distributed.is_rank_zero())
 
 
-def _fit(resolved: Resolved, folder: Path, resume: bool, quiet: bool, related: Related, finish: Finish) -> None:
+def _fit(resolved: Resolved, folder: Path, resume: bool, quiet: bool) -> None:
     recipe, source = resolved.recipe, resolved.source
     # --- all checks, then the run folder
     model = frozen_model(resolved).to(resolved.device)
@@ -87,7 +76,7 @@ def _fit(resolved: Resolved, folder: Path, resume: bool, quiet: bool, related: R
             log.warning(warning)
         # --- features, heads and the checkpoint
         encoder = FrozenEncoder(model)
-        features = compute_features(encoder, source, recipe, related, not quiet)
+        features = compute_features(encoder, source, recipe, not quiet)
         skipped = {**features.skipped.to_dict(), "seen": len(source)}
         write_text(folder / run_folder.SKIPPED, json.dumps(skipped, indent=1))
         starts = resolved.weights is not None and resolved.weights.projected  # as a CLIP has
@@ -102,10 +91,10 @@ def _fit(resolved: Resolved, folder: Path, resume: bool, quiet: bool, related: R
             monitor.advance(STEP)
             # --- what is known about them
             _write_facts(folder, source, features, choice, classes, recipe.seed)
-            for result in measure(cast(Encoder, encoder), evaluation_tasks(recipe, final=True), not quiet):
+            for result in measure(encoder, evaluation_tasks(recipe, final=True), not quiet):
                 monitor.evaluation(STEP, result.to_dict())
         monitor.flush()
-        finish(folder, cast(Encoder, encoder))
+        outputs.write_finetuned(folder, encoder)
 
 
 def frozen_model(resolved: Resolved) -> DualEncoder:
@@ -132,56 +121,6 @@ def frozen_model(resolved: Resolved) -> DualEncoder:
     return model.eval()
 
 
-def projections(model: DualEncoder) -> tuple[nn.Linear, nn.Linear]:
-    """The projections of images and of texts into the shared space."""
-    return cast(nn.Linear, model.image_tower.proj), cast(nn.Linear, model.text_tower.text_projection)
-
-
-@torch.no_grad()
-def embeddings(pairs: Pairs, model: DualEncoder) -> Pairs:
-    """Pooled features as embeddings of unit length in the space of the model's projections."""
-    image, text = projections(model)
-    device = image.weight.device
-    sides = [(image, pairs.images), (text, pairs.texts)]
-    images, texts = (normalize(side(rows.to(device)).float(), dim=-1).cpu() for side, rows in sides)
-    return Pairs(images, texts, pairs.owners)
-
-
-def compute_features(
-    encoder: FrozenEncoder, source: PairSource, recipe: Recipe, related: Related, shown: bool
-) -> Features:
-    """Compute the pooled features of all images and distinct captions, and the groups that stay in one fold."""
-    places, groups = related(source, shown)
-    # A pair that cannot be read now was read or refused a moment ago, so both passes see the same pairs.
-    found = encode_source(
-        cast(Encoder, encoder),
-        source,
-        encode=encoder.pool_images,
-        texts=False,
-        batch_size=64,
-        workers=usual_workers() if len(source) > MANY else 0,
-        progress=shown,
-    )
-    refuse_many(found.skipped, source, recipe.data.max_broken_fraction)
-    group_of = dict(zip(places.tolist(), groups.tolist(), strict=True))
-    captions = found.flat_captions
-    pairs = Pairs(found.images, encoder.pool_captions(captions, shown), torch.from_numpy(found.image_rows))
-    own = np.array([group_of.get(index, -1 - index) for index in found.indices.tolist()])
-    return Features(pairs, own, found.indices[found.image_rows], captions, found.skipped)
-
-
-def class_pairs(resolved: Resolved, encoder: FrozenEncoder, shown: bool) -> ClassPairs | None:
-    """Return the classes of the start's classifier as pairs, if it has one with names and the recipe uses them."""
-    weights, wanted = resolved.weights, resolved.recipe.finetune.class_pairs
-    classes = weights.named_classes() if weights is not None and wanted else None
-    if classes is None:
-        return None
-    texts, owners = classes.texts()
-    known = classes.features
-    features = encoder.pool_captions(texts, shown) if known is None else known
-    return ClassPairs(classes.rows, features, owners, classes.mean)
-
-
 @torch.no_grad()
 def set_heads(model: DualEncoder, choice: Choice, starts: bool = False) -> None:
     """Set both projections and the logit scale; dimensions beyond the number of directions are 0.
@@ -202,6 +141,30 @@ def set_heads(model: DualEncoder, choice: Choice, starts: bool = False) -> None:
             projection.bias.zero_()
             projection.bias[:count] = bias[:count]
     model.logit_scale.fill_(float(np.log(choice.logit_scale)))
+
+
+def estimate_fit(recipe: Recipe) -> tuple[Recipe, str]:
+    """Resolve the recipe of heads in closed form, and estimate the time of their features."""
+    resolved = resolve(recipe)
+    model, source = frozen_model(resolved).to(resolved.device), resolved.source
+    seconds = encoding_seconds(model, source)
+    if repeated := _share_repeated(source):  # read again, but not encoded again
+        reading = encoding_seconds(model, source, encode=lambda images: images[:, :, 0, 0], texts=False)
+        seconds += repeated * (reading - seconds)
+    return resolved.recipe, (
+        f"Projections in closed form, without steps: about {seconds:,.0f} s for the features of "
+        f"{plural(len(resolved.source), 'pair')}, less for those in the cache, then about 10 s for cross-validation."
+    )
+
+
+def _share_repeated(pairs: PairSource) -> float:
+    """The fraction of pairs whose image file an earlier pair has; 0 where these are too many to ask."""
+    if pairs.remote or len(pairs) > MOST_ASKED:
+        return 0.0
+    source = ImageSource(pairs)
+    origins = (source.origin(index) for index in range(len(pairs)))
+    counts = Counter(origin for origin in origins if origin.stamp)
+    return (counts.total() - len(counts)) / len(pairs)
 
 
 # --- the files that the report reads

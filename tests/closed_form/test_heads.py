@@ -5,29 +5,26 @@ import pytest
 import torch
 from scipy.stats import t
 
-from declip.models.closed_form import DEFAULT_FORM, START, Heads, Pairs, fit_heads
-from declip.reports.charts import growth_chart
-from declip.training import heads
-from declip.training.growth import growth
-from declip.training.heads import (
+from declip.closed_form import heads
+from declip.closed_form.folds import assign_folds
+from declip.closed_form.growth import growth
+from declip.closed_form.heads import (
     CrossValidation,
     HeldOutBlock,
     HeldOutRanks,
-    assign_folds,
     best_candidate,
     caption_numbers,
     choose_heads,
     jackknife,
     ranks_by,
 )
+from declip.closed_form.solve import DEFAULT_FORM, START, Heads, Pairs, fit_heads
+from declip.reports.charts import growth_chart
 from pair_features import class_pairs, pairs_of
 
 
 def held_out(found, pairs):
-    outcome = HeldOutRanks(pairs)
-    block = HeldOutBlock.of(torch.arange(len(pairs.images)), pairs.owners, caption_numbers(pairs))
-    heads.score(outcome, found.similarities(pairs.images.double(), pairs.texts[block.texts].double()), block)
-    return outcome
+    return ranks_by(found, pairs._replace(images=pairs.images.double()), torch.zeros(len(pairs.images)))
 
 
 def test_classes_alone_make_heads_that_find_images():
@@ -64,9 +61,9 @@ def test_embeddings_stay_as_they_are_unless_their_pairs_say_otherwise():
 
 
 def some_ranks(to_text, to_image):
-    outcome = HeldOutRanks(pairs_of(len(to_text)))
-    outcome.to_text, outcome.to_image = torch.tensor(to_text), torch.tensor(to_image)
-    return outcome
+    nothing = torch.empty(0)
+    owners = torch.arange(len(to_text))
+    return HeldOutRanks(owners, torch.tensor(to_text), torch.tensor(to_image), nothing, nothing, nothing)
 
 
 def test_a_gain_within_the_noise_is_not_taken():
@@ -245,9 +242,9 @@ def test_a_curve_that_does_not_rise_is_not_continued():
 
 def test_ranks_equal_a_plain_loop():
     texts, owners = torch.tensor([0, 1, 2, 2, 3, 4, 5]), torch.tensor([0, 0, 1, 2, 3, 4, 4])  # 1 and 2 share a caption
-    pairs = Pairs(torch.empty(5, 1), texts[:, None].double(), owners)
-    found, scores = HeldOutRanks(pairs), torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
-    heads.score(found, scores, HeldOutBlock.of(torch.arange(5), owners, caption_numbers(pairs)))
+    numbers = caption_numbers(Pairs(torch.empty(5, 1), texts[:, None].double(), owners))
+    scores = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
+    found = heads.score(scores, HeldOutBlock.of(torch.arange(5), owners, numbers))
     for image in range(5):
         best = max(scores[image, texts[owners == image]])
         assert found.to_text[image] == sum(score > best for score in scores[image])

@@ -10,10 +10,10 @@ import torch
 
 import declip
 from conftest import TINY, read_only, refuses
+from declip.finetuning.features import FILE, FrozenEncoder, PooledFeatures, text_key
 from declip.models.dual_encoder import DualEncoder
 from declip.models.image_tower import ImageTower
 from declip.recipe.schema import Recipe
-from declip.training.frozen_encoder import FILE, FrozenEncoder, PooledFeatures, text_key
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +54,7 @@ def test_features_of_other_towers_and_versions_are_computed_again(cache, monkeyp
     assert (len(stores("quick_gelu")), len(stores(weight=0.5))) == (1, 1), "the image tower is the same"
     for name in (
         *("torch.__version__", "timm.__version__", "PIL.__version__"),
-        "declip.training.frozen_encoder.FEATURE_VERSION",
+        "declip.finetuning.features.FEATURE_VERSION",
     ):
         with monkeypatch.context() as patch:
             patch.setattr(name, "another")
@@ -95,7 +95,7 @@ def test_a_run_keeps_its_features_and_goes_on_without_them(cache, command):
 def test_a_read_only_cache_is_read_and_named_if_it_lacks_features(cache):
     features(cache).of(torch.tensor([[1], [2]]))
     code = f"""
-import torch; from pathlib import Path; from declip.training.frozen_encoder import PooledFeatures
+import torch; from pathlib import Path; from declip.finetuning.features import PooledFeatures
 store = PooledFeatures(Path("{cache}"), lambda row: bytes([row.item()]) * 16, torch.nn.Identity())
 print(store.of(torch.tensor([[2], [1]])).tolist())
 store.tower.pool = torch.clone

@@ -13,23 +13,24 @@ from safetensors.torch import save_file
 
 import declip
 from conftest import in_processes, refuses, texture
+from declip.closed_form.heads import Choice
+from declip.closed_form.solve import Form, Heads, Pairs, fit_heads
 from declip.data.sources.open import open_source
 from declip.errors import UserError
-from declip.finetuning import estimate_finetune, finetune_recipe, write_finetuned
-from declip.inspection.split import related_pairs
+from declip.finetuning import outputs
+from declip.finetuning.fit import fit, set_heads
+from declip.finetuning.run import estimate_finetune, finetune_recipe
 from declip.io.text import percent
-from declip.models.closed_form import Form, Heads, Pairs, fit_heads
 from declip.reports.page import NBSP, points, render
 from declip.reports.run import write_report
 from declip.runs.folder import CROSS_VALIDATION, KEPT, read_run
-from declip.training.fit import fit, set_heads
-from declip.training.heads import Choice
 from text_encoders import bert
 from training.starts import last, moved
 
 pytest.importorskip("transformers")
 
 COUNT = 40
+WRITE = outputs.write_finetuned
 COLORS = ("red", "green", "blue", "white")
 
 
@@ -80,7 +81,7 @@ def run(folder):
 @pytest.fixture(autouse=True)
 def without_exports(monkeypatch):
     """Leave out the report and the exports, which take longer than a fit; `run`, of a wider scope, has them."""
-    monkeypatch.setattr("declip.finetuning.write_finetuned", lambda *_: None)
+    monkeypatch.setattr("declip.finetuning.outputs.write_finetuned", lambda *_: None)
 
 
 def test_heads_are_those_of_every_caption_of_all_pairs(run, folder):
@@ -145,11 +146,11 @@ def killed_while_it_exports(folder, recipe):
         out.mkdir(parents=True)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    declip.finetuning.export = export
-    fit(recipe, folder, False, True, related_pairs, write_finetuned)
+    outputs.export, outputs.write_finetuned = export, WRITE
+    fit(recipe, folder, False, True)
 
 
-def test_a_run_that_was_killed_while_it_exported_is_not_finished(folder, tmp_path):
+def test_a_run_that_was_killed_while_it_exported_is_not_finished(folder, tmp_path, monkeypatch):
     start = f"timm:test_vit/{folder / 'vit.safetensors'}"
     recipe = finetune_recipe(folder / "pairs.csv", tmp_path / "x", start, (), "both", keys_of(folder), True)
     process = get_context("fork").Process(target=killed_while_it_exports, args=(tmp_path / "run", recipe))
@@ -157,7 +158,8 @@ def test_a_run_that_was_killed_while_it_exported_is_not_finished(folder, tmp_pat
     process.join()
     assert (process.exitcode, (tmp_path / "run" / "exported").exists()) == (-signal.SIGKILL, True)
     finished = []
-    fit(recipe, tmp_path / "run", True, True, related_pairs, lambda *_: finished.append(1))
+    monkeypatch.setattr("declip.finetuning.outputs.write_finetuned", lambda *_: finished.append(1))
+    fit(recipe, tmp_path / "run", True, True)
     assert finished == [1]
 
 
@@ -201,7 +203,7 @@ def fitted_here(folder, out):
     """Fit in one of several processes, see `fitted`."""
     start = f"timm:test_vit/{folder / 'vit.safetensors'}"
     recipe = finetune_recipe(folder / "pairs.csv", out.with_suffix(".none"), start, (), "both", keys_of(folder), True)
-    run = fit(recipe, out, False, True, related_pairs, lambda folder, model: None)
+    run = fit(recipe, out, False, True)
     return run.finished, run.is_rank_zero
 
 
@@ -211,7 +213,7 @@ def test_two_processes_are_one(run, folder, tmp_path):
 
 
 def test_one_pair_is_fitted_without_a_validation_part(folder, tmp_path, command, monkeypatch):
-    monkeypatch.setattr("declip.finetuning.write_finetuned", write_report)
+    monkeypatch.setattr("declip.finetuning.outputs.write_finetuned", write_report)
     (folder / "single.csv").write_text("\n".join((folder / "pairs.csv").read_text().splitlines()[:2]) + "\n")
     words = ["finetune", folder / "single.csv", "--from", f"timm:test_vit/{folder / 'vit.safetensors'}", "--freeze"]
     keys = (f"{key}={value}" for key, value in keys_of(folder).items())

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from scipy.special import expit, logit
 
-from declip.models.closed_form import START, Form
-from declip.training.heads import Choice, Estimate, HeldOutRanks, effective_groups, group_sums, jackknife
+from declip.closed_form.heads import Choice, Estimate, HeldOutRanks, effective_groups, group_sums, jackknife
+from declip.closed_form.solve import START, Form
 
 PARTS = (1 / 8, 1 / 4, 1 / 2, 1.0)
 FITTED = 3  # largest parts that the line is fitted to

@@ -8,25 +8,33 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import PIL
 import timm
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import normalize
 
+from declip.closed_form.solve import ClassPairs, Pairs
+from declip.data.pair import PairSource, SkipCounter
 from declip.errors import UserError
-from declip.evaluation.encode import text_features
+from declip.evaluation.encode import encode_source, text_features
+from declip.inspection.split import related_pairs
 from declip.io.atomic import cache_folder
 from declip.io.cache import FEATURES, hold, trim_cache
+from declip.io.pool import usual_workers
 from declip.models.dual_encoder import DualEncoder
 from declip.models.inference import chunked, hash_tensors, inference_tower
 from declip.models.layers import IMAGE, PROJECTIONS, TEXT
+from declip.recipe.schema import Recipe
+from declip.training.assemble import Resolved
+from declip.training.pairs import refuse_many
 
 KEY, FILE = 16, "features.sqlite"  # bytes of a key; file of a tower
 BATCH = 64  # captions that the tower sees at a time
+MANY = 2_000  # pairs from which on processes read the images
 FEATURE_VERSION = 1  # increase it when preprocessing, tokenizers or towers compute other features of the same input
 
 
@@ -39,13 +47,13 @@ class FrozenEncoder:
 
     def __init__(self, model: DualEncoder) -> None:
         self.model, key = model, partial(text_key, padding=model.tokenizer.padding)
+        self.preprocessor, self.preprocess = model.preprocessor, model.preprocess
+        self.tokenizer, self.tokenize = model.tokenizer, model.tokenize
+        self.modules, self.parameters, self.logit_scale = model.modules, model.parameters, model.logit_scale
         folders = [cache_folder() / FEATURES / f"pooled-{tower_digest(model, tower)}" for tower in (IMAGE, TEXT)]
         self._images = PooledFeatures(folders[0], _pixel_key, inference_tower(model))
         self._texts = PooledFeatures(folders[1], key, model.text_tower)
         trim_cache(FEATURES, keep=folders)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["model"], name)  # preprocessing and tokenizer are the model's
 
     def pool_images(self, images: Tensor) -> Tensor:
         """(n, 3, S, S) normalized → (n, v) float32, before the projection."""
@@ -57,11 +65,11 @@ class FrozenEncoder:
 
     def encode_image(self, images: Tensor) -> Tensor:
         """(n, 3, S, S) normalized → (n, d) float32 of length 1."""
-        return F.normalize(self.model.image_tower.proj(self._images.of(images)).float(), dim=-1)
+        return normalize(self.model.image_tower.proj(self._images.of(images)).float(), dim=-1)
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         """(n, L) ids → (n, d) float32 of length 1."""
-        return F.normalize(self.model.text_tower.text_projection(self._texts.of(tokens)).float(), dim=-1)
+        return normalize(self.model.text_tower.text_projection(self._texts.of(tokens)).float(), dim=-1)
 
 
 class PooledFeatures:
@@ -127,3 +135,61 @@ def tower_digest(model: DualEncoder, tower: str) -> str:
     state = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(tower)}
     hash_tensors(digest, {name: tensor for name, tensor in state.items() if not name.startswith(PROJECTIONS)})
     return digest.hexdigest()[:24]
+
+
+class Features(NamedTuple):
+    """Pooled features of all pairs that can be used, with what the out-of-fold table says of them."""
+
+    pairs: Pairs
+    groups: np.ndarray  # (n,), see `choose_heads`
+    indices: np.ndarray  # (m,) of the pair of each caption in the source
+    captions: list[str]  # (m,)
+    skipped: SkipCounter
+
+
+def compute_features(encoder: FrozenEncoder, source: PairSource, recipe: Recipe, shown: bool) -> Features:
+    """Compute the pooled features of all images and distinct captions, and the groups that stay in one fold."""
+    places, groups = related_pairs(source, shown)
+    # A pair that cannot be read now was read or refused a moment ago, so both passes see the same pairs.
+    found = encode_source(
+        encoder,
+        source,
+        encode=encoder.pool_images,
+        texts=False,
+        batch_size=64,
+        workers=usual_workers() if len(source) > MANY else 0,
+        progress=shown,
+    )
+    refuse_many(found.skipped, source, recipe.data.max_broken_fraction)
+    group_of = dict(zip(places.tolist(), groups.tolist(), strict=True))
+    captions = found.flat_captions
+    pairs = Pairs(found.images, encoder.pool_captions(captions, shown), torch.from_numpy(found.image_rows))
+    own = np.array([group_of.get(index, -1 - index) for index in found.indices.tolist()])
+    return Features(pairs, own, found.indices[found.image_rows], captions, found.skipped)
+
+
+def class_pairs(resolved: Resolved, encoder: FrozenEncoder, shown: bool) -> ClassPairs | None:
+    """Return the classes of the start's classifier as pairs, if it has one with names and the recipe uses them."""
+    weights, wanted = resolved.weights, resolved.recipe.finetune.class_pairs
+    classes = weights.named_classes() if weights is not None and wanted else None
+    if classes is None:
+        return None
+    texts, owners = classes.texts()
+    known = classes.features
+    features = encoder.pool_captions(texts, shown) if known is None else known
+    return ClassPairs(classes.rows, features, owners, classes.mean)
+
+
+def projections(model: DualEncoder) -> tuple[nn.Linear, nn.Linear]:
+    """The projections of images and of texts into the shared space."""
+    return cast(nn.Linear, model.image_tower.proj), cast(nn.Linear, model.text_tower.text_projection)
+
+
+@torch.no_grad()
+def embeddings(pairs: Pairs, model: DualEncoder) -> Pairs:
+    """Pooled features as embeddings of unit length in the space of the model's projections."""
+    image, text = projections(model)
+    device = image.weight.device
+    sides = [(image, pairs.images), (text, pairs.texts)]
+    images, texts = (normalize(side(rows.to(device)).float(), dim=-1).cpu() for side, rows in sides)
+    return Pairs(images, texts, pairs.owners)

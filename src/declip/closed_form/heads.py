@@ -1,8 +1,9 @@
 """Projections of frozen towers in closed form, chosen by cross-validation: no steps, no validation set needed."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -10,7 +11,8 @@ import torch
 from scipy.special import stdtrit
 from torch import Tensor
 
-from declip.models.closed_form import (
+from declip.closed_form.folds import assign_folds
+from declip.closed_form.solve import (
     DEFAULT_FORM,
     START,
     ClassPairs,
@@ -23,6 +25,7 @@ from declip.models.closed_form import (
     regression_rows,
     solve,
 )
+from declip.io.pool import torch_threads
 
 # Candidates: with 5,811 emoji CCA finds 20 % and 44 % (R@1, R@10), ridge regression 11 % and 34 %, its best.
 FORMS = (
@@ -64,16 +67,31 @@ class Estimate(NamedTuple):
     high: float
 
 
+@dataclass(frozen=True)
 class HeldOutRanks:
-    """What a candidate makes of the pairs, each by heads that have not seen its fold; filled block by block."""
+    """Out-of-fold ranks of n images and their m captions by one candidate, or those of a block alone."""
 
-    def __init__(self, pairs: Pairs) -> None:
-        n, m, self.owners = len(pairs.images), len(pairs.texts), pairs.owners
-        self.to_text = torch.zeros(n, dtype=torch.int64)  # rank of an image's best caption in its block, from 0
-        self.to_image = torch.zeros(m, dtype=torch.int64)  # rank of a caption's best image
-        self.images = torch.zeros(n, dtype=torch.int64)  # number of images in the block
-        self.fit = torch.full((m,), torch.nan)  # mean rank of caption and image for each other, see `rank`
-        self.losses = torch.zeros(n, len(SCALES), dtype=torch.float64)  # cross-entropy of an image with its captions
+    owners: Tensor  # (m,) int64, the image of each caption
+    to_text: Tensor  # (n,) int64, rank of an image's best caption in its block, from 0
+    to_image: Tensor  # (m,) int64, rank of a caption's best image
+    images: Tensor  # (n,) int64, number of images in the block
+    fit: Tensor  # (m,) mean rank of caption and image for each other, see `rank`
+    losses: Tensor  # (n, scales) float64, cross-entropy of an image with its captions
+
+    @classmethod
+    def join(cls, pairs: Pairs, parts: Sequence[tuple["HeldOutBlock", "HeldOutRanks"]]) -> "HeldOutRanks":
+        """Concatenate the ranks of blocks that together have all pairs, in the order of the pairs."""
+        images = torch.cat([block.images for block, _ in parts]).argsort()
+        captions = torch.cat([block.captions for block, _ in parts]).argsort()
+        ranks = [each for _, each in parts]
+        return cls(
+            pairs.owners,
+            torch.cat([each.to_text for each in ranks])[images],
+            torch.cat([each.to_image for each in ranks])[captions],
+            torch.cat([each.images for each in ranks])[images],
+            torch.cat([each.fit for each in ranks])[captions],
+            torch.cat([each.losses for each in ranks])[images],
+        )
 
     def scores(self) -> Tensor:
         """(n,) mean over both directions of the reciprocal rank and of a hit among the first ten, for each image.
@@ -96,8 +114,8 @@ class HeldOutRanks:
         """(groups, 2) hits among the first k, and candidates for a hit, of images and of captions."""
         members = np.unique(groups, return_inverse=True)[1]
         sides = ((members, self.to_text), (members[self.owners.numpy()], self.to_image))
-        found = [np.bincount(of, (ranks < k).double().numpy()) for of, ranks in sides]
-        return np.stack(found, axis=1), np.stack([np.bincount(of) for of, _ in sides], axis=1)
+        hits = [np.bincount(of, (ranks < k).double().numpy()) for of, ranks in sides]
+        return np.stack(hits, axis=1), np.stack([np.bincount(of) for of, _ in sides], axis=1)
 
     def percentile(self, groups: np.ndarray) -> Estimate:
         """Mean percentile of the images, with its interval."""
@@ -106,14 +124,14 @@ class HeldOutRanks:
 
     def recall(self, k: int, groups: np.ndarray) -> Estimate:
         """Recall at k, mean of both directions, with its interval."""
-        found, counts = self.by_group(k, groups)
-        value = float((found.sum(axis=0) / counts.sum(axis=0)).mean())
-        # Two groups that are found and two that are not, of mean size, as Agresti and Coull add to a proportion: if all
-        # groups are found, the interval would have no width otherwise.
+        hits, counts = self.by_group(k, groups)
+        value = float((hits.sum(axis=0) / counts.sum(axis=0)).mean())
+        # Two groups of hits and two of misses, of mean size, as Agresti and Coull add to a proportion: if all groups
+        # are hits, the interval would have no width otherwise.
         mean = counts.mean(axis=0)
-        found, counts = np.vstack([found, 2 * [mean], 2 * [0 * mean]]), np.vstack([counts, 4 * [mean]])
-        without = ((found.sum(axis=0) - found) / (counts.sum(axis=0) - counts)).mean(axis=1)
-        center, half = float((found.sum(axis=0) / counts.sum(axis=0)).mean()), jackknife(without, counts.sum(axis=1))
+        hits, counts = np.vstack([hits, 2 * [mean], 2 * [0 * mean]]), np.vstack([counts, 4 * [mean]])
+        without = ((hits.sum(axis=0) - hits) / (counts.sum(axis=0) - counts)).mean(axis=1)
+        center, half = float((hits.sum(axis=0) / counts.sum(axis=0)).mean()), jackknife(without, counts.sum(axis=1))
         return Estimate(value, max(0.0, min(center - half, value)), min(1.0, max(center + half, value)))
 
 
@@ -186,7 +204,7 @@ def choose_heads(
     }
     tried = dict[tuple[Form, float], HeldOutRanks]()
     for weight, validation in validations.items():
-        tried |= {(form, weight): found for form, found in zip(forms, validation.ranks(forms), strict=True)}
+        tried |= {(form, weight): ranks for form, ranks in zip(forms, validation.ranks(forms), strict=True)}
     if start is not None:
         tried[START, 0.0] = ranks_by(start, some, own_folds)
     form, weight = best_candidate(tried, usual, START_CAUTION if embedded else CAUTION)
@@ -217,12 +235,12 @@ def start_heads(pairs: Pairs, classes: ClassPairs | None, embedded: bool) -> Hea
 
 def ranks_by(heads: Heads, pairs: Pairs, folds: Tensor) -> HeldOutRanks:
     """Ranks of all pairs by heads that were not fitted to them, among the candidates of cross-validation."""
-    outcome, numbers = HeldOutRanks(pairs), caption_numbers(pairs)
+    parts, numbers = [], caption_numbers(pairs)
     for fold in folds.unique().tolist():
         for block in blocks((folds == fold).nonzero().flatten(), pairs.owners, numbers):
             sides = pairs.images[block.images], pairs.texts[block.texts]
-            score(outcome, heads.similarities(*(side.to(heads.image) for side in sides)), block)
-    return outcome
+            parts.append((block, score(heads.similarities(*(side.to(heads.image) for side in sides)), block)))
+    return HeldOutRanks.join(pairs, parts)
 
 
 def best_candidate(tried: Mapping[Key, HeldOutRanks], usual: Key, caution: float) -> Key:
@@ -252,7 +270,7 @@ def beats(outcome: HeldOutRanks, start: HeldOutRanks, groups: np.ndarray) -> boo
 
 
 class CrossValidation:
-    """Pairs whose heads, fitted without each fold in turn, find the pairs of the fold; for one weight of the classes.
+    """Cross-validation of heads for one weight of the classes: fitted without each fold in turn, they rank its pairs.
 
     Features are centered once, with the mean of all folds, and only their `DIRECTIONS` largest directions are kept.
     """
@@ -285,28 +303,24 @@ class CrossValidation:
 
     def ranks(self, forms: tuple[Form, ...], fitted: Tensor | None = None) -> list[HeldOutRanks]:
         """Ranks of all pairs by each form, whose heads are fitted to some images (n,) bool, or to all."""
-        outcomes = [HeldOutRanks(self.pairs) for _ in forms]
         usable = torch.ones(len(self.folds), dtype=torch.bool) if fitted is None else fitted
+        images, texts, owners = self._centered
 
-        def leave_out(fold: int) -> None:
-            kept = ((self.folds != fold) & usable)[self.pairs.owners]  # (m,)
-            images, texts, owners = self._centered
+        def rank_fold(fold: int) -> list[list[tuple[HeldOutBlock, HeldOutRanks]]]:
+            """Ranks of a fold's blocks, of each by all forms."""
+            kept = ((self.folds != fold) & usable)[owners]  # (m,)
             own = moments(images[owners[kept]], texts[kept], self._weights[kept])
             (x_axes, y_axes), maps = solve(tuple(map(torch.add, own, self._classes)), forms, self._widths)
+            ranked = []
             for block in blocks((self.folds == fold).nonzero().flatten(), owners, self._numbers):
                 sides = images[block.images] @ x_axes, texts[block.texts] @ y_axes
-                for outcome, heads in zip(outcomes, maps, strict=True):
-                    score(outcome, Heads(*heads).similarities(*sides), block)
+                ranked.append([(block, score(Heads(*heads).similarities(*sides), block)) for heads in maps])
+            return ranked
 
         # As many folds at a time as torch has threads: small matrices gain nothing from several.
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            with ThreadPoolExecutor(threads) as pool:
-                list(pool.map(leave_out, self.folds.unique().tolist()))
-        finally:
-            torch.set_num_threads(threads)
-        return outcomes
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool, torch_threads(1):
+            ranked = [*chain.from_iterable(pool.map(rank_fold, self.folds.unique().tolist()))]
+        return [HeldOutRanks.join(self.pairs, of_form) for of_form in zip(*ranked, strict=True)]
 
 
 def _largest_directions(rows: Tensor, weights: Tensor, count: int) -> Tensor:
@@ -323,8 +337,8 @@ class HeldOutBlock(NamedTuple):
 
     images: Tensor  # (b,), rising
     captions: Tensor  # (c,)
-    rows: Tensor  # (c,) place of the caption's image in the block
-    columns: Tensor  # (c,) place of the caption among the distinct ones
+    rows: Tensor  # (c,) row of the caption's image in the block
+    columns: Tensor  # (c,) column of the caption among the distinct ones
     texts: Tensor  # (d,) a caption for each distinct one
 
     @classmethod
@@ -343,25 +357,29 @@ def blocks(images: Tensor, owners: Tensor, numbers: Tensor) -> Iterator[HeldOutB
         yield HeldOutBlock.of(part, owners, numbers)
 
 
-def score(outcome: HeldOutRanks, similarities: Tensor, block: HeldOutBlock) -> None:
-    """Let the images of a block and their captions find each other by similarities (b, d)."""
-    captions, rows, columns = block.captions, block.rows, block.columns
+def score(similarities: Tensor, block: HeldOutBlock) -> HeldOutRanks:
+    """Rank captions for each image of a block, and images for each caption, by similarities (b, d)."""
+    rows, columns = block.rows, block.columns
     relevant = torch.zeros_like(similarities, dtype=torch.bool)
     relevant[rows, columns] = True
     # --- retrieval: the rank of the best match
     best = similarities.masked_fill(~relevant, -torch.inf)
-    outcome.to_text[block.images] = (similarities > best.amax(dim=1)[:, None]).sum(dim=1)
-    outcome.to_image[captions] = (similarities > best.amax(dim=0)).sum(dim=0)[columns]
-    outcome.images[block.images] = len(block.images)
+    to_text = (similarities > best.amax(dim=1)[:, None]).sum(dim=1)
+    to_image = (similarities > best.amax(dim=0)).sum(dim=0)[columns]
     # --- the rank of each caption and its image for each other
     own = similarities[rows, columns]
     for_image = rank(similarities[rows], own, relevant[rows])
     for_caption = rank(similarities.mT[columns], own, relevant.mT[columns])
-    outcome.fit[captions] = (for_image + for_caption) / 2
     # --- softmax over the captions
-    for number, scale in enumerate(SCALES):
-        losses = (scale * similarities).logsumexp(dim=1) - (scale * best).logsumexp(dim=1)
-        outcome.losses[block.images, number] = losses.double()
+    losses = [(scale * similarities).logsumexp(dim=1) - (scale * best).logsumexp(dim=1) for scale in SCALES]
+    return HeldOutRanks(
+        rows,
+        to_text,
+        to_image,
+        torch.full_like(to_text, len(to_text)),
+        (for_image + for_caption) / 2,
+        torch.stack(losses, dim=1).double(),
+    )
 
 
 def rank(similarities: Tensor, own: Tensor, relevant: Tensor) -> Tensor:
@@ -389,15 +407,3 @@ def subset(pairs: Pairs, seed: int) -> tuple[Pairs, Tensor]:
     captions = torch.isin(pairs.owners, chosen)
     owners = torch.searchsorted(chosen, pairs.owners[captions])
     return Pairs(pairs.images[chosen], pairs.texts[captions], owners), chosen
-
-
-def assign_folds(groups: np.ndarray, folds: int, seed: int = 0) -> np.ndarray:
-    """Assign groups to folds of nearly equal size: the largest first, equal ones in random order. (n,) int64."""
-    names, numbers, sizes = np.unique(groups, return_inverse=True, return_counts=True)
-    order = np.random.default_rng(seed).permutation(len(names))
-    order = order[np.argsort(-sizes[order], kind="stable")]
-    filled, fold_of = np.zeros(folds, np.int64), np.zeros(len(names), np.int64)
-    for group in order:
-        fold_of[group] = filled.argmin()
-        filled[fold_of[group]] += sizes[group]
-    return fold_of[numbers]

@@ -1,0 +1,27 @@
+"""What a finished fine-tuning writes for its user: exports and the report."""
+
+from pathlib import Path
+
+from declip.errors import UserError
+from declip.evaluation.encode import Encoder
+from declip.interchange.export import export, trace
+from declip.interchange.format import Refusal
+from declip.reports.run import write_report
+from declip.runs.folder import log
+
+
+def write_finetuned(folder: Path, model: Encoder) -> None:
+    """Export the model of a finished run to every format that can hold it, and write the report.
+
+    The report is last: a fit in closed form that has one is finished.
+    """
+    # Without adapters, and whole where it was sharded; loaded once for all formats
+    merged = trace(folder)
+    for format in ("safetensors", "open_clip", "huggingface"):
+        try:
+            export(merged, format, folder / "exported" / format, overwrite=True)
+        except Refusal:
+            continue
+        except UserError as error:  # the run is whole without it
+            log.warning(str(error))
+    write_report(folder, model)

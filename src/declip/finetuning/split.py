@@ -1,0 +1,99 @@
+"""The training and validation parts of a fine-tuning's pairs."""
+
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from declip.data.columns import Columns
+from declip.data.pair import BrokenPair, PairSource
+from declip.data.sources.open import open_source
+from declip.data.sources.subset import LIST_KIND, PairList, Subset, read_pair_list, training_part, write_pair_list
+from declip.errors import UserError
+from declip.evaluation.datasets import open_dataset
+from declip.inspection.split import FEWEST, PairSplit, check_copies, split_pairs
+from declip.io.text import plural
+from declip.recipe.load import load_recipe
+from declip.runs.folder import RECIPE, SPLIT, log, moved_lists
+from declip.training.pairs import open_training_source
+
+MOST_SEEN = 200_000  # training pairs of the start that are compared with new ones: 1,000 a second
+
+
+def choose_pairs(
+    pairs: str,
+    columns: Columns,
+    val: Sequence[str | Path],
+    folder: Path,
+    seen: PairSource | None,
+    quiet: bool,
+    closed: bool,
+) -> tuple[PairSource, str, list[str]]:
+    """The training pairs, their name, and the names of the validation sets; a split is written into the folder.
+
+    Pairs that the weights have `seen` are not validated on. Cross-validation measures heads in `closed` form, so
+    nothing is split off for them.
+    """
+    source = open_source(pairs, columns)
+    train = training_part(source)
+    if val:
+        for name in map(str, val):
+            held_out = open_dataset(name).split("test")
+            for trained in [train] if seen is None else [train, seen]:
+                if warning := check_copies(trained, held_out, not quiet):
+                    log.warning(warning)
+        return train, pairs, [*map(str, val)]
+    if "validation" not in source.splits() and (closed or len(train) < FEWEST):
+        if not closed:
+            _check_few(train)
+        return train, pairs, []
+    try:
+        parts = split_pairs(source, progress=not quiet, seen=seen)
+    except UserError:
+        if seen is None:
+            raise
+        parts = split_pairs(source, progress=not quiet)
+        log.warning(
+            f"The weights were trained on these pairs, or on most of them ('{seen.name}'), so the validation results "
+            "are too high. Give other pairs with --val."
+        )
+    _write_parts(folder, PairList(pairs, columns, len(source), []), source, parts)
+    own, held_out_part = (str(folder / name) for name in SPLIT)
+    return open_source(own), own, [held_out_part]
+
+
+def pairs_of(weights: str) -> PairSource | None:
+    """The training pairs of a run that is the start, if they can be compared with new ones."""
+    place = Path(weights).expanduser()
+    folder = next((path for path in (place, place.parent.parent) if (path / RECIPE).is_file()), None)
+    if folder is None:
+        return None
+    try:
+        source = open_training_source(moved_lists(load_recipe(folder / RECIPE), folder))
+    except UserError as error:
+        log.warning(f"The pairs that '{weights}' was trained on cannot be compared with yours: {error}")
+        return None
+    return None if source.remote or len(source) > MOST_SEEN else source
+
+
+def _write_parts(folder: Path, whole: PairList, source: PairSource, parts: PairSplit) -> None:
+    """Write the lists of a split, whose indices are those of the source."""
+    places: Sequence[int] = range(len(source))
+    if whole.source.lower().endswith(LIST_KIND) and isinstance(source, Subset):
+        source, whole = source.source, read_pair_list(Path(whole.source).expanduser())
+        places = whole.indices
+    for name, indices in zip(SPLIT, parts, strict=True):
+        write_pair_list(folder / name, whole._replace(indices=[places[index] for index in indices]), source)
+
+
+def _check_few(source: PairSource) -> None:
+    """Refuse pairs that teach nothing, and warn that there is no validation part."""
+    captions = set[str]()
+    for index in range(len(source)):
+        with suppress(BrokenPair):  # refused later
+            captions.update(source.captions(index))
+    if len(captions) == 1 < len(source):
+        raise UserError(f"All pairs of '{source.name}' have the same caption. Describe each image.")
+    log.warning(
+        f"'{source.name}' has {plural(len(source), 'pair')}: too few for a validation part ({FEWEST}), so all are "
+        "trained on and nothing is measured. Give other pairs with --val to measure."
+    )

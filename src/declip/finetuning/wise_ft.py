@@ -1,0 +1,71 @@
+"""WiSE-FT: interpolation between pretrained and fine-tuned weights (Wortsman et al. 2022, arXiv 2109.01903)."""
+
+import copy
+import json
+from pathlib import Path
+from statistics import fmean
+
+import torch
+
+from declip.interchange.read import read_checkpoint
+from declip.io.atomic import atomic_write, save_tensors, write_text
+from declip.models.device import pick_device
+from declip.models.dual_encoder import DualEncoder
+from declip.runs import folder as run_folder
+from declip.runs.checkpoint import prefixed
+from declip.runs.folder import log
+from declip.training.evaluations import evaluation_tasks, measure, tasks_to_keep
+from declip.training.pretrained import load_pretrained
+
+ALPHAS = (1.0, 0.75, 0.5, 0.25)  # fractions of the fine-tuned weights that are tried; of equal ones the first is taken
+
+
+def interpolate(start: DualEncoder, end: DualEncoder, alpha: float) -> DualEncoder:
+    """Interpolate two models of one architecture: (1 - alpha) · start + alpha · end (equation 1 of the paper).
+
+    The new model is in evaluation mode. Running statistics of batch norm are interpolated like weights.
+    """
+    first, last, mixed = start.state_dict(), end.state_dict(), copy.deepcopy(end)
+    floats = {name for name, tensor in last.items() if tensor.is_floating_point()}
+    mixed.load_state_dict(last | {name: torch.lerp(first[name], last[name], alpha) for name in floats})
+    return mixed.eval()
+
+
+def ends_of(folder: Path, device: str = "auto") -> tuple[DualEncoder, DualEncoder]:
+    """Load the pretrained and the fine-tuned model of a run that started from a whole model."""
+    start = load_pretrained(run_folder.read_recipe(folder), folder, resume=True)
+    assert start is not None, "the run started from weights"
+    models = start.check().build(), read_checkpoint(folder, mixed=False).check().build()
+    return models[0].to(pick_device(device)).eval(), models[1].to(pick_device(device)).eval()
+
+
+def mix_with_start(folder: Path, quiet: bool = False) -> DualEncoder | None:
+    """Choose a mixture on the validation sets and `evaluation.keep`, and write it into the folder of a finished run.
+
+    `declip.load` reads it instead of the best checkpoint. The score is the mean, over the sets, of R@1 of both
+    directions or of top-1. None if the fine-tuned weights alone are best.
+    """
+    run = run_folder.read_run(folder)
+    if "alpha" in run.mixture:
+        return None
+    tasks = evaluation_tasks(run.recipe, final=False) | tasks_to_keep(run.recipe)
+    start, end = ends_of(folder)
+    scores = dict[float, dict[str, float]]()
+    for alpha in ALPHAS:
+        model = interpolate(start, end, alpha)
+        scores[alpha] = {
+            name: fmean(result.headline.value for result in measure(model, {name: found}, not quiet))
+            for name, found in tasks.items()
+        }
+    best = max(ALPHAS, key=lambda alpha: fmean(scores[alpha].values()))
+    mixed = interpolate(start, end, best) if best < 1 else None
+    if mixed is not None:
+        with atomic_write(folder / run_folder.MIXED) as temporary:
+            save_tensors(prefixed("model", mixed.state_dict()), temporary)
+        for result in measure(mixed, evaluation_tasks(run.recipe, final=True), not quiet):
+            row = {"step": run.step, "best_step": run.best_step, **result.to_dict()}
+            run_folder.append_row(folder / run_folder.EVALUATIONS, row)
+    # Written last: a run that is stopped before chooses again.
+    write_text(folder / run_folder.MIXTURE, json.dumps({"alpha": best, "scores": scores}, indent=1))
+    log.info("Mixture with the start (WiSE-FT): %g of the fine-tuned weights is best.", best)
+    return mixed

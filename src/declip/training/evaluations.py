@@ -1,0 +1,46 @@
+"""The evaluations of a run: which sets, by which protocols."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+
+from declip.data.pair import BrokenPair, PairSource
+from declip.evaluation.datasets import open_dataset
+from declip.evaluation.encode import Encoder
+from declip.evaluation.protocols import Options, evaluate_all
+from declip.evaluation.results import Result
+from declip.recipe.schema import Recipe
+
+FIRST = 64  # pairs that are asked for a caption
+
+
+def evaluation_tasks(recipe: Recipe, final: bool) -> dict[str, list[str]]:
+    """Map each dataset that a recipe evaluates on, at the end or during training, to its protocols."""
+    wanted, tasks = recipe.evaluation, tasks_to_keep(recipe) if final else {}
+    ends = (("zero-shot", wanted.final_zero_shot), ("retrieval", wanted.final_retrieval)) if final else ()
+    for protocol, names in (("zero-shot", wanted.zero_shot), ("retrieval", wanted.retrieval), *ends):
+        for name in names:
+            if protocol not in tasks.setdefault(name, []):
+                tasks[name].append(protocol)
+    return tasks
+
+
+def measure(model: Encoder, tasks: Mapping[str, list[str]], progress: bool) -> Iterator[Result]:
+    """Evaluate a model on datasets by their protocols, see `evaluation_tasks`."""
+    for name, protocols in tasks.items():
+        yield from evaluate_all(model, name, protocols, Options(progress=progress))
+
+
+def has_captions(source: PairSource) -> bool:
+    """Whether any of the first pairs has a caption other than the name of its class, for retrieval."""
+    for index in range(min(FIRST, len(source))):
+        with suppress(BrokenPair):
+            captions, names = source.captions(index), source.class_names
+            if source.labels is None or names is None or captions != (names[source.labels[index]],):
+                return True
+    return False
+
+
+def tasks_to_keep(recipe: Recipe) -> dict[str, list[str]]:
+    """Map the sets of `evaluation.keep` to their protocols: retrieval with captions, else zero-shot."""
+    sets = {name: open_dataset(name).split("test") for name in recipe.evaluation.keep}
+    return {name: ["retrieval" if has_captions(source) else "zero-shot"] for name, source in sets.items()}

@@ -1,0 +1,96 @@
+"""Warnings about a run: of losses, of a slow loader, and of captions that the text tower cannot read."""
+
+import math
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+
+from declip.data.pair import BrokenPair, PairSource
+from declip.data.text.tokenizer import CaptionTokenizer
+from declip.io.text import percent
+from declip.training.pairs import evenly_spaced
+
+FLAT_AFTER = 300  # steps after which a contrastive loss still at chance level is worth a warning
+STARVED = 0.25  # fraction of time spent waiting for batches above which a warning is due
+LEAST_STEPS, LEAST_SECONDS = 20, 5.0  # before a verdict about the loader
+WARM = 3  # steps after a start of the workers that do not count, because their queue is empty
+UNKNOWN, CUT = 0.1, 0.05  # fractions of unknown tokens, and of captions that are cut, above which a warning is due
+
+
+class LossMonitor:
+    """Warns once of a loss, `Objective.watched`, that stays at chance level or diverges."""
+
+    def __init__(self, batch_size: int, warmup_steps: int, watched: str | None) -> None:
+        self.watched, self.warmup_steps = watched, warmup_steps
+        self.chance, self._lowest = math.log(batch_size), math.inf
+
+    def check(self, step: int, losses: Mapping[str, float]) -> str | None:
+        """Return the warning that is due after a number of steps, if any."""
+        name, loss = self.watched, losses.get(self.watched or "")
+        if loss is None or not math.isfinite(loss):  # the trainer handles those that are not finite
+            return None
+        # Pretrained weights may begin far above chance: only a rise above the lowest loss so far counts.
+        self._lowest = min(self._lowest, loss)
+        flat = step >= FLAT_AFTER and abs(loss - self.chance) < 0.02
+        if not flat and (step <= self.warmup_steps or loss <= max(self.chance, self._lowest) + 1):
+            return None
+        self.watched = None  # no second warning
+        if flat:
+            return (
+                f"After {step} steps the {name} loss is still that of guessing, {self.chance:.2f}. Usual causes: too "
+                "high a train.lr, or captions that do not belong to the images. Try a tenth of it, and declip data "
+                "inspect."
+            )
+        return (
+            f"At step {step} the {name} loss is {loss:.2f}, after {self._lowest:.2f}: the run diverges. Try half of "
+            "train.lr, a longer train.warmup_steps, or train.grad_clip_norm=1.0."
+        )
+
+
+class ThroughputMonitor:
+    """Warns once when steps wait for the loader for much of their time."""
+
+    def __init__(self) -> None:
+        self._steps, self._waited, self._total = -WARM, 0.0, 0.0
+
+    def check(self, waited: float, took: float, workers: int) -> str | None:
+        """Count a step by its seconds of waiting and computing; return the warning that is due, if any."""
+        self._steps += 1
+        if self._steps > 0:
+            self._waited, self._total = self._waited + waited, self._total + waited + took
+        if self._steps < LEAST_STEPS or self._total < LEAST_SECONDS or self._waited < STARVED * self._total:
+            return None
+        self._steps = -sys.maxsize  # no second warning
+        return (
+            f"Steps wait {self._waited / self._total:.0%} of their time for batches. Try more loader processes "
+            f"(data.workers={workers} now) where processors are free, or smaller images (declip data shard)."
+        )
+
+
+def caption_warnings(source: PairSource, tokenizer: CaptionTokenizer) -> list[str]:
+    """Look at the tokens of some captions, evenly spaced in the source; remote sources are not read."""
+    texts, unknown_id = list[list[int]](), _unknown_id(tokenizer)
+    for index in evenly_spaced(source, 512):
+        with suppress(BrokenPair):
+            texts += [[*tokenizer.word_ids(text)] for text in source.captions(index)]
+    unknown = sum(ids.count(unknown_id) for ids in texts) / max(1, sum(map(len, texts)))
+    cut = sum(len(ids) + 2 > tokenizer.context for ids in texts) / max(1, len(texts))  # with start and end
+    warnings = []
+    if unknown > UNKNOWN:
+        warnings.append(
+            f"{percent(unknown)} of the captions' tokens are unknown to the text tower, which cannot tell them apart. "
+            "Write captions in its language, or give weights of a multilingual text tower with --from."
+        )
+    if cut > CUT:
+        warnings.append(
+            f"{percent(cut)} of the captions are longer than {tokenizer.context} tokens (text.context_length); what "
+            "follows is not read. Write what matters first."
+        )
+    return warnings
+
+
+def _unknown_id(tokenizer: CaptionTokenizer) -> int:
+    """The id of words that the vocabulary lacks; -1 for tokenizers that spell them in bytes."""
+    named = getattr(tokenizer.library.model, "unk_token", None)
+    found = (tokenizer.library.token_to_id(name) for name in (named, "<unk>", "[UNK]") if name is not None)
+    return next((number for number in found if number is not None), -1)
