@@ -153,7 +153,8 @@ def evaluate(
         shots: For "few-shot": number of examples per class.
         batch_size: Number of images or texts per forward pass.
         workers: Number of processes that read images; 0: this one; None: one per core, at most 8.
-        device, precision: As in `declip.load`; a model that is given as an object stays as it is.
+        device: As in `declip.load`; a model that is given as an object stays as it is.
+        precision: As `device`.
 
     Examples:
         >>> declip.evaluate("runs/demo", "pairs.csv", "retrieval").text_to_image.queries
