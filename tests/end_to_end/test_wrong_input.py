@@ -109,10 +109,11 @@ WITHOUT_TORCH = {
     "search nowhere a": "nowhere",
     "app nowhere .": "nowhere",
     "train finetune --data . finetune.pretrained=nowhere": "nowhere",
-    "choose . --model builtin:lite0-minilm --out x.txt": ".csv file, not to 'x.txt'",
-    "classify . --model builtin:lite0-minilm": "--classes",
-    "classify . --model builtin:lite0-minilm --head no": "'no'",
-    "classify . --model builtin:lite0-minilm --classes cat,dog --out x.txt": "'x.txt'",
+    "choose builtin:lite0-minilm . --out x.txt": ".csv file, not to 'x.txt'",
+    "classify builtin:lite0-minilm .": "--classes",
+    "classify . --model builtin:lite0-minilm": "classify MODEL",
+    "classify builtin:lite0-minilm . --head no": "'no'",
+    "classify builtin:lite0-minilm . --classes cat,dog --out x.txt": "'x.txt'",
 }
 """Command → what its error names. None needs torch, whose import takes seconds."""
 

@@ -91,7 +91,7 @@ def test_the_table_is_one_of_pairs_once_it_has_captions(folder, tmp_path, weight
     monkeypatch.chdir(tmp_path)
     Path("lists").mkdir()
     (folder / "red-bar.png").rename(folder / "=red.png")
-    words = ["choose", folder, "--model", weights_file, "--quiet", "--count", 24, "--out"]
+    words = ["choose", weights_file, folder, "--quiet", "--count", 24, "--out"]
     made = command(*words, "lists/first.csv", "--contact-sheet", "sheet.png")
     assert (made.status, "captioned before" in made.out) == (0, True), made.err
     assert Image.open("sheet.png").width > 1000
@@ -120,7 +120,7 @@ def test_wrong_input(model, folder, tmp_path, command, weights_file):
     refuses("count", declip.choose, model, folder, 0)
     items = [Image.open(folder / "red-bar.png")]
     refuses("keys", declip.choose, model, items, 1, index=tmp_path / "items", out=tmp_path / "x.csv")
-    refused = command("choose", folder, "--model", weights_file, "--out", tmp_path / "x.csv", "--have", "gone.csv")
+    refused = command("choose", weights_file, folder, "--out", tmp_path / "x.csv", "--have", "gone.csv")
     assert (refused.status, "--have" in refused.err) == (2, True)
 
 
@@ -157,7 +157,7 @@ def test_a_precision_that_the_device_emulates_is_refused(weights_file, folder, t
     for words in (
         ["embed", weights_file, folder, "--out", tmp_path / "index"],
         ["evaluate", weights_file, "--dataset", "builtin:emoji-test"],
-        ["classify", folder, "--classes", "red,blue", "--model", weights_file],
+        ["classify", weights_file, folder, "--classes", "red,blue"],
     ):
         refused = command(*words, "--device", "cpu", "--precision", "fp16")
         assert (refused.status, "does not compute in fp16" in refused.err) == (2, True)

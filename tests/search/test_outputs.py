@@ -29,10 +29,10 @@ OUTPUTS = {
     "search --contact-sheet": ["search", "index", "red"],
     "search --json": ["search", "index", "red"],
     "index export": ["index", "export", "index"],
-    "choose --out": ["choose", "shapes", "--model", "MODEL"],
-    "choose --contact-sheet": ["choose", "shapes", "--model", "MODEL", "--out", "new.csv"],
-    "classify --out": ["classify", "shapes", "--model", "MODEL", "--classes", "red,blue"],
-    "classify --save": ["classify", "shapes", "--model", "MODEL", "--examples", "pairs.csv"],
+    "choose --out": ["choose", "MODEL", "shapes"],
+    "choose --contact-sheet": ["choose", "MODEL", "shapes", "--out", "new.csv"],
+    "classify --out": ["classify", "MODEL", "shapes", "--classes", "red,blue"],
+    "classify --save": ["classify", "MODEL", "shapes", "--examples", "pairs.csv"],
     "explain --out": ["explain", "MODEL", "shapes/red-bar.png", "red"],
     "evaluate --json": ["evaluate", "MODEL", "--dataset", "pairs.csv", "--task", "retrieval"],
     "data inspect --json": ["data", "inspect", "pairs.csv"],
@@ -111,8 +111,8 @@ def test_a_command_replaces_its_own_files(place, weights_file, command):
     evaluate = ["evaluate", weights_file, "--dataset", "pairs.csv", "--dataset", "labels.csv", "--task", "retrieval"]
     inspect = ["data", "inspect", "pairs.csv", "--check-leakage", "pairs.csv", "--exclude", "drop.jsonl"]
     for words in (
-        ["choose", "shapes", "--model", weights_file, "--contact-sheet", "a.png", "--out", "choose.csv"],
-        ["classify", "shapes", "--model", weights_file, "--examples", "labels.csv", "--save", "head", "--out", "x.csv"],
+        ["choose", weights_file, "shapes", "--contact-sheet", "a.png", "--out", "choose.csv"],
+        ["classify", weights_file, "shapes", "--examples", "labels.csv", "--save", "head", "--out", "x.csv"],
         ["search", "index", "red", "--contact-sheet", "b.png", "--json", "hits.json"],
         ["explain", weights_file, "shapes/red-bar.png", "red", "--out", "map.png"],
         [*evaluate, "--json", "result.json"],
@@ -151,7 +151,7 @@ def test_what_a_user_typed_into_a_table_stays(place, model):
 
 
 def test_captions_stay_while_more_images_are_chosen(place, weights_file, command):
-    words = ["choose", "shapes", "--model", weights_file, "--count", 5, "--out"]
+    words = ["choose", weights_file, "shapes", "--count", 5, "--out"]
     assert command(*words, "choose.csv").status == 0
     for number in range(5):
         edited(place / "choose.csv", number, "caption", f"shape {number}")

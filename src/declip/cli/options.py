@@ -64,7 +64,6 @@ def known(model: str | None) -> str | None:
 Several = list[str] | None
 MODEL = "a run folder, a checkpoint, a weights file, or a name such as open_clip:MODEL/TAG"
 Model = Annotated[str, Argument(callback=known, help=MODEL)]
-ModelOption = Annotated[str, Option("--model", callback=known, help=MODEL)]
 Source = Annotated[str, Argument(callback=existing, help="a table, a folder of images, tar shards, or builtin:NAME")]
 Device = Annotated[str, Option(help="auto, cpu, cuda, cuda:1 or mps")]
 Overrides = Annotated[Several, Argument(metavar="[KEY=VALUE]...", help="recipe keys to set, such as train.steps=500")]
@@ -101,7 +100,7 @@ READING: dict[str, tuple[Any, Any]] = {
 
 
 class Command(TyperCommand):
-    """A command whose help shows no type for flags, and whose recipe keys answer an unknown option of their name."""
+    """A command whose help shows no type for flags, and that answers options that are an argument or a recipe key."""
 
     def get_params(self, ctx: Any) -> list[Any]:
         parameters = super().get_params(ctx)
@@ -111,10 +110,13 @@ class Command(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         names = {name for parameter in self.params for name in (*parameter.opts, *parameter.secondary_opts)}
-        takes_keys = {"overrides", "words"} & {parameter.name for parameter in self.params}
-        for word in args if takes_keys else ():
-            option = word.partition("=")[0]
-            if option.startswith("--") and option not in {*names, "--", "--help"}:
+        parameters = {parameter.name for parameter in self.params}
+        for option in (word.partition("=")[0] for word in args):
+            if option in {*names, "--", "--help"}:
+                continue
+            if option == "--model" and "model" in parameters:
+                raise UserError(f"The model is the first argument, not --model: {ctx.command_path} MODEL …")
+            if option.startswith("--") and {"overrides", "words"} & parameters:
                 from declip.recipe.load import unknown_key
 
                 raise UserError(f"There is no option {option}; recipe keys are KEY=VALUE. {unknown_key(option[2:])}")

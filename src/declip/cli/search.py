@@ -13,14 +13,24 @@ from declip.cli.options import console, existing, expand, file, known, reads_ima
 from declip.errors import UserError, check_installed
 from declip.io.atomic import csv_path
 from declip.io.outputs import check_outputs, marked_json, write_output
-from declip.search.class_names import read_options
 
 if TYPE_CHECKING:
     from declip.search.index import Hit
 
 index = typer.Typer(help="Show an index of images, or make one of Parquet files.", no_args_is_help=True)
 
-Folder = Annotated[Path, Argument(metavar="INDEX", parser=expand, help="a folder written by `declip embed`")]
+
+def indexed(folder: Path) -> Path:
+    """Refuse a folder that is not an index, before torch is imported."""
+    from declip.search.info import IndexInfo
+
+    IndexInfo.read(folder)
+    return folder
+
+
+Folder = Annotated[
+    Path, Argument(metavar="INDEX", parser=expand, callback=indexed, help="a folder written by `declip embed`")
+]
 
 
 @reads_images
@@ -57,23 +67,20 @@ def search(
 ) -> None:
     """Search an index by a text, an image, or both."""
     # --- checks that need no torch, whose import takes seconds
-    check_outputs((sheet_out, json_out))
+    from declip.search.checks import read_query
     from declip.search.info import IndexInfo
 
-    info = IndexInfo.read(folder)
+    check_outputs((sheet_out, json_out))
     if model is None:
-        info.model.locate(folder)
-    if image is not None and not image.is_file():
-        raise UserError(f"There is no image '{image}'. Give a file with --image.")
+        IndexInfo.read(folder).model.locate(folder)
     both = _two_numbers(weights)
-    if not image and not (text or "").strip():
-        raise UserError("Nothing to search for. Give a text, an image (--image FILE), or both.")
+    words, picture = read_query(text, image, both)
 
     # --- search
     from declip.search.index import Index
 
     opened = Index.open(folder, model=model, source=source, device=device, precision=precision)
-    hits = opened.search(text, image, weights=both, template=template, k=k, over=over)
+    hits = opened.search(words, picture, weights=both, template=template, k=k, over=over)
     _print_hits(hits)
     # --- files
     if json_out is not None:
@@ -81,12 +88,10 @@ def search(
         result = marked_json({**query, "over": over, "hits": [hit.to_dict() for hit in hits]})
         say(f"Written: {write_output(json_out, result, '--json')}")
     if sheet_out is not None:
-        from declip.data.images.decode import decode
         from declip.reports.sheets import search_sheet
 
-        given = None if image is None else decode(image, str(image))
         title = text or f"like {image.name if image else ''}"
-        write_image(sheet_out, search_sheet(opened, hits, title, given), "--contact-sheet")
+        write_image(sheet_out, search_sheet(opened, hits, title, picture), "--contact-sheet")
 
 
 def _print_hits(hits: "list[Hit]") -> None:
@@ -137,9 +142,6 @@ def serve(
 @index.command()
 def show(folder: Folder) -> None:
     """Show the contents of an index, its model, and the images that were skipped."""
-    from declip.search.info import IndexInfo
-
-    IndexInfo.read(folder)  # refuses another folder before torch is imported
     from declip.search.index import Index
 
     opened = Index.open(folder)
@@ -156,9 +158,6 @@ def export(
 ) -> None:
     """Write the vectors as a file of usearch, for approximate search among many millions of images."""
     check_outputs((out,))
-    from declip.search.info import IndexInfo
-
-    IndexInfo.read(folder)
     from declip.search.index import Index
 
     say(f"Written: {Index.open(folder).export(out, over)}")
@@ -187,8 +186,8 @@ def _two_numbers(text: str) -> tuple[float, float]:
 
 @reads_images
 def choose(
+    model: opt.Model,
     images: Annotated[str, Argument(callback=existing, help="a folder of images, a table, or an index")],
-    model: opt.ModelOption,
     out: Annotated[Path, file("table to write, with an empty column for captions")],
     count: Annotated[int, Option(min=1, help="number of images to choose")] = 200,
     have: Annotated[str | None, opt.source("existing pairs; their images count as chosen", metavar="PAIRS")] = None,
@@ -213,8 +212,10 @@ def choose(
 
 @partial(reads_images, without=("caption_column",))
 def classify(
-    images: Annotated[str, Argument(help="a folder, an image, a pattern in quotes, a table, or tar shards")],
-    model: opt.ModelOption,
+    model: opt.Model,
+    images: Annotated[
+        str, Argument(callback=existing, help="a folder, an image, a pattern in quotes, a table, or tar shards")
+    ],
     classes: Annotated[
         str | None, Option(metavar="FILE|LIST", help="a file with one class per line, or a list: cat,dog")
     ] = None,
@@ -230,15 +231,14 @@ def classify(
     reading: dict[str, Any],
 ) -> None:
     """Classify images into classes by their names, by examples, or both. Without --out, print a line per image."""
-    if save is not None and examples is None:
-        raise UserError("--save requires --examples: it saves the classifier that is fitted to them.")
-    names = read_options(classes, examples, head)
-    check_outputs((save, out and csv_path(out)))
+    from declip.search.checks import check_classes
+
+    check_classes(classes, examples, head, out, save)  # before torch is imported
     from declip.search.classify import classify as run_classification
 
     fitted: dict[str, Any] = {"examples": examples, "head": head, "label_column": label_column}
     fitted |= {"templates": templates, "out": out, "on_prediction": _print if out is None else None}
-    _print_result(run_classification(model, images, names, **fitted, **reading), save, out)
+    _print_result(run_classification(model, images, classes, **fitted, **reading), save, out)
 
 
 def _print_result(result: Any, save: Path | None, out: Path | None) -> None:
@@ -269,24 +269,17 @@ def explain(
     device: opt.Device = "auto",
 ) -> None:
     """Show where a text fits in an image: draw a heat map over the image."""
-    # --- checks that need no torch, whose import takes seconds
     check_outputs((out,))
-    if not image.is_file():
-        raise UserError(f"There is no image '{image}'. Give a file.")
     if not text.strip():
         raise UserError("The text is empty. Give what to look for, such as 'a red apple'.")
+    from declip.data.images.decode import read_picture
 
-    from declip.data.images.decode import decode
-    from declip.data.pair import BrokenPair
+    picture = read_picture(image)  # before torch is imported
     from declip.interchange.read import load
     from declip.reports.sheets import heat_map
 
-    try:
-        picture = decode(image, image.name)
-    except BrokenPair as error:
-        raise UserError(f"'{image}' cannot be used: {error}. Give another image.") from error
-    found = load(model, device).similarity_map(picture, text, size)
-    top, left = divmod(int(found.argmax()), found.shape[1])
-    place = f"{left}, {top} of {picture.width} × {picture.height} pixels"
-    say(f"Most similar at {place}: {found.max():.2f}, mean {found.mean():.2f}.")
-    write_image(out, heat_map(picture, found.numpy()), "--out")
+    values = load(model, device).similarity_map(picture, text, size)
+    top, left = divmod(int(values.argmax()), values.shape[1])
+    where = f"{left}, {top} of {picture.width} × {picture.height} pixels"
+    say(f"Most similar at {where}: {values.max():.2f}, mean {values.mean():.2f}.")
+    write_image(out, heat_map(picture, values.numpy()), "--out")

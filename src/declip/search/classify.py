@@ -32,11 +32,11 @@ from declip.evaluation.few_shot import (
 from declip.evaluation.results import Measure
 from declip.evaluation.zero_shot import class_features, logit_scale, read_templates
 from declip.interchange.read import loaded
-from declip.io.atomic import save_tensors
-from declip.io.outputs import CLASSIFIED, csv_output, csv_table, output_file
+from declip.io.atomic import csv_path, save_tensors
+from declip.io.outputs import CLASSIFIED, csv_table, output_file
 from declip.io.text import one_line, percent, plain_cell
 from declip.models.inference import Precision, fingerprint
-from declip.search.class_names import read_options
+from declip.search.checks import check_classes
 
 KEY = "declip.classifier"  # of the metadata of a file
 
@@ -240,9 +240,9 @@ def classify(
     """
     # --- input, before the model is loaded
     check_range("batch_size", batch_size, 1)
-    names = read_options(classes, examples, head) or []
+    names = check_classes(classes, examples, head, out) or []
     prompts = read_templates(templates)[1]
-    source, path = _open(images, replace(columns, caption=None)), None if out is None else csv_output(out)
+    source, path = _open(images, replace(columns, caption=None)), None if out is None else csv_path(out)
     classifier = Classifier.load(head) if isinstance(head, str | Path) else head
     workers = workers or (None if isinstance(images, str | Path) and workers is None else 0)
     encoder = loaded(model, device, precision)

@@ -1,6 +1,5 @@
 """An index of images: searched by text, by image or both."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from declip.data.images.decode import Picture, read_picture
+from declip.data.images.decode import Picture
 from declip.data.pair import BrokenPair, PairSource, SkipCounter, printable
 from declip.data.sources.names import is_missing, resolve
 from declip.data.sources.open import ImageSource, open_images
@@ -26,6 +25,7 @@ from declip.interchange.read import folder_or_name, loaded, read_text
 from declip.io.outputs import output_file, refuse_foreign
 from declip.models.device import pick_device
 from declip.models.inference import Precision, convert, fingerprint
+from declip.search.checks import read_query
 from declip.search.embedder import index_parquet
 from declip.search.info import Dtype, Over
 from declip.search.store import BLOCK_ROWS, IndexedImage, describe_model, open_index
@@ -146,22 +146,15 @@ class Index:
         template: str | None = None,
     ) -> Tensor:
         """(d,) float32 of length 1, the vector of a text, an image, or both; arguments as for `search`."""
-        if not isinstance(text, str | None):
-            if image is not None or isinstance(text, list | tuple):
-                several = "encode several by the model, and call `nearest`"
-                raise UserError(f"search takes one text and one image, not a {type(text).__name__}; {several}.")
-            text, image = None, text
+        words, picture = read_query(text, image, weights)
         vectors = []
-        if text and not text.isspace():
+        if words:
             templates = ["{}"] if template is None else read_templates(template)[1]
-            vectors.append(class_features(self.text_model, [text.strip()], templates)[0])
-        if image is not None:
-            upright = read_picture(image)
+            vectors.append(class_features(self.text_model, [words], templates)[0])
+        if picture is not None:
             with eval_mode(self.model):
-                pixels = self.model.preprocess([upright])
+                pixels = self.model.preprocess([picture])
             vectors.append(image_features(self.model, pixels, self.model.encode_image)[0])
-        if not vectors:
-            raise UserError("Nothing to search for. Give a text, an image (--image FILE), or both.")
         return vectors[0] if len(vectors) == 1 else mix(vectors[0], vectors[1], weights)
 
     def search(
@@ -327,8 +320,6 @@ def nearest(queries: Tensor, ids: Tensor, vectors: Tensor, k: int, skip_zeros: b
 
 def mix(text: Tensor, image: Tensor, weights: tuple[float, float]) -> Tensor:
     """Normalized weighted sum of two unit vectors (d,); raises `UserError` if they cancel."""
-    if len(weights) != 2 or not all(map(math.isfinite, weights)):
-        raise UserError(f"weights is {weights}; give two numbers, of text and image, such as 0.7,0.3.")
     both = weights[0] * text + weights[1] * image
     if both.norm() < 1e-6:
         raise UserError(f"With weights {weights[0]:g} and {weights[1]:g} nothing is left of the query. Give others.")
