@@ -84,4 +84,4 @@ class DeclipFile(Format):
 
     def card(self, model: DualEncoder, repo: str | None) -> str:
         """Usage by `declip.load`."""
-        return render("safetensors.md", model=model, repo=repo)
+        return render("safetensors.jinja", model=model, repo=repo)

@@ -60,7 +60,7 @@ class Format(ABC):
 
     @abstractmethod
     def card(self, model: DualEncoder, repo: str | None) -> str:
-        """Usage section of the model card: Python that computes features from the folder, or from `repo` on the Hub."""
+        """Python code for the model card, which computes features with the folder, or with `repo` on the Hub."""
 
     def limits(self, model: DualEncoder) -> str:
         """Describe what the export lacks, and what that changes; "" if it has everything."""
@@ -68,7 +68,7 @@ class Format(ABC):
 
 
 def render(template: str, **values: Any) -> str:
-    """Render a template of the model card."""
+    """Render a file of the folder templates."""
     environment = Environment(
         loader=PackageLoader("declip.interchange"),
         undefined=StrictUndefined,

@@ -206,7 +206,7 @@ class Huggingface(Format):
 
     def card(self, model: DualEncoder, repo: str | None) -> str:
         """Usage by transformers."""
-        return render("huggingface.md", model=model, repo=repo)
+        return render("huggingface.jinja", model=model, repo=repo)
 
 
 def _config(model: DualEncoder) -> dict[str, Any]:

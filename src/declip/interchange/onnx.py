@@ -89,7 +89,7 @@ class Onnx(Format):
 
     def card(self, model: DualEncoder, repo: str | None) -> str:
         """Usage by onnxruntime and tokenizers."""
-        return render("onnx.md", model=model, cleaned=cleaning(model.tokenizer))
+        return render("onnx.jinja", model=model, cleaned=cleaning(model.tokenizer))
 
 
 class TowerFunction(nn.Module):

@@ -198,7 +198,7 @@ class OpenClip(Format):
 
     def card(self, model: DualEncoder, repo: str | None) -> str:
         """Usage by open_clip."""
-        return render("open_clip.md", model=model, repo=repo, encoder=text_encoder(model) is not None)
+        return render("open_clip.jinja", model=model, repo=repo, encoder=text_encoder(model) is not None)
 
     def limits(self, model: DualEncoder) -> str:
         """Describe what open_clip's configuration cannot hold, and what that changes; "" if it holds all."""

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import huggingface_hub
 from torch import Tensor
@@ -21,8 +21,19 @@ from declip.recipe.starts import STARTS, no_model
 from declip.runs.checkpoint import STATE, list_checkpoints, load_best, load_checkpoint, part
 from declip.runs.folder import MIXED, RECIPE, Run
 
-READERS = (starter, timm_weights, declip_file, huggingface, open_clip, official)
-"""Modules with `matches(where)` and `read(where)`, in order of precedence; the last one matches any file."""
+
+class Reader(Protocol):
+    """A module that reads a format."""
+
+    def matches(self, where: str) -> bool:
+        """Whether a name or path is of the format."""
+
+    def read(self, where: str) -> Weights:
+        """Read the weights; raises `UserError` if they are damaged or of another kind."""
+
+
+READERS: tuple[Reader, ...] = (starter, timm_weights, declip_file, huggingface, open_clip, official)
+"""In order of precedence; the last one matches any file."""
 
 HUGGINGFACE = "huggingface:"
 HUB_PREFIXES = ("hf-hub:", HUGGINGFACE, "open_clip:hf-hub:")
