@@ -123,32 +123,38 @@ class Trainer:
                 progress.step += 1
                 step, done = progress.step, progress.step >= train.steps
                 stopped = sync.stop or (self.stop.asked and len(sync.rows) == 1)
-
-                # --- what is due after it
-                due = train.evaluate_every > 0 and step % train.evaluate_every == 0
-                evaluates = done or due if train.patience is not None else due and not done
-                logs = step % train.log_every == 0 or done or (train.patience is not None and evaluates)  # it may end
-                saves = step % train.checkpoint_every == 0 or done or stopped
-                if logs or evaluates or saves or parts.model.device.type == "cpu":  # elsewhere a wait for the device
+                if parts.model.device.type == "cpu":  # elsewhere a wait for the device, so only where one is due
                     self._refuse_nonfinite(values)
 
-                # --- log
-                self._log(monitor, values if logs else {}, lr)
+                # --- log, also before an evaluation that may end the run
+                if step % train.log_every == 0 or done or (train.patience is not None and self._evaluation_due()):
+                    self._refuse_nonfinite(values)
+                    self._log(monitor, values, lr)
+                else:
+                    monitor.advance(step)
                 self._warn(self.throughput.check(waited, time.perf_counter() - began, parts.workers))
                 if done:
                     self._check_skipped()
                 monitor.count()
 
                 # --- evaluate
-                if evaluates:
+                if self._evaluation_due():
+                    self._refuse_nonfinite(values)
                     with self._saving(monitor):
-                        results = self.evaluate(monitor)
-                    saves = self._is_best(results) or self.finished or saves
+                        self._is_best(self.evaluate(monitor))
 
                 # --- save
-                if saves:
+                best = progress.best is not None and progress.best.step == step
+                if step % train.checkpoint_every == 0 or best or self.finished or stopped:
+                    self._refuse_nonfinite(values)
                     self.save(monitor)
                 monitor.restart_timer()
+
+    def _evaluation_due(self) -> bool:
+        """Whether this step is followed by an evaluation; the last one is only if it may have the best weights."""
+        step, train = self.progress.step, self.parts.recipe.train
+        due = train.evaluate_every > 0 and step % train.evaluate_every == 0
+        return due or step >= train.steps if train.patience is not None else due and step < train.steps
 
     def _next_batch(self, monitor: Monitor) -> tuple[PairBatch, StepSync, float]:
         """Read a batch; return it with the state of all ranks and the seconds that it took."""
@@ -199,7 +205,7 @@ class Trainer:
     # --- what belongs to a step
 
     def _log(self, monitor: Monitor, values: Mapping[str, Tensor], lr: float) -> None:
-        """Log a step; report it without numbers if `values` is empty: the step is not logged, or was left out."""
+        """Log a step; report it without numbers if `values` is empty, because it was left out."""
         if not values:
             monitor.advance(self.progress.step)
             return
