@@ -44,7 +44,7 @@ class ChosenImages:
         """What the images cover, and what was left out."""
         total, chosen = len(self.index), len(self.images)
         sample = f"a random sample of {self.compared:,} of " if self.compared < total else ""
-        steps = dict.fromkeys(max(1, chosen * part // 4) for part in (1, 2, 4))
+        steps = dict.fromkeys(max(1, chosen * quarters // 4) for quarters in (1, 2, 4))
         covered = ", ".join(f"{percent(self.images[step - 1].score)} with {step:,}" for step in steps)
         lines = [f"{chosen:,} images of {sample}{total:,}, {self.known:,} captioned before; covered: {covered}"]
         return "\n".join(lines + [f"Left out: {line}" for line in self.skipped.lines()])
@@ -115,11 +115,11 @@ def choose_from(index: Index, count: int, known: Tensor, seed: int = 0) -> Chose
     ids, most = index.ids, max(MOST, SAMPLED * count)
     if len(ids) > most:
         ids = np.sort(np.random.default_rng(seed).choice(ids, most, replace=False))
-    found = list(facility_location(index.vectors(ids), known, count))
-    if not found:
+    steps = list(facility_location(index.vectors(ids), known, count))
+    if not steps:
         raise UserError(f"All {len(ids):,} images are near-duplicates of captioned images. Add other images.")
-    rows = index.rows([ids[row] for row, _ in found])
-    hits = [Hit(**vars(row), score=coverage) for row, (_, coverage) in zip(rows, found, strict=True)]
+    rows = index.rows([ids[row] for row, _ in steps])
+    hits = [Hit(**vars(row), score=coverage) for row, (_, coverage) in zip(rows, steps, strict=True)]
     return ChosenImages(hits, index, len(known), len(ids))
 
 
@@ -150,9 +150,9 @@ def facility_location(vectors: Tensor, known: Tensor, count: int) -> Iterator[tu
     mean = vectors.mean(dim=0)
     units, before = (normalize(rows - mean, dim=-1) for rows in (vectors, known))
     covered, free = torch.zeros(len(units)), torch.ones(len(units), dtype=torch.bool)
-    for part in before.split(ROWS) if len(before) else ():
-        covered = torch.maximum(covered, _similarities(units, part).amax(dim=1))
-        free &= (units @ part.mT).amax(dim=1) < ALIKE
+    for block in before.split(ROWS) if len(before) else ():
+        covered = torch.maximum(covered, _similarities(units, block).amax(dim=1))
+        free &= (units @ block.mT).amax(dim=1) < ALIKE
     bounds = torch.full((len(units),), -torch.inf)
     bounds[free] = _gains(units, covered, free.nonzero().flatten())
     for _ in range(min(count, len(units))):
@@ -173,8 +173,8 @@ def _similarities(units: Tensor, rows: Tensor) -> Tensor:
 
 def _gains(units: Tensor, covered: Tensor, rows: Tensor) -> Tensor:
     """(b,), what each row adds to the sum of `covered` (n,)."""
-    parts = (_similarities(units, units[part]) for part in rows.split(ROWS))  # (n, b)
-    return torch.cat([part.sub_(covered[:, None]).clamp_(min=0).sum(dim=0) for part in parts])
+    blocks = (_similarities(units, units[block]) for block in rows.split(ROWS))  # (n, b)
+    return torch.cat([block.sub_(covered[:, None]).clamp_(min=0).sum(dim=0) for block in blocks])
 
 
 def _largest(units: Tensor, covered: Tensor, bounds: Tensor) -> int:

@@ -87,7 +87,7 @@ class Classifier:
         Args:
             classes: Names; by default those of the examples. A class may have no example.
             examples: A folder with a folder of images for each class, a table with a column of labels, or another
-                source with classes; of one with splits the training part.
+                source with classes; of one with splits the training split.
             templates: A shipped template set, or sentences with ``{}`` for the class.
         """
         source = None if examples is None else _open_examples(examples, label_column)
@@ -102,9 +102,9 @@ class Classifier:
         if source is not None:
             number = _numbers(known, source.class_names)
             options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "progress": progress}
-            found = encode_source(encoder, source, encode=encode, texts=False, **options)
-            labels, skipped = torch.from_numpy(number[np.asarray(source.labels)[found.indices]]), found.skipped
-            given = Examples(found.images, labels, names, width)
+            features = encode_source(encoder, source, encode=encode, texts=False, **options)
+            labels, skipped = torch.from_numpy(number[np.asarray(source.labels)[features.indices]]), features.skipped
+            given = Examples(features.images, labels, names, width)
         head, counts = fit_few_shot(given), torch.bincount(given.labels, minlength=len(known))
         return cls(known, tuple(counts.tolist()), head, fingerprint(encoder), skipped)
 
@@ -234,8 +234,8 @@ def classify(
         on_prediction: Called with each prediction, in the order of the images.
 
     Examples:
-        >>> found = declip.classify("runs/demo", "photos", ["red", "blue"], workers=0)
-        >>> sum(found.counts.values())
+        >>> result = declip.classify("runs/demo", "photos", ["red", "blue"], workers=0)
+        >>> sum(result.counts.values())
         8
     """
     # --- input, before the model is loaded
@@ -314,8 +314,8 @@ def _scorer(
     return names, None, lambda vectors: scale * vectors.double() @ texts.T
 
 
-def _read(source: ImageSource, place: int) -> tuple[LazyImage, str]:
-    return source.read_lazy(place).image, source.key(place)
+def _read(source: ImageSource, index: int) -> tuple[LazyImage, str]:
+    return source.read_lazy(index).image, source.key(index)
 
 
 def _open(images: str | Path | PairSource | Items, columns: Columns) -> ImageSource:

@@ -162,25 +162,25 @@ def find_rows(source: ImageSource, stores: Sequence[Store], progress: bool = Fal
     return positions
 
 
-def _stamped(source: ImageSource, place: int, origin: Origin | None = None, loaded: LazyPair | None = None) -> Origin:
+def _stamped(source: ImageSource, index: int, origin: Origin | None = None, loaded: LazyPair | None = None) -> Origin:
     """The origin with a stamp that changes with the image and its captions: by pixels where a source has none."""
-    origin = origin or source.origin(place)
+    origin = origin or source.origin(index)
     digest = hashlib.blake2b(origin.stamp.encode(), digest_size=12)
     with suppress(BrokenPair):
         if not origin.stamp:
-            loaded = loaded or source.read_lazy(place)
+            loaded = loaded or source.read_lazy(index)
             digest.update(loaded.image.pixels().tobytes())
         if not source.source.stamps_captions:
-            digest.update(repr(loaded.captions if loaded else source.captions(place)).encode("utf-8", "replace"))
+            digest.update(repr(loaded.captions if loaded else source.captions(index)).encode("utf-8", "replace"))
     return origin._replace(stamp=digest.hexdigest())
 
 
-def read_row(source: ImageSource, place: int) -> tuple[LazyImage, IndexedImage]:
+def read_row(source: ImageSource, index: int) -> tuple[LazyImage, IndexedImage]:
     """Open an image with the row that it becomes, whose id is not known yet."""
-    origin = source.origin(place)  # before the image is read: if the file changes meanwhile, it is embedded again
-    loaded = source.read_lazy(place)
-    origin = _stamped(source, place, origin, loaded)
-    return loaded.image, IndexedImage(-1, source.key(place), loaded.captions, place, origin)
+    origin = source.origin(index)  # before the image is read: if the file changes meanwhile, it is embedded again
+    loaded = source.read_lazy(index)
+    origin = _stamped(source, index, origin, loaded)
+    return loaded.image, IndexedImage(-1, source.key(index), loaded.captions, index, origin)
 
 
 def _embed_missing(

@@ -99,7 +99,7 @@ def _check(tables: Sequence[ParquetRows], made_by: ModelInfo) -> tuple[int, set[
 
 def _blocks(tables: Sequence[ParquetRows], dtype: str) -> Iterator[Block]:
     """The rows without an error."""
-    rows, parts, total, width = list[IndexedImage](), list[np.ndarray](), 0, 0
+    rows, held, total, width = list[IndexedImage](), list[np.ndarray](), 0, 0
     for table in tables:
         for ids, vectors, errors in _read(table, "id", "vector", "error"):
             usable = [not error for error in errors.to_pylist()]
@@ -109,13 +109,13 @@ def _blocks(tables: Sequence[ParquetRows], dtype: str) -> Iterator[Block]:
             width = values.shape[1]
             keys = compress(map(cell_name, ids.to_pylist()), usable)
             rows += [IndexedImage(number, key, (), number, Origin()) for number, key in enumerate(keys, total)]
-            parts.append(values)
+            held.append(values)
             total += len(values)
             if len(rows) >= BLOCK_ROWS:
-                yield Block.of(rows, torch.from_numpy(np.concatenate(parts)), None, dtype)
-                rows, parts = [], []
+                yield Block.of(rows, torch.from_numpy(np.concatenate(held)), None, dtype)
+                rows, held = [], []
     if rows:
-        yield Block.of(rows, torch.from_numpy(np.concatenate(parts)), None, dtype)
+        yield Block.of(rows, torch.from_numpy(np.concatenate(held)), None, dtype)
 
 
 def _vectors(cells: pa.Array, width: int, path: Path) -> np.ndarray:
@@ -177,23 +177,21 @@ class Embedder:
         """
         model, encode, made_by = _load(self.model, self.device, self.precision)
         ids = _column(batch, self.id, "id")
-        places: Sequence[int] = range(len(ids))
+        indices: Sequence[int] = range(len(ids))
         if self.source is None:
             items: list[Any] = [(image, None) for image in _column(batch, self.image, "image")]
             source = ImageSource(ItemSource(items or [None]), captioned=False)
         else:
-            places, source = ids, _open(self.source, self.columns)
-            if unknown := [place for place in places if not 0 <= place < len(source)]:
+            indices, source = ids, _open(self.source, self.columns)
+            if unknown := [index for index in indices if not 0 <= index < len(source)]:
                 raise UserError(
                     f"There is no image {unknown[0]} in '{source.name}': it has {len(source):,}, from 0 on."
                 )
-            ids = [source.key(place) for place in places]
+            ids = [source.key(index) for index in indices]
         # --- why each image cannot be used, and the pixels (1, 3, S, S) of those that can
         errors, usable = list[str](), list[Tensor]()
-        for place in places:  # each alone, to know what is wrong with it
-            pixels, _, broken = read_images(
-                model.preprocessor, lambda place: (source.read_lazy(place).image, 0), [place]
-            )
+        for index in indices:  # each alone, to know what is wrong with it
+            pixels, _, broken = read_images(model.preprocessor, lambda at: (source.read_lazy(at).image, 0), [index])
             errors.append("; ".join(f"{reason}: {detail}" for reason, detail in broken.details.items()))
             usable += [] if pixels is None else [pixels]
         # --- an array without gaps: of lists with None, Ray makes pickled objects

@@ -43,8 +43,9 @@ class Hit(IndexedImage):
 
     def to_dict(self) -> dict[str, Any]:
         """The hit as plain data."""
-        place = {"place": self.place, "path": self.origin.path, "offset": self.origin.offset, "size": self.origin.size}
-        return {"id": self.id, "key": self.key, "score": self.score, "captions": list(self.captions), **place}
+        origin = {"path": self.origin.path, "offset": self.origin.offset, "size": self.origin.size}
+        shown = {"id": self.id, "key": self.key, "score": self.score, "captions": list(self.captions)}
+        return {**shown, "place": self.place, **origin}
 
 
 class Index:
@@ -170,9 +171,9 @@ class Index:
         """Find images by a text, an image, or both.
 
         Args:
-            text: A text; an image in its place is searched for as `image`.
+            text: A text, or an image, which is the same as `image`.
             image: An image, its file, or an array (H, W, 3) of uint8.
-            weights: Weights of text and image in their sum; with a negative weight, images unlike it are found.
+            weights: Weights of text and image in their sum; a negative weight searches for images unlike it.
             template: A template with ``{}`` for the text, or the name of a template set, whose vectors are averaged.
             over: "images" compares with the vectors of the images, "captions" with those of their captions.
 
@@ -241,13 +242,13 @@ class Index:
         """Read an image from the source, RGB and upright; raises `UserError` if there is no such image any more."""
         # By the row's key, among what the source itself lists: no path in the index is ever opened.
         row, source = self.row(id), self._source
-        place = row.place
-        if place >= len(source) or source.key(place) != row.key:  # the source has changed since
-            place = self._places.get(row.key, -1)
-        if place < 0:
+        index = row.place
+        if index >= len(source) or source.key(index) != row.key:  # the source has changed since
+            index = self._indices.get(row.key, -1)
+        if index < 0:
             raise UserError(f"'{printable(row.key)}' is no longer in '{source.name}'.")
         try:
-            return source[place].image
+            return source[index].image
         except BrokenPair as broken:
             raise UserError(f"The image '{printable(row.key)}' cannot be read any more: {broken}.") from broken
 
@@ -275,9 +276,9 @@ class Index:
         return open_images(given, saved.columns_of(self.folder))
 
     @cached_property
-    def _places(self) -> dict[str, int]:
-        """The first place of each key in the source as it is now."""
-        return {self._source.key(place): place for place in reversed(range(len(self._source)))}
+    def _indices(self) -> dict[str, int]:
+        """The first index of each key in the current source."""
+        return {self._source.key(index): index for index in reversed(range(len(self._source)))}
 
 
 def nearest(queries: Tensor, ids: Tensor, vectors: Tensor, k: int, skip_zeros: bool = False) -> tuple[Tensor, Tensor]:
@@ -307,11 +308,11 @@ def nearest(queries: Tensor, ids: Tensor, vectors: Tensor, k: int, skip_zeros: b
         if skip_zeros:
             scores.masked_fill_(~block.any(1), -torch.inf)
         # --- the best of the block
-        places = scores.topk(min(k, scores.shape[1])).indices  # of equal ones at its end it takes any
-        places = places.sort(dim=1).values  # (n, k) by id, so that stable sorting orders equal scores by id
+        columns = scores.topk(min(k, scores.shape[1])).indices  # of equal ones at its end it takes any
+        columns = columns.sort(dim=1).values  # (n, k) by id, so that stable sorting orders equal scores by id
         # --- the best so far
-        best_ids = torch.cat([best_ids, own[places]], dim=1)
-        best = torch.cat([best, scores.gather(1, places)], dim=1)
+        best_ids = torch.cat([best_ids, own[columns]], dim=1)
+        best = torch.cat([best, scores.gather(1, columns)], dim=1)
         order = best.argsort(dim=1, descending=True, stable=True)[:, :k]
         best_ids, best = best_ids.gather(1, order), best.gather(1, order)
     shown = int(best.isfinite().sum(1).min()) if n else 0

@@ -52,7 +52,7 @@ class IndexedImage:
     id: int  # for `Index.image` and `Index.vectors`; stays the same in later updates
     key: str  # the source's name of the image
     captions: tuple[str, ...]
-    place: int  # number of the image in the source when it was embedded
+    place: int  # index of the image in the source, as of the last update
     origin: Origin  # its file or shard, with offset and size in bytes
 
     @property
@@ -157,19 +157,19 @@ class Store:
     def rows(self, positions: np.ndarray) -> list[IndexedImage]:
         """Read the rows at positions; each group of rows is decoded once."""
         numbers = np.searchsorted(self._starts, positions, "right") - 1
-        found = dict[int, IndexedImage]()
+        rows = dict[int, IndexedImage]()
         for number in np.unique(numbers).tolist():
             columns = self._group(number).columns
             for at in np.flatnonzero(numbers == number).tolist():
                 cells = (column[int(positions[at] - self._starts[number])].as_py() for column in columns)
                 id, place, key, captions, path, *rest = cells
-                found[at] = IndexedImage(id, key, tuple(captions), place, Origin(resolve(path, self.index), *rest))
-        return [found[at] for at in range(len(positions))]
+                rows[at] = IndexedImage(id, key, tuple(captions), place, Origin(resolve(path, self.index), *rest))
+        return [rows[at] for at in range(len(positions))]
 
     def matrix(self, over: Over = "images") -> np.ndarray:
         """(n, d), all vectors of a kind, mapped from the disk."""
         if over not in MATRICES:
-            raise unknown("place to search", over, MATRICES)
+            raise unknown("kind of vectors", over, MATRICES)
         if over not in self.matrices:
             raise UserError(f"The index '{self.index}' has no vectors of captions. Embed again with --captions.")
         return self.matrices[over]
@@ -207,7 +207,7 @@ class Store:
 def _check_layout(file: pq.ParquetFile) -> list[int]:
     """The rows of each group; raises `ValueError` unless the table is as `write_blocks` writes it."""
     groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
-    chunks = ((group.num_rows, group.column(place)) for group in groups for place in range(group.num_columns))
+    chunks = ((group.num_rows, group.column(number)) for group in groups for number in range(group.num_columns))
     plain = all(
         chunk.compression == "UNCOMPRESSED"
         and set(chunk.encodings) <= {"PLAIN", "RLE"}
