@@ -1,5 +1,7 @@
 """A tiny model with random weights, a folder of images without captions, and indices of made-up vectors."""
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -43,14 +45,18 @@ def model():
     return tiny_model()
 
 
+def draw_shapes(folder):
+    """Write 24 images into a new folder; their paths in order."""
+    folder.mkdir()
+    for color, shape in product(COLOURS, SHAPES):
+        draw(color, shape).save(folder / f"{color}-{shape}.png")
+    return sorted(folder.iterdir())
+
+
 @pytest.fixture
 def folder(tmp_path):
-    path = tmp_path / "shapes"
-    path.mkdir()
-    for color in COLOURS:
-        for shape in SHAPES:
-            draw(color, shape).save(path / f"{color}-{shape}.png")
-    return path
+    draw_shapes(tmp_path / "shapes")
+    return tmp_path / "shapes"
 
 
 @pytest.fixture(scope="session")

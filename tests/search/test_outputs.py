@@ -1,63 +1,47 @@
 """Outputs of commands: files that declip did not write, and tables with captions, stay."""
 
 import csv
+import shutil
+from contextlib import chdir
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 from typer.main import get_command
 
 import declip
 from conftest import refuses, write_table
 from declip.cli import app as cli
 from declip.io.outputs import output_file
+from indices import draw_shapes
 
-READ = {
-    "image",
-    "image_root",
-    "exclude of data shard",
-    "head",
-    "cache",
-    "index of choose",
-    "index of app",
-}
+READ = {"image", "image_root", "exclude of data shard", "head", "cache", "index of choose", "index of app"}
 """Path parameters that name no output; the folders of indices are written as by `embed`."""
 
+COMPARED = "demo-clip demo-slip data.source=pairs.csv --pairs 8 --dataset pairs.csv --task retrieval train.batch_size=8"
 OUTPUTS = {
-    "search --contact-sheet": ["search", "index", "red"],
-    "search --json": ["search", "index", "red"],
-    "index export": ["index", "export", "index"],
-    "choose --out": ["choose", "MODEL", "shapes"],
-    "choose --contact-sheet": ["choose", "MODEL", "shapes", "--out", "new.csv"],
-    "classify --out": ["classify", "MODEL", "shapes", "--classes", "red,blue"],
-    "classify --save": ["classify", "MODEL", "shapes", "--examples", "pairs.csv"],
-    "explain --out": ["explain", "MODEL", "shapes/red-bar.png", "red"],
-    "evaluate --json": ["evaluate", "MODEL", "--dataset", "pairs.csv", "--task", "retrieval"],
-    "data inspect --json": ["data", "inspect", "pairs.csv"],
-    "data inspect --html": ["data", "inspect", "pairs.csv"],
-    "data inspect --exclude": ["data", "inspect", "pairs.csv", "--check-leakage", "pairs.csv"],
-    "app --caption": ["app", "MODEL", "shapes", "--port", "0"],
-    "embed --out": ["embed", "MODEL", "shapes"],
-    "index from-parquet --out": ["index", "from-parquet", "rows.parquet", "--model", "MODEL"],
-    "train --out": ["train", "demo-clip", "train.batch_size=8", "--data", "pairs.csv"],
-    "finetune --out": ["finetune", "pairs.csv", "--from", "MODEL"],
-    "compare --out": [
-        "compare",
-        "demo-clip",
-        "demo-slip",
-        "data.source=pairs.csv",
-        "--pairs",
-        "8",
-        "--dataset",
-        "pairs.csv",
-        "--task",
-        "retrieval",
-        "train.batch_size=8",
-    ],
-    "export --out": ["export", "MODEL", "--format", "safetensors", "--overwrite"],
-    "data shard --out": ["data", "shard", "pairs.csv"],
+    "search --contact-sheet": "search index red",
+    "search --json": "search index red",
+    "index export": "index export index",
+    "choose --out": "choose MODEL shapes",
+    "choose --contact-sheet": "choose MODEL shapes --out new.csv",
+    "classify --out": "classify MODEL shapes --classes red,blue",
+    "classify --save": "classify MODEL shapes --examples pairs.csv",
+    "explain --out": "explain MODEL shapes/red-bar.png red",
+    "evaluate --json": "evaluate MODEL --dataset pairs.csv --task retrieval",
+    "data inspect --json": "data inspect pairs.csv",
+    "data inspect --html": "data inspect pairs.csv",
+    "data inspect --exclude": "data inspect pairs.csv --check-leakage pairs.csv",
+    "app --caption": "app MODEL shapes --port 0",
+    "embed --out": "embed MODEL shapes",
+    "index from-parquet --out": "index from-parquet rows.parquet --model MODEL",
+    "train --out": "train demo-clip train.batch_size=8 --data pairs.csv",
+    "finetune --out": "finetune pairs.csv --from MODEL",
+    "compare --out": f"compare {COMPARED}",
+    "export --out": "export MODEL --format safetensors --overwrite",
+    "data shard --out": "data shard pairs.csv",
 }
 """Commands by the option that names what they write; it is the last argument where there is none."""
 
@@ -72,16 +56,25 @@ def path_parameters(command, name=""):
             yield f"{name} {option}" if option.startswith("--") else name
 
 
+@pytest.fixture(scope="module")
+def template(weights_file, tmp_path_factory):
+    """A folder with images, tables of pairs, an index and rows of an embedder."""
+    path = tmp_path_factory.mktemp("project")
+    with chdir(path):
+        names = [image.name for image in draw_shapes(Path("shapes"))]
+        write_table(Path("pairs.csv"), [f"shapes/{name},{Path(name).stem}" for name in names])
+        labels = [f"shapes/{name},{Path(name).stem},{name.split('-')[0]}" for name in names]
+        Path("labels.csv").write_text("\n".join(["image,caption,label", *labels]))
+        declip.embed(weights_file, "shapes", out="index", workers=0)
+        rows = declip.Embedder(weights_file)({"id": ["red"], "image": ["shapes/red-bar.png"]})
+        pq.write_table(pa.table({**rows, "vector": [*rows["vector"]]}), "rows.parquet")
+    return path
+
+
 @pytest.fixture
-def place(weights_file, folder, tmp_path, monkeypatch):
-    """A working folder with images, a table of pairs, and an index."""
-    monkeypatch.chdir(tmp_path)
-    write_table(Path("pairs.csv"), [f"shapes/{path.name},{path.stem}" for path in sorted(folder.iterdir())])
-    labels = [f"shapes/{path.name},{path.stem},{path.stem.split('-')[0]}" for path in sorted(folder.iterdir())]
-    Path("labels.csv").write_text("\n".join(["image,caption,label", *labels]))
-    declip.embed(weights_file, folder, out="index", workers=0)
-    rows = declip.Embedder(weights_file)({"id": ["red"], "image": [Image.open(folder / "red-bar.png")]})
-    pq.write_table(pa.table({**rows, "vector": [*rows["vector"]]}), "rows.parquet")
+def project(template, tmp_path, monkeypatch):
+    """A working folder that is a copy of the template."""
+    monkeypatch.chdir(shutil.copytree(template, tmp_path, dirs_exist_ok=True))
     return tmp_path
 
 
@@ -90,8 +83,8 @@ def test_the_table_has_every_output():
 
 
 @pytest.mark.parametrize("name", OUTPUTS)
-def test_a_file_of_the_user_stays(name, place, weights_file, command):
-    words = [str(weights_file) if word == "MODEL" else word for word in OUTPUTS[name]]
+def test_a_file_of_the_user_stays(name, project, weights_file, command):
+    words = OUTPUTS[name].replace("MODEL", str(weights_file)).split()
     option = [name.split()[-1]] if "--" in name else []
     is_folder = name.endswith("--out") and name.split()[0] not in ("choose", "classify", "explain")
     out = Path("mine" if is_folder else "mine.usearch" if name == "index export" else "mine.csv")
@@ -104,10 +97,10 @@ def test_a_file_of_the_user_stays(name, place, weights_file, command):
     assert (refused.status, out.name in refused.err) == (2, True), refused.err
     assert written.read_text() == "image,notes\na.jpg,by hand\n"
     assert is_folder or "app" in words or "another file name" in refused.err
-    assert {path.name for path in out.parent.iterdir()} == {path.name for path in place.iterdir()}
+    assert {path.name for path in out.parent.iterdir()} == {path.name for path in project.iterdir()}
 
 
-def test_a_command_replaces_its_own_files(place, weights_file, command):
+def test_a_command_replaces_its_own_files(project, weights_file, command):
     evaluate = ["evaluate", weights_file, "--dataset", "pairs.csv", "--dataset", "labels.csv", "--task", "retrieval"]
     inspect = ["data", "inspect", "pairs.csv", "--check-leakage", "pairs.csv", "--exclude", "drop.jsonl"]
     for words in (
@@ -132,29 +125,29 @@ def edited(path, number, name, value):
         table.writerows(rows)
 
 
-def test_what_a_user_typed_into_a_table_stays(place, model):
-    path = place / "table.csv"
-    for make, changes in (
-        (
-            lambda: declip.choose(model, "shapes", 5, index="index", out=path),
-            [("caption", "a red bar"), ("coverage", "?")],
-        ),
-        (lambda: declip.classify(model, "shapes", ["red", "blue"], out=path), [("class", "green"), ("notes", "x")]),
+def test_what_a_user_typed_into_a_table_stays(project, model):
+    path = project / "table.csv"
+    choose = partial(declip.choose, model, "shapes", 5, index="index", out=path)
+    classify = partial(declip.classify, model, "shapes", ["red", "blue"], out=path)
+    for make, name, value in (
+        (choose, "caption", "a red bar"),
+        (choose, "coverage", "?"),
+        (classify, "class", "green"),
+        (classify, "notes", "x"),
     ):
-        for name, value in changes:
-            path.unlink(missing_ok=True)
-            make()
-            edited(path, 3, name, value)
-            before = path.read_bytes()
-            assert "'table.csv'" in refuses("another file name", make).replace(f"{place}/", "")
-            assert path.read_bytes() == before
+        path.unlink(missing_ok=True)
+        make()
+        edited(path, 3, name, value)
+        before = path.read_bytes()
+        assert "'table.csv'" in refuses("another file name", make).replace(f"{project}/", "")
+        assert path.read_bytes() == before
 
 
-def test_captions_stay_while_more_images_are_chosen(place, weights_file, command):
+def test_captions_stay_while_more_images_are_chosen(project, weights_file, command):
     words = ["choose", weights_file, "shapes", "--count", 5, "--out"]
     assert command(*words, "choose.csv").status == 0
     for number in range(5):
-        edited(place / "choose.csv", number, "caption", f"shape {number}")
+        edited(project / "choose.csv", number, "caption", f"shape {number}")
     before = Path("choose.csv").read_text()
     for have in ([], ["--have", "choose.csv"]):
         refused = command(*words, "choose.csv", *have)
