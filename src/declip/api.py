@@ -1,6 +1,7 @@
 """Public functions: `train`, `finetune`, `evaluate` and `compare`."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from declip.comparison.outcome import Outcome
 from declip.comparison.study import Study
 from declip.data.loader import Augment
 from declip.data.pair import PairSource
-from declip.data.sources.open import named_objects
+from declip.data.sources.open import name_sources
 from declip.data.sources.python_items import Items
 from declip.errors import UserError
 from declip.evaluation.datasets import Dataset, open_dataset
@@ -23,12 +24,12 @@ from declip.recipe.schema import Recipe
 from declip.reports.comparison import write_page
 from declip.reports.run import write_report
 from declip.runs.folder import Run
-from declip.supervision.objective import extra_terms
 from declip.supervision.term import Term
 from declip.training import distributed
 from declip.training.assemble import assemble, held_out_sets, resolve_recipe
 from declip.training.optimizer import OptimizerFactory
 from declip.training.sinks import Sink
+from declip.training.state import Extensions
 from declip.training.trainer import Trainer
 
 
@@ -77,11 +78,12 @@ def train(
     for callback in callbacks:
         if not isinstance(callback, Sink):
             raise UserError(f"callbacks has {callback!r}; give objects of subclasses of declip.Sink.")
-    with named_objects(data, *held_out_sets(val)) as (source, *sets), extra_terms(terms or {}):
-        resolved = resolve_recipe(recipe, overrides, source, sets)
-        folder = Path(out).expanduser() if out is not None else Path("runs") / resolved.name
-        parts = assemble(resolved, folder, resume, quiet, callbacks, optimizer, augment)
-        run = Trainer(parts).train(write_report if report else None)
+    (source, *sets), sources = name_sources(data, *held_out_sets(val))
+    resolved = resolve_recipe(recipe, overrides, source, sets, sources)
+    folder = Path(out).expanduser() if out is not None else Path("runs") / resolved.name
+    extensions = Extensions(callbacks, terms or {}, optimizer, augment, sources)
+    parts = assemble(resolved, folder, resume, quiet, extensions)
+    run = Trainer(parts).train(partial(write_report, sources=sources) if report else None)
     distributed.leave()
     return run
 
@@ -89,14 +91,14 @@ def train(
 def finetune(
     pairs: str | Path | PairSource | Items,
     weights: str | Path | Run | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    quiet: bool = False,
     *,
     val: str | Path | PairSource | Items | Sequence[Any] = (),
     keep: str | Path | PairSource | Items | Sequence[Any] = (),
-    out: str | Path | None = None,
     freeze: str | None = None,
-    resume: bool = False,
-    quiet: bool = False,
-    **overrides: Any,
 ) -> Run:
     """Fine-tune pretrained weights on your pairs, write a report, and export the model.
 
@@ -107,21 +109,30 @@ def finetune(
     Args:
         pairs: A source of pairs: a table, a folder, tar shards, a built-in set or a Python object, see `open_source`.
         weights: What `declip.load` takes, or timm:NAME. The default without a GPU is "builtin:lite2-minilm".
+        overrides: Dotted keys and values, such as ``{"train.lr": 1e-4}``; the defaults depend on the number of pairs.
+        out: The run folder; by default ``runs/finetune``.
+        resume: Continue the run in that folder with its recipe and its split, if there is one.
         val: Validation sets as in `train`; the default is a tenth of the pairs, or none if both towers are frozen.
         keep: Sets on which the accuracy of the weights should not fall: if the weights have both towers and are
             trained, they are averaged with their start, in the proportion that is best on these and the validation
             sets (WiSE-FT).
-        out: The run folder; by default ``runs/finetune``.
         freeze: Towers not to train: "both", "image", "text" or "none". The default is "both" for the built-in weights
             without a GPU, else "none".
-        resume: Continue the run in that folder with its recipe and its split, if there is one.
-        overrides: Recipe keys, such as ``**{"train.lr": 1e-4}``; the defaults depend on the number of pairs.
     """
     held_out = held_out_sets(val)
-    with named_objects(pairs, *held_out, *held_out_sets(keep)) as (source, *sets):
-        own, kept = sets[: len(held_out)], sets[len(held_out) :]
-        options: dict[str, Any] = {"val": own, "keep": kept, "freeze": freeze, "resume": resume, "quiet": quiet}
-        return finetuning.finetune(source, folder_or_name(weights), out=out, **options, **overrides)
+    (source, *sets), sources = name_sources(pairs, *held_out, *held_out_sets(keep))
+    return finetuning.finetune(
+        source,
+        folder_or_name(weights),
+        overrides,
+        val=sets[: len(held_out)],
+        keep=sets[len(held_out) :],
+        out=out,
+        freeze=freeze,
+        resume=resume,
+        quiet=quiet,
+        sources=sources,
+    )
 
 
 def evaluate(

@@ -85,7 +85,7 @@ def test_a_project_works_after_it_was_moved(tmp_path, monkeypatch, command):
     keys = {"train.steps": 4, "train.batch_size": 8, "data.workers": 0, "train.report_to": []}
     keys["data.image_root"] = "images"
     run = project / "runs" / "tuned"  # an absolute path, which the recipe of the run holds
-    first = declip.finetune("pairs.csv", "start", out=run, quiet=True, **keys)
+    first = declip.finetune("pairs.csv", "start", keys, run, quiet=True)
     embed = ["embed", "start/declip.safetensors", "images", "--out", "indices/images", "--quiet"]
     assert command(*embed).status == 0
     monkeypatch.chdir(tmp_path)

@@ -54,7 +54,7 @@ def weights(pairs, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def without_report(monkeypatch):
-    monkeypatch.setattr(outputs, "write_report", lambda *_: None)
+    monkeypatch.setattr(outputs, "write_report", lambda *_, **__: None)
 
 
 def test_one_line_trains_validates_and_exports(pairs, weights, tmp_path, command, monkeypatch):
@@ -100,7 +100,7 @@ def test_the_best_mixture_with_the_start_is_kept(pairs, weights, tmp_path, comma
 def test_python_uses_the_same_words_and_resumes(pairs, weights, tmp_path):
     keys = {"train.steps": 6, "train.batch_size": 4, "train.evaluate_every": 2, "train.patience": 9}
     keys |= {"data.max_pairs": np.int64(12), **PLAIN}
-    options = {"val": (), "freeze": "text", "quiet": True, **keys}
+    options = {"overrides": keys, "val": (), "freeze": "text", "quiet": True}
     whole = declip.finetune(pairs, weights, out=tmp_path / "whole", **options)
     assert whole.finished
     assert whole.recipe.finetune.freeze_text_blocks == "all"
@@ -121,7 +121,7 @@ def test_a_run_with_adapters_is_exported_in_every_format_that_holds_it(pairs, tm
     write_declip_file(build("vit"), tmp_path / "vit.safetensors")
     monkeypatch.setattr(outputs, "export", written := Mock())
     keys = {"finetune.lora": {"rank": 2}, "train.steps": 2, "train.batch_size": 8, **PLAIN}
-    assert declip.finetune(pairs, tmp_path / "vit.safetensors", out=tmp_path / "run", quiet=True, **keys).finished
+    assert declip.finetune(pairs, tmp_path / "vit.safetensors", keys, tmp_path / "run", quiet=True).finished
     assert [call.args[1] for call in written.call_args_list] == ["safetensors", "open_clip", "huggingface"]
 
 
@@ -151,7 +151,7 @@ def test_names_of_classes_are_checked_before_the_pairs_are_read(tmp_path):
     (tmp_path / "names.txt").write_text("a\nb\n", encoding="utf-8")
     start = f"timm:test_vit/{tmp_path / 'w.safetensors'}"
     keys = {"finetune.class_names": str(tmp_path / "names.txt")}
-    refuses("2 names.*7 classes", declip.finetune, "no.csv", start, freeze="both", out=tmp_path / "r", **keys)
+    refuses("2 names.*7 classes", declip.finetune, "no.csv", start, keys, tmp_path / "r", freeze="both")
 
 
 def test_a_refused_run_removes_only_its_own_files(pairs, weights, tmp_path):
@@ -183,8 +183,8 @@ def test_numbers_are_read_as_python_writes_them():
 def test_pairs_of_the_start_are_not_validated_on(pairs, weights, tmp_path):
     rows = pairs.read_text().splitlines()[1:]
     table = write_table(pairs.with_name("fewer.csv"), rows[:30])
-    keys = {"quiet": True, **PLAIN, "train.steps": 1, "train.batch_size": 8}
-    first = declip.finetune(table, weights, out=tmp_path / "first", **keys)
+    keys = {**PLAIN, "train.steps": 1, "train.batch_size": 8}
+    first = declip.finetune(table, weights, keys, tmp_path / "first", quiet=True)
     # the same images with other captions, so that their hashes change
     renamed = write_table(pairs.with_name("renamed.csv"), [f"{row} again" for row in rows])
     finetune_recipe(renamed, tmp_path / "second", first.folder, quiet=True)
@@ -233,8 +233,10 @@ def test_python_objects_are_split_and_validated_on(pairs, tmp_path):
     weights = declip.export(build("conv"), "safetensors", tmp_path / "start").folder
     rows = [line.split(",") for line in pairs.read_text().splitlines()[1:]]
     items = [(str(pairs.parent / name), caption) for name, caption in rows]
-    keys = {"quiet": True, **PLAIN, "train.steps": 1, "train.batch_size": 8}
-    split = declip.finetune(items, weights, out=tmp_path / "split", **keys)
+    keys = {**PLAIN, "train.steps": 1, "train.batch_size": 8}
+    split = declip.finetune(items, weights, keys, tmp_path / "split", quiet=True)
+    assert declip.finetune(items, weights, keys, tmp_path / "split", resume=True, quiet=True).finished
+    refuses(["python:list(40)", "data=object"], open_source, tmp_path / "split" / "train.pairs")
     assert (split.finished, split.last()[0].result.images > 0) == (True, True)  # type: ignore[union-attr]
-    held_out = declip.finetune(items[:30], weights, val=items[30:], out=tmp_path / "val", **keys)
+    held_out = declip.finetune(items[:30], weights, keys, tmp_path / "val", quiet=True, val=items[30:])
     assert [row.result.images for row in held_out.last()] == [10]  # type: ignore[union-attr]

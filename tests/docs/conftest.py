@@ -188,7 +188,7 @@ def here(world, emoji_cache, tmp_path, monkeypatch):
     return tmp_path
 
 
-def finish(folder, model):
+def finish(folder, model, sources):
     (folder / "report.html").touch()
     declip.export(folder, "safetensors", folder / "exported" / "safetensors", overwrite=True)
 

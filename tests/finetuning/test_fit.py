@@ -59,8 +59,8 @@ def keys_of(folder, **keys):
 
 def fitted(folder, out, table="pairs.csv", resume=False, **keys):
     """Fine-tune as the command does."""
-    options = {"freeze": "both", "quiet": True, "resume": resume, **keys_of(folder, **keys)}
-    return declip.finetune(folder / table, f"timm:test_vit/{folder / 'vit.safetensors'}", out=out, **options)
+    start = f"timm:test_vit/{folder / 'vit.safetensors'}"
+    return declip.finetune(folder / table, start, keys_of(folder, **keys), out, resume, quiet=True, freeze="both")
 
 
 def cosines(where, folder):
@@ -124,7 +124,7 @@ def test_the_card_of_a_fit_states_no_steps(run):
 
 def test_a_start_of_two_towers_by_one_name_and_another_order_of_pairs_change_nothing(run, folder, tmp_path):
     where = f"timm:test_vit/{folder / 'vit.safetensors'}+{folder / 'bert'}"
-    named = declip.finetune(folder / "pairs.csv", where, out=tmp_path / "named", quiet=True, **{"image.size": 32})
+    named = declip.finetune(folder / "pairs.csv", where, {"image.size": 32}, tmp_path / "named", quiet=True)
     for other in (named, fitted(folder, tmp_path / "run", "reversed.csv")):
         assert other.cross_validation["ridge"] == run.cross_validation["ridge"]
         torch.testing.assert_close(cosines(other.folder, folder), cosines(run.folder, folder), rtol=0, atol=1e-3)
@@ -178,22 +178,22 @@ def test_keys_without_effect_are_refused(key, folder, tmp_path):
 def test_the_classes_of_the_start_are_pairs_too(folder, tmp_path):
     save_file(timm.create_model("test_vit", num_classes=4).state_dict(), tmp_path / "vit.safetensors")
     (tmp_path / "names.txt").write_text("\n".join(COLORS))
-    options = {"freeze": "both", "quiet": True, **keys_of(folder)}
+    options, keys = {"freeze": "both", "quiet": True}, keys_of(folder)
     names = {"finetune.class_names": str(tmp_path / "names.txt")}
     start = f"timm:test_vit/{tmp_path / 'vit.safetensors'}"
-    known = declip.finetune(folder / "pairs.csv", start, out=tmp_path / "run", **options, **names).cross_validation
+    known = declip.finetune(folder / "pairs.csv", start, keys | names, tmp_path / "run", **options).cross_validation
     assert (known["classes"], known["better"]) == (4, known["gain"]["low"] > 0)
     assert known["gain"]["value"] == pytest.approx(known["percentile"]["value"] - known["percentile_of_start"]["value"])
     printed = render("fitted.txt", it={**known, "method": "ridge"}, mixture={})
     assert [part for part in ("without any fitting", points(known["gain"]["value"])) if part not in printed] == []
-    without = {"finetune.class_pairs": False}
-    run = declip.finetune(folder / "pairs.csv", start, out=tmp_path / "without", **options, **without)
+    keys["finetune.class_pairs"] = False
+    run = declip.finetune(folder / "pairs.csv", start, keys, tmp_path / "without", **options)
     assert run.cross_validation["classes"] == 0
 
 
 def test_the_cost_is_estimated_without_a_run(folder, tmp_path):
     start = f"timm:test_vit/{folder / 'vit.safetensors'}"
-    recipe, cost = estimate_finetune(folder / "pairs.csv", start, out=tmp_path / "r", freeze="both", **keys_of(folder))
+    recipe, cost = estimate_finetune(folder / "pairs.csv", start, keys_of(folder), out=tmp_path / "r", freeze="both")
     assert f"{COUNT} pairs" in str(cost)
     assert "freeze_text_blocks: all" in recipe
     assert not (tmp_path / "r").exists()

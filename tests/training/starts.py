@@ -10,6 +10,7 @@ from declip.runs.folder import read_rows
 from declip.training.assemble import assemble
 from declip.training.signals import StopRequest
 from declip.training.sinks import Sink
+from declip.training.state import Extensions
 from declip.training.trainer import Trainer
 
 CLOCK = ("seconds", "samples_per_second")
@@ -67,8 +68,8 @@ class StopBefore(Sink):
         self.request.asked = step + 1 >= self.step
 
 
-def trainer_of(recipe, folder, **options):
-    return Trainer(assemble(recipe, folder, quiet=True, **options))
+def trainer_of(recipe, folder, resume=False, **options):
+    return Trainer(assemble(recipe, folder, resume, True, Extensions(**options)))
 
 
 def stop_at(recipe, folder, step):

@@ -16,7 +16,6 @@ from declip.reports.run import loss_charts
 from declip.runs.checkpoint import list_checkpoints, load_checkpoint
 from declip.runs.folder import EVALUATIONS, METRICS, read_rows
 from declip.supervision import objective
-from declip.supervision.objective import extra_terms
 from declip.supervision.term import Term
 from declip.training.sinks import Sink
 from training.starts import same_end
@@ -78,9 +77,34 @@ def test_a_run_with_callbacks_and_a_term_resumes_bit_exactly(table, tmp_path):
     assert [row["step"] for row in read_rows(run.folder / EVALUATIONS)] == [row["step"] for row in results] == [8]
     assert [call.args[0].start for call in sink.start.call_args_list] == [0, 5]
     assert "mine" not in objective.TERMS
-    with extra_terms(terms):  # it has no title
-        assert [chart["title"] for chart in loss_charts(whole)][-1] == "mine"
+    assert [chart["title"] for chart in loss_charts(whole)][-1] == "mine", "it has no title"
     declip.load(run.folder, device="cpu")
+
+
+class Doubled(Mine):
+    """Twice the loss, to tell it from another of the same name."""
+
+    def loss(self, *given):
+        return 2 * super().loss(*given)
+
+
+def test_a_training_within_another_has_its_own_source_and_terms(table, rows, tmp_path):
+    """Of the same names: neither is visible to the other, and both get the numbers of a run alone."""
+    (tmp_path / "mine.yaml").write_text(recipe_of(table).to_yaml())
+    items = [(str(table.parent / row["image"]), row["caption"]) for row in rows]
+
+    def run(name, data, term, **options):
+        given = {"data": data, "val": [data], "terms": {"mine": term}, "quiet": True, "report": False}
+        return declip.train(tmp_path / "mine.yaml", out=tmp_path / name, **given, **options)
+
+    alone = [run("first alone", items, Mine), run("second alone", items[::-1], Doubled)]
+    inner, sink = [], Mock(Sink)
+    sink.log.side_effect = lambda step, values: inner.append(run("second", items[::-1], Doubled)) if step == 4 else None
+    both = [run("first", items, Mine, callbacks=[sink]), *inner]
+    assert [each.recipe.data.source for each in both] == ["python:list(24)"] * 2
+    for each, expected in zip(both, alone, strict=True):
+        assert [row["losses"] for row in each.metrics] == [row["losses"] for row in expected.metrics]
+    assert both[0].metrics[0]["losses"] != both[1].metrics[0]["losses"]
 
 
 @pytest.mark.parametrize(

@@ -252,7 +252,7 @@ def test_wrong_files_are_no_start(table, tmp_path):
 
 def test_a_run_on_one_pair_is_resumed(conv_start, rows, tmp_path):
     one = write_rows(tmp_path / "one.jsonl", rows[:1])
-    keys = {"freeze": "none", "quiet": True, "train.steps": 2, "train.report_to": [], "data.workers": 0}
+    keys = {"train.steps": 2, "train.report_to": [], "data.workers": 0}
     for resume in (False, True):
-        run = declip.finetune(one, conv_start, out=tmp_path / "run", resume=resume, **keys)
+        run = declip.finetune(one, conv_start, keys, tmp_path / "run", resume, quiet=True, freeze="none")
         assert (run.finished, run.recipe.data.source) == (True, (str(one), str(one)))

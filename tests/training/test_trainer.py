@@ -10,7 +10,7 @@ import torch
 from conftest import WEIGHTS, refuses, write_rows
 from declip.api import train
 from declip.data.images import views
-from declip.data.sources.open import named_objects, open_source
+from declip.data.sources.open import open_source
 from declip.data.sources.subset import DerivedSource
 from declip.errors import UserError
 from declip.models.device import computes_bf16
@@ -147,14 +147,14 @@ def test_an_error_of_the_data_in_mid_run_saves_the_steps_before(table, rows, tmp
         "held-out set": (lambda: val.rename(tmp_path / "away.jsonl"), "val.jsonl"),
     }[what]
     sink.log.side_effect = lambda step, values: change() if step == 5 else None
-    with named_objects(source) as (name,):
-        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": name})})
-        refuses(error, train, recipe, out=tmp_path / "run", quiet=True, report=False, callbacks=[sink])
-        assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step-00000005"]
-        if what == "held-out set":
-            (tmp_path / "away.jsonl").rename(val)
-        source.broken = False
-        assert train(recipe, out=tmp_path / "run", resume=True, quiet=True, report=False).finished
+    (tmp_path / "mine.yaml").write_text(recipe.to_yaml())
+    given = {"recipe": tmp_path / "mine.yaml", "data": source, "val": [val], "out": tmp_path / "run", "quiet": True}
+    refuses(error, train, **given, report=False, callbacks=[sink])
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step-00000005"]
+    if what == "held-out set":
+        (tmp_path / "away.jsonl").rename(val)
+    source.broken = False
+    assert train(**given, resume=True, report=False).finished
     same_end(tmp_path / "whole", tmp_path / "run")
 
 

@@ -137,12 +137,11 @@ def finetune(
     from declip import api
     from declip.finetuning.run import estimate_finetune
 
-    options: dict[str, Any] = {"val": val or (), "keep": keep or (), "out": out, "freeze": freeze, "quiet": quiet}
-    options |= given
+    options: dict[str, Any] = {"val": val or (), "out": out, "freeze": freeze, "quiet": quiet}
     if dry_run:
-        say("\n\n".join(reversed(estimate_finetune(pairs, weights, **options))))
+        say("\n\n".join(reversed(estimate_finetune(pairs, weights, given, **options))))
         return
-    run = api.finetune(pairs, weights, resume=resume, **options)
+    run = api.finetune(pairs, weights, given, keep=keep or (), resume=resume, **options)
     leave_unless_finished(run)
     _print_finetuned(run)
 

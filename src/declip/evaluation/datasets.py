@@ -11,7 +11,7 @@ import numpy as np
 
 from declip.data.builtin.sets import BUILTIN_SPLITS, open_builtin
 from declip.data.pair import BUILTIN_PREFIX, PairSource, printable
-from declip.data.sources.open import open_source
+from declip.data.sources.open import NO_SOURCES, Sources, open_source
 from declip.data.sources.python_items import PREFIX, Items
 from declip.data.sources.subset import Subset
 from declip.data.sources.table import find_table
@@ -47,16 +47,22 @@ class Dataset:
         return self._opened[which]
 
 
-def open_dataset(dataset: str | Path | PairSource | Items | Dataset, *, label_column: str | None = None) -> Dataset:
+def open_dataset(
+    dataset: str | Path | PairSource | Items | Dataset,
+    *,
+    label_column: str | None = None,
+    sources: Sources = NO_SOURCES,
+) -> Dataset:
     """Open a dataset by name, or wrap an open source; the test split is opened immediately.
 
     Args:
         dataset: ``NAME:/path`` with a name in `NAMED`, such as "pets:/data/pets"; a table, which has classes where it
             has a column of labels; anything else that `open_source` opens, also a Python object; or an open dataset.
         label_column: A table's column; None: "label", "class", "class_name" or "category".
+        sources: Python objects that a name may stand for, see `open_source`.
     """
     if isinstance(dataset, str | Path):
-        dataset = _by_name(str(dataset), label_column)
+        dataset = _by_name(str(dataset), label_column, sources)
     elif not isinstance(dataset, Dataset):
         if label_column is not None:
             raise UserError(f"label_column is for tables, not for a {type(dataset).__name__}. Remove it.")
@@ -79,7 +85,7 @@ def with_classes(source: PairSource) -> LabeledSource:
     return cast(LabeledSource, source)
 
 
-def _by_name(given: str, label_column: str | None) -> Dataset:
+def _by_name(given: str, label_column: str | None, sources: Sources) -> Dataset:
     name, colon, place = given.partition(":")
     # --- a known dataset in a folder
     if name in NAMED and colon and label_column is None:
@@ -103,7 +109,7 @@ def _by_name(given: str, label_column: str | None) -> Dataset:
     known = given.startswith(PREFIX) or Path(given).expanduser().exists()
     if table is None and colon and re.fullmatch(r"[\w-]{2,}", name) and not known:
         raise unknown("dataset", name, [*NAMED, BUILTIN_PREFIX.rstrip(":")])
-    return _unnamed(open_source(given), given)
+    return _unnamed(open_source(given, sources=sources), given)
 
 
 def _unnamed(source: PairSource, name: str = "") -> Dataset:

@@ -20,7 +20,7 @@ from declip.closed_form.heads import Choice, HeldOutRanks, choose_heads, group_m
 from declip.closed_form.solve import START, ClassPairs
 from declip.data.images.thumbnails import thumbnails_of
 from declip.data.pair import PairSource
-from declip.data.sources.open import ImageSource
+from declip.data.sources.open import NO_SOURCES, ImageSource, Sources
 from declip.errors import UserError
 from declip.finetuning import outputs
 from declip.finetuning.features import Features, FrozenEncoder, class_pairs, compute_features, embeddings, projections
@@ -54,19 +54,19 @@ def closed_form(recipe: Recipe) -> bool:
     return tune.freeze_image_blocks == tune.freeze_text_blocks == "all" and tune.lora is None
 
 
-def fit(recipe: Recipe, folder: Path, resume: bool, quiet: bool) -> Run:
+def fit(recipe: Recipe, folder: Path, resume: bool, quiet: bool, sources: Sources = NO_SOURCES) -> Run:
     """Fit the projections of frozen towers, evaluate them and write the run folder, all on rank 0."""
-    resolved = resolve(recipe, folder, resume)
-    resolved.hosts.on_rank_zero(partial(_fit, resolved, folder, resume, quiet))
+    resolved = resolve(recipe, folder, resume, sources)
+    resolved.hosts.on_rank_zero(partial(_fit, resolved, folder, resume, quiet, sources))
     return Run(folder, STEP, True, is_rank_zero=distributed.is_rank_zero())
 
 
-def _fit(resolved: Resolved, folder: Path, resume: bool, quiet: bool) -> None:
+def _fit(resolved: Resolved, folder: Path, resume: bool, quiet: bool, sources: Sources) -> None:
     recipe, source = resolved.recipe, resolved.source
     # --- all checks, then the run folder
     model = frozen_model(resolved).to(resolved.device)
     refuse_broken(source, recipe.data.max_broken_fraction)
-    samples, trackers = sample_hashes(recipe, source), trackers_of(recipe.train.report_to)
+    samples, trackers = sample_hashes(recipe, source, sources), trackers_of(recipe.train.report_to)
     run_folder.open_folder(recipe, folder, resume)
     if list_checkpoints(folder) and Run(folder).report.exists():  # written last, after the exports
         log.info("The run in '%s' is finished.", folder)
@@ -91,10 +91,10 @@ def _fit(resolved: Resolved, folder: Path, resume: bool, quiet: bool) -> None:
             monitor.advance(STEP)
             # --- what is known about them
             _write_facts(folder, source, features, choice, classes, recipe.seed)
-            for result in measure(encoder, evaluation_tasks(recipe, final=True), not quiet):
+            for result in measure(encoder, evaluation_tasks(recipe, True, sources), not quiet, sources):
                 monitor.evaluation(STEP, result.to_dict())
         monitor.flush()
-        outputs.write_finetuned(folder, encoder)
+        outputs.write_finetuned(folder, encoder, sources)
 
 
 def frozen_model(resolved: Resolved) -> DualEncoder:

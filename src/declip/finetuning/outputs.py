@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from declip.data.sources.open import NO_SOURCES, Sources
 from declip.errors import UserError
 from declip.evaluation.encode import Encoder
 from declip.interchange.export import export, trace
@@ -10,7 +11,7 @@ from declip.reports.run import write_report
 from declip.runs.folder import log
 
 
-def write_finetuned(folder: Path, model: Encoder) -> None:
+def write_finetuned(folder: Path, model: Encoder, sources: Sources = NO_SOURCES) -> None:
     """Export the model of a finished run to every format that can hold it, and write the report.
 
     The report is last: a fit in closed form that has one is finished.
@@ -24,4 +25,4 @@ def write_finetuned(folder: Path, model: Encoder) -> None:
             continue
         except UserError as error:  # the run is whole without it
             log.warning(str(error))
-    write_report(folder, model)
+    write_report(folder, model, sources=sources)

@@ -10,6 +10,7 @@ from typing import Any
 
 from declip.data.columns import Columns
 from declip.data.sources.names import absolute
+from declip.data.sources.open import NO_SOURCES, Sources
 from declip.data.sources.subset import LIST_KIND, read_pair_list
 from declip.errors import UserError
 from declip.finetuning import outputs
@@ -29,6 +30,7 @@ from declip.runs.folder import LOCK, RECIPE, Run, lock_folder, log, moved_lists
 from declip.training import distributed
 from declip.training.assemble import assemble, resolve_recipe
 from declip.training.estimate import estimate
+from declip.training.state import Extensions
 from declip.training.trainer import Trainer
 from declip.training.warnings import caption_warnings
 
@@ -40,6 +42,7 @@ Name = str | Path
 def finetune(
     pairs: Name,
     weights: Name | None = None,
+    overrides: Mapping[str, Any] | None = None,
     *,
     val: Sequence[Name] = (),
     keep: Sequence[Name] = (),
@@ -47,9 +50,10 @@ def finetune(
     freeze: str | None = None,
     resume: bool = False,
     quiet: bool = False,
-    **overrides: Any,
+    sources: Sources = NO_SOURCES,
 ) -> Run:
-    """Fine-tune pretrained weights, see `declip.finetune`."""
+    """Fine-tune pretrained weights, see `declip.finetune`; `sources` has Python objects by name."""
+    overrides = dict(overrides or {})
     if keep:
         overrides["evaluation.keep"] = [absolute(str(name)) for name in keep]
     folder = FINETUNED if out is None else Path(out).expanduser()
@@ -62,20 +66,22 @@ def finetune(
             recipe = moved_lists(load_recipe(folder / RECIPE, overrides), folder)
             hosts.on_rank_zero(partial(_refuse_others, recipe, pairs, weights, val, freeze))
         else:
-            recipe = hosts.on_rank_zero(partial(finetune_recipe, pairs, folder, weights, val, freeze, given, quiet))
+            recipe = hosts.on_rank_zero(
+                partial(finetune_recipe, pairs, folder, weights, val, freeze, given, quiet, sources)
+            )
         if closed_form(recipe):
-            run = fit(recipe, folder, resume, quiet)
+            run = fit(recipe, folder, resume, quiet, sources)
             undo.pop_all()
         else:
-            parts = assemble(recipe, folder, resume, quiet)
+            parts = assemble(recipe, folder, resume, quiet, Extensions(sources=sources))
             for warning in caption_warnings(parts.source, parts.model.tokenizer) if distributed.is_rank_zero() else ():
                 log.warning(warning)
             undo.pop_all()
             mixes = parts.pretrained is not None and parts.pretrained.whole and recipe.train.patience is not None
 
             def finish(folder: Path, model: DualEncoder) -> None:
-                mixed = mix_with_start(folder, quiet) if mixes else None
-                outputs.write_finetuned(folder, model if mixed is None else mixed)
+                mixed = mix_with_start(folder, quiet, sources) if mixes else None
+                outputs.write_finetuned(folder, model if mixed is None else mixed, sources)
 
             run = Trainer(parts).train(finish)
     distributed.leave()
@@ -121,12 +127,17 @@ def _refuse_others(recipe: Recipe, pairs: Name, weights: Name | None, val: Seque
 
 
 def estimate_finetune(
-    pairs: Name, weights: Name | None = None, *, out: Name | None = None, **options: Any
+    pairs: Name,
+    weights: Name | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    val: Sequence[Name] = (),
+    out: Name | None = None,
+    freeze: str | None = None,
+    quiet: bool = False,
 ) -> tuple[str, str]:
     """Resolve the recipe of a fine-tuning, as YAML, and measure what it will cost; arguments as `finetune`."""
-    defaults = (("val", ()), ("freeze", None), ("quiet", 0), ("keep", ()))
-    val, freeze, quiet, _ = (options.pop(name, default) for name, default in defaults)
-    given = read_overrides(options, freeze)
+    given = read_overrides(overrides, freeze)
     with TemporaryDirectory() as folder:
         recipe = finetune_recipe(pairs, Path(folder), weights, val, freeze, given, quiet)
         resolved, cost = estimate_fit(recipe) if closed_form(recipe) else estimate(recipe)
@@ -141,6 +152,7 @@ def finetune_recipe(
     freeze: str | None = None,
     given: Mapping[str, Any] | None = None,  # see `read_overrides`
     quiet: bool = False,
+    sources: Sources = NO_SOURCES,
 ) -> Recipe:
     """Resolve the recipe of a fine-tuning, and write the lists of its split into the folder; see `finetune`."""
     if (folder / RECIPE).exists():
@@ -155,14 +167,15 @@ def finetune_recipe(
     resolved = load_recipe("finetune", {**settled(1_000), "evaluation.retrieval": [str(pairs)]})
     checked, closed = resolved.data, closed_form(resolved)
     start.named_classes(resolved.finetune.class_names, required=bool(given.get("finetune.class_pairs")))
-    source, data, sets = choose_pairs(str(pairs), Columns.of(checked), val, folder, pairs_of(where), quiet, closed)
+    seen, columns = pairs_of(where), Columns.of(checked)
+    source, data, sets = choose_pairs(str(pairs), columns, val, folder, seen, quiet, closed, sources)
     count = min(len(source), checked.max_pairs or len(source))
     keys = {"finetune.pretrained": json.dumps(where), **settled(count, validated=bool(sets))}
     if starter.matches(where) and device.type == "cpu":
         keys.setdefault("image.size", STARTS[where])
     if len(source) == 1 and not closed:  # a batch has two pairs at least
-        return resolve_recipe("finetune", {**keys, "data.source": [data, data]}, None, sets)
-    return resolve_recipe("finetune", keys, data, sets)
+        return resolve_recipe("finetune", {**keys, "data.source": [data, data]}, None, sets, sources)
+    return resolve_recipe("finetune", keys, data, sets, sources)
 
 
 def default_weights(device: str) -> str:

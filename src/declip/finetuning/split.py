@@ -6,7 +6,7 @@ from pathlib import Path
 
 from declip.data.columns import Columns
 from declip.data.pair import BrokenPair, PairSource
-from declip.data.sources.open import open_source
+from declip.data.sources.open import Sources, open_source
 from declip.data.sources.subset import LIST_KIND, PairList, Subset, read_pair_list, training_part, write_pair_list
 from declip.errors import UserError
 from declip.evaluation.datasets import open_dataset
@@ -27,17 +27,18 @@ def choose_pairs(
     seen: PairSource | None,
     quiet: bool,
     closed: bool,
+    sources: Sources,
 ) -> tuple[PairSource, str, list[str]]:
     """The training pairs, their name, and the names of the validation sets; a split is written into the folder.
 
     Pairs that the weights have `seen` are not validated on. Cross-validation measures heads in `closed` form, so
     nothing is split off for them.
     """
-    source = open_source(pairs, columns)
+    source = open_source(pairs, columns, sources)
     train = training_part(source)
     if val:
         for name in map(str, val):
-            held_out = open_dataset(name).split("test")
+            held_out = open_dataset(name, sources=sources).split("test")
             for trained in [train] if seen is None else [train, seen]:
                 if warning := check_copies(trained, held_out, not quiet):
                     log.warning(warning)
@@ -58,7 +59,7 @@ def choose_pairs(
         )
     _write_parts(folder, PairList(pairs, columns, len(source), []), source, parts)
     own, held_out_part = (str(folder / name) for name in SPLIT)
-    return open_source(own), own, [held_out_part]
+    return open_source(own, sources=sources), own, [held_out_part]
 
 
 def pairs_of(weights: str) -> PairSource | None:

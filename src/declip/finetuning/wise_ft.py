@@ -7,6 +7,7 @@ from statistics import fmean
 
 import torch
 
+from declip.data.sources.open import NO_SOURCES, Sources
 from declip.interchange.read import read_checkpoint
 from declip.io.atomic import atomic_write, save_tensors, write_text
 from declip.models.device import pick_device
@@ -39,7 +40,7 @@ def ends_of(folder: Path, device: str = "auto") -> tuple[DualEncoder, DualEncode
     return models[0].to(pick_device(device)).eval(), models[1].to(pick_device(device)).eval()
 
 
-def mix_with_start(folder: Path, quiet: bool = False) -> DualEncoder | None:
+def mix_with_start(folder: Path, quiet: bool = False, sources: Sources = NO_SOURCES) -> DualEncoder | None:
     """Choose a mixture on the validation sets and `evaluation.keep`, and write it into the folder of a finished run.
 
     `declip.load` reads it instead of the best checkpoint. The score is the mean, over the sets, of R@1 of both
@@ -48,13 +49,13 @@ def mix_with_start(folder: Path, quiet: bool = False) -> DualEncoder | None:
     run = run_folder.read_run(folder)
     if "alpha" in run.mixture:
         return None
-    tasks = evaluation_tasks(run.recipe, final=False) | tasks_to_keep(run.recipe)
+    tasks = evaluation_tasks(run.recipe, final=False) | tasks_to_keep(run.recipe, sources)
     start, end = ends_of(folder)
     scores = dict[float, dict[str, float]]()
     for alpha in ALPHAS:
         model = interpolate(start, end, alpha)
         scores[alpha] = {
-            name: fmean(result.headline.value for result in measure(model, {name: found}, not quiet))
+            name: fmean(result.headline.value for result in measure(model, {name: found}, not quiet, sources))
             for name, found in tasks.items()
         }
     best = max(ALPHAS, key=lambda alpha: fmean(scores[alpha].values()))
@@ -62,7 +63,7 @@ def mix_with_start(folder: Path, quiet: bool = False) -> DualEncoder | None:
     if mixed is not None:
         with atomic_write(folder / run_folder.MIXED) as temporary:
             save_tensors(prefixed("model", mixed.state_dict()), temporary)
-        for result in measure(mixed, evaluation_tasks(run.recipe, final=True), not quiet):
+        for result in measure(mixed, evaluation_tasks(run.recipe, True, sources), not quiet, sources):
             row = {"step": run.step, "best_step": run.best_step, **result.to_dict()}
             run_folder.append_row(folder / run_folder.EVALUATIONS, row)
     # Written last: a run that is stopped before chooses again.

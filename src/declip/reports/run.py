@@ -8,6 +8,7 @@ import numpy as np
 
 from declip.data.images.thumbnails import thumbnails_of
 from declip.data.pair import PairSource
+from declip.data.sources.open import NO_SOURCES, Sources
 from declip.errors import UserError
 from declip.evaluation.datasets import open_dataset
 from declip.evaluation.encode import Encoder, SourceFeatures, encode_source
@@ -26,7 +27,7 @@ PROGRESS = {"lr": ("learning rate", False), "logit_scale": ("logit scale", False
 SHOWN = 5  # candidates of a query
 
 
-def write_report(folder: Path, model: Encoder, limit: int = 4_000) -> Path:
+def write_report(folder: Path, model: Encoder, limit: int = 4_000, sources: Sources = NO_SOURCES) -> Path:
     """Write ``report.html`` into a run folder, from its files; the model encodes up to `limit` held-out pairs.
 
     A section whose input cannot be read is left out with a warning.
@@ -38,7 +39,7 @@ def write_report(folder: Path, model: Encoder, limit: int = 4_000) -> Path:
     dataset = min(names, key=lambda name: name.startswith("builtin:"), default=None)
     results = [row.result for row in run.last() if row.result.dataset == dataset]
     # --- tables and examples
-    held_out = _encode(model, dataset, limit)
+    held_out = _encode(model, dataset, limit, sources)
     source, grown = run.examples.get("source"), run.cross_validation.get("growth", {})
     credits = (source and source["credit"], held_out and held_out["source"].credit)
     content = render(
@@ -157,11 +158,11 @@ def _curve(run: Run, title: str, column: str, explanation: str = "", noisy: bool
     return {"title": title, "svg": chart and chart.svg(f"chart-{column}"), "explanation": explanation}
 
 
-def _encode(model: Encoder, name: str | None, limit: int) -> dict[str, Any] | None:
+def _encode(model: Encoder, name: str | None, limit: int, sources: Sources) -> dict[str, Any] | None:
     if name is None:
         return None
     try:
-        source = open_dataset(name).split("test")
+        source = open_dataset(name, sources=sources).split("test")
         rows = np.linspace(0, len(source) - 1, min(limit, len(source))).round().astype(np.int64)
         features = encode_source(model, source, indices=rows.tolist())
     except UserError as error:

@@ -1,9 +1,9 @@
 """The objective: encode a batch once, gather once, and sum the weighted losses of a recipe."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -42,45 +42,36 @@ TERMS: dict[str, type[Term]] = {
 Gather = Callable[[Tensor], Tensor]
 
 
-@contextmanager
-def extra_terms(terms: Mapping[str, type[Term]]) -> Iterator[None]:
-    """Let recipes weight losses that are not of this package until the block ends: name in `loss_weights` → class."""
-    _add_terms(terms)
-    try:
-        yield
-    finally:
-        for name in terms:
-            del TERMS[name]
+Terms = Mapping[str, type[Term]]
+NO_TERMS: Terms = MappingProxyType({})
 
 
-def _add_terms(terms: Mapping[str, type[Term]]) -> None:
-    for name, term in terms.items():
+def active_terms(recipe: Recipe, terms: Terms = NO_TERMS) -> dict[str, type[Term]]:
+    """The losses with a weight above 0: those of `TERMS` in its order, then plugins and the caller's `terms`."""
+    named = recipe.loss_weights.keys() - TERMS.keys() - terms.keys()
+    own = {name: load_plugin("losses", name) for name in recipe.loss_weights if name in named & {*plugins("losses")}}
+    own |= terms
+    for name, term in own.items():
         if name in TERMS or not name.isidentifier() or not (isinstance(term, type) and issubclass(term, Term)):
             raise UserError(
                 f"terms has the name '{name}' for {term!r}; give identifiers other than {', '.join(TERMS)}, each for a "
                 "subclass of declip.supervision.term.Term."
             )
-    TERMS.update(terms)
-
-
-def active_terms(recipe: Recipe) -> dict[str, type[Term]]:
-    """The losses with a weight above 0, in the order of `TERMS`; raises `UserError` for an unknown name."""
+    known = TERMS | own
     for name in recipe.loss_weights:
-        if name not in TERMS and name in plugins("losses"):
-            _add_terms({name: load_plugin("losses", name)})
-        if name not in TERMS:
-            raise unknown("loss", f"loss_weights.{name}", [f"loss_weights.{known}" for known in TERMS])
-    return {name: term for name, term in TERMS.items() if name in recipe.active_losses}
+        if name not in known:
+            raise unknown("loss", f"loss_weights.{name}", [f"loss_weights.{other}" for other in known])
+    return {name: term for name, term in known.items() if name in recipe.active_losses}
 
 
-def needs_of(recipe: Recipe) -> list[Needs]:
+def needs_of(recipe: Recipe, terms: Terms = NO_TERMS) -> list[Needs]:
     """List the needs of the active losses of a recipe."""
-    return [term.needs_in(recipe) for term in active_terms(recipe).values()]
+    return [term.needs_in(recipe) for term in active_terms(recipe, terms).values()]
 
 
-def without_run_state(heads: Mapping[str, Any]) -> dict[str, Tensor]:
+def without_run_state(heads: Mapping[str, Any], terms: Terms = TERMS) -> dict[str, Tensor]:
     """Leave out the tensors of an objective that another run cannot use; see `Term.run_state`."""
-    left_out = tuple(f"terms.{name}.{start}" for name, term in TERMS.items() for start in term.run_state)
+    left_out = tuple(f"terms.{name}.{start}" for name, term in terms.items() for start in term.run_state)
     return {n: t for n, t in heads.items() if isinstance(t, Tensor) and not n.startswith(left_out)}
 
 
@@ -90,15 +81,19 @@ def for_sigmoid(loss_weights: Mapping[str, float]) -> dict[str, float]:
 
 
 class Objective(nn.Module):
-    """The weighted sum of a recipe's active losses, with the heads and the queue that they own."""
+    """The weighted sum of a recipe's active losses, with the heads and the queue that they own.
 
-    def __init__(self, recipe: Recipe, model: DualEncoder) -> None:
+    Args:
+        terms: Losses that are not of this package, by their name in `loss_weights`.
+    """
+
+    def __init__(self, recipe: Recipe, model: DualEncoder, terms: Terms = NO_TERMS) -> None:
         super().__init__()
         self.recipe = recipe
-        active = active_terms(recipe)
+        self.classes = active = active_terms(recipe, terms)
         self.weights = {name: recipe.loss_weights[name] for name in active}
         self.terms = nn.ModuleDict({name: term(recipe, model) for name, term in active.items()})
-        self.needs = needs_of(recipe)
+        self.needs = needs_of(recipe, terms)
         self.reaches_all = any(term.reaches_all for term in active.values())
         if model.logit_bias is not None and not any(term.uses_bias for term in active.values()):
             model.logit_bias.requires_grad_(False)  # softmax does not see it

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import torch
 
 from declip.data.batch import Plan, plan_views
-from declip.data.loader import Assembler, Augment, PairLoader
+from declip.data.loader import Assembler, PairLoader
 from declip.data.pair import PairSource
+from declip.data.sources.open import NO_SOURCES, Sources
 from declip.errors import UserError
 from declip.evaluation.datasets import open_dataset
 from declip.interchange.weights import Weights
@@ -24,16 +25,15 @@ from declip.recipe.schema import Recipe
 from declip.runs import folder as run_folder
 from declip.runs.checkpoint import Checkpoint, folder_of, load_checkpoint
 from declip.runs.folder import RECIPE, log, read_recipe
-from declip.supervision.objective import Objective, needs_of
+from declip.supervision.objective import NO_TERMS, Objective, Terms, needs_of
 from declip.training import distributed
 from declip.training.distributed import HostGroup
 from declip.training.evaluations import has_captions
-from declip.training.optimizer import OptimizerFactory, build_optimizer, named_trainable
+from declip.training.optimizer import build_optimizer, named_trainable
 from declip.training.pairs import open_training_source, refuse_broken, sample_hashes
 from declip.training.parallel import build_learner
 from declip.training.pretrained import apply_pretrained, load_pretrained
-from declip.training.sinks import Sink
-from declip.training.state import Parts, restore
+from declip.training.state import NO_EXTENSIONS, Extensions, Parts, restore
 from declip.training.trackers import trackers_of
 
 MOST_LOADERS = 32  # loader processes of a training process: each holds two batches in shared memory
@@ -44,6 +44,7 @@ def resolve_recipe(
     overrides: Mapping[str, Any] | None = None,
     data: str | Path | None = None,
     val: Sequence[str | Path] = (),
+    sources: Sources = NO_SOURCES,
 ) -> Recipe:
     """Load a recipe with its overrides, training pairs and held-out sets, see `train`."""
     if isinstance(recipe, Recipe):
@@ -54,7 +55,7 @@ def resolve_recipe(
     if data is not None:
         given["data.source"] = json.dumps(str(data))  # quoted, because values are read as YAML
     if val:
-        sets = {str(name): open_dataset(name).split("test") for name in val}
+        sets = {str(name): open_dataset(name, sources=sources).split("test") for name in val}
         classes = [name for name, source in sets.items() if source.labels is not None]
         captions = [name for name, source in sets.items() if has_captions(source)]
         if neither := [name for name in sets if name not in {*classes, *captions}]:
@@ -84,7 +85,7 @@ class Resolved(NamedTuple):
     hosts: HostGroup
 
 
-def resolve(recipe: Recipe, folder: Path = Path(), resume: bool = False) -> Resolved:
+def resolve(recipe: Recipe, folder: Path = Path(), resume: bool = False, sources: Sources = NO_SOURCES) -> Resolved:
     """Resolve a recipe; a resumed run keeps its precision and reads its weights from its folder."""
     device, hosts = distributed.meet(recipe.train.device)
     if device.type == "cuda":
@@ -93,7 +94,7 @@ def resolve(recipe: Recipe, folder: Path = Path(), resume: bool = False) -> Reso
     weights = load_pretrained(recipe, folder, resume)
     if weights is not None:
         recipe = weights.fit(recipe)
-    source = open_training_source(recipe)
+    source = open_training_source(recipe, sources)
     return Resolved(resolve_epochs(recipe, source), weights, source, device, hosts)
 
 
@@ -123,13 +124,11 @@ def assemble(
     folder: Path,
     resume: bool = False,
     quiet: bool = False,
-    callbacks: Sequence[Sink] = (),
-    optimizer: OptimizerFactory | None = None,
-    augment: Augment | None = None,
+    extensions: Extensions = NO_EXTENSIONS,
 ) -> Parts:
     """Build the parts of a recipe's run, or of the run in the folder, to continue it; see `declip.train`."""
     # --- processes, device, pretrained weights and pairs; from here on the recipe does not change
-    recipe, weights, source, device, hosts = resolve(recipe, folder, resume)
+    recipe, weights, source, device, hosts = resolve(recipe, folder, resume, extensions.sources)
     hosts.on_rank_zero(lambda: len(trackers_of(recipe.train.report_to)))  # refuses those that are not installed
     hosts.on_rank_zero(partial(refuse_broken, source, recipe.data.max_broken_fraction))
     # --- model and objective, random from the seed, then pretrained
@@ -139,24 +138,24 @@ def assemble(
         encoder = run_folder.kept_encoder(recipe, folder)
     model = DualEncoder.from_recipe(recipe, encoder).to(device)
     model.image_tower.refuse_size(recipe.image.model, recipe.image.size)
-    objective = Objective(recipe, model).to(device)
+    objective = Objective(recipe, model, extensions.terms).to(device)
     pretrained = apply_pretrained(weights, recipe, model, objective)
     objective.prepare(source, model)
     # --- learner and optimizer
     learner = build_learner(recipe, model, objective)
     multipliers = pretrained.multipliers if pretrained is not None else {}
     trained = named_trainable(model, objective)
-    built = build_optimizer(trained, recipe.train, multipliers, objective.over_vocabulary, optimizer)
+    built = build_optimizer(trained, recipe.train, multipliers, objective.over_vocabulary, extensions.optimizer)
     if not distributed.is_rank_zero():  # which continues the stream of the weights, as one process does
         distributed.seed_rank(recipe.seed, 0)
     # --- loader and held-out sets
     threads = torch.get_num_threads() if device.type == "cpu" else 1
     workers = auto_workers(threads) if recipe.data.workers == "auto" else recipe.data.workers
-    loader = build_loader(recipe, source, model, workers, augment)
-    samples = sample_hashes(recipe, source)
+    loader = build_loader(recipe, source, model, workers, extensions)
+    samples = sample_hashes(recipe, source, extensions.sources)
     # --- the run folder, and the checkpoint in it
     parts = Parts(
-        recipe, folder, quiet, callbacks, hosts, source, model, objective, pretrained, learner, built, loader,
+        recipe, folder, quiet, extensions, hosts, source, model, objective, pretrained, learner, built, loader,
         workers, samples,
     )  # fmt: skip
     _start_or_continue(parts, resume)
@@ -168,25 +167,25 @@ def auto_workers(training: int) -> int:
     return max(0, min(MOST_LOADERS, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - training))
 
 
-def plan_of(recipe: Recipe) -> Plan:
+def plan_of(recipe: Recipe, terms: Terms = NO_TERMS) -> Plan:
     """Plan the views of a pair that the losses of a recipe need."""
-    return plan_views(recipe, needs_of(recipe))
+    return plan_views(recipe, needs_of(recipe, terms))
 
 
 def build_loader(
-    recipe: Recipe, source: PairSource, model: DualEncoder, workers: int = 0, augment: Augment | None = None
+    recipe: Recipe, source: PairSource, model: DualEncoder, workers: int = 0, extensions: Extensions = NO_EXTENSIONS
 ) -> PairLoader:
     """Build the loader of a recipe; its `step` is that of the next batch."""
     assembler = Assembler(
         source,
         model.tokenizer,
-        plan_of(recipe),
+        plan_of(recipe, extensions.terms),
         batch_size=recipe.train.batch_size,
         seed=recipe.seed,
         shuffle_buffer=recipe.data.shuffle_buffer,
         rank=distributed.rank(),
         ranks=distributed.world_size(),
-        augment=augment,
+        augment=extensions.augment,
     )
     cuda = model.device.type == "cuda"
     return PairLoader(assembler, workers=workers, pin_memory=cuda, max_broken_fraction=recipe.data.max_broken_fraction)

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 
 from declip.data.pair import BrokenPair, PairSource
+from declip.data.sources.open import NO_SOURCES, Sources
 from declip.evaluation.datasets import open_dataset
 from declip.evaluation.encode import Encoder
 from declip.evaluation.protocols import Options, evaluate_all
@@ -13,9 +14,9 @@ from declip.recipe.schema import Recipe
 FIRST = 64  # pairs that are asked for a caption
 
 
-def evaluation_tasks(recipe: Recipe, final: bool) -> dict[str, list[str]]:
+def evaluation_tasks(recipe: Recipe, final: bool, sources: Sources = NO_SOURCES) -> dict[str, list[str]]:
     """Map each dataset that a recipe evaluates on, at the end or during training, to its protocols."""
-    wanted, tasks = recipe.evaluation, tasks_to_keep(recipe) if final else {}
+    wanted, tasks = recipe.evaluation, tasks_to_keep(recipe, sources) if final else {}
     ends = (("zero-shot", wanted.final_zero_shot), ("retrieval", wanted.final_retrieval)) if final else ()
     for protocol, names in (("zero-shot", wanted.zero_shot), ("retrieval", wanted.retrieval), *ends):
         for name in names:
@@ -24,10 +25,12 @@ def evaluation_tasks(recipe: Recipe, final: bool) -> dict[str, list[str]]:
     return tasks
 
 
-def measure(model: Encoder, tasks: Mapping[str, list[str]], progress: bool) -> Iterator[Result]:
+def measure(
+    model: Encoder, tasks: Mapping[str, list[str]], progress: bool, sources: Sources = NO_SOURCES
+) -> Iterator[Result]:
     """Evaluate a model on datasets by their protocols, see `evaluation_tasks`."""
     for name, protocols in tasks.items():
-        yield from evaluate_all(model, name, protocols, Options(progress=progress))
+        yield from evaluate_all(model, open_dataset(name, sources=sources), protocols, Options(progress=progress))
 
 
 def has_captions(source: PairSource) -> bool:
@@ -40,7 +43,7 @@ def has_captions(source: PairSource) -> bool:
     return False
 
 
-def tasks_to_keep(recipe: Recipe) -> dict[str, list[str]]:
+def tasks_to_keep(recipe: Recipe, sources: Sources = NO_SOURCES) -> dict[str, list[str]]:
     """Map the sets of `evaluation.keep` to their protocols: retrieval with captions, else zero-shot."""
-    sets = {name: open_dataset(name).split("test") for name in recipe.evaluation.keep}
+    sets = {name: open_dataset(name, sources=sources).split("test") for name in recipe.evaluation.keep}
     return {name: ["retrieval" if has_captions(source) else "zero-shot"] for name, source in sets.items()}

@@ -7,7 +7,7 @@ import numpy as np
 
 from declip.data.columns import Columns
 from declip.data.pair import BrokenPair, PairSource, SkipCounter
-from declip.data.sources.open import open_source
+from declip.data.sources.open import NO_SOURCES, Sources, open_source
 from declip.data.sources.subset import Joined, take, training_part
 from declip.errors import UserError
 from declip.evaluation.datasets import open_dataset, with_classes
@@ -19,11 +19,11 @@ FEW = 1_000  # pairs up to which all are opened before training, in about a seco
 SAMPLE = 64  # pairs, evenly spaced, that stand for all where reading all would take too long
 
 
-def open_training_source(recipe: Recipe) -> PairSource:
+def open_training_source(recipe: Recipe, sources: Sources = NO_SOURCES) -> PairSource:
     """Open the training pairs, of a source with splits those of "train", limited to `data.max_pairs` by the seed."""
     data = recipe.data
     names = [data.source] if isinstance(data.source, str) else data.source
-    parts = [training_part(open_source(name, Columns.of(data))) for name in names]
+    parts = [training_part(open_source(name, Columns.of(data), sources)) for name in names]
     source = parts[0] if isinstance(data.source, str) else Joined(parts)
     if data.columns.get("group") is not None and source.group_column is None:
         raise UserError(f"data.columns.group names a column of a table, which '{source.name}' is not. Leave it out.")
@@ -47,11 +47,11 @@ def refuse_many(broken: SkipCounter, source: PairSource, allowed: float) -> None
         raise broken.refusal(len(source), allowed, source.name)
 
 
-def sample_hashes(recipe: Recipe, source: PairSource) -> dict[str, list[str]]:
+def sample_hashes(recipe: Recipe, source: PairSource, sources: Sources = NO_SOURCES) -> dict[str, list[str]]:
     """Open every held-out set, to find an unusable one before training, and hash it and the training pairs."""
     sets = {TRAINING: source}
-    for name, protocols in evaluation_tasks(recipe, final=True).items():
-        sets[name] = open_dataset(name).split("test")
+    for name, protocols in evaluation_tasks(recipe, True, sources).items():
+        sets[name] = open_dataset(name, sources=sources).split("test")
         if "zero-shot" in protocols:
             with_classes(sets[name])
     return {name: _hashes(pairs) for name, pairs in sets.items()}

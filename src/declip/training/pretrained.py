@@ -21,7 +21,7 @@ from declip.models.layers import IMAGE, MARK, TEXT, add_adapters, blocks, depths
 from declip.recipe.schema import FineTuning, LoRA, Recipe
 from declip.runs.checkpoint import prefixed
 from declip.runs.folder import KEPT
-from declip.supervision.objective import Objective
+from declip.supervision.objective import Objective, without_run_state
 from declip.training.optimizer import LrMultiplier
 
 
@@ -138,9 +138,10 @@ def _resized(name: str, tensor: Tensor, own: Tensor, model: DualEncoder) -> Tens
 def _place_heads(start: Weights, objective: Objective) -> set[str]:
     """Load the heads whose tensors all fit, and return their names."""
     own = {name: t for name, t in objective.state_dict().items() if isinstance(t, Tensor)}
-    fits = {name for name in own if name in start.heads and start.heads[name].shape == own[name].shape}
+    given = without_run_state(start.heads, objective.classes)
+    fits = {name for name in own if name in given and given[name].shape == own[name].shape}
     partly = {tuple(name.split(".")[:3]) for name in own.keys() - fits}  # terms, simsiam, projector
-    heads = {name: start.heads[name] for name in fits if tuple(name.split(".")[:3]) not in partly}
+    heads = {name: given[name] for name in fits if tuple(name.split(".")[:3]) not in partly}
     objective.load_state_dict({**objective.state_dict(), **heads})
     return set(heads)
 

@@ -7,15 +7,16 @@ from dataclasses import asdict, dataclass, field
 from io import FileIO
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
 from torch import nn
 
 import declip
-from declip.data.loader import PairLoader
+from declip.data.loader import Augment, PairLoader
 from declip.data.pair import PairSource, SkipCounter
+from declip.data.sources.open import NO_SOURCES, Sources
 from declip.errors import UserError
 from declip.evaluation.results import Result, RetrievalResult, ZeroShotResult
 from declip.models.device import random_states, set_random_states
@@ -23,10 +24,10 @@ from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schema import Evaluation, Recipe
 from declip.runs.checkpoint import Checkpoint, part, prefixed
 from declip.runs.folder import log
-from declip.supervision.objective import Objective
+from declip.supervision.objective import NO_TERMS, Objective, Terms
 from declip.training import distributed
 from declip.training.distributed import HostGroup
-from declip.training.optimizer import load_moments, moments
+from declip.training.optimizer import OptimizerFactory, load_moments, moments
 from declip.training.pairs import TRAINING
 from declip.training.parallel import full_tensor, load_full_state, unwrap
 from declip.training.pretrained import Pretrained
@@ -68,6 +69,19 @@ class Progress:
     best: BestEvaluation | None = None  # the best evaluation, where `train.patience` watches them
 
 
+class Extensions(NamedTuple):
+    """What the caller adds to a recipe in Python, see `declip.train`."""
+
+    callbacks: Sequence[Sink] = ()
+    terms: Terms = NO_TERMS
+    optimizer: OptimizerFactory | None = None
+    augment: Augment | None = None
+    sources: Sources = NO_SOURCES
+
+
+NO_EXTENSIONS = Extensions()
+
+
 @dataclass
 class Parts:
     """A run before its next step, from `declip.training.assemble.assemble`."""
@@ -75,7 +89,7 @@ class Parts:
     recipe: Recipe  # resolved: precision, sizes and steps are set
     folder: Path
     quiet: bool
-    callbacks: Sequence[Sink]
+    extensions: Extensions
     hosts: HostGroup  # coordination between the ranks
     source: PairSource
     model: DualEncoder

@@ -65,7 +65,7 @@ class Trainer:
         parts, train = self.parts, self.parts.recipe.train
         info = RunInfo(parts.folder, self.progress.step, train.steps, train.batch_size, parts.quiet, parts.model)
         with parts.lock or nullcontext():
-            sinks = [*trackers_of(train.report_to), *parts.callbacks] if self.is_rank_zero else []
+            sinks = [*trackers_of(train.report_to), *parts.extensions.callbacks] if self.is_rank_zero else []
             with monitored(info, sinks, not self.is_rank_zero) as monitor, self.writer:
                 if not self.finished:
                     self._prepare(monitor)
@@ -252,8 +252,9 @@ class Trainer:
         def run() -> list[Result]:
             best = progress.best if final and self.finished else None
             weights = {} if best is None else {"best_step": best.step}
-            tasks, results = evaluation_tasks(parts.recipe, final), list[Result]()
-            for result in measure(parts.model, tasks, not parts.quiet and self.is_rank_zero):
+            sources, results = parts.extensions.sources, list[Result]()
+            tasks = evaluation_tasks(parts.recipe, final, sources)
+            for result in measure(parts.model, tasks, not parts.quiet and self.is_rank_zero, sources):
                 monitor.evaluation(progress.step, {**result.to_dict(), **weights})
                 results.append(result)
             return results
@@ -288,7 +289,7 @@ class Trainer:
         best = self.progress.best.step if self.progress.best is not None else step
         rows = (row for row in Run(self.parts.folder, step).results if row.get("best_step", step) == best)
         done = {(row["dataset"], row["task"]) for row in rows}
-        tasks = evaluation_tasks(self.parts.recipe, final=True)
+        tasks = evaluation_tasks(self.parts.recipe, True, self.parts.extensions.sources)
         return all((name, protocol) in done for name, protocols in tasks.items() for protocol in protocols)
 
     def save(self, monitor: Monitor) -> None:

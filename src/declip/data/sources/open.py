@@ -1,8 +1,9 @@
 """Open a source of pairs by its name, or its images alone."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from declip.data.builtin.sets import open_builtin
@@ -17,28 +18,27 @@ from declip.data.sources.table import TABLE_KINDS, TableSource, find_table
 from declip.errors import UserError
 from declip.io.plugins import load_plugin, plugins
 
-_OBJECTS: dict[str, Any] = {}
+Sources = Mapping[str, PairSource | Items]
+"""Python objects by the names that a recipe has for them."""
+NO_SOURCES: Sources = MappingProxyType({})
 
 
-@contextmanager
-def named_objects(*given: Any) -> Iterator[list[Any]]:
-    """Give Python objects names that `open_source` takes within the block; strings, paths and None stay as they are."""
-    names: list[Any] = list(given)
-    for place, item in enumerate(given):
+def name_sources(*given: Any) -> tuple[list[Any], Sources]:
+    """Name Python objects, for a recipe; strings, paths and None stay as they are."""
+    names, sources = list[Any](given), dict[str, Any]()
+    for index, item in enumerate(given):
         if item is not None and not isinstance(item, str | Path):
             size = len(item) if hasattr(item, "__len__") else "?"  # refused when it is opened
             name = f"{PREFIX}{type(item).__qualname__}({size})"
-            while name in _OBJECTS:
+            while name in sources:
                 name += "+"
-            _OBJECTS[name], names[place] = item, name
-    try:
-        yield names
-    finally:
-        for name in names:
-            _OBJECTS.pop(name, None)
+            sources[name], names[index] = item, name
+    return names, sources
 
 
-def open_source(spec: str | Path | PairSource | Items, columns: Columns = DEFAULT) -> PairSource:
+def open_source(
+    spec: str | Path | PairSource | Items, columns: Columns = DEFAULT, sources: Sources = NO_SOURCES
+) -> PairSource:
     """Open a source of pairs.
 
     Args:
@@ -47,6 +47,7 @@ def open_source(spec: str | Path | PairSource | Items, columns: Columns = DEFAUL
             a pattern, a brace range such as "data/{00000..00331}.tar" or a URL; a list of pairs (.pairs); NAME:REST for
             the source NAME of a plugin. In Python also a source, or any object that `ItemSource` takes.
         columns: The columns of a table, or the keys of a Python object's dicts.
+        sources: Python objects that `spec`, or the list that it names, may name.
 
     Examples:
         >>> open_source("pairs.csv")[0].captions
@@ -58,8 +59,8 @@ def open_source(spec: str | Path | PairSource | Items, columns: Columns = DEFAUL
     text = str(spec)
     if text.startswith(BUILTIN_PREFIX):
         return open_builtin(text)
-    if text in _OBJECTS:
-        return open_source(_OBJECTS[text], columns)
+    if text in sources:
+        return open_source(sources[text], columns)
     if text.startswith(PREFIX):
         raise UserError(f"'{text}' was a Python object. Pass it again in Python: declip.train(recipe, data=object).")
     kind, colon, rest = text.partition(":")
@@ -83,7 +84,7 @@ def open_source(spec: str | Path | PairSource | Items, columns: Columns = DEFAUL
     if path.suffix.lower() != LIST_KIND or not path.is_file():
         return TableSource(path, columns)  # which refuses what is not a table
     listed = read_pair_list(path)
-    return listed.of(open_source(listed.source, listed.columns), path)
+    return listed.of(open_source(listed.source, listed.columns, sources), path)
 
 
 class ImageSource:
