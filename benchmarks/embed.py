@@ -24,7 +24,8 @@ from torch.nn.functional import normalize
 
 from declip.interchange.read import load
 from declip.models.dual_encoder import DualEncoder
-from declip.models.inference import convert, image_encoder, precision_of
+from declip.models.inference import image_encoder
+from declip.models.precision import convert, precision_of
 from declip.recipe.load import load_recipe
 from declip.recipe.starts import STARTS
 from declip.search.embed import embed

@@ -19,7 +19,7 @@ from declip.evaluation.protocols import Options, evaluate_all
 from declip.evaluation.results import Result
 from declip.finetuning import run as finetuning
 from declip.interchange.read import folder_or_name, loaded
-from declip.models.inference import Precision
+from declip.models.precision import Precision
 from declip.recipe.schema import Recipe
 from declip.reports.comparison import write_page
 from declip.reports.run import write_report

@@ -5,16 +5,10 @@ import torch
 
 from conftest import refuses, tiny_tree
 from declip.models.dual_encoder import DualEncoder
-from declip.models.inference import (
-    chunked,
-    convert,
-    fingerprint,
-    image_encoder,
-    inference_tower,
-    pick_precision,
-    precision_of,
-    round_taps,
-)
+from declip.models.fingerprint import fingerprint
+from declip.models.folding import inference_tower
+from declip.models.inference import chunked, image_encoder
+from declip.models.precision import convert, pick_precision, precision_of, round_taps
 from declip.recipe.schema import Recipe
 
 

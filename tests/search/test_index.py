@@ -16,7 +16,7 @@ from conftest import draw, refuses
 from declip.data.pair import Origin, Pair, PairSource
 from declip.data.sources.open import open_source
 from declip.models.dual_encoder import DualEncoder
-from declip.models.inference import fingerprint
+from declip.models.fingerprint import fingerprint
 from declip.reports.sheets import search_sheet
 from declip.search.index import Index, nearest
 from declip.search.info import INFO

@@ -5,7 +5,7 @@ import torch
 from conftest import TINY, tiny_tree
 from declip.api import train
 from declip.recipe.schema import Recipe
-from declip.runs.checkpoint import list_checkpoints, load_checkpoint, part
+from declip.runs.checkpoint import list_checkpoints, load_checkpoint, without_prefix
 from declip.runs.folder import read_rows
 from declip.training.assemble import assemble
 from declip.training.signals import StopRequest
@@ -125,7 +125,7 @@ def state(trainer):
 
 
 def last(run):
-    return part("model", load_checkpoint(list_checkpoints(run)[-1]).weights)
+    return without_prefix("model", load_checkpoint(list_checkpoints(run)[-1]).weights)
 
 
 def moved(before, after):

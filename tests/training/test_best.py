@@ -14,7 +14,7 @@ from declip.interchange.export import trace
 from declip.recipe.load import load_recipe
 from declip.recipe.schema import Evaluation
 from declip.reports.run import measures_table
-from declip.runs.checkpoint import list_checkpoints, load_checkpoint, part, step_of
+from declip.runs.checkpoint import list_checkpoints, load_checkpoint, step_of, without_prefix
 from declip.runs.folder import Run, append_row, drop_rows, read_rows
 from declip.training.assemble import assemble
 from declip.training.state import BestEvaluation
@@ -65,7 +65,7 @@ def test_a_run_ends_with_its_best_weights_also_when_it_was_killed(table, tmp_pat
     last = run.results[-1]
     assert last["best_step"] == best
     assert last["loss"] == pytest.approx(rows[best]["loss"], rel=1e-6)
-    weights = part("model", load_checkpoint(whole / "checkpoints/best").weights)
+    weights = without_prefix("model", load_checkpoint(whole / "checkpoints/best").weights)
     assert not moved(weights, declip.load(whole, device="cpu").state_dict())
 
     held = {**run.evaluations[-1], "dataset": "held.csv"}  # a test set, of which only the end is known
@@ -105,7 +105,7 @@ def test_two_processes_stop_together_with_the_same_best_weights(table, tmp_path)
     assert one[:2] == other[:2]
     assert one[1]
     assert one[0] < 24
-    best = part("model", load_checkpoint(tmp_path / "run/checkpoints/best").weights)
+    best = without_prefix("model", load_checkpoint(tmp_path / "run/checkpoints/best").weights)
     assert not moved(best, one[2]) | moved(best, other[2])
 
 

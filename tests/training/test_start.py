@@ -19,7 +19,7 @@ from declip.interchange.read import is_published, read_start
 from declip.models.layers import IMAGE, TEXT
 from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe
-from declip.runs.checkpoint import list_checkpoints, load_checkpoint, part
+from declip.runs.checkpoint import list_checkpoints, load_checkpoint, without_prefix
 from declip.runs.folder import read_rows
 from declip.training.assemble import assemble
 from declip.training.pretrained import _resized
@@ -30,7 +30,7 @@ from training.starts import STATISTICS, VIT, last, moved, state, trainer_of, tun
 def test_a_run_gives_towers_heads_tokenizer_statistics_and_scale(table, tmp_path, start):
     trainer = trainer_of(tuned(table, start), tmp_path)
     checkpoint = load_checkpoint(list_checkpoints(start)[-1])
-    given, heads = part("model", checkpoint.weights), part("objective", checkpoint.training)
+    given, heads = without_prefix("model", checkpoint.weights), without_prefix("objective", checkpoint.training)
     assert not moved(given, state(trainer))
     own = dict(trainer.parts.objective.named_parameters())
     assert not moved(own, heads)
@@ -80,7 +80,7 @@ def test_heads_are_taken_whole_or_not_at_all(table, tmp_path, start):
     """The start's language head has its vocabulary; a projector of another width is new, all of it."""
     keys = tuned(table, start).model_dump(mode="json") | {"simsiam": {"widths": [16, 16, 6]}}
     trainer = trainer_of(Recipe.model_validate(keys), tmp_path)
-    heads = part("objective", load_checkpoint(list_checkpoints(start)[-1]).training)
+    heads = without_prefix("objective", load_checkpoint(list_checkpoints(start)[-1]).training)
     new = moved(dict(trainer.parts.objective.named_parameters()), heads)
     assert {".".join(name.split(".")[:3]) for name in new} == {"terms.simsiam.predictor"}
     assert "new: simsiam.predictor" in trainer.parts.pretrained.summary

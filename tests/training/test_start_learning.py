@@ -15,7 +15,7 @@ from declip.interchange.declip_file import FILE, RECIPE, VERSION, write_declip_f
 from declip.models.hf_encoder import ENTRY
 from declip.models.layers import IMAGE, TEXT, blocks, depths, freeze, is_frozen
 from declip.recipe.schema import Recipe
-from declip.runs.checkpoint import list_checkpoints, load_checkpoint, part
+from declip.runs.checkpoint import list_checkpoints, load_checkpoint, without_prefix
 from declip.runs.folder import read_run
 from declip.training.optimizer import LrMultiplier, group_lr
 from declip.training.parallel import HostSyncBatchNorm, synchronize
@@ -37,9 +37,9 @@ def test_towers_rest_while_new_heads_warm_up(table, tmp_path, conv_start):
     assert "Steps 1 to 2 (" in (tmp_path / "run/log.txt").read_text()
     first, second, third = (load_checkpoint(path) for path in list_checkpoints(tmp_path / "run")[:3])
     for checkpoint in (first, second):
-        assert not moved(before, part("model", checkpoint.weights))
-        assert moved(heads, part("objective", checkpoint.training)) == set(heads)
-    assert len(moved(before, part("model", third.weights))) > 40
+        assert not moved(before, without_prefix("model", checkpoint.weights))
+        assert moved(heads, without_prefix("objective", checkpoint.training)) == set(heads)
+    assert len(moved(before, without_prefix("model", third.weights))) > 40
 
 
 @pytest.mark.parametrize(("image", "text"), [(2, 3), ("all", 0)])

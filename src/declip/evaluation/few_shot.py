@@ -18,7 +18,8 @@ from declip.closed_form.folds import PrincipalAxes, assign_folds
 from declip.evaluation.encode import Encoder
 from declip.evaluation.results import Measure, by_class, sample_per_class
 from declip.models.dual_encoder import DualEncoder
-from declip.models.inference import chunked, inference_tower
+from declip.models.folding import inference_tower
+from declip.models.inference import chunked
 
 RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 100.0)  # the last are class means
 NAME_WEIGHTS = (0.0, 1.0, 4.0, 16.0)  # κ, in images

@@ -26,7 +26,9 @@ from declip.io.atomic import cache_folder
 from declip.io.cache import FEATURES, hold, trim_cache
 from declip.io.pool import usual_workers
 from declip.models.dual_encoder import DualEncoder
-from declip.models.inference import chunked, hash_tensors, inference_tower
+from declip.models.fingerprint import hash_tensors
+from declip.models.folding import inference_tower
+from declip.models.inference import chunked
 from declip.models.layers import IMAGE, PROJECTIONS, TEXT
 from declip.recipe.schema import Recipe
 from declip.training.assemble import Resolved

@@ -15,7 +15,7 @@ from declip.io.atomic import save_tensors
 from declip.io.text import one_line
 from declip.models.dual_encoder import DualEncoder, has_text
 from declip.recipe.schema import Recipe
-from declip.runs.checkpoint import part, prefixed
+from declip.runs.checkpoint import prefixed, without_prefix
 
 FILE = "declip.safetensors"
 RECIPE, VERSION = "declip.recipe", "declip.version"  # keys of the metadata
@@ -50,7 +50,12 @@ def read_part(where: str) -> Weights:
         tensors = load_file(path)
     except Exception as error:  # safetensors has its own classes
         raise UserError(f"'{path}' is damaged: {one_line(error, 200)}. Export it again.") from error
-    return Weights(read_recipe(recipe, str(path)), part("model", tensors), str(where), part("objective", tensors))
+    return Weights(
+        read_recipe(recipe, str(path)),
+        without_prefix("model", tensors),
+        str(where),
+        without_prefix("objective", tensors),
+    )
 
 
 def write_declip_file(model: DualEncoder, path: Path, heads: Mapping[str, Tensor] | None = None) -> None:

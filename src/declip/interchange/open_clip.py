@@ -59,7 +59,7 @@ EXPRESSED = {
 
 POOLERS = {"cls": "cls_last_hidden_state_pooler", "mean": "mean_pooler"}
 
-Part = tuple[dict[str, Any], layouts.TensorLayout]
+Section = tuple[dict[str, Any], layouts.TensorLayout]
 """A section of open_clip's configuration, or keys of a recipe, and the layout of the tensors."""
 
 
@@ -109,7 +109,7 @@ def _convert(opened: OpenClipModel, origin: str) -> Weights:
     return layouts.from_layout(recipe, layout, tensors, origin)
 
 
-def _keys(opened: OpenClipModel, state: Mapping[str, Tensor]) -> Part:
+def _keys(opened: OpenClipModel, state: Mapping[str, Tensor]) -> Section:
     model, size = opened.model, opened.preprocess.size
     tower, block = model.visual, model.transformer.resblocks[0]
     activation = "quick_gelu" if opened.config.get("quick_gelu") else "gelu"
@@ -271,7 +271,7 @@ def _express_wrapped(model: DualEncoder, stored: WrappedModel) -> tuple[dict[str
     return config, tensors
 
 
-def _text_config(model: DualEncoder) -> Part:
+def _text_config(model: DualEncoder) -> Section:
     tower, text = layouts.clip_text_tower(model), model.recipe.text
     config: dict[str, Any] = {name: getattr(text, name) for name in ("context_length", "width", "heads", "layers")}
     config |= {"vocab_size": model.tokenizer.vocabulary - 1, "proj_bias": text.projection_bias}
@@ -280,7 +280,7 @@ def _text_config(model: DualEncoder) -> Part:
     return config, layouts.CLIP_TEXT if tower.text_projection.bias is None else layouts.CLIP_TEXT_WITH_BIAS
 
 
-def _text_encoder(tower: HuggingfaceTextTower, given: str, place: str) -> Part:
+def _text_encoder(tower: HuggingfaceTextTower, given: str, place: str) -> Section:
     """A text encoder of transformers, with its configuration on the Hub or in the folder."""
     kind, biased = tower.encoder_config["model_type"], tower.text_projection.bias is not None
     if kind not in ENCODERS or tower.pooling not in POOLERS or biased:
@@ -299,7 +299,7 @@ def _text_encoder(tower: HuggingfaceTextTower, given: str, place: str) -> Part:
     return config, layouts.TRANSFORMERS_TEXT
 
 
-def _vision_config(model: DualEncoder, keys: Mapping[str, Any] | None, activation: str) -> Part:
+def _vision_config(model: DualEncoder, keys: Mapping[str, Any] | None, activation: str) -> Section:
     """CLIP's ViT or ResNet of any size, else a timm model by name, without options and in its own size."""
     sizes = keys["image.model_kwargs"] if keys else {}
     if keys and "depths" in sizes:

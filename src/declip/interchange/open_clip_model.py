@@ -106,7 +106,7 @@ def _check_config(
 ) -> dict[str, Any]:
     """Compare the configuration of a folder with its weights before memory is allocated; see `encoder_from`."""
     folder, text = files[0].parent, config.get("text_cfg", {})
-    sections = [part for key, part in config.items() if key.endswith("_cfg")]
+    sections = [section for key, section in config.items() if key.endswith("_cfg")]
     if (folder / ENCODER).is_file():
         sections.append(json.loads((folder / ENCODER).read_text(encoding="utf-8")))
     check_layers(sections, tensors, CONFIG)

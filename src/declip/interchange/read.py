@@ -16,9 +16,9 @@ from declip.interchange.weights import Weights, read_recipe, read_tensors
 from declip.io.hub import fetch
 from declip.models.device import pick_device
 from declip.models.dual_encoder import DualEncoder
-from declip.models.inference import Precision, convert, pick_precision
+from declip.models.precision import Precision, convert, pick_precision
 from declip.recipe.starts import STARTS, no_model
-from declip.runs.checkpoint import STATE, list_checkpoints, load_best, load_checkpoint, part
+from declip.runs.checkpoint import STATE, list_checkpoints, load_best, load_checkpoint, without_prefix
 from declip.runs.folder import MIXED, RECIPE, Run
 
 
@@ -180,5 +180,5 @@ def read_checkpoint(path: Path, mixed: bool = True) -> Weights:
         raise UserError(
             f"'{path}' {problem}. Give a run folder, one in its checkpoints, or a folder of another format."
         )
-    recipe, heads = read_recipe(chosen.recipe, str(path)), part("objective", chosen.training)
-    return Weights(recipe, part("model", chosen.weights), str(path), heads, step=chosen.step)
+    recipe, heads = read_recipe(chosen.recipe, str(path)), without_prefix("objective", chosen.training)
+    return Weights(recipe, without_prefix("model", chosen.weights), str(path), heads, step=chosen.step)

@@ -31,9 +31,9 @@ from declip.io.atomic import atomic_write, cache_folder, save_tensors
 from declip.io.cache import HEADS
 from declip.io.hub import fetch
 from declip.models.dual_encoder import DualEncoder
+from declip.models.fingerprint import hash_tensors
 from declip.models.hf_encoder import read_encoder
 from declip.models.image_tower import ImageTower
-from declip.models.inference import hash_tensors
 from declip.models.layers import PROJECTIONS, TEXT
 from declip.recipe.load import load_recipe
 

@@ -20,7 +20,7 @@ from declip.errors import UserError, check_range
 from declip.evaluation.encode import Encoder
 from declip.io.outputs import CHOSEN, csv_output, csv_table
 from declip.io.text import FORMULA, percent
-from declip.models.inference import Precision
+from declip.models.precision import Precision
 from declip.search.embed import open_or_embed
 from declip.search.index import Hit, Index
 

@@ -35,7 +35,8 @@ from declip.interchange.read import loaded
 from declip.io.atomic import csv_path, save_tensors
 from declip.io.outputs import CLASSIFIED, csv_table, output_file
 from declip.io.text import one_line, percent, plain_cell
-from declip.models.inference import Precision, fingerprint
+from declip.models.fingerprint import fingerprint
+from declip.models.precision import Precision
 from declip.search.checks import check_classes
 
 KEY = "declip.classifier"  # of the metadata of a file

@@ -25,7 +25,8 @@ from declip.errors import UserError, check_range, unknown
 from declip.evaluation.encode import Encoder, encode_batches, text_features
 from declip.interchange.read import folder_or_name, loaded
 from declip.io.pool import pairs_bar
-from declip.models.inference import Precision, fingerprint, precision_of
+from declip.models.fingerprint import fingerprint
+from declip.models.precision import Precision, precision_of
 from declip.search.index import Index
 from declip.search.info import INFO, Dtype, IndexInfo, SourceInfo
 from declip.search.store import BLOCK_ROWS, Block, IndexedImage, Store, Writer, describe_model, hash64, open_writer

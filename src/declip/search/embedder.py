@@ -23,7 +23,9 @@ from declip.evaluation.encode import Encoder, image_features, read_images
 from declip.interchange.read import load, loaded
 from declip.io.text import one_line
 from declip.models.dual_encoder import DualEncoder
-from declip.models.inference import TYPES, Precision, fingerprint, image_encoder, precision_of
+from declip.models.fingerprint import fingerprint
+from declip.models.inference import image_encoder
+from declip.models.precision import TYPES, Precision, precision_of
 from declip.search.info import Dtype, IndexInfo, ModelInfo, SourceInfo
 from declip.search.store import (
     BLOCK_ROWS,

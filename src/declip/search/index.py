@@ -24,7 +24,8 @@ from declip.evaluation.zero_shot import class_features, read_templates
 from declip.interchange.read import folder_or_name, loaded, read_text
 from declip.io.outputs import output_file, refuse_foreign
 from declip.models.device import pick_device
-from declip.models.inference import Precision, convert, fingerprint
+from declip.models.fingerprint import fingerprint
+from declip.models.precision import Precision, convert
 from declip.search.checks import read_query
 from declip.search.embedder import index_parquet
 from declip.search.info import Dtype, Over

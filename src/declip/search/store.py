@@ -21,7 +21,7 @@ from declip.errors import UserError, unknown
 from declip.evaluation.encode import Encoder
 from declip.io.atomic import ELSEWHERE, atomic_write, flush, locked_folder, remove
 from declip.io.text import one_line
-from declip.models.inference import fingerprint
+from declip.models.fingerprint import fingerprint
 from declip.search.info import INFO, IndexInfo, ModelInfo, Over
 
 ROWS = "rows.parquet"

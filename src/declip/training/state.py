@@ -22,7 +22,7 @@ from declip.evaluation.results import Result, RetrievalResult, ZeroShotResult
 from declip.models.device import random_states, set_random_states
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schema import Evaluation, Recipe
-from declip.runs.checkpoint import Checkpoint, part, prefixed
+from declip.runs.checkpoint import Checkpoint, prefixed, without_prefix
 from declip.runs.folder import log
 from declip.supervision.objective import NO_TERMS, Objective, Terms
 from declip.training import distributed
@@ -146,12 +146,12 @@ def restore(parts: Parts, found: Checkpoint) -> None:
     _refuse_other_pairs(parts, extra["samples"])
     try:
         load_weights(parts, found)
-        load_moments(parts.optimizer, part("optimizer", found.training))
+        load_moments(parts.optimizer, without_prefix("optimizer", found.training))
     except (RuntimeError, KeyError) as error:
         raise UserError(
             f"'{parts.folder}' does not fit its recipe: {str(error).splitlines()[0]}. Choose another --out."
         ) from error
-    generators = part(f"random.{distributed.rank()}", found.training)
+    generators = without_prefix(f"random.{distributed.rank()}", found.training)
     if generators:
         set_random_states(generators, parts.model.device)
     else:  # a rank that the checkpoint does not know
@@ -184,4 +184,4 @@ def _refuse_other_pairs(parts: Parts, before: Mapping[str, list[str]]) -> None:
 def load_weights(parts: Parts, found: Checkpoint) -> None:
     """Load a checkpoint's weights and heads."""
     for name, module in (("model", parts.model), ("objective", parts.objective)):
-        load_full_state(module, part(name, {**found.weights, **found.training}))
+        load_full_state(module, without_prefix(name, {**found.weights, **found.training}))
