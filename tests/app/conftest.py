@@ -1,5 +1,6 @@
 """An app over the pairs of the shared table, as the model of a short run sees them."""
 
+from dataclasses import replace
 from importlib.util import find_spec
 
 import pytest
@@ -73,9 +74,4 @@ def start(opened, tmp_path):
     """Starts captioning into a file, as a start of the server does."""
     from declip.app.captions import Captioning
 
-    def begin(name="captions.csv"):
-        opened.captioning = Captioning(opened, tmp_path / name)
-        return opened
-
-    yield begin
-    opened.captioning = None
+    return lambda name="captions.csv": replace(opened, captioning=Captioning(opened, tmp_path / name))

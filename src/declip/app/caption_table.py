@@ -3,13 +3,16 @@
 import csv
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import wraps
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, Any, NamedTuple, TypeVar, cast
 
+from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
+from declip.app.requests import ImageId, OneLine, Text
 from declip.data.pair import BrokenPair, is_unicode
 from declip.data.sources.names import resolve
 from declip.data.sources.rows import NOT_UTF8, DelimitedRows
@@ -21,11 +24,25 @@ from declip.search.index import Index
 ELSEWHERE = "choose another file with --caption"
 IMAGE, CAPTION = "image", "caption"  # columns
 LONGEST_WAIT = 30  # seconds for which another process may hold the lock
-TRIES = 10  # of a change, while other programs write to the file
+TRIES = 10  # to read or change the file while other programs write to it
+Work = TypeVar("Work", bound=Callable[..., Any])
 
 
-class _Changed(Exception):
+class _Changed(UserError):
     """The file has changed since it was read."""
+
+
+def repeated(work: Work) -> Work:
+    """Repeat work that another program disturbs by writing to the file."""
+
+    @wraps(work)
+    def call(*arguments: Any) -> Any:
+        for _ in range(TRIES - 1):
+            with suppress(_Changed):
+                return work(*arguments)
+        return work(*arguments)
+
+    return cast(Work, call)
 
 
 class Row(NamedTuple):
@@ -34,35 +51,37 @@ class Row(NamedTuple):
     span: slice
     cells: dict[str, str]
 
+    @property
+    def caption(self) -> str:
+        """The caption in one line; may be empty."""
+        return " ".join(self.cells[CAPTION].split())
+
 
 class CaptionFile(NamedTuple):
     """A table of captions as it is on the disk."""
 
-    state: tuple[int, ...] | None  # None without a file
+    stamp: tuple[int, ...] | None  # None without a file
     lines: list[bytes]
     columns: Sequence[str]
     delimiter: str
     rows: list[Row]
 
     @classmethod
+    @repeated
     def read(cls, path: Path) -> "CaptionFile":
         """Read a table; raises `UserError` for a row that training would leave out."""
-        # --- again if another process replaces the file meanwhile
-        for _ in range(TRIES):
-            state = _state(path)
-            if not state or not state[0]:
-                return cls(state, [b"image,caption\r\n"], (IMAGE, CAPTION), ",", [])
-            try:
-                table = DelimitedRows(path, ",")
-                records = [*table.records()]
-                with path.open("rb") as file:
-                    lines = [*file]
-            except OSError as error:
-                raise UserError(f"'{path}' cannot be read: {error.strerror}. Fix that or {ELSEWHERE}.") from error
-            if _state(path) == state:
-                break
-        else:
-            raise UserError(f"'{path}' changes while it is read. Try again, or {ELSEWHERE}.")
+        stamp = _stamp(path)
+        if not stamp or not stamp[0]:
+            return cls(stamp, [b"image,caption\r\n"], (IMAGE, CAPTION), ",", [])
+        try:
+            table = DelimitedRows(path, ",")
+            records = [*table.records()]
+            with path.open("rb") as file:
+                lines = [*file]
+        except OSError as error:
+            raise UserError(f"'{path}' cannot be read: {error.strerror}. Fix that or {ELSEWHERE}.") from error
+        if _stamp(path) != stamp:
+            raise _Changed(f"'{path}' changes while it is read. Try again, or {ELSEWHERE}.")
         # --- what training would leave out is refused
         if any(list(table.columns).count(name) != 1 for name in (IMAGE, CAPTION)):
             raise UserError(f"'{path}' needs one column image and one column caption. Add them, or {ELSEWHERE}.")
@@ -76,25 +95,24 @@ class CaptionFile(NamedTuple):
             while not lines[end - 1].strip():  # blank lines after the row
                 end -= 1
             rows.append(Row(slice(number - 1, end), cells))
-        return cls(state, lines, table.columns, table.delimiter, rows)
+        return cls(stamp, lines, table.columns, table.delimiter, rows)
 
-    def with_rows(self, changed: Sequence[Row], new: Sequence[dict[str, str]]) -> bytes:
-        """The content of the file with other cells in some of its rows, and with new rows at its end."""
+    def with_captions(self, rows: Sequence[Row], captions: Sequence[str], new: Sequence[dict[str, str]]) -> bytes:
+        """The content of the file with the captions in some rows, rising, and with new rows at its end."""
         lines = [*self.lines]
-        for span, cells in sorted(changed, key=lambda row: row.span.start, reverse=True):
-            lines[span] = [self._encode(cells)]
+        for (span, cells), text in reversed([*zip(rows, captions, strict=False)]):
+            lines[span] = [self._encode({**cells, CAPTION: text})]
         if not lines[-1].endswith(b"\n"):
-            lines.append(self._end)
+            lines.append(self._line_end)
         return b"".join([*lines, *map(self._encode, new)])
 
     @property
-    def _end(self) -> bytes:
+    def _line_end(self) -> bytes:
         return b"\r\n" if self.lines[0].endswith(b"\r\n") else b"\n"
 
     def _encode(self, cells: dict[str, str]) -> bytes:
-        line = io.StringIO()
-        table = csv.DictWriter(line, self.columns, "", delimiter=self.delimiter, lineterminator=self._end.decode())
-        table.writerow(cells)
+        line, end = io.StringIO(), self._line_end.decode()
+        csv.DictWriter(line, self.columns, "", delimiter=self.delimiter, lineterminator=end).writerow(cells)
         return line.getvalue().encode()
 
 
@@ -113,6 +131,15 @@ def check_table(path: Path) -> None:
         CaptionFile.read(path)
 
 
+class Change(BaseModel):
+    """New captions of an image, and those that the page showed as saved; `replaces` is the number of one of them."""
+
+    id: ImageId
+    captions: Annotated[list[Text], Field(max_length=50)]
+    seen: list[Annotated[str, OneLine]]
+    replaces: int | None = Field(None, ge=0)
+
+
 class CaptionTable:
     """The captions of an index's images in a .csv file, which is read again before each change."""
 
@@ -120,59 +147,46 @@ class CaptionTable:
         check_table(path)
         self.path, self.index = csv_path(path, "--caption"), index
         image_cell(index, int(index.ids[0]), self.path.parent)  # refuses images without files
-        paths = index.paths()
-        self._ids = {resolve(one, index.folder): id for one, id in zip(paths, index.ids.tolist(), strict=True)}
+        paths = (resolve(one, index.folder) for one in index.paths())
+        self._ids = dict(zip(paths, index.ids.tolist(), strict=True))
 
     def read(self) -> dict[int, list[str]]:
         """The captions of each image of the index, in the order of the file."""
-        found: dict[int, list[str]] = {}
+        captions: dict[int, list[str]] = {}
         for id, row in self._known(CaptionFile.read(self.path)):
-            if text := _caption(row):
-                found.setdefault(id, []).append(text)
-        return found
+            if row.caption:
+                captions.setdefault(id, []).append(row.caption)
+        return captions
 
-    def change(self, id: int, captions: Sequence[str], seen: Sequence[str], replaces: int | None = None) -> None:
-        """Append captions of an image, or write the first or none in place of `seen[replaces]`.
-
-        Raises a 409 if the file has other captions than `seen` of the image.
-        """
+    @repeated
+    def change(self, change: Change) -> None:
+        """Write a change to the disk; raises a 409 if the file has other captions of the image than were seen."""
         with locked(self.path) as target:
-            for _ in range(TRIES):
-                with suppress(_Changed):
-                    file = CaptionFile.read(self.path)
-                    content = self._changed(file, id, captions, seen, replaces)
-                    with atomic_write(target, ELSEWHERE, durable=True) as partial:
-                        partial.write_bytes(content)
-                        flush(partial)
-                        # Editors and programs that synchronize files do not know the lock.
-                        if _state(target) != file.state:
-                            raise _Changed
-                    return
-        raise UserError(f"Not saved: another program is writing to '{self.path}'. Save again, or {ELSEWHERE}.")
+            file = CaptionFile.read(self.path)
+            content = self._changed(file, change)
+            with atomic_write(target, ELSEWHERE, durable=True) as partial:
+                partial.write_bytes(content)
+                flush(partial)
+                # Editors and programs that synchronize files do not know the lock.
+                if _stamp(target) != file.stamp:
+                    raise _Changed(f"Not saved: another program is writing to '{target}'. Save again, or {ELSEWHERE}.")
 
-    def _changed(
-        self, file: CaptionFile, id: int, captions: Sequence[str], seen: Sequence[str], replaces: int | None
-    ) -> bytes:
-        """The content of the file with the change of `change`."""
-        own = [row for owner, row in self._known(file) if owner == id]
-        captioned = [row for row in own if _caption(row)]
-        if (known := [_caption(row) for row in captioned]) != [*seen]:
-            raise HTTPException(
-                409, f"Not saved: this image has other captions now ({'; '.join(known) or 'none'}). Save again."
-            )
-        texts = [text for text in dict.fromkeys(captions) if text not in seen]
-        # --- in place of one caption
-        if replaces is not None:
-            if replaces >= len(seen):
+    def _changed(self, file: CaptionFile, change: Change) -> bytes:
+        own = [row for owner, row in self._known(file) if owner == change.id]
+        captioned, empty = ([row for row in own if bool(row.caption) == state] for state in (True, False))
+        if (known := [row.caption for row in captioned]) != change.seen:
+            now = "; ".join(known) or "none"
+            raise HTTPException(409, f"Not saved: this image has other captions now ({now}). Save again.")
+        if change.replaces is not None:
+            if change.replaces >= len(known):
                 raise UserError("There is no such caption.")
-            kept = seen[replaces] if [*captions] == [seen[replaces]] else ""
-            row = captioned[replaces]
-            return file.with_rows([row._replace(cells={**row.cells, CAPTION: texts[0] if texts else kept})], [])
+            row = captioned[change.replaces]
+            new = [text for text in change.captions[:1] if text == row.caption or text not in known]
+            return file.with_captions([row], new or [""], [])
         # --- into rows without a caption, as `declip choose` writes them, then into new ones
-        empty = [row for row in own if not _caption(row)][: len(texts)]
-        filled = [row._replace(cells={**row.cells, CAPTION: text}) for row, text in zip(empty, texts, strict=False)]
-        cell = image_cell(self.index, id, self.path.parent)
-        return file.with_rows(filled, [{IMAGE: cell, CAPTION: text} for text in texts[len(empty) :]])
+        texts = [text for text in dict.fromkeys(change.captions) if text not in known]
+        cell = image_cell(self.index, change.id, self.path.parent)
+        return file.with_captions(empty, texts, [{IMAGE: cell, CAPTION: text} for text in texts[len(empty) :]])
 
     def _known(self, file: CaptionFile) -> Iterator[tuple[int, Row]]:
         """The rows of images of the index, with their ids."""
@@ -182,13 +196,10 @@ class CaptionTable:
                 yield id, row
 
 
-def _caption(row: Row) -> str:
-    return " ".join(row.cells[CAPTION].split())
-
-
-def _state(path: Path) -> tuple[int, ...] | None:
+def _stamp(path: Path) -> tuple[int, ...] | None:
+    """Size, time and number of a file; None without one."""
     try:
-        found = path.stat()
+        status = path.stat()
     except FileNotFoundError:
         return None
-    return found.st_size, found.st_mtime_ns, found.st_ino
+    return status.st_size, status.st_mtime_ns, status.st_ino

@@ -1,18 +1,22 @@
-"""Routes of the app for pairs: low cosines of image and caption, near-duplicates, and the list of pairs to exclude."""
+"""Answers of the pairs view: disagreeing captions, near-duplicates, and lists of the marked and the other pairs."""
 
+import os
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import Field, TypeAdapter
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from pydantic import BaseModel, Field, RootModel
 
-from declip.app.requests import LARGEST_JSON, ImageId, Question, read_body
-from declip.app.state import AppState, state_of
-from declip.data.prepare import write_exclusions
+from declip.app.requests import ImageId
+from declip.app.state import AppState
+from declip.data.prepare import read_exclusions, write_exclusions
+from declip.data.sources.names import resolve
+from declip.data.sources.open import open_source
+from declip.data.sources.subset import LIST_KIND, list_of, write_pair_list
 from declip.errors import UserError
 from declip.inspection.reading import components
+from declip.io.atomic import write_text
 
 PAGE = 24  # pairs or groups that are sent at a time
 MEMBERS = 12  # images of a group that are shown
@@ -21,12 +25,18 @@ BARS = 40  # bars of the histogram
 NEAREST = 8  # nearest images of each image: larger groups are joined through several members
 LOWEST = 0.8  # cosine below which two images are never shown as near-duplicates
 MOST_COMPARED = 50_000  # images that are compared with each other, which takes about a minute on two cores
+# Tolerance of thresholds: copies of an image have cosines of 0.9999 to 1.0001 in float16; the page shows 3 digits.
+ROUNDING = 5e-4
+ELSEWHERE = "choose a writable folder with --index"
 
 Reason = Literal["image and caption disagree", "near-duplicate image"]
-MARKED = TypeAdapter(dict[Reason, list[ImageId]])
 
 
-class PairsQuestion(Question):
+class Marked(RootModel[dict[Reason, list[ImageId]]]):
+    """Ids of pairs to leave out, by the reason."""
+
+
+class PairsQuestion(BaseModel):
     """The first row of a page, and limits: of cosines or ranks, and of cosines of near-duplicates."""
 
     start: int = Field(0, ge=0)
@@ -38,27 +48,65 @@ class Agreement(NamedTuple):
     """How well each image and its captions fit."""
 
     ids: np.ndarray  # (n,) int64, the images with a value, the worst first
-    values: np.ndarray  # (n,) float32, their cosines, or out-of-fold ranks
-    ranked: bool  # whether these are ranks: 0 best, 1 worst
-    without: int  # images without a caption, or without a rank
+    values: np.ndarray  # (n,) float32, their cosines, or out-of-fold ranks: 0 best, 1 worst
     median: float
     spread: float  # standard deviation, estimated from the median absolute deviation
 
-    def beyond(self, limit: float) -> np.ndarray:
-        """(m,), ids of the images whose value is worse than a limit."""
-        return self.ids[self.values > limit if self.ranked else self.values < limit]
+
+def compare_captions(state: AppState) -> Agreement:
+    """Compare each image of an index with its captions: by out-of-fold ranks if there are any, else by cosines."""
+    index, ids, ranks = state.index, state.index.ids, state.ranks
+    # --- values in the order of the ids, NaN where there is none
+    values = np.array([ranks.get(id, np.nan) for id in ids.tolist()], np.float32)
+    for start in () if ranks else range(0, len(ids), BLOCK):
+        state.check_running()
+        block = slice(start, start + BLOCK)
+        texts = index.vectors(ids[block], "captions")
+        products = (index.vectors(ids[block]) * texts).sum(1)
+        values[block] = torch.where(texts.any(1), products, torch.nan).numpy()
+    # --- the worst first
+    known = int(np.isfinite(values).sum())
+    if not known:
+        raise UserError("No image of this index has a caption to compare with.")
+    order = np.argsort(-values if ranks else values, kind="stable")[:known]  # NaN comes last
+    values = values[order]
+    median = float(np.median(values))
+    spread = 1.4826 * float(np.median(np.abs(values - median)))  # of normal values, their standard deviation
+    return Agreement(ids[order], values, median, spread)
 
 
-ROUNDING = 5e-4
-"""Tolerance of thresholds: copies of an image have cosines of 0.9999 to 1.0001 in float16; the page shows 3 digits."""
+def disagreeing(state: AppState, asked: PairsQuestion) -> dict[str, Any]:
+    """The distribution of values, a page of the worst pairs, and the ids of all pairs beyond a limit.
+
+    Each pair is shown with the caption nearest to its image.
+    """
+    agreement, ranked = state.once(compare_captions), bool(state.ranks)
+    ids, values, median, spread = agreement
+    shown = ids[asked.start : asked.start + PAGE]
+    nearest = state.index.nearest(state.index.vectors(shown), 1, over="captions")[0].flatten().numpy()
+    rows = [
+        {**row, "value": value, "deviations": (value - median) / (spread or 1), "nearest": near["captions"][0]}
+        for row, value, near in zip(
+            state.describe(shown), values[asked.start :].tolist(), state.describe(nearest), strict=False
+        )
+    ]
+    # A wrong caption has any rank; a right one is rarely worse than half of all others.
+    usual = 0.5 if ranked else median - 3 * spread
+    counts, edges = np.histogram(values, BARS)
+    # NaN, of no limit, is neither above nor below.
+    limit = np.nan if asked.limit is None else asked.limit
+    marked = ids[values > limit if ranked else values < limit].tolist()
+    answer = {"rows": rows, "total": len(ids), "without": len(state.index) - len(ids), "ranked": ranked}
+    answer |= {"counts": counts.tolist(), "edges": edges.tolist(), "median": median, "spread": spread}
+    return {**answer, "limit": usual, "marked": marked}
 
 
 class SimilarImages(NamedTuple):
-    """Pairs of images whose cosine is `LOWEST` or more, most of them twice: ids (m,), (m,) int64, cosines (m,)."""
+    """Pairs of images whose cosine is `LOWEST` or more, most of them twice."""
 
-    one: np.ndarray
-    other: np.ndarray
-    cosines: np.ndarray
+    one: np.ndarray  # (m,) ids
+    other: np.ndarray  # (m,) ids
+    cosines: np.ndarray  # (m,)
 
     def groups(self, threshold: float) -> list[tuple[list[int], float]]:
         """Groups joined by cosines of at least `threshold`, as ids and the largest cosine; the most similar first."""
@@ -75,39 +123,14 @@ class SimilarImages(NamedTuple):
         return sorted(groups, key=lambda group: (-group[1], group[0]))
 
 
-def compare_captions(state: AppState) -> Agreement:
-    """Compare each image of an index with its captions: by out-of-fold ranks if there are any, else by cosines."""
-    index, ids = state.index, state.index.ids
-    # --- values in the order of the ids, NaN where there is none
-    values = np.full(len(ids), np.nan, np.float32)
-    if state.ranks:
-        values[:] = [state.ranks.get(id, np.nan) for id in ids.tolist()]
-    for start in () if state.ranks else range(0, len(ids), BLOCK):
-        state.check_running()
-        block = slice(start, start + BLOCK)
-        texts = index.vectors(ids[block], "captions")
-        products = (index.vectors(ids[block]) * texts).sum(1)
-        values[block] = torch.where(texts.any(1), products, torch.nan).numpy()
-    # --- the worst first
-    known = int(np.isfinite(values).sum())
-    if not known:
-        raise UserError("No image of this index has a caption to compare with.")
-    order = np.argsort(-values if state.ranks else values, kind="stable")[:known]  # NaN comes last
-    values = values[order]
-    median = float(np.median(values))
-    spread = 1.4826 * float(np.median(np.abs(values - median)))  # of normal values, their standard deviation
-    return Agreement(ids[order], values, bool(state.ranks), len(ids) - known, median, spread)
-
-
 def find_similar(state: AppState) -> SimilarImages:
     """Compare the images of an index with each other."""
     index, ids = state.index, state.index.ids
     if len(ids) > MOST_COMPARED:
-        raise UserError(
-            f"{len(ids):,} images are too many, the limit is {MOST_COMPARED:,}. Use `declip data inspect --all`."
-        )
+        limit = f"the limit is {MOST_COMPARED:,}. Use `declip data inspect --all`."
+        raise UserError(f"{len(ids):,} images are too many, {limit}")
     # --- nearest images of blocks of images, without themselves
-    pieces: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    blocks = []
     for start in range(0, len(ids), QUERIES):
         state.check_running()
         block = ids[start : start + QUERIES]
@@ -115,61 +138,45 @@ def find_similar(state: AppState) -> SimilarImages:
         near, cosines = (tensor.numpy() for tensor in index.nearest(index.vectors(block), NEAREST + 1))
         query_ids = np.repeat(block, near.shape[1]).reshape(near.shape)
         alike = (near != query_ids) & (cosines >= LOWEST)
-        pieces.append((query_ids[alike], near[alike], cosines[alike]))
-    return SimilarImages(*(np.concatenate(arrays) for arrays in zip(*pieces, strict=True)))
+        blocks.append((query_ids[alike], near[alike], cosines[alike]))
+    return SimilarImages(*map(np.concatenate, zip(*blocks, strict=True)))
 
 
-def disagreeing(request: Request) -> Response:
-    """Answer with the distribution of values, a page of the worst pairs, and the ids of all pairs beyond ?limit.
+def duplicates(state: AppState, asked: PairsQuestion) -> dict[str, Any]:
+    """A page of groups with cosines of at least the threshold, and the ids of all but the first of each."""
+    groups = state.once(find_similar).groups(asked.threshold)
+    rows = [
+        {"cosine": cosine, "size": len(ids), "members": state.describe(ids[:MEMBERS])}
+        for ids, cosine in groups[asked.start : asked.start + PAGE]
+    ]
+    return {"rows": rows, "total": len(groups), "marked": [id for ids, _ in groups for id in ids[1:]]}
 
-    Each pair is shown with the caption nearest to its image.
+
+def save_list(state: AppState, marked: Marked) -> dict[str, Any]:
+    """Write two lists beside the index: of the marked pairs with reasons, and of all others, to train on.
+
+    Pairs that have left the index since they were marked are omitted.
     """
-    state, asked = state_of(request), PairsQuestion.of(request)
-    found: Agreement = state.once(compare_captions)
-    page = slice(asked.start, asked.start + PAGE)
-    ids, values = found.ids[page].tolist(), found.values[page].tolist()
-    nearest = state.index.nearest(state.index.vectors(ids), 1, over="captions")[0].flatten().tolist()
-    rows = []
-    for id, value, near in zip(ids, values, nearest, strict=True):
-        deviations = (value - found.median) / (found.spread or 1)
-        caption = state.describe(near)["captions"][0]
-        rows.append({**state.describe(id), "value": value, "deviations": deviations, "nearest": caption})
-    # --- the histogram, and the limit that a page begins with
-    counts, edges = np.histogram(found.values, BARS)
-    # A wrong caption has any rank; a right one is rarely worse than half of all others.
-    usual = 0.5 if found.ranked else found.median - 3 * found.spread
-    answer: dict[str, Any] = {"rows": rows, "total": len(found.ids), "without": found.without, "ranked": found.ranked}
-    answer |= {"counts": counts.tolist(), "edges": edges.tolist(), "median": found.median, "spread": found.spread}
-    marked = [] if asked.limit is None else found.beyond(asked.limit).tolist()
-    return JSONResponse({**answer, "limit": usual, "marked": marked})
-
-
-def duplicates(request: Request) -> Response:
-    """Answer with a page of groups with cosines of at least ?threshold, and the ids of all but the first of each."""
-    state, asked = state_of(request), PairsQuestion.of(request)
-    similar: SimilarImages = state.once(find_similar)
-    groups = similar.groups(asked.threshold)
-    shown = []
-    for ids, cosine in groups[asked.start : asked.start + PAGE]:
-        members = [state.describe(id) for id in ids[:MEMBERS]]
-        shown.append({"cosine": cosine, "size": len(ids), "members": members})
-    marked = [id for ids, _ in groups for id in ids[1:]]
-    return JSONResponse({"rows": shown, "total": len(groups), "marked": marked})
-
-
-async def save_list(request: Request) -> Response:
-    """Answer with the marked pairs as a list; pairs that have left the index since they were marked are omitted."""
-    given, state = MARKED.validate_json(await read_body(request, LARGEST_JSON)), state_of(request)
-    agreement: Agreement | None = state.compared.get(compare_captions)
-    cosines: dict[int, float] = {}
-    if agreement is not None and not agreement.ranked:
-        cosines = dict(zip(agreement.ids.tolist(), agreement.values.tolist(), strict=True))
+    index, saved = state.index, state.index.info.source
+    agreement: Agreement | None = None if state.ranks else state.compared.get(compare_captions)
+    cosines = {} if agreement is None else dict(zip(agreement.ids.tolist(), agreement.values.tolist(), strict=True))
     rows: dict[int, tuple[str, int, str, float | None, str]] = {}
-    for reason, ids in given.items():
-        for row in map(state.index.row, np.intersect1d(ids, state.index.ids).tolist()):
+    for reason, ids in marked.root.items():
+        for row in index.rows(np.intersect1d(ids, index.ids)):
             rows.setdefault(row.id, (row.key, row.place, reason, cosines.get(row.id), row.caption))
     if not rows:
         raise UserError("The list is empty.")
-    text = write_exclusions(rows[id] for id in sorted(rows))
-    headers = {"Content-Disposition": 'attachment; filename="drop.jsonl"'}
-    return Response(text, media_type="application/jsonl", headers=headers)
+    drop, rest = (Path(os.path.relpath(f"{index.folder.resolve()}{end}")) for end in (".drop.jsonl", LIST_KIND))
+    with state.reading:
+        write_text(drop, write_exclusions(rows[id] for id in sorted(rows)), ELSEWHERE)
+        # --- the other pairs of the source
+        if not saved.path:
+            raise UserError(f"'{drop}' is written, but no list of the others: the source was a Python object.")
+        spec, columns = resolve(saved.path, index.folder), saved.columns_of(index.folder)
+        source = open_source(spec, columns)
+        excluded = read_exclusions(drop, source)
+        others = [place for place in range(len(source)) if place not in excluded]
+        if not others:
+            raise UserError(f"'{drop}' lists all pairs of '{source.name}', so none is left to train on.")
+        write_pair_list(rest, *list_of(spec, columns, source, others))
+    return {"drop": str(drop), "rest": str(rest), "count": len(others)}

@@ -1,13 +1,13 @@
-"""Parameters and bodies of requests, with limits that are checked before they are read; nothing is written to disk."""
+"""Limits of what requests send, checked before it is read, and the guard that refuses requests of other sites."""
 
 import asyncio
 import ipaddress
 import socket
-from typing import Annotated, Self
+from typing import Annotated
 from urllib.parse import urlsplit
 
 from PIL import Image
-from pydantic import AfterValidator, BaseModel, Field, StringConstraints
+from pydantic import AfterValidator, Field, StringConstraints
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -38,27 +38,6 @@ SECURITY_HEADERS = {
     "Referrer-Policy": "same-origin",
     "X-Content-Type-Options": "nosniff",
 }
-
-
-class Question(BaseModel):
-    """Parameters of a request; invalid ones raise pydantic's `ValidationError`, which the server answers."""
-
-    @classmethod
-    def of(cls, request: Request) -> Self:
-        """Read the parameters from the query string."""
-        return cls.model_validate(dict(request.query_params))
-
-    @classmethod
-    async def in_body(cls, request: Request) -> Self:
-        """Read the parameters from the body, a JSON object."""
-        return cls.model_validate_json(await read_body(request, LARGEST_JSON))
-
-
-class ImageQuestion(Question):
-    """An image: the token of an uploaded one, or the id of one of the index."""
-
-    image: str | None = None
-    id: ImageId | None = None
 
 
 async def read_body(request: Request, most: int) -> bytes:

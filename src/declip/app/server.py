@@ -1,16 +1,17 @@
-"""The server of the app: its routes, classification and search, and opening or making its index."""
+"""The server of the app: its requests and pages, and opening or making its index."""
 
+import asyncio
 import logging
 import socket
-import time
+from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import torch
 import uvicorn
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ValidationError
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -22,31 +23,19 @@ from starlette.templating import Jinja2Templates
 from starlette.types import ASGIApp
 
 from declip.app import captions, pairs
-from declip.app.caption_table import check_table
-from declip.app.requests import (
-    LARGEST_UPLOAD,
-    Guard,
-    ImageId,
-    ImageQuestion,
-    OneLine,
-    Question,
-    Template,
-    Text,
-    read_body,
-    read_image,
-)
-from declip.app.state import SIDE, AppState, state_of, templates_of
+from declip.app.caption_table import Change, check_table
+from declip.app.requests import LARGEST_JSON, LARGEST_UPLOAD, Guard, ImageId, Text, read_body, read_image
+from declip.app.search import SearchQuestion, search
+from declip.app.state import AppState
 from declip.data.pair import printable
 from declip.errors import UserError
 from declip.evaluation.zero_shot import prompt_names
 from declip.search.embed import open_or_embed
-from declip.search.index import mix
-from declip.search.info import Over
 
-VIEWS = ("classify", "search", "pairs", "caption")
-LARGE = 768  # pixels of the longer side of an image to caption
+VIEWS = ("search", "pairs", "caption")
+SMALL, LARGE = 192, 768  # pixels of the longer side of a thumbnail, and of an image to caption
+UPLOADS_AT_ONCE = 4  # images that are received at the same time; others wait
 ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
-MOST_PROMPTS = 8_000  # classes times templates: all are encoded while the page waits
 EXAMPLES = 6  # captions of the index that a page offers to begin with
 ENVIRONMENT = Environment(
     loader=PackageLoader("declip.app"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -54,133 +43,89 @@ ENVIRONMENT = Environment(
 TEMPLATES = Jinja2Templates(env=ENVIRONMENT)
 
 
-def build(state: AppState, host: str) -> ASGIApp:
-    """Make the application for a server that listens on `host`."""
-    routes = [
-        Route("/", lambda request: RedirectResponse("/caption" if state.captioning else "/search")),
-        *(Route(f"/{name}", page) for name in VIEWS),
-        Mount("/static", StaticFiles(packages=[("declip.app", "static")])),
-        Route("/thumbnails/{id}", thumbnail),
-        Route("/images/{id}", thumbnail),
-        Route("/maps/{id}", thumbnail),
-        Route("/api/caption", captions.show),
-        Route("/api/caption", captions.save, methods=["POST"]),
-        Route("/api/images", upload, methods=["POST"]),
-        Route("/api/classify", classify, methods=["POST"]),
-        Route("/api/search", search),
-        Route("/api/pairs/disagreeing", pairs.disagreeing),
-        Route("/api/pairs/duplicates", pairs.duplicates),
-        Route("/api/pairs/list", pairs.save_list, methods=["POST"]),
-    ]
-    answered = (HTTPException, UserError, ValidationError, Exception)
-    app = Starlette(routes=routes, exception_handlers=dict.fromkeys(answered, _answer_error))
-    app.state.shared = state
-    return Guard(app, host)  # around everything, so that answers to failures have the headers too
+class ImageQuestion(BaseModel):
+    """An image of the index; with a text, what is similar to it is in color."""
+
+    id: ImageId
+    large: bool = False
+    text: Text = ""
 
 
-class MapQuestion(Question):
-    """A text that is looked for in an image."""
-
-    text: Text = Field(pattern=r"\S")
-
-
-def page(request: Request) -> Response:
-    """A view: its HTML holds no result, the scripts ask for them."""
-    # What all views show, whatever the request.
-    state, view = state_of(request), request.url.path[1:]
-    if view == "caption" and state.captioning is None:
-        raise HTTPException(404, "Start the app with --caption FILE to caption images.")
-    views = VIEWS if state.captioning else VIEWS[:-1]
-    context: dict[str, Any] = {"view": view, "views": views, "state": state, "info": state.index.info}
-    context |= {"template_sets": prompt_names(), "examples": _examples(state)}
-    context |= {"largest_upload": LARGEST_UPLOAD >> 20, "lowest": pairs.LOWEST}
-    return TEMPLATES.TemplateResponse(request, f"{view}.html", context)
-
-
-def thumbnail(request: Request) -> Response:
-    """Answer with a small copy of an image of the index, below /maps with the heat map of a text over it."""
-    state, path = state_of(request), request.url.path
+def image(state: AppState, asked: ImageQuestion) -> Response:
+    """A small copy of an image of the index."""
     try:
-        id = TypeAdapter(ImageId).validate_python(request.path_params["id"])
-        text = MapQuestion.of(request).text if path.startswith("/maps/") else ""
-        content = state.thumbnail(id, LARGE if path.startswith("/images/") else SIDE, text)
+        content = state.thumbnail(asked.id, LARGE if asked.large else SMALL, asked.text)
     except UserError:  # its message may name a path
         raise HTTPException(404, "This image no longer exists or has no heat map.") from None
     return Response(content, media_type="image/webp", headers={"Cache-Control": "private, max-age=3600"})
 
 
-class ClassifyQuestion(ImageQuestion):
-    """An image, the classes, and a prompt template for them."""
-
-    classes: list[Annotated[str, OneLine]]
-    template: Template = ""
-
-
-class SearchQuestion(ImageQuestion):
-    """A text, an image or both; `weight` is that of the text."""
-
-    text: Text = ""
-    template: Template = ""
-    weight: float = Field(0.5, ge=0, le=1)
-    count: int = Field(24, ge=1, le=200)
-    over: Over = "images"
+# Methods, address, parameters in the address or in a JSON object, and the function that answers.
+REQUESTS: tuple[tuple[str, str, type[BaseModel], Callable[..., Any]], ...] = (
+    ("GET", "/images/{id}", ImageQuestion, image),
+    ("GET POST", "/api/search", SearchQuestion, search),
+    ("GET", "/api/caption", captions.ShowQuestion, captions.show),
+    ("POST", "/api/caption", Change, captions.save),
+    ("GET", "/api/pairs/disagreeing", pairs.PairsQuestion, pairs.disagreeing),
+    ("GET", "/api/pairs/duplicates", pairs.PairsQuestion, pairs.duplicates),
+    ("POST", "/api/pairs/list", pairs.Marked, pairs.save_list),
+)
 
 
-async def upload(request: Request) -> Response:
-    """Encode an uploaded image and answer with the token of its vector; the image itself is not stored."""
-    state = state_of(request)
-    async with state.uploading:
-        content = await read_body(request, LARGEST_UPLOAD)
-        vector = await run_in_threadpool(lambda: state.query(None, read_image(content)))
-    return JSONResponse({"image": state.add_upload(vector)})
+def build(state: AppState, host: str) -> ASGIApp:
+    """Make the application for a server that listens on `host`."""
+    views = VIEWS if state.captioning else VIEWS[:-1]
+    uploading = asyncio.Semaphore(UPLOADS_AT_ONCE)
 
+    def route(methods: str, address: str, question: type[BaseModel], answer: Callable[..., Any]) -> Route:
+        async def endpoint(request: Request) -> Response:
+            if request.method == "POST":
+                asked = question.model_validate_json(await read_body(request, LARGEST_JSON))
+            else:
+                asked = question.model_validate({**request.query_params, **request.path_params})
+            result = await run_in_threadpool(answer, state, asked)
+            return result if isinstance(result, Response) else JSONResponse(result)
 
-async def classify(request: Request) -> Response:
-    """Answer with the classes' probabilities, the largest first."""
-    return await run_in_threadpool(_classify, request, await ClassifyQuestion.in_body(request))
+        return Route(address, endpoint, methods=methods.split())
 
+    async def upload(request: Request) -> Response:
+        """Answer with the vector of an uploaded image, which the page sends from then on; nothing is stored here."""
+        async with uploading:
+            content = await read_body(request, LARGEST_UPLOAD)
+            vector = await run_in_threadpool(lambda: state.image_vector(read_image(content)))
+        return JSONResponse({"vector": vector.tolist()})
 
-def _classify(request: Request, asked: ClassifyQuestion) -> Response:
-    state = state_of(request)
-    names = [name for name in dict.fromkeys(asked.classes) if name]
-    count = len(names) * len(templates_of(asked.template))
-    if not names:
-        raise UserError("There is no class yet. Enter some, one per line.")
-    if count > MOST_PROMPTS:
-        raise UserError(
-            f"Classes times templates are {count:,} texts; the limit is {MOST_PROMPTS:,}. `declip classify` takes more."
-        )
-    image = state.image_vector(asked.image, asked.id)
-    if image is None:
-        raise UserError("There is no image yet. Choose one first.")
-    # --- softmax of scale · cosine, as CLIP is trained
-    cosines = state.class_vectors(tuple(names), asked.template) @ image
-    softmax = torch.softmax(state.scale * cosines.double(), dim=0)
-    order = softmax.argsort(descending=True, stable=True).tolist()
-    rows = [{"name": names[i], "probability": float(softmax[i]), "cosine": float(cosines[i])} for i in order]
-    return JSONResponse({"classes": rows, "scale": state.scale})
+    def page(request: Request) -> Response:
+        """A view: its HTML holds no result, the scripts ask for them."""
+        view = request.url.path[1:]
+        if view not in views:
+            raise HTTPException(404, "Start the app with --caption FILE to caption images.")
+        context: dict[str, Any] = {
+            "view": view,
+            "views": views,
+            "state": state,
+            "info": state.index.info,
+            "lowest": pairs.LOWEST,
+        }
+        context |= {"largest_upload": LARGEST_UPLOAD >> 20, "template_sets": prompt_names()}
+        context |= {"examples": _examples(state) if view == "search" else []}
+        return TEMPLATES.TemplateResponse(request, f"{view}.html", context)
 
-
-def search(request: Request) -> Response:
-    """Answer with the images nearest to a text, an image, or both."""
-    state, asked, started = state_of(request), SearchQuestion.of(request), time.perf_counter()
-    query = image = state.image_vector(asked.image, asked.id)
-    if asked.text:
-        text = state.query(asked.text, template=asked.template)
-        query = text if image is None else mix(text, image, (asked.weight, 1 - asked.weight))
-    if query is None:
-        raise UserError("Enter a text, or choose an image.")
-    ids, cosines = state.index.nearest(query[None], asked.count, over=asked.over)
-    hits = [
-        {**state.describe(id), "cosine": cosine}
-        for id, cosine in zip(ids[0].tolist(), cosines[0].tolist(), strict=True)
+    routes = [
+        Route("/", lambda request: RedirectResponse(f"/{'caption' if state.captioning else 'search'}")),
+        *(Route(f"/{view}", page) for view in VIEWS),
+        Mount("/static", StaticFiles(packages=[("declip.app", "static")])),
+        Route("/api/images", upload, methods=["POST"]),
+        *(route(*each) for each in REQUESTS if state.captioning or each[1] != "/api/caption"),
     ]
-    return JSONResponse({"hits": hits, "images": len(state.index), "seconds": time.perf_counter() - started})
+    answered = (HTTPException, UserError, ValidationError, Exception)
+    app = Starlette(routes=routes, exception_handlers=dict.fromkeys(answered, _answer_error))
+    return Guard(app, host)  # around everything, so that answers to failures have the headers too
 
 
 def _examples(state: AppState) -> list[str]:
     ids = state.index.ids
-    rows = [state.index.row(int(ids[len(ids) * (2 * n + 1) // (2 * EXAMPLES)])) for n in range(EXAMPLES)]
+    rows = state.index.rows([ids[len(ids) * (2 * n + 1) // (2 * EXAMPLES)] for n in range(EXAMPLES)])
     return list(dict.fromkeys(printable(row.caption)[:60] for row in rows if row.captions))
 
 
@@ -208,9 +153,8 @@ def open_state(
     if not len(index):
         raise UserError(f"The index '{index.folder}' holds no image. Embed some first: declip embed.")
     state = AppState(index, model)
-    if caption is not None:
-        state.captioning = captions.Captioning(state, caption)
-    return state
+    state.text_vectors([""])  # another model than the index's is refused now
+    return state if caption is None else replace(state, captioning=captions.Captioning(state, caption))
 
 
 def take_port(host: str, port: int) -> socket.socket:

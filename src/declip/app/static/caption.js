@@ -1,47 +1,46 @@
-import { ask, find, make, say, sendJson } from "./common.js";
+import { ask, bar, find, make, say, sendJson } from "./common.js";
 
 // Of this tab: another one is offered other images.
 const tab = Array.from(crypto.getRandomValues(new Uint32Array(4)), (part) => part.toString(36)).join("");
+const passed = []; // positions shown before, for "back"
 let shown = null; // the image on the page
 let edited = null; // the saved caption that the field replaces
 let busy = false;
-const passed = []; // places shown before, for "back"
+
+const get = (query) => ask(`/api/caption?${new URLSearchParams({ tab, ...query })}`);
 
 async function show(query) {
-  const found = await ask(`/api/caption?${new URLSearchParams({ tab, ...query })}`);
-  progress(found);
-  if (found.id === undefined) {
-    shown = edited = null;
-    find("image").hidden = true;
-    find("key").textContent = "";
-    find("saved").replaceChildren();
-    find("suggestions").replaceChildren();
-    return say(`All ${found.total} images have captions, or are shown in another tab.`);
-  }
-  shown = found;
-  find("image").src = `/images/${found.id}?v=${document.body.dataset.version}`;
-  find("image").hidden = false;
-  find("key").textContent = found.key;
+  const answer = await get(query);
+  const left = answer.id !== undefined;
+  progress(answer);
+  shown = left ? answer : null;
+  find("image").hidden = !left;
+  find("key").textContent = left ? answer.key : "";
+  find("suggestions").replaceChildren(...(left ? answer.suggestions : []).map((text) => chip(text, () => take(text))));
   edit(null);
-  captions(found.saved);
-  find("suggestions").replaceChildren(...found.suggestions.map((text) => {
-    const button = make("button", { type: "button", class: "chip" }, text);
-    button.addEventListener("click", () => take(text));
-    return make("li", {}, button);
-  }));
-  find("text").focus();
+  captions(left ? answer.saved : []);
+  if (left) find("image").src = `/images/${answer.id}?large=1&v=${document.body.dataset.version}`;
+  else say(`All ${answer.total} images have captions, or are shown in another tab.`);
+}
+
+function chip(text, work) {
+  const button = make("button", { type: "button", class: "chip" }, text);
+  button.addEventListener("click", work);
+  return make("li", {}, button);
 }
 
 function captions(saved) {
-  shown.saved = saved;
+  if (shown) shown.saved = saved;
   if (!saved.includes(edited)) edited = null;
   find("saved").replaceChildren(...saved.map((text) => {
-    const change = make("button", { type: "button", class: "chip", "aria-pressed": String(text === edited), title: "Change this caption" }, text);
+    const item = chip(text, () => edit(text));
     const cross = make("button", { type: "button", class: "chip", "aria-label": `Delete: ${text}`, title: "Delete this caption" }, "×");
-    change.addEventListener("click", () => edit(text));
-    change.addEventListener("keydown", (event) => event.key === "Delete" && drop(text));
+    item.firstChild.setAttribute("aria-pressed", text === edited);
+    item.firstChild.title = "Change this caption";
+    item.firstChild.addEventListener("keydown", (event) => event.key === "Delete" && drop(text));
     cross.addEventListener("click", () => drop(text));
-    return make("li", {}, change, cross);
+    item.append(cross);
+    return item;
   }));
 }
 
@@ -52,14 +51,12 @@ function edit(text) {
   for (const button of find("saved").querySelectorAll("[aria-pressed]")) button.setAttribute("aria-pressed", button.textContent === text);
 }
 
-function progress(found) {
-  say(`${found.done} of ${found.total} images have captions.`);
-  find("estimates").replaceChildren(...found.estimates.map((one) => {
-    const bar = make("div", { class: "bar" });
-    bar.style.width = `${100 * one.value}%`;
+function progress({ done, total, estimates }) {
+  say(`${done} of ${total} images have captions.`);
+  find("estimates-part").hidden = !estimates.length;
+  find("estimates").replaceChildren(...estimates.map((one) => {
     const range = [one.low, one.high].map((end) => `${(100 * end).toFixed(0)} %`).join(" to ");
-    const words = make("span", {}, `${one.captions} images`, make("small", {}, range));
-    return make("li", {}, words, make("div", { class: "track" }, bar), make("span", { class: "percent" }, `${(100 * one.value).toFixed(0)} %`));
+    return bar(`${one.captions} images`, range, one.value, 0);
   }));
 }
 
@@ -72,42 +69,36 @@ function take(text) {
 async function alone(work) {
   if (busy) return;
   busy = true;
-  try {
-    await work();
-  } catch (error) {
-    say(error.message, "bad");
-  }
+  await work().catch((error) => say(error.message, "bad"));
   busy = false;
 }
 
 /** Sends captions of the image, in place of a saved one if there is an old one. */
-async function send(captionsOfImage, old) {
+async function send(added, old) {
   const replaces = old === null ? null : shown.saved.indexOf(old);
   try {
-    const found = await sendJson("/api/caption", { id: shown.id, captions: captionsOfImage, seen: shown.saved, replaces });
-    progress(found);
-    captions(found.saved);
+    const answer = await sendJson("/api/caption", { id: shown.id, captions: added, seen: shown.saved, replaces });
+    progress(answer);
+    captions(answer.saved);
   } catch (error) {
     // Another tab was faster: its captions are shown, and the typed one stays.
-    const place = await ask(`/api/caption?${new URLSearchParams({ tab, place: shown.place })}`).catch(() => null);
-    if (place) captions(place.saved);
+    const answer = await get({ position: shown.position }).catch(() => null);
+    if (answer) captions(answer.saved);
     throw error;
   }
 }
 
+/** Saves the text in the field; false if there was none. */
 async function save() {
   const text = find("text").value.trim();
-  if (shown && edited !== null && !text) {
-    await remove(edited);
-    return false;
+  if (shown && text) {
+    await send([text], edited);
+    edit(null);
+    return true;
   }
-  if (!text || !shown) {
-    say(shown ? "Enter a caption, or skip the image." : "There is no image left.", "bad");
-    return false;
-  }
-  await send([text], edited);
-  edit(null);
-  return true;
+  if (shown && edited !== null) await remove(edited);
+  else say(shown ? "Enter a caption, or skip the image." : "There is no image left.", "bad");
+  return false;
 }
 
 async function remove(text) {
@@ -117,22 +108,20 @@ async function remove(text) {
   say(`Deleted: ${text}`);
 }
 
-const next = () => alone(async () => {
-  if (!(await save())) return;
-  passed.push(shown.place);
-  await show({ after: shown.place });
-});
+async function pass() {
+  if (!shown) return;
+  passed.push(shown.position);
+  await show({ after: shown.position });
+}
+
+const next = () => alone(async () => (await save()) && pass());
 const another = () => alone(save);
 const drop = (text) => alone(() => remove(text));
-const skip = () => alone(async () => {
-  if (!shown) return;
-  passed.push(shown.place);
-  await show({ after: shown.place });
-});
+const skip = () => alone(pass);
 const back = () => alone(async () => {
-  const place = passed.length ? passed.pop() : (shown ? shown.place : 0) - 1;
-  if (place < 0) return say("This is the first image.");
-  await show({ place });
+  const position = passed.length ? passed.pop() : (shown ? shown.position : 0) - 1;
+  if (position < 0) say("This is the first image.");
+  else await show({ position });
 });
 
 find("form").addEventListener("submit", (event) => {
@@ -144,10 +133,8 @@ document.addEventListener("keydown", (event) => {
   const keys = { PageUp: back, PageDown: skip };
   if (edited !== null) keys.Escape = () => edit(null);
   if (event.key === "Enter" && event.ctrlKey) keys.Enter = another;
-  const number = Number(event.key);
-  if (number >= 1 && number <= 5 && !find("text").value && shown?.suggestions[number - 1]) {
-    keys[event.key] = () => take(shown.suggestions[number - 1]);
-  }
+  const suggestion = find("text").value ? undefined : shown?.suggestions["12345".indexOf(event.key)];
+  if (suggestion) keys[event.key] = () => take(suggestion);
   if (!keys[event.key]) return;
   event.preventDefault();
   keys[event.key]();

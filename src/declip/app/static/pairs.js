@@ -1,11 +1,58 @@
-import { ask, card, count, find, make, say } from "./common.js";
-import { add, box, watchList } from "./list.js";
+import { ask, card, count, find, make, say, sendJson } from "./common.js";
 
 // Reasons in the list of pairs to exclude.
 const DISAGREE = "image and caption disagree";
 const DUPLICATE = "near-duplicate image";
 
 const guarded = (work) => (...given) => work(...given).catch((error) => say(error.message, "bad"));
+
+// --- the list: reasons by pair, which stay in this browser under the name of the index
+
+const NAME = `declip-list-${document.body.dataset.list}`;
+const marked = new Map(JSON.parse(localStorage.getItem(NAME) || "[]"));
+
+/** Adds pairs to the list; a pair that is on it keeps its first reason. */
+function add(ids, reason) {
+  for (const id of ids) if (!marked.has(id)) marked.set(id, reason);
+  changed();
+}
+
+/** A checkbox that adds a pair to the list or removes it. */
+function box(id, reason) {
+  const input = make("input", { type: "checkbox", "data-pair": id });
+  input.checked = marked.has(id);
+  input.addEventListener("change", () => {
+    if (!input.checked) marked.delete(id);
+    add(input.checked ? [id] : [], reason);
+  });
+  return make("label", { class: "take" }, input, "exclude");
+}
+
+function changed() {
+  try {
+    localStorage.setItem(NAME, JSON.stringify([...marked]));
+  } catch {
+    // Too long for the browser's storage: the list is lost when the page is closed.
+  }
+  find("list-count").textContent = count(marked.size, "pair");
+  find("save").disabled = find("clear").disabled = !marked.size;
+  for (const input of document.querySelectorAll("[data-pair]")) input.checked = marked.has(Number(input.dataset.pair));
+}
+
+find("save").addEventListener("click", guarded(async () => {
+  const tree = {};
+  for (const [id, reason] of marked) (tree[reason] ||= []).push(id);
+  const written = await sendJson("/api/pairs/list", tree);
+  say(`Written: ${written.drop}, and the other ${count(written.count, "pair")} in ${written.rest}. Train on them: declip finetune ${written.rest}`);
+}));
+find("clear").addEventListener("click", () => {
+  marked.clear();
+  changed();
+  say("The list is empty.");
+});
+changed();
+
+// --- the pairs
 
 /** A part of the page: a list that grows by a page, and a form that marks pairs; `row` makes an element of a row. */
 function watchPart(name, { reason, doing, limits, row, told }) {
@@ -22,27 +69,23 @@ function watchPart(name, { reason, doing, limits, row, told }) {
     const mine = reset ? ++run : run;
     if (reset) rows.replaceChildren();
     const start = rows.childElementCount;
-    const found = await get(start);
+    const answer = await get(start);
     if (mine !== run || start !== rows.childElementCount) return;
-    rows.append(...found.rows.map((each) => row(each, found)));
-    more.hidden = rows.childElementCount >= found.total;
+    rows.append(...answer.rows.map((each) => row(each, answer)));
+    more.hidden = rows.childElementCount >= answer.total;
     if (!reset) (rows.children[start]?.querySelector("a, input") || more).focus();
-    say(told(found, rows.childElementCount));
-  });
-
-  const mark = guarded(async () => {
-    const { marked } = await get(0);
-    add(marked, reason);
-    say(`${count(marked.length, "pair")} added to the list`);
+    say(told(answer, rows.childElementCount));
   });
 
   const begin = () => find(name).open && !run && load(true);
   more.addEventListener("click", () => load(false));
   find(name).addEventListener("toggle", begin);
-  find(`${name}-form`).addEventListener("submit", (event) => {
+  find(`${name}-form`).addEventListener("submit", guarded(async (event) => {
     event.preventDefault();
-    mark();
-  });
+    const ids = (await get(0)).marked;
+    add(ids, reason);
+    say(`${count(ids.length, "pair")} added to the list`);
+  }));
   begin();
   return load;
 }
@@ -50,18 +93,17 @@ function watchPart(name, { reason, doing, limits, row, told }) {
 /** Bars of the values of all pairs; those worse than the limit stand out. */
 function histogram({ counts, edges, median, spread, total, without, ranked, limit }) {
   const most = Math.max(...counts);
-  const bars = counts.map((value, place) => {
-    const bar = make("span", { class: (ranked ? edges[place] >= limit : edges[place + 1] <= limit) ? "low" : "" });
+  const bars = counts.map((value, number) => {
+    const bar = make("span", { class: (ranked ? edges[number] >= limit : edges[number + 1] <= limit) ? "low" : "" });
     bar.style.height = `${value ? Math.max(1, (100 * value) / most) : 0}%`;
     return bar;
   });
   const name = ranked ? "rank" : "cosine";
   const ends = [edges[0], edges.at(-1)].map((value) => value.toFixed(2));
-  const label = `Histogram of ${name}s, from ${ends[0]} to ${ends[1]}`;
   const missing = without ? `; ${count(without, "image")} without a ${ranked ? "rank" : "caption"}` : "";
   const width = ranked ? "" : `, standard deviation ${spread.toFixed(3)}`;
   return [
-    make("div", { class: "columns", role: "img", "aria-label": label }, ...bars),
+    make("div", { class: "columns", role: "img", "aria-label": `Histogram of ${name}s, from ${ends[0]} to ${ends[1]}` }, ...bars),
     make("div", { class: "ends" }, ...ends.map((end) => make("span", {}, end))),
     make("figcaption", { class: "hint" }, `${count(total, "pair")}: median ${name} ${median.toFixed(3)}${width}${missing}`),
   ];
@@ -69,11 +111,10 @@ function histogram({ counts, edges, median, spread, total, without, ranked, limi
 
 function disagreeingRow(row, { ranked }) {
   const apart = `${Math.abs(row.deviations).toFixed(1)} standard deviations ${row.deviations < 0 ? "below" : "above"} the median`;
-  const value = ranked ? `rank ${row.value.toFixed(3)}` : `cosine ${row.value.toFixed(3)}, ${apart}`;
   const nearest = row.captions.includes(row.nearest) ? "no other caption is nearer" : `nearest caption: “${row.nearest}”`;
   // The model has learned the captions of ranked pairs, so which one is nearest says nothing.
-  const facts = ranked ? [value, row.key] : [value, nearest, row.key];
-  return card(row, { row: true, facts, more: [box(row.id, DISAGREE)] });
+  const facts = ranked ? [`rank ${row.value.toFixed(3)}`] : [`cosine ${row.value.toFixed(3)}, ${apart}`, nearest];
+  return card(row, { row: true, facts: [...facts, row.key], more: [box(row.id, DISAGREE)] });
 }
 
 function groupRow(group) {
@@ -85,17 +126,15 @@ function groupRow(group) {
 
 const threshold = () => Number(find("threshold").value).toFixed(3);
 
-watchList();
-if (location.hash === "#duplicates") find("duplicates").open = true;
 watchPart("disagreeing", {
   reason: DISAGREE,
   doing: "Comparing images with their captions",
   limits: () => (find("limit").value ? { limit: find("limit").value } : {}),
   row: disagreeingRow,
-  told(found, shown) {
-    find("limit").value ||= found.limit.toFixed(3);
-    find("histogram").replaceChildren(...histogram(found));
-    return `${shown} of ${count(found.total, "pair")}, the worst first`;
+  told(answer, shown) {
+    find("limit").value ||= answer.limit.toFixed(3);
+    find("histogram").replaceChildren(...histogram(answer));
+    return `${shown} of ${count(answer.total, "pair")}, the worst first`;
   },
 });
 const loadGroups = watchPart("duplicates", {
@@ -103,9 +142,9 @@ const loadGroups = watchPart("duplicates", {
   doing: "Comparing images with each other",
   limits: () => ({ threshold: threshold() }),
   row: groupRow,
-  told(found, shown) {
-    find("duplicates-said").textContent = `${count(found.total, "group")}: ${count(found.marked.length, "image")} not counting the first of each.`;
-    return found.total ? `${shown} of ${count(found.total, "group")}, the most similar first` : "No two images are that similar. Lower the cosine.";
+  told(answer, shown) {
+    find("duplicates-said").textContent = `${count(answer.total, "group")}: ${count(answer.marked.length, "image")} not counting the first of each.`;
+    return answer.total ? `${shown} of ${count(answer.total, "group")}, the most similar first` : "No two images are that similar. Lower the cosine.";
   },
 });
 find("threshold").addEventListener("input", () => (find("threshold-said").textContent = threshold()));

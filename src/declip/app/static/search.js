@@ -1,99 +1,167 @@
-import { ask, card, count, find, latest, make, say, template, watchTemplate } from "./common.js";
-import { watchPicker } from "./picker.js";
+import { ask, bar, card, count, find, make, percent, say, sendJson, thumbnail } from "./common.js";
 
-const { run, clear } = latest(async (current) => {
+const image = { vector: null, id: null }; // chosen: of a file, or of the index
+let number = 0; // of the last question: answers to earlier ones are ignored
+let uploads = 0;
+
+const hasImage = () => image.vector !== null || image.id !== null;
+const template = () => (find("template").value === "own" ? find("own").value : find("template").value);
+
+function clear() {
+  number++;
+  find("hits").replaceChildren();
+  find("classified").hidden = true;
+}
+
+async function run() {
   const text = find("text").value.trim();
-  const asked = new URLSearchParams({ count: find("count").value, over: find("over").value });
-  if (text) asked.set("text", text);
-  if (text && template()) asked.set("template", template());
-  if (chosen.token) asked.set("image", chosen.token);
-  else if (chosen.id !== null) asked.set("id", chosen.id);
-  const image = chosen.token || chosen.id !== null;
-  if (text && image) asked.set("weight", find("balance").value);
-  if (!text && !image) {
+  if (!text && !hasImage()) {
     clear();
     history.replaceState(null, "", location.pathname);
     return say("Enter a text, or choose an image.", "bad");
   }
+  const mine = ++number;
+  const asked = { text, ...image, template: template(), over: find("over").value, weight: Number(find("balance").value) };
+  const classes = hasImage() ? find("classes").value.split("\n").filter((name) => name.trim()) : [];
   say("Searching …", "busy");
-  const found = await ask(`/api/search?${asked}`);
-  if (!current()) return;
-  find("hits").replaceChildren(...found.hits.map(hit));
-  const pointing = text && matchMedia("(hover: hover)").matches ? ". Point at an image to see where the text fits." : "";
-  if (text) for (const [place, card] of [...find("hits").children].entries()) showMap(card, found.hits[place].id, text);
-  say(found.hits.length ? `The nearest ${found.hits.length} of ${count(found.images, "image")}, in ${found.seconds.toFixed(2)} s${pointing}` : "No results: no image has a caption.");
-  const address = new URL(location);
-  address.search = chosen.token ? "" : new URLSearchParams([...asked].filter(([name]) => name !== "count"));
-  history.replaceState(null, "", address);
-}, () => find("hits").replaceChildren());
+  try {
+    const answer = await sendJson("/api/search", { ...asked, classes, count: Number(find("count").value) });
+    if (mine === number) show(answer, asked);
+  } catch (error) {
+    if (mine !== number) return;
+    clear();
+    say(error.message, "bad");
+  }
+}
 
-function hit(row) {
-  const actions = make("p", { class: "facts" }, make("a", { href: `/classify?id=${row.id}` }, "classify it"));
-  return card(row, { facts: [`cosine ${row.cosine.toFixed(3)}`, row.key], more: [actions] });
+function show({ hits, images, seconds, classes, scale }, { text, id, template, over, weight }) {
+  find("hits").replaceChildren(...hits.map((hit) => card(hit, { facts: [`cosine ${hit.cosine.toFixed(3)}`, hit.key] })));
+  const pointing = text && matchMedia("(hover: hover)").matches ? ". Point at an image to see where the text fits." : "";
+  if (text) for (const [row, shown] of [...find("hits").children].entries()) showMap(shown, hits[row].id, text);
+  const nearest = hits.length ? `The nearest ${hits.length} of ${count(images, "image")}, in ${seconds.toFixed(2)} s${pointing}` : "No results: no image has a caption.";
+  find("classified").hidden = !classes;
+  if (classes) {
+    find("bars").replaceChildren(...classes.slice(0, 100).map((row) => bar(row.name, `cosine ${row.cosine.toFixed(3)}`, row.probability)));
+    const part = classes.length > 100 ? `; the first 100 of ${classes.length} classes are shown.` : ".";
+    find("scale").textContent = `The softmax of ${scale.toFixed(1)} times the cosines${part} They add up to 100 %, also if no class is right.`;
+  }
+  say(classes ? `Most likely: ${classes[0].name}, ${percent(classes[0].probability)}. ${nearest}` : nearest);
+  // --- the address, unless the image is a file
+  const parameters = { text, id, weight: text && id !== null ? weight : "", template: text ? template : "", over };
+  const address = new URL(location);
+  address.search = image.vector ? "" : new URLSearchParams(Object.entries(parameters).filter(([, value]) => value !== "" && value !== null));
+  history.replaceState(null, "", address);
 }
 
 /** While the pointer or the focus is on a card, shows the heat map of the text over its image. */
-function showMap(card, id, text) {
-  const image = card.querySelector("img");
-  if (!image) return;
-  const plain = image.src;
-  let shown = false;
-  const show = () => {
-    shown = true;
+function showMap(shown, id, text) {
+  const picture = shown.querySelector("img");
+  if (!picture) return;
+  const plain = picture.src;
+  let pointed = false;
+  const point = () => {
+    pointed = true;
     const map = new Image();
-    map.addEventListener("load", () => {
-      if (shown) image.src = map.src;
-    });
-    map.src = `/maps/${id}?${new URLSearchParams({ text })}`;
+    map.addEventListener("load", () => pointed && (picture.src = map.src));
+    map.src = `/images/${id}?${new URLSearchParams({ text })}`;
   };
-  const hide = () => {
-    shown = false;
-    image.src = plain;
+  const leave = () => {
+    pointed = false;
+    picture.src = plain;
   };
-  for (const event of ["pointerenter", "focusin"]) card.addEventListener(event, show);
-  for (const event of ["pointerleave", "focusout"]) card.addEventListener(event, hide);
+  for (const event of ["pointerenter", "focusin"]) shown.addEventListener(event, point);
+  for (const event of ["pointerleave", "focusout"]) shown.addEventListener(event, leave);
+}
+
+// --- the image to search with
+
+function choose(source, chosen = {}) {
+  Object.assign(image, { vector: null, id: null }, chosen);
+  const preview = find("preview-image");
+  URL.revokeObjectURL(preview.src);
+  preview.removeAttribute("src");
+  if (source) preview.src = source;
+  find("preview").hidden = !source;
+  balance();
+}
+
+/** Sends a file, whose vector later requests have. */
+async function upload(file) {
+  const mine = ++uploads;
+  choose(null);
+  clear();
+  say("Reading the image …", "busy");
+  try {
+    const { vector } = await ask("/api/images", { method: "POST", body: file });
+    if (mine !== uploads) return;
+    choose(URL.createObjectURL(file), { vector });
+    run();
+  } catch (error) {
+    if (mine === uploads) say(error.message, "bad");
+    find("file").value = "";
+  }
+}
+
+function forget() {
+  uploads++;
+  choose(null);
+  find("file").value = "";
+  find("file").focus();
+  clear();
+  say("Image removed.");
+  history.replaceState(null, "", location.pathname);
+  if (find("text").value.trim()) run();
 }
 
 function balance() {
   const text = Number(find("balance").value);
-  find("balance-field").hidden = !(find("text").value.trim() && (chosen.token || chosen.id !== null));
+  find("balance-field").hidden = !(find("text").value.trim() && hasImage());
   find("balance-said").textContent = `${Math.round(100 * (1 - text))} : ${Math.round(100 * text)}`;
 }
 
-const chosen = watchPicker((image) => {
-  balance();
-  if (image.token || find("text").value.trim()) run();
-  else {
-    clear();
-    history.replaceState(null, "", location.pathname);
-  }
-}, clear);
-watchTemplate();
+const drop = find("file").closest(".drop");
+find("file").addEventListener("change", () => find("file").files.length && upload(find("file").files[0]));
+find("forget").addEventListener("click", forget);
+for (const kind of ["dragenter", "dragover", "dragleave", "drop"]) {
+  document.addEventListener(kind, (event) => {
+    if (kind !== "dragleave") event.preventDefault();
+    drop.classList.toggle("over", ["dragenter", "dragover"].includes(kind));
+    if (kind !== "drop") return;
+    if (event.dataTransfer.files.length) upload(event.dataTransfer.files[0]);
+    else say("Not a file. Drop an image file.", "bad");
+  });
+}
+document.addEventListener("paste", (event) => event.clipboardData.files.length && upload(event.clipboardData.files[0]));
+
+// --- the form, as the address has it
+
+const showOwn = () => (find("own-field").hidden = find("template").value !== "own");
+find("template").addEventListener("change", showOwn);
+for (const id of ["text", "balance"]) find(id).addEventListener("input", balance);
+find("classes").addEventListener("input", () => (sessionStorage.classes = find("classes").value));
 for (const button of document.querySelectorAll("[data-example]")) {
   button.addEventListener("click", () => {
     find("text").value = button.dataset.example;
     find("form").requestSubmit();
   });
 }
-find("text").addEventListener("input", balance);
-find("balance").addEventListener("input", balance);
 find("form").addEventListener("submit", (event) => {
   event.preventDefault();
   run();
 });
 const given = new URLSearchParams(location.search);
+const named = given.get("template") || "";
 find("text").value = given.get("text") || "";
-const words = given.get("template") || "";
-const own = words.includes("{}");
-find("template").value = own ? "own" : words;
-if (own) find("own").value = words;
-find("own-field").hidden = !own;
+find("classes").value = sessionStorage.classes || "";
+find("template").value = named.includes("{}") ? "own" : named;
+if (named.includes("{}")) find("own").value = named;
+showOwn();
 find("balance").value = given.get("weight") ?? 0.5;
 if (given.get("over") === "captions" && find("over").options.length > 1) find("over").value = "captions";
 if (/^\d+$/.test(given.get("id") || "")) {
-  chosen.take(Number(given.get("id")));
+  choose(thumbnail(given.get("id")), { id: Number(given.get("id")) });
   find("more").open = true;
 }
 balance();
-if (words && !find("template").value) say(`There is no template set "${words}".`, "bad");
-else if (find("text").value || chosen.id !== null) run();
+if (named && !find("template").value) say(`There is no template set "${named}".`, "bad");
+else if (find("text").value || hasImage()) run();

@@ -150,6 +150,14 @@ class PairList(NamedTuple):
         return hashlib.blake2b("\n".join(keys).encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 
 
+def list_of(spec: str, columns: Columns, source: PairSource, indices: Sequence[int]) -> tuple[PairList, PairSource]:
+    """A list of pairs of the opened source `spec`, and the source that it lists: the first one of lists of lists."""
+    if spec.lower().endswith(LIST_KIND) and isinstance(source, Subset):
+        first = read_pair_list(Path(spec).expanduser())
+        return first._replace(indices=[first.indices[index] for index in indices], digest=""), source.source
+    return PairList(spec, columns, len(source), [*indices]), source
+
+
 def write_pair_list(path: Path, listed: PairList, source: PairSource | None = None) -> None:
     """Write a list of pairs, with paths that stay valid when the project moves, see `stored_path`."""
     columns = replace(listed.columns, root=stored_path(listed.columns.root, path.parent) or None)

@@ -1,0 +1,75 @@
+"""Answers of the search view: images nearest to a text or an image, and the probabilities of classes."""
+
+import time
+from typing import Annotated, Any
+
+import torch
+from pydantic import BaseModel, Field
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from declip.app.requests import ImageId, OneLine, Template, Text
+from declip.app.state import AppState
+from declip.errors import UserError
+from declip.evaluation.zero_shot import logit_scale, read_templates
+from declip.search.class_names import read_classes
+from declip.search.index import mix
+from declip.search.info import Over
+
+MOST_PROMPTS = 8_000  # classes times templates: all are encoded while the page waits
+
+
+class SearchQuestion(BaseModel):
+    """A text, an image or both; `weight` is that of the text, and `classes` are those of the image."""
+
+    text: Text = ""
+    id: ImageId | None = None  # of an image of the index
+    vector: list[float] | None = None  # of an uploaded image
+    template: Template = ""
+    weight: float = Field(0.5, ge=0, le=1)
+    count: int = Field(24, ge=1, le=200)
+    over: Over = "images"
+    classes: list[Annotated[str, OneLine]] = []
+
+
+def search(state: AppState, asked: SearchQuestion) -> dict[str, Any]:
+    """The images nearest to a text, an image, or both, and the classes of the image."""
+    started, answer = time.perf_counter(), dict[str, Any]()
+    query = image = _image_vector(state, asked)
+    if asked.classes:
+        answer = _classify(state, asked, image)
+    if asked.text:
+        text = state.text_vectors([asked.text], asked.template)[0]
+        query = text if image is None else mix(text, image, (asked.weight, 1 - asked.weight))
+    if query is None:
+        raise UserError("Enter a text, or choose an image.")
+    ids, cosines = state.index.nearest(query[None], asked.count, over=asked.over)
+    hits = zip(state.describe(ids[0].numpy()), cosines[0].tolist(), strict=True)
+    answer["hits"] = [{**hit, "cosine": cosine} for hit, cosine in hits]
+    return {**answer, "images": len(state.index), "seconds": time.perf_counter() - started}
+
+
+def _image_vector(state: AppState, asked: SearchQuestion) -> Tensor | None:
+    if asked.vector is None:
+        return None if asked.id is None else state.index.vectors([asked.id])[0]
+    vector = normalize(torch.tensor(asked.vector, dtype=torch.float32), dim=0)
+    if len(vector) != state.index.info.dimension or not vector.isfinite().all():
+        raise UserError("The image was encoded by another model. Choose it again.")
+    return vector
+
+
+def _classify(state: AppState, asked: SearchQuestion, image: Tensor | None) -> dict[str, Any]:
+    """Probabilities of the classes, the largest first: the softmax of scaled cosines, as CLIP is trained."""
+    names = read_classes(asked.classes)
+    count = len(names) * (len(read_templates(asked.template)[1]) if asked.template else 1)
+    if count > MOST_PROMPTS:
+        limit = f"the limit is {MOST_PROMPTS:,}. `declip classify` has none."
+        raise UserError(f"Classes times templates are {count:,} texts; {limit}")
+    if image is None:
+        raise UserError("There is no image to classify. Choose one, or leave the classes empty.")
+    cosines = state.text_vectors(names, asked.template) @ image
+    scale = logit_scale(state.index.text_model)
+    softmax = torch.softmax(scale * cosines.double(), dim=0)
+    order = softmax.argsort(descending=True, stable=True).tolist()
+    rows = [{"name": names[i], "probability": float(softmax[i]), "cosine": float(cosines[i])} for i in order]
+    return {"classes": rows, "scale": scale}

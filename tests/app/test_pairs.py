@@ -1,0 +1,161 @@
+"""Comparing pairs: what disagrees, what is similar, and the lists of marked and other pairs."""
+
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+import declip
+from app.conftest import ask
+from conftest import refuses
+from declip.app.pairs import compare_captions, find_similar
+from declip.app.server import open_state
+from declip.app.state import AppState
+from declip.data.sources.open import open_source
+from indices import write_index
+
+
+@pytest.fixture
+def made_up(tmp_path):
+    """60 pairs: captions near their images, but 5 and 6 are exchanged, 7 has none, 20 is an image twice."""
+    torch.manual_seed(0)
+    images = normalize(torch.randn(60, 16), dim=-1)
+    images[20] = images[40]
+    texts = normalize(images + 0.15 * torch.randn(60, 16), dim=-1)
+    texts[[5, 6]] = texts[[6, 5]]
+    texts[7] = 0
+    captions = [f"caption {n}" for n in range(60)]
+    captions[7] = ""
+    return AppState(write_index(tmp_path / "made", images, texts, captions), "")
+
+
+def test_exchanged_captions_disagree_most(made_up):
+    found = compare_captions(made_up)
+    assert set(found.ids[:2].tolist()) == {5, 6}
+    assert (len(found.ids), 7 in found.ids) == (59, False)
+    own = (made_up.index.vectors(found.ids) * made_up.index.vectors(found.ids, "captions")).sum(1).numpy()
+    np.testing.assert_allclose(found.values, own, atol=1e-6)
+    spread = 1.4826 * np.median(np.abs(own - np.median(own)))
+    assert (found.median, found.spread) == pytest.approx((np.median(own), spread), abs=1e-5)
+
+
+def test_pairs_that_a_run_was_trained_on_are_judged_out_of_fold(run_folder, shared, tmp_path):
+    run = shutil.copytree(run_folder, tmp_path / "run")
+    rows = [(row.key, text) for row in map(shared.index.row, shared.index.ids) for text in row.captions]
+    ranks = {pair: number / len(rows) for number, pair in enumerate(reversed(rows))}
+
+    def state_with(share):
+        known = list(ranks.items())[: round(share * len(rows))]
+        with (run / "out_of_fold.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([("key", "caption", "rank"), *((*pair, f"{rank:.4f}") for pair, rank in known)])
+        return AppState(shared.index, str(run))
+
+    with ask(state_with(0.75)) as client:
+        answer = client.get("/api/pairs/disagreeing?limit=0.5").json()
+        assert "was trained on" not in client.get("/pairs").text
+    assert (answer["ranked"], answer["total"], answer["without"]) == (True, 18, 6)
+    assert [row["id"] for row in answer["rows"]] == list(range(6, 24)), "the worst of an image's captions counts"
+    assert answer["rows"][0]["value"] == pytest.approx(ranks[rows[12]], abs=1e-4)
+    assert answer["marked"] == list(range(6, 12))
+    with ask(state_with(0.25)) as client:  # of another source, mostly
+        assert not client.get("/api/pairs/disagreeing").json()["ranked"]
+        assert "was trained on" in client.get("/pairs").text
+
+
+def test_similar_images_are_those_of_all_with_all(made_up):
+    similar = find_similar(made_up)
+    [(ids, cosine)] = similar.groups(0.999)
+    assert (ids, cosine) == ([20, 40], pytest.approx(1, abs=1e-5))
+    images = made_up.index.vectors(made_up.index.ids)
+    expected = ((images @ images.T).triu(1) >= 0.8).nonzero()
+    found = zip(similar.one.tolist(), similar.other.tolist(), strict=True)
+    assert {tuple(sorted(pair)) for pair in found} == {*map(tuple, expected.tolist())}
+    assert similar.groups(1.1) == []
+
+
+def test_similar_images_are_joined_through_others(tmp_path):
+    def groups(name, vectors, threshold):
+        index = write_index(tmp_path / name, vectors, vectors, ["a"] * len(vectors))
+        return find_similar(AppState(index, "")).groups(threshold)
+
+    angles = torch.tensor([0.0, 0.3, 0.6, 2.0, 2.2])
+    row = groups("row", torch.stack([angles.cos(), angles.sin()], 1), np.cos(0.31))
+    assert [ids for ids, _ in row] == [[3, 4], [0, 1, 2]]
+    assert row[1][1] == pytest.approx(np.cos(0.3), abs=1e-5)
+    same = torch.full((40, 4), 0.49999)  # cosines of 0.99996, as float16 may have
+    assert len(groups("same", same, 1.0)[0][0]) == 40
+
+
+def test_the_page_gets_the_worst_pairs_and_the_groups(client, state):
+    found = compare_captions(state)
+    answer = client.get(f"/api/pairs/disagreeing?limit={float(found.values[5])}").json()
+    assert (len(answer["edges"]), sum(answer["counts"])) == (len(answer["counts"]) + 1, 24)
+    assert (answer["total"], answer["without"], answer["marked"]) == (24, 0, found.ids[:5].tolist())
+    rows = answer["rows"]
+    assert [row["id"] for row in rows] == found.ids.tolist()
+    assert [row["value"] for row in rows] == pytest.approx(found.values.tolist(), abs=1e-6)
+    image, texts = state.index.vectors([rows[0]["id"]])[0], state.index.vectors(state.index.ids, "captions")
+    assert rows[0]["nearest"] == state.index.row(int((texts @ image).argmax())).caption
+    groups = client.get("/api/pairs/duplicates?threshold=0.8").json()
+    assert len(groups["marked"]) == sum(group["size"] - 1 for group in groups["rows"])
+    assert groups["total"] == len(groups["rows"])
+    for wrong in ("disagreeing?start=-1", "duplicates?threshold=0.5", "duplicates?threshold=x"):
+        assert client.get(f"/api/pairs/{wrong}").status_code == 400, wrong
+
+
+MARKED = {"image and caption disagree": [3, 1], "near-duplicate image": [3, 8]}
+
+
+def test_the_list_has_keys_and_reasons_and_all_other_pairs_are_a_source(client, state):
+    for tree in ({}, {"other": [1]}, *({"near-duplicate image": ids} for ids in (["x"], [99], [-1]))):
+        assert client.post("/api/pairs/list", json=tree).status_code == 400, tree
+    found = compare_captions(state)
+    client.get("/api/pairs/disagreeing")
+    written = client.post("/api/pairs/list", json=MARKED).json()
+    with open(written["drop"]) as file:
+        rows = [json.loads(line) for line in file]
+    assert [(row["key"], row["place"]) for row in rows] == [(state.index.row(n).key, n) for n in (1, 3, 8)]
+    assert [row["reason"] for row in rows] == ["image and caption disagree"] * 2 + ["near-duplicate image"]
+    assert rows[0]["cosine"] == pytest.approx(float(found.values[found.ids.tolist().index(1)]), abs=1e-4)
+    others = open_source(written["rest"])
+    assert len(others) == written["count"] == 21
+    assert {others.key(n) for n in range(21)} == {row.key for row in state.index.rows(state.index.ids)} - {
+        row["key"] for row in rows
+    }
+
+
+def test_a_list_can_be_shortened_again_trained_on_and_fine_tuned_on(client, state, run_folder, tmp_path):
+    first = client.post("/api/pairs/list", json=MARKED).json()["rest"]
+    again = open_state(str(run_folder), first, tmp_path / "again")
+    with ask(again) as second:
+        written = second.post("/api/pairs/list", json={"near-duplicate image": [0]}).json()
+    keys = [open_source(written["rest"]).key(n) for n in range(written["count"])]
+    assert keys == [state.index.row(n).key for n in range(24) if n not in (0, 1, 3, 8)]
+    run = declip.finetune(written["rest"], run_folder, out=tmp_path / "run", freeze="both", quiet=True)
+    assert run.examples["source"]["pairs"] == 20
+
+
+def test_a_list_of_a_source_that_has_changed_or_of_all_pairs_is_refused(made_up, client):
+    with ask(made_up) as asked:  # of an index without a source
+        answer = asked.post("/api/pairs/list", json={"near-duplicate image": [1]})
+    assert (answer.status_code, "Python object" in answer.json()["error"]) == (400, True)
+    answer = client.post("/api/pairs/list", json={"near-duplicate image": list(range(24))})
+    assert (answer.status_code, "all pairs" in answer.json()["error"]) == (400, True)
+
+
+def test_a_comparison_is_made_once_and_ends_with_the_server(state):
+    calls = []
+
+    def compare(state):
+        state.check_running()
+        calls.append(state.index)
+        return 7
+
+    assert [state.once(compare), state.once(compare)] == [7, 7]
+    assert calls == [state.index]
+    state.stopped.set()
+    refuses("stopped", state.once, find_similar)
