@@ -26,6 +26,7 @@ export const sendJson = (address, tree) => ask(address, { method: "POST", body: 
 export function say(text, kind = "") {
   find("said").textContent = text;
   find("said").className = `said ${kind}`;
+  if (kind === "bad") find("said").scrollIntoView({ block: "nearest" });
 }
 
 export const thumbnail = (id) => `/images/${id}?v=${document.body.dataset.version}`;
