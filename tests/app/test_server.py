@@ -33,8 +33,9 @@ def test_a_source_is_embedded_once_and_an_index_is_opened(weights_file, table, t
     other = tmp_path / "other" / table.name
     other.parent.mkdir()
     shutil.copy(table, other)
-    monkeypatch.setattr("declip.search.embed._embed_places", lambda *_: pytest.fail("embedded"))
-    assert len(open_state(str(weights_file), str(first.folder)).index) == 24
+    monkeypatch.setattr("declip.models.dual_encoder.DualEncoder.encode_image", lambda *_: pytest.fail("embedded"))
+    for source in (table, first.folder):
+        assert len(open_state(str(weights_file), str(source)).index) == 24
     write_declip_file(tiny_model(1), tmp_path / "other.safetensors")
     for model, source in ((weights_file, other), (tmp_path / "other.safetensors", table)):  # each has its own index
         with pytest.raises(pytest.fail.Exception):
