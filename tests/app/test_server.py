@@ -31,8 +31,7 @@ def test_a_source_is_embedded_once_and_an_index_is_opened(weights_file, table, t
     assert str(first.folder).startswith("indices/shapes-jsonl-")
     assert first.info.captions
     other = tmp_path / "other" / table.name
-    other.parent.mkdir()
-    shutil.copy(table, other)
+    shutil.copytree(table.parent, other.parent)
     monkeypatch.setattr("declip.models.dual_encoder.DualEncoder.encode_image", lambda *_: pytest.fail("embedded"))
     for source in (table, first.folder):
         assert len(open_state(str(weights_file), str(source)).index) == 24

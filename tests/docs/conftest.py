@@ -150,7 +150,7 @@ def visit(server, sockets):
     """Stand in for `uvicorn.Server.run`: open each view of the page once and search."""
     host, port = sockets[0].getsockname()[:2]
     with TestClient(server.config.app, base_url=f"http://{host}:{port}") as client:
-        for view in ("classify", "search", "pairs"):
+        for view in ("search", "pairs"):
             assert client.get(f"/{view}").status_code == 200
         assert client.get("/api/search", params={"text": "a red circle"}).json()["hits"]
 
