@@ -12,7 +12,7 @@ from declip.app.requests import ImageId, OneLine, Template, Text
 from declip.app.state import AppState
 from declip.errors import UserError
 from declip.evaluation.zero_shot import logit_scale, read_templates
-from declip.search.class_names import read_classes
+from declip.search.checks import read_classes
 from declip.search.index import mix
 from declip.search.info import Over
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from declip.data.columns import Columns
 from declip.data.pair import BrokenPair, PairSource
 from declip.data.sources.open import Sources, open_source
-from declip.data.sources.subset import LIST_KIND, PairList, Subset, read_pair_list, training_part, write_pair_list
+from declip.data.sources.subset import list_of, training_part, write_pair_list
 from declip.errors import UserError
 from declip.evaluation.datasets import open_dataset
-from declip.inspection.split import FEWEST, PairSplit, check_copies, split_pairs
+from declip.inspection.split import FEWEST, check_copies, split_pairs
 from declip.io.text import plural
 from declip.recipe.load import load_recipe
 from declip.runs.folder import RECIPE, SPLIT, log, moved_lists
@@ -57,7 +57,8 @@ def choose_pairs(
             f"The weights were trained on these pairs, or on most of them ('{seen.name}'), so the validation results "
             "are too high. Give other pairs with --val."
         )
-    _write_parts(folder, PairList(pairs, columns, len(source), []), source, parts)
+    for name, indices in zip(SPLIT, parts, strict=True):
+        write_pair_list(folder / name, *list_of(pairs, columns, source, indices))
     own, held_out_part = (str(folder / name) for name in SPLIT)
     return open_source(own, sources=sources), own, [held_out_part]
 
@@ -74,16 +75,6 @@ def pairs_of(weights: str) -> PairSource | None:
         log.warning(f"The pairs that '{weights}' was trained on cannot be compared with yours: {error}")
         return None
     return None if source.remote or len(source) > MOST_SEEN else source
-
-
-def _write_parts(folder: Path, whole: PairList, source: PairSource, parts: PairSplit) -> None:
-    """Write the lists of a split, whose indices are those of the source."""
-    places: Sequence[int] = range(len(source))
-    if whole.source.lower().endswith(LIST_KIND) and isinstance(source, Subset):
-        source, whole = source.source, read_pair_list(Path(whole.source).expanduser())
-        places = whole.indices
-    for name, indices in zip(SPLIT, parts, strict=True):
-        write_pair_list(folder / name, whole._replace(indices=[places[index] for index in indices]), source)
 
 
 def _check_few(source: PairSource) -> None:

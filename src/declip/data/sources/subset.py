@@ -3,11 +3,11 @@
 import hashlib
 import json
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import pyarrow as pa
@@ -150,12 +150,13 @@ class PairList(NamedTuple):
         return hashlib.blake2b("\n".join(keys).encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 
 
-def list_of(spec: str, columns: Columns, source: PairSource, indices: Sequence[int]) -> tuple[PairList, PairSource]:
-    """A list of pairs of the opened source `spec`, and the source that it lists: the first one of lists of lists."""
+def list_of(spec: str, columns: Columns, source: PairSource, indices: Iterable[int]) -> tuple[PairList, PairSource]:
+    """A list of pairs of the opened source `spec`, and the source that it lists: the inner one of a list."""
+    listed, places = PairList(spec, columns, len(source), []), cast(Sequence[int], range(len(source)))
     if spec.lower().endswith(LIST_KIND) and isinstance(source, Subset):
-        first = read_pair_list(Path(spec).expanduser())
-        return first._replace(indices=[first.indices[index] for index in indices], digest=""), source.source
-    return PairList(spec, columns, len(source), [*indices]), source
+        listed, source = read_pair_list(Path(spec).expanduser()), source.source
+        places = listed.indices
+    return listed._replace(indices=[places[index] for index in indices]), source
 
 
 def write_pair_list(path: Path, listed: PairList, source: PairSource | None = None) -> None:
