@@ -21,7 +21,7 @@ from declip.errors import UserError
 
 torch.set_num_threads(1)
 
-COLOURS = ("red", "green", "blue", "orange", "purple", "black")
+COLORS = ("red", "green", "blue", "orange", "purple", "black")
 SHAPES = ("circle", "square", "triangle", "bar")
 
 TINY = {
@@ -156,7 +156,7 @@ def table(tmp_path_factory):
     """A JSONL table of 24 pictures with two captions each."""
     folder = tmp_path_factory.mktemp("shapes")
     rows = []
-    for color in COLOURS:
+    for color in COLORS:
         for shape in SHAPES:
             draw(color, shape).save(folder / f"{color}-{shape}.png")
             captions = [f"a {color} {shape}", f"{shape} painted in {color} on white paper"]

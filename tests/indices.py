@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 import torch
 
-from conftest import COLOURS, SHAPES, draw, tiny_tree
+from conftest import COLORS, SHAPES, draw, tiny_tree
 from declip.data.pair import Origin, SkipCounter
 from declip.interchange.declip_file import write_declip_file
 from declip.models.dual_encoder import DualEncoder
@@ -48,7 +48,7 @@ def model():
 def draw_shapes(folder):
     """Write 24 images into a new folder; their paths in order."""
     folder.mkdir()
-    for color, shape in product(COLOURS, SHAPES):
+    for color, shape in product(COLORS, SHAPES):
         draw(color, shape).save(folder / f"{color}-{shape}.png")
     return sorted(folder.iterdir())
 

@@ -6,13 +6,13 @@ from importlib.util import find_spec
 import pytest
 
 import declip
-from conftest import COLOURS, SHAPES, draw, tiny_tree, write_table
+from conftest import COLORS, SHAPES, draw, tiny_tree, write_table
 from declip.recipe.schema import Recipe
 from indices import folder, model, weights_file
 
 __all__ = ["folder", "model", "weights_file"]
 PAGE = "http://127.0.0.1:8765"
-NAMES = [f"{color}-{shape}-{side}" for side in (32, 48) for color in COLOURS for shape in SHAPES]
+NAMES = [f"{color}-{shape}-{side}" for side in (32, 48) for color in COLORS for shape in SHAPES]
 
 collect_ignore_glob = [] if find_spec("starlette") and find_spec("uvicorn") else ["test_*.py"]
 

@@ -16,7 +16,7 @@ from starlette.testclient import TestClient
 import declip
 import declip.api
 import declip.finetuning.run
-from conftest import COLOURS, SHAPES, draw
+from conftest import COLORS, SHAPES, draw
 from declip.comparison import runner
 from declip.data.builtin.sets import DESIGNS, EMOJI
 from declip.data.prepare import write_exclusions
@@ -63,10 +63,10 @@ def emoji_cache(tmp_path_factory):
     cache = tmp_path_factory.mktemp("emoji")
     rows, pixels = [], []
     for design in DESIGNS:
-        for number, (color, shape) in enumerate((c, s) for c in COLOURS for s in SHAPES):
+        for number, (color, shape) in enumerate((c, s) for c in COLORS for s in SHAPES):
             code, name = f"{FIRST + number:x}", f"{color} {shape}"
             row = {"key": f"{design.key}/{code}", "design": design.key, "code": code, "drawing": name, "name": name}
-            row |= {"category": shape, "group": shape, "held_out": color == COLOURS[-1]}
+            row |= {"category": shape, "group": shape, "held_out": color == COLORS[-1]}
             rows.append({**row, "captions": [name, f"{shape} in {color}"]})
             pixels.append(np.asarray(draw(color, shape, EMOJI.side)))
     with pytest.MonkeyPatch.context() as patch:
@@ -129,7 +129,7 @@ def world(emoji_cache, tmp_path_factory):
         write_tables(folder, "pairs", "builtin:emoji")
         write_tables(folder, "heldout", "builtin:emoji-test")
         write_data(folder / "data", folder / "pictures")
-        draw(COLOURS[0], SHAPES[0]).save(folder / "photo.jpg")
+        draw(COLORS[0], SHAPES[0]).save(folder / "photo.jpg")
         runs = folder / "runs"
         for name, recipe in {
             "demo": declip.load_recipe("demo-few-declip"),

@@ -11,7 +11,7 @@ from declip.evaluation.datasets import Dataset
 from declip.evaluation.encode import SourceFeatures
 from declip.evaluation.linear_probe import linear_probe
 
-COLOURS = {
+COLORS = {
     "red": (255, 0, 0),
     "green": (0, 255, 0),
     "blue": (0, 0, 255),
@@ -20,7 +20,7 @@ COLOURS = {
     "magenta": (255, 0, 255),
     "white": (255, 255, 255),
 }
-WORDS = list(COLOURS)
+WORDS = list(COLORS)
 OTHER = len(WORDS) + 1  # the id of every word that is no color
 
 
@@ -50,7 +50,7 @@ class ColorModel(nn.Module):
     def encode_text(self, tokens):
         self.passes.append(("text", len(tokens), self.training, torch.is_grad_enabled()))
         table = torch.zeros(OTHER + 1, 3)
-        table[1:OTHER] = torch.tensor(list(COLOURS.values())) / 255
+        table[1:OTHER] = torch.tensor(list(COLORS.values())) / 255
         return self.gain * (table[tokens].sum(1) + 1e-3)
 
 
@@ -74,7 +74,7 @@ class PaintedSource(PairSource):
 
     def __getitem__(self, index):
         captions = self.captions(index)
-        return Pair(f"row {index}", Image.new("RGB", (8, 8), COLOURS[self.colors[index]]), captions)
+        return Pair(f"row {index}", Image.new("RGB", (8, 8), COLORS[self.colors[index]]), captions)
 
 
 def features_of(images, captions=None, texts=None):

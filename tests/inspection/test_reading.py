@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from conftest import COLOURS, SHAPES, draw, encoded, texture
+from conftest import COLORS, SHAPES, draw, encoded, texture
 from declip.data.images.decode import decode
 from declip.inspection.reading import (
     COARSE_BITS,
@@ -82,7 +82,7 @@ def test_copies_look_alike_and_other_images_do_not():
 
 
 def test_color_shape_and_a_small_sign_tell_drawings_apart():
-    groups = groups_of([draw(color, shape) for color in COLOURS for shape in SHAPES])
+    groups = groups_of([draw(color, shape) for color in COLORS for shape in SHAPES])
     assert len(set(groups)) == len(groups)
 
     def sign(box):

@@ -55,7 +55,7 @@ def whole(model, painted, tmp_path, monkeypatch):
     colors = [NAMES[row % 7] for row in range(21)]
     captions = [(f'{color} <script>alert("{row}")</script> & co',) for row, color in enumerate(colors)]
     held_out = [painted(colors, captions, classes=NAMES)]
-    monkeypatch.setattr("declip.reports.run.open_dataset", lambda name: open_dataset(held_out[0]))
+    monkeypatch.setattr("declip.reports.run.open_dataset", lambda name, **_: open_dataset(held_out[0]))
     return _run_folder(tmp_path), model, held_out
 
 
@@ -127,20 +127,20 @@ def test_held_out_pairs_that_are_gone_are_left_out_with_a_warning(whole, caplog)
     assert "retrieval" not in page.ids
 
 
-COLOURS = ["red", "green", "blue", "cyan", "yellow", "white"]
+COLORS = ["red", "green", "blue", "cyan", "yellow", "white"]
 RNG = np.random.default_rng
 
 
 def test_captions_found_and_not_found(painted):
     """Six pairs; the captions of the last three point at their left neighbors."""
-    texts, captions = torch.eye(6), [(f"{color} thing",) for color in COLOURS]
+    texts, captions = torch.eye(6), [(f"{color} thing",) for color in COLORS]
     texts[3:] = torch.eye(6)[2:5] + 0.5 * torch.eye(6)[3:]
-    source = painted(COLOURS, captions)
+    source = painted(COLORS, captions)
     queries, right_fraction = retrieval(source, features_of(torch.eye(6), captions, texts), RNG(0), each=2)
     assert [query["rank"] for query in queries] == [1, 1, 2, 2]
     assert right_fraction == 0.5
     for query in queries:
-        own, hits = COLOURS.index(query["caption"].split()[0]), query["hits"]
+        own, hits = COLORS.index(query["caption"].split()[0]), query["hits"]
         assert [hit["correct"] for hit in hits] == [hit["caption"] == query["caption"] for hit in hits]
         assert hits[query["rank"] - 1]["image"] == thumbnails_of(source)(own)
     assert not queries[2]["hits"][0]["correct"]
@@ -149,6 +149,6 @@ def test_captions_found_and_not_found(painted):
 def test_an_image_with_the_same_caption_is_right(painted):
     captions = [("a cat",), ("a cat",), ("a dog",)]
     features = features_of(torch.eye(3), captions, torch.eye(3)[[0, 0, 2]])
-    cat, *_ = sorted(retrieval(painted(COLOURS[:3], captions), features, RNG(0))[0], key=lambda each: each["caption"])
+    cat, *_ = sorted(retrieval(painted(COLORS[:3], captions), features, RNG(0))[0], key=lambda each: each["caption"])
     assert (cat["caption"], cat["rank"]) == ("a cat", 1)
     assert [hit["caption"] for hit in cat["hits"] if hit["correct"]] == ["a cat"] * 2

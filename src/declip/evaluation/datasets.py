@@ -86,12 +86,12 @@ def with_classes(source: PairSource) -> LabeledSource:
 
 
 def _by_name(given: str, label_column: str | None, sources: Sources) -> Dataset:
-    name, colon, place = given.partition(":")
+    name, colon, path = given.partition(":")
     # --- a known dataset in a folder
     if name in NAMED and colon and label_column is None:
-        named, root = NAMED[name], Path(place).expanduser()
-        if not place or not root.is_dir():
-            raise UserError(f"There is no folder '{place}'. Write '{name}:PATH'; expected there: {named.files}.")
+        named, root = NAMED[name], Path(path).expanduser()
+        if not path or not root.is_dir():
+            raise UserError(f"There is no folder '{path}'. Write '{name}:PATH'; expected there: {named.files}.")
         readers = named.open(name, root)
         openers = {which: partial(_read, given, named.files, reader) for which, reader in readers.items()}
         return Dataset(given, openers, named.templates, named.metric)
@@ -100,7 +100,7 @@ def _by_name(given: str, label_column: str | None, sources: Sources) -> Dataset:
     if label_column is not None and table is None:
         raise UserError(f"--label-column {label_column} requires a table, but '{given}' is not a table.")
     if given.startswith(BUILTIN_PREFIX):
-        splits = BUILTIN_SPLITS.get(place, {"test": place})
+        splits = BUILTIN_SPLITS.get(path, {"test": path})
         builtin = {which: partial(open_builtin, split) for which, split in splits.items()}
         return Dataset(given, builtin, _templates(given))
     if table is not None and (labeled := labeled_table(table, label_column)) is not None:

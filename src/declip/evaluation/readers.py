@@ -151,7 +151,7 @@ def _images(
     labels: list[int] = []
     # In the order of torchvision's `make_dataset`.
     for inner, label in sorted((inner, label) for label, inner in enumerate(raw)):
-        below = [Path(place, file) for place, _, files in os.walk(folder / inner) for file in files]
+        below = [Path(parent, file) for parent, _, files in os.walk(folder / inner) for file in files]
         images = sorted((path for path in below if path.suffix.lower() in EXTENSIONS), key=os.path.split)
         paths += images
         labels += [label] * len(images)
@@ -193,11 +193,11 @@ def labeled_table(table_path: str | Path, label_column: str | None) -> Openers |
     if "test" not in rows_of:
         raise UserError(f"'{path.name}' has no test pairs: its splits are {', '.join(rows_of)}. Name some rows 'test'.")
     if column is None:
-        return {which: partial(Subset, table, places) for which, places in rows_of.items()}
+        return {which: partial(Subset, table, rows) for which, rows in rows_of.items()}
     labels, names, broken = _labels(table, column)
     return {
-        which: partial(Classified, table, labels[places], names, rows=places, captioned=captioned, broken=broken)
-        for which, places in rows_of.items()
+        which: partial(Classified, table, labels[rows], names, rows=rows, captioned=captioned, broken=broken)
+        for which, rows in rows_of.items()
     }
 
 
@@ -272,9 +272,9 @@ def _read(kind: Callable[..., Any], name: str, root: Path, argument: str | bool)
 
 def sun397(name: str, root: Path) -> Openers:
     """Open SUN397 in its official first partition (Xiao et al. 2010), whose lists are in one of `SUN_PLACES`."""
-    for place in SUN_PLACES:
-        if all((root / place / file).is_file() for file in SUN_LISTS.values()):
-            return {which: partial(_sun, name, root / "SUN397", root / place / SUN_LISTS[which]) for which in SUN_LISTS}
+    for inner in SUN_PLACES:
+        if all((root / inner / file).is_file() for file in SUN_LISTS.values()):
+            return {which: partial(_sun, name, root / "SUN397", root / inner / SUN_LISTS[which]) for which in SUN_LISTS}
     raise UserError(
         f"'{name}' expects in '{root}' SUN397/ and the lists {' and '.join(SUN_LISTS.values())} of its official first "
         "partition, from the archive Partitions.zip of the SUN database."

@@ -52,7 +52,7 @@ KINDS = {
 
 # What is kept of a pair, 109 bytes, and of a caption, 15 bytes; its kind by number, -1 for none.
 NUMBERS = [("width", np.int32), ("height", np.int32), ("captions", np.uint16)]
-PAIR = np.dtype([("place", np.int64), ("exact", np.uint64), ("look", LOOK), *NUMBERS])
+PAIR = np.dtype([("index", np.int64), ("exact", np.uint64), ("look", LOOK), *NUMBERS])
 CAPTION = np.dtype([("hash", np.uint64), ("tokens", np.uint32), ("words", np.uint16), ("kind", np.int8)])
 KIND_NUMBERS: dict[str | None, int] = {None: -1, **{name: number for number, name in enumerate(KINDS)}}
 MOST_PER_PAIR = np.iinfo(np.uint16).max  # captions of a pair that are looked at
@@ -122,14 +122,14 @@ def near_groups(looks: np.ndarray) -> np.ndarray:
         key = blocks[:, first] << 16 | blocks[:, second]
         order = np.argsort(key, kind="stable")
         key = key[order]
-        places = np.arange(len(key) - 1)
+        starts = np.arange(len(key) - 1)
         for shift in range(1, REACH + 1):
-            places = places[places + shift < len(key)]
-            places = places[key[places] == key[places + shift]]
-            if not len(places):
+            starts = starts[starts + shift < len(key)]
+            starts = starts[key[starts] == key[starts + shift]]
+            if not len(starts):
                 break
             # --- (2, candidates), without those that are joined already; then those that are near
-            pair = np.stack([order[places], order[places + shift]])
+            pair = np.stack([order[starts], order[starts + shift]])
             pair = pair[:, labels[pair[0]] != labels[pair[1]]]
             for hashes, most in ((coarse, COARSE_BITS), (fine, FINE_BITS)):
                 differing = SET_BITS[(hashes[pair[0]] ^ hashes[pair[1]]).view(np.uint8)].sum(1, dtype=np.int64)
@@ -168,11 +168,11 @@ class ReadPairs(NamedTuple):
 
 
 def read(
-    source: PairSource, places: np.ndarray, workers: int | None, progress: str = "", captioned: bool = True
+    source: PairSource, indices: np.ndarray, workers: int | None, progress: str = "", captioned: bool = True
 ) -> ReadPairs:
-    """Read the pairs, or images alone, at rising places by `workers` processes; `progress` is the title of a bar."""
-    step = int(np.clip(len(places) // PARTS, SMALLEST_PART, LARGEST_PART))
-    parts = [places[start : start + step] for start in range(0, len(places), step)]
+    """Read the pairs, or images alone, at rising indices by `workers` processes; `progress` is the title of a bar."""
+    step = int(np.clip(len(indices) // PARTS, SMALLEST_PART, LARGEST_PART))
+    parts = [indices[start : start + step] for start in range(0, len(indices), step)]
     pairs, captions, skipped = [np.empty(0, PAIR)], [np.empty(0, CAPTION)], SkipCounter()
     for part in mapped(partial(_read_part, source, captioned), parts, workers, progress):
         pairs.append(part.pairs)
@@ -181,12 +181,12 @@ def read(
     return ReadPairs(np.concatenate(pairs), np.concatenate(captions), skipped)
 
 
-def _read_part(source: PairSource, captioned: bool, places: np.ndarray) -> ReadPairs:
+def _read_part(source: PairSource, captioned: bool, indices: np.ndarray) -> ReadPairs:
     rows, lines, skipped = list[tuple[object, ...]](), list[tuple[int, ...]](), SkipCounter()
     tokenizer = Tokenizer(context=1 << 30)  # CLIP's, without truncation
-    for place in places.tolist():
+    for index in indices.tolist():
         try:
-            pair = source[place] if captioned else Pair("", source.image(place), ())
+            pair = source[index] if captioned else Pair("", source.image(index), ())
         except BrokenPair as broken:
             skipped.add(broken)
             continue
@@ -194,5 +194,5 @@ def _read_part(source: PairSource, captioned: bool, places: np.ndarray) -> ReadP
         for caption in captions:
             counts = len(tokenizer.encode(caption)), len(caption.split())
             lines.append((caption_hash(caption), *counts, KIND_NUMBERS[kind_of(caption)]))
-        rows.append((place, image_hash(pair.image), look(pair.image), *pair.image.size, len(captions)))
+        rows.append((index, image_hash(pair.image), look(pair.image), *pair.image.size, len(captions)))
     return ReadPairs(np.array(rows, PAIR), np.array(lines, CAPTION), skipped)

@@ -115,7 +115,7 @@ class Repeats:
 
 @dataclass(frozen=True)
 class Leakage:
-    """Pairs whose image looks like one of the `images` that another source has, with their keys and places."""
+    """Pairs whose image looks like one of the `images` that another source has, with their keys and indices."""
 
     name: str
     images: int
@@ -263,12 +263,12 @@ def inspect_source(
     others = [open_source(other, Columns(caption=None)) for other in check_leakage]
     # --- the sample, some of it broken
     total = len(source)
-    places = np.arange(total)
+    indices = np.arange(total)
     if sample is not None and sample < total:
-        places = np.sort(np.random.default_rng((seed, total)).choice(total, sample, replace=False))
-    found = reading.read(source, places, workers, f"Pairs of {source.name}" if progress else "")
+        indices = np.sort(np.random.default_rng((seed, total)).choice(total, sample, replace=False))
+    found = reading.read(source, indices, workers, f"Pairs of {source.name}" if progress else "")
     # --- statistics of the usable pairs, leakage, and what follows
-    broken = Fraction.counted(found.skipped.total, len(places), len(places) == total)
+    broken = Fraction.counted(found.skipped.total, len(indices), len(indices) == total)
     reasons: dict[str, Any] = found.skipped.to_dict()["reasons"]
     for reason, detail in found.skipped.details.items():
         if detail:  # such as the path that was tried
@@ -276,9 +276,9 @@ def inspect_source(
     facts: dict[str, Any] = {}
     if len(found.pairs):
         with status("Looking for duplicates", progress):
-            facts = _described(source, found, size, batch_size, seed, len(places) == total)
+            facts = _described(source, found, size, batch_size, seed, len(indices) == total)
         facts["leakages"] = tuple(_leakage(source, found, other, workers, progress) for other in others)
-    inspection = Inspection(source.name, total, len(places), seed, 0.0, broken, reasons, credit=source.credit, **facts)
+    inspection = Inspection(source.name, total, len(indices), seed, 0.0, broken, reasons, credit=source.credit, **facts)
     return replace(inspection, findings=find(inspection), seconds=time.perf_counter() - start)
 
 
@@ -288,7 +288,7 @@ def _leakage(source: PairSource, found: ReadPairs, other: PairSource, workers: i
     seen, _, skipped = reading.read(other, np.arange(len(other)), workers, title, captioned=False)
     if not len(seen):
         raise UserError(f"No image of '{other.name}' can be used. {skipped.explanation()}")
-    copied = found.pairs["place"][reading.across(found.pairs, seen)].tolist()
+    copied = found.pairs["index"][reading.across(found.pairs, seen)].tolist()
     keys = map(ImageSource(source).key, copied)
     all_read = len(found.pairs) + found.skipped.total == len(source)
     fraction = Fraction.counted(len(copied), len(found.pairs), all_read)
@@ -300,9 +300,9 @@ def _described(
 ) -> dict[str, Any]:
     """Fields of `Inspection` that need a pair that can be used."""
     pairs, lines, n = found.pairs, found.captions, len(found.pairs)
-    places, counts = pairs["place"], pairs["captions"].astype(np.int64)
+    indices, counts = pairs["index"], pairs["captions"].astype(np.int64)
     same, alike, texts = equal_groups(pairs["exact"]), reading.near_groups(pairs["look"]), equal_groups(lines["hash"])
-    # (captions,): the pair of each; (texts,): the place of the first caption that says it
+    # (captions,): the pair of each; (texts,): the first caption that says it
     first = np.unique(texts, return_index=True)[1]
     owners = np.repeat(np.arange(n), counts)
     owners_of, shown = np.unique(np.stack([owners, texts]), axis=1)  # a text that a pair has twice counts once
@@ -316,32 +316,32 @@ def _described(
     smaller = Fraction.counted(int((shorter < size).sum()), n, whole)
     return {
         "images": ImageStats(spread_of(shorter), spread_of(longer / shorter), size, smaller),
-        "captions": _captions(source, found, places[owners], equal, batch_size, whole),
-        "equal_images": _repeats(source, same, places),
-        "near_images": _repeats(source, alike, places),
-        "split_copies": _split_copies(source, alike, places, whole),
-        "equal_captions": _repeats(source, shown, places[owners_of], lines["hash"][first[shown]]),
-        "examples": _examples(source, places[chosen]),
+        "captions": _captions(source, found, indices[owners], equal, batch_size, whole),
+        "equal_images": _repeats(source, same, indices),
+        "near_images": _repeats(source, alike, indices),
+        "split_copies": _split_copies(source, alike, indices, whole),
+        "equal_captions": _repeats(source, shown, indices[owners_of], lines["hash"][first[shown]]),
+        "examples": _examples(source, indices[chosen]),
         "near_examples": tuple(
-            _examples(source, places[alike == number][:NEAR_MEMBERS]) for number in _most_different(same, alike)
+            _examples(source, indices[alike == number][:NEAR_MEMBERS]) for number in _most_different(same, alike)
         ),
     }
 
 
-def _split_copies(source: PairSource, alike: np.ndarray, places: np.ndarray, whole: bool) -> Fraction | None:
+def _split_copies(source: PairSource, alike: np.ndarray, indices: np.ndarray, whole: bool) -> Fraction | None:
     """Count the pairs of other splits whose image is one of those that are `alike` (n,) to a training image."""
     splits = source.splits()
-    train = np.isin(places, splits.pop("train", []))
-    held_out = np.isin(places, [*chain.from_iterable(splits.values())])
+    train = np.isin(indices, splits.pop("train", []))
+    held_out = np.isin(indices, [*chain.from_iterable(splits.values())])
     if not held_out.any():
         return None
     return Fraction.counted(int(np.isin(alike[held_out], alike[train]).sum()), int(held_out.sum()), whole)
 
 
 def _captions(
-    source: PairSource, found: ReadPairs, places: np.ndarray, equal: float, batch_size: int, whole: bool
+    source: PairSource, found: ReadPairs, indices: np.ndarray, equal: float, batch_size: int, whole: bool
 ) -> CaptionStats:
-    """Statistics of the captions, which the pairs at `places` have; `equal` is how likely two pairs show one text."""
+    """Statistics of the captions, of the pairs at `indices`; `equal` is how likely two pairs show one text."""
     lines, tokens = found.captions, found.captions["tokens"]
 
     def fraction(which: np.ndarray) -> Fraction:
@@ -354,7 +354,7 @@ def _captions(
         if which.any():
             kinds[name] = fraction(which)
             first = np.sort(np.unique(lines["hash"][which], return_index=True)[1])  # of each text
-            pairs = _pairs(source, places[which][first[:OF_A_KIND]])
+            pairs = _pairs(source, indices[which][first[:OF_A_KIND]])
             texts = (text[:LONGEST_TEXT] for pair in pairs for text in pair.captions if reading.kind_of(text) == name)
             examples[name] = list(dict.fromkeys(texts))[:OF_A_KIND]
     batch_size = min(batch_size, len(source))
@@ -371,18 +371,18 @@ def _captions(
     )
 
 
-def _repeats(source: PairSource, groups: np.ndarray, places: np.ndarray, hashes: np.ndarray | None = None) -> Repeats:
-    """Group repeated images, or captions with `hashes`, by group and place of the pair that shows them."""
+def _repeats(source: PairSource, groups: np.ndarray, indices: np.ndarray, hashes: np.ndarray | None = None) -> Repeats:
+    """Group repeated images, or captions with `hashes`, by group and by index of the pair that shows them."""
     numbers, sizes = reading.repeated(groups)
     examples = []
     for number, size in zip(numbers[:LISTED], sizes[:LISTED].tolist(), strict=True):
-        pairs = _pairs(source, places[groups == number][:KEYS])
+        pairs = _pairs(source, indices[groups == number][:KEYS])
         captions = [caption for pair in pairs for caption in pair.captions]
         if hashes is not None:
             wanted = hashes[groups == number][0]
             captions = [clean(caption) for caption in captions if reading.caption_hash(caption) == wanted]
         examples.append(RepeatGroup(size, tuple(pair.key for pair in pairs), next(iter(captions), "")))
-    return Repeats(len(np.unique(places[np.isin(groups, numbers)])), len(numbers), tuple(examples))
+    return Repeats(len(np.unique(indices[np.isin(groups, numbers)])), len(numbers), tuple(examples))
 
 
 def _most_different(same: np.ndarray, alike: np.ndarray) -> list[int]:
@@ -392,19 +392,19 @@ def _most_different(same: np.ndarray, alike: np.ndarray) -> list[int]:
     return numbers[np.lexsort((-sizes, -different[numbers]))[:NEAR_EXAMPLES]].tolist()
 
 
-def _examples(source: PairSource, places: np.ndarray) -> tuple[Example, ...]:
+def _examples(source: PairSource, indices: np.ndarray) -> tuple[Example, ...]:
     examples = []
-    for pair in _pairs(source, places):
+    for pair in _pairs(source, indices):
         small = pair.image.copy()
         small.thumbnail((THUMBNAIL, THUMBNAIL))
         examples.append(Example(pair.key, pair.captions[0], *pair.image.size, small))
     return tuple(examples)
 
 
-def _pairs(source: PairSource, places: Iterable[int]) -> list[Pair]:
+def _pairs(source: PairSource, indices: Iterable[int]) -> list[Pair]:
     """Read pairs again, since only their numbers were kept, without those that were removed in the meantime."""
     pairs = []
-    for place in places:
+    for index in indices:
         with suppress(BrokenPair):
-            pairs.append(source[int(place)])
+            pairs.append(source[int(index)])
     return pairs

@@ -53,7 +53,7 @@ def split_pairs(
         copied = across(pairs.pairs, read(seen, np.arange(len(seen)), None, captioned=False).pairs)
         hashes[np.unique(related[copied])] = np.inf
     # --- the sets with the lowest hashes
-    val = pairs.pairs["place"][np.isin(related, _chosen(hashes, sizes, most))]
+    val = pairs.pairs["index"][np.isin(related, _chosen(hashes, sizes, most))]
     if not len(val):
         raise UserError(
             f"No validation part can be split off '{source.name}': its {len(related):,} pairs make "
@@ -61,8 +61,8 @@ def split_pairs(
             "Write captions that differ, or pass a validation set with --val."
         )
     train = np.setdiff1d(np.arange(len(candidates)), val)
-    places = splits.get("train", np.arange(len(source)))  # of the candidates in the source
-    return PairSplit(places[train], places[val])
+    indices = splits.get("train", np.arange(len(source)))  # of the candidates in the source
+    return PairSplit(indices[train], indices[val])
 
 
 def _hashes(pairs: ReadPairs, source: PairSource, related: np.ndarray) -> np.ndarray:
@@ -71,7 +71,7 @@ def _hashes(pairs: ReadPairs, source: PairSource, related: np.ndarray) -> np.nda
     A set that gains a pair can only leave the validation part, wherever the pair stands in the source.
     """
     first = np.cumsum(pairs.pairs["captions"]) - pairs.pairs["captions"]  # (n,) row of each pair's first caption
-    named = map(source.group, pairs.pairs["place"].tolist())
+    named = map(source.group, pairs.pairs["index"].tolist())
     keys = [group or caption for group, caption in zip(named, pairs.captions["hash"][first].tolist(), strict=True)]
     digests = (hashlib.blake2b(key.to_bytes(8, "little"), digest_size=8, person=b"split").digest() for key in keys)
     largest = np.zeros(related.max() + 1)
@@ -111,7 +111,7 @@ def related_pairs(source: PairSource, progress: bool = False) -> tuple[np.ndarra
     related = _related(pairs, source)
     least = np.full(related.max() + 1, np.iinfo(np.uint64).max)
     np.minimum.at(least, np.repeat(related, pairs.pairs["captions"]), pairs.captions["hash"])
-    return pairs.pairs["place"], least.view(np.int64)[related]
+    return pairs.pairs["index"], least.view(np.int64)[related]
 
 
 def _related(pairs: ReadPairs, source: PairSource) -> np.ndarray:
@@ -121,7 +121,7 @@ def _related(pairs: ReadPairs, source: PairSource) -> np.ndarray:
     same, alike = equal_groups(pairs.pairs["exact"]), near_groups(pairs.pairs["look"])
     # A graph of pairs and what they show: its connected components must not be separated.
     nodes, edges = n, []
-    named = np.array([source.group(place) for place in pairs.pairs["place"].tolist()])
+    named = np.array([source.group(index) for index in pairs.pairs["index"].tolist()])
     groups = (members[named != 0], equal_groups(named[named != 0]))
     for owner, group in ((members, same), (members, alike), (owners, equal_groups(pairs.captions["hash"])), groups):
         edges.append(np.stack([owner, nodes + group]))  # a node for each image, caption and group

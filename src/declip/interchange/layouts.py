@@ -75,13 +75,13 @@ class TensorLayout:
         if difference := first_difference(self.write(outline), tensors):
             raise UserError(f"its weights do not match its configuration: {difference}")
         ours = {}
-        for name, place in outline.items():
+        for name, expected in outline.items():
             # q, k and v are one tensor here.
-            parts = [tensors[their].to(place.dtype) for their in self._theirs(name)]
+            parts = [tensors[their].to(expected.dtype) for their in self._theirs(name)]
             if name == EMBEDDING and not self.mask:
                 parts.append(parts[0].mean(dim=0, keepdim=True))
             tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
-            ours[name] = tensor.T if self.shapes.get(name) is torch.t else tensor.reshape(place.shape)
+            ours[name] = tensor.T if self.shapes.get(name) is torch.t else tensor.reshape(expected.shape)
         return ours
 
     def _theirs(self, name: str) -> list[str]:

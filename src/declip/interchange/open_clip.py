@@ -225,19 +225,19 @@ def text_encoder(model: DualEncoder) -> Mapping[str, Any] | None:
     return tower.wrapped.encoder if isinstance(tower, WrappedTextTower) else None
 
 
-def _express(model: DualEncoder, place: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Build open_clip's configuration and tensors; `place` is the repository of the files, or `HERE`."""
+def _express(model: DualEncoder, repo: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Build open_clip's configuration and tensors; `repo` is the repository of the files, or `HERE`."""
     recipe = model.recipe
     # Towers of open_clip go back as they came; CLIP's are renamed.
     if isinstance(model.text_tower, WrappedTextTower):
         model_config, tensors = _express_wrapped(model, model.text_tower.wrapped)
         if model.text_tower.wrapped.encoder is not None:
-            model_config["text_cfg"] |= {"hf_model_name": place, "hf_model_pretrained": False}
+            model_config["text_cfg"] |= {"hf_model_name": repo, "hf_model_pretrained": False}
     else:
         keys = layouts.clip_keys(model.image_tower)
         if isinstance(model.text_tower, HuggingfaceTextTower):
             activation = layouts.activation_of(keys) if keys else "gelu"
-            text_config, text = _text_encoder(model.text_tower, recipe.text.hf_model or "", place)
+            text_config, text = _text_encoder(model.text_tower, recipe.text.hf_model or "", repo)
         else:
             activation = recipe.text.activation
             text_config, text = _text_config(model)
@@ -280,7 +280,7 @@ def _text_config(model: DualEncoder) -> Section:
     return config, layouts.CLIP_TEXT if tower.text_projection.bias is None else layouts.CLIP_TEXT_WITH_BIAS
 
 
-def _text_encoder(tower: HuggingfaceTextTower, given: str, place: str) -> Section:
+def _text_encoder(tower: HuggingfaceTextTower, given: str, repo: str) -> Section:
     """A text encoder of transformers, with its configuration on the Hub or in the folder."""
     kind, biased = tower.encoder_config["model_type"], tower.text_projection.bias is not None
     if kind not in ENCODERS or tower.pooling not in POOLERS or biased:
@@ -291,7 +291,7 @@ def _text_encoder(tower: HuggingfaceTextTower, given: str, place: str) -> Sectio
     config = {
         "context_length": tower.context,
         "vocab_size": tower.encoder_config["vocab_size"],
-        "hf_model_name": given.removeprefix(hf_encoder.PREFIX) if given.startswith(hf_encoder.PREFIX) else place,
+        "hf_model_name": given.removeprefix(hf_encoder.PREFIX) if given.startswith(hf_encoder.PREFIX) else repo,
         "hf_model_pretrained": False,  # the weights are in the folder
         "hf_proj_type": "linear",
         "hf_pooler_type": POOLERS[tower.pooling],

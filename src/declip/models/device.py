@@ -7,7 +7,7 @@ from torch import Tensor
 
 from declip.errors import UserError
 
-GENERATORS = ("cuda", "mps")  # devices with a generator of their own
+GENERATORS = ("cuda", "mps")  # devices with another generator than the CPU's
 MOST_LANES = 8  # Python starts their layers one after another
 CPU_BF16 = ("avx512_bf16", "amx_bf16", "bf16")  # instructions of Intel and AMD, Intel, Arm
 
@@ -38,7 +38,7 @@ def computes_bf16(device: torch.device) -> bool:
 
 
 def lanes() -> int:
-    """Number of batches that a CPU computes at a time, each with threads of its own."""
+    """Number of batches that a CPU computes at a time, each with separate threads."""
     return min(torch.get_num_threads(), MOST_LANES)
 
 

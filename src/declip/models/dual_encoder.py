@@ -124,7 +124,7 @@ class DualEncoder(nn.Module):
 
     @torch.no_grad()
     def similarity_map(self, image: Picture, text: str | Sequence[str], size: int | None = None) -> Tensor:
-        """Compute how much every place of an image contributes to its similarity with a text.
+        """Compute how much every pixel of an image contributes to its similarity with a text.
 
         Returns:
             (H, W) float32 in the size of the image, of any sign; (n, H, W) for n texts. If the

@@ -170,7 +170,7 @@ def grid_tokens(trunk: Any, features: Tensor) -> Tensor:
 
 
 def pool_cells(trunk: Any, images: Tensor, pool: Callable[[Tensor], Tensor]) -> Tensor:
-    """Pool the features of a timm trunk cell by cell, each spread over a feature map of its own: (B, P, width)."""
+    """Pool the features of a timm trunk cell by cell, each spread over a complete feature map: (B, P, width)."""
     features = trunk.forward_features(images)
     cells = grid_tokens(trunk, features)
     rows, width = cells.flatten(0, 1), cells.shape[-1]

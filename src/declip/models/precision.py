@@ -114,8 +114,8 @@ def round_taps(weight: Tensor, dtype: torch.dtype) -> Tensor:
     taps = weight.flatten(2)  # (out, in, h * w)
     order = taps.abs().argsort(dim=2, descending=True)
     rounded, carry = torch.empty_like(taps), torch.zeros_like(taps[..., :1])
-    for place in order.split(1, dim=2):
-        value = taps.gather(2, place) + carry
-        rounded.scatter_(2, place, value.to(dtype).to(weight.dtype))
-        carry = value - rounded.gather(2, place)
+    for tap in order.split(1, dim=2):
+        value = taps.gather(2, tap) + carry
+        rounded.scatter_(2, tap, value.to(dtype).to(weight.dtype))
+        carry = value - rounded.gather(2, tap)
     return rounded.view_as(weight)

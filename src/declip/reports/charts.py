@@ -26,7 +26,7 @@ MARKERS = "so^DvP"
 DASHES = ("--", "-", ":", "-.")
 CHANCE: Any = {"color": QUIET, "linewidth": 1.3, "linestyle": (0, (1, 2)), "label": "chance"}
 
-VARIABLES = {color: f"--series-{place}" for place, color in enumerate(COLORS)}
+VARIABLES = {color: f"--series-{number}" for number, color in enumerate(COLORS)}
 VARIABLES |= {INK: "--ink", QUIET: "--quiet", RULE: "--line"}
 """The CSS variable of each color, which the dark page overrides."""
 
@@ -143,12 +143,12 @@ def pairs_chart(
         ax.set(xlabel="distinct pairs", ylabel=f"{unit}, %", ylim=(0, 100 * top))
         ax.set_xlim(np.exp(logs[0] - margin), np.exp(logs[-1] + margin))
         ax.axhline(100 * chance, **CHANCE)
-        for place, name in enumerate(curves):
+        for number, name in enumerate(curves):
             if (curve := shown.get(name)) is None:
                 continue
-            x = np.array(curve.pairs) * np.exp(step * (place - (len(curves) - 1) / 2))
-            style: Any = {"color": COLORS[place % len(COLORS)], "fmt": MARKERS[place % len(MARKERS)]}
-            style |= {"linestyle": DASHES[place % len(DASHES)], "elinewidth": 1, "capsize": 2.5, "markersize": 5}
+            x = np.array(curve.pairs) * np.exp(step * (number - (len(curves) - 1) / 2))
+            style: Any = {"color": COLORS[number % len(COLORS)], "fmt": MARKERS[number % len(MARKERS)]}
+            style |= {"linestyle": DASHES[number % len(DASHES)], "elinewidth": 1, "capsize": 2.5, "markersize": 5}
             # The space: matplotlib ignores labels that start with "_".
             ax.errorbar(x, 100 * curve.means, 100 * curve.half_widths, linewidth=1.8, label=f" {name}", **style)
             across = np.repeat(x * np.exp(step / 2), [len(values) for values in curve.values])

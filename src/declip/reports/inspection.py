@@ -27,7 +27,7 @@ def page(inspection: Inspection) -> str:
 def exclusions(inspection: Inspection) -> str:
     """List the copies of images of the checked sets, for training and `data shard --exclude`."""
     copies = {copy: leakage.name for leakage in inspection.leakages for copy in leakage.copies}
-    return write_exclusions((key, place, f"in {name}", None, "") for (key, place), name in copies.items())
+    return write_exclusions((key, index, f"in {name}", None, "") for (key, index), name in copies.items())
 
 
 def summary(it: Inspection) -> Group:

@@ -72,8 +72,8 @@ def render(template: str, **context: Any) -> str:
 def rich_table(table: Table) -> RichTable:
     """Convert to a table of rich; text of the data is escaped."""
     printed = RichTable(box=None, header_style="dim", show_header=bool(table.columns))
-    for place, name in enumerate(table.columns or ("",) * len(table.rows[0])):
-        printed.add_column(escape(name), justify="left" if place < table.texts else "right", overflow="fold")
+    for column, name in enumerate(table.columns or ("",) * len(table.rows[0])):
+        printed.add_column(escape(name), justify="left" if column < table.texts else "right", overflow="fold")
     for row in table.rows:
         printed.add_row(*(escape(word) for word in row))
     return printed

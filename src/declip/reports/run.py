@@ -181,7 +181,7 @@ def retrieval(
         captions that rank their image first. An image is correct if it has the caption.
     """
     assert features.texts is not None
-    thumbnails, places = thumbnails_of(source), features.indices
+    thumbnails, indices = thumbnails_of(source), features.indices
     captions, carriers = features.flat_captions, carriers_of(features)
     correct = [carriers[caption] for caption in captions]
     rank = ranks(features.texts, features.images, correct)
@@ -195,7 +195,7 @@ def retrieval(
     for row in chosen.values():
         nearest = (features.images @ features.texts[row]).topk(min(SHOWN, len(features))).indices  # (SHOWN,)
         hits = [
-            {"caption": features.captions[i][0], "image": thumbnails(int(places[i])), "correct": i in correct[row]}
+            {"caption": features.captions[i][0], "image": thumbnails(int(indices[i])), "correct": i in correct[row]}
             for i in nearest.tolist()
         ]
         queries.append({"caption": captions[row], "hits": hits, "rank": int(rank[row])})

@@ -17,7 +17,7 @@ SIDE, GAP, MARGIN, HEAD = 148, 16, 28, 60
 
 LETTERS, LINES, LINE = 19, 3, 17  # letters per line of a caption, lines, and pixels per line
 CELL = SIDE + LINES * LINE + GAP
-HEAT = (240, 80, 20)  # the color of the most similar place
+HEAT = (240, 80, 20)  # the color of the most similar region
 DIMMED = 0.55  # how far the image is mixed with white where the map is at its median or below
 INK, QUIET, PAPER, FRAME = "#1c2127", "#5b6470", "#fbfaf7", "#d9d5cc"
 
@@ -43,14 +43,14 @@ def search_sheet(
     text = f"{len(hits):,} of {len(index):,} images of {index.info.source.name}, {order}"
     pen.text((left, MARGIN - 1), shown(title, 80), INK, large)
     pen.text((left, MARGIN + 27), shown(text), QUIET, small)
-    for place, hit in enumerate(hits):
-        row, column = divmod(place, COLUMNS)
+    for number, hit in enumerate(hits):
+        row, column = divmod(number, COLUMNS)
         left, top = MARGIN + column * (SIDE + GAP), MARGIN + HEAD + row * CELL
         try:
-            found = index.image(hit.id)
+            picture = index.image(hit.id)
         except UserError:  # no longer in the source
-            found = None
-        _paste(paper, pen, found, left, top, SIDE)
+            picture = None
+        _paste(paper, pen, picture, left, top, SIDE)
         caption = shown(f"{hit.score:.3f}  {hit.caption or hit.key}")
         lines = wrap(caption, LETTERS, max_lines=LINES, placeholder="…")
         pen.text((left, top + SIDE + 5), "\n".join(lines), INK, small, spacing=2)
