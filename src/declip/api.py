@@ -20,6 +20,7 @@ from declip.evaluation.results import Result
 from declip.finetuning import run as finetuning
 from declip.interchange.read import folder_or_name, loaded
 from declip.models.precision import Precision
+from declip.recipe.checks import check_tasks
 from declip.recipe.schema import Recipe
 from declip.reports.comparison import write_page
 from declip.reports.run import write_report
@@ -79,7 +80,7 @@ def train(
         if not isinstance(callback, Sink):
             raise UserError(f"callbacks has {callback!r}; give objects of subclasses of declip.Sink.")
     (source, *sets), sources = name_sources(data, *held_out_sets(val))
-    resolved = resolve_recipe(recipe, overrides, source, sets, sources)
+    resolved = resolve_recipe(recipe, overrides, source, sets, sources, resume)
     folder = Path(out).expanduser() if out is not None else Path("runs") / resolved.name
     extensions = Extensions(callbacks, terms or {}, optimizer, augment, sources)
     parts = assemble(resolved, folder, resume, quiet, extensions)
@@ -142,7 +143,7 @@ def evaluate(
     *,
     label_column: str | None = None,
     templates: str | Sequence[str] | None = None,
-    shots: int = 4,
+    shots: int | None = None,
     batch_size: int = 256,
     workers: int | None = 0,
     device: str = "auto",
@@ -161,7 +162,7 @@ def evaluate(
         label_column: The table column of classes; see `open_dataset`.
         templates: For "zero-shot" and "few-shot": the name of a template set, or templates such as "a photo of {}"; by
             default those of the dataset.
-        shots: For "few-shot": number of examples per class.
+        shots: For "few-shot": number of examples per class; by default 4.
         batch_size: Number of images or texts per forward pass.
         workers: Number of processes that read images; 0: this one; None: one per core, at most 8.
         device: As in `declip.load`; a model that is given as an object stays as it is.
@@ -171,7 +172,8 @@ def evaluate(
         >>> declip.evaluate("runs/demo", "pairs.csv", "retrieval").text_to_image.queries
         8
     """
-    options = Options(templates, shots, batch_size, workers, progress)
+    check_tasks((task,), shots, templates)
+    options = Options(templates, shots or 4, batch_size, workers, progress)
     if len(options.numbers_of_shots) > 1:
         raise UserError("declip.evaluate returns one result. Pass one number of shots, such as shots=4.")
     opened = open_dataset(dataset, label_column=label_column)
@@ -187,7 +189,7 @@ def compare(
     overrides: Mapping[str, Any] | None = None,
     datasets: str | Path | Sequence[str | Path] = (),
     tasks: str | Sequence[str] = ("zero-shot",),
-    shots: int | Sequence[int] = (4,),
+    shots: int | Sequence[int] | None = None,
     budget: str = "samples",
     jobs: int | None = None,
     quiet: bool = False,
@@ -201,13 +203,14 @@ def compare(
         out: Folder of the comparison; one that was interrupted continues.
         overrides: Dotted keys and values for all recipes.
         datasets: Evaluation sets; by default the first recipe's ``final_zero_shot``, or its ``zero_shot``.
-        shots: Numbers of examples per class, with the task few-shot.
+        shots: Numbers of examples per class, with the task few-shot; by default 4.
         budget: "samples": every recipe takes its steps; "compute": every recipe runs as long as the first.
         jobs: Number of parallel runs, with one thread each if there are several; by default one per core, or 1 on a
             GPU.
     """
+    check_tasks((tasks,) if isinstance(tasks, str) else tasks, shots)
     study = Study.of(
-        recipes, pairs, seeds, overrides=overrides, datasets=datasets, tasks=tasks, shots=shots, budget=budget
+        recipes, pairs, seeds, overrides=overrides, datasets=datasets, tasks=tasks, shots=shots or 4, budget=budget
     )
     outcome = runner.run(study, out, jobs, quiet)
     write_page(outcome, Path(out).expanduser())

@@ -25,6 +25,8 @@ def test_trains_evaluates_and_resumes(table, tmp_path, command):
 
     evaluate = ["evaluate", out, "--dataset", table, "--task", "retrieval", "--batch-size", 8, "--json"]
     assert command(*evaluate, tmp_path / "result.json").status == 0
+    patience = ["train.patience=2", "train.evaluate_every=2", "--dry-run"]  # which need the sets of --val
+    assert command("train", recipe, *patience, "--data", table, "--val", table).status == 0
     result = json.loads((tmp_path / "result.json").read_text())
     last = json.loads((out / "evaluations.jsonl").read_text().splitlines()[-1])
     assert result == {"declip": declip.__version__, **{key: value for key, value in last.items() if key != "step"}}

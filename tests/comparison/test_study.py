@@ -9,7 +9,8 @@ import pytest
 
 from conftest import refuses
 from declip.comparison.outcome import EfficiencyCurve, curve_of, factor, pairs_needed
-from declip.comparison.study import Study, Trial, Variant, extended, read_counts, read_study
+from declip.comparison.study import Study, Trial, Variant, extended, read_study
+from declip.recipe.checks import read_counts
 
 STUDY = Study(
     variants=(Variant.of("clip", {}), Variant.of("declip", {"train.steps": 100})),

@@ -35,7 +35,7 @@ STEPS, BATCH, PAIRS = 1, 8, 32
 SMALL = 64
 """Largest image size that is kept; recipes for larger images get a small tower."""
 
-MAKE_SMALL = ("declip.finetuning", "declip.training.assemble", "declip.comparison", "declip.recipe.load")
+MAKE_SMALL = ("declip.finetuning", "declip.comparison", "declip.recipe")
 """Modules that resolve the recipes of commands; those that read foreign weights keep the real sizes."""
 
 

@@ -106,6 +106,7 @@ WITHOUT_TORCH = {
     "finetune . --from builtin:lite1": "builtin:lite2-minilm",
     "finetune . --from openai/clip-vit-base-patch32": "hf-hub:openai/clip-vit-base-patch32",
     "evaluate foo:bar --dataset .": "foo:bar",
+    "compare clip --pairs many": "many",
     "search nowhere a": "nowhere",
     "app nowhere .": "nowhere",
     "train finetune --data . finetune.pretrained=nowhere": "nowhere",
@@ -326,6 +327,6 @@ def test_a_disk_that_refuses_is_no_traceback(declip, monkeypatch):
         (OSError(30, "Read-only file system", "run"), ("'run'", "Read-only", "another path")),
         (OSError(28, "No space left on device"), ("No space left", "--resume")),
     ):
-        monkeypatch.setattr("declip.recipe.load.load_recipe", Mock(side_effect=error))
+        monkeypatch.setattr("declip.recipe.checks.load_recipe", Mock(side_effect=error))
         status, printed = declip("train", "clip")
         assert (status, [part for part in says if part not in printed]) == (2, []), printed

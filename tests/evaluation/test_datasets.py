@@ -72,7 +72,7 @@ def test_a_table_of_captions_may_have_splits(tmp_path):
         assert dataset.name == str(given)
         assert {which: len(dataset.split(which)) for which in dataset.openers} == {"train": 3, "test": 1}
         assert dataset.split("test").captions(0) == ("caption 3",)
-        assert resolve_recipe("clip", val=[given]).evaluation.retrieval == (str(given),)
+        assert resolve_recipe("clip", data=given, val=[given]).evaluation.retrieval == (str(given),)
 
 
 def test_a_folder_with_captions_is_still_one(tmp_path):

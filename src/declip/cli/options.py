@@ -1,7 +1,6 @@
 """Options, output and checks that commands share."""
 
 import os
-import re
 import sys
 from collections.abc import Callable, Collection
 from functools import wraps
@@ -19,7 +18,7 @@ import declip
 from declip.data.columns import Columns
 from declip.errors import UserError
 from declip.io.outputs import output_file
-from declip.recipe.starts import STARTS, check_model
+from declip.recipe.starts import check_model
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -41,6 +40,8 @@ def file(help: str, *names: str, metavar: str = "FILE") -> Any:
 
 def existing(param: typer.CallbackParam, given: Any) -> Any:
     """Refuse a source whose path does not exist, before torch is imported; names, URLs and patterns pass."""
+    from declip.recipe.checks import check_source
+
     for source in (given,) if isinstance(given, str) else given or ():
         check_source(source, param.opts[0] if param.opts[0].startswith("-") else param.opts[0].upper())
     return given
@@ -165,15 +166,3 @@ def fail(message: str, status: int = 2) -> NoReturn:
     rank = f"rank {os.environ['RANK']}: " if os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ else ""
     Console(stderr=True).print(f"[bold red]Error:[/] {escape(rank + message)}", highlight=False, soft_wrap=True)
     sys.exit(status)
-
-
-def check_source(source: str, option: str) -> None:
-    """Refuse a source whose path does not exist, before torch is imported; names, URLs and patterns pass."""
-    if source in STARTS:
-        raise UserError(f"'{source}' is a model, not a source ({option}). Write the model before the source.")
-    if re.match(r"[\w-]{2,}:", source) or any(sign in source for sign in "*?[{"):
-        return
-    if not source or not Path(source).expanduser().exists():
-        raise UserError(
-            f"'{source}' does not exist ({option}). Give a table, a folder of images, tar shards, or builtin:emoji."
-        )

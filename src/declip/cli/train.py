@@ -3,7 +3,6 @@
 import os
 import shlex
 import sys
-from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,10 +11,9 @@ import typer
 from typer import Argument, Option
 
 from declip.cli import options as opt
-from declip.cli.options import check_source, console, file, known, say
+from declip.cli.options import console, file, known, say
 from declip.errors import UserError
 from declip.io.outputs import check_outputs, marked_json, write_output
-from declip.recipe.starts import check_model
 
 Task = Literal["zero-shot", "retrieval", "linear", "few-shot"]
 
@@ -31,14 +29,16 @@ def train(
     dry_run: Annotated[bool, Option("--dry-run", help="only estimate memory and time")] = False,
 ) -> None:
     """Train a model as a recipe describes, evaluate it, and write a report."""
-    given = _checked(recipe, overrides or [], data, resume)
+    from declip.recipe.checks import load_for_training
+    from declip.recipe.load import parse_overrides
+
+    checked = load_for_training(recipe, parse_overrides(overrides or []), data, val or (), resume)
     from declip import api
-    from declip.training.assemble import resolve_recipe
+    from declip.training.assemble import assign_tasks
+    from declip.training.estimate import estimate
 
-    resolved = resolve_recipe(recipe, given, data=data, val=val or ())
+    resolved = assign_tasks(checked) if val else checked
     if dry_run:
-        from declip.training.estimate import estimate
-
         say(estimate(resolved)[1])
         return
     run = api.train(resolved, out=out or Path("runs") / Path(recipe).stem, resume=resume, quiet=quiet)
@@ -69,23 +69,6 @@ def command_line() -> list[str]:
             return ["torchrun", *given[1:]] if Path(given[0]).name == "torchrun" else [program, *given]
     # Without /proc, as on macOS
     return ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1"), "-m", "declip", *own]
-
-
-def _checked(recipe: str, overrides: list[str], data: str | None, resume: bool) -> dict[str, Any]:
-    """Read the overrides, and refuse what can be refused before torch is imported."""
-    from declip.recipe.load import load_recipe, parse_overrides
-
-    given = parse_overrides(overrides)
-    resolved = load_recipe(recipe, given)
-    if resolved.finetune.pretrained is not None and not resume:  # a checkpoint needs no weights
-        check_model(str(resolved.finetune.pretrained))
-    named = resolved.data.source if data is None else data
-    for source in (named,) if isinstance(named, str) else named:
-        check_source(source, "--data or data.source")
-    for key, paths in resolved.evaluation if data is None else ():
-        for path in paths:
-            check_source(path, f"evaluation.{key}")
-    return dict(given)
 
 
 def _print_measures(run: Any) -> None:
@@ -176,10 +159,9 @@ def evaluate(
     json_out: opt.JsonOut = None,
 ) -> None:
     """Evaluate a model on held-out images."""
-    # --- checks that need no torch, whose import takes seconds
-    _check_shots(shots, (task,))
-    if templates is not None and task not in ("zero-shot", "few-shot"):
-        raise UserError(f"--templates requires --task zero-shot or few-shot, but --task is {task}. Remove it.")
+    from declip.recipe.checks import check_tasks
+
+    check_tasks((task,), shots, templates)
     check_outputs((json_out,))
     from declip.evaluation.protocols import PREFIX, Options
     from declip.interchange.read import load
@@ -235,26 +217,21 @@ def compare(
     quiet: opt.Quiet = False,
 ) -> None:
     """Compare recipes at several numbers of pairs. Run the command again to continue an interrupted comparison."""
+    from declip.recipe.checks import check_tasks, read_counts
     from declip.recipe.load import load_recipe, parse_overrides
 
-    _check_shots(shots, tasks or ("zero-shot",))
-    recipes = [word for word in words if "=" not in word]
+    counts, recipes = read_counts(pairs), [word for word in words if "=" not in word]
     overrides = parse_overrides([word for word in words if "=" in word])
+    check_tasks(tasks or ("zero-shot",), shots)
     for recipe in recipes:
         load_recipe(recipe, overrides)
     from declip.api import compare as run_comparison
-    from declip.comparison.study import read_counts
     from declip.reports.comparison import summary
 
     options: dict[str, Any] = {"datasets": datasets or (), "tasks": tasks or ("zero-shot",), "budget": budget}
-    options |= {"shots": shots or (4,), "overrides": overrides, "jobs": jobs, "quiet": quiet}
-    outcome = run_comparison(recipes, read_counts(pairs), seeds, out=out, **options)
+    options |= {"shots": shots, "overrides": overrides, "jobs": jobs, "quiet": quiet}
+    outcome = run_comparison(recipes, counts, seeds, out=out, **options)
     console.print(summary(outcome))
     if not outcome.complete:
         raise typer.Exit(2 if outcome.failures else 130)
     say(f"Report: {out / 'report.html'}")
-
-
-def _check_shots(shots: list[int] | None, tasks: Collection[str]) -> None:
-    if shots and "few-shot" not in tasks:
-        raise UserError(f"--shots requires --task few-shot, but --task is {' '.join(tasks)}. Remove it.")

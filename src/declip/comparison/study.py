@@ -222,14 +222,3 @@ def extended(study: Study, folder: Path) -> Study:
         pairs=tuple(sorted({*earlier.pairs, *study.pairs})),
         seeds=tuple(sorted({*earlier.seeds, *study.seeds})),
     )
-
-
-def read_counts(text: str) -> tuple[int, ...]:
-    """Parse "1k,2.5k,10000" into ascending distinct numbers of pairs; raises `UserError` for anything else."""
-    counts = set()
-    for word in text.split(","):
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([km]?)\s*", word, re.IGNORECASE)
-        if match is None or float(match[1]) == 0:
-            raise UserError(f"'{word}' is not a number of pairs. Write numbers with commas, such as 500,1k,2.5k,1m.")
-        counts.add(round(float(match[1]) * {"": 1, "k": 1_000, "m": 1_000_000}[match[2].lower()]))
-    return tuple(sorted(counts))

@@ -1,6 +1,5 @@
 """Assembly of a run from a recipe: all checks are made here, before the first step."""
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -20,7 +19,7 @@ from declip.interchange.weights import Weights
 from declip.io.pool import cores
 from declip.models.device import computes_bf16
 from declip.models.dual_encoder import DualEncoder
-from declip.recipe.load import load_recipe
+from declip.recipe.checks import load_for_training
 from declip.recipe.schema import Recipe
 from declip.runs import folder as run_folder
 from declip.runs.checkpoint import Checkpoint, folder_of, load_checkpoint
@@ -45,23 +44,23 @@ def resolve_recipe(
     data: str | Path | None = None,
     val: Sequence[str | Path] = (),
     sources: Sources = NO_SOURCES,
+    resume: bool = False,
 ) -> Recipe:
     """Load a recipe with its overrides, training pairs and held-out sets, see `train`."""
-    if isinstance(recipe, Recipe):
-        if overrides or data is not None or val:
-            raise UserError("overrides, data and val go with a recipe's name or file; this Recipe is resolved.")
-        return recipe
-    given = dict(overrides or {})
-    if data is not None:
-        given["data.source"] = json.dumps(str(data))  # quoted, because values are read as YAML
-    if val:
-        sets = {str(name): open_dataset(name, sources=sources).split("test") for name in val}
-        classes = [name for name, source in sets.items() if source.labels is not None]
-        captions = [name for name, source in sets.items() if has_captions(source)]
-        if neither := [name for name in sets if name not in {*classes, *captions}]:
-            raise UserError(f"'{neither[0]}' has neither classes nor captions, so it can't be a held-out set.")
-        given |= {"evaluation.zero_shot": classes, "evaluation.retrieval": captions}
-    return load_recipe(recipe, given)
+    loaded = load_for_training(recipe, overrides, data, val, resume)
+    return assign_tasks(loaded, sources) if val else loaded
+
+
+def assign_tasks(recipe: Recipe, sources: Sources = NO_SOURCES) -> Recipe:
+    """Evaluate held-out sets, each listed for both tasks, by zero-shot if they have classes, retrieval if captions."""
+    evaluation = recipe.evaluation
+    sets = {name: open_dataset(name, sources=sources).split("test") for name in evaluation.zero_shot}
+    classes = tuple(name for name, source in sets.items() if source.labels is not None)
+    captions = tuple(name for name, source in sets.items() if has_captions(source))
+    if neither := [name for name in sets if name not in {*classes, *captions}]:
+        raise UserError(f"'{neither[0]}' has neither classes nor captions, so it can't be a held-out set.")
+    chosen = evaluation.model_copy(update={"zero_shot": classes, "retrieval": captions})
+    return recipe.model_copy(update={"evaluation": chosen})
 
 
 def several(given: Any) -> list[Any]:
