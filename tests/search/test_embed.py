@@ -1,6 +1,7 @@
 import logging
 import multiprocessing
 import os
+import resource
 import shutil
 from contextlib import suppress
 from functools import partial
@@ -17,8 +18,8 @@ import declip
 from conftest import draw, encoded, refuses
 from data.fakes import write_tar
 from declip.data.columns import Columns
-from declip.data.images.decode import decode
-from declip.data.pair import Origin, Pair, PairSource, SkipCounter
+from declip.data.pair import Origin, SkipCounter
+from declip.data.sources.folder import FolderSource
 from declip.search import embed as embedding
 from declip.search.info import IndexInfo, ModelInfo, SourceInfo
 from declip.search.store import Block, IndexedImage, open_index, open_writer
@@ -30,34 +31,18 @@ def contents(index):
     return {str(path.relative_to(index)): path.read_bytes() for path in files}
 
 
-class Interrupted(PairSource):
-    """Images that press Ctrl-C when a given number of them have been read."""
-
-    name = "interrupted"
+class Interrupted(FolderSource):
+    """A folder of images that presses Ctrl-C when a given number of them have been read."""
 
     def __init__(self, folder, stop=1000):
-        self.files, self.stop, self.read = sorted(folder.iterdir()), stop, []
+        super().__init__(folder)
+        self.stop, self.read = stop, []
 
-    def __len__(self):
-        return len(self.files)
-
-    def __getitem__(self, index):
+    def lazy_image(self, index):
         if len(self.read) == self.stop:
             raise KeyboardInterrupt
         self.read.append(index)
-        return Pair(self.key(index), decode(self.files[index], self.key(index)), (self.key(index),))
-
-    def key(self, index):
-        return self.files[index].name
-
-    def captions(self, index):
-        return (self.key(index),)
-
-    def image(self, index):
-        return decode(self.files[index], self.key(index))
-
-    def origin(self, index):
-        return Origin(stamp=str(self.files[index].stat().st_size))
+        return super().lazy_image(index)
 
 
 def test_vectors_are_the_models_and_keys_the_sources(model, folder, tmp_path):
@@ -119,6 +104,16 @@ def test_a_stopped_call_continues_bit_exact(model, folder, tmp_path, monkeypatch
     stopped, whole = contents(tmp_path / "stopped"), contents(tmp_path / "whole")
     assert stopped.pop("index.json") != whole.pop("index.json"), "the time of creation differs"
     assert stopped == whole, "with worker processes or without"
+
+
+def test_blocks_do_not_stay_open(model, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(embedding, "BLOCK_ROWS", 1)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 12, limits[1]))
+    try:
+        assert len(declip.embed(model, folder, out=tmp_path / "index", workers=0)) == 24
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_later_calls_embed_what_is_new_or_changed_and_drop_what_is_gone(model, folder, tmp_path):
@@ -227,20 +222,19 @@ def test_repaired_captions_and_other_objects_are_embedded_again(model, tmp_path)
     assert (index.keys(), index.row(0).origin.path) == (["1.png"], str(tmp_path / "1.png"))
 
 
-class Changing(Interrupted):
-    """Images of which the first is replaced right after it was read."""
+class Changing(FolderSource):
+    """A folder whose first image is replaced while it is read."""
 
-    def __getitem__(self, index):
-        pair = super().__getitem__(index)
+    def lazy_image(self, index):
         if index == 0:
-            draw("gold", "circle", 50).save(self.files[0])
-        return pair
+            draw("gold", "circle", 50).save(self.origin(0).path)
+        return super().lazy_image(index)
 
 
 def test_an_image_that_changes_while_it_is_read_is_embedded_again(model, folder, tmp_path):
     declip.embed(model, Changing(folder), out=tmp_path / "index")
-    index = declip.embed(model, Interrupted(folder), out=tmp_path / "index")
-    whole = declip.embed(model, Interrupted(folder), out=tmp_path / "whole")
+    index = declip.embed(model, FolderSource(folder), out=tmp_path / "index")
+    whole = declip.embed(model, folder, out=tmp_path / "whole")
     assert index.ids.tolist() == [*range(1, 25)], "the first one only"
     assert torch.equal(index.vectors([24]), whole.vectors([0]))
 
@@ -335,14 +329,15 @@ def die_at(number, call, monkeypatch):
 @pytest.mark.parametrize("update", [False, True])
 def test_a_call_that_is_killed_at_any_moment_leaves_an_index_or_continues(update, model, tmp_path, monkeypatch):
     monkeypatch.setattr(embedding, "BLOCK_ROWS", 2)
-    (tmp_path / "photos").mkdir()
+    photos, results = tmp_path / "photos", []
+    embed = partial(declip.embed, model, photos, workers=0)
+    photos.mkdir()
     for name in "abc":
-        draw("red", "bar", 30 + ord(name)).save(tmp_path / f"photos/{name}.png")
+        draw("red", "bar", 30 + ord(name)).save(photos / f"{name}.png")
     if update:
-        declip.embed(model, Interrupted(tmp_path / "photos"), out=tmp_path / "before")
-    draw("blue", "bar", 50).save(tmp_path / "photos/b.png")
-    (tmp_path / "photos/a.png").rename(tmp_path / "photos/d.png")
-    embed, results = partial(declip.embed, model, Interrupted(tmp_path / "photos")), list[dict[str, bytes]]()
+        embed(out=tmp_path / "before")
+    draw("blue", "bar", 50).save(photos / "b.png")
+    (photos / "a.png").rename(photos / "d.png")
     for number in count():
         out = tmp_path / f"{number}"
         if update:

@@ -4,7 +4,7 @@ import hashlib
 import logging
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import chain, islice
@@ -81,7 +81,7 @@ def embed(
     wanted = IndexInfo(model=made_by, source=saved, dtype=dtype, captions=captions, precision=precision_of(encoder))
     with open_writer(folder, wanted) as writer:
         try:
-            known = find_rows(images, writer.stores, progress)
+            known = find_rows(images, writer.stores(), progress)
             positions, skipped = _embed_missing(writer, images, encoder, known, batch_size, workers, progress)
         except KeyboardInterrupt:
             log.warning("Stopped. What was embedded is saved; the same command continues.")
@@ -135,7 +135,7 @@ def open_or_embed(
     return embed(encoder, source, out=folder, captions=captions, loaded_from=given, **options)
 
 
-def find_rows(source: ImageSource, stores: Sequence[Store], progress: bool = False) -> np.ndarray:
+def find_rows(source: ImageSource, stores: Iterable[Store], progress: bool = False) -> np.ndarray:
     """(n,) int64, the position in a source of the image of each stored row; -1 if it has left or has changed.
 
     An image and a row belong together by key and stamp (`_stamped`), compared by hashes of 64 bits to save memory.

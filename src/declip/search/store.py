@@ -1,10 +1,10 @@
 """The files of an index: a Parquet table and .npy matrices, in a new folder after each change."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from io import BufferedWriter
 from itertools import pairwise
 from pathlib import Path
@@ -127,7 +127,6 @@ class Store:
             if (np.diff(self.ids) <= 0).any() or (self.ids >= info.next_id).any():
                 raise ValueError("the ids do not increase")
         self._starts = np.cumsum([0, *sizes])
-        self._group = lru_cache(CACHED_GROUPS)(self._read_group)
 
     def column(self, name: str) -> pa.ChunkedArray:
         """Read a column of all rows."""
@@ -183,6 +182,11 @@ class Store:
                 table = table.set_column(1, SCHEMA.field("place"), pa.array(own[kept]))
                 yield Block(table, {over: matrix[start:stop][kept] for over, matrix in self.matrices.items()})
 
+    @cached_property
+    def _group(self) -> Callable[[int], pa.Table]:
+        # Made at its first use: it refers to this object, whose files would stay open until Python looks for cycles.
+        return lru_cache(CACHED_GROUPS)(self._read_group)
+
     def _read_group(self, number: int, *names: str) -> pa.Table:
         with self._reading():
             table = self._file.read_row_group(number, names or None, use_threads=False)
@@ -221,51 +225,51 @@ def _check_layout(file: pq.ParquetFile) -> list[int]:
 
 
 class Writer:
-    """Writes an index anew in a locked folder; readers see the old rows until `finish`.
-
-    `stores` is a cache of rows: those of the index, then those embedded since, also by calls that were killed.
-    """
+    """Writes an index anew in a locked folder; readers see the old rows until `finish`."""
 
     def __init__(self, folder: Path, wanted: IndexInfo) -> None:
         self.folder, self._unfinished = folder, folder / UNFINISHED
         self.info, self._precision = wanted.model_copy(update={"precision": ""}), wanted.precision
-        self.stores = list[Store]()
+        self.indexed = 0  # rows of the index, which come first among those of `stores`
         for home in (folder, self._unfinished):
-            if not (home / INFO).is_file():
-                continue
-            begun = IndexInfo.read(home)
-            check_same(folder, begun, wanted)
-            for name in ("created", "dimension", "precision"):
-                setattr(self.info, name, getattr(begun, name))
-            if home == folder:
-                self.info.generation, self.info.next_id = begun.generation, begun.next_id
-            paths = [_files(folder, begun)] if home == folder else sorted(home.glob("block-*"))
-            self.stores += [Store(path, folder, begun) for path in paths]
-        self.indexed = len(self.stores[0].ids) if self.info.generation else 0  # the other rows are of blocks
+            if (home / INFO).is_file():
+                begun = IndexInfo.read(home)
+                check_same(folder, begun, wanted)
+                for name in ("created", "dimension", "precision"):
+                    setattr(self.info, name, getattr(begun, name))
+                if home == folder:
+                    self.info.generation, self.info.next_id, self.indexed = begun.generation, begun.next_id, begun.rows
+
+    def stores(self) -> Iterator[Store]:
+        """The rows that can be copied: of the index, and of the blocks that this call and killed ones embedded."""
+        # One after another, because each has an open file.
+        if self.info.generation:
+            yield Store(_files(self.folder, self.info), self.folder, self.info)
+        for path in self._blocks():
+            # A block numbers its rows from 0 on.
+            yield Store(path, self.folder, self.info.model_copy(update={"next_id": BLOCK_ROWS}))
 
     def add(self, block: Block) -> None:
         """Save rows that were embedded, so that a later call copies them if this one is killed."""
         self.info.dimension = block.matrices["images"].shape[1]
         if self._precision not in self.info.precision.split(", "):
             self.info.precision = ", ".join(filter(None, (self.info.precision, self._precision)))
-        begun = self.info.model_copy(update={"next_id": BLOCK_ROWS})  # a block numbers its rows from 0 on
-        begun.save(self._unfinished)
-        path = self._unfinished / f"block-{len(self.stores):06d}"
-        write_blocks(path, [block], len(block.table))
-        self.stores.append(Store(path, self.folder, begun))
+        self.info.save(self._unfinished)
+        write_blocks(self._unfinished / f"block-{len(self._blocks()):06d}", [block], len(block.table))
 
     def finish(self, positions: np.ndarray, skipped: SkipCounter) -> None:
         """Make an index of the rows of `stores` whose `positions` (n,) in the source are not negative."""
         rows, old = int((positions >= 0).sum()), positions[: self.indexed]
-        unchanged = rows == self.indexed and np.array_equal(old, self.stores[0].numbers("place"))
+        unchanged = rows == self.indexed and np.array_equal(old, next(self.stores()).numbers("place"))
         self.replace(None if unchanged else self._copied(positions), rows, skipped)
 
     def replace(self, blocks: Iterable[Block] | None, rows: int, skipped: SkipCounter) -> None:
         """Make blocks of `rows` rows the index; None: its files stay."""
         self.info.rows, self.info.skipped = rows, skipped.to_dict()
         if blocks is not None:
-            self.info.generation += 1
-            write_blocks(_files(self.folder, self.info), blocks, rows)
+            target = self.info.model_copy(update={"generation": self.info.generation + 1})
+            write_blocks(_files(self.folder, target), blocks, rows)
+            self.info.generation = target.generation
         self.info.save(self.folder)  # from here on readers see the new rows
         for path in self.folder.glob("generation-*"):
             if path != _files(self.folder, self.info):
@@ -275,14 +279,18 @@ class Writer:
 
     def _copied(self, positions: np.ndarray) -> Iterator[Block]:
         """The rows with their new positions; those of blocks get ids now."""
-        stops = np.cumsum([len(store.ids) for store in self.stores])
-        for store, own in zip(self.stores, np.split(positions, stops[:-1]), strict=True):
+        start = 0
+        for store in self.stores():
+            start, own = start + len(store.ids), positions[start : start + len(store.ids)]
             for block in store.blocks(own):
                 if store.folder.parent == self._unfinished:
                     ids = pa.array(np.arange(len(block.table)) + self.info.next_id)
                     self.info.next_id += len(ids)
                     block = replace(block, table=block.table.set_column(0, SCHEMA.field("id"), ids))
                 yield block
+
+    def _blocks(self) -> list[Path]:
+        return sorted(self._unfinished.glob("block-*"))
 
 
 def describe_model(model: Encoder, path: object, index: Path) -> ModelInfo:
