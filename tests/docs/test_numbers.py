@@ -18,45 +18,41 @@ TITLES |= {"demo-filip": "FILIP, smoothed", "demo-defilip": "DeFILIP, smoothed"}
 
 
 def read(name):
-    """The rows of a JSONL file without its first line."""
     return [json.loads(line) for line in (ROOT / "benchmarks/results" / name).read_text("utf-8").splitlines()[1:]]
 
 
 def few():
     cells = defaultdict(lambda: defaultdict(list))
     for row in read("few/cells.jsonl"):
-        cells[f"{TITLES.get(row['set'], row['set'])}, {row['pairs']:,}"][row["method"]].append((row["r1"], row["r10"]))
-    for title, methods in cells.items():
+        cells[row["set"], row["pairs"]][row["method"]].append((row["r1"], row["r10"]))
+    for (name, pairs), methods in cells.items():
         means = {method: [*map(mean, zip(*runs, strict=True))] for method, runs in methods.items()}
-        ours = [means.pop("declip finetune"), means.pop("declip, own pairs", ())]
-        yield title, [*ours[0], *ours[1], *map(max, zip(*means.values(), strict=True))]
+        ours = means.pop("declip finetune") + means.pop("declip, own pairs", [])
+        yield f"{TITLES.get(name, name)}, {pairs:,}", [*ours, *map(max, zip(*means.values(), strict=True))]
 
 
 def methods():
-    scores = defaultdict(lambda: defaultdict(dict))
+    scores = defaultdict(dict)
     for row in read("muon/methods.jsonl"):
         if row["recipe"] in TITLES and row["data"] == "emoji" and "loss_weights" not in row:
-            longer = ", in the time of demo-few-declip" if row["steps"] == 1900 else ""
+            title = TITLES[row["recipe"]] + ", in the time of demo-few-declip" * (row["steps"] == 1900)
             if row["steps"] in (1000, 1900):
-                scores[TITLES[row["recipe"]] + longer][row["pairs"]][row["seed"]] = 100 * row["emoji-test top1"]
+                scores[title, row["pairs"]][row["seed"]] = 100 * row["emoji-test top1"]
     for row in read("studies/few.jsonl"):  # demo-clip was CLIP as published then
         if row["budget"] == "samples" and "top-1" in row["measure"]:
-            scores[row["recipe"]][row["pairs"]] = {"all": row["mean_percent"]}
-    return [
-        (title, [None, *(mean(s[n].values()) for n in (1400, 2800, 5600) if n in s)]) for title, s in scores.items()
-    ]
+            scores[row["recipe"], row["pairs"]] = {"all seeds": row["mean_percent"]}
+    for title in {title for title, _ in scores}:
+        yield title, [None, *(mean(scores[title, n].values()) for n in (1400, 2800, 5600) if (title, n) in scores)]
 
 
 def embed():
-    speeds = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
-    for row in (row for run in read("speed/embed.jsonl") for row in run["rows"] if row["size"] == "1024x768"):
-        side = (
-            "bf16" if row["what"] == "torch" or (row["what"], row["precision"]) == ("declip", "bf16") else row["what"]
-        )
-        speeds[TITLES.get(row["part"], row["part"])][row["count"]][side].append(row["per_second"])
-    for title, counts in speeds.items():
-        most = counts[max(counts)]
-        yield title, [mean(most[side]) for side in ("bf16", "fp32", "open_clip", "sentence_transformers") if most[side]]
+    rows = [row for run in read("speed/embed.jsonl") for row in run["rows"] if row["size"] == "1024x768"]
+    for tower in {row["part"] for row in rows}:
+        most, sides = max(row["count"] for row in rows if row["part"] == tower), defaultdict(list)
+        for row in (row for row in rows if (row["part"], row["count"]) == (tower, most)):
+            sides["torch" if row["precision"] == "bf16" and row["what"] == "declip" else row["what"]].append(row)
+        columns = [sides[side] for side in ("torch", "fp32", "open_clip", "sentence_transformers")]
+        yield TITLES.get(tower, tower), [mean(row["per_second"] for row in column) for column in columns if column]
 
 
 @pytest.mark.parametrize("check", [few, methods, embed], ids=lambda check: check.__name__)
