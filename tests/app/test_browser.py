@@ -126,23 +126,22 @@ def test_an_address_brings_back_the_template_and_the_balance(page):
 
 
 def test_old_answers_go_when_another_question_fails(page, tmp_path):
+    hits, status = page.locator("#hits > li"), page.get_by_role("status")
     page.goto("/search?id=0")
-    expect(page.locator("#hits > li")).to_have_count(24)
+    expect(hits).to_have_count(24)
     (tmp_path / "broken.png").write_bytes(b"no image")
     page.get_by_label("Image to search with").set_input_files(tmp_path / "broken.png")
-    expect(page.get_by_role("status")).to_contain_text("cannot be read")
-    expect(page.locator("#hits > li")).to_have_count(0)
+    expect(status).to_contain_text("cannot be read")
+    expect(hits).to_have_count(0)
     page.goto("/search?text=bar")
-    expect(page.locator("#hits > li")).to_have_count(24)
+    expect(hits).to_have_count(24)
     page.get_by_label("Text to search for").fill("")
     page.keyboard.press("Enter")
-    expect(page.get_by_role("status")).to_contain_text("Enter a text")
+    expect(status).to_contain_text("Enter a text")
     assert not urlsplit(page.url).query
     page.goto("/search?text=bar&template=imagenat")
-    expect(page.get_by_role("status")).to_contain_text('no template set "imagenat"')
-
-
-def test_an_answer_that_comes_after_the_image_was_removed_is_dropped(page):
+    expect(status).to_contain_text('no template set "imagenat"')
+    # --- and when it comes after its image was removed
     held = []
     page.route("**/api/search", lambda route: held.append(route))  # Playwright marks the handler
     with page.expect_request("**/api/search"):
@@ -152,7 +151,7 @@ def test_an_answer_that_comes_after_the_image_was_removed_is_dropped(page):
         held[0].continue_()
     answer.value.finished()
     page.wait_for_timeout(300)
-    expect(page.locator("#hits > li")).to_have_count(0)
+    expect(hits).to_have_count(0)
 
 
 def tab_to(page, selector):

@@ -11,11 +11,12 @@ from torch.nn.functional import normalize
 
 import declip
 from app.conftest import ask
-from conftest import refuses
+from conftest import TINY, refuses, tiny_tree
 from declip.app.pairs import compare_captions, find_similar
 from declip.app.server import open_state
 from declip.app.state import AppState
 from declip.data.sources.open import open_source
+from declip.recipe.schema import Recipe
 from indices import write_index
 
 
@@ -128,14 +129,15 @@ def test_the_list_has_keys_and_reasons_and_all_other_pairs_are_a_source(client, 
     }
 
 
-def test_a_list_can_be_shortened_again_trained_on_and_fine_tuned_on(client, state, run_folder, tmp_path):
+def test_a_list_can_be_shortened_again_and_trained_on(client, state, run_folder, tmp_path):
     first = client.post("/api/pairs/list", json=MARKED).json()["rest"]
     again = open_state(str(run_folder), first, tmp_path / "again")
     with ask(again) as second:
         written = second.post("/api/pairs/list", json={"near-duplicate image": [0]}).json()
     keys = [open_source(written["rest"]).key(n) for n in range(written["count"])]
     assert keys == [state.index.row(n).key for n in range(24) if n not in (0, 1, 3, 8)]
-    run = declip.finetune(written["rest"], run_folder, out=tmp_path / "run", freeze="both", quiet=True)
+    recipe = Recipe.model_validate(tiny_tree(written["rest"]) | {"train": TINY["train"] | {"steps": 2}})
+    run = declip.train(recipe, out=tmp_path / "run", quiet=True, report=False)
     assert run.examples["source"]["pairs"] == 20
 
 

@@ -89,28 +89,25 @@ def test_the_page_is_served_ctrl_c_ends_quietly_and_another_address_is_warned_of
 # --- what a browser may do
 
 
-@pytest.mark.parametrize("view", ["search", "pairs"])
-def test_a_view_is_one_page_that_loads_nothing_from_elsewhere(client, view):
-    answer = client.get(f"/{view}")
-    assert f'href="/{view}" aria-current="page"' in answer.text
-    inline = ("<script>", "<style", " style=", " onclick=", "javascript:", "http")
-    assert [word for word in inline if word in answer.text.replace("http-equiv", "")] == []
-    assert client.post(f"/{view}").status_code == 405
+def test_every_view_is_one_page_that_loads_nothing_from_elsewhere(client):
+    for view in ("search", "pairs"):
+        answer = client.get(f"/{view}")
+        assert f'href="/{view}" aria-current="page"' in answer.text
+        inline = ("<script>", "<style", " style=", " onclick=", "javascript:", "http")
+        assert [word for word in inline if word in answer.text.replace("http-equiv", "")] == []
+        assert client.post(f"/{view}").status_code == 405
     assert client.get("/", follow_redirects=False).headers["location"] == "/search"
-
-
-@pytest.mark.parametrize("address", ["/search", "/static/app.css", "/images/0", "/nothing", "/api/search"])
-def test_every_answer_has_the_headers(client, address):
-    headers = client.get(address).headers
-    policy = headers["content-security-policy"]
-    assert ("default-src 'none'" in policy, "frame-ancestors 'none'" in policy, "unsafe" in policy) == (1, 1, 0)
-    assert (headers["x-content-type-options"], headers["cross-origin-resource-policy"]) == ("nosniff", "same-origin")
-
-
-@pytest.mark.parametrize("address", ["/static/..%2fserver.py", "/static/../server.py", "/static/", "/nothing"])
-def test_other_files_are_not_served(client, address):
-    answer = client.get(address)
-    assert (answer.status_code, "import" in answer.text) == (404, False)
+    for address in ("/search", "/static/app.css", "/images/0", "/nothing", "/api/search"):
+        headers = client.get(address).headers
+        policy = headers["content-security-policy"]
+        assert ("default-src 'none'" in policy, "frame-ancestors 'none'" in policy, "unsafe" in policy) == (1, 1, 0)
+        assert (headers["x-content-type-options"], headers["cross-origin-resource-policy"]) == (
+            "nosniff",
+            "same-origin",
+        )
+    for address in ("/static/..%2fserver.py", "/static/../server.py", "/static/", "/nothing"):
+        answer = client.get(address)
+        assert (answer.status_code, "import" in answer.text) == (404, False), address
 
 
 HOSTS = {
@@ -211,17 +208,11 @@ def test_probabilities_are_the_softmax_of_the_scaled_cosines(client, state):
     expected = dict(zip(names, logits.softmax(0).tolist(), strict=True))
     assert {row["name"]: row["probability"] for row in rows} == pytest.approx(expected, abs=1e-5)
     assert rows == sorted(rows, key=lambda row: -row["probability"])
-
-
-def test_a_template_goes_around_the_names(client):
-    cosines = [
-        [row["cosine"] for row in search(client, id=0, **asked)["classes"]]
-        for asked in (
-            {"classes": ["bar", "circle"], "template": "a red {}"},
-            {"classes": ["a red bar", "a red circle"]},
-        )
-    ]
-    assert cosines[0] == pytest.approx(cosines[1], abs=1e-6)
+    around, spelled = (
+        [row["cosine"] for row in search(client, id=0, classes=classes, template=template)["classes"]]
+        for classes, template in ((["bar", "circle"], "a red {}"), (["a red bar", "a red circle"], ""))
+    )
+    assert around == pytest.approx(spelled, abs=1e-6)
     assert search(client, id=0, classes=["bar", "circle"], template="imagenet")["classes"]
 
 
@@ -259,14 +250,11 @@ def test_what_is_no_question_is_refused(client, content):
 
 
 def test_thumbnails_are_small_images_by_id(client, state, monkeypatch):
-    answer = client.get("/images/3")
-    assert answer.headers["content-type"] == "image/webp"
-    assert Image.open(io.BytesIO(answer.content)).size == (40, 40)
     monkeypatch.setattr(state.index, "image", lambda id: draw("red", "circle", 1_000))
     for address, side in (("/images/4", 192), ("/images/4?large=1", 768)):
         assert Image.open(io.BytesIO(client.get(address).content)).size == (side, side)
     monkeypatch.undo()
-    for id in ("24", "-1", "x", "..%2f..%2fetc%2fpasswd", "99999999999999999999", "0.png"):
+    for id in ("24", "-1", "x", "..%2f..%2fetc%2fpasswd", "99999999999999999999", "0.png", "24?text=red"):
         assert client.get(f"/images/{id}").status_code in (400, 404), id
 
 
@@ -274,10 +262,10 @@ def test_a_heat_map_is_drawn_over_the_thumbnail(client, state):
     image, model = state.index.image(3), state.index.model
     expected = np.asarray(heat_map(image, model.similarity_map(image, "a red circle").numpy()), int)
     answer = client.get("/images/3", params={"text": " a  red circle"})
+    assert answer.headers["content-type"] == "image/webp"
     drawn = np.asarray(Image.open(io.BytesIO(answer.content)).convert("RGB"), int)
     assert 2 * np.abs(drawn - expected).mean() < np.abs(drawn - np.asarray(image, int)).mean()
-    for id, text in (("24", "red"), ("x", "red"), ("3", "a" * 2001)):
-        assert client.get(f"/images/{id}", params={"text": text}).status_code in (400, 404), (id, text)
+    assert client.get("/images/3", params={"text": "a" * 2001}).status_code == 400
 
 
 def test_a_missing_image_gives_away_no_path_and_missing_captions_are_explained(model, folder, tmp_path):

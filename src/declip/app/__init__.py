@@ -1,1 +1,1 @@
-"""The local web page: classify, search and pairs."""
+"""The local web page: search, wrong pairs and captioning."""

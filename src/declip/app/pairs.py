@@ -175,7 +175,7 @@ def save_list(state: AppState, marked: Marked) -> dict[str, Any]:
         spec, columns = resolve(saved.path, index.folder), saved.columns_of(index.folder)
         source = open_source(spec, columns)
         excluded = read_exclusions(drop, source)
-        others = [place for place in range(len(source)) if place not in excluded]
+        others = [number for number in range(len(source)) if number not in excluded]
         if not others:
             raise UserError(f"'{drop}' lists all pairs of '{source.name}', so none is left to train on.")
         write_pair_list(rest, *list_of(spec, columns, source, others))

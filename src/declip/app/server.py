@@ -6,6 +6,7 @@ import socket
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,8 @@ SMALL, LARGE = 192, 768  # pixels of the longer side of a thumbnail, and of an i
 UPLOADS_AT_ONCE = 4  # images that are received at the same time; others wait
 ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 EXAMPLES = 6  # captions of the index that a page offers to begin with
-ENVIRONMENT = Environment(
-    loader=PackageLoader("declip.app"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-)
-TEMPLATES = Jinja2Templates(env=ENVIRONMENT)
+HTML: dict[str, Any] = {"autoescape": True, "undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+TEMPLATES = Jinja2Templates(env=Environment(loader=PackageLoader("declip.app"), **HTML))
 
 
 class ImageQuestion(BaseModel):
@@ -74,53 +73,48 @@ REQUESTS: tuple[tuple[str, str, type[BaseModel], Callable[..., Any]], ...] = (
 
 def build(state: AppState, host: str) -> ASGIApp:
     """Make the application for a server that listens on `host`."""
-    views = VIEWS if state.captioning else VIEWS[:-1]
     uploading = asyncio.Semaphore(UPLOADS_AT_ONCE)
-
-    def route(methods: str, address: str, question: type[BaseModel], answer: Callable[..., Any]) -> Route:
-        async def endpoint(request: Request) -> Response:
-            if request.method == "POST":
-                asked = question.model_validate_json(await read_body(request, LARGEST_JSON))
-            else:
-                asked = question.model_validate({**request.query_params, **request.path_params})
-            result = await run_in_threadpool(answer, state, asked)
-            return result if isinstance(result, Response) else JSONResponse(result)
-
-        return Route(address, endpoint, methods=methods.split())
-
-    async def upload(request: Request) -> Response:
-        """Answer with the vector of an uploaded image, which the page sends from then on; nothing is stored here."""
-        async with uploading:
-            content = await read_body(request, LARGEST_UPLOAD)
-            vector = await run_in_threadpool(lambda: state.image_vector(read_image(content)))
-        return JSONResponse({"vector": vector.tolist()})
-
-    def page(request: Request) -> Response:
-        """A view: its HTML holds no result, the scripts ask for them."""
-        view = request.url.path[1:]
-        if view not in views:
-            raise HTTPException(404, "Start the app with --caption FILE to caption images.")
-        context: dict[str, Any] = {
-            "view": view,
-            "views": views,
-            "state": state,
-            "info": state.index.info,
-            "lowest": pairs.LOWEST,
-        }
-        context |= {"largest_upload": LARGEST_UPLOAD >> 20, "template_sets": prompt_names()}
-        context |= {"examples": _examples(state) if view == "search" else []}
-        return TEMPLATES.TemplateResponse(request, f"{view}.html", context)
-
+    requests = [each for each in REQUESTS if state.captioning or each[1] != "/api/caption"]
     routes = [
         Route("/", lambda request: RedirectResponse(f"/{'caption' if state.captioning else 'search'}")),
-        *(Route(f"/{view}", page) for view in VIEWS),
+        *(Route(f"/{view}", partial(_page, state, view)) for view in VIEWS),
         Mount("/static", StaticFiles(packages=[("declip.app", "static")])),
-        Route("/api/images", upload, methods=["POST"]),
-        *(route(*each) for each in REQUESTS if state.captioning or each[1] != "/api/caption"),
+        Route("/api/images", partial(_upload, state, uploading), methods=["POST"]),
+        *(
+            Route(path, partial(_answer, state, question, answer), methods=methods.split())
+            for methods, path, question, answer in requests
+        ),
     ]
     answered = (HTTPException, UserError, ValidationError, Exception)
     app = Starlette(routes=routes, exception_handlers=dict.fromkeys(answered, _answer_error))
     return Guard(app, host)  # around everything, so that answers to failures have the headers too
+
+
+async def _answer(state: AppState, question: type[BaseModel], answer: Callable[..., Any], request: Request) -> Response:
+    if request.method == "POST":
+        asked = question.model_validate_json(await read_body(request, LARGEST_JSON))
+    else:
+        asked = question.model_validate({**request.query_params, **request.path_params})
+    result = await run_in_threadpool(answer, state, asked)
+    return result if isinstance(result, Response) else JSONResponse(result)
+
+
+async def _upload(state: AppState, uploading: asyncio.Semaphore, request: Request) -> Response:
+    """Answer with the vector of an uploaded image, which the page sends from then on; nothing is stored here."""
+    async with uploading:
+        content = await read_body(request, LARGEST_UPLOAD)
+        vector = await run_in_threadpool(lambda: state.image_vector(read_image(content)))
+    return JSONResponse({"vector": vector.tolist()})
+
+
+def _page(state: AppState, view: str, request: Request) -> Response:
+    """A view: its HTML holds no result, the scripts ask for them."""
+    if view == "caption" and not state.captioning:
+        raise HTTPException(404, "Start the app with --caption FILE to caption images.")
+    context: dict[str, Any] = {"view": view, "views": VIEWS if state.captioning else VIEWS[:-1], "state": state}
+    context |= {"info": state.index.info, "lowest": pairs.LOWEST, "largest_upload": LARGEST_UPLOAD >> 20}
+    context |= {"template_sets": prompt_names(), "examples": _examples(state) if view == "search" else []}
+    return TEMPLATES.TemplateResponse(request, f"{view}.html", context)
 
 
 def _examples(state: AppState) -> list[str]:

@@ -57,10 +57,10 @@ def show_cache() -> None:
     from declip.io.cache import cache_entries
 
     say(f"{cache_folder()} (set {CACHE_VARIABLE} to move it)")
-    for name, entries in groupby(cache_entries(), key=lambda entry: entry.path.parent.name):
-        found = list(entries)
-        used = datetime.fromtimestamp(max(entry.used for entry in found)).strftime("%Y-%m-%d")
-        say(f"{name:<12} {sum(entry.size for entry in found) / 1e6:>12,.1f} MB  {len(found):>6,} entries  {used}")
+    for name, group in groupby(cache_entries(), key=lambda entry: entry.path.parent.name):
+        entries = list(group)
+        used = datetime.fromtimestamp(max(entry.used for entry in entries)).strftime("%Y-%m-%d")
+        say(f"{name:<12} {sum(entry.size for entry in entries) / 1e6:>12,.1f} MB  {len(entries):>6,} entries  {used}")
 
 
 @cache.command("clear")
