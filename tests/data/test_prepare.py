@@ -186,8 +186,8 @@ def twice(tmp_path):
         (b"\xff\xfe\x00", "utf-8"),
         (b"key,place\na,x\n", "cannot be read"),
         (b"[1]\n", "cannot be read"),
-        (b'{"key": "t.tar/c", "place": 1, "reason": "moved"}\n', "'t.tar/c' at place 1"),
-        (b'{"key": "t.tar/c", "place": 4, "reason": "gone"}\n', "'t.tar/c' at place 4"),
+        (b'{"key": "t.tar/c", "place": 1, "reason": "moved"}\n', "'t.tar/c' at index 1"),
+        (b'{"key": "t.tar/c", "place": 4, "reason": "gone"}\n', "'t.tar/c' at index 4"),
     ],
 )
 def test_a_wrong_list_is_refused(twice, tmp_path, content, said):

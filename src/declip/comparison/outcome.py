@@ -96,9 +96,9 @@ def pairs_needed(pairs: Sequence[int], means: np.ndarray, value: float) -> tuple
     # On a level part: the geometric mean of its pairs.
     if level.any():
         return exp(logs[level].mean()), ""
-    place = int(np.searchsorted(rising, value))
-    fraction = (value - rising[place - 1]) / (rising[place] - rising[place - 1])
-    return exp(logs[place - 1] + fraction * (logs[place] - logs[place - 1])), ""
+    above = int(np.searchsorted(rising, value))
+    fraction = (value - rising[above - 1]) / (rising[above] - rising[above - 1])
+    return exp(logs[above - 1] + fraction * (logs[above] - logs[above - 1])), ""
 
 
 def _rising(means: np.ndarray) -> np.ndarray:
@@ -149,12 +149,12 @@ def _seed_logs(a: EfficiencyCurve, b: EfficiencyCurve, at: Sequence[FactorAt]) -
         if one.factor is None:
             continue
         value = min(one.value, float(rising[-1]))
-        place = max(start, int(np.searchsorted(rising, value)))
-        if place == len(rising):
+        above = max(start, int(np.searchsorted(rising, value)))
+        if above == len(rising):
             return None
-        step, rise = logs[place] - logs[place - 1], rising[place] - rising[place - 1]
-        fraction = (value - rising[place - 1]) / rise
-        there = (1 - fraction) * values_a[place - 1] + fraction * values_a[place]  # (seeds,)
+        step, rise = logs[above] - logs[above - 1], rising[above] - rising[above - 1]
+        fraction = (value - rising[above - 1]) / rise
+        there = (1 - fraction) * values_a[above - 1] + fraction * values_a[above]  # (seeds,)
         # The log factor of the means, plus the distance of the seed's two curves over the slope of A's mean curve.
         rows.append(log(one.factor) + (there - values) * step / rise)
     return np.mean(rows, axis=0) if rows else None

@@ -118,10 +118,10 @@ def _timed(study: Study, quiet: bool) -> Study:
     base = measured[first.name]
     scale = (first.seconds or base) / base
     variants = list(study.variants)
-    for place, variant in enumerate(variants):
+    for index, variant in enumerate(variants):
         if variant.seconds is None:
             own = measured[variant.name]
-            variants[place] = replace(variant, steps=max(1, int(first.steps * (base / own))), seconds=scale * own)
+            variants[index] = replace(variant, steps=max(1, int(first.steps * (base / own))), seconds=scale * own)
     return replace(study, variants=tuple(variants))
 
 

@@ -58,9 +58,9 @@ class Order:
 
     def indices(self, step: int) -> np.ndarray:
         """The pairs of a step's batch, (batch_size,) int64."""
-        epoch, place = divmod(step, self.steps_per_epoch)
-        first, last = place * self.batch_size, (place + 1) * self.batch_size
-        *_, borders = self.layout(epoch)
+        epoch, position = divmod(step, self.steps_per_epoch)
+        first, last = position * self.batch_size, (position + 1) * self.batch_size
+        *_, borders = self.layout(epoch)  # (groups + 1,)
         groups = range(np.searchsorted(borders, first, "right") - 1, np.searchsorted(borders, last))
         return np.concatenate([self.group(epoch, k)[max(0, first - borders[k]) : last - borders[k]] for k in groups])
 
@@ -68,7 +68,7 @@ class Order:
         """The shards in an epoch's order, and the numbers of shards and of pairs before each group, (groups + 1,)."""
         if epoch not in self._layout:
             shards = self.generator(epoch, BLOCKS_STREAM).permutation(len(self.blocks))
-            ends = np.cumsum(self.blocks[shards])
+            ends = np.cumsum(self.blocks[shards])  # (shards,)
             # A group ends with the shard that completes its share of the pairs.
             shares = np.arange(1, self.groups + 1) * self.size // self.groups
             cuts = np.append(0, np.searchsorted(ends, shares) + 1)
@@ -162,6 +162,7 @@ class Assembler:
         for number, spec in enumerate(self.plan.views):
             crops = [sample.pixels[number] for sample in samples]
             # In a worker this allocates memory shared with the training process, which copies nothing.
+            # (B, 3, S, S)
             pixels = default_collate(crops) if crops else torch.empty(0, 3, spec.size, spec.size, dtype=torch.uint8)
             views[spec.name] = View(pixels, Photometric.stack([sample.params[number] for sample in samples]))
         # One length for all texts, since the captions and their augmentations are encoded in one call.
@@ -172,10 +173,10 @@ class Assembler:
         texts = [[sample.rows[number] for sample in samples] for number in range(self.plan.texts)]
         return PairBatch(
             views=views,
-            texts=torch.stack([_pad(rows, length, padding) for rows in texts]),
+            texts=torch.stack([_pad(rows, length, padding) for rows in texts]),  # (T, B, L)
             masked=_pad([sample.masked for sample in samples], length, padding) if masks else None,
             labels=_pad([sample.labels for sample in samples], length, IGNORED) if masks else None,
-            lengths=torch.tensor([[*map(len, rows)] for rows in texts], dtype=torch.int64),
+            lengths=torch.tensor([[*map(len, rows)] for rows in texts], dtype=torch.int64),  # (T, B)
             sample_ids=torch.tensor([sample.id for sample in samples], dtype=torch.int64),
             skipped=skipped,
         )

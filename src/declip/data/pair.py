@@ -76,7 +76,7 @@ class BrokenPair(Exception):
 
 
 class Origin(NamedTuple):
-    """The place of an image; numbers are bytes."""
+    """Where an image is stored; numbers are bytes."""
 
     path: str = ""  # of the file or the shard, or a shard's URL; empty if the image has no file of its own
     offset: int = 0
@@ -89,7 +89,7 @@ class PairSource(ABC):
 
     name: str
     credit: str = ""  # a sentence that a license asks for wherever an image is shown
-    labels: np.ndarray | None = None  # (n,) int64, where each pair has a class, by its place in `class_names`
+    labels: np.ndarray | None = None  # (n,) int64, where each pair has a class, by its index in `class_names`
     class_names: Sequence[str] | None = None
     group_column: str | None = None  # where `group` reads what pairs share
     blocks: np.ndarray | None = None  # (shards,) int64, the number of pairs of each shard, in order
@@ -116,7 +116,7 @@ class PairSource(ABC):
         return 0
 
     def splits(self) -> dict[str, np.ndarray]:
-        """Rising places of the pairs of each split, "train", "validation" and "test"; empty without splits."""
+        """Rising indices of the pairs of each split, "train", "validation" and "test"; empty without splits."""
         return {}
 
     def image(self, index: int) -> Image.Image:
@@ -133,7 +133,7 @@ class PairSource(ABC):
         return LazyPair(pair.key, LazyImage(pair.image), pair.captions)
 
     def origin(self, index: int) -> Origin:
-        """The place of the image; empty if it has no file."""
+        """Where the image is stored; empty if it has no file."""
         return Origin()
 
     def shards(self) -> np.ndarray:

@@ -38,13 +38,13 @@ _Members = list[tuple[str, bytes]]
 
 
 def write_exclusions(rows: Iterable[tuple[str, int, str, float | None, str]]) -> str:
-    """A list of rows with a pair's key, its place in the source, the reason, and what a reader wants to see."""
+    """A list of rows with a pair's key, its index in the source, the reason, and what a reader wants to see."""
     names = ("key", "place", "reason", "cosine", "caption")
     return "".join(json.dumps(dict(zip(names, row, strict=True))) + "\n" for row in rows)
 
 
 def read_exclusions(path: str | Path, source: PairSource) -> dict[int, str]:
-    """Read the reasons of a list by place; raises `UserError` unless the source has the list's keys there."""
+    """Read the reasons of a list by index; raises `UserError` unless the source has the list's keys there."""
     path, keys = Path(path).expanduser(), ImageSource(source)
     try:
         given = [json.loads(line) for line in path.read_text("utf-8").split("\n") if line.strip()]
@@ -54,11 +54,11 @@ def read_exclusions(path: str | Path, source: PairSource) -> dict[int, str]:
         raise UserError(f"The list '{path}' cannot be read: {printable(str(error))}. {remedy}") from error
     if not rows:
         raise UserError(f"The list '{path}' names no pair.")
-    for key, place, _ in rows:
-        if not 0 <= place < len(source) or keys.key(place) != key:
-            problem = f"The list '{path}' has '{printable(key)}' at place {place}, and '{source.name}' does not."
+    for key, index, _ in rows:
+        if not 0 <= index < len(source) or keys.key(index) != key:
+            problem = f"The list '{path}' has '{printable(key)}' at index {index}, and '{source.name}' does not."
             raise UserError(f"{problem} Use the source that it was made from, unchanged, or make the list again.")
-    return {place: reason for _, place, reason in rows}
+    return {index: reason for _, index, reason in rows}
 
 
 @dataclass
@@ -106,8 +106,8 @@ def shard_source(
     opened = open_source(source, columns)
     name = absolute(source) if isinstance(source, str | Path) else opened.name
     # Shards hold no splits: a test pair among them would be trained on.
-    held_out = ((name, places) for name, places in opened.splits().items() if name != "train")
-    excluded = {place: f"split {name}" for name, places in held_out for place in places.tolist()}
+    held_out = ((name, indices) for name, indices in opened.splits().items() if name != "train")
+    excluded = {index: f"split {name}" for name, indices in held_out for index in indices.tolist()}
     excluded |= {} if exclude is None else read_exclusions(exclude, opened)
     # --- what the shards depend on, and which exist
     made_of = {"layout": LAYOUT, "source": name, "size": size, "shard_pairs": shard_pairs, "pairs": len(opened)}
@@ -116,7 +116,7 @@ def shard_source(
     shards = {f"{k:06d}.tar": range(s, min(s + shard_pairs, len(opened))) for k, s in enumerate(starts)}
     with locked_folder(Path(out).expanduser(), RECORD, ELSEWHERE) as folder:
         done = _finished_shards(folder, made_of)
-        missing = {name: places for name, places in shards.items() if name not in done}
+        missing = {name: indices for name, indices in shards.items() if name not in done}
         # --- the others, each recorded when it is complete; a folder with shards always has a record
         _record(folder, made_of, done)
         work, title = partial(_pack, opened, size, excluded), f"Pairs of {opened.name}" if progress else ""
@@ -175,8 +175,8 @@ def _write_shards(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Write shards in order while the images of the next ones are downscaled; yield the totals of each."""
     parts = {name: [p[i : i + PAIRS_AT_ONCE] for i in range(0, len(p), PAIRS_AT_ONCE)] for name, p in shards.items()}
-    stream = mapped(work, [places for own in parts.values() for places in own], workers, title)
-    for shard, places in shards.items():
+    stream = mapped(work, [indices for own in parts.values() for indices in own], workers, title)
+    for shard, indices in shards.items():
         path, skipped = folder / shard, SkipCounter()
         with atomic_write(path, ELSEWHERE) as written, tarfile.open(written, "w", format=tarfile.USTAR_FORMAT) as tar:
             for members, broken in islice(stream, len(parts[shard])):
@@ -185,7 +185,7 @@ def _write_shards(
                     info.size = len(content)
                     tar.addfile(info, BytesIO(content))
                 skipped.merge(broken)
-        counts = {"pairs": len(places) - skipped.total, "bytes": path.stat().st_size}
+        counts = {"pairs": len(indices) - skipped.total, "bytes": path.stat().st_size}
         yield shard, counts | {"skipped": skipped.to_dict()["reasons"]}
 
 
@@ -197,28 +197,28 @@ def _record(folder: Path, made_of: Mapping[str, Any], shards: Mapping[str, Any])
     write_text(folder / RECORD, json.dumps({"made_of": made_of, "shards": shards}, indent=1))
 
 
-def _pack(source: PairSource, size: int, excluded: Mapping[int, str], places: range) -> tuple[_Members, SkipCounter]:
+def _pack(source: PairSource, size: int, excluded: Mapping[int, str], indices: range) -> tuple[_Members, SkipCounter]:
     """The members of some pairs, and those that cannot be used or are excluded."""
     members, skipped = _Members(), SkipCounter()
-    for place in places:
+    for index in indices:
         try:
-            if place in excluded:
-                raise BrokenPair(excluded[place], ImageSource(source).key(place))
-            members += _members(source, size, place)
+            if index in excluded:
+                raise BrokenPair(excluded[index], ImageSource(source).key(index))
+            members += _members(source, size, index)
         except BrokenPair as broken:
             skipped.add(broken)
     return members, skipped
 
 
-def _members(source: PairSource, size: int, place: int) -> _Members:
+def _members(source: PairSource, size: int, index: int) -> _Members:
     """The members of one pair; raises `BrokenPair`."""
-    pair = source.read_lazy(place)
+    pair = source.read_lazy(index)
     kind, image = downscaled_bytes(pair.image, size)
     if len(pair.captions) == 1 and not pair.captions[0].startswith(BYTE_ORDER_MARK):
         ending, text = "txt", pair.captions[0].encode()
     else:
         ending, text = "json", json.dumps({"caption": pair.captions}).encode()
-    return [(f"{place:09d}.{kind}", image), (f"{place:09d}.{ending}", text)]
+    return [(f"{index:09d}.{kind}", image), (f"{index:09d}.{ending}", text)]
 
 
 def downscaled_bytes(image: LazyImage, size: int) -> tuple[str, bytes]:

@@ -161,16 +161,16 @@ def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
 
 
 def _explain(problem: Mapping[str, Any]) -> str:
-    place = ".".join(map(str, problem["loc"])).removesuffix(".[key]")
+    key = ".".join(map(str, problem["loc"])).removesuffix(".[key]")
     if problem["type"] == "extra_forbidden":
-        if place in recipe_keys():
-            nested = place.replace(".", ": {") + ": …" + "}" * place.count(".")
-            return f"In a file keys are nested: write {nested} instead of {place}."
-        return str(unknown_key(place))
+        if key in recipe_keys():
+            nested = key.replace(".", ": {") + ": …" + "}" * key.count(".")
+            return f"In a file keys are nested: write {nested} instead of {key}."
+        return str(unknown_key(key))
     if problem["type"] == "model_type":
-        return f"{place}={problem['input']!r}: {place} is a section; set its keys (`declip recipes show NAME`)."
+        return f"{key}={problem['input']!r}: {key} is a section; set its keys (`declip recipes show NAME`)."
     message = problem["msg"].removeprefix("Value error, ")
-    where = f"{place}={problem['input']!r}: " if place and problem["type"] != "value_error" else ""
+    where = f"{key}={problem['input']!r}: " if key and problem["type"] != "value_error" else ""
     return f"{where}{message[0].lower()}{message[1:]}."
 
 

@@ -43,10 +43,10 @@ Portion = Annotated[float, Field(gt=0, le=1)]
 Strength = Annotated[float, Field(ge=0)]
 Jitter = tuple[Strength, Strength, Strength, Annotated[Strength, Field(le=0.5)]]
 RGB = tuple[Fraction, Fraction, Fraction]
-Place = Annotated[str, AfterValidator(_expand_user)]
+PathOrName = Annotated[str, AfterValidator(_expand_user)]
 Second = Literal["eda", "caption", "same"]
 OneOrMore = BeforeValidator(lambda given: (given,) if isinstance(given, str) else given)
-Places = Annotated[tuple[Place, ...], OneOrMore]
+PathsOrNames = Annotated[tuple[PathOrName, ...], OneOrMore]
 Column = Literal["image", "caption", "group"]
 COLUMNS: dict[Column, str] = {"image": "image", "caption": "caption"}
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
@@ -72,13 +72,15 @@ class Section(BaseModel):
 class Data(Section):
     """The training pairs and how they are read."""
 
-    source: Place | tuple[Place, ...] = Field(
+    source: PathOrName | tuple[PathOrName, ...] = Field(
         "builtin:emoji", description="table, folder, shards or built-in set, or a list of these"
     )
     columns: dict[Column, str] = Field(
         COLUMNS, description="columns of a table: image, caption, and group, whose equal cells show one thing"
     )
-    image_root: Place | None = Field(None, description="folder of a table's image paths; default: the table's folder")
+    image_root: PathOrName | None = Field(
+        None, description="folder of a table's image paths; default: the table's folder"
+    )
     max_pairs: int | None = Field(None, ge=2, description="train on this many pairs only, chosen by the seed")
     shuffle_buffer: int | None = Field(None, ge=1, description="pairs shuffled together; default: all; remote: 50,000")
     workers: Workers = Field("auto", description="loader processes; auto: 1 per free core, at most 8")
@@ -135,7 +137,7 @@ class TextTowerConfig(Section):
     bpe_merges: int | None = Field(None, ge=0, description="number of CLIP's BPE merges to use; default: all")
     projection_bias: bool = Field(False, description="bias of the projection, as in the official implementation")
     activation: Literal["quick_gelu", "gelu"] = Field("quick_gelu", description="activation of the MLPs")
-    hf_model: Place | None = Field(None, description="Hugging Face text encoder: its folder, or huggingface:NAME")
+    hf_model: PathOrName | None = Field(None, description="Hugging Face text encoder: its folder, or huggingface:NAME")
     pooling: Literal["auto", "cls", "mean", "eos"] = Field("auto", description="pooling of a Hugging Face encoder")
     pretrained: bool = Field(True, description="start a Hugging Face encoder from its own weights")
 
@@ -238,8 +240,8 @@ class LoRA(Section):
 class FineTuning(Section):
     """The pretrained weights, and how they are trained."""
 
-    pretrained: Place | None = Field(None, description="weights that declip.load takes, or timm:NAME")
-    class_names: Place | None = Field(
+    pretrained: PathOrName | None = Field(None, description="weights that declip.load takes, or timm:NAME")
+    class_names: PathOrName | None = Field(
         None, description="file with the names of the classifier's classes: one per line, or a table name,definition"
     )
     lr_scale: float = Field(1.0, gt=0, description="factor on the learning rate for pretrained towers")
@@ -311,11 +313,11 @@ class Train(Section):
 class Evaluation(Section):
     """The evaluation sets during training and at its end."""
 
-    zero_shot: Places = Field((), description="sets for zero-shot classification")
-    retrieval: Places = Field((), description="sets for retrieval in both directions")
-    final_zero_shot: Places = Field((), description="test sets for zero-shot, used only at the end")
-    final_retrieval: Places = Field((), description="test sets for retrieval, used only at the end")
-    keep: Places = Field((), description="sets on which accuracy should not fall in fine-tuning (--keep)")
+    zero_shot: PathsOrNames = Field((), description="sets for zero-shot classification")
+    retrieval: PathsOrNames = Field((), description="sets for retrieval in both directions")
+    final_zero_shot: PathsOrNames = Field((), description="test sets for zero-shot, used only at the end")
+    final_retrieval: PathsOrNames = Field((), description="test sets for retrieval, used only at the end")
+    keep: PathsOrNames = Field((), description="sets on which accuracy should not fall in fine-tuning (--keep)")
 
 
 class Recipe(Section):

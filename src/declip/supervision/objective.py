@@ -128,14 +128,15 @@ class Objective(nn.Module):
     ) -> dict[str, Tensor]:
         """Compute the losses from the towers' outputs for the whole batch, as `forward`."""
         terms = self._terms()
+        # (V, B, d) and (T, B, d)
         images, texts = (F.normalize(to_float32(x), dim=-1) for x in (outputs.images, outputs.texts))
         encoded = Encodings(images, texts, outputs, batch)
-        features = {name: term.features(encoded) for name, term in terms}
+        features = {name: term.features(encoded) for name, term in terms}  # (B, …) each
         keys = {name: term.keys(features[name]) for name, term in terms}
         gathered = own = Rows(outputs.views, images, texts, {})
         if gather is not None:
             keys = {name: term.pad_keys(keys[name]) for name, term in terms}
-            gathered, keys = gather_rows(own, keys, gather)
+            gathered, keys = gather_rows(own, keys, gather)  # (V, N, d), (T, N, d) and (N, …), N pairs of all ranks
         # Loss of this rank's rows against the keys of all ranks
         similarity = Similarity(model.logit_scale.exp(), model.logit_bias)
         losses = {}
@@ -149,14 +150,15 @@ class Objective(nn.Module):
         tokens, pre_logits, masked = (
             any(getattr(need, output) for need in self.needs) for output in ("tokens", "pre_logits", "masked")
         )
-        images = encode_views(model, [view.pixels for view in batch.views.values()])
-        captions, masked_at, lengths = self._captions(batch, masked)
+        images = encode_views(model, [view.pixels for view in batch.views.values()])  # V · (B, 3, S, S) → (V, B, d)
+        captions, masked_at, lengths = self._captions(batch, masked)  # (T or T + 1, B, L)
         buckets, step = self.recipe.train.length_buckets, length_step(self.recipe)
-        texts = encode_by_length(model.text_tower, captions.flatten(0, 1), lengths, buckets, step)
+        texts = encode_by_length(model.text_tower, captions.flatten(0, 1), lengths, buckets, step)  # (T · B, d)
         count, size = captions.shape[:2]
-        text_tokens = texts.text_tokens.unflatten(0, (count, size))
+        text_tokens = texts.text_tokens.unflatten(0, (count, size))  # (T, B, L, w)
         rows, targets = None, None
         if masked and batch.labels is not None:
+            # (M, w) and (M,), of the masked tokens
             rows, targets = chosen_rows(text_tokens[masked_at], batch.labels, batch.mask_positions)
         return TowerOutputs(
             views=tuple(batch.views),
@@ -206,10 +208,11 @@ def gather_rows(
     # (B, k), split after the collective by the same widths
     packed = [_as_floats(rows, own.texts.dtype) for rows in tensors.values()]
     columns = gather(torch.cat(packed, dim=1)).split([rows.shape[1] for rows in packed], dim=1)
-    found = {key: _unpacked(part, rows) for (key, rows), part in zip(tensors.items(), columns, strict=True)}
-    images, texts = (found["", name].transpose(0, 1) for name in ("images", "texts"))
+    # (N, …) as they were before
+    gathered = {key: _unpacked(column, rows) for (key, rows), column in zip(tensors.items(), columns, strict=True)}
+    images, texts = (gathered["", name].transpose(0, 1) for name in ("images", "texts"))
     everyone = Rows(own.views, images, texts, {})
-    return everyone, {term: {name: found[term, name] for name in features} for term, features in extra.items()}
+    return everyone, {term: {name: gathered[term, name] for name in features} for term, features in extra.items()}
 
 
 def _as_floats(rows: Tensor, dtype: torch.dtype) -> Tensor:
@@ -217,12 +220,12 @@ def _as_floats(rows: Tensor, dtype: torch.dtype) -> Tensor:
     return rows.contiguous().view(dtype) if rows.dtype == torch.int64 else rows.to(dtype)
 
 
-def _unpacked(part: Tensor, like: Tensor) -> Tensor:
+def _unpacked(packed: Tensor, like: Tensor) -> Tensor:
     if like.dtype == torch.int64:
-        part = part.detach().contiguous().view(torch.int64)
+        packed = packed.detach().contiguous().view(torch.int64)
     elif like.dtype == torch.bool:
-        part = part.detach() > 0.5
-    return part.reshape(len(part), *like.shape[1:])
+        packed = packed.detach() > 0.5
+    return packed.reshape(len(packed), *like.shape[1:])
 
 
 def encode_views(model: DualEncoder, views: Sequence[Tensor]) -> ImageFeatures:

@@ -62,7 +62,7 @@ class NpmPackages:
 
 @dataclass(frozen=True)
 class DebianPackage:
-    """A package of Debian: its name, and the place of its data below the root folder."""
+    """A package of Debian: its name, and the path of its data below the root folder."""
 
     name: str
     data: str

@@ -206,9 +206,9 @@ class ViewTransform:
         left, top, width, height, flip = crop
         # Cropped first, so that pixels around the box stay out of the filter, as torchvision does it. torch's resize of
         # uint8 takes a third to half of the time of Pillow's and differs by a level or two of 255.
-        part = torch.from_numpy(pixels[top : top + height, left : left + width].copy())
-        part = part.permute(2, 0, 1).unsqueeze(0)
-        view = F.interpolate(part, (self.size, self.size), mode=self.interpolation, antialias=True)
+        cropped = torch.from_numpy(pixels[top : top + height, left : left + width].copy())
+        cropped = cropped.permute(2, 0, 1).unsqueeze(0)
+        view = F.interpolate(cropped, (self.size, self.size), mode=self.interpolation, antialias=True)
         return (view.flip(-1) if flip else view)[0]
 
     def sample_params(self, generator: np.random.Generator) -> Photometric:

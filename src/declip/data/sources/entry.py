@@ -12,27 +12,27 @@ from declip.data.pair import LazyImage, LazyPair, Origin, Pair, PairSource
 
 
 class EntrySource(PairSource):
-    """Pairs that are located by number, then read as needed by key and place; all methods may raise `BrokenPair`."""
+    """Pairs that are located by number, then read as needed by key and entry; all methods may raise `BrokenPair`."""
 
     @abstractmethod
     def entry(self, index: int) -> tuple[str, Any]:
         """Locate pair `index`: its key, and what the methods below need to read it."""
 
     @abstractmethod
-    def texts(self, key: str, place: Any) -> tuple[str, ...]:
+    def texts(self, key: str, entry: Any) -> tuple[str, ...]:
         """The cleaned captions, at least one."""
 
     @abstractmethod
-    def content(self, key: str, place: Any) -> AnyImage:
+    def content(self, key: str, entry: Any) -> AnyImage:
         """The image file, its bytes, or the image."""
 
     def __getitem__(self, index: int) -> Pair:
         return self.read_lazy(index).decoded()
 
     def read_lazy(self, index: int) -> LazyPair:
-        key, place = self.entry(index)
-        captions = self.texts(key, place)
-        return LazyPair(key, open_image(self.content(key, place), key), captions)
+        key, entry = self.entry(index)
+        captions = self.texts(key, entry)
+        return LazyPair(key, open_image(self.content(key, entry), key), captions)
 
     def captions(self, index: int) -> tuple[str, ...]:
         return self.texts(*self.entry(index))
@@ -44,8 +44,8 @@ class EntrySource(PairSource):
         return self.lazy_image(index).decoded()
 
     def lazy_image(self, index: int) -> LazyImage:
-        key, place = self.entry(index)
-        return open_image(self.content(key, place), key)
+        key, entry = self.entry(index)
+        return open_image(self.content(key, entry), key)
 
     def origin(self, index: int) -> Origin:
         content = self.content(*self.entry(index))

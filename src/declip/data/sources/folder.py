@@ -17,7 +17,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from declip.data.images.decode import DAMAGE, EXTENSIONS, check_file, image_below, open_header
 from declip.data.pair import LONGEST_CAPTION, BrokenPair, Origin, clean_captions
 from declip.data.sources.entry import EntrySource
-from declip.data.sources.subset import NUMBER_OF, UNKNOWN, places_by_split
+from declip.data.sources.subset import NUMBER_OF, UNKNOWN, indices_by_split
 from declip.errors import UserError
 
 LARGEST = 1 << 20  # bytes of XMP: titles and keywords take a few thousand
@@ -120,10 +120,10 @@ class FileList(EntrySource):
     def key(self, index: int) -> str:
         return self._keys[index].as_py().decode(errors="replace")
 
-    def content(self, key: str, place: Path) -> Path:
-        return place
+    def content(self, key: str, entry: Path) -> Path:
+        return entry
 
-    def texts(self, key: str, place: Path) -> tuple[str, ...]:
+    def texts(self, key: str, entry: Path) -> tuple[str, ...]:
         return ()
 
 
@@ -145,7 +145,7 @@ class FolderSource(FileList):
         """Those of folders named train, val and test, if all images are in such folders."""
         folders = pc.list_element(pc.split_pattern(self._keys, b"/"), 0)
         numbers = [NUMBER_OF.get(name.lower().decode(errors="replace"), UNKNOWN) for name in folders.to_pylist()]
-        return {} if UNKNOWN in numbers else places_by_split(np.array(numbers))
+        return {} if UNKNOWN in numbers else indices_by_split(np.array(numbers))
 
     def origin(self, index: int) -> Origin:
         """The image's, with the stamp of its caption file, so that no file is opened to see whether it changed."""
@@ -155,8 +155,8 @@ class FolderSource(FileList):
             return origin._replace(stamp=f"{origin.stamp} {status.st_size}-{status.st_mtime_ns}")
         return origin
 
-    def texts(self, key: str, place: Path) -> tuple[str, ...]:
-        path = place.with_suffix(".txt")
+    def texts(self, key: str, entry: Path) -> tuple[str, ...]:
+        path = entry.with_suffix(".txt")
         try:
             if not stat.S_ISREG(path.stat().st_mode):  # a named pipe blocks on open
                 raise BrokenPair("missing caption", key, f"{path} is not a file")
@@ -166,7 +166,7 @@ class FolderSource(FileList):
                 raise BrokenPair("caption too long", key, f"its file is longer than {MOST_CAPTION_BYTES:,} bytes")
             return clean_captions(content.decode("utf-8-sig").splitlines(), key)
         except OSError as error:
-            if isinstance(error, FileNotFoundError) and any(captions := metadata_captions(place, key)):
+            if isinstance(error, FileNotFoundError) and any(captions := metadata_captions(entry, key)):
                 return clean_captions(captions, key)
             raise BrokenPair("missing caption", key, str(error)) from error
         except UnicodeDecodeError as error:

@@ -84,9 +84,9 @@ def stored_path(given: object, folder: Path) -> str:
 
 def relative(path: str, folder: Path) -> str:
     """A path as `stored_path` stores it, without resolving links; anything but an absolute path stays."""
-    project, place = os.getcwd(), str(folder.resolve())
-    inside = all(os.path.isabs(one) and os.path.commonpath([one, project]) == project for one in (path, place))
-    return os.path.relpath(path, place) if inside and not path.startswith(place + os.sep) else path
+    project, target = os.getcwd(), str(folder.resolve())
+    inside = all(os.path.isabs(one) and os.path.commonpath([one, project]) == project for one in (path, target))
+    return os.path.relpath(path, target) if inside and not path.startswith(target + os.sep) else path
 
 
 def resolve(path: str, folder: Path) -> str:

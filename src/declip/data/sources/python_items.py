@@ -14,7 +14,7 @@ from declip.data.images.decode import AnyImage, image_below, is_pixels
 from declip.data.pair import BrokenPair, Origin, as_texts, clean_captions
 from declip.data.sources.entry import EntrySource
 from declip.data.sources.rows import by_lower_name, cell_name
-from declip.data.sources.subset import COLUMN, NUMBER_OF, places_by_split, split_numbers
+from declip.data.sources.subset import COLUMN, NUMBER_OF, indices_by_split, split_numbers
 from declip.data.sources.table import find_column, find_columns, group_number
 from declip.errors import UserError
 
@@ -32,7 +32,7 @@ class ItemSource(EntrySource):
 
     An image is a PIL image, (H, W, 3) uint8, a path, bytes, or a dict of `bytes` and `path`; captions are one string or
     several. An item alone is an image without captions. Where the object has `classes` and `targets`, as torchvision's
-    datasets do, a number in the place of a caption is a class.
+    datasets do, a number instead of a caption is a class.
     """
 
     def __init__(self, items: Items, columns: Columns = DEFAULT) -> None:
@@ -82,7 +82,7 @@ class ItemSource(EntrySource):
             raise UserError(f"The items of the {self.name} have the key '{self._split}'. {remedy}")
         cells = (self._cell(index, self._split) for index in range(len(self)))
         names = pa.array(map(cell_name, cells), pa.string())
-        return places_by_split(split_numbers(names, f"The key '{self._split}' of the {self.name}"))
+        return indices_by_split(split_numbers(names, f"The key '{self._split}' of the {self.name}"))
 
     def origin(self, index: int) -> Origin:
         return super().origin(index) if self._listed else Origin()
@@ -101,11 +101,11 @@ class ItemSource(EntrySource):
             key = str(item)
         return key, (item, texts)
 
-    def texts(self, key: str, place: Any) -> tuple[str, ...]:
-        return clean_captions(place[1], key)
+    def texts(self, key: str, entry: Any) -> tuple[str, ...]:
+        return clean_captions(entry[1], key)
 
-    def content(self, key: str, place: Any) -> AnyImage:
-        image, _ = place
+    def content(self, key: str, entry: Any) -> AnyImage:
+        image, _ = entry
         if isinstance(image, Mapping):
             image = image.get("bytes") or image.get("path")
         if isinstance(image, str | Path) and str(image):

@@ -137,9 +137,9 @@ class TextRows(TableRows):
         """The lines that are not blank, with their numbers; the rest of one that is longer than a row is skipped."""
         with self.path.open(encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
             for number in count(1):
-                line = part = file.readline(LONGEST_ROW + 1)
-                while part and not part.endswith("\n"):
-                    part = file.readline(LONGEST_ROW)
+                line = rest = file.readline(LONGEST_ROW + 1)
+                while rest and not rest.endswith("\n"):
+                    rest = file.readline(LONGEST_ROW)
                 if not line:
                     return
                 yield number, line
@@ -168,8 +168,8 @@ class TextRows(TableRows):
 
         def batches() -> Iterator[pa.RecordBatch]:
             stamp, records = self.path.stat().st_mtime_ns, self.records()
-            while part := [_stored(*record, wanted, captions) for record in islice(records, TEXT_ROWS_AT_ONCE)]:
-                yield pa.record_batch([*zip(*part, strict=True)], schema=schema)
+            while rows := [_stored(*record, wanted, captions) for record in islice(records, TEXT_ROWS_AT_ONCE)]:
+                yield pa.record_batch([*zip(*rows, strict=True)], schema=schema)
             if self.path.stat().st_mtime_ns != stamp:
                 raise UserError(f"The table '{self.path}' was rewritten while it was read. Try again.")
 

@@ -28,15 +28,15 @@ OPEN_INDICES = 2048  # indices that stay mapped; each takes about 10 kB in addit
 MANY, AT_ONCE = 8, 8
 
 CAPTION_KEYS = ("caption", "captions", "text", "texts")  # the first that has any is read
-PARTS = ("image", "text", "json")
-# The part of a pair that a file is, by its extension.
+MEMBERS = ("image", "text", "json")
+# The member of a pair that a file is, by its extension.
 KINDS = {ending.removeprefix("."): "image" for ending in EXTENSIONS} | {"txt": "text", "json": "json"}
-# A key and its extension; as in WebDataset the key ends at the first dot of the name's last part.
+# A key and its extension; as in WebDataset the key ends at the first dot of the file's name.
 SAMPLE = re.compile(r"((?:.*/)?[^./]+)\.([^./]*)", re.DOTALL)
-SCHEMA = pa.schema([("key", pa.large_binary()), *((part, pa.list_(pa.int64(), 2)) for part in PARTS)])
+SCHEMA = pa.schema([("key", pa.large_binary()), *((member, pa.list_(pa.int64(), 2)) for member in MEMBERS)])
 
-# A shard, and start and size in bytes of each part of a pair that it has.
-Place = tuple[Shard, Mapping[str, tuple[int, int]]]
+# A shard, and start and size in bytes of each member of a pair that it has.
+ShardEntry = tuple[Shard, Mapping[str, tuple[int, int]]]
 
 
 class ShardSource(EntrySource):
@@ -66,7 +66,7 @@ class ShardSource(EntrySource):
     def __reduce__(self) -> tuple[type, tuple[object, ...]]:  # a worker process opens the shards itself
         return ShardSource, (self._word,)
 
-    def entry(self, index: int) -> tuple[str, Place]:
+    def entry(self, index: int) -> tuple[str, ShardEntry]:
         if not 0 <= index < len(self):
             raise IndexError(f"pair {index} of {len(self)}")
         number = int(np.searchsorted(self._ends, index, "right"))
@@ -79,19 +79,19 @@ class ShardSource(EntrySource):
         if row >= len(pairs):
             raise BrokenPair("missing in shard", where, f"{len(pairs):,} pairs instead of {self.blocks[number]:,}")
         key = pairs["key"][row].as_py().decode(errors="backslashreplace")  # not every name is UTF-8
-        places = {part: tuple(place) for part in PARTS if (place := pairs[part][row].as_py()) is not None}
-        return f"{shard.label}/{key}", (shard, places)
+        members = {member: tuple(entry) for member in MEMBERS if (entry := pairs[member][row].as_py()) is not None}
+        return f"{shard.label}/{key}", (shard, members)
 
-    def content(self, key: str, place: Place) -> bytes:
-        return self._read(key, place, "image", LARGEST_IMAGE, "image too large")
+    def content(self, key: str, entry: ShardEntry) -> bytes:
+        return self._read(key, entry, "image", LARGEST_IMAGE, "image too large")
 
-    def texts(self, key: str, place: Place) -> tuple[str, ...]:
+    def texts(self, key: str, entry: ShardEntry) -> tuple[str, ...]:
         captions: list[str | None] = []
-        if "text" in place[1]:
-            captions.append(self._unicode(key, place, "text"))
-        if "json" in place[1]:
+        if "text" in entry[1]:
+            captions.append(self._unicode(key, entry, "text"))
+        if "json" in entry[1]:
             try:
-                row: Any = json.loads(self._unicode(key, place, "json"))
+                row: Any = json.loads(self._unicode(key, entry, "json"))
                 given = [row.get(name) for name in CAPTION_KEYS]
             except (ValueError, AttributeError, RecursionError) as error:
                 raise BrokenPair("unreadable JSON", key, f"not an object: {error}") from error
@@ -102,29 +102,29 @@ class ShardSource(EntrySource):
         return clean_captions(captions, key)
 
     def origin(self, index: int) -> Origin:
-        _, (shard, places) = self.entry(index)
-        at, size = places.get("image", (0, 0))
+        _, (shard, members) = self.entry(index)
+        at, size = members.get("image", (0, 0))
         return Origin(shard.name, at, size, f"{shard.state[:16]}-{at}-{size}")
 
-    def _read(self, key: str, place: Place, part: str, most: int, reason: str) -> bytes:
-        """The bytes of a part that must be there and no larger; raises `BrokenPair`."""
-        shard, places = place
-        if part not in places:
-            raise BrokenPair(f"missing {part}", key, "the shard has none of this key")
-        at, size = places[part]
+    def _read(self, key: str, entry: ShardEntry, member: str, most: int, reason: str) -> bytes:
+        """The bytes of a member that must be there and no larger; raises `BrokenPair`."""
+        shard, members = entry
+        if member not in members:
+            raise BrokenPair(f"missing {member}", key, "the shard has none of this key")
+        at, size = members[member]
         if size > most:
-            raise BrokenPair(reason, key, f"{part} of {size:,} bytes, at most {most:,}")
+            raise BrokenPair(reason, key, f"{member} of {size:,} bytes, at most {most:,}")
         try:
             content = open_shard(shard).read(size, at)
         except (UnreadableShard, OSError) as error:
             raise BrokenPair("unreadable shard", key, str(error)) from error
         if len(content) < size:
-            raise BrokenPair("truncated shard", key, f"{len(content):,} of {size:,} bytes of the {part}")
+            raise BrokenPair("truncated shard", key, f"{len(content):,} of {size:,} bytes of the {member}")
         return content
 
-    def _unicode(self, key: str, place: Place, part: str) -> str:
+    def _unicode(self, key: str, entry: ShardEntry, member: str) -> str:
         try:
-            return self._read(key, place, part, LARGEST_TEXT, "caption too long").decode("utf-8-sig")
+            return self._read(key, entry, member, LARGEST_TEXT, "caption too long").decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise BrokenPair("invalid text", key, f"not UTF-8: {error}") from error
 
@@ -157,13 +157,13 @@ def make_index(file: OpenFile, name: str) -> pa.RecordBatch:
             key, ending = (match[1], match[2].lower()) if match else ("", "")
             if ending not in KINDS:
                 continue
-            part = KINDS[ending]
-            if part == "image" and images.setdefault(key, ending) != ending:
+            member = KINDS[ending]
+            if member == "image" and images.setdefault(key, ending) != ending:
                 continue
-            if key not in latest or part in latest[key]:
+            if key not in latest or member in latest[key]:
                 latest[key] = {"key": key.encode(errors="surrogateescape")}
                 rows.append(latest[key])
-            latest[key][part] = (at, size)
+            latest[key][member] = (at, size)
     except (tarfile.TarError, OSError) as error:
         problem = f"The shard '{name}' cannot be read as a tar archive beyond its first {len(rows):,} pairs: {error}."
         raise UserError(f"{problem} Fetch or write it again, or remove it; decompress a compressed one.") from error

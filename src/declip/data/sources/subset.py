@@ -89,8 +89,10 @@ class Subset(DerivedSource):
         return np.bincount(np.searchsorted(ends, self.indices, "right"), None, len(ends))
 
     def splits(self) -> dict[str, np.ndarray]:
-        splits = {name: np.flatnonzero(np.isin(self.indices, places)) for name, places in self.source.splits().items()}
-        return {name: places for name, places in splits.items() if len(places)}
+        splits = {
+            name: np.flatnonzero(np.isin(self.indices, indices)) for name, indices in self.source.splits().items()
+        }
+        return {name: indices for name, indices in splits.items() if len(indices)}
 
 
 def take(source: PairSource, count: int, seed: int) -> Subset:
@@ -142,7 +144,7 @@ class PairList(NamedTuple):
         return Subset(source, np.array(self.indices, np.int64))
 
     def digest_in(self, source: PairSource) -> str:
-        """Hash of up to 64 keys that a source has at the listed places."""
+        """Hash of up to 64 keys that a source has at the listed indices."""
         keys = list[str]()
         for index in self.indices[:: max(1, len(self.indices) // 32)]:
             with suppress(BrokenPair):
@@ -152,11 +154,11 @@ class PairList(NamedTuple):
 
 def list_of(spec: str, columns: Columns, source: PairSource, indices: Iterable[int]) -> tuple[PairList, PairSource]:
     """A list of pairs of the opened source `spec`, and the source that it lists: the inner one of a list."""
-    listed, places = PairList(spec, columns, len(source), []), cast(Sequence[int], range(len(source)))
+    listed, positions = PairList(spec, columns, len(source), []), cast(Sequence[int], range(len(source)))
     if spec.lower().endswith(LIST_KIND) and isinstance(source, Subset):
         listed, source = read_pair_list(Path(spec).expanduser()), source.source
-        places = listed.indices
-    return listed._replace(indices=[places[index] for index in indices]), source
+        positions = listed.indices
+    return listed._replace(indices=[positions[index] for index in indices]), source
 
 
 def write_pair_list(path: Path, listed: PairList, source: PairSource | None = None) -> None:
@@ -175,8 +177,8 @@ def read_pair_list(path: Path) -> PairList:
         columns = Columns(**listed.columns)  # type: ignore[arg-type]
         columns = replace(columns, root=resolve(str(columns.root), path.parent) if columns.root else None)
         listed = listed._replace(source=resolve(listed.source, path.parent), columns=columns)
-        places = np.asarray(listed.indices)
-        rising = places.dtype == np.int64 and (np.diff(places, prepend=-1, append=listed.total) > 0).all()
+        indices = np.asarray(listed.indices)
+        rising = indices.dtype == np.int64 and (np.diff(indices, prepend=-1, append=listed.total) > 0).all()
         texts = all(isinstance(name, str) for name in (listed.source, *filter(None, asdict(columns).values())))
         if rising and texts and not listed.source.lower().endswith(LIST_KIND):  # no list of itself
             return listed
@@ -199,8 +201,8 @@ def split_numbers(cells: pa.Array | pa.ChunkedArray, where: str) -> np.ndarray |
     return number_of[encoded.indices.fill_null(len(names)).to_numpy(zero_copy_only=False)]
 
 
-def places_by_split(numbers: np.ndarray | None) -> dict[str, np.ndarray]:
-    """Rising places of the pairs of each split that has some, by the pairs' numbers (n,); `UNREADABLE` is in each."""
+def indices_by_split(numbers: np.ndarray | None) -> dict[str, np.ndarray]:
+    """Rising indices of the pairs of each split that has some, by the pairs' numbers (n,); `UNREADABLE` is in each."""
     found = {} if numbers is None else {name: numbers == number for number, name in enumerate(SPLITS)}
     return {name: np.flatnonzero(where | (numbers == UNREADABLE)) for name, where in found.items() if where.any()}
 

@@ -18,7 +18,7 @@ from declip.data.pair import BrokenPair, as_texts, clean_captions, printable
 from declip.data.sources.entry import EntrySource
 from declip.data.sources.names import holds, is_url, names_shards
 from declip.data.sources.rows import NOT_UTF8, DelimitedRows, JsonRows, ParquetRows, TableRows, by_lower_name, cell_name
-from declip.data.sources.subset import COLUMN, places_by_split, split_numbers
+from declip.data.sources.subset import COLUMN, indices_by_split, split_numbers
 from declip.errors import UserError
 from declip.io.cache import cached_table
 from declip.io.text import one_line
@@ -97,7 +97,7 @@ class TableSource(EntrySource):
         return group_number(self.cells(*self.entry(index), self.group_column)[0]) if self.group_column else 0
 
     def splits(self) -> dict[str, np.ndarray]:
-        """Places of the pairs of each split. A pair with rows in several is in the last: test before train."""
+        """Indices of the pairs of each split. A pair with rows in several is in the last: test before train."""
         if self._split is None:
             return {}
         cells: Any = self.table.column(self._columns.index(self._split))
@@ -107,7 +107,7 @@ class TableSource(EntrySource):
             rows, starts = self._pairs.flatten().to_numpy(), self._pairs.offsets.to_numpy()
             # (rows,) -> (pairs,)
             numbers = np.maximum.reduceat(numbers[rows], starts[:-1])
-        return places_by_split(numbers)
+        return indices_by_split(numbers)
 
     def content(self, key: str, rows: list[int]) -> Path | bytes:
         cell = self.table.column(0)[rows[0]]

@@ -49,7 +49,7 @@ def replace_words(words: Sequence[str], count: int, generator: np.random.Generat
 
 
 def swap_words(words: Sequence[str], count: int, generator: np.random.Generator) -> list[str]:
-    """Swap two of the words, at least two, at different places, `count` times."""
+    """Swap two of the words, at least two, at different positions, `count` times."""
     swapped = list(words)
     for _ in range(count):
         first, second = _below(len(swapped), generator), _below(len(swapped) - 1, generator)
@@ -77,13 +77,13 @@ def mask_tokens(
     masked = list(ids)
     labels = [IGNORED] * len(masked)
     draws = generator.random(masked.index(tokenizer.end) - 1)
-    for place in np.flatnonzero(draws < probability).tolist():
-        labels[place + 1] = masked[place + 1]
-        kind = draws[place] / probability  # evenly in [0, 1), since the draw is below the probability
+    for position in np.flatnonzero(draws < probability).tolist():
+        labels[position + 1] = masked[position + 1]
+        kind = draws[position] / probability  # evenly in [0, 1), since the draw is below the probability
         if kind < _MASKED:
-            masked[place + 1] = tokenizer.mask
+            masked[position + 1] = tokenizer.mask
         elif kind < _MASKED + _RANDOM:
-            masked[place + 1] = tokenizer.words[_below(len(tokenizer.words), generator)]
+            masked[position + 1] = tokenizer.words[_below(len(tokenizer.words), generator)]
     return masked, labels
 
 
@@ -109,10 +109,10 @@ def _below(limit: int, generator: np.random.Generator) -> int:
 
 def _parse(word: str) -> tuple[str, str, str]:
     """Split a written word into punctuation before it, the word, and a possessive and punctuation after it."""
-    places = [place for place, letter in enumerate(word) if letter.isalnum()]
-    if not places:
+    positions = [position for position, letter in enumerate(word) if letter.isalnum()]
+    if not positions:
         return word, "", ""
-    first, end = places[0], places[-1] + 1
+    first, end = positions[0], positions[-1] + 1
     if end - first > 2 and word[end - 2 : end] in ("'s", "’s", "'S", "’S"):
         end -= 2
     return word[:first], word[first:end], word[end:]
