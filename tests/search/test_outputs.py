@@ -108,8 +108,8 @@ def test_a_command_replaces_its_own_files(project, weights_file, command):
         ["classify", weights_file, "shapes", "--examples", "labels.csv", "--save", "head", "--out", "x.csv"],
         ["search", "index", "red", "--contact-sheet", "b.png", "--json", "hits.json"],
         ["explain", weights_file, "shapes/red-bar.png", "red", "--out", "map.png"],
-        [*evaluate, "--json", "result.json"],
-        [*inspect, "--json", "page.json", "--html", "page.html"],
+        [*evaluate, "--workers", 0, "--json", "result.json"],
+        [*inspect, "--workers", 0, "--json", "page.json", "--html", "page.html"],
     ):
         done = [command(*words) for _ in range(2)]
         assert [one.status for one in done] == [0, 0], done[0].err
