@@ -125,7 +125,7 @@ def test_a_bad_query_says_why(made):
         refuses(message, made.search, **arguments)
 
 
-def test_damage_is_said(made):
+def test_damage_is_said(made, model, folder):
     path, files = made.folder / INFO, made.folder / "generation-1"
     tree = json.loads(path.read_text())
     npy, rows = (files / "vectors.npy").read_bytes(), (files / "rows.parquet").read_bytes()
@@ -153,6 +153,7 @@ def test_damage_is_said(made):
         file.write_bytes(whole)
     (files / "vectors.npy").unlink()
     refuses("is missing", Index.open, made.folder)
+    refuses("is missing", declip.embed, model, folder, out=made.folder, dtype="float32")
     refuses("not a complete index", Index.open, made.folder.parent)
 
 

@@ -244,7 +244,7 @@ class Writer:
         """The rows that can be copied: of the index, and of the blocks that this call and killed ones embedded."""
         # One after another, because each has an open file.
         if self.info.generation:
-            yield Store(_files(self.folder, self.info), self.folder, self.info)
+            yield open_index(self.folder)[1]
         for path in self._blocks():
             # A block numbers its rows from 0 on.
             yield Store(path, self.folder, self.info.model_copy(update={"next_id": BLOCK_ROWS}))
