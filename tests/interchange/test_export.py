@@ -196,6 +196,11 @@ def test_without_the_library_the_export_says_that_it_was_not_read_back(tmp_path,
     assert caplog.text == "", "`declip finetune` exports to libraries that nobody asked for"
 
 
+def test_the_help_names_every_format(command):
+    shown = command("export", "--help").out
+    assert [name for name in FORMATS if name not in shown] == []
+
+
 def test_wrong_words_and_folders_in_use(tmp_path):
     model = build("vit")
     said = r"export format 'openclip'. Did you mean 'open_clip'\?.*huggingface, onnx"

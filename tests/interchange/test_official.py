@@ -43,6 +43,15 @@ def values(terms):
     return {term: value.item() for term, value in terms.items()}
 
 
+def gradients(case, modules, step):
+    """Names of their parameters, their norms and our gradients, of those that are used and not mere noise."""
+    noise = case.about["fp64_check"]["grad_norm_rel"][step]["essentially_zero"]
+    used = {theirs: norm for theirs, norm in case.step["grad_norm"].items() if not UNUSED.match(theirs)}
+    found = [(each, norm, case.parameter(modules, each).grad) for each, norm in used.items() if each not in noise]
+    assert len(found) > len(case.step["grad_norm"]) / 2
+    return found
+
+
 @pytest.mark.golden
 @pytest.mark.parametrize("name", CASES)
 def test_terms_and_gradients_equal_the_official_ones(name):
@@ -53,21 +62,14 @@ def test_terms_and_gradients_equal_the_official_ones(name):
     assert values(terms) == pytest.approx(expected_terms(case), rel=1e-5, abs=1e-6)
     terms["loss"].backward()
     modules = {"model": model, "objective": objective}
-    noise = case.about["fp64_check"]["grad_norm_rel"][0]["essentially_zero"]
     whole = {key.removeprefix("step1/grad/") for key in case.arrays if key.startswith("step1/grad/")}
-    compared = 0
-    for theirs, norm in case.step["grad_norm"].items():
-        if UNUSED.match(theirs) or theirs in noise:
-            continue
-        gradient = case.parameter(modules, theirs).grad
-        compared += 1
+    for theirs, norm, gradient in gradients(case, modules, 0):
         assert gradient.norm().item() == pytest.approx(norm, rel=1e-5), theirs
         spread = norm * math.sqrt(gradient.numel())
         assert gradient.sum().item() == pytest.approx(case.step["grad_sum"][theirs], abs=1e-5 * spread), theirs
         expected = case.value(f"grad/{theirs}") if theirs in whole else None
         if expected is not None and expected.shape == gradient.shape and "label_predictor" not in theirs:
             torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-5 * norm)
-    assert compared > len(case.step["grad_norm"]) / 2
     for theirs in case.step["grad_none"]:
         if not UNUSED.match(theirs):
             parameter = case.parameter(modules, theirs)
@@ -115,13 +117,8 @@ def test_training_continues_from_a_file_to_the_official_second_step(name, tmp_pa
     terms = objective(model, case.batch("step2/"))
     assert values(terms) == pytest.approx(expected_terms(case), rel=1e-4, abs=1e-5)
     terms["loss"].backward()
-    noise = case.about["fp64_check"]["grad_norm_rel"][1]["essentially_zero"]
-    modules, compared = {"model": model, "objective": objective}, 0
-    for theirs, norm in case.step["grad_norm"].items():
-        if not UNUSED.match(theirs) and theirs not in noise:
-            compared += 1
-            assert case.parameter(modules, theirs).grad.norm().item() == pytest.approx(norm, rel=1e-3), theirs
-    assert compared > len(case.step["grad_norm"]) / 2
+    for theirs, norm, gradient in gradients(case, {"model": model, "objective": objective}, 1):
+        assert gradient.norm().item() == pytest.approx(norm, rel=1e-3), theirs
 
 
 @pytest.mark.golden

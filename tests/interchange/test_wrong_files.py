@@ -110,20 +110,21 @@ def test_a_file_of_ours_that_was_changed_names_the_first_tensor(tmp_path):
 LAYERS = 100_000
 
 
-def own_file(folder):
-    """A file of some hundred bytes, as in the first report."""
-    recipe = declip.load_recipe("few-clip", {"text.layers": LAYERS}).to_yaml()
+def small_file(folder, tensors, **keys):
+    """A file of some hundred bytes."""
+    recipe = declip.load_recipe("few-clip", keys).to_yaml()
     path = folder / "small.safetensors"
-    path.write_bytes(save({"model.text_tower.ln_final.weight": torch.ones(1)}, {"declip.recipe": recipe}))
+    path.write_bytes(save(tensors, {"declip.recipe": recipe}))
     return path
+
+
+def own_file(folder):
+    return small_file(folder, {"model.text_tower.ln_final.weight": torch.ones(1)}, **{"text.layers": LAYERS})
 
 
 def own_file_with_encoder(folder):
     encoder = TextEncoder({"model_type": "bert", "num_hidden_layers": LAYERS}, "{}", {})
-    recipe = declip.load_recipe("few-clip", {"text.hf_model": "x"}).to_yaml()
-    path = folder / "encoder.safetensors"
-    path.write_bytes(save({f"model.{ENTRY}": encoder.to_tensor()}, {"declip.recipe": recipe}))
-    return path
+    return small_file(folder, {f"model.{ENTRY}": encoder.to_tensor()}, **{"text.hf_model": "x"})
 
 
 def encoder_of_open_clip(folder):
@@ -133,16 +134,9 @@ def encoder_of_open_clip(folder):
     return config.parent
 
 
-DEEP = {
-    "own file": own_file,
-    "own file, text encoder": own_file_with_encoder,
-    "open_clip, text encoder": encoder_of_open_clip,
-}
-
-
-@pytest.mark.parametrize("name", DEEP)
-def test_more_layers_than_tensors_are_refused_before_they_are_built(name, tmp_path):
-    where = DEEP[name](tmp_path)
+@pytest.mark.parametrize("make", [own_file, own_file_with_encoder, encoder_of_open_clip])
+def test_more_layers_than_tensors_are_refused_before_they_are_built(make, tmp_path):
+    where = make(tmp_path)
     got, megabytes = apart(lambda: declip.load(where, device="cpu"))
     assert re.search(r"100,0\d\d layers", got), got
     assert megabytes < 300
