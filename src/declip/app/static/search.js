@@ -43,7 +43,7 @@ function show({ hits, images, seconds, classes, scale }, { text, id, template, o
   if (classes) {
     find("bars").replaceChildren(...classes.slice(0, 100).map((row) => bar(row.name, `cosine ${row.cosine.toFixed(3)}`, row.probability)));
     const part = classes.length > 100 ? `; the first 100 of ${classes.length} classes are shown.` : ".";
-    find("scale").textContent = `The softmax of ${scale.toFixed(1)} times the cosines${part} They add up to 100 %, also if no class is right.`;
+    find("scale").textContent = `Probabilities: the softmax of ${scale.toFixed(1)} times the cosines${part} They add up to 100 %, also if no class is right.`;
   }
   say(classes ? `Most likely: ${classes[0].name}, ${percent(classes[0].probability)}. ${nearest}` : nearest);
   // --- the address, unless the image is a file
