@@ -48,6 +48,7 @@ class Captioning:
         self._heads: Heads | None = None
         self._held: dict[int, tuple[str, float]] = {}  # tab and time, by image
         self._lock = threading.Lock()
+        state.text_vectors(self.classes)  # before the first page asks for suggestions
         self._fit()
 
     def _order(self) -> list[int]:
