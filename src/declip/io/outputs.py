@@ -11,7 +11,7 @@ from typing import Any
 
 import declip
 from declip.errors import UserError
-from declip.io.atomic import atomic_write, csv_path
+from declip.io.atomic import atomic_write
 
 CHOSEN = ("image", "caption", "coverage")  # columns of `declip choose`
 CLASSIFIED = ("image", "class", "probability")  # first columns of `declip classify`
@@ -44,13 +44,6 @@ def refuse_foreign(path: Path) -> None:
     """Raise a `UserError` if a file exists that declip did not write, or to which its user added something."""
     if os.path.lexists(path) and (why := _reason_to_stay(path)):
         raise UserError(f"'{path}' is not replaced: {why}. Give another file name, or delete it first.")
-
-
-def csv_output(given: str | Path) -> Path:
-    """Return the path of a table to write, see `csv_path` and `refuse_foreign`."""
-    path = csv_path(given)
-    refuse_foreign(path)
-    return path
 
 
 @contextmanager

@@ -18,7 +18,8 @@ from declip.data.sources.names import relative
 from declip.data.sources.python_items import Items
 from declip.errors import UserError, check_range
 from declip.evaluation.encode import Encoder
-from declip.io.outputs import CHOSEN, csv_output, csv_table
+from declip.io.atomic import csv_path
+from declip.io.outputs import CHOSEN, check_outputs, csv_table
 from declip.io.text import FORMULA, percent
 from declip.models.precision import Precision
 from declip.search.embed import open_or_embed
@@ -94,7 +95,8 @@ def choose(
         3
     """
     check_range("count", count, 1)
-    path = None if out is None else csv_output(out)
+    path = None if out is None else csv_path(out)
+    check_outputs((path,))
     options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "progress": progress}
     computing: dict[str, Any] = {"device": device, "precision": precision}
     opened = open_or_embed(model, images, index, columns=columns, **computing, **options)
