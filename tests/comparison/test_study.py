@@ -159,16 +159,16 @@ def test_seeds_are_paired_and_those_that_differ_give_no_interval():
 @pytest.mark.parametrize(("sizes", "seeds"), [((1000, 4000), 2), ((1000, 4000), 3), ((500, 1000, 2000, 4000, 8000), 3)])
 def test_the_interval_holds_the_truth_as_often_as_it_says(sizes, seeds):
     # Two equal variants, a gain of 3 points a doubling, seeds that move each run by 1.5 points, half of it alike for
-    # both. The first is the plan of README. 600 comparisons: 95 % have a standard error of 0.9 points.
+    # both. The first is the plan of README. 400 comparisons: 95 % have a standard error of 1.1 points.
     generator = np.random.default_rng(0)
     truth = 0.03 * np.log2(np.array(sizes) / sizes[0])[:, None] + 0.1
     held = []
-    for _ in range(600):
+    for _ in range(400):
         shared, *own = 0.015 * sqrt(0.5) * generator.normal(size=(3, len(sizes), seeds))
         found = factor(*(_numbered(sizes, tuple(map(tuple, truth + shared + each))) for each in own))
         if found.low is not None and found.high is not None:
             held.append(found.low <= 1 <= found.high)
-    assert len(held) > 400
+    assert len(held) > 266
     assert 0.93 < np.mean(held) < 0.985
 
 
