@@ -40,17 +40,15 @@ TERMS: dict[str, type[Term]] = {
 """Name in `loss_weights` → loss; see CONTRIBUTING.md."""
 
 Gather = Callable[[Tensor], Tensor]
-
-
 Terms = Mapping[str, type[Term]]
 NO_TERMS: Terms = MappingProxyType({})
 
 
 def active_terms(recipe: Recipe, terms: Terms = NO_TERMS) -> dict[str, type[Term]]:
     """The losses with a weight above 0: those of `TERMS` in its order, then plugins and the caller's `terms`."""
-    named = recipe.loss_weights.keys() - TERMS.keys() - terms.keys()
-    own = {name: load_plugin("losses", name) for name in recipe.loss_weights if name in named & {*plugins("losses")}}
-    own |= terms
+    others = [name for name in recipe.loss_weights if name not in {*TERMS, *terms}]
+    installed = plugins("losses") if others else {}
+    own = {name: load_plugin("losses", name) for name in others if name in installed} | dict(terms)
     for name, term in own.items():
         if name in TERMS or not name.isidentifier() or not (isinstance(term, type) and issubclass(term, Term)):
             raise UserError(
