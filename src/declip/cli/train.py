@@ -170,9 +170,9 @@ def evaluate(
     if suite is not None and (len(datasets) > 1 or label_column is not None):
         raise UserError(f"The suite '{suite}' is evaluated alone. Give one --dataset, and no --label-column.")
     options = Options(templates=templates, shots=shots or [4], batch_size=batch_size, workers=workers)
-    found = _evaluate(load(model, device, precision), datasets, label_column, task, options, suite)
+    rows = _evaluate(load(model, device, precision), datasets, label_column, task, options, suite)
     if json_out is not None:
-        write_output(json_out, marked_json(found), "--json")
+        write_output(json_out, marked_json(rows), "--json")
 
 
 def _evaluate(
@@ -191,12 +191,14 @@ def _evaluate(
         console.print(rich_table(results_table(results)))
         rows = [each.to_dict() for each in results]
         return rows if len(rows) > 1 else rows[0]
-    results, found = evaluate_suite(model, suite, task, options)
+    results, summary = evaluate_suite(model, suite, task, options)
     console.print(rich_table(results_table(results)))
-    say(f"Average of {len(found['values'])} of {len(SETS)} sets by their usual metrics: {percent(found['average'])}")
-    for name, reason in found["missing"].items():
+    say(
+        f"Average of {len(summary['values'])} of {len(SETS)} sets by their usual metrics: {percent(summary['average'])}"
+    )
+    for name, reason in summary["missing"].items():
         say(f"Not measured: {name}: {reason}")
-    return found
+    return summary
 
 
 def compare(

@@ -200,21 +200,21 @@ class Outcome:
     @cached_property
     def facts(self) -> dict[str, Result]:
         """The first result of each measure, the headline first, for its test set and chance level."""
-        found: dict[str, Result] = {}
+        results: dict[str, Result] = {}
         for of_trial in self.results.values():
-            found |= {name: result for name, result in of_trial.items() if name not in found}
-        return found
+            results |= {name: result for name, result in of_trial.items() if name not in results}
+        return results
 
     def curves(self) -> dict[str, dict[str, EfficiencyCurve]]:
         """The curves by measure and variant; unfinished trials leave gaps, which a curve skips."""
-        study, found = self.study, dict[str, dict[str, EfficiencyCurve]]()
+        study, curves = self.study, dict[str, dict[str, EfficiencyCurve]]()
         for measure, variant in product(self.facts, study.names):
             values: dict[int, dict[int, float]] = {}
             for pairs, seed in product(study.pairs, study.seeds):
                 if result := self.results.get(Trial(variant, pairs, seed).id, {}).get(measure):
                     values.setdefault(pairs, {})[seed] = result.headline.value
-            found.setdefault(measure, {})[variant] = curve_of(values)
-        return found
+            curves.setdefault(measure, {})[variant] = curve_of(values)
+        return curves
 
 
 def by_measure(rows: Iterable[Mapping[str, Any]]) -> dict[str, Result]:

@@ -78,7 +78,7 @@ class BrokenPair(Exception):
 class Origin(NamedTuple):
     """Where an image is stored; numbers are bytes."""
 
-    path: str = ""  # of the file or the shard, or a shard's URL; empty if the image has no file of its own
+    path: str = ""  # of the file or the shard, or a shard's URL; empty if the image is not in a file
     offset: int = 0
     size: int = 0  # 0: unknown
     stamp: str = ""  # changes when the image does, as far as that shows without decoding it

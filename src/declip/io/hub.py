@@ -20,7 +20,7 @@ def fetch(given: str, get: Callable[[bool], T], local: str) -> T:
     offline = not online()
     try:
         return get(offline)
-    except Exception as error:  # hub, network and disk have errors of their own
+    except Exception as error:  # hub, network and disk raise their own exceptions
         reason = f"no connection to {constants.ENDPOINT}" if offline else one_line(error, 180).rstrip(".")
         others = f"Weights on this machine are given as {local}; builtin:lite2-minilm needs no network."
         raise UserError(f"Cannot fetch '{given}': {reason}. Check the network and the name. {others}") from error

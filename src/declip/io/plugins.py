@@ -13,13 +13,13 @@ Kind = Literal["losses", "sources", "trackers", "recipes"]
 
 def plugins(kind: Kind) -> dict[str, EntryPoint]:
     """The entry points of the group ``declip.KIND`` by name, which must differ; no package is imported."""
-    found: dict[str, EntryPoint] = {}
+    points: dict[str, EntryPoint] = {}
     for point in sorted(entry_points(group=f"declip.{kind}"), key=lambda point: point.name):
-        other = found.setdefault(point.name, point)
+        other = points.setdefault(point.name, point)
         if other.value != point.value:
             both = f"{_package(other)} and {_package(point)}"
             raise UserError(f"Two installed packages have {kind} with the name '{point.name}': {both}. Uninstall one.")
-    return found
+    return points
 
 
 def load_plugin(kind: Kind, name: str) -> Any:

@@ -119,8 +119,8 @@ def _find(name: str | Path, folder: Path) -> Path:
     for candidate in (path, folder / path) if own else (LIBRARY / f"{name}.yaml",):
         if candidate.is_file():
             return candidate
-    if found := plugin_recipe(str(name)):
-        return found
+    if shipped := plugin_recipe(str(name)):
+        return shipped
     if path.exists():
         raise UserError(f"'{name}' is not a recipe. Train on it with --data {name}, or: declip finetune {name}")
     raise unknown("recipe file" if own else "recipe", str(name), recipe_names())
@@ -184,9 +184,11 @@ def unknown_key(given: str) -> UserError:
         meant.setdefault(key.rpartition(".")[2], set()).add(key)
     meant |= {word: {key} for key, words in synonyms().items() for word in words.split()}
     nearest = get_close_matches(given, keys, n=1, cutoff=0.85) or get_close_matches(name, meant, n=1, cutoff=0.8)
-    found = meant.get(name) or {key for word in nearest for key in meant.get(word, {word})}
-    if len(found) == 1:
-        return UserError(f"Unknown recipe key '{given}'. Did you mean '{min(found)}'? See `declip recipes show NAME`.")
+    candidates = meant.get(name) or {key for word in nearest for key in meant.get(word, {word})}
+    if len(candidates) == 1:
+        return UserError(
+            f"Unknown recipe key '{given}'. Did you mean '{min(candidates)}'? See `declip recipes show NAME`."
+        )
     sections = Recipe.model_fields if "." not in given else ()
     return unknown("recipe key", given, {*keys, *sections})
 

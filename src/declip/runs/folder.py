@@ -97,8 +97,8 @@ class Run:
     @cached_property
     def evaluated(self) -> list[Evaluated]:
         """Evaluations with protocols of this version, by step."""
-        found = ((row, read_result(row)) for row in sorted(self.evaluations, key=lambda row: int(row["step"])))
-        return [Evaluated(row["step"], result, row.get("best_step", row["step"])) for row, result in found if result]
+        rows = ((row, read_result(row)) for row in sorted(self.evaluations, key=lambda row: int(row["step"])))
+        return [Evaluated(row["step"], result, row.get("best_step", row["step"])) for row, result in rows if result]
 
     @property
     def results(self) -> list[dict[str, Any]]:
@@ -196,8 +196,8 @@ def lock_folder(folder: Path) -> FileIO:
         # Lists of a split are written before the recipe, and may be left by a process that was killed in between.
         others = sorted(path.name for path in folder.iterdir() if path.name not in SPLIT and path.name[0] != ".")
         if others and RECIPE not in others:
-            found = f"'{folder}' is not a run folder and has other files, such as '{others[0]}'"
-            raise UserError(f"{found}. Choose another --out.")
+            problem = f"'{folder}' is not a run folder and has other files, such as '{others[0]}'"
+            raise UserError(f"{problem}. Choose another --out.")
         file = (folder / LOCK).open("ab+", buffering=0)
     except OSError as error:
         raise UserError(f"Cannot write into '{folder}': {error.strerror}. Choose another --out.") from error
@@ -268,14 +268,14 @@ def read_recipe(folder: Path) -> Recipe:
 def moved_lists(recipe: Recipe, folder: Path) -> Recipe:
     """Find the lists of a run's split in its folder, if the folder was moved since its recipe was written."""
 
-    def found(name: str) -> str:
+    def moved(name: str) -> str:
         here = folder / Path(name).name
         return str(here) if here.name in SPLIT and not Path(name).exists() and here.is_file() else name
 
     data = recipe.data
     if isinstance(data.source, str):
-        data = data.model_copy(update={"source": found(data.source)})
-    sets = {key: tuple(map(found, names)) for key, names in recipe.evaluation if names}
+        data = data.model_copy(update={"source": moved(data.source)})
+    sets = {key: tuple(map(moved, names)) for key, names in recipe.evaluation if names}
     return recipe.model_copy(update={"data": data, "evaluation": recipe.evaluation.model_copy(update=sets)})
 
 

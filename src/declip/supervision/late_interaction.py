@@ -118,7 +118,7 @@ def late_interaction(
 class LateInteraction(Term):
     """FILIP's loss between the patches of the first image view and the tokens of the first text view.
 
-    It has projections and a logit scale of its own.
+    It has its own projections and logit scale.
     """
 
     needs = Needs(tokens=True)

@@ -20,8 +20,8 @@ class Queue(nn.Module):
     """A first-in-first-out store of L2-normalized features, saved with the model.
 
     DeCLIP keeps 2¹⁶ text features (arXiv 2110.05208, nearest-neighbor supervision). A new feature takes the
-    oldest one's slot. Empty slots are never found. `written`, the number of full slots, and `pointer`, the next one to
-    write to, are integers, so that nothing waits for the device.
+    oldest one's slot. Empty slots are never returned. `written`, the number of full slots, and `pointer`, the next one
+    to write to, are integers, so that nothing waits for the device.
     """
 
     features: Tensor  # (size, width) float32 buffer, rows of length 1
@@ -111,8 +111,8 @@ class NearestNeighbor(ContrastiveTerm):
         texts = encoded.texts
         if len(self.queue) == 0:
             return {}
-        found = self.queue.nearest(texts.detach().flatten(0, 1))
-        return {"queue_indices": found.unflatten(0, texts.shape[:2]).mT}
+        nearest = self.queue.nearest(texts.detach().flatten(0, 1))
+        return {"queue_indices": nearest.unflatten(0, texts.shape[:2]).mT}
 
     def loss(self, own: Rows, keys: Rows, similarity: Similarity, offset: int) -> Tensor:
         if self.training:

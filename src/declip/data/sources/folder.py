@@ -87,15 +87,15 @@ def _iptc(image: ImageFile.ImageFile, key: str) -> dict[tuple[int, int], Any]:
 
 def _decoded(value: bytes | list[bytes | None] | None) -> list[str]:
     """Texts of an IPTC field: UTF-8, or else Latin-1, which older programs wrote."""
-    found = list[str]()
+    texts = list[str]()
     for raw in value if isinstance(value, list) else [value]:
         if not raw or not raw.strip():  # an empty field is None
             continue
         try:
-            found.append(raw.decode("utf-8"))
+            texts.append(raw.decode("utf-8"))
         except UnicodeDecodeError:
-            found.append(raw.decode("latin-1"))
-    return found
+            texts.append(raw.decode("latin-1"))
+    return texts
 
 
 class FileList(EntrySource):

@@ -140,8 +140,8 @@ class ShardSource(EntrySource):
         sizes = [promised[folder].get(s.label) for folder, s in zip(folders, self._shards, strict=True)]
         unknown = [number for number, count in enumerate(sizes) if count is None]
         with ThreadPoolExecutor(AT_ONCE if self.remote else 1) as pool, pairs_bar(len(unknown) > MANY) as bar:
-            found = bar.track(pool.map(self._index_of, unknown), len(unknown), description="Indexing shards")
-            for number, pairs in zip(unknown, found, strict=True):
+            indexed = bar.track(pool.map(self._index_of, unknown), len(unknown), description="Indexing shards")
+            for number, pairs in zip(unknown, indexed, strict=True):
                 sizes[number] = len(pairs)
         return np.array(sizes, np.int64)
 

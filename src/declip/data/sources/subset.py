@@ -203,8 +203,8 @@ def split_numbers(cells: pa.Array | pa.ChunkedArray, where: str) -> np.ndarray |
 
 def indices_by_split(numbers: np.ndarray | None) -> dict[str, np.ndarray]:
     """Rising indices of the pairs of each split that has some, by the pairs' numbers (n,); `UNREADABLE` is in each."""
-    found = {} if numbers is None else {name: numbers == number for number, name in enumerate(SPLITS)}
-    return {name: np.flatnonzero(where | (numbers == UNREADABLE)) for name, where in found.items() if where.any()}
+    masks = {} if numbers is None else {name: numbers == number for number, name in enumerate(SPLITS)}
+    return {name: np.flatnonzero(where | (numbers == UNREADABLE)) for name, where in masks.items() if where.any()}
 
 
 def training_part(source: PairSource) -> PairSource:
