@@ -54,7 +54,7 @@ def address(shared):
 @pytest.fixture
 def page(browser, address, state):
     """A page that asks nobody else and logs no error."""
-    context = browser.new_context(base_url=address, accept_downloads=True)
+    context = browser.new_context(base_url=address)
     context.set_default_timeout(60_000)
     opened = context.new_page()
     wrong = []

@@ -23,7 +23,7 @@ def path(tmp_path):
 
 @pytest.fixture
 def captioning(start):
-    """A client of a new captioning; given a content, the file has it before."""
+    """A client of an app that captions into a new file."""
     with ask(start()) as client:
         yield client
 
