@@ -1,9 +1,14 @@
 """Settings of fine-tuning by the number of pairs and the kind of weights: the table of docs/finetuning.md."""
 
+import json
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, Literal
 
+import yaml
+
 from declip.errors import UserError, unknown
+from declip.io.text import read_yaml
 from declip.recipe.load import flat, load_recipe, read_value
 
 FREEZE = {"both": ("all", "all"), "image": ("all", 0), "text": (0, "all"), "none": (0, 0)}
@@ -38,9 +43,18 @@ def read_overrides(overrides: Mapping[str, Any] | None, freeze: str | None = Non
     image, text = FREEZE[freeze or ("both" if given.get("finetune.class_names") is not None else "none")]
     others: dict[str, Any] = {"train.warmup_lr": 0, "train.evaluate_every": 1, "evaluation.retrieval": ["validation"]}
     others |= {"finetune.freeze_image_blocks": image, "finetune.freeze_text_blocks": text, "finetune.layer_decay": 1.0}
+    given = {key: _unread(value) for key, value in given.items()}
     checked = flat(load_recipe("finetune", {**others, **given}).model_dump())
     # Sections, and parts of values that are null, stay as they were given.
-    return {key: checked.get(key, value) for key, value in given.items()}
+    return {key: _unread(checked.get(key, value)) for key, value in given.items()}
+
+
+def _unread(value: Any) -> Any:
+    """A value that `load_recipe` reads as this one: text that YAML reads as something else is quoted."""
+    with suppress(yaml.YAMLError):
+        if not isinstance(value, str) or read_yaml(value) == value:
+            return value
+    return json.dumps(value)
 
 
 def settings(
