@@ -80,7 +80,7 @@ class Data:
         """Compute the features as `declip finetune NAME --from WEIGHTS --freeze both` does."""
         with TemporaryDirectory() as folder:
             keys = {"train.device": "cpu", **({"data.max_pairs": MOST} if name.endswith("icons") else {})}
-            recipe = finetune_recipe(name, Path(folder), weights, freeze="both", given=keys, quiet=True)
+            recipe, _ = finetune_recipe(name, Path(folder), weights, freeze="both", given=keys, quiet=True)
             resolved = resolve(recipe, Path(folder))
             model, starts = frozen_model(resolved), resolved.weights is not None and resolved.weights.projected
             encoder = FrozenEncoder(model)

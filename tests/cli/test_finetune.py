@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 from statistics import fmean
 from unittest.mock import Mock
 
@@ -50,6 +51,11 @@ def weights(pairs, tmp_path_factory):
     tree = tiny_tree(pairs, image=image, train={**TINY["train"], "steps": 2})
     declip.train(Recipe.model_validate(tree), out=out, quiet=True, report=False)
     return out
+
+
+def write_lists(lists):
+    for path, listed in lists.items():
+        write_pair_list(Path(path), listed)
 
 
 @pytest.fixture(autouse=True)
@@ -105,7 +111,9 @@ def test_python_uses_the_same_words_and_resumes(pairs, weights, tmp_path):
     assert whole.finished
     assert whole.recipe.finetune.freeze_text_blocks == "all"
     part = tmp_path / "part"
-    recipe = finetune_recipe(pairs, part, weights, (), "text", keys, quiet=True)
+    recipe, lists = finetune_recipe(pairs, part, weights, (), "text", keys, quiet=True)
+    assert not part.exists()
+    write_lists(lists)
     stop_at(recipe, part, 3)
     listed = (part / "val.pairs").read_bytes()
     others = [{"freeze": "none"}, {"val": [pairs]}, {"pairs": "builtin:emoji"}]
@@ -127,7 +135,7 @@ def test_a_run_with_adapters_is_exported_in_every_format_that_holds_it(pairs, tm
 
 def test_a_list_of_pairs_is_split_into_lists_of_its_source(pairs, weights, tmp_path):
     write_pair_list(tmp_path / "some.pairs", PairList(str(pairs), Columns(), 40, [*range(4, 40)]))
-    finetune_recipe(tmp_path / "some.pairs", tmp_path / "run", weights, quiet=True)
+    write_lists(finetune_recipe(tmp_path / "some.pairs", tmp_path / "run", weights, quiet=True)[1])
     train, val = (read_pair_list(tmp_path / "run" / name) for name in SPLIT)
     assert sorted([*train.indices, *val.indices]) == [*range(4, 40)]
     assert (train.source, len(open_source(tmp_path / "run" / SPLIT[1]))) == (str(pairs), len(val.indices))
@@ -187,7 +195,7 @@ def test_pairs_of_the_start_are_not_validated_on(pairs, weights, tmp_path):
     first = declip.finetune(table, weights, keys, tmp_path / "first", quiet=True)
     # the same images with other captions, so that their hashes change
     renamed = write_table(pairs.with_name("renamed.csv"), [f"{row} again" for row in rows])
-    finetune_recipe(renamed, tmp_path / "second", first.folder, quiet=True)
+    write_lists(finetune_recipe(renamed, tmp_path / "second", first.folder, quiet=True)[1])
     trained = {rows[index] for index in read_pair_list(tmp_path / "first" / "train.pairs").indices}
     validated = {rows[index] for index in read_pair_list(tmp_path / "second" / "val.pairs").indices}
     assert len(validated) >= 2

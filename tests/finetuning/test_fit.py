@@ -4,8 +4,10 @@ import json
 import os
 import shutil
 import signal
+from collections import Counter
 from multiprocessing import get_context
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -16,6 +18,7 @@ from conftest import in_processes, refuses, texture
 from declip.closed_form.heads import Choice
 from declip.closed_form.solve import Form, Heads, Pairs, fit_heads
 from declip.data.sources.open import open_source
+from declip.data.sources.subset import Subset
 from declip.errors import UserError
 from declip.finetuning import outputs
 from declip.finetuning.fit import fit, set_heads
@@ -141,6 +144,20 @@ def test_a_finished_run_stays_and_a_killed_one_is_fitted_again(run, folder, tmp_
     assert torch.equal(cosines(copy, folder), cosines(run.folder, folder))
 
 
+def test_each_image_is_decoded_once(folder, tmp_path):
+    reads = Counter()
+
+    class Counted(Subset):
+        def __getitem__(self, index):
+            reads[index] += 1
+            return super().__getitem__(index)
+
+    start = f"timm:test_vit/{folder / 'vit.safetensors'}"
+    pairs = Counted(open_source(folder / "pairs.csv"), np.arange(COUNT))
+    run = declip.finetune(pairs, start, keys_of(folder), tmp_path / "run", freeze="both", quiet=True)
+    assert reads.total() == COUNT + len({row["key"] for row in run.examples["worst"]})  # which the page shows
+
+
 def killed_while_it_exports(folder, recipe):
     def export(model, format, out, overwrite):
         out.mkdir(parents=True)
@@ -152,7 +169,7 @@ def killed_while_it_exports(folder, recipe):
 
 def test_a_run_that_was_killed_while_it_exported_is_not_finished(folder, tmp_path, monkeypatch):
     start = f"timm:test_vit/{folder / 'vit.safetensors'}"
-    recipe = finetune_recipe(folder / "pairs.csv", tmp_path / "x", start, (), "both", keys_of(folder), True)
+    recipe, _ = finetune_recipe(folder / "pairs.csv", tmp_path / "x", start, (), "both", keys_of(folder), True)
     process = get_context("fork").Process(target=killed_while_it_exports, args=(tmp_path / "run", recipe))
     process.start()
     process.join()
@@ -202,7 +219,9 @@ def test_the_cost_is_estimated_without_a_run(folder, tmp_path):
 def fitted_here(folder, out):
     """Fit in one of several processes, see `fitted`."""
     start = f"timm:test_vit/{folder / 'vit.safetensors'}"
-    recipe = finetune_recipe(folder / "pairs.csv", out.with_suffix(".none"), start, (), "both", keys_of(folder), True)
+    recipe, _ = finetune_recipe(
+        folder / "pairs.csv", out.with_suffix(".none"), start, (), "both", keys_of(folder), True
+    )
     run = fit(recipe, out, False, True)
     return run.finished, run.is_rank_zero
 

@@ -178,5 +178,5 @@ def save_list(state: AppState, marked: Marked) -> dict[str, Any]:
         others = [number for number in range(len(source)) if number not in excluded]
         if not others:
             raise UserError(f"'{drop}' lists all pairs of '{source.name}', so none is left to train on.")
-        write_pair_list(rest, *list_of(spec, columns, source, others))
+        write_pair_list(rest, list_of(spec, columns, source, others))
     return {"drop": str(drop), "rest": str(rest), "count": len(others)}

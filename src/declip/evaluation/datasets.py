@@ -106,7 +106,7 @@ def _by_name(given: str, label_column: str | None, sources: Sources) -> Dataset:
     if table is not None and (labeled := labeled_table(table, label_column)) is not None:
         return Dataset(given, labeled)
     # --- anything else that is a source; one letter before a colon is a Windows drive
-    known = given.startswith(PREFIX) or Path(given).expanduser().exists()
+    known = given.startswith(PREFIX) or given in sources or Path(given).expanduser().exists()
     if table is None and colon and re.fullmatch(r"[\w-]{2,}", name) and not known:
         raise unknown("dataset", name, [*NAMED, BUILTIN_PREFIX.rstrip(":")])
     return _unnamed(open_source(given, sources=sources), given)

@@ -14,13 +14,15 @@ import numpy as np
 import PIL
 import timm
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from declip.closed_form.solve import ClassPairs, Pairs
 from declip.data.pair import PairSource, SkipCounter
 from declip.errors import UserError
-from declip.evaluation.encode import encode_source, text_features
+from declip.evaluation.encode import encode_batches, text_features
+from declip.inspection.reading import PairRow, ReadPairs, row_of
 from declip.inspection.split import related_pairs
 from declip.io.atomic import cache_folder
 from declip.io.cache import FEATURES, hold, trim_cache
@@ -35,7 +37,7 @@ from declip.training.assemble import Resolved
 from declip.training.pairs import refuse_many
 
 KEY, FILE = 16, "features.sqlite"  # bytes of a key; file of a tower
-BATCH = 64  # captions that the tower sees at a time
+BATCH = 64  # images or captions that a tower sees at a time
 MANY = 2_000  # pairs from which on processes read the images
 FEATURE_VERSION = 1  # increase it when preprocessing, tokenizers or towers compute other features of the same input
 
@@ -151,23 +153,29 @@ class Features(NamedTuple):
 
 def compute_features(encoder: FrozenEncoder, source: PairSource, recipe: Recipe, shown: bool) -> Features:
     """Compute the pooled features of all images and distinct captions, and the groups that stay in one fold."""
-    places, groups = related_pairs(source, shown)
-    # A pair that cannot be read now was read or refused a moment ago, so both passes see the same pairs.
-    found = encode_source(
-        encoder,
-        source,
-        encode=encoder.pool_images,
-        texts=False,
-        batch_size=64,
-        workers=usual_workers() if len(source) > MANY else 0,
-        progress=shown,
-    )
-    refuse_many(found.skipped, source, recipe.data.max_broken_fraction)
-    group_of = dict(zip(places.tolist(), groups.tolist(), strict=True))
-    captions = found.flat_captions
-    pairs = Pairs(found.images, encoder.pool_captions(captions, shown), torch.from_numpy(found.image_rows))
-    own = np.array([group_of.get(index, -1 - index) for index in found.indices.tolist()])
-    return Features(pairs, own, found.indices[found.image_rows], captions, found.skipped)
+    # --- one pass over the images, for features and for the hashes that the groups are made of
+    batches = np.split(np.arange(len(source)), range(BATCH, len(source), BATCH))
+    workers = usual_workers() if len(source) > MANY else 0
+    images, pairs, skipped = list[Tensor](), list[tuple[PairRow, tuple[str, ...]]](), SkipCounter()
+    stream = encode_batches(encoder, source, _read_pair, batches, workers, shown, encoder.pool_images)
+    for features, read, broken in stream:
+        images += [features] if read else []
+        pairs += read
+        skipped.merge(broken)
+    rows = ReadPairs.of((row for row, _ in pairs), skipped)
+    groups = related_pairs(rows, source)
+    refuse_many(skipped, source, recipe.data.max_broken_fraction)
+    # --- captions
+    captions = [caption for _, own in pairs for caption in own]
+    owners = np.repeat(np.arange(len(pairs)), [len(own) for _, own in pairs])
+    texts = encoder.pool_captions(captions, shown)
+    together = Pairs(torch.cat(images), texts, torch.from_numpy(owners))
+    return Features(together, groups, rows.pairs["index"][owners], captions, skipped)
+
+
+def _read_pair(source: PairSource, index: int) -> tuple[Image.Image, tuple[PairRow, tuple[str, ...]]]:
+    pair = source[index]
+    return pair.image, (row_of(pair, index), pair.captions)
 
 
 def class_pairs(resolved: Resolved, encoder: FrozenEncoder, shown: bool) -> ClassPairs | None:

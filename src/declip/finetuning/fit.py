@@ -21,6 +21,7 @@ from declip.closed_form.solve import START, ClassPairs
 from declip.data.images.thumbnails import thumbnails_of
 from declip.data.pair import PairSource
 from declip.data.sources.open import NO_SOURCES, ImageSource, Sources
+from declip.data.sources.subset import NO_LISTS, Lists
 from declip.errors import UserError
 from declip.finetuning import outputs
 from declip.finetuning.features import Features, FrozenEncoder, class_pairs, compute_features, embeddings, projections
@@ -54,29 +55,35 @@ def closed_form(recipe: Recipe) -> bool:
     return tune.freeze_image_blocks == tune.freeze_text_blocks == "all" and tune.lora is None
 
 
-def fit(recipe: Recipe, folder: Path, resume: bool, quiet: bool, sources: Sources = NO_SOURCES) -> Run:
+def fit(
+    recipe: Recipe, folder: Path, resume: bool, quiet: bool, sources: Sources = NO_SOURCES, lists: Lists = NO_LISTS
+) -> Run:
     """Fit the projections of frozen towers, evaluate them and write the run folder, all on rank 0."""
     resolved = resolve(recipe, folder, resume, sources)
-    resolved.hosts.on_rank_zero(partial(_fit, resolved, folder, resume, quiet, sources))
+    resolved.hosts.on_rank_zero(partial(_fit, resolved, folder, resume, quiet, sources, lists))
     return Run(folder, STEP, True, is_rank_zero=distributed.is_rank_zero())
 
 
-def _fit(resolved: Resolved, folder: Path, resume: bool, quiet: bool, sources: Sources) -> None:
+def _fit(resolved: Resolved, folder: Path, resume: bool, quiet: bool, sources: Sources, lists: Lists) -> None:
     recipe, source = resolved.recipe, resolved.source
     # --- all checks, then the run folder
     model = frozen_model(resolved).to(resolved.device)
     refuse_broken(source, recipe.data.max_broken_fraction)
     samples, trackers = sample_hashes(recipe, source, sources), trackers_of(recipe.train.report_to)
-    run_folder.open_folder(recipe, folder, resume)
-    if list_checkpoints(folder) and Run(folder).report.exists():  # written last, after the exports
-        log.info("The run in '%s' is finished.", folder)
-        return
+    resumed = resume and (folder / run_folder.RECIPE).is_file()
+    if resumed:
+        run_folder.open_folder(recipe, folder, resume)  # refuses another recipe
+        if list_checkpoints(folder) and Run(folder).report.exists():  # written last, after the exports
+            log.info("The run in '%s' is finished.", folder)
+            return
+    encoder = FrozenEncoder(model)
+    features = compute_features(encoder, source, recipe, not quiet)
+    if not resumed:
+        run_folder.open_folder(recipe, folder, resume, lists)
     with monitored(RunInfo(folder, 0, STEP, recipe.train.batch_size, quiet), trackers) as monitor:
         for warning in caption_warnings(source, model.tokenizer):
             log.warning(warning)
-        # --- features, heads and the checkpoint
-        encoder = FrozenEncoder(model)
-        features = compute_features(encoder, source, recipe, not quiet)
+        # --- heads and the checkpoint
         skipped = {**features.skipped.to_dict(), "seen": len(source)}
         write_text(folder / run_folder.SKIPPED, json.dumps(skipped, indent=1))
         starts = resolved.weights is not None and resolved.weights.projected  # as a CLIP has
@@ -143,9 +150,9 @@ def set_heads(model: DualEncoder, choice: Choice, starts: bool = False) -> None:
     model.logit_scale.fill_(float(np.log(choice.logit_scale)))
 
 
-def estimate_fit(recipe: Recipe) -> tuple[Recipe, str]:
+def estimate_fit(recipe: Recipe, sources: Sources = NO_SOURCES) -> tuple[Recipe, str]:
     """Resolve the recipe of heads in closed form, and estimate the time of their features."""
-    resolved = resolve(recipe)
+    resolved = resolve(recipe, sources=sources)
     model, source = frozen_model(resolved).to(resolved.device), resolved.source
     seconds = encoding_seconds(model, source)
     if repeated := _share_repeated(source):  # read again, but not encoded again

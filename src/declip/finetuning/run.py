@@ -1,25 +1,23 @@
 """Fine-tuning: the recipe by the number of pairs and the kind of weights, and the run."""
 
 import json
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, closing, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from declip.data.columns import Columns
 from declip.data.sources.names import absolute
 from declip.data.sources.open import NO_SOURCES, Sources
-from declip.data.sources.subset import LIST_KIND, read_pair_list
+from declip.data.sources.subset import LIST_KIND, NO_LISTS, Lists, read_pair_list
 from declip.errors import UserError
 from declip.finetuning import outputs
 from declip.finetuning.fit import closed_form, estimate_fit, fit
-from declip.finetuning.split import choose_pairs, pairs_of
+from declip.finetuning.split import choose_pairs, open_lists, pairs_of
 from declip.finetuning.wise_ft import mix_with_start
 from declip.interchange import starter
 from declip.interchange.read import read_start
-from declip.io.atomic import remove
 from declip.models.device import pick_device
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.finetuning import FREEZE, Start, read_overrides, settings
@@ -59,24 +57,23 @@ def finetune(
     folder = FINETUNED if out is None else Path(out).expanduser()
     given = read_overrides(overrides, freeze)
     hosts = distributed.meet(given.get("train.device", "auto"))[1]
-    with ExitStack() as held, ExitStack() as undo:
+    with ExitStack() as held:
         # Rank 0 alone writes, and only into a folder that it holds.
-        hosts.on_rank_zero(partial(claim_folder, folder, held, undo))
+        hosts.on_rank_zero(partial(held.enter_context, claimed(folder, resume)))
         if resume and (folder / RECIPE).is_file():
-            recipe = moved_lists(load_recipe(folder / RECIPE, overrides), folder)
+            recipe, lists = moved_lists(load_recipe(folder / RECIPE, overrides), folder), NO_LISTS
             hosts.on_rank_zero(partial(_refuse_others, recipe, pairs, weights, val, freeze))
         else:
-            recipe = hosts.on_rank_zero(
+            recipe, lists = hosts.on_rank_zero(
                 partial(finetune_recipe, pairs, folder, weights, val, freeze, given, quiet, sources)
             )
+            sources = open_lists(lists, sources)
         if closed_form(recipe):
-            run = fit(recipe, folder, resume, quiet, sources)
-            undo.pop_all()
+            run = fit(recipe, folder, resume, quiet, sources, lists)
         else:
-            parts = assemble(recipe, folder, resume, quiet, Extensions(sources=sources))
+            parts = assemble(recipe, folder, resume, quiet, Extensions(sources=sources, lists=lists))
             for warning in caption_warnings(parts.source, parts.model.tokenizer) if distributed.is_rank_zero() else ():
                 log.warning(warning)
-            undo.pop_all()
             mixes = parts.pretrained is not None and parts.pretrained.whole and recipe.train.patience is not None
 
             def finish(folder: Path, model: DualEncoder) -> None:
@@ -88,20 +85,21 @@ def finetune(
     return run
 
 
-def claim_folder(folder: Path, held: ExitStack, undo: ExitStack) -> None:
-    """Lock a run folder until `held` is closed; closing `undo` removes what was written since, and new folders."""
+@contextmanager
+def claimed(folder: Path, resume: bool) -> Iterator[None]:
+    """Lock a run folder; new folders are removed again if no run began in them."""
     new = [path for path in (folder, *folder.parents) if not path.exists()]
-    held.enter_context(closing(lock_folder(folder)))
-    earlier = {path for path in folder.iterdir() if path.name != LOCK or not new}
-
-    def remove_new() -> None:
-        for path in {*folder.iterdir()} - earlier:
-            remove(path)
-        with suppress(OSError):  # somebody wrote into one
-            for path in new:
-                path.rmdir()
-
-    undo.callback(remove_new)
+    with closing(lock_folder(folder)):
+        try:
+            if (folder / RECIPE).exists() and not resume:
+                raise UserError(f"'{folder}' already holds a run. Continue it with --resume, or choose another --out.")
+            yield
+        finally:
+            if new and not (folder / RECIPE).exists():
+                (folder / LOCK).unlink(missing_ok=True)
+                with suppress(OSError):  # somebody wrote into one
+                    for path in new:
+                        path.rmdir()
 
 
 def _refuse_others(recipe: Recipe, pairs: Name, weights: Name | None, val: Sequence[Name], freeze: str | None) -> None:
@@ -138,10 +136,10 @@ def estimate_finetune(
 ) -> tuple[str, str]:
     """Resolve the recipe of a fine-tuning, as YAML, and measure what it will cost; arguments as `finetune`."""
     given = read_overrides(overrides, freeze)
-    with TemporaryDirectory() as folder:
-        recipe = finetune_recipe(pairs, Path(folder), weights, val, freeze, given, quiet)
-        resolved, cost = estimate_fit(recipe) if closed_form(recipe) else estimate(recipe)
-    return resolved.to_yaml().replace(folder, str(out or FINETUNED)), cost
+    recipe, lists = finetune_recipe(pairs, Path(out or FINETUNED).expanduser(), weights, val, freeze, given, quiet)
+    sources = open_lists(lists, NO_SOURCES)
+    resolved, cost = (estimate_fit if closed_form(recipe) else estimate)(recipe, sources)
+    return resolved.to_yaml(), cost
 
 
 def finetune_recipe(
@@ -153,10 +151,8 @@ def finetune_recipe(
     given: Mapping[str, Any] | None = None,  # see `read_overrides`
     quiet: bool = False,
     sources: Sources = NO_SOURCES,
-) -> Recipe:
-    """Resolve the recipe of a fine-tuning, and write the lists of its split into the folder; see `finetune`."""
-    if (folder / RECIPE).exists():
-        raise UserError(f"'{folder}' already holds a run. Continue it with --resume, or choose another --out.")
+) -> tuple[Recipe, Lists]:
+    """Resolve the recipe of a fine-tuning and the lists of its split, which the folder will have; see `finetune`."""
     given = dict(given or {})
     device = pick_device(given.get("train.device", "auto"))
     where = str(weights or default_weights(device.type))
@@ -168,14 +164,15 @@ def finetune_recipe(
     checked, closed = resolved.data, closed_form(resolved)
     start.named_classes(resolved.finetune.class_names, required=bool(given.get("finetune.class_pairs")))
     seen, columns = pairs_of(where), Columns.of(checked)
-    source, data, sets = choose_pairs(str(pairs), columns, val, folder, seen, quiet, closed, sources)
-    count = min(len(source), checked.max_pairs or len(source))
-    keys = {"finetune.pretrained": json.dumps(where), **settled(count, validated=bool(sets))}
+    split = choose_pairs(str(pairs), columns, val, folder, seen, quiet, closed, sources)
+    count = min(len(split.source), checked.max_pairs or len(split.source))
+    keys = {"finetune.pretrained": json.dumps(where), **settled(count, validated=bool(split.val))}
     if starter.matches(where) and device.type == "cpu":
         keys.setdefault("image.size", STARTS[where])
-    if len(source) == 1 and not closed:  # a batch has two pairs at least
-        return resolve_recipe("finetune", {**keys, "data.source": [data, data]}, None, sets, sources)
-    return resolve_recipe("finetune", keys, data, sets, sources)
+    name: str | None = split.name
+    if len(split.source) == 1 and not closed:  # a batch has two pairs at least
+        keys["data.source"], name = [name, name], None
+    return resolve_recipe("finetune", keys, name, split.val, split.sources), split.lists
 
 
 def default_weights(device: str) -> str:

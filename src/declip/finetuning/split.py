@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from declip.data.columns import Columns
 from declip.data.pair import BrokenPair, PairSource
 from declip.data.sources.open import Sources, open_source
-from declip.data.sources.subset import list_of, training_part, write_pair_list
+from declip.data.sources.subset import NO_LISTS, Lists, Subset, list_of, training_part
 from declip.errors import UserError
 from declip.evaluation.datasets import open_dataset
 from declip.inspection.split import FEWEST, check_copies, split_pairs
@@ -19,6 +20,16 @@ from declip.training.pairs import open_training_source
 MOST_SEEN = 200_000  # training pairs of the start that are compared with new ones: 1,000 a second
 
 
+class Split(NamedTuple):
+    """Training pairs and validation sets of a fine-tuning."""
+
+    source: PairSource  # training pairs
+    name: str  # of the training pairs in the recipe
+    val: list[str]
+    sources: Sources  # that have these names
+    lists: Lists = NO_LISTS  # both parts, if the pairs were split
+
+
 def choose_pairs(
     pairs: str,
     columns: Columns,
@@ -28,8 +39,8 @@ def choose_pairs(
     quiet: bool,
     closed: bool,
     sources: Sources,
-) -> tuple[PairSource, str, list[str]]:
-    """The training pairs, their name, and the names of the validation sets; a split is written into the folder.
+) -> Split:
+    """Choose the training pairs and validation sets; a split has the names of its lists in the run folder.
 
     Pairs that the weights have `seen` are not validated on. Cross-validation measures heads in `closed` form, so
     nothing is split off for them.
@@ -42,11 +53,11 @@ def choose_pairs(
             for trained in [train] if seen is None else [train, seen]:
                 if warning := check_copies(trained, held_out, not quiet):
                     log.warning(warning)
-        return train, pairs, [*map(str, val)]
+        return Split(train, pairs, [*map(str, val)], sources)
     if "validation" not in source.splits() and (closed or len(train) < FEWEST):
         if not closed:
             _check_few(train)
-        return train, pairs, []
+        return Split(train, pairs, [], sources)
     try:
         parts = split_pairs(source, progress=not quiet, seen=seen)
     except UserError:
@@ -57,10 +68,19 @@ def choose_pairs(
             f"The weights were trained on these pairs, or on most of them ('{seen.name}'), so the validation results "
             "are too high. Give other pairs with --val."
         )
-    for name, indices in zip(SPLIT, parts, strict=True):
-        write_pair_list(folder / name, *list_of(pairs, columns, source, indices))
-    own, held_out_part = (str(folder / name) for name in SPLIT)
-    return open_source(own, sources=sources), own, [held_out_part]
+    own, held_out_part = names = [str(folder / name) for name in SPLIT]
+    lists = {name: list_of(pairs, columns, source, part) for name, part in zip(names, parts, strict=True)}
+    opened = {name: Subset(source, part) for name, part in zip(names, parts, strict=True)}
+    return Split(opened[own], own, [held_out_part], {**sources, **opened}, lists)
+
+
+def open_lists(lists: Lists, sources: Sources) -> Sources:
+    """Add the pairs of lists, which may not be written yet, to sources by their paths."""
+    if not lists:
+        return sources
+    first = next(iter(lists.values()))
+    whole = open_source(first.source, first.columns, sources)
+    return {**sources, **{path: listed.of(whole, Path(path)) for path, listed in lists.items()}}
 
 
 def pairs_of(weights: str) -> PairSource | None:

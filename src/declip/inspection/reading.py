@@ -1,5 +1,6 @@
 """Reading many pairs into hashes and numbers, and finding duplicates among them in nearly linear time."""
 
+from collections.abc import Iterable, Sequence
 from functools import partial
 from hashlib import blake2b
 from itertools import combinations
@@ -166,6 +167,20 @@ class ReadPairs(NamedTuple):
     captions: np.ndarray  # `CAPTION`, of all these pairs
     skipped: SkipCounter
 
+    @classmethod
+    def of(cls, rows: Iterable["PairRow"], skipped: SkipCounter) -> "ReadPairs":
+        """Join the rows of pairs."""
+        rows = [*rows]
+        lines = [line for row in rows for line in row.captions]
+        return cls(np.array([row.pair for row in rows], PAIR), np.array(lines, CAPTION), skipped)
+
+
+class PairRow(NamedTuple):
+    """A pair as hashes and numbers: a row of `PAIR`, and one of `CAPTION` for each caption."""
+
+    pair: tuple[object, ...]
+    captions: Sequence[tuple[int, ...]]
+
 
 def read(
     source: PairSource, indices: np.ndarray, workers: int | None, progress: str = "", captioned: bool = True
@@ -182,17 +197,20 @@ def read(
 
 
 def _read_part(source: PairSource, captioned: bool, indices: np.ndarray) -> ReadPairs:
-    rows, lines, skipped = list[tuple[object, ...]](), list[tuple[int, ...]](), SkipCounter()
-    tokenizer = Tokenizer(context=1 << 30)  # CLIP's, without truncation
+    rows, skipped = list[PairRow](), SkipCounter()
     for index in indices.tolist():
         try:
-            pair = source[index] if captioned else Pair("", source.image(index), ())
+            rows.append(row_of(source[index] if captioned else Pair("", source.image(index), ()), index))
         except BrokenPair as broken:
             skipped.add(broken)
-            continue
-        captions = pair.captions[:MOST_PER_PAIR]
-        for caption in captions:
-            counts = len(tokenizer.encode(caption)), len(caption.split())
-            lines.append((caption_hash(caption), *counts, KIND_NUMBERS[kind_of(caption)]))
-        rows.append((index, image_hash(pair.image), look(pair.image), *pair.image.size, len(captions)))
-    return ReadPairs(np.array(rows, PAIR), np.array(lines, CAPTION), skipped)
+    return ReadPairs.of(rows, skipped)
+
+
+def row_of(pair: Pair, index: int) -> PairRow:
+    """Hash the image and the captions of pair `index` of a source, and count their pixels and tokens."""
+    tokenizer = Tokenizer(context=1 << 30)  # CLIP's, without truncation
+    lines = [
+        (caption_hash(text), len(tokenizer.encode(text)), len(text.split()), KIND_NUMBERS[kind_of(text)])
+        for text in pair.captions[:MOST_PER_PAIR]
+    ]
+    return PairRow((index, image_hash(pair.image), look(pair.image), *pair.image.size, len(lines)), lines)

@@ -105,13 +105,12 @@ def check_copies(train: PairSource, val: PairSource, progress: bool = False) -> 
     return f"{words}: its numbers are inflated by leakage." if copies else None
 
 
-def related_pairs(source: PairSource, progress: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """The usable pairs, and of each the group that must not be separated, numbered by its least hash of a caption."""
-    pairs = _read(source, progress, fewest=1)
-    related = _related(pairs, source)
+def related_pairs(pairs: ReadPairs, source: PairSource) -> np.ndarray:
+    """The group of each pair that must not be separated from it, by its least hash of a caption: int64 (n,)."""
+    related = _related(check_pairs(pairs, source), source)
     least = np.full(related.max() + 1, np.iinfo(np.uint64).max)
     np.minimum.at(least, np.repeat(related, pairs.pairs["captions"]), pairs.captions["hash"])
-    return pairs.pairs["index"], least.view(np.int64)[related]
+    return least.view(np.int64)[related]
 
 
 def _related(pairs: ReadPairs, source: PairSource) -> np.ndarray:
@@ -133,7 +132,12 @@ def _read(source: PairSource, progress: bool, fewest: int = FEWEST) -> ReadPairs
     if len(source) < fewest:
         raise UserError(f"'{source.name}' has {plural(len(source), 'pair')}; fine-tuning needs {fewest} or more.")
     workers = None if len(source) > 2_000 else 0
-    pairs = read(source, np.arange(len(source)), workers, f"Comparing images of {source.name}" if progress else "")
+    title = f"Comparing images of {source.name}" if progress else ""
+    return check_pairs(read(source, np.arange(len(source)), workers, title), source)
+
+
+def check_pairs(pairs: ReadPairs, source: PairSource) -> ReadPairs:
+    """Refuse pairs of a source that teach nothing: if none can be used, or all have one caption."""
     if not len(pairs.pairs):
         raise UserError(f"No pair of '{source.name}' can be used. {pairs.skipped.explanation()}")
     if len(np.unique(pairs.captions["hash"])) < 2 <= len(source):

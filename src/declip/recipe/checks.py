@@ -18,10 +18,12 @@ def load_for_training(
     data: str | Path | None = None,
     val: Sequence[str | Path] = (),
     resume: bool = False,
+    known: Collection[str] = (),
 ) -> Recipe:
     """Load a recipe with its training pairs and held-out sets; weights and sources that are paths must exist.
 
-    Each set of `val` is listed for classification and for retrieval: what it has is known when it is opened.
+    Sources that are `known` are open already. Each set of `val` is listed for classification and for retrieval: what it
+    has is known when it is opened.
     """
     if isinstance(recipe, Recipe):
         if overrides or data is not None or val:
@@ -38,9 +40,10 @@ def load_for_training(
         check_model(str(loaded.finetune.pretrained))
     source = loaded.data.source
     for name in (source,) if isinstance(source, str) else source:
-        check_source(name, "--data or data.source")
+        if name not in known:
+            check_source(name, "--data or data.source")
     for key, names in loaded.evaluation:
-        for name in names:
+        for name in (name for name in names if name not in known):
             check_source(name, f"--val or evaluation.{key}")
     return loaded
 

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from declip.data.sources.subset import NO_LISTS, Lists, write_pair_list
 from declip.errors import UserError
 from declip.evaluation.results import Result, read_result
 from declip.io.atomic import write_text
@@ -230,8 +231,8 @@ def _lock(file: FileIO, folder: Path) -> None:
         ) from error
 
 
-def open_folder(recipe: Recipe, folder: Path, resume: bool) -> Checkpoint | None:
-    """Start a run in a locked folder, or find the newest good checkpoint of the run in it."""
+def open_folder(recipe: Recipe, folder: Path, resume: bool, lists: Lists = NO_LISTS) -> Checkpoint | None:
+    """Start a run in a locked folder with the lists of its split, or find the newest good checkpoint of a run in it."""
     newest = None
     if (folder / RECIPE).exists():
         if not resume:
@@ -242,6 +243,8 @@ def open_folder(recipe: Recipe, folder: Path, resume: bool) -> Checkpoint | None
             log.warning(problem)
         if problems and newest is None:
             raise UserError(f"No checkpoint in '{folder}' is complete. {problems[0]} Start a new run: --out.")
+    for path, listed in lists.items():
+        write_pair_list(Path(path), listed)
     write_text(folder / RECIPE, recipe.to_yaml())
     return newest
 

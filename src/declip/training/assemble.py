@@ -47,7 +47,7 @@ def resolve_recipe(
     resume: bool = False,
 ) -> Recipe:
     """Load a recipe with its overrides, training pairs and held-out sets, see `train`."""
-    loaded = load_for_training(recipe, overrides, data, val, resume)
+    loaded = load_for_training(recipe, overrides, data, val, resume, sources)
     return assign_tasks(loaded, sources) if val else loaded
 
 
@@ -197,7 +197,7 @@ def _start_or_continue(parts: Parts, resume: bool) -> None:
     def choose() -> int | None:
         nonlocal found
         parts.lock = run_folder.lock_folder(parts.folder)
-        found = run_folder.open_folder(parts.recipe, parts.folder, resume)
+        found = run_folder.open_folder(parts.recipe, parts.folder, resume, parts.extensions.lists)
         return None if found is None else found.step
 
     step = parts.hosts.on_rank_zero(choose)

@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from declip.data.pair import PairSource
+from declip.data.sources.open import NO_SOURCES, Sources
 from declip.evaluation.datasets import open_dataset
 from declip.evaluation.encode import encode_source
 from declip.io.text import duration, plural
@@ -26,24 +27,25 @@ from declip.supervision.objective import Objective
 from declip.training.assemble import assemble, plan_of, resolve_epochs
 from declip.training.evaluations import evaluation_tasks
 from declip.training.pairs import open_training_source
-from declip.training.state import Parts
+from declip.training.state import Extensions, Parts
 from declip.training.step import training_step
 
 TIMED, ENCODED = 2, 32  # steps, after one that does not count, and pairs of each set
 
 
-def estimate(recipe: Recipe) -> tuple[Recipe, str]:
+def estimate(recipe: Recipe, sources: Sources = NO_SOURCES) -> tuple[Recipe, str]:
     """Resolve a recipe, and estimate the time and memory of its run."""
-    source = open_training_source(recipe)
+    source = open_training_source(recipe, sources)
     recipe = resolve_epochs(recipe, source)
     train, few = recipe.train, min(len(source), 2 * recipe.train.batch_size)
     # Of few pairs so many may be broken by chance that a run would stop.
     limits = {"max_pairs": few, "max_broken_fraction": max(0.5, recipe.data.max_broken_fraction)}
     small = recipe.model_copy(update={"data": recipe.data.model_copy(update=limits)})
     with TemporaryDirectory() as folder:
-        parts = assemble(small, Path(folder) / "run", quiet=True)
+        parts = assemble(small, Path(folder) / "run", quiet=True, extensions=Extensions(sources=sources))
         steps = train.steps * fmean(step_seconds(parts, 1, TIMED))
-        sets = [open_dataset(name).split("test") for name in evaluation_tasks(recipe, final=False)]
+        names = evaluation_tasks(recipe, final=False)
+        sets = [open_dataset(name, sources=sources).split("test") for name in names]
         count = 1 + (train.steps - 1) // train.evaluate_every if train.evaluate_every else 1
         evaluations = count * sum(encoding_seconds(parts.model, pairs) for pairs in sets)
         memory = _peak(parts.model.device) / 2**30

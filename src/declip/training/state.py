@@ -17,6 +17,7 @@ import declip
 from declip.data.loader import Augment, PairLoader
 from declip.data.pair import PairSource, SkipCounter
 from declip.data.sources.open import NO_SOURCES, Sources
+from declip.data.sources.subset import NO_LISTS, Lists
 from declip.errors import UserError
 from declip.evaluation.results import Result, RetrievalResult, ZeroShotResult
 from declip.models.device import random_states, set_random_states
@@ -77,6 +78,7 @@ class Extensions(NamedTuple):
     optimizer: OptimizerFactory | None = None
     augment: Augment | None = None
     sources: Sources = NO_SOURCES
+    lists: Lists = NO_LISTS  # of a split, written when the run begins
 
 
 NO_EXTENSIONS = Extensions()

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -152,21 +153,26 @@ class PairList(NamedTuple):
         return hashlib.blake2b("\n".join(keys).encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 
 
-def list_of(spec: str, columns: Columns, source: PairSource, indices: Iterable[int]) -> tuple[PairList, PairSource]:
-    """A list of pairs of the opened source `spec`, and the source that it lists: the inner one of a list."""
+def list_of(spec: str, columns: Columns, source: PairSource, indices: Iterable[int]) -> PairList:
+    """A list of pairs of the opened source `spec`; for a list of pairs, it refers to the source of that."""
     listed, positions = PairList(spec, columns, len(source), []), cast(Sequence[int], range(len(source)))
     if spec.lower().endswith(LIST_KIND) and isinstance(source, Subset):
         listed, source = read_pair_list(Path(spec).expanduser()), source.source
         positions = listed.indices
-    return listed._replace(indices=[positions[index] for index in indices]), source
+    listed = listed._replace(indices=[positions[index] for index in indices])
+    digest = "" if source.remote else listed.digest_in(source)  # its keys would have to be fetched
+    return listed._replace(digest=digest)
 
 
-def write_pair_list(path: Path, listed: PairList, source: PairSource | None = None) -> None:
+Lists = Mapping[str, PairList]
+"""Lists of pairs by the paths of their files, which may not be written yet."""
+NO_LISTS: Lists = MappingProxyType({})
+
+
+def write_pair_list(path: Path, listed: PairList) -> None:
     """Write a list of pairs, with paths that stay valid when the project moves, see `stored_path`."""
     columns = replace(listed.columns, root=stored_path(listed.columns.root, path.parent) or None)
     listed = listed._replace(source=stored_path(listed.source, path.parent), columns=columns)
-    if source is not None and not source.remote:  # whose keys would have to be fetched
-        listed = listed._replace(digest=listed.digest_in(source))
     write_text(path, json.dumps(listed._asdict() | {"columns": asdict(columns)}) + "\n")
 
 
