@@ -21,7 +21,7 @@ from declip.io.text import one_line
 from declip.models.dual_encoder import DualEncoder, has_text
 
 OPSET = 18
-FOLDERS = VISUAL, TEXTUAL = "visual", "textual"
+VISUAL, TEXTUAL = "visual", "textual"
 MODEL, ABOUT = "model.onnx", "config.json"
 ROWS, LENGTH = 2, 4  # sizes of the traced example; a size of 1 would be exported as fixed
 

@@ -172,11 +172,8 @@ class Weights:
         encoder = self.encoder
         if isinstance(encoder, TextEncoder):
             encoder = replace(encoder, filled_later=True)
-        towers: Towers = "both"
-        if not self.whole:
-            towers = "image"
-        elif not any(name.startswith(IMAGE) for name in self.tensors):
-            towers = "text"
+        image = any(name.startswith(IMAGE) for name in self.tensors)
+        towers: Towers = "image" if not self.whole else "both" if image else "text"
         model = empty(self.recipe, encoder, towers)
         lora, with_adapters = self.recipe.finetune.lora, adapted(self.tensors)
         return model, add_adapters(model, lora, with_adapters) if lora is not None and with_adapters else []

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -56,37 +56,25 @@ class AnyTextTower(nn.Module, ABC):
         return self.encode(tokens)[0]
 
 
+def refuse_text(*given: object, **named: object) -> NoReturn:
+    """Raise the `UserError` of a model without a text tower, in place of its methods."""
+    raise UserError("This is an image tower alone, without texts. Use --task linear, or weights of both towers.")
+
+
 class NoTextTower(AnyTextTower):
-    """Placeholder for a missing text tower, which refuses captions."""
+    """Placeholder for a missing text tower."""
 
-    def encode(self, tokens: Tensor) -> NoReturn:
-        raise no_text()
-
-    def language_head(self) -> NoReturn:
-        raise no_text()
+    encode = language_head = refuse_text
 
 
 class NoTokenizer(CaptionTokenizer):
-    """Placeholder for the tokenizer of a missing text tower, which refuses captions."""
+    """Placeholder for the tokenizer of a missing text tower."""
 
     _arguments = ()
+    word_ids = spell = __call__ = refuse_text
 
     def __init__(self) -> None:
         pass  # no context
-
-    def word_ids(self, text: str) -> NoReturn:
-        raise no_text()
-
-    def spell(self, ids: list[int]) -> NoReturn:
-        raise no_text()
-
-    def __call__(self, texts: str | Sequence[str]) -> NoReturn:
-        raise no_text()
-
-
-def no_text() -> UserError:
-    """Build the error of a model without a text tower."""
-    return UserError("This is an image tower alone, without texts. Use --task linear, or weights of both towers.")
 
 
 class SelfContained(nn.Module):
