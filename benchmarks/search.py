@@ -1,6 +1,6 @@
 """Compare search of stored vectors with faiss (as in clip-retrieval) and sentence-transformers.
 
-    pip install faiss-cpu usearch; pip install sentence-transformers --no-deps
+    pip install faiss-cpu; pip install sentence-transformers --no-deps
     python benchmarks/search.py --sizes 10000 100000 1000000 --json search.json
 
 The vectors lie around a thousand centers, as those of images do, and so do the queries. Ours reads an index as
@@ -9,7 +9,6 @@ The vectors lie around a thousand centers, as those of images do, and so do the 
 - faiss's `IndexFlatIP`, exact, and an inverted file `IVF…,Flat`, both of which clip-retrieval uses through autofaiss
   (which needs pandas, fsspec and more, so faiss is called directly). The inverted file probes the fewest lists,
   a power of two, with which its recall@10 reaches 0.99, tuned on the queries that are timed.
-- usearch, the file that `declip index export` writes, with its default settings.
 - sentence-transformers' `util.semantic_search`, with `dot_score`: its default would normalize all vectors at each call.
 
 All take turns within one process; the numbers are medians, and recall is that of the ten nearest against a product in
@@ -40,8 +39,7 @@ from timing import machine, medians, row, time_turns
 WIDTH, CENTERS, K, TARGET = 512, 1_000, 10, 0.99
 OURS, OURS_FULL = "declip, exact, float16", "declip, exact, float32"
 FLAT, INVERTED, SENTENCE = "faiss, IndexFlatIP", "faiss, IVF Flat", "sentence-transformers"
-USEARCH = "usearch, float16"
-PACKAGES = {FLAT: "faiss-cpu", INVERTED: "faiss-cpu", SENTENCE: "sentence-transformers", USEARCH: "usearch"}
+PACKAGES = {FLAT: "faiss-cpu", INVERTED: "faiss-cpu", SENTENCE: "sentence-transformers"}
 FAISS_MISSING = "faiss can't be imported (pip install faiss-cpu)"
 SENTENCE_MISSING = "sentence-transformers can't be imported (pip install sentence-transformers --no-deps)"
 
@@ -111,16 +109,6 @@ def peers(vectors: Tensor, queries: Tensor, exact: Tensor) -> tuple[dict[str, Ca
     return searches, notes
 
 
-def exported(index: Index, file: Path) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Return the search of usearch in an export of an index; none without the package."""
-    try:
-        from usearch.index import Index as Approximate
-    except ImportError:
-        return {}
-    made, threads = Approximate.restore(str(index.export(file))), torch.get_num_threads()
-    return {USEARCH: lambda asked: torch.from_numpy(made.search(asked.numpy(), K, threads=threads).keys.reshape(-1, K))}
-
-
 def compare(count: int, width: int, batches: list[int], repeats: int) -> list[dict[str, object]]:
     """Search `count` vectors with batches of queries."""
     vectors, queries = vectors_of(count, width, 1), vectors_of(max(batches), width, 2)
@@ -133,7 +121,7 @@ def compare(count: int, width: int, batches: list[int], repeats: int) -> list[di
             OURS_FULL: lambda asked: full.nearest(asked, K)[0],
         }
         others, notes = peers(vectors, queries, exact)
-        searches |= others | exported(half, Path(folder) / "half.usearch")
+        searches |= others
         rows: list[dict[str, object]] = []
         for batch in batches:
             asked = queries[:batch].contiguous()

@@ -1,7 +1,6 @@
 """The index: exact search against a loop, queries, damage, and other programs that read it."""
 
 import json
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -196,22 +195,6 @@ def test_the_files_of_an_index_are_read_by_other_programs(tmp_path):
     assert pq.read_table(rows)["key"].to_pylist() == index.keys()
     refuses("--captions", write_index(tmp_path / "plain", images).vectors, [0], "captions")
     refuses("'words'", index.vectors, [0], "words")
-
-
-def test_an_export_for_approximate_search(tmp_path, command, monkeypatch):
-    usearch = pytest.importorskip("usearch.index")
-    vectors = torch.nn.functional.normalize(torch.randn(600, 16, generator=torch.Generator().manual_seed(0)), dim=-1)
-    index = write_index(tmp_path / "index", vectors)
-    assert command("index", "export", tmp_path / "index", tmp_path / "x.usearch").status == 0
-    found = usearch.Index.restore(str(tmp_path / "x.usearch")).search(vectors[:50].numpy(), 10)
-    exact, cosines = index.nearest(vectors[:50], 10)
-    same = [len({*own} & {*other}) for own, other in zip(found.keys.tolist(), exact.tolist(), strict=True)]
-    assert sum(same) >= 475, "recall@10 of 0.95: threads insert in any order"
-    assert np.abs(1 - found.distances[:, 0] - cosines[:, 0].numpy()).max() < 1e-5
-    refused = command("index", "export", tmp_path / "index", tmp_path / "x.npy")
-    assert (refused.status, ".usearch" in refused.err) == (2, True)
-    monkeypatch.setitem(sys.modules, "usearch", None)
-    assert "pip install 'declip[usearch]'" in command("index", "export", tmp_path / "index", tmp_path / "y.usearch").err
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

@@ -24,7 +24,6 @@ COMPARED = "demo-clip demo-slip data.source=pairs.csv --pairs 8 --dataset pairs.
 OUTPUTS = {
     "search --contact-sheet": "search index red",
     "search --json": "search index red",
-    "index export": "index export index",
     "choose --out": "choose MODEL shapes",
     "choose --contact-sheet": "choose MODEL shapes --out new.csv",
     "classify --out": "classify MODEL shapes --classes red,blue",
@@ -51,7 +50,7 @@ def path_parameters(command, name=""):
         yield from path_parameters(inner, f"{name} {inner.name}".strip())
     for parameter in command.params:
         known = parameter.name in READ or f"{parameter.name} of {name}" in READ
-        if parameter.metavar in ("FILE", "DIR", "FILE.usearch") and not known:
+        if parameter.metavar in ("FILE", "DIR") and not known:
             option = parameter.opts[0]
             yield f"{name} {option}" if option.startswith("--") else name
 
@@ -87,7 +86,7 @@ def test_a_file_of_the_user_stays(name, project, weights_file, command):
     words = OUTPUTS[name].replace("MODEL", str(weights_file)).split()
     option = [name.split()[-1]] if "--" in name else []
     is_folder = name.endswith("--out") and name.split()[0] not in ("choose", "classify", "explain")
-    out = Path("mine" if is_folder else "mine.usearch" if name == "index export" else "mine.csv")
+    out = Path("mine" if is_folder else "mine.csv")
     written = out / "mine.csv" if is_folder else out
     written.parent.mkdir(exist_ok=True)
     written.write_text("image,notes\na.jpg,by hand\n")

@@ -151,19 +151,6 @@ def show(folder: Folder) -> None:
 
 
 @index.command()
-def export(
-    folder: Folder,
-    out: Annotated[Path, Argument(metavar="FILE.usearch", parser=expand, help="file to write")],
-    over: Annotated[Literal["images", "captions"], Option(help="vectors to export")] = "images",
-) -> None:
-    """Write the vectors as a file of usearch, for approximate search among many millions of images."""
-    check_outputs((out,))
-    from declip.search.index import Index
-
-    say(f"Written: {Index.open(folder).export(out, over)}")
-
-
-@index.command()
 def from_parquet(
     files: Annotated[list[str], Argument(callback=existing, help="Parquet files, their folder, or a pattern")],
     model: Annotated[str, Option(callback=known, help="the model that made the vectors")],

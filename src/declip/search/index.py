@@ -18,18 +18,17 @@ from declip.data.pair import BrokenPair, PairSource, SkipCounter, printable
 from declip.data.sources.names import is_missing, resolve
 from declip.data.sources.open import ImageSource, open_images
 from declip.data.sources.python_items import Items
-from declip.errors import UserError, check_installed, check_range
+from declip.errors import UserError, check_range
 from declip.evaluation.encode import Encoder, eval_mode, image_features
 from declip.evaluation.zero_shot import class_features, read_templates
 from declip.interchange.read import folder_or_name, loaded, read_text
-from declip.io.outputs import output_file, refuse_foreign
 from declip.models.device import pick_device
 from declip.models.fingerprint import fingerprint
 from declip.models.precision import Precision, convert
 from declip.search.checks import read_query
 from declip.search.embedder import index_parquet
 from declip.search.info import Dtype, Over
-from declip.search.store import BLOCK_ROWS, IndexedImage, describe_model, open_index
+from declip.search.store import IndexedImage, describe_model, open_index
 
 MOST = 10_000  # maximum number of results of a search
 ROWS = 8_192  # vectors whose products are kept at a time
@@ -197,23 +196,6 @@ class Index:
         # Images without captions have vectors of zeros among those of captions.
         ids, vectors = torch.from_numpy(self.ids), torch.from_numpy(self._store.matrix(over))
         return nearest(queries, ids, vectors, k, skip_zeros=over == "captions")
-
-    def export(self, path: str | Path, over: Over = "images") -> Path:
-        """Write the vectors as a .usearch file, of a library for approximate search, whose keys are the ids."""
-        target = Path(path).expanduser()
-        if target.suffix != ".usearch":
-            raise UserError(f"'{path}' does not end with .usearch. `declip index show` prints the paths of .npy files.")
-        check_installed("usearch", "usearch", "Exporting")
-        refuse_foreign(target)
-        from usearch.index import Index as ApproximateIndex
-
-        matrix, kind = self._store.matrix(over), {"float16": "f16", "float32": "f32"}[self.info.dtype]
-        made = ApproximateIndex(ndim=matrix.shape[1], metric="ip", dtype=kind)
-        for start in range(0, len(matrix), BLOCK_ROWS):
-            made.add(self.ids[start : start + BLOCK_ROWS], matrix[start : start + BLOCK_ROWS])
-        with output_file(target, "FILE.usearch") as partial:
-            made.save(str(partial))
-        return target
 
     def row(self, id: int) -> IndexedImage:
         """An image's key, captions and origin; raises `UserError` for an unknown id."""
