@@ -49,13 +49,13 @@ def growth(choice: Choice, count: int, seed: int = 0) -> Growth:
     if effective_groups(sizes) < FEWEST:
         return few
     order = np.random.default_rng(seed).permutation(len(names))
-    place = np.empty(len(names))
-    place[order] = (sizes[order].cumsum() - sizes[order] / 2) / sizes.sum()  # the share of images before its middle
+    middle = np.empty(len(names))
+    middle[order] = (sizes[order].cumsum() - sizes[order] / 2) / sizes.sum()  # the share of images before its middle
     method, ridge = choice.form
     forms = tuple(Form(method, ridge * times) for times in MORE_RIDGE)
     images, outcomes = [], []
     for part in PARTS:
-        fitted = torch.from_numpy(place[members] <= part)
+        fitted = torch.from_numpy(middle[members] <= part)
         if part == 1 and len(groups) == count and choice.outcome is not None:  # the same as was chosen
             tried = [choice.outcome]
         else:

@@ -45,7 +45,7 @@ FEATURE_VERSION = 1  # increase it when preprocessing, tokenizers or towers comp
 class FrozenEncoder:
     """A model for `declip.evaluation.protocols.evaluate_all` with pooled features in the cache folder.
 
-    Features are found by the tower's weights and the pixels or token ids, so that another run with the same towers, or
+    Their key is the tower's weights and the pixels or token ids, so that another run with the same towers, or
     a later evaluation of this one, computes its heads alone.
     """
 
@@ -90,8 +90,8 @@ class PooledFeatures:
         """(n, …) inputs → (n, w) float32."""
         keys = [self.key(row) for row in batch.cpu()]
         with self._database() as file:
-            found = {key: file.execute("SELECT row FROM features WHERE key = ?", (key,)).fetchone() for key in keys}
-        rows = {key: row[0] for key, row in found.items() if row is not None}
+            saved = {key: file.execute("SELECT row FROM features WHERE key = ?", (key,)).fetchone() for key in keys}
+        rows = {key: row[0] for key, row in saved.items() if row is not None}
         if new := {key: number for number, key in enumerate(keys) if key not in rows}:
             fresh = batch[[*new.values()]]
             features = chunked(self.tower.pool, fresh) if fresh.ndim == 4 else self.tower.pool(fresh)

@@ -202,15 +202,15 @@ def _measured(choice: Choice, outcome: HeldOutRanks, groups: np.ndarray) -> dict
     """What cross-validation says about the heads, beside the same numbers of the start or of chance."""
     own, start = outcome.percentiles().numpy(), choice.start
     gain = group_mean(own - (0.5 if start is None else start.percentiles().numpy()), groups)
-    found: dict[str, Any] = {"percentile": outcome.percentile(groups)._asdict()}
+    measures: dict[str, Any] = {"percentile": outcome.percentile(groups)._asdict()}
     if start is not None:
-        found["percentile_of_start"] = start.percentile(groups)._asdict()
-    found |= {"gain": gain._asdict(), "better": gain.low > 0}
+        measures["percentile_of_start"] = start.percentile(groups)._asdict()
+    measures |= {"gain": gain._asdict(), "better": gain.low > 0}
     # Recall depends on the number of candidates, and is near 1 for any heads among a few.
     candidates = round(float(outcome.images.double().mean()))
     ks = [k for k in (1, 10) if k <= candidates / 5]
     recalls = {str(k): {**outcome.recall(k, groups)._asdict(), "chance": k / candidates} for k in ks}
-    return {**found, "candidates": candidates, "recall": recalls}
+    return {**measures, "candidates": candidates, "recall": recalls}
 
 
 def _write_ranks(folder: Path, source: PairSource, features: Features, outcome: HeldOutRanks) -> list[dict[str, Any]]:

@@ -104,8 +104,8 @@ def claimed(folder: Path, resume: bool) -> Iterator[None]:
 
 def _refuse_others(recipe: Recipe, pairs: Name, weights: Name | None, val: Sequence[Name], freeze: str | None) -> None:
     def source_of(name: Name) -> str:
-        place = Path(name).expanduser()
-        return read_pair_list(place).source if place.suffix == LIST_KIND and place.is_file() else absolute(name)
+        path = Path(name).expanduser()
+        return read_pair_list(path).source if path.suffix == LIST_KIND and path.is_file() else absolute(name)
 
     named = recipe.data.source if isinstance(recipe.data.source, str) else recipe.data.source[0]  # one pair, twice
     if named.endswith(LIST_KIND) and not Path(named).is_file():

@@ -85,8 +85,8 @@ def open_lists(lists: Lists, sources: Sources) -> Sources:
 
 def pairs_of(weights: str) -> PairSource | None:
     """The training pairs of a run that is the start, if they can be compared with new ones."""
-    place = Path(weights).expanduser()
-    folder = next((path for path in (place, place.parent.parent) if (path / RECIPE).is_file()), None)
+    given = Path(weights).expanduser()
+    folder = next((path for path in (given, given.parent.parent) if (path / RECIPE).is_file()), None)
     if folder is None:
         return None
     try:

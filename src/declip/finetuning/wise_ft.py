@@ -55,8 +55,8 @@ def mix_with_start(folder: Path, quiet: bool = False, sources: Sources = NO_SOUR
     for alpha in ALPHAS:
         model = interpolate(start, end, alpha)
         scores[alpha] = {
-            name: fmean(result.headline.value for result in measure(model, {name: found}, not quiet, sources))
-            for name, found in tasks.items()
+            name: fmean(result.headline.value for result in measure(model, {name: protocols}, not quiet, sources))
+            for name, protocols in tasks.items()
         }
     best = max(ALPHAS, key=lambda alpha: fmean(scores[alpha].values()))
     mixed = interpolate(start, end, best) if best < 1 else None

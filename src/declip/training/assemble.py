@@ -192,17 +192,17 @@ def build_loader(
 
 def _start_or_continue(parts: Parts, resume: bool) -> None:
     """Lock the run folder; restore the checkpoint in it, which rank 0 chooses, or save what the run starts from."""
-    found: Checkpoint | None = None
+    checkpoint: Checkpoint | None = None
 
     def choose() -> int | None:
-        nonlocal found
+        nonlocal checkpoint
         parts.lock = run_folder.lock_folder(parts.folder)
-        found = run_folder.open_folder(parts.recipe, parts.folder, resume, parts.extensions.lists)
-        return None if found is None else found.step
+        checkpoint = run_folder.open_folder(parts.recipe, parts.folder, resume, parts.extensions.lists)
+        return None if checkpoint is None else checkpoint.step
 
     step = parts.hosts.on_rank_zero(choose)
     if step is not None:
-        restore(parts, found or load_checkpoint(folder_of(parts.folder, step)))
+        restore(parts, checkpoint or load_checkpoint(folder_of(parts.folder, step)))
     elif parts.pretrained is not None and distributed.is_rank_zero():
         parts.pretrained.keep(parts.folder, parts.recipe)
     # The loader has not begun.

@@ -58,10 +58,10 @@ def estimate(recipe: Recipe, sources: Sources = NO_SOURCES) -> tuple[Recipe, str
 
 def encoding_seconds(model: DualEncoder, pairs: PairSource, **options: Any) -> float:
     """Estimate the time to encode all pairs by that of a few, evenly spaced; options are those of `encode_source`."""
-    places = np.linspace(0, len(pairs) - 1, min(ENCODED, len(pairs))).astype(int)
+    chosen = np.linspace(0, len(pairs) - 1, min(ENCODED, len(pairs))).astype(int)
     began = time.perf_counter()
-    encode_source(model, pairs, indices=places, **options)
-    return (time.perf_counter() - began) * len(pairs) / len(places)
+    encode_source(model, pairs, indices=chosen, **options)
+    return (time.perf_counter() - began) * len(pairs) / len(chosen)
 
 
 def step_seconds(parts: Parts, warm: int, count: int) -> list[float]:

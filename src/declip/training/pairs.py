@@ -61,11 +61,11 @@ def _hashes(source: PairSource) -> list[str]:
     """Number of pairs, and hashes of key and captions of some; empty for a pair that is broken or not at hand."""
     hashes = [str(len(source))]
     for index in evenly_spaced(source):
-        found = ""
+        digest = ""
         with suppress(BrokenPair):
             text = "\n".join((source.key(index), *source.captions(index)))
-            found = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-        hashes.append(found)
+            digest = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+        hashes.append(digest)
     return hashes
 
 

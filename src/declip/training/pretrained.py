@@ -66,7 +66,7 @@ def apply_pretrained(
     loaded = taken | encoder
     if not loaded:
         return None
-    heads = _place_heads(start, objective) if start is not None else set()
+    heads = _load_heads(start, objective) if start is not None else set()
     state, of_heads = model.state_dict(), objective.state_dict()
     kept: dict[str, Tensor] = {}
     # Published weights are read again by their name, unless position embeddings were resampled.
@@ -135,7 +135,7 @@ def _resized(name: str, tensor: Tensor, own: Tensor, model: DualEncoder) -> Tens
     return resized if tensor.ndim == 3 else resized[0]
 
 
-def _place_heads(start: Weights, objective: Objective) -> set[str]:
+def _load_heads(start: Weights, objective: Objective) -> set[str]:
     """Load the heads whose tensors all fit, and return their names."""
     own = {name: t for name, t in objective.state_dict().items() if isinstance(t, Tensor)}
     given = without_run_state(start.heads, objective.classes)

@@ -50,10 +50,10 @@ class BestEvaluation:
         Its score is the mean R@1 of both directions on the recipe's retrieval sets or, without one, the mean top-1. The
         loss decides where it is equal: on few pairs it is lowest long before retrieval is best.
         """
-        found = [r for r in results if isinstance(r, RetrievalResult) and r.dataset in evaluation.retrieval]
+        retrieved = [r for r in results if isinstance(r, RetrievalResult) and r.dataset in evaluation.retrieval]
         classified = [r for r in results if isinstance(r, ZeroShotResult) and r.dataset in evaluation.zero_shot]
-        score = fmean(r.headline.value for r in found or classified)
-        loss = fmean([r.loss or 0.0 for r in found] or [0.0])
+        score = fmean(r.headline.value for r in retrieved or classified)
+        loss = fmean([r.loss or 0.0 for r in retrieved] or [0.0])
         if better := (score, -loss) > (self.score, -self.loss):
             self.step, self.score, self.loss, self.stale = step, score, loss, 0
         else:
@@ -142,23 +142,23 @@ def collect(parts: Parts) -> Checkpoint | None:
     return Checkpoint(progress.step, weights, training, parts.recipe.to_yaml(), extra) if rank_zero else None
 
 
-def restore(parts: Parts, found: Checkpoint) -> None:
+def restore(parts: Parts, checkpoint: Checkpoint) -> None:
     """Set the state of a checkpoint on this rank."""
-    extra, progress = found.extra, parts.progress
+    extra, progress = checkpoint.extra, parts.progress
     _refuse_other_pairs(parts, extra["samples"])
     try:
-        load_weights(parts, found)
-        load_moments(parts.optimizer, without_prefix("optimizer", found.training))
+        load_weights(parts, checkpoint)
+        load_moments(parts.optimizer, without_prefix("optimizer", checkpoint.training))
     except (RuntimeError, KeyError) as error:
         raise UserError(
             f"'{parts.folder}' does not fit its recipe: {str(error).splitlines()[0]}. Choose another --out."
         ) from error
-    generators = without_prefix(f"random.{distributed.rank()}", found.training)
+    generators = without_prefix(f"random.{distributed.rank()}", checkpoint.training)
     if generators:
         set_random_states(generators, parts.model.device)
     else:  # a rank that the checkpoint does not know
-        distributed.seed_rank(parts.recipe.seed, found.step)
-    progress.step = found.step
+        distributed.seed_rank(parts.recipe.seed, checkpoint.step)
+    progress.step = checkpoint.step
     progress.skipped = SkipCounter.from_dict(extra["skipped"])
     progress.best = BestEvaluation(**extra["best"]) if "best" in extra else None
     then, now = extra["versions"], versions()
@@ -183,7 +183,7 @@ def _refuse_other_pairs(parts: Parts, before: Mapping[str, list[str]]) -> None:
             )
 
 
-def load_weights(parts: Parts, found: Checkpoint) -> None:
+def load_weights(parts: Parts, checkpoint: Checkpoint) -> None:
     """Load a checkpoint's weights and heads."""
     for name, module in (("model", parts.model), ("objective", parts.objective)):
-        load_full_state(module, without_prefix(name, {**found.weights, **found.training}))
+        load_full_state(module, without_prefix(name, {**checkpoint.weights, **checkpoint.training}))

@@ -163,8 +163,8 @@ class Trainer:
         asked = time.perf_counter()
         try:
             batch = next(self.loader)
-        except UserError as found:
-            error = found
+        except UserError as broken:
+            error = broken
         waited = time.perf_counter() - asked
         rows, skipped = (0, None) if batch is None else (len(batch), batch.skipped or None)
         sync = self.parts.hosts.sync_step(self.progress.step, rows, self.stop.asked, skipped, batch is None)

@@ -92,5 +92,5 @@ def caption_warnings(source: PairSource, tokenizer: CaptionTokenizer) -> list[st
 def _unknown_id(tokenizer: CaptionTokenizer) -> int:
     """The id of words that the vocabulary lacks; -1 for tokenizers that spell them in bytes."""
     named = getattr(tokenizer.library.model, "unk_token", None)
-    found = (tokenizer.library.token_to_id(name) for name in (named, "<unk>", "[UNK]") if name is not None)
-    return next((number for number in found if number is not None), -1)
+    numbers = (tokenizer.library.token_to_id(name) for name in (named, "<unk>", "[UNK]") if name is not None)
+    return next((number for number in numbers if number is not None), -1)
