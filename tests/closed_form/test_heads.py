@@ -60,6 +60,17 @@ def test_embeddings_stay_as_they_are_unless_their_pairs_say_otherwise():
     assert choose_heads(few, np.arange(10), embedded=True).form.method == "start"
 
 
+def test_a_start_is_changed_with_more_caution_than_the_usual_heads(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    texts = torch.randn(60, 8, generator=generator, dtype=torch.float64)
+    turned = torch.eye(8) + 0.35 * torch.randn(8, 8, generator=generator, dtype=torch.float64)
+    images = texts @ turned + 0.7 * torch.randn(60, 8, generator=generator, dtype=torch.float64)
+    pairs = Pairs(images, texts, torch.arange(60))  # a gain of 1.5 standard errors
+    assert choose_heads(pairs, np.arange(60), embedded=True).form == START
+    monkeypatch.setattr(heads, "START_CAUTION", heads.CAUTION)
+    assert choose_heads(pairs, np.arange(60), embedded=True).form != START
+
+
 def some_ranks(to_text, to_image):
     nothing = torch.empty(0)
     owners = torch.arange(len(to_text))
@@ -221,6 +232,14 @@ def test_a_rising_curve_is_continued():
     widths = [each.high - each.low for each in curve.expected]
     assert widths == sorted(widths)
     assert "600 pairs" in growth_chart(curve.to_dict()).words
+
+
+def test_fewer_pairs_may_take_more_ridge(monkeypatch):
+    choice = choose_heads(pairs_of(320, v=60, w=50, noise=1.0), np.arange(320))
+    several = growth(choice, 320).measured
+    monkeypatch.setattr("declip.closed_form.growth.MORE_RIDGE", (1.0,))
+    alone = growth(choice, 320).measured
+    assert (several[0].value > alone[0].value, several[-1]) == (True, alone[-1])
 
 
 def test_parts_keep_groups_together():
