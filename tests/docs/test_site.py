@@ -13,6 +13,8 @@ import yaml
 from mkdocstrings import Inventory
 
 import declip
+from declip.supervision.objective import TERMS
+from declip.training.trackers import TRACKERS
 from docs.blocks import FENCE, GLOBBED, INDENTED, ROOT, Reader, blocks, lines
 
 DOCS = ROOT / "docs"
@@ -131,6 +133,12 @@ def test_the_page_of_keys_is_up_to_date_and_describes_every_key():
     rows = dict(re.findall(r"^\| `([^`]+)` \| .*? \| (.*) \|$", page, re.MULTILINE))
     assert {"seed", "views.image.scale", "finetune.lora", "loss_weights"} <= rows.keys()
     assert all(map(str.strip, rows.values()))
+
+
+@pytest.mark.parametrize(("page", "names"), [("method", TERMS), ("tracking", TRACKERS)])
+def test_every_loss_and_tracker_has_a_line_on_its_page(page, names):
+    listed = re.findall(r"^- `(\w+)`", (DOCS / f"{page}.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert not names.keys() - set(listed)
 
 
 def test_formulas_are_mathml_and_drawings_part_of_the_page(site):

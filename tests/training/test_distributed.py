@@ -15,7 +15,7 @@ from declip.data.text.tokenizer import Tokenizer
 from declip.models.dual_encoder import DualEncoder
 from declip.models.image_tower import ImageTower
 from declip.recipe.schema import Recipe
-from declip.supervision.objective import Objective
+from declip.supervision.objective import TERMS, Objective
 from declip.training import distributed
 from declip.training.assemble import plan_of
 from declip.training.distributed import StepSync
@@ -38,6 +38,10 @@ AS_THEY_ARE = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 EXACT = {**TINY["train"], "grad_clip_norm": 1.0, "precision": "fp32"}
 OPTIONS = {"layer norm": {"patch_size": 8, "embed_dim": 64, "depth": 1, "num_heads": 2}}
 TOWERS = {"layer norm": "declip_vit_tiny", "batch norm": "declip_conv_tiny"}
+
+
+def test_every_loss_has_a_case():
+    assert {name for weights in CASES.values() for name in weights} == TERMS.keys()
 
 
 def random_batch(recipe, seed):

@@ -12,6 +12,7 @@ import pytest
 
 from declip.api import train
 from declip.errors import UserError
+from declip.recipe import schema
 from declip.runs.folder import METRICS, TRACKING, read_rows
 from declip.training.sinks import RunInfo, monitored
 from declip.training.trackers import AUTO, TRACKERS, trackers_of
@@ -19,19 +20,21 @@ from training.starts import recipe_for
 
 
 def written(folder, report_to, starts=(0, 2)):
-    """Steps of loss 10, 20, 30, 40 in two parts, as a run that is resumed after its second step."""
+    """Steps of loss 10, 20, 30, 40 in two parts: a run that ended after its third step is resumed after its second."""
     (folder / "recipe.yaml").write_text("train: {lr: 0.5}\nloss_weights: {contrastive: 1.0}\n")
     for start in starts:
         with monitored(RunInfo(folder, start, 4, 8, quiet=True), trackers_of(report_to)) as monitor:
-            for step in (start + 1, start + 2):
+            for step in range(start + 1, min(start + 3, 4) + 1):
                 monitor.log(step, {"loss": 10.0 * step, "contrastive": 1.0, "grad_norm": 2.0}, 0.1, 14.0)
-            monitor.evaluation(start + 2, {"dataset": "../a:b.csv", "task": "retrieval", "r1": start / 8, "n": 4})
+                if step == start + 2:
+                    monitor.evaluation(step, {"dataset": "../a:b.csv", "task": "retrieval", "r1": start / 8, "n": 4})
 
 
 def read_tensorboard(folder, name):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    return {event.step: event.value for event in EventAccumulator(str(folder / "tensorboard")).Reload().Scalars(name)}
+    events = EventAccumulator(str(folder / "tensorboard")).Reload().Scalars(name)
+    return [(event.step, event.value) for event in events]
 
 
 def read_mlflow(folder, name):
@@ -41,7 +44,7 @@ def read_mlflow(folder, name):
     (run,) = client.search_runs([client.get_experiment_by_name("declip").experiment_id])
     assert (run.data.params["train.lr"], run.info.status, run.info.run_name) == ("0.5", "FINISHED", folder.name)
     name = name.replace("../a:b", "a_b")
-    return {metric.step: metric.value for metric in client.get_metric_history(run.info.run_id, name)}
+    return sorted({(metric.step, metric.value) for metric in client.get_metric_history(run.info.run_id, name)})
 
 
 def read_trackio(folder, name):
@@ -49,10 +52,15 @@ def read_trackio(folder, name):
         rows = database.execute("select run_name, step, metrics from metrics").fetchall()
     assert {row[0] for row in rows} == {json.loads((folder / TRACKING).read_text())["trackio"]}
     numbers = [(step, json.loads(metrics)) for _, step, metrics in rows]
-    return {step: values[name] for step, values in numbers if name in values}
+    return sorted({(step, values[name]) for step, values in numbers if name in values})
 
 
 READERS = {"tensorboard": read_tensorboard, "mlflow": read_mlflow, "trackio": read_trackio}
+"""Tracker → its steps and values of a name; MLflow and Trackio keep repeated steps, which their readers merge."""
+
+
+def test_every_tracker_is_known_to_recipes_and_read_back():
+    assert TRACKERS.keys() == set(schema.TRACKERS) == {*READERS, "wandb"}
 
 
 @pytest.mark.parametrize("name", READERS)
@@ -65,8 +73,8 @@ def test_a_resumed_run_is_one_run_in_the_tracker(name, tmp_path, monkeypatch):
     if name == "tensorboard":
         time.sleep(1)  # its files of one second have no order
     written(tmp_path, [name], starts=(2,))
-    assert READERS[name](tmp_path, "train/loss") == {1: 10.0, 2: 20.0, 3: 30.0, 4: 40.0}
-    assert READERS[name](tmp_path, "../a:b.csv/retrieval/r1") == {2: 0.0, 4: 0.25}
+    assert READERS[name](tmp_path, "train/loss") == [(1, 10.0), (2, 20.0), (3, 30.0), (4, 40.0)]
+    assert READERS[name](tmp_path, "../a:b.csv/retrieval/r1") == [(2, 0.0), (4, 0.25)]
 
 
 def test_wandb_writes_offline_under_the_id_that_is_kept(tmp_path, monkeypatch):
@@ -100,7 +108,7 @@ def test_wandb_goes_online_where_the_user_asks_and_continues_its_run(tmp_path, m
     first, second = module.calls
     assert first == second
     assert (first["mode"], first["resume"], first["config"]["train"]) == ("online", "allow", {"lr": 0.5})
-    assert [step for step, loss in rows if loss] == [1, 2, 3, 4]
+    assert [step for step, loss in rows if loss] == [1, 2, 3, 3, 4]
     with pytest.raises(KeyError), monitored(RunInfo(tmp_path, 4, 5, 8, quiet=True), trackers_of(["wandb"])):
         raise KeyError
     assert module.ended == [0, 0, 1]

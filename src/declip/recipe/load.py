@@ -171,7 +171,7 @@ def _explain(problem: Mapping[str, Any]) -> str:
         return f"{key}={problem['input']!r}: {key} is a section; set its keys (`declip recipes show NAME`)."
     message = problem["msg"].removeprefix("Value error, ")
     where = f"{key}={problem['input']!r}: " if key and problem["type"] != "value_error" else ""
-    return f"{where}{message[0].lower()}{message[1:]}."
+    return f"{where}{message[0].lower()}{message[1:].removesuffix('.')}."
 
 
 def unknown_key(given: str) -> UserError:
