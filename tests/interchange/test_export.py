@@ -11,6 +11,7 @@ from pathlib import Path
 
 import open_clip
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 import transformers
@@ -164,6 +165,26 @@ def test_a_run_is_exported_with_its_data_steps_and_results(table, tmp_path, monk
 def test_what_a_format_cannot_say_is_refused_with_the_reason(kind, form, reason, tmp_path):
     refuses(reason, declip.export, build(kind), form, tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_tower_that_another_package_registered_with_timm_is_not_open_clips(tmp_path, monkeypatch):
+    def own(pretrained=False, **options):
+        return timm.create_model("test_convnext", **options)
+
+    monkeypatch.setitem(timm.models._registry._model_entrypoints, "own", own)
+    model = build("timm-convnext", **{"image.model": "own"})
+    refuses("timm does not know it.*safetensors", declip.export, model, "open_clip", tmp_path / "out")
+    declip.export(model, "safetensors", tmp_path / "out")
+
+
+def test_every_format_is_in_the_help_and_in_the_documentation(command):
+    page = (Path(__file__).parents[2] / "docs" / "interchange.md").read_text(encoding="utf-8")
+    usage = " ".join(command("export", "--help").out.split())
+    listed = re.search(r"open_clip, .*? or\W+\w+", usage)[0]
+    for name in FORMATS:
+        assert f"- `{name}`: " in page
+        assert f'"{name}"' in declip.export.__doc__
+        assert name in listed
 
 
 def test_a_bias_of_the_logits_is_kept_or_refused(tmp_path):

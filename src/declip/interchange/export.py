@@ -86,8 +86,8 @@ def export(
     except Refusal as refusal:
         way_out = "Export as safetensors, which holds every model."
         raise Refusal(f"This model cannot be exported as {format}: {refusal}. {way_out}") from refusal
-    if {weight.dtype for weight in traced.model.parameters()} != {torch.float32}:
-        traced = replace(traced, model=deepcopy(traced.model).float())
+    if {(weight.dtype, weight.device.type) for weight in traced.model.parameters()} != {(torch.float32, "cpu")}:
+        traced = replace(traced, model=deepcopy(traced.model).float().cpu())
     # --- write into a new folder, read it back, add the card; the folder appears when all is done
     with _new_folder(out, overwrite) as folder, eval_mode(traced.model):
         form.write(traced, folder, repo)
@@ -131,12 +131,12 @@ def _compare(model: DualEncoder, form: Format, folder: Path) -> tuple[float | No
     size = model.preprocessor.size
     # (3, 3, S, S) and (3, L)
     pixels = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(0))
-    expected, features = [model.encode_image(pixels.to(model.device))], [encode_image(pixels)]
+    expected, features = [model.encode_image(pixels)], [encode_image(pixels)]
     if encode_text is not None:
         tokens = model.tokenize(CAPTIONS)
         expected.append(model.encode_text(tokens))
-        features.append(encode_text(tokens.cpu()))
-    ours, theirs = torch.cat(expected).cpu(), F.normalize(torch.cat(features).float(), dim=-1)
+        features.append(encode_text(tokens))
+    ours, theirs = torch.cat(expected), F.normalize(torch.cat(features).float(), dim=-1)
     difference = float((ours - theirs).abs().max())
     if not difference <= TOLERANCE:  # NaN too
         raise UserError(f"{by} computes other features from the export ({difference:.1e} off). Report its recipe.")

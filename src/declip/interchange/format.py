@@ -52,7 +52,10 @@ class Format(ABC):
 
     @abstractmethod
     def write(self, traced: Traced, folder: Path, repo: str | None) -> None:
-        """Write a float32 model into an empty folder, to be uploaded to `repo`, OWNER/NAME on the Hub, if given."""
+        """Write a float32 model on the CPU into an empty folder.
+
+        `repo`, if given, is OWNER/NAME on the Hub, where the folder will be uploaded.
+        """
 
     @abstractmethod
     def read_back(self, folder: Path) -> ReadBack:
@@ -60,7 +63,10 @@ class Format(ABC):
 
     @abstractmethod
     def card(self, model: DualEncoder, repo: str | None) -> str:
-        """Python code for the model card, which computes features with the folder, or with `repo` on the Hub."""
+        """Python code for the model card, which computes features with the folder, or with `repo` on the Hub.
+
+        It prepares an image as declip does, and prints the probabilities of captions: see the folder templates.
+        """
 
     def limits(self, model: DualEncoder) -> str:
         """Describe what the export lacks, and what that changes; "" if it has everything."""

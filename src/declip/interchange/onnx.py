@@ -55,7 +55,7 @@ class Onnx(Format):
         }
         # Image tower
         (folder / VISUAL).mkdir()
-        pixels = torch.zeros(ROWS, 3, size, size, device=model.device)
+        pixels = torch.zeros(ROWS, 3, size, size)
         _export(
             TowerFunction(model, model.encode_image), pixels, {0: batch}, folder / VISUAL / MODEL, about["vision_cfg"]
         )
@@ -67,7 +67,7 @@ class Onnx(Format):
             about["text_cfg"] |= {name: getattr(tokenizer, name) for name in ("start", "end", "padding")}
             about["text_cfg"]["tokenizer_kwargs"] = {"clean": cleaning(tokenizer)}
             (folder / TEXTUAL).mkdir()
-            tokens = torch.zeros(ROWS, LENGTH, dtype=torch.int32, device=model.device)
+            tokens = torch.zeros(ROWS, LENGTH, dtype=torch.int32)
             tokens[:, -1] = tokenizer.end
             sizes = {0: batch, 1: torch.export.Dim("length", max=tokenizer.context)}
             tower = TowerFunction(model, lambda tokens: model.encode_text(tokens.long()))
@@ -93,7 +93,7 @@ class Onnx(Format):
 
 
 class TowerFunction(nn.Module):
-    """A function of a model as a module in evaluation mode, to trace."""
+    """A function of a model as a module in evaluation mode, to trace; it has the weights of both towers."""
 
     def __init__(self, model: nn.Module, function: Callable[[Tensor], Any]) -> None:
         super().__init__()

@@ -313,7 +313,8 @@ def _vision_config(model: DualEncoder, keys: Mapping[str, Any] | None, activatio
 
     name, tower = model.recipe.image.model, model.image_tower
     difference: str | None = "timm does not know it"
-    if timm.is_model(name):
+    # open_clip does not import those that others registered
+    if timm.is_model(name) and timm.model_entrypoint(name).__module__.startswith("timm."):
         with torch.device("meta"):
             trunk = timm.create_model(name, num_classes=0)
         norm = {f"norm.{part}": tensor for part, tensor in tower.norm.state_dict().items()}
