@@ -12,7 +12,7 @@ from conftest import WEIGHTS as METHODS
 from declip.data.batch import PairBatch
 from declip.models.dual_encoder import DualEncoder
 from declip.models.image_tower import ImageTower
-from declip.models.layers import blocks_of
+from declip.models.layers import blocks_of, depths
 from declip.models.text_tower import TextTower
 from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe, TextTowerConfig
@@ -168,7 +168,8 @@ def test_a_tower_is_timms_and_learns_from_every_term(name):
     model = DualEncoder.from_recipe(recipe)
     tower, images = model.image_tower, torch.randn(2, 4, 3, size, size)
     assert tower.has_batch_norm == batch_norm
-    fixed = {"img_size": size} if name.startswith(("vit", "deit", "swin")) else {}
+    assert depths(model).keys() == {name for name, _ in model.named_parameters() if name != "logit_scale"}
+    fixed = {"img_size": size} if timm.get_pretrained_cfg(name).fixed_input_size else {}
     _check_features(tower.eval(), timm.create_model(name, num_classes=0, **options, **fixed), images[0], cells)
 
     objective = Objective(recipe, model)

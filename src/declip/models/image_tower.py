@@ -70,6 +70,10 @@ class ImageTower(nn.Module):
     its modified ResNets, a linear map without bias for every other model. The last norm of a ViT that pools at its
     class token is a part of this module, so that `tokens` can be returned before it.
 
+    Of timm's interface, the trunk needs `num_features`, `head_hidden_size`, `forward_features`, which returns tokens or
+    a feature map, `forward_head`, `group_matcher` for fine-tuning, and `num_prefix_tokens` unless that is 0. A trunk
+    for one size has `fixed_input_size` in its ``default_cfgs`` and takes `img_size`, a number or a pair.
+
     Args:
         name: A timm model's name or a key of `SMALL_TOWERS`. Nothing is downloaded.
         options: Arguments of `timm.create_model`; ``depths`` sets the stages of CLIP's ResNets.
