@@ -305,6 +305,14 @@ def test_cells_of_a_table_that_have_moved_are_embedded_again(model, folder, tmp_
     assert [plain.row(id).captions for id in plain.ids] == [()] * 4
 
 
+def test_an_index_keeps_its_columns_of_captions(model, folder, tmp_path):
+    (tmp_path / "t.csv").write_text(f"image,title,kind\n{next(folder.glob('*.png'))},a bar,red")
+    given, out = Columns(caption=["title", "a {kind} bar"]), tmp_path / "index"
+    for _ in range(2):
+        index = declip.embed(model, tmp_path / "t.csv", out=out, captions=True, columns=given)
+    assert index.row(0).captions == ("a bar", "a red bar")
+
+
 class Killed(BaseException):
     """Not caught by anything."""
 

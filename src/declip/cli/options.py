@@ -75,7 +75,9 @@ Precision = Annotated[
 Quiet = Annotated[bool, Option("--quiet", help="show no progress")]
 Resume = Annotated[bool, Option("--resume", help="continue the run in the run folder")]
 ImageColumn = Annotated[str, Option(help="table column of image paths")]
-CaptionColumn = Annotated[str, Option(help="table column of captions")]
+CaptionColumn = Annotated[
+    list[str], Option(help='table column of captions, or a template such as "a {color} {kind}"; repeatable')
+]
 ImageRoot = Annotated[Path | None, file("folder that image paths in a table are relative to", metavar="DIR")]
 Workers = Annotated[int | None, Option(min=0, help="number of processes; default: one per core, at most 8")]
 Shots = Annotated[
@@ -91,7 +93,7 @@ READING: dict[str, tuple[Any, Any]] = {
     "batch_size": (BatchSize, 256),
     "workers": (Workers, None),
     "image_column": (ImageColumn, "image"),
-    "caption_column": (CaptionColumn, "caption"),
+    "caption_column": (CaptionColumn, ["caption"]),
     "image_root": (ImageRoot, None),
     "device": (Device, "auto"),
     "precision": (Precision, "auto"),
@@ -132,8 +134,9 @@ def reads_images(command: Callable[..., None], without: Collection[str] = ()) ->
     @wraps(command)
     def run(**given: Any) -> None:
         reading = {name: given.pop(name) for name in options}
-        image, caption = reading.pop("image_column"), reading.pop("caption_column", None) or None
-        reading["columns"] = Columns(image, caption, root=reading.pop("image_root"))
+        image, names = reading.pop("image_column"), [*filter(None, reading.pop("caption_column", []))]
+        captions = names[0] if len(names) == 1 else names or None
+        reading["columns"] = Columns(image, captions, root=reading.pop("image_root"))
         command(**given, reading=reading | {"progress": not reading.pop("quiet")})
 
     shared = [

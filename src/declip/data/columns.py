@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +17,8 @@ class Columns:
 
     Attributes:
         image: Column of image paths or bytes.
-        caption: Column of captions; None does not read them.
+        caption: Column of captions, or a template of columns such as `"a {color} {kind}"`; or several of these, whose
+            texts are captions of one pair. None does not read them.
         group: Column whose equal cells mark pairs that show the same thing; None for no groups.
         root: Folder that image paths are relative to; None: the folder of the table.
 
@@ -26,14 +28,18 @@ class Columns:
     """
 
     image: str = "image"
-    caption: str | None = "caption"
+    caption: str | Sequence[str] | None = "caption"
     group: str | None = None
     root: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.caption, list):  # of JSON
+            object.__setattr__(self, "caption", tuple(self.caption))
 
     @classmethod
     def of(cls, data: Data) -> Columns:
         """The columns that a recipe names."""
-        return cls(**data.columns, root=data.image_root)
+        return cls(**data.columns, root=data.image_root)  # type: ignore[arg-type]  # only captions are several
 
 
 DEFAULT = Columns()

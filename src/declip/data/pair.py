@@ -92,6 +92,7 @@ class PairSource(ABC):
     labels: np.ndarray | None = None  # (n,) int64, where each pair has a class, by its index in `class_names`
     class_names: Sequence[str] | None = None
     group_column: str | None = None  # where `group` reads what pairs share
+    captions_from: str = ""  # the columns and templates of captions, for messages
     blocks: np.ndarray | None = None  # (shards,) int64, the number of pairs of each shard, in order
     remote: bool = False  # whether shards have to be fetched
     stamps_captions: bool = False  # whether an origin's stamp changes with the captions too
@@ -208,8 +209,8 @@ def as_texts(cell: Any, reason: str, key: str) -> list[str | None]:
     return texts
 
 
-def clean_captions(raw: Iterable[str | None], key: str) -> tuple[str, ...]:
-    """Collapse white space and control characters; drop empty and repeated captions; raises `BrokenPair`."""
+def clean_captions(raw: Iterable[str | None], key: str, why: str = "") -> tuple[str, ...]:
+    """Collapse white space and control characters; drop empty and repeated ones; `BrokenPair` says why none is left."""
     cleaned: dict[str, None] = {}
     for number, text in enumerate(text or "" for text in raw):
         if number >= MOST_CAPTIONS:
@@ -221,7 +222,7 @@ def clean_captions(raw: Iterable[str | None], key: str) -> tuple[str, ...]:
         if joined := " ".join(CONTROL.sub(" ", text).split()):
             cleaned[joined] = None
     if not cleaned:
-        raise BrokenPair("empty caption", key)
+        raise BrokenPair("empty caption", key, why)
     return tuple(cleaned)
 
 

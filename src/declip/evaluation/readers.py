@@ -1,6 +1,5 @@
 """Sources of evaluation sets: folders and tables with classes, and the sets that torchvision reads."""
 
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -15,7 +14,7 @@ from declip.data.images.decode import EXTENSIONS
 from declip.data.pair import BrokenPair, LazyPair, Pair, PairSource, is_unicode, printable
 from declip.data.sources.folder import FileList
 from declip.data.sources.python_items import ItemSource
-from declip.data.sources.rows import TableRows, by_lower_name, cell_name
+from declip.data.sources.rows import by_lower_name, cell_name, label_names
 from declip.data.sources.subset import SPLITS, DerivedSource, Subset
 from declip.data.sources.table import CAPTION_NAMES, IMAGE_NAMES, TableSource, find_column, open_rows
 from declip.errors import UserError, unknown
@@ -203,7 +202,7 @@ def labeled_table(table_path: str | Path, label_column: str | None) -> Openers |
 
 def _labels(table: TableSource, column: str) -> tuple[np.ndarray, list[str], dict[int, BrokenPair]]:
     """The class of each row, (n,) int64, the names of the classes, and the reasons of rows without a class."""
-    known, texts, broken = _known_names(table.file, column), dict[int, str](), dict[int, BrokenPair]()
+    known, texts, broken = label_names(table.file, column), dict[int, str](), dict[int, BrokenPair]()
     for row in range(len(table)):
         try:
             texts[row] = _label(table, row, column, known)
@@ -221,15 +220,6 @@ def _labels(table: TableSource, column: str) -> tuple[np.ndarray, list[str], dic
         else:
             broken[row] = BrokenPair("missing label", table.key(row), f"'{text}' is not one of the classes")
     return labels, names, broken
-
-
-def _known_names(rows: TableRows, column: str) -> list[str]:
-    """The names that Hugging Face's `datasets` stores for a column of class numbers; none for other files."""
-    try:
-        names = json.loads(rows.metadata[b"huggingface"])["info"]["features"][column]["names"]
-        return [" ".join(name.split()) for name in names]
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
-        return []
 
 
 def _label(table: TableSource, row: int, column: str, known: Sequence[str]) -> str:

@@ -69,6 +69,8 @@ def parse_overrides(words: Sequence[str]) -> dict[str, str]:
 
 def read_value(key: str, value: str) -> Any:
     """Read the value of an override, which is YAML; raises `UserError` where it is none."""
+    if key == "data.columns.caption" and "{" in value and value.lstrip()[0] not in "[\"'":
+        return value  # a template, which YAML may read as a mapping or a comment
     try:
         return read_yaml(value)
     except yaml.YAMLError as error:

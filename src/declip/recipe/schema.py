@@ -48,7 +48,7 @@ Second = Literal["eda", "caption", "same"]
 OneOrMore = BeforeValidator(lambda given: (given,) if isinstance(given, str) else given)
 PathsOrNames = Annotated[tuple[PathOrName, ...], OneOrMore]
 Column = Literal["image", "caption", "group"]
-COLUMNS: dict[Column, str] = {"image": "image", "caption": "caption"}
+COLUMNS: dict[Column, str | tuple[str, ...]] = {"image": "image", "caption": "caption"}
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 Tracker = Annotated[str, AfterValidator(_known_tracker)]
 Trackers = Annotated[tuple[Tracker, ...], OneOrMore]
@@ -75,8 +75,10 @@ class Data(Section):
     source: PathOrName | tuple[PathOrName, ...] = Field(
         "builtin:emoji", description="table, folder, shards or built-in set, or a list of these"
     )
-    columns: dict[Column, str] = Field(
-        COLUMNS, description="columns of a table: image, caption, and group, whose equal cells show one thing"
+    columns: dict[Column, str | tuple[str, ...]] = Field(
+        COLUMNS,
+        description="columns of a table: image, group, whose equal cells show one thing, and caption, also several, or "
+        "templates such as `a {color} {kind}`",
     )
     image_root: PathOrName | None = Field(
         None, description="folder of a table's image paths; default: the table's folder"
@@ -97,6 +99,11 @@ class Data(Section):
     @field_validator("columns", mode="before")
     @classmethod
     def _with_usual_names(cls, given: Any) -> Any:
+        for name, value in given.items() if isinstance(given, dict) else ():
+            several = name == "caption" and isinstance(value, list | tuple) and value
+            if not all(isinstance(text, str) for text in (value if several else [value])):
+                also = ", a list of columns, or a template in quotes" if name == "caption" else ""
+                raise ValueError(f"data.columns.{name} is {value!r}; give the name of a column{also}")
         return {**COLUMNS, **given} if isinstance(given, dict) else given
 
     @property

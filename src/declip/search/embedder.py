@@ -69,7 +69,7 @@ def index_parquet(
 def _read(table: ParquetRows, *names: str) -> Iterator[list[Any]]:
     """Read columns of a table, some rows at a time."""
     try:
-        for batch in table.read(names, None)[1]:
+        for batch in table.read(names)[1]:
             yield batch.columns
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"'{table.path}' cannot be read: {str(error).splitlines()[0]}. Write it again.") from error

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,11 +12,11 @@ from PIL import Image
 
 from declip.data.columns import DEFAULT, Columns
 from declip.data.images.decode import AnyImage, image_below, is_pixels
-from declip.data.pair import BrokenPair, Origin, as_texts, clean_captions
+from declip.data.pair import BrokenPair, Origin, printable
 from declip.data.sources.entry import EntrySource
 from declip.data.sources.rows import by_lower_name, cell_name
 from declip.data.sources.subset import COLUMN, NUMBER_OF, indices_by_split, split_numbers
-from declip.data.sources.table import find_column, find_columns, group_number
+from declip.data.sources.table import Captions, find_column, find_columns, group_number, read_captions
 from declip.errors import UserError
 
 PREFIX = "python:"  # of the name of an object in a recipe, which cannot be opened from there
@@ -53,11 +54,13 @@ class ItemSource(EntrySource):
         # Reading an item of anything but a list may cost as much as its pixels.
         self._listed = isinstance(items, list | tuple)
         self.root = None if columns.root is None else Path(columns.root).expanduser()
-        self._columns = [columns.image, columns.caption or columns.image]
+        self._image = columns.image
+        self._captions: Captions = {"": ("",)}  # of items that are not dicts
         item = self._first()
         self._split = by_lower_name(list(item)).get(COLUMN) if _is_row(item) else None
         if _is_row(item):
-            *self._columns, self.group_column = find_columns(list(item), columns, self.name)
+            self._image, self._captions, self.group_column = find_columns(list(item), columns, self.name)
+            self.captions_from = ", ".join(map(printable, self._captions))
         elif columns.group is not None:
             find_column([], columns.group, ("",), "group", self.name)
         classes, labels = getattr(items, "classes", None), getattr(items, "targets", None)
@@ -87,22 +90,23 @@ class ItemSource(EntrySource):
     def origin(self, index: int) -> Origin:
         return super().origin(index) if self._listed else Origin()
 
-    def entry(self, index: int) -> tuple[str, tuple[Any, list[str | None]]]:
-        """The key; the image and its captions."""
-        item, texts, key = self._read(index), None, f"item {index}"
+    def entry(self, index: int) -> tuple[str, tuple[Any, Mapping[str, Any]]]:
+        """The key; the image and the cells of its captions by column."""
+        item, key, cells = self._read(index), f"item {index}", dict[str, Any]()
         if _is_row(item):
-            item, texts = map(item.get, self._columns)
+            item, cells = item.get(self._image), item
         elif isinstance(item, tuple | list) and len(item) == 2:
-            item, texts = item
-        if self.class_names is not None and isinstance(texts, int | np.integer) and 0 <= texts < len(self.class_names):
-            texts = self.class_names[int(texts)]
-        texts = as_texts(texts, "unreadable item", key)
+            item, cells = item[0], dict.fromkeys(chain.from_iterable(self._captions.values()), item[1])
         if isinstance(item, str | Path) and self._listed:
             key = str(item)
-        return key, (item, texts)
+        return key, (item, cells)
 
     def texts(self, key: str, entry: Any) -> tuple[str, ...]:
-        return clean_captions(entry[1], key)
+        def cell(column: str) -> Any:
+            value, names = entry[1].get(column), self.class_names or ()
+            return names[int(value)] if isinstance(value, int | np.integer) and 0 <= value < len(names) else value
+
+        return read_captions(self._captions, [cell], "unreadable item", key)
 
     def content(self, key: str, entry: Any) -> AnyImage:
         image, _ = entry

@@ -5,13 +5,14 @@ import json
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import chain, count, islice
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -33,6 +34,8 @@ PEEKED_ROWS = 100  # rows of a JSONL file read to learn its columns, since no he
 # Splits that begin the names of Parquet files, as the Hub has them: `train-00000-of-00002.parquet`.
 SPLIT = re.compile("(train|val|dev|test)(?![a-z])|validation", re.IGNORECASE)
 Row = dict[str, Any]  # cells by column
+Names = Collection[str]
+Batches = tuple[pa.Schema, Iterator[pa.RecordBatch]]
 NOT_UTF8 = "not UTF-8; if the file is Latin-1, convert it: iconv -f latin1 -t utf-8"
 
 
@@ -47,6 +50,26 @@ def cell_name(cell: Any) -> str:
     return "" if empty else str(cell)
 
 
+def label_text(cell: Any) -> str:
+    """A cell as a part of a caption: a text, a number, or a list of these; empty for none, for NaN and for bytes."""
+    values = list(cell) if isinstance(cell, list | tuple | np.ndarray) else [cell]
+    texts = list[str]()
+    for value in (value.item() if isinstance(value, np.generic) else value for value in values):
+        # Whole numbers of a column with empty cells are floats in pandas.
+        whole = isinstance(value, float) and value.is_integer()
+        texts.append("" if isinstance(value, bytes) else cell_name(int(value) if whole else value).strip())
+    return ", ".join(filter(None, texts))
+
+
+def label_names(rows: "TableRows", column: str) -> list[str]:
+    """The names that Hugging Face's `datasets` stores for a column of class numbers; none for other files."""
+    try:
+        names = json.loads(rows.metadata[b"huggingface"])["info"]["features"][column]["names"]
+        return [" ".join(name.split()) for name in names]
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
+        return []
+
+
 class TableRows(ABC):
     """A table's file or files, its columns, and reading some of them."""
 
@@ -59,8 +82,8 @@ class TableRows(ABC):
         self.large = path.is_file() and path.stat().st_size > LARGE_TABLE  # what is read goes to a cache file
 
     @abstractmethod
-    def read(self, wanted: Sequence[str], captions: str | None) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
-        """The rows of some columns, one of which may hold captions.
+    def read(self, wanted: Sequence[str], captions: Names = (), labels: Names = ()) -> Batches:
+        """The rows of some columns, some of which hold captions, or labels for templates of captions.
 
         Text files have two more columns, the number of a row's line and its fault.
         """
@@ -97,7 +120,7 @@ class ParquetRows(TableRows):
         size = sum(data.row_group(group).total_byte_size for data in footers for group in range(data.num_row_groups))
         self.large = size > LARGE_TABLE or sum(self._rows) > MANY_ROWS
 
-    def read(self, wanted: Sequence[str], captions: str | None) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
+    def read(self, wanted: Sequence[str], captions: Names = (), labels: Names = ()) -> Batches:
         schema = pa.schema([self.arrow_schema.field(name) for name in wanted])
         each = (self._batches(path, rows, schema) for path, rows in zip(self.files, self._rows, strict=True))
         return schema, chain.from_iterable(each)
@@ -161,14 +184,14 @@ class TextRows(TableRows):
             except (ValueError, RecursionError) as error:
                 yield number, BrokenPair("unreadable row", f"line {number}", str(error))
 
-    def read(self, wanted: Sequence[str], captions: str | None) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
+    def read(self, wanted: Sequence[str], captions: Names = (), labels: Names = ()) -> Batches:
         text, texts = pa.large_string(), pa.list_(pa.large_string())
-        cells = [(name, texts if name == captions else text) for name in wanted]
+        cells = [(name, texts if name in captions else text) for name in wanted]
         schema = pa.schema([*cells, ("line", pa.int64()), ("fault", text)])
 
         def batches() -> Iterator[pa.RecordBatch]:
             stamp, records = self.path.stat().st_mtime_ns, self.records()
-            while rows := [_stored(*record, wanted, captions) for record in islice(records, TEXT_ROWS_AT_ONCE)]:
+            while rows := [_stored(*record, wanted, captions, labels) for record in islice(records, TEXT_ROWS_AT_ONCE)]:
                 yield pa.record_batch([*zip(*rows, strict=True)], schema=schema)
             if self.path.stat().st_mtime_ns != stamp:
                 raise UserError(f"The table '{self.path}' was rewritten while it was read. Try again.")
@@ -176,7 +199,9 @@ class TextRows(TableRows):
         return schema, batches()
 
 
-def _stored(line: int, cells: Row | BrokenPair, wanted: Sequence[str], captions: str | None) -> tuple[Any, ...]:
+def _stored(
+    line: int, cells: Row | BrokenPair, wanted: Sequence[str], captions: Names, labels: Names
+) -> tuple[Any, ...]:
     """The wanted cells, the line's number, and no fault; or no cells and a fault."""
     kept: list[Any] = []
     try:
@@ -184,10 +209,11 @@ def _stored(line: int, cells: Row | BrokenPair, wanted: Sequence[str], captions:
             raise cells
         for name in wanted:
             cell = cells.get(name)
-            texts = as_texts(cell, "unreadable row", "") if name == captions else [cell_name(cell)]
+            text = label_text if name in labels else cell_name
+            texts = as_texts(cell, "unreadable row", "") if name in captions else [text(cell)]
             if not all(map(is_unicode, filter(None, texts))):
                 raise BrokenPair("invalid text", "", NOT_UTF8)
-            kept.append(texts if name == captions else texts[0])
+            kept.append(texts if name in captions else texts[0])
     except BrokenPair as broken:
         return (*[None] * len(wanted), line, f"{broken.reason}: {broken.detail}")
     return (*kept, line, None)

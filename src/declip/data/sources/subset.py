@@ -78,6 +78,7 @@ class Subset(DerivedSource):
         self.source, self.indices = source, indices
         self.name = name or f"{source.name}[{len(indices)}]"
         self.credit, self.remote, self.group_column = source.credit, source.remote, source.group_column
+        self.captions_from = source.captions_from
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -112,6 +113,7 @@ class Joined(DerivedSource):
         self.remote = any(source.remote for source in self.sources)
         self.group_column = next((source.group_column for source in self.sources if source.group_column), None)
         self.credit = "; ".join(dict.fromkeys(source.credit for source in self.sources if source.credit))
+        self.captions_from = "; ".join(dict.fromkeys(filter(None, (each.captions_from for each in self.sources))))
         self.name = " + ".join(source.name for source in self.sources)
 
     def __len__(self) -> int:
@@ -185,7 +187,9 @@ def read_pair_list(path: Path) -> PairList:
         listed = listed._replace(source=resolve(listed.source, path.parent), columns=columns)
         indices = np.asarray(listed.indices)
         rising = indices.dtype == np.int64 and (np.diff(indices, prepend=-1, append=listed.total) > 0).all()
-        texts = all(isinstance(name, str) for name in (listed.source, *filter(None, asdict(columns).values())))
+        captions = columns.caption if isinstance(columns.caption, tuple) else (columns.caption or "",)
+        names = (listed.source, columns.image, *captions, columns.group or "", columns.root or "")
+        texts = all(isinstance(name, str) for name in names)
         if rising and texts and not listed.source.lower().endswith(LIST_KIND):  # no list of itself
             return listed
     except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError):

@@ -3,8 +3,10 @@
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,17 @@ from declip.data.images.decode import image_below
 from declip.data.pair import BrokenPair, as_texts, clean_captions, printable
 from declip.data.sources.entry import EntrySource
 from declip.data.sources.names import holds, is_url, names_shards
-from declip.data.sources.rows import NOT_UTF8, DelimitedRows, JsonRows, ParquetRows, TableRows, by_lower_name, cell_name
+from declip.data.sources.rows import (
+    NOT_UTF8,
+    DelimitedRows,
+    JsonRows,
+    ParquetRows,
+    TableRows,
+    by_lower_name,
+    cell_name,
+    label_names,
+    label_text,
+)
 from declip.data.sources.subset import COLUMN, indices_by_split, split_numbers
 from declip.errors import UserError
 from declip.io.cache import cached_table
@@ -29,6 +41,10 @@ CAPTION_NAMES = ("caption", "captions", "text", "texts", "title", "description",
 
 OTHER_TEXTS = ("keywords", "tags", "alt", "alt_text")  # never tried, but named where captions are guessed
 warn_once = cache(logging.getLogger("declip").warning)  # once per process, however often the table is opened
+
+BRACES = re.compile(r"\{([^{}]*)\}")
+Captions = dict[str, tuple[str, ...]]
+"""Columns and templates of captions, with the columns that each reads: for a column itself."""
 
 KINDS: dict[str, Callable[[Path], TableRows]] = {
     ".jsonl": JsonRows,
@@ -55,18 +71,22 @@ class TableSource(EntrySource):
         self.confined = columns.root is not None
         if not self.root.is_dir():
             raise UserError(f"There is no folder '{self.root}', to which image paths are relative.")
-        image, self._caption, self.group_column = find_columns(names, columns, path)
+        image, self._captions, self.group_column = find_columns(names, columns, path)
+        self.captions_from = ", ".join(map(printable, self._captions))
         self._split = by_lower_name(names).get(COLUMN)
         # --- the columns, the image first, and the rows of each pair
-        wanted = (image, self._caption, self.group_column, self._split)
+        texts = [text for text, read in self._captions.items() if read == (text,) != (image,)]
+        labels = [name for text, read in self._captions.items() if read != (text,) for name in read if name != image]
+        self._label_names = {name: label_names(self.file, name) for name in (*texts, *labels)}
+        wanted = (image, *texts, *labels, self.group_column, self._split)
         self._columns = list(dict.fromkeys(filter(None, wanted)))
-        captions = None if self._caption == image else self._caption
-        schema, batches = self.file.read(self._columns, captions)
-        self.table = self._held("cells", [self._columns, captions], schema, batches)
+        schema, batches = self.file.read(self._columns, texts, labels)
+        self.table = self._held("cells", [self._columns, texts, labels], schema, batches)
         # Hashing images pays only if their captions are merged.
-        grouped = _grouped(self.table.column(0), hashed=captions is not None)
+        captioned = bool(texts or labels)
+        grouped = _grouped(self.table.column(0), hashed=captioned)
         pairs = pa.schema([("rows", pa.large_list(pa.int64()))])
-        self._pairs = self._held("rows", [image, captions is not None], pairs, grouped)["rows"].chunk(0)
+        self._pairs = self._held("rows", [image, captioned], pairs, grouped)["rows"].chunk(0)
         if not len(self):
             raise UserError(f"The table '{path}' has no rows. It needs one for each pair.")
 
@@ -90,8 +110,11 @@ class TableSource(EntrySource):
         return [b"" if is_bytes(cells.type) else decoded(cells[row], key) for row in rows]
 
     def texts(self, key: str, rows: list[int]) -> tuple[str, ...]:
-        cells = self.cells(key, rows, self._caption)
-        return clean_captions((text for cell in cells for text in as_texts(cell, "unreadable row", key)), key)
+        def cell(row: int, column: str) -> Any:
+            (value,), names = self.cells(key, [row], column), self._label_names.get(column, ())
+            return names[value] if isinstance(value, int) and 0 <= value < len(names) else value
+
+        return read_captions(self._captions, [partial(cell, row) for row in rows], "unreadable row", key)
 
     def group(self, index: int) -> int:
         return group_number(self.cells(*self.entry(index), self.group_column)[0]) if self.group_column else 0
@@ -169,18 +192,55 @@ def find_table(spec: str | Path) -> Path | None:
     return path if path.suffix.lower() in KINDS and path.exists() else None
 
 
-def find_columns(names: Sequence[str], columns: Columns, where: Path | str) -> tuple[str, str, str | None]:
+def find_columns(names: Sequence[str], columns: Columns, where: Path | str) -> tuple[str, Captions, str | None]:
     """Find the columns of images, of captions (that of images where none is read) and of groups."""
-    image = caption = find_column(names, columns.image, IMAGE_NAMES, "image", where)
-    if columns.caption not in (None, columns.image):
-        caption = find_column(names, columns.caption, CAPTION_NAMES, "caption", where)
+    image = find_column(names, columns.image, IMAGE_NAMES, "image", where)
+    captions: Captions = {image: (image,)}
+    if columns.caption is not None and columns.caption != columns.image:
+        captions = find_captions(names, columns.caption, where)
+    return image, captions, columns.group and find_column(names, columns.group, ("",), "group", where)
+
+
+def find_captions(names: Sequence[str], given: str | Sequence[str], where: Path | str) -> Captions:
+    """Find the columns of captions, which commas may separate, and of templates."""
+    if given == CAPTION_NAMES[0]:
+        caption = find_column(names, given, CAPTION_NAMES, "caption", where)
         lower = by_lower_name(names)
         others = [lower[name] for name in (*CAPTION_NAMES, *OTHER_TEXTS) if lower.get(name, caption) != caption]
-        if caption != columns.caption and others:
+        if caption != given and others:
             unused = ", ".join(printable(name) for name in others)
             problem = f"Captions of '{Path(where).name}': {caption}. Not used: {unused}."
-            warn_once(f"{problem} Name another by data.columns.caption in training, --caption-column elsewhere.")
-    return image, caption, columns.group and find_column(names, columns.group, ("",), "group", where)
+            warn_once(f"{problem} Name one or several by data.columns.caption in training, --caption-column elsewhere.")
+        return {caption: (caption,)}
+    captions = Captions()
+    for text in (given,) if isinstance(given, str) else given:
+        if text not in names and (read := BRACES.findall(text)):
+            captions[text] = tuple(read)
+        else:
+            captions |= {name: (name,) for name in ([text] if text in names else map(str.strip, text.split(",")))}
+    for name in chain.from_iterable(captions.values()):
+        find_column(names, name, ("",), "caption", where)
+    return captions
+
+
+def read_captions(captions: Captions, rows: Iterable[Callable[[str], Any]], reason: str, key: str) -> tuple[str, ...]:
+    """The cleaned captions in rows of one image, which return the cell of a column; raises `BrokenPair`.
+
+    A template with an empty cell gives no caption.
+    """
+    texts, empty = list[str | None](), dict[str, None]()
+    for cell in rows:
+        for text, columns in captions.items():
+            if columns == (text,):
+                texts += as_texts(cell(text), reason, key)
+                continue
+            values = {name: label_text(cell(name)) for name in columns}
+            empty |= dict.fromkeys(name for name, value in values.items() if not value)
+            if all(values.values()):
+                pieces = BRACES.split(text)  # a text, a name, a text, a name … a text
+                pieces[1::2] = map(values.__getitem__, columns)
+                texts.append("".join(pieces))
+    return clean_captions(texts, key, f"no {', '.join(empty)}" if empty else "")
 
 
 def find_column(columns: Sequence[str], given: str, usual: Sequence[str], what: str, path: Path | str) -> str:
