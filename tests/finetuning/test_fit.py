@@ -119,6 +119,14 @@ def test_the_run_is_a_normal_run_with_one_checkpoint_and_no_copy_of_the_start(ru
     assert 0 <= ranks[-1] < ranks[0] <= 1
 
 
+def test_all_columns_and_templates_of_captions_are_used(folder, tmp_path, caplog):
+    given = ["caption", "a {part} of the set"]
+    run = fitted(folder, tmp_path / "run", **{"data.columns.caption": given})
+    assert run.cross_validation["captions"] == 3 * COUNT
+    assert "Fitting: 40 pairs of pairs.csv (captions: caption, a {part} of the set)" in caplog.text
+    assert run.examples["source"]["captions"] == "caption, a {part} of the set"
+
+
 def test_the_card_of_a_fit_states_no_steps(run):
     card = (run.folder / "exported" / "safetensors" / "README.md").read_text(encoding="utf-8").partition("<details>")[0]
     assert f"{COUNT} pairs" in card

@@ -273,5 +273,5 @@ def test_a_run_without_a_terminal_tells_its_steps_in_lines(table, tmp_path, capf
     printed = capfd.readouterr().err
     for step in (2, 8):
         assert re.findall(rf"training +{step}/8 .*0:00:\d\d elapsed .*loss -?\d+\.\d{{3}}", printed), printed
-    assert ("Starting: 24 pairs" in printed, "━" in printed) == (True, False)
+    assert ("Starting: 24 pairs of shapes.jsonl (captions: caption)" in printed, "━" in printed) == (True, False)
     assert "Starting: 24 pairs" in (tmp_path / "log.txt").read_text()

@@ -37,7 +37,7 @@ from declip.training import distributed
 from declip.training.assemble import Resolved, resolve
 from declip.training.estimate import encoding_seconds
 from declip.training.evaluations import evaluation_tasks, measure
-from declip.training.pairs import refuse_broken, sample_hashes
+from declip.training.pairs import described, refuse_broken, sample_hashes
 from declip.training.pretrained import load_tensors
 from declip.training.sinks import RunInfo, monitored
 from declip.training.state import versions
@@ -81,6 +81,7 @@ def _fit(resolved: Resolved, folder: Path, resume: bool, quiet: bool, sources: S
     if not resumed:
         run_folder.open_folder(recipe, folder, resume, lists)
     with monitored(RunInfo(folder, 0, STEP, recipe.train.batch_size, quiet), trackers) as monitor:
+        log.info("Fitting: %s", described(source))
         for warning in caption_warnings(source, model.tokenizer):
             log.warning(warning)
         # --- heads and the checkpoint
@@ -181,7 +182,7 @@ def _write_facts(
     folder: Path, source: PairSource, features: Features, choice: Choice, classes: ClassPairs | None, seed: int
 ) -> None:
     pairs, outcome = features.pairs, choice.outcome
-    facts = {"name": source.name, "pairs": len(source), "credit": source.credit}
+    facts = {"name": source.name, "pairs": len(source), "captions": source.captions_from, "credit": source.credit}
     worst = [] if outcome is None else _write_ranks(folder, source, features, outcome)
     write_text(folder / run_folder.EXAMPLES, json.dumps({"source": facts, "losses": {}, "views": [], "worst": worst}))
     fitted: dict[str, Any] = {

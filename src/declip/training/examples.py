@@ -28,7 +28,7 @@ def write_examples(parts: Parts, batch: PairBatch) -> None:
         title = getattr(term, "title", name)  # a user's own term may have none
         losses[name] = {"title": title, "explanation": term.explanation, "chance": chance}
     views = example_views(batch, source, parts.recipe.image, parts.model.tokenizer)
-    facts = {"name": source.name, "pairs": len(source), "credit": source.credit}
+    facts = {"name": source.name, "pairs": len(source), "captions": source.captions_from, "credit": source.credit}
     write_text(parts.folder / EXAMPLES, json.dumps({"source": facts, "losses": losses, "views": views}))
 
 

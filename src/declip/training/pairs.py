@@ -11,6 +11,7 @@ from declip.data.sources.open import NO_SOURCES, Sources, open_source
 from declip.data.sources.subset import Joined, take, training_part
 from declip.errors import UserError
 from declip.evaluation.datasets import open_dataset, with_classes
+from declip.io.text import plural
 from declip.recipe.schema import Recipe
 from declip.training.evaluations import evaluation_tasks
 
@@ -28,6 +29,12 @@ def open_training_source(recipe: Recipe, sources: Sources = NO_SOURCES) -> PairS
     if data.columns.get("group") is not None and source.group_column is None:
         raise UserError(f"data.columns.group names a column of a table, which '{source.name}' is not. Leave it out.")
     return source if data.max_pairs is None else take(source, data.max_pairs, recipe.seed)
+
+
+def described(source: PairSource) -> str:
+    """Format the number of pairs, their source and its columns of captions: "24 pairs of a.csv (captions: title)"."""
+    captions = f" (captions: {source.captions_from})" if source.captions_from else ""
+    return f"{plural(len(source), 'pair')} of {source.name}{captions}"
 
 
 def refuse_broken(source: PairSource, allowed: float) -> None:

@@ -30,6 +30,7 @@ from declip.training.distributed import StepSync
 from declip.training.evaluations import evaluation_tasks, measure
 from declip.training.examples import write_examples
 from declip.training.optimizer import group_lr, learning_rate
+from declip.training.pairs import described
 from declip.training.signals import TRY_AGAIN, StopRequest
 from declip.training.sinks import Monitor, RunInfo, monitored
 from declip.training.state import BestEvaluation, Parts, collect, load_weights
@@ -95,8 +96,8 @@ class Trainer:
         trained = sum(p.numel() for group in parts.optimizer.param_groups for p in group["params"]) / 1e6
         weights = ", ".join(f"{weight:g} {name}" for name, weight in parts.objective.weights.items())
         log.info(
-            f"{f'Resuming at step {step}' if step else 'Starting'}: {len(parts.source):,} pairs of "
-            f"{parts.source.name}; {trained:,.2f} M trainable parameters; {weights}; {parts.model.device}, "
+            f"{f'Resuming at step {step}' if step else 'Starting'}: {described(parts.source)}; "
+            f"{trained:,.2f} M trainable parameters; {weights}; {parts.model.device}, "
             f"{parts.recipe.train.precision}, {torch.get_num_threads()} threads"
         )
         if parts.pretrained is not None:
