@@ -1,10 +1,11 @@
 """Few pairs: `declip finetune` and what people would use instead, with the same towers, pairs and split.
 
-    python benchmarks/peers_few.py stamps-photos,stamps,clipart,emoji,icons [--seeds 3] [--out runs/few]
+    python benchmarks/peers_few.py stamps-photos,stamps,clipart,emoji-test,icons-test [--seeds 3] [--out runs/few]
 
 measures what is missing in OUT/cells.jsonl, and writes OUT/table.md, OUT/few.webp, and OUT/class_pairs.json: how many
 times fewer pairs are needed with class names. With --from open_clip:ViT-B-32/openai, which downloads it, the features
-are the embeddings of that CLIP. The commit in results/few/cells.jsonl also has scikit-learn's CCA, which is never best.
+are the embeddings of that CLIP. results/few/cells.jsonl is of --from builtin:lite0-minilm at an earlier commit;
+results/few/posteriors.jsonl is of --sizes 0 31 124 -1, with "whole sets" of --whole.
 
 A fifth of the groups of each set is held out; rows of the table are R@1 and R@10 there, the mean of both directions.
 Every method reads the same features of the built-in start, so only what is learned from them differs. The settings of
@@ -16,6 +17,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,16 +31,16 @@ from torch.nn.functional import normalize
 
 from declip.closed_form.folds import assign_folds
 from declip.closed_form.heads import HeldOutBlock, caption_numbers, choose_heads, score
-from declip.closed_form.solve import ClassPairs, Heads, Pairs
+from declip.closed_form.solve import ClassPairs, Pairs, centered, regression_rows
 from declip.comparison.outcome import EfficiencyCurve, curve_of, pairs_needed
 from declip.finetuning.features import FrozenEncoder, class_pairs, compute_features, embeddings
 from declip.finetuning.fit import frozen_model
 from declip.finetuning.run import finetune_recipe
 from declip.training.assemble import resolve
 
-SIZES = (31, 124, 500, 2_000, 0)  # training pairs; 0: all
+SIZES = (0, 31, 124, 500, 2_000, -1)  # training pairs; -1: all
 MOST = 6_000  # of 64,000 icons
-START = "builtin:lite0-minilm"
+START = "builtin:lite2-minilm"
 FOLDS = 5
 WIDTH = 512  # of the space that the trained peers learn
 SALT = 7_000  # of the splits; 0 to 2 are those of this table
@@ -59,6 +61,7 @@ class Task(NamedTuple):
     pairs: Pairs
     groups: np.ndarray
     classes: ClassPairs | None
+    names: Callable[[Tensor], Tensor] | None  # classes (n, k) → (n, w) text features of their names in a row
     seed: int
     embedded: bool = False  # the features are embeddings of a start that has projections
 
@@ -73,6 +76,7 @@ class Data:
     pairs: Pairs
     groups: np.ndarray
     classes: ClassPairs | None
+    names: Callable[[Tensor], Tensor] | None
     embedded: bool
 
     @classmethod
@@ -86,7 +90,13 @@ class Data:
             encoder = FrozenEncoder(model)
             features = compute_features(encoder, resolved.source, resolved.recipe, True)
             pairs = embeddings(features.pairs, model) if starts else features.pairs
-            return cls(pairs, features.groups, class_pairs(resolved, encoder, True), starts)
+            classes = resolved.weights.named_classes() if resolved.weights is not None else None
+
+            def names(rows: Tensor) -> Tensor:
+                assert classes is not None
+                return encoder.pool_captions([", ".join(classes.names[i] for i in row) for row in rows.tolist()])
+
+            return cls(pairs, features.groups, class_pairs(resolved, encoder, True), classes and names, starts)
 
     def some(self, indices: np.ndarray) -> tuple[Pairs, np.ndarray]:
         """Some images with their captions, and their groups."""
@@ -113,9 +123,18 @@ def recall(towers: Towers, pairs: Pairs) -> tuple[float, float]:
 
 def declip(task: Task) -> Towers:
     """`declip finetune`: the form and the weight of the classes are chosen by cross-validation inside."""
-    chosen = choose_heads(task.pairs, task.groups, task.classes, task.seed, task.embedded)
-    heads = Heads(*(side.float() for side in chosen.heads))
-    return Towers(lambda images: images @ heads.image.mT, lambda texts: texts @ heads.text.mT)
+    image, text, classifier = choose_heads(task.pairs, task.groups, task.classes, task.seed, task.embedded).heads
+
+    def embed(images: Tensor) -> Tensor:
+        images = images.double() if classifier is None else classifier.features(images.double())
+        return (images @ image.double().mT).float()
+
+    return Towers(embed, lambda texts: texts @ text.float().mT)
+
+
+def declip_linear(task: Task) -> Towers:
+    """`declip finetune` without class posteriors, as it was before and as other formats hold it."""
+    return declip(task._replace(classes=task.classes and task.classes._replace(posteriors=False)))
 
 
 def declip_own_pairs(task: Task) -> Towers:
@@ -144,6 +163,43 @@ def ridge(task: Task, alpha: float) -> Towers:
     from sklearn.linear_model import Ridge
 
     return regression(Ridge(alpha=alpha), task)
+
+
+def ridge_with_classes(task: Task, alpha: float) -> Towers:
+    """scikit-learn's Ridge on the pairs and on the classifier's rows with the names and definitions of its classes."""
+    from sklearn.linear_model import Ridge
+
+    assert task.classes is not None
+    rows = regression_rows(task.pairs, task.classes._replace(posteriors=False), 1.0)
+    texts, model = unit(rows.texts), Ridge(alpha=alpha)
+    model.fit(rows.images[rows.owners].float().numpy(), texts.numpy(), sample_weight=rows.weights.numpy())
+    mean = texts.mean(dim=0)
+
+    def embed(images: Tensor) -> Tensor:
+        features = centered(images.double(), rows.direction)[0].float()
+        return torch.from_numpy(model.predict(features.numpy())).float() - mean
+
+    return Towers(embed, lambda own: unit(own) - mean)
+
+
+def class_names(task: Task, count: int) -> Towers:
+    """The names of an image's best classes, as a text for the sentence encoder."""
+    assert task.classes is not None
+    assert task.names is not None
+    rows, names = task.classes.rows, task.names
+    return Towers(lambda images: names((images @ rows.mT).topk(count).indices), unit)
+
+
+def conse(task: Task, count: int) -> Towers:
+    """ConSE (arXiv 1312.5650): features of the names of an image's best classes, weighted by their probabilities."""
+    assert task.classes is not None
+    rows, names = task.classes.rows, unit(task.classes.texts[: len(task.classes.rows)])
+
+    def embed(images: Tensor) -> Tensor:
+        best = (images @ rows.mT).softmax(dim=1).topk(count)
+        return torch.einsum("nk,nkw->nw", best.values, names[best.indices])
+
+    return Towers(embed, unit)
 
 
 def pls(task: Task, directions: int) -> Towers:
@@ -236,19 +292,28 @@ class Peer(NamedTuple):
     settings: Mapping[str, tuple[float, ...]]
 
 
+ALPHAS = {"alpha": (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)}
 TRAINED = {"lr": (3e-4, 1e-3, 3e-3, 1e-2), "epochs": (10, 30, 100)}
 PEERS = {
     "start as it is": Peer(start, {}),
     "declip finetune": Peer(declip, {}),
+    "declip, linear": Peer(declip_linear, {}),
     "declip, own pairs": Peer(declip_own_pairs, {}),
-    "scikit-learn Ridge": Peer(ridge, {"alpha": (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)}),
+    "best class name": Peer(partial(class_names, count=1), {}),
+    "five class names": Peer(partial(class_names, count=5), {}),
+    "ConSE": Peer(partial(conse, count=10), {}),
+    "Ridge with class rows": Peer(ridge_with_classes, ALPHAS),
+    "scikit-learn Ridge": Peer(ridge, ALPHAS),
     "scikit-learn PLS": Peer(pls, {"directions": (4, 8, 16, 32, 64, 128)}),
     "open_clip, locked": Peer(open_clip, TRAINED),
     "sentence-transformers": Peer(sentence_transformers, TRAINED),
 }
 
 
-TITLES = {"stamps-photos": "photographs", "stamps": "stamps", "clipart": "clip art", "emoji": "emoji", "icons": "icons"}
+TITLES = {"stamps-photos": "photographs", "stamps": "stamps", "clipart": "clip art"}
+TITLES |= {"emoji-test": "emoji", "icons-test": "icons"}
+WITHOUT_PAIRS = ("declip finetune", "declip, linear", "best class name", "five class names", "ConSE")
+WITHOUT_PAIRS = (*WITHOUT_PAIRS, "Ridge with class rows")
 STYLES: dict[str, Any] = {
     "declip finetune": {"color": "#c2410c", "marker": "o", "linewidth": 3},
     "declip, own pairs": {"color": "#c2410c", "marker": ".", "linestyle": "--"},
@@ -264,14 +329,14 @@ def measure(peer: Peer, data: Data, chosen: np.ndarray, held_out: Pairs, seed: i
     began = time.perf_counter()
     pairs, groups = data.some(chosen)
     grid = [dict(zip(peer.settings, values, strict=True)) for values in product(*peer.settings.values())]
-    scores = [0.0]
-    if len(grid) > 1:
+    scores = [float(number == len(grid) // 2) for number in range(len(grid))]  # without pairs the middle
+    if len(grid) > 1 and len(chosen):
         part = assign_folds(groups, FOLDS, seed) == 0
         (fitted, own), (validation, _) = (data.some(np.sort(chosen)[side]) for side in (~part, part))
-        smaller = Task(fitted, own, data.classes, seed, data.embedded)
+        smaller = Task(fitted, own, data.classes, data.names, seed, data.embedded)
         scores = [sum(recall(peer.method(smaller, **settings), validation)) for settings in grid]
     settings = grid[int(np.argmax(scores))]
-    towers = peer.method(Task(pairs, groups, data.classes, seed, data.embedded), **settings)
+    towers = peer.method(Task(pairs, groups, data.classes, data.names, seed, data.embedded), **settings)
     r1, r10 = recall(towers, held_out)
     return {"r1": r1, "r10": r10, "settings": settings, "seconds": time.perf_counter() - began}
 
@@ -301,7 +366,7 @@ def plot(cells: list[dict[str, Any]], file: Path) -> None:
         for method, style in STYLES.items():
             points: dict[int, list[float]] = {}
             for cell in cells:
-                if (cell["set"], cell["method"]) == (name, method):
+                if (cell["set"], cell["method"]) == (name, method) and cell["pairs"]:
                     points.setdefault(cell["pairs"], []).append(cell["r10"])
             panel.semilogx(sorted(points), [np.mean(points[size]) for size in sorted(points)], label=method, **style)
         panel.set(title=title, xlabel="training pairs", ylim=(0, 100))
@@ -350,7 +415,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sets", help="built-in sets, such as stamps-photos,clipart")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="numbers of training pairs; 0: all")
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="numbers of training pairs; -1: all")
+    parser.add_argument("--whole", action="store_true", help="without pairs, all images as gallery")
     parser.add_argument("--methods", nargs="+", choices=PEERS)
     parser.add_argument("--from", dest="weights", default=START, help=f"default: {START}")
     parser.add_argument("--out", type=Path, default=Path("runs/few"))
@@ -363,16 +429,24 @@ def main() -> None:
         data = Data.of(f"builtin:{name}", options.weights)
         left_out = "declip, own pairs" if data.embedded else "start as it is"
         methods = options.methods or [method for method in PEERS if method != left_out]
-        name = name if options.weights == START else f"{name} from {options.weights}"
-        for seed in range(options.seeds):
+        label = name if options.weights == START else f"{name} from {options.weights}"
+        label += ", whole" * options.whole
+        for seed in range(1 if options.whole else options.seeds):
             fold = assign_folds(data.groups, FOLDS, SALT + seed)
-            held_out, _ = data.some(np.flatnonzero(fold == 0))
+            held_out = data.pairs if options.whole else data.some(np.flatnonzero(fold == 0))[0]
             pool = np.random.default_rng(seed).permutation(np.flatnonzero(fold != 0))
-            for size in sorted({min(size or len(pool), len(pool)) for size in options.sizes}):
+            sizes = [0] if options.whole else options.sizes
+            for size in sorted({len(pool) if size < 0 else min(size, len(pool)) for size in sizes}):
                 for method in methods:
-                    if (name, seed, size, method) in done:
+                    if (label, seed, size, method) in done or (size == 0 and method not in WITHOUT_PAIRS):
                         continue
-                    row = {"set": name, "seed": seed, "pairs": size, "held_out": len(held_out.images), "method": method}
+                    row = {
+                        "set": label,
+                        "seed": seed,
+                        "pairs": size,
+                        "held_out": len(held_out.images),
+                        "method": method,
+                    }
                     row |= measure(PEERS[method], data, pool[:size], held_out, seed)
                     print(json.dumps(row), flush=True)
                     known.append(row)

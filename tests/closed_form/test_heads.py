@@ -270,3 +270,11 @@ def test_ranks_equal_a_plain_loop():
     for caption, text in enumerate(texts):
         best = max(scores[owners[texts == text], text])
         assert found.to_image[caption] == sum(score > best for score in scores[:, text])
+
+
+@pytest.mark.parametrize("count", [30, 90])  # fewer rows than columns, and more
+def test_the_largest_directions_are_the_principal_axes(count):
+    rows, weights = torch.randn(count, 40, generator=torch.Generator().manual_seed(0)), torch.linspace(0.1, 2, count)
+    turned = heads.largest_directions(rows, weights, 10)
+    moments = torch.linalg.eigvalsh((rows * weights[:, None]).mT @ rows)[-10:]
+    torch.testing.assert_close((turned * weights[:, None]).mT @ turned, moments.diag(), atol=1e-3, rtol=1e-4)

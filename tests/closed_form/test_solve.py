@@ -9,7 +9,7 @@ import torch
 from sklearn.linear_model import Ridge
 
 from declip.closed_form import solve
-from declip.closed_form.solve import DEFAULT_FORM, Form, Pairs, fit_heads, regression_rows, split_product
+from declip.closed_form.solve import DEFAULT_FORM, ClassPairs, Form, Pairs, fit_heads, regression_rows, split_product
 from pair_features import class_pairs, features, pairs_of
 
 
@@ -62,13 +62,42 @@ def test_heads_are_those_of_scikit_learn_and_plain_algebra(method, ridge):
     if method == "pulled":
         images = images[:, :7] + texts  # embeddings in one space
     weights = torch.linspace(0.5, 2.0, 40, dtype=torch.float64)
-    rows = solve.RegressionRows(images, texts, weights, None)
+    x, direction = solve.centered(images, weights @ images)
+    rows = solve.RegressionRows(x, texts, torch.arange(40), weights, direction)
     (heads,) = solve.closed_form_heads(rows, (Form(method, ridge),))
     x, y, share = centered(images, weights), centered(texts, weights), (weights / weights.sum()).numpy()[:, None]
     bilinear = (heads.image.mT @ heads.text).numpy()
     np.testing.assert_allclose(x @ bilinear @ y.T, x @ PLAIN[method](x, y, share, ridge) @ y.T, atol=1e-8)
     if ridge == 1e9:  # the cosines of the start, up to a factor
         np.testing.assert_allclose(x @ bilinear @ y.T, x @ y.T * 2 / 7**0.5, atol=1e-6)
+
+
+@pytest.mark.parametrize("count", [3, 40])  # fewer rows than columns, and more
+@pytest.mark.parametrize("method", ["ridge", "cca"])
+def test_class_posteriors_are_features_too(method, count):
+    pairs, classes = pairs_of(8), class_pairs(count)
+    (heads,) = fit_heads(pairs, classes, 0.5, (Form(method, 0.3),))
+    direction = (10 * classes.mean + pairs.images.sum(dim=0)).numpy()
+    direction /= np.linalg.norm(direction)
+
+    def features_of(rows, posteriors):
+        rest = rows.numpy() - np.outer(rows.numpy() @ direction, direction)
+        return np.hstack([rest / np.linalg.norm(rest, axis=1, keepdims=True), posteriors])
+
+    own = features_of(pairs.images, scipy.special.softmax((pairs.images @ classes.rows.mT).numpy(), axis=1) ** 0.7)
+    x = np.vstack([own, features_of(classes.rows - classes.rows.mean(dim=0), np.eye(count))])
+    weights = torch.tensor([1.0] * 8 + [0.5] * count, dtype=torch.float64)
+    y, share = centered(torch.cat([pairs.texts, classes.texts]), weights), (weights / weights.sum()).numpy()[:, None]
+    bilinear = (heads.image.mT @ heads.text).numpy()
+    np.testing.assert_allclose(heads.classifier.features(pairs.images).numpy(), own)
+    np.testing.assert_allclose(own @ bilinear @ y.T, own @ PLAIN[method](x, y, share, 0.3) @ y.T, atol=1e-8)
+
+
+def test_neither_classes_of_no_weight_nor_thousands_have_posteriors():
+    pairs, classes = pairs_of(8), class_pairs(3)
+    many = ClassPairs(*(part.repeat(800, *[1] * (part.ndim - 1)) for part in classes[:3]), classes.mean)
+    given = ((classes, 0.0), (many._replace(owners=torch.arange(2400)), 1.0), (classes._replace(posteriors=False), 1.0))
+    assert [regression_rows(pairs, each, weight).images.shape[1] for each, weight in given] == [12] * 3
 
 
 @pytest.mark.parametrize("shape", [(9, 5), (5, 9), (6, 6)])
@@ -108,7 +137,8 @@ def test_a_ridge_refers_to_all_directions_of_features_with_fewer_columns():
     images, texts = features(6)
     basis, products = torch.linalg.qr(images.mT).Q, []  # (12, 6), all directions that the images have
     for x, widths in ((images, None), (images @ basis, (12, 7))):
-        axes, maps = solve.solve(solve.moments(x, texts, torch.ones(6)), (DEFAULT_FORM,), widths)
+        moments = solve.moments(x, texts, torch.arange(6), torch.ones(6).double())
+        axes, maps = solve.solve(moments, (DEFAULT_FORM,), widths)
         left, right = (side @ own @ head.mT for side, own, head in zip((x, texts), axes, maps[0], strict=True))
         products.append(left @ right.mT)
     torch.testing.assert_close(*products)

@@ -34,6 +34,7 @@ pytest.importorskip("transformers")
 
 COUNT = 40
 WRITE = outputs.write_finetuned
+TRAINED = {"train.steps": 2, "train.batch_size": 8, "train.report_to": []}
 COLORS = ("red", "green", "blue", "white")
 
 
@@ -211,6 +212,10 @@ def test_the_classes_of_the_start_are_pairs_too(folder, tmp_path):
     assert known["gain"]["value"] == pytest.approx(known["percentile"]["value"] - known["percentile_of_start"]["value"])
     printed = render("fitted.txt", it={**known, "method": "ridge"}, mixture={})
     assert [part for part in ("without any fitting", points(known["gain"]["value"])) if part not in printed] == []
+    model = declip.load(tmp_path / "run", "cpu")
+    assert model.image_tower.proj.classes.shape == (4, model.image_tower.pre_logits_width)
+    further = declip.finetune(folder / "pairs.csv", tmp_path / "run", TRAINED, tmp_path / "all", freeze="none")
+    assert declip.load(further.folder, "cpu").image_tower.proj.weight.shape == model.image_tower.proj.weight.shape
     keys["finetune.class_pairs"] = False
     run = declip.finetune(folder / "pairs.csv", start, keys, tmp_path / "without", **options)
     assert run.cross_validation["classes"] == 0
@@ -274,9 +279,14 @@ def test_a_start_with_projections_is_never_worse_afterwards(run, folder, tmp_pat
     torch.testing.assert_close(cosines(exported, folder), after)
 
 
-def test_heads_are_applied_after_the_projections_of_their_start(run):
+@pytest.mark.parametrize("posteriors", [False, True])
+def test_heads_are_applied_after_the_projections_of_their_start(posteriors, run):
     model, heads = declip.load(run.folder, "cpu"), Heads(*torch.randn(2, 8, 64).unbind())
-    model.image_tower.proj.bias = torch.nn.Parameter(torch.randn(64))  # as of CLIP's ResNets
+    tower = model.image_tower
+    if posteriors:
+        tower.match_projection({"image_tower.proj.classes": torch.empty(4, tower.pre_logits_width)})
+    else:
+        tower.proj.bias = torch.nn.Parameter(torch.randn(64))  # as of CLIP's ResNets
     images, tokens = model.preprocess([texture(0), texture(1)]), model.tokenize(["red circle", "blue"])
     with torch.no_grad():
         expected = heads.similarities(model.encode_image(images), model.encode_text(tokens))

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from scipy.special import stdtrit
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from declip.closed_form.folds import assign_folds
 from declip.closed_form.solve import (
@@ -289,16 +290,18 @@ class CrossValidation:
         n, m = len(pairs.images), len(pairs.texts)
         rows = regression_rows(pairs, classes, weight)
         weights = rows.weights.float()
-        x = centered(rows.images.float(), rows.weights, rows.mean)[0]  # (r, v), the first m of own images
-        y = centered(rows.texts.float(), rows.weights)[0]  # (r, w)
+        x, y = rows.images.float(), rows.texts.float()  # (i, v), the first n of own images, and (r, w)
+        y = centered(y, weights @ y)[0]
         self._widths = (x.shape[1] if one_space else min(x.shape[1], DIRECTIONS), y.shape[1])
         if not one_space:
-            x, y = (_largest_directions(side, weights, width) for side, width in zip((x, y), self._widths, strict=True))
+            shares = torch.zeros(len(x)).index_add(0, rows.owners, weights)  # (i,)
+            x, y = (
+                largest_directions(side, of_rows, width)
+                for side, of_rows, width in zip((x, y), (shares, weights), self._widths, strict=True)
+            )
         self._weights = weights[:m]
-        self._classes = moments(x[m:], y[m:], weights[m:])
-        images = torch.empty(n, x.shape[1])
-        images[pairs.owners] = x[:m]
-        self._centered = Pairs(images, y[:m], pairs.owners)
+        self._classes = moments(x[n:], y[m:], rows.owners[m:] - n, weights[m:])
+        self._centered = Pairs(x[:n], y[:m], pairs.owners)
         self._numbers = caption_numbers(pairs)
 
     def ranks(self, forms: tuple[Form, ...], fitted: Tensor | None = None) -> list[HeldOutRanks]:
@@ -309,7 +312,7 @@ class CrossValidation:
         def rank_fold(fold: int) -> list[list[tuple[HeldOutBlock, HeldOutRanks]]]:
             """Ranks of a fold's blocks, of each by all forms."""
             kept = ((self.folds != fold) & usable)[owners]  # (m,)
-            own = moments(images[owners[kept]], texts[kept], self._weights[kept])
+            own = moments(images, texts[kept], owners[kept], self._weights[kept])
             (x_axes, y_axes), maps = solve(tuple(map(torch.add, own, self._classes)), forms, self._widths)
             ranked = []
             for block in blocks((self.folds == fold).nonzero().flatten(), owners, self._numbers):
@@ -323,13 +326,18 @@ class CrossValidation:
         return [HeldOutRanks.join(self.pairs, of_form) for of_form in zip(*ranked, strict=True)]
 
 
-def _largest_directions(rows: Tensor, weights: Tensor, count: int) -> Tensor:
+def largest_directions(rows: Tensor, weights: Tensor, count: int) -> Tensor:
     """Turn rows (r, v) so that `count` columns or fewer hold their largest directions."""
     if len(rows) < count:  # all of their directions
         return rows @ torch.linalg.qr(rows.mT).Q
-    if rows.shape[1] > count:
-        rows = rows @ torch.linalg.eigh((rows * weights[:, None]).mT @ rows).eigenvectors[:, -count:]
-    return rows
+    if rows.shape[1] <= count:
+        return rows
+    scaled = rows * weights.sqrt()[:, None]
+    if len(rows) < rows.shape[1]:  # the same directions, from products of rows
+        axes = normalize(scaled.mT @ torch.linalg.eigh(scaled @ scaled.mT).eigenvectors[:, -count:], dim=0)
+    else:
+        axes = torch.linalg.eigh(scaled.mT @ scaled).eigenvectors[:, -count:]
+    return rows @ axes
 
 
 class HeldOutBlock(NamedTuple):

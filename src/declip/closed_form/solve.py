@@ -13,6 +13,10 @@ from declip.closed_form.folds import PrincipalAxes
 
 LEAST_SLOPE = 1e-3  # of embeddings on those of their pairs, where the model is no better than chance
 OWN_MEAN = 10  # training images that weigh as much as the start's mean feature
+# Of class posteriors as features. 0.5 costs half a point of R@10 with 31 emoji and icons, whose classes are unsure and
+# where small powers have a length; 1 costs a point of R@1 on clip art (benchmarks/results/few/posteriors.jsonl).
+POSTERIOR_POWER = 0.7
+MOST_CLASSES = 2_000  # whose posteriors are features: the time of a fit grows with the cube of their number
 
 
 class Form(NamedTuple):
@@ -41,26 +45,43 @@ class ClassPairs(NamedTuple):
     texts: Tensor  # (t, w), features of the classes' names and definitions
     owners: Tensor  # (t,) int64, the class of each text
     mean: Tensor  # (v,), mean feature of images, measured once for the start
+    posteriors: bool = True  # whether an image's class posteriors are features too
+
+
+class PosteriorFeatures(NamedTuple):
+    """A classifier whose class posteriors are features of an image, beside those that it reads."""
+
+    rows: Tensor  # (c, v), its weights; a bias changes nothing measurable
+    direction: Tensor  # (v,) of unit length, of the mean feature of images
+
+    def features(self, images: Tensor) -> Tensor:
+        """Features (…, v) of unit length without the direction, then powers of the posteriors: (…, v + c)."""
+        logarithms = POSTERIOR_POWER * (images @ self.rows.mT).log_softmax(dim=-1)
+        return torch.cat([normalize(without(images, self.direction), dim=-1), logarithms.exp()], dim=-1)
 
 
 class Heads(NamedTuple):
     """Two projections without biases into one space, where the cosine compares images and texts."""
 
-    image: Tensor  # (k, v)
+    image: Tensor  # (k, v), or of a classifier's features (k, v + c)
     text: Tensor  # (k, w)
+    classifier: PosteriorFeatures | None = None
 
     def similarities(self, images: Tensor, texts: Tensor) -> Tensor:
         """Cosines of images (n, v) and texts (m, w), (n, m)."""
+        images = images if self.classifier is None else self.classifier.features(images)
         return normalize(images @ self.image.mT, dim=-1) @ normalize(texts @ self.text.mT, dim=-1).mT
 
 
 class RegressionRows(NamedTuple):
-    """Pairs of one image and one text with weights: first the captions of the images, then the texts of the classes."""
+    """Images and the texts of each with weights: first the images of pairs, then a classifier's classes."""
 
-    images: Tensor  # (r, v)
+    images: Tensor  # (i, v), of unit length without the direction, or with posteriors (i, v + c)
     texts: Tensor  # (r, w)
+    owners: Tensor  # (r,) int64, the image of each text
     weights: Tensor  # (r,) float64
-    mean: Tensor | None  # (v,) mean feature of images; None: that of `images`
+    direction: Tensor  # (v,), see `centered`
+    classifier: PosteriorFeatures | None = None
 
 
 def closed_form_heads(rows: RegressionRows, forms: tuple[Form, ...]) -> list[Heads]:
@@ -79,27 +100,47 @@ def closed_form_heads(rows: RegressionRows, forms: tuple[Form, ...]) -> list[Hea
         R₁ = (XᵀΩX + εₓI)⁻¹ (XᵀΩY + εₓ cₓ I)        cₓ = tr(XᵀΩY) / tr(XᵀΩX)        R₂ with X and Y exchanged
     """
     weights = (rows.weights / rows.weights.sum()).double()
-    x, x_mean = centered(rows.images.double(), weights, rows.mean)
-    y, y_mean = centered(rows.texts.double(), weights)
-    (x_axes, y_axes), maps = solve(moments(x, y, weights), forms)
-    # Equal features have no variance in the mean's direction, others have: it must stay ignored.
-    return [Heads(_without(left @ x_axes.mT, x_mean), _without(right @ y_axes.mT, y_mean)) for left, right in maps]
+    x = rows.images.double()
+    y = rows.texts.double()
+    y, y_mean = centered(y, weights @ y)
+    width, basis = x.shape[1], None
+    if len(x) < width:  # O(v³) of all directions would take longer
+        basis = torch.linalg.qr(x.mT).Q  # (v, i)
+        x = x @ basis
+    (x_axes, y_axes), maps = solve(moments(x, y, rows.owners, weights), forms, (width, y.shape[1]))
+    x_axes = x_axes if basis is None else basis @ x_axes
+    found, own = [], len(rows.direction)
+    for left, right in maps:
+        image = left @ x_axes.mT
+        # Equal features have no variance in the mean's direction, others have: it must stay ignored.
+        image = torch.cat([without(image[:, :own], rows.direction), image[:, own:]], dim=1)
+        found.append(Heads(image, without(right @ y_axes.mT, y_mean), rows.classifier))
+    return found
 
 
-def centered(features: Tensor, weights: Tensor, mean: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Features (n, v) of unit length without the direction of their weighted mean, or a given one (v,); that too."""
-    direction = normalize(weights.to(features) @ features if mean is None else mean.to(features), dim=0)
-    return normalize(_without(features, direction), dim=-1), direction
+def centered(features: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    """Features (n, v) of unit length without the direction of a mean (v,); that too."""
+    direction = normalize(mean.to(features), dim=0)
+    return normalize(without(features, direction), dim=-1), direction
 
 
-def _without(rows: Tensor, direction: Tensor) -> Tensor:
-    return rows - (rows @ direction)[:, None] * direction
+def without(rows: Tensor, direction: Tensor) -> Tensor:
+    """Rows (…, v) without their part in a direction (v,) of unit length."""
+    return rows - (rows @ direction)[..., None] * direction
 
 
-def moments(x: Tensor, y: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
-    """Sums of x xᵀ, y yᵀ and x yᵀ over weighted rows (n, v) and (n, w): (v, v), (w, w) and (v, w)."""
-    weighted = x * weights[:, None]
-    return weighted.mT @ x, (y * weights[:, None]).mT @ y, weighted.mT @ y
+def moments(x: Tensor, y: Tensor, owners: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
+    """Sums of x xᵀ, y yᵀ and x yᵀ over weighted texts (r, w) and their images, rows of (i, v): (v, v), (w, w), (v, w).
+
+    The plain loop::
+
+        for text, owner, weight in zip(y, owners, weights):
+            xx, yy, xy = (sum_ + weight * outer for sum_, outer in ...)
+    """
+    weighted = y * weights[:, None]
+    shares = x.new_zeros(len(x)).index_add(0, owners, weights)
+    of_images = y.new_zeros(len(x), y.shape[1]).index_add(0, owners, weighted)  # each image's texts
+    return (x * shares[:, None]).mT @ x, weighted.mT @ y, x.mT @ of_images
 
 
 def solve(
@@ -158,19 +199,25 @@ def split_product(product: Tensor) -> tuple[Tensor, Tensor]:
 
 def regression_rows(pairs: Pairs, classes: ClassPairs | None, class_weight: float) -> RegressionRows:
     """Rows of the regression: an image weighs 1, a class `class_weight`, however many texts they have."""
-    owners = pairs.owners
-    images, texts = [pairs.images[owners]], [pairs.texts]
-    weights = [1 / torch.bincount(owners)[owners].double()]
-    mean = None
-    if classes is not None:
-        own = pairs.images.double()
-        mean = (OWN_MEAN * classes.mean.double() + own.sum(dim=0)) / (OWN_MEAN + len(own))
-        if class_weight:
-            # A classifier's rows are known up to a common vector, which softmax ignores.
-            images.append((classes.rows - classes.rows.mean(dim=0))[classes.owners])
-            texts.append(classes.texts)
-            weights.append(class_weight / torch.bincount(classes.owners)[classes.owners].double())
-    return RegressionRows(torch.cat(images), torch.cat(texts), torch.cat(weights), mean)
+    own, owners, texts = pairs.images.double(), pairs.owners, pairs.texts
+    weights = 1 / torch.bincount(owners)[owners].double()
+    if classes is None:
+        images, direction = centered(own, own.mean(dim=0))
+        return RegressionRows(images, texts, owners, weights, direction)
+    mean = (OWN_MEAN * classes.mean.double() + own.sum(dim=0)) / (OWN_MEAN + len(own))
+    images, direction = centered(own, mean)
+    if not class_weight:
+        return RegressionRows(images, texts, owners, weights, direction)
+    # A classifier's rows are known up to a common vector, which softmax ignores.
+    rows, classifier = classes.rows.double(), None
+    centers = centered(rows - rows.mean(dim=0), mean)[0]
+    if classes.posteriors and len(rows) <= MOST_CLASSES:
+        classifier = PosteriorFeatures(rows, direction)
+        images, centers = classifier.features(own), torch.cat([centers, torch.eye(len(rows)).to(rows)], dim=1)
+    images, texts = torch.cat([images, centers]), torch.cat([texts, classes.texts])
+    counts = torch.bincount(classes.owners)[classes.owners].double()
+    weights, owners = torch.cat([weights, class_weight / counts]), torch.cat([owners, len(own) + classes.owners])
+    return RegressionRows(images, texts, owners, weights, direction, classifier)
 
 
 def fit_heads(pairs: Pairs, classes: ClassPairs | None, class_weight: float, forms: tuple[Form, ...]) -> list[Heads]:

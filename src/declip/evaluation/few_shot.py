@@ -85,7 +85,7 @@ def joint_encoder(model: Encoder) -> tuple[Callable[[Tensor], Tensor], int]:
             sides = features.pre_logits, features.pooled
             return torch.cat([normalize(side.float(), dim=-1) for side in sides], dim=-1)
 
-        return lambda pixels: chunked(both, pixels), model.image_tower.proj.weight.shape[1]
+        return lambda pixels: chunked(both, pixels), model.image_tower.pre_logits_width
     return lambda pixels: chunked(model.encode_image, pixels), 0
 
 

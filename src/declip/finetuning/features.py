@@ -30,6 +30,7 @@ from declip.io.pool import usual_workers
 from declip.models.dual_encoder import DualEncoder
 from declip.models.fingerprint import hash_tensors
 from declip.models.folding import inference_tower
+from declip.models.image_tower import PosteriorProjection
 from declip.models.inference import chunked
 from declip.models.layers import IMAGE, PROJECTIONS, TEXT
 from declip.recipe.schema import Recipe
@@ -190,9 +191,9 @@ def class_pairs(resolved: Resolved, encoder: FrozenEncoder, shown: bool) -> Clas
     return ClassPairs(classes.rows, features, owners, classes.mean)
 
 
-def projections(model: DualEncoder) -> tuple[nn.Linear, nn.Linear]:
+def projections(model: DualEncoder) -> tuple[nn.Linear | PosteriorProjection, nn.Linear]:
     """The projections of images and of texts into the shared space."""
-    return cast(nn.Linear, model.image_tower.proj), cast(nn.Linear, model.text_tower.text_projection)
+    return model.image_tower.proj, cast(nn.Linear, model.text_tower.text_projection)
 
 
 @torch.no_grad()

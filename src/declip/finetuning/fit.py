@@ -29,6 +29,8 @@ from declip.io.atomic import atomic_write, write_text
 from declip.io.text import plural
 from declip.models.dual_encoder import DualEncoder
 from declip.models.hf_encoder import TextEncoder
+from declip.models.image_tower import PosteriorProjection
+from declip.models.layers import PROJECTIONS
 from declip.recipe.schema import Recipe
 from declip.runs import folder as run_folder
 from declip.runs.checkpoint import Checkpoint, CheckpointWriter, list_checkpoints, prefixed
@@ -121,7 +123,7 @@ def frozen_model(resolved: Resolved) -> DualEncoder:
     model = DualEncoder.from_recipe(recipe, encoder)
     model.image_tower.refuse_size(recipe.image.model, recipe.image.size)
     load_tensors(weights, model)
-    if not all(isinstance(projection, nn.Linear) for projection in projections(model)):
+    if not all(isinstance(projection, nn.Linear | PosteriorProjection) for projection in projections(model)):
         raise UserError(
             f"--freeze both fits linear projections, and the towers of '{weights.origin}' have none. Give --freeze "
             "none with finetune.lora={rank: 8}, or --freeze image or text."
@@ -137,7 +139,12 @@ def set_heads(model: DualEncoder, choice: Choice, starts: bool = False) -> None:
     """
     if starts and choice.form == START:  # they stay as they are
         return
-    for projection, rows in zip(projections(model), choice.heads, strict=True):
+    if (classifier := choice.heads.classifier) is not None:
+        model.image_tower.match_projection({f"{PROJECTIONS[0]}classes": classifier.rows})
+        for buffer, tensor in zip(model.image_tower.proj.buffers(), classifier, strict=True):
+            buffer.copy_(tensor)
+    heads = choice.heads.image, choice.heads.text
+    for projection, rows in zip(projections(model), heads, strict=True):
         weight, bias = rows.to(projection.weight), torch.zeros(len(rows)).to(projection.weight)
         if starts:
             bias = weight @ projection.bias if projection.bias is not None else bias

@@ -45,6 +45,7 @@ class Format(ABC):
 
     name: str  # value of --format
     library: str  # the library that reads it, by its name on the Hub
+    linear = False  # whether projections must be linear maps
 
     @abstractmethod
     def holds(self, model: DualEncoder) -> None:

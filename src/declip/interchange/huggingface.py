@@ -158,7 +158,7 @@ def _read_json(file: Path) -> dict[str, Any]:
 class Huggingface(Format):
     """Folders of transformers' `CLIPModel` and `CLIPProcessor`."""
 
-    name, library = "huggingface", "transformers"
+    name, library, linear = "huggingface", "transformers", True
 
     def holds(self, model: DualEncoder) -> None:
         """Refuse towers other than CLIP's, and a bias of the text projection or of the logits."""

@@ -155,6 +155,7 @@ class OpenClip(Format):
     """Folders that open_clip loads as ``local-dir:FOLDER``."""
 
     name = library = "open_clip"
+    linear = True
 
     def holds(self, model: DualEncoder) -> None:
         """Refuse what open_clip's configuration cannot express."""

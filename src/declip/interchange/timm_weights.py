@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from declip.closed_form.solve import DEFAULT_FORM, ClassPairs, Heads, Pairs, fit_heads
+from declip.closed_form.solve import DEFAULT_FORM, ClassPairs, Pairs, fit_heads
 from declip.errors import UserError, unknown
 from declip.interchange.classes import Classes
 from declip.interchange.weights import Weights, read_tensors, unwrapped
@@ -47,7 +47,7 @@ LOGIT_SCALE = 20.0
 """Of candidates from 3 to 40, the one with the smallest cross-entropy both of classes that are held out from the fit
 (five folds of ImageNet's) and of the images and captions of builtin:stamps, at each size from 128 to 224 pixels."""
 
-VERSION = 2  # of the computation: raise it when the projections change
+VERSION = 3  # of the computation: raise it when the projections change
 BATCH = 64  # texts
 GRID = 2.0**-24  # of the projections; their numbers are about 0.04, and differ by 1e-14 between numbers of threads
 
@@ -150,7 +150,7 @@ def complete(weights: Weights) -> Weights:
         heads = class_heads(classes, texts)
         try:
             with atomic_write(path) as partial:
-                save_tensors(heads._asdict(), partial)
+                save_tensors(heads, partial)
         except UserError as error:  # the model is the same without a cache
             log.warning("%s", error)
     return _with_heads(weights, heads, classes.size)
@@ -162,27 +162,26 @@ def complete_text(weights: Weights, size: int) -> Weights | None:
     return None if heads is None else _with_heads(weights, heads, size).text
 
 
-def _with_heads(weights: Weights, heads: Heads, size: int | None) -> Weights:
+def _with_heads(weights: Weights, heads: Mapping[str, Tensor], size: int | None) -> Weights:
     recipe = weights.recipe
     changes = {
         "image": recipe.image.model_copy(update={"size": size or recipe.image.size}),
-        "embed_dim": len(heads.image),
+        "embed_dim": len(heads[f"{PROJECTIONS[0]}weight"]),
         "logit_scale": recipe.logit_scale.model_copy(update={"init": math.log(LOGIT_SCALE)}),
     }
-    new = {f"{prefix}weight": head for prefix, head in zip(PROJECTIONS, heads, strict=True)}
-    tensors = {**weights.tensors, **new, "logit_scale": torch.tensor(math.log(LOGIT_SCALE))}
+    tensors = {**weights.tensors, **heads, "logit_scale": torch.tensor(math.log(LOGIT_SCALE))}
     published = weights.published and f"{weights.published} {VERSION}"
     return replace(weights, recipe=recipe.model_copy(update=changes), tensors=tensors, published=published)
 
 
-def _read_heads(path: Path) -> Heads | None:
+def _read_heads(path: Path) -> dict[str, Tensor] | None:
     with suppress(Exception):  # a missing or damaged file is computed again
-        return Heads(**load_file(path))
+        return load_file(path)
     return None
 
 
-def class_heads(classes: Classes, texts: Tensor) -> Heads:
-    """Fit projections (w, v) and (w, w) to classes and the features (t, w) of their texts.
+def class_heads(classes: Classes, texts: Tensor) -> dict[str, Tensor]:
+    """Fit both projections to classes and the features (t, w) of their texts: their tensors, by the model's names.
 
     The shared space has the axes of the text features, which makes the projections unique: those of a singular value
     decomposition would change with the signs of its vectors, which rounding can flip. They are rounded to a grid, so
@@ -193,10 +192,13 @@ def class_heads(classes: Classes, texts: Tensor) -> Heads:
     nothing = Pairs(torch.empty(0, classes.rows.shape[1]), torch.empty(0, texts.shape[1]), torch.empty(0).long())
     (heads,) = fit_heads(nothing, pairs, 1.0, (DEFAULT_FORM,))
     axes = normalize(heads.text, dim=1).mT  # (w, k)
-    rotated = (axes @ head for head in heads)
+    rotated = (axes @ head for head in (heads.image, heads.text))
     # Lengths do not change a cosine; these are the ones of a projection's random start.
-    scaled = (head * (len(head) ** 0.5 / head.norm()) for head in rotated)
-    return Heads(*(((head / GRID).round() * GRID).float().contiguous() for head in scaled))
+    scaled = [head * (len(head) ** 0.5 / head.norm()) for head in rotated]
+    found = {f"{prefix}weight": head for prefix, head in zip(PROJECTIONS, scaled, strict=True)}
+    if heads.classifier is not None:
+        found[f"{PROJECTIONS[0]}classes"], found[f"{PROJECTIONS[0]}direction"] = heads.classifier
+    return {name: ((tensor / GRID).round() * GRID).float().contiguous() for name, tensor in found.items()}
 
 
 @torch.inference_mode()

@@ -175,6 +175,7 @@ class Weights:
         image = any(name.startswith(IMAGE) for name in self.tensors)
         towers: Towers = "image" if not self.whole else "both" if image else "text"
         model = empty(self.recipe, encoder, towers)
+        model.image_tower.match_projection(self.tensors)
         lora, with_adapters = self.recipe.finetune.lora, adapted(self.tensors)
         return model, add_adapters(model, lora, with_adapters) if lora is not None and with_adapters else []
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from declip.closed_form.solve import PosteriorFeatures
 from declip.errors import UserError, unknown
 
 if TYPE_CHECKING:
@@ -63,6 +64,31 @@ SMALL_TOWERS: dict[str, tuple[str, dict[str, Any]]] = {
 """Named sizes for images of 32 to 64 pixels: name → (timm model, arguments of `timm.create_model`)."""
 
 
+class PosteriorProjection(nn.Module):
+    """A linear map of a pooled feature and of powers of its class posteriors: see `PosteriorFeatures.features`."""
+
+    bias = None
+    classes: Tensor
+    direction: Tensor
+
+    def __init__(self, width: int, classes: int, embed_dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(embed_dim, width + classes))
+        nn.init.normal_(self.weight, std=width**-0.5)
+        self.register_buffer("classes", torch.zeros(classes, width))
+        self.register_buffer("direction", torch.zeros(width))
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """Project pooled features (…, width) into the shared space, (…, d)."""
+        return PosteriorFeatures(self.classes, self.direction).features(pooled) @ self.weight.mT
+
+    def linear(self) -> nn.Linear:
+        """The projection without the posteriors: about as good as one that was fitted without them."""
+        linear = nn.Linear(len(self.direction), len(self.weight), bias=False)
+        linear.weight = nn.Parameter(self.weight[:, : len(self.direction)].detach().clone())
+        return linear.to(self.weight)
+
+
 class ImageTower(nn.Module):
     """A timm model with a projection into the shared space.
 
@@ -82,6 +108,7 @@ class ImageTower(nn.Module):
     """
 
     has_batch_norm: bool  # whether features depend on the other images of a batch in training
+    proj: nn.Linear | PosteriorProjection
 
     def __init__(
         self,
@@ -115,6 +142,13 @@ class ImageTower(nn.Module):
             if patches is None:
                 raise UserError(f"'{name}' has no patch embedding to freeze: set image.freeze_patch_embed=false.")
             patches.requires_grad_(False)
+
+    def match_projection(self, tensors: Mapping[str, Tensor]) -> None:
+        """Replace the projection by one of class posteriors, if tensors that will be loaded, by name, are of one."""
+        classes = tensors.get("image_tower.proj.classes")
+        if classes is not None and classes.ndim == 2 and type(self) is ImageTower:
+            proj = PosteriorProjection(self.pre_logits_width, len(classes), len(self.proj.weight))
+            self.proj = proj.to(self.proj.weight)
 
     def forward(self, images: Tensor) -> ImageFeatures:
         """Encode images (B, 3, H, W), normalized."""
