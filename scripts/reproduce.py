@@ -37,7 +37,7 @@ from declip.evaluation.protocols import PREFIX, SETS
 from declip.evaluation.readers import NAMED
 from declip.inspection.scan import Inspection, inspect_source
 from declip.models.device import pick_device
-from declip.recipe.load import load_recipe, parse_overrides
+from declip.recipe.load import load_recipe, parse_overrides, recipe_names
 from declip.recipe.schema import ImageTowerConfig, Recipe, Train
 from declip.runs.folder import Run
 from declip.training.assemble import plan_of, resolve_epochs
@@ -351,7 +351,10 @@ def recipe_of(options: argparse.Namespace, experiment: Experiment) -> Recipe:
     keys["data.source"] = options.data
     if options.root is not None:
         keys["data.image_root"] = options.root
-    recipe = load_recipe(experiment.recipe.format(**names), keys)
+    name = experiment.recipe.format(**names)
+    if name not in recipe_names() and not Path(name).is_file():
+        raise UserError(f"There is no published run '{name}'. Give another --method or --backbone.")
+    recipe = load_recipe(name, keys)
     processes = options.gpus * options.nodes
     if options.gpus < 1 or options.nodes < 1 or processes > recipe.train.batch_size:
         raise UserError(
@@ -383,7 +386,10 @@ def run(options: argparse.Namespace, experiment: Experiment) -> list[str]:
         print(cost(recipe, options.gpus * options.nodes))
     if options.check or (problems and not options.anyway):
         return problems + ([] if options.check else ["not trained; add --anyway (make: ARGS=--anyway) to train"])
-    # --- training
+    # --- training, despite problems if asked to
+    for problem in problems:
+        print(f"PROBLEM, ignored: {problem}")
+    problems = []
     (out / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     words = ["train", str(out / "recipe.yaml"), "--out", str(out / "run"), "--resume"]
     finished = (out / "run").is_dir() and Run(out / "run").step >= recipe.train.steps

@@ -155,8 +155,12 @@ def test_a_run_ends_with_its_accuracy_beside_the_papers(small, call, authors, tm
     trees.pets(tmp_path / "sets" / "pets")
     words = ("yfcc15m", "--data", authors, "--root", tmp_path / "images", "--out", tmp_path / "out", "--anyway")
     words += ("train.steps=2", "train.warmup_steps=0", "train.log_every=1", "train.report_to=[]")
+    small.EXPERIMENTS["yfcc15m"] = replace(small.EXPERIMENTS["yfcc15m"], pairs=50)
     printed = call("reproduce", *words)[1]
     assert "IMAGENET=" in printed[0], "before training"
+    problems = [line for line in printed if line.startswith("PROBLEM")]
+    assert "ignored: 40 pairs instead of 50" in problems[0]
+    assert "chance" in problems[1], "the problem of a loss after two steps stays"
     printed = call("reproduce", *words, "--test", f"paper11:{tmp_path / 'sets'}")[1]
     assert sum(line.startswith("Without ") for line in printed) == 10
     (line,) = (line for line in printed if line.startswith("zero-shot on pets:"))

@@ -85,7 +85,7 @@ class Data(Section):
     )
     max_pairs: int | None = Field(None, ge=2, description="train on this many pairs only, chosen by the seed")
     shuffle_buffer: int | None = Field(None, ge=1, description="pairs shuffled together; default: all; remote: 50,000")
-    workers: Workers = Field("auto", description="loader processes; auto: 1 per free core, at most 8")
+    workers: Workers = Field("auto", description="loader processes; auto: 1 per free core, at most 32")
     max_broken_fraction: Fraction = Field(0.05, description="fraction of broken pairs above which a run stops")
 
     @field_validator("source", mode="before")
