@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import tarfile
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -76,6 +77,7 @@ def make_loader(
     text = {name: options.pop(name) for name in TextView.model_fields.keys() & options}
     specs = tuple(ViewSpec(name, size, ImageView(), interpolation) for name in ("first", "second"))
     plan = Plan(specs, 2, TextView(**text), mask, whole_context, (0.5,) * 3, (0.25,) * 3)
+    plan = replace(plan, duplicates=options.pop("duplicates", False))
     loading = {name: options.pop(name) for name in {"start_step", "workers", "max_broken_fraction"} & options.keys()}
     assembler = Assembler(source or Noise(), Words(context), plan, **({"batch_size": 6, "seed": 3} | options))
     return PairLoader(assembler, **loading)

@@ -16,8 +16,10 @@ from scipy.stats import binomtest, chisquare
 from conftest import refuses
 from data.fakes import Noise, Words
 from data.fakes import make_loader as make
+from declip.data.columns import Columns
 from declip.data.loader import Order
 from declip.data.pair import PairSource
+from declip.data.sources.open import open_source
 from declip.data.sources.shards import ShardSource
 from declip.data.sources.subset import Joined, take
 from declip.errors import UserError
@@ -328,3 +330,15 @@ def test_joined_sources_follow_each_other_and_pairs_are_taken_of_all():
     shards = np.searchsorted([30, 100, 140, 200], small.indices, "right")
     assert small.shards().tolist() == np.bincount(shards).tolist()
     refuses("has 200", take, joined, 201, seed=1)
+
+
+def test_pairs_of_one_caption_or_one_group_share_an_id():
+    rows = [("a mug", 7), ("a mug", 8), ("a cup", 8), ("a pan", None)]
+    image = np.zeros((16, 16, 3), np.uint8)
+    items = [{"image": image, "caption": caption, "product": group} for caption, group in rows]
+    source = open_source(items, Columns(group="product"))
+    (batch,) = first_of(make(source, batch_size=4, duplicates=True), 1)
+    captions, groups = batch.duplicate_ids[batch.sample_ids.argsort()].T.tolist()
+    assert (captions[0] == captions[1], len({*captions})) == (True, 3)
+    assert (groups[1] == groups[2], len({*groups}), groups[3]) == (True, 3, 0)
+    assert first_of(make(source, batch_size=4), 1)[0].duplicate_ids is None

@@ -118,6 +118,24 @@ def test_label_smoothing_spreads_a_part_of_the_target_over_all_keys(units, limit
     torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("limit", [None, 0], ids=["whole", "blocks"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_keys_that_share_an_id_are_left_out(units, limit, smoothing):
+    rows, keys = units(6, 4).requires_grad_(), units(6, 4).requires_grad_()
+    ids = torch.tensor([[5, 0], [6, 9], [5, 0], [5, 2**63 - 1], [8, 9], [0, 2**63 - 1]])
+    kept = {1: (0, 1, 2, 3, 5), 2: (1, 2, 4, 5), 3: (1, 3, 4), 4: (0, 2, 3, 4, 5)}
+    losses = []
+    for b, numbers in kept.items():
+        log_probabilities = torch.stack([3.0 * rows[b] @ keys[n] for n in numbers]).log_softmax(0)
+        targets = [(1 - smoothing) * (n == b) + smoothing / len(numbers) for n in numbers]
+        losses.append(-sum(t * x for t, x in zip(targets, log_probabilities, strict=True)))
+    with NoDeviceReads():
+        found = cross_entropy_to_keys(rows[1:5], keys, 3.0, 1, limit, smoothing, (ids[1:5], ids))
+    torch.testing.assert_close(found, torch.stack(losses).mean(), rtol=1e-12, atol=0)
+    gradients = (torch.autograd.grad(loss, (rows, keys)) for loss in (found, torch.stack(losses).mean()))
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-12)
+
+
 def test_label_smoothing_is_of_both_directions(units):
     image, text = units(4, 5), units(4, 5)
     ways = [cross_entropy_to_keys(*pair, 3.0, smoothing=0.3).item() for pair in ((image, text), (text, image))]

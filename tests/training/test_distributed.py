@@ -33,7 +33,7 @@ CASES = {
     CAPTIONS: {"contrastive": 0.4, "multi_view": 0.4, "nearest_neighbor": 0.2},
     SOFT: {"contrastive": 0.4, "multi_view": 0.3, "nearest_neighbor": 0.3},
 }
-SECTIONS = {SOFT: {"contrastive": {"label_smoothing": 0.1}}}
+SECTIONS = {SOFT: {"contrastive": {"label_smoothing": 0.1, "duplicates": "mask"}}}
 AS_THEY_ARE = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 EXACT = {**TINY["train"], "grad_clip_norm": 1.0, "precision": "fp32"}
 OPTIONS = {"layer norm": {"patch_size": 8, "embed_dim": 64, "depth": 1, "num_heads": 2}}
@@ -56,7 +56,9 @@ def random_batch(recipe, seed):
     texts[:, BATCH - 1] = texts[:, 0]  # of different ranks
     images = torch.randn(3, BATCH, 3, 32, 32, generator=generator, dtype=torch.float64)
     views = {spec.name: pixels for spec, pixels in zip(plan_of(recipe).views, images, strict=False)}
-    return PairBatch(views, texts, masked, labels, torch.arange(BATCH) + BATCH * seed)
+    same = torch.arange(2 * BATCH).view(BATCH, 2)
+    same[7, 0], same[1:6, 1] = same[0, 0], 2**63 - 1  # a caption of two ranks; a group, whose bits are no number
+    return PairBatch(views, texts, masked, labels, torch.arange(BATCH) + BATCH * seed, duplicate_ids=same)
 
 
 def cropped(batch):
@@ -144,6 +146,13 @@ def test_ranks_learn_what_one_process_learns(tmp_path, world):
         for case, found in theirs.items():
             names, tower, _, keys = BY_RANKS[case]
             compare(alone(names, tower, **{key: keys[key] for key in {"optimizer"} & keys.keys()}), found)
+
+
+def test_duplicates_are_no_negatives_of_any_loss(monkeypatch):
+    masked = alone([SOFT])[SOFT]
+    monkeypatch.setitem(SECTIONS, SOFT, {"contrastive": {"label_smoothing": 0.1}})
+    plain = two_steps(SOFT, "layer norm", (BATCH,))
+    assert all(masked[f"{name} at 1"] < plain[f"{name} at 1"] - 0.1 for name in CASES[SOFT])
 
 
 def test_fewer_pairs_than_processes_are_refused(monkeypatch):

@@ -76,6 +76,7 @@ class PairBatch:
         sample_ids: (B,) int64, epoch * len(source) + index.
         lengths: (T, B) int64, number of ids of each text, its end included; stays on the host, where work is planned.
         mask_positions: (M,) int64, positions to predict among the B * L of `labels`; `to` finds them on the host.
+        duplicate_ids: (B, 2) int64, hashes of caption and group, 0 for none; only for ``contrastive.duplicates=mask``.
         skipped: The broken pairs of this batch.
     """
 
@@ -86,6 +87,7 @@ class PairBatch:
     sample_ids: Tensor | None = None
     lengths: Tensor | None = None
     mask_positions: Tensor | None = None
+    duplicate_ids: Tensor | None = None
     skipped: list[BrokenPair] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -95,6 +97,7 @@ class PairBatch:
             raise UserError(f"A batch needs `texts` (T, B, L) and views of B images: {self.texts.shape}, {sizes}.")
         texts, pairs, length = self.texts.shape
         shapes = {"texts": (texts, pairs, length), "lengths": (texts, pairs), "sample_ids": (pairs,)}
+        shapes["duplicate_ids"] = (pairs, 2)
         for name, shape in (shapes | dict.fromkeys(("masked", "labels"), (pairs, length))).items():
             ids = getattr(self, name)
             if ids is not None and (tuple(ids.shape) != shape or ids.dtype != torch.int64):
@@ -173,6 +176,7 @@ class Plan:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     length_step: int = 8  # the length of a batch of texts is a multiple of it
+    duplicates: bool = False  # whether a batch has `duplicate_ids`
 
 
 def length_step(recipe: Recipe) -> int:
@@ -203,6 +207,7 @@ def plan_views(recipe: Recipe, needs: Iterable[Needs]) -> Plan:
         mask_probability=MASK_PROBABILITY if masked else None,
         whole_context=any(need.whole_context for need in needs),
         length_step=length_step(recipe),
+        duplicates=recipe.contrastive.duplicates == "mask",
         mean=recipe.image.mean,
         std=recipe.image.std,
     )

@@ -137,6 +137,8 @@ class Assembler:
         generator = np.random.default_rng((self.seed, epoch, index))
         # --- texts, mask, then image views: the order in which random numbers are drawn is part of the result
         rows = [self.tokenizer.encode(t) for t in self._texts(pair.captions, generator)]
+        # A tuple of integers has the same hash in every process.
+        same = [hash(tuple(rows[0])), self.source.group(index)] if self.plan.duplicates else []
         masked, labels = list[int](), list[int]()
         if self.plan.mask_probability is not None:
             masked, labels = mask_tokens(rows[0], generator, self.tokenizer, self.plan.mask_probability)
@@ -145,7 +147,8 @@ class Assembler:
         pixels = self._crop(pair.image, [crop for crop, _ in chosen])
         if self.augment is not None:
             pixels = [_augmented(self.augment, view, generator) for view in pixels]
-        return _Sample(pixels, [params for _, params in chosen], rows, masked, labels, epoch * len(self.source) + index)
+        params, id = [params for _, params in chosen], epoch * len(self.source) + index
+        return _Sample(pixels, params, rows, masked, labels, id, same)
 
     def _crop(self, image: LazyImage, crops: list[Crop]) -> list[torch.Tensor]:
         """Decode an image, at a reduced scale where every crop stays at least as large as its view, and crop it."""
@@ -170,6 +173,7 @@ class Assembler:
         context = self.tokenizer.context
         length = context if self.plan.whole_context else padded_length(longest, context, self.plan.length_step)
         padding, masks = self.tokenizer.padding, self.plan.mask_probability is not None
+        same = torch.tensor([sample.same for sample in samples], dtype=torch.int64)
         texts = [[sample.rows[number] for sample in samples] for number in range(self.plan.texts)]
         return PairBatch(
             views=views,
@@ -178,6 +182,7 @@ class Assembler:
             labels=_pad([sample.labels for sample in samples], length, IGNORED) if masks else None,
             lengths=torch.tensor([[*map(len, rows)] for rows in texts], dtype=torch.int64),  # (T, B)
             sample_ids=torch.tensor([sample.id for sample in samples], dtype=torch.int64),
+            duplicate_ids=same.reshape(-1, 2) if self.plan.duplicates else None,  # (B, 2)
             skipped=skipped,
         )
 
@@ -200,6 +205,7 @@ class _Sample(NamedTuple):
     masked: list[int]
     labels: list[int]
     id: int
+    same: list[int]  # `PairBatch.duplicate_ids`
 
 
 def _pad(rows: list[list[int]], length: int, value: int) -> torch.Tensor:

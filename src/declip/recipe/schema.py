@@ -189,9 +189,12 @@ class Views(Section):
 
 
 class ContrastiveConfig(Section):
-    """Targets of contrastive, multi_view and nearest_neighbor."""
+    """Targets and negatives of contrastive, multi_view and nearest_neighbor."""
 
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="part of the target spread evenly over all keys")
+    duplicates: Literal["none", "mask"] = Field(
+        "none", description="mask: pairs with the same caption or data.columns.group are not negatives of each other"
+    )
 
 
 class SimSiamConfig(Section):

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,10 +12,11 @@ from torch.utils.checkpoint import checkpoint
 from declip.data.batch import Needs
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schema import Recipe
-from declip.supervision.term import Rows, Similarity, Term, require
+from declip.supervision.term import Encodings, Rows, Similarity, Term, require
 
 BLOCK_BYTES = 2**26  # of logits held at a time: 64 MiB
 Scale = Tensor | float  # a parameter of the model, or a constant
+Ids = tuple[Tensor, Tensor]  # (B, k) of rows and (N, k) of keys, int64, 0 where unknown
 
 
 def mean_in_blocks(
@@ -53,6 +55,7 @@ def cross_entropy_to_keys(
     offset: int = 0,
     max_logit_bytes: float | None = None,
     smoothing: float = 0.0,
+    ids: Ids | None = None,
 ) -> Tensor:
     """Cross-entropy of each row against all keys, its own key being row `offset` + its position.
 
@@ -60,6 +63,7 @@ def cross_entropy_to_keys(
         mean over b of  log Σₙ exp(s·rows[b]·keys[n]) - s·rows[b]·keys[offset + b]
     of L2-normalized rows (B, d) of this rank and keys (N, d) of all ranks, in rank order; with a label smoothing of ε
         mean over b of  log Σₙ exp(s·rows[b]·keys[n]) - Σₙ ((1 - ε)·[n = offset + b] + ε / N)·s·rows[b]·keys[n]
+    With ids, the sums and N are over the own key and those that share no id with the row.
     The scale s is the inverse temperature exp(logit_scale); see `mean_in_blocks` for `max_logit_bytes`.
     """
     rows, keys = to_float32(rows), to_float32(keys)
@@ -67,9 +71,18 @@ def cross_entropy_to_keys(
     def loss(start: int, stop: int) -> Tensor:
         logits = scaled_similarity(rows[start:stop], keys, scale)
         positives = torch.arange(offset + start, offset + stop, device=rows.device)
+        if smoothing or ids is not None:
+            positive = positives[:, None] == torch.arange(len(keys), device=rows.device)  # (rows, N)
+        if ids is not None:
+            own, others = ids[0][start:stop, None], ids[1]
+            kept = ((own != others) | (own == 0)).all(dim=-1) | positive
+            # The smallest number, since -inf times a target of 0 is not a number.
+            logits = logits.masked_fill(~kept, torch.finfo(logits.dtype).min)
         if smoothing:  # targets (rows, N) in place of numbers of keys (arXiv 1512.00567, section 7)
-            positive = positives[:, None] == torch.arange(len(keys), device=rows.device)
-            positives = torch.lerp(positive.to(logits.dtype), torch.full_like(logits, 1 / len(keys)), smoothing)
+            uniform = torch.full_like(logits, 1 / len(keys))
+            if ids is not None:
+                uniform = kept / kept.sum(dim=1, keepdim=True).to(logits.dtype)
+            positives = torch.lerp(positive.to(logits.dtype), uniform, smoothing)
         return F.cross_entropy(logits, positives, reduction="sum")
 
     return mean_in_blocks(loss, len(rows), len(keys) * keys.itemsize, max_logit_bytes)
@@ -84,6 +97,7 @@ def info_nce(
     offset: int = 0,
     max_logit_bytes: float | None = None,
     smoothing: float = 0.0,
+    ids: Ids | None = None,
 ) -> Tensor:
     """Symmetric InfoNCE between images and texts: CLIP's loss (arXiv 2103.00020, figure 3), DeCLIP's L_CLIP.
 
@@ -93,8 +107,8 @@ def info_nce(
     so the mean over ranks of the ranks' losses is the loss of the whole batch.
     The features are (B, d) of this rank and (N, d) of all ranks, with gradient; others as `cross_entropy_to_keys`.
     """
-    image_to_text = cross_entropy_to_keys(image, text_keys, scale, offset, max_logit_bytes, smoothing)
-    text_to_image = cross_entropy_to_keys(text, image_keys, scale, offset, max_logit_bytes, smoothing)
+    image_to_text = cross_entropy_to_keys(image, text_keys, scale, offset, max_logit_bytes, smoothing, ids)
+    text_to_image = cross_entropy_to_keys(text, image_keys, scale, offset, max_logit_bytes, smoothing, ids)
     return (image_to_text + text_to_image) / 2
 
 
@@ -120,11 +134,20 @@ def sigmoid_loss(
 
 
 class ContrastiveTerm(Term):
-    """Base class of losses whose targets ``contrastive.label_smoothing`` changes."""
+    """Base class of losses whose targets and negatives the section ``contrastive`` changes."""
 
     def __init__(self, recipe: Recipe, model: DualEncoder) -> None:
         super().__init__(recipe, model)
         self.smoothing = recipe.contrastive.label_smoothing
+        self.masks_duplicates = recipe.contrastive.duplicates == "mask"
+
+    def features(self, encoded: Encodings) -> dict[str, Tensor]:
+        return {"ids": require(encoded.batch.duplicate_ids)} if self.masks_duplicates else {}
+
+    def options(self, own: Rows, keys: Rows, similarity: Similarity, offset: int) -> tuple[Any, ...]:
+        """The arguments of the losses after the features."""
+        ids = (own.extra["ids"], keys.extra["ids"]) if self.masks_duplicates else None
+        return similarity.scale, offset, self.max_logit_bytes, self.smoothing, ids
 
     def chance(self, batch_size: int) -> float:
         return math.log(batch_size)
@@ -140,7 +163,7 @@ class Contrastive(ContrastiveTerm):
 
     def loss(self, own: Rows, keys: Rows, similarity: Similarity, offset: int) -> Tensor:
         features = own.images[0], own.texts[0], keys.images[0], keys.texts[0]
-        return info_nce(*features, similarity.scale, offset, self.max_logit_bytes, self.smoothing)
+        return info_nce(*features, *self.options(own, keys, similarity, offset))
 
 
 class Sigmoid(Term):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from declip.data.batch import Needs
-from declip.supervision.contrastive import ContrastiveTerm, info_nce
+from declip.supervision.contrastive import ContrastiveTerm, Ids, info_nce
 from declip.supervision.term import Rows, Similarity
 
 
@@ -19,6 +19,7 @@ def multi_view(
     offset: int = 0,
     max_logit_bytes: float | None = None,
     smoothing: float = 0.0,
+    ids: Ids | None = None,
 ) -> Tensor:
     """Contrastive loss of all pairings of views but the first (L_MVS of DeCLIP, arXiv 2110.05208).
 
@@ -30,7 +31,7 @@ def multi_view(
     """
     pairings = islice(product(range(len(images)), range(len(texts))), 1, None)
     losses = [
-        info_nce(images[i], texts[j], image_keys[i], text_keys[j], scale, offset, max_logit_bytes, smoothing)
+        info_nce(images[i], texts[j], image_keys[i], text_keys[j], scale, offset, max_logit_bytes, smoothing, ids)
         for i, j in pairings
     ]
     return torch.stack(losses).mean()
@@ -46,4 +47,4 @@ class MultiView(ContrastiveTerm):
 
     def loss(self, own: Rows, keys: Rows, similarity: Similarity, offset: int) -> Tensor:
         features = own.augmented, own.texts, keys.augmented, keys.texts
-        return multi_view(*features, similarity.scale, offset, self.max_logit_bytes, self.smoothing)
+        return multi_view(*features, *self.options(own, keys, similarity, offset))

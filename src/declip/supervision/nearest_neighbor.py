@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from declip.data.batch import Needs
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schema import Recipe
-from declip.supervision.contrastive import ContrastiveTerm, cross_entropy_to_keys
+from declip.supervision.contrastive import ContrastiveTerm, Ids, cross_entropy_to_keys
 from declip.supervision.term import Encodings, Rows, Similarity
 
 SIMILARITIES_AT_ONCE = 2**26  # that a lookup holds: 256 MiB in float32, whatever the batch
@@ -78,6 +78,7 @@ def neighbor_contrast(
     offset: int = 0,
     max_logit_bytes: float | None = None,
     smoothing: float = 0.0,
+    ids: Ids | None = None,
 ) -> Tensor:
     """Contrastive loss between images and their captions' nearest neighbors (L_NNS of DeCLIP, arXiv 2110.05208).
 
@@ -87,7 +88,7 @@ def neighbor_contrast(
     Image features are (V, B, d) of this rank, neighbors (T, N, d) of all ranks; others as `cross_entropy_to_keys`.
     """
     losses = [
-        cross_entropy_to_keys(view, keys.detach(), scale, offset, max_logit_bytes, smoothing)
+        cross_entropy_to_keys(view, keys.detach(), scale, offset, max_logit_bytes, smoothing, ids)
         for view, keys in product(images, neighbor_keys)
     ]
     return torch.stack(losses).mean()
@@ -108,11 +109,11 @@ class NearestNeighbor(ContrastiveTerm):
         self._pending: Tensor | None = None  # (T, N, d), written after the step
 
     def features(self, encoded: Encodings) -> dict[str, Tensor]:
-        texts = encoded.texts
+        texts, features = encoded.texts, super().features(encoded)
         if len(self.queue) == 0:
-            return {}
+            return features
         nearest = self.queue.nearest(texts.detach().flatten(0, 1))
-        return {"queue_indices": nearest.unflatten(0, texts.shape[:2]).mT}
+        return features | {"queue_indices": nearest.unflatten(0, texts.shape[:2]).mT}
 
     def loss(self, own: Rows, keys: Rows, similarity: Similarity, offset: int) -> Tensor:
         if self.training:
@@ -121,8 +122,7 @@ class NearestNeighbor(ContrastiveTerm):
             return own.images.sum() * 0.0  # nothing to find yet
         # Every rank looked up its own captions; all ranks' queues are equal, so the indices name the same features.
         neighbors = self.queue.features[keys.extra["queue_indices"].mT]
-        options = similarity.scale, offset, self.max_logit_bytes, self.smoothing
-        return neighbor_contrast(own.augmented, neighbors, *options)
+        return neighbor_contrast(own.augmented, neighbors, *self.options(own, keys, similarity, offset))
 
     @torch.no_grad()
     def after_step(self, model: DualEncoder) -> None:
