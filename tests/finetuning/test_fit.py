@@ -124,8 +124,8 @@ def test_all_columns_and_templates_of_captions_are_used(folder, tmp_path, caplog
     given = ["caption", "a {part} of the set"]
     run = fitted(folder, tmp_path / "run", **{"data.columns.caption": given})
     assert run.cross_validation["captions"] == 3 * COUNT
-    assert "Fitting: 40 pairs of pairs.csv (captions: caption, a {part} of the set)" in caplog.text
-    assert run.examples["source"]["captions"] == "caption, a {part} of the set"
+    assert "Fitting: 40 pairs of pairs.csv (captions: caption | a {part} of the set)" in caplog.text
+    assert run.examples["source"]["captions"] == "caption | a {part} of the set"
 
 
 def test_the_card_of_a_fit_states_no_steps(run):

@@ -60,7 +60,7 @@ class ItemSource(EntrySource):
         self._split = by_lower_name(list(item)).get(COLUMN) if _is_row(item) else None
         if _is_row(item):
             self._image, self._captions, self.group_column = find_columns(list(item), columns, self.name)
-            self.captions_from = ", ".join(map(printable, self._captions))
+            self.captions_from = " | ".join(map(printable, self._captions))
         elif columns.group is not None:
             find_column([], columns.group, ("",), "group", self.name)
         classes, labels = getattr(items, "classes", None), getattr(items, "targets", None)

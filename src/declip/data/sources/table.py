@@ -72,7 +72,7 @@ class TableSource(EntrySource):
         if not self.root.is_dir():
             raise UserError(f"There is no folder '{self.root}', to which image paths are relative.")
         image, self._captions, self.group_column = find_columns(names, columns, path)
-        self.captions_from = ", ".join(map(printable, self._captions))
+        self.captions_from = " | ".join(map(printable, self._captions))
         self._split = by_lower_name(names).get(COLUMN)
         # --- the columns, the image first, and the rows of each pair
         texts = [text for text, read in self._captions.items() if read == (text,) != (image,)]
