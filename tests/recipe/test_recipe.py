@@ -128,7 +128,7 @@ def test_a_child_recipe_with_a_source_of_its_own_has_its_own_evaluation_sets(tmp
     [
         ({"train.steps": "many"}, ("train.steps='many'", "integer")),
         ({"data": "pairs.csv"}, ("data='pairs.csv'", "recipes show")),
-        ({"data.columns.captoin": "x"}, ("data.columns.captoin", "'caption'")),
+        ({"data.columns.captoin": "x"}, ("'captoin'", "'caption'", "caption, group, image")),
         ({"text.heads": "5"}, ("text.width 384", "text.heads 5")),
         ({"train.epochs": ".inf"}, ("train.epochs=inf", "finite")),
         ({"train.report_to": "mlflo"}, r"Did you mean 'mlflow'\?.*\w\.$"),

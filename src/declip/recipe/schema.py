@@ -1,7 +1,7 @@
 """The recipe: all sections and keys, with their defaults and limits."""
 
 import os
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
     AfterValidator,
@@ -100,6 +100,8 @@ class Data(Section):
     @classmethod
     def _with_usual_names(cls, given: Any) -> Any:
         for name, value in given.items() if isinstance(given, dict) else ():
+            if name not in get_args(Column):
+                raise ValueError(f"data.columns: {unknown('column name', str(name), get_args(Column))}")
             several = name == "caption" and isinstance(value, list | tuple) and value
             if not all(isinstance(text, str) for text in (value if several else [value])):
                 also = ", a list of columns, or a template in quotes" if name == "caption" else ""
