@@ -8,6 +8,7 @@ from typing import Any
 from declip.comparison import runner
 from declip.comparison.outcome import Outcome
 from declip.comparison.study import Study
+from declip.data.columns import DEFAULT, Columns
 from declip.data.loader import Augment
 from declip.data.pair import PairSource
 from declip.data.sources.open import name_sources
@@ -142,6 +143,7 @@ def evaluate(
     task: str = "zero-shot",
     *,
     label_column: str | None = None,
+    columns: Columns = DEFAULT,
     templates: str | Sequence[str] | None = None,
     shots: int | None = None,
     batch_size: int = 256,
@@ -160,6 +162,7 @@ def evaluate(
         dataset: A name or path that `declip.evaluation.datasets.open_dataset` opens, or an open dataset or source.
         task: "zero-shot", "retrieval", "linear" (probe) or "few-shot".
         label_column: The table column of classes; see `open_dataset`.
+        columns: The table columns of images and captions.
         templates: For "zero-shot" and "few-shot": the name of a template set, or templates such as "a photo of {}"; by
             default those of the dataset.
         shots: For "few-shot": number of examples per class; by default 4.
@@ -176,7 +179,7 @@ def evaluate(
     options = Options(templates, shots or 4, batch_size, workers, progress)
     if len(options.numbers_of_shots) > 1:
         raise UserError("declip.evaluate returns one result. Pass one number of shots, such as shots=4.")
-    opened = open_dataset(dataset, label_column=label_column)
+    opened = open_dataset(dataset, label_column=label_column, columns=columns)
     return evaluate_all(loaded(model, device, precision), opened, (task,), options)[0]
 
 

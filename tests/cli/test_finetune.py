@@ -81,10 +81,36 @@ def test_one_line_trains_validates_and_exports(pairs, weights, tmp_path, command
     assert "--resume" in command(*words).err
 
 
+@pytest.mark.parametrize(
+    ("words", "remedy"),
+    [
+        (["finetune", "TABLE", "--from", "MODEL"], "data.columns.{}=NAME"),
+        (["train", "declip-yfcc15m-vitb32", "--dry-run", "--data", "TABLE"], "data.columns.{}=NAME"),
+        (["evaluate", "MODEL", "--task", "retrieval", "--dataset", "TABLE"], "--{}-column NAME"),
+        (["embed", "MODEL", "TABLE", "--out", "index"], "--{}-column NAME"),
+    ],
+)
+def test_missing_columns_get_the_remedy_of_the_command(weights, tmp_path, monkeypatch, command, words, remedy):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "shop.csv"
+    path.write_text("Bild,Titel\na.png,A\n")
+    done = command(*({"TABLE": path, "MODEL": weights}.get(word, word) for word in words))
+    wanted = ["no column 'image' and no column 'caption'", *(map(remedy.format, ("image", "caption")))]
+    assert (done.status, [part for part in wanted if part not in done.err]) == (2, []), done.err
+    assert ("data.columns" in done.err, "--image-column" in done.err) == ("data" in remedy, "--" in remedy)
+
+
 def test_the_best_mixture_with_the_start_is_kept(pairs, weights, tmp_path, command):
-    out, other = tmp_path / "run", pairs.with_name("other.csv")
-    words = ["finetune", pairs, "--from", weights, "--val", other, "--keep", pairs, "--out", out, "--quiet"]
-    words += ["train.epochs=4", "train.lr=3e-2", "data.workers=0", "train.report_to=[]"]
+    out, other, shop = tmp_path / "run", pairs.with_name("other.csv"), pairs.with_name("shop.csv")
+    shop.write_text(pairs.read_text().replace("image,caption", "Bild,Titel", 1))
+    words = ["finetune", shop, "--from", weights, "--val", other, "--keep", shop, "--out", out, "--quiet"]
+    words += [
+        "data.columns={image: Bild, caption: Titel}",
+        "train.epochs=4",
+        "train.lr=3e-2",
+        "data.workers=0",
+        "train.report_to=[]",
+    ]
     printed = command(*words).out
     run = read_run(out)
     scores = {float(alpha): fmean(found.values()) for alpha, found in run.mixture["scores"].items()}
@@ -95,8 +121,8 @@ def test_the_best_mixture_with_the_start_is_kept(pairs, weights, tmp_path, comma
     mixed = interpolate(start, end, run.mixture["alpha"])
     loaded = declip.load(out, device="cpu")
     assert not moved(mixed.state_dict(), loaded.state_dict())  # type: ignore[attr-defined]
-    truth = declip.evaluate(loaded, str(pairs), "retrieval").to_dict()
-    last = {row["dataset"]: row for row in run.results}[str(pairs)]
+    truth = declip.evaluate(loaded, str(shop), "retrieval", columns=Columns("Bild", "Titel")).to_dict()
+    last = {row["dataset"]: row for row in run.results}[str(shop)]
     assert last["image_to_text_r1"] == truth["image_to_text_r1"]
     # --- again: nothing is added
     command(*words, "--resume")

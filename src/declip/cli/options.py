@@ -15,7 +15,7 @@ from typer import Argument, Option
 from typer.core import TyperCommand
 
 import declip
-from declip.data.columns import Columns
+from declip.data.columns import Columns, MissingColumns
 from declip.errors import UserError
 from declip.io.outputs import output_file
 from declip.recipe.starts import check_model
@@ -111,6 +111,15 @@ class Command(TyperCommand):
             flag.metavar = ""
         return parameters
 
+    def invoke(self, ctx: Any) -> Any:
+        parameters = {parameter.name for parameter in self.params}
+        try:
+            return super().invoke(ctx)
+        except MissingColumns as error:
+            option = "--{}-column NAME" if "image_column" in parameters else ""
+            form = "data.columns.{}=NAME" if {"overrides", "words"} & parameters else option
+            raise MissingColumns(error.table, error.columns, error.missing, form) from error
+
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         names = {name for parameter in self.params for name in (*parameter.opts, *parameter.secondary_opts)}
         parameters = {parameter.name for parameter in self.params}
@@ -137,7 +146,9 @@ def reads_images(command: Callable[..., None], without: Collection[str] = ()) ->
         image, names = reading.pop("image_column"), [*filter(None, reading.pop("caption_column", []))]
         captions = names[0] if len(names) == 1 else names or None
         reading["columns"] = Columns(image, captions, root=reading.pop("image_root"))
-        command(**given, reading=reading | {"progress": not reading.pop("quiet")})
+        if "quiet" in reading:
+            reading["progress"] = not reading.pop("quiet")
+        command(**given, reading=reading)
 
     shared = [
         Parameter(name, Parameter.KEYWORD_ONLY, annotation=READING[name][0], default=READING[name][1])

@@ -4,6 +4,7 @@ import os
 import shlex
 import sys
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,7 +12,7 @@ import typer
 from typer import Argument, Option
 
 from declip.cli import options as opt
-from declip.cli.options import console, file, known, say
+from declip.cli.options import console, file, known, reads_images, say
 from declip.errors import UserError
 from declip.io.outputs import check_outputs, marked_json, write_output
 
@@ -143,6 +144,7 @@ def _print_finetuned(run: Any) -> None:
     say(f"Search with it: declip embed {run.folder} IMAGES --out index, then: declip search index 'a text'")
 
 
+@partial(reads_images, without=("precision", "quiet"))
 def evaluate(
     model: opt.Model,
     datasets: Annotated[
@@ -152,11 +154,10 @@ def evaluate(
     shots: opt.Shots = None,
     templates: Annotated[str | None, Option(help="name of a template set, or a template with {}")] = None,
     label_column: Annotated[str | None, Option(help="table column of classes")] = None,
-    batch_size: opt.BatchSize = 256,
-    workers: opt.Workers = None,
-    device: opt.Device = "auto",
     precision: opt.Precision = "fp32",
     json_out: opt.JsonOut = None,
+    *,
+    reading: dict[str, Any],
 ) -> None:
     """Evaluate a model on held-out images."""
     from declip.recipe.checks import check_tasks
@@ -169,14 +170,15 @@ def evaluate(
     suite = next((name for name in datasets if name.startswith(PREFIX)), None)
     if suite is not None and (len(datasets) > 1 or label_column is not None):
         raise UserError(f"The suite '{suite}' is evaluated alone. Give one --dataset, and no --label-column.")
-    options = Options(templates=templates, shots=shots or [4], batch_size=batch_size, workers=workers)
-    rows = _evaluate(load(model, device, precision), datasets, label_column, task, options, suite)
+    device, table = reading.pop("device"), {"label_column": label_column, "columns": reading.pop("columns")}
+    options = Options(templates=templates, shots=shots or [4], **reading)
+    rows = _evaluate(load(model, device, precision), datasets, table, task, options, suite)
     if json_out is not None:
         write_output(json_out, marked_json(rows), "--json")
 
 
 def _evaluate(
-    model: Any, datasets: list[str], label_column: str | None, task: str, options: Any, suite: str | None
+    model: Any, datasets: list[str], table: dict[str, Any], task: str, options: Any, suite: str | None
 ) -> Any:
     """Evaluate on all sets, or on those of a suite, and print a table; return one row or several."""
     from declip.evaluation.datasets import open_dataset
@@ -186,7 +188,7 @@ def _evaluate(
     from declip.reports.run import results_table
 
     if suite is None:
-        opened = [open_dataset(name, label_column=label_column) for name in datasets]
+        opened = [open_dataset(name, **table) for name in datasets]
         results = evaluate_all(model, opened, (task,), options)
         console.print(rich_table(results_table(results)))
         rows = [each.to_dict() for each in results]

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from declip.data.pair import printable
+from declip.errors import UserError
+
 if TYPE_CHECKING:
     from declip.recipe.schema import Data
 
@@ -43,3 +46,23 @@ class Columns:
 
 
 DEFAULT = Columns()
+IN_PYTHON = "Columns({0}=NAME) (in training data.columns.{0}=NAME)"
+
+
+Missing = dict[str, str]
+"""Names of columns that do not exist, each with what it would hold: "image", "caption" or "group"."""
+
+
+class MissingColumns(UserError):
+    """A table lacks columns. `form` is how the caller names one, such as "--{}-column NAME"; empty if it cannot."""
+
+    def __init__(self, table: str, columns: Sequence[str], missing: Missing, form: str = IN_PYTHON) -> None:
+        super().__init__(table, columns, missing, form)
+        self.table, self.columns, self.missing, self.form = table, columns, missing, form
+
+    def __str__(self) -> str:
+        lacks = " and ".join(f"no column '{name}'" + f" for the {w}" * (name != w) for name, w in self.missing.items())
+        forms = " ".join(map(self.form.format, dict.fromkeys(self.missing.values())))
+        exist = ", ".join(f"'{printable(name[:40])}'" for name in self.columns[:30]) or "none"
+        problem = f"The table '{self.table}' has {lacks}. Its columns: {exist}."
+        return f"{problem} Rename columns{', or name them: ' if self.form else ''}{forms}."

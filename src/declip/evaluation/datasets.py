@@ -10,6 +10,7 @@ from typing import cast
 import numpy as np
 
 from declip.data.builtin.sets import BUILTIN_SPLITS, open_builtin
+from declip.data.columns import DEFAULT, Columns
 from declip.data.pair import BUILTIN_PREFIX, PairSource, printable
 from declip.data.sources.open import NO_SOURCES, Sources, open_source
 from declip.data.sources.python_items import PREFIX, Items
@@ -51,6 +52,7 @@ def open_dataset(
     dataset: str | Path | PairSource | Items | Dataset,
     *,
     label_column: str | None = None,
+    columns: Columns = DEFAULT,
     sources: Sources = NO_SOURCES,
 ) -> Dataset:
     """Open a dataset by name, or wrap an open source; the test split is opened immediately.
@@ -59,14 +61,15 @@ def open_dataset(
         dataset: ``NAME:/path`` with a name in `NAMED`, such as "pets:/data/pets"; a table, which has classes where it
             has a column of labels; anything else that `open_source` opens, also a Python object; or an open dataset.
         label_column: A table's column; None: "label", "class", "class_name" or "category".
+        columns: The other columns of a table, see `open_source`.
         sources: Python objects that a name may stand for, see `open_source`.
     """
     if isinstance(dataset, str | Path):
-        dataset = _by_name(str(dataset), label_column, sources)
+        dataset = _by_name(str(dataset), label_column, columns, sources)
     elif not isinstance(dataset, Dataset):
         if label_column is not None:
             raise UserError(f"label_column is for tables, not for a {type(dataset).__name__}. Remove it.")
-        dataset = _unnamed(open_source(dataset))
+        dataset = _unnamed(open_source(dataset, columns))
     dataset.split("test")
     return dataset
 
@@ -85,7 +88,7 @@ def with_classes(source: PairSource) -> LabeledSource:
     return cast(LabeledSource, source)
 
 
-def _by_name(given: str, label_column: str | None, sources: Sources) -> Dataset:
+def _by_name(given: str, label_column: str | None, columns: Columns, sources: Sources) -> Dataset:
     name, colon, path = given.partition(":")
     # --- a known dataset in a folder
     if name in NAMED and colon and label_column is None:
@@ -103,13 +106,13 @@ def _by_name(given: str, label_column: str | None, sources: Sources) -> Dataset:
         splits = BUILTIN_SPLITS.get(path, {"test": path})
         builtin = {which: partial(open_builtin, split) for which, split in splits.items()}
         return Dataset(given, builtin, _templates(given))
-    if table is not None and (labeled := labeled_table(table, label_column)) is not None:
+    if table is not None and (labeled := labeled_table(table, label_column, columns)) is not None:
         return Dataset(given, labeled)
     # --- anything else that is a source; one letter before a colon is a Windows drive
     known = given.startswith(PREFIX) or given in sources or Path(given).expanduser().exists()
     if table is None and colon and re.fullmatch(r"[\w-]{2,}", name) and not known:
         raise unknown("dataset", name, [*NAMED, BUILTIN_PREFIX.rstrip(":")])
-    return _unnamed(open_source(given, sources=sources), given)
+    return _unnamed(open_source(given, columns, sources), given)
 
 
 def _unnamed(source: PairSource, name: str = "") -> Dataset:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,14 +10,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from torchvision import datasets
 
-from declip.data.columns import Columns
+from declip.data.columns import DEFAULT, Columns
 from declip.data.images.decode import EXTENSIONS
 from declip.data.pair import BrokenPair, LazyPair, Pair, PairSource, is_unicode, printable
 from declip.data.sources.folder import FileList
 from declip.data.sources.python_items import ItemSource
 from declip.data.sources.rows import by_lower_name, cell_name, label_names
 from declip.data.sources.subset import SPLITS, DerivedSource, Subset
-from declip.data.sources.table import CAPTION_NAMES, IMAGE_NAMES, TableSource, find_column, open_rows
+from declip.data.sources.table import CAPTION_NAMES, TableSource, find_column, open_rows
 from declip.errors import UserError, unknown
 from declip.evaluation.results import sample_per_class
 from declip.evaluation.zero_shot import class_names, read_prompts
@@ -169,7 +170,7 @@ def _inner(folder: Path) -> list[str]:
     return names
 
 
-def labeled_table(table_path: str | Path, label_column: str | None) -> Openers | None:
+def labeled_table(table_path: str | Path, label_column: str | None, given: Columns = DEFAULT) -> Openers | None:
     """Open a table with labels or splits; None if it has neither.
 
     `class_names` are the sorted labels of all splits, or the names that Hugging Face's `datasets` wrote into a Parquet
@@ -179,15 +180,16 @@ def labeled_table(table_path: str | Path, label_column: str | None) -> Openers |
     path, columns = rows.path, rows.columns
     lower = by_lower_name(columns).keys()
     captioned, labeled = (not lower.isdisjoint(names) for names in (CAPTION_NAMES, LABEL_NAMES))
+    if given.caption != DEFAULT.caption:
+        captioned = given.caption is not None  # refused below where it is missing
     if label_column is None and not labeled and not (captioned and "split" in lower):
         return None
     if label_column is not None and label_column not in columns:
         raise unknown(f"column of labels in '{path.name}'", label_column, columns)
-    image, column = find_column(columns, "image", IMAGE_NAMES, "image", path), label_column
-    if column is None and labeled:
-        column = find_column(columns, LABEL_NAMES[0], LABEL_NAMES, "label", path)
+    if (column := label_column) is None and labeled:
+        column = find_column(columns, LABEL_NAMES[0], LABEL_NAMES, "label", path, {})
     # --- the pairs of the table, and the rows of each split
-    table = TableSource(table_path, Columns(image, "caption" if captioned else None, group=column))
+    table = TableSource(table_path, replace(given, caption=given.caption if captioned else None, group=column))
     rows_of = table.splits() or {"test": np.arange(len(table))}
     if "test" not in rows_of:
         raise UserError(f"'{path.name}' has no test pairs: its splits are {', '.join(rows_of)}. Name some rows 'test'.")

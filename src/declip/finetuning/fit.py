@@ -101,7 +101,8 @@ def _fit(resolved: Resolved, folder: Path, resume: bool, quiet: bool, sources: S
             monitor.advance(STEP)
             # --- what is known about them
             _write_facts(folder, source, features, choice, classes, recipe.seed)
-            for result in measure(encoder, evaluation_tasks(recipe, True, sources), not quiet, sources):
+            tasks = evaluation_tasks(recipe, True, sources)
+            for result in measure(encoder, recipe, tasks, not quiet, sources):
                 monitor.evaluation(STEP, result.to_dict())
         monitor.flush()
         outputs.write_finetuned(folder, encoder, sources)

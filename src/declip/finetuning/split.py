@@ -10,11 +10,11 @@ from declip.data.pair import BrokenPair, PairSource
 from declip.data.sources.open import Sources, open_source
 from declip.data.sources.subset import NO_LISTS, Lists, Subset, list_of, training_part
 from declip.errors import UserError
-from declip.evaluation.datasets import open_dataset
 from declip.inspection.split import FEWEST, check_copies, split_pairs
 from declip.io.text import plural
 from declip.recipe.load import load_recipe
 from declip.runs.folder import RECIPE, SPLIT, log, moved_lists
+from declip.training.evaluations import open_held_out
 from declip.training.pairs import open_training_source
 
 MOST_SEEN = 200_000  # training pairs of the start that are compared with new ones: 1,000 a second
@@ -49,7 +49,7 @@ def choose_pairs(
     train = training_part(source)
     if val:
         for name in map(str, val):
-            held_out = open_dataset(name, sources=sources).split("test")
+            held_out = open_held_out(name, columns, sources).split("test")
             for trained in [train] if seen is None else [train, seen]:
                 if warning := check_copies(trained, held_out, not quiet):
                     log.warning(warning)

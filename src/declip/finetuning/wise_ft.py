@@ -55,7 +55,9 @@ def mix_with_start(folder: Path, quiet: bool = False, sources: Sources = NO_SOUR
     for alpha in ALPHAS:
         model = interpolate(start, end, alpha)
         scores[alpha] = {
-            name: fmean(result.headline.value for result in measure(model, {name: protocols}, not quiet, sources))
+            name: fmean(
+                result.headline.value for result in measure(model, run.recipe, {name: protocols}, not quiet, sources)
+            )
             for name, protocols in tasks.items()
         }
     best = max(ALPHAS, key=lambda alpha: fmean(scores[alpha].values()))
@@ -63,7 +65,7 @@ def mix_with_start(folder: Path, quiet: bool = False, sources: Sources = NO_SOUR
     if mixed is not None:
         with atomic_write(folder / run_folder.MIXED) as temporary:
             save_tensors(prefixed("model", mixed.state_dict()), temporary)
-        for result in measure(mixed, evaluation_tasks(run.recipe, True, sources), not quiet, sources):
+        for result in measure(mixed, run.recipe, evaluation_tasks(run.recipe, True, sources), not quiet, sources):
             row = {"step": run.step, "best_step": run.best_step, **result.to_dict()}
             run_folder.append_row(folder / run_folder.EVALUATIONS, row)
     # Written last: a run that is stopped before chooses again.

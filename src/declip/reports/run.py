@@ -6,19 +6,21 @@ from typing import Any
 
 import numpy as np
 
+from declip.data.columns import Columns
 from declip.data.images.thumbnails import thumbnails_of
 from declip.data.pair import PairSource
 from declip.data.sources.open import NO_SOURCES, Sources
 from declip.errors import UserError
-from declip.evaluation.datasets import open_dataset
 from declip.evaluation.encode import Encoder, SourceFeatures, encode_source
 from declip.evaluation.results import Measure, Result, RetrievalResult, ZeroShotResult, short_names
 from declip.evaluation.retrieval import carriers_of, ranks
 from declip.io.atomic import write_text
 from declip.io.text import about, percent
+from declip.recipe.schema import Recipe
 from declip.reports.charts import growth_chart, score_chart, value_chart
 from declip.reports.page import NONE, Table, points, render
 from declip.runs.folder import Run, log, read_run
+from declip.training.evaluations import open_held_out
 
 NAME = "report.html"
 PROGRESS = {"lr": ("learning rate", False), "logit_scale": ("logit scale", False), "grad_norm": ("gradient norm", True)}
@@ -39,7 +41,7 @@ def write_report(folder: Path, model: Encoder, limit: int = 4_000, sources: Sour
     dataset = min(names, key=lambda name: name.startswith("builtin:"), default=None)
     results = [row.result for row in run.last() if row.result.dataset == dataset]
     # --- tables and examples
-    held_out = _encode(model, dataset, limit, sources)
+    held_out = _encode(model, run.recipe, dataset, limit, sources)
     source, grown = run.examples.get("source"), run.cross_validation.get("growth", {})
     credits = (source and source["credit"], held_out and held_out["source"].credit)
     content = render(
@@ -158,11 +160,11 @@ def _curve(run: Run, title: str, column: str, explanation: str = "", noisy: bool
     return {"title": title, "svg": chart and chart.svg(f"chart-{column}"), "explanation": explanation}
 
 
-def _encode(model: Encoder, name: str | None, limit: int, sources: Sources) -> dict[str, Any] | None:
+def _encode(model: Encoder, recipe: Recipe, name: str | None, limit: int, sources: Sources) -> dict[str, Any] | None:
     if name is None:
         return None
     try:
-        source = open_dataset(name, sources=sources).split("test")
+        source = open_held_out(name, Columns.of(recipe.data), sources).split("test")
         rows = np.linspace(0, len(source) - 1, min(limit, len(source))).round().astype(np.int64)
         features = encode_source(model, source, indices=rows.tolist())
     except UserError as error:

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import torch
 
 from declip.data.batch import Plan, plan_views
+from declip.data.columns import Columns
 from declip.data.loader import Assembler, PairLoader
 from declip.data.pair import PairSource
 from declip.data.sources.open import NO_SOURCES, Sources
 from declip.errors import UserError
-from declip.evaluation.datasets import open_dataset
 from declip.interchange.weights import Weights
 from declip.io.pool import cores
 from declip.models.device import computes_bf16
@@ -27,7 +27,7 @@ from declip.runs.folder import RECIPE, log, read_recipe
 from declip.supervision.objective import NO_TERMS, Objective, Terms, needs_of
 from declip.training import distributed
 from declip.training.distributed import HostGroup
-from declip.training.evaluations import has_captions
+from declip.training.evaluations import has_captions, open_held_out
 from declip.training.optimizer import build_optimizer, named_trainable
 from declip.training.pairs import open_training_source, refuse_broken, sample_hashes
 from declip.training.parallel import build_learner
@@ -53,8 +53,8 @@ def resolve_recipe(
 
 def assign_tasks(recipe: Recipe, sources: Sources = NO_SOURCES) -> Recipe:
     """Evaluate held-out sets, each listed for both tasks, by zero-shot if they have classes, retrieval if captions."""
-    evaluation = recipe.evaluation
-    sets = {name: open_dataset(name, sources=sources).split("test") for name in evaluation.zero_shot}
+    evaluation, columns = recipe.evaluation, Columns.of(recipe.data)
+    sets = {name: open_held_out(name, columns, sources).split("test") for name in evaluation.zero_shot}
     classes = tuple(name for name, source in sets.items() if source.labels is not None)
     captions = tuple(name for name, source in sets.items() if has_captions(source))
     if neither := [name for name in sets if name not in {*classes, *captions}]:

@@ -16,16 +16,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from declip.data.columns import Columns
 from declip.data.pair import PairSource
 from declip.data.sources.open import NO_SOURCES, Sources
-from declip.evaluation.datasets import open_dataset
 from declip.evaluation.encode import encode_source
 from declip.io.text import duration, plural
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schema import Recipe
 from declip.supervision.objective import Objective
 from declip.training.assemble import assemble, plan_of, resolve_epochs
-from declip.training.evaluations import evaluation_tasks
+from declip.training.evaluations import evaluation_tasks, open_held_out
 from declip.training.pairs import open_training_source
 from declip.training.state import Extensions, Parts
 from declip.training.step import training_step
@@ -44,8 +44,8 @@ def estimate(recipe: Recipe, sources: Sources = NO_SOURCES) -> tuple[Recipe, str
     with TemporaryDirectory() as folder:
         parts = assemble(small, Path(folder) / "run", quiet=True, extensions=Extensions(sources=sources))
         steps = train.steps * fmean(step_seconds(parts, 1, TIMED))
-        names = evaluation_tasks(recipe, final=False)
-        sets = [open_dataset(name, sources=sources).split("test") for name in names]
+        names, columns = evaluation_tasks(recipe, final=False), Columns.of(recipe.data)
+        sets = [open_held_out(name, columns, sources).split("test") for name in names]
         count = 1 + (train.steps - 1) // train.evaluate_every if train.evaluate_every else 1
         evaluations = count * sum(encoding_seconds(parts.model, pairs) for pairs in sets)
         memory = _peak(parts.model.device) / 2**30

@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from dataclasses import replace
 
+from declip.data.columns import DEFAULT, Columns, MissingColumns
 from declip.data.pair import BrokenPair, PairSource
 from declip.data.sources.open import NO_SOURCES, Sources
-from declip.evaluation.datasets import open_dataset
+from declip.evaluation.datasets import Dataset, open_dataset
 from declip.evaluation.encode import Encoder
 from declip.evaluation.protocols import Options, evaluate_all
 from declip.evaluation.results import Result
@@ -25,12 +27,27 @@ def evaluation_tasks(recipe: Recipe, final: bool, sources: Sources = NO_SOURCES)
     return tasks
 
 
+def open_held_out(name: str, pairs: Columns, sources: Sources = NO_SOURCES) -> Dataset:
+    """Open a held-out set by the columns of the training pairs or, where it lacks one, the usual names."""
+    # The folder of the images goes with the column that was named for them.
+    given = replace(pairs, group=None, root=None if pairs.image == DEFAULT.image else pairs.root)
+    try:
+        return open_dataset(name, columns=given, sources=sources)
+    except MissingColumns as error:
+        usual = replace(given, **{what: getattr(DEFAULT, what) for what in error.missing.values()})
+        usual = usual if usual.image == given.image else replace(usual, root=None)
+        with suppress(MissingColumns):
+            return open_dataset(name, columns=usual, sources=sources)
+        raise
+
+
 def measure(
-    model: Encoder, tasks: Mapping[str, list[str]], progress: bool, sources: Sources = NO_SOURCES
+    model: Encoder, recipe: Recipe, tasks: Mapping[str, list[str]], progress: bool, sources: Sources = NO_SOURCES
 ) -> Iterator[Result]:
-    """Evaluate a model on datasets by their protocols, see `evaluation_tasks`."""
+    """Evaluate a model on datasets of a recipe by their protocols, see `evaluation_tasks`."""
     for name, protocols in tasks.items():
-        yield from evaluate_all(model, open_dataset(name, sources=sources), protocols, Options(progress=progress))
+        dataset = open_held_out(name, Columns.of(recipe.data), sources)
+        yield from evaluate_all(model, dataset, protocols, Options(progress=progress))
 
 
 def has_captions(source: PairSource) -> bool:
@@ -45,5 +62,6 @@ def has_captions(source: PairSource) -> bool:
 
 def tasks_to_keep(recipe: Recipe, sources: Sources = NO_SOURCES) -> dict[str, list[str]]:
     """Map the sets of `evaluation.keep` to their protocols: retrieval with captions, else zero-shot."""
-    sets = {name: open_dataset(name, sources=sources).split("test") for name in recipe.evaluation.keep}
+    columns = Columns.of(recipe.data)
+    sets = {name: open_held_out(name, columns, sources).split("test") for name in recipe.evaluation.keep}
     return {name: ["retrieval" if has_captions(source) else "zero-shot"] for name, source in sets.items()}

@@ -10,10 +10,10 @@ from declip.data.pair import BrokenPair, PairSource, SkipCounter
 from declip.data.sources.open import NO_SOURCES, Sources, open_source
 from declip.data.sources.subset import Joined, take, training_part
 from declip.errors import UserError
-from declip.evaluation.datasets import open_dataset, with_classes
+from declip.evaluation.datasets import with_classes
 from declip.io.text import plural
 from declip.recipe.schema import Recipe
-from declip.training.evaluations import evaluation_tasks
+from declip.training.evaluations import evaluation_tasks, open_held_out
 
 TRAINING = "training pairs"
 FEW = 1_000  # pairs up to which all are opened before training, in about a second: one broken pair in a few matters
@@ -58,7 +58,7 @@ def sample_hashes(recipe: Recipe, source: PairSource, sources: Sources = NO_SOUR
     """Open every held-out set, to find an unusable one before training, and hash it and the training pairs."""
     sets = {TRAINING: source}
     for name, protocols in evaluation_tasks(recipe, True, sources).items():
-        sets[name] = open_dataset(name, sources=sources).split("test")
+        sets[name] = open_held_out(name, Columns.of(recipe.data), sources).split("test")
         if "zero-shot" in protocols:
             with_classes(sets[name])
     return {name: _hashes(pairs) for name, pairs in sets.items()}

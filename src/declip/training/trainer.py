@@ -255,7 +255,7 @@ class Trainer:
             weights = {} if best is None else {"best_step": best.step}
             sources, results = parts.extensions.sources, list[Result]()
             tasks = evaluation_tasks(parts.recipe, final, sources)
-            for result in measure(parts.model, tasks, not parts.quiet and self.is_rank_zero, sources):
+            for result in measure(parts.model, parts.recipe, tasks, not parts.quiet and self.is_rank_zero, sources):
                 monitor.evaluation(progress.step, {**result.to_dict(), **weights})
                 results.append(result)
             return results

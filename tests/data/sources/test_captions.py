@@ -106,4 +106,4 @@ def test_commands_take_several_columns_and_templates(folder, command):
 def test_a_column_that_does_not_exist_is_named_beside_those_that_do(folder, command, given):
     done = command("data", "inspect", write(folder / "t.csv", ROWS, NAMES), "--caption-column", given)
     assert done.status == 2
-    assert [part for part in ("'colour'", "'Größe'", "data.columns.caption") if part not in done.err] == []
+    assert [part for part in ("'colour'", "'Größe'", "--caption-column NAME") if part not in done.err] == []

@@ -5,7 +5,6 @@ import io
 import json
 import pickle
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +17,7 @@ from declip.data.columns import Columns
 from declip.data.sources import rows as table_rows
 from declip.data.sources.open import open_source
 from declip.data.sources.subset import take
-from declip.data.sources.table import IMAGE_NAMES, TableSource, find_column
+from declip.data.sources.table import TableSource, find_columns
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -35,12 +34,13 @@ def test_one_bad_row_leaves_the_others(folder, kind):
 
 def test_usual_names_are_found_where_no_other_is_given():
     def found(columns, given="image"):
-        return find_column(columns, given, IMAGE_NAMES, "image", Path("t.csv"))
+        return find_columns(columns, Columns(given, None), "t.csv")[0]
 
     assert found(["caption", "image"]) == "image"
     assert found(["url", "FilePath", "title"]) == "FilePath"
     assert found(["filename", "image_path"]) == "image_path"
     assert found(["Image ", "caption"]) == "Image "
+    assert found(["caption", "file"]) == "file"
     for columns, given in ((["picture", "p"], "image"), (["picture", "path"], "filename")):
         refuses(f"no column '{given}'", found, columns, given)
     refuses("2 columns named 'image'", found, ["image", "image"], "image")

@@ -10,13 +10,13 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from declip.data.columns import DEFAULT, Columns
+from declip.data.columns import DEFAULT, Columns, MissingColumns
 from declip.data.images.decode import AnyImage, image_below, is_pixels
 from declip.data.pair import BrokenPair, Origin, printable
 from declip.data.sources.entry import EntrySource
 from declip.data.sources.rows import by_lower_name, cell_name
 from declip.data.sources.subset import COLUMN, NUMBER_OF, indices_by_split, split_numbers
-from declip.data.sources.table import Captions, find_column, find_columns, group_number, read_captions
+from declip.data.sources.table import Captions, find_columns, group_number, read_captions
 from declip.errors import UserError
 
 PREFIX = "python:"  # of the name of an object in a recipe, which cannot be opened from there
@@ -62,7 +62,7 @@ class ItemSource(EntrySource):
             self._image, self._captions, self.group_column = find_columns(list(item), columns, self.name)
             self.captions_from = " | ".join(map(printable, self._captions))
         elif columns.group is not None:
-            find_column([], columns.group, ("",), "group", self.name)
+            raise MissingColumns(self.name, [], {columns.group: "group"})
         classes, labels = getattr(items, "classes", None), getattr(items, "targets", None)
         if classes is not None and labels is not None and len(labels) == len(items):
             self.class_names, self.labels = tuple(map(str, classes)), np.asarray(labels, np.int64)

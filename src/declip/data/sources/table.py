@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from declip.data.columns import DEFAULT, Columns
+from declip.data.columns import DEFAULT, Columns, Missing, MissingColumns
 from declip.data.images.decode import image_below
 from declip.data.pair import BrokenPair, as_texts, clean_captions, printable
 from declip.data.sources.entry import EntrySource
@@ -36,7 +36,8 @@ from declip.io.cache import cached_table
 from declip.io.text import one_line
 
 # Column names of public sets, most telling first; tried when the default column is missing.
-IMAGE_NAMES = ("image", "file_name", "image_path", "filepath", "file_path", "path", "filename", "image_file", "img")
+PATH_NAMES = ("file_name", "image_path", "filepath", "file_path", "path", "filename", "image_file", "img", "file")
+IMAGE_NAMES = ("image", *PATH_NAMES)
 CAPTION_NAMES = ("caption", "captions", "text", "texts", "title", "description", "sentences")
 
 OTHER_TEXTS = ("keywords", "tags", "alt", "alt_text")  # never tried, but named where captions are guessed
@@ -194,17 +195,21 @@ def find_table(spec: str | Path) -> Path | None:
 
 def find_columns(names: Sequence[str], columns: Columns, where: Path | str) -> tuple[str, Captions, str | None]:
     """Find the columns of images, of captions (that of images where none is read) and of groups."""
-    image = find_column(names, columns.image, IMAGE_NAMES, "image", where)
+    missing = Missing()
+    image = find_column(names, columns.image, IMAGE_NAMES, "image", where, missing)
     captions: Captions = {image: (image,)}
     if columns.caption is not None and columns.caption != columns.image:
-        captions = find_captions(names, columns.caption, where)
-    return image, captions, columns.group and find_column(names, columns.group, ("",), "group", where)
+        captions = find_captions(names, columns.caption, where, missing)
+    group = columns.group and find_column(names, columns.group, ("",), "group", where, missing)
+    if missing:
+        raise MissingColumns(str(where), names, missing)
+    return image, captions, group
 
 
-def find_captions(names: Sequence[str], given: str | Sequence[str], where: Path | str) -> Captions:
+def find_captions(names: Sequence[str], given: str | Sequence[str], where: Path | str, missing: Missing) -> Captions:
     """Find the columns of captions, which commas may separate, and of templates."""
     if given == CAPTION_NAMES[0]:
-        caption = find_column(names, given, CAPTION_NAMES, "caption", where)
+        caption = find_column(names, given, CAPTION_NAMES, "caption", where, missing)
         lower = by_lower_name(names)
         others = [lower[name] for name in (*CAPTION_NAMES, *OTHER_TEXTS) if lower.get(name, caption) != caption]
         if caption != given and others:
@@ -219,7 +224,7 @@ def find_captions(names: Sequence[str], given: str | Sequence[str], where: Path 
         else:
             captions |= {name: (name,) for name in ([text] if text in names else map(str.strip, text.split(",")))}
     for name in chain.from_iterable(captions.values()):
-        find_column(names, name, ("",), "caption", where)
+        find_column(names, name, ("",), "caption", where, missing)
     return captions
 
 
@@ -243,16 +248,16 @@ def read_captions(captions: Captions, rows: Iterable[Callable[[str], Any]], reas
     return clean_captions(texts, key, f"no {', '.join(empty)}" if empty else "")
 
 
-def find_column(columns: Sequence[str], given: str, usual: Sequence[str], what: str, path: Path | str) -> str:
-    """Find a column by its name or, if that is `usual[0]` and missing, by another usual name in any case."""
+def find_column(
+    columns: Sequence[str], given: str, usual: Sequence[str], what: str, path: Path | str, missing: Missing
+) -> str:
+    """Find a column by its name or, if that is the missing `usual[0]`, by another usual name in any case."""
     lower = by_lower_name(columns)
     names = [given, *(lower[name] for name in usual if given == usual[0] and name in lower)]
     column = next((name for name in names if name in columns), None)
     if column is None:
-        exist = ", ".join(f"'{printable(name[:40])}'" for name in columns[:30]) or "none"
-        remedy = f"data.columns.{what}=NAME in training, Columns({what}=NAME) in Python, else the command's option."
-        problem = f"The table '{path}' has no column '{given}' for the {what}. Its columns: {exist}."
-        raise UserError(f"{problem} Rename one, or name it: {remedy}")
+        missing[given] = what
+        return given
     if (count := list(columns).count(column)) > 1:
         raise UserError(f"The table '{path}' has {count} columns named '{printable(column)}'. Rename all but one.")
     return column
