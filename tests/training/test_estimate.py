@@ -4,11 +4,11 @@ import pytest
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from conftest import tiny_tree
+from conftest import refuses, tiny_tree, write_table
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schema import Recipe
 from declip.training.assemble import assemble
-from declip.training.estimate import count_cost
+from declip.training.estimate import count_cost, estimate
 from declip.training.step import training_step
 
 
@@ -33,6 +33,11 @@ def test_operations_are_those_of_a_step_but_for_losses_and_heads(table, tmp_path
     parts.loader.close()
     towers = count_cost(parts.recipe, batch.texts.shape[2]).flops * len(batch)
     assert 0.95 < towers / counter.get_total_flops() < 1
+
+
+def test_broken_pairs_are_refused_by_the_limit_of_the_recipe(tmp_path):
+    rows = write_table(tmp_path / "gone.csv", [f"{row}.png,a" for row in range(24)])
+    refuses("24 of the 24 pairs of 'gone.csv' .* allows 5.0 %", estimate, Recipe.model_validate(tiny_tree(rows)))
 
 
 @pytest.mark.parametrize("key", ["grad_checkpointing", "grad_cache_chunk"])

@@ -2,6 +2,7 @@
 
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ from declip.models.device import pick_device
 from declip.supervision.objective import Gather
 
 T = TypeVar("T")
+
+# The replacement that torch 2.13 names, all_gather_single, does not exist in torch 2.6.
+warnings.filterwarnings("ignore", r"torch\.distributed\.nn\.functional\.all_gather is deprecated", FutureWarning)
 
 RANK_TIMEOUT = 600.0  # seconds that a process waits for the others at a step before the run ends
 LONG_TIMEOUT = timedelta(hours=12)  # how long the other ranks wait while rank 0 evaluates, writes or reads

@@ -26,7 +26,7 @@ from declip.recipe.schema import Recipe
 from declip.supervision.objective import Objective
 from declip.training.assemble import assemble, plan_of, resolve_epochs
 from declip.training.evaluations import evaluation_tasks, open_held_out
-from declip.training.pairs import open_training_source
+from declip.training.pairs import open_training_source, refuse_broken
 from declip.training.state import Extensions, Parts
 from declip.training.step import training_step
 
@@ -38,6 +38,7 @@ def estimate(recipe: Recipe, sources: Sources = NO_SOURCES) -> tuple[Recipe, str
     source = open_training_source(recipe, sources)
     recipe = resolve_epochs(recipe, source)
     train, few = recipe.train, min(len(source), 2 * recipe.train.batch_size)
+    refuse_broken(source, recipe.data.max_broken_fraction)
     # Of few pairs so many may be broken by chance that a run would stop.
     limits = {"max_pairs": few, "max_broken_fraction": max(0.5, recipe.data.max_broken_fraction)}
     small = recipe.model_copy(update={"data": recipe.data.model_copy(update=limits)})
