@@ -111,6 +111,7 @@ def test_a_project_works_after_it_was_moved(tmp_path, monkeypatch, command):
 def test_mistaken_words_are_answered_with_what_was_meant(tmp_path, monkeypatch, command):
     monkeypatch.chdir(tmp_path)
     Path("pictures").mkdir()
+    Path("empty").mkdir()
     Path("pictures/a.png").touch()
     Path("heldout.csv").touch()
     for words, said in (
@@ -121,7 +122,8 @@ def test_mistaken_words_are_answered_with_what_was_meant(tmp_path, monkeypatch, 
         (["train", "demo-clip", "--epochs", "5"], ["--epochs", "train.epochs"]),
         (["compare", "demo-clip", "--lr=5", "--pairs", "8"], ["--lr", "train.lr"]),
         (["search", "pictures", "red"], ["'pictures'", "--out indices/NEW"]),
-        (["search", "gone", "red"], ["'gone'", "--out gone"]),
+        (["embed", "builtin:lite2-minilm", "empty", "--out", "x"], ["empty' has no image", "Give a folder"]),
+        (["search", "gone", "red"], ["gone' does not exist", "--out gone"]),
     ):
         refused = command(*words)
         assert (refused.status, [part for part in said if part not in refused.err]) == (2, []), refused.err

@@ -177,7 +177,7 @@ def test_too_large_a_share_of_broken_pairs_stops_after_a_hundred_pairs():
     said = refuses("", first_of, loader, 40)
     assert loader.step == 17
     assert said.startswith(f"{loader.skipped.total} of the 102 pairs of ")
-    for part in ("max_broken_fraction allows 2.0%", " × missing image, such as pair-"):
+    for part in ("max_broken_fraction allows 2.0 %", " × missing image, such as pair-"):
         assert part in said
 
 

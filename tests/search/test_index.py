@@ -93,6 +93,13 @@ def test_another_model_is_refused(made, model):
     computed.load_state_dict(model.state_dict())
     for wrong in (tiny_model(1), other, computed.eval()):
         refuses("another model", Index.open(made.folder, model=wrong).search, "a red bar")
+        refuses(
+            r"the model was '.*' \(fingerprint \w{8}\), now ",
+            declip.embed,
+            wrong,
+            made.info.source.path,
+            out=made.folder,
+        )
     refuses("a Python object", Index.open(made.folder).search, "a red bar")
     assert Index.open(made.folder, model=model).search("a red bar", k=1)
 
@@ -113,7 +120,7 @@ def test_a_bad_query_says_why(made):
     wrong = (
         ({"text": "  "}, "Nothing to search for"),
         ({"text": "a", "k": 0}, "k is 0"),
-        ({"text": "a", "image": "nowhere.png"}, "missing image"),
+        ({"text": "a", "image": "nowhere.png"}, r"missing image: nowhere.png \(No such [^']*\)"),
         ({"text": "a", "over": "words"}, "'words'"),
         ({"text": "a", "over": "captions"}, "no vectors of captions"),
         ({"text": "a", "template": "no braces"}, "no braces"),

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from declip.errors import UserError
-from declip.io.text import shown
+from declip.io.text import percent, shown
 
 # Characters of a caption, above which it is a page or a broken file, and captions of one image: public sets have five,
 # region descriptions fifty; more mean a wrong image column.
@@ -188,9 +188,11 @@ class SkipCounter:
 
     def refusal(self, seen: int, allowed: float, name: str) -> UserError:
         """The error for more broken pairs than `data.max_broken_fraction` allows."""
-        broken = f"{self.total:,} of the {seen:,} pairs of '{name}' could not be used ({self.total / max(seen, 1):.1%})"
+        broken = (
+            f"{self.total:,} of the {seen:,} pairs of '{name}' could not be used ({percent(self.total / max(seen, 1))})"
+        )
         remedy = f"{self.explanation()} Fix or remove them, or raise it."
-        return UserError(f"{broken}; data.max_broken_fraction allows {allowed:.1%}. {remedy}")
+        return UserError(f"{broken}; data.max_broken_fraction allows {percent(allowed)}. {remedy}")
 
     def explanation(self) -> str:
         """The reasons in one sentence, with the remedy of the most frequent mistake."""

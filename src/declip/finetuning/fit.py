@@ -195,6 +195,7 @@ def _write_facts(
     write_text(folder / run_folder.EXAMPLES, json.dumps({"source": facts, "losses": {}, "views": [], "worst": worst}))
     fitted: dict[str, Any] = {
         "pairs": len(pairs.images),
+        "groups": len(np.unique(features.groups)),
         "captions": len(pairs.texts),
         "classes": 0 if classes is None else len(classes.rows),
         **choice.form._asdict(),  # method and ridge

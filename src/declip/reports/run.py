@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from declip.closed_form.heads import FEWEST
 from declip.data.columns import Columns
 from declip.data.images.thumbnails import thumbnails_of
 from declip.data.pair import PairSource
@@ -76,7 +77,7 @@ def skipped_table(run: Run) -> Table:
 
 def fitted_lines(run: Run) -> list[str]:
     """Describe heads in closed form and what cross-validation says about them, or the mixture with the start."""
-    return render("fitted.txt", it=run.cross_validation, mixture=run.mixture).strip().splitlines()
+    return render("fitted.txt", it=run.cross_validation, mixture=run.mixture, fewest=FEWEST).strip().splitlines()
 
 
 def measures_table(run: Run) -> Table:

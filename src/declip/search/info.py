@@ -89,6 +89,8 @@ class IndexInfo(InfoSection):
     def read(cls, folder: Path) -> Self:
         """Read index.json; raises `UserError` if it is missing, damaged, or of another version of declip."""
         path = folder / INFO
+        if not folder.exists():
+            raise UserError(f"'{folder}' does not exist. Make an index: declip embed MODEL SOURCE --out {folder}.")
         if not path.is_file():
             others = folder.is_dir() and any(path.name[0] != "." for path in folder.iterdir())
             raise UserError(

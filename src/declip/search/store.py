@@ -334,7 +334,6 @@ def check_same(folder: Path, before: IndexInfo, now: IndexInfo) -> None:
     """Raise a `UserError` if an index was made by another model, of another source, or with other options."""
     one, other = (
         {
-            "the model": info.model.fingerprint,
             "the source": resolve(info.source.path, folder) or info.source.name,
             **asdict(info.source.columns_of(folder)),
             "dtype": info.dtype,
@@ -343,6 +342,8 @@ def check_same(folder: Path, before: IndexInfo, now: IndexInfo) -> None:
         for info in (before, now)
     )
     changed = [f"{key} was {one[key]!r}, now {other[key]!r}" for key in one if one[key] != other[key]]
+    if before.model.fingerprint != now.model.fingerprint:
+        changed.insert(0, f"the model was {before.model}, now {now.model}")
     if changed:
         raise UserError(
             f"'{folder}' holds an index of another model or option: {'; '.join(changed)}. Choose another --out."

@@ -125,7 +125,8 @@ def check_file(path: Path, key: str) -> None:
     try:
         status = path.stat()
     except (OSError, ValueError) as error:
-        raise BrokenPair("missing image", key, str(error)) from error
+        reason = getattr(error, "strerror", None) if str(path) == key else None  # else also where the path leads
+        raise BrokenPair("missing image", key, reason or str(error)) from error
     if status.st_size > LARGEST_IMAGE:
         raise BrokenPair("image too large", key, f"a file of {status.st_size:,} bytes, at most {LARGEST_IMAGE:,}")
     if not stat.S_ISREG(status.st_mode):

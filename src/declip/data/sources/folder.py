@@ -139,7 +139,7 @@ class FolderSource(FileList):
     def __init__(self, path: Path) -> None:
         super().__init__(path.name or str(path), path, sorted(_images(path)))
         if not len(self):
-            raise UserError(f"'{path}' has no image ({', '.join(EXTENSIONS)}). Name tables: data.source=[a.csv,b.csv].")
+            raise UserError(f"'{path}' has no image ({', '.join(EXTENSIONS)}). Give a folder with images, or a table.")
 
     def splits(self) -> dict[str, np.ndarray]:
         """Those of folders named train, val and test, if all images are in such folders."""
