@@ -118,6 +118,12 @@ def test_formats_of_linear_projections_lack_the_posteriors(format, lacks, tmp_pa
         torch.testing.assert_close(read_back, linear, atol=EXACT, rtol=0)
 
 
+def test_posteriors_of_a_wrong_shape_are_refused_before_memory_is_taken():
+    weights = complete(start("timm-convnext"))
+    hostile = {f"{PROJECTIONS[0]}classes": torch.zeros(2**62, 0)}  # which has no bytes
+    refuses("do not fit their recipe", replace(weights, tensors={**weights.tensors, **hostile}).check)
+
+
 def test_weights_with_projections_or_without_names_stay_as_they_are():
     weights = start()
     for same in (

@@ -146,7 +146,7 @@ class ImageTower(nn.Module):
     def match_projection(self, tensors: Mapping[str, Tensor]) -> None:
         """Replace the projection by one of class posteriors, if tensors that will be loaded, by name, are of one."""
         classes = tensors.get("image_tower.proj.classes")
-        if classes is not None and classes.ndim == 2 and type(self) is ImageTower:
+        if classes is not None and classes.shape[1:] == (self.pre_logits_width,) and type(self) is ImageTower:
             proj = PosteriorProjection(self.pre_logits_width, len(classes), len(self.proj.weight))
             self.proj = proj.to(self.proj.weight)
 
