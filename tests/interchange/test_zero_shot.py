@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -21,7 +22,7 @@ from declip.interchange.timm_weights import LOGIT_SCALE, class_heads, complete, 
 from declip.interchange.weights import Weights
 from declip.models.dual_encoder import DualEncoder
 from declip.models.hf_encoder import read_encoder
-from declip.models.image_tower import NoImageTower
+from declip.models.image_tower import NoImageTower, PosteriorProjection
 from declip.models.layers import PROJECTIONS
 from declip.recipe.load import load_recipe
 from declip.recipe.starts import STARTS
@@ -116,6 +117,12 @@ def test_formats_of_linear_projections_lack_the_posteriors(format, lacks, tmp_pa
         linear = torch.nn.functional.normalize(features @ weight[:, : features.shape[1]].T, dim=-1)
         read_back = declip.load(tmp_path / "out", "cpu").encode_image(pixels)
         torch.testing.assert_close(read_back, linear, atol=EXACT, rtol=0)
+
+
+def test_a_linear_projection_ignores_the_mean_direction_also_after_steps_of_adam():
+    projection, pooled = PosteriorProjection(16, 3, 8), torch.randn(4, 16)  # random weights have a part in it
+    projection.direction.copy_(F.normalize(torch.randn(16), dim=0))
+    torch.testing.assert_close(projection.linear()(pooled + projection.direction), projection.linear()(pooled))
 
 
 def test_posteriors_of_a_wrong_shape_are_refused_before_memory_is_taken():

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from declip.closed_form.solve import PosteriorFeatures
+from declip.closed_form.solve import PosteriorFeatures, without
 from declip.errors import UserError, unknown
 
 if TYPE_CHECKING:
@@ -85,7 +85,8 @@ class PosteriorProjection(nn.Module):
     def linear(self) -> nn.Linear:
         """The projection without the posteriors: about as good as one that was fitted without them."""
         linear = nn.Linear(len(self.direction), len(self.weight), bias=False)
-        linear.weight = nn.Parameter(self.weight[:, : len(self.direction)].detach().clone())
+        # Training may add a part in the direction, which `forward` does not see.
+        linear.weight = nn.Parameter(without(self.weight[:, : len(self.direction)].detach(), self.direction))
         return linear.to(self.weight)
 
 
