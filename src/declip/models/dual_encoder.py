@@ -127,9 +127,9 @@ class DualEncoder(nn.Module):
         """Compute how much every pixel of an image contributes to its similarity with a text.
 
         Returns:
-            (H, W) float32 in the size of the image, of any sign; (n, H, W) for n texts. If the
-            tower pools its cells by a mean, the mean of the map is the cosine of text and image. The image is squashed
-            to a square, so that all of it is seen.
+            (H, W) float32 in the size of the image, of any sign; (n, H, W) for n texts. If the tower pools its cells by
+            a mean and its projection is linear, the mean of the map is the cosine of text and image. The image is
+            squashed to a square, so that all of it is seen.
 
         Args:
             size: Side of the square in pixels, by default that of training. Twice as much shows more detail; towers
