@@ -56,8 +56,8 @@ class PosteriorFeatures(NamedTuple):
 
     def features(self, images: Tensor) -> Tensor:
         """Features (…, v) of unit length without the direction, then powers of the posteriors: (…, v + c)."""
-        logarithms = POSTERIOR_POWER * (images @ self.rows.mT).log_softmax(dim=-1)
-        return torch.cat([normalize(without(images, self.direction), dim=-1), logarithms.exp()], dim=-1)
+        powers = (POSTERIOR_POWER * (images @ self.rows.mT).log_softmax(dim=-1)).exp()
+        return torch.cat([normalize(without(images, self.direction), dim=-1), powers], dim=-1)
 
 
 class Heads(NamedTuple):
@@ -109,13 +109,13 @@ def closed_form_heads(rows: RegressionRows, forms: tuple[Form, ...]) -> list[Hea
         x = x @ basis
     (x_axes, y_axes), maps = solve(moments(x, y, rows.owners, weights), forms, (width, y.shape[1]))
     x_axes = x_axes if basis is None else basis @ x_axes
-    found, own = [], len(rows.direction)
+    heads, own = [], len(rows.direction)
     for left, right in maps:
         image = left @ x_axes.mT
         # Equal features have no variance in the mean's direction, others have: it must stay ignored.
         image = torch.cat([without(image[:, :own], rows.direction), image[:, own:]], dim=1)
-        found.append(Heads(image, without(right @ y_axes.mT, y_mean), rows.classifier))
-    return found
+        heads.append(Heads(image, without(right @ y_axes.mT, y_mean), rows.classifier))
+    return heads
 
 
 def centered(features: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:

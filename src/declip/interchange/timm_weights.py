@@ -195,10 +195,10 @@ def class_heads(classes: Classes, texts: Tensor) -> dict[str, Tensor]:
     rotated = (axes @ head for head in (heads.image, heads.text))
     # Lengths do not change a cosine; these are the ones of a projection's random start.
     scaled = [head * (len(head) ** 0.5 / head.norm()) for head in rotated]
-    found = {f"{prefix}weight": head for prefix, head in zip(PROJECTIONS, scaled, strict=True)}
+    tensors = {f"{prefix}weight": head for prefix, head in zip(PROJECTIONS, scaled, strict=True)}
     if heads.classifier is not None:
-        found[f"{PROJECTIONS[0]}classes"], found[f"{PROJECTIONS[0]}direction"] = heads.classifier
-    return {name: ((tensor / GRID).round() * GRID).float().contiguous() for name, tensor in found.items()}
+        tensors[f"{PROJECTIONS[0]}classes"], tensors[f"{PROJECTIONS[0]}direction"] = heads.classifier
+    return {name: ((tensor / GRID).round() * GRID).float().contiguous() for name, tensor in tensors.items()}
 
 
 @torch.inference_mode()
