@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from declip import interchange as interchange
     from declip.api import compare as compare
     from declip.api import evaluate as evaluate
-    from declip.api import finetune as finetune
     from declip.api import train as train
     from declip.data.batch import PairBatch as PairBatch
     from declip.data.columns import Columns as Columns
     from declip.errors import UserError as UserError
+    from declip.finetuning.run import finetune as finetune
     from declip.interchange.export import export as export
     from declip.interchange.read import load as load
     from declip.recipe.load import load_recipe as load_recipe
@@ -33,10 +33,11 @@ if TYPE_CHECKING:
     from declip.training.sinks import Sink as Sink
 
 _MODULES = {
-    "api": "compare evaluate finetune train",
+    "api": "compare evaluate train",
     "data.batch": "PairBatch",
     "data.columns": "Columns",
     "errors": "UserError",
+    "finetuning.run": "finetune",
     "interchange.export": "export",
     "interchange.read": "load",
     "recipe.load": "load_recipe",

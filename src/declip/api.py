@@ -1,4 +1,4 @@
-"""Public functions: `train`, `finetune`, `evaluate` and `compare`."""
+"""Public functions: `train`, `evaluate` and `compare`."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -18,8 +18,7 @@ from declip.evaluation.datasets import Dataset, open_dataset
 from declip.evaluation.encode import Encoder
 from declip.evaluation.protocols import Options, evaluate_all
 from declip.evaluation.results import Result
-from declip.finetuning import run as finetuning
-from declip.interchange.read import folder_or_name, loaded
+from declip.interchange.read import loaded
 from declip.models.precision import Precision
 from declip.recipe.checks import check_tasks
 from declip.recipe.schema import Recipe
@@ -88,53 +87,6 @@ def train(
     run = Trainer(parts).train(partial(write_report, sources=sources) if report else None)
     distributed.leave()
     return run
-
-
-def finetune(
-    pairs: str | Path | PairSource | Items,
-    weights: str | Path | Run | None = None,
-    overrides: Mapping[str, Any] | None = None,
-    out: str | Path | None = None,
-    resume: bool = False,
-    quiet: bool = False,
-    *,
-    val: str | Path | PairSource | Items | Sequence[Any] = (),
-    keep: str | Path | PairSource | Items | Sequence[Any] = (),
-    freeze: str | None = None,
-) -> Run:
-    """Fine-tune pretrained weights on your pairs, write a report, and export the model.
-
-    If towers are trained, the model has the weights of the best evaluation; else its projections are computed in closed
-    form. The run folder has report.html, and in exported/ the model as safetensors and, if these formats can hold it,
-    as open_clip and huggingface.
-
-    Args:
-        pairs: A source of pairs: a table, a folder, tar shards, a built-in set or a Python object, see `open_source`.
-        weights: What `declip.load` takes, or timm:NAME. The default without a GPU is "builtin:lite2-minilm".
-        overrides: Dotted keys and values, such as ``{"train.lr": 1e-4}``; the defaults depend on the number of pairs.
-        out: The run folder; by default ``runs/finetune``.
-        resume: Continue the run in that folder with its recipe and its split, if there is one.
-        val: Validation sets as in `train`; the default is a tenth of the pairs, or none if both towers are frozen.
-        keep: Sets on which the accuracy of the weights should not fall: if the weights have both towers and are
-            trained, they are averaged with their start, in the proportion that is best on these and the validation
-            sets (WiSE-FT).
-        freeze: Towers not to train: "both", "image", "text" or "none". The default is "both" for the built-in weights
-            without a GPU, else "none".
-    """
-    held_out = held_out_sets(val)
-    (source, *sets), sources = name_sources(pairs, *held_out, *held_out_sets(keep))
-    return finetuning.finetune(
-        source,
-        folder_or_name(weights),
-        overrides,
-        val=sets[: len(held_out)],
-        keep=sets[len(held_out) :],
-        out=out,
-        freeze=freeze,
-        resume=resume,
-        quiet=quiet,
-        sources=sources,
-    )
 
 
 def evaluate(

@@ -118,14 +118,13 @@ def finetune(
 
     given = parse_overrides(overrides or [])
     read_overrides(given, freeze)
-    from declip import api
-    from declip.finetuning.run import estimate_finetune
+    from declip.finetuning import run as finetuning
 
     options: dict[str, Any] = {"val": val or (), "out": out, "freeze": freeze, "quiet": quiet}
     if dry_run:
-        say("\n\n".join(reversed(estimate_finetune(pairs, weights, given, **options))))
+        say("\n\n".join(reversed(finetuning.estimate_finetune(pairs, weights, given, **options))))
         return
-    run = api.finetune(pairs, weights, given, keep=keep or (), resume=resume, **options)
+    run = finetuning.finetune(pairs, weights, given, keep=keep or (), resume=resume, **options)
     leave_unless_finished(run)
     _print_finetuned(run)
 

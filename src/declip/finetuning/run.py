@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from declip.data.columns import Columns
+from declip.data.pair import PairSource
 from declip.data.sources.names import absolute
-from declip.data.sources.open import NO_SOURCES, Sources
+from declip.data.sources.open import NO_SOURCES, Sources, name_sources
+from declip.data.sources.python_items import Items
 from declip.data.sources.subset import LIST_KIND, NO_LISTS, Lists, read_pair_list
 from declip.errors import UserError
 from declip.finetuning import outputs
@@ -17,7 +19,7 @@ from declip.finetuning.fit import closed_form, estimate_fit, fit
 from declip.finetuning.split import choose_pairs, open_lists, pairs_of
 from declip.finetuning.wise_ft import mix_with_start
 from declip.interchange import starter
-from declip.interchange.read import read_start
+from declip.interchange.read import folder_or_name, read_start
 from declip.models.device import pick_device
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.finetuning import FREEZE, Start, read_overrides, settings
@@ -26,7 +28,7 @@ from declip.recipe.schema import Recipe
 from declip.recipe.starts import STARTS
 from declip.runs.folder import LOCK, RECIPE, Run, lock_folder, log, moved_lists
 from declip.training import distributed
-from declip.training.assemble import assemble, resolve_recipe
+from declip.training.assemble import assemble, held_out_sets, resolve_recipe
 from declip.training.estimate import estimate
 from declip.training.state import Extensions
 from declip.training.trainer import Trainer
@@ -38,36 +40,58 @@ Name = str | Path
 
 
 def finetune(
-    pairs: Name,
-    weights: Name | None = None,
+    pairs: str | Path | PairSource | Items,
+    weights: str | Path | Run | None = None,
     overrides: Mapping[str, Any] | None = None,
-    *,
-    val: Sequence[Name] = (),
-    keep: Sequence[Name] = (),
-    out: Name | None = None,
-    freeze: str | None = None,
+    out: str | Path | None = None,
     resume: bool = False,
     quiet: bool = False,
-    sources: Sources = NO_SOURCES,
+    *,
+    val: str | Path | PairSource | Items | Sequence[Any] = (),
+    keep: str | Path | PairSource | Items | Sequence[Any] = (),
+    freeze: str | None = None,
 ) -> Run:
-    """Fine-tune pretrained weights, see `declip.finetune`; `sources` has Python objects by name."""
+    """Fine-tune pretrained weights on your pairs, write a report, and export the model.
+
+    If towers are trained, the model has the weights of the best evaluation; else its projections are computed in closed
+    form. The run folder has report.html, and in exported/ the model as safetensors and, if these formats can hold it,
+    as open_clip and huggingface.
+
+    Args:
+        pairs: A source of pairs: a table, a folder, tar shards, a built-in set or a Python object, see `open_source`.
+        weights: What `declip.load` takes, or timm:NAME. The default without a GPU is "builtin:lite2-minilm".
+        overrides: Dotted keys and values, such as ``{"train.lr": 1e-4}``; the defaults depend on the number of pairs.
+        out: The run folder; by default ``runs/finetune``.
+        resume: Continue the run in that folder with its recipe and its split, if there is one.
+        val: Validation sets as in `train`; the default is a tenth of the pairs, or none if both towers are frozen.
+        keep: Sets on which the accuracy of the weights should not fall: if the weights have both towers and are
+            trained, they are averaged with their start, in the proportion that is best on these and the validation
+            sets (WiSE-FT).
+        freeze: Towers not to train: "both", "image", "text" or "none". The default is "both" for the built-in weights
+            without a GPU, else "none".
+    """
+    # --- names of Python objects, and keys
+    held_out = held_out_sets(val)
+    (source, *sets), sources = name_sources(pairs, *held_out, *held_out_sets(keep))
+    start, val_sets, kept_sets = folder_or_name(weights), sets[: len(held_out)], sets[len(held_out) :]
     overrides = dict(overrides or {})
-    if keep:
-        overrides["evaluation.keep"] = [absolute(str(name)) for name in keep]
+    if kept_sets:
+        overrides["evaluation.keep"] = [absolute(str(name)) for name in kept_sets]
     folder = FINETUNED if out is None else Path(out).expanduser()
     given = read_overrides(overrides, freeze)
     hosts = distributed.meet(given.get("train.device", "auto"))[1]
     with ExitStack() as held:
-        # Rank 0 alone writes, and only into a folder that it holds.
+        # --- the recipe; rank 0 alone writes, and only into a folder that it holds
         hosts.on_rank_zero(partial(held.enter_context, claimed(folder, resume)))
         if resume and (folder / RECIPE).is_file():
             recipe, lists = moved_lists(load_recipe(folder / RECIPE, overrides), folder), NO_LISTS
-            hosts.on_rank_zero(partial(_refuse_others, recipe, pairs, weights, val, freeze))
+            hosts.on_rank_zero(partial(_refuse_others, recipe, source, start, val_sets, freeze))
         else:
             recipe, lists = hosts.on_rank_zero(
-                partial(finetune_recipe, pairs, folder, weights, val, freeze, given, quiet, sources)
+                partial(finetune_recipe, source, folder, start, val_sets, freeze, given, quiet, sources)
             )
             sources = open_lists(lists, sources)
+        # --- the run
         if closed_form(recipe):
             run = fit(recipe, folder, resume, quiet, sources, lists)
         else:
