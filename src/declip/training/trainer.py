@@ -104,7 +104,7 @@ class Trainer:
             log.info(parts.pretrained.summary)
         if step == 0 and parts.pretrained is not None and parts.pretrained.whole:
             results = self.evaluate(monitor, final=True)
-            if self._is_best(results):
+            if self._update_best(results):
                 self.save(monitor)
         parts.learner.train()
         if parts.model.device.type == "cpu":
@@ -142,7 +142,7 @@ class Trainer:
                 if self._evaluation_due():
                     self._refuse_nonfinite(values)
                     with self._saving(monitor):
-                        self._is_best(self.evaluate(monitor))
+                        self._update_best(self.evaluate(monitor))
 
                 # --- save
                 best = progress.best is not None and progress.best.step == step
@@ -267,8 +267,8 @@ class Trainer:
             return parts.hosts.on_rank_zero(lambda: results)
         return parts.hosts.on_rank_zero(run)
 
-    def _is_best(self, results: list[Result]) -> bool:
-        """Compare an evaluation with the best one so far; False where the recipe does not watch them."""
+    def _update_best(self, results: list[Result]) -> bool:
+        """Record an evaluation if it is the best so far, and return whether it is; False if none are watched."""
         recipe, step = self.parts.recipe, self.progress.step
         best = self.progress.best or BestEvaluation()
         if recipe.train.patience is None or best.step == step:
