@@ -7,6 +7,7 @@ import yaml
 from conftest import refuses
 from declip.data.batch import plan_views
 from declip.io.text import read_yaml
+from declip.recipe.checks import load_for_training
 from declip.recipe.finetuning import read_overrides
 from declip.recipe.load import flat, load_recipe, read_value, recipe_keys, recipe_names, synonyms, unknown_key
 from declip.recipe.schema import Evaluation, ImageTowerConfig, Recipe
@@ -176,8 +177,14 @@ def test_numbers_are_read_as_python_writes_them_and_text_stays_text():
         found = read_value("train.lr", text)
         assert (found, type(found)) == (value, type(value))
     recipe = load_recipe("clip", {"name": "'5e-4'", "data.columns.caption": "'010'", "train.lr": "5e-4"})
-    texts = {"name": "'a: b'", "data.columns.caption": "'010'", "data.columns.group": "'[x'"}
+    texts = {"name": "'a: 📷'", "data.columns.caption": "'010'", "data.columns.group": "'[x'"}
     tuned = load_recipe("finetune", read_overrides(texts))
-    assert (tuned.name, tuned.data.columns) == ("a: b", {"image": "image", "caption": "010", "group": "[x"})
+    assert (tuned.name, tuned.data.columns) == ("a: 📷", {"image": "image", "caption": "010", "group": "[x"})
     again = Recipe.model_validate(read_yaml(recipe.to_yaml()))
     assert (again.name, again.data.columns["caption"], again.train.lr) == ("5e-4", "010", 5e-4)
+
+
+def test_a_path_of_pairs_may_have_any_character(tmp_path):
+    path = tmp_path / "a: 'b' # 📷.csv"
+    path.touch()
+    assert load_for_training("clip", data=path).data.source == str(path)

@@ -190,7 +190,8 @@ def finetune_recipe(
     seen, columns = pairs_of(where), Columns.of(checked)
     split = choose_pairs(str(pairs), columns, val, folder, seen, quiet, closed, sources)
     count = min(len(split.source), checked.max_pairs or len(split.source))
-    keys = {"finetune.pretrained": json.dumps(where), **settled(count, validated=bool(split.val))}
+    pretrained = json.dumps(where, ensure_ascii=False)  # quoted, see `load_for_training`
+    keys = {"finetune.pretrained": pretrained, **settled(count, validated=bool(split.val))}
     if starter.matches(where) and device.type == "cpu":
         keys.setdefault("image.size", STARTS[where])
     name: str | None = split.name

@@ -31,7 +31,8 @@ def load_for_training(
         return recipe
     given = dict(overrides or {})
     if data is not None:
-        given["data.source"] = json.dumps(str(data))  # quoted, because values are read as YAML
+        # Quoted, because values are read as YAML, which has no escapes of JSON for characters beyond 16 bits, as emoji.
+        given["data.source"] = json.dumps(str(data), ensure_ascii=False)
     if val:
         names = list(dict.fromkeys(map(str, val)))
         given |= {"evaluation.zero_shot": names, "evaluation.retrieval": names}

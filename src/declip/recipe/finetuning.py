@@ -54,7 +54,7 @@ def _unread(value: Any) -> Any:
     with suppress(yaml.YAMLError):
         if not isinstance(value, str) or read_yaml(value) == value:
             return value
-    return json.dumps(value)
+    return json.dumps(value, ensure_ascii=False)
 
 
 def settings(
