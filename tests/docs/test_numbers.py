@@ -10,8 +10,14 @@ import pytest
 from docs.blocks import ROOT
 
 MARKED = re.compile(r"<!--numbers:(\w+)-->\n\n((?:\|.*\n)+)")
-PAGES = [path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md")]
-TITLES = {"stamps-photos": "photographs", "clipart": "clip art", "ViT-B-32": "ViT-B/32", "RN50": "ResNet-50"}
+PAGES = [path.read_text(encoding="utf-8") for path in ((ROOT / "README.md"), *(ROOT / "docs").glob("*.md"))]
+TITLES = {
+    "stamps-photos": "photographs",
+    "clipart": "clip art",
+    "emoji-test": "emoji",
+    "ViT-B-32": "ViT-B/32",
+    "RN50": "ResNet-50",
+}
 TITLES |= {"demo-clip": "demo-few-clip", "demo-declip": "demo-few-declip", "demo-slip": "demo-slip, smoothed"}
 TITLES |= {"demo-declip-official, contrastive.label_smoothing=0.1": "demo-declip, smoothed"}
 TITLES |= {"demo-filip": "FILIP, smoothed", "demo-defilip": "DeFILIP, smoothed"}
@@ -19,6 +25,32 @@ TITLES |= {"demo-filip": "FILIP, smoothed", "demo-defilip": "DeFILIP, smoothed"}
 
 def read(name):
     return [json.loads(line) for line in (ROOT / "benchmarks/results" / name).read_text("utf-8").splitlines()[1:]]
+
+
+NAMES = ("best class name", "five class names", "ConSE")
+PACKAGES = ("scikit-learn Ridge", "scikit-learn PLS", "open_clip, locked")
+
+
+def rivals():
+    cells = defaultdict(lambda: defaultdict(list))
+    for row in read("few/rivals.jsonl"):
+        cells[row["set"], row["pairs"]][row["method"]].append((row["r1"], row["r10"]))
+    for (name, pairs), runs in cells.items():
+        means = {method: [*map(mean, zip(*rows, strict=True))] for method, rows in runs.items()}
+        columns = [("declip finetune",), ("declip, linear",), NAMES, ("Ridge with class rows",), PACKAGES]
+        best = [[*map(max, zip(*(means[m] for m in column if m in means), strict=True))] for column in columns]
+        yield f"{TITLES.get(name, name)}, {pairs:,}", sum(best, [])
+
+
+def readme():
+    """No pairs and all pairs of each set, by declip."""
+    rows = read("few/rivals.jsonl")
+    for name in {row["set"] for row in rows}:
+        ours = [row for row in rows if (row["set"], row["method"]) == (name, "declip finetune")]
+        most, held_out = max(row["pairs"] for row in ours), ours[0]["held_out"]
+        sides = [[row for row in ours if row["pairs"] == pairs] for pairs in (0, most)]
+        numbers = [mean(row[key] for row in side) for side in sides for key in ("r1", "r10")]
+        yield f"{TITLES.get(name, name)}, {most:,} pairs, {held_out} held-out images", numbers
 
 
 def few():
@@ -55,7 +87,7 @@ def embed():
         yield TITLES.get(tower, tower), [mean(row["per_second"] for row in column) for column in columns if column]
 
 
-@pytest.mark.parametrize("check", [few, methods, embed], ids=lambda check: check.__name__)
+@pytest.mark.parametrize("check", [readme, rivals, few, methods, embed], ids=lambda check: check.__name__)
 def test_a_table_has_the_numbers_of_its_raw_file(check):
     [table] = [table for page in PAGES for name, table in MARKED.findall(page) if name == check.__name__]
     expected = dict(check())
