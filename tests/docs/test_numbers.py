@@ -39,7 +39,7 @@ def rivals():
         means = {method: [*map(mean, zip(*rows, strict=True))] for method, rows in runs.items()}
         columns = [("declip finetune",), ("declip, linear",), NAMES, ("Ridge with class rows",), PACKAGES]
         best = [[*map(max, zip(*(means[m] for m in column if m in means), strict=True))] for column in columns]
-        yield f"{TITLES.get(name, name)}, {pairs:,}", sum(best, [])
+        yield f"{TITLES.get(name, name)}, {pairs:,}", [number for pair in best for number in pair]
 
 
 def readme():
