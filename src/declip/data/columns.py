@@ -38,6 +38,9 @@ class Columns:
     def __post_init__(self) -> None:
         if isinstance(self.caption, list):  # of JSON
             object.__setattr__(self, "caption", tuple(self.caption))
+        texts = self.caption if isinstance(self.caption, tuple) else (self.caption or "",)
+        if not texts or not all(isinstance(text, str) for text in texts):
+            raise UserError(f"Columns(caption={self.caption!r}): give a column, a template, or several of these.")
 
     @classmethod
     def of(cls, data: Data) -> Columns:

@@ -187,8 +187,7 @@ def read_pair_list(path: Path) -> PairList:
         listed = listed._replace(source=resolve(listed.source, path.parent), columns=columns)
         indices = np.asarray(listed.indices)
         rising = indices.dtype == np.int64 and (np.diff(indices, prepend=-1, append=listed.total) > 0).all()
-        captions = columns.caption if isinstance(columns.caption, tuple) else (columns.caption or "",)
-        names = (listed.source, columns.image, *captions, columns.group or "", columns.root or "")
+        names = (listed.source, columns.image, columns.group or "", columns.root or "")
         texts = all(isinstance(name, str) for name in names)
         if rising and texts and not listed.source.lower().endswith(LIST_KIND):  # no list of itself
             return listed
