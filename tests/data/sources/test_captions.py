@@ -58,10 +58,9 @@ def test_a_column_named_like_a_list_or_a_template_is_that_column(folder):
     assert read(open_source(path, Columns(caption=["a,b", "{c}"]))) == ["x|y"]
 
 
-@pytest.mark.parametrize("caption", [[], 3, ["a", None]])
+@pytest.mark.parametrize("caption", [(), 3, ("a", None)])
 def test_columns_refuses_captions_that_are_not_names(caption):
-    with refuses(repr(caption), "template"):
-        Columns(caption=tuple(caption) if isinstance(caption, list) else caption)
+    refuses((repr(caption), "template"), Columns, caption=caption)
 
 
 def test_labels_may_be_numbers_lists_or_numbers_of_classes(folder):
