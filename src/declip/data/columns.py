@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from declip.data.pair import printable
 from declip.errors import UserError
 
 if TYPE_CHECKING:
@@ -64,6 +63,8 @@ class MissingColumns(UserError):
         self.table, self.columns, self.missing, self.form = table, columns, missing, form
 
     def __str__(self) -> str:
+        from declip.data.pair import printable  # here, because it loads NumPy and YAML, and commands import this file
+
         lacks = " and ".join(f"no column '{name}'" + f" for the {w}" * (name != w) for name, w in self.missing.items())
         forms = " ".join(map(self.form.format, dict.fromkeys(self.missing.values())))
         exist = ", ".join(f"'{printable(name[:40])}'" for name in self.columns[:30]) or "none"
