@@ -225,7 +225,7 @@ def _check_layout(file: pq.ParquetFile) -> list[int]:
 
 
 class Writer:
-    """Writes an index anew in a locked folder; readers see the old rows until `finish`."""
+    """Writes all rows of an index into a locked folder; readers see the old ones until `finish`."""
 
     def __init__(self, folder: Path, wanted: IndexInfo) -> None:
         self.folder, self._unfinished = folder, folder / UNFINISHED

@@ -29,7 +29,7 @@ def evaluation_tasks(recipe: Recipe, final: bool, sources: Sources = NO_SOURCES)
 
 def open_held_out(name: str, pairs: Columns, sources: Sources = NO_SOURCES) -> Dataset:
     """Open a held-out set by the columns of the training pairs or, where it lacks one, the usual names."""
-    # The folder of the images goes with the column that was named for them.
+    # The folder of the images applies if their column was named.
     given = replace(pairs, group=None, root=None if pairs.image == DEFAULT.image else pairs.root)
     try:
         return open_dataset(name, columns=given, sources=sources)
