@@ -13,6 +13,7 @@ import argparse
 import gc
 import json
 import math
+import runpy
 import signal
 import subprocess
 import sys
@@ -29,7 +30,6 @@ from PIL import Image
 
 import declip
 from declip.data.pair import Pair, PairSource
-from declip.data.prepare import shard_source
 from declip.data.text.tokenizer import padded_length
 from declip.errors import UserError
 from declip.evaluation.datasets import open_dataset, with_classes
@@ -371,7 +371,8 @@ def run(options: argparse.Namespace, experiment: Experiment) -> list[str]:
     out = options.out or Path("runs") / ("synthetic" if which[0] == "synthetic" else "-".join(which))
     # --- checks
     if options.experiment == "synthetic" and not Path(options.data).exists():
-        shard_source(Crops(experiment.pairs), options.data, size=64, shard_pairs=500, workers=0)
+        shards = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "shards.py"))
+        shards["main"](Crops(experiment.pairs), options.data, 64, pairs=500, workers=0)
     recipe, tests = recipe_of(options, experiment), tests_there(options.test)
     source = open_training_source(recipe)
     recipe = resolve_epochs(recipe, source)

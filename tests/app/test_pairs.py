@@ -119,7 +119,7 @@ def test_the_list_has_keys_and_reasons_and_all_other_pairs_are_a_source(client, 
     written = client.post("/api/pairs/list", json=MARKED).json()
     with open(written["drop"]) as file:
         rows = [json.loads(line) for line in file]
-    assert [(row["key"], row["place"]) for row in rows] == [(state.index.row(n).key, n) for n in (1, 3, 8)]
+    assert [(row["key"], row["index"]) for row in rows] == [(state.index.row(n).key, n) for n in (1, 3, 8)]
     assert [row["reason"] for row in rows] == ["image and caption disagree"] * 2 + ["near-duplicate image"]
     assert rows[0]["cosine"] == pytest.approx(float(found.values[found.ids.tolist().index(1)]), abs=1e-4)
     others = open_source(written["rest"])

@@ -132,9 +132,11 @@ class Reader:
         if reason := why_not(line):
             self.left[line] = reason
             return
-        if words[:2] == ["python", "-m"]:
-            self.monkeypatch.setattr("sys.argv", words[2:])
-            runpy.run_module(words[2], run_name="__main__")
+        if words[0] == "python":
+            module = words[1] == "-m"
+            self.monkeypatch.setattr("sys.argv", words[1 + module :])
+            run, name = (runpy.run_module, words[2]) if module else (runpy.run_path, ROOT / words[1])
+            run(str(name), run_name="__main__")
         elif words[0] != "declip":
             subprocess.run(["bash", "-ec", line], check=True, stdout=subprocess.DEVNULL)
         else:

@@ -19,7 +19,6 @@ import declip.finetuning.run
 from conftest import COLORS, SHAPES, draw
 from declip.comparison import runner
 from declip.data.builtin.sets import DESIGNS, EMOJI
-from declip.data.prepare import write_exclusions
 from declip.data.sources.open import open_source
 from declip.evaluation import zero_shot
 from declip.evaluation.zero_shot import read_prompts
@@ -137,8 +136,6 @@ def world(emoji_cache, tmp_path_factory):
         }.items():
             declip.train(small(recipe), out=runs / name, quiet=True, report=False)
         declip.embed(runs / "demo", folder / "pictures", out=folder / "indices" / "pictures")
-        row = (open_source("builtin:emoji").key(0), 0, "no reason", None, "")
-        (folder / "drop.jsonl").write_text(write_exclusions([row]), "utf-8")
         declip.export(runs / "vit", "huggingface", folder / "downloads" / "clip-vit-base-patch32")
     state = {f"module.{name}": value for name, value in read_state("defilip_vit_tiny").items()}
     torch.save({"last_iter": 1, "model": state, "optimizer": {}}, folder / "ckpt.pth.tar")

@@ -1,4 +1,4 @@
-"""Every file in examples/ trains for three steps, and its loss equals a plain loop; the plugin is used by its names."""
+"""Each file in examples/ runs for three steps, or on a few pairs; losses equal a plain loop; a plugin has names."""
 
 import runpy
 import subprocess
@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import declip
-from conftest import refuses
+from conftest import refuses, write_rows
+from declip.data.sources.open import open_source
 from declip.io.plugins import load_plugin, plugins
 from declip.recipe.load import load_recipe, recipe_names
 from declip.runs.checkpoint import list_checkpoints, load_checkpoint
@@ -27,7 +29,7 @@ TINY_VIT |= {"image.model_kwargs": {"patch_size": 8, "embed_dim": 64, "depth": 1
 DOORS = {"optimizer", "augmentation", "evaluation"}  # examples that train with CLIP's loss
 
 
-@pytest.mark.parametrize("name", sorted(EXAMPLES.keys() - DOORS - {"images_without_captions"}))
+@pytest.mark.parametrize("name", sorted(EXAMPLES.keys() - DOORS - {"images_without_captions", "shards"}))
 def test_an_example_trains_for_three_steps(name, table, tmp_path):
     EXAMPLES[name]["main"](str(table), str(tmp_path / "run"), **SMALL)
     rows = read_rows(tmp_path / "run" / "metrics.jsonl")
@@ -54,6 +56,25 @@ def test_images_without_captions_train_the_weights_that_the_pairs_start_from(tab
         assert [list(row["losses"]) for row in read_rows(tmp_path / folder / "metrics.jsonl")] == [[loss]] * 3
     assert f"Weights of '{tmp_path / 'run-images'}'" in caplog.text
     assert "new: nothing" in caplog.text
+
+
+def test_shards_have_the_training_pairs_at_their_size(tmp_path, monkeypatch):
+    monkeypatch.setenv("DECLIP_CACHE", str(tmp_path / "cache"))
+    rows = [("large.png", (300, 200), "train"), ("gone.png", None, "train"), ("a.png", (60, 90), "test")]
+    rows += [("small.png", (40, 80), "train")]
+    for name, size, _ in rows:
+        if size:
+            Image.new("RGB", size).save(tmp_path / name)
+    pairs = [{"image": name, "caption": [name, "ünï\n"], "split": split} for name, _, split in rows]
+    source = open_source(write_rows(tmp_path / "t.jsonl", pairs))
+    EXAMPLES["shards"]["main"](source, tmp_path / "shards", 100, pairs=2, workers=0)
+    (tmp_path / "shards/000000002.tar").unlink()
+    first = (tmp_path / "shards/000000000.tar").stat().st_mtime_ns
+    EXAMPLES["shards"]["main"](source, tmp_path / "shards", 100, pairs=2, workers=2)
+    assert (tmp_path / "shards/000000000.tar").stat().st_mtime_ns == first
+    read = [*map(open_source(tmp_path / "shards").__getitem__, range(2))]
+    assert [pair.image.size for pair in read] == [(150, 100), (40, 80)]
+    assert [pair.captions for pair in read] == [("large.png", "ünï"), ("small.png", "ünï")]
 
 
 def test_word_classification_is_the_plain_loop():

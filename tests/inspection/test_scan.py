@@ -13,7 +13,6 @@ from rich.console import Console
 
 from conftest import refuses, texture, write_rows, write_table
 from declip.data.pair import BrokenPair, Pair, PairSource
-from declip.data.prepare import read_exclusions
 from declip.data.sources.open import open_source
 from declip.inspection.scan import Fraction, inspect_source
 from declip.io.text import about, shown
@@ -151,7 +150,7 @@ def test_resolution_against_the_training_size():
         inspect_source(numbers([("a cat",)] * 3, side=side), size=100, workers=0) for side in (400, 70, 120)
     )
     assert (rules(large)["large_images"], rules(small)["small_images"]) == (4.0, 1.0)
-    assert ("--size 200" in advice(large, "large_images"), "64" in advice(small, "small_images")) == (True, True)
+    assert ("200 px (examples" in advice(large, "large_images"), "64" in advice(small, "small_images")) == (True, True)
     assert not {"small_images", "large_images"} & set(rules(fits))
 
 
@@ -247,10 +246,11 @@ def test_the_command_writes_what_is_asked_for(table, tmp_path, command):
     heldout = table.with_name("heldout.csv")
     names = [json.loads(line)["image"] for line in table.read_text(encoding="utf-8").splitlines()[3:5]]
     heldout.write_text("\n".join(["image,label", *(f"{name},1" for name in names)]), encoding="utf-8")
-    for words in (["--all"], ["--sample", 5, "--exclude", tmp_path / "drop.jsonl"]):
+    for words in (["--all"], ["--sample", 5, "--without-copies", tmp_path / "rest.pairs"]):
         outcome = command(*inspect, *words, "--check-leakage", heldout)
         assert (outcome.status, "All 24 pairs were read." in outcome.out) == (0, True)
-    assert {3, 4} <= set(read_exclusions(tmp_path / "drop.jsonl", open_source(table))) < set(range(24))
+    rest = open_source(tmp_path / "rest.pairs").indices.tolist()
+    assert set() < set(rest) <= set(range(24)) - {3, 4}
 
 
 def test_a_source_without_a_usable_pair_ends_with_status_2(tmp_path, command):

@@ -17,7 +17,7 @@ from declip.cli import app as cli
 from declip.io.outputs import output_file
 from indices import draw_shapes
 
-READ = {"image", "image_root", "exclude of data shard", "head", "cache", "index of choose", "index of app"}
+READ = {"image", "image_root", "head", "cache", "index of choose", "index of app"}
 """Path parameters that name no output; the folders of indices are written as by `embed`."""
 
 COMPARED = "demo-clip demo-slip data.source=pairs.csv --pairs 8 --dataset pairs.csv --task retrieval train.batch_size=8"
@@ -32,7 +32,7 @@ OUTPUTS = {
     "evaluate --json": "evaluate MODEL --dataset pairs.csv --task retrieval",
     "data inspect --json": "data inspect pairs.csv",
     "data inspect --html": "data inspect pairs.csv",
-    "data inspect --exclude": "data inspect pairs.csv --check-leakage pairs.csv",
+    "data inspect --without-copies": "data inspect pairs.csv --check-leakage one.csv",
     "app --caption": "app MODEL shapes --port 0",
     "embed --out": "embed MODEL shapes",
     "index from-parquet --out": "index from-parquet rows.parquet --model MODEL",
@@ -40,7 +40,6 @@ OUTPUTS = {
     "finetune --out": "finetune pairs.csv --from MODEL",
     "compare --out": f"compare {COMPARED}",
     "export --out": "export MODEL --format safetensors --overwrite",
-    "data shard --out": "data shard pairs.csv",
 }
 """Commands by the option that names what they write; it is the last argument where there is none."""
 
@@ -61,7 +60,8 @@ def template(weights_file, tmp_path_factory):
     path = tmp_path_factory.mktemp("project")
     with chdir(path):
         names = [image.name for image in draw_shapes(Path("shapes"))]
-        write_table(Path("pairs.csv"), [f"shapes/{name},{Path(name).stem}" for name in names])
+        for table, some in (("pairs.csv", names), ("one.csv", names[:1])):
+            write_table(Path(table), [f"shapes/{name},{Path(name).stem}" for name in some])
         labels = [f"shapes/{name},{Path(name).stem},{name.split('-')[0]}" for name in names]
         Path("labels.csv").write_text("\n".join(["image,caption,label", *labels]))
         declip.embed(weights_file, "shapes", out="index", workers=0)
@@ -101,7 +101,7 @@ def test_a_file_of_the_user_stays(name, project, weights_file, command):
 
 def test_a_command_replaces_its_own_files(project, weights_file, command):
     evaluate = ["evaluate", weights_file, "--dataset", "pairs.csv", "--dataset", "labels.csv", "--task", "retrieval"]
-    inspect = ["data", "inspect", "pairs.csv", "--check-leakage", "pairs.csv", "--exclude", "drop.jsonl"]
+    inspect = ["data", "inspect", "pairs.csv", "--check-leakage", "one.csv", "--without-copies", "rest.pairs"]
     for words in (
         ["choose", weights_file, "shapes", "--contact-sheet", "a.png", "--out", "choose.csv"],
         ["classify", weights_file, "shapes", "--examples", "labels.csv", "--save", "head", "--out", "x.csv"],

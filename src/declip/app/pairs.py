@@ -1,5 +1,6 @@
 """Answers of the pairs view: disagreeing captions, near-duplicates, and lists of the marked and the other pairs."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -10,10 +11,10 @@ from pydantic import BaseModel, Field, RootModel
 
 from declip.app.requests import ImageId
 from declip.app.state import AppState
-from declip.data.prepare import read_exclusions, write_exclusions
+from declip.data.pair import printable
 from declip.data.sources.names import resolve
-from declip.data.sources.open import open_source
-from declip.data.sources.subset import LIST_KIND, list_of, write_pair_list
+from declip.data.sources.open import ImageSource, open_source
+from declip.data.sources.subset import LIST_KIND, write_others
 from declip.errors import UserError
 from declip.inspection.reading import components
 from declip.io.atomic import write_text
@@ -168,15 +169,20 @@ def save_list(state: AppState, marked: Marked) -> dict[str, Any]:
         raise UserError("The list is empty.")
     drop, rest = (Path(os.path.relpath(f"{index.folder.resolve()}{end}")) for end in (".drop.jsonl", LIST_KIND))
     with state.reading:
-        write_text(drop, write_exclusions(rows[id] for id in sorted(rows)), ELSEWHERE)
+        names = ("key", "index", "reason", "cosine", "caption")
+        lines = (json.dumps(dict(zip(names, rows[id], strict=True))) + "\n" for id in sorted(rows))
+        write_text(drop, "".join(lines), ELSEWHERE)
         # --- the other pairs of the source
         if not saved.path:
             raise UserError(f"'{drop}' is written, but no list of the others: the source was a Python object.")
         spec, columns = resolve(saved.path, index.folder), saved.columns_of(index.folder)
         source = open_source(spec, columns)
-        excluded = read_exclusions(drop, source)
-        others = [number for number in range(len(source)) if number not in excluded]
-        if not others:
-            raise UserError(f"'{drop}' lists all pairs of '{source.name}', so none is left to train on.")
-        write_pair_list(rest, list_of(spec, columns, source, others))
-    return {"drop": str(drop), "rest": str(rest), "count": len(others)}
+        images = ImageSource(source)
+        for key, place, *_ in rows.values():
+            if place >= len(source) or images.key(place) != key:
+                problem = (
+                    f"'{source.name}' has changed since it was embedded: its pair {place} is not '{printable(key)}'"
+                )
+                raise UserError(f"{problem}. Run the command again.")
+        count = write_others(rest, spec, columns, source, {place for _, place, *_ in rows.values()})
+    return {"drop": str(drop), "rest": str(rest), "count": count}

@@ -1,4 +1,4 @@
-"""The commands ``declip data``: download a built-in set, write shards, inspect pairs."""
+"""The commands ``declip data``: download a built-in set, inspect pairs."""
 
 from functools import partial
 from pathlib import Path
@@ -11,8 +11,9 @@ from declip.cli import options as opt
 from declip.cli.options import console, file, reads_images, say
 from declip.errors import UserError
 from declip.io.outputs import check_outputs, write_output
+from declip.io.text import plural
 
-group = typer.Typer(help="Download, shard and inspect pairs.", no_args_is_help=True)
+group = typer.Typer(help="Download and inspect pairs.", no_args_is_help=True)
 
 
 @group.command()
@@ -35,24 +36,6 @@ WITHOUT_MODEL = ("batch_size", "device", "precision")
 
 @group.command()
 @partial(reads_images, without=WITHOUT_MODEL)
-def shard(
-    source: opt.Source,
-    out: Annotated[Path, file("folder to write the tar shards to", metavar="DIR")],
-    size: Annotated[int, Option(help="pixels of the shorter side; smaller images are not enlarged")] = 256,
-    shard_pairs: Annotated[int, Option(help="pairs per shard")] = 10_000,
-    exclude: Annotated[Path | None, file("list of pairs to leave out, from `declip app` or `data inspect`")] = None,
-    *,
-    reading: dict[str, Any],
-) -> None:
-    """Shrink the images of a source and write tar shards. Run the command again to continue after an interruption."""
-    from declip.data.prepare import shard_source
-
-    made = shard_source(source, out, size=size, shard_pairs=shard_pairs, exclude=exclude, **reading)
-    say(made.summary())
-
-
-@group.command()
-@partial(reads_images, without=WITHOUT_MODEL)
 def inspect(
     source: opt.Source,
     sample: Annotated[int, Option(help="number of pairs to read, chosen at random")] = 2000,
@@ -63,24 +46,31 @@ def inspect(
     seed: Annotated[int, Option(help="seed of the sample and of the examples")] = 0,
     json_out: opt.JsonOut = None,
     html_out: Annotated[Path | None, file("also write a page with images", "--html")] = None,
-    exclude: Annotated[Path | None, file("list to write, of the copies among the pairs; reads all pairs")] = None,
+    without_copies: Annotated[Path | None, file("list to write (.pairs), of all other pairs; reads all")] = None,
     *,
     reading: dict[str, Any],
 ) -> None:
     """Inspect pairs before training: sizes, lengths, duplicates, broken pairs, and suggested settings."""
+    from declip.data.sources.open import open_source
+    from declip.data.sources.subset import LIST_KIND, write_others
     from declip.inspection.scan import Inspection, inspect_source
-    from declip.reports.inspection import exclusions, page, summary
+    from declip.reports.inspection import page, summary
 
-    check_outputs((json_out, html_out, exclude))
-    if exclude and not check_leakage:
-        raise UserError("--exclude lists the copies that --check-leakage finds. Give a test set with --check-leakage.")
+    check_outputs((json_out, html_out, without_copies))
+    if without_copies and not (check_leakage and without_copies.suffix == LIST_KIND):
+        problem = f"--without-copies {without_copies} lists the pairs that are no copy of one of --check-leakage."
+        raise UserError(f"{problem} Give a test set with --check-leakage, and a file name that ends in {LIST_KIND}.")
     options: dict[str, Any] = {"seed": seed, "size": size, "batch_size": batch_size, **reading}
-    read = None if everything or exclude else sample
-    inspection = inspect_source(source, read, check_leakage=check_leakage or (), **options)
+    read = None if everything or without_copies else sample
+    opened = open_source(source, reading["columns"])
+    inspection = inspect_source(opened, read, check_leakage=check_leakage or (), **options)
     console.print(summary(inspection), width=None if console.is_terminal else PAGE_WIDTH)
-    outputs = ((Inspection.to_json, json_out, "--json"), (page, html_out, "--html"), (exclusions, exclude, "--exclude"))
-    for make, path, option in outputs:
+    for make, path, option in ((Inspection.to_json, json_out, "--json"), (page, html_out, "--html")):
         if path is not None:
             say(f"Written: {write_output(path, make(inspection), option)}")
+    if without_copies:
+        copies = {index for leakage in inspection.leakages for _, index in leakage.copies}
+        count = write_others(without_copies, source, reading["columns"], opened, copies)
+        say(f"Written: {without_copies}, a list of {plural(count, 'pair')}")
     if inspection.usable == 0:
         raise typer.Exit(2)

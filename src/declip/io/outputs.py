@@ -21,13 +21,12 @@ MARKS = re.compile(
     rb"\x89PNG\r\n.*tEXtSoftware\0declip"
     rb'|<!doctype html>.*<meta name="generator" content="declip'
     rb'|\[?\s*\{\s*"declip": "'
-    rb'|.{8}\{"__metadata__":\{"declip\.classifier"',
+    rb'|.{8}\{"__metadata__":\{"declip\.classifier"'
+    rb'|\{"source": ".*"total": \d+, "indices": \[',
     re.DOTALL,
 )
-"""The beginnings of the images, pages, results and classifiers that declip writes."""
+"""The beginnings of the images, pages, results, classifiers and lists of pairs that declip writes."""
 
-# A line of `data inspect --exclude`. The list of the app has other reasons: it was chosen by hand.
-COPY = re.compile(rb'\{"key": ".*", "place": \d+, "reason": "in .*", "cosine": null, "caption": ""\}\n')
 FOREIGN = "declip did not write it, or it was changed since"
 
 
@@ -88,9 +87,6 @@ def _reason_to_stay(path: Path) -> str | None:
             head = file.read(HEAD)
             if not head or MARKS.match(head):
                 return None
-            if COPY.match(head):
-                file.seek(0)
-                return None if all(map(COPY.fullmatch, file)) else FOREIGN
         with path.open(encoding="utf-8", newline="") as text:
             rows = csv.reader(text, strict=True)
             header = tuple(next(rows))

@@ -1,4 +1,4 @@
-"""The page of an inspection, its tables for the terminal, and the list of pairs to exclude."""
+"""The page of an inspection, and its tables for the terminal."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,7 +8,6 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from declip.data.images.thumbnails import thumbnail
-from declip.data.prepare import write_exclusions
 from declip.inspection.scan import Finding, Fraction, Inspection, Spread
 from declip.io.text import about, percent, shown
 from declip.reports.page import Table, environment, render, rich_table
@@ -22,12 +21,6 @@ def page(inspection: Inspection) -> str:
     """Render the page; text from the data is escaped and has no control characters."""
     context = {"it": inspection, "tables": tables(inspection), "findings": sentences(inspection)}
     return render("inspection.html", **context, thumbnail=thumbnail)
-
-
-def exclusions(inspection: Inspection) -> str:
-    """List the copies of images of the checked sets, for training and `data shard --exclude`."""
-    copies = {copy: leakage.name for leakage in inspection.leakages for copy in leakage.copies}
-    return write_exclusions((key, index, f"in {name}", None, "") for (key, index), name in copies.items())
 
 
 def summary(it: Inspection) -> Group:

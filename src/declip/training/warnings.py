@@ -63,7 +63,7 @@ class ThroughputMonitor:
         self._steps = -sys.maxsize  # no second warning
         return (
             f"Steps wait {self._waited / self._total:.0%} of their time for batches. Try more loader processes "
-            f"(data.workers={workers} now) where processors are free, or smaller images (declip data shard)."
+            f"(data.workers={workers} now) where processors are free, or smaller images (examples/shards.py)."
         )
 
 

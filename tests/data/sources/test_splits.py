@@ -10,7 +10,6 @@ import yaml
 
 from conftest import TINY, refuses, tiny_tree
 from data.fakes import KINDS, write, write_shards
-from declip.data.prepare import shard_source
 from declip.data.sources.open import open_source
 from declip.data.sources.shards import ShardSource
 from declip.data.sources.subset import Subset, take, training_part
@@ -47,11 +46,6 @@ def test_a_table_is_trained_on_by_its_train_rows(folder, kind):
     assert training_part(open_source(write(folder / f"all.{kind}", ROWS[:1], NAMES))).name == f"all.{kind}"
     nothing = open_source(write(folder / f"none.{kind}", ROWS[1:3], NAMES))
     refuses(r"no training pairs: .*validation, test", training_part, nothing)
-    if kind == "csv":  # shards have no splits
-        shutil.copy(folder / "a.png", folder / "d.png")
-        made = shard_source(path, folder / "shards", workers=0)
-        assert captions(open_source(folder / "shards")) == ["one", "four"]
-        assert made.skipped.counts == {"split test": 1, "split validation": 1}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -235,7 +235,7 @@ def download(name: str, cache: str | Path | None = None, progress: bool = True) 
     """Download and render the set of one of `BUILTINS`, unless it is there already, and return its folder."""
     split = name.removeprefix(BUILTIN_PREFIX)
     if split not in BUILTINS and Path(name).expanduser().exists():
-        raise UserError(f"'{name}' is not a built-in set. To shard its pairs: declip data shard {name} --out DIR")
+        raise UserError(f"'{name}' is not a built-in set but a path, which every command takes without a download.")
     return _find(split).download(cache, progress)
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -178,6 +178,15 @@ def write_pair_list(path: Path, listed: PairList) -> None:
     write_text(path, json.dumps(listed._asdict() | {"columns": asdict(columns)}) + "\n")
 
 
+def write_others(path: Path, spec: str, columns: Columns, source: PairSource, excluded: Collection[int]) -> int:
+    """Write a list of the pairs of the opened source `spec` but some, and return their number."""
+    others = [index for index in range(len(source)) if index not in excluded]
+    if not others:
+        raise UserError(f"'{path}' is not written: all pairs of '{source.name}' are excluded, and none is left.")
+    write_pair_list(path, list_of(spec, columns, source, others))
+    return len(others)
+
+
 def read_pair_list(path: Path) -> PairList:
     """Read a list of pairs; raises `UserError` if the file is invalid."""
     try:
@@ -193,7 +202,7 @@ def read_pair_list(path: Path) -> PairList:
             return listed
     except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError):
         pass
-    raise UserError(f"'{path}' is not a list of pairs that `declip finetune` wrote. Pass the pairs themselves.")
+    raise UserError(f"'{path}' is not a list of pairs that declip wrote. Pass the pairs themselves.")
 
 
 def split_numbers(cells: pa.Array | pa.ChunkedArray, where: str) -> np.ndarray | None:
