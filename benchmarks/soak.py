@@ -62,21 +62,21 @@ class Watch(HostGroup):
     def __init__(self, recipe: Recipe, folder: Path, kept: Path, restart_every: int, seconds: float) -> None:
         super().__init__()
         self.kept, self.restart_every, self.seconds, self.rows = kept, restart_every, seconds, list[dict[str, float]]()
-        parts = assemble(recipe, folder, quiet=True)
-        parts.hosts = self
-        self.trainer = Trainer(parts)
+        state = assemble(recipe, folder, quiet=True)
+        state.hosts = self
+        self.trainer = Trainer(state)
         self.started = time.perf_counter()
 
     def sync_step(self, step: int, rows: int, stop: bool, *rest: Any) -> StepSync:
-        trainer, parts = self.trainer, self.trainer.parts
+        trainer, state = self.trainer, self.trainer.state
         if step % LOOK_EVERY == 0:
             self.rows.append(looked(step, self.started))
             self.kept.write_text(json.dumps(self.rows) + "\n", encoding="utf-8")
         if step and step % self.restart_every == 0:
             trainer.loader.close()
-            loader = build_loader(parts.recipe, parts.source, parts.model, parts.workers)
-            loader.step, loader.skipped = step, parts.progress.skipped
-            loader.seen = step * parts.recipe.train.batch_size
+            loader = build_loader(state.recipe, state.source, state.model, state.workers)
+            loader.step, loader.skipped = step, state.progress.skipped
+            loader.seen = step * state.recipe.train.batch_size
             trainer.loader = loader
         trainer.stop.asked = trainer.stop.asked or time.perf_counter() - self.started > self.seconds
         return super().sync_step(step, rows, stop, *rest)

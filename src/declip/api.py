@@ -83,8 +83,8 @@ def train(
     resolved = resolve_recipe(recipe, overrides, source, sets, sources, resume)
     folder = Path(out).expanduser() if out is not None else Path("runs") / resolved.name
     extensions = Extensions(callbacks, terms or {}, optimizer, augment, sources)
-    parts = assemble(resolved, folder, resume, quiet, extensions)
-    run = Trainer(parts).train(partial(write_report, sources=sources) if report else None)
+    state = assemble(resolved, folder, resume, quiet, extensions)
+    run = Trainer(state).train(partial(write_report, sources=sources) if report else None)
     distributed.leave()
     return run
 

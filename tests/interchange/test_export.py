@@ -140,7 +140,7 @@ def test_a_run_is_exported_with_its_data_steps_and_results(table, tmp_path, monk
     out = tmp_path / "out"
     words = ["export", tmp_path / "run", "--format", "safetensors", "--out", out, "--license", "cc-by-4.0"]
     assert "Read back by declip" in command(*words).out
-    trained, tokens = trainer.parts.model.eval(), trainer.parts.model.tokenize("a red circle")
+    trained, tokens = trainer.state.model.eval(), trainer.state.model.tokenize("a red circle")
     assert torch.equal(declip.load(out, device="cpu").encode_text(tokens), trained.encode_text(tokens))
     text = card(out)
     assert (about(out)["license"], about(out)["pipeline_tag"]) == ("cc-by-4.0", "zero-shot-image-classification")

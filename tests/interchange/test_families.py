@@ -156,7 +156,7 @@ def test_training_moves_every_parameter_and_resumes_to_the_bit(family, own_file,
 def test_a_run_with_adapters_is_merged_when_it_is_loaded(family, own_file, table, tmp_path):
     lora = {"finetune.lora": {"rank": 2}, "finetune.layer_decay": 1.0, "train.checkpoint_every": 2}
     trainer = trainer_of(tuned(table, own_file(family), **lora), tmp_path)
-    before, learned, tokens = state(trainer), trainer.parts.model, trainer.parts.model.tokenize(CAPTIONS)
+    before, learned, tokens = state(trainer), trainer.state.model, trainer.state.model.tokenize(CAPTIONS)
     trainer.train()
     adapters = {n for n in before if MARK in n}
     after = learned.state_dict()

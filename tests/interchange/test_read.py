@@ -22,7 +22,7 @@ from training.starts import recipe_for, trainer_of
 def test_a_loaded_run_gives_the_features_of_the_trained_model(table, tmp_path):
     trainer = trainer_of(recipe_for(table), tmp_path)
     trainer.train()
-    expected = trainer.parts.model.eval()
+    expected = trainer.state.model.eval()
     for where in (tmp_path, list_checkpoints(tmp_path)[-1]):
         model = declip.load(where, device="cpu")
         assert not model.training

@@ -112,7 +112,7 @@ def ended(recipe, folder):
     """Train as `trained`, and give the model's tensors too."""
     trainer = trainer_of(recipe, folder)
     run = trainer.train()
-    return run.step, run.finished, trainer.parts.model.state_dict()
+    return run.step, run.finished, trainer.state.model.state_dict()
 
 
 def losses(run):
@@ -121,7 +121,7 @@ def losses(run):
 
 
 def state(trainer):
-    return {name: tensor.clone() for name, tensor in trainer.parts.model.state_dict().items()}
+    return {name: tensor.clone() for name, tensor in trainer.state.model.state_dict().items()}
 
 
 def last(run):

@@ -32,9 +32,9 @@ def test_a_compiled_run_learns_what_a_plain_one_does(table, tmp_path, image, key
         sections = {"image": image} if image else None
         trainer = Trainer(assemble(recipe_for(table, "declip", sections, steps=2, **keys), tmp_path / name, quiet=True))
         if name == "compiled":
-            assert compile_blocks(trainer.parts.model, counter) > 2
+            assert compile_blocks(trainer.state.model, counter) > 2
         run = trainer.train()
-        ends.append((run.metrics[-1]["loss"], trainer.parts.model.state_dict()))
+        ends.append((run.metrics[-1]["loss"], trainer.state.model.state_dict()))
     assert counter.frame_count > 0
     (loss, plain), (compiled_loss, compiled) = ends
     assert compiled_loss == pytest.approx(loss, rel=1e-4)

@@ -26,12 +26,12 @@ def test_operations_are_those_of_the_formula():
 
 
 def test_operations_are_those_of_a_step_but_for_losses_and_heads(table, tmp_path):
-    parts = assemble(Recipe.model_validate(tiny_tree(table, "declip")), tmp_path / "run", quiet=True)
-    batch = next(parts.loader)
+    state = assemble(Recipe.model_validate(tiny_tree(table, "declip")), tmp_path / "run", quiet=True)
+    batch = next(state.loader)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        training_step(parts.learner, parts.optimizer, batch, parts.hosts.sync_step(0, len(batch), stop=False))
-    parts.loader.close()
-    towers = count_cost(parts.recipe, batch.texts.shape[2]).flops * len(batch)
+        training_step(state.learner, state.optimizer, batch, state.hosts.sync_step(0, len(batch), stop=False))
+    state.loader.close()
+    towers = count_cost(state.recipe, batch.texts.shape[2]).flops * len(batch)
     assert 0.95 < towers / counter.get_total_flops() < 1
 
 

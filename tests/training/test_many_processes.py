@@ -60,7 +60,7 @@ def test_the_processes_of_a_run_can_begin_another(tmp_path, monkeypatch):
 def stopped(recipe, folder, at, by):
     """A run in which one rank is asked to stop before it comes to a step."""
     trainer = trainer_of(recipe, folder)
-    meet = trainer.parts.hosts.sync_step
+    meet = trainer.state.hosts.sync_step
 
     def ask(step, *rest):
         if step == at and distributed.rank() == by:
@@ -68,7 +68,7 @@ def stopped(recipe, folder, at, by):
             rest = (rest[0], trainer.stop.asked, rest[2])
         return meet(step, *rest)
 
-    trainer.parts.hosts.sync_step = ask
+    trainer.state.hosts.sync_step = ask
     run = trainer.train()
     assert run.finished or run.status == 75
     return run.step, run.finished

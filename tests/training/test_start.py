@@ -32,15 +32,15 @@ def test_a_run_gives_towers_heads_tokenizer_statistics_and_scale(table, tmp_path
     checkpoint = load_checkpoint(list_checkpoints(start)[-1])
     given, heads = without_prefix("model", checkpoint.weights), without_prefix("objective", checkpoint.training)
     assert not moved(given, state(trainer))
-    own = dict(trainer.parts.objective.named_parameters())
+    own = dict(trainer.state.objective.named_parameters())
     assert not moved(own, heads)
-    recipe = trainer.parts.recipe
+    recipe = trainer.state.recipe
     assert (recipe.text.layers, recipe.text.bpe_merges, recipe.text.activation) == (3, 400, "gelu")
     assert (recipe.image.mean, recipe.embed_dim) == (STATISTICS["mean"], 24)
-    assert trainer.parts.model.tokenizer.vocabulary == declip.load(start).tokenizer.vocabulary
-    assert trainer.parts.model.preprocessor.mean == pytest.approx(STATISTICS["mean"])
-    assert trainer.parts.model.logit_scale.item() == pytest.approx(recipe.logit_scale.init)
-    assert len(trainer.parts.objective.terms["nearest_neighbor"].queue) == 0
+    assert trainer.state.model.tokenizer.vocabulary == declip.load(start).tokenizer.vocabulary
+    assert trainer.state.model.preprocessor.mean == pytest.approx(STATISTICS["mean"])
+    assert trainer.state.model.logit_scale.item() == pytest.approx(recipe.logit_scale.init)
+    assert len(trainer.state.objective.terms["nearest_neighbor"].queue) == 0
 
 
 @pytest.mark.parametrize(
@@ -81,9 +81,9 @@ def test_heads_are_taken_whole_or_not_at_all(table, tmp_path, start):
     keys = tuned(table, start).model_dump(mode="json") | {"simsiam": {"widths": [16, 16, 6]}}
     trainer = trainer_of(Recipe.model_validate(keys), tmp_path)
     heads = without_prefix("objective", load_checkpoint(list_checkpoints(start)[-1]).training)
-    new = moved(dict(trainer.parts.objective.named_parameters()), heads)
+    new = moved(dict(trainer.state.objective.named_parameters()), heads)
     assert {".".join(name.split(".")[:3]) for name in new} == {"terms.simsiam.predictor"}
-    assert "new: simsiam.predictor" in trainer.parts.pretrained.summary
+    assert "new: simsiam.predictor" in trainer.state.pretrained.summary
 
 
 def test_positions_are_resized_as_timm_does(table, tmp_path, start):
@@ -91,7 +91,7 @@ def test_positions_are_resized_as_timm_does(table, tmp_path, start):
     name, given, own = "image_tower.trunk.pos_embed", last(start), state(trainer)
     torch.testing.assert_close(own.pop(name), resample_abs_pos_embed(given[name], [6, 6], [4, 4]))
     assert not moved(own, given)
-    assert trainer.parts.model.preprocessor.size == trainer.parts.recipe.image.size == 48
+    assert trainer.state.model.preprocessor.size == trainer.state.recipe.image.size == 48
     write_declip_file(model := build("resnet"), tmp_path / "resnet.safetensors")  # with a pool of attention
     trainer = trainer_of(tuned(table, tmp_path / "resnet.safetensors", image_size=96), tmp_path / "run")
     given, own = model.state_dict(), state(trainer)
@@ -114,7 +114,7 @@ def test_a_length_of_captions_stretches_or_cuts_the_positions(table, tmp_path, l
     given, name = build("vit"), "text_tower.positional_embedding"
     write_declip_file(given, tmp_path / "source")
     trainer = trainer_of(tuned(table, tmp_path / "source", {"steps": 1}, context_length=length), tmp_path / "run")
-    model, own, old = trainer.parts.model.eval(), state(trainer), given.state_dict()[name].clone()
+    model, own, old = trainer.state.model.eval(), state(trainer), given.state_dict()[name].clone()
     expected = own[name].clone()
     for row in range(length):
         at = row * 15 / (length - 1) if length > 16 else row
@@ -148,9 +148,9 @@ def test_timm_weights_start_the_image_tower_alone(table, tmp_path):
     small.load_state_dict({**weights, "pos_embed": positions})
     with torch.no_grad():
         hidden = small.eval().forward_head(small.forward_features(pictures), pre_logits=True)
-        torch.testing.assert_close(trainer.parts.model.image_tower.eval()(pictures).pre_logits, hidden)
-    assert trainer.parts.recipe.image.mean == pytest.approx(published.pretrained_cfg["mean"])
-    assert trainer.parts.recipe.text.width == TINY["text"]["width"]
+        torch.testing.assert_close(trainer.state.model.image_tower.eval()(pictures).pre_logits, hidden)
+    assert trainer.state.recipe.image.mean == pytest.approx(published.pretrained_cfg["mean"])
+    assert trainer.state.recipe.text.width == TINY["text"]["width"]
     before = state(trainer)
     trainer.train()
     changed = moved(before, last(tmp_path / "r"))

@@ -32,7 +32,7 @@ def test_towers_rest_while_new_heads_warm_up(table, tmp_path, conv_start):
     keys = {"steps": 8, "checkpoint_every": 1, "keep_checkpoints": 9, "evaluate_every": 1}
     trainer = trainer_of(tuned(table, file, keys, head_warmup_steps=2), tmp_path / "run")
     before = state(trainer)
-    heads = {name: tensor.clone() for name, tensor in trainer.parts.objective.named_parameters()}
+    heads = {name: tensor.clone() for name, tensor in trainer.state.objective.named_parameters()}
     trainer.train()
     assert "Steps 1 to 2 (" in (tmp_path / "run/log.txt").read_text()
     first, second, third = (load_checkpoint(path) for path in list_checkpoints(tmp_path / "run")[:3])
@@ -46,7 +46,7 @@ def test_towers_rest_while_new_heads_warm_up(table, tmp_path, conv_start):
 def test_what_is_frozen_stays_to_the_bit_and_the_rest_learns(table, tmp_path, start, image, text):
     keys = {"freeze_image_blocks": image, "freeze_text_blocks": text}
     trainer = trainer_of(tuned(table, start, {"steps": 2}, **keys), tmp_path)
-    before, places = state(trainer), depths(trainer.parts.model)
+    before, places = state(trainer), depths(trainer.state.model)
     trainer.train()
     frozen = {
         name
@@ -63,7 +63,7 @@ def test_statistics_of_a_tower_that_learns_slowly_rest(table, tmp_path, conv_sta
     for slowly, keys in (*cases, (True, {"freeze_image_blocks": "all"})):
         folder = tmp_path / "-".join(["run", *keys])
         trainer = trainer_of(tuned(table, conv_start, {"steps": 2}, **keys), folder)
-        assert trainer.parts.model.image_tower.has_batch_norm != slowly
+        assert trainer.state.model.image_tower.has_batch_norm != slowly
         before = state(trainer)
         trainer.train()
         norms = {name.removesuffix(".running_mean") for name in before if name.endswith("running_mean")}
@@ -82,9 +82,9 @@ def test_frozen_parts_drop_nothing_though_the_rest_does(table, tmp_path, asked):
     write_declip_file(build("vit", **image), tmp_path / "vit.safetensors")
     recipe = tuned(table, tmp_path / "vit.safetensors", freeze_image_blocks=asked)
     trainer = trainer_of(recipe, tmp_path / "run")
-    trainer.parts.model.eval()
-    trainer.parts.learner.train()
-    tower = trainer.parts.model.image_tower
+    trainer.state.model.eval()
+    trainer.state.learner.train()
+    tower = trainer.state.model.image_tower
     outputs = []
     for layer in tower.trunk.blocks[:2]:
         layer.register_forward_hook(lambda _module, _input, output: outputs.append(output))
@@ -128,12 +128,12 @@ def test_depths_count_stem_blocks_and_what_follows():
 
 def factors(trainer):
     """The rate of each parameter, relative to the recipe's."""
-    return {name: g["multiplier"].factor for g in trainer.parts.optimizer.param_groups for name in g["names"]}
+    return {name: g["multiplier"].factor for g in trainer.state.optimizer.param_groups for name in g["names"]}
 
 
 def test_each_layer_has_its_rate(table, tmp_path, start):
     trainer = trainer_of(tuned(table, start, lr_scale=0.5, layer_decay=0.7), tmp_path)
-    found, places = factors(trainer), depths(trainer.parts.model)
+    found, places = factors(trainer), depths(trainer.state.model)
     expected = {f"model.{name}": 0.5 * 0.7 ** (4 - place) for name, place in places.items()}
     assert found == pytest.approx(dict.fromkeys(found, 1.0) | expected, rel=1e-9)
 
@@ -156,7 +156,7 @@ def test_adapters_alone_learn_and_are_merged_when_the_run_is_loaded(table, tmp_p
     assert any("in_proj" in name or ".attn.lora_" in name for name in changed)
     loaded = declip.load(tmp_path, device="cpu")
     assert not any("lora" in name for name in loaded.state_dict())
-    for found, expected in zip(features(loaded), features(trainer.parts.model.eval()), strict=True):
+    for found, expected in zip(features(loaded), features(trainer.state.model.eval()), strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     given = features(declip.load(conv_start, device="cpu"))
     assert not any(torch.equal(found, own) for found, own in zip(features(loaded)[1::2], given[1::2], strict=True))
@@ -164,7 +164,7 @@ def test_adapters_alone_learn_and_are_merged_when_the_run_is_loaded(table, tmp_p
 
 def test_lora_with_a_frozen_tower_leaves_it_without_adapters(table, tmp_path, start):
     trainer = trainer_of(tuned(table, start, lora={"rank": 2}, freeze_text_blocks="all"), tmp_path)
-    names = {name for name, parameter in trainer.parts.model.named_parameters() if parameter.requires_grad}
+    names = {name for name, parameter in trainer.state.model.named_parameters() if parameter.requires_grad}
     assert names == {"logit_scale"} | {name for name in names if name.startswith(IMAGE) and ".lora_" in name}
     assert len(names) > 10
 
@@ -210,7 +210,7 @@ def test_frozen_blocks_of_an_encoder_rest_and_each_layer_has_its_rate(table, tmp
     recipe = encoder_recipe(table, bert(tmp_path / "bert"), "clip", lr=1e-2, steps=2).model_dump(mode="json")
     keys = {"lr_scale": 0.1, "layer_decay": 0.5, "freeze_text_blocks": 1}
     trainer = trainer_of(Recipe.model_validate({**recipe, "finetune": keys}), tmp_path / "run")
-    before, places = state(trainer), depths(trainer.parts.model)
+    before, places = state(trainer), depths(trainer.state.model)
     trainer.train()
     still = before.keys() - moved(before, last(tmp_path / "run")) - {ENTRY}
     assert still == {name for name, depth in places.items() if name.startswith(f"{TEXT}encoder.") and depth <= 1}
@@ -219,7 +219,7 @@ def test_frozen_blocks_of_an_encoder_rest_and_each_layer_has_its_rate(table, tmp
 
 def test_batches_are_masked_and_padded_with_the_encoders_ids(table, tmp_path):
     trainer = trainer_of(encoder_recipe(table, roberta(tmp_path / "roberta")), tmp_path / "run")
-    tokenizer = trainer.parts.model.tokenizer
+    tokenizer = trainer.state.model.tokenizer
     assert (tokenizer.mask, tokenizer.padding) == (MASK, PADDING)
     found = 0
     for _ in range(4):

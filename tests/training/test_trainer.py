@@ -82,7 +82,7 @@ def test_a_signal_saves_and_the_run_continues(table, tmp_path, monkeypatch, numb
 
 def test_a_loss_that_is_not_finite_stops_with_all_that_helps(table, tmp_path, monkeypatch):
     trainer = trainer_of(recipe_for(table, checkpoint_every=2, log_every=1), tmp_path)
-    term = trainer.parts.objective.terms["contrastive"]
+    term = trainer.state.objective.terms["contrastive"]
     loss = term.loss
     monkeypatch.setattr(term, "loss", lambda *rows: loss(*rows) * (float("nan") if trainer.progress.step == 5 else 1.0))
     message = refuses(("not finite at step 6", "contrastive nan", "step-00000004"), trainer.train)
@@ -237,11 +237,11 @@ def test_views_are_finished_in_full_precision(table, tmp_path, monkeypatch, chun
 def test_a_run_takes_the_precision_that_its_device_can_and_keeps_it(table, tmp_path, monkeypatch, asked, can, taken):
     monkeypatch.setattr(assembly, "computes_bf16", lambda device: can)
     first = trainer_of(recipe_for(table, precision=asked), tmp_path)
-    assert first.parts.recipe.train.precision == taken
-    first.parts.lock.close()
+    assert first.state.recipe.train.precision == taken
+    first.state.lock.close()
     monkeypatch.setattr(assembly, "computes_bf16", lambda device: not can)
     again = trainer_of(recipe_for(table, precision=asked), tmp_path, resume=True)
-    assert again.parts.recipe.train.precision == taken
+    assert again.state.recipe.train.precision == taken
 
 
 def test_a_device_is_asked_for_its_precision(monkeypatch):

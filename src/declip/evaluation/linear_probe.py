@@ -118,13 +118,13 @@ class LogisticProblem:
             lengths = (self._curvature(weight) * self.spread + penalty).rsqrt()
             options = {"maxiter": allowed - done, "maxfun": 2 * MOST, "gtol": 0, "ftol": tolerance}
             begin = (weight / lengths).flatten().cpu().numpy()
-            found = minimize(self._loss, begin, (lengths, penalty), jac=True, method="L-BFGS-B", options=options)
-            weight, done = torch.from_numpy(found.x).to(weight).view_as(weight) * lengths, done + int(found.nit)
+            result = minimize(self._loss, begin, (lengths, penalty), jac=True, method="L-BFGS-B", options=options)
+            weight, done = torch.from_numpy(result.x).to(weight).view_as(weight) * lengths, done + int(result.nit)
         # --- back from the coordinates to the features
         rotated = weight[:, :-1] @ self.axes.T
         bias = weight[:, -1] - rotated @ self.mean
         # Rounding may end the line search before the tolerance is reached, so the gradient is looked at too.
-        converged = done < MOST and float(abs(found.jac).max()) <= 0.01 * found.fun**0.5
+        converged = done < MOST and float(abs(result.jac).max()) <= 0.01 * result.fun**0.5
         return LogisticFit(rotated, bias, self.present, C, done, converged)
 
     @torch.enable_grad()

@@ -229,5 +229,5 @@ def evaluate_suite(
         raise UserError(f"No dataset of paper11 in '{root}' could be evaluated. " + " ".join(missing.values()))
     rows = {name: {"metric": NAMED[name].metric, **result.to_dict()} for name, result in results.items()}
     values = {name: row[row["metric"]] for name, row in rows.items()}
-    found = {"task": task, "average": fmean(values.values()), "values": values, "results": rows, "missing": missing}
-    return list(results.values()), found
+    summary = {"task": task, "average": fmean(values.values()), "values": values, "results": rows, "missing": missing}
+    return list(results.values()), summary

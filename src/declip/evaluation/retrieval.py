@@ -80,15 +80,15 @@ def chance_levels(correct: Iterable[Sequence[int]], sizes: Iterable[int]) -> lis
 
 def _subsets(sizes: Counter[int], most: int) -> dict[tuple[int, int], int]:
     """Number of subsets by their length and their total size, up to a total of `most`."""
-    found = {(0, 0): 1}
+    counts = {(0, 0): 1}
     for size, times in sizes.items():
         choices = [comb(times, more) for more in range(min(times, most // size) + 1)]
         wider: Counter[tuple[int, int]] = Counter()
-        for (chosen, total), number in found.items():
+        for (chosen, total), number in counts.items():
             for more, ways in enumerate(choices[: (most - total) // size + 1]):
                 wider[chosen + more, total + more * size] += number * ways
-        found = wider
-    return found
+        counts = wider
+    return counts
 
 
 def retrieve(features: SourceFeatures, scale: float | None = None) -> RetrievalResult:

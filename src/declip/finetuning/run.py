@@ -95,16 +95,16 @@ def finetune(
         if closed_form(recipe):
             run = fit(recipe, folder, resume, quiet, sources, lists)
         else:
-            parts = assemble(recipe, folder, resume, quiet, Extensions(sources=sources, lists=lists))
-            for warning in caption_warnings(parts.source, parts.model.tokenizer) if distributed.is_rank_zero() else ():
+            state = assemble(recipe, folder, resume, quiet, Extensions(sources=sources, lists=lists))
+            for warning in caption_warnings(state.source, state.model.tokenizer) if distributed.is_rank_zero() else ():
                 log.warning(warning)
-            mixes = parts.pretrained is not None and parts.pretrained.whole and recipe.train.patience is not None
+            mixes = state.pretrained is not None and state.pretrained.whole and recipe.train.patience is not None
 
             def finish(folder: Path, model: DualEncoder) -> None:
                 mixed = mix_with_start(folder, quiet, sources) if mixes else None
                 outputs.write_finetuned(folder, model if mixed is None else mixed, sources)
 
-            run = Trainer(parts).train(finish)
+            run = Trainer(state).train(finish)
     distributed.leave()
     return run
 

@@ -206,8 +206,8 @@ def find(it: Inspection) -> tuple[Finding, ...]:
             *_captions_rows(it.captions),
             *_images_rows(it.images),
         ]
-    found = [Finding(name, n, values, n > fix) for name, n, least, fix, values in rows if n and n >= least]
-    return tuple(sorted(found, key=lambda finding: not finding.fix))
+    findings = [Finding(name, n, values, n > fix) for name, n, least, fix, values in rows if n and n >= least]
+    return tuple(sorted(findings, key=lambda finding: not finding.fix))
 
 
 def _captions_rows(captions: CaptionStats) -> list[Row]:
@@ -266,40 +266,40 @@ def inspect_source(
     indices = np.arange(total)
     if sample is not None and sample < total:
         indices = np.sort(np.random.default_rng((seed, total)).choice(total, sample, replace=False))
-    found = reading.read(source, indices, workers, f"Pairs of {source.name}" if progress else "")
+    read = reading.read(source, indices, workers, f"Pairs of {source.name}" if progress else "")
     # --- statistics of the usable pairs, leakage, and what follows
-    broken = Fraction.counted(found.skipped.total, len(indices), len(indices) == total)
-    reasons: dict[str, Any] = found.skipped.to_dict()["reasons"]
-    for reason, detail in found.skipped.details.items():
+    broken = Fraction.counted(read.skipped.total, len(indices), len(indices) == total)
+    reasons: dict[str, Any] = read.skipped.to_dict()["reasons"]
+    for reason, detail in read.skipped.details.items():
         if detail:  # such as the path that was tried
             reasons[reason]["examples"][0] += f" ({detail})"
     facts: dict[str, Any] = {}
-    if len(found.pairs):
+    if len(read.pairs):
         with status("Looking for duplicates", progress):
-            facts = _described(source, found, size, batch_size, seed, len(indices) == total)
-        facts["leakages"] = tuple(_leakage(source, found, other, workers, progress) for other in others)
+            facts = _described(source, read, size, batch_size, seed, len(indices) == total)
+        facts["leakages"] = tuple(_leakage(source, read, other, workers, progress) for other in others)
     inspection = Inspection(source.name, total, len(indices), seed, 0.0, broken, reasons, credit=source.credit, **facts)
     return replace(inspection, findings=find(inspection), seconds=time.perf_counter() - start)
 
 
-def _leakage(source: PairSource, found: ReadPairs, other: PairSource, workers: int | None, progress: bool) -> Leakage:
+def _leakage(source: PairSource, read: ReadPairs, other: PairSource, workers: int | None, progress: bool) -> Leakage:
     """Find the pairs whose image looks like one of another source."""
     title = f"Images of {other.name}" if progress else ""
     seen, _, skipped = reading.read(other, np.arange(len(other)), workers, title, captioned=False)
     if not len(seen):
         raise UserError(f"No image of '{other.name}' can be used. {skipped.explanation()}")
-    copied = found.pairs["index"][reading.across(found.pairs, seen)].tolist()
+    copied = read.pairs["index"][reading.across(read.pairs, seen)].tolist()
     keys = map(ImageSource(source).key, copied)
-    all_read = len(found.pairs) + found.skipped.total == len(source)
-    fraction = Fraction.counted(len(copied), len(found.pairs), all_read)
+    all_read = len(read.pairs) + read.skipped.total == len(source)
+    fraction = Fraction.counted(len(copied), len(read.pairs), all_read)
     return Leakage(other.name, len(seen), fraction, tuple(zip(keys, copied, strict=True)))
 
 
 def _described(
-    source: PairSource, found: ReadPairs, size: int, batch_size: int, seed: int, whole: bool
+    source: PairSource, read: ReadPairs, size: int, batch_size: int, seed: int, whole: bool
 ) -> dict[str, Any]:
     """Fields of `Inspection` that need a pair that can be used."""
-    pairs, lines, n = found.pairs, found.captions, len(found.pairs)
+    pairs, lines, n = read.pairs, read.captions, len(read.pairs)
     indices, counts = pairs["index"], pairs["captions"].astype(np.int64)
     same, alike, texts = equal_groups(pairs["exact"]), reading.near_groups(pairs["look"]), equal_groups(lines["hash"])
     # (captions,): the pair of each; (texts,): the first caption that says it
@@ -316,7 +316,7 @@ def _described(
     smaller = Fraction.counted(int((shorter < size).sum()), n, whole)
     return {
         "images": ImageStats(spread_of(shorter), spread_of(longer / shorter), size, smaller),
-        "captions": _captions(source, found, indices[owners], equal, batch_size, whole),
+        "captions": _captions(source, read, indices[owners], equal, batch_size, whole),
         "equal_images": _repeats(source, same, indices),
         "near_images": _repeats(source, alike, indices),
         "split_copies": _split_copies(source, alike, indices, whole),
@@ -339,10 +339,10 @@ def _split_copies(source: PairSource, alike: np.ndarray, indices: np.ndarray, wh
 
 
 def _captions(
-    source: PairSource, found: ReadPairs, indices: np.ndarray, equal: float, batch_size: int, whole: bool
+    source: PairSource, read: ReadPairs, indices: np.ndarray, equal: float, batch_size: int, whole: bool
 ) -> CaptionStats:
     """Statistics of the captions, of the pairs at `indices`; `equal` is how likely two pairs show one text."""
-    lines, tokens = found.captions, found.captions["tokens"]
+    lines, tokens = read.captions, read.captions["tokens"]
 
     def fraction(which: np.ndarray) -> Fraction:
         return Fraction.counted(int(which.sum()), len(lines), whole)
@@ -359,7 +359,7 @@ def _captions(
             examples[name] = list(dict.fromkeys(texts))[:OF_A_KIND]
     batch_size = min(batch_size, len(source))
     return CaptionStats(
-        per_pair=spread_of(found.pairs["captions"]),
+        per_pair=spread_of(read.pairs["captions"]),
         words=spread_of(lines["words"]),
         tokens=spread_of(tokens),
         truncated={length: fraction(tokens > length) for length in sorted({*SHOWN_LENGTHS, context_length})},

@@ -111,5 +111,5 @@ def _keys(state: Mapping[str, Tensor]) -> dict[str, Any]:
     if EMBEDDING not in state:
         return layouts.image_keys(state)
     widths = {key: [len(state[name]) for name in names if name in state] for key, names in HEAD_SIZES.items()}
-    sizes = {key: found[0] if key.endswith("width") else found for key, found in widths.items() if found}
+    sizes = {key: size[0] if key.endswith("width") else size for key, size in widths.items() if size}
     return {**layouts.image_keys(state), **layouts.text_keys(state, TEXT, mask=True), **sizes}

@@ -65,8 +65,8 @@ def environment(plain_text: bool = False) -> Environment:
 def render(template: str, **context: Any) -> str:
     """Render a template with the version, the date and its context."""
     now = datetime.datetime.now().strftime("%d %B %Y, %H:%M")
-    found = environment(template.endswith(".txt")).get_template(template)
-    return found.render(version=declip.__version__, date=now, **context)
+    loaded = environment(template.endswith(".txt")).get_template(template)
+    return loaded.render(version=declip.__version__, date=now, **context)
 
 
 def rich_table(table: Table) -> RichTable:

@@ -32,7 +32,7 @@ from declip.training.optimizer import build_optimizer, named_trainable
 from declip.training.pairs import open_training_source, refuse_broken, sample_hashes
 from declip.training.parallel import build_learner
 from declip.training.pretrained import apply_pretrained, load_pretrained
-from declip.training.state import NO_EXTENSIONS, Extensions, Parts, restore
+from declip.training.state import NO_EXTENSIONS, Extensions, RunState, restore
 from declip.training.trackers import trackers_of
 
 MOST_LOADERS = 32  # loader processes of a training process: each holds two batches in shared memory
@@ -124,8 +124,8 @@ def assemble(
     resume: bool = False,
     quiet: bool = False,
     extensions: Extensions = NO_EXTENSIONS,
-) -> Parts:
-    """Build the parts of a recipe's run, or of the run in the folder, to continue it; see `declip.train`."""
+) -> RunState:
+    """Build the state of a recipe's run, or of the run in the folder, to continue it; see `declip.train`."""
     # --- processes, device, pretrained weights and pairs; from here on the recipe does not change
     recipe, weights, source, device, hosts = resolve(recipe, folder, resume, extensions.sources)
     hosts.on_rank_zero(lambda: len(trackers_of(recipe.train.report_to)))  # refuses those that are not installed
@@ -153,12 +153,12 @@ def assemble(
     loader = build_loader(recipe, source, model, workers, extensions)
     samples = sample_hashes(recipe, source, extensions.sources)
     # --- the run folder, and the checkpoint in it
-    parts = Parts(
+    state = RunState(
         recipe, folder, quiet, extensions, hosts, source, model, objective, pretrained, learner, built, loader,
         workers, samples,
     )  # fmt: skip
-    _start_or_continue(parts, resume)
-    return parts
+    _start_or_continue(state, resume)
+    return state
 
 
 def auto_workers(training: int) -> int:
@@ -190,21 +190,21 @@ def build_loader(
     return PairLoader(assembler, workers=workers, pin_memory=cuda, max_broken_fraction=recipe.data.max_broken_fraction)
 
 
-def _start_or_continue(parts: Parts, resume: bool) -> None:
+def _start_or_continue(state: RunState, resume: bool) -> None:
     """Lock the run folder; restore the checkpoint in it, which rank 0 chooses, or save what the run starts from."""
     checkpoint: Checkpoint | None = None
 
     def choose() -> int | None:
         nonlocal checkpoint
-        parts.lock = run_folder.lock_folder(parts.folder)
-        checkpoint = run_folder.open_folder(parts.recipe, parts.folder, resume, parts.extensions.lists)
+        state.lock = run_folder.lock_folder(state.folder)
+        checkpoint = run_folder.open_folder(state.recipe, state.folder, resume, state.extensions.lists)
         return None if checkpoint is None else checkpoint.step
 
-    step = parts.hosts.on_rank_zero(choose)
+    step = state.hosts.on_rank_zero(choose)
     if step is not None:
-        restore(parts, checkpoint or load_checkpoint(folder_of(parts.folder, step)))
-    elif parts.pretrained is not None and distributed.is_rank_zero():
-        parts.pretrained.keep(parts.folder, parts.recipe)
+        restore(state, checkpoint or load_checkpoint(folder_of(state.folder, step)))
+    elif state.pretrained is not None and distributed.is_rank_zero():
+        state.pretrained.keep(state.folder, state.recipe)
     # The loader has not begun.
-    done, loader = parts.progress.step, parts.loader
-    loader.step, loader.skipped, loader.seen = done, parts.progress.skipped, done * parts.recipe.train.batch_size
+    done, loader = state.progress.step, state.loader
+    loader.step, loader.skipped, loader.seen = done, state.progress.skipped, done * state.recipe.train.batch_size

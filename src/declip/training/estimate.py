@@ -27,7 +27,7 @@ from declip.supervision.objective import Objective
 from declip.training.assemble import assemble, plan_of, resolve_epochs
 from declip.training.evaluations import evaluation_tasks, open_held_out
 from declip.training.pairs import open_training_source, refuse_broken
-from declip.training.state import Extensions, Parts
+from declip.training.state import Extensions, RunState
 from declip.training.step import training_step
 
 TIMED, ENCODED = 2, 32  # steps, after one that does not count, and pairs of each set
@@ -43,18 +43,18 @@ def estimate(recipe: Recipe, sources: Sources = NO_SOURCES) -> tuple[Recipe, str
     limits = {"max_pairs": few, "max_broken_fraction": max(0.5, recipe.data.max_broken_fraction)}
     small = recipe.model_copy(update={"data": recipe.data.model_copy(update=limits)})
     with TemporaryDirectory() as folder:
-        parts = assemble(small, Path(folder) / "run", quiet=True, extensions=Extensions(sources=sources))
-        steps = train.steps * fmean(step_seconds(parts, 1, TIMED))
+        state = assemble(small, Path(folder) / "run", quiet=True, extensions=Extensions(sources=sources))
+        steps = train.steps * fmean(step_seconds(state, 1, TIMED))
         names, columns = evaluation_tasks(recipe, final=False), Columns.of(recipe.data)
         sets = [open_held_out(name, columns, sources).split("test") for name in names]
         count = 1 + (train.steps - 1) // train.evaluate_every if train.evaluate_every else 1
-        evaluations = count * sum(encoding_seconds(parts.model, pairs) for pairs in sets)
-        memory = _peak(parts.model.device) / 2**30
+        evaluations = count * sum(encoding_seconds(state.model, pairs) for pairs in sets)
+        memory = _peak(state.model.device) / 2**30
     text = (
         f"{plural(train.steps, 'step')} of {train.batch_size:,} pairs at most, about {duration(steps + evaluations)} "
         f"(steps {duration(steps)}, evaluations {duration(evaluations)}), {memory:.1f} GiB of memory"
     )
-    return parts.recipe.model_copy(update={"data": recipe.data}), text
+    return state.recipe.model_copy(update={"data": recipe.data}), text
 
 
 def encoding_seconds(model: DualEncoder, pairs: PairSource, **options: Any) -> float:
@@ -65,16 +65,16 @@ def encoding_seconds(model: DualEncoder, pairs: PairSource, **options: Any) -> f
     return (time.perf_counter() - began) * len(pairs) / len(chosen)
 
 
-def step_seconds(parts: Parts, warm: int, count: int) -> list[float]:
+def step_seconds(state: RunState, warm: int, count: int) -> list[float]:
     """Time steps of a run that is then discarded, loading included, without the first `warm`."""
     seconds = []
-    parts.learner.train()
-    with parts.loader, parts.lock or nullcontext():
+    state.learner.train()
+    with state.loader, state.lock or nullcontext():
         for _ in range(warm + count):
             began = time.perf_counter()
-            batch = next(parts.loader)
-            sync = parts.hosts.sync_step(0, len(batch), stop=False)
-            training_step(parts.learner, parts.optimizer, batch, sync)["loss"].item()  # waits for the device
+            batch = next(state.loader)
+            sync = state.hosts.sync_step(0, len(batch), stop=False)
+            training_step(state.learner, state.optimizer, batch, sync)["loss"].item()  # waits for the device
             seconds.append(time.perf_counter() - began)
     return seconds[warm:]
 

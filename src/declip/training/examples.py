@@ -15,21 +15,21 @@ from declip.data.text.tokenizer import CaptionTokenizer
 from declip.io.atomic import write_text
 from declip.recipe.schema import ImageTowerConfig
 from declip.runs.folder import EXAMPLES
-from declip.training.state import Parts
+from declip.training.state import RunState
 
 SHOWN_PAIRS = 4
 
 
-def write_examples(parts: Parts, batch: PairBatch) -> None:
+def write_examples(state: RunState, batch: PairBatch) -> None:
     """Write examples.json: the training source, the losses with their chance levels, and the views of some pairs."""
-    source, losses = parts.source, dict[str, dict[str, Any]]()
-    for name, term in parts.objective.terms.items():
-        chance = term.chance(parts.recipe.train.batch_size)  # type: ignore[operator]
+    source, losses = state.source, dict[str, dict[str, Any]]()
+    for name, term in state.objective.terms.items():
+        chance = term.chance(state.recipe.train.batch_size)  # type: ignore[operator]
         title = getattr(term, "title", name)  # a user's own term may have none
         losses[name] = {"title": title, "explanation": term.explanation, "chance": chance}
-    views = example_views(batch, source, parts.recipe.image, parts.model.tokenizer)
+    views = example_views(batch, source, state.recipe.image, state.model.tokenizer)
     facts = {"name": source.name, "pairs": len(source), "captions": source.captions_from, "credit": source.credit}
-    write_text(parts.folder / EXAMPLES, json.dumps({"source": facts, "losses": losses, "views": views}))
+    write_text(state.folder / EXAMPLES, json.dumps({"source": facts, "losses": losses, "views": views}))
 
 
 def example_views(

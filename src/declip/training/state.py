@@ -85,7 +85,7 @@ NO_EXTENSIONS = Extensions()
 
 
 @dataclass
-class Parts:
+class RunState:
     """A run before its next step, from `declip.training.assemble.assemble`."""
 
     recipe: Recipe  # resolved: precision, sizes and steps are set
@@ -124,40 +124,40 @@ def versions() -> dict[str, str]:
     }
 
 
-def collect(parts: Parts) -> Checkpoint | None:
+def collect(state: RunState) -> Checkpoint | None:
     """Collect the state that the next step depends on: a collective of all ranks, of which rank 0 gets the result."""
-    progress, rank_zero = parts.progress, distributed.is_rank_zero()
-    generators = parts.hosts.gather_objects(random_states(parts.model.device))
-    if not (rank_zero or parts.sharded):
+    progress, rank_zero = state.progress, distributed.is_rank_zero()
+    generators = state.hosts.gather_objects(random_states(state.model.device))
+    if not (rank_zero or state.sharded):
         return None
-    state = unwrap(parts.learner).state_dict()  # "model.…" and "objective.…"
-    training = {name: full_tensor(t) for name, t in (state | prefixed("optimizer", moments(parts.optimizer))).items()}
+    tensors = unwrap(state.learner).state_dict()  # "model.…" and "objective.…"
+    training = {name: full_tensor(t) for name, t in (tensors | prefixed("optimizer", moments(state.optimizer))).items()}
     weights = {name: training.pop(name) for name in list(training) if name.startswith("model.")}
     for rank, states in enumerate(generators):  # "random.0.cpu" and so on
         training |= prefixed(f"random.{rank}", states)
-    skipped = {**progress.skipped.to_dict(), "seen": progress.step * parts.recipe.train.batch_size}
-    extra: dict[str, Any] = {"versions": versions(), "skipped": skipped, "samples": dict(parts.samples)}
+    skipped = {**progress.skipped.to_dict(), "seen": progress.step * state.recipe.train.batch_size}
+    extra: dict[str, Any] = {"versions": versions(), "skipped": skipped, "samples": dict(state.samples)}
     if progress.best is not None:
         extra["best"] = asdict(progress.best)
-    return Checkpoint(progress.step, weights, training, parts.recipe.to_yaml(), extra) if rank_zero else None
+    return Checkpoint(progress.step, weights, training, state.recipe.to_yaml(), extra) if rank_zero else None
 
 
-def restore(parts: Parts, checkpoint: Checkpoint) -> None:
+def restore(state: RunState, checkpoint: Checkpoint) -> None:
     """Set the state of a checkpoint on this rank."""
-    extra, progress = checkpoint.extra, parts.progress
-    _refuse_other_pairs(parts, extra["samples"])
+    extra, progress = checkpoint.extra, state.progress
+    _refuse_other_pairs(state, extra["samples"])
     try:
-        load_weights(parts, checkpoint)
-        load_moments(parts.optimizer, without_prefix("optimizer", checkpoint.training))
+        load_weights(state, checkpoint)
+        load_moments(state.optimizer, without_prefix("optimizer", checkpoint.training))
     except (RuntimeError, KeyError) as error:
         raise UserError(
-            f"'{parts.folder}' does not fit its recipe: {str(error).splitlines()[0]}. Choose another --out."
+            f"'{state.folder}' does not fit its recipe: {str(error).splitlines()[0]}. Choose another --out."
         ) from error
     generators = without_prefix(f"random.{distributed.rank()}", checkpoint.training)
     if generators:
-        set_random_states(generators, parts.model.device)
+        set_random_states(generators, state.model.device)
     else:  # a rank that the checkpoint does not know
-        distributed.seed_rank(parts.recipe.seed, checkpoint.step)
+        distributed.seed_rank(state.recipe.seed, checkpoint.step)
     progress.step = checkpoint.step
     progress.skipped = SkipCounter.from_dict(extra["skipped"])
     progress.best = BestEvaluation(**extra["best"]) if "best" in extra else None
@@ -171,19 +171,19 @@ def restore(parts: Parts, checkpoint: Checkpoint) -> None:
         )
 
 
-def _refuse_other_pairs(parts: Parts, before: Mapping[str, list[str]]) -> None:
-    for name, now in parts.samples.items():
-        then, pairs = before.get(name, now), f"{name} '{parts.source.name}'" if name == TRAINING else f"set '{name}'"
+def _refuse_other_pairs(state: RunState, before: Mapping[str, list[str]]) -> None:
+    for name, now in state.samples.items():
+        then, pairs = before.get(name, now), f"{name} '{state.source.name}'" if name == TRAINING else f"set '{name}'"
         # A broken pair, empty here, may be repaired.
         differ = sum(a != b for a, b in zip(then[1:], now[1:], strict=False) if a and b)
         if differ or then[0] != now[0]:
             change = f"{differ} of {len(now) - 1} sampled keys or captions differ; {then[0]} pairs then, {now[0]} now"
             raise UserError(
-                f"The {pairs} changed since '{parts.folder}' stopped: {change}. Restore them, or choose another --out."
+                f"The {pairs} changed since '{state.folder}' stopped: {change}. Restore them, or choose another --out."
             )
 
 
-def load_weights(parts: Parts, checkpoint: Checkpoint) -> None:
+def load_weights(state: RunState, checkpoint: Checkpoint) -> None:
     """Load a checkpoint's weights and heads."""
-    for name, module in (("model", parts.model), ("objective", parts.objective)):
+    for name, module in (("model", state.model), ("objective", state.objective)):
         load_full_state(module, without_prefix(name, {**checkpoint.weights, **checkpoint.training}))

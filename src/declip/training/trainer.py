@@ -33,7 +33,7 @@ from declip.training.optimizer import group_lr, learning_rate
 from declip.training.pairs import described
 from declip.training.signals import TRY_AGAIN, StopRequest
 from declip.training.sinks import Monitor, RunInfo, monitored
-from declip.training.state import BestEvaluation, Parts, collect, load_weights
+from declip.training.state import BestEvaluation, RunState, collect, load_weights
 from declip.training.step import training_step
 from declip.training.trackers import trackers_of
 from declip.training.warnings import LossMonitor, ThroughputMonitor
@@ -44,29 +44,29 @@ warn_once = cache(log.warning)
 class Trainer:
     """Takes the remaining steps of a run."""
 
-    def __init__(self, parts: Parts) -> None:
-        recipe = parts.recipe
-        self.parts, self.progress, self.loader = parts, parts.progress, parts.loader
-        self.first_bad = torch.tensor(-1, device=parts.model.device)  # step whose loss or gradient is not finite
-        self.losses = LossMonitor(recipe.train.batch_size, recipe.train.warmup_steps, parts.objective.watched)
+    def __init__(self, state: RunState) -> None:
+        recipe = state.recipe
+        self.state, self.progress, self.loader = state, state.progress, state.loader
+        self.first_bad = torch.tensor(-1, device=state.model.device)  # step whose loss or gradient is not finite
+        self.losses = LossMonitor(recipe.train.batch_size, recipe.train.warmup_steps, state.objective.watched)
         self.throughput = ThroughputMonitor()
         self.stop = StopRequest()
-        self.writer = CheckpointWriter(parts.folder, recipe.train.keep_checkpoints)
-        self.start, self.is_rank_zero = parts.progress.step, distributed.is_rank_zero()
+        self.writer = CheckpointWriter(state.folder, recipe.train.keep_checkpoints)
+        self.start, self.is_rank_zero = state.progress.step, distributed.is_rank_zero()
 
     @property
     def finished(self) -> bool:
         """Whether all steps are done, or the last `train.patience` evaluations were no better than one before."""
-        train, best = self.parts.recipe.train, self.progress.best
+        train, best = self.state.recipe.train, self.progress.best
         stale = best is not None and train.patience is not None and best.stale >= train.patience
         return self.progress.step >= train.steps or stale
 
     def train(self, finish: Callable[[Path, DualEncoder], object] | None = None) -> Run:
         """Take the remaining steps, then evaluate; rank 0 then calls `finish` with the folder and the model."""
-        parts, train = self.parts, self.parts.recipe.train
-        info = RunInfo(parts.folder, self.progress.step, train.steps, train.batch_size, parts.quiet, parts.model)
-        with parts.lock or nullcontext():
-            sinks = [*trackers_of(train.report_to), *parts.extensions.callbacks] if self.is_rank_zero else []
+        state, train = self.state, self.state.recipe.train
+        info = RunInfo(state.folder, self.progress.step, train.steps, train.batch_size, state.quiet, state.model)
+        with state.lock or nullcontext():
+            sinks = [*trackers_of(train.report_to), *state.extensions.callbacks] if self.is_rank_zero else []
             with monitored(info, sinks, not self.is_rank_zero) as monitor, self.writer:
                 if not self.finished:
                     self._prepare(monitor)
@@ -77,44 +77,44 @@ class Trainer:
                             self.writer.wait()  # a second signal must not end the process before
                 if self.finished:
                     self._load_best()
-                    if not parts.hosts.on_rank_zero(self._evaluated_at_end):
+                    if not state.hosts.on_rank_zero(self._evaluated_at_end):
                         self.evaluate(monitor, final=True)
                         monitor.flush()
             finished = self.finished
             if finished and finish is not None:
                 # With FSDP this rank holds a part of the model; the whole one is in the checkpoint.
-                parts.hosts.on_rank_zero(
-                    lambda: finish(parts.folder, load(parts.folder) if parts.sharded else parts.model)
+                state.hosts.on_rank_zero(
+                    lambda: finish(state.folder, load(state.folder) if state.sharded else state.model)
                 )
             self.loader.close()
         status = 130 if self.stop.signal == signal.SIGINT else 0 if distributed.launched() else TRY_AGAIN
-        return Run(parts.folder, self.progress.step, finished, status, self.is_rank_zero)
+        return Run(state.folder, self.progress.step, finished, status, self.is_rank_zero)
 
     def _prepare(self, monitor: Monitor) -> None:
         """Do what precedes the next step: messages, and evaluation of the starting weights."""
-        parts, step = self.parts, self.progress.step
-        trained = sum(p.numel() for group in parts.optimizer.param_groups for p in group["params"]) / 1e6
-        weights = ", ".join(f"{weight:g} {name}" for name, weight in parts.objective.weights.items())
+        state, step = self.state, self.progress.step
+        trained = sum(p.numel() for group in state.optimizer.param_groups for p in group["params"]) / 1e6
+        weights = ", ".join(f"{weight:g} {name}" for name, weight in state.objective.weights.items())
         log.info(
-            f"{f'Resuming at step {step}' if step else 'Starting'}: {described(parts.source)}; "
-            f"{trained:,.2f} M trainable parameters; {weights}; {parts.model.device}, "
-            f"{parts.recipe.train.precision}, {torch.get_num_threads()} threads"
+            f"{f'Resuming at step {step}' if step else 'Starting'}: {described(state.source)}; "
+            f"{trained:,.2f} M trainable parameters; {weights}; {state.model.device}, "
+            f"{state.recipe.train.precision}, {torch.get_num_threads()} threads"
         )
-        if parts.pretrained is not None:
-            log.info(parts.pretrained.summary)
-        if step == 0 and parts.pretrained is not None and parts.pretrained.whole:
+        if state.pretrained is not None:
+            log.info(state.pretrained.summary)
+        if step == 0 and state.pretrained is not None and state.pretrained.whole:
             results = self.evaluate(monitor, final=True)
             if self._update_best(results):
                 self.save(monitor)
-        parts.learner.train()
-        if parts.model.device.type == "cpu":
+        state.learner.train()
+        if state.model.device.type == "cpu":
             keep_freed_memory()
 
     def _take_steps(self, monitor: Monitor) -> None:
         """Take steps until the last one, a request to stop, or evaluations that no longer improve."""
-        parts, progress, train, stopped = self.parts, self.progress, self.parts.recipe.train, False
+        state, progress, train, stopped = self.state, self.progress, self.state.recipe.train, False
         while not (self.finished or stopped):
-            with naming_lost_workers(f" at step {progress.step}"), parts.hosts.explain_timeout(progress.step):
+            with naming_lost_workers(f" at step {progress.step}"), state.hosts.explain_timeout(progress.step):
                 # --- batch
                 batch, sync, waited = self._next_batch(monitor)
 
@@ -124,7 +124,7 @@ class Trainer:
                 progress.step += 1
                 step, done = progress.step, progress.step >= train.steps
                 stopped = sync.stop or (self.stop.asked and len(sync.rows) == 1)
-                if parts.model.device.type == "cpu":  # elsewhere a wait for the device, so only where one is due
+                if state.model.device.type == "cpu":  # elsewhere a wait for the device, so only where one is due
                     self._refuse_nonfinite(values)
 
                 # --- log, also before an evaluation that may end the run
@@ -133,7 +133,7 @@ class Trainer:
                     self._log(monitor, values, lr)
                 else:
                     monitor.advance(step)
-                self._warn(self.throughput.check(waited, time.perf_counter() - began, parts.workers))
+                self._warn(self.throughput.check(waited, time.perf_counter() - began, state.workers))
                 if done:
                     self._check_skipped()
                 monitor.count()
@@ -153,7 +153,7 @@ class Trainer:
 
     def _evaluation_due(self) -> bool:
         """Whether this step is followed by an evaluation; the last one is only if it may have the best weights."""
-        step, train = self.progress.step, self.parts.recipe.train
+        step, train = self.progress.step, self.state.recipe.train
         due = train.evaluate_every > 0 and step % train.evaluate_every == 0
         return due or step >= train.steps if train.patience is not None else due and step < train.steps
 
@@ -168,14 +168,14 @@ class Trainer:
             error = broken
         waited = time.perf_counter() - asked
         rows, skipped = (0, None) if batch is None else (len(batch), batch.skipped or None)
-        sync = self.parts.hosts.sync_step(self.progress.step, rows, self.stop.asked, skipped, batch is None)
+        sync = self.state.hosts.sync_step(self.progress.step, rows, self.stop.asked, skipped, batch is None)
         with self._saving(monitor):
             if batch is None or sync.failed:  # any rank cannot read its pairs: all save and end
                 raise error
             if len(sync.rows) > 1:
                 self.loader.count(sync.total, list(itertools.chain(*sync.notes)))
-        if self.is_rank_zero and not (self.parts.folder / run_folder.EXAMPLES).exists():
-            write_examples(self.parts, batch)
+        if self.is_rank_zero and not (self.state.folder / run_folder.EXAMPLES).exists():
+            write_examples(self.state, batch)
         return batch, sync, waited
 
     @contextmanager
@@ -190,12 +190,12 @@ class Trainer:
 
     def _step(self, batch: PairBatch, sync: StepSync) -> tuple[dict[str, Tensor], float]:
         """Take a step; return its losses, none if it was left out, and the learning rate."""
-        parts, step, train = self.parts, self.progress.step, self.parts.recipe.train
+        state, step, train = self.state, self.progress.step, self.state.recipe.train
         lr = learning_rate(step, train)
-        for group in parts.optimizer.param_groups:
-            group["lr"] = group_lr(lr, step, group["multiplier"], parts.recipe.head_warmup, train)
+        for group in state.optimizer.param_groups:
+            group["lr"] = group_lr(lr, step, group["multiplier"], state.recipe.head_warmup, train)
         if sync.usable:
-            values = training_step(parts.learner, parts.optimizer, batch, sync)
+            values = training_step(state.learner, state.optimizer, batch, sync)
             bad = ~torch.isfinite(values["loss"] + values["grad_norm"])
             self.first_bad = torch.where((self.first_bad < 0) & bad, step, self.first_bad)  # no wait for the device
             return values, lr
@@ -213,7 +213,7 @@ class Trainer:
         # A collective and a wait for the device, so only at logged steps.
         means = distributed.average(torch.stack(list(values.values()))).tolist()
         numbers = dict(zip(values, means, strict=True))
-        monitor.log(self.progress.step, numbers, lr, self.parts.model.logit_scale.detach().exp().item())
+        monitor.log(self.progress.step, numbers, lr, self.state.model.logit_scale.detach().exp().item())
         self._warn(self.losses.check(self.progress.step, numbers))
 
     def _warn(self, message: str | None) -> None:
@@ -222,10 +222,10 @@ class Trainer:
 
     def _check_skipped(self) -> None:
         """Warn of lost pairs after the last step; refuse a run that had no pair."""
-        skipped, seen, name = self.progress.skipped, self.loader.seen, self.parts.source.name
+        skipped, seen, name = self.progress.skipped, self.loader.seen, self.state.source.name
         if skipped.total >= seen:
             raise UserError(f"No pair of '{name}' could be used, so nothing was learned. {skipped.explanation()}")
-        if skipped.total > self.parts.recipe.data.max_broken_fraction * seen:
+        if skipped.total > self.state.recipe.data.max_broken_fraction * seen:
             self._warn(f"{skipped.total:,} of the {seen:,} pairs seen could not be used. {skipped.explanation()}")
 
     def _refuse_nonfinite(self, values: Mapping[str, Tensor]) -> None:
@@ -234,13 +234,13 @@ class Trainer:
         if bad < 0:
             return
         self.writer.wait()
-        earlier = checkpoints.list_checkpoints(self.parts.folder)
+        earlier = checkpoints.list_checkpoints(self.state.folder)
         indices = ", ".join(map(str, self.loader.indices(bad)[:8].tolist()))
         losses = ", ".join(f"{name} {float(value):.4g}" for name, value in values.items())
         good = earlier[-1] if earlier else "missing"
         raise UserError(
             f"The loss is not finite at step {bad + 1}: {losses}. The batch held the pairs {indices} … of "
-            f"'{self.parts.source.name}'. The last good checkpoint is {good}. Try a lower train.lr, a longer "
+            f"'{self.state.source.name}'. The last good checkpoint is {good}. Try a lower train.lr, a longer "
             "train.warmup_steps, or train.grad_clip_norm=1.0."
         )
 
@@ -248,28 +248,28 @@ class Trainer:
 
     def evaluate(self, monitor: Monitor, final: bool = False) -> list[Result]:
         """Evaluate on the recipe's held-out sets, at the end also on its test sets; all ranks get the results."""
-        parts, progress = self.parts, self.progress
+        state, progress = self.state, self.progress
 
         def run() -> list[Result]:
             best = progress.best if final and self.finished else None
             weights = {} if best is None else {"best_step": best.step}
-            sources, results = parts.extensions.sources, list[Result]()
-            tasks = evaluation_tasks(parts.recipe, final, sources)
-            for result in measure(parts.model, parts.recipe, tasks, not parts.quiet and self.is_rank_zero, sources):
+            sources, results = state.extensions.sources, list[Result]()
+            tasks = evaluation_tasks(state.recipe, final, sources)
+            for result in measure(state.model, state.recipe, tasks, not state.quiet and self.is_rank_zero, sources):
                 monitor.evaluation(progress.step, {**result.to_dict(), **weights})
                 results.append(result)
             return results
 
         if final and self.is_rank_zero:  # a crash may have interrupted it before
-            run_folder.drop_rows(parts.folder / run_folder.EVALUATIONS, after=progress.step - 1)
-        if parts.sharded:  # each rank holds a part of the model, so all evaluate
+            run_folder.drop_rows(state.folder / run_folder.EVALUATIONS, after=progress.step - 1)
+        if state.sharded:  # each rank holds a part of the model, so all evaluate
             results = run()
-            return parts.hosts.on_rank_zero(lambda: results)
-        return parts.hosts.on_rank_zero(run)
+            return state.hosts.on_rank_zero(lambda: results)
+        return state.hosts.on_rank_zero(run)
 
     def _update_best(self, results: list[Result]) -> bool:
         """Record an evaluation if it is the best so far, and return whether it is; False if none are watched."""
-        recipe, step = self.parts.recipe, self.progress.step
+        recipe, step = self.state.recipe, self.progress.step
         best = self.progress.best or BestEvaluation()
         if recipe.train.patience is None or best.step == step:
             return False
@@ -277,30 +277,30 @@ class Trainer:
         return best.update(step, results, recipe.evaluation)
 
     def _load_best(self) -> None:
-        best, folder = self.progress.best, self.parts.folder
+        best, folder = self.progress.best, self.state.folder
         if best is None or best.step == self.progress.step:
             return
-        self.parts.hosts.on_rank_zero(self.writer.wait)
-        load_weights(self.parts, checkpoints.load_checkpoint(checkpoints.folder_of(folder, best.step)))
+        self.state.hosts.on_rank_zero(self.writer.wait)
+        load_weights(self.state, checkpoints.load_checkpoint(checkpoints.folder_of(folder, best.step)))
         log.info("Best: step %d, validation loss %.4f; its weights are used.", best.step, best.loss)
 
     def _evaluated_at_end(self) -> bool:
         """Whether the run folder has the results of the last step, by the best weights, already."""
         step = self.progress.step
         best = self.progress.best.step if self.progress.best is not None else step
-        rows = (row for row in Run(self.parts.folder, step).results if row.get("best_step", step) == best)
+        rows = (row for row in Run(self.state.folder, step).results if row.get("best_step", step) == best)
         done = {(row["dataset"], row["task"]) for row in rows}
-        tasks = evaluation_tasks(self.parts.recipe, True, self.parts.extensions.sources)
+        tasks = evaluation_tasks(self.state.recipe, True, self.state.extensions.sources)
         return all((name, protocol) in done for name, protocols in tasks.items() for protocol in protocols)
 
     def save(self, monitor: Monitor) -> None:
         """Begin to write a checkpoint, and write the counts of skipped pairs; every rank must call it."""
         monitor.flush()
-        state = collect(self.parts)
-        if state is not None:
-            counts = json.dumps(state.extra["skipped"], indent=1)
-            (self.parts.folder / run_folder.SKIPPED).write_text(counts, encoding="utf-8")
-            self.writer.write(state)
+        checkpoint = collect(self.state)
+        if checkpoint is not None:
+            counts = json.dumps(checkpoint.extra["skipped"], indent=1)
+            (self.state.folder / run_folder.SKIPPED).write_text(counts, encoding="utf-8")
+            self.writer.write(checkpoint)
 
 
 def keep_freed_memory() -> None:
