@@ -28,7 +28,7 @@ LOCAL = {
     r"huggingface:openai/[\w-]+": "downloads/clip-vit-base-patch32",
     r"huggingface:bert[\w-]+": "encoders/clinical",
     r"builtin:icons": "builtin:emoji",
-    r"builtin:lite[02]-minilm": "runs/vit",
+    r"builtin:lite[02]-minilm|timm:\S+\+encoders/multilingual": "runs/vit",
     r"--format onnx": "--format safetensors",
 }
 """Large or remote data and a slow format, which tests/interchange exports, and the local stand-in for each."""
