@@ -1,16 +1,20 @@
-"""Numbers of the pages' main tables equal the raw files; `<!--numbers:NAME-->` before a table names a function here."""
+"""Numbers of the pages equal the raw files: tables behind `<!--numbers:NAME-->`, a function here, and sentences."""
 
 import json
 import re
 from collections import defaultdict
-from statistics import mean
+from functools import cache
+from math import exp, log
+from statistics import mean, stdev
 
 import pytest
 
 from docs.blocks import ROOT
 
 MARKED = re.compile(r"<!--numbers:(\w+)-->\n\n((?:\|.*\n)+)")
-PAGES = [path.read_text(encoding="utf-8") for path in ((ROOT / "README.md"), *(ROOT / "docs").glob("*.md"))]
+FILES = ((ROOT / "README.md"), *(ROOT / "docs").glob("*.md"))
+PAGES = {path.stem: path.read_text(encoding="utf-8") for path in FILES}
+NUMBER = r"(\d[\d,]*\.?\d*)"
 TITLES = {
     "stamps-photos": "photographs",
     "clipart": "clip art",
@@ -23,28 +27,43 @@ TITLES |= {"demo-declip-official, contrastive.label_smoothing=0.1": "demo-declip
 TITLES |= {"demo-filip": "FILIP, smoothed", "demo-defilip": "DeFILIP, smoothed"}
 
 
-def read(name):
-    return [json.loads(line) for line in (ROOT / "benchmarks/results" / name).read_text("utf-8").splitlines()[1:]]
+@cache
+def load(name):
+    """The content of a JSON file, or the rows of a JSONL file."""
+    text = (ROOT / "benchmarks/results" / name).read_text("utf-8")
+    return [json.loads(line) for line in text.splitlines()[1:]] if name.endswith("l") else json.loads(text)
+
+
+def pick(name, **values):
+    """The first row with these values."""
+    return next(row for row in load(name) if values.items() <= row.items())
 
 
 NAMES = ("best class name", "five class names", "ConSE")
 PACKAGES = ("scikit-learn Ridge", "scikit-learn PLS", "open_clip, locked")
+COLUMNS = [("declip finetune",), ("declip, linear",), NAMES, ("Ridge with class rows",), PACKAGES]
 
 
 def rivals():
     cells = defaultdict(lambda: defaultdict(list))
-    for row in read("few/rivals.jsonl"):
+    for row in load("few/rivals.jsonl"):
         cells[row["set"], row["pairs"]][row["method"]].append((row["r1"], row["r10"]))
     for (name, pairs), runs in cells.items():
         means = {method: [*map(mean, zip(*rows, strict=True))] for method, rows in runs.items()}
-        columns = [("declip finetune",), ("declip, linear",), NAMES, ("Ridge with class rows",), PACKAGES]
-        best = [[*map(max, zip(*(means[m] for m in column if m in means), strict=True))] for column in columns]
+        best = [[*map(max, zip(*(means[m] for m in column if m in means), strict=True))] for column in COLUMNS]
         yield f"{TITLES.get(name, name)}, {pairs:,}", [number for pair in best for number in pair]
+
+
+def wins():
+    """Cells in which declip is above all others but its own linear form, R@1, all, R@10."""
+    cells = [numbers for _, numbers in rivals()]
+    first, tenth = (sum(row[k] > max(row[k + 4 :: 2]) for row in cells) for k in (0, 1))
+    return first, len(cells), tenth
 
 
 def readme():
     """No pairs and all pairs of each set, by declip."""
-    rows = read("few/rivals.jsonl")
+    rows = load("few/rivals.jsonl")
     for name in {row["set"] for row in rows}:
         ours = [row for row in rows if (row["set"], row["method"]) == (name, "declip finetune")]
         most, held_out = max(row["pairs"] for row in ours), ours[0]["held_out"]
@@ -53,28 +72,47 @@ def readme():
         yield f"{TITLES.get(name, name)}, {most:,} pairs, {held_out} held-out images", numbers
 
 
+def whole():
+    """Galleries of whole sets, without and with class posteriors."""
+    for name in ("stamps-photos", "stamps", "clipart", "emoji-test"):
+        for method in ("declip, linear", "declip finetune"):
+            row = pick("few/posteriors.jsonl", set=f"{name}, whole", method=method)
+            yield from (row["r1"], row["r10"])
+
+
 def demo():
-    for row in read("demo.jsonl"):
+    for row in load("demo.jsonl"):
         bf16 = [None] * ("validation" not in row["dataset"])  # without a raw file
         yield row["dataset"].removeprefix("builtin:"), [*bf16, 100 * row["top1"], row["n"], 100 * row["chance"]]
 
 
+FACTORS = {"demo-multi-view": "few", "demo-slip, smoothed": "slip", "demo-declip, smoothed": "declip_official"}
+FACTORS |= {"demo-few-declip": "", "FILIP, smoothed": "filip", "DeFILIP, smoothed": "defilip"}
+
+
+def factor(*names):
+    """Data-efficiency factors with their 95 % intervals."""
+    return [load("factors.json")[name][key] for name in names for key in ("factor", "low", "high")]
+
+
 def methods():
     scores = defaultdict(dict)
-    for row in read("muon/methods.jsonl"):
+    for row in load("muon/methods.jsonl"):
         if row["recipe"] in TITLES and row["data"] == "emoji" and "loss_weights" not in row:
             title = TITLES[row["recipe"]] + ", in the time of demo-few-declip" * (row["steps"] == 1900)
             if row["steps"] in (1000, 1900):
                 scores[title, row["pairs"]][row["seed"]] = 100 * row["emoji-test top1"]
-    for row in read("studies/few.jsonl"):  # demo-clip was CLIP as published then
+    for row in load("studies/few.jsonl"):  # demo-clip was CLIP as published then
         if row["budget"] == "samples" and "top-1" in row["measure"]:
             scores[row["recipe"], row["pairs"]] = {"all seeds": row["mean_percent"]}
     for title in {title for title, _ in scores}:
-        yield title, [None, *(mean(scores[title, n].values()) for n in (1400, 2800, 5600) if (title, n) in scores)]
+        means = [mean(scores[title, n].values()) for n in (1400, 2800, 5600) if (title, n) in scores]
+        names = [f"{FACTORS[title]}_equal_samples".lstrip("_")] if title in FACTORS else []
+        yield title, [None, *means, *factor(*names)]
 
 
 def embed():
-    rows = [row for run in read("speed/embed.jsonl") for row in run["rows"] if row["size"] == "1024x768"]
+    rows = [row for run in load("speed/embed.jsonl") for row in run["rows"] if row["size"] == "1024x768"]
     for tower in {row["part"] for row in rows}:
         most, sides = max(row["count"] for row in rows if row["part"] == tower), defaultdict(list)
         for row in (row for row in rows if (row["part"], row["count"]) == (tower, most)):
@@ -83,12 +121,125 @@ def embed():
         yield TITLES.get(tower, tower), [mean(row["per_second"] for row in column) for column in columns if column]
 
 
-@pytest.mark.parametrize("check", [readme, rivals, demo, methods, embed], ids=lambda check: check.__name__)
+def step():
+    runs = [load(f"speed/step-{name}.jsonl")[0] for name in ("fp32", "bf16", "fp32-full-captions")]
+    runs = [next(iter(run.get("measured", {"": run}).values())) for run in runs]
+    yield "CLIP", [run["clip_over_open_clip"] for run in runs]
+    yield "DeCLIP", [run.get("declip_over_open_clip") or run["ours_over_open_clip"] for run in runs]
+
+
+def loading():
+    columns = "declip, colors left to the device", "declip, all on the CPU", "Pillow and torchvision"
+    for title, size in (("photographs of 500 × 375", "500 x 375"), ("2,048 × 1,536", "2048 x 1536")):
+        where = {"pictures": f"photographs, {size}"}
+        rows = [pick("speed/loader.jsonl", what=what, **where) for what in (*columns, "open_clip's view, twice")]
+        yield title, [row["per_second"] for row in rows]
+
+
+SHARES = {"6 to 10 %": {"stamps": 20, "clipart": 100, "emoji": 350, "icons": 175}}
+SHARES |= {"12 to 20 %": {"stamps": 40, "clipart": 200, "emoji": 700, "icons": 350, "emoji-2000": 175}}
+SHARES |= {"40 to 58 %": {"stamps": 160, "clipart": 400, "icons": 1400, "emoji-2000": 700}}
+STUDENT = 2.776  # of five seeds
+
+
+def choose():
+    """Smallest and largest factor, lowest limit; lite0 alone where lite2 with class names was not measured."""
+    rows = [row for row in load("choose.jsonl") if "factor" in row]
+    for share, sizes in SHARES.items():
+        logs = defaultdict(list)
+        for row in rows:
+            own = (None, "alone") if row["set"] in ("emoji", "icons") else ("builtin:lite2-minilm", "classes")
+            if sizes.get(row["set"]) == row["captions"] and (row.get("start"), row["pairs"]) == own:
+                logs[row["set"]].append(log(row["factor"]))
+        assert logs.keys() == sizes.keys()
+        means = [exp(mean(each)) for each in logs.values()]
+        low = min(exp(mean(each) - STUDENT * stdev(each) / len(each) ** 0.5) for each in logs.values())
+        yield share, [min(means), max(means), low]
+
+
+def few_shot():
+    kinds = {"stamps": "stamps by kind, 13 classes", "emoji": "emoji by category, 8", "icons": "icons by category, 12"}
+    for name, title in kinds.items():
+        where = {"start": "builtin:lite2-minilm", "set": name}
+        runs = [pick("few_shot.json", shots=shots, **where)["top1"] for shots in (1, 4, 16)]
+        names, ours = runs[0]["names alone"], [run["declip"] for run in runs]
+        best = [max(v for k, v in run.items() if k not in ("declip", "names alone")) for run in runs]
+        yield title, [names, *ours, *best]
+
+
+TABLES = [readme, rivals, demo, methods, embed, step, loading, choose, few_shot]
+
+
+def assert_equal(printed, values, where):
+    """Compare with values, rounded as printed; None has no raw file."""
+    assert len(printed) >= len(values), where
+    for shown, value in zip(printed, values, strict=False):
+        decimals = len(shown.partition(".")[2])
+        assert value is None or shown == f"{value:,.{decimals}f}", f"{where}: {shown}, raw {value}"
+
+
+@pytest.mark.parametrize("check", TABLES, ids=lambda check: check.__name__)
 def test_a_table_has_the_numbers_of_its_raw_file(check):
-    [table] = [table for page in PAGES for name, table in MARKED.findall(page) if name == check.__name__]
+    [table] = [table for page in PAGES.values() for name, table in MARKED.findall(page) if name == check.__name__]
     expected = dict(check())
     for line in table.splitlines()[2:]:
         title, cells = re.sub(r"[`*]", "", line).strip("| ").split(" | ", 1)
-        for printed, value in zip(re.findall(r"\d[\d,]*\.?\d*", cells), expected[title], strict=False):
-            decimals = len(printed.partition(".")[2])
-            assert value is None or printed == f"{value:,.{decimals}f}", f"{title}: {printed}, raw {value}"
+        assert_equal(re.findall(NUMBER, cells), expected[title], title)
+
+
+def class_pairs(name):
+    return [load("class_pairs.json")[name][key] for key in ("factor", "low", "high")]
+
+
+def chunks(batch):
+    row = pick("speed/chunks-full.jsonl", batch=batch)
+    return row["GB"], row["seconds"] / batch
+
+
+def languages():
+    """R@1 and R@10 from text to image of each language, then by chance."""
+    rows = [row["text_to_image"] for row in load("few/languages.jsonl")]
+    chance = [mean(row[key] for row in rows) for key in ("chance1", "chance10")]
+    return [100 * number for number in [*(row[key] for row in rows for key in ("r1", "r10")), *chance]]
+
+
+def started(dataset, *keys):
+    return [100 * pick("few/start.jsonl", dataset=dataset)[key] for key in keys]
+
+
+ENGINES = "declip, exact, float16", "sentence-transformers", "faiss, IndexFlatIP"
+SENTENCES = {  # page and text, with # for a number
+    "results: in # of # cases (four sets, 0 pairs to all), R@10 in #": wins,
+    "results: stamps # times as many (# or more)": lambda: class_pairs("stamps")[:2],
+    "results: emoji # (# to #), clip art # (# to #": lambda: class_pairs("emoji") + class_pairs("clipart"),
+    "results: four losses # times fewer in equal steps": lambda: factor("equal_samples")[:1],
+    "results: CLIP needs # times fewer pairs** (# to #)": lambda: factor("smoothed_clip_over_published"),
+    "results: needs # times fewer than CLIP as published (# to #)": lambda: factor("over_clip_as_published"),
+    "results: needs 1.1 times more pairs**: factor # (# to #)": lambda: factor("equal_compute"),
+    "results: `demo-multi-view` as many: # (# to #)": lambda: factor("few_equal_compute"),
+    "results: gallery: 274 photographs #/# → #/# with posteriors, 549 stamps #/# → #/#, 1,497 clip art #/# → #/#, "
+    "1,285 emoji #/# → #/#": lambda: [*whole()],
+    "README: is **# %** in float32": lambda: [100 * pick("demo.jsonl", dataset="builtin:emoji-test")["top1"]],
+    "index: prints # % top-1": lambda: [100 * load("five-minutes.jsonl")[0]["top1"]],
+    "choosing: its top-1 is # %": lambda: started("builtin:stamps-kinds", "top1"),
+    "choosing: R@10 is # % from text to image and # %": lambda: started(
+        "builtin:stamps-photos", "text_to_image_r10", "image_to_text_r10"
+    ),
+    "scaling: chunks of 64 need # GB and # s per pair": lambda: chunks(4096),
+    "scaling: a batch of 64 pairs # GB and # s": lambda: chunks(64),
+    "search: English #/#, German #/#, Spanish #/#, French #/#, Portuguese #/#, Russian #/#, Arabic #/#, Chinese #/#, "
+    "Japanese #/# (488 stamps with a sentence in all nine, chance #/#": languages,
+    "search: a million images takes # s (sentence-transformers #, faiss `IndexFlatIP` #)": lambda: [
+        pick("speed/search.jsonl", vectors=10**6, count=1, what=what)["milliseconds"] / 1000 for what in ENGINES
+    ],
+    "speed: `import declip` takes # s of processor time, `declip --help` # s, and a text search # s": lambda: [
+        row["processor_s"] for row in load("speed/start.json")["rows"][1:]
+    ],
+}
+
+
+@pytest.mark.parametrize("sentence", SENTENCES)
+def test_a_sentence_has_the_numbers_of_its_raw_file(sentence):
+    page, text = sentence.split(": ", 1)
+    [found] = re.findall(re.escape(text).replace(r"\#", NUMBER), PAGES[page])
+    assert_equal([found] if isinstance(found, str) else found, SENTENCES[sentence](), sentence)
