@@ -207,6 +207,16 @@ def started(dataset, *keys):
     return [100 * pick("few/start.jsonl", dataset=dataset)[key] for key in keys]
 
 
+COMPARED = "builtin:lite0-minilm, builtin:lite2-minilm"
+
+
+def kinds():
+    """Images that one start alone names correctly and top-1 of both, then of the other part of the stamps."""
+    test, train = (pick("few/kinds.jsonl", n=n, compared=COMPARED, posteriors=True) for n in (206, 485))
+    first, second = ([100 * value for value in row["top1"]] for row in (test, train))
+    return [206, test["only_first"], test["only_second"], *first, test["mcnemar_p"], 485, *second]
+
+
 ENGINES = "declip, exact, float16", "sentence-transformers", "faiss, IndexFlatIP"
 SENTENCES = {  # page and text, with # for a number
     "results: in # of # cases (four sets, 0 pairs to all), R@10 in #": wins,
@@ -219,6 +229,8 @@ SENTENCES = {  # page and text, with # for a number
     "results: `demo-multi-view` as many: # (# to #)": lambda: factor("few_equal_compute"),
     "results: gallery: 274 photographs #/# → #/# with posteriors, 549 stamps #/# → #/#, 1,497 clip art #/# → #/#, "
     "1,285 emoji #/# → #/#": lambda: [*whole()],
+    "results: of # images it alone names # correctly, lite2 alone # (top-1 # and # %, McNemar p = #), and of # others "
+    "it names # %, lite2 #": kinds,
     "README: is **# %** in float32": lambda: [100 * pick("demo.jsonl", dataset="builtin:emoji-test")["top1"]],
     "index: prints # % top-1": lambda: [100 * load("five-minutes.jsonl")[0]["top1"]],
     "choosing: its top-1 is # %": lambda: started("builtin:stamps-kinds", "top1"),
