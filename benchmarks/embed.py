@@ -6,8 +6,9 @@
         --sizes 300x300 640x480 1024x768 --out FILE
 
 Weights are random, except those of the built-in start. All sides take turns in one process and hold their model:
-declip as `declip embed` with its defaults, the others in float32 as their guides show. "fp32" is declip in float32,
-"tower" its image tower alone on pixels in memory. The last line is JSON; with --json the ratios of ViT-B/32 only.
+declip as `declip embed` with its defaults, the others in float32 as their guides show, and as "…_bf16" with their
+weights in bfloat16. "fp32" is declip in float32, "tower" its image tower alone on pixels in memory. The last line is
+JSON; with --json the ratios of ViT-B/32 only.
 """
 
 import argparse
@@ -53,23 +54,23 @@ def build(tower: str, precision: str) -> DualEncoder:
     return convert(DualEncoder(load_recipe("few-clip", keys), towers="image").eval(), precision)
 
 
-def open_clip_loop(tower: str, paths: list[Path]) -> Callable[[], object]:
+def open_clip_loop(tower: str, paths: list[Path], dtype: torch.dtype) -> Callable[[], object]:
     """The loop of open_clip's README, in batches of 64."""
     import open_clip
 
     model, _, preprocess = open_clip.create_model_and_transforms(tower)
-    model.eval()
+    model.to(dtype).eval()
 
     @torch.no_grad()
     def loop() -> list[torch.Tensor]:
         batches = [paths[start : start + 64] for start in range(0, len(paths), 64)]
         stacks = (torch.stack([preprocess(Image.open(path)) for path in batch]) for batch in batches)
-        return [normalize(model.encode_image(stack), dim=-1) for stack in stacks]
+        return [normalize(model.encode_image(stack.to(dtype)), dim=-1) for stack in stacks]
 
     return loop
 
 
-def sentence_loop(folder: Path, paths: list[Path]) -> Callable[[], object]:
+def sentence_loop(folder: Path, paths: list[Path], dtype: torch.dtype) -> Callable[[], object]:
     """sentence-transformers' `encode` of opened images, with CLIP ViT-B/32 of transformers."""
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.base.modules import Transformer
@@ -77,7 +78,7 @@ def sentence_loop(folder: Path, paths: list[Path]) -> Callable[[], object]:
 
     CLIPModel(CLIPConfig(projection_dim=512)).save_pretrained(folder)
     CLIPImageProcessor().save_pretrained(folder)
-    model = SentenceTransformer(modules=[Transformer(str(folder))], device="cpu")
+    model = SentenceTransformer(modules=[Transformer(str(folder))], device="cpu").to(dtype)
     return lambda: model.encode([Image.open(path) for path in paths], show_progress_bar=False)
 
 
@@ -96,10 +97,11 @@ def compare(tower: str, size: str, count: int, repeats: int) -> list[dict[str, A
             "fp32": lambda: embed(exact, folder, out=Path(work) / f"index{next(runs)}"),
             "tower": torch.no_grad()(lambda: encode(pixels)),
         }
-        if tower in TOWERS:
-            sides["open_clip"] = open_clip_loop(tower, paths)
-        if tower == "ViT-B-32":
-            sides["sentence_transformers"] = sentence_loop(Path(work) / "hf", paths)
+        for suffix, dtype in (("", torch.float32), ("_bf16", torch.bfloat16)):
+            if tower in TOWERS:
+                sides[f"open_clip{suffix}"] = open_clip_loop(tower, paths, dtype)
+            if tower == "ViT-B-32":
+                sides[f"sentence_transformers{suffix}"] = sentence_loop(Path(work) / f"hf{suffix}", paths, dtype)
         seconds = medians(time_turns(repeats, sides))
     about = {"size": size, "precision": precision_of(model)}
     rows = [row(tower, name, each, count, "images", **about) for name, each in seconds.items()]
