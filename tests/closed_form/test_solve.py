@@ -144,8 +144,9 @@ def test_a_ridge_refers_to_all_directions_of_features_with_fewer_columns():
     torch.testing.assert_close(*products)
 
 
-def test_features_without_variance_give_finite_heads():
-    pairs = Pairs(torch.ones(5, 12), torch.ones(5, 7), torch.arange(5))
+@pytest.mark.parametrize("features", [torch.ones, torch.eye])  # a mean that is rounded, and one that is exact
+def test_features_without_variance_give_finite_heads(features):
+    pairs = Pairs(features(1, 12).expand(5, -1), features(1, 7).expand(5, -1), torch.arange(5))
     (heads,) = fit_heads(pairs, None, 0.0, (DEFAULT_FORM,))
     assert bool(heads.image.isfinite().all() and heads.text.isfinite().all())
 

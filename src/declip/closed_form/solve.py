@@ -172,7 +172,10 @@ def solve(
                 cross + ridge * mean * (slope / side.sum()).clamp(min=LEAST_SLOPE) * shared
                 for side, mean in zip(variances, means, strict=True)
             )
-        units = [normalize(side.flatten(), dim=0) for side in (x_cross / x_damped[:, None], y_cross / y_damped)]
+        # Features without any variance, as of one pair, have products of 0 and no variance to divide them by.
+        least = torch.finfo(cross.dtype).tiny
+        sloped = x_cross / x_damped.clamp(min=least)[:, None], y_cross / y_damped.clamp(min=least)
+        units = [normalize(slope.flatten(), dim=0) for slope in sloped]
         maps.append(split_product((units[0] + units[1]).view_as(cross)))
     return (x_axes, y_axes), maps
 
