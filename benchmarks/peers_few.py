@@ -35,6 +35,7 @@ from declip.closed_form.solve import ClassPairs, Pairs, centered, regression_row
 from declip.comparison.outcome import EfficiencyCurve, curve_of, pairs_needed
 from declip.finetuning.features import FrozenEncoder, class_pairs, compute_features, embeddings
 from declip.finetuning.fit import frozen_model
+from declip.finetuning.request import Request
 from declip.finetuning.run import finetune_recipe
 from declip.training.assemble import resolve
 
@@ -84,7 +85,7 @@ class Data:
         """Compute the features as `declip finetune NAME --from WEIGHTS --freeze both` does."""
         with TemporaryDirectory() as folder:
             keys = {"train.device": "cpu", **({"data.max_pairs": MOST} if name.endswith("icons") else {})}
-            recipe, _ = finetune_recipe(name, Path(folder), weights, freeze="both", given=keys, quiet=True)
+            recipe, _ = finetune_recipe(Request.of(name, weights, keys, freeze="both"), Path(folder), quiet=True)
             resolved = resolve(recipe, Path(folder))
             model, starts = frozen_model(resolved), resolved.weights is not None and resolved.weights.projected
             encoder = FrozenEncoder(model)

@@ -163,9 +163,8 @@ def compare(
         jobs: Number of parallel runs, with one thread each if there are several; by default one per core, or 1 on a
             GPU.
     """
-    check_tasks((tasks,) if isinstance(tasks, str) else tasks, shots)
     study = Study.of(
-        recipes, pairs, seeds, overrides=overrides, datasets=datasets, tasks=tasks, shots=shots or 4, budget=budget
+        recipes, pairs, seeds, overrides=overrides, datasets=datasets, tasks=tasks, shots=shots, budget=budget
     )
     outcome = runner.run(study, out, jobs, quiet)
     write_page(outcome, Path(out).expanduser())

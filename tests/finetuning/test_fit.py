@@ -22,7 +22,8 @@ from declip.data.sources.subset import Subset
 from declip.errors import UserError
 from declip.finetuning import outputs
 from declip.finetuning.fit import fit, set_heads
-from declip.finetuning.run import estimate_finetune, finetune_recipe
+from declip.finetuning.request import Request
+from declip.finetuning.run import estimate_request, finetune_recipe
 from declip.io.text import percent
 from declip.reports.page import NBSP, points, render
 from declip.reports.run import write_report
@@ -59,6 +60,11 @@ def folder(tmp_path_factory):
 def keys_of(folder, **keys):
     sizes = {"image.size": 32, "text.context_length": 24, "embed_dim": 64}
     return {"text.hf_model": str(folder / "bert"), **sizes, "train.report_to": [], **keys}
+
+
+def asked(folder):
+    start = f"timm:test_vit/{folder / 'vit.safetensors'}"
+    return Request.of(folder / "pairs.csv", start, keys_of(folder), freeze="both")
 
 
 def fitted(folder, out, table="pairs.csv", resume=False, **keys):
@@ -177,8 +183,7 @@ def killed_while_it_exports(folder, recipe):
 
 
 def test_a_run_that_was_killed_while_it_exported_is_not_finished(folder, tmp_path, monkeypatch):
-    start = f"timm:test_vit/{folder / 'vit.safetensors'}"
-    recipe, _ = finetune_recipe(folder / "pairs.csv", tmp_path / "x", start, (), "both", keys_of(folder), True)
+    recipe, _ = finetune_recipe(asked(folder), tmp_path / "x", True)
     process = get_context("fork").Process(target=killed_while_it_exports, args=(tmp_path / "run", recipe))
     process.start()
     process.join()
@@ -222,8 +227,7 @@ def test_the_classes_of_the_start_are_pairs_too(folder, tmp_path):
 
 
 def test_the_cost_is_estimated_without_a_run(folder, tmp_path):
-    start = f"timm:test_vit/{folder / 'vit.safetensors'}"
-    recipe, cost = estimate_finetune(folder / "pairs.csv", start, keys_of(folder), out=tmp_path / "r", freeze="both")
+    recipe, cost = estimate_request(asked(folder), tmp_path / "r")
     assert f"{COUNT} pairs" in str(cost)
     assert "freeze_text_blocks: all" in recipe
     assert not (tmp_path / "r").exists()
@@ -231,10 +235,7 @@ def test_the_cost_is_estimated_without_a_run(folder, tmp_path):
 
 def fitted_here(folder, out):
     """Fit in one of several processes, see `fitted`."""
-    start = f"timm:test_vit/{folder / 'vit.safetensors'}"
-    recipe, _ = finetune_recipe(
-        folder / "pairs.csv", out.with_suffix(".none"), start, (), "both", keys_of(folder), True
-    )
+    recipe, _ = finetune_recipe(asked(folder), out.with_suffix(".none"), True)
     run = fit(recipe, out, False, True)
     return run.finished, run.is_rank_zero
 

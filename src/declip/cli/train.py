@@ -113,18 +113,16 @@ def finetune(
     quiet: opt.Quiet = False,
 ) -> None:
     """Fine-tune pretrained weights on your pairs, write a report, and export the model."""
-    from declip.recipe.finetuning import read_overrides
+    from declip.finetuning.request import Request
     from declip.recipe.load import parse_overrides
 
-    given = parse_overrides(overrides or [])
-    read_overrides(given, freeze)
-    from declip.finetuning import run as finetuning
+    request = Request.of(pairs, weights, parse_overrides(overrides or []), val or (), keep or (), freeze)
+    from declip.finetuning.run import estimate_request, run_request
 
-    options: dict[str, Any] = {"val": val or (), "out": out, "freeze": freeze, "quiet": quiet}
     if dry_run:
-        say("\n\n".join(reversed(finetuning.estimate_finetune(pairs, weights, given, **options))))
+        say("\n\n".join(reversed(estimate_request(request, out, quiet))))
         return
-    run = finetuning.finetune(pairs, weights, given, keep=keep or (), resume=resume, **options)
+    run = run_request(request, out, resume, quiet)
     leave_unless_finished(run)
     _print_finetuned(run)
 
@@ -220,20 +218,19 @@ def compare(
     quiet: opt.Quiet = False,
 ) -> None:
     """Compare recipes at several numbers of pairs. Run the command again to continue an interrupted comparison."""
-    from declip.recipe.checks import check_tasks, read_counts
-    from declip.recipe.load import load_recipe, parse_overrides
+    from declip.comparison.study import Study
+    from declip.recipe.checks import read_counts
+    from declip.recipe.load import parse_overrides
 
     counts, recipes = read_counts(pairs), [word for word in words if "=" not in word]
-    overrides = parse_overrides([word for word in words if "=" in word])
-    check_tasks(tasks or ("zero-shot",), shots)
-    for recipe in recipes:
-        load_recipe(recipe, overrides)
-    from declip.api import compare as run_comparison
-    from declip.reports.comparison import summary
+    given: dict[str, Any] = {"overrides": parse_overrides([word for word in words if "=" in word])}
+    given |= {"datasets": datasets or (), "tasks": tasks or ("zero-shot",), "shots": shots, "budget": budget}
+    study = Study.of(recipes, counts, seeds, **given)
+    from declip.comparison import runner
+    from declip.reports.comparison import summary, write_page
 
-    options: dict[str, Any] = {"datasets": datasets or (), "tasks": tasks or ("zero-shot",), "budget": budget}
-    options |= {"shots": shots, "overrides": overrides, "jobs": jobs, "quiet": quiet}
-    outcome = run_comparison(recipes, counts, seeds, out=out, **options)
+    outcome = runner.run(study, out, jobs, quiet)
+    write_page(outcome, out)
     console.print(summary(outcome))
     if not outcome.complete:
         raise typer.Exit(2 if outcome.failures else 130)

@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -25,15 +26,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from declip.comparison.outcome import FAILURE, RESULT, RUNS, Outcome, folder_of, read_outcome
-from declip.comparison.study import STUDY, Study, Trial, extended, read_study
-from declip.errors import UserError
-from declip.evaluation.protocols import Options, evaluate_all
+from declip.comparison.study import BUDGETS, STUDY, Study, Trial, extended, read_study
+from declip.errors import UserError, unknown
+from declip.evaluation.datasets import open_dataset
+from declip.evaluation.protocols import Options, check_dataset, evaluate_all
 from declip.io.atomic import file_lock, write_text
 from declip.io.pool import cores, torch_threads
 from declip.io.progress import print_line, progress_bar, status
 from declip.models.device import pick_device
 from declip.training.assemble import assemble
 from declip.training.estimate import step_seconds
+from declip.training.pairs import open_training_source
 from declip.training.state import versions
 from declip.training.trainer import Trainer
 
@@ -63,7 +66,7 @@ def run(study: Study, out: str | Path, jobs: int | None = None, quiet: bool = Fa
         The outcome, which is also in results.json; `complete` is False after Ctrl-C.
     """
     folder = Path(out).expanduser()
-    extended(study, folder).check()
+    check(extended(study, folder))
     if jobs is None:
         jobs = cores() if pick_device(study.variants[0].resolve().train.device).type == "cpu" else 1
     with _share_of_machine(jobs):
@@ -81,6 +84,42 @@ def run(study: Study, out: str | Path, jobs: int | None = None, quiet: bool = Fa
     tree = {"study": asdict(outcome.study), "runs": [*outcome.rows.values()], "failures": outcome.failures}
     write_text(folder / RESULTS, json.dumps(tree, indent=1))
     return outcome
+
+
+def check(study: Study) -> None:
+    """Refuse what cannot be compared, before anything is timed or trained."""
+    study.check_names()
+    if study.budget not in BUDGETS:
+        raise unknown("budget", study.budget, BUDGETS)
+    for key, option in (("seed", "--seeds"), ("data.max_pairs", "--pairs")):
+        if any(key in variant.overrides for variant in study.variants):
+            raise UserError(f"A comparison sets {key} itself, from {option}. Remove {key}.")
+    if not study.datasets:
+        raise UserError("Nothing to evaluate on: the recipe names no zero-shot set. Name one with --dataset.")
+    # --- evaluation sets
+    for dataset, task in product(map(open_dataset, study.datasets), study.tasks):
+        check_dataset(dataset, task)
+    # --- recipes and training pairs
+    sizes: dict[str, int] = {}
+    for variant in study.variants:
+        recipe = variant.resolve()
+        if recipe.train.epochs is not None:
+            raise UserError(
+                f"'{variant.name}' sets train.epochs, so its steps depend on the number of pairs. Set train.steps."
+            )
+        if study.pairs[0] < recipe.train.batch_size:
+            raise UserError(
+                f"{study.pairs[0]} pairs are fewer than one batch of {recipe.train.batch_size} of '{variant.name}'. "
+                "Use more pairs, or set train.batch_size."
+            )
+        # Counting the pairs of a large source takes minutes, so recipes with the same data share it.
+        key = recipe.data.model_dump_json()
+        if key not in sizes:
+            sizes[key] = len(open_training_source(recipe))
+        if study.pairs[-1] > sizes[key]:
+            raise UserError(
+                f"'{recipe.data.label}' has {sizes[key]:,} pairs, fewer than the {study.pairs[-1]:,} of --pairs."
+            )
 
 
 def open_folder(study: Study, folder: Path, quiet: bool = True) -> Study:

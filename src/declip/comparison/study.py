@@ -10,14 +10,11 @@ from typing import Any, Self
 
 from pydantic import TypeAdapter, ValidationError
 
-from declip.errors import UserError, unknown
-from declip.evaluation.datasets import open_dataset
-from declip.evaluation.protocols import check_dataset
+from declip.errors import UserError
 from declip.io.text import one_line
+from declip.recipe.checks import check_tasks, several
 from declip.recipe.load import flat, load_recipe
 from declip.recipe.schema import Recipe
-from declip.training.assemble import several
-from declip.training.pairs import open_training_source
 
 STUDY = "study.json"
 BUDGETS = ("samples", "compute")
@@ -76,7 +73,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Study:
-    """A comparison of variants. `Study.of` builds one from recipes, `check` validates it, `runner.run` runs it."""
+    """A comparison of variants. `Study.of` builds one from recipes; `runner.run` checks and runs it."""
 
     variants: tuple[Variant, ...]
     pairs: tuple[int, ...]  # numbers of distinct pairs, ascending
@@ -96,13 +93,14 @@ class Study:
         overrides: Mapping[str, Any] | None = None,
         datasets: str | Path | Sequence[str | Path] = (),
         tasks: str | Sequence[str] = ("zero-shot",),
-        shots: int | Sequence[int] = (4,),
+        shots: int | Sequence[int] | None = None,
         budget: str = "samples",
     ) -> Self:
         """Build a study; arguments as `declip.compare`."""
         numbers = tuple(map(int, range(seeds) if isinstance(seeds, int) else seeds))
         variants = tuple(Variant.of(str(recipe), dict(overrides or {})) for recipe in several(recipes))
         counts, names = tuple(sorted({*map(int, several(pairs))})), tuple(several(tasks))
+        check_tasks(names, shots)
         if not (variants and counts and numbers and names):
             raise UserError(
                 "A comparison needs at least one recipe, one number of pairs, one seed and one task. Example: "
@@ -115,7 +113,7 @@ class Study:
             seeds=numbers,
             datasets=tuple(map(str, several(datasets))) or first.final_zero_shot or first.zero_shot,
             tasks=names,
-            shots=tuple(sorted({*map(int, several(shots))})),
+            shots=tuple(sorted({*map(int, several(shots or 4))})),
             budget=budget,
         )
 
@@ -136,41 +134,6 @@ class Study:
     def trials(self) -> list[Trial]:
         """All trials, seed by seed, so that an unfinished study is a smaller complete one."""
         return [Trial(name, pairs, seed) for seed, pairs, name in product(self.seeds, self.pairs, self.names)]
-
-    def check(self) -> None:
-        """Refuse what cannot be compared, before anything is timed or trained."""
-        self.check_names()
-        if self.budget not in BUDGETS:
-            raise unknown("budget", self.budget, BUDGETS)
-        for key, option in (("seed", "--seeds"), ("data.max_pairs", "--pairs")):
-            if any(key in variant.overrides for variant in self.variants):
-                raise UserError(f"A comparison sets {key} itself, from {option}. Remove {key}.")
-        if not self.datasets:
-            raise UserError("Nothing to evaluate on: the recipe names no zero-shot set. Name one with --dataset.")
-        # --- evaluation sets
-        for dataset, task in product(map(open_dataset, self.datasets), self.tasks):
-            check_dataset(dataset, task)
-        # --- recipes and training pairs
-        sizes: dict[str, int] = {}
-        for variant in self.variants:
-            recipe = variant.resolve()
-            if recipe.train.epochs is not None:
-                raise UserError(
-                    f"'{variant.name}' sets train.epochs, so its steps depend on the number of pairs. Set train.steps."
-                )
-            if self.pairs[0] < recipe.train.batch_size:
-                raise UserError(
-                    f"{self.pairs[0]} pairs are fewer than one batch of {recipe.train.batch_size} of '{variant.name}'. "
-                    "Use more pairs, or set train.batch_size."
-                )
-            # Counting the pairs of a large source takes minutes, so recipes with the same data share it.
-            key = recipe.data.model_dump_json()
-            if key not in sizes:
-                sizes[key] = len(open_training_source(recipe))
-            if self.pairs[-1] > sizes[key]:
-                raise UserError(
-                    f"'{recipe.data.label}' has {sizes[key]:,} pairs, fewer than the {self.pairs[-1]:,} of --pairs."
-                )
 
     def check_names(self) -> None:
         """Refuse variants with the same name, or with names that become the same folder."""

@@ -21,7 +21,6 @@ from declip.closed_form.solve import START, ClassPairs
 from declip.data.images.thumbnails import thumbnails_of
 from declip.data.pair import PairSource
 from declip.data.sources.open import NO_SOURCES, ImageSource, Sources
-from declip.data.sources.subset import NO_LISTS, Lists
 from declip.errors import UserError
 from declip.finetuning import outputs
 from declip.finetuning.features import Features, FrozenEncoder, class_pairs, compute_features, embeddings, projections
@@ -42,7 +41,7 @@ from declip.training.evaluations import evaluation_tasks, measure
 from declip.training.pairs import described, refuse_broken, sample_hashes
 from declip.training.pretrained import load_tensors
 from declip.training.sinks import RunInfo, monitored
-from declip.training.state import versions
+from declip.training.state import NO_EXTENSIONS, Extensions, versions
 from declip.training.trackers import trackers_of
 from declip.training.warnings import caption_warnings
 
@@ -57,17 +56,15 @@ def closed_form(recipe: Recipe) -> bool:
     return tune.freeze_image_blocks == tune.freeze_text_blocks == "all" and tune.lora is None
 
 
-def fit(
-    recipe: Recipe, folder: Path, resume: bool, quiet: bool, sources: Sources = NO_SOURCES, lists: Lists = NO_LISTS
-) -> Run:
+def fit(recipe: Recipe, folder: Path, resume: bool, quiet: bool, added: Extensions = NO_EXTENSIONS) -> Run:
     """Fit the projections of frozen towers, evaluate them and write the run folder, all on rank 0."""
-    resolved = resolve(recipe, folder, resume, sources)
-    resolved.hosts.on_rank_zero(partial(_fit, resolved, folder, resume, quiet, sources, lists))
+    resolved = resolve(recipe, folder, resume, added.sources)
+    resolved.hosts.on_rank_zero(partial(_fit, resolved, folder, resume, quiet, added))
     return Run(folder, STEP, True, is_rank_zero=distributed.is_rank_zero())
 
 
-def _fit(resolved: Resolved, folder: Path, resume: bool, quiet: bool, sources: Sources, lists: Lists) -> None:
-    recipe, source = resolved.recipe, resolved.source
+def _fit(resolved: Resolved, folder: Path, resume: bool, quiet: bool, added: Extensions) -> None:
+    recipe, source, sources = resolved.recipe, resolved.source, added.sources
     # --- all checks, then the run folder
     model = frozen_model(resolved).to(resolved.device)
     refuse_broken(source, recipe.data.max_broken_fraction)
@@ -81,7 +78,7 @@ def _fit(resolved: Resolved, folder: Path, resume: bool, quiet: bool, sources: S
     encoder = FrozenEncoder(model)
     features = compute_features(encoder, source, recipe, not quiet)
     if not resumed:
-        run_folder.open_folder(recipe, folder, resume, lists)
+        run_folder.open_folder(recipe, folder, resume, added.lists)
     with monitored(RunInfo(folder, 0, STEP, recipe.train.batch_size, quiet), trackers) as monitor:
         log.info("Fitting: %s", described(source))
         for warning in caption_warnings(source, model.tokenizer):

@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from declip.data.columns import Columns
 from declip.data.pair import PairSource
 from declip.data.sources.names import absolute
 from declip.data.sources.open import NO_SOURCES, Sources, name_sources
@@ -16,13 +15,14 @@ from declip.data.sources.subset import LIST_KIND, NO_LISTS, Lists, read_pair_lis
 from declip.errors import UserError
 from declip.finetuning import outputs
 from declip.finetuning.fit import closed_form, estimate_fit, fit
-from declip.finetuning.split import choose_pairs, open_lists, pairs_of
+from declip.finetuning.request import Request
+from declip.finetuning.split import choose_pairs, open_lists
 from declip.finetuning.wise_ft import mix_with_start
 from declip.interchange import starter
 from declip.interchange.read import folder_or_name, read_start
 from declip.models.device import pick_device
 from declip.models.dual_encoder import DualEncoder
-from declip.recipe.finetuning import FREEZE, Start, read_overrides, settings
+from declip.recipe.finetuning import FREEZE, Start, settings
 from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe
 from declip.recipe.starts import STARTS
@@ -35,8 +35,6 @@ from declip.training.trainer import Trainer
 from declip.training.warnings import caption_warnings
 
 FINETUNED = Path("runs") / "finetune"
-
-Name = str | Path
 
 
 def finetune(
@@ -70,39 +68,40 @@ def finetune(
         freeze: Towers not to train: "both", "image", "text" or "none". The default is "both" for the built-in weights
             without a GPU, else "none".
     """
-    # --- names of Python objects, and keys
     held_out = held_out_sets(val)
     (source, *sets), sources = name_sources(pairs, *held_out, *held_out_sets(keep))
-    start, val_sets, kept_sets = folder_or_name(weights), sets[: len(held_out)], sets[len(held_out) :]
-    overrides = dict(overrides or {})
-    if kept_sets:
-        overrides["evaluation.keep"] = [absolute(str(name)) for name in kept_sets]
+    val_sets, kept_sets = sets[: len(held_out)], sets[len(held_out) :]
+    request = Request.of(source, folder_or_name(weights), overrides, val_sets, kept_sets, freeze)
+    return run_request(request, out, resume, quiet, sources)
+
+
+def run_request(
+    request: Request, out: str | Path | None, resume: bool, quiet: bool, sources: Sources = NO_SOURCES
+) -> Run:
+    """Fine-tune as `finetune` does; `sources` are the Python objects that the request names."""
     folder = FINETUNED if out is None else Path(out).expanduser()
-    given = read_overrides(overrides, freeze)
-    hosts = distributed.meet(given.get("train.device", "auto"))[1]
+    hosts = distributed.meet(request.keys.get("train.device", "auto"))[1]
     with ExitStack() as held:
         # --- the recipe; rank 0 alone writes, and only into a folder that it holds
         hosts.on_rank_zero(partial(held.enter_context, claimed(folder, resume)))
         if resume and (folder / RECIPE).is_file():
-            recipe, lists = moved_lists(load_recipe(folder / RECIPE, overrides), folder), NO_LISTS
-            hosts.on_rank_zero(partial(_refuse_others, recipe, source, start, val_sets, freeze))
+            recipe, lists = moved_lists(load_recipe(folder / RECIPE, request.keys), folder), NO_LISTS
+            hosts.on_rank_zero(partial(_refuse_others, recipe, request))
         else:
-            recipe, lists = hosts.on_rank_zero(
-                partial(finetune_recipe, source, folder, start, val_sets, freeze, given, quiet, sources)
-            )
-            sources = open_lists(lists, sources)
+            recipe, lists = hosts.on_rank_zero(partial(finetune_recipe, request, folder, quiet, sources))
         # --- the run
+        added = Extensions(sources=open_lists(lists, sources), lists=lists)
         if closed_form(recipe):
-            run = fit(recipe, folder, resume, quiet, sources, lists)
+            run = fit(recipe, folder, resume, quiet, added)
         else:
-            state = assemble(recipe, folder, resume, quiet, Extensions(sources=sources, lists=lists))
+            state = assemble(recipe, folder, resume, quiet, added)
             for warning in caption_warnings(state.source, state.model.tokenizer) if distributed.is_rank_zero() else ():
                 log.warning(warning)
             mixes = state.pretrained is not None and state.pretrained.whole and recipe.train.patience is not None
 
             def finish(folder: Path, model: DualEncoder) -> None:
-                mixed = mix_with_start(folder, quiet, sources) if mixes else None
-                outputs.write_finetuned(folder, model if mixed is None else mixed, sources)
+                mixed = mix_with_start(folder, quiet, added.sources) if mixes else None
+                outputs.write_finetuned(folder, model if mixed is None else mixed, added.sources)
 
             run = Trainer(state).train(finish)
     distributed.leave()
@@ -126,8 +125,10 @@ def claimed(folder: Path, resume: bool) -> Iterator[None]:
                         path.rmdir()
 
 
-def _refuse_others(recipe: Recipe, pairs: Name, weights: Name | None, val: Sequence[Name], freeze: str | None) -> None:
-    def source_of(name: Name) -> str:
+def _refuse_others(recipe: Recipe, request: Request) -> None:
+    """Refuse to resume a run of another request."""
+
+    def source_of(name: str) -> str:
         path = Path(name).expanduser()
         return read_pair_list(path).source if path.suffix == LIST_KIND and path.is_file() else absolute(name)
 
@@ -138,64 +139,45 @@ def _refuse_others(recipe: Recipe, pairs: Name, weights: Name | None, val: Seque
             "same working folder."
         )
     tune, sets = recipe.finetune, (*recipe.evaluation.retrieval, *recipe.evaluation.zero_shot)
+    weights, freeze = request.weights, request.freeze
     others = {
-        f"PAIRS={pairs}": source_of(pairs) != source_of(named),
+        f"PAIRS={request.pairs}": source_of(request.pairs) != source_of(named),
         f"--from {weights}": weights is not None and absolute(weights) != absolute(tune.pretrained or ""),
-        **{f"--val {name}": absolute(name) not in map(absolute, sets) for name in val},
+        **{f"--val {name}": absolute(name) not in map(absolute, sets) for name in request.val},
         f"--freeze {freeze}": freeze and FREEZE.get(freeze) != (tune.freeze_image_blocks, tune.freeze_text_blocks),
     }
     if other := [name for name, differs in others.items() if differs]:
         raise UserError(f"{other[0]} is not what this run was started with. Give another --out, without --resume.")
 
 
-def estimate_finetune(
-    pairs: Name,
-    weights: Name | None = None,
-    overrides: Mapping[str, Any] | None = None,
-    *,
-    val: Sequence[Name] = (),
-    out: Name | None = None,
-    freeze: str | None = None,
-    quiet: bool = False,
-) -> tuple[str, str]:
-    """Resolve the recipe of a fine-tuning, as YAML, and measure what it will cost; arguments as `finetune`."""
-    given = read_overrides(overrides, freeze)
-    recipe, lists = finetune_recipe(pairs, Path(out or FINETUNED).expanduser(), weights, val, freeze, given, quiet)
-    sources = open_lists(lists, NO_SOURCES)
-    resolved, cost = (estimate_fit if closed_form(recipe) else estimate)(recipe, sources)
+def estimate_request(request: Request, out: str | Path | None = None, quiet: bool = False) -> tuple[str, str]:
+    """Resolve the recipe of a fine-tuning, as YAML, and measure what it will cost."""
+    recipe, lists = finetune_recipe(request, Path(out or FINETUNED).expanduser(), quiet)
+    resolved, cost = (estimate_fit if closed_form(recipe) else estimate)(recipe, open_lists(lists, NO_SOURCES))
     return resolved.to_yaml(), cost
 
 
 def finetune_recipe(
-    pairs: Name,
-    folder: Path,
-    weights: Name | None = None,
-    val: Sequence[Name] = (),
-    freeze: str | None = None,
-    given: Mapping[str, Any] | None = None,  # see `read_overrides`
-    quiet: bool = False,
-    sources: Sources = NO_SOURCES,
+    request: Request, folder: Path, quiet: bool = False, sources: Sources = NO_SOURCES
 ) -> tuple[Recipe, Lists]:
     """Resolve the recipe of a fine-tuning and the lists of its split, which the folder will have; see `finetune`."""
-    given = dict(given or {})
+    given = request.keys
     device = pick_device(given.get("train.device", "auto"))
-    where = str(weights or default_weights(device.type))
+    where = request.weights or default_weights(device.type)
     start = read_start(where)
     kind: Start = "image" if not start.whole else "whole" if start.projected else "heads"
-    settled = partial(settings, start=kind, on_cpu=device.type == "cpu", freeze=freeze, given=given)
+    settled = partial(settings, start=kind, on_cpu=device.type == "cpu", freeze=request.freeze, given=given)
+    pretrained = {"finetune.pretrained": json.dumps(where, ensure_ascii=False)}  # quoted, see `load_for_training`
     # Keys that do not suit the weights are refused before the pairs are read.
-    resolved = load_recipe("finetune", {**settled(1_000), "evaluation.retrieval": [str(pairs)]})
-    checked, closed = resolved.data, closed_form(resolved)
-    start.named_classes(resolved.finetune.class_names, required=bool(given.get("finetune.class_pairs")))
-    seen, columns = pairs_of(where), Columns.of(checked)
-    split = choose_pairs(str(pairs), columns, val, folder, seen, quiet, closed, sources)
-    count = min(len(split.source), checked.max_pairs or len(split.source))
-    pretrained = json.dumps(where, ensure_ascii=False)  # quoted, see `load_for_training`
-    keys = {"finetune.pretrained": pretrained, **settled(count, validated=bool(split.val))}
+    checked = load_recipe("finetune", {**pretrained, **settled(1_000), "evaluation.retrieval": [request.pairs]})
+    start.named_classes(checked.finetune.class_names, required=bool(given.get("finetune.class_pairs")))
+    split = choose_pairs(request, checked, folder, quiet, sources)
+    count = min(len(split.source), checked.data.max_pairs or len(split.source))
+    keys = {**pretrained, **settled(count, validated=bool(split.val))}
     if starter.matches(where) and device.type == "cpu":
         keys.setdefault("image.size", STARTS[where])
     name: str | None = split.name
-    if len(split.source) == 1 and not closed:  # a batch has two pairs at least
+    if len(split.source) == 1 and not closed_form(checked):  # a batch has two pairs at least
         keys["data.source"], name = [name, name], None
     return resolve_recipe("finetune", keys, name, split.val, split.sources), split.lists
 

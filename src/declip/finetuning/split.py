@@ -1,6 +1,5 @@
 """The training and validation parts of a fine-tuning's pairs."""
 
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -10,9 +9,12 @@ from declip.data.pair import BrokenPair, PairSource
 from declip.data.sources.open import Sources, open_source
 from declip.data.sources.subset import NO_LISTS, Lists, Subset, list_of, training_part
 from declip.errors import UserError
+from declip.finetuning.fit import closed_form
+from declip.finetuning.request import Request
 from declip.inspection.split import FEWEST, check_copies, split_pairs
 from declip.io.text import plural
 from declip.recipe.load import load_recipe
+from declip.recipe.schema import Recipe
 from declip.runs.folder import RECIPE, SPLIT, log, moved_lists
 from declip.training.evaluations import open_held_out
 from declip.training.pairs import open_training_source
@@ -25,39 +27,32 @@ class Split(NamedTuple):
 
     source: PairSource  # training pairs
     name: str  # of the training pairs in the recipe
-    val: list[str]
+    val: tuple[str, ...]
     sources: Sources  # that have these names
     lists: Lists = NO_LISTS  # both parts, if the pairs were split
 
 
-def choose_pairs(
-    pairs: str,
-    columns: Columns,
-    val: Sequence[str | Path],
-    folder: Path,
-    seen: PairSource | None,
-    quiet: bool,
-    closed: bool,
-    sources: Sources,
-) -> Split:
+def choose_pairs(request: Request, recipe: Recipe, folder: Path, quiet: bool, sources: Sources) -> Split:
     """Choose the training pairs and validation sets; a split has the names of its lists in the run folder.
 
-    Pairs that the weights have `seen` are not validated on. Cross-validation measures heads in `closed` form, so
-    nothing is split off for them.
+    Pairs that the weights of the recipe were trained on are not validated on. Cross-validation measures heads in
+    closed form, so nothing is split off for them.
     """
+    pairs, columns, closed = request.pairs, Columns.of(recipe.data), closed_form(recipe)
+    seen = pairs_of(str(recipe.finetune.pretrained))
     source = open_source(pairs, columns, sources)
     train = training_part(source)
-    if val:
-        for name in map(str, val):
+    if request.val:
+        for name in request.val:
             held_out = open_held_out(name, columns, sources).split("test")
             for trained in [train] if seen is None else [train, seen]:
                 if warning := check_copies(trained, held_out, not quiet):
                     log.warning(warning)
-        return Split(train, pairs, [*map(str, val)], sources)
+        return Split(train, pairs, request.val, sources)
     if "validation" not in source.splits() and (closed or len(train) < FEWEST):
         if not closed:
             _check_few(train)
-        return Split(train, pairs, [], sources)
+        return Split(train, pairs, (), sources)
     try:
         parts = split_pairs(source, progress=not quiet, seen=seen)
     except UserError:
@@ -71,7 +66,7 @@ def choose_pairs(
     own, held_out_part = names = [str(folder / name) for name in SPLIT]
     lists = {name: list_of(pairs, columns, source, part) for name, part in zip(names, parts, strict=True)}
     opened = {name: Subset(source, part) for name, part in zip(names, parts, strict=True)}
-    return Split(opened[own], own, [held_out_part], {**sources, **opened}, lists)
+    return Split(opened[own], own, (held_out_part,), {**sources, **opened}, lists)
 
 
 def open_lists(lists: Lists, sources: Sources) -> Sources:

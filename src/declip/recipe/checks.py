@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,11 @@ def check_tasks(tasks: Collection[str], shots: object = None, templates: object 
         if given and not {*users} & {*tasks}:
             task = f"--task {' or '.join(users)}, but --task is {' '.join(tasks)}"
             raise UserError(f"--{option} requires {task}. Remove it.")
+
+
+def several(given: Any) -> list[Any]:
+    """A list of what was given, also where that is one string, path or number, or None."""
+    return [given] if isinstance(given, str | Path | Integral) else [] if given is None else list(given)
 
 
 def read_counts(text: str) -> tuple[int, ...]:

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Mapping, Sequence
 from functools import partial
-from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,11 +60,6 @@ def assign_tasks(recipe: Recipe, sources: Sources = NO_SOURCES) -> Recipe:
         raise UserError(f"'{neither[0]}' has neither classes nor captions, so it can't be a held-out set.")
     chosen = evaluation.model_copy(update={"zero_shot": classes, "retrieval": captions})
     return recipe.model_copy(update={"evaluation": chosen})
-
-
-def several(given: Any) -> list[Any]:
-    """A list of what was given, also where that is one string, path or number, or None."""
-    return [given] if isinstance(given, str | Path | Integral) else [] if given is None else list(given)
 
 
 def held_out_sets(given: Any) -> list[Any]:

@@ -1,0 +1,37 @@
+"""A fine-tuning as it was asked for, checked once and without torch, whose import takes seconds."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from declip.data.sources.names import absolute
+from declip.recipe.finetuning import read_overrides
+
+
+@dataclass(frozen=True)
+class Request:
+    """Names of the pairs, of the weights and of the validation sets, and the recipe keys that the user set."""
+
+    pairs: str
+    weights: str | None = None
+    keys: Mapping[str, Any] = field(default_factory=dict)  # see `read_overrides`
+    val: tuple[str, ...] = ()
+    freeze: str | None = None
+
+    @classmethod
+    def of(
+        cls,
+        pairs: str | Path,
+        weights: str | Path | None = None,
+        overrides: Mapping[str, Any] | None = None,
+        val: Sequence[str | Path] = (),
+        keep: Sequence[str | Path] = (),
+        freeze: str | None = None,
+    ) -> Self:
+        """Check the keys; arguments as `declip.finetune`, with Python objects by their names."""
+        given = dict(overrides or {})
+        if keep:
+            given["evaluation.keep"] = [absolute(name) for name in keep]
+        start = None if weights is None else str(weights)
+        return cls(str(pairs), start, read_overrides(given, freeze), tuple(map(str, val)), freeze)
