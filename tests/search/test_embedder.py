@@ -87,6 +87,10 @@ def test_an_index_of_parquet_files(rows, weights_file, folder, tmp_path, monkeyp
     assert declip.Index.open(out, source=folder).image(3).tobytes() == own.image(3).tobytes()
     again = declip.Index.from_parquet(files, model=weights_file, out=out, dtype="float32")
     assert (len(again), again.info.generation, again.info.next_id) == (24, 2, 24)
+    # --- the first call, killed just before it wrote index.json
+    (out / "generation-2").rename(out / "generation-1")
+    (out / "index.json").unlink()
+    assert len(declip.Index.from_parquet(files, model=weights_file, out=out, dtype="float32")) == 24
 
 
 def test_parquet_files_that_are_refused(rows, weights_file, tmp_path, command):

@@ -304,8 +304,8 @@ def describe_model(model: Encoder, path: object, index: Path) -> ModelInfo:
 @contextmanager
 def open_writer(folder: Path, wanted: IndexInfo) -> Iterator[Writer]:
     """Lock the folder of an index, created if missing, and open it for writing."""
-    # A call that was killed just before its first index.json leaves blocks and the first generation.
-    killed = (folder / UNFINISHED / INFO).is_file() and not (folder / INFO).exists()
+    # A call that was killed just before its first index.json leaves the first generation.
+    killed = (folder / "generation-1" / ROWS).is_file() and not (folder / INFO).exists()
     with locked_folder(folder, "generation-1" if killed else INFO, ELSEWHERE):
         yield Writer(folder, wanted)
 
