@@ -54,6 +54,14 @@ def test_every_caption_is_in_the_table_and_a_restart_goes_on(start, path):
     assert source[1].image.size == (32, 32)
 
 
+def test_control_characters_are_spaces_as_in_training(captioning, path):
+    shown = get(captioning)
+    assert save(captioning, shown, "a\0red\x1b cat").json()["saved"] == ["a red cat"]
+    path.write_text(path.read_text().replace("red cat", "red\x1fcat"))  # by another program
+    shown = get(captioning, position=shown["position"])
+    assert save(captioning, shown, "mine").json()["saved"] == ["a red cat", "mine"]
+
+
 def test_two_tabs_show_other_images_and_no_caption_is_overwritten(captioning, path):
     one, two = (get(captioning, tab) for tab in ("one", "two"))
     assert one["id"] != two["id"]

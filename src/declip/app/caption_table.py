@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
 from declip.app.requests import ImageId, OneLine, Text
-from declip.data.pair import BrokenPair, is_unicode
+from declip.data.pair import BrokenPair, is_unicode, on_one_line
 from declip.data.sources.names import resolve
 from declip.data.sources.rows import NOT_UTF8, DelimitedRows
 from declip.errors import UserError
@@ -54,7 +54,7 @@ class Row(NamedTuple):
     @property
     def caption(self) -> str:
         """The caption in one line; may be empty."""
-        return " ".join(self.cells[CAPTION].split())
+        return on_one_line(self.cells[CAPTION])
 
 
 class CaptionFile(NamedTuple):

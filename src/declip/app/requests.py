@@ -15,13 +15,13 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from declip.data.images.decode import decode
-from declip.data.pair import BrokenPair
+from declip.data.pair import BrokenPair, on_one_line
 
 LARGEST_UPLOAD, LARGEST_JSON = 20 << 20, 2 << 20  # bytes of an uploaded image, and of JSON: the ids of 200,000 pairs
 MOST_PIXELS = 50_000_000  # pixels of an uploaded image, more than those of cameras and phones
 SECONDS = 60  # time in which a body must arrive
 
-OneLine = AfterValidator(lambda text: " ".join(text.split()))
+OneLine = AfterValidator(on_one_line)
 Text = Annotated[str, StringConstraints(max_length=2_000), OneLine]
 Template = Annotated[str, StringConstraints(max_length=300), OneLine]
 """A prompt template or the name of a set; empty for the text itself."""

@@ -221,11 +221,16 @@ def clean_captions(raw: Iterable[str | None], key: str, why: str = "") -> tuple[
             raise BrokenPair("caption too long", key, f"{len(text):,} characters, at most {LONGEST_CAPTION:,}")
         if not is_unicode(text):
             raise BrokenPair("invalid text", key, "half of a character that takes two code units")
-        if joined := " ".join(CONTROL.sub(" ", text).split()):
+        if joined := on_one_line(text):
             cleaned[joined] = None
     if not cleaned:
         raise BrokenPair("empty caption", key, why)
     return tuple(cleaned)
+
+
+def on_one_line(text: str) -> str:
+    """Collapse white space and control characters."""
+    return " ".join(CONTROL.sub(" ", text).split())
 
 
 def printable(text: str) -> str:
