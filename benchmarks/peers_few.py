@@ -2,8 +2,8 @@
 
     python benchmarks/peers_few.py stamps-photos,stamps,clipart,emoji-test,icons-test [--seeds 3] [--out runs/few]
 
-measures what is missing in OUT/cells.jsonl, and writes OUT/table.md, OUT/few.webp, and OUT/class_pairs.json: how many
-times fewer pairs are needed with class names. With --from open_clip:ViT-B-32/openai, which downloads it, the features
+measures what is missing in OUT/cells.jsonl, and writes OUT/table.md and OUT/class_pairs.json: how many times fewer
+pairs are needed with class names. With --from open_clip:ViT-B-32/openai, which downloads it, the features
 are the embeddings of that CLIP. results/few/cells.jsonl is of --from builtin:lite0-minilm at an earlier commit;
 results/few/rivals.jsonl is of --sizes 0 31 124 -1; results/few/posteriors.jsonl has --whole and trials.
 
@@ -23,7 +23,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -311,18 +310,8 @@ PEERS = {
 }
 
 
-TITLES = {"stamps-photos": "photographs", "stamps": "stamps", "clipart": "clip art"}
-TITLES |= {"emoji-test": "emoji", "icons-test": "icons"}
 WITHOUT_PAIRS = ("declip finetune", "declip, linear", "best class name", "five class names", "ConSE")
 WITHOUT_PAIRS = (*WITHOUT_PAIRS, "Ridge with class rows")
-STYLES: dict[str, Any] = {
-    "declip finetune": {"color": "#c2410c", "marker": "o", "linewidth": 3},
-    "declip, own pairs": {"color": "#c2410c", "marker": ".", "linestyle": "--"},
-    "scikit-learn Ridge": {"color": "#1d4ed8", "marker": "."},
-    "scikit-learn PLS": {"color": "#0e7490", "marker": "."},
-    "open_clip, locked": {"color": "#4d7c0f", "marker": "."},
-    "sentence-transformers": {"color": "#7e22ce", "marker": "."},
-}
 
 
 def measure(peer: Peer, data: Data, chosen: np.ndarray, held_out: Pairs, seed: int) -> dict[str, Any]:
@@ -343,7 +332,7 @@ def measure(peer: Peer, data: Data, chosen: np.ndarray, held_out: Pairs, seed: i
 
 
 def summarize(cells: list[dict[str, Any]], out: Path) -> None:
-    """Write the table of means over the seeds, the picture, and the factors of pairs with class names over without."""
+    """Write the table of means over the seeds, and the factors of pairs with class names over without."""
     methods = [name for name in PEERS if any(cell["method"] == name for cell in cells)]
     lines = ["| set, pairs | " + " | ".join(methods) + " |", "|---|" + "--:|" * len(methods)]
     for name, size in sorted({(cell["set"], cell["pairs"]) for cell in cells}):
@@ -354,28 +343,9 @@ def summarize(cells: list[dict[str, Any]], out: Path) -> None:
                 found[method] = " / ".join(f"{np.mean([row[key] for row in rows]):.1f}" for key in ("r1", "r10"))
         lines.append(f"| {name}, {size:,} | " + " | ".join(found.values()) + " |")
     (out / "table.md").write_text("\n".join(lines) + "\n", "utf-8")
-    plot(cells, out / "few.webp")
     names = sorted({cell["set"] for cell in cells if cell["method"] == "declip, own pairs"})
     factors = {name: class_factor(cells, name) for name in names}
     (out / "class_pairs.json").write_text(json.dumps(factors, indent=1) + "\n", "utf-8")
-
-
-def plot(cells: list[dict[str, Any]], file: Path) -> None:
-    """Draw R@10 against the number of pairs, one panel a set, the legend in the last."""
-    figure, panels = plt.subplots(2, 3, figsize=(10.5, 6.4), layout="constrained", sharey=True)
-    for panel, (name, title) in zip(panels.flat, TITLES.items(), strict=False):
-        for method, style in STYLES.items():
-            points: dict[int, list[float]] = {}
-            for cell in cells:
-                if (cell["set"], cell["method"]) == (name, method) and cell["pairs"]:
-                    points.setdefault(cell["pairs"], []).append(cell["r10"])
-            panel.semilogx(sorted(points), [np.mean(points[size]) for size in sorted(points)], label=method, **style)
-        panel.set(title=title, xlabel="training pairs", ylim=(0, 100))
-        panel.grid(alpha=0.3)
-    panels[0, 0].set_ylabel("R@10 on held-out pairs, %")
-    panels.flat[-1].axis("off")
-    panels.flat[-1].legend(*panels.flat[0].get_legend_handles_labels(), loc="center", frameon=False, fontsize=11)
-    figure.savefig(file, dpi=140)
 
 
 def class_factor(cells: list[dict[str, Any]], name: str) -> dict[str, Any]:

@@ -26,15 +26,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from declip.data.pair import Origin, SkipCounter
 from declip.search.index import Index
 from declip.search.info import IndexInfo, ModelInfo, SourceInfo
 from declip.search.store import BLOCK_ROWS, Block, IndexedImage, open_writer
-from timing import machine, medians, row, time_turns
+from timing import machine, medians, row, show, time_turns
 
 WIDTH, CENTERS, K, TARGET = 512, 1_000, 10, 0.99
 OURS, OURS_FULL = "declip, exact, float16", "declip, exact, float32"
@@ -154,19 +152,7 @@ def main() -> None:
         result["rows"] += compare(count, options.width, options.batch_size, options.repeats)
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    table = Table("vectors", "queries", "what", "ms", "time", "recall@10", title="Medians")
-    for measured in result["rows"]:
-        if "note" not in measured:
-            ratio = f"{measured['times_ours']:.2f} × ours" if "times_ours" in measured else ""
-            cells = (
-                f"{measured['vectors']:,}",
-                str(measured["count"]),
-                measured["what"],
-                f"{measured['milliseconds']:.2f}",
-            )
-            table.add_row(*cells, ratio, f"{measured['recall_at_10']:.3f}")
-    notes = {measured["note"] for measured in result["rows"] if "note" in measured}
-    Console().print(table, *sorted(notes), sep="\n")
+    show(result["rows"], ("part", "unit", "width", "microseconds_each"))
     print(json.dumps(result))
 
 
