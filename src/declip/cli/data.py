@@ -11,7 +11,6 @@ from declip.cli import options as opt
 from declip.cli.options import console, file, reads_images, say
 from declip.errors import UserError
 from declip.io.outputs import check_outputs, write_output
-from declip.io.text import plural
 
 group = typer.Typer(help="Download and inspect pairs.", no_args_is_help=True)
 
@@ -54,6 +53,7 @@ def inspect(
     from declip.data.sources.open import open_source
     from declip.data.sources.subset import LIST_KIND, write_others
     from declip.inspection.scan import Inspection, inspect_source
+    from declip.io.text import plural
     from declip.reports.inspection import page, summary
 
     check_outputs((json_out, html_out, without_copies))
