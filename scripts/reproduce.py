@@ -172,10 +172,10 @@ def check_data(
         root = ". Is --root right (make: ROOT=)?" if "missing image" in found.reasons else ""
         problems.append(f"{found.broken.fraction:.1%} of the pairs are broken: {reasons}{root}")
     for leak in found.leakages:
-        print(f"{leak.found.count} of {leak.found.of:,} pairs look like an image of {leak.name}")
-        if leak.found.count:
+        print(f"{leak.matches.count} of {leak.matches.of:,} pairs look like an image of {leak.name}")
+        if leak.matches.count:
             problems.append(
-                f"{leak.found.fraction:.2%} of the pairs look like images of {leak.name}: see {out}/data.json"
+                f"{leak.matches.fraction:.2%} of the pairs look like images of {leak.name}: see {out}/data.json"
             )
     return problems, found
 

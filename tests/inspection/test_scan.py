@@ -125,7 +125,7 @@ def test_one_pair_is_enough_and_none_says_why():
 def test_images_of_a_test_set_are_found(planted):
     found = inspect_source(numbers([("a b",)] * 40, side=300), None, check_leakage=[planted], workers=0)
     (leak,) = found.leakages
-    assert (leak.name, leak.images, leak.found.count) == ("planted.jsonl", 34, 24)
+    assert (leak.name, leak.images, leak.matches.count) == ("planted.jsonl", 34, 24)
     assert leak.copies[:2] == (("item 0", 0), ("item 1", 1))
     assert rules(found)["leakage"] == 0.6
     bare = planted.with_name("bare")
@@ -133,7 +133,7 @@ def test_images_of_a_test_set_are_found(planted):
     refuses("bare", inspect_source, planted, None, check_leakage=[bare], workers=0)
     shutil.copy(next(planted.parent.glob("*.png")), bare / "copy.png")  # without a caption
     (leak,) = inspect_source(planted, None, check_leakage=[bare], workers=0).leakages
-    assert (leak.images, leak.found.count > 0) == (1, True)
+    assert (leak.images, leak.matches.count > 0) == (1, True)
 
 
 def test_context_is_the_shortest_that_truncates_little():

@@ -119,7 +119,7 @@ class Leakage:
 
     name: str
     images: int
-    found: Fraction
+    matches: Fraction
     copies: tuple[tuple[str, int], ...]
 
 
@@ -193,7 +193,7 @@ def find(it: Inspection) -> tuple[Finding, ...]:
     for reason, row in sorted(it.reasons.items(), key=lambda item: -item[1]["count"])[:1]:
         rows.append(("broken", it.broken.fraction, 0, BROKEN, {"reason": reason, "example": row["examples"][0]}))
     for leak in it.leakages:
-        rows.append(("leakage", leak.found.fraction, 0, 0, {"set": leak.name, "images": leak.images}))
+        rows.append(("leakage", leak.matches.fraction, 0, 0, {"set": leak.name, "images": leak.images}))
     if it.split_copies is not None:
         rows.append(("split_copies", it.split_copies.fraction, 0, 0, {}))
     if it.images and it.captions and it.equal_images and it.near_images:

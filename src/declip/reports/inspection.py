@@ -52,7 +52,12 @@ def tables(it: Inspection) -> dict[str, Table]:
         for name, row in sorted(it.reasons.items(), key=lambda item: -item[1]["count"])
     )
     leaks = tuple(
-        (leak.name, f"{leak.images:,}", fraction(leak.found), _keys([key for key, _ in leak.copies], leak.found.count))
+        (
+            leak.name,
+            f"{leak.images:,}",
+            fraction(leak.matches),
+            _keys([key for key, _ in leak.copies], leak.matches.count),
+        )
         for leak in it.leakages
     )
     columns = ("set", "its images", "pairs", "keys")

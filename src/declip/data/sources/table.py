@@ -100,7 +100,7 @@ class TableSource(EntrySource):
     def entry(self, index: int) -> tuple[str, list[int]]:
         """The image's path, else the number of its row or line; the numbers of the rows, which show one image."""
         rows = self._pairs[index].as_py()
-        key, *_ = map(self._place, rows)
+        key, *_ = map(self._row_key, rows)
         image = self.table.column(0)[rows[0]]
         path = None if is_bytes(image.type) else decoded(image, key)
         return path if path and isinstance(path, str) else key, rows
@@ -150,7 +150,7 @@ class TableSource(EntrySource):
             return image_below(self.root, image, key, follow=True)
         return Path(os.path.normpath(self.root / os.path.expanduser(image)))
 
-    def _place(self, row: int) -> str:
+    def _row_key(self, row: int) -> str:
         """The key of a row without an image; raises `BrokenPair` if the row is unreadable."""
         if isinstance(self.file, ParquetRows):
             return f"row {row}"
