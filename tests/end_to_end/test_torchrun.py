@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.distributed.run import config_from_args, parse_args
 
@@ -95,6 +96,13 @@ def agent(*given):
     """What `torchrun --standalone --nproc-per-node 2 --max-restarts 1` runs, with ranks forked from this process."""
     rendezvous = {"run_id": "test", "rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "local_addr": "127.0.0.1"}
     elastic_launch(LaunchConfig(1, 1, 2, max_restarts=1, start_method="fork", **rendezvous), mortal)(*given)
+
+
+def test_torchrun_repeats_the_error_below_its_trace(tmp_path, monkeypatch, command):
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    assert command("train", "demo-clip", "--data", "missing.csv").status == 2
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=str(tmp_path / "error.json"))
+    assert "traceback : 'missing.csv' does not exist" in str(ChildFailedError("declip", {0: failure}))
 
 
 @pytest.mark.slow

@@ -1,7 +1,9 @@
 """Options, output and checks that commands share."""
 
+import json
 import os
 import sys
+import time
 from collections.abc import Callable, Collection
 from functools import wraps
 from inspect import Parameter, Signature, signature
@@ -179,4 +181,7 @@ def fail(message: str, status: int = 2) -> NoReturn:
     """Print an error, with the rank if there are several, and exit."""
     rank = f"rank {os.environ['RANK']}: " if os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ else ""
     Console(stderr=True).print(f"[bold red]Error:[/] {escape(rank + message)}", highlight=False, soft_wrap=True)
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # what torchrun repeats below its own traceback
+        told = {"message": message, "extraInfo": {"timestamp": int(time.time())}}
+        Path(file).write_text(json.dumps({"message": told}), encoding="utf-8")
     sys.exit(status)
