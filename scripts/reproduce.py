@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from operations import count_cost
 from PIL import Image
 
 import declip
@@ -41,7 +42,7 @@ from declip.recipe.load import load_recipe, parse_overrides, recipe_names
 from declip.recipe.schema import ImageTowerConfig, Recipe, Train
 from declip.runs.folder import Run
 from declip.training.assemble import plan_of, resolve_epochs
-from declip.training.estimate import count_cost, estimate
+from declip.training.estimate import estimate
 from declip.training.pairs import open_training_source
 
 TOLERANCE = 0.05

@@ -21,6 +21,7 @@ from declip.training import assemble as assembly
 from declip.training import evaluations
 from declip.training import trainer as trainer_module
 from declip.training.assemble import assemble
+from declip.training.estimate import estimate
 from declip.training.signals import TRY_AGAIN
 from declip.training.sinks import Sink
 from training.starts import recipe_for, same_end, stop_at, trainer_of
@@ -172,8 +173,12 @@ def test_damaged_lines_are_dropped_with_a_warning_and_block_no_resume(table, tmp
 def test_a_few_pairs_of_which_many_are_broken_are_refused_before_training(table, rows, tmp_path):
     lost = [{"image": f"missing-{number}.png", "caption": "lost"} for number in range(4)]
     data = {"source": str(write_rows(tmp_path / "pairs.jsonl", [*rows[:12], *lost]))}
-    with pytest.raises(UserError, match=r"4 of the 16 .*data\.max_broken_fraction.*4 × missing image"):
-        assemble(recipe_for(table, "clip", {"data": data}), tmp_path / "run", quiet=True)
+    recipe, told = (
+        recipe_for(table, "clip", {"data": data}),
+        r"4 of the 16 .*data\.max_broken_fraction.*4 × missing image",
+    )
+    refuses(told, assemble, recipe, tmp_path / "run", quiet=True)
+    refuses(told, estimate, recipe)
     assert not (tmp_path / "run").exists()
     assemble(recipe_for(table, "clip", {"data": {**data, "max_broken_fraction": 0.3}}), tmp_path / "run", quiet=True)
 
