@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import t
+from torch.nn.functional import pad
 
 from declip.closed_form import heads
 from declip.closed_form.folds import assign_folds
@@ -18,7 +19,8 @@ from declip.closed_form.heads import (
     jackknife,
     ranks_by,
 )
-from declip.closed_form.solve import DEFAULT_FORM, START, Heads, Pairs, fit_heads
+from declip.closed_form.mixing import mixed_choices
+from declip.closed_form.solve import DEFAULT_FORM, START, Heads, Pairs, fit_heads, mix
 from declip.reports.charts import growth_chart
 from pair_features import class_pairs, pairs_of
 
@@ -275,6 +277,49 @@ def test_ranks_equal_a_plain_loop():
 @pytest.mark.parametrize("count", [30, 90])  # fewer rows than columns, and more
 def test_the_largest_directions_are_the_principal_axes(count):
     rows, weights = torch.randn(count, 40, generator=torch.Generator().manual_seed(0)), torch.linspace(0.1, 2, count)
-    turned = heads.largest_directions(rows, weights, 10)
+    turned = rows @ heads.largest_directions(rows, weights, 10)
     moments = torch.linalg.eigvalsh((rows * weights[:, None]).mT @ rows)[-10:]
     torch.testing.assert_close((turned * weights[:, None]).mT @ turned, moments.diag(), atol=1e-3, rtol=1e-4)
+
+
+def recall(heads, pairs):
+    return float((held_out(heads, pairs).to_text < 1).double().mean())
+
+
+@pytest.mark.parametrize("posteriors", [False, True])
+def test_a_mixture_with_the_start_is_better_on_pairs_of_the_start(posteriors):
+    classes, kept = class_pairs(300)._replace(posteriors=posteriors), pairs_of(100, seed=3)
+    turn = torch.linalg.qr(torch.randn(7, 7, generator=torch.Generator().manual_seed(5), dtype=torch.float64)).Q
+    own = pairs_of(100, seed=1)
+    own = own._replace(texts=own.texts @ turn)  # other words for the same images
+    choices = mixed_choices(choose_heads(own, np.arange(100), classes), (1.0, 0.5, 0.25))
+    of_kept = {alpha: recall(choice.heads, kept) for alpha, choice in choices.items()}
+    of_own = {alpha: choice.outcome.recall(1, np.arange(100)).value for alpha, choice in choices.items()}
+    assert of_kept[0.25] > of_kept[0.5] > of_kept[1] + 0.05
+    assert of_own[1] > of_own[0.25]
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.0])
+def test_a_mixture_adds_the_maps_of_both_heads(weight):
+    pairs, classes = pairs_of(60), class_pairs(30)
+    ends = [fit_heads(pairs, classes, part, (DEFAULT_FORM,))[0] for part in (1.0, weight)]
+    mixed = mix(*ends, 0.3)
+    maps = [pad(heads.image, (0, 42 - heads.image.shape[1])).mT @ heads.text for heads in (*ends, mixed)]
+    start, end, found = (each / each.norm() for each in maps)
+    expected = 0.7 * start + 0.3 * end
+    torch.testing.assert_close(found, expected / expected.norm())
+    assert mixed.classifier is (ends[1].classifier or ends[0].classifier)
+
+
+def test_the_out_of_fold_ranks_of_a_mixture_are_those_of_heads_without_the_fold():
+    pairs, classes = pairs_of(60, noise=1.0), class_pairs(300)
+    choice = choose_heads(pairs, np.arange(60), classes)
+    found, folds = mixed_choices(choice, (1.0, 0.5))[0.5].outcome, choice.whole.folds
+    equal = []
+    for fold in folds.unique():
+        some, rows = (sides.nonzero().flatten() for sides in (folds != fold, folds == fold))
+        fitted, left_out = (Pairs(pairs.images[at], pairs.texts[at], torch.arange(len(at))) for at in (some, rows))
+        (heads,) = fit_heads(fitted, classes, choice.class_weight, (choice.form,))
+        ranks = held_out(mix(choice.start_heads, heads, 0.5), left_out).to_text
+        equal.append((found.to_text[rows] == ranks).double())
+    assert float(torch.cat(equal).mean()) > 0.9  # cross-validation takes the means of all folds

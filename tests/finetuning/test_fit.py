@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 from collections import Counter
+from copy import deepcopy
 from multiprocessing import get_context
 
 import numpy as np
@@ -21,6 +22,7 @@ from declip.data.sources.open import open_source
 from declip.data.sources.subset import Subset
 from declip.errors import UserError
 from declip.finetuning import outputs
+from declip.finetuning.features import projections
 from declip.finetuning.fit import fit, set_heads
 from declip.finetuning.request import Request
 from declip.finetuning.run import estimate_request, finetune_recipe
@@ -226,6 +228,48 @@ def test_the_classes_of_the_start_are_pairs_too(folder, tmp_path):
     assert run.cross_validation["classes"] == 0
 
 
+def test_the_mixture_with_the_start_is_chosen_on_left_out_and_kept_pairs(run, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("declip.finetuning.outputs.write_finetuned", WRITE)
+    monkeypatch.setattr("declip.closed_form.heads.START_CAUTION", -9.0)  # another candidate than the start
+    monkeypatch.setattr("declip.closed_form.heads.beats", lambda *_: True)
+    rows = (folder / "pairs.csv").read_text().splitlines()
+    words = [row.split(",", 1)[1] for row in rows[1:]]
+    others = [f"{row.split(',')[0]},{word}" for row, word in zip(rows[1:], words[::-1], strict=True)]
+    (folder / "others.csv").write_text("\n".join([rows[0], *others]) + "\n")
+    kept = folder / "pairs.csv"
+    mixed = declip.finetune(
+        folder / "others.csv", run.folder, None, tmp_path / "a", freeze="both", keep=kept, quiet=True
+    )
+    scores = {float(alpha): found for alpha, found in mixed.mixture["scores"].items()}
+    assert mixed.mixture["alpha"] == max(scores, key=lambda alpha: (sum(scores[alpha].values()), alpha)) < 1
+    assert scores[mixed.mixture["alpha"]][str(kept)] > scores[1][str(kept)]
+    # --- the run, its export and its results are the mixture's
+    (before, after) = (row.result for row in mixed.evaluated)
+    truth = declip.evaluate(mixed.folder, str(kept), "retrieval", device="cpu")
+    assert after.headline.value == truth.headline.value
+    assert before.headline.value >= after.headline.value > scores[1][str(kept)]
+    exported = cosines(mixed.folder / "exported" / "safetensors", folder)
+    torch.testing.assert_close(exported, cosines(mixed.folder, folder), rtol=0, atol=1e-5)
+    page = mixed.report.read_text(encoding="utf-8")
+    assert f"{mixed.mixture['alpha']:g} × fine-tuned" in page
+
+
+def test_a_set_to_keep_without_images_is_refused_before_the_fit(folder, tmp_path):
+    (tmp_path / "kept.csv").write_text("image,caption\nmissing.png,a circle\n")
+    refuses(
+        ("kept.csv", "missing.png"),
+        declip.finetune,
+        folder / "pairs.csv",
+        f"timm:test_vit/{folder / 'vit.safetensors'}",
+        keys_of(folder),
+        tmp_path / "run",
+        freeze="both",
+        keep=tmp_path / "kept.csv",
+        quiet=True,
+    )
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_cost_is_estimated_without_a_run(folder, tmp_path):
     recipe, cost = estimate_request(asked(folder), tmp_path / "r")
     assert f"{COUNT} pairs" in str(cost)
@@ -294,6 +338,7 @@ def test_heads_are_applied_after_the_projections_of_their_start(posteriors, run)
     images, tokens = model.preprocess([texture(0), texture(1)]), model.tokenize(["red circle", "blue"])
     with torch.no_grad():
         expected = heads.similarities(model.encode_image(images), model.encode_text(tokens))
-        set_heads(model, Choice(heads, Form("pulled", 1.0), 0.0, logit_scale=7.0), starts=True)
+        onto = deepcopy(projections(model))
+        set_heads(model, Choice(heads, Form("pulled", 1.0), 0.0, logit_scale=7.0), onto)
         torch.testing.assert_close(model.encode_image(images) @ model.encode_text(tokens).mT, expected)
     assert model.logit_scale.exp().item() == pytest.approx(7)

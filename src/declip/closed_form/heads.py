@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import NamedTuple, TypeVar
 
@@ -20,9 +21,11 @@ from declip.closed_form.solve import (
     Form,
     Heads,
     Pairs,
+    Sides,
     centered,
     fit_heads,
     moments,
+    raw_heads,
     regression_rows,
     solve,
 )
@@ -106,6 +109,10 @@ class HeldOutRanks:
         """(n,) fraction of the other pairs that an image and its captions beat; 0.5 by chance, for any number."""
         return 1 - self._by_image(self.fit.double())
 
+    def best_scale(self) -> float:
+        """The logit scale with the lowest cross-entropy."""
+        return SCALES[int(self.losses.sum(dim=0).argmin())]
+
     def _by_image(self, values: Tensor) -> Tensor:
         """Mean of the captions' values (m,) float64 for each image, (n,)."""
         counts = torch.bincount(self.owners, minlength=len(self.to_text))
@@ -175,6 +182,8 @@ class Choice:
     outcome: HeldOutRanks | None = None
     start: HeldOutRanks | None = None  # of the start without any fitting; None if it has no projections
     validation: "CrossValidation | None" = None  # with `MOST` of the pairs
+    whole: "CrossValidation | None" = None  # with all pairs
+    start_heads: Heads | None = None
 
 
 def choose_heads(
@@ -193,7 +202,7 @@ def choose_heads(
     # --- too few to measure
     if len(np.unique(groups)) < FEWEST:
         heads = start if embedded and start is not None else fit_heads(pairs, classes, usual[1], usual[:1])[0]
-        return Choice(heads, *usual)
+        return Choice(heads, *usual, start_heads=start)
     folds = torch.from_numpy(assign_folds(groups, FOLDS, seed))
     some, chosen = subset(pairs, seed)
     own_groups, own_folds = groups[chosen.numpy()], folds[chosen]
@@ -214,14 +223,14 @@ def choose_heads(
     # --- the best, on all pairs
     of_start = None if start is None else ranks_by(start, pairs, folds)
     if form == START and start is not None and of_start is not None:
-        scale = SCALES[int(of_start.losses.sum(dim=0).argmin())]
-        return Choice(start, form, weight, scale, of_start, of_start)
+        return Choice(start, form, weight, of_start.best_scale(), of_start, of_start, start_heads=start)
     (heads,) = fit_heads(pairs, classes, weight, (form,))
-    outcome = tried[form, weight]
+    outcome, validation = tried[form, weight], validations[weight]
+    whole = validation
     if some is not pairs:
-        outcome = CrossValidation(pairs, groups, folds, classes, weight, embedded).ranks((form,))[0]
-    scale = SCALES[int(outcome.losses.sum(dim=0).argmin())]
-    return Choice(heads, form, weight, scale, outcome, of_start, validations[weight])
+        whole = CrossValidation(pairs, groups, folds, classes, weight, embedded)
+        (outcome,) = whole.ranks((form,))
+    return Choice(heads, form, weight, outcome.best_scale(), outcome, of_start, validation, whole, start)
 
 
 def start_heads(pairs: Pairs, classes: ClassPairs | None, embedded: bool) -> Heads | None:
@@ -234,10 +243,11 @@ def start_heads(pairs: Pairs, classes: ClassPairs | None, embedded: bool) -> Hea
     return fit_heads(nothing, classes, CLASS_WEIGHTS[0], (DEFAULT_FORM,))[0]
 
 
-def ranks_by(heads: Heads, pairs: Pairs, folds: Tensor) -> HeldOutRanks:
-    """Ranks of all pairs by heads that were not fitted to them, among the candidates of cross-validation."""
-    parts, numbers = [], caption_numbers(pairs)
+def ranks_by(heads: Heads | Mapping[int, Heads], pairs: Pairs, folds: Tensor) -> HeldOutRanks:
+    """Ranks of all pairs by heads that were not fitted to them, or each fold's, among those of cross-validation."""
+    parts, numbers, several = [], caption_numbers(pairs), heads
     for fold in folds.unique().tolist():
+        heads = several if isinstance(several, Heads) else several[fold]
         for block in blocks((folds == fold).nonzero().flatten(), pairs.owners, numbers):
             sides = pairs.images[block.images], pairs.texts[block.texts]
             parts.append((block, score(heads.similarities(*(side.to(heads.image) for side in sides)), block)))
@@ -291,14 +301,17 @@ class CrossValidation:
         rows = regression_rows(pairs, classes, weight)
         weights = rows.weights.float()
         x, y = rows.images.float(), rows.texts.float()  # (i, v), the first n of own images, and (r, w)
-        y = centered(y, weights @ y)[0]
+        y, y_mean = centered(y, weights @ y)
+        self._to_raw = partial(raw_heads, rows.direction.float(), y_mean, rows.classifier)
         self._widths = (x.shape[1] if one_space else min(x.shape[1], DIRECTIONS), y.shape[1])
+        self._bases = torch.eye(x.shape[1]), torch.eye(y.shape[1])
         if not one_space:
             shares = torch.zeros(len(x)).index_add(0, rows.owners, weights)  # (i,)
-            x, y = (
-                largest_directions(side, of_rows, width)
-                for side, of_rows, width in zip((x, y), (shares, weights), self._widths, strict=True)
+            self._bases = (
+                largest_directions(x, shares, self._widths[0]),
+                largest_directions(y, weights, self._widths[1]),
             )
+            x, y = x @ self._bases[0], y @ self._bases[1]
         self._weights = weights[:m]
         self._classes = moments(x[n:], y[m:], rows.owners[m:] - n, weights[m:])
         self._centered = Pairs(x[:n], y[:m], pairs.owners)
@@ -311,9 +324,7 @@ class CrossValidation:
 
         def rank_fold(fold: int) -> list[list[tuple[HeldOutBlock, HeldOutRanks]]]:
             """Ranks of a fold's blocks, of each by all forms."""
-            kept = ((self.folds != fold) & usable)[owners]  # (m,)
-            own = moments(images, texts[kept], owners[kept], self._weights[kept])
-            (x_axes, y_axes), maps = solve(tuple(map(torch.add, own, self._classes)), forms, self._widths)
+            (x_axes, y_axes), maps = self._solve((self.folds != fold) & usable, forms)
             ranked = []
             for block in blocks((self.folds == fold).nonzero().flatten(), owners, self._numbers):
                 sides = images[block.images] @ x_axes, texts[block.texts] @ y_axes
@@ -325,19 +336,29 @@ class CrossValidation:
             ranked = [*chain.from_iterable(pool.map(rank_fold, self.folds.unique().tolist()))]
         return [HeldOutRanks.join(self.pairs, of_form) for of_form in zip(*ranked, strict=True)]
 
+    def heads_without(self, fold: int, form: Form) -> Heads:
+        """The heads that rank the pairs of a fold, for features that are not centered."""
+        (x_axes, y_axes), ((left, right),) = self._solve(self.folds != fold, (form,))
+        return self._to_raw(left @ x_axes.mT @ self._bases[0].mT, right @ y_axes.mT @ self._bases[1].mT)
+
+    def _solve(self, fitted: Tensor, forms: tuple[Form, ...]) -> tuple[Sides, list[Sides]]:
+        """Axes, and projections in these, see `solve`, from some images (n,) bool and the classes."""
+        images, texts, owners = self._centered
+        kept = fitted[owners]  # (m,)
+        own = moments(images, texts[kept], owners[kept], self._weights[kept])
+        return solve(tuple(map(torch.add, own, self._classes)), forms, self._widths)
+
 
 def largest_directions(rows: Tensor, weights: Tensor, count: int) -> Tensor:
-    """Turn rows (r, v) so that `count` columns or fewer hold their largest directions."""
+    """Axes (v, k) of the largest directions of rows (r, v), `count` or fewer."""
     if len(rows) < count:  # all of their directions
-        return rows @ torch.linalg.qr(rows.mT).Q
+        return torch.linalg.qr(rows.mT).Q
     if rows.shape[1] <= count:
-        return rows
+        return torch.eye(rows.shape[1])
     scaled = rows * weights.sqrt()[:, None]
     if len(rows) < rows.shape[1]:  # the same directions, from products of rows
-        axes = normalize(scaled.mT @ torch.linalg.eigh(scaled @ scaled.mT).eigenvectors[:, -count:], dim=0)
-    else:
-        axes = torch.linalg.eigh(scaled.mT @ scaled).eigenvectors[:, -count:]
-    return rows @ axes
+        return normalize(scaled.mT @ torch.linalg.eigh(scaled @ scaled.mT).eigenvectors[:, -count:], dim=0)
+    return torch.linalg.eigh(scaled.mT @ scaled).eigenvectors[:, -count:]
 
 
 class HeldOutBlock(NamedTuple):

@@ -3,11 +3,12 @@
 Ridge regression both ways is best with few pairs, canonical correlation analysis (CCA) with thousands.
 """
 
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import normalize, pad
 
 from declip.closed_form.folds import PrincipalAxes
 
@@ -17,6 +18,10 @@ OWN_MEAN = 10  # training images that weigh as much as the start's mean feature
 # where small powers have a length; 1 costs a point of R@1 on clip art (benchmarks/results/few/posteriors.jsonl).
 POSTERIOR_POWER = 0.7
 MOST_CLASSES = 2_000  # whose posteriors are features: the time of a fit grows with the cube of their number
+
+
+Sides = tuple[Tensor, Tensor]
+"""A tensor of images and one of texts."""
 
 
 class Form(NamedTuple):
@@ -109,13 +114,26 @@ def closed_form_heads(rows: RegressionRows, forms: tuple[Form, ...]) -> list[Hea
         x = x @ basis
     (x_axes, y_axes), maps = solve(moments(x, y, rows.owners, weights), forms, (width, y.shape[1]))
     x_axes = x_axes if basis is None else basis @ x_axes
-    heads, own = [], len(rows.direction)
-    for left, right in maps:
-        image = left @ x_axes.mT
-        # Equal features have no variance in the mean's direction, others have: it must stay ignored.
-        image = torch.cat([without(image[:, :own], rows.direction), image[:, own:]], dim=1)
-        heads.append(Heads(image, without(right @ y_axes.mT, y_mean), rows.classifier))
-    return heads
+    to_raw = partial(raw_heads, rows.direction, y_mean, rows.classifier)
+    return [to_raw(left @ x_axes.mT, right @ y_axes.mT) for left, right in maps]
+
+
+def raw_heads(x_mean: Tensor, y_mean: Tensor, known: PosteriorFeatures | None, image: Tensor, text: Tensor) -> Heads:
+    """Heads of features that are not centered, from those of centered ones and the directions of both means."""
+    own = len(x_mean)
+    # Equal features have no variance in the mean's direction, others have: it must stay ignored.
+    image = torch.cat([without(image[:, :own], x_mean), image[:, own:]], dim=1)
+    return Heads(image, without(text, y_mean), known)
+
+
+def mix(start: Heads, end: Heads, alpha: float) -> Heads:
+    """Heads of (1 - alpha) · start + alpha · end, as maps of image features to text features of norm 1."""
+    width = max(heads.image.shape[1] for heads in (start, end))  # without weight the posteriors have no columns
+    products = (
+        pad(heads.image.double(), (0, width - heads.image.shape[1])).mT @ heads.text.double() for heads in (start, end)
+    )
+    first, last = (normalize(each, dim=(0, 1)) for each in products)  # type: ignore[arg-type]  # it takes several
+    return Heads(*split_product(torch.lerp(first, last, alpha)), end.classifier or start.classifier)
 
 
 def centered(features: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,7 +163,7 @@ def moments(x: Tensor, y: Tensor, owners: Tensor, weights: Tensor) -> tuple[Tens
 
 def solve(
     moments: tuple[Tensor, ...], forms: tuple[Form, ...], widths: tuple[int, int] | None = None
-) -> tuple[tuple[Tensor, Tensor], list[tuple[Tensor, Tensor]]]:
+) -> tuple[Sides, list[Sides]]:
     """Principal axes, (v, v) and (w, w), and projections (k, v) and (k, w) of features in these axes by each form.
 
     A ridge refers to the mean variance of `widths` directions, by default all.
@@ -180,7 +198,7 @@ def solve(
     return (x_axes, y_axes), maps
 
 
-def split_product(product: Tensor) -> tuple[Tensor, Tensor]:
+def split_product(product: Tensor) -> Sides:
     """Divide M = U diag(s) Vᵀ (v, w) into √s Uᵀ (k, v) and √s Vᵀ (k, w), largest first, k the smaller width.
 
     From the eigenvectors of MᵀM, which takes a fifth of the time of a singular value decomposition; directions below

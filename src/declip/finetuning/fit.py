@@ -3,9 +3,11 @@
 Every caption of every pair is used, on one plain view of its image; cross-validation measures and chooses.
 """
 
+import copy
 import csv
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,14 +18,17 @@ import torch
 from torch import nn
 
 from declip.closed_form.growth import growth
-from declip.closed_form.heads import Choice, HeldOutRanks, choose_heads, group_mean
+from declip.closed_form.heads import FEWEST, Choice, HeldOutRanks, choose_heads, group_mean
+from declip.closed_form.mixing import mixed_choices
 from declip.closed_form.solve import START, ClassPairs
+from declip.data.columns import Columns
 from declip.data.images.thumbnails import thumbnails_of
 from declip.data.pair import PairSource
 from declip.data.sources.open import NO_SOURCES, ImageSource, Sources
 from declip.errors import UserError
 from declip.finetuning import outputs
 from declip.finetuning.features import Features, FrozenEncoder, class_pairs, compute_features, embeddings, projections
+from declip.finetuning.wise_ft import ALPHAS, best_mixture, set_scores
 from declip.io.atomic import atomic_write, write_text
 from declip.io.text import plural
 from declip.models.dual_encoder import DualEncoder
@@ -37,7 +42,7 @@ from declip.runs.folder import Run, log
 from declip.training import distributed
 from declip.training.assemble import Resolved, resolve
 from declip.training.estimate import encoding_seconds
-from declip.training.evaluations import evaluation_tasks, measure
+from declip.training.evaluations import evaluation_tasks, measure, open_held_out
 from declip.training.pairs import described, refuse_broken, sample_hashes
 from declip.training.pretrained import load_tensors
 from declip.training.sinks import RunInfo, monitored
@@ -45,6 +50,7 @@ from declip.training.state import NO_EXTENSIONS, Extensions, versions
 from declip.training.trackers import trackers_of
 from declip.training.warnings import caption_warnings
 
+LEFT_OUT = "left-out pairs"  # the set of cross-validation in the scores of a mixture
 STEP = 1  # of the checkpoint: fitting is one step
 SHOWN_WORST = 16  # captions on the page of the run
 MOST_ASKED = 100_000  # pairs whose image files are compared: 25,000 a second
@@ -67,7 +73,9 @@ def _fit(resolved: Resolved, folder: Path, resume: bool, quiet: bool, added: Ext
     recipe, source, sources = resolved.recipe, resolved.source, added.sources
     # --- all checks, then the run folder
     model = frozen_model(resolved).to(resolved.device)
-    refuse_broken(source, recipe.data.max_broken_fraction)
+    kept = [open_held_out(name, Columns.of(recipe.data), sources).split("test") for name in recipe.evaluation.keep]
+    for pairs in (source, *kept):
+        refuse_broken(pairs, recipe.data.max_broken_fraction)
     samples, trackers = sample_hashes(recipe, source, sources), trackers_of(recipe.train.report_to)
     resumed = resume and (folder / run_folder.RECIPE).is_file()
     if resumed:
@@ -91,14 +99,36 @@ def _fit(resolved: Resolved, folder: Path, resume: bool, quiet: bool, added: Ext
         if starts:
             features = features._replace(pairs=embeddings(features.pairs, model))
         choice = choose_heads(features.pairs, features.groups, classes, recipe.seed, embedded=starts)
-        set_heads(model, choice, starts)
+        onto = copy.deepcopy(projections(model)) if starts else None
+        tasks, mixed = evaluation_tasks(recipe, True, sources), choice
+        # --- the sets to keep with the start, and its mixture with the heads
+        if recipe.evaluation.keep and choice.start_heads is not None:
+            if not starts:
+                set_heads(model, replace(choice, heads=choice.start_heads))
+            for result in measure(encoder, recipe, tasks, not quiet, sources):
+                monitor.evaluation(0, result.to_dict())
+            choices = mixed_choices(choice, ALPHAS)
+
+            def scores_of(alpha: float) -> dict[str, float]:
+                set_heads(model, choices[alpha], onto)
+                outcome = choices[alpha].outcome
+                own = {} if outcome is None else {LEFT_OUT: outcome.recall(1, features.groups).value}
+                return own | set_scores(encoder, recipe, quiet, sources)
+
+            if len(choices) > 1:
+                mixture = best_mixture(scores_of)
+                write_text(folder / run_folder.MIXTURE, json.dumps(mixture, indent=1))
+                mixed = choices[mixture["alpha"]]
+            elif choice.form != START:
+                log.warning(f"There are fewer than {FEWEST} different pairs to measure on, so --keep changes nothing.")
+        set_heads(model, mixed, onto)
         extra = {"versions": versions(), "skipped": skipped, "samples": samples}
         with CheckpointWriter(folder, recipe.train.keep_checkpoints) as writer:
             writer.write(Checkpoint(STEP, prefixed("model", model.state_dict()), {}, recipe.to_yaml(), extra))
             monitor.advance(STEP)
             # --- what is known about them
-            _write_facts(folder, source, features, choice, classes, recipe.seed)
-            tasks = evaluation_tasks(recipe, True, sources)
+            curve = {} if choice.outcome is None else growth(choice, len(features.pairs.images), recipe.seed).to_dict()
+            _write_facts(folder, source, features, mixed, classes, curve)
             for result in measure(encoder, recipe, tasks, not quiet, sources):
                 monitor.evaluation(STEP, result.to_dict())
         monitor.flush()
@@ -130,23 +160,23 @@ def frozen_model(resolved: Resolved) -> DualEncoder:
 
 
 @torch.no_grad()
-def set_heads(model: DualEncoder, choice: Choice, starts: bool = False) -> None:
+def set_heads(model: DualEncoder, choice: Choice, onto: Sequence[Any] | None = None) -> None:
     """Set both projections and the logit scale; dimensions beyond the number of directions are 0.
 
-    Where the model `starts` with projections, the heads are maps of their space, and are applied after them.
+    Where the start has projections, `onto`, the heads are maps of their space, and are applied after them.
     """
-    if starts and choice.form == START:  # they stay as they are
+    if onto is not None and choice.form == START:  # they stay as they are
         return
     if (classifier := choice.heads.classifier) is not None:
         model.image_tower.match_projection({f"{PROJECTIONS[0]}classes": classifier.rows})
         for buffer, tensor in zip(model.image_tower.proj.buffers(), classifier, strict=True):
             buffer.copy_(tensor)
     heads = choice.heads.image, choice.heads.text
-    for projection, rows in zip(projections(model), heads, strict=True):
+    for projection, rows, first in zip(projections(model), heads, onto or (None, None), strict=True):
         weight, bias = rows.to(projection.weight), torch.zeros(len(rows)).to(projection.weight)
-        if starts:
-            bias = weight @ projection.bias if projection.bias is not None else bias
-            weight = weight @ projection.weight
+        if first is not None:
+            bias = weight @ first.bias if first.bias is not None else bias
+            weight = weight @ first.weight
         count = min(len(rows), len(projection.weight))
         projection.weight.zero_()
         projection.weight[:count] = weight[:count]
@@ -184,7 +214,12 @@ def _share_repeated(pairs: PairSource) -> float:
 
 
 def _write_facts(
-    folder: Path, source: PairSource, features: Features, choice: Choice, classes: ClassPairs | None, seed: int
+    folder: Path,
+    source: PairSource,
+    features: Features,
+    choice: Choice,
+    classes: ClassPairs | None,
+    curve: dict[str, Any],
 ) -> None:
     pairs, outcome = features.pairs, choice.outcome
     facts = {"name": source.name, "pairs": len(source), "captions": source.captions_from, "credit": source.credit}
@@ -201,7 +236,7 @@ def _write_facts(
     }
     if outcome is not None:
         fitted |= _measured(choice, outcome, features.groups)
-        fitted["growth"] = growth(choice, len(pairs.images), seed).to_dict()
+        fitted["growth"] = curve
     write_text(folder / run_folder.CROSS_VALIDATION, json.dumps(fitted, indent=1))
 
 

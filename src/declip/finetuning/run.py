@@ -62,9 +62,8 @@ def finetune(
         out: The run folder; by default ``runs/finetune``.
         resume: Continue the run in that folder with its recipe and its split, if there is one.
         val: Validation sets as in `train`; the default is a tenth of the pairs, or none if both towers are frozen.
-        keep: Sets on which the accuracy of the weights should not fall: if the weights have both towers and are
-            trained, they are averaged with their start, in the proportion that is best on these and the validation
-            sets (WiSE-FT).
+        keep: Sets on which the accuracy of the weights should not fall: the weights are averaged with their start, in
+            the proportion that is best on these, the validation sets and left-out pairs (WiSE-FT).
         freeze: Towers not to train: "both", "image", "text" or "none". The default is "both" for the built-in weights
             without a GPU, else "none".
     """

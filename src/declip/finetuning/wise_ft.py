@@ -2,16 +2,20 @@
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import torch
 
 from declip.data.sources.open import NO_SOURCES, Sources
+from declip.evaluation.encode import Encoder
 from declip.interchange.read import read_checkpoint
 from declip.io.atomic import atomic_write, save_tensors, write_text
 from declip.models.device import pick_device
 from declip.models.dual_encoder import DualEncoder
+from declip.recipe.schema import Recipe
 from declip.runs import folder as run_folder
 from declip.runs.checkpoint import prefixed
 from declip.runs.folder import log
@@ -49,18 +53,9 @@ def mix_with_start(folder: Path, quiet: bool = False, sources: Sources = NO_SOUR
     run = run_folder.read_run(folder)
     if "alpha" in run.mixture:
         return None
-    tasks = evaluation_tasks(run.recipe, final=False) | tasks_to_keep(run.recipe, sources)
     start, end = ends_of(folder)
-    scores = dict[float, dict[str, float]]()
-    for alpha in ALPHAS:
-        model = interpolate(start, end, alpha)
-        scores[alpha] = {
-            name: fmean(
-                result.headline.value for result in measure(model, run.recipe, {name: protocols}, not quiet, sources)
-            )
-            for name, protocols in tasks.items()
-        }
-    best = max(ALPHAS, key=lambda alpha: fmean(scores[alpha].values()))
+    mixture = best_mixture(lambda alpha: set_scores(interpolate(start, end, alpha), run.recipe, quiet, sources))
+    best = mixture["alpha"]
     mixed = interpolate(start, end, best) if best < 1 else None
     if mixed is not None:
         with atomic_write(folder / run_folder.MIXED) as temporary:
@@ -69,6 +64,20 @@ def mix_with_start(folder: Path, quiet: bool = False, sources: Sources = NO_SOUR
             row = {"step": run.step, "best_step": run.best_step, **result.to_dict()}
             run_folder.append_row(folder / run_folder.EVALUATIONS, row)
     # Written last: a run that is stopped before chooses again.
-    write_text(folder / run_folder.MIXTURE, json.dumps({"alpha": best, "scores": scores}, indent=1))
-    log.info("Mixture with the start (WiSE-FT): %g of the fine-tuned weights is best.", best)
+    write_text(folder / run_folder.MIXTURE, json.dumps(mixture, indent=1))
     return mixed
+
+
+def set_scores(model: Encoder, recipe: Recipe, quiet: bool, sources: Sources) -> dict[str, float]:
+    """R@1 (mean of both directions) or top-1 on each validation set and each set of `evaluation.keep`."""
+    tasks = evaluation_tasks(recipe, final=False) | tasks_to_keep(recipe, sources)
+    results = {name: measure(model, recipe, {name: protocols}, not quiet, sources) for name, protocols in tasks.items()}
+    return {name: fmean(result.headline.value for result in each) for name, each in results.items()}
+
+
+def best_mixture(scores_of: Callable[[float], dict[str, float]]) -> dict[str, Any]:
+    """The "alpha" of `ALPHAS` with the highest mean of its scores, a number for each set, and the "scores" of all."""
+    scores = {alpha: scores_of(alpha) for alpha in ALPHAS}
+    best = max(ALPHAS, key=lambda alpha: fmean(scores[alpha].values()))
+    log.info("Mixture with the start (WiSE-FT): %g of the fine-tuned weights is best.", best)
+    return {"alpha": best, "scores": scores}

@@ -77,7 +77,11 @@ def skipped_table(run: Run) -> Table:
 
 def fitted_lines(run: Run) -> list[str]:
     """Describe heads in closed form and what cross-validation says about them, or the mixture with the start."""
-    return render("fitted.txt", it=run.cross_validation, mixture=run.mixture, fewest=FEWEST).strip().splitlines()
+    mixture = run.mixture
+    names = short_names({name for scores in mixture.get("scores", {}).values() for name in scores})
+    return (
+        render("fitted.txt", it=run.cross_validation, mixture=mixture, names=names, fewest=FEWEST).strip().splitlines()
+    )
 
 
 def measures_table(run: Run) -> Table:
