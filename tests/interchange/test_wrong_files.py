@@ -3,7 +3,6 @@
 import io
 import json
 import re
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -142,21 +141,6 @@ def test_more_layers_than_tensors_are_refused_before_they_are_built(make, tmp_pa
     assert megabytes < 300
 
 
-def expanded(folder):
-    """A number that stands for ten million."""
-    torch.save({"model": {"visual.conv1.weight": torch.zeros(1).expand(10**7)}}, folder / "small.pth")
-    return folder / "small.pth"
-
-
-def compressed(folder):
-    """Zeros in a compressed archive."""
-    torch.save({"model": {"visual.conv1.weight": torch.zeros(10**6)}}, folder / "plain.pth")
-    with zipfile.ZipFile(folder / "plain.pth") as plain, zipfile.ZipFile(folder / "small.pth", "w", 8) as small:
-        for entry in plain.infolist():
-            small.writestr(entry.filename, plain.read(entry))
-    return folder / "small.pth"
-
-
 def wide_tower(folder):
     theirs = folder_of(random_model("tiny-vit"), folder / "wide", "tiny-vit")
     return widened(theirs / "open_clip_config.json", "model_cfg", "vision_cfg", width=2048)
@@ -177,6 +161,6 @@ def widened(file, *sections, **sizes):
 
 
 @pytest.mark.usefixtures("open_clip_configs")
-@pytest.mark.parametrize("make", [expanded, compressed, wide_tower, wide_encoder])
+@pytest.mark.parametrize("make", [wide_tower, wide_encoder])
 def test_what_takes_far_more_memory_than_its_file_is_refused(make, tmp_path):
     refuses(r"takes [\d,]+ bytes of memory, but its weights have [\d,]+", declip.load, make(tmp_path), device="cpu")
