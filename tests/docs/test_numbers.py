@@ -111,6 +111,21 @@ def methods():
         yield title, [None, *means, *factor(*names)]
 
 
+LOSSES = {"few-clip": "demo-few-clip", "few-declip": "demo-few-declip", "fast": "FastCLIP (temperature 0.07)"}
+LOSSES |= {"fast-smooth": "FastCLIP (0.05), smoothed", "near-text": "neighbors by a sentence encoder"}
+LOSSES |= {"near-both": "the same, also of images", "clip-constant": "demo-clip with constant temperature 0.1"}
+LOSSES |= {"multi-view-16": "demo-multi-view with a second image of 16 px"}
+
+
+def losses():
+    rows, sets = load("loss.jsonl"), ("emoji-validation", "emoji-test")
+    for cost in (row for row in rows if row["method"] in LOSSES and "cost" in row):
+        own = [row for row in rows if (row["method"], row.get("pairs")) == (cost["method"], 1400)]
+        sides = [[row for row in own if row["wrong"] == wrong] for wrong in (0, 0.5)]
+        means = [mean(row[name] for row in side) for side in sides if side for name in sets]
+        yield LOSSES[cost["method"]], [cost["cost"], len(sides[0]), *means]
+
+
 def embed():
     rows = [row for run in load("speed/embed.jsonl") for row in run["rows"] if row["size"] == "1024x768"]
     for tower in {row["part"] for row in rows}:
@@ -167,7 +182,7 @@ def few_shot():
         yield title, [names, *ours, *best]
 
 
-TABLES = [readme, rivals, demo, methods, embed, step, loading, choose, few_shot]
+TABLES = [readme, rivals, demo, methods, losses, embed, step, loading, choose, few_shot]
 
 
 def assert_equal(printed, values, where):
