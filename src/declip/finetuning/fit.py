@@ -21,7 +21,6 @@ from declip.closed_form.growth import growth
 from declip.closed_form.heads import FEWEST, Choice, HeldOutRanks, choose_heads, group_mean
 from declip.closed_form.mixing import mixed_choices
 from declip.closed_form.solve import START, ClassPairs
-from declip.data.columns import Columns
 from declip.data.images.thumbnails import thumbnails_of
 from declip.data.pair import PairSource
 from declip.data.sources.open import NO_SOURCES, ImageSource, Sources
@@ -73,7 +72,7 @@ def _fit(resolved: Resolved, folder: Path, resume: bool, quiet: bool, added: Ext
     recipe, source, sources = resolved.recipe, resolved.source, added.sources
     # --- all checks, then the run folder
     model = frozen_model(resolved).to(resolved.device)
-    kept = [open_held_out(name, Columns.of(recipe.data), sources).split("test") for name in recipe.evaluation.keep]
+    kept = [open_held_out(name, recipe, sources).split("test") for name in recipe.evaluation.keep]
     for pairs in (source, *kept):
         refuse_broken(pairs, recipe.data.max_broken_fraction)
     samples, trackers = sample_hashes(recipe, source, sources), trackers_of(recipe.train.report_to)

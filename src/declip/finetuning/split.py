@@ -44,7 +44,7 @@ def choose_pairs(request: Request, recipe: Recipe, folder: Path, quiet: bool, so
     train = training_part(source)
     if request.val:
         for name in request.val:
-            held_out = open_held_out(name, columns, sources).split("test")
+            held_out = open_held_out(name, recipe, sources).split("test")
             for trained in [train] if seen is None else [train, seen]:
                 if warning := check_copies(trained, held_out, not quiet):
                     log.warning(warning)

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from declip.closed_form.heads import FEWEST
-from declip.data.columns import Columns
 from declip.data.images.thumbnails import thumbnails_of
 from declip.data.pair import PairSource
 from declip.data.sources.open import NO_SOURCES, Sources
@@ -169,7 +168,7 @@ def _encode(model: Encoder, recipe: Recipe, name: str | None, limit: int, source
     if name is None:
         return None
     try:
-        source = open_held_out(name, Columns.of(recipe.data), sources).split("test")
+        source = open_held_out(name, recipe, sources).split("test")
         rows = np.linspace(0, len(source) - 1, min(limit, len(source))).round().astype(np.int64)
         features = encode_source(model, source, indices=rows.tolist())
     except UserError as error:

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 
 from declip.data.batch import Plan, plan_views
-from declip.data.columns import Columns
 from declip.data.loader import Assembler, PairLoader
 from declip.data.pair import PairSource
 from declip.data.sources.open import NO_SOURCES, Sources
@@ -52,8 +51,8 @@ def resolve_recipe(
 
 def assign_tasks(recipe: Recipe, sources: Sources = NO_SOURCES) -> Recipe:
     """Evaluate held-out sets, each listed for both tasks, by zero-shot if they have classes, retrieval if captions."""
-    evaluation, columns = recipe.evaluation, Columns.of(recipe.data)
-    sets = {name: open_held_out(name, columns, sources).split("test") for name in evaluation.zero_shot}
+    evaluation = recipe.evaluation
+    sets = {name: open_held_out(name, recipe, sources).split("test") for name in evaluation.zero_shot}
     classes = tuple(name for name, source in sets.items() if source.labels is not None)
     captions = tuple(name for name, source in sets.items() if has_captions(source))
     if neither := [name for name in sets if name not in {*classes, *captions}]:

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from declip.data.columns import Columns
 from declip.data.pair import PairSource
 from declip.data.sources.open import NO_SOURCES, Sources
 from declip.evaluation.encode import encode_source
@@ -39,8 +38,8 @@ def estimate(recipe: Recipe, sources: Sources = NO_SOURCES) -> tuple[Recipe, str
     with TemporaryDirectory() as folder:
         state = assemble(small, Path(folder) / "run", quiet=True, extensions=Extensions(sources=sources))
         steps = train.steps * fmean(step_seconds(state, 1, TIMED))
-        names, columns = evaluation_tasks(recipe, final=False), Columns.of(recipe.data)
-        sets = [open_held_out(name, columns, sources).split("test") for name in names]
+        names = evaluation_tasks(recipe, final=False)
+        sets = [open_held_out(name, recipe, sources).split("test") for name in names]
         count = 1 + (train.steps - 1) // train.evaluate_every if train.evaluate_every else 1
         evaluations = count * sum(encoding_seconds(state.model, pairs) for pairs in sets)
         memory = _peak(state.model.device) / 2**30

@@ -27,8 +27,9 @@ def evaluation_tasks(recipe: Recipe, final: bool, sources: Sources = NO_SOURCES)
     return tasks
 
 
-def open_held_out(name: str, pairs: Columns, sources: Sources = NO_SOURCES) -> Dataset:
-    """Open a held-out set by the columns of the training pairs or, where it lacks one, the usual names."""
+def open_held_out(name: str, recipe: Recipe, sources: Sources = NO_SOURCES) -> Dataset:
+    """Open a held-out set by the columns of a recipe's pairs or, where it lacks one, the usual names."""
+    pairs = Columns.of(recipe.data)
     # The folder of the images applies if their column was named.
     given = replace(pairs, group=None, root=None if pairs.image == DEFAULT.image else pairs.root)
     try:
@@ -46,7 +47,7 @@ def measure(
 ) -> Iterator[Result]:
     """Evaluate a model on datasets of a recipe by their protocols, see `evaluation_tasks`."""
     for name, protocols in tasks.items():
-        dataset = open_held_out(name, Columns.of(recipe.data), sources)
+        dataset = open_held_out(name, recipe, sources)
         yield from evaluate_all(model, dataset, protocols, Options(progress=progress))
 
 
@@ -62,6 +63,5 @@ def has_captions(source: PairSource) -> bool:
 
 def tasks_to_keep(recipe: Recipe, sources: Sources = NO_SOURCES) -> dict[str, list[str]]:
     """Map the sets of `evaluation.keep` to their protocols: retrieval with captions, else zero-shot."""
-    columns = Columns.of(recipe.data)
-    sets = {name: open_held_out(name, columns, sources).split("test") for name in recipe.evaluation.keep}
+    sets = {name: open_held_out(name, recipe, sources).split("test") for name in recipe.evaluation.keep}
     return {name: ["retrieval" if has_captions(source) else "zero-shot"] for name, source in sets.items()}

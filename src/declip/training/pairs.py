@@ -58,7 +58,7 @@ def sample_hashes(recipe: Recipe, source: PairSource, sources: Sources = NO_SOUR
     """Open every held-out set, to find an unusable one before training, and hash it and the training pairs."""
     sets = {TRAINING: source}
     for name, protocols in evaluation_tasks(recipe, True, sources).items():
-        sets[name] = open_held_out(name, Columns.of(recipe.data), sources).split("test")
+        sets[name] = open_held_out(name, recipe, sources).split("test")
         if "zero-shot" in protocols:
             with_classes(sets[name])
     return {name: _hashes(pairs) for name, pairs in sets.items()}
