@@ -222,6 +222,12 @@ def started(dataset, *keys):
     return [100 * pick("few/start.jsonl", dataset=dataset)[key] for key in keys]
 
 
+def words(measure):
+    """Mean average precision of a search for words, before and after."""
+    for name in ("stamps-photos", "stamps", "clipart", "emoji-test", "icons-test"):
+        yield from pick("few/coarse.jsonl", set=name, measure=measure)["map"]
+
+
 COMPARED = "builtin:lite0-minilm, builtin:lite2-minilm"
 
 
@@ -246,6 +252,11 @@ SENTENCES = {  # page and text, with # for a number
     "1,285 emoji #/# → #/#": lambda: [*whole()],
     "results: of # images it alone names # correctly, lite2 alone # (top-1 # and # %, McNemar p = #), and of # others "
     "it names # %, lite2 #": kinds,
+    "search: without pairs: 274 photographs # → # %, 549 stamps # → #, 1,497 clip art # → #, 1,285 emoji # → #, "
+    "3,259 icons # → #": lambda: [*words("all words")],
+    "search: of everyday words # → #, # → #, # → #, # → # and # → #": lambda: [
+        *words("words used 5 times or more in WordNet's texts")
+    ],
     "README: is **# %** in float32": lambda: [100 * pick("demo.jsonl", dataset="builtin:emoji-test")["top1"]],
     "index: prints # % top-1": lambda: [100 * load("five-minutes.jsonl")[0]["top1"]],
     "choosing: its top-1 is # %": lambda: started("builtin:stamps-kinds", "top1"),

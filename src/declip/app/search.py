@@ -39,7 +39,7 @@ def search(state: AppState, asked: SearchQuestion) -> dict[str, Any]:
     if asked.classes:
         answer = _classify(state, asked, image)
     if asked.text:
-        text = state.text_vectors([asked.text], asked.template)[0]
+        text = state.query_vector(asked.text, asked.template)
         query = text if image is None else mix(text, image, (asked.weight, 1 - asked.weight))
     if query is None:
         raise UserError("Enter a text, or choose an image.")

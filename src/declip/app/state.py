@@ -79,6 +79,12 @@ class AppState:
                 self.vectors.update(zip(((text, template) for text in new), features, strict=True))
             return torch.stack([self.vectors[text, template] for text in texts])
 
+    def query_vector(self, text: str, template: str = "") -> Tensor:
+        """(d,) float32 of length 1, the vector that a text is searched by."""
+        vector = self.text_vectors([text], template)[0]
+        with self.encoding:
+            return self.index.add_classes(vector, text)
+
     def image_vector(self, image: Image.Image) -> Tensor:
         """(d,) float32 of length 1, the vector of an image that is not in the index."""
         with self.encoding:

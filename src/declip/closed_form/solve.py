@@ -64,6 +64,12 @@ class PosteriorFeatures(NamedTuple):
         powers = (POSTERIOR_POWER * (images @ self.rows.mT).log_softmax(dim=-1)).exp()
         return torch.cat([normalize(without(images, self.direction), dim=-1), powers], dim=-1)
 
+    def class_features(self) -> Tensor:
+        """Features (c, v + c) of the classes: an image that is nothing else, at the row of its class."""
+        # A classifier's rows are known up to a common vector, which softmax ignores.
+        centers = normalize(without(self.rows - self.rows.mean(dim=0), self.direction), dim=-1)
+        return torch.cat([centers, torch.eye(len(centers)).to(centers)], dim=1)
+
 
 class Heads(NamedTuple):
     """Two projections without biases into one space, where the cosine compares images and texts."""
@@ -234,7 +240,7 @@ def regression_rows(pairs: Pairs, classes: ClassPairs | None, class_weight: floa
     centers = centered(rows - rows.mean(dim=0), mean)[0]
     if classes.posteriors and len(rows) <= MOST_CLASSES:
         classifier = PosteriorFeatures(rows, direction)
-        images, centers = classifier.features(own), torch.cat([centers, torch.eye(len(rows)).to(rows)], dim=1)
+        images, centers = classifier.features(own), classifier.class_features()
     images, texts = torch.cat([images, centers]), torch.cat([texts, classes.texts])
     counts = torch.bincount(classes.owners)[classes.owners].double()
     weights, owners = torch.cat([weights, class_weight / counts]), torch.cat([owners, len(own) + classes.owners])

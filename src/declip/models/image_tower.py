@@ -82,6 +82,10 @@ class PosteriorProjection(nn.Module):
         """Project pooled features (…, width) into the shared space, (…, d)."""
         return PosteriorFeatures(self.classes, self.direction).features(pooled) @ self.weight.mT
 
+    def embed_classes(self) -> Tensor:
+        """Project the classes into the shared space, (c, d)."""
+        return PosteriorFeatures(self.classes, self.direction).class_features() @ self.weight.mT
+
     def linear(self) -> nn.Linear:
         """The projection without the posteriors: about as good as one that was fitted without them."""
         linear = nn.Linear(len(self.direction), len(self.weight), bias=False)

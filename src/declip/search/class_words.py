@@ -1,0 +1,44 @@
+"""Queries that are a word for several of the start's classes, such as "animal": their images are searched too.
+
+The sentence encoder knows what an animal is called, the classifier what 398 animals look like.
+"""
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from declip.data.tables import read_lines
+from declip.models.image_tower import PosteriorProjection
+from declip.recipe.starts import STARTS
+
+CLASSES = 1_000  # of ImageNet, whose numbers the table has
+ARTICLES = ("a ", "an ", "the ")
+
+
+def classes_of(query: str, model: Any) -> tuple[int, ...]:
+    """Numbers of the classes that a query is a word for, if the model began as a built-in start."""
+    recipe = getattr(model, "recipe", None)
+    if recipe is None or recipe.text.hf_model not in STARTS:
+        return ()
+    word = " ".join(query.lower().split()).rstrip(".")
+    article = next((each for each in ARTICLES if word.startswith(each)), "")
+    return _table().get(word.removeprefix(article), ())
+
+
+@cache
+def _table() -> dict[str, tuple[int, ...]]:
+    """The shipped table, read once per process: classes by word, in singular and plural."""
+    rows = (line.split("\t") for line in read_lines("class_words.txt"))
+    return {word: tuple(map(int, numbers.split())) for words, numbers in rows for word in words.split("|")}
+
+
+@torch.no_grad()
+def class_direction(model: Any, classes: tuple[int, ...]) -> Tensor | None:
+    """Return the mean of classes as images, (d,) float32 of length 1 on the CPU; None without their classifier."""
+    projection = model.image_tower.proj
+    if not isinstance(projection, PosteriorProjection) or len(projection.classes) != CLASSES:
+        return None
+    return normalize(normalize(projection.embed_classes().float()[[*classes]], dim=-1).mean(dim=0), dim=0).cpu()
