@@ -159,3 +159,15 @@ def test_a_common_vector_of_the_classifier_changes_nothing():
         (heads,) = fit_heads(pairs, each, 1.0, (DEFAULT_FORM,))
         products.append(heads.image.mT @ heads.text)
     torch.testing.assert_close(*products)
+
+
+@pytest.mark.parametrize("form", [Form("ridge", 0.1), Form("cca", 3.0), Form("pulled", 10.0)])
+def test_one_form_by_cholesky_factors_is_that_of_several_by_axes(form):
+    sides = torch.randn(2, 9, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    known = solve.moments(*sides, torch.arange(9), torch.linspace(0.1, 1, 9, dtype=torch.float64))
+    (x_axes, y_axes), ((left, right),) = solve.solve(known, (form,))
+    one = solve.solve_one(known, form)
+    for axes, found, single in ((x_axes, left, one[0]), (y_axes, right, one[1])):
+        turned = found @ axes.mT  # equal but for signs
+        torch.testing.assert_close(turned.mT @ turned, single.mT @ single)
+    torch.testing.assert_close(x_axes @ left.mT @ right @ y_axes.mT, one[0].mT @ one[1])

@@ -298,9 +298,9 @@ class CrossValidation:
         # The folds (n,) keep groups (n,) together; in one space the axes of images and texts must stay the same.
         self.pairs, self.groups, self.folds = pairs, groups, folds
         n, m = len(pairs.images), len(pairs.texts)
-        rows = regression_rows(pairs, classes, weight)
+        rows = regression_rows(pairs, classes, weight, torch.float32)
         weights = rows.weights.float()
-        x, y = rows.images.float(), rows.texts.float()  # (i, v), the first n of own images, and (r, w)
+        x, y = rows.images, rows.texts.float()  # (i, v), the first n of own images, and (r, w)
         y, y_mean = centered(y, weights @ y)
         self._to_raw = partial(raw_heads, rows.direction.float(), y_mean, rows.classifier)
         self._widths = (x.shape[1] if one_space else min(x.shape[1], DIRECTIONS), y.shape[1])
