@@ -182,7 +182,18 @@ def few_shot():
         yield title, [names, *ours, *best]
 
 
-TABLES = [readme, rivals, demo, methods, losses, embed, step, loading, choose, few_shot]
+def keep():
+    titles = {"clipart": ("clip art", "photographs"), "emoji-test": ("emoji", "stamps")}
+    for name, (own, kept) in titles.items():
+        rows = [row for row in load("few/keep.jsonl") if row["set"] == name and row["pairs"] > 124]
+        assert {row["alpha"] for row in rows if row["chosen"]} == {0.75}
+        pairs = f"{own}, {rows[0]['pairs']:,} pairs fitted"
+        for title, n, keys in ((pairs, "held_out", ("r1", "r10")), (f"{kept}, kept", "kept", ("kept_r1", "kept_r10"))):
+            by_alpha = ([row for row in rows if row["alpha"] == alpha] for alpha in (0, 0.25, 0.5, 0.75, 1))
+            yield title, [rows[0][n], *(mean(row[key] for row in each) for each in by_alpha for key in keys)]
+
+
+TABLES = [keep, readme, rivals, demo, methods, losses, embed, step, loading, choose, few_shot]
 
 
 def assert_equal(printed, values, where):
