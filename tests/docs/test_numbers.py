@@ -120,8 +120,9 @@ LOSSES |= {"multi-view-16": "demo-multi-view with a second image of 16 px"}
 def losses():
     rows, sets = load("loss.jsonl"), ("emoji-validation", "emoji-test")
     for cost in (row for row in rows if row["method"] in LOSSES and "cost" in row):
-        own = [row for row in rows if (row["method"], row.get("pairs")) == (cost["method"], 1400)]
-        sides = [[row for row in own if row["wrong"] == wrong] for wrong in (0, 0.5)]
+        own = [row for row in rows if row["method"] == cost["method"] and "seed" in row]
+        columns = (1400, 0), (1400, 0.5), (5600, 0)
+        sides = [[row for row in own if (row["pairs"], row["wrong"]) == column] for column in columns]
         means = [mean(row[name] for row in side) for side in sides if side for name in sets]
         yield LOSSES[cost["method"]], [cost["cost"], len(sides[0]), *means]
 
