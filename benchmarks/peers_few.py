@@ -5,7 +5,8 @@
 measures what is missing in OUT/cells.jsonl, and writes OUT/table.md and OUT/class_pairs.json: how many times fewer
 pairs are needed with class names. With --from open_clip:ViT-B-32/openai, which downloads it, the features
 are the embeddings of that CLIP. results/few/cells.jsonl is of --from builtin:lite0-minilm at an earlier commit;
-results/few/rivals.jsonl is of --sizes 0 31 124 -1, and of icons 0 124 1000; results/few/posteriors.jsonl has --whole and trials.
+results/few/rivals.jsonl is of --sizes 0 31 124 -1, of icons 0 124 1000; results/few/posteriors.jsonl has --whole and
+trials.
 
 A fifth of the groups of each set is held out; rows of the table are R@1 and R@10 there, the mean of both directions.
 Every method reads the same features of the built-in start, so only what is learned from them differs. The settings of

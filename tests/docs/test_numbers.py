@@ -253,7 +253,7 @@ def kinds():
 
 ENGINES = "declip, exact, float16", "sentence-transformers", "faiss, IndexFlatIP"
 SENTENCES = {  # page and text, with # for a number
-    "results: in # of # cases (five sets, 0 pairs to all), R@10 in #": wins,
+    "results: in # of # cases (five sets, 0 pairs to all, or 1,000 icons), R@10 in #": wins,
     "results: stamps # times as many (# or more)": lambda: class_pairs("stamps")[:2],
     "results: emoji # (# to #), clip art # (# to #": lambda: class_pairs("emoji") + class_pairs("clipart"),
     "results: four losses # times fewer in equal steps": lambda: factor("equal_samples")[:1],
