@@ -251,6 +251,8 @@ def kinds():
     return [206, test["only_first"], test["only_second"], *first, test["mcnemar_p"], 485, *second]
 
 
+EMBEDDERS = [("ViT-B-32", side) for side in ("declip", "open_clip_bf16", "sentence_transformers_bf16")]
+EMBEDDERS += [("RN50", side) for side in ("declip", "open_clip_bf16")]
 ENGINES = "declip, exact, float16", "sentence-transformers", "faiss, IndexFlatIP"
 SENTENCES = {  # page and text, with # for a number
     "results: in # of # cases (five sets, 0 pairs to all, or 1,000 icons), R@10 in #": wins,
@@ -283,6 +285,9 @@ SENTENCES = {  # page and text, with # for a number
     "search: a million images takes # s (sentence-transformers #, faiss `IndexFlatIP` #)": lambda: [
         pick("speed/search.jsonl", vectors=10**6, count=1, what=what)["milliseconds"] / 1000 for what in ENGINES
     ],
+    "speed: declip embeds # images per second, open_clip # and sentence-transformers #; with ResNet-50 # and #": (
+        lambda: [pick("speed/embed-bf16.jsonl", part=part, what=what)["per_second"] for part, what in EMBEDDERS]
+    ),
     "speed: `import declip` takes # s of processor time, `declip --help` # s, and a text search # s": lambda: [
         row["processor_s"] for row in load("speed/start.json")["rows"][1:]
     ],

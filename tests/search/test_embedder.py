@@ -14,7 +14,7 @@ from conftest import refuses
 from data.fakes import write_tar
 from declip.interchange.declip_file import write_declip_file
 from declip.search.embedder import _load, _open
-from docs.blocks import ROOT, blocks
+from docs.blocks import ROOT
 from indices import tiny_model
 
 
@@ -156,10 +156,8 @@ def test_rows_of_two_states_of_a_folder_are_refused(weights_file, folder, tmp_pa
     refuses("1 ids are in several rows", declip.Index.from_parquet, tmp_path / "rows", model=weights_file, out="index")
 
 
-def test_the_array_of_jobs_of_the_documentation(weights_file, folder, tmp_path, monkeypatch):
-    page = (ROOT / "docs/scaling.md").read_text()
-    [script] = [block.code for block in blocks(ROOT / "docs/scaling.md") if "SLURM_ARRAY_TASK_ID" in block.code]
-    assert "images.txt" in page
+def test_the_example_for_an_array_of_jobs(weights_file, folder, tmp_path, monkeypatch):
+    script = (ROOT / "examples/engines/slurm_array.py").read_text()
     monkeypatch.chdir(tmp_path)
     names = [f"shapes/{path.name}\n" for path in sorted(folder.iterdir())]
     (tmp_path / "images.txt").write_text("".join(names))
@@ -167,7 +165,7 @@ def test_the_array_of_jobs_of_the_documentation(weights_file, folder, tmp_path, 
     for task in (1, 0, 2, 1):  # one of them twice
         monkeypatch.setenv("SLURM_ARRAY_TASK_ID", str(task))
         monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "3")
-        exec(compile(script, "page", "exec"), {})
+        exec(compile(script, "slurm_array.py", "exec"), {})
     index = declip.Index.from_parquet("rows", model=weights_file, out="index")
     assert sorted(index.keys()) == [name.strip() for name in names]
     own = declip.embed(weights_file, folder, out="own")
