@@ -83,8 +83,9 @@ def whole():
 
 def demo():
     for row in load("demo.jsonl"):
-        bf16 = [None] * ("validation" not in row["dataset"])  # without a raw file
-        yield row["dataset"].removeprefix("builtin:"), [*bf16, 100 * row["top1"], row["n"], 100 * row["chance"]]
+        other = pick("demo-bf16.jsonl", dataset=row["dataset"])["top1"]
+        numbers = [100 * other, 100 * row["top1"], row["n"], 100 * row["chance"]]
+        yield row["dataset"].removeprefix("builtin:"), numbers
 
 
 FACTORS = {"demo-multi-view": "few", "demo-slip, smoothed": "slip", "demo-declip, smoothed": "declip_official"}
@@ -272,7 +273,9 @@ SENTENCES = {  # page and text, with # for a number
     "search: of everyday words # → #, # → #, # → #, # → # and # → #": lambda: [
         *words("words used 5 times or more in WordNet's texts")
     ],
-    "README: is **# %** in float32": lambda: [100 * pick("demo.jsonl", dataset="builtin:emoji-test")["top1"]],
+    "README: is **# %** in float32 and # % in bfloat16": lambda: [
+        100 * pick(f"demo{name}.jsonl", dataset="builtin:emoji-test")["top1"] for name in ("", "-bf16")
+    ],
     "index: prints # % top-1": lambda: [100 * load("five-minutes.jsonl")[0]["top1"]],
     "choosing: its top-1 is # %": lambda: started("builtin:stamps-kinds", "top1"),
     "choosing: R@10 is # % from text to image and # %": lambda: started(
