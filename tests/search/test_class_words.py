@@ -43,6 +43,18 @@ def test_the_direction_is_the_mean_of_classes_as_images():
 
 
 @pytest.mark.skipif(not starter.installed("builtin:lite0-minilm"), reason="the built-in start is not installed")
+@pytest.mark.skipif(not starter.installed("builtin:lite0-minilm"), reason="the built-in start is not installed")
+def test_a_class_named_by_such_a_word_is_compared_as_images_too(tmp_path):
+    Image.new("RGB", (40, 40), "red").save(tmp_path / "a.png")
+    model, names = declip.load("builtin:lite0-minilm"), ["animals", "a red square"]
+    [found] = declip.classify(model, [str(tmp_path / "a.png")], names, templates="{}").predictions
+    texts = model.encode_text(names)
+    texts[0] = normalize(texts[0] + class_direction(model, classes_of("animals", model)), dim=0)
+    scores = model.logit_scale.exp() * model.encode_image([str(tmp_path / "a.png")]) @ texts.T
+    assert list(found.probabilities.values()) == pytest.approx(scores.softmax(dim=1)[0].tolist(), abs=1e-5)
+
+
+@pytest.mark.skipif(not starter.installed("builtin:lite0-minilm"), reason="the built-in start is not installed")
 def test_a_search_for_a_class_word_reads_the_image_tower_and_no_other_does(tmp_path):
     Image.new("RGB", (40, 40), "red").save(tmp_path / "a.png")
     declip.embed("builtin:lite0-minilm", [str(tmp_path / "a.png")], out=tmp_path / "index")

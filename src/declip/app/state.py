@@ -20,6 +20,7 @@ from declip.errors import UserError
 from declip.evaluation.zero_shot import class_features, read_templates
 from declip.reports.sheets import heat_map
 from declip.runs.folder import OUT_OF_FOLD, read_run
+from declip.search.class_words import add_classes
 from declip.search.index import Index
 
 MOST_TEXTS = 20_000  # texts whose vectors stay in memory
@@ -83,7 +84,7 @@ class AppState:
         """(d,) float32 of length 1, the vector that a text is searched by."""
         vector = self.text_vectors([text], template)[0]
         with self.encoding:
-            return self.index.add_classes(vector, text)
+            return add_classes(vector, text, self.index.text_model, lambda: self.index.model)
 
     def image_vector(self, image: Image.Image) -> Tensor:
         """(d,) float32 of length 1, the vector of an image that is not in the index."""

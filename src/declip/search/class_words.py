@@ -1,8 +1,9 @@
-"""Queries that are a word for several of the start's classes, such as "animal": their images are searched too.
+"""Texts that are a word for several of the start's classes, such as "animal": their images are compared too.
 
 The sentence encoder knows what an animal is called, the classifier what 398 animals look like.
 """
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -16,6 +17,17 @@ from declip.recipe.starts import STARTS
 
 CLASSES = 1_000  # of ImageNet, whose numbers the table has
 ARTICLES = ("a ", "an ", "the ")
+
+
+def add_classes(vector: Tensor, text: str, text_model: Any, model: Callable[[], Any]) -> Tensor:
+    """Average the vector (d,) of a text with that of its classes as images, if it is a word for several of them.
+
+    The model must be or begin as a built-in start, whose classifier knows what "animal" looks like; it is only called
+    for such a word.
+    """
+    classes = classes_of(text, text_model)
+    images = class_direction(model(), classes) if classes else None
+    return vector if images is None else normalize(vector + images.to(vector), dim=0)
 
 
 def classes_of(query: str, model: Any) -> tuple[int, ...]:

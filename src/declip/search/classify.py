@@ -38,6 +38,7 @@ from declip.io.text import one_line, percent, plain_cell
 from declip.models.fingerprint import fingerprint
 from declip.models.precision import Precision
 from declip.search.checks import check_classes
+from declip.search.class_words import add_classes
 
 KEY = "declip.classifier"  # of the metadata of a file
 
@@ -96,7 +97,7 @@ class Classifier:
         if len(known) < 2:
             raise UserError("A classifier needs two classes or more. Name them, or give examples of them.")
         encoder = loaded(model, device)
-        names = class_features(encoder, known, read_templates(templates)[1], batch_size=batch_size)
+        names = _name_features(encoder, known, read_templates(templates)[1], batch_size)
         encode, width = joint_encoder(encoder)
         given = Examples(torch.empty(0, width + names.shape[1]), torch.empty(0).long(), names, width)
         skipped = SkipCounter()
@@ -311,8 +312,14 @@ def _scorer(
             raise UserError("The head was fitted to another model. Give that model, or fit it again with --examples.")
         return classifier.classes, joint_encoder(encoder)[0], classifier.head.scores
     encoder.tokenize([""])  # a model without a text tower fails before processes start
-    texts, scale = class_features(encoder, names, prompts, batch_size=batch_size).double(), logit_scale(encoder)
+    texts, scale = _name_features(encoder, names, prompts, batch_size).double(), logit_scale(encoder)
     return names, None, lambda vectors: scale * vectors.double() @ texts.T
+
+
+def _name_features(encoder: Encoder, names: Sequence[str], prompts: Sequence[str], batch_size: int) -> Tensor:
+    """(C, d) of length 1, the features of class names; a word such as "animal" is compared as images too."""
+    texts = zip(names, class_features(encoder, names, prompts, batch_size=batch_size), strict=True)
+    return torch.stack([add_classes(vector, name, encoder, lambda: encoder) for name, vector in texts])
 
 
 def _read(source: ImageSource, index: int) -> tuple[LazyImage, str]:

@@ -26,7 +26,7 @@ from declip.models.device import pick_device
 from declip.models.fingerprint import fingerprint
 from declip.models.precision import Precision, convert
 from declip.search.checks import read_query
-from declip.search.class_words import class_direction, classes_of
+from declip.search.class_words import add_classes
 from declip.search.embedder import index_parquet
 from declip.search.info import Dtype, Over
 from declip.search.store import IndexedImage, describe_model, open_index
@@ -152,21 +152,13 @@ class Index:
         vectors = []
         if words:
             templates = ["{}"] if template is None else read_templates(template)[1]
-            vectors.append(self.add_classes(class_features(self.text_model, [words], templates)[0], words))
+            vector = class_features(self.text_model, [words], templates)[0]
+            vectors.append(add_classes(vector, words, self.text_model, lambda: self.model))
         if picture is not None:
             with eval_mode(self.model):
                 pixels = self.model.preprocess([picture])
             vectors.append(image_features(self.model, pixels, self.model.encode_image)[0])
         return vectors[0] if len(vectors) == 1 else mix(vectors[0], vectors[1], weights)
-
-    def add_classes(self, vector: Tensor, text: str) -> Tensor:
-        """Average the vector (d,) of a text with that of its classes as images, if it is a word for several of them.
-
-        The model must be or begin as a built-in start, whose classifier knows what "animal" looks like.
-        """
-        classes = classes_of(text, self.text_model)
-        images = class_direction(self.model, classes) if classes else None
-        return vector if images is None else mix(vector, images, (1.0, 1.0))
 
     def search(
         self,
