@@ -39,7 +39,7 @@ from declip.training.pairs import refuse_many
 
 KEY, FILE = 16, "features.sqlite"  # bytes of a key; file of a tower
 BATCH = 64  # images or captions that a tower sees at a time
-MANY = 2_000  # pairs from which on processes read the images
+MANY = 200  # pairs from which on processes read the images
 FEATURE_VERSION = 1  # increase it when preprocessing, tokenizers or towers compute other features of the same input
 
 

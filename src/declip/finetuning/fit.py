@@ -28,6 +28,7 @@ from declip.errors import UserError
 from declip.finetuning import outputs
 from declip.finetuning.features import Features, FrozenEncoder, class_pairs, compute_features, embeddings, projections
 from declip.finetuning.wise_ft import ALPHAS, best_mixture, set_scores
+from declip.interchange.weights import Uninitialized
 from declip.io.atomic import atomic_write, write_text
 from declip.io.text import plural
 from declip.models.dual_encoder import DualEncoder
@@ -143,11 +144,14 @@ def frozen_model(resolved: Resolved) -> DualEncoder:
             f"'{weights.origin}' has no text tower to freeze. Leave --freeze out, or give a text encoder too: "
             "--from timm:NAME/FILE+ENCODER."
         )
-    torch.manual_seed(recipe.seed)
     encoder = weights.encoder
     if isinstance(encoder, TextEncoder):  # built without transformers, whose import takes longer than torch's
         encoder = replace(encoder, filled_later=True)
-    model = DualEncoder.from_recipe(recipe, encoder)
+    with Uninitialized():
+        model = DualEncoder.from_recipe(recipe, encoder)
+    for name, parameter in model.named_parameters():
+        if name.startswith(PROJECTIONS):  # which the weights may lack
+            nn.init.zeros_(parameter)
     model.image_tower.refuse_size(recipe.image.model, recipe.image.size)
     load_tensors(weights, model)
     if not all(isinstance(projection, nn.Linear | PosteriorProjection) for projection in projections(model)):

@@ -63,7 +63,7 @@ PARTS, SMALLEST_PART, LARGEST_PART = 200, 8, 512
 
 def image_hash(image: Image.Image) -> int:
     """64 bits of an RGB image's size and pixels: equal for equal images; a collision has probability 1 in 10^19."""
-    return _hash(repr(image.size).encode() + image.tobytes())
+    return _hash(repr(image.size).encode(), image.tobytes())
 
 
 def caption_hash(caption: str) -> int:
@@ -71,8 +71,11 @@ def caption_hash(caption: str) -> int:
     return _hash(clean(caption).encode())
 
 
-def _hash(content: bytes) -> int:
-    return int.from_bytes(blake2b(content, digest_size=8).digest(), "little")
+def _hash(*parts: bytes) -> int:
+    digest = blake2b(digest_size=8)
+    for part in parts:
+        digest.update(part)
+    return int.from_bytes(digest.digest(), "little")
 
 
 def look(image: Image.Image) -> np.ndarray:

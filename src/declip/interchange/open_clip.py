@@ -29,7 +29,7 @@ from declip.interchange.open_clip_model import (
     matches,
     wrap_open_clip,
 )
-from declip.interchange.weights import Weights, first_difference
+from declip.interchange.weights import Uninitialized, Weights, first_difference
 from declip.io.atomic import save_tensors
 from declip.io.text import one_line
 from declip.models import hf_encoder
@@ -189,7 +189,8 @@ class OpenClip(Format):
 
         text_config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["model_cfg"]["text_cfg"]
         changes = encoder_from(folder, text_config)
-        model: Any = open_clip.create_model(f"{FOLDER}{folder}", weights_only=True, **changes).eval()
+        with Uninitialized():
+            model: Any = open_clip.create_model(f"{FOLDER}{folder}", weights_only=True, **changes).eval()
         context = int(model.context_length)
         return ReadBack(
             f"open_clip {open_clip.__version__}",

@@ -35,11 +35,12 @@ def folded(model: DualEncoder) -> ImageTower:
     if not tower.has_batch_norm:
         return tower
     copy = deepcopy(tower).eval().requires_grad_(False)
-    _fold(copy)
-    copy.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
     images = noise(model)
     with torch.no_grad():
-        before, after = deepcopy(tower).eval()(images).pooled, copy(images).pooled
+        before = copy(images).pooled
+        _fold(copy)
+        copy.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
+        after = copy(images).pooled
     return copy if bool((before - after).abs().max() <= TOLERANCE * before.abs().max()) else tower
 
 
