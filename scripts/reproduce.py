@@ -376,7 +376,7 @@ def run(options: argparse.Namespace, experiment: Experiment) -> list[str]:
         shards["main"](Crops(experiment.pairs), options.data, 64, pairs=500, workers=0)
     recipe, tests = recipe_of(options, experiment), tests_there(options.test)
     source = open_training_source(recipe)
-    recipe = resolve_epochs(recipe, source)
+    recipe = resolve_epochs(recipe, len(source))
     curve = None if options.curve is None else read_curve(options.curve, recipe.train)
     baseline = {where: number for number, where, _ in REPORTED.get((which[0], "clip", which[2]), [])}
     for number, where, _ in reported:

@@ -84,7 +84,7 @@ def train(
     folder = Path(out).expanduser() if out is not None else Path("runs") / resolved.name
     extensions = Extensions(callbacks, terms or {}, optimizer, augment, sources)
     state = assemble(resolved, folder, resume, quiet, extensions)
-    run = Trainer(state).train(partial(write_report, sources=sources) if report else None)
+    run = Trainer(state).train(partial(write_report, held_out=state.held_out) if report else None)
     distributed.leave()
     return run
 

@@ -138,9 +138,9 @@ def test_python_uses_the_same_words_and_resumes(pairs, weights, tmp_path):
     assert whole.finished
     assert whole.recipe.finetune.freeze_text_blocks == "all"
     part = tmp_path / "part"
-    recipe, lists = finetune_recipe(Request.of(pairs, weights, keys, freeze="text"), part, quiet=True)
+    recipe, split = finetune_recipe(Request.of(pairs, weights, keys, freeze="text"), part, quiet=True)
     assert not part.exists()
-    write_lists(lists)
+    write_lists(split.lists)
     stop_at(recipe, part, 3)
     listed = (part / "val.pairs").read_bytes()
     others = [{"freeze": "none"}, {"val": [pairs]}, {"pairs": "builtin:emoji"}]
@@ -162,7 +162,7 @@ def test_a_run_with_adapters_is_exported_in_every_format_that_holds_it(pairs, tm
 
 def test_a_list_of_pairs_is_split_into_lists_of_its_source(pairs, weights, tmp_path):
     write_pair_list(tmp_path / "some.pairs", PairList(str(pairs), Columns(), 40, [*range(4, 40)]))
-    write_lists(finetune_recipe(Request.of(tmp_path / "some.pairs", weights), tmp_path / "run", quiet=True)[1])
+    write_lists(finetune_recipe(Request.of(tmp_path / "some.pairs", weights), tmp_path / "run", quiet=True)[1].lists)
     train, val = (read_pair_list(tmp_path / "run" / name) for name in SPLIT)
     assert sorted([*train.indices, *val.indices]) == [*range(4, 40)]
     assert (train.source, len(open_source(tmp_path / "run" / SPLIT[1]))) == (str(pairs), len(val.indices))
@@ -222,7 +222,7 @@ def test_pairs_of_the_start_are_not_validated_on(pairs, weights, tmp_path):
     first = declip.finetune(table, weights, keys, tmp_path / "first", quiet=True)
     # the same images with other captions, so that their hashes change
     renamed = write_table(pairs.with_name("renamed.csv"), [f"{row} again" for row in rows])
-    write_lists(finetune_recipe(Request.of(renamed, first.folder), tmp_path / "second", quiet=True)[1])
+    write_lists(finetune_recipe(Request.of(renamed, first.folder), tmp_path / "second", quiet=True)[1].lists)
     trained = {rows[index] for index in read_pair_list(tmp_path / "first" / "train.pairs").indices}
     validated = {rows[index] for index in read_pair_list(tmp_path / "second" / "val.pairs").indices}
     assert len(validated) >= 2

@@ -35,10 +35,10 @@ def train(
 
     checked = load_for_training(recipe, parse_overrides(overrides or []), data, val or (), resume)
     from declip import api
-    from declip.training.assemble import assign_tasks
     from declip.training.estimate import estimate
+    from declip.training.evaluations import HeldOutSets
 
-    resolved = assign_tasks(checked) if val else checked
+    resolved = HeldOutSets(checked).assign(checked) if val else checked
     if dry_run:
         say(estimate(resolved)[1])
         return

@@ -267,7 +267,7 @@ class PairLoader(Iterator[PairBatch], AbstractContextManager["PairLoader"]):
         # Three standard errors are allowed on top: the first pairs may be the broken ones by chance.
         if self.seen >= SEEN_BEFORE_STOPPING and self.skipped.total > allowed + 3 * allowed**0.5:
             self.close()
-            raise self.skipped.refusal(self.seen, self.max_broken_fraction, self.assembler.source.name)
+            self.skipped.refuse(self.seen, self.max_broken_fraction, self.assembler.source.name)
 
 
 def _batch_or_error(assembler: Assembler, step: int) -> PairBatch | UserError:

@@ -186,13 +186,15 @@ class SkipCounter:
         keys = {reason: ", ".join(examples) + details.get(reason, "") for reason, examples in self.examples.items()}
         return [f"{count:,} × {reason}, such as {keys[reason]}" for reason, count in sorted(self.counts.items())]
 
-    def refusal(self, seen: int, allowed: float, name: str) -> UserError:
-        """The error for more broken pairs than `data.max_broken_fraction` allows."""
+    def refuse(self, seen: int, allowed: float, name: str) -> None:
+        """Raise an error if more pairs are broken than `data.max_broken_fraction` allows."""
+        if self.total <= allowed * seen:
+            return
         broken = (
             f"{self.total:,} of the {seen:,} pairs of '{name}' could not be used ({percent(self.total / max(seen, 1))})"
         )
         remedy = f"{self.explanation()} Fix or remove them, or raise it."
-        return UserError(f"{broken}; data.max_broken_fraction allows {percent(allowed)}. {remedy}")
+        raise UserError(f"{broken}; data.max_broken_fraction allows {percent(allowed)}. {remedy}")
 
     def explanation(self) -> str:
         """The reasons in one sentence, with the remedy of the most frequent mistake."""

@@ -35,7 +35,6 @@ from declip.models.inference import chunked
 from declip.models.layers import IMAGE, PROJECTIONS, TEXT
 from declip.recipe.schema import Recipe
 from declip.training.assemble import Resolved
-from declip.training.pairs import refuse_many
 
 KEY, FILE = 16, "features.sqlite"  # bytes of a key; file of a tower
 BATCH = 64  # images or captions that a tower sees at a time
@@ -165,7 +164,7 @@ def compute_features(encoder: FrozenEncoder, source: PairSource, recipe: Recipe,
         skipped.merge(broken)
     rows = ReadPairs.of((row for row, _ in pairs), skipped)
     groups = related_pairs(rows, source)
-    refuse_many(skipped, source, recipe.data.max_broken_fraction)
+    skipped.refuse(len(source), recipe.data.max_broken_fraction, source.name)
     # --- captions
     captions = [caption for _, own in pairs for caption in own]
     owners = np.repeat(np.arange(len(pairs)), [len(own) for _, own in pairs])

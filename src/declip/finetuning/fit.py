@@ -23,7 +23,7 @@ from declip.closed_form.mixing import mixed_choices
 from declip.closed_form.solve import START, ClassPairs
 from declip.data.images.thumbnails import thumbnails_of
 from declip.data.pair import PairSource
-from declip.data.sources.open import NO_SOURCES, ImageSource, Sources
+from declip.data.sources.open import ImageSource
 from declip.errors import UserError
 from declip.finetuning import outputs
 from declip.finetuning.features import Features, FrozenEncoder, class_pairs, compute_features, embeddings, projections
@@ -42,7 +42,6 @@ from declip.runs.folder import Run, log
 from declip.training import distributed
 from declip.training.assemble import Resolved, resolve
 from declip.training.estimate import encoding_seconds
-from declip.training.evaluations import evaluation_tasks, measure, open_held_out
 from declip.training.pairs import described, refuse_broken, sample_hashes
 from declip.training.pretrained import load_tensors
 from declip.training.sinks import RunInfo, monitored
@@ -64,19 +63,18 @@ def closed_form(recipe: Recipe) -> bool:
 
 def fit(recipe: Recipe, folder: Path, resume: bool, quiet: bool, added: Extensions = NO_EXTENSIONS) -> Run:
     """Fit the projections of frozen towers, evaluate them and write the run folder, all on rank 0."""
-    resolved = resolve(recipe, folder, resume, added.sources)
+    resolved = resolve(recipe, folder, resume, added)
     resolved.hosts.on_rank_zero(partial(_fit, resolved, folder, resume, quiet, added))
     return Run(folder, STEP, True, is_rank_zero=distributed.is_rank_zero())
 
 
 def _fit(resolved: Resolved, folder: Path, resume: bool, quiet: bool, added: Extensions) -> None:
-    recipe, source, sources = resolved.recipe, resolved.source, added.sources
+    recipe, source, held_out = resolved.recipe, resolved.source, resolved.held_out
     # --- all checks, then the run folder
     model = frozen_model(resolved).to(resolved.device)
-    kept = [open_held_out(name, recipe, sources).split("test") for name in recipe.evaluation.keep]
-    for pairs in (source, *kept):
+    for pairs in (source, *map(held_out.test, recipe.evaluation.keep)):
         refuse_broken(pairs, recipe.data.max_broken_fraction)
-    samples, trackers = sample_hashes(recipe, source, sources), trackers_of(recipe.train.report_to)
+    samples, trackers = sample_hashes(recipe, source, held_out), trackers_of(recipe.train.report_to)
     resumed = resume and (folder / run_folder.RECIPE).is_file()
     if resumed:
         run_folder.open_folder(recipe, folder, resume)  # refuses another recipe
@@ -100,12 +98,12 @@ def _fit(resolved: Resolved, folder: Path, resume: bool, quiet: bool, added: Ext
             features = features._replace(pairs=embeddings(features.pairs, model))
         choice = choose_heads(features.pairs, features.groups, classes, recipe.seed, embedded=starts)
         onto = copy.deepcopy(projections(model)) if starts else None
-        tasks, mixed = evaluation_tasks(recipe, True, sources), choice
+        tasks, mixed = held_out.tasks(recipe, final=True), choice
         # --- the sets to keep with the start, and its mixture with the heads
         if recipe.evaluation.keep and choice.start_heads is not None:
             if not starts:
                 set_heads(model, replace(choice, heads=choice.start_heads))
-            for result in measure(encoder, recipe, tasks, not quiet, sources):
+            for result in held_out.measure(encoder, tasks, not quiet):
                 monitor.evaluation(0, result.to_dict())
             choices = mixed_choices(choice, ALPHAS)
 
@@ -113,7 +111,7 @@ def _fit(resolved: Resolved, folder: Path, resume: bool, quiet: bool, added: Ext
                 set_heads(model, choices[alpha], onto)
                 outcome = choices[alpha].outcome
                 own = {} if outcome is None else {LEFT_OUT: outcome.recall(1, features.groups).value}
-                return own | set_scores(encoder, recipe, quiet, sources)
+                return own | set_scores(encoder, recipe, quiet, held_out)
 
             if len(choices) > 1:
                 mixture = best_mixture(scores_of)
@@ -129,10 +127,10 @@ def _fit(resolved: Resolved, folder: Path, resume: bool, quiet: bool, added: Ext
             # --- what is known about them
             curve = {} if choice.outcome is None else growth(choice, len(features.pairs.images), recipe.seed).to_dict()
             _write_facts(folder, source, features, mixed, classes, curve)
-            for result in measure(encoder, recipe, tasks, not quiet, sources):
+            for result in held_out.measure(encoder, tasks, not quiet):
                 monitor.evaluation(STEP, result.to_dict())
         monitor.flush()
-        outputs.write_finetuned(folder, encoder, sources)
+        outputs.write_finetuned(folder, encoder, held_out)
 
 
 def frozen_model(resolved: Resolved) -> DualEncoder:
@@ -189,9 +187,9 @@ def set_heads(model: DualEncoder, choice: Choice, onto: Sequence[Any] | None = N
     model.logit_scale.fill_(float(np.log(choice.logit_scale)))
 
 
-def estimate_fit(recipe: Recipe, sources: Sources = NO_SOURCES) -> tuple[Recipe, str]:
+def estimate_fit(recipe: Recipe, extensions: Extensions = NO_EXTENSIONS) -> tuple[Recipe, str]:
     """Resolve the recipe of heads in closed form, and estimate the time of their features."""
-    resolved = resolve(recipe, sources=sources)
+    resolved = resolve(recipe, extensions=extensions)
     model, source = frozen_model(resolved).to(resolved.device), resolved.source
     seconds = encoding_seconds(model, source)
     if repeated := _share_repeated(source):  # read again, but not encoded again

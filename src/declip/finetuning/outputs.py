@@ -2,16 +2,16 @@
 
 from pathlib import Path
 
-from declip.data.sources.open import NO_SOURCES, Sources
 from declip.errors import UserError
 from declip.evaluation.encode import Encoder
 from declip.interchange.export import export, trace
 from declip.interchange.format import Refusal
 from declip.reports.run import write_report
 from declip.runs.folder import log
+from declip.training.evaluations import HeldOutSets
 
 
-def write_finetuned(folder: Path, model: Encoder, sources: Sources = NO_SOURCES) -> None:
+def write_finetuned(folder: Path, model: Encoder, held_out: HeldOutSets) -> None:
     """Export the model of a finished run to every format that can hold it, and write the report.
 
     The report is last: a fit in closed form that has one is finished.
@@ -25,4 +25,4 @@ def write_finetuned(folder: Path, model: Encoder, sources: Sources = NO_SOURCES)
             continue
         except UserError as error:  # the run is whole without it
             log.warning(str(error))
-    write_report(folder, model, sources=sources)
+    write_report(folder, model, held_out=held_out)

@@ -11,24 +11,25 @@ from declip.data.pair import PairSource
 from declip.data.sources.names import absolute
 from declip.data.sources.open import NO_SOURCES, Sources, name_sources
 from declip.data.sources.python_items import Items
-from declip.data.sources.subset import LIST_KIND, NO_LISTS, Lists, read_pair_list
+from declip.data.sources.subset import LIST_KIND, Lists, read_pair_list
 from declip.errors import UserError
 from declip.finetuning import outputs
 from declip.finetuning.fit import closed_form, estimate_fit, fit
 from declip.finetuning.request import Request
-from declip.finetuning.split import choose_pairs, open_lists
+from declip.finetuning.split import Split, choose_pairs, open_lists
 from declip.finetuning.wise_ft import mix_with_start
 from declip.interchange import starter
 from declip.interchange.read import folder_or_name, read_start
 from declip.models.device import pick_device
 from declip.models.dual_encoder import DualEncoder
+from declip.recipe.checks import load_for_training
 from declip.recipe.finetuning import FREEZE, Start, settings
 from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe
 from declip.recipe.starts import STARTS
 from declip.runs.folder import LOCK, RECIPE, Run, lock_folder, log, moved_lists
 from declip.training import distributed
-from declip.training.assemble import assemble, held_out_sets, resolve_recipe
+from declip.training.assemble import assemble, held_out_sets
 from declip.training.estimate import estimate
 from declip.training.state import Extensions
 from declip.training.trainer import Trainer
@@ -84,12 +85,22 @@ def run_request(
         # --- the recipe; rank 0 alone writes, and only into a folder that it holds
         hosts.on_rank_zero(partial(held.enter_context, claimed(folder, resume)))
         if resume and (folder / RECIPE).is_file():
-            recipe, lists = moved_lists(load_recipe(folder / RECIPE, request.keys), folder), NO_LISTS
+            recipe, added = moved_lists(load_recipe(folder / RECIPE, request.keys), folder), Extensions(sources=sources)
             hosts.on_rank_zero(partial(_refuse_others, recipe, request))
         else:
-            recipe, lists = hosts.on_rank_zero(partial(finetune_recipe, request, folder, quiet, sources))
+            split: Split | None = None
+
+            def choose() -> tuple[Recipe, Lists]:
+                nonlocal split
+                recipe, split = finetune_recipe(request, folder, quiet, sources)
+                return recipe, split.lists
+
+            recipe, lists = hosts.on_rank_zero(choose)
+            if split is not None:
+                added = Extensions(sources=split.sources, held_out=split.held_out, lists=lists)
+            else:  # another rank, which opens the lists by name
+                added = Extensions(sources=open_lists(lists, sources))
         # --- the run
-        added = Extensions(sources=open_lists(lists, sources), lists=lists)
         if closed_form(recipe):
             run = fit(recipe, folder, resume, quiet, added)
         else:
@@ -99,8 +110,8 @@ def run_request(
             mixes = state.pretrained is not None and state.pretrained.whole and recipe.train.patience is not None
 
             def finish(folder: Path, model: DualEncoder) -> None:
-                mixed = mix_with_start(folder, quiet, added.sources) if mixes else None
-                outputs.write_finetuned(folder, model if mixed is None else mixed, added.sources)
+                mixed = mix_with_start(folder, state.held_out, quiet) if mixes else None
+                outputs.write_finetuned(folder, model if mixed is None else mixed, state.held_out)
 
             run = Trainer(state).train(finish)
     distributed.leave()
@@ -151,15 +162,16 @@ def _refuse_others(recipe: Recipe, request: Request) -> None:
 
 def estimate_request(request: Request, out: str | Path | None = None, quiet: bool = False) -> tuple[str, str]:
     """Resolve the recipe of a fine-tuning, as YAML, and measure what it will cost."""
-    recipe, lists = finetune_recipe(request, Path(out or FINETUNED).expanduser(), quiet)
-    resolved, cost = (estimate_fit if closed_form(recipe) else estimate)(recipe, open_lists(lists, NO_SOURCES))
+    recipe, split = finetune_recipe(request, Path(out or FINETUNED).expanduser(), quiet)
+    added = Extensions(sources=split.sources, held_out=split.held_out)
+    resolved, cost = (estimate_fit if closed_form(recipe) else estimate)(recipe, added)
     return resolved.to_yaml(), cost
 
 
 def finetune_recipe(
     request: Request, folder: Path, quiet: bool = False, sources: Sources = NO_SOURCES
-) -> tuple[Recipe, Lists]:
-    """Resolve the recipe of a fine-tuning and the lists of its split, which the folder will have; see `finetune`."""
+) -> tuple[Recipe, Split]:
+    """Resolve the recipe of a fine-tuning and choose its pairs, whose lists the folder will have; see `finetune`."""
     given = request.keys
     device = pick_device(given.get("train.device", "auto"))
     where = request.weights or default_weights(device.type)
@@ -168,17 +180,18 @@ def finetune_recipe(
     settled = partial(settings, start=kind, on_cpu=device.type == "cpu", freeze=request.freeze, given=given)
     pretrained = {"finetune.pretrained": json.dumps(where, ensure_ascii=False)}  # quoted, see `load_for_training`
     # Keys that do not suit the weights are refused before the pairs are read.
-    checked = load_recipe("finetune", {**pretrained, **settled(1_000), "evaluation.retrieval": [request.pairs]})
+    checked = load_recipe("finetune", {**pretrained, **settled(1_000), "evaluation.retrieval": ["validation"]})
     start.named_classes(checked.finetune.class_names, required=bool(given.get("finetune.class_pairs")))
     split = choose_pairs(request, checked, folder, quiet, sources)
-    count = min(len(split.source), checked.data.max_pairs or len(split.source))
+    count = min(len(split.train), checked.data.max_pairs or len(split.train))
     keys = {**pretrained, **settled(count, validated=bool(split.val))}
     if starter.matches(where) and device.type == "cpu":
         keys.setdefault("image.size", STARTS[where])
     name: str | None = split.name
-    if len(split.source) == 1 and not closed_form(checked):  # a batch has two pairs at least
+    if len(split.train) == 1 and not closed_form(checked):  # a batch has two pairs at least
         keys["data.source"], name = [name, name], None
-    return resolve_recipe("finetune", keys, name, split.val, split.sources), split.lists
+    recipe = load_for_training("finetune", keys, name, split.val, known={*split.sources})
+    return split.held_out.assign(recipe) if split.val else recipe, split
 
 
 def default_weights(device: str) -> str:

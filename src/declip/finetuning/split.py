@@ -16,7 +16,7 @@ from declip.io.text import plural
 from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe
 from declip.runs.folder import RECIPE, SPLIT, log, moved_lists
-from declip.training.evaluations import open_held_out
+from declip.training.evaluations import HeldOutSets
 from declip.training.pairs import open_training_source
 
 MOST_SEEN = 200_000  # training pairs of the start that are compared with new ones: 1,000 a second
@@ -25,10 +25,11 @@ MOST_SEEN = 200_000  # training pairs of the start that are compared with new on
 class Split(NamedTuple):
     """Training pairs and validation sets of a fine-tuning."""
 
-    source: PairSource  # training pairs
+    train: PairSource
     name: str  # of the training pairs in the recipe
     val: tuple[str, ...]
-    sources: Sources  # that have these names
+    sources: Sources  # that are open, by the names in the recipe
+    held_out: HeldOutSets
     lists: Lists = NO_LISTS  # both parts, if the pairs were split
 
 
@@ -41,18 +42,18 @@ def choose_pairs(request: Request, recipe: Recipe, folder: Path, quiet: bool, so
     pairs, columns, closed = request.pairs, Columns.of(recipe.data), closed_form(recipe)
     seen = pairs_of(str(recipe.finetune.pretrained))
     source = open_source(pairs, columns, sources)
-    train = training_part(source)
+    train, held_out = training_part(source), HeldOutSets(recipe, sources)
+    unsplit = Split(train, pairs, request.val, {**sources, pairs: source}, held_out)
     if request.val:
         for name in request.val:
-            held_out = open_held_out(name, recipe, sources).split("test")
             for trained in [train] if seen is None else [train, seen]:
-                if warning := check_copies(trained, held_out, not quiet):
+                if warning := check_copies(trained, held_out.test(name), not quiet):
                     log.warning(warning)
-        return Split(train, pairs, request.val, sources)
+        return unsplit
     if "validation" not in source.splits() and (closed or len(train) < FEWEST):
         if not closed:
             _check_few(train)
-        return Split(train, pairs, (), sources)
+        return unsplit
     try:
         parts = split_pairs(source, progress=not quiet, seen=seen)
     except UserError:
@@ -63,14 +64,15 @@ def choose_pairs(request: Request, recipe: Recipe, folder: Path, quiet: bool, so
             f"The weights were trained on these pairs, or on most of them ('{seen.name}'), so the validation results "
             "are too high. Give other pairs with --val."
         )
-    own, held_out_part = names = [str(folder / name) for name in SPLIT]
+    own, val = names = [str(folder / name) for name in SPLIT]
     lists = {name: list_of(pairs, columns, source, part) for name, part in zip(names, parts, strict=True)}
     opened = {name: Subset(source, part) for name, part in zip(names, parts, strict=True)}
-    return Split(opened[own], own, (held_out_part,), {**sources, **opened}, lists)
+    held_out.add(val, opened[val])
+    return Split(opened[own], own, (val,), {**sources, **opened}, held_out, lists)
 
 
 def open_lists(lists: Lists, sources: Sources) -> Sources:
-    """Add the pairs of lists, which may not be written yet, to sources by their paths."""
+    """Add the pairs of lists, which rank 0 may not have written yet, to sources by their paths."""
     if not lists:
         return sources
     first = next(iter(lists.values()))

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from declip.data.sources.open import NO_SOURCES, Sources
 from declip.evaluation.encode import Encoder
 from declip.interchange.read import read_checkpoint
 from declip.io.atomic import atomic_write, save_tensors, write_text
@@ -19,7 +18,7 @@ from declip.recipe.schema import Recipe
 from declip.runs import folder as run_folder
 from declip.runs.checkpoint import prefixed
 from declip.runs.folder import log
-from declip.training.evaluations import evaluation_tasks, measure, tasks_to_keep
+from declip.training.evaluations import HeldOutSets
 from declip.training.pretrained import load_pretrained
 
 ALPHAS = (1.0, 0.75, 0.5, 0.25)  # fractions of the fine-tuned weights that are tried; of equal ones the first is taken
@@ -44,7 +43,7 @@ def ends_of(folder: Path, device: str = "auto") -> tuple[DualEncoder, DualEncode
     return models[0].to(pick_device(device)).eval(), models[1].to(pick_device(device)).eval()
 
 
-def mix_with_start(folder: Path, quiet: bool = False, sources: Sources = NO_SOURCES) -> DualEncoder | None:
+def mix_with_start(folder: Path, held_out: HeldOutSets, quiet: bool = False) -> DualEncoder | None:
     """Choose a mixture on the validation sets and `evaluation.keep`, and write it into the folder of a finished run.
 
     `declip.load` reads it instead of the best checkpoint. The score is the mean, over the sets, of R@1 of both
@@ -54,13 +53,13 @@ def mix_with_start(folder: Path, quiet: bool = False, sources: Sources = NO_SOUR
     if "alpha" in run.mixture:
         return None
     start, end = ends_of(folder)
-    mixture = best_mixture(lambda alpha: set_scores(interpolate(start, end, alpha), run.recipe, quiet, sources))
+    mixture = best_mixture(lambda alpha: set_scores(interpolate(start, end, alpha), run.recipe, quiet, held_out))
     best = mixture["alpha"]
     mixed = interpolate(start, end, best) if best < 1 else None
     if mixed is not None:
         with atomic_write(folder / run_folder.MIXED) as temporary:
             save_tensors(prefixed("model", mixed.state_dict()), temporary)
-        for result in measure(mixed, run.recipe, evaluation_tasks(run.recipe, True, sources), not quiet, sources):
+        for result in held_out.measure(mixed, held_out.tasks(run.recipe, final=True), not quiet):
             row = {"step": run.step, "best_step": run.best_step, **result.to_dict()}
             run_folder.append_row(folder / run_folder.EVALUATIONS, row)
     # Written last: a run that is stopped before chooses again.
@@ -68,10 +67,10 @@ def mix_with_start(folder: Path, quiet: bool = False, sources: Sources = NO_SOUR
     return mixed
 
 
-def set_scores(model: Encoder, recipe: Recipe, quiet: bool, sources: Sources) -> dict[str, float]:
+def set_scores(model: Encoder, recipe: Recipe, quiet: bool, held_out: HeldOutSets) -> dict[str, float]:
     """R@1 (mean of both directions) or top-1 on each validation set and each set of `evaluation.keep`."""
-    tasks = evaluation_tasks(recipe, final=False) | tasks_to_keep(recipe, sources)
-    results = {name: measure(model, recipe, {name: protocols}, not quiet, sources) for name, protocols in tasks.items()}
+    tasks = held_out.tasks(recipe, final=False) | held_out.tasks_to_keep(recipe)
+    results = {name: held_out.measure(model, {name: protocols}, not quiet) for name, protocols in tasks.items()}
     return {name: fmean(result.headline.value for result in each) for name, each in results.items()}
 
 

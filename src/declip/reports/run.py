@@ -9,18 +9,16 @@ import numpy as np
 from declip.closed_form.heads import FEWEST
 from declip.data.images.thumbnails import thumbnails_of
 from declip.data.pair import PairSource
-from declip.data.sources.open import NO_SOURCES, Sources
 from declip.errors import UserError
 from declip.evaluation.encode import Encoder, SourceFeatures, encode_source
 from declip.evaluation.results import Measure, Result, RetrievalResult, ZeroShotResult, short_names
 from declip.evaluation.retrieval import carriers_of, ranks
 from declip.io.atomic import write_text
 from declip.io.text import about, percent
-from declip.recipe.schema import Recipe
 from declip.reports.charts import growth_chart, score_chart, value_chart
 from declip.reports.page import NONE, Table, points, render
 from declip.runs.folder import Run, log, read_run
-from declip.training.evaluations import open_held_out
+from declip.training.evaluations import HeldOutSets
 
 NAME = "report.html"
 PROGRESS = {"lr": ("learning rate", False), "logit_scale": ("logit scale", False), "grad_norm": ("gradient norm", True)}
@@ -29,7 +27,7 @@ PROGRESS = {"lr": ("learning rate", False), "logit_scale": ("logit scale", False
 SHOWN = 5  # candidates of a query
 
 
-def write_report(folder: Path, model: Encoder, limit: int = 4_000, sources: Sources = NO_SOURCES) -> Path:
+def write_report(folder: Path, model: Encoder, limit: int = 4_000, held_out: HeldOutSets | None = None) -> Path:
     """Write ``report.html`` into a run folder, from its files; the model encodes up to `limit` held-out pairs.
 
     A section whose input cannot be read is left out with a warning.
@@ -41,9 +39,9 @@ def write_report(folder: Path, model: Encoder, limit: int = 4_000, sources: Sour
     dataset = min(names, key=lambda name: name.startswith("builtin:"), default=None)
     results = [row.result for row in run.last() if row.result.dataset == dataset]
     # --- tables and examples
-    held_out = _encode(model, run.recipe, dataset, limit, sources)
+    encoded = dataset and _encode(model, held_out or HeldOutSets(run.recipe), dataset, limit)
     source, grown = run.examples.get("source"), run.cross_validation.get("growth", {})
-    credits = (source and source["credit"], held_out and held_out["source"].credit)
+    credits = (source and source["credit"], encoded and encoded["source"].credit)
     content = render(
         "run.html",
         run=run,
@@ -60,8 +58,8 @@ def write_report(folder: Path, model: Encoder, limit: int = 4_000, sources: Sour
         progress=[_curve(run, title, key, noisy=noisy) for key, (title, noisy) in PROGRESS.items()],
         accuracy=accuracy_charts(run),
         skipped_table=skipped_table(run),
-        held_out=held_out,
-        retrieved=held_out and retrieval(**held_out, rng=np.random.default_rng(0)),
+        held_out=encoded,
+        retrieved=encoded and retrieval(**encoded, rng=np.random.default_rng(0)),
         credits=list(dict.fromkeys(filter(None, credits))),
     )
     return write_text(folder / NAME, content)
@@ -164,11 +162,9 @@ def _curve(run: Run, title: str, column: str, explanation: str = "", noisy: bool
     return {"title": title, "svg": chart and chart.svg(f"chart-{column}"), "explanation": explanation}
 
 
-def _encode(model: Encoder, recipe: Recipe, name: str | None, limit: int, sources: Sources) -> dict[str, Any] | None:
-    if name is None:
-        return None
+def _encode(model: Encoder, held_out: HeldOutSets, name: str, limit: int) -> dict[str, Any] | None:
     try:
-        source = open_held_out(name, recipe, sources).split("test")
+        source = held_out.test(name)
         rows = np.linspace(0, len(source) - 1, min(limit, len(source))).round().astype(np.int64)
         features = encode_source(model, source, indices=rows.tolist())
     except UserError as error:

@@ -12,7 +12,6 @@ from declip.data.batch import Plan, plan_views
 from declip.data.loader import Assembler, PairLoader
 from declip.data.pair import PairSource
 from declip.data.sources.open import NO_SOURCES, Sources
-from declip.errors import UserError
 from declip.interchange.weights import Weights
 from declip.io.pool import cores
 from declip.models.device import computes_bf16
@@ -25,7 +24,7 @@ from declip.runs.folder import RECIPE, log, read_recipe
 from declip.supervision.objective import NO_TERMS, Objective, Terms, needs_of
 from declip.training import distributed
 from declip.training.distributed import HostGroup
-from declip.training.evaluations import has_captions, open_held_out
+from declip.training.evaluations import HeldOutSets
 from declip.training.optimizer import build_optimizer, named_trainable
 from declip.training.pairs import open_training_source, refuse_broken, sample_hashes
 from declip.training.parallel import build_learner
@@ -46,19 +45,7 @@ def resolve_recipe(
 ) -> Recipe:
     """Load a recipe with its overrides, training pairs and held-out sets, see `train`."""
     loaded = load_for_training(recipe, overrides, data, val, resume, sources)
-    return assign_tasks(loaded, sources) if val else loaded
-
-
-def assign_tasks(recipe: Recipe, sources: Sources = NO_SOURCES) -> Recipe:
-    """Evaluate held-out sets, each listed for both tasks, by zero-shot if they have classes, retrieval if captions."""
-    evaluation = recipe.evaluation
-    sets = {name: open_held_out(name, recipe, sources).split("test") for name in evaluation.zero_shot}
-    classes = tuple(name for name, source in sets.items() if source.labels is not None)
-    captions = tuple(name for name, source in sets.items() if has_captions(source))
-    if neither := [name for name in sets if name not in {*classes, *captions}]:
-        raise UserError(f"'{neither[0]}' has neither classes nor captions, so it can't be a held-out set.")
-    chosen = evaluation.model_copy(update={"zero_shot": classes, "retrieval": captions})
-    return recipe.model_copy(update={"evaluation": chosen})
+    return HeldOutSets(loaded, sources).assign(loaded) if val else loaded
 
 
 def held_out_sets(given: Any) -> list[Any]:
@@ -73,11 +60,14 @@ class Resolved(NamedTuple):
     recipe: Recipe
     weights: Weights | None  # pretrained
     source: PairSource  # training pairs
+    held_out: HeldOutSets
     device: torch.device
     hosts: HostGroup
 
 
-def resolve(recipe: Recipe, folder: Path = Path(), resume: bool = False, sources: Sources = NO_SOURCES) -> Resolved:
+def resolve(
+    recipe: Recipe, folder: Path = Path(), resume: bool = False, extensions: Extensions = NO_EXTENSIONS
+) -> Resolved:
     """Resolve a recipe; a resumed run keeps its precision and reads its weights from its folder."""
     device, hosts = distributed.meet(recipe.train.device)
     if device.type == "cuda":
@@ -86,8 +76,9 @@ def resolve(recipe: Recipe, folder: Path = Path(), resume: bool = False, sources
     weights = load_pretrained(recipe, folder, resume)
     if weights is not None:
         recipe = weights.fit(recipe)
-    source = open_training_source(recipe, sources)
-    return Resolved(resolve_epochs(recipe, source), weights, source, device, hosts)
+    source = open_training_source(recipe, extensions.sources)
+    held_out = extensions.held_out or HeldOutSets(recipe, extensions.sources)
+    return Resolved(resolve_epochs(recipe, len(source)), weights, source, held_out, device, hosts)
 
 
 def resolve_precision(recipe: Recipe, device: torch.device, folder: Path, resume: bool) -> Recipe:
@@ -102,12 +93,12 @@ def resolve_precision(recipe: Recipe, device: torch.device, folder: Path, resume
     return recipe.model_copy(update={"train": recipe.train.model_copy(update={"precision": precision})})
 
 
-def resolve_epochs(recipe: Recipe, source: PairSource) -> Recipe:
+def resolve_epochs(recipe: Recipe, pairs: int) -> Recipe:
     """Replace train.epochs by the number of steps: epochs of complete batches."""
     train = recipe.train
     if train.epochs is None:
         return recipe
-    steps = max(1, round(train.epochs * max(1, len(source) // train.batch_size)))
+    steps = max(1, round(train.epochs * max(1, pairs // train.batch_size)))
     return recipe.model_copy(update={"train": train.model_copy(update={"steps": steps, "epochs": None})})
 
 
@@ -120,7 +111,7 @@ def assemble(
 ) -> RunState:
     """Build the state of a recipe's run, or of the run in the folder, to continue it; see `declip.train`."""
     # --- processes, device, pretrained weights and pairs; from here on the recipe does not change
-    recipe, weights, source, device, hosts = resolve(recipe, folder, resume, extensions.sources)
+    recipe, weights, source, held_out, device, hosts = resolve(recipe, folder, resume, extensions)
     hosts.on_rank_zero(lambda: len(trackers_of(recipe.train.report_to)))  # refuses those that are not installed
     hosts.on_rank_zero(partial(refuse_broken, source, recipe.data.max_broken_fraction))
     # --- model and objective, random from the seed, then pretrained
@@ -144,11 +135,11 @@ def assemble(
     threads = torch.get_num_threads() if device.type == "cpu" else 1
     workers = auto_workers(threads) if recipe.data.workers == "auto" else recipe.data.workers
     loader = build_loader(recipe, source, model, workers, extensions)
-    samples = sample_hashes(recipe, source, extensions.sources)
+    samples = sample_hashes(recipe, source, held_out)
     # --- the run folder, and the checkpoint in it
     state = RunState(
-        recipe, folder, quiet, extensions, hosts, source, model, objective, pretrained, learner, built, loader,
-        workers, samples,
+        recipe, folder, quiet, extensions, hosts, source, held_out, model, objective, pretrained, learner, built,
+        loader, workers, samples,
     )  # fmt: skip
     _start_or_continue(state, resume)
     return state

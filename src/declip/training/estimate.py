@@ -12,34 +12,31 @@ import numpy as np
 import torch
 
 from declip.data.pair import PairSource
-from declip.data.sources.open import NO_SOURCES, Sources
 from declip.evaluation.encode import encode_source
 from declip.io.text import duration, plural
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schema import Recipe
 from declip.training.assemble import assemble, resolve_epochs
-from declip.training.evaluations import evaluation_tasks, open_held_out
 from declip.training.pairs import open_training_source, refuse_broken
-from declip.training.state import Extensions, RunState
+from declip.training.state import NO_EXTENSIONS, Extensions, RunState
 from declip.training.step import training_step
 
 TIMED, ENCODED = 2, 32  # steps, after one that does not count, and pairs of each set
 
 
-def estimate(recipe: Recipe, sources: Sources = NO_SOURCES) -> tuple[Recipe, str]:
+def estimate(recipe: Recipe, extensions: Extensions = NO_EXTENSIONS) -> tuple[Recipe, str]:
     """Resolve a recipe, and estimate the time and memory of its run."""
-    source = open_training_source(recipe, sources)
-    recipe = resolve_epochs(recipe, source)
+    source = open_training_source(recipe, extensions.sources)
+    recipe = resolve_epochs(recipe, len(source))
     train, few = recipe.train, min(len(source), 2 * recipe.train.batch_size)
     refuse_broken(source, recipe.data.max_broken_fraction)
     # Of few pairs so many may be broken by chance that a run would stop.
     limits = {"max_pairs": few, "max_broken_fraction": max(0.5, recipe.data.max_broken_fraction)}
     small = recipe.model_copy(update={"data": recipe.data.model_copy(update=limits)})
     with TemporaryDirectory() as folder:
-        state = assemble(small, Path(folder) / "run", quiet=True, extensions=Extensions(sources=sources))
+        state = assemble(small, Path(folder) / "run", quiet=True, extensions=extensions)
         steps = train.steps * fmean(step_seconds(state, 1, TIMED))
-        names = evaluation_tasks(recipe, final=False)
-        sets = [open_held_out(name, recipe, sources).split("test") for name in names]
+        sets = map(state.held_out.test, state.held_out.tasks(recipe, final=False))
         count = 1 + (train.steps - 1) // train.evaluate_every if train.evaluate_every else 1
         evaluations = count * sum(encoding_seconds(state.model, pairs) for pairs in sets)
         memory = _peak(state.model.device) / 2**30

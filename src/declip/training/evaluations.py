@@ -7,6 +7,7 @@ from dataclasses import replace
 from declip.data.columns import DEFAULT, Columns, MissingColumns
 from declip.data.pair import BrokenPair, PairSource
 from declip.data.sources.open import NO_SOURCES, Sources
+from declip.errors import UserError
 from declip.evaluation.datasets import Dataset, open_dataset
 from declip.evaluation.encode import Encoder
 from declip.evaluation.protocols import Options, evaluate_all
@@ -16,52 +17,75 @@ from declip.recipe.schema import Recipe
 FIRST = 64  # pairs that are asked for a caption
 
 
-def evaluation_tasks(recipe: Recipe, final: bool, sources: Sources = NO_SOURCES) -> dict[str, list[str]]:
-    """Map each dataset that a recipe evaluates on, at the end or during training, to its protocols."""
-    wanted, tasks = recipe.evaluation, tasks_to_keep(recipe, sources) if final else {}
-    ends = (("zero-shot", wanted.final_zero_shot), ("retrieval", wanted.final_retrieval)) if final else ()
-    for protocol, names in (("zero-shot", wanted.zero_shot), ("retrieval", wanted.retrieval), *ends):
-        for name in names:
-            if protocol not in tasks.setdefault(name, []):
-                tasks[name].append(protocol)
-    return tasks
+class HeldOutSets:
+    """The held-out sets of a run by their names in its recipe; each is opened once, when it is first used."""
 
+    def __init__(self, recipe: Recipe, sources: Sources = NO_SOURCES) -> None:
+        self.pairs, self.sources = Columns.of(recipe.data), sources
+        self._opened = dict[str, Dataset]()
 
-def open_held_out(name: str, recipe: Recipe, sources: Sources = NO_SOURCES) -> Dataset:
-    """Open a held-out set by the columns of a recipe's pairs or, where it lacks one, the usual names."""
-    pairs = Columns.of(recipe.data)
-    # The folder of the images applies if their column was named.
-    given = replace(pairs, group=None, root=None if pairs.image == DEFAULT.image else pairs.root)
-    try:
-        return open_dataset(name, columns=given, sources=sources)
-    except MissingColumns as error:
-        usual = replace(given, **{what: getattr(DEFAULT, what) for what in error.missing.values()})
-        usual = usual if usual.image == given.image else replace(usual, root=None)
-        with suppress(MissingColumns):
-            return open_dataset(name, columns=usual, sources=sources)
-        raise
+    def add(self, name: str, source: PairSource) -> None:
+        """Add a set that is open already."""
+        self._opened[name] = Dataset(name, {"test": lambda: source})
 
+    def dataset(self, name: str) -> Dataset:
+        """Open a set by the columns of the recipe's pairs or, where it lacks one, the usual names."""
+        if name not in self._opened:
+            self._opened[name] = self._open(name)
+        return self._opened[name]
 
-def measure(
-    model: Encoder, recipe: Recipe, tasks: Mapping[str, list[str]], progress: bool, sources: Sources = NO_SOURCES
-) -> Iterator[Result]:
-    """Evaluate a model on datasets of a recipe by their protocols, see `evaluation_tasks`."""
-    for name, protocols in tasks.items():
-        dataset = open_held_out(name, recipe, sources)
-        yield from evaluate_all(model, dataset, protocols, Options(progress=progress))
+    def test(self, name: str) -> PairSource:
+        """The test split of a set."""
+        return self.dataset(name).split("test")
 
+    def tasks(self, recipe: Recipe, final: bool) -> dict[str, list[str]]:
+        """Map each dataset that a recipe evaluates on, at the end or during training, to its protocols."""
+        wanted, tasks = recipe.evaluation, self.tasks_to_keep(recipe) if final else {}
+        ends = (("zero-shot", wanted.final_zero_shot), ("retrieval", wanted.final_retrieval)) if final else ()
+        for protocol, names in (("zero-shot", wanted.zero_shot), ("retrieval", wanted.retrieval), *ends):
+            for name in names:
+                if protocol not in tasks.setdefault(name, []):
+                    tasks[name].append(protocol)
+        return tasks
 
-def has_captions(source: PairSource) -> bool:
-    """Whether any of the first pairs has a caption other than the name of its class, for retrieval."""
-    for index in range(min(FIRST, len(source))):
-        with suppress(BrokenPair):
-            captions, names = source.captions(index), source.class_names
-            if source.labels is None or names is None or captions != (names[source.labels[index]],):
-                return True
-    return False
+    def tasks_to_keep(self, recipe: Recipe) -> dict[str, list[str]]:
+        """Map the sets of `evaluation.keep` to their protocols: retrieval with captions, else zero-shot."""
+        return {name: ["retrieval" if self.captioned(name) else "zero-shot"] for name in recipe.evaluation.keep}
 
+    def assign(self, recipe: Recipe) -> Recipe:
+        """Evaluate sets that are listed for both tasks by zero-shot if they have classes, retrieval if captions."""
+        evaluation = recipe.evaluation
+        classes = tuple(name for name in evaluation.zero_shot if self.test(name).labels is not None)
+        captions = tuple(name for name in evaluation.zero_shot if self.captioned(name))
+        if neither := [name for name in evaluation.zero_shot if name not in {*classes, *captions}]:
+            raise UserError(f"'{neither[0]}' has neither classes nor captions, so it can't be a held-out set.")
+        chosen = evaluation.model_copy(update={"zero_shot": classes, "retrieval": captions})
+        return recipe.model_copy(update={"evaluation": chosen})
 
-def tasks_to_keep(recipe: Recipe, sources: Sources = NO_SOURCES) -> dict[str, list[str]]:
-    """Map the sets of `evaluation.keep` to their protocols: retrieval with captions, else zero-shot."""
-    sets = {name: open_held_out(name, recipe, sources).split("test") for name in recipe.evaluation.keep}
-    return {name: ["retrieval" if has_captions(source) else "zero-shot"] for name, source in sets.items()}
+    def captioned(self, name: str) -> bool:
+        """Whether any of a set's first pairs has a caption other than the name of its class, for retrieval."""
+        source = self.test(name)
+        for index in range(min(FIRST, len(source))):
+            with suppress(BrokenPair):
+                captions, names = source.captions(index), source.class_names
+                if source.labels is None or names is None or captions != (names[source.labels[index]],):
+                    return True
+        return False
+
+    def measure(self, model: Encoder, tasks: Mapping[str, list[str]], progress: bool) -> Iterator[Result]:
+        """Evaluate a model on sets by their protocols, see `tasks`."""
+        for name, protocols in tasks.items():
+            yield from evaluate_all(model, self.dataset(name), protocols, Options(progress=progress))
+
+    def _open(self, name: str) -> Dataset:
+        # The folder of the images applies if their column was named.
+        named = self.pairs.image != DEFAULT.image
+        given = replace(self.pairs, group=None, root=self.pairs.root if named else None)
+        try:
+            return open_dataset(name, columns=given, sources=self.sources)
+        except MissingColumns as error:
+            usual = replace(given, **{what: getattr(DEFAULT, what) for what in error.missing.values()})
+            usual = usual if usual.image == given.image else replace(usual, root=None)
+            with suppress(MissingColumns):
+                return open_dataset(name, columns=usual, sources=self.sources)
+            raise

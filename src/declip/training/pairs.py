@@ -13,7 +13,7 @@ from declip.errors import UserError
 from declip.evaluation.datasets import with_classes
 from declip.io.text import plural
 from declip.recipe.schema import Recipe
-from declip.training.evaluations import evaluation_tasks, open_held_out
+from declip.training.evaluations import HeldOutSets
 
 TRAINING = "training pairs"
 FEW = 1_000  # pairs up to which all are opened before training, in about a second: one broken pair in a few matters
@@ -45,20 +45,14 @@ def refuse_broken(source: PairSource, allowed: float) -> None:
             source.read_lazy(index)
         except BrokenPair as error:
             broken.add(error)
-    refuse_many(broken, source, allowed)
+    broken.refuse(len(source), allowed, source.name)
 
 
-def refuse_many(broken: SkipCounter, source: PairSource, allowed: float) -> None:
-    """Raise an error if more than a fraction of the pairs is broken."""
-    if broken.total > allowed * len(source):
-        raise broken.refusal(len(source), allowed, source.name)
-
-
-def sample_hashes(recipe: Recipe, source: PairSource, sources: Sources = NO_SOURCES) -> dict[str, list[str]]:
+def sample_hashes(recipe: Recipe, source: PairSource, held_out: HeldOutSets) -> dict[str, list[str]]:
     """Open every held-out set, to find an unusable one before training, and hash it and the training pairs."""
     sets = {TRAINING: source}
-    for name, protocols in evaluation_tasks(recipe, True, sources).items():
-        sets[name] = open_held_out(name, recipe, sources).split("test")
+    for name, protocols in held_out.tasks(recipe, final=True).items():
+        sets[name] = held_out.test(name)
         if "zero-shot" in protocols:
             with_classes(sets[name])
     return {name: _hashes(pairs) for name, pairs in sets.items()}

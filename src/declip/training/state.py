@@ -28,6 +28,7 @@ from declip.runs.folder import log
 from declip.supervision.objective import NO_TERMS, Objective, Terms
 from declip.training import distributed
 from declip.training.distributed import HostGroup
+from declip.training.evaluations import HeldOutSets
 from declip.training.optimizer import OptimizerFactory, load_moments, moments
 from declip.training.pairs import TRAINING
 from declip.training.parallel import full_tensor, load_full_state, unwrap
@@ -78,6 +79,7 @@ class Extensions(NamedTuple):
     optimizer: OptimizerFactory | None = None
     augment: Augment | None = None
     sources: Sources = NO_SOURCES
+    held_out: HeldOutSets | None = None  # if some are open already
     lists: Lists = NO_LISTS  # of a split, written when the run begins
 
 
@@ -94,6 +96,7 @@ class RunState:
     extensions: Extensions
     hosts: HostGroup  # coordination between the ranks
     source: PairSource
+    held_out: HeldOutSets
     model: DualEncoder
     objective: Objective
     pretrained: Pretrained | None  # what was loaded, also from a text encoder; None where all weights are random

@@ -27,7 +27,6 @@ from declip.runs.checkpoint import CheckpointWriter
 from declip.runs.folder import Run, log
 from declip.training import distributed
 from declip.training.distributed import StepSync
-from declip.training.evaluations import evaluation_tasks, measure
 from declip.training.examples import write_examples
 from declip.training.optimizer import group_lr, learning_rate
 from declip.training.pairs import described
@@ -253,9 +252,8 @@ class Trainer:
         def run() -> list[Result]:
             best = progress.best if final and self.finished else None
             weights = {} if best is None else {"best_step": best.step}
-            sources, results = state.extensions.sources, list[Result]()
-            tasks = evaluation_tasks(state.recipe, final, sources)
-            for result in measure(state.model, state.recipe, tasks, not state.quiet and self.is_rank_zero, sources):
+            results, tasks = list[Result](), state.held_out.tasks(state.recipe, final)
+            for result in state.held_out.measure(state.model, tasks, not state.quiet and self.is_rank_zero):
                 monitor.evaluation(progress.step, {**result.to_dict(), **weights})
                 results.append(result)
             return results
@@ -290,7 +288,7 @@ class Trainer:
         best = self.progress.best.step if self.progress.best is not None else step
         rows = (row for row in Run(self.state.folder, step).results if row.get("best_step", step) == best)
         done = {(row["dataset"], row["task"]) for row in rows}
-        tasks = evaluation_tasks(self.state.recipe, True, self.state.extensions.sources)
+        tasks = self.state.held_out.tasks(self.state.recipe, final=True)
         return all((name, protocol) in done for name, protocols in tasks.items() for protocol in protocols)
 
     def save(self, monitor: Monitor) -> None:

@@ -64,7 +64,10 @@ def test_cells_that_name_no_split(folder, kind):
 def test_unreadable_rows_are_in_each_split(folder):
     lines = [json.dumps(dict(zip(NAMES, row, strict=True))) for row in ROWS]
     (folder / "t.jsonl").write_text("\n".join([*lines, "{broken"]))
-    assert places(open_source(folder / "t.jsonl")) == {"train": [0, 3, 4], "validation": [2, 4], "test": [1, 4]}
+    source = open_source(folder / "t.jsonl")
+    assert places(source) == {"train": [0, 3, 4], "validation": [2, 4], "test": [1, 4]}
+    for name, rows in source.splits().items():  # but make no part of another split a test set
+        assert {*Subset(source, rows).splits()} == {name}
 
 
 def test_folders_lists_and_subsets_have_splits(folder):

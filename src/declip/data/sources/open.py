@@ -57,10 +57,10 @@ def open_source(
     if not isinstance(spec, str | Path):
         return spec if isinstance(spec, PairSource) else ItemSource(spec, columns)
     text = str(spec)
-    if text.startswith(BUILTIN_PREFIX):
-        return open_builtin(text)
     if text in sources:
         return open_source(sources[text], columns)
+    if text.startswith(BUILTIN_PREFIX):
+        return open_builtin(text)
     if text.startswith(PREFIX):
         raise UserError(f"'{text}' was a Python object. Pass it again in Python: declip.train(recipe, data=object).")
     kind, colon, rest = text.partition(":")

@@ -94,7 +94,12 @@ class Subset(DerivedSource):
         splits = {
             name: np.flatnonzero(np.isin(self.indices, indices)) for name, indices in self.source.splits().items()
         }
-        return {name: indices for name, indices in splits.items() if len(indices)}
+        # Unreadable pairs are in every split: a split of these alone is none.
+        return {
+            name: rows
+            for name, rows in splits.items()
+            if len(rows) and not any(len(other) > len(rows) and np.isin(rows, other).all() for other in splits.values())
+        }
 
 
 def take(source: PairSource, count: int, seed: int) -> Subset:
