@@ -142,19 +142,20 @@ def test_an_error_of_the_data_in_mid_run_saves_the_steps_before(table, rows, tmp
     sections = {"evaluation": {"retrieval": [str(val)]}}
     recipe = recipe_for(table, "clip", sections, log_every=1, checkpoint_every=100, evaluate_every=5)
     train(recipe, out=tmp_path / "whole", quiet=True, report=False)
-    source, sink = Breaking(table), Mock(Sink)
-    change, error = {
-        "training pairs": (lambda: setattr(source, "broken", True), "the table changed"),
-        "held-out set": (lambda: val.rename(tmp_path / "away.jsonl"), "val.jsonl"),
-    }[what]
-    sink.log.side_effect = lambda step, values: change() if step == 5 else None
+    source, held_out, sink = Breaking(table), Breaking(val), Mock(Sink)
+    breaks = source if what == "training pairs" else held_out
+    sink.log.side_effect = lambda step, values: setattr(breaks, "broken", step == 5)
     (tmp_path / "mine.yaml").write_text(recipe.to_yaml())
-    given = {"recipe": tmp_path / "mine.yaml", "data": source, "val": [val], "out": tmp_path / "run", "quiet": True}
-    refuses(error, train, **given, report=False, callbacks=[sink])
+    given = {
+        "recipe": tmp_path / "mine.yaml",
+        "data": source,
+        "val": [held_out],
+        "out": tmp_path / "run",
+        "quiet": True,
+    }
+    refuses("the table changed", train, **given, report=False, callbacks=[sink])
     assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step-00000005"]
-    if what == "held-out set":
-        (tmp_path / "away.jsonl").rename(val)
-    source.broken = False
+    breaks.broken = False
     assert train(**given, resume=True, report=False).finished
     same_end(tmp_path / "whole", tmp_path / "run")
 
