@@ -63,7 +63,7 @@ SCALE |= {"train.grad_cache_chunk", "train.evaluate_every"}
 def test_a_method_differs_from_its_published_run_in_scale_alone(method):
     ours, published = (flat(load_recipe(name).model_dump()) for name in (method, f"{method}-yfcc15m-vitb32"))
     different = {key for key in {*ours, *published} if ours.get(key) != published.get(key)}
-    # Without its contrastive loss FILIP would not train the features that evaluation compares.
+    # Without its contrastive loss FILIP would not train the features that search compares.
     assert different - SCALE == ({"loss_weights.contrastive"} if method == "filip" else set())
 
 

@@ -29,7 +29,7 @@ from declip.evaluation.results import (
     score,
 )
 from declip.evaluation.retrieval import retrieve
-from declip.evaluation.zero_shot import class_features, classify, logit_scale, read_templates
+from declip.evaluation.zero_shot import class_features, class_tokens, classify, logit_scale, read_templates
 from declip.models.inference import chunked
 
 DRAWS = 5  # of the images of few-shot classification
@@ -92,6 +92,13 @@ class SharedFeatures:
     def zero_shot(self) -> list[ZeroShotResult]:
         source, options = with_classes(self.dataset.split("test")), self.options
         name, templates = read_templates(options.templates or self.dataset.templates)
+        if (scorer := getattr(self.model, "token_scorer", None)) is not None:
+            names = list(dict.fromkeys(source.class_names))
+            tokens = class_tokens(self.model, scorer, names, templates, options.batch_size, options.progress)
+            with eval_mode(self.model) as device:
+                scores = partial(scorer.scores, classes=tokens.to(device))
+            scored = self._encode(source, encode=partial(chunked, scores), texts=False)
+            return [classify(scored, source.labels[scored.indices], source.class_names, templates=name)]
         classes = class_features(
             self.model, source.class_names, templates, batch_size=options.batch_size, progress=options.progress
         )

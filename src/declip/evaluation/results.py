@@ -103,6 +103,7 @@ class ZeroShotResult(ClassificationResult):
     mean_per_class: float  # mean of the top-1 of each class that has images
     templates: str = "plain"  # name of the prompt templates, or the templates themselves
     majority: float | None = None  # fraction of the most frequent class: top-1 of a model that always predicts it
+    by_tokens: bool = False  # patches were compared with words, not embeddings
 
     def measures(self) -> list[Measure]:
         unbalanced = self.majority is not None and self.majority >= 1.1 * self.chance

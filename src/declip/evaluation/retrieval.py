@@ -18,7 +18,9 @@ BLOCK = 8_000_000  # scores in memory at a time: 64 MB
 KS = (1, 5, 10)
 
 
-def ranks(queries: Tensor, candidates: Tensor, correct: Sequence[np.ndarray], *, block: int = BLOCK) -> np.ndarray:
+def ranks(
+    queries: Tensor, candidates: Tensor | None, correct: Sequence[np.ndarray], *, block: int = BLOCK
+) -> np.ndarray:
     """Rank of the best correct candidate of each query, from 1: (N,) int64.
 
     Ties and NaN count against the model::
@@ -26,14 +28,15 @@ def ranks(queries: Tensor, candidates: Tensor, correct: Sequence[np.ndarray], *,
         best = max(scores[i, j] for j in correct[i])
         rank[i] = 1 + sum(not scores[i, j] <= best - TIE for j in range(M) if j not in correct[i])
 
-    Queries (N, d) and candidates (M, d) are L2-normalized, `correct` N arrays of one or more candidates; `block` is
-    about the number of scores in memory at a time.
+    Queries (N, d) and candidates (M, d) are L2-normalized, or without candidates the scores (N, M); `correct` are N
+    arrays of one or more candidates; `block` is about the number of scores in memory at a time.
     """
-    rows = max(1, block // len(candidates))
-    candidates = candidates.double()
+    rows = max(1, block // (queries.shape[1] if candidates is None else len(candidates)))
+    candidates = None if candidates is None else candidates.double()
     parts = []
     for start in range(0, len(queries), rows):
-        scores = queries[start : start + rows].double() @ candidates.T  # (rows, M)
+        some = queries[start : start + rows].double()
+        scores = some if candidates is None else some @ candidates.T  # (rows, M)
         is_correct = torch.zeros_like(scores, dtype=torch.bool)
         for row, columns in enumerate(correct[start : start + rows]):
             is_correct[row, torch.from_numpy(columns)] = True

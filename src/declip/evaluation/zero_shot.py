@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from importlib import resources
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from declip.errors import UserError, unknown
 from declip.evaluation.encode import Encoder, SourceFeatures, text_features
 from declip.evaluation.results import ZeroShotResult, score
 from declip.evaluation.retrieval import ranks
+from declip.io.pool import pairs_bar
 from declip.io.text import read_yaml
 
 FOLDER = resources.files("declip.evaluation") / "prompts"
@@ -81,18 +82,42 @@ def class_features(
     return normalize(features.view(len(class_names), len(templates), -1).mean(1), dim=-1)
 
 
+def class_tokens(
+    model: Encoder, scorer: Any, class_names: Sequence[str], templates: Sequence[str], batch_size: int, progress: bool
+) -> Tensor:
+    """FILIP's prompt ensemble, (C, L, d): the mean of a class's words by position, divided by its Frobenius norm.
+
+    At each position the mean is that of the prompts with a word there, as counted by `scorer.words`; otherwise 0.
+    """
+    at_once, parts = max(1, batch_size // len(templates)), []
+    with pairs_bar(progress) as bar:
+        for start in bar.track(range(0, len(class_names), at_once), description="Texts"):
+            some = class_names[start : start + at_once]
+            prompts = [template.replace("{}", name) for name in some for template in templates]
+            words = text_features(model, prompts, encode=scorer.words, batch_size=batch_size)
+            words = words.unflatten(0, (len(some), len(templates)))  # (c · T, L, d) → (c, T, L, d)
+            mean = words.sum(dim=1) / words.any(dim=3, keepdim=True).sum(dim=1).clamp(min=1)
+            parts.append(mean / mean.norm(dim=(1, 2), keepdim=True))
+    return torch.cat(parts)
+
+
 def classify(
-    features: SourceFeatures, labels: np.ndarray, classes: Tensor, *, templates: str = "plain"
+    features: SourceFeatures, labels: np.ndarray, classes: Tensor | Sequence[str], *, templates: str = "plain"
 ) -> ZeroShotResult:
     """Compute top-1, top-5 and mean per class of rows with `labels` (n,), by the text features of the classes (C, d).
 
+    For the names of the classes, the features are scores by tokens, (n, D), of the D distinct names in their order.
     Ties count against the model, as in `declip.evaluation.retrieval.ranks`.
     """
     labels = np.asarray(labels, dtype=np.int64)
     # Classes with the same name, such as the two "missile" in CLIP's list for ImageNet, have the same feature and are
     # one candidate: it is correct for the first of them, as with `argmax` over all classes, and never for the others.
-    distinct, inverse = torch.unique(classes, dim=0, return_inverse=True)
-    candidate = inverse.numpy()
+    if isinstance(classes, Tensor):
+        distinct, inverse = torch.unique(classes, dim=0, return_inverse=True)
+        candidate = inverse.numpy()
+    else:
+        column = {name: number for number, name in enumerate(dict.fromkeys(classes))}
+        distinct, candidate = None, np.array([column[name] for name in classes])
     namesakes_before = np.array([(candidate[:label] == candidate[label]).sum() for label in range(len(classes))])
     rank = ranks(features.images, distinct, candidate[labels][:, None]) + namesakes_before[labels]
     return ZeroShotResult(
@@ -104,6 +129,7 @@ def classify(
         mean_per_class=score(rank <= 1, labels, "mean_per_class"),
         templates=templates,
         majority=float(np.bincount(labels).max() / len(labels)),
+        by_tokens=distinct is None,
         skipped=dict(features.skipped.counts),
     )
 

@@ -60,7 +60,8 @@ def read_part(where: str) -> Weights:
 
 def write_declip_file(model: DualEncoder, path: Path, heads: Mapping[str, Tensor] | None = None) -> None:
     """Write a model, as "model.…" tensors, and heads of losses, as "objective.…" tensors."""
-    write_part(prefixed("model", model.state_dict()) | prefixed("objective", heads or {}), model.recipe, path)
+    heads = heads or (model.token_scorer.heads if model.token_scorer else {})
+    write_part(prefixed("model", model.state_dict()) | prefixed("objective", heads), model.recipe, path)
 
 
 def write_part(tensors: Mapping[str, Tensor], recipe: Recipe, path: Path) -> None:

@@ -27,6 +27,7 @@ from declip.models.layers import IMAGE, PROJECTIONS, TEXT, adapted, add_adapters
 from declip.models.wrapped import WrappedModel, encoder_kept_in
 from declip.recipe.load import flat
 from declip.recipe.schema import LogitScale, Recipe
+from declip.supervision.late_interaction import restore_scorer
 from declip.supervision.objective import for_sigmoid, without_run_state
 
 LAYER_KEY = re.compile(r"(layers|depths?|blocks)$")
@@ -118,6 +119,7 @@ class Weights:
             heads = {name: tensor for name, tensor in self.tensors.items() if name.startswith(PROJECTIONS)}
             model.computed = (self.published, heads)
         merge_adapters(adapters)
+        restore_scorer(model, self.heads, self.origin)
         return model
 
     def as_start(self) -> "Weights":

@@ -37,6 +37,7 @@ class DualEncoder(nn.Module):
 
     computed: tuple[str, dict[str, Tensor]] = ("", {})  # `Weights.published`, and the projections computed from it
     fingerprint = ""  # of the float32 weights, if the towers were converted since
+    token_scorer: Any = None  # `TokenScorer` of a model whose embeddings are not trained
 
     def __init__(
         self, recipe: Recipe, encoder: TextEncoder | WrappedModel | None = None, towers: Towers = "both"

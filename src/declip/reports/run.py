@@ -110,6 +110,8 @@ def results_table(results: Sequence[Result]) -> Table:
         notes = dict(result.skipped)
         if isinstance(result, RetrievalResult):
             notes["captions longer than the model's context"] = result.truncated_captions
+        if isinstance(result, ZeroShotResult) and result.by_tokens:
+            notes["images whose patches were compared with words"] = result.n
         rows += [
             (names[result.dataset], note, NONE, NONE, NONE, f"{count:,}") for note, count in notes.items() if count
         ]

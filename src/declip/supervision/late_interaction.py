@@ -2,21 +2,28 @@
 
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from declip.data.batch import Needs
-from declip.data.pair import PairSource
-from declip.models.dual_encoder import DualEncoder
+from declip.errors import UserError
+from declip.io.text import one_line
+from declip.models.dual_encoder import DualEncoder, has_text
+from declip.models.image_tower import NoImageTower
 from declip.recipe.schema import Recipe
 from declip.supervision.contrastive import mean_in_blocks, to_float32
 from declip.supervision.term import Encodings, Rows, Similarity, Term, require
 
 log = logging.getLogger("declip")
+warn_once = cache(log.warning)  # once per process, however often the model is built
 
+NAME = "late_interaction"
+HEAD = f"terms.{NAME}."  # beginning of the names of its tensors
 SCORES_AT_ONCE = 2**26  # of tokens and tokens: 256 MiB in float32, whatever the batch
 
 
@@ -134,13 +141,11 @@ class LateInteraction(Term):
         self.logit_scale = nn.Parameter(torch.tensor(recipe.logit_scale.init))
         self.longest = self.section.top_k or model.text_tower.context
         self.min_scale = recipe.logit_scale.min
-        self.alone = list(recipe.active_losses) == ["late_interaction"]
-
-    def prepare(self, source: PairSource, model: DualEncoder) -> None:
-        if self.alone:
-            log.warning(
-                "late_interaction alone does not train the features that evaluation, search and exports use: set "
-                "loss_weights.contrastive=1 to train them too."
+        if list(recipe.active_losses) == [NAME]:
+            model.token_scorer = TokenScorer(self, model)
+            warn_once(
+                f"{NAME} alone does not train embeddings, which retrieval, linear probes, search and exports use; "
+                "zero-shot evaluation compares patches with words. Set loss_weights.contrastive=1 to train embeddings."
             )
 
     @classmethod
@@ -183,3 +188,51 @@ class LateInteraction(Term):
     def after_step(self, model: DualEncoder) -> None:
         if self.min_scale is not None:
             self.logit_scale.clamp_(min=self.min_scale)
+
+
+class TokenScorer:
+    """Zero-shot classification by patches and words, as the official FILIP is evaluated; not a module of its model."""
+
+    def __init__(self, term: LateInteraction, model: DualEncoder) -> None:
+        self.term, self.model = term, model
+
+    @property
+    def heads(self) -> dict[str, Tensor]:
+        """The head of the loss, by the names of `Objective`."""
+        return {f"{HEAD}{name}": tensor.detach().float().cpu() for name, tensor in self.term.state_dict().items()}
+
+    def words(self, tokens: Tensor) -> Tensor:
+        """Encode token ids (n, L) as (n, context, d) of length 1; 0 at padding that does not count."""
+        tower = self.model.text_tower
+        texts = tower(F.pad(tokens, (0, tower.context - tokens.shape[1]), value=tower.padding))
+        words = self._projected(self.term.word_projection, texts.text_tokens)
+        if self.term.section.include_padding:
+            return words
+        return words * (torch.arange(tower.context, device=words.device) < texts.lengths[:, None]).unsqueeze(-1)
+
+    def scores(self, pixels: Tensor, classes: Tensor) -> Tensor:
+        """Similarity (n, C) of images (n, 3, S, S) to classes (C, L, d), whose positions of zeros do not count."""
+        tower = self.model.image_tower
+        patches = tower(pixels.to(next(tower.parameters()).dtype)).tokens
+        return similarity(self._projected(self.term.patch_projection, patches), classes, key_mask=classes.any(dim=2))
+
+    def _projected(self, projection: nn.Linear, tokens: Tensor) -> Tensor:
+        self.term.to(tokens.device)  # a loaded model was moved without it
+        return F.normalize(projection(to_float32(tokens)), dim=-1)
+
+
+def restore_scorer(model: DualEncoder, heads: Mapping[str, Tensor], origin: str) -> None:
+    """Restore the scorer of a loaded model that this loss alone trained, from the heads of its file."""
+    if list(model.recipe.active_losses) != [NAME] or not has_text(model) or isinstance(model.image_tower, NoImageTower):
+        return
+    own = {name.removeprefix(HEAD): tensor for name, tensor in heads.items() if name.startswith(HEAD)}
+    with torch.device("meta"):  # the sizes may be a stranger's
+        term = LateInteraction(model.recipe, model)
+    if not own:  # tensors of towers alone
+        model.token_scorer = None
+        return
+    try:
+        term.load_state_dict(own, assign=True)
+    except RuntimeError as error:
+        raise UserError(f"The head of {NAME} in '{origin}' does not fit its recipe: {one_line(error)}") from error
+    term.float()
