@@ -29,15 +29,30 @@ SMALL = {
 } | {"embed_dim": 16, "image.freeze_patch_embed": False, "data.workers": 0, "train.precision": "fp32"}  # fmt: skip
 
 
-def call_here(monkeypatch, command):
-    monkeypatch.setattr(sys, "argv", command)
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    return int(ended.value.code or 0)
+@pytest.fixture
+def module(scripts, monkeypatch):
+    """The script, whose runs are trained in this process and write no report."""
+
+    def call_here(command):
+        monkeypatch.setattr(sys, "argv", command[2:])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return int(ended.value.code or 0)
+
+    found = scripts("reproduce")
+    monkeypatch.setattr(found, "call", call_here)
+    monkeypatch.setattr("declip.api.write_report", lambda *_, **__: None)
+    return found
 
 
-def test_reproduction(scripts, call, tmp_path, monkeypatch):
-    module = scripts("reproduce")
+@pytest.fixture
+def without_cost(module, monkeypatch):
+    """Leave out counting the operations of a step."""
+    monkeypatch.setattr(module, "count_cost", lambda *_: SimpleNamespace(flops=1, activations=1, states=1))
+
+
+@pytest.mark.usefixtures("without_cost")
+def test_reproduction(module, call, tmp_path, monkeypatch):
     known = module.EXPERIMENTS["synthetic"]
     small = {**known.keys, "train.steps": 8, "train.batch_size": 8, "train.warmup_steps": 0, "train.log_every": 1}
     small |= {"image.size": 32, "text.layers": 1, "text.width": 64, "text.heads": 2}
@@ -49,7 +64,6 @@ def test_reproduction(scripts, call, tmp_path, monkeypatch):
     assert any("40 of 40 pairs look like" in line for line in printed)
     assert any(line.startswith("on each of 1: 8 steps of 8 pairs at most") for line in printed)
     assert not (out / "run").exists()
-    monkeypatch.setattr(module, "call", lambda command: call_here(monkeypatch, command[2:]))
     learning = ("train.lr=0.002", "simsiam.widths=[256, 256, 128]")
     status, printed = call("reproduce", *words, *learning)
     assert status == 0, printed
@@ -83,14 +97,12 @@ def noise(path, seed):
 
 
 @pytest.fixture
-def small(scripts, monkeypatch):
+def small(module, monkeypatch):
     """The papers' experiments with tiny towers and 40 pairs."""
-    module = scripts("reproduce")
     for name in ("yfcc15m", "cc3m"):
         known = module.EXPERIMENTS[name]
         keys = known.keys | SMALL | {"train.epochs": None}
         monkeypatch.setitem(module.EXPERIMENTS, name, replace(known, keys=keys, pairs=40))
-    monkeypatch.setattr(module, "call", lambda command: call_here(monkeypatch, command[2:]))
     return module
 
 
@@ -122,6 +134,7 @@ def shards(tmp_path):
     return folder / "{00000..00003}.tar"
 
 
+@pytest.mark.usefixtures("without_cost")
 def test_the_authors_file_is_read_with_its_columns_and_a_root(small, call, authors, tmp_path):
     words = ("yfcc15m", "--data", authors, "--check", "--out", tmp_path / "out")
     status, printed = call("reproduce", *words, "--root", tmp_path / "images")
@@ -132,6 +145,7 @@ def test_the_authors_file_is_read_with_its_columns_and_a_root(small, call, autho
     assert "--root" in printed[-1]
 
 
+@pytest.mark.usefixtures("without_cost")
 @pytest.mark.parametrize("experiment", ["yfcc15m", "cc3m"])
 def test_shards_of_img2dataset(small, call, shards, tmp_path, experiment):
     words = (experiment, "--backbone", "vitb32", "--data", shards, "--check", "--out", tmp_path / "out")
@@ -151,6 +165,7 @@ def test_the_cost_is_estimated_without_a_gpu(small, call, shards, tmp_path):
     assert f"{2 * 4 * 2 * 2 * 3 * 32**2 / 1e9:.2g} GB of each machine for 2 workers" in printed
 
 
+@pytest.mark.usefixtures("without_cost")
 def test_a_run_ends_with_its_accuracy_beside_the_papers(small, call, authors, tmp_path):
     trees.pets(tmp_path / "sets" / "pets")
     words = ("yfcc15m", "--data", authors, "--root", tmp_path / "images", "--out", tmp_path / "out", "--anyway")
@@ -168,6 +183,7 @@ def test_a_run_ends_with_its_accuracy_beside_the_papers(small, call, authors, tm
     assert "33.8 in table 3 of ALIP" in line
 
 
+@pytest.mark.usefixtures("without_cost")
 def test_several_machines_get_their_commands(small, call, shards, tmp_path):
     out = tmp_path / "out"
     words = ("yfcc15m", "--data", shards, "--out", out, "--gpus", 2, "--nodes", 2)
