@@ -17,7 +17,7 @@ from declip.data.sources.folder import FileList
 from declip.data.sources.python_items import ItemSource
 from declip.data.sources.rows import by_lower_name, cell_name, label_names
 from declip.data.sources.subset import SPLITS, DerivedSource, Subset
-from declip.data.sources.table import CAPTION_NAMES, TableSource, find_column, open_rows
+from declip.data.sources.table import CAPTION_NAMES, Header, TableSource, open_rows
 from declip.errors import UserError, unknown
 from declip.evaluation.results import sample_per_class
 from declip.evaluation.zero_shot import class_names, read_prompts
@@ -187,7 +187,7 @@ def labeled_table(table_path: str | Path, label_column: str | None, given: Colum
     if label_column is not None and label_column not in columns:
         raise unknown(f"column of labels in '{path.name}'", label_column, columns)
     if (column := label_column) is None and labeled:
-        column = find_column(columns, LABEL_NAMES[0], LABEL_NAMES, "label", path, {})
+        column = Header(columns, path).column(LABEL_NAMES[0], LABEL_NAMES, "label")
     # --- the pairs of the table, and the rows of each split
     table = TableSource(table_path, replace(given, caption=given.caption if captioned else None, group=column))
     rows_of = table.splits() or {"test": np.arange(len(table))}

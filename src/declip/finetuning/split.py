@@ -9,6 +9,7 @@ from declip.data.pair import BrokenPair, PairSource
 from declip.data.sources.open import Sources, open_source
 from declip.data.sources.subset import NO_LISTS, Lists, Subset, list_of, training_part
 from declip.errors import UserError
+from declip.evaluation.datasets import Dataset
 from declip.finetuning.fit import closed_form
 from declip.finetuning.request import Request
 from declip.inspection.split import FEWEST, check_copies, split_pairs
@@ -67,7 +68,7 @@ def choose_pairs(request: Request, recipe: Recipe, folder: Path, quiet: bool, so
     own, val = names = [str(folder / name) for name in SPLIT]
     lists = {name: list_of(pairs, columns, source, part) for name, part in zip(names, parts, strict=True)}
     opened = {name: Subset(source, part) for name, part in zip(names, parts, strict=True)}
-    held_out.add(val, opened[val])
+    held_out.opened[val] = Dataset(val, {"test": lambda: opened[val]})
     return Split(opened[own], own, (val,), {**sources, **opened}, held_out, lists)
 
 

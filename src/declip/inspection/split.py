@@ -46,8 +46,9 @@ def split_pairs(
                 log.warning(warning)
         return PairSplit(splits["train"], val)
     pairs = _read(candidates, progress)
-    related = _related(pairs, candidates)  # (n,) int64
-    sizes, hashes = np.bincount(related), _hashes(pairs, candidates, related)
+    named = _groups(pairs, candidates)  # (n,) int64, as all below
+    related = _related(pairs, named)
+    sizes, hashes = np.bincount(related), _hashes(pairs, named, related)
     # --- what the start was trained on is never held out
     if seen is not None:
         copied = across(pairs.pairs, read(seen, np.arange(len(seen)), None, captioned=False).pairs)
@@ -65,14 +66,18 @@ def split_pairs(
     return PairSplit(indices[train], indices[val])
 
 
-def _hashes(pairs: ReadPairs, source: PairSource, related: np.ndarray) -> np.ndarray:
+def _groups(pairs: ReadPairs, source: PairSource) -> np.ndarray:
+    """The source's groups of pairs that were read: int64 (n,), 0 where unknown."""
+    return np.array([source.group(index) for index in pairs.pairs["index"].tolist()], np.int64)
+
+
+def _hashes(pairs: ReadPairs, named: np.ndarray, related: np.ndarray) -> np.ndarray:
     """A number from 0 to 1 for each set of related pairs: the largest of its pairs, of their group or first caption.
 
     A set that gains a pair can only leave the validation part, wherever the pair stands in the source.
     """
     first = np.cumsum(pairs.pairs["captions"]) - pairs.pairs["captions"]  # (n,) row of each pair's first caption
-    named = map(source.group, pairs.pairs["index"].tolist())
-    keys = [group or caption for group, caption in zip(named, pairs.captions["hash"][first].tolist(), strict=True)]
+    keys = np.where(named != 0, named.view(np.uint64), pairs.captions["hash"][first]).tolist()
     digests = (hashlib.blake2b(key.to_bytes(8, "little"), digest_size=8, person=b"split").digest() for key in keys)
     largest = np.zeros(related.max() + 1)
     np.maximum.at(largest, related, [int.from_bytes(digest) / 2**64 for digest in digests])
@@ -107,20 +112,20 @@ def check_copies(train: PairSource, val: PairSource, progress: bool = False) -> 
 
 def related_pairs(pairs: ReadPairs, source: PairSource) -> np.ndarray:
     """The group of each pair that must not be separated from it, by its least hash of a caption: int64 (n,)."""
-    related = _related(check_pairs(pairs, source), source)
+    check_pairs(pairs, source.name, len(source))
+    related = _related(pairs, _groups(pairs, source))
     least = np.full(related.max() + 1, np.iinfo(np.uint64).max)
     np.minimum.at(least, np.repeat(related, pairs.pairs["captions"]), pairs.captions["hash"])
     return least.view(np.int64)[related]
 
 
-def _related(pairs: ReadPairs, source: PairSource) -> np.ndarray:
-    """Number the sets of pairs joined by nearly the same image, a caption, or the source's groups: int64 (n,)."""
+def _related(pairs: ReadPairs, named: np.ndarray) -> np.ndarray:
+    """Number the sets of pairs joined by nearly the same image, a caption, or a group: int64 (n,)."""
     n = len(pairs.pairs)
     members, owners = np.arange(n), np.repeat(np.arange(n), pairs.pairs["captions"])
     same, alike = equal_groups(pairs.pairs["exact"]), near_groups(pairs.pairs["look"])
     # A graph of pairs and what they show: its connected components must not be separated.
     nodes, edges = n, []
-    named = np.array([source.group(index) for index in pairs.pairs["index"].tolist()])
     groups = (members[named != 0], equal_groups(named[named != 0]))
     for owner, group in ((members, same), (members, alike), (owners, equal_groups(pairs.captions["hash"])), groups):
         edges.append(np.stack([owner, nodes + group]))  # a node for each image, caption and group
@@ -133,13 +138,14 @@ def _read(source: PairSource, progress: bool, fewest: int = FEWEST) -> ReadPairs
         raise UserError(f"'{source.name}' has {plural(len(source), 'pair')}; fine-tuning needs {fewest} or more.")
     workers = None if len(source) > 2_000 else 0
     title = f"Comparing images of {source.name}" if progress else ""
-    return check_pairs(read(source, np.arange(len(source)), workers, title), source)
-
-
-def check_pairs(pairs: ReadPairs, source: PairSource) -> ReadPairs:
-    """Refuse pairs of a source that teach nothing: if none can be used, or all have one caption."""
-    if not len(pairs.pairs):
-        raise UserError(f"No pair of '{source.name}' can be used. {pairs.skipped.explanation()}")
-    if len(np.unique(pairs.captions["hash"])) < 2 <= len(source):
-        raise UserError(f"All pairs of '{source.name}' have the same caption. Describe each image.")
+    pairs = read(source, np.arange(len(source)), workers, title)
+    check_pairs(pairs, source.name, len(source))
     return pairs
+
+
+def check_pairs(pairs: ReadPairs, name: str, total: int) -> None:
+    """Refuse pairs of a source of `total` pairs that teach nothing: if none can be used, or all have one caption."""
+    if not len(pairs.pairs):
+        raise UserError(f"No pair of '{name}' can be used. {pairs.skipped.explanation()}")
+    if len(np.unique(pairs.captions["hash"])) < 2 <= total:
+        raise UserError(f"All pairs of '{name}' have the same caption. Describe each image.")

@@ -22,17 +22,13 @@ class HeldOutSets:
 
     def __init__(self, recipe: Recipe, sources: Sources = NO_SOURCES) -> None:
         self.pairs, self.sources = Columns.of(recipe.data), sources
-        self._opened = dict[str, Dataset]()
-
-    def add(self, name: str, source: PairSource) -> None:
-        """Add a set that is open already."""
-        self._opened[name] = Dataset(name, {"test": lambda: source})
+        self.opened = dict[str, Dataset]()
 
     def dataset(self, name: str) -> Dataset:
         """Open a set by the columns of the recipe's pairs or, where it lacks one, the usual names."""
-        if name not in self._opened:
-            self._opened[name] = self._open(name)
-        return self._opened[name]
+        if name not in self.opened:
+            self.opened[name] = self._open(name)
+        return self.opened[name]
 
     def test(self, name: str) -> PairSource:
         """The test split of a set."""

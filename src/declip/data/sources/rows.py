@@ -146,12 +146,6 @@ class ParquetRows(TableRows):
 class TextRows(TableRows):
     """A UTF-8 file of rows that start on separate lines; blank lines are skipped."""
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        with path.open("rb") as file:
-            if file.read(2) in (b"\xff\xfe", b"\xfe\xff"):
-                raise UserError(f"The table '{path}' is UTF-16. Save it as UTF-8.")
-
     @abstractmethod
     def record(self, line: str, following: Iterator[str], number: int) -> Row:
         """The cells by column of the row that starts with a line; raises ValueError or RecursionError."""
@@ -163,6 +157,8 @@ class TextRows(TableRows):
                 line = rest = file.readline(LONGEST_ROW + 1)
                 while rest and not rest.endswith("\n"):
                     rest = file.readline(LONGEST_ROW)
+                if number == 1 and line.startswith(("\udcff\udcfe", "\udcfe\udcff")):  # a byte order mark
+                    raise UserError(f"The table '{self.path}' is UTF-16. Save it as UTF-8.")
                 if not line:
                     return
                 yield number, line

@@ -16,7 +16,7 @@ from PIL import Image
 
 from declip.data.columns import Columns
 from declip.data.pair import BrokenPair, LazyImage, LazyPair, Origin, Pair, PairSource, printable
-from declip.data.sources.names import resolve, stored_path
+from declip.data.sources.names import absolute, relative, resolve, stored_path
 from declip.errors import UserError
 from declip.io.atomic import write_text
 
@@ -177,9 +177,9 @@ NO_LISTS: Lists = MappingProxyType({})
 
 
 def write_pair_list(path: Path, listed: PairList) -> None:
-    """Write a list of pairs, with paths that stay valid when the project moves, see `stored_path`."""
+    """Write a list of pairs, with paths that stay valid when the project moves, see `relative`."""
     columns = replace(listed.columns, root=stored_path(listed.columns.root, path.parent) or None)
-    listed = listed._replace(source=stored_path(listed.source, path.parent), columns=columns)
+    listed = listed._replace(source=relative(absolute(listed.source), path.parent), columns=columns)
     write_text(path, json.dumps(listed._asdict() | {"columns": asdict(columns)}) + "\n")
 
 

@@ -5,6 +5,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cache, partial
 from itertools import chain
 from pathlib import Path
@@ -188,44 +189,67 @@ def find_table(spec: str | Path) -> Path | None:
         if named := [path / name for name in METADATA if (path / name).is_file()]:
             return named[0]
         return path if holds(path, ".parquet") and not holds(path, ".tar") else None
-    if names_shards(text):
-        return path if text.lower().endswith(".parquet") and not is_url(text) else None
-    return path if path.suffix.lower() in KINDS and path.exists() else None
+    if path.suffix.lower() in KINDS and path.exists():
+        return path
+    return path if names_shards(text) and text.lower().endswith(".parquet") and not is_url(text) else None
 
 
 def find_columns(names: Sequence[str], columns: Columns, where: Path | str) -> tuple[str, Captions, str | None]:
     """Find the columns of images, of captions (that of images where none is read) and of groups."""
-    missing = Missing()
-    image = find_column(names, columns.image, IMAGE_NAMES, "image", where, missing)
+    header = Header(names, where)
+    image = header.column(columns.image, IMAGE_NAMES, "image")
     captions: Captions = {image: (image,)}
     if columns.caption is not None and columns.caption != columns.image:
-        captions = find_captions(names, columns.caption, where, missing)
-    group = columns.group and find_column(names, columns.group, ("",), "group", where, missing)
-    if missing:
-        raise MissingColumns(str(where), names, missing)
+        captions = header.captions(columns.caption)
+    group = columns.group and header.column(columns.group, ("",), "group")
+    if header.missing:
+        raise MissingColumns(str(where), names, header.missing)
     return image, captions, group
 
 
-def find_captions(names: Sequence[str], given: str | Sequence[str], where: Path | str, missing: Missing) -> Captions:
-    """Find the columns of captions, which commas may separate, and of templates."""
-    if given == CAPTION_NAMES[0]:
-        caption = find_column(names, given, CAPTION_NAMES, "caption", where, missing)
-        lower = by_lower_name(names)
-        others = [lower[name] for name in (*CAPTION_NAMES, *OTHER_TEXTS) if lower.get(name, caption) != caption]
-        if caption != given and others:
-            unused = ", ".join(printable(name) for name in others)
-            problem = f"Captions of '{Path(where).name}': {caption}. Not used: {unused}."
-            warn_once(f"{problem} Name one or several by data.columns.caption in training, --caption-column elsewhere.")
-        return {caption: (caption,)}
-    captions = Captions()
-    for text in (given,) if isinstance(given, str) else given:
-        if text not in names and (read := BRACES.findall(text)):
-            captions[text] = tuple(read)
-        else:
-            captions |= {name: (name,) for name in ([text] if text in names else map(str.strip, text.split(",")))}
-    for name in chain.from_iterable(captions.values()):
-        find_column(names, name, ("",), "caption", where, missing)
-    return captions
+@dataclass(frozen=True)
+class Header:
+    """The columns of a table, and those that were looked for and are missing."""
+
+    names: Sequence[str]
+    where: Path | str
+    missing: Missing = field(default_factory=dict)
+
+    def column(self, given: str, usual: Sequence[str], what: str) -> str:
+        """Find a column by its name or, if that is the missing `usual[0]`, by another usual name in any case."""
+        lower = by_lower_name(self.names)
+        names = [given, *(lower[name] for name in usual if given == usual[0] and name in lower)]
+        column = next((name for name in names if name in self.names), None)
+        if column is None:
+            self.missing[given] = what
+            return given
+        if (count := list(self.names).count(column)) > 1:
+            columns = f"{count} columns named '{printable(column)}'"
+            raise UserError(f"The table '{self.where}' has {columns}. Rename all but one.")
+        return column
+
+    def captions(self, given: str | Sequence[str]) -> Captions:
+        """Find the columns of captions, which commas may separate, and of templates."""
+        if given == CAPTION_NAMES[0]:
+            caption = self.column(given, CAPTION_NAMES, "caption")
+            lower = by_lower_name(self.names)
+            others = [lower[name] for name in (*CAPTION_NAMES, *OTHER_TEXTS) if lower.get(name, caption) != caption]
+            if caption != given and others:
+                unused = ", ".join(printable(name) for name in others)
+                problem = f"Captions of '{Path(self.where).name}': {caption}. Not used: {unused}."
+                remedy = "Name one or several by data.columns.caption in training, --caption-column elsewhere."
+                warn_once(f"{problem} {remedy}")
+            return {caption: (caption,)}
+        captions = Captions()
+        for text in (given,) if isinstance(given, str) else given:
+            if text not in self.names and (read := BRACES.findall(text)):
+                captions[text] = tuple(read)
+            else:
+                listed = [text] if text in self.names else map(str.strip, text.split(","))
+                captions |= {name: (name,) for name in listed}
+        for name in chain.from_iterable(captions.values()):
+            self.column(name, ("",), "caption")
+        return captions
 
 
 def read_captions(captions: Captions, rows: Iterable[Callable[[str], Any]], reason: str, key: str) -> tuple[str, ...]:
@@ -246,21 +270,6 @@ def read_captions(captions: Captions, rows: Iterable[Callable[[str], Any]], reas
                 pieces[1::2] = map(values.__getitem__, columns)
                 texts.append("".join(pieces))
     return clean_captions(texts, key, f"no {', '.join(empty)}" if empty else "")
-
-
-def find_column(
-    columns: Sequence[str], given: str, usual: Sequence[str], what: str, path: Path | str, missing: Missing
-) -> str:
-    """Find a column by its name or, if that is the missing `usual[0]`, by another usual name in any case."""
-    lower = by_lower_name(columns)
-    names = [given, *(lower[name] for name in usual if given == usual[0] and name in lower)]
-    column = next((name for name in names if name in columns), None)
-    if column is None:
-        missing[given] = what
-        return given
-    if (count := list(columns).count(column)) > 1:
-        raise UserError(f"The table '{path}' has {count} columns named '{printable(column)}'. Rename all but one.")
-    return column
 
 
 def group_number(cell: Any) -> int:
