@@ -214,7 +214,8 @@ class TokenScorer:
         """Similarity (n, C) of images (n, 3, S, S) to classes (C, L, d), whose positions of zeros do not count."""
         tower = self.model.image_tower
         patches = tower(pixels.to(next(tower.parameters()).dtype)).tokens
-        return similarity(self._projected(self.term.patch_projection, patches), classes, key_mask=classes.any(dim=2))
+        counted = None if self.term.section.include_padding else classes.any(dim=2)
+        return similarity(self._projected(self.term.patch_projection, patches), classes, key_mask=counted)
 
     def _projected(self, projection: nn.Linear, tokens: Tensor) -> Tensor:
         self.term.to(tokens.device)  # a loaded model was moved without it
@@ -223,16 +224,13 @@ class TokenScorer:
 
 def restore_scorer(model: DualEncoder, heads: Mapping[str, Tensor], origin: str) -> None:
     """Restore the scorer of a loaded model that this loss alone trained, from the heads of its file."""
-    if list(model.recipe.active_losses) != [NAME] or not has_text(model) or isinstance(model.image_tower, NoImageTower):
-        return
     own = {name.removeprefix(HEAD): tensor for name, tensor in heads.items() if name.startswith(HEAD)}
-    with torch.device("meta"):  # the sizes may be a stranger's
-        term = LateInteraction(model.recipe, model)
-    if not own:  # tensors of towers alone
-        model.token_scorer = None
-        return
-    try:
-        term.load_state_dict(own, assign=True)
-    except RuntimeError as error:
-        raise UserError(f"The head of {NAME} in '{origin}' does not fit its recipe: {one_line(error)}") from error
-    term.float()
+    both = has_text(model) and not isinstance(model.image_tower, NoImageTower)
+    if own and both and list(model.recipe.active_losses) == [NAME]:
+        with torch.device("meta"):  # the sizes may be a stranger's
+            term = LateInteraction(model.recipe, model)
+        try:
+            term.load_state_dict(own, assign=True)
+        except RuntimeError as error:
+            raise UserError(f"The head of {NAME} in '{origin}' does not fit its recipe: {one_line(error)}") from error
+        term.float()
