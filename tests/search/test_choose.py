@@ -4,6 +4,7 @@ import csv
 import json
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -206,3 +207,16 @@ def test_a_text_search_builds_no_image_tower(folder, tmp_path):
         assert whole.model.image_tower.proj is not None
         assert [(hit.key, hit.score) for hit in parts.search("red")] == [(h.key, h.score) for h in whole.search("red")]
     assert loaded_by((code, "timm torchvision transformers wandb pandas matplotlib torch._dynamo torch")) == ["torch"]
+
+
+def test_timm_comes_without_the_compiler_which_is_imported_when_it_is_used():
+    names = "timm sympy torch._dynamo torch._dynamo.utils torch.distributed.fsdp"
+    used = """
+        import torch, torchvision
+        assert torch.compiler.disable(len)("ab") == 2
+        assert torchvision.ops.roi_align(torch.ones(1, 1, 4, 4), torch.tensor([[0.0, 0, 0, 2, 2]]), 1).item() == 1
+    """
+    assert loaded_by(
+        ("import declip.models.timm_import, declip.training.assemble, inspect; inspect.stack()", names),
+        (textwrap.dedent(used), "torch._dynamo"),
+    ) == ["timm", "torch._dynamo"]

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from torchvision import datasets
 
 from declip.data.columns import DEFAULT, Columns
 from declip.data.images.decode import EXTENSIONS
@@ -241,14 +240,18 @@ def _label(table: TableSource, row: int, column: str, known: Sequence[str]) -> s
     return texts.pop()
 
 
-def torchvision_set(kind: Callable[..., Any], splits: Mapping[str, Any]) -> Callable[[str, Path], Openers]:
-    """The function that opens a set of torchvision, by our splits and its argument for each."""
+def torchvision_set(kind: str, splits: Mapping[str, Any]) -> Callable[[str, Path], Openers]:
+    """The function that opens a set by a class of torchvision, by our splits and its argument for each."""
     return lambda name, root: {which: partial(_read, kind, name, root, given) for which, given in splits.items()}
 
 
-def _read(kind: Callable[..., Any], name: str, root: Path, argument: str | bool) -> Classified:
+def _read(kind: str, name: str, root: Path, argument: str | bool) -> Classified:
+    from torchvision import datasets  # takes a second
+
     # The class of CIFAR checks the MD5 of its pickles before it reads them.
-    files = kind(root, download=False, **{"train" if isinstance(argument, bool) else "split": argument})
+    files = getattr(datasets, kind)(
+        root, download=False, **{"train" if isinstance(argument, bool) else "split": argument}
+    )
     # The files of Flowers102 have class numbers from 1, without names.
     names = class_names(name, read_prompts(name).classes if name == "flowers102" else files.classes)
     if name.startswith("cifar"):
@@ -301,17 +304,17 @@ PLAIN = {"train": "train", "test": "test"}
 WITH_VAL = {"train": "train", "validation": "val", "test": "test"}
 
 NAMED: Mapping[str, Named] = {
-    "pets": Named(torchvision_set(datasets.OxfordIIITPet, TRAINVAL), "oxford-iiit-pet/", "pets", PER_CLASS),
-    "cifar10": Named(torchvision_set(datasets.CIFAR10, FLAG), "cifar-10-batches-py/", "cifar10"),
-    "cifar100": Named(torchvision_set(datasets.CIFAR100, FLAG), "cifar-100-python/", "cifar100"),
+    "pets": Named(torchvision_set("OxfordIIITPet", TRAINVAL), "oxford-iiit-pet/", "pets", PER_CLASS),
+    "cifar10": Named(torchvision_set("CIFAR10", FLAG), "cifar-10-batches-py/", "cifar10"),
+    "cifar100": Named(torchvision_set("CIFAR100", FLAG), "cifar-100-python/", "cifar100"),
     "sun397": Named(sun397, "SUN397/ with ClassName.txt", "sun397"),
-    "food101": Named(torchvision_set(datasets.Food101, PLAIN), "food-101/", "food101"),
-    "flowers102": Named(torchvision_set(datasets.Flowers102, WITH_VAL), "flowers-102/", "flowers102", PER_CLASS),
-    "cars": Named(torchvision_set(datasets.StanfordCars, PLAIN), "stanford_cars/", "cars"),
+    "food101": Named(torchvision_set("Food101", PLAIN), "food-101/", "food101"),
+    "flowers102": Named(torchvision_set("Flowers102", WITH_VAL), "flowers-102/", "flowers102", PER_CLASS),
+    "cars": Named(torchvision_set("StanfordCars", PLAIN), "stanford_cars/", "cars"),
     "caltech101": Named(caltech101, "caltech101/101_ObjectCategories/", "caltech101", PER_CLASS),
-    "aircraft": Named(torchvision_set(datasets.FGVCAircraft, WITH_VAL), "fgvc-aircraft-2013b/", "aircraft", PER_CLASS),
+    "aircraft": Named(torchvision_set("FGVCAircraft", WITH_VAL), "fgvc-aircraft-2013b/", "aircraft", PER_CLASS),
     # The first of DTD's ten partitions, as in CLIP (Radford et al. 2021, appendix A) and most papers.
-    "dtd": Named(torchvision_set(datasets.DTD, WITH_VAL), "dtd/", "dtd"),
+    "dtd": Named(torchvision_set("DTD", WITH_VAL), "dtd/", "dtd"),
     "imagenet": Named(imagenet, "val/", "imagenet"),
     "imagenet-v2": Named(imagenet, "folders 0 to 999", "imagenet"),
     **dict.fromkeys(("imagenet-r", "imagenet-sketch", "imagenet-a"), VARIANT),

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 import PIL
-import timm
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -33,6 +32,7 @@ from declip.models.folding import inference_tower
 from declip.models.image_tower import PosteriorProjection
 from declip.models.inference import chunked
 from declip.models.layers import IMAGE, PROJECTIONS, TEXT
+from declip.models.timm_import import timm
 from declip.recipe.schema import Recipe
 from declip.training.assemble import Resolved
 

@@ -34,15 +34,15 @@ class Classes:
     @classmethod
     def of(cls, rows: Tensor, mean: Tensor | None = None, size: int | None = None) -> "Classes":
         """Classes of a classifier's weights (c, v); ImageNet's names if it has as many classes as a set of ImageNet."""
-        from timm.data import ImageNetInfo, infer_imagenet_subset  # a second
+        from declip.models.timm_import import timm  # a second
 
         # (c, v)
         rows = rows.detach().float()
         classes = cls(rows, torch.zeros(rows.shape[1]) if mean is None else mean.float(), size=size)
-        subset = infer_imagenet_subset({"num_classes": len(rows)})
+        subset = timm.data.infer_imagenet_subset({"num_classes": len(rows)})
         if subset is None:
             return classes
-        info = ImageNetInfo(subset)
+        info = timm.data.ImageNetInfo(subset)
         names, described = (info.label_descriptions(detailed=detailed) for detailed in (False, True))
         definitions = (text.removeprefix(f"{name}: ") for name, text in zip(names, described, strict=True))
         return replace(classes, names=tuple(names), definitions=tuple(definitions))

@@ -214,13 +214,13 @@ def activation_of(keys: Mapping[str, Any]) -> str:
 
 def clip_keys(tower: ImageTower) -> dict[str, Any] | None:
     """Recipe keys that build the same tower, if it is a ViT or ResNet of CLIP; otherwise None."""
-    from timm.layers import AttentionPool2d, QuickGELU
+    from declip.models.timm_import import timm
 
     trunk = tower.trunk
     try:
-        resnet = isinstance(trunk.head, AttentionPool2d)
+        resnet = isinstance(trunk.head, timm.layers.AttentionPool2d)
         heads = trunk.head.num_heads if resnet else trunk.blocks[0].attn.num_heads
-        quick = resnet or isinstance(trunk.blocks[0].mlp.act, QuickGELU)
+        quick = resnet or isinstance(trunk.blocks[0].mlp.act, timm.layers.QuickGELU)
         state = {f"image_tower.{name}": tensor for name, tensor in tower.state_dict().items()}
         written = (CLIP_RESNET if resnet else CLIP_VIT).write(state)
         keys = image_keys(written, heads, "quick_gelu" if quick else "gelu")

@@ -311,13 +311,13 @@ def _vision_config(model: DualEncoder, keys: Mapping[str, Any] | None, activatio
         width = sizes["embed_dim"]
         config = {"layers": sizes["depth"], "width": width, "head_width": width // sizes["num_heads"]}
         return config | {name: sizes[name] for name in ("patch_size", "mlp_ratio")}, layouts.CLIP_VIT
-    import timm
+    from declip.models.timm_import import timm
 
     name, tower = model.recipe.image.model, model.image_tower
     difference: str | None = "timm does not know it"
     # open_clip does not import those that others registered
     if timm.is_model(name) and timm.model_entrypoint(name).__module__.startswith("timm."):
-        with torch.device("meta"):
+        with torch.device("meta"), Uninitialized():
             trunk = timm.create_model(name, num_classes=0)
         norm = {f"norm.{part}": tensor for part, tensor in tower.norm.state_dict().items()}
         difference = first_difference(trunk.state_dict(), {**tower.trunk.state_dict(), **norm})

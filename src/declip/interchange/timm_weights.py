@@ -59,7 +59,7 @@ def matches(where: str) -> bool:
 
 def read(where: str) -> Weights:
     """Read an image tower, with its image size and statistics."""
-    import timm
+    from declip.models.timm_import import timm
 
     image, plus, encoder = where.rpartition("+")
     if plus:
@@ -117,7 +117,7 @@ def _filled(
     where: str, architecture: str, size: int, weights: Mapping[str, Tensor]
 ) -> tuple[ImageTower, dict[str, Tensor]]:
     """Build the tower with the weights, which must be complete except for the classifier, and return the rest."""
-    import timm
+    from declip.models.timm_import import timm
 
     # Names of the classifier's tensors, which the tower lacks
     classifier = getattr(timm.get_pretrained_cfg(architecture), "classifier", None) or ()

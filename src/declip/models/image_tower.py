@@ -125,7 +125,7 @@ class ImageTower(nn.Module):
         weights: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
-        from timm.layers import AttentionPool2d
+        from declip.models.timm_import import timm
 
         self.trunk = _create(name, size, options or {}, weights)
         self.norm: nn.Module = nn.Identity()
@@ -136,7 +136,7 @@ class ImageTower(nn.Module):
             self.norm, self.trunk.norm = self.trunk.norm, nn.Identity()
         # The projection, with CLIP's initialization
         self.pre_logits_width = int(self.trunk.head_hidden_size)
-        pools_by_attention = isinstance(getattr(self.trunk, "head", None), AttentionPool2d)
+        pools_by_attention = isinstance(getattr(self.trunk, "head", None), timm.layers.AttentionPool2d)
         self.proj = nn.Linear(self.pre_logits_width, embed_dim, bias=pools_by_attention)
         nn.init.normal_(self.proj.weight, std=self.pre_logits_width**-0.5)
         self.token_width = int(self.trunk.num_features)
@@ -227,7 +227,7 @@ def pool_cells(trunk: Any, images: Tensor, pool: Callable[[Tensor], Tensor]) -> 
 
 
 def _create(name: str, size: int, options: dict[str, Any], weights: Mapping[str, Tensor] | None = None) -> Any:
-    import timm
+    from declip.models.timm_import import timm
 
     base, preset = SMALL_TOWERS.get(name, (name, {}))
     if "blocks" in preset:

@@ -54,8 +54,9 @@ class WrappedModel:
     def build(self, size: int) -> tuple[nn.Module, nn.Module]:
         """Build open_clip's image and text modules for an image size, with random weights."""
         check_installed("open_clip", "open_clip", "This model")
-        import timm
         from open_clip import CustomTextCLIP
+
+        from declip.models.timm_import import timm
 
         config = deepcopy(dict(self.config))
         vision, text = config["vision_cfg"], config["text_cfg"]

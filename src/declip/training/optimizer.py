@@ -11,12 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from declip.errors import UserError
 from declip.models.device import computes_bf16
 from declip.recipe.schema import Train
-from declip.training.parallel import full_tensor, shard_like
+from declip.training.parallel import full_tensor, is_sharded, shard_like
 
 MOMENTUM = 0.95
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -100,7 +99,7 @@ class Muon(torch.optim.AdamW):
             rate = -RMS * max(shape) ** 0.5 * group["lr"]
             for (parameter, _), step in zip(pairs, steps.to(stacked.dtype), strict=True):
                 step = step.reshape(parameter.shape)
-                parameter.add_(shard_like(parameter, step) if isinstance(parameter, DTensor) else step, alpha=rate)
+                parameter.add_(shard_like(parameter, step) if is_sharded(parameter) else step, alpha=rate)
 
 
 OptimizerFactory = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
@@ -145,7 +144,7 @@ def build_optimizer(
     for name, parameter in named:
         multiplier = (multipliers or {}).get(name, LrMultiplier())
         muon = train.optimizer == "muon" and use_muon(name.removeprefix("objective."), parameter, over_vocabulary)
-        group = decays(name, parameter), muon, isinstance(parameter, DTensor), multiplier
+        group = decays(name, parameter), muon, is_sharded(parameter), multiplier
         groups.setdefault(group, {})[name] = parameter
     options: list[dict[str, Any]] = [
         {

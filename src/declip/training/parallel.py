@@ -8,11 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
@@ -22,6 +19,7 @@ from declip.data.images.views import apply_photometric
 from declip.errors import UserError
 from declip.models.dual_encoder import DualEncoder
 from declip.models.layers import blocks_of, grad_checkpointing, is_frozen
+from declip.models.timm_import import timm
 from declip.recipe.schema import Recipe, Train
 from declip.runs.folder import log
 from declip.supervision.contrastive import to_float32
@@ -108,6 +106,8 @@ def _shard(model: DualEncoder, objective: Objective) -> None:
     towers = (model.image_tower, model.text_tower)
     heads = [head for term in objective.terms.values() for head in term.children() if list(head.parameters())]
     mesh = init_device_mesh(model.device.type, (dist.get_world_size(),))
+    from torch.distributed.fsdp import fully_shard  # takes a second
+
     for part in (*(block for tower in towers for block in blocks_of(tower)), *towers, *heads):
         fully_shard(part, mesh=mesh)
 
@@ -121,7 +121,7 @@ def unwrap(learner: nn.Module) -> Learner:
 
 def clip_gradients(parameters: list[Tensor], limit: float) -> Tensor:
     """Scale all gradients to a total norm of at most `limit`; return the norm before, a scalar."""
-    groups = [[p for p in parameters if isinstance(p, DTensor) is sharded] for sharded in (True, False)]
+    groups = [[p for p in parameters if is_sharded(p) is sharded] for sharded in (True, False)]
     if not groups[0]:
         return nn.utils.clip_grad_norm_(parameters, limit)
     # Sharded and other parameters are mixed.
@@ -137,7 +137,7 @@ def average_gradients(parameters: Iterable[Tensor]) -> None:
 
     One collective for all: each has a latency, and a tower has hundreds of parameters. It costs a copy of them.
     """
-    gradients = [p.grad for p in parameters if not isinstance(p, DTensor) and p.grad is not None]
+    gradients = [p.grad for p in parameters if not is_sharded(p) and p.grad is not None]
     if distributed.world_size() == 1 or not gradients:
         return
     flat = distributed.average(torch.cat([gradient.flatten() for gradient in gradients]))
@@ -146,9 +146,15 @@ def average_gradients(parameters: Iterable[Tensor]) -> None:
         gradient.copy_(part.view(gradient.shape))
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor, whose import takes a second."""
+    return hasattr(tensor, "device_mesh")
+
+
 def full_tensor(tensor: Tensor) -> Tensor:
     """Gather a tensor's shards; a collective."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    whole: Any = tensor
+    return whole.full_tensor() if is_sharded(tensor) else tensor
 
 
 @torch.no_grad()
@@ -162,9 +168,12 @@ def shard_like(like: object, tensor: Tensor) -> Tensor:
     """Return a full tensor in the sharding and memory layout of another one, which fused kernels require."""
     if not isinstance(like, Tensor) or tensor.shape != like.shape:
         return tensor
-    if not isinstance(like, DTensor):
+    sharded: Any = like
+    if not is_sharded(like):
         return torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
-    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor.to(like.device), sharded.device_mesh, sharded.placements)
 
 
 def synchronize(module: nn.Module, device: torch.device) -> None:
@@ -173,7 +182,8 @@ def synchronize(module: nn.Module, device: torch.device) -> None:
         if not isinstance(child, _BatchNorm):
             synchronize(child, device)
         elif not is_frozen(child):  # torch's `SyncBatchNorm` works on CUDA alone
-            setattr(module, name, convert_sync_batchnorm(child) if device.type == "cuda" else HostSyncBatchNorm(child))
+            convert = timm.layers.convert_sync_batchnorm if device.type == "cuda" else HostSyncBatchNorm
+            setattr(module, name, convert(child))
 
 
 class HostSyncBatchNorm(_BatchNorm):

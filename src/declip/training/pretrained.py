@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -18,6 +17,7 @@ from declip.io.atomic import ELSEWHERE, atomic_write
 from declip.models.dual_encoder import DualEncoder
 from declip.models.hf_encoder import ENTRY
 from declip.models.layers import IMAGE, MARK, TEXT, add_adapters, blocks, depths, freeze, keep_in_evaluation
+from declip.models.timm_import import timm
 from declip.recipe.schema import FineTuning, LoRA, Recipe
 from declip.runs.checkpoint import prefixed
 from declip.runs.folder import KEPT
@@ -132,7 +132,7 @@ def _resized(name: str, tensor: Tensor, own: Tensor, model: DualEncoder) -> Tens
     before = 1 if tensor.ndim == 2 else 0 if grid_only else int(getattr(trunk, "num_prefix_tokens", 0))
     old, new = (round((embedding.shape[-2] - before) ** 0.5) for embedding in (tensor, own))
     rows = tensor.float().reshape(1, *tensor.shape[-2:])
-    resized = resample_abs_pos_embed(rows, [new, new], [old, old], num_prefix_tokens=before)
+    resized = timm.layers.resample_abs_pos_embed(rows, [new, new], [old, old], num_prefix_tokens=before)
     return resized if tensor.ndim == 3 else resized[0]
 
 

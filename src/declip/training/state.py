@@ -9,7 +9,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-import timm
 import torch
 from torch import nn
 
@@ -22,6 +21,7 @@ from declip.errors import UserError
 from declip.evaluation.results import Result, RetrievalResult, ZeroShotResult
 from declip.models.device import random_states, set_random_states
 from declip.models.dual_encoder import DualEncoder
+from declip.models.timm_import import timm
 from declip.recipe.schema import Evaluation, Recipe
 from declip.runs.checkpoint import Checkpoint, prefixed, without_prefix
 from declip.runs.folder import log

@@ -1,0 +1,54 @@
+"""timm, imported without torch's compiler, whose import takes another 2 s; `torch.compile` imports it when it is used.
+
+Every module of declip takes timm from here.
+"""
+
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import torch
+
+COMPILER = "torch._dynamo.utils"
+
+
+@contextmanager
+def without_compiler() -> Iterator[None]:
+    """Replace the two parts of the compiler that torchvision 0.28 and timm 1.0 ask for while they are imported.
+
+    torchvision decides by one, at each call, how it pools regions; timm excludes its NaFlex towers by the other.
+    """
+    if COMPILER in sys.modules:
+        yield
+        return
+
+    def imported(name: str) -> Any:
+        """Any other part is imported; `inspect` asks all modules for their `__file__`."""
+        if name.startswith("__"):
+            raise AttributeError(name)
+        sys.modules.pop(COMPILER, None)
+        return getattr(importlib.import_module(COMPILER), name)
+
+    later = ModuleType(COMPILER)
+    vars(later).update(is_compile_supported=lambda kind: imported("is_compile_supported")(kind), __getattr__=imported)
+    sys.modules[COMPILER], disable = later, torch.compiler.disable
+    vars(torch.compiler)["disable"] = _unchanged
+    try:
+        yield
+    finally:
+        vars(torch.compiler)["disable"] = disable
+        if sys.modules.get(COMPILER) is later:
+            del sys.modules[COMPILER]
+
+
+def _unchanged(function: Callable[..., Any]) -> Callable[..., Any]:
+    return function
+
+
+with without_compiler():
+    import timm
+
+__all__ = ["timm"]
