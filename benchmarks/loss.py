@@ -30,12 +30,13 @@ from declip.data.pair import PairSource
 from declip.data.sources.open import open_source
 from declip.data.sources.subset import take
 from declip.models.dual_encoder import DualEncoder
+from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe
 from declip.supervision.contrastive import scaled_similarity
 from declip.supervision.multi_view import MultiView
 from declip.supervision.nearest_neighbor import neighbor_contrast
 from declip.supervision.term import Encodings, Rows, Similarity, Term, require
-from declip.training.assemble import assemble, resolve_recipe
+from declip.training.assemble import assemble
 from declip.training.state import Extensions
 from declip.training.step import training_step
 
@@ -218,7 +219,7 @@ def measure_costs(out: Path) -> None:
     with TemporaryDirectory() as folder:
         states = {}
         for name in METHODS:
-            recipe = resolve_recipe(METHODS[name][1], keys_of(name) | {"data.max_pairs": 1400})
+            recipe = load_recipe(METHODS[name][1], keys_of(name) | {"data.max_pairs": 1400})
             states[name] = assemble(recipe, Path(folder) / name, quiet=True, extensions=Extensions(terms=TERMS))
             states[name].learner.train()
         for name, state in [*states.items()] * (ROUNDS + 1):

@@ -20,14 +20,15 @@ from declip.evaluation.protocols import Options, evaluate_all
 from declip.evaluation.results import Result
 from declip.interchange.read import loaded
 from declip.models.precision import Precision
-from declip.recipe.checks import check_tasks
+from declip.recipe.checks import check_tasks, load_for_training
 from declip.recipe.schema import Recipe
 from declip.reports.comparison import write_page
 from declip.reports.run import write_report
 from declip.runs.folder import Run
 from declip.supervision.term import Term
 from declip.training import distributed
-from declip.training.assemble import assemble, held_out_sets, resolve_recipe
+from declip.training.assemble import assemble, held_out_sets
+from declip.training.evaluations import HeldOutSets
 from declip.training.optimizer import OptimizerFactory
 from declip.training.sinks import Sink
 from declip.training.state import Extensions
@@ -80,9 +81,11 @@ def train(
         if not isinstance(callback, Sink):
             raise UserError(f"callbacks has {callback!r}; give objects of subclasses of declip.Sink.")
     (source, *sets), sources = name_sources(data, *held_out_sets(val))
-    resolved = resolve_recipe(recipe, overrides, source, sets, sources, resume)
+    loaded = load_for_training(recipe, overrides, source, sets, resume, sources)
+    held_out = HeldOutSets(loaded, sources)
+    resolved = held_out.assign(loaded) if sets else loaded
     folder = Path(out).expanduser() if out is not None else Path("runs") / resolved.name
-    extensions = Extensions(callbacks, terms or {}, optimizer, augment, sources)
+    extensions = Extensions(callbacks, terms or {}, optimizer, augment, sources, held_out)
     state = assemble(resolved, folder, resume, quiet, extensions)
     run = Trainer(state).train(partial(write_report, held_out=state.held_out) if report else None)
     distributed.leave()

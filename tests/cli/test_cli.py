@@ -9,7 +9,8 @@ import yaml
 import declip
 from conftest import refuses, texture, tiny_tree, write_table
 from declip.api import train
-from declip.training.assemble import resolve_recipe
+from declip.recipe.checks import load_for_training
+from declip.training.evaluations import HeldOutSets
 from interchange.towers import build
 
 
@@ -54,8 +55,8 @@ def test_held_out_sets_are_evaluated_by_what_they_have(table, tmp_path):
     images = [f"{table.parent}/{color}-bar.png" for color in ("red", "blue", "green", "black")]
     both.write_text("image,caption,label\n" + "".join(f"{image},bar {n},{n % 2}\n" for n, image in enumerate(images)))
     classes.write_text("image,label\n" + "".join(f"{image},{n % 2}\n" for n, image in enumerate(images)))
-    recipe = resolve_recipe("demo-clip", data="a [b]: c.csv", val=list(map(str, (both, classes, table))))
-    assert resolve_recipe("demo-clip", val=[table]).evaluation.retrieval == (str(table),)
+    loaded = load_for_training("demo-clip", data="a [b]: c.csv", val=list(map(str, (both, classes, table))))
+    recipe = HeldOutSets(loaded).assign(loaded)
     refuses("generator is not a source", train, "demo-clip", data=(pair for pair in ()), out=tmp_path / "run")
     assert recipe.data.source == "a [b]: c.csv"
     assert recipe.evaluation.zero_shot == (str(both), str(classes))

@@ -14,7 +14,8 @@ from declip.data.pair import BrokenPair
 from declip.evaluation import datasets
 from declip.evaluation.datasets import Dataset, open_dataset, with_classes
 from declip.evaluation.protocols import evaluate_all
-from declip.training.assemble import resolve_recipe
+from declip.recipe.checks import load_for_training
+from declip.training.evaluations import HeldOutSets
 from evaluation import trees
 
 
@@ -72,7 +73,8 @@ def test_a_table_of_captions_may_have_splits(tmp_path):
         assert dataset.name == str(given)
         assert {which: len(dataset.split(which)) for which in dataset.openers} == {"train": 3, "test": 1}
         assert dataset.split("test").captions(0) == ("caption 3",)
-        assert resolve_recipe("clip", data=given, val=[given]).evaluation.retrieval == (str(given),)
+        loaded = load_for_training("clip", data=given, val=[given])
+        assert HeldOutSets(loaded).assign(loaded).evaluation.retrieval == (str(given),)
 
 
 def test_a_folder_with_captions_is_still_one(tmp_path):

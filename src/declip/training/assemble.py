@@ -1,7 +1,7 @@
 """Assembly of a run from a recipe: all checks are made here, before the first step."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,12 +11,10 @@ import torch
 from declip.data.batch import Plan, plan_views
 from declip.data.loader import Assembler, PairLoader
 from declip.data.pair import PairSource
-from declip.data.sources.open import NO_SOURCES, Sources
 from declip.interchange.weights import Weights
 from declip.io.pool import cores
 from declip.models.device import computes_bf16
 from declip.models.dual_encoder import DualEncoder
-from declip.recipe.checks import load_for_training
 from declip.recipe.schema import Recipe
 from declip.runs import folder as run_folder
 from declip.runs.checkpoint import Checkpoint, folder_of, load_checkpoint
@@ -33,19 +31,6 @@ from declip.training.state import NO_EXTENSIONS, Extensions, RunState, restore
 from declip.training.trackers import trackers_of
 
 MOST_LOADERS = 32  # loader processes of a training process: each holds two batches in shared memory
-
-
-def resolve_recipe(
-    recipe: str | Path | Recipe,
-    overrides: Mapping[str, Any] | None = None,
-    data: str | Path | None = None,
-    val: Sequence[str | Path] = (),
-    sources: Sources = NO_SOURCES,
-    resume: bool = False,
-) -> Recipe:
-    """Load a recipe with its overrides, training pairs and held-out sets, see `train`."""
-    loaded = load_for_training(recipe, overrides, data, val, resume, sources)
-    return HeldOutSets(loaded, sources).assign(loaded) if val else loaded
 
 
 def held_out_sets(given: Any) -> list[Any]:
