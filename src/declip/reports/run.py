@@ -39,7 +39,8 @@ def write_report(folder: Path, model: Encoder, limit: int = 4_000, held_out: Hel
     dataset = min(names, key=lambda name: name.startswith("builtin:"), default=None)
     results = [row.result for row in run.last() if row.result.dataset == dataset]
     # --- tables and examples
-    encoded = dataset and _encode(model, held_out or HeldOutSets(run.recipe), dataset, limit)
+    embeds = getattr(model, "token_scorer", None) is None  # else embeddings are not trained
+    encoded = _encode(model, held_out or HeldOutSets(run.recipe), dataset, limit) if dataset and embeds else None
     source, grown = run.examples.get("source"), run.cross_validation.get("growth", {})
     credits = (source and source["credit"], encoded and encoded["source"].credit)
     content = render(
