@@ -15,6 +15,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 import numpy as np
 import pytest
 import torch
+from markupsafe import Markup
 from PIL import Image, ImageDraw
 
 from declip.errors import UserError
@@ -134,6 +135,15 @@ def read_only(folder, code):
     if done.returncode == 77 or "unshare" in done.stderr:
         pytest.skip("no mount namespaces here")
     return done.stdout + done.stderr
+
+
+@pytest.fixture(autouse=True)
+def without_charts(request):
+    """Draw charts in the tests of reports alone: matplotlib takes a tenth of a second for each."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "reports" not in request.path.parts:
+            patch.setattr("declip.reports.charts.Chart.svg", lambda *_: Markup("<svg></svg>"))
+        yield
 
 
 @pytest.fixture

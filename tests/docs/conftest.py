@@ -58,10 +58,10 @@ def small(recipe):
 
 @pytest.fixture(scope="session")
 def emoji_cache(tmp_path_factory):
-    """A cache of 24 concepts by all designers, four of them held out, as `declip data download` writes it."""
+    """A cache of 24 concepts by five designers, four of them held out, as `declip data download` writes it."""
     cache = tmp_path_factory.mktemp("emoji")
     rows, pixels = [], []
-    for design in DESIGNS:
+    for design in (*DESIGNS[:6:2], *DESIGNS[6:]):  # three of training, and those of validation and test
         for number, (color, shape) in enumerate((c, s) for c in COLORS for s in SHAPES):
             code, name = f"{FIRST + number:x}", f"{color} {shape}"
             row = {"key": f"{design.key}/{code}", "design": design.key, "code": code, "drawing": name, "name": name}
