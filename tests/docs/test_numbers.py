@@ -75,7 +75,7 @@ def readme():
 
 def whole():
     """Galleries of whole sets, without and with class posteriors."""
-    for name in ("stamps-photos", "stamps", "clipart", "emoji-test"):
+    for name in ("stamps-photos", "clipart"):
         for method in ("declip, linear", "declip finetune"):
             row = pick("few/posteriors.jsonl", set=f"{name}, whole", method=method)
             yield from (row["r1"], row["r10"])
@@ -239,7 +239,7 @@ def started(dataset, *keys):
 
 def words(measure):
     """Mean average precision of a search for words, before and after."""
-    for name in ("stamps-photos", "stamps", "clipart", "emoji-test", "icons-test"):
+    for name in ("stamps-photos", "clipart", "icons-test"):
         yield from pick("few/coarse.jsonl", set=name, measure=measure)["map"]
 
 
@@ -286,8 +286,7 @@ SENTENCES = {  # page and text, with # for a number
     "results: needs # times fewer than CLIP as published (# to #)": lambda: factor("over_clip_as_published"),
     "results: needs 1.1 times more pairs**: factor # (# to #)": lambda: factor("equal_compute"),
     "results: `demo-multi-view` as many: # (# to #)": lambda: factor("few_equal_compute"),
-    "results: gallery: 274 photographs #/# → #/# with posteriors, 549 stamps #/# → #/#, 1,497 clip art #/# → #/#, "
-    "1,285 emoji #/# → #/#": lambda: [*whole()],
+    "results: gallery: 274 photographs #/# → #/# with posteriors, 1,497 clip art #/# → #/#": lambda: [*whole()],
     "results: alone has # %, with `multi_view` #, with SimSiam too #, with neighbors too #": steps,
     "results: CLIP # %, FILIP #, SLIP #, DeCLIP #, DeFILIP #; with 1,400 pairs #, #, #, # and #": tuned,
     "results: contained the value on new images in # of # trials": lambda: contained(
@@ -297,10 +296,11 @@ SENTENCES = {  # page and text, with # for a number
         "coverage.jsonl", "R1", "truth1", "R10", "truth10", first_seed=4
     ),
     "README: R@1 # %, R@10 # % (chance": lambda: [*whole()][2:4],
-    "search: without pairs: 274 photographs # → # %, 549 stamps # → #, 1,497 clip art # → #, 1,285 emoji # → #, "
-    "3,259 icons # → #": lambda: [*words("all words")],
+    "search: without pairs: 274 photographs # → # %, 1,497 clip art # → #, 3,259 icons # → #": lambda: [
+        *words("all words")
+    ],
     "search: stamps of 13 kinds # → # % top-1": lambda: pick("few/kinds.jsonl", what="names")["top1"],
-    "search: stamps now have # by names, and #/#/# with images": lambda: [
+    "search: stamps now have #, and #/#/#": lambda: [
         pick("few/kinds.jsonl", **what)["top1"][1] for what in ({"what": "names"}, *({"shots": n} for n in (1, 4, 16)))
     ],
     "README: is **# %** in float32 and # % in bfloat16": lambda: [
