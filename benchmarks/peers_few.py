@@ -87,7 +87,7 @@ class Data:
         """Compute the features as `declip finetune NAME --from WEIGHTS --freeze both` does."""
         with TemporaryDirectory() as folder:
             keys = {"train.device": "cpu", **({"data.max_pairs": MOST} if name.endswith("icons") else {})}
-            recipe, _ = finetune_recipe(Request.of(name, weights, keys, freeze="both"), Path(folder), quiet=True)
+            recipe, *_ = finetune_recipe(Request.of(name, weights, keys, freeze="both"), Path(folder), quiet=True)
             resolved = resolve(recipe, Path(folder))
             model, starts = frozen_model(resolved), resolved.weights is not None and resolved.weights.projected
             encoder = FrozenEncoder(model)

@@ -138,7 +138,7 @@ def test_python_uses_the_same_words_and_resumes(pairs, weights, tmp_path):
     assert whole.finished
     assert whole.recipe.finetune.freeze_text_blocks == "all"
     part = tmp_path / "part"
-    recipe, split = finetune_recipe(Request.of(pairs, weights, keys, freeze="text"), part, quiet=True)
+    recipe, split, _ = finetune_recipe(Request.of(pairs, weights, keys, freeze="text"), part, quiet=True)
     assert not part.exists()
     write_lists(split.lists)
     stop_at(recipe, part, 3)

@@ -119,7 +119,7 @@ def test_captions_of_one_image_weigh_as_one_in_cross_validation():
     often = Pairs(once.images, once.texts[owners], owners)  # every fifth image has its caption five times
     fits = []
     for pairs in (once, often):
-        (outcome,) = CrossValidation(pairs, np.arange(40), folds, None, 0.0, False).ranks((DEFAULT_FORM,))
+        (outcome,) = CrossValidation(pairs, np.arange(40), folds, None, False, 0.0).ranks((DEFAULT_FORM,))
         fits.append(outcome.fit[:40])
     torch.testing.assert_close(*fits)
 
@@ -160,7 +160,7 @@ def test_classes_help_in_cross_validation_as_in_the_fit():
     pairs, folds = pairs_of(20, noise=3.0), torch.arange(20) % 5
     means = []
     for weight in (0.0, 1.0):
-        validation = CrossValidation(pairs, np.arange(20), folds, class_pairs(300), weight, False)
+        validation = CrossValidation(pairs, np.arange(20), folds, class_pairs(300), False, weight)
         means.append(float(validation.ranks((DEFAULT_FORM,))[0].percentiles().mean()))
     assert means[1] > means[0] + 0.1
 

@@ -185,7 +185,7 @@ def killed_while_it_exports(folder, recipe):
 
 
 def test_a_run_that_was_killed_while_it_exported_is_not_finished(folder, tmp_path, monkeypatch):
-    recipe, _ = finetune_recipe(asked(folder), tmp_path / "x", True)
+    recipe, *_ = finetune_recipe(asked(folder), tmp_path / "x", True)
     process = get_context("fork").Process(target=killed_while_it_exports, args=(tmp_path / "run", recipe))
     process.start()
     process.join()
@@ -279,7 +279,7 @@ def test_the_cost_is_estimated_without_a_run(folder, tmp_path):
 
 def fitted_here(folder, out):
     """Fit in one of several processes, see `fitted`."""
-    recipe, _ = finetune_recipe(asked(folder), out.with_suffix(".none"), True)
+    recipe, *_ = finetune_recipe(asked(folder), out.with_suffix(".none"), True)
     run = fit(recipe, out, False, True)
     return run.finished, run.is_rank_zero
 

@@ -1,6 +1,6 @@
 """Projections of frozen towers in closed form, chosen by cross-validation: no steps, no validation set needed."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -61,6 +61,8 @@ DIRECTIONS = 512  # largest directions of the image features that cross-validati
 
 
 Key = TypeVar("Key")
+Given = TypeVar("Given")
+Computed = TypeVar("Computed")
 
 
 class Estimate(NamedTuple):
@@ -209,9 +211,8 @@ def choose_heads(
     # --- all candidates, or of few pairs the usual one
     if not embedded and effective_groups(np.unique(groups, return_counts=True)[1]) < FEW:
         forms, weights = (DEFAULT_FORM,), weights[:1]
-    validations = {
-        weight: CrossValidation(some, own_groups, own_folds, classes, weight, embedded) for weight in weights
-    }
+    build = partial(CrossValidation, some, own_groups, own_folds, classes, embedded)
+    validations = dict(zip(weights, in_threads(build, weights), strict=True))
     tried = dict[tuple[Form, float], HeldOutRanks]()
     for weight, validation in validations.items():
         tried |= {(form, weight): ranks for form, ranks in zip(forms, validation.ranks(forms), strict=True)}
@@ -228,7 +229,7 @@ def choose_heads(
     outcome, validation = tried[form, weight], validations[weight]
     whole = validation
     if some is not pairs:
-        whole = CrossValidation(pairs, groups, folds, classes, weight, embedded)
+        whole = CrossValidation(pairs, groups, folds, classes, embedded, weight)
         (outcome,) = whole.ranks((form,))
     return Choice(heads, form, weight, outcome.best_scale(), outcome, of_start, validation, whole, start)
 
@@ -292,8 +293,8 @@ class CrossValidation:
         groups: np.ndarray,
         folds: Tensor,
         classes: ClassPairs | None,
-        weight: float,
         one_space: bool,
+        weight: float,
     ) -> None:
         # The folds (n,) keep groups (n,) together; in one space the axes of images and texts must stay the same.
         self.pairs, self.groups, self.folds = pairs, groups, folds
@@ -331,9 +332,7 @@ class CrossValidation:
                 ranked.append([(block, score(Heads(*heads).similarities(*sides), block)) for heads in maps])
             return ranked
 
-        # As many folds at a time as torch has threads: small matrices gain nothing from several.
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool, torch_threads(1):
-            ranked = [*chain.from_iterable(pool.map(rank_fold, self.folds.unique().tolist()))]
+        ranked = chain.from_iterable(in_threads(rank_fold, self.folds.unique().tolist()))
         return [HeldOutRanks.join(self.pairs, of_form) for of_form in zip(*ranked, strict=True)]
 
     def heads_without(self, fold: int, form: Form) -> Heads:
@@ -347,6 +346,14 @@ class CrossValidation:
         kept = fitted[owners]  # (m,)
         own = moments(images, texts[kept], owners[kept], self._weights[kept])
         return solve(tuple(map(torch.add, own, self._classes)), forms, self._widths)
+
+
+def in_threads(compute: Callable[[Given], Computed], given: Sequence[Given]) -> list[Computed]:
+    """Compute as many results at a time as torch has threads: small matrices gain nothing from several."""
+    threads = torch.get_num_threads()
+    at_once = min(threads, len(given))
+    with ThreadPoolExecutor(at_once) as pool, torch_threads(threads // at_once):
+        return [*pool.map(compute, given)]
 
 
 def largest_directions(rows: Tensor, weights: Tensor, count: int) -> Tensor:

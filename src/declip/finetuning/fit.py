@@ -28,6 +28,7 @@ from declip.errors import UserError
 from declip.finetuning import outputs
 from declip.finetuning.features import Features, FrozenEncoder, class_pairs, compute_features, embeddings, projections
 from declip.finetuning.wise_ft import ALPHAS, best_mixture, set_scores
+from declip.interchange.export import of_run
 from declip.interchange.weights import Uninitialized
 from declip.io.atomic import atomic_write, write_text
 from declip.io.text import plural
@@ -130,7 +131,7 @@ def _fit(resolved: Resolved, folder: Path, resume: bool, quiet: bool, added: Ext
             for result in held_out.measure(encoder, tasks, not quiet):
                 monitor.evaluation(STEP, result.to_dict())
         monitor.flush()
-        outputs.write_finetuned(folder, encoder, held_out)
+        outputs.write_finetuned(folder, encoder, held_out, of_run(folder, model, STEP))
 
 
 def frozen_model(resolved: Resolved) -> DualEncoder:

@@ -5,19 +5,19 @@ from pathlib import Path
 from declip.errors import UserError
 from declip.evaluation.encode import Encoder
 from declip.interchange.export import export, trace
-from declip.interchange.format import Refusal
+from declip.interchange.format import Refusal, Traced
 from declip.reports.run import write_report
 from declip.runs.folder import log
 from declip.training.evaluations import HeldOutSets
 
 
-def write_finetuned(folder: Path, model: Encoder, held_out: HeldOutSets) -> None:
+def write_finetuned(folder: Path, model: Encoder, held_out: HeldOutSets, merged: Traced | None = None) -> None:
     """Export the model of a finished run to every format that can hold it, and write the report.
 
     The report is last: a fit in closed form that has one is finished.
     """
     # Without adapters, and whole where it was sharded; loaded once for all formats
-    merged = trace(folder)
+    merged = merged or trace(folder)
     for format in ("safetensors", "open_clip", "huggingface"):
         try:
             export(merged, format, folder / "exported" / format, overwrite=True)

@@ -20,6 +20,7 @@ from declip.finetuning.split import Split, choose_pairs, open_lists
 from declip.finetuning.wise_ft import mix_with_start
 from declip.interchange import starter
 from declip.interchange.read import folder_or_name, read_start
+from declip.interchange.weights import Weights
 from declip.models.device import pick_device
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.checks import load_for_training
@@ -89,15 +90,16 @@ def run_request(
             hosts.on_rank_zero(partial(_refuse_others, recipe, request))
         else:
             split: Split | None = None
+            start: Weights | None = None
 
             def choose() -> tuple[Recipe, Lists]:
-                nonlocal split
-                recipe, split = finetune_recipe(request, folder, quiet, sources)
+                nonlocal split, start
+                recipe, split, start = finetune_recipe(request, folder, quiet, sources)
                 return recipe, split.lists
 
             recipe, lists = hosts.on_rank_zero(choose)
             if split is not None:
-                added = Extensions(sources=split.sources, held_out=split.held_out, lists=lists)
+                added = Extensions(sources=split.sources, held_out=split.held_out, start=start, lists=lists)
             else:  # another rank, which opens the lists by name
                 added = Extensions(sources=open_lists(lists, sources))
         # --- the run
@@ -162,16 +164,16 @@ def _refuse_others(recipe: Recipe, request: Request) -> None:
 
 def estimate_request(request: Request, out: str | Path | None = None, quiet: bool = False) -> tuple[str, str]:
     """Resolve the recipe of a fine-tuning, as YAML, and measure what it will cost."""
-    recipe, split = finetune_recipe(request, Path(out or FINETUNED).expanduser(), quiet)
-    added = Extensions(sources=split.sources, held_out=split.held_out)
+    recipe, split, start = finetune_recipe(request, Path(out or FINETUNED).expanduser(), quiet)
+    added = Extensions(sources=split.sources, held_out=split.held_out, start=start)
     resolved, cost = (estimate_fit if closed_form(recipe) else estimate)(recipe, added)
     return resolved.to_yaml(), cost
 
 
 def finetune_recipe(
     request: Request, folder: Path, quiet: bool = False, sources: Sources = NO_SOURCES
-) -> tuple[Recipe, Split]:
-    """Resolve the recipe of a fine-tuning and choose its pairs, whose lists the folder will have; see `finetune`."""
+) -> tuple[Recipe, Split, Weights]:
+    """Resolve the recipe, choose the pairs, whose lists the folder will have, and read the start; see `finetune`."""
     given = request.keys
     device = pick_device(given.get("train.device", "auto"))
     where = request.weights or default_weights(device.type)
@@ -191,7 +193,7 @@ def finetune_recipe(
     if len(split.train) == 1 and not closed_form(checked):  # a batch has two pairs at least
         keys["data.source"], name = [name, name], None
     recipe = load_for_training("finetune", keys, name, split.val, known={*split.sources})
-    return split.held_out.assign(recipe) if split.val else recipe, split
+    return split.held_out.assign(recipe) if split.val else recipe, split, start
 
 
 def default_weights(device: str) -> str:

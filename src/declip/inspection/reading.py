@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from functools import partial
-from hashlib import blake2b
+from hashlib import blake2b, sha256
 from itertools import combinations
 from typing import NamedTuple
 
@@ -63,19 +63,14 @@ PARTS, SMALLEST_PART, LARGEST_PART = 200, 8, 512
 
 def image_hash(image: Image.Image) -> int:
     """64 bits of an RGB image's size and pixels: equal for equal images; a collision has probability 1 in 10^19."""
-    return _hash(repr(image.size).encode(), image.tobytes())
+    digest = sha256(repr(image.size).encode())  # half the time of others, where the processor has instructions for it
+    digest.update(image.tobytes())
+    return int.from_bytes(digest.digest()[:8], "little")
 
 
 def caption_hash(caption: str) -> int:
     """64 bits of a caption as the tokenizer cleans it: captions that a model cannot distinguish have one hash."""
-    return _hash(clean(caption).encode())
-
-
-def _hash(*parts: bytes) -> int:
-    digest = blake2b(digest_size=8)
-    for part in parts:
-        digest.update(part)
-    return int.from_bytes(digest.digest(), "little")
+    return int.from_bytes(blake2b(clean(caption).encode(), digest_size=8).digest(), "little")
 
 
 def look(image: Image.Image) -> np.ndarray:

@@ -173,9 +173,14 @@ def trace(where: str | Path | DualEncoder | Traced) -> Traced:
         if weights.whole and weights.classes is not None:
             origin += ", with projections fitted to the names of its classifier's classes (arXiv 2605.22484)"
         return Traced(weights.build().eval(), origin=origin, heads=without_run_state(weights.heads))
-    # A run: results and pairs are those of the exported step.
-    weights, run = read_checkpoint(path).check(), read_run(path.parent.parent if (path / STATE).is_file() else path)
-    rows = (row.result for row in run.evaluated if row.weights == weights.step)
+    weights = read_checkpoint(path).check()
+    return of_run(path.parent.parent if (path / STATE).is_file() else path, weights.build().eval(), weights.step)
+
+
+def of_run(folder: Path, model: DualEncoder, step: int | None) -> Traced:
+    """A model of a run after a step, with the results and the pairs of that step."""
+    run = read_run(folder)
+    rows = (row.result for row in run.evaluated if row.weights == step)
     results = tuple({(result.dataset, result.task): result for result in rows}.values())
     pairs, fitted = run.examples.get("source", {}).get("pairs"), bool(run.cross_validation)
-    return Traced(weights.build().eval(), weights.step, pairs, fitted, results)
+    return Traced(model, step, pairs, fitted, results)

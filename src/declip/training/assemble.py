@@ -58,7 +58,7 @@ def resolve(
     if device.type == "cuda":
         torch.set_float32_matmul_precision(recipe.train.matmul_precision)
     recipe = hosts.on_rank_zero(partial(resolve_precision, recipe, device, folder, resume))
-    weights = load_pretrained(recipe, folder, resume)
+    weights = load_pretrained(recipe, folder, resume, extensions.start)
     if weights is not None:
         recipe = weights.fit(recipe)
     source = open_training_source(recipe, extensions.sources)

@@ -25,13 +25,16 @@ from declip.supervision.objective import Objective, without_run_state
 from declip.training.optimizer import LrMultiplier
 
 
-def load_pretrained(recipe: Recipe, folder: Path, resume: bool) -> Weights | None:
-    """Load a run's pretrained weights, if any: the copy in its folder when resuming, else `finetune.pretrained`."""
+def load_pretrained(recipe: Recipe, folder: Path, resume: bool, start: Weights | None = None) -> Weights | None:
+    """Load a run's pretrained weights, if any: the copy in its folder when resuming, else `finetune.pretrained`.
+
+    The latter are `start`, if they are read already.
+    """
     if recipe.finetune.pretrained is None:
         return None
     if resume and (folder / KEPT).is_file():
         return read_part(str(folder / KEPT))
-    start, names = read_start(recipe.finetune.pretrained), recipe.finetune.class_names
+    start, names = start or read_start(recipe.finetune.pretrained), recipe.finetune.class_names
     return start if names is None else replace(start, classes=start.named_classes(names))
 
 

@@ -19,6 +19,7 @@ from declip.data.sources.open import NO_SOURCES, Sources
 from declip.data.sources.subset import NO_LISTS, Lists
 from declip.errors import UserError
 from declip.evaluation.results import Result, RetrievalResult, ZeroShotResult
+from declip.interchange.weights import Weights
 from declip.models.device import random_states, set_random_states
 from declip.models.dual_encoder import DualEncoder
 from declip.models.timm_import import timm
@@ -80,6 +81,7 @@ class Extensions(NamedTuple):
     augment: Augment | None = None
     sources: Sources = NO_SOURCES
     held_out: HeldOutSets | None = None  # if some are open already
+    start: Weights | None = None  # pretrained weights, if they are read already
     lists: Lists = NO_LISTS  # of a split, written when the run begins
 
 
