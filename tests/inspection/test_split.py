@@ -119,15 +119,20 @@ def test_copies_across_a_given_split_are_counted_or_refused(sixty, caplog):
     refuses(("66.7 %", "split"), split, 20)
     split(0)
     seen = write(table.parent / "seen", [(texture(number, 60), f"seen {number}") for number in range(50, 60)])
-    refuses("100.0 %", split_pairs, open_source(table), seen=open_source(seen))
+    caplog.clear()
+    assert split_pairs(open_source(table), seen=open_source(seen)).val.tolist() == [*range(50, 60)]
+    assert "The weights were trained on these pairs" in caplog.text
 
 
-def test_pairs_that_the_start_was_trained_on_are_not_held_out(pairs, tmp_path):
+def test_pairs_that_the_start_was_trained_on_are_not_held_out(pairs, tmp_path, caplog):
     source = open_source(pairs)
     seen = [(texture(group, 60), f"seen {group}") for group in range(10)]
     val = split_pairs(source, seen=open_source(write(tmp_path / "seen", seen))).val
     assert len(val) >= 3
     assert val.min() >= 30
+    assert caplog.text == ""
+    assert split_pairs(source, seen=source).val.tolist() == split_pairs(source).val.tolist()  # nearly all were
+    assert "--val" in caplog.text
 
 
 def test_photos_of_one_product_stay_on_one_side(sixty):
@@ -173,10 +178,13 @@ def test_what_cannot_be_split_is_refused(tmp_path):
         refuses(words, split_pairs, source)
 
 
-def test_copied_validation_images_are_refused_or_counted(pairs, tmp_path):
+def test_copied_validation_images_are_refused_or_counted(pairs, tmp_path, caplog):
     source = open_source(pairs)
-    refuses(r"100.0 % .*--val", check_copies, source, source)
+    refuses(r"100.0 % .*--val", check_copies, source, [source])
     new = [(texture(1000 + n), f"new {n}") for n in range(9)]
-    assert check_copies(source, open_source(write(tmp_path / "new", new))) is None
-    mixed = open_source(write(tmp_path / "mixed", [*new, (texture(0, 40), "known")]))
-    assert "10.0 %" in str(check_copies(source, mixed))
+    mixed = [*new, (texture(0, 40), "known")]
+    check_copies(
+        source, [open_source(write(tmp_path / name, rows)) for name, rows in {"new": new, "mix": mixed}.items()]
+    )
+    (warning,) = caplog.messages
+    assert warning.startswith("10.0 % of the images of 'mix")

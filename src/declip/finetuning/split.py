@@ -46,25 +46,14 @@ def choose_pairs(request: Request, recipe: Recipe, folder: Path, quiet: bool, so
     train, held_out = training_part(source), HeldOutSets(recipe, sources)
     unsplit = Split(train, pairs, request.val, {**sources, pairs: source}, held_out)
     if request.val:
-        for name in request.val:
-            for trained in [train] if seen is None else [train, seen]:
-                if warning := check_copies(trained, held_out.test(name), not quiet):
-                    log.warning(warning)
+        for trained in [train] if seen is None else [train, seen]:
+            check_copies(trained, list(map(held_out.test, request.val)), not quiet)
         return unsplit
     if "validation" not in source.splits() and (closed or len(train) < FEWEST):
         if not closed:
             _check_few(train)
         return unsplit
-    try:
-        parts = split_pairs(source, progress=not quiet, seen=seen)
-    except UserError:
-        if seen is None:
-            raise
-        parts = split_pairs(source, progress=not quiet)
-        log.warning(
-            f"The weights were trained on these pairs, or on most of them ('{seen.name}'), so the validation results "
-            "are too high. Give other pairs with --val."
-        )
+    parts = split_pairs(source, progress=not quiet, seen=seen)
     own, val = names = [str(folder / name) for name in SPLIT]
     lists = {name: list_of(pairs, columns, source, part) for name, part in zip(names, parts, strict=True)}
     opened = {name: Subset(source, part) for name, part in zip(names, parts, strict=True)}

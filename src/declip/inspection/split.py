@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +16,10 @@ from declip.io.text import percent, plural
 # Fraction of the pairs that the validation part has, and at most how many; pairs of which a part can be split off.
 FRACTION, MOST, FEWEST = 0.1, 5_000, 20
 COPIED = 0.5  # fraction of copied validation images above which a validation set is refused
+SEEN = (
+    "The weights were trained on these pairs, or on most of them ('{}'), so the validation results are too high. Give "
+    "other pairs with --val."
+)
 
 log = logging.getLogger("declip")
 
@@ -34,7 +39,7 @@ def split_pairs(
     A source with a split "validation" keeps its own parts; one with other splits is split within its training pairs.
     Else sets of such pairs whose hash, the largest of a pair, is below `FRACTION` are the validation part, so that no
     training pair is ever validated on when pairs are added. Of few pairs, between half and twice the wanted number are
-    chosen. Sets with an image of `seen`, pairs that were trained on before, go to training.
+    chosen. Sets with an image of `seen`, pairs that were trained on before, go to training, if enough others are left.
     """
     splits = source.splits()
     candidates = training_part(source)
@@ -42,19 +47,28 @@ def split_pairs(
         val = splits["validation"]
         held_out = Subset(source, val, f"the validation split of {source.name}")
         for trained in [candidates] if seen is None else [candidates, seen]:
-            if warning := check_copies(trained, held_out, progress):
-                log.warning(warning)
+            try:
+                check_copies(trained, [held_out], progress)
+            except UserError:
+                if trained is not seen:
+                    raise
+                log.warning(SEEN.format(seen.name))
         return PairSplit(splits["train"], val)
     pairs = _read(candidates, progress)
     named = _groups(pairs, candidates)  # (n,) int64, as all below
     related = _related(pairs, named)
     sizes, hashes = np.bincount(related), _hashes(pairs, named, related)
-    # --- what the start was trained on is never held out
+    # --- the sets with the lowest hashes; what the start was trained on is not held out, unless it is nearly all
+    chosen = _chosen(hashes, sizes, most)
     if seen is not None:
         copied = across(pairs.pairs, read(seen, np.arange(len(seen)), None, captioned=False).pairs)
-        hashes[np.unique(related[copied])] = np.inf
-    # --- the sets with the lowest hashes
-    val = pairs.pairs["index"][np.isin(related, _chosen(hashes, sizes, most))]
+        fresh = hashes.copy()
+        fresh[np.unique(related[copied])] = np.inf
+        if new := _chosen(fresh, sizes, most):
+            chosen = new
+        elif chosen:
+            log.warning(SEEN.format(seen.name))
+    val = pairs.pairs["index"][np.isin(related, chosen)]
     if not len(val):
         raise UserError(
             f"No validation part can be split off '{source.name}': its {len(related):,} pairs make "
@@ -100,14 +114,16 @@ def _chosen(hashes: np.ndarray, sizes: np.ndarray, most: int) -> list[int]:
     return chosen if 2 * count >= target else []
 
 
-def check_copies(train: PairSource, val: PairSource, progress: bool = False) -> str | None:
-    """Look for validation images among the training images: a warning if there are some, an error from half on."""
-    pairs, held_out = _read(train, progress, fewest=1).pairs, _read(val, progress, fewest=1).pairs
-    copies = float(across(held_out, pairs).mean())
-    words = f"{percent(copies)} of the images of '{val.name}' are training images too, or nearly the same"
-    if copies >= COPIED:
-        raise UserError(f"{words}, so it measures memorization. Give other pairs with --val, or correct the split.")
-    return f"{words}: its numbers are inflated by leakage." if copies else None
+def check_copies(train: PairSource, held_out: Sequence[PairSource], progress: bool = False) -> None:
+    """Look for the images of validation sets among the training images: warn of some, raise an error from half on."""
+    pairs = _read(train, progress, fewest=1).pairs
+    for val in held_out:
+        copies = float(across(_read(val, progress, fewest=1).pairs, pairs).mean())
+        words = f"{percent(copies)} of the images of '{val.name}' are training images too, or nearly the same"
+        if copies >= COPIED:
+            raise UserError(f"{words}, so it measures memorization. Give other pairs with --val, or correct the split.")
+        if copies:
+            log.warning(f"{words}: its numbers are inflated by leakage.")
 
 
 def related_pairs(pairs: ReadPairs, source: PairSource) -> np.ndarray:
