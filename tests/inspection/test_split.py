@@ -183,8 +183,6 @@ def test_copied_validation_images_are_refused_or_counted(pairs, tmp_path, caplog
     refuses(r"100.0 % .*--val", check_copies, source, [source])
     new = [(texture(1000 + n), f"new {n}") for n in range(9)]
     mixed = [*new, (texture(0, 40), "known")]
-    check_copies(
-        source, [open_source(write(tmp_path / name, rows)) for name, rows in {"new": new, "mix": mixed}.items()]
-    )
+    check_copies(source, [open_source(write(tmp_path / str(len(rows)), rows)) for rows in (new, mixed)])
     (warning,) = caplog.messages
-    assert warning.startswith("10.0 % of the images of 'mix")
+    assert warning.startswith("10.0 % of the images")
