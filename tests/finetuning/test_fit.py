@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 import declip
@@ -28,7 +29,7 @@ from declip.finetuning.request import Request
 from declip.finetuning.run import estimate_request, finetune_recipe
 from declip.io.text import percent
 from declip.reports.page import NBSP, points, render
-from declip.reports.run import write_report
+from declip.reports.run import fitted_lines, write_report
 from declip.runs.folder import CROSS_VALIDATION, KEPT, read_run
 from text_encoders import bert
 from training.starts import last, moved
@@ -38,6 +39,7 @@ pytest.importorskip("transformers")
 COUNT = 40
 WRITE = outputs.write_finetuned
 TRAINED = {"train.steps": 2, "train.batch_size": 8, "train.report_to": []}
+GROUPED = {"data.columns.group": "product"}
 COLORS = ("red", "green", "blue", "white")
 
 
@@ -200,6 +202,18 @@ def test_a_split_column_decides_what_is_validated_on(folder, tmp_path):
     run = fitted(folder, tmp_path / "run", "split.csv")
     assert run.cross_validation["pairs"] == COUNT // 2
     assert [row.result.images for row in read_run(run.folder).last()] == [COUNT // 4]
+
+
+def test_views_of_one_object_are_named_where_they_are_not_left_out_together(folder, tmp_path):
+    rows = ["image,caption,product,kind"]
+    for number in range(COUNT):
+        first, second = texture(number // 2), texture(100 + number)
+        Image.blend(first, second, 0.3).save(tmp_path / f"{number}.png")
+        rows.append(f"{tmp_path / f'{number}.png'},text {number},P{number // 2},{number // 4 % 2}")
+    (folder / "views.csv").write_text("\n".join(rows) + "\n")
+    runs = [fitted(folder, tmp_path / f"run{len(key)}", "views.csv", **key) for key in ({}, GROUPED)]
+    assert [run.cross_validation["leaking"] for run in runs] == ["product", None]
+    assert ["data.columns.group=product" in " ".join(fitted_lines(run)) for run in runs] == [True, False]
 
 
 @pytest.mark.parametrize("key", ["train.lr", "loss_weights.multi_view"])

@@ -116,6 +116,10 @@ class PairSource(ABC):
         """A number shared by pairs that show the same thing; 0 if unknown."""
         return 0
 
+    def other_columns(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
+        """By each column of a table that is not read, its cells of some pairs as numbers, (n,) int64; 0 if empty."""
+        return {}
+
     def splits(self) -> dict[str, np.ndarray]:
         """Rising indices of the pairs of each split, "train", "validation" and "test"; empty without splits."""
         return {}

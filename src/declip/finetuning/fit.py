@@ -25,6 +25,7 @@ from declip.data.images.thumbnails import thumbnails_of
 from declip.data.pair import PairSource
 from declip.data.sources.open import ImageSource
 from declip.errors import UserError
+from declip.evaluation.leakage import leaking_column
 from declip.finetuning import outputs
 from declip.finetuning.features import Features, FrozenEncoder, class_pairs, compute_features, embeddings, projections
 from declip.finetuning.wise_ft import ALPHAS, best_mixture, set_scores
@@ -238,6 +239,8 @@ def _write_facts(
     }
     if outcome is not None:
         fitted |= _measured(choice, outcome, features.groups)
+        first = np.searchsorted(pairs.owners.numpy(), np.arange(len(pairs.images)))  # caption of each image
+        fitted["leaking"] = leaking_column(source, features.indices[first].tolist(), pairs.images, features.groups)
         fitted["growth"] = curve
     write_text(folder / run_folder.CROSS_VALIDATION, json.dumps(fitted, indent=1))
 

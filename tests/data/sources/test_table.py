@@ -209,6 +209,9 @@ def test_rows_of_one_group_share_a_number(tmp_path, kind):
     assert (0 in found[:3], found[3], open_source(path).group(0)) == (False, 0, 0)
     copied = pickle.loads(pickle.dumps(take(source, 2, 0)))
     assert [copied.group(0), copied.group(1)] == [found[index] for index in copied.indices]
+    other = open_source(path).other_columns([0, 1, 3])
+    assert {name: numbers.tolist() for name, numbers in other.items()} == {"product": [found[n] for n in (0, 1, 3)]}
+    assert (source.other_columns([0]), take(open_source(path), 1, 0).other_columns([0]).keys()) == ({}, {"product"})
     assert "data.columns.group" in message(path, Columns(group="produkt"))
 
 

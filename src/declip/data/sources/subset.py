@@ -58,6 +58,12 @@ class DerivedSource(PairSource):
         source, inner = self.locate(index)
         return source.group(inner)
 
+    def other_columns(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
+        located = [self.locate(index) for index in indices]
+        sources = {id(source): source for source, _ in located}  # columns of several tables are not compared
+        inner = [index for _, index in located]
+        return next(iter(sources.values())).other_columns(inner) if len(sources) == 1 else {}
+
     def image(self, index: int) -> Image.Image:
         source, inner = self.locate(index)
         return source.image(inner)

@@ -5,6 +5,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache, partial
 from itertools import chain
@@ -120,6 +121,19 @@ class TableSource(EntrySource):
 
     def group(self, index: int) -> int:
         return group_number(self.cells(*self.entry(index), self.group_column)[0]) if self.group_column else 0
+
+    def other_columns(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
+        names = [name for name in self.file.columns if [*self.file.columns, *self._columns].count(name) == 1]
+        if isinstance(self.file, ParquetRows):
+            kinds = {name: self.file.arrow_schema.field(name).type for name in names}
+            names = [name for name, kind in kinds.items() if is_text(kind) or pa.types.is_integer(kind)]
+        numbers: dict[str, list[int]] = {name: [] for name in names}
+        with suppress(UserError, pa.ArrowException, OSError, UnicodeDecodeError):  # these columns are not needed
+            for batch in self.file.read(names)[1] if names else ():
+                for name in names:
+                    numbers[name] += map(group_number, batch[name].to_pylist())
+        rows = self._pairs.flatten().to_numpy()[self._pairs.offsets.to_numpy()[:-1][list(indices)]]
+        return {name: np.array(cells)[rows] for name, cells in numbers.items() if len(cells) == len(self.table)}
 
     def splits(self) -> dict[str, np.ndarray]:
         """Indices of the pairs of each split. A pair with rows in several is in the last: test before train."""
@@ -318,6 +332,12 @@ def _key_of(cell: pa.Scalar) -> bytes:
     if cell.is_valid and (content := cell.as_buffer()).size:
         return hashlib.blake2b(content, digest_size=16).digest()
     return path.as_buffer().to_pybytes() if path is not None and path.is_valid else b""
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a column of this type holds strings."""
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
 def is_bytes(kind: pa.DataType) -> bool:

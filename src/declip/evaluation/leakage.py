@@ -1,0 +1,65 @@
+"""Find a column of a table whose equal values mark images of one object, which may be trained and measured on."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from declip.data.pair import PairSource
+
+# Of the other images with an equal value, the fraction among as many nearest ones. Three views of a product have 0.95,
+# variants of an emoji 0.8; names, kinds, authors and categories of the built-in sets have 0.5 or less.
+ALIKE = 0.5
+MOST_OTHERS, MOST_SHARE = 20, 0.05  # images that an object has beside one, at most: the mean, and of all images
+LEAST_REPEATED, FEWEST = 0.1, 10  # fraction and number of images whose value is repeated
+MOST, QUERIES, BLOCK = 20_000, 1_000, 100  # images compared, those whose nearest are looked for, and at a time
+
+
+def leaking_column(
+    source: PairSource, indices: Sequence[int], images: Tensor, groups: np.ndarray, classes: int = 0, seed: int = 0
+) -> str | None:
+    """Find the column not in use whose equal values mark images that are alike, although not left out together.
+
+    Args:
+        indices: Of the images in the source.
+        images: (n, v) features of any length.
+        groups: (n,) equal for images that are left out together.
+        classes: Columns without more values than classes are those of the classes.
+
+    Returns:
+        Of several columns, the one with most values; None if there is none.
+    """
+    centered, found = normalize(images.float() - images.float().mean(dim=0), dim=-1), dict[str, int]()
+    for column, numbers in source.other_columns(indices).items():
+        values = len(np.unique(numbers[numbers != 0]))
+        if values > classes and _alike(centered, numbers, groups, np.random.default_rng(seed)) >= ALIKE:
+            found[column] = values
+    return max(found, key=found.__getitem__, default=None)
+
+
+def _alike(images: Tensor, numbers: np.ndarray, groups: np.ndarray, rng: np.random.Generator) -> float:
+    """How well nearness finds the images of other groups with an equal number, 0 to 1; 0 where these do not repeat."""
+    # --- some of the values, each with all of its images; 0 is no value
+    named = np.flatnonzero(numbers)
+    values = np.unique(numbers[named], return_inverse=True)[1]
+    rows = named[np.argsort(rng.permutation(values.max(initial=0) + 1)[values], kind="stable")[:MOST]]
+    values, own = (np.unique(each[rows], return_inverse=True)[1] for each in (numbers, groups))
+    # --- images that have others of their value, in another group
+    together = np.unique(np.stack([values, own]), axis=1, return_inverse=True)[1].reshape(-1)
+    others = np.bincount(values)[values] - np.bincount(together)[together]
+    repeated = np.flatnonzero(others)
+    if len(repeated) < max(FEWEST, LEAST_REPEATED * len(rows)):
+        return 0.0
+    if others[repeated].mean() > min(MOST_OTHERS, MOST_SHARE * len(rows)):
+        return 0.0
+    # --- the nearest images of other groups
+    candidates, value, group, right = images[rows], torch.from_numpy(values), torch.from_numpy(own), list[Tensor]()
+    for queries in torch.from_numpy(rng.permutation(repeated)[:QUERIES]).split(BLOCK):
+        cosines, wanted = candidates[queries] @ candidates.mT, torch.from_numpy(others)[queries, None]  # (b, n), (b, 1)
+        cosines[group[queries, None] == group] = -torch.inf
+        nearest = cosines.topk(int(wanted.max())).indices
+        hits = (value[nearest] == value[queries, None]) & (torch.arange(nearest.shape[1]) < wanted)
+        right.append(hits.sum(dim=1) / wanted[:, 0])
+    return float(torch.cat(right).mean())
