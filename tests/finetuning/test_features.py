@@ -7,9 +7,12 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from PIL import Image
 
 import declip
 from conftest import TINY, read_only, refuses
+from declip.data.sources.open import open_source
+from declip.evaluation.encode import encode_source
 from declip.finetuning.features import FILE, FrozenEncoder, PooledFeatures, text_key
 from declip.models.dual_encoder import DualEncoder
 from declip.models.image_tower import ImageTower
@@ -36,6 +39,20 @@ def test_evaluation_computes_the_towers_once(start, monkeypatch):
     look()
     monkeypatch.setattr(ImageTower, "pool", None)
     look()
+
+
+def test_a_source_is_read_once_for_all_projections(start):
+    pairs = [(Image.new("RGB", (40, 40), color), color) for color in ("red", "green", "blue")]
+    model, source = declip.load(start, device="cpu"), open_source(pairs)
+    encoder = FrozenEncoder(model)
+    encode_source(encoder, source)
+    model.image_tower.proj.weight.data.mul_(-1)
+    expected = encode_source(model, source)
+    pairs[0][0].paste("white", (0, 0, 40, 40))
+    assert not torch.equal(encode_source(model, source).images, expected.images)
+    features = encode_source(encoder, source)
+    torch.testing.assert_close(features.images, expected.images)
+    assert (features.captions, features.texts.shape) == (expected.captions, expected.texts.shape)
 
 
 def test_features_of_other_towers_and_versions_are_computed_again(cache, monkeypatch):

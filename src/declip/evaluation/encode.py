@@ -117,7 +117,11 @@ def encode_source(
         indices: Indices of the source to encode, in this order; None: all.
         workers: Processes that read and resize images; 0: in this one.
     """
-    # --- images, in batches whose pixels may come from worker processes
+    # --- images of a model with frozen towers, which reads them once
+    if encode is None and indices is None and (read_once := getattr(model, "source_features", None)) is not None:
+        encoded: SourceFeatures = read_once(source, batch_size=batch_size, workers=workers, progress=progress)
+        return _with_texts(model, encoded, batch_size, progress) if texts else encoded
+    # --- images of others, in batches whose pixels may come from worker processes
     chosen = np.arange(len(source)) if indices is None else np.asarray(indices, dtype=np.int64)
     batches = np.split(chosen, range(batch_size, len(chosen), batch_size))
     rows, parts, skipped = list[tuple[int, tuple[str, ...]]](), list[Tensor](), SkipCounter()
@@ -130,11 +134,12 @@ def encode_source(
             f"Cannot evaluate on '{source.name}': none of its {len(source)} pairs could be read. "
             f"{skipped.explanation()} Check the paths and captions."
         )
-    # --- captions of the pairs that were read
     read_indices, captions = np.array([index for index, _ in rows]), tuple(captions for _, captions in rows)
     encoded = SourceFeatures(source.name, read_indices, torch.cat(parts), captions, None, skipped)
-    if not texts:
-        return encoded
+    return _with_texts(model, encoded, batch_size, progress) if texts else encoded
+
+
+def _with_texts(model: Encoder, encoded: SourceFeatures, batch_size: int, progress: bool) -> SourceFeatures:
     features = text_features(model, encoded.flat_captions, batch_size=batch_size, progress=progress)
     return replace(encoded, texts=features, truncated=_count_truncated(model, encoded.flat_captions))
 

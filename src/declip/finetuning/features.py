@@ -6,6 +6,7 @@ import os
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -20,7 +21,7 @@ from torch.nn.functional import normalize
 from declip.closed_form.solve import ClassPairs, Pairs
 from declip.data.pair import PairSource, SkipCounter
 from declip.errors import UserError
-from declip.evaluation.encode import encode_batches, text_features
+from declip.evaluation.encode import SourceFeatures, encode_batches, encode_source, text_features
 from declip.inspection.reading import PairRow, ReadPairs, row_of
 from declip.inspection.split import related_pairs
 from declip.io.atomic import cache_folder
@@ -57,6 +58,7 @@ class FrozenEncoder:
         folders = [cache_folder() / FEATURES / f"pooled-{tower_digest(model, tower)}" for tower in (IMAGE, TEXT)]
         self._images = PooledFeatures(folders[0], _pixel_key, inference_tower(model))
         self._texts = PooledFeatures(folders[1], key, model.text_tower)
+        self._sources = dict[PairSource, SourceFeatures]()
         trim_cache(FEATURES, keep=folders)
 
     def pool_images(self, images: Tensor) -> Tensor:
@@ -67,9 +69,20 @@ class FrozenEncoder:
         """(m, w) float32, before the projection; rows of equal captions equal bit for bit."""
         return text_features(self.model, captions, encode=self._texts.of, batch_size=BATCH, progress=shown)
 
+    @torch.no_grad()
+    def source_features(self, source: PairSource, **options: Any) -> SourceFeatures:
+        """Features of the images of a source, which is read once, whatever the projection is later."""
+        if source not in self._sources:
+            self._sources[source] = encode_source(self, source, encode=self.pool_images, texts=False, **options)
+        known = self._sources[source]
+        return replace(known, images=torch.cat([self._project(part).cpu() for part in known.images.split(8_192)]))
+
     def encode_image(self, images: Tensor) -> Tensor:
         """(n, 3, S, S) normalized → (n, d) float32 of length 1."""
-        return normalize(self.model.image_tower.proj(self._images.of(images)).float(), dim=-1)
+        return self._project(self._images.of(images))
+
+    def _project(self, pooled: Tensor) -> Tensor:
+        return normalize(self.model.image_tower.proj(pooled.to(self.logit_scale.device)).float(), dim=-1)
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         """(n, L) ids → (n, d) float32 of length 1."""
