@@ -1,4 +1,4 @@
-"""Every export is read back by the library that it is for: tokens, pixels, features, and the card's own code."""
+"""Every export is read back by the library that it is for: tokens, pixels, features."""
 
 import copy
 import json
@@ -77,7 +77,7 @@ def assert_same_model(read, model):
 
 
 @pytest.mark.parametrize("kind", ["vit-bias", "vit-clip-words", "resnet", "timm-vit"])
-def test_open_clip_reads_what_was_written_and_so_do_we(kind, tmp_path, monkeypatch, capfd):
+def test_open_clip_reads_what_was_written_and_so_do_we(kind, tmp_path):
     model, out = build(kind), tmp_path / "out"
     export_exactly(model, "open_clip", out)
     theirs, _, transform = open_clip.create_model_and_transforms(f"local-dir:{out}")
@@ -94,11 +94,10 @@ def test_open_clip_reads_what_was_written_and_so_do_we(kind, tmp_path, monkeypat
     assert len(weights["token_embedding.weight"]) == model.tokenizer.vocabulary - 1
     assert_same_model(declip.load(out, device="cpu"), model)
     assert about(out)["library_name"] == "open_clip"
-    assert "tensor" in run_card(out, monkeypatch, capfd)
 
 
 @pytest.mark.parametrize("kind", ["vit-mixed", "vit-clip-words"])
-def test_transformers_reads_what_was_written_and_so_do_we(kind, tmp_path, monkeypatch, capfd):
+def test_transformers_reads_what_was_written_and_so_do_we(kind, tmp_path):
     model, out = build(kind), tmp_path / "out"
     export_exactly(model, "huggingface", out)
     theirs = transformers.CLIPModel.from_pretrained(out).eval()
@@ -116,7 +115,6 @@ def test_transformers_reads_what_was_written_and_so_do_we(kind, tmp_path, monkey
     assert_same_model(declip.load(out, device="cpu"), model)
     assert (about(out)["library_name"], about(out)["license"]) == ("transformers", "unknown")
     assert [part for part in ("unknown: set it", "Not recorded") if part not in card(out)] == []
-    assert "tensor" in run_card(out, monkeypatch, capfd)
 
 
 @pytest.mark.parametrize("kind", ["vit", "conv"])
@@ -215,11 +213,6 @@ def test_without_the_library_the_export_says_that_it_was_not_read_back(tmp_path,
     assert "transformers is not installed" in str(exported)
     assert str(exported) in card(tmp_path / "out")
     assert caplog.text == "", "`declip finetune` exports to libraries that nobody asked for"
-
-
-def test_the_help_names_every_format(command):
-    shown = command("export", "--help").out
-    assert [name for name in FORMATS if name not in shown] == []
 
 
 def test_wrong_words_and_folders_in_use(tmp_path):

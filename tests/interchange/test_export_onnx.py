@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 
 import declip
 from conftest import refuses
+from declip.models.image_tower import PosteriorProjection
 from interchange.test_export import run_card, same_until_the_end
 from interchange.towers import CAPTIONS, EXACT, TYPED, build, largest, pictures
 
@@ -55,8 +56,9 @@ def test_the_code_in_the_card_works_as_it_is(onnx_clip, monkeypatch, capfd):
     assert [float(word) for word in re.findall(r"\d\.\d+", printed)] == pytest.approx(expected, abs=1e-4)
 
 
-def test_onnx_has_the_encoders_tokenizer_and_padding(onnx_roberta):
+def test_onnx_has_class_posteriors_and_the_encoders_tokenizer_and_padding(onnx_roberta):
     model, folder = onnx_roberta
+    assert isinstance(model.image_tower.proj, PosteriorProjection)
     about = json.loads((folder / "config.json").read_text())["text_cfg"]
     assert (about["padding"], about["context_length"]) == (1, 24)  # RoBERTa's padding
     library = Tokenizer.from_file(str(folder / "textual" / "tokenizer.json"))

@@ -19,28 +19,14 @@ from declip.interchange.classes import Classes, read_names, texts_digest
 from declip.interchange.export import export
 from declip.interchange.read import read, read_start
 from declip.interchange.timm_weights import LOGIT_SCALE, class_heads, complete, encode_texts
-from declip.interchange.weights import Weights
-from declip.models.dual_encoder import DualEncoder
 from declip.models.hf_encoder import read_encoder
 from declip.models.image_tower import NoImageTower, PosteriorProjection
 from declip.models.layers import PROJECTIONS
-from declip.recipe.load import load_recipe
 from declip.recipe.starts import STARTS
-from interchange.towers import EXACT, KINDS
+from interchange.towers import EXACT, unprojected
 from text_encoders import bert
 
 COUNT = 60
-
-
-def start(kind="conv"):
-    """Two towers without projections, with a classifier."""
-    torch.manual_seed(0)
-    recipe = load_recipe("few-clip", KINDS[kind])
-    model = DualEncoder.from_recipe(recipe)
-    tensors = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(PROJECTIONS)}
-    rows = torch.randn(COUNT, model.image_tower.pre_logits_width)
-    names = tuple(f"a thing of the kind {number}" for number in range(COUNT))
-    return Weights(recipe, tensors, "start", classes=Classes(rows, torch.rand(rows.shape[1]), names, size=64))
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +36,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def test_projections_compare_as_the_closed_form_does():
-    weights = start()
+    weights = unprojected()
     model, classes = complete(weights).build().eval(), weights.classes
     texts = encode_texts(weights, list(classes.names))
     pairs = ClassPairs(classes.rows, texts, torch.arange(COUNT), classes.mean)
@@ -66,7 +52,7 @@ def test_projections_compare_as_the_closed_form_does():
 
 
 def test_projections_are_computed_once_for_a_classifier_and_its_names(cache, monkeypatch):
-    weights = start()
+    weights = unprojected()
     classes = weights.classes
     first = complete(weights)
     (file,) = cache.iterdir()
@@ -93,7 +79,7 @@ def test_projections_are_computed_once_for_a_classifier_and_its_names(cache, mon
 
 
 def test_projections_do_not_depend_on_the_order_of_sums():
-    weights = start()
+    weights = unprojected()
     classes = weights.classes
     texts, order = encode_texts(weights, list(classes.names)), torch.randperm(COUNT)
     other = replace(classes, rows=classes.rows[order], names=tuple(classes.names[number] for number in order))
@@ -107,9 +93,9 @@ def test_projections_do_not_depend_on_the_order_of_sums():
         assert torch.equal(first * 2**24, (first * 2**24).round())  # above the noise of 1e-14 of full-size towers
 
 
-@pytest.mark.parametrize(("format", "lacks"), [("safetensors", ""), ("onnx", ""), ("open_clip", "class posteriors")])
+@pytest.mark.parametrize(("format", "lacks"), [("safetensors", ""), ("open_clip", "class posteriors")])
 def test_formats_of_linear_projections_lack_the_posteriors(format, lacks, tmp_path):
-    model, pixels = complete(start("timm-convnext")).build().eval(), torch.randn(2, 3, 64, 64)
+    model, pixels = complete(unprojected("timm-convnext")).build().eval(), torch.randn(2, 3, 64, 64)
     exported = export(model, format, tmp_path / "out")
     assert (exported.difference < 1e-5, lacks in exported.limits, bool(exported.limits)) == (True, True, bool(lacks))
     if lacks:
@@ -126,13 +112,13 @@ def test_a_linear_projection_ignores_the_mean_direction_also_after_steps_of_adam
 
 
 def test_posteriors_of_a_wrong_shape_are_refused_before_memory_is_taken():
-    weights = complete(start("timm-convnext"))
+    weights = complete(unprojected("timm-convnext"))
     hostile = {f"{PROJECTIONS[0]}classes": torch.zeros(2**62, 0)}  # which has no bytes
     refuses("do not fit their recipe", replace(weights, tensors={**weights.tensors, **hostile}).check)
 
 
 def test_weights_with_projections_or_without_names_stay_as_they_are():
-    weights = start()
+    weights = unprojected()
     for same in (
         complete(weights),
         replace(weights, classes=None),

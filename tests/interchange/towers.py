@@ -1,5 +1,7 @@
 """What the tests of exports and imports share: small models of each kind, real pictures of odd sizes, captions."""
 
+from functools import cache
+
 import numpy as np
 import torch
 from PIL import Image
@@ -7,7 +9,10 @@ from sklearn.datasets import load_sample_images
 
 import declip
 from conftest import draw
+from declip.interchange.classes import Classes
+from declip.interchange.weights import Weights
 from declip.models.dual_encoder import DualEncoder
+from declip.models.layers import PROJECTIONS
 from declip.recipe.load import load_recipe
 
 EXACT = 1e-5
@@ -82,8 +87,24 @@ def spread(model):
     return model.eval()
 
 
+def unprojected(kind="conv", size=64, **changes):
+    """Weights of two towers without projections, with a classifier of 60 classes for images of a size."""
+    torch.manual_seed(0)
+    recipe = load_recipe("few-clip", {**KINDS[kind], **changes})
+    model = DualEncoder.from_recipe(recipe)
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(PROJECTIONS)}
+    rows = torch.randn(60, model.image_tower.pre_logits_width)
+    names = tuple(f"a thing of the kind {number}" for number in range(60))
+    return Weights(recipe, tensors, "start", classes=Classes(rows, torch.rand(rows.shape[1]), names, size=size))
+
+
 def pictures():
     """Photographs and drawings, wide and high, smaller and larger than what a tower takes, sides odd and even."""
+    return [*_pictures()]
+
+
+@cache
+def _pictures():
     photographs = [Image.fromarray(pixels) for pixels in load_sample_images().images]
     noise = np.random.default_rng(3).integers(0, 256, (51, 90, 3), np.uint8)
     return [

@@ -29,8 +29,8 @@ def test_a_compiled_run_learns_what_a_plain_one_does(table, tmp_path, image, key
     ends, counter = [], CompileCounterWithBackend(backend)
     torch._dynamo.reset()
     for name in ("plain", "compiled"):
-        sections = {"image": image} if image else None
-        trainer = Trainer(assemble(recipe_for(table, "declip", sections, steps=2, **keys), tmp_path / name, quiet=True))
+        recipe = recipe_for(table, "clip", {"image": image}, steps=2, **keys)
+        trainer = Trainer(assemble(recipe, tmp_path / name, quiet=True))
         if name == "compiled":
             assert compile_blocks(trainer.state.model, counter) > 2
         run = trainer.train()

@@ -123,7 +123,6 @@ BY_RANKS = {
     "every loss": (list(CASES), "layer norm", (5, 3), {}),
     "four ranks": (["defilip", CAPTIONS], "layer norm", (2, 2, 2, 2), {}),
     "batch norm": (["declip", CAPTIONS], "batch norm", (5, 3), {}),
-    "sharded": (["slip"], "layer norm", (5, 3), {"strategy": "fsdp"}),
     "sharded, channels last, activations computed twice": (
         ["declip"], "batch norm", (4, 4), {"strategy": "fsdp", "channels_last": True, "grad_checkpointing": True},
     ),
