@@ -33,16 +33,18 @@ def train(
     from declip.recipe.checks import load_for_training
     from declip.recipe.load import parse_overrides
 
-    checked = load_for_training(recipe, parse_overrides(overrides or []), data, val or (), resume)
-    from declip import api
-    from declip.training.estimate import estimate
-    from declip.training.evaluations import HeldOutSets
-
-    resolved = HeldOutSets(checked).assign(checked) if val else checked
+    given, sets = parse_overrides(overrides or []), val or ()
+    checked = load_for_training(recipe, given, data, sets, resume)  # before torch is imported
     if dry_run:
-        say(estimate(resolved)[1])
+        from declip.training.estimate import estimate
+        from declip.training.evaluations import HeldOutSets
+
+        say(estimate(HeldOutSets(checked).assign(checked) if val else checked)[1])
         return
-    run = api.train(resolved, out=out or Path("runs") / Path(recipe).stem, resume=resume, quiet=quiet)
+    from declip import api
+
+    folder = out or Path("runs") / Path(recipe).stem
+    run = api.train(recipe, given, folder, resume, quiet, data=data, val=sets)
     leave_unless_finished(run)
     _print_results(run)
     say(f"Report: {run.report}")
