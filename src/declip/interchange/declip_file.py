@@ -9,7 +9,7 @@ from torch import Tensor
 
 import declip
 from declip.errors import UserError
-from declip.interchange.format import Format, ReadBack, Traced, render
+from declip.interchange.format import Format, ReadBack, Traced
 from declip.interchange.weights import Weights, read_recipe
 from declip.io.atomic import save_tensors
 from declip.io.text import one_line
@@ -87,7 +87,3 @@ class DeclipFile(Format):
         return ReadBack(
             f"declip {declip.__version__}", model.encode_image, model.encode_text if has_text(model) else None
         )
-
-    def card(self, model: DualEncoder, repo: str | None) -> str:
-        """Usage by `declip.load`."""
-        return render("safetensors.jinja", model=model, repo=repo)

@@ -62,12 +62,12 @@ class Format(ABC):
     def read_back(self, folder: Path) -> ReadBack:
         """Load an exported folder with the library; raises `ImportError` if that is not installed."""
 
-    @abstractmethod
     def card(self, model: DualEncoder, repo: str | None) -> str:
         """Python code for the model card, which computes features with the folder, or with `repo` on the Hub.
 
         It prepares an image as declip does, and prints the probabilities of captions: see the folder templates.
         """
+        return render(f"{self.name}.jinja", model=model, repo=repo)
 
     def limits(self, model: DualEncoder) -> str:
         """Describe what the export lacks, and what that changes; "" if it has everything."""

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from declip.data.text.tokenizer import Tokenizer
 from declip.errors import UserError
 from declip.interchange import layouts
-from declip.interchange.format import Format, ReadBack, Refusal, Traced, render
+from declip.interchange.format import Format, ReadBack, Refusal, Traced
 from declip.interchange.layouts import TO_CLIP_VIT, backend, clip_text_tower, write_tokenizer
 from declip.interchange.open_clip_model import CONFIG as OPEN_CLIP_CONFIG
 from declip.interchange.weights import Weights, check_layers
@@ -203,10 +203,6 @@ class Huggingface(Format):
             lambda pixels: model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output),
             lambda tokens: model.text_projection(model.text_model(input_ids=tokens).pooler_output),
         )
-
-    def card(self, model: DualEncoder, repo: str | None) -> str:
-        """Usage by transformers."""
-        return render("huggingface.jinja", model=model, repo=repo)
 
 
 def _config(model: DualEncoder) -> dict[str, Any]:
