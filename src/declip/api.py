@@ -134,7 +134,7 @@ def evaluate(
     options = Options(templates, shots or 4, batch_size, workers, progress)
     if len(options.numbers_of_shots) > 1:
         raise UserError("declip.evaluate returns one result. Pass one number of shots, such as shots=4.")
-    opened = open_dataset(dataset, label_column=label_column, columns=columns)
+    opened = open_dataset(dataset, label_column=label_column, columns=columns, captioned=task == "retrieval")
     return evaluate_all(loaded(model, device, precision), opened, (task,), options)[0]
 
 

@@ -2,6 +2,7 @@
 
 from statistics import mean, stdev
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import normalize, one_hot
@@ -99,7 +100,7 @@ def test_the_accuracy_of_a_fold_is_by_settings_from_the_other_folds():
     forms, different = [FewShotForm(kappa, ridge) for kappa in NAME_WEIGHTS for ridge in RIDGES], 0
     for seed in range(4):
         examples = made_up(4, noise=1.5, names=1.0, seed=seed)
-        folds, right = class_folds(examples.labels), 0
+        folds, right = class_folds(examples.labels, np.arange(24)), 0
         scores, head = cross_validate(examples, forms, folds), fit_few_shot(examples)
         for fold in range(4):
             held_out = folds == fold
@@ -110,6 +111,17 @@ def test_the_accuracy_of_a_fold_is_by_settings_from_the_other_folds():
         factors = torch.tensor(list(head.mixture.values()))
         different += int(((factors @ scores.flatten(1)).view(24, 6).argmax(1) == examples.labels).sum()) - right
     assert different > 0, "settings from all folds have seen the images: too high"
+
+
+def test_images_of_one_group_are_left_out_together():
+    objects = np.arange(10).repeat(6)
+    examples = made_up(6, classes=10, noise=0.1)  # six views of each object, whose classes are drawn at random
+    examples = Examples(examples.images, torch.from_numpy(objects % 3), torch.eye(3, 12), 12)
+    alone, together = fit_few_shot(examples), fit_few_shot(examples, groups=objects)
+    assert (alone.accuracy.value > 0.9, together.accuracy.value < 0.6) == (True, True)
+    folds = class_folds(examples.labels, objects)
+    assert all(len(folds[objects == number].unique()) == 1 for number in range(10))
+    assert fit_few_shot(examples, groups=np.zeros(60)).accuracy is None, "nothing can be left out"
 
 
 def test_the_protocol_gives_names_and_images(model, painted):

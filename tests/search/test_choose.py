@@ -109,6 +109,18 @@ def test_the_table_is_one_of_pairs_once_it_has_captions(folder, tmp_path, weight
     assert [source[n].captions[0] for n in range(len(source))] == [f"shape {n}" for n in range(len(rows))]
 
 
+def test_a_table_needs_no_captions_and_its_columns_of_captions_change_nothing(folder, tmp_path, weights_file, command):
+    rows = [f"{folder}/red-bar.png,a", f"{folder}/blue-bar.png,b", f"{folder}/red-circle.png,c"]
+    for name, caption in (("plain", "words"), ("titled", "title")):
+        Path(tmp_path / f"{name}.csv").write_text("\n".join([f"image,{caption}", *rows]))
+    words = ["choose", weights_file, tmp_path / "titled.csv", "--quiet", "--index", tmp_path / "index"]
+    declip.embed(weights_file, tmp_path / "titled.csv", out=tmp_path / "index", captions=True)
+    made = [command(*words, "--out", tmp_path / "a.csv", *more) for more in ([], ["--caption-column", "words"])]
+    assert [(one.status, "Not used" in one.err) for one in made] == [(0, False)] * 2, made
+    made = declip.choose(weights_file, tmp_path / "plain.csv", index=tmp_path / "other")
+    assert made.index.captions() == [[]] * 3
+
+
 def test_a_large_source_is_sampled(model, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(choosing, "MOST", 12)
     few = [declip.choose(model, folder, 1, index=tmp_path / "index", seed=seed) for seed in (0, 0, 1)]

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import normalize
 
 import declip
-from conftest import SHAPES, draw, refuses
+from conftest import SHAPES, draw, refuses, texture
 from declip.models.dual_encoder import DualEncoder
 from declip.search.checks import read_classes
 
@@ -134,6 +134,33 @@ def test_classes_that_differ_only_in_case_are_refused(model, examples):
     (examples / "green_thing").rename(examples / "Red thing")
     for classes in (None, ["red thing", "blue_thing", "RED thing"]):
         refuses("differ only in case", declip.Classifier.fit, model, classes, examples)
+
+
+def test_views_of_one_object_are_left_out_together(folder, tmp_path, weights_file, command):
+    rows = ["image,kind,product,title,keywords"]
+    for number in range(60):
+        image = Image.blend(texture(number // 3), texture(100 + number), 0.2)
+        image.save(tmp_path / f"{number}.png")
+        rows.append(f"{number}.png,{'ab'[number // 3 % 2]},P{number // 3},x,y")
+    (tmp_path / "views.csv").write_text("\n".join(rows))
+    words = [
+        "classify",
+        weights_file,
+        folder,
+        "--quiet",
+        "--examples",
+        tmp_path / "views.csv",
+        "--label-column",
+        "kind",
+    ]
+    first, second = command(*words), command(*words, "--group-column", "product")
+    assert (first.status, second.status) == (0, 0), second.err
+    hint = "--group-column product"
+    assert (hint in first.err, hint in second.err, "Not used" in first.err) == (True, False, False)
+    for wrong, says in (([*words, "--group-column", "produkt"], "'produkt'"), (words[:4], "--examples")):
+        refused = command(*wrong, "--group-column", "produkt", *(["--classes", "a,b"] if wrong == words[:4] else []))
+        assert (refused.status, says in refused.err) == (2, True)
+    refuses("requires a table", declip.Classifier.fit, weights_file, None, folder, columns=declip.Columns(group="x"))
 
 
 def test_a_saved_head_gives_the_same(model, folder, examples, tmp_path, weights_file, command):

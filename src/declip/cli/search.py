@@ -1,5 +1,6 @@
 """The commands that use a model: embed, search, index, app, choose, classify and explain."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -210,6 +211,9 @@ def classify(
         str | None, opt.source("labeled images: a folder per class, or a table", metavar="FOLDER|TABLE")
     ] = None,
     label_column: Annotated[str | None, Option(help="table column of classes in the examples")] = None,
+    group_column: Annotated[
+        str | None, Option(help="table column of objects in the examples; their images are left out together")
+    ] = None,
     head: Annotated[Path | None, file("a classifier that --save wrote, instead of --classes and --examples")] = None,
     save: Annotated[Path | None, file("save the classifier that is fitted to the examples")] = None,
     out: Annotated[Path | None, file("write the probability of every class to this .csv file")] = None,
@@ -221,6 +225,9 @@ def classify(
     from declip.search.checks import check_classes
 
     check_classes(classes, examples, head, out, save)  # before torch is imported
+    if group_column is not None and examples is None:
+        raise UserError(f"--group-column {group_column} is a column of the examples. Give --examples TABLE.")
+    reading["columns"] = replace(reading["columns"], group=group_column)
     from declip.search.classify import classify as run_classification
 
     fitted: dict[str, Any] = {"examples": examples, "head": head, "label_column": label_column}

@@ -187,7 +187,7 @@ def _evaluate(
     from declip.reports.run import results_table
 
     if suite is None:
-        opened = [open_dataset(name, **table) for name in datasets]
+        opened = [open_dataset(name, captioned=task == "retrieval", **table) for name in datasets]
         results = evaluate_all(model, opened, (task,), options)
         console.print(rich_table(results_table(results)))
         rows = [each.to_dict() for each in results]

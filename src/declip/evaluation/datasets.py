@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -54,6 +54,7 @@ def open_dataset(
     label_column: str | None = None,
     columns: Columns = DEFAULT,
     sources: Sources = NO_SOURCES,
+    captioned: bool = True,
 ) -> Dataset:
     """Open a dataset by name, or wrap an open source; the test split is opened immediately.
 
@@ -63,7 +64,10 @@ def open_dataset(
         label_column: A table's column; None: "label", "class", "class_name" or "category".
         columns: The other columns of a table, see `open_source`.
         sources: Python objects that a name may stand for, see `open_source`.
+        captioned: Whether captions are used; if not, those of a table with `label_column` are not read.
     """
+    if label_column is not None and not captioned:
+        columns = replace(columns, caption=None)
     if isinstance(dataset, str | Path):
         dataset = _by_name(str(dataset), label_column, columns, sources)
     elif not isinstance(dataset, Dataset):

@@ -156,10 +156,14 @@ def fit_mixture(examples: Examples, mixture: Mixture) -> FewShotHead:
     return FewShotHead(weight.contiguous(), center, examples.width, mixture)
 
 
-def fit_few_shot(examples: Examples, seed: int = 0) -> FewShotHead:
-    """Weigh settings, and measure the accuracy, by cross-validation on the images; fit the mixture to all."""
+def fit_few_shot(examples: Examples, seed: int = 0, groups: np.ndarray | None = None) -> FewShotHead:
+    """Weigh settings, and measure the accuracy, by cross-validation on the images; fit the mixture to all.
+
+    Images of equal `groups` (n,) are left out together.
+    """
+    groups = np.arange(len(examples.labels)) if groups is None else groups
     sizes = np.bincount(examples.labels.numpy(), minlength=len(examples.names))
-    if sizes.max(initial=0) < 2:
+    if sizes.max(initial=0) < 2 or (groups == groups[0]).all():
         return fit_mixture(examples, DEFAULT_MIXTURE)
     forms = tuple(DEFAULT_MIXTURE)
     if len(examples.labels) >= FEWEST * (sizes > 0).sum():
@@ -169,8 +173,8 @@ def fit_few_shot(examples: Examples, seed: int = 0) -> FewShotHead:
     if len(examples.labels) > MOST:
         part = MOST / len(examples.labels)
         chosen = sample_per_class(examples.labels.numpy(), lambda count: max(2, round(part * count)), seed)
-        some = examples.take(torch.from_numpy(chosen))
-    folds = class_folds(some.labels, seed)
+        some, groups = examples.take(torch.from_numpy(chosen)), groups[chosen]
+    folds = class_folds(some.labels, groups, seed)
     scores = cross_validate(some, forms, folds)
     factors = mixture_factors(scores, some.labels)
     head = fit_mixture(examples, dict(zip(forms, factors.tolist(), strict=True)))
@@ -185,11 +189,12 @@ def fit_few_shot(examples: Examples, seed: int = 0) -> FewShotHead:
     return replace(head, accuracy=Measure("examples", right / count, 1 / len(examples.names), count), shots=shots)
 
 
-def class_folds(labels: Tensor, seed: int = 0) -> Tensor:
-    """(n,) the fold of each image, at random; the images of each class are spread over all folds."""
+def class_folds(labels: Tensor, groups: np.ndarray, seed: int = 0) -> Tensor:
+    """(n,) the fold of each group of images, at random; the groups of each class are spread over all folds."""
     rng, folds = np.random.default_rng(seed), np.zeros(len(labels), np.int64)
-    for rows in by_class(labels.numpy()):
-        folds[rows] = assign_folds(rows, FOLDS, rng)
+    _, first, numbers = np.unique(groups, return_index=True, return_inverse=True)
+    for rows in by_class(labels.numpy()[first][numbers]):  # a group of several classes counts for its first
+        folds[rows] = assign_folds(groups[rows], FOLDS, rng)
     return torch.from_numpy(folds)
 
 

@@ -188,13 +188,16 @@ def labeled_table(table_path: str | Path, label_column: str | None, given: Colum
     if (column := label_column) is None and labeled:
         column = Header(columns, path).column(LABEL_NAMES[0], LABEL_NAMES, "label")
     # --- the pairs of the table, and the rows of each split
-    table = TableSource(table_path, replace(given, caption=given.caption if captioned else None, group=column))
+    own = replace(given, caption=given.caption if captioned else None)
+    labeled_rows = table = TableSource(table_path, replace(own, group=column))
+    if given.group is not None:
+        table = TableSource(table_path, own)
     rows_of = table.splits() or {"test": np.arange(len(table))}
     if "test" not in rows_of:
         raise UserError(f"'{path.name}' has no test pairs: its splits are {', '.join(rows_of)}. Name some rows 'test'.")
     if column is None:
         return {which: partial(Subset, table, rows) for which, rows in rows_of.items()}
-    labels, names, broken = _labels(table, column)
+    labels, names, broken = _labels(labeled_rows, column)
     return {
         which: partial(Classified, table, labels[rows], names, rows=rows, captioned=captioned, broken=broken)
         for which, rows in rows_of.items()

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from declip.data.images.decode import EXTENSIONS
 from declip.data.pair import PairSource, SkipCounter
 from declip.data.sources.names import relative
 from declip.data.sources.python_items import Items
+from declip.data.sources.table import find_table
 from declip.errors import UserError, check_range
 from declip.evaluation.encode import Encoder
 from declip.io.atomic import csv_path
@@ -97,6 +98,8 @@ def choose(
     check_range("count", count, 1)
     path = None if out is None else csv_path(out)
     check_outputs((path,))
+    if isinstance(images, str | Path) and find_table(images) is not None:
+        columns = replace(columns, caption=None)
     options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "progress": progress}
     computing: dict[str, Any] = {"device": device, "precision": precision}
     opened = open_or_embed(model, images, index, columns=columns, **computing, **options)

@@ -19,6 +19,7 @@ from declip.data.images.decode import EXTENSIONS
 from declip.data.pair import LazyImage, PairSource, SkipCounter
 from declip.data.sources.open import ImageSource, open_images
 from declip.data.sources.python_items import Items
+from declip.data.sources.table import find_table
 from declip.errors import UserError, check_range
 from declip.evaluation.datasets import LabeledSource, open_dataset, with_classes
 from declip.evaluation.encode import Encoder, encode_batches, encode_source
@@ -29,6 +30,7 @@ from declip.evaluation.few_shot import (
     fit_few_shot,
     joint_encoder,
 )
+from declip.evaluation.leakage import leaking_column
 from declip.evaluation.results import Measure
 from declip.evaluation.zero_shot import class_features, logit_scale, read_templates
 from declip.interchange.read import loaded
@@ -69,6 +71,7 @@ class Classifier:
     head: FewShotHead
     model: str  # fingerprint
     skipped: SkipCounter  # example images that could not be read
+    leaking: str | None = None  # column of the examples that should be their group, see `leaking_column`
 
     @classmethod
     def fit(
@@ -79,6 +82,7 @@ class Classifier:
         *,
         templates: str | Sequence[str] = "plain",
         label_column: str | None = None,
+        columns: Columns = DEFAULT,
         batch_size: int = 256,
         workers: int = 0,
         device: str = "auto",
@@ -91,8 +95,9 @@ class Classifier:
             examples: A folder with a folder of images for each class, a table with a column of labels, or another
                 source with classes; of one with splits the training split.
             templates: A shipped template set, or sentences with ``{}`` for the class.
+            columns: Of a table of examples. Images with equal cells in its `group` are left out together.
         """
-        source = None if examples is None else _open_examples(examples, label_column)
+        source = None if examples is None else _open_examples(examples, label_column, columns)
         known = tuple(classes or (source.class_names if source else ()))
         if len(known) < 2:
             raise UserError("A classifier needs two classes or more. Name them, or give examples of them.")
@@ -100,15 +105,20 @@ class Classifier:
         names = _name_features(encoder, known, read_templates(templates)[1], batch_size)
         encode, width = joint_encoder(encoder)
         given = Examples(torch.empty(0, width + names.shape[1]), torch.empty(0).long(), names, width)
-        skipped = SkipCounter()
+        skipped, groups, leaking = SkipCounter(), None, None
         if source is not None:
             number = _numbers(known, source.class_names)
             options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "progress": progress}
             features = encode_source(encoder, source, encode=encode, texts=False, **options)
             labels, skipped = torch.from_numpy(number[np.asarray(source.labels)[features.indices]]), features.skipped
             given = Examples(features.images, labels, names, width)
-        head, counts = fit_few_shot(given), torch.bincount(given.labels, minlength=len(known))
-        return cls(known, tuple(counts.tolist()), head, fingerprint(encoder), skipped)
+            groups = np.arange(len(labels))
+            if columns.group is not None:
+                named = np.array([source.group(index) for index in features.indices.tolist()], np.int64)
+                groups = np.where(named == 0, -1 - groups, named)
+            leaking = leaking_column(source, features.indices.tolist(), features.images, groups, len(known))
+        head, counts = fit_few_shot(given, groups=groups), torch.bincount(given.labels, minlength=len(known))
+        return cls(known, tuple(counts.tolist()), head, fingerprint(encoder), skipped, leaking)
 
     def summary(self) -> str:
         """The examples, the settings, and what cross-validation says."""
@@ -123,6 +133,11 @@ class Classifier:
                 f"{percent(head.accuracy.value)} ({low} to {high}, n = {head.accuracy.n:,}, chance "
                 f"{percent(head.accuracy.chance)}). The classifier was then fitted to all examples."
             )
+            if self.leaking is not None:
+                lines.append(
+                    f"Images of equal '{self.leaking}' are alike, but were not left out together: the accuracy is too "
+                    f"high. Add --group-column {self.leaking}, in Python columns=Columns(group={self.leaking!r})."
+                )
         return "\n".join(lines + [f"Left out: {line}" for line in self.skipped.lines()])
 
     def save(self, path: str | Path) -> None:
@@ -155,11 +170,15 @@ class Classifier:
         return cls(stored.classes, stored.counts, head, stored.model, SkipCounter())
 
 
-def _open_examples(examples: str | Path | PairSource | Items, label_column: str | None) -> LabeledSource:
+def _open_examples(
+    examples: str | Path | PairSource | Items, label_column: str | None, columns: Columns
+) -> LabeledSource:
     """Open labeled images; a folder is one of folders of classes."""
+    if columns.group is not None and isinstance(examples, str | Path) and find_table(examples) is None:
+        raise UserError(f"--group-column {columns.group} requires a table of examples, but '{examples}' is none.")
     if isinstance(examples, str | Path) and (folder := Path(examples).expanduser()).is_dir():
         examples = f"folder:{folder}"
-    dataset = open_dataset(examples, label_column=label_column)
+    dataset = open_dataset(examples, label_column=label_column, columns=columns, captioned=False)
     return with_classes(dataset.split("train" if "train" in dataset.openers else "test"))
 
 
@@ -232,6 +251,7 @@ def classify(
         head: A fitted classifier or its file, instead of classes and examples.
         templates: Name of a template set, or templates with ``{}`` for the class.
         out: A .csv file for the probability of every class.
+        columns: Of a table of images. Its `group` is that of a table of examples, see `declip.Classifier.fit`.
         precision: As in `declip.load`; a model that is given as an object stays as it is.
         on_prediction: Called with each prediction, in the order of the images.
 
@@ -244,14 +264,15 @@ def classify(
     check_range("batch_size", batch_size, 1)
     names = check_classes(classes, examples, head, out) or []
     prompts = read_templates(templates)[1]
-    source, path = _open(images, replace(columns, caption=None)), None if out is None else csv_path(out)
+    source, path = _open(images, replace(columns, caption=None, group=None)), None if out is None else csv_path(out)
     classifier = Classifier.load(head) if isinstance(head, str | Path) else head
     workers = workers or (None if isinstance(images, str | Path) and workers is None else 0)
     encoder = loaded(model, device, precision)
     # --- scores of classes
     options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "progress": progress}
     if examples is not None:
-        classifier = Classifier.fit(encoder, names, examples, templates=prompts, label_column=label_column, **options)
+        grouped: dict[str, Any] = {"label_column": label_column, "columns": Columns(group=columns.group)}
+        classifier = Classifier.fit(encoder, names, examples, templates=prompts, **grouped, **options)
     known, encode, score = _scorer(encoder, classifier, names, prompts, batch_size)
     result = Classification(dict.fromkeys(known, 0), classifier=classifier)
     # --- classify and write batch by batch; the table appears complete or not at all

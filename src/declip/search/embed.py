@@ -109,13 +109,15 @@ def open_or_embed(
     source: str | Path | PairSource | Items,
     folder: str | Path | None = None,
     *,
+    columns: Columns = DEFAULT,
     device: str = "auto",
     precision: Precision = "auto",
     **options: Any,
 ) -> Index:
     """Open an index, or embed a source into one, with options of `embed`; later calls embed only what is new.
 
-    By default the folder is one below "indices" for each source and model.
+    By default the folder is one below "indices" for each source, its columns, and each model. Without captions the
+    index that is there keeps its own.
     """
     if isinstance(source, str | Path) and (Path(source).expanduser() / INFO).is_file():
         if folder is not None:
@@ -126,13 +128,17 @@ def open_or_embed(
     if folder is None:
         if not isinstance(source, str | Path):
             raise UserError("The images are a Python object, which has no path: give the folder of their index.")
-        digest = hashlib.sha256(f"{fingerprint(encoder)} {absolute(source)}".encode("utf-8", "surrogateescape"))
+        read = "" if columns == DEFAULT else f" {columns}"
+        digest = hashlib.sha256(f"{fingerprint(encoder)} {absolute(source)}{read}".encode("utf-8", "surrogateescape"))
         name = re.sub(r"[^A-Za-z0-9]+", "-", Path(source).name.removeprefix("builtin:")).strip("-") or "source"
         folder = Path("indices") / f"{name[:40]}-{digest.hexdigest()[:8]}"
     given = model if isinstance(model, str | Path) else ""
     known = Path(folder).expanduser()
-    captions = IndexInfo.read(known).captions if (known / INFO).is_file() else True
-    return embed(encoder, source, out=folder, captions=captions, loaded_from=given, **options)
+    before = IndexInfo.read(known) if (known / INFO).is_file() else None
+    if before is not None and columns.caption is None:
+        columns = replace(columns, caption=before.source.columns.caption)
+    captions = before is None or before.captions
+    return embed(encoder, source, out=folder, captions=captions, columns=columns, loaded_from=given, **options)
 
 
 def find_rows(source: ImageSource, stores: Iterable[Store], progress: bool = False) -> np.ndarray:

@@ -346,5 +346,6 @@ def check_same(folder: Path, before: IndexInfo, now: IndexInfo) -> None:
         changed.insert(0, f"the model was {before.model}, now {now.model}")
     if changed:
         raise UserError(
-            f"'{folder}' holds an index of another model or option: {'; '.join(changed)}. Choose another --out."
+            f"'{folder}' holds an index of another model or option: {'; '.join(changed)}. Choose another folder: "
+            "--out of embed, --index of choose and app."
         )
