@@ -115,7 +115,7 @@ def test_the_accuracy_of_a_fold_is_by_settings_from_the_other_folds():
 
 def test_images_of_one_group_are_left_out_together():
     objects = np.arange(10).repeat(6)
-    examples = made_up(6, classes=10, noise=0.1)  # six views of each object, whose classes are drawn at random
+    examples = made_up(6, classes=10, noise=0.03)  # six views of each object, whose classes are drawn at random
     examples = Examples(examples.images, torch.from_numpy(objects % 3), torch.eye(3, 12), 12)
     alone, together = fit_few_shot(examples), fit_few_shot(examples, groups=objects)
     assert (alone.accuracy.value > 0.9, together.accuracy.value < 0.6) == (True, True)
