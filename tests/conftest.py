@@ -1,11 +1,14 @@
 """What several tests share: the command, a small table of real picture files, recipes small enough for seconds."""
 
+import ctypes
 import gc
 import io
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 # Threads that wait for each other make everything slow next to other tests; set before the libraries are loaded, and
@@ -128,14 +131,26 @@ def refuses(match, call, /, *given, **options):
     return message
 
 
-def read_only(folder, code):
-    """What Python code prints and raises in a process for which a folder is mounted read-only."""
-    mount = f"mount --bind {folder} {folder} && mount -o remount,bind,ro {folder} || exit 77"
-    words = ["unshare", "--map-root-user", "--mount", "sh", "-c", f'{mount}; exec "$0" -c "$1"', sys.executable, code]
-    done = subprocess.run(words, capture_output=True, text=True)
-    if done.returncode == 77 or "unshare" in done.stderr:
+def read_only(folder, work):
+    """Call a function in a process for which a folder is mounted read-only."""
+    process = multiprocessing.get_context("fork").Process(target=_mounted, args=(str(folder), work))
+    process.start()
+    process.join()
+    if process.exitcode == 77:
         pytest.skip("no mount namespaces here")
-    return done.stdout + done.stderr
+    assert process.exitcode == 0
+
+
+def _mounted(folder, work):
+    maps = {"setgroups": "deny", "uid_map": f"0 {os.getuid()} 1", "gid_map": f"0 {os.getgid()} 1"}
+    if ctypes.CDLL(None).unshare(0x1002_0000):  # CLONE_NEWUSER | CLONE_NEWNS
+        os._exit(77)
+    for name, line in maps.items():
+        Path(f"/proc/self/{name}").write_text(line)
+    for options in (["--bind", folder, folder], ["-o", "remount,bind,ro", folder]):
+        if subprocess.run(["mount", *options]).returncode:
+            os._exit(77)
+    work()
 
 
 @pytest.fixture(autouse=True)

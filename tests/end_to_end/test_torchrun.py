@@ -17,8 +17,8 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.distributed.run import config_from_args, parse_args
 
 from conftest import tiny_tree
-from declip import finetuning
 from declip.cli import app as cli
+from declip.finetuning import outputs
 from declip.interchange.declip_file import write_declip_file
 from declip.recipe.load import load_recipe, recipe_names
 from declip.runs.folder import read_rows
@@ -79,7 +79,7 @@ def family(pid):
 def mortal(marker, *words):
     """The command on one rank; of the first two, the second kills itself in its third step."""
     step, calls = trainer.training_step, iter(range(1000))
-    finetuning.write_finetuned = lambda folder, model: None  # no report and exports, which take seconds
+    outputs.write_finetuned = lambda *_: None  # no report and exports, which take seconds
 
     def deadly(learner, optimizer, batch, sync):
         result = step(learner, optimizer, batch, sync)
@@ -109,7 +109,7 @@ def test_torchrun_repeats_the_error_below_its_trace(tmp_path, monkeypatch, comma
 def test_a_rank_that_dies_is_started_again_and_the_run_continues(table, tmp_path, capfd):
     """Of `finetune`, whose folder is locked once for both ranks before they split the pairs."""
     run, died = tmp_path / "run", tmp_path / "died"
-    write_declip_file(build("conv"), tmp_path / "start.safetensors")  # no other library can hold it
+    write_declip_file(build("vit"), tmp_path / "start.safetensors")
     words = ("finetune", table, "--from", tmp_path / "start.safetensors", "--freeze", "none", "--out", run, "--resume")
     keys = ("train.steps=6", "train.batch_size=8", "train.log_every=2", "train.checkpoint_every=1", "data.workers=0")
     keys += ("train.report_to=[]",)

@@ -1,6 +1,5 @@
 """Features of frozen towers on disk: found again, computed again when something changed, shared by processes."""
 
-import re
 import shutil
 import sqlite3
 from unittest.mock import Mock
@@ -111,16 +110,14 @@ def test_a_run_keeps_its_features_and_goes_on_without_them(cache, command):
 
 def test_a_read_only_cache_is_read_and_named_if_it_lacks_features(cache):
     features(cache).of(torch.tensor([[1], [2]]))
-    code = f"""
-import torch; from pathlib import Path; from declip.finetuning.features import PooledFeatures
-store = PooledFeatures(Path("{cache}"), lambda row: bytes([row.item()]) * 16, torch.nn.Identity())
-print(store.of(torch.tensor([[2], [1]])).tolist())
-store.tower.pool = torch.clone
-store.of(torch.tensor([[3]]))
-"""
-    first, *_, last = read_only(cache, code).splitlines()
-    assert first == "[[2.0], [1.0]]"
-    assert re.search("UserError: The features in .*DECLIP_CACHE", last)
+
+    def work():
+        store = PooledFeatures(cache, lambda row: bytes([row.item()]) * 16, torch.nn.Identity())
+        assert store.of(torch.tensor([[2], [1]])).tolist() == [[2.0], [1.0]]
+        store.tower.pool = torch.clone
+        refuses("The features in .*DECLIP_CACHE", store.of, torch.tensor([[3]]))
+
+    read_only(cache, work)
 
 
 def test_a_full_disk_or_a_damaged_file_is_named(tmp_path):
