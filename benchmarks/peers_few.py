@@ -10,7 +10,7 @@ trials.
 
 A fifth of the groups of each set is held out; rows of the table are R@1 and R@10 there, the mean of both directions.
 Every method reads the same features of the built-in start, so only what is learned from them differs. The settings of
-the peers are chosen by cross-validation in five parts up to 150 pairs, on a fifth of the training groups above, and the
+the peers are chosen by cross-validation in five parts up to 100 pairs, on a fifth of the training groups above, and the
 peer is fitted again on all of them.
 """
 
@@ -44,7 +44,7 @@ SIZES = (0, 31, 124, 500, 2_000, -1)  # training pairs; -1: all
 MOST = 6_000  # of 64,000 icons
 START = "builtin:lite2-minilm"
 FOLDS = 5
-MANY = 150  # pairs, above which one part chooses the settings of the peers
+MANY = 100  # pairs, above which one part chooses the settings of the peers
 WIDTH = 512  # of the space that the trained peers learn
 SALT = 7_000  # of the splits; 0 to 2 are those of this table
 
