@@ -280,8 +280,8 @@ EMBEDDERS = [("ViT-B-32", side) for side in ("declip", "open_clip_bf16", "senten
 EMBEDDERS += [("RN50", side) for side in ("declip", "open_clip_bf16")]
 ENGINES = "declip, exact, float16", "sentence-transformers", "faiss, IndexFlatIP"
 SENTENCES = {  # page and text, with # for a number
-    "results: in # of # cases (five sets, 0 pairs to all, or 1,000 icons), R@10 in #; without class posteriors R@1 in #. A "
-    "lead": wins,
+    "results: in # of # cases (five sets, 0 pairs to all, or 1,000 icons), R@10 in #; without class posteriors "
+    "R@1 in #. A lead": wins,
     "results: stamps need # times fewer (# or more)": lambda: class_pairs("stamps")[:2],
     "results: emoji # (# to #), clip art # (# to #": lambda: class_pairs("emoji") + class_pairs("clipart"),
     "results: four losses # times fewer in equal steps": lambda: factor("equal_samples")[:1],
