@@ -17,13 +17,10 @@ os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 import numpy as np
 import pytest
-import torch
 from markupsafe import Markup
 from PIL import Image, ImageDraw
 
 from declip.errors import UserError
-
-torch.set_num_threads(1)
 
 COLORS = ("red", "green", "blue", "orange", "purple", "black")
 SHAPES = ("circle", "square", "triangle", "bar")
@@ -79,6 +76,8 @@ def write_table(path, rows):
 
 def in_processes(function, world, folder, *arguments):
     """Run a function in gloo processes that know each other, and give what it returned in each; None where it ended."""
+    import torch  # not above, where the process that only hands out tests to others would import it first
+
     folder.mkdir(parents=True, exist_ok=True)
     torch.multiprocessing.start_processes(
         _meet, (function, world, str(folder), arguments), nprocs=world, start_method="fork"
@@ -88,7 +87,8 @@ def in_processes(function, world, folder, *arguments):
 
 
 def _meet(rank, function, world, folder, arguments):
-    torch.set_num_threads(1)
+    import torch
+
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
     torch.save(function(*arguments), f"{folder}/{rank}.pt")

@@ -127,7 +127,7 @@ BY_RANKS = {
         ["declip"], "batch norm", (4, 4), {"strategy": "fsdp", "channels_last": True, "grad_checkpointing": True},
     ),
     "chunks": (["declip", "filip"], "layer norm", (5, 3), {"grad_cache_chunk": 2}),
-    "Muon, sharded": (["declip"], "layer norm", (5, 3), {"optimizer": "muon", "strategy": "fsdp"}),
+    "Muon, sharded": (["slip"], "layer norm", (5, 3), {"optimizer": "muon", "strategy": "fsdp"}),
     "SGD, sharded": (["slip"], "layer norm", (5, 3), {"optimizer": "sgd", "strategy": "fsdp"}),
 }  # fmt: skip
 """Recipes, towers, pairs of each rank and keys; one process learns the same without those of how it is computed."""
