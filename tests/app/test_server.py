@@ -42,7 +42,7 @@ def test_a_source_is_embedded_once_and_an_index_is_opened(weights_file, table, t
             open_state(str(model), str(source), **exact)
 
 
-def test_a_mistake_ends_with_one_line(state, run_folder, tmp_path, monkeypatch, command):
+def test_a_mistake_ends_with_one_line(state, run_folder, table, tmp_path, monkeypatch, command):
     monkeypatch.setattr("declip.app.server.serve", None)  # it comes to that in none of these
     other, index = tmp_path / "other.safetensors", state.index.folder
     write_declip_file(tiny_model(1), other)
@@ -51,6 +51,7 @@ def test_a_mistake_ends_with_one_line(state, run_folder, tmp_path, monkeypatch, 
             ([run_folder, "nowhere"], ["'nowhere'"]),
             ([other, index], ["another model", f"'{run_folder}'", f"'{other}'"]),
             ([run_folder, index, "--index", "elsewhere"], ["--index"]),
+            ([run_folder, table, "--caption-column", "kind"], ["'kind'", "--caption-column"]),
             ([run_folder, index, "--port", taken.getsockname()[1]], ["--port"]),
             ([run_folder, index, "--host", "no.such.host.invalid"], ["'no.such.host.invalid'"]),
         )

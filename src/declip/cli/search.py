@@ -106,6 +106,7 @@ def _print_hits(hits: "list[Hit]") -> None:
     console.print(rich_table(Table("", ("", "cosine", "image", "caption"), tuple(rows), texts=4)))
 
 
+@reads_images
 def serve(
     model: opt.Model,
     source: Annotated[str, Argument(callback=existing, help="an index, or a folder, table or built-in set")],
@@ -113,9 +114,8 @@ def serve(
     caption: Annotated[Path | None, file("caption images, and save captions in this .csv file")] = None,
     host: Annotated[str, Option(help="address to listen on; default: this machine only")] = "127.0.0.1",
     port: Annotated[int, Option(min=0, max=65_535, help="port; 0: any free port")] = 8765,
-    device: opt.Device = "auto",
-    precision: opt.Precision = "auto",
-    quiet: opt.Quiet = False,
+    *,
+    reading: dict[str, Any],
 ) -> None:
     """Open a model and its pairs in a browser: classify, search, find wrong pairs, caption images."""
     for name in ("starlette", "uvicorn"):
@@ -131,9 +131,7 @@ def serve(
                 "captions of the source can be seen, and requests can keep this machine busy.",
                 style="yellow",
             )
-        state = server.open_state(
-            model, source, index, device=device, precision=precision, progress=not quiet, caption=caption
-        )
+        state = server.open_state(model, source, index, caption=caption, **reading)
         images = f"{len(state.index):,} images of {state.index.info.source.name}"
         errors.print(f"{images}, index {state.index.folder}")
         errors.print(f"Open {server.address_of(bound)} (Ctrl-C stops)")
