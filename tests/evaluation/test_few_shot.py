@@ -119,6 +119,7 @@ def test_images_of_one_group_are_left_out_together():
     examples = Examples(examples.images, torch.from_numpy(objects % 3), torch.eye(3, 12), 12)
     alone, together = fit_few_shot(examples), fit_few_shot(examples, groups=objects)
     assert (alone.accuracy.value > 0.9, together.accuracy.value < 0.6) == (True, True)
+    assert (alone.accuracy.n, together.accuracy.n) == (60, 10), "images of one object are not independent"
     folds = class_folds(examples.labels, objects)
     assert all(len(folds[objects == number].unique()) == 1 for number in range(10))
     assert fit_few_shot(examples, groups=np.zeros(60)).accuracy is None, "nothing can be left out"

@@ -141,6 +141,9 @@ def test_all_columns_and_templates_of_captions_are_used(folder, tmp_path, caplog
 def test_the_card_of_a_fit_states_no_steps(run):
     card = (run.folder / "exported" / "safetensors" / "README.md").read_text(encoding="utf-8").partition("<details>")[0]
     assert f"{COUNT} pairs" in card
+    known = run.cross_validation["percentile"]
+    numbers = f"better than {percent(known['value'])} of the others ({percent(known['low'])} to"
+    assert (numbers in card, f"n = {2 * COUNT}" in card, "No results" in card) == (True, True, False)
     assert [words for words in ("peak learning rate", "steps of", "pairs seen") if words in card] == []
 
 

@@ -186,7 +186,9 @@ def fit_few_shot(examples: Examples, seed: int = 0, groups: np.ndarray | None = 
         right += int((mixed.argmax(dim=1) == some.labels[out]).sum())
         fitted += int(out.sum()) * int((~out).sum())
     shots = fitted / count / len(some.labels.unique())
-    return replace(head, accuracy=Measure("examples", right / count, 1 / len(examples.names), count), shots=shots)
+    # Images of one group are not independent: the interval is that of as many images as there are groups.
+    accuracy = Measure("examples", right / count, 1 / len(examples.names), len(np.unique(groups)))
+    return replace(head, accuracy=accuracy, shots=shots)
 
 
 def class_folds(labels: Tensor, groups: np.ndarray, seed: int = 0) -> Tensor:

@@ -26,7 +26,7 @@ class Traced:
     model: DualEncoder
     step: int | None = None  # number of steps; None without a checkpoint
     pairs: int | None = None  # number of distinct training pairs
-    fitted: bool = False  # projections in closed form, without steps
+    fitted: Mapping[str, Any] = field(default_factory=dict)  # cross_validation.json, if projections are in closed form
     results: Sequence[Result] = ()  # after that step
     origin: str | None = None  # description of the weights' origin, unless that is a run
     heads: Mapping[str, Tensor] = field(default_factory=dict)  # of losses, by the names of `Objective`
