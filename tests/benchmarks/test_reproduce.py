@@ -199,14 +199,8 @@ def test_several_machines_get_their_commands(small, call, shards, tmp_path):
 
 def test_make_passes_what_is_given():
     given = ["DATA=x.json", "ROOT=images", "METHOD=clip", "BACKBONE=r50", "IMAGENET=in", "SETS=sets", "GPUS=8"]
-    done = subprocess.run(
-        ["make", "-n", "--no-print-directory", "reproduce-yfcc15m", *given],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    words = done.stdout.replace("\\\n", " ").split()
+    command = ["make", "-n", "--no-print-directory", "reproduce-yfcc15m", *given]
+    words = subprocess.check_output(command, cwd=ROOT, text=True).replace("\\\n", " ").split()
     given = " ".join(word.strip("'") for word in words[words.index("yfcc15m") :])
     assert given == (
         "yfcc15m --data x.json --gpus 8 --nodes 1 --root images --method clip --backbone r50 "

@@ -68,10 +68,8 @@ def test_features_of_other_towers_and_versions_are_computed_again(cache, monkeyp
 
     assert (len(stores()), len(stores())) == (2, 0)
     assert (len(stores("quick_gelu")), len(stores(weight=0.5))) == (1, 1), "the image tower is the same"
-    for name in (
-        *("torch.__version__", "timm.__version__", "PIL.__version__"),
-        "declip.finetuning.features.FEATURE_VERSION",
-    ):
+    versions = "torch.__version__", "timm.__version__", "PIL.__version__"
+    for name in (*versions, "declip.finetuning.features.FEATURE_VERSION"):
         with monkeypatch.context() as patch:
             patch.setattr(name, "another")
             assert len(stores()) == 2, name

@@ -273,17 +273,9 @@ def test_the_mixture_with_the_start_is_chosen_on_left_out_and_kept_pairs(run, fo
 
 def test_a_set_to_keep_without_images_is_refused_before_the_fit(folder, tmp_path):
     (tmp_path / "kept.csv").write_text("image,caption\nmissing.png,a circle\n")
-    refuses(
-        ("kept.csv", "missing.png"),
-        declip.finetune,
-        folder / "pairs.csv",
-        f"timm:test_vit/{folder / 'vit.safetensors'}",
-        keys_of(folder),
-        tmp_path / "run",
-        freeze="both",
-        keep=tmp_path / "kept.csv",
-        quiet=True,
-    )
+    given = folder / "pairs.csv", f"timm:test_vit/{folder / 'vit.safetensors'}", keys_of(folder), tmp_path / "run"
+    options = {"freeze": "both", "keep": tmp_path / "kept.csv", "quiet": True}
+    refuses(("kept.csv", "missing.png"), declip.finetune, *given, **options)
     assert not (tmp_path / "run").exists()
 
 

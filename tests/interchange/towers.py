@@ -16,14 +16,8 @@ from declip.models.layers import PROJECTIONS
 from declip.recipe.load import load_recipe
 
 EXACT = 1e-5
-TEXT = {
-    "text.width": 32,
-    "text.layers": 2,
-    "text.heads": 2,
-    "text.context_length": 16,
-    "text.bpe_merges": 300,
-    "embed_dim": 16,
-}
+TEXT = {"text.width": 32, "text.layers": 2, "text.heads": 2, "text.context_length": 16, "text.bpe_merges": 300}
+TEXT |= {"embed_dim": 16}
 VIT = {
     "image.model": "declip_vit_tiny",
     "image.size": 32,
@@ -38,10 +32,8 @@ KINDS = {
     },
     "vit-clip-words": {**VIT, **TEXT, "text.bpe_merges": None},
     "resnet": {
-        "image.model": "resnet50_clip",
-        "image.size": 64,
-        "image.model_kwargs": {"depths": [1, 2, 1, 1], "width_factor": 1 / 8},
-        **TEXT,
+        "image.model": "resnet50_clip", "image.size": 64,
+        "image.model_kwargs": {"depths": [1, 2, 1, 1], "width_factor": 1 / 8}, **TEXT,
     },
     "timm-vit": {"image.model": "test_vit", "image.size": 160, **TEXT},
     "timm-convnext": {"image.model": "test_convnext", "image.size": 64, **TEXT},

@@ -26,12 +26,7 @@ def model_of(tower, size):
 # The second is the built-in start's tower, the third has norms before convolutions, the last has no batch norm.
 @pytest.mark.parametrize(
     ("tower", "size"),
-    [
-        ("declip_conv_tiny", 32),
-        ("tf_efficientnet_lite0", 64),
-        ("resnetv2_18d", 32),
-        ("declip_vit_tiny", 32),
-    ],
+    [("declip_conv_tiny", 32), ("tf_efficientnet_lite0", 64), ("resnetv2_18d", 32), ("declip_vit_tiny", 32)],
 )
 def test_features_are_those_of_the_model(tower, size):
     model = model_of(tower, size)

@@ -13,13 +13,7 @@ from indices import model
 __all__ = ["model"]
 PICTURE = draw("red", "circle")
 PIXELS = np.asarray(PICTURE)
-IMAGES = {
-    "image": PICTURE,
-    "array": PIXELS,
-    "arrays": np.stack([PIXELS]),
-    "name": "a.png",
-    "names": ["a.png"],
-}
+IMAGES = {"image": PICTURE, "array": PIXELS, "arrays": np.stack([PIXELS]), "name": "a.png", "names": ["a.png"]}
 WRONG = {
     "no file": ("b.png", "b.png"),
     "text file": ("a.txt", "a.txt"),

@@ -93,13 +93,8 @@ def test_another_model_is_refused(made, model):
     computed.load_state_dict(model.state_dict())
     for wrong in (tiny_model(1), other, computed.eval()):
         refuses("another model", Index.open(made.folder, model=wrong).search, "a red bar")
-        refuses(
-            r"the model was '.*' \(fingerprint \w{8}\), now ",
-            declip.embed,
-            wrong,
-            made.info.source.path,
-            out=made.folder,
-        )
+        said = r"the model was '.*' \(fingerprint \w{8}\), now "
+        refuses(said, declip.embed, wrong, made.info.source.path, out=made.folder)
     refuses("a Python object", Index.open(made.folder).search, "a red bar")
     assert Index.open(made.folder, model=model).search("a red bar", k=1)
 

@@ -73,16 +73,8 @@ LR, DECAY = 0.02, 0.1
 
 def layers():
     torch.manual_seed(0)
-    return nn.ModuleDict(
-        {
-            "wide": nn.Linear(5, 3),
-            "same": nn.Linear(5, 3),
-            "tall": nn.Linear(3, 7),
-            "conv": nn.Conv2d(2, 4, 3),
-            "token_embedding": nn.Embedding(9, 4),
-            "norm": nn.LayerNorm(4),
-        }
-    ).double()
+    made = {"wide": nn.Linear(5, 3), "same": nn.Linear(5, 3), "tall": nn.Linear(3, 7), "conv": nn.Conv2d(2, 4, 3)}
+    return nn.ModuleDict({**made, "token_embedding": nn.Embedding(9, 4), "norm": nn.LayerNorm(4)}).double()
 
 
 def take(optimizer, module, count):

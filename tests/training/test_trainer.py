@@ -174,10 +174,8 @@ def test_damaged_lines_are_dropped_with_a_warning_and_block_no_resume(table, tmp
 def test_a_few_pairs_of_which_many_are_broken_are_refused_before_training(table, rows, tmp_path):
     lost = [{"image": f"missing-{number}.png", "caption": "lost"} for number in range(4)]
     data = {"source": str(write_rows(tmp_path / "pairs.jsonl", [*rows[:12], *lost]))}
-    recipe, told = (
-        recipe_for(table, "clip", {"data": data}),
-        r"4 of the 16 .*data\.max_broken_fraction.*4 × missing image",
-    )
+    recipe = recipe_for(table, "clip", {"data": data})
+    told = r"4 of the 16 .*data\.max_broken_fraction.*4 × missing image"
     refuses(told, assemble, recipe, tmp_path / "run", quiet=True)
     refuses(told, estimate, recipe)
     assert not (tmp_path / "run").exists()
@@ -253,7 +251,6 @@ def test_a_run_takes_the_precision_that_its_device_can_and_keeps_it(table, tmp_p
 def test_a_device_is_asked_for_its_precision(monkeypatch):
     for can in (False, True):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda can=can: {"avx512_bf16": can})
-        monkeypatch.setattr(
-            torch.cuda, "is_bf16_supported", lambda including_emulation, c=can: c or including_emulation
-        )
+        supported = lambda including_emulation, c=can: c or including_emulation  # noqa: E731
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
         assert [computes_bf16(torch.device(name)) for name in ("cpu", "cuda", "meta")] == [can, can, False]

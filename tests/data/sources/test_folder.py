@@ -90,10 +90,8 @@ def captions(folder):
 
 
 def test_description_title_and_keywords_are_captions(tmp_path):
-    write(
-        tmp_path / "a.jpg",
-        xmp(ALT.format("title", "A bird") + ALT.format("description", "A red\nbird &amp; a tree") + BAG),
-    )
+    titles = ALT.format("title", "A bird") + ALT.format("description", "A red\nbird &amp; a tree")
+    write(tmp_path / "a.jpg", xmp(titles + BAG))
     assert captions(tmp_path) == ("A red bird & a tree", "A bird", "bird, red")
     (tmp_path / "a.txt").write_text("typed")
     assert captions(tmp_path) == ("typed",)
