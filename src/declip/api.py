@@ -30,6 +30,7 @@ from declip.training import distributed
 from declip.training.assemble import assemble, held_out_sets
 from declip.training.evaluations import HeldOutSets
 from declip.training.optimizer import OptimizerFactory
+from declip.training.pairs import warn_of_training_pairs
 from declip.training.sinks import Sink
 from declip.training.state import Extensions
 from declip.training.trainer import Trainer
@@ -135,6 +136,7 @@ def evaluate(
     if len(options.numbers_of_shots) > 1:
         raise UserError("declip.evaluate returns one result. Pass one number of shots, such as shots=4.")
     opened = open_dataset(dataset, label_column=label_column, columns=columns, captioned=task == "retrieval")
+    warn_of_training_pairs(model, [opened])
     return evaluate_all(loaded(model, device, precision), opened, (task,), options)[0]
 
 

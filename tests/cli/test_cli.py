@@ -14,7 +14,7 @@ from declip.training.evaluations import HeldOutSets
 from interchange.towers import build
 
 
-def test_trains_evaluates_and_resumes(table, tmp_path, command):
+def test_trains_evaluates_and_resumes(table, tmp_path, command, caplog):
     recipe, out, both = tmp_path / "mine.yaml", tmp_path / "run", tmp_path / "both.json"
     recipe.write_text(yaml.safe_dump(tiny_tree("replaced by --data", "declip")))
     words = ["train", recipe, "train.steps=6", "--data", table, "--val", table, "--out", out, "--quiet"]
@@ -26,6 +26,7 @@ def test_trains_evaluates_and_resumes(table, tmp_path, command):
 
     evaluate = ["evaluate", out, "--dataset", table, "--task", "retrieval", "--batch-size", 8, "--json"]
     assert command(*evaluate, tmp_path / "result.json").status == 0
+    assert f"was trained on pairs of '{table}'" in caplog.text
     patience = ["train.patience=2", "train.evaluate_every=2", "--dry-run"]  # which need the sets of --val
     assert command("train", recipe, *patience, "--data", table, "--val", table).status == 0
     result = json.loads((tmp_path / "result.json").read_text())
@@ -40,6 +41,9 @@ def test_trains_evaluates_and_resumes(table, tmp_path, command):
     rows = json.loads(both.read_text())
     assert [(row["dataset"], row["images"]) for row in rows] == [(str(table), 24), (str(other), 2)]
     assert rows[0] == result
+    caplog.clear()
+    assert command("evaluate", out, "--dataset", other, "--task", "retrieval").status == 0
+    assert "trained on" not in caplog.text
     failed = command(*evaluate, tmp_path / "none.json", "--dataset", f"paper11:{tmp_path}")
     assert (failed.status, "paper11" in failed.err, (tmp_path / "none.json").exists()) == (2, True, False)
 

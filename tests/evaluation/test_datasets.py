@@ -183,6 +183,8 @@ def test_retrieval_takes_captioned_images_whatever_their_labels(folder, model):
     classes, pairs = evaluate_all(model, table, ["zero-shot", "retrieval"])
     assert (classes.n, classes.skipped) == (2, {"missing label": 1, "conflicting labels": 1})
     assert (pairs.images, pairs.text_to_image.queries, pairs.skipped) == (4, 5, {})
+    alone = open_dataset(table, label_column="label", captioned=False).split("test")
+    assert (alone.captioned, alone[0].captions) == (False, ("dog",)), "captions are not read where none is used"
 
 
 def test_what_cannot_be_measured(folder):

@@ -15,6 +15,7 @@ from torch.nn.functional import normalize
 import declip
 from conftest import refuses
 from declip.data.sources.open import open_source
+from declip.data.sources.table import warn_once
 from declip.interchange.declip_file import write_declip_file
 from declip.models.dual_encoder import DualEncoder
 from declip.search import choose as choosing
@@ -109,16 +110,22 @@ def test_the_table_is_one_of_pairs_once_it_has_captions(folder, tmp_path, weight
     assert [source[n].captions[0] for n in range(len(source))] == [f"shape {n}" for n in range(len(rows))]
 
 
-def test_a_table_needs_no_captions_and_its_columns_of_captions_change_nothing(folder, tmp_path, weights_file, command):
-    rows = [f"{folder}/red-bar.png,a", f"{folder}/blue-bar.png,b", f"{folder}/red-circle.png,c"]
-    for name, caption in (("plain", "words"), ("titled", "title")):
-        Path(tmp_path / f"{name}.csv").write_text("\n".join([f"image,{caption}", *rows]))
-    words = ["choose", weights_file, tmp_path / "titled.csv", "--quiet", "--index", tmp_path / "index"]
-    declip.embed(weights_file, tmp_path / "titled.csv", out=tmp_path / "index", captions=True)
-    made = [command(*words, "--out", tmp_path / "a.csv", *more) for more in ([], ["--caption-column", "words"])]
-    assert [(one.status, "Not used" in one.err) for one in made] == [(0, False)] * 2, made
-    made = declip.choose(weights_file, tmp_path / "plain.csv", index=tmp_path / "other")
-    assert made.index.captions() == [[]] * 3
+def test_columns_of_captions_change_nothing(folder, tmp_path, weights_file, command, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    warn_once.cache_clear()
+    rows = [f"{folder}/{name}.png,{name},x" for name in ("red-bar", "blue-bar", "red-circle")]
+    Path("pairs.csv").write_text("\n".join(["image,title,description", *rows]))
+    Path("plain.csv").write_text("\n".join(["image,color,shape", *rows]))
+    words = ["choose", weights_file, "pairs.csv", "--quiet", "--out"]
+    for number, more in enumerate(([], ["--caption-column", "description"], ["--caption-column", "none"])):
+        assert command(*words, f"{number}.csv", *more).status == 0
+    assert (len(list(Path("indices").iterdir())), "Not used" in caplog.text) == (1, False)
+    assert len(declip.choose(weights_file, "plain.csv", index="plain").index) == 3
+    # An index with captions keeps them, and is not that of other columns.
+    declip.embed(weights_file, "pairs.csv", out="index", captions=True)
+    assert all(declip.choose(weights_file, "pairs.csv", index="index").index.captions())
+    Path("moved.csv").write_text(Path("pairs.csv").read_text().replace("image", "picture"))
+    assert command("choose", weights_file, "moved.csv", "--image-column", "picture", "--out", "m.csv").status == 0
 
 
 def test_a_large_source_is_sampled(model, folder, tmp_path, monkeypatch):

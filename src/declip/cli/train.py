@@ -163,31 +163,33 @@ def evaluate(
 
     check_tasks((task,), shots, templates)
     check_outputs((json_out,))
+    from declip.evaluation.datasets import open_dataset
     from declip.evaluation.protocols import PREFIX, Options
     from declip.interchange.read import load
+    from declip.training.pairs import warn_of_training_pairs
 
     suite = next((name for name in datasets if name.startswith(PREFIX)), None)
     if suite is not None and (len(datasets) > 1 or label_column is not None):
         raise UserError(f"The suite '{suite}' is evaluated alone. Give one --dataset, and no --label-column.")
     device, table = reading.pop("device"), {"label_column": label_column, "columns": reading.pop("columns")}
     options = Options(templates=templates, shots=shots or [4], **reading)
-    rows = _evaluate(load(model, device, precision), datasets, table, task, options, suite)
+    opened = (
+        [] if suite is not None else [open_dataset(name, captioned=task == "retrieval", **table) for name in datasets]
+    )
+    warn_of_training_pairs(model, opened)
+    rows = _evaluate(load(model, device, precision), opened, task, options, suite)
     if json_out is not None:
         write_output(json_out, marked_json(rows), "--json")
 
 
-def _evaluate(
-    model: Any, datasets: list[str], table: dict[str, Any], task: str, options: Any, suite: str | None
-) -> Any:
+def _evaluate(model: Any, opened: list[Any], task: str, options: Any, suite: str | None) -> Any:
     """Evaluate on all sets, or on those of a suite, and print a table; return one row or several."""
-    from declip.evaluation.datasets import open_dataset
     from declip.evaluation.protocols import SETS, evaluate_all, evaluate_suite
     from declip.io.text import percent
     from declip.reports.page import rich_table
     from declip.reports.run import results_table
 
     if suite is None:
-        opened = [open_dataset(name, captioned=task == "retrieval", **table) for name in datasets]
         results = evaluate_all(model, opened, (task,), options)
         console.print(rich_table(results_table(results)))
         rows = [each.to_dict() for each in results]

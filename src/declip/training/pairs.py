@@ -1,18 +1,23 @@
 """The pairs of a run: training pairs and held-out sets are opened, and a sample is checked before the first step."""
 
 import hashlib
+from collections.abc import Iterable
 from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 
 from declip.data.columns import Columns
 from declip.data.pair import BrokenPair, PairSource, SkipCounter
+from declip.data.sources.names import absolute
 from declip.data.sources.open import NO_SOURCES, Sources, open_source
-from declip.data.sources.subset import Joined, take, training_part
+from declip.data.sources.subset import LIST_KIND, Joined, read_pair_list, take, training_part
 from declip.errors import UserError
-from declip.evaluation.datasets import with_classes
+from declip.evaluation.datasets import Dataset, with_classes
 from declip.io.text import plural
+from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe
+from declip.runs.folder import RECIPE, Run, log
 from declip.training.evaluations import HeldOutSets
 
 TRAINING = "training pairs"
@@ -75,3 +80,19 @@ def evenly_spaced(source: PairSource, size: int = SAMPLE) -> list[int]:
     count = 0 if source.remote else min(size, len(source))
     indices: list[int] = np.linspace(0, len(source) - 1, count).astype(int).tolist()
     return indices
+
+
+def warn_of_training_pairs(model: object, datasets: Iterable[Dataset]) -> None:
+    """Warn of datasets that a run, given by its folder or a checkpoint, was trained on; those with splits are not."""
+    path = (
+        model.folder if isinstance(model, Run) else Path(model).expanduser() if isinstance(model, str | Path) else None
+    )
+    folder = path and next((path for path in (path, path.parent.parent) if (path / RECIPE).is_file()), None)
+    if folder is None:
+        return
+    given = load_recipe(folder / RECIPE).data.source
+    files = [Path(name) for name in ([given] if isinstance(given, str) else given)]
+    names = [read_pair_list(f).source if f.suffix == LIST_KIND and f.is_file() else absolute(str(f)) for f in files]
+    for dataset in datasets:
+        if absolute(dataset.name) in names and len(dataset.openers) == 1 and not dataset.split("test").splits():
+            log.warning(f"'{folder}' was trained on pairs of '{dataset.name}': the results are too high. Give others.")
