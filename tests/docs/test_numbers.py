@@ -118,17 +118,19 @@ def methods():
 LOSSES = {"few-clip": "demo-few-clip", "few-declip": "demo-few-declip", "fast": "FastCLIP (temperature 0.07)"}
 LOSSES |= {"fast-smooth": "FastCLIP (0.05), smoothed", "near-text": "neighbors by a sentence encoder"}
 LOSSES |= {"near-both": "the same, also of images", "clip-constant": "demo-clip with constant temperature 0.1"}
-LOSSES |= {"multi-view-16": "demo-multi-view with a second image of 16 px"}
+LOSSES |= {"multi-view-16": "demo-multi-view with a second image of 16 px", "clip": "demo-clip"}
+CELLS = ("emoji", 1400, 0), ("emoji", 1400, 0.25), ("emoji", 1400, 0.5), ("emoji", 5600, 0), ("icons", 16_000, 0)
 
 
 def losses():
-    rows, sets = load("loss.jsonl"), ("emoji-validation", "emoji-test")
+    rows = load("loss.jsonl")
     for cost in (row for row in rows if row["method"] in LOSSES and "cost" in row):
-        own = [row for row in rows if row["method"] == cost["method"] and "seed" in row]
-        columns = (1400, 0), (1400, 0.5), (5600, 0)
-        sides = [[row for row in own if (row["pairs"], row["wrong"]) == column] for column in columns]
-        means = [mean(row[name] for row in side) for side in sides if side for name in sets]
-        yield LOSSES[cost["method"]], [cost["cost"], len(sides[0]), *means]
+        numbers = [cost["cost"]]
+        for name, pairs, wrong in CELLS:
+            cell = {"method": cost["method"], "set": name, "pairs": pairs, "wrong": wrong}
+            own = [row for row in rows if cell.items() <= row.items()]
+            numbers += [mean(row[f"{name}-{part}"] for row in own) for part in ("validation", "test") if own]
+        yield LOSSES[cost["method"]], numbers
 
 
 def embed():
