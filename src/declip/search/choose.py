@@ -86,7 +86,7 @@ def choose(
         images: The folder of an index, or what `declip.embed` embeds.
         have: A source of pairs by its path: its images with captions count as chosen from the start.
         out: A .csv file to write, with the columns image, caption (empty) and coverage.
-        index: The folder of the images' index; by default one below "indices", which `declip app` uses too if they are a folder.
+        index: The folder of the images' index; by default one below "indices", for a folder that of `declip app`.
         precision: As in `declip.load`; a model that is given as an object stays as it is.
         seed: Of the sample, if there are more than `MOST` images.
 
