@@ -6,19 +6,22 @@ from declip.errors import UserError
 from declip.evaluation.encode import Encoder
 from declip.interchange.export import export, trace
 from declip.interchange.format import Refusal, Traced
+from declip.models.image_tower import PosteriorProjection
 from declip.reports.run import write_report
 from declip.runs.folder import log
 from declip.training.evaluations import HeldOutSets
 
 
 def write_finetuned(folder: Path, model: Encoder, held_out: HeldOutSets, merged: Traced | None = None) -> None:
-    """Export the model of a finished run to every format that can hold it, and write the report.
+    """Export the model of a finished run to every format that holds it whole, and write the report.
 
-    The report is last: a fit in closed form that has one is finished.
+    Class posteriors are in no linear projection: `declip export` says what a format of such loses. The report is last:
+    a fit in closed form that has one is finished.
     """
     # Without adapters, and whole where it was sharded; loaded once for all formats
     merged = merged or trace(folder)
-    for format in ("safetensors", "open_clip", "huggingface"):
+    whole = not isinstance(merged.model.image_tower.proj, PosteriorProjection)
+    for format in ("safetensors", *(("open_clip", "huggingface") if whole else ())):
         try:
             export(merged, format, folder / "exported" / format, overwrite=True)
         except Refusal:

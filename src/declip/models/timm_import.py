@@ -7,6 +7,7 @@ import importlib
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial, wraps
 from types import ModuleType
 from typing import Any
 
@@ -35,7 +36,7 @@ def without_compiler() -> Iterator[None]:
     later = ModuleType(COMPILER)
     vars(later).update(is_compile_supported=lambda kind: imported("is_compile_supported")(kind), __getattr__=imported)
     sys.modules[COMPILER], disable = later, torch.compiler.disable
-    vars(torch.compiler)["disable"] = _unchanged
+    vars(torch.compiler)["disable"] = _disable_later
     try:
         yield
     finally:
@@ -44,8 +45,17 @@ def without_compiler() -> Iterator[None]:
             del sys.modules[COMPILER]
 
 
-def _unchanged(function: Callable[..., Any]) -> Callable[..., Any]:
-    return function
+def _disable_later(function: Callable[..., Any] | None = None, **options: Any) -> Callable[..., Any]:
+    """Stand in for `torch.compiler.disable`, a decorator with or without options, which would import the compiler."""
+    if function is None:
+        return partial(_disable_later, **options)
+
+    @wraps(function)
+    def disabled(*given: Any, **named: Any) -> Any:
+        compiled = "torch._dynamo" in sys.modules
+        return (torch.compiler.disable(function, **options) if compiled else function)(*given, **named)
+
+    return disabled
 
 
 with without_compiler():
