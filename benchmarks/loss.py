@@ -1,9 +1,9 @@
 """Losses in equal processor time: what needs fewer pairs than CLIP with label smoothing?
 
-    python benchmarks/loss.py METHOD PAIRS SEED [--wrong 0.5] --out runs/loss.jsonl
+    python benchmarks/loss.py METHOD PAIRS SEED [--wrong 0.5] [--set icons] --out runs/loss.jsonl
     python benchmarks/loss.py cost --out runs/loss.jsonl
 
-appends top-1 on four sets of emoji after `STEPS` steps of `demo-few-clip`, or as many of METHOD as take the same time.
+appends top-1 on held-out designers after `STEPS` steps of `demo-few-clip`, or as many of METHOD as take the same time.
 An interrupted run continues, and a row that exists is not measured again. `cost` times a step of all methods in turns;
 `METHODS` has the results. With --wrong a fraction of the pairs has captions of others.
 """
@@ -41,7 +41,10 @@ from declip.training.state import Extensions
 from declip.training.step import training_step
 
 STEPS = 600
-SETS = ("emoji-validation", "emoji-test", "emoji-test-new", "emoji-validation-new")
+SETS = {
+    "emoji": ("emoji-validation", "emoji-test", "emoji-test-new", "emoji-validation-new"),
+    "icons": ("icons-validation", "icons-test"),
+}
 ROUNDS, TURN = 8, 2  # of `cost`: steps of a method before those of the next
 LAST_GAMMA, EPSILON = 0.2, 1e-14  # of FastCLIP
 
@@ -191,23 +194,23 @@ def append(out: Path, row: Mapping[str, Any]) -> None:
         file.writelines(json.dumps(each) + "\n" for each in ([] if out.stat().st_size else [run]) + [{**row, **run}])
 
 
-def train(method: str, pairs: int, seed: int, wrong: float, out: Path) -> None:
+def train(method: str, pairs: int, seed: int, wrong: float, data_set: str, out: Path) -> None:
     """Append the row of a run, unless there is one; processor seconds are of runs without interruption."""
-    key = {"method": method, "pairs": pairs, "seed": seed, "wrong": wrong, "views": "demo"}
+    key = {"method": method, "pairs": pairs, "seed": seed, "wrong": wrong, "set": data_set}
     if any(key.items() <= json.loads(line).items() for line in out.read_text().splitlines()):
         return
     # --- pairs, of which a fraction has the captions of another one
-    source, owner = take(open_source("builtin:emoji"), pairs, seed), np.arange(pairs)
+    source, owner = take(open_source(f"builtin:{data_set}"), pairs, seed), np.arange(pairs)
     moved = np.random.default_rng((seed, 1)).permutation(pairs)[: round(wrong * pairs)]
     owner[moved] = np.roll(moved, 1)
     data = [(source.image(index), source.captions(other)) for index, other in enumerate(owner.tolist())]
     # --- run and row
-    folder = out.with_suffix("") / f"{method}-{pairs}-{seed}-{wrong}"
+    folder = out.with_suffix("") / f"{data_set}-{method}-{pairs}-{seed}-{wrong}"
     began, resumed = time.process_time(), folder.exists()
     run = declip.train(METHODS[method][1], keys_of(method, seed), folder, True, True, False, data=data, terms=TERMS)
     seconds = None if resumed else round(time.process_time() - began)
     if run.finished:
-        found = {name: declip.evaluate(run, f"builtin:{name}", progress=False) for name in SETS}
+        found = {name: declip.evaluate(run, f"builtin:{name}", progress=False) for name in SETS[data_set]}
         top1 = {name: round(100 * result.top1, 2) for name, result in found.items()}
         counts = {f"{name} n": result.n for name, result in found.items()}
         append(out, {**key, "steps": run.step, "processor_s": seconds, **top1, **counts})
@@ -238,6 +241,7 @@ def main() -> None:
     parser.add_argument("pairs", type=int, nargs="?", default=1400)
     parser.add_argument("seed", type=int, nargs="?", default=0)
     parser.add_argument("--wrong", type=float, default=0.0)
+    parser.add_argument("--set", dest="data_set", choices=SETS, default="emoji")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     given.out.touch()
