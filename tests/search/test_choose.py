@@ -174,9 +174,11 @@ def test_explain_draws_a_map_over_an_image(weights_file, folder, tmp_path, comma
 
 
 def test_a_precision_that_the_device_emulates_is_refused(weights_file, folder, tmp_path, command):
+    labels = tmp_path / "labels.csv"
+    labels.write_text("image,class\nshapes/red-circle.png,red\nshapes/blue-circle.png,blue\n")
     for words in (
         ["embed", weights_file, folder, "--out", tmp_path / "index"],
-        ["evaluate", weights_file, "--dataset", "builtin:emoji-test"],
+        ["evaluate", weights_file, "--dataset", labels],
         ["classify", weights_file, folder, "--classes", "red,blue"],
     ):
         refused = command(*words, "--device", "cpu", "--precision", "fp16")
