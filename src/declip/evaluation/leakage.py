@@ -12,7 +12,7 @@ from declip.data.pair import PairSource
 # Of the other images with an equal value, the fraction among as many nearest ones. Three views of a product have 0.95,
 # variants of an emoji 0.8; names, kinds, authors and categories of the built-in sets have 0.5 or less.
 ALIKE = 0.5
-MOST_OTHERS, MOST_SHARE = 20, 0.05  # images that an object has beside one, at most: the mean, and of all images
+MOST_OTHERS, MOST_SHARE = 20, 0.05  # other images of an object, at most: the mean, and of all images
 LEAST_REPEATED, FEWEST = 0.1, 10  # fraction and number of images whose value is repeated
 MOST, QUERIES, BLOCK = 20_000, 1_000, 100  # images compared, those whose nearest are looked for, and at a time
 
