@@ -3,7 +3,6 @@
 import csv
 import multiprocessing
 import re
-import resource
 from itertools import islice
 
 import pytest
@@ -159,31 +158,6 @@ def test_captions_are_changed_and_deleted_in_their_rows(start, path, uncaptioned
         save(client, {**shown, "saved": []}, "again", "and again")
     written = path.read_text()
     assert written == f'image,caption,note\n{image},again,"1\n\n"\n\nother.png,x,2\n{image},and again,3\n'
-
-
-def test_a_link_to_the_table_and_the_permissions_stay(start, path):
-    target = path.parent / "synced" / "table.csv"
-    target.parent.mkdir()
-    target.touch()
-    target.chmod(0o664)
-    path.symlink_to("synced/table.csv")
-    with ask(start()) as client:
-        save(client, get(client), "mine")
-    assert (path.is_symlink(), "mine" in target.read_text(), target.stat().st_mode & 0o777) == (True, True, 0o664)
-    assert (target.parent / ".table.csv.lock").exists()
-
-
-def test_a_disk_without_room_is_named(captioning, path):
-    shown = get(captioning)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
-    try:
-        answer = save(captioning, shown, "mine")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert (answer.status_code, "captions.csv' cannot be written" in answer.json()["error"]) == (400, True)
-    assert save(captioning, shown, "mine").status_code == 200
-    refuses("cannot be written.*--caption", open_state, "", "", caption=path / "captions.csv")
 
 
 @pytest.mark.parametrize("times", [1, 99])

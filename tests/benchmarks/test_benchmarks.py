@@ -104,31 +104,7 @@ def builders():
         patch.syspath_prepend(str(Path(__file__).parents[2] / "scripts" / "builtin"))
         import build_emoji
         import build_icons
-        import inflection
-    return SimpleNamespace(emoji=build_emoji, icons=build_icons, inflection=inflection)
-
-
-INFLECTED = {
-    ("lady", "plural"): "ladies", ("church", "plural"): "churches", ("fireman", "plural"): "firemen",
-    ("sheep", "plural"): "sheep", ("break of day", "plural"): "breaks of day", ("go after", "third"): "goes after",
-    ("have", "third"): "has", ("run away", "past"): "ran away", ("swim", "past"): None, ("carry", "past"): "carried",
-    ("run", "ing"): "running", ("bake", "ing"): "baking", ("tie", "ing"): "tying", ("big", "er"): "bigger",
-    ("pretty", "est"): "prettiest", ("blood-red", "er"): "more blood-red",
-}  # fmt: skip
-
-
-def test_inflect(builders):
-    detach = builders.inflection.detach
-    boxes = {("n", "plural", "boxe"), ("n", "plural", "box"), ("v", "third", "boxe"), ("v", "third", "box")}
-    assert set(detach("boxes")) == boxes
-    assert list(detach("grass")) == list(detach("is")) == []
-    forms = [("a", "bigger", "big"), *(("v", form, "swim") for form in ("swam", "swum"))]
-    forms += [("v", "has", "have"), ("v", "ran", "run"), ("v", "running", "run")]
-    irregular = builders.inflection.Irregular(forms)
-    found = {(phrase, form): builders.inflection.inflect(phrase, form, irregular) for phrase, form in INFLECTED}
-    assert found == INFLECTED
-    assert irregular.lemmas("has") == [("v", "third", "have")]
-    assert irregular.lemmas("unknown") == ()
+    return SimpleNamespace(emoji=build_emoji, icons=build_icons)
 
 
 def test_names_of_emoji_and_restricted_sets_are_left_out(builders):

@@ -8,8 +8,6 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
-import timm
-from safetensors.torch import save_file
 
 import declip
 from conftest import TINY, refuses, texture, tiny_tree, write_table
@@ -23,7 +21,7 @@ from declip.finetuning.run import finetune_recipe
 from declip.finetuning.wise_ft import ends_of, interpolate
 from declip.interchange import starter
 from declip.interchange.declip_file import write_declip_file
-from declip.recipe.finetuning import read_overrides, settings
+from declip.recipe.finetuning import settings
 from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe
 from declip.reports.run import write_report
@@ -80,25 +78,6 @@ def test_one_line_trains_validates_and_exports(pairs, weights, tmp_path, command
     exported = declip.load(out / "exported/safetensors/declip.safetensors", device="cpu")
     assert not moved(exported.state_dict(), declip.load(out, device="cpu").state_dict())  # type: ignore[attr-defined]
     assert "--resume" in command(*words).err
-
-
-@pytest.mark.parametrize(
-    ("words", "remedy"),
-    [
-        (["finetune", "TABLE", "--from", "MODEL"], "data.columns.{}=NAME"),
-        (["train", "declip-yfcc15m-vitb32", "--dry-run", "--data", "TABLE"], "data.columns.{}=NAME"),
-        (["evaluate", "MODEL", "--task", "retrieval", "--dataset", "TABLE"], "--{}-column NAME"),
-        (["embed", "MODEL", "TABLE", "--out", "index"], "--{}-column NAME"),
-    ],
-)
-def test_missing_columns_get_the_remedy_of_the_command(weights, tmp_path, monkeypatch, command, words, remedy):
-    monkeypatch.chdir(tmp_path)
-    path = tmp_path / "shop.csv"
-    path.write_text("Bild,Titel\na.png,A\n")
-    done = command(*({"TABLE": path, "MODEL": weights}.get(word, word) for word in words))
-    wanted = ["no column 'image' and no column 'caption'", *(map(remedy.format, ("image", "caption")))]
-    assert (done.status, [part for part in wanted if part not in done.err]) == (2, []), done.err
-    assert ("data.columns" in done.err, "--image-column" in done.err) == ("data" in remedy, "--" in remedy)
 
 
 def test_the_best_mixture_with_the_start_is_kept(pairs, weights, tmp_path, command):
@@ -176,38 +155,11 @@ def test_a_running_run_keeps_its_folder(pairs, weights, tmp_path):
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock", "train.pairs"]
 
 
-def test_names_of_classes_are_checked_before_the_pairs_are_read(tmp_path):
-    save_file(timm.create_model("test_vit", num_classes=7).state_dict(), tmp_path / "w.safetensors")
-    (tmp_path / "names.txt").write_text("a\nb\n", encoding="utf-8")
-    start = f"timm:test_vit/{tmp_path / 'w.safetensors'}"
-    keys = {"finetune.class_names": str(tmp_path / "names.txt")}
-    refuses("2 names.*7 classes", declip.finetune, "no.csv", start, keys, tmp_path / "r", freeze="both")
-
-
 def test_a_refused_run_removes_only_its_own_files(pairs, weights, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".notes").touch()
     refuses("--val", declip.finetune, pairs, weights, out=tmp_path / "run", val=[pairs], quiet=True)
     assert sorted(path.name for path in (tmp_path / "run").iterdir() if path.name != ".lock") == [".notes"]
-
-
-def test_a_run_is_not_written_among_other_files(pairs, weights, tmp_path, command):
-    (tmp_path / "pictures").mkdir()
-    (tmp_path / "pictures" / "cat.png").touch()
-    for words in (
-        ["finetune", pairs, "--from", weights],
-        ["train", "demo-clip", "train.batch_size=8", "--data", pairs],
-    ):
-        refused = command(*words, "--out", tmp_path / "pictures")
-        assert (refused.status, [part for part in ("cat.png", "--out") if part not in refused.err]) == (2, [])
-    assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["cat.png"]
-
-
-def test_numbers_are_read_as_python_writes_them():
-    given = read_overrides({"train.lr": "5e-4", "train.epochs": "1e1", "train": {"batch_size": "16"}})
-    keys = settings(64, "heads", on_cpu=False, given=given)
-    assert (keys["train.lr"], keys["train.warmup_lr"]) == (0.0005, pytest.approx(5e-6))
-    assert (keys["train.batch_size"], keys["train.evaluate_every"]) == (16, 4)
 
 
 def test_pairs_of_the_start_are_not_validated_on(pairs, weights, tmp_path):

@@ -36,20 +36,6 @@ def test_classes_alone_make_heads_that_find_images():
     assert float((held_out(choice.heads, pairs_of(40)).to_text < 1).double().mean()) > 0.5  # chance: 1 of 40
 
 
-def test_wrong_classes_do_no_harm():
-    classes, pairs, groups = class_pairs(300), pairs_of(60), np.arange(60)
-    choice = choose_heads(pairs, groups, classes._replace(texts=classes.texts.flip(0)))
-    alone = choose_heads(pairs, groups)
-    assert choice.outcome.recall(1, groups).value >= alone.outcome.recall(1, groups).value - 0.02
-
-
-def test_ties_keep_the_usual_heads():
-    same = torch.randn(100, 7, generator=torch.Generator().manual_seed(0))
-    choice = choose_heads(Pairs(same, same, torch.arange(100)), np.arange(100))
-    assert int(choice.outcome.to_text.sum()) == 0
-    assert choice.form == DEFAULT_FORM
-
-
 def test_embeddings_stay_as_they_are_unless_their_pairs_say_otherwise():
     generator = torch.Generator().manual_seed(0)
     texts = torch.randn(200, 12, generator=generator, dtype=torch.float64)

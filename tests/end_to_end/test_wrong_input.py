@@ -59,6 +59,7 @@ def index(table, trained, tmp_path_factory):
     return embed(trained, table, out=tmp_path_factory.mktemp("made") / "index").folder
 
 
+NO_COLUMNS = ("no column 'image'", "no column 'caption'")
 MISTAKES = {
     "unknown option": ("train mine.yaml --outt x", "--outt", "--out"),
     "override without a value": ("train mine.yaml steps", "'steps'", "train.steps=500"),
@@ -93,6 +94,26 @@ MISTAKES = {
     "fine-tunes into a file": ("finetune photos.csv --from start --out photos.csv", "'photos.csv'", "--out"),
     "no query": ("search INDEX", "--image"),
     "one weight of two": ("search INDEX red --weights 1", "--weights is '1'"),
+    "a model as source": ("embed uncaptioned builtin:lite2-minilm --out x", "'builtin:lite2-minilm' is a model",
+                          "SOURCE"),
+    "a table as model": ("evaluate photos.csv --dataset uncaptioned", "'photos.csv' is a table"),
+    "misspelled file": ("embed uncaption uncaptioned --out x", "'uncaption'", "Did you mean 'uncaptioned'"),
+    "a name of the Hub": ("embed owner/name uncaptioned --out x", "Did you mean 'hf-hub:owner/name'"),
+    "a key as option": ("train demo-clip --epochs 5", "--epochs", "train.epochs"),
+    "another tool's key": ("compare demo-clip --lr=5 --pairs 8", "--lr", "train.lr"),
+    "a folder as index": ("search uncaptioned red", "'uncaptioned'", "--out indices/NEW"),
+    "no image": ("embed builtin:lite2-minilm nothing --out x", "nothing' has no image", "Give a folder"),
+    "no index": ("search gone red", "gone' does not exist", "--out gone"),
+    "no usable pair": ("data inspect lost.csv --workers 0", "missing image", "images/gone.png"),
+    "shots of no task": ("evaluate RUN --dataset TABLE --shots 2", "--task few-shot"),
+    "shots compared": ("compare clip --pairs 8 --shots 2", "--task few-shot"),
+    "embeds in fp16": ("embed RUN uncaptioned --out x --device cpu --precision fp16", "does not compute in fp16"),
+    "evaluates in fp16": ("evaluate RUN --dataset TABLE --task retrieval --device cpu --precision fp16", "fp16"),
+    "classifies in fp16": ("classify RUN uncaptioned --classes a,b --device cpu --precision fp16", "fp16"),
+    "columns to train on": ("train clip --dry-run --data shop.csv", *NO_COLUMNS, "data.columns.caption=NAME"),
+    "columns to tune on": ("finetune shop.csv --from start", *NO_COLUMNS, "data.columns.image=NAME"),
+    "columns to evaluate": ("evaluate RUN --task retrieval --dataset shop.csv", *NO_COLUMNS, "--image-column NAME"),
+    "columns to embed": ("embed RUN shop.csv --out x", *NO_COLUMNS, "--caption-column NAME"),
 }  # fmt: skip
 """By name: the words, and what the message must have: the offending value, and the key or option of the remedy."""
 
@@ -145,6 +166,8 @@ def wrong(table, trained, tmp_path_factory):
     files = {f"{name}.csv": "\n".join(["image,caption", *part]) for name, part in tables.items()}
     files |= {
         "empty.csv": "",
+        "lost.csv": "image,caption\nimages/gone.png,a cat\n",
+        "shop.csv": "Bild,Titel\na.png,A\n",
         "text.txt": "I am text",
         "extends.yaml": "extends: 5\n",
         "tabs.yaml": "train:\n\tsteps: 5\n",

@@ -14,8 +14,6 @@ from declip.data.pair import BrokenPair
 from declip.evaluation import datasets
 from declip.evaluation.datasets import Dataset, open_dataset, with_classes
 from declip.evaluation.protocols import evaluate_all
-from declip.recipe.checks import load_for_training
-from declip.training.evaluations import HeldOutSets
 from evaluation import trees
 
 
@@ -61,20 +59,6 @@ def test_splits_of_a_built_in_set(painted, monkeypatch):
     emoji = open_dataset("builtin:emoji-test")
     assert (list(emoji.openers), emoji.templates, emoji.split("test").name) == (["test"], "emoji", "emoji-test")
     assert open_dataset("builtin:icons-test").templates == "emoji"
-
-
-def test_a_table_of_captions_may_have_splits(tmp_path):
-    for number in range(4):
-        trees.paint(tmp_path / f"{number}.png", number)
-    rows = [(f"{number}.png", f"caption {number}", "train" if number < 3 else "test") for number in range(4)]
-    write(tmp_path / "table.csv", rows, ("image", "caption", "split"))
-    for given in (str(tmp_path / "table.csv"), tmp_path / "table.csv"):
-        dataset = open_dataset(given)
-        assert dataset.name == str(given)
-        assert {which: len(dataset.split(which)) for which in dataset.openers} == {"train": 3, "test": 1}
-        assert dataset.split("test").captions(0) == ("caption 3",)
-        loaded = load_for_training("clip", data=given, val=[given])
-        assert HeldOutSets(loaded).assign(loaded).evaluation.retrieval == (str(given),)
 
 
 def test_a_folder_with_captions_is_still_one(tmp_path):

@@ -159,12 +159,6 @@ def test_the_protocol_equals_a_loop_over_draws(model, painted):
     assert result.deviation == pytest.approx(stdev(top1)) != 0
 
 
-def test_shots_require_the_task(command):
-    for words in ("evaluate builtin:lite0-minilm --dataset builtin:stamps-kinds", "compare clip --pairs 8"):
-        refused = command(*words.split(), "--shots", 2)
-        assert (refused.status, "--task few-shot" in refused.err) == (2, True)
-
-
 def test_a_class_without_images_is_found_by_its_name():
     examples, test = made_up(6, noise=0.2), made_up(40, noise=0.2, seed=3)
     head = fit_few_shot(examples.take(examples.labels != 2))

@@ -22,7 +22,6 @@ import declip
 from conftest import refuses
 from declip.interchange.declip_file import FILE, DeclipFile
 from declip.interchange.export import FORMATS
-from declip.interchange.open_clip_model import encoder_from
 from declip.models.wrapped import WrappedImageTower
 from interchange.towers import CAPTIONS, EXACT, build, export_exactly, largest, pictures
 from text_encoders import bert, distilbert, roberta
@@ -336,16 +335,6 @@ def test_a_clip_with_other_ids_of_words_keeps_open_clips_modules(tmp_path):
     model, theirs = declip.load(tmp_path / "theirs"), open_clip.get_tokenizer(f"local-dir:{tmp_path / 'theirs'}")
     assert isinstance(model.image_tower, WrappedImageTower)
     assert torch.equal(model.tokenize(PLAIN[:2]), theirs(PLAIN[:2]))
-
-
-@pytest.mark.parametrize(("kind", "used"), [("bert", True), ("clip", False)])
-def test_a_text_encoder_is_built_by_its_own_config_in_the_folder_alone(kind, used, tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
-    found = encoder_from(tmp_path, {"hf_model_name": "owner/name", "width": 8})
-    assert found == (
-        {"text_cfg": {"hf_model_name": str(tmp_path), "hf_model_pretrained": False, "width": 8}} if used else {}
-    )
-    assert encoder_from(tmp_path, {"width": 8}) == {}
 
 
 def test_a_folder_of_open_clip_with_another_preprocessing_or_activation(tmp_path):

@@ -21,15 +21,6 @@ from declip.training.parallel import build_learner
 from declip.training.step import training_step
 
 
-@pytest.mark.parametrize("name", ["declip_conv_tiny", "declip_vit_tiny", "resnet50_clip"])
-def test_pooled_hidden_and_token_features_have_the_announced_widths(name):
-    tower = ImageTower(name, size=64, embed_dim=24).eval()
-    features = tower(torch.randn(2, 3, 64, 64))
-    assert (features.pooled.shape, features.pre_logits.shape) == ((2, 24), (2, tower.pre_logits_width))
-    assert features.tokens.shape[1] > 1
-    assert features.tokens.shape[2] == tower.token_width
-
-
 @pytest.mark.parametrize("name", ["open_clip:ViT-B-32/openai", "timm:vit_tiny_patch16_224.augreg_in21k"])
 def test_the_name_of_weights_is_not_an_image_tower(name):
     recipe = load_recipe("few-clip", {"image.model": name})

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import declip
 from conftest import draw, refuses, tiny_tree
@@ -66,13 +65,6 @@ def test_features_have_gradients_in_training_only(model):
         features = (model.encode_image(PICTURE), model.encode_backbone(PICTURE), model.encode_text("one"))
         assert [each.requires_grad for each in features] == [train] * 3
     model.eval().encode_image("a.png").numpy()
-
-
-def test_a_search_takes_an_image_in_place_of_the_text(model):
-    index = declip.embed(model, [(PICTURE, "red"), (draw("blue", "bar"), "blue")], out="index")
-    for given in (PICTURE, PIXELS, Image.open("a.png")):
-        assert [hit.score for hit in index.search(given)] == [hit.score for hit in index.search(image="a.png")]
-    refuses(["list", "one text"], index.search, ["red", "blue"])
 
 
 def test_a_run_is_a_model(run, table):

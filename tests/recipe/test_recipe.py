@@ -34,26 +34,7 @@ def test_every_shipped_recipe_is_valid_and_says_what_it_is(name):
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-SHARED = {"multi_view": 0.2, "simsiam": 0.2, "masked_language": 0.2, "nearest_neighbor": 0.2}
-OFFICIAL = {"contrastive": 0.1, **SHARED, "multi_view": 0.3}
 FEW = {"contrastive": 0.15, "multi_view": 0.45, "simsiam": 0.2, "nearest_neighbor": 0.2}
-METHOD = {
-    ("clip", "demo-clip", "few-clip", "demo-few-clip"): {"contrastive": 1},
-    ("slip", "demo-slip"): {"contrastive": 1, "simclr": 1},
-    ("filip",): {"contrastive": 1, "late_interaction": 1},
-    ("few-declip", "demo-few-declip"): FEW,
-    ("declip", "demo-declip"): OFFICIAL,
-    ("defilip",): {**OFFICIAL, "late_interaction": 0.2},
-}
-
-
-def test_recipes_have_the_weights_of_the_method():
-    for names, weights in METHOD.items():
-        for recipe in map(load_recipe, names):
-            assert recipe.active_losses == weights
-            assert recipe.image.size == (32 if recipe.name.startswith("demo-") else 224)
-
-
 SCALE = {"name", "data.source", "data.columns.image", "data.workers"}
 SCALE |= {f"train.{key}" for key in ("batch_size", "steps", "lr", "warmup_lr", "warmup_steps")}
 SCALE |= {"train.grad_cache_chunk", "train.evaluate_every"}

@@ -173,19 +173,6 @@ def test_explain_draws_a_map_over_an_image(weights_file, folder, tmp_path, comma
         assert not (tmp_path / "other.png").exists()
 
 
-def test_a_precision_that_the_device_emulates_is_refused(weights_file, folder, tmp_path, command):
-    labels = tmp_path / "labels.csv"
-    labels.write_text("image,class\nshapes/red-circle.png,red\nshapes/blue-circle.png,blue\n")
-    for words in (
-        ["embed", weights_file, folder, "--out", tmp_path / "index"],
-        ["evaluate", weights_file, "--dataset", labels],
-        ["classify", weights_file, folder, "--classes", "red,blue"],
-    ):
-        refused = command(*words, "--device", "cpu", "--precision", "fp16")
-        assert (refused.status, "does not compute in fp16" in refused.err) == (2, True)
-    assert not (tmp_path / "index").exists()
-
-
 def test_lines_into_a_pipe_are_neither_cut_nor_wrapped(weights_file, folder, tmp_path, command):
     caption, index = " ".join(["a red circle"] * 60), tmp_path / ("a long name " * 10)
     (tmp_path / "pairs.jsonl").write_text(json.dumps({"image": "shapes/red-circle.png", "caption": caption}) + "\n")

@@ -43,6 +43,7 @@ def test_search_by_text_image_and_both(made, model, folder):
     for hits, query in (
         (made.search("a red bar", k=5), text),
         (made.search(image=folder / "red-bar.png", k=5), image),
+        (made.search(query_image, k=5), image),
         (made.search("a red bar", query_image, weights=(0.7, 0.3), k=5), both / np.linalg.norm(both)),
     ):
         expected = brute(made, query)[:5]
@@ -114,6 +115,7 @@ def test_a_bad_query_says_why(made):
     image = Image.new("RGB", (8, 8))
     wrong = (
         ({"text": "  "}, "Nothing to search for"),
+        ({"text": ["red", "blue"]}, "one text.*list"),
         ({"text": "a", "k": 0}, "k is 0"),
         ({"text": "a", "image": "nowhere.png"}, r"missing image: nowhere.png \(No such [^']*\)"),
         ({"text": "a", "over": "words"}, "'words'"),

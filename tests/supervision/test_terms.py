@@ -1,7 +1,6 @@
 """What every loss must do, in one pass and in blocks: gradients, precision, and no wait for the device."""
 
 import math
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -73,18 +72,6 @@ def test_the_hardest_pairs_at_scale_100_stay_finite(name, shape, negatives, limi
     assert loss.item() == pytest.approx(100 + math.log(negatives + math.exp(-100)), rel=1e-6)
     assert log_scale.grad.item() == pytest.approx(100, rel=1e-5)
     assert rows.grad.isfinite().all()
-
-
-@every_term
-def test_a_matrix_above_the_limit_is_made_in_blocks(features, name, monkeypatch):
-    term, rows = TERMS[name][0], part(features, 1, 4)
-    checkpoint = Mock(wraps=contrastive.checkpoint)
-    monkeypatch.setattr(contrastive, "checkpoint", checkpoint)
-    largest = {"nt_xent": 4 * 2 * BATCH, "late_interaction": 4 * 5 * BATCH}.get(name, 4 * BATCH) * 8
-    assert term(*rows, *features, 14.3, 1, largest) == term(*rows, *features, 14.3, 1, None)
-    assert not checkpoint.called
-    term(*rows, *features, 14.3, 1, largest - 1)
-    assert checkpoint.called
 
 
 class Largest(TorchDispatchMode):

@@ -209,12 +209,6 @@ def test_preprocess_takes_any_mode_any_shape_and_one_image(monkeypatch):
     assert prepare([]).shape == (0, 3, 16, 16)
 
 
-def test_a_squashed_image_is_not_cropped():
-    image, whole = texture(0), Preprocess(32, [0] * 3, [1] * 3, squash=True)
-    other = Preprocess(32, [0] * 3, [1] * 3, squash=True, resize=40)
-    assert torch.equal(other(image), whole(image))
-
-
 @pytest.mark.parametrize("size", [(150, 110), (40, 33), (20, 31), (32, 32), (900, 30)])
 @pytest.mark.parametrize("options", [{}, {"squash": True}, {"interpolation": "bilinear"}, {"resize": 37}])
 def test_pixels_are_pillows_to_a_level_or_two(size, options):
