@@ -9,7 +9,7 @@ from conftest import refuses
 from declip.data.batch import PairBatch, Photometric, View
 from declip.data.pair import EXAMPLES_KEPT, BrokenPair, SkipCounter
 
-PLAIN = Photometric(1.0, 1.0, 1.0, 0.0, (3, 1, 0, 2), True, False, 0.5, 1)
+PLAIN = Photometric(1.0, 1.0, 1.0, 0.0, (3, 1, 0, 2), True, False, 0.5)
 
 
 def parts(**other):

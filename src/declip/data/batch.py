@@ -30,7 +30,6 @@ class Photometric(NamedTuple):
     jitter: Any  # whether the four are applied at all
     gray: Any
     sigma: Any  # of the blur, in pixels; 0 is no blur
-    radius: Any  # of the blur's kernel in pixels, less than the view's size
 
     def rows(self, start: int, stop: int) -> Photometric:
         """Parameters of samples start to stop - 1."""
@@ -39,7 +38,7 @@ class Photometric(NamedTuple):
     @classmethod
     def stack(cls, params: Sequence[Photometric]) -> Photometric:
         """Tensors from the parameters of single images."""
-        neutral = cls(1.0, 1.0, 1.0, 0.0, (0, 1, 2, 3), False, False, 0.0, 0)  # has the types where there is no image
+        neutral = cls(1.0, 1.0, 1.0, 0.0, (0, 1, 2, 3), False, False, 0.0)  # has the types where there is no image
         return cls(*map(torch.tensor, zip(*params or [neutral], strict=True))).rows(0, len(params))
 
 

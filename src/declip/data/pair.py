@@ -126,11 +126,11 @@ class PairSource(ABC):
 
     def image(self, index: int) -> Image.Image:
         """Read the image alone, whatever its captions are."""
-        return self[index].image
+        return self.lazy_image(index).decoded()
 
     def lazy_image(self, index: int) -> LazyImage:
         """As `image`, decoded on demand."""
-        return LazyImage(self.image(index))
+        return LazyImage(self[index].image)
 
     def read_lazy(self, index: int) -> LazyPair:
         """Read pair `index` and decode as little of its image as possible."""

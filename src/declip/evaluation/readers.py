@@ -57,8 +57,7 @@ class Classified(DerivedSource):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Pair:
-        captions = self.captions(index)  # before the image is read: they may be broken
-        return Pair(self.key(index), self.image(index), captions)
+        return self.read_lazy(index).decoded()
 
     def locate(self, index: int) -> tuple[PairSource, int]:
         return self.source, int(self.rows[index])
@@ -69,7 +68,8 @@ class Classified(DerivedSource):
         return self.source.captions(row) if self.captioned else (self.class_names[self.labels[index]],)
 
     def read_lazy(self, index: int) -> LazyPair:
-        return PairSource.read_lazy(self, index)
+        captions = self.captions(index)  # before the image is read: they may be broken
+        return LazyPair(self.key(index), self.lazy_image(index), captions)
 
 
 def image_folder(name: str, root: Path) -> Openers:

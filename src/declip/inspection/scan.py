@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from declip.data.columns import DEFAULT, Columns
+from declip.data.images.thumbnails import shrunk
 from declip.data.pair import BrokenPair, Pair, PairSource
 from declip.data.sources.open import ImageSource, open_source
 from declip.data.text.tokenizer import clean
@@ -395,8 +396,7 @@ def _most_different(same: np.ndarray, alike: np.ndarray) -> list[int]:
 def _examples(source: PairSource, indices: np.ndarray) -> tuple[Example, ...]:
     examples = []
     for pair in _pairs(source, indices):
-        small = pair.image.copy()
-        small.thumbnail((THUMBNAIL, THUMBNAIL))
+        small = shrunk(pair.image, THUMBNAIL)
         examples.append(Example(pair.key, pair.captions[0], *pair.image.size, small))
     return tuple(examples)
 

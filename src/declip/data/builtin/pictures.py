@@ -7,7 +7,7 @@ import shutil
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import lru_cache, partial, reduce
 from io import BytesIO
 from itertools import chain
@@ -137,17 +137,11 @@ class BuiltinSet(ABC):
             self.read(folder)
         except UserError:
             renderer()  # an error before anything is fetched
-            with self.fetched(cache, progress) as packages:
+            with ExitStack() as stack:
+                with status(f"Fetching {self.name}", progress):
+                    packages = stack.enter_context(self.packages.fetched())
                 self.build(packages, folder, None, progress)
         return folder
-
-    @contextmanager
-    def fetched(self, cache: str | Path | None, progress: bool) -> Iterator[Packages]:
-        """Fetch what the set is drawn from, for the duration of the context."""
-        with ExitStack() as stack:
-            with status(f"Fetching {self.name}", progress):
-                packages = stack.enter_context(self.packages.fetched())
-            yield packages
 
     def build(self, packages: Packages, folder: Path, workers: int | None = 0, progress: bool = False) -> None:
         """Render unpacked packages into a folder, which appears whole or not at all; None workers: one per core."""
@@ -229,11 +223,9 @@ class BuiltinSource(PairSource):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Pair:
-        return Pair(self.key(index), self.image(index), self.captions(index))
-
-    def image(self, index: int) -> Image.Image:
         row = self.rows[index]
-        return Image.fromarray(np.array(self._images[row["colored"]][row["image"]])).convert("RGB")
+        image = Image.fromarray(np.array(self._images[row["colored"]][row["image"]])).convert("RGB")
+        return Pair(row["key"], image, tuple(row["captions"]))
 
     def key(self, index: int) -> str:
         return self.rows[index]["key"]

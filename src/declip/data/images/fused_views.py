@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from declip.data.batch import Photometric
-from declip.data.images.views import JITTER, LUMA
+from declip.data.images.views import BLUR_RADIUS, JITTER, LUMA
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(len(JITTER))  # numbers of the operations in `Photometric.order`
 
@@ -51,7 +51,7 @@ def apply(
     out = (colors or change_colors)(images, *tensors)
     rows = p.sigma.nonzero().flatten()
     if len(rows):
-        taps = blur_matrices(p.sigma[rows].float(), int(p.radius.max()), images.shape[-1], images.device)
+        taps = blur_matrices(p.sigma[rows].float(), images.shape[-1], images.device)
         rows = rows.to(images.device, non_blocking=True)
         blurred = taps @ out.index_select(0, rows) @ taps.mT  # (k, 1, H, H) @ (k, 3, H, W) @ (k, 1, W, W)
         out.index_copy_(0, rows, blurred)
@@ -120,15 +120,15 @@ def _turned(pixels: _Colors, shift: Tensor) -> _Colors:
     return _Colors(*channels)
 
 
-def blur_matrices(sigma: Tensor, radius: int, size: int, device: torch.device) -> Tensor:
+def blur_matrices(sigma: Tensor, size: int, device: torch.device) -> Tensor:
     """Build the blur along one axis as matrices (k, 1, size, size), for sigma (k,) on the host; see `views.blur`."""
-    offsets = torch.arange(-radius, radius + 1)
+    offsets = torch.arange(-BLUR_RADIUS, BLUR_RADIUS + 1)
     taps = torch.exp(-0.5 * (offsets / sigma[:, None]) ** 2)
     taps /= taps.sum(dim=1, keepdim=True)
     # The border is mirrored without repeating the outermost pixel.
     sources = torch.arange(size)[:, None] + offsets
-    sources = (sources.abs() - (size - 1)).abs().neg() + (size - 1)  # (size, 2 · radius + 1)
-    hits = F.one_hot(sources, size).float().to(device, non_blocking=True)  # (size, 2 · radius + 1, size)
+    sources = (sources.abs() - (size - 1)).abs().neg() + (size - 1)  # (size, taps)
+    hits = F.one_hot(sources, size).float().to(device, non_blocking=True)  # (size, taps, size)
     taps = taps.to(device, non_blocking=True)
     # einsum, not a scatter, whose order of additions a GPU does not fix
     return torch.einsum("kt,ots->kos", taps, hits).unsqueeze(1)

@@ -20,7 +20,7 @@ SIGMAS_KEPT = 6.0  # a tap further out weighs less than 2e-8 of the central one:
 CROP_ATTEMPTS = 10  # boxes sampled before the largest central one is taken, as in torchvision's RandomResizedCrop
 RATIO = (3 / 4, 4 / 3)  # smallest and largest aspect ratio of a box
 BLUR_SIGMA = (0.1, 2.0)  # smallest and largest sigma of the blur, in pixels
-KERNEL_SIGMAS = 3.0  # of the largest sigma, which the blur's kernel reaches: 99.7 % of the widest Gaussian
+BLUR_RADIUS = 6  # pixels that the blur's kernel reaches: three of the largest sigma, 99.7 % of the widest Gaussian
 
 
 def apply(images: Tensor, photometric: Photometric, mean: Tensor, std: Tensor) -> Tensor:
@@ -32,14 +32,14 @@ def apply(images: Tensor, photometric: Photometric, mean: Tensor, std: Tensor) -
         limit = max(1, CHUNK_BYTES // (4 * images[0].numel()))
     for chunk in _chunks(photometric, limit):
         # A blocking copy would synchronize with the device, about a hundred times in a step.
-        rows, factors, grays = (part.to(images.device, non_blocking=True) for part in chunk[2:5])
+        rows, factors, grays = (part.to(images.device, non_blocking=True) for part in chunk[1:4])
         pixels = images.index_select(0, rows).float().div_(255)
         for number in chunk.operations:
             JITTER[number](pixels, factors[number])
         if grays.numel():
             gray(pixels, grays)
         if chunk.sigma.numel():
-            blur(pixels[-len(chunk.sigma) :], chunk.sigma, chunk.radius)
+            blur(pixels[-len(chunk.sigma) :], chunk.sigma)
         out.index_copy_(0, rows, pixels.sub_(mean).div_(std))
     return out
 
@@ -48,7 +48,6 @@ class _Chunk(NamedTuple):
     """Samples that are processed together: they have the same operations in the same order."""
 
     operations: tuple[int, ...]
-    radius: int  # of the blur's kernel, one for all: views with different ones are in different chunks
     rows: Tensor  # (n,) int64, the samples among all n
     factors: Tensor  # (4, n) float32, by number of operation
     gray: Tensor  # (m,) int64, which of the n become gray
@@ -58,7 +57,7 @@ class _Chunk(NamedTuple):
 def _chunks(photometric: Photometric, limit: int) -> Iterator[_Chunk]:
     """Group the samples by their operations, at most `limit` in a chunk, those with the widest blur last."""
     p = photometric
-    jitter, is_gray, sigma, radius = (part.cpu().numpy() for part in (p.jitter, p.gray, p.sigma, p.radius))
+    jitter, is_gray, sigma = (part.cpu().numpy() for part in (p.jitter, p.gray, p.sigma))
     factors = np.stack([part.cpu().numpy() for part in (p.brightness, p.contrast, p.saturation, p.hue)])
     neutral = np.array([[1.0], [1.0], [1.0], [0.0]], dtype=np.float32)
     order = p.order.cpu().numpy()
@@ -67,8 +66,7 @@ def _chunks(photometric: Photometric, limit: int) -> Iterator[_Chunk]:
     order = np.where(acts, order, -1)
     # (n, 4): the operations that act, in their order, then -1
     order = np.take_along_axis(order, np.argsort(~acts, axis=1, kind="stable"), axis=1)
-    # One number for each list of operations and radius of the blur: equal ones form a chunk.
-    code = (order + 1) @ np.array([125, 25, 5, 1]) + 625 * radius
+    code = (order + 1) @ np.array([125, 25, 5, 1])  # one number for each list of operations: equal ones form a chunk
     rows = np.lexsort((sigma, code))
     edges = np.flatnonzero(np.diff(code[rows], prepend=-1))
     for start, stop in zip(edges, [*edges[1:], len(rows)], strict=True):
@@ -77,7 +75,7 @@ def _chunks(photometric: Photometric, limit: int) -> Iterator[_Chunk]:
             members = rows[first : min(first + limit, stop)]
             blurred = sigma[members][sigma[members] > 0]
             arrays = members, factors[:, members], np.flatnonzero(is_gray[members]), blurred
-            yield _Chunk(operations, int(radius[members[0]]), *map(torch.from_numpy, arrays))
+            yield _Chunk(operations, *map(torch.from_numpy, arrays))
 
 
 def brightness(images: Tensor, factor: Tensor) -> None:
@@ -120,17 +118,17 @@ def gray(images: Tensor, rows: Tensor) -> None:
     images.index_copy_(0, rows, _luma(images.index_select(0, rows)).expand(-1, 3, -1, -1))
 
 
-def blur(images: Tensor, sigma: Tensor, radius: int) -> None:
+def blur(images: Tensor, sigma: Tensor) -> None:
     """Blur (n, 3, H, W) images by a Gaussian of sigma (n,) pixels each, in place; sigma is above 0 and on the host.
 
-    The kernel has 2 * radius + 1 taps along each axis and sums to one; the radius is less than H and W. The border is
-    mirrored without repeating the outermost pixel.
+    The kernel has 2 * BLUR_RADIUS + 1 taps along each axis and sums to one. The border is mirrored without repeating
+    the outermost pixel.
     """
-    distance = torch.arange(radius + 1, dtype=torch.float32)
+    distance = torch.arange(BLUR_RADIUS + 1, dtype=torch.float32)
     taps = torch.exp(-0.5 * (distance / sigma.view(-1, 1)) ** 2)
     taps /= 2 * taps.sum(dim=1, keepdim=True) - 1
-    reach = min(radius, math.ceil(SIGMAS_KEPT * float(sigma.max())))
-    taps = taps.to(images.device, non_blocking=True).view(len(images), 1, 1, 1, radius + 1)
+    reach = min(BLUR_RADIUS, math.ceil(SIGMAS_KEPT * float(sigma.max())))
+    taps = taps.to(images.device, non_blocking=True).view(len(images), 1, 1, 1, BLUR_RADIUS + 1)
     both = torch.empty_like(images)
     for axis in (3, 2):
         pad = (reach, reach, 0, 0) if axis == 3 else (0, 0, reach, reach)
@@ -176,8 +174,6 @@ class ViewTransform:
 
     def __init__(self, size: int, augmentation: ImageView, interpolation: str = "bicubic") -> None:
         self.size, self.augmentation, self.interpolation = size, augmentation, interpolation
-        # The mirrored border is at most one pixel narrower than the view.
-        self.blur_radius = min(math.ceil(KERNEL_SIGMAS * BLUR_SIGMA[1]), size - 1)
 
     def box(self, width: int, height: int, generator: np.random.Generator) -> tuple[int, int, int, int]:
         """Sample left, top, width and height of a box in pixels, as torchvision's RandomResizedCrop does."""
@@ -229,7 +225,6 @@ class ViewTransform:
             jitter=jittered < self.augmentation.color_jitter_prob,
             gray=gray < self.augmentation.grayscale_prob,
             sigma=low + (high - low) * spread if blurred < self.augmentation.blur_prob else 0.0,
-            radius=self.blur_radius,
         )
 
 

@@ -40,9 +40,6 @@ class EntrySource(PairSource):
     def key(self, index: int) -> str:
         return self.entry(index)[0]
 
-    def image(self, index: int) -> Image.Image:
-        return self.lazy_image(index).decoded()
-
     def lazy_image(self, index: int) -> LazyImage:
         key, entry = self.entry(index)
         return open_image(self.content(key, entry), key)

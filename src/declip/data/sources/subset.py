@@ -12,7 +12,6 @@ from typing import NamedTuple, cast
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image
 
 from declip.data.columns import Columns
 from declip.data.pair import BrokenPair, LazyImage, LazyPair, Origin, Pair, PairSource, printable
@@ -63,10 +62,6 @@ class DerivedSource(PairSource):
         sources = {id(source): source for source, _ in located}  # columns of several tables are not compared
         inner = [index for _, index in located]
         return next(iter(sources.values())).other_columns(inner) if len(sources) == 1 else {}
-
-    def image(self, index: int) -> Image.Image:
-        source, inner = self.locate(index)
-        return source.image(inner)
 
     def lazy_image(self, index: int) -> LazyImage:
         source, inner = self.locate(index)
