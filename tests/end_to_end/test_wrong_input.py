@@ -287,20 +287,6 @@ def test_an_interrupted_run_prints_words_that_a_shell_reads(table, here, declip,
     assert "declip train mine.yaml data.max_pairs=16 'name=my run' --out 'my run' --quiet --resume" in printed
 
 
-PRINT_WORDS = "from declip.cli.train import command_line; print(command_line())"
-
-
-def test_the_words_to_continue_with_are_those_of_torchrun(tmp_path):
-    torchrun = tmp_path / "torchrun"
-    torchrun.write_text(f"#!/bin/bash\n'{sys.executable}' -c '{PRINT_WORDS}' \"${{@:5}}\"\n:\n")
-    torchrun.chmod(0o755)
-    words = ["--nproc-per-node", "2", "-m", "declip", "train", "my recipe"]
-    environment = {**os.environ, "TORCHELASTIC_RUN_ID": "1", "LOCAL_WORLD_SIZE": "2"}
-    for started in ([torchrun, *words], [sys.executable, "-c", PRINT_WORDS, *words[4:]]):
-        done = subprocess.run(started, env=environment, capture_output=True, text=True, check=False)
-        assert done.stdout == f"{['torchrun', *words]}\n", done.stderr
-
-
 FULL = {500: ("'run/recipe.yaml'", "--out"), 4_000: ("examples.json",), 8_000: ("metrics.jsonl'", "--resume"),
         20_000: ("checkpoints/step-00000060",)}  # fmt: skip
 """The largest size of a file, and what the message names; the third one stops the metrics."""

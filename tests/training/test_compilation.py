@@ -9,7 +9,7 @@ from data.images.test_crops import MEAN, STD, applied, colors, sampled, transfor
 from declip.data.images import fused_views
 from declip.models.dual_encoder import DualEncoder
 from declip.training.assemble import assemble
-from declip.training.compilation import compile_blocks
+from declip.training.parallel import compile_blocks
 from declip.training.trainer import Trainer
 from training.starts import CONV, VIT, recipe_for
 

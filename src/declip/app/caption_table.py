@@ -3,11 +3,10 @@
 import csv
 import io
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from functools import wraps
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, TypeVar, cast
+from typing import Annotated, NamedTuple
 
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
@@ -24,25 +23,6 @@ from declip.search.index import Index
 ELSEWHERE = "choose another file with --caption"
 IMAGE, CAPTION = "image", "caption"  # columns
 LONGEST_WAIT = 30  # seconds for which another process may hold the lock
-TRIES = 10  # to read or change the file while other programs write to it
-Work = TypeVar("Work", bound=Callable[..., Any])
-
-
-class _Changed(UserError):
-    """The file has changed since it was read."""
-
-
-def repeated(work: Work) -> Work:
-    """Repeat work that another program disturbs by writing to the file."""
-
-    @wraps(work)
-    def call(*arguments: Any) -> Any:
-        for _ in range(TRIES - 1):
-            with suppress(_Changed):
-                return work(*arguments)
-        return work(*arguments)
-
-    return cast(Work, call)
 
 
 class Row(NamedTuple):
@@ -67,7 +47,6 @@ class CaptionFile(NamedTuple):
     rows: list[Row]
 
     @classmethod
-    @repeated
     def read(cls, path: Path) -> "CaptionFile":
         """Read a table; raises `UserError` for a row that training would leave out."""
         stamp = _stamp(path)
@@ -81,7 +60,7 @@ class CaptionFile(NamedTuple):
         except OSError as error:
             raise UserError(f"'{path}' cannot be read: {error.strerror}. Fix that or {ELSEWHERE}.") from error
         if _stamp(path) != stamp:
-            raise _Changed(f"'{path}' changes while it is read. Try again, or {ELSEWHERE}.")
+            raise UserError(f"'{path}' changes while it is read. Try again, or {ELSEWHERE}.")
         # --- what training would leave out is refused
         if any(list(table.columns).count(name) != 1 for name in (IMAGE, CAPTION)):
             raise UserError(f"'{path}' needs one column image and one column caption. Add them, or {ELSEWHERE}.")
@@ -153,12 +132,13 @@ class CaptionTable:
     def read(self) -> dict[int, list[str]]:
         """The captions of each image of the index, in the order of the file."""
         captions: dict[int, list[str]] = {}
-        for id, row in self._known(CaptionFile.read(self.path)):
+        with locked(self.path) as target:
+            file = CaptionFile.read(target)
+        for id, row in self._known(file):
             if row.caption:
                 captions.setdefault(id, []).append(row.caption)
         return captions
 
-    @repeated
     def change(self, change: Change) -> None:
         """Write a change to the disk; raises a 409 if the file has other captions of the image than were seen."""
         with locked(self.path) as target:
@@ -169,7 +149,7 @@ class CaptionTable:
                 flush(partial)
                 # Editors and programs that synchronize files do not know the lock.
                 if _stamp(target) != file.stamp:
-                    raise _Changed(f"Not saved: another program is writing to '{target}'. Save again, or {ELSEWHERE}.")
+                    raise UserError(f"Not saved: another program is writing to '{target}'. Save again, or {ELSEWHERE}.")
 
     def _changed(self, file: CaptionFile, change: Change) -> bytes:
         own = [row for owner, row in self._known(file) if owner == change.id]

@@ -3,7 +3,6 @@
 import os
 import shlex
 import sys
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -56,22 +55,9 @@ def leave_unless_finished(run: Any) -> None:
         raise typer.Exit(0 if run.finished else run.status)
     if not run.finished:
         say(f"Stopped after step {run.step:,} of {run.recipe.train.steps:,}; a checkpoint was saved. Continue with:")
-        words = [word for word in command_line() if word != "--resume"]
-        say(f"  {shlex.join([*words, '--resume'])}")
+        program = "torchrun … -m declip" if "TORCHELASTIC_RUN_ID" in os.environ else "declip"
+        say(f"  {program} {shlex.join([*(word for word in sys.argv[1:] if word != '--resume'), '--resume'])}")
         raise typer.Exit(run.status)
-
-
-def command_line() -> list[str]:
-    """The words that started this command, with torchrun and its options if it started the process."""
-    own = sys.argv[1:]
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return ["declip", *own]
-    with suppress(OSError):
-        program, *given = Path(f"/proc/{os.getppid()}/cmdline").read_text("utf-8", "replace").split("\0")[:-1]
-        if own and given[-len(own) :] == own:
-            return ["torchrun", *given[1:]] if Path(given[0]).name == "torchrun" else [program, *given]
-    # Without /proc, as on macOS
-    return ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1"), "-m", "declip", *own]
 
 
 def _print_measures(run: Any) -> None:

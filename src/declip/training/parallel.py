@@ -1,4 +1,4 @@
-"""The learner, and its distribution: DDP, FSDP2, SyncBatchNorm, and gradients over ranks."""
+"""The learner, compiled or not, and its distribution: DDP, FSDP2, SyncBatchNorm, and gradients over ranks."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -25,7 +25,8 @@ from declip.runs.folder import log
 from declip.supervision.contrastive import to_float32
 from declip.supervision.objective import Gather, Objective
 from declip.training import distributed
-from declip.training.compilation import compile_blocks
+
+MOST_GRAPHS = 64  # of one function: five lengths of texts, with and without gradient, both towers; torch allows 8
 
 
 class Learner(nn.Module):
@@ -80,6 +81,38 @@ def build_learner(recipe: Recipe, model: DualEncoder, objective: Objective) -> n
     # The queue and synchronized batch norms are equal on all ranks by construction.
     options: Any = {buffers: False, "find_unused_parameters": not objective.reaches_all}
     return DistributedDataParallel(learner, gradient_as_bucket_view=True, **options)
+
+
+def compile_blocks(model: DualEncoder, backend: str = "inductor") -> int:
+    """Compile the training passes of the blocks of both towers; return the number of blocks.
+
+    Blocks of one kind share a graph, for any number of rows: a batch may lack broken pairs. Evaluation runs without it,
+    and so do blocks with a batch norm that is synchronized over processes. Parameters keep their names. What cannot be
+    compiled runs as it is, after torch's warning.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_GRAPHS)
+    torch._dynamo.config.suppress_errors = True
+    blocks = [block for tower in (model.image_tower, model.text_tower) for block in blocks_of(tower)]
+    synchronized = nn.SyncBatchNorm | HostSyncBatchNorm
+    local = [block for block in blocks if not any(isinstance(part, synchronized) for part in block.modules())]
+    for block in local:
+        _compile(block, backend)
+    return len(local)
+
+
+def _compile(block: Any, backend: str) -> None:
+    plain: Any = block.forward
+    # The number of rows is marked as dynamic; all other sizes are constants, which makes faster kernels.
+    compiled = torch.compile(plain, dynamic=False, backend=backend)
+
+    def forward(x: Tensor, *args: Any, **options: Any) -> Any:
+        if not block.training:
+            return plain(x, *args, **options)
+        torch._dynamo.maybe_mark_dynamic(x, 0)
+        return compiled(x, *args, **options)
+
+    # Not `block.compile`, which would compile the hooks of FSDP and of checkpointing too.
+    block.forward = forward
 
 
 def grad_cache_chunk(train: Train) -> int | None:
