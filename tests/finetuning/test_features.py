@@ -2,7 +2,6 @@
 
 import shutil
 import sqlite3
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -38,6 +37,14 @@ def test_evaluation_computes_the_towers_once(start, monkeypatch):
     look()
     monkeypatch.setattr(ImageTower, "pool", None)
     look()
+
+
+def test_heads_are_fitted_in_the_precision_of_training(start):
+    encoder, images = FrozenEncoder(declip.load(start, device="cpu"), "bf16"), torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        exact, rounded = encoder.pool_images(images), encoder.pool_fitted(images)
+    assert not torch.equal(exact, rounded)
+    torch.testing.assert_close(rounded, exact, rtol=0.05, atol=0.05)
 
 
 def test_a_source_is_read_once_for_all_projections(start):
@@ -84,18 +91,18 @@ def test_a_caption_has_one_key_for_every_padded_length(padding):
 
 
 def test_processes_share_features_and_a_kill_loses_nothing(tmp_path):
-    inputs, tower = torch.tensor([[1], [2], [1]]), Mock(pool=lambda rows: rows.float().expand(-1, 2))
-    first, second = (PooledFeatures(tmp_path, lambda row: bytes([row.item()]) * 16, tower) for _ in range(2))
+    inputs, pool = torch.tensor([[1], [2], [1]]), lambda rows: rows.float().expand(-1, 2)
+    first, second = (PooledFeatures(tmp_path, lambda row: bytes([row.item()]) * 16, pool) for _ in range(2))
     assert first.of(inputs).tolist() == [[1, 1], [2, 2], [1, 1]]
     with sqlite3.connect(tmp_path / FILE) as file:  # as a killed process leaves it
         file.execute("DELETE FROM features WHERE key = ?", (bytes([2]) * 16,))
-    second.tower = Mock(pool=lambda rows: 10 * rows.float().expand(-1, 2))
+    second.pool = lambda rows: 10 * rows.float().expand(-1, 2)
     assert second.of(inputs).tolist() == [[1, 1], [20, 20], [1, 1]]
     assert first.of(inputs).tolist() == [[1, 1], [20, 20], [1, 1]]
 
 
 def features(folder):
-    return PooledFeatures(folder, lambda row: bytes([row.item()]) * 16, Mock(pool=lambda rows: rows.float()))
+    return PooledFeatures(folder, lambda row: bytes([row.item()]) * 16, lambda rows: rows.float())
 
 
 def test_a_run_keeps_its_features_and_goes_on_without_them(cache, command):
@@ -110,9 +117,9 @@ def test_a_read_only_cache_is_read_and_named_if_it_lacks_features(cache):
     features(cache).of(torch.tensor([[1], [2]]))
 
     def work():
-        store = PooledFeatures(cache, lambda row: bytes([row.item()]) * 16, torch.nn.Identity())
+        store = PooledFeatures(cache, lambda row: bytes([row.item()]) * 16, None)
         assert store.of(torch.tensor([[2], [1]])).tolist() == [[2.0], [1.0]]
-        store.tower.pool = torch.clone
+        store.pool = torch.clone
         refuses("The features in .*DECLIP_CACHE", store.of, torch.tensor([[3]]))
 
     read_only(cache, work)

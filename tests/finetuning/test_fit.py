@@ -62,7 +62,7 @@ def folder(tmp_path_factory):
 
 
 def keys_of(folder, **keys):
-    sizes = {"image.size": 32, "text.context_length": 24, "embed_dim": 64}
+    sizes = {"image.size": 32, "text.context_length": 24, "embed_dim": 64, "train.precision": "fp32"}
     return {"text.hf_model": str(folder / "bert"), **sizes, "train.report_to": [], **keys}
 
 
@@ -149,7 +149,8 @@ def test_the_card_of_a_fit_states_no_steps_and_its_cross_validation(run):
 
 def test_a_start_of_two_towers_by_one_name_and_another_order_of_pairs_change_nothing(run, folder, tmp_path):
     where = f"timm:test_vit/{folder / 'vit.safetensors'}+{folder / 'bert'}"
-    named = declip.finetune(folder / "pairs.csv", where, {"image.size": 32}, tmp_path / "named", quiet=True)
+    keys = {"image.size": 32, "train.precision": "fp32"}
+    named = declip.finetune(folder / "pairs.csv", where, keys, tmp_path / "named", quiet=True)
     for other in (named, fitted(folder, tmp_path / "run", "reversed.csv")):
         assert other.cross_validation["ridge"] == run.cross_validation["ridge"]
         torch.testing.assert_close(cosines(other.folder, folder), cosines(run.folder, folder), rtol=0, atol=1e-3)

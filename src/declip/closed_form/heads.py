@@ -189,17 +189,22 @@ class Choice:
 
 
 def choose_heads(
-    pairs: Pairs, groups: np.ndarray, classes: ClassPairs | None = None, seed: int = 0, embedded: bool = False
+    pairs: Pairs,
+    groups: np.ndarray,
+    classes: ClassPairs | None = None,
+    seed: int = 0,
+    embedded: bool = False,
+    start: Heads | None = None,
 ) -> Choice:
     """Choose form and weight of the classes by cross-validation, and fit the heads again on all pairs.
 
     Images with equal `groups` (n,) stay in one fold: those with nearly the same image or the same caption. Features
     may be `embedded` in one space. Heads that do not rank the pairs of a left-out fold better than those of the start
-    are not taken: the start's stay.
+    are not taken: the start's stay. These are computed from the classes, unless `start` is given.
     """
     forms = START_FORMS if embedded else FORMS
     weights = CLASS_WEIGHTS if classes is not None else (0.0,)
-    start = start_heads(pairs, classes, embedded)
+    start = start or start_heads(pairs, classes, embedded)
     usual = (START, 0.0) if embedded else (DEFAULT_FORM, weights[0])
     # --- too few to measure
     if len(np.unique(groups)) < FEWEST:

@@ -7,7 +7,7 @@ import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -29,10 +29,10 @@ from declip.io.cache import FEATURES, hold, trim_cache
 from declip.io.pool import usual_workers
 from declip.models.dual_encoder import DualEncoder
 from declip.models.fingerprint import hash_tensors
-from declip.models.folding import inference_tower
 from declip.models.image_tower import PosteriorProjection
 from declip.models.inference import chunked
 from declip.models.layers import IMAGE, PROJECTIONS, TEXT
+from declip.models.precision import TYPES, pooling_tower
 from declip.models.timm_import import timm
 from declip.recipe.schema import Recipe
 from declip.training.assemble import Resolved
@@ -47,19 +47,27 @@ class FrozenEncoder:
     """A model for `declip.evaluation.protocols.evaluate_all` with pooled features in the cache folder.
 
     Their key is the tower's weights and the pixels or token ids, so that another run with the same towers, or
-    a later evaluation of this one, computes its heads alone.
+    a later evaluation of this one, computes its heads alone. Heads are fitted to features of images in a `precision`,
+    "fp32" or "bf16", as training computes them; all others are float32.
     """
 
-    def __init__(self, model: DualEncoder) -> None:
+    def __init__(self, model: DualEncoder, precision: str = "fp32") -> None:
         self.model, key = model, partial(text_key, padding=model.tokenizer.padding)
         self.preprocessor, self.preprocess = model.preprocessor, model.preprocess
         self.tokenizer, self.tokenize = model.tokenizer, model.tokenize
         self.modules, self.parameters, self.logit_scale = model.modules, model.parameters, model.logit_scale
-        folders = [cache_folder() / FEATURES / f"pooled-{tower_digest(model, tower)}" for tower in (IMAGE, TEXT)]
-        self._images = PooledFeatures(folders[0], _pixel_key, inference_tower(model))
-        self._texts = PooledFeatures(folders[1], key, model.text_tower)
+        images, texts = (cache_folder() / FEATURES / f"pooled-{tower_digest(model, tower)}" for tower in (IMAGE, TEXT))
+        rounded = images.with_name(f"{images.name}-{precision}")
+        self._images = self._fitted = PooledFeatures(images, _pixel_key, image_pool(model, "fp32"))
+        if precision != "fp32":
+            self._fitted = PooledFeatures(rounded, _pixel_key, image_pool(model, precision))
+        self._texts = PooledFeatures(texts, key, model.text_tower.pool)
         self._sources = dict[PairSource, SourceFeatures]()
-        trim_cache(FEATURES, keep=folders)
+        trim_cache(FEATURES, keep=[images, rounded, texts])
+
+    def pool_fitted(self, images: Tensor) -> Tensor:
+        """(n, 3, S, S) normalized → (n, v) float32, before the projection, computed in the precision of training."""
+        return self._fitted.of(images)
 
     def pool_images(self, images: Tensor) -> Tensor:
         """(n, 3, S, S) normalized → (n, v) float32, before the projection."""
@@ -92,8 +100,8 @@ class FrozenEncoder:
 class PooledFeatures:
     """The pooled features of a tower by its input, in SQLite; the tower runs only on inputs that are missing."""
 
-    def __init__(self, folder: Path, key: Callable[[Tensor], bytes], tower: Any) -> None:
-        self.folder, self.key, self.tower = folder, key, tower
+    def __init__(self, folder: Path, key: Callable[[Tensor], bytes], pool: Callable[[Tensor], Tensor]) -> None:
+        self.folder, self.key, self.pool = folder, key, pool
         with self._database():
             self._held = hold(folder)
         with suppress(OSError):  # of a read-only cache
@@ -106,9 +114,8 @@ class PooledFeatures:
             saved = {key: file.execute("SELECT row FROM features WHERE key = ?", (key,)).fetchone() for key in keys}
         rows = {key: row[0] for key, row in saved.items() if row is not None}
         if new := {key: number for number, key in enumerate(keys) if key not in rows}:
-            fresh = batch[[*new.values()]]
-            features = chunked(self.tower.pool, fresh) if fresh.ndim == 4 else self.tower.pool(fresh)
-            computed = [*zip(new, (row.tobytes() for row in features.float().cpu().numpy()), strict=True)]
+            features = self.pool(batch[[*new.values()]]).float().cpu().numpy()
+            computed = [*zip(new, (row.tobytes() for row in features), strict=True)]
             rows |= computed
             with self._database() as file:
                 file.executemany("INSERT OR IGNORE INTO features VALUES (?, ?)", computed)
@@ -129,6 +136,12 @@ class PooledFeatures:
                 f"The features in '{self.folder}' cannot be read or written: {error}. Make room on the disk, run "
                 "`declip cache clear`, or set DECLIP_CACHE to a folder on another disk."
             ) from error
+
+
+def image_pool(model: DualEncoder, precision: str) -> Callable[[Tensor], Tensor]:
+    """A function of images whose tower is built at its first call: all features may be known."""
+    tower = cache(partial(pooling_tower, model, TYPES[precision]))
+    return lambda images: chunked(tower().pool, images.to(next(tower().parameters()).dtype))
 
 
 def _pixel_key(pixels: Tensor) -> bytes:
@@ -170,7 +183,7 @@ def compute_features(encoder: FrozenEncoder, source: PairSource, recipe: Recipe,
     batches = np.split(np.arange(len(source)), range(BATCH, len(source), BATCH))
     workers = usual_workers() if len(source) > MANY else 0
     images, pairs, skipped = list[Tensor](), list[tuple[PairRow, tuple[str, ...]]](), SkipCounter()
-    stream = encode_batches(encoder, source, _read_pair, batches, workers, shown, encoder.pool_images)
+    stream = encode_batches(encoder, source, _read_pair, batches, workers, shown, encoder.pool_fitted)
     for features, read, broken in stream:
         images += [features] if read else []
         pairs += read

@@ -27,9 +27,18 @@ from declip.data.sources.open import ImageSource
 from declip.errors import UserError
 from declip.evaluation.leakage import leaking_column
 from declip.finetuning import outputs
-from declip.finetuning.features import Features, FrozenEncoder, class_pairs, compute_features, embeddings, projections
+from declip.finetuning.features import (
+    Features,
+    FrozenEncoder,
+    class_pairs,
+    compute_features,
+    embeddings,
+    image_pool,
+    projections,
+)
 from declip.finetuning.wise_ft import ALPHAS, best_mixture, set_scores
 from declip.interchange.export import of_run
+from declip.interchange.timm_weights import class_start
 from declip.interchange.weights import Uninitialized
 from declip.io.atomic import atomic_write, write_text
 from declip.io.text import plural
@@ -83,7 +92,7 @@ def _fit(resolved: Resolved, folder: Path, resume: bool, quiet: bool, added: Ext
         if list_checkpoints(folder) and Run(folder).report.exists():  # written last, after the exports
             log.info("The run in '%s' is finished.", folder)
             return
-    encoder = FrozenEncoder(model)
+    encoder = FrozenEncoder(model, recipe.train.precision)
     features = compute_features(encoder, source, recipe, not quiet)
     if not resumed:
         run_folder.open_folder(recipe, folder, resume, added.lists)
@@ -94,11 +103,13 @@ def _fit(resolved: Resolved, folder: Path, resume: bool, quiet: bool, added: Ext
         # --- heads and the checkpoint
         skipped = {**features.skipped.to_dict(), "seen": len(source)}
         write_text(folder / run_folder.SKIPPED, json.dumps(skipped, indent=1))
-        starts = resolved.weights is not None and resolved.weights.projected  # as a CLIP has
+        weights = resolved.weights
+        starts = weights is not None and weights.projected  # as a CLIP has
         classes = None if starts else class_pairs(resolved, encoder, not quiet)
         if starts:
             features = features._replace(pairs=embeddings(features.pairs, model))
-        choice = choose_heads(features.pairs, features.groups, classes, recipe.seed, embedded=starts)
+        start = None if classes is None or weights is None else class_start(weights, classes.texts)
+        choice = choose_heads(features.pairs, features.groups, classes, recipe.seed, starts, start)
         onto = copy.deepcopy(projections(model)) if starts else None
         tasks, mixed = held_out.tasks(recipe, final=True), choice
         # --- the sets to keep with the start, and its mixture with the heads
@@ -193,7 +204,7 @@ def estimate_fit(recipe: Recipe, extensions: Extensions = NO_EXTENSIONS) -> tupl
     """Resolve the recipe of heads in closed form, and estimate the time of their features."""
     resolved = resolve(recipe, extensions=extensions)
     model, source = frozen_model(resolved).to(resolved.device), resolved.source
-    seconds = encoding_seconds(model, source)
+    seconds = encoding_seconds(model, source, encode=image_pool(model, resolved.recipe.train.precision))
     if repeated := _share_repeated(source):  # read again, but not encoded again
         reading = encoding_seconds(model, source, encode=lambda images: images[:, :, 0, 0], texts=False)
         seconds += repeated * (reading - seconds)

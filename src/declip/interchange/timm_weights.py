@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from declip.closed_form.solve import DEFAULT_FORM, ClassPairs, Pairs, fit_heads
+from declip.closed_form.solve import DEFAULT_FORM, ClassPairs, Heads, Pairs, PosteriorFeatures, fit_heads
 from declip.errors import UserError, unknown
 from declip.interchange.classes import Classes
 from declip.interchange.weights import Weights, read_tensors, unwrapped
@@ -143,17 +143,31 @@ def complete(weights: Weights) -> Weights:
     classes = weights.named_classes()
     if classes is None or not weights.whole or weights.projected:
         return weights
+    return _with_heads(weights, _known_heads(weights, classes), classes.size)
+
+
+def class_start(weights: Weights, texts: Tensor) -> Heads:
+    """The heads that `complete` adds, from the cache folder or from features (t, w) of the classes' texts."""
+    classes = weights.named_classes()
+    assert classes is not None, "their texts were encoded"
+    known = _known_heads(weights, classes, texts)
+    image, text = (known[f"{prefix}weight"] for prefix in PROJECTIONS)
+    posteriors = [known[name] for name in (f"{PROJECTIONS[0]}classes", f"{PROJECTIONS[0]}direction") if name in known]
+    return Heads(image, text, PosteriorFeatures(*posteriors) if posteriors else None)
+
+
+def _known_heads(weights: Weights, classes: Classes, texts: Tensor | None = None) -> dict[str, Tensor]:
     path = _cache_file(weights, classes)
     if (heads := _read_heads(path)) is None:
         log.info("Computing the projections of '%s' from the names of its classes, once.", weights.origin)
-        texts = encode_texts(weights, classes.texts()[0]) if classes.features is None else classes.features
-        heads = class_heads(classes, texts)
+        texts = classes.features if texts is None else texts
+        heads = class_heads(classes, encode_texts(weights, classes.texts()[0]) if texts is None else texts)
         try:
             with atomic_write(path) as partial:
                 save_tensors(heads, partial)
         except UserError as error:  # the model is the same without a cache
             log.warning("%s", error)
-    return _with_heads(weights, heads, classes.size)
+    return heads
 
 
 def complete_text(weights: Weights, size: int) -> Weights | None:

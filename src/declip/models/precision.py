@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable
 from copy import deepcopy
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +14,12 @@ from declip.errors import UserError, unknown
 from declip.models.device import computes_bf16
 from declip.models.dual_encoder import DualEncoder, has_text
 from declip.models.fingerprint import PROBE, fingerprint
-from declip.models.folding import folded, noise
-from declip.models.image_tower import NoImageTower
+from declip.models.folding import folded, inference_tower, noise
+from declip.models.image_tower import ImageTower, NoImageTower
 
 log = logging.getLogger("declip")
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Tower = TypeVar("Tower", bound=nn.Module)
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 LARGEST_CHANGE = 0.02
@@ -58,32 +59,57 @@ def convert(model: DualEncoder, precision: str) -> DualEncoder:
     if dtype == torch.float32:
         return model
     model.fingerprint = fingerprint(model)
-    # (tower, its weights to convert, features to compare)
-    towers: list[tuple[str, nn.Module, Callable[[], Tensor]]] = []
     if not isinstance(model.image_tower, NoImageTower):
         images = noise(model)
-        towers.append(("image_tower", folded(model), lambda: model.encode_image(images)))
+        model.image_tower = _converted(
+            "image",
+            model.image_tower,
+            folded(model),
+            dtype,
+            lambda tower: tower(_like(images, tower)).pooled,
+            precision,
+        )
     if has_text(model):
         tokens = model.tokenize([PROBE, "a"])
-        towers.append(("text_tower", model.text_tower, lambda: model.encode_text(tokens)))
-    for name, tower, encode in towers:
-        original, before = getattr(model, name), encode()
-        try:
-            setattr(model, name, _cast(_rounded(tower, dtype), dtype))
-            if (smallest := float(cosine_similarity(before, encode()).min())) >= 1 - LARGEST_CHANGE:
-                continue
-            problem = f"its features change too much (cosine {smallest:.3f})"
-        except (RuntimeError, TypeError, ValueError) as error:  # a tower of another library may fix a type
-            problem = str(error).splitlines()[0]
-        setattr(model, name, original)
-        problem = f"The {name.replace('_', ' ')} cannot compute in {str(dtype).removeprefix('torch.')}: {problem}."
-        if precision != "auto":
-            raise UserError(f"{problem} Give --precision auto or fp32.")
-        log.warning("%s It computes in float32.", problem)
+        model.text_tower = _converted(
+            "text", model.text_tower, model.text_tower, dtype, lambda tower: tower(tokens).pooled, precision
+        )
     return model
 
 
-def _cast(tower: nn.Module, dtype: torch.dtype) -> nn.Module:
+@torch.no_grad()
+def pooling_tower(model: DualEncoder, dtype: torch.dtype) -> ImageTower:
+    """A copy of a float32 model's image tower in another type, for `pool` alone, or in float32, see `convert`."""
+    if dtype == torch.float32:
+        return inference_tower(model)
+    images, tower = noise(model), folded(model)
+    return _converted("image", tower, tower, dtype, lambda tower: tower.pool(_like(images, tower)), "auto")
+
+
+def _converted(
+    name: str, original: Tower, tower: Tower, dtype: torch.dtype, features: Callable[[Any], Tensor], precision: str
+) -> Tower:
+    """A copy of a tower in a type, or the original where its features change too much or cannot be computed."""
+    before = features(original).float()
+    try:
+        converted = _cast(_rounded(tower, dtype), dtype)
+        if (smallest := float(cosine_similarity(before, features(converted).float()).min())) >= 1 - LARGEST_CHANGE:
+            return converted
+        problem = f"its features change too much (cosine {smallest:.3f})"
+    except (RuntimeError, TypeError, ValueError) as error:  # a tower of another library may fix a type
+        problem = str(error).splitlines()[0]
+    problem = f"The {name} tower cannot compute in {str(dtype).removeprefix('torch.')}: {problem}."
+    if precision != "auto":
+        raise UserError(f"{problem} Give --precision auto or fp32.")
+    log.warning("%s It computes in float32.", problem)
+    return original
+
+
+def _like(images: Tensor, tower: nn.Module) -> Tensor:
+    return images.to(next(tower.parameters()).dtype)
+
+
+def _cast(tower: Tower, dtype: torch.dtype) -> Tower:
     """Cast a tower; what is left of batch norm stays float32, as variances may be far from 1."""
     for module in tower.to(dtype).modules():
         if isinstance(module, _BatchNorm):
@@ -91,7 +117,7 @@ def _cast(tower: nn.Module, dtype: torch.dtype) -> nn.Module:
     return tower
 
 
-def _rounded(tower: nn.Module, dtype: torch.dtype) -> nn.Module:
+def _rounded(tower: Tower, dtype: torch.dtype) -> Tower:
     copy = deepcopy(tower).requires_grad_(False)
     for module in copy.modules():
         if isinstance(module, nn.Conv2d) and max(module.kernel_size) > 1:
