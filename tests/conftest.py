@@ -52,6 +52,13 @@ WEIGHTS = {
 gc.disable()  # imports make millions of objects that stay; searching them for garbage takes a quarter of their time
 
 
+def pytest_configure(config):
+    if not config.getoption("numprocesses", None):  # else this process only hands out tests to others
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(sys.modules, "wandb", None)  # which timm would import
+            import declip.models.timm_import  # noqa: F401
+
+
 def pytest_collection_finish():
     gc.freeze()  # no collection looks again at what the imports made, here or in processes forked from here
     gc.set_threshold(20_000, 20, 20)  # by default it takes a twentieth of the time

@@ -21,7 +21,6 @@ from declip.closed_form.heads import Choice
 from declip.closed_form.solve import Form, Heads, Pairs, fit_heads
 from declip.data.sources.open import open_source
 from declip.data.sources.subset import Subset
-from declip.errors import UserError
 from declip.finetuning import outputs
 from declip.finetuning.features import projections
 from declip.finetuning.fit import fit, set_heads
@@ -128,14 +127,6 @@ def test_the_run_is_a_normal_run_with_one_checkpoint_and_no_copy_of_the_start(ru
     assert len(ranks) == 2 * COUNT
     assert ranks == sorted(ranks, reverse=True)
     assert 0 <= ranks[-1] < ranks[0] <= 1
-
-
-def test_all_columns_and_templates_of_captions_are_used(folder, tmp_path, caplog):
-    given = ["caption", "a {part} of the set"]
-    run = fitted(folder, tmp_path / "run", **{"data.columns.caption": given})
-    assert run.cross_validation["captions"] == 3 * COUNT
-    assert "Fitting: 40 pairs of pairs.csv (captions: caption | a {part} of the set)" in caplog.text
-    assert run.examples["source"]["captions"] == "caption | a {part} of the set"
 
 
 def test_the_card_of_a_fit_states_no_steps_and_its_cross_validation(run):
@@ -322,8 +313,8 @@ def test_broken_pairs_are_counted_and_refused_and_cut_captions_named(folder, tmp
     assert "longer than 5 tokens" in (run.folder / "log.txt").read_text(encoding="utf-8")
     skipped = json.loads((run.folder / "skipped.json").read_text())
     assert (skipped["seen"], run.cross_validation["pairs"]) == (COUNT + 1, COUNT)
-    with pytest.raises(UserError, match="max_broken_fraction"):
-        fitted(folder, tmp_path / "refused", "broken.csv", **{"data.max_broken_fraction": 0.01})
+    few = {"data.max_broken_fraction": 0.01}
+    refuses("max_broken_fraction", fitted, folder, tmp_path / "refused", "broken.csv", **few)
 
 
 def test_a_start_with_projections_is_never_worse_afterwards(run, folder, tmp_path):

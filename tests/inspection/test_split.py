@@ -1,11 +1,10 @@
 """Splitting off a validation part: no image and no caption on both sides."""
 
-import csv
 import json
 
 import pytest
 
-from conftest import refuses, texture
+from conftest import refuses, texture, write_table
 from declip.data.columns import Columns
 from declip.data.sources.open import open_source
 from declip.data.sources.subset import PairList, write_pair_list
@@ -15,13 +14,9 @@ from declip.inspection.split import check_copies, split_pairs
 
 def write(folder, rows):
     folder.mkdir(exist_ok=True)
-    with (folder / "pairs.csv").open("w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(["image", "caption"])
-        for number, (image, caption) in enumerate(rows):
-            image.save(folder / f"{number}.png")
-            table.writerow([f"{number}.png", caption])
-    return folder / "pairs.csv"
+    for number, (image, _) in enumerate(rows):
+        image.save(folder / f"{number}.png")
+    return write_table(folder / "pairs.csv", [f"{number}.png,{caption}" for number, (_, caption) in enumerate(rows)])
 
 
 @pytest.fixture(scope="module")

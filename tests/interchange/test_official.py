@@ -201,7 +201,7 @@ def test_full_size_models_have_the_shapes_of_our_recipes(file, model, recipe, em
         assert objective.recipe.image.model_kwargs["num_heads"] == 12
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ["clip_vit_tiny", "declip_resnet_tiny"])
 def test_files_are_preprocessed_as_by_the_authors(name, tmp_path):
     """From image files to features: Resize(256 / 224 of the crop), CenterCrop and ImageNet's statistics."""
     model = Case(name).read()[0].eval()

@@ -13,7 +13,6 @@ from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schema import Recipe
 from declip.supervision import contrastive
 from declip.supervision import term as supervision_term
-from declip.supervision.late_interaction import warn_once
 from declip.supervision.objective import Objective
 from supervision.conftest import NoDeviceReads
 
@@ -81,14 +80,6 @@ def test_the_contrastive_loss_sees_the_masked_or_the_clean_caption_and_both_pred
     torch.testing.assert_close(*predicted)
     batch.labels.fill_(-100)
     assert objective(model, batch)["masked_language"].item() == 0, "no word is masked"
-
-
-def test_late_interaction_alone_is_warned_about(caplog):
-    for weights, warned in (({"late_interaction": 1.0}, [True]), ({"contrastive": 1.0, "late_interaction": 1.0}, [])):
-        caplog.clear()
-        warn_once.cache_clear()
-        parts(weights)
-        assert ["loss_weights.contrastive=1" in record.message for record in caplog.records] == warned
 
 
 def test_the_queue_is_looked_up_before_it_is_written_augmentations_first():

@@ -12,10 +12,10 @@ from text_encoders import bert, roberta
 from training.starts import recipe_for, resumes_exactly, tuned
 
 
-def plain(name, workers=0, sections=None, **train):
+def plain(name, workers=0, **train):
     def case(table, start, folder):
         data = {"source": str(table), "workers": workers}
-        return recipe_for(table, name, {"data": data, **(sections or {})}, steps=4, **train), None
+        return recipe_for(table, name, {"data": data}, steps=4, **train), None
 
     return case
 
@@ -43,12 +43,10 @@ CASES = {  # functions of a table, a start and a folder: a recipe, and a folder 
     "clip, a loader process": plain("clip", 1),
     "defilip, Muon": plain("defilip", optimizer="muon"),
     "slip, SGD": plain("slip", optimizer="sgd"),
-    "smoothed": plain("declip", sections={"contrastive": {"label_smoothing": 0.1}}),
     "layer decay, head warm-up": fine_tuned(lr_scale=0.5, layer_decay=0.8, head_warmup_steps=3, freeze_text_blocks=1),
     "adapters": fine_tuned(lora={"rank": 2}, head_warmup_steps=2),
     "another image size and length": fine_tuned(image_size=48, context_length=12),
     "encoder": text_encoder(roberta, "declip"),
-    "encoder, layer decay": text_encoder(bert, "clip", lr_scale=0.1, layer_decay=0.5, freeze_text_blocks=1),
     "encoder, adapters": text_encoder(bert, "clip", lr_scale=0.5, lora={"rank": 2, "dropout": 0.3}),
 }
 

@@ -10,8 +10,8 @@ from unittest.mock import Mock
 
 import pytest
 
+from conftest import refuses
 from declip.api import train
-from declip.errors import UserError
 from declip.recipe import schema
 from declip.runs.folder import METRICS, TRACKING, read_rows
 from declip.training.sinks import RunInfo, monitored
@@ -130,8 +130,8 @@ def test_a_tracker_that_is_missing_or_cannot_start_is_refused(table, tmp_path, m
     assert not (tmp_path / "run").exists()
     monkeypatch.setitem(sys.modules, "wandb", fake_wandb())
     monkeypatch.delattr(sys.modules["wandb"], "init")
-    with pytest.raises(UserError, match=r"report_to=wandb cannot start.*init"):
-        train(recipe_for(table, "clip", report_to="wandb"), out=tmp_path / "run", quiet=True)
+    recipe = recipe_for(table, "clip", report_to="wandb")
+    refuses("report_to=wandb cannot start.*init", train, recipe, out=tmp_path / "run", quiet=True)
     with pytest.raises(ValueError, match=r"(?s)report_to.*'mlflow'"):
         recipe_for(table, "clip", report_to=["mlflo"])
 

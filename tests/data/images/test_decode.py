@@ -67,12 +67,6 @@ def test_half_a_file_is_truncated(kind):
     assert outcome(lambda: decode(content[: len(content) // 2], "k")) == "truncated image"
 
 
-@pytest.mark.filterwarnings("error")
-def test_a_large_image_is_read_without_a_warning():
-    with opened(encoded(Image.new("1", (10_000, 10_000))), "large.png") as (image, _):
-        assert image.size == (10_000, 10_000)
-
-
 @pytest.fixture(params=["simplejpeg", "pillow"])
 def decoder(request, monkeypatch):
     """Run with each decoder."""
