@@ -8,7 +8,6 @@ from torch import Tensor
 from declip.errors import UserError
 
 GENERATORS = ("cuda", "mps")  # devices with another generator than the CPU's
-MOST_LANES = 8  # Python starts their layers one after another
 CPU_BF16 = ("avx512_bf16", "amx_bf16", "bf16")  # instructions of Intel and AMD, Intel, Arm
 
 
@@ -35,11 +34,6 @@ def computes_bf16(device: torch.device) -> bool:
     if device.type != "cpu" or not torch.backends.mkldnn.is_available() or not hasattr(torch.cpu, "get_capabilities"):
         return False  # the query is younger than the oldest torch that is supported
     return any(torch.cpu.get_capabilities().get(name) for name in CPU_BF16)
-
-
-def lanes() -> int:
-    """Number of batches that a CPU computes at a time, each with separate threads."""
-    return min(torch.get_num_threads(), MOST_LANES)
 
 
 def random_states(device: torch.device) -> dict[str, Tensor]:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from declip.io.pool import torch_threads
-from declip.models.device import lanes
 from declip.models.dual_encoder import DualEncoder
 from declip.models.folding import inference_tower
 
@@ -23,6 +22,8 @@ PATCHES = 4
 """Times as many for a tower whose only convolution makes patches. ViT-B/32 takes 0.9 to 1 times as long, and its
 threads wait for each other less often."""
 
+MOST_LANES = 8  # batches that are computed at a time: Python starts their layers one after another
+
 
 def chunked(encode: Callable[[Tensor], Tensor], images: Tensor, times: int = 1) -> Tensor:
     """Encode images (n, 3, H, W), on a CPU a few at a time, `times` as many as by default.
@@ -33,7 +34,7 @@ def chunked(encode: Callable[[Tensor], Tensor], images: Tensor, times: int = 1) 
     if images.device.type != "cpu":
         return encode(images)
     size, threads = max(1, times * PIXELS // images[0, 0].numel()), torch.get_num_threads()
-    at_once = min(lanes(), math.ceil(len(images) / size))
+    at_once = min(threads, MOST_LANES, math.ceil(len(images) / size))
     if at_once == 1 or torch.is_autocast_enabled("cpu"):  # which other threads do not inherit
         return torch.cat([encode(part) for part in images.split(size * threads)])
     each = threads // at_once
