@@ -86,7 +86,7 @@ def test_the_code_of_a_card_cleans_captions_as_declip_does(exported, monkeypatch
 
 def test_open_clip_says_that_it_has_no_resize_before_the_crop(tmp_path):
     said = str(declip.export(build("vit", **PIXELS), "open_clip", tmp_path / "a"))
-    assert re.search(r"no resize to 36 .* crop of 32.*cosine [01]\.\d{4}", said)
+    assert re.search(r"no resize to 36 .* crop of 32.*features differ", said)
     assert said in (tmp_path / "a" / "README.md").read_text(encoding="utf-8")
     again = declip.load(tmp_path / "a", device="cpu")
     assert (again.preprocessor.resize, again.recipe.image.interpolation) == (36, "bilinear")

@@ -16,7 +16,7 @@ from conftest import refuses
 from declip.closed_form.solve import DEFAULT_FORM, ClassPairs, Pairs, fit_heads
 from declip.interchange import starter
 from declip.interchange.classes import Classes, read_names, texts_digest
-from declip.interchange.export import CAPTIONS, IMAGES, export
+from declip.interchange.export import export
 from declip.interchange.read import read, read_start
 from declip.interchange.timm_weights import LOGIT_SCALE, class_heads, complete, encode_texts
 from declip.models.hf_encoder import read_encoder
@@ -103,11 +103,6 @@ def test_formats_of_linear_projections_lack_the_posteriors(format, lacks, tmp_pa
         linear = torch.nn.functional.normalize(features @ weight[:, : features.shape[1]].T, dim=-1)
         read_back = declip.load(tmp_path / "out", "cpu").encode_image(pixels)
         torch.testing.assert_close(read_back, linear, atol=EXACT, rtol=0)
-        # --- what the message says about cosines, on the images and captions of the check
-        pixels = torch.randn(IMAGES, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-        models = model, declip.load(tmp_path / "out", "cpu")
-        first, second = (each.encode_image(pixels) @ each.encode_text(each.tokenize(CAPTIONS)).T for each in models)
-        assert f"differ by up to {float((first - second).abs().max()):.2f}" in exported.limits
         assert exported.limits in (tmp_path / "out/README.md").read_text()
 
 
