@@ -6,7 +6,6 @@ Every caption of every pair is used, on one plain view of its image; cross-valid
 import copy
 import csv
 import json
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -23,7 +22,6 @@ from declip.closed_form.mixing import mixed_choices
 from declip.closed_form.solve import START, ClassPairs
 from declip.data.images.thumbnails import thumbnails_of
 from declip.data.pair import PairSource
-from declip.data.sources.open import ImageSource
 from declip.errors import UserError
 from declip.evaluation.leakage import leaking_column
 from declip.finetuning import outputs
@@ -63,7 +61,6 @@ from declip.training.warnings import caption_warnings
 LEFT_OUT = "left-out pairs"  # the set of cross-validation in the scores of a mixture
 STEP = 1  # of the checkpoint: fitting is one step
 SHOWN_WORST = 16  # captions on the page of the run
-MOST_ASKED = 100_000  # pairs whose image files are compared: 25,000 a second
 
 
 def closed_form(recipe: Recipe) -> bool:
@@ -205,23 +202,10 @@ def estimate_fit(recipe: Recipe, extensions: Extensions = NO_EXTENSIONS) -> tupl
     resolved = resolve(recipe, extensions=extensions)
     model, source = frozen_model(resolved).to(resolved.device), resolved.source
     seconds = encoding_seconds(model, source, encode=image_pool(model, resolved.recipe.train.precision))
-    if repeated := _share_repeated(source):  # read again, but not encoded again
-        reading = encoding_seconds(model, source, encode=lambda images: images[:, :, 0, 0], texts=False)
-        seconds += repeated * (reading - seconds)
     return resolved.recipe, (
         f"Projections in closed form, without steps: about {seconds:,.0f} s for the features of "
         f"{plural(len(resolved.source), 'pair')}, less for those in the cache, then about 10 s for cross-validation."
     )
-
-
-def _share_repeated(pairs: PairSource) -> float:
-    """The fraction of pairs whose image file an earlier pair has; 0 where these are too many to ask."""
-    if pairs.remote or len(pairs) > MOST_ASKED:
-        return 0.0
-    source = ImageSource(pairs)
-    origins = (source.origin(index) for index in range(len(pairs)))
-    counts = Counter(origin for origin in origins if origin.stamp)
-    return (counts.total() - len(counts)) / len(pairs)
 
 
 # --- the files that the report reads
