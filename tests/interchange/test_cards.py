@@ -9,6 +9,7 @@ from PIL import Image
 
 import declip
 from declip.data.images.decode import decode
+from declip.interchange.export import FORMATS
 from interchange.towers import BROKEN, EXACT, PIXELS, TYPED, build, largest, pictures
 from text_encoders import roberta
 
@@ -33,7 +34,7 @@ def features(*arguments):
     return [torch.as_tensor(names[name]) for name in ("images", "texts")]
 
 
-@pytest.fixture(scope="module", params=["open_clip", "huggingface", "safetensors", "onnx"])
+@pytest.fixture(scope="module", params=FORMATS)
 def exported(request, tmp_path_factory):
     """A model with the authors' preprocessing, and its folder."""
     if request.param == "onnx":

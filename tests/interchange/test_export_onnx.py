@@ -2,6 +2,7 @@
 
 import json
 import re
+from unittest.mock import Mock
 
 import numpy as np
 import onnx
@@ -91,6 +92,14 @@ def assert_reads_as_immich(folder, model):
     assert (
         largest(torch.from_numpy(visual.run(None, {"image": pixels.numpy()})[0]), model.encode_image(pixels)) <= EXACT
     )
+
+
+def test_a_traced_module_has_the_weights_of_one_tower(tmp_path, monkeypatch):
+    model, export = build("vit"), Mock()
+    monkeypatch.setattr(torch.onnx, "export", export)
+    refuses("cannot read the export", declip.export, model, "onnx", tmp_path / "out")
+    found = [{*call.args[0].parameters()} for call in export.call_args_list]
+    assert found == [{*model.image_tower.parameters()}, {*model.text_tower.parameters()}]
 
 
 @pytest.mark.parametrize(

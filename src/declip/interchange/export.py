@@ -68,10 +68,11 @@ def export(
     overwrite: bool = False,
     repo: str | None = None,
 ) -> Exported:
-    """Export a model as "open_clip", "huggingface", "onnx" or "safetensors", read it back, and write a model card.
+    """Export a model for other libraries or for declip, read it back, and write a model card.
 
     Args:
         model: What `declip.load` takes, or a loaded model. The card of a run shows data, steps and results.
+        format: "open_clip", "huggingface", "onnx" or "safetensors".
         out: The folder to write; it appears when it is complete.
         license: License for the card: an identifier of the Hub such as "mit", or any text.
         overwrite: Replace an existing export.

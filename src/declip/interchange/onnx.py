@@ -56,9 +56,8 @@ class Onnx(Format):
         # Image tower
         (folder / VISUAL).mkdir()
         pixels = torch.zeros(ROWS, 3, size, size)
-        _export(
-            TowerFunction(model, model.encode_image), pixels, {0: batch}, folder / VISUAL / MODEL, about["vision_cfg"]
-        )
+        tower = TowerFunction(model.image_tower, model.encode_image)
+        _export(tower, pixels, {0: batch}, folder / VISUAL / MODEL, about["vision_cfg"])
         (folder / VISUAL / "preprocess_cfg.json").write_text(json.dumps(prepared, indent=2) + "\n", encoding="utf-8")
         if has_text(model):
             # Text tower, with a tokenizer of the `tokenizers` library
@@ -70,7 +69,7 @@ class Onnx(Format):
             tokens = torch.zeros(ROWS, LENGTH, dtype=torch.int32)
             tokens[:, -1] = tokenizer.end
             sizes = {0: batch, 1: torch.export.Dim("length", max=tokenizer.context)}
-            tower = TowerFunction(model, lambda tokens: model.encode_text(tokens.long()))
+            tower = TowerFunction(model.text_tower, lambda tokens: model.encode_text(tokens.long()))
             _export(tower, tokens, sizes, folder / TEXTUAL / MODEL, about["text_cfg"])
             write_tokenizer(tokenizer, folder / TEXTUAL)
         (folder / ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
@@ -93,11 +92,11 @@ class Onnx(Format):
 
 
 class TowerFunction(nn.Module):
-    """A function of a model as a module in evaluation mode, to trace; it has the weights of both towers."""
+    """A function of a model as a module in evaluation mode, to trace, with the weights of the tower that it uses."""
 
-    def __init__(self, model: nn.Module, function: Callable[[Tensor], Any]) -> None:
+    def __init__(self, tower: nn.Module, function: Callable[[Tensor], Any]) -> None:
         super().__init__()
-        self.model, self.forward = model, function
+        self.tower, self.forward = tower, function
         self.eval()
 
 
