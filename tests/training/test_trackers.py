@@ -115,10 +115,13 @@ def test_wandb_goes_online_where_the_user_asks_and_continues_its_run(tmp_path, m
 
 
 def test_a_tracker_that_fails_does_not_end_the_run(table, tmp_path, monkeypatch, caplog):
-    log = Mock(side_effect=ConnectionError("no route"))
+    log, flush = Mock(side_effect=ConnectionError("no route")), Mock()
     monkeypatch.setitem(sys.modules, "wandb", fake_wandb(log))
-    run = train(recipe_for(table, "clip", report_to=["wandb"]), out=tmp_path / "run", quiet=True, report=False)
+    monkeypatch.setattr(TRACKERS["tensorboard"], "flush", flush)
+    recipe = recipe_for(table, "clip", report_to=["wandb", "tensorboard"])
+    run = train(recipe, out=tmp_path / "run", quiet=True, report=False)
     assert (run.finished, log.call_count, "no route" in caplog.text) == (True, 1, True)
+    assert flush.called
     assert [row["step"] for row in read_rows(run.folder / METRICS)] == [2, 4, 6, 8]
 
 

@@ -1,4 +1,4 @@
-"""Experiment trackers: TensorBoard, Weights & Biases, MLflow and Trackio, offline unless the user asks otherwise."""
+"""Experiment trackers, offline unless the user asks otherwise."""
 
 import importlib
 import json
@@ -31,7 +31,10 @@ VARIABLES = {"WANDB_ERROR_REPORTING": "false", "MLFLOW_ALLOW_FILE_STORE": "true"
 
 
 class Tracker(Sink):
-    """Base class of trackers: sinks whose `log` receives numbers by flat names such as "train/loss"."""
+    """Base class of trackers: sinks whose `log` receives floats by flat names such as "train/loss".
+
+    Results of evaluations come to `log` too, without counts such as n. A checkpoint is written after `flush`.
+    """
 
     library: ClassVar[str]
     """The module that must be installed."""
@@ -178,6 +181,9 @@ class Tracked(Sink):
         prefix = f"{values['dataset']}/{values['task']}"
         numbers = {f"{prefix}/{name}": value for name, value in values.items() if isinstance(value, float)}
         self._attempt(self.tracker.log, step, numbers)
+
+    def flush(self) -> None:
+        self._attempt(self.tracker.flush)
 
     def close(self) -> None:
         self._attempt(self.tracker.close)
