@@ -88,6 +88,8 @@ TERMS = {
 }
 """Name → loss, and shapes of its features."""
 
+WITHOUT_MATRIX = {"neighbors"}  # no matrix of rows and keys, so the test of memory does not apply
+
 
 def batch_axis(shape):
     """Axis of the pairs: views come before them."""

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from declip.supervision import contrastive
-from supervision.conftest import BATCH, TERMS, NoDeviceReads, batch_axis
+from supervision.conftest import BATCH, TERMS, WITHOUT_MATRIX, NoDeviceReads, batch_axis
 
 every_term = pytest.mark.parametrize("name", TERMS)
 in_blocks_too = pytest.mark.parametrize("limit", [None, 0], ids=["whole", "blocks"])
@@ -86,7 +86,7 @@ class Largest(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("name", [name for name in TERMS if not name.startswith("neighbors")])
+@pytest.mark.parametrize("name", [name for name in TERMS if name not in WITHOUT_MATRIX])
 def test_blocks_neither_make_nor_keep_anything_of_the_matrixs_size(units, monkeypatch, name):
     pairs, term = 90, TERMS[name][0]
     monkeypatch.setattr("supervision.conftest.LENGTHS", torch.full((pairs,), 5))
