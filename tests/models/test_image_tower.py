@@ -38,6 +38,7 @@ def test_a_size_that_a_tower_cannot_take_is_named_and_trying_it_changes_nothing(
 
 
 def test_a_wrong_tower_is_named():
+    refuses(r"tower 'resnet5O'.*Near it: resnet50, .*of your own must be registered", ImageTower, "resnet5O", 32, 8)
     for name, options in (("resnet18", {"color": 3}), ("declip_vit_tiny", {"patch_size": "big"})):
         refuses(f"timm cannot build the image tower '{name}'", ImageTower, name, 32, 8, options)
     tower = ImageTower("declip_vit_tiny", 32, 8, freeze_patch_embed=True)

@@ -101,8 +101,9 @@ class ImageTower(nn.Module):
     its modified ResNets, a linear map without bias for every other model. The last norm of a ViT that pools at its
     class token is a part of this module, so that `tokens` can be returned before it.
 
-    Of timm's interface, the trunk needs `num_features`, `head_hidden_size`, `forward_features`, which returns tokens or
-    a feature map, `forward_head`, `group_matcher` for fine-tuning, and `num_prefix_tokens` unless that is 0. A trunk
+    Of timm's interface, the trunk needs a constructor that accepts `in_chans` and `num_classes`, an entry of its
+    module's ``default_cfgs``, `num_features`, `head_hidden_size`, `forward_features`, which returns tokens or a feature
+    map, `forward_head`, `forward`, `group_matcher` for fine-tuning, and `num_prefix_tokens` unless that is 0. A trunk
     for one size has `fixed_input_size` in its ``default_cfgs`` and takes `img_size`, a number or a pair.
 
     Args:
@@ -233,7 +234,8 @@ def _create(name: str, size: int, options: dict[str, Any], weights: Mapping[str,
     if "blocks" in preset:
         preset = preset | {"blocks": _blocks(*preset["blocks"])}
     if not timm.is_model(base):
-        raise unknown("image tower", name, [*SMALL_TOWERS, *timm.list_models()])
+        error = unknown("image tower", name, [*SMALL_TOWERS, *timm.list_models()])
+        raise UserError(f"{error} A tower of your own must be registered with timm in this process: see CONTRIBUTING.")
     # Options of the named size, then the recipe's
     clip_resnet = base.startswith("resnet") and "_clip" in base
     known = timm.get_pretrained_cfg(base)
