@@ -6,7 +6,7 @@ import shutil
 import threading
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
@@ -114,6 +114,17 @@ def test_a_text_is_typed_and_found_by_keyboard_alone(page, shared):
     expect(page.locator("#hits > li").first).to_contain_text("cosine 1.000")
 
 
+def test_an_address_brings_back_the_template_and_the_balance(page):
+    for template, chosen in (("a red {}", "own"), ("imagenet", "imagenet")):
+        page.goto(f"/search?text=bar&id=0&weight=0.2&template={template}")
+        expect(page.locator("#hits > li")).to_have_count(24)
+        assert [page.locator(f"#{name}").input_value() for name in ("template", "balance")] == [chosen, "0.2"]
+        assert page.locator("#own").is_visible() == (chosen == "own")
+        assert parse_qs(urlsplit(page.url).query) == {
+            "text": ["bar"], "id": ["0"], "weight": ["0.2"], "template": [template], "over": ["images"]
+        }  # fmt: skip
+
+
 def test_old_answers_go_when_another_question_fails(page, tmp_path):
     hits, status = page.locator("#hits > li"), page.get_by_role("status")
     page.goto("/search?id=0")
@@ -130,6 +141,17 @@ def test_old_answers_go_when_another_question_fails(page, tmp_path):
     assert not urlsplit(page.url).query
     page.goto("/search?text=bar&template=imagenat")
     expect(status).to_contain_text('no template set "imagenat"')
+    # --- and when it comes after its image was removed
+    held = []
+    page.route("**/api/search", lambda route: held.append(route))  # Playwright marks the handler
+    with page.expect_request("**/api/search"):
+        page.goto("/search?id=0")
+    page.get_by_role("button", name="Remove the image").click()
+    with page.expect_response("**/api/search") as answer:
+        held[0].continue_()
+    answer.value.finished()
+    page.wait_for_timeout(300)
+    expect(hits).to_have_count(0)
 
 
 def tab_to(page, selector):

@@ -185,6 +185,18 @@ def test_a_table_that_is_replaced_while_it_is_read_is_refused(path, monkeypatch)
     refuses("changes while it is read.*--caption", CaptionFile.read, path)
 
 
+def test_a_link_to_the_table_and_the_permissions_stay(start, path):
+    target = path.parent / "synced" / "table.csv"
+    target.parent.mkdir()
+    target.touch()
+    target.chmod(0o664)
+    path.symlink_to("synced/table.csv")
+    with ask(start()) as client:
+        save(client, get(client), "mine")
+    assert (path.is_symlink(), "mine" in target.read_text(), target.stat().st_mode & 0o777) == (True, True, 0o664)
+    assert (target.parent / ".table.csv.lock").exists()
+
+
 def test_the_next_image_is_one_that_no_tab_shows(captioning, monkeypatch):
     asked = [("one", -1), ("one", -1), ("two", -1), ("two", 5), ("two", 47)]
     assert [get(captioning, tab, after=after)["position"] for tab, after in asked] == [0, 0, 1, 6, 1]

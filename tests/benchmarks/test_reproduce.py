@@ -1,12 +1,10 @@
 """The reproduction of the papers' runs at toy sizes: layouts of data, cost, and accuracy beside the papers'."""
 
-import io
 import json
 import re
 import signal
 import subprocess
 import sys
-import tarfile
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +16,7 @@ from PIL import Image
 from pyarrow import parquet
 
 from conftest import TINY, write_rows
+from data.fakes import write_shards
 from declip.cli import app as cli
 from declip.recipe.schema import Recipe
 from evaluation import trees
@@ -117,18 +116,9 @@ def authors(tmp_path):
 
 @pytest.fixture
 def shards(tmp_path):
-    """img2dataset's output: tar files of .jpg, .txt and .json, with Parquet and statistics beside them."""
-    folder = tmp_path / "shards"
-    folder.mkdir()
+    """img2dataset's output: tar files with Parquet and statistics beside them."""
+    folder = write_shards(tmp_path / "shards", [10] * 4)
     for shard in range(4):
-        with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
-            for number in range(10):
-                key, image = f"{shard:05d}{number:04d}", noise(tmp_path / "one.jpg", 10 * shard + number).read_bytes()
-                parts = {"jpg": image, "txt": b"a photo of a thing", "json": json.dumps({"key": key}).encode()}
-                for extension, data in parts.items():
-                    entry = tarfile.TarInfo(f"{key}.{extension}")
-                    entry.size = len(data)
-                    tar.addfile(entry, io.BytesIO(data))
         parquet.write_table(pyarrow.table({"key": ["0"]}), folder / f"{shard:05d}.parquet")
         (folder / f"{shard:05d}_stats.json").write_text("{}")
     return folder / "{00000..00003}.tar"
@@ -227,6 +217,16 @@ def test_the_anchor_on_cc3m_has_open_clips_settings(scripts):
     assert (view.scale, view.color_jitter_prob, view.hflip_prob) == ((0.9, 1.0), 0, 0)
     assert recipe.image.mean == Recipe().image.mean
     assert recipe.data.columns["image"] == "image"
+
+
+def test_a_set_without_classes_is_refused_before_training(small, call, authors, tmp_path):
+    words = ("yfcc15m", "--data", authors, "--root", tmp_path / "images", "--out", tmp_path / "out", "--check")
+    noise(tmp_path / "one.jpg", 1)
+    table = tmp_path / "captions.csv"
+    table.write_text("image,caption\none.jpg,a photo\n")
+    status, printed = call("reproduce", *words, "--test", table)
+    assert status == 2
+    assert "captions.csv" in printed[-1]
 
 
 def test_the_cost_of_filip_counts_padding(small, call, shards, tmp_path):

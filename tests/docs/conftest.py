@@ -3,7 +3,6 @@
 import csv
 import json
 import sys
-import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import declip
 import declip.api
 import declip.finetuning.run
 from conftest import COLORS, SHAPES, draw
+from data.fakes import write_tar
 from declip.comparison import runner
 from declip.data.builtin.sets import DESIGNS, EMOJI
 from declip.data.sources.open import open_source
@@ -95,14 +95,10 @@ def write_data(folder, pictures):
     """Write what the pages have in /data: shards, images, pets with enough for a probe, some ImageNet classes."""
     folder.mkdir()
     (folder / "pictures").symlink_to(pictures)
-    shard = folder / "00000.tar"
-    with tarfile.open(shard, "w") as tar:
-        for file in sorted(pictures.iterdir())[:BATCH]:
-            caption = folder / f"{file.stem}.txt"
-            caption.write_text(file.stem, encoding="utf-8")
-            tar.add(file, file.name)
-            tar.add(caption, caption.name)
-            caption.unlink()
+    members = []
+    for file in sorted(pictures.iterdir())[:BATCH]:
+        members += [(file.name, file.read_bytes()), (f"{file.stem}.txt", file.stem.encode())]
+    shard = write_tar(folder / "00000.tar", members)
     for number in range(1, 332):
         (folder / f"{number:05d}.tar").symlink_to(shard.name)
     trees.pets(folder / "pets")

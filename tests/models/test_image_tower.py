@@ -1,5 +1,7 @@
 """Image towers of many kinds: features, sizes, a step of every loss, and where a text fits in an image."""
 
+from dataclasses import replace
+
 import pytest
 import timm
 import torch
@@ -9,7 +11,6 @@ from torch import nn
 
 from conftest import TINY, draw, refuses
 from conftest import WEIGHTS as METHODS
-from declip.data.batch import PairBatch
 from declip.models.dual_encoder import DualEncoder
 from declip.models.image_tower import ImageTower
 from declip.models.layers import blocks_of, depths
@@ -19,6 +20,7 @@ from declip.recipe.schema import Recipe, TextTowerConfig
 from declip.supervision.objective import Objective
 from declip.training.parallel import build_learner
 from declip.training.step import training_step
+from supervision.test_objective import random_batch
 
 
 @pytest.mark.parametrize("name", ["open_clip:ViT-B-32/openai", "timm:vit_tiny_patch16_224.augreg_in21k"])
@@ -165,15 +167,7 @@ def test_a_tower_is_timms_and_learns_from_every_term(name):
     _check_features(tower.eval(), timm.create_model(name, num_classes=0, **options, **fixed), images[0], cells)
 
     objective = Objective(recipe, model)
-    tokens = model.tokenizer([f"{number} red circles" for number in range(4)])
-    masked, labels = tokens.clone(), torch.full_like(tokens, -100)
-    masked[:, 2], labels[:, 2] = model.tokenizer.mask, tokens[:, 2]
-    batch = PairBatch(
-        views={"first": images[0], "second": images[1]},
-        texts=torch.stack([tokens, tokens]),
-        masked=masked,
-        labels=labels,
-    )
+    batch = replace(random_batch(4), views={"first": images[0], "second": images[1]})
     learner = build_learner(recipe, model.train(), objective.train())
     before = {name: weight.clone() for name, weight in tower.trunk.named_parameters()}
     optimizer = torch.optim.SGD(learner.parameters(), lr=1.0)
@@ -219,6 +213,7 @@ def test_cells_behind_an_attention_pool_take_the_path_of_its_value():
     pool = tower.trunk.head
     torch.nn.init.zeros_(pool.pos_embed)  # else the mean of the positions is added
     images = torch.randn(1, 3, 64, 64)
+    assert tower(images).tokens.shape[2] == tower.token_width
     values = pool.qkv(tower(images).tokens)[..., -pool.embed_dim :] if pool.qkv else pool.v(tower(images).tokens)
     torch.testing.assert_close(tower.encode_cells(images), tower.proj(values), rtol=1e-4, atol=1e-4)
 

@@ -160,6 +160,7 @@ def test_numbers_are_read_as_python_writes_them_and_text_stays_text():
     texts = {"name": "'a: 📷'", "data.columns.caption": "'010'", "data.columns.group": "'[x'"}
     tuned = load_recipe("finetune", read_overrides(texts))
     assert (tuned.name, tuned.data.columns) == ("a: 📷", {"image": "image", "caption": "010", "group": "[x"})
+    assert read_overrides({"train": {"batch_size": "16"}}) == {"train.batch_size": 16}
     again = Recipe.model_validate(read_yaml(recipe.to_yaml()))
     assert (again.name, again.data.columns["caption"], again.train.lr) == ("5e-4", "010", 5e-4)
 

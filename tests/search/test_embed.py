@@ -18,9 +18,11 @@ import declip
 from conftest import draw, encoded, refuses
 from data.fakes import write_tar
 from declip.data.columns import Columns
+from declip.data.pair import Origin, SkipCounter
 from declip.data.sources.folder import FolderSource
 from declip.search import embed as embedding
-from declip.search.store import open_index
+from declip.search.info import IndexInfo, ModelInfo, SourceInfo
+from declip.search.store import Block, IndexedImage, open_index, open_writer
 from indices import tiny_model
 
 
@@ -68,6 +70,17 @@ def test_an_index_in_another_precision_is_searched_and_updated(weights_file, fol
     index = declip.embed(weights_file, folder, out=tmp_path / "index", device="cpu", precision="fp32")
     assert (len(index), index.info.precision) == (25, "bf16, fp32")
     assert "computed in bf16, fp32" in index.summary()
+
+
+def test_rows_of_a_killed_call_count_with_their_precision(tmp_path):
+    given = {"model": ModelInfo(path="", name="", fingerprint="0" * 64), "source": SourceInfo(path="", name="")}
+    row = IndexedImage(0, "a", (), 0, Origin())
+    for precision in ("bf16", "fp32"):
+        wanted = IndexInfo(**given, dtype="float32", captions=False, precision=precision)
+        with open_writer(tmp_path / "index", wanted) as writer:
+            writer.add(Block.of([row], torch.eye(1), None, "float32"))
+    writer.finish(np.arange(2), SkipCounter())
+    assert IndexInfo.read(tmp_path / "index").precision == "bf16, fp32"
 
 
 def test_a_stopped_call_continues_bit_exact(model, folder, tmp_path, monkeypatch, caplog):
@@ -290,6 +303,14 @@ def test_cells_of_a_table_that_have_moved_are_embedded_again(model, folder, tmp_
     assert [moved.row(id).captions for id in moved.ids] == [("a triangle",), ("a bar",), (), ("a square",)]
     plain = declip.embed(model, table, out=tmp_path / "plain", columns=Columns(caption=None))
     assert [plain.row(id).captions for id in plain.ids] == [()] * 4
+
+
+def test_an_index_keeps_its_columns_of_captions(model, folder, tmp_path):
+    (tmp_path / "t.csv").write_text(f"image,title,kind\n{next(folder.glob('*.png'))},a bar,red")
+    given, out = Columns(caption=["title", "a {kind} bar"]), tmp_path / "index"
+    for _ in range(2):
+        index = declip.embed(model, tmp_path / "t.csv", out=out, captions=True, columns=given)
+    assert index.row(0).captions == ("a bar", "a red bar")
 
 
 class Killed(BaseException):
