@@ -1,5 +1,6 @@
 """Training that starts from weights: what it can start from, what is taken over, mixtures, and what is refused."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -16,14 +17,15 @@ from declip.finetuning.wise_ft import ends_of, interpolate
 from declip.interchange.card import without_folders
 from declip.interchange.declip_file import write_declip_file
 from declip.interchange.read import is_published, read_start
+from declip.interchange.timm_weights import class_start, encode_texts
 from declip.models.layers import IMAGE, TEXT
 from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe
 from declip.runs.checkpoint import list_checkpoints, load_checkpoint, without_prefix
 from declip.runs.folder import read_rows
 from declip.training.assemble import assemble
-from declip.training.pretrained import _resized
-from interchange.towers import build
+from declip.training.pretrained import _resized, load_pretrained
+from interchange.towers import build, unprojected
 from training.starts import STATISTICS, VIT, last, moved, state, trainer_of, tuned
 
 
@@ -258,3 +260,15 @@ def test_a_run_on_one_pair_is_resumed(conv_start, rows, tmp_path):
     for resume in (False, True):
         run = declip.finetune(one, conv_start, keys, tmp_path / "run", resume, quiet=True, freeze="none")
         assert (run.finished, run.recipe.data.source) == (True, (str(one), str(one)))
+
+
+def test_other_names_of_classes_are_another_start(tmp_path, monkeypatch):
+    monkeypatch.setenv("DECLIP_CACHE", str(tmp_path / "cache"))
+    weights, names = replace(unprojected(), published="a file"), tmp_path / "names.txt"
+    names.write_text("\n".join(f"thing {number}" for number in range(len(weights.classes.names))))
+    frozen = dict.fromkeys(("freeze_image_blocks", "freeze_text_blocks"), "all")
+    tune = {"pretrained": "timm:NAME/FILE", "class_names": str(names), **frozen}
+    tree = {**TINY, "data": {"source": "pairs.csv"}, "finetune": tune}
+    other = load_pretrained(Recipe.model_validate(tree), tmp_path, False, weights)
+    first, second = (class_start(each, encode_texts(each, list(each.classes.names))) for each in (weights, other))
+    assert not torch.equal(first.text, second.text)

@@ -35,7 +35,8 @@ def load_pretrained(recipe: Recipe, folder: Path, resume: bool, start: Weights |
     if resume and (folder / KEPT).is_file():
         return read_part(str(folder / KEPT))
     start, names = start or read_start(recipe.finetune.pretrained), recipe.finetune.class_names
-    return start if names is None else replace(start, classes=start.named_classes(names))
+    # Projections of other names are not those of the published weights.
+    return start if names is None else replace(start, classes=start.named_classes(names), published="")
 
 
 @dataclass(frozen=True)
