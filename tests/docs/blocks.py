@@ -9,8 +9,10 @@ import re
 import runpy
 import shlex
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import pytest
@@ -106,7 +108,8 @@ class Reader:
 
     def __init__(self, monkeypatch):
         self.monkeypatch = monkeypatch
-        self.names = {"__name__": "page"}
+        monkeypatch.setitem(sys.modules, "page", module := ModuleType("page"))  # timm looks its functions' module up
+        self.names = vars(module)
         self.left = {}
 
     def follow(self, page):
