@@ -2,9 +2,11 @@
 
 import json
 import shutil
+from functools import cache
 
 import open_clip
 import pytest
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from declip.interchange.timm_weights import complete
 from interchange.families import CONFIGS
@@ -13,6 +15,14 @@ from text_encoders import roberta
 
 ONE_BLOCK = {"image.model_kwargs": {**VIT["image.model_kwargs"], "depth": 1}, "text.layers": 1}
 """Keys of smaller towers: the exporter of ONNX takes a second for each block."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_registry():
+    """Collect the operators of ONNX once; torch does so for a second at each export."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(cache(ONNXRegistry.from_torchlib)))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -105,10 +105,3 @@ def test_commands_take_several_columns_and_templates(folder, command):
     done = command("data", "inspect", path, *words, "--json", folder / "found.json")
     assert done.status == 0
     assert max(json.loads((folder / "found.json").read_text())["captions"]["per_pair"].values()) == 4
-
-
-@pytest.mark.parametrize("given", ["a {colour}", "caption, colour", "a {caption} {colour}"])
-def test_a_column_that_does_not_exist_is_named_beside_those_that_do(folder, command, given):
-    done = command("data", "inspect", write(folder / "t.csv", ROWS, NAMES), "--caption-column", given)
-    assert done.status == 2
-    assert [part for part in ("'colour'", "'Größe'", "--caption-column NAME") if part not in done.err] == []
