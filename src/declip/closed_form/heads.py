@@ -28,6 +28,7 @@ from declip.closed_form.solve import (
     raw_heads,
     regression_rows,
     solve,
+    solve_one,
 )
 from declip.io.pool import torch_threads
 
@@ -57,6 +58,7 @@ MOST = 5_000  # images that the choice is made on: the heads are of all, and so 
 # their errors are not independent (arXiv 2104.00673). Chosen with 80 intervals on four built-in sets.
 WIDER = 1.3
 BLOCK = 1_000  # images that compete, so that the time grows with the number of images, not its square
+FEW_FORMS = 3  # that factors are computed for, each anew; those of more forms share their axes
 DIRECTIONS = 512  # largest directions of the image features that cross-validation keeps: a tenth of 1,280's time
 
 
@@ -350,7 +352,11 @@ class CrossValidation:
         images, texts, owners = self._centered
         kept = fitted[owners]  # (m,)
         own = moments(images, texts[kept], owners[kept], self._weights[kept])
-        return solve(tuple(map(torch.add, own, self._classes)), forms, self._widths)
+        known = tuple(map(torch.add, own, self._classes))
+        if len(forms) > FEW_FORMS:
+            return solve(known, forms, self._widths)
+        axes = [torch.eye(width) for width in known[2].shape]
+        return (axes[0], axes[1]), [solve_one(known, form, self._widths) for form in forms]
 
 
 def in_threads(compute: Callable[[Given], Computed], given: Sequence[Given]) -> list[Computed]:

@@ -199,10 +199,12 @@ def solve(
     return (x_axes, y_axes), maps
 
 
-def solve_one(moments: tuple[Tensor, ...], form: Form) -> Sides:
+def solve_one(moments: tuple[Tensor, ...], form: Form, widths: tuple[int, int] | None = None) -> Sides:
     """Projections (k, v) and (k, w) by one form: as `solve`, by Cholesky factors, a tenth of the time of axes."""
     *sides, crossed = moments
-    penalties = [form.ridge * side.trace() / len(side) for side in sides]
+    penalties = [
+        form.ridge * side.trace() / width for side, width in zip(sides, widths or map(len, sides), strict=True)
+    ]
     # Features without any variance, as of one pair, have factors that are not 0.
     least = torch.finfo(crossed.dtype).tiny ** 0.5
     x, y = (

@@ -201,7 +201,7 @@ def compute_features(encoder: FrozenEncoder, source: PairSource, recipe: Recipe,
 
 def _read_pair(source: PairSource, index: int) -> tuple[Image.Image, tuple[PairRow, tuple[str, ...]]]:
     pair = source[index]
-    return pair.image, (row_of(pair, index), pair.captions)
+    return pair.image, (row_of(pair, index, hashed=True), pair.captions)
 
 
 def class_pairs(resolved: Resolved, encoder: FrozenEncoder, shown: bool) -> ClassPairs | None:

@@ -204,11 +204,15 @@ def _read_part(source: PairSource, captioned: bool, indices: np.ndarray) -> Read
     return ReadPairs.of(rows, skipped)
 
 
-def row_of(pair: Pair, index: int) -> PairRow:
-    """Hash the image and the captions of pair `index` of a source, and count their pixels and tokens."""
-    tokenizer = Tokenizer(context=1 << 30)  # CLIP's, without truncation
-    lines = [
-        (caption_hash(text), len(tokenizer.encode(text)), len(text.split()), KIND_NUMBERS[kind_of(text)])
-        for text in pair.captions[:MOST_PER_PAIR]
-    ]
+def row_of(pair: Pair, index: int, hashed: bool = False) -> PairRow:
+    """Hash the image and the captions of pair `index` of a source, and count their pixels and tokens, or hash alone."""
+    captions = pair.captions[:MOST_PER_PAIR]
+    if hashed:
+        lines: list[tuple[int, ...]] = [(caption_hash(text), 0, 0, KIND_NUMBERS[None]) for text in captions]
+    else:
+        tokenizer = Tokenizer(context=1 << 30)  # CLIP's, without truncation
+        lines = [
+            (caption_hash(text), len(tokenizer.encode(text)), len(text.split()), KIND_NUMBERS[kind_of(text)])
+            for text in captions
+        ]
     return PairRow((index, image_hash(pair.image), look(pair.image), *pair.image.size, len(lines)), lines)
