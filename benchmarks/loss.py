@@ -113,6 +113,7 @@ class NearText(ByPair):
     The features of a neighbor are those of the last step that had it; before the first one, the own pair's.
     """
 
+    least = -1.0  # cosine below which the own caption takes a neighbor's place
     both = False  # whether captions are compared with images of neighbors too
     bank: Tensor  # (2, pairs, d) of images and texts
     neighbors: Tensor
@@ -127,15 +128,16 @@ class NearText(ByPair):
         sentences = F.normalize(torch.stack([sum(of[text] for text in texts) for texts in captions]), dim=1)
         numbers = {texts: number for number, texts in enumerate(dict.fromkeys(captions))}
         same = torch.tensor([numbers[texts] for texts in captions])
-        nearest = (sentences @ sentences.mT).masked_fill_(same[:, None] == same, -1).argmax(dim=1)
-        self.register_buffer("neighbors", nearest)
+        cosines, nearest = (sentences @ sentences.mT).masked_fill_(same[:, None] == same, -1).max(dim=1)
+        self.register_buffer("neighbors", torch.where(cosines >= self.least, nearest, torch.arange(len(nearest))))
         self.register_buffer("bank", torch.zeros(2, len(source), self.recipe.embed_dim))
 
     def loss(self, own: Rows, keys: Rows, similarity: Similarity, offset: int) -> Tensor:
         index, sides = own.extra["index"], torch.stack([own.images[0], own.texts[0]])  # (2, B, d)
         self.pending = index, sides.detach()
         found = self.bank[:, self.neighbors[index]]
-        found = torch.where(found.any(dim=2, keepdim=True), found, sides.detach())
+        near = found.any(dim=2, keepdim=True) & (self.neighbors[index] != index)[:, None]
+        found = torch.where(near, found, sides.detach())
         scale, smoothing = similarity.scale, self.smoothing
         to_text = neighbor_contrast(sides[:1], found[1:], scale, smoothing=smoothing)
         to_image = neighbor_contrast(sides[1:], found[:1], scale, smoothing=smoothing) if self.both else to_text
@@ -164,6 +166,7 @@ class SmallSecond(MultiView):
 
 
 TERMS: dict[str, type[Term]] = {"fast": Fast, "near_text": NearText, "small": SmallSecond}
+TERMS["near_alike"] = type("NearAlike", (NearText,), {"least": 0.75})
 TERMS["near_both"] = type("NearBoth", (NearText,), {"both": True})
 TEMPERATURE = [f"logit_scale.{key}" for key in ("init", "min", "max")]
 METHODS: dict[str, tuple[float, str, dict[str, Any], dict[str, float]]] = {  # cost, recipe, keys, weights of losses
@@ -173,6 +176,8 @@ METHODS: dict[str, tuple[float, str, dict[str, Any], dict[str, float]]] = {  # c
     "fast": (1, "demo-clip", dict.fromkeys(TEMPERATURE, math.log(1 / 0.07)), {"fast": 1}),
     "fast-smooth": (1, "demo-few-clip", dict.fromkeys(TEMPERATURE, math.log(1 / 0.05)), {"fast": 1}),
     "near-text": (1, "demo-few-clip", {}, {"contrastive": 0.8, "near_text": 0.2}),
+    "near-text-40": (1, "demo-few-clip", {}, {"contrastive": 0.6, "near_text": 0.4}),
+    "near-alike": (1, "demo-few-clip", {}, {"contrastive": 0.8, "near_alike": 0.2}),
     "near-both": (1, "demo-few-clip", {}, {"contrastive": 0.8, "near_both": 0.2}),
     "multi-view": (1.15, "demo-multi-view", {}, {}),
     "multi-view-16": (1.39, "demo-multi-view", {"views.image_second": True}, {"contrastive": 0.5, "small": 0.5}),
