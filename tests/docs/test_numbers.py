@@ -115,22 +115,33 @@ def methods():
         yield title, [None, *means, *factor(*names)]
 
 
-LOSSES = {"few-clip": "demo-few-clip", "few-declip": "demo-few-declip", "fast": "FastCLIP (temperature 0.07)"}
-LOSSES |= {"fast-smooth": "FastCLIP (0.05), smoothed", "near-text": "neighbors by a sentence encoder"}
-LOSSES |= {"near-both": "the same, also of images", "clip-constant": "demo-clip with constant temperature 0.1"}
-LOSSES |= {"multi-view-16": "demo-multi-view with a second image of 16 px", "clip": "demo-clip"}
+LOSSES = {"few-clip": "demo-few-clip", "clip-constant": "demo-clip with constant temperature 0.1", "clip": "demo-clip"}
+LOSSES |= {"fast": "FastCLIP", "near-text": "demo-few-neighbor"}
+LOSSES |= {"multi-view-16": "demo-multi-view with a second image of 16 px", "few-declip": "demo-few-declip"}
 CELLS = ("emoji", 1400, 0), ("emoji", 1400, 0.25), ("emoji", 1400, 0.5), ("emoji", 5600, 0), ("icons", 16_000, 0)
+OF_THREE = 4.303 / 3**0.5  # Student's t for the mean of three seeds
 
 
 def losses():
-    rows = load("loss.jsonl")
-    for cost in (row for row in rows if row["method"] in LOSSES and "cost" in row):
-        numbers = [cost["cost"]]
+    def runs(method, name, pairs, wrong=0):
+        cell = {"method": method, "set": name, "pairs": pairs, "wrong": wrong}
+        return {row["seed"]: row for row in load("loss.jsonl") if cell.items() <= row.items()}
+
+    def top1(method, pairs):
+        return {seed: row["emoji-test"] for seed, row in runs(method, "emoji", pairs).items()}
+
+    few, many = (top1("clip", pairs) for pairs in (1400, 5600))
+    doubling = (mean(many.values()) - mean(few.values())) / 2
+    for method, title in LOSSES.items():
+        numbers = [pick("loss.jsonl", method=method)["cost"]]
         for name, pairs, wrong in CELLS:
-            cell = {"method": cost["method"], "set": name, "pairs": pairs, "wrong": wrong}
-            own = [row for row in rows if cell.items() <= row.items()]
+            own = runs(method, name, pairs, wrong).values()
             numbers += [mean(row[f"{name}-{part}"] for row in own) for part in ("validation", "test") if own]
-        yield LOSSES[cost["method"]], numbers
+        for pairs, plain in ((1400, few), (5600, many)):
+            gains = [(own - plain[seed]) / doubling for seed, own in top1(method, pairs).items()]
+            gain, half = mean(gains), OF_THREE * stdev(gains)
+            numbers += [2 ** (gain + side * half) for side in (0, -1, 1) if method != "clip"]
+        yield title, numbers
 
 
 def embed():
@@ -260,11 +271,10 @@ TUNED = "demo-clip", "demo-filip", "demo-slip", "demo-declip-official", "demo-de
 
 
 def tuned():
-    """Top-1 of methods without label smoothing, each with its own learning rate."""
-    for pairs in (5600, 1400):
-        for name in TUNED:
-            rows = [row for row in load("studies/emoji-five.jsonl") if (row["recipe"], row["pairs"]) == (name, pairs)]
-            yield mean(row["builtin:emoji-test: zero-shot top-1"] for row in rows)
+    """Top-1 of methods without label smoothing, each with its own learning rate, with 5,600 pairs."""
+    for name in TUNED:
+        rows = [row for row in load("studies/emoji-five.jsonl") if (row["recipe"], row["pairs"]) == (name, 5600)]
+        yield mean(row["builtin:emoji-test: zero-shot top-1"] for row in rows)
 
 
 def contained(name, *keys, first_seed=0):
@@ -293,7 +303,7 @@ SENTENCES = {  # page and text, with # for a number
     "results: `demo-multi-view` as many: # (# to #)": lambda: factor("few_equal_compute"),
     "results: gallery: 274 photographs #/# → #/# with posteriors, 1,497 clip art #/# → #/#": lambda: [*whole()],
     "results: alone has # %, with `multi_view` #, with SimSiam too #, with neighbors too #": steps,
-    "results: CLIP # %, FILIP #, SLIP #, DeCLIP #, DeFILIP #; with 1,400 pairs #, #, #, # and #": tuned,
+    "results: CLIP # %, FILIP #, SLIP #, DeCLIP #, DeFILIP #": tuned,
     "results: contained the value on new images in # of # trials": lambda: contained(
         "percentile.jsonl", "percentile", "truth"
     ),

@@ -27,6 +27,7 @@ from declip.training.optimizer import build_optimizer, named_trainable
 from declip.training.pairs import open_training_source, refuse_broken, sample_hashes
 from declip.training.parallel import build_learner
 from declip.training.pretrained import apply_pretrained, load_pretrained
+from declip.training.similar_captions import similar_captions
 from declip.training.state import NO_EXTENSIONS, Extensions, RunState, restore
 from declip.training.trackers import trackers_of
 
@@ -108,7 +109,7 @@ def assemble(
     model.image_tower.refuse_size(recipe.image.model, recipe.image.size)
     objective = Objective(recipe, model, extensions.terms).to(device)
     pretrained = apply_pretrained(weights, recipe, model, objective)
-    objective.prepare(source, model)
+    objective.prepare(source, model, lambda by: hosts.on_rank_zero(partial(similar_captions, by, source, quiet)))
     # --- learner and optimizer
     learner = build_learner(recipe, model, objective)
     multipliers = pretrained.multipliers if pretrained is not None else {}
