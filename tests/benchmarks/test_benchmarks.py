@@ -8,8 +8,6 @@ from statistics import median
 from types import SimpleNamespace
 
 import pytest
-import torch
-from torch.nn.functional import normalize
 
 
 def test_step_and_its_peer(call):
@@ -124,23 +122,3 @@ def test_names_of_emoji_and_restricted_sets_are_left_out(builders):
     assert icons.reason_to_leave_out("wpf", {"license": {"spdx": "MIT"}}) == "designer of a test set"
     for name, reason in {"CC-BY-NC-4.0": "license CC-BY-NC-4.0", "CC-BY-4.0": None}.items():
         assert icons.reason_to_leave_out("x", {"license": {"spdx": name}}) == reason
-
-
-def test_fast_clip_has_the_gradient_of_its_formula(scripts):
-    torch.manual_seed(0)
-    image, text = (normalize(torch.randn(5, 3, dtype=torch.float64), dim=1).requires_grad_() for _ in range(2))
-    before, scale, gamma, count = torch.rand(2, 5, dtype=torch.float64), 1 / 0.3, 0.4, range(5)
-    loss, averages = scripts("loss").fast_clip(image, text, scale, before, gamma)
-    loss.backward()
-    cosines, expected = (image @ text.mT).detach(), torch.zeros(5, 5, dtype=torch.float64)
-    for side, s in enumerate((cosines, cosines.mT)):
-        weights = ((s - s.diagonal()[:, None]) * scale).exp()
-        for i in count:
-            g = sum(weights[i, j] for j in count if j != i) / 4
-            assert averages[side, i] == pytest.approx(0.6 * before[side, i] + 0.4 * g)
-            for j in count:  # the derivative of ½ mean of g / u by s[i, j] and by s[i, i], for j other than i
-                slope = scale * weights[i, j] / 4 / averages[side, i] / 2 / 5 * (i != j)
-                expected[(i, j) if side == 0 else (j, i)] += slope
-                expected[i, i] -= slope
-    assert torch.allclose(image.grad, expected @ text.detach(), rtol=1e-12)
-    assert torch.allclose(text.grad, expected.mT @ image.detach(), rtol=1e-12)
