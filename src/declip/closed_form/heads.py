@@ -58,7 +58,7 @@ MOST = 5_000  # images that the choice is made on: the heads are of all, and so 
 # their errors are not independent (arXiv 2104.00673). Chosen with 80 intervals on four built-in sets.
 WIDER = 1.3
 BLOCK = 1_000  # images that compete, so that the time grows with the number of images, not its square
-FEW_FORMS = 3  # that factors are computed for, each anew; those of more forms share their axes
+FEW_FORMS = 3  # up to which each form has factors of its own; more share their axes
 DIRECTIONS = 512  # largest directions of the image features that cross-validation keeps: a tenth of 1,280's time
 
 
