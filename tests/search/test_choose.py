@@ -211,8 +211,8 @@ def test_a_text_search_builds_no_image_tower(folder, tmp_path):
     assert loaded_by((code, "timm torchvision transformers wandb pandas matplotlib torch._dynamo torch")) == ["torch"]
 
 
-def test_timm_comes_without_the_compiler_which_is_imported_when_it_is_used():
-    names = "timm sympy torch._dynamo torch._dynamo.utils torch.distributed.fsdp"
+def test_timm_comes_without_compiler_and_wandb_which_are_imported_when_they_are_used():
+    names = "timm sympy torch._dynamo torch._dynamo.utils torch.distributed.fsdp wandb"
     used = """
         import torch, torchvision
         from declip.models.timm_import import _disable_later
@@ -222,5 +222,6 @@ def test_timm_comes_without_the_compiler_which_is_imported_when_it_is_used():
     """
     assert loaded_by(
         ("import declip.models.timm_import, declip.training.assemble, inspect; inspect.stack()", names),
+        ("import timm; assert timm.utils.summary.wandb.init", "wandb"),
         (textwrap.dedent(used), "torch._dynamo"),
-    ) == ["timm", "torch._dynamo"]
+    ) == ["timm", "wandb", "torch._dynamo"]

@@ -1,7 +1,7 @@
 """Image towers: any timm model, through one adapter that gives pooled and token features.
 
-timm is imported when a tower is built, because importing it takes longer than importing torch: torchvision and wandb
-come with it. A text search builds no image tower.
+timm is imported when a tower is built, because importing it, with torchvision, takes as long as importing torch. A text
+search builds no image tower.
 """
 
 import logging
