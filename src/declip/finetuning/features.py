@@ -147,7 +147,7 @@ def image_pool(model: DualEncoder, precision: str) -> Callable[[Tensor], Tensor]
 
 def _pixel_key(pixels: Tensor, dtype: torch.dtype = torch.float32) -> bytes:
     # Processors compute SHA-256, which takes half the time of BLAKE2
-    return hashlib.sha256(pixels.to(dtype).contiguous().view(torch.uint8).numpy()).digest()[:KEY]
+    return hashlib.sha256(pixels.to(dtype).contiguous().view(torch.uint8).numpy().data).digest()[:KEY]
 
 
 def text_key(row: Tensor, padding: int) -> bytes:
