@@ -29,8 +29,9 @@ def fine_tuned(**keys):
 
 
 def neighbors(table, start, folder):
+    encoder = shutil.copytree(start, folder / "captions")
     weights = {"contrastive": 0.8, "caption_neighbor": 0.2}
-    return recipe_for(table, "clip", {"loss_weights": weights, "caption_neighbor": {"encoder": str(start)}}), None
+    return recipe_for(table, "clip", {"loss_weights": weights, "caption_neighbor": {"encoder": str(encoder)}}), encoder
 
 
 def text_encoder(make, losses, **keys):

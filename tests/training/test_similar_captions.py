@@ -8,6 +8,7 @@ import declip
 from conftest import refuses, write_rows
 from data.fakes import Noise
 from declip.data.sources.open import open_source
+from declip.models.text_tower import NoTextTower
 from declip.training.similar_captions import nearest_captions, similar_captions
 from training.starts import recipe_for, trainer_of
 
@@ -48,12 +49,16 @@ def test_neighbors_are_those_of_the_encoder(start, captioned, tmp_path):
     assert set(run.metrics[-1]["losses"]) == {"contrastive", "caption_neighbor"}
 
 
-def test_what_cannot_have_neighbors_is_refused(start, tmp_path):
+def test_what_cannot_have_neighbors_is_refused(start, tmp_path, monkeypatch):
     class Remote(Noise):
         remote = True
 
     refuses("captions .*remote.*Copy", similar_captions, str(start), Remote(), True)
     refuses("no-such-model", similar_captions, str(tmp_path / "no-such-model"), Noise(), True)
+    model = declip.load(start, device="cpu")
+    model.text_tower = NoTextTower()
+    monkeypatch.setattr("declip.training.similar_captions.load", lambda weights: model)
+    refuses("images-alone.*no text tower.*Give weights", similar_captions, "images-alone", Noise(), True)
 
 
 def test_the_nearest_other_caption_equals_a_plain_loop(monkeypatch):

@@ -108,7 +108,8 @@ class Objective(nn.Module):
         """Prepare every loss, before the optimizer is built and a checkpoint is loaded.
 
         Args:
-            similar: For a `Term.caption_encoder`, the pair with the most similar caption of each pair, (n,) int64.
+            similar: For a `Term.caption_encoder`, the pair with the most similar caption of each pair, (n,) int64;
+                None where a checkpoint has them.
         """
         for _, term in self._terms():
             term.prepare(source, model)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from declip.data.batch import Plan, plan_views
 from declip.data.loader import Assembler, PairLoader
@@ -17,7 +18,7 @@ from declip.models.device import computes_bf16
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schema import Recipe
 from declip.runs import folder as run_folder
-from declip.runs.checkpoint import Checkpoint, folder_of, load_checkpoint
+from declip.runs.checkpoint import Checkpoint, folder_of, list_checkpoints, load_checkpoint
 from declip.runs.folder import RECIPE, log, read_recipe
 from declip.supervision.objective import NO_TERMS, Objective, Terms, needs_of
 from declip.training import distributed
@@ -109,7 +110,13 @@ def assemble(
     model.image_tower.refuse_size(recipe.image.model, recipe.image.size)
     objective = Objective(recipe, model, extensions.terms).to(device)
     pretrained = apply_pretrained(weights, recipe, model, objective)
-    objective.prepare(source, model, lambda by: hosts.on_rank_zero(partial(similar_captions, by, source, quiet)))
+    # Neighbors of captions take a forward pass of each; a resumed run has them in its checkpoint
+    known = resume and hosts.on_rank_zero(lambda: bool(list_checkpoints(folder)))
+
+    def find(encoder: str) -> Tensor:
+        return hosts.on_rank_zero(partial(similar_captions, encoder, source, quiet))
+
+    objective.prepare(source, model, None if known else find)
     # --- learner and optimizer
     learner = build_learner(recipe, model, objective)
     multipliers = pretrained.multipliers if pretrained is not None else {}
