@@ -9,9 +9,10 @@ from PIL import Image
 
 import declip
 from conftest import TINY, read_only, refuses
+from declip.data.pair import LazyImage
 from declip.data.sources.open import open_source
 from declip.evaluation.encode import encode_source
-from declip.finetuning.features import FILE, FrozenEncoder, PooledFeatures, text_key
+from declip.finetuning.features import FILE, FrozenEncoder, PooledFeatures, compute_features, text_key
 from declip.models.dual_encoder import DualEncoder
 from declip.models.image_tower import ImageTower
 from declip.recipe.schema import Recipe
@@ -45,6 +46,18 @@ def test_heads_are_fitted_in_the_precision_of_training(start):
         exact, rounded = encoder.pool_images(images), encoder.pool_fitted(images)
     assert not torch.equal(exact, rounded)
     torch.testing.assert_close(rounded, exact, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_heads_are_fitted_to_exact_pixels_or_to_those_of_a_search(start, precision, monkeypatch):
+    pairs, given = [(Image.radial_gradient("L").resize((90, 70)).convert("RGB"), "a circle")], []
+    encoder, source = FrozenEncoder(declip.load(start, device="cpu"), precision), open_source(pairs)
+    monkeypatch.setattr(encoder, "pool_fitted", lambda pixels: given.append(pixels) or torch.zeros(1, 4))
+    compute_features(encoder, source, Recipe.model_validate(TINY), shown=False)
+    image, of = source.image(0), encoder.preprocessor
+    fast = of.normalize(of.fast(LazyImage(image))[None])
+    assert not torch.equal(of(image), fast)
+    assert torch.equal(given[0], of(image) if precision == "fp32" else fast)
 
 
 def test_a_source_is_read_once_for_all_projections(start):
