@@ -252,6 +252,11 @@ def started(dataset, *keys):
     return [100 * pick("few/start.jsonl", dataset=dataset)[key] for key in keys]
 
 
+def equal_time(recipe):
+    row = pick("demo-equal-time.jsonl", recipe=f"demo-few-{recipe}", dataset="builtin:emoji-test")
+    return [100 * row["top1"]]
+
+
 def words(measure):
     """Mean average precision of a search for words, before and after."""
     for name in ("stamps-photos", "clipart", "icons-test"):
@@ -304,6 +309,8 @@ SENTENCES = {  # page and text, with # for a number
     "results: gallery: 274 photographs #/# → #/# with posteriors, 1,497 clip art #/# → #/#": lambda: [*whole()],
     "results: alone has # %, with `multi_view` #, with SimSiam too #, with neighbors too #": steps,
     "results: CLIP # %, FILIP #, SLIP #, DeCLIP #, DeFILIP #": tuned,
+    "results: reaches # % on `emoji-test`": lambda: equal_time("clip"),
+    "results: , `demo-few-neighbor` #": lambda: equal_time("neighbor"),
     "results: contained the value on new images in # of # trials": lambda: contained(
         "percentile.jsonl", "percentile", "truth"
     ),
