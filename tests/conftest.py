@@ -54,9 +54,7 @@ gc.disable()  # imports make millions of objects that stay; searching them for g
 
 def pytest_configure(config):
     if not config.getoption("numprocesses", None):  # else this process only hands out tests to others
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(sys.modules, "wandb", None)  # which timm would import
-            import declip.models.timm_import  # noqa: F401
+        import declip.models.timm_import  # noqa: F401
 
 
 def pytest_collection_finish():

@@ -6,6 +6,8 @@ import os
 import pickle
 import signal
 import subprocess
+import time
+import threading
 from collections import Counter
 
 import numpy as np
@@ -190,7 +192,21 @@ def test_a_mistake_that_a_worker_meets_arrives_as_it_was_and_a_lost_worker_is_ex
         refuses(says, first_of, make(workers=1, start_step=4), 1)
 
 
-def test_workers_ignore_signals_of_others_and_end_with_the_loader():
+AT_FORK = {"thread": False}
+
+
+def _start_a_thread():
+    if AT_FORK["thread"]:
+        threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+
+
+os.register_at_fork(after_in_child=_start_a_thread)
+
+
+@pytest.mark.parametrize("thread", [False, True])
+def test_workers_ignore_signals_of_others_and_end_with_the_loader(thread, monkeypatch):
+    """Also where a library starts a thread in each forked process."""
+    monkeypatch.setitem(AT_FORK, "thread", thread)
     before = set(multiprocessing.active_children())
     loader = make(workers=2)
     first = [next(loader), next(loader)]  # one of each worker, so both have started

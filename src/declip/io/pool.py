@@ -85,7 +85,21 @@ def computed(work: Callable[[Any], T], given: Iterable[Any], workers: int, pin_m
         # a script. Forking is safe here: workers use one thread each and no accelerator.
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
     )
-    return iter(loader)
+    with _sigterm_blocked():  # forked workers inherit that, also in threads that libraries start in each new process
+        return iter(loader)
+
+
+@contextmanager
+def _sigterm_blocked() -> Iterator[None]:
+    """Block SIGTERM in this thread; one that is sent meanwhile arrives afterwards."""
+    if not hasattr(signal, "sigtimedwait"):  # on macOS and Windows workers do not wait for it, see below
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def pairs_bar(shown: bool) -> Progress:
@@ -115,7 +129,6 @@ def leave_signals_to_main(main: int, _: int) -> None:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     if hasattr(signal, "sigtimedwait"):  # not on macOS, which does not tell the sender of a signal
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_exit_on_request_of, args=(main,), daemon=True).start()
 
 
