@@ -6,8 +6,8 @@ import os
 import pickle
 import signal
 import subprocess
-import time
 import threading
+import time
 from collections import Counter
 
 import numpy as np
