@@ -1,12 +1,15 @@
 """Image towers without gradients: folded norms, converted models, features and identity."""
 
+from functools import partial
+
 import pytest
 import torch
+from timm.layers import Conv2dSame
 
 from conftest import refuses, tiny_tree
 from declip.models.dual_encoder import DualEncoder
 from declip.models.fingerprint import fingerprint
-from declip.models.folding import inference_tower
+from declip.models.folding import ACTIVATIONS, FusedConvolution, inference_tower
 from declip.models.inference import chunked, image_encoder
 from declip.models.precision import convert, pick_precision, precision_of, round_taps
 from declip.recipe.schema import Recipe
@@ -45,6 +48,35 @@ def test_batch_norm_is_folded_into_the_convolutions():
     norms = [sum(hasattr(m, "running_mean") for m in tower.modules()) for tower in towers]
     assert norms[0] > 40
     assert norms[1] == 0
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("kernel", [3, (5, 2)])
+@pytest.mark.parametrize("convolution", [partial(Conv2dSame, stride=2), partial(torch.nn.Conv2d, padding=1, groups=2)])
+def test_a_fused_convolution_is_one_and_its_activation(activation, kernel, convolution):
+    torch.manual_seed(0)
+    plain, images = convolution(4, 6, kernel), 20 * torch.randn(3, 4, 13, 14)
+    expected = activation()(plain(images))
+    torch.testing.assert_close(FusedConvolution(plain, activation())(images), expected, rtol=0, atol=1e-5)
+
+
+def fused_convolutions(model):
+    return [module for module in inference_tower(model).modules() if isinstance(module, FusedConvolution)]
+
+
+def test_activations_are_folded_where_onednn_computes_them(monkeypatch):
+    model = model_of("tf_efficientnet_lite0", 64)
+    assert len(fused_convolutions(model)) > 40
+    # --- a oneDNN that computes something else, or does not know it
+    for computed in (("hardtanh", [0.0, 0.01]), ("unheard of", [])):
+        monkeypatch.setitem(ACTIVATIONS, torch.nn.ReLU6, computed)
+        assert not fused_convolutions(model)
+        test_batch_norm_is_folded_into_the_convolutions()
+    monkeypatch.undo()
+    # --- a torch without it
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert not fused_convolutions(model)
+    test_batch_norm_is_folded_into_the_convolutions()
 
 
 class Swapped(torch.nn.Module):

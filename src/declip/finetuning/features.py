@@ -40,7 +40,7 @@ from declip.training.assemble import Resolved
 KEY, FILE = 16, "features.sqlite"  # bytes of a key; file of a tower
 BATCH = 64  # images or captions that a tower sees at a time
 MANY = 200  # pairs from which on processes read the images
-FEATURE_VERSION = 2  # increase it when preprocessing, tokenizers or towers compute other features of the same input
+FEATURE_VERSION = 3  # increase it when preprocessing, tokenizers or towers compute other features of the same input
 
 
 class FrozenEncoder:
