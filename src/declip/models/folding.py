@@ -106,10 +106,12 @@ def _fold(parent: nn.Module, fused: bool) -> None:
             and child.running_mean is not None
             and child.num_features == convolution.out_channels
         ):
-            folded, activation = fuse_conv_bn_eval(convolution, child), getattr(child, "act", nn.Identity())
-            if fused and type(activation) in ACTIVATIONS and max(folded.dilation) == 1:
-                folded, activation = FusedConvolution(folded, activation), nn.Identity()
-            setattr(parent, previous, folded)
+            merged, activation = fuse_conv_bn_eval(convolution, child), getattr(child, "act", nn.Identity())
+            if fused and type(activation) in ACTIVATIONS and max(merged.dilation) == 1:
+                setattr(parent, previous, FusedConvolution(merged, activation))
+                activation = nn.Identity()
+            else:
+                setattr(parent, previous, merged)
             setattr(parent, name, activation)  # timm's norms end with one
         else:
             _fold(child, fused)
