@@ -1,5 +1,6 @@
 """Image towers with batch norm and activations folded into convolutions, which are faster on a CPU."""
 
+import math
 from copy import deepcopy
 
 import torch
@@ -10,7 +11,6 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from declip.models.dual_encoder import DualEncoder
 from declip.models.image_tower import ImageTower
-from declip.models.timm_import import timm
 
 TOLERANCE = 1e-5
 """Largest difference of a folded tower's features, relative to the largest feature."""
@@ -33,6 +33,8 @@ class FusedConvolution(nn.Module):
     """
 
     def __init__(self, convolution: nn.Conv2d, activation: nn.Module) -> None:
+        from declip.models.timm_import import timm  # a second; here it is imported already, as its norms are
+
         super().__init__()
         self.convolution, self.activation = convolution, ACTIVATIONS[type(activation)]
         self.same = isinstance(convolution, timm.layers.Conv2dSame)
@@ -42,8 +44,8 @@ class FusedConvolution(nn.Module):
         own = self.convolution
         weight, padding = own.weight, own.padding
         if self.same:
-            sizes = zip(images.shape[2:], own.kernel_size, own.stride, own.dilation, strict=True)
-            height, width = (timm.layers.get_same_padding(*each) for each in sizes)
+            sizes = zip(images.shape[2:], own.kernel_size, own.stride, strict=True)
+            height, width = (max((math.ceil(n / step) - 1) * step + side - n, 0) for n, side, step in sizes)
             # TensorFlow pads by one more at the end: as much at the start is not seen by filters that begin with a 0.
             weight = pad(weight, (width % 2, 0, height % 2, 0))
             padding = (height + 1) // 2, (width + 1) // 2
