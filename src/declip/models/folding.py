@@ -2,6 +2,7 @@
 
 import math
 from copy import deepcopy
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -28,12 +29,12 @@ ACTIVATIONS = {
 class FusedConvolution(nn.Module):
     """A convolution with its activation in one pass over memory, and without a padded copy of its input.
 
-    Half of EfficientNet-Lite's time is spent on memory otherwise. It calls what torch.compile does, which costs nothing
-    before the first image; the function is private, so `folded` compares its features and can do without.
+    A third of EfficientNet-Lite's time would be spent on both. The function is the one that torch.compile calls; as it is
+    private, `folded` compares its features and can do without.
     """
 
     def __init__(self, convolution: nn.Conv2d, activation: nn.Module) -> None:
-        from declip.models.timm_import import timm  # a second; here it is imported already, as its norms are
+        from declip.models.timm_import import timm  # a second, but it is imported: the norm is its own
 
         super().__init__()
         self.convolution, self.activation = convolution, ACTIVATIONS[type(activation)]
@@ -57,7 +58,7 @@ class FusedConvolution(nn.Module):
 def inference_tower(model: DualEncoder) -> ImageTower:
     """A copy of the image tower that is faster on a CPU, with batch norm folded into convolutions; or the tower itself.
 
-    EfficientNet-Lite0 becomes 1.2 times as fast.
+    The towers of the built-in starts become about 2 times as fast.
     """
     tower = model.image_tower
     if model.device.type != "cpu" or next(tower.parameters()).dtype != torch.float32:
@@ -108,13 +109,12 @@ def _fold(parent: nn.Module, fused: bool) -> None:
             and child.running_mean is not None
             and child.num_features == convolution.out_channels
         ):
-            merged, activation = fuse_conv_bn_eval(convolution, child), getattr(child, "act", nn.Identity())
-            if fused and type(activation) in ACTIVATIONS and max(merged.dilation) == 1:
-                setattr(parent, previous, FusedConvolution(merged, activation))
-                activation = nn.Identity()
-            else:
-                setattr(parent, previous, merged)
-            setattr(parent, name, activation)  # timm's norms end with one
+            merged: nn.Module = fuse_conv_bn_eval(convolution, child)
+            activation: nn.Module = getattr(child, "act", nn.Identity())  # timm's norms end with one
+            if fused and hasattr(child, "act") and type(activation) in ACTIVATIONS and max(convolution.dilation) == 1:
+                merged, activation = FusedConvolution(cast(nn.Conv2d, merged), activation), nn.Identity()
+            setattr(parent, previous, merged)
+            setattr(parent, name, activation)
         else:
             _fold(child, fused)
         previous = name
