@@ -29,8 +29,8 @@ ACTIVATIONS = {
 class FusedConvolution(nn.Module):
     """A convolution with its activation in one pass over memory, and without a padded copy of its input.
 
-    A third of EfficientNet-Lite's time would be spent on both. The function is the one that torch.compile calls; as it is
-    private, `folded` compares its features and can do without.
+    A third of EfficientNet-Lite's time would be spent on both. It calls the function that torch.compile calls; as that
+    is private, `folded` compares its features and can do without.
     """
 
     def __init__(self, convolution: nn.Conv2d, activation: nn.Module) -> None:
