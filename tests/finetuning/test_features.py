@@ -9,7 +9,7 @@ from PIL import Image
 
 import declip
 from conftest import TINY, read_only, refuses
-from declip.data.pair import LazyImage
+from declip.data.images.decode import LazyJpeg
 from declip.data.sources.open import open_source
 from declip.evaluation.encode import encode_source
 from declip.finetuning.features import FILE, FrozenEncoder, PooledFeatures, compute_features, text_key
@@ -49,15 +49,19 @@ def test_heads_are_fitted_in_the_precision_of_training(start):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_heads_are_fitted_to_exact_pixels_or_to_those_of_a_search(start, precision, monkeypatch):
-    pairs, given = [(Image.radial_gradient("L").resize((90, 70)).convert("RGB"), "a circle")], []
-    encoder, source = FrozenEncoder(declip.load(start, device="cpu"), precision), open_source(pairs)
+def test_heads_are_fitted_to_images_as_a_search_reads_them(start, precision, tmp_path, monkeypatch):
+    Image.radial_gradient("L").resize((900, 700)).convert("RGB").save(tmp_path / "circle.jpg")
+    (tmp_path / "circle.txt").write_text("a circle")
+    encoder, source, given = FrozenEncoder(declip.load(start, device="cpu"), precision), open_source(tmp_path), []
     monkeypatch.setattr(encoder, "pool_fitted", lambda pixels: given.append(pixels) or torch.zeros(1, 4))
-    compute_features(encoder, source, Recipe.model_validate(TINY), shown=False)
-    image, of = source.image(0), encoder.preprocessor
-    fast = of.normalize(of.fast(LazyImage(image))[None])
-    assert not torch.equal(of(image), fast)
-    assert torch.equal(given[0], of(image) if precision == "fp32" else fast)
+    decode, scales = LazyJpeg.pixels, []
+    monkeypatch.setattr(LazyJpeg, "pixels", lambda self, scale=1: scales.append(scale) or decode(self, scale))
+    features = compute_features(encoder, source, Recipe.model_validate(TINY), shown=False)
+    assert (len(features.pairs.images), scales) == (1, [8])  # of a photograph no more is decoded than the tower sees
+    of = encoder.preprocessor
+    fast = of.normalize(of.fast(source.lazy_image(0))[None])
+    assert not torch.equal(of(source.image(0)), fast)
+    assert torch.equal(given[0], fast)
 
 
 def test_a_source_is_read_once_for_all_projections(start):

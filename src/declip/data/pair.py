@@ -50,6 +50,10 @@ class LazyImage:
         """The image, upright and RGB; raises `BrokenPair`."""
         return Image.fromarray(self.pixels())
 
+    def reduced(self, least: float) -> np.ndarray:
+        """As `pixels`, as small as decoding can make it without a side below `least`."""
+        return self.pixels(next((scale for scale in self.scales if min(self.size) >= least * scale), 1))
+
 
 @dataclass(frozen=True)
 class LazyPair:

@@ -37,6 +37,7 @@ class Encoder(Protocol):
 
 
 READ_AT_ONCE = 32  # images
+Given = Image.Image | LazyImage | Tensor  # an image, or its pixels (3, S, S) uint8
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ def _count_truncated(model: Encoder, texts: Sequence[str]) -> int:
 def encode_batches(
     model: Encoder,
     source: Any,
-    read: Callable[[Any, int], tuple[Image.Image | LazyImage, Any]],
+    read: Callable[[Any, int], tuple[Given, Any]],
     batches: Sequence[Any],
     workers: int | None,
     progress: bool,
@@ -211,11 +212,12 @@ def _finite(features: Tensor, what: str) -> Tensor:
 
 
 def read_images(
-    preprocess: Any, read: Callable[[int], tuple[Image.Image | LazyImage, Any]], batch: Iterable[int]
+    preprocess: Any, read: Callable[[int], tuple[Given, Any]], batch: Iterable[int]
 ) -> tuple[Tensor | None, list[Any], SkipCounter]:
     """Read a batch of images: pixels (n, 3, S, S), what `read` returns with each image, and the broken pairs.
 
-    The pixels are normalized; those of a `LazyImage` and a model of declip are uint8, as `Preprocess.fast` makes them.
+    The pixels are normalized; those of a `LazyImage` and a model of declip are uint8, as `Preprocess.fast` makes them,
+    and so are those that `read` returns.
     """
     images, rows, skipped = list[Any](), list[Any](), SkipCounter()
     for index in batch:

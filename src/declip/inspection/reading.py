@@ -181,31 +181,43 @@ class PairRow(NamedTuple):
 
 
 def read(
-    source: PairSource, indices: np.ndarray, workers: int | None, progress: str = "", captioned: bool = True
+    source: PairSource,
+    indices: np.ndarray,
+    workers: int | None,
+    progress: str = "",
+    captioned: bool = True,
+    hashed: bool = False,
 ) -> ReadPairs:
-    """Read the pairs, or images alone, at rising indices by `workers` processes; `progress` is the title of a bar."""
+    """Read the pairs, or images alone, at rising indices by `workers` processes; `progress` is the title of a bar.
+
+    `hashed` as for `row_of`.
+    """
     step = int(np.clip(len(indices) // PARTS, SMALLEST_PART, LARGEST_PART))
     parts = [indices[start : start + step] for start in range(0, len(indices), step)]
     pairs, captions, skipped = [np.empty(0, PAIR)], [np.empty(0, CAPTION)], SkipCounter()
-    for part in mapped(partial(_read_part, source, captioned), parts, workers, progress):
+    for part in mapped(partial(_read_part, source, captioned, hashed), parts, workers, progress):
         pairs.append(part.pairs)
         captions.append(part.captions)
         skipped.merge(part.skipped)
     return ReadPairs(np.concatenate(pairs), np.concatenate(captions), skipped)
 
 
-def _read_part(source: PairSource, captioned: bool, indices: np.ndarray) -> ReadPairs:
+def _read_part(source: PairSource, captioned: bool, hashed: bool, indices: np.ndarray) -> ReadPairs:
     rows, skipped = list[PairRow](), SkipCounter()
     for index in indices.tolist():
         try:
-            rows.append(row_of(source[index] if captioned else Pair("", source.image(index), ()), index))
+            pair = source[index] if captioned else Pair("", source.image(index), ())
+            rows.append(row_of(pair, index, hashed))
         except BrokenPair as broken:
             skipped.add(broken)
     return ReadPairs.of(rows, skipped)
 
 
 def row_of(pair: Pair, index: int, hashed: bool = False) -> PairRow:
-    """Hash the image and the captions of pair `index` of a source, and count their pixels and tokens, or hash alone."""
+    """Hash the image and the captions of pair `index` of a source, and count their pixels and tokens.
+
+    `hashed` leaves out what `related_pairs` does not need: the counts, and the hash of all pixels.
+    """
     captions = pair.captions[:MOST_PER_PAIR]
     if hashed:
         lines: list[tuple[int, ...]] = [(caption_hash(text), 0, 0, KIND_NUMBERS[None]) for text in captions]
@@ -215,4 +227,5 @@ def row_of(pair: Pair, index: int, hashed: bool = False) -> PairRow:
             (caption_hash(text), len(tokenizer.encode(text)), len(text.split()), KIND_NUMBERS[kind_of(text)])
             for text in captions
         ]
-    return PairRow((index, image_hash(pair.image), look(pair.image), *pair.image.size, len(lines)), lines)
+    exact = 0 if hashed else image_hash(pair.image)
+    return PairRow((index, exact, look(pair.image), *pair.image.size, len(lines)), lines)

@@ -286,7 +286,7 @@ def inspect_source(
 def _leakage(source: PairSource, read: ReadPairs, other: PairSource, workers: int | None, progress: bool) -> Leakage:
     """Find the pairs whose image looks like one of another source."""
     title = f"Images of {other.name}" if progress else ""
-    seen, _, skipped = reading.read(other, np.arange(len(other)), workers, title, captioned=False)
+    seen, _, skipped = reading.read(other, np.arange(len(other)), workers, title, captioned=False, hashed=True)
     if not len(seen):
         raise UserError(f"No image of '{other.name}' can be used. {skipped.explanation()}")
     copied = read.pairs["index"][reading.across(read.pairs, seen)].tolist()

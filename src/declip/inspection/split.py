@@ -61,7 +61,7 @@ def split_pairs(
     # --- the sets with the lowest hashes; what the start was trained on is not held out, unless it is nearly all
     chosen = _chosen(hashes, sizes, most)
     if seen is not None:
-        copied = across(pairs.pairs, read(seen, np.arange(len(seen)), None, captioned=False).pairs)
+        copied = across(pairs.pairs, read(seen, np.arange(len(seen)), None, captioned=False, hashed=True).pairs)
         fresh = hashes.copy()
         fresh[np.unique(related[copied])] = np.inf
         if new := _chosen(fresh, sizes, most):
@@ -139,11 +139,11 @@ def _related(pairs: ReadPairs, named: np.ndarray) -> np.ndarray:
     """Number the sets of pairs joined by nearly the same image, a caption, or a group: int64 (n,)."""
     n = len(pairs.pairs)
     members, owners = np.arange(n), np.repeat(np.arange(n), pairs.pairs["captions"])
-    same, alike = equal_groups(pairs.pairs["exact"]), near_groups(pairs.pairs["look"])
+    alike = near_groups(pairs.pairs["look"])  # equal images look alike too
     # A graph of pairs and what they show: its connected components must not be separated.
     nodes, edges = n, []
     groups = (members[named != 0], equal_groups(named[named != 0]))
-    for owner, group in ((members, same), (members, alike), (owners, equal_groups(pairs.captions["hash"])), groups):
+    for owner, group in ((members, alike), (owners, equal_groups(pairs.captions["hash"])), groups):
         edges.append(np.stack([owner, nodes + group]))  # a node for each image, caption and group
         nodes += int(group.max(initial=-1)) + 1
     return equal_groups(components(nodes, np.concatenate(edges, axis=1))[:n])
@@ -154,7 +154,7 @@ def _read(source: PairSource, progress: bool, fewest: int = FEWEST) -> ReadPairs
         raise UserError(f"'{source.name}' has {plural(len(source), 'pair')}; fine-tuning needs {fewest} or more.")
     workers = None if len(source) > 2_000 else 0
     title = f"Comparing images of {source.name}" if progress else ""
-    pairs = read(source, np.arange(len(source)), workers, title)
+    pairs = read(source, np.arange(len(source)), workers, title, hashed=True)
     check_pairs(pairs, source.name, len(source))
     return pairs
 

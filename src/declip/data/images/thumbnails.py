@@ -14,6 +14,7 @@ from declip.io.text import shown
 
 # Pixels: sharp at 56 CSS pixels on a screen of double density.
 SIDE = 112
+ENOUGH = 2 * SIDE  # pixels of the shorter side that an image is decoded to
 
 
 class Thumbnail(NamedTuple):
@@ -51,10 +52,11 @@ def thumbnails_of(source: PairSource) -> Thumbnails:
     @cache
     def at(index: int) -> Thumbnail | None:
         try:
-            pair = source[index]
+            pair = source.read_lazy(index)
+            image = Image.fromarray(pair.image.reduced(ENOUGH))
         except BrokenPair:
             return None
-        return thumbnail(pair.image, shown(pair.captions[0]))
+        return thumbnail(image, shown(pair.captions[0]))
 
     return at
 
