@@ -101,11 +101,14 @@ def test_heads_are_those_of_every_caption_of_all_pairs(run, folder):
     model = declip.load(run.folder, device="cpu")
     source = open_source(folder / "pairs.csv")
     captions = [source.captions(index) for index in range(COUNT)]
+    of = model.preprocessor
     with torch.no_grad():
-        images = model.image_tower.pool(model.preprocess([source[index].image for index in range(COUNT)]))
+        images = model.image_tower.pool(of([source.image(index) for index in range(COUNT)]))
+        resized = of.normalize(torch.stack([of.fast(source.lazy_image(index)) for index in range(COUNT)]))
+        seen = model.image_tower.pool(resized)
         texts = model.text_tower.pool(model.tokenize([each for pair in captions for each in pair]))
     known = run.cross_validation
-    pairs = Pairs(images, texts, torch.arange(COUNT).repeat_interleave(2))
+    pairs = Pairs(seen, texts, torch.arange(COUNT).repeat_interleave(2))
     (heads,) = fit_heads(pairs, None, 0.0, (Form(known["method"], known["ridge"]),))
     expected = heads.similarities(images.double(), texts.double()).float() * known["logit_scale"]
     torch.testing.assert_close(cosines(run.folder, folder), expected, rtol=0, atol=1e-3)
@@ -162,9 +165,9 @@ def test_each_image_is_decoded_once(folder, tmp_path):
     reads = Counter()
 
     class Counted(Subset):
-        def __getitem__(self, index):
+        def read_lazy(self, index):
             reads[index] += 1
-            return super().__getitem__(index)
+            return super().read_lazy(index)
 
     start = f"timm:test_vit/{folder / 'vit.safetensors'}"
     pairs = Counted(open_source(folder / "pairs.csv"), np.arange(COUNT))
