@@ -411,14 +411,22 @@ def score(similarities: Tensor, block: HeldOutBlock) -> HeldOutRanks:
     relevant[rows, columns] = True
     # --- retrieval: the rank of the best match
     best = similarities.masked_fill(~relevant, -torch.inf)
-    to_text = (similarities > best.amax(dim=1)[:, None]).sum(dim=1)
+    top = best.amax(dim=1)
+    to_text = (similarities > top[:, None]).sum(dim=1)
     to_image = (similarities > best.amax(dim=0)).sum(dim=0)[columns]
     # --- the rank of each caption and its image for each other
     own = similarities[rows, columns]
     for_image = rank(similarities[rows], own, relevant[rows])
     for_caption = rank(similarities.mT[columns], own, relevant.mT[columns])
-    # --- softmax over the captions
-    losses = [(scale * similarities).logsumexp(dim=1) - (scale * best).logsumexp(dim=1) for scale in SCALES]
+    # --- softmax over the captions, less that over the images' own ones
+    largest, images = similarities.amax(dim=1), relevant.nonzero()[:, 0]
+    all_below, own_below = similarities - largest[:, None], similarities[relevant] - top[images]
+    losses = list[Tensor]()
+    for scale in SCALES:
+        # Smaller exponents than -80 add nothing: their exponentials are denormal, or 0 at ten times the cost.
+        every, own = ((scale * below).clamp(min=-80.0).exp() for below in (all_below, own_below))
+        own = torch.zeros_like(top).index_add(0, images, own)
+        losses.append(scale * (largest - top) + every.sum(dim=1).log() - own.log())
     return HeldOutRanks(
         rows,
         to_text,

@@ -20,7 +20,7 @@ from declip.data.pair import BrokenPair, LazyImage, PairSource, SkipCounter
 from declip.data.text.tokenizer import CaptionTokenizer
 from declip.errors import UserError
 from declip.io.pool import mapped, pairs_bar
-from declip.models.inference import image_encoder, normalized
+from declip.models.inference import image_encoder
 
 
 class Encoder(Protocol):
@@ -171,8 +171,8 @@ def encode_batches(
 ) -> Iterator[tuple[Tensor, list[Any], SkipCounter]]:
     """Read and encode images of a source: by batch, features (n, d), what `read` returned, and the broken pairs.
 
-    Without `encode` features are embeddings of length 1. Worker processes read a part of a batch at a time, so that all
-    of them read the first one.
+    `encode` gets pixels as `read_images` makes them; without it features are embeddings of length 1. Worker processes
+    read a part of a batch at a time, so that all of them read the first one.
     """
     with eval_mode(model) as device:
         pinned = device.type == "cuda"
@@ -181,7 +181,7 @@ def encode_batches(
     title = f"Images of {source.name}" if progress else ""
     preprocess = getattr(model, "preprocessor", model.preprocess)  # on the host, where a worker may use it
     stream = mapped(partial(read_images, preprocess, partial(read, source)), parts, workers, title, pinned)
-    encode_all = image_encoder(model) if encode is None else lambda pixels: encode(normalized(model, pixels))
+    encode_all = encode or image_encoder(model)
     for batch in batches:
         pixels, rows, skipped = list[Tensor](), list[Any](), SkipCounter()
         for part, own, broken in islice(stream, math.ceil(len(batch) / size)):

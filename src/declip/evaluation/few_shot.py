@@ -19,7 +19,7 @@ from declip.evaluation.encode import Encoder
 from declip.evaluation.results import Measure, by_class, sample_per_class
 from declip.models.dual_encoder import DualEncoder
 from declip.models.folding import inference_tower
-from declip.models.inference import chunked
+from declip.models.inference import chunked, normalized
 
 RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 100.0)  # the last are class means
 NAME_WEIGHTS = (0.0, 1.0, 4.0, 16.0)  # κ, in images
@@ -81,12 +81,12 @@ def joint_encoder(model: Encoder) -> tuple[Callable[[Tensor], Tensor], int]:
         tower = inference_tower(model)
 
         def both(pixels: Tensor) -> Tensor:
-            features = tower(pixels.to(next(tower.parameters()).dtype))
+            features = tower(normalized(model, pixels).to(next(tower.parameters()).dtype))
             sides = features.pre_logits, features.pooled
             return torch.cat([normalize(side.float(), dim=-1) for side in sides], dim=-1)
 
         return lambda pixels: chunked(both, pixels), model.image_tower.pre_logits_width
-    return lambda pixels: chunked(model.encode_image, pixels), 0
+    return lambda pixels: chunked(lambda part: model.encode_image(normalized(model, part)), pixels), 0
 
 
 def halves(images: Tensor, width: int) -> Tensor:

@@ -31,7 +31,7 @@ from declip.io.pool import usual_workers
 from declip.models.dual_encoder import DualEncoder
 from declip.models.fingerprint import hash_tensors
 from declip.models.image_tower import PosteriorProjection
-from declip.models.inference import chunked
+from declip.models.inference import chunked, normalized
 from declip.models.layers import IMAGE, PROJECTIONS, TEXT
 from declip.models.precision import TYPES, pooling_tower
 from declip.models.timm_import import timm
@@ -62,14 +62,13 @@ class FrozenEncoder:
         rounded = images.with_name(f"{images.name}-{precision}")
         self._images = self._fitted = PooledFeatures(images, _pixel_key, image_pool(model, "fp32"))
         if precision != "fp32":
-            rounded_key = partial(_pixel_key, dtype=TYPES[precision])  # of what the tower gets, in half the bytes
-            self._fitted = PooledFeatures(rounded, rounded_key, image_pool(model, precision))
+            self._fitted = PooledFeatures(rounded, _pixel_key, image_pool(model, precision))
         self._texts = PooledFeatures(texts, key, model.text_tower.pool)
         self._sources = dict[PairSource, SourceFeatures]()
         trim_cache(FEATURES, keep=[images, rounded, texts])
 
     def pool_fitted(self, images: Tensor) -> Tensor:
-        """(n, 3, S, S) normalized → (n, v) float32, before the projection, computed in the precision of training."""
+        """(n, 3, S, S) uint8 → (n, v) float32, before the projection, computed in the precision of training."""
         return self._fitted.of(images)
 
     def pool_images(self, images: Tensor) -> Tensor:
@@ -144,12 +143,16 @@ class PooledFeatures:
 def image_pool(model: DualEncoder, precision: str) -> Callable[[Tensor], Tensor]:
     """A function of images whose tower is built at its first call: all features may be known."""
     tower = cache(partial(pooling_tower, model, TYPES[precision]))
-    return lambda images: chunked(tower().pool, images.to(next(tower().parameters()).dtype))
+
+    def pool(images: Tensor) -> Tensor:
+        return tower().pool(normalized(model, images).to(next(tower().parameters()).dtype))
+
+    return partial(chunked, pool)
 
 
-def _pixel_key(pixels: Tensor, dtype: torch.dtype = torch.float32) -> bytes:
+def _pixel_key(pixels: Tensor) -> bytes:
     # Processors compute SHA-256, which takes half the time of BLAKE2
-    return hashlib.sha256(pixels.to(dtype).contiguous().view(torch.uint8).numpy().data).digest()[:KEY]
+    return hashlib.sha256(pixels.contiguous().view(torch.uint8).numpy().data).digest()[:KEY]
 
 
 def text_key(row: Tensor, padding: int) -> bytes:
