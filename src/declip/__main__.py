@@ -13,7 +13,10 @@ def main() -> None:
     gc.set_threshold(20_000)
     from declip.cli.app import main as run  # not before: some libraries warn while they are imported
 
-    run()
+    try:
+        run()
+    finally:
+        gc.freeze()  # else all objects are searched at the end, which takes another second
 
 
 if __name__ == "__main__":

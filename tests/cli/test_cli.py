@@ -1,12 +1,14 @@
 """The commands, as a shell starts them, also in a project folder that was moved."""
 
+import gc
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-import declip
+import declip.__main__
 from conftest import refuses, texture, tiny_tree, write_table
 from declip.api import train
 from declip.recipe.checks import load_for_training
@@ -102,3 +104,13 @@ def test_a_project_works_after_it_was_moved(tmp_path, monkeypatch, command):
     away = (moved / "indices/images").rename(tmp_path / "away")
     assert "--model" in command("search", away, "red").err
     refuses("--source", declip.Index.open(away).image, 0)
+
+
+def test_garbage_is_not_searched_at_the_end_of_a_command(monkeypatch):
+    monkeypatch.setattr("declip.cli.app.main", lambda: sys.exit(2))
+    monkeypatch.setattr("gc.set_threshold", lambda *_: None)
+    with pytest.raises(SystemExit):
+        declip.__main__.main()
+    frozen = gc.get_freeze_count()
+    gc.unfreeze()
+    assert frozen > 1_000
