@@ -11,6 +11,7 @@ from torch.nn.functional import normalize
 
 import declip
 from conftest import SHAPES, draw, refuses, texture
+from declip.data.images.decode import LazyJpeg
 from declip.data.sources.table import warn_once
 from declip.models.dual_encoder import DualEncoder
 from declip.search.checks import read_classes
@@ -120,6 +121,16 @@ def test_examples_teach_a_model_that_knows_nothing(model, folder, examples):
     assert classifier.classes == tuple(sorted(f"{c} thing" for c in COLORS))
     assert (sum(classifier.counts), classifier.skipped.counts) == (3 * len(SHAPES), {"unreadable image": 1})
     assert all(word in classifier.summary() for word in ("with 3 examples per class", "n = 12", "unreadable"))
+
+
+def test_large_examples_are_decoded_as_small_as_images_that_are_classified(model, tmp_path, monkeypatch):
+    decode, scales = LazyJpeg.pixels, []
+    monkeypatch.setattr(LazyJpeg, "pixels", lambda self, scale=1: scales.append(scale) or decode(self, scale))
+    for number in range(2):
+        (tmp_path / f"{number}").mkdir()
+        texture(number, side=900).save(tmp_path / f"{number}" / "photo.jpg")
+    declip.Classifier.fit(model, examples=tmp_path)
+    assert scales == [8, 8]
 
 
 def test_a_class_may_be_a_name_alone(model, folder, examples):

@@ -106,6 +106,7 @@ def encode_source(
     *,
     encode: Callable[[Tensor], Tensor] | None = None,
     texts: bool = True,
+    exact: bool = True,
     indices: Sequence[int] | np.ndarray | None = None,
     batch_size: int = 256,
     workers: int | None = 0,
@@ -114,7 +115,8 @@ def encode_source(
     """Encode the images of a source in one pass over its files and, with `texts`, its captions.
 
     Args:
-        encode: (n, 3, S, S) normalized pixels on the model's device → (n, d); by default L2-normalized embeddings.
+        encode: (n, 3, S, S) pixels on the model's device → (n, d); by default L2-normalized embeddings.
+        exact: False: images are decoded and resized as for a search; `encode` gets their pixels as uint8.
         indices: Indices of the source to encode, in this order; None: all.
         workers: Processes that read and resize images; 0: in this one.
     """
@@ -126,7 +128,8 @@ def encode_source(
     chosen = np.arange(len(source)) if indices is None else np.asarray(indices, dtype=np.int64)
     batches = np.split(chosen, range(batch_size, len(chosen), batch_size))
     rows, parts, skipped = list[tuple[int, tuple[str, ...]]](), list[Tensor](), SkipCounter()
-    for features, read, broken in encode_batches(model, source, _read_row, batches, workers, progress, encode):
+    read_row = _read_row if exact else _read_lazy_row
+    for features, read, broken in encode_batches(model, source, read_row, batches, workers, progress, encode):
         skipped.merge(broken)
         parts += [features] if read else []
         rows += read
@@ -147,6 +150,11 @@ def _with_texts(model: Encoder, encoded: SourceFeatures, batch_size: int, progre
 
 def _read_row(source: PairSource, index: int) -> tuple[Image.Image, tuple[int, tuple[str, ...]]]:
     pair = source[index]
+    return pair.image, (index, pair.captions)
+
+
+def _read_lazy_row(source: PairSource, index: int) -> tuple[LazyImage, tuple[int, tuple[str, ...]]]:
+    pair = source.read_lazy(index)
     return pair.image, (index, pair.captions)
 
 

@@ -109,7 +109,7 @@ class Classifier:
         if source is not None:
             number = _numbers(known, source.class_names)
             options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "progress": progress}
-            features = encode_source(encoder, source, encode=encode, texts=False, **options)
+            features = encode_source(encoder, source, encode=encode, texts=False, exact=False, **options)
             labels, skipped = torch.from_numpy(number[np.asarray(source.labels)[features.indices]]), features.skipped
             given = Examples(features.images, labels, names, width)
             groups = np.arange(len(labels))
