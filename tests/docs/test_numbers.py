@@ -336,7 +336,7 @@ SENTENCES = {  # page and text, with # for a number
     "search: a million images takes # s (sentence-transformers #, faiss `IndexFlatIP` #)": lambda: [
         pick("speed/search.jsonl", vectors=10**6, count=1, what=what)["milliseconds"] / 1000 for what in ENGINES
     ],
-    "speed: declip embeds # images per second, open_clip # and sentence-transformers #; with ResNet-50 # and #": (
+    "speed: declip #, open_clip #, sentence-transformers #; with ResNet-50 # and #": (
         lambda: [pick("speed/embed-bf16.jsonl", part=part, what=what)["per_second"] for part, what in EMBEDDERS]
     ),
     "speed: `import declip` takes # s of processor time, `declip --help` # s, and a text search # s": lambda: [
