@@ -201,7 +201,8 @@ def estimate_fit(recipe: Recipe, extensions: Extensions = NO_EXTENSIONS) -> tupl
     """Resolve the recipe of heads in closed form, and estimate the time of their features."""
     resolved = resolve(recipe, extensions=extensions)
     model, source = frozen_model(resolved).to(resolved.device), resolved.source
-    seconds = encoding_seconds(model, source, encode=image_pool(model, resolved.recipe.train.precision))
+    encode = image_pool(model, resolved.recipe.train.precision)
+    seconds = encoding_seconds(model, source, encode=encode, exact=False)
     return resolved.recipe, (
         f"Projections in closed form, without steps: about {seconds:,.0f} s for the features of "
         f"{plural(len(resolved.source), 'pair')}, less for those in the cache, then about 10 s for cross-validation."
