@@ -5,7 +5,7 @@ import re
 from collections import defaultdict
 from functools import cache
 from math import exp, log
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 
 import pytest
 
@@ -338,7 +338,7 @@ SENTENCES = {  # page and text, with # for a number
     "README: is **# %** in float32 and # % in bfloat16": lambda: [
         100 * pick(f"demo{name}.jsonl", dataset="builtin:emoji-test")["top1"] for name in ("", "-bf16")
     ],
-    "finetuning: cross-validated, in # s with 101 images, # s with 1,000, # s with 101 of 12 megapixels": fitting_seconds,
+    "finetuning: in # s with 101 images, # s with 1,000, # s with 101 of 12 megapixels": fitting_seconds,
     "index: prints # % top-1": lambda: [100 * load("five-minutes.jsonl")[0]["top1"]],
     "choosing: its top-1 is # %": lambda: started("builtin:stamps-kinds", "top1"),
     "scaling: chunks of 64 need # GB and # s per pair": lambda: chunks(4096),
