@@ -28,10 +28,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from declip.data.pair import Origin, SkipCounter
+from declip.data.pair import Origin
 from declip.search.index import Index
 from declip.search.info import IndexInfo, ModelInfo, SourceInfo
-from declip.search.store import BLOCK_ROWS, Block, IndexedImage, open_writer
+from declip.search.store import GROUP_ROWS, Block, IndexedImage
+from declip.search.writer import new_index
 from timing import machine, medians, row, show, time_turns
 
 WIDTH, CENTERS, K, TARGET = 512, 1_000, 10, 0.99
@@ -56,13 +57,13 @@ def write_index(folder: Path, vectors: Tensor, dtype: Any) -> Index:
     source = SourceInfo(path="", name="made up")
 
     def blocks() -> Iterator[Block]:
-        for ids in torch.arange(len(vectors)).split(BLOCK_ROWS):
+        for ids in torch.arange(len(vectors)).split(GROUP_ROWS):
             rows = [IndexedImage(id, f"{id:09d}.jpg", (), id, Origin()) for id in ids.tolist()]
             yield Block.of(rows, vectors[ids], None, dtype)
 
-    with open_writer(folder, IndexInfo(model=made_by, source=source, dtype=dtype, captions=False)) as writer:
-        writer.info.next_id, writer.info.dimension = vectors.shape
-        writer.replace(blocks(), len(vectors), SkipCounter())
+    with new_index(folder, IndexInfo(model=made_by, source=source, dtype=dtype, captions=False)) as writer:
+        for block in blocks():
+            writer.add(block)
     return Index.open(folder)
 
 

@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from conftest import COLORS, SHAPES, draw, tiny_tree
-from declip.data.pair import Origin, SkipCounter
+from declip.data.pair import Origin
 from declip.interchange.declip_file import write_declip_file
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schema import Recipe
 from declip.search.index import Index
 from declip.search.info import IndexInfo, ModelInfo, SourceInfo
-from declip.search.store import Block, IndexedImage, open_writer
+from declip.search.store import Block, IndexedImage
+from declip.search.writer import new_index
 
 
 def tiny_model(seed=0):
@@ -34,9 +35,9 @@ def write_index(folder, images, texts=None, captions=()):
             ]
             yield Block.of(rows, images[ids], None if texts is None else texts[ids], "float32")
 
-    with open_writer(folder, wanted) as writer:
-        writer.info.next_id, writer.info.dimension = images.shape
-        writer.replace(blocks(), len(images), SkipCounter())
+    with new_index(folder, wanted) as writer:
+        for block in blocks():
+            writer.add(block)
     return Index.open(folder)
 
 

@@ -74,6 +74,11 @@ def test_recipes_are_listed_and_shown(command):
     assert command("--version").out == f"declip {declip.__version__}\n"
 
 
+def nothing_to_encode(model, source, read, batches, *options):
+    assert not batches, "vectors are in the cache, also of a folder that was moved"
+    return iter(())
+
+
 def test_a_project_works_after_it_was_moved(tmp_path, monkeypatch, command):
     project = tmp_path / "before"
     (project / "images").mkdir(parents=True)
@@ -98,9 +103,9 @@ def test_a_project_works_after_it_was_moved(tmp_path, monkeypatch, command):
     assert command("search", "indices/images", "red", "--json", "hits.json").status == 0
     assert str(moved / "images") in Path("hits.json").read_text()
     assert declip.Index.open("indices/images").image(0).size == (48, 48)
-    before = Path("indices/images/generation-1/vectors.npy").stat()
-    assert command(*embed).status == 0
-    assert Path("indices/images/generation-1/vectors.npy").stat() == before, "nothing is embedded again"
+    with monkeypatch.context() as patched:
+        patched.setattr("declip.search.embed.encode_batches", nothing_to_encode)
+        assert command(*embed).status == 0
     away = (moved / "indices/images").rename(tmp_path / "away")
     assert "--model" in command("search", away, "red").err
     refuses("--source", declip.Index.open(away).image, 0)

@@ -18,8 +18,9 @@ from declip.models.dual_encoder import DualEncoder
 from declip.models.fingerprint import fingerprint
 from declip.reports.sheets import search_sheet
 from declip.search.index import Index, nearest
-from declip.search.info import INFO
-from declip.search.store import SCHEMA, Block, IndexedImage, write_blocks
+from declip.search.info import INFO, IndexInfo, ModelInfo, SourceInfo
+from declip.search.store import SCHEMA, Block, IndexedImage
+from declip.search.writer import new_index
 from indices import tiny_model, write_index
 
 
@@ -82,7 +83,7 @@ class Copies(PairSource):
 
 def test_of_several_images_with_the_key_the_first_is_read(made):
     (hit,) = (hit for hit in made.search("red", k=24) if hit.key == "red-bar.png")
-    assert hit.place > 2
+    assert hit.index > 2
     assert Index.open(made.folder, source=Copies()).image(hit.id).getpixel((0, 0)) == (0, 0, 0)
 
 
@@ -129,14 +130,13 @@ def test_a_bad_query_says_why(made):
 
 
 def test_damage_is_said(made, model, folder):
-    path, files = made.folder / INFO, made.folder / "generation-1"
+    path, files = made.folder / INFO, made.folder
     tree = json.loads(path.read_text())
     npy, rows = (files / "vectors.npy").read_bytes(), (files / "rows.parquet").read_bytes()
     shorter = npy.replace(b"(24, 16)", b"(16, 24)")
     changes = (
         ({"layout": 99}, r"index\.json.* newer version"),
-        ({"generation": "../x"}, "generation"),
-        ({"next_id": 3}, "do not increase"),
+        ({"rows": "x"}, "rows"),
         ({"dimension": 8}, "vectors.npy has shape"),
         ({"captions": True}, "caption_vectors.npy"),
     )
@@ -156,14 +156,14 @@ def test_damage_is_said(made, model, folder):
         file.write_bytes(whole)
     (files / "vectors.npy").unlink()
     refuses("is missing", Index.open, made.folder)
-    refuses("is missing", declip.embed, model, folder, out=made.folder, dtype="float32")
+    assert len(declip.embed(model, folder, out=made.folder, dtype="float32")) == 24
     refuses("not a complete index", Index.open, made.folder.parent)
 
 
 def test_a_table_that_expands_is_refused(made):
-    rows, path = 24, made.folder / "generation-1/rows.parquet"
+    rows, path = 24, made.folder / "rows.parquet"
     keys = pa.array(["x" * 500_000] * rows, pa.large_string())
-    table = pq.read_table(path).set_column(2, SCHEMA.field("key"), keys)
+    table = pq.read_table(path).set_column(1, SCHEMA.field("key"), keys)
     for dictionary, compression in ((["key"], "NONE"), (False, "ZSTD")):
         pq.write_table(table, path, use_dictionary=dictionary, compression=compression)
         assert path.stat().st_size < 1_000_000
@@ -228,10 +228,11 @@ def test_few_vectors_give_few_results():
 
 
 def test_rows_are_read_in_the_order_of_ids(tmp_path, monkeypatch):
-    monkeypatch.setattr("declip.search.store.BLOCK_ROWS", 7)
+    for module in ("store", "writer"):
+        monkeypatch.setattr(f"declip.search.{module}.GROUP_ROWS", 7)
     index = write_index(tmp_path / "index", torch.eye(40))
     ids = [39, 0, 13, 7, 13, 6]
-    assert [(row.id, row.key, row.captions, row.place) for row in index.rows(ids)] == [
+    assert [(row.id, row.key, row.captions, row.index) for row in index.rows(ids)] == [
         (id, f"key {id}", (f"caption {id}",), id) for id in ids
     ]
     assert index.rows([]) == []
@@ -241,12 +242,13 @@ def test_rows_are_read_in_the_order_of_ids(tmp_path, monkeypatch):
 def test_vectors_are_written_in_order(tmp_path):
     """A map of a sparse file would end the process on a full disk."""
     rows, sizes = [IndexedImage(n, str(n), (), n, Origin()) for n in range(4000)], []
-
-    def written():
+    made_by = ModelInfo(path="", name="no model", fingerprint="0" * 64)
+    source = SourceInfo(path="", name="made up")
+    info = IndexInfo(model=made_by, source=source, dtype="float32", captions=False)
+    with new_index(tmp_path / "made", info) as writer:
         for start in range(0, 4000, 1000):
-            yield Block.of(rows[start : start + 1000], torch.eye(64).repeat(63, 1)[:1000], None, "float32")
+            vectors = torch.eye(64).repeat(63, 1)[:1000]
+            writer.add(Block.of(rows[start : start + 1000], vectors, None, "float32"))
             sizes.append(max(path.stat().st_size for path in tmp_path.rglob("vectors.npy")))
-
-    write_blocks(tmp_path / "made", written(), 4000)
     assert all(size <= 1000 * 64 * 4 * (number + 1) + 128 for number, size in enumerate(sizes)), sizes
     assert np.load(tmp_path / "made" / "vectors.npy").shape == (4000, 64)

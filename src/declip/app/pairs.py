@@ -164,7 +164,7 @@ def save_list(state: AppState, marked: Marked) -> dict[str, Any]:
     rows: dict[int, tuple[str, int, str, float | None, str]] = {}
     for reason, ids in marked.root.items():
         for row in index.rows(np.intersect1d(ids, index.ids)):
-            rows.setdefault(row.id, (row.key, row.place, reason, cosines.get(row.id), row.caption))
+            rows.setdefault(row.id, (row.key, row.index, reason, cosines.get(row.id), row.caption))
     if not rows:
         raise UserError("The list is empty.")
     drop, rest = (Path(os.path.relpath(f"{index.folder.resolve()}{end}")) for end in (".drop.jsonl", LIST_KIND))

@@ -41,13 +41,17 @@ def embed(
     out: Annotated[Path, file("folder of the index", metavar="DIR")],
     captions: Annotated[bool, Option("--captions", help="also store a vector of the captions of each image")] = False,
     dtype: Annotated[Literal["float16", "float32"], Option(help="type of the stored vectors")] = "float16",
+    overwrite: Annotated[
+        bool, Option("--overwrite", help="also replace an index of another model, source or option")
+    ] = False,
     *,
     reading: dict[str, Any],
 ) -> None:
     """Write the vectors of images to an index. Run the command again to continue or to update the index."""
     from declip.search.embed import embed as run_embedding
 
-    made = run_embedding(model, source, out=out, captions=captions, dtype=dtype, **reading)
+    options = {"captions": captions, "dtype": dtype, "overwrite": overwrite}
+    made = run_embedding(model, source, out=out, **options, **reading)
     say(f"Ready: {made.folder}: {made.summary()}")
 
 
@@ -155,11 +159,13 @@ def from_parquet(
     model: Annotated[str, Option(callback=known, help="the model that made the vectors")],
     out: Annotated[Path, file("folder of the index", metavar="DIR")],
     dtype: Annotated[Literal["float16", "float32"], Option(help="type of the stored vectors")] = "float16",
+    overwrite: Annotated[bool, Option("--overwrite", help="also replace an index of another model")] = False,
 ) -> None:
     """Make an index of the vectors that Ray Data, datasets, Daft or Spark wrote."""
     from declip.search.index import Index
 
-    say(f"Ready: {out}: {Index.from_parquet(files, model=model, out=out, dtype=dtype).summary()}")
+    made = Index.from_parquet(files, model=model, out=out, dtype=dtype, overwrite=overwrite)
+    say(f"Ready: {out}: {made.summary()}")
 
 
 def _two_numbers(text: str) -> tuple[float, float]:

@@ -85,7 +85,9 @@ class Origin(NamedTuple):
     path: str = ""  # of the file or the shard, or a shard's URL; empty if the image is not in a file
     offset: int = 0
     size: int = 0  # 0: unknown
-    stamp: str = ""  # changes when the image does, as far as that shows without decoding it
+    # Identifies the content, as far as that shows without decoding it: it changes with the image,
+    # and stays where the file is moved
+    stamp: str = ""
 
 
 class PairSource(ABC):
@@ -99,7 +101,6 @@ class PairSource(ABC):
     captions_from: str = ""  # the columns and templates of captions, for messages
     blocks: np.ndarray | None = None  # (shards,) int64, the number of pairs of each shard, in order
     remote: bool = False  # whether shards have to be fetched
-    stamps_captions: bool = False  # whether an origin's stamp changes with the captions too
 
     @abstractmethod
     def __len__(self) -> int: ...

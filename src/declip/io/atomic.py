@@ -81,6 +81,33 @@ def atomic_write(
             remove(partial)
 
 
+def put_back(target: Path) -> None:
+    """Wait while another process replaces a folder; undo the first half if that process was killed.
+
+    `atomic_write` renames the old folder, then the new one: between the two there is none.
+    """
+    for aside in target.parent.glob(f".{escape(target.name)}.*.old"):
+        process = aside.suffixes[-2].removeprefix(".")
+        for _ in range(20):
+            if target.exists() or not _runs(process):
+                break
+            time.sleep(0.05)
+        with suppress(OSError):
+            if not target.exists():
+                aside.rename(target)
+
+
+def _runs(process: str) -> bool:
+    """Whether a process of this machine exists."""
+    try:
+        os.kill(int(process), 0)
+    except (ProcessLookupError, ValueError, OverflowError):
+        return False
+    except OSError:  # it belongs to somebody else
+        return True
+    return True
+
+
 @contextmanager
 def locked_folder(folder: Path, marker: str, elsewhere: str) -> Iterator[Path]:
     """Create and lock a folder for this process; one with other content, without the file `marker`, is refused."""

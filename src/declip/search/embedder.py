@@ -1,137 +1,27 @@
-"""Embed batches of rows in the processes of other programs, and make an index of the Parquet files that they write."""
+"""Embed batches of rows in the processes of other programs, such as Ray Data and Spark."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from itertools import chain, compress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
 from declip.data.columns import DEFAULT, Columns
-from declip.data.pair import BrokenPair, Origin, SkipCounter, printable
 from declip.data.sources.names import absolute
 from declip.data.sources.open import ImageSource, open_source
 from declip.data.sources.python_items import ItemSource
-from declip.data.sources.rows import ParquetRows, cell_name
 from declip.errors import UserError
-from declip.evaluation.encode import Encoder, image_features, read_images
-from declip.interchange.read import load, loaded
-from declip.io.text import one_line
+from declip.evaluation.encode import image_features, read_images
+from declip.interchange.read import load
 from declip.models.dual_encoder import DualEncoder
 from declip.models.fingerprint import fingerprint
 from declip.models.inference import image_encoder
-from declip.models.precision import TYPES, Precision, precision_of
-from declip.search.info import Dtype, IndexInfo, ModelInfo, SourceInfo
-from declip.search.store import (
-    BLOCK_ROWS,
-    Block,
-    IndexedImage,
-    describe_model,
-    hash64,
-    open_writer,
-)
+from declip.models.precision import Precision, precision_of
 
 COLUMNS = ("id", "vector", "error", "model")
-TOLERANCE = 1e-3  # of the length of a vector
-
-
-def index_parquet(
-    files: str | Path | Iterable[str | Path], model: str | Path | Encoder, folder: Path, dtype: Dtype
-) -> None:
-    """See `Index.from_parquet`."""
-    # --- what is in the files, except the vectors
-    given = [files] if isinstance(files, str | Path) else list(files)
-    tables = [ParquetRows(Path(file)) for file in given]
-    for table in tables:
-        if absent := [name for name in COLUMNS if name not in table.columns]:
-            raise UserError(
-                f"'{table.path}' has no column '{absent[0]}'; `declip.Embedder` returns {', '.join(COLUMNS)}."
-            )
-    made_by = describe_model(loaded(model), model, folder)
-    ids, precisions, skipped = _check(tables, made_by)
-    source, rows = SourceInfo(path="", name=", ".join(map(str, given))), ids - skipped.total
-    if not rows:
-        raise UserError(f"'{source.name}' has no image that can be used: {skipped.explanation()}")
-    # --- their vectors
-    blocks = _blocks(tables, dtype)
-    first = next(blocks)
-    with open_writer(folder, IndexInfo(model=made_by, source=source, dtype=dtype, captions=False)) as writer:
-        writer.info.dimension, writer.info.next_id = first.matrices["images"].shape[1], rows
-        writer.info.precision = ", ".join(sorted(filter(None, precisions)))
-        writer.replace(chain([first], blocks), rows, skipped)
-
-
-def _read(table: ParquetRows, *names: str) -> Iterator[list[Any]]:
-    """Read columns of a table, some rows at a time."""
-    try:
-        for batch in table.read(names)[1]:
-            yield batch.columns
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"'{table.path}' cannot be read: {str(error).splitlines()[0]}. Write it again.") from error
-
-
-def _check(tables: Sequence[ParquetRows], made_by: ModelInfo) -> tuple[int, set[str], SkipCounter]:
-    """Check ids and models; returns the number of rows, the precisions of the vectors, and broken rows by reason."""
-    hashes, precisions, skipped = list[np.ndarray](), set[str](), SkipCounter()
-    for table in tables:
-        for ids, errors, models in _read(table, "id", "error", "model"):
-            keys = list(map(cell_name, ids.to_pylist()))
-            hashes.append(np.array(list(map(hash64, keys)), np.uint64))  # 8 bytes a row, whatever its id
-            for key, error in zip(keys, errors.to_pylist(), strict=True):
-                if error:
-                    reason, _, detail = str(error).partition(": ")
-                    skipped.add(BrokenPair(reason, key, detail))
-            for digest, _, precision in (str(model).partition(" ") for model in models.unique().to_pylist()):
-                precisions |= {precision} if precision in TYPES else set()
-                if digest != made_by.fingerprint:
-                    raise UserError(
-                        f"The vectors in '{table.path}' were made by another model, of fingerprint "
-                        f"{printable(digest[:8])}, not by {made_by}. Give that model, or embed again."
-                    )
-    counts = np.unique(np.concatenate([np.zeros(0, np.uint64), *hashes]), return_counts=True)[1]
-    if repeated := int((counts > 1).sum()):
-        raise UserError(f"{repeated:,} ids are in several rows each. Remove files that were written twice.")
-    return int(counts.sum()), precisions, skipped
-
-
-def _blocks(tables: Sequence[ParquetRows], dtype: str) -> Iterator[Block]:
-    """The rows without an error."""
-    rows, held, total, width = list[IndexedImage](), list[np.ndarray](), 0, 0
-    for table in tables:
-        for ids, vectors, errors in _read(table, "id", "vector", "error"):
-            usable = [not error for error in errors.to_pylist()]
-            if not any(usable):
-                continue
-            values = _vectors(vectors.filter(pa.array(usable, pa.bool_())), width, table.path)  # (n, d)
-            width = values.shape[1]
-            keys = compress(map(cell_name, ids.to_pylist()), usable)
-            rows += [IndexedImage(number, key, (), number, Origin()) for number, key in enumerate(keys, total)]
-            held.append(values)
-            total += len(values)
-            if len(rows) >= BLOCK_ROWS:
-                yield Block.of(rows, torch.from_numpy(np.concatenate(held)), None, dtype)
-                rows, held = [], []
-    if rows:
-        yield Block.of(rows, torch.from_numpy(np.concatenate(held)), None, dtype)
-
-
-def _vectors(cells: pa.Array, width: int, path: Path) -> np.ndarray:
-    """(n, d) float32 of a column of lists; `width` is d if it is known."""
-    cells = cells.storage if isinstance(cells, pa.ExtensionArray) else cells  # Ray's tensors
-    try:
-        lengths = {*pc.list_value_length(cells).to_pylist(), *([width] if width else [])}
-        values = np.from_dlpack(pc.list_flatten(cells).cast(pa.float32())).reshape(len(cells), -1)
-        if len(lengths) == 1 and (np.abs(np.linalg.norm(values, axis=1) - 1) <= TOLERANCE).all():  # false for NaN
-            return values
-        problem = f"have {' or '.join(map(str, lengths))} numbers, or are not of length 1"
-    except (pa.ArrowException, BufferError, ValueError) as error:
-        problem = f"cannot be read: {one_line(error)}"
-    raise UserError(f"The vectors in '{path}' {problem}. They must be as `declip.Embedder` returns them.")
 
 
 class Embedder:

@@ -27,9 +27,10 @@ from declip.models.fingerprint import fingerprint
 from declip.models.precision import Precision, convert
 from declip.search.checks import read_query
 from declip.search.class_words import add_classes
-from declip.search.embedder import index_parquet
 from declip.search.info import Dtype, Over
-from declip.search.store import IndexedImage, describe_model, open_index
+from declip.search.parquet import index_parquet
+from declip.search.store import IndexedImage, open_index
+from declip.search.writer import describe_model
 
 MOST = 10_000  # maximum number of results of a search
 ROWS = 8_192  # vectors whose products are kept at a time
@@ -46,7 +47,7 @@ class Hit(IndexedImage):
         """The hit as plain data."""
         origin = {"path": self.origin.path, "offset": self.origin.offset, "size": self.origin.size}
         shown = {"id": self.id, "key": self.key, "score": self.score, "captions": list(self.captions)}
-        return {**shown, "place": self.place, **origin}
+        return {**shown, "index": self.index, **origin}
 
 
 class Index:
@@ -91,6 +92,7 @@ class Index:
         model: str | Path | Encoder,
         out: str | Path,
         dtype: Dtype = "float16",
+        overwrite: bool = False,
     ) -> "Index":
         """Make an index in the folder `out` of Parquet files with the columns that `Embedder` returns.
 
@@ -101,17 +103,17 @@ class Index:
             files: A file, a folder, a pattern, or several.
             model: The model that made the vectors; each row names its fingerprint, which must be this model's.
         """
-        index_parquet(files, model, Path(out).expanduser(), dtype)
+        index_parquet(files, model, Path(out).expanduser(), dtype, overwrite)
         return cls(out, model=model)
 
     def __len__(self) -> int:
         """Number of images."""
-        return len(self.ids)
+        return len(self._store)
 
-    @property
+    @cached_property
     def ids(self) -> np.ndarray:
-        """(n,) int64, increasing."""
-        return self._store.ids
+        """(n,) int64, 0 to n - 1: the rows of the files."""
+        return np.arange(len(self))
 
     @cached_property
     def model(self) -> Encoder:
@@ -122,8 +124,9 @@ class Index:
         given = describe_model(model, path, self.folder)
         if given.fingerprint != made_by.fingerprint:
             raise UserError(
-                f"The index '{self.folder}' was made by another model: {made_by}, not {given}. Cosines of two models "
-                "cannot be compared. Give that model with --model, or embed again into another folder."
+                f"The index '{self.folder}' was made by another model: {made_by}, not {given}. "
+                "Cosines of two models cannot be compared. Give that model with --model, or embed "
+                "again into another folder."
             )
         return model
 
@@ -205,11 +208,12 @@ class Index:
 
     def rows(self, ids: Sequence[int] | np.ndarray) -> list[IndexedImage]:
         """As `row`, of several images, in the order of `ids`."""
-        return self._store.rows(self._store.positions(ids))
+        return self._store.rows(self._store.check(ids))
 
     def vectors(self, ids: Sequence[int] | np.ndarray, over: Over = "images") -> Tensor:
         """(n, d) float32, the vectors of images, or of their captions: zeros if an image has none."""
-        return torch.as_tensor(self._store.matrix(over)[self._store.positions(ids)], dtype=torch.float32)
+        rows = self._store.matrix(over)[self._store.check(ids)]
+        return torch.as_tensor(rows, dtype=torch.float32)
 
     def keys(self) -> list[str]:
         """The key of each image in the order of `ids`; several images may share one."""
@@ -227,7 +231,7 @@ class Index:
         """Read an image from the source, RGB and upright; raises `UserError` if there is no such image any more."""
         # By the row's key, among what the source itself lists: no path in the index is ever opened.
         row, source = self.row(id), self._source
-        index = row.place
+        index = row.index
         if index >= len(source) or source.key(index) != row.key:  # the source has changed since
             index = self._indices.get(row.key, -1)
         if index < 0:
@@ -239,8 +243,8 @@ class Index:
 
     def summary(self) -> str:
         """The contents of the index, and what was left out, a line each."""
-        info, files = self.info, sorted(self._store.folder.iterdir())
-        size = sum(path.stat().st_size for path in files)
+        info, files = self.info, self._store.files
+        size = sum(files.values())
         made = f", computed in {info.precision}" if info.precision else ""
         lines = [f"{len(self):,} images, {info.dimension} numbers each in {info.dtype}{made}, {size / 1e6:,.1f} MB"]
         lines += [f"Left out: {line}" for line in SkipCounter.from_dict(info.skipped).lines()]

@@ -1,5 +1,6 @@
 """The description of an index, `index.json`: its model, its source, its options, and the name of its files."""
 
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,11 +13,11 @@ from declip.data.columns import DEFAULT, Columns
 from declip.data.pair import SkipCounter
 from declip.data.sources.names import is_missing, resolve
 from declip.errors import UserError, newer
-from declip.io.atomic import write_text
+from declip.io.atomic import put_back, write_text
 from declip.io.text import one_line
 
 INFO = "index.json"
-LAYOUT = 5  # raised when the files change their meaning
+LAYOUT = 6  # raised when the files change their meaning
 
 Count = Annotated[int, Field(ge=0, lt=2**40)]
 Dtype = Literal["float16", "float32"]
@@ -66,19 +67,16 @@ class ModelInfo(InfoSection):
 class IndexInfo(InfoSection):
     """Everything about an index except its rows and vectors."""
 
-    layout: Literal[5] = 5
+    layout: Literal[6] = 6
     declip: str = declip.__version__
-    created: str = Field(default_factory=lambda: datetime.now(UTC).isoformat())  # of the first call of `embed`
+    created: str = Field(default_factory=lambda: datetime.now(UTC).isoformat())
     model: ModelInfo
     source: SourceInfo
     dtype: Dtype
     captions: bool  # whether captions have vectors too
     precision: str = Field("", max_length=60)  # that computed the vectors; "bf16, fp32" if some in each
-    part: None = Field(None, exclude=True)  # in older files, where it could be a part of a source, which is refused
     rows: Count = 0
     dimension: Count = 0  # width of the vectors
-    next_id: Count = 0
-    generation: Count = 0  # number in the name of the folder with the files
     skipped: dict[str, Any] = Field(default_factory=lambda: SkipCounter().to_dict())  # in the last call of `embed`
 
     def save(self, folder: Path) -> None:
@@ -89,9 +87,10 @@ class IndexInfo(InfoSection):
     def read(cls, folder: Path) -> Self:
         """Read index.json; raises `UserError` if it is missing, damaged, or of another version of declip."""
         path = folder / INFO
-        if not folder.exists():
+        content = _content(path)
+        if content is None and not folder.exists():
             raise UserError(f"'{folder}' does not exist. Make an index: declip embed MODEL SOURCE --out {folder}.")
-        if not path.is_file():
+        if content is None:
             others = folder.is_dir() and any(path.name[0] != "." for path in folder.iterdir())
             raise UserError(
                 f"'{folder}' is not a complete index of this version of declip: it has no {INFO}. Make one, or "
@@ -99,7 +98,7 @@ class IndexInfo(InfoSection):
             )
         # A stranger's file: pydantic checks every value, and no path in it is opened without asking the source.
         try:
-            return cls.model_validate_json(path.read_bytes())
+            return cls.model_validate_json(content)
         except ValidationError as error:
             for problem in error.errors():
                 if problem["loc"] == ("layout",) and isinstance(problem["input"], int) and problem["input"] > LAYOUT:
@@ -108,3 +107,12 @@ class IndexInfo(InfoSection):
                 f"'{path}' is damaged, or of another version of declip: {one_line(error)}. Embed again into another "
                 "folder."
             ) from error
+
+
+def _content(path: Path) -> bytes | None:
+    """The bytes of index.json; None without one. Waits while another process replaces the folder."""
+    for _ in range(3):
+        with suppress(OSError):
+            return path.read_bytes()
+        put_back(path.parent)
+    return None

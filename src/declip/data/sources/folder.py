@@ -4,7 +4,6 @@ import os
 import stat
 import xml.etree.ElementTree as ET
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from PIL import Image, ImageFile, IptcImagePlugin
 from PIL.TiffImagePlugin import TiffImageFile
 
 from declip.data.images.decode import DAMAGE, EXTENSIONS, check_file, image_below, open_header
-from declip.data.pair import LONGEST_CAPTION, BrokenPair, Origin, clean_captions
+from declip.data.pair import LONGEST_CAPTION, BrokenPair, clean_captions
 from declip.data.sources.entry import EntrySource
 from declip.data.sources.subset import NUMBER_OF, UNKNOWN, indices_by_split
 from declip.errors import UserError
@@ -134,7 +133,6 @@ class FolderSource(FileList):
     start with a dot are ignored. Linked folders are not entered.
     """
 
-    stamps_captions = True
 
     def __init__(self, path: Path) -> None:
         super().__init__(path.name or str(path), path, sorted(_images(path)))
@@ -146,14 +144,6 @@ class FolderSource(FileList):
         folders = pc.list_element(pc.split_pattern(self._keys, b"/"), 0)
         numbers = [NUMBER_OF.get(name.lower().decode(errors="replace"), UNKNOWN) for name in folders.to_pylist()]
         return {} if UNKNOWN in numbers else indices_by_split(np.array(numbers))
-
-    def origin(self, index: int) -> Origin:
-        """The image's, with the stamp of its caption file, so that no file is opened to see whether it changed."""
-        origin = super().origin(index)
-        with suppress(OSError):
-            status = self.entry(index)[1].with_suffix(".txt").stat()
-            return origin._replace(stamp=f"{origin.stamp} {status.st_size}-{status.st_mtime_ns}")
-        return origin
 
     def texts(self, key: str, entry: Path) -> tuple[str, ...]:
         path = entry.with_suffix(".txt")
