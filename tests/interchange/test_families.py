@@ -64,18 +64,6 @@ def tuned(table, weights, **keys):
 
 
 @every_family
-def test_its_image_tower_embeds_every_patch_or_says_that_it_does_not(open_family, family):
-    model = open_family(family)[0].build().eval()
-    tower, images = model.image_tower, torch.randn(2, 3, model.preprocessor.size, model.preprocessor.size)
-    if family == "coca":
-        refuses("no similarity map", tower.encode_cells, images)
-    else:
-        cells, features = tower.encode_cells(images), tower(images)
-        assert cells.shape == (2, features.tokens.shape[1], features.pooled.shape[1])
-        assert cells.isfinite().all()
-
-
-@every_family
 def test_features_equal_the_librarys_and_the_export_goes_back(family, open_family, tmp_path):
     weights, library = open_family(family)
     model = weights.check().build().eval()

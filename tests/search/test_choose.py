@@ -160,13 +160,6 @@ def test_embed_search_and_look_after(weights_file, folder, tmp_path, command):
     assert "23 images" in command("index", "show", index).out
 
 
-def test_explain_draws_a_map_over_an_image(weights_file, folder, tmp_path, command):
-    image, out = folder / "red-bar.png", tmp_path / "map.png"
-    printed = command("explain", weights_file, image, "a red bar", "--out", out).out
-    assert "40 × 40 pixels" in printed
-    assert Image.open(out).size == Image.open(image).size
-
-
 def test_lines_into_a_pipe_are_neither_cut_nor_wrapped(weights_file, folder, tmp_path, command):
     caption, index = " ".join(["a red circle"] * 60), tmp_path / ("a long name " * 10)
     (tmp_path / "pairs.jsonl").write_text(json.dumps({"image": "shapes/red-circle.png", "caption": caption}) + "\n")

@@ -1,8 +1,6 @@
 """The dual encoder: an image tower and a text tower with a shared embedding space."""
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from copy import copy
 from typing import Any, Literal, Self
 
 import torch
@@ -122,35 +120,6 @@ class DualEncoder(nn.Module):
             raise _unsuitable(tokens, "token ids (n, L), as `tokenize` returns them, or texts")
         with torch.set_grad_enabled(self.training and torch.is_grad_enabled()):
             return F.normalize(self.text_tower(tokens).pooled.float(), dim=-1)
-
-    @torch.no_grad()
-    def similarity_map(self, image: Picture, text: str | Sequence[str], size: int | None = None) -> Tensor:
-        """Compute how much every pixel of an image contributes to its similarity with a text.
-
-        Returns:
-            (H, W) float32 in the size of the image, of any sign; (n, H, W) for n texts. If the tower pools its cells by
-            a mean and its projection is linear, the mean of the map is the cosine of text and image. The image is
-            squashed to a square, so that all of it is seen.
-
-        Args:
-            size: Side of the square in pixels, by default that of training. Twice as much shows more detail; towers
-                with position embeddings take one size only.
-
-        Examples:
-            >>> declip.load("runs/demo").similarity_map(Image.open("photos/red.png"), "a red square").shape
-            torch.Size([16, 16])
-        """
-        image, preprocess = read_picture(image), copy(self.preprocessor)
-        preprocess.size, preprocess.squash = size or preprocess.size, True
-        if preprocess.size != self.preprocessor.size:
-            self.image_tower.refuse_size(type(self.image_tower).__name__, preprocess.size, "size")
-        pixels = preprocess(image).to(self.device, next(self.image_tower.parameters()).dtype)
-        # Not cosines: the embedding of an empty background has a direction too, but little length.
-        cells = self.image_tower.encode_cells(pixels)[0].float()
-        parts = self.encode_text(self.tokenize(text)) @ cells.mT / cells.mean(dim=0).norm()  # (n, P)
-        grid = parts.unflatten(1, (math.isqrt(len(cells)), -1))[None]
-        maps = F.interpolate(grid, (image.height, image.width), mode="bilinear")[0].cpu()
-        return maps[0] if isinstance(text, str) else maps
 
     def _encode(self, images: Tensor | Picture | Iterable[Picture]) -> ImageFeatures:
         pixels = images if isinstance(images, Tensor) else self.preprocess(images)
