@@ -74,7 +74,6 @@ class IndexInfo(InfoSection):
     dtype: Dtype
     captions: bool  # whether captions have vectors too
     precision: str = Field("", max_length=60)  # that computed the vectors; "bf16, fp32" if some in each
-    part: None = Field(None, exclude=True)  # in older files, where it could be a part of a source, which is refused
     rows: Count = 0
     dimension: Count = 0  # width of the vectors
     next_id: Count = 0
