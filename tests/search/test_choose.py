@@ -4,7 +4,6 @@ import csv
 import json
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -202,19 +201,3 @@ def test_a_text_search_builds_no_image_tower(folder, tmp_path):
         assert whole.model.image_tower.proj is not None
         assert [(hit.key, hit.score) for hit in parts.search("red")] == [(h.key, h.score) for h in whole.search("red")]
     assert loaded_by((code, "timm torchvision transformers wandb pandas matplotlib torch._dynamo torch")) == ["torch"]
-
-
-def test_timm_comes_without_compiler_and_wandb_which_are_imported_when_they_are_used():
-    names = "timm sympy torch._dynamo torch._dynamo.utils torch.distributed.fsdp wandb"
-    used = """
-        import torch, torchvision
-        from declip.models.timm_import import _disable_later
-        later = _disable_later(recursive=False)(len)
-        assert [later("ab"), torch.compiler.disable(len)("ab"), later("ab")] == [2] * 3
-        assert torchvision.ops.roi_align(torch.ones(1, 1, 4, 4), torch.tensor([[0.0, 0, 0, 2, 2]]), 1).item() == 1
-    """
-    assert loaded_by(
-        ("import declip.models.timm_import, declip.training.assemble, inspect; inspect.stack()", names),
-        ("import timm; assert timm.utils.summary.wandb.init", "wandb"),
-        (textwrap.dedent(used), "torch._dynamo"),
-    ) == ["timm", "wandb", "torch._dynamo"]

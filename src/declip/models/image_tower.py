@@ -124,7 +124,7 @@ class ImageTower(nn.Module):
         weights: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
-        from declip.models.timm_import import timm
+        import timm
 
         self.trunk = _create(name, size, options or {}, weights)
         self.norm: nn.Module = nn.Identity()
@@ -186,13 +186,6 @@ class ImageTower(nn.Module):
             self.train(training)
 
 
-class NoImageTower(ImageTower):
-    """Placeholder for an image tower that is not built, because only texts are encoded."""
-
-    def __init__(self) -> None:
-        nn.Module.__init__(self)
-
-
 def grid_tokens(trunk: Any, features: Tensor) -> Tensor:
     """Take (B, P, width) patches or grid cells from the features of a timm trunk."""
     if features.ndim == 4:  # (B, C, h, w), or (B, h, w, C) for the towers that work channels last
@@ -203,7 +196,7 @@ def grid_tokens(trunk: Any, features: Tensor) -> Tensor:
 
 
 def _create(name: str, size: int, options: dict[str, Any], weights: Mapping[str, Tensor] | None = None) -> Any:
-    from declip.models.timm_import import timm
+    import timm
 
     base, preset = SMALL_TOWERS.get(name, (name, {}))
     if "blocks" in preset:

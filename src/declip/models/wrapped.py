@@ -31,7 +31,7 @@ class WrappedModel:
     """A model of open_clip without its weights."""
 
     config: Mapping[str, Any]  # "model_cfg"
-    image: Mapping[str, Any]  # "squash", and in older files "interpolation": arguments of `Preprocess`
+    image: Mapping[str, Any]  # "squash": arguments of `Preprocess`
     tokenizer: Mapping[str, Any]  # arguments of `WrappedTokenizer`
     encoder: Mapping[str, Any] | None = None  # configuration of a Hugging Face text encoder inside open_clip's model
 
@@ -54,9 +54,8 @@ class WrappedModel:
     def build(self, size: int) -> tuple[nn.Module, nn.Module]:
         """Build open_clip's image and text modules for an image size, with random weights."""
         check_installed("open_clip", "open_clip", "This model")
+        import timm
         from open_clip import CustomTextCLIP
-
-        from declip.models.timm_import import timm
 
         config = deepcopy(dict(self.config))
         vision, text = config["vision_cfg"], config["text_cfg"]
