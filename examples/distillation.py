@@ -15,7 +15,7 @@ from torch import Tensor
 import declip
 from declip.data.pair import PairSource
 from declip.errors import UserError
-from declip.models.dual_encoder import DualEncoder, has_text
+from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schema import Recipe
 from declip.supervision.contrastive import scaled_similarity, to_float32
 from declip.supervision.term import Encodings, Rows, Similarity, Term
@@ -57,7 +57,7 @@ class Distillation(Term):
     def prepare(self, source: PairSource, model: DualEncoder) -> None:
         teacher = declip.load(self.teacher, device=str(model.device))
         captions = ["a photo of 2 dogs", *source.captions(0)]
-        if not has_text(teacher) or not torch.equal(teacher.tokenize(captions), model.tokenize(captions)):
+        if not teacher.has_text or not torch.equal(teacher.tokenize(captions), model.tokenize(captions)):
             raise UserError(f"'{self.teacher}' lacks a text tower, or has another tokenizer or text.context_length.")
         self._fixed = [teacher.requires_grad_(False)]  # in a list, so that checkpoints do not store it
         ours, theirs = self.preprocessor, teacher.preprocessor

@@ -54,7 +54,7 @@ gc.disable()  # imports make millions of objects that stay; searching them for g
 
 def pytest_configure(config):
     if not config.getoption("numprocesses", None):  # else this process only hands out tests to others
-        import declip.models.timm_import  # noqa: F401
+        import timm  # noqa: F401
 
 
 def pytest_collection_finish():

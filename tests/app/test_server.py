@@ -20,7 +20,6 @@ from declip.app.requests import LARGEST_JSON
 from declip.app.server import address_of, open_state, take_port
 from declip.app.state import AppState
 from declip.interchange.declip_file import write_declip_file
-from declip.reports.sheets import heat_map
 from end_to_end.conftest import png
 from indices import tiny_model
 
@@ -258,16 +257,6 @@ def test_thumbnails_are_small_images_by_id(client, state, monkeypatch):
     monkeypatch.undo()
     for id in ("24", "-1", "x", "..%2f..%2fetc%2fpasswd", "99999999999999999999", "0.png", "24?text=red"):
         assert client.get(f"/images/{id}").status_code in (400, 404), id
-
-
-def test_a_heat_map_is_drawn_over_the_thumbnail(client, state):
-    image, model = state.index.image(3), state.index.model
-    expected = np.asarray(heat_map(image, model.similarity_map(image, "a red circle").numpy()), int)
-    answer = client.get("/images/3", params={"text": " a  red circle"})
-    assert answer.headers["content-type"] == "image/webp"
-    drawn = np.asarray(Image.open(io.BytesIO(answer.content)).convert("RGB"), int)
-    assert 2 * np.abs(drawn - expected).mean() < np.abs(drawn - np.asarray(image, int)).mean()
-    assert client.get("/images/3", params={"text": "a" * 2001}).status_code == 400
 
 
 def test_a_missing_image_gives_away_no_path_and_missing_captions_are_explained(model, folder, tmp_path):

@@ -114,8 +114,6 @@ MISTAKES = {
     "a head and classes": ("classify RUN uncaptioned --head x --classes a,b", "--classes"),
     "no head to save": ("classify RUN uncaptioned --save x", "--save"),
     "groups without examples": ("classify RUN uncaptioned --classes a,b --group-column kind", "--examples"),
-    "explains no image": ("explain RUN text.txt red --out x.png", "text.txt"),
-    "explains no text": ("explain RUN uncaptioned/0.png  --out x.png", "text"),
     "none of eleven sets": ("evaluate RUN --dataset paper11:nothing --task retrieval --json x.json", "paper11"),
     "unknown column": ("data inspect shop.csv --caption-column Titel,colour", "'colour'", "'Titel'", "column NAME"),
     "unknown column of a template": ("data inspect shop.csv --caption-column {colour}", "'colour'", "'Titel'"),

@@ -10,10 +10,13 @@ import torch
 from PIL import Image
 
 import declip
-from conftest import refuses, write_rows
+from conftest import TINY, draw, refuses, write_rows
 from declip.data.sources.open import open_source
 from declip.io.plugins import load_plugin, plugins
+from declip.models.dual_encoder import DualEncoder
+from declip.models.image_tower import ImageTower
 from declip.recipe.load import load_recipe, recipe_names
+from declip.recipe.schema import Recipe
 from declip.runs.checkpoint import list_checkpoints, load_checkpoint
 from declip.runs.folder import read_rows
 from declip.supervision import objective
@@ -29,7 +32,7 @@ TINY_VIT |= {"image.model_kwargs": {"patch_size": 8, "embed_dim": 64, "depth": 1
 DOORS = {"optimizer", "augmentation", "evaluation"}  # examples that train with CLIP's loss
 
 
-@pytest.mark.parametrize("name", sorted(EXAMPLES.keys() - DOORS - {"images_without_captions", "shards"}))
+@pytest.mark.parametrize("name", sorted(EXAMPLES.keys() - DOORS - {"heat_map", "images_without_captions", "shards"}))
 def test_an_example_trains_for_three_steps(name, table, tmp_path):
     EXAMPLES[name]["main"](str(table), str(tmp_path / "run"), **SMALL)
     rows = read_rows(tmp_path / "run" / "metrics.jsonl")
@@ -75,6 +78,47 @@ def test_shards_have_the_training_pairs_at_their_size(tmp_path, monkeypatch):
     read = [*map(open_source(tmp_path / "shards").__getitem__, range(2))]
     assert [pair.image.size for pair in read] == [(150, 100), (40, 80)]
     assert [pair.captions for pair in read] == [("large.png", "ünï"), ("small.png", "ünï")]
+
+
+HEAT_TOWERS = {
+    "declip_conv_tiny": {},
+    "swin_tiny_patch4_window7_224": {"depths": [1, 1], "embed_dim": 24, "num_heads": [1, 2]},  # channels last
+    "vit_small_patch16_224": {"depth": 1, "global_pool": "avg", "fc_norm": False},
+}
+
+
+@pytest.mark.parametrize("name", HEAT_TOWERS)
+def test_the_embedding_of_an_image_is_the_mean_of_its_cells(name):
+    tower = ImageTower(name, 64, 8, HEAT_TOWERS[name]).eval()
+    images = torch.randn(2, 3, 64, 64)
+    cells = EXAMPLES["heat_map"]["encode_cells"](tower, images)
+    assert cells.shape[1] > 1
+    torch.testing.assert_close(cells.mean(1), tower(images).pooled, rtol=1e-5, atol=1e-5)
+
+
+def test_cells_behind_a_class_token_are_projected_as_it_is():
+    tower, images = ImageTower("declip_vit_tiny", 32, 8).eval(), torch.randn(2, 3, 32, 32)
+    expected = tower.proj(tower.norm(tower(images).tokens))
+    torch.testing.assert_close(EXAMPLES["heat_map"]["encode_cells"](tower, images), expected)
+
+
+def test_the_mean_of_a_heat_map_is_the_cosine_of_image_and_text():
+    recipe = Recipe.model_validate({**TINY, "image": {"model": "declip_conv_tiny", "size": 64}})
+    model = DualEncoder.from_recipe(recipe).eval()
+    picture = draw("red", "square").resize((8, 8))  # as many pixels as cells: none is interpolated
+    found = EXAMPLES["heat_map"]["similarity_map"](model, picture, "red")
+    image, text = model.encode_image(picture), model.encode_text("red")
+    assert found.shape == (8, 8)
+    torch.testing.assert_close(found.mean(), (image @ text.mT)[0, 0])
+
+
+def test_a_heat_map_is_drawn_over_an_image(tmp_path):
+    model = DualEncoder.from_recipe(Recipe.model_validate(TINY)).eval()
+    declip.export(model, "safetensors", tmp_path / "model")
+    draw("red", "square", 40).save(tmp_path / "photo.png")
+    words = [str(tmp_path / "model"), str(tmp_path / "photo.png"), "red", str(tmp_path / "map.png")]
+    EXAMPLES["heat_map"]["main"](*words)
+    assert Image.open(tmp_path / "map.png").size == (40, 40)
 
 
 def test_word_classification_is_the_plain_loop():

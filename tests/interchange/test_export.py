@@ -116,6 +116,34 @@ def test_transformers_reads_what_was_written_and_so_do_we(kind, tmp_path):
     assert [part for part in ("unknown: set it", "Not recorded") if part not in card(out)] == []
 
 
+class Shifted(DeclipFile):
+    """A format whose library computes slightly other features of images or texts."""
+
+    def __init__(self, side, by):
+        self.side, self.by = side, by
+
+    def read_back(self, folder):
+        read = super().read_back(folder)
+        right = getattr(read, self.side)
+
+        def encode(inputs):
+            features = right(inputs)
+            features[:, 0] += self.by
+            return features
+
+        return read._replace(**{self.side: encode})
+
+
+@pytest.mark.parametrize("side", ["encode_image", "encode_text"])
+def test_an_export_whose_features_differ_is_refused(side, tmp_path, monkeypatch):
+    model = build("vit")
+    monkeypatch.setitem(FORMATS, "safetensors", Shifted(side, 1e-6))
+    assert 1e-7 < declip.export(model, "safetensors", tmp_path / "close").difference < 1e-5
+    monkeypatch.setitem(FORMATS, "safetensors", Shifted(side, 1e-3))
+    refuses("other features", declip.export, model, "safetensors", tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
 @pytest.mark.parametrize("kind", ["vit", "conv"])
 def test_one_file_holds_everything(kind, tmp_path):
     """A model in lower precision is written in float32."""

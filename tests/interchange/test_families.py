@@ -23,6 +23,7 @@ from declip.recipe.load import load_recipe
 from declip.runs.folder import KEPT, read_rows
 from declip.supervision.objective import Objective
 from declip.training.assemble import assemble
+from declip.training.pretrained import apply_architecture
 from interchange.families import CAPTIONS, FAMILIES, features, saved
 from interchange.towers import export_exactly, largest, pictures
 from training.starts import moved, resumes_exactly, state, trainer_of
@@ -61,18 +62,6 @@ def tuned(table, weights, **keys):
     train = {"train.steps": 2, "train.batch_size": 8, "train.checkpoint_every": 1, "train.log_every": 1}
     given = {"data.source": str(table), "finetune.pretrained": weights, "train.precision": "fp32", "data.workers": 0}
     return load_recipe("finetune", {**given, **train, "train.length_buckets": 1, **keys})
-
-
-@every_family
-def test_its_image_tower_embeds_every_patch_or_says_that_it_does_not(open_family, family):
-    model = open_family(family)[0].build().eval()
-    tower, images = model.image_tower, torch.randn(2, 3, model.preprocessor.size, model.preprocessor.size)
-    if family == "coca":
-        refuses("no similarity map", tower.encode_cells, images)
-    else:
-        cells, features = tower.encode_cells(images), tower(images)
-        assert cells.shape == (2, features.tokens.shape[1], features.pooled.shape[1])
-        assert cells.isfinite().all()
 
 
 @every_family
@@ -192,7 +181,7 @@ def test_positions_are_stretched_or_cut(family, open_family, table, tmp_path):
             rows.append((1 - at + below) * given[below] + (at - below) * given[below + 1])
         torch.testing.assert_close(own[name], torch.cat([torch.stack(rows), given[old:]]), rtol=0, atol=1e-6)
     kept = declip_file.read_part(str(tmp_path / "run" / KEPT)).check()  # what a resumed run starts from
-    assert kept.fit(recipe).text.context_length == tokens.shape[1] == length
+    assert apply_architecture(kept, recipe).text.context_length == tokens.shape[1] == length
     assert not moved(own, kept.build().state_dict())
     again = declip.load(export_exactly(model, "open_clip", tmp_path / "out"), device="cpu")
     assert isinstance(again, DualEncoder)
@@ -210,10 +199,10 @@ def test_positions_of_an_encoder_have_an_end(open_family, table, tmp_path):
 def test_losses_that_need_more_than_a_tower_gives_are_refused(open_family, table):
     weights = open_family("coca")[0]
     model = weights.build()
-    recipe = weights.fit(tuned(table, weights.origin, loss_weights={"masked_language": 1.0}))
+    recipe = apply_architecture(weights, tuned(table, weights.origin, loss_weights={"masked_language": 1.0}))
     refuses(r"views\.text\.mask", Objective, recipe, model)
     model.text_tower.gives_tokens = False
-    recipe = weights.fit(tuned(table, weights.origin, loss_weights={"late_interaction": 1.0}))
+    recipe = apply_architecture(weights, tuned(table, weights.origin, loss_weights={"late_interaction": 1.0}))
     refuses(r"text_tower.*loss_weights\.late_interaction", Objective, recipe, model)
 
 

@@ -20,7 +20,7 @@ from declip.interchange.export import export
 from declip.interchange.read import read, read_start
 from declip.interchange.timm_weights import LOGIT_SCALE, class_heads, complete, encode_texts
 from declip.models.hf_encoder import read_encoder
-from declip.models.image_tower import NoImageTower, PosteriorProjection
+from declip.models.image_tower import PosteriorProjection
 from declip.models.layers import PROJECTIONS
 from declip.recipe.starts import STARTS
 from interchange.towers import EXACT, unprojected
@@ -143,7 +143,7 @@ def test_a_builtin_start_is_a_whole_model_except_for_training(name, tmp_path):
     whole = declip.embed(declip.load(name, device="cpu"), images, out=tmp_path / "whole")
     declip.embed(name, images, out=tmp_path / "index", precision="fp32")
     parts = declip.Index.open(tmp_path / "index")
-    assert isinstance(parts.text_model.image_tower, NoImageTower)
+    assert not parts.text_model.has_image
     assert [hit.score for hit in parts.search("an apple")] == [hit.score for hit in whole.search("an apple")]
 
 
@@ -166,7 +166,7 @@ def test_an_image_classifier_of_timm_with_a_text_encoder_is_a_model_without_pair
     save_file(timm.create_model("test_vit").state_dict(), tmp_path / "vit.safetensors")  # 1,000 classes
     name = f"timm:test_vit/{tmp_path / 'vit.safetensors'}+{tmp_path / 'bert'}"
     start, image = read_start(name), read_start(name.partition("+")[0])
-    assert (start.whole, start.projected, image.whole) == (True, False, False)
+    assert (start.has_text, start.projected, image.has_text) == (True, False, False)
     assert torch.equal(*(weights.tensors["image_tower.trunk.cls_token"] for weights in (start, image)))
     expected = load_file(tmp_path / "bert" / "model.safetensors")
     word = "embeddings.word_embeddings.weight"

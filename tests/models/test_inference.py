@@ -1,17 +1,14 @@
 """Image towers without gradients: folded norms, converted models, features and identity."""
 
-from functools import partial
-
 import pytest
 import torch
-from timm.layers import Conv2dSame
 
 from conftest import refuses, tiny_tree
 from declip.models.dual_encoder import DualEncoder
 from declip.models.fingerprint import fingerprint
-from declip.models.folding import ACTIVATIONS, FusedConvolution, inference_tower
+from declip.models.folding import inference_tower
 from declip.models.inference import chunked, image_encoder
-from declip.models.precision import convert, pick_precision, precision_of, round_taps
+from declip.models.precision import convert, pick_precision, precision_of
 from declip.recipe.schema import Recipe
 
 
@@ -48,35 +45,10 @@ def test_batch_norm_is_folded_into_the_convolutions():
     norms = [sum(hasattr(m, "running_mean") for m in tower.modules()) for tower in towers]
     assert norms[0] > 40
     assert norms[1] == 0
-
-
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("kernel", [3, (5, 2)])
-@pytest.mark.parametrize("convolution", [partial(Conv2dSame, stride=2), partial(torch.nn.Conv2d, padding=1, groups=2)])
-def test_a_fused_convolution_is_one_and_its_activation(activation, kernel, convolution):
-    torch.manual_seed(0)
-    plain, images = convolution(4, 6, kernel), 20 * torch.randn(3, 4, 13, 14)
-    expected = activation()(plain(images))
-    torch.testing.assert_close(FusedConvolution(plain, activation())(images), expected, rtol=0, atol=1e-5)
-
-
-def fused_convolutions(model):
-    return [module for module in inference_tower(model).modules() if isinstance(module, FusedConvolution)]
-
-
-def test_activations_are_folded_where_onednn_computes_them(monkeypatch):
-    model = model_of("tf_efficientnet_lite0", 64)
-    assert len(fused_convolutions(model)) > 40
-    # --- a oneDNN that computes something else, or does not know it
-    for computed in (("hardtanh", [0.0, 0.01]), ("unheard of", [])):
-        monkeypatch.setitem(ACTIVATIONS, torch.nn.ReLU6, computed)
-        assert not fused_convolutions(model)
-        test_batch_norm_is_folded_into_the_convolutions()
-    monkeypatch.undo()
-    # --- a torch without it
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    assert not fused_convolutions(model)
-    test_batch_norm_is_folded_into_the_convolutions()
+    images = torch.randn(4, 3, 64, 64)
+    with torch.no_grad():
+        own, folded = (torch.nn.functional.normalize(tower(images).pooled, dim=1) for tower in towers)
+    torch.testing.assert_close(folded, own, rtol=0, atol=1e-4)
 
 
 class Swapped(torch.nn.Module):
@@ -165,30 +137,15 @@ def test_a_tower_that_cannot_be_converted_stays_float32(computing, spoiled):
     refuses(r"image tower.*bfloat16.*fp32", convert, models[1], "bf16")
 
 
-def test_rounded_filters_keep_their_sums():
-    torch.manual_seed(0)
-    weight = torch.randn(64, 3, 3, 3)
-    rounded, nearest = round_taps(weight, torch.bfloat16), weight.bfloat16().float()
-    assert torch.equal(rounded, rounded.bfloat16().float())
-    assert float((rounded - weight).abs().max()) < 2**-6
-    lost = [float((each - weight).sum((2, 3)).abs().mean()) for each in (rounded, nearest)]
-    assert lost[0] < lost[1] / 4
-
-
-def test_threads_encode_different_images():
-    images, seen = torch.arange(30.0).view(30, 1, 1, 1).expand(30, 3, 256, 256), []  # four at a time
+def test_images_are_encoded_a_few_at_a_time():
+    images, seen = torch.arange(30.0).view(30, 1, 1, 1).expand(30, 3, 256, 256), []
 
     def encode(part):
-        seen.append((len(part), torch.get_num_threads(), torch.is_grad_enabled()))
+        seen.append(len(part))
         return part[:, :, 0, 0]
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
-        with torch.no_grad():
-            found = chunked(encode, images)
-        assert torch.get_num_threads() == 3
-    finally:
-        torch.set_num_threads(before)
+    found = chunked(encode, images)
     assert torch.equal(found, images[:, :, 0, 0])
-    assert sorted(seen) == [(3, 1, False)] * 6 + [(4, 1, False)] * 3
+    most = 4 * torch.get_num_threads()
+    assert seen[0] == min(most, 30)
+    assert sum(seen) == 30

@@ -55,15 +55,6 @@ def test_an_index_is_searched_and_updated(saved):
     assert len(declip.embed(declip.load(saved / "run"), PAIRS, out=saved / "index", **options)) == len(PAIRS)
 
 
-def test_an_index_that_openvino_computed_is_updated(saved):
-    """Earlier versions had that engine; its name is in the precision."""
-    about = saved / "index" / "index.json"
-    about.write_text(about.read_text().replace('"precision": "fp32"', '"precision": "openvino bf16"'))
-    options = {"captions": True, "dtype": "float32", "device": "cpu", "precision": "fp32"}
-    index = declip.embed(declip.load(saved / "run"), [*PAIRS, PAIRS[0]], out=saved / "index", **options)
-    assert (len(index), {*index.info.precision.split(", ")}) == (len(PAIRS) + 1, {"fp32", "openvino bf16"})
-
-
 def test_files_of_a_later_layout_say_that_they_are_newer(saved):
     for path, opened in {
         saved / "index/index.json": lambda: declip.Index(saved / "index"),

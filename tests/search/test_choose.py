@@ -4,7 +4,6 @@ import csv
 import json
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -160,13 +159,6 @@ def test_embed_search_and_look_after(weights_file, folder, tmp_path, command):
     assert "23 images" in command("index", "show", index).out
 
 
-def test_explain_draws_a_map_over_an_image(weights_file, folder, tmp_path, command):
-    image, out = folder / "red-bar.png", tmp_path / "map.png"
-    printed = command("explain", weights_file, image, "a red bar", "--out", out).out
-    assert "40 × 40 pixels" in printed
-    assert Image.open(out).size == Image.open(image).size
-
-
 def test_lines_into_a_pipe_are_neither_cut_nor_wrapped(weights_file, folder, tmp_path, command):
     caption, index = " ".join(["a red circle"] * 60), tmp_path / ("a long name " * 10)
     (tmp_path / "pairs.jsonl").write_text(json.dumps({"image": "shapes/red-circle.png", "caption": caption}) + "\n")
@@ -209,19 +201,3 @@ def test_a_text_search_builds_no_image_tower(folder, tmp_path):
         assert whole.model.image_tower.proj is not None
         assert [(hit.key, hit.score) for hit in parts.search("red")] == [(h.key, h.score) for h in whole.search("red")]
     assert loaded_by((code, "timm torchvision transformers wandb pandas matplotlib torch._dynamo torch")) == ["torch"]
-
-
-def test_timm_comes_without_compiler_and_wandb_which_are_imported_when_they_are_used():
-    names = "timm sympy torch._dynamo torch._dynamo.utils torch.distributed.fsdp wandb"
-    used = """
-        import torch, torchvision
-        from declip.models.timm_import import _disable_later
-        later = _disable_later(recursive=False)(len)
-        assert [later("ab"), torch.compiler.disable(len)("ab"), later("ab")] == [2] * 3
-        assert torchvision.ops.roi_align(torch.ones(1, 1, 4, 4), torch.tensor([[0.0, 0, 0, 2, 2]]), 1).item() == 1
-    """
-    assert loaded_by(
-        ("import declip.models.timm_import, declip.training.assemble, inspect; inspect.stack()", names),
-        ("import timm; assert timm.utils.summary.wandb.init", "wandb"),
-        (textwrap.dedent(used), "torch._dynamo"),
-    ) == ["timm", "wandb", "torch._dynamo"]

@@ -14,7 +14,7 @@ import declip
 from conftest import draw, refuses
 from declip.data.pair import Origin, Pair, PairSource
 from declip.data.sources.open import open_source
-from declip.models.dual_encoder import DualEncoder
+from declip.models.dual_encoder import DualEncoder, PublishedHeads
 from declip.models.fingerprint import fingerprint
 from declip.reports.sheets import search_sheet
 from declip.search.index import Index, nearest
@@ -106,7 +106,7 @@ def test_projections_that_are_computed_on_another_machine_are_the_same_model():
     other.image_tower.proj.weight.data *= 1 + 1e-6
     name = "image_tower.proj.weight"
     for model in (one, other):
-        model.computed = ("digests of published files", {name: model.state_dict()[name].clone()})
+        model.published = PublishedHeads("digests of published files", {name: model.state_dict()[name].clone()})
     assert fingerprint(one) == fingerprint(other)
     other.image_tower.proj.weight.data *= 1 + 1e-6  # trained since
     assert fingerprint(one) != fingerprint(other)

@@ -28,7 +28,6 @@ OUTPUTS = {
     "choose --contact-sheet": "choose MODEL shapes --out new.csv",
     "classify --out": "classify MODEL shapes --classes red,blue",
     "classify --save": "classify MODEL shapes --examples pairs.csv",
-    "explain --out": "explain MODEL shapes/red-bar.png red",
     "evaluate --json": "evaluate MODEL --dataset pairs.csv --task retrieval",
     "data inspect --json": "data inspect pairs.csv",
     "data inspect --html": "data inspect pairs.csv",
@@ -85,7 +84,7 @@ def test_the_table_has_every_output():
 def test_a_file_of_the_user_stays(name, project, weights_file, command):
     words = OUTPUTS[name].replace("MODEL", str(weights_file)).split()
     option = [name.split()[-1]] if "--" in name else []
-    is_folder = name.endswith("--out") and name.split()[0] not in ("choose", "classify", "explain")
+    is_folder = name.endswith("--out") and name.split()[0] not in ("choose", "classify")
     out = Path("mine" if is_folder else "mine.csv")
     written = out / "mine.csv" if is_folder else out
     written.parent.mkdir(exist_ok=True)
@@ -106,7 +105,6 @@ def test_a_command_replaces_its_own_files(project, weights_file, command):
         ["choose", weights_file, "shapes", "--contact-sheet", "a.png", "--out", "choose.csv"],
         ["classify", weights_file, "shapes", "--examples", "labels.csv", "--save", "head", "--out", "x.csv"],
         ["search", "index", "red", "--contact-sheet", "b.png", "--json", "hits.json"],
-        ["explain", weights_file, "shapes/red-bar.png", "red", "--out", "map.png"],
         [*evaluate, "--workers", 0, "--json", "result.json"],
         [*inspect, "--workers", 0, "--json", "page.json", "--html", "page.html"],
     ):

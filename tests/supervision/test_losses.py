@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from declip.supervision import late_interaction as module
+from declip.models import token_scorer
+from declip.models.token_scorer import token_similarity
 from declip.supervision.contrastive import Contrastive, Sigmoid, cross_entropy_to_keys, info_nce, sigmoid_loss
-from declip.supervision.late_interaction import late_interaction, select_tokens, similarity
+from declip.supervision.late_interaction import late_interaction, select_tokens
 from declip.supervision.masked_language import MaskedLanguage, chosen_rows, cross_entropy
 from declip.supervision.nearest_neighbor import neighbor_contrast
 from declip.supervision.simclr import SimCLR, nt_xent
@@ -198,8 +199,8 @@ def test_late_interaction_equals_the_authors(golden, name):
         same = (tokens.unsqueeze(2) == keys.unsqueeze(1)).all(dim=-1).any(dim=2)
         assert torch.equal(same.nonzero()[:, 1].reshape(chosen.shape), chosen)
     scale = log_scale.exp()
-    torch.testing.assert_close(scale * similarity(images, word_keys), case["logits_1"], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(scale * similarity(words, image_keys), case["logits_2"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(scale * token_similarity(images, word_keys), case["logits_1"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(scale * token_similarity(words, image_keys), case["logits_2"], rtol=1e-5, atol=1e-5)
     nothing = torch.zeros(words.shape[:2], dtype=torch.bool)
     loss = late_interaction(images, words, nothing, image_keys, word_keys, nothing[:, :k], scale, include_padding=True)
     assert_gradients(case, loss, {"grad_1": raw[0], "grad_2": raw[1]}, 1e-7)
@@ -323,9 +324,9 @@ def test_blocks_of_keys_do_not_change_values_or_gradients(units, monkeypatch):
     key_mask = lengths_mask([6, 1, 3, 5, 2, 2, 4], 6)
     found = []
     for scores in (2**26, 4 * 3 * 6 * 2, 1):
-        monkeypatch.setattr(module, "SCORES_AT_ONCE", scores)
+        monkeypatch.setattr(token_scorer, "SCORES_AT_ONCE", scores)
         leaves = [x.clone().requires_grad_() for x in (tokens, keys)]
-        value = similarity(*leaves, key_mask=key_mask)
+        value = token_similarity(*leaves, key_mask=key_mask)
         found.append([value.detach(), *torch.autograd.grad(value.square().sum(), leaves)])
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], rtol=1e-12, atol=1e-14)

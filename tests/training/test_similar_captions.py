@@ -8,7 +8,6 @@ import declip
 from conftest import refuses, write_rows
 from data.fakes import Noise
 from declip.data.sources.open import open_source
-from declip.models.text_tower import NoTextTower
 from declip.training.similar_captions import nearest_captions, similar_captions
 from training.starts import recipe_for, trainer_of
 
@@ -56,7 +55,7 @@ def test_what_cannot_have_neighbors_is_refused(start, tmp_path, monkeypatch):
     refuses("captions .*remote.*Copy", similar_captions, str(start), Remote(), True)
     refuses("no-such-model", similar_captions, str(tmp_path / "no-such-model"), Noise(), True)
     model = declip.load(start, device="cpu")
-    model.text_tower = NoTextTower()
+    model.has_text = False
     monkeypatch.setattr("declip.training.similar_captions.load", lambda weights: model)
     refuses("images-alone.*no text tower.*Give weights", similar_captions, "images-alone", Noise(), True)
 

@@ -24,7 +24,7 @@ from declip.recipe.schema import Recipe
 from declip.runs.checkpoint import list_checkpoints, load_checkpoint, without_prefix
 from declip.runs.folder import read_rows
 from declip.training.assemble import assemble
-from declip.training.pretrained import _resized, load_pretrained
+from declip.training.pretrained import _resized, apply_architecture, load_pretrained
 from interchange.towers import build, unprojected
 from training.starts import STATISTICS, VIT, last, moved, state, trainer_of, tuned
 
@@ -55,7 +55,8 @@ def test_a_run_gives_towers_heads_tokenizer_statistics_and_scale(table, tmp_path
 )
 def test_a_key_that_the_weights_overrule_is_refused(keys, said, start, table, tmp_path):
     for recipe in ("finetune", "few-clip"):
-        refuses(said, read_start(str(start)).fit, load_recipe(recipe, {"finetune.pretrained": str(start), **keys}))
+        asked = load_recipe(recipe, {"finetune.pretrained": str(start), **keys})
+        refuses(said, apply_architecture, read_start(str(start)), asked)
     given = {"finetune.pretrained": str(start), "data.source": str(table), **keys}
     refuses(said, train, "finetune", given, out=tmp_path / "run", quiet=True, report=False)
     assert not (tmp_path / "run").exists()
@@ -66,7 +67,7 @@ def test_keys_that_hold_beside_weights(start, table, tmp_path):
     found = read_start(str(start))
     keys = {"finetune.pretrained": str(start), "text.context_length": 20, "image.size": 32, "data.source": str(table)}
     for recipe in ("finetune", "few-clip", "declip-yfcc15m-vitb32"):
-        assert found.fit(load_recipe(recipe, keys)).image.mean == STATISTICS["mean"]
+        assert apply_architecture(found, load_recipe(recipe, keys)).image.mean == STATISTICS["mean"]
     given = keys | {"image.mean": [0.1, 0.2, 0.3], "image.size": 48, "train.batch_size": 8}
     given |= {"image.interpolation": "bilinear", "image.crop_pct": 0.75}
     given |= {"image.model_kwargs": {"patch_drop_rate": 0.5}}
@@ -75,7 +76,7 @@ def test_keys_that_hold_beside_weights(start, table, tmp_path):
     assert (recipe.image.interpolation, recipe.image.resize) == ("bilinear", 64)
     assert recipe.image.model_kwargs == {**VIT["model_kwargs"], "patch_drop_rate": 0.5}
     (tmp_path / "resolved.yaml").write_text(recipe.to_yaml())
-    assert found.fit(load_recipe(tmp_path / "resolved.yaml")).model_dump() == recipe.model_dump()
+    assert apply_architecture(found, load_recipe(tmp_path / "resolved.yaml")).model_dump() == recipe.model_dump()
 
 
 def test_heads_are_taken_whole_or_not_at_all(table, tmp_path, start):

@@ -25,7 +25,7 @@ from starlette.types import ASGIApp
 
 from declip.app import captions, pairs
 from declip.app.caption_table import Change, check_table
-from declip.app.requests import LARGEST_JSON, LARGEST_UPLOAD, Guard, ImageId, Text, read_body, read_image
+from declip.app.requests import LARGEST_JSON, LARGEST_UPLOAD, Guard, ImageId, read_body, read_image
 from declip.app.search import SearchQuestion, search
 from declip.app.state import AppState
 from declip.data.pair import printable
@@ -43,19 +43,18 @@ TEMPLATES = Jinja2Templates(env=Environment(loader=PackageLoader("declip.app"), 
 
 
 class ImageQuestion(BaseModel):
-    """An image of the index; with a text, what is similar to it is in color."""
+    """An image of the index."""
 
     id: ImageId
     large: bool = False
-    text: Text = ""
 
 
 def image(state: AppState, asked: ImageQuestion) -> Response:
     """A small copy of an image of the index."""
     try:
-        content = state.thumbnail(asked.id, LARGE if asked.large else SMALL, asked.text)
+        content = state.thumbnail(asked.id, LARGE if asked.large else SMALL)
     except UserError:  # its message may name a path
-        raise HTTPException(404, "This image no longer exists or has no heat map.") from None
+        raise HTTPException(404, "This image no longer exists.") from None
     return Response(content, media_type="image/webp", headers={"Cache-Control": "private, max-age=3600"})
 
 

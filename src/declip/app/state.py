@@ -18,7 +18,6 @@ from declip.data.images.thumbnails import shrunk
 from declip.data.pair import printable
 from declip.errors import UserError
 from declip.evaluation.zero_shot import class_features, read_templates
-from declip.reports.sheets import heat_map
 from declip.runs.folder import OUT_OF_FOLD, read_run
 from declip.search.class_words import add_classes
 from declip.search.index import Index
@@ -98,12 +97,8 @@ class AppState:
             for row in self.index.rows(ids)
         ]
 
-    def thumbnail(self, id: int, side: int, text: str = "") -> bytes:
-        """A small copy of an image of the index as WebP; with a text, what is similar to it is in color."""
+    def thumbnail(self, id: int, side: int) -> bytes:
+        """A small copy of an image of the index as WebP."""
         with self.reading:
             image = shrunk(self.index.image(id), side)
-        if text:
-            with self.encoding:
-                similarities = self.index.model.similarity_map(image, text)  # type: ignore[attr-defined]  # of declip
-            image = heat_map(image, similarities.numpy())
         return encode(image, "WEBP", quality=82)

@@ -11,7 +11,7 @@ from typer import Argument, Option
 import declip
 from declip.cli.data import group as data
 from declip.cli.options import Command, Model, Overrides, console, fail, file, say
-from declip.cli.search import choose, classify, embed, explain, index, search, serve
+from declip.cli.search import choose, classify, embed, index, search, serve
 from declip.cli.train import compare, evaluate, finetune, train
 from declip.errors import UserError
 
@@ -115,7 +115,7 @@ def _root(
     pass
 
 
-COMMANDS = (finetune, train, evaluate, compare, choose, classify, embed, search, explain, export)
+COMMANDS = (finetune, train, evaluate, compare, choose, classify, embed, search, export)
 for command in COMMANDS:
     app.command()(command)
 app.command(name="app")(serve)

@@ -1,4 +1,4 @@
-"""The commands that use a model: embed, search, index, app, choose, classify and explain."""
+"""The commands that use a model: embed, search, index, app, choose and classify."""
 
 from dataclasses import replace
 from functools import partial
@@ -256,28 +256,3 @@ def _print(prediction: Any) -> None:
     from declip.data.pair import printable
 
     typer.echo(f"{printable(prediction.image)}\t{prediction.best}\t{prediction.probability:.4f}")
-
-
-def explain(
-    model: opt.Model,
-    image: Annotated[Path, Argument(parser=expand, metavar="IMAGE", help="an image file")],
-    text: Annotated[str, Argument(help="what to look for in the image")],
-    out: Annotated[Path, file("image to write: a heat map over the given one (PNG)")],
-    size: Annotated[int | None, Option(min=8, help="pixels of the sides that the model sees")] = None,
-    device: opt.Device = "auto",
-) -> None:
-    """Show where a text fits in an image: draw a heat map over the image."""
-    check_outputs((out,))
-    if not text.strip():
-        raise UserError("The text is empty. Give what to look for, such as 'a red apple'.")
-    from declip.data.images.decode import read_picture
-
-    picture = read_picture(image)  # before torch is imported
-    from declip.interchange.read import load
-    from declip.reports.sheets import heat_map
-
-    values = load(model, device).similarity_map(picture, text, size)
-    top, left = divmod(int(values.argmax()), values.shape[1])
-    where = f"{left}, {top} of {picture.width} × {picture.height} pixels"
-    say(f"Most similar at {where}: {values.max():.2f}, mean {values.mean():.2f}.")
-    write_image(out, heat_map(picture, values.numpy()), "--out")

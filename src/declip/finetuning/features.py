@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 import PIL
+import timm
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -34,14 +35,13 @@ from declip.models.image_tower import PosteriorProjection
 from declip.models.inference import chunked, normalized
 from declip.models.layers import IMAGE, PROJECTIONS, TEXT
 from declip.models.precision import TYPES, pooling_tower
-from declip.models.timm_import import timm
 from declip.recipe.schema import Recipe
 from declip.training.assemble import Resolved
 
 KEY, FILE = 16, "features.sqlite"  # bytes of a key; file of a tower
 BATCH = 64  # images or captions that a tower sees at a time
 MANY = 200  # pairs from which on processes read the images
-FEATURE_VERSION = 3  # increase it when preprocessing, tokenizers or towers compute other features of the same input
+FEATURE_VERSION = 4  # increase it when preprocessing, tokenizers or towers compute other features of the same input
 
 
 class FrozenEncoder:

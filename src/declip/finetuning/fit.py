@@ -147,7 +147,7 @@ def frozen_model(resolved: Resolved) -> DualEncoder:
     """Build the model with the towers of the start and projections that are still to be set."""
     recipe, weights = resolved.recipe, resolved.weights
     assert weights is not None, "the schema requires finetune.pretrained for frozen blocks"
-    if not weights.whole and not (recipe.text.hf_model is not None and recipe.text.pretrained):
+    if not weights.has_text and not (recipe.text.hf_model is not None and recipe.text.pretrained):
         raise UserError(
             f"'{weights.origin}' has no text tower to freeze. Leave --freeze out, or give a text encoder too: "
             "--from timm:NAME/FILE+ENCODER."

@@ -178,7 +178,7 @@ def finetune_recipe(
     device = pick_device(given.get("train.device", "auto"))
     where = request.weights or default_weights(device.type)
     start = read_start(where)
-    kind: Start = "image" if not start.whole else "whole" if start.projected else "heads"
+    kind: Start = "image" if not start.has_text else "whole" if start.projected else "heads"
     settled = partial(settings, start=kind, on_cpu=device.type == "cpu", freeze=request.freeze, given=given)
     pretrained = {"finetune.pretrained": json.dumps(where, ensure_ascii=False)}  # quoted, see `load_for_training`
     # Keys that do not suit the weights are refused before the pairs are read.

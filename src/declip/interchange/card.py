@@ -11,7 +11,6 @@ from declip.evaluation.results import short_names
 from declip.interchange import open_clip_model, timm_weights
 from declip.interchange.format import Format, Traced, render
 from declip.interchange.read import HUB_PREFIXES
-from declip.models.dual_encoder import has_text
 from declip.recipe.schema import Recipe
 
 CARD = "README.md"
@@ -28,7 +27,7 @@ def model_card(
     model, results = traced.model, traced.results
     recipe = Recipe.model_validate(_without_folders(model.recipe.model_dump(mode="json")))
     names = short_names(result.dataset for result in results)
-    task = "zero-shot-image-classification" if has_text(model) else "image-feature-extraction"
+    task = "zero-shot-image-classification" if model.has_text else "image-feature-extraction"
     terms: dict[str, Any] = {"license": "other", "license_name": license}
     if license == NO_LICENSE or IDENTIFIER.fullmatch(license):
         terms = {"license": license.partition(":")[0].lower()}

@@ -34,7 +34,7 @@ class Classes:
     @classmethod
     def of(cls, rows: Tensor, mean: Tensor | None = None, size: int | None = None) -> "Classes":
         """Classes of a classifier's weights (c, v); ImageNet's names if it has as many classes as a set of ImageNet."""
-        from declip.models.timm_import import timm  # a second
+        import timm  # a second
 
         # (c, v)
         rows = rows.detach().float()

@@ -13,7 +13,7 @@ from declip.interchange.format import Format, ReadBack, Traced
 from declip.interchange.weights import Weights, read_recipe
 from declip.io.atomic import save_tensors
 from declip.io.text import one_line
-from declip.models.dual_encoder import DualEncoder, has_text
+from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schema import Recipe
 from declip.runs.checkpoint import prefixed, without_prefix
 
@@ -85,5 +85,5 @@ class DeclipFile(Format):
         """Load the folder."""
         model = read_part(str(folder)).build().eval()  # which this process wrote
         return ReadBack(
-            f"declip {declip.__version__}", model.encode_image, model.encode_text if has_text(model) else None
+            f"declip {declip.__version__}", model.encode_image, model.encode_text if model.has_text else None
         )

@@ -26,7 +26,6 @@ from declip.models.dual_encoder import DualEncoder
 from declip.models.image_tower import PosteriorProjection
 from declip.runs.checkpoint import STATE, list_checkpoints
 from declip.runs.folder import read_run
-from declip.supervision.objective import without_run_state
 
 FORMATS: Mapping[str, Format] = {form.name: form for form in (OpenClip(), Huggingface(), Onnx(), DeclipFile())}
 
@@ -173,9 +172,9 @@ def trace(where: str | Path | DualEncoder | Traced) -> Traced:
     if not (path / STATE).is_file() and not list_checkpoints(path):
         weights = read(where)
         origin = f"`{without_folders(str(where))}`"
-        if weights.whole and weights.classes is not None:
+        if weights.has_text and weights.classes is not None:
             origin += ", with projections fitted to the names of its classifier's classes (arXiv 2605.22484)"
-        return Traced(weights.build().eval(), origin=origin, heads=without_run_state(weights.heads))
+        return Traced(weights.build().eval(), origin=origin, heads=weights.heads)
     weights = read_checkpoint(path).check()
     return of_run(path.parent.parent if (path / STATE).is_file() else path, weights.build().eval(), weights.step)
 

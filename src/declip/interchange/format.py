@@ -12,7 +12,7 @@ from torch import Tensor
 from declip.errors import UserError
 from declip.evaluation.results import Result
 from declip.io.text import about, percent
-from declip.models.dual_encoder import DualEncoder, has_text
+from declip.models.dual_encoder import DualEncoder
 
 
 class Refusal(UserError):
@@ -84,5 +84,4 @@ def render(template: str, **values: Any) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"percent": percent, "about": about}
-    environment.globals["has_text"] = has_text
     return environment.get_template(template).render(values)

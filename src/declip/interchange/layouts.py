@@ -18,7 +18,7 @@ from declip.errors import UserError
 from declip.interchange.format import Refusal
 from declip.interchange.weights import Weights, empty, first_difference
 from declip.io.progress import quiet
-from declip.models.dual_encoder import DualEncoder, Towers, has_text
+from declip.models.dual_encoder import DualEncoder, Towers
 from declip.models.image_tower import ImageTower
 from declip.models.text_tower import TextTower
 from declip.recipe.schema import Recipe
@@ -37,10 +37,15 @@ Names = tuple[tuple[str, str], ...]
 v, which are three tensors there and one here."""
 
 
+def refuse_one_tower(model: DualEncoder) -> None:
+    """Raise a `Refusal` of an image tower alone."""
+    if not model.has_text:
+        raise Refusal("it has no text tower; export a model with both towers")
+
+
 def clip_text_tower(model: DualEncoder) -> TextTower:
     """Return the text tower if it is CLIP's, or raise a `Refusal`."""
-    if not has_text(model):
-        raise Refusal("it has no text tower; export a model with both towers")
+    refuse_one_tower(model)
     if not isinstance(model.text_tower, TextTower):
         kind = type(model.text_tower).__name__
         raise Refusal(f"its text tower is a {kind}, not CLIP's, which is the one of a recipe without text.hf_model")
@@ -214,7 +219,7 @@ def activation_of(keys: Mapping[str, Any]) -> str:
 
 def clip_keys(tower: ImageTower) -> dict[str, Any] | None:
     """Recipe keys that build the same tower, if it is a ViT or ResNet of CLIP; otherwise None."""
-    from declip.models.timm_import import timm
+    import timm
 
     trunk = tower.trunk
     try:

@@ -18,7 +18,7 @@ from declip.interchange.format import Format, ReadBack, Refusal, Traced, render
 from declip.interchange.layouts import preprocess_config, write_tokenizer
 from declip.io.progress import quiet
 from declip.io.text import one_line
-from declip.models.dual_encoder import DualEncoder, has_text
+from declip.models.dual_encoder import DualEncoder
 
 OPSET = 18
 VISUAL, TEXTUAL = "visual", "textual"
@@ -33,7 +33,9 @@ class Onnx(Format):
 
     def holds(self, model: DualEncoder) -> None:
         """Refuse tokenizers that tokenizer.json cannot represent."""
-        if isinstance(model.tokenizer, WrappedTokenizer) and model.tokenizer.stored["zeroed"] is not None:
+        if not model.has_text or not isinstance(model.tokenizer, WrappedTokenizer):
+            return
+        if model.tokenizer.stored["zeroed"] is not None:
             raise Refusal("its tokenizer replaces one id by 0, which tokenizer.json cannot represent")
 
     def write(self, traced: Traced, folder: Path, repo: str | None) -> None:
@@ -59,7 +61,7 @@ class Onnx(Format):
         tower = TowerFunction(model.image_tower, model.encode_image)
         _export(tower, pixels, {0: batch}, folder / VISUAL / MODEL, about["vision_cfg"])
         (folder / VISUAL / "preprocess_cfg.json").write_text(json.dumps(prepared, indent=2) + "\n", encoding="utf-8")
-        if has_text(model):
+        if model.has_text:
             # Text tower, with a tokenizer of the `tokenizers` library
             tokenizer = model.tokenizer
             about["text_cfg"] = {"context_length": tokenizer.context, "input": "text", "output": "text_embeds"}
@@ -88,7 +90,8 @@ class Onnx(Format):
 
     def card(self, model: DualEncoder, repo: str | None) -> str:
         """Usage by onnxruntime and tokenizers."""
-        return render("onnx.jinja", model=model, cleaned=cleaning(model.tokenizer))
+        cleaned = cleaning(model.tokenizer) if model.has_text else ""
+        return render("onnx.jinja", model=model, cleaned=cleaned)
 
 
 class TowerFunction(nn.Module):
@@ -102,8 +105,9 @@ class TowerFunction(nn.Module):
 
 def cleaning(tokenizer: CaptionTokenizer) -> str:
     """Name in open_clip of the cleaning that tokenizer.json does not contain, or ""."""
-    wrapped = isinstance(tokenizer, WrappedTokenizer) and tokenizer.clip is None
-    return str(tokenizer.stored["clean"]) if wrapped else ""  # type: ignore[attr-defined]
+    if isinstance(tokenizer, WrappedTokenizer) and tokenizer.clip is None:
+        return str(tokenizer.stored["clean"])
+    return ""
 
 
 def _export(module: nn.Module, example: Tensor, sizes: dict[int, Any], path: Path, about: dict[str, Any]) -> None:

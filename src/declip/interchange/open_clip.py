@@ -44,7 +44,7 @@ WEIGHTS = "open_clip_model.safetensors"
 CLOSE = 1e-4  # tolerance for features of length 1, between a model here and in open_clip
 CAPTIONS = ("a red circle", "Two CATS &amp; a dog, asleep on a sofa", "")
 
-ENCODERS = ("bert", "roberta", "xlm-roberta")  # text encoder architectures that both open_clip 3.3 and declip build
+ENCODERS = ("bert", "roberta", "xlm-roberta")  # text encoder architectures that open_clip builds too
 EXPRESSED = {
     "vision_cfg": {
         *("layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size", "patch_dropout", "timm_model_name"),
@@ -223,6 +223,7 @@ def text_encoder(model: DualEncoder) -> Mapping[str, Any] | None:
 
 def _express(model: DualEncoder, repo: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Build open_clip's configuration and tensors; `repo` is the repository of the files, or `HERE`."""
+    layouts.refuse_one_tower(model)
     recipe = model.recipe
     # Towers of open_clip go back as they came; CLIP's are renamed.
     if isinstance(model.text_tower, WrappedTextTower):
@@ -305,7 +306,7 @@ def _vision_config(model: DualEncoder, keys: Mapping[str, Any] | None, activatio
         width = sizes["embed_dim"]
         config = {"layers": sizes["depth"], "width": width, "head_width": width // sizes["num_heads"]}
         return config | {name: sizes[name] for name in ("patch_size", "mlp_ratio")}, layouts.CLIP_VIT
-    from declip.models.timm_import import timm
+    import timm
 
     name, tower = model.recipe.image.model, model.image_tower
     difference: str | None = "timm does not know it"

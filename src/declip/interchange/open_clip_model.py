@@ -30,7 +30,7 @@ PREFIX, FOLDER = "open_clip:", "local-dir:"
 CONFIG = "open_clip_config.json"
 ENCODER = "config.json"  # of a text encoder of transformers
 HERE = "."  # "hf_model_name" of a text encoder whose config.json is in the same folder
-IN_FOLDER = ("*.safetensors", "*.bin", "*.pth")  # patterns of weights that open_clip 3.3 reads in a folder
+IN_FOLDER = ("*.safetensors", "*.bin", "*.pth")  # patterns of weights that open_clip reads in a folder
 PREFIXES = ("visual.", "text.")  # prefixes of tensors of open_clip's image and text tower
 
 
@@ -53,7 +53,7 @@ def matches(where: str) -> bool:
 def load_open_clip(given: str) -> OpenClipModel:
     """Build a model of open_clip by its name or folder, in evaluation mode, on the CPU, in float32.
 
-    Nothing in a file or folder can run code. The activation is the tag's: open_clip 3.3 itself computes
+    Nothing in a file or folder can run code. The activation is the tag's: open_clip itself computes
     ``ViT-B-32/openai``, and 26 more of its tags, with GELU although the weights were trained with QuickGELU, and only
     warns. With a file the name decides: ``ViT-B-32-quickgelu/FILE`` for weights trained with QuickGELU.
     """

@@ -59,7 +59,7 @@ def matches(where: str) -> bool:
 
 def read(where: str) -> Weights:
     """Read an image tower, with its image size and statistics."""
-    from declip.models.timm_import import timm
+    import timm
 
     image, plus, encoder = where.rpartition("+")
     if plus:
@@ -117,7 +117,7 @@ def _filled(
     where: str, architecture: str, size: int, weights: Mapping[str, Tensor]
 ) -> tuple[ImageTower, dict[str, Tensor]]:
     """Build the tower with the weights, which must be complete except for the classifier, and return the rest."""
-    from declip.models.timm_import import timm
+    import timm
 
     # Names of the classifier's tensors, which the tower lacks
     classifier = getattr(timm.get_pretrained_cfg(architecture), "classifier", None) or ()
@@ -141,7 +141,7 @@ def complete(weights: Weights) -> Weights:
     unchanged.
     """
     classes = weights.named_classes()
-    if classes is None or not weights.whole or weights.projected:
+    if classes is None or not weights.has_text or weights.projected:
         return weights
     return _with_heads(weights, _known_heads(weights, classes), classes.size)
 

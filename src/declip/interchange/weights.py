@@ -21,14 +21,12 @@ from torch.overrides import TorchFunctionMode
 from declip.errors import UserError
 from declip.interchange.classes import Classes
 from declip.io.text import one_line, read_yaml
-from declip.models.dual_encoder import DualEncoder, Towers
+from declip.models.dual_encoder import DualEncoder, PublishedHeads, Towers
 from declip.models.hf_encoder import TextEncoder
 from declip.models.layers import IMAGE, PROJECTIONS, TEXT, adapted, add_adapters, merge_adapters
+from declip.models.token_scorer import TokenHead, TokenScorer
 from declip.models.wrapped import WrappedModel, encoder_kept_in
-from declip.recipe.load import flat
-from declip.recipe.schema import LogitScale, Recipe
-from declip.supervision.late_interaction import restore_scorer
-from declip.supervision.objective import for_sigmoid, without_run_state
+from declip.recipe.schema import Recipe
 
 LAYER_KEY = re.compile(r"(layers|depths?|blocks)$")
 """Keys of numbers of layers in configurations of declip, timm, open_clip and transformers."""
@@ -43,7 +41,7 @@ RANDOM = {
 """Functions that fill a tensor in place with random numbers, and return it."""
 
 
-DROP_RATES = ("drop_rate", "drop_path_rate")  # ends of the names of timm's arguments
+PATCH_PROJECTION = "patch_projection.weight"  # end of a tensor's name in the head of a loss that compares tokens
 
 
 @dataclass(frozen=True)
@@ -59,8 +57,13 @@ class Weights:
     published: str = ""  # what determines the weights, if projections are computed from published files
 
     @property
-    def whole(self) -> bool:
-        """Whether there are both towers, or only the image tower."""
+    def has_image(self) -> bool:
+        """Whether there is an image tower."""
+        return any(name.startswith(IMAGE) for name in self.tensors)
+
+    @property
+    def has_text(self) -> bool:
+        """Whether there is a text tower."""
         return any(name.startswith(TEXT) for name in self.tensors)
 
     @property
@@ -71,7 +74,7 @@ class Weights:
     @property
     def encoder(self) -> TextEncoder | WrappedModel | None:
         """Configuration of the Hugging Face text encoder or the wrapped model, if it is one."""
-        return encoder_kept_in(self.tensors, self.recipe, Path(self.origin)) if self.whole else None
+        return encoder_kept_in(self.tensors, self.recipe, Path(self.origin)) if self.has_text else None
 
     def named_classes(self, file: str | None = None, required: bool = False) -> Classes | None:
         """Return the classes if they have names, or those in a file; a `UserError` without, if given or required."""
@@ -87,7 +90,7 @@ class Weights:
     def check(self) -> "Weights":
         """Compare names and shapes of the tensors with the recipe, and return the weights."""
         text = self.encoder or self.recipe.text
-        sizes = [self.recipe.image.model_dump(), vars(text) if self.whole else None]
+        sizes = [self.recipe.image.model_dump(), vars(text) if self.has_text else None]
         check_layers(sizes, len(self.tensors), f"The model in '{self.origin}'")
         # The recipe may be a stranger's: no memory is allocated for its sizes.
         with torch.device("meta"), Uninitialized():
@@ -99,7 +102,7 @@ class Weights:
     @property
     def text(self) -> "Weights | None":
         """The weights without the image tower, whose `build` imports no timm; None where the towers share something."""
-        if not self.whole or adapted(self.tensors) or isinstance(self.encoder, WrappedModel):
+        if not self.has_text or adapted(self.tensors) or isinstance(self.encoder, WrappedModel):
             return None
         return replace(self, tensors={name: t for name, t in self.tensors.items() if not name.startswith(IMAGE)})
 
@@ -108,7 +111,7 @@ class Weights:
         with torch.random.fork_rng(devices=[]), Uninitialized():
             model, adapters = self._empty()
         if difference := first_difference(model.state_dict(), self.tensors):
-            if self.whole and not self.projected:
+            if self.has_text and not self.projected:
                 difference = "no projections, nor a classifier with known names of its classes to fit them to"
             raise UserError(
                 f"'{self.origin}' is not a complete model ({difference}), but training can start from it: "
@@ -117,69 +120,56 @@ class Weights:
         model.load_state_dict(self.tensors)
         if self.published:
             heads = {name: tensor for name, tensor in self.tensors.items() if name.startswith(PROJECTIONS)}
-            model.computed = (self.published, heads)
+            model.published = PublishedHeads(self.published, heads)
         merge_adapters(adapters)
-        restore_scorer(model, self.heads, self.origin)
+        model.token_scorer = self._token_scorer(model)
         return model
 
     def as_start(self) -> "Weights":
-        """Remove tensors that another run cannot use: the queue, and the projection of an image tower alone."""
+        """Merge adapters; remove the projection of an image tower alone, which belongs to the missing text tower."""
         tensors = self.build().state_dict() if adapted(self.tensors) else self.tensors
-        if not self.whole:  # its projection belongs to the missing text tower
-            tensors = {n: t for n, t in tensors.items() if n.startswith(IMAGE) and not n.startswith(f"{IMAGE}proj.")}
-        return replace(self, tensors=tensors, heads=without_run_state(self.heads))
+        if not self.has_text:
+            projection = f"{IMAGE}proj."
+            tensors = {
+                name: tensor
+                for name, tensor in tensors.items()
+                if name.startswith(IMAGE) and not name.startswith(projection)
+            }
+        return replace(self, tensors=tensors)
 
-    def fit(self, recipe: Recipe) -> Recipe:
-        """Set the architecture, preprocessing, tokenizer and logit scale of a recipe to those of the weights.
-
-        Settings of training and rates of dropout are kept, and so are an image size, other preprocessing of images and
-        a context length from the user.
-        Without a text tower, the recipe's text tower and embedding width are kept. Weights with a bias of the logits
-        are trained with a sigmoid loss, unless the user gave losses.
-        """
-        # The image tower and its preprocessing
-        preprocessing = ("size", "mean", "std", "interpolation", "crop_pct")
-        own = (name for name in preprocessing if f"image.{name}" in recipe.given)
-        keep = {name: getattr(recipe.image, name) for name in ("freeze_patch_embed", *own)}
-        # Rates of dropout, such as patch_drop_rate, change no weights.
-        theirs, asked = self.recipe.image.model_kwargs, recipe.image.model_kwargs
-        keep["model_kwargs"] = theirs | {name: rate for name, rate in asked.items() if name.endswith(DROP_RATES)}
-        changed: dict[str, Any] = {"image": self.recipe.image.model_copy(update=keep)}
-        if self.whole:
-            # The logit scale and bias, the text tower and the width of the shared space
-            init, limits = float(self.tensors["logit_scale"]), recipe.logit_scale
-            scale = limits.model_copy(update={"init": init, "max": max(limits.max, init)})
-            if "logit_bias" in self.tensors:
-                changed["logit_bias"] = float(self.tensors["logit_bias"])
-                if not any(key.startswith("loss_weights") for key in recipe.given):
-                    changed["loss_weights"] = for_sigmoid(recipe.loss_weights)
-            text = self.recipe.text
-            if "text.context_length" in recipe.given:
-                text = text.model_copy(update={"context_length": recipe.text.context_length})
-            changed |= {"text": text, "embed_dim": self.recipe.embed_dim, "logit_scale": scale}
-        fitted = recipe.model_copy(update=changed)
-        # Keys that the user gave and the weights decide otherwise; a resolved recipe contains the default scale
-        asked, becomes = flat(recipe.model_dump()), flat(fitted.model_dump())
-        overruled = [
-            f"{key}={asked[key]} (becomes {becomes.get(key)})"
-            for key in sorted(recipe.given & asked.keys())
-            if asked[key] != becomes.get(key) and (key, asked[key]) != ("logit_scale.init", LogitScale().init)
-        ]
-        if overruled:
-            raise UserError(f"The weights of '{self.origin}' determine keys; leave them out: {', '.join(overruled)}.")
-        return fitted
+    def _token_scorer(self, model: DualEncoder) -> TokenScorer | None:
+        """Restore what compares tokens, for a model whose embeddings are not trained."""
+        section = model.recipe.token_scoring
+        first = next((name for name in self.heads if name.endswith(PATCH_PROJECTION)), None)
+        if section is None or first is None or not (model.has_image and model.has_text):
+            return None
+        prefix = first.removesuffix(PATCH_PROJECTION)
+        own = {name.removeprefix(prefix): tensor for name, tensor in self.heads.items() if name.startswith(prefix)}
+        with torch.device("meta"):  # the sizes may be a stranger's
+            head = TokenHead(model.image_tower.token_width, model.text_tower.width, section.width)
+        try:
+            head.load_state_dict(own, assign=True)
+        except RuntimeError as error:
+            problem = f"The head {prefix.rstrip('.')} in '{self.origin}' does not fit its recipe"
+            raise UserError(f"{problem}: {one_line(error)}") from error
+        return TokenScorer(prefix, head.float(), model, section.include_padding)
 
     def _empty(self) -> tuple[DualEncoder, list[Any]]:
         """Build the model without its weights, and its adapters."""
         encoder = self.encoder
         if isinstance(encoder, TextEncoder):
             encoder = replace(encoder, filled_later=True)
-        image = any(name.startswith(IMAGE) for name in self.tensors)
-        towers: Towers = "image" if not self.whole else "both" if image else "text"
-        model = empty(self.recipe, encoder, towers)
-        model.image_tower.match_projection(self.tensors)
+        model = empty(self.recipe, encoder, self._towers)
+        if model.has_image:
+            model.image_tower.match_projection(self.tensors)
         lora, with_adapters = self.recipe.finetune.lora, adapted(self.tensors)
         return model, add_adapters(model, lora, with_adapters) if lora is not None and with_adapters else []
+
+    @property
+    def _towers(self) -> Towers:
+        if not self.has_text:
+            return "image"
+        return "both" if self.has_image else "text"
 
 
 class Uninitialized(TorchFunctionMode):

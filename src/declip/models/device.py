@@ -32,7 +32,7 @@ def computes_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type != "cpu" or not torch.backends.mkldnn.is_available() or not hasattr(torch.cpu, "get_capabilities"):
-        return False  # the query is younger than the oldest torch that is supported
+        return False  # not every torch tells its instructions
     return any(torch.cpu.get_capabilities().get(name) for name in CPU_BF16)
 
 

@@ -1,8 +1,7 @@
 """The dual encoder: an image tower and a text tower with a shared embedding space."""
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from copy import copy
+from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 import torch
@@ -14,13 +13,22 @@ from declip.data.images.preprocess import Preprocess
 from declip.data.text.tokenizer import CaptionTokenizer, HuggingfaceTokenizer, Tokenizer, WrappedTokenizer
 from declip.errors import UserError
 from declip.models.hf_encoder import HuggingfaceTextTower, TextEncoder, read_encoder
-from declip.models.image_tower import ImageFeatures, ImageTower, NoImageTower
-from declip.models.text_tower import AnyTextTower, NoTextTower, NoTokenizer, TextTower
+from declip.models.image_tower import ImageFeatures, ImageTower
+from declip.models.text_tower import AnyTextTower, TextTower
+from declip.models.token_scorer import TokenScorer
 from declip.models.wrapped import WrappedImageTower, WrappedModel, WrappedTextTower
 from declip.recipe.schema import Recipe
 from declip.recipe.starts import NAMED
 
 Towers = Literal["both", "image", "text"]
+
+
+@dataclass(frozen=True)
+class PublishedHeads:
+    """Projections that were computed from published files, whose last digits differ between machines."""
+
+    files: str  # digests of the files, and the version of the computation
+    projections: Mapping[str, Tensor]  # by the names of `DualEncoder`
 
 
 class DualEncoder(nn.Module):
@@ -35,47 +43,52 @@ class DualEncoder(nn.Module):
         torch.Size([1, 2])
     """
 
-    computed: tuple[str, dict[str, Tensor]] = ("", {})  # `Weights.published`, and the projections computed from it
-    fingerprint = ""  # of the float32 weights, if the towers were converted since
-    token_scorer: Any = None  # `TokenScorer` of a model whose embeddings are not trained
+    has_image: bool  # whether there is an `image_tower`
+    has_text: bool  # whether there are a `text_tower` and a `tokenizer`
+    image_tower: ImageTower
+    text_tower: AnyTextTower
+    tokenizer: CaptionTokenizer
+    published: PublishedHeads | None
+    float32_fingerprint: str | None  # of the weights before a conversion to another precision
+    token_scorer: TokenScorer | None  # of a model whose embeddings are not trained
 
     def __init__(
         self, recipe: Recipe, encoder: TextEncoder | WrappedModel | None = None, towers: Towers = "both"
     ) -> None:
-        """Build both towers, or one; encoding captions without a text tower raises a `UserError`.
+        """Build both towers, or one; encoding without its tower raises a `UserError`.
 
         The encoder of ``text.hf_model`` starts from its own weights unless ``text.pretrained`` is false; `encoder` is
         used instead where the weights will be loaded anyway. A `WrappedModel` always gives both towers.
         """
         super().__init__()
-        self.recipe, given = recipe, recipe.image
-        self.image_tower: ImageTower
-        self.text_tower: AnyTextTower
-        self.tokenizer: CaptionTokenizer
-        options: Mapping[str, Any] = {}
+        self.recipe, image = recipe, recipe.image
+        self.published, self.float32_fingerprint, self.token_scorer = None, None, None
+        wrapped = isinstance(encoder, WrappedModel)
+        self.has_image = wrapped or towers != "text"
+        self.has_text = wrapped or towers != "image"
+        prepared: dict[str, Any] = {"interpolation": image.interpolation, "resize": image.resize}
         if isinstance(encoder, WrappedModel):
-            encoder, options = encoder.with_context(recipe.text.context_length), encoder.image
-            visual, words = encoder.build(given.size)
-            self.image_tower = WrappedImageTower(visual, recipe.embed_dim)
-            self.tokenizer = tokenizer = WrappedTokenizer(**encoder.tokenizer)
-            self.text_tower = WrappedTextTower(words, tokenizer, encoder)
-            if recipe.views.text.mask:
-                self.text_tower.language_head()  # raises
+            prepared |= encoder.image
+            self._wrap(encoder.with_context(recipe.text.context_length))
         else:
-            # Towers of declip, either of which may be missing
-            self.image_tower, self.tokenizer, self.text_tower = NoImageTower(), NoTokenizer(), NoTextTower()
-            if towers != "text":
-                if given.model.startswith(NAMED):
-                    raise UserError(f"image.model={given.model} comes with weights: give them as finetune.pretrained.")
-                sizes = (given.model, given.size, recipe.embed_dim, given.model_kwargs, given.freeze_patch_embed)
-                self.image_tower = ImageTower(*sizes)
-            if towers != "image":
+            if self.has_image:
+                self.image_tower = _image_tower(recipe)
+            if self.has_text:
                 self.tokenizer, self.text_tower = _text_parts(recipe, encoder)
         self.logit_scale = nn.Parameter(torch.tensor(recipe.logit_scale.init))
         bias = recipe.initial_bias
         self.logit_bias = None if bias is None else nn.Parameter(torch.tensor(bias))
-        options = {"interpolation": given.interpolation, "resize": given.resize, **options}
-        self.preprocessor = Preprocess(given.size, given.mean, given.std, **options)
+        self.preprocessor = Preprocess(image.size, image.mean, image.std, **prepared)
+
+    def _wrap(self, model: WrappedModel) -> None:
+        """Build the towers of a model of open_clip."""
+        visual, words = model.build(self.recipe.image.size)
+        self.image_tower = WrappedImageTower(visual, self.recipe.embed_dim)
+        tokenizer = WrappedTokenizer(**model.tokenizer)
+        self.tokenizer = tokenizer
+        self.text_tower = WrappedTextTower(words, tokenizer, model)
+        if self.recipe.views.text.mask:
+            self.text_tower.language_head()  # raises
 
     @classmethod
     def from_recipe(cls, recipe: Recipe, encoder: TextEncoder | WrappedModel | None = None) -> "DualEncoder":
@@ -96,12 +109,12 @@ class DualEncoder(nn.Module):
 
     def preprocess(self, images: Picture | Iterable[Picture]) -> Tensor:
         """PIL images, files or arrays (H, W, 3) of uint8 → (n, 3, S, S) float32, normalized, on the model's device."""
-        one = isinstance(images, str) or not isinstance(images, Iterable) or getattr(images, "ndim", 4) != 4
-        several: Any = [images] if one else images
+        several: Any = [images] if _is_one(images) else images
         return self.preprocessor([read_picture(image) for image in several]).to(self.device)
 
     def tokenize(self, texts: str | Sequence[str]) -> Tensor:
         """Captions → (n, L) int64 on the model's device."""
+        self._check_text()
         return self.tokenizer(texts).to(self.device)
 
     def encode_image(self, images: Tensor | Picture | Iterable[Picture]) -> Tensor:
@@ -117,42 +130,16 @@ class DualEncoder(nn.Module):
 
     def encode_text(self, texts: Tensor | str | Sequence[str]) -> Tensor:
         """Encode captions, or the (n, L) ids that `tokenize` made of them, as (n, d) float32 of length 1."""
+        self._check_text()
         tokens = texts if isinstance(texts, Tensor) else self.tokenize(texts)
         if tokens.ndim != 2 or tokens.is_floating_point():
             raise _unsuitable(tokens, "token ids (n, L), as `tokenize` returns them, or texts")
         with torch.set_grad_enabled(self.training and torch.is_grad_enabled()):
             return F.normalize(self.text_tower(tokens).pooled.float(), dim=-1)
 
-    @torch.no_grad()
-    def similarity_map(self, image: Picture, text: str | Sequence[str], size: int | None = None) -> Tensor:
-        """Compute how much every pixel of an image contributes to its similarity with a text.
-
-        Returns:
-            (H, W) float32 in the size of the image, of any sign; (n, H, W) for n texts. If the tower pools its cells by
-            a mean and its projection is linear, the mean of the map is the cosine of text and image. The image is
-            squashed to a square, so that all of it is seen.
-
-        Args:
-            size: Side of the square in pixels, by default that of training. Twice as much shows more detail; towers
-                with position embeddings take one size only.
-
-        Examples:
-            >>> declip.load("runs/demo").similarity_map(Image.open("photos/red.png"), "a red square").shape
-            torch.Size([16, 16])
-        """
-        image, preprocess = read_picture(image), copy(self.preprocessor)
-        preprocess.size, preprocess.squash = size or preprocess.size, True
-        if preprocess.size != self.preprocessor.size:
-            self.image_tower.refuse_size(type(self.image_tower).__name__, preprocess.size, "size")
-        pixels = preprocess(image).to(self.device, next(self.image_tower.parameters()).dtype)
-        # Not cosines: the embedding of an empty background has a direction too, but little length.
-        cells = self.image_tower.encode_cells(pixels)[0].float()
-        parts = self.encode_text(self.tokenize(text)) @ cells.mT / cells.mean(dim=0).norm()  # (n, P)
-        grid = parts.unflatten(1, (math.isqrt(len(cells)), -1))[None]
-        maps = F.interpolate(grid, (image.height, image.width), mode="bilinear")[0].cpu()
-        return maps[0] if isinstance(text, str) else maps
-
     def _encode(self, images: Tensor | Picture | Iterable[Picture]) -> ImageFeatures:
+        if not self.has_image:
+            raise UserError("This is a text tower alone, without images. Use weights of both towers.")
         pixels = images if isinstance(images, Tensor) else self.preprocess(images)
         if pixels.ndim != 4 or not pixels.is_floating_point():
             raise _unsuitable(pixels, "pixels (n, 3, S, S), as `preprocess` returns them, or images")
@@ -160,14 +147,29 @@ class DualEncoder(nn.Module):
             # A model that was converted, as by model.bfloat16(), takes the preprocessing's float32 images too.
             return self.image_tower(pixels.to(next(self.image_tower.parameters()).dtype))
 
+    def _check_text(self) -> None:
+        if not self.has_text:
+            raise UserError(
+                "This is an image tower alone, without texts. Use --task linear, or weights of both towers."
+            )
+
+
+def _is_one(images: Any) -> bool:
+    """Whether this is one picture: a path, a PIL image or an array (H, W, 3); not several of them."""
+    if isinstance(images, str) or not isinstance(images, Iterable):
+        return True
+    return getattr(images, "ndim", 4) != 4
+
 
 def _unsuitable(given: Tensor, wanted: str) -> UserError:
     return UserError(f"A tensor {tuple(given.shape)} of {given.dtype} cannot be encoded. Pass {wanted}.")
 
 
-def has_text(model: DualEncoder) -> bool:
-    """Whether the model can encode captions."""
-    return not isinstance(model.text_tower, NoTextTower)
+def _image_tower(recipe: Recipe) -> ImageTower:
+    image = recipe.image
+    if image.model.startswith(NAMED):
+        raise UserError(f"image.model={image.model} comes with weights: give them as finetune.pretrained.")
+    return ImageTower(image.model, image.size, recipe.embed_dim, image.model_kwargs, image.freeze_patch_embed)
 
 
 def _text_parts(recipe: Recipe, encoder: TextEncoder | None) -> tuple[CaptionTokenizer, AnyTextTower]:

@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from declip.errors import UserError
+from declip.models.dual_encoder import DualEncoder
 
 PROBE = "a photo of two red apples, and a dog"  # its token ids are part of the fingerprint
 
@@ -20,23 +21,25 @@ def fingerprint(model: Any, tensors: Mapping[str, Tensor] | None = None) -> str:
     A model that was converted to another precision has the one of its float32 weights. `tensors` are those of the file,
     in its types, if the model was built in part.
     """
-    if converted := getattr(model, "fingerprint", ""):
-        return str(converted)
     if not hasattr(model, "state_dict"):
         raise UserError(f"{type(model).__name__} has no `state_dict`, so it cannot be distinguished from other models.")
     digest = hashlib.sha256(type(model).__qualname__.encode())
-    if (recipe := getattr(model, "recipe", None)) is not None:  # equal weights may be applied in several ways
-        image, text = recipe.image, recipe.text
+    state: Mapping[str, Any] = model.state_dict() if tensors is None else tensors
+    if isinstance(model, DualEncoder):
+        if model.float32_fingerprint is not None:
+            return model.float32_fingerprint
+        # equal weights may be applied in several ways
+        image, text = model.recipe.image, model.recipe.text
         digest.update(repr((image.model, image.model_kwargs, text.heads, text.activation, text.pooling)).encode())
-    state = model.state_dict() if tensors is None else tensors
-    # The last digits of computed projections differ between machines, so what they are computed from stands for them.
-    published, projections = getattr(model, "computed", ("", {}))
-    if published and all(torch.equal(state[name].cpu(), tensor) for name, tensor in projections.items()):
-        digest.update(published.encode())
-        state = {}
-    floats = tensors is not None  # as models compute
+        # The last digits of computed projections differ between machines: their files stand for them.
+        if model.published is not None and _holds(state, model.published.projections):
+            digest.update(model.published.files.encode())
+            state = {}
     values = {name: value for name, value in sorted(state.items()) if isinstance(value, Tensor)}
-    hash_tensors(digest, {n: v.float() if floats and v.is_floating_point() else v for n, v in values.items()})
+    if tensors is not None:  # as models compute
+        values = {name: _in_float32(value) for name, value in values.items()}
+    hash_tensors(digest, values)
+    # Preprocessing and tokenizer
     noise = np.random.default_rng(0).integers(0, 256, (97, 131, 3), dtype=np.uint8)
     pixels = model.preprocess([Image.fromarray(noise)]).float()
     digest.update(str(tuple(pixels.shape)).encode() + pixels.cpu().numpy().tobytes())
@@ -45,6 +48,15 @@ def fingerprint(model: Any, tensors: Mapping[str, Tensor] | None = None) -> str:
     except UserError:  # a model without a text tower
         digest.update(b"no text")
     return digest.hexdigest()
+
+
+def _holds(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a state has these tensors, bit for bit."""
+    return all(torch.equal(state[name].cpu(), tensor) for name, tensor in tensors.items())
+
+
+def _in_float32(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor
 
 
 def hash_tensors(digest: Any, tensors: Mapping[str, Tensor]) -> None:

@@ -5,9 +5,9 @@ search builds no image tower.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from timm.models.byobnet import ByoBlockCfg
 
 warn_once = cache(logging.getLogger("declip").warning)  # once per process, however often the tower is built
-
-CELLS = 32  # cells of an image that are pooled at a time: attention pools copy the whole map for each
 
 OTHER_FILES = {"checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
 """Arguments of `timm.create_model` by which a recipe, perhaps a stranger's, would name files or addresses."""
@@ -126,7 +124,7 @@ class ImageTower(nn.Module):
         weights: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
-        from declip.models.timm_import import timm
+        import timm
 
         self.trunk = _create(name, size, options or {}, weights)
         self.norm: nn.Module = nn.Identity()
@@ -170,16 +168,7 @@ class ImageTower(nn.Module):
         """Encode images up to the projection, (B, width)."""
         return self.encode(images)[0]
 
-    def encode_cells(self, images: Tensor) -> Tensor:
-        """Embed the patches or grid cells of images (B, 3, H, W), row by row: (B, P, d), not normalized.
-
-        The embedding of a cell is that of a feature map whose cells are all equal to it. Behind a mean or a class token
-        that is the projection of the cell, behind attention the path of its value, as in MaskCLIP (arXiv 2112.01071).
-        """
-        pool = partial(self.trunk.forward_head, pre_logits=True)
-        return self.proj(self.norm(pool_cells(self.trunk, images, pool)))
-
-    def refuse_size(self, name: str, size: int, key: str = "image.size") -> None:
+    def refuse_size(self, name: str, size: int) -> None:
         """Try one image of a size: many towers can be built for sizes that their forward pass cannot take."""
         training = self.training
         self.eval()  # so that no random number is consumed and no running statistic changes
@@ -191,17 +180,10 @@ class ImageTower(nn.Module):
         except (RuntimeError, AssertionError, ValueError) as error:
             raise UserError(
                 f"The image tower '{name}' does not take images of {size} × {size} pixels: "
-                f"{str(error).splitlines()[0]}. Give another {key} (multiples of 32 suit most) or image.model."
+                f"{str(error).splitlines()[0]}. Give another image.size (multiples of 32 suit most) or image.model."
             ) from error
         finally:
             self.train(training)
-
-
-class NoImageTower(ImageTower):
-    """Placeholder for an image tower that is not built, because only texts are encoded."""
-
-    def __init__(self) -> None:
-        nn.Module.__init__(self)
 
 
 def grid_tokens(trunk: Any, features: Tensor) -> Tensor:
@@ -213,22 +195,8 @@ def grid_tokens(trunk: Any, features: Tensor) -> Tensor:
     return features[:, getattr(trunk, "num_prefix_tokens", 0) :]
 
 
-def pool_cells(trunk: Any, images: Tensor, pool: Callable[[Tensor], Tensor]) -> Tensor:
-    """Pool the features of a timm trunk cell by cell, each spread over a complete feature map: (B, P, width)."""
-    features = trunk.forward_features(images)
-    cells = grid_tokens(trunk, features)
-    rows, width = cells.flatten(0, 1), cells.shape[-1]
-    if features.ndim == 3:  # (n, prefix tokens + 1, width)
-        alike = rows[:, None].expand(-1, getattr(trunk, "num_prefix_tokens", 0) + 1, -1)
-    elif features.shape[1] == width:  # (n, width, h, w)
-        alike = rows[:, :, None, None].expand(-1, -1, *features.shape[2:])
-    else:  # (n, h, w, width)
-        alike = rows[:, None, None].expand(-1, *features.shape[1:3], -1)
-    return torch.cat([pool(part) for part in alike.split(CELLS)]).unflatten(0, cells.shape[:2])
-
-
 def _create(name: str, size: int, options: dict[str, Any], weights: Mapping[str, Tensor] | None = None) -> Any:
-    from declip.models.timm_import import timm
+    import timm
 
     base, preset = SMALL_TOWERS.get(name, (name, {}))
     if "blocks" in preset:

@@ -4,13 +4,13 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from declip.data.text.tokenizer import CaptionTokenizer, padded_length
+from declip.data.text.tokenizer import padded_length
 from declip.errors import UserError
 from declip.recipe.schema import TextTowerConfig
 
@@ -56,27 +56,6 @@ class AnyTextTower(nn.Module, ABC):
         return self.encode(tokens)[0]
 
 
-def refuse_text(*given: object, **named: object) -> NoReturn:
-    """Raise the `UserError` of a model without a text tower, in place of its methods."""
-    raise UserError("This is an image tower alone, without texts. Use --task linear, or weights of both towers.")
-
-
-class NoTextTower(AnyTextTower):
-    """Placeholder for a missing text tower."""
-
-    encode = language_head = refuse_text
-
-
-class NoTokenizer(CaptionTokenizer):
-    """Placeholder for the tokenizer of a missing text tower."""
-
-    _arguments = ()
-    word_ids = spell = __call__ = refuse_text
-
-    def __init__(self) -> None:
-        pass  # no context
-
-
 class SelfContained(nn.Module):
     """A tower whose state includes its configuration and tokenizer, so that the weights need no other file."""
 
@@ -116,7 +95,7 @@ class CausalSelfAttention(nn.Module):
         # (B, L, 3·width) → 3 × (B, heads, L, width / heads)
         query, key, value = qkv.view(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
         dtype = query.dtype
-        # On a CPU torch's bfloat16 kernel takes 9 times as long backwards as float32 at 16 tokens (torch 2.13).
+        # On a CPU torch's bfloat16 kernel takes 9 times as long backwards as float32 at 16 tokens.
         in_float = dtype == torch.bfloat16 and query.device.type == "cpu"
         with torch.autocast(query.device.type, enabled=torch.is_autocast_enabled(query.device.type) and not in_float):
             if in_float:

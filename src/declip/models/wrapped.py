@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from declip.data.text.tokenizer import WrappedTokenizer
 from declip.errors import UserError, check_installed
 from declip.models.hf_encoder import ENTRY, TextEncoder, check_context
-from declip.models.image_tower import ImageTower, grid_tokens, pool_cells
+from declip.models.image_tower import ImageTower, grid_tokens
 from declip.models.text_tower import AnyTextTower, SelfContained
 from declip.recipe.schema import Recipe
 
@@ -31,7 +31,7 @@ class WrappedModel:
     """A model of open_clip without its weights."""
 
     config: Mapping[str, Any]  # "model_cfg"
-    image: Mapping[str, Any]  # "squash", and in older files "interpolation": arguments of `Preprocess`
+    image: Mapping[str, Any]  # "squash": arguments of `Preprocess`
     tokenizer: Mapping[str, Any]  # arguments of `WrappedTokenizer`
     encoder: Mapping[str, Any] | None = None  # configuration of a Hugging Face text encoder inside open_clip's model
 
@@ -54,9 +54,8 @@ class WrappedModel:
     def build(self, size: int) -> tuple[nn.Module, nn.Module]:
         """Build open_clip's image and text modules for an image size, with random weights."""
         check_installed("open_clip", "open_clip", "This model")
+        import timm
         from open_clip import CustomTextCLIP
-
-        from declip.models.timm_import import timm
 
         config = deepcopy(dict(self.config))
         vision, text = config["vision_cfg"], config["text_cfg"]
@@ -137,16 +136,6 @@ class WrappedImageTower(ImageTower):
             return self.trunk.head(self.trunk.trunk.forward_head(features)), grid_tokens(self.trunk.trunk, features)
         out: Any = self.trunk(images)
         return out if self.gives_tokens else (out, out.unsqueeze(1))
-
-    def encode_cells(self, images: Tensor) -> Tensor:
-        """Embed the patches of images (B, 3, H, W), (B, P, d), not normalized."""
-        module = self.trunk
-        if self.is_timm:
-            return self.proj(pool_cells(module.trunk, images, lambda x: module.head(module.trunk.forward_head(x))))
-        if not self.gives_tokens or module.attn_pool is not None:
-            raise UserError("This tower embeds no patches, so it has no similarity map. Use a tower of timm or declip.")
-        tokens = module(images)[1]
-        return self.proj(module.ln_post(tokens) if module.final_ln_after_pool else tokens)
 
 
 class WrappedTextTower(SelfContained, AnyTextTower):

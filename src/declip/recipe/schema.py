@@ -418,6 +418,12 @@ class Recipe(Section):
         """Losses with a weight above 0, by name, in the order of the file."""
         return {name: weight for name, weight in self.loss_weights.items() if weight > 0}
 
+    @property
+    def token_scoring(self) -> LateInteractionConfig | None:
+        """Settings of scores by tokens, if the only loss compares tokens and trains no embeddings."""
+        alone = list(self.active_losses) == ["late_interaction"]
+        return self.late_interaction if alone else None
+
     def to_yaml(self) -> str:
         """The resolved recipe, with every default written out."""
         return write_yaml(self.model_dump(mode="json"))

@@ -1,9 +1,8 @@
-"""Images that commands write: the contact sheet of a search, and a map of similarities over an image."""
+"""Contact sheets of a search."""
 
 from collections.abc import Sequence
 from textwrap import wrap
 
-import numpy as np
 from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
@@ -17,8 +16,6 @@ SIDE, GAP, MARGIN, HEAD = 148, 16, 28, 60
 
 LETTERS, LINES, LINE = 19, 3, 17  # letters per line of a caption, lines, and pixels per line
 CELL = SIDE + LINES * LINE + GAP
-HEAT = (240, 80, 20)  # the color of the most similar region
-DIMMED = 0.55  # how far the image is mixed with white where the map is at its median or below
 INK, QUIET, PAPER, FRAME = "#1c2127", "#5b6470", "#fbfaf7", "#d9d5cc"
 
 
@@ -64,14 +61,3 @@ def _paste(
     if image is not None:
         small = ImageOps.contain(image, (side, side), Image.Resampling.LANCZOS)
         paper.paste(small, (left + (side - small.width) // 2, top + (side - small.height) // 2))
-
-
-def heat_map(image: Image.Image, similarities: np.ndarray) -> Image.Image:
-    """Draw similarities (H, W) over an image (H, W): in color above their median, the strongest at their maximum."""
-    lowest, highest = np.median(similarities), similarities.max()
-    heat = np.clip((similarities - lowest) / max(highest - lowest, 1e-12), 0, 1)[..., None]
-    pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
-    gray = pixels.mean(-1, keepdims=True) * (1 - DIMMED) + 255 * DIMMED
-    # What is similar keeps its own colors, under half of the heat.
-    mixed = (1 - heat) * gray + heat * (pixels + np.array(HEAT)) / 2
-    return Image.fromarray(mixed.astype(np.uint8))

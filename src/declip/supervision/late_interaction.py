@@ -2,7 +2,6 @@
 
 import logging
 import math
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
 
@@ -11,10 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from declip.data.batch import Needs
-from declip.errors import UserError
-from declip.io.text import one_line
-from declip.models.dual_encoder import DualEncoder, has_text
-from declip.models.image_tower import NoImageTower
+from declip.models.dual_encoder import DualEncoder
+from declip.models.token_scorer import TokenScorer, token_similarity
 from declip.recipe.schema import Recipe
 from declip.supervision.contrastive import mean_in_blocks, to_float32
 from declip.supervision.term import Encodings, Rows, Similarity, Term, require
@@ -24,7 +21,6 @@ warn_once = cache(log.warning)  # once per process, however often the model is b
 
 NAME = "late_interaction"
 HEAD = f"terms.{NAME}."  # beginning of the names of its tensors
-SCORES_AT_ONCE = 2**26  # of tokens and tokens: 256 MiB in float32, whatever the batch
 
 
 def select_tokens(
@@ -53,32 +49,6 @@ def select_tokens(
         score = (to_float32(tokens) * paired.sum(dim=1, keepdim=True)).sum(dim=-1)
         best = score.masked_fill(~counted, float("-inf")).topk(min(k, tokens.shape[1]), dim=1).indices
     return tokens.take_along_dim(best.unsqueeze(-1), dim=1), counted.take_along_dim(best, dim=1)
-
-
-def similarity(tokens: Tensor, keys: Tensor, mask: Tensor | None = None, key_mask: Tensor | None = None) -> Tensor:
-    """Late-interaction similarity of samples to key samples of the other modality (FILIP, arXiv 2111.07783).
-
-    Equals the plain loop
-        similarity[b, n] = mean over t in mask[b] of max over u in key_mask[n] of tokens[b, t]·keys[n, u]
-    Returns (B, N) of tokens (B, t, d) and keys (N, u, d), L2-normalized; masks are true where a token counts, at least
-    one in each row. Costs 2·B·t·N·u·d operations; for the backward pass only the B·t·N positions of the maxima are
-    kept, 8 bytes each.
-    """
-    tokens, keys = to_float32(tokens), to_float32(keys)
-    counted = tokens.new_ones(tokens.shape[:2]) if mask is None else mask.to(tokens)
-    weight = (counted / counted.sum(dim=1, keepdim=True)).unsqueeze(-1)
-    block = max(1, SCORES_AT_ONCE // (counted.numel() * keys.shape[1]))
-    columns = []
-    with torch.autocast(tokens.device.type, enabled=False):
-        for start in range(0, len(keys), block):
-            some = keys[start : start + block]
-            # (B, t, d) and (n, u, d) → (B·t, n, u)
-            score = (tokens.flatten(0, 1) @ some.flatten(0, 1).mT).unflatten(1, some.shape[:2])
-            if key_mask is not None:
-                score.masked_fill_(~key_mask[start : start + block], float("-inf"))
-            best = score.max(dim=-1).values.unflatten(0, tokens.shape[:2])
-            columns.append((best * weight).sum(dim=1))
-    return torch.cat(columns, dim=1)
 
 
 def late_interaction(
@@ -112,7 +82,7 @@ def late_interaction(
         def loss(start: int, stop: int) -> Tensor:
             positives = torch.arange(offset + start, offset + stop, device=tokens.device)
             own = None if mask is None else mask[start:stop]
-            logits = scale * similarity(tokens[start:stop], keys, own, key_mask)
+            logits = scale * token_similarity(tokens[start:stop], keys, own, key_mask)
             return F.cross_entropy(logits, positives, reduction="sum")
 
         return mean_in_blocks(loss, len(tokens), tokens.shape[1] * len(keys) * torch.int64.itemsize, max_logit_bytes)
@@ -141,8 +111,8 @@ class LateInteraction(Term):
         self.logit_scale = nn.Parameter(torch.tensor(recipe.logit_scale.init))
         self.longest = self.section.top_k or model.text_tower.context
         self.min_scale = recipe.logit_scale.min
-        if list(recipe.active_losses) == [NAME]:
-            model.token_scorer = TokenScorer(self, model)
+        if recipe.token_scoring is not None:
+            model.token_scorer = TokenScorer(HEAD, self, model, self.section.include_padding)
             warn_once(
                 f"{NAME} alone does not train embeddings, which retrieval, linear probes, search and exports use; "
                 "zero-shot evaluation compares patches with words. Set loss_weights.contrastive=1 to train embeddings."
@@ -188,49 +158,3 @@ class LateInteraction(Term):
     def after_step(self, model: DualEncoder) -> None:
         if self.min_scale is not None:
             self.logit_scale.clamp_(min=self.min_scale)
-
-
-class TokenScorer:
-    """Zero-shot classification by patches and words, as the official FILIP is evaluated; not a module of its model."""
-
-    def __init__(self, term: LateInteraction, model: DualEncoder) -> None:
-        self.term, self.model = term, model
-
-    @property
-    def heads(self) -> dict[str, Tensor]:
-        """The head of the loss, by the names of `Objective`."""
-        return {f"{HEAD}{name}": tensor.detach().float().cpu() for name, tensor in self.term.state_dict().items()}
-
-    def words(self, tokens: Tensor) -> Tensor:
-        """Encode token ids (n, L) as (n, context, d) of length 1; 0 at padding that does not count."""
-        tower = self.model.text_tower
-        texts = tower(F.pad(tokens, (0, tower.context - tokens.shape[1]), value=tower.padding))
-        words = self._projected(self.term.word_projection, texts.text_tokens)
-        if self.term.section.include_padding:
-            return words
-        return words * (torch.arange(tower.context, device=words.device) < texts.lengths[:, None]).unsqueeze(-1)
-
-    def scores(self, pixels: Tensor, classes: Tensor) -> Tensor:
-        """Similarity (n, C) of images (n, 3, S, S) to classes (C, L, d), whose positions of zeros do not count."""
-        tower = self.model.image_tower
-        patches = tower(pixels.to(next(tower.parameters()).dtype)).tokens
-        counted = None if self.term.section.include_padding else classes.any(dim=2)
-        return similarity(self._projected(self.term.patch_projection, patches), classes, key_mask=counted)
-
-    def _projected(self, projection: nn.Linear, tokens: Tensor) -> Tensor:
-        self.term.to(tokens.device)  # a loaded model was moved without it
-        return F.normalize(projection(to_float32(tokens)), dim=-1)
-
-
-def restore_scorer(model: DualEncoder, heads: Mapping[str, Tensor], origin: str) -> None:
-    """Restore the scorer of a loaded model that this loss alone trained, from the heads of its file."""
-    own = {name.removeprefix(HEAD): tensor for name, tensor in heads.items() if name.startswith(HEAD)}
-    both = has_text(model) and not isinstance(model.image_tower, NoImageTower)
-    if own and both and list(model.recipe.active_losses) == [NAME]:
-        with torch.device("meta"):  # the sizes may be a stranger's
-            term = LateInteraction(model.recipe, model)
-        try:
-            term.load_state_dict(own, assign=True)
-        except RuntimeError as error:
-            raise UserError(f"The head of {NAME} in '{origin}' does not fit its recipe: {one_line(error)}") from error
-        term.float()

@@ -27,7 +27,7 @@ from declip.training.evaluations import HeldOutSets
 from declip.training.optimizer import build_optimizer, named_trainable
 from declip.training.pairs import open_training_source, refuse_broken, sample_hashes
 from declip.training.parallel import build_learner
-from declip.training.pretrained import apply_pretrained, load_pretrained
+from declip.training.pretrained import apply_architecture, apply_pretrained, load_pretrained
 from declip.training.similar_captions import similar_captions
 from declip.training.state import NO_EXTENSIONS, Extensions, RunState, restore
 from declip.training.trackers import trackers_of
@@ -62,7 +62,7 @@ def resolve(
     recipe = hosts.on_rank_zero(partial(resolve_precision, recipe, device, folder, resume))
     weights = load_pretrained(recipe, folder, resume, extensions.start)
     if weights is not None:
-        recipe = weights.fit(recipe)
+        recipe = apply_architecture(weights, recipe)
     source = open_training_source(recipe, extensions.sources)
     held_out = extensions.held_out or HeldOutSets(recipe, extensions.sources)
     return Resolved(resolve_epochs(recipe, len(source)), weights, source, held_out, device, hosts)

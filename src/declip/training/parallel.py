@@ -5,6 +5,7 @@ from dataclasses import replace
 from inspect import signature
 from typing import Any
 
+import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -19,7 +20,6 @@ from declip.data.images.views import apply_photometric
 from declip.errors import UserError
 from declip.models.dual_encoder import DualEncoder
 from declip.models.layers import blocks_of, grad_checkpointing, is_frozen
-from declip.models.timm_import import timm
 from declip.recipe.schema import Recipe, Train
 from declip.runs.folder import log
 from declip.supervision.contrastive import to_float32

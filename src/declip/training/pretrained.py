@@ -3,7 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,12 +19,14 @@ from declip.io.atomic import ELSEWHERE, atomic_write
 from declip.models.dual_encoder import DualEncoder
 from declip.models.hf_encoder import ENTRY
 from declip.models.layers import IMAGE, MARK, TEXT, add_adapters, blocks, depths, freeze, keep_in_evaluation
-from declip.models.timm_import import timm
-from declip.recipe.schema import FineTuning, LoRA, Recipe
+from declip.recipe.load import flat
+from declip.recipe.schema import FineTuning, ImageTowerConfig, LogitScale, LoRA, Recipe
 from declip.runs.checkpoint import prefixed
 from declip.runs.folder import KEPT
-from declip.supervision.objective import Objective, without_run_state
+from declip.supervision.objective import Objective, for_sigmoid, without_run_state
 from declip.training.optimizer import LrMultiplier
+
+DROP_RATES = ("drop_rate", "drop_path_rate")  # ends of the names of timm's arguments
 
 
 def load_pretrained(recipe: Recipe, folder: Path, resume: bool, start: Weights | None = None) -> Weights | None:
@@ -37,6 +41,59 @@ def load_pretrained(recipe: Recipe, folder: Path, resume: bool, start: Weights |
     start, names = start or read_start(recipe.finetune.pretrained), recipe.finetune.class_names
     # Projections of other names are not those of the published weights.
     return start if names is None else replace(start, classes=start.named_classes(names), published="")
+
+
+def apply_architecture(weights: Weights, recipe: Recipe) -> Recipe:
+    """Set the architecture, preprocessing, tokenizer and logit scale of a recipe to those of weights.
+
+    Settings of training and rates of dropout are kept, and so are an image size, other preprocessing of images and
+    a context length from the user.
+    Without a text tower, the recipe's text tower and embedding width are kept. Weights with a bias of the logits
+    are trained with a sigmoid loss, unless the user gave losses.
+    """
+    changed: dict[str, Any] = {"image": _image_section(weights, recipe)}
+    if weights.has_text:
+        changed |= _text_sections(weights, recipe)
+    fitted = recipe.model_copy(update=changed)
+    # Keys that the user gave and the weights decide otherwise; a resolved recipe contains the default scale
+    asked, becomes = flat(recipe.model_dump()), flat(fitted.model_dump())
+    usual = ("logit_scale.init", LogitScale().init)
+    overruled = [
+        f"{key}={asked[key]} (becomes {becomes.get(key)})"
+        for key in sorted(recipe.given & asked.keys())
+        if asked[key] != becomes.get(key) and (key, asked[key]) != usual
+    ]
+    if overruled:
+        raise UserError(f"The weights of '{weights.origin}' determine keys; leave them out: {', '.join(overruled)}.")
+    return fitted
+
+
+def _image_section(weights: Weights, recipe: Recipe) -> ImageTowerConfig:
+    """The image tower and its preprocessing, with what the user asked for."""
+    theirs, asked = weights.recipe.image, recipe.image
+    keep: dict[str, Any] = {"freeze_patch_embed": asked.freeze_patch_embed}
+    for name in ("size", "mean", "std", "interpolation", "crop_pct"):
+        if f"image.{name}" in recipe.given:
+            keep[name] = getattr(asked, name)
+    # Rates of dropout, such as patch_drop_rate, change no weights.
+    rates = {name: rate for name, rate in asked.model_kwargs.items() if name.endswith(DROP_RATES)}
+    keep["model_kwargs"] = theirs.model_kwargs | rates
+    return theirs.model_copy(update=keep)
+
+
+def _text_sections(weights: Weights, recipe: Recipe) -> dict[str, Any]:
+    """The text tower, the width of the shared space, the logit scale, and for a logit bias the losses."""
+    text = weights.recipe.text
+    if "text.context_length" in recipe.given:
+        text = text.model_copy(update={"context_length": recipe.text.context_length})
+    init, limits = float(weights.tensors["logit_scale"]), recipe.logit_scale
+    scale = limits.model_copy(update={"init": init, "max": max(limits.max, init)})
+    changed: dict[str, Any] = {"text": text, "embed_dim": weights.recipe.embed_dim, "logit_scale": scale}
+    if "logit_bias" in weights.tensors:
+        changed["logit_bias"] = float(weights.tensors["logit_bias"])
+        if not any(key.startswith("loss_weights") for key in recipe.given):
+            changed["loss_weights"] = for_sigmoid(recipe.loss_weights)
+    return changed
 
 
 @dataclass(frozen=True)
@@ -93,7 +150,7 @@ def apply_pretrained(
     if frozen := recipe.head_warmup > 0 and bool(new):
         summary += f" Steps 1 to {recipe.head_warmup} (finetune.head_warmup_steps) train only what is new."
     multipliers = {f"model.{name}": _multiplier(name, tune, layers, frozen) for name in names}
-    whole = start is not None and start.whole and not any(name.startswith((IMAGE, TEXT)) for name in new)
+    whole = start is not None and start.has_text and not any(name.startswith((IMAGE, TEXT)) for name in new)
     return Pretrained(kept, multipliers, whole, summary)
 
 

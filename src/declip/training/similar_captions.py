@@ -9,7 +9,6 @@ from declip.errors import UserError
 from declip.evaluation.encode import text_features
 from declip.interchange.read import load
 from declip.io.text import plural
-from declip.models.dual_encoder import has_text
 from declip.runs.folder import log
 
 COSINES_AT_ONCE = 2**26  # 256 MiB
@@ -24,7 +23,7 @@ def similar_captions(encoder: str, source: PairSource, quiet: bool) -> Tensor:
         )
     log.info("Finding the nearest captions of %s by '%s'.", plural(len(source), "pair"), encoder)
     model = load(encoder)
-    if not has_text(model):
+    if not model.has_text:
         raise UserError(f"The encoder of captions '{encoder}' has no text tower. Give weights with one.")
     captions = list[tuple[str, ...]]()
     for index in range(len(source)):

@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
+import timm
 import torch
 from torch import nn
 
@@ -22,7 +23,6 @@ from declip.evaluation.results import Result, RetrievalResult, ZeroShotResult
 from declip.interchange.weights import Weights
 from declip.models.device import random_states, set_random_states
 from declip.models.dual_encoder import DualEncoder
-from declip.models.timm_import import timm
 from declip.recipe.schema import Evaluation, Recipe
 from declip.runs.checkpoint import Checkpoint, prefixed, without_prefix
 from declip.runs.folder import log

@@ -36,9 +36,7 @@ async function run() {
 
 function show({ hits, images, seconds, classes, scale }, { text, id, template, over, weight }) {
   find("hits").replaceChildren(...hits.map((hit) => card(hit, { facts: [`cosine ${hit.cosine.toFixed(3)}`, ...(hit.captions.length ? [hit.key] : [])] })));
-  const pointing = text && matchMedia("(hover: hover)").matches ? ". Point at an image to see where the text fits." : "";
-  if (text) for (const [row, shown] of [...find("hits").children].entries()) showMap(shown, hits[row].id, text);
-  const nearest = hits.length ? `The nearest ${hits.length} of ${count(images, "image")}, in ${seconds.toFixed(2)} s${pointing}` : "No results: no image has a caption.";
+  const nearest = hits.length ? `The nearest ${hits.length} of ${count(images, "image")}, in ${seconds.toFixed(2)} s` : "No results: no image has a caption.";
   find("classified").hidden = !classes;
   if (classes) {
     find("bars").replaceChildren(...classes.slice(0, 100).map((row) => bar(row.name, `cosine ${row.cosine.toFixed(3)}`, row.probability)));
@@ -51,26 +49,6 @@ function show({ hits, images, seconds, classes, scale }, { text, id, template, o
   const address = new URL(location);
   address.search = image.vector ? "" : new URLSearchParams(Object.entries(parameters).filter(([, value]) => value !== "" && value !== null));
   history.replaceState(null, "", address);
-}
-
-/** While the pointer or the focus is on a card, shows the heat map of the text over its image. */
-function showMap(shown, id, text) {
-  const picture = shown.querySelector("img");
-  if (!picture) return;
-  const plain = picture.src;
-  let pointed = false;
-  const point = () => {
-    pointed = true;
-    const map = new Image();
-    map.addEventListener("load", () => pointed && (picture.src = map.src));
-    map.src = `/images/${id}?${new URLSearchParams({ text })}`;
-  };
-  const leave = () => {
-    pointed = false;
-    picture.src = plain;
-  };
-  for (const event of ["pointerenter", "focusin"]) shown.addEventListener(event, point);
-  for (const event of ["pointerleave", "focusout"]) shown.addEventListener(event, leave);
 }
 
 // --- the image to search with
