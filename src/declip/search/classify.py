@@ -127,7 +127,7 @@ class Classifier:
         lines = [f"{sum(self.counts):,} examples of {len(self.counts) - none:,} classes, {none:,} more by name alone"]
         if head.name_weight >= 0.1:
             lines[0] += f"; a name counts as {head.name_weight:.2g} images"
-        if head.accuracy is None and sum(self.counts):
+        if head.accuracy is None and any(self.counts):
             lines.append("No accuracy: it needs two classes with examples of several objects, to leave some out.")
         if head.accuracy is not None:
             low, high = map(percent, head.accuracy.interval)
