@@ -25,7 +25,7 @@ from declip.finetuning import outputs
 from declip.finetuning.features import projections
 from declip.finetuning.fit import fit, set_heads
 from declip.finetuning.request import Request
-from declip.finetuning.run import estimate_request, finetune_recipe
+from declip.finetuning.run import finetune_recipe
 from declip.io.text import percent
 from declip.reports.page import NBSP, points, render
 from declip.reports.run import fitted_lines, write_report
@@ -273,13 +273,6 @@ def test_a_set_to_keep_without_images_is_refused_before_the_fit(folder, tmp_path
     options = {"freeze": "both", "keep": tmp_path / "kept.csv", "quiet": True}
     refuses(("kept.csv", "missing.png"), declip.finetune, *given, **options)
     assert not (tmp_path / "run").exists()
-
-
-def test_the_cost_is_estimated_without_a_run(folder, tmp_path):
-    recipe, cost = estimate_request(asked(folder), tmp_path / "r")
-    assert f"{COUNT} pairs" in str(cost)
-    assert "freeze_text_blocks: all" in recipe
-    assert not (tmp_path / "r").exists()
 
 
 def fitted_here(folder, out):

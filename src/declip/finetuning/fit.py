@@ -31,7 +31,6 @@ from declip.finetuning.features import (
     class_pairs,
     compute_features,
     embeddings,
-    image_pool,
     projections,
 )
 from declip.finetuning.wise_ft import ALPHAS, best_mixture, set_scores
@@ -39,7 +38,6 @@ from declip.interchange.export import of_run
 from declip.interchange.timm_weights import class_start
 from declip.interchange.weights import Uninitialized
 from declip.io.atomic import atomic_write, write_text
-from declip.io.text import plural
 from declip.models.dual_encoder import DualEncoder
 from declip.models.hf_encoder import TextEncoder
 from declip.models.image_tower import PosteriorProjection
@@ -50,7 +48,6 @@ from declip.runs.checkpoint import Checkpoint, CheckpointWriter, list_checkpoint
 from declip.runs.folder import Run, log
 from declip.training import distributed
 from declip.training.assemble import Resolved, resolve
-from declip.training.estimate import encoding_seconds
 from declip.training.pairs import described, refuse_broken, sample_hashes
 from declip.training.pretrained import load_tensors
 from declip.training.sinks import RunInfo, monitored
@@ -195,18 +192,6 @@ def set_heads(model: DualEncoder, choice: Choice, onto: Sequence[Any] | None = N
             projection.bias.zero_()
             projection.bias[:count] = bias[:count]
     model.logit_scale.fill_(float(np.log(choice.logit_scale)))
-
-
-def estimate_fit(recipe: Recipe, extensions: Extensions = NO_EXTENSIONS) -> tuple[Recipe, str]:
-    """Resolve the recipe of heads in closed form, and estimate the time of their features."""
-    resolved = resolve(recipe, extensions=extensions)
-    model, source = frozen_model(resolved).to(resolved.device), resolved.source
-    encode = image_pool(model, resolved.recipe.train.precision)
-    seconds = encoding_seconds(model, source, encode=encode, exact=False)
-    return resolved.recipe, (
-        f"Projections in closed form, without steps: about {seconds:,.0f} s for the features of "
-        f"{plural(len(resolved.source), 'pair')}, less for those in the cache, then about 10 s for cross-validation."
-    )
 
 
 # --- the files that the report reads
