@@ -120,9 +120,19 @@ def _print_finetuned(run: Any) -> None:
     if not run.cross_validation:
         best = f"Best: step {run.best_step:,} of {run.step:,}."
         say(best if run.evaluated else "No validation set: nothing was measured.")
+    _print_skipped(run)
     size = sum(path.stat().st_size for path in run.folder.rglob("*") if path.is_file()) / 2**20
     say(f"Report: {run.report}. Exported: {run.folder / 'exported'} (the run has {size:,.0f} MiB)")
     say(f"Search with it: declip embed {run.folder} IMAGES --out index, then: declip search index 'a text'")
+
+
+def _print_skipped(run: Any) -> None:
+    """Print why pairs were left out, with examples; training counts a pair each time it is read."""
+    from declip.data.pair import SkipCounter
+
+    times = "" if run.cross_validation else ", counted in each epoch"
+    for line in SkipCounter.from_dict(run.skipped or {"reasons": {}}).lines():
+        say(f"Left out{times}: {line}")
 
 
 @partial(reads_images, without=("precision", "quiet"))

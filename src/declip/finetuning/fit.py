@@ -57,7 +57,7 @@ from declip.training.warnings import caption_warnings
 
 LEFT_OUT = "left-out pairs"  # the set of cross-validation in the scores of a mixture
 STEP = 1  # of the checkpoint: fitting is one step
-SHOWN_WORST = 16  # captions on the page of the run
+SHOWN_WORST = 16  # images on the page of the run, each with its worst caption
 
 
 def closed_form(recipe: Recipe) -> bool:
@@ -242,7 +242,10 @@ def _measured(choice: Choice, outcome: HeldOutRanks, groups: np.ndarray) -> dict
 
 
 def _write_ranks(folder: Path, source: PairSource, features: Features, outcome: HeldOutRanks) -> list[dict[str, Any]]:
-    """Write the out-of-fold rank of each caption, the worst first: 0 is best, 1 worst; return the worst with images."""
+    """Write the out-of-fold rank of each caption, the worst first: 0 is best, 1 worst.
+
+    Return the worst caption of each of `SHOWN_WORST` images, with the image.
+    """
     order = outcome.fit.argsort(descending=True, stable=True).tolist()
     rows = [(source.key(int(features.indices[row])), features.captions[row], float(outcome.fit[row])) for row in order]
     path = folder / run_folder.OUT_OF_FOLD
@@ -250,9 +253,15 @@ def _write_ranks(folder: Path, source: PairSource, features: Features, outcome: 
         table = csv.writer(file)
         table.writerow(["key", "caption", "rank"])
         table.writerows((key, caption, f"{rank:.4f}") for key, caption, rank in rows)
+    # --- the worst caption of each image, without those that are first
+    worst = dict[int, tuple[str, str, float]]()
+    for row, (key, caption, rank) in zip(order, rows, strict=True):
+        index = int(features.indices[row])
+        if rank > 0 and len(worst) < SHOWN_WORST:
+            worst.setdefault(index, (key, caption, rank))
     image_of = thumbnails_of(source)
-    images = (image_of(int(features.indices[row])) for row in order[:SHOWN_WORST])
-    return [
-        {"key": key, "caption": caption, "rank": rank, "image": image and image._asdict()}
-        for image, (key, caption, rank) in zip(images, rows, strict=False)
-    ]
+    shown = list[dict[str, Any]]()
+    for index, (key, caption, rank) in worst.items():
+        image = image_of(index)
+        shown.append({"key": key, "caption": caption, "rank": rank, "image": image and image._asdict()})
+    return shown
