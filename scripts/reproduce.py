@@ -242,7 +242,7 @@ def cost(recipe: Recipe, gpus: int) -> str:
     if pick_device(recipe.train.device).type == "cpu" and recipe.image.size > 64:
         return "There is no GPU here on which a few steps could be measured."
     train = recipe.train.model_copy(update={"batch_size": max(1, recipe.train.batch_size // gpus)})
-    text = estimate(recipe.model_copy(update={"train": train}))[1]
+    text = estimate(recipe.model_copy(update={"train": train}))
     if torch.cuda.is_available():  # else this process would hold the memory that rank 0 needs
         gc.collect()
         torch.cuda.empty_cache()

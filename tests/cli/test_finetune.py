@@ -182,17 +182,6 @@ def test_without_weights_three_ways_are_named(pairs, tmp_path, monkeypatch, comm
     assert all(word in error for word in ("builtin:lite2-minilm", "open_clip:", "a file"))
 
 
-def test_dry_run_keeps_nothing(pairs, weights, tmp_path, monkeypatch, command):
-    monkeypatch.chdir(tmp_path)
-    other = pairs.with_name("other.csv")
-    for val, source in (([], "runs/finetune/train.pairs"), (["--val", other], pairs)):
-        printed = command("finetune", pairs, "--from", weights, "--dry-run", "--quiet", *val).out
-        parts = (f"source: {source}", "batch_size: 8", "max_pairs: null", "GiB")
-        assert [part for part in parts if part not in printed] == []
-        assert (str(other) in printed) == bool(val)
-    assert not list(tmp_path.iterdir())
-
-
 def test_the_table_of_settings():
     sizes = [settings(count, "whole", on_cpu=True)["train.batch_size"] for count in (1, 3, 20, 200, 5_000)]
     assert sizes == [2, 3, 8, 16, 128]

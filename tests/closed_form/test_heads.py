@@ -209,16 +209,13 @@ def curve_of(pairs, groups):
     return choice, growth(choice, len(groups))
 
 
-def test_a_rising_curve_is_continued():
+def test_the_curve_rises_where_more_pairs_help():
     pairs, groups = pairs_of(600, v=100, w=80, noise=3.0), np.arange(600)
     choice, curve = curve_of(pairs, groups)
-    assert curve.pairs == [75, 150, 300, 600, 1200, 2400, 4800]
+    assert curve.pairs == [75, 150, 300, 600]
     assert curve.measured[-1] == choice.outcome.percentile(groups)
-    assert not curve.reason
-    values = [each.value for each in (*curve.measured, *curve.expected)]
+    values = [each.value for each in curve.measured]
     assert values == sorted(values)
-    widths = [each.high - each.low for each in curve.expected]
-    assert widths == sorted(widths)
     assert "600 pairs" in growth_chart(curve.to_dict()).words
 
 
@@ -231,20 +228,11 @@ def test_fewer_pairs_may_take_more_ridge(monkeypatch):
 
 
 def test_parts_keep_groups_together():
-    assert curve_of(pairs_of(320), np.arange(320) // 4)[1].pairs[:4] == [40, 80, 160, 320]
+    assert curve_of(pairs_of(320), np.arange(320) // 4)[1].pairs == [40, 80, 160, 320]
 
 
-def test_a_curve_that_does_not_rise_is_not_continued():
-    noise = torch.randn(200, 12, generator=torch.Generator().manual_seed(1))
-    unrelated = Pairs(noise, noise.roll(1, 0).flip(1), torch.arange(200))
-    one_large_group = np.maximum(np.arange(200) - 100, 0)
-    for pairs, groups, reason in (
-        (unrelated, np.arange(200), "flat"),
-        (pairs_of(200, noise=0.01), np.arange(200), "cannot rise"),
-        (pairs_of(200), one_large_group, "too few"),
-    ):
-        curve = curve_of(pairs, groups)[1]
-        assert (curve.expected, reason in curve.reason) == ([], True)
+def test_a_few_large_groups_have_no_curve():
+    assert curve_of(pairs_of(200), np.maximum(np.arange(200) - 100, 0))[1] == ([], [])
 
 
 def test_ranks_equal_a_plain_loop():

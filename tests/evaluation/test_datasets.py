@@ -10,6 +10,7 @@ import pytest
 
 from conftest import refuses
 from data.fakes import write
+from declip.data.columns import Columns
 from declip.data.pair import BrokenPair
 from declip.evaluation import datasets
 from declip.evaluation.datasets import Dataset, open_dataset, with_classes
@@ -169,6 +170,18 @@ def test_retrieval_takes_captioned_images_whatever_their_labels(folder, model):
     assert (pairs.images, pairs.text_to_image.queries, pairs.skipped) == (4, 5, {})
     alone = open_dataset(table, label_column="label", captioned=False).split("test")
     assert (alone.captioned, alone[0].captions) == (False, ("dog",)), "captions are not read where none is used"
+
+
+@pytest.mark.parametrize("column", ["label", "category"])
+@pytest.mark.parametrize("value", ["shapes", ""])
+def test_one_value_of_all_captioned_images_is_no_class(folder, model, column, value):
+    names = ("image", column, "caption")
+    table = _write(folder, "csv", names, [("a.jpg", value, "one"), ("b.jpg", value, "two")])
+    (pairs,) = evaluate_all(model, table, ["retrieval"])
+    assert pairs.images == 2
+    assert open_dataset(table).split("test").labels is None
+    for options in ({"label_column": column}, {"columns": Columns(caption=None)}):
+        refuses(f"'{column}'.*at least two", open_dataset, table, **options)
 
 
 def test_what_cannot_be_measured(folder):

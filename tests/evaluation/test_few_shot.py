@@ -115,6 +115,24 @@ def test_images_of_one_group_are_left_out_together():
     assert fit_few_shot(examples, groups=np.zeros(60)).accuracy is None, "nothing can be left out"
 
 
+def test_classes_of_one_object_are_not_part_of_the_accuracy():
+    # Class 0 has 32 views of one object, class 1 8: nothing can be left out, whatever the classes are called.
+    labels = torch.arange(2).repeat_interleave(torch.tensor([32, 8]))
+    images = torch.randn(40, 24, generator=torch.Generator().manual_seed(0))
+    two = Examples(images, labels, torch.eye(2, 12), 12)
+    head = fit_few_shot(two, groups=labels.numpy())
+    assert (head.accuracy, head.unmeasured, bool(head.weight.isfinite().all())) == (None, 2, True)
+    # One class of six has one object, which does not change the accuracy of the others.
+    examples = made_up(6, noise=0.3, names=1.0)
+    groups = np.where(examples.labels == 5, 99, np.arange(36))
+    head = fit_few_shot(examples, groups=groups)
+    assert (head.accuracy.n, head.unmeasured) == (30, 1)
+    assert head.accuracy.value > 0.8
+    # The accuracy of a single class would say nothing: all images may get its name.
+    one = fit_few_shot(examples, groups=np.where(examples.labels > 0, 99 + examples.labels, np.arange(36)))
+    assert (one.accuracy, one.unmeasured) == (None, 5)
+
+
 def test_the_protocol_gives_names_and_images(model, painted):
     colors = ["red", "green", "blue"]
     train = painted(colors * 4, classes=colors, broken=[0])

@@ -7,6 +7,7 @@ import signal
 from collections import Counter
 from copy import deepcopy
 from multiprocessing import get_context
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,9 +26,9 @@ from declip.finetuning import outputs
 from declip.finetuning.features import projections
 from declip.finetuning.fit import fit, set_heads
 from declip.finetuning.request import Request
-from declip.finetuning.run import estimate_request, finetune_recipe
+from declip.finetuning.run import finetune_recipe
 from declip.io.text import percent
-from declip.reports.page import NBSP, points, render
+from declip.reports.page import NBSP, points
 from declip.reports.run import fitted_lines, write_report
 from declip.runs.folder import CROSS_VALIDATION, KEPT, read_run
 from text_encoders import bert
@@ -125,7 +126,9 @@ def test_the_run_is_a_normal_run_with_one_checkpoint_and_no_copy_of_the_start(ru
     known = run.cross_validation
     assert f"better than {percent(known['percentile']['value']).replace(' ', NBSP)} of the others" in page
     assert (list(known["recall"]), known["recall"]["1"]["chance"]) == (["1"], 1 / 8)  # 10 is more than a fifth of 8
-    assert page.count('src="data:image/webp') == len(run.examples["worst"]) == 16
+    worst = run.examples["worst"]
+    assert page.count('src="data:image/webp') == len({row["key"] for row in worst}) == len(worst) == 16
+    assert min(row["rank"] for row in worst) > 0, "a caption that is first is not among the worst"
     ranks = list(run.caption_ranks.values())
     assert len(ranks) == 2 * COUNT
     assert ranks == sorted(ranks, reverse=True)
@@ -212,7 +215,10 @@ def test_views_of_one_object_are_named_where_they_are_not_left_out_together(fold
     (folder / "views.csv").write_text("\n".join(rows) + "\n")
     runs = [fitted(folder, tmp_path / f"run{len(key)}", "views.csv", **key) for key in ({}, GROUPED)]
     assert [run.cross_validation["leaking"] for run in runs] == ["product", None]
-    assert ["data.columns.group=product" in " ".join(fitted_lines(run)) for run in runs] == [True, False]
+    warned = ["data.columns.group=product" in line for line in fitted_lines(runs[0])]
+    percentile = ["fits its image better than" in line for line in fitted_lines(runs[0])]
+    assert (warned, any(warned)) == (percentile, True), "at the number that is too high"
+    assert "data.columns.group" not in " ".join(fitted_lines(runs[1]))
 
 
 @pytest.mark.parametrize("key", ["train.lr", "loss_weights.multi_view"])
@@ -230,8 +236,8 @@ def test_the_classes_of_the_start_are_pairs_too(folder, tmp_path):
     known = declip.finetune(folder / "pairs.csv", start, keys | names, tmp_path / "run", **options).cross_validation
     assert (known["classes"], known["better"]) == (4, known["gain"]["low"] > 0)
     assert known["gain"]["value"] == pytest.approx(known["percentile"]["value"] - known["percentile_of_start"]["value"])
-    printed = render("fitted.txt", it={**known, "method": "ridge"}, mixture={})
-    assert [part for part in ("without any fitting", points(known["gain"]["value"])) if part not in printed] == []
+    printed = " ".join(fitted_lines(SimpleNamespace(cross_validation={**known, "method": "ridge"}, mixture={})))
+    assert ("without any fitting" in printed, points(known["gain"]["value"]) in printed) == (True, True)
     model = declip.load(tmp_path / "run", "cpu")
     assert model.image_tower.proj.classes.shape == (4, model.image_tower.pre_logits_width)
     further = declip.finetune(folder / "pairs.csv", tmp_path / "run", TRAINED, tmp_path / "all", freeze="none")
@@ -267,19 +273,44 @@ def test_the_mixture_with_the_start_is_chosen_on_left_out_and_kept_pairs(run, fo
     assert f"{mixed.mixture['alpha']:g} × fine-tuned" in page
 
 
+MEASURED = {"pairs": 31, "captions": 31, "classes": 9, "method": "ridge", "ridge": 1.0, "class_weight": 0.0}
+NO_CURVE = {"pairs": [], "measured": []}
+PERCENTILE = {"value": 0.75, "low": 0.6, "high": 0.9}
+VERDICTS = [
+    ((0.02, 0.01, 0.03), "is better: +2.0", None),
+    ((0.02, -0.01, 0.05), "Too few pairs to tell whether fine-tuning is better: +2.0 points (95 %: −1.0", "39 more"),
+    ((0.001, -0.03, 0.032), "Too few pairs to tell whether fine-tuning is better: +0.10", "more than ten times"),
+    ((0.001, -0.003, 0.005), "is no better: +0.10", None),
+    ((-0.02, -0.05, 0.01), "is no better: −2.0", None),
+]
+
+
+@pytest.mark.parametrize(("gain", "verdict", "advice"), VERDICTS)
+def test_the_interval_of_the_gain_decides_what_is_said(gain, verdict, advice):
+    interval = dict(zip(("value", "low", "high"), gain, strict=True))
+    known = {**MEASURED, "percentile": PERCENTILE, "recall": {}, "leaking": None, "growth": NO_CURVE, "gain": interval}
+    for start in ({"percentile_of_start": PERCENTILE}, {}):
+        run = SimpleNamespace(cross_validation={**known, **start}, mixture={})
+        printed = " ".join(fitted_lines(run))
+        assert (verdict in printed) == bool(start)
+        assert ("better than chance" in printed) == (not start and gain[1] < 0)
+        assert ("declip choose" in printed) == bool(advice)
+        assert advice is None or advice in printed
+
+
+def test_a_start_that_stays_is_said_in_plain_words():
+    known = {**MEASURED, "method": "start", "percentile": PERCENTILE, "recall": {}, "leaking": None, "growth": NO_CURVE}
+    known["gain"] = {"value": 0.0, "low": 0.0, "high": 0.0}
+    printed = " ".join(fitted_lines(SimpleNamespace(cross_validation=known, mixture={})))
+    assert ("Nothing was changed" in printed, "chance 50" in printed, "no better" in printed) == (True, True, False)
+
+
 def test_a_set_to_keep_without_images_is_refused_before_the_fit(folder, tmp_path):
     (tmp_path / "kept.csv").write_text("image,caption\nmissing.png,a circle\n")
     given = folder / "pairs.csv", f"timm:test_vit/{folder / 'vit.safetensors'}", keys_of(folder), tmp_path / "run"
     options = {"freeze": "both", "keep": tmp_path / "kept.csv", "quiet": True}
     refuses(("kept.csv", "missing.png"), declip.finetune, *given, **options)
     assert not (tmp_path / "run").exists()
-
-
-def test_the_cost_is_estimated_without_a_run(folder, tmp_path):
-    recipe, cost = estimate_request(asked(folder), tmp_path / "r")
-    assert f"{COUNT} pairs" in str(cost)
-    assert "freeze_text_blocks: all" in recipe
-    assert not (tmp_path / "r").exists()
 
 
 def fitted_here(folder, out):
@@ -310,13 +341,17 @@ def test_one_pair_is_fitted_without_a_validation_part(folder, tmp_path, command,
     assert bool(cosines(tmp_path / "run", folder).isfinite().all())
 
 
-def test_broken_pairs_are_counted_and_refused_and_cut_captions_named(folder, tmp_path):
+def test_broken_pairs_are_counted_and_refused_and_cut_captions_named(folder, tmp_path, command):
     head, *rows = (folder / "pairs.csv").read_text().splitlines()
     (folder / "broken.csv").write_text("\n".join([head, *rows, "missing.png,a red circle,"]) + "\n")
     run = fitted(folder, tmp_path / "run", "broken.csv", **{"text.context_length": 5})
     assert "longer than 5 tokens" in (run.folder / "log.txt").read_text(encoding="utf-8")
     skipped = json.loads((run.folder / "skipped.json").read_text())
     assert (skipped["seen"], run.cross_validation["pairs"]) == (COUNT + 1, COUNT)
+    words = ["finetune", folder / "broken.csv", "--from", f"timm:test_vit/{folder / 'vit.safetensors'}", "--freeze"]
+    keys = (f"{key}={value}" for key, value in keys_of(folder).items())
+    printed = command(*words, "both", "--out", tmp_path / "printed", "--quiet", *keys)
+    assert (printed.status, "Left out: 1 × missing image, such as missing.png" in printed.out) == (0, True)
     few = {"data.max_broken_fraction": 0.01}
     refuses("max_broken_fraction", fitted, folder, tmp_path / "refused", "broken.csv", **few)
 

@@ -164,6 +164,19 @@ def test_words_and_scripts():
     assert (rules(found)["foreign"], "ein Hund" in advice(found, "foreign")) == (0.25, True)
 
 
+def test_keys_that_fine_tuning_refuses_or_is_harmed_by_are_advised_for_training_alone(planted):
+    small = numbers(["a red bar"] * 6 + ["cat"] * 4, 40)
+    several = numbers([["cat", "tom", "kitty"]] * 4)
+    keys = set()
+    for pairs in (planted, small, several):
+        for _, text, line in sentences(inspect_source(pairs, workers=0)):
+            for sentence in re.split(r"(?<=[.]) ", f"{text} {line}"):
+                own = re.findall(r"[a-z_]+(?:\.[a-z_]+)+=", sentence)
+                keys |= {*own}
+                assert not own or "declip train" in sentence or "train from scratch" in sentence, sentence
+    assert keys >= {"image.size=", "text.context_length=", "contrastive.duplicates=", "views.text.second_view="}
+
+
 def test_wrong_options_are_refused(planted):
     for name, value in {"sample": 0, "workers": -1, "size": 0, "batch_size": 1, "seed": -1}.items():
         refuses(f"{name} is {value}", inspect_source, planted, **{name: value})

@@ -165,6 +165,65 @@ def test_views_of_one_object_are_left_out_together(folder, tmp_path, weights_fil
     refuses("requires a table", declip.Classifier.fit, weights_file, None, folder, columns=declip.Columns(group="x"))
 
 
+@pytest.fixture
+def products(tmp_path):
+    """A folder of class folders with a table, as Hugging Face writes it: three views of each of 12 objects."""
+    rows = ["Bild,label,product"]
+    for number in range(36):
+        name = f"{'ab'[number // 3 % 2]}/{number}.png"
+        (tmp_path / "products" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.blend(texture(number // 3), texture(100 + number), 0.2).save(tmp_path / "products" / name)
+        rows.append(f"{name},{name[0]},P{number // 3}")
+    table = tmp_path / "products" / "metadata.csv"
+    table.write_text("\n".join(rows))
+    return table
+
+
+def test_a_column_that_is_named_is_that_of_the_folders_table(folder, products, weights_file, command):
+    root = products.parent
+    products.write_text(products.read_text().replace("Bild", "file_name"))
+    words = ["classify", weights_file, folder, "--quiet", "--examples"]
+    assert "n = 36," in command(*words, root).err
+    for given in (root, products):
+        assert "n = 12," in command(*words, given, "--group-column", "product").err
+    wrong = command(*words, root, "--group-column", "nonsense")
+    assert (wrong.status, "'nonsense'" in wrong.err) == (2, True)
+    assert command(*words, root, "--label-column", "product").err.startswith("36 examples of 12 classes")
+
+
+def test_columns_of_images_are_also_those_of_the_examples(folder, products, weights_file, command):
+    products.write_text(products.read_text().replace("label", "art"))
+    words = ["classify", weights_file, folder, "--quiet", "--examples", products]
+    wrong = command(*words, "--image-column", "Bild")
+    assert (wrong.status, "--label-column" in wrong.err, "caption" in wrong.err) == (2, True, False)
+    wrong = command(*words, "--label-column", "art")
+    assert (wrong.status, "--image-column" in wrong.err, "caption" in wrong.err) == (2, True, False)
+    right = command(*words, "--label-column", "art", "--image-column", "Bild", "--group-column", "product")
+    assert (right.status, "n = 12," in right.err) == (0, True)
+
+
+def test_objects_of_which_there_is_one_for_each_class_give_no_accuracy(folder, products, weights_file, command):
+    rows = products.read_text().replace("Bild", "file_name").splitlines()
+    products.write_text("\n".join([rows[0], *(row.rpartition(",")[0] + f",{row[0]}" for row in rows[1:])]))
+    words = ["classify", weights_file, folder, "--quiet", "--examples", products, "--group-column", "product"]
+    printed = command(*words).err
+    assert ("No accuracy" in printed, "%" in printed) == (True, False)
+
+
+def test_names_of_classes_cannot_control_a_terminal(model, folder, tmp_path, weights_file, command):
+    for name in ("a\x1b[31m", "b\x1b]0;t\x07"):
+        (tmp_path / "odd" / name).mkdir(parents=True)
+        for number in range(2):
+            texture(number + len(name)).save(tmp_path / "odd" / name / f"{number}.png")
+    words = ["classify", weights_file, folder, "--quiet", "--examples", tmp_path / "odd"]
+    head = tmp_path / "head.safetensors"
+    printed = [command(*words, "--save", head), command("classify", weights_file, folder, "--head", head, "--quiet")]
+    printed.append(command(*words, "--out", tmp_path / "x.csv"))
+    printed.append(command(*words, "--classes", "x,y"))
+    assert [each.status for each in printed] == [0, 0, 0, 2]
+    assert not any("\x1b" in each.out + each.err or "\x07" in each.out + each.err for each in printed)
+
+
 def test_a_saved_head_gives_the_same(model, folder, examples, tmp_path, weights_file, command):
     rows = [f"{path},{path.parent.name}" for path in sorted(examples.rglob("*.png"))]
     table, head = tmp_path / "examples.csv", tmp_path / "head.safetensors"

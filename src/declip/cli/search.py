@@ -255,4 +255,5 @@ def _print_result(result: Any, save: Path | None, out: Path | None) -> None:
 def _print(prediction: Any) -> None:
     from declip.data.pair import printable
 
-    typer.echo(f"{printable(prediction.image)}\t{prediction.best}\t{prediction.probability:.4f}")
+    image, best = printable(prediction.image), printable(prediction.best)
+    typer.echo(f"{image}\t{best}\t{prediction.probability:.4f}")

@@ -38,7 +38,7 @@ def train(
         from declip.training.estimate import estimate
         from declip.training.evaluations import HeldOutSets
 
-        say(estimate(HeldOutSets(checked).assign(checked) if val else checked)[1])
+        say(estimate(HeldOutSets(checked).assign(checked) if val else checked))
         return
     from declip import api
 
@@ -97,7 +97,6 @@ def finetune(
         Option(metavar="TOWERS", help="both, image, text or none; default: both for built-in weights on a CPU"),
     ] = None,
     resume: opt.Resume = False,
-    dry_run: Annotated[bool, Option("--dry-run", help="only estimate memory and time, and print the recipe")] = False,
     quiet: opt.Quiet = False,
 ) -> None:
     """Fine-tune pretrained weights on your pairs, write a report, and export the model."""
@@ -105,11 +104,8 @@ def finetune(
     from declip.recipe.load import parse_overrides
 
     request = Request.of(pairs, weights, parse_overrides(overrides or []), val or (), keep or (), freeze)
-    from declip.finetuning.run import estimate_request, run_request
+    from declip.finetuning.run import run_request
 
-    if dry_run:
-        say("\n\n".join(reversed(estimate_request(request, out, quiet))))
-        return
     run = run_request(request, out, resume, quiet)
     leave_unless_finished(run)
     _print_finetuned(run)
@@ -124,9 +120,19 @@ def _print_finetuned(run: Any) -> None:
     if not run.cross_validation:
         best = f"Best: step {run.best_step:,} of {run.step:,}."
         say(best if run.evaluated else "No validation set: nothing was measured.")
+    _print_skipped(run)
     size = sum(path.stat().st_size for path in run.folder.rglob("*") if path.is_file()) / 2**20
     say(f"Report: {run.report}. Exported: {run.folder / 'exported'} (the run has {size:,.0f} MiB)")
     say(f"Search with it: declip embed {run.folder} IMAGES --out index, then: declip search index 'a text'")
+
+
+def _print_skipped(run: Any) -> None:
+    """Print why pairs were left out, with examples; training counts a pair each time it is read."""
+    from declip.data.pair import SkipCounter
+
+    times = "" if run.cross_validation else ", counted in each epoch"
+    for line in SkipCounter.from_dict(run.skipped or {"reasons": {}}).lines():
+        say(f"Left out{times}: {line}")
 
 
 @partial(reads_images, without=("precision", "quiet"))

@@ -61,8 +61,9 @@ class FewShotHead:
     center: Tensor  # (v + d,)
     width: int  # v
     mixture: Mixture
-    accuracy: Measure | None = None  # of images that were left out; None with one image per class or none
+    accuracy: Measure | None = None  # of images that were left out; None without two classes of several groups
     shots: float = 0.0  # images per class that the regressions of `accuracy` were fitted to
+    unmeasured: int = 0  # classes with images that are not part of `accuracy`: all images are one group
 
     @property
     def name_weight(self) -> float:
@@ -159,36 +160,65 @@ def fit_mixture(examples: Examples, mixture: Mixture) -> FewShotHead:
 def fit_few_shot(examples: Examples, seed: int = 0, groups: np.ndarray | None = None) -> FewShotHead:
     """Weigh settings, and measure the accuracy, by cross-validation on the images; fit the mixture to all.
 
-    Images of equal `groups` (n,) are left out together.
+    Images of equal `groups` (n,) are left out together. A class whose images are all left out together is not part of
+    the accuracy, which needs two other classes.
     """
-    groups = np.arange(len(examples.labels)) if groups is None else groups
+    count = len(examples.labels)
+    groups = np.arange(count) if groups is None else groups
     sizes = np.bincount(examples.labels.numpy(), minlength=len(examples.names))
-    if sizes.max(initial=0) < 2 or (groups == groups[0]).all():
+    with_images = int((sizes > 0).sum())
+    if not with_images:
         return fit_mixture(examples, DEFAULT_MIXTURE)
+    # --- folds of the images, or of a sample of them
+    some = examples
+    if count > MOST:
+        part = MOST / count
+        chosen = sample_per_class(examples.labels.numpy(), lambda count: max(2, round(part * count)), seed)
+        some = examples.take(torch.from_numpy(chosen))
+        groups = groups[chosen]
+    folds = class_folds(some.labels, groups, seed)
+    measured = measured_images(some.labels, folds)
+    measured_classes = len(some.labels[measured].unique())
+    unmeasured = with_images - measured_classes
+    if not measured_classes:
+        head = fit_mixture(examples, DEFAULT_MIXTURE)
+        return replace(head, unmeasured=unmeasured)
+    # --- settings, weighted by scores of images that were left out
     forms = tuple(DEFAULT_MIXTURE)
-    if len(examples.labels) >= FEWEST * (sizes > 0).sum():
+    if count >= FEWEST * with_images:
         kappas = NAME_WEIGHTS if sizes.all() else NAME_WEIGHTS[1:]
         forms = tuple(FewShotForm(kappa, ridge) for kappa in kappas for ridge in RIDGES)
-    some = examples
-    if len(examples.labels) > MOST:
-        part = MOST / len(examples.labels)
-        chosen = sample_per_class(examples.labels.numpy(), lambda count: max(2, round(part * count)), seed)
-        some, groups = examples.take(torch.from_numpy(chosen)), groups[chosen]
-    folds = class_folds(some.labels, groups, seed)
     scores = cross_validate(some, forms, folds)
     factors = mixture_factors(scores, some.labels)
-    head = fit_mixture(examples, dict(zip(forms, factors.tolist(), strict=True)))
+    mixture = dict(zip(forms, factors.tolist(), strict=True))
+    head = replace(fit_mixture(examples, mixture), unmeasured=unmeasured)
+    if measured_classes < 2:
+        return head
     # --- the accuracy in each fold, by weights from the other folds: those of all folds have seen its images
-    count, right, fitted = len(folds), 0, 0
-    for fold in folds.unique():
-        out = folds == fold
-        mixed = torch.einsum("f,fnc->nc", mixture_factors(scores[:, ~out], some.labels[~out]), scores[:, out])
+    right = 0
+    fitted = 0
+    for fold in folds[measured].unique():
+        kept = folds != fold
+        out = ~kept & measured
+        fold_factors = mixture_factors(scores[:, kept], some.labels[kept])
+        mixed = torch.einsum("f,fnc->nc", fold_factors, scores[:, out])
         right += int((mixed.argmax(dim=1) == some.labels[out]).sum())
-        fitted += int(out.sum()) * int((~out).sum())
-    shots = fitted / count / len(some.labels.unique())
+        fitted += int(out.sum()) * int(kept.sum())
+    tested = int(measured.sum())
+    shots = fitted / tested / len(some.labels.unique())
     # Images of one group are not independent: the interval is that of as many images as there are groups.
-    accuracy = Measure("examples", right / count, 1 / len(examples.names), len(np.unique(groups)))
+    independent = len(np.unique(groups[measured.numpy()]))
+    accuracy = Measure("examples", right / tested, 1 / len(examples.names), independent)
     return replace(head, accuracy=accuracy, shots=shots)
+
+
+def measured_images(labels: Tensor, folds: Tensor) -> Tensor:
+    """(n,) bool, whether other folds have images of the same class: without them there is nothing to learn it from."""
+    measured = torch.zeros(len(labels), dtype=torch.bool)
+    for label in labels.unique():
+        own = labels == label
+        measured[own] = len(folds[own].unique()) > 1
+    return measured
 
 
 def class_folds(labels: Tensor, groups: np.ndarray, seed: int = 0) -> Tensor:

@@ -195,9 +195,14 @@ def labeled_table(table_path: str | Path, label_column: str | None, given: Colum
     rows_of = table.splits() or {"test": np.arange(len(table))}
     if "test" not in rows_of:
         raise UserError(f"'{path.name}' has no test pairs: its splits are {', '.join(rows_of)}. Name some rows 'test'.")
+    pairs = {which: partial(Subset, table, rows) for which, rows in rows_of.items()}
     if column is None:
-        return {which: partial(Subset, table, rows) for which, rows in rows_of.items()}
+        return pairs
     labels, names, broken = _labels(labeled_rows, column)
+    if len(names) < 2:
+        if captioned and label_column is None:  # a column that nobody named says nothing about captioned pairs
+            return pairs
+        raise UserError(f"Column '{column}' of '{table.name}' has {len(names)} classes. It needs at least two.")
     return {
         which: partial(Classified, table, labels[rows], names, rows=rows, captioned=captioned, broken=broken)
         for which, rows in rows_of.items()
@@ -215,8 +220,6 @@ def _labels(table: TableSource, column: str) -> tuple[np.ndarray, list[str], dic
     names = known or sorted(set(texts.values()))
     if not known and all(name.isdecimal() and len(name) < 20 for name in names):
         names.sort(key=int)
-    if len(names) < 2:
-        raise UserError(f"Column '{column}' of '{table.name}' has {len(names)} classes. It needs at least two.")
     number_of, labels = {name: number for number, name in enumerate(names)}, np.zeros(len(table), dtype=np.int64)
     for row, text in texts.items():
         if text in number_of:

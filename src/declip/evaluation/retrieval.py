@@ -1,8 +1,6 @@
 """Image-text retrieval: R@K from captions to images and from images to captions."""
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from math import comb
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -54,44 +52,14 @@ def recall(rank: np.ndarray, candidates: int, chance: Sequence[float]) -> Recall
     return RecallAtK(len(rank), candidates, **hits, **levels, median_rank=float(np.median(rank)))
 
 
-def chance_levels(correct: Iterable[Sequence[int]], sizes: Iterable[int]) -> list[float]:
-    """R@1, R@5 and R@10 of a random order of the distinct candidates.
+def chance_levels(correct: Sequence[int], distinct: int) -> list[float]:
+    """R@1, R@5 and R@10 of a random order: k / n, where one of n distinct candidates is correct.
 
-    A candidate that occurs several times, such as a shared caption, has one feature and takes as many ranks in a row.
-    With D distinct candidates, c of them correct, R@k is the probability that the wrong ones before the first correct
-    one take fewer than k ranks::
-
-        sum(c / ((D - len(S)) * comb(D, len(S))) for S in subsets(wrong) if sum(size of S) < k)
-
-    `correct` says for each query how often each of its distinct correct candidates occurs, `sizes` how often each of
-    the D does.
+    `correct` says for each query how many of the `distinct` candidates are correct. A caption that several images share
+    is one candidate. Where several candidates are correct, R@5 and R@10 are at most this high.
     """
-    most = max(KS)  # a candidate that occurs more often never leaves room before it, so that its size is capped
-    every = Counter(min(size, most) for size in sizes)
-    queries = Counter(tuple(sorted(min(size, most) for size in own)) for own in correct)
-    distinct = every.total()
-    orders = [(distinct - chosen) * comb(distinct, chosen) for chosen in range(min(most, distinct))]
-    levels = np.zeros(len(KS))
-    for own, count in queries.items():
-        # Exactly the wrong candidates of a set S come first with probability c / ((D - |S|) * comb(D, |S|)).
-        ahead = [0.0] * most  # probability that the wrong candidates before the first correct one take this many ranks
-        for (chosen, total), number in _subsets(every - Counter(own), most - 1).items():
-            ahead[total] += number * len(own) / orders[chosen]
-        levels += [count * sum(ahead[:k]) for k in KS]
-    return (levels / queries.total()).tolist()
-
-
-def _subsets(sizes: Counter[int], most: int) -> dict[tuple[int, int], int]:
-    """Number of subsets by their length and their total size, up to a total of `most`."""
-    counts = {(0, 0): 1}
-    for size, times in sizes.items():
-        choices = [comb(times, more) for more in range(min(times, most // size) + 1)]
-        wider: Counter[tuple[int, int]] = Counter()
-        for (chosen, total), number in counts.items():
-            for more, ways in enumerate(choices[: (most - total) // size + 1]):
-                wider[chosen + more, total + more * size] += number * ways
-        counts = wider
-    return counts
+    share = float(np.mean(correct)) / distinct
+    return [min(1.0, k * share) for k in KS]
 
 
 def retrieve(features: SourceFeatures, scale: float | None = None) -> RetrievalResult:
@@ -103,12 +71,11 @@ def retrieve(features: SourceFeatures, scale: float | None = None) -> RetrievalR
     """
     assert features.texts is not None, "encode the source with texts=True"
     captions, rows_of, carriers = features.flat_captions, rows_of_captions(features), carriers_of(features)
-    times = {caption: len(rows) for caption, rows in rows_of.items()}
     images_of_text = [carriers[caption] for caption in captions]
     # One array for the many images that share their captions, as class names.
     texts_of = {own: np.unique(np.concatenate([rows_of[caption] for caption in own])) for own in set(features.captions)}
-    text_chance = chance_levels(((1,) * len(rows) for rows in images_of_text), [1] * len(features))
-    image_chance = chance_levels(([times[each] for each in {*own}] for own in features.captions), times.values())
+    text_chance = chance_levels([len(rows) for rows in images_of_text], len(features))
+    image_chance = chance_levels([len({*own}) for own in features.captions], len(rows_of))
     text_rank = ranks(features.texts, features.images, images_of_text)
     image_rank = ranks(features.images, features.texts, [texts_of[own] for own in features.captions])
     first = np.unique(features.image_rows, return_index=True)[1]

@@ -31,7 +31,6 @@ from declip.finetuning.features import (
     class_pairs,
     compute_features,
     embeddings,
-    image_pool,
     projections,
 )
 from declip.finetuning.wise_ft import ALPHAS, best_mixture, set_scores
@@ -39,7 +38,6 @@ from declip.interchange.export import of_run
 from declip.interchange.timm_weights import class_start
 from declip.interchange.weights import Uninitialized
 from declip.io.atomic import atomic_write, write_text
-from declip.io.text import plural
 from declip.models.dual_encoder import DualEncoder
 from declip.models.hf_encoder import TextEncoder
 from declip.models.image_tower import PosteriorProjection
@@ -50,7 +48,6 @@ from declip.runs.checkpoint import Checkpoint, CheckpointWriter, list_checkpoint
 from declip.runs.folder import Run, log
 from declip.training import distributed
 from declip.training.assemble import Resolved, resolve
-from declip.training.estimate import encoding_seconds
 from declip.training.pairs import described, refuse_broken, sample_hashes
 from declip.training.pretrained import load_tensors
 from declip.training.sinks import RunInfo, monitored
@@ -60,7 +57,7 @@ from declip.training.warnings import caption_warnings
 
 LEFT_OUT = "left-out pairs"  # the set of cross-validation in the scores of a mixture
 STEP = 1  # of the checkpoint: fitting is one step
-SHOWN_WORST = 16  # captions on the page of the run
+SHOWN_WORST = 16  # images on the page of the run, each with its worst caption
 
 
 def closed_form(recipe: Recipe) -> bool:
@@ -197,18 +194,6 @@ def set_heads(model: DualEncoder, choice: Choice, onto: Sequence[Any] | None = N
     model.logit_scale.fill_(float(np.log(choice.logit_scale)))
 
 
-def estimate_fit(recipe: Recipe, extensions: Extensions = NO_EXTENSIONS) -> tuple[Recipe, str]:
-    """Resolve the recipe of heads in closed form, and estimate the time of their features."""
-    resolved = resolve(recipe, extensions=extensions)
-    model, source = frozen_model(resolved).to(resolved.device), resolved.source
-    encode = image_pool(model, resolved.recipe.train.precision)
-    seconds = encoding_seconds(model, source, encode=encode, exact=False)
-    return resolved.recipe, (
-        f"Projections in closed form, without steps: about {seconds:,.0f} s for the features of "
-        f"{plural(len(resolved.source), 'pair')}, less for those in the cache, then about 10 s for cross-validation."
-    )
-
-
 # --- the files that the report reads
 
 
@@ -257,7 +242,10 @@ def _measured(choice: Choice, outcome: HeldOutRanks, groups: np.ndarray) -> dict
 
 
 def _write_ranks(folder: Path, source: PairSource, features: Features, outcome: HeldOutRanks) -> list[dict[str, Any]]:
-    """Write the out-of-fold rank of each caption, the worst first: 0 is best, 1 worst; return the worst with images."""
+    """Write the out-of-fold rank of each caption, the worst first: 0 is best, 1 worst.
+
+    Return the worst caption of each of `SHOWN_WORST` images, with the image.
+    """
     order = outcome.fit.argsort(descending=True, stable=True).tolist()
     rows = [(source.key(int(features.indices[row])), features.captions[row], float(outcome.fit[row])) for row in order]
     path = folder / run_folder.OUT_OF_FOLD
@@ -265,9 +253,15 @@ def _write_ranks(folder: Path, source: PairSource, features: Features, outcome: 
         table = csv.writer(file)
         table.writerow(["key", "caption", "rank"])
         table.writerows((key, caption, f"{rank:.4f}") for key, caption, rank in rows)
+    # --- the worst caption of each image, without those that are first
+    worst = dict[int, tuple[str, str, float]]()
+    for row, (key, caption, rank) in zip(order, rows, strict=True):
+        index = int(features.indices[row])
+        if rank > 0 and len(worst) < SHOWN_WORST:
+            worst.setdefault(index, (key, caption, rank))
     image_of = thumbnails_of(source)
-    images = (image_of(int(features.indices[row])) for row in order[:SHOWN_WORST])
-    return [
-        {"key": key, "caption": caption, "rank": rank, "image": image and image._asdict()}
-        for image, (key, caption, rank) in zip(images, rows, strict=False)
-    ]
+    shown = list[dict[str, Any]]()
+    for index, (key, caption, rank) in worst.items():
+        image = image_of(index)
+        shown.append({"key": key, "caption": caption, "rank": rank, "image": image and image._asdict()})
+    return shown

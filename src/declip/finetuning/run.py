@@ -14,7 +14,7 @@ from declip.data.sources.python_items import Items
 from declip.data.sources.subset import LIST_KIND, Lists, read_pair_list
 from declip.errors import UserError
 from declip.finetuning import outputs
-from declip.finetuning.fit import closed_form, estimate_fit, fit
+from declip.finetuning.fit import closed_form, fit
 from declip.finetuning.request import Request
 from declip.finetuning.split import Split, choose_pairs, open_lists
 from declip.finetuning.wise_ft import mix_with_start
@@ -31,7 +31,6 @@ from declip.recipe.starts import STARTS
 from declip.runs.folder import LOCK, RECIPE, Run, lock_folder, log, moved_lists
 from declip.training import distributed
 from declip.training.assemble import assemble, held_out_sets
-from declip.training.estimate import estimate
 from declip.training.state import Extensions
 from declip.training.trainer import Trainer
 from declip.training.warnings import caption_warnings
@@ -160,14 +159,6 @@ def _refuse_others(recipe: Recipe, request: Request) -> None:
     }
     if other := [name for name, differs in others.items() if differs]:
         raise UserError(f"{other[0]} is not what this run was started with. Give another --out, without --resume.")
-
-
-def estimate_request(request: Request, out: str | Path | None = None, quiet: bool = False) -> tuple[str, str]:
-    """Resolve the recipe of a fine-tuning, as YAML, and measure what it will cost."""
-    recipe, split, start = finetune_recipe(request, Path(out or FINETUNED).expanduser(), quiet)
-    added = Extensions(sources=split.sources, held_out=split.held_out, start=start)
-    resolved, cost = (estimate_fit if closed_form(recipe) else estimate)(recipe, added)
-    return resolved.to_yaml(), cost
 
 
 def finetune_recipe(

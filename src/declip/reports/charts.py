@@ -161,24 +161,24 @@ def pairs_chart(
 
 
 def growth_chart(growth: Mapping[str, Any]) -> Chart:
-    """Draw the percentile with parts of the pairs, and dashed what more are expected to give; bands are intervals."""
-    pairs, count, color = growth["pairs"], len(growth["measured"]), COLORS[1]
-    rows = [*growth["measured"], *growth["expected"]]
-    values, low, high = (100 * np.array([row[key] for row in rows]) for key in ("value", "low", "high"))
+    """Draw the percentile with parts of the pairs; the band is that of the intervals."""
+    color = COLORS[1]
+    pairs = growth["pairs"]
+    rows = growth["measured"]
+    values = 100 * np.array([row["value"] for row in rows])
+    low = 100 * np.array([row["low"] for row in rows])
+    high = 100 * np.array([row["high"] for row in rows])
 
     def draw(ax: Axes) -> None:
-        ax.fill_between(pairs[: len(rows)], low, high, color=color, alpha=0.15, linewidth=0)
-        ax.plot(pairs[:count], values[:count], "o-", color=color, linewidth=1.8, markersize=4)
-        ax.plot(pairs[count - 1 : len(rows)], values[count - 1 :], "--", color=color, linewidth=1.4)
-        ax.plot(pairs[count : len(rows)], values[count:], "o", color=color, markersize=4, fillstyle="none")
-        ax.axvline(pairs[count - 1], color=QUIET, linewidth=0.8, linestyle=":")
+        ax.fill_between(pairs, low, high, color=color, alpha=0.15, linewidth=0)
+        ax.plot(pairs, values, "o-", color=color, linewidth=1.8, markersize=4)
         ax.axhline(50, color=QUIET, linewidth=0.8)
         ax.text(pairs[0], 50.5, "chance", color=QUIET, va="bottom")
         _over_pairs(ax, pairs)
         ax.set(xlabel="pairs", ylim=(min(45, low.min()), 100))
         ax.yaxis.set_major_formatter("{x:g} %")
 
-    words = f"Better than {percent(growth['measured'][-1]['value'])} of the others, with {pairs[count - 1]:,} pairs."
+    words = f"Better than {percent(rows[-1]['value'])} of the others, with {pairs[-1]:,} pairs."
     return Chart(words, (4.2, 2.8), draw)
 
 

@@ -1,8 +1,9 @@
 """The report of a run: one HTML file with its numbers, curves, examples and recipe."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -25,6 +26,8 @@ PROGRESS = {"lr": ("learning rate", False), "logit_scale": ("logit scale", False
 """Logged quantities besides the losses: their titles, and whether they are noisy."""
 
 SHOWN = 5  # candidates of a query
+LEAST_GAIN = 0.01  # of the percentile: where the interval ends below it, more pairs would not show a useful gain
+MOST_TIMES = 10  # times as many pairs, up to which their number is stated
 
 
 def write_report(folder: Path, model: Encoder, limit: int = 4_000, held_out: HeldOutSets | None = None) -> Path:
@@ -75,11 +78,30 @@ def skipped_table(run: Run) -> Table:
 
 def fitted_lines(run: Run) -> list[str]:
     """Describe heads in closed form and what cross-validation says about them, or the mixture with the start."""
+    fitted = run.cross_validation
     mixture = run.mixture
     names = short_names({name for scores in mixture.get("scores", {}).values() for name in scores})
-    return (
-        render("fitted.txt", it=run.cross_validation, mixture=mixture, names=names, fewest=FEWEST).strip().splitlines()
-    )
+    verdict = verdict_of(fitted["gain"], fitted["pairs"]) if "gain" in fitted else None
+    text = render("fitted.txt", it=fitted, mixture=mixture, names=names, fewest=FEWEST, verdict=verdict)
+    return text.strip().splitlines()
+
+
+class Verdict(NamedTuple):
+    """Whether left-out pairs are ranked better than before."""
+
+    kind: Literal["better", "no better", "unclear"]
+    more: int = 0  # pairs that would decide, if it is unclear; 0 for more than `MOST_TIMES` as many
+
+
+def verdict_of(gain: Mapping[str, float], pairs: int) -> Verdict:
+    """Judge a gain by its 95 % interval, whose width falls with the square root of the number of pairs."""
+    value, low, high = gain["value"], gain["low"], gain["high"]
+    if low > 0:
+        return Verdict("better")
+    if value <= 0 or high < LEAST_GAIN:
+        return Verdict("no better")
+    times = ((value - low) / value) ** 2
+    return Verdict("unclear", ceil(pairs * (times - 1)) if times <= MOST_TIMES else 0)
 
 
 def measures_table(run: Run) -> Table:

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from declip.data.columns import DEFAULT, Columns
 from declip.data.images.decode import EXTENSIONS
-from declip.data.pair import LazyImage, PairSource, SkipCounter
+from declip.data.pair import LazyImage, PairSource, SkipCounter, printable
 from declip.data.sources.open import ImageSource, open_images
 from declip.data.sources.python_items import Items
-from declip.data.sources.table import find_table
+from declip.data.sources.table import find_table, open_rows
 from declip.errors import UserError, check_range
 from declip.evaluation.datasets import LabeledSource, open_dataset, with_classes
 from declip.evaluation.encode import Encoder, encode_batches, encode_source
@@ -54,6 +54,7 @@ class _Stored(BaseModel):
     mixture: list[tuple[float, float, float]] = Field(min_length=1)  # κ, penalty, factor
     accuracy: tuple[float, int] | None
     shots: float = 0.0
+    unmeasured: int = Field(default=0, ge=0)
     model: str
 
 
@@ -126,6 +127,8 @@ class Classifier:
         lines = [f"{sum(self.counts):,} examples of {len(self.counts) - none:,} classes, {none:,} more by name alone"]
         if head.name_weight >= 0.1:
             lines[0] += f"; a name counts as {head.name_weight:.2g} images"
+        if head.accuracy is None and any(self.counts):
+            lines.append("No accuracy: it needs two classes with examples of several objects, to leave some out.")
         if head.accuracy is not None:
             low, high = map(percent, head.accuracy.interval)
             lines.append(
@@ -133,10 +136,16 @@ class Classifier:
                 f"{percent(head.accuracy.value)} ({low} to {high}, n = {head.accuracy.n:,}, chance "
                 f"{percent(head.accuracy.chance)}). The classifier was then fitted to all examples."
             )
-            if self.leaking is not None:
+            if head.unmeasured:
                 lines.append(
-                    f"Images of equal '{self.leaking}' are alike, but were not left out together: the accuracy is too "
-                    f"high. Add --group-column {self.leaking}, in Python columns=Columns(group={self.leaking!r})."
+                    "Classes that are not part of the accuracy, because all examples of each show one object: "
+                    f"{head.unmeasured:,}."
+                )
+            if self.leaking is not None:
+                leaking = printable(self.leaking)
+                lines.append(
+                    f"Images of equal '{leaking}' are alike, but were not left out together: the accuracy is too "
+                    f"high. Add --group-column {leaking}, in Python columns=Columns(group={leaking!r})."
                 )
         return "\n".join(lines + [f"Left out: {line}" for line in self.skipped.lines()])
 
@@ -146,7 +155,9 @@ class Classifier:
         own = {name: getattr(self, name) for name in ("classes", "counts", "model")}
         mixture = [(*form, factor) for form, factor in head.mixture.items()]
         accuracy = None if head.accuracy is None else (head.accuracy.value, head.accuracy.n)
-        stored = _Stored(**own, width=head.width, mixture=mixture, accuracy=accuracy, shots=head.shots)
+        stored = _Stored(
+            **own, width=head.width, mixture=mixture, accuracy=accuracy, shots=head.shots, unmeasured=head.unmeasured
+        )
         with output_file(Path(path).expanduser(), "--save") as target:
             save_tensors({"weight": head.weight, "center": head.center}, target, {KEY: stored.model_dump_json()})
 
@@ -166,20 +177,33 @@ class Classifier:
             raise UserError(f"'{path}' is not a head of declip classify: {one_line(error, 200)}.") from error
         mixture = {FewShotForm(*form): factor for *form, factor in stored.mixture}
         accuracy = stored.accuracy and Measure("examples", stored.accuracy[0], 1 / count, stored.accuracy[1])
-        head = FewShotHead(weight, center, stored.width, mixture, accuracy or None, stored.shots)
+        measured = (accuracy or None, stored.shots, stored.unmeasured)
+        head = FewShotHead(weight, center, stored.width, mixture, *measured)
         return cls(stored.classes, stored.counts, head, stored.model, SkipCounter())
 
 
 def _open_examples(
     examples: str | Path | PairSource | Items, label_column: str | None, columns: Columns
 ) -> LabeledSource:
-    """Open labeled images; a folder is one of folders of classes."""
-    if columns.group is not None and isinstance(examples, str | Path) and find_table(examples) is None:
-        raise UserError(f"--group-column {columns.group} requires a table of examples, but '{examples}' is none.")
-    if isinstance(examples, str | Path) and (folder := Path(examples).expanduser()).is_dir():
-        examples = f"folder:{folder}"
+    """Open labeled images; a folder is one of folders of classes, unless a column of its table is named."""
+    columns = replace(columns, caption=None)
+    table = find_table(examples) if isinstance(examples, str | Path) else None
+    by_column = label_column is not None or columns.group is not None
+    if isinstance(examples, str | Path):
+        if table is None and columns.group is not None:
+            raise UserError(f"--group-column {columns.group} requires a table of examples, but '{examples}' is none.")
+        folder = Path(examples).expanduser()
+        if folder.is_dir() and not (by_column and table is not None):
+            examples = f"folder:{folder}"
     dataset = open_dataset(examples, label_column=label_column, columns=columns, captioned=False)
-    return with_classes(dataset.split("train" if "train" in dataset.openers else "test"))
+    source = dataset.split("train" if "train" in dataset.openers else "test")
+    if table is not None and source.labels is None:
+        names = ", ".join(f"'{printable(name)}'" for name in open_rows(table).columns[:30])
+        raise UserError(
+            f"The table '{table}' of examples has no column of classes, such as 'label'. Its columns: {names}. "
+            "Name one: --label-column NAME."
+        )
+    return with_classes(source)
 
 
 def _numbers(classes: tuple[str, ...], given: Any) -> np.ndarray:
@@ -188,11 +212,13 @@ def _numbers(classes: tuple[str, ...], given: Any) -> np.ndarray:
     for number, name in enumerate(classes):
         first = numbers.setdefault(name.replace("_", " ").casefold(), number)
         if first != number:
-            raise UserError(f"The classes '{classes[first]}' and '{name}' differ only in case or '_'. Rename one.")
+            both = f"'{printable(classes[first])}' and '{printable(name)}'"
+            raise UserError(f"The classes {both} differ only in case or '_'. Rename one.")
     keys = [str(name).replace("_", " ").casefold() for name in given]
     if strange := [name for name, key in zip(given, keys, strict=True) if key not in numbers]:
         raise UserError(
-            f"The examples have {len(strange):,} classes, such as '{strange[0]}', that --classes lacks. Name them too."
+            f"The examples have {len(strange):,} classes, such as '{printable(strange[0])}', that --classes lacks. "
+            "Name them too."
         )
     return np.array([numbers[key] for key in keys], dtype=np.int64)
 
@@ -219,7 +245,8 @@ class Classification:
     def summary(self) -> str:
         """One line for the classes, the most frequent first, and one for each reason of images left out."""
         counts = Counter(self.counts)
-        classes = ", ".join(f"{count:,} {name}" for name, count in counts.most_common(20) if count)
+        frequent = counts.most_common(20)
+        classes = ", ".join(f"{count:,} {printable(name)}" for name, count in frequent if count)
         left_out = (f"Left out: {line}" for line in self.skipped.lines())
         return "\n".join([f"{counts.total():,} images: {classes}{', …' * (len(+counts) > 20)}", *left_out])
 
@@ -251,7 +278,7 @@ def classify(
         head: A fitted classifier or its file, instead of classes and examples.
         templates: Name of a template set, or templates with ``{}`` for the class.
         out: A .csv file for the probability of every class.
-        columns: Of a table of images. Its `group` is that of a table of examples, see `declip.Classifier.fit`.
+        columns: Of a table of images and of one of examples; `group` of examples alone, see `declip.Classifier.fit`.
         precision: As in `declip.load`; a model that is given as an object stays as it is.
         on_prediction: Called with each prediction, in the order of the images.
 
@@ -271,16 +298,16 @@ def classify(
     # --- scores of classes
     options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "progress": progress}
     if examples is not None:
-        grouped: dict[str, Any] = {"label_column": label_column, "columns": Columns(group=columns.group)}
-        classifier = Classifier.fit(encoder, names, examples, templates=prompts, **grouped, **options)
+        table: dict[str, Any] = {"label_column": label_column, "columns": columns}
+        classifier = Classifier.fit(encoder, names, examples, templates=prompts, **table, **options)
     known, encode, score = _scorer(encoder, classifier, names, prompts, batch_size)
     result = Classification(dict.fromkeys(known, 0), classifier=classifier)
     # --- classify and write batch by batch; the table appears complete or not at all
     batches = [range(start, min(start + batch_size, len(source))) for start in range(0, len(source), batch_size)]
     stream = encode_batches(encoder, source, _read, batches, workers, progress, encode)
     header = (*CLASSIFIED, *map(plain_cell, known))
-    with nullcontext() if path is None else csv_table(path, header) as table:
-        _collect(_predictions(stream, known, score, result.skipped), result, table, on_prediction)
+    with nullcontext() if path is None else csv_table(path, header) as rows:
+        _collect(_predictions(stream, known, score, result.skipped), result, rows, on_prediction)
     return result
 
 

@@ -6,7 +6,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,15 +17,15 @@ from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schema import Recipe
 from declip.training.assemble import assemble, resolve_epochs
 from declip.training.pairs import open_training_source, refuse_broken
-from declip.training.state import NO_EXTENSIONS, Extensions, RunState
+from declip.training.state import RunState
 from declip.training.step import training_step
 
 TIMED, ENCODED = 2, 32  # steps, after one that does not count, and pairs of each set
 
 
-def estimate(recipe: Recipe, extensions: Extensions = NO_EXTENSIONS) -> tuple[Recipe, str]:
-    """Resolve a recipe, and estimate the time and memory of its run."""
-    source = open_training_source(recipe, extensions.sources)
+def estimate(recipe: Recipe) -> str:
+    """Estimate the time and memory of the run of a recipe, in a sentence."""
+    source = open_training_source(recipe)
     recipe = resolve_epochs(recipe, len(source))
     train, few = recipe.train, min(len(source), 2 * recipe.train.batch_size)
     refuse_broken(source, recipe.data.max_broken_fraction)
@@ -34,24 +33,23 @@ def estimate(recipe: Recipe, extensions: Extensions = NO_EXTENSIONS) -> tuple[Re
     limits = {"max_pairs": few, "max_broken_fraction": max(0.5, recipe.data.max_broken_fraction)}
     small = recipe.model_copy(update={"data": recipe.data.model_copy(update=limits)})
     with TemporaryDirectory() as folder:
-        state = assemble(small, Path(folder) / "run", quiet=True, extensions=extensions)
+        state = assemble(small, Path(folder) / "run", quiet=True)
         steps = train.steps * fmean(step_seconds(state, 1, TIMED))
         sets = map(state.held_out.test, state.held_out.tasks(recipe, final=False))
         count = 1 + (train.steps - 1) // train.evaluate_every if train.evaluate_every else 1
         evaluations = count * sum(encoding_seconds(state.model, pairs) for pairs in sets)
         memory = _peak(state.model.device) / 2**30
-    text = (
+    return (
         f"{plural(train.steps, 'step')} of {train.batch_size:,} pairs at most, about {duration(steps + evaluations)} "
         f"(steps {duration(steps)}, evaluations {duration(evaluations)}), {memory:.1f} GiB of memory"
     )
-    return state.recipe.model_copy(update={"data": recipe.data}), text
 
 
-def encoding_seconds(model: DualEncoder, pairs: PairSource, **options: Any) -> float:
-    """Estimate the time to encode all pairs by that of a few, evenly spaced; options are those of `encode_source`."""
+def encoding_seconds(model: DualEncoder, pairs: PairSource) -> float:
+    """Estimate the time to encode all pairs by that of a few, evenly spaced."""
     chosen = np.linspace(0, len(pairs) - 1, min(ENCODED, len(pairs))).astype(int)
     began = time.perf_counter()
-    encode_source(model, pairs, indices=chosen, **options)
+    encode_source(model, pairs, indices=chosen)
     return (time.perf_counter() - began) * len(pairs) / len(chosen)
 
 
