@@ -2,12 +2,14 @@
 
 import csv
 import multiprocessing
+import os
 import re
+from functools import partial
 
 import pytest
 
 from app.conftest import NAMES, ask
-from conftest import refuses
+from conftest import draw, refuses
 from declip.app.caption_table import CaptionFile, CaptionTable, Change
 from declip.app.server import open_state
 from declip.data.sources.open import open_source
@@ -214,6 +216,24 @@ def test_after_25_images_the_projections_are_fitted(start):
     assert estimate["captions"] == 25
     assert 0 <= estimate["low"] <= estimate["value"] <= estimate["high"] <= 1
     assert start().captioning.estimates[0] == state.captioning.estimates[0]
+
+
+def test_files_whose_names_are_not_utf_8_are_refused_at_the_start(run_folder, tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for color in ("red", "blue"):
+        draw(color, "bar").save(folder / f"{color}.png")
+    (folder / "red.png").rename(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.png"))
+    start = partial(open_state, str(run_folder), str(folder), tmp_path / "index")
+    refuses("1 file .*UTF-8.*caf.*Rename", start, caption=tmp_path / "captions.csv")
+
+
+def test_a_table_that_is_not_a_regular_file_is_refused_at_the_start(path):
+    path.symlink_to(path.name)
+    refuses("captions.csv.*--caption", open_state, "no model", "no source", caption=path)
+    path.unlink()
+    os.mkfifo(path)
+    refuses("not a regular file.*--caption", open_state, "no model", "no source", caption=path)
 
 
 def test_wrong_input_is_refused(captioning, start, path, client):

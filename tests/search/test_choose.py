@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -225,3 +226,13 @@ def test_timm_comes_without_compiler_and_wandb_which_are_imported_when_they_are_
         ("import timm; assert timm.utils.summary.wandb.init", "wandb"),
         (textwrap.dedent(used), "torch._dynamo"),
     ) == ["timm", "wandb", "torch._dynamo"]
+
+
+def test_a_file_name_that_no_table_can_hold_is_refused(folder, weights_file, tmp_path, command):
+    """A table is UTF-8, so it cannot name the file; with "?" in its place it would name another one."""
+    (folder / "red-bar.png").rename(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.png"))
+    table = tmp_path / "choose.csv"
+    refused = command("choose", weights_file, folder, "--out", table, "--index", tmp_path / "index")
+    assert (refused.status, "caf\N{REPLACEMENT CHARACTER}.png" in refused.err) == (2, True), refused.err
+    assert "Rename" in refused.err
+    assert not table.exists()
