@@ -239,14 +239,14 @@ class Index:
 
     def summary(self) -> str:
         """The contents of the index, and what was left out, a line each."""
-        info, files = self.info, sorted(self._store.folder.iterdir())
-        size = sum(path.stat().st_size for path in files)
+        info = self.info
+        size = sum(self._store.sizes.values())
         made = f", computed in {info.precision}" if info.precision else ""
         lines = [f"{len(self):,} images, {info.dimension} numbers each in {info.dtype}{made}, {size / 1e6:,.1f} MB"]
         lines += [f"Left out: {line}" for line in SkipCounter.from_dict(info.skipped).lines()]
         if uncaptioned := pc.list_value_length(self._store.column("captions")).to_pylist().count(0):
             lines.append(f"Without caption: {uncaptioned:,}")
-        return "\n".join([*lines, f"Files: {', '.join(map(str, files))}"])
+        return "\n".join([*lines, f"Files: {', '.join(map(str, self._store.sizes))}"])
 
     @cached_property
     def _source(self) -> ImageSource:
