@@ -36,7 +36,7 @@ async function run() {
 
 function show({ hits, images, seconds, classes, scale }, { text, id, template, over, weight }) {
   find("hits").replaceChildren(...hits.map((hit) => card(hit, { facts: [`cosine ${hit.cosine.toFixed(3)}`, ...(hit.captions.length ? [hit.key] : [])] })));
-  const pointing = text && matchMedia("(hover: hover)").matches ? ". Point at an image to see where the text fits." : "";
+  const pointing = text && matchMedia("(hover: hover)").matches ? ". Point at an image, or press Tab to reach it, to see where the text fits." : "";
   if (text) for (const [row, shown] of [...find("hits").children].entries()) showMap(shown, hits[row].id, text);
   const nearest = hits.length ? `The nearest ${hits.length} of ${count(images, "image")}, in ${seconds.toFixed(2)} s${pointing}` : "No results: no image has a caption.";
   find("classified").hidden = !classes;
