@@ -3,6 +3,7 @@
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, Field, ValidationError
@@ -22,6 +23,11 @@ Count = Annotated[int, Field(ge=0, lt=2**40)]
 Dtype = Literal["float16", "float32"]
 Over = Literal["images", "captions"]
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+def is_index(folder: Path) -> bool:
+    """Whether a folder looks like an index."""
+    return (folder / INFO).is_file()
 
 
 class InfoSection(BaseModel, extra="forbid"):
@@ -90,7 +96,9 @@ class IndexInfo(InfoSection):
         """Read index.json; raises `UserError` if it is missing, damaged, or of another version of declip."""
         path = folder / INFO
         if not folder.exists():
-            raise UserError(f"'{folder}' does not exist. Make an index: declip embed MODEL SOURCE --out {folder}.")
+            raise UserError(
+                f"'{folder}' does not exist. Make an index: declip embed MODEL SOURCE --out {quote(str(folder))}."
+            )
         if not path.is_file():
             others = folder.is_dir() and any(path.name[0] != "." for path in folder.iterdir())
             raise UserError(
