@@ -93,12 +93,11 @@ def test_a_file_is_searched_with_and_classified(page, tmp_path):
 
 
 def test_a_text_is_typed_and_found_by_keyboard_alone(page, shared):
-    page.goto("/search")
+    page.goto("/pairs")
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.textContent") == "Skip to the content"
-    page.keyboard.press("Enter")
-    page.keyboard.press("Tab")
-    assert page.evaluate("document.activeElement.id") == "text"
+    page.goto("/search")
+    expect(page.locator("#text")).to_be_focused()
     page.keyboard.type("a red circle")
     page.keyboard.press("Enter")
     expect(page.locator("#hits > li")).to_have_count(24)
@@ -208,7 +207,7 @@ def test_images_are_captioned_without_a_mouse_through_a_restart_and_a_second_tab
                 running.enter_context(served(start(), urlsplit(address).port))
                 one.reload()
             expect(shown).to_have_text(f"{NAMES[number]}.png")
-            one.keyboard.press("1")  # takes the nearest text
+            one.keyboard.press("1")  # takes the nearest caption
             one.keyboard.type(f" no. {number}")
             if number == 23:
                 one.keyboard.press("Control+Enter")
@@ -222,7 +221,7 @@ def test_images_are_captioned_without_a_mouse_through_a_restart_and_a_second_tab
             one.keyboard.press(key)
         two = context.new_page()
         two.goto("/caption")
-        expect(two.locator("#key")).to_have_text(f"{NAMES[32]}.png")
+        expect(two.locator("#key")).to_have_text(f"{NAMES[31]}.png")
         cell = next(row["image"] for row in rows_of(table) if NAMES[29] in row["image"])
         with table.open("a", encoding="utf-8") as file:
             file.write(f"{cell.replace(NAMES[29], NAMES[30])},written by hand\n")
@@ -231,8 +230,13 @@ def test_images_are_captioned_without_a_mouse_through_a_restart_and_a_second_tab
         expect(status).to_contain_text("Not saved")
         expect(one.locator("#saved [aria-pressed]")).to_have_text(["written by hand"])
         one.keyboard.press("Enter")
-        expect(shown).to_have_text(f"{NAMES[31]}.png")
+        expect(shown).to_have_text(f"{NAMES[32]}.png")
+        two.goto("/search")  # the image that it leaves is free at once
+        three = context.new_page()
+        three.goto("/caption")
+        expect(three.locator("#key")).to_have_text(f"{NAMES[31]}.png")
         expect(one.locator("#estimates > li")).to_have_count(1)
+        expect(one.locator("#estimates > li")).to_contain_text(re.compile(r"\d+ captions of 25 images.*before \d+ %"))
         one.set_viewport_size(PHONE)
         assert one.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
         context.close()
@@ -240,6 +244,23 @@ def test_images_are_captioned_without_a_mouse_through_a_restart_and_a_second_tab
     assert len({row["image"] for row in rows}) == 31
     assert [row["caption"] for row in rows][-2:] == ["written by hand", "mine"]
     assert all(any(row["caption"].endswith(f" no. {number}") for row in rows) for number in range(30))
+
+
+def test_after_the_last_caption_the_page_says_what_to_run(browser, start, uncaptioned, tmp_path):
+    rows = [f"{uncaptioned.parent / name}.png,{name}" for name in NAMES[:47]]
+    table = write_table(tmp_path / "captions.csv", rows)
+    with served(start()) as address:
+        page = browser.new_context(base_url=address).new_page()
+        page.goto("/")
+        expect(page.locator("#key")).to_have_text(f"{NAMES[47]}.png")
+        page.keyboard.type("the last one")
+        page.keyboard.press("Enter")
+        expect(page.get_by_role("status")).to_have_text("All 48 images have captions.")
+        expect(page.locator("#text")).to_be_hidden()
+        expect(page.locator("#command-0")).to_contain_text(f"declip finetune {table} --from ")
+        page.get_by_role("button", name="Back").click()
+        expect(page.locator("#key")).to_have_text(f"{NAMES[47]}.png")
+        expect(page.locator("#text")).to_be_visible()
 
 
 def test_a_saved_caption_is_changed_and_deleted(browser, start, tmp_path):
@@ -250,7 +271,7 @@ def test_a_saved_caption_is_changed_and_deleted(browser, start, tmp_path):
         page = browser.new_context(base_url=address, viewport=PHONE).new_page()
         page.goto("/")
         field, saved, status = page.locator("#text"), page.locator("#saved [aria-pressed]"), page.get_by_role("status")
-        expect(page.locator("#suggestions > li")).to_have_count(5)
+        expect(page.locator("#near")).to_be_hidden()
         expect(page.get_by_role("button", name="Save, next")).to_be_in_viewport(ratio=1)
         for number, text in enumerate(("cauliflower", "broccoli", "spinach"), 1):
             field.fill(text)

@@ -2,12 +2,16 @@
 
 import csv
 import multiprocessing
+import os
 import re
+import shlex
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 
 from app.conftest import NAMES, ask
-from conftest import refuses
+from conftest import draw, refuses
 from declip.app.caption_table import CaptionFile, CaptionTable, Change
 from declip.app.server import open_state
 from declip.data.sources.open import open_source
@@ -27,7 +31,7 @@ def captioning(start):
 
 
 def get(client, tab="one", **query):
-    return client.get("/api/caption", params={"tab": tab, **query}).json()
+    return client.post("/api/caption/next", json={"tab": tab, **query}).json()
 
 
 def save(client, shown, *captions, **change):
@@ -36,11 +40,12 @@ def save(client, shown, *captions, **change):
 
 def test_every_caption_is_in_the_table_and_a_restart_goes_on(start, path):
     path.write_text("note,image,caption\nkept,elsewhere.png,=1+1\n")
+    typed = [text for number in range(3) for text in (f"caption {number}", "another, “quoted”")]
     with ask(start()) as client:
         for number in range(3):
             shown = get(client)
             assert (shown["position"], shown["done"], shown["saved"]) == (number, number, [])
-            assert len(set(shown["suggestions"])) == 5
+            assert sorted(shown["suggestions"]) == sorted({*typed[: 2 * number]})
             assert save(client, shown, f"caption {number}", "another, “quoted”").status_code == 200
     with ask(start()) as client:
         assert get(client, "two")["position"] == 3
@@ -200,8 +205,31 @@ def test_a_link_to_the_table_and_the_permissions_stay(start, path):
 def test_the_next_image_is_one_that_no_tab_shows(captioning, monkeypatch):
     asked = [("one", -1), ("one", -1), ("two", -1), ("two", 5), ("two", 47)]
     assert [get(captioning, tab, after=after)["position"] for tab, after in asked] == [0, 0, 1, 6, 1]
-    monkeypatch.setattr("declip.app.captions.HELD", -1)  # seconds: all tabs were left long ago
+    assert get(captioning, "two", position=3)["position"] == 3
+    assert get(captioning, "three")["position"] == 1, "what a tab has left is free"
+    captioning.post("/api/caption/hold", json={"tab": "one", "id": None})  # the tab is closed
+    assert get(captioning, "four")["position"] == 0
+    monkeypatch.setattr("declip.app.captions.LEASE", -1)  # seconds: all tabs were lost long ago
+    assert get(captioning, "five")["position"] == 0
+
+
+def test_a_tab_that_stays_open_keeps_its_image(captioning, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr("declip.app.captions.time", SimpleNamespace(monotonic=lambda: now))
+    shown = get(captioning, "one")
+    for _ in range(5):
+        now += 80
+        assert captioning.post("/api/caption/hold", json={"tab": "one", "id": shown["id"]}).status_code == 200
+    assert get(captioning, "two")["position"] == 1
+    now += 100
     assert get(captioning, "three")["position"] == 0
+
+
+def test_a_link_from_another_site_holds_no_image(captioning):
+    link = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}
+    for address in ("/api/caption?tab=other", "/api/caption/next?tab=other"):
+        assert captioning.get(address, headers=link).status_code == 405
+    assert get(captioning)["position"] == 0
 
 
 def test_after_25_images_the_projections_are_fitted(start):
@@ -211,20 +239,47 @@ def test_after_25_images_the_projections_are_fitted(start):
             save(client, get(client), name.replace("-", " "))
         with state.captioning.fitting:
             (estimate,) = get(client)["estimates"]
-    assert estimate["captions"] == 25
+    assert (estimate["images"], estimate["captions"]) == (25, 25)
+    assert 0 <= estimate["start"] <= 1
     assert 0 <= estimate["low"] <= estimate["value"] <= estimate["high"] <= 1
     assert start().captioning.estimates[0] == state.captioning.estimates[0]
+
+
+def test_files_whose_names_are_not_utf_8_are_refused_at_the_start(run_folder, tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for color in ("red", "blue"):
+        draw(color, "bar").save(folder / f"{color}.png")
+    (folder / "red.png").rename(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.png"))
+    start = partial(open_state, str(run_folder), str(folder), tmp_path / "index")
+    refuses("1 file .*UTF-8.*caf.*Rename", start, caption=tmp_path / "captions.csv")
+
+
+def test_a_table_that_is_not_a_regular_file_is_refused_at_the_start(path):
+    path.symlink_to(path.name)
+    refuses("captions.csv.*--caption", open_state, "no model", "no source", caption=path)
+    path.unlink()
+    os.mkfifo(path)
+    refuses("not a regular file.*--caption", open_state, "no model", "no source", caption=path)
+
+
+def test_the_next_commands_have_the_paths_of_the_table_the_model_and_the_images(start, path, run_folder, uncaptioned):
+    state = start()
+    finetune, search = (shlex.split(command) for command in state.captioning.describe()["commands"])
+    assert finetune == ["declip", "finetune", str(path), "--from", str(run_folder), "--out", "runs/captions"]
+    assert search == ["declip", "app", "runs/captions", os.path.relpath(uncaptioned)]
 
 
 def test_wrong_input_is_refused(captioning, start, path, client):
     shown = get(captioning)
     for id, captions in ((shown["id"], ["  "]), (shown["id"], ["x" * 2_001]), (2**40, ["x"]), (shown["id"], [])):
         assert 400 <= save(captioning, {"id": id, "saved": []}, *captions).status_code < 500
-    assert captioning.get("/api/caption?tab=one&position=999").status_code == 404
+    assert captioning.post("/api/caption/next", json={"tab": "one", "position": 999}).status_code == 404
     assert captioning.get("/caption").status_code == 200
     assert not path.exists()
-    for address in ("/caption", "/api/caption?tab=x"):  # started without --caption
-        assert client.get(address).status_code == 404
+    assert client.get("/caption").status_code == 404  # started without --caption
+    for address in ("/api/caption", "/api/caption/next", "/api/caption/hold"):
+        assert client.post(address, json={"tab": "x"}).status_code == 404
     assert "Caption" not in client.get("/search").text
     (path.parent / "other.csv").write_text("a,b\n1,2\n")
     for name in ("captions.txt", "other.csv"):

@@ -261,9 +261,13 @@ def test_thumbnails_are_small_images_by_id(client, state, monkeypatch):
 
 def test_a_missing_image_gives_away_no_path_and_missing_captions_are_explained(model, folder, tmp_path):
     with ask(AppState(declip.embed(model, folder, out=tmp_path / "index"), "")) as client:
-        for address in ("/api/search?text=a&over=captions", "/api/pairs/disagreeing"):
+        remedies = {
+            "/api/search?text=a&over=captions": "--captions",
+            "/api/pairs/disagreeing": "--caption captions.csv",
+        }
+        for address, remedy in remedies.items():
             answer = client.get(address)
-            assert (answer.status_code, "--captions" in answer.json()["error"]) == (400, True)
+            assert (answer.status_code, remedy in answer.json()["error"]) == (400, True)
         assert client.get("/api/pairs/duplicates").status_code == 200
         shutil.rmtree(folder)
         answer = client.get("/images/0")

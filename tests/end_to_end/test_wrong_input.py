@@ -74,7 +74,7 @@ MISTAKES = {
     "missing built-in": ("train mine.yaml --data builtin:emojy", "'emojy'", "'emoji'"),
     "not a table": ("train mine.yaml --data text.txt", "'text.txt'", ".jsonl"),
     "folder without captions": ("train mine.yaml --data uncaptioned train.batch_size=2", "'uncaptioned'",
-                                "missing caption", "text file"),
+                                "missing caption", "text file", "declip choose", "declip app"),
     "out is a file": ("train mine.yaml --out text.txt", "'text.txt'", "--out"),
     "out too long": ("train mine.yaml --out " + "x" * 300, "name too long", "--out"),
     "downloads a table": ("data download empty.csv", "'empty.csv'", "without a download"),
@@ -103,6 +103,7 @@ MISTAKES = {
     "another tool's key": ("compare demo-clip --lr=5 --pairs 8", "--lr", "train.lr"),
     "a folder as index": ("search uncaptioned red", "'uncaptioned'", "--out indices/NEW"),
     "no image": ("embed builtin:lite2-minilm nothing --out x", "nothing' has no image", "Give a folder"),
+    "index and text swapped": ("search redapple INDEX", "swapped", "index redapple"),
     "no index": ("search gone red", "gone' does not exist", "--out gone"),
     "no usable pair": ("data inspect lost.csv --workers 0", "missing image", "images/gone.png"),
     "shots of no task": ("evaluate RUN --dataset TABLE --shots 2", "--task few-shot"),
@@ -268,6 +269,28 @@ def test_photographs_of_phones_without_their_reader(words, status, trained, inde
     ended, printed = declip(*words.replace("RUN", str(trained)).replace("INDEX", str(index)).split())
     number = "phone/0.HEIC" if "search" in words else "4 × HEIC" if "inspect" not in words else "80.0 %"
     assert (ended, "pip install 'declip[heif]'" in printed, number in printed) == (status, True, True), printed
+
+
+USAGE = {
+    "search": ("'INDEX'", "declip search --help"),
+    "search INDEX red --contact x.png": ("--contact-sheet", "declip search --help"),
+    "search INDEX red -k many": ("-k", "declip search --help"),
+    "search INDEX red --over nothing": ("'nothing'", "'captions'", "declip search --help"),
+    "serch INDEX red": ("'search'", "declip --help"),
+    "recipes demo": ("'demo'", "declip recipes --help"),
+}
+
+
+@pytest.mark.parametrize(("words", "told"), USAGE.items())
+def test_a_wrong_command_line_is_answered_by_one_line(command, index, words, told):
+    ended = command(*words.replace("INDEX", str(index)).split())
+    assert (ended.status, ended.out, ended.err.count("\n")) == (2, "", 1), ended.err
+    assert [part for part in told if part not in ended.err] == []
+
+
+def test_another_run_is_not_continued_by_mistake(here, declip, trained, table):
+    status, printed = declip("train", "mine.yaml", "--out", trained)
+    assert (status, f"on '{table}'" in printed, "another --out" in printed) == (2, True, True), printed
 
 
 def test_a_strangers_recipe_is_no_run(here, declip):

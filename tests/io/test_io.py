@@ -148,6 +148,30 @@ def test_features_longest_unused_go_first(cache, monkeypatch):
     refuses("DECLIP_CACHE_GB is 'much'", trim_cache, "features", keep=())
 
 
+def test_files_may_vanish_while_entries_are_listed(cache):
+    """Another process writes features: SQLite's journal comes and goes with each transaction."""
+    folder = cache / "features" / "busy"
+    folder.mkdir(parents=True)
+    writer = multiprocessing.get_context("fork").Process(target=come_and_go, args=(folder,))
+    writer.start()
+    try:
+        for _ in range(1_500):
+            assert {entry.path.name for entry in cache_entries() if entry.path.parent.name == "features"} >= {"busy"}
+            trim_cache("features", keep=())
+    finally:
+        writer.kill()
+        writer.join()
+
+
+def come_and_go(folder):
+    while True:
+        journals = [folder / f"{number}-journal" for number in range(20)]
+        for path in journals:
+            path.write_bytes(b"journal")
+        for path in journals:
+            path.unlink()
+
+
 def test_clear_keeps_what_cannot_be_computed(cache, command):
     shown, wrong = command("cache", "show").out, command("cache", "clear", "nothing")
     assert all(part in shown for part in (str(cache), "features", "shards"))

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -201,3 +202,13 @@ def test_a_text_search_builds_no_image_tower(folder, tmp_path):
         assert whole.model.image_tower.proj is not None
         assert [(hit.key, hit.score) for hit in parts.search("red")] == [(h.key, h.score) for h in whole.search("red")]
     assert loaded_by((code, "timm torchvision transformers wandb pandas matplotlib torch._dynamo torch")) == ["torch"]
+
+
+def test_a_file_name_that_no_table_can_hold_is_refused(folder, weights_file, tmp_path, command):
+    """A table is UTF-8, so it cannot name the file; with "?" in its place it would name another one."""
+    (folder / "red-bar.png").rename(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.png"))
+    table = tmp_path / "choose.csv"
+    refused = command("choose", weights_file, folder, "--out", table, "--index", tmp_path / "index")
+    assert (refused.status, "caf\N{REPLACEMENT CHARACTER}.png" in refused.err) == (2, True), refused.err
+    assert "Rename" in refused.err
+    assert not table.exists()

@@ -183,11 +183,37 @@ def test_a_source_that_is_an_object_has_to_be_given_again(model, table, tmp_path
 
 def test_the_sheet_shows_what_was_found(made, folder):
     hits = made.search(image=folder / "red-bar.png", k=9)
-    (folder / hits[1].key).unlink()
     drawn = search_sheet(Index.open(made.folder), hits, "like red-bar.png", Image.new("RGB", (50, 50), "lime"))
     pixels = np.asarray(drawn).reshape(-1, 3)
     assert (pixels == (0, 255, 0)).all(1).sum() > 1000, "what was asked with"
     assert (pixels == (255, 0, 0)).all(1).sum() > 500, "what was found"
+
+
+def test_a_sheet_of_images_that_are_gone_is_an_error(weights_file, folder, command, tmp_path):
+    made, sheet = declip.embed(weights_file, folder, out=tmp_path / "index", workers=0), tmp_path / "sheet.png"
+    search = ("search", made.folder, "--image", draw_to(tmp_path / "query.png"), "-k", 2, "--contact-sheet", sheet)
+    first, second = command(*search[:-2]).out, made.search(image=tmp_path / "query.png", k=2)[1].key
+    (folder / second).unlink()
+    refused = command(*search)
+    assert (refused.status, refused.out, sheet.exists()) == (2, first, False)
+    assert f"'{second}'" in refused.err
+    assert "declip embed" in refused.err
+    folder.rename(tmp_path / "moved")
+    refused = command(*search)
+    assert (refused.status, "--source" in refused.err, sheet.exists()) == (2, True, False)
+
+
+def draw_to(path):
+    Image.new("RGB", (50, 50), "lime").save(path)
+    return path
+
+
+def test_the_summary_of_an_open_index_outlives_an_update(made, folder):
+    before = made.summary()
+    draw_to(folder / "new.png")
+    declip.embed(made.model, folder, out=made.folder, dtype="float32", workers=0)
+    assert len(Index.open(made.folder)) == len(made) + 1
+    assert made.summary() == before
 
 
 def test_the_files_of_an_index_are_read_by_other_programs(tmp_path):

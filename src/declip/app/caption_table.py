@@ -3,6 +3,7 @@
 import csv
 import io
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ from declip.data.sources.names import resolve
 from declip.data.sources.rows import NOT_UTF8, DelimitedRows
 from declip.errors import UserError
 from declip.io.atomic import atomic_write, csv_path, flush, locked_for
-from declip.search.choose import image_cell
+from declip.search.choose import check_files, image_cell
 from declip.search.index import Index
 
 ELSEWHERE = "choose another file with --caption"
@@ -49,10 +50,10 @@ class CaptionFile(NamedTuple):
     @classmethod
     def read(cls, path: Path) -> "CaptionFile":
         """Read a table; raises `UserError` for a row that training would leave out."""
-        stamp = _stamp(path)
-        if not stamp or not stamp[0]:
-            return cls(stamp, [b"image,caption\r\n"], (IMAGE, CAPTION), ",", [])
         try:
+            stamp = _stamp(path)
+            if not stamp or not stamp[0]:
+                return cls(stamp, [b"image,caption\r\n"], (IMAGE, CAPTION), ",", [])
             table = DelimitedRows(path, ",")
             records = [*table.records()]
             with path.open("rb") as file:
@@ -125,7 +126,7 @@ class CaptionTable:
     def __init__(self, path: Path, index: Index) -> None:
         check_table(path)
         self.path, self.index = csv_path(path, "--caption"), index
-        image_cell(index, int(index.ids[0]), self.path.parent)  # refuses images without files
+        check_files(index)
         paths = (resolve(one, index.folder) for one in index.paths())
         self._ids = dict(zip(paths, index.ids.tolist(), strict=True))
 
@@ -177,9 +178,11 @@ class CaptionTable:
 
 
 def _stamp(path: Path) -> tuple[int, ...] | None:
-    """Size, time and number of a file; None without one."""
+    """Size, time and number of a file; None without one. Raises a `UserError` for pipes and devices."""
     try:
         status = path.stat()
     except FileNotFoundError:
         return None
+    if not stat.S_ISREG(status.st_mode):
+        raise UserError(f"'{path}' is not a regular file, so captions cannot be saved in it; {ELSEWHERE}.")
     return status.st_size, status.st_mtime_ns, status.st_ino

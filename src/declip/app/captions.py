@@ -1,8 +1,11 @@
 """Captioning: the order of the images, suggestions, and projections fitted to the captions so far."""
 
+import os
+import shlex
 import threading
 import time
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,26 +15,38 @@ from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
 from declip.app.caption_table import CaptionTable, Change
+from declip.app.requests import ImageId
 from declip.app.state import AppState
 from declip.closed_form.heads import choose_heads
 from declip.closed_form.solve import Heads, Pairs
+from declip.data.sources.names import resolve
 from declip.data.sources.table import TABLE_KINDS
 from declip.errors import UserError
-from declip.evaluation.zero_shot import read_prompts
 from declip.search.choose import choose_from
 
 EVERY = 25  # captions after which the projections are fitted again
 MOST = 2_000  # images that are offered
 SUGGESTIONS = 5
-HELD = 300  # seconds for which an image that one tab shows is not offered to another
+# Seconds for which an image that one tab shows is not offered to another, unless the tab asks again: it does so every
+# 20 s, and a browser runs the timers of a hidden tab once a minute.
+LEASE = 90
+
+Tab = Annotated[str, Field(max_length=64)]
 
 
 class ShowQuestion(BaseModel):
     """An image by its position in the order; without `position` the next one after `after` that has no caption."""
 
-    tab: Annotated[str, Field(max_length=64)]
+    tab: Tab
     after: int = Field(-1, ge=-1)
     position: int | None = Field(None, ge=0)
+
+
+class HoldQuestion(BaseModel):
+    """The image that a tab still shows; None once it is closed."""
+
+    tab: Tab
+    id: ImageId | None = None
 
 
 class Captioning:
@@ -41,14 +56,13 @@ class Captioning:
         self.state, self.table = state, CaptionTable(path, state.index)
         self.captions = self.table.read()
         self.order = self._order()
-        self.classes = list(dict.fromkeys(read_prompts("imagenet").classes.values()))
-        # How often a left-out caption and its image fit better than others, with a 95 % interval, after each fit
+        # How often a left-out caption and its image fit better than others, with a 95 % interval, after each fit, and
+        # how often without any fit
         self.estimates: list[dict[str, float]] = []
         self.fitting = threading.Lock()
         self._heads: Heads | None = None
-        self._held: dict[int, tuple[str, float]] = {}  # tab and time, by image
+        self._held: dict[str, tuple[int, float]] = {}  # image and time, by tab
         self._lock = threading.Lock()
-        state.text_vectors(self.classes)  # before the first page asks for suggestions
         self._fit()
 
     def _order(self) -> list[int]:
@@ -63,15 +77,25 @@ class Captioning:
 
     def next_position(self, tab: str, after: int) -> int | None:
         """The first image without a caption after a position, then from the start, that no other tab shows."""
-        now = time.monotonic()
+        self.hold(tab, None)
         with self._lock:
-            for position in [*range(after + 1, len(self.order)), *range(min(after + 1, len(self.order)))]:
+            held = {id for id, _ in self._held.values()}
+            start = min(after + 1, len(self.order))
+            for position in [*range(start, len(self.order)), *range(start)]:
                 id = self.order[position]
-                holder, since = self._held.get(id, (tab, now))
-                if id not in self.captions and (holder == tab or now - since > HELD):
-                    self._held[id] = tab, now
+                if id not in self.captions and id not in held:
+                    self._held[tab] = id, time.monotonic()
                     return position
         return None
+
+    def hold(self, tab: str, id: int | None) -> None:
+        """Offer an image to no other tab for `LEASE` seconds, in place of the tab's last one; None holds no image."""
+        now = time.monotonic()
+        with self._lock:
+            self._held.pop(tab, None)
+            self._held = {other: held for other, held in self._held.items() if now - held[1] <= LEASE}
+            if id is not None:
+                self._held[tab] = id, now
 
     def save(self, change: Change) -> None:
         """Write captions to the disk, and fit the projections again after every 25 images."""
@@ -86,14 +110,18 @@ class Captioning:
             threading.Thread(target=self._fit, daemon=True).start()
 
     def suggestions(self, id: int) -> list[str]:
-        """Captions and names of ImageNet's classes that are nearest to an image, by the current projections."""
-        texts = list(dict.fromkeys([text for own in self.captions.values() for text in own] + self.classes))
+        """The captions so far that are nearest to an image, by the current projections."""
+        # Not the names of ImageNet's classes: of drawings and of photographs most of these would be wrong.
+        texts = list(dict.fromkeys(text for own in self.captions.values() for text in own))
+        if not texts:
+            return []
         image, features, heads = self.state.index.vectors([id]), self.state.text_vectors(texts), self._heads
         if heads is None:
             cosines = image @ features.mT
         else:
             cosines = heads.similarities(image.to(heads.image), features.to(heads.text))
-        return [texts[row] for row in cosines[0].topk(min(SUGGESTIONS, len(texts))).indices.tolist()]
+        nearest = cosines[0].topk(min(SUGGESTIONS, len(texts))).indices
+        return [texts[row] for row in nearest.tolist()]
 
     def _fit(self) -> None:
         """Fit projections to the captions so far; cross-validation says how well they fit."""
@@ -107,26 +135,64 @@ class Captioning:
             # Images with an equal first caption stay in one fold
             groups = np.unique([own[0] for own in known.values()], return_inverse=True)[1]
             choice = choose_heads(pairs, groups, embedded=True)
-            if choice.outcome is not None:  # not a recall, which depends on the number of images
-                self.estimates.append({"captions": len(known), **choice.outcome.percentile(groups)._asdict()})
+            # --- not a recall, which depends on the number of images
+            if choice.outcome is not None and choice.start is not None:
+                counts = {"images": len(known), "captions": len(texts)}
+                start = choice.start.percentile(groups).value
+                outcome = choice.outcome.percentile(groups)
+                self.estimates.append({**counts, **outcome._asdict(), "start": start})
             self._heads = choice.heads
 
     def describe(self) -> dict[str, Any]:
-        """Numbers of images, and the estimates so far."""
-        return {"done": len(self.captions), "total": len(self.order), "estimates": self.estimates}
+        """Numbers of images, the estimates so far, and the commands to run after the last caption."""
+        return {
+            "done": len(self.captions),
+            "total": len(self.order),
+            "estimates": self.estimates,
+            "commands": self._next_commands(),
+        }
+
+    def _next_commands(self) -> list[str]:
+        """The commands that fine-tune on the captions, and search all images with the result."""
+        index, name = self.state.index, self.table.path.stem
+        source = resolve(index.info.source.path, index.folder)
+        if os.path.isabs(source):
+            source = os.path.relpath(source)
+        number = next(number for number in count(1) if not _run_folder(name, number).exists())
+        run = str(_run_folder(name, number))
+        finetune = ["declip", "finetune", str(self.table.path), "--from", self.state.model_path, "--out", run]
+        return [shlex.join(finetune), shlex.join(["declip", "app", run, source])]
+
+
+def _run_folder(name: str, number: int) -> Path:
+    return Path("runs") / (name if number == 1 else f"{name}-{number}")
 
 
 def show(state: AppState, asked: ShowQuestion) -> dict[str, Any]:
     """An image to caption, or the numbers alone if none is left."""
     captioning: Captioning = state.captioning
-    position = captioning.next_position(asked.tab, asked.after) if asked.position is None else asked.position
+    position = asked.position
+    if position is None:
+        position = captioning.next_position(asked.tab, asked.after)
     if position is None:
         return captioning.describe()
     if position >= len(captioning.order):
         raise HTTPException(404, "There is no such image.")
     id = captioning.order[position]
-    about = {"position": position, "saved": captioning.captions.get(id, []), "suggestions": captioning.suggestions(id)}
-    return {**captioning.describe(), **state.describe([id])[0], **about}
+    captioning.hold(asked.tab, id)
+    return {
+        **captioning.describe(),
+        **state.describe([id])[0],
+        "position": position,
+        "saved": captioning.captions.get(id, []),
+        "suggestions": captioning.suggestions(id),
+    }
+
+
+def hold(state: AppState, asked: HoldQuestion) -> dict[str, Any]:
+    """Renew or end a tab's hold of an image."""
+    state.captioning.hold(asked.tab, asked.id)
+    return {}
 
 
 def save(state: AppState, change: Change) -> dict[str, Any]:

@@ -57,6 +57,12 @@ class Agreement(NamedTuple):
 def compare_captions(state: AppState) -> Agreement:
     """Compare each image of an index with its captions: by out-of-fold ranks if there are any, else by cosines."""
     index, ids, ranks = state.index, state.index.ids, state.ranks
+    if not any(index.captions()):
+        raise UserError(
+            f"No image of {index.info.source.name} has a caption, so none can be wrong. Type captions with "
+            "`declip app MODEL SOURCE --caption captions.csv`, or open a table of pairs. "
+            "Near-duplicate images are found without captions, below."
+        )
     # --- values in the order of the ids, NaN where there is none
     values = np.array([ranks.get(id, np.nan) for id in ids.tolist()], np.float32)
     for start in () if ranks else range(0, len(ids), BLOCK):

@@ -62,8 +62,10 @@ def image(state: AppState, asked: ImageQuestion) -> Response:
 REQUESTS: tuple[tuple[str, str, type[BaseModel], Callable[..., Any]], ...] = (
     ("GET", "/images/{id}", ImageQuestion, image),
     ("GET POST", "/api/search", SearchQuestion, search),
-    ("GET", "/api/caption", captions.ShowQuestion, captions.show),
     ("POST", "/api/caption", Change, captions.save),
+    # These hold images, which a link from another site must not do: no GET.
+    ("POST", "/api/caption/next", captions.ShowQuestion, captions.show),
+    ("POST", "/api/caption/hold", captions.HoldQuestion, captions.hold),
     ("GET", "/api/pairs/disagreeing", pairs.PairsQuestion, pairs.disagreeing),
     ("GET", "/api/pairs/duplicates", pairs.PairsQuestion, pairs.duplicates),
     ("POST", "/api/pairs/list", pairs.Marked, pairs.save_list),
@@ -73,7 +75,7 @@ REQUESTS: tuple[tuple[str, str, type[BaseModel], Callable[..., Any]], ...] = (
 def build(state: AppState, host: str) -> ASGIApp:
     """Make the application for a server that listens on `host`."""
     uploading = asyncio.Semaphore(UPLOADS_AT_ONCE)
-    requests = [each for each in REQUESTS if state.captioning or each[1] != "/api/caption"]
+    requests = [each for each in REQUESTS if state.captioning or not each[1].startswith("/api/caption")]
     routes = [
         Route("/", lambda request: RedirectResponse(f"/{'caption' if state.captioning else 'search'}")),
         *(Route(f"/{view}", partial(_page, state, view)) for view in VIEWS),

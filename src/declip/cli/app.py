@@ -1,9 +1,10 @@
 """The command ``declip``, with the small commands recipes, cache and export; commands only call the API."""
 
 import errno
+import sys
 from itertools import groupby
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from typer import Argument, Option
@@ -96,6 +97,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Of a wrong option, argument or command; typer exports only the class below it.
+UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 DISK = (*FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG)
 """Errors that the user can fix: a disk that is full, read-only, protected or failing, or a path that is too long."""
 
@@ -130,9 +133,11 @@ def main() -> None:
     """Run the command; a mistake in the input ends with one line and status 2, without a traceback."""
     # Commands raise; this is the only place that prints an error and ends the process.
     try:
-        app()
+        status = app(standalone_mode=False)
     except UserError as error:
         fail(str(error))
+    except UsageError as error:
+        fail(_usage_message(error))
     except KeyboardInterrupt:
         fail("Stopped. Finished parts are saved; run the same command again (declip train with --resume).", status=130)
     except OSError as error:
@@ -141,3 +146,12 @@ def main() -> None:
         where = f"'{error.filename}'" if error.filename else "A file"
         advice = "Make room; continue a run with --resume." if error.errno in FULL else "Fix that or give another path."
         fail(f"{where} cannot be read or written: {error.strerror}. {advice}")
+    sys.exit(status)
+
+
+def _usage_message(error: Any) -> str:
+    """Format a mistake in the words of a command line on one line, with the command whose help lists the right ones."""
+    if error.ctx is None:  # without any word, the help was printed
+        sys.exit(error.exit_code)
+    message = " ".join(error.format_message().split()).rstrip(".")
+    return f"{message}. See `{error.ctx.command_path} --help`."

@@ -1,5 +1,6 @@
 """The commands that use a model: embed, search, index, app, choose and classify."""
 
+import shlex
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,9 +30,8 @@ def indexed(folder: Path) -> Path:
     return folder
 
 
-Folder = Annotated[
-    Path, Argument(metavar="INDEX", parser=expand, callback=indexed, help="a folder written by `declip embed`")
-]
+INDEX: dict[str, Any] = {"metavar": "INDEX", "parser": expand, "help": "a folder written by `declip embed`"}
+Folder = Annotated[Path, Argument(callback=indexed, **INDEX)]
 
 
 @reads_images
@@ -56,7 +56,7 @@ def embed(
 
 
 def search(
-    folder: Folder,
+    folder: Annotated[Path, Argument(**INDEX)],
     text: Annotated[str | None, Argument(help="text to search for")] = None,
     image: Annotated[Path | None, file("image to search for, alone or with the text")] = None,
     weights: Annotated[str, Option(help="weights of text and image, if both are given")] = "1,1",
@@ -73,11 +73,17 @@ def search(
     """Search an index by a text, an image, or both."""
     # --- checks that need no torch, whose import takes seconds
     from declip.search.checks import read_query
-    from declip.search.info import IndexInfo
+    from declip.search.info import IndexInfo, is_index
 
     check_outputs((sheet_out, json_out))
+    if text is not None and is_index(expand(text)) and not is_index(folder):
+        raise UserError(
+            f"'{text}' is an index and '{folder}' is not: the arguments look swapped. Give the index first: "
+            f"{shlex.join(['declip', 'search', text, str(folder)])}."
+        )
+    info = IndexInfo.read(folder)
     if model is None:
-        IndexInfo.read(folder).model.locate(folder)
+        info.model.locate(folder)
     both = _two_numbers(weights)
     words, picture = read_query(text, image, both)
 

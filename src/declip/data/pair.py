@@ -209,7 +209,10 @@ class SkipCounter:
         """The reasons in one sentence, with the remedy of the most frequent mistake."""
         remedies = {
             "missing image": " A table's image paths are relative to its folder, or to data.image_root.",
-            "missing caption": " A folder needs a text file of the same name for each image, or a table metadata.csv.",
+            "missing caption": (
+                " A folder needs a text file of the same name for each image, or a table metadata.csv. "
+                "To choose images and type captions: declip choose, and declip app MODEL FOLDER --caption captions.csv."
+            ),
         }
         return f"{'; '.join(self.lines())}.{''.join(remedies.get(reason, '') for reason in self.counts)}"
 

@@ -28,7 +28,7 @@ from declip.recipe.finetuning import FREEZE, Start, settings
 from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe
 from declip.recipe.starts import STARTS
-from declip.runs.folder import LOCK, RECIPE, Run, lock_folder, log, moved_lists
+from declip.runs.folder import LOCK, RECIPE, Run, existing_run, lock_folder, log, moved_lists
 from declip.training import distributed
 from declip.training.assemble import assemble, held_out_sets
 from declip.training.state import Extensions
@@ -126,7 +126,7 @@ def claimed(folder: Path, resume: bool) -> Iterator[None]:
     with closing(lock_folder(folder)):
         try:
             if (folder / RECIPE).exists() and not resume:
-                raise UserError(f"'{folder}' already holds a run. Continue it with --resume, or choose another --out.")
+                raise existing_run(folder)
             yield
         finally:
             if new and not (folder / RECIPE).exists():

@@ -2,8 +2,10 @@
 
 import hashlib
 import os
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from itertools import chain
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -28,8 +30,8 @@ class Entry(NamedTuple):
 
 def cache_entries() -> list[Entry]:
     """All entries of the cache but its locks, by folder and name."""
-    folders = (path for path in sorted(cache_folder().glob("*")) if path.is_dir() and path.name != "locks")
-    return [_entry(path) for folder in folders for path in sorted(folder.iterdir())]
+    folders = sorted(path for path in cache_folder().glob("*") if path.name != "locks")
+    return [entry for folder in folders for entry in _entries(folder)]
 
 
 def clear_cache(folder: str | None = None) -> int:
@@ -49,17 +51,27 @@ def trim_cache(folder: str, keep: Iterable[Path]) -> None:
         limit = float(given) * 1e9
     except ValueError as error:
         raise UserError(f"DECLIP_CACHE_GB is '{given}'; set it to 10^9 bytes, such as 50.") from error
-    entries = [_entry(path) for path in (cache_folder() / folder).glob("[!.]*")]
+    entries = [entry for entry in _entries(cache_folder() / folder) if not entry.path.name.startswith(".")]
     total = sum(entry.size for entry in entries)
     for entry in sorted(entries, key=lambda entry: entry.used):
         if total > limit and entry.path not in kept and _removed(entry.path):
             total -= entry.size
 
 
-def _entry(path: Path) -> Entry:
-    stats = [(file, file.stat()) for file in (path, *path.rglob("*")) if file.exists()]
-    size = sum(stat.st_size for file, stat in stats if file.is_file())
-    return Entry(path, size, max((stat.st_mtime for _, stat in stats), default=0.0))
+def _entries(folder: Path) -> list[Entry]:
+    """The entries of a folder of the cache, by name; other processes may remove files meanwhile."""
+    entries = []
+    for path in sorted(folder.glob("*")):
+        inner = [Path(parent, name) for parent, *names in os.walk(path) for name in chain(*names)]
+        size, used = 0, None
+        for file in (path, *inner):
+            with suppress(OSError):
+                status = file.stat()
+                size += status.st_size if stat.S_ISREG(status.st_mode) else 0
+                used = max(used or 0.0, status.st_mtime)
+        if used is not None:
+            entries.append(Entry(path, size, used))
+    return entries
 
 
 def hold(folder: Path) -> IO[bytes] | None:

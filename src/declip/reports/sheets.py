@@ -6,6 +6,7 @@ from textwrap import wrap
 from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from declip.data.pair import printable
 from declip.errors import UserError
 from declip.io.text import shown
 from declip.search.index import Hit, Index
@@ -43,21 +44,23 @@ def search_sheet(
     for number, hit in enumerate(hits):
         row, column = divmod(number, COLUMNS)
         left, top = MARGIN + column * (SIDE + GAP), MARGIN + HEAD + row * CELL
-        try:
-            picture = index.image(hit.id)
-        except UserError:  # no longer in the source
-            picture = None
-        _paste(paper, pen, picture, left, top, SIDE)
+        _paste(paper, pen, _read(index, hit), left, top, SIDE)
         caption = shown(f"{hit.score:.3f}  {hit.caption or hit.key}")
         lines = wrap(caption, LETTERS, max_lines=LINES, placeholder="…")
         pen.text((left, top + SIDE + 5), "\n".join(lines), INK, small, spacing=2)
     return paper
 
 
-def _paste(
-    paper: Image.Image, pen: ImageDraw.ImageDraw, image: Image.Image | None, left: int, top: int, side: int
-) -> None:
+def _read(index: Index, hit: Hit) -> Image.Image:
+    """Read the image of a hit; raises `UserError` with what to do if the source no longer has it."""
+    try:
+        return index.image(hit.id)
+    except UserError as error:
+        remedy = f"Give the new path of the images, or update the index: declip embed MODEL SOURCE --out {index.folder}"
+        raise UserError(f"The contact sheet needs the image '{printable(hit.key)}'. {error} {remedy}.") from error
+
+
+def _paste(paper: Image.Image, pen: ImageDraw.ImageDraw, image: Image.Image, left: int, top: int, side: int) -> None:
     pen.rectangle((left - 1, top - 1, left + side, top + side), fill="white", outline=FRAME)
-    if image is not None:
-        small = ImageOps.contain(image, (side, side), Image.Resampling.LANCZOS)
-        paper.paste(small, (left + (side - small.width) // 2, top + (side - small.height) // 2))
+    small = ImageOps.contain(image, (side, side), Image.Resampling.LANCZOS)
+    paper.paste(small, (left + (side - small.width) // 2, top + (side - small.height) // 2))

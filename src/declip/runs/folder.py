@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from declip.data.sources.subset import NO_LISTS, Lists, write_pair_list
+from declip.data.pair import printable
+from declip.data.sources.subset import LIST_KIND, NO_LISTS, Lists, read_pair_list, write_pair_list
 from declip.errors import UserError
 from declip.evaluation.results import Result, read_result
 from declip.io.atomic import write_text
@@ -236,7 +237,7 @@ def open_folder(recipe: Recipe, folder: Path, resume: bool, lists: Lists = NO_LI
     newest = None
     if (folder / RECIPE).exists():
         if not resume:
-            raise UserError(f"'{folder}' already holds a run. Continue it with --resume, or choose another --out.")
+            raise existing_run(folder)
         refuse_another(recipe, read_recipe(folder), folder)
         newest, problems = newest_good(folder)  # damaged checkpoints are passed over
         for problem in problems:
@@ -247,6 +248,15 @@ def open_folder(recipe: Recipe, folder: Path, resume: bool, lists: Lists = NO_LI
         write_pair_list(Path(path), listed)
     write_text(folder / RECIPE, recipe.to_yaml())
     return newest
+
+
+def existing_run(folder: Path) -> UserError:
+    """Build the error for a run folder that is taken, with the pairs of its run."""
+    pairs = read_recipe(folder).data.label
+    if pairs.endswith(LIST_KIND) and Path(pairs).is_file():  # the list of a split, which is in the run folder
+        pairs = read_pair_list(Path(pairs)).source
+    remedy = "Continue that run with --resume, or choose another --out for a new one."
+    return UserError(f"'{folder}' already holds a run, on '{printable(pairs)}'. {remedy}")
 
 
 def kept_encoder(recipe: Recipe, folder: Path) -> TextEncoder | WrappedModel | None:

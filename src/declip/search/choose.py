@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 
 from declip.data.columns import DEFAULT, Columns
 from declip.data.images.decode import EXTENSIONS
-from declip.data.pair import PairSource, SkipCounter
+from declip.data.pair import PairSource, SkipCounter, printable
 from declip.data.sources.names import relative
 from declip.data.sources.python_items import Items
 from declip.data.sources.table import find_table
@@ -21,7 +21,7 @@ from declip.errors import UserError, check_range
 from declip.evaluation.encode import Encoder
 from declip.io.atomic import csv_path
 from declip.io.outputs import CHOSEN, check_outputs, csv_table
-from declip.io.text import FORMULA, percent
+from declip.io.text import FORMULA, percent, plural
 from declip.models.precision import Precision
 from declip.search.embed import open_or_embed
 from declip.search.index import Hit, Index
@@ -58,6 +58,7 @@ class ChosenImages:
 
     def write(self, out: Path) -> None:
         """Write a table with a row for each image and an empty column for its caption."""
+        check_files(self.index)
         with csv_table(out, CHOSEN) as table:
             table.writerows([image_cell(self.index, hit.id, out.parent), "", f"{hit.score:.4f}"] for hit in self.images)
 
@@ -104,7 +105,7 @@ def choose(
     computing: dict[str, Any] = {"device": device, "precision": precision}
     opened = open_or_embed(model, images, index, columns=columns, **computing, **options)
     if path is not None:
-        image_cell(opened, int(opened.ids[0]), path.parent)  # raises early
+        check_files(opened)
     known = torch.empty(0, opened.info.dimension)
     if have is not None:
         captioned = open_or_embed(opened.model, have, **options)
@@ -128,15 +129,27 @@ def choose_from(index: Index, count: int, known: Tensor, seed: int = 0) -> Chose
     return ChosenImages(hits, index, len(known), len(ids))
 
 
-def image_cell(index: Index, id: int, folder: Path) -> str:
-    """The path of an image as a table in `folder` names it: relative below the folder or the working directory."""
-    path = index.row(id).origin.path
-    if not path.lower().endswith(EXTENSIONS):
+def check_files(index: Index) -> None:
+    """Raise a `UserError` unless a table can name the file of each image."""
+    without = [row for row, path in enumerate(index.paths()) if not path.lower().endswith(EXTENSIONS)]
+    if not without:
+        return
+    source = index.info.source.name
+    if len(without) == len(index):
         raise UserError(
-            f"The images of '{index.info.source.name}' have no files that a table could name. Give a folder of images, "
+            f"The images of '{source}' have no files that a table could name. Give a folder of images, "
             "or call declip.choose without `out`, which returns their keys."
         )
-    path = relative(path, folder).removeprefix(f"{folder.resolve()}{os.sep}")
+    key = printable(index.row(index.ids[without[0]]).key)
+    raise UserError(
+        f"{plural(len(without), 'file')} of '{source}' have names that are not UTF-8, such as '{key}', "
+        "so no table can name them. Rename them, and run the command again."
+    )
+
+
+def image_cell(index: Index, id: int, folder: Path) -> str:
+    """The path of an image as a table in `folder` names it: relative below the folder or the working directory."""
+    path = relative(index.row(id).origin.path, folder).removeprefix(f"{folder.resolve()}{os.sep}")
     return os.path.join(os.curdir, path) if FORMULA.match(path) or path.startswith("~") else path
 
 

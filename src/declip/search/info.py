@@ -4,6 +4,7 @@ from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, Field, ValidationError
@@ -23,6 +24,11 @@ Count = Annotated[int, Field(ge=0, lt=2**40)]
 Dtype = Literal["float16", "float32"]
 Over = Literal["images", "captions"]
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+def is_index(folder: Path) -> bool:
+    """Whether a folder looks like an index."""
+    return (folder / INFO).is_file()
 
 
 class InfoSection(BaseModel, extra="forbid"):
@@ -89,7 +95,9 @@ class IndexInfo(InfoSection):
         path = folder / INFO
         content = _content(path)
         if content is None and not folder.exists():
-            raise UserError(f"'{folder}' does not exist. Make an index: declip embed MODEL SOURCE --out {folder}.")
+            raise UserError(
+                f"'{folder}' does not exist. Make an index: declip embed MODEL SOURCE --out {quote(str(folder))}."
+            )
         if content is None:
             others = folder.is_dir() and any(path.name[0] != "." for path in folder.iterdir())
             raise UserError(

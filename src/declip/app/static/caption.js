@@ -1,4 +1,4 @@
-import { ask, bar, find, make, say, sendJson } from "./common.js";
+import { bar, count, find, make, percent, say, sendJson } from "./common.js";
 
 // Of this tab: another one is offered other images.
 const tab = Array.from(crypto.getRandomValues(new Uint32Array(4)), (part) => part.toString(36)).join("");
@@ -7,7 +7,7 @@ let shown = null; // the image on the page
 let edited = null; // the saved caption that the field replaces
 let busy = false;
 
-const get = (query) => ask(`/api/caption?${new URLSearchParams({ tab, ...query })}`);
+const get = (query) => sendJson("/api/caption/next", { tab, ...query });
 
 async function show(query) {
   const answer = await get(query);
@@ -17,10 +17,20 @@ async function show(query) {
   find("image").hidden = !left;
   find("key").textContent = left ? answer.key : "";
   find("suggestions").replaceChildren(...(left ? answer.suggestions : []).map((text) => chip(text, () => take(text))));
+  find("near").hidden = !left || !answer.suggestions.length;
+  for (const part of document.querySelectorAll("[data-image]")) part.hidden = !left;
   edit(null);
   captions(left ? answer.saved : []);
   if (left) find("image").src = `/images/${answer.id}?large=1&v=${document.body.dataset.version}`;
-  else say(`All ${answer.total} images have captions, or are shown in another tab.`);
+  else end(answer);
+}
+
+/** Says what to do after the last image. */
+function end({ done, total }) {
+  const others = total - done;
+  if (others) say(`${count(others, "image")} of ${total} ${others === 1 ? "has" : "have"} no caption yet, and ${others === 1 ? "is" : "are"} shown in another tab.`);
+  else say(`All ${count(total, "image")} have captions.`);
+  find("next").hidden = false;
 }
 
 function chip(text, work) {
@@ -51,13 +61,16 @@ function edit(text) {
   for (const button of find("saved").querySelectorAll("[aria-pressed]")) button.setAttribute("aria-pressed", button.textContent === text);
 }
 
-function progress({ done, total, estimates }) {
+function progress({ done, total, estimates, commands }) {
   say(`${done} of ${total} images have captions.`);
   find("estimates-part").hidden = !estimates.length;
   find("estimates").replaceChildren(...estimates.map((one) => {
     const range = [one.low, one.high].map((end) => `${(100 * end).toFixed(0)} %`).join(" to ");
-    return bar(`${one.captions} images`, range, one.value, 0);
+    const hint = `before ${percent(one.start, 0)}; after ${range}`;
+    return bar(`${count(one.captions, "caption")} of ${count(one.images, "image")}`, hint, one.value, 0, one.start);
   }));
+  find("next").hidden = !estimates.length;
+  for (const [number, command] of commands.entries()) find(`command-${number}`).textContent = command;
 }
 
 function take(text) {
@@ -139,4 +152,11 @@ document.addEventListener("keydown", (event) => {
   event.preventDefault();
   keys[event.key]();
 });
+
+// --- another tab is not offered the image while this one is open
+
+const hold = (id) => JSON.stringify({ tab, id });
+setInterval(() => shown && fetch("/api/caption/hold", { method: "POST", body: hold(shown.id) }).catch(() => {}), 20_000);
+addEventListener("pagehide", () => navigator.sendBeacon("/api/caption/hold", hold(null)));
+addEventListener("pageshow", (event) => event.persisted && alone(() => show(shown ? { position: shown.position } : {})));
 alone(() => show({}));

@@ -46,10 +46,16 @@ export const count = (number, one, many = `${one}s`) => `${number.toLocaleString
 
 export const percent = (value, digits = 1) => (value >= 0.0005 ? `${(100 * value).toFixed(digits)} %` : "< 0.1 %");
 
-/** A row of a list of fractions, with a bar. */
-export function bar(name, hint, value, digits = 1) {
+/** A row of a list of fractions, with a bar, and a mark at an earlier value. */
+export function bar(name, hint, value, digits = 1, before = null) {
   const filled = make("div", { class: "bar" });
   filled.style.width = `${100 * value}%`;
+  const track = make("div", { class: "track", "aria-hidden": "true" }, filled);
+  if (before !== null) {
+    const mark = make("div", { class: "mark" });
+    mark.style.left = `${100 * before}%`;
+    track.append(mark);
+  }
   const words = make("span", {}, name, make("small", {}, hint));
-  return make("li", {}, words, make("div", { class: "track", "aria-hidden": "true" }, filled), make("span", { class: "percent" }, percent(value, digits)));
+  return make("li", {}, words, track, make("span", { class: "percent" }, percent(value, digits)));
 }

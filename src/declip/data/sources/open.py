@@ -8,7 +8,7 @@ from typing import Any
 
 from declip.data.builtin.sets import open_builtin
 from declip.data.columns import DEFAULT, Columns
-from declip.data.pair import BUILTIN_PREFIX, BrokenPair, LazyPair, Origin, Pair, PairSource
+from declip.data.pair import BUILTIN_PREFIX, BrokenPair, LazyPair, Origin, Pair, PairSource, is_unicode
 from declip.data.sources.folder import FolderSource
 from declip.data.sources.names import holds, names_shards
 from declip.data.sources.python_items import PREFIX, Items, ItemSource
@@ -123,9 +123,10 @@ class ImageSource:
         return ()
 
     def origin(self, index: int) -> Origin:
+        """Where image `index` is stored; without a path if its name is not UTF-8, which no table can hold."""
         with suppress(BrokenPair):
             origin = self.source.origin(index)
-            return origin._replace(path=origin.path.encode(errors="replace").decode())
+            return origin if is_unicode(origin.path) else origin._replace(path="")
         return Origin()
 
 
