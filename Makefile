@@ -6,6 +6,7 @@ RUN    ?= runs/demo
 GPUS   ?= 1
 NODES  ?= 1
 ARGS   ?=
+SETS_PACKAGE := packages/declip-sets
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo browser test fuzz lint package docs bench bench-gpu data-given reproduce-yfcc15m reproduce-cc3m clean
@@ -15,7 +16,7 @@ help:
 	@echo "make test    install, run all tests"
 	@echo "make fuzz    read generated images, tables and weights for about a minute"
 	@echo "make lint    ruff and mypy"
-	@echo "make package build the wheel, install it alone, and use it"
+	@echo "make package build the wheels of declip and of its built-in sets, install and use them"
 	@echo "make docs    build the documentation into site/; a broken link is an error"
 	@echo "make bench   install open_clip and compare its speed: a training step, and loading"
 	@echo "make bench-gpu  speed, memory and exactness on one GPU, in 8 minutes; repeat it for the missing parts"
@@ -25,10 +26,12 @@ help:
 	@echo "make reproduce-cc3m  the same on CC3M with ResNet-50; METHOD=clip has a number that one GPU reaches"
 	@echo "make setup   install into $(VENV)"
 
-$(VENV)/.installed: pyproject.toml
+PROJECTS := pyproject.toml $(SETS_PACKAGE)/pyproject.toml
+
+$(VENV)/.installed: $(PROJECTS)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -e '.[dev]'
-	@command -v npm >/dev/null || $(BIN)/python -m pip install -q -e '.[npm]'
+	$(BIN)/python -m pip install -q -e '.[dev]' -e $(SETS_PACKAGE)
+	@command -v npm >/dev/null || $(BIN)/python -m pip install -q -e '$(SETS_PACKAGE)[npm]'
 	@touch $@
 
 setup: $(VENV)/.installed

@@ -3,9 +3,7 @@
 import json
 import sys
 from functools import partial
-from pathlib import Path
 from statistics import median
-from types import SimpleNamespace
 
 import pytest
 
@@ -94,31 +92,3 @@ def test_gpu_parts_that_compare_runs_work_on_a_cpu(gpu):
 def test_the_functions_at_which_runs_are_killed_exist(scripts):
     moments = scripts("kills").MOMENTS
     assert [name for name, (owner, function) in moments.items() if not hasattr(owner, function)] == []
-
-
-@pytest.fixture(scope="module")
-def builders():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(Path(__file__).parents[2] / "scripts" / "builtin"))
-        import build_emoji
-        import build_icons
-    return SimpleNamespace(emoji=build_emoji, icons=build_icons)
-
-
-def test_names_of_emoji_and_restricted_sets_are_left_out(builders):
-    icons = builders.icons
-    rows = [
-        {"name": "cat face", "names": "", "held_out": "0", "group": "cat face"},
-        {"name": "person running", "names": "jogger", "held_out": "1", "group": "running"},
-    ]
-    names = icons.EmojiNames(rows)
-    assert names.taboo("cat-face")
-    assert names.taboo("clock", "woman running")
-    assert not names.taboo("clock", "time")
-    assert names.holds_out("Jogger")
-    assert not names.holds_out("cat face")
-    assert icons.split_style("home-2-line", {"home-2-line", "home-2-fill"}) == ("home", "line")
-    assert builders.emoji.group_of("man running: facing right") == "running"
-    assert icons.reason_to_leave_out("wpf", {"license": {"spdx": "MIT"}}) == "designer of a test set"
-    for name, reason in {"CC-BY-NC-4.0": "license CC-BY-NC-4.0", "CC-BY-4.0": None}.items():
-        assert icons.reason_to_leave_out("x", {"license": {"spdx": name}}) == reason

@@ -83,9 +83,18 @@ def check(words):
         assert re.search(rf"^([\w-]+ )*{words[1]}[ :]", makefile, re.MULTILINE), words[1]
     if words[0] == "pytest":
         assert all((ROOT / name).exists() for name in words[1:] if not name.startswith("-")), words
-    if words[0] == "pip" and (extra := re.search(r"\[(.+)\]", words[-1])):
-        project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-        assert set(extra[1].split(",")) <= set(project["optional-dependencies"]), words[-1]
+    if words[0] == "pip":
+        for word in words[2:]:
+            _check_project(word)
+
+
+def _check_project(word):
+    """Assert that a project that pip installs, of declip or in a folder, has the extras that are named."""
+    named, _, extras = word.rstrip("]").partition("[")
+    folder = ROOT if named == "declip" else ROOT / named
+    if extras:
+        project = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        assert set(extras.split(",")) <= set(project["optional-dependencies"]), word
 
 
 def _check_declip(words):

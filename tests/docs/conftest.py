@@ -18,11 +18,11 @@ import declip.finetuning.run
 from conftest import COLORS, SHAPES, draw
 from data.fakes import write_tar
 from declip.comparison import runner
-from declip.data.builtin.sets import DESIGNS, EMOJI
 from declip.data.sources.open import open_source
 from declip.evaluation import zero_shot
 from declip.evaluation.zero_shot import read_prompts
 from declip.recipe.load import load_recipe
+from declip_sets.sets import DESIGNS, EMOJI
 from evaluation import trees
 from golden_cases import read_state
 from text_encoders import roberta

@@ -12,7 +12,6 @@ from conftest import refuses
 from data.fakes import write
 from declip.data.columns import Columns
 from declip.data.pair import BrokenPair
-from declip.evaluation import datasets
 from declip.evaluation.datasets import Dataset, open_dataset, with_classes
 from declip.evaluation.protocols import evaluate_all
 from evaluation import trees
@@ -51,15 +50,14 @@ def test_an_open_source_is_a_test_split(painted):
     refuses("'painted' has no pairs", open_dataset, painted([]))
 
 
-def test_splits_of_a_built_in_set(painted, monkeypatch):
-    monkeypatch.setattr(datasets, "open_builtin", lambda name: painted(["red"], name=name))
-    dataset = open_dataset("builtin:stamps-kinds")
-    assert (dataset.name, dataset.templates) == ("builtin:stamps-kinds", "plain")
-    splits = {which: dataset.split(which).name for which in dataset.openers}
-    assert splits == {"train": "stamps-kinds-train", "test": "stamps-kinds"}
-    emoji = open_dataset("builtin:emoji-test")
-    assert (list(emoji.openers), emoji.templates, emoji.split("test").name) == (["test"], "emoji", "emoji-test")
-    assert open_dataset("builtin:icons-test").templates == "emoji"
+def test_other_splits_of_a_source_are_opened_on_demand(painted):
+    source = painted(["red"], name="builtin:icons-test")
+    source.other_splits = {"train": lambda: painted(["blue"], name="builtin:icons")}
+    dataset = open_dataset(source)
+    assert (dataset.name, dataset.templates) == ("builtin:icons-test", "emoji")
+    assert list(dataset.openers) == ["train", "test"]
+    assert dataset.split("test") is source
+    assert dataset.split("train").name == "builtin:icons"
 
 
 def test_a_folder_with_captions_is_still_one(tmp_path):

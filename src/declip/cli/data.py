@@ -24,7 +24,7 @@ def download(
     quiet: opt.Quiet = False,
 ) -> None:
     """Download a built-in set and render its images, once."""
-    from declip.data.builtin.sets import download as fetch
+    from declip.data.sources.open import download as fetch
 
     say(f"Ready: {fetch(name, cache, progress=not quiet)}")
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +22,6 @@ CONTROL, SURROGATE = re.compile("[\x00-\x1f\x7f-\x9f]"), re.compile("[\ud800-\ud
 MOST_SHOWN = 300  # characters of a key or detail in a message: a file can name its images as it likes
 EXAMPLES_KEPT = 5  # keys kept for each reason, enough to find the cause without a run's record growing with its data
 BLOCK = 1000  # pairs that are shuffled as one shard where a source has no shards
-BUILTIN_PREFIX = "builtin:"
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,8 @@ class PairSource(ABC):
     credit: str = ""  # a sentence that a license asks for wherever an image is shown
     labels: np.ndarray | None = None  # (n,) int64, where each pair has a class, by its index in `class_names`
     class_names: Sequence[str] | None = None
+    # Functions that open other splits of this dataset, such as "train" for a linear probe.
+    other_splits: Mapping[str, Callable[[], PairSource]] = MappingProxyType({})
     group_column: str | None = None  # where `group` reads what pairs share
     captions_from: str = ""  # the columns and templates of captions, for messages
     blocks: np.ndarray | None = None  # (shards,) int64, the number of pairs of each shard, in order

@@ -1,4 +1,4 @@
-"""Tables of text that the package ships, compressed by xz."""
+"""Texts that the package ships, compressed by xz."""
 
 import lzma
 from importlib.resources import files
@@ -13,14 +13,3 @@ def asset(name: str) -> Traversable:
 def read_lines(name: str) -> list[str]:
     """The lines of a shipped text."""
     return lzma.decompress(asset(f"{name}.xz").read_bytes()).decode().split("\n")
-
-
-def read_rows(name: str) -> list[dict[str, str]]:
-    """The rows of a shipped table by column; see `split_texts` for columns that hold several texts."""
-    head, *lines = (line.split("\t") for line in read_lines(f"{name}.tsv"))
-    return [dict(zip(head, line, strict=True)) for line in lines]
-
-
-def split_texts(joined: str) -> list[str]:
-    """The texts of a column that holds several."""
-    return joined.split("|") if joined else []

@@ -9,15 +9,15 @@ from typing import cast
 
 import numpy as np
 
-from declip.data.builtin.sets import BUILTIN_SPLITS, open_builtin
 from declip.data.columns import DEFAULT, Columns
-from declip.data.pair import BUILTIN_PREFIX, PairSource, printable
-from declip.data.sources.open import NO_SOURCES, Sources, open_source
+from declip.data.pair import PairSource, printable
+from declip.data.sources.open import NO_SOURCES, Sources, names_plugin, open_source
 from declip.data.sources.python_items import PREFIX, Items
 from declip.data.sources.subset import Subset
 from declip.data.sources.table import find_table
 from declip.errors import UserError, unknown
 from declip.evaluation.readers import NAMED, Openers, labeled_table
+from declip.io.plugins import BUILTIN, plugins
 
 
 class LabeledSource(PairSource):
@@ -102,20 +102,17 @@ def _by_name(given: str, label_column: str | None, columns: Columns, sources: So
         readers = named.open(name, root)
         openers = {which: partial(_read, given, named.files, reader) for which, reader in readers.items()}
         return Dataset(given, openers, named.templates, named.metric)
-    # --- a built-in set, or a table with labels or splits
+    # --- a table with labels or splits
     table = find_table(given)
     if label_column is not None and table is None:
         raise UserError(f"--label-column {label_column} requires a table, but '{given}' is not a table.")
-    if given.startswith(BUILTIN_PREFIX):
-        splits = BUILTIN_SPLITS.get(path, {"test": path})
-        builtin = {which: partial(open_builtin, split) for which, split in splits.items()}
-        return Dataset(given, builtin, _templates(given))
     if table is not None and (labeled := labeled_table(table, label_column, columns)) is not None:
         return Dataset(given, labeled)
     # --- anything else that is a source; one letter before a colon is a Windows drive
-    known = given.startswith(PREFIX) or given in sources or Path(given).expanduser().exists()
+    known = given.startswith(PREFIX) or given in sources or names_plugin(given)
+    known = known or Path(given).expanduser().exists()
     if table is None and colon and re.fullmatch(r"[\w-]{2,}", name) and not known:
-        raise unknown("dataset", name, [*NAMED, BUILTIN_PREFIX.rstrip(":")])
+        raise unknown("dataset", name, [*NAMED, BUILTIN, *plugins("sources")])
     return _unnamed(open_source(given, columns, sources), given)
 
 
@@ -123,7 +120,8 @@ def _unnamed(source: PairSource, name: str = "") -> Dataset:
     """A dataset of the pairs of the split "test" of a source that has one, else of all."""
     if "test" in (splits := source.splits()):
         source = Subset(source, splits["test"], f"{source.name} (test)")
-    return Dataset(name or source.name, {"test": lambda: source}, _templates(source.name))
+    openers = {**source.other_splits, "test": lambda: source}
+    return Dataset(name or source.name, openers, _templates(source.name))
 
 
 def _read(name: str, files: str, read: Callable[[], PairSource]) -> PairSource:

@@ -1,4 +1,4 @@
-"""Plugins: losses, sources, trackers and recipes of other installed packages, found by their entry points."""
+"""Plugins: losses, sources, downloads, trackers and recipes of other installed packages, by entry points."""
 
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
@@ -8,7 +8,8 @@ from typing import Any, Literal
 from declip.errors import UserError
 from declip.io.text import one_line
 
-Kind = Literal["losses", "sources", "trackers", "recipes"]
+Kind = Literal["losses", "sources", "downloads", "trackers", "recipes"]
+BUILTIN = "builtin"  # of the sources builtin:NAME, which the package declip-sets provides
 
 
 def plugins(kind: Kind) -> dict[str, EntryPoint]:
@@ -30,6 +31,16 @@ def load_plugin(kind: Kind, name: str) -> Any:
     except Exception as error:  # code of others
         problem = f"'{name}' of the package {_package(point)} cannot be imported: {one_line(error, 200)}"
         raise UserError(f"{problem}. Update it.") from error
+
+
+def check_sets_installed(source: str) -> None:
+    """Raise `UserError` for a built-in set if the package that provides them is not installed."""
+    kind = source.partition(":")[0]
+    if kind == BUILTIN and BUILTIN not in plugins("sources"):
+        raise UserError(
+            f"'{source}' is a built-in set of the package declip-sets, which is not installed. "
+            "Run `pip install ./packages/declip-sets` in a clone of declip's repository."
+        )
 
 
 def plugin_recipe(name: str) -> Path | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from declip.errors import UserError
+from declip.io.plugins import check_sets_installed
 from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe
 from declip.recipe.starts import STARTS, check_model
@@ -51,9 +52,10 @@ def load_for_training(
 
 
 def check_source(source: str, option: str) -> None:
-    """Refuse a source whose path does not exist, before torch is imported; names, URLs and patterns pass."""
+    """Refuse a source whose path or plugin is missing, before torch is imported; names, URLs and patterns pass."""
     if source in STARTS:
         raise UserError(f"'{source}' is a model, not a source ({option}). Write the model before the source.")
+    check_sets_installed(source)
     if re.match(r"[\w-]{2,}:", source) or any(sign in source for sign in "*?[{"):
         return
     if not source or not Path(source).expanduser().exists():

@@ -91,7 +91,8 @@ def relative(path: str, folder: Path) -> str:
 
 def resolve(path: str, folder: Path) -> str:
     """The absolute path of what `stored_path` stored; URLs and names such as builtin:emoji stay."""
-    return os.path.normpath(folder.resolve() / path) if path.startswith(os.pardir + os.sep) else path
+    is_relative = path in (os.curdir, os.pardir) or path.startswith(os.pardir + os.sep)
+    return os.path.normpath(folder.resolve() / path) if is_relative else path
 
 
 def is_missing(path: str) -> bool:

@@ -6,17 +6,16 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from declip.data.builtin.sets import open_builtin
 from declip.data.columns import DEFAULT, Columns
-from declip.data.pair import BUILTIN_PREFIX, BrokenPair, LazyPair, Origin, Pair, PairSource, is_unicode
+from declip.data.pair import BrokenPair, LazyPair, Origin, Pair, PairSource, is_unicode
 from declip.data.sources.folder import FolderSource
 from declip.data.sources.names import holds, names_shards
 from declip.data.sources.python_items import PREFIX, Items, ItemSource
 from declip.data.sources.shards import ShardSource
 from declip.data.sources.subset import LIST_KIND, read_pair_list
 from declip.data.sources.table import TABLE_KINDS, TableSource, find_table
-from declip.errors import UserError
-from declip.io.plugins import load_plugin, plugins
+from declip.errors import UserError, unknown
+from declip.io.plugins import BUILTIN, check_sets_installed, load_plugin, plugins
 
 Sources = Mapping[str, PairSource | Items]
 """Python objects by the names that a recipe has for them."""
@@ -59,16 +58,10 @@ def open_source(
     text = str(spec)
     if text in sources:
         return open_source(sources[text], columns)
-    if text.startswith(BUILTIN_PREFIX):
-        return open_builtin(text)
     if text.startswith(PREFIX):
         raise UserError(f"'{text}' was a Python object. Pass it again in Python: declip.train(recipe, data=object).")
-    kind, colon, rest = text.partition(":")
-    if colon and kind in plugins("sources"):
-        source = load_plugin("sources", kind)(rest, columns)
-        if not isinstance(source, PairSource):
-            raise UserError(f"The source '{kind}:' of a plugin returned a {type(source).__name__}, not a PairSource.")
-        return source
+    if names_plugin(text):
+        return _open_with_plugin(text, columns)
     # --- tables, shards and folders
     path = Path(text).expanduser()
     if (table := find_table(text)) is not None:
@@ -85,6 +78,43 @@ def open_source(
         return TableSource(path, columns)  # which refuses what is not a table
     listed = read_pair_list(path)
     return listed.of(open_source(listed.source, listed.columns, sources), path)
+
+
+def names_plugin(text: str) -> bool:
+    """Whether a name has the form KIND:REST, and KIND is a plugin's or "builtin"."""
+    kind, colon, _ = text.partition(":")
+    return bool(colon) and (kind == BUILTIN or kind in plugins("sources"))
+
+
+def _open_with_plugin(text: str, columns: Columns) -> PairSource:
+    check_sets_installed(text)
+    kind, _, rest = text.partition(":")
+    source = load_plugin("sources", kind)(rest, columns)
+    if not isinstance(source, PairSource):
+        returned = type(source).__name__
+        raise UserError(f"The source '{kind}:' of a plugin returned a {returned}, not a PairSource.")
+    return source
+
+
+def download(name: str, cache: Path | None = None, progress: bool = True) -> Path:
+    """Download a source of a plugin, such as builtin:emoji, unless it is there, and return its folder.
+
+    Args:
+        name: KIND:REST, where KIND is an entry point in the group ``declip.downloads``; without a
+            colon, a built-in set.
+        cache: Cache folder; None: the default one.
+        progress: Whether progress is shown on standard error.
+    """
+    kind, colon, rest = name.partition(":")
+    if not names_plugin(name) and Path(name).expanduser().exists():
+        problem = f"'{name}' is not a built-in set but a path"
+        raise UserError(f"{problem}, which every command takes without a download.")
+    if not colon:
+        kind, rest = BUILTIN, name
+    if kind != BUILTIN and kind not in plugins("downloads"):
+        raise unknown("source to download", kind, [BUILTIN, *plugins("downloads")])
+    check_sets_installed(f"{kind}:{rest}")
+    return load_plugin("downloads", kind)(rest, cache, progress)
 
 
 class ImageSource:

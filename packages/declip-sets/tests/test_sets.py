@@ -1,19 +1,24 @@
-"""The shipped tables of the built-in sets, and small packages of drawings built by small tables."""
+"""The shipped tables of the sets, and small sets built from small tables and packages."""
 
 import hashlib
 import json
+import tomllib
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from declip.data.builtin import sets
-from declip.data.builtin.fetch import FOLDER_VARIABLE
-from declip.data.builtin.pictures import NOTICE, BuiltinSource
-from declip.data.builtin.sets import BUILTIN_SPLITS, CLIPART, DESIGNS, EMOJI, ICONS, ICONS_PACKAGE, STAMPS, download
-from declip.data.sources.open import open_source
-from declip.data.tables import read_rows
+import declip
+from declip.data.sources.open import download, open_source
+from declip.evaluation.datasets import open_dataset
+from declip_sets import sets
+from declip_sets.fetch import FOLDER_VARIABLE
+from declip_sets.pictures import NOTICE, BuiltinSource
+from declip_sets.sets import CLIPART, DESIGNS, EMOJI, ICONS, ICONS_PACKAGE, STAMPS
+from declip_sets.tables import read_rows
+
+PROJECT = Path(__file__).parents[1] / "pyproject.toml"
 
 DRAWINGS = {  # title, size of the file, color
     "animals/bug.svg": ("bug", 'width="210mm" height="297mm"', "red"),
@@ -43,7 +48,8 @@ def debian(tmp_path_factory):
     root, cache = tmp_path_factory.mktemp("debian"), tmp_path_factory.mktemp("cache")
     for key, (_, size, color) in DRAWINGS.items():
         square = f'<rect x="20" y="20" width="200" height="200" fill="{color}"/>'
-        put(root / CLIPART.packages.data / key, f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{square}</svg>')
+        svg = f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{square}</svg>'
+        put(root / CLIPART.packages.data / key, svg)
     put(root / CLIPART.packages.data / "food/torn.svg", "<svg")
     for number, (key, name, *_) in enumerate(CHOSEN_STAMPS):
         path = root / STAMPS.packages.data / f"{key}.png"
@@ -52,16 +58,27 @@ def debian(tmp_path_factory):
         ImageDraw.Draw(image).rectangle((10, 10, 29, 29), fill=(200, number * 5, 30))
         image.save(path)
     put(root / "usr/share/doc" / STAMPS.packages.name / "copyright", "GPL-2")
-    keys = [*DRAWINGS, "food/torn.svg", "food/gone.svg"]
-    titles = {key: title for key, (title, *_) in DRAWINGS.items()}
-    stamps = [dict(zip(("key", "name", "kind", "photo", "test"), row, strict=True)) for row in CHOSEN_STAMPS]
-    rows = {"clipart": [{"key": k, "title": titles.get(k, "x"), "author": "A"} for k in keys], "stamps": stamps}
+    tables = {"clipart": clipart_rows(), "stamps": stamp_rows()}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sets, "read_rows", rows.get)
+        patch.setattr(sets, "read_rows", tables.get)
         patch.setenv(FOLDER_VARIABLE, str(root))
-        for name in rows:
+        for name in tables:
             assert download(f"builtin:{name}", cache, progress=False) == cache / name
     return cache
+
+
+def clipart_rows():
+    rows = []
+    for key, (title, *_) in DRAWINGS.items():
+        rows.append({"key": key, "title": title, "author": "A"})
+    for key in ("food/torn.svg", "food/gone.svg"):
+        rows.append({"key": key, "title": "x", "author": "A"})
+    return rows
+
+
+def stamp_rows():
+    columns = ("key", "name", "kind", "photo", "test")
+    return [dict(zip(columns, row, strict=True)) for row in CHOSEN_STAMPS]
 
 
 def test_clip_art_has_its_titles_and_fills_the_square(debian):
@@ -78,18 +95,31 @@ def test_clip_art_has_its_titles_and_fills_the_square(debian):
 
 def test_stamps_have_sentences_names_and_kinds(debian):
     source = BuiltinSource(STAMPS, "stamps", debian)
-    assert [source.class_names[label] for label in source.labels] == ["koala", "koala", "apple", "red car"]
+    names = [source.class_names[label] for label in source.labels]
+    assert names == ["koala", "koala", "apple", "red car"]
     assert source.captions(0) == ("See a koala.", "koala")
     pixels = np.asarray(source.image(1))
     assert pixels.shape == (STAMPS.side, STAMPS.side, 3)
     assert (pixels == (200, 10, 30)).all(), "over white, margins cut off"
     photos = BuiltinSource(STAMPS, "stamps-photos", debian)
-    assert [Path(photos.key(index)).name for index in range(len(photos))] == ["koala", "koala_2", "apple"]
-    train, test = (BuiltinSource(STAMPS, BUILTIN_SPLITS["stamps-kinds"][part], debian) for part in ("train", "test"))
-    assert train.class_names == test.class_names == ("animal", "food", "vehicle")
-    assert (train.labels.tolist(), test.labels.tolist()) == ([0, 0, 0], [1, 2])
+    names = [Path(photos.key(index)).name for index in range(len(photos))]
+    assert names == ["koala", "koala_2", "apple"]
     assert "contributors, GPL-2" in (debian / "stamps" / NOTICE).read_text()
-    assert (debian / "stamps/licenses" / STAMPS.packages.name / "copyright").read_text() == "GPL-2"
+    licenses = debian / "stamps/licenses" / STAMPS.packages.name
+    assert (licenses / "copyright").read_text() == "GPL-2"
+
+
+def test_the_kinds_of_stamps_are_a_dataset_with_a_training_split(debian, monkeypatch):
+    monkeypatch.setenv("DECLIP_CACHE", str(debian))
+    dataset = open_dataset("builtin:stamps-kinds")
+    assert dataset.name == "builtin:stamps-kinds"
+    assert list(dataset.openers) == ["train", "test"]
+    train, test = dataset.split("train"), dataset.split("test")
+    assert [train.name, test.name] == ["builtin:stamps-kinds-train", "builtin:stamps-kinds"]
+    assert train.class_names == test.class_names == ("animal", "food", "vehicle")
+    assert train.labels.tolist() == [0, 0, 0]
+    assert test.labels.tolist() == [1, 2]
+    assert list(open_dataset("builtin:stamps").openers) == ["test"]
 
 
 @pytest.mark.parametrize(("name", "digest"), [
@@ -100,35 +130,52 @@ def test_stamps_have_sentences_names_and_kinds(debian):
 ])  # fmt: skip
 def test_the_tables_are_those_that_results_were_measured_on(name, digest):
     rows = read_rows(name)
-    text = "\n".join("\t".join(row) for row in (rows[0], *(row.values() for row in rows)))
+    lines = ["\t".join(rows[0])]
+    lines += ["\t".join(row.values()) for row in rows]
+    text = "\n".join(lines)
     assert hashlib.sha256(text.encode()).hexdigest() == digest
 
 
 def test_the_emoji_are_those_that_the_pages_count_and_no_group_is_on_two_sides():
     rows = EMOJI.choose({})
     counts = {"emoji": 5811, "emoji-validation": 1601, "emoji-test": 1285, "emoji-test-new": 309}
-    assert {split: len(EMOJI.select(split, rows)[0]) for split in counts} == counts
-    assert not {row["group"] for row in rows if row["held_out"]} & {row["group"] for row in rows if not row["held_out"]}
+    for split, count in counts.items():
+        assert len(EMOJI.select(split, rows).rows) == count, split
+    held_out = {row["group"] for row in rows if row["held_out"]}
+    known = {row["group"] for row in rows if not row["held_out"]}
+    assert not held_out & known
 
 
 def concept(code, name, held_out="0", names="", drawn="", **drawings):
-    row = {"code": code, "name": name, "category": "things", "group": name.split()[-1], "held_out": held_out}
-    return {"names": names, "drawn": drawn} | dict.fromkeys((design.key for design in DESIGNS), "") | row | drawings
+    row = {
+        "code": code,
+        "name": name,
+        "category": "things",
+        "group": name.split()[-1],
+        "held_out": held_out,
+        "names": names,
+        "drawn": drawn,
+    }
+    missing = {design.key: "" for design in DESIGNS}
+    return row | missing | drawings
 
 
+GRINS = {"noto": "grin", "fluent": "g", "openmoji": "g"}
 CONCEPTS = [
-    concept("1f600", "grinning face", "0", "smile", "face|joy", noto="grin", fluent="g", openmoji="g"),
+    concept("1f600", "grinning face", "0", "smile", "face|joy", **GRINS),
     concept("2764", "red heart", noto="heart", fxemoji="redheart", fluent="h"),
     concept("1f30a", "water wave", fxemoji="wave", fluent="w", openmoji="w"),
     concept("1f3c3", "person running", "1", noto="run", fluent="r", openmoji="r"),
     concept("1f431", "cat face", fxemoji="cat"),
     concept("1f49a", "green heart", fluent="unseen"),
 ]
+RED = {"fill": "#f00"}
+OTHER = {"fill": "#123456"}
 DRAWN = {
-    "noto": {"grin": {"fill": "#f00"}, "heart": {"fill": "#f00", "width": 32}, "run": {"fill": "#00f"}},
-    "fxemoji": {"redheart": {"fill": "#f00"}, "wave": {"fill": "#0ff"}, "cat": {"fill": "#fff"}},
-    "fluent": {name: {"fill": "#123456"} for name in ("g", "h", "w", "r", "unseen")},
-    "openmoji": {name: {"fill": "#123456"} for name in ("g", "w", "r")},
+    "noto": {"grin": RED, "heart": {**RED, "width": 32}, "run": {"fill": "#00f"}},
+    "fxemoji": {"redheart": RED, "wave": {"fill": "#0ff"}, "cat": {"fill": "#fff"}},
+    "fluent": dict.fromkeys(("g", "h", "w", "r", "unseen"), OTHER),
+    "openmoji": dict.fromkeys(("g", "w", "r"), OTHER),
 }
 SETS = {
     "carbon": {"camera": 0, "wallet": 6, "unheard-of": 7},
@@ -145,35 +192,49 @@ def square(fill, **more):
 
 def bar(number, fill):
     """A drawing of its own for each number: a bar at a place in a frame."""
-    return {"body": f'<path fill="{fill}" d="M2 2h1v20H2zM21 2h1v20h-1zM{4 + number} 6h1v{4 + number}h-1z"/>'}
+    start = 4 + number
+    path = f"M2 2h1v20H2zM21 2h1v20h-1zM{start} 6h1v{start}h-1z"
+    return {"body": f'<path fill="{fill}" d="{path}"/>'}
 
 
-def info(name):
-    return {"name": name, "license": {"title": "MIT license", "spdx": "MIT"}, "author": {"name": "A Hand"}}
+def write_emoji(root):
+    """Write the packages of all designers."""
+    for design in DESIGNS:
+        drawings = DRAWN.get(design.key, {})
+        icons = {name: square(**how) for name, how in drawings.items()}
+        put(root / design.package / "icons.json", {"icons": icons})
+        put(root / design.package / "package.json", {"version": "1.2.3"})
+
+
+def write_icons(root):
+    """Write the package of all sets of icons, and return the rows of the chosen ones."""
+    package = root / ICONS_PACKAGE
+    infos, chosen = {}, []
+    for prefix, drawings in SETS.items():
+        fill = "#0f0" if prefix == "icon-park" else "currentColor"
+        icons = {name: bar(number, fill) for name, number in drawings.items()}
+        put(package / f"json/{prefix}.json", {"icons": icons, "width": 24, "height": 24})
+        license = {"title": "MIT license", "spdx": "MIT"}
+        infos[prefix] = {"name": prefix, "license": license, "author": {"name": "A Hand"}}
+        for name in drawings:
+            captions = f"{name}|a {name}"
+            chosen.append({"key": f"{prefix}/{name}", "category": "tools", "captions": captions})
+    put(package / "collections.json", infos)
+    put(package / "package.json", {"version": "1.2.3"})
+    return chosen
 
 
 @pytest.fixture(scope="module")
 def iconify(tmp_path_factory):
-    root, cache = tmp_path_factory.mktemp("packages"), tmp_path_factory.mktemp("cache")
-    for design in DESIGNS:
-        folder, drawings = root / design.package, DRAWN.get(design.key, {})
-        put(folder / "icons.json", {"icons": {name: square(**how) for name, how in drawings.items()}})
-        put(folder / "package.json", {"version": "1.2.3"})
-    for prefix, drawings in SETS.items():
-        fill = "#0f0" if prefix == "icon-park" else "currentColor"
-        drawn = {name: bar(number, fill) for name, number in drawings.items()}
-        put(root / ICONS_PACKAGE / f"json/{prefix}.json", {"icons": drawn, "width": 24, "height": 24})
-    put(root / ICONS_PACKAGE / "collections.json", {prefix: info(prefix) for prefix in SETS})
-    put(root / ICONS_PACKAGE / "package.json", {"version": "1.2.3"})
-    chosen = [
-        {"key": f"{prefix}/{name}", "category": "tools", "captions": f"{name}|a {name}"}
-        for prefix, drawings in SETS.items()
-        for name in drawings
-    ]
+    root = tmp_path_factory.mktemp("packages")
+    cache = tmp_path_factory.mktemp("cache")
+    write_emoji(root)
+    tables = {"emoji": CONCEPTS, "icons": write_icons(root)}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sets, "read_rows", {"emoji": CONCEPTS, "icons": chosen}.get)
+        patch.setattr(sets, "read_rows", tables.get)
         for each in (EMOJI, ICONS):
-            each.build(each.packages.unpacked(root), each.folder(cache))
+            packages = each.packages.unpacked(root)
+            each.build(packages, each.folder(cache))
     return cache
 
 
@@ -195,13 +256,16 @@ def test_splits_share_names_but_no_designer(iconify, split, expected, monkeypatc
 
 
 def test_pairs_have_their_texts_and_evaluation_a_class_for_each_name(iconify):
-    source = BuiltinSource(EMOJI, "emoji-test", iconify)
-    assert (source.class_names, source.labels.tolist()) == (("grinning face", "red heart", "water wave"), [0, 1, 2])
-    assert source.credit == "Fluent Emoji by Microsoft, MIT"
-    source = BuiltinSource(ICONS, "icons-test", iconify)
-    assert (source.class_names, source.labels.tolist()) == (("camera", "wallet"), [0, 1, 0])
-    assert source.credit == "carbon by A Hand, MIT; icon-park by A Hand, MIT"
-    assert BuiltinSource(EMOJI, "emoji", iconify).captions(0) == ("grinning face", "smile", "face", "joy")
+    emoji = BuiltinSource(EMOJI, "emoji-test", iconify)
+    assert emoji.class_names == ("grinning face", "red heart", "water wave")
+    assert emoji.labels.tolist() == [0, 1, 2]
+    assert emoji.credit == "Fluent Emoji by Microsoft, MIT"
+    icons = BuiltinSource(ICONS, "icons-test", iconify)
+    assert icons.class_names == ("camera", "wallet")
+    assert icons.labels.tolist() == [0, 1, 0]
+    assert icons.credit == "carbon by A Hand, MIT; icon-park by A Hand, MIT"
+    training = BuiltinSource(EMOJI, "emoji", iconify)
+    assert training.captions(0) == ("grinning face", "smile", "face", "joy")
     assert BuiltinSource(ICONS, "icons", iconify).captions(0) == ("camera", "a camera")
 
 
@@ -212,14 +276,24 @@ def test_drawings_fill_the_square_in_black_or_in_their_color(iconify):
         assert pixels.shape == (EMOJI.side, EMOJI.side, 3)
         assert (pixels[2:-2, 2:-2] == [255, 0, 0]).all()
     source = BuiltinSource(ICONS, "icons-test", iconify)
-    line, green = (np.asarray(source.image(index)) for index in (0, 2))
+    line = np.asarray(source.image(0))
+    green = np.asarray(source.image(2))
     assert line.shape == (ICONS.side, ICONS.side, 3)
-    assert (line.min() < 20, (line == line[:, :, :1]).all()) == (True, True), "currentColor is black"
+    assert line.min() < 20, "currentColor is black"
+    assert (line == line[:, :, :1]).all()
     assert green[32, 63, 1] == 255
     assert green[:, :, 0].min() == green[:, :, 2].min() == 0
 
 
 def test_it_is_said_whose_the_drawings_are(iconify):
-    emoji, icons = ((iconify / name / NOTICE).read_text() for name in ("emoji", "icons"))
-    assert all(part in emoji for part in ("Fluent Emoji by Microsoft, MIT: 5 drawings\n", "Unicode CLDR"))
+    emoji = (iconify / "emoji" / NOTICE).read_text()
+    assert "Fluent Emoji by Microsoft, MIT: 5 drawings\n" in emoji
+    assert "Unicode CLDR" in emoji
+    icons = (iconify / "icons" / NOTICE).read_text()
     assert "carbon by A Hand, MIT: 3 drawings\n" in icons
+
+
+def test_the_version_is_that_of_declip():
+    project = tomllib.loads(PROJECT.read_text(encoding="utf-8"))["project"]
+    assert project["version"] == declip.__version__
+    assert f"declip=={declip.__version__}" in project["dependencies"]
