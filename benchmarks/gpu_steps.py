@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from declip.data.batch import PairBatch, Photometric, View
+from declip.data.batch import PairBatch, View
 from declip.data.images.views import apply_photometric
 from declip.models.device import pick_device
 from declip.recipe.schema import Recipe
@@ -41,7 +41,8 @@ def tiled(batch: PairBatch, count: int) -> PairBatch:
     rows = torch.arange(count) % len(batch)
 
     def view(one: View) -> View:
-        return View(one.pixels[rows], one.photometric and Photometric(*(column[rows] for column in one.photometric)))
+        params = None if one.photometric is None else one.photometric[rows]
+        return View(one.pixels[rows], params)
 
     fields = {name: getattr(batch, name) for name in ("masked", "labels", "sample_ids")}
     return replace(

@@ -218,10 +218,20 @@ def test_files_are_preprocessed_as_by_the_authors(name, tmp_path):
     assert largest(model.encode_image(model.preprocessor.normalize(lazy)), expected) <= 0.02  # of Pillow: a level apart
 
 
-def test_a_logit_scale_that_theirs_cuts_off_is_cut_off():
-    model, _ = read_official(read_state("clip_vit_tiny") | {"logit_scale": torch.tensor([6.0])})
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("clip_vit_tiny", math.log(100)),
+        ("declip_resnet_tiny", math.log(100)),
+        ("defilip_vit_tiny", math.log(100)),
+        ("slip_vit_tiny", 5.3),
+        ("filip_vit_tiny", 5.3),
+    ],
+)
+def test_a_logit_scale_is_cut_off_where_theirs_is(name, expected):
+    model, _ = read_official(read_state(name) | {"logit_scale": torch.tensor([5.3])})
     assert model.logit_scale.shape == ()
-    assert model.logit_scale.exp().item() == pytest.approx(100, rel=1e-6)
+    assert model.logit_scale.item() == pytest.approx(expected, rel=1e-6)
 
 
 def official_file(folder, state):

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from typing import ClassVar
 from unittest.mock import Mock
 
 import pytest
@@ -39,6 +40,32 @@ class Mine(Term):
     @torch.no_grad()
     def after_step(self, model):
         self.steps += 1
+
+
+class Typed(Mine):
+    """Notes the types of products in its loss and in its head."""
+
+    dtypes: ClassVar[set] = set()
+
+    def features(self, encoded):
+        features = super().features(encoded)
+        self.dtypes.add(("head", features["heads"].dtype))
+        return features
+
+    def loss(self, own, keys, similarity, offset):
+        products = own.extra["heads"] @ keys.extra["heads"].T, own.images[0] @ keys.texts[0].T
+        self.dtypes.update(("loss", product.dtype) for product in products)
+        return super().loss(own, keys, similarity, offset)
+
+
+@pytest.mark.parametrize(("precision", "head"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
+def test_heads_have_the_precision_of_the_recipe_and_losses_are_float32(table, tmp_path, precision, head):
+    Typed.dtypes.clear()
+    recipe = recipe_of(table)
+    train = recipe.train.model_copy(update={"precision": precision, "steps": 1})
+    recipe = recipe.model_copy(update={"train": train})
+    declip.train(recipe, out=tmp_path / "run", quiet=True, report=False, terms={"mine": Typed})
+    assert Typed.dtypes == {("head", head), ("loss", torch.float32)}
 
 
 def stop_after_five(step, values):

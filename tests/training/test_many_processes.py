@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from declip.runs.folder import KEPT
 from declip.supervision.objective import Objective
 from declip.training import distributed
 from declip.training.distributed import HostGroup
+from declip.training.sinks import Sink
 from declip.training.trainer import warn_once
 from training.starts import losses, moved, same_end, trained, trainer_of, tuned
 
@@ -203,3 +205,29 @@ def test_what_the_first_rank_refuses_ends_the_others_too(recipe, one, tmp_path):
     first, second = in_processes(told, 2, tmp_path / "a", trainer_of, of(recipe), one)
     assert "already holds a run" in first
     assert second == "2", "the exit status"
+
+
+class Slow(Sink):
+    """A callback whose methods take their time once each."""
+
+    def __init__(self, methods, seconds):
+        for method in methods:
+            setattr(self, method, partial(self.wait, [seconds]))
+
+    def wait(self, left, *_):
+        if left:
+            time.sleep(left.pop())
+
+
+def slow_callback(recipe, folder, methods, patience):
+    trainer = trainer_of(recipe, folder, callbacks=[Slow(methods, patience + 0.5)])
+    trainer.state.hosts = HostGroup(patience)
+    return trainer.train().finished
+
+
+@pytest.mark.parametrize(("methods", "strategy"), [(["start", "log", "advance"], "ddp"), (["evaluation"], "fsdp")])
+def test_other_ranks_wait_for_a_slow_callback(recipe, table, tmp_path, methods, strategy):
+    keys = {**recipe, "loss_weights": WEIGHTS["clip"], "evaluation": {"retrieval": [str(table)]}}
+    two = of(keys, steps=4, log_every=2, strategy=strategy)
+    found = in_processes(told, 2, tmp_path / "a", slow_callback, two, tmp_path / "run", methods, 2.0)
+    assert found == ["none"] * 2

@@ -20,26 +20,53 @@ MASK_PROBABILITY = 0.15  # fraction of the tokens that are masked or replaced, a
 
 
 class Photometric(NamedTuple):
-    """The photometric parameters of one image; of n images each is a tensor (n,) on the host, and `order` (n, 4)."""
+    """The photometric parameters of one image."""
 
-    brightness: Any  # factor, 1 leaves the image as it is
-    contrast: Any  # factor
-    saturation: Any  # factor
-    hue: Any  # shift in turns of the color circle, -0.5 to 0.5
-    order: Any  # the four operations by number (0 brightness ... 3 hue), first to last
-    jitter: Any  # whether the four are applied at all
-    gray: Any
-    sigma: Any  # of the blur, in pixels; 0 is no blur
+    brightness: float  # factor, 1 leaves the image as it is
+    contrast: float  # factor
+    saturation: float  # factor
+    hue: float  # shift in turns of the color circle, -0.5 to 0.5
+    order: tuple[int, int, int, int]  # the operations by number (0 brightness ... 3 hue)
+    jitter: bool  # whether the four are applied at all
+    gray: bool
+    sigma: float  # of the blur, in pixels; 0 is no blur
 
-    def rows(self, start: int, stop: int) -> Photometric:
-        """Parameters of samples start to stop - 1."""
-        return Photometric(*(tensor[start:stop] for tensor in self))
 
-    @classmethod
-    def stack(cls, params: Sequence[Photometric]) -> Photometric:
-        """Tensors from the parameters of single images."""
-        neutral = cls(1.0, 1.0, 1.0, 0.0, (0, 1, 2, 3), False, False, 0.0)  # has the types where there is no image
-        return cls(*map(torch.tensor, zip(*params or [neutral], strict=True))).rows(0, len(params))
+PHOTOMETRIC_WIDTH = 11  # numbers of one image: 4 factors, 4 operations, jitter, gray, sigma
+
+
+class PhotometricColumns(NamedTuple):
+    """The photometric parameters of n images by their meaning, on the host."""
+
+    factors: Tensor  # (n, 4) float32: brightness, contrast, saturation, hue
+    order: Tensor  # (n, 4) int64
+    jitter: Tensor  # (n,) bool
+    gray: Tensor  # (n,) bool
+    sigma: Tensor  # (n,) float32
+
+
+def pack_photometric(images: Sequence[Photometric]) -> Tensor:
+    """Pack the parameters of n images into one tensor (n, PHOTOMETRIC_WIDTH) float32.
+
+    A tensor that a loader process sends holds a file descriptor, so that a batch should have few.
+    """
+    rows = []
+    for image in images:
+        factors = (image.brightness, image.contrast, image.saturation, image.hue)
+        rows.append((*factors, *image.order, image.jitter, image.gray, image.sigma))
+    return torch.tensor(rows, dtype=torch.float32).reshape(len(rows), PHOTOMETRIC_WIDTH)
+
+
+def unpack_photometric(packed: Tensor) -> PhotometricColumns:
+    """Return the columns of `pack_photometric`."""
+    factors, order, jitter, gray, sigma = packed.split([4, 4, 1, 1, 1], dim=1)
+    return PhotometricColumns(
+        factors=factors,
+        order=order.long(),
+        jitter=jitter.squeeze(1).bool(),
+        gray=gray.squeeze(1).bool(),
+        sigma=sigma.squeeze(1),
+    )
 
 
 @dataclass(eq=False)
@@ -47,20 +74,22 @@ class View:
     """One image view of B pairs.
 
     Attributes:
-        pixels: (B, 3, S, S): float, normalized; or uint8 together with `photometric`, to be finished by
-            `declip.data.images.views.apply_photometric` on the device.
-        photometric: The operations still to be applied to uint8 pixels.
+        pixels: (B, 3, S, S): float, normalized; or uint8 together with `photometric`, to be
+            finished by `declip.data.images.views.apply_photometric` on the device.
+        photometric: (B, PHOTOMETRIC_WIDTH) float32 from `pack_photometric`, the operations still
+            to be applied to uint8 pixels; it stays on the host, where work is planned.
     """
 
     pixels: Tensor
-    photometric: Photometric | None = None
+    photometric: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.pixels)
 
     def rows(self, start: int, stop: int) -> View:
         """Samples start to stop - 1, as views of the same memory."""
-        return View(self.pixels[start:stop], self.photometric and self.photometric.rows(start, stop))
+        params = None if self.photometric is None else self.photometric[start:stop]
+        return View(self.pixels[start:stop], params)
 
 
 @dataclass(eq=False)
@@ -130,10 +159,17 @@ class PairBatch:
 
     def pin_memory(self) -> PairBatch:
         """Copy the tensors to page-locked memory, from which copies to an accelerator need no wait."""
-        return self._map(Tensor.pin_memory)
+        pinned = self._map(Tensor.pin_memory)
+        for view in pinned.views.values():
+            # A copy: memory of a loader process would keep its file descriptor open.
+            if view.photometric is not None:
+                view.photometric = view.photometric.pin_memory()
+        return pinned
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> PairBatch:
-        views = {name: replace(view, pixels=function(view.pixels)) for name, view in self.views.items()}
+        views = {}
+        for name, view in self.views.items():
+            views[name] = replace(view, pixels=function(view.pixels))
         tensors: dict[str, Any] = {name: function(tensor) for name, tensor in self._tensors().items()}
         return replace(self, views=views, **tensors)
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import default_collate
 
-from declip.data.batch import IGNORED, PairBatch, Photometric, Plan, View
+from declip.data.batch import IGNORED, PairBatch, Photometric, Plan, View, pack_photometric
 from declip.data.images.views import Crop, ViewTransform
 from declip.data.pair import BrokenPair, LazyImage, PairSource, SkipCounter
 from declip.data.text.augment import augment, mask_tokens
@@ -162,12 +162,17 @@ class Assembler:
     def collate(self, samples: list[_Sample], skipped: list[BrokenPair]) -> PairBatch:
         """Stack the samples; every text is padded to the longest one's length, rounded up."""
         views = {}
+        # One tensor for all views, (V, B, PHOTOMETRIC_WIDTH), of which each view has its rows.
+        packed = []
+        for number in range(len(self.plan.views)):
+            packed.append(pack_photometric([sample.params[number] for sample in samples]))
+        params = torch.stack(packed)
         for number, spec in enumerate(self.plan.views):
             crops = [sample.pixels[number] for sample in samples]
             # In a worker this allocates memory shared with the training process, which copies nothing.
             # (B, 3, S, S)
             pixels = default_collate(crops) if crops else torch.empty(0, 3, spec.size, spec.size, dtype=torch.uint8)
-            views[spec.name] = View(pixels, Photometric.stack([sample.params[number] for sample in samples]))
+            views[spec.name] = View(pixels, params[number])
         # One length for all texts, since the captions and their augmentations are encoded in one call.
         longest = max((len(ids) for sample in samples for ids in sample.rows), default=1)
         context = self.tokenizer.context

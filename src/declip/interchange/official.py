@@ -85,7 +85,8 @@ def weights_of(content: Any, origin: str) -> Weights:
         recipe = load_recipe(f"{kind}-yfcc15m-vitb32", _keys(tensors))
         heads = {name: tensor for name, tensor in tensors.items() if layouts.rename(name, HEADS, back=True) != name}
         state = {name: tensor for name, tensor in tensors.items() if name not in heads}
-        # The official forward pass clamps the scale.
+        # The official forward pass of CLIP, DeCLIP and DeFILIP clamps the scale to 100, those of
+        # SLIP and FILIP do not: their recipes have the maximum of the parameter.
         scale = state.get("logit_scale", torch.tensor(recipe.logit_scale.init))
         state["logit_scale"] = scale.reshape(()).clamp(max=recipe.logit_scale.max)
         weights = layouts.from_layout(recipe, layout_of(tensors), state, origin, "both" if whole else "image")

@@ -137,7 +137,7 @@ class Objective(nn.Module):
         # (V, B, d) and (T, B, d)
         images, texts = (F.normalize(to_float32(x), dim=-1) for x in (outputs.images, outputs.texts))
         encoded = Encodings(images, texts, outputs, batch)
-        features = {name: term.features(encoded) for name, term in terms}  # (B, …) each
+        features = {name: _all_to_float32(term.features(encoded)) for name, term in terms}  # (B, …) each
         keys = {name: term.keys(features[name]) for name, term in terms}
         gathered = own = Rows(outputs.views, images, texts, {})
         if gather is not None:
@@ -148,7 +148,8 @@ class Objective(nn.Module):
         losses = {}
         for name, term in terms:
             rows, key_rows = replace(own, extra=features[name]), replace(gathered, extra=keys[name])
-            losses[name] = term.loss(rows, key_rows, similarity, offset)
+            with torch.autocast(texts.device.type, enabled=False):  # losses are float32
+                losses[name] = term.loss(rows, key_rows, similarity, offset)
         return {**losses, "loss": torch.stack([self.weights[name] * loss for name, loss in losses.items()]).sum()}
 
     def run_towers(self, model: DualEncoder, batch: PairBatch) -> TowerOutputs:
@@ -199,6 +200,14 @@ class Objective(nn.Module):
         if lengths is not None:
             lengths = torch.cat([lengths, lengths[: len(batch)]])
         return torch.cat([batch.texts, batch.masked[None]]), len(batch.texts), lengths
+
+
+def _all_to_float32(features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Convert the outputs of heads, which run in autocast, to float32; integers and booleans stay."""
+    converted = {}
+    for name, feature in features.items():
+        converted[name] = to_float32(feature) if feature.is_floating_point() else feature
+    return converted
 
 
 def gather_rows(

@@ -15,8 +15,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from declip.data.batch import PairBatch
-from declip.data.images import fused_views
-from declip.data.images.views import apply_photometric
+from declip.data.images import fused_views, views
+from declip.data.images.views import Finish
 from declip.errors import UserError
 from declip.models.dual_encoder import DualEncoder
 from declip.models.layers import blocks_of, grad_checkpointing, is_frozen
@@ -35,7 +35,7 @@ class Learner(nn.Module):
     def __init__(self, model: DualEncoder, objective: Objective) -> None:
         super().__init__()
         self.model, self.objective, self.sharded = model, objective, False  # FSDP shards towers and heads
-        self.finish_views: Any = None  # a faster `declip.data.images.views.apply`, where there is one
+        self.finish_views: Finish = views.apply  # or a faster one
         image = objective.recipe.image
         self.mean, self.std = (torch.tensor(values, device=model.device) for values in (image.mean, image.std))
 
@@ -46,7 +46,8 @@ class Learner(nn.Module):
     def prepare(self, batch: PairBatch) -> PairBatch:
         """Move a batch to the device and finish its images there."""
         batch = batch.to(self.mean.device, non_blocking=True)
-        return replace(batch, views=apply_photometric(batch.views, self.mean, self.std, self.finish_views))
+        finished = views.apply_photometric(batch.views, self.mean, self.std, self.finish_views)
+        return replace(batch, views=finished)
 
     def autocast(self) -> torch.autocast:
         """The context in which towers and heads run; losses and logits stay float32."""

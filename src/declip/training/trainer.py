@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ class Trainer:
         self.stop = StopRequest()
         self.writer = CheckpointWriter(state.folder, recipe.train.keep_checkpoints)
         self.start, self.is_rank_zero = state.progress.step, distributed.is_rank_zero()
+        self.calls_user = False  # whether rank 0 has callbacks, which may be slow at any step
 
     @property
     def finished(self) -> bool:
@@ -67,6 +68,8 @@ class Trainer:
         with state.lock or nullcontext():
             sinks = [*trackers_of(train.report_to), *state.extensions.callbacks] if self.is_rank_zero else []
             with monitored(info, sinks, not self.is_rank_zero) as monitor, self.writer:
+                # Other ranks wait here for the start of slow sinks.
+                self.calls_user = state.hosts.on_rank_zero(lambda: bool(state.extensions.callbacks))
                 if not self.finished:
                     self._prepare(monitor)
                     monitor.restart_timer()
@@ -131,7 +134,7 @@ class Trainer:
                     self._refuse_nonfinite(values)
                     self._log(monitor, values, lr)
                 else:
-                    monitor.advance(step)
+                    self._advance(monitor)
                 self._warn(self.throughput.check(waited, time.perf_counter() - began, state.workers))
                 if done:
                     self._check_skipped()
@@ -207,13 +210,23 @@ class Trainer:
     def _log(self, monitor: Monitor, values: Mapping[str, Tensor], lr: float) -> None:
         """Log a step; report it without numbers if `values` is empty, because it was left out."""
         if not values:
-            monitor.advance(self.progress.step)
+            self._advance(monitor)
             return
         # A collective and a wait for the device, so only at logged steps.
         means = distributed.average(torch.stack(list(values.values()))).tolist()
         numbers = dict(zip(values, means, strict=True))
-        monitor.log(self.progress.step, numbers, lr, self.state.model.logit_scale.detach().exp().item())
+        logit_scale = self.state.model.logit_scale.detach().exp().item()
+        # A callback may take longer than ranks wait for each other at a step.
+        self.state.hosts.on_rank_zero(partial(monitor.log, self.progress.step, numbers, lr, logit_scale))
         self._warn(self.losses.check(self.progress.step, numbers))
+
+    def _advance(self, monitor: Monitor) -> None:
+        """Report a step that is not logged."""
+        report = partial(monitor.advance, self.progress.step)
+        if self.calls_user:
+            self.state.hosts.on_rank_zero(report)
+        else:
+            report()
 
     def _warn(self, message: str | None) -> None:
         if message is not None and self.is_rank_zero:
@@ -254,7 +267,11 @@ class Trainer:
             weights = {} if best is None else {"best_step": best.step}
             results, tasks = list[Result](), state.held_out.tasks(state.recipe, final)
             for result in state.held_out.measure(state.model, tasks, not state.quiet and self.is_rank_zero):
-                monitor.evaluation(progress.step, {**result.to_dict(), **weights})
+                report = partial(monitor.evaluation, progress.step, {**result.to_dict(), **weights})
+                if state.sharded:  # the other ranks would wait in the next forward pass, with a timeout
+                    state.hosts.on_rank_zero(report)
+                else:
+                    report()
                 results.append(result)
             return results
 

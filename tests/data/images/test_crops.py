@@ -12,7 +12,7 @@ from scipy.stats import binomtest, ks_2samp, kstest
 
 from conftest import encoded, texture
 from data.fakes import scene
-from declip.data.batch import Photometric, View
+from declip.data.batch import View, pack_photometric, unpack_photometric
 from declip.data.images import views
 from declip.data.images.decode import decode, open_image
 from declip.data.images.preprocess import Preprocess
@@ -29,7 +29,7 @@ def transform(size=24, **options):
 
 
 def sampled(maker, count, generator):
-    return Photometric.stack([maker.sample_params(generator) for _ in range(count)])
+    return pack_photometric([maker.sample_params(generator) for _ in range(count)])
 
 
 def applied(images, params):
@@ -49,11 +49,11 @@ def colors(count, size=24, seed=0):
 def one_by_one(images, params):
     """The same views, each sample alone through torchvision."""
     out = torch.empty(images.shape)
-    values = (params.brightness, params.contrast, params.saturation, params.hue)
+    params = unpack_photometric(params)
     for row in range(len(images)):
         image = TF.to_dtype(images[row], torch.float32, scale=True)
         for number in params.order[row].tolist() if params.jitter[row] else []:
-            image = OPERATIONS[number](image, values[number][row].item())
+            image = OPERATIONS[number](image, params.factors[row, number].item())
         if params.gray[row]:
             image = TF.rgb_to_grayscale(image, num_output_channels=3)
         if params.sigma[row] > 0:
@@ -108,9 +108,11 @@ def test_views_of_any_size_go_together():
 
 
 def test_parameters_are_sampled_as_moco_samples_them():
-    params = sampled(transform(), 4000, np.random.default_rng(3))
-    factors = ((factor, (0.6, 0.8)) for factor in (params.brightness, params.contrast, params.saturation))
-    for values, limits in (*factors, (params.hue, (-0.1, 0.2)), (params.sigma[params.sigma > 0], (0.1, 1.9))):
+    params = unpack_photometric(sampled(transform(), 4000, np.random.default_rng(3)))
+    *factors, hue = params.factors.T
+    expected = [(factor, (0.6, 0.8)) for factor in factors]
+    expected += [(hue, (-0.1, 0.2)), (params.sigma[params.sigma > 0], (0.1, 1.9))]
+    for values, limits in expected:
         assert kstest(values, "uniform", limits).pvalue > 1e-3
     for probability, chosen in ((0.8, params.jitter), (0.2, params.gray), (0.5, params.sigma > 0)):
         assert binomtest(int(chosen.sum()), 4000, probability).pvalue > 1e-3

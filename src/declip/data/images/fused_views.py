@@ -13,17 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from declip.data.batch import Photometric
-from declip.data.images.views import BLUR_RADIUS, JITTER, LUMA
+from declip.data.batch import unpack_photometric
+from declip.data.images.views import BLUR_RADIUS, JITTER, LUMA, Finish
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(len(JITTER))  # numbers of the operations in `Photometric.order`
 
 
-def compiled(backend: str = "inductor") -> Callable[[Tensor, Photometric, Tensor, Tensor], Tensor]:
+def compiled(backend: str = "inductor") -> Finish:
     """Return `apply` with its pixel operations compiled, for batches of any number of images."""
     colors = torch.compile(change_colors, dynamic=False, fullgraph=True, backend=backend)
 
-    def run(images: Tensor, photometric: Photometric, mean: Tensor, std: Tensor) -> Tensor:
+    def run(images: Tensor, photometric: Tensor, mean: Tensor, std: Tensor) -> Tensor:
         return apply(images, photometric, mean, std, colors)
 
     return run
@@ -31,7 +31,7 @@ def compiled(backend: str = "inductor") -> Callable[[Tensor, Photometric, Tensor
 
 def apply(
     images: Tensor,
-    photometric: Photometric,
+    photometric: Tensor,
     mean: Tensor,
     std: Tensor,
     colors: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None = None,
@@ -40,18 +40,18 @@ def apply(
 
     The images are square, as views are. `colors` is `change_colors` or a compiled version of it.
     """
-    p = photometric
-    factors = torch.stack([p.brightness, p.contrast, p.saturation, p.hue], dim=1).float()  # (n, 4)
+    params = unpack_photometric(photometric)
     neutral = torch.tensor([1.0, 1.0, 1.0, 0.0])
-    factors = torch.where(p.jitter[:, None], factors, neutral)
+    factors = torch.where(params.jitter[:, None], params.factors, neutral)  # (n, 4)
     # Copies that do not wait for the device; all parameters are on the host.
-    tensors = [part.to(images.device, non_blocking=True) for part in (factors, p.order, p.gray)]
+    host = (factors, params.order, params.gray)
+    tensors = [tensor.to(images.device, non_blocking=True) for tensor in host]
     for tensor in (images, *tensors):
         torch._dynamo.maybe_mark_dynamic(tensor, 0)  # batches lack broken pairs: one graph for any number of images
     out = (colors or change_colors)(images, *tensors)
-    rows = p.sigma.nonzero().flatten()
+    rows = params.sigma.nonzero().flatten()
     if len(rows):
-        taps = blur_matrices(p.sigma[rows].float(), images.shape[-1], images.device)
+        taps = blur_matrices(params.sigma[rows], images.shape[-1], images.device)
         rows = rows.to(images.device, non_blocking=True)
         blurred = taps @ out.index_select(0, rows) @ taps.mT  # (k, 1, H, H) @ (k, 3, H, W) @ (k, 1, W, W)
         out.index_copy_(0, rows, blurred)

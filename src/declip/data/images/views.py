@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from declip.data.batch import Photometric, View
+from declip.data.batch import Photometric, View, unpack_photometric
 from declip.recipe.schema import ImageView
 
 LUMA = (0.2989, 0.587, 0.114)  # of red, green and blue in a gray value, as torchvision has it (ITU-R 601-2)
@@ -23,7 +23,7 @@ BLUR_SIGMA = (0.1, 2.0)  # smallest and largest sigma of the blur, in pixels
 BLUR_RADIUS = 6  # pixels that the blur's kernel reaches: three of the largest sigma, 99.7 % of the widest Gaussian
 
 
-def apply(images: Tensor, photometric: Photometric, mean: Tensor, std: Tensor) -> Tensor:
+def apply(images: Tensor, photometric: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Apply the sampled parameters, then normalize: (n, 3, H, W) uint8 to float32, on the images' device."""
     out = torch.empty(images.shape, dtype=torch.float32, device=images.device)
     mean, std = mean.view(3, 1, 1), std.view(3, 1, 1)
@@ -54,13 +54,15 @@ class _Chunk(NamedTuple):
     sigma: Tensor  # (k,) float32, of the last k of the n; the others are not blurred
 
 
-def _chunks(photometric: Photometric, limit: int) -> Iterator[_Chunk]:
+def _chunks(photometric: Tensor, limit: int) -> Iterator[_Chunk]:
     """Group the samples by their operations, at most `limit` in a chunk, those with the widest blur last."""
-    p = photometric
-    jitter, is_gray, sigma = (part.cpu().numpy() for part in (p.jitter, p.gray, p.sigma))
-    factors = np.stack([part.cpu().numpy() for part in (p.brightness, p.contrast, p.saturation, p.hue)])
+    params = unpack_photometric(photometric.cpu())
+    jitter = params.jitter.numpy()
+    is_gray = params.gray.numpy()
+    sigma = params.sigma.numpy()
+    factors = params.factors.T.contiguous().numpy()  # (4, n)
+    order = params.order.numpy()
     neutral = np.array([[1.0], [1.0], [1.0], [0.0]], dtype=np.float32)
-    order = p.order.cpu().numpy()
     # An operation without effect is removed from a sample's order: -1, sorted to the end.
     acts = np.take_along_axis((factors != neutral).T & jitter[:, None], order, axis=1)
     order = np.where(acts, order, -1)
@@ -228,20 +230,23 @@ class ViewTransform:
         )
 
 
-def apply_photometric(
-    views: Mapping[str, View],
-    mean: Tensor,
-    std: Tensor,
-    finish: Callable[[Tensor, Photometric, Tensor, Tensor], Tensor] | None = None,  # default: `apply`
-) -> dict[str, View]:
+Finish = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""Images (n, 3, H, W), packed parameters (n, PHOTOMETRIC_WIDTH), mean and std → finished images."""
+
+
+def apply_photometric(views: Mapping[str, View], mean: Tensor, std: Tensor, finish: Finish = apply) -> dict[str, View]:
     """Apply the sampled parameters and normalize to (B, 3, S, S) float32; finished views are unchanged."""
-    finished, sizes = dict(views), dict[torch.Size, dict[str, Photometric]]()
+    finished = dict(views)
+    # Views of one size are finished in one call.
+    names_of: dict[torch.Size, list[str]] = {}
     for name, view in views.items():
         if view.photometric is not None:
-            sizes.setdefault(view.pixels.shape, {})[name] = view.photometric
-    for params in sizes.values():
-        pixels = torch.cat([views[name].pixels for name in params])
-        joined = Photometric(*map(torch.cat, zip(*params.values(), strict=True)))
-        chunks = (finish or apply)(pixels, joined, mean, std).chunk(len(params))
-        finished |= {name: View(chunk) for name, chunk in zip(params, chunks, strict=True)}
+            names_of.setdefault(view.pixels.shape, []).append(name)
+    for names in names_of.values():
+        pixels = torch.cat([views[name].pixels for name in names])
+        params = [views[name].photometric for name in names]
+        packed = torch.cat([some for some in params if some is not None])
+        chunks = finish(pixels, packed, mean, std).chunk(len(names))
+        for name, chunk in zip(names, chunks, strict=True):
+            finished[name] = View(chunk)
     return finished
