@@ -57,7 +57,7 @@ def train(
         recipe: Name of a shipped recipe, a YAML file, or a `Recipe`, with which overrides, data and val are not
             allowed.
         overrides: Dotted keys and values, such as ``{"train.steps": 500}``.
-        out: The run folder; by default ``runs/NAME``.
+        out: The run folder; by default ``runs/NAME``, the recipe's key ``name``.
         resume: Continue the run in that folder if there is one; the result is bit-exact, as if never interrupted.
         report: Write report.html at the end.
         data: Training pairs; sets the key ``data.source``. Also a Python object, see `open_source`.

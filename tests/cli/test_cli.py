@@ -48,6 +48,15 @@ def test_trains_evaluates_and_resumes(table, tmp_path, command, caplog):
     assert "trained on" not in caplog.text
 
 
+def test_the_run_folder_has_the_name_of_the_recipe_also_in_python(table, tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    tree = tiny_tree(table, "clip", name="other", train={"batch_size": 8, "steps": 1})
+    Path("mine.yaml").write_text(yaml.safe_dump(tree))
+    assert command("train", "mine.yaml", "--quiet").status == 0
+    assert [path.name for path in Path("runs").iterdir()] == ["other"]
+    refuses("runs/other' already holds a run", train, "mine.yaml")
+
+
 @pytest.mark.parametrize("name", ["train", "data inspect", "recipes show"])
 def test_the_help_shows_no_type_for_flags(name, command):
     printed = command(*name.split(), "--help").out

@@ -1,7 +1,10 @@
 import multiprocessing
 import os
+import resource
 import signal
+import sys
 import time
+from pathlib import Path
 from unittest.mock import DEFAULT, Mock
 
 import pytest
@@ -14,6 +17,7 @@ from declip.data.sources.open import open_source
 from declip.data.sources.subset import DerivedSource
 from declip.errors import UserError
 from declip.models.device import computes_bf16
+from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe
 from declip.runs.checkpoint import list_checkpoints, load_checkpoint
 from declip.runs.folder import read_rows
@@ -254,3 +258,31 @@ def test_a_device_is_asked_for_its_precision(monkeypatch):
         supported = lambda including_emulation, c=can: c or including_emulation  # noqa: E731
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
         assert [computes_bf16(torch.device(name)) for name in ("cpu", "cuda", "meta")] == [can, can, False]
+
+
+def _told_without_memory(recipe, folder, queue):
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**29, used + 2**29))
+    try:
+        assemble(recipe, folder, quiet=True)
+    except UserError as error:
+        queue.put(str(error))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
+def test_a_model_without_memory_for_it_is_one_error(table, tmp_path):
+    large = recipe_for(table, "clip", {"text": {"width": 2**14, "layers": 12, "heads": 2}})
+    context = multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+    child = context.Process(target=_told_without_memory, args=(large, tmp_path / "run", queue))
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0
+    assert not queue.empty()
+    error = queue.get()
+    assert all(part in error for part in ("text.width=16384", "memory"))
+
+
+@pytest.mark.parametrize("key", ["text.context_length", "text.width", "text.layers", "embed_dim"])
+def test_sizes_beyond_all_models_are_refused(key):
+    refuses(rf"{key}=100000000.*less than or equal to", load_recipe, "demo-clip", {key: 100_000_000})

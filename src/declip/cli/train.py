@@ -23,7 +23,7 @@ def train(
     overrides: opt.Overrides = None,
     data: Annotated[str | None, Option(metavar="SOURCE", help="training pairs; sets the key data.source")] = None,
     val: Annotated[opt.Several, opt.source("evaluation set, with classes or captions; repeatable")] = None,
-    out: Annotated[Path | None, file("run folder; default: runs/RECIPE", metavar="DIR")] = None,
+    out: Annotated[Path | None, file("run folder; default: runs/NAME, the name of the recipe", metavar="DIR")] = None,
     resume: opt.Resume = False,
     quiet: opt.Quiet = False,
     dry_run: Annotated[bool, Option("--dry-run", help="only estimate memory and time")] = False,
@@ -42,8 +42,7 @@ def train(
         return
     from declip import api
 
-    folder = out or Path("runs") / Path(recipe).stem
-    run = api.train(recipe, given, folder, resume, quiet, data=data, val=sets)
+    run = api.train(recipe, given, out, resume, quiet, data=data, val=sets)
     leave_unless_finished(run)
     _print_results(run)
     say(f"Report: {run.report}")

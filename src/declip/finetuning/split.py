@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from declip.data.columns import Columns
 from declip.data.pair import BrokenPair, PairSource
+from declip.data.sources.names import is_url
 from declip.data.sources.open import Sources, open_source
 from declip.data.sources.subset import NO_LISTS, Lists, Subset, list_of, training_part
 from declip.errors import UserError
@@ -18,7 +19,7 @@ from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe
 from declip.runs.folder import RECIPE, SPLIT, log, moved_lists
 from declip.training.evaluations import HeldOutSets
-from declip.training.pairs import open_training_source
+from declip.training.pairs import open_training_source, pair_names, run_of
 
 MOST_SEEN = 200_000  # training pairs of the start that are compared with new ones: 1,000 a second
 
@@ -71,13 +72,18 @@ def open_lists(lists: Lists, sources: Sources) -> Sources:
 
 
 def pairs_of(weights: str) -> PairSource | None:
-    """The training pairs of a run that is the start, if they can be compared with new ones."""
-    given = Path(weights).expanduser()
-    folder = next((path for path in (given, given.parent.parent) if (path / RECIPE).is_file()), None)
+    """The training pairs of a run that is the start, if they can be compared with new ones.
+
+    The run may be a stranger's: pairs at an address are not opened, which would tell who tries it.
+    """
+    folder = run_of(weights)
     if folder is None:
         return None
     try:
-        source = open_training_source(moved_lists(load_recipe(folder / RECIPE), folder))
+        recipe = moved_lists(load_recipe(folder / RECIPE), folder)
+        if any(is_url(name) for name in pair_names(recipe)):
+            return None
+        source = open_training_source(recipe)
     except UserError as error:
         log.warning(f"The pairs that '{weights}' was trained on cannot be compared with yours: {error}")
         return None

@@ -139,10 +139,10 @@ class ImageTowerConfig(Section):
 class TextTowerConfig(Section):
     """The text tower: CLIP's causal transformer, or a Hugging Face encoder with its own sizes and vocabulary."""
 
-    width: int = Field(512, ge=8, description="width of the transformer")
-    layers: int = Field(12, ge=1, description="number of transformer blocks")
+    width: int = Field(512, ge=8, le=2**16, description="width of the transformer")
+    layers: int = Field(12, ge=1, le=1_000, description="number of transformer blocks")
     heads: int = Field(8, ge=1, description="number of attention heads; divides the width")
-    context_length: int = Field(77, ge=4, description="longest caption in tokens, start and end included")
+    context_length: int = Field(77, ge=4, le=2**17, description="longest caption in tokens, start and end included")
     bpe_merges: int | None = Field(None, ge=0, description="number of CLIP's BPE merges to use; default: all")
     projection_bias: bool = Field(False, description="bias of the projection, as in the official implementation")
     activation: Literal["quick_gelu", "gelu"] = Field("quick_gelu", description="activation of the MLPs")
@@ -351,7 +351,7 @@ class Recipe(Section):
     data: Data = Data()
     image: ImageTowerConfig = ImageTowerConfig()
     text: TextTowerConfig = TextTowerConfig()
-    embed_dim: int = Field(512, ge=1, description="width of the shared embedding space")
+    embed_dim: int = Field(512, ge=1, le=2**16, description="width of the shared embedding space")
     views: Views = Views()
     loss_weights: dict[str, Strength] = Field(
         {"contrastive": 1.0}, description="weight of each loss by name; see declip.supervision.objective.TERMS"

@@ -12,10 +12,13 @@ from torch import Tensor
 from declip.data.batch import Plan, plan_views
 from declip.data.loader import Assembler, PairLoader
 from declip.data.pair import PairSource
+from declip.errors import UserError
 from declip.interchange.weights import Weights
 from declip.io.pool import cores
 from declip.models.device import computes_bf16
 from declip.models.dual_encoder import DualEncoder
+from declip.models.hf_encoder import TextEncoder
+from declip.models.wrapped import WrappedModel
 from declip.recipe.schema import Recipe
 from declip.runs import folder as run_folder
 from declip.runs.checkpoint import Checkpoint, folder_of, list_checkpoints, load_checkpoint
@@ -106,7 +109,7 @@ def assemble(
     encoder = weights.encoder if weights is not None else None
     if encoder is None and resume:  # a resumed run reads its text encoder from its own checkpoint
         encoder = run_folder.kept_encoder(recipe, folder)
-    model = DualEncoder.from_recipe(recipe, encoder).to(device)
+    model = _build_model(recipe, encoder, device)
     model.image_tower.refuse_size(recipe.image.model, recipe.image.size)
     objective = Objective(recipe, model, extensions.terms).to(device)
     pretrained = apply_pretrained(weights, recipe, model, objective)
@@ -136,6 +139,23 @@ def assemble(
     )  # fmt: skip
     _start_or_continue(state, resume)
     return state
+
+
+def _build_model(recipe: Recipe, encoder: TextEncoder | WrappedModel | None, device: torch.device) -> DualEncoder:
+    """Build the model of a recipe on a device; refuse one that does not fit into the memory."""
+    try:
+        return DualEncoder.from_recipe(recipe, encoder).to(device)
+    except (MemoryError, RuntimeError) as error:
+        # A CPU's allocator raises a plain RuntimeError.
+        short = isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
+        if not short:
+            raise
+        sizes = f"text.width={recipe.text.width}, text.layers={recipe.text.layers}"
+        sizes += f", text.context_length={recipe.text.context_length}, embed_dim={recipe.embed_dim}"
+        raise UserError(
+            f"The model does not fit into the memory of {device}: {recipe.image.model}, {sizes}. "
+            "Set a smaller one of them."
+        ) from error
 
 
 def auto_workers(training: int) -> int:

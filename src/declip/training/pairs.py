@@ -17,10 +17,11 @@ from declip.evaluation.datasets import Dataset, with_classes
 from declip.io.text import plural
 from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe
-from declip.runs.folder import RECIPE, Run, log
+from declip.runs.folder import RECIPE, Run, log, moved_lists
 from declip.training.evaluations import HeldOutSets
 
 TRAINING = "training pairs"
+MODEL_FOLDERS = ("checkpoints", "exported")  # of a run, with a folder of each model
 FEW = 1_000  # pairs up to which all are opened before training, in about a second: one broken pair in a few matters
 SAMPLE = 64  # pairs, evenly spaced, that stand for all where reading all would take too long
 
@@ -43,7 +44,10 @@ def described(source: PairSource) -> str:
 
 
 def refuse_broken(source: PairSource, allowed: float) -> None:
-    """Raise an error if more than a fraction of a few pairs cannot be used; images are opened, not decoded."""
+    """Raise an error if more than a fraction of a few pairs cannot be used.
+
+    Images are opened, not decoded: one that is damaged behind its header is found when it is read.
+    """
     broken = SkipCounter()
     for index in range(0 if source.remote or len(source) > FEW else len(source)):
         try:
@@ -82,17 +86,46 @@ def evenly_spaced(source: PairSource, size: int = SAMPLE) -> list[int]:
     return indices
 
 
+def run_of(weights: str | Path) -> Path | None:
+    """Return the folder of the run that weights on this machine belong to, if they belong to one.
+
+    Weights are the run folder itself, a folder in one of `MODEL_FOLDERS`, or a file there.
+    """
+    path = Path(weights).expanduser()
+    if not path.exists():
+        return None  # a name such as builtin:NAME or open_clip:MODEL/TAG
+    path = path.absolute()
+    folders = [path]
+    for parent in (path.parent, path.parent.parent):
+        if parent.name in MODEL_FOLDERS:
+            folders.append(parent.parent)
+    return next((folder for folder in folders if (folder / RECIPE).is_file()), None)
+
+
+def pair_names(recipe: Recipe) -> list[str]:
+    """Return the names of a recipe's pairs; of a list of pairs, the source that it refers to. Opens no source."""
+    given = recipe.data.source
+    names = []
+    for name in [given] if isinstance(given, str) else given:
+        path = Path(name).expanduser()
+        if path.suffix == LIST_KIND and path.is_file():
+            name = read_pair_list(path).source
+        names.append(absolute(name))
+    return names
+
+
 def warn_of_training_pairs(model: object, datasets: Iterable[Dataset]) -> None:
     """Warn of datasets that a run, given by its folder or a checkpoint, was trained on; those with splits are not."""
-    path = (
-        model.folder if isinstance(model, Run) else Path(model).expanduser() if isinstance(model, str | Path) else None
-    )
-    folder = path and next((path for path in (path, path.parent.parent) if (path / RECIPE).is_file()), None)
+    if isinstance(model, Run):
+        model = model.folder
+    folder = run_of(model) if isinstance(model, str | Path) else None
     if folder is None:
         return
-    given = load_recipe(folder / RECIPE).data.source
-    files = [Path(name) for name in ([given] if isinstance(given, str) else given)]
-    names = [read_pair_list(f).source if f.suffix == LIST_KIND and f.is_file() else absolute(str(f)) for f in files]
+    try:
+        names = pair_names(moved_lists(load_recipe(folder / RECIPE), folder))
+    except UserError:  # not the recipe of a run: nothing is known of its pairs
+        return
     for dataset in datasets:
-        if absolute(dataset.name) in names and len(dataset.openers) == 1 and not dataset.split("test").splits():
+        has_splits = len(dataset.openers) > 1 or dataset.split("test").splits()
+        if absolute(dataset.name) in names and not has_splits:
             log.warning(f"'{folder}' was trained on pairs of '{dataset.name}': the results are too high. Give others.")

@@ -4,7 +4,7 @@ from io import BytesIO
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps, features
+from PIL import ExifTags, Image, ImageOps, features
 
 from conftest import encoded
 from data.fakes import jpeg, make_loader, scene
@@ -221,3 +221,19 @@ def test_the_scale_keeps_the_views_size(tmp_path, monkeypatch):
         assert 0 <= crop.left <= crop.left + crop.width <= width
         assert 0 <= crop.top <= crop.top + crop.height <= height
         assert width in (60, 150, 400) or min(crop.width, crop.height) >= 32
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "JPEG"])
+def test_a_file_is_opened_by_its_header_and_damage_behind_it_shows_when_it_is_decoded(kind):
+    content = encoded(scene(160, 120), kind)
+    whole, damaged = (open_image(some, "k") for some in (content, content[: len(content) // 2]))
+    assert (whole.size, whole.pixels().shape) == ((160, 120), (120, 160, 3))
+    with pytest.raises(BrokenPair):
+        damaged.pixels()
+
+
+def test_the_size_of_a_file_is_upright():
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    lazy = open_image(encoded(scene(60, 40), "PNG", exif=exif), "k")
+    assert (lazy.size, lazy.pixels().shape) == ((40, 60), (60, 40, 3))

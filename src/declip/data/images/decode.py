@@ -7,6 +7,7 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, TypeGuard
@@ -220,6 +221,30 @@ class LazyJpeg(LazyImage):
         return pixels if pixels.shape == (height, width, 3) else None
 
 
+class LazyFile(LazyImage):
+    """A `LazyImage` of a file that is decoded as a whole when its size or its pixels are asked for.
+
+    The size needs the pixels too: a PNG may have its orientation behind them.
+    """
+
+    def __init__(self, content: bytes, key: str, most_pixels: int) -> None:
+        self._content, self._key, self._most_pixels = content, key, most_pixels
+
+    @cached_property
+    def _upright(self) -> Image.Image:
+        with opened(self._content, self._key, self._most_pixels) as (image, _):
+            return apply_exif(image)
+
+    @property
+    def size(self) -> tuple[int, int]:  # type: ignore[override]  # read-only here
+        """Width and height, upright."""
+        return self._upright.size
+
+    def pixels(self, scale: int = 1) -> np.ndarray:
+        """See `LazyImage`."""
+        return np.asarray(self._upright)
+
+
 def encode(image: Image.Image, kind: str, **options: int) -> bytes:
     """The bytes of an image file; `options` are those of Pillow's `save`."""
     buffer = BytesIO()
@@ -228,7 +253,10 @@ def encode(image: Image.Image, kind: str, **options: int) -> bytes:
 
 
 def open_image(source: AnyImage, key: str, most_pixels: int = MOST_PIXELS) -> LazyImage:
-    """Open an image file or its content as `decode` does; the pixels of a JPEG are decoded on demand."""
+    """Open an image file or its content as `decode` does; the pixels of a file are decoded on demand."""
     with opened(source, key, most_pixels) as (image, content):
-        lazy = content and isinstance(image, JpegImageFile)
-        return LazyJpeg(content, key, image) if lazy else LazyImage(apply_exif(image))
+        if not content:
+            return LazyImage(apply_exif(image))
+        if isinstance(image, JpegImageFile):
+            return LazyJpeg(content, key, image)
+        return LazyFile(content, key, most_pixels)
