@@ -353,6 +353,30 @@ def test_a_text_encoder_of_the_hub_keeps_its_name(tmp_path):
     assert written("owner/name") == "google-bert/bert-base-uncased"
 
 
+def test_an_export_of_the_built_in_text_encoder_loads_from_any_folder(tmp_path, monkeypatch):
+    """By the encoder's name on the Hub, or without a network by the path that the card says to set."""
+    model = build("vit", **{"text.hf_model": str(bert(tmp_path / "bert")), "text.context_length": 16})
+    text = model.recipe.text.model_copy(update={"hf_model": "builtin:lite2-minilm"})
+    model.recipe = model.recipe.model_copy(update={"text": text})
+    out = tmp_path / "out"
+    exported = declip.export(model, "open_clip", out)
+    assert text_config(out)["hf_model_name"] == "sentence-transformers/all-MiniLM-L6-v2"
+    for said in (str(exported), card(out)):
+        assert "sentence-transformers/all-MiniLM-L6-v2" in said
+        assert '"hf_model_name" in open_clip_config.json to the absolute path' in said
+    # --- what the card says, from another working folder
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    config = json.loads((out / "open_clip_config.json").read_text())
+    config["model_cfg"]["text_cfg"]["hf_model_name"] = str(out)
+    (out / "open_clip_config.json").write_text(json.dumps(config))
+    theirs, _, transform = open_clip.create_model_and_transforms(f"local-dir:{out}")
+    tokens = open_clip.get_tokenizer(f"local-dir:{out}")(PLAIN)
+    found = theirs.eval().encode_image(torch.stack([transform(each) for each in pictures()]), normalize=True)
+    assert largest(found, features(model)[1]) <= EXACT
+    assert largest(theirs.encode_text(tokens, normalize=True), model.encode_text(model.tokenize(PLAIN))) <= EXACT
+
+
 def test_a_clip_with_other_ids_of_words_keeps_open_clips_modules(tmp_path):
     declip.export(build("vit"), "open_clip", tmp_path / "theirs")
     file = tmp_path / "theirs" / "tokenizer.json"

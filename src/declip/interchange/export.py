@@ -103,7 +103,7 @@ def export(
     # --- write into a new folder, read it back, add the card; the folder appears when all is done
     with _new_folder(out, overwrite) as folder, eval_mode(traced.model):
         form.write(traced, folder, repo)
-        limits += form.limits(traced.model)
+        limits += form.limits(traced.model, repo)
         exported = Exported(out, *_compare(traced.model, form, folder), limits)
         (folder / CARD).write_text(model_card(traced, form, str(exported), license, repo), encoding="utf-8")
     return exported

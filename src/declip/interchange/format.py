@@ -69,7 +69,7 @@ class Format(ABC):
         """
         return render(f"{self.name}.jinja", model=model, repo=repo)
 
-    def limits(self, model: DualEncoder) -> str:
+    def limits(self, model: DualEncoder, repo: str | None) -> str:
         """Describe what the export lacks, and what that changes; "" if it has everything."""
         return ""
 

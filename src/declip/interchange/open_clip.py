@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from declip.data.text.tokenizer import Tokenizer
 from declip.errors import UserError
-from declip.interchange import layouts
+from declip.interchange import layouts, starter
 from declip.interchange.format import Format, ReadBack, Refusal, Traced, render
 from declip.interchange.open_clip_model import (
     CONFIG,
@@ -56,6 +57,8 @@ EXPRESSED = {
     },
 }
 """Settings of open_clip's towers that recipes have, or that matter in open_clip's training alone."""
+
+HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")  # NAME or OWNER/NAME, not a path
 
 POOLERS = {"cls": "cls_last_hidden_state_pooler", "mean": "mean_pooler"}
 
@@ -164,8 +167,8 @@ class OpenClip(Format):
     def write(self, traced: Traced, folder: Path, repo: str | None) -> None:
         """Write open_clip_config.json, weights and, for a vocabulary other than CLIP's, a Hugging Face tokenizer.
 
-        open_clip finds a text encoder by the name of the repository, or by a path: that of the folder is an argument in
-        the code of the card, so that the folder can be moved.
+        open_clip finds a text encoder by its name on the Hub, by that of the repository, or by a path: that of the
+        folder is an argument in the code of the card, so that the folder can be moved.
         """
         model = traced.model
         config, tensors = _express(model, repo or HERE)
@@ -202,15 +205,40 @@ class OpenClip(Format):
         """Usage by open_clip."""
         return render("open_clip.jinja", model=model, repo=repo, encoder=text_encoder(model) is not None)
 
-    def limits(self, model: DualEncoder) -> str:
+    def limits(self, model: DualEncoder, repo: str | None) -> str:
         """Describe what open_clip's configuration cannot hold, and what that changes; "" if it holds all."""
-        given = model.preprocessor
-        if given.squash or given.resize == given.size:
-            return ""
-        return (
-            f" open_clip's configuration has no resize to {given.resize} before the crop of {given.size}; the code of "
-            "the card sets it. Without, features differ."
-        )
+        limits = ""
+        prepared = model.preprocessor
+        if not prepared.squash and prepared.resize != prepared.size:
+            limits += (
+                f" open_clip's configuration has no resize to {prepared.resize} before the crop of {prepared.size}; "
+                "the code of the card sets it. Without, features differ."
+            )
+        if text_encoder(model) is not None and repo is None:
+            limits += _elsewhere(hub_encoder(model))
+        return limits
+
+
+def _elsewhere(name: str | None) -> str:
+    """Say how programs that are given the folder alone find the configuration of the text encoder."""
+    found = "find the text encoder's configuration in their working folder"
+    if name is not None:
+        found = f"fetch the text encoder's configuration, {name}, from the Hub"
+    return (
+        f" Programs that get no more than {FOLDER}FOLDER, such as CLIP_benchmark, {found}. For use without a network "
+        f'from any folder, set "hf_model_name" in {CONFIG} to the absolute path of the export.'
+    )
+
+
+def hub_encoder(model: DualEncoder) -> str | None:
+    """Name on the Hub of the model's Hugging Face text encoder, if it is known."""
+    if isinstance(model.text_tower, WrappedTextTower):
+        name = model.text_tower.wrapped.config["text_cfg"].get("hf_model_name") or ""
+        return name if HUB_NAME.fullmatch(name) else None
+    given = model.recipe.text.hf_model or ""
+    if starter.matches(given):
+        return starter.HUB_ENCODER
+    return given.removeprefix(hf_encoder.PREFIX) if given.startswith(hf_encoder.PREFIX) else None
 
 
 def text_encoder(model: DualEncoder) -> Mapping[str, Any] | None:
@@ -229,12 +257,12 @@ def _express(model: DualEncoder, repo: str) -> tuple[dict[str, Any], dict[str, T
     if isinstance(model.text_tower, WrappedTextTower):
         model_config, tensors = _express_wrapped(model, model.text_tower.wrapped)
         if model.text_tower.wrapped.encoder is not None:
-            model_config["text_cfg"] |= {"hf_model_name": repo, "hf_model_pretrained": False}
+            model_config["text_cfg"] |= {"hf_model_name": hub_encoder(model) or repo, "hf_model_pretrained": False}
     else:
         keys = layouts.clip_keys(model.image_tower)
         if isinstance(model.text_tower, HuggingfaceTextTower):
             activation = layouts.activation_of(keys) if keys else "gelu"
-            text_config, text = _text_encoder(model.text_tower, recipe.text.hf_model or "", repo)
+            text_config, text = _text_encoder(model.text_tower, hub_encoder(model) or repo)
         else:
             activation = recipe.text.activation
             text_config, text = _text_config(model)
@@ -277,8 +305,8 @@ def _text_config(model: DualEncoder) -> Section:
     return config, layouts.CLIP_TEXT if tower.text_projection.bias is None else layouts.CLIP_TEXT_WITH_BIAS
 
 
-def _text_encoder(tower: HuggingfaceTextTower, given: str, repo: str) -> Section:
-    """A text encoder of transformers, with its configuration on the Hub or in the folder."""
+def _text_encoder(tower: HuggingfaceTextTower, name: str) -> Section:
+    """A text encoder of transformers, with its configuration on the Hub or in the folder, `HERE`."""
     kind, biased = tower.encoder_config["model_type"], tower.text_projection.bias is not None
     if kind not in ENCODERS or tower.pooling not in POOLERS or biased:
         raise Refusal(
@@ -288,7 +316,7 @@ def _text_encoder(tower: HuggingfaceTextTower, given: str, repo: str) -> Section
     config = {
         "context_length": tower.context,
         "vocab_size": tower.encoder_config["vocab_size"],
-        "hf_model_name": given.removeprefix(hf_encoder.PREFIX) if given.startswith(hf_encoder.PREFIX) else repo,
+        "hf_model_name": name,
         "hf_model_pretrained": False,  # the weights are in the folder
         "hf_proj_type": "linear",
         "hf_pooler_type": POOLERS[tower.pooling],

