@@ -195,6 +195,17 @@ def test_the_jackknife_of_equal_groups_is_the_interval_of_a_mean():
     assert jackknife(without, np.full(30, 4)) == pytest.approx(half)
 
 
+def test_the_interval_contains_the_result_on_new_pairs():
+    # Of 60 intervals of 95 % about 57; without the factor for folds that are not independent 52
+    new, groups, right = pairs_of(600, noise=4.0, seed=999), np.arange(40), 0
+    for seed in range(60):
+        choice = choose_heads(pairs_of(40, noise=4.0, seed=seed), groups)
+        estimate = choice.outcome.percentile(groups)
+        truth = float(held_out(choice.heads, new).percentiles().mean())
+        right += estimate.low <= truth <= estimate.high
+    assert 54 <= right < 60
+
+
 def test_a_few_large_groups_widen_the_interval():
     pairs = pairs_of(200, noise=1.0)
     outcome = choose_heads(pairs, np.arange(200)).outcome

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 import declip
 from conftest import in_processes, refuses, texture
 from declip.closed_form.heads import Choice
-from declip.closed_form.solve import Form, Heads, Pairs, fit_heads
+from declip.closed_form.solve import DEFAULT_FORM, ClassPairs, Form, Heads, Pairs, fit_heads
 from declip.data.sources.open import open_source
 from declip.data.sources.subset import Subset
 from declip.finetuning import outputs
@@ -28,6 +28,7 @@ from declip.finetuning.fit import fit, set_heads
 from declip.finetuning.request import Request
 from declip.finetuning.run import finetune_recipe
 from declip.io.text import percent
+from declip.models.precision import pooling_tower
 from declip.reports.page import NBSP, points
 from declip.reports.run import fitted_lines, write_report
 from declip.runs.folder import CROSS_VALIDATION, KEPT, read_run
@@ -221,6 +222,22 @@ def test_views_of_one_object_are_named_where_they_are_not_left_out_together(fold
     assert "data.columns.group" not in " ".join(fitted_lines(runs[1]))
 
 
+def test_copies_of_an_image_are_left_out_together(folder, tmp_path):
+    # Captions without meaning, on two copies of each image: only the copy could tell which caption is right.
+    rng, rows = np.random.default_rng(0), ["image,caption,product"]
+    for number in range(60):
+        caption = " ".join(rng.choice([*"abcdefghijklmnopqrstuvwxyz", *COLORS], 4))
+        for copy, side in enumerate((96, 48)):
+            name = tmp_path / f"{number}-{copy}.png"
+            texture(500 + number, 96).resize((side, side)).save(name)
+            rows.append(f"{name},{caption},P{number}")
+    (tmp_path / "copies.csv").write_text("\n".join(rows) + "\n")
+    known = fitted(folder, tmp_path / "run", tmp_path / "copies.csv").cross_validation
+    assert (known["pairs"], known["groups"]) == (120, 60)
+    assert known["percentile"]["low"] < 0.5 < known["percentile"]["high"]
+    assert known["leaking"] is None, "copies share a product, and are left out together already"
+
+
 @pytest.mark.parametrize("key", ["train.lr", "loss_weights.multi_view"])
 def test_keys_without_effect_are_refused(key, folder, tmp_path):
     refuses((f"{key}=0.1", "--freeze none"), fitted, folder, tmp_path / "run", **{key: 0.1})
@@ -245,6 +262,55 @@ def test_the_classes_of_the_start_are_pairs_too(folder, tmp_path):
     keys["finetune.class_pairs"] = False
     run = declip.finetune(folder / "pairs.csv", start, keys, tmp_path / "without", **options)
     assert run.cross_validation["classes"] == 0
+
+
+def pooled(where, folder, precision=torch.float32):
+    """Features of all images and captions as a fit computes them, by the towers of a run."""
+    model = declip.load(where, device="cpu")
+    source = open_source(folder / "pairs.csv")
+    captions = [caption for index in range(COUNT) for caption in source.captions(index)]
+    preprocessor = model.preprocessor
+    resized = torch.stack([preprocessor.fast(source.lazy_image(index)) for index in range(COUNT)])
+    tower = pooling_tower(model, precision)
+    with torch.no_grad():
+        images = tower.pool(preprocessor.normalize(resized).to(precision)).float()
+        texts = model.text_tower.pool(model.tokenize(captions))
+        names = model.text_tower.pool(model.tokenize(list(COLORS)))
+    return Pairs(images, texts, torch.arange(COUNT).repeat_interleave(2)), names
+
+
+def test_a_saved_model_computes_posteriors_as_the_heads_that_were_fitted(folder, tmp_path):
+    tower = timm.create_model("test_vit", num_classes=4).state_dict()
+    save_file(tower, tmp_path / "vit.safetensors")
+    (tmp_path / "names.txt").write_text("\n".join(COLORS))
+    # Pairs that are too few for a choice, so that the form and the weight of the classes are known
+    (folder / "ten.csv").write_text("\n".join((folder / "pairs.csv").read_text().splitlines()[:21]) + "\n")
+    start, names = f"timm:test_vit/{tmp_path / 'vit.safetensors'}", {"finetune.class_names": tmp_path / "names.txt"}
+    run = declip.finetune(folder / "ten.csv", start, keys_of(folder, **names), tmp_path / "run", freeze="both")
+    pairs, texts = pooled(run.folder, folder)
+    few = Pairs(pairs.images[:10], pairs.texts[:20], pairs.owners[:20])
+    rows = tower["head.weight"]
+    classes = ClassPairs(rows, texts, torch.arange(4), torch.zeros(rows.shape[1]))
+    (heads,) = fit_heads(few, classes, 1.0, (DEFAULT_FORM,))
+    expected = heads.similarities(pairs.images.double(), pairs.texts.double()).float()
+    known = run.cross_validation
+    assert (known["method"], known["class_weight"], known["pairs"]) == ("ridge", 1.0, 10)
+    torch.testing.assert_close(cosines(run.folder, folder) / known["logit_scale"], expected, rtol=0, atol=2e-3)
+
+
+def test_features_are_computed_in_the_precision_of_the_recipe(run, folder, tmp_path):
+    rounded = fitted(folder, tmp_path / "run", **{"train.precision": "bf16"})
+    known = rounded.cross_validation
+    found = cosines(rounded.folder, folder) / known["logit_scale"]
+    exact, _ = pooled(run.folder, folder)
+    form = Form(known["method"], known["ridge"])
+    differences = []
+    for precision in (torch.bfloat16, torch.float32):
+        pairs, _ = pooled(run.folder, folder, precision)
+        (heads,) = fit_heads(pairs, None, 0.0, (form,))
+        expected = heads.similarities(exact.images.double(), exact.texts.double())
+        differences.append(float((found - expected).abs().mean()))
+    assert differences[0] < 0.2 * differences[1]
 
 
 def test_the_mixture_with_the_start_is_chosen_on_left_out_and_kept_pairs(run, folder, tmp_path, monkeypatch):
@@ -296,6 +362,19 @@ def test_the_interval_of_the_gain_decides_what_is_said(gain, verdict, advice):
         assert ("better than chance" in printed) == (not start and gain[1] < 0)
         assert ("declip choose" in printed) == bool(advice)
         assert advice is None or advice in printed
+
+
+def test_a_gain_whose_interval_contains_0_is_not_called_better(folder, tmp_path):
+    rows = [row.split(",", 1) for row in (folder / "pairs.csv").read_text().splitlines()]
+    order = np.random.default_rng(7).permutation(COUNT)  # captions of other images; by chance some fit
+    images = [rows[1 + 2 * image][0] for image in order.repeat(2)]
+    table = [f"{folder / image},{caption}" for image, (_, caption) in zip(images, rows[1:], strict=True)]
+    (tmp_path / "shuffled.csv").write_text("\n".join([",".join(rows[0]), *table]) + "\n")
+    run = fitted(folder, tmp_path / "run", tmp_path / "shuffled.csv")
+    gain = run.cross_validation["gain"]
+    assert gain["low"] < 0 < gain["value"]
+    assert not run.cross_validation["better"]
+    assert "Too few pairs to tell" in " ".join(fitted_lines(run))
 
 
 def test_a_start_that_stays_is_said_in_plain_words():

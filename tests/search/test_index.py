@@ -69,6 +69,14 @@ def test_images_are_found_by_key_and_no_path_in_the_index_is_opened(made, folder
         refuses("is no longer in 'shapes'", moved.image, 10)
 
 
+def test_a_search_over_captions_finds_only_images_with_captions(tmp_path):
+    images = torch.eye(4, 3)
+    texts = torch.tensor([[1.0, 0, 0], [0, 0, 0], [0.8, 0.6, 0], [0, 0, 0]])  # zeros: no caption
+    index = write_index(tmp_path / "index", images, texts, ["one", "", "two", ""])
+    far = torch.tensor([[-1.0, 0, 0]])  # all cosines are negative, less than those of zeros
+    assert index.nearest(far, 4, over="captions")[0].tolist() == [[2, 0]]
+
+
 class Copies(PairSource):
     """Images of one key, whose red is their number."""
 
