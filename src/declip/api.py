@@ -16,6 +16,7 @@ from declip.data.sources.python_items import Items
 from declip.errors import UserError
 from declip.evaluation.datasets import Dataset, open_dataset
 from declip.evaluation.encode import Encoder
+from declip.evaluation.held_out import HeldOutSets
 from declip.evaluation.protocols import Options, evaluate_all
 from declip.evaluation.results import Result
 from declip.interchange.read import loaded
@@ -28,7 +29,6 @@ from declip.runs.folder import Run
 from declip.supervision.term import Term
 from declip.training import distributed
 from declip.training.assemble import assemble, held_out_sets
-from declip.training.evaluations import HeldOutSets
 from declip.training.optimizer import OptimizerFactory
 from declip.training.pairs import warn_of_training_pairs
 from declip.training.sinks import Sink

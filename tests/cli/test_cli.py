@@ -11,8 +11,8 @@ import yaml
 import declip.__main__
 from conftest import refuses, texture, tiny_tree, write_table
 from declip.api import train
+from declip.evaluation.held_out import HeldOutSets
 from declip.recipe.checks import load_for_training
-from declip.training.evaluations import HeldOutSets
 from interchange.towers import build
 
 

@@ -17,7 +17,7 @@ from declip.evaluation.results import Measure, read_result, short_names
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schema import Recipe
 from declip.reports.page import rich_table
-from declip.reports.run import results_table
+from declip.reports.tables import results_table
 from evaluation import trees
 
 NAMES = ("red", "green", "blue", "yellow", "cyan", "magenta", "white")

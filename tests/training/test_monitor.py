@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from declip.data.batch import PairBatch
+from declip.data.sources.checks import caption_warnings
 from declip.data.sources.open import open_source
 from declip.data.text.tokenizer import HuggingfaceTokenizer, Tokenizer
 from declip.models.hf_encoder import read_encoder
@@ -20,7 +21,7 @@ from declip.runs.folder import EVALUATIONS, METRICS, Run, read_rows
 from declip.training.assemble import auto_workers
 from declip.training.examples import example_views
 from declip.training.sinks import RunInfo, Sink, monitored
-from declip.training.warnings import FLAT_AFTER, LossMonitor, ThroughputMonitor, caption_warnings
+from declip.training.warnings import FLAT_AFTER, LossMonitor, ThroughputMonitor
 from evaluation.conftest import painted
 from text_encoders import bert
 

@@ -18,7 +18,7 @@ from declip.data.images.thumbnails import shrunk
 from declip.data.pair import printable
 from declip.errors import UserError
 from declip.evaluation.zero_shot import class_features, read_templates
-from declip.runs.folder import OUT_OF_FOLD, read_run
+from declip.runs.fitted import FittedRun
 from declip.search.class_words import add_classes
 from declip.search.index import Index
 
@@ -49,7 +49,7 @@ class AppState:
         Empty unless the model is a run that cross-validated at least half of the images.
         """
         run, index = Path(self.model_path).expanduser(), self.index
-        known = read_run(run).caption_ranks if (run / OUT_OF_FOLD).is_file() else {}
+        known = FittedRun(run).caption_ranks
         ranks: dict[int, float] = {}
         for id, key, captions in zip(index.ids.tolist(), index.keys(), index.captions(), strict=True) if known else ():
             if own := [known[key, caption] for caption in captions if (key, caption) in known]:

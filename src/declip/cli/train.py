@@ -35,8 +35,8 @@ def train(
     given, sets = parse_overrides(overrides or []), val or ()
     checked = load_for_training(recipe, given, data, sets, resume)  # before torch is imported
     if dry_run:
+        from declip.evaluation.held_out import HeldOutSets
         from declip.training.estimate import estimate
-        from declip.training.evaluations import HeldOutSets
 
         say(estimate(HeldOutSets(checked).assign(checked) if val else checked))
         return
@@ -110,26 +110,41 @@ def finetune(
     _print_finetuned(run)
 
 
-def _print_finetuned(run: Any) -> None:
-    from declip.reports.run import fitted_lines
+def _print_fit(run: Any) -> None:
+    from declip.reports.fitted import fitted_lines
+    from declip.reports.page import rich_table
+    from declip.reports.tables import compared_table
 
-    _print_measures(run)
+    if run.results:
+        console.print(rich_table(compared_table(run.results, run.results_of_start)))
     for line in fitted_lines(run):
         say(line)
-    if not run.cross_validation:
+    _print_skipped(run)
+
+
+def _print_finetuned(run: Any) -> None:
+    from declip.runs.fitted import FittedRun
+
+    if isinstance(run, FittedRun):
+        _print_fit(run)
+    else:
+        from declip.reports.tables import mixture_lines
+
+        _print_measures(run)
+        for line in mixture_lines(run.mixture):
+            say(line)
         best = f"Best: step {run.best_step:,} of {run.step:,}."
         say(best if run.evaluated else "No validation set: nothing was measured.")
-    _print_skipped(run)
+        _print_skipped(run, ", counted in each epoch")  # a pair is read several times
     size = sum(path.stat().st_size for path in run.folder.rglob("*") if path.is_file()) / 2**20
     say(f"Report: {run.report}. Exported: {run.folder / 'exported'} (the run has {size:,.0f} MiB)")
     say(f"Search with it: declip embed {run.folder} IMAGES --out index, then: declip search index 'a text'")
 
 
-def _print_skipped(run: Any) -> None:
-    """Print why pairs were left out, with examples; training counts a pair each time it is read."""
+def _print_skipped(run: Any, times: str = "") -> None:
+    """Print why pairs were left out, with examples."""
     from declip.data.pair import SkipCounter
 
-    times = "" if run.cross_validation else ", counted in each epoch"
     for line in SkipCounter.from_dict(run.skipped or {"reasons": {}}).lines():
         say(f"Left out{times}: {line}")
 
@@ -178,7 +193,7 @@ def _evaluate(model: Any, opened: list[Any], task: str, options: Any, suite: str
     from declip.evaluation.protocols import SETS, evaluate_all, evaluate_suite
     from declip.io.text import percent
     from declip.reports.page import rich_table
-    from declip.reports.run import results_table
+    from declip.reports.tables import results_table
 
     if suite is None:
         results = evaluate_all(model, opened, (task,), options)

@@ -78,10 +78,26 @@ class Heads(NamedTuple):
     text: Tensor  # (k, w)
     classifier: PosteriorFeatures | None = None
 
+    def embed_images(self, images: Tensor) -> Tensor:
+        """Features of images (n, v) in the shared space, (n, k) of length 1."""
+        if self.classifier is not None:
+            images = self.classifier.features(images)
+        return normalize(images @ self.image.mT, dim=-1)
+
+    def embed_texts(self, texts: Tensor) -> Tensor:
+        """Features of texts (m, w) in the shared space, (m, k) of length 1."""
+        return normalize(texts @ self.text.mT, dim=-1)
+
     def similarities(self, images: Tensor, texts: Tensor) -> Tensor:
         """Cosines of images (n, v) and texts (m, w), (n, m)."""
-        images = images if self.classifier is None else self.classifier.features(images)
-        return normalize(images @ self.image.mT, dim=-1) @ normalize(texts @ self.text.mT, dim=-1).mT
+        return self.embed_images(images) @ self.embed_texts(texts).mT
+
+    def to(self, other: Tensor) -> "Heads":
+        """The heads in the type and on the device of a tensor."""
+        classifier = self.classifier
+        if classifier is not None:
+            classifier = PosteriorFeatures(*(part.to(other) for part in classifier))
+        return Heads(self.image.to(other), self.text.to(other), classifier)
 
 
 class RegressionRows(NamedTuple):

@@ -3,39 +3,50 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
-from functools import partial
+from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from declip.data.columns import Columns
 from declip.data.pair import PairSource
+from declip.data.sources.checks import caption_warnings
 from declip.data.sources.names import absolute
-from declip.data.sources.open import NO_SOURCES, Sources, name_sources
+from declip.data.sources.open import NO_SOURCES, Sources, name_sources, open_source
 from declip.data.sources.python_items import Items
-from declip.data.sources.subset import LIST_KIND, Lists, read_pair_list
+from declip.data.sources.subset import LIST_KIND, Lists, Subset, read_pair_list
 from declip.errors import UserError
+from declip.evaluation.datasets import Dataset
+from declip.evaluation.held_out import HeldOutSets
 from declip.finetuning import outputs
-from declip.finetuning.fit import closed_form, fit
 from declip.finetuning.request import Request
-from declip.finetuning.split import Split, choose_pairs, open_lists
+from declip.finetuning.split import Split, choose_pairs, open_lists, pairs_of
 from declip.finetuning.wise_ft import mix_with_start
+from declip.fitting.run import Task, refuse_other_files, run_fit
+from declip.inspection.split import check_copies
 from declip.interchange import starter
+from declip.interchange.architecture import architecture_of
+from declip.interchange.fitted import read_heads
 from declip.interchange.read import folder_or_name, read_start
 from declip.interchange.weights import Weights
 from declip.models.device import pick_device
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.checks import load_for_training
-from declip.recipe.finetuning import FREEZE, Start, settings
+from declip.recipe.finetuning import FREEZE, StartKind, fits_closed_form, settings
 from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe
 from declip.recipe.starts import STARTS
+from declip.runs.fitted import FittedRun, is_fitted
 from declip.runs.folder import LOCK, RECIPE, Run, existing_run, lock_folder, log, moved_lists
 from declip.training import distributed
 from declip.training.assemble import assemble, held_out_sets
+from declip.training.distributed import HostGroup
+from declip.training.pairs import open_training_source
 from declip.training.state import Extensions
 from declip.training.trainer import Trainer
-from declip.training.warnings import caption_warnings
 
 FINETUNED = Path("runs") / "finetune"
+ANY_PAIRS = 1_000  # a number of pairs to check keys with, before the pairs are read
 
 
 def finetune(
@@ -49,7 +60,7 @@ def finetune(
     val: str | Path | PairSource | Items | Sequence[Any] = (),
     keep: str | Path | PairSource | Items | Sequence[Any] = (),
     freeze: str | None = None,
-) -> Run:
+) -> Run | FittedRun:
     """Fine-tune pretrained weights on your pairs, write a report, and export the model.
 
     If towers are trained, the model has the weights of the best evaluation; else its projections are computed in closed
@@ -77,50 +88,153 @@ def finetune(
 
 def run_request(
     request: Request, out: str | Path | None, resume: bool, quiet: bool, sources: Sources = NO_SOURCES
-) -> Run:
+) -> Run | FittedRun:
     """Fine-tune as `finetune` does; `sources` are the Python objects that the request names."""
     folder = FINETUNED if out is None else Path(out).expanduser()
     hosts = distributed.meet(request.keys.get("train.device", "auto"))[1]
+    start = Start(request)
+    # Heads are fitted by rank 0 alone, in seconds
+    fitted = hosts.on_rank_zero(partial(_fit_heads, start, folder, resume, quiet, sources))
+    if fitted is None:
+        run: Run | FittedRun = _train_towers(start, folder, resume, quiet, sources, hosts)
+    else:
+        run = replace(fitted, is_rank_zero=distributed.is_rank_zero())
+    distributed.leave()
+    return run
+
+
+class Start:
+    """The weights that a fine-tuning starts from, and the settings that follow from them."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.device = pick_device(request.keys.get("train.device", "auto"))
+
+    @property
+    def name(self) -> str:
+        """The name or path of the weights."""
+        return self.request.weights or default_weights(self.device.type)
+
+    @cached_property
+    def weights(self) -> Weights:
+        """The weights, read once."""
+        return read_start(self.name)
+
+    @cached_property
+    def checked(self) -> Recipe:
+        """A recipe for any number of pairs: keys that do not suit the weights are refused here."""
+        evaluation = {"evaluation.retrieval": ["validation"]}
+        checked = load_recipe("finetune", {**self.keys(ANY_PAIRS), **evaluation})
+        required = bool(self.request.keys.get("finetune.class_pairs"))
+        self.weights.named_classes(checked.finetune.class_names, required=required)
+        return checked
+
+    @property
+    def closed(self) -> bool:
+        """Whether projections alone are fitted: both towers are frozen, without adapters."""
+        return fits_closed_form(self.checked)
+
+    def keys(self, pairs: int, validated: bool = True) -> dict[str, Any]:
+        """The keys of the recipe for a number of pairs."""
+        on_cpu = self.device.type == "cpu"
+        given, freeze = self.request.keys, self.request.freeze
+        keys = settings(pairs, self._kind, on_cpu, freeze, given, validated)
+        if starter.matches(self.name) and on_cpu:
+            keys.setdefault("image.size", STARTS[self.name])
+        # quoted, see `load_for_training`
+        return {"finetune.pretrained": json.dumps(self.name, ensure_ascii=False), **keys}
+
+    @property
+    def _kind(self) -> StartKind:
+        if not self.weights.has_text:
+            return "image"
+        return "whole" if self.weights.projected else "heads"
+
+
+def _fit_heads(start: Start, folder: Path, resume: bool, quiet: bool, sources: Sources) -> FittedRun | None:
+    """Fit heads between frozen towers, if that is what was asked for."""
+    if is_fitted(folder):
+        return _finished_fit(start.request, folder, resume)
+    if resume and (folder / RECIPE).is_file():
+        return None  # a run that trained towers continues
+    if not start.closed:
+        return None
+    refuse_other_files(folder)
+    request, held_out = start.request, HeldOutSets(start.checked, sources)
+    opened = open_source(request.pairs, Columns.of(start.checked.data), sources)
+    val, splits = request.val, opened.splits()
+    if not val and "validation" in splits:
+        own = Subset(opened, splits["validation"], f"the validation split of {opened.name}")
+        held_out.opened[own.name] = Dataset(own.name, {"test": lambda: own})
+        val = (own.name,)
+    # --- the recipe
+    known = {request.pairs, *held_out.opened, *sources}
+    recipe = load_for_training("finetune", start.keys(ANY_PAIRS, bool(val)), request.pairs, val, known=known)
+    if val:
+        recipe = held_out.assign(recipe)
+    # --- the pairs, which no validation set may have
+    source = open_training_source(recipe, {**sources, request.pairs: opened})
+    validated = list(map(held_out.test, val))
+    for trained in (source, pairs_of(start.name)):
+        if trained is not None and validated:
+            check_copies(trained, validated, not quiet)
+    recipe = architecture_of(start.weights, recipe)
+    return run_fit(Task(recipe, start.weights, source, held_out, not quiet), folder)
+
+
+def _finished_fit(request: Request, folder: Path, resume: bool) -> FittedRun:
+    """The fit that a folder has; raises `UserError` if another one was asked for."""
+    heads = read_heads(str(folder))
+    asked = {"PAIRS": request.pairs, "--from": request.weights}
+    known = {"PAIRS": heads.recipe.data.source, "--from": heads.base}
+    if not resume:
+        raise UserError(f"'{folder}' already holds a fit. Choose another --out.")
+    for option, name in asked.items():
+        if name is not None and absolute(name) != absolute(str(known[option])):
+            raise UserError(
+                f"'{folder}' was fitted with {option} '{known[option]}', not '{name}'. Choose another --out."
+            )
+    log.info("The fit in '%s' is finished.", folder)
+    return FittedRun(folder)
+
+
+def _train_towers(start: Start, folder: Path, resume: bool, quiet: bool, sources: Sources, hosts: HostGroup) -> Run:
+    """Train towers by gradient steps, or continue such a run."""
+    request = start.request
     with ExitStack() as held:
         # --- the recipe; rank 0 alone writes, and only into a folder that it holds
-        hosts.on_rank_zero(partial(held.enter_context, claimed(folder, resume)))
+        hosts.on_rank_zero(partial(held.enter_context, lock_run_folder(folder, resume)))
         if resume and (folder / RECIPE).is_file():
             recipe, added = moved_lists(load_recipe(folder / RECIPE, request.keys), folder), Extensions(sources=sources)
             hosts.on_rank_zero(partial(_refuse_others, recipe, request))
         else:
             split: Split | None = None
-            start: Weights | None = None
 
             def choose() -> tuple[Recipe, Lists]:
-                nonlocal split, start
-                recipe, split, start = finetune_recipe(request, folder, quiet, sources)
+                nonlocal split
+                recipe, split = training_recipe(start, folder, quiet, sources)
                 return recipe, split.lists
 
             recipe, lists = hosts.on_rank_zero(choose)
             if split is not None:
-                added = Extensions(sources=split.sources, held_out=split.held_out, start=start, lists=lists)
+                added = Extensions(sources=split.sources, held_out=split.held_out, start=start.weights, lists=lists)
             else:  # another rank, which opens the lists by name
                 added = Extensions(sources=open_lists(lists, sources))
         # --- the run
-        if closed_form(recipe):
-            run = fit(recipe, folder, resume, quiet, added)
-        else:
-            state = assemble(recipe, folder, resume, quiet, added)
-            for warning in caption_warnings(state.source, state.model.tokenizer) if distributed.is_rank_zero() else ():
-                log.warning(warning)
-            mixes = state.pretrained is not None and state.pretrained.whole and recipe.train.patience is not None
+        state = assemble(recipe, folder, resume, quiet, added)
+        for warning in caption_warnings(state.source, state.model.tokenizer) if distributed.is_rank_zero() else ():
+            log.warning(warning)
+        mixes = state.pretrained is not None and state.pretrained.whole and recipe.train.patience is not None
 
-            def finish(folder: Path, model: DualEncoder) -> None:
-                mixed = mix_with_start(folder, state.held_out, quiet) if mixes else None
-                outputs.write_finetuned(folder, model if mixed is None else mixed, state.held_out)
+        def finish(folder: Path, model: DualEncoder) -> None:
+            mixed = mix_with_start(folder, state.held_out, quiet) if mixes else None
+            outputs.write_finetuned(folder, model if mixed is None else mixed, state.held_out)
 
-            run = Trainer(state).train(finish)
-    distributed.leave()
-    return run
+        return Trainer(state).train(finish)
 
 
 @contextmanager
-def claimed(folder: Path, resume: bool) -> Iterator[None]:
+def lock_run_folder(folder: Path, resume: bool) -> Iterator[None]:
     """Lock a run folder; new folders are removed again if no run began in them."""
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     with closing(lock_folder(folder)):
@@ -161,30 +275,19 @@ def _refuse_others(recipe: Recipe, request: Request) -> None:
         raise UserError(f"{other[0]} is not what this run was started with. Give another --out, without --resume.")
 
 
-def finetune_recipe(
-    request: Request, folder: Path, quiet: bool = False, sources: Sources = NO_SOURCES
-) -> tuple[Recipe, Split, Weights]:
-    """Resolve the recipe, choose the pairs, whose lists the folder will have, and read the start; see `finetune`."""
-    given = request.keys
-    device = pick_device(given.get("train.device", "auto"))
-    where = request.weights or default_weights(device.type)
-    start = read_start(where)
-    kind: Start = "image" if not start.has_text else "whole" if start.projected else "heads"
-    settled = partial(settings, start=kind, on_cpu=device.type == "cpu", freeze=request.freeze, given=given)
-    pretrained = {"finetune.pretrained": json.dumps(where, ensure_ascii=False)}  # quoted, see `load_for_training`
-    # Keys that do not suit the weights are refused before the pairs are read.
-    checked = load_recipe("finetune", {**pretrained, **settled(1_000), "evaluation.retrieval": ["validation"]})
-    start.named_classes(checked.finetune.class_names, required=bool(given.get("finetune.class_pairs")))
+def training_recipe(
+    start: Start, folder: Path, quiet: bool = False, sources: Sources = NO_SOURCES
+) -> tuple[Recipe, Split]:
+    """Resolve the recipe of a run and choose its pairs, whose lists the folder will have."""
+    request, checked = start.request, start.checked
     split = choose_pairs(request, checked, folder, quiet, sources)
     count = min(len(split.train), checked.data.max_pairs or len(split.train))
-    keys = {**pretrained, **settled(count, validated=bool(split.val))}
-    if starter.matches(where) and device.type == "cpu":
-        keys.setdefault("image.size", STARTS[where])
+    keys = start.keys(count, bool(split.val))
     name: str | None = split.name
-    if len(split.train) == 1 and not closed_form(checked):  # a batch has two pairs at least
+    if len(split.train) == 1:  # a batch has two pairs at least
         keys["data.source"], name = [name, name], None
     recipe = load_for_training("finetune", keys, name, split.val, known={*split.sources})
-    return split.held_out.assign(recipe) if split.val else recipe, split, start
+    return split.held_out.assign(recipe) if split.val else recipe, split
 
 
 def default_weights(device: str) -> str:

@@ -11,15 +11,13 @@ from declip.data.sources.open import Sources, open_source
 from declip.data.sources.subset import NO_LISTS, Lists, Subset, list_of, training_part
 from declip.errors import UserError
 from declip.evaluation.datasets import Dataset
-from declip.finetuning.fit import closed_form
+from declip.evaluation.held_out import HeldOutSets
 from declip.finetuning.request import Request
 from declip.inspection.split import FEWEST, check_copies, split_pairs
 from declip.io.text import plural
-from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe
-from declip.runs.folder import RECIPE, SPLIT, log, moved_lists
-from declip.training.evaluations import HeldOutSets
-from declip.training.pairs import open_training_source, pair_names, run_of
+from declip.runs.folder import SPLIT, log
+from declip.training.pairs import open_training_source, pair_names, recipe_of, run_of
 
 MOST_SEEN = 200_000  # training pairs of the start that are compared with new ones: 1,000 a second
 
@@ -41,7 +39,7 @@ def choose_pairs(request: Request, recipe: Recipe, folder: Path, quiet: bool, so
     Pairs that the weights of the recipe were trained on are not validated on. Cross-validation measures heads in
     closed form, so nothing is split off for them.
     """
-    pairs, columns, closed = request.pairs, Columns.of(recipe.data), closed_form(recipe)
+    pairs, columns = request.pairs, Columns.of(recipe.data)
     seen = pairs_of(str(recipe.finetune.pretrained))
     source = open_source(pairs, columns, sources)
     train, held_out = training_part(source), HeldOutSets(recipe, sources)
@@ -50,9 +48,8 @@ def choose_pairs(request: Request, recipe: Recipe, folder: Path, quiet: bool, so
         for trained in [train] if seen is None else [train, seen]:
             check_copies(trained, list(map(held_out.test, request.val)), not quiet)
         return unsplit
-    if "validation" not in source.splits() and (closed or len(train) < FEWEST):
-        if not closed:
-            _check_few(train)
+    if "validation" not in source.splits() and len(train) < FEWEST:
+        _check_few(train)
         return unsplit
     parts = split_pairs(source, progress=not quiet, seen=seen)
     own, val = names = [str(folder / name) for name in SPLIT]
@@ -80,7 +77,7 @@ def pairs_of(weights: str) -> PairSource | None:
     if folder is None:
         return None
     try:
-        recipe = moved_lists(load_recipe(folder / RECIPE), folder)
+        recipe = recipe_of(folder)
         if any(is_url(name) for name in pair_names(recipe)):
             return None
         source = open_training_source(recipe)

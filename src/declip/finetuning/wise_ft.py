@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from declip.evaluation.encode import Encoder
+from declip.evaluation.held_out import HeldOutSets
 from declip.interchange.read import read_checkpoint
 from declip.io.atomic import atomic_write, save_tensors, write_text
 from declip.models.device import pick_device
@@ -18,7 +19,6 @@ from declip.recipe.schema import Recipe
 from declip.runs import folder as run_folder
 from declip.runs.checkpoint import prefixed
 from declip.runs.folder import log
-from declip.training.evaluations import HeldOutSets
 from declip.training.pretrained import load_pretrained
 
 ALPHAS = (1.0, 0.75, 0.5, 0.25)  # fractions of the fine-tuned weights that are tried; of equal ones the first is taken

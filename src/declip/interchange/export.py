@@ -1,5 +1,6 @@
 """Export a model as a folder of another library's or our format, with a model card (README.md)."""
 
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from declip.io.text import one_line
 from declip.models.dual_encoder import DualEncoder
 from declip.models.image_tower import PosteriorProjection
 from declip.runs.checkpoint import STATE, list_checkpoints
+from declip.runs.fitted import FittedRun, is_fitted
 from declip.runs.folder import read_run
 
 FORMATS: Mapping[str, Format] = {form.name: form for form in (OpenClip(), Huggingface(), Onnx(), DeclipFile())}
@@ -39,6 +41,8 @@ TOLERANCE = 1e-4
 
 CAPTIONS = ("a red circle", "two cats asleep on a sofa, seen from above", "!")
 IMAGES = 3  # random ones, that features are compared on
+
+log = logging.getLogger("declip")
 
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")  # OWNER/NAME on the Hub
 
@@ -109,6 +113,23 @@ def export(
     return exported
 
 
+def export_complete(traced: Traced, folder: Path) -> None:
+    """Export a fine-tuned model to every format that holds it completely; others are left out.
+
+    Class posteriors are in no linear projection: `export` says what a format of such loses.
+    """
+    formats = ["safetensors"]
+    if not isinstance(traced.model.image_tower.proj, PosteriorProjection):
+        formats += ["open_clip", "huggingface"]
+    for format in formats:
+        try:
+            export(traced, format, folder / format, overwrite=True)
+        except Refusal:
+            continue
+        except UserError as error:  # the run is complete without it
+            log.warning(str(error))
+
+
 @contextmanager
 def _new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
     """Yield an empty folder that replaces `out` when the block succeeds; nothing is left otherwise."""
@@ -169,6 +190,8 @@ def trace(where: str | Path | DualEncoder | Traced) -> Traced:
             raise UserError(f"This {type(where).__name__} cannot be exported: it is not a model of declip.")
         return Traced(where)
     path = Path(where).expanduser()
+    if is_fitted(path):
+        return _of_fit(path)
     if not (path / STATE).is_file() and not list_checkpoints(path):
         weights = read(where)
         origin = f"`{without_folders(str(where))}`"
@@ -184,5 +207,13 @@ def of_run(folder: Path, model: DualEncoder, step: int | None) -> Traced:
     run = read_run(folder)
     rows = (row.result for row in run.evaluated if row.weights == step)
     results = tuple({(result.dataset, result.task): result for result in rows}.values())
-    pairs, fitted = run.examples.get("source", {}).get("pairs"), run.cross_validation
-    return Traced(model, step, pairs, fitted, results)
+    pairs = run.examples.get("source", {}).get("pairs")
+    return Traced(model, step, pairs, results=results)
+
+
+def _of_fit(folder: Path) -> Traced:
+    """The merged model of a fit, with its results and its pairs."""
+    run = FittedRun(folder)
+    source = run.facts.get("source", {})
+    model = read(folder).build().eval()
+    return Traced(model, 1, source.get("pairs"), run.cross_validation, run.results)

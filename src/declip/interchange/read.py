@@ -11,14 +11,25 @@ from torch import Tensor
 
 from declip.errors import UserError
 from declip.evaluation.encode import Encoder
-from declip.interchange import declip_file, huggingface, official, open_clip, open_clip_model, starter, timm_weights
+from declip.interchange import (
+    declip_file,
+    fitted,
+    huggingface,
+    official,
+    open_clip,
+    open_clip_model,
+    starter,
+    timm_weights,
+)
 from declip.interchange.weights import Weights, read_recipe, read_tensors
 from declip.io.hub import fetch
 from declip.models.device import pick_device
 from declip.models.dual_encoder import DualEncoder
+from declip.models.layers import IMAGE
 from declip.models.precision import Precision, convert, pick_precision
 from declip.recipe.starts import STARTS, no_model
 from declip.runs.checkpoint import STATE, list_checkpoints, load_best, load_checkpoint, without_prefix
+from declip.runs.fitted import FittedRun
 from declip.runs.folder import MIXED, RECIPE, Run
 
 
@@ -65,7 +76,7 @@ def hub_folder(where: str) -> str:
     return str(get(open_clip.WEIGHTS) if open_clip.matches(str(folder)) and not theirs else get(huggingface.FILE))
 
 
-def load(where: str | Path | Run, device: str = "auto", precision: Precision = "fp32") -> DualEncoder:
+def load(where: str | Path | Run | FittedRun, device: str = "auto", precision: Precision = "fp32") -> DualEncoder:
     """Load a model in evaluation mode from a run folder, a file, or a name.
 
     Only names with a colon are downloaded, except those that begin with ``builtin:``.
@@ -74,6 +85,7 @@ def load(where: str | Path | Run, device: str = "auto", precision: Precision = "
         where: One of:
 
             - a `Run` or its folder (its best checkpoint, else the newest undamaged one), or a checkpoint folder in it;
+            - a `FittedRun` or its folder, whose base must be where it was;
             - a file or folder that `declip.export` wrote, or a folder of open_clip or of transformers' `CLIPModel`;
             - a checkpoint of the official implementation (``.pth``, ``.pth.tar``, ``.pt``, ``.safetensors``) with both
               towers or the image tower alone;
@@ -99,13 +111,15 @@ def load(where: str | Path | Run, device: str = "auto", precision: Precision = "
 
 
 def folder_or_name(model: Any) -> Any:
-    """The folder of a `Run`; a model, or the name of one, stays."""
-    return model.folder if isinstance(model, Run) else model
+    """The folder of a run; a model, or the name of one, stays."""
+    return model.folder if isinstance(model, Run | FittedRun) else model
 
 
-def loaded(model: str | Path | Run | Encoder, device: str = "auto", precision: Precision = "fp32") -> Encoder:
+def loaded(
+    model: str | Path | Run | FittedRun | Encoder, device: str = "auto", precision: Precision = "fp32"
+) -> Encoder:
     """The model that is given as an object, else the one that `load` loads."""
-    if isinstance(model, str | Path | Run):
+    if isinstance(model, str | Path | Run | FittedRun):
         return load(model, device, precision)
     if not hasattr(model, "encode_image"):
         allowed = "a run folder, a file, a name, or an object with `encode_image`"
@@ -135,6 +149,8 @@ def is_published(where: str) -> bool:
 
 def _read(where: str | Path) -> Weights:
     given, where = str(where), hub_folder(str(where))
+    if fitted.matches(where):
+        return _read_fitted(where)
     for reader in READERS:
         if reader.matches(where):
             weights = reader.read(where)
@@ -143,6 +159,27 @@ def _read(where: str | Path) -> Weights:
     if not path.exists():
         raise no_model(str(where))
     return read_checkpoint(path).check()
+
+
+def _read_fitted(where: str) -> Weights:
+    """Read the heads of a fit, and its base."""
+    heads = fitted.read_heads(where)
+    try:
+        base = read_start(heads.base)
+    except UserError as error:
+        raise heads.missing(error) from error
+    return heads.on(base)
+
+
+def _text_of_fitted(where: str) -> Weights | None:
+    """The text tower of a fit to a built-in start; None for another base."""
+    heads = fitted.read_heads(where)
+    if not starter.matches(heads.base):
+        return None
+    tower = starter.read_text(heads.base)
+    own = {name: tensor for name, tensor in heads.tensors.items() if not name.startswith(IMAGE)}
+    tensors = dict(tower.tensors) | own
+    return Weights(heads.recipe, tensors, where, fingerprint=heads.fingerprint).check()
 
 
 def read_text(where: str | Path) -> tuple[Weights, Mapping[str, Tensor] | None] | None:
@@ -155,6 +192,9 @@ def read_text(where: str | Path) -> tuple[Weights, Mapping[str, Tensor] | None] 
     if starter.matches(where):
         text = timm_weights.complete_text(starter.read_text(where), STARTS[where])
         return None if text is None else (text.check(), None)
+    if fitted.matches(where):
+        text = _text_of_fitted(where)
+        return None if text is None else (text, None)
     if declip_file.matches(where):
         weights = declip_file.read_part(where)
     elif (path := Path(where).expanduser()).is_dir() and ((path / STATE).is_file() or list_checkpoints(path)):

@@ -55,6 +55,7 @@ class Weights:
     classes: Classes | None = None  # of the image tower's classifier, if it came with one
     step: int | None = None  # of the run
     published: str = ""  # what determines the weights, if projections are computed from published files
+    fingerprint: str = ""  # of the complete model, where this is a part of it
 
     @property
     def has_image(self) -> bool:
@@ -121,6 +122,8 @@ class Weights:
         if self.published:
             heads = {name: tensor for name, tensor in self.tensors.items() if name.startswith(PROJECTIONS)}
             model.published = PublishedHeads(self.published, heads)
+        if self.fingerprint:
+            model.float32_fingerprint = self.fingerprint
         merge_adapters(adapters)
         model.token_scorer = self._token_scorer(model)
         return model

@@ -10,6 +10,7 @@ import yaml
 from declip.errors import UserError, unknown
 from declip.io.text import read_yaml
 from declip.recipe.load import flat, load_recipe, read_value
+from declip.recipe.schema import Recipe
 
 FREEZE = {"both": ("all", "all"), "image": ("all", 0), "text": (0, "all"), "none": (0, 0)}
 """--freeze → finetune.freeze_image_blocks and freeze_text_blocks."""
@@ -19,13 +20,19 @@ ARGUMENTS |= dict.fromkeys(("evaluation.retrieval", "evaluation.zero_shot"), "--
 """Recipe keys that arguments of `declip.finetune` set."""
 
 UNUSED = ("train", "loss_weights", "contrastive", "views")
-USED = ("train.device", "train.report_to", "train.keep_checkpoints", "train.precision")
+USED = ("train.device", "train.precision")
 """Sections that heads in closed form do not read, and the keys of these that they do."""
 
 EVALUATIONS = 10  # of a run, at most
 
-Start = Literal["heads", "image", "whole"]
+StartKind = Literal["heads", "image", "whole"]
 """What the weights lack: projections into a shared space, the text tower, or nothing."""
+
+
+def fits_closed_form(recipe: Recipe) -> bool:
+    """Whether a fine-tuning fits projections alone: both towers are frozen, without adapters."""
+    tune = recipe.finetune
+    return tune.freeze_image_blocks == tune.freeze_text_blocks == "all" and tune.lora is None
 
 
 def read_overrides(overrides: Mapping[str, Any] | None, freeze: str | None = None) -> dict[str, Any]:
@@ -59,7 +66,7 @@ def _unread(value: Any) -> Any:
 
 def settings(
     pairs: int,
-    start: Start,
+    start: StartKind,
     on_cpu: bool,
     freeze: str | None = None,
     given: Mapping[str, Any] | None = None,

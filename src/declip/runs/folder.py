@@ -1,8 +1,6 @@
 """The run folder: its files and its lock. Only this module reads the JSONL files of a run."""
 
-import csv
 import errno
-import itertools
 import json
 import logging
 import os
@@ -33,7 +31,6 @@ from declip.runs.checkpoint import WEIGHTS, Checkpoint, list_checkpoints, newest
 RECIPE, METRICS, EVALUATIONS, SKIPPED = "recipe.yaml", "metrics.jsonl", "evaluations.jsonl", "skipped.json"
 EXAMPLES = "examples.json"  # facts and example pairs for the report
 TRACKING = "tracking.json"  # ids of the run in the trackers of train.report_to
-CROSS_VALIDATION, OUT_OF_FOLD = "cross_validation.json", "out_of_fold.csv"  # of heads in closed form
 MIXTURE, MIXED = "mixture.json", "mixed.safetensors"  # of a fine-tuning, see `declip.finetuning`
 LOCK = ".lock"
 KEPT = "start.safetensors"  # pretrained weights that a run started from, for resuming and for interpolation
@@ -129,21 +126,9 @@ class Run:
         return _json(self.folder / EXAMPLES)
 
     @cached_property
-    def cross_validation(self) -> dict[str, Any]:
-        """Choice of heads in closed form, see `declip.finetuning.fit`; empty for other runs."""
-        return _json(self.folder / CROSS_VALIDATION)
-
-    @cached_property
     def mixture(self) -> dict[str, Any]:
         """The fraction "alpha" of the fine-tuned weights, and "scores" of all by set; empty for other runs."""
         return _json(self.folder / MIXTURE)
-
-    @cached_property
-    def caption_ranks(self) -> dict[tuple[str, str], float]:
-        """Out-of-fold ranks of captions by key and caption, the worst first: 0 best, 1 worst; empty for other runs."""
-        table = csv.reader(_text(self.folder / OUT_OF_FOLD).splitlines(keepends=True))
-        rows = [row for row in itertools.islice(table, 1, None) if len(row) == 3]
-        return {(key, caption): float(rank) for key, caption, rank in rows}
 
     @property
     def step(self) -> int:

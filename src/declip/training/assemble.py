@@ -12,7 +12,9 @@ from torch import Tensor
 from declip.data.batch import Plan, plan_views
 from declip.data.loader import Assembler, PairLoader
 from declip.data.pair import PairSource
+from declip.data.sources.checks import refuse_broken
 from declip.errors import UserError
+from declip.evaluation.held_out import HeldOutSets
 from declip.interchange.weights import Weights
 from declip.io.pool import cores
 from declip.models.device import computes_bf16
@@ -26,9 +28,8 @@ from declip.runs.folder import RECIPE, log, read_recipe
 from declip.supervision.objective import NO_TERMS, Objective, Terms, needs_of
 from declip.training import distributed
 from declip.training.distributed import HostGroup
-from declip.training.evaluations import HeldOutSets
 from declip.training.optimizer import build_optimizer, named_trainable
-from declip.training.pairs import open_training_source, refuse_broken, sample_hashes
+from declip.training.pairs import open_training_source, sample_hashes
 from declip.training.parallel import build_learner
 from declip.training.pretrained import apply_architecture, apply_pretrained, load_pretrained
 from declip.training.similar_captions import similar_captions

@@ -11,12 +11,13 @@ import numpy as np
 import torch
 
 from declip.data.pair import PairSource
+from declip.data.sources.checks import refuse_broken
 from declip.evaluation.encode import encode_source
 from declip.io.text import duration, plural
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schema import Recipe
 from declip.training.assemble import assemble, resolve_epochs
-from declip.training.pairs import open_training_source, refuse_broken
+from declip.training.pairs import open_training_source
 from declip.training.state import RunState
 from declip.training.step import training_step
 

@@ -5,25 +5,23 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-import numpy as np
-
 from declip.data.columns import Columns
-from declip.data.pair import BrokenPair, PairSource, SkipCounter
+from declip.data.pair import BrokenPair, PairSource
+from declip.data.sources.checks import evenly_spaced
 from declip.data.sources.names import absolute
 from declip.data.sources.open import NO_SOURCES, Sources, open_source
 from declip.data.sources.subset import LIST_KIND, Joined, read_pair_list, take, training_part
 from declip.errors import UserError
 from declip.evaluation.datasets import Dataset, with_classes
-from declip.io.text import plural
+from declip.evaluation.held_out import HeldOutSets
+from declip.interchange.fitted import read_heads
 from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe
+from declip.runs.fitted import FittedRun, is_fitted
 from declip.runs.folder import RECIPE, Run, log, moved_lists
-from declip.training.evaluations import HeldOutSets
 
 TRAINING = "training pairs"
 MODEL_FOLDERS = ("checkpoints", "exported")  # of a run, with a folder of each model
-FEW = 1_000  # pairs up to which all are opened before training, in about a second: one broken pair in a few matters
-SAMPLE = 64  # pairs, evenly spaced, that stand for all where reading all would take too long
 
 
 def open_training_source(recipe: Recipe, sources: Sources = NO_SOURCES) -> PairSource:
@@ -35,26 +33,6 @@ def open_training_source(recipe: Recipe, sources: Sources = NO_SOURCES) -> PairS
     if data.columns.get("group") is not None and source.group_column is None:
         raise UserError(f"data.columns.group names a column of a table, which '{source.name}' is not. Leave it out.")
     return source if data.max_pairs is None else take(source, data.max_pairs, recipe.seed)
-
-
-def described(source: PairSource) -> str:
-    """Format the number of pairs, their source and its columns of captions: "24 pairs of a.csv (captions: title)"."""
-    captions = f" (captions: {source.captions_from})" if source.captions_from else ""
-    return f"{plural(len(source), 'pair')} of {source.name}{captions}"
-
-
-def refuse_broken(source: PairSource, allowed: float) -> None:
-    """Raise an error if more than a fraction of a few pairs cannot be used.
-
-    Images are opened, not decoded: one that is damaged behind its header is found when it is read.
-    """
-    broken = SkipCounter()
-    for index in range(0 if source.remote or len(source) > FEW else len(source)):
-        try:
-            source.read_lazy(index)
-        except BrokenPair as error:
-            broken.add(error)
-    broken.refuse(len(source), allowed, source.name)
 
 
 def sample_hashes(recipe: Recipe, source: PairSource, held_out: HeldOutSets) -> dict[str, list[str]]:
@@ -79,13 +57,6 @@ def _hashes(source: PairSource) -> list[str]:
     return hashes
 
 
-def evenly_spaced(source: PairSource, size: int = SAMPLE) -> list[int]:
-    """Indices of evenly spaced pairs; none of a remote source."""
-    count = 0 if source.remote else min(size, len(source))
-    indices: list[int] = np.linspace(0, len(source) - 1, count).astype(int).tolist()
-    return indices
-
-
 def run_of(weights: str | Path) -> Path | None:
     """Return the folder of the run that weights on this machine belong to, if they belong to one.
 
@@ -99,7 +70,14 @@ def run_of(weights: str | Path) -> Path | None:
     for parent in (path.parent, path.parent.parent):
         if parent.name in MODEL_FOLDERS:
             folders.append(parent.parent)
-    return next((folder for folder in folders if (folder / RECIPE).is_file()), None)
+    return next((folder for folder in folders if (folder / RECIPE).is_file() or is_fitted(folder)), None)
+
+
+def recipe_of(folder: Path) -> Recipe:
+    """The recipe of a run, or the settings of a fit, by its folder."""
+    if is_fitted(folder):
+        return read_heads(str(folder)).recipe
+    return moved_lists(load_recipe(folder / RECIPE), folder)
 
 
 def pair_names(recipe: Recipe) -> list[str]:
@@ -116,13 +94,13 @@ def pair_names(recipe: Recipe) -> list[str]:
 
 def warn_of_training_pairs(model: object, datasets: Iterable[Dataset]) -> None:
     """Warn of datasets that a run, given by its folder or a checkpoint, was trained on; those with splits are not."""
-    if isinstance(model, Run):
+    if isinstance(model, Run | FittedRun):
         model = model.folder
     folder = run_of(model) if isinstance(model, str | Path) else None
     if folder is None:
         return
     try:
-        names = pair_names(moved_lists(load_recipe(folder / RECIPE), folder))
+        names = pair_names(recipe_of(folder))
     except UserError:  # not the recipe of a run: nothing is known of its pairs
         return
     for dataset in datasets:

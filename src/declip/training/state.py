@@ -19,6 +19,7 @@ from declip.data.pair import PairSource, SkipCounter
 from declip.data.sources.open import NO_SOURCES, Sources
 from declip.data.sources.subset import NO_LISTS, Lists
 from declip.errors import UserError
+from declip.evaluation.held_out import HeldOutSets
 from declip.evaluation.results import Result, RetrievalResult, ZeroShotResult
 from declip.interchange.weights import Weights
 from declip.models.device import random_states, set_random_states
@@ -29,7 +30,6 @@ from declip.runs.folder import log
 from declip.supervision.objective import NO_TERMS, Objective, Terms
 from declip.training import distributed
 from declip.training.distributed import HostGroup
-from declip.training.evaluations import HeldOutSets
 from declip.training.optimizer import OptimizerFactory, load_moments, moments
 from declip.training.pairs import TRAINING
 from declip.training.parallel import full_tensor, load_full_state, unwrap

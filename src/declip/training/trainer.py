@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from declip.data.batch import PairBatch
+from declip.data.sources.checks import described
 from declip.errors import UserError
 from declip.evaluation.results import Result
 from declip.interchange.read import load
@@ -29,7 +30,6 @@ from declip.training import distributed
 from declip.training.distributed import StepSync
 from declip.training.examples import write_examples
 from declip.training.optimizer import group_lr, learning_rate
-from declip.training.pairs import described
 from declip.training.signals import TRY_AGAIN, StopRequest
 from declip.training.sinks import Monitor, RunInfo, monitored
 from declip.training.state import BestEvaluation, RunState, collect, load_weights

@@ -1,20 +1,13 @@
-"""Warnings about a run: of losses, of a slow loader, and of captions that the text tower cannot read."""
+"""Warnings about a run: of losses, and of a slow loader."""
 
 import math
 import sys
 from collections.abc import Mapping
-from contextlib import suppress
-
-from declip.data.pair import BrokenPair, PairSource
-from declip.data.text.tokenizer import CaptionTokenizer
-from declip.io.text import percent
-from declip.training.pairs import evenly_spaced
 
 FLAT_AFTER = 300  # steps after which a contrastive loss still at chance level is worth a warning
 STARVED = 0.25  # fraction of time spent waiting for batches above which a warning is due
 LEAST_STEPS, LEAST_SECONDS = 20, 5.0  # before a verdict about the loader
 WARM = 3  # steps after a start of the workers that do not count, because their queue is empty
-UNKNOWN, CUT = 0.1, 0.05  # fractions of unknown tokens, and of captions that are cut, above which a warning is due
 
 
 class LossMonitor:
@@ -65,32 +58,3 @@ class ThroughputMonitor:
             f"Steps wait {self._waited / self._total:.0%} of their time for batches. Try more loader processes "
             f"(data.workers={workers} now) where processors are free, or smaller images (examples/shards.py)."
         )
-
-
-def caption_warnings(source: PairSource, tokenizer: CaptionTokenizer) -> list[str]:
-    """Look at the tokens of some captions, evenly spaced in the source; remote sources are not read."""
-    texts, unknown_id = list[list[int]](), _unknown_id(tokenizer)
-    for index in evenly_spaced(source, 512):
-        with suppress(BrokenPair):
-            texts += [[*tokenizer.word_ids(text)] for text in source.captions(index)]
-    unknown = sum(ids.count(unknown_id) for ids in texts) / max(1, sum(map(len, texts)))
-    cut = sum(len(ids) + 2 > tokenizer.context for ids in texts) / max(1, len(texts))  # with start and end
-    warnings = []
-    if unknown > UNKNOWN:
-        warnings.append(
-            f"{percent(unknown)} of the captions' tokens are unknown to the text tower, which cannot tell them apart. "
-            "Write captions in its language, or give weights of a multilingual text tower with --from."
-        )
-    if cut > CUT:
-        warnings.append(
-            f"{percent(cut)} of the captions are longer than {tokenizer.context} tokens (text.context_length); what "
-            "follows is not read. Write what matters first."
-        )
-    return warnings
-
-
-def _unknown_id(tokenizer: CaptionTokenizer) -> int:
-    """The id of words that the vocabulary lacks; -1 for tokenizers that spell them in bytes."""
-    named = getattr(tokenizer.library.model, "unk_token", None)
-    numbers = (tokenizer.library.token_to_id(name) for name in (named, "<unk>", "[UNK]") if name is not None)
-    return next((number for number in numbers if number is not None), -1)

@@ -1,4 +1,4 @@
-"""The evaluations of a run: which sets, by which protocols."""
+"""Held-out sets by their names, and the protocols that measure them."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import suppress

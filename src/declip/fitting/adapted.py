@@ -1,0 +1,125 @@
+"""A fitted model: frozen towers and two heads that map their features into one space."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from declip.closed_form.solve import Heads
+from declip.data.images.preprocess import Preprocess
+from declip.data.pair import PairSource
+from declip.data.text.tokenizer import CaptionTokenizer
+from declip.evaluation.encode import SourceFeatures
+from declip.fitting.base import Base
+from declip.interchange.weights import Weights
+from declip.models.dual_encoder import DualEncoder
+from declip.models.layers import PROJECTIONS
+
+ROWS = 8_192  # images whose features are mapped at a time
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """An encoder of images and texts: the base's pooled features, mapped by the heads.
+
+    Where the base has projections, the heads are maps of its embeddings; None keeps these.
+    """
+
+    base: Base
+    heads: Heads | None
+    factor: float  # of cosines before a softmax
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """Logarithm of the factor of cosines."""
+        return torch.tensor(self.factor).log()
+
+    @property
+    def preprocessor(self) -> Preprocess:
+        """The base's preprocessing on the host."""
+        return self.base.model.preprocessor
+
+    @property
+    def tokenizer(self) -> CaptionTokenizer:
+        """The base's tokenizer."""
+        return self.base.model.tokenizer
+
+    def preprocess(self, images: list[Image.Image]) -> Tensor:
+        """PIL images → (n, 3, S, S) normalized."""
+        return self.base.model.preprocess(images)
+
+    def tokenize(self, texts: list[str]) -> Tensor:
+        """Texts → (m, L) token ids."""
+        return self.base.model.tokenize(texts)
+
+    def modules(self) -> Iterator[nn.Module]:
+        """Modules of the base."""
+        return self.base.model.modules()
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Parameters of the base."""
+        return self.base.model.parameters()
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        """(n, 3, S, S) normalized → (n, k) float32 of length 1."""
+        return self._embed_images(self.base.pool_exact(pixels))
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """(m, L) token ids → (m, k) float32 of length 1."""
+        pooled = self.base.pool_text(tokens)
+        if self.heads is None:
+            return pooled
+        return self.heads.to(pooled).embed_texts(pooled)
+
+    def source_features(self, source: PairSource, **options: Any) -> SourceFeatures:
+        """Features of the images of a source, which the base reads once for all heads."""
+        pooled = self.base.pool_source(source, **options)
+        parts = [self._embed_images(part) for part in pooled.images.split(ROWS)]
+        return replace(pooled, images=torch.cat(parts))
+
+    def _embed_images(self, pooled: Tensor) -> Tensor:
+        if self.heads is None:
+            return pooled
+        return self.heads.to(pooled).embed_images(pooled)
+
+    def merged(self) -> DualEncoder:
+        """The same model with the heads in place of the towers' projections."""
+        return self.weights().build().to(self.base.device).eval()
+
+    def weights(self) -> Weights:
+        """The weights of the merged model."""
+        model = self.base.model
+        tensors = dict(model.state_dict())
+        recipe = model.recipe
+        if self.heads is not None:
+            kept = {n: t for n, t in tensors.items() if not n.startswith(PROJECTIONS)}
+            tensors = kept | self.projections()
+            recipe = recipe.model_copy(update={"embed_dim": len(self.heads.image)})
+        return Weights(recipe, {n: t.cpu() for n, t in tensors.items()}, self.base.name)
+
+    @torch.no_grad()
+    def projections(self) -> dict[str, Tensor]:
+        """The tensors that replace the projections, and the logit scale, by the names of `DualEncoder`."""
+        assert self.heads is not None, "the base keeps its projections"
+        model = self.base.model
+        sides = (
+            (PROJECTIONS[0], self.heads.image, model.image_tower.proj),
+            (PROJECTIONS[1], self.heads.text, model.text_tower.text_projection),
+        )
+        tensors = {"logit_scale": self.logit_scale.float()}
+        for prefix, rows, first in sides:
+            weight, bias = rows.float(), torch.zeros(len(rows))
+            if self.base.projected:
+                if first.bias is not None:
+                    bias = weight @ first.bias.cpu()
+                weight = weight @ first.weight.cpu()
+            tensors[f"{prefix}weight"] = weight.contiguous()
+            if first.bias is not None:
+                tensors[f"{prefix}bias"] = bias
+        if self.heads.classifier is not None:
+            tensors[f"{PROJECTIONS[0]}classes"] = self.heads.classifier.rows.float().contiguous()
+            tensors[f"{PROJECTIONS[0]}direction"] = self.heads.classifier.direction.float()
+        return tensors

@@ -1,0 +1,151 @@
+"""The base of a fit: an encoder that stays as it is, whose pooled features are cached."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from functools import cached_property, partial
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from declip.data.pair import PairSource
+from declip.errors import UserError
+from declip.evaluation.encode import SourceFeatures, encode_source, text_features
+from declip.models.dual_encoder import DualEncoder
+from declip.models.fingerprint import hash_tensors
+from declip.models.inference import chunked, normalized
+from declip.models.layers import IMAGE, PROJECTIONS, TEXT
+from declip.models.precision import TYPES, pooling_tower
+from declip.search.vectors import VectorCache, content_key, text_key
+
+BATCH = 64  # images or captions that a tower sees at a time
+FEATURES = 5  # raise it when preprocessing, tokenizers or towers compute others of the same input
+
+
+class Base:
+    """Two towers, whose features heads are fitted to: before the projections, or their embeddings.
+
+    Images that heads are fitted to are computed in a `precision`, "fp32" or "bf16", as a search
+    computes them; images of an evaluation in float32, of exact pixels.
+
+    Args:
+        projected: Whether the model has projections into a shared space, as a CLIP has. The
+            features are then its embeddings.
+        name: What `declip.load` opened, for messages and for the saved heads.
+    """
+
+    def __init__(self, model: DualEncoder, projected: bool = False, name: str = "", precision: str = "fp32") -> None:
+        self.model, self.projected, self.name = model, projected, name
+        images, texts = tower_digest(model, IMAGE), tower_digest(model, TEXT)
+        self._exact = VectorCache(f"{images}-fp32")
+        self._images = self._exact
+        if precision != "fp32":
+            self._images = VectorCache(f"{images}-{precision}")
+        self._texts = VectorCache(texts)
+        self._pool_exact = image_pool(model, "fp32")
+        self._pool = image_pool(model, precision)
+        self._sources: dict[PairSource, SourceFeatures] = {}
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the towers."""
+        return self.model.device
+
+    def pool_images(self, pixels: Tensor) -> Tensor:
+        """(n, 3, S, S) uint8 → (n, v) float32, to fit heads to."""
+        pooled = _cached(self._images, pixels, self._pool)
+        return self._embedded(self.model.image_tower.proj, pooled)
+
+    def pool_exact(self, pixels: Tensor) -> Tensor:
+        """(n, 3, S, S) normalized → (n, v) float32, to embed with heads."""
+        pooled = _cached(self._exact, pixels, self._pool_exact)
+        return self._embedded(self.model.image_tower.proj, pooled)
+
+    def pool_text(self, tokens: Tensor) -> Tensor:
+        """(m, L) token ids → (m, w) float32."""
+        return self._embedded(self.model.text_tower.text_projection, self._pool_text(tokens))
+
+    def pool_captions(self, captions: Sequence[str], progress: bool = False) -> Tensor:
+        """(m, w) float32; rows of equal captions are equal bit for bit."""
+        encode, options = self._pool_text, {"batch_size": BATCH, "progress": progress}
+        pooled = text_features(self.model, captions, encode=encode, **options)
+        return self._embedded(self.model.text_tower.text_projection, pooled)
+
+    def pool_source(self, source: PairSource, **options: Any) -> SourceFeatures:
+        """Pooled features of the images of a source, which is read once for several heads."""
+        if source not in self._sources:
+            encode = self.pool_exact
+            features = encode_source(self.model, source, encode=encode, texts=False, **options)
+            self._sources[source] = features
+        return self._sources[source]
+
+    def _pool_text(self, tokens: Tensor) -> Tensor:
+        padding = self.model.tokenizer.padding
+        keys = [text_key(row, padding) for row in tokens.cpu()]
+
+        def compute(missing: list[int]) -> Tensor:
+            return self.model.text_tower.pool(tokens[missing])
+
+        return self._texts.of(keys, compute)
+
+    @torch.no_grad()
+    def _embedded(self, projection: Any, pooled: Tensor) -> Tensor:
+        if not self.projected:
+            return pooled
+        device = self.model.logit_scale.device
+        return normalize(projection(pooled.to(device)).float(), dim=-1).cpu()
+
+
+def _cached(cache: VectorCache, pixels: Tensor, pool: Any) -> Tensor:
+    keys = [content_key(row.numpy()) for row in pixels.cpu()]
+    return cache.of(keys, lambda missing: pool(pixels[missing]))
+
+
+class _LazyPool:
+    """The image tower of a model in a precision, built at its first use: all features may be known."""
+
+    def __init__(self, model: DualEncoder, precision: str) -> None:
+        self.model, self.precision = model, precision
+
+    @cached_property
+    def tower(self) -> Any:
+        return pooling_tower(self.model, TYPES[self.precision])
+
+    @torch.no_grad()
+    def __call__(self, pixels: Tensor) -> Tensor:
+        images = normalized(self.model, pixels.to(self.model.device))
+        return self.tower.pool(images.to(next(self.tower.parameters()).dtype))
+
+
+def image_pool(model: DualEncoder, precision: str) -> Any:
+    """A function of pixels (n, 3, S, S), uint8 or normalized, → pooled features (n, v)."""
+    return partial(chunked, _LazyPool(model, precision))
+
+
+def tower_digest(model: DualEncoder, tower: str) -> str:
+    """Hash a tower's weights but for its projection, its recipe section, and the versions of the code."""
+    # Equal weights may compute other features: with another pooling or number of heads, or in
+    # other code.
+    section = model.recipe.image if tower == IMAGE else model.recipe.text
+    libraries = [version(name) for name in ("torch", "timm", "pillow")]
+    known = [section.model_dump(mode="json"), FEATURES, libraries]
+    digest = hashlib.sha256(json.dumps(known).encode())
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        if name.startswith(tower) and not name.startswith(PROJECTIONS):
+            tensors[name] = tensor
+    hash_tensors(digest, tensors)
+    return digest.hexdigest()[:24]
+
+
+def check_linear(model: DualEncoder, name: str) -> None:
+    """Refuse towers without linear projections, in whose place heads could be saved."""
+    for projection in (model.image_tower.proj, model.text_tower.text_projection):
+        if not any(True for _ in projection.parameters()):
+            raise UserError(
+                f"--freeze both fits linear projections, and the towers of '{name}' have none. "
+                "Give --freeze none with finetune.lora={rank: 8}, or --freeze image or text."
+            )

@@ -1,0 +1,143 @@
+"""Fit heads between frozen towers in closed form: no steps, no batches, no validation part.
+
+Every caption of every pair is used, on one plain view of its image; cross-validation measures and
+chooses.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from declip.closed_form.growth import growth
+from declip.closed_form.heads import Choice, HeldOutRanks, choose_heads, group_mean
+from declip.closed_form.mixing import mixed_choices
+from declip.closed_form.solve import START, ClassPairs, Heads
+from declip.data.pair import PairSource
+from declip.evaluation.leakage import leaking_column
+from declip.fitting.adapted import Adapted
+from declip.fitting.base import Base
+from declip.fitting.pairs import PairFeatures, read_features
+
+MAX_BROKEN = 0.05  # fraction of broken pairs above which a fit is refused
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Heads that were fitted to pairs, and what cross-validation says about them."""
+
+    model: Adapted
+    choice: Choice
+    features: PairFeatures
+    source: PairSource
+    classes: int  # of the base's classifier, which were pairs too
+    seed: int
+
+    def measures(self) -> dict[str, Any]:
+        """The choice, and the measures of left-out pairs if there were enough, as JSON holds them."""
+        features, choice = self.features, self.choice
+        known: dict[str, Any] = {
+            "pairs": len(features.pairs.images),
+            "groups": len(np.unique(features.groups)),
+            "captions": len(features.pairs.texts),
+            "classes": self.classes,
+            **choice.form._asdict(),  # method and ridge
+            "class_weight": choice.class_weight,
+            "logit_scale": choice.logit_scale,
+        }
+        if choice.outcome is None:
+            return known
+        known |= _measured(choice, choice.outcome, features.groups)
+        indices, images = features.image_indices, features.pairs.images
+        known["leaking"] = leaking_column(self.source, indices, images, features.groups)
+        return known
+
+    def curve(self) -> dict[str, Any]:
+        """The measure with an eighth, a quarter, half and all of the pairs; see `growth`."""
+        if self.choice.outcome is None:
+            return {}
+        return growth(self.choice, len(self.features.pairs.images), self.seed).to_dict()
+
+    def ranks(self) -> list[tuple[int, str, float]]:
+        """The out-of-fold rank of each caption, 0 best and 1 worst, the worst first.
+
+        Returns:
+            Index of the pair in the source, caption, rank; empty if nothing was measured.
+        """
+        if self.choice.outcome is None:
+            return []
+        ranks = self.choice.outcome.fit
+        rows = []
+        for row in ranks.argsort(descending=True, stable=True).tolist():
+            index = int(self.features.indices[row])
+            rows.append((index, self.features.captions[row], float(ranks[row])))
+        return rows
+
+    def mixtures(self, alphas: tuple[float, ...]) -> dict[float, "Fitted"]:
+        """Heads of alpha · fitted + (1 - alpha) · start for each alpha, with their own ranks.
+
+        Only 1.0 if the start stays, or if there were too few pairs to measure.
+        """
+        mixed = {}
+        for alpha, choice in mixed_choices(self.choice, alphas).items():
+            mixed[alpha] = replace(self, model=_adapted(self.model.base, choice), choice=choice)
+        return mixed
+
+    @property
+    def start(self) -> Adapted | None:
+        """The model without any fitting; None if its base has neither projections nor classes."""
+        base, heads = self.model.base, self.choice.start_heads
+        if base.projected:
+            return _adapted(base, replace(self.choice, form=START))
+        return None if heads is None else Adapted(base, heads, self.choice.logit_scale)
+
+
+def fit(
+    pairs: PairSource,
+    base: Base,
+    classes: ClassPairs | None = None,
+    start: Heads | None = None,
+    *,
+    seed: int = 0,
+    max_broken: float = MAX_BROKEN,
+    progress: bool = False,
+) -> Fitted:
+    """Fit heads to the pooled features of pairs, and of the classes of a classifier.
+
+    Args:
+        classes: Classes of the base's classifier as pairs; a base with projections uses none.
+        start: Heads of the classes alone, if they were computed before.
+        seed: Of the folds of cross-validation.
+        max_broken: Fraction of broken pairs above which a `UserError` is raised.
+    """
+    features = read_features(pairs, base, max_broken, progress)
+    choice = choose_heads(features.pairs, features.groups, classes, seed, embedded=base.projected, start=start)
+    count = 0 if classes is None else len(classes.rows)
+    return Fitted(_adapted(base, choice), choice, features, pairs, count, seed)
+
+
+def _adapted(base: Base, choice: Choice) -> Adapted:
+    """The model of a choice; projections of the base that are not improved stay as they are."""
+    if base.projected and choice.form == START:
+        return Adapted(base, None, float(base.model.logit_scale.detach().exp()))
+    return Adapted(base, choice.heads, choice.logit_scale)
+
+
+def _measured(choice: Choice, outcome: HeldOutRanks, groups: np.ndarray) -> dict[str, Any]:
+    """Measures of the heads, beside the same of the start or of chance."""
+    own, start = outcome.percentiles().numpy(), choice.start
+    measures: dict[str, Any] = {"percentile": outcome.percentile(groups)._asdict()}
+    before = np.full(len(own), 0.5)
+    if start is not None:
+        before = start.percentiles().numpy()
+        measures["percentile_of_start"] = start.percentile(groups)._asdict()
+    gain = group_mean(own - before, groups)
+    measures |= {"gain": gain._asdict(), "better": gain.low > 0}
+    # Recall depends on the number of candidates, and is near 1 for any heads among a few.
+    candidates = round(float(outcome.images.double().mean()))
+    recalls = {}
+    for k in (1, 10):
+        if k <= candidates / 5:
+            estimate = outcome.recall(k, groups)._asdict()
+            recalls[str(k)] = {**estimate, "chance": k / candidates}
+    return {**measures, "candidates": candidates, "recall": recalls}

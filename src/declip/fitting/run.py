@@ -1,0 +1,276 @@
+"""Fine-tuning with frozen towers, as the command does it: a fit, its measures, and its folder."""
+
+import csv
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from declip.closed_form.heads import FEWEST
+from declip.closed_form.solve import START, ClassPairs, Heads
+from declip.data.images.thumbnails import thumbnails_of
+from declip.data.pair import PairSource
+from declip.data.sources.checks import caption_warnings, described, refuse_broken
+from declip.errors import UserError
+from declip.evaluation.held_out import HeldOutSets
+from declip.evaluation.protocols import Options
+from declip.evaluation.results import Result
+from declip.fitting.adapted import Adapted
+from declip.fitting.base import Base, check_linear
+from declip.fitting.fit import Fitted, fit
+from declip.interchange.export import export_complete
+from declip.interchange.fitted import base_model, write_heads
+from declip.interchange.format import Traced
+from declip.interchange.timm_weights import class_start
+from declip.interchange.weights import Weights
+from declip.io.atomic import atomic_write, write_text
+from declip.models.device import computes_bf16, pick_device
+from declip.models.dual_encoder import DualEncoder
+from declip.models.fingerprint import fingerprint
+from declip.recipe.schema import Recipe
+from declip.reports.fitted import write_fitted_report
+from declip.runs.fitted import EXPORTS, FACTS, HEADS, MEASURES, RANKS, RESULTS, FittedRun
+
+ALPHAS = (1.0, 0.75, 0.5, 0.25)  # fractions of the fitted heads that are tried
+LEFT_OUT = "left-out pairs"  # the set of cross-validation in the scores of a mixture
+SHOWN_WORST = 16  # images on the page, each with its worst caption
+ELSEWHERE = "Choose another --out."
+
+log = logging.getLogger("declip")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What to fit, opened and checked."""
+
+    recipe: Recipe  # resolved: the settings, with the architecture of the weights
+    weights: Weights  # of the base
+    source: PairSource
+    held_out: HeldOutSets  # those of `recipe.evaluation`
+    progress: bool
+
+
+def run_fit(task: Task, folder: Path) -> FittedRun:
+    """Fit heads, measure them, and write the folder, which appears when it is complete."""
+    recipe, weights, source = task.recipe, task.weights, task.source
+    tasks = task.held_out.tasks(recipe, final=True)
+    for name in tasks:
+        refuse_broken(task.held_out.test(name), recipe.data.max_broken_fraction)
+    base = open_base(recipe, weights)
+    log.info("Fitting: %s", described(source))
+    for warning in caption_warnings(source, base.model.tokenizer):
+        log.warning(warning)
+    # --- heads
+    classes = None if base.projected else class_pairs(task, base)
+    start: Heads | None = None
+    if classes is not None:
+        start = class_start(named_weights(recipe, weights), classes.texts)
+    fitted = fit(
+        source,
+        base,
+        classes,
+        start,
+        seed=recipe.seed,
+        max_broken=recipe.data.max_broken_fraction,
+        progress=task.progress,
+    )
+    # --- the sets to keep, and the mixture of the heads with the start
+    known, curve = fitted.measures(), fitted.curve()
+    before, mixture = list[Result](), dict[str, Any]()
+    if recipe.evaluation.keep and fitted.start is not None:
+        before = _evaluate(fitted.start, tasks, task)
+        mixtures = fitted.mixtures(ALPHAS)
+        if len(mixtures) > 1:
+            mixture = _best_mixture(mixtures, task)
+            fitted = mixtures[mixture["alpha"]]
+            known = fitted.measures()
+        elif fitted.choice.form != START:
+            log.warning(f"There are fewer than {FEWEST} different pairs to measure on, so --keep changes nothing.")
+    if "gain" in known:
+        known["growth"] = curve
+    after = _evaluate(fitted.model, tasks, task)
+    # --- files
+    with new_folder(folder) as partial:
+        _write(partial, folder, fitted, weights, known, after)
+        _write_json(partial / RESULTS, {"start": _plain(before), "fitted": _plain(after)})
+        facts = {"source": _facts(source), "skipped": _skipped(fitted), "worst": _worst(fitted)}
+        _write_json(partial / FACTS, facts | {"mixture": mixture})
+        run = FittedRun(partial)
+        first = next(iter(tasks), None)
+        shown = None if first is None else task.held_out.dataset(first)
+        write_fitted_report(run, folder.resolve().name, _described(fitted, recipe), shown, fitted.model)
+    return FittedRun(folder)
+
+
+def open_base(recipe: Recipe, weights: Weights) -> Base:
+    """Build the towers of weights on the device and in the precision of a recipe."""
+    if not weights.has_text:
+        raise UserError(
+            f"'{weights.origin}' has no text tower to freeze. Leave --freeze out, or give a text "
+            "encoder too: --from timm:NAME/FILE+ENCODER."
+        )
+    device, precision = pick_device(recipe.train.device), recipe.train.precision
+    if precision == "auto":
+        precision = "bf16" if computes_bf16(device) else "fp32"
+    model = base_model(weights, recipe)
+    check_linear(model, weights.origin)
+    return Base(model.to(device), weights.projected, weights.origin, precision)
+
+
+def named_weights(recipe: Recipe, weights: Weights) -> Weights:
+    """The weights, with the names of their classifier's classes from a file if one is given."""
+    names = recipe.finetune.class_names
+    if names is None:
+        return weights
+    # Projections of other names are not those of the published weights.
+    return replace(weights, classes=weights.named_classes(names), published="")
+
+
+def class_pairs(task: Task, base: Base) -> ClassPairs | None:
+    """The classes of the base's classifier as pairs, if it has one with names and they are wanted."""
+    if not task.recipe.finetune.class_pairs:
+        return None
+    classes = named_weights(task.recipe, task.weights).named_classes()
+    if classes is None:
+        return None
+    texts, owners = classes.texts()
+    features = classes.features
+    if features is None:
+        features = base.pool_captions(texts, task.progress)
+    return ClassPairs(classes.rows, features, owners, classes.mean)
+
+
+def _evaluate(model: Adapted, tasks: Mapping[str, list[str]], task: Task) -> list[Result]:
+    return list(task.held_out.measure(model, dict(tasks), task.progress))
+
+
+def _best_mixture(mixtures: Mapping[float, Fitted], task: Task) -> dict[str, Any]:
+    """The "alpha" with the highest mean of its scores, a number for each set, and all "scores"."""
+    scores = {alpha: _scores(fitted, task) for alpha, fitted in mixtures.items()}
+    best = max(scores, key=lambda alpha: fmean(scores[alpha].values()))
+    log.info("Mixture with the start (WiSE-FT): %g of the fitted heads is best.", best)
+    return {"alpha": best, "scores": scores}
+
+
+def _scores(fitted: Fitted, task: Task) -> dict[str, float]:
+    """R@1 of left-out pairs, and R@1 or top-1 of each validation set and set to keep."""
+    scores = {}
+    if fitted.choice.outcome is not None:
+        scores[LEFT_OUT] = fitted.choice.outcome.recall(1, fitted.features.groups).value
+    tasks = task.held_out.tasks(task.recipe, final=False)
+    tasks |= task.held_out.tasks_to_keep(task.recipe)
+    options = Options(progress=task.progress)
+    for name, protocols in tasks.items():
+        results = task.held_out.measure(fitted.model, {name: protocols}, options.progress)
+        scores[name] = fmean(result.headline.value for result in results)
+    return scores
+
+
+# --- the folder
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Yield a folder that is renamed to `folder`, which must not exist or be empty, at the end."""
+    refuse_other_files(folder)
+    with atomic_write(folder, "choose another folder with --out") as partial:
+        partial.mkdir()
+        yield partial
+        refuse_other_files(folder)  # another process may have finished meanwhile
+
+
+def refuse_other_files(folder: Path) -> None:
+    """Raise a `UserError` if a folder has files."""
+    if not folder.is_dir():
+        if folder.exists():
+            raise UserError(f"'{folder}' is not a folder. {ELSEWHERE}")
+        return
+    if (folder / HEADS).is_file():
+        raise UserError(f"'{folder}' already holds a fit. {ELSEWHERE}")
+    others = sorted(path.name for path in folder.iterdir() if path.name[0] != ".")
+    if others:
+        raise UserError(f"'{folder}' has other files, such as '{others[0]}'. {ELSEWHERE}")
+
+
+def _write(
+    partial: Path,
+    folder: Path,
+    fitted: Fitted,
+    base: Weights,
+    known: Mapping[str, Any],
+    results: Sequence[Result],
+) -> None:
+    """Write the heads, the measures, the ranks of captions, and exports that stand alone."""
+    weights = fitted.model.weights()
+    model = weights.build().eval()
+    write_heads(partial / HEADS, folder, base, weights, fingerprint(model))
+    _write_json(partial / MEASURES, known)
+    _write_ranks(partial / RANKS, fitted)
+    pairs = len(fitted.source)
+    traced = Traced(model, step=1, pairs=pairs, fitted=dict(known), results=results)
+    export_complete(traced, partial / EXPORTS)
+
+
+def _write_ranks(path: Path, fitted: Fitted) -> None:
+    """Write the out-of-fold rank of each caption, the worst first."""
+    rows = fitted.ranks()
+    if not rows:
+        return
+    with path.open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(["key", "caption", "rank"])
+        for index, caption, rank in rows:
+            table.writerow([fitted.source.key(index), caption, f"{rank:.4f}"])
+
+
+def _worst(fitted: Fitted) -> list[dict[str, Any]]:
+    """The worst caption of each of some images, without those that rank first, with thumbnails."""
+    worst = dict[int, tuple[str, float]]()
+    for index, caption, rank in fitted.ranks():
+        if rank > 0 and len(worst) < SHOWN_WORST:
+            worst.setdefault(index, (caption, rank))
+    image_of = thumbnails_of(fitted.source)
+    shown = []
+    for index, (caption, rank) in worst.items():
+        image = image_of(index)
+        picture = None if image is None else image._asdict()
+        key = fitted.source.key(index)
+        shown.append({"key": key, "caption": caption, "rank": rank, "image": picture})
+    return shown
+
+
+def _facts(source: PairSource) -> dict[str, Any]:
+    return {
+        "name": source.name,
+        "pairs": len(source),
+        "captions": source.captions_from,
+        "credit": source.credit,
+    }
+
+
+def _skipped(fitted: Fitted) -> dict[str, Any]:
+    return {**fitted.features.skipped.to_dict(), "seen": len(fitted.source)}
+
+
+def _described(fitted: Fitted, recipe: Recipe) -> dict[str, str]:
+    """Sentences below the title of the report."""
+    model: DualEncoder = fitted.model.base.model
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    return {
+        "base": f"fitted to {fitted.model.base.name}",
+        "size": f"{millions:.1f} million parameters",
+        "image": f"{recipe.image.model} at {recipe.image.size} px",
+        "seed": f"seed {recipe.seed}",
+    }
+
+
+def _plain(results: list[Result]) -> list[dict[str, Any]]:
+    return [result.to_dict() for result in results]
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    write_text(path, json.dumps(content, indent=1, default=float))

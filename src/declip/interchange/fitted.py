@@ -1,0 +1,136 @@
+"""A fitted model as two matrices: heads.safetensors, with the name and fingerprint of its base.
+
+The base is read again by its name, so that the folder of a fit is small.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import declip
+from declip.data.sources.names import resolve, stored_path
+from declip.errors import UserError
+from declip.interchange.architecture import load_tensors
+from declip.interchange.weights import Uninitialized, Weights, read_recipe
+from declip.io.atomic import save_tensors
+from declip.io.text import one_line
+from declip.models.dual_encoder import DualEncoder
+from declip.models.fingerprint import hash_tensors
+from declip.models.hf_encoder import TextEncoder
+from declip.models.layers import PROJECTIONS
+from declip.recipe.schema import Recipe
+from declip.runs.fitted import (
+    BASE_FINGERPRINT_KEY,
+    BASE_KEY,
+    EXPORTS,
+    FINGERPRINT_KEY,
+    HEADS,
+    RECIPE_KEY,
+    read_metadata,
+)
+
+REPLACED = (*PROJECTIONS, "logit_")  # prefixes of a base's tensors that heads replace
+
+
+@dataclass(frozen=True)
+class StoredHeads:
+    """The heads of a folder, before its base is read."""
+
+    folder: Path
+    base: str  # what `declip.load` opens
+    base_fingerprint: str
+    fingerprint: str  # of the fitted model
+    recipe: Recipe  # of the fitted model
+    tensors: Mapping[str, Tensor]  # projections and logit scale, by the names of `DualEncoder`
+
+    def on(self, base: Weights) -> Weights:
+        """The weights of the fitted model; raises `UserError` for another base."""
+        if (given := base_fingerprint(base)) != self.base_fingerprint:
+            raise UserError(
+                f"'{self.folder}' was fitted to '{self.base}' of fingerprint "
+                f"{self.base_fingerprint[:8]}, but that is now {given[:8]}. {self._ways_out}"
+            )
+        tensors = dict(base.tensors)
+        if _sizes(base.recipe) != _sizes(self.recipe):  # position embeddings may have to be resampled
+            tensors = base_model(base, self.recipe).state_dict()
+        kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(REPLACED)}
+        return Weights(self.recipe, kept | dict(self.tensors), str(self.folder)).check()
+
+    def missing(self, error: UserError) -> UserError:
+        """The error where the base cannot be read."""
+        return UserError(
+            f"'{self.folder}' was fitted to '{self.base}' (fingerprint "
+            f"{self.base_fingerprint[:8]}), which cannot be read: {error} {self._ways_out}"
+        )
+
+    @property
+    def _ways_out(self) -> str:
+        export = self.folder / EXPORTS / "safetensors"
+        return f"Put it back, or use '{export}', which has all weights."
+
+
+def matches(where: str) -> bool:
+    """Whether a path is the folder of a fit."""
+    return (Path(where).expanduser() / HEADS).is_file()
+
+
+def read_heads(where: str) -> StoredHeads:
+    """Read the heads of a folder; raises `UserError` if they are damaged."""
+    folder = Path(where).expanduser()
+    path = folder / HEADS
+    known = read_metadata(path)
+    try:
+        values = [known[key] for key in (BASE_KEY, BASE_FINGERPRINT_KEY, FINGERPRINT_KEY)]
+        recipe = known[RECIPE_KEY]
+        tensors = load_file(path)
+    except Exception as error:  # safetensors has its own classes
+        raise UserError(f"'{path}' is damaged: {one_line(error, 200)}. Fit it again.") from error
+    stored, base_print, fitted_print = values
+    base = resolve(stored, folder)
+    return StoredHeads(folder, base, base_print, fitted_print, read_recipe(recipe, str(path)), tensors)
+
+
+def write_heads(path: Path, folder: Path, base: Weights, fitted: Weights, fingerprint: str) -> None:
+    """Write heads.safetensors of a fitted model; `folder` is where it will be."""
+    heads = {n: tensor for n, tensor in fitted.tensors.items() if n.startswith(REPLACED)}
+    metadata = {
+        BASE_KEY: stored_path(base.origin, folder) or base.origin,
+        BASE_FINGERPRINT_KEY: base_fingerprint(base),
+        FINGERPRINT_KEY: fingerprint,
+        RECIPE_KEY: fitted.recipe.to_yaml(),
+        "declip.version": declip.__version__,
+        "format": "pt",
+    }
+    save_tensors(heads, path, metadata)
+
+
+def base_fingerprint(base: Weights) -> str:
+    """SHA-256, in hexadecimal, of what heads are fitted to: the towers below their projections."""
+    digest = hashlib.sha256()
+    kept = {n: t for n, t in sorted(base.tensors.items()) if not n.startswith(REPLACED)}
+    hash_tensors(digest, kept)
+    return digest.hexdigest()
+
+
+def base_model(weights: Weights, recipe: Recipe) -> DualEncoder:
+    """The model of weights in the sizes of a recipe; projections that the weights lack are zeros."""
+    encoder = weights.encoder
+    if isinstance(encoder, TextEncoder):  # built without transformers, whose import takes seconds
+        encoder = replace(encoder, filled_later=True)
+    with torch.random.fork_rng(devices=[]), Uninitialized():
+        model = DualEncoder.from_recipe(recipe, encoder)
+    for name, parameter in model.named_parameters():
+        if name.startswith(PROJECTIONS):
+            nn.init.zeros_(parameter)
+    model.image_tower.refuse_size(recipe.image.model, recipe.image.size)
+    load_tensors(weights, model)
+    return model.eval()
+
+
+def _sizes(recipe: Recipe) -> tuple[int, int]:
+    return recipe.image.size, recipe.text.context_length

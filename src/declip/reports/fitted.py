@@ -1,0 +1,82 @@
+"""The report of a fit in closed form: one HTML file, and the same sentences for the terminal."""
+
+from collections.abc import Mapping
+from math import ceil
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from declip.closed_form.heads import FEWEST
+from declip.evaluation.datasets import Dataset
+from declip.evaluation.encode import Encoder
+from declip.evaluation.results import short_names
+from declip.io.atomic import write_text
+from declip.reports.charts import growth_chart
+from declip.reports.page import render
+from declip.reports.retrieval import encode_set, retrieval
+from declip.reports.tables import compared_table, mixture_lines, skipped_table
+from declip.runs.fitted import FittedRun
+
+LEAST_GAIN = 0.01  # of the percentile: where the interval ends below it, more pairs would not show a useful gain
+MOST_TIMES = 10  # times as many pairs, up to which their number is stated
+
+
+class Verdict(NamedTuple):
+    """Whether left-out pairs are ranked better than before."""
+
+    kind: Literal["better", "no better", "unclear"]
+    more: int = 0  # pairs that would decide, if it is unclear; 0 for more than `MOST_TIMES` as many
+
+
+def verdict_of(gain: Mapping[str, float], pairs: int) -> Verdict:
+    """Judge a gain by its 95 % interval, whose width falls with the square root of the number of pairs."""
+    value, low, high = gain["value"], gain["low"], gain["high"]
+    if low > 0:
+        return Verdict("better")
+    if value <= 0 or high < LEAST_GAIN:
+        return Verdict("no better")
+    times = ((value - low) / value) ** 2
+    return Verdict("unclear", ceil(pairs * (times - 1)) if times <= MOST_TIMES else 0)
+
+
+def fitted_lines(run: FittedRun) -> list[str]:
+    """Describe the heads, what cross-validation says about them, and the mixture with the start."""
+    fitted = run.cross_validation
+    verdict = None
+    if "gain" in fitted:
+        verdict = verdict_of(fitted["gain"], fitted["pairs"])
+    text = render("fitted.txt", it=fitted, fewest=FEWEST, verdict=verdict)
+    return text.strip().splitlines() + mixture_lines(run.mixture)
+
+
+def write_fitted_report(
+    run: FittedRun, name: str, facts: Mapping[str, str], held_out: Dataset | None, model: Encoder
+) -> Path:
+    """Write report.html into the folder of a fit, from its files.
+
+    Args:
+        name: Title of the page.
+        facts: Short sentences below the title.
+        held_out: The validation set whose searches are shown; None: no searches.
+    """
+    grown = run.cross_validation.get("growth", {})
+    encoded = None if held_out is None else encode_set(held_out, model)
+    source = run.facts["source"]
+    credits = [source["credit"]]
+    if encoded is not None:
+        credits.append(encoded["source"].credit)
+    content = render(
+        "fitted.html",
+        name=name,
+        facts=facts,
+        run=run,
+        source=source,
+        lines=fitted_lines(run),
+        growth=growth_chart(grown).svg("growth") if grown.get("measured") else None,
+        results_table=compared_table(run.results, run.results_of_start),
+        set_names=short_names(result.dataset for result in run.results),
+        skipped_table=skipped_table(run.skipped),
+        held_out=encoded,
+        retrieved=encoded and retrieval(**encoded),
+        credits=list(dict.fromkeys(filter(None, credits))),
+    )
+    return write_text(run.report, content)

@@ -1,0 +1,60 @@
+"""Examples of retrieval on a held-out set, for a page."""
+
+import logging
+from typing import Any
+
+import numpy as np
+
+from declip.data.images.thumbnails import thumbnails_of
+from declip.data.pair import PairSource
+from declip.errors import UserError
+from declip.evaluation.datasets import Dataset
+from declip.evaluation.encode import Encoder, SourceFeatures, encode_source
+from declip.evaluation.retrieval import carriers_of, ranks
+
+SHOWN = 5  # candidates of a query
+log = logging.getLogger("declip")
+
+
+def encode_set(dataset: Dataset, model: Encoder, limit: int = 4_000) -> dict[str, Any] | None:
+    """Encode up to `limit` pairs of a set's test split; None with a warning if it cannot be read."""
+    try:
+        source = dataset.split("test")
+        rows = np.linspace(0, len(source) - 1, min(limit, len(source))).round().astype(np.int64)
+        features = encode_source(model, source, indices=rows.tolist())
+    except UserError as error:
+        log.warning("The report shows no retrieved images: %s", error)
+        return None
+    return {"source": source, "features": features}
+
+
+def retrieval(
+    source: PairSource, features: SourceFeatures, each: int = 4, seed: int = 0
+) -> tuple[list[dict[str, Any]], float]:
+    """Pick random captions, `each` of those that rank their image first and of the others, with the nearest images.
+
+    Returns:
+        The captions, each with its nearest images and the rank of the first correct one, and the fraction of all
+        captions that rank their image first. An image is correct if it has the caption.
+    """
+    assert features.texts is not None
+    rng = np.random.default_rng(seed)
+    thumbnails, indices = thumbnails_of(source), features.indices
+    captions, carriers = features.flat_captions, carriers_of(features)
+    correct = [carriers[caption] for caption in captions]
+    rank = ranks(features.texts, features.images, correct)
+    # --- random captions of distinct images, first those that rank their image first
+    chosen: dict[int, int] = {}  # image → one of its captions
+    for group in (np.flatnonzero(rank == 1), np.flatnonzero(rank > 1)):
+        by_image = {int(features.image_rows[row]): row for row in rng.permutation(group).tolist()}
+        chosen |= dict([(image, row) for image, row in by_image.items() if image not in chosen][:each])
+    # --- the nearest images of each
+    queries = []
+    for row in chosen.values():
+        nearest = (features.images @ features.texts[row]).topk(min(SHOWN, len(features))).indices  # (SHOWN,)
+        hits = [
+            {"caption": features.captions[i][0], "image": thumbnails(int(indices[i])), "correct": i in correct[row]}
+            for i in nearest.tolist()
+        ]
+        queries.append({"caption": captions[row], "hits": hits, "rank": int(rank[row])})
+    return queries, float(np.mean(rank == 1))

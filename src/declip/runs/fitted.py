@@ -1,0 +1,107 @@
+"""The folder of a fit in closed form: its files, and reading them."""
+
+import csv
+import itertools
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from declip.errors import UserError
+from declip.evaluation.results import Result, read_result
+from declip.io.text import one_line
+
+HEADS = "heads.safetensors"  # the two matrices, and in its metadata what they were fitted to
+MEASURES = "cross_validation.json"
+RANKS = "out_of_fold.csv"  # of each caption
+RESULTS = "results.json"  # of validation sets, before and after
+FACTS = "fit.json"  # pairs, skipped pairs, worst captions, mixture
+REPORT = "report.html"
+EXPORTS = "exported"
+
+RECIPE_KEY, BASE_KEY = "declip.recipe", "declip.base"  # of the metadata
+BASE_FINGERPRINT_KEY, FINGERPRINT_KEY = "declip.base_fingerprint", "declip.fingerprint"
+
+
+def is_fitted(path: Path) -> bool:
+    """Whether this is the folder of a fit."""
+    return (path / HEADS).is_file()
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of saved heads; raises `UserError` if they are damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            return dict(file.metadata() or {})
+    except Exception as error:  # safetensors has its own classes
+        raise UserError(f"'{path}' is damaged: {one_line(error, 200)}. Fit it again.") from error
+
+
+@dataclass(frozen=True)
+class FittedRun:
+    """The folder of a fit. Files are read once, when first needed."""
+
+    folder: Path
+    is_rank_zero: bool = True
+    finished = True  # the folder appears when it is complete
+
+    @property
+    def report(self) -> Path:
+        """Path of the report."""
+        return self.folder / REPORT
+
+    @cached_property
+    def cross_validation(self) -> dict[str, Any]:
+        """The choice of heads, and what cross-validation says about it."""
+        return self._json(MEASURES)
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """The pairs ("source"), "skipped" pairs by reason, the "worst" captions, the "mixture"."""
+        return self._json(FACTS)
+
+    @property
+    def mixture(self) -> dict[str, Any]:
+        """The fraction "alpha" of the fitted heads, and "scores" of all by set; empty without --keep."""
+        return dict(self.facts.get("mixture", {}))
+
+    @property
+    def skipped(self) -> dict[str, Any]:
+        """Number of pairs "seen", and "reasons": count and example keys."""
+        return dict(self.facts.get("skipped", {}))
+
+    @cached_property
+    def results(self) -> list[Result]:
+        """Results on validation sets."""
+        return self._results("fitted")
+
+    @cached_property
+    def results_of_start(self) -> list[Result]:
+        """Results on the same sets without any fitting; empty unless sets were to be kept."""
+        return self._results("start")
+
+    @cached_property
+    def caption_ranks(self) -> dict[tuple[str, str], float]:
+        """Out-of-fold ranks of captions by key and caption, the worst first: 0 best, 1 worst."""
+        path = self.folder / RANKS
+        if not path.is_file():
+            return {}
+        ranks = {}
+        with path.open(newline="", encoding="utf-8", errors="replace") as file:
+            for row in itertools.islice(csv.reader(file), 1, None):
+                if len(row) == 3:
+                    ranks[row[0], row[1]] = float(row[2])
+        return ranks
+
+    def _results(self, key: str) -> list[Result]:
+        rows = [read_result(row) for row in self._json(RESULTS).get(key, [])]
+        return [row for row in rows if row is not None]
+
+    def _json(self, name: str) -> dict[str, Any]:
+        path = self.folder / name
+        if not path.is_file():
+            return {}
+        return dict(json.loads(path.read_text(encoding="utf-8")))
