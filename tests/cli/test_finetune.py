@@ -15,12 +15,12 @@ from declip.data.columns import Columns
 from declip.data.sources.open import open_source
 from declip.data.sources.subset import PairList, read_pair_list, write_pair_list
 from declip.finetuning import outputs
-from declip.finetuning.fit import closed_form
 from declip.finetuning.request import Request
 from declip.finetuning.run import finetune_recipe
 from declip.finetuning.wise_ft import ends_of, interpolate
 from declip.interchange import starter
 from declip.interchange.declip_file import write_declip_file
+from declip.recipe.finetuning import fits_closed_form as closed_form
 from declip.recipe.finetuning import settings
 from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe

@@ -119,7 +119,15 @@ class Adapted:
             tensors[f"{prefix}weight"] = weight.contiguous()
             if first.bias is not None:
                 tensors[f"{prefix}bias"] = bias
-        if self.heads.classifier is not None:
-            tensors[f"{PROJECTIONS[0]}classes"] = self.heads.classifier.rows.float().contiguous()
-            tensors[f"{PROJECTIONS[0]}direction"] = self.heads.classifier.direction.float()
+        for name, tensor in self._classifier().items():
+            tensors[f"{PROJECTIONS[0]}{name}"] = tensor.float().cpu().contiguous()
         return tensors
+
+    def _classifier(self) -> dict[str, Tensor]:
+        """The classifier whose posteriors are features, of the heads or of the base's projection."""
+        known = None if self.heads is None else self.heads.classifier
+        if known is not None:
+            return {"classes": known.rows, "direction": known.direction}
+        if self.base.projected:
+            return dict(self.base.model.image_tower.proj.named_buffers())
+        return {}

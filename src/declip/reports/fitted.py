@@ -75,6 +75,7 @@ def write_fitted_report(
         results_table=compared_table(run.results, run.results_of_start),
         set_names=short_names(result.dataset for result in run.results),
         skipped_table=skipped_table(run.skipped),
+        dataset=held_out and held_out.name,
         held_out=encoded,
         retrieved=encoded and retrieval(**encoded),
         credits=list(dict.fromkeys(filter(None, credits))),

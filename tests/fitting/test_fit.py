@@ -1,11 +1,9 @@
 """Fine-tuning of projections between frozen towers in closed form."""
 
-import json
 import os
 import shutil
 import signal
 from collections import Counter
-from copy import deepcopy
 from multiprocessing import get_context
 from types import SimpleNamespace
 
@@ -14,31 +12,26 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import declip
 from conftest import in_processes, refuses, texture
-from declip.closed_form.heads import Choice
 from declip.closed_form.solve import DEFAULT_FORM, ClassPairs, Form, Heads, Pairs, fit_heads
 from declip.data.sources.open import open_source
 from declip.data.sources.subset import Subset
-from declip.finetuning import outputs
-from declip.finetuning.features import projections
-from declip.finetuning.fit import fit, set_heads
-from declip.finetuning.request import Request
-from declip.finetuning.run import finetune_recipe
+from declip.fitting.adapted import Adapted
+from declip.fitting.base import Base
 from declip.io.text import percent
+from declip.models.image_tower import ImageTower
 from declip.models.precision import pooling_tower
+from declip.reports.fitted import fitted_lines
 from declip.reports.page import NBSP, points
-from declip.reports.run import fitted_lines, write_report
-from declip.runs.folder import CROSS_VALIDATION, KEPT, read_run
+from declip.runs.fitted import HEADS, FittedRun
 from text_encoders import bert
-from training.starts import last, moved
 
 pytest.importorskip("transformers")
 
 COUNT = 40
-WRITE = outputs.write_finetuned
 TRAINED = {"train.steps": 2, "train.batch_size": 8, "train.report_to": []}
 GROUPED = {"data.columns.group": "product"}
 COLORS = ("red", "green", "blue", "white")
@@ -62,20 +55,18 @@ def folder(tmp_path_factory):
     return folder
 
 
-def keys_of(folder, **keys):
-    sizes = {"image.size": 32, "text.context_length": 24, "embed_dim": 64, "train.precision": "fp32"}
-    return {"text.hf_model": str(folder / "bert"), **sizes, "train.report_to": [], **keys}
+def keys_of(**keys):
+    return {"image.size": 32, "text.context_length": 24, "train.precision": "fp32", **keys}
 
 
-def asked(folder):
-    start = f"timm:test_vit/{folder / 'vit.safetensors'}"
-    return Request.of(folder / "pairs.csv", start, keys_of(folder), freeze="both")
+def start_of(folder, towers=None):
+    """The name of two towers without projections."""
+    return f"timm:test_vit/{(towers or folder) / 'vit.safetensors'}+{folder / 'bert'}"
 
 
 def fitted(folder, out, table="pairs.csv", resume=False, **keys):
     """Fine-tune as the command does."""
-    start = f"timm:test_vit/{folder / 'vit.safetensors'}"
-    return declip.finetune(folder / table, start, keys_of(folder, **keys), out, resume, quiet=True, freeze="both")
+    return declip.finetune(folder / table, start_of(folder), keys_of(**keys), out, resume, quiet=True)
 
 
 def cosines(where, folder):
@@ -94,9 +85,10 @@ def run(folder):
 
 
 @pytest.fixture(autouse=True)
-def without_exports(monkeypatch):
-    """Leave out the report and the exports, which take longer than a fit; `run`, of a wider scope, has them."""
-    monkeypatch.setattr("declip.finetuning.outputs.write_finetuned", lambda *_: None)
+def without_exports(request, monkeypatch):
+    """Leave out the exports, which take longer than a fit; `run`, of a wider scope, has them."""
+    if "exports" not in request.keywords:
+        monkeypatch.setattr("declip.fitting.run.export_complete", lambda *_: None)
 
 
 def test_heads_are_those_of_every_caption_of_all_pairs(run, folder):
@@ -117,23 +109,50 @@ def test_heads_are_those_of_every_caption_of_all_pairs(run, folder):
     assert (known["pairs"], known["captions"], known["classes"], known["candidates"]) == (COUNT, 2 * COUNT, 0, 8)
 
 
-def test_the_run_is_a_normal_run_with_one_checkpoint_and_no_copy_of_the_start(run, folder):
+def test_a_fit_is_two_matrices_its_measures_and_an_export_that_stands_alone(run, folder, tmp_path):
     assert run.finished
-    assert [path.name for path in (run.folder / "checkpoints").glob("step-*")] == ["step-00000001"]
-    assert not (run.folder / KEPT).exists()
-    exported = cosines(run.folder / "exported" / "safetensors", folder)
-    torch.testing.assert_close(exported, cosines(run.folder, folder), rtol=0, atol=1e-5)
+    names = {path.name for path in run.folder.iterdir()}
+    assert names == {
+        HEADS,
+        "cross_validation.json",
+        "out_of_fold.csv",
+        "results.json",
+        "fit.json",
+        "report.html",
+        "exported",
+    }
+    small = (run.folder / HEADS).stat().st_size
+    assert small < 0.2 * (run.folder / "exported/safetensors/declip.safetensors").stat().st_size
+    moved = tmp_path / "moved"
+    shutil.copytree(run.folder / "exported" / "safetensors", moved)
+    torch.testing.assert_close(cosines(moved, folder), cosines(run.folder, folder), rtol=0, atol=1e-5)
+    # --- the page and the table of captions
     page = run.report.read_text(encoding="utf-8")
     known = run.cross_validation
     assert f"better than {percent(known['percentile']['value']).replace(' ', NBSP)} of the others" in page
     assert (list(known["recall"]), known["recall"]["1"]["chance"]) == (["1"], 1 / 8)  # 10 is more than a fifth of 8
-    worst = run.examples["worst"]
+    worst = run.facts["worst"]
     assert page.count('src="data:image/webp') == len({row["key"] for row in worst}) == len(worst) == 16
     assert min(row["rank"] for row in worst) > 0, "a caption that is first is not among the worst"
     ranks = list(run.caption_ranks.values())
     assert len(ranks) == 2 * COUNT
     assert ranks == sorted(ranks, reverse=True)
     assert 0 <= ranks[-1] < ranks[0] <= 1
+
+
+def test_a_base_that_is_gone_or_another_one_is_named(folder, tmp_path):
+    base = tmp_path / "vit.safetensors"
+    shutil.copy(folder / "vit.safetensors", base)
+    run = declip.finetune(folder / "pairs.csv", start_of(folder, tmp_path), keys_of(), tmp_path / "run", quiet=True)
+    base.rename(tmp_path / "away.safetensors")
+    refuses(("was fitted to 'timm:test_vit/", "exported/safetensors"), declip.load, run.folder, "cpu")
+    other = timm.create_model("test_vit", num_classes=0).state_dict()
+    save_file(other, base)
+    refuses("of fingerprint .* but that is now", declip.load, run.folder, "cpu")
+    (tmp_path / "away.safetensors").rename(base)
+    before = cosines(run.folder, folder)
+    elsewhere = run.folder.rename(tmp_path / "elsewhere")
+    assert torch.equal(cosines(elsewhere, folder), before)
 
 
 def test_the_card_of_a_fit_states_no_steps_and_its_cross_validation(run):
@@ -145,27 +164,24 @@ def test_the_card_of_a_fit_states_no_steps_and_its_cross_validation(run):
     assert (numbers in end, f"n = {2 * COUNT}" in end, "No results" in end) == (True, True, False)
 
 
-def test_a_start_of_two_towers_by_one_name_and_another_order_of_pairs_change_nothing(run, folder, tmp_path):
-    where = f"timm:test_vit/{folder / 'vit.safetensors'}+{folder / 'bert'}"
-    keys = {"image.size": 32, "train.precision": "fp32"}
-    named = declip.finetune(folder / "pairs.csv", where, keys, tmp_path / "named", quiet=True)
-    for other in (named, fitted(folder, tmp_path / "run", "reversed.csv")):
-        assert other.cross_validation["ridge"] == run.cross_validation["ridge"]
-        torch.testing.assert_close(cosines(other.folder, folder), cosines(run.folder, folder), rtol=0, atol=1e-3)
+def test_another_order_of_pairs_changes_nothing(run, folder, tmp_path):
+    other = fitted(folder, tmp_path / "run", "reversed.csv")
+    assert other.cross_validation["ridge"] == run.cross_validation["ridge"]
+    torch.testing.assert_close(cosines(other.folder, folder), cosines(run.folder, folder), rtol=0, atol=1e-3)
 
 
-def test_a_finished_run_stays_and_a_killed_one_is_fitted_again(run, folder, tmp_path):
-    copy = tmp_path / "run"
-    shutil.copytree(run.folder, copy, symlinks=True)
-    written = (copy / CROSS_VALIDATION).stat().st_mtime_ns
-    assert fitted(folder, copy, resume=True).finished
-    assert (copy / CROSS_VALIDATION).stat().st_mtime_ns == written
-    shutil.rmtree(copy / "checkpoints")
-    assert fitted(folder, copy, resume=True).finished
-    assert torch.equal(cosines(copy, folder), cosines(run.folder, folder))
+def test_a_finished_fit_stays(run, folder, tmp_path):
+    written = (run.folder / HEADS).stat().st_mtime_ns
+    assert fitted(folder, run.folder, resume=True).finished
+    assert (run.folder / HEADS).stat().st_mtime_ns == written
+    refuses("already holds a fit", fitted, folder, run.folder)
+    refuses("was fitted with PAIRS", fitted, folder, run.folder, "reversed.csv", True)
+    (tmp_path / "photos").mkdir()
+    texture(1).save(tmp_path / "photos" / "a.png")
+    refuses("has other files, such as 'a.png'", fitted, folder, tmp_path / "photos")
 
 
-def test_each_image_is_read_once_after_the_check(folder, tmp_path):
+def test_each_image_is_read_once(folder, tmp_path):
     reads = Counter()
 
     class Counted(Subset):
@@ -173,38 +189,36 @@ def test_each_image_is_read_once_after_the_check(folder, tmp_path):
             reads[index] += 1
             return super().read_lazy(index)
 
-    start = f"timm:test_vit/{folder / 'vit.safetensors'}"
     pairs = Counted(open_source(folder / "pairs.csv"), np.arange(COUNT))
-    run = declip.finetune(pairs, start, keys_of(folder), tmp_path / "run", freeze="both", quiet=True)
-    shown = {row["key"] for row in run.examples["worst"]}
-    assert reads.total() == COUNT + COUNT + len(shown)
+    run = declip.finetune(pairs, start_of(folder), keys_of(), tmp_path / "run", quiet=True)
+    shown = {row["key"] for row in run.facts["worst"]}
+    assert reads.total() == COUNT + len(shown)
 
 
-def killed_while_it_exports(folder, recipe):
-    def export(model, format, out, overwrite):
-        out.mkdir(parents=True)
+def killed_while_it_exports(folder, out):
+    def export(traced, target):
+        target.mkdir(parents=True)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    outputs.export, outputs.write_finetuned = export, WRITE
-    fit(recipe, folder, False, True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("declip.fitting.run.export_complete", export)
+        fitted(folder, out)
 
 
-def test_a_run_that_was_killed_while_it_exported_is_not_finished(folder, tmp_path, monkeypatch):
-    recipe, *_ = finetune_recipe(asked(folder), tmp_path / "x", True)
-    process = get_context("fork").Process(target=killed_while_it_exports, args=(tmp_path / "run", recipe))
+def test_a_fit_that_was_killed_leaves_no_folder_and_its_features(run, folder, tmp_path, monkeypatch):
+    process = get_context("fork").Process(target=killed_while_it_exports, args=(folder, tmp_path / "run"))
     process.start()
     process.join()
-    assert (process.exitcode, (tmp_path / "run" / "exported").exists()) == (-signal.SIGKILL, True)
-    finished = []
-    monkeypatch.setattr("declip.finetuning.outputs.write_finetuned", lambda *_: finished.append(1))
-    fit(recipe, tmp_path / "run", True, True)
-    assert finished == [1]
+    assert (process.exitcode, (tmp_path / "run").exists()) == (-signal.SIGKILL, False)
+    monkeypatch.setattr(ImageTower, "pool", None)  # all features are cached
+    again = fitted(folder, tmp_path / "run", resume=True)
+    assert torch.equal(load_file(again.folder / HEADS)["logit_scale"], load_file(run.folder / HEADS)["logit_scale"])
 
 
 def test_a_split_column_decides_what_is_validated_on(folder, tmp_path):
     run = fitted(folder, tmp_path / "run", "split.csv")
     assert run.cross_validation["pairs"] == COUNT // 2
-    assert [row.result.images for row in read_run(run.folder).last()] == [COUNT // 4]
+    assert [result.images for result in FittedRun(run.folder).results] == [COUNT // 4]
 
 
 def test_views_of_one_object_are_named_where_they_are_not_left_out_together(folder, tmp_path):
@@ -247,9 +261,9 @@ def test_keys_without_effect_are_refused(key, folder, tmp_path):
 def test_the_classes_of_the_start_are_pairs_too(folder, tmp_path):
     save_file(timm.create_model("test_vit", num_classes=4).state_dict(), tmp_path / "vit.safetensors")
     (tmp_path / "names.txt").write_text("\n".join(COLORS))
-    options, keys = {"freeze": "both", "quiet": True}, keys_of(folder)
+    options, keys = {"quiet": True}, keys_of()
     names = {"finetune.class_names": str(tmp_path / "names.txt")}
-    start = f"timm:test_vit/{tmp_path / 'vit.safetensors'}"
+    start = start_of(folder, tmp_path)
     known = declip.finetune(folder / "pairs.csv", start, keys | names, tmp_path / "run", **options).cross_validation
     assert (known["classes"], known["better"]) == (4, known["gain"]["low"] > 0)
     assert known["gain"]["value"] == pytest.approx(known["percentile"]["value"] - known["percentile_of_start"]["value"])
@@ -285,8 +299,8 @@ def test_a_saved_model_computes_posteriors_as_the_heads_that_were_fitted(folder,
     (tmp_path / "names.txt").write_text("\n".join(COLORS))
     # Pairs that are too few for a choice, so that the form and the weight of the classes are known
     (folder / "ten.csv").write_text("\n".join((folder / "pairs.csv").read_text().splitlines()[:21]) + "\n")
-    start, names = f"timm:test_vit/{tmp_path / 'vit.safetensors'}", {"finetune.class_names": tmp_path / "names.txt"}
-    run = declip.finetune(folder / "ten.csv", start, keys_of(folder, **names), tmp_path / "run", freeze="both")
+    start, names = start_of(folder, tmp_path), {"finetune.class_names": tmp_path / "names.txt"}
+    run = declip.finetune(folder / "ten.csv", start, keys_of(**names), tmp_path / "run")
     pairs, texts = pooled(run.folder, folder)
     few = Pairs(pairs.images[:10], pairs.texts[:20], pairs.owners[:20])
     rows = tower["head.weight"]
@@ -313,8 +327,8 @@ def test_features_are_computed_in_the_precision_of_the_recipe(run, folder, tmp_p
     assert differences[0] < 0.2 * differences[1]
 
 
+@pytest.mark.exports
 def test_the_mixture_with_the_start_is_chosen_on_left_out_and_kept_pairs(run, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("declip.finetuning.outputs.write_finetuned", WRITE)
     monkeypatch.setattr("declip.closed_form.heads.START_CAUTION", -9.0)  # another candidate than the start
     monkeypatch.setattr("declip.closed_form.heads.beats", lambda *_: True)
     rows = (folder / "pairs.csv").read_text().splitlines()
@@ -329,7 +343,7 @@ def test_the_mixture_with_the_start_is_chosen_on_left_out_and_kept_pairs(run, fo
     assert mixed.mixture["alpha"] == max(scores, key=lambda alpha: (sum(scores[alpha].values()), alpha)) < 1
     assert scores[mixed.mixture["alpha"]][str(kept)] > scores[1][str(kept)]
     # --- the run, its export and its results are the mixture's
-    (before, after) = (row.result for row in mixed.evaluated)
+    (before,), (after,) = mixed.results_of_start, mixed.results
     truth = declip.evaluate(mixed.folder, str(kept), "retrieval", device="cpu")
     assert after.headline.value == truth.headline.value
     assert before.headline.value >= after.headline.value > scores[1][str(kept)]
@@ -386,67 +400,71 @@ def test_a_start_that_stays_is_said_in_plain_words():
 
 def test_a_set_to_keep_without_images_is_refused_before_the_fit(folder, tmp_path):
     (tmp_path / "kept.csv").write_text("image,caption\nmissing.png,a circle\n")
-    given = folder / "pairs.csv", f"timm:test_vit/{folder / 'vit.safetensors'}", keys_of(folder), tmp_path / "run"
-    options = {"freeze": "both", "keep": tmp_path / "kept.csv", "quiet": True}
+    given = folder / "pairs.csv", start_of(folder), keys_of(), tmp_path / "run"
+    options = {"keep": tmp_path / "kept.csv", "quiet": True}
     refuses(("kept.csv", "missing.png"), declip.finetune, *given, **options)
     assert not (tmp_path / "run").exists()
 
 
 def fitted_here(folder, out):
     """Fit in one of several processes, see `fitted`."""
-    recipe, *_ = finetune_recipe(asked(folder), out.with_suffix(".none"), True)
-    run = fit(recipe, out, False, True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("declip.training.distributed.leave", lambda: None)  # which the test does
+        run = fitted(folder, out)
     return run.finished, run.is_rank_zero
 
 
 def test_two_processes_are_one(run, folder, tmp_path):
     assert in_processes(fitted_here, 2, tmp_path / "meet", folder, tmp_path / "run") == [(True, True), (True, False)]
-    assert not moved(last(run.folder), last(tmp_path / "run"))
+    torch.testing.assert_close(cosines(tmp_path / "run", folder), cosines(run.folder, folder), rtol=0, atol=1e-5)
 
 
-def test_one_pair_is_fitted_without_a_validation_part(folder, tmp_path, command, monkeypatch):
-    monkeypatch.setattr("declip.finetuning.outputs.write_finetuned", write_report)
+def words_of(folder, table, out, **keys):
+    """The words of the command."""
+    given = (f"{key}={value}" for key, value in keys_of(**keys).items())
+    return ["finetune", folder / table, "--from", start_of(folder), "--out", out, "--quiet", *given]
+
+
+def test_one_pair_is_fitted_without_a_validation_part(folder, tmp_path, command):
     (folder / "single.csv").write_text("\n".join((folder / "pairs.csv").read_text().splitlines()[:2]) + "\n")
-    words = ["finetune", folder / "single.csv", "--from", f"timm:test_vit/{folder / 'vit.safetensors'}", "--freeze"]
-    keys = (f"{key}={value}" for key, value in keys_of(folder).items())
-    printed = command(*words, "both", "--out", tmp_path / "run", "--quiet", *keys)
+    printed = command(*words_of(folder, "single.csv", tmp_path / "run"))
     assert printed.status == 0
-    assert all(
-        part in printed.out
-        for part in ("1 pair", "--val", "needs 20 different pairs; there is 1: nothing was measured")
-    )
-    run = read_run(tmp_path / "run")
-    assert (run.recipe.evaluation.retrieval, run.cross_validation["pairs"]) == ((), 1)
+    parts = ("1 pair", "--val", "needs 20 different pairs; there is 1: nothing was measured")
+    assert all(part in printed.out for part in parts)
+    run = FittedRun(tmp_path / "run")
+    assert (run.results, run.cross_validation["pairs"]) == ([], 1)
     assert bool(cosines(tmp_path / "run", folder).isfinite().all())
 
 
-def test_broken_pairs_are_counted_and_refused_and_cut_captions_named(folder, tmp_path, command):
+def test_broken_pairs_are_counted_and_refused_and_cut_captions_named(folder, tmp_path, command, caplog):
     head, *rows = (folder / "pairs.csv").read_text().splitlines()
     (folder / "broken.csv").write_text("\n".join([head, *rows, "missing.png,a red circle,"]) + "\n")
-    run = fitted(folder, tmp_path / "run", "broken.csv", **{"text.context_length": 5})
-    assert "longer than 5 tokens" in (run.folder / "log.txt").read_text(encoding="utf-8")
-    skipped = json.loads((run.folder / "skipped.json").read_text())
-    assert (skipped["seen"], run.cross_validation["pairs"]) == (COUNT + 1, COUNT)
-    words = ["finetune", folder / "broken.csv", "--from", f"timm:test_vit/{folder / 'vit.safetensors'}", "--freeze"]
-    keys = (f"{key}={value}" for key, value in keys_of(folder).items())
-    printed = command(*words, "both", "--out", tmp_path / "printed", "--quiet", *keys)
+    printed = command(*words_of(folder, "broken.csv", tmp_path / "run", **{"text.context_length": 5}))
     assert (printed.status, "Left out: 1 × missing image, such as missing.png" in printed.out) == (0, True)
+    assert "longer than 5 tokens" in caplog.text
+    run = FittedRun(tmp_path / "run")
+    assert (run.skipped["seen"], run.cross_validation["pairs"]) == (COUNT + 1, COUNT)
     few = {"data.max_broken_fraction": 0.01}
     refuses("max_broken_fraction", fitted, folder, tmp_path / "refused", "broken.csv", **few)
+    assert not (tmp_path / "refused").exists()
 
 
 @pytest.mark.parametrize("posteriors", [False, True])
 def test_heads_are_applied_after_the_projections_of_their_start(posteriors, run):
+    """The merged model computes what the heads compute from the embeddings of the base."""
     model, heads = declip.load(run.folder, "cpu"), Heads(*torch.randn(2, 8, 64).unbind())
-    tower = model.image_tower
+    tower, weights = model.image_tower, len(model.image_tower.proj.weight)
+    heads = Heads(heads.image[:, :weights], heads.text[:, :weights])
     if posteriors:
-        tower.match_projection({"image_tower.proj.classes": torch.empty(4, tower.pre_logits_width)})
-    else:
-        tower.proj.bias = torch.nn.Parameter(torch.randn(64))  # as of CLIP's ResNets
+        tower.match_projection({"image_tower.proj.classes": torch.randn(4, tower.pre_logits_width)})
+        torch.nn.init.normal_(tower.proj.classes)
+    adapted = Adapted(Base(model, projected=True, name="start"), heads, 7.0)
     images, tokens = model.preprocess([texture(0), texture(1)]), model.tokenize(["red circle", "blue"])
     with torch.no_grad():
         expected = heads.similarities(model.encode_image(images), model.encode_text(tokens))
-        onto = deepcopy(projections(model))
-        set_heads(model, Choice(heads, Form("pulled", 1.0), 0.0, logit_scale=7.0), onto)
-        torch.testing.assert_close(model.encode_image(images) @ model.encode_text(tokens).mT, expected)
-    assert model.logit_scale.exp().item() == pytest.approx(7)
+        found = adapted.encode_image(images) @ adapted.encode_text(tokens).mT
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        merged = adapted.merged()
+        found = merged.encode_image(images) @ merged.encode_text(tokens).mT
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert merged.logit_scale.exp().item() == pytest.approx(7)
