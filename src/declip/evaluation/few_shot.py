@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
-from declip.closed_form.folds import PrincipalAxes, assign_folds
+from declip.closed_form.axes import PrincipalAxes
+from declip.closed_form.folds import assign_folds
 from declip.evaluation.encode import Encoder
 from declip.evaluation.results import Measure, by_class, sample_per_class
 from declip.models.dual_encoder import DualEncoder

@@ -16,9 +16,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from declip.closed_form.estimates import group_mean
 from declip.closed_form.growth import growth
-from declip.closed_form.heads import FEWEST, Choice, HeldOutRanks, choose_heads, group_mean
+from declip.closed_form.heads import FEWEST, Choice, choose_heads
 from declip.closed_form.mixing import mixed_choices
+from declip.closed_form.ranks import HeldOutRanks
 from declip.closed_form.solve import START, ClassPairs
 from declip.data.images.thumbnails import thumbnails_of
 from declip.data.pair import PairSource
