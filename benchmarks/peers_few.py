@@ -31,7 +31,8 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from declip.closed_form.folds import assign_folds
-from declip.closed_form.heads import HeldOutBlock, caption_numbers, choose_heads, score
+from declip.closed_form.heads import choose_heads
+from declip.closed_form.ranks import HeldOutBlock, caption_numbers, score
 from declip.closed_form.solve import ClassPairs, Pairs, centered, regression_rows
 from declip.comparison.outcome import EfficiencyCurve, curve_of, pairs_needed
 from declip.finetuning.features import FrozenEncoder, class_pairs, compute_features, embeddings

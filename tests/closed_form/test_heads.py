@@ -6,20 +6,16 @@ import torch
 from scipy.stats import t
 from torch.nn.functional import pad
 
-from declip.closed_form import heads
+from declip.closed_form import estimates, heads, ranks
+from declip.closed_form.axes import largest_directions
+from declip.closed_form.candidates import best_candidate
+from declip.closed_form.cross_validation import CrossValidation
+from declip.closed_form.estimates import jackknife
 from declip.closed_form.folds import assign_folds
 from declip.closed_form.growth import growth
-from declip.closed_form.heads import (
-    CrossValidation,
-    HeldOutBlock,
-    HeldOutRanks,
-    best_candidate,
-    caption_numbers,
-    choose_heads,
-    jackknife,
-    ranks_by,
-)
+from declip.closed_form.heads import choose_heads
 from declip.closed_form.mixing import mixed_choices
+from declip.closed_form.ranks import HeldOutBlock, HeldOutRanks, caption_numbers, ranks_by
 from declip.closed_form.solve import DEFAULT_FORM, START, Heads, Pairs, fit_heads, mix
 from declip.reports.charts import growth_chart
 from pair_features import class_pairs, pairs_of
@@ -163,7 +159,7 @@ def test_cross_validated_recall_is_near_that_of_new_images():
 def test_many_images_compete_in_blocks_and_all_have_a_rank(monkeypatch):
     pairs = pairs_of(200, noise=0.5)
     monkeypatch.setattr(heads, "MOST", 100)
-    monkeypatch.setattr(heads, "BLOCK", 20)
+    monkeypatch.setattr(ranks, "BLOCK", 20)
     outcome = choose_heads(pairs, np.arange(200)).outcome
     assert (set(outcome.images.tolist()), bool(outcome.fit.isfinite().all())) == ({20}, True)
 
@@ -191,7 +187,7 @@ def test_fewer_groups_than_can_be_validated_take_the_defaults():
 def test_the_jackknife_of_equal_groups_is_the_interval_of_a_mean():
     values = np.random.default_rng(0).random(30)
     without = (values.sum() - values) / 29
-    half = heads.WIDER * t.ppf(0.975, 29) * values.std(ddof=1) / 30**0.5
+    half = estimates.WIDER * t.ppf(0.975, 29) * values.std(ddof=1) / 30**0.5
     assert jackknife(without, np.full(30, 4)) == pytest.approx(half)
 
 
@@ -250,7 +246,7 @@ def test_ranks_equal_a_plain_loop():
     texts, owners = torch.tensor([0, 1, 2, 2, 3, 4, 5]), torch.tensor([0, 0, 1, 2, 3, 4, 4])  # 1 and 2 share a caption
     numbers = caption_numbers(Pairs(torch.empty(5, 1), texts[:, None].double(), owners))
     scores = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
-    found = heads.score(scores, HeldOutBlock.of(torch.arange(5), owners, numbers))
+    found = ranks.score(scores, HeldOutBlock.of(torch.arange(5), owners, numbers))
     for image in range(5):
         best = max(scores[image, texts[owners == image]])
         assert found.to_text[image] == sum(score > best for score in scores[image])
@@ -262,7 +258,7 @@ def test_ranks_equal_a_plain_loop():
 @pytest.mark.parametrize("count", [30, 90])  # fewer rows than columns, and more
 def test_the_largest_directions_are_the_principal_axes(count):
     rows, weights = torch.randn(count, 40, generator=torch.Generator().manual_seed(0)), torch.linspace(0.1, 2, count)
-    turned = rows @ heads.largest_directions(rows, weights, 10)
+    turned = rows @ largest_directions(rows, weights, 10)
     moments = torch.linalg.eigvalsh((rows * weights[:, None]).mT @ rows)[-10:]
     torch.testing.assert_close((turned * weights[:, None]).mT @ turned, moments.diag(), atol=1e-3, rtol=1e-4)
 

@@ -1,6 +1,7 @@
-"""The growth curve: the percentile of heads that are fitted to an eighth, a quarter, half and all of the pairs.
+"""The growth curve: the percentile with an eighth, a quarter, half and all of the pairs.
 
-Each part is a nested random choice of whole groups. Its heads rank the same held-out images as those of all pairs.
+Each part is a nested random choice of whole groups. Its heads rank the same held-out images as
+those of all pairs.
 """
 
 from typing import Any, NamedTuple
@@ -8,7 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from declip.closed_form.heads import Choice, Estimate, HeldOutRanks, effective_groups
+from declip.closed_form.estimates import Estimate, effective_groups
+from declip.closed_form.heads import Choice
+from declip.closed_form.ranks import HeldOutRanks
 from declip.closed_form.solve import START, Form
 
 PARTS = (1 / 8, 1 / 4, 1 / 2, 1.0)
@@ -17,7 +20,7 @@ FEWEST = 30  # groups of equal size
 
 
 class Growth(NamedTuple):
-    """The percentile with each part of the pairs; empty if there are too few of them, or if none was fitted."""
+    """The percentile with each part of the pairs; empty without a fit, or of too few pairs."""
 
     pairs: list[int]  # of each of `PARTS`
     measured: list[Estimate]

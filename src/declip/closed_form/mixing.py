@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from declip.closed_form.heads import Choice, ranks_by
+from declip.closed_form.heads import Choice
+from declip.closed_form.ranks import ranks_by
 from declip.closed_form.solve import mix
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, pad
 
-from declip.closed_form.folds import PrincipalAxes
+from declip.closed_form.axes import PrincipalAxes
 
 ROWS = 8_192  # images that are converted at a time
 LEAST_SLOPE = 1e-3  # of embeddings on those of their pairs, where the model is no better than chance

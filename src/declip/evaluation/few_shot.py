@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
-from declip.closed_form.folds import PrincipalAxes, assign_folds
+from declip.closed_form.axes import PrincipalAxes
+from declip.closed_form.folds import assign_folds
 from declip.evaluation.encode import Encoder
 from declip.evaluation.results import Measure, by_class, sample_per_class
 from declip.models.dual_encoder import DualEncoder
@@ -121,32 +122,59 @@ def fit_forms(examples: Examples, center: Tensor, forms: Iterable[FewShotForm]) 
         Xᵀ √w (√w X Xᵀ √w + ε I)⁻¹ √w Y        (Xᵀ w X + ε I)⁻¹ Xᵀ w Y
     Rows of X have length 1: both halves times √½, or only features before the projection where names have no weight.
     """
-    forms, count, width = tuple(forms), len(examples.names), examples.width
-    sizes = torch.bincount(examples.labels, minlength=count).clamp(min=1)
-    images, fitted = centered(examples.images, center, width), dict[FewShotForm, Tensor]()
+    forms = tuple(forms)
+    images = centered(examples.images, center, examples.width)
+    fitted = dict[FewShotForm, Tensor]()
     for kappa in dict.fromkeys(form.name_weight for form in forms):
-        # --- rows: images, then names, whose half before the projection is 0
-        factors = torch.ones(images.shape[1])
-        if width:
-            factors[:width], factors[width:] = (0.5**0.5, 0.5**0.5) if kappa else (1.0, 0.0)
-        rows, labels, weights = images * factors, examples.labels, 1 / sizes[examples.labels]
-        if kappa or not len(rows):
-            names = normalize(examples.names - examples.names.mean(dim=0), dim=-1)
-            padded = torch.cat([names.new_zeros(count, width), names], dim=1) * factors
-            # A class without images has the weight of the others
-            alone = torch.bincount(labels, minlength=count) == 0
-            rows, labels = torch.cat([rows, padded]), torch.cat([labels, torch.arange(count)])
-            weights = torch.cat([weights, torch.where(alone, 1 + kappa, kappa / sizes)])
-        roots = weights.sqrt()[:, None]
-        x, y = rows * roots, (one_hot(labels, count) - 1 / count) * roots
+        factors = _column_factors(images.shape[1], examples.width, kappa)
+        x, y = _weighted_rows(examples, images, factors, kappa)
         # --- one decomposition for all penalties
         chosen = [form for form in forms if form.name_weight == kappa]
-        dual = len(x) < x.shape[1]
-        matrix, target = (x @ x.mT, y) if dual else (x.mT @ x, x.mT @ y)
-        solutions = PrincipalAxes.of(matrix).ridge(target, [form.ridge for form in chosen])
+        penalties = [form.ridge for form in chosen]
+        if len(x) < x.shape[1]:
+            duals = PrincipalAxes.of(x @ x.mT).ridge(y, penalties)
+            solutions = [x.mT @ dual for dual in duals]
+        else:
+            solutions = PrincipalAxes.of(x.mT @ x).ridge(x.mT @ y, penalties)
         for form, solution in zip(chosen, solutions, strict=True):
-            fitted[form] = (x.mT @ solution if dual else solution).mT * factors
+            fitted[form] = solution.mT * factors
     return fitted
+
+
+def _column_factors(columns: int, width: int, kappa: float) -> Tensor:
+    """(v + d,), factors of the features; names have nothing before the projection, the first `width` columns."""
+    factors = torch.ones(columns)
+    if width:
+        factors[:width] = 0.5**0.5 if kappa else 1.0
+        factors[width:] = 0.5**0.5 if kappa else 0.0
+    return factors
+
+
+def _weighted_rows(
+    examples: Examples,
+    images: Tensor,
+    factors: Tensor,
+    kappa: float,
+) -> tuple[Tensor, Tensor]:
+    """Rows √w X of the images, then of the names, and their classes √w Y."""
+    count = len(examples.names)
+    numbers = torch.bincount(examples.labels, minlength=count)
+    sizes = numbers.clamp(min=1)
+    rows = images * factors
+    labels = examples.labels
+    weights = 1 / sizes[labels]
+    if kappa or not len(rows):
+        names = normalize(examples.names - examples.names.mean(dim=0), dim=-1)
+        before = names.new_zeros(count, examples.width)
+        padded = torch.cat([before, names], dim=1) * factors
+        # A class without images has the weight of the others
+        name_weights = torch.where(numbers == 0, 1 + kappa, kappa / sizes)
+        rows = torch.cat([rows, padded])
+        labels = torch.cat([labels, torch.arange(count)])
+        weights = torch.cat([weights, name_weights])
+    roots = weights.sqrt()[:, None]
+    targets = one_hot(labels, count) - 1 / count
+    return rows * roots, targets * roots
 
 
 def fit_mixture(examples: Examples, mixture: Mixture) -> FewShotHead:
@@ -246,8 +274,11 @@ def cross_validate(examples: Examples, forms: Iterable[FewShotForm], folds: Tens
 def mixture_factors(scores: Tensor, labels: Tensor) -> Tensor:
     """(forms,) the factors of a mixture by held-out scores: each form's best scale times its weight by likelihood."""
     count = len(labels)
-    likelihoods = torch.stack(
-        [(scale * scores).log_softmax(-1)[:, torch.arange(count), labels].mean(1) for scale in SCALES]
-    )
-    best = likelihoods.max(dim=0)
-    return (best.values * count / TEMPERATURE).softmax(0) * torch.tensor(SCALES)[best.indices]
+    images = torch.arange(count)
+    likelihoods = list[Tensor]()
+    for scale in SCALES:
+        logs = (scale * scores).log_softmax(-1)  # (forms, n, C)
+        likelihoods.append(logs[:, images, labels].mean(1))
+    best = torch.stack(likelihoods).max(dim=0)
+    weights = (best.values * count / TEMPERATURE).softmax(0)
+    return weights * torch.tensor(SCALES)[best.indices]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from declip.closed_form.folds import PrincipalAxes
+from declip.closed_form.axes import PrincipalAxes
 from declip.data.pair import PairSource
 from declip.errors import UserError
 from declip.evaluation.datasets import Dataset, LabeledSource, with_classes

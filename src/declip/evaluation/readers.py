@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from declip.io.text import read_yaml
 Openers = Mapping[str, Callable[[], PairSource]]  # functions that open each split
 LABEL_NAMES = ("label", "class", "class_name", "category")  # default names of the label column, in order of preference
 LONGEST_LABEL = 1_000  # characters: a label is a name, not a text
+PETS_LISTS = {"train": "trainval.txt", "test": "test.txt"}
 SUN_LISTS = {"train": "Training_01.txt", "test": "Testing_01.txt"}
 SUN_PLACES = ("SUN397", "SUN397/Partitions", "Partitions", ".")  # of the lists, which come in a separate archive
 
@@ -254,21 +256,44 @@ def torchvision_set(kind: str, splits: Mapping[str, Any]) -> Callable[[str, Path
 def _read(kind: str, name: str, root: Path, argument: str | bool) -> Classified:
     from torchvision import datasets  # takes a second
 
-    # The class of CIFAR checks the MD5 of its pickles before it reads them.
-    files = getattr(datasets, kind)(
-        root, download=False, **{"train" if isinstance(argument, bool) else "split": argument}
-    )
-    # The files of Flowers102 have class numbers from 1, without names.
-    names = class_names(name, read_prompts(name).classes if name == "flowers102" else files.classes)
-    if name.startswith("cifar"):
-        images = ItemSource(files.data)
+    made = getattr(datasets, kind)
+    make = partial(made, root, download=False)
+    if isinstance(argument, bool):  # of CIFAR, whose class checks the MD5 of its pickles before it reads them
+        batches = make(train=argument)
+        images = ItemSource(batches.data)
         images.name = name
-        return Classified(images, files.targets, names)
-    if name == "cars":
-        paths, labels = zip(*files._samples, strict=True)
-    else:
-        paths, labels = files._images if name == "pets" else files._image_files, files._labels
-    return Classified(FileList(name, root, paths), labels, names)
+        return Classified(images, batches.targets, class_names(name, batches.classes))
+    if "loader" not in signature(made).parameters:
+        raise UserError(f"'{name}' needs torchvision 0.22 or newer: pip install -U torch torchvision.")
+    files = make(split=argument, loader=Path)  # items are paths and labels: no image is opened
+    items = [files[index] for index in range(len(files))]
+    paths = [path for path, _ in items]
+    labels = [label for _, label in items]
+    # The files of Flowers102 have class numbers from 1, without names.
+    raw = read_prompts(name).classes if name == "flowers102" else files.classes
+    return Classified(FileList(name, root, paths), labels, class_names(name, raw))
+
+
+def pets(name: str, root: Path) -> Openers:
+    """Open Oxford-IIIT Pets by its lists of the images of each split."""
+    folder = root / "oxford-iiit-pet"
+    return {which: partial(_pets, name, folder, file) for which, file in PETS_LISTS.items()}
+
+
+def _pets(name: str, folder: Path, file: str) -> Classified:
+    # "american_bulldog_7 2 2 1": the image, whose name is that of the breed and a number; the class from 1; others
+    lines = (folder / "annotations" / file).read_text(encoding="utf-8").splitlines()
+    paths = list[Path]()
+    labels = list[int]()
+    breeds = dict[int, str]()
+    for line in lines:
+        image, number, *_ = line.split()
+        label = int(number) - 1
+        paths.append(folder / "images" / f"{image}.jpg")
+        labels.append(label)
+        breeds[label] = image.rpartition("_")[0].replace("_", " ").title()
+    raw = [breeds[label] for label in sorted(breeds)]
+    return Classified(FileList(name, folder.parent, paths), labels, class_names(name, raw))
 
 
 def sun397(name: str, root: Path) -> Openers:
@@ -305,12 +330,11 @@ PER_CLASS = "mean_per_class"
 VARIANT = Named(imagenet, "one folder per WordNet number", "imagenet")
 # Our splits → the arguments of torchvision's classes
 FLAG = {"train": True, "test": False}
-TRAINVAL = {"train": "trainval", "test": "test"}
 PLAIN = {"train": "train", "test": "test"}
 WITH_VAL = {"train": "train", "validation": "val", "test": "test"}
 
 NAMED: Mapping[str, Named] = {
-    "pets": Named(torchvision_set("OxfordIIITPet", TRAINVAL), "oxford-iiit-pet/", "pets", PER_CLASS),
+    "pets": Named(pets, "oxford-iiit-pet/", "pets", PER_CLASS),
     "cifar10": Named(torchvision_set("CIFAR10", FLAG), "cifar-10-batches-py/", "cifar10"),
     "cifar100": Named(torchvision_set("CIFAR100", FLAG), "cifar-100-python/", "cifar100"),
     "sun397": Named(sun397, "SUN397/ with ClassName.txt", "sun397"),

@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from declip.closed_form.estimates import group_mean
 from declip.closed_form.growth import growth
-from declip.closed_form.heads import Choice, HeldOutRanks, choose_heads, group_mean
+from declip.closed_form.heads import Choice, choose_heads
 from declip.closed_form.mixing import mixed_choices
+from declip.closed_form.ranks import HeldOutRanks
 from declip.closed_form.solve import START, ClassPairs, Heads
 from declip.data.pair import PairSource
 from declip.evaluation.leakage import leaking_column
