@@ -12,7 +12,7 @@ SETS_PACKAGE := packages/declip-sets
 .PHONY: help setup demo browser test fuzz lint package docs bench bench-gpu data-given reproduce-yfcc15m reproduce-cc3m clean
 
 help:
-	@echo "make demo    install, download the built-in pairs, train DeCLIP on them, evaluate, write a report"
+	@echo "make demo    install, download the built-in pairs, train DeCLIP on them, evaluate, write a report, search"
 	@echo "make test    install, run all tests"
 	@echo "make fuzz    read generated images, tables and weights for about a minute"
 	@echo "make lint    ruff and mypy"
@@ -27,18 +27,30 @@ help:
 	@echo "make setup   install into $(VENV)"
 
 PROJECTS := pyproject.toml $(SETS_PACKAGE)/pyproject.toml
+NPM := $(if $(shell command -v npm),,[npm])
+
+# Install declip, $(1) with or without extras, and its built-in sets; $(2) are the files that say so.
+define install
+@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+$(BIN)/python -m pip install -q -e '$(1)' -e '$(SETS_PACKAGE)$(NPM)'
+@touch $(2)
+endef
 
 $(VENV)/.installed: $(PROJECTS)
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -e '.[dev]' -e $(SETS_PACKAGE)
-	@command -v npm >/dev/null || $(BIN)/python -m pip install -q -e '$(SETS_PACKAGE)[npm]'
-	@touch $@
+	$(call install,.[dev],$(VENV)/.installed $(VENV)/.demo-installed)
+
+# What `make demo` needs: without extras, half of the time and of the disk.
+$(VENV)/.demo-installed: $(PROJECTS)
+	$(call install,.,$(VENV)/.demo-installed)
 
 setup: $(VENV)/.installed
 
-demo: setup
+demo: $(VENV)/.demo-installed
 	$(BIN)/declip data download builtin:emoji
 	$(BIN)/declip train demo-few-declip --out $(RUN) --resume
+	@rm -rf $(RUN)/index
+	$(BIN)/declip embed $(RUN) builtin:emoji-test --out $(RUN)/index --quiet
+	$(BIN)/declip search $(RUN)/index "a cat with a smile" --contact-sheet $(RUN)/search.png
 
 # The app's tests need a browser; root on Debian gets one, anybody else a line that says what is skipped.
 CHROMIUM := apt-get install -y -q --no-install-recommends chromium

@@ -74,6 +74,7 @@ VARIANTS = re.compile(
 )
 
 Layer = dict[str, str]  # code by squashed name
+Drawings = dict[str, str]  # drawing by code
 
 
 class Iconify:
@@ -121,6 +122,9 @@ class Concept:
         return [self.name, *self.names, *self.drawn]
 
 
+Concepts = dict[str, Concept]  # by code
+
+
 def group_of(name: str) -> str:
     """The part of a name that variants have in common: "running" of "woman running".
 
@@ -162,7 +166,7 @@ def code_of(text: str) -> str:
     return "-".join(part for part in parts if part != "fe0f")
 
 
-def read_concepts(packages: Path) -> tuple[dict[str, Concept], list[Layer]]:
+def read_concepts(packages: Path) -> tuple[Concepts, list[Layer]]:
     """Read the emoji without skin tones and letters of flags.
 
     Returns:
@@ -170,7 +174,10 @@ def read_concepts(packages: Path) -> tuple[dict[str, Concept], list[Layer]]:
     """
     base = packages / "emojibase-data"
     concepts = read_names(base)
-    layers = [{squash(concept.name): code for code, concept in concepts.items()}]
+    full_names: Layer = {}
+    for code, concept in concepts.items():
+        full_names[squash(concept.name)] = code
+    layers = [full_names]
     formal = {}
     for code, name in read_json(base / "meta/unicode-names.json").items():
         if "-" not in code:
@@ -189,7 +196,7 @@ def read_concepts(packages: Path) -> tuple[dict[str, Concept], list[Layer]]:
     return concepts, layers
 
 
-def read_names(base: Path) -> dict[str, Concept]:
+def read_names(base: Path) -> Concepts:
     """Read CLDR's names and keywords of all emoji, by code."""
     groups = read_json(base / "meta/groups.json")["groups"]
     concepts = {}
@@ -204,7 +211,7 @@ def read_names(base: Path) -> dict[str, Concept]:
     return concepts
 
 
-def add_names(concepts: Mapping[str, Concept], named: Mapping[str, list[str]]) -> Layer:
+def add_names(concepts: Concepts, named: Mapping[str, list[str]]) -> Layer:
     """Add further names to concepts; returns the code of each name."""
     layer: Layer = {}
     for written, names in named.items():
@@ -221,12 +228,18 @@ def is_phrase(text: str) -> bool:
     return has_letters is not None and not NO_PHRASE.search(text)
 
 
-def tidy(concepts: Mapping[str, Concept]) -> None:
+def spaced(text: str) -> str:
+    """The text with one space between words."""
+    words = text.replace("_", " ").split()
+    return " ".join(words)
+
+
+def tidy(concepts: Concepts) -> None:
     """Keep English names and keywords, once each, and drop names that several concepts have."""
     owners: Counter[str] = Counter()
     for concept in concepts.values():
         for texts in (concept.names, concept.drawn, concept.keywords):
-            texts[:] = [" ".join(text.replace("_", " ").split()) for text in texts]
+            texts[:] = [spaced(text) for text in texts]
         owners.update({squash(name) for name in concept.all_names()})
 
     def is_own(name: str) -> bool:
@@ -266,7 +279,7 @@ class Matching:
         self.free = set(codes)
         unnamed = (name for name in icons.icons if name not in self.corrections)
         self.left = dict.fromkeys(unnamed)
-        self.drawing_of: dict[str, str] = {}
+        self.drawing_of: Drawings = {}
 
     def take(self, code: str | None, name: str) -> None:
         """Match a drawing to an emoji that has none yet."""
@@ -290,7 +303,7 @@ def match(
     chars: Mapping[str, str],
     codes: Iterable[str],
     layers: list[Layer],
-) -> dict[str, str]:
+) -> Drawings:
     """Map drawings to emoji.
 
     By the set's table of code points or, without one, by name: the names of all drawings are looked
@@ -327,7 +340,7 @@ class Designs:
             table = folder / "chars.json"
             self.chars[design.key] = read_json(table) if table.exists() else {}
 
-    def layer(self, concepts: Mapping[str, Concept]) -> Layer:
+    def layer(self, concepts: Concepts) -> Layer:
         """The emoji of the names of drawings in sets with a table of code points."""
         layer: Layer = {}
         for key, icons in self.icons.items():
@@ -339,7 +352,7 @@ class Designs:
                     layer.setdefault(squash(other), code)
         return layer
 
-    def match(self, concepts: dict[str, Concept], layers: list[Layer]) -> dict[str, dict[str, str]]:
+    def match(self, concepts: Concepts, layers: list[Layer]) -> dict[str, Drawings]:
         """The drawing of each emoji, by designer and code; adds the drawings' names to concepts."""
         drawings = {}
         for key, icons in self.icons.items():
@@ -349,14 +362,14 @@ class Designs:
                 self._name(concepts, key, drawings[key])
         return drawings
 
-    def _name(self, concepts: dict[str, Concept], key: str, drawings: dict[str, str]) -> None:
+    def _name(self, concepts: Concepts, key: str, drawings: Drawings) -> None:
         for code, drawing in drawings.items():
             for name in (drawing, *self.icons[key].other_names[drawing]):
                 spaced = name.replace("-", " ")
                 concepts[code].drawn.append(spaced.replace("flag for flag", "flag for"))
 
 
-def row_of(concept: Concept, drawings: Mapping[str, Mapping[str, str]]) -> str:
+def row_of(concept: Concept, drawings: Mapping[str, Drawings]) -> str:
     """The row of the table."""
     group = group_of(concept.name)
     cells = [concept.code, concept.name, concept.category, group]

@@ -27,6 +27,12 @@ DRAWINGS = {  # title, size of the file, color
     "food/pear_02.svg": ("pear", 'width="744" height="1052"', "black"),
     "food/ghost.svg": ("ghost", 'width="744" height="1052"', "white"),
 }
+COLORS = [
+    (255, 0, 0),
+    (0, 255, 0),
+    (0, 0, 255),
+    (0, 0, 0),
+]
 CHOSEN_STAMPS = [  # key, name, kind, photo, test; "" has no sentence of a thing
     ("animals/birds/cartoon/tux", "", "animal", "0", "0"),
     ("animals/marsupials/koala", "koala", "animal", "1", "0"),
@@ -39,7 +45,12 @@ CHOSEN_STAMPS = [  # key, name, kind, photo, test; "" has no sentence of a thing
 
 def put(path, value):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(value if isinstance(value, str) else json.dumps(value), encoding="utf-8")
+    text = value if isinstance(value, str) else json.dumps(value)
+    path.write_text(text, encoding="utf-8")
+
+
+def keys_of(source):
+    return [source.key(index) for index in range(len(source))]
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +66,8 @@ def debian(tmp_path_factory):
         path = root / STAMPS.packages.data / f"{key}.png"
         put(path.with_suffix(".txt"), f"See a  {name or 'letter'}.\naf.utf8=Iets.\n")
         image = Image.new("RGBA", (60, 40), (0, 0, 0, 0))
-        ImageDraw.Draw(image).rectangle((10, 10, 29, 29), fill=(200, number * 5, 30))
+        pen = ImageDraw.Draw(image)
+        pen.rectangle((10, 10, 29, 29), fill=(200, number * 5, 30))
         image.save(path)
     put(root / "usr/share/doc" / STAMPS.packages.name / "copyright", "GPL-2")
     tables = {"clipart": clipart_rows(), "stamps": stamp_rows()}
@@ -86,7 +98,7 @@ def test_clip_art_has_its_titles_and_fills_the_square(debian):
     assert source.class_names == ("bug", "cat and the dog", "pear")
     assert source.labels.tolist() == [0, 1, 2, 2], "without a ghost, a torn file and none"
     assert source.captions(0) == ("bug",)
-    for index, color in enumerate([(255, 0, 0), (0, 255, 0), (0, 0, 255), (0, 0, 0)]):
+    for index, color in enumerate(COLORS):
         pixels = np.asarray(source.image(index))
         assert pixels.shape == (CLIPART.side, CLIPART.side, 3)
         assert (pixels[4:-4, 4:-4] == color).all()
@@ -102,7 +114,7 @@ def test_stamps_have_sentences_names_and_kinds(debian):
     assert pixels.shape == (STAMPS.side, STAMPS.side, 3)
     assert (pixels == (200, 10, 30)).all(), "over white, margins cut off"
     photos = BuiltinSource(STAMPS, "stamps-photos", debian)
-    names = [Path(photos.key(index)).name for index in range(len(photos))]
+    names = [Path(key).name for key in keys_of(photos)]
     assert names == ["koala", "koala_2", "apple"]
     assert "contributors, GPL-2" in (debian / "stamps" / NOTICE).read_text()
     licenses = debian / "stamps/licenses" / STAMPS.packages.name
@@ -252,7 +264,7 @@ def iconify(tmp_path_factory):
 def test_splits_share_names_but_no_designer(iconify, split, expected, monkeypatch):
     monkeypatch.setenv("DECLIP_CACHE", str(iconify))
     source = open_source(f"builtin:{split}")
-    assert [source.key(index) for index in range(len(source))] == expected
+    assert keys_of(source) == expected
 
 
 def test_pairs_have_their_texts_and_evaluation_a_class_for_each_name(iconify):
@@ -274,7 +286,8 @@ def test_drawings_fill_the_square_in_black_or_in_their_color(iconify):
     for index in (0, 1):  # squares of different size and place
         pixels = np.asarray(source.image(index))
         assert pixels.shape == (EMOJI.side, EMOJI.side, 3)
-        assert (pixels[2:-2, 2:-2] == [255, 0, 0]).all()
+        inner = pixels[2:-2, 2:-2]
+        assert (inner == [255, 0, 0]).all()
     source = BuiltinSource(ICONS, "icons-test", iconify)
     line = np.asarray(source.image(0))
     green = np.asarray(source.image(2))
@@ -282,7 +295,8 @@ def test_drawings_fill_the_square_in_black_or_in_their_color(iconify):
     assert line.min() < 20, "currentColor is black"
     assert (line == line[:, :, :1]).all()
     assert green[32, 63, 1] == 255
-    assert green[:, :, 0].min() == green[:, :, 2].min() == 0
+    assert green[:, :, 0].min() == 0
+    assert green[:, :, 2].min() == 0
 
 
 def test_it_is_said_whose_the_drawings_are(iconify):

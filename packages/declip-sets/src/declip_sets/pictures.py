@@ -38,6 +38,7 @@ ABOUT = (
     "All were drawn at {} px over white, margins cut off. The notices are in licenses/."
 )
 
+Cache = str | Path | None  # a cache folder; None: the default one
 Row = dict[str, Any]  # of a set's table: "key", "captions" and columns of the set
 Drawing = tuple[Row, np.ndarray | None]
 
@@ -82,13 +83,13 @@ class BuiltinSet(ABC):
         """Sources with the other splits of a dataset, such as {"train": NAME}."""
         return {}
 
-    def folder(self, cache: str | Path | None = None) -> Path:
-        """Folder of the set in a cache folder; None for the default one."""
+    def folder(self, cache: Cache = None) -> Path:
+        """Folder of the set in a cache folder."""
         if cache is None:
             return cache_folder() / self.name
         return Path(cache).expanduser() / self.name
 
-    def download(self, cache: str | Path | None = None, progress: bool = True) -> Path:
+    def download(self, cache: Cache = None, progress: bool = True) -> Path:
         """Fetch and render the set, unless a complete folder exists, and return the folder."""
         folder = self.folder(cache)
         try:
@@ -210,7 +211,7 @@ class BuiltinSet(ABC):
 class BuiltinSource(PairSource):
     """Pairs of a built-in set; splits for measuring have classes."""
 
-    def __init__(self, origin: BuiltinSet, split: str, cache: str | Path | None = None) -> None:
+    def __init__(self, origin: BuiltinSet, split: str, cache: Cache = None) -> None:
         self._arguments = (origin, split, cache)
         self.name = PREFIX + split
         table, self._images = origin.read(origin.folder(cache))
@@ -221,9 +222,9 @@ class BuiltinSource(PairSource):
         if selection.column:
             self._read_classes(selection.column, selection.names)
         others = origin.other_splits(split)
-        self.other_splits = {
-            which: partial(BuiltinSource, origin, name, cache) for which, name in others.items()
-        }
+        self.other_splits = {}
+        for which, name in others.items():
+            self.other_splits[which] = partial(BuiltinSource, origin, name, cache)
 
     def _read_classes(self, column: str, names: Sequence[str]) -> None:
         classes = [row[column] for row in self.rows]

@@ -16,7 +16,7 @@ from declip.data.columns import DEFAULT, Columns
 from declip.errors import unknown
 from declip_sets.drawing import draw_icon, fill_square, rasterize_page
 from declip_sets.fetch import DebianPackage, NpmPackages, Packages, read_json
-from declip_sets.pictures import BuiltinSet, BuiltinSource, Row, Selection
+from declip_sets.pictures import BuiltinSet, BuiltinSource, Cache, Row, Selection
 from declip_sets.tables import read_rows, split_texts
 
 
@@ -41,7 +41,8 @@ class Clipart(BuiltinSet):
         for row in read_rows("clipart"):
             folder = row["key"].partition("/")[0]
             category = folder.replace("_", " ")
-            rows.append({**row, "category": category, "captions": [row["title"]]})
+            captions = [row["title"]]
+            rows.append({**row, "category": category, "captions": captions})
         return rows
 
     def pixels(self, row: Row, packages: Packages) -> np.ndarray | None:
@@ -309,7 +310,7 @@ def open_set(name: str, columns: Columns = DEFAULT) -> BuiltinSource:
     return BuiltinSource(_find(name), name)
 
 
-def download(name: str, cache: str | Path | None = None, progress: bool = True) -> Path:
+def download(name: str, cache: Cache = None, progress: bool = True) -> Path:
     """Download and render the set of `builtin:NAME`, once, and return its folder."""
     return _find(name).download(cache, progress)
 
