@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from declip.data.batch import Plan, plan_views
 from declip.data.loader import Assembler, PairLoader
@@ -21,7 +20,7 @@ from declip.models.hf_encoder import TextEncoder
 from declip.models.wrapped import WrappedModel
 from declip.recipe.schema import Recipe
 from declip.runs import folder as run_folder
-from declip.runs.checkpoint import Checkpoint, folder_of, list_checkpoints, load_checkpoint
+from declip.runs.checkpoint import Checkpoint, folder_of, load_checkpoint
 from declip.runs.folder import RECIPE, log, read_recipe
 from declip.supervision.objective import NO_TERMS, Objective, Terms, needs_of
 from declip.training import distributed
@@ -31,7 +30,6 @@ from declip.training.optimizer import build_optimizer, named_trainable
 from declip.training.pairs import open_training_source, refuse_broken, sample_hashes
 from declip.training.parallel import build_learner
 from declip.training.pretrained import apply_pretrained, load_pretrained
-from declip.training.similar_captions import similar_captions
 from declip.training.state import NO_EXTENSIONS, Extensions, RunState, restore
 from declip.training.trackers import trackers_of
 
@@ -113,13 +111,7 @@ def assemble(
     model.image_tower.refuse_size(recipe.image.model, recipe.image.size)
     objective = Objective(recipe, model, extensions.terms).to(device)
     pretrained = apply_pretrained(weights, recipe, model, objective)
-    # Neighbors of captions take a forward pass of each; a resumed run has them in its checkpoint
-    known = resume and hosts.on_rank_zero(lambda: bool(list_checkpoints(folder)))
-
-    def find(encoder: str) -> Tensor:
-        return hosts.on_rank_zero(partial(similar_captions, encoder, source, quiet))
-
-    objective.prepare(source, model, None if known else find)
+    objective.prepare(source, model)
     # --- learner and optimizer
     learner = build_learner(recipe, model, objective)
     multipliers = pretrained.multipliers if pretrained is not None else {}
