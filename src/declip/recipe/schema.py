@@ -49,7 +49,7 @@ OneOrMore = BeforeValidator(lambda given: (given,) if isinstance(given, str) els
 PathsOrNames = Annotated[tuple[PathOrName, ...], OneOrMore]
 Column = Literal["image", "caption", "group"]
 COLUMNS: dict[Column, str | tuple[str, ...]] = {"image": "image", "caption": "caption"}
-TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
+TRACKERS = ("tensorboard", "wandb")
 Tracker = Annotated[str, AfterValidator(_known_tracker)]
 Trackers = Annotated[tuple[Tracker, ...], OneOrMore]
 

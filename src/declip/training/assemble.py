@@ -31,7 +31,7 @@ from declip.training.pairs import open_training_source, refuse_broken, sample_ha
 from declip.training.parallel import build_learner
 from declip.training.pretrained import apply_pretrained, load_pretrained
 from declip.training.state import NO_EXTENSIONS, Extensions, RunState, restore
-from declip.training.trackers import trackers_of
+from declip.training.trackers import check_trackers
 
 MOST_LOADERS = 32  # loader processes of a training process: each holds two batches in shared memory
 
@@ -100,7 +100,7 @@ def assemble(
     """Build the state of a recipe's run, or of the run in the folder, to continue it; see `declip.train`."""
     # --- processes, device, pretrained weights and pairs; from here on the recipe does not change
     recipe, weights, source, held_out, device, hosts = resolve(recipe, folder, resume, extensions)
-    hosts.on_rank_zero(lambda: len(trackers_of(recipe.train.report_to)))  # refuses those that are not installed
+    hosts.on_rank_zero(partial(check_trackers, recipe.train.report_to))
     hosts.on_rank_zero(partial(refuse_broken, source, recipe.data.max_broken_fraction))
     # --- model and objective, random from the seed, then pretrained
     torch.manual_seed(recipe.seed)
