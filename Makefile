@@ -45,9 +45,11 @@ $(VENV)/.demo-installed: $(PROJECTS)
 
 setup: $(VENV)/.installed
 
+# The C library keeps freed memory for the next step: on a CPU a small step takes a tenth less time.
+KEEP_MEMORY := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1099511627776
 demo: $(VENV)/.demo-installed
 	$(BIN)/declip data download builtin:emoji
-	$(BIN)/declip train demo-few-declip --out $(RUN) --resume
+	$(KEEP_MEMORY) $(BIN)/declip train demo-few-declip --out $(RUN) --resume
 	@rm -rf $(RUN)/index
 	$(BIN)/declip embed $(RUN) builtin:emoji-test --out $(RUN)/index --quiet
 	$(BIN)/declip search $(RUN)/index "a cat with a smile" --contact-sheet $(RUN)/search.png
@@ -83,7 +85,7 @@ $(VENV)/.benched: $(VENV)/.installed
 	@touch $@
 
 bench: $(VENV)/.benched
-	$(BIN)/python benchmarks/step.py
+	$(KEEP_MEMORY) $(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/loader.py
 
 bench-gpu: $(VENV)/.benched

@@ -32,7 +32,6 @@ from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe
 from declip.training.assemble import build_loader
 from declip.training.optimizer import build_optimizer, named_trainable
-from declip.training.trainer import keep_freed_memory
 from pairs import CAPTIONS, InMemory, build, open_pairs, texts_of
 from peers import LEARNING_RATE, Shape, Side, count, open_clip_side
 from timing import device_name, machine, medians, show, time_turns
@@ -133,8 +132,6 @@ def our_side(arm: str, setting: Setting) -> Side:
     """Build `training_step` with a shipped recipe."""
     recipe, batch = setting.recipes[arm], setting.batches[arm]
     built = build(recipe, setting.source, setting.shape.device)
-    if setting.shape.device.type == "cpu":
-        keep_freed_memory()
     parameters = {
         "model": count(built.model),
         "heads": count(built.objective),

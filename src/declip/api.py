@@ -35,6 +35,8 @@ from declip.training.sinks import Sink
 from declip.training.state import Extensions
 from declip.training.trainer import Trainer
 
+COMPARISON = Path("runs/compare")  # default folder of `compare`
+
 
 def train(
     recipe: str | Path | Recipe,
@@ -145,13 +147,12 @@ def compare(
     pairs: int | Sequence[int],
     seeds: int | Sequence[int] = 3,
     *,
-    out: str | Path,
+    out: str | Path = COMPARISON,
     overrides: Mapping[str, Any] | None = None,
     datasets: str | Path | Sequence[str | Path] = (),
     tasks: str | Sequence[str] = ("zero-shot",),
     shots: int | Sequence[int] | None = None,
     budget: str = "samples",
-    jobs: int | None = None,
     quiet: bool = False,
 ) -> Outcome:
     """Compare recipes at several numbers of pairs, and write results.json and report.html.
@@ -160,17 +161,16 @@ def compare(
         recipes: Names of shipped recipes or YAML files.
         pairs: Numbers of training pairs.
         seeds: The number of seeds, counted from 0, or the seeds.
-        out: Folder of the comparison; one that was interrupted continues.
+        out: Folder of the comparison; one that was interrupted continues. Processes that are started with the same
+            arguments share the runs.
         overrides: Dotted keys and values for all recipes.
         datasets: Evaluation sets; by default the first recipe's ``final_zero_shot``, or its ``zero_shot``.
         shots: Numbers of examples per class, with the task few-shot; by default 4.
         budget: "samples": every recipe takes its steps; "compute": every recipe runs as long as the first.
-        jobs: Number of parallel runs, with one thread each if there are several; by default one per core, or 1 on a
-            GPU.
     """
     study = Study.of(
         recipes, pairs, seeds, overrides=overrides, datasets=datasets, tasks=tasks, shots=shots, budget=budget
     )
-    outcome = runner.run(study, out, jobs, quiet)
+    outcome = runner.run(study, out, quiet)
     write_page(outcome, Path(out).expanduser())
     return outcome

@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import time
 from dataclasses import replace
 from itertools import product
@@ -35,7 +34,7 @@ def recipes(table, tmp_path):
 def tiny(recipes, table, out, **more):
     """Compare them by retrieval: two sizes, one seed, in this process."""
     options = {"pairs": (8, 16), "seeds": 1, "datasets": [str(table)], "tasks": ["retrieval"]}
-    options |= {"jobs": 1, "quiet": True, **more}
+    options |= {"quiet": True, **more}
     return compare(list(recipes.values()), out=out, **options)
 
 
@@ -185,51 +184,38 @@ def test_at_equal_compute_steps_are_inverse_to_the_measured_seconds_and_stay(rec
     assert read_study(tmp_path / "out") == study
 
 
-def test_two_processes_divide_the_runs(recipes, table, tmp_path, monkeypatch):
-    recipes, done = {"clip": recipes["clip"]}, []
-    options = {"overrides": {"train.steps": 4}}
-    alone, out = tiny(recipes, table, tmp_path / "alone", **options), tmp_path / "out"
+def _sharing(name, recipes, table, out, options):
+    """Compare in one of two processes; each waits in its first trial until the other has one, too."""
 
-    def run_after_the_other(study, trial, folder):
-        until = time.monotonic() + 120
-        while not list(out.glob("runs/*/result.json")) and time.monotonic() < until:
-            time.sleep(0.05)
-        done.append(trial.id)
+    def run(study, trial, folder):
+        with (out / f"{name}.ran").open("a") as file:
+            file.write(f"{trial.id}\n")
+        until = time.monotonic() + 60
+        while len(list(out.glob("*.ran"))) < 2 and time.monotonic() < until:
+            time.sleep(0.02)
         return run_trial(study, trial, folder)
 
-    monkeypatch.setattr(comparing, "run_trial", run_after_the_other)
-    rows = tiny(recipes, table, out, jobs=2, **options).rows
-    assert len(done) == 1
+    comparing.run_trial = run
+    assert tiny(recipes, table, out, **options).complete
+
+
+def test_two_processes_share_the_runs(recipes, table, tmp_path):
+    recipes = {"clip": recipes["clip"]}
+    options = {"overrides": {"train.steps": 4}, "seeds": 2}
+    alone, out = tiny(recipes, table, tmp_path / "alone", **options), tmp_path / "out"
+    fork = multiprocessing.get_context("fork")
+    both = [fork.Process(target=_sharing, args=(name, recipes, table, out, options)) for name in "ab"]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(120)
+    assert [process.exitcode for process in both] == [0, 0]
+    ran = [(out / f"{name}.ran").read_text().split() for name in "ab"]
+    assert all(ran)
+    assert sorted(ran[0] + ran[1]) == sorted(alone.rows)
+    rows = read_outcome(out).rows
     assert rows.keys() == alone.rows.keys()
     assert all(row[key] == alone.rows[id][key] for id, row in rows.items() for key in ("loss", "results"))
-
-
-@pytest.mark.parametrize("end", ["Ctrl-C", "crash"])
-def test_other_processes_end_with_this_one_and_crashes_are_reported(end, recipes, table, tmp_path, monkeypatch, capsys):
-    started = []
-    popen = subprocess.Popen
-
-    def start(command, **options):
-        code = "raise SystemExit(3)" if end == "crash" else "import time; time.sleep(600)"
-        started.append(popen([command[0], "-c", code], **options))
-        return started[-1]
-
-    def stop(study, trial, folder):
-        if end == "Ctrl-C":
-            raise KeyboardInterrupt
-        started[0].wait()
-        return run_trial(study, trial, folder)
-
-    monkeypatch.setattr(subprocess, "Popen", start)
-    monkeypatch.setattr(comparing, "run_trial", stop)
-    if end == "Ctrl-C":
-        with pytest.raises(KeyboardInterrupt):
-            tiny(recipes, table, tmp_path / "out", jobs=3)
-    else:
-        assert tiny(recipes, table, tmp_path / "out", jobs=2).complete
-        assert re.search(r"1 of 2 processes.*status 3.*--jobs", capsys.readouterr().err)
-    expected = [-signal.SIGTERM] * 2 if end == "Ctrl-C" else [3]
-    assert [process.returncode for process in started] == expected
 
 
 def _study(recipes, table, **more):

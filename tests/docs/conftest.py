@@ -169,10 +169,10 @@ def here(world, emoji_cache, tmp_path, monkeypatch):
     monkeypatch.setattr("declip.api.write_page", lambda outcome, out: Path(out, "report.html").touch())
     whole = runner.run
 
-    def few(study, out, jobs=None, quiet=False):
+    def few(study, out, quiet=False):
         """Compare the first and the last recipe at a small number of pairs with one seed, in this process."""
         ends = tuple({each.name: each for each in (study.variants[0], study.variants[-1])}.values())
-        return whole(replace(study, variants=ends, pairs=(16,), seeds=(0,)), out, 1, quiet)
+        return whole(replace(study, variants=ends, pairs=(16,), seeds=(0,)), out, quiet)
 
     monkeypatch.setattr(runner, "run", few)
     monkeypatch.setattr(runner, "step_seconds", lambda parts, warm, count: [0.1] * count)

@@ -116,7 +116,7 @@ def methods():
 
 
 LOSSES = {"few-clip": "demo-few-clip", "clip-constant": "demo-clip with constant temperature 0.1", "clip": "demo-clip"}
-LOSSES |= {"fast": "FastCLIP", "near-text": "demo-few-neighbor"}
+LOSSES |= {"fast": "FastCLIP", "near-text": "caption_neighbor.py"}
 LOSSES |= {"multi-view-16": "demo-multi-view with a second image of 16 px", "few-declip": "demo-few-declip"}
 CELLS = ("emoji", 1400, 0), ("emoji", 5600, 0), ("icons", 16_000, 0), ("emoji", 1400, 0.25), ("emoji", 1400, 0.5)
 OF_THREE = 4.303 / 3**0.5  # Student's t for the mean of three seeds
@@ -320,7 +320,7 @@ SENTENCES = {  # page and text, with # for a number
     "results: alone has # %, with `multi_view` #, with SimSiam too #, with neighbors too #": steps,
     "results: CLIP # %, FILIP #, SLIP #, DeCLIP #, DeFILIP #": tuned,
     "results: reaches # % on `emoji-test`": lambda: equal_time("clip"),
-    "results: , `demo-few-neighbor` #": lambda: equal_time("neighbor"),
+    "results: , `caption_neighbor.py` (an example) #": lambda: equal_time("neighbor"),
     "results: contained the value on new images in # of # trials": lambda: contained(
         "percentile.jsonl", "percentile", "truth"
     ),

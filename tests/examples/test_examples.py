@@ -32,7 +32,10 @@ TINY_VIT |= {"image.model_kwargs": {"patch_size": 8, "embed_dim": 64, "depth": 1
 DOORS = {"optimizer", "augmentation", "evaluation"}  # examples that train with CLIP's loss
 
 
-@pytest.mark.parametrize("name", sorted(EXAMPLES.keys() - DOORS - {"heat_map", "images_without_captions", "shards"}))
+NOT_TRAINING = {"heat_map", "images_without_captions", "shards", "caption_neighbor"}
+
+
+@pytest.mark.parametrize("name", sorted(EXAMPLES.keys() - DOORS - NOT_TRAINING))
 def test_an_example_trains_for_three_steps(name, table, tmp_path):
     EXAMPLES[name]["main"](str(table), str(tmp_path / "run"), **SMALL)
     rows = read_rows(tmp_path / "run" / "metrics.jsonl")
@@ -119,6 +122,36 @@ def test_a_heat_map_is_drawn_over_an_image(tmp_path):
     words = [str(tmp_path / "model"), str(tmp_path / "photo.png"), "red", str(tmp_path / "map.png")]
     EXAMPLES["heat_map"]["main"](*words)
     assert Image.open(tmp_path / "map.png").size == (40, 40)
+
+
+def test_the_nearest_other_caption_equals_a_plain_loop(monkeypatch):
+    nearest_captions = EXAMPLES["caption_neighbor"]["nearest_captions"]
+    monkeypatch.setitem(nearest_captions.__globals__, "COSINES_AT_ONCE", 40)  # blocks of a few rows
+    features = torch.nn.functional.normalize(torch.randn(17, 4), dim=1)
+    same = torch.tensor([0, 0, 1, 2, 1, *range(3, 15)])
+
+    def nearest(i):
+        others = [j for j in range(17) if same[j] != same[i]]
+        return max(others, key=lambda j: float(features[i] @ features[j]))
+
+    assert nearest_captions(features, same).tolist() == [nearest(i) for i in range(17)]
+    assert nearest_captions(features[:2], same[:2]).tolist() == [0, 1], "no other caption"
+
+
+def test_neighbors_are_those_of_the_encoder(table, tmp_path):
+    encoder = declip.train("demo-clip", SMALL, tmp_path / "encoder", data=str(table), quiet=True, report=False).folder
+    example = EXAMPLES["caption_neighbor"]
+    source, model = open_source(table), declip.load(encoder)
+    means = torch.stack([model.encode_text(list(source.captions(index))).mean(dim=0) for index in range(len(source))])
+    cosines = torch.nn.functional.cosine_similarity(means[:, None], means[None], dim=2).fill_diagonal_(-1)
+    example["main"](str(table), str(tmp_path / "run"), str(encoder), **SMALL)
+    state = load_checkpoint(list_checkpoints(tmp_path / "run")[-1]).training
+    prefix = "objective.terms.caption_neighbor."
+    assert state[f"{prefix}neighbors"].tolist() == cosines.argmax(dim=1).tolist()
+    lengths = state[f"{prefix}features_of"].norm(dim=1)
+    torch.testing.assert_close(lengths, torch.ones(24))
+    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert all(set(row["losses"]) == {"contrastive", "caption_neighbor"} for row in rows)
 
 
 def test_word_classification_is_the_plain_loop():

@@ -112,7 +112,7 @@ def test_a_child_recipe_with_a_source_of_its_own_has_its_own_evaluation_sets(tmp
         ({"data.columns.captoin": "x"}, ("'captoin'", "'caption'", "caption, group, image")),
         ({"text.heads": "5"}, ("text.width 384", "text.heads 5")),
         ({"train.epochs": ".inf"}, ("train.epochs=inf", "finite")),
-        ({"train.report_to": "mlflo"}, r"Did you mean 'mlflow'\?.*\w\.$"),
+        ({"train.report_to": "wand"}, r"Did you mean 'wandb'\?.*\w\.$"),
         ({"train.steps": "yes"}, ("steps is true", "number")),
         ({"image.mean": "[123.7, 116.3, 103.5]"}, ("image.mean.0=123.7", "less than or equal to 1")),
         ({"logit_scale.init": "20"}, ("logit_scale.init 20.0", "logarithms")),

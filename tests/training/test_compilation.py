@@ -39,6 +39,20 @@ def test_a_compiled_run_learns_what_a_plain_one_does(table, tmp_path, image, key
     (loss, plain), (compiled_loss, compiled) = ends
     assert compiled_loss == pytest.approx(loss, rel=1e-4)
     assert plain.keys() == compiled.keys()
+    for name, weight in plain.items():
+        torch.testing.assert_close(compiled[name], weight, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_a_block_that_cannot_be_compiled_is_an_error(table):
+    def broken(graph, inputs):
+        raise ValueError("no compiler")
+
+    torch._dynamo.reset()
+    model = DualEncoder.from_recipe(recipe_for(table, sections={"image": VIT}))
+    compile_blocks(model, broken)
+    with pytest.raises(Exception, match="no compiler"):
+        model.image_tower(torch.zeros(2, 3, 32, 32))
+    torch._dynamo.reset()
 
 
 def test_blocks_share_a_graph_for_each_length_and_evaluation_has_none(table, counter):

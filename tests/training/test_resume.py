@@ -28,12 +28,6 @@ def fine_tuned(**keys):
     return case
 
 
-def neighbors(table, start, folder):
-    encoder = shutil.copytree(start, folder / "captions")
-    weights = {"contrastive": 0.8, "caption_neighbor": 0.2}
-    return recipe_for(table, "clip", {"loss_weights": weights, "caption_neighbor": {"encoder": str(encoder)}}), encoder
-
-
 def text_encoder(make, losses, **keys):
     """Next to an image tower with random weights, without finetune.pretrained."""
 
@@ -49,7 +43,6 @@ CASES = {  # functions of a table, a start and a folder: a recipe, and a folder 
     "clip, a loader process": plain("clip", 1),
     "defilip, Muon": plain("defilip", optimizer="muon"),
     "slip, SGD": plain("slip", optimizer="sgd"),
-    "caption neighbors": neighbors,
     "layer decay, head warm-up": fine_tuned(lr_scale=0.5, layer_decay=0.8, head_warmup_steps=3, freeze_text_blocks=1),
     "adapters": fine_tuned(lora={"rank": 2}, head_warmup_steps=2),
     "another image size and length": fine_tuned(image_size=48, context_length=12),

@@ -2,7 +2,6 @@
 
 import json
 import os
-import sqlite3
 import sys
 import time
 from types import SimpleNamespace
@@ -37,26 +36,8 @@ def read_tensorboard(folder, name):
     return [(event.step, event.value) for event in events]
 
 
-def read_mlflow(folder, name):
-    from mlflow.tracking import MlflowClient
-
-    client = MlflowClient((folder / "mlruns").as_uri())
-    (run,) = client.search_runs([client.get_experiment_by_name("declip").experiment_id])
-    assert (run.data.params["train.lr"], run.info.status, run.info.run_name) == ("0.5", "FINISHED", folder.name)
-    name = name.replace("../a:b", "a_b")
-    return sorted({(metric.step, metric.value) for metric in client.get_metric_history(run.info.run_id, name)})
-
-
-def read_trackio(folder, name):
-    with sqlite3.connect(folder / "trackio" / "declip.db") as database:
-        rows = database.execute("select run_name, step, metrics from metrics").fetchall()
-    assert {row[0] for row in rows} == {json.loads((folder / TRACKING).read_text())["trackio"]}
-    numbers = [(step, json.loads(metrics)) for _, step, metrics in rows]
-    return sorted({(step, values[name]) for step, values in numbers if name in values})
-
-
-READERS = {"tensorboard": read_tensorboard, "mlflow": read_mlflow, "trackio": read_trackio}
-"""Tracker → its steps and values of a name; MLflow and Trackio keep repeated steps, which their readers merge."""
+READERS = {"tensorboard": read_tensorboard}
+"""Tracker → its steps and values of a name."""
 
 
 def test_every_tracker_is_known_to_recipes_and_read_back():
@@ -64,11 +45,8 @@ def test_every_tracker_is_known_to_recipes_and_read_back():
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_a_resumed_run_is_one_run_in_the_tracker(name, tmp_path, monkeypatch):
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # it is read when trackio is imported
+def test_a_resumed_run_is_one_run_in_the_tracker(name, tmp_path):
     pytest.importorskip(TRACKERS[name].library)
-    if name == "trackio" and str(sys.modules[name].TRACKIO_DIR) != str(tmp_path / "trackio"):
-        pytest.skip("trackio was imported before, and writes elsewhere")
     written(tmp_path, [name], starts=(0,))
     if name == "tensorboard":
         time.sleep(1)  # its files of one second have no order
@@ -126,23 +104,24 @@ def test_a_tracker_that_fails_does_not_end_the_run(table, tmp_path, monkeypatch,
 
 
 def test_a_tracker_that_is_missing_or_cannot_start_is_refused(table, tmp_path, monkeypatch, command):
-    monkeypatch.setitem(sys.modules, "trackio", None)
-    words = ["train", "demo-clip", f"data.source={table}", "train.report_to=[trackio]", "--out", tmp_path / "run"]
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    words = ["train", "demo-clip", f"data.source={table}", "train.report_to=[wandb]", "--out", tmp_path / "run"]
     refused = command(*words)
-    assert (refused.status, "pip install 'declip[trackio]'" in refused.err) == (2, True)
+    assert (refused.status, "pip install 'declip[wandb]'" in refused.err) == (2, True)
     assert not (tmp_path / "run").exists()
     monkeypatch.setitem(sys.modules, "wandb", fake_wandb())
     monkeypatch.delattr(sys.modules["wandb"], "init")
     recipe = recipe_for(table, "clip", report_to="wandb")
     refuses("report_to=wandb cannot start.*init", train, recipe, out=tmp_path / "run", quiet=True)
-    with pytest.raises(ValueError, match=r"(?s)report_to.*'mlflow'"):
-        recipe_for(table, "clip", report_to=["mlflo"])
+    with pytest.raises(ValueError, match=r"(?s)report_to.*'wandb'"):
+        recipe_for(table, "clip", report_to=["wand"])
 
 
-def test_the_default_is_tensorboard_and_variables_of_the_user_stay(monkeypatch):
-    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "false")
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace())
-    assert [tracker.name for tracker in trackers_of([AUTO, "tensorboard"])] == ["tensorboard"]
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+def test_the_default_is_tensorboard_and_looking_for_trackers_changes_no_variable(monkeypatch):
+    before = dict(os.environ)
+    monkeypatch.setitem(sys.modules, "tensorboard", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace())
+    assert [tracker.name for tracker in trackers_of([AUTO, "tensorboard", "wandb"])] == ["tensorboard", "wandb"]
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
     assert trackers_of([AUTO]) == trackers_of([]) == []
-    assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == "false"
+    assert dict(os.environ) == before

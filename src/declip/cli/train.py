@@ -216,7 +216,7 @@ def compare(
     ],
     pairs: Annotated[str, Option(help="numbers of training pairs, such as 1k,2k,4k")],
     seeds: Annotated[int, Option(min=1, help="runs per recipe and number of pairs, with seeds 0, 1 …")] = 3,
-    out: Annotated[Path, file("folder of the comparison", metavar="DIR")] = Path("runs/compare"),
+    out: Annotated[Path | None, file("folder of the comparison; default: runs/compare", metavar="DIR")] = None,
     datasets: Annotated[opt.Several, opt.source("default: the sets of the recipe; repeatable", "--dataset")] = None,
     tasks: Annotated[opt.Several, Option("--task", help="default: zero-shot; repeatable")] = None,
     shots: opt.Shots = None,
@@ -224,10 +224,12 @@ def compare(
         Literal["samples", "compute"],
         Option(help="samples: every recipe runs its steps; compute: every recipe runs as long as the first"),
     ] = "samples",
-    jobs: Annotated[int | None, Option(min=1, help="parallel runs; default: one per core, or 1 on a GPU")] = None,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Compare recipes at several numbers of pairs. Run the command again to continue an interrupted comparison."""
+    """Compare recipes at several numbers of pairs.
+
+    Run the command again to continue an interrupted comparison, and in several shells to share the work.
+    """
     from declip.comparison.study import Study
     from declip.recipe.checks import read_counts
     from declip.recipe.load import parse_overrides
@@ -235,13 +237,13 @@ def compare(
     counts, recipes = read_counts(pairs), [word for word in words if "=" not in word]
     given: dict[str, Any] = {"overrides": parse_overrides([word for word in words if "=" in word])}
     given |= {"datasets": datasets or (), "tasks": tasks or ("zero-shot",), "shots": shots, "budget": budget}
-    study = Study.of(recipes, counts, seeds, **given)
-    from declip.comparison import runner
-    from declip.reports.comparison import summary, write_page
+    Study.of(recipes, counts, seeds, **given)  # checks the arguments before torch is imported
+    from declip import api
+    from declip.reports.comparison import summary
 
-    outcome = runner.run(study, out, jobs, quiet)
-    write_page(outcome, out)
+    folder = out or api.COMPARISON
+    outcome = api.compare(recipes, counts, seeds, out=folder, quiet=quiet, **given)
     console.print(summary(outcome))
     if not outcome.complete:
         raise typer.Exit(2 if outcome.failures else 130)
-    say(f"Report: {out / 'report.html'}")
+    say(f"Report: {folder / 'report.html'}")

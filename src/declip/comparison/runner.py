@@ -1,18 +1,12 @@
-"""Run a comparison in a folder: train, evaluate and save one trial at a time, shared by any number of processes.
+"""Run a comparison in a folder: train, evaluate and save one trial at a time.
 
-`python -m declip.comparison.runner FOLDER` runs the trials that are free.
+Any number of processes may share the folder, on one machine or several: each trial has a lock.
 """
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import threading
 import traceback
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
@@ -22,25 +16,22 @@ from typing import Any
 
 import torch
 from filelock import Timeout
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from declip.comparison.outcome import FAILURE, RESULT, RUNS, Outcome, folder_of, read_outcome
-from declip.comparison.study import BUDGETS, STUDY, Study, Trial, extended, read_study
+from declip.comparison.study import BUDGETS, STUDY, Study, Trial, extended
 from declip.errors import UserError, unknown
 from declip.evaluation.datasets import open_dataset
 from declip.evaluation.protocols import Options, check_dataset, evaluate_all
 from declip.io.atomic import file_lock, write_text
-from declip.io.pool import cores, torch_threads
-from declip.io.progress import print_line, progress_bar, status
-from declip.models.device import pick_device
+from declip.io.progress import progress_bar, status
 from declip.training.assemble import assemble
 from declip.training.estimate import step_seconds
 from declip.training.pairs import open_training_source
 from declip.training.state import versions
 from declip.training.trainer import Trainer
 
-RESULTS, JOBS_LOG = "results.json", "jobs.log"
+RESULTS = "results.json"
 ROUNDS, WARM, TIMED = 3, 3, 8  # rounds of timing, and steps per round: warm-up fills caches and chooses kernels
 WITHOUT_EVALUATION: dict[str, Any] = {
     "evaluation.zero_shot": (),
@@ -53,32 +44,29 @@ WITHOUT_EVALUATION: dict[str, Any] = {
 """Overrides of every trial: the comparison evaluates after the last step."""
 
 
-def run(study: Study, out: str | Path, jobs: int | None = None, quiet: bool = False) -> Outcome:
+def run(study: Study, out: str | Path, quiet: bool = False) -> Outcome:
     """Run a comparison in a folder; called again after a stop, it continues.
 
     Every trial trains on the pairs that its seed selects, for the steps of its variant, and is then evaluated.
 
     Args:
-        out: Folder of the comparison. Several processes may share it: each takes trials that are free.
-        jobs: Number of processes, with one thread each if there are several. By default one per core, or 1 on a GPU.
+        out: Folder of the comparison. Several processes may share it: each takes trials that are free, and all end
+            when the last trial has.
 
     Returns:
         The outcome, which is also in results.json; `complete` is False after Ctrl-C.
     """
     folder = Path(out).expanduser()
     check(extended(study, folder))
-    if jobs is None:
-        jobs = cores() if pick_device(study.variants[0].resolve().train.device).type == "cpu" else 1
-    with _share_of_machine(jobs):
-        study = open_folder(study, folder, quiet)
-        # --- the trials that are left; those that failed are tried again
-        left = [trial for trial in study.trials() if not (folder_of(folder, trial) / RESULT).is_file()]
-        for trial in left:
-            (folder_of(folder, trial) / FAILURE).unlink(missing_ok=True)
-        columns = (TextColumn("runs"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        with progress_bar(*columns, shown=not quiet) as bar, _others(folder, min(jobs, len(left)) - 1):
-            task = bar.add_task("runs", total=len(left))
-            work(study, folder, left, lambda: bar.advance(task))
+    study = open_folder(study, folder, quiet)
+    # --- the trials that are left; those that failed are tried again
+    left = [trial for trial in study.trials() if not (folder_of(folder, trial) / RESULT).is_file()]
+    for trial in left:
+        (folder_of(folder, trial) / FAILURE).unlink(missing_ok=True)
+    columns = (TextColumn("runs"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with progress_bar(*columns, shown=not quiet) as bar:
+        task = bar.add_task("runs", total=len(left))
+        work(study, folder, left, lambda: bar.advance(task))
     # --- the results of all processes
     outcome = read_outcome(folder)
     tree = {"study": asdict(outcome.study), "runs": [*outcome.rows.values()], "failures": outcome.failures}
@@ -164,48 +152,6 @@ def _timed(study: Study, quiet: bool) -> Study:
     return replace(study, variants=tuple(variants))
 
 
-@contextmanager
-def _share_of_machine(jobs: int) -> Iterator[None]:
-    """Use one thread if there are several jobs, and a share of the loader processes; subprocesses inherit both."""
-    names = {"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": str(jobs)} if jobs > 1 else {}
-    before = {name: os.environ[name] for name in names if name in os.environ}
-    os.environ |= names
-    try:
-        with torch_threads(1 if jobs > 1 else torch.get_num_threads()):
-            yield
-    finally:
-        for name in names:
-            del os.environ[name]
-        os.environ |= before
-
-
-@contextmanager
-def _others(folder: Path, count: int) -> Iterator[None]:
-    """Let `count` other processes run trials too; stop them at the end of the block, and report those that failed."""
-    # Not by multiprocessing, which would run the user's script again. In a new session, so that Ctrl-C reaches only
-    # this process: a process that is asked twice to stop ends without saving.
-    command, processes = [sys.executable, "-m", "declip.comparison.runner", str(folder)], []
-    try:
-        for _ in range(count):
-            with (folder / JOBS_LOG).open("ab") as log:
-                pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": log, "stderr": log}
-                processes.append(subprocess.Popen(command, **pipes, start_new_session=True))
-        yield
-    finally:
-        # After the last trial they have nothing to do; before it, each saves a checkpoint.
-        for process in processes:
-            process.terminate()
-        for process in processes:
-            process.communicate()
-    failed = [process.returncode for process in processes if abs(process.returncode) not in (0, signal.SIGTERM)]
-    if failed:
-        print_line(
-            Console(stderr=True),
-            f"{len(failed)} of {count + 1} processes ended early, with status {failed[0]}; the others did their runs. "
-            f"See '{folder / JOBS_LOG}'. Fewer --jobs need less memory.",
-        )
-
-
 def run_trial(study: Study, trial: Trial, folder: Path) -> bool:
     """Train or resume a trial, evaluate it, save its scores and delete its weights; False after Ctrl-C or SIGTERM."""
     # --- train
@@ -262,16 +208,3 @@ def _run(study: Study, trial: Trial, folder: Path) -> bool:
         except Exception as error:
             write_text(run_folder / FAILURE, str(error) if isinstance(error, UserError) else traceback.format_exc())
     return True
-
-
-def _stop_with_parent() -> None:
-    """Send this process SIGTERM when the parent has ended."""
-    os.read(0, 1)  # the parent holds the other end of standard input
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-if __name__ == "__main__":
-    threading.Thread(target=_stop_with_parent, daemon=True).start()
-    whole = read_study(Path(sys.argv[1]))
-    assert whole is not None, "`runner.run` writes the study first"
-    work(whole, Path(sys.argv[1]), whole.trials())

@@ -18,8 +18,8 @@ from declip.recipe.schema import Recipe
 
 STUDY = "study.json"
 BUDGETS = ("samples", "compute")
-BASELINES = ("clip", "few-clip", "demo-clip", "demo-few-clip")
 """Equal samples: every recipe takes its train.steps. Equal compute: the steps that fit into the first recipe's time."""
+BASELINES = ("clip", "few-clip", "demo-clip", "demo-few-clip")
 
 
 @dataclass(frozen=True)

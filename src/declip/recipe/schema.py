@@ -49,7 +49,7 @@ OneOrMore = BeforeValidator(lambda given: (given,) if isinstance(given, str) els
 PathsOrNames = Annotated[tuple[PathOrName, ...], OneOrMore]
 Column = Literal["image", "caption", "group"]
 COLUMNS: dict[Column, str | tuple[str, ...]] = {"image": "image", "caption": "caption"}
-TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
+TRACKERS = ("tensorboard", "wandb")
 Tracker = Annotated[str, AfterValidator(_known_tracker)]
 Trackers = Annotated[tuple[Tracker, ...], OneOrMore]
 
@@ -217,12 +217,6 @@ class NearestNeighborConfig(Section):
     queue_size: int = Field(65536, ge=1, description="number of text features in the queue")
 
 
-class CaptionNeighborConfig(Section):
-    """The encoder that says which captions are similar."""
-
-    encoder: PathOrName = Field("builtin:lite2-minilm", description="weights that declip.load takes, with a text tower")
-
-
 class LateInteractionConfig(Section):
     """FILIP's token-wise similarity (Yao et al. 2022)."""
 
@@ -360,7 +354,6 @@ class Recipe(Section):
     simsiam: SimSiamConfig = SimSiamConfig()
     simclr: SimCLRConfig = SimCLRConfig()
     nearest_neighbor: NearestNeighborConfig = NearestNeighborConfig()
-    caption_neighbor: CaptionNeighborConfig = CaptionNeighborConfig()
     late_interaction: LateInteractionConfig = LateInteractionConfig()
     logit_scale: LogitScale = LogitScale()
     logit_bias: float | None = Field(None, description="initial bias of the logits; default: none; sigmoid loss: -10")

@@ -1,4 +1,4 @@
-"""Nearest-neighbor supervision: the contrastive loss with similar captions, of a queue or found once."""
+"""Nearest-neighbor supervision: the contrastive loss with similar captions of a queue."""
 
 import math
 from itertools import product
@@ -8,11 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from declip.data.batch import Needs
-from declip.data.pair import PairSource
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schema import Recipe
 from declip.supervision.contrastive import ContrastiveTerm, Ids, cross_entropy_to_keys
-from declip.supervision.term import Encodings, Rows, Similarity, require
+from declip.supervision.term import Encodings, Rows, Similarity
 
 SIMILARITIES_AT_ONCE = 2**26  # that a lookup holds: 256 MiB in float32, whatever the batch
 
@@ -131,48 +130,4 @@ class NearestNeighbor(ContrastiveTerm):
         if self._pending is not None:
             for view in (1, 0):
                 self.queue.push(self._pending[view])
-            self._pending = None
-
-
-class CaptionNeighbor(ContrastiveTerm):
-    """The loss between an image and the training caption most similar to its own, as a frozen encoder sees them.
-
-    DeCLIP's third supervision without its young features: neighbors are found once. Their features are those of the
-    last step that had them, and the own caption's before the first one.
-    """
-
-    run_state = ("neighbors", "features_of")
-    title = "caption neighbors"
-    explanation = "The contrastive loss with the most similar other caption of all pairs in place of the caption."
-    neighbors: Tensor  # (n,) int64, of each training pair; all 0 until they are set
-    features_of: Tensor  # (n, d) float32, of the captions; 0 before a step had them
-
-    def __init__(self, recipe: Recipe, model: DualEncoder) -> None:
-        super().__init__(recipe, model)
-        self.width, self.caption_encoder = recipe.embed_dim, recipe.caption_neighbor.encoder
-        self._pending: tuple[Tensor, Tensor] | None = None  # (N,) and (N, d), written after the step
-
-    def prepare(self, source: PairSource, model: DualEncoder) -> None:
-        self.register_buffer("neighbors", torch.zeros(len(source), dtype=torch.int64))
-        self.register_buffer("features_of", torch.zeros(len(source), self.width))
-
-    def set_neighbors(self, neighbors: Tensor) -> None:
-        self.neighbors.copy_(neighbors)
-
-    def features(self, encoded: Encodings) -> dict[str, Tensor]:
-        return super().features(encoded) | {"pairs": require(encoded.batch.sample_ids) % len(self.neighbors)}
-
-    def loss(self, own: Rows, keys: Rows, similarity: Similarity, offset: int) -> Tensor:
-        pairs, texts = keys.extra["pairs"], keys.texts[0].detach()
-        if self.training:
-            self._pending = pairs, texts
-        found = self.features_of[self.neighbors[pairs]]
-        found = torch.where(found.any(dim=1, keepdim=True), found, texts)
-        return neighbor_contrast(own.augmented, found[None], *self.options(own, keys, similarity, offset))
-
-    @torch.no_grad()
-    def after_step(self, model: DualEncoder) -> None:
-        if self._pending is not None:
-            pairs, texts = self._pending
-            self.features_of[pairs] = texts.to(self.features_of)
             self._pending = None

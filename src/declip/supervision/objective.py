@@ -22,7 +22,7 @@ from declip.supervision.contrastive import Contrastive, Sigmoid, to_float32
 from declip.supervision.late_interaction import LateInteraction
 from declip.supervision.masked_language import MaskedLanguage, chosen_rows
 from declip.supervision.multi_view import MultiView
-from declip.supervision.nearest_neighbor import CaptionNeighbor, NearestNeighbor
+from declip.supervision.nearest_neighbor import NearestNeighbor
 from declip.supervision.simclr import SimCLR
 from declip.supervision.simsiam import SimSiam
 from declip.supervision.term import Encodings, Rows, Similarity, Term, TowerOutputs
@@ -34,7 +34,6 @@ TERMS: dict[str, type[Term]] = {
     "simsiam": SimSiam,
     "masked_language": MaskedLanguage,
     "nearest_neighbor": NearestNeighbor,
-    "caption_neighbor": CaptionNeighbor,
     "simclr": SimCLR,
     "late_interaction": LateInteraction,
 }
@@ -104,17 +103,10 @@ class Objective(nn.Module):
             if active[name].needs.tokens and not getattr(getattr(model, tower), "gives_tokens", True):
                 raise UserError(f"{name} needs token states, which this {tower} lacks. Set loss_weights.{name} to 0.")
 
-    def prepare(self, source: PairSource, model: DualEncoder, similar: Callable[[str], Tensor] | None = None) -> None:
-        """Prepare every loss, before the optimizer is built and a checkpoint is loaded.
-
-        Args:
-            similar: For a `Term.caption_encoder`, the pair with the most similar caption of each pair, (n,) int64;
-                None where a checkpoint has them.
-        """
+    def prepare(self, source: PairSource, model: DualEncoder) -> None:
+        """Prepare every loss, before the optimizer is built and a checkpoint is loaded."""
         for _, term in self._terms():
             term.prepare(source, model)
-            if term.caption_encoder is not None and similar is not None:
-                term.set_neighbors(similar(term.caption_encoder))
         self.to(model.device)
 
     def forward(

@@ -102,8 +102,6 @@ class Term(nn.Module):
     """Name for charts."""
     explanation: ClassVar[str] = ""
     """One sentence for reports."""
-    caption_encoder: str | None = None
-    """Weights by whose text tower a run finds the pair with the most similar caption, for `set_neighbors`."""
     reads_pixels = False
     """Whether `features` reads the images, which GradCache otherwise drops after the towers."""
 
@@ -118,9 +116,6 @@ class Term(nn.Module):
 
     def prepare(self, source: PairSource, model: DualEncoder) -> None:
         """Build what depends on the training pairs or on the weights that a run starts from, equal on every rank."""
-
-    def set_neighbors(self, neighbors: Tensor) -> None:
-        """Take the pair with the most similar other caption of each training pair, (n,) int64, after `prepare`."""
 
     def features(self, encoded: Encodings) -> dict[str, Tensor]:
         """Compute the term's own features with its head, (B, …) each."""

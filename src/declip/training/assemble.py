@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from declip.data.batch import Plan, plan_views
 from declip.data.loader import Assembler, PairLoader
@@ -23,7 +22,7 @@ from declip.models.hf_encoder import TextEncoder
 from declip.models.wrapped import WrappedModel
 from declip.recipe.schema import Recipe
 from declip.runs import folder as run_folder
-from declip.runs.checkpoint import Checkpoint, folder_of, list_checkpoints, load_checkpoint
+from declip.runs.checkpoint import Checkpoint, folder_of, load_checkpoint
 from declip.runs.folder import RECIPE, log, read_recipe
 from declip.supervision.objective import NO_TERMS, Objective, Terms, needs_of
 from declip.training import distributed
@@ -32,9 +31,8 @@ from declip.training.optimizer import build_optimizer, named_trainable
 from declip.training.pairs import open_training_source, sample_hashes
 from declip.training.parallel import build_learner
 from declip.training.pretrained import apply_architecture, apply_pretrained, load_pretrained
-from declip.training.similar_captions import similar_captions
 from declip.training.state import NO_EXTENSIONS, Extensions, RunState, restore
-from declip.training.trackers import trackers_of
+from declip.training.trackers import check_trackers
 
 MOST_LOADERS = 32  # loader processes of a training process: each holds two batches in shared memory
 
@@ -103,7 +101,7 @@ def assemble(
     """Build the state of a recipe's run, or of the run in the folder, to continue it; see `declip.train`."""
     # --- processes, device, pretrained weights and pairs; from here on the recipe does not change
     recipe, weights, source, held_out, device, hosts = resolve(recipe, folder, resume, extensions)
-    hosts.on_rank_zero(lambda: len(trackers_of(recipe.train.report_to)))  # refuses those that are not installed
+    hosts.on_rank_zero(partial(check_trackers, recipe.train.report_to))
     hosts.on_rank_zero(partial(refuse_broken, source, recipe.data.max_broken_fraction))
     # --- model and objective, random from the seed, then pretrained
     torch.manual_seed(recipe.seed)
@@ -114,13 +112,7 @@ def assemble(
     model.image_tower.refuse_size(recipe.image.model, recipe.image.size)
     objective = Objective(recipe, model, extensions.terms).to(device)
     pretrained = apply_pretrained(weights, recipe, model, objective)
-    # Neighbors of captions take a forward pass of each; a resumed run has them in its checkpoint
-    known = resume and hosts.on_rank_zero(lambda: bool(list_checkpoints(folder)))
-
-    def find(encoder: str) -> Tensor:
-        return hosts.on_rank_zero(partial(similar_captions, encoder, source, quiet))
-
-    objective.prepare(source, model, None if known else find)
+    objective.prepare(source, model)
     # --- learner and optimizer
     learner = build_learner(recipe, model, objective)
     multipliers = pretrained.multipliers if pretrained is not None else {}

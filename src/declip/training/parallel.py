@@ -88,11 +88,10 @@ def compile_blocks(model: DualEncoder, backend: str = "inductor") -> int:
     """Compile the training passes of the blocks of both towers; return the number of blocks.
 
     Blocks of one kind share a graph, for any number of rows: a batch may lack broken pairs. Evaluation runs without it,
-    and so do blocks with a batch norm that is synchronized over processes. Parameters keep their names. What cannot be
-    compiled runs as it is, after torch's warning.
+    and so do blocks with a batch norm that is synchronized over processes. Parameters keep their names. A block that
+    cannot be compiled is an error: a slow run in its place would go unnoticed.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_GRAPHS)
-    torch._dynamo.config.suppress_errors = True
     blocks = [block for tower in (model.image_tower, model.text_tower) for block in blocks_of(tower)]
     synchronized = nn.SyncBatchNorm | HostSyncBatchNorm
     local = [block for block in blocks if not any(isinstance(part, synchronized) for part in block.modules())]

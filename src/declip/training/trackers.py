@@ -1,17 +1,12 @@
 """Experiment trackers, offline unless the user asks otherwise."""
 
-import importlib
+import importlib.util
 import json
 import os
-import posixpath
-import re
 import sys
-import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stdout
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,15 +14,10 @@ from declip.errors import UserError
 from declip.io.atomic import write_text
 from declip.io.plugins import load_plugin
 from declip.io.text import one_line, read_yaml
-from declip.recipe.load import flat
 from declip.runs.folder import TRACKING, Run, log
 from declip.training.sinks import RunInfo, Sink
 
 AUTO = "auto"  # the name in train.report_to that means TensorBoard where it is installed
-
-# Set before the imports, unless the user has set them. Since version 3.7 MLflow refuses folders without the second; the
-# others keep the libraries off the network.
-VARIABLES = {"WANDB_ERROR_REPORTING": "false", "MLFLOW_ALLOW_FILE_STORE": "true", "MLFLOW_DISABLE_TELEMETRY": "true"}
 
 
 class Tracker(Sink):
@@ -37,13 +27,13 @@ class Tracker(Sink):
     """
 
     library: ClassVar[str]
-    """The module that must be installed."""
+    """The top-level module that must be installed."""
 
 
 class TensorBoard(Tracker):
     """Event files in the run folder."""
 
-    library = "torch.utils.tensorboard"
+    library = "tensorboard"
 
     def start(self, info: RunInfo) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -65,6 +55,7 @@ class WandB(Tracker):
     library = "wandb"
 
     def start(self, info: RunInfo) -> None:
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # read by the import; keeps it off the network
         import wandb
 
         mode: Any = os.environ.get("WANDB_MODE", "offline")
@@ -86,69 +77,8 @@ class WandB(Tracker):
         self._run.finish(exit_code=int(sys.exc_info()[0] is not None))  # whether an error ends the run
 
 
-class MLflow(Tracker):
-    """The folder mlruns in the run folder, or the server that MLFLOW_TRACKING_URI names."""
-
-    library = "mlflow"
-
-    def start(self, info: RunInfo) -> None:
-        from mlflow.tracking import MlflowClient
-
-        self._client = MlflowClient(os.environ.get("MLFLOW_TRACKING_URI") or (info.folder / "mlruns").as_uri())
-        self._run = kept_id(info.folder, "mlflow", partial(self._create, info.folder))
-        self._client.update_run(self._run, status="RUNNING")
-
-    def _create(self, folder: Path) -> str:
-        from mlflow.entities import Param
-
-        title = os.environ.get("MLFLOW_EXPERIMENT_NAME", "declip")
-        known = self._client.get_experiment_by_name(title)
-        where = known.experiment_id if known else self._client.create_experiment(title)
-        run: str = self._client.create_run(where, run_name=folder.name).info.run_id
-        self._client.log_batch(run, params=[Param(key, str(value)) for key, value in _keys(folder).items()])
-        return run
-
-    def log(self, step: int, values: Mapping[str, Any]) -> None:
-        from mlflow.entities import Metric
-
-        now = time.time_ns() // 1_000_000
-        # A metric's name must be a relative path of letters, digits, "_", "-", "." and spaces.
-        names = (posixpath.normpath("/" + re.sub(r"[^\w.\- /]", "_", name)).lstrip("/") for name in values)
-        metrics = zip(names, values.values(), strict=True)
-        self._client.log_batch(self._run, [Metric(name, value, now, step) for name, value in metrics])
-
-    def close(self) -> None:
-        self._client.set_terminated(self._run, "FINISHED" if sys.exc_info()[0] is None else "FAILED")
-
-
-class Trackio(WandB):
-    """Trackio's database on this machine, or the Space that TRACKIO_SPACE_ID names."""
-
-    library = "trackio"
-
-    def start(self, info: RunInfo) -> None:
-        import trackio
-
-        with redirect_stdout(sys.stderr):
-            self._run = trackio.init(
-                project=os.environ.get("TRACKIO_PROJECT", "declip"),
-                name=kept_id(info.folder, "trackio", lambda: f"{info.folder.name}-{uuid.uuid4().hex[:6]}"),
-                resume="allow",
-                config=_keys(info.folder),
-                embed=False,
-                auto_log_gpu=False,
-                auto_log_cpu=False,
-            )
-
-    def close(self) -> None:
-        import trackio
-
-        with redirect_stdout(sys.stderr):
-            trackio.finish()
-
-
 # By their name in train.report_to, which may also be that of a plugin
-TRACKERS: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "wandb": WandB, "mlflow": MLflow, "trackio": Trackio}
+TRACKERS: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "wandb": WandB}
 
 
 class Tracked(Sink):
@@ -159,8 +89,7 @@ class Tracked(Sink):
 
     def __init__(self, name: str) -> None:
         self.name, self._failed = name, False
-        self.tracker: Tracker = (TRACKERS.get(name) or load_plugin("trackers", name))()
-        importlib.import_module(self.tracker.library)
+        self.tracker = tracker_class(name)()
 
     def start(self, info: RunInfo) -> None:
         try:
@@ -197,19 +126,38 @@ class Tracked(Sink):
             log.warning("%s gets no more numbers (%s); metrics.jsonl has them all.", self.name, one_line(error, 200))
 
 
+def check_trackers(report_to: Sequence[str]) -> None:
+    """Refuse trackers of train.report_to whose package is not installed."""
+    for name in report_to:
+        if name != AUTO and not is_installed(tracker_class(name).library):
+            raise UserError(
+                f"train.report_to={name} needs a package: pip install 'declip[{name}]', or leave {name} out."
+            )
+
+
 def trackers_of(report_to: Sequence[str]) -> list[Tracked]:
     """Create the trackers that train.report_to names; for `AUTO`, TensorBoard if it is installed."""
-    os.environ.update(VARIABLES | os.environ)
-    trackers = {}
-    for name in ("tensorboard" if name == AUTO else name for name in report_to):
-        try:
-            trackers[name] = Tracked(name)
-        except ImportError as error:
-            if name in report_to:
-                raise UserError(
-                    f"train.report_to={name} needs a package: pip install 'declip[{name}]', or leave {name} out."
-                ) from error
-    return list(trackers.values())
+    check_trackers(report_to)
+    names = list(report_to)
+    if AUTO in names:
+        names.remove(AUTO)
+        if is_installed(TensorBoard.library):
+            names.insert(0, "tensorboard")
+    return [Tracked(name) for name in dict.fromkeys(names)]
+
+
+def tracker_class(name: str) -> type[Tracker]:
+    """Return the class of a tracker of the package or of a plugin."""
+    plugin: Any = TRACKERS.get(name) or load_plugin("trackers", name)
+    tracker: type[Tracker] = plugin
+    return tracker
+
+
+def is_installed(module: str) -> bool:
+    """Whether a module can be imported, without importing it."""
+    if module in sys.modules:
+        return sys.modules[module] is not None
+    return importlib.util.find_spec(module) is not None
 
 
 def kept_id(folder: Path, name: str, create: Callable[[], str]) -> str:
@@ -220,7 +168,3 @@ def kept_id(folder: Path, name: str, create: Callable[[], str]) -> str:
         ids[name] = create()
         write_text(path, json.dumps(ids, indent=1))
     return ids[name]
-
-
-def _keys(folder: Path) -> dict[str, Any]:
-    return flat(read_yaml(Run(folder).recipe_text))

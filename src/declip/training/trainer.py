@@ -1,16 +1,13 @@
 """The loop of a run: steps, evaluations and checkpoints, until the last step or a request to stop."""
 
-import ctypes
 import itertools
 import json
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -109,8 +106,6 @@ class Trainer:
             if self._update_best(results):
                 self.save(monitor)
         state.learner.train()
-        if state.model.device.type == "cpu":
-            keep_freed_memory()
 
     def _take_steps(self, monitor: Monitor) -> None:
         """Take steps until the last one, a request to stop, or evaluations that no longer improve."""
@@ -316,12 +311,3 @@ class Trainer:
             counts = json.dumps(checkpoint.extra["skipped"], indent=1)
             (self.state.folder / run_folder.SKIPPED).write_text(counts, encoding="utf-8")
             self.writer.write(checkpoint)
-
-
-def keep_freed_memory() -> None:
-    """Tell glibc to keep freed blocks for the next step, until the process ends; no effect with other C libraries."""
-    # Else each is returned to the system and mapped again, zeroed page by page: a tenth of a small step on a CPU.
-    library: Any = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
-    if hasattr(library, "mallopt"):
-        library.mallopt(-1, -1)  # M_TRIM_THRESHOLD
-        library.mallopt(-4, 0)  # M_MMAP_MAX
