@@ -3,11 +3,13 @@
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
 
 from declip.errors import check_installed
 from declip.models.dual_encoder import DualEncoder
@@ -49,14 +51,16 @@ def grad_checkpointing(tower: nn.Module) -> int:
     The recomputation leaves running statistics of batch norm alone, so the numbers stay those of one pass. Returns the
     number of blocks.
     """
-    # Imported late: only memory-saving runs need it. It is the one checkpointing of torch that works by forward hooks,
-    # so that parameters keep their names; the wrapper of torch.distributed.algorithms renames them.
-    from torch.distributed._composable import checkpoint
-
     blocks = blocks_of(tower)
-    for block in blocks:  # the contexts are of the first pass and of the recomputation
-        checkpoint(block, context_fn=lambda block=block: (nullcontext(), frozen_batch_norm_stats(block)))
+    for block in blocks:
+        forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=partial(_contexts, block))
+        vars(block)["forward"] = forward  # not a wrapper around the block, so that parameters keep their names
     return len(blocks)
+
+
+def _contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Contexts of a block's first pass and of its recomputation."""
+    return nullcontext(), frozen_batch_norm_stats(block)
 
 
 @contextmanager
@@ -193,9 +197,10 @@ def _adapt(tower: nn.Module, stem: set[str], lora: LoRA) -> Any:
     from peft import LoraConfig, LoraModel
 
     _split_attention(tower)
-    # Its layers' weights are read without calling them, so peft adapts the whole; not where keys have another width.
+    # Its layers' weights are read without calling them, so peft adapts the whole; not where keys have another width,
+    # which have a weight each.
     fused = {name: module for name, module in tower.named_modules() if isinstance(module, nn.MultiheadAttention)}
-    layers = [name for name, module in fused.items() if module._qkv_same_embed_dim]
+    layers = [name for name, module in fused.items() if module.in_proj_weight is not None]
     layers += [
         name
         for name, module in tower.named_modules()
