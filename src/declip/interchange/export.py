@@ -19,12 +19,13 @@ from declip.interchange.format import Format, Refusal, Traced
 from declip.interchange.huggingface import Huggingface
 from declip.interchange.onnx import Onnx
 from declip.interchange.open_clip import OpenClip
-from declip.interchange.read import folder_or_name, read, read_checkpoint
+from declip.interchange.read import folder_or_name, read
+from declip.interchange.run_folder import has_checkpoint, read_checkpoint
 from declip.io.atomic import atomic_write
 from declip.io.text import one_line
 from declip.models.dual_encoder import DualEncoder
 from declip.models.image_tower import PosteriorProjection
-from declip.runs.checkpoint import STATE, list_checkpoints
+from declip.runs.checkpoint import STATE
 from declip.runs.folder import read_run
 
 FORMATS: Mapping[str, Format] = {form.name: form for form in (OpenClip(), Huggingface(), Onnx(), DeclipFile())}
@@ -169,7 +170,7 @@ def trace(where: str | Path | DualEncoder | Traced) -> Traced:
             raise UserError(f"This {type(where).__name__} cannot be exported: it is not a model of declip.")
         return Traced(where)
     path = Path(where).expanduser()
-    if not (path / STATE).is_file() and not list_checkpoints(path):
+    if not has_checkpoint(path):
         weights = read(where)
         origin = f"`{without_folders(str(where))}`"
         if weights.has_text and weights.classes is not None:
