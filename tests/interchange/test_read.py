@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 
 import declip
 from conftest import refuses
-from declip.interchange.read import read_checkpoint, read_start
+from declip.interchange.read import read_start
+from declip.interchange.run_folder import read_checkpoint
 from declip.runs.checkpoint import WEIGHTS, list_checkpoints, step_of
 from interchange.test_export import features
 from interchange.towers import EXACT, build, largest

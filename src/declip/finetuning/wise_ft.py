@@ -11,7 +11,7 @@ import torch
 
 from declip.evaluation.encode import Encoder
 from declip.evaluation.held_out import HeldOutSets
-from declip.interchange.read import read_checkpoint
+from declip.interchange.run_folder import read_checkpoint
 from declip.io.atomic import atomic_write, save_tensors, write_text
 from declip.models.device import pick_device
 from declip.models.dual_encoder import DualEncoder

@@ -10,7 +10,7 @@ import declip
 from declip.evaluation.results import short_names
 from declip.interchange import open_clip_model, timm_weights
 from declip.interchange.format import Format, Traced, render
-from declip.interchange.read import HUB_PREFIXES
+from declip.interchange.hub import HUB_PREFIXES
 from declip.recipe.schema import Recipe
 
 CARD = "README.md"

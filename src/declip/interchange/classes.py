@@ -36,15 +36,17 @@ class Classes:
         """Classes of a classifier's weights (c, v); ImageNet's names if it has as many classes as a set of ImageNet."""
         import timm  # a second
 
-        # (c, v)
-        rows = rows.detach().float()
-        classes = cls(rows, torch.zeros(rows.shape[1]) if mean is None else mean.float(), size=size)
+        rows = rows.detach().float()  # (c, v)
+        if mean is None:
+            mean = torch.zeros(rows.shape[1])
+        classes = cls(rows, mean.float(), size=size)
         subset = timm.data.infer_imagenet_subset({"num_classes": len(rows)})
         if subset is None:
             return classes
         info = timm.data.ImageNetInfo(subset)
-        names, described = (info.label_descriptions(detailed=detailed) for detailed in (False, True))
-        definitions = (text.removeprefix(f"{name}: ") for name, text in zip(names, described, strict=True))
+        names = info.label_descriptions(detailed=False)
+        detailed = info.label_descriptions(detailed=True)  # NAME: DEFINITION
+        definitions = [text.removeprefix(f"{name}: ") for name, text in zip(names, detailed, strict=True)]
         return replace(classes, names=tuple(names), definitions=tuple(definitions))
 
     def with_names(self, file: str | Path) -> "Classes":
@@ -64,9 +66,13 @@ class Classes:
 
     def texts(self) -> tuple[list[str], Tensor]:
         """Names and definitions as texts, and the class of each, (t,) int64."""
-        defined = [number for number, definition in enumerate(self.definitions) if definition]
-        texts = [*self.names, *(f"{self.names[number]}: {self.definitions[number]}" for number in defined)]
-        return texts, torch.tensor([*range(len(self.names)), *defined], dtype=torch.int64)
+        texts = list(self.names)
+        numbers = list(range(len(self.names)))
+        for number, definition in enumerate(self.definitions):
+            if definition:
+                texts.append(f"{self.names[number]}: {definition}")
+                numbers.append(number)
+        return texts, torch.tensor(numbers, dtype=torch.int64)
 
 
 def texts_digest(texts: Sequence[str]) -> str:
@@ -80,12 +86,14 @@ def read_names(file: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
         lines = file.expanduser().read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"Cannot read the class names (finetune.class_names) in '{file}': {error}.") from error
-    names, definitions = [line.strip() for line in lines], [""] * len(lines)
+    names = [line.strip() for line in lines]
+    definitions = [""] * len(lines)
     if separator := TABLES.get(file.suffix.lower()):
         rows = list(csv.DictReader(lines, delimiter=separator))
         if not rows or "name" not in rows[0]:
             raise UserError(f"'{file}' (finetune.class_names) has no column 'name'. Give a table name,definition.")
-        names, definitions = ([(row.get(key) or "").strip() for row in rows] for key in ("name", "definition"))
+        names = [(row["name"] or "").strip() for row in rows]
+        definitions = [(row.get("definition") or "").strip() for row in rows]
     if "" in names:
         raise UserError(f"Name {names.index('') + 1} in '{file}' (finetune.class_names) is empty. Name every class.")
     for name, count in Counter(names).most_common(1):

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
+from torch import Tensor
 
 from declip.errors import UserError, unknown
 from declip.evaluation.encode import eval_mode
@@ -20,12 +21,13 @@ from declip.interchange.format import Format, Refusal, Traced
 from declip.interchange.huggingface import Huggingface
 from declip.interchange.onnx import Onnx
 from declip.interchange.open_clip import OpenClip
-from declip.interchange.read import folder_or_name, read, read_checkpoint
+from declip.interchange.read import folder_or_name, read
+from declip.interchange.run_folder import has_checkpoint, read_checkpoint
 from declip.io.atomic import atomic_write
 from declip.io.text import one_line
 from declip.models.dual_encoder import DualEncoder
 from declip.models.image_tower import PosteriorProjection
-from declip.runs.checkpoint import STATE, list_checkpoints
+from declip.runs.checkpoint import STATE
 from declip.runs.fitted import FittedRun, is_fitted
 from declip.runs.folder import read_run
 
@@ -91,15 +93,21 @@ def export(
         raise unknown("export format", format, FORMATS)
     if repo is not None and not REPOSITORY.fullmatch(repo):
         raise UserError(f"The repository is '{repo}'; give OWNER/NAME, such as your-name/my-clip.")
-    out, form, traced = Path(out).expanduser(), FORMATS[format], trace(model)
+    out = Path(out).expanduser()
+    form = FORMATS[format]
+    traced = trace(model)
+    if not traced.model.has_image:
+        raise UserError("This is a text tower alone. Export a model with an image tower.")
     try:
         form.holds(traced.model)
     except Refusal as refusal:
         way_out = "Export as safetensors, which holds every model."
         raise Refusal(f"This model cannot be exported as {format}: {refusal}. {way_out}") from refusal
-    if {(weight.dtype, weight.device.type) for weight in traced.model.parameters()} != {(torch.float32, "cpu")}:
+    # --- the model as the format holds it
+    limits = ""
+    if not _is_float32_on_cpu(traced.model):
         traced = replace(traced, model=deepcopy(traced.model).float().cpu())
-    projection, limits = traced.model.image_tower.proj, ""
+    projection = traced.model.image_tower.proj
     if form.linear and isinstance(projection, PosteriorProjection):
         traced = replace(traced, model=deepcopy(traced.model))
         traced.model.image_tower.proj = projection.linear()
@@ -108,8 +116,10 @@ def export(
     with _new_folder(out, overwrite) as folder, eval_mode(traced.model):
         form.write(traced, folder, repo)
         limits += form.limits(traced.model, repo)
-        exported = Exported(out, *_compare(traced.model, form, folder), limits)
-        (folder / CARD).write_text(model_card(traced, form, str(exported), license, repo), encoding="utf-8")
+        difference, by = _compare(traced.model, form, folder)
+        exported = Exported(out, difference, by, limits)
+        card = model_card(traced, form, str(exported), license, repo)
+        (folder / CARD).write_text(card, encoding="utf-8")
     return exported
 
 
@@ -130,10 +140,16 @@ def export_complete(traced: Traced, folder: Path) -> None:
             log.warning(str(error))
 
 
+def _is_float32_on_cpu(model: DualEncoder) -> bool:
+    weights = list(model.parameters())
+    return all(weight.dtype == torch.float32 and weight.device.type == "cpu" for weight in weights)
+
+
 @contextmanager
 def _new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
     """Yield an empty folder that replaces `out` when the block succeeds; nothing is left otherwise."""
-    old, card = out.is_dir() and any(out.iterdir()), out / CARD
+    card = out / CARD
+    old = out.is_dir() and any(out.iterdir())
     if out.is_file() or (old and not overwrite):
         raise UserError(f"'{out}' is a file, or not empty. Give another --out, or --overwrite to replace an export.")
     if old and not (card.is_file() and b"written by declip" in card.read_bytes()):
@@ -164,17 +180,21 @@ def _compare(model: DualEncoder, form: Format, folder: Path) -> tuple[float | No
         raise UserError(f"{form.library} cannot read the export: {one_line(error, 200)} Report its recipe.") from error
     # (n, 3, S, S) and (m, L)
     size = model.preprocessor.size
-    pixels = torch.randn(IMAGES, 3, size, size, generator=torch.Generator().manual_seed(0))
-    expected, features = [model.encode_image(pixels)], [encode_image(pixels)]
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(IMAGES, 3, size, size, generator=generator)
+    difference = _difference(model.encode_image(pixels), encode_image(pixels))
     if encode_text is not None:
         tokens = model.tokenize(CAPTIONS)
-        expected.append(model.encode_text(tokens))
-        features.append(encode_text(tokens))
-    ours, theirs = torch.cat(expected), F.normalize(torch.cat(features).float(), dim=-1)
-    difference = float((ours - theirs).abs().max())
+        of_texts = _difference(model.encode_text(tokens), encode_text(tokens))
+        difference = torch.maximum(difference, of_texts)  # NaN if either is
     if not difference <= TOLERANCE:  # NaN too
         raise UserError(f"{by} computes other features from the export ({difference:.1e} off). Report its recipe.")
-    return difference, by
+    return float(difference), by
+
+
+def _difference(ours: Tensor, theirs: Tensor) -> Tensor:
+    """Largest difference of any number between features, theirs of any length."""
+    return (ours - F.normalize(theirs.float(), dim=-1)).abs().max()
 
 
 def trace(where: str | Path | DualEncoder | Traced) -> Traced:
@@ -192,23 +212,31 @@ def trace(where: str | Path | DualEncoder | Traced) -> Traced:
     path = Path(where).expanduser()
     if is_fitted(path):
         return _of_fit(path)
-    if not (path / STATE).is_file() and not list_checkpoints(path):
+    if not has_checkpoint(path):
         weights = read(where)
         origin = f"`{without_folders(str(where))}`"
         if weights.has_text and weights.classes is not None:
             origin += ", with projections fitted to the names of its classifier's classes (arXiv 2605.22484)"
         return Traced(weights.build().eval(), origin=origin, heads=weights.heads)
     weights = read_checkpoint(path).check()
-    return of_run(path.parent.parent if (path / STATE).is_file() else path, weights.build().eval(), weights.step)
+    folder = path.parent.parent if (path / STATE).is_file() else path
+    return of_run(folder, weights.build().eval(), weights.step)
 
 
 def of_run(folder: Path, model: DualEncoder, step: int | None) -> Traced:
     """A model of a run after a step, with the results and the pairs of that step."""
     run = read_run(folder)
-    rows = (row.result for row in run.evaluated if row.weights == step)
-    results = tuple({(result.dataset, result.task): result for result in rows}.values())
-    pairs = run.examples.get("source", {}).get("pairs")
-    return Traced(model, step, pairs, results=results)
+    # the last result of each task on each dataset
+    results = {}
+    for row in run.evaluated:
+        if row.weights == step:
+            results[row.result.dataset, row.result.task] = row.result
+    return Traced(
+        model,
+        step=step,
+        pairs=run.examples.get("source", {}).get("pairs"),
+        results=tuple(results.values()),
+    )
 
 
 def _of_fit(folder: Path) -> Traced:

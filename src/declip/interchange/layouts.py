@@ -72,7 +72,8 @@ class TensorLayout:
             if name == EMBEDDING and not self.mask:
                 tensor = tensor[:-1]
             theirs = self._theirs(name)
-            written |= zip(theirs, tensor.chunk(3) if len(theirs) == 3 else [tensor], strict=True)
+            parts = tensor.chunk(len(theirs)) if len(theirs) > 1 else (tensor,)
+            written |= zip(theirs, parts, strict=True)
         return written
 
     def read(self, tensors: Mapping[str, Tensor], outline: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -86,7 +87,8 @@ class TensorLayout:
             if name == EMBEDDING and not self.mask:
                 parts.append(parts[0].mean(dim=0, keepdim=True))
             tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
-            ours[name] = tensor.T if self.shapes.get(name) is torch.t else tensor.reshape(expected.shape)
+            transposed = self.shapes.get(name) is torch.t
+            ours[name] = tensor.T if transposed else tensor.reshape(expected.shape)
         return ours
 
     def _theirs(self, name: str) -> list[str]:
@@ -98,9 +100,14 @@ def rename(name: str, table: Names, back: bool = False) -> str:
     """Translate a tensor's name by a table, from right to left with `back`; unknown names are unchanged."""
     for left, right in table:
         old, new = (right, left) if back else (left, right)
-        end = "" if old[-1] in "._" else "$"
-        if match := re.match(re.escape(old).replace(r"\#", r"(\d+)") + end, name):
-            return new.replace("#", match[1] if match.groups() else "") + name[match.end() :]
+        pattern = re.escape(old).replace(r"\#", r"(\d+)")
+        if old[-1] not in "._":
+            pattern += "$"
+        match = re.match(pattern, name)
+        if match is None:
+            continue
+        number = match[1] if match.groups() else ""
+        return new.replace("#", number) + name[match.end() :]
     return name
 
 
@@ -219,22 +226,34 @@ def activation_of(keys: Mapping[str, Any]) -> str:
 
 def clip_keys(tower: ImageTower) -> dict[str, Any] | None:
     """Recipe keys that build the same tower, if it is a ViT or ResNet of CLIP; otherwise None."""
+    try:
+        keys = _keys_by_shapes(tower)
+        sizes = keys["image.model"], keys["image.size"], keys["embed_dim"], keys["image.model_kwargs"]
+        with torch.device("meta"), torch.random.fork_rng(devices=[]), quiet("declip"):
+            twin = ImageTower(*sizes)
+    except (UserError, AttributeError, LookupError, TypeError, ValueError, ArithmeticError):  # another architecture
+        return None
+    same_modules = _modules(twin) == _modules(tower)
+    same_tensors = not first_difference(twin.state_dict(), tower.state_dict())
+    return keys if same_modules and same_tensors else None
+
+
+def _keys_by_shapes(tower: ImageTower) -> dict[str, Any]:
+    """Recipe keys of a ViT or ResNet of CLIP; raises if it is something else, or returns keys of another tower."""
     import timm
 
     trunk = tower.trunk
-    try:
-        resnet = isinstance(trunk.head, timm.layers.AttentionPool2d)
-        heads = trunk.head.num_heads if resnet else trunk.blocks[0].attn.num_heads
-        quick = resnet or isinstance(trunk.blocks[0].mlp.act, timm.layers.QuickGELU)
-        state = {f"image_tower.{name}": tensor for name, tensor in tower.state_dict().items()}
-        written = (CLIP_RESNET if resnet else CLIP_VIT).write(state)
-        keys = image_keys(written, heads, "quick_gelu" if quick else "gelu")
-        with torch.device("meta"), torch.random.fork_rng(devices=[]), quiet("declip"):
-            twin = ImageTower(keys["image.model"], keys["image.size"], keys["embed_dim"], keys["image.model_kwargs"])
-    except (UserError, AttributeError, LookupError, TypeError, ValueError, ArithmeticError):  # another architecture
-        return None
-    modules, own = ([line for line in repr(t).splitlines() if "drop" not in line] for t in (twin, tower))
-    return keys if modules == own and not first_difference(twin.state_dict(), tower.state_dict()) else None
+    state = {f"image_tower.{name}": tensor for name, tensor in tower.state_dict().items()}
+    if isinstance(trunk.head, timm.layers.AttentionPool2d):
+        return image_keys(CLIP_RESNET.write(state), trunk.head.num_heads, "quick_gelu")
+    block = trunk.blocks[0]
+    activation = "quick_gelu" if isinstance(block.mlp.act, timm.layers.QuickGELU) else "gelu"
+    return image_keys(CLIP_VIT.write(state), block.attn.num_heads, activation)
+
+
+def _modules(tower: ImageTower) -> list[str]:
+    """The modules of a tower as text, without dropout."""
+    return [line for line in repr(tower).splitlines() if "drop" not in line]
 
 
 def merges_key(vocabulary: int) -> int | None:
@@ -288,7 +307,8 @@ def text_keys(state: Mapping[str, Tensor], start: str, heads: int = 0, mask: boo
 
 def _count(state: Mapping[str, Tensor], pattern: str) -> int:
     """Count distinct numbers that a pattern matches at the start of the names."""
-    return len({match[1] for match in map(re.compile(pattern).match, state) if match})
+    matches = [re.match(pattern, name) for name in state]
+    return len({match[1] for match in matches if match})
 
 
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -334,10 +354,18 @@ def backend(tokenizer: CaptionTokenizer) -> Backend:
 
 def preprocess_config(model: DualEncoder) -> dict[str, Any]:
     """Preprocessing of images in the words of open_clip, and "resize", which it does not know, if not "size"."""
-    image, given = model.recipe.image, model.preprocessor
-    prepared = {"size": image.size, "mode": "RGB", "mean": list(image.mean), "std": list(image.std)}
-    how = {"interpolation": given.filter.name.lower(), "resize_mode": "squash" if given.squash else "shortest"}
-    return prepared | how | ({"resize": given.resize} if given.resize != given.size and not given.squash else {})
+    image, prepared = model.recipe.image, model.preprocessor
+    config = {
+        "size": image.size,
+        "mode": "RGB",
+        "mean": list(image.mean),
+        "std": list(image.std),
+        "interpolation": prepared.filter.name.lower(),
+        "resize_mode": "squash" if prepared.squash else "shortest",
+    }
+    if prepared.resize != prepared.size and not prepared.squash:
+        config["resize"] = prepared.resize
+    return config
 
 
 def write_tokenizer(tokenizer: CaptionTokenizer, folder: Path) -> None:

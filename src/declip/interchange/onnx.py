@@ -4,8 +4,8 @@ import io
 import json
 import os
 import warnings
-from collections.abc import Callable
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from declip.models.dual_encoder import DualEncoder
 OPSET = 18
 VISUAL, TEXTUAL = "visual", "textual"
 MODEL, ABOUT = "model.onnx", "config.json"
+TENSOR_CHECKS = "TRANSFORMERS_DISABLE_TORCH_CHECK"  # variable of transformers
 ROWS, LENGTH = 2, 4  # sizes of the traced example; a size of 1 would be exported as fixed
 
 
@@ -113,10 +114,14 @@ def cleaning(tokenizer: CaptionTokenizer) -> str:
 def _export(module: nn.Module, example: Tensor, sizes: dict[int, Any], path: Path, about: dict[str, Any]) -> None:
     options: dict[str, Any] = {f"{kind}_names": [about[kind]] for kind in ("input", "output")}
     options |= {"dynamo": True, "dynamic_shapes": (sizes,), "opset_version": OPSET, "verbose": False}
-    os.environ["TRANSFORMERS_DISABLE_TORCH_CHECK"] = "1"  # ONNX has no operator for these checks of transformers
     try:
         # The exporter warns and prints.
-        with warnings.catch_warnings(action="ignore"), quiet("torch.onnx"), redirect_stdout(io.StringIO()):
+        with (
+            _without_tensor_checks(),
+            warnings.catch_warnings(action="ignore"),
+            quiet("torch.onnx"),
+            redirect_stdout(io.StringIO()),
+        ):
             program = torch.onnx.export(module, (example,), **options)
             assert program is not None
             program.save(path)
@@ -127,3 +132,17 @@ def _export(module: nn.Module, example: Tensor, sizes: dict[int, Any], path: Pat
     except Exception as error:  # the exporter has its own
         reason = one_line(error, 200)
         raise UserError(f"torch cannot export the {path.parent.name} tower: {reason} Use safetensors.") from error
+
+
+@contextmanager
+def _without_tensor_checks() -> Iterator[None]:
+    """Leave out transformers' checks of tensors, for which ONNX has no operator."""
+    before = os.environ.get(TENSOR_CHECKS)
+    os.environ[TENSOR_CHECKS] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[TENSOR_CHECKS]
+        else:
+            os.environ[TENSOR_CHECKS] = before

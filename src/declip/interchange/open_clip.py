@@ -2,9 +2,9 @@
 
 import copy
 import json
+import logging
 import re
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -41,23 +41,13 @@ from declip.recipe.load import load_recipe
 
 __all__ = ["OpenClip", "matches", "read"]
 
+log = logging.getLogger("declip")
+
 WEIGHTS = "open_clip_model.safetensors"
 CLOSE = 1e-4  # tolerance for features of length 1, between a model here and in open_clip
 CAPTIONS = ("a red circle", "Two CATS &amp; a dog, asleep on a sofa", "")
 
 ENCODERS = ("bert", "roberta", "xlm-roberta")  # text encoder architectures that open_clip builds too
-EXPRESSED = {
-    "vision_cfg": {
-        *("layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size", "patch_dropout", "timm_model_name"),
-        *("timm_model_pretrained", "timm_pool", "timm_proj_bias", "timm_drop", "timm_drop_path"),
-    },
-    "text_cfg": {
-        *("context_length", "vocab_size", "width", "heads", "layers", "proj_bias"),
-        *("hf_tokenizer_name", "tokenizer_kwargs"),
-    },
-}
-"""Settings of open_clip's towers that recipes have, or that matter in open_clip's training alone."""
-
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")  # NAME or OWNER/NAME, not a path
 
 POOLERS = {"cls": "cls_last_hidden_state_pooler", "mean": "mean_pooler"}
@@ -74,33 +64,47 @@ def read(where: str) -> Weights:
     """
     opened = load_open_clip(where)
     try:
-        return _compared((_convert if _is_clip(opened) else wrap_open_clip)(opened, where), opened)
+        converted = _converted(opened, where)
+        return converted or _compared(wrap_open_clip(opened, where), opened)
     except Exception as error:  # a tower that is not known
         raise UserError(f"This model of open_clip cannot be read: {one_line(error).rstrip('.')}.") from error
 
 
-def _is_clip(opened: OpenClipModel) -> bool:
-    """Whether a recipe can express the model: CLIP's class, settings, tokenizer and preprocessing."""
-    from open_clip import CLIP, CLIPTextCfg, CLIPVisionCfg, SimpleTokenizer
+def _converted(opened: OpenClipModel, where: str) -> Weights | None:
+    """The model with the towers of declip, or None if these have other tensors or compute other features."""
+    from open_clip import CLIP
 
+    if type(opened.model) is not CLIP or not (_crops_a_square(opened) and _tokenizes_as_clip(opened)):
+        return None
+    try:
+        return _compared(_convert(opened, where), opened)
+    except Exception as error:  # other settings, which may fail anywhere
+        log.debug("'%s' keeps the towers of open_clip: %s", where, error)
+        return None
+
+
+def _crops_a_square(opened: OpenClipModel) -> bool:
+    """Whether images are prepared as CLIP's: the shorter side is resized, and the center is cropped."""
     size = opened.preprocess.size
     square = isinstance(size, int) or len(set(size)) == 1
-    if type(opened.model) is not CLIP or opened.preprocess.resize_mode != "shortest" or not square:
-        return False
-    for section, kind in (("vision_cfg", CLIPVisionCfg), ("text_cfg", CLIPTextCfg)):
-        given, usual = asdict(kind(**opened.config[section])), asdict(kind())
-        if any(given[name] != usual[name] for name in usual.keys() - EXPRESSED[section]):
-            return False
-    vision, text = opened.config["vision_cfg"], opened.config["text_cfg"]
+    return square and opened.preprocess.resize_mode == "shortest"
+
+
+def _tokenizes_as_clip(opened: OpenClipModel) -> bool:
+    """Whether captions are cleaned and split as CLIP's, with its vocabulary or the first merges of it."""
+    from open_clip import SimpleTokenizer
+
     simple = isinstance(opened.tokenizer, SimpleTokenizer)
-    cleaned = (text.get("tokenizer_kwargs") or {}).get("clean", "lower" if simple else "whitespace")
-    if (vision.get("timm_model_name") and vision.get("timm_pool") != "") or cleaned != "lower":
+    options = opened.config["text_cfg"].get("tokenizer_kwargs") or {}
+    if options.get("clean", "lower" if simple else "whitespace") != "lower":
         return False
     if simple:
         return True
     vocabulary = opened.tokenizer.tokenizer.get_vocab()
     merges = len(vocabulary) - layouts.NO_MERGES
-    return 0 <= merges < layouts.CLIP_MERGES and vocabulary == layouts.backend(Tokenizer(merges=merges)).get_vocab()
+    if not 0 <= merges < layouts.CLIP_MERGES:
+        return False
+    return bool(vocabulary == layouts.backend(Tokenizer(merges=merges)).get_vocab())
 
 
 def _convert(opened: OpenClipModel, origin: str) -> Weights:

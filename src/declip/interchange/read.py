@@ -2,11 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-import huggingface_hub
 from torch import Tensor
 
 from declip.errors import UserError
@@ -18,19 +16,19 @@ from declip.interchange import (
     official,
     open_clip,
     open_clip_model,
+    run_folder,
     starter,
     timm_weights,
 )
-from declip.interchange.weights import Weights, read_recipe, read_tensors
-from declip.io.hub import fetch
+from declip.interchange.hub import HUB_PREFIXES, hub_folder
+from declip.interchange.weights import Weights
 from declip.models.device import pick_device
 from declip.models.dual_encoder import DualEncoder
 from declip.models.layers import IMAGE
 from declip.models.precision import Precision, convert, pick_precision
 from declip.recipe.starts import STARTS, no_model
-from declip.runs.checkpoint import STATE, list_checkpoints, load_best, load_checkpoint, without_prefix
 from declip.runs.fitted import FittedRun
-from declip.runs.folder import MIXED, RECIPE, Run
+from declip.runs.folder import Run
 
 
 class Reader(Protocol):
@@ -43,37 +41,16 @@ class Reader(Protocol):
         """Read the weights; raises `UserError` if they are damaged or of another kind."""
 
 
-READERS: tuple[Reader, ...] = (starter, timm_weights, declip_file, huggingface, open_clip, official)
-"""In order of precedence; the last one matches any file."""
-
-HUGGINGFACE = "huggingface:"
-HUB_PREFIXES = ("hf-hub:", HUGGINGFACE, "open_clip:hf-hub:")
-DESCRIPTION = ["*.json", "*.txt", "README.md", declip_file.FILE]
-"""Files to fetch first, which show the format of the model; for our format they are all files."""
-
-
-def hub_folder(where: str) -> str:
-    """Fetch the files of a repository, unless they are in the cache, and return their folder; keep other names.
-
-    If there are several formats, the order is declip, open_clip, transformers, or with ``huggingface:`` declip,
-    transformers, open_clip. Pickle files are not fetched.
-    """
-    prefix = next((prefix for prefix in HUB_PREFIXES if where.startswith(prefix)), None)
-    if prefix is None:
-        return where
-    repo, _, revision = where.removeprefix(prefix).partition("@")
-
-    def get(*patterns: str) -> Path:
-        options: Any = {"allow_patterns": [*DESCRIPTION, *patterns], "revision": revision or None}
-        download = partial(huggingface_hub.snapshot_download, repo, **options)
-        return Path(fetch(where, lambda offline: download(local_files_only=offline), "the path of their folder"))
-
-    # First the small files, which show the format; then the weights of that format.
-    folder = get()
-    if declip_file.matches(str(folder)):
-        return str(folder)
-    theirs = prefix == HUGGINGFACE and (folder / huggingface.CONFIG).is_file()
-    return str(get(open_clip.WEIGHTS) if open_clip.matches(str(folder)) and not theirs else get(huggingface.FILE))
+READERS: tuple[Reader, ...] = (
+    starter,  # builtin:NAME
+    timm_weights,  # timm:NAME.TAG, timm:NAME/FILE
+    declip_file,  # a file of declip, or a folder with one
+    huggingface,  # a folder with a config.json
+    open_clip,  # open_clip:MODEL/TAG, open_clip:MODEL/FILE, or a folder with an open_clip_config.json
+    official,  # any other file
+    run_folder,  # any other folder
+)
+"""In order of precedence: the first that matches reads."""
 
 
 def load(where: str | Path | Run | FittedRun, device: str = "auto", precision: Precision = "fp32") -> DualEncoder:
@@ -107,7 +84,8 @@ def load(where: str | Path | Run | FittedRun, device: str = "auto", precision: P
     """
     target = pick_device(device)
     pick_precision(precision, target)  # refused before the weights are read
-    return convert(read(folder_or_name(where)).build().to(target).eval(), precision)
+    model = read(folder_or_name(where)).build()
+    return convert(model.to(target).eval(), precision)
 
 
 def folder_or_name(model: Any) -> Any:
@@ -143,22 +121,23 @@ def is_published(where: str) -> bool:
         return "@" in where
     name, _, tag = where.removeprefix(open_clip_model.PREFIX).partition("/")
     if where.startswith(open_clip_model.PREFIX):
-        return ":" not in name and not Path(tag).suffix and not Path(tag).is_file()
-    return starter.matches(where) or (timm_weights.matches(where) and not tag and "+" not in where)
+        is_file = bool(Path(tag).suffix) or Path(tag).is_file()
+        return ":" not in name and not is_file
+    if timm_weights.matches(where):
+        return not tag and "+" not in where
+    return starter.matches(where)
 
 
 def _read(where: str | Path) -> Weights:
-    given, where = str(where), hub_folder(str(where))
-    if fitted.matches(where):
-        return _read_fitted(where)
+    given = str(where)
+    here = hub_folder(given)
+    if fitted.matches(here):
+        return _read_fitted(here)
     for reader in READERS:
-        if reader.matches(where):
-            weights = reader.read(where)
-            return replace(weights, origin=given) if given != where else weights
-    path = Path(where).expanduser()
-    if not path.exists():
-        raise no_model(str(where))
-    return read_checkpoint(path).check()
+        if reader.matches(here):
+            weights = reader.read(here)
+            return weights if here == given else replace(weights, origin=given)
+    raise no_model(here)
 
 
 def _read_fitted(where: str) -> Weights:
@@ -195,30 +174,11 @@ def read_text(where: str | Path) -> tuple[Weights, Mapping[str, Tensor] | None] 
     if fitted.matches(where):
         text = _text_of_fitted(where)
         return None if text is None else (text, None)
+    path = Path(where).expanduser()
     if declip_file.matches(where):
         weights = declip_file.read_part(where)
-    elif (path := Path(where).expanduser()).is_dir() and ((path / STATE).is_file() or list_checkpoints(path)):
-        weights = read_checkpoint(path)
+    elif path.is_dir() and run_folder.has_checkpoint(path):
+        weights = run_folder.read_checkpoint(path)
     else:
         return None
     return None if weights.text is None else (weights.text.check(), weights.tensors)
-
-
-def read_checkpoint(path: Path, mixed: bool = True) -> Weights:
-    """Read a checkpoint, or the best one of a run, else its newest undamaged one; `mixed`: with its mixture.
-
-    The weights are not checked.
-    """
-    if (path / STATE).is_file():
-        chosen = load_checkpoint(path)
-    elif list_checkpoints(path):
-        chosen, mixture = load_best(path), path / MIXED
-        if mixed and mixture.is_file():
-            chosen = replace(chosen, weights=read_tensors(mixture))
-    else:
-        problem = "has no checkpoint yet" if (path / RECIPE).is_file() else f"is not a run folder: it has no {RECIPE}"
-        raise UserError(
-            f"'{path}' {problem}. Give a run folder, one in its checkpoints, or a folder of another format."
-        )
-    recipe, heads = read_recipe(chosen.recipe, str(path)), without_prefix("objective", chosen.training)
-    return Weights(recipe, without_prefix("model", chosen.weights), str(path), heads, step=chosen.step)

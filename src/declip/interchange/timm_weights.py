@@ -16,6 +16,7 @@ from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from textwrap import shorten
+from typing import Any
 
 import huggingface_hub
 import torch
@@ -49,6 +50,7 @@ LOGIT_SCALE = 20.0
 
 VERSION = 3  # of the computation: raise it when the projections change
 BATCH = 64  # texts
+IMAGE_PROJECTION, TEXT_PROJECTION = PROJECTIONS
 GRID = 2.0**-24  # of the projections; their numbers are about 0.04, and differ by 1e-14 between numbers of threads
 
 
@@ -59,17 +61,12 @@ def matches(where: str) -> bool:
 
 def read(where: str) -> Weights:
     """Read an image tower, with its image size and statistics."""
-    import timm
-
     image, plus, encoder = where.rpartition("+")
     if plus:
         return _with_text(read(image), encoder, where)
     name, _, file = where.removeprefix(PREFIX).partition("/")
-    architecture, config = name.split(".")[0], None
-    with suppress(RuntimeError):  # an unknown tag
-        config = timm.get_pretrained_cfg(name)
-    if config is None:
-        raise unknown("timm model or tag", name, {*timm.list_models(), *timm.list_pretrained(f"{architecture}*")})
+    architecture = name.split(".")[0]
+    config = _published_config(name, architecture)
     if not file and not config.hf_hub_id:
         raise UserError(f"timm publishes no weights of '{name}' on the Hub. Give a file, {PREFIX}NAME/FILE.")
 
@@ -77,26 +74,52 @@ def read(where: str) -> Weights:
         published = "open_clip_model.safetensors" if config.hf_hub_filename else "model.safetensors"
         return huggingface_hub.hf_hub_download(str(config.hf_hub_id), published, local_files_only=offline)
 
-    content = read_tensors(Path(file or fetch(where, get, f"{PREFIX}NAME/FILE")).expanduser())
-    state = unwrapped(content, "state_dict_ema", "model_ema", "state_dict", "model")
+    path = Path(file or fetch(where, get, f"{PREFIX}NAME/FILE")).expanduser()
+    state = unwrapped(read_tensors(path), "state_dict_ema", "model_ema", "state_dict", "model")
     size = config.input_size[-1]
     tower, rest = _filled(where, architecture, size, state)
     width = tower.pre_logits_width
-    statistics = {"image.mean": list(config.mean), "image.std": list(config.std)}
-    keys = {"image.model": architecture, "image.size": size, "image.model_kwargs": {}, **statistics}
-    recipe = load_recipe("few-clip", {**keys, "embed_dim": width})
+    keys = {
+        "image.model": architecture,
+        "image.size": size,
+        "image.model_kwargs": {},
+        "image.mean": list(config.mean),
+        "image.std": list(config.std),
+        "embed_dim": width,
+    }
+    recipe = load_recipe("few-clip", keys)
+    tensors = {f"image_tower.{name}": tensor for name, tensor in tower.state_dict().items()}
     # Without a text tower there is no shared space, so the projection is the identity.
-    projection = {"proj.weight": torch.eye(width), "proj.bias": torch.zeros(width)}
-    tensors = {f"image_tower.{name}": projection.get(name, t) for name, t in tower.state_dict().items()}
-    tensors |= {"logit_scale": torch.tensor(recipe.logit_scale.init)}
+    tensors["image_tower.proj.weight"] = torch.eye(width)
+    if "image_tower.proj.bias" in tensors:
+        tensors["image_tower.proj.bias"] = torch.zeros(width)
+    tensors["logit_scale"] = torch.tensor(recipe.logit_scale.init)
     return Weights(recipe, tensors, where, classes=_classes(rest, width))
+
+
+def _published_config(name: str, architecture: str) -> Any:
+    """timm's configuration of published weights: their address, image size and statistics."""
+    import timm
+
+    config = None
+    with suppress(RuntimeError):  # an unknown tag
+        config = timm.get_pretrained_cfg(name)
+    if config is None:
+        known = {*timm.list_models(), *timm.list_pretrained(f"{architecture}*")}
+        raise unknown("timm model or tag", name, known)
+    return config
 
 
 def _with_text(image: Weights, name: str, where: str) -> Weights:
     encoder = read_encoder(name, pretrained=True)
-    context = min(CONTEXT, encoder.config.get("max_position_embeddings", CONTEXT + OFFSET) - OFFSET)
-    text = {"hf_model": name, "context_length": context, "pretrained": False}
-    recipe = image.recipe.model_copy(update={"text": image.recipe.text.model_copy(update=text)})
+    positions = encoder.config.get("max_position_embeddings", CONTEXT + OFFSET)
+    changes = {
+        "hf_model": name,
+        "context_length": min(CONTEXT, positions - OFFSET),
+        "pretrained": False,
+    }
+    text = image.recipe.text.model_copy(update=changes)
+    recipe = image.recipe.model_copy(update={"text": text})
     with torch.random.fork_rng(devices=[]):
         filled = DualEncoder(recipe, encoder, "text")
     tensors = {**image.tensors, **filled.state_dict()}
@@ -107,31 +130,43 @@ def _with_text(image: Weights, name: str, where: str) -> Weights:
 def _classes(rest: Mapping[str, Tensor], width: int) -> Classes | None:
     """Classes of the tensors that the tower lacks, if these are one linear map of its pooled features."""
     rows = [tensor for name, tensor in rest.items() if name.endswith(".weight")]
-    if len(rows) != 1 or any(not name.endswith((".weight", ".bias")) for name in rest) or len(rest) > 2:
+    others = [name for name in rest if not name.endswith((".weight", ".bias"))]
+    if len(rows) != 1 or others or len(rest) > 2:
         return None  # two classifiers of a distilled model, or layers before the last
     row = rows[0].flatten(1)  # of a 1 × 1 convolution too
-    return Classes.of(row) if row.shape[1] == width and len(row) > 1 else None
+    is_classifier = row.shape[1] == width and len(row) > 1
+    return Classes.of(row) if is_classifier else None
 
 
 def _filled(
     where: str, architecture: str, size: int, weights: Mapping[str, Tensor]
 ) -> tuple[ImageTower, dict[str, Tensor]]:
     """Build the tower with the weights, which must be complete except for the classifier, and return the rest."""
-    import timm
-
-    # Names of the classifier's tensors, which the tower lacks
-    classifier = getattr(timm.get_pretrained_cfg(architecture), "classifier", None) or ()
-    heads = {name.split(".")[0] for name in ([classifier] if isinstance(classifier, str) else classifier)}
+    heads = _classifier_modules(architecture)
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         own = ImageTower(architecture, size, embed_dim=8).trunk.state_dict()
-    kept = {name: t for name, t in weights.items() if name in own or name.split(".")[0] not in heads}
+    kept, rest = {}, {}
+    for name, tensor in weights.items():
+        of_tower = name in own or name.split(".")[0] not in heads
+        (kept if of_tower else rest)[name] = tensor
     try:
         with torch.random.fork_rng(devices=[]):
             tower = ImageTower(architecture, size, embed_dim=8, weights=kept)
     except UserError as error:
         reason = shorten(str(error.__cause__).split("\n\t")[-1], 160)  # the last line of torch's message
         raise UserError(f"The weights of '{where}' are not those of {architecture}: {reason}") from error
-    return tower, {name: tensor for name, tensor in weights.items() if name not in kept}
+    return tower, rest
+
+
+def _classifier_modules(architecture: str) -> set[str]:
+    """Names of timm's modules for the classifier, which the tower lacks."""
+    import timm
+
+    config = timm.get_pretrained_cfg(architecture)
+    names = () if config is None else config.classifier or ()
+    if isinstance(names, str):
+        names = (names,)
+    return {name.split(".")[0] for name in names}
 
 
 def complete(weights: Weights) -> Weights:
@@ -151,22 +186,28 @@ def class_start(weights: Weights, texts: Tensor) -> Heads:
     classes = weights.named_classes()
     assert classes is not None, "their texts were encoded"
     known = _known_heads(weights, classes, texts)
-    image, text = (known[f"{prefix}weight"] for prefix in PROJECTIONS)
-    posteriors = [known[name] for name in (f"{PROJECTIONS[0]}classes", f"{PROJECTIONS[0]}direction") if name in known]
-    return Heads(image, text, PosteriorFeatures(*posteriors) if posteriors else None)
+    image, text = known[f"{IMAGE_PROJECTION}weight"], known[f"{TEXT_PROJECTION}weight"]
+    if f"{IMAGE_PROJECTION}classes" not in known:
+        return Heads(image, text, None)
+    posteriors = PosteriorFeatures(known[f"{IMAGE_PROJECTION}classes"], known[f"{IMAGE_PROJECTION}direction"])
+    return Heads(image, text, posteriors)
 
 
 def _known_heads(weights: Weights, classes: Classes, texts: Tensor | None = None) -> dict[str, Tensor]:
     path = _cache_file(weights, classes)
-    if (heads := _read_heads(path)) is None:
-        log.info("Computing the projections of '%s' from the names of its classes, once.", weights.origin)
-        texts = classes.features if texts is None else texts
-        heads = class_heads(classes, encode_texts(weights, classes.texts()[0]) if texts is None else texts)
-        try:
-            with atomic_write(path) as partial:
-                save_tensors(heads, partial)
-        except UserError as error:  # the model is the same without a cache
-            log.warning("%s", error)
+    if (heads := _read_heads(path)) is not None:
+        return heads
+    log.info("Computing the projections of '%s' from the names of its classes, once.", weights.origin)
+    if texts is None:
+        texts = classes.features
+    if texts is None:
+        texts = encode_texts(weights, classes.texts()[0])
+    heads = class_heads(classes, texts)
+    try:
+        with atomic_write(path) as partial:
+            save_tensors(heads, partial)
+    except UserError as error:  # the model is the same without a cache
+        log.warning("%s", error)
     return heads
 
 
@@ -180,7 +221,7 @@ def _with_heads(weights: Weights, heads: Mapping[str, Tensor], size: int | None)
     recipe = weights.recipe
     changes = {
         "image": recipe.image.model_copy(update={"size": size or recipe.image.size}),
-        "embed_dim": len(heads[f"{PROJECTIONS[0]}weight"]),
+        "embed_dim": len(heads[f"{IMAGE_PROJECTION}weight"]),
         "logit_scale": recipe.logit_scale.model_copy(update={"init": math.log(LOGIT_SCALE)}),
     }
     tensors = {**weights.tensors, **heads, "logit_scale": torch.tensor(math.log(LOGIT_SCALE))}
@@ -203,16 +244,25 @@ def class_heads(classes: Classes, texts: Tensor) -> dict[str, Tensor]:
     """
     pairs = ClassPairs(classes.rows.double(), texts.double(), classes.texts()[1], classes.mean.double())
     # The classes are the only pairs.
-    nothing = Pairs(torch.empty(0, classes.rows.shape[1]), torch.empty(0, texts.shape[1]), torch.empty(0).long())
+    no_images = torch.empty(0, classes.rows.shape[1])
+    no_texts = torch.empty(0, texts.shape[1])
+    nothing = Pairs(no_images, no_texts, torch.empty(0).long())
     (heads,) = fit_heads(nothing, pairs, 1.0, (DEFAULT_FORM,))
     axes = normalize(heads.text, dim=1).mT  # (w, k)
-    rotated = (axes @ head for head in (heads.image, heads.text))
-    # Lengths do not change a cosine; these are the ones of a projection's random start.
-    scaled = [head * (len(head) ** 0.5 / head.norm()) for head in rotated]
-    tensors = {f"{prefix}weight": head for prefix, head in zip(PROJECTIONS, scaled, strict=True)}
+    tensors = {}
+    for prefix, head in ((IMAGE_PROJECTION, heads.image), (TEXT_PROJECTION, heads.text)):
+        rotated = axes @ head
+        # Lengths do not change a cosine; these are the ones of a projection's random start.
+        tensors[f"{prefix}weight"] = rotated * (len(rotated) ** 0.5 / rotated.norm())
     if heads.classifier is not None:
-        tensors[f"{PROJECTIONS[0]}classes"], tensors[f"{PROJECTIONS[0]}direction"] = heads.classifier
-    return {name: ((tensor / GRID).round() * GRID).float().contiguous() for name, tensor in tensors.items()}
+        classes_of_heads, direction = heads.classifier
+        tensors[f"{IMAGE_PROJECTION}classes"] = classes_of_heads
+        tensors[f"{IMAGE_PROJECTION}direction"] = direction
+    return {name: _on_grid(tensor) for name, tensor in tensors.items()}
+
+
+def _on_grid(tensor: Tensor) -> Tensor:
+    return ((tensor / GRID).round() * GRID).float().contiguous()
 
 
 @torch.inference_mode()
@@ -225,7 +275,8 @@ def encode_texts(weights: Weights, texts: list[str]) -> Tensor:
     lengths = (tokens != model.tokenizer.padding).sum(dim=1)
     features = torch.empty(len(texts), model.text_tower.width)
     for rows in lengths.argsort(stable=True).split(BATCH):  # by length: little padding
-        features[rows] = model.text_tower.pool(tokens[rows, : int(lengths[rows].max())]).float()
+        longest = int(lengths[rows].max())
+        features[rows] = model.text_tower.pool(tokens[rows, :longest]).float()
     return features
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from declip.closed_form.solve import PosteriorFeatures, without
 from declip.errors import UserError, unknown
@@ -38,26 +39,42 @@ def _blocks(kind: str, depths: Sequence[int], width: int, ratio: float) -> "tupl
     """Stages of a residual network, each but the first twice as wide as the one before, with stride 2."""
     from timm.models.byobnet import ByoBlockCfg
 
-    return tuple(
-        ByoBlockCfg(type=kind, d=depth, c=width * 2**stage, s=1 if stage == 0 else 2, br=ratio)
-        for stage, depth in enumerate(depths)
-    )
+    stages = []
+    for stage, depth in enumerate(depths):
+        stride = 1 if stage == 0 else 2
+        stages.append(ByoBlockCfg(type=kind, d=depth, c=width * 2**stage, s=stride, br=ratio))
+    return tuple(stages)
 
 
-def _conv(width: int) -> tuple[str, dict[str, Any]]:
+TimmModel = tuple[str, dict[str, Any]]
+"""A timm model's name, and arguments of `timm.create_model`."""
+
+
+def _conv(width: int) -> TimmModel:
     """A residual network for small images: stem of stride 2 without a pool; "blocks" are arguments of `_blocks`."""
-    plain = {"num_features": 0, "act_layer": "relu", "stem_type": "3x3", "stem_pool": ""}
-    return "resnet51q", {"blocks": ("basic", (1, 1, 1), width, 1.0), "stem_chs": width // 2, **plain}
+    options = {
+        "blocks": ("basic", (1, 1, 1), width, 1.0),
+        "stem_chs": width // 2,
+        "num_features": 0,
+        "act_layer": "relu",
+        "stem_type": "3x3",
+        "stem_pool": "",
+    }
+    return "resnet51q", options
 
 
-def _vit(patch: int, width: int, depth: int) -> tuple[str, dict[str, Any]]:
-    sizes = {"patch_size": patch, "embed_dim": width, "depth": depth, "num_heads": width // 64}
-    return "vit_base_patch32_clip_quickgelu_224", sizes
+def _vit(patch: int, width: int, depth: int) -> TimmModel:
+    options = {"patch_size": patch, "embed_dim": width, "depth": depth, "num_heads": width // 64}
+    return "vit_base_patch32_clip_quickgelu_224", options
 
 
-SMALL_TOWERS: dict[str, tuple[str, dict[str, Any]]] = {
-    **{"declip_conv_tiny": _conv(32), "declip_conv_small": _conv(48), "declip_conv_base": _conv(64)},
-    **{"declip_vit_tiny": _vit(4, 128, 4), "declip_vit_small": _vit(4, 192, 6), "declip_vit_base": _vit(8, 256, 8)},
+SMALL_TOWERS: dict[str, TimmModel] = {
+    "declip_conv_tiny": _conv(32),
+    "declip_conv_small": _conv(48),
+    "declip_conv_base": _conv(64),
+    "declip_vit_tiny": _vit(4, 128, 4),
+    "declip_vit_small": _vit(4, 192, 6),
+    "declip_vit_base": _vit(8, 256, 8),
 }
 """Named sizes for images of 32 to 64 pixels: name → (timm model, arguments of `timm.create_model`)."""
 
@@ -129,9 +146,7 @@ class ImageTower(nn.Module):
         self.trunk = _create(name, size, options or {}, weights)
         self.norm: nn.Module = nn.Identity()
         # The norm is per token, so where one token is pooled it may as well come after the pool.
-        pools_a_token = getattr(self.trunk, "global_pool", None) == "token" and hasattr(self.trunk, "blocks")
-        pools_a_token &= not hasattr(self.trunk, "head_dist")  # distilled DeiT's takes the mean of two
-        if pools_a_token and isinstance(getattr(self.trunk, "norm", None), nn.LayerNorm):
+        if _pools_a_token(self.trunk) and isinstance(getattr(self.trunk, "norm", None), nn.LayerNorm):
             self.norm, self.trunk.norm = self.trunk.norm, nn.Identity()
         # The projection, with CLIP's initialization
         self.pre_logits_width = int(self.trunk.head_hidden_size)
@@ -139,7 +154,7 @@ class ImageTower(nn.Module):
         self.proj = nn.Linear(self.pre_logits_width, embed_dim, bias=pools_by_attention)
         nn.init.normal_(self.proj.weight, std=self.pre_logits_width**-0.5)
         self.token_width = int(self.trunk.num_features)
-        self.has_batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.modules())
+        self.has_batch_norm = any(isinstance(module, _BatchNorm) for module in self.modules())
         if freeze_patch_embed:
             # MoCo v3's fixed random patch projection
             patches = getattr(getattr(self.trunk, "patch_embed", None), "proj", None)
@@ -150,8 +165,11 @@ class ImageTower(nn.Module):
     def match_projection(self, tensors: Mapping[str, Tensor]) -> None:
         """Replace the projection by one of class posteriors, if tensors that will be loaded, by name, are of one."""
         classes = tensors.get("image_tower.proj.classes")
-        if classes is not None and classes.shape[1:] == (self.pre_logits_width,) and type(self) is ImageTower:
-            proj = PosteriorProjection(self.pre_logits_width, len(classes), len(self.proj.weight))
+        if classes is None or type(self) is not ImageTower:
+            return
+        width = self.pre_logits_width
+        if classes.shape[1:] == (width,):
+            proj = PosteriorProjection(width, len(classes), embed_dim=len(self.proj.weight))
             self.proj = proj.to(self.proj.weight)
 
     def forward(self, images: Tensor) -> ImageFeatures:
@@ -162,7 +180,8 @@ class ImageTower(nn.Module):
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Encode images (B, 3, H, W) as pooled features (B, width) and tokens (B, P, width)."""
         features = self.trunk.forward_features(images)
-        return self.norm(self.trunk.forward_head(features, pre_logits=True)), grid_tokens(self.trunk, features)
+        pooled = self.trunk.forward_head(features, pre_logits=True)
+        return self.norm(pooled), grid_tokens(self.trunk, features)
 
     def pool(self, images: Tensor) -> Tensor:
         """Encode images up to the projection, (B, width)."""
@@ -171,10 +190,11 @@ class ImageTower(nn.Module):
     def refuse_size(self, name: str, size: int) -> None:
         """Try one image of a size: many towers can be built for sizes that their forward pass cannot take."""
         training = self.training
+        device = next(self.parameters()).device
         self.eval()  # so that no random number is consumed and no running statistic changes
         try:
             with torch.no_grad():
-                self(torch.zeros(1, 3, size, size, device=next(self.parameters()).device))
+                self(torch.zeros(1, 3, size, size, device=device))
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, AssertionError, ValueError) as error:
@@ -188,14 +208,23 @@ class ImageTower(nn.Module):
 
 def grid_tokens(trunk: Any, features: Tensor) -> Tensor:
     """Take (B, P, width) patches or grid cells from the features of a timm trunk."""
-    if features.ndim == 4:  # (B, C, h, w), or (B, h, w, C) for the towers that work channels last
-        width = trunk.num_features
-        last = features.shape[-1] == width and features.shape[1] != width
-        return features.flatten(1, 2) if last else features.flatten(2).transpose(1, 2)
-    return features[:, getattr(trunk, "num_prefix_tokens", 0) :]
+    if features.ndim == 3:  # (B, prefix tokens + P, width)
+        return features[:, getattr(trunk, "num_prefix_tokens", 0) :]
+    width = trunk.num_features
+    if features.shape[-1] == width and features.shape[1] != width:  # (B, h, w, width)
+        return features.flatten(1, 2)
+    return features.flatten(2).transpose(1, 2)  # of (B, width, h, w)
+
+
+def _pools_a_token(trunk: Any) -> bool:
+    """Whether a timm trunk is a transformer that pools at its class token."""
+    if hasattr(trunk, "head_dist"):  # distilled DeiT's takes the mean of two
+        return False
+    return getattr(trunk, "global_pool", None) == "token" and hasattr(trunk, "blocks")
 
 
 def _create(name: str, size: int, options: dict[str, Any], weights: Mapping[str, Tensor] | None = None) -> Any:
+    """Build the timm model of a tower without its classifier."""
     import timm
 
     base, preset = SMALL_TOWERS.get(name, (name, {}))
@@ -204,33 +233,44 @@ def _create(name: str, size: int, options: dict[str, Any], weights: Mapping[str,
     if not timm.is_model(base):
         error = unknown("image tower", name, [*SMALL_TOWERS, *timm.list_models()])
         raise UserError(f"{error} A tower of your own must be registered with timm in this process: see CONTRIBUTING.")
-    # Options of the named size, then the recipe's
-    clip_resnet = base.startswith("resnet") and "_clip" in base
-    known = timm.get_pretrained_cfg(base)
     if refused := OTHER_FILES & options.keys():
         raise UserError(f"image.model_kwargs has {', '.join(sorted(refused))}, which would read a file. Leave it out.")
+    # Options of the named size, then the recipe's
     options = {**preset, **options}
-    if clip_resnet and "depths" in options:
+    known = timm.get_pretrained_cfg(base)
+    is_vit = base.startswith("vit")
+    is_clip_resnet = base.startswith("resnet") and "_clip" in base
+    if is_clip_resnet and "depths" in options:
         options["blocks"] = _blocks("bottle", options.pop("depths"), 256, 0.25)
-    if clip_resnet or base.startswith("vit") or (known is not None and known.fixed_input_size):
+    if is_clip_resnet or is_vit or (known is not None and known.fixed_input_size):
         options.setdefault("img_size", size)  # one size per model; timm's own unless given
-    if name not in SMALL_TOWERS and known is not None and 2 * size <= known.input_size[-1]:
-        warn_once(
-            f"The image tower '{name}' was made for images of {known.input_size[-1]} pixels; at image.size={size} it "
-            f"sees few patches. Give a larger image.size, or a tower for small images: {', '.join(SMALL_TOWERS)}."
-        )
-    # Without a classifier to leave out timm loads weights strictly.
-    published = None if weights is None else {"state_dict": dict(weights), "classifier": None}
-    source: dict[str, Any] = {"pretrained": published is not None, "pretrained_cfg_overlay": published}
+    if name not in SMALL_TOWERS and known is not None:
+        _warn_of_few_patches(name, size, known.input_size[-1])
+    source: dict[str, Any] = {"pretrained": False}
+    if weights is not None:
+        # Without a classifier to leave out timm loads weights strictly.
+        overlay = {"state_dict": dict(weights), "classifier": None}
+        source = {"pretrained": True, "pretrained_cfg_overlay": overlay}
     try:
         with torch.no_grad():
             trunk = timm.create_model(base, num_classes=0, **source, **options)
     except (TypeError, AssertionError, ValueError, ArithmeticError, RuntimeError) as error:
         given = f"'{name}' at {size} px, image.model_kwargs={options}"
         raise UserError(f"timm cannot build the image tower {given}: {error}") from error
-    if weights is None and name not in SMALL_TOWERS and (clip_resnet or (base.startswith("vit") and "_clip" in base)):
-        (_start_resnet if clip_resnet else _start_vit)(trunk)
+    if weights is None and name not in SMALL_TOWERS:
+        if is_clip_resnet:
+            _start_resnet(trunk)
+        elif is_vit and "_clip" in base:
+            _start_vit(trunk)
     return trunk
+
+
+def _warn_of_few_patches(name: str, size: int, usual: int) -> None:
+    if 2 * size <= usual:
+        warn_once(
+            f"The image tower '{name}' was made for images of {usual} pixels; at image.size={size} it "
+            f"sees few patches. Give a larger image.size, or a tower for small images: {', '.join(SMALL_TOWERS)}."
+        )
 
 
 @torch.no_grad()

@@ -3,11 +3,13 @@
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
 
 from declip.errors import check_installed
 from declip.models.dual_encoder import DualEncoder
@@ -28,19 +30,31 @@ def blocks_of(tower: nn.Module) -> list[nn.Module]:
     """
     instances: dict[type[nn.Module], list[nn.Module]] = defaultdict(list)
     for module in tower.modules():
-        if module is not tower and not isinstance(module, CONTAINERS) and any(True for _ in module.children()):
+        has_children = any(True for _ in module.children())
+        if module is not tower and has_children and not isinstance(module, CONTAINERS):
             instances[type(module)].append(module)
     # Classes that occur at least twice, then those that hold nearly all parameters
     groups = [modules for modules in instances.values() if len(modules) > 1]
-    sizes = [sum(p.numel() for p in nn.ModuleList(modules).parameters()) for modules in groups]
+    sizes = [_parameters(modules) for modules in groups]
     large = [modules for modules, size in zip(groups, sizes, strict=True) if size >= NEARLY_ALL * max(sizes)]
     many = [modules for modules in large if len(modules) > STAGES] or large
     # The outermost: most of them lie in no other
-    parts = [{id(part) for module in group for part in module.modules() if part is not module} for group in many]
+    inner = [_inner(group) for group in many]
     for group in many:
-        if not any(sum(id(module) in inside for module in group) > len(group) / 2 for inside in parts):
+        lies_inside = [sum(id(module) in ids for module in group) > len(group) / 2 for ids in inner]
+        if not any(lies_inside):
             return group
     return []
+
+
+def _parameters(modules: Iterable[nn.Module]) -> int:
+    """Number of parameters in modules, shared ones once."""
+    return sum(parameter.numel() for parameter in nn.ModuleList(modules).parameters())
+
+
+def _inner(group: Iterable[nn.Module]) -> set[int]:
+    """Ids of the modules that lie inside the modules of a group."""
+    return {id(part) for module in group for part in module.modules() if part is not module}
 
 
 def grad_checkpointing(tower: nn.Module) -> int:
@@ -49,14 +63,16 @@ def grad_checkpointing(tower: nn.Module) -> int:
     The recomputation leaves running statistics of batch norm alone, so the numbers stay those of one pass. Returns the
     number of blocks.
     """
-    # Imported late: only memory-saving runs need it. It is the one checkpointing of torch that works by forward hooks,
-    # so that parameters keep their names; the wrapper of torch.distributed.algorithms renames them.
-    from torch.distributed._composable import checkpoint
-
     blocks = blocks_of(tower)
-    for block in blocks:  # the contexts are of the first pass and of the recomputation
-        checkpoint(block, context_fn=lambda block=block: (nullcontext(), frozen_batch_norm_stats(block)))
+    for block in blocks:
+        forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=partial(_contexts, block))
+        vars(block)["forward"] = forward  # not a wrapper around the block, so that parameters keep their names
     return len(blocks)
+
+
+def _contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Contexts of a block's first pass and of its recomputation."""
+    return nullcontext(), frozen_batch_norm_stats(block)
 
 
 @contextmanager
@@ -116,10 +132,19 @@ def _timm(tower: nn.Module, trunk: Any, prefix: str) -> dict[str, int]:
 def _counted(tower: nn.Module) -> dict[str, int]:
     """Count the blocks in the order of the names of their parameters."""
     names = [name for name, _ in tower.named_parameters()]
-    block_of = {name: match[0] for name in names if (match := BLOCK.match(name))}
-    numbers = {prefix: number for number, prefix in enumerate(dict.fromkeys(block_of.values()), start=1)}
-    others = {name: 0 if STEM.match(name) else 1 + len(numbers) for name in names}
-    return {name: numbers[block_of[name]] if name in block_of else others[name] for name in names}
+    block_of: dict[str, str] = {}  # by parameter
+    for name in names:
+        if match := BLOCK.match(name):
+            block_of[name] = match[0]
+    numbers = {block: number for number, block in enumerate(dict.fromkeys(block_of.values()), start=1)}
+    last = 1 + len(numbers)
+    depth_of = {}
+    for name in names:
+        if name in block_of:
+            depth_of[name] = numbers[block_of[name]]
+        else:
+            depth_of[name] = 0 if STEM.match(name) else last
+    return depth_of
 
 
 STEM_DROPOUTS = ("pos_drop", "patch_drop")  # dropouts of timm's towers behind the patch embedding; they belong to it
@@ -169,7 +194,11 @@ def add_adapters(model: DualEncoder, lora: LoRA, towers: Iterable[str]) -> list[
     map too; no other parameter of these towers learns. At first they change nothing: B is 0. Returns peft's tuners.
     """
     stem = {name for name, depth in depths(model).items() if depth == 0}
-    return [_adapt(getattr(model, tower[:-1]), {name.removeprefix(tower) for name in stem}, lora) for tower in towers]
+    tuners = []
+    for tower in towers:
+        names = {name.removeprefix(tower) for name in stem}
+        tuners.append(_adapt(getattr(model, tower[:-1]), names, lora))
+    return tuners
 
 
 def merge_adapters(tuners: Iterable[Any]) -> None:
@@ -193,16 +222,15 @@ def _adapt(tower: nn.Module, stem: set[str], lora: LoRA) -> Any:
     from peft import LoraConfig, LoraModel
 
     _split_attention(tower)
-    # Its layers' weights are read without calling them, so peft adapts the whole; not where keys have another width.
+    # Its layers' weights are read without calling them, so peft adapts the whole; not where keys have another width,
+    # which have a weight each.
     fused = {name: module for name, module in tower.named_modules() if isinstance(module, nn.MultiheadAttention)}
-    layers = [name for name, module in fused.items() if module._qkv_same_embed_dim]
-    layers += [
-        name
-        for name, module in tower.named_modules()
-        if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
-        if name.split(".")[0] not in UNADAPTED and f"{name}.weight" not in stem
-        if name.rpartition(".")[0] not in fused
-    ]
+    layers = [name for name, module in fused.items() if module.in_proj_weight is not None]
+    for name, module in tower.named_modules():
+        first, parent = name.split(".")[0], name.rpartition(".")[0]
+        skipped = first in UNADAPTED or f"{name}.weight" in stem or parent in fused
+        if not skipped and _adaptable(module):
+            layers.append(name)
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft says int and divides
@@ -210,6 +238,13 @@ def _adapt(tower: nn.Module, stem: set[str], lora: LoRA) -> Any:
         target_modules="|".join(map(re.escape, layers)),
     )
     return LoraModel(tower, {"default": config}, "default")
+
+
+def _adaptable(module: nn.Module) -> bool:
+    """Whether a module is a linear layer or an ungrouped convolution."""
+    if isinstance(module, nn.Conv2d):
+        return module.groups == 1
+    return isinstance(module, nn.Linear)
 
 
 def _split_attention(tower: nn.Module) -> None:

@@ -1,0 +1,46 @@
+"""Repositories of models on the Hub."""
+
+from functools import partial
+from pathlib import Path
+
+import huggingface_hub
+
+from declip.interchange import declip_file, huggingface, open_clip
+from declip.io.hub import fetch
+
+HUGGINGFACE = "huggingface:"
+HUB_PREFIXES = ("hf-hub:", HUGGINGFACE, "open_clip:hf-hub:")
+DESCRIPTION = ("*.json", "*.txt", "README.md", declip_file.FILE)
+"""Files to fetch first, which show the format of the model; for our format they are all files."""
+
+
+def hub_folder(where: str) -> str:
+    """Fetch the files of a repository, unless they are in the cache, and return their folder; keep other names.
+
+    If there are several formats, the order is declip, open_clip, transformers, or with ``huggingface:`` declip,
+    transformers, open_clip. Pickle files are not fetched.
+    """
+    prefix = next((prefix for prefix in HUB_PREFIXES if where.startswith(prefix)), None)
+    if prefix is None:
+        return where
+    # First the small files, which show the format; then the weights of that format.
+    folder = _fetched(where, prefix)
+    if declip_file.matches(str(folder)):
+        return str(folder)
+    weights = huggingface.FILE
+    prefers_transformers = prefix == HUGGINGFACE and (folder / huggingface.CONFIG).is_file()
+    if open_clip.matches(str(folder)) and not prefers_transformers:
+        weights = open_clip.WEIGHTS
+    return str(_fetched(where, prefix, weights))
+
+
+def _fetched(where: str, prefix: str, *weights: str) -> Path:
+    """Fetch the description of a repository, and files of weights."""
+    repo, _, revision = where.removeprefix(prefix).partition("@")
+    download = partial(
+        huggingface_hub.snapshot_download,
+        repo,
+        allow_patterns=[*DESCRIPTION, *weights],
+        revision=revision or None,
+    )
+    return Path(fetch(where, lambda offline: download(local_files_only=offline), "the path of their folder"))
