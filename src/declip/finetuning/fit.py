@@ -265,5 +265,6 @@ def _write_ranks(folder: Path, source: PairSource, features: Features, outcome: 
     shown = list[dict[str, Any]]()
     for index, (key, caption, rank) in worst.items():
         image = image_of(index)
-        shown.append({"key": key, "caption": caption, "rank": rank, "image": image and image._asdict()})
+        thumbnail = image and image._asdict()
+        shown.append({"key": key, "caption": caption, "rank": rank, "image": thumbnail})
     return shown

@@ -26,7 +26,7 @@ PROGRESS = {"lr": ("learning rate", False), "logit_scale": ("logit scale", False
 """Logged quantities besides the losses: their titles, and whether they are noisy."""
 
 SHOWN = 5  # candidates of a query
-LEAST_GAIN = 0.01  # of the percentile: where the interval ends below it, more pairs would not show a useful gain
+LEAST_GAIN = 0.01  # of the percentile; if the interval ends below it, more pairs show no useful gain
 MOST_TIMES = 10  # times as many pairs, up to which their number is stated
 
 
@@ -82,7 +82,8 @@ def fitted_lines(run: Run) -> list[str]:
     mixture = run.mixture
     names = short_names({name for scores in mixture.get("scores", {}).values() for name in scores})
     verdict = verdict_of(fitted["gain"], fitted["pairs"]) if "gain" in fitted else None
-    text = render("fitted.txt", it=fitted, mixture=mixture, names=names, fewest=FEWEST, verdict=verdict)
+    context = {"mixture": mixture, "names": names, "fewest": FEWEST, "verdict": verdict}
+    text = render("fitted.txt", it=fitted, **context)
     return text.strip().splitlines()
 
 
@@ -94,7 +95,7 @@ class Verdict(NamedTuple):
 
 
 def verdict_of(gain: Mapping[str, float], pairs: int) -> Verdict:
-    """Judge a gain by its 95 % interval, whose width falls with the square root of the number of pairs."""
+    """Judge a gain by its 95 % interval, whose width falls with the root of the number of pairs."""
     value, low, high = gain["value"], gain["low"], gain["high"]
     if low > 0:
         return Verdict("better")
