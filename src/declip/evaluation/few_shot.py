@@ -62,9 +62,9 @@ class FewShotHead:
     center: Tensor  # (v + d,)
     width: int  # v
     mixture: Mixture
-    accuracy: Measure | None = None  # of images that were left out; None without two classes of several groups
+    accuracy: Measure | None = None  # of left-out images; None without two classes of several groups
     shots: float = 0.0  # images per class that the regressions of `accuracy` were fitted to
-    unmeasured: int = 0  # classes with images that are not part of `accuracy`: all images are one group
+    unmeasured: int = 0  # classes that are not part of `accuracy`: all images are one group
 
     @property
     def name_weight(self) -> float:
@@ -142,7 +142,7 @@ def fit_forms(examples: Examples, center: Tensor, forms: Iterable[FewShotForm]) 
 
 
 def _column_factors(columns: int, width: int, kappa: float) -> Tensor:
-    """(v + d,), factors of the features; names have nothing before the projection, the first `width` columns."""
+    """(v + d,), factors of features; names have nothing in the first `width`, before the projection."""
     factors = torch.ones(columns)
     if width:
         factors[:width] = 0.5**0.5 if kappa else 1.0
@@ -188,8 +188,8 @@ def fit_mixture(examples: Examples, mixture: Mixture) -> FewShotHead:
 def fit_few_shot(examples: Examples, seed: int = 0, groups: np.ndarray | None = None) -> FewShotHead:
     """Weigh settings, and measure the accuracy, by cross-validation on the images; fit the mixture to all.
 
-    Images of equal `groups` (n,) are left out together. A class whose images are all left out together is not part of
-    the accuracy, which needs two other classes.
+    Images of equal `groups` (n,) are left out together. A class whose images are all left out
+    together is not part of the accuracy, which needs two other classes.
     """
     count = len(examples.labels)
     groups = np.arange(count) if groups is None else groups
@@ -241,7 +241,7 @@ def fit_few_shot(examples: Examples, seed: int = 0, groups: np.ndarray | None = 
 
 
 def measured_images(labels: Tensor, folds: Tensor) -> Tensor:
-    """(n,) bool, whether other folds have images of the same class: without them there is nothing to learn it from."""
+    """(n,) bool, whether other folds have images of the same class, to learn it from."""
     measured = torch.zeros(len(labels), dtype=torch.bool)
     for label in labels.unique():
         own = labels == label

@@ -202,9 +202,11 @@ def labeled_table(table_path: str | Path, label_column: str | None, given: Colum
         return pairs
     labels, names, broken = _labels(labeled_rows, column)
     if len(names) < 2:
-        if captioned and label_column is None:  # a column that nobody named says nothing about captioned pairs
+        # A column that nobody named says nothing about captioned pairs.
+        if captioned and label_column is None:
             return pairs
-        raise UserError(f"Column '{column}' of '{table.name}' has {len(names)} classes. It needs at least two.")
+        problem = f"Column '{column}' of '{table.name}' has {len(names)} classes."
+        raise UserError(f"{problem} It needs at least two.")
     return {
         which: partial(Classified, table, labels[rows], names, rows=rows, captioned=captioned, broken=broken)
         for which, rows in rows_of.items()
@@ -258,13 +260,14 @@ def _read(kind: str, name: str, root: Path, argument: str | bool) -> Classified:
 
     made = getattr(datasets, kind)
     make = partial(made, root, download=False)
-    if isinstance(argument, bool):  # of CIFAR, whose class checks the MD5 of its pickles before it reads them
+    if isinstance(argument, bool):  # of CIFAR, whose class checks the MD5 of pickles before reading
         batches = make(train=argument)
         images = ItemSource(batches.data)
         images.name = name
         return Classified(images, batches.targets, class_names(name, batches.classes))
     if "loader" not in signature(made).parameters:
-        raise UserError(f"'{name}' needs torchvision 0.22 or newer: pip install -U torch torchvision.")
+        problem = f"'{name}' needs torchvision 0.22 or newer"
+        raise UserError(f"{problem}: pip install -U torch torchvision.")
     files = make(split=argument, loader=Path)  # items are paths and labels: no image is opened
     items = [files[index] for index in range(len(files))]
     paths = [path for path, _ in items]
@@ -281,7 +284,7 @@ def pets(name: str, root: Path) -> Openers:
 
 
 def _pets(name: str, folder: Path, file: str) -> Classified:
-    # "american_bulldog_7 2 2 1": the image, whose name is that of the breed and a number; the class from 1; others
+    # "american_bulldog_7 2 2 1": the breed and a number, which name the image; the class from 1
     lines = (folder / "annotations" / file).read_text(encoding="utf-8").splitlines()
     paths = list[Path]()
     labels = list[int]()

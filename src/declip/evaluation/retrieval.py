@@ -55,8 +55,9 @@ def recall(rank: np.ndarray, candidates: int, chance: Sequence[float]) -> Recall
 def chance_levels(correct: Sequence[int], distinct: int) -> list[float]:
     """R@1, R@5 and R@10 of a random order: k / n, where one of n distinct candidates is correct.
 
-    `correct` says for each query how many of the `distinct` candidates are correct. A caption that several images share
-    is one candidate. Where several candidates are correct, R@5 and R@10 are at most this high.
+    `correct` says for each query how many of the `distinct` candidates are correct. A caption that
+    several images share is one candidate. Where several candidates are correct, R@5 and R@10 are at
+    most this high.
     """
     share = float(np.mean(correct)) / distinct
     return [min(1.0, k * share) for k in KS]

@@ -19,7 +19,7 @@ PROGRESS = {"lr": ("learning rate", False), "logit_scale": ("logit scale", False
 """Logged quantities besides the losses: their titles, and whether they are noisy."""
 
 SHOWN = 5  # candidates of a query
-LEAST_GAIN = 0.01  # of the percentile: where the interval ends below it, more pairs would not show a useful gain
+LEAST_GAIN = 0.01  # of the percentile; if the interval ends below it, more pairs show no useful gain
 MOST_TIMES = 10  # times as many pairs, up to which their number is stated
 
 

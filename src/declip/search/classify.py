@@ -128,7 +128,8 @@ class Classifier:
         if head.name_weight >= 0.1:
             lines[0] += f"; a name counts as {head.name_weight:.2g} images"
         if head.accuracy is None and any(self.counts):
-            lines.append("No accuracy: it needs two classes with examples of several objects, to leave some out.")
+            needed = "two classes with two examples or more, of different objects"
+            lines.append(f"No accuracy: some examples must be left out, so it needs {needed}.")
         if head.accuracy is not None:
             low, high = map(percent, head.accuracy.interval)
             lines.append(
@@ -138,14 +139,15 @@ class Classifier:
             )
             if head.unmeasured:
                 lines.append(
-                    "Classes that are not part of the accuracy, because all examples of each show one object: "
-                    f"{head.unmeasured:,}."
+                    "Classes that are not part of the accuracy, because the examples of each show one "
+                    f"object: {head.unmeasured:,}."
                 )
             if self.leaking is not None:
                 leaking = printable(self.leaking)
                 lines.append(
-                    f"Images of equal '{leaking}' are alike, but were not left out together: the accuracy is too "
-                    f"high. Add --group-column {leaking}, in Python columns=Columns(group={leaking!r})."
+                    f"Images of equal '{leaking}' are alike, but were not left out together: the "
+                    f"accuracy is too high. Add --group-column {leaking}, in Python "
+                    f"columns=Columns(group={leaking!r})."
                 )
         return "\n".join(lines + [f"Left out: {line}" for line in self.skipped.lines()])
 
@@ -185,7 +187,7 @@ class Classifier:
 def _open_examples(
     examples: str | Path | PairSource | Items, label_column: str | None, columns: Columns
 ) -> LabeledSource:
-    """Open labeled images; a folder is one of folders of classes, unless a column of its table is named."""
+    """Open labeled images: of folders of classes, or of a table where one of its columns is named."""
     columns = replace(columns, caption=None)
     table = find_table(examples) if isinstance(examples, str | Path) else None
     by_column = label_column is not None or columns.group is not None
