@@ -196,7 +196,8 @@ def _detach_projection(module: Any, name: str) -> tuple[nn.Module, tuple[str, bo
     owner = module.get_submodule(parent)
     projection = getattr(owner, last, None)
     if isinstance(projection, nn.Parameter):
-        linear = nn.Linear(*projection.shape, bias=False, device="meta")
+        inputs, outputs = projection.shape
+        linear = nn.Linear(inputs, outputs, bias=False, device="meta")
         linear.weight = nn.Parameter(projection.detach().mT.contiguous())
         setattr(owner, last, None)
         return linear, (name, True)
