@@ -145,7 +145,8 @@ def _filled(
     heads = _classifier_modules(architecture)
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         own = ImageTower(architecture, size, embed_dim=8).trunk.state_dict()
-    kept, rest = {}, {}
+    kept: dict[str, Tensor] = {}
+    rest: dict[str, Tensor] = {}
     for name, tensor in weights.items():
         of_tower = name in own or name.split(".")[0] not in heads
         (kept if of_tower else rest)[name] = tensor
@@ -163,7 +164,7 @@ def _classifier_modules(architecture: str) -> set[str]:
     import timm
 
     config = timm.get_pretrained_cfg(architecture)
-    names = () if config is None else config.classifier or ()
+    names: Any = () if config is None else config.classifier or ()
     if isinstance(names, str):
         names = (names,)
     return {name.split(".")[0] for name in names}

@@ -14,7 +14,7 @@ CPU_BF16 = ("avx512_bf16", "amx_bf16", "bf16")  # instructions of Intel and AMD,
 def pick_device(name: str) -> torch.device:
     """Find a device by name; "auto" is CUDA, else Apple's MPS, else the CPU."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = _fastest()
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -25,6 +25,12 @@ def pick_device(name: str) -> torch.device:
             "evaluate."
         ) from error
     return device
+
+
+def _fastest() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def computes_bf16(device: torch.device) -> bool:

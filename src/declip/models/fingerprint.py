@@ -42,7 +42,8 @@ def fingerprint(model: Any, tensors: Mapping[str, Tensor] | None = None) -> str:
     # Preprocessing and tokenizer
     noise = np.random.default_rng(0).integers(0, 256, (97, 131, 3), dtype=np.uint8)
     pixels = model.preprocess([Image.fromarray(noise)]).float()
-    digest.update(str(tuple(pixels.shape)).encode() + pixels.cpu().numpy().tobytes())
+    digest.update(str(tuple(pixels.shape)).encode())
+    digest.update(pixels.cpu().numpy().tobytes())
     try:
         digest.update(repr(model.tokenize([PROBE]).tolist()).encode())
     except UserError:  # a model without a text tower
@@ -63,4 +64,5 @@ def hash_tensors(digest: Any, tensors: Mapping[str, Tensor]) -> None:
     """Update a digest with names, types, shapes and values of tensors."""
     for name, tensor in tensors.items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        values = tensor.detach().cpu().contiguous().flatten()
+        digest.update(values.view(torch.uint8).numpy().data)

@@ -71,8 +71,9 @@ class Bert(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> SimpleNamespace:
         """Encode ids (B, L), with a mask (B, 1, 1, L) that is true where there is no padding."""
         parts = self.embeddings
-        x = parts.word_embeddings(input_ids) + parts.token_type_embeddings.weight[0]
-        x = parts.LayerNorm(x + parts.position_embeddings.weight[: input_ids.shape[1]])  # (B, L, width)
+        x = parts.word_embeddings(input_ids) + parts.token_type_embeddings.weight[0]  # (B, L, width)
+        positions = parts.position_embeddings.weight[: input_ids.shape[1]]
+        x = parts.LayerNorm(x + positions)
         x = F.dropout(x, self.dropout, self.training)
         for block in self.encoder.layer:
             x = block(x, attention_mask)
@@ -84,12 +85,14 @@ class BertBlock(nn.Module):
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
-        width, inner, epsilon = config["hidden_size"], config["intermediate_size"], config["layer_norm_eps"]
+        width, inner = config["hidden_size"], config["intermediate_size"]
 
         def output(features: int) -> nn.ModuleDict:
-            return nn.ModuleDict({"dense": nn.Linear(features, width), "LayerNorm": nn.LayerNorm(width, epsilon)})
+            norm = nn.LayerNorm(width, config["layer_norm_eps"])
+            return nn.ModuleDict({"dense": nn.Linear(features, width), "LayerNorm": norm})
 
-        maps = nn.ModuleDict({name: nn.Linear(width, width) for name in ("query", "key", "value")})
+        names = ("query", "key", "value")
+        maps = nn.ModuleDict({name: nn.Linear(width, width) for name in names})
         self.attention: Any = nn.ModuleDict({"self": maps, "output": output(width)})
         self.intermediate = nn.ModuleDict({"dense": nn.Linear(width, inner)})
         self.output = output(inner)
@@ -97,17 +100,26 @@ class BertBlock(nn.Module):
         self.dropout, self.attention_dropout = config["hidden_dropout_prob"], config["attention_probs_dropout_prob"]
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        # (B, L, width) → (B, heads, L, width / heads)
-        maps = self.attention["self"].values()
-        query, key, value = (layer(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for layer in maps)
+        maps = self.attention["self"]
+        query = self._per_head(maps["query"](x))
+        key = self._per_head(maps["key"](x))
+        value = self._per_head(maps["value"](x))
         dropout = self.attention_dropout if self.training else 0.0
         # (B, heads, L, width / heads), padding masked
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
-        x = self._add(self.attention["output"], mixed.transpose(1, 2).flatten(2), x)
-        return self._add(self.output, F.gelu(self.intermediate["dense"](x)), x)
+        joined = mixed.transpose(1, 2).flatten(2)  # (B, L, width)
+        x = self._add(self.attention["output"], joined, x)
+        inner = F.gelu(self.intermediate["dense"](x))
+        return self._add(self.output, inner, x)
+
+    def _per_head(self, x: Tensor) -> Tensor:
+        """(B, L, width) → (B, heads, L, width / heads)."""
+        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)
 
     def _add(self, output: Any, inner: Tensor, x: Tensor) -> Tensor:
-        added: Tensor = output["LayerNorm"](F.dropout(output["dense"](inner), self.dropout, self.training) + x)
+        """Project a layer's output, drop out, add its input and normalize."""
+        projected = F.dropout(output["dense"](inner), self.dropout, self.training)
+        added: Tensor = output["LayerNorm"](projected + x)
         return added
 
 
@@ -172,7 +184,8 @@ def read_encoder(given: str, pretrained: bool) -> TextEncoder:
             return huggingface_hub.snapshot_download(name, allow_patterns=files, local_files_only=offline)
 
         folder = Path(fetch(given, get, "their folder"))
-    if not (folder / CONFIG).is_file() or not any((folder / name).is_file() for name in TOKENIZERS):
+    has_tokenizer = any((folder / name).is_file() for name in TOKENIZERS)
+    if not has_tokenizer or not (folder / CONFIG).is_file():
         raise UserError(
             f"text.hf_model '{given}' is not a folder with {CONFIG} and a tokenizer ({', '.join(TOKENIZERS)}). Give "
             f"one as transformers' save_pretrained writes it, or {PREFIX}NAME for a model of the Hub."
@@ -192,8 +205,9 @@ def read_encoder(given: str, pretrained: bool) -> TextEncoder:
 
 def check_context(config: Mapping[str, Any], context: int) -> None:
     """Refuse captions of more ids than an encoder has positions; those of some encoders have no end."""
-    positions = config.get("max_position_embeddings", math.inf) or math.inf
-    longest = positions - (config["pad_token_id"] + 1 if config["model_type"] in OFFSET else 0)
+    longest = config.get("max_position_embeddings", math.inf) or math.inf
+    if config["model_type"] in OFFSET:
+        longest -= config["pad_token_id"] + 1
     if context > longest:
         raise UserError(f"The encoder has positions for {longest} ids. Set text.context_length to {longest} or less.")
 
@@ -242,10 +256,13 @@ def _pooling(folder: Path) -> str | None:
     """Read a sentence encoder's pooling from either form of the file: a flag for each mode, or the modes' names."""
     if not (folder / POOLING).is_file():
         return None
-    tree, prefix = json.loads((folder / POOLING).read_bytes()), "pooling_mode_"
+    tree = json.loads((folder / POOLING).read_bytes())
+    prefix = "pooling_mode_"
     flags = [name.removeprefix(prefix) for name, on in tree.items() if name.startswith(prefix) and on is True]
     modes = tree.get("pooling_mode", flags or ["mean"])
-    return " and ".join(POOLINGS.get(mode, mode) for mode in ([modes] if isinstance(modes, str) else modes))
+    if isinstance(modes, str):
+        modes = [modes]
+    return " and ".join(POOLINGS.get(mode, mode) for mode in modes)
 
 
 class HuggingfaceTextTower(SelfContained, AnyTextTower):
@@ -295,7 +312,8 @@ class HuggingfaceTextTower(SelfContained, AnyTextTower):
         elif self.pooling == "eos":
             pooled = row_at(states, (lengths - 1).clamp(min=0))
         else:
-            pooled = (states * real.unsqueeze(-1)).sum(dim=1) / lengths.unsqueeze(-1)
+            total = (states * real.unsqueeze(-1)).sum(dim=1)  # (B, width)
+            pooled = total / lengths.unsqueeze(-1)
         return pooled, states, lengths
 
     def language_head(self) -> nn.Module:

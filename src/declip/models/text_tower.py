@@ -27,7 +27,8 @@ class TextFeatures:
 def row_at(states: Tensor, positions: Tensor) -> Tensor:
     """Take one of each text's token states: (B, L, width) at (B,) → (B, width)."""
     # Not states[torch.arange(len(states)), positions], with which torch.export fixes the batch size.
-    return states.gather(1, positions[:, None, None].expand(-1, 1, states.shape[2])).squeeze(1)
+    index = positions[:, None, None].expand(-1, 1, states.shape[2])  # (B, 1, width)
+    return states.gather(1, index).squeeze(1)
 
 
 class AnyTextTower(nn.Module, ABC):
@@ -89,19 +90,28 @@ class CausalSelfAttention(nn.Module):
         self.out_proj = nn.Linear(width, width)
         self.in_proj: nn.Linear | None = None  # holds weight and bias as a layer while that has an adapter
 
+    def _qkv(self, x: Tensor) -> Tensor:
+        """(B, L, width) → (B, L, 3·width)."""
+        if self.in_proj is not None:
+            return self.in_proj(x)
+        return F.linear(x, self.in_proj_weight, self.in_proj_bias)
+
     def forward(self, x: Tensor) -> Tensor:
         batch, length, width = x.shape
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias) if self.in_proj is None else self.in_proj(x)
+        qkv = self._qkv(x)
         # (B, L, 3·width) → 3 × (B, heads, L, width / heads)
-        query, key, value = qkv.view(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        split = qkv.view(batch, length, 3, self.heads, width // self.heads)
+        query, key, value = split.permute(2, 0, 3, 1, 4)
         dtype = query.dtype
         # On a CPU torch's bfloat16 kernel takes 9 times as long backwards as float32 at 16 tokens.
         in_float = dtype == torch.bfloat16 and query.device.type == "cpu"
-        with torch.autocast(query.device.type, enabled=torch.is_autocast_enabled(query.device.type) and not in_float):
+        device = query.device.type
+        with torch.autocast(device, enabled=torch.is_autocast_enabled(device) and not in_float):
             if in_float:
                 query, key, value = query.float(), key.float(), value.float()
             mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        return self.out_proj(mixed.to(dtype).transpose(1, 2).reshape(batch, length, width))
+        joined = mixed.to(dtype).transpose(1, 2).reshape(batch, length, width)
+        return self.out_proj(joined)
 
 
 class TextBlock(nn.Module):
@@ -185,13 +195,19 @@ def encode_by_length(
     longest = [int(lengths[part].max()) for part in order.tensor_split(buckets) if len(part)]
     rows = order.to(tokens.device, non_blocking=True)
     context = tokens.shape[1]
-    parts = [
-        tower(tokens.index_select(0, part)[:, : padded_length(most, context, step)])
-        for part, most in zip(rows.tensor_split(buckets), longest, strict=False)
-    ]
+    parts = []
+    for part, most in zip(rows.tensor_split(buckets), longest, strict=False):
+        captions = tokens.index_select(0, part)
+        parts.append(tower(captions[:, : padded_length(most, context, step)]))
     # Back to the order of the batch
     inverse = torch.empty_like(rows)
     inverse[rows] = torch.arange(len(rows), device=rows.device)
-    text_tokens = [F.pad(part.text_tokens, (0, 0, 0, context - part.text_tokens.shape[1])) for part in parts]
-    pooled, ends = torch.cat([part.pooled for part in parts]), torch.cat([part.lengths for part in parts])
-    return TextFeatures(pooled[inverse], torch.cat(text_tokens)[inverse], ends[inverse])
+    pooled = torch.cat([part.pooled for part in parts])
+    text_tokens = torch.cat([_lengthened(part.text_tokens, context) for part in parts])
+    ends = torch.cat([part.lengths for part in parts])
+    return TextFeatures(pooled[inverse], text_tokens[inverse], ends[inverse])
+
+
+def _lengthened(text_tokens: Tensor, length: int) -> Tensor:
+    """Append zeros to token states: (B, L, width) → (B, length, width)."""
+    return F.pad(text_tokens, (0, 0, 0, length - text_tokens.shape[1]))

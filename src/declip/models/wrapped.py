@@ -37,7 +37,8 @@ class WrappedModel:
 
     def to_tensor(self) -> Tensor:
         """All of it as bytes of JSON, (n,) uint8."""
-        return torch.frombuffer(bytearray(json.dumps(asdict(self)), "utf-8"), dtype=torch.uint8)
+        content = json.dumps(asdict(self)).encode()
+        return torch.frombuffer(bytearray(content), dtype=torch.uint8)
 
     @classmethod
     def from_tensor(cls, stored: Tensor) -> "WrappedModel":
@@ -121,7 +122,7 @@ class WrappedImageTower(ImageTower):
                 name = "head"
             elif isinstance(classifier, nn.Linear):
                 name = next(name for name, part in module.named_modules() if part is classifier)
-        self.proj, self.projection = _taken(module, name)  # type: ignore[assignment]  # no linear map in every module
+        self.proj, self.projection = _detach_projection(module, name)  # type: ignore[assignment]  # no linear map in every module
         linear = [part for part in self.proj.modules() if isinstance(part, nn.Linear)]
         self.pre_logits_width = linear[0].in_features if linear else embed_dim
         self.token_width = self.pre_logits_width
@@ -148,17 +149,22 @@ class WrappedTextTower(SelfContained, AnyTextTower):
         self._masks_padding = hasattr(module, "pooler")  # an encoder of Hugging Face
         # With the pooler output of the encoder open_clip omits the first token state.
         self.gives_tokens = not (self._masks_padding and hasattr(module.pooler, "use_pooler_output"))
-        self.text_projection, self.projection = _taken(module, "proj" if self._masks_padding else "text_projection")
+        self.text_projection, self.projection = _detach_projection(
+            module, "proj" if self._masks_padding else "text_projection"
+        )
         config = module.config if self._masks_padding else None
-        self.width = int(module.width if config is None else getattr(config, "hidden_size", None) or config.d_model)
-        if config is not None:
+        if config is None:
+            self.width = int(module.width)
+        else:
+            self.width = int(getattr(config, "hidden_size", None) or config.d_model)
             if config.pad_token_id != self.padding:
                 raise UserError(f"The tokenizer pads with {self.padding}, the text encoder with {config.pad_token_id}.")
             check_context(config.to_dict(), self.context)
 
     def encode(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Encode token ids (B, L), padded on the right."""
-        length, end = tokens.shape[1], (tokens == self.end).long().argmax(dim=1)
+        length = tokens.shape[1]
+        end = (tokens == self.end).long().argmax(dim=1)
         if not self._masks_padding:  # these modules see padding, or have a mask of one size
             tokens = F.pad(tokens, (0, self.context - length), value=self.padding)
         pooled, states = self.trunk(tokens)
@@ -175,18 +181,23 @@ def library_state(tower: WrappedImageTower | WrappedTextTower, state: Mapping[st
     named = {name.removeprefix("trunk."): tensor for name, tensor in state.items() if name.startswith("trunk.")}
     for name, tensor in state.items():
         head, _, rest = name.partition(".")
-        if head in ("proj", "text_projection"):
-            named[projection if bare else f"{projection}.{rest}"] = tensor.mT if bare else tensor
+        if head not in ("proj", "text_projection"):
+            continue
+        if bare:
+            named[projection] = tensor.mT
+        else:
+            named[f"{projection}.{rest}"] = tensor
     return named
 
 
-def _taken(module: Any, name: str) -> tuple[nn.Module, tuple[str, bool]]:
+def _detach_projection(module: Any, name: str) -> tuple[nn.Module, tuple[str, bool]]:
     """Take a projection out of a module: the projection, its name, and whether it was a bare matrix."""
     parent, _, last = name.rpartition(".")
     owner = module.get_submodule(parent)
     projection = getattr(owner, last, None)
     if isinstance(projection, nn.Parameter):
-        linear = nn.Linear(projection.shape[0], projection.shape[1], bias=False, device="meta")
+        inputs, outputs = projection.shape
+        linear = nn.Linear(inputs, outputs, bias=False, device="meta")
         linear.weight = nn.Parameter(projection.detach().mT.contiguous())
         setattr(owner, last, None)
         return linear, (name, True)
