@@ -9,6 +9,7 @@ from data.fakes import Noise
 from declip.data.sources.open import download, open_source
 from declip.evaluation.datasets import open_dataset
 from declip.io import plugins
+from declip.recipe.checks import check_source
 
 
 @pytest.fixture
@@ -48,6 +49,12 @@ def test_python_functions_say_what_to_install_too(install):
     install()
     for call in (open_source, open_dataset, download):
         refuses(r"'builtin:icons-test'.*`pip install \./packages/declip-sets`", call, "builtin:icons-test")
+
+
+def test_the_check_before_torch_is_imported_says_it_too(install):
+    install()
+    refuses(r"'builtin:icons'.*`pip install \./packages/declip-sets`", check_source, "builtin:icons", "--data")
+    refuses("'builtin:lite2-minilm' is a model", check_source, "builtin:lite2-minilm", "--data")
 
 
 def noise(rest, columns):
