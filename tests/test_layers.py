@@ -20,10 +20,17 @@ LAYERS = (
     ("training",),
     ("comparison", "inspection", "search"),
     ("reports",),
+    ("fitting",),
     ("finetuning", "app"),
     ("api",),
     ("cli",),
 )
+TRAIN = ("supervision", "training", "comparison", "reports.run", "reports.comparison")
+"""Runs of gradient steps."""
+FEW = ("fitting", "search", "inspection", "app", "reports.fitted", "reports.inspection", "reports.sheets")
+"""What few pairs, or none, need: it takes an encoder and pairs, no recipe of a run and no run folder."""
+BOTH = ("finetuning", "api", "cli", "", "__main__")
+"""The commands, and what decides between a fit and a run; all other packages are the core."""
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 
@@ -65,6 +72,25 @@ def test_packages_import_only_from_below():
         for target in targets:
             other = target.split(".")[0]
             if package != other and LEVEL[other] >= LEVEL[package]:
+                against.add((name, target))
+    assert not against
+
+
+def wing(name):
+    """The wing of a module: "train", "few", "both" or "core"."""
+    for wing, members in (("train", TRAIN), ("few", FEW), ("both", BOTH)):
+        if any(name == member or (member and name.startswith(f"{member}.")) for member in members):
+            return wing
+    return "core"
+
+
+def test_no_wing_imports_the_other_and_the_core_neither():
+    against = set()
+    for name, targets in IMPORTS.items():
+        own = wing(name)
+        forbidden = {"core": {"train", "few", "both"}, "train": {"few", "both"}, "few": {"train", "both"}}
+        for target in targets:
+            if wing(target) in forbidden.get(own, set()):
                 against.add((name, target))
     assert not against
 

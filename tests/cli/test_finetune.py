@@ -16,7 +16,7 @@ from declip.data.sources.open import open_source
 from declip.data.sources.subset import PairList, read_pair_list, write_pair_list
 from declip.finetuning import outputs
 from declip.finetuning.request import Request
-from declip.finetuning.run import finetune_recipe
+from declip.finetuning.run import Start, training_recipe
 from declip.finetuning.wise_ft import ends_of, interpolate
 from declip.interchange import starter
 from declip.interchange.declip_file import write_declip_file
@@ -112,7 +112,7 @@ def test_python_uses_the_same_words_and_resumes(pairs, weights, tmp_path):
     assert whole.finished
     assert whole.recipe.finetune.freeze_text_blocks == "all"
     part = tmp_path / "part"
-    recipe, split, _ = finetune_recipe(Request.of(pairs, weights, keys, freeze="text"), part, quiet=True)
+    recipe, split = training_recipe(Start(Request.of(pairs, weights, keys, freeze="text")), part, quiet=True)
     assert not part.exists()
     write_lists(split.lists)
     stop_at(recipe, part, 3)
@@ -136,7 +136,8 @@ def test_a_run_with_adapters_is_exported_in_every_format_that_holds_it(pairs, tm
 
 def test_a_list_of_pairs_is_split_into_lists_of_its_source(pairs, weights, tmp_path):
     write_pair_list(tmp_path / "some.pairs", PairList(str(pairs), Columns(), 40, [*range(4, 40)]))
-    write_lists(finetune_recipe(Request.of(tmp_path / "some.pairs", weights), tmp_path / "run", quiet=True)[1].lists)
+    start = Start(Request.of(tmp_path / "some.pairs", weights))
+    write_lists(training_recipe(start, tmp_path / "run", quiet=True)[1].lists)
     train, val = (read_pair_list(tmp_path / "run" / name) for name in SPLIT)
     assert sorted([*train.indices, *val.indices]) == [*range(4, 40)]
     assert (train.source, len(open_source(tmp_path / "run" / SPLIT[1]))) == (str(pairs), len(val.indices))
@@ -169,7 +170,8 @@ def test_pairs_of_the_start_are_not_validated_on(pairs, weights, tmp_path):
     first = declip.finetune(table, weights, keys, tmp_path / "first", quiet=True)
     # the same images with other captions, so that their hashes change
     renamed = write_table(pairs.with_name("renamed.csv"), [f"{row} again" for row in rows])
-    write_lists(finetune_recipe(Request.of(renamed, first.folder), tmp_path / "second", quiet=True)[1].lists)
+    start = Start(Request.of(renamed, first.folder))
+    write_lists(training_recipe(start, tmp_path / "second", quiet=True)[1].lists)
     trained = {rows[index] for index in read_pair_list(tmp_path / "first" / "train.pairs").indices}
     validated = {rows[index] for index in read_pair_list(tmp_path / "second" / "val.pairs").indices}
     assert len(validated) >= 2

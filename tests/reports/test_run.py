@@ -12,7 +12,8 @@ from declip.data.images.thumbnails import thumbnails_of
 from declip.evaluation.datasets import open_dataset
 from declip.evaluation.results import RecallAtK, RetrievalResult, ZeroShotResult
 from declip.recipe.schema import Recipe
-from declip.reports.run import retrieval, write_report
+from declip.reports.retrieval import retrieval
+from declip.reports.run import write_report
 from evaluation.conftest import features_of
 from reports.pages import Page
 
@@ -55,7 +56,7 @@ def whole(model, painted, tmp_path, monkeypatch):
     colors = [NAMES[row % 7] for row in range(21)]
     captions = [(f'{color} <script>alert("{row}")</script> & co',) for row, color in enumerate(colors)]
     held_out = [painted(colors, captions, classes=NAMES)]
-    monkeypatch.setattr("declip.reports.run.HeldOutSets.test", lambda *_: open_dataset(held_out[0]).split("test"))
+    monkeypatch.setattr("declip.reports.run.HeldOutSets.dataset", lambda *_: open_dataset(held_out[0]))
     return _run_folder(tmp_path), model, held_out
 
 
@@ -136,7 +137,7 @@ def test_captions_found_and_not_found(painted):
     texts, captions = torch.eye(6), [(f"{color} thing",) for color in COLORS]
     texts[3:] = torch.eye(6)[2:5] + 0.5 * torch.eye(6)[3:]
     source = painted(COLORS, captions)
-    queries, right_fraction = retrieval(source, features_of(torch.eye(6), captions, texts), RNG(0), each=2)
+    queries, right_fraction = retrieval(source, features_of(torch.eye(6), captions, texts), each=2)
     assert [query["rank"] for query in queries] == [1, 1, 2, 2]
     assert right_fraction == 0.5
     for query in queries:
@@ -149,6 +150,6 @@ def test_captions_found_and_not_found(painted):
 def test_an_image_with_the_same_caption_is_right(painted):
     captions = [("a cat",), ("a cat",), ("a dog",)]
     features = features_of(torch.eye(3), captions, torch.eye(3)[[0, 0, 2]])
-    cat, *_ = sorted(retrieval(painted(COLORS[:3], captions), features, RNG(0))[0], key=lambda each: each["caption"])
+    cat, *_ = sorted(retrieval(painted(COLORS[:3], captions), features)[0], key=lambda each: each["caption"])
     assert (cat["caption"], cat["rank"]) == ("a cat", 1)
     assert [hit["caption"] for hit in cat["hits"] if hit["correct"]] == ["a cat"] * 2

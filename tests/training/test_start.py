@@ -14,6 +14,7 @@ import declip
 from conftest import TINY, refuses, write_rows
 from declip.api import train
 from declip.finetuning.wise_ft import ends_of, interpolate
+from declip.interchange.architecture import _resized
 from declip.interchange.card import without_folders
 from declip.interchange.declip_file import write_declip_file
 from declip.interchange.read import is_published, read_start
@@ -24,7 +25,7 @@ from declip.recipe.schema import Recipe
 from declip.runs.checkpoint import list_checkpoints, load_checkpoint, without_prefix
 from declip.runs.folder import read_rows
 from declip.training.assemble import assemble
-from declip.training.pretrained import _resized, apply_architecture, load_pretrained
+from declip.training.pretrained import apply_architecture, load_pretrained
 from interchange.towers import build, unprojected
 from training.starts import STATISTICS, VIT, last, moved, state, trainer_of, tuned
 

@@ -16,13 +16,13 @@ from declip.data.images import views
 from declip.data.sources.open import open_source
 from declip.data.sources.subset import DerivedSource
 from declip.errors import UserError
+from declip.evaluation import held_out as evaluations
 from declip.models.device import computes_bf16
 from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe
 from declip.runs.checkpoint import list_checkpoints, load_checkpoint
 from declip.runs.folder import read_rows
 from declip.training import assemble as assembly
-from declip.training import evaluations
 from declip.training import trainer as trainer_module
 from declip.training.assemble import assemble
 from declip.training.estimate import estimate

@@ -146,7 +146,7 @@ def main() -> None:
         where = f"'{error.filename}'" if error.filename else "A file"
         advice = "Make room; continue a run with --resume." if error.errno in FULL else "Fix that or give another path."
         fail(f"{where} cannot be read or written: {error.strerror}. {advice}")
-    sys.exit(status)
+    sys.exit(status or 0)  # torchrun takes 0 for an end, and not None
 
 
 def _usage_message(error: Any) -> str:

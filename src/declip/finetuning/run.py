@@ -22,7 +22,7 @@ from declip.finetuning import outputs
 from declip.finetuning.request import Request
 from declip.finetuning.split import Split, choose_pairs, open_lists, pairs_of
 from declip.finetuning.wise_ft import mix_with_start
-from declip.fitting.run import Task, refuse_other_files, run_fit
+from declip.fitting.run import FitTask, refuse_other_files, run_fit
 from declip.inspection.split import check_copies
 from declip.interchange import starter
 from declip.interchange.architecture import architecture_of
@@ -179,7 +179,7 @@ def _fit_heads(start: Start, folder: Path, resume: bool, quiet: bool, sources: S
         if trained is not None and validated:
             check_copies(trained, validated, not quiet)
     recipe = architecture_of(start.weights, recipe)
-    return run_fit(Task(recipe, start.weights, source, held_out, not quiet), folder)
+    return run_fit(FitTask(recipe, start.weights, source, held_out, not quiet), folder)
 
 
 def _finished_fit(request: Request, folder: Path, resume: bool) -> FittedRun:

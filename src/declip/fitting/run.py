@@ -44,7 +44,7 @@ log = logging.getLogger("declip")
 
 
 @dataclass(frozen=True)
-class Task:
+class FitTask:
     """What to fit, opened and checked."""
 
     recipe: Recipe  # resolved: the settings, with the architecture of the weights
@@ -54,7 +54,7 @@ class Task:
     progress: bool
 
 
-def run_fit(task: Task, folder: Path) -> FittedRun:
+def run_fit(task: FitTask, folder: Path) -> FittedRun:
     """Fit heads, measure them, and write the folder, which appears when it is complete."""
     recipe, weights, source = task.recipe, task.weights, task.source
     tasks = task.held_out.tasks(recipe, final=True)
@@ -130,7 +130,7 @@ def named_weights(recipe: Recipe, weights: Weights) -> Weights:
     return replace(weights, classes=weights.named_classes(names), published="")
 
 
-def class_pairs(task: Task, base: Base) -> ClassPairs | None:
+def class_pairs(task: FitTask, base: Base) -> ClassPairs | None:
     """The classes of the base's classifier as pairs, if it has one with names and they are wanted."""
     if not task.recipe.finetune.class_pairs:
         return None
@@ -144,11 +144,11 @@ def class_pairs(task: Task, base: Base) -> ClassPairs | None:
     return ClassPairs(classes.rows, features, owners, classes.mean)
 
 
-def _evaluate(model: Adapted, tasks: Mapping[str, list[str]], task: Task) -> list[Result]:
+def _evaluate(model: Adapted, tasks: Mapping[str, list[str]], task: FitTask) -> list[Result]:
     return list(task.held_out.measure(model, dict(tasks), task.progress))
 
 
-def _best_mixture(mixtures: Mapping[float, Fitted], task: Task) -> dict[str, Any]:
+def _best_mixture(mixtures: Mapping[float, Fitted], task: FitTask) -> dict[str, Any]:
     """The "alpha" with the highest mean of its scores, a number for each set, and all "scores"."""
     scores = {alpha: _scores(fitted, task) for alpha, fitted in mixtures.items()}
     best = max(scores, key=lambda alpha: fmean(scores[alpha].values()))
@@ -156,7 +156,7 @@ def _best_mixture(mixtures: Mapping[float, Fitted], task: Task) -> dict[str, Any
     return {"alpha": best, "scores": scores}
 
 
-def _scores(fitted: Fitted, task: Task) -> dict[str, float]:
+def _scores(fitted: Fitted, task: FitTask) -> dict[str, float]:
     """R@1 of left-out pairs, and R@1 or top-1 of each validation set and set to keep."""
     scores = {}
     if fitted.choice.outcome is not None:

@@ -65,7 +65,9 @@ def grad_checkpointing(tower: nn.Module) -> int:
     """
     blocks = blocks_of(tower)
     for block in blocks:
-        forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=partial(_contexts, block))
+        forward = partial(checkpoint, block.forward, use_reentrant=False)
+        if any(isinstance(module, _BatchNorm) for module in block.modules()):
+            forward = partial(forward, context_fn=partial(_contexts, block))
         vars(block)["forward"] = forward  # not a wrapper around the block, so that parameters keep their names
     return len(blocks)
 

@@ -15,7 +15,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from scipy.ndimage import uniform_filter1d
 
-from declip.comparison.outcome import EfficiencyCurve
 from declip.io.text import percent, short_count
 
 INK, QUIET, RULE = "#1c2127", "#5b6470", "#d9d5cc"
@@ -120,44 +119,10 @@ def score_chart(lines: Mapping[str, Sequence[float]], steps: Sequence[int], chan
         ax.set_xlim(left=0)
         _over_steps(ax)
         ax.yaxis.set_major_formatter("{x:g} %")
-        _legend(ax)
+        legend(ax)
 
     words = "; ".join(f"{name} from {percent(line[0])} to {percent(line[-1])}" for name, line in lines.items())
     return Chart(f"{words}; chance {percent(chance)}.", (4.2, 2.4), draw)
-
-
-def pairs_chart(
-    unit: str, curves: Mapping[str, EfficiencyCurve], pairs: Sequence[int], chance: float, top: float
-) -> Chart:
-    """Draw curves against the number of pairs: means, intervals as bars, small dots for seeds, chance dotted.
-
-    The baseline comes first; empty curves are skipped.
-    """
-    # --- positions: lines are shifted slightly against each other, in log(pairs), so that bars do not overlap
-    logs, shown = np.log(pairs), {name: curve for name, curve in curves.items() if curve.pairs}
-    step = min([0.02 * (1.12 * (logs[-1] - logs[0]) or 1.0), *0.8 * np.diff(logs) / max(len(shown), 1)])
-    margin = max(0.06 * (logs[-1] - logs[0]), 0.6 * step * (len(shown) + 1)) if len(pairs) > 1 else 0.5
-
-    def draw(ax: Axes) -> None:
-        _over_pairs(ax, pairs)
-        ax.set(xlabel="distinct pairs", ylabel=f"{unit}, %", ylim=(0, 100 * top))
-        ax.set_xlim(np.exp(logs[0] - margin), np.exp(logs[-1] + margin))
-        ax.axhline(100 * chance, **CHANCE)
-        for number, name in enumerate(curves):
-            if (curve := shown.get(name)) is None:
-                continue
-            x = np.array(curve.pairs) * np.exp(step * (number - (len(curves) - 1) / 2))
-            style: Any = {"color": COLORS[number % len(COLORS)], "fmt": MARKERS[number % len(MARKERS)]}
-            style |= {"linestyle": DASHES[number % len(DASHES)], "elinewidth": 1, "capsize": 2.5, "markersize": 5}
-            # The space: matplotlib ignores labels that start with "_".
-            ax.errorbar(x, 100 * curve.means, 100 * curve.half_widths, linewidth=1.8, label=f" {name}", **style)
-            across = np.repeat(x * np.exp(step / 2), [len(values) for values in curve.values])
-            seeds = 100 * np.concatenate(curve.values)
-            ax.plot(across, seeds, ".", color=style["color"], markersize=3.5, alpha=0.7)
-        _legend(ax)
-
-    words = "; ".join(f"{name} up to {percent(max(curve.means))}" for name, curve in shown.items())
-    return Chart(f"{words}, with {pairs[0]:,} to {pairs[-1]:,} pairs.", (4.1, 3.4 + 0.1 * len(shown)), draw)
 
 
 def growth_chart(growth: Mapping[str, Any]) -> Chart:
@@ -174,7 +139,7 @@ def growth_chart(growth: Mapping[str, Any]) -> Chart:
         ax.plot(pairs, values, "o-", color=color, linewidth=1.8, markersize=4)
         ax.axhline(50, color=QUIET, linewidth=0.8)
         ax.text(pairs[0], 50.5, "chance", color=QUIET, va="bottom")
-        _over_pairs(ax, pairs)
+        over_pairs(ax, pairs)
         ax.set(xlabel="pairs", ylim=(min(45, low.min()), 100))
         ax.yaxis.set_major_formatter("{x:g} %")
 
@@ -191,14 +156,14 @@ def smoothed(values: np.ndarray) -> np.ndarray:
     return np.where(finite, sums[0] / np.maximum(sums[1], 1e-12), np.nan)
 
 
-def _legend(ax: Axes) -> None:
+def legend(ax: Axes) -> None:
     handles, names = ax.get_legend_handles_labels()
     shown = [" " + shorten(name, LEGEND_LETTERS, placeholder=" …") for name in names]
     columns = 2 if max(map(len, shown)) <= LEGEND_LETTERS - 3 else 1
     ax.figure.legend(handles, shown, loc="outside lower left", ncols=columns, columnspacing=1, frameon=False)
 
 
-def _over_pairs(ax: Axes, pairs: Sequence[int]) -> None:
+def over_pairs(ax: Axes, pairs: Sequence[int]) -> None:
     ax.set_xscale("log")
     ax.set_xticks(list(pairs), [short_count(number) for number in pairs])
     ax.set_xticks([], minor=True)

@@ -1,12 +1,13 @@
 """The page of a comparison and its terminal output."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from rich.console import Group
 from rich.text import Text
 
@@ -15,7 +16,7 @@ from declip.comparison.study import Study
 from declip.evaluation.results import Result
 from declip.io.atomic import write_text
 from declip.io.text import percent
-from declip.reports.charts import Chart, pairs_chart
+from declip.reports.charts import CHANCE, COLORS, DASHES, MARKERS, Chart, legend, over_pairs
 from declip.reports.page import NONE, Table, render, rich_table, span
 
 
@@ -144,3 +145,37 @@ def curve_chart(study: Study, curves: Curves, measure: str, chance: float) -> Ch
     top = 1.06 * min(np.nanmax([highest, *ends]), 1.3 * highest) or 0.01
     unit = measure.rpartition(": ")[2]
     return pairs_chart(unit, {name: curves[name] for name in names}, study.pairs, chance, top)
+
+
+def pairs_chart(
+    unit: str, curves: Mapping[str, EfficiencyCurve], pairs: Sequence[int], chance: float, top: float
+) -> Chart:
+    """Draw curves against the number of pairs: means, intervals as bars, small dots for seeds, chance dotted.
+
+    The baseline comes first; empty curves are skipped.
+    """
+    # --- positions: lines are shifted slightly against each other, in log(pairs), so that bars do not overlap
+    logs, shown = np.log(pairs), {name: curve for name, curve in curves.items() if curve.pairs}
+    step = min([0.02 * (1.12 * (logs[-1] - logs[0]) or 1.0), *0.8 * np.diff(logs) / max(len(shown), 1)])
+    margin = max(0.06 * (logs[-1] - logs[0]), 0.6 * step * (len(shown) + 1)) if len(pairs) > 1 else 0.5
+
+    def draw(ax: Axes) -> None:
+        over_pairs(ax, pairs)
+        ax.set(xlabel="distinct pairs", ylabel=f"{unit}, %", ylim=(0, 100 * top))
+        ax.set_xlim(np.exp(logs[0] - margin), np.exp(logs[-1] + margin))
+        ax.axhline(100 * chance, **CHANCE)
+        for number, name in enumerate(curves):
+            if (curve := shown.get(name)) is None:
+                continue
+            x = np.array(curve.pairs) * np.exp(step * (number - (len(curves) - 1) / 2))
+            style: Any = {"color": COLORS[number % len(COLORS)], "fmt": MARKERS[number % len(MARKERS)]}
+            style |= {"linestyle": DASHES[number % len(DASHES)], "elinewidth": 1, "capsize": 2.5, "markersize": 5}
+            # The space: matplotlib ignores labels that start with "_".
+            ax.errorbar(x, 100 * curve.means, 100 * curve.half_widths, linewidth=1.8, label=f" {name}", **style)
+            across = np.repeat(x * np.exp(step / 2), [len(values) for values in curve.values])
+            seeds = 100 * np.concatenate(curve.values)
+            ax.plot(across, seeds, ".", color=style["color"], markersize=3.5, alpha=0.7)
+        legend(ax)
+
+    words = "; ".join(f"{name} up to {percent(max(curve.means))}" for name, curve in shown.items())
+    return Chart(f"{words}, with {pairs[0]:,} to {pairs[-1]:,} pairs.", (4.1, 3.4 + 0.1 * len(shown)), draw)

@@ -250,7 +250,7 @@ class Index:
         lines += [f"Left out: {line}" for line in SkipCounter.from_dict(info.skipped).lines()]
         if uncaptioned := pc.list_value_length(self._store.column("captions")).to_pylist().count(0):
             lines.append(f"Without caption: {uncaptioned:,}")
-        return "\n".join([*lines, f"Files: {', '.join(map(str, self._store.sizes))}"])
+        return "\n".join([*lines, f"Files: {', '.join(map(str, self._store.files))}"])
 
     @cached_property
     def _source(self) -> ImageSource:

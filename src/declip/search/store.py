@@ -85,7 +85,6 @@ class Store:
         self.folder, self._lock = folder, Lock()
         self.matrices: dict[Over, np.ndarray] = {}
         with self._reading():
-            self.sizes = {path: path.stat().st_size for path in sorted(folder.iterdir())}
             self._file = pq.ParquetFile(folder / ROWS, memory_map=True)
             sizes = _check_layout(self._file)
             for over, name in MATRICES.items():
