@@ -141,7 +141,10 @@ class LateInteraction(Term):
         self.logit_scale = nn.Parameter(torch.tensor(recipe.logit_scale.init))
         self.longest = self.section.top_k or model.text_tower.context
         self.min_scale = recipe.logit_scale.min
-        if list(recipe.active_losses) == [NAME]:
+        self.alone = list(recipe.active_losses) == [NAME]
+
+    def attach(self, model: DualEncoder) -> None:
+        if self.alone:
             model.token_scorer = TokenScorer(self, model)
             warn_once(
                 f"{NAME} alone does not train embeddings, which retrieval, linear probes, search and exports use; "
@@ -234,3 +237,4 @@ def restore_scorer(model: DualEncoder, heads: Mapping[str, Tensor], origin: str)
         except RuntimeError as error:
             raise UserError(f"The head of {NAME} in '{origin}' does not fit its recipe: {one_line(error)}") from error
         term.float()
+        term.attach(model)
