@@ -160,7 +160,15 @@ def tab_to(page, selector):
 
 def test_pairs_are_marked_and_saved_by_keyboard_also_after_a_reload(page, shared):
     page.goto("/pairs")
-    expect(page.locator("#disagreeing-rows > li")).to_have_count(24)
+    rows = page.locator("#disagreeing-rows > li")
+    expect(rows).to_have_count(1)  # the worst of 48 captions
+    page.get_by_label("Cosine below").fill("1")
+    page.get_by_role("button", name="Show", exact=True).click()
+    expect(rows).to_have_count(24)
+    page.get_by_role("button", name="Show more").first.click()
+    expect(rows).to_have_count(48)
+    expect(page.get_by_role("status")).to_have_text("48 of 48 captions below 1.000, the worst first")
+    page.locator("#limit").focus()
     tab_to(page, "[data-pair]")
     page.keyboard.press("Space")
     tab_to(page, "#duplicates > summary")

@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 import declip
 from app.conftest import ask
 from conftest import TINY, refuses, tiny_tree
-from declip.app.pairs import compare_captions, find_similar
+from declip.app.pairs import PairsQuestion, compare_captions, disagreeing, find_similar
 from declip.app.server import open_state
 from declip.app.state import AppState
 from declip.data.sources.open import open_source
@@ -37,34 +37,67 @@ def made_up(tmp_path):
 def test_exchanged_captions_disagree_most(made_up):
     found = compare_captions(made_up)
     assert set(found.ids[:2].tolist()) == {5, 6}
-    assert (len(found.ids), 7 in found.ids) == (59, False)
+    assert (len(found.ids), 7 in found.ids, found.ranked) == (59, False, False)
+    assert found.captions == [made_up.index.row(id).caption for id in found.ids]
     own = (made_up.index.vectors(found.ids) * made_up.index.vectors(found.ids, "captions")).sum(1).numpy()
     np.testing.assert_allclose(found.values, own, atol=1e-6)
-    spread = 1.4826 * np.median(np.abs(own - np.median(own)))
-    assert (found.median, found.spread) == pytest.approx((np.median(own), spread), abs=1e-5)
+    assert int((found.values < found.limit).sum()) == 2
+
+
+def test_each_of_several_captions_has_a_cosine_of_its_own(state):
+    found = compare_captions(state)
+    assert len(found.ids) == 48
+    images, texts = state.index.vectors(found.ids), state.text_vectors(found.captions)
+    np.testing.assert_allclose(found.values, (images * texts).sum(1).numpy(), atol=1e-3)
+
+
+def with_ranks(run, ranks):
+    with (run / "out_of_fold.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("key", "caption", "rank"), *((*pair, f"{rank:.4f}") for pair, rank in ranks)])
 
 
 def test_pairs_that_a_run_was_trained_on_are_judged_out_of_fold(run_folder, shared, tmp_path):
     run = shutil.copytree(run_folder, tmp_path / "run")
-    rows = [(row.key, text) for row in map(shared.index.row, shared.index.ids) for text in row.captions]
-    ranks = {pair: number / len(rows) for number, pair in enumerate(reversed(rows))}
-
-    def state_with(share):
-        known = list(ranks.items())[: round(share * len(rows))]
-        with (run / "out_of_fold.csv").open("w", newline="") as file:
-            csv.writer(file).writerows([("key", "caption", "rank"), *((*pair, f"{rank:.4f}") for pair, rank in known)])
-        return AppState(shared.index, str(run))
-
-    with ask(state_with(0.75)) as client:
+    captions = [(row.id, row.key, text) for row in map(shared.index.row, shared.index.ids) for text in row.captions]
+    ranks = [((key, text), (47 - number) / 48) for number, (_, key, text) in enumerate(captions)]
+    with_ranks(run, ranks[:36])
+    with ask(AppState(shared.index, str(run))) as client:
         answer = client.get("/api/pairs/disagreeing?limit=0.5").json()
+        preset = client.get("/api/pairs/disagreeing").json()
         assert "was trained on" not in client.get("/pairs").text
-    assert (answer["ranked"], answer["total"], answer["without"]) == (True, 18, 6)
-    assert [row["id"] for row in answer["rows"]] == list(range(6, 24)), "the worst of an image's captions counts"
-    assert answer["rows"][0]["value"] == pytest.approx(ranks[rows[12]], abs=1e-4)
-    assert answer["marked"] == list(range(6, 12))
-    with ask(state_with(0.25)) as client:  # of another source, mostly
+    counts = [answer[name] for name in ("ranked", "total", "captions", "without")]
+    assert counts == [True, 23, 36, 6]
+    shown = [(row["id"], row["captions"], row["others"]) for row in answer["rows"]]
+    assert shown == [(id, [text], 1) for id, _, text in captions[:23]], "each caption, the worst first"
+    assert answer["rows"][0]["value"] == pytest.approx(47 / 48, abs=1e-4)
+    assert (preset["limit"] > 0.9, preset["total"]) == (True, 1)
+    with_ranks(run, ranks[:12])  # of another source, mostly
+    with ask(AppState(shared.index, str(run))) as client:
         assert not client.get("/api/pairs/disagreeing").json()["ranked"]
         assert "was trained on" in client.get("/pairs").text
+
+
+def test_a_right_caption_is_not_listed_for_a_wrong_one_of_its_image(run_folder, shared, tmp_path):
+    """Image 3 has a wrong second caption; the first is the best of all."""
+    run = shutil.copytree(run_folder, tmp_path / "run")
+    rows = [(row.key, text) for row in map(shared.index.row, shared.index.ids) for text in row.captions]
+    wrong = shared.index.row(3)
+    with_ranks(run, [(pair, 1.0 if pair == (wrong.key, wrong.captions[1]) else 0.1) for pair in rows])
+    with ask(AppState(shared.index, str(run))) as client:
+        answer = client.get("/api/pairs/disagreeing").json()
+        written = client.post("/api/pairs/list", json={"image and caption disagree": [3]}).json()
+    assert [(row["id"], row["captions"]) for row in answer["rows"]] == [(3, [wrong.captions[1]])]
+    with open(written["drop"]) as file:
+        assert json.loads(file.read())["caption"] == wrong.captions[1]
+
+
+def test_no_more_than_a_fiftieth_of_right_captions_is_listed(run_folder, shared, tmp_path):
+    """Also where ranks are bad throughout; where they are good, only those of more than 0.5."""
+    run = shutil.copytree(run_folder, tmp_path / "run")
+    rows = [(row.key, text) for row in map(shared.index.row, shared.index.ids) for text in row.captions]
+    for worst, listed in ((1.0, 1), (0.45, 0)):
+        with_ranks(run, [(pair, worst * number / 47) for number, pair in enumerate(rows)])
+        assert len(disagreeing(AppState(shared.index, str(run)), PairsQuestion())["rows"]) == listed
 
 
 def test_similar_images_are_those_of_all_with_all(made_up):
@@ -94,11 +127,14 @@ def test_similar_images_are_joined_through_others(tmp_path):
 def test_the_page_gets_the_worst_pairs_and_the_groups(client, state):
     found = compare_captions(state)
     answer = client.get(f"/api/pairs/disagreeing?limit={float(found.values[5])}").json()
-    assert (len(answer["edges"]), sum(answer["counts"])) == (len(answer["counts"]) + 1, 24)
-    assert (answer["total"], answer["without"], answer["marked"]) == (24, 0, found.ids[:5].tolist())
+    assert (len(answer["edges"]), sum(answer["counts"])) == (len(answer["counts"]) + 1, 48)
+    assert (answer["captions"], answer["without"], answer["total"]) == (48, 0, 5)
     rows = answer["rows"]
-    assert [row["id"] for row in rows] == found.ids.tolist()
-    assert [row["value"] for row in rows] == pytest.approx(found.values.tolist(), abs=1e-6)
+    assert [row["id"] for row in rows] == found.ids[:5].tolist()
+    assert [row["captions"] for row in rows] == [[text] for text in found.captions[:5]]
+    assert [row["value"] for row in rows] == pytest.approx(found.values[:5].tolist(), abs=1e-6)
+    more = [client.get(f"/api/pairs/disagreeing?limit=1&start={start}").json()["rows"] for start in (0, 24)]
+    assert [row["id"] for page in more for row in page] == found.ids.tolist()
     image, texts = state.index.vectors([rows[0]["id"]])[0], state.index.vectors(state.index.ids, "captions")
     assert rows[0]["nearest"] == state.index.row(int((texts @ image).argmax())).caption
     groups = client.get("/api/pairs/duplicates?threshold=0.8").json()

@@ -212,7 +212,22 @@ def keep():
             yield title, [rows[0][n], *(mean(row[key] for row in each) for each in by_alpha for key in keys)]
 
 
-TABLES = [keep, readme, rivals, demo, methods, losses, embed, step, loading, choose, few_shot]
+def wrong_pairs():
+    """Right captions listed without wrong ones; then recall and precision of the list, by the share of wrong ones."""
+    rows = [row for row in load("few/wrong-pairs.jsonl") if row["by"] == "out-of-fold rank"]
+    for name in ("stamps-photos", "clipart", "emoji-test"):
+        numbers = []
+        for share in (0.0, 0.05, 0.1, 0.2):
+            own = [row for row in rows if (row["set"], row["share"]) == (name, share)]
+            right, wrong = (sum(row[key][0] for row in own) for key in ("right_listed", "wrong_listed"))
+            if share:
+                numbers += [100 * wrong / sum(row["wrong"] for row in own), 100 * wrong / (right + wrong)]
+            else:
+                numbers.append(100 * right / sum(row["right"] for row in own))
+        yield TITLES.get(name, name), numbers
+
+
+TABLES = [wrong_pairs, keep, readme, rivals, demo, methods, losses, embed, step, loading, choose, few_shot]
 
 
 def assert_equal(printed, values, where):

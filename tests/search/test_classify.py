@@ -55,7 +55,7 @@ def test_a_table_has_every_probability(model, folder, tmp_path, weights_file, co
     for wrong in ("x.tsv", "sorted"):
         refused = command(*words, tmp_path / wrong)
         assert (refused.status, ".csv" in refused.err, (tmp_path / wrong).exists()) == (2, True, False)
-    declip.classify(model, folder, ["=1+1", "b"], out=tmp_path / "x.csv")
+    declip.classify(model, folder, ["=1+1", "b"], out=tmp_path / "x.csv", overwrite=True)
     rows = list(csv.DictReader((tmp_path / "x.csv").open()))
     assert all(row[row["class"]] == row["probability"] for row in rows)
 

@@ -1,6 +1,5 @@
-"""Outputs of commands: files that declip did not write, and tables with captions, stay."""
+"""Outputs of commands: a file that exists is replaced only with --overwrite, a folder of something else never."""
 
-import csv
 import shutil
 from contextlib import chdir
 from functools import partial
@@ -85,7 +84,8 @@ def test_a_file_of_the_user_stays(name, project, weights_file, command):
     words = OUTPUTS[name].replace("MODEL", str(weights_file)).split()
     option = [name.split()[-1]] if "--" in name else []
     is_folder = name.endswith("--out") and name.split()[0] not in ("choose", "classify")
-    out = Path("mine" if is_folder else "mine.csv")
+    file = "mine.png" if name.endswith("sheet") else "mine.csv"
+    out = Path("mine") if is_folder else Path(file)
     written = out / "mine.csv" if is_folder else out
     written.parent.mkdir(exist_ok=True)
     written.write_text("image,notes\na.jpg,by hand\n")
@@ -94,7 +94,7 @@ def test_a_file_of_the_user_stays(name, project, weights_file, command):
     refused = command(*words, *option, out)
     assert (refused.status, out.name in refused.err) == (2, True), refused.err
     assert written.read_text() == "image,notes\na.jpg,by hand\n"
-    assert is_folder or "app" in words or "another file name" in refused.err
+    assert is_folder or "app" in words or "--overwrite" in refused.err
     assert {path.name for path in out.parent.iterdir()} == {path.name for path in project.iterdir()}
 
 
@@ -112,36 +112,41 @@ def test_a_command_replaces_its_own_files(project, weights_file, command):
         assert [one.status for one in done] == [0, 0], done[0].err
 
 
-def edited(path, number, name, value):
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    rows[number][name] = value
-    with path.open("w", newline="") as file:
-        table = csv.DictWriter(file, rows[number], restval="0")
-        table.writeheader()
-        table.writerows(rows)
+@pytest.mark.parametrize("words", COMMANDS.values(), ids=COMMANDS)
+def test_a_file_that_exists_is_replaced_only_with_overwrite(words, project, weights_file, command):
+    before = {*project.iterdir()}
+    words = words.replace("MODEL", str(weights_file)).split()
+    first = command(*words)
+    assert first.status == 0, first.err
+    written = {path for path in project.iterdir() if path not in before and path.is_file()}
+    contents = {path: path.read_bytes() for path in written}
+    for path in written:
+        again = command(*words)
+        assert (again.status, "--overwrite" in again.err) == (2, True), again.err
+        assert {other: other.read_bytes() for other in written} == contents
+        replaced = command(*words, "--overwrite")
+        assert replaced.status == 0, replaced.err
+        path.write_text("mine")
+        replaced = command(*words, "--overwrite")
+        assert (replaced.status, path.read_bytes() == b"mine") == (0, False), replaced.err
+        contents = {other: other.read_bytes() for other in written}
 
 
-def test_what_a_user_typed_into_a_table_stays(project, model):
+def test_functions_replace_a_file_only_with_overwrite(project, model):
     path = project / "table.csv"
     choose = partial(declip.choose, model, "shapes", 5, index="index", out=path)
     classify = partial(declip.classify, model, "shapes", ["red", "blue"], out=path)
-    for make, name, value in (
-        (choose, "caption", "a red bar"),
-        (choose, "coverage", "?"),
-        (classify, "class", "green"),
-        (classify, "notes", "x"),
-    ):
-        path.unlink(missing_ok=True)
+    for make in (choose, classify):
+        path.write_text("image,caption\na.png,by hand\n")
+        refuses("table.csv.*overwrite=True", make)
+        assert path.read_text() == "image,caption\na.png,by hand\n"
+        make(overwrite=True)
+        assert "by hand" not in path.read_text()
+        path.unlink()
         make()
-        edited(path, 3, name, value)
-        before = path.read_bytes()
-        said = refuses("another file name", make).replace(f"{project}/", "")
-        assert ("'table.csv'" in said, "1 captions" in said and "--have" in said) == (True, name == "caption")
-        assert path.read_bytes() == before
 
 
-def test_captions_that_are_typed_while_a_command_runs_stay(tmp_path):
+def test_a_file_that_is_written_while_a_command_runs_stays(tmp_path):
     def run():
         with output_file(tmp_path / "x.csv", "--out") as partial:
             partial.write_text("computed")
@@ -149,3 +154,10 @@ def test_captions_that_are_typed_while_a_command_runs_stay(tmp_path):
 
     refuses("x.csv", run)
     assert (tmp_path / "x.csv").read_text() == "image,caption\na.png,a cat\n"
+
+
+@pytest.mark.parametrize("name", ["sheet.pdf", "sheet.jpg", "sheet"])
+def test_an_image_that_is_not_written_as_its_name_says_is_refused(name, project, command):
+    refused = command("search", "index", "red", "--contact-sheet", name)
+    assert (refused.status, name in refused.err, ".png" in refused.err) == (2, True, True)
+    assert not (project / name).exists()

@@ -43,18 +43,22 @@ class AppState:
     comparing: threading.Lock = field(default_factory=threading.Lock)
 
     @cached_property
-    def ranks(self) -> dict[int, float]:
-        """The worst out-of-fold rank of each image's captions, 0 best and 1 worst.
+    def ranks(self) -> dict[tuple[int, str], float]:
+        """Out-of-fold ranks by image and caption, 0 best and 1 worst.
 
         Empty unless the model is a run that cross-validated at least half of the images.
         """
         run, index = Path(self.model_path).expanduser(), self.index
         known = FittedRun(run).caption_ranks
-        ranks: dict[int, float] = {}
-        for id, key, captions in zip(index.ids.tolist(), index.keys(), index.captions(), strict=True) if known else ():
-            if own := [known[key, caption] for caption in captions if (key, caption) in known]:
-                ranks[id] = max(own)
-        return ranks if 2 * len(ranks) >= len(index) else {}
+        if not known:
+            return {}
+        ranks: dict[tuple[int, str], float] = {}
+        for id, key, captions in zip(index.ids.tolist(), index.keys(), index.captions(), strict=True):
+            for caption in captions:
+                if (key, caption) in known:
+                    ranks[id, caption] = known[key, caption]
+        images = {id for id, _ in ranks}
+        return ranks if 2 * len(images) >= len(index) else {}
 
     def once(self, compare: "Callable[[AppState], Any]") -> Any:
         """The result of a comparison of all images, which the first request computes while others wait."""

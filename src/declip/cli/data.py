@@ -46,6 +46,7 @@ def inspect(
     json_out: opt.JsonOut = None,
     html_out: Annotated[Path | None, file("also write a page with images", "--html")] = None,
     without_copies: Annotated[Path | None, file("list to write (.pairs), of all other pairs; reads all")] = None,
+    overwrite: opt.Overwrite = False,
     *,
     reading: dict[str, Any],
 ) -> None:
@@ -56,7 +57,7 @@ def inspect(
     from declip.io.text import plural
     from declip.reports.inspection import page, summary
 
-    check_outputs((json_out, html_out, without_copies))
+    check_outputs((json_out, html_out, without_copies), overwrite)
     if without_copies and not (check_leakage and without_copies.suffix == LIST_KIND):
         problem = f"--without-copies {without_copies} lists the pairs that are no copy of one of --check-leakage."
         raise UserError(f"{problem} Give a test set with --check-leakage, and a file name that ends in {LIST_KIND}.")
@@ -67,7 +68,7 @@ def inspect(
     console.print(summary(inspection), width=None if console.is_terminal else PAGE_WIDTH)
     for make, path, option in ((Inspection.to_json, json_out, "--json"), (page, html_out, "--html")):
         if path is not None:
-            say(f"Written: {write_output(path, make(inspection), option)}")
+            say(f"Written: {write_output(path, make(inspection), option, overwrite)}")
     if without_copies:
         copies = {index for leakage in inspection.leakages for _, index in leakage.copies}
         count = write_others(without_copies, source, reading["columns"], opened, copies)

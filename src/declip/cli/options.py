@@ -16,7 +16,6 @@ from rich.markup import escape
 from typer import Argument, Option
 from typer.core import TyperCommand
 
-import declip
 from declip.data.columns import Columns, MissingColumns
 from declip.errors import UserError
 from declip.io.outputs import output_file
@@ -88,6 +87,7 @@ Shots = Annotated[
 BatchSize = Annotated[int, Option(min=1, help="images per forward pass")]
 JsonOut = Annotated[Path | None, file("also write the result as JSON", "--json")]
 SheetOut = Annotated[Path | None, file("also write an image of the results (PNG)", "--contact-sheet")]
+Overwrite = Annotated[bool, Option("--overwrite", help="replace files that exist")]
 IndexFolder = Annotated[
     Path | None, file("folder of the index; default: in indices/, named after the source", metavar="DIR")
 ]
@@ -166,14 +166,10 @@ def say(line: str) -> None:
         console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
-def write_image(path: Path, image: "Image", option: str) -> None:
+def write_image(path: Path, image: "Image", option: str, overwrite: bool) -> None:
     """Write an image as PNG."""
-    from PIL.PngImagePlugin import PngInfo
-
-    mark = PngInfo()
-    mark.add_text("Software", f"declip {declip.__version__}")
-    with output_file(path, option) as target:
-        image.save(target, "PNG", pnginfo=mark)
+    with output_file(path, option, overwrite) as target:
+        image.save(target, "PNG")
     say(f"Written: {path}")
 
 

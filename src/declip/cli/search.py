@@ -14,7 +14,7 @@ from declip.cli import options as opt
 from declip.cli.options import console, existing, expand, file, known, reads_images, say, write_image
 from declip.errors import UserError, check_installed
 from declip.io.atomic import csv_path
-from declip.io.outputs import check_outputs, marked_json, write_output
+from declip.io.outputs import check_outputs, png_path, result_json, write_output
 
 if TYPE_CHECKING:
     from declip.search.index import Hit
@@ -69,13 +69,14 @@ def search(
     precision: opt.Precision = "fp32",
     sheet_out: opt.SheetOut = None,
     json_out: opt.JsonOut = None,
+    overwrite: opt.Overwrite = False,
 ) -> None:
     """Search an index by a text, an image, or both."""
     # --- checks that need no torch, whose import takes seconds
     from declip.search.checks import read_query
     from declip.search.info import IndexInfo, is_index
 
-    check_outputs((sheet_out, json_out))
+    check_outputs((png_path(sheet_out, "--contact-sheet"), json_out), overwrite)
     if text is not None and is_index(expand(text)) and not is_index(folder):
         raise UserError(
             f"'{text}' is an index and '{folder}' is not: the arguments look swapped. Give the index first: "
@@ -96,13 +97,13 @@ def search(
     # --- files
     if json_out is not None:
         query = {"index": str(folder), "text": text, "image": None if image is None else str(image), "weights": both}
-        result = marked_json({**query, "over": over, "hits": [hit.to_dict() for hit in hits]})
-        say(f"Written: {write_output(json_out, result, '--json')}")
+        result = result_json({**query, "over": over, "hits": [hit.to_dict() for hit in hits]})
+        say(f"Written: {write_output(json_out, result, '--json', overwrite)}")
     if sheet_out is not None:
         from declip.reports.sheets import search_sheet
 
         title = text or f"like {image.name if image else ''}"
-        write_image(sheet_out, search_sheet(opened, hits, title, picture), "--contact-sheet")
+        write_image(sheet_out, search_sheet(opened, hits, title, picture), "--contact-sheet", overwrite)
 
 
 def _print_hits(hits: "list[Hit]") -> None:
@@ -192,20 +193,22 @@ def choose(
     index: opt.IndexFolder = None,
     sheet_out: opt.SheetOut = None,
     seed: Annotated[int, Option(min=0, help="seed of the sample, if there are more than 20,000 images")] = 0,
+    overwrite: opt.Overwrite = False,
     *,
     reading: dict[str, Any],
 ) -> None:
     """Choose the images that you should caption next, by their features; the most useful come first."""
-    check_outputs((csv_path(out), sheet_out))
+    check_outputs((csv_path(out), png_path(sheet_out, "--contact-sheet")), overwrite)
     from declip.search.choose import choose as run_choice
 
-    choice = run_choice(model, images, count, have=have, out=out, index=index, seed=seed, **reading)
+    choosing: dict[str, Any] = {"have": have, "out": out, "overwrite": overwrite, "index": index, "seed": seed}
+    choice = run_choice(model, images, count, **choosing, **reading)
     say(f"{choice.summary()}\nWritten: {out}")
     if sheet_out is not None:
         from declip.reports.sheets import search_sheet
 
         sheet = search_sheet(choice.index, choice.images, f"The first to caption: {out.name}", order="in their order")
-        write_image(sheet_out, sheet, "--contact-sheet")
+        write_image(sheet_out, sheet, "--contact-sheet", overwrite)
 
 
 @partial(reads_images, without=("caption_column",))
@@ -228,29 +231,32 @@ def classify(
     save: Annotated[Path | None, file("save the classifier that is fitted to the examples")] = None,
     out: Annotated[Path | None, file("write the probability of every class to this .csv file")] = None,
     templates: Annotated[str, Option(help="name of a template set, or a template with {}")] = "plain",
+    overwrite: opt.Overwrite = False,
     *,
     reading: dict[str, Any],
 ) -> None:
     """Classify images into classes by their names, by examples, or both. Without --out, print a line per image."""
     from declip.search.checks import check_classes
 
-    check_classes(classes, examples, head, out, save)  # before torch is imported
+    check_classes(classes, examples, head, out, save, overwrite)  # before torch is imported
     if group_column is not None and examples is None:
         raise UserError(f"--group-column {group_column} is a column of the examples. Give --examples TABLE.")
     reading["columns"] = replace(reading["columns"], group=group_column)
     from declip.search.classify import classify as run_classification
 
     fitted: dict[str, Any] = {"examples": examples, "head": head, "label_column": label_column}
-    fitted |= {"templates": templates, "out": out, "on_prediction": _print if out is None else None}
-    _print_result(run_classification(model, images, classes, **fitted, **reading), save, out)
-
-
-def _print_result(result: Any, save: Path | None, out: Path | None) -> None:
+    fitted |= {"templates": templates, "out": out, "overwrite": overwrite}
+    fitted["on_prediction"] = _print if out is None else None
+    result = run_classification(model, images, classes, **fitted, **reading)
     if result.classifier is not None:
         typer.echo(result.classifier.summary(), err=True)
         if save is not None:
-            result.classifier.save(save)
+            result.classifier.save(save, overwrite=overwrite)
             typer.echo(f"Written: {save}", err=True)
+    _print_result(result, out)
+
+
+def _print_result(result: Any, out: Path | None) -> None:
     if out is None:
         for line in result.skipped.lines():
             typer.echo(f"Left out: {line}", err=True)

@@ -13,7 +13,7 @@ from typer import Argument, Option
 from declip.cli import options as opt
 from declip.cli.options import console, file, known, reads_images, say
 from declip.errors import UserError
-from declip.io.outputs import check_outputs, marked_json, write_output
+from declip.io.outputs import check_outputs, result_json, write_output
 
 Task = Literal["zero-shot", "retrieval", "linear", "few-shot"]
 
@@ -161,6 +161,7 @@ def evaluate(
     label_column: Annotated[str | None, Option(help="table column of classes")] = None,
     precision: opt.Precision = "fp32",
     json_out: opt.JsonOut = None,
+    overwrite: opt.Overwrite = False,
     *,
     reading: dict[str, Any],
 ) -> None:
@@ -168,7 +169,7 @@ def evaluate(
     from declip.recipe.checks import check_tasks
 
     check_tasks((task,), shots, templates)
-    check_outputs((json_out,))
+    check_outputs((json_out,), overwrite)
     from declip.evaluation.datasets import open_dataset
     from declip.evaluation.protocols import PREFIX, Options
     from declip.interchange.read import load
@@ -185,7 +186,7 @@ def evaluate(
     warn_of_training_pairs(model, opened)
     rows = _evaluate(load(model, device, precision), opened, task, options, suite)
     if json_out is not None:
-        write_output(json_out, marked_json(rows), "--json")
+        write_output(json_out, result_json(rows), "--json", overwrite)
 
 
 def _evaluate(model: Any, opened: list[Any], task: str, options: Any, suite: str | None) -> Any:

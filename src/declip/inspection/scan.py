@@ -21,7 +21,7 @@ from declip.errors import UserError, check_range
 from declip.evaluation.results import Measure
 from declip.inspection import reading
 from declip.inspection.reading import KINDS, ReadPairs, equal_groups
-from declip.io.outputs import marked_json
+from declip.io.outputs import result_json
 from declip.io.progress import status
 
 BROKEN = 0.05  # default of `data.max_broken_fraction`: a run stops above it
@@ -181,7 +181,7 @@ class Inspection:
         """All but the example images as JSON."""
         plain = asdict(replace(self, examples=(), near_examples=()))
         del plain["examples"], plain["near_examples"]
-        return marked_json({**plain, "whole": self.whole, "usable": self.usable})
+        return result_json({**plain, "whole": self.whole, "usable": self.usable})
 
 
 # A rule, its number, from where on it is reported and to be fixed, and what its sentence needs beyond the numbers.

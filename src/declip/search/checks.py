@@ -41,6 +41,7 @@ def check_classes(
     head: object,
     out: str | Path | None,
     save: Path | None = None,
+    overwrite: bool = False,
 ) -> list[str] | None:
     """Read the names of classes, if any; refuse options that cannot be combined, and outputs that cannot be written."""
     if save is not None and examples is None:
@@ -54,7 +55,7 @@ def check_classes(
             f"There is no head '{head}'. Make one: declip classify MODEL IMAGES --examples … --save {head}."
         )
     names = None if classes is None else read_classes(classes)
-    check_outputs((save, None if out is None else csv_path(out)))
+    check_outputs((save, None if out is None else csv_path(out)), overwrite)
     return names
 
 

@@ -56,10 +56,10 @@ class ChosenImages:
         """Images that could not be read."""
         return SkipCounter.from_dict(self.index.info.skipped)
 
-    def write(self, out: Path) -> None:
+    def write(self, out: Path, overwrite: bool = False) -> None:
         """Write a table with a row for each image and an empty column for its caption."""
         check_files(self.index)
-        with csv_table(out, CHOSEN) as table:
+        with csv_table(out, CHOSEN, overwrite) as table:
             table.writerows([image_cell(self.index, hit.id, out.parent), "", f"{hit.score:.4f}"] for hit in self.images)
 
 
@@ -70,6 +70,7 @@ def choose(
     *,
     have: str | Path | None = None,
     out: str | Path | None = None,
+    overwrite: bool = False,
     index: str | Path | None = None,
     columns: Columns = DEFAULT,
     device: str = "auto",
@@ -87,6 +88,7 @@ def choose(
         images: The folder of an index, or what `declip.embed` embeds.
         have: A source of pairs by its path: its images with captions count as chosen from the start.
         out: A .csv file to write, with the columns image, caption (empty) and coverage.
+        overwrite: Replace `out` if it exists.
         index: The folder of the images' index; by default one below "indices", for a folder that of `declip app`.
         precision: As in `declip.load`; a model that is given as an object stays as it is.
         seed: Of the sample, if there are more than `MOST` images.
@@ -98,7 +100,7 @@ def choose(
     """
     check_range("count", count, 1)
     path = None if out is None else csv_path(out)
-    check_outputs((path,))
+    check_outputs((path,), overwrite)
     if isinstance(images, str | Path) and find_table(images) is not None:
         columns = replace(columns, caption=None)
     options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "progress": progress}
@@ -112,7 +114,7 @@ def choose(
         known = captioned.vectors(captioned.ids[np.array(list(map(bool, captioned.captions())), dtype=bool)])
     choice = choose_from(opened, count, known, seed)
     if path is not None:
-        choice.write(path)
+        choice.write(path, overwrite)
     return choice
 
 

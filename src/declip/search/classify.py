@@ -151,8 +151,8 @@ class Classifier:
                 )
         return "\n".join(lines + [f"Left out: {line}" for line in self.skipped.lines()])
 
-    def save(self, path: str | Path) -> None:
-        """Write a safetensors file."""
+    def save(self, path: str | Path, overwrite: bool = False) -> None:
+        """Write a safetensors file; one that exists is replaced with `overwrite`."""
         head = self.head
         own = {name: getattr(self, name) for name in ("classes", "counts", "model")}
         mixture = [(*form, factor) for form, factor in head.mixture.items()]
@@ -160,7 +160,7 @@ class Classifier:
         stored = _Stored(
             **own, width=head.width, mixture=mixture, accuracy=accuracy, shots=head.shots, unmeasured=head.unmeasured
         )
-        with output_file(Path(path).expanduser(), "--save") as target:
+        with output_file(Path(path).expanduser(), "--save", overwrite) as target:
             save_tensors({"weight": head.weight, "center": head.center}, target, {KEY: stored.model_dump_json()})
 
     @classmethod
@@ -263,6 +263,7 @@ def classify(
     label_column: str | None = None,
     templates: str | Sequence[str] = "plain",
     out: str | Path | None = None,
+    overwrite: bool = False,
     batch_size: int = 256,
     workers: int | None = None,
     columns: Columns = DEFAULT,
@@ -280,6 +281,7 @@ def classify(
         head: A fitted classifier or its file, instead of classes and examples.
         templates: Name of a template set, or templates with ``{}`` for the class.
         out: A .csv file for the probability of every class.
+        overwrite: Replace `out` if it exists.
         columns: Of a table of images and of one of examples; `group` of examples alone, see `declip.Classifier.fit`.
         precision: As in `declip.load`; a model that is given as an object stays as it is.
         on_prediction: Called with each prediction, in the order of the images.
@@ -291,7 +293,7 @@ def classify(
     """
     # --- input, before the model is loaded
     check_range("batch_size", batch_size, 1)
-    names = check_classes(classes, examples, head, out) or []
+    names = check_classes(classes, examples, head, out, overwrite=overwrite) or []
     prompts = read_templates(templates)[1]
     source, path = _open(images, replace(columns, caption=None, group=None)), None if out is None else csv_path(out)
     classifier = Classifier.load(head) if isinstance(head, str | Path) else head
@@ -308,7 +310,7 @@ def classify(
     batches = [range(start, min(start + batch_size, len(source))) for start in range(0, len(source), batch_size)]
     stream = encode_batches(encoder, source, _read, batches, workers, progress, encode)
     header = (*CLASSIFIED, *map(plain_cell, known))
-    with nullcontext() if path is None else csv_table(path, header) as rows:
+    with nullcontext() if path is None else csv_table(path, header, overwrite) as rows:
         _collect(_predictions(stream, known, score, result.skipped), result, rows, on_prediction)
     return result
 

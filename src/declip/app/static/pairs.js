@@ -17,15 +17,15 @@ function add(ids, reason) {
   changed();
 }
 
-/** A checkbox that adds a pair to the list or removes it. */
-function box(id, reason) {
+/** A checkbox that adds a pair to the list or removes it; an image with other captions is excluded with them. */
+function box(id, reason, others = 0) {
   const input = make("input", { type: "checkbox", "data-pair": id });
   input.checked = marked.has(id);
   input.addEventListener("change", () => {
     if (!input.checked) marked.delete(id);
     add(input.checked ? [id] : [], reason);
   });
-  return make("label", { class: "take" }, input, "exclude");
+  return make("label", { class: "take" }, input, others ? `exclude the image, with ${count(others, "other caption")}` : "exclude");
 }
 
 function changed() {
@@ -54,8 +54,8 @@ changed();
 
 // --- the pairs
 
-/** A part of the page: a list that grows by a page, and a form that marks pairs; `row` makes an element of a row. */
-function watchPart(name, { reason, doing, limits, row, told }) {
+/** A part of the page: a list that grows by a page; `row` makes an element of a row, `submit` is what its form does. */
+function watchPart(name, { doing, limits, row, told, submit }) {
   const rows = find(`${name}-rows`);
   const more = find(`${name}-more`);
   let run = 0;
@@ -82,16 +82,14 @@ function watchPart(name, { reason, doing, limits, row, told }) {
   find(name).addEventListener("toggle", begin);
   find(`${name}-form`).addEventListener("submit", guarded(async (event) => {
     event.preventDefault();
-    const ids = (await get(0)).marked;
-    add(ids, reason);
-    say(`${count(ids.length, "pair")} added to the list`);
+    await submit({ get, load });
   }));
   begin();
   return load;
 }
 
 /** Bars of the values of all pairs; those worse than the limit stand out. */
-function histogram({ counts, edges, median, spread, total, without, ranked, limit }) {
+function histogram({ counts, edges, median, captions, without, ranked, limit }) {
   const most = Math.max(...counts);
   const bars = counts.map((value, number) => {
     const bar = make("span", { class: (ranked ? edges[number] >= limit : edges[number + 1] <= limit) ? "low" : "" });
@@ -101,20 +99,18 @@ function histogram({ counts, edges, median, spread, total, without, ranked, limi
   const name = ranked ? "rank" : "cosine";
   const ends = [edges[0], edges.at(-1)].map((value) => value.toFixed(2));
   const missing = without ? `; ${count(without, "image")} without a ${ranked ? "rank" : "caption"}` : "";
-  const width = ranked ? "" : `, standard deviation ${spread.toFixed(3)}`;
   return [
     make("div", { class: "columns", role: "img", "aria-label": `Histogram of ${name}s, from ${ends[0]} to ${ends[1]}` }, ...bars),
     make("div", { class: "ends" }, ...ends.map((end) => make("span", {}, end))),
-    make("figcaption", { class: "hint" }, `${count(total, "pair")}: median ${name} ${median.toFixed(3)}${width}${missing}`),
+    make("figcaption", { class: "hint" }, `${count(captions, "caption")}: median ${name} ${median.toFixed(3)}${missing}`),
   ];
 }
 
 function disagreeingRow(row, { ranked }) {
-  const apart = `${Math.abs(row.deviations).toFixed(1)} standard deviations ${row.deviations < 0 ? "below" : "above"} the median`;
-  const nearest = row.captions.includes(row.nearest) ? "no other caption is nearer" : `nearest caption: “${row.nearest}”`;
+  const value = `${ranked ? "rank" : "cosine"} ${row.value.toFixed(3)}`;
   // The model has learned the captions of ranked pairs, so which one is nearest says nothing.
-  const facts = ranked ? [`rank ${row.value.toFixed(3)}`] : [`cosine ${row.value.toFixed(3)}, ${apart}`, nearest];
-  return card(row, { row: true, facts: [...facts, row.key], more: [box(row.id, DISAGREE)] });
+  const nearest = row.nearest === row.captions[0] ? "no other caption is nearer" : `nearest caption: “${row.nearest}”`;
+  return card(row, { row: true, facts: [value, ...(ranked ? [] : [nearest]), row.key], more: [box(row.id, DISAGREE, row.others)] });
 }
 
 function groupRow(group) {
@@ -127,24 +123,30 @@ function groupRow(group) {
 const threshold = () => Number(find("threshold").value).toFixed(3);
 
 watchPart("disagreeing", {
-  reason: DISAGREE,
   doing: "Comparing images with their captions",
   limits: () => (find("limit").value ? { limit: find("limit").value } : {}),
   row: disagreeingRow,
   told(answer, shown) {
     find("limit").value ||= answer.limit.toFixed(3);
     find("histogram").replaceChildren(...histogram(answer));
-    return `${shown} of ${count(answer.total, "pair")}, the worst first`;
+    const side = answer.ranked ? "above" : "below";
+    if (!answer.total) return `No caption has a ${answer.ranked ? "rank" : "cosine"} ${side} ${answer.limit.toFixed(3)}.`;
+    return `${shown} of ${count(answer.total, "caption")} ${side} ${answer.limit.toFixed(3)}, the worst first`;
   },
+  submit: ({ load }) => load(true),
 });
 const loadGroups = watchPart("duplicates", {
-  reason: DUPLICATE,
   doing: "Comparing images with each other",
   limits: () => ({ threshold: threshold() }),
   row: groupRow,
   told(answer, shown) {
     find("duplicates-said").textContent = `${count(answer.total, "group")}: ${count(answer.marked.length, "image")} not counting the first of each.`;
     return answer.total ? `${shown} of ${count(answer.total, "group")}, the most similar first` : "No two images are that similar. Lower the cosine.";
+  },
+  async submit({ get }) {
+    const ids = (await get(0)).marked;
+    add(ids, DUPLICATE);
+    say(`${count(ids.length, "pair")} added to the list`);
   },
 });
 find("threshold").addEventListener("input", () => (find("threshold-said").textContent = threshold()));
