@@ -84,8 +84,7 @@ def test_a_file_of_the_user_stays(name, project, weights_file, command):
     words = OUTPUTS[name].replace("MODEL", str(weights_file)).split()
     option = [name.split()[-1]] if "--" in name else []
     is_folder = name.endswith("--out") and name.split()[0] not in ("choose", "classify")
-    file = "mine.png" if name.endswith("sheet") else "mine.csv"
-    out = Path("mine") if is_folder else Path(file)
+    out = Path("mine" if is_folder else "mine.png" if name.endswith("sheet") else "mine.csv")
     written = out / "mine.csv" if is_folder else out
     written.parent.mkdir(exist_ok=True)
     written.write_text("image,notes\na.jpg,by hand\n")
@@ -98,18 +97,14 @@ def test_a_file_of_the_user_stays(name, project, weights_file, command):
     assert {path.name for path in out.parent.iterdir()} == {path.name for path in project.iterdir()}
 
 
-def test_a_command_replaces_its_own_files(project, weights_file, command):
-    evaluate = ["evaluate", weights_file, "--dataset", "pairs.csv", "--dataset", "labels.csv", "--task", "retrieval"]
-    inspect = ["data", "inspect", "pairs.csv", "--check-leakage", "one.csv", "--without-copies", "rest.pairs"]
-    for words in (
-        ["choose", weights_file, "shapes", "--contact-sheet", "a.png", "--out", "choose.csv"],
-        ["classify", weights_file, "shapes", "--examples", "labels.csv", "--save", "head", "--out", "x.csv"],
-        ["search", "index", "red", "--contact-sheet", "b.png", "--json", "hits.json"],
-        [*evaluate, "--workers", 0, "--json", "result.json"],
-        [*inspect, "--workers", 0, "--json", "page.json", "--html", "page.html"],
-    ):
-        done = [command(*words) for _ in range(2)]
-        assert [one.status for one in done] == [0, 0], done[0].err
+COMMANDS = {
+    "search": "search index red --contact-sheet b.png --json hits.json",
+    "choose": "choose MODEL shapes --contact-sheet a.png --out choose.csv",
+    "classify": "classify MODEL shapes --examples labels.csv --save head --out x.csv",
+    "evaluate": "evaluate MODEL --dataset pairs.csv --task retrieval --workers 0 --json result.json",
+    "inspect": "data inspect pairs.csv --check-leakage one.csv --without-copies rest.pairs --workers 0 "
+    "--json page.json --html page.html",
+}
 
 
 @pytest.mark.parametrize("words", COMMANDS.values(), ids=COMMANDS)
