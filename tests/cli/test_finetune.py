@@ -128,7 +128,7 @@ def test_python_uses_the_same_words_and_resumes(pairs, weights, tmp_path):
 
 def test_a_run_with_adapters_is_exported_in_every_format_that_holds_it(pairs, tmp_path, monkeypatch):
     write_declip_file(build("vit"), tmp_path / "vit.safetensors")
-    monkeypatch.setattr(outputs, "export", written := Mock())
+    monkeypatch.setattr("declip.interchange.export.export", written := Mock())
     keys = {"finetune.lora": {"rank": 2}, "train.steps": 2, "train.batch_size": 8, **PLAIN}
     assert declip.finetune(pairs, tmp_path / "vit.safetensors", keys, tmp_path / "run", quiet=True).finished
     assert [call.args[1] for call in written.call_args_list] == ["safetensors", "open_clip", "huggingface"]

@@ -56,7 +56,7 @@ def whole(model, painted, tmp_path, monkeypatch):
     colors = [NAMES[row % 7] for row in range(21)]
     captions = [(f'{color} <script>alert("{row}")</script> & co',) for row, color in enumerate(colors)]
     held_out = [painted(colors, captions, classes=NAMES)]
-    monkeypatch.setattr("declip.reports.run.HeldOutSets.dataset", lambda *_: open_dataset(held_out[0]))
+    monkeypatch.setattr("declip.reports.run.HeldOutSets.test", lambda *_: open_dataset(held_out[0]).split("test"))
     return _run_folder(tmp_path), model, held_out
 
 

@@ -1,6 +1,7 @@
 """The report of a fit in closed form: one HTML file, and the same sentences for the terminal."""
 
 from collections.abc import Mapping
+from functools import partial
 from math import ceil
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -59,7 +60,7 @@ def write_fitted_report(
         held_out: The validation set whose searches are shown; None: no searches.
     """
     grown = run.cross_validation.get("growth", {})
-    encoded = None if held_out is None else encode_set(held_out, model)
+    encoded = None if held_out is None else encode_set(partial(held_out.split, "test"), model)
     source = run.facts["source"]
     credits = [source["credit"]]
     if encoded is not None:

@@ -1,6 +1,7 @@
 """Examples of retrieval on a held-out set, for a page."""
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,6 @@ import numpy as np
 from declip.data.images.thumbnails import thumbnails_of
 from declip.data.pair import PairSource
 from declip.errors import UserError
-from declip.evaluation.datasets import Dataset
 from declip.evaluation.encode import Encoder, SourceFeatures, encode_source
 from declip.evaluation.retrieval import carriers_of, ranks
 
@@ -16,10 +16,12 @@ SHOWN = 5  # candidates of a query
 log = logging.getLogger("declip")
 
 
-def encode_set(dataset: Dataset, model: Encoder, limit: int = 4_000) -> dict[str, Any] | None:
-    """Encode up to `limit` pairs of a set's test split; None with a warning if it cannot be read."""
+def encode_set(
+    open_source: Callable[[], PairSource], model: Encoder, limit: int = 4_000
+) -> dict[str, Any] | None:
+    """Encode up to `limit` pairs of a source; None with a warning if it cannot be read."""
     try:
-        source = dataset.split("test")
+        source = open_source()
         rows = np.linspace(0, len(source) - 1, min(limit, len(source))).round().astype(np.int64)
         features = encode_source(model, source, indices=rows.tolist())
     except UserError as error:

@@ -1,5 +1,6 @@
 """The report of a run: one HTML file with its numbers, curves, examples and recipe."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +31,21 @@ def write_report(folder: Path, model: Encoder, limit: int = 4_000, held_out: Hel
     """
     run = read_run(folder)
     # --- headline and examples: the user's own set before a built-in one, final ones before those during training
-    sets = run.recipe.evaluation
-    names = [*sets.final_zero_shot, *sets.zero_shot, *sets.final_retrieval, *sets.retrieval]
+    evaluation = run.recipe.evaluation
+    names = [
+        *evaluation.final_zero_shot,
+        *evaluation.zero_shot,
+        *evaluation.final_retrieval,
+        *evaluation.retrieval,
+    ]
     dataset = min(names, key=lambda name: name.startswith("builtin:"), default=None)
     results = [row.result for row in run.last() if row.result.dataset == dataset]
     # --- tables and examples
     embeds = getattr(model, "token_scorer", None) is None  # else embeddings are not trained
     encoded = None
     if dataset and embeds:
-        encoded = encode_set((held_out or HeldOutSets(run.recipe)).dataset(dataset), model, limit)
+        sets = held_out or HeldOutSets(run.recipe)
+        encoded = encode_set(partial(sets.test, dataset), model, limit)
     source = run.examples.get("source")
     credits = (source and source["credit"], encoded and encoded["source"].credit)
     content = render(
