@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 import declip
 from conftest import refuses
-from declip.models.image_tower import PosteriorProjection
+from declip.models.posteriors import PosteriorProjection
 from interchange.test_export import run_card, same_until_the_end
 from interchange.towers import CAPTIONS, EXACT, TYPED, build, largest, pictures
 

@@ -20,8 +20,8 @@ from declip.interchange.export import export
 from declip.interchange.read import read, read_start
 from declip.interchange.timm_weights import LOGIT_SCALE, class_heads, complete, encode_texts
 from declip.models.hf_encoder import read_encoder
-from declip.models.image_tower import PosteriorProjection
 from declip.models.layers import PROJECTIONS
+from declip.models.posteriors import PosteriorProjection
 from declip.recipe.starts import STARTS
 from interchange.towers import EXACT, unprojected
 from text_encoders import bert

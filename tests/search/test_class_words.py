@@ -9,7 +9,7 @@ from torch.nn.functional import normalize
 
 import declip
 from declip.interchange import starter
-from declip.models.image_tower import PosteriorProjection
+from declip.models.posteriors import PosteriorProjection
 from declip.search.class_words import class_direction, classes_of
 
 

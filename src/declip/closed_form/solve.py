@@ -3,7 +3,7 @@
 Ridge regression both ways is best with few pairs, canonical correlation analysis (CCA) with thousands.
 """
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -71,22 +71,39 @@ class PosteriorFeatures(NamedTuple):
         return torch.cat([centers, torch.eye(len(centers)).to(centers)], dim=1)
 
 
+class Extension(Protocol):
+    """What extends projected features: see `declip.closed_form.neighbors.Neighbors`."""
+
+    images: Any
+    texts: Any
+
+    def extend(self, side: Any, pooled: Tensor, projected: Tensor) -> Tensor: ...
+
+
 class Heads(NamedTuple):
     """Two projections without biases into one space, where the cosine compares images and texts."""
 
     image: Tensor  # (k, v), or of a classifier's features (k, v + c)
     text: Tensor  # (k, w)
     classifier: PosteriorFeatures | None = None
+    neighbors: Extension | None = None
 
     def embed_images(self, images: Tensor) -> Tensor:
         """Features of images (n, v) in the shared space, (n, k) of length 1."""
+        features = images
         if self.classifier is not None:
-            images = self.classifier.features(images)
-        return normalize(images @ self.image.mT, dim=-1)
+            features = self.classifier.features(images)
+        projected = normalize(features @ self.image.mT, dim=-1)
+        if self.neighbors is None:
+            return projected
+        return self.neighbors.extend(self.neighbors.images, images, projected)
 
     def embed_texts(self, texts: Tensor) -> Tensor:
         """Features of texts (m, w) in the shared space, (m, k) of length 1."""
-        return normalize(texts @ self.text.mT, dim=-1)
+        projected = normalize(texts @ self.text.mT, dim=-1)
+        if self.neighbors is None:
+            return projected
+        return self.neighbors.extend(self.neighbors.texts, texts, projected)
 
     def similarities(self, images: Tensor, texts: Tensor) -> Tensor:
         """Cosines of images (n, v) and texts (m, w), (n, m)."""
@@ -97,7 +114,7 @@ class Heads(NamedTuple):
         classifier = self.classifier
         if classifier is not None:
             classifier = PosteriorFeatures(*(part.to(other) for part in classifier))
-        return Heads(self.image.to(other), self.text.to(other), classifier)
+        return Heads(self.image.to(other), self.text.to(other), classifier, self.neighbors)
 
 
 class RegressionRows(NamedTuple):

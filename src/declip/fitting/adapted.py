@@ -17,6 +17,7 @@ from declip.fitting.base import Base
 from declip.interchange.weights import Weights
 from declip.models.dual_encoder import DualEncoder
 from declip.models.layers import PROJECTIONS
+from declip.models.neighbors import INNER, NeighborProjection
 
 ROWS = 8_192  # images whose features are mapped at a time
 
@@ -97,37 +98,51 @@ class Adapted:
         if self.heads is not None:
             kept = {n: t for n, t in tensors.items() if not n.startswith(PROJECTIONS)}
             tensors = kept | self.projections()
-            recipe = recipe.model_copy(update={"embed_dim": len(self.heads.image)})
+            recipe = recipe.model_copy(update={"embed_dim": self._width})
         return Weights(recipe, {n: t.cpu() for n, t in tensors.items()}, self.base.name)
+
+    @property
+    def _width(self) -> int:
+        """Dimensions of the shared space."""
+        assert self.heads is not None, "the base keeps its projections"
+        neighbors = self.heads.neighbors
+        return len(self.heads.image) if neighbors is None else neighbors.axes.shape[1]
 
     @torch.no_grad()
     def projections(self) -> dict[str, Tensor]:
         """The tensors that replace the projections, and the logit scale, by the names of `DualEncoder`."""
         assert self.heads is not None, "the base keeps its projections"
-        model = self.base.model
-        sides = (
-            (PROJECTIONS[0], self.heads.image, model.image_tower.proj),
-            (PROJECTIONS[1], self.heads.text, model.text_tower.text_projection),
-        )
+        model, known = self.base.model, self.heads.neighbors
+        image = self._projection(self.heads.image, model.image_tower.proj)
+        text = self._projection(self.heads.text, model.text_tower.text_projection)
+        classifier = self.heads.classifier
+        if classifier is not None:
+            image |= {"classes": classifier.rows.float(), "direction": classifier.direction.float()}
+        if known is not None:
+            image = _with_neighbors(image, known.images, known)
+            text = _with_neighbors(text, known.texts, known)
         tensors = {"logit_scale": self.logit_scale.float()}
-        for prefix, rows, first in sides:
-            weight, bias = rows.float(), torch.zeros(len(rows))
-            if self.base.projected:
-                if first.bias is not None:
-                    bias = weight @ first.bias.cpu()
-                weight = weight @ first.weight.cpu()
-            tensors[f"{prefix}weight"] = weight.contiguous()
-            if first.bias is not None:
-                tensors[f"{prefix}bias"] = bias
-        for name, tensor in self._classifier().items():
-            tensors[f"{PROJECTIONS[0]}{name}"] = tensor.float().cpu().contiguous()
+        for prefix, own in zip(PROJECTIONS, (image, text), strict=True):
+            for name, tensor in own.items():
+                tensors[f"{prefix}{name}"] = tensor.cpu().clone().contiguous()  # a file holds no shared ones
         return tensors
 
-    def _classifier(self) -> dict[str, Tensor]:
-        """The classifier whose posteriors are features, of the heads or of the base's projection."""
-        known = None if self.heads is None else self.heads.classifier
-        if known is not None:
-            return {"classes": known.rows, "direction": known.direction}
-        if self.base.projected:
-            return dict(self.base.model.image_tower.proj.named_buffers())
-        return {}
+    def _projection(self, rows: Tensor, first: Any) -> dict[str, Tensor]:
+        """The tensors of one projection: of the rows (k, v), after the base's where it has one."""
+        rows = rows.float()
+        if not self.base.projected:
+            bias = {} if first.bias is None else {"bias": torch.zeros(len(rows))}
+            return {"weight": rows, **bias}
+        own = {name: tensor.cpu() for name, tensor in first.state_dict().items()}
+        if isinstance(first, NeighborProjection):
+            return own | {"axes": own["axes"] @ rows.mT}
+        if "bias" in own:
+            own["bias"] = rows @ own["bias"]
+        return own | {"weight": rows @ own["weight"]}
+
+
+def _with_neighbors(own: dict[str, Tensor], side: Any, known: Any) -> dict[str, Tensor]:
+    """The tensors of a projection as those of a `NeighborProjection`."""
+    inner = {f"{INNER}{name}": tensor for name, tensor in own.items() if name != "bias"}
+    extension = {"anchors": side.anchors, "mean": side.mean}
+    return {**inner, **extension, "weights": known.weights, "axes": known.axes}

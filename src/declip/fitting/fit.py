@@ -14,6 +14,7 @@ from declip.closed_form.growth import growth
 from declip.closed_form.heads import Choice, choose_heads
 from declip.closed_form.mixing import mixed_choices
 from declip.closed_form.ranks import HeldOutRanks
+from declip.closed_form.related import with_neighbors
 from declip.closed_form.solve import START, ClassPairs, Heads
 from declip.data.pair import PairSource
 from declip.evaluation.leakage import leaking_column
@@ -30,6 +31,7 @@ class Fitted:
 
     model: Adapted
     choice: Choice
+    linear: Choice  # without neighbors
     features: PairFeatures
     source: PairSource
     classes: int  # of the base's classifier, which were pairs too
@@ -45,6 +47,7 @@ class Fitted:
             "classes": self.classes,
             **choice.form._asdict(),  # method and ridge
             "class_weight": choice.class_weight,
+            "neighbors": _weights(choice.heads),
             "logit_scale": choice.logit_scale,
         }
         if choice.outcome is None:
@@ -58,7 +61,7 @@ class Fitted:
         """The measure with an eighth, a quarter, half and all of the pairs; see `growth`."""
         if self.choice.outcome is None:
             return {}
-        return growth(self.choice, len(self.features.pairs.images), self.seed).to_dict()
+        return growth(self.linear, len(self.features.pairs.images), self.seed).to_dict()
 
     def ranks(self) -> list[tuple[int, str, float]]:
         """The out-of-fold rank of each caption, 0 best and 1 worst, the worst first.
@@ -81,7 +84,9 @@ class Fitted:
         Only 1.0 if the start stays, or if there were too few pairs to measure.
         """
         mixed = {}
-        for alpha, choice in mixed_choices(self.choice, alphas).items():
+        for alpha, choice in mixed_choices(self.linear, alphas).items():
+            if alpha == 1:
+                choice = self.choice
             mixed[alpha] = replace(self, model=_adapted(self.model.base, choice), choice=choice)
         return mixed
 
@@ -113,9 +118,18 @@ def fit(
         max_broken: Fraction of broken pairs above which a `UserError` is raised.
     """
     features = read_features(pairs, base, max_broken, progress)
-    choice = choose_heads(features.pairs, features.groups, classes, seed, embedded=base.projected, start=start)
+    known, groups = features.pairs, features.groups
+    linear = choose_heads(known, groups, classes, seed, embedded=base.projected, start=start)
+    choice = linear
+    if not base.projected:  # what neighbors gain beside a CLIP's projections was not measured
+        choice = with_neighbors(linear, known, groups, classes, seed)
     count = 0 if classes is None else len(classes.rows)
-    return Fitted(_adapted(base, choice), choice, features, pairs, count, seed)
+    return Fitted(_adapted(base, choice), choice, linear, features, pairs, count, seed)
+
+
+def _weights(heads: Heads) -> list[float]:
+    """Weights of the neighbors among all known pairs, and among the classes."""
+    return [0.0, 0.0] if heads.neighbors is None else heads.neighbors.weights.tolist()
 
 
 def _adapted(base: Base, choice: Choice) -> Adapted:

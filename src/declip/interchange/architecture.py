@@ -70,6 +70,7 @@ def _text_sections(weights: Weights, recipe: Recipe) -> dict[str, Any]:
 def load_tensors(start: Weights, model: DualEncoder) -> set[str]:
     """Load the tensors of a start into a model of its recipe, resampled where they depend on a size, and name them."""
     model.image_tower.match_projection(start.tensors)
+    model.text_tower.match_projection(start.tensors)
     own, fitted, old = model.state_dict(), dict[str, Tensor](), start.recipe.text.context_length
     for name, tensor in start.tensors.items():
         if name == ENTRY:  # it also has the length of captions

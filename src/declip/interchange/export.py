@@ -26,7 +26,8 @@ from declip.interchange.run_folder import has_checkpoint, read_checkpoint
 from declip.io.atomic import atomic_write
 from declip.io.text import one_line
 from declip.models.dual_encoder import DualEncoder
-from declip.models.image_tower import PosteriorProjection
+from declip.models.neighbors import NeighborProjection
+from declip.models.posteriors import PosteriorProjection
 from declip.runs.checkpoint import STATE
 from declip.runs.fitted import FittedRun, is_fitted
 from declip.runs.folder import read_run
@@ -34,8 +35,8 @@ from declip.runs.folder import read_run
 FORMATS: Mapping[str, Format] = {form.name: form for form in (OpenClip(), Huggingface(), Onnx(), DeclipFile())}
 
 LINEAR = (
-    " {} has linear projections, so the export lacks the class posteriors, and its features differ from those of the "
-    "model itself. The formats safetensors and onnx have them."
+    " {} has linear projections, so the export lacks class posteriors and neighbors, and its features differ from "
+    "those of the model itself. The formats safetensors and onnx have them."
 )
 
 TOLERANCE = 1e-4
@@ -107,10 +108,8 @@ def export(
     limits = ""
     if not _is_float32_on_cpu(traced.model):
         traced = replace(traced, model=deepcopy(traced.model).float().cpu())
-    projection = traced.model.image_tower.proj
-    if form.linear and isinstance(projection, PosteriorProjection):
-        traced = replace(traced, model=deepcopy(traced.model))
-        traced.model.image_tower.proj = projection.linear()
+    if form.linear and not is_linear(traced.model):
+        traced = replace(traced, model=linear_part(traced.model))
         limits = LINEAR.format(form.library)
     # --- write into a new folder, read it back, add the card; the folder appears when all is done
     with _new_folder(out, overwrite) as folder, eval_mode(traced.model):
@@ -123,13 +122,30 @@ def export(
     return exported
 
 
+def is_linear(model: DualEncoder) -> bool:
+    """Whether the projections have neither class posteriors nor neighbors."""
+    return not isinstance(model.image_tower.proj, PosteriorProjection | NeighborProjection)
+
+
+def linear_part(model: DualEncoder) -> DualEncoder:
+    """A copy of a model with linear projections: about as good as one that was fitted without more."""
+    copy = deepcopy(model)
+    image, text = copy.image_tower.proj, copy.text_tower.text_projection
+    copy.image_tower.proj = image.linear()
+    if isinstance(text, NeighborProjection):
+        copy.text_tower.text_projection = text.linear()
+    width = copy.image_tower.proj.out_features
+    copy.recipe = copy.recipe.model_copy(update={"embed_dim": width})
+    return copy
+
+
 def export_complete(traced: Traced, folder: Path) -> None:
     """Export a fine-tuned model to every format that holds it completely; others are left out.
 
     Class posteriors are in no linear projection: `export` says what a format of such loses.
     """
     formats = ["safetensors"]
-    if not isinstance(traced.model.image_tower.proj, PosteriorProjection):
+    if is_linear(traced.model):
         formats += ["open_clip", "huggingface"]
     for format in formats:
         try:

@@ -165,6 +165,8 @@ class Weights:
         model = empty(self.recipe, encoder, self._towers)
         if model.has_image:
             model.image_tower.match_projection(self.tensors)
+        if model.has_text:
+            model.text_tower.match_projection(self.tensors)
         lora, with_adapters = self.recipe.finetune.lora, adapted(self.tensors)
         return model, add_adapters(model, lora, with_adapters) if lora is not None and with_adapters else []
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from declip.closed_form.solve import PosteriorFeatures, without
 from declip.errors import UserError, unknown
+from declip.models.neighbors import matching_projection, named_below
 
 if TYPE_CHECKING:
     from timm.models.byobnet import ByoBlockCfg
@@ -79,36 +79,6 @@ SMALL_TOWERS: dict[str, TimmModel] = {
 """Named sizes for images of 32 to 64 pixels: name → (timm model, arguments of `timm.create_model`)."""
 
 
-class PosteriorProjection(nn.Module):
-    """A linear map of a pooled feature and of powers of its class posteriors: see `PosteriorFeatures.features`."""
-
-    bias = None
-    classes: Tensor
-    direction: Tensor
-
-    def __init__(self, width: int, classes: int, embed_dim: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(embed_dim, width + classes))
-        nn.init.normal_(self.weight, std=width**-0.5)
-        self.register_buffer("classes", torch.zeros(classes, width))
-        self.register_buffer("direction", torch.zeros(width))
-
-    def forward(self, pooled: Tensor) -> Tensor:
-        """Project pooled features (…, width) into the shared space, (…, d)."""
-        return PosteriorFeatures(self.classes, self.direction).features(pooled) @ self.weight.mT
-
-    def embed_classes(self) -> Tensor:
-        """Project the classes into the shared space, (c, d)."""
-        return PosteriorFeatures(self.classes, self.direction).class_features() @ self.weight.mT
-
-    def linear(self) -> nn.Linear:
-        """The projection without the posteriors: about as good as one that was fitted without them."""
-        linear = nn.Linear(len(self.direction), len(self.weight), bias=False)
-        # Training may add a part in the direction, which `forward` does not see.
-        linear.weight = nn.Parameter(without(self.weight[:, : len(self.direction)].detach(), self.direction))
-        return linear.to(self.weight)
-
-
 class ImageTower(nn.Module):
     """A timm model with a projection into the shared space.
 
@@ -129,7 +99,7 @@ class ImageTower(nn.Module):
     """
 
     has_batch_norm: bool  # whether features depend on the other images of a batch in training
-    proj: nn.Linear | PosteriorProjection
+    proj: Any  # a linear map, or one with class posteriors or neighbors
 
     def __init__(
         self,
@@ -163,14 +133,12 @@ class ImageTower(nn.Module):
             patches.requires_grad_(False)
 
     def match_projection(self, tensors: Mapping[str, Tensor]) -> None:
-        """Replace the projection by one of class posteriors, if tensors that will be loaded, by name, are of one."""
-        classes = tensors.get("image_tower.proj.classes")
-        if classes is None or type(self) is not ImageTower:
+        """Replace the projection by the kind that can hold tensors that will be loaded, by name."""
+        if type(self) is not ImageTower:
             return
-        width = self.pre_logits_width
-        if classes.shape[1:] == (width,):
-            proj = PosteriorProjection(width, len(classes), embed_dim=len(self.proj.weight))
-            self.proj = proj.to(self.proj.weight)
+        own = named_below("image_tower.proj.", tensors)
+        projection = matching_projection(self.proj, own, self.pre_logits_width)
+        self.proj = projection.to(next(self.trunk.parameters()).device)
 
     def forward(self, images: Tensor) -> ImageFeatures:
         """Encode images (B, 3, H, W), normalized."""

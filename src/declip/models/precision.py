@@ -16,6 +16,7 @@ from declip.models.dual_encoder import DualEncoder
 from declip.models.fingerprint import PROBE, fingerprint
 from declip.models.folding import folded, inference_tower, noise
 from declip.models.image_tower import ImageTower
+from declip.models.neighbors import NeighborProjection
 from declip.models.text_tower import AnyTextTower
 
 log = logging.getLogger("declip")
@@ -141,6 +142,6 @@ def _cast(tower: Tower, dtype: torch.dtype) -> Tower:
     """A copy in a type; what is left of batch norm stays float32, as variances may be far from 1."""
     copy = deepcopy(tower).requires_grad_(False).to(dtype)
     for module in copy.modules():
-        if isinstance(module, _BatchNorm):
+        if isinstance(module, _BatchNorm | NeighborProjection):
             module.float()
     return copy

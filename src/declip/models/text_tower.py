@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from declip.data.text.tokenizer import padded_length
 from declip.errors import UserError
+from declip.models.neighbors import matching_projection, named_below
 from declip.recipe.schema import TextTowerConfig
 
 
@@ -38,6 +39,12 @@ class AnyTextTower(nn.Module, ABC):
     width: int  # of the token states
     padding: int  # id behind the end of a caption
     context: int  # largest number of ids of a caption
+
+    def match_projection(self, tensors: Mapping[str, Tensor]) -> None:
+        """Replace the projection by the kind that can hold tensors that will be loaded, by name."""
+        own = named_below("text_tower.text_projection.", tensors)
+        projection = matching_projection(self.text_projection, own, self.width)
+        self.text_projection = projection.to(next(self.parameters()).device)
 
     @abstractmethod
     def encode(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from declip.data.tables import read_lines
-from declip.models.image_tower import PosteriorProjection
+from declip.models.neighbors import NeighborProjection
+from declip.models.posteriors import PosteriorProjection
 from declip.recipe.starts import STARTS
 
 CLASSES = 1_000  # of ImageNet, whose numbers the table has
@@ -51,6 +52,7 @@ def _table() -> dict[str, tuple[int, ...]]:
 def class_direction(model: Any, classes: tuple[int, ...]) -> Tensor | None:
     """Return the mean of classes as images, (d,) float32 of length 1 on the CPU; None without their classifier."""
     projection = model.image_tower.proj
-    if not isinstance(projection, PosteriorProjection) or len(projection.classes) != CLASSES:
+    classifier = projection.projection if isinstance(projection, NeighborProjection) else projection
+    if not isinstance(classifier, PosteriorProjection) or len(classifier.classes) != CLASSES:
         return None
     return normalize(normalize(projection.embed_classes().float()[[*classes]], dim=-1).mean(dim=0), dim=0).cpu()

@@ -1,0 +1,116 @@
+"""Neighbors as supervision in closed form: which known pairs an image and a caption both resemble.
+
+An image and a caption that resemble the same known pairs belong together (ASIF, arXiv 2210.01738).
+Known are the pairs that are fitted to, and the classes of a classifier.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from declip.closed_form.solve import ClassPairs, Pairs
+
+# With 10 to 200 neighbors and powers from 2 to 4 results differ by less than a point
+NEAREST = 50  # known pairs that count as neighbors
+POWER = 3.0  # of a cosine
+# Of the neighbors among all known pairs, and among the classes; the projections have 1
+WEIGHTS = ((0.5, 0.5), (1.0, 0.0), (1.0, 0.5), (0.0, 0.0))
+# Of the shared space: the leading axes of known pairs. 384 lose a third of the gain, 1,024 nothing
+WIDTH = 512
+MOST = 2_000  # pairs that are known, at random among more
+ITERATIONS = 3  # of the search for the leading axes
+
+
+class Side(NamedTuple):
+    """The known images, or the known texts."""
+
+    anchors: Tensor  # (a, v) of length 1, less their mean: pairs, then classes
+    mean: Tensor  # (v,)
+
+    def features(self, pooled: Tensor, classes: int, weights: Tensor) -> Tensor:
+        """(n, a + c): cosines with the nearest anchors, and with the nearest of the c classes.
+
+        Both halves have the length of the square root of their weight, so that a product of two
+        rows is the weighted sum of two cosines.
+        """
+        cosines = normalize(pooled - self.mean, dim=-1) @ self.anchors.mT
+        halves = [nearest(cosines)]
+        if classes:
+            halves.append(nearest(cosines[:, len(self.anchors) - classes :]))
+        scaled = [half * weight.sqrt() for half, weight in zip(halves, weights, strict=False)]
+        return torch.cat(scaled, dim=-1)
+
+
+def nearest(cosines: Tensor) -> Tensor:
+    """Powers of the largest cosines (n, a) of each row, 0 elsewhere, of length 1."""
+    cosines = cosines.clamp(min=0)
+    count = min(NEAREST, cosines.shape[-1])
+    smallest = cosines.topk(count, dim=-1).values[:, -1:]
+    kept = torch.where(cosines >= smallest, cosines**POWER, torch.zeros_like(cosines))
+    return normalize(kept, dim=-1)
+
+
+@dataclass(frozen=True)
+class Neighbors:
+    """Known pairs, the weights of their neighbors, and the axes of the space that holds all parts."""
+
+    images: Side
+    texts: Side
+    classes: int  # anchors at the end that are classes
+    weights: Tensor  # (2,), see `WEIGHTS`
+    axes: Tensor | None = None  # (k + a + c, d); None: all dimensions
+
+    def extend(self, side: Side, pooled: Tensor, projected: Tensor) -> Tensor:
+        """Append features of neighbors to projected features (n, k) of length 1: (n, d) of length 1."""
+        related = side.features(pooled.to(side.anchors), self.classes, self.weights)
+        joined = torch.cat([projected.to(related), related], dim=-1)
+        if self.axes is not None:
+            joined = joined @ self.axes
+        return normalize(joined, dim=-1)
+
+
+def known_pairs(pairs: Pairs, classes: ClassPairs | None, seed: int = 0) -> Neighbors:
+    """Make neighbors of pairs, `MOST` at random, and of a classifier's classes; weights as usual."""
+    count = len(pairs.images)
+    rows = torch.arange(count)
+    if count > MOST:
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+        rows = order[:MOST].sort().values
+    images = pairs.images[rows].float()
+    texts = mean_by_owner(pairs.texts.float(), pairs.owners, count)[rows]
+    if classes is None:
+        mean = images.mean(dim=0)
+        return Neighbors(
+            Side(normalize(images - mean, dim=-1), mean), _text_side(texts), 0, torch.tensor(WEIGHTS[0])
+        )
+    # A classifier's rows are known up to a common vector, which softmax ignores.
+    centers = (classes.rows - classes.rows.mean(dim=0)).float()
+    names = mean_by_owner(classes.texts.float(), classes.owners, len(centers))
+    mean = classes.mean.float()
+    anchors = torch.cat([normalize(images - mean, dim=-1), normalize(centers, dim=-1)])
+    texts = torch.cat([texts, names])
+    return Neighbors(Side(anchors, mean), _text_side(texts), len(centers), torch.tensor(WEIGHTS[0]))
+
+
+def _text_side(texts: Tensor) -> Side:
+    mean = texts.mean(dim=0)
+    return Side(normalize(texts - mean, dim=-1), mean)
+
+
+def mean_by_owner(rows: Tensor, owners: Tensor, count: int) -> Tensor:
+    """Mean of the rows (m, w) of each owner (m,), (count, w)."""
+    sums = rows.new_zeros(count, rows.shape[1]).index_add(0, owners, rows)
+    return sums / torch.bincount(owners, minlength=count)[:, None]
+
+
+def leading_axes(rows: Tensor, seed: int = 0) -> Tensor:
+    """The `WIDTH` directions (w, d) along which rows (r, w) are largest, by subspace iteration."""
+    width = min(WIDTH, *rows.shape)
+    start = torch.randn(rows.shape[1], width, generator=torch.Generator().manual_seed(seed))
+    axes = torch.linalg.qr(start).Q
+    for _ in range(ITERATIONS):
+        axes = torch.linalg.qr(rows.mT @ (rows @ axes)).Q
+    return axes

@@ -1,0 +1,36 @@
+"""A projection into the shared space of features and class posteriors."""
+
+import torch
+from torch import Tensor, nn
+
+from declip.closed_form.solve import PosteriorFeatures, without
+
+
+class PosteriorProjection(nn.Module):
+    """A linear map of a pooled feature and of powers of its class posteriors: see `PosteriorFeatures.features`."""
+
+    bias = None
+    classes: Tensor
+    direction: Tensor
+
+    def __init__(self, width: int, classes: int, embed_dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(embed_dim, width + classes))
+        nn.init.normal_(self.weight, std=width**-0.5)
+        self.register_buffer("classes", torch.zeros(classes, width))
+        self.register_buffer("direction", torch.zeros(width))
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """Project pooled features (…, width) into the shared space, (…, d)."""
+        return PosteriorFeatures(self.classes, self.direction).features(pooled) @ self.weight.mT
+
+    def embed_classes(self) -> Tensor:
+        """Project the classes into the shared space, (c, d)."""
+        return PosteriorFeatures(self.classes, self.direction).class_features() @ self.weight.mT
+
+    def linear(self) -> nn.Linear:
+        """The projection without the posteriors: about as good as one that was fitted without them."""
+        linear = nn.Linear(len(self.direction), len(self.weight), bias=False)
+        # Training may add a part in the direction, which `forward` does not see.
+        linear.weight = nn.Parameter(without(self.weight[:, : len(self.direction)].detach(), self.direction))
+        return linear.to(self.weight)
