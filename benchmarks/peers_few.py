@@ -5,8 +5,8 @@
 measures what is missing in OUT/cells.jsonl, and writes OUT/table.md and OUT/class_pairs.json: how many times fewer
 pairs are needed with class names. With --from open_clip:ViT-B-32/openai, which downloads it, the features
 are the embeddings of that CLIP. results/few/cells.jsonl is of --from builtin:lite0-minilm at an earlier commit;
-results/few/rivals.jsonl is of --sizes 0 31 124 -1, of icons 0 124 1000; results/few/posteriors.jsonl has --whole and
-trials.
+results/few/rivals.jsonl is of --sizes 0 31 124 -1, of icons 0 124 1000, and neighbors.jsonl of --sizes 31 124 -1;
+results/few/posteriors.jsonl has --whole and trials.
 
 A fifth of the groups of each set is held out; rows of the table are R@1 and R@10 there, the mean of both directions.
 Every method reads the same features of the built-in start, so only what is learned from them differs. The settings of
@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,14 +31,19 @@ from torch.nn.functional import normalize
 
 from declip.closed_form.folds import assign_folds
 from declip.closed_form.heads import choose_heads
+from declip.closed_form.neighbors import known_pairs, mean_by_owner
 from declip.closed_form.ranks import HeldOutBlock, caption_numbers, score
-from declip.closed_form.solve import ClassPairs, Pairs, centered, regression_rows
+from declip.closed_form.related import with_neighbors
+from declip.closed_form.solve import ClassPairs, Form, Pairs, centered, fit_heads, regression_rows
 from declip.comparison.outcome import EfficiencyCurve, curve_of, pairs_needed
-from declip.finetuning.features import FrozenEncoder, class_pairs, compute_features, embeddings
-from declip.finetuning.fit import frozen_model
+from declip.evaluation.held_out import HeldOutSets
 from declip.finetuning.request import Request
-from declip.finetuning.run import finetune_recipe
-from declip.training.assemble import resolve
+from declip.finetuning.run import Start
+from declip.fitting.pairs import read_features
+from declip.fitting.run import FitTask, class_pairs, open_base
+from declip.interchange.architecture import architecture_of
+from declip.recipe.checks import load_for_training
+from declip.training.pairs import open_training_source
 
 SIZES = (0, 31, 124, 500, 2_000, -1)  # training pairs; -1: all
 MOST = 6_000  # of 64,000 icons
@@ -86,21 +90,25 @@ class Data:
     @classmethod
     def of(cls, name: str, weights: str) -> "Data":
         """Compute the features as `declip finetune NAME --from WEIGHTS --freeze both` does."""
-        with TemporaryDirectory() as folder:
-            keys = {"train.device": "cpu", **({"data.max_pairs": MOST} if name.endswith("icons") else {})}
-            recipe, *_ = finetune_recipe(Request.of(name, weights, keys, freeze="both"), Path(folder), quiet=True)
-            resolved = resolve(recipe, Path(folder))
-            model, starts = frozen_model(resolved), resolved.weights is not None and resolved.weights.projected
-            encoder = FrozenEncoder(model)
-            features = compute_features(encoder, resolved.source, resolved.recipe, True)
-            pairs = embeddings(features.pairs, model) if starts else features.pairs
-            classes = resolved.weights.named_classes() if resolved.weights is not None else None
+        keys = {"train.device": "cpu", "train.precision": "fp32"}
+        if name.endswith("icons"):
+            keys["data.max_pairs"] = MOST
+        started = Start(Request.of(name, weights, keys, freeze="both"))
+        given = load_for_training("finetune", started.keys(MOST, False), name)
+        recipe = architecture_of(started.weights, given)
+        source = open_training_source(recipe)
+        base = open_base(recipe, started.weights)
+        features = read_features(source, base, recipe.data.max_broken_fraction, True)
+        classes = started.weights.named_classes()
+        task = FitTask(recipe, started.weights, source, HeldOutSets(recipe), True)
 
-            def names(rows: Tensor) -> Tensor:
-                assert classes is not None
-                return encoder.pool_captions([", ".join(classes.names[i] for i in row) for row in rows.tolist()])
+        def names(rows: Tensor) -> Tensor:
+            assert classes is not None
+            texts = [", ".join(classes.names[i] for i in row) for row in rows.tolist()]
+            return base.pool_captions(texts)
 
-            return cls(pairs, features.groups, class_pairs(resolved, encoder, True), classes and names, starts)
+        known = None if base.projected else class_pairs(task, base)
+        return cls(features.pairs, features.groups, known, classes and names, base.projected)
 
     def some(self, indices: np.ndarray) -> tuple[Pairs, np.ndarray]:
         """Some images with their captions, and their groups."""
@@ -125,20 +133,57 @@ def recall(towers: Towers, pairs: Pairs) -> tuple[float, float]:
 # --- methods: each takes a task and its settings
 
 
-def declip(task: Task) -> Towers:
-    """`declip finetune`: the form and the weight of the classes are chosen by cross-validation inside."""
-    image, text, classifier = choose_heads(task.pairs, task.groups, task.classes, task.seed, task.embedded).heads
+def declip(task: Task, neighbors: bool = True) -> Towers:
+    """`declip finetune`: forms, weights of classes and neighbors are chosen by cross-validation inside."""
+    choice = choose_heads(task.pairs, task.groups, task.classes, task.seed, task.embedded)
+    if neighbors and not task.embedded and len(task.pairs.images):
+        choice = with_neighbors(choice, task.pairs, task.groups, task.classes, task.seed)
+    heads = choice.heads.to(torch.zeros(1))
+    return Towers(heads.embed_images, heads.embed_texts)
 
-    def embed(images: Tensor) -> Tensor:
-        images = images.double() if classifier is None else classifier.features(images.double())
-        return (images @ image.double().mT).float()
 
-    return Towers(embed, lambda texts: texts @ text.float().mT)
+def declip_without_neighbors(task: Task) -> Towers:
+    """`declip finetune` without neighbors, as it was before."""
+    return declip(task, neighbors=False)
+
+
+def asif(task: Task, classes: bool) -> Towers:
+    """ASIF (arXiv 2210.01738): which known pairs an image and a caption resemble, and nothing else."""
+    known = known_pairs(task.pairs, task.classes if classes else None, task.seed)
+    one = torch.tensor([1.0, 0.0])
+    return Towers(
+        lambda images: known.images.features(images, known.classes, one),
+        lambda texts: known.texts.features(texts, known.classes, one),
+    )
+
+
+def csa(task: Task, ridge: float, classes: bool) -> Towers:
+    """CSA (arXiv 2410.07610): canonical correlation with a penalty."""
+    known = task.classes._replace(posteriors=False) if classes and task.classes is not None else None
+    (heads,) = fit_heads(task.pairs, known, 1.0 if classes else 0.0, (Form("cca", ridge),))
+    heads = heads.to(torch.zeros(1))
+    return Towers(heads.embed_images, heads.embed_texts)
+
+
+def procrustes(task: Task, width: int) -> Towers:
+    """The rotation that brings both sides together, in their leading directions."""
+    texts = mean_by_owner(task.pairs.texts, task.pairs.owners, len(task.pairs.images))
+    sides = []
+    for rows in (task.pairs.images, texts):
+        mean = rows.mean(dim=0)
+        count = min(width, len(rows) - 1)
+        axes = torch.linalg.svd(rows - mean, full_matrices=False).Vh[:count].mT
+        sides.append((mean, axes))
+    (x_mean, x_axes), (y_mean, y_axes) = sides
+    cross = ((task.pairs.images - x_mean) @ x_axes).mT @ ((texts - y_mean) @ y_axes)
+    left, _, right = torch.linalg.svd(cross)
+    return Towers(lambda images: (images - x_mean) @ x_axes @ left, lambda own: (own - y_mean) @ y_axes @ right.mT)
 
 
 def declip_linear(task: Task) -> Towers:
     """`declip finetune` without class posteriors, as it was before and as other formats hold it."""
-    return declip(task._replace(classes=task.classes and task.classes._replace(posteriors=False)))
+    classes = task.classes and task.classes._replace(posteriors=False)
+    return declip(task._replace(classes=classes), neighbors=False)
 
 
 def declip_own_pairs(task: Task) -> Towers:
@@ -296,16 +341,23 @@ class Peer(NamedTuple):
     settings: Mapping[str, tuple[float, ...]]
 
 
+RIDGES = {"ridge": (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)}
 ALPHAS = {"alpha": (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)}
 TRAINED = {"lr": (3e-4, 1e-3, 3e-3, 1e-2), "epochs": (10, 30, 100)}
 PEERS = {
     "start as it is": Peer(start, {}),
     "declip finetune": Peer(declip, {}),
+    "declip, without neighbors": Peer(declip_without_neighbors, {}),
     "declip, linear": Peer(declip_linear, {}),
     "declip, own pairs": Peer(declip_own_pairs, {}),
     "best class name": Peer(partial(class_names, count=1), {}),
     "five class names": Peer(partial(class_names, count=5), {}),
     "ConSE": Peer(partial(conse, count=10), {}),
+    "ASIF": Peer(partial(asif, classes=False), {}),
+    "ASIF with classes": Peer(partial(asif, classes=True), {}),
+    "CSA": Peer(partial(csa, classes=False), RIDGES),
+    "CSA with classes": Peer(partial(csa, classes=True), RIDGES),
+    "Procrustes": Peer(procrustes, {"width": (16, 64, 256)}),
     "Ridge with class rows": Peer(ridge_with_classes, ALPHAS),
     "scikit-learn Ridge": Peer(ridge, ALPHAS),
     "scikit-learn PLS": Peer(pls, {"directions": (4, 8, 16, 32, 64, 128)}),
