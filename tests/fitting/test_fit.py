@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import declip
 from conftest import in_processes, refuses, texture
+from declip.closed_form.neighbors import known_pairs
 from declip.closed_form.solve import DEFAULT_FORM, ClassPairs, Form, Heads, Pairs, fit_heads
 from declip.data.sources.open import open_source
 from declip.data.sources.subset import Subset
@@ -23,6 +24,7 @@ from declip.fitting.adapted import Adapted
 from declip.fitting.base import Base
 from declip.io.text import percent
 from declip.models.image_tower import ImageTower
+from declip.models.posteriors import PosteriorProjection
 from declip.models.precision import pooling_tower
 from declip.reports.fitted import fitted_lines
 from declip.reports.page import NBSP, points
@@ -272,7 +274,9 @@ def test_the_classes_of_the_start_are_pairs_too(folder, tmp_path):
     model = declip.load(tmp_path / "run", "cpu")
     assert model.image_tower.proj.classes.shape == (4, model.image_tower.pre_logits_width)
     further = declip.finetune(folder / "pairs.csv", tmp_path / "run", TRAINED, tmp_path / "all", freeze="none")
-    assert declip.load(further.folder, "cpu").image_tower.proj.weight.shape == model.image_tower.proj.weight.shape
+    trained = declip.load(further.folder, "cpu").image_tower.proj
+    assert trained.axes.shape == model.image_tower.proj.axes.shape
+    assert torch.equal(trained.anchors, model.image_tower.proj.anchors)
     keys["finetune.class_pairs"] = False
     run = declip.finetune(folder / "pairs.csv", start, keys, tmp_path / "without", **options)
     assert run.cross_validation["classes"] == 0
@@ -306,8 +310,10 @@ def test_a_saved_model_computes_posteriors_as_the_heads_that_were_fitted(folder,
     rows = tower["head.weight"]
     classes = ClassPairs(rows, texts, torch.arange(4), torch.zeros(rows.shape[1]))
     (heads,) = fit_heads(few, classes, 1.0, (DEFAULT_FORM,))
+    heads = heads._replace(neighbors=known_pairs(few, classes))  # all their dimensions
     expected = heads.similarities(pairs.images.double(), pairs.texts.double()).float()
     known = run.cross_validation
+    assert known["neighbors"] == [0.5, 0.5]
     assert (known["method"], known["class_weight"], known["pairs"]) == ("ridge", 1.0, 10)
     torch.testing.assert_close(cosines(run.folder, folder) / known["logit_scale"], expected, rtol=0, atol=2e-3)
 
@@ -456,7 +462,7 @@ def test_heads_are_applied_after_the_projections_of_their_start(posteriors, run)
     tower, weights = model.image_tower, len(model.image_tower.proj.weight)
     heads = Heads(heads.image[:, :weights], heads.text[:, :weights])
     if posteriors:
-        tower.match_projection({"image_tower.proj.classes": torch.randn(4, tower.pre_logits_width)})
+        tower.proj = PosteriorProjection(tower.pre_logits_width, 4, weights)
         torch.nn.init.normal_(tower.proj.classes)
     adapted = Adapted(Base(model, projected=True, name="start"), heads, 7.0)
     images, tokens = model.preprocess([texture(0), texture(1)]), model.tokenize(["red circle", "blue"])

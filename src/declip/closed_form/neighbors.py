@@ -107,8 +107,13 @@ def mean_by_owner(rows: Tensor, owners: Tensor, count: int) -> Tensor:
 
 
 def leading_axes(rows: Tensor, seed: int = 0) -> Tensor:
-    """The `WIDTH` directions (w, d) along which rows (r, w) are largest, by subspace iteration."""
-    width = min(WIDTH, *rows.shape)
+    """The `WIDTH` directions (w, d) along which rows (r, w) are largest, by subspace iteration.
+
+    All directions, where they are no more.
+    """
+    if rows.shape[1] <= WIDTH:
+        return torch.eye(rows.shape[1])
+    width = min(WIDTH, len(rows))
     start = torch.randn(rows.shape[1], width, generator=torch.Generator().manual_seed(seed))
     axes = torch.linalg.qr(start).Q
     for _ in range(ITERATIONS):

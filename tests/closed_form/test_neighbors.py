@@ -1,0 +1,117 @@
+"""Neighbors among known pairs, compared with plain loops, and the choice of their weights."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+from declip.closed_form import neighbors, related
+from declip.closed_form.heads import choose_heads
+from declip.closed_form.neighbors import known_pairs, leading_axes
+from declip.closed_form.related import with_neighbors
+from declip.closed_form.solve import Heads, Pairs
+from pair_features import class_pairs, features, pairs_of
+
+
+def cosine(a, b):
+    return float(a @ b / (a.norm() * b.norm()))
+
+
+def slow_features(row, anchors, mean):
+    """Features of one row, one anchor after the other."""
+    cosines = [max(cosine(row - mean, anchor), 0.0) for anchor in anchors]
+    smallest = sorted(cosines, reverse=True)[: neighbors.NEAREST][-1]
+    kept = [value**neighbors.POWER if value >= smallest else 0.0 for value in cosines]
+    length = sum(value**2 for value in kept) ** 0.5
+    return torch.tensor([value / length for value in kept])
+
+
+@pytest.mark.parametrize("nearest", [3, 50])
+def test_similarities_are_weighted_sums_of_cosines(nearest, monkeypatch):
+    """0.5 of the cosine of the neighbors among all known pairs, 0.25 of that of the classes, 1 of the projections."""
+    monkeypatch.setattr(neighbors, "NEAREST", nearest)
+    pairs, classes = pairs_of(20), class_pairs(6)
+    pairs = Pairs(pairs.images.float(), pairs.texts.float(), pairs.owners)
+    known = replace(known_pairs(pairs, classes), weights=torch.tensor([0.5, 0.25]))
+    heads = Heads(torch.randn(5, 12), torch.randn(5, 7), neighbors=known)
+    image, text = (side[0].float() for side in features(1, seed=3))
+    centers = (classes.rows - classes.rows.mean(dim=0)).float()
+    image_mean = classes.mean.float()
+    image_anchors = [*(pairs.images - image_mean), *centers]
+    names = torch.cat([pairs.texts, classes.texts.float()])
+    text_anchors = list(names - names.mean(dim=0))
+    parts = []
+    for start in (0, 20):
+        of_image = slow_features(image, image_anchors[start:], image_mean)
+        of_text = slow_features(text, text_anchors[start:], names.mean(dim=0))
+        parts.append(float(of_image @ of_text))
+    projected = cosine(heads.image @ image, heads.text @ text)
+    expected = (projected + 0.5 * parts[0] + 0.25 * parts[1]) / 1.75
+    found = heads.embed_images(image[None]) @ heads.embed_texts(text[None]).mT
+    assert float(found) == pytest.approx(expected, abs=1e-5)
+
+
+def test_an_image_with_several_captions_is_known_by_their_mean():
+    pairs = pairs_of(6)
+    twice = Pairs(pairs.images[:3], pairs.texts, torch.tensor([0, 0, 1, 1, 2, 2]))
+    means = twice.texts.float().reshape(3, 2, -1).mean(dim=1)
+    expected = normalize(means - means.mean(dim=0), dim=-1)
+    torch.testing.assert_close(known_pairs(twice, None).texts.anchors, expected)
+
+
+def test_of_many_pairs_some_are_known_image_and_text_together(monkeypatch):
+    monkeypatch.setattr(neighbors, "MOST", 8)
+    pairs = pairs_of(30)
+    known = known_pairs(pairs, None, seed=1)
+    assert len(known.images.anchors) == len(known.texts.anchors) == 8
+    text_rows = normalize(pairs.texts.float() - known.texts.mean, dim=-1)
+    image_rows = normalize(pairs.images.float() - known.images.mean, dim=-1)
+    where = [torch.cdist(known.images.anchors, image_rows).argmin(dim=1)]
+    where.append(torch.cdist(known.texts.anchors, text_rows).argmin(dim=1))
+    assert torch.equal(where[0], where[1])
+
+
+def test_few_axes_keep_what_the_largest_singular_vectors_keep(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    spread = torch.diag(torch.logspace(0, -3, 30))
+    rows = torch.randn(80, 30, generator=generator) @ spread
+    assert torch.equal(leading_axes(rows), torch.eye(30))
+    monkeypatch.setattr(neighbors, "WIDTH", 6)
+    axes = leading_axes(rows)
+    torch.testing.assert_close(axes.mT @ axes, torch.eye(6), rtol=0, atol=1e-5)
+    kept = (rows @ axes).square().sum()
+    best = torch.linalg.svdvals(rows)[:6].square().sum()
+    assert float(kept / best) > 0.99
+
+
+def clustered(count):
+    """Pairs of 8 kinds; the projections are of no use, so that only known pairs tell the kinds."""
+    generator = torch.Generator().manual_seed(5)
+    kinds = torch.arange(count) % 8
+    sides = []
+    for _ in range(2):
+        centers = 3 * torch.randn(8, 20, generator=generator, dtype=torch.float64)
+        sides.append(centers[kinds] + torch.randn(count, 20, generator=generator, dtype=torch.float64))
+    return Pairs(sides[0], sides[1], torch.arange(count))
+
+
+def test_neighbors_are_taken_where_they_rank_left_out_pairs_better():
+    pairs, groups = clustered(80), np.arange(80)
+    choice = choose_heads(pairs, groups)
+    useless = Heads(torch.randn(4, 20, dtype=torch.float64), torch.randn(4, 20, dtype=torch.float64))
+    found = with_neighbors(replace(choice, heads=useless, whole=None), pairs, groups, None)
+    assert found.heads.neighbors is not None
+    assert found.outcome.percentile(groups).value > 0.8
+
+
+def test_a_left_out_pair_is_not_its_own_neighbor(monkeypatch):
+    """Pairs at random have no neighbors that help: a pair that knew itself would rank first."""
+    generator = torch.Generator().manual_seed(2)
+    images, texts = torch.randn(2, 60, 16, generator=generator, dtype=torch.float64)
+    pairs = Pairs(images, texts, torch.arange(60))
+    choice = choose_heads(pairs, np.arange(60))
+    monkeypatch.setattr(related, "WEIGHTS", ((1.0, 0.0),))
+    found = with_neighbors(choice, pairs, np.arange(60), None)
+    assert 0.35 < found.outcome.percentile(np.arange(60)).value < 0.65
