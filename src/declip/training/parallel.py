@@ -26,8 +26,6 @@ from declip.supervision.contrastive import to_float32
 from declip.supervision.objective import Gather, Objective
 from declip.training import distributed
 
-MOST_GRAPHS = 64  # of one function: five lengths of texts, with and without gradient, both towers; torch allows 8
-
 
 class Learner(nn.Module):
     """The two towers and the objective, as one module: what trains and what a checkpoint saves."""
@@ -85,34 +83,18 @@ def build_learner(recipe: Recipe, model: DualEncoder, objective: Objective) -> n
 
 
 def compile_blocks(model: DualEncoder, backend: str = "inductor") -> int:
-    """Compile the training passes of the blocks of both towers; return the number of blocks.
+    """Compile the blocks of both towers; return the number of blocks.
 
-    Blocks of one kind share a graph, for any number of rows: a batch may lack broken pairs. Evaluation runs without it,
-    and so do blocks with a batch norm that is synchronized over processes. Parameters keep their names. A block that
-    cannot be compiled is an error: a slow run in its place would go unnoticed.
+    Blocks of one kind share graphs: one for the first sizes, one for any number of rows, one for any length of texts.
+    Blocks with a batch norm that is synchronized over processes run as they are. Parameters keep their names. A block
+    that cannot be compiled is an error: a slow run in its place would go unnoticed.
     """
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_GRAPHS)
     blocks = [block for tower in (model.image_tower, model.text_tower) for block in blocks_of(tower)]
     synchronized = nn.SyncBatchNorm | HostSyncBatchNorm
     local = [block for block in blocks if not any(isinstance(part, synchronized) for part in block.modules())]
     for block in local:
-        _compile(block, backend)
+        block.compile(backend=backend)
     return len(local)
-
-
-def _compile(block: Any, backend: str) -> None:
-    plain: Any = block.forward
-    # The number of rows is marked as dynamic; all other sizes are constants, which makes faster kernels.
-    compiled = torch.compile(plain, dynamic=False, backend=backend)
-
-    def forward(x: Tensor, *args: Any, **options: Any) -> Any:
-        if not block.training:
-            return plain(x, *args, **options)
-        torch._dynamo.maybe_mark_dynamic(x, 0)
-        return compiled(x, *args, **options)
-
-    # Not `block.compile`, which would compile the hooks of FSDP and of checkpointing too.
-    block.forward = forward
 
 
 def grad_cache_chunk(train: Train) -> int | None:
