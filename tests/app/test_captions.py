@@ -49,7 +49,9 @@ def test_every_caption_is_in_the_table_and_a_restart_goes_on(start, path):
             assert save(client, shown, f"caption {number}", "another, “quoted”").status_code == 200
     with ask(start()) as client:
         assert get(client, "two")["position"] == 3
-        assert get(client, "two", position=0)["saved"] == ["caption 0", "another, “quoted”"]
+        first = get(client, "two", position=0)
+        assert first["saved"] == ["caption 0", "another, “quoted”"]
+        assert sorted(first["suggestions"]) == ["caption 1", "caption 2"], "not those that it has"
     rows = list(csv.DictReader(path.read_text().splitlines()))
     assert rows[0] == {"note": "kept", "image": "elsewhere.png", "caption": "=1+1"}
     source = open_source(path)

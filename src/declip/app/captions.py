@@ -110,9 +110,11 @@ class Captioning:
             threading.Thread(target=self._fit, daemon=True).start()
 
     def suggestions(self, id: int) -> list[str]:
-        """The captions so far that are nearest to an image, by the current projections."""
+        """The captions of other images that are nearest to an image, by the current projections."""
         # Not the names of ImageNet's classes: of drawings and of photographs most of these would be wrong.
-        texts = list(dict.fromkeys(text for own in self.captions.values() for text in own))
+        saved = self.captions.get(id, [])
+        texts = [text for own in self.captions.values() for text in own if text not in saved]
+        texts = list(dict.fromkeys(texts))
         if not texts:
             return []
         image, features, heads = self.state.index.vectors([id]), self.state.text_vectors(texts), self._heads
