@@ -308,6 +308,8 @@ def test_it_is_said_whose_the_drawings_are(iconify):
 
 
 def test_the_version_is_that_of_declip():
-    project = tomllib.loads(PROJECT.read_text(encoding="utf-8"))["project"]
-    assert project["version"] == declip.__version__
-    assert f"declip=={declip.__version__}" in project["dependencies"]
+    project = tomllib.loads(PROJECT.read_text(encoding="utf-8"))
+    assert project["project"]["dynamic"] == ["version"]
+    assert project["tool"]["hatch"]["version"]["path"].endswith("src/declip/__init__.py")
+    major, minor, _ = map(int, declip.__version__.split("."))
+    assert f"declip>={major}.{minor},<{major}.{minor + 1}" in project["project"]["dependencies"]
