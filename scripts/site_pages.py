@@ -18,7 +18,11 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 RESULTS = "benchmarks/results"
-MOVED = {"](first-hour.ipynb)": "](first-hour.md)", "](../CONTRIBUTING.md": "](contributing.md", "](../CHANGELOG.md": "](changelog.md"}
+MOVED = {
+    "](first-hour.ipynb)": "](first-hour.md)",
+    "](../CONTRIBUTING.md": "](contributing.md",
+    "](../CHANGELOG.md": "](changelog.md",
+}
 KINDS = {".html", ".json", ".jsonl", ".md", ".png", ".svg"}
 
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
