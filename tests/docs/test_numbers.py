@@ -1,5 +1,6 @@
 """Numbers of the pages equal the raw files: tables behind `<!--numbers:NAME-->`, a function here, and sentences."""
 
+import csv
 import json
 import re
 from collections import defaultdict
@@ -9,6 +10,7 @@ from statistics import mean, median, stdev
 
 import pytest
 
+from declip.recipe.load import recipe_names
 from docs.blocks import ROOT
 
 MARKED = re.compile(r"<!--numbers:(\w+)-->\n\n((?:\|.*\n)+)")
@@ -363,3 +365,23 @@ def test_a_sentence_has_the_numbers_of_its_raw_file(sentence):
     page, text = sentence.split(": ", 1)
     [found] = re.findall(re.escape(text).replace(r"\#", NUMBER), PAGES[page])
     assert_equal([found] if isinstance(found, str) else found, [*SENTENCES[sentence]()], sentence)
+
+
+def test_the_table_of_models_has_the_numbers_of_recipes_and_raw_files():
+    with (ROOT / "docs" / "models.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    library = ROOT / "src" / "declip" / "recipe" / "library"
+    published = {row["recipe"] for row in rows if row["reported"]}
+    assert published == {name for name in recipe_names() if re.search("-yfcc15m-|-88m-", name)}
+    for row in rows:
+        recipe = row["recipe"].split()[0]
+        if row["reported"]:
+            comment = (library / f"{recipe}.yaml").read_text(encoding="utf-8").replace("\n# ", " ")
+            assert f"README: {row['reported']} % {row['measure']} on {row['set']}" in comment
+        if row["measured"]:
+            values = {"dataset": row["set"]}
+            if row["raw"] == "demo-equal-time.jsonl":
+                values["recipe"] = recipe
+            assert_equal([row["measured"]], [100 * pick(row["raw"], **values)["top1"]], row)
+            head = (ROOT / "benchmarks" / "results" / row["raw"]).read_text(encoding="utf-8").splitlines()[0]
+            assert row["commit"] in head
