@@ -82,6 +82,14 @@ def test_code_is_fenced_and_works_in_bash_and_zsh(page):
         assert "#" not in QUOTED.sub("", code)
 
 
+FROM_AN_INDEX = re.compile(r"pip install '?declip")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_no_page_installs_declip_from_an_index_that_has_none(page):
+    assert not FROM_AN_INDEX.search(page.read_text(encoding="utf-8"))
+
+
 ASKS = re.compile(
     r'<(?:script|img|iframe|source|video|audio|embed|object)\b[^>]*?\b(?:src|data)="([^"]+)"|<link\b[^>]*?>'
 )
