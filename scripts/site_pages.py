@@ -18,7 +18,11 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 RESULTS = "benchmarks/results"
-MOVED = {"](first-hour.ipynb)": "](first-hour.md)", "](../CONTRIBUTING.md": "](contributing.md"}
+MOVED = {
+    "](first-hour.ipynb)": "](first-hour.md)",
+    "](../CONTRIBUTING.md": "](contributing.md",
+    "](../CHANGELOG.md": "](changelog.md",
+}
 KINDS = {".html", ".json", ".jsonl", ".md", ".png", ".svg"}
 
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
@@ -26,9 +30,11 @@ DRAWING = re.compile(r'<img alt="([^"]*)" src="[^"]*?figures/([a-z-]+\.svg)"\s*/
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add CONTRIBUTING.md, the notebook as a page, and the measurements that the pages link to."""
+    """Add CONTRIBUTING.md, CHANGELOG.md, the notebook as a page, and the measurements that the pages link to."""
     contributing = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").replace("](docs/", "](")
     files.append(File.generated(config, "contributing.md", content=contributing))
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").replace("](docs/", "](")
+    files.append(File.generated(config, "changelog.md", content=changes))
     files.append(File.generated(config, "first-hour.md", content=notebook_page(DOCS / "first-hour.ipynb")))
     for path in sorted((ROOT / RESULTS).rglob("*")):
         if path.suffix in KINDS:

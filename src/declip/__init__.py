@@ -8,7 +8,7 @@ The public names: `finetune`, `train`, `load`, `evaluate`, `compare`, `choose`, 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "1.0.0"
+__version__ = "0.9.0"
 
 if TYPE_CHECKING:
     from declip import interchange as interchange

@@ -1,10 +1,12 @@
 """Every block of every page runs or is checked; the site builds strictly and without network."""
 
+import inspect
 import json
 import re
 import runpy
 import tomllib
 import xml.etree.ElementTree as ET
+from typing import get_args, get_type_hints
 from urllib.parse import urlsplit
 
 import matplotlib.pyplot as plt
@@ -20,14 +22,14 @@ from docs.blocks import FENCE, GLOBBED, INDENTED, ROOT, Reader, blocks, lines
 DOCS = ROOT / "docs"
 PAGES = sorted([*DOCS.rglob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"])
 QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
-LANGUAGES = {"python", "shell", "yaml", "text", "csv", "json"}
+LANGUAGES = {"python", "shell", "yaml", "text", "csv", "json", "bibtex"}
 WIDEST = 84
 """Characters of a shell line; the site's column cuts longer ones off."""
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.stem)
 def test_a_page_does_what_it_says(page, here, monkeypatch):
-    if page.stem == "index":
+    if page.stem == "small-training":
         (here / "runs/demo").unlink()  # it trains what all others take for granted
     reader = Reader(monkeypatch)
     reader.follow(page)
@@ -80,6 +82,14 @@ def test_code_is_fenced_and_works_in_bash_and_zsh(page):
         assert "#" not in QUOTED.sub("", code)
 
 
+FROM_AN_INDEX = re.compile(r"pip install '?declip")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_no_page_installs_declip_from_an_index_that_has_none(page):
+    assert not FROM_AN_INDEX.search(page.read_text(encoding="utf-8"))
+
+
 ASKS = re.compile(
     r'<(?:script|img|iframe|source|video|audio|embed|object)\b[^>]*?\b(?:src|data)="([^"]+)"|<link\b[^>]*?>'
 )
@@ -109,7 +119,8 @@ def _no_network(*_):
 def test_all_pages_are_there_and_ask_nobody(site):
     pages = sorted(site.rglob("*.html"))
     names = {page.name for page in pages}
-    assert {"index.html", "tutorial.html", "first-hour.html", "contributing.html", "api.html"} <= names
+    added = {"first-hour.html", "contributing.html", "changelog.html"}
+    assert {"index.html", "tutorial.html", "api.html", *added} <= names
     for page in (page for page in pages if "benchmarks" not in page.parts):
         text = page.read_text(encoding="utf-8")
         asked = [found[1] or "".join(re.findall(r'href="([^"]+)"', found[0])) for found in ASKS.finditer(text)]
@@ -136,6 +147,36 @@ def test_the_page_of_keys_is_up_to_date_and_describes_every_key():
     assert all(map(str.strip, rows.values()))
 
 
+def test_the_page_of_commands_is_up_to_date_and_describes_every_option():
+    script = runpy.run_path(str(ROOT / "scripts" / "site_cli.py"))
+    page = script["PAGE"].read_text(encoding="utf-8")
+    assert page == script["cli_page"](), "run: python scripts/site_cli.py"
+    assert {"## declip search", "## declip data download", "## declip cache clear"} <= set(page.splitlines())
+    rows = re.findall(r"^\| (`[^`]+`) \| .*? \| (.*) \|$", page, re.MULTILINE)
+    assert len(rows) > 100
+    assert [name for name, meaning in rows if not meaning.strip()] == []
+
+
+def classes_of(hint):
+    """The classes of declip that a type hint names."""
+    if inspect.isclass(hint) and hint.__module__.startswith("declip"):
+        return {hint}
+    return set().union(*map(classes_of, get_args(hint)))
+
+
+def test_the_page_of_the_api_has_every_public_name_and_what_functions_return():
+    page = (DOCS / "api.md").read_text(encoding="utf-8")
+    described = set(re.findall(r"^::: (\S+)$", page, re.MULTILINE))
+    described |= {name for names in re.findall(r"members: \[(.+)\]", page) for name in names.split(", ")}
+    described = {name.rpartition(".")[2] for name in described}
+    assert set(declip.__all__) - described == set()
+    functions = [each for name in declip.__all__ if inspect.isfunction(each := getattr(declip, name))]
+    assert len(functions) > 8
+    returned = set().union(*(classes_of(get_type_hints(each)["return"]) for each in functions))
+    returned |= classes_of(get_type_hints(declip.Index.search)["return"])
+    assert {each.__name__ for each in returned} - described == set()
+
+
 @pytest.mark.parametrize(("page", "names"), [("method", TERMS), ("tracking", TRACKERS)])
 def test_every_loss_and_tracker_has_a_line_on_its_page(page, names):
     listed = re.findall(r"^- `(\w+)`", (DOCS / f"{page}.md").read_text(encoding="utf-8"), re.MULTILINE)
@@ -159,7 +200,12 @@ def test_drawings_are_those_that_the_script_draws():
 
 def test_the_citation_names_this_version_of_the_software_and_then_the_paper():
     cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert (cited["type"], cited["version"], project["version"]) == ("software", *2 * [declip.__version__])
+    assert (cited["type"], cited["version"]) == ("software", declip.__version__)
+    for folder in (ROOT, ROOT / "packages" / "declip-sets"):
+        project = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))
+        assert "version" in project["project"]["dynamic"], "read from src/declip/__init__.py"
+    assert f"version = {{{declip.__version__}}}" in (ROOT / "README.md").read_text(encoding="utf-8")
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.search(r"^## (\S+)", changes, re.MULTILINE)[1] == declip.__version__
     assert "preferred-citation" not in cited, "GitHub would show that instead"
     assert "2110.05208" in str(cited["references"])

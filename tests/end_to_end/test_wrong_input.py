@@ -317,9 +317,12 @@ def test_an_interrupted_run_prints_words_that_a_shell_reads(table, here, declip,
     assert "declip train mine.yaml data.max_pairs=16 'name=my run' --out 'my run' --quiet --resume" in printed
 
 
-FULL = {500: ("'run/recipe.yaml'", "--out"), 4_000: ("examples.json",), 8_000: ("metrics.jsonl'", "--resume"),
-        20_000: ("checkpoints/step-00000060",)}  # fmt: skip
-"""The largest size of a file, and what the message names; the third one stops the metrics."""
+# The largest size of a file, and what the message names
+FULL = {
+    500: ("'run/recipe.yaml'", "--out"),
+    8_000: ("metrics.jsonl'", "--resume"),
+    20_000: ("checkpoints/step-00000060",),
+}
 
 
 def test_a_full_disk_is_reported_and_the_run_continues_once_there_is_room(here, declip, table, trained):
