@@ -59,7 +59,10 @@ def test_scores_equal_a_plain_loop(padding):
     torch.manual_seed(0)
     tree = {**TINY, **ALONE, "late_interaction": {"width": 8, "include_padding": padding, "top_k": 2}}
     model = DualEncoder.from_recipe(Recipe.model_validate(tree))
-    term = Objective(model.recipe, model.double().eval()).double().terms["late_interaction"]
+    objective = Objective(model.recipe, model.double().eval()).double()
+    assert model.token_scorer is None, "a constructor changes nothing but its object"
+    objective.attach(model)
+    term = objective.terms["late_interaction"]
     pixels = torch.randn(3, 3, 32, 32, dtype=torch.float64)
     heads = [(part.weight.clone(), part.bias.clone()) for part in (term.patch_projection, term.word_projection)]
     with torch.no_grad():

@@ -44,7 +44,7 @@ def _run_folder(folder):
     examples = {
         "source": {"name": "pairs <of> red", "pairs": 21, "credit": "Colors by <nobody>"},
         "losses": {"contrastive": {"title": "contrastive loss", "explanation": "Text.", "chance": 4.1589}},
-        "views": [{"image": thumbnail, "views": [thumbnail, thumbnail], "texts": {"masked": "a [mask: cat] <sat>"}}],
+        "view_sheet": {"picture": thumbnail, "texts": [{"masked": "a [mask: cat] <sat>"}]},
     }
     (folder / "examples.json").write_text(json.dumps(examples))
     return folder

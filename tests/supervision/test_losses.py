@@ -1,20 +1,26 @@
 """The losses against the official implementation's values and gradients, and against plain loops in float64."""
 
 import math
+from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from conftest import TINY
 from declip.models import token_scorer
+from declip.models.dual_encoder import DualEncoder
 from declip.models.token_scorer import token_similarity
+from declip.recipe.schema import Recipe
+from declip.supervision import objective
 from declip.supervision.contrastive import Contrastive, Sigmoid, cross_entropy_to_keys, info_nce, sigmoid_loss
 from declip.supervision.late_interaction import late_interaction, select_tokens
 from declip.supervision.masked_language import MaskedLanguage, chosen_rows, cross_entropy
 from declip.supervision.nearest_neighbor import neighbor_contrast
 from declip.supervision.simclr import SimCLR, nt_xent
 from declip.supervision.simsiam import negative_cosine
-from declip.supervision.term import Rows
+from declip.supervision.term import Rows, Similarity
 from golden_cases import loss_cases
 from supervision.conftest import BATCH, LENGTHS, NEIGHBORS, TERMS, NoDeviceReads, batch_axis
 
@@ -23,9 +29,12 @@ def dot(a, b):
     return sum(x * y for x, y in zip(a, b, strict=True))
 
 
-def loop(logits, offset):
+def loop(logits, offset, smoothing=0.0):
     """Cross-entropy of rows whose own key is `offset` + their number."""
-    losses = [math.log(sum(math.exp(x) for x in row)) - row[offset + b] for b, row in enumerate(logits)]
+    losses = []
+    for b, row in enumerate(logits):
+        target = (1 - smoothing) * row[offset + b] + smoothing * sum(row) / len(row)
+        losses.append(math.log(sum(math.exp(x) for x in row)) - target)
     return sum(losses) / len(losses)
 
 
@@ -33,13 +42,17 @@ def dots(rows, keys, scale):
     return [[scale * dot(row, key) for key in keys.tolist()] for row in rows.tolist()]
 
 
-def loop_info_nce(image, text, image_keys, text_keys, scale, offset):
-    return (loop(dots(image, text_keys, scale), offset) + loop(dots(text, image_keys, scale), offset)) / 2
+def loop_info_nce(image, text, image_keys, text_keys, scale, offset, smoothing=0.0):
+    to_text = loop(dots(image, text_keys, scale), offset, smoothing)
+    to_image = loop(dots(text, image_keys, scale), offset, smoothing)
+    return (to_text + to_image) / 2
 
 
-def loop_multi_view(images, texts, image_keys, text_keys, scale, offset):
-    pairings = ((1, 0), (0, 1), (1, 1))
-    losses = [loop_info_nce(images[i], texts[j], image_keys[i], text_keys[j], scale, offset) for i, j in pairings]
+def loop_multi_view(images, texts, image_keys, text_keys, scale, offset, smoothing=0.0):
+    losses = []
+    for i, j in ((1, 0), (0, 1), (1, 1)):
+        features = images[i], texts[j], image_keys[i], text_keys[j]
+        losses.append(loop_info_nce(*features, scale, offset, smoothing))
     return sum(losses) / 3
 
 
@@ -71,9 +84,12 @@ def loop_late(images, words, image_keys, word_keys, scale, offset):
     return (loop(to_text, offset) + loop(to_image, offset)) / 2
 
 
-def loop_neighbors(images, image_keys, scale, offset):
-    found = NEIGHBORS.double()
-    return sum(loop(dots(view, neighbors, scale), offset) for view in images for neighbors in found) / 4
+def loop_neighbors(images, image_keys, scale, offset, smoothing=0.0, found=None):
+    found = NEIGHBORS.double() if found is None else found
+    losses = []
+    for view, neighbors in product(images, found):
+        losses.append(loop(dots(view, neighbors, scale), offset, smoothing))
+    return sum(losses) / 4
 
 
 def loop_sigmoid(images, texts, image_keys, text_keys, scale, offset):
@@ -103,6 +119,30 @@ def test_equals_a_plain_loop(units, name, offset, limit):
     rows = [units(*shape).narrow(batch_axis(shape), offset, 3) for shape in shapes]
     expected = LOOPS[name](*rows, *keys, 14.3, offset)
     assert term(*rows, *keys, 14.3, offset, limit).item() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["contrastive", "multi_view", "nearest_neighbor"])
+def test_every_contrastive_loss_of_a_recipe_is_smoothed(units, name):
+    tree = {**TINY, "loss_weights": {name: 1.0}, "contrastive": {"label_smoothing": 0.3}}
+    recipe = Recipe.model_validate(tree)
+    term = objective.TERMS[name](recipe, DualEncoder.from_recipe(recipe)).double()
+    images, texts = units(2, 6, recipe.embed_dim), units(2, 6, recipe.embed_dim)
+    own = Rows(("first", "second"), images[:, 1:4], texts[:, 1:4], {})
+    keys = Rows(("first", "second"), images, texts, {})
+    pairs = own.images, own.texts, keys.images, keys.texts
+    options = 14.3, 1, 0.3
+    if name == "contrastive":
+        expected = loop_info_nce(*(features[0] for features in pairs), *options)
+    elif name == "multi_view":
+        expected = loop_multi_view(*pairs, *options)
+    else:
+        stored = units(20, recipe.embed_dim)
+        term.queue.push(stored)
+        rows = torch.arange(12).view(6, 2)  # of each pair's two texts
+        keys = replace(keys, extra={"queue_indices": rows})
+        expected = loop_neighbors(own.images, None, *options, found=stored[rows.T])
+    found = term.loss(own, keys, Similarity(torch.tensor(14.3, dtype=torch.float64)), 1)
+    assert found.item() == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("limit", [None, 0], ids=["whole", "blocks"])

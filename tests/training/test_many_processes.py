@@ -231,3 +231,32 @@ def test_other_ranks_wait_for_a_slow_callback(recipe, table, tmp_path, methods, 
     two = of(keys, steps=4, log_every=2, strategy=strategy)
     found = in_processes(told, 2, tmp_path / "a", slow_callback, two, tmp_path / "run", methods, 2.0)
     assert found == ["none"] * 2
+
+
+def dropout_mask(recipe, folder):
+    trainer_of(recipe, folder)
+    return torch.nn.functional.dropout(torch.ones(64)).tolist()
+
+
+def test_no_two_processes_have_equal_dropout_masks(recipe, tmp_path):
+    masks = in_processes(dropout_mask, 3, tmp_path / "a", of(recipe, batch_size=6), tmp_path / "run")
+    assert len(set(map(tuple, masks))) == 3
+
+
+def only_one_fails(recipe, folder):
+    """Rank 1 has an error of its data at the second step."""
+
+    def augment(view, generator):
+        fails = distributed.rank() == 1 and trainer.progress.step == 1
+        return view[:, :1] if fails else view
+
+    trainer = trainer_of(recipe, folder, augment=augment)
+    trainer.state.hosts = HostGroup(10)
+    trainer.train()
+
+
+def test_an_error_of_one_ranks_data_ends_all_with_its_message_once(recipe, tmp_path):
+    first, second = in_processes(told, 2, tmp_path / "a", only_one_fails, of(recipe), tmp_path / "run")
+    assert second.startswith("augment returned")
+    assert first == "2", "the exit status"
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step-00000001"]

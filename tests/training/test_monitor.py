@@ -19,10 +19,9 @@ from declip.models.hf_encoder import read_encoder
 from declip.recipe.schema import ImageTowerConfig
 from declip.runs.folder import EVALUATIONS, METRICS, Run, read_rows
 from declip.training.assemble import auto_workers
-from declip.training.examples import example_views
+from declip.training.examples import view_sheet
 from declip.training.sinks import RunInfo, Sink, monitored
 from declip.training.warnings import FLAT_AFTER, LossMonitor, ThroughputMonitor
-from evaluation.conftest import painted
 from text_encoders import bert
 
 
@@ -126,10 +125,7 @@ def test_a_tokenizer_of_bytes_knows_every_script():
     assert not caption_warnings(open_source([("image.png", "赤い丸")]), Tokenizer(context=77))
 
 
-__all__ = ["painted"]
-
-
-def test_views_are_unnormalized_and_texts_decoded(painted):
+def test_views_are_unnormalized_and_texts_decoded():
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
     tokenizer = Tokenizer(context=16, merges=4000)
     ids, changed = (tokenizer.encode(text) for text in ("a red cat sat", "a cat red sat"))
@@ -142,17 +138,18 @@ def test_views_are_unnormalized_and_texts_decoded(painted):
         texts=torch.tensor([[ids], [changed]]),
         masked=torch.tensor([masked]),
         labels=torch.tensor([labels]),
-        sample_ids=torch.tensor([4 + 1]),
     )
     statistics = ImageTowerConfig(model="test_vit", mean=mean, std=std)
-    (pair,) = example_views(batch, painted(["red", "green", "blue", "cyan"]), statistics, tokenizer)
-    assert pair["image"]["alt"] == "green"
-    assert _pixel(pair["views"][0]["src"]) == pytest.approx(tuple(round(255 * m) for m in mean), abs=1)
+    sheet = view_sheet(batch, statistics, tokenizer)
+    picture = _image(sheet["picture"]["src"])
+    assert picture.size == (16, 8)
+    assert picture.getpixel((3, 3)) == pytest.approx(tuple(round(255 * m) for m in mean), abs=1)
     second = tuple(min(255, round(255 * (m + s))) for m, s in zip(mean, std, strict=True))
-    assert _pixel(pair["views"][1]["src"]) == pytest.approx(second, abs=1)
-    texts = {"caption": "aredcatsat", "augmented": "acatredsat", "masked": "ared[mask:cat][cat:sat]"}
-    assert {name: text.replace(" ", "") for name, text in pair["texts"].items()} == texts
+    assert picture.getpixel((11, 3)) == pytest.approx(second, abs=1)
+    expected = {"caption": "aredcatsat", "augmented": "acatredsat", "masked": "ared[mask:cat][cat:sat]"}
+    (texts,) = sheet["texts"]
+    assert {name: text.replace(" ", "") for name, text in texts.items()} == expected
 
 
-def _pixel(src):
-    return Image.open(io.BytesIO(base64.b64decode(src.partition(",")[2]))).getpixel((3, 3))
+def _image(src):
+    return Image.open(io.BytesIO(base64.b64decode(src.partition(",")[2])))

@@ -122,7 +122,7 @@ class Run:
 
     @cached_property
     def examples(self) -> dict[str, Any]:
-        """Facts for the report: "source", "losses", "views", "worst" captions; empty before the first step."""
+        """Facts for the report: "source", "losses", "view_sheet", "worst" captions; empty before the first step."""
         return _json(self.folder / EXAMPLES)
 
     @cached_property

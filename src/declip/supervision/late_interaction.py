@@ -111,7 +111,10 @@ class LateInteraction(Term):
         self.logit_scale = nn.Parameter(torch.tensor(recipe.logit_scale.init))
         self.longest = self.section.top_k or model.text_tower.context
         self.min_scale = recipe.logit_scale.min
-        if recipe.token_scoring is not None:
+        self.alone = recipe.token_scoring is not None
+
+    def attach(self, model: DualEncoder) -> None:
+        if self.alone:
             model.token_scorer = TokenScorer(HEAD, self, model, self.section.include_padding)
             warn_once(
                 f"{NAME} alone does not train embeddings, which retrieval, linear probes, search and exports use; "

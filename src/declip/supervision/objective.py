@@ -93,8 +93,6 @@ class Objective(nn.Module):
         self.terms = nn.ModuleDict({name: term(recipe, model) for name, term in active.items()})
         self.needs = needs_of(recipe, terms)
         self.reaches_all = any(term.reaches_all for term in active.values())
-        if model.logit_bias is not None and not any(term.uses_bias for term in active.values()):
-            model.logit_bias.requires_grad_(False)  # softmax does not see it
         self.reads_pixels = any(term.reads_pixels for _, term in self._terms())
         # The first loss that compares images with captions, and beginnings of names of layers whose outputs are words
         self.watched = next((name for name, term in active.items() if term.compares_pairs), None)
@@ -102,6 +100,14 @@ class Objective(nn.Module):
         for name, tower in product(active, ("image_tower", "text_tower")):
             if active[name].needs.tokens and not getattr(getattr(model, tower), "gives_tokens", True):
                 raise UserError(f"{name} needs token states, which this {tower} lacks. Set loss_weights.{name} to 0.")
+
+    def attach(self, model: DualEncoder) -> None:
+        """Change the model for training by these losses, before the optimizer is built."""
+        uses_bias = any(term.uses_bias for _, term in self._terms())
+        if model.logit_bias is not None and not uses_bias:
+            model.logit_bias.requires_grad_(False)  # softmax does not see it
+        for _, term in self._terms():
+            term.attach(model)
 
     def prepare(self, source: PairSource, model: DualEncoder) -> None:
         """Prepare every loss, before the optimizer is built and a checkpoint is loaded."""

@@ -114,6 +114,9 @@ class Term(nn.Module):
         """Return the needs, where they depend on the recipe."""
         return cls.needs
 
+    def attach(self, model: DualEncoder) -> None:
+        """Change the model where this loss alone trains it; a constructor changes nothing but its object."""
+
     def prepare(self, source: PairSource, model: DualEncoder) -> None:
         """Build what depends on the training pairs or on the weights that a run starts from, equal on every rank."""
 

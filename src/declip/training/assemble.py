@@ -111,6 +111,7 @@ def assemble(
     model = _build_model(recipe, encoder, device)
     model.image_tower.refuse_size(recipe.image.model, recipe.image.size)
     objective = Objective(recipe, model, extensions.terms).to(device)
+    objective.attach(model)
     pretrained = apply_pretrained(weights, recipe, model, objective)
     objective.prepare(source, model)
     # --- learner and optimizer

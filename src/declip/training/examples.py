@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from declip.data.batch import IGNORED, PairBatch
-from declip.data.images.thumbnails import pixels, thumbnails_of
+from declip.data.images.thumbnails import pixels
 from declip.data.images.views import apply_photometric
-from declip.data.pair import PairSource
 from declip.data.text.tokenizer import CaptionTokenizer
 from declip.io.atomic import write_text
 from declip.recipe.schema import ImageTowerConfig
@@ -21,44 +20,45 @@ SHOWN_PAIRS = 4
 
 
 def write_examples(state: RunState, batch: PairBatch) -> None:
-    """Write examples.json: the training source, the losses with their chance levels, and the views of some pairs."""
+    """Write examples.json: the training source, the losses with their chance levels, and a sheet of views."""
     source, losses = state.source, dict[str, dict[str, Any]]()
     for name, term in state.objective.terms.items():
         chance = term.chance(state.recipe.train.batch_size)  # type: ignore[operator]
         title = getattr(term, "title", name)  # a user's own term may have none
         losses[name] = {"title": title, "explanation": term.explanation, "chance": chance}
-    views = example_views(batch, source, state.recipe.image, state.model.tokenizer)
+    sheet = view_sheet(batch, state.recipe.image, state.model.tokenizer)
     facts = {"name": source.name, "pairs": len(source), "captions": source.captions_from, "credit": source.credit}
-    write_text(state.folder / EXAMPLES, json.dumps({"source": facts, "losses": losses, "views": views}))
+    write_text(state.folder / EXAMPLES, json.dumps({"source": facts, "losses": losses, "view_sheet": sheet}))
 
 
-def example_views(
-    batch: PairBatch, source: PairSource, statistics: ImageTowerConfig, tokenizer: CaptionTokenizer
-) -> list[dict[str, Any]]:
-    """Show random pairs of a batch as the towers see them: pixels un-normalized, token ids decoded.
+def view_sheet(batch: PairBatch, statistics: ImageTowerConfig, tokenizer: CaptionTokenizer) -> dict[str, Any]:
+    """Show random pairs of a batch as the towers see them: one picture of all views, and the token ids decoded.
 
-    Pairs whose text was changed or masked come first. An image is the `src` and `alt` of a thumbnail, or None.
+    Pairs whose text was changed or masked come first. The picture, the `src` and `alt` of a thumbnail, has a row for
+    each pair and a column for each view; `texts` has the texts of each row by name.
     """
-    mean, std = torch.tensor(statistics.mean), torch.tensor(statistics.std)
+    mean = torch.tensor(statistics.mean).view(3, 1, 1)
+    std = torch.tensor(statistics.std).view(3, 1, 1)
     finished = apply_photometric(batch.views, mean, std)
-    images = [view.pixels * std.view(3, 1, 1) + mean.view(3, 1, 1) for view in finished.values()]  # (B, 3, S, S) each
     changed = (batch.texts[0] != batch.texts[-1]).any(1).float()
     if batch.labels is not None:
         changed += (batch.labels != IGNORED).any(1)
     order = np.random.default_rng(0).permutation(len(batch))
     chosen = order[np.argsort(-changed.numpy()[order], kind="stable")][:SHOWN_PAIRS]
-    assert batch.sample_ids is not None, "the loader sets them"
-    thumbnails = thumbnails_of(source)
-    pairs: list[dict[str, Any]] = []
+    rows, all_texts = [], []
     for row in chosen.tolist():
-        decoded = (tokenizer.decode(text[row].tolist()) for text in batch.texts)
+        views = [view.pixels[row].float() * std + mean for view in finished.values()]  # (3, S, S) each
+        rows.append(torch.cat(views, dim=2))
+        decoded = [tokenizer.decode(text[row].tolist()) for text in batch.texts]
         texts = dict(zip(("caption", "augmented"), decoded, strict=False))
         if batch.masked is not None and batch.labels is not None:
             texts["masked"] = _masked(tokenizer, batch.masked[row], batch.labels[row])
-        image = thumbnails(int(batch.sample_ids[row]) % len(source))
-        views = [pixels(view[row].float().numpy(), f"View of: {texts['caption']}")._asdict() for view in images]
-        pairs.append({"image": image and image._asdict(), "views": views, "texts": texts})
-    return pairs
+        all_texts.append(texts)
+    if not rows:
+        return {}
+    captions = "; ".join(texts["caption"] for texts in all_texts)
+    picture = pixels(torch.cat(rows, dim=1).numpy(), f"Views of: {captions}")
+    return {"picture": picture._asdict(), "texts": all_texts}
 
 
 def _masked(tokenizer: CaptionTokenizer, masked: Tensor, labels: Tensor) -> str:

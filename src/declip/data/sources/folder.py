@@ -133,7 +133,6 @@ class FolderSource(FileList):
     start with a dot are ignored. Linked folders are not entered.
     """
 
-
     def __init__(self, path: Path) -> None:
         super().__init__(path.name or str(path), path, sorted(_images(path)))
         if not len(self):
