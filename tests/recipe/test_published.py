@@ -67,6 +67,7 @@ def test_losses_and_sizes(published):
     assert recipe.embed_dim == int(row["embed"])
     assert (recipe.simsiam.widths, recipe.simclr.widths) == ((1024, 1024, 512), (4096, 256))
     assert (recipe.nearest_neighbor.queue_size, recipe.contrastive.label_smoothing) == (2**16, 0)
+    assert recipe.nearest_neighbor.queue_per_process == recipe.name.startswith("de")
     filip = recipe.late_interaction
     assert "filip" not in row["weights"] or (filip.width, filip.top_k, filip.include_padding) == (256, 16, True)
     low, high = row["scale"].split("-")

@@ -215,6 +215,9 @@ class NearestNeighborConfig(Section):
     """The queue of text features."""
 
     queue_size: int = Field(65536, ge=1, description="number of text features in the queue")
+    queue_per_process: bool = Field(
+        False, description="each process keeps and searches its own captions, as in the official implementation"
+    )
 
 
 class LateInteractionConfig(Section):

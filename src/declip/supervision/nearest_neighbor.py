@@ -106,22 +106,30 @@ class NearestNeighbor(ContrastiveTerm):
         super().__init__(recipe, model)
         section = recipe.nearest_neighbor
         self.queue = Queue(section.queue_size, recipe.embed_dim)
-        self._pending: Tensor | None = None  # (T, N, d), written after the step
+        self.own_queue = section.queue_per_process
+        self.process_state = ("queue.",) if self.own_queue else ()
+        self._pending: Tensor | None = None  # (T, n, d), written after the step
 
     def features(self, encoded: Encodings) -> dict[str, Tensor]:
         texts, features = encoded.texts, super().features(encoded)
         if len(self.queue) == 0:
             return features
         nearest = self.queue.nearest(texts.detach().flatten(0, 1))
-        return features | {"queue_indices": nearest.unflatten(0, texts.shape[:2]).mT}
+        nearest = nearest.unflatten(0, texts.shape[:2]).mT  # (B, T)
+        if self.own_queue:
+            return features | {"neighbors": self.queue.features[nearest]}  # (B, T, d)
+        return features | {"queue_indices": nearest}
 
     def loss(self, own: Rows, keys: Rows, similarity: Similarity, offset: int) -> Tensor:
         if self.training:
-            self._pending = keys.texts.detach()
-        if "queue_indices" not in keys.extra:
+            self._pending = own.texts.detach() if self.own_queue else keys.texts.detach()
+        if len(self.queue) == 0:
             return own.images.sum() * 0.0  # nothing to find yet
-        # Every rank looked up its own captions; all ranks' queues are equal, so the indices name the same features.
-        neighbors = self.queue.features[keys.extra["queue_indices"].mT]
+        if self.own_queue:
+            neighbors = keys.extra["neighbors"].transpose(0, 1)  # (T, N, d)
+        else:
+            # Every rank looked up its own captions; all ranks' queues are equal, so the indices name the same features.
+            neighbors = self.queue.features[keys.extra["queue_indices"].mT]
         return neighbor_contrast(own.augmented, neighbors, *self.options(own, keys, similarity, offset))
 
     @torch.no_grad()
