@@ -99,9 +99,22 @@ def gather(counts: Sequence[int]) -> Gather | None:
     return rows if world_size() > 1 else None
 
 
-def summed(values: Tensor) -> Tensor:
-    """Sum over ranks, with gradient; the shape must be equal on all ranks."""
-    return torch.stack(all_gather(values)).sum(dim=0) if world_size() > 1 else values
+@torch.no_grad()
+def from_ranks(values: Tensor) -> Tensor:
+    """Stack the values of all ranks, (W, …), without gradient; the shape must be equal on all ranks."""
+    if world_size() == 1:
+        return values.unsqueeze(0)
+    parts = [torch.empty_like(values) for _ in range(world_size())]
+    dist.all_gather(parts, values)
+    return torch.stack(parts)
+
+
+@torch.no_grad()
+def added(values: Tensor) -> Tensor:
+    """Add up over ranks in place, without gradient."""
+    if world_size() > 1:
+        dist.all_reduce(values)
+    return values
 
 
 @torch.no_grad()
