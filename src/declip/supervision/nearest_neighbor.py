@@ -1,6 +1,7 @@
 """Nearest-neighbor supervision: the contrastive loss with similar captions of a queue."""
 
 import math
+from dataclasses import replace
 from itertools import product
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from declip.data.batch import Needs
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schema import Recipe
-from declip.supervision.contrastive import ContrastiveTerm, Ids, cross_entropy_to_keys
+from declip.supervision.contrastive import ContrastiveTerm, Ids, cross_entropy_to_keys, text_views
 from declip.supervision.term import Encodings, Rows, Similarity
 
 SIMILARITIES_AT_ONCE = 2**26  # that a lookup holds: 256 MiB in float32, whatever the batch
@@ -110,6 +111,10 @@ class NearestNeighbor(ContrastiveTerm):
         self.process_state = ("queue.",) if self.own_queue else ()
         self._pending: Tensor | None = None  # (T, n, d), written after the step
 
+    @classmethod
+    def needs_in(cls, recipe: Recipe) -> Needs:
+        return replace(cls.needs, texts=text_views(recipe))
+
     def features(self, encoded: Encodings) -> dict[str, Tensor]:
         texts, features = encoded.texts, super().features(encoded)
         if len(self.queue) == 0:
@@ -136,6 +141,6 @@ class NearestNeighbor(ContrastiveTerm):
     def after_step(self, model: DualEncoder) -> None:
         # The augmented caption first, then the caption, as the official implementation.
         if self._pending is not None:
-            for view in (1, 0):
-                self.queue.push(self._pending[view])
+            for view in reversed(self._pending):
+                self.queue.push(view)
             self._pending = None
