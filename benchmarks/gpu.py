@@ -39,6 +39,8 @@ from declip.io.atomic import atomic_write
 from declip.recipe.load import load_recipe
 from declip.runs.checkpoint import list_checkpoints, load_checkpoint
 from declip.training.assemble import assemble
+from declip.training.distributed import StepSync
+from declip.training.step import training_step
 from declip.training.trainer import Trainer
 from gpu_steps import Bench, open_clips_side, our_side, tiled
 from pairs import InMemory, Shapes, build, texts_of
@@ -313,16 +315,63 @@ def waits(bench: Bench) -> Rows:
     source = InMemory(texts_of(Shapes(), "joined", 256), 32)
     built = build(load_recipe("demo-declip", {"train.precision": bench.precision}), source, bench.device)
     batch = next(built.loader).to(bench.device)
-    built.step(batch)  # creates the optimizer state
+    places = waits_of(partial(built.step, batch), bench.cuda)
+    return [row | {"value": len(places), "note": ", ".join(sorted(set(places))) or None}]
+
+
+def waits_of(step: Callable[[], object], cuda: bool) -> list[str]:
+    """Return the places in a step at which the host waits for the device; none without one."""
+    step()  # creates the optimizer state
+    if not cuda:
+        step()
+        return []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            built.step(batch)
+            step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    places = sorted({f"{Path(found.filename).name}:{found.lineno}" for found in caught})
-    return [row | {"value": len(caught), "note": ", ".join(places) or None}]
+    return [f"{Path(found.filename).name}:{found.lineno}" for found in caught]
+
+
+def _rank_waits(rank: int, backend: str, folder: str, cuda: bool) -> None:
+    """Write the waits of a step with synchronized batch norm on one of two processes."""
+    torch.set_num_threads(1)
+    device = torch.device("cpu")
+    if cuda:
+        device = torch.device("cuda", rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    dist.init_process_group(backend, init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    source = InMemory(texts_of(Shapes(), "joined", 256), 32)
+    built = build(load_recipe("demo-declip", {"train.precision": "fp32"}), source, device)
+    batch = next(built.loader).to(device)
+    sync = StepSync((len(batch), len(batch)), stop=False)
+    step = partial(training_step, built.learner, built.optimizer, batch, sync)
+    places = waits_of(step, cuda)
+    if rank == 0:
+        (Path(folder) / "waits.json").write_text(json.dumps(places))
+    dist.destroy_process_group()
+
+
+def waits_of_two(bench: Bench) -> Rows:
+    """Count the host's waits within a step of two processes; those of gloo, which copies to the host, are its own."""
+    rows: Rows = []
+    with TemporaryDirectory() as name:
+        for backend in ("nccl", "gloo") if bench.cuda else ("gloo",):
+            place = Path(name) / backend
+            place.mkdir()
+            row = {"what": f"waits of the host in a step of two processes, {backend}"}
+            try:
+                method = "spawn" if bench.cuda else "fork"
+                mp.start_processes(_rank_waits, (backend, str(place), bench.cuda), nprocs=2, start_method=method)
+            except Exception as error:  # of NCCL, which may refuse two processes on one GPU
+                rows.append(row | {"note": str(error).strip().splitlines()[-1][:200]})
+                continue
+            places = json.loads((place / "waits.json").read_text())
+            rows.append(row | {"value": len(places)} | ({"note": ", ".join(sorted(set(places)))} if places else {}))
+            break
+    return rows
 
 
 PARTS: dict[str, Callable[[Bench], Rows]] = {
@@ -331,6 +380,7 @@ PARTS: dict[str, Callable[[Bench], Rows]] = {
     "two-processes": two_processes,
     "views": views,
     "waits": waits,
+    "waits-of-two": waits_of_two,
     "grad-cache": grad_cache,
     "budget": lambda bench: budget(bench, "ViT-B-32"),
     "options": lambda bench: options(bench, "ViT-B-32"),

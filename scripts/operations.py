@@ -26,7 +26,8 @@ class Cost:
 def count_cost(recipe: Recipe, caption_length: int) -> Cost:
     """Count the operations and the memory of both towers for all views of a pair.
 
-    The losses and their heads are left out of the operations: they are about 1 % of DeCLIP's with ViT-B/32.
+    The losses and their heads are left out of the operations, but for FILIP's comparison of tokens: they are about 1 %
+    of DeCLIP's with ViT-B/32.
 
     Args:
         caption_length: Token ids of a caption, padding included.
@@ -53,7 +54,23 @@ def count_cost(recipe: Recipe, caption_length: int) -> Cost:
             # The difference leaves out what is saved once for a batch, such as weights cast to bfloat16.
             four, two = (_saved_bytes(tower, inputs[:n], train.precision != "fp32") for n in (4, 2))
             activations += views * (four - two) / 2
+        if "late_interaction" in recipe.active_losses:
+            with torch.no_grad():
+                patches = model.image_tower(images).tokens.shape[1]
+            flops += _token_flops(recipe, patches, caption_length)
     return Cost(flops, activations, states)
+
+
+def _token_flops(recipe: Recipe, patches: int, words: int) -> float:
+    """Operations per pair of FILIP's loss, which compares its tokens with those of all pairs of a step, in float32.
+
+    The products are made four times: forward, again for the backward pass, and there for either side.
+    """
+    section = recipe.late_interaction
+    kept_words = min(words, section.top_k or words)
+    kept_patches = min(patches, section.top_k or patches)
+    products = patches * kept_words + words * kept_patches
+    return 4 * 2 * section.width * products * recipe.train.batch_size
 
 
 def _flops(tower: nn.Module, inputs: Tensor) -> tuple[int, int]:

@@ -80,12 +80,13 @@ def test_gpu_parts_are_measured_once(gpu, call, tmp_path):
 
 
 def test_gpu_parts_that_compare_runs_work_on_a_cpu(gpu):
-    status, printed = gpu("--only", "resume,two-processes,waits")
+    status, printed = gpu("--only", "resume,two-processes,waits,waits-of-two")
     assert (status, [row for part in printed.values() for row in part["rows"] if {"failed", "note"} & {*row}]) == (
         0,
         [],
     )
     assert printed["resume"]["rows"][0]["value"] is True
+    assert [row["value"] for row in printed["waits-of-two"]["rows"]] == [0]
     assert [row["value"] < 1e-3 for row in printed["two-processes"]["rows"]] == [True] * 2
 
 

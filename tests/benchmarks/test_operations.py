@@ -25,6 +25,17 @@ def test_operations_are_those_of_the_formula(count_cost):
     assert count_cost(recipe, length).flops == 2 * (3 * (image + text) - patches)
 
 
+def test_the_comparison_of_tokens_is_counted(count_cost):
+    tree, length = tiny_tree("unused", "declip"), 16
+    section = {"late_interaction": {"width": 8, "top_k": 4}}
+    without = Recipe.model_validate({**tree, **section})
+    losses = {**without.loss_weights, "late_interaction": 0.2}
+    compared = Recipe.model_validate({**tree, **section, "loss_weights": losses})
+    products = 16 * 4 + length * 4  # 16 patches, of each direction four keys of a pair
+    found = count_cost(compared, length).flops - count_cost(without, length).flops
+    assert found == 4 * 2 * 8 * products * compared.train.batch_size
+
+
 def test_a_second_forward_pass_costs_a_third_more(count_cost):
     once, *twice = (
         count_cost(Recipe.model_validate(tiny_tree("unused", train={**TINY["train"], **keys})), 16).flops

@@ -50,7 +50,26 @@ def published(request):
 
 
 def test_the_table_has_every_published_recipe():
-    assert set(ROWS) == {name for name in recipe_names() if "-yfcc15m-" in name or "-88m-" in name}
+    official = {name for name in recipe_names() if "-yfcc15m-" in name or "-88m-" in name}
+    assert set(ROWS) == {name for name in official if not name.endswith("-vitb16")}
+
+
+@pytest.mark.parametrize("pairs", ["yfcc15m", "cc3m"])
+def test_two_views_against_one_caption_count_a_half_each(pairs):
+    recipe = load_recipe(f"multi-view-{pairs}-vitb16")
+    assert recipe.active_losses == {"contrastive": 0.5, "multi_view": 0.5}
+    mild = MOCOV2.model_copy(update={"scale": (0.5, 1), "blur_prob": 0, "hflip_prob": 0})
+    plan = plan_of(recipe)
+    assert ([view.augmentation for view in plan.views], plan.texts) == ([mild, mild], 1)
+    control = plan_of(load_recipe(f"multi-view-{pairs}-vitb16", {"loss_weights": {"contrastive": 1.0}}))
+    assert ([view.augmentation for view in control.views], control.texts) == ([mild], 1)
+
+
+@pytest.mark.parametrize("method", ["clip", "declip"])
+def test_smaller_patches_change_the_tower_alone(method):
+    large, small = (load_recipe(f"{method}-yfcc15m-vitb{patch}") for patch in (32, 16))
+    image = large.image.model_copy(update={"model": "vit_base_patch16_clip_quickgelu_224"})
+    assert small == large.model_copy(update={"image": image, "name": small.name})
 
 
 def test_losses_and_sizes(published):
@@ -67,6 +86,7 @@ def test_losses_and_sizes(published):
     assert recipe.embed_dim == int(row["embed"])
     assert (recipe.simsiam.widths, recipe.simclr.widths) == ((1024, 1024, 512), (4096, 256))
     assert (recipe.nearest_neighbor.queue_size, recipe.contrastive.label_smoothing) == (2**16, 0)
+    assert recipe.nearest_neighbor.queue_per_process == recipe.name.startswith("de")
     filip = recipe.late_interaction
     assert "filip" not in row["weights"] or (filip.width, filip.top_k, filip.include_padding) == (256, 16, True)
     low, high = row["scale"].split("-")

@@ -4,8 +4,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 
+from conftest import TINY, in_processes
+from declip.models.dual_encoder import DualEncoder
+from declip.recipe.schema import Recipe
 from declip.supervision import nearest_neighbor as module
-from declip.supervision.nearest_neighbor import Queue
+from declip.supervision.nearest_neighbor import NearestNeighbor, Queue
+from declip.supervision.term import Encodings, Rows, Similarity
+from declip.training import distributed
 
 WIDTH = 4
 
@@ -68,3 +73,67 @@ def test_searching_in_blocks_finds_the_same(monkeypatch, held):
     assert torch.equal(queue.nearest(queries), expected)
     assert max(sizes) <= held
     assert queue.nearest(queries[:0]).shape == (0,)
+
+
+ROWS, STEPS, SIZE = 3, 4, 10
+
+
+def drawn(rank, step, what):
+    """Features (2, ROWS, d) of length 1 of two views, of a process at a step."""
+    generator = torch.Generator().manual_seed(100 * rank + 10 * step + what)
+    width = TINY["embed_dim"]
+    return F.normalize(torch.randn(2, ROWS, width, generator=generator, dtype=torch.float64), dim=-1)
+
+
+def losses_with_own_queues():
+    """The loss of this process at each step."""
+    queue = {"queue_size": SIZE, "queue_per_process": True}
+    tree = {**TINY, "loss_weights": {"nearest_neighbor": 1.0}, "nearest_neighbor": queue}
+    recipe = Recipe.model_validate(tree)
+    model = DualEncoder.from_recipe(recipe)
+    term = NearestNeighbor(recipe, model).double()
+    gather = distributed.gather([ROWS, ROWS])
+    scale = Similarity(torch.tensor(5.0))
+    found = []
+    for step in range(STEPS):
+        images, texts = drawn(distributed.rank(), step, 0), drawn(distributed.rank(), step, 1)
+        features = term.features(Encodings(images, texts, None, None))
+        own = Rows(("first", "second"), images, texts, features)
+        everyone = {name: gather(rows) for name, rows in features.items()}
+        # The loss reads the keys of neighbors alone.
+        keys = Rows(own.views, images, texts, everyone)
+        found.append(term.loss(own, keys, scale, ROWS * distributed.rank()).item())
+        term.after_step(model)
+    return found
+
+
+def looped():
+    """The same by plain loops: (processes, steps)."""
+    queues, found = [[], []], [[], []]
+    for step in range(STEPS):
+        neighbors = [[], []]  # of each text view, of all processes
+        for rank in range(2):
+            for view in range(2):
+                for text in drawn(rank, step, 1)[view]:
+                    if queues[rank]:
+                        cosines = [float(text @ key) for key in queues[rank]]
+                        neighbors[view].append(queues[rank][cosines.index(max(cosines))])
+        for rank in range(2):
+            terms = []
+            for image_view in drawn(rank, step, 0):
+                for keys in neighbors:
+                    for row, image in enumerate(image_view):
+                        if keys:
+                            logits = torch.stack([5.0 * image @ key for key in keys])
+                            terms.append(logits.logsumexp(0) - logits[ROWS * rank + row])
+            found[rank].append(float(torch.stack(terms).mean()) if terms else 0.0)
+            for view in (1, 0):
+                queues[rank] += list(drawn(rank, step, 1)[view])
+            queues[rank] = queues[rank][-SIZE:]
+    return found
+
+
+def test_a_queue_per_process_holds_and_finds_its_own_captions(tmp_path):
+    found = in_processes(losses_with_own_queues, 2, tmp_path)
+    assert found == [pytest.approx(losses, abs=1e-6) for losses in looped()]
+    assert found[0][1] > 0

@@ -6,6 +6,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from conftest import TINY, WEIGHTS
 from declip.data.batch import PairBatch
@@ -13,7 +14,9 @@ from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schema import Recipe
 from declip.supervision import contrastive
 from declip.supervision import term as supervision_term
+from declip.supervision.contrastive import info_nce
 from declip.supervision.objective import Objective
+from declip.training.assemble import plan_of
 from supervision.conftest import NoDeviceReads
 
 WITHOUT_BATCH_NORM = {
@@ -80,6 +83,33 @@ def test_the_contrastive_loss_sees_the_masked_or_the_clean_caption_and_both_pred
     torch.testing.assert_close(*predicted)
     batch.labels.fill_(-100)
     assert objective(model, batch)["masked_language"].item() == 0, "no word is masked"
+
+
+def test_two_image_views_share_one_caption():
+    """Each has CLIP's loss with it, and the text tower sees it once; the queue gets it once."""
+    keys = {"loss_weights": {"contrastive": 0.5, "multi_view": 0.5, "nearest_neighbor": 0.1}}
+    recipe = Recipe.model_validate({**TINY, **keys, "views": {"text": {"second_view": "none"}}})
+    torch.manual_seed(0)
+    model = DualEncoder.from_recipe(recipe)
+    objective = Objective(recipe, model)
+    plan = plan_of(recipe)
+    assert ([view.name for view in plan.views], plan.texts) == (["first", "second"], 1)
+    images = {view.name: torch.randn(4, 3, 32, 32) for view in plan.views}
+    texts = torch.randint(1, 300, (1, 4, 8))
+    losses = objective(model, PairBatch(images, texts))
+    features = [F.normalize(model.image_tower(view).pooled, dim=-1) for view in images.values()]
+    words = F.normalize(model.text_tower(texts[0]).pooled, dim=-1)
+    for name, image in zip(("contrastive", "multi_view"), features, strict=True):
+        expected = info_nce(image, words, image, words, model.logit_scale.exp())
+        torch.testing.assert_close(losses[name], expected, rtol=1e-5, atol=1e-6)
+    objective.after_step(model)
+    assert len(queue_of(objective)) == 4
+
+
+def test_one_image_and_one_caption_have_no_other_pairing():
+    views = {"image_second": False, "text": {"second_view": "none"}}
+    with pytest.raises(ValueError, match="multi_view requires a second view"):
+        Recipe.model_validate({**TINY, "loss_weights": {"multi_view": 1.0}, "views": views})
 
 
 def test_the_queue_is_looked_up_before_it_is_written_augmentations_first():

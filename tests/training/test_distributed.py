@@ -20,8 +20,9 @@ from declip.training import distributed
 from declip.training.assemble import plan_of
 from declip.training.distributed import StepSync
 from declip.training.optimizer import build_optimizer, named_trainable
-from declip.training.parallel import build_learner, full_tensor, grad_cache_chunk
+from declip.training.parallel import SharedBatchNorm, build_learner, full_tensor, grad_cache_chunk
 from declip.training.step import training_step
+from supervision.conftest import NoDeviceReads
 
 BATCH, LENGTH = 8, 16
 CAPTIONS = "one image, two captions"
@@ -145,6 +146,41 @@ def test_ranks_learn_what_one_process_learns(tmp_path, world):
         for case, found in theirs.items():
             names, tower, _, keys = BY_RANKS[case]
             compare(alone(names, tower, **{key: keys[key] for key in {"optimizer"} & keys.keys()}), found)
+
+
+def whole_and_parts():
+    """A batch with a large mean, of which the first process has five rows and the second three; a gradient."""
+    generator = torch.Generator().manual_seed(0)
+    values = 30 + torch.randn(8, 4, 5, 5, generator=generator)
+    return values, torch.randn(8, 4, 5, 5, generator=generator)
+
+
+def normed(make, rows):
+    """What a batch norm gives for some rows: values, gradients and running statistics."""
+    values, gradient = (tensor[rows] for tensor in whole_and_parts())
+    norm = torch.nn.BatchNorm2d(4)
+    with torch.no_grad():
+        norm.weight.copy_(torch.tensor([0.5, 1.0, -2.0, 3.0]))
+    norm, values = make(norm), values.requires_grad_()
+    with NoDeviceReads():
+        out = norm(values)
+        out.backward(gradient)
+    return out.detach(), values.grad, norm.weight.grad, norm.bias.grad, norm.running_mean, norm.running_var
+
+
+def normed_here():
+    rows = slice(0, 5) if distributed.rank() == 0 else slice(5, 8)
+    return normed(SharedBatchNorm, rows)
+
+
+def test_batch_norm_over_two_processes_is_torchs_and_waits_for_no_device(tmp_path):
+    expected = normed(lambda norm: norm, slice(0, 8))
+    first, second = in_processes(normed_here, 2, tmp_path)
+    joined = [torch.cat(pair) for pair in zip(first[:2], second[:2], strict=True)]
+    added = [a + b for a, b in zip(first[2:4], second[2:4], strict=True)]
+    for mine, theirs in zip([*joined, *added, *second[4:]], expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-5 * theirs.abs().max().item())
+    torch.testing.assert_close(first[4:], second[4:], rtol=0, atol=0)
 
 
 def test_duplicates_are_no_negatives_of_any_loss(monkeypatch):

@@ -18,7 +18,7 @@ from declip.recipe.schema import Recipe
 from declip.runs.checkpoint import list_checkpoints, load_checkpoint, without_prefix
 from declip.runs.folder import read_run
 from declip.training.optimizer import LrMultiplier, group_lr
-from declip.training.parallel import HostSyncBatchNorm, synchronize
+from declip.training.parallel import SharedBatchNorm, synchronize
 from interchange.test_export import features
 from interchange.towers import build
 from text_encoders import bert, roberta
@@ -94,21 +94,19 @@ def test_frozen_parts_drop_nothing_though_the_rest_does(table, tmp_path, asked):
     assert same == ([True, True, True] if asked == "all" else [True, False, False])
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_frozen_batch_norm_stays_frozen_when_the_others_are_synchronized(device):
+def test_frozen_batch_norm_stays_frozen_when_the_others_are_synchronized():
     model = build("conv")
     freeze(model, [name for name, depth in depths(model).items() if name.startswith(IMAGE) and depth <= 1])
     every = {name for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
     frozen = {name for name, module in model.named_modules() if is_frozen(module)} & every
     assert 0 < len(frozen) < len(every)
-    synchronize(model, torch.device(device))
+    synchronize(model)
     model.train()
     norms = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
     assert norms.keys() == every
     assert {name for name, norm in norms.items() if is_frozen(norm)} == frozen
     assert {name for name, norm in norms.items() if not norm.training} == frozen
-    kinds = (torch.nn.SyncBatchNorm, HostSyncBatchNorm)
-    assert {name for name, norm in norms.items() if isinstance(norm, kinds)} >= every - frozen
+    assert {name for name, norm in norms.items() if isinstance(norm, SharedBatchNorm)} == every - frozen
 
 
 def test_depths_count_stem_blocks_and_what_follows():

@@ -7,7 +7,7 @@ from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -36,6 +36,22 @@ class Encoder(Protocol):
     def logit_scale(self) -> Tensor: ...  # log of the factor of cosines; a plain object may lack these three
 
 
+T = TypeVar("T")
+
+
+class Share:
+    """The part of the batches that this process encodes: all of them, where it is alone."""
+
+    def own(self, batches: Sequence[T]) -> Sequence[T]:
+        """This process's batches, consecutive ones, so that every batch is the same as in one process."""
+        return batches
+
+    def gathered(self, work: Callable[[], T]) -> list[T]:
+        """Do this process's part; return the parts of all processes in order, or raise the error of any of them."""
+        return [work()]
+
+
+ALONE = Share()
 READ_AT_ONCE = 32  # images
 Given = Image.Image | LazyImage | Tensor  # an image, or its pixels (3, S, S) uint8
 
@@ -83,7 +99,13 @@ def eval_mode(model: Encoder) -> Iterator[torch.device]:
 
 
 def text_features(
-    model: Encoder, texts: Sequence[str], *, encode: Any = None, batch_size: int = 256, progress: bool = False
+    model: Encoder,
+    texts: Sequence[str],
+    *,
+    encode: Any = None,
+    batch_size: int = 256,
+    progress: bool = False,
+    share: Share = ALONE,
 ) -> Tensor:
     """Encode m texts: (m, d) float32 on the CPU, L2-normalized; features of equal texts are bit-exact copies.
 
@@ -91,13 +113,23 @@ def text_features(
     """
     row_of = {text: row for row, text in enumerate(sorted(dict.fromkeys(texts), key=len))}  # by length: little padding
     distinct = list(row_of)
-    parts = []
-    with eval_mode(model) as device, pairs_bar(progress) as bar:
-        for start in bar.track(range(0, len(distinct), batch_size), description="Texts"):
-            batch = distinct[start : start + batch_size]
-            features = (encode or model.encode_text)(model.tokenize(batch).to(device)).float()
-            parts.append(_finite((normalize(features, dim=-1) if encode is None else features).cpu(), "text"))
-    return torch.cat(parts)[torch.tensor([row_of[text] for text in texts], dtype=torch.int64)]
+    batches = [distinct[start : start + batch_size] for start in range(0, len(distinct), batch_size)]
+
+    def encode_own() -> list[Tensor]:
+        parts = []
+        with eval_mode(model) as device, pairs_bar(progress) as bar:
+            for batch in bar.track(share.own(batches), description="Texts"):
+                tokens = model.tokenize(batch).to(device)
+                if encode is None:
+                    features = normalize(model.encode_text(tokens).float(), dim=-1)
+                else:
+                    features = encode(tokens).float()
+                parts.append(_finite(features.cpu(), "text"))
+        return parts
+
+    parts = [part for each in share.gathered(encode_own) for part in each]
+    rows = torch.tensor([row_of[text] for text in texts], dtype=torch.int64)
+    return torch.cat(parts)[rows]
 
 
 def encode_source(
@@ -111,6 +143,7 @@ def encode_source(
     batch_size: int = 256,
     workers: int | None = 0,
     progress: bool = False,
+    share: Share = ALONE,
 ) -> SourceFeatures:
     """Encode the images of a source in one pass over its files and, with `texts`, its captions.
 
@@ -119,20 +152,27 @@ def encode_source(
         exact: False: images are decoded and resized as for a search; `encode` gets their pixels as uint8.
         indices: Indices of the source to encode, in this order; None: all.
         workers: Processes that read and resize images; 0: in this one.
+        share: The part of the images and texts that this process encodes; each process returns all features.
     """
     # --- images of a model with frozen towers, which reads them once
     if encode is None and indices is None and (read_once := getattr(model, "source_features", None)) is not None:
         encoded: SourceFeatures = read_once(source, batch_size=batch_size, workers=workers, progress=progress)
-        return _with_texts(model, encoded, batch_size, progress) if texts else encoded
+        return _with_texts(model, encoded, batch_size, progress, share) if texts else encoded
     # --- images of others, in batches whose pixels may come from worker processes
     chosen = np.arange(len(source)) if indices is None else np.asarray(indices, dtype=np.int64)
     batches = np.split(chosen, range(batch_size, len(chosen), batch_size))
-    rows, parts, skipped = list[tuple[int, tuple[str, ...]]](), list[Tensor](), SkipCounter()
     read_row = _read_row if exact else _read_lazy_row
-    for features, read, broken in encode_batches(model, source, read_row, batches, workers, progress, encode):
-        skipped.merge(broken)
-        parts += [features] if read else []
-        rows += read
+
+    def encode_own() -> list[tuple[Tensor, list[Any], SkipCounter]]:
+        own = share.own(batches)
+        return list(encode_batches(model, source, read_row, own, workers, progress, encode))
+
+    rows, parts, skipped = list[tuple[int, tuple[str, ...]]](), list[Tensor](), SkipCounter()
+    for encoded_batches in share.gathered(encode_own):
+        for features, read, broken in encoded_batches:
+            skipped.merge(broken)
+            parts += [features] if read else []
+            rows += read
     if not rows:
         raise UserError(
             f"Cannot evaluate on '{source.name}': none of its {len(source)} pairs could be read. "
@@ -140,11 +180,14 @@ def encode_source(
         )
     read_indices, captions = np.array([index for index, _ in rows]), tuple(captions for _, captions in rows)
     encoded = SourceFeatures(source.name, read_indices, torch.cat(parts), captions, None, skipped)
-    return _with_texts(model, encoded, batch_size, progress) if texts else encoded
+    return _with_texts(model, encoded, batch_size, progress, share) if texts else encoded
 
 
-def _with_texts(model: Encoder, encoded: SourceFeatures, batch_size: int, progress: bool) -> SourceFeatures:
-    features = text_features(model, encoded.flat_captions, batch_size=batch_size, progress=progress)
+def _with_texts(
+    model: Encoder, encoded: SourceFeatures, batch_size: int, progress: bool, share: Share
+) -> SourceFeatures:
+    captions = encoded.flat_captions
+    features = text_features(model, captions, batch_size=batch_size, progress=progress, share=share)
     return replace(encoded, texts=features, truncated=_count_truncated(model, encoded.flat_captions))
 
 

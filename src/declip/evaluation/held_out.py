@@ -9,7 +9,7 @@ from declip.data.pair import BrokenPair, PairSource
 from declip.data.sources.open import NO_SOURCES, Sources
 from declip.errors import UserError
 from declip.evaluation.datasets import Dataset, open_dataset
-from declip.evaluation.encode import Encoder
+from declip.evaluation.encode import ALONE, Encoder, Share
 from declip.evaluation.protocols import Options, evaluate_all
 from declip.evaluation.results import Result
 from declip.recipe.schema import Recipe
@@ -68,10 +68,22 @@ class HeldOutSets:
                     return True
         return False
 
-    def measure(self, model: Encoder, tasks: Mapping[str, list[str]], progress: bool) -> Iterator[Result]:
-        """Evaluate a model on sets by their protocols, see `tasks`."""
+    def measure(
+        self,
+        model: Encoder,
+        tasks: Mapping[str, list[str]],
+        progress: bool,
+        workers: int = 0,
+        share: Share = ALONE,
+    ) -> Iterator[Result]:
+        """Evaluate a model on sets by their protocols, see `tasks`; every process of a run gets all results.
+
+        Args:
+            workers: Processes that read the images of this process's share.
+        """
+        options = Options(workers=workers, progress=progress, share=share)
         for name, protocols in tasks.items():
-            yield from evaluate_all(model, self.dataset(name), protocols, Options(progress=progress))
+            yield from evaluate_all(model, self.dataset(name), protocols, options)
 
     def _open(self, name: str) -> Dataset:
         # The folder of the images applies if their column was named.

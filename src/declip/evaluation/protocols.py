@@ -15,7 +15,7 @@ from declip.data.pair import PairSource
 from declip.data.sources.subset import Subset
 from declip.errors import UserError, check_range, unknown
 from declip.evaluation.datasets import NAMED, Dataset, open_dataset, with_classes
-from declip.evaluation.encode import Encoder, SourceFeatures, encode_source, eval_mode
+from declip.evaluation.encode import ALONE, Encoder, Share, SourceFeatures, encode_source, eval_mode
 from declip.evaluation.few_shot import Examples, fit_few_shot, joint_encoder
 from declip.evaluation.linear_probe import check_probe, check_splits, linear_probe
 from declip.evaluation.readers import Classified
@@ -52,6 +52,7 @@ class Options:
     batch_size: int = 256  # images and texts per forward pass
     workers: int | None = 0  # processes that read images; 0: this one; None: one per core, at most 8
     progress: bool = True
+    share: Share = ALONE  # what this process encodes, of zero-shot and retrieval
 
     def __post_init__(self) -> None:
         check_range("batch_size", self.batch_size, 1)
@@ -94,13 +95,20 @@ class SharedFeatures:
         name, templates = read_templates(options.templates or self.dataset.templates)
         if (scorer := getattr(self.model, "token_scorer", None)) is not None:
             names = list(dict.fromkeys(source.class_names))
-            tokens = class_tokens(self.model, scorer, names, templates, options.batch_size, options.progress)
+            tokens = class_tokens(
+                self.model, scorer, names, templates, options.batch_size, options.progress, options.share
+            )
             with eval_mode(self.model) as device:
                 scores = partial(scorer.scores, classes=tokens.to(device))
             scored = self._encode(source, encode=partial(chunked, scores), texts=False)
             return [classify(scored, source.labels[scored.indices], source.class_names, templates=name)]
         classes = class_features(
-            self.model, source.class_names, templates, batch_size=options.batch_size, progress=options.progress
+            self.model,
+            source.class_names,
+            templates,
+            batch_size=options.batch_size,
+            progress=options.progress,
+            share=options.share,
         )
         return [classify(self.test, source.labels[self.test.indices], classes, templates=name)]
 
@@ -153,7 +161,7 @@ class SharedFeatures:
         return results
 
     def _encode(self, source: PairSource, **options: Any) -> SourceFeatures:
-        shared = {name: getattr(self.options, name) for name in ("batch_size", "workers", "progress")}
+        shared = {name: getattr(self.options, name) for name in ("batch_size", "workers", "progress", "share")}
         # A source only knows the name of its file, which another dataset may have too.
         return replace(encode_source(self.model, source, **options, **shared), name=self.dataset.name)
 

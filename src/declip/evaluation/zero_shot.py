@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from declip.errors import UserError, unknown
-from declip.evaluation.encode import Encoder, SourceFeatures, text_features
+from declip.evaluation.encode import ALONE, Encoder, Share, SourceFeatures, text_features
 from declip.evaluation.results import ZeroShotResult, score
 from declip.evaluation.retrieval import ranks
 from declip.io.pool import pairs_bar
@@ -74,31 +74,44 @@ def class_features(
     *,
     batch_size: int = 256,
     progress: bool = False,
+    share: Share = ALONE,
 ) -> Tensor:
     """CLIP's prompt ensemble (section 3.1.4): the normalized mean of each class's normalized templates, (C, d)."""
     prompts = [template.replace("{}", name) for name in class_names for template in templates]
-    features = text_features(model, prompts, batch_size=batch_size, progress=progress)
+    features = text_features(model, prompts, batch_size=batch_size, progress=progress, share=share)
     # (C · T, d) → (C, T, d) → (C, d)
     return normalize(features.view(len(class_names), len(templates), -1).mean(1), dim=-1)
 
 
 def class_tokens(
-    model: Encoder, scorer: Any, class_names: Sequence[str], templates: Sequence[str], batch_size: int, progress: bool
+    model: Encoder,
+    scorer: Any,
+    class_names: Sequence[str],
+    templates: Sequence[str],
+    batch_size: int,
+    progress: bool,
+    share: Share = ALONE,
 ) -> Tensor:
     """FILIP's prompt ensemble, (C, L, d): the mean of a class's words by position, divided by its Frobenius norm.
 
     At each position the mean is that of the prompts with a word there, as counted by `scorer.words`; otherwise 0.
     """
-    at_once, parts = max(1, batch_size // len(templates)), []
-    with pairs_bar(progress) as bar:
-        for start in bar.track(range(0, len(class_names), at_once), description="Texts"):
-            some = class_names[start : start + at_once]
-            prompts = [template.replace("{}", name) for name in some for template in templates]
-            words = text_features(model, prompts, encode=scorer.words, batch_size=batch_size)
-            words = words.unflatten(0, (len(some), len(templates)))  # (c · T, L, d) → (c, T, L, d)
-            mean = words.sum(dim=1) / words.any(dim=3, keepdim=True).sum(dim=1).clamp(min=1)
-            parts.append(mean / mean.norm(dim=(1, 2), keepdim=True))
-    return torch.cat(parts)
+    at_once = max(1, batch_size // len(templates))
+    starts = range(0, len(class_names), at_once)
+
+    def encode_own() -> list[Tensor]:
+        parts = []
+        with pairs_bar(progress) as bar:
+            for start in bar.track(share.own(starts), description="Texts"):
+                some = class_names[start : start + at_once]
+                prompts = [template.replace("{}", name) for name in some for template in templates]
+                words = text_features(model, prompts, encode=scorer.words, batch_size=batch_size)
+                words = words.unflatten(0, (len(some), len(templates)))  # (c · T, L, d) → (c, T, L, d)
+                mean = words.sum(dim=1) / words.any(dim=3, keepdim=True).sum(dim=1).clamp(min=1)
+                parts.append(mean / mean.norm(dim=(1, 2), keepdim=True))
+        return parts
+
+    return torch.cat([part for each in share.gathered(encode_own) for part in each])
 
 
 def classify(

@@ -44,7 +44,7 @@ Strength = Annotated[float, Field(ge=0)]
 Jitter = tuple[Strength, Strength, Strength, Annotated[Strength, Field(le=0.5)]]
 RGB = tuple[Fraction, Fraction, Fraction]
 PathOrName = Annotated[str, AfterValidator(_expand_user)]
-Second = Literal["eda", "caption", "same"]
+Second = Literal["eda", "caption", "same", "none"]
 OneOrMore = BeforeValidator(lambda given: (given,) if isinstance(given, str) else given)
 PathsOrNames = Annotated[tuple[PathOrName, ...], OneOrMore]
 Column = Literal["image", "caption", "group"]
@@ -176,7 +176,7 @@ class TextView(Section):
     """The second text view, such as EDA (Wei and Zou 2019)."""
 
     second_view: Second = Field(
-        "eda", description="second text view: EDA of the first, another caption, or the first again"
+        "eda", description="second text view: EDA of the first, another caption, the first again, or none"
     )
     mask: bool | None = Field(None, description="mask words for all losses; default: if masked_language has a weight")
 
@@ -215,6 +215,9 @@ class NearestNeighborConfig(Section):
     """The queue of text features."""
 
     queue_size: int = Field(65536, ge=1, description="number of text features in the queue")
+    queue_per_process: bool = Field(
+        False, description="each process keeps and searches its own captions, as in the official implementation"
+    )
 
 
 class LateInteractionConfig(Section):
@@ -375,6 +378,9 @@ class Recipe(Section):
     def _losses_fit(self) -> Self:
         if not self.active_losses:
             raise ValueError("every weight in loss_weights is 0; at least one must be above 0")
+        one_pairing = not self.views.image_second and self.views.text.second_view == "none"
+        if "multi_view" in self.active_losses and one_pairing:
+            raise ValueError("multi_view requires a second view of the image or of the text; leave one of them on")
         if self.train.length_buckets > 1 and self.late_interaction.include_padding:
             raise ValueError("late_interaction.include_padding requires train.length_buckets=1")
         if self.views.contrastive_view is not None and not self.views.image_second:

@@ -133,6 +133,11 @@ def sigmoid_loss(
     return mean_in_blocks(loss, len(image), len(text_keys) * text_keys.itemsize, max_logit_bytes)
 
 
+def text_views(recipe: Recipe) -> int:
+    """The number of text views of losses that take two, where the recipe has two."""
+    return 1 if recipe.views.text.second_view == "none" else 2
+
+
 class ContrastiveTerm(Term):
     """Base class of losses whose targets and negatives the section ``contrastive`` changes."""
 

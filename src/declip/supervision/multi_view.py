@@ -1,12 +1,14 @@
 """The multi-view loss of DeCLIP: the contrastive loss between all other pairings of views."""
 
+from dataclasses import replace
 from itertools import islice, product
 
 import torch
 from torch import Tensor
 
 from declip.data.batch import Needs
-from declip.supervision.contrastive import ContrastiveTerm, Ids, info_nce
+from declip.recipe.schema import Recipe
+from declip.supervision.contrastive import ContrastiveTerm, Ids, info_nce, text_views
 from declip.supervision.term import Rows, Similarity
 
 
@@ -38,12 +40,16 @@ def multi_view(
 
 
 class MultiView(ContrastiveTerm):
-    """DeCLIP's multi-view loss over the augmented image views and both text views."""
+    """DeCLIP's multi-view loss over the augmented image views and both text views, or the caption alone."""
 
     needs = Needs(optional_views=frozenset({"second"}), texts=2)
     reaches_all = True
     title = "multi-view contrastive loss"
     explanation = "The contrastive loss between all other pairings of the image views and the text views."
+
+    @classmethod
+    def needs_in(cls, recipe: Recipe) -> Needs:
+        return replace(cls.needs, texts=text_views(recipe))
 
     def loss(self, own: Rows, keys: Rows, similarity: Similarity, offset: int) -> Tensor:
         features = own.augmented, own.texts, keys.augmented, keys.texts

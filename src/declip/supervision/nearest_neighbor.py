@@ -1,6 +1,7 @@
 """Nearest-neighbor supervision: the contrastive loss with similar captions of a queue."""
 
 import math
+from dataclasses import replace
 from itertools import product
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from declip.data.batch import Needs
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schema import Recipe
-from declip.supervision.contrastive import ContrastiveTerm, Ids, cross_entropy_to_keys
+from declip.supervision.contrastive import ContrastiveTerm, Ids, cross_entropy_to_keys, text_views
 from declip.supervision.term import Encodings, Rows, Similarity
 
 SIMILARITIES_AT_ONCE = 2**26  # that a lookup holds: 256 MiB in float32, whatever the batch
@@ -106,28 +107,40 @@ class NearestNeighbor(ContrastiveTerm):
         super().__init__(recipe, model)
         section = recipe.nearest_neighbor
         self.queue = Queue(section.queue_size, recipe.embed_dim)
-        self._pending: Tensor | None = None  # (T, N, d), written after the step
+        self.own_queue = section.queue_per_process
+        self.process_state = ("queue.",) if self.own_queue else ()
+        self._pending: Tensor | None = None  # (T, n, d), written after the step
+
+    @classmethod
+    def needs_in(cls, recipe: Recipe) -> Needs:
+        return replace(cls.needs, texts=text_views(recipe))
 
     def features(self, encoded: Encodings) -> dict[str, Tensor]:
         texts, features = encoded.texts, super().features(encoded)
         if len(self.queue) == 0:
             return features
         nearest = self.queue.nearest(texts.detach().flatten(0, 1))
-        return features | {"queue_indices": nearest.unflatten(0, texts.shape[:2]).mT}
+        nearest = nearest.unflatten(0, texts.shape[:2]).mT  # (B, T)
+        if self.own_queue:
+            return features | {"neighbors": self.queue.features[nearest]}  # (B, T, d)
+        return features | {"queue_indices": nearest}
 
     def loss(self, own: Rows, keys: Rows, similarity: Similarity, offset: int) -> Tensor:
         if self.training:
-            self._pending = keys.texts.detach()
-        if "queue_indices" not in keys.extra:
+            self._pending = own.texts.detach() if self.own_queue else keys.texts.detach()
+        if len(self.queue) == 0:
             return own.images.sum() * 0.0  # nothing to find yet
-        # Every rank looked up its own captions; all ranks' queues are equal, so the indices name the same features.
-        neighbors = self.queue.features[keys.extra["queue_indices"].mT]
+        if self.own_queue:
+            neighbors = keys.extra["neighbors"].transpose(0, 1)  # (T, N, d)
+        else:
+            # Every rank looked up its own captions; all ranks' queues are equal, so the indices name the same features.
+            neighbors = self.queue.features[keys.extra["queue_indices"].mT]
         return neighbor_contrast(own.augmented, neighbors, *self.options(own, keys, similarity, offset))
 
     @torch.no_grad()
     def after_step(self, model: DualEncoder) -> None:
         # The augmented caption first, then the caption, as the official implementation.
         if self._pending is not None:
-            for view in (1, 0):
-                self.queue.push(self._pending[view])
+            for view in reversed(self._pending):
+                self.queue.push(view)
             self._pending = None

@@ -185,6 +185,11 @@ class Objective(nn.Module):
         for _, term in self._terms():
             term.after_step(model)
 
+    def process_state(self) -> dict[str, Tensor]:
+        """The tensors that differ between processes, see `Term.process_state`, on the host."""
+        starts = tuple(f"terms.{name}.{start}" for name, term in self._terms() for start in term.process_state)
+        return {name: tensor.cpu() for name, tensor in self.state_dict().items() if name.startswith(starts)}
+
     def _terms(self) -> list[tuple[str, Term]]:
         return list(self.terms.items())  # type: ignore[arg-type]  # a ModuleDict does not know its values' class
 

@@ -98,6 +98,8 @@ class Term(nn.Module):
     """Its layers whose outputs are words: the optimizer "muon" trains them with AdamW."""
     run_state: ClassVar[tuple[str, ...]] = ()
     """Beginnings of the names of its tensors that another run cannot use, such as a queue of features."""
+    process_state: tuple[str, ...] = ()
+    """Beginnings of the names of its tensors that differ between processes; a checkpoint has those of each."""
     title: ClassVar[str]
     """Name for charts."""
     explanation: ClassVar[str] = ""

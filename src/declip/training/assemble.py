@@ -61,6 +61,8 @@ def resolve(
     device, hosts = distributed.meet(recipe.train.device)
     if device.type == "cuda":
         torch.set_float32_matmul_precision(recipe.train.matmul_precision)
+        # Views have one size, so cuDNN may try its convolutions once. Its choice is not always the same.
+        torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
     recipe = hosts.on_rank_zero(partial(resolve_precision, recipe, device, folder, resume))
     weights = load_pretrained(recipe, folder, resume, extensions.start)
     if weights is not None:

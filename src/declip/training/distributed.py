@@ -17,6 +17,7 @@ from torch.distributed.nn.functional import all_gather
 from torch.distributed.rendezvous import rendezvous
 
 from declip.errors import UserError
+from declip.evaluation.encode import Share
 from declip.models.device import pick_device
 from declip.supervision.objective import Gather
 
@@ -98,9 +99,22 @@ def gather(counts: Sequence[int]) -> Gather | None:
     return rows if world_size() > 1 else None
 
 
-def summed(values: Tensor) -> Tensor:
-    """Sum over ranks, with gradient; the shape must be equal on all ranks."""
-    return torch.stack(all_gather(values)).sum(dim=0) if world_size() > 1 else values
+@torch.no_grad()
+def from_ranks(values: Tensor) -> Tensor:
+    """Stack the values of all ranks, (W, …), without gradient; the shape must be equal on all ranks."""
+    if world_size() == 1:
+        return values.unsqueeze(0)
+    parts = [torch.empty_like(values) for _ in range(world_size())]
+    dist.all_gather(parts, values)
+    return torch.stack(parts)
+
+
+@torch.no_grad()
+def added(values: Tensor) -> Tensor:
+    """Add up over ranks in place, without gradient."""
+    if world_size() > 1:
+        dist.all_reduce(values)
+    return values
 
 
 @torch.no_grad()
@@ -142,7 +156,7 @@ class StepSync:
         return self.rows[rank()] * len(self.rows) / self.total
 
 
-class HostGroup:
+class HostGroup(Share):
     """Coordination between ranks over gloo, so that it never waits for the GPU stream."""
 
     def __init__(self, timeout: float = RANK_TIMEOUT) -> None:  # seconds to wait for a rank at a step
@@ -185,11 +199,44 @@ class HostGroup:
             raise SystemExit(2)
         return cast(T, answer[0])
 
+    def own(self, batches: Sequence[T]) -> Sequence[T]:
+        """This rank's share of the batches, consecutive ones."""
+        first = len(batches) * rank() // world_size()
+        end = len(batches) * (rank() + 1) // world_size()
+        return batches[first:end]
+
+    def gathered(self, work: Callable[[], T]) -> list[T]:
+        """Do this rank's part, and return the parts of all ranks in their order.
+
+        The error of any rank is raised on rank 0; the others exit quietly with the same status.
+        """
+        done: T | None = None
+        failure: UserError | None = None
+        try:
+            done = work()
+        except UserError as error:
+            failure = error
+        answers = self.gather_objects((done, failure and str(failure)))
+        errors = [error for _, error in answers if error is not None]
+        if errors and is_rank_zero():
+            raise failure or UserError(errors[0])
+        if errors:
+            raise SystemExit(2)
+        return [part for part, _ in answers]
+
     def gather_objects(self, value: Any) -> list[Any]:
         """Gather every rank's value, in rank order."""
         values: list[Any] = [value] * world_size()
         if not self.alone:
             dist.all_gather_object(values, value, group=self.long_group)
+        return values
+
+    def gather_on_rank_zero(self, value: T) -> list[T]:
+        """Gather every rank's value on rank 0, in rank order; the others get an empty list."""
+        if self.alone:
+            return [value]
+        values: list[Any] = [None] * world_size() if is_rank_zero() else []
+        dist.gather_object(value, values or None, dst=0, group=self.long_group)
         return values
 
     @contextmanager

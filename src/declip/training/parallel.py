@@ -1,11 +1,10 @@
-"""The learner, compiled or not, and its distribution: DDP, FSDP2, SyncBatchNorm, and gradients over ranks."""
+"""The learner, compiled or not, and its distribution: DDP, FSDP2, batch norm over ranks, and gradients over ranks."""
 
 from collections.abc import Iterable
 from dataclasses import replace
 from inspect import signature
 from typing import Any
 
-import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -63,7 +62,7 @@ def build_learner(recipe: Recipe, model: DualEncoder, objective: Objective) -> n
     elif train.channels_last:  # FSDP takes contiguous weights only; convolutions follow the images' format as well
         model.image_tower.register_forward_pre_hook(lambda _, x: x[0].contiguous(memory_format=torch.channels_last))
     if distributed.world_size() > 1:
-        synchronize(learner if chunk is None else objective, model.device)
+        synchronize(learner if chunk is None else objective)
     for tower in (model.image_tower, model.text_tower) if train.grad_checkpointing else ():
         grad_checkpointing(tower)
     if train.compile and model.device.type == "cuda":  # on a CPU it gained 3 to 5 % with small towers, else nothing
@@ -90,8 +89,7 @@ def compile_blocks(model: DualEncoder, backend: str = "inductor") -> int:
     that cannot be compiled is an error: a slow run in its place would go unnoticed.
     """
     blocks = [block for tower in (model.image_tower, model.text_tower) for block in blocks_of(tower)]
-    synchronized = nn.SyncBatchNorm | HostSyncBatchNorm
-    local = [block for block in blocks if not any(isinstance(part, synchronized) for part in block.modules())]
+    local = [block for block in blocks if not any(isinstance(part, SharedBatchNorm) for part in block.modules())]
     for block in local:
         block.compile(backend=backend)
     return len(local)
@@ -191,18 +189,21 @@ def shard_like(like: object, tensor: Tensor) -> Tensor:
     return distribute_tensor(tensor.to(like.device), sharded.device_mesh, sharded.placements)
 
 
-def synchronize(module: nn.Module, device: torch.device) -> None:
+def synchronize(module: nn.Module) -> None:
     """Replace every batch norm that learns by one that is synchronized over all ranks; names and values stay."""
     for name, child in list(module.named_children()):
         if not isinstance(child, _BatchNorm):
-            synchronize(child, device)
-        elif not is_frozen(child):  # torch's `SyncBatchNorm` works on CUDA alone
-            convert = timm.layers.convert_sync_batchnorm if device.type == "cuda" else HostSyncBatchNorm
-            setattr(module, name, convert(child))
+            synchronize(child)
+        elif not is_frozen(child):
+            setattr(module, name, SharedBatchNorm(child))
 
 
-class HostSyncBatchNorm(_BatchNorm):
-    """Batch norm over all ranks on any device, with the parameters and statistics of another; each rank has a pair."""
+class SharedBatchNorm(_BatchNorm):
+    """Batch norm over all ranks, with the parameters and statistics of another; each rank has a pair.
+
+    torch's `SyncBatchNorm` works on CUDA alone, and there it waits for the device three times a layer, since it looks
+    for ranks without a row. This one never waits.
+    """
 
     def __init__(self, norm: _BatchNorm) -> None:
         super().__init__(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
@@ -215,28 +216,75 @@ class HostSyncBatchNorm(_BatchNorm):
     def forward(self: Any, x: Tensor) -> Tensor:
         """(B, C, ...) → the same shape."""
         if self.training:
-            normed = self._normalize(x)
+            normed, mean, variance, count = _Normalized.apply(x, self.weight, self.bias, self.eps)
+            if self.track_running_stats:
+                self._track(mean, variance, count)
         else:
             normed = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
         return self.act(self.drop(normed))
 
-    def _normalize(self: Any, x: Tensor) -> Tensor:
-        """Normalize by two sums over ranks: of the values, then of the squared deviations from their mean."""
+    @torch.no_grad()
+    def _track(self: Any, mean: Tensor, variance: Tensor, count: Tensor) -> None:
+        """Update the running statistics as torch does."""
+        unbiased = variance * count / (count - 1)
+        self.num_batches_tracked.add_(1)
+        self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
+        self.running_var.lerp_(unbiased.to(self.running_var), self.momentum)
+
+
+class _Normalized(torch.autograd.Function):
+    """Values normalized by the statistics of all ranks: one collective forward, one backward.
+
+    The statistics of two parts are joined by the sum of squared deviations from each part's own mean (Chan et al.
+    1979), which loses no digits where the mean is large.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         values = to_float32(x)
-        others = [0, *range(2, x.ndim)]
-        local = torch.cat([values.sum(others), values.new_tensor([values.numel() / x.shape[1]])])  # (C + 1,)
-        total = distributed.summed(local)
-        count = total[-1].detach()
-        mean = total[:-1] / count
-        shape = [1, -1] + [1] * (x.ndim - 2)
-        centered = values - mean.view(shape)
-        variance = distributed.summed(centered.square().sum(others)) / count
-        if self.track_running_stats:
-            with torch.no_grad():  # as torch does
-                self.num_batches_tracked.add_(1)
-                self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
-                self.running_var.lerp_((variance * count / (count - 1)).to(self.running_var), self.momentum)
-        normed = centered * (variance + self.eps).rsqrt().view(shape)
-        if self.affine:
-            normed = normed * self.weight.view(shape) + self.bias.view(shape)
-        return normed.to(x.dtype)
+        axes, shape = _axes(x)
+        # --- own statistics, then those of all ranks
+        rows = values.numel() // x.shape[1]
+        variance, mean = torch.var_mean(values, axes, correction=0)  # (C,)
+        own = torch.cat([mean, variance * rows, values.new_full((1,), rows)])  # a constant, so without a copy
+        ranks = distributed.from_ranks(own)  # (W, 2 · C + 1)
+        means, squares, counts = ranks.split([len(mean), len(mean), 1], dim=1)
+        count = counts.sum()
+        mean = (counts * means).sum(dim=0) / count
+        squares = squares + counts * (means - mean).square()
+        variance = squares.sum(dim=0) / count
+        # --- normalize
+        inverse = (variance + eps).rsqrt()
+        scale = inverse if weight is None else inverse * to_float32(weight)
+        normed = (values - mean.view(shape)).mul_(scale.view(shape))
+        if bias is not None:
+            normed.add_(to_float32(bias).view(shape))
+        ctx.save_for_backward(x, mean, inverse, scale, count)
+        ctx.affine = weight is not None
+        ctx.mark_non_differentiable(mean, variance, count)
+        return normed.to(x.dtype), mean, variance, count
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
+        x, mean, inverse, scale, count = ctx.saved_tensors
+        axes, shape = _axes(x)
+        gradient = to_float32(gradients[0])
+        unit = (to_float32(x) - mean.view(shape)).mul_(inverse.view(shape))
+        # --- sums of this rank, which are the gradients of bias and weight, then of all ranks
+        of_bias = gradient.sum(axes)
+        of_weight = (gradient * unit).sum(axes)
+        means = distributed.added(torch.cat([of_bias, of_weight])) / count
+        mean_gradient, mean_product = means.view(2, -1)
+        # --- of the values
+        centered = gradient - mean_gradient.view(shape)
+        of_values = (centered - unit * mean_product.view(shape)).mul_(scale.view(shape))
+        if not ctx.affine:
+            return of_values.to(x.dtype), None, None, None
+        return of_values.to(x.dtype), of_weight, of_bias, None
+
+
+def _axes(x: Tensor) -> tuple[list[int], list[int]]:
+    """The axes of (B, C, ...) that a channel's statistics are of, and the shape of these for all channels."""
+    return [0, *range(2, x.ndim)], [1, -1] + [1] * (x.ndim - 2)

@@ -133,6 +133,8 @@ def collect(state: RunState) -> Checkpoint | None:
     """Collect the state that the next step depends on: a collective of all ranks, of which rank 0 gets the result."""
     progress, rank_zero = state.progress, distributed.is_rank_zero()
     generators = state.hosts.gather_objects(random_states(state.model.device))
+    own = {} if rank_zero else state.objective.process_state()
+    others = state.hosts.gather_on_rank_zero(own)
     if not (rank_zero or state.sharded):
         return None
     tensors = unwrap(state.learner).state_dict()  # "model.…" and "objective.…"
@@ -140,6 +142,8 @@ def collect(state: RunState) -> Checkpoint | None:
     weights = {name: training.pop(name) for name in list(training) if name.startswith("model.")}
     for rank, states in enumerate(generators):  # "random.0.cpu" and so on
         training |= prefixed(f"random.{rank}", states)
+    for rank, tensors in enumerate(others):  # rank 0's are among the objective's
+        training |= prefixed(f"process.{rank}", tensors)
     skipped = {**progress.skipped.to_dict(), "seen": progress.step * state.recipe.train.batch_size}
     extra: dict[str, Any] = {"versions": versions(), "skipped": skipped, "samples": dict(state.samples)}
     if progress.best is not None:
@@ -158,6 +162,9 @@ def restore(state: RunState, checkpoint: Checkpoint) -> None:
         raise UserError(
             f"'{state.folder}' does not fit its recipe: {str(error).splitlines()[0]}. Choose another --out."
         ) from error
+    # Another number of processes may lack some; those have the first one's.
+    own = without_prefix(f"process.{distributed.rank()}", checkpoint.training)
+    state.objective.load_state_dict(own, strict=False)
     generators = without_prefix(f"random.{distributed.rank()}", checkpoint.training)
     if generators:
         set_random_states(generators, state.model.device)

@@ -15,6 +15,7 @@ from torch import Tensor
 from declip.data.batch import PairBatch
 from declip.data.sources.checks import described
 from declip.errors import UserError
+from declip.evaluation.encode import ALONE
 from declip.evaluation.results import Result
 from declip.interchange.read import load
 from declip.io.pool import naming_lost_workers
@@ -257,25 +258,21 @@ class Trainer:
         """Evaluate on the recipe's held-out sets, at the end also on its test sets; all ranks get the results."""
         state, progress = self.state, self.progress
 
-        def run() -> list[Result]:
-            best = progress.best if final and self.finished else None
-            weights = {} if best is None else {"best_step": best.step}
-            results, tasks = list[Result](), state.held_out.tasks(state.recipe, final)
-            for result in state.held_out.measure(state.model, tasks, not state.quiet and self.is_rank_zero):
-                report = partial(monitor.evaluation, progress.step, {**result.to_dict(), **weights})
-                if state.sharded:  # the other ranks would wait in the next forward pass, with a timeout
-                    state.hosts.on_rank_zero(report)
-                else:
-                    report()
-                results.append(result)
-            return results
-
         if final and self.is_rank_zero:  # a crash may have interrupted it before
             run_folder.drop_rows(state.folder / run_folder.EVALUATIONS, after=progress.step - 1)
-        if state.sharded:  # each rank holds a part of the model, so all evaluate
-            results = run()
-            return state.hosts.on_rank_zero(lambda: results)
-        return state.hosts.on_rank_zero(run)
+        best = progress.best if final and self.finished else None
+        weights = {} if best is None else {"best_step": best.step}
+        # With FSDP each forward pass is a collective, so that all ranks take the same ones.
+        share = ALONE if state.sharded else state.hosts
+        tasks = state.hosts.on_rank_zero(partial(state.held_out.tasks, state.recipe, final))
+        shown = self.is_rank_zero and not state.quiet
+        results = list[Result]()
+        for result in state.held_out.measure(state.model, tasks, shown, state.workers, share):
+            row = {**result.to_dict(), **weights}
+            # A callback may take longer than ranks wait for each other.
+            state.hosts.on_rank_zero(partial(monitor.evaluation, progress.step, row))
+            results.append(result)
+        return state.hosts.on_rank_zero(lambda: results)
 
     def _update_best(self, results: list[Result]) -> bool:
         """Record an evaluation if it is the best so far, and return whether it is; False if none are watched."""

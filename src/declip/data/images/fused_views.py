@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from declip.data.batch import unpack_photometric
@@ -126,9 +125,11 @@ def blur_matrices(sigma: Tensor, size: int, device: torch.device) -> Tensor:
     taps = torch.exp(-0.5 * (offsets / sigma[:, None]) ** 2)
     taps /= taps.sum(dim=1, keepdim=True)
     # The border is mirrored without repeating the outermost pixel.
-    sources = torch.arange(size)[:, None] + offsets
+    # Made on the device: a copy of megabytes in each step might wait.
+    positions = torch.arange(size, device=device)
+    sources = positions[:, None] + torch.arange(-BLUR_RADIUS, BLUR_RADIUS + 1, device=device)
     sources = (sources.abs() - (size - 1)).abs().neg() + (size - 1)  # (size, taps)
-    hits = F.one_hot(sources, size).float().to(device, non_blocking=True)  # (size, taps, size)
+    hits = (sources.unsqueeze(2) == positions).float()  # (size, taps, size)
     taps = taps.to(device, non_blocking=True)
     # einsum, not a scatter, whose order of additions a GPU does not fix
     return torch.einsum("kt,ots->kos", taps, hits).unsqueeze(1)
