@@ -6,6 +6,7 @@ import io
 import json
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from markupsafe import Markup
 from PIL import Image, ImageDraw
 
@@ -66,6 +68,22 @@ def pytest_collection_finish():
 def tiny_tree(source, losses="clip", **sections):
     """A recipe that trains towers of `TINY` on a source, without loader processes."""
     return {**TINY, "data": {"source": str(source), "workers": 0}, "loss_weights": WEIGHTS[losses], **sections}
+
+
+def once(tmp_path_factory, name, make):
+    """A folder that one of all test processes fills by a function; the others wait for it and read."""
+    base = tmp_path_factory.getbasetemp()
+    in_worker = "PYTEST_XDIST_WORKER" in os.environ
+    folder = (base.parent if in_worker else base) / "shared" / name
+    folder.parent.mkdir(exist_ok=True)
+    done = folder.with_name(f"{name}.done")
+    with FileLock(folder.with_name(f"{name}.lock")):
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # what a maker left that failed
+            folder.mkdir()
+            make(folder)
+            done.touch()
+    return folder
 
 
 def write_rows(path, rows):
@@ -185,14 +203,30 @@ def command(monkeypatch, capfd):
 @pytest.fixture(scope="session")
 def table(tmp_path_factory):
     """A JSONL table of 24 pictures with two captions each."""
-    folder = tmp_path_factory.mktemp("shapes")
+    return once(tmp_path_factory, "shapes", draw_table) / "shapes.jsonl"
+
+
+def draw_table(folder):
     rows = []
     for color in COLORS:
         for shape in SHAPES:
             draw(color, shape).save(folder / f"{color}-{shape}.png")
             captions = [f"a {color} {shape}", f"{shape} painted in {color} on white paper"]
             rows.append({"image": f"{color}-{shape}.png", "caption": captions})
-    return write_rows(folder / "shapes.jsonl", rows)
+    write_rows(folder / "shapes.jsonl", rows)
+
+
+@pytest.fixture(scope="session")
+def tiny_run(table, tmp_path_factory):
+    """A run of `TINY` with all losses of DeCLIP over the table, for tests that only read a run."""
+    from declip.api import train
+    from declip.recipe.schema import Recipe
+
+    def make(folder):
+        recipe = Recipe.model_validate(tiny_tree(table, "declip", name="tiny"))
+        train(recipe, out=folder / "tiny", quiet=True, report=False)
+
+    return once(tmp_path_factory, "run", make) / "tiny"
 
 
 @pytest.fixture(scope="session")

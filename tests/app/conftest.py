@@ -5,9 +5,7 @@ from importlib.util import find_spec
 
 import pytest
 
-import declip
-from conftest import COLORS, SHAPES, draw, tiny_tree, write_table
-from declip.recipe.schema import Recipe
+from conftest import COLORS, SHAPES, draw, once, write_table
 from indices import folder, model, weights_file
 
 __all__ = ["folder", "model", "weights_file"]
@@ -18,17 +16,10 @@ collect_ignore_glob = [] if find_spec("starlette") and find_spec("uvicorn") else
 
 
 @pytest.fixture(scope="session")
-def run_folder(table, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "tiny"
-    declip.train(Recipe.model_validate(tiny_tree(table, "declip", name="tiny")), out=folder, quiet=True, report=False)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def shared(run_folder, table, tmp_path_factory):
+def shared(tiny_run, table, tmp_path_factory):
     from declip.app.server import open_state
 
-    return open_state(str(run_folder), str(table), tmp_path_factory.mktemp("page") / "index")
+    return open_state(str(tiny_run), str(table), tmp_path_factory.mktemp("page") / "index")
 
 
 def ask(state, **options):
@@ -55,18 +46,21 @@ def client(state):
 
 @pytest.fixture(scope="session")
 def uncaptioned(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("uncaptioned")
+    return once(tmp_path_factory, "uncaptioned", draw_uncaptioned) / "choose.csv"
+
+
+def draw_uncaptioned(folder):
     for name in NAMES:
         color, shape, side = name.split("-")
         draw(color, shape).resize((int(side), int(side))).save(folder / f"{name}.png")
-    return write_table(folder / "choose.csv", [f"{name}.png," for name in NAMES])
+    write_table(folder / "choose.csv", [f"{name}.png," for name in NAMES])
 
 
 @pytest.fixture(scope="session")
-def opened(run_folder, uncaptioned, tmp_path_factory):
+def opened(tiny_run, uncaptioned, tmp_path_factory):
     from declip.app.server import open_state
 
-    return open_state(str(run_folder), str(uncaptioned), tmp_path_factory.mktemp("captions") / "index")
+    return open_state(str(tiny_run), str(uncaptioned), tmp_path_factory.mktemp("captions") / "index")
 
 
 @pytest.fixture

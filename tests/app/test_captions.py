@@ -247,13 +247,13 @@ def test_after_25_images_the_projections_are_fitted(start):
     assert start().captioning.estimates[0] == state.captioning.estimates[0]
 
 
-def test_files_whose_names_are_not_utf_8_are_refused_at_the_start(run_folder, tmp_path):
+def test_files_whose_names_are_not_utf_8_are_refused_at_the_start(tiny_run, tmp_path):
     folder = tmp_path / "images"
     folder.mkdir()
     for color in ("red", "blue"):
         draw(color, "bar").save(folder / f"{color}.png")
     (folder / "red.png").rename(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.png"))
-    start = partial(open_state, str(run_folder), str(folder), tmp_path / "index")
+    start = partial(open_state, str(tiny_run), str(folder), tmp_path / "index")
     refuses("1 file .*UTF-8.*caf.*Rename", start, caption=tmp_path / "captions.csv")
 
 
@@ -265,10 +265,10 @@ def test_a_table_that_is_not_a_regular_file_is_refused_at_the_start(path):
     refuses("not a regular file.*--caption", open_state, "no model", "no source", caption=path)
 
 
-def test_the_next_commands_have_the_paths_of_the_table_the_model_and_the_images(start, path, run_folder, uncaptioned):
+def test_the_next_commands_have_the_paths_of_the_table_the_model_and_the_images(start, path, tiny_run, uncaptioned):
     state = start()
     finetune, search = (shlex.split(command) for command in state.captioning.describe()["commands"])
-    assert finetune == ["declip", "finetune", str(path), "--from", str(run_folder), "--out", "runs/captions"]
+    assert finetune == ["declip", "finetune", str(path), "--from", str(tiny_run), "--out", "runs/captions"]
     assert search == ["declip", "app", "runs/captions", os.path.relpath(uncaptioned)]
 
 

@@ -56,8 +56,8 @@ def with_ranks(run, ranks):
         csv.writer(file).writerows([("key", "caption", "rank"), *((*pair, f"{rank:.4f}") for pair, rank in ranks)])
 
 
-def test_pairs_that_a_run_was_trained_on_are_judged_out_of_fold(run_folder, shared, tmp_path):
-    run = shutil.copytree(run_folder, tmp_path / "run")
+def test_pairs_that_a_run_was_trained_on_are_judged_out_of_fold(tiny_run, shared, tmp_path):
+    run = shutil.copytree(tiny_run, tmp_path / "run")
     captions = [(row.id, row.key, text) for row in map(shared.index.row, shared.index.ids) for text in row.captions]
     ranks = [((key, text), (47 - number) / 48) for number, (_, key, text) in enumerate(captions)]
     with_ranks(run, ranks[:36])
@@ -165,9 +165,9 @@ def test_the_list_has_keys_and_reasons_and_all_other_pairs_are_a_source(client, 
     }
 
 
-def test_a_list_can_be_shortened_again_and_trained_on(client, state, run_folder, tmp_path):
+def test_a_list_can_be_shortened_again_and_trained_on(client, state, tiny_run, tmp_path):
     first = client.post("/api/pairs/list", json=MARKED).json()["rest"]
-    again = open_state(str(run_folder), first, tmp_path / "again")
+    again = open_state(str(tiny_run), first, tmp_path / "again")
     with ask(again) as second:
         written = second.post("/api/pairs/list", json={"near-duplicate image": [0]}).json()
     keys = [open_source(written["rest"]).key(n) for n in range(written["count"])]

@@ -41,31 +41,29 @@ def test_a_source_is_embedded_once_and_an_index_is_opened(weights_file, table, t
             open_state(str(model), str(source), **exact)
 
 
-def test_a_mistake_ends_with_one_line(state, run_folder, table, tmp_path, monkeypatch, command):
+def test_a_mistake_ends_with_one_line(state, tiny_run, table, tmp_path, monkeypatch, command):
     monkeypatch.setattr("declip.app.server.serve", None)  # it comes to that in none of these
     other, index = tmp_path / "other.safetensors", state.index.folder
     write_declip_file(tiny_model(1), other)
     with take_port("127.0.0.1", 0) as taken:  # held from here on, before the server listens
         mistakes = (
-            ([run_folder, "nowhere"], ["'nowhere'"]),
-            ([other, index], ["another model", f"'{run_folder}'", f"'{other}'"]),
-            ([run_folder, index, "--index", "elsewhere"], ["--index"]),
-            ([run_folder, table, "--caption-column", "kind"], ["'kind'", "--caption-column"]),
-            ([run_folder, index, "--port", taken.getsockname()[1]], ["--port"]),
-            ([run_folder, index, "--host", "no.such.host.invalid"], ["'no.such.host.invalid'"]),
+            ([tiny_run, "nowhere"], ["'nowhere'"]),
+            ([other, index], ["another model", f"'{tiny_run}'", f"'{other}'"]),
+            ([tiny_run, index, "--index", "elsewhere"], ["--index"]),
+            ([tiny_run, table, "--caption-column", "kind"], ["'kind'", "--caption-column"]),
+            ([tiny_run, index, "--port", taken.getsockname()[1]], ["--port"]),
+            ([tiny_run, index, "--host", "no.such.host.invalid"], ["'no.such.host.invalid'"]),
         )
         for words, named in mistakes:
             outcome = command("app", "--port", 0, *words, "--quiet")
             assert (outcome.status, outcome.err.count("\n")) == (2, 1), words
             assert all(str(name) in outcome.err for name in named), outcome.err
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    outcome = command("app", run_folder, index)
+    outcome = command("app", tiny_run, index)
     assert (outcome.status, "pip install 'declip[app]'" in outcome.err) == (2, True)
 
 
-def test_the_page_is_served_ctrl_c_ends_quietly_and_another_address_is_warned_of(
-    run_folder, state, monkeypatch, command
-):
+def test_the_page_is_served_ctrl_c_ends_quietly_and_another_address_is_warned_of(tiny_run, state, monkeypatch, command):
     pages = []
 
     def visit(address):
@@ -78,7 +76,7 @@ def test_the_page_is_served_ctrl_c_ends_quietly_and_another_address_is_warned_of
         return address_of(bound)
 
     monkeypatch.setattr("declip.app.server.address_of", visited)
-    words = ["app", run_folder, state.index.folder, "--port", 0, "--quiet"]
+    words = ["app", tiny_run, state.index.folder, "--port", 0, "--quiet"]
     outcome = command(*words)
     assert "Text to search for" in pages[0]
     assert (outcome.status, [line.split()[0] for line in outcome.err.splitlines()]) == (0, ["24", "Open"])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import declip
-from conftest import TINY, refuses, texture, tiny_tree, write_table
+from conftest import TINY, once, refuses, texture, tiny_tree, write_table
 from declip.data.columns import Columns
 from declip.data.sources.open import open_source
 from declip.data.sources.subset import PairList, read_pair_list, write_pair_list
@@ -35,21 +35,23 @@ PLAIN = {"data.workers": 0, "train.report_to": []}
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pairs")
+    return once(tmp_path_factory, "textures", draw_textures) / "pairs.csv"
+
+
+def draw_textures(folder):
     for name, numbers in {"pairs": range(40), "other": range(40, 48)}.items():
         for number in numbers:
             texture(number).save(folder / f"{number}.png")
         write_table(folder / f"{name}.csv", [f"{number}.png,texture number {number}" for number in numbers])
-    return folder / "pairs.csv"
 
 
 @pytest.fixture(scope="module")
 def weights(pairs, tmp_path_factory):
-    out = tmp_path_factory.mktemp("weights") / "start"
     text = {**TINY["text"], "activation": "gelu", "projection_bias": True}  # which one format alone can hold
     tree = tiny_tree(pairs, text=text, train={**TINY["train"], "steps": 2})
-    declip.train(Recipe.model_validate(tree), out=out, quiet=True, report=False)
-    return out
+    recipe = Recipe.model_validate(tree)
+    make = lambda folder: declip.train(recipe, out=folder / "start", quiet=True, report=False)  # noqa: E731
+    return once(tmp_path_factory, "weights", make) / "start"
 
 
 def write_lists(lists):

@@ -15,7 +15,7 @@ from starlette.testclient import TestClient
 import declip
 import declip.api
 import declip.finetuning.run
-from conftest import COLORS, SHAPES, draw
+from conftest import COLORS, SHAPES, draw, once
 from data.fakes import write_tar
 from declip.comparison import runner
 from declip.data.sources.open import open_source
@@ -59,7 +59,10 @@ def small(recipe):
 @pytest.fixture(scope="session")
 def emoji_cache(tmp_path_factory):
     """A cache of 24 concepts by five designers, four of them held out, as `declip data download` writes it."""
-    cache = tmp_path_factory.mktemp("emoji")
+    return once(tmp_path_factory, "emoji", write_emoji)
+
+
+def write_emoji(cache):
     rows, pixels = [], []
     for design in (*DESIGNS[:6:2], *DESIGNS[6:]):  # three of training, and those of validation and test
         for number, (color, shape) in enumerate((c, s) for c in COLORS for s in SHAPES):
@@ -71,7 +74,6 @@ def emoji_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(EMOJI), "credit", lambda self, row: "drawn for a test")
         EMOJI.write(EMOJI.folder(cache), zip(rows, pixels, strict=True), {})
-    return cache
 
 
 def write_tables(folder, name, source):
@@ -117,7 +119,10 @@ def write_data(folder, pictures):
 
 @pytest.fixture(scope="session")
 def world(emoji_cache, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world")
+    return once(tmp_path_factory, "world", lambda folder: write_world(folder, emoji_cache))
+
+
+def write_world(folder, emoji_cache):
     (folder / "pictures").mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DECLIP_CACHE", str(emoji_cache))
@@ -136,7 +141,6 @@ def world(emoji_cache, tmp_path_factory):
     state = {f"module.{name}": value for name, value in read_state("defilip_vit_tiny").items()}
     torch.save({"last_iter": 1, "model": state, "optimizer": {}}, folder / "ckpt.pth.tar")
     roberta(folder / "encoders" / "clinical", context=128)
-    return folder
 
 
 def visit(server, sockets):

@@ -15,6 +15,7 @@ import yaml
 from mkdocstrings import Inventory
 
 import declip
+from conftest import once
 from declip.supervision.objective import TERMS
 from declip.training.trackers import TRACKERS
 from docs.blocks import FENCE, GLOBBED, INDENTED, ROOT, Reader, blocks, lines
@@ -98,10 +99,13 @@ ASKS = re.compile(
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     """Build the site; any warning, such as a broken link or anchor, is an error."""
+    return once(tmp_path_factory, "site", build_site)
+
+
+def build_site(folder):
     from mkdocs.commands.build import build
     from mkdocs.config import load_config
 
-    folder = tmp_path_factory.mktemp("site")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NO_MKDOCS_2_WARNING", "1")
         patch.setattr("socket.socket.connect", _no_network)
@@ -109,7 +113,6 @@ def site(tmp_path_factory):
         config.plugins.on_startup(command="build", dirty=False)
         build(config)
         config.plugins.on_shutdown()
-    return folder
 
 
 def _no_network(*_):

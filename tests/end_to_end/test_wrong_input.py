@@ -14,11 +14,9 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from conftest import draw, encoded, tiny_tree, write_rows
-from declip.api import train
+from conftest import draw, encoded, once, tiny_tree, write_rows
 from declip.cli import app as cli
 from declip.data.images import decode
-from declip.recipe.schema import Recipe
 from declip.runs.folder import read_rows
 from declip.search.embed import embed
 
@@ -49,14 +47,13 @@ def environment(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def trained(table, tmp_path_factory):
-    recipe = Recipe.model_validate(tiny_tree(table))
-    return train(recipe, out=tmp_path_factory.mktemp("trained"), quiet=True).folder
+def trained(tiny_run):
+    return tiny_run
 
 
 @pytest.fixture(scope="module")
 def index(table, trained, tmp_path_factory):
-    return embed(trained, table, out=tmp_path_factory.mktemp("made") / "index").folder
+    return once(tmp_path_factory, "index", lambda folder: embed(trained, table, out=folder / "index")) / "index"
 
 
 NO_COLUMNS = ("no column 'image'", "no column 'caption'")

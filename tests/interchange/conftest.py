@@ -6,8 +6,10 @@ from functools import cache
 
 import open_clip
 import pytest
+import torch
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
+from conftest import once
 from declip.interchange.timm_weights import complete
 from interchange.families import CONFIGS
 from interchange.towers import PIXELS, VIT, build, export_exactly, unprojected
@@ -29,20 +31,23 @@ def one_registry():
 def onnx_clip(tmp_path_factory):
     """A model whose text projection has a bias, and its folder."""
     model = build("vit-bias", **ONE_BLOCK, **PIXELS)
-    return model, export_exactly(model, "onnx", tmp_path_factory.mktemp("onnx") / "out")
+    folder = once(tmp_path_factory, "onnx", lambda made: export_exactly(model, "onnx", made / "out"))
+    return model, folder / "out"
 
 
 @pytest.fixture(scope="session")
 def onnx_roberta(tmp_path_factory):
     """A model with class posteriors and a text encoder of transformers, and its folder; that of the encoder is gone."""
     folder = tmp_path_factory.mktemp("onnx")
+    torch.manual_seed(4)
     encoder = roberta(folder / "roberta", num_hidden_layers=1)
     keys = {**ONE_BLOCK, "text.hf_model": str(encoder), "text.context_length": 24}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DECLIP_CACHE", str(folder / "cache"))
         model = complete(unprojected("vit", 32, **keys)).build().eval()
     shutil.rmtree(encoder)
-    return model, export_exactly(model, "onnx", folder / "out")
+    made = once(tmp_path_factory, "onnx-roberta", lambda shared: export_exactly(model, "onnx", shared / "out"))
+    return model, made / "out"
 
 
 @pytest.fixture(scope="session")
