@@ -8,6 +8,7 @@ from typing import Any
 from declip.comparison import runner
 from declip.comparison.outcome import Outcome
 from declip.comparison.study import Study
+from declip.comparison.tuning import Grid, tuned
 from declip.data.columns import DEFAULT, Columns
 from declip.data.loader import Augment
 from declip.data.pair import PairSource
@@ -153,6 +154,8 @@ def compare(
     tasks: str | Sequence[str] = ("zero-shot",),
     shots: int | Sequence[int] | None = None,
     budget: str = "samples",
+    tune: str | None = None,
+    tune_on: str | Path | None = None,
     quiet: bool = False,
 ) -> Outcome:
     """Compare recipes at several numbers of pairs, and write results.json and report.html.
@@ -167,10 +170,16 @@ def compare(
         datasets: Evaluation sets; by default the first recipe's ``final_zero_shot``, or its ``zero_shot``.
         shots: Numbers of examples per class, with the task few-shot; by default 4.
         budget: "samples": every recipe takes its steps; "compute": every recipe runs as long as the first.
+        tune: A key and values, such as "train.lr=0.001,0.002,0.004", of which each recipe first gets the best, by one
+            run of each with the largest number of pairs. A value at the edge of the values is warned of.
+        tune_on: The set that chooses; not a test set.
     """
+    grid = None if tune is None else Grid.of(tune, None if tune_on is None else str(tune_on))
     study = Study.of(
         recipes, pairs, seeds, overrides=overrides, datasets=datasets, tasks=tasks, shots=shots, budget=budget
     )
+    if grid is not None:
+        study = tuned(study, grid, out, quiet)
     outcome = runner.run(study, out, quiet)
     write_page(outcome, Path(out).expanduser())
     return outcome

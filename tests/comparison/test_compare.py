@@ -14,7 +14,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from conftest import refuses, tiny_tree
+from conftest import refuses, tiny_tree, write_rows
 from declip.api import compare, train
 from declip.comparison import runner as comparing
 from declip.comparison.outcome import by_measure, read_outcome
@@ -238,3 +238,19 @@ def _study(recipes, table, **more):
 def test_what_cannot_be_compared_is_refused_before_anything_is_made(options, message, recipes, table, tmp_path):
     refuses(message, tiny, recipes, table, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_each_recipe_gets_its_best_value_and_an_edge_is_warned_of(recipes, table, rows, tmp_path, caplog):
+    validation = write_rows(tmp_path / "validation.jsonl", rows[:12])
+    options = {"pairs": (16,), "tune": "train.lr=0.0001,0.01", "tune_on": str(validation)}
+    outcome = tiny(recipes, table, tmp_path / "out", **options)
+    assert outcome.complete
+    trials = read_outcome(tmp_path / "out-tuning")
+    (curves,) = trials.curves().values()
+    for variant in outcome.study.variants:
+        scores = {value: curves[f"{variant.name}-{value}"].means[0] for value in ("0.0001", "0.01")}
+        assert variant.overrides["train.lr"] == max(scores, key=scores.get)
+    assert caplog.text.count("lies at the edge of the grid") == 2
+    refuses("test set", tiny, recipes, table, tmp_path / "b", **{**options, "tune_on": str(table)})
+    refuses("--tune-on", tiny, recipes, table, tmp_path / "b", **{**options, "tune_on": None})
+    refuses("two or more values", tiny, recipes, table, tmp_path / "b", **{**options, "tune": "train.lr=1"})

@@ -225,6 +225,10 @@ def compare(
         Literal["samples", "compute"],
         Option(help="samples: every recipe runs its steps; compute: every recipe runs as long as the first"),
     ] = "samples",
+    tune: Annotated[
+        str | None, Option(metavar="KEY=V1,V2,…", help="first choose the best value for each recipe")
+    ] = None,
+    tune_on: Annotated[str | None, opt.source("set that chooses the values of --tune", "--tune-on")] = None,
     quiet: opt.Quiet = False,
 ) -> None:
     """Compare recipes at several numbers of pairs.
@@ -242,6 +246,7 @@ def compare(
     from declip import api
     from declip.reports.comparison import summary
 
+    given |= {"tune": tune, "tune_on": tune_on}
     folder = out or api.COMPARISON
     outcome = api.compare(recipes, counts, seeds, out=folder, quiet=quiet, **given)
     console.print(summary(outcome))

@@ -1,0 +1,85 @@
+"""Choose the value of a key for each recipe of a comparison, by short runs that another set measures."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+
+from declip.comparison import runner
+from declip.comparison.study import Study, Variant
+from declip.errors import UserError
+from declip.runs.folder import log
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The values of a key that are tried, and the set that chooses, which should not be the test set."""
+
+    key: str
+    values: tuple[str, ...]
+    dataset: str
+
+    @classmethod
+    def of(cls, tune: str, dataset: str | None) -> "Grid":
+        """Read KEY=V1,V2,… of the option --tune."""
+        key, _, given = tune.partition("=")
+        values = tuple(value.strip() for value in given.split(",") if value.strip())
+        if not key or len(set(values)) < 2 or len(set(values)) < len(values):
+            raise UserError(f"--tune is '{tune}'. Write a key and two or more values: train.lr=0.001,0.002,0.004.")
+        if dataset is None:
+            raise UserError("--tune needs a set that chooses. Name one with --tune-on, not the test set.")
+        return cls(key, values, dataset)
+
+
+def tuned(study: Study, grid: Grid, out: str | Path, quiet: bool = False) -> Study:
+    """Choose a value for each recipe with the largest number of pairs and the first seed, and return the study with it.
+
+    The runs are a comparison of their own in the folder OUT-tuning, and are repeated by no later call.
+    """
+    if grid.dataset in study.datasets:
+        raise UserError(f"'{grid.dataset}' is a test set of the comparison. Name another set with --tune-on.")
+    tried = {}
+    for variant, value in product(study.variants, grid.values):
+        overrides = {**variant.overrides, grid.key: value}
+        tried[variant.name, value] = replace(Variant.of(variant.recipe, overrides), name=f"{variant.name}-{value}")
+    trials = replace(
+        study,
+        variants=tuple(tried.values()),
+        pairs=study.pairs[-1:],
+        seeds=study.seeds[:1],
+        datasets=(grid.dataset,),
+        tasks=study.tasks[:1],
+        budget="samples",
+    )
+    outcome = runner.run(trials, f"{Path(out).expanduser()}-tuning", quiet)
+    if not outcome.complete:
+        reason = next(iter(outcome.failures.values()), "it was stopped; run the command again to continue")
+        raise UserError(f"Tuning is not finished: {reason}")
+    curves = outcome.curves()[next(iter(outcome.facts))]
+    chosen = []
+    for variant in study.variants:
+        scores = [float(curves[tried[variant.name, value].name].means[0]) for value in grid.values]
+        best = grid.values[scores.index(max(scores))]
+        _report(variant.name, grid, best, scores)
+        chosen.append(Variant.of(variant.recipe, {**variant.overrides, grid.key: best}))
+    return replace(study, variants=tuple(chosen))
+
+
+def _report(name: str, grid: Grid, best: str, scores: Sequence[float]) -> None:
+    """Log the choice, and warn of one at an edge of the grid, beyond which the best value may lie."""
+    shown = ", ".join(f"{value}: {score:.1%}" for value, score in zip(grid.values, scores, strict=True))
+    log.info("%s: %s=%s (%s)", name, grid.key, best, shown)
+    if not all(_is_number(value) for value in grid.values):
+        return
+    ordered = sorted(grid.values, key=float)
+    if best in (ordered[0], ordered[-1]):
+        advice = "Add values beyond it to --tune"
+        log.warning("%s: %s=%s lies at the edge of the grid (%s). %s.", name, grid.key, best, shown, advice)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
