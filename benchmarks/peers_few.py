@@ -31,9 +31,8 @@ from torch.nn.functional import normalize
 
 from declip.closed_form.folds import assign_folds
 from declip.closed_form.heads import choose_heads
-from declip.closed_form.neighbors import known_pairs, mean_by_owner
 from declip.closed_form.ranks import HeldOutBlock, caption_numbers, score
-from declip.closed_form.related import with_neighbors
+from declip.closed_form.related import known_pairs, mean_by_owner, with_neighbors
 from declip.closed_form.solve import ClassPairs, Form, Pairs, centered, fit_heads, regression_rows
 from declip.comparison.outcome import EfficiencyCurve, curve_of, pairs_needed
 from declip.evaluation.held_out import HeldOutSets

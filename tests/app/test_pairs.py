@@ -77,9 +77,9 @@ def test_pairs_that_a_run_was_trained_on_are_judged_out_of_fold(tiny_run, shared
         assert "was trained on" in client.get("/pairs").text
 
 
-def test_a_right_caption_is_not_listed_for_a_wrong_one_of_its_image(run_folder, shared, tmp_path):
+def test_a_right_caption_is_not_listed_for_a_wrong_one_of_its_image(tiny_run, shared, tmp_path):
     """Image 3 has a wrong second caption; the first is the best of all."""
-    run = shutil.copytree(run_folder, tmp_path / "run")
+    run = shutil.copytree(tiny_run, tmp_path / "run")
     rows = [(row.key, text) for row in map(shared.index.row, shared.index.ids) for text in row.captions]
     wrong = shared.index.row(3)
     with_ranks(run, [(pair, 1.0 if pair == (wrong.key, wrong.captions[1]) else 0.1) for pair in rows])
@@ -91,9 +91,9 @@ def test_a_right_caption_is_not_listed_for_a_wrong_one_of_its_image(run_folder, 
         assert json.loads(file.read())["caption"] == wrong.captions[1]
 
 
-def test_no_more_than_a_fiftieth_of_right_captions_is_listed(run_folder, shared, tmp_path):
+def test_no_more_than_a_fiftieth_of_right_captions_is_listed(tiny_run, shared, tmp_path):
     """Also where ranks are bad throughout; where they are good, only those of more than 0.5."""
-    run = shutil.copytree(run_folder, tmp_path / "run")
+    run = shutil.copytree(tiny_run, tmp_path / "run")
     rows = [(row.key, text) for row in map(shared.index.row, shared.index.ids) for text in row.captions]
     for worst, listed in ((1.0, 1), (0.45, 0)):
         with_ranks(run, [(pair, worst * number / 47) for number, pair in enumerate(rows)])

@@ -9,8 +9,8 @@ from torch.nn.functional import normalize
 
 from declip.closed_form import neighbors, related
 from declip.closed_form.heads import choose_heads
-from declip.closed_form.neighbors import known_pairs, leading_axes
-from declip.closed_form.related import with_neighbors
+from declip.closed_form.neighbors import leading_axes
+from declip.closed_form.related import known_pairs, with_neighbors
 from declip.closed_form.solve import Heads, Pairs
 from pair_features import class_pairs, features, pairs_of
 
@@ -62,7 +62,7 @@ def test_an_image_with_several_captions_is_known_by_their_mean():
 
 
 def test_of_many_pairs_some_are_known_image_and_text_together(monkeypatch):
-    monkeypatch.setattr(neighbors, "MOST", 8)
+    monkeypatch.setattr(related, "MOST", 8)
     pairs = pairs_of(30)
     known = known_pairs(pairs, None, seed=1)
     assert len(known.images.anchors) == len(known.texts.anchors) == 8

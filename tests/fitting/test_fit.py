@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import declip
 from conftest import in_processes, refuses, texture
-from declip.closed_form.neighbors import known_pairs
+from declip.closed_form.related import known_pairs
 from declip.closed_form.solve import DEFAULT_FORM, ClassPairs, Form, Heads, Pairs, fit_heads
 from declip.data.sources.open import open_source
 from declip.data.sources.subset import Subset

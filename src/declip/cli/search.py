@@ -50,8 +50,7 @@ def embed(
     """Write the vectors of images to an index. Run the command again to continue or to update the index."""
     from declip.search.embed import embed as run_embedding
 
-    options = {"captions": captions, "dtype": dtype, "overwrite": overwrite}
-    made = run_embedding(model, source, out=out, **options, **reading)
+    made = run_embedding(model, source, out=out, captions=captions, dtype=dtype, overwrite=overwrite, **reading)
     say(f"Ready: {made.folder}: {made.summary()}")
 
 

@@ -11,16 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from declip.closed_form.solve import ClassPairs, Pairs
-
 # With 10 to 200 neighbors and powers from 2 to 4 results differ by less than a point
 NEAREST = 50  # known pairs that count as neighbors
 POWER = 3.0  # of a cosine
-# Of the neighbors among all known pairs, and among the classes; the projections have 1
-WEIGHTS = ((0.5, 0.5), (1.0, 0.0), (1.0, 0.5), (0.0, 0.0))
 # Of the shared space: the leading axes of known pairs. 384 lose a third of the gain, 1,024 nothing
 WIDTH = 512
-MOST = 2_000  # pairs that are known, at random among more
 ITERATIONS = 3  # of the search for the leading axes
 
 
@@ -70,40 +65,6 @@ class Neighbors:
         if self.axes is not None:
             joined = joined @ self.axes
         return normalize(joined, dim=-1)
-
-
-def known_pairs(pairs: Pairs, classes: ClassPairs | None, seed: int = 0) -> Neighbors:
-    """Make neighbors of pairs, `MOST` at random, and of a classifier's classes; weights as usual."""
-    count = len(pairs.images)
-    rows = torch.arange(count)
-    if count > MOST:
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-        rows = order[:MOST].sort().values
-    images = pairs.images[rows].float()
-    texts = mean_by_owner(pairs.texts.float(), pairs.owners, count)[rows]
-    if classes is None:
-        mean = images.mean(dim=0)
-        return Neighbors(
-            Side(normalize(images - mean, dim=-1), mean), _text_side(texts), 0, torch.tensor(WEIGHTS[0])
-        )
-    # A classifier's rows are known up to a common vector, which softmax ignores.
-    centers = (classes.rows - classes.rows.mean(dim=0)).float()
-    names = mean_by_owner(classes.texts.float(), classes.owners, len(centers))
-    mean = classes.mean.float()
-    anchors = torch.cat([normalize(images - mean, dim=-1), normalize(centers, dim=-1)])
-    texts = torch.cat([texts, names])
-    return Neighbors(Side(anchors, mean), _text_side(texts), len(centers), torch.tensor(WEIGHTS[0]))
-
-
-def _text_side(texts: Tensor) -> Side:
-    mean = texts.mean(dim=0)
-    return Side(normalize(texts - mean, dim=-1), mean)
-
-
-def mean_by_owner(rows: Tensor, owners: Tensor, count: int) -> Tensor:
-    """Mean of the rows (m, w) of each owner (m,), (count, w)."""
-    sums = rows.new_zeros(count, rows.shape[1]).index_add(0, owners, rows)
-    return sums / torch.bincount(owners, minlength=count)[:, None]
 
 
 def leading_axes(rows: Tensor, seed: int = 0) -> Tensor:

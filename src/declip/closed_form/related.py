@@ -5,20 +5,18 @@ from dataclasses import replace
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from declip.closed_form.candidates import CAUTION, best_candidate
 from declip.closed_form.folds import assign_folds
 from declip.closed_form.heads import FOLDS, Choice
-from declip.closed_form.neighbors import (
-    WEIGHTS,
-    Neighbors,
-    known_pairs,
-    leading_axes,
-    mean_by_owner,
-)
+from declip.closed_form.neighbors import Neighbors, Side, leading_axes
 from declip.closed_form.ranks import HeldOutRanks, ranks_by
 from declip.closed_form.solve import ClassPairs, Heads, Pairs
 
+# Of the neighbors among all known pairs, and among the classes; the projections have 1
+WEIGHTS = ((0.5, 0.5), (1.0, 0.0), (1.0, 0.5), (0.0, 0.0))
+MOST = 2_000  # pairs that are known, at random among more
 SEED = 0  # of the start of the search for axes
 
 
@@ -74,9 +72,7 @@ def _pairs_in(pairs: Pairs, kept: Tensor) -> Pairs:
     return Pairs(pairs.images[kept], pairs.texts[captions], owners)
 
 
-def _known_rows(
-    heads: Heads, known: Neighbors, pairs: Pairs, classes: ClassPairs | None
-) -> Tensor:
+def _known_rows(heads: Heads, known: Neighbors, pairs: Pairs, classes: ClassPairs | None) -> Tensor:
     """All parts of the features of known images and texts, (r, k + a + c), without axes."""
     complete = heads.to(pairs.images)._replace(neighbors=known)
     images, texts = [pairs.images], [mean_by_owner(pairs.texts, pairs.owners, len(pairs.images))]
@@ -87,3 +83,35 @@ def _known_rows(
     image_rows = complete.embed_images(torch.cat(images))
     text_rows = complete.embed_texts(torch.cat(texts))
     return torch.cat([image_rows, text_rows])
+
+
+def known_pairs(pairs: Pairs, classes: ClassPairs | None, seed: int = 0) -> Neighbors:
+    """Make neighbors of pairs, `MOST` at random, and of a classifier's classes; weights as usual."""
+    count = len(pairs.images)
+    rows = torch.arange(count)
+    if count > MOST:
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+        rows = order[:MOST].sort().values
+    images = pairs.images[rows].float()
+    texts = mean_by_owner(pairs.texts.float(), pairs.owners, count)[rows]
+    if classes is None:
+        mean = images.mean(dim=0)
+        return Neighbors(Side(normalize(images - mean, dim=-1), mean), _text_side(texts), 0, torch.tensor(WEIGHTS[0]))
+    # A classifier's rows are known up to a common vector, which softmax ignores.
+    centers = (classes.rows - classes.rows.mean(dim=0)).float()
+    names = mean_by_owner(classes.texts.float(), classes.owners, len(centers))
+    mean = classes.mean.float()
+    anchors = torch.cat([normalize(images - mean, dim=-1), normalize(centers, dim=-1)])
+    texts = torch.cat([texts, names])
+    return Neighbors(Side(anchors, mean), _text_side(texts), len(centers), torch.tensor(WEIGHTS[0]))
+
+
+def _text_side(texts: Tensor) -> Side:
+    mean = texts.mean(dim=0)
+    return Side(normalize(texts - mean, dim=-1), mean)
+
+
+def mean_by_owner(rows: Tensor, owners: Tensor, count: int) -> Tensor:
+    """Mean of the rows (m, w) of each owner (m,), (count, w)."""
+    sums = rows.new_zeros(count, rows.shape[1]).index_add(0, owners, rows)
+    return sums / torch.bincount(owners, minlength=count)[:, None]

@@ -3,13 +3,14 @@
 Ridge regression both ways is best with few pairs, canonical correlation analysis (CCA) with thousands.
 """
 
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize, pad
 
 from declip.closed_form.axes import PrincipalAxes
+from declip.closed_form.neighbors import Neighbors
 
 ROWS = 8_192  # images that are converted at a time
 LEAST_SLOPE = 1e-3  # of embeddings on those of their pairs, where the model is no better than chance
@@ -71,22 +72,13 @@ class PosteriorFeatures(NamedTuple):
         return torch.cat([centers, torch.eye(len(centers)).to(centers)], dim=1)
 
 
-class Extension(Protocol):
-    """What extends projected features: see `declip.closed_form.neighbors.Neighbors`."""
-
-    images: Any
-    texts: Any
-
-    def extend(self, side: Any, pooled: Tensor, projected: Tensor) -> Tensor: ...
-
-
 class Heads(NamedTuple):
     """Two projections without biases into one space, where the cosine compares images and texts."""
 
     image: Tensor  # (k, v), or of a classifier's features (k, v + c)
     text: Tensor  # (k, w)
     classifier: PosteriorFeatures | None = None
-    neighbors: Extension | None = None
+    neighbors: Neighbors | None = None
 
     def embed_images(self, images: Tensor) -> Tensor:
         """Features of images (n, v) in the shared space, (n, k) of length 1."""

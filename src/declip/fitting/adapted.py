@@ -106,7 +106,9 @@ class Adapted:
         """Dimensions of the shared space."""
         assert self.heads is not None, "the base keeps its projections"
         neighbors = self.heads.neighbors
-        return len(self.heads.image) if neighbors is None else neighbors.axes.shape[1]
+        if neighbors is None or neighbors.axes is None:
+            return len(self.heads.image)
+        return neighbors.axes.shape[1]
 
     @torch.no_grad()
     def projections(self) -> dict[str, Tensor]:

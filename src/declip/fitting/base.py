@@ -70,8 +70,7 @@ class Base:
 
     def pool_captions(self, captions: Sequence[str], progress: bool = False) -> Tensor:
         """(m, w) float32; rows of equal captions are equal bit for bit."""
-        encode, options = self._pool_text, {"batch_size": BATCH, "progress": progress}
-        pooled = text_features(self.model, captions, encode=encode, **options)
+        pooled = text_features(self.model, captions, batch_size=BATCH, progress=progress, encode=self._pool_text)
         return self._embedded(self.model.text_tower.text_projection, pooled)
 
     def pool_source(self, source: PairSource, **options: Any) -> SourceFeatures:

@@ -50,9 +50,9 @@ def read_features(source: PairSource, base: Base, max_broken: float, progress: b
     skipped = SkipCounter()
     reader = _Reader(base.model.preprocessor)
     stream = encode_batches(base.model, source, reader, batches, workers, progress, base.pool_images)
-    for features, read, broken in stream:
+    for encoded, read, broken in stream:
         if read:
-            images.append(features)
+            images.append(encoded)
         for row, captions in read:
             rows.append(row)
             texts.append(captions)

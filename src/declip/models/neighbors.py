@@ -64,12 +64,10 @@ class NeighborProjection(nn.Module):
         """The projection without neighbors, and without class posteriors."""
         if isinstance(self.projection, nn.Linear):
             return self.projection
-        return self.projection.linear()  # type: ignore[operator,no-any-return]
+        return self.projection.linear()  # type: ignore[operator]
 
 
-def matching_projection(
-    usual: nn.Module, tensors: Mapping[str, Tensor], width: int
-) -> nn.Module:
+def matching_projection(usual: nn.Module, tensors: Mapping[str, Tensor], width: int) -> nn.Module:
     """The kind of projection of pooled features (…, width) that can hold tensors, by their names in it.
 
     With neighbors, with class posteriors, or the usual one.

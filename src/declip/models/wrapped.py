@@ -122,7 +122,7 @@ class WrappedImageTower(ImageTower):
                 name = "head"
             elif isinstance(classifier, nn.Linear):
                 name = next(name for name, part in module.named_modules() if part is classifier)
-        self.proj, self.projection = _detach_projection(module, name)  # type: ignore[assignment]  # no linear map in every module
+        self.proj, self.projection = _detach_projection(module, name)
         linear = [part for part in self.proj.modules() if isinstance(part, nn.Linear)]
         self.pre_logits_width = linear[0].in_features if linear else embed_dim
         self.token_width = self.pre_logits_width

@@ -16,9 +16,7 @@ SHOWN = 5  # candidates of a query
 log = logging.getLogger("declip")
 
 
-def encode_set(
-    open_source: Callable[[], PairSource], model: Encoder, limit: int = 4_000
-) -> dict[str, Any] | None:
+def encode_set(open_source: Callable[[], PairSource], model: Encoder, limit: int = 4_000) -> dict[str, Any] | None:
     """Encode up to `limit` pairs of a source; None with a warning if it cannot be read."""
     try:
         source = open_source()
