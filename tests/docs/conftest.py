@@ -128,6 +128,7 @@ def write_world(folder, emoji_cache):
         patch.setenv("DECLIP_CACHE", str(emoji_cache))
         write_tables(folder, "pairs", "builtin:emoji")
         write_tables(folder, "heldout", "builtin:emoji-test")
+        write_tables(folder, "validation", "builtin:emoji-validation")
         write_data(folder / "data", folder / "pictures")
         draw(COLORS[0], SHAPES[0]).save(folder / "photo.jpg")
         runs = folder / "runs"
