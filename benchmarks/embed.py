@@ -32,16 +32,23 @@ from declip.recipe.starts import STARTS
 from declip.search.embed import embed
 from timing import machine, medians, row, time_turns
 
-TOWERS = {"ViT-B-32": "vit_base_patch32_clip_quickgelu_224", "RN50": "resnet50_clip"}  # open_clip's names, and timm's
+TOWERS = {
+    "ViT-B-32": "vit_base_patch32_clip_quickgelu_224",
+    "RN50": "resnet50_clip",
+}  # open_clip's names, and timm's
 
 
 def write_images(folder: Path, width: int, height: int, count: int) -> list[Path]:
     """Write JPEG files as dense as photographs: smooth colors with grain."""
     rng, paths = np.random.default_rng(0), [folder / f"{number:05d}.jpg" for number in range(count)]
     for path in paths:
-        colors = Image.fromarray(rng.integers(0, 256, (9, 12, 3), np.uint8)).resize((width, height), Image.BICUBIC)
+        colors = Image.fromarray(rng.integers(0, 256, (9, 12, 3), np.uint8)).resize(
+            (width, height), Image.BICUBIC
+        )
         grain = rng.integers(-12, 13, (height, width, 1))
-        Image.fromarray((np.asarray(colors) + grain).clip(0, 255).astype(np.uint8)).save(path, quality=85)
+        Image.fromarray((np.asarray(colors) + grain).clip(0, 255).astype(np.uint8)).save(
+            path, quality=85
+        )
     return paths
 
 
@@ -64,7 +71,9 @@ def open_clip_loop(tower: str, paths: list[Path], dtype: torch.dtype) -> Callabl
     @torch.no_grad()
     def loop() -> list[torch.Tensor]:
         batches = [paths[start : start + 64] for start in range(0, len(paths), 64)]
-        stacks = (torch.stack([preprocess(Image.open(path)) for path in batch]) for batch in batches)
+        stacks = (
+            torch.stack([preprocess(Image.open(path)) for path in batch]) for batch in batches
+        )
         return [normalize(model.encode_image(stack.to(dtype)), dim=-1) for stack in stacks]
 
     return loop
@@ -91,7 +100,10 @@ def compare(tower: str, size: str, count: int, repeats: int) -> list[dict[str, A
         paths = write_images(folder, width, height, count)
         model, exact = build(tower, "auto"), build(tower, "fp32")
         side = model.preprocessor.size
-        pixels, encode = torch.randint(256, (count, 3, side, side), dtype=torch.uint8), image_encoder(model)
+        pixels, encode = (
+            torch.randint(256, (count, 3, side, side), dtype=torch.uint8),
+            image_encoder(model),
+        )
         sides: dict[str, Callable[[], object]] = {
             "declip": lambda: embed(model, folder, out=Path(work) / f"index{next(runs)}"),
             "fp32": lambda: embed(exact, folder, out=Path(work) / f"index{next(runs)}"),
@@ -101,18 +113,27 @@ def compare(tower: str, size: str, count: int, repeats: int) -> list[dict[str, A
             if tower in TOWERS:
                 sides[f"open_clip{suffix}"] = open_clip_loop(tower, paths, dtype)
             if tower == "ViT-B-32":
-                sides[f"sentence_transformers{suffix}"] = sentence_loop(Path(work) / f"hf{suffix}", paths, dtype)
+                sides[f"sentence_transformers{suffix}"] = sentence_loop(
+                    Path(work) / f"hf{suffix}", paths, dtype
+                )
         seconds = medians(time_turns(repeats, sides))
     about = {"size": size, "precision": precision_of(model)}
     rows = [row(tower, name, each, count, "images", **about) for name, each in seconds.items()]
-    return [{**each, "times_declip": round(seconds[each["what"]] / seconds["declip"], 3)} for each in rows]
+    return [
+        {**each, "times_declip": round(seconds[each["what"]] / seconds["declip"], 3)}
+        for each in rows
+    ]
 
 
 def main() -> None:
     """Measure, and print a row for each side; the last line is JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--towers", nargs="+", default=["ViT-B-32"], choices=[*TOWERS, *STARTS])
-    parser.add_argument("--sizes", nargs="+", default=["1024x768"], help="WIDTHxHEIGHT of the files")
+    parser.add_argument(
+        "--sizes", nargs="+", default=["1024x768"], help="WIDTHxHEIGHT of the files"
+    )
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3, help="turns of each (default 3)")
@@ -127,8 +148,16 @@ def main() -> None:
     if options.out:
         options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     for each in result["rows"]:
-        print(*(each[key] for key in ("part", "size", "what", "precision", "per_second", "times_declip")), sep="\t")
-    times = {each["what"]: each["times_declip"] for each in result["rows"] if each["part"] == "ViT-B-32"}
+        print(
+            *(
+                each[key]
+                for key in ("part", "size", "what", "precision", "per_second", "times_declip")
+            ),
+            sep="\t",
+        )
+    times = {
+        each["what"]: each["times_declip"] for each in result["rows"] if each["part"] == "ViT-B-32"
+    }
     ratios = {f"over_{name}": times.get(name) for name in ("sentence_transformers", "open_clip")}
     print(json.dumps({**ratios, "of_the_tower": times.get("tower")} if options.json else result))
 

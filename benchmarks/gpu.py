@@ -25,7 +25,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic mode needs it before CUDA starts
+os.environ.setdefault(
+    "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+)  # deterministic mode needs it before CUDA starts
 
 import torch
 import torch.distributed as dist
@@ -48,13 +50,19 @@ from step import TOWERS, batch_of, recipe_of, sizes
 from timing import machine, show
 
 RECIPES = ("clip", "declip", "declip-yfcc15m-vitb32")
-PUBLISHED = {"open_clip": "clip-yfcc15m-vitb32", "clip": "clip-yfcc15m-vitb32", "declip": "declip-yfcc15m-vitb32"}
+PUBLISHED = {
+    "open_clip": "clip-yfcc15m-vitb32",
+    "clip": "clip-yfcc15m-vitb32",
+    "declip": "declip-yfcc15m-vitb32",
+}
 """Side → the recipe whose sizes it has, where that is another."""
 
 Rows = list[dict[str, Any]]
 
 
-def sides(bench: Bench, name: str, arms: tuple[str, ...], steps: Callable[..., dict[str, Any]]) -> Rows:
+def sides(
+    bench: Bench, name: str, arms: tuple[str, ...], steps: Callable[..., dict[str, Any]]
+) -> Rows:
     """Measure `steps` of each side; an error of one must not stop the others."""
     shape, source = sizes(name, bench.tiny, bench.device, bench.precision, "joined")
     rows = []
@@ -72,9 +80,15 @@ def sides(bench: Bench, name: str, arms: tuple[str, ...], steps: Callable[..., d
 def tower(bench: Bench, name: str) -> Rows:
     """Measure steps of three recipes and of open_clip, each at the largest batch size that fits."""
 
-    def steps(bench: Bench, name: str, arm: str, recipe: Any, shape: Any, source: InMemory) -> dict[str, Any]:
+    def steps(
+        bench: Bench, name: str, arm: str, recipe: Any, shape: Any, source: InMemory
+    ) -> dict[str, Any]:
         theirs = arm == "open_clip"
-        run = open_clips_side(name, recipe, source, shape) if theirs else our_side(bench, recipe, source)
+        run = (
+            open_clips_side(name, recipe, source, shape)
+            if theirs
+            else our_side(bench, recipe, source)
+        )
         with FlopCounterMode(display=False) as counter:
             run(bench.base)
         count = bench.largest(run)
@@ -92,7 +106,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "matmul_precision high": {"matmul_precision": "high"},
     "channels_last": {"channels_last": True},
     "length_buckets 2": {"length_buckets": 2},
-    "all": {"compile": True, "matmul_precision": "high", "channels_last": True, "length_buckets": 2},
+    "all": {
+        "compile": True,
+        "matmul_precision": "high",
+        "channels_last": True,
+        "length_buckets": 2,
+    },
 }
 """Keys of `train`, each switched on alone and then together."""
 
@@ -114,7 +133,9 @@ def options(bench: Bench, name: str) -> Rows:
             continue
         row = {"tower": name, "what": what}
         try:
-            rows.append(row | bench.measure(our_side(bench, *switched(bench, name, keys))(count), count))
+            rows.append(
+                row | bench.measure(our_side(bench, *switched(bench, name, keys))(count), count)
+            )
         except Exception as error:  # one option must not stop the others
             rows.append(row | {"failed": repr(error)[:300]})
         bench.free()
@@ -127,7 +148,10 @@ def budget(bench: Bench, name: str) -> Rows:
     rows, count = [], 4 if bench.tiny else 256
     for what in ("as published", "all"):
         recipe, source = switched(bench, name, OPTIONS[what])
-        built, batch = build(recipe, source, bench.device), tiled(batch_of(recipe, source), count).to(bench.device)
+        built, batch = (
+            build(recipe, source, bench.device),
+            tiled(batch_of(recipe, source), count).to(bench.device),
+        )
         ready, inner = built.learner.prepare(batch), built.learner
 
         def towers(built: Any = built, ready: Any = ready) -> dict[str, torch.Tensor]:
@@ -156,7 +180,12 @@ def budget(bench: Bench, name: str) -> Rows:
         found = {part: bench.measure(task, count, flops) for part, (task, flops) in parts.items()}
         whole = found["step"]["ms"]
         rows += [
-            {"tower": name, "what": f"{part}, {what}", "percent": round(100 * row["ms"] / whole, 1), **row}
+            {
+                "tower": name,
+                "what": f"{part}, {what}",
+                "percent": round(100 * row["ms"] / whole, 1),
+                **row,
+            }
             for part, row in found.items()
         ]
         bench.free()
@@ -168,7 +197,9 @@ def grad_cache(bench: Bench) -> Rows:
     """Measure a large batch in chunks: `clip` with `train.grad_cache_chunk`, and sentence-transformers' loss."""
     count, chunk = (8, 4) if bench.tiny else (4096, 256)
 
-    def steps(bench: Bench, name: str, arm: str, recipe: Any, shape: Any, source: InMemory) -> dict[str, Any]:
+    def steps(
+        bench: Bench, name: str, arm: str, recipe: Any, shape: Any, source: InMemory
+    ) -> dict[str, Any]:
         if arm == "open_clip":
             run = open_clips_side(name, recipe, source, shape, chunk)
         else:
@@ -177,17 +208,24 @@ def grad_cache(bench: Bench) -> Rows:
         return {"batch": count, "chunk": chunk} | bench.measure(run(count), count)
 
     rows = sides(bench, "ViT-B-32", ("clip", "open_clip"), steps)
-    return [row | {"what": row["what"].replace("open_clip", "sentence-transformers")} for row in rows]
+    return [
+        row | {"what": row["what"].replace("open_clip", "sentence-transformers")} for row in rows
+    ]
 
 
 def views(bench: Bench) -> Rows:
     """Compare color changes and blur on the device with one CPU thread: time and largest difference."""
-    recipe = load_recipe("demo-declip" if bench.tiny else "declip", {"train.batch_size": 8 if bench.tiny else 128})
+    recipe = load_recipe(
+        "demo-declip" if bench.tiny else "declip", {"train.batch_size": 8 if bench.tiny else 128}
+    )
     built = build(recipe, InMemory(texts_of(Shapes(), "joined", 256), recipe.image.size))
     batch, threads = next(built.loader), torch.get_num_threads()
     finish: dict[Any, Any] = {
         device: partial(
-            apply_photometric, batch.to(device).views, built.learner.mean.to(device), built.learner.std.to(device)
+            apply_photometric,
+            batch.to(device).views,
+            built.learner.mean.to(device),
+            built.learner.std.to(device),
         )
         for device in (bench.device, torch.device("cpu"))
     }
@@ -195,9 +233,15 @@ def views(bench: Bench) -> Rows:
         finish["compiled"] = partial(finish[bench.device], finish=fused_views.compiled())
     host = finish[torch.device("cpu")]()["first"].pixels
     torch.set_num_threads(1)
-    rows = [{"what": f"{name}, one CPU thread"} | bench.measure(task, len(batch)) for name, task in finish.items()]
+    rows = [
+        {"what": f"{name}, one CPU thread"} | bench.measure(task, len(batch))
+        for name, task in finish.items()
+    ]
     torch.set_num_threads(threads)
-    far = {name: (task()["first"].pixels.cpu() - host).abs().max().item() for name, task in finish.items()}
+    far = {
+        name: (task()["first"].pixels.cpu() - host).abs().max().item()
+        for name, task in finish.items()
+    }
     return [*rows, {"what": "largest difference", "value": max(far.values())}]
 
 
@@ -210,7 +254,13 @@ def run_keys(bench: Bench, source: Path, **train: Any) -> dict[str, Any]:
         "evaluation.final_zero_shot": [], "evaluation.final_retrieval": [], "nearest_neighbor.queue_size": 64,
     }  # fmt: skip
     if bench.tiny:
-        keys |= {"image.size": 32, "text.layers": 1, "text.width": 64, "text.heads": 2, "simsiam.widths": [64, 64, 32]}
+        keys |= {
+            "image.size": 32,
+            "text.layers": 1,
+            "text.width": 64,
+            "text.heads": 2,
+            "simsiam.widths": [64, 64, 32],
+        }
     else:
         keys |= {"image.model": TOWERS["ViT-B-32"], "image.size": 224, "train.batch_size": 128}
     return keys | {f"train.{name}": value for name, value in train.items()}
@@ -250,10 +300,14 @@ def resume(bench: Bench) -> Rows:
             shutil.rmtree(list_checkpoints(folder / "resumed")[-1])
             train("demo-declip", keys, folder / "resumed", resume=True)
             whole, resumed = end_of(folder / "whole"), end_of(folder / "resumed")
-            equal = whole.keys() == resumed.keys() and all(torch.equal(whole[n], resumed[n]) for n in whole)
+            equal = whole.keys() == resumed.keys() and all(
+                torch.equal(whole[n], resumed[n]) for n in whole
+            )
             rows: Rows = [{"what": "resumed = uninterrupted, deterministic mode", "value": equal}]
             built = build(
-                load_recipe("demo-declip", keys), InMemory(texts_of(Shapes(), "joined", 256), 64), bench.device
+                load_recipe("demo-declip", keys),
+                InMemory(texts_of(Shapes(), "joined", 256), 64),
+                bench.device,
             )
             batch = next(built.loader).to(bench.device)
             slow = bench.seconds(lambda: built.step(batch))
@@ -297,7 +351,12 @@ def two_processes(bench: Bench) -> Rows:
                 row = {"what": f"{strategy} on two processes, {backend}"}
                 try:
                     method = "spawn" if bench.cuda else "fork"
-                    mp.start_processes(_rank, (backend, str(place), keys, bench.cuda), nprocs=2, start_method=method)
+                    mp.start_processes(
+                        _rank,
+                        (backend, str(place), keys, bench.cuda),
+                        nprocs=2,
+                        start_method=method,
+                    )
                 except Exception as error:  # of NCCL, of a rank
                     rows.append(row | {"note": str(error).strip().splitlines()[-1][:200]})
                     continue
@@ -313,7 +372,9 @@ def waits(bench: Bench) -> Rows:
     if not bench.cuda:
         return [row]
     source = InMemory(texts_of(Shapes(), "joined", 256), 32)
-    built = build(load_recipe("demo-declip", {"train.precision": bench.precision}), source, bench.device)
+    built = build(
+        load_recipe("demo-declip", {"train.precision": bench.precision}), source, bench.device
+    )
     batch = next(built.loader).to(bench.device)
     places = waits_of(partial(built.step, batch), bench.cuda)
     return [row | {"value": len(places), "note": ", ".join(sorted(set(places))) or None}]
@@ -364,12 +425,18 @@ def waits_of_two(bench: Bench) -> Rows:
             row = {"what": f"waits of the host in a step of two processes, {backend}"}
             try:
                 method = "spawn" if bench.cuda else "fork"
-                mp.start_processes(_rank_waits, (backend, str(place), bench.cuda), nprocs=2, start_method=method)
+                mp.start_processes(
+                    _rank_waits, (backend, str(place), bench.cuda), nprocs=2, start_method=method
+                )
             except Exception as error:  # of NCCL, which may refuse two processes on one GPU
                 rows.append(row | {"note": str(error).strip().splitlines()[-1][:200]})
                 continue
             places = json.loads((place / "waits.json").read_text())
-            rows.append(row | {"value": len(places)} | ({"note": ", ".join(sorted(set(places)))} if places else {}))
+            rows.append(
+                row
+                | {"value": len(places)}
+                | ({"note": ", ".join(sorted(set(places)))} if places else {})
+            )
             break
     return rows
 
@@ -394,10 +461,21 @@ PARTS: dict[str, Callable[[Bench], Rows]] = {
 
 def main() -> None:
     """Measure the missing parts, print all as a table, and as JSON in the last line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/gpu"), help="folder of the results (default runs/gpu)")
-    parser.add_argument("--only", help=f"parts, separated by commas: {', '.join(PARTS)}. Default: all")
-    parser.add_argument("--minutes", type=float, default=8, help="no part starts later than this (default 8)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/gpu"),
+        help="folder of the results (default runs/gpu)",
+    )
+    parser.add_argument(
+        "--only", help=f"parts, separated by commas: {', '.join(PARTS)}. Default: all"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=8, help="no part starts later than this (default 8)"
+    )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--tiny", action="store_true", help="small towers")
     options = parser.parse_args()
@@ -408,11 +486,16 @@ def main() -> None:
         options.out.mkdir(parents=True, exist_ok=True)
         bench = Bench(options)
         if not (bench.cuda or bench.tiny):
-            parser.error(f"A CUDA GPU is required; the device is {bench.card}. For small towers: --device cpu --tiny")
+            parser.error(
+                f"A CUDA GPU is required; the device is {bench.card}. For small towers: --device cpu --tiny"
+            )
         results, left = run_parts(bench, names, options.minutes)
     except (UserError, OSError) as error:
         parser.error(str(error))
-    show([{"part": name, **row} for name, result in results.items() for row in result["rows"]], ("tower",))
+    show(
+        [{"part": name, **row} for name, result in results.items() for row in result["rows"]],
+        ("tower",),
+    )
     if left:
         print(f"Left for the next call: {', '.join(left)}", file=sys.stderr)
     print(json.dumps(results))
@@ -435,7 +518,13 @@ def run_parts(bench: Bench, names: list[str], minutes: float) -> tuple[dict[str,
             rows = [{"what": "all", "failed": repr(error)[:300]}]
         bench.free()
         took = round(time.perf_counter() - started, 1)
-        found = {"card": bench.card, "tiny": bench.tiny, "seconds": took, "machine": machine(), "rows": rows}
+        found = {
+            "card": bench.card,
+            "tiny": bench.tiny,
+            "seconds": took,
+            "machine": machine(),
+            "rows": rows,
+        }
         results[name] = found
         with atomic_write(bench.out / f"{name}.json", "give another folder as --out") as path:
             path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

@@ -112,7 +112,9 @@ class Bench:
             return None
         return task
 
-    def measure(self, task: Callable[[], object], count: int, flops: float | None = None) -> dict[str, Any]:
+    def measure(
+        self, task: Callable[[], object], count: int, flops: float | None = None
+    ) -> dict[str, Any]:
         """Measure time, rate, memory and, given the operations per pair, utilization of a step."""
         if self.cuda:
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -122,7 +124,9 @@ class Bench:
         return {
             "ms": round(1e3 * seconds, 2),
             "samples_per_second": round(rate, 1),
-            "gb": round(torch.cuda.max_memory_allocated(self.device) / 1e9, 2) if self.cuda else None,
+            "gb": round(torch.cuda.max_memory_allocated(self.device) / 1e9, 2)
+            if self.cuda
+            else None,
             "gflop_per_pair": round(flops / 1e9, 2) if flops else None,
             "utilization": round(flops * rate / peak, 3) if flops and peak else None,
         }
@@ -141,7 +145,9 @@ def our_side(bench: Bench, recipe: Recipe, source: InMemory) -> Run:
     return run
 
 
-def open_clips_side(name: str, recipe: Recipe, source: InMemory, shape: Shape, chunk: int | None = None) -> Run:
+def open_clips_side(
+    name: str, recipe: Recipe, source: InMemory, shape: Shape, chunk: int | None = None
+) -> Run:
     """Build open_clip's CLIP step on preprocessed images and 77-token captions; for `chunk` see `open_clip_side`."""
     import open_clip
 

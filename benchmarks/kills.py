@@ -38,7 +38,9 @@ from declip.training import sinks, trainer
 from declip.training.assemble import assemble
 from declip.training.trainer import Trainer
 
-RECIPES = tuple(f"demo-{name}" for name in ("few-clip", "slip", "few-declip", "declip", "multi-view"))
+RECIPES = tuple(
+    f"demo-{name}" for name in ("few-clip", "slip", "few-declip", "declip", "multi-view")
+)
 STEPS = 24
 SMALL = {
     "train.steps": STEPS, "train.batch_size": 16, "train.checkpoint_every": 5, "train.log_every": 2,
@@ -69,14 +71,18 @@ MOMENTS: dict[str, tuple[Any, str]] = {
 """Moment of the kill → the function that is called then."""
 
 
-def run(rank: int, ranks: int, meeting: str, recipe: Recipe, folder: str, kill: dict[str, Any] | None) -> None:
+def run(
+    rank: int, ranks: int, meeting: str, recipe: Recipe, folder: str, kill: dict[str, Any] | None
+) -> None:
     """Run one process of a run until it ends or is killed."""
     warnings.simplefilter("ignore")
     logging.getLogger("declip").setLevel(logging.CRITICAL)
     logging.getLogger("torch").setLevel(logging.CRITICAL)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the survivor of a killed pair prints errors
     if ranks > 1:
-        dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=ranks)
+        dist.init_process_group(
+            "gloo", init_method=f"file://{meeting}", rank=rank, world_size=ranks
+        )
     if kill is not None and rank == kill["rank"]:
         _arm(kill)
     try:
@@ -104,12 +110,15 @@ def _arm(kill: dict[str, Any]) -> None:
     setattr(owner, name, deadly)
 
 
-def start(ranks: int, recipe: Recipe, folder: Path, kill: dict[str, Any] | None = None) -> list[int]:
+def start(
+    ranks: int, recipe: Recipe, folder: Path, kill: dict[str, Any] | None = None
+) -> list[int]:
     """Run to the end or to the kill, and return exit codes by rank."""
     fork = mp.get_context("fork")
     meeting = f"{folder}.meet{time.monotonic_ns()}"
     processes = [
-        fork.Process(target=run, args=(rank, ranks, meeting, recipe, str(folder), kill)) for rank in range(ranks)
+        fork.Process(target=run, args=(rank, ranks, meeting, recipe, str(folder), kill))
+        for rank in range(ranks)
     ]
     for process in processes:
         process.start()
@@ -127,15 +136,24 @@ def difference(one: Path, other: Path) -> str | None:
         for name in mine.keys() | theirs.keys():
             if name not in mine or name not in theirs or not torch.equal(mine[name], theirs[name]):
                 return name
-    rows = [[{k: v for k, v in row.items() if k not in CLOCK} for row in read_rows(f / METRICS)] for f in (one, other)]
+    rows = [
+        [{k: v for k, v in row.items() if k not in CLOCK} for row in read_rows(f / METRICS)]
+        for f in (one, other)
+    ]
     if rows[0] != rows[1]:
         return "metrics.jsonl"
-    return None if (one / "skipped.json").read_text() == (other / "skipped.json").read_text() else "skipped.json"
+    return (
+        None
+        if (one / "skipped.json").read_text() == (other / "skipped.json").read_text()
+        else "skipped.json"
+    )
 
 
 def main() -> None:
     """Kill, resume and compare runs, and write the counts."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/kills.jsonl"))
@@ -163,7 +181,12 @@ def main() -> None:
             starts = 1
             while start(ranks, recipe, folder) != [0] * ranks and starts < 5:
                 starts += 1
-            row = {"recipe": name, "processes": ranks, "loader processes": recipe.data.workers, **kill}
+            row = {
+                "recipe": name,
+                "processes": ranks,
+                "loader processes": recipe.data.workers,
+                **kill,
+            }
             row["killed"] = codes != [0] * ranks  # a killed loader process ends its run too
             row["differs in"] = difference(whole[name, ranks], folder)
             done.append(row)
@@ -174,7 +197,9 @@ def main() -> None:
         "by moment": Counter(row["moment"] for row in killed), "torch": torch.__version__, "seed": options.seed,
     }  # fmt: skip
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text("".join(f"{json.dumps(row)}\n" for row in (summary, *done)), encoding="utf-8")
+    options.out.write_text(
+        "".join(f"{json.dumps(row)}\n" for row in (summary, *done)), encoding="utf-8"
+    )
     sys.stdout.write(json.dumps(summary, indent=1) + "\n")
     sys.exit(0 if len(survived) == len(killed) else 1)
 

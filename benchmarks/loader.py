@@ -70,7 +70,9 @@ def photographs(width: int, height: int) -> Files:
     """Return crops of scikit-learn's two photographs, resized to one size."""
     images = [Image.fromarray(pixels) for pixels in load_sample_images().images]
     generator, files, captions = np.random.default_rng(0), [], []
-    for number, (image, said) in zip(range(PAIRS), cycle(zip(images, SCENES, strict=True)), strict=False):
+    for number, (image, said) in zip(
+        range(PAIRS), cycle(zip(images, SCENES, strict=True)), strict=False
+    ):
         share, across, down = generator.uniform(0.6, 1), *generator.random(2)
         left, top = across * (1 - share) * image.width, down * (1 - share) * image.height
         box = (left, top, left + share * image.width, top + share * image.height)
@@ -83,7 +85,11 @@ def drawings() -> Files:
     """Return emoji if they are downloaded, else drawn shapes."""
     source = open_pairs()
     found = [source[len(source) // PAIRS * number] for number in range(PAIRS)]
-    return Files(f"{source.name}, 96 x 96", [encoded(pair.image) for pair in found], [p.captions[0] for p in found])
+    return Files(
+        f"{source.name}, 96 x 96",
+        [encoded(pair.image) for pair in found],
+        [p.captions[0] for p in found],
+    )
 
 
 def encoded(image: Image.Image) -> bytes:
@@ -106,7 +112,9 @@ def torchvision_view(size: int) -> transforms.Compose:
     return transforms.Compose(
         [
             transforms.RandomResizedCrop(size, view.scale),
-            transforms.RandomApply([transforms.ColorJitter(*view.color_jitter)], view.color_jitter_prob),
+            transforms.RandomApply(
+                [transforms.ColorJitter(*view.color_jitter)], view.color_jitter_prob
+            ),
             transforms.RandomGrayscale(view.grayscale_prob),
             transforms.RandomApply([Blur()], view.blur_prob),
             transforms.RandomHorizontalFlip(view.hflip_prob),
@@ -124,12 +132,16 @@ def rgb(file: bytes) -> Image.Image:
 def tasks(source: Files, size: int) -> dict[str, Callable[[], object]]:
     """Return the compared tasks, each for `PAIRS` pairs."""
     recipe = Recipe(
-        image=ImageTowerConfig(size=size), loss_weights={"contrastive": 0.4, "simsiam": 0.4, "masked_language": 0.2}
+        image=ImageTowerConfig(size=size),
+        loss_weights={"contrastive": 0.4, "simsiam": 0.4, "masked_language": 0.2},
     )
     plan = plan_views(recipe, needs_of(recipe))
     mean, std = torch.tensor(plan.mean), torch.tensor(plan.std)
     theirs, tokenizer = torchvision_view(size), Tokenizer()
-    one_view, tokenize = open_clip.image_transform(size, is_train=True), open_clip.get_tokenizer("ViT-B-32")
+    one_view, tokenize = (
+        open_clip.image_transform(size, is_train=True),
+        open_clip.get_tokenizer("ViT-B-32"),
+    )
 
     def ours(finish: bool) -> Callable[[], object]:
         loader = PairLoader(Assembler(source, tokenizer, plan, batch_size=PAIRS, seed=0))
@@ -146,9 +158,9 @@ def tasks(source: Files, size: int) -> dict[str, Callable[[], object]]:
 
     def open_clips() -> tuple[torch.Tensor, torch.Tensor]:
         pictures = map(rgb, source.files)
-        return torch.stack([torch.stack((one_view(each), one_view(each))) for each in pictures], 1), tokenize(
-            source.said
-        )
+        return torch.stack(
+            [torch.stack((one_view(each), one_view(each))) for each in pictures], 1
+        ), tokenize(source.said)
 
     return {
         DEVICE: ours(finish=False),
@@ -173,9 +185,13 @@ def measure(repeats: int, size: int = 224) -> list[dict[str, object]]:
 
 def main() -> None:
     """Measure, print a table, and JSON in the last line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeats", type=int, default=7, help="turns of each (default 7)")
-    parser.add_argument("--json", action="store_true", help="print machine and rows as JSON, as the last line")
+    parser.add_argument(
+        "--json", action="store_true", help="print machine and rows as JSON, as the last line"
+    )
     options = parser.parse_args()
     about = {**machine(), "simplejpeg": picture.simplejpeg is not None}
     show(rows := measure(options.repeats), ("part", "count", "unit"))

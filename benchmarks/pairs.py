@@ -61,11 +61,16 @@ CAPTIONS = ("joined", "full")
 
 def texts_of(source: PairSource, kind: str, count: int = 2048) -> list[str]:
     """Return texts of `count` pairs spread over a source; `kind` is one of `CAPTIONS`."""
-    joined = [" ".join(source.captions(int(index))) for index in np.linspace(0, len(source) - 1, count)]
+    joined = [
+        " ".join(source.captions(int(index))) for index in np.linspace(0, len(source) - 1, count)
+    ]
     if kind == "joined":
         return joined
     words = " ".join(joined).split()
-    return [" ".join(words[start : start + CONTEXT]) for start in range(0, len(words) - CONTEXT, CONTEXT // 4)][:count]
+    return [
+        " ".join(words[start : start + CONTEXT])
+        for start in range(0, len(words) - CONTEXT, CONTEXT // 4)
+    ][:count]
 
 
 class InMemory(PairSource):
@@ -89,7 +94,9 @@ class InMemory(PairSource):
         return (self.texts[index],)
 
 
-def build(recipe: Recipe, source: PairSource, device: torch.device | str = "cpu") -> SimpleNamespace:
+def build(
+    recipe: Recipe, source: PairSource, device: torch.device | str = "cpu"
+) -> SimpleNamespace:
     """Build model, objective, step and loader as the trainer does, with random weights and a filled queue."""
     torch.manual_seed(0)
     model = DualEncoder.from_recipe(recipe).to(device)
@@ -102,5 +109,10 @@ def build(recipe: Recipe, source: PairSource, device: torch.device | str = "cpu"
     optimizer = build_optimizer(named_trainable(model, objective), recipe.train)
     step, loader = partial(training_step, learner, optimizer), build_loader(recipe, source, model)
     return SimpleNamespace(
-        model=model, objective=objective, learner=learner, optimizer=optimizer, step=step, loader=loader
+        model=model,
+        objective=objective,
+        learner=learner,
+        optimizer=optimizer,
+        step=step,
+        loader=loader,
     )

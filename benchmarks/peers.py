@@ -47,7 +47,12 @@ class Shape:
 
 def count(*modules: nn.Module, learned: bool = False) -> int:
     """Count the parameters, all or those that are trained."""
-    return sum(p.numel() for module in modules for p in module.parameters() if p.requires_grad or not learned)
+    return sum(
+        p.numel()
+        for module in modules
+        for p in module.parameters()
+        if p.requires_grad or not learned
+    )
 
 
 def cached_loss(model: Any, shape: Shape, chunk: int) -> nn.Module:
@@ -59,7 +64,9 @@ def cached_loss(model: Any, shape: Shape, chunk: int) -> nn.Module:
         def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
             (kind, inputs), *_ = features.items()
             with shape.autocast():
-                encoded = model.encode_image(inputs) if kind == "image" else model.encode_text(inputs)
+                encoded = (
+                    model.encode_image(inputs) if kind == "image" else model.encode_text(inputs)
+                )
             return {"sentence_embedding": encoded.float()}
 
     return CachedMultipleNegativesRankingLoss(
@@ -70,7 +77,9 @@ def cached_loss(model: Any, shape: Shape, chunk: int) -> nn.Module:
     )
 
 
-def open_clip_side(name: str, shape: Shape, images: Tensor, captions: list[str], chunk: int | None = None) -> Side:
+def open_clip_side(
+    name: str, shape: Shape, images: Tensor, captions: list[str], chunk: int | None = None
+) -> Side:
     """Build open_clip's step as its trainer takes it without accumulation: 77 tokens, normalized images.
 
     Args:
@@ -93,7 +102,11 @@ def open_clip_side(name: str, shape: Shape, images: Tensor, captions: list[str],
     cached = None if chunk is None else cached_loss(model, shape, chunk)
     defaults = get_default_params(name)
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    plain = {n for n, p in named if p.ndim < 2 or any(word in n for word in ("bn", "ln", "bias", "logit_scale"))}
+    plain = {
+        n
+        for n, p in named
+        if p.ndim < 2 or any(word in n for word in ("bn", "ln", "bias", "logit_scale"))
+    }
     groups = [
         {"params": [p for n, p in named if n in plain], "weight_decay": 0.0},
         {"params": [p for n, p in named if n not in plain], "weight_decay": 0.2},

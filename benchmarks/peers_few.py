@@ -68,7 +68,9 @@ class Task(NamedTuple):
     pairs: Pairs
     groups: np.ndarray
     classes: ClassPairs | None
-    names: Callable[[Tensor], Tensor] | None  # classes (n, k) → (n, w) text features of their names in a row
+    names: (
+        Callable[[Tensor], Tensor] | None
+    )  # classes (n, k) → (n, w) text features of their names in a row
     seed: int
     embedded: bool = False  # the features are embeddings of a start that has projections
 
@@ -114,7 +116,9 @@ class Data:
         chosen = torch.from_numpy(np.sort(indices))
         captions = torch.isin(self.pairs.owners, chosen)
         owners = torch.searchsorted(chosen, self.pairs.owners[captions])
-        return Pairs(self.pairs.images[chosen], self.pairs.texts[captions], owners), self.groups[chosen.numpy()]
+        return Pairs(self.pairs.images[chosen], self.pairs.texts[captions], owners), self.groups[
+            chosen.numpy()
+        ]
 
 
 def recall(towers: Towers, pairs: Pairs) -> tuple[float, float]:
@@ -158,7 +162,9 @@ def asif(task: Task, classes: bool) -> Towers:
 
 def csa(task: Task, ridge: float, classes: bool) -> Towers:
     """CSA (arXiv 2410.07610): canonical correlation with a penalty."""
-    known = task.classes._replace(posteriors=False) if classes and task.classes is not None else None
+    known = (
+        task.classes._replace(posteriors=False) if classes and task.classes is not None else None
+    )
     (heads,) = fit_heads(task.pairs, known, 1.0 if classes else 0.0, (Form("cca", ridge),))
     heads = heads.to(torch.zeros(1))
     return Towers(heads.embed_images, heads.embed_texts)
@@ -176,7 +182,10 @@ def procrustes(task: Task, width: int) -> Towers:
     (x_mean, x_axes), (y_mean, y_axes) = sides
     cross = ((task.pairs.images - x_mean) @ x_axes).mT @ ((texts - y_mean) @ y_axes)
     left, _, right = torch.linalg.svd(cross)
-    return Towers(lambda images: (images - x_mean) @ x_axes @ left, lambda own: (own - y_mean) @ y_axes @ right.mT)
+    return Towers(
+        lambda images: (images - x_mean) @ x_axes @ left,
+        lambda own: (own - y_mean) @ y_axes @ right.mT,
+    )
 
 
 def declip_linear(task: Task) -> Towers:
@@ -220,7 +229,9 @@ def ridge_with_classes(task: Task, alpha: float) -> Towers:
     assert task.classes is not None
     rows = regression_rows(task.pairs, task.classes._replace(posteriors=False), 1.0)
     texts, model = unit(rows.texts), Ridge(alpha=alpha)
-    model.fit(rows.images[rows.owners].float().numpy(), texts.numpy(), sample_weight=rows.weights.numpy())
+    model.fit(
+        rows.images[rows.owners].float().numpy(), texts.numpy(), sample_weight=rows.weights.numpy()
+    )
     mean = texts.mean(dim=0)
 
     def embed(images: Tensor) -> Tensor:
@@ -264,7 +275,9 @@ def open_clip(task: Task, lr: float, epochs: int) -> Towers:
     torch.manual_seed(task.seed)
     image, text = (nn.Linear(side.shape[1], WIDTH, bias=False) for side in task.pairs[:2])
     scale, loss = nn.Parameter(torch.tensor(np.log(1 / 0.07))), ClipLoss()
-    optimizer = torch.optim.AdamW([*image.parameters(), *text.parameters(), scale], lr, (0.9, 0.98), 1e-6, 0.1)
+    optimizer = torch.optim.AdamW(
+        [*image.parameters(), *text.parameters(), scale], lr, (0.9, 0.98), 1e-6, 0.1
+    )
     train(task, epochs, optimizer, lambda x, y: loss(unit(image(x)), unit(text(y)), scale.exp()))
     return Towers(image, text)
 
@@ -276,7 +289,10 @@ def sentence_transformers(task: Task, lr: float, epochs: int) -> Towers:
     from sentence_transformers.sentence_transformer.modules import Dense
 
     torch.manual_seed(task.seed)
-    layers = (Dense(side.shape[1], WIDTH, bias=False, activation_function=nn.Identity()) for side in task.pairs[:2])
+    layers = (
+        Dense(side.shape[1], WIDTH, bias=False, activation_function=nn.Identity())
+        for side in task.pairs[:2]
+    )
     router = Features(*layers)
     loss = MultipleNegativesRankingLoss(
         SentenceTransformer(modules=[router], device="cpu"),
@@ -304,7 +320,12 @@ class Features(nn.Module):
         return getattr(self, name)({"sentence_embedding": unit(rows)})
 
 
-def train(task: Task, epochs: int, optimizer: torch.optim.Optimizer, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+def train(
+    task: Task,
+    epochs: int,
+    optimizer: torch.optim.Optimizer,
+    loss: Callable[[Tensor, Tensor], Tensor],
+) -> None:
     """Take the steps of all epochs, with a learning rate that falls as a cosine."""
     steps = list(batches(task, epochs))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(steps))
@@ -365,25 +386,41 @@ PEERS = {
 }
 
 
-WITHOUT_PAIRS = ("declip finetune", "declip, linear", "best class name", "five class names", "ConSE")
+WITHOUT_PAIRS = (
+    "declip finetune",
+    "declip, linear",
+    "best class name",
+    "five class names",
+    "ConSE",
+)
 WITHOUT_PAIRS = (*WITHOUT_PAIRS, "Ridge with class rows")
 
 
-def measure(peer: Peer, data: Data, chosen: np.ndarray, held_out: Pairs, seed: int) -> dict[str, Any]:
+def measure(
+    peer: Peer, data: Data, chosen: np.ndarray, held_out: Pairs, seed: int
+) -> dict[str, Any]:
     """Choose the settings on parts of the training groups, fit on all pairs, and score on the held-out ones."""
     began = time.perf_counter()
     pairs, groups = data.some(chosen)
-    grid = [dict(zip(peer.settings, values, strict=True)) for values in product(*peer.settings.values())]
-    scores = [float(number == len(grid) // 2) for number in range(len(grid))]  # without pairs the middle
+    grid = [
+        dict(zip(peer.settings, values, strict=True)) for values in product(*peer.settings.values())
+    ]
+    scores = [
+        float(number == len(grid) // 2) for number in range(len(grid))
+    ]  # without pairs the middle
     if len(grid) > 1 and len(chosen):
         fold, scores = assign_folds(groups, FOLDS, seed), [0.0] * len(grid)
         for part in (fold == number for number in range(FOLDS if len(chosen) <= MANY else 1)):
-            (fitted, own), (validation, _) = (data.some(np.sort(chosen)[side]) for side in (~part, part))
+            (fitted, own), (validation, _) = (
+                data.some(np.sort(chosen)[side]) for side in (~part, part)
+            )
             smaller = Task(fitted, own, data.classes, data.names, seed, data.embedded)
             found = (sum(recall(peer.method(smaller, **settings), validation)) for settings in grid)
             scores = [sum(both) for both in zip(scores, found, strict=True)]
     settings = grid[int(np.argmax(scores))]
-    towers = peer.method(Task(pairs, groups, data.classes, data.names, seed, data.embedded), **settings)
+    towers = peer.method(
+        Task(pairs, groups, data.classes, data.names, seed, data.embedded), **settings
+    )
     r1, r10 = recall(towers, held_out)
     return {"r1": r1, "r10": r10, "settings": settings, "seconds": time.perf_counter() - began}
 
@@ -397,7 +434,9 @@ def summarize(cells: list[dict[str, Any]], out: Path) -> None:
         for method in methods:
             rows = [c for c in cells if (c["set"], c["pairs"], c["method"]) == (name, size, method)]
             if rows:
-                found[method] = " / ".join(f"{np.mean([row[key] for row in rows]):.1f}" for key in ("r1", "r10"))
+                found[method] = " / ".join(
+                    f"{np.mean([row[key] for row in rows]):.1f}" for key in ("r1", "r10")
+                )
         lines.append(f"| {name}, {size:,} | " + " | ".join(found.values()) + " |")
     (out / "table.md").write_text("\n".join(lines) + "\n", "utf-8")
     names = sorted({cell["set"] for cell in cells if cell["method"] == "declip, own pairs"})
@@ -411,10 +450,15 @@ def class_factor(cells: list[dict[str, Any]], name: str) -> dict[str, Any]:
     By seed, from its own two curves. Where the fewest pairs that were measured reach it, the factor is a lower bound,
     and `high` is null.
     """
-    with_classes, without = (curve(cells, name, method) for method in ("declip finetune", "declip, own pairs"))
+    with_classes, without = (
+        curve(cells, name, method) for method in ("declip finetune", "declip, own pairs")
+    )
     factors, bounds = [], []
     for seed, value in enumerate(without.values[-1]):
-        rows = [(pairs, values[seed]) for pairs, values in zip(with_classes.pairs, with_classes.values, strict=True)]
+        rows = [
+            (pairs, values[seed])
+            for pairs, values in zip(with_classes.pairs, with_classes.values, strict=True)
+        ]
         pairs, means = zip(*rows, strict=True)
         needed, outside = pairs_needed(pairs, np.array(means), value)
         factors.append(without.pairs[-1] / (pairs[0] if needed is None else needed))
@@ -424,7 +468,9 @@ def class_factor(cells: list[dict[str, Any]], name: str) -> dict[str, Any]:
         "low": min(factors),
         "high": None if any(bounds) else max(factors),
         "lower_bounds": sum(bounds),
-        "with": dict(zip(map(str, with_classes.pairs), with_classes.means.round(2).tolist(), strict=True)),
+        "with": dict(
+            zip(map(str, with_classes.pairs), with_classes.means.round(2).tolist(), strict=True)
+        ),
         "without": dict(zip(map(str, without.pairs), without.means.round(2).tolist(), strict=True)),
     }
 
@@ -440,10 +486,14 @@ def curve(cells: list[dict[str, Any]], name: str, method: str) -> EfficiencyCurv
 
 def main() -> None:
     """Measure what is missing, one JSON line a cell."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("sets", help="built-in sets, such as stamps-photos,clipart")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="numbers of training pairs; -1: all")
+    parser.add_argument(
+        "--sizes", type=int, nargs="+", default=SIZES, help="numbers of training pairs; -1: all"
+    )
     parser.add_argument("--whole", action="store_true", help="without pairs, all images as gallery")
     parser.add_argument("--methods", nargs="+", choices=PEERS)
     parser.add_argument("--from", dest="weights", default=START, help=f"default: {START}")
@@ -466,7 +516,9 @@ def main() -> None:
             sizes = [0] if options.whole else options.sizes
             for size in sorted({len(pool) if size < 0 else min(size, len(pool)) for size in sizes}):
                 for method in methods:
-                    if (label, seed, size, method) in done or (size == 0 and method not in WITHOUT_PAIRS):
+                    if (label, seed, size, method) in done or (
+                        size == 0 and method not in WITHOUT_PAIRS
+                    ):
                         continue
                     row = {
                         "set": label,

@@ -40,7 +40,9 @@ OURS, OURS_FULL = "declip, exact, float16", "declip, exact, float32"
 FLAT, INVERTED, SENTENCE = "faiss, IndexFlatIP", "faiss, IVF Flat", "sentence-transformers"
 PACKAGES = {FLAT: "faiss-cpu", INVERTED: "faiss-cpu", SENTENCE: "sentence-transformers"}
 FAISS_MISSING = "faiss can't be imported (pip install faiss-cpu)"
-SENTENCE_MISSING = "sentence-transformers can't be imported (pip install sentence-transformers --no-deps)"
+SENTENCE_MISSING = (
+    "sentence-transformers can't be imported (pip install sentence-transformers --no-deps)"
+)
 
 
 def vectors_of(count: int, width: int, seed: int) -> Tensor:
@@ -48,7 +50,9 @@ def vectors_of(count: int, width: int, seed: int) -> Tensor:
     centers = torch.randn(CENTERS, width, generator=torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randint(CENTERS, (count,), generator=generator)
-    return F.normalize(centers[chosen].add_(torch.randn(count, width, generator=generator), alpha=0.7), dim=-1)
+    return F.normalize(
+        centers[chosen].add_(torch.randn(count, width, generator=generator), alpha=0.7), dim=-1
+    )
 
 
 def write_index(folder: Path, vectors: Tensor, dtype: Any) -> Index:
@@ -61,7 +65,9 @@ def write_index(folder: Path, vectors: Tensor, dtype: Any) -> Index:
             rows = [IndexedImage(id, f"{id:09d}.jpg", (), id, Origin()) for id in ids.tolist()]
             yield Block.of(rows, vectors[ids], None, dtype)
 
-    with new_index(folder, IndexInfo(model=made_by, source=source, dtype=dtype, captions=False)) as writer:
+    with new_index(
+        folder, IndexInfo(model=made_by, source=source, dtype=dtype, captions=False)
+    ) as writer:
         for block in blocks():
             writer.add(block)
     return Index.open(folder)
@@ -73,7 +79,9 @@ def recall(answers: Tensor, exact: Tensor) -> float:
     return sum(hits) / exact.numel()
 
 
-def peers(vectors: Tensor, queries: Tensor, exact: Tensor) -> tuple[dict[str, Callable[[Tensor], Tensor]], list[Any]]:
+def peers(
+    vectors: Tensor, queries: Tensor, exact: Tensor
+) -> tuple[dict[str, Callable[[Tensor], Tensor]], list[Any]]:
     """Return the other libraries' searches, queries → ids, and notes on missing libraries."""
     searches: dict[str, Callable[[Tensor], Tensor]] = {}
     notes: list[Any] = []
@@ -124,10 +132,15 @@ def compare(count: int, width: int, batches: list[int], repeats: int) -> list[di
         rows: list[dict[str, object]] = []
         for batch in batches:
             asked = queries[:batch].contiguous()
-            turns = {name: (lambda search=search, asked=asked: search(asked)) for name, search in searches.items()}
+            turns = {
+                name: (lambda search=search, asked=asked: search(asked))
+                for name, search in searches.items()
+            }
             seconds = medians(time_turns(repeats, turns))
             for name, search in searches.items():
-                measured = row("search", name, seconds[name], batch, "queries", vectors=count, width=width)
+                measured = row(
+                    "search", name, seconds[name], batch, "queries", vectors=count, width=width
+                )
                 rows.append({**measured, "milliseconds": round(1e3 * seconds[name], 3)})
                 rows[-1]["recall_at_10"] = round(recall(search(queries), exact), 4)
                 if name != OURS:
@@ -139,9 +152,15 @@ def compare(count: int, width: int, batches: list[int], repeats: int) -> list[di
 
 def main() -> None:
     """Measure, print a table, and JSON in the last line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 100_000, 1_000_000], help="vectors")
-    parser.add_argument("--batch-size", type=int, nargs="+", default=[1, 64], help="queries at once")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--sizes", type=int, nargs="+", default=[10_000, 100_000, 1_000_000], help="vectors"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, nargs="+", default=[1, 64], help="queries at once"
+    )
     parser.add_argument("--width", type=int, default=WIDTH)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=7, help="turns of each (default 7)")

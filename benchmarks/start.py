@@ -15,7 +15,11 @@ import time
 from timing import machine
 
 REPEATS = 5
-COMMANDS = {"python": ["-c", "pass"], "import declip": ["-c", "import declip"], "help": ["-m", "declip", "--help"]}
+COMMANDS = {
+    "python": ["-c", "pass"],
+    "import declip": ["-c", "import declip"],
+    "help": ["-m", "declip", "--help"],
+}
 
 
 def seconds_of(words: list[str]) -> tuple[float, float]:
@@ -23,7 +27,10 @@ def seconds_of(words: list[str]) -> tuple[float, float]:
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     subprocess.run([sys.executable, *words], check=True, stdout=subprocess.DEVNULL)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, time.perf_counter() - start
+    return (
+        after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
+        time.perf_counter() - start,
+    )
 
 
 def main() -> None:
@@ -31,7 +38,9 @@ def main() -> None:
     rows, index = [], sys.argv[1:2]
     search = {"search": ["-m", "declip", "search", *index, "a red ball"]} if index else {}
     for what, words in {**COMMANDS, **search}.items():
-        processor, passed = map(statistics.median, zip(*(seconds_of(words) for _ in range(REPEATS)), strict=True))
+        processor, passed = map(
+            statistics.median, zip(*(seconds_of(words) for _ in range(REPEATS)), strict=True)
+        )
         rows.append({"what": what, "processor_s": round(processor, 3), "s": round(passed, 3)})
     print(json.dumps({"machine": machine(), "repeats": REPEATS, "rows": rows}))
 

@@ -66,7 +66,9 @@ class Setting:
     batches: dict[str, PairBatch]
 
 
-def sizes(name: str, small: bool, device: torch.device, precision: str, captions: str) -> tuple[Shape, InMemory]:
+def sizes(
+    name: str, small: bool, device: torch.device, precision: str, captions: str
+) -> tuple[Shape, InMemory]:
     """Return the sizes of both towers, and pairs for them."""
     import open_clip
 
@@ -81,7 +83,9 @@ def prepare(options: argparse.Namespace, precision: str) -> Setting:
     name, device = options.image, pick_device(options.device)
     shape, source = sizes(name, options.tiny, device, precision, options.captions)
     shipped = {"clip": "clip-yfcc15m-vitb32", "ours": options.recipe}
-    recipes = {arm: recipe_of(recipe, name, shape, options.batch_size) for arm, recipe in shipped.items()}
+    recipes = {
+        arm: recipe_of(recipe, name, shape, options.batch_size) for arm, recipe in shipped.items()
+    }
     batches = {arm: batch_of(recipe, source).to(device) for arm, recipe in recipes.items()}
     return Setting(name, shape, recipes, source, batches)
 
@@ -100,7 +104,11 @@ def tiny(config: dict[str, Any]) -> dict[str, Any]:
 
 def recipe_of(recipe: str, name: str, shape: Shape, batch: int) -> Recipe:
     """Load a recipe with the towers of the shape and all views from the first step on."""
-    text, vision, convolutional = shape.config["text_cfg"], shape.config["vision_cfg"], name.startswith("RN")
+    text, vision, convolutional = (
+        shape.config["text_cfg"],
+        shape.config["vision_cfg"],
+        name.startswith("RN"),
+    )
     keys = {
         "image.model": TOWERS[name], "image.size": vision["image_size"], "embed_dim": shape.config["embed_dim"],
         "text.width": text["width"], "text.layers": text["layers"], "text.heads": text["heads"],
@@ -113,7 +121,9 @@ def recipe_of(recipe: str, name: str, shape: Shape, batch: int) -> Recipe:
         keys["image.model_kwargs"] = {"depths": vision["layers"]} if convolutional else blocks
     if convolutional:
         keys["image.freeze_patch_embed"] = False
-    if load_recipe(recipe).train.grad_cache_chunk is not None:  # a recipe for one GPU, its towers whole
+    if (
+        load_recipe(recipe).train.grad_cache_chunk is not None
+    ):  # a recipe for one GPU, its towers whole
         keys["train.grad_cache_chunk"] = None
     return load_recipe(recipe, keys)
 
@@ -123,7 +133,10 @@ def batch_of(recipe: Recipe, source: InMemory) -> PairBatch:
     with torch.device("meta"):
         model = DualEncoder.from_recipe(recipe)
     loader = build_loader(recipe, source, model)
-    longest = [max(len(model.tokenizer.encode(source.texts[i])) for i in loader.indices(k)) for k in range(BATCHES)]
+    longest = [
+        max(len(model.tokenizer.encode(source.texts[i])) for i in loader.indices(k))
+        for k in range(BATCHES)
+    ]
     loader.step = longest.index(sorted(longest)[BATCHES // 2])
     return next(loader)
 
@@ -149,13 +162,19 @@ def our_side(arm: str, setting: Setting) -> Side:
 def makers(setting: Setting) -> dict[str, Callable[[], Side]]:
     """Return a builder for each implementation."""
     clip = setting.batches["clip"]
-    captions = [setting.source.texts[int(number) % len(setting.source)] for number in clip.sample_ids]
+    captions = [
+        setting.source.texts[int(number) % len(setting.source)] for number in clip.sample_ids
+    ]
     image = setting.recipes["clip"].image
-    mean, std = (torch.tensor(values, device=setting.shape.device) for values in (image.mean, image.std))
+    mean, std = (
+        torch.tensor(values, device=setting.shape.device) for values in (image.mean, image.std)
+    )
     finished = apply_photometric(clip.views, mean, std)["first"].pixels
     return {
         "clip": lambda: our_side("clip", setting),
-        "open_clip": lambda: open_clip_side(f"{setting.name}-quickgelu", setting.shape, finished, captions),
+        "open_clip": lambda: open_clip_side(
+            f"{setting.name}-quickgelu", setting.shape, finished, captions
+        ),
         "ours": lambda: our_side("ours", setting),
     }
 
@@ -178,7 +197,10 @@ def measure(setting: Setting, repeats: int) -> tuple[dict[str, list[float]], dic
     for _ in range(repeats):
         for name, make in makers(setting).items():
             side = make()
-            tasks = {f"{name}{part}": synchronized(task, setting.shape.device) for part, task in side.parts.items()}
+            tasks = {
+                f"{name}{part}": synchronized(task, setting.shape.device)
+                for part, task in side.parts.items()
+            }
             for what, seconds in time_turns(1, tasks).items():
                 taken.setdefault(what, []).extend(seconds)
             sides[name] = Side({}, side.parameters, side.text_length)
@@ -218,7 +240,9 @@ def described_captions(kind: str, setting: Setting) -> dict[str, Any]:
     encode, texts = Tokenizer().encode, setting.batches["clip"].texts
     lengths = {"": [len(encode(text)) for text in setting.source.texts]}
     lengths["_of_batch"] = (texts[0] == Tokenizer().end).int().argmax(dim=1).add(1).tolist()
-    means = {f"tokens_mean{where}": round(sum(each) / len(each), 1) for where, each in lengths.items()}
+    means = {
+        f"tokens_mean{where}": round(sum(each) / len(each), 1) for where, each in lengths.items()
+    }
     longest = {f"tokens_longest{where}": max(each) for where, each in lengths.items()}
     return {"kind": kind, "from": open_pairs().name, **means, **longest}
 
@@ -228,24 +252,43 @@ def rows_of(result: dict[str, Any]) -> list[dict[str, Any]]:
     peer = result["seconds"]["open_clip"]
     about = {key: result[key] for key in ("image", "batch", "precision", "device")}
     return [
-        {"what": what, "seconds": round(seconds, 3), "× open_clip": round(seconds / peer, 2), **about}
+        {
+            "what": what,
+            "seconds": round(seconds, 3),
+            "× open_clip": round(seconds / peer, 2),
+            **about,
+        }
         for what, seconds in medians(result["raw_seconds"]).items()
     ]
 
 
 def main() -> None:
     """Measure, print a table, and JSON in the last line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--image", choices=TOWERS, default="ViT-B-32")
     parser.add_argument("--batch-size", type=int, default=32, help="pairs, 2 or more (default 32)")
-    parser.add_argument("--repeats", type=int, default=3, help="turns of each, 1 or more (default 3)")
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="turns of each, 1 or more (default 3)"
+    )
     parser.add_argument("--recipe", default="declip", help="ours (default declip)")
-    parser.add_argument("--precision", choices=("both", "fp32", "bf16"), default="both", help="bf16: autocast")
+    parser.add_argument(
+        "--precision", choices=("both", "fp32", "bf16"), default="both", help="bf16: autocast"
+    )
     parser.add_argument("--threads", type=int, help="default: torch's own number")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--captions", choices=CAPTIONS, default="joined", help="full: all 77 tokens are used")
-    parser.add_argument("--tiny", action="store_true", help="towers of two narrow layers at 32 px, to try this script")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON, as the last line")
+    parser.add_argument(
+        "--captions", choices=CAPTIONS, default="joined", help="full: all 77 tokens are used"
+    )
+    parser.add_argument(
+        "--tiny",
+        action="store_true",
+        help="towers of two narrow layers at 32 px, to try this script",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print the result as JSON, as the last line"
+    )
     options = parser.parse_args()
     for name, least in (("batch_size", 2), ("repeats", 1), ("threads", 1)):
         if (value := getattr(options, name)) is not None and value < least:
@@ -261,7 +304,10 @@ def main() -> None:
         parser.error(f"{error}. The peers come with: pip install 'declip[bench]'")
     show([row for result in measured.values() for row in rows_of(result)])
     ratios = ("ours_over_open_clip", "clip_over_open_clip", "muon_over_adamw")
-    by_ratio = {ratio: {precision: result[ratio] for precision, result in measured.items()} for ratio in ratios}
+    by_ratio = {
+        ratio: {precision: result[ratio] for precision, result in measured.items()}
+        for ratio in ratios
+    }
     if options.json:
         print(json.dumps({**by_ratio, "measured": measured}))
 

@@ -28,7 +28,9 @@ def machine() -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "load_before": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
-        "versions": {found.name: found.version for found in distributions() if found.name in PACKAGES},
+        "versions": {
+            found.name: found.version for found in distributions() if found.name in PACKAGES
+        },
     }
 
 
@@ -65,15 +67,22 @@ def medians(taken: Mapping[str, list[float]]) -> dict[str, float]:
     return {name: statistics.median(seconds) for name, seconds in taken.items()}
 
 
-def row(part: str, what: str, seconds: float, count: int, unit: str, **more: object) -> dict[str, object]:
+def row(
+    part: str, what: str, seconds: float, count: int, unit: str, **more: object
+) -> dict[str, object]:
     """Build a row of a measurement: `seconds` for `count` of `unit`."""
-    each = {"microseconds_each": round(1e6 * seconds / count, 2), "per_second": round(count / seconds, 1)}
+    each = {
+        "microseconds_each": round(1e6 * seconds / count, 2),
+        "per_second": round(count / seconds, 1),
+    }
     return {"part": part, "what": what, "count": count, "unit": unit, **each, **more}
 
 
 def show(rows: Sequence[Mapping[str, object]], hidden: Sequence[str] = ()) -> None:
     """Print rows as a table on standard error; a column for each key that has a value."""
-    columns = dict.fromkeys(key for found in rows for key, value in found.items() if value is not None)
+    columns = dict.fromkeys(
+        key for found in rows for key, value in found.items() if value is not None
+    )
     table = Table(*(shown := [key for key in columns if key not in hidden]))
     for found in rows:
         table.add_row(*("" if found.get(key) is None else str(found[key]) for key in shown))

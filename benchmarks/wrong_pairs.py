@@ -61,8 +61,12 @@ def out_of_fold(paths: list[Path], captions: list[str], folder: Path) -> np.ndar
     with (folder / "pairs.csv").open("w", newline="") as file:
         table = csv.writer(file)
         table.writerow(("image", "caption"))
-        table.writerows((path.resolve(), caption) for path, caption in zip(paths, captions, strict=True))
-    run = declip.finetune(folder / "pairs.csv", weights="builtin:lite2-minilm", out=folder / "run", quiet=True)
+        table.writerows(
+            (path.resolve(), caption) for path, caption in zip(paths, captions, strict=True)
+        )
+    run = declip.finetune(
+        folder / "pairs.csv", weights="builtin:lite2-minilm", out=folder / "run", quiet=True
+    )
     by_name = {Path(key).name: rank for (key, _), rank in run.caption_ranks.items()}
     ranks = np.array([by_name[path.name] for path in paths])
     shutil.rmtree(folder)
@@ -93,8 +97,12 @@ def measure(name: str, seed: int, work: Path) -> list[dict]:
     """Rows of a draw: all shares by out-of-fold rank, by rank in an index, and by cosine in an index."""
     paths, captions = draw(name, seed, work / name)
     table = work / f"{name}-{seed}.csv"
-    table.write_text("image,caption\n" + "".join(f'{path.resolve()},"{n}"\n' for n, path in enumerate(paths)))
-    index = declip.embed("builtin:lite2-minilm", table, out=work / f"{name}-{seed}-index", workers=0)
+    table.write_text(
+        "image,caption\n" + "".join(f'{path.resolve()},"{n}"\n' for n, path in enumerate(paths))
+    )
+    index = declip.embed(
+        "builtin:lite2-minilm", table, out=work / f"{name}-{seed}-index", workers=0
+    )
     order = np.argsort([int(row.caption) for row in index.rows(index.ids)])
     images = index.vectors(index.ids[order]).numpy()
     texts = np.stack([index.query(caption).numpy() for caption in captions])
@@ -110,7 +118,13 @@ def measure(name: str, seed: int, work: Path) -> list[dict]:
             "index rank": mean_ranks(cosines, owners),
             "index cosine": -own,
         }
-        about = {"set": name, "seed": seed, "share": share, "right": int((~wrong).sum()), "wrong": int(wrong.sum())}
+        about = {
+            "set": name,
+            "seed": seed,
+            "share": share,
+            "right": int((~wrong).sum()),
+            "wrong": int(wrong.sum()),
+        }
         for by, each in values.items():
             rows.append({**about, "by": by, **listed(each, wrong, ranks=by != "index cosine")})
     return rows
@@ -124,7 +138,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("wrong-pairs.jsonl"))
     given = parser.parse_args()
     logging.disable(logging.WARNING)
-    commit = subprocess.run(["git", "rev-parse", "--short=8", "HEAD"], capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short=8", "HEAD"], capture_output=True, text=True
+    ).stdout.strip()
     sets = " ".join(given.sets)
     head = {
         "command": f"python benchmarks/wrong_pairs.py {sets} --work work --out wrong-pairs.jsonl",

@@ -60,7 +60,9 @@ class CaptionNeighbor(ContrastiveTerm):
         found = self.features_of[self.neighbors[pairs]]
         known = found.any(dim=1, keepdim=True)
         found = torch.where(known, found, texts)
-        return neighbor_contrast(own.augmented, found[None], *self.options(own, keys, similarity, offset))
+        return neighbor_contrast(
+            own.augmented, found[None], *self.options(own, keys, similarity, offset)
+        )
 
     @torch.no_grad()
     def after_step(self, model: DualEncoder) -> None:
@@ -123,7 +125,9 @@ def main(data: str, out: str, encoder: str = CaptionNeighbor.encoder, **override
 
     Neighbor.encoder = encoder
     overrides = {"loss_weights": {"contrastive": 0.8, "caption_neighbor": 0.2}, **overrides}
-    declip.train("demo-few-clip", overrides, out=out, data=data, terms={"caption_neighbor": Neighbor})
+    declip.train(
+        "demo-few-clip", overrides, out=out, data=data, terms={"caption_neighbor": Neighbor}
+    )
 
 
 if __name__ == "__main__":

@@ -34,7 +34,12 @@ def relational_distillation(learner: Compared, teacher: Compared) -> Tensor:
     """
     with torch.no_grad():
         target = scaled_similarity(*teacher).log_softmax(dim=1)
-    return F.kl_div(scaled_similarity(*learner).log_softmax(dim=1), target, reduction="batchmean", log_target=True)
+    return F.kl_div(
+        scaled_similarity(*learner).log_softmax(dim=1),
+        target,
+        reduction="batchmean",
+        log_target=True,
+    )
 
 
 class Distillation(Term):
@@ -57,9 +62,15 @@ class Distillation(Term):
     def prepare(self, source: PairSource, model: DualEncoder) -> None:
         teacher = declip.load(self.teacher, device=str(model.device))
         captions = ["a photo of 2 dogs", *source.captions(0)]
-        if not teacher.has_text or not torch.equal(teacher.tokenize(captions), model.tokenize(captions)):
-            raise UserError(f"'{self.teacher}' lacks a text tower, or has another tokenizer or text.context_length.")
-        self._fixed = [teacher.requires_grad_(False)]  # in a list, so that checkpoints do not store it
+        if not teacher.has_text or not torch.equal(
+            teacher.tokenize(captions), model.tokenize(captions)
+        ):
+            raise UserError(
+                f"'{self.teacher}' lacks a text tower, or has another tokenizer or text.context_length."
+            )
+        self._fixed = [
+            teacher.requires_grad_(False)
+        ]  # in a list, so that checkpoints do not store it
         ours, theirs = self.preprocessor, teacher.preprocessor
         affine = ours.std / theirs.std, (ours.mean - theirs.mean) / theirs.std
         self._factor, self._shift = (values.view(3, 1, 1).to(model.device) for values in affine)
@@ -73,27 +84,42 @@ class Distillation(Term):
         view = next(iter(encoded.batch.views.values()))  # the contrastive view comes first
         # In chunks: the teacher keeps no activations.
         pixels, tokens = view.pixels.split(self.chunk), encoded.batch.texts[0].split(self.chunk)
-        image = torch.cat([teacher.encode_image(self._as_seen_by(teacher, part)) for part in pixels])  # (B, d')
+        image = torch.cat(
+            [teacher.encode_image(self._as_seen_by(teacher, part)) for part in pixels]
+        )  # (B, d')
         return {"image": image, "text": torch.cat([teacher.encode_text(part) for part in tokens])}
 
     def _as_seen_by(self, teacher: DualEncoder, pixels: Tensor) -> Tensor:
         """Convert (B, 3, S, S) to the size and statistics of the teacher's images."""
         size = teacher.preprocessor.size
         if pixels.shape[-1] != size:
-            pixels = F.interpolate(to_float32(pixels), (size, size), mode="bilinear", antialias=True)
+            pixels = F.interpolate(
+                to_float32(pixels), (size, size), mode="bilinear", antialias=True
+            )
         return pixels * self._factor + self._shift
 
     def loss(self, own: Rows, keys: Rows, similarity: Similarity, offset: int) -> Tensor:
         ours, theirs = similarity.scale, self._fixed[0].logit_scale.exp()
-        to_text, to_image = (own.extra["image"], keys.extra["text"]), (own.extra["text"], keys.extra["image"])
-        losses = [relational_distillation((view, keys.texts[0], ours), (*to_text, theirs)) for view in own.images]
-        losses += [relational_distillation((own.texts[0], view, ours), (*to_image, theirs)) for view in keys.images]
+        to_text, to_image = (
+            (own.extra["image"], keys.extra["text"]),
+            (own.extra["text"], keys.extra["image"]),
+        )
+        losses = [
+            relational_distillation((view, keys.texts[0], ours), (*to_text, theirs))
+            for view in own.images
+        ]
+        losses += [
+            relational_distillation((own.texts[0], view, ours), (*to_image, theirs))
+            for view in keys.images
+        ]
         return torch.stack(losses).mean()
 
 
 def main(data: str, out: str, teacher: str | None = None, **overrides: object) -> None:
     """Train the small demo model with a teacher; without one, an equal model is trained first."""
-    given = teacher or str(declip.train("demo-few-clip", overrides, out=f"{out}-teacher", data=data).folder)
+    given = teacher or str(
+        declip.train("demo-few-clip", overrides, out=f"{out}-teacher", data=data).folder
+    )
 
     class Taught(Distillation):
         teacher = given

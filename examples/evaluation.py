@@ -22,13 +22,19 @@ class HeldOut(declip.Sink):
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         if step % self.every == 0:
-            result = declip.evaluate(self.model, self.pairs, "retrieval")  # leaves the model in training mode
+            result = declip.evaluate(
+                self.model, self.pairs, "retrieval"
+            )  # leaves the model in training mode
             print(f"step {step}: R@1 {result.text_to_image.r1:.1%}")
 
 
-def main(data: str, out: str, heldout: str | None = None, every: int = 100, **overrides: object) -> None:
+def main(
+    data: str, out: str, heldout: str | None = None, every: int = 100, **overrides: object
+) -> None:
     """Train the small demo model and watch it on held-out pairs."""
-    declip.train("demo-clip", overrides, out=out, data=data, callbacks=[HeldOut(heldout or data, every)])
+    declip.train(
+        "demo-clip", overrides, out=out, data=data, callbacks=[HeldOut(heldout or data, every)]
+    )
 
 
 if __name__ == "__main__":

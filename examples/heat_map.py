@@ -47,7 +47,9 @@ def encode_cells(tower: ImageTower, pixels: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def similarity_map(model: DualEncoder, image: Image.Image, text: str, size: int | None = None) -> Tensor:
+def similarity_map(
+    model: DualEncoder, image: Image.Image, text: str, size: int | None = None
+) -> Tensor:
     """Compute how much every pixel of an image contributes to its similarity with a text.
 
     Returns (H, W) float32 in the size of the image, of any sign. If the tower pools its cells by a mean and its

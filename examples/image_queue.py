@@ -30,7 +30,11 @@ class ImageQueue(ContrastiveTerm):
 
     def features(self, encoded: Encodings) -> dict[str, Tensor]:
         images = encoded.images[0].detach()
-        return {"neighbors": self.queue.nearest(images) if len(self.queue) else torch.zeros(len(images)).long()}
+        return {
+            "neighbors": self.queue.nearest(images)
+            if len(self.queue)
+            else torch.zeros(len(images)).long()
+        }
 
     def loss(self, own: Rows, keys: Rows, similarity: Similarity, offset: int) -> Tensor:
         self.pending = keys.images[0].detach()

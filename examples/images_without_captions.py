@@ -22,7 +22,9 @@ class Images:
     """The images below a folder; the same caption for each, which SimCLR does not read."""
 
     def __init__(self, folder: str) -> None:
-        self.paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in EXTENSIONS)
+        self.paths = sorted(
+            path for path in Path(folder).rglob("*") if path.suffix.lower() in EXTENSIONS
+        )
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -34,9 +36,18 @@ class Images:
 def main(images: str, pairs: str, out: str, steps: int = 2400, **overrides: object) -> None:
     """Train the demo model in the time of `steps` steps of CLIP; for photographs, use the recipes slip and clip."""
     alone = round(SHARE * steps / RATIO)
-    keys = {"loss_weights": {"contrastive": 0.0, "simclr": 1.0}, "train.steps": alone, **STRONG, **overrides}
+    keys = {
+        "loss_weights": {"contrastive": 0.0, "simclr": 1.0},
+        "train.steps": alone,
+        **STRONG,
+        **overrides,
+    }
     first = declip.train("demo-slip", keys, out=f"{out}-images", data=Images(images), report=False)
-    keys = {"finetune.pretrained": str(first.folder), "train.steps": round((1 - SHARE) * steps), **overrides}
+    keys = {
+        "finetune.pretrained": str(first.folder),
+        "train.steps": round((1 - SHARE) * steps),
+        **overrides,
+    }
     declip.train("demo-few-clip", keys, out=out, data=pairs)
 
 

@@ -25,11 +25,18 @@ def shrink(source: PairSource, size: int, index: int) -> dict[str, bytes]:
     except BrokenPair:
         return {}
     ratio, jpeg = min(1, size / min(pair.image.size)), io.BytesIO()
-    pair.image.resize([round(ratio * side) for side in pair.image.size]).save(jpeg, "JPEG", quality=92)
-    return {f"{index:09d}.jpg": jpeg.getvalue(), f"{index:09d}.json": json.dumps({"caption": pair.captions}).encode()}
+    pair.image.resize([round(ratio * side) for side in pair.image.size]).save(
+        jpeg, "JPEG", quality=92
+    )
+    return {
+        f"{index:09d}.jpg": jpeg.getvalue(),
+        f"{index:09d}.json": json.dumps({"caption": pair.captions}).encode(),
+    }
 
 
-def main(data: str, out: str, size: int = 256, pairs: int = 10_000, workers: int = os.cpu_count() or 0) -> None:
+def main(
+    data: str, out: str, size: int = 256, pairs: int = 10_000, workers: int = os.cpu_count() or 0
+) -> None:
     """Write shards of `pairs` pairs each, without those of other splits than training."""
     source, folder = training_part(open_source(data)), Path(out)
     folder.mkdir(parents=True, exist_ok=True)
@@ -38,7 +45,9 @@ def main(data: str, out: str, size: int = 256, pairs: int = 10_000, workers: int
         indices = list(range(start, min(start + pairs, len(source))))
         if not shard.exists():
             with tarfile.open(part, "w") as tar:
-                for files in DataLoader(indices, None, num_workers=workers, collate_fn=partial(shrink, source, size)):
+                for files in DataLoader(
+                    indices, None, num_workers=workers, collate_fn=partial(shrink, source, size)
+                ):
                     for name, content in files.items():
                         member = tarfile.TarInfo(name)
                         member.size = len(content)

@@ -82,19 +82,32 @@ class WordClassification(Term):
         total = 0
         for index in range(min(len(source), MAX_COUNTED)):
             with suppress(BrokenPair):
-                counts.update({word for text in source.captions(index) for word in model.tokenizer.encode(text)[1:-1]})
+                counts.update(
+                    {
+                        word
+                        for text in source.captions(index)
+                        for word in model.tokenizer.encode(text)[1:-1]
+                    }
+                )
                 total += 1
         common = {word: count for word, count in sorted(counts.items()) if count >= MIN_PAIRS}
         if not common:
-            raise UserError(f"No word occurs in {MIN_PAIRS} pairs of '{source.name}': nothing to predict.")
+            raise UserError(
+                f"No word occurs in {MIN_PAIRS} pairs of '{source.name}': nothing to predict."
+            )
         self.register_buffer("word_ids", torch.tensor([*common]))
-        self.register_buffer("idf", torch.tensor([math.log((total + 1) / (count + 1)) for count in common.values()]))
+        self.register_buffer(
+            "idf", torch.tensor([math.log((total + 1) / (count + 1)) for count in common.values()])
+        )
         self.head = nn.Linear(self.width, len(common))
 
     def features(self, encoded: Encodings) -> dict[str, Tensor]:
         columns = token_columns(encoded.batch.texts, self.word_ids, self.end)  # (T, B, L)
         logits = self.head(require(encoded.outputs.pre_logits)).transpose(0, 1)  # (B, V, W)
-        return {"logits": logits, "targets": word_targets(columns.transpose(0, 1).flatten(1), self.idf)}
+        return {
+            "logits": logits,
+            "targets": word_targets(columns.transpose(0, 1).flatten(1), self.idf),
+        }
 
     def keys(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
         return {}  # each image predicts its own words alone
@@ -109,7 +122,13 @@ class WordClassification(Term):
 def main(data: str, out: str, **overrides: object) -> None:
     """Train the small demo model with the additional loss."""
     overrides = {"loss_weights": {"contrastive": 1.0, "word_classification": 0.3}, **overrides}
-    declip.train("demo-few-clip", overrides, out=out, data=data, terms={"word_classification": WordClassification})
+    declip.train(
+        "demo-few-clip",
+        overrides,
+        out=out,
+        data=data,
+        terms={"word_classification": WordClassification},
+    )
 
 
 if __name__ == "__main__":

@@ -31,16 +31,33 @@ def drawing(height: int, title: str, *parts: str | Iterable[str]) -> str:
     )
 
 
-def words(x: float, y: float, text: str, size: int = 13, anchor: str = "middle", color: str = "currentColor") -> str:
+def words(
+    x: float,
+    y: float,
+    text: str,
+    size: int = 13,
+    anchor: str = "middle",
+    color: str = "currentColor",
+) -> str:
     """Draw a line of text with its middle (or its start) at x and its baseline at y."""
     return f'<text x="{x}" y="{y}" font-size="{size}" text-anchor="{anchor}" fill="{color}">{escape(text)}</text>'
 
 
-def box(x: float, y: float, width: float, height: float, lines: str, color: str = PLAIN, dashed: bool = False) -> str:
+def box(
+    x: float,
+    y: float,
+    width: float,
+    height: float,
+    lines: str,
+    color: str = PLAIN,
+    dashed: bool = False,
+) -> str:
     """Draw a tinted box with centered lines of text."""
     rows = lines.split("\n")
     top = y + height / 2 - 8 * (len(rows) - 1) + 4.5
-    inside = "".join(words(x + width / 2, top + 16 * number, row) for number, row in enumerate(rows))
+    inside = "".join(
+        words(x + width / 2, top + 16 * number, row) for number, row in enumerate(rows)
+    )
     dash = ' stroke-dasharray="4 3"' if dashed else ""
     return (
         f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="6" fill="{color}" fill-opacity=".18" '
@@ -48,7 +65,12 @@ def box(x: float, y: float, width: float, height: float, lines: str, color: str 
     )
 
 
-def arrow(*points: tuple[float, float], dashed: bool = False, both: bool = False, color: str = "currentColor") -> str:
+def arrow(
+    *points: tuple[float, float],
+    dashed: bool = False,
+    both: bool = False,
+    color: str = "currentColor",
+) -> str:
     """Draw a line through points with an arrowhead at its end, or at both."""
     path = "M" + " ".join(f"{x} {y}" for x, y in points)
     dash = ' stroke-dasharray="4 3"' if dashed else ""
@@ -66,7 +88,9 @@ def boxes(y: float, height: float, color: str, *row: tuple[float, float, str]) -
     return [box(x, y, width, height, text, color) for x, width, text in row]
 
 
-def matrix(x: float, y: float, rows: int, columns: int, cell: float, dark: Callable[[int, int], bool]) -> list[str]:
+def matrix(
+    x: float, y: float, rows: int, columns: int, cell: float, dark: Callable[[int, int], bool]
+) -> list[str]:
     """A grid of cells, some of them dark."""
     return [
         f'<rect x="{x + c * cell}" y="{y + r * cell}" width="{cell}" height="{cell}" stroke="currentColor" '
@@ -246,10 +270,16 @@ def architecture() -> str:
         y = 8 + 44 * number
         parts.append(box(8, y, 92, 30, name, color))
         parts.append(words(110, y + 12, where, 12, "start"))
-        parts.append(words(110, y + 27, result, 11, "start", color if color != PLAIN else "currentColor"))
+        parts.append(
+            words(110, y + 27, result, 11, "start", color if color != PLAIN else "currentColor")
+        )
         if number:
             parts.append(arrow((54, y - 14), (54, y - 1)))
-    return drawing(8 + 44 * len(steps), "From a source of pairs to the use of the model, one call per arrow", parts)
+    return drawing(
+        8 + 44 * len(steps),
+        "From a source of pairs to the use of the model, one call per arrow",
+        parts,
+    )
 
 
 FIGURES = {draw.__name__: draw for draw in (clip, slip, filip, declip, defilip, architecture)}

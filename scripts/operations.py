@@ -47,8 +47,14 @@ def count_cost(recipe: Recipe, caption_length: int) -> Cost:
     flops, activations = 0.0, 0.0
     with FakeTensorMode(allow_non_fake_inputs=True):  # shapes without values
         model.to_empty(device="cpu")
-        images, tokens = torch.zeros(4, 3, size, size), torch.ones(4, caption_length, dtype=torch.int64)
-        for tower, inputs, views in ((model.image_tower, images, len(plan.views)), (model.text_tower, tokens, texts)):
+        images, tokens = (
+            torch.zeros(4, 3, size, size),
+            torch.ones(4, caption_length, dtype=torch.int64),
+        )
+        for tower, inputs, views in (
+            (model.image_tower, images, len(plan.views)),
+            (model.text_tower, tokens, texts),
+        ):
             forward, backward = _flops(tower, inputs)
             flops += views * (passes * forward + backward) / 4
             # The difference leaves out what is saved once for a batch, such as weights cast to bfloat16.

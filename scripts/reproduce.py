@@ -140,14 +140,20 @@ class Crops(PairSource):
 
     def __getitem__(self, index: int) -> Pair:
         image, (left, top, side) = self.images[index % 2], self._box(index)
-        return Pair(str(index), image.crop((left, top, left + side, top + side)).resize((64, 64)), self.captions(index))
+        return Pair(
+            str(index),
+            image.crop((left, top, left + side, top + side)).resize((64, 64)),
+            self.captions(index),
+        )
 
     def captions(self, index: int) -> tuple[str, ...]:
         """The scene, and the part of it."""
         left, top, side = self._box(index)
         scene = ("an old chinese temple", "a large orange flower")[index % 2]
         place = f"{('top', 'middle', 'bottom')[top * 3 // 427]} {('left', 'center', 'right')[left * 3 // 640]}"
-        return (f"{'a small' if side < 150 else 'a large'} part of {scene}, {place}, number {index}",)
+        return (
+            f"{'a small' if side < 150 else 'a large'} part of {scene}, {place}, number {index}",
+        )
 
     def _box(self, index: int) -> tuple[int, int, int]:
         generator = np.random.default_rng(index)
@@ -160,7 +166,9 @@ def check_data(
 ) -> tuple[list[str], Inspection]:
     """Check the number of pairs, broken pairs and copies of test images; return the problems."""
     sizes = {"size": recipe.image.size, "batch_size": recipe.train.batch_size}
-    found = inspect_source(source, options.sample, check_leakage=options.check_leakage, progress=True, **sizes)
+    found = inspect_source(
+        source, options.sample, check_leakage=options.check_leakage, progress=True, **sizes
+    )
     out.mkdir(parents=True, exist_ok=True)
     (out / "data.json").write_text(found.to_json(), encoding="utf-8")
     read = f"{found.broken.fraction:.2%} of {found.read:,} broken"
@@ -169,11 +177,15 @@ def check_data(
     if abs(found.total / pairs - 1) > 0.05:
         problems.append(f"{found.total:,} pairs instead of {pairs:,}: results do not compare")
     if found.broken.fraction > recipe.data.max_broken_fraction:
-        reasons = "; ".join(f"{reason}, such as {row['examples'][0]}" for reason, row in found.reasons.items())
+        reasons = "; ".join(
+            f"{reason}, such as {row['examples'][0]}" for reason, row in found.reasons.items()
+        )
         root = ". Is --root right (make: ROOT=)?" if "missing image" in found.reasons else ""
         problems.append(f"{found.broken.fraction:.1%} of the pairs are broken: {reasons}{root}")
     for leak in found.leakages:
-        print(f"{leak.matches.count} of {leak.matches.of:,} pairs look like an image of {leak.name}")
+        print(
+            f"{leak.matches.count} of {leak.matches.of:,} pairs look like an image of {leak.name}"
+        )
         if leak.matches.count:
             problems.append(
                 f"{leak.matches.fraction:.2%} of the pairs look like images of {leak.name}: see {out}/data.json"
@@ -206,25 +218,44 @@ def expected_cost(recipe: Recipe, gpus: int, nodes: int, found: Inspection) -> s
     """Format an estimate of time, memory and loading, computed from the towers."""
     train, context, processes = recipe.train, recipe.text.context_length, gpus * nodes
     # --- operations; captions are padded to the longest of the batch, or of a quarter of it with four buckets
-    spread = found.captions.tokens if found.captions else dict.fromkeys(("p25", "p50", "p75", "p99"), context)
-    longest = fmean(spread[name] for name in (("p25", "p50", "p75") if train.length_buckets > 1 else ()) + ("p99",))
+    spread = (
+        found.captions.tokens
+        if found.captions
+        else dict.fromkeys(("p25", "p50", "p75", "p99"), context)
+    )
+    longest = fmean(
+        spread[name]
+        for name in (("p25", "p50", "p75") if train.length_buckets > 1 else ()) + ("p99",)
+    )
     plan = plan_of(recipe)
-    length = context if plan.whole_context else padded_length(math.ceil(min(longest, context)), context)
+    length = (
+        context if plan.whole_context else padded_length(math.ceil(min(longest, context)), context)
+    )
     counted, pairs = count_cost(recipe, length), train.steps * train.batch_size
     total = counted.flops * pairs
     # --- memory of a GPU
     share = math.ceil(train.batch_size / processes)
     stored = counted.activations * min(share, train.grad_cache_chunk or share) + counted.states
     # --- loading on a machine; torch's loader holds two batches of each worker in shared memory
-    seconds = {card: [total / (peak * processes * part) for part in PEAK_FRACTIONS] for card, peak in PEAKS.items()}
+    seconds = {
+        card: [total / (peak * processes * part) for part in PEAK_FRACTIONS]
+        for card, peak in PEAKS.items()
+    }
     rate = pairs / seconds["H100, H200"][-1]
     cores = math.ceil(rate / PAIRS_PER_CORE / nodes)
     workers = math.ceil(cores / gpus) if recipe.data.workers == "auto" else recipe.data.workers
     shared = 2 * workers * gpus * share * len(plan.views) * 3 * recipe.image.size**2
-    here = f"; here it has {disk_usage('/dev/shm').total / 1e9:,.1f} GB" if Path("/dev/shm").is_dir() else ""
+    here = (
+        f"; here it has {disk_usage('/dev/shm').total / 1e9:,.1f} GB"
+        if Path("/dev/shm").is_dir()
+        else ""
+    )
     rows = {
         f"hours on {processes} GPUs": "".join(f"{part:>8.0%} of peak" for part in PEAK_FRACTIONS),
-        **{f"  {card}": "".join(f"{s / 3600:>16,.1f}" for s in hours) for card, hours in seconds.items()},
+        **{
+            f"  {card}": "".join(f"{s / 3600:>16,.1f}" for s in hours)
+            for card, hours in seconds.items()
+        },
         "memory of a GPU": f"{stored / 1e9:,.2g} GB for {share:,} pairs, without what torch reserves",
         "loading": f"{rate:,.0f} pairs/s for {PEAK_FRACTIONS[-1]:.0%} of an H100's peak: {cores:,} cores of each "
         f"machine at {PAIRS_PER_CORE} pairs/s",
@@ -256,8 +287,12 @@ def read_curve(path: Path, train: Train) -> dict[int, float]:
         if not all(map(math.isfinite, curve.values())):
             raise ValueError("a loss is not finite")
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"--curve {path} cannot be read: {error}. Give the curve.json of a run folder.") from None
-    if not any(step % train.log_every == 0 or step == train.steps for step in curve if step <= train.steps):
+        raise UserError(
+            f"--curve {path} cannot be read: {error}. Give the curve.json of a run folder."
+        ) from None
+    if not any(
+        step % train.log_every == 0 or step == train.steps for step in curve if step <= train.steps
+    ):
         raise UserError(
             f"--curve {path} has no step in common with this run, which logs every {train.log_every} of its "
             f"{train.steps:,}. Give another curve, or another train.log_every."
@@ -271,21 +306,35 @@ def compare_curve(run: Run, curve: dict[int, float] | None) -> list[str]:
     (run.folder / "curve.json").write_text(json.dumps(losses), encoding="utf-8")
     problems = [] if all(map(math.isfinite, losses.values())) else ["a loss is not finite"]
     name = "contrastive" if "contrastive" in run.recipe.active_losses else "late_interaction"
-    contrastive, chance = [row["losses"][name] for row in run.metrics], math.log(run.recipe.train.batch_size)
+    contrastive, chance = (
+        [row["losses"][name] for row in run.metrics],
+        math.log(run.recipe.train.batch_size),
+    )
     later = mean(contrastive[len(contrastive) // 2 :])
-    shown = f"{contrastive[0]:.2f} at step {run.metrics[0]['step']:,}, {later:.2f} in the second half"
+    shown = (
+        f"{contrastive[0]:.2f} at step {run.metrics[0]['step']:,}, {later:.2f} in the second half"
+    )
     print(f"{name} loss: {shown}; chance is ln({run.recipe.train.batch_size:,}) = {chance:.2f}")
     # An untrained model is at chance. Far above it: wrong scale or learning rate; staying there: nothing is learned.
     if contrastive[0] > chance + 1 or later > chance - 0.02:
         problems.append("the contrastive loss does not begin near chance, or stays there")
     if curve is None:
         return problems
-    apart = {n: abs(losses[n] - curve[n]) / max(abs(curve[n]), 0.1) for n in sorted(curve.keys() & losses.keys())}
+    apart = {
+        n: abs(losses[n] - curve[n]) / max(abs(curve[n]), 0.1)
+        for n in sorted(curve.keys() & losses.keys())
+    }
     if not apart:
         return [*problems, "the curve has no step in common with the run"]
     far = [step for step, distance in apart.items() if not distance <= TOLERANCE]
-    print(f"{len(apart)} steps in common with the curve; the largest distance is {max(apart.values()):.2%}")
-    return problems + ([f"the loss leaves the curve at step {far[0]}: {len(far)} of {len(apart)} steps"] if far else [])
+    print(
+        f"{len(apart)} steps in common with the curve; the largest distance is {max(apart.values()):.2%}"
+    )
+    return problems + (
+        [f"the loss leaves the curve at step {far[0]}: {len(far)} of {len(apart)} steps"]
+        if far
+        else []
+    )
 
 
 def measure(run: Path, tests: list[str], reported: list[tuple[str, str, str]], out: Path) -> None:
@@ -301,35 +350,59 @@ def measure(run: Path, tests: list[str], reported: list[tuple[str, str, str]], o
         kind = name.partition(":")[0]
         metric = NAMED[kind].metric if kind in NAMED else "top1"
         others = "; reported: " + ", ".join(published[kind]) if published.get(kind) else ""
-        print(f"zero-shot on {name}: {100 * row[metric]:.1f} % ({metric}, n = {row['n']:,}){others}", flush=True)
+        print(
+            f"zero-shot on {name}: {100 * row[metric]:.1f} % ({metric}, n = {row['n']:,}){others}",
+            flush=True,
+        )
 
 
 def main() -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("experiment", choices=EXPERIMENTS)
     parser.add_argument("keys", nargs="*", metavar="KEY=VALUE")
     parser.add_argument("--data", required=True, metavar="SOURCE", help="the training pairs")
-    parser.add_argument("--root", metavar="DIR", help="folder of the image paths of a table (data.image_root)")
-    parser.add_argument("--method", default="declip", help="clip, slip, filip, declip (default) or defilip")
-    parser.add_argument("--backbone", help="vitb32 (default for yfcc15m) or r50 (default for cc3m)")
     parser.add_argument(
-        "--test", action="append", default=[], metavar="SET", help="evaluated in the end: imagenet:DIR, paper11:DIR …"
+        "--root", metavar="DIR", help="folder of the image paths of a table (data.image_root)"
     )
     parser.add_argument(
-        "--check-leakage", action="append", default=[], metavar="SOURCE", help="test images to look for in the data"
+        "--method", default="declip", help="clip, slip, filip, declip (default) or defilip"
+    )
+    parser.add_argument("--backbone", help="vitb32 (default for yfcc15m) or r50 (default for cc3m)")
+    parser.add_argument(
+        "--test",
+        action="append",
+        default=[],
+        metavar="SET",
+        help="evaluated in the end: imagenet:DIR, paper11:DIR …",
+    )
+    parser.add_argument(
+        "--check-leakage",
+        action="append",
+        default=[],
+        metavar="SOURCE",
+        help="test images to look for in the data",
     )
     parser.add_argument("--gpus", type=int, default=1, help="processes on each machine (default 1)")
     parser.add_argument(
-        "--nodes", type=int, default=1, help="machines (default 1); with more, the commands for them are printed"
+        "--nodes",
+        type=int,
+        default=1,
+        help="machines (default 1); with more, the commands for them are printed",
     )
-    parser.add_argument("--sample", type=int, default=20_000, help="pairs that are read for the checks")
+    parser.add_argument(
+        "--sample", type=int, default=20_000, help="pairs that are read for the checks"
+    )
     parser.add_argument(
         "--curve",
         type=Path,
         help="curve.json of another run like this one, to compare the loss with; of full size there is none",
     )
-    parser.add_argument("--out", type=Path, help="run folder (default runs/EXPERIMENT-METHOD-BACKBONE)")
+    parser.add_argument(
+        "--out", type=Path, help="run folder (default runs/EXPERIMENT-METHOD-BACKBONE)"
+    )
     parser.add_argument("--check", action="store_true", help="no training")
     parser.add_argument("--anyway", action="store_true", help="train despite problems of the data")
     options = parser.parse_intermixed_args()
@@ -369,7 +442,9 @@ def run(options: argparse.Namespace, experiment: Experiment) -> list[str]:
     """Reproduce an experiment and return the problems."""
     which = (options.experiment, options.method, options.backbone or experiment.backbone)
     reported = REPORTED.get(which, [])
-    out = options.out or Path("runs") / ("synthetic" if which[0] == "synthetic" else "-".join(which))
+    out = options.out or Path("runs") / (
+        "synthetic" if which[0] == "synthetic" else "-".join(which)
+    )
     # --- checks
     if options.experiment == "synthetic" and not Path(options.data).exists():
         shards = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "shards.py"))
@@ -378,16 +453,26 @@ def run(options: argparse.Namespace, experiment: Experiment) -> list[str]:
     source = open_training_source(recipe)
     recipe = resolve_epochs(recipe, len(source))
     curve = None if options.curve is None else read_curve(options.curve, recipe.train)
-    baseline = {where: number for number, where, _ in REPORTED.get((which[0], "clip", which[2]), [])}
+    baseline = {
+        where: number for number, where, _ in REPORTED.get((which[0], "clip", which[2]), [])
+    }
     for number, where, _ in reported:
-        clip = f" (CLIP there: {baseline[where]} %)" if options.method != "clip" and where in baseline else ""
-        print(f"Reported zero-shot top-1 on ImageNet: {number} % in {where}{clip}; not measured here")
+        clip = (
+            f" (CLIP there: {baseline[where]} %)"
+            if options.method != "clip" and where in baseline
+            else ""
+        )
+        print(
+            f"Reported zero-shot top-1 on ImageNet: {number} % in {where}{clip}; not measured here"
+        )
     problems, found = check_data(source, recipe, experiment.pairs, options, out)
     print(expected_cost(recipe, options.gpus, options.nodes, found))
     if found.broken.fraction <= recipe.data.max_broken_fraction:
         print(cost(recipe, options.gpus * options.nodes))
     if options.check or (problems and not options.anyway):
-        return problems + ([] if options.check else ["not trained; add --anyway (make: ARGS=--anyway) to train"])
+        return problems + (
+            [] if options.check else ["not trained; add --anyway (make: ARGS=--anyway) to train"]
+        )
     # --- training, despite problems if asked to
     for problem in problems:
         print(f"PROBLEM, ignored: {problem}")
@@ -398,12 +483,16 @@ def run(options: argparse.Namespace, experiment: Experiment) -> list[str]:
     if options.nodes > 1 and not finished:
         print(commands(options, words))
         return problems
-    launcher = f"torch.distributed.run --standalone --nproc-per-node {options.gpus} -m declip".split()
+    launcher = (
+        f"torch.distributed.run --standalone --nproc-per-node {options.gpus} -m declip".split()
+    )
     sys.stdout.flush()
     status = call([sys.executable, "-m", *(launcher if options.gpus > 1 else ["declip"]), *words])
     trained = Run(out / "run")
     if status or trained.step < recipe.train.steps:
-        raise UserError("The run did not finish; its messages are above. The same command continues it.")
+        raise UserError(
+            "The run did not finish; its messages are above. The same command continues it."
+        )
     # --- results
     problems += compare_curve(trained, curve)
     if tests:

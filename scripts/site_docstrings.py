@@ -5,8 +5,13 @@ from typing import Any
 
 import griffe
 
-LOOP = re.compile(r"^((?!\s*(?:Args|Returns|Raises|Attributes|Yields):$)\S[^\n]*)\n((?:    [^\n]+\n?)+)", re.MULTILINE)
-SHARED = re.compile(r"^( +)(\w+), (\w+): ([^\n]+(?:\n\1 +[^\n]+)*)", re.MULTILINE)  # in a section Args
+LOOP = re.compile(
+    r"^((?!\s*(?:Args|Returns|Raises|Attributes|Yields):$)\S[^\n]*)\n((?:    [^\n]+\n?)+)",
+    re.MULTILINE,
+)
+SHARED = re.compile(
+    r"^( +)(\w+), (\w+): ([^\n]+(?:\n\1 +[^\n]+)*)", re.MULTILINE
+)  # in a section Args
 
 
 class Loops(griffe.Extension):

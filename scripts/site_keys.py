@@ -45,7 +45,11 @@ def _rows(prefix: str, section: BaseModel) -> Iterator[tuple[str, Any, str]]:
 def _table(rows: Iterable[tuple[str, Any, str]]) -> str:
     lines = ["| key | default | meaning |", "|---|---|---|"]
     for key, default, meaning in rows:
-        shown = yaml.safe_dump(_plain(default), default_flow_style=True, width=1000).removesuffix("...\n").strip()
+        shown = (
+            yaml.safe_dump(_plain(default), default_flow_style=True, width=1000)
+            .removesuffix("...\n")
+            .strip()
+        )
         lines.append(f"| `{key}` | `{shown}` | {meaning.replace('|', '&#124;')} |")
     return "\n".join(lines)
 

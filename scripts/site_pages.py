@@ -35,7 +35,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     files.append(File.generated(config, "contributing.md", content=contributing))
     changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").replace("](docs/", "](")
     files.append(File.generated(config, "changelog.md", content=changes))
-    files.append(File.generated(config, "first-hour.md", content=notebook_page(DOCS / "first-hour.ipynb")))
+    files.append(
+        File.generated(config, "first-hour.md", content=notebook_page(DOCS / "first-hour.ipynb"))
+    )
     for path in sorted((ROOT / RESULTS).rglob("*")):
         if path.suffix in KINDS:
             place = path.relative_to(ROOT).as_posix()
@@ -73,7 +75,11 @@ def notebook_page(path: Path) -> str:
 def _output(output: dict[str, Any]) -> str:
     """Render one output of a cell; anything but text and PNG is left out."""
     if output["output_type"] == "stream":
-        return f"```text\n{''.join(output['text']).rstrip()}\n```" if output["name"] == "stdout" else ""
+        return (
+            f"```text\n{''.join(output['text']).rstrip()}\n```"
+            if output["name"] == "stdout"
+            else ""
+        )
     data = output.get("data", {})
     if "image/png" in data:
         image = base64.b64encode(base64.b64decode("".join(data["image/png"]))).decode()

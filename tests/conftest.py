@@ -41,7 +41,13 @@ TINY = {
 }  # fmt: skip
 """A recipe's keys for towers of a few thousand parameters; TensorBoard would import pandas in every process."""
 
-DECLIP = {"contrastive": 0.1, "multi_view": 0.3, "simsiam": 0.2, "masked_language": 0.2, "nearest_neighbor": 0.2}
+DECLIP = {
+    "contrastive": 0.1,
+    "multi_view": 0.3,
+    "simsiam": 0.2,
+    "masked_language": 0.2,
+    "nearest_neighbor": 0.2,
+}
 WEIGHTS = {
     "clip": {"contrastive": 1.0},
     "slip": {"contrastive": 1.0, "simclr": 1.0},
@@ -55,7 +61,9 @@ gc.disable()  # imports make millions of objects that stay; searching them for g
 
 
 def pytest_configure(config):
-    if not config.getoption("numprocesses", None):  # else this process only hands out tests to others
+    if not config.getoption(
+        "numprocesses", None
+    ):  # else this process only hands out tests to others
         import timm  # noqa: F401
 
 
@@ -67,7 +75,12 @@ def pytest_collection_finish():
 
 def tiny_tree(source, losses="clip", **sections):
     """A recipe that trains towers of `TINY` on a source, without loader processes."""
-    return {**TINY, "data": {"source": str(source), "workers": 0}, "loss_weights": WEIGHTS[losses], **sections}
+    return {
+        **TINY,
+        "data": {"source": str(source), "workers": 0},
+        "loss_weights": WEIGHTS[losses],
+        **sections,
+    }
 
 
 def once(tmp_path_factory, name, make):
@@ -113,7 +126,9 @@ def _meet(rank, function, world, folder, arguments):
     import torch
 
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world
+    )
     torch.save(function(*arguments), f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 

@@ -37,8 +37,14 @@ def read_json(name):
 
 def read_state(name):
     """The state dict of a model before its first step; matrices are stored as multiples of 1/512."""
-    packed = {key: torch.from_numpy(array) for key, array in np.load(GOLDEN / f"{name}_weights.npz").items()}
-    return {key: (t.float() / 512).half() if t.dtype in (torch.int8, torch.int16) else t for key, t in packed.items()}
+    packed = {
+        key: torch.from_numpy(array)
+        for key, array in np.load(GOLDEN / f"{name}_weights.npz").items()
+    }
+    return {
+        key: (t.float() / 512).half() if t.dtype in (torch.int8, torch.int16) else t
+        for key, t in packed.items()
+    }
 
 
 def model_cases(*kinds):
@@ -69,11 +75,17 @@ def with_heads(weights, text, image):
 
 def read_official(source, loss_weights=None, queue_size=65_536, heads=None):
     """The model and the objective of a checkpoint's file or content, with its recipe or other weights of the losses."""
-    weights = official.weights_of(source, "the state dict") if isinstance(source, dict) else official.read(source)
+    weights = (
+        official.weights_of(source, "the state dict")
+        if isinstance(source, dict)
+        else official.read(source)
+    )
     weights = weights if heads is None else with_heads(weights, *heads)
     queue = weights.recipe.nearest_neighbor.model_copy(update={"queue_size": queue_size})
     active = weights.recipe.loss_weights if loss_weights is None else loss_weights
-    recipe = weights.recipe.model_copy(update={"loss_weights": dict(active), "nearest_neighbor": queue})
+    recipe = weights.recipe.model_copy(
+        update={"loss_weights": dict(active), "nearest_neighbor": queue}
+    )
     model = Weights(recipe, weights.tensors, weights.origin).build()
     objective = Objective(recipe, model)
     terms = tuple(f"terms.{name}." for name in objective.terms)
@@ -115,7 +127,11 @@ class Case:
         return torch.where(tokens < 0, tokens, order.argsort()[tokens.clamp(min=0)])
 
     def batch(self, step="step1/"):
-        images = (self.value("images_u8", step).to(self.dtype) / 64 - 2).unflatten(1, (-1, 3)).transpose(0, 1)
+        images = (
+            (self.value("images_u8", step).to(self.dtype) / 64 - 2)
+            .unflatten(1, (-1, 3))
+            .transpose(0, 1)
+        )
         names = [name for name in ("tokens_clean", "tokens_aug") if f"{step}{name}" in self.arrays]
         masks = {}
         if f"{step}labels_main" in self.arrays:
@@ -131,7 +147,9 @@ class Case:
         return text["transformer_heads"], image["heads"] if "patch_size" in image else None
 
     def read(self, weights=None, **options):
-        model, objective = read_official(self.state, weights or self.weights, heads=self.heads, **options)
+        model, objective = read_official(
+            self.state, weights or self.weights, heads=self.heads, **options
+        )
         if "nearest_neighbor" in objective.terms:
             objective.terms["nearest_neighbor"].queue.push(self.value("bank_before").T)
         return model.to(self.dtype), objective.to(self.dtype)
@@ -139,7 +157,8 @@ class Case:
     def parameter(self, modules, name):
         name = name.replace("text_encoder.", "encode_text.")
         head, tower = (
-            rename(name, table, back=True) for table in (official.HEADS, official.layout_of(self.state).names)
+            rename(name, table, back=True)
+            for table in (official.HEADS, official.layout_of(self.state).names)
         )
         parameters = dict(modules["model" if head == name else "objective"].named_parameters())
         return parameters.get(tower if head == name else head)

@@ -31,7 +31,8 @@ def write_index(folder, images, texts=None, captions=()):
     def blocks():
         for ids in torch.arange(len(images)).split(500):
             rows = [
-                IndexedImage(n, f"key {n}", (captions[n],) if captions[n] else (), n, Origin()) for n in ids.tolist()
+                IndexedImage(n, f"key {n}", (captions[n],) if captions[n] else (), n, Origin())
+                for n in ids.tolist()
             ]
             yield Block.of(rows, images[ids], None if texts is None else texts[ids], "float32")
 

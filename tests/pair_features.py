@@ -14,7 +14,9 @@ def features(n, v=12, w=7, seed=0, noise=0.1):
     for width in (v, w):
         mixing = torch.randn(4, width, generator=maps, dtype=torch.float64)
         blur = noise * torch.randn(n, width, generator=generator, dtype=torch.float64)
-        sides.append(shared @ mixing + blur + torch.randn(width, generator=maps, dtype=torch.float64))
+        sides.append(
+            shared @ mixing + blur + torch.randn(width, generator=maps, dtype=torch.float64)
+        )
     return sides[0], sides[1]
 
 

@@ -27,7 +27,15 @@ LAYERS = (
 )
 TRAIN = ("supervision", "training", "comparison", "reports.run", "reports.comparison")
 """Runs of gradient steps."""
-FEW = ("fitting", "search", "inspection", "app", "reports.fitted", "reports.inspection", "reports.sheets")
+FEW = (
+    "fitting",
+    "search",
+    "inspection",
+    "app",
+    "reports.fitted",
+    "reports.inspection",
+    "reports.sheets",
+)
 """What few pairs, or none, need: it takes an encoder and pairs, no recipe of a run and no run folder."""
 BOTH = ("finetuning", "api", "cli", "", "__main__")
 """The commands, and what decides between a fit and a run; all other packages are the core."""
@@ -56,7 +64,11 @@ def imports(name):
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{name} has a relative import"
             found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    inside = {module.removeprefix("declip.") for module in found if module and module.startswith("declip.")}
+    inside = {
+        module.removeprefix("declip.")
+        for module in found
+        if module and module.startswith("declip.")
+    }
     return {module for module in inside if module in MODULES and module != name}
 
 
@@ -88,7 +100,11 @@ def test_no_wing_imports_the_other_and_the_core_neither():
     against = set()
     for name, targets in IMPORTS.items():
         own = wing(name)
-        forbidden = {"core": {"train", "few", "both"}, "train": {"few", "both"}, "few": {"train", "both"}}
+        forbidden = {
+            "core": {"train", "few", "both"},
+            "train": {"few", "both"},
+            "few": {"train", "both"},
+        }
         for target in targets:
             if wing(target) in forbidden.get(own, set()):
                 against.add((name, target))
@@ -96,7 +112,9 @@ def test_no_wing_imports_the_other_and_the_core_neither():
 
 
 def test_no_circle_of_modules():
-    TopologicalSorter({name: targets for name, targets in IMPORTS.items() if name}).prepare()  # names the circle
+    TopologicalSorter(
+        {name: targets for name, targets in IMPORTS.items() if name}
+    ).prepare()  # names the circle
 
 
 def test_no_class_name_twice():
@@ -121,8 +139,15 @@ def loss_names(tree):
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             text, keys = node.value, ("loss_weights", "terms")
-            found |= {name for name in TERMS if text == name or any(f"{key}.{name}" in text for key in keys)}
-        if isinstance(node, ast.Attribute) and node.attr in TERMS.keys() - {"contrastive", "sigmoid"}:  # torch.sigmoid
+            found |= {
+                name
+                for name in TERMS
+                if text == name or any(f"{key}.{name}" in text for key in keys)
+            }
+        if isinstance(node, ast.Attribute) and node.attr in TERMS.keys() - {
+            "contrastive",
+            "sigmoid",
+        }:  # torch.sigmoid
             found.add(node.attr)
     return found
 

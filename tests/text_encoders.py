@@ -18,7 +18,12 @@ CAPTIONS = (
     "Über dem Café: 日本語 ½",
     "a " * 40,
 )
-SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+}
 OFFSET = 2  # RoBERTa's first position
 
 
@@ -27,8 +32,30 @@ def bert(folder, context=24, model="BertForMaskedLM", **config):
     transformers = pytest.importorskip("transformers")
 
     letters = [chr(number) for number in range(ord("a"), ord("z") + 1)]
-    words = ["red", "green", "blue", "circle", "square", "triangle", "bar", "painted", "white", "paper", "in", "on"]
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words, *letters, *(f"##{each}" for each in letters)]
+    words = [
+        "red",
+        "green",
+        "blue",
+        "circle",
+        "square",
+        "triangle",
+        "bar",
+        "painted",
+        "white",
+        "paper",
+        "in",
+        "on",
+    ]
+    vocabulary = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *words,
+        *letters,
+        *(f"##{each}" for each in letters),
+    ]
     folder.mkdir(parents=True)
     (folder / "vocab.txt").write_text("\n".join(vocabulary), encoding="utf-8")
     sizes = {**SIZES, "vocab_size": len(vocabulary), "max_position_embeddings": context, **config}
@@ -40,8 +67,19 @@ def distilbert(folder, context=24):
 
     bert(folder)
     known = json.loads((folder / "config.json").read_text())["vocab_size"]
-    sizes = {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 48, "max_position_embeddings": context}
-    return _saved(transformers.DistilBertForMaskedLM(transformers.DistilBertConfig(vocab_size=known, **sizes)), folder)
+    sizes = {
+        "dim": 32,
+        "n_layers": 2,
+        "n_heads": 2,
+        "hidden_dim": 48,
+        "max_position_embeddings": context,
+    }
+    return _saved(
+        transformers.DistilBertForMaskedLM(
+            transformers.DistilBertConfig(vocab_size=known, **sizes)
+        ),
+        folder,
+    )
 
 
 def roberta(folder, context=24, kind="Roberta", **config):
@@ -50,12 +88,21 @@ def roberta(folder, context=24, kind="Roberta", **config):
 
     trained = ByteLevelBPETokenizer()
     specials = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-    trained.train_from_iterator(CAPTIONS, vocab_size=290, min_frequency=1, special_tokens=specials, show_progress=False)
+    trained.train_from_iterator(
+        CAPTIONS, vocab_size=290, min_frequency=1, special_tokens=specials, show_progress=False
+    )
     folder.mkdir(parents=True)
     trained.save_model(str(folder))
     transformers.RobertaTokenizerFast.from_pretrained(folder).save_pretrained(folder)
-    sizes = {**SIZES, "vocab_size": trained.get_vocab_size(), "max_position_embeddings": context + OFFSET, **config}
-    made = getattr(transformers, f"{kind}Config")(pad_token_id=1, bos_token_id=0, eos_token_id=2, **sizes)
+    sizes = {
+        **SIZES,
+        "vocab_size": trained.get_vocab_size(),
+        "max_position_embeddings": context + OFFSET,
+        **config,
+    }
+    made = getattr(transformers, f"{kind}Config")(
+        pad_token_id=1, bos_token_id=0, eos_token_id=2, **sizes
+    )
     return _saved(getattr(transformers, f"{kind}ForMaskedLM")(made), folder)
 
 

@@ -29,12 +29,20 @@ def embed_with_daft(images: Any, model: str, out: str) -> None:
     import daft
 
     text, embedder = daft.DataType.string(), declip.Embedder(model)
-    fields = {"id": text, "vector": daft.DataType.list(daft.DataType.float32()), "error": text, "model": text}
+    fields = {
+        "id": text,
+        "vector": daft.DataType.list(daft.DataType.float32()),
+        "error": text,
+        "model": text,
+    }
 
     @daft.func.batch(return_dtype=daft.DataType.struct(fields))
     def embed(id: daft.Series, image: daft.Series):
         rows = embedder({"id": id.to_pylist(), "image": image.to_pylist()})
-        return [dict(zip(fields, row, strict=True)) for row in zip(*(rows[name] for name in fields), strict=True)]
+        return [
+            dict(zip(fields, row, strict=True))
+            for row in zip(*(rows[name] for name in fields), strict=True)
+        ]
 
     rows = images.select(embed(images["id"], images["image"]).alias("row"))
     rows.select(*(rows["row"][name].alias(name) for name in fields)).write_parquet(out)

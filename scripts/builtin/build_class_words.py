@@ -26,20 +26,27 @@ def build(folder: Path) -> list[str]:
         end = 4 + 2 * int(fields[3], 16)
         words[fields[0]] = [word.replace("_", " ").lower() for word in fields[4:end:2]]
         pointers = zip(*[iter(fields[end + 1 :])] * 4, strict=False)
-        above[fields[0]] = [offset for kind, offset, part, _ in pointers if kind == "@" and part == "n"]
+        above[fields[0]] = [
+            offset for kind, offset, part, _ in pointers if kind == "@" and part == "n"
+        ]
     # --- the classes of each synset
     classes = defaultdict[str, list[int]](list)
     for number, label in enumerate(ImageNetInfo("imagenet-1k").label_names()):
         for offset in ancestors(label[1:], above):
             classes[offset].append(number)
     # --- the words of which it is the most frequent sense: "toy" is not a group of dogs
-    first = {entry.split()[0]: entry.split()[-int(entry.split()[2])] for entry in _lines(folder / "index.noun")}
+    first = {
+        entry.split()[0]: entry.split()[-int(entry.split()[2])]
+        for entry in _lines(folder / "index.noun")
+    }
     irregular, lines = Irregular(sorted(set(read_exceptions(folder)))), list[str]()
     for offset, numbers in sorted(classes.items()):
         used = [word for word in words[offset] if first[word.replace(" ", "_")] == offset]
         used = [word for word in used if not CRUDE & set(word.split())]
         if used and 2 <= len(numbers) <= MOST:
-            forms = [form for word in used for form in (word, inflect(word, "plural", irregular)) if form]
+            forms = [
+                form for word in used for form in (word, inflect(word, "plural", irregular)) if form
+            ]
             lines.append("|".join(dict.fromkeys(forms)) + "\t" + " ".join(map(str, numbers)))
     return lines
 

@@ -115,7 +115,9 @@ def read_senses(folder: Path) -> dict[tuple[str, str], list[tuple[str, int]]]:
         for entry in _lines(folder / f"index.{name}"):
             lemma, _, number, *rest = entry.split()
             offsets = enumerate(rest[-int(number) :], 1)
-            senses[lemma, part] = [(offset, counts.get((lemma, part, n), 0)) for n, offset in offsets]
+            senses[lemma, part] = [
+                (offset, counts.get((lemma, part, n), 0)) for n, offset in offsets
+            ]
     return senses
 
 
@@ -143,7 +145,9 @@ class Chooser:
     """
 
     def __init__(
-        self, synsets: dict[tuple[str, str], Synset], senses: dict[tuple[str, str], list[tuple[str, int]]]
+        self,
+        synsets: dict[tuple[str, str], Synset],
+        senses: dict[tuple[str, str], list[tuple[str, int]]],
     ) -> None:
         self.synsets = synsets
         self.senses = senses
@@ -159,7 +163,9 @@ class Chooser:
         """Return how often the lemma's most used sense occurs, and the offsets of its frequent senses."""
         senses = self.senses[lemma, part]
         # "turkey" is the bird, not the country, but "Christmas" has no other form.
-        common = [sense for sense in senses if lemma in self.synsets[part, sense[0]].words] or senses
+        common = [
+            sense for sense in senses if lemma in self.synsets[part, sense[0]].words
+        ] or senses
         most = max(count for _, count in common)
         first = enumerate(common[:SENSES])
         return most, [o for n, (o, count) in first if (count >= SHARE * most if most else n == 0)]
@@ -292,9 +298,18 @@ def build(folder: Path) -> str:
     # A lemma without synonyms is kept where it keeps another reading of the same word away.
     exceptions = sorted(set(read_exceptions(folder)))
     full = Lexicon({key: entry for key, entry in chosen.items() if entry[1]}, exceptions)
-    kept = {key: entry for key, entry in chosen.items() if entry[1] or entry[0] or full.readings(key[0])}
-    heads = {word.lower() for _, words in chosen.values() for phrase in words for word in phrase.split(" ")}
-    lexicon = Lexicon(kept, [row for row in exceptions if (row[2], row[0]) in kept or row[2] in heads])
+    kept = {
+        key: entry for key, entry in chosen.items() if entry[1] or entry[0] or full.readings(key[0])
+    }
+    heads = {
+        word.lower()
+        for _, words in chosen.values()
+        for phrase in words
+        for word in phrase.split(" ")
+    }
+    lexicon = Lexicon(
+        kept, [row for row in exceptions if (row[2], row[0]) in kept or row[2] in heads]
+    )
     words = sorted({word for word in lexicon.words() if lexicon.readings(word)})
     synonyms = ("" if word in STOP_WORDS else "|".join(lexicon.synonyms(word)) for word in words)
     return "\n".join([*words, "", *synonyms])
@@ -309,7 +324,9 @@ def read_license(folder: Path) -> str:
 
 def main() -> None:
     """Write the table and WordNet's license into the package."""
-    parser = argparse.ArgumentParser(description="Build the synonym table from WordNet's own files.")
+    parser = argparse.ArgumentParser(
+        description="Build the synonym table from WordNet's own files."
+    )
     parser.add_argument("wordnet", type=Path, help="folder with WordNet 3.0's dict files")
     folder = parser.parse_args().wordnet
     text = build(folder)

@@ -128,7 +128,9 @@ def inflect(phrase: str, form: Form, irregular: Irregular) -> str | None:
         return _compare(phrase, form, irregular)
     head = 0
     if form == "plural":
-        head = next((i - 1 for i, word in enumerate(words) if word in _PREPOSITIONS and i), len(words) - 1)
+        head = next(
+            (i - 1 for i, word in enumerate(words) if word in _PREPOSITIONS and i), len(words) - 1
+        )
     surfaces = irregular.surfaces(form, words[head].lower())
     if len(surfaces) > 1:
         return None
@@ -153,9 +155,15 @@ def _regular(word: str, form: Form) -> str:
     if form == "ing":
         if word.endswith("ie"):
             return word[:-2] + "ying"
-        return (word[:-1] if word.endswith("e") and not word.endswith(("ee", "oe", "ye")) else word) + "ing"
+        return (
+            word[:-1] if word.endswith("e") and not word.endswith(("ee", "oe", "ye")) else word
+        ) + "ing"
     if form == "past":
-        return word + "d" if word.endswith("e") else (word[:-1] + "i" if _consonant_y(word) else word) + "ed"
+        return (
+            word + "d"
+            if word.endswith("e")
+            else (word[:-1] + "i" if _consonant_y(word) else word) + "ed"
+        )
     if _consonant_y(word):
         return word[:-1] + "ies"
     if form == "plural" and word.endswith("man") and word not in _NOT_MEN:

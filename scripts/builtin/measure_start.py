@@ -41,15 +41,24 @@ def write_mean(name: str, file: Path) -> None:
     weights = starter.read(name)
     image = weights.recipe.image.model_copy(update={"size": STARTS[name]})
     model = DualEncoder(weights.recipe.model_copy(update={"image": image}), towers="image").eval()
-    tower = {name.removeprefix(IMAGE): tensor for name, tensor in weights.tensors.items() if name.startswith(IMAGE)}
+    tower = {
+        name.removeprefix(IMAGE): tensor
+        for name, tensor in weights.tensors.items()
+        if name.startswith(IMAGE)
+    }
     model.image_tower.load_state_dict(model.image_tower.state_dict() | tower)
     means = []
     for set_name in SETS:
         source = open_source(set_name)
         chosen = np.linspace(0, len(source) - 1, IMAGES).astype(int)
         with torch.inference_mode():
-            batches = (model.preprocess([source[int(i)].image for i in rows]) for rows in chosen.reshape(-1, BATCH))
-            means.append(torch.cat([model.image_tower.pool(batch) for batch in batches]).mean(dim=0))
+            batches = (
+                model.preprocess([source[int(i)].image for i in rows])
+                for rows in chosen.reshape(-1, BATCH)
+            )
+            means.append(
+                torch.cat([model.image_tower.pool(batch) for batch in batches]).mean(dim=0)
+            )
     np.save(file, torch.stack(means).mean(dim=0).numpy().astype(np.float16))
 
 

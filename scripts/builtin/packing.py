@@ -3,7 +3,12 @@
 import lzma
 from collections.abc import Iterable
 
-_FILTER = {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 4, "pb": 0}  # settings for text
+_FILTER = {
+    "id": lzma.FILTER_LZMA2,
+    "preset": 9 | lzma.PRESET_EXTREME,
+    "lc": 4,
+    "pb": 0,
+}  # settings for text
 
 
 def pack(lines: Iterable[str]) -> bytes:

@@ -83,7 +83,9 @@ def train(
     """
     for callback in callbacks:
         if not isinstance(callback, Sink):
-            raise UserError(f"callbacks has {callback!r}; give objects of subclasses of declip.Sink.")
+            raise UserError(
+                f"callbacks has {callback!r}; give objects of subclasses of declip.Sink."
+            )
     (source, *sets), sources = name_sources(data, *held_out_sets(val))
     loaded = load_for_training(recipe, overrides, source, sets, resume, sources)
     held_out = HeldOutSets(loaded, sources)
@@ -137,8 +139,12 @@ def evaluate(
     check_tasks((task,), shots, templates)
     options = Options(templates, shots or 4, batch_size, workers, progress)
     if len(options.numbers_of_shots) > 1:
-        raise UserError("declip.evaluate returns one result. Pass one number of shots, such as shots=4.")
-    opened = open_dataset(dataset, label_column=label_column, columns=columns, captioned=task == "retrieval")
+        raise UserError(
+            "declip.evaluate returns one result. Pass one number of shots, such as shots=4."
+        )
+    opened = open_dataset(
+        dataset, label_column=label_column, columns=columns, captioned=task == "retrieval"
+    )
     warn_of_training_pairs(model, [opened])
     return evaluate_all(loaded(model, device, precision), opened, (task,), options)[0]
 
@@ -176,7 +182,14 @@ def compare(
     """
     grid = None if tune is None else Grid.of(tune, None if tune_on is None else str(tune_on))
     study = Study.of(
-        recipes, pairs, seeds, overrides=overrides, datasets=datasets, tasks=tasks, shots=shots, budget=budget
+        recipes,
+        pairs,
+        seeds,
+        overrides=overrides,
+        datasets=datasets,
+        tasks=tasks,
+        shots=shots,
+        budget=budget,
     )
     if grid is not None:
         study = tuned(study, grid, out, quiet)

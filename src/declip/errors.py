@@ -22,7 +22,11 @@ def unknown(kind: str, given: str, known: Iterable[str]) -> UserError:
     near = get_close_matches(given, names, n=5, cutoff=0.6)
     hint = f" Did you mean '{near[0]}'?" if near else ""
     if len(names) > MAX_NAMES:
-        shown = f" Near it: {', '.join(near)}; {len(names)} are known." if near else f" {len(names)} are known."
+        shown = (
+            f" Near it: {', '.join(near)}; {len(names)} are known."
+            if near
+            else f" {len(names)} are known."
+        )
     else:
         shown = f" Known: {', '.join(names)}."
     return UserError(f"Unknown {kind} '{given}'.{hint}{shown}")
@@ -30,7 +34,9 @@ def unknown(kind: str, given: str, known: Iterable[str]) -> UserError:
 
 def newer(path: Path) -> UserError:
     """Build the error for a file with a layout that this version does not know."""
-    return UserError(f"'{path}' was written by a newer version of declip. Install that: pip install -U declip.")
+    return UserError(
+        f"'{path}' was written by a newer version of declip. Install that: pip install -U declip."
+    )
 
 
 def check_installed(package: str, extra: str, what: str) -> None:

@@ -60,7 +60,9 @@ def draw_uncaptioned(folder):
 def opened(tiny_run, uncaptioned, tmp_path_factory):
     from declip.app.server import open_state
 
-    return open_state(str(tiny_run), str(uncaptioned), tmp_path_factory.mktemp("captions") / "index")
+    return open_state(
+        str(tiny_run), str(uncaptioned), tmp_path_factory.mktemp("captions") / "index"
+    )
 
 
 @pytest.fixture
@@ -68,4 +70,6 @@ def start(opened, tmp_path):
     """Starts captioning into a file, as a start of the server does."""
     from declip.app.captions import Captioning
 
-    return lambda name="captions.csv": replace(opened, captioning=Captioning(opened, tmp_path / name))
+    return lambda name="captions.csv": replace(
+        opened, captioning=Captioning(opened, tmp_path / name)
+    )

@@ -18,7 +18,9 @@ from declip.data.sources.open import open_source
 sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
 uvicorn = pytest.importorskip("uvicorn", reason="the app needs declip[app]")
 CHROMIUM = shutil.which("chromium")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed: apt-get install chromium")
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="Chromium is not installed: apt-get install chromium"
+)
 
 expect = sync_api.expect
 expect.set_options(timeout=60_000)
@@ -59,8 +61,14 @@ def page(browser, address, state):
     opened = context.new_page()
     wrong = []
     opened.on("pageerror", lambda error: wrong.append(str(error)))
-    opened.on("request", lambda asked: None if asked.url.startswith((address, "blob:")) else wrong.append(asked.url))
-    opened.on("console", lambda said: wrong.append(said.text) if "Content Security Policy" in said.text else None)
+    opened.on(
+        "request",
+        lambda asked: None if asked.url.startswith((address, "blob:")) else wrong.append(asked.url),
+    )
+    opened.on(
+        "console",
+        lambda said: wrong.append(said.text) if "Content Security Policy" in said.text else None,
+    )
     yield opened
     context.close()
     assert wrong == []
@@ -72,7 +80,9 @@ def test_a_file_is_searched_with_and_classified(page, tmp_path):
     page.get_by_role("button", name="Search", exact=True).click()
     expect(status).to_have_text("Enter a text, or choose an image.")
     page.locator("#more > summary").click()
-    page.get_by_label("Classes of the image, one per line").fill("a red circle\na blue bar\n<b>bold</b>")
+    page.get_by_label("Classes of the image, one per line").fill(
+        "a red circle\na blue bar\n<b>bold</b>"
+    )
     (tmp_path / "<img src=x onerror=alert(1)>.png").write_bytes(b"no image")
     files.set_input_files(tmp_path / "<img src=x onerror=alert(1)>.png")
     expect(status).to_contain_text("cannot be read")
@@ -114,7 +124,10 @@ def test_an_address_brings_back_the_template_and_the_balance(page):
     for template, chosen in (("a red {}", "own"), ("imagenet", "imagenet")):
         page.goto(f"/search?text=bar&id=0&weight=0.2&template={template}")
         expect(page.locator("#hits > li")).to_have_count(24)
-        assert [page.locator(f"#{name}").input_value() for name in ("template", "balance")] == [chosen, "0.2"]
+        assert [page.locator(f"#{name}").input_value() for name in ("template", "balance")] == [
+            chosen,
+            "0.2",
+        ]
         assert page.locator("#own").is_visible() == (chosen == "own")
         assert parse_qs(urlsplit(page.url).query) == {
             "text": ["bar"], "id": ["0"], "weight": ["0.2"], "template": [template], "over": ["images"]
@@ -167,7 +180,9 @@ def test_pairs_are_marked_and_saved_by_keyboard_also_after_a_reload(page, shared
     expect(rows).to_have_count(24)
     page.get_by_role("button", name="Show more").first.click()
     expect(rows).to_have_count(48)
-    expect(page.get_by_role("status")).to_have_text("48 of 48 captions below 1.000, the worst first")
+    expect(page.get_by_role("status")).to_have_text(
+        "48 of 48 captions below 1.000, the worst first"
+    )
     page.locator("#limit").focus()
     tab_to(page, "[data-pair]")
     page.keyboard.press("Space")
@@ -185,7 +200,11 @@ def test_pairs_are_marked_and_saved_by_keyboard_also_after_a_reload(page, shared
 
 def test_every_view_fits_a_phone(page):
     page.set_viewport_size(PHONE)
-    parts = {"search?text=red": "#hits > li", "search?id=1": "#hits > li", "pairs": "#disagreeing-rows > li"}
+    parts = {
+        "search?text=red": "#hits > li",
+        "search?id=1": "#hits > li",
+        "pairs": "#disagreeing-rows > li",
+    }
     for view, part in parts.items():
         page.goto(f"/{view}")
         page.locator(part).first.wait_for()
@@ -195,10 +214,15 @@ def test_every_view_fits_a_phone(page):
             assert page.locator("h1").is_visible()
 
 
-def test_images_are_captioned_without_a_mouse_through_a_restart_and_a_second_tab(browser, start, uncaptioned, tmp_path):
+def test_images_are_captioned_without_a_mouse_through_a_restart_and_a_second_tab(
+    browser, start, uncaptioned, tmp_path
+):
     """The first 20 of 30 images have captions already: estimates begin at 25."""
     table = tmp_path / "captions.csv"
-    write_table(table, [f"{uncaptioned.parent / name}.png,{name} no. {n}" for n, name in enumerate(NAMES[:20])])
+    write_table(
+        table,
+        [f"{uncaptioned.parent / name}.png,{name} no. {n}" for n, name in enumerate(NAMES[:20])],
+    )
     with ExitStack() as running:
         address = running.enter_context(served(start()))
         context = browser.new_context(base_url=address)
@@ -241,14 +265,18 @@ def test_images_are_captioned_without_a_mouse_through_a_restart_and_a_second_tab
         three.goto("/caption")
         expect(three.locator("#key")).to_have_text(f"{NAMES[31]}.png")
         expect(one.locator("#estimates > li")).to_have_count(1)
-        expect(one.locator("#estimates > li")).to_contain_text(re.compile(r"\d+ captions of 25 images.*before \d+ %"))
+        expect(one.locator("#estimates > li")).to_contain_text(
+            re.compile(r"\d+ captions of 25 images.*before \d+ %")
+        )
         one.set_viewport_size(PHONE)
         assert one.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
         context.close()
     rows = rows_of(table)
     assert len({row["image"] for row in rows}) == 31
     assert [row["caption"] for row in rows][-2:] == ["written by hand", "mine"]
-    assert all(any(row["caption"].endswith(f" no. {number}") for row in rows) for number in range(30))
+    assert all(
+        any(row["caption"].endswith(f" no. {number}") for row in rows) for number in range(30)
+    )
 
 
 def test_after_the_last_caption_the_page_says_what_to_run(browser, start, uncaptioned, tmp_path):
@@ -275,7 +303,11 @@ def test_a_saved_caption_is_changed_and_deleted(browser, start, tmp_path):
     with served(start()) as address:
         page = browser.new_context(base_url=address, viewport=PHONE).new_page()
         page.goto("/")
-        field, saved, status = page.locator("#text"), page.locator("#saved [aria-pressed]"), page.get_by_role("status")
+        field, saved, status = (
+            page.locator("#text"),
+            page.locator("#saved [aria-pressed]"),
+            page.get_by_role("status"),
+        )
         expect(page.locator("#near")).to_be_hidden()
         expect(page.get_by_role("button", name="Save, next")).to_be_in_viewport(ratio=1)
         for number, text in enumerate(("cauliflower", "broccoli", "spinach"), 1):

@@ -35,7 +35,10 @@ def get(client, tab="one", **query):
 
 
 def save(client, shown, *captions, **change):
-    return client.post("/api/caption", json={"id": shown["id"], "captions": captions, "seen": shown["saved"], **change})
+    return client.post(
+        "/api/caption",
+        json={"id": shown["id"], "captions": captions, "seen": shown["saved"], **change},
+    )
 
 
 def test_every_caption_is_in_the_table_and_a_restart_goes_on(start, path):
@@ -55,7 +58,12 @@ def test_every_caption_is_in_the_table_and_a_restart_goes_on(start, path):
     rows = list(csv.DictReader(path.read_text().splitlines()))
     assert rows[0] == {"note": "kept", "image": "elsewhere.png", "caption": "=1+1"}
     source = open_source(path)
-    assert [source.captions(n)[0] for n in range(len(source))] == ["=1+1", "caption 0", "caption 1", "caption 2"]
+    assert [source.captions(n)[0] for n in range(len(source))] == [
+        "=1+1",
+        "caption 0",
+        "caption 1",
+        "caption 2",
+    ]
     assert source[1].image.size == (32, 32)
 
 
@@ -89,7 +97,9 @@ def test_processes_with_other_caches_lose_no_caption(opened, path, monkeypatch):
         table = CaptionTable(path, opened.index)
         for number in range(40):
             id = ids[2 * (number % 24) + (name == "two")]
-            table.change(Change(id=id, captions=[f"{name} {number}"], seen=table.read().get(id, [])))
+            table.change(
+                Change(id=id, captions=[f"{name} {number}"], seen=table.read().get(id, []))
+            )
 
     fork = multiprocessing.get_context("fork")
     processes = [fork.Process(target=write_40, args=(name,)) for name in ("one", "two")]
@@ -113,7 +123,9 @@ ROWS = {
 
 
 @pytest.mark.parametrize(("content", "told"), ROWS.items())
-def test_a_table_that_training_refuses_is_refused_before_and_while_captioning(captioning, path, content, told):
+def test_a_table_that_training_refuses_is_refused_before_and_while_captioning(
+    captioning, path, content, told
+):
     shown, written = get(captioning), content.encode(errors="surrogateescape")
     path.write_bytes(written)
     answer = save(captioning, shown, "mine")
@@ -137,7 +149,11 @@ def test_other_rows_keep_their_bytes(start, path, content):
         shown = {**shown, **save(client, shown, "one, two; three").json()}
         end = b"\r\n" if b"\r\n" in content else b"\n"
         added = path.read_bytes().removeprefix(content).removeprefix(end)
-        assert (added.count(b"\n"), added.endswith(end), shown["saved"]) == (1, True, ["one, two; three"])
+        assert (added.count(b"\n"), added.endswith(end), shown["saved"]) == (
+            1,
+            True,
+            ["one, two; three"],
+        )
         save(client, shown, "four", replaces=0)
     written = path.read_bytes()
     assert (written.startswith(content), b"three" in written) == (True, False)
@@ -146,7 +162,9 @@ def test_other_rows_keep_their_bytes(start, path, content):
 
 def test_captions_are_changed_and_deleted_in_their_rows(start, path, uncaptioned):
     image = uncaptioned.parent / f"{NAMES[0]}.png"
-    path.write_text(f'image,caption,note\n{image},first,"1\n\n"\n\nother.png,x,2\n{image},second,3\n')
+    path.write_text(
+        f'image,caption,note\n{image},first,"1\n\n"\n\nother.png,x,2\n{image},second,3\n'
+    )
     with ask(start()) as client:
         shown = get(client, position=0)
         steps = (
@@ -158,12 +176,20 @@ def test_captions_are_changed_and_deleted_in_their_rows(start, path, uncaptioned
         )
         for seen, replaces, captions, expected in steps:
             answer = save(client, {**shown, "saved": seen}, *captions, replaces=replaces)
-            assert (answer.json()["saved"] if answer.status_code == 200 else answer.status_code) == expected
+            assert (
+                answer.json()["saved"] if answer.status_code == 200 else answer.status_code
+            ) == expected
         assert answer.json()["done"] == 0
-        assert path.read_text() == f'image,caption,note\n{image},,"1\n\n"\n\nother.png,x,2\n{image},,3\n'
+        assert (
+            path.read_text()
+            == f'image,caption,note\n{image},,"1\n\n"\n\nother.png,x,2\n{image},,3\n'
+        )
         save(client, {**shown, "saved": []}, "again", "and again")
     written = path.read_text()
-    assert written == f'image,caption,note\n{image},again,"1\n\n"\n\nother.png,x,2\n{image},and again,3\n'
+    assert (
+        written
+        == f'image,caption,note\n{image},again,"1\n\n"\n\nother.png,x,2\n{image},and again,3\n'
+    )
 
 
 def test_what_another_program_writes_meanwhile_stays(captioning, path, monkeypatch):
@@ -200,13 +226,23 @@ def test_a_link_to_the_table_and_the_permissions_stay(start, path):
     path.symlink_to("synced/table.csv")
     with ask(start()) as client:
         save(client, get(client), "mine")
-    assert (path.is_symlink(), "mine" in target.read_text(), target.stat().st_mode & 0o777) == (True, True, 0o664)
+    assert (path.is_symlink(), "mine" in target.read_text(), target.stat().st_mode & 0o777) == (
+        True,
+        True,
+        0o664,
+    )
     assert (target.parent / ".table.csv.lock").exists()
 
 
 def test_the_next_image_is_one_that_no_tab_shows(captioning, monkeypatch):
     asked = [("one", -1), ("one", -1), ("two", -1), ("two", 5), ("two", 47)]
-    assert [get(captioning, tab, after=after)["position"] for tab, after in asked] == [0, 0, 1, 6, 1]
+    assert [get(captioning, tab, after=after)["position"] for tab, after in asked] == [
+        0,
+        0,
+        1,
+        6,
+        1,
+    ]
     assert get(captioning, "two", position=3)["position"] == 3
     assert get(captioning, "three")["position"] == 1, "what a tab has left is free"
     captioning.post("/api/caption/hold", json={"tab": "one", "id": None})  # the tab is closed
@@ -221,7 +257,10 @@ def test_a_tab_that_stays_open_keeps_its_image(captioning, monkeypatch):
     shown = get(captioning, "one")
     for _ in range(5):
         now += 80
-        assert captioning.post("/api/caption/hold", json={"tab": "one", "id": shown["id"]}).status_code == 200
+        assert (
+            captioning.post("/api/caption/hold", json={"tab": "one", "id": shown["id"]}).status_code
+            == 200
+        )
     assert get(captioning, "two")["position"] == 1
     now += 100
     assert get(captioning, "three")["position"] == 0
@@ -265,18 +304,36 @@ def test_a_table_that_is_not_a_regular_file_is_refused_at_the_start(path):
     refuses("not a regular file.*--caption", open_state, "no model", "no source", caption=path)
 
 
-def test_the_next_commands_have_the_paths_of_the_table_the_model_and_the_images(start, path, tiny_run, uncaptioned):
+def test_the_next_commands_have_the_paths_of_the_table_the_model_and_the_images(
+    start, path, tiny_run, uncaptioned
+):
     state = start()
     finetune, search = (shlex.split(command) for command in state.captioning.describe()["commands"])
-    assert finetune == ["declip", "finetune", str(path), "--from", str(tiny_run), "--out", "runs/captions"]
+    assert finetune == [
+        "declip",
+        "finetune",
+        str(path),
+        "--from",
+        str(tiny_run),
+        "--out",
+        "runs/captions",
+    ]
     assert search == ["declip", "app", "runs/captions", os.path.relpath(uncaptioned)]
 
 
 def test_wrong_input_is_refused(captioning, start, path, client):
     shown = get(captioning)
-    for id, captions in ((shown["id"], ["  "]), (shown["id"], ["x" * 2_001]), (2**40, ["x"]), (shown["id"], [])):
+    for id, captions in (
+        (shown["id"], ["  "]),
+        (shown["id"], ["x" * 2_001]),
+        (2**40, ["x"]),
+        (shown["id"], []),
+    ):
         assert 400 <= save(captioning, {"id": id, "saved": []}, *captions).status_code < 500
-    assert captioning.post("/api/caption/next", json={"tab": "one", "position": 999}).status_code == 404
+    assert (
+        captioning.post("/api/caption/next", json={"tab": "one", "position": 999}).status_code
+        == 404
+    )
     assert captioning.get("/caption").status_code == 200
     assert not path.exists()
     assert client.get("/caption").status_code == 404  # started without --caption

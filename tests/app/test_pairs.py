@@ -39,7 +39,11 @@ def test_exchanged_captions_disagree_most(made_up):
     assert set(found.ids[:2].tolist()) == {5, 6}
     assert (len(found.ids), 7 in found.ids, found.ranked) == (59, False, False)
     assert found.captions == [made_up.index.row(id).caption for id in found.ids]
-    own = (made_up.index.vectors(found.ids) * made_up.index.vectors(found.ids, "captions")).sum(1).numpy()
+    own = (
+        (made_up.index.vectors(found.ids) * made_up.index.vectors(found.ids, "captions"))
+        .sum(1)
+        .numpy()
+    )
     np.testing.assert_allclose(found.values, own, atol=1e-6)
     assert int((found.values < found.limit).sum()) == 2
 
@@ -53,12 +57,18 @@ def test_each_of_several_captions_has_a_cosine_of_its_own(state):
 
 def with_ranks(run, ranks):
     with (run / "out_of_fold.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([("key", "caption", "rank"), *((*pair, f"{rank:.4f}") for pair, rank in ranks)])
+        csv.writer(file).writerows(
+            [("key", "caption", "rank"), *((*pair, f"{rank:.4f}") for pair, rank in ranks)]
+        )
 
 
 def test_pairs_that_a_run_was_trained_on_are_judged_out_of_fold(tiny_run, shared, tmp_path):
     run = shutil.copytree(tiny_run, tmp_path / "run")
-    captions = [(row.id, row.key, text) for row in map(shared.index.row, shared.index.ids) for text in row.captions]
+    captions = [
+        (row.id, row.key, text)
+        for row in map(shared.index.row, shared.index.ids)
+        for text in row.captions
+    ]
     ranks = [((key, text), (47 - number) / 48) for number, (_, key, text) in enumerate(captions)]
     with_ranks(run, ranks[:36])
     with ask(AppState(shared.index, str(run))) as client:
@@ -68,7 +78,9 @@ def test_pairs_that_a_run_was_trained_on_are_judged_out_of_fold(tiny_run, shared
     counts = [answer[name] for name in ("ranked", "total", "captions", "without")]
     assert counts == [True, 23, 36, 6]
     shown = [(row["id"], row["captions"], row["others"]) for row in answer["rows"]]
-    assert shown == [(id, [text], 1) for id, _, text in captions[:23]], "each caption, the worst first"
+    assert shown == [(id, [text], 1) for id, _, text in captions[:23]], (
+        "each caption, the worst first"
+    )
     assert answer["rows"][0]["value"] == pytest.approx(47 / 48, abs=1e-4)
     assert (preset["limit"] > 0.9, preset["total"]) == (True, 1)
     with_ranks(run, ranks[:12])  # of another source, mostly
@@ -80,9 +92,13 @@ def test_pairs_that_a_run_was_trained_on_are_judged_out_of_fold(tiny_run, shared
 def test_a_right_caption_is_not_listed_for_a_wrong_one_of_its_image(tiny_run, shared, tmp_path):
     """Image 3 has a wrong second caption; the first is the best of all."""
     run = shutil.copytree(tiny_run, tmp_path / "run")
-    rows = [(row.key, text) for row in map(shared.index.row, shared.index.ids) for text in row.captions]
+    rows = [
+        (row.key, text) for row in map(shared.index.row, shared.index.ids) for text in row.captions
+    ]
     wrong = shared.index.row(3)
-    with_ranks(run, [(pair, 1.0 if pair == (wrong.key, wrong.captions[1]) else 0.1) for pair in rows])
+    with_ranks(
+        run, [(pair, 1.0 if pair == (wrong.key, wrong.captions[1]) else 0.1) for pair in rows]
+    )
     with ask(AppState(shared.index, str(run))) as client:
         answer = client.get("/api/pairs/disagreeing").json()
         written = client.post("/api/pairs/list", json={"image and caption disagree": [3]}).json()
@@ -94,7 +110,9 @@ def test_a_right_caption_is_not_listed_for_a_wrong_one_of_its_image(tiny_run, sh
 def test_no_more_than_a_fiftieth_of_right_captions_is_listed(tiny_run, shared, tmp_path):
     """Also where ranks are bad throughout; where they are good, only those of more than 0.5."""
     run = shutil.copytree(tiny_run, tmp_path / "run")
-    rows = [(row.key, text) for row in map(shared.index.row, shared.index.ids) for text in row.captions]
+    rows = [
+        (row.key, text) for row in map(shared.index.row, shared.index.ids) for text in row.captions
+    ]
     for worst, listed in ((1.0, 1), (0.45, 0)):
         with_ranks(run, [(pair, worst * number / 47) for number, pair in enumerate(rows)])
         assert len(disagreeing(AppState(shared.index, str(run)), PairsQuestion())["rows"]) == listed
@@ -133,9 +151,15 @@ def test_the_page_gets_the_worst_pairs_and_the_groups(client, state):
     assert [row["id"] for row in rows] == found.ids[:5].tolist()
     assert [row["captions"] for row in rows] == [[text] for text in found.captions[:5]]
     assert [row["value"] for row in rows] == pytest.approx(found.values[:5].tolist(), abs=1e-6)
-    more = [client.get(f"/api/pairs/disagreeing?limit=1&start={start}").json()["rows"] for start in (0, 24)]
+    more = [
+        client.get(f"/api/pairs/disagreeing?limit=1&start={start}").json()["rows"]
+        for start in (0, 24)
+    ]
     assert [row["id"] for page in more for row in page] == found.ids.tolist()
-    image, texts = state.index.vectors([rows[0]["id"]])[0], state.index.vectors(state.index.ids, "captions")
+    image, texts = (
+        state.index.vectors([rows[0]["id"]])[0],
+        state.index.vectors(state.index.ids, "captions"),
+    )
     assert rows[0]["nearest"] == state.index.row(int((texts @ image).argmax())).caption
     groups = client.get("/api/pairs/duplicates?threshold=0.8").json()
     assert len(groups["marked"]) == sum(group["size"] - 1 for group in groups["rows"])
@@ -148,21 +172,31 @@ MARKED = {"image and caption disagree": [3, 1], "near-duplicate image": [3, 8]}
 
 
 def test_the_list_has_keys_and_reasons_and_all_other_pairs_are_a_source(client, state):
-    for tree in ({}, {"other": [1]}, *({"near-duplicate image": ids} for ids in (["x"], [99], [-1]))):
+    for tree in (
+        {},
+        {"other": [1]},
+        *({"near-duplicate image": ids} for ids in (["x"], [99], [-1])),
+    ):
         assert client.post("/api/pairs/list", json=tree).status_code == 400, tree
     found = compare_captions(state)
     client.get("/api/pairs/disagreeing")
     written = client.post("/api/pairs/list", json=MARKED).json()
     with open(written["drop"]) as file:
         rows = [json.loads(line) for line in file]
-    assert [(row["key"], row["index"]) for row in rows] == [(state.index.row(n).key, n) for n in (1, 3, 8)]
-    assert [row["reason"] for row in rows] == ["image and caption disagree"] * 2 + ["near-duplicate image"]
-    assert rows[0]["cosine"] == pytest.approx(float(found.values[found.ids.tolist().index(1)]), abs=1e-4)
+    assert [(row["key"], row["index"]) for row in rows] == [
+        (state.index.row(n).key, n) for n in (1, 3, 8)
+    ]
+    assert [row["reason"] for row in rows] == ["image and caption disagree"] * 2 + [
+        "near-duplicate image"
+    ]
+    assert rows[0]["cosine"] == pytest.approx(
+        float(found.values[found.ids.tolist().index(1)]), abs=1e-4
+    )
     others = open_source(written["rest"])
     assert len(others) == written["count"] == 21
-    assert {others.key(n) for n in range(21)} == {row.key for row in state.index.rows(state.index.ids)} - {
-        row["key"] for row in rows
-    }
+    assert {others.key(n) for n in range(21)} == {
+        row.key for row in state.index.rows(state.index.ids)
+    } - {row["key"] for row in rows}
 
 
 def test_a_list_can_be_shortened_again_and_trained_on(client, state, tiny_run, tmp_path):
@@ -172,7 +206,9 @@ def test_a_list_can_be_shortened_again_and_trained_on(client, state, tiny_run, t
         written = second.post("/api/pairs/list", json={"near-duplicate image": [0]}).json()
     keys = [open_source(written["rest"]).key(n) for n in range(written["count"])]
     assert keys == [state.index.row(n).key for n in range(24) if n not in (0, 1, 3, 8)]
-    recipe = Recipe.model_validate(tiny_tree(written["rest"]) | {"train": TINY["train"] | {"steps": 2}})
+    recipe = Recipe.model_validate(
+        tiny_tree(written["rest"]) | {"train": TINY["train"] | {"steps": 2}}
+    )
     run = declip.train(recipe, out=tmp_path / "run", quiet=True, report=False)
     assert run.examples["source"]["pairs"] == 20
 

@@ -24,7 +24,9 @@ from end_to_end.conftest import png
 from indices import tiny_model
 
 
-def test_a_source_is_embedded_once_and_an_index_is_opened(weights_file, table, tmp_path, monkeypatch):
+def test_a_source_is_embedded_once_and_an_index_is_opened(
+    weights_file, table, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     exact = {"precision": "fp32"}  # "auto" would encode a few pixels to check bfloat16
     first = open_state(str(weights_file), str(table), **exact).index
@@ -32,11 +34,16 @@ def test_a_source_is_embedded_once_and_an_index_is_opened(weights_file, table, t
     assert first.info.captions
     other = tmp_path / "other" / table.name
     shutil.copytree(table.parent, other.parent)
-    monkeypatch.setattr("declip.models.dual_encoder.DualEncoder.encode_image", lambda *_: pytest.fail("embedded"))
+    monkeypatch.setattr(
+        "declip.models.dual_encoder.DualEncoder.encode_image", lambda *_: pytest.fail("embedded")
+    )
     for source in (table, first.folder):
         assert len(open_state(str(weights_file), str(source), **exact).index) == 24
     write_declip_file(tiny_model(1), tmp_path / "other.safetensors")
-    for model, source in ((weights_file, other), (tmp_path / "other.safetensors", table)):  # each has its own index
+    for model, source in (
+        (weights_file, other),
+        (tmp_path / "other.safetensors", table),
+    ):  # each has its own index
         with pytest.raises(pytest.fail.Exception):
             open_state(str(model), str(source), **exact)
 
@@ -63,7 +70,9 @@ def test_a_mistake_ends_with_one_line(state, tiny_run, table, tmp_path, monkeypa
     assert (outcome.status, "pip install 'declip[app]'" in outcome.err) == (2, True)
 
 
-def test_the_page_is_served_ctrl_c_ends_quietly_and_another_address_is_warned_of(tiny_run, state, monkeypatch, command):
+def test_the_page_is_served_ctrl_c_ends_quietly_and_another_address_is_warned_of(
+    tiny_run, state, monkeypatch, command
+):
     pages = []
 
     def visit(address):
@@ -79,7 +88,10 @@ def test_the_page_is_served_ctrl_c_ends_quietly_and_another_address_is_warned_of
     words = ["app", tiny_run, state.index.folder, "--port", 0, "--quiet"]
     outcome = command(*words)
     assert "Text to search for" in pages[0]
-    assert (outcome.status, [line.split()[0] for line in outcome.err.splitlines()]) == (0, ["24", "Open"])
+    assert (outcome.status, [line.split()[0] for line in outcome.err.splitlines()]) == (
+        0,
+        ["24", "Open"],
+    )
     monkeypatch.setattr("declip.app.server.address_of", address_of)
     monkeypatch.setattr("declip.app.server.serve", lambda state, bound, host: None)
     assert "no password" in command(*words, "--host", "0.0.0.0").err
@@ -99,7 +111,11 @@ def test_every_view_is_one_page_that_loads_nothing_from_elsewhere(client):
     for address in ("/search", "/static/app.css", "/images/0", "/nothing", "/api/search"):
         headers = client.get(address).headers
         policy = headers["content-security-policy"]
-        assert ("default-src 'none'" in policy, "frame-ancestors 'none'" in policy, "unsafe" in policy) == (1, 1, 0)
+        assert (
+            "default-src 'none'" in policy,
+            "frame-ancestors 'none'" in policy,
+            "unsafe" in policy,
+        ) == (1, 1, 0)
         assert (headers["x-content-type-options"], headers["cross-origin-resource-policy"]) == (
             "nosniff",
             "same-origin",
@@ -111,22 +127,36 @@ def test_every_view_is_one_page_that_loads_nothing_from_elsewhere(client):
 
 HOSTS = {
     200: ("127.0.0.1:8765", "localhost:1", "LOCALHOST", "[::1]:8765", "192.168.1.5:8765"),
-    421: ("evil.example", "evil.example:8765", "127.0.0.1.evil.example", "", "a b", "[::1", "localhost@x"),
+    421: (
+        "evil.example",
+        "evil.example:8765",
+        "127.0.0.1.evil.example",
+        "",
+        "a b",
+        "[::1",
+        "localhost@x",
+    ),
 }
 
 
 def test_own_names_and_addresses_in_numbers_are_answered_and_foreign_names_refused(client):
     for status, hosts in HOSTS.items():
-        assert {client.get("/search", headers={"Host": host}).status_code for host in hosts} == {status}
+        assert {client.get("/search", headers={"Host": host}).status_code for host in hosts} == {
+            status
+        }
     hosts = [("Host", "127.0.0.1:8765"), ("Host", "evil.example")]
     for headers in (hosts, hosts[::-1], [hosts[0]] * 2):  # two in one request
-        assert client.send(client.build_request("GET", "/search", headers=headers)).status_code == 421, headers
+        assert (
+            client.send(client.build_request("GET", "/search", headers=headers)).status_code == 421
+        ), headers
 
 
 def test_a_foreign_page_can_send_and_load_nothing_but_the_user_may_follow_a_link(client):
     loads = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"}
     for mode in ("no-cors", "cors", "websocket"):
-        assert client.get("/images/0", headers={**loads, "Sec-Fetch-Mode": mode}).status_code == 403, mode
+        assert (
+            client.get("/images/0", headers={**loads, "Sec-Fetch-Mode": mode}).status_code == 403
+        ), mode
     assert client.get("/api/search?text=a", headers=loads).status_code == 403
     assert client.get("/search", headers={**loads, "Sec-Fetch-Mode": "navigate"}).status_code == 200
     assert client.get("/images/0", headers={"Sec-Fetch-Site": "same-origin"}).status_code == 200
@@ -149,7 +179,9 @@ def test_a_wrong_or_huge_upload_is_refused_and_none_reaches_the_disk(client, mon
     for content, said in ((b"no image at all", "unreadable"), (png(7_100, 7_100), "too large")):
         answer = client.post("/api/images", content=content)
         assert (answer.status_code, said in answer.json()["error"]) == (422, True)
-    content = encoded(Image.fromarray(np.random.default_rng(0).integers(0, 255, (900, 900, 3), np.uint8)))
+    content = encoded(
+        Image.fromarray(np.random.default_rng(0).integers(0, 255, (900, 900, 3), np.uint8))
+    )
     assert len(content) > 1 << 20  # what Starlette's forms would put into a temporary file
     for maker in ("SpooledTemporaryFile", "NamedTemporaryFile", "mkstemp"):
         monkeypatch.setattr(f"tempfile.{maker}", None)  # a call of it fails
@@ -177,8 +209,12 @@ def ids(answer):
 def test_a_text_finds_the_hits_of_the_index_among_images_and_captions(client, state):
     tree = client.get("/api/search", params={"text": "a red circle", "count": 5}).json()
     expected = state.index.search("a red circle", k=5)
-    assert [(hit["id"], hit["captions"]) for hit in tree["hits"]] == [(hit.id, list(hit.captions)) for hit in expected]
-    assert [hit["cosine"] for hit in tree["hits"]] == pytest.approx([hit.score for hit in expected], abs=1e-6)
+    assert [(hit["id"], hit["captions"]) for hit in tree["hits"]] == [
+        (hit.id, list(hit.captions)) for hit in expected
+    ]
+    assert [hit["cosine"] for hit in tree["hits"]] == pytest.approx(
+        [hit.score for hit in expected], abs=1e-6
+    )
     assert (tree["images"], "classes" in tree) == (24, False)
     expected = state.index.search("red", template="a {} bar", over="captions", k=3)
     found = search(client, text="red", over="captions", template="a {} bar", count=3)
@@ -189,7 +225,9 @@ def test_an_image_finds_the_index_hits_and_the_balance_moves_to_the_text(client,
     vector = upload(client, draw("green", "bar"))
     found = search(client, vector=vector)
     assert ids(found) == [hit.id for hit in state.index.search(image=draw("green", "bar"), k=24)]
-    assert next(hit["cosine"] for hit in found["hits"] if hit["key"] == "green-bar.png") == pytest.approx(1, abs=1e-3)
+    assert next(
+        hit["cosine"] for hit in found["hits"] if hit["key"] == "green-bar.png"
+    ) == pytest.approx(1, abs=1e-3)
     assert ids(search(client, id=ids(found)[0]))[0] == ids(found)[0]
     by_text = search(client, text="a red circle")
     for weight, alone in ((0, found), (1, by_text)):
@@ -208,8 +246,14 @@ def test_probabilities_are_the_softmax_of_the_scaled_cosines(client, state):
     assert {row["name"]: row["probability"] for row in rows} == pytest.approx(expected, abs=1e-5)
     assert rows == sorted(rows, key=lambda row: -row["probability"])
     around, spelled = (
-        [row["cosine"] for row in search(client, id=0, classes=classes, template=template)["classes"]]
-        for classes, template in ((["bar", "circle"], "a red {}"), (["a red bar", "a red circle"], ""))
+        [
+            row["cosine"]
+            for row in search(client, id=0, classes=classes, template=template)["classes"]
+        ]
+        for classes, template in (
+            (["bar", "circle"], "a red {}"),
+            (["a red bar", "a red circle"], ""),
+        )
     )
     assert around == pytest.approx(spelled, abs=1e-6)
     assert search(client, id=0, classes=["bar", "circle"], template="imagenet")["classes"]
@@ -239,7 +283,9 @@ def test_a_wrong_search_is_answered_with_a_sentence_that_names_it(client, questi
     assert (answer.status_code, named in answer.json()["error"]) == (400, True), answer.text
 
 
-@pytest.mark.parametrize("content", [b"[]", b"\xff", b"[" * 100_000, b'{"text": "\\ud800"}', b'{"weight": NaN}'])
+@pytest.mark.parametrize(
+    "content", [b"[]", b"\xff", b"[" * 100_000, b'{"text": "\\ud800"}', b'{"weight": NaN}']
+)
 def test_what_is_no_question_is_refused(client, content):
     assert client.post("/api/search", content=content).status_code == 400
     assert client.get("/api/search?id=0&text=a&weight=nan").status_code == 400
@@ -253,11 +299,21 @@ def test_thumbnails_are_small_images_by_id(client, state, monkeypatch):
     for address, side in (("/images/4", 192), ("/images/4?large=1", 768)):
         assert Image.open(io.BytesIO(client.get(address).content)).size == (side, side)
     monkeypatch.undo()
-    for id in ("24", "-1", "x", "..%2f..%2fetc%2fpasswd", "99999999999999999999", "0.png", "24?text=red"):
+    for id in (
+        "24",
+        "-1",
+        "x",
+        "..%2f..%2fetc%2fpasswd",
+        "99999999999999999999",
+        "0.png",
+        "24?text=red",
+    ):
         assert client.get(f"/images/{id}").status_code in (400, 404), id
 
 
-def test_a_missing_image_gives_away_no_path_and_missing_captions_are_explained(model, folder, tmp_path):
+def test_a_missing_image_gives_away_no_path_and_missing_captions_are_explained(
+    model, folder, tmp_path
+):
     with ask(AppState(declip.embed(model, folder, out=tmp_path / "index"), "")) as client:
         remedies = {
             "/api/search?text=a&over=captions": "--captions",
@@ -281,7 +337,9 @@ def test_text_of_the_source_never_becomes_markup(model, tmp_path):
     index = declip.embed(model, tmp_path / "pairs.jsonl", out=tmp_path / "index", captions=True)
     with ask(AppState(index, evil)) as client:
         texts = [client.get(f"/{view}").text for view in ("search", "pairs")]
-        assert [markup for markup in ("<img src=x", "</script><img") if markup in "".join(texts)] == []
+        assert [
+            markup for markup in ("<img src=x", "</script><img") if markup in "".join(texts)
+        ] == []
         assert "&lt;img src=x" in texts[0]
         found = client.get("/api/search?text=a")
         assert found.headers["content-type"] == "application/json"

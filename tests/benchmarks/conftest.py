@@ -14,7 +14,9 @@ def scripts(monkeypatch):
         monkeypatch.syspath_prepend(str(ROOT / folder))
 
     def imported(name):
-        if getattr(sys.modules.get(name), "__file__", None) is None:  # the folder tests/search is a module too
+        if (
+            getattr(sys.modules.get(name), "__file__", None) is None
+        ):  # the folder tests/search is a module too
             monkeypatch.delitem(sys.modules, name, raising=False)
         return __import__(name)
 

@@ -9,7 +9,18 @@ import pytest
 
 
 def test_step_and_its_peer(call):
-    words = ("--tiny", "--batch-size", 4, "--repeats", 1, "--json", "--precision", "fp32", "--recipe", "clip")
+    words = (
+        "--tiny",
+        "--batch-size",
+        4,
+        "--repeats",
+        1,
+        "--json",
+        "--precision",
+        "fp32",
+        "--recipe",
+        "clip",
+    )
     whole = json.loads(call("step", *words)[1][-1])
     found = whole["measured"]["fp32"]
     muon, adamw = (found["raw_seconds"][f"clip: {name}"] for name in ("muon", "optimizer"))
@@ -45,7 +56,10 @@ def test_starting(call, scripts, monkeypatch):
 def gpu(scripts, call, tmp_path, monkeypatch):
     """Measure parts of toy towers with one loss; give the exit status and what is printed."""
     module = scripts("gpu")
-    keys, fewer = module.run_keys, {"loss_weights": {"contrastive": 1.0}, "train.optimizer": "adamw"}
+    keys, fewer = (
+        module.run_keys,
+        {"loss_weights": {"contrastive": 1.0}, "train.optimizer": "adamw"},
+    )
     fewer |= {"train.steps": 2, "train.checkpoint_every": 1, "train.batch_size": 8}
     monkeypatch.setattr(module, "RECIPES", ("clip",))
     monkeypatch.setattr(module, "run_keys", lambda *given, **train: keys(*given, **train) | fewer)
@@ -59,9 +73,24 @@ def gpu(scripts, call, tmp_path, monkeypatch):
 
 
 def test_embedding(call):
-    words = ["--towers", "builtin:lite0-minilm", "--sizes", "48x40", "--images", 3, "--repeats", 1, "--threads", 1]
+    words = [
+        "--towers",
+        "builtin:lite0-minilm",
+        "--sizes",
+        "48x40",
+        "--images",
+        3,
+        "--repeats",
+        1,
+        "--threads",
+        1,
+    ]
     rows = json.loads(call("embed", *words)[1][-1])["rows"]
-    assert [(row["what"], row["count"]) for row in rows] == [("declip", 3), ("fp32", 3), ("tower", 3)]
+    assert [(row["what"], row["count"]) for row in rows] == [
+        ("declip", 3),
+        ("fp32", 3),
+        ("tower", 3),
+    ]
     assert rows[0]["times_declip"] == 1
 
 
@@ -82,7 +111,10 @@ def test_gpu_parts_are_measured_once(gpu, call, tmp_path):
 
 def test_gpu_parts_that_compare_runs_work_on_a_cpu(gpu):
     status, printed = gpu("--only", "resume,two-processes,waits,waits-of-two")
-    assert (status, [row for part in printed.values() for row in part["rows"] if {"failed", "note"} & {*row}]) == (
+    assert (
+        status,
+        [row for part in printed.values() for row in part["rows"] if {"failed", "note"} & {*row}],
+    ) == (
         0,
         [],
     )
@@ -93,4 +125,6 @@ def test_gpu_parts_that_compare_runs_work_on_a_cpu(gpu):
 
 def test_the_functions_at_which_runs_are_killed_exist(scripts):
     moments = scripts("kills").MOMENTS
-    assert [name for name, (owner, function) in moments.items() if not hasattr(owner, function)] == []
+    assert [
+        name for name, (owner, function) in moments.items() if not hasattr(owner, function)
+    ] == []

@@ -38,7 +38,9 @@ def test_the_comparison_of_tokens_is_counted(count_cost):
 
 def test_a_second_forward_pass_costs_a_third_more(count_cost):
     once, *twice = (
-        count_cost(Recipe.model_validate(tiny_tree("unused", train={**TINY["train"], **keys})), 16).flops
+        count_cost(
+            Recipe.model_validate(tiny_tree("unused", train={**TINY["train"], **keys})), 16
+        ).flops
         for keys in ({}, {"grad_checkpointing": True}, {"grad_cache_chunk": 4})
     )
     assert [flops / once for flops in twice] == pytest.approx([4 / 3] * 2, rel=0.05)
@@ -51,4 +53,8 @@ def test_memory_grows_by_the_float32_activations_that_a_pair_saves(count_cost):
     )
     assert 0.4 < short.activations / precise.activations < 1
     model = DualEncoder.from_recipe(Recipe.model_validate(tiny_tree("unused")))
-    assert precise.states == short.states == 16 * sum(parameter.numel() for parameter in model.parameters())
+    assert (
+        precise.states
+        == short.states
+        == 16 * sum(parameter.numel() for parameter in model.parameters())
+    )

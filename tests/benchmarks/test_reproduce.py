@@ -47,13 +47,21 @@ def module(scripts, monkeypatch):
 @pytest.fixture
 def without_cost(module, monkeypatch):
     """Leave out counting the operations of a step."""
-    monkeypatch.setattr(module, "count_cost", lambda *_: SimpleNamespace(flops=1, activations=1, states=1))
+    monkeypatch.setattr(
+        module, "count_cost", lambda *_: SimpleNamespace(flops=1, activations=1, states=1)
+    )
 
 
 @pytest.mark.usefixtures("without_cost")
 def test_reproduction(module, call, tmp_path, monkeypatch):
     known = module.EXPERIMENTS["synthetic"]
-    small = {**known.keys, "train.steps": 8, "train.batch_size": 8, "train.warmup_steps": 0, "train.log_every": 1}
+    small = {
+        **known.keys,
+        "train.steps": 8,
+        "train.batch_size": 8,
+        "train.warmup_steps": 0,
+        "train.log_every": 1,
+    }
     small |= {"image.size": 32, "text.layers": 1, "text.width": 64, "text.heads": 2}
     monkeypatch.setitem(module.EXPERIMENTS, "synthetic", replace(known, keys=small, pairs=40))
     shards, out = tmp_path / "shards", tmp_path / "out"
@@ -108,7 +116,10 @@ def small(module, monkeypatch):
 @pytest.fixture
 def authors(tmp_path):
     """The authors' file: JSON lines, images in a folder of their own, one of 40 lost."""
-    rows = [{"caption": f"a photo of thing {n}", "filename": f"{n:05d}.jpg", "url": f"http://x/{n}"} for n in range(40)]
+    rows = [
+        {"caption": f"a photo of thing {n}", "filename": f"{n:05d}.jpg", "url": f"http://x/{n}"}
+        for n in range(40)
+    ]
     for number, row in enumerate(rows[1:]):
         noise(tmp_path / "images" / row["filename"], number)
     return write_rows(tmp_path / "yfcc15m_clean_open_data.json", rows)
@@ -128,7 +139,9 @@ def shards(tmp_path):
 def test_the_authors_file_is_read_with_its_columns_and_a_root(small, call, authors, tmp_path):
     words = ("yfcc15m", "--data", authors, "--check", "--out", tmp_path / "out")
     status, printed = call("reproduce", *words, "--root", tmp_path / "images")
-    assert (status, "40 pairs, the paper has 40; 2.50% of 40 broken" in printed) == (0, True), printed
+    assert (status, "40 pairs, the paper has 40; 2.50% of 40 broken" in printed) == (0, True), (
+        printed
+    )
     status, printed = call("reproduce", *words)
     assert status == 1
     assert "missing image" in printed[-1]
@@ -137,7 +150,18 @@ def test_the_authors_file_is_read_with_its_columns_and_a_root(small, call, autho
 
 def test_the_cost_is_estimated_without_a_gpu(small, call, shards, tmp_path):
     module = small
-    words = ("yfcc15m", "--data", shards, "--check", "--out", tmp_path / "out", "--gpus", 2, "--nodes", 2)
+    words = (
+        "yfcc15m",
+        "--data",
+        shards,
+        "--check",
+        "--out",
+        tmp_path / "out",
+        "--gpus",
+        2,
+        "--nodes",
+        2,
+    )
     printed = "\n".join(call("reproduce", *words, "train.steps=1000", "data.workers=2")[1])
     assert "40 pairs, the paper has 40; 0.00% of 40 broken" in printed
     (operations,) = re.findall(r"(\S+) GFLOP a pair", printed)
@@ -150,7 +174,16 @@ def test_the_cost_is_estimated_without_a_gpu(small, call, shards, tmp_path):
 @pytest.mark.usefixtures("without_cost")
 def test_a_run_ends_with_its_accuracy_beside_the_papers(small, call, authors, tmp_path):
     trees.pets(tmp_path / "sets" / "pets")
-    words = ("yfcc15m", "--data", authors, "--root", tmp_path / "images", "--out", tmp_path / "out", "--anyway")
+    words = (
+        "yfcc15m",
+        "--data",
+        authors,
+        "--root",
+        tmp_path / "images",
+        "--out",
+        tmp_path / "out",
+        "--anyway",
+    )
     words += ("train.steps=2", "train.warmup_steps=0", "train.log_every=1", "train.report_to=[]")
     small.EXPERIMENTS["yfcc15m"] = replace(small.EXPERIMENTS["yfcc15m"], pairs=50)
     printed = call("reproduce", *words)[1]
@@ -176,11 +209,22 @@ def test_several_machines_get_their_commands(small, call, shards, tmp_path):
     given = "\n".join(printed)
     assert "torchrun --nnodes 2 --nproc-per-node 2 " in given
     assert f"-m declip train {out}/recipe.yaml --out {out}/run --resume" in given
-    assert f"sbatch --nodes 2 --gpus-per-node 2 scripts/train.sbatch {out}/recipe.yaml --out {out}/run" in given
+    assert (
+        f"sbatch --nodes 2 --gpus-per-node 2 scripts/train.sbatch {out}/recipe.yaml --out {out}/run"
+        in given
+    )
 
 
 def test_make_passes_what_is_given():
-    given = ["DATA=x.json", "ROOT=images", "METHOD=clip", "BACKBONE=r50", "IMAGENET=in", "SETS=sets", "GPUS=8"]
+    given = [
+        "DATA=x.json",
+        "ROOT=images",
+        "METHOD=clip",
+        "BACKBONE=r50",
+        "IMAGENET=in",
+        "SETS=sets",
+        "GPUS=8",
+    ]
     command = ["make", "-n", "--no-print-directory", "reproduce-yfcc15m", *given]
     words = subprocess.check_output(command, cwd=ROOT, text=True).replace("\\\n", " ").split()
     given = " ".join(word.strip("'") for word in words[words.index("yfcc15m") :])
@@ -204,13 +248,17 @@ def test_the_published_numbers_of_the_page_are_those_of_the_script(scripts):
     for tower, source, *numbers in rows:
         for method, number in zip(header[2:], numbers, strict=True):
             if number:
-                found[method.lower(), {"ViT-B/32": "vitb32"}.get(tower, "r50"), "benchmark" in source] = number
+                found[
+                    method.lower(), {"ViT-B/32": "vitb32"}.get(tower, "r50"), "benchmark" in source
+                ] = number
     assert found == expected
 
 
 def test_the_anchor_on_cc3m_has_open_clips_settings(scripts):
     module = scripts("reproduce")
-    options = SimpleNamespace(method="clip", backbone="vitb32", keys=[], data="x", root=None, gpus=1, nodes=1)
+    options = SimpleNamespace(
+        method="clip", backbone="vitb32", keys=[], data="x", root=None, gpus=1, nodes=1
+    )
     recipe = module.recipe_of(options, module.EXPERIMENTS["cc3m"])
     train, view = recipe.train, recipe.views.image
     assert (train.batch_size, train.lr, train.weight_decay, train.epochs) == (1024, 0.001, 0.1, 30)
@@ -220,7 +268,16 @@ def test_the_anchor_on_cc3m_has_open_clips_settings(scripts):
 
 
 def test_a_set_without_classes_is_refused_before_training(small, call, authors, tmp_path):
-    words = ("yfcc15m", "--data", authors, "--root", tmp_path / "images", "--out", tmp_path / "out", "--check")
+    words = (
+        "yfcc15m",
+        "--data",
+        authors,
+        "--root",
+        tmp_path / "images",
+        "--out",
+        tmp_path / "out",
+        "--check",
+    )
     noise(tmp_path / "one.jpg", 1)
     table = tmp_path / "captions.csv"
     table.write_text("image,caption\none.jpg,a photo\n")

@@ -19,24 +19,53 @@ from interchange.towers import build
 def test_trains_evaluates_and_resumes(table, tmp_path, command, caplog):
     recipe, out, both = tmp_path / "mine.yaml", tmp_path / "run", tmp_path / "both.json"
     recipe.write_text(yaml.safe_dump(tiny_tree("replaced by --data", "declip")))
-    words = ["train", recipe, "train.steps=6", "--data", table, "--val", table, "--out", out, "--quiet"]
+    words = [
+        "train",
+        recipe,
+        "train.steps=6",
+        "--data",
+        table,
+        "--val",
+        table,
+        "--out",
+        out,
+        "--quiet",
+    ]
     printed = command(*words).out
     assert "48 samples" in printed
     assert str(out / "report.html") in printed, "a path is not broken into lines"
     assert (out / "report.html").is_file()
     assert command(*words, "--resume").status == 0, "a finished run is shown again"
 
-    evaluate = ["evaluate", out, "--dataset", table, "--task", "retrieval", "--batch-size", 8, "--json"]
+    evaluate = [
+        "evaluate",
+        out,
+        "--dataset",
+        table,
+        "--task",
+        "retrieval",
+        "--batch-size",
+        8,
+        "--json",
+    ]
     assert command(*evaluate, tmp_path / "result.json").status == 0
     assert f"was trained on pairs of '{table}'" in caplog.text
-    patience = ["train.patience=2", "train.evaluate_every=2", "--dry-run"]  # which need the sets of --val
+    patience = [
+        "train.patience=2",
+        "train.evaluate_every=2",
+        "--dry-run",
+    ]  # which need the sets of --val
     assert command("train", recipe, *patience, "--data", table, "--val", table).status == 0
     result = json.loads((tmp_path / "result.json").read_text())
     last = json.loads((out / "evaluations.jsonl").read_text().splitlines()[-1])
-    assert result == {"declip": declip.__version__, **{key: value for key, value in last.items() if key != "step"}}
+    assert result == {
+        "declip": declip.__version__,
+        **{key: value for key, value in last.items() if key != "step"},
+    }
 
     other = write_table(
-        tmp_path / "other.csv", [f"{table.parent}/{color}-bar.png,a {color} bar" for color in ("red", "blue")]
+        tmp_path / "other.csv",
+        [f"{table.parent}/{color}-bar.png,a {color} bar" for color in ("red", "blue")],
     )
     printed = command(*evaluate, both, "--dataset", other).out
     assert [name for name in ("shapes.jsonl", "other.csv") if name not in printed] == []
@@ -48,7 +77,9 @@ def test_trains_evaluates_and_resumes(table, tmp_path, command, caplog):
     assert "trained on" not in caplog.text
 
 
-def test_the_run_folder_has_the_name_of_the_recipe_also_in_python(table, tmp_path, monkeypatch, command):
+def test_the_run_folder_has_the_name_of_the_recipe_also_in_python(
+    table, tmp_path, monkeypatch, command
+):
     monkeypatch.chdir(tmp_path)
     tree = tiny_tree(table, "clip", name="other", train={"batch_size": 8, "steps": 1})
     Path("mine.yaml").write_text(yaml.safe_dump(tree))
@@ -66,11 +97,24 @@ def test_the_help_shows_no_type_for_flags(name, command):
 def test_held_out_sets_are_evaluated_by_what_they_have(table, tmp_path):
     both, classes = tmp_path / "both.csv", tmp_path / "classes.csv"
     images = [f"{table.parent}/{color}-bar.png" for color in ("red", "blue", "green", "black")]
-    both.write_text("image,caption,label\n" + "".join(f"{image},bar {n},{n % 2}\n" for n, image in enumerate(images)))
-    classes.write_text("image,label\n" + "".join(f"{image},{n % 2}\n" for n, image in enumerate(images)))
-    loaded = load_for_training("demo-clip", data="a [b]: c.csv", val=list(map(str, (both, classes, table))))
+    both.write_text(
+        "image,caption,label\n"
+        + "".join(f"{image},bar {n},{n % 2}\n" for n, image in enumerate(images))
+    )
+    classes.write_text(
+        "image,label\n" + "".join(f"{image},{n % 2}\n" for n, image in enumerate(images))
+    )
+    loaded = load_for_training(
+        "demo-clip", data="a [b]: c.csv", val=list(map(str, (both, classes, table)))
+    )
     recipe = HeldOutSets(loaded).assign(loaded)
-    refuses("generator is not a source", train, "demo-clip", data=(pair for pair in ()), out=tmp_path / "run")
+    refuses(
+        "generator is not a source",
+        train,
+        "demo-clip",
+        data=(pair for pair in ()),
+        out=tmp_path / "run",
+    )
     assert recipe.data.source == "a [b]: c.csv"
     assert recipe.evaluation.zero_shot == (str(both), str(classes))
     assert recipe.evaluation.retrieval == (str(both), str(table))
@@ -78,8 +122,13 @@ def test_held_out_sets_are_evaluated_by_what_they_have(table, tmp_path):
 
 
 def test_recipes_are_listed_and_shown(command):
-    assert [line.split()[0] for line in command("recipes").out.splitlines()] == declip.recipe.load.recipe_names()
-    assert yaml.safe_load(command("recipes", "show", "clip", "train.steps=7").out)["train"]["steps"] == 7
+    assert [
+        line.split()[0] for line in command("recipes").out.splitlines()
+    ] == declip.recipe.load.recipe_names()
+    assert (
+        yaml.safe_load(command("recipes", "show", "clip", "train.steps=7").out)["train"]["steps"]
+        == 7
+    )
     assert command("--version").out == f"declip {declip.__version__}\n"
 
 
@@ -93,7 +142,9 @@ def test_a_project_works_after_it_was_moved(tmp_path, monkeypatch, command):
     (project / "images").mkdir(parents=True)
     for number in range(40):
         texture(number).save(project / "images" / f"{number}.png")
-    write_table(project / "pairs.csv", [f"{number}.png,texture number {number}" for number in range(40)])
+    write_table(
+        project / "pairs.csv", [f"{number}.png,texture number {number}" for number in range(40)]
+    )
     declip.export(build("conv"), "safetensors", project / "start")
     monkeypatch.chdir(project)
     keys = {"train.steps": 4, "train.batch_size": 8, "data.workers": 0, "train.report_to": []}

@@ -22,14 +22,18 @@ from pair_features import class_pairs, pairs_of
 
 
 def held_out(found, pairs):
-    return ranks_by(found, pairs._replace(images=pairs.images.double()), torch.zeros(len(pairs.images)))
+    return ranks_by(
+        found, pairs._replace(images=pairs.images.double()), torch.zeros(len(pairs.images))
+    )
 
 
 def test_classes_alone_make_heads_that_find_images():
     nothing = Pairs(torch.empty(0, 12), torch.empty(0, 7), torch.empty(0, dtype=torch.int64))
     choice = choose_heads(nothing, np.empty(0, np.int64), class_pairs())
     assert choice.class_weight == 1
-    assert float((held_out(choice.heads, pairs_of(40)).to_text < 1).double().mean()) > 0.5  # chance: 1 of 40
+    assert (
+        float((held_out(choice.heads, pairs_of(40)).to_text < 1).double().mean()) > 0.5
+    )  # chance: 1 of 40
 
 
 def test_embeddings_stay_as_they_are_unless_their_pairs_say_otherwise():
@@ -38,7 +42,9 @@ def test_embeddings_stay_as_they_are_unless_their_pairs_say_otherwise():
     turned = torch.linalg.qr(torch.randn(12, 12, generator=generator, dtype=torch.float64)).Q
     noise = torch.randn(200, 12, generator=generator, dtype=torch.float64)
     for images, form in ((texts + noise, "start"), (texts @ turned + 0.3 * noise, "pulled")):
-        choice = choose_heads(Pairs(images, texts, torch.arange(200)), np.arange(200), embedded=True)
+        choice = choose_heads(
+            Pairs(images, texts, torch.arange(200)), np.arange(200), embedded=True
+        )
         assert choice.form.method == form
     few = Pairs(texts[:10], texts[10:20], torch.arange(10))
     assert choose_heads(few, np.arange(10), embedded=True).form.method == "start"
@@ -58,7 +64,9 @@ def test_a_start_is_changed_with_more_caution_than_the_usual_heads(monkeypatch):
 def some_ranks(to_text, to_image):
     nothing = torch.empty(0)
     owners = torch.arange(len(to_text))
-    return HeldOutRanks(owners, torch.tensor(to_text), torch.tensor(to_image), nothing, nothing, nothing)
+    return HeldOutRanks(
+        owners, torch.tensor(to_text), torch.tensor(to_image), nothing, nothing, nothing
+    )
 
 
 def test_a_gain_within_the_noise_is_not_taken():
@@ -79,10 +87,14 @@ def test_percentiles_do_not_depend_on_the_number_of_candidates():
     assert percentiles[0] == pytest.approx(percentiles[1], abs=0.015)
 
 
-@pytest.mark.parametrize(("image", "expected"), [(torch.eye(6), 1.0), (torch.zeros(6, 6), 0.5), (-torch.eye(6), 0.0)])
+@pytest.mark.parametrize(
+    ("image", "expected"), [(torch.eye(6), 1.0), (torch.zeros(6, 6), 0.5), (-torch.eye(6), 0.0)]
+)
 def test_percentiles_of_the_best_of_equal_and_of_the_worst_candidates(image, expected):
     rows = torch.eye(6)
-    pairs = Pairs(rows, torch.cat([rows, rows + 0.1]), torch.arange(6).repeat(2))  # two captions of each image
+    pairs = Pairs(
+        rows, torch.cat([rows, rows + 0.1]), torch.arange(6).repeat(2)
+    )  # two captions of each image
     outcome = ranks_by(Heads(image, torch.eye(6)), pairs, torch.zeros(6))
     assert outcome.percentiles().tolist() == pytest.approx([expected] * 6)
 
@@ -90,7 +102,9 @@ def test_percentiles_of_the_best_of_equal_and_of_the_worst_candidates(image, exp
 def test_groups_of_several_images_count_by_their_images():
     pairs = pairs_of(90, noise=2.0)
     outcome, groups = choose_heads(pairs, np.arange(90)).outcome, np.minimum(np.arange(90), 30)
-    plain = (float((outcome.to_text < 1).double().mean()) + float((outcome.to_image < 1).double().mean())) / 2
+    plain = (
+        float((outcome.to_text < 1).double().mean()) + float((outcome.to_image < 1).double().mean())
+    ) / 2
     assert outcome.recall(1, groups).value == pytest.approx(plain)
     assert outcome.percentile(groups).value == pytest.approx(float(outcome.percentiles().mean()))
 
@@ -98,17 +112,23 @@ def test_groups_of_several_images_count_by_their_images():
 def test_captions_of_one_image_weigh_as_one_in_cross_validation():
     once, folds = pairs_of(40, noise=1.0), torch.arange(40) % 5
     owners = torch.cat([torch.arange(40), torch.arange(0, 40, 5).repeat(4)])
-    often = Pairs(once.images, once.texts[owners], owners)  # every fifth image has its caption five times
+    often = Pairs(
+        once.images, once.texts[owners], owners
+    )  # every fifth image has its caption five times
     fits = []
     for pairs in (once, often):
-        (outcome,) = CrossValidation(pairs, np.arange(40), folds, None, False, 0.0).ranks((DEFAULT_FORM,))
+        (outcome,) = CrossValidation(pairs, np.arange(40), folds, None, False, 0.0).ranks(
+            (DEFAULT_FORM,)
+        )
         fits.append(outcome.fit[:40])
     torch.testing.assert_close(*fits)
 
 
 def test_meaningless_captions_leave_the_start_as_it_is():
     pairs, generator = pairs_of(100), torch.Generator().manual_seed(3)
-    meaningless = pairs._replace(texts=torch.randn(pairs.texts.shape, generator=generator, dtype=torch.float64))
+    meaningless = pairs._replace(
+        texts=torch.randn(pairs.texts.shape, generator=generator, dtype=torch.float64)
+    )
     choice = choose_heads(meaningless, np.arange(100), class_pairs())
     assert choice.form == START
     low, high = choice.outcome.percentile(np.arange(100))[1:]
@@ -128,12 +148,16 @@ def test_few_pairs_take_the_usual_heads():
         choice = choose_heads(pairs_of(count, noise=0.1), np.arange(count))
         assert (choice.form == DEFAULT_FORM) == usual
     known = class_pairs(60)
-    wrong = known._replace(texts=known.texts.flip(0))  # worse than any pairs, so the start does not stay
+    wrong = known._replace(
+        texts=known.texts.flip(0)
+    )  # worse than any pairs, so the start does not stay
     assert choose_heads(pairs_of(40, noise=0.1), np.arange(40), wrong).class_weight == 1
 
 
 def test_more_noise_needs_more_ridge_and_a_smaller_scale():
-    clear, noisy = (choose_heads(pairs_of(300, noise=noise), np.arange(300)) for noise in (0.3, 3.0))
+    clear, noisy = (
+        choose_heads(pairs_of(300, noise=noise), np.arange(300)) for noise in (0.3, 3.0)
+    )
     assert clear.form.ridge < noisy.form.ridge
     assert clear.logit_scale > noisy.logit_scale
 
@@ -205,7 +229,10 @@ def test_the_interval_contains_the_result_on_new_pairs():
 def test_a_few_large_groups_widen_the_interval():
     pairs = pairs_of(200, noise=1.0)
     outcome = choose_heads(pairs, np.arange(200)).outcome
-    even, uneven = np.arange(200) // 2, np.minimum(np.arange(200), 100)  # 100 groups of 2; 100 of 1 and one of 100
+    even, uneven = (
+        np.arange(200) // 2,
+        np.minimum(np.arange(200), 100),
+    )  # 100 groups of 2; 100 of 1 and one of 100
     for estimate in (lambda groups: outcome.recall(1, groups), outcome.percentile):
         widths = [(found := estimate(groups)).high - found.low for groups in (even, uneven)]
         assert widths[1] > 1.15 * widths[0]
@@ -243,7 +270,10 @@ def test_a_few_large_groups_have_no_curve():
 
 
 def test_ranks_equal_a_plain_loop():
-    texts, owners = torch.tensor([0, 1, 2, 2, 3, 4, 5]), torch.tensor([0, 0, 1, 2, 3, 4, 4])  # 1 and 2 share a caption
+    texts, owners = (
+        torch.tensor([0, 1, 2, 2, 3, 4, 5]),
+        torch.tensor([0, 0, 1, 2, 3, 4, 4]),
+    )  # 1 and 2 share a caption
     numbers = caption_numbers(Pairs(torch.empty(5, 1), texts[:, None].double(), owners))
     scores = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
     found = ranks.score(scores, HeldOutBlock.of(torch.arange(5), owners, numbers))
@@ -257,10 +287,15 @@ def test_ranks_equal_a_plain_loop():
 
 @pytest.mark.parametrize("count", [30, 90])  # fewer rows than columns, and more
 def test_the_largest_directions_are_the_principal_axes(count):
-    rows, weights = torch.randn(count, 40, generator=torch.Generator().manual_seed(0)), torch.linspace(0.1, 2, count)
+    rows, weights = (
+        torch.randn(count, 40, generator=torch.Generator().manual_seed(0)),
+        torch.linspace(0.1, 2, count),
+    )
     turned = rows @ largest_directions(rows, weights, 10)
     moments = torch.linalg.eigvalsh((rows * weights[:, None]).mT @ rows)[-10:]
-    torch.testing.assert_close((turned * weights[:, None]).mT @ turned, moments.diag(), atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(
+        (turned * weights[:, None]).mT @ turned, moments.diag(), atol=1e-3, rtol=1e-4
+    )
 
 
 def recall(heads, pairs):
@@ -270,12 +305,16 @@ def recall(heads, pairs):
 @pytest.mark.parametrize("posteriors", [False, True])
 def test_a_mixture_with_the_start_is_better_on_pairs_of_the_start(posteriors):
     classes, kept = class_pairs(300)._replace(posteriors=posteriors), pairs_of(100, seed=3)
-    turn = torch.linalg.qr(torch.randn(7, 7, generator=torch.Generator().manual_seed(5), dtype=torch.float64)).Q
+    turn = torch.linalg.qr(
+        torch.randn(7, 7, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    ).Q
     own = pairs_of(100, seed=1)
     own = own._replace(texts=own.texts @ turn)  # other words for the same images
     choices = mixed_choices(choose_heads(own, np.arange(100), classes), (1.0, 0.5, 0.25))
     of_kept = {alpha: recall(choice.heads, kept) for alpha, choice in choices.items()}
-    of_own = {alpha: choice.outcome.recall(1, np.arange(100)).value for alpha, choice in choices.items()}
+    of_own = {
+        alpha: choice.outcome.recall(1, np.arange(100)).value for alpha, choice in choices.items()
+    }
     assert of_kept[0.25] > of_kept[0.5] > of_kept[1] + 0.05
     assert of_own[1] > of_own[0.25]
 
@@ -285,7 +324,9 @@ def test_a_mixture_adds_the_maps_of_both_heads(weight):
     pairs, classes = pairs_of(60), class_pairs(30)
     ends = [fit_heads(pairs, classes, part, (DEFAULT_FORM,))[0] for part in (1.0, weight)]
     mixed = mix(*ends, 0.3)
-    maps = [pad(heads.image, (0, 42 - heads.image.shape[1])).mT @ heads.text for heads in (*ends, mixed)]
+    maps = [
+        pad(heads.image, (0, 42 - heads.image.shape[1])).mT @ heads.text for heads in (*ends, mixed)
+    ]
     start, end, found = (each / each.norm() for each in maps)
     expected = 0.7 * start + 0.3 * end
     torch.testing.assert_close(found, expected / expected.norm())
@@ -299,7 +340,9 @@ def test_the_out_of_fold_ranks_of_a_mixture_are_those_of_heads_without_the_fold(
     equal = []
     for fold in folds.unique():
         some, rows = (sides.nonzero().flatten() for sides in (folds != fold, folds == fold))
-        fitted, left_out = (Pairs(pairs.images[at], pairs.texts[at], torch.arange(len(at))) for at in (some, rows))
+        fitted, left_out = (
+            Pairs(pairs.images[at], pairs.texts[at], torch.arange(len(at))) for at in (some, rows)
+        )
         (heads,) = fit_heads(fitted, classes, choice.class_weight, (choice.form,))
         ranks = held_out(mix(choice.start_heads, heads, 0.5), left_out).to_text
         equal.append((found.to_text[rows] == ranks).double())

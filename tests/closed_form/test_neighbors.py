@@ -93,14 +93,18 @@ def clustered(count):
     sides = []
     for _ in range(2):
         centers = 3 * torch.randn(8, 20, generator=generator, dtype=torch.float64)
-        sides.append(centers[kinds] + torch.randn(count, 20, generator=generator, dtype=torch.float64))
+        sides.append(
+            centers[kinds] + torch.randn(count, 20, generator=generator, dtype=torch.float64)
+        )
     return Pairs(sides[0], sides[1], torch.arange(count))
 
 
 def test_neighbors_are_taken_where_they_rank_left_out_pairs_better():
     pairs, groups = clustered(80), np.arange(80)
     choice = choose_heads(pairs, groups)
-    useless = Heads(torch.randn(4, 20, dtype=torch.float64), torch.randn(4, 20, dtype=torch.float64))
+    useless = Heads(
+        torch.randn(4, 20, dtype=torch.float64), torch.randn(4, 20, dtype=torch.float64)
+    )
     found = with_neighbors(replace(choice, heads=useless, whole=None), pairs, groups, None)
     assert found.heads.neighbors is not None
     assert found.outcome.percentile(groups).value > 0.8

@@ -9,7 +9,15 @@ import torch
 from sklearn.linear_model import Ridge
 
 from declip.closed_form import solve
-from declip.closed_form.solve import DEFAULT_FORM, ClassPairs, Form, Pairs, fit_heads, regression_rows, split_product
+from declip.closed_form.solve import (
+    DEFAULT_FORM,
+    ClassPairs,
+    Form,
+    Pairs,
+    fit_heads,
+    regression_rows,
+    split_product,
+)
 from pair_features import class_pairs, features, pairs_of
 
 
@@ -30,7 +38,11 @@ def plain_ridge(x, y, share, ridge):
     def regress(source, target):
         # scikit-learn sums over rows: ε times the mean eigenvalue of the weighted covariance, trace / width.
         alpha = ridge * np.trace((source * share).T @ source) / source.shape[1]
-        return Ridge(alpha=alpha, fit_intercept=False).fit(source, target, sample_weight=share[:, 0]).coef_.T
+        return (
+            Ridge(alpha=alpha, fit_intercept=False)
+            .fit(source, target, sample_weight=share[:, 0])
+            .coef_.T
+        )
 
     return both_ways(x, y, regress)
 
@@ -39,7 +51,9 @@ def plain_cca(x, y, share, ridge):
     whiteners = []
     for side in (x, y):
         covariance = (side * share).T @ side
-        damped = covariance + ridge * np.trace(covariance) / len(covariance) * np.eye(len(covariance))
+        damped = covariance + ridge * np.trace(covariance) / len(covariance) * np.eye(
+            len(covariance)
+        )
         whiteners.append(np.real(scipy.linalg.sqrtm(np.linalg.inv(damped))))
     return whiteners[0] @ whiteners[0] @ (x * share).T @ y @ whiteners[1] @ whiteners[1]
 
@@ -48,7 +62,9 @@ def plain_pulled(x, y, share, ridge):
     def regress(source, target):
         covariance, cross = ((source * share).T @ side for side in (source, target))
         penalty, slope = ridge * np.trace(covariance) / 7, np.trace(cross) / np.trace(covariance)
-        return np.linalg.inv(covariance + penalty * np.eye(7)) @ (cross + penalty * slope * np.eye(7))
+        return np.linalg.inv(covariance + penalty * np.eye(7)) @ (
+            cross + penalty * slope * np.eye(7)
+        )
 
     return both_ways(x, y, regress)
 
@@ -65,9 +81,15 @@ def test_heads_are_those_of_scikit_learn_and_plain_algebra(method, ridge):
     x, direction = solve.centered(images, weights @ images)
     rows = solve.RegressionRows(x, texts, torch.arange(40), weights, direction)
     (heads,) = solve.closed_form_heads(rows, (Form(method, ridge),))
-    x, y, share = centered(images, weights), centered(texts, weights), (weights / weights.sum()).numpy()[:, None]
+    x, y, share = (
+        centered(images, weights),
+        centered(texts, weights),
+        (weights / weights.sum()).numpy()[:, None],
+    )
     bilinear = (heads.image.mT @ heads.text).numpy()
-    np.testing.assert_allclose(x @ bilinear @ y.T, x @ PLAIN[method](x, y, share, ridge) @ y.T, atol=1e-8)
+    np.testing.assert_allclose(
+        x @ bilinear @ y.T, x @ PLAIN[method](x, y, share, ridge) @ y.T, atol=1e-8
+    )
     if ridge == 1e9:  # the cosines of the start, up to a factor
         np.testing.assert_allclose(x @ bilinear @ y.T, x @ y.T * 2 / 7**0.5, atol=1e-6)
 
@@ -84,20 +106,35 @@ def test_class_posteriors_are_features_too(method, count):
         rest = rows.numpy() - np.outer(rows.numpy() @ direction, direction)
         return np.hstack([rest / np.linalg.norm(rest, axis=1, keepdims=True), posteriors])
 
-    own = features_of(pairs.images, scipy.special.softmax((pairs.images @ classes.rows.mT).numpy(), axis=1) ** 0.7)
+    own = features_of(
+        pairs.images, scipy.special.softmax((pairs.images @ classes.rows.mT).numpy(), axis=1) ** 0.7
+    )
     x = np.vstack([own, features_of(classes.rows - classes.rows.mean(dim=0), np.eye(count))])
     weights = torch.tensor([1.0] * 8 + [0.5] * count, dtype=torch.float64)
-    y, share = centered(torch.cat([pairs.texts, classes.texts]), weights), (weights / weights.sum()).numpy()[:, None]
+    y, share = (
+        centered(torch.cat([pairs.texts, classes.texts]), weights),
+        (weights / weights.sum()).numpy()[:, None],
+    )
     bilinear = (heads.image.mT @ heads.text).numpy()
     np.testing.assert_allclose(heads.classifier.features(pairs.images).numpy(), own)
-    np.testing.assert_allclose(own @ bilinear @ y.T, own @ PLAIN[method](x, y, share, 0.3) @ y.T, atol=1e-8)
+    np.testing.assert_allclose(
+        own @ bilinear @ y.T, own @ PLAIN[method](x, y, share, 0.3) @ y.T, atol=1e-8
+    )
 
 
 def test_neither_classes_of_no_weight_nor_thousands_have_posteriors():
     pairs, classes = pairs_of(8), class_pairs(3)
-    many = ClassPairs(*(part.repeat(800, *[1] * (part.ndim - 1)) for part in classes[:3]), classes.mean)
-    given = ((classes, 0.0), (many._replace(owners=torch.arange(2400)), 1.0), (classes._replace(posteriors=False), 1.0))
-    assert [regression_rows(pairs, each, weight).images.shape[1] for each, weight in given] == [12] * 3
+    many = ClassPairs(
+        *(part.repeat(800, *[1] * (part.ndim - 1)) for part in classes[:3]), classes.mean
+    )
+    given = (
+        (classes, 0.0),
+        (many._replace(owners=torch.arange(2400)), 1.0),
+        (classes._replace(posteriors=False), 1.0),
+    )
+    assert [regression_rows(pairs, each, weight).images.shape[1] for each, weight in given] == [
+        12
+    ] * 3
 
 
 @pytest.mark.parametrize("shape", [(9, 5), (5, 9), (6, 6)])
@@ -122,7 +159,9 @@ def test_an_image_counts_once_however_many_captions_it_has():
 def test_a_class_counts_once_however_many_texts_it_has():
     classes = class_pairs(5)
     owners = torch.tensor([0, 0, 0, 1, 2, 3, 4])
-    rows = regression_rows(pairs_of(8), classes._replace(texts=classes.texts[owners], owners=owners), 0.5)
+    rows = regression_rows(
+        pairs_of(8), classes._replace(texts=classes.texts[owners], owners=owners), 0.5
+    )
     assert torch.bincount(owners, rows.weights[8:]).tolist() == pytest.approx([0.5] * 5)
 
 
@@ -135,16 +174,23 @@ def test_directions_of_the_means_are_ignored():
 
 def test_a_ridge_refers_to_all_directions_of_features_with_fewer_columns():
     images, texts = features(6)
-    basis, products = torch.linalg.qr(images.mT).Q, []  # (12, 6), all directions that the images have
+    basis, products = (
+        torch.linalg.qr(images.mT).Q,
+        [],
+    )  # (12, 6), all directions that the images have
     for x, widths in ((images, None), (images @ basis, (12, 7))):
         moments = solve.moments(x, texts, torch.arange(6), torch.ones(6).double())
         axes, maps = solve.solve(moments, (DEFAULT_FORM,), widths)
-        left, right = (side @ own @ head.mT for side, own, head in zip((x, texts), axes, maps[0], strict=True))
+        left, right = (
+            side @ own @ head.mT for side, own, head in zip((x, texts), axes, maps[0], strict=True)
+        )
         products.append(left @ right.mT)
     torch.testing.assert_close(*products)
 
 
-@pytest.mark.parametrize("features", [torch.ones, torch.eye])  # a mean that is rounded, and one that is exact
+@pytest.mark.parametrize(
+    "features", [torch.ones, torch.eye]
+)  # a mean that is rounded, and one that is exact
 def test_features_without_variance_give_finite_heads(features):
     pairs = Pairs(features(1, 12).expand(5, -1), features(1, 7).expand(5, -1), torch.arange(5))
     (heads,) = fit_heads(pairs, None, 0.0, (DEFAULT_FORM,))

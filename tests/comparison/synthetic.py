@@ -27,7 +27,11 @@ def score(trial):
 
 def outcome(plan, value=score, done=lambda trial: True, retrieval=False, **more):
     """Every finished run, each evaluated on 400 images of 200 classes."""
-    rows = {trial.id: row(plan, trial, value(trial), retrieval) for trial in plan.trials() if done(trial)}
+    rows = {
+        trial.id: row(plan, trial, value(trial), retrieval)
+        for trial in plan.trials()
+        if done(trial)
+    }
     return Outcome(plan, rows, **more)
 
 
@@ -35,8 +39,13 @@ def row(plan, trial, top1, retrieval):
     results = [ZeroShotResult("test", 400, 200, top1, min(1.0, top1 + 0.1), top1).to_dict()]
     if retrieval:
         recalls = (
-            RecallAtK(400, 400, top1 + more, 1.0, 1.0, 1 / 400, 5 / 400, 10 / 400, 1.0) for more in (-0.02, 0.02)
+            RecallAtK(400, 400, top1 + more, 1.0, 1.0, 1 / 400, 5 / 400, 10 / 400, 1.0)
+            for more in (-0.02, 0.02)
         )
         results.append(RetrievalResult("test", 400, 400, *recalls).to_dict())
-    cost = {"seconds": 60.0 if trial.variant == "clip" else 120.0, "device": "cpu", "versions": VERSIONS}
+    cost = {
+        "seconds": 60.0 if trial.variant == "clip" else 120.0,
+        "device": "cpu",
+        "versions": VERSIONS,
+    }
     return {**asdict(trial), **cost, "results": results}

@@ -39,7 +39,11 @@ def tiny(recipes, table, out, **more):
 
 
 def test_every_run_is_what_declip_train_gives(recipes, table, tmp_path):
-    patience = {"train.patience": 2, "train.evaluate_every": 2, "evaluation.retrieval": [str(table)]}  # of no effect
+    patience = {
+        "train.patience": 2,
+        "train.evaluate_every": 2,
+        "evaluation.retrieval": [str(table)],
+    }  # of no effect
     outcome = tiny(recipes, table, tmp_path / "out", pairs=(16,), overrides=patience)
     assert outcome.complete
     refuses("no comparison", read_outcome, tmp_path)
@@ -51,7 +55,9 @@ def test_every_run_is_what_declip_train_gives(recipes, table, tmp_path):
     assert (row["loss"], row["samples"]) == (alone.metrics[-1]["loss"], 8 * 8)
     (measure,) = outcome.facts
     assert measure == f"{table}: R@1"
-    assert outcome.curves()[measure]["clip"].values[0] == (by_measure(alone.results)[measure].headline.value,)
+    assert outcome.curves()[measure]["clip"].values[0] == (
+        by_measure(alone.results)[measure].headline.value,
+    )
     kept = {path.name for path in folder_of(tmp_path / "out", outcome.study.trials()[0]).iterdir()}
     assert {"result.json", "recipe.yaml", "metrics.jsonl", "checkpoints"} - kept == {"checkpoints"}
 
@@ -64,7 +70,10 @@ def test_few_shot_is_compared_at_each_number_of_shots(recipes, table, tmp_path):
     colors = f"folder:{tmp_path / 'colors'}"
     options = {"pairs": (8,), "datasets": [colors], "tasks": ["few-shot"]}
     outcome = tiny({"clip": recipes["clip"]}, table, tmp_path / "out", **options, shots=[3, 1])
-    assert [name.removeprefix(colors) for name in outcome.facts] == [": 1 shot, top-1", ": 3 shots, top-1"]
+    assert [name.removeprefix(colors) for name in outcome.facts] == [
+        ": 1 shot, top-1",
+        ": 3 shots, top-1",
+    ]
     says = r"shots was \(1, 3\), now \(1,\)"
     refuses(says, tiny, {"clip": recipes["clip"]}, table, tmp_path / "out", **options, shots=1)
 
@@ -75,13 +84,19 @@ def test_it_continues_with_what_is_missing_only(recipes, table, tmp_path, monkey
     recipes = {"clip": recipes["clip"]}
     first = tiny(recipes, table, tmp_path / "out")
     study = read_study(tmp_path / "out")
-    lost, kept = (folder_of(tmp_path / "out", trial) / "result.json" for trial in study.trials()[:2])
+    lost, kept = (
+        folder_of(tmp_path / "out", trial) / "result.json" for trial in study.trials()[:2]
+    )
     written = kept.stat().st_mtime_ns
     lost.unlink()
     assert not read_outcome(tmp_path / "out").complete
     again = tiny(recipes, table, Path("~/out"))
     assert lost.is_file()
-    assert (again.complete, [*again.facts], kept.stat().st_mtime_ns) == (True, [*first.facts], written)
+    assert (again.complete, [*again.facts], kept.stat().st_mtime_ns) == (
+        True,
+        [*first.facts],
+        written,
+    )
     more = tiny(recipes, table, tmp_path / "out", pairs=(16,), seeds=2)
     assert (more.study.pairs, more.study.seeds, len(more.rows)) == ((8, 16), (0, 1), 4)
     (tmp_path / "moved").mkdir()
@@ -89,30 +104,57 @@ def test_it_continues_with_what_is_missing_only(recipes, table, tmp_path, monkey
     assert tiny(moved, table, tmp_path / "out", pairs=(16,), seeds=2).complete
 
 
-def test_a_recipe_edited_between_two_calls_is_not_averaged_with_its_earlier_self(recipes, table, tmp_path):
+def test_a_recipe_edited_between_two_calls_is_not_averaged_with_its_earlier_self(
+    recipes, table, tmp_path
+):
     recipes = {"clip": recipes["clip"]}
     tiny(recipes, table, tmp_path / "out", pairs=(8,))
     text = Path(recipes["clip"]).read_text(encoding="utf-8")
-    Path(recipes["clip"]).write_text(text.replace("warmup_steps: 2", "warmup_steps: 3"), encoding="utf-8")
-    refuses(r"clip: train\.warmup_steps was 2, now 3", tiny, recipes, table, tmp_path / "out", pairs=(8,), seeds=2)
+    Path(recipes["clip"]).write_text(
+        text.replace("warmup_steps: 2", "warmup_steps: 3"), encoding="utf-8"
+    )
+    refuses(
+        r"clip: train\.warmup_steps was 2, now 3",
+        tiny,
+        recipes,
+        table,
+        tmp_path / "out",
+        pairs=(8,),
+        seeds=2,
+    )
     study = read_study(tmp_path / "out")
     assert study.seeds == (0,)
     # Nor does a worker that is still there run it.
-    refuses(r"train\.warmup_steps", run_trial, study, replace(study.trials()[0], seed=1), tmp_path / "out")
+    refuses(
+        r"train\.warmup_steps",
+        run_trial,
+        study,
+        replace(study.trials()[0], seed=1),
+        tmp_path / "out",
+    )
 
 
 def test_recipes_whose_runs_would_share_folders_are_refused(recipes, table, tmp_path):
-    first, second = ({name: str(shutil.copy(recipes["clip"], tmp_path / name))} for name in ("a b.yaml", "a-b.yaml"))
+    first, second = (
+        {name: str(shutil.copy(recipes["clip"], tmp_path / name))}
+        for name in ("a b.yaml", "a-b.yaml")
+    )
     refuses("Rename one", tiny, {**first, **second}, table, tmp_path / "both")
     comparing.open_folder(_study(first, table), tmp_path / "out")
     refuses("Rename one", comparing.open_folder, _study(second, table), tmp_path / "out")
 
 
-def test_a_run_that_fails_leaves_its_reason_and_does_not_end_the_others(recipes, table, tmp_path, monkeypatch):
+def test_a_run_that_fails_leaves_its_reason_and_does_not_end_the_others(
+    recipes, table, tmp_path, monkeypatch
+):
     out = tmp_path / "out"
 
     def fail(study, trial, folder):
-        raise UserError("The loss is not finite.") if trial.variant == "clip" else ZeroDivisionError("a bug")
+        raise (
+            UserError("The loss is not finite.")
+            if trial.variant == "clip"
+            else ZeroDivisionError("a bug")
+        )
 
     monkeypatch.setattr(comparing, "run_trial", fail)
     outcome = tiny(recipes, table, out, pairs=(8,))
@@ -131,7 +173,9 @@ def _rows_logged(out):
 
 
 def _compare_in_a_terminal(*given, **options):
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are deaf to it
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell's background jobs are deaf to it
     tiny(*given, **options)
 
 
@@ -142,7 +186,9 @@ def test_stopped_and_killed_it_ends_as_if_it_had_gone_through(recipes, table, tm
     fork = multiprocessing.get_context("fork")
     for number in (signal.SIGINT, signal.SIGKILL):  # the first saves the running trial
         logged = _rows_logged(out)
-        other = fork.Process(target=_compare_in_a_terminal, args=(recipes, table, out), kwargs=options)
+        other = fork.Process(
+            target=_compare_in_a_terminal, args=(recipes, table, out), kwargs=options
+        )
         other.start()
         while _rows_logged(out) <= logged and other.is_alive():
             time.sleep(0.02)
@@ -151,14 +197,18 @@ def test_stopped_and_killed_it_ends_as_if_it_had_gone_through(recipes, table, tm
             other.join()
             assert (other.exitcode, read_outcome(out).complete) == (0, False)
             assert list(out.glob("runs/*/checkpoints/step-*"))
-    found = tiny(recipes, table, out, **options)  # waits for the killed process, and continues its trial
+    found = tiny(
+        recipes, table, out, **options
+    )  # waits for the killed process, and continues its trial
     other.join()
     assert (other.exitcode, found.complete) == (-signal.SIGKILL, True)
     (row,), (expected,) = found.rows.values(), whole.rows.values()
     assert (row["loss"], row["results"]) == (expected["loss"], expected["results"])
 
 
-def test_at_equal_compute_steps_are_inverse_to_the_measured_seconds_and_stay(recipes, table, tmp_path, monkeypatch):
+def test_at_equal_compute_steps_are_inverse_to_the_measured_seconds_and_stay(
+    recipes, table, tmp_path, monkeypatch
+):
     seconds, timed = {"clip": 0.1, "declip": 0.25, "slow-clip": 0.4}, []
 
     def step_seconds(parts, warm, count):
@@ -175,7 +225,10 @@ def test_at_equal_compute_steps_are_inverse_to_the_measured_seconds_and_stay(rec
     seconds["clip"] *= 2
     again = tiny(recipes, table, tmp_path / "out", seeds=2, **options)
     assert len(timed) == 2 * comparing.ROUNDS
-    assert {(row["variant"], row["steps"]) for row in again.rows.values()} == {("clip", 8), ("declip", 3)}
+    assert {(row["variant"], row["steps"]) for row in again.rows.values()} == {
+        ("clip", 8),
+        ("declip", 3),
+    }
     recipes["slow-clip"] = str(shutil.copy(recipes["clip"], tmp_path / "slow-clip.yaml"))
     study = comparing.open_folder(_study(recipes, table, budget="compute"), tmp_path / "out")
     assert timed[2 * comparing.ROUNDS :] == ["clip", "slow-clip"] * comparing.ROUNDS
@@ -204,7 +257,9 @@ def test_two_processes_share_the_runs(recipes, table, tmp_path):
     options = {"overrides": {"train.steps": 4}, "seeds": 2}
     alone, out = tiny(recipes, table, tmp_path / "alone", **options), tmp_path / "out"
     fork = multiprocessing.get_context("fork")
-    both = [fork.Process(target=_sharing, args=(name, recipes, table, out, options)) for name in "ab"]
+    both = [
+        fork.Process(target=_sharing, args=(name, recipes, table, out, options)) for name in "ab"
+    ]
     for process in both:
         process.start()
     for process in both:
@@ -215,11 +270,15 @@ def test_two_processes_share_the_runs(recipes, table, tmp_path):
     assert sorted(ran[0] + ran[1]) == sorted(alone.rows)
     rows = read_outcome(out).rows
     assert rows.keys() == alone.rows.keys()
-    assert all(row[key] == alone.rows[id][key] for id, row in rows.items() for key in ("loss", "results"))
+    assert all(
+        row[key] == alone.rows[id][key] for id, row in rows.items() for key in ("loss", "results")
+    )
 
 
 def _study(recipes, table, **more):
-    return Study.of(list(recipes.values()), [8], [0], datasets=[str(table)], tasks=["retrieval"], **more)
+    return Study.of(
+        list(recipes.values()), [8], [0], datasets=[str(table)], tasks=["retrieval"], **more
+    )
 
 
 @pytest.mark.parametrize(
@@ -235,12 +294,16 @@ def _study(recipes, table, **more):
         ({"overrides": {"train.epochs": 2}}, "'clip'.*train.epochs.*train.steps"),
     ],
 )
-def test_what_cannot_be_compared_is_refused_before_anything_is_made(options, message, recipes, table, tmp_path):
+def test_what_cannot_be_compared_is_refused_before_anything_is_made(
+    options, message, recipes, table, tmp_path
+):
     refuses(message, tiny, recipes, table, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
 
 
-def test_each_recipe_gets_its_best_value_and_an_edge_is_warned_of(recipes, table, rows, tmp_path, caplog):
+def test_each_recipe_gets_its_best_value_and_an_edge_is_warned_of(
+    recipes, table, rows, tmp_path, caplog
+):
     validation = write_rows(tmp_path / "validation.jsonl", rows[:12])
     options = {"pairs": (16,), "tune": "train.lr=0.0001,0.01", "tune_on": str(validation)}
     outcome = tiny(recipes, table, tmp_path / "out", **options)
@@ -253,4 +316,11 @@ def test_each_recipe_gets_its_best_value_and_an_edge_is_warned_of(recipes, table
     assert caplog.text.count("lies at the edge of the grid") == 2
     refuses("test set", tiny, recipes, table, tmp_path / "b", **{**options, "tune_on": str(table)})
     refuses("--tune-on", tiny, recipes, table, tmp_path / "b", **{**options, "tune_on": None})
-    refuses("two or more values", tiny, recipes, table, tmp_path / "b", **{**options, "tune": "train.lr=1"})
+    refuses(
+        "two or more values",
+        tiny,
+        recipes,
+        table,
+        tmp_path / "b",
+        **{**options, "tune": "train.lr=1"},
+    )

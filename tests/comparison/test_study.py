@@ -59,7 +59,10 @@ def test_a_later_call_may_add_variants_pairs_and_seeds_and_keeps_what_was_measur
         ({"datasets": ("other",)}, "datasets was.*builtin:emoji-test.*now.*other"),
         ({"budget": "compute"}, "budget was samples, now compute"),
         ({"variants": (Variant.of("clip", {"seed": 3}),)}, "clip: seed was 0, now 3"),
-        ({"variants": (Variant.of("declip", {"train.steps": 50}),)}, "declip: train.steps was 100, now 50"),
+        (
+            {"variants": (Variant.of("declip", {"train.steps": 50}),)},
+            "declip: train.steps was 100, now 50",
+        ),
     ],
 )
 def test_a_later_call_for_something_else_is_refused(change, named, tmp_path):
@@ -68,7 +71,11 @@ def test_a_later_call_for_something_else_is_refused(change, named, tmp_path):
 
 
 def test_numbers_of_pairs():
-    assert [read_counts(text) for text in ("1k,4K", "500, 2.5k,500", "1m")] == [(1000, 4000), (500, 2500), (1_000_000,)]
+    assert [read_counts(text) for text in ("1k,4K", "500, 2.5k,500", "1m")] == [
+        (1000, 4000),
+        (500, 2500),
+        (1_000_000,),
+    ]
     for text in ("", "1k,", "many", "-5", "0", "1g"):
         refuses("is not a number of pairs", read_counts, text)
 
@@ -93,7 +100,9 @@ def test_a_curve_shifted_by_log_pairs_gives_its_shift():
     assert found.mean == pytest.approx(2)
     assert (found.low, found.high) == pytest.approx((2, 2))
     inverse = factor(b, a)
-    assert (inverse.at[-1].needed, inverse.at[-1].outside) == (None, "above"), "nothing is extrapolated"
+    assert (inverse.at[-1].needed, inverse.at[-1].outside) == (None, "above"), (
+        "nothing is extrapolated"
+    )
     assert inverse.mean == pytest.approx(0.5)
     assert factor(_numbered((), ()), b).mean is None, "nothing is done yet"
     nothing = factor(_curve([0.6, 0.7, 0.8, 0.9]), b)
@@ -108,7 +117,10 @@ def test_between_two_sizes_it_is_linear_in_log_pairs():
     assert pairs_needed(PAIRS, means, 0.09) == (None, "below")
     assert pairs_needed(PAIRS, means, 0.41) == (None, "above")
     # A dip is made monotone: 0.3 and 0.2 pool to 0.25.
-    assert pairs_needed(PAIRS, np.array([0.1, 0.3, 0.2, 0.4]), 0.25) == (pytest.approx(2000 * sqrt(2)), "")
+    assert pairs_needed(PAIRS, np.array([0.1, 0.3, 0.2, 0.4]), 0.25) == (
+        pytest.approx(2000 * sqrt(2)),
+        "",
+    )
 
 
 def test_a_score_above_the_smoothed_curve_that_was_reached_is_inside():
@@ -128,7 +140,9 @@ def test_overlap_is_of_intervals_at_the_same_number_of_pairs():
     assert not factor(a, _numbered((1000,), ((0.2,),))).overlapping, "one seed has no interval"
 
 
-@pytest.mark.parametrize("means", [[0.2, 0.19, 0.3, 0.4], [0.1, 0.3, 0.2, 0.4], [0.2] * 4, [0.4, 0.3, 0.2, 0.1]])
+@pytest.mark.parametrize(
+    "means", [[0.2, 0.19, 0.3, 0.4], [0.1, 0.3, 0.2, 0.4], [0.2] * 4, [0.4, 0.3, 0.2, 0.1]]
+)
 def test_a_recipe_needs_as_many_pairs_as_itself_also_where_more_pairs_were_worse(means):
     curve = _curve(means, 0.01)
     found = factor(curve, curve)
@@ -151,12 +165,18 @@ def test_seeds_are_paired_and_those_that_differ_give_no_interval():
     found = factor(_curve([0.2, 0.3, 0.4, 0.5], 0.03), _curve([0.1, 0.2, 0.3, 0.4], 0.03))
     assert (found.low, found.high) == pytest.approx((2, 2))
     a = curve_of({pairs: dict.fromkeys((0, 1), 0.1 * place) for place, pairs in enumerate(PAIRS)})
-    for rows in ({1000: {0: 0.05, 1: 0.06}, 2000: {0: 0.15}}, {1000: {0: 0.05, 2: 0.06}}, {1000: {0: 0.05}}):
+    for rows in (
+        {1000: {0: 0.05, 1: 0.06}, 2000: {0: 0.15}},
+        {1000: {0: 0.05, 2: 0.06}},
+        {1000: {0: 0.05}},
+    ):
         found = factor(a, curve_of(rows))
         assert (found.mean is None, found.low) == (False, None)
 
 
-@pytest.mark.parametrize(("sizes", "seeds"), [((1000, 4000), 2), ((1000, 4000), 3), ((500, 1000, 2000, 4000, 8000), 3)])
+@pytest.mark.parametrize(
+    ("sizes", "seeds"), [((1000, 4000), 2), ((1000, 4000), 3), ((500, 1000, 2000, 4000, 8000), 3)]
+)
 def test_the_interval_holds_the_truth_as_often_as_it_says(sizes, seeds):
     # Two equal variants, a gain of 3 points a doubling, seeds that move each run by 1.5 points, half of it alike for
     # both. The first is the plan of README. 400 comparisons: 95 % have a standard error of 1.1 points.
@@ -165,7 +185,9 @@ def test_the_interval_holds_the_truth_as_often_as_it_says(sizes, seeds):
     held = []
     for _ in range(400):
         shared, *own = 0.015 * sqrt(0.5) * generator.normal(size=(3, len(sizes), seeds))
-        found = factor(*(_numbered(sizes, tuple(map(tuple, truth + shared + each))) for each in own))
+        found = factor(
+            *(_numbered(sizes, tuple(map(tuple, truth + shared + each))) for each in own)
+        )
         if found.low is not None and found.high is not None:
             held.append(found.low <= 1 <= found.high)
     assert len(held) > 266
@@ -177,4 +199,6 @@ def test_intervals_of_a_curve_are_student_t_and_sizes_rise():
     curve = _numbered((10,), ((1.0, 2.0, 3.0),))
     assert curve.half_widths == pytest.approx([2.48414], abs=1e-4)
     assert np.isnan(_numbered((10,), ((1.0,),)).half_widths).all()
-    assert curve_of({4: {0: 0.2}, 1: {0: 0.1}}) == EfficiencyCurve((1, 4), ((0.1,), (0.2,)), ((0,), (0,)))
+    assert curve_of({4: {0: 0.2}, 1: {0: 0.1}}) == EfficiencyCurve(
+        (1, 4), ((0.1,), (0.2,)), ((0,), (0,))
+    )

@@ -23,7 +23,9 @@ from declip.recipe.schema import ImageView, TextView
 def scene(width=150, height=101, seed=0):
     """Smooth colors with some grain, as a photograph has them."""
     generator = np.random.default_rng(seed)
-    coarse = Image.fromarray(generator.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize((width, height), 3)
+    coarse = Image.fromarray(generator.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize(
+        (width, height), 3
+    )
     grain = generator.normal(0, 4, (height, width, 3))
     return Image.fromarray((np.asarray(coarse) + grain).clip(0, 255).astype(np.uint8))
 
@@ -43,7 +45,10 @@ class Noise(PairSource):
         return self.count
 
     def captions(self, index):
-        return tuple(f"{index} {word} of a small dog under the green tree by night" for word in ("photo", "sketch"))
+        return tuple(
+            f"{index} {word} of a small dog under the green tree by night"
+            for word in ("photo", "sketch")
+        )
 
     def __getitem__(self, index):
         if index in self.broken:
@@ -62,7 +67,10 @@ class Words:
         self.context, self.word_of = context, {}
 
     def encode(self, text):
-        ids = [1 + sum(31**place * ord(c) for place, c in enumerate(word)) % 4999 for word in text.split()]
+        ids = [
+            1 + sum(31**place * ord(c) for place, c in enumerate(word)) % 4999
+            for word in text.split()
+        ]
         self.word_of |= dict(zip(ids, text.split(), strict=True))
         return [self.start, *ids[: self.context - 2], self.end]
 
@@ -71,15 +79,27 @@ class Words:
 
 
 def make_loader(
-    source=None, *, size=12, context=32, mask=0.15, whole_context=False, interpolation="bicubic", **options
+    source=None,
+    *,
+    size=12,
+    context=32,
+    mask=0.15,
+    whole_context=False,
+    interpolation="bicubic",
+    **options,
 ):
     """A loader of two views; options go to `TextView`, the loader and the assembler."""
     text = {name: options.pop(name) for name in TextView.model_fields.keys() & options}
     specs = tuple(ViewSpec(name, size, ImageView(), interpolation) for name in ("first", "second"))
     plan = Plan(specs, 2, TextView(**text), mask, whole_context, (0.5,) * 3, (0.25,) * 3)
     plan = replace(plan, duplicates=options.pop("duplicates", False))
-    loading = {name: options.pop(name) for name in {"start_step", "workers", "max_broken_fraction"} & options.keys()}
-    assembler = Assembler(source or Noise(), Words(context), plan, **({"batch_size": 6, "seed": 3} | options))
+    loading = {
+        name: options.pop(name)
+        for name in {"start_step", "workers", "max_broken_fraction"} & options.keys()
+    }
+    assembler = Assembler(
+        source or Noise(), Words(context), plan, **({"batch_size": 6, "seed": 3} | options)
+    )
     return PairLoader(assembler, **loading)
 
 
@@ -89,12 +109,18 @@ KINDS = ["jsonl", "csv", "tsv", "parquet"]
 def write(path, rows, names=("image", "caption")):
     """Write rows in the format of the path's extension."""
     if path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(dict(zip(names, row, strict=True))) + "\n" for row in rows))
+        path.write_text(
+            "".join(json.dumps(dict(zip(names, row, strict=True))) + "\n" for row in rows)
+        )
     elif path.suffix == ".parquet":
-        pq.write_table(pa.table({name: [row[place] for row in rows] for place, name in enumerate(names)}), path)
+        pq.write_table(
+            pa.table({name: [row[place] for row in rows] for place, name in enumerate(names)}), path
+        )
     else:
         with path.open("w", newline="") as file:
-            csv.writer(file, delimiter="," if path.suffix == ".csv" else "\t").writerows([names, *rows])
+            csv.writer(file, delimiter="," if path.suffix == ".csv" else "\t").writerows(
+                [names, *rows]
+            )
     return path
 
 
@@ -142,6 +168,8 @@ def write_shards(folder, sizes):
     """Shards 00000.tar and so on with so many pairs, numbered through."""
     first = 0
     for shard, size in enumerate(sizes):
-        write_tar(folder / f"{shard:05d}.tar", [m for n in range(first, first + size) for m in pair(n)])
+        write_tar(
+            folder / f"{shard:05d}.tar", [m for n in range(first, first + size) for m in pair(n)]
+        )
         first += size
     return folder

@@ -29,7 +29,9 @@ def test_moving_takes_every_tensor_and_leaves_the_plan_of_the_work_on_the_host()
     labels[0, 2] = labels[2, 5] = 7
     lengths = torch.tensor([[4, 8, 6], [4, 3, 6]])
     raw = View(torch.zeros(3, 3, 4, 4, dtype=torch.uint8), pack_photometric([PLAIN] * 3))
-    batch = PairBatch(**parts(views={"first": raw}, labels=labels, lengths=lengths), skipped=[broken])
+    batch = PairBatch(
+        **parts(views={"first": raw}, labels=labels, lengths=lengths), skipped=[broken]
+    )
     assert batch.mask_positions is None
     moved = batch.to("meta")
     for name in ("texts", "masked", "labels", "sample_ids", "mask_positions"):
@@ -40,7 +42,11 @@ def test_moving_takes_every_tensor_and_leaves_the_plan_of_the_work_on_the_host()
     assert moved.lengths is lengths
     assert moved.skipped == [broken]
     part = batch.to("cpu").rows(1, 3)
-    assert (part.lengths.tolist(), part.mask_positions, part.skipped) == ([[8, 6], [3, 6]], None, [])
+    assert (part.lengths.tolist(), part.mask_positions, part.skipped) == (
+        [[8, 6], [3, 6]],
+        None,
+        [],
+    )
     assert part.to("cpu").mask_positions.tolist() == [13]
     assert len(part.views["first"].photometric) == 2
 

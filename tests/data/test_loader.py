@@ -40,7 +40,9 @@ def test_views_are_cropped_with_the_interpolation_of_their_plan():
     loaders = [make(interpolation=how) for how in ("bicubic", "bilinear")]
     cubic, linear = (first_of(loader, 1)[0].views["first"].pixels for loader in loaders)
     assert not torch.equal(cubic, linear)
-    assert (cubic.float().std() > linear.float().std()).item(), "the filter with negative lobes keeps more contrast"
+    assert (cubic.float().std() > linear.float().std()).item(), (
+        "the filter with negative lobes keeps more contrast"
+    )
 
 
 def content(batch):
@@ -63,7 +65,9 @@ def assert_same(given, expected):
 SOURCES = {
     "pairs": lambda _: Noise(broken={4: "missing image", 11: "truncated image"}),
     "shards": ShardSource,
-    "joined": lambda at: Joined([ShardSource(f"{at}/{name}.tar") for name in ("{00000..00002}", "00003", "00003")]),
+    "joined": lambda at: Joined(
+        [ShardSource(f"{at}/{name}.tar") for name in ("{00000..00002}", "00003", "00003")]
+    ),
     "part": lambda at: take(ShardSource(at), 13, seed=0),
 }
 
@@ -76,10 +80,15 @@ def test_any_number_of_workers_and_any_start_give_the_same_batches(shard_folder,
     source, options = SOURCES[kind](str(shard_folder)), {"batch_size": 4, "shuffle_buffer": buffer}
     alone = make(source, **options, max_broken_fraction=1.0)
     whole = first_of(alone, 10)
-    assert len({tag for batch in whole for tag in batch.sample_ids.tolist()}) == 40 - alone.skipped.total
+    assert (
+        len({tag for batch in whole for tag in batch.sample_ids.tolist()})
+        == 40 - alone.skipped.total
+    )
     assert (kind == "pairs") == (alone.skipped.total > 0)
     for start, workers in ((5, 0), (2, 3)):
-        again = make(pickle.loads(pickle.dumps(source)), start_step=start, workers=workers, **options)
+        again = make(
+            pickle.loads(pickle.dumps(source)), start_step=start, workers=workers, **options
+        )
         assert_same(first_of(again, 10 - start), whole[start:])
         assert again.step == 10
 
@@ -90,17 +99,27 @@ def test_a_pair_is_drawn_again_each_epoch_and_by_each_seed():
     for other in (second, third):
         rows = [(batch.sample_ids % PAIRS).argsort() for batch in (first, other)]
         for name in ("first", "second"):
-            one, two = (batch.views[name].pixels[row] for batch, row in zip((first, other), rows, strict=True))
+            one, two = (
+                batch.views[name].pixels[row]
+                for batch, row in zip((first, other), rows, strict=True)
+            )
             assert (one != two).flatten(1).any(-1).float().mean() > 0.9
-            hues = [b.views[name].photometric[row, 3] for b, row in zip((first, other), rows, strict=True)]
+            hues = [
+                b.views[name].photometric[row, 3]
+                for b, row in zip((first, other), rows, strict=True)
+            ]
             assert (hues[0] != hues[1]).all()
         assert (first.masked[rows[0]] != other.masked[rows[1]]).any()
     both = [first.views[name].pixels for name in ("first", "second")]
     assert (both[0] != both[1]).flatten(1).any(-1).float().mean() > 0.9
 
 
-@pytest.mark.parametrize(("words", "context", "length"), [(6, 32, 8), (7, 32, 16), (15, 32, 24), (15, 9, 9)])
-def test_all_texts_have_one_length_a_multiple_of_eight_within_the_context(words, context, length, monkeypatch):
+@pytest.mark.parametrize(
+    ("words", "context", "length"), [(6, 32, 8), (7, 32, 16), (15, 32, 24), (15, 9, 9)]
+)
+def test_all_texts_have_one_length_a_multiple_of_eight_within_the_context(
+    words, context, length, monkeypatch
+):
     caption = " ".join(f"qx{word}" for word in range(words))  # no synonyms
     monkeypatch.setattr(Noise, "captions", lambda *_: (caption,))
     batch = first_of(make(context=context), 1)[0]
@@ -124,14 +143,20 @@ def test_the_mask_is_of_the_caption_view():
 def _said(loader, epochs=5):
     """Both texts of each pair in some epochs."""
     assembler = loader.assembler
-    samples = (assembler.sample(index, epoch) for epoch, index in itertools.product(range(epochs), range(PAIRS)))
+    samples = (
+        assembler.sample(index, epoch)
+        for epoch, index in itertools.product(range(epochs), range(PAIRS))
+    )
     return [tuple(map(assembler.tokenizer.decode, sample.rows)) for sample in samples]
 
 
 def test_one_caption_is_drawn_each_time_and_its_augmentation_is_of_the_same_one():
     loader = make()
     said = _said(loader, 20)
-    assert all(caption in loader.assembler.source.captions(tag % PAIRS) for tag, (caption, _) in enumerate(said))
+    assert all(
+        caption in loader.assembler.source.captions(tag % PAIRS)
+        for tag, (caption, _) in enumerate(said)
+    )
     assert binomtest(sum("photo" in caption for caption, _ in said), len(said), 0.5).pvalue > 1e-4
     assert sum(caption != other for caption, other in said) > 0.5 * len(said)
     assert not any("photo" in caption and "sketch" in other for caption, other in said)
@@ -143,7 +168,9 @@ def test_the_second_text_is_what_was_chosen(monkeypatch):
         assert {"photo" in first, "photo" in second} == {True, False}
         assert first.split()[0] == second.split()[0]  # of the same pair
     captions = Noise.captions
-    monkeypatch.setattr(Noise, "captions", lambda *given: captions(*given)[:1])  # there is no other one
+    monkeypatch.setattr(
+        Noise, "captions", lambda *given: captions(*given)[:1]
+    )  # there is no other one
     usual = _said(make())
     assert sum(first != second for first, second in usual) > 0.5 * len(usual)
     assert _said(make(second_view="caption")) == usual
@@ -184,11 +211,16 @@ def test_too_large_a_share_of_broken_pairs_stops_after_a_hundred_pairs():
         assert part in said
 
 
-def test_a_mistake_that_a_worker_meets_arrives_as_it_was_and_a_lost_worker_is_explained(monkeypatch):
+def test_a_mistake_that_a_worker_meets_arrives_as_it_was_and_a_lost_worker_is_explained(
+    monkeypatch,
+):
     def fail(_, index):
         raise UserError(f"Row {index} is gone.")
 
-    for act, says in ((fail, r"^Row \d+ is gone\.$"), (lambda *_: os._exit(1), r"at step 4: .*fewer workers")):
+    for act, says in (
+        (fail, r"^Row \d+ is gone\.$"),
+        (lambda *_: os._exit(1), r"at step 4: .*fewer workers"),
+    ):
         monkeypatch.setattr(Noise, "__getitem__", act)
         refuses(says, first_of, make(workers=1, start_step=4), 1)
 
@@ -243,7 +275,12 @@ class Numbers(PairSource):
     """A source that is only as long as it is."""
 
     def __init__(self, count, blocks=None, remote=False, name="numbers"):
-        self.count, self.blocks, self.remote, self.name = count, blocks and np.array(blocks), remote, name
+        self.count, self.blocks, self.remote, self.name = (
+            count,
+            blocks and np.array(blocks),
+            remote,
+            name,
+        )
 
     def __len__(self):
         return self.count
@@ -283,7 +320,10 @@ def test_every_pair_comes_once_an_epoch_in_another_order(source, buffer):
     orders = [epoch_of(order, epoch) for epoch in range(2)]
     assert all(sorted(each.tolist()) == list(range(len(source))) for each in orders)
     assert (orders[0] != orders[1]).mean() > 0.9
-    assert steps(order, 0, order.steps_per_epoch).tolist() == orders[0][: order.steps_per_epoch * 8].tolist()
+    assert (
+        steps(order, 0, order.steps_per_epoch).tolist()
+        == orders[0][: order.steps_per_epoch * 8].tolist()
+    )
 
 
 def test_a_stretch_of_steps_touches_the_shards_of_a_group_only():
@@ -293,7 +333,9 @@ def test_a_stretch_of_steps_touches_the_shards_of_a_group_only():
         shards = {index // 100 for index in steps(order, first, first + 20).tolist()}
         assert len(shards) <= 11
     together = epoch_of(order, 0)[:1000]
-    assert np.abs(np.diff(together // 100)).mean() > 30  # of ten shards from all over the source, mixed
+    assert (
+        np.abs(np.diff(together // 100)).mean() > 30
+    )  # of ten shards from all over the source, mixed
 
 
 def test_pairs_left_out_at_an_epochs_end_are_chance():
@@ -322,20 +364,27 @@ def test_an_epoch_shows_each_pair_of_a_source_as_often_as_the_source_is_given(bu
     assert (len(joined), order.steps_per_epoch) == (300, 300 // 8)
     for epoch in range(3):
         shown = Counter(joined[index] for index in epoch_of(order, epoch).tolist())
-        assert shown == {(part.name, i): 1 + (part.name == "a") for part in PARTS for i in range(len(part))}
+        assert shown == {
+            (part.name, i): 1 + (part.name == "a") for part in PARTS for i in range(len(part))
+        }
 
 
 def test_shards_of_joined_sources_come_in_one_random_order():
     joined = Joined([Numbers(9000, [900] * 10, name="a"), Numbers(8000, name="b")])
     order = Order(joined, 100, 5, 2000)
-    shares = [sum(joined[i][0] == "b" for i in steps(order, s, s + 20).tolist()) for s in range(0, 160, 20)]
+    shares = [
+        sum(joined[i][0] == "b" for i in steps(order, s, s + 20).tolist())
+        for s in range(0, 160, 20)
+    ]
     assert len({*shares}) > 1
     assert 0.2 < np.mean(shares) / 2000 < 0.8
 
 
 def test_joined_sources_follow_each_other_and_pairs_are_taken_of_all():
     joined = Joined([Numbers(5, name="a"), Numbers(5, name="a"), Numbers(3, name="b")])
-    assert [joined[i] for i in range(13)] == [("a", i % 5) for i in range(10)] + [("b", i) for i in range(3)]
+    assert [joined[i] for i in range(13)] == [("a", i % 5) for i in range(10)] + [
+        ("b", i) for i in range(3)
+    ]
     assert (joined.captions(11), joined.name) == (("b 1",), "a + a + b")
     with pytest.raises(IndexError):
         joined[13]

@@ -56,7 +56,10 @@ class Block(NamedTuple):
 
 def blocks(page):
     text = page.read_text(encoding="utf-8")
-    return [Block(found[1], found[2], text.count("\n", 0, found.start()) + 1) for found in FENCE.finditer(text)]
+    return [
+        Block(found[1], found[2], text.count("\n", 0, found.start()) + 1)
+        for found in FENCE.finditer(text)
+    ]
 
 
 def lines(code):
@@ -77,7 +80,9 @@ def check(words):
     if words[0] == "python" and words[1] != "-m":
         script = (ROOT / words[1]).read_text(encoding="utf-8")
         for option in words[2:]:
-            assert not option.startswith("--") or option == "--help" or f'"{option}"' in script, f"{words[1]} {option}"
+            assert not option.startswith("--") or option == "--help" or f'"{option}"' in script, (
+                f"{words[1]} {option}"
+            )
     if words[0] == "make":
         makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
         assert re.search(rf"^([\w-]+ )*{words[1]}[ :]", makefile, re.MULTILINE), words[1]
@@ -103,7 +108,9 @@ def _check_declip(words):
     while hasattr(command, "commands") and rest:
         command, rest = command.commands[rest[0]], rest[1:]
     given = command.make_context(words[1], rest).params
-    if words[1] == "train" and (given["recipe"] in recipe_names() or Path(given["recipe"]).is_file()):
+    if words[1] == "train" and (
+        given["recipe"] in recipe_names() or Path(given["recipe"]).is_file()
+    ):
         load_recipe(given["recipe"], parse_overrides(given["overrides"] or []))
 
 
@@ -117,7 +124,9 @@ class Reader:
 
     def __init__(self, monkeypatch):
         self.monkeypatch = monkeypatch
-        monkeypatch.setitem(sys.modules, "page", module := ModuleType("page"))  # timm looks its functions' module up
+        monkeypatch.setitem(
+            sys.modules, "page", module := ModuleType("page")
+        )  # timm looks its functions' module up
         self.names = vars(module)
         self.left = {}
 
@@ -131,7 +140,9 @@ class Reader:
                 exec(compile(code, where, "exec"), self.names)
             elif block.kind == "yaml":
                 named = re.match(r"# (\S+\.yaml)\n", code)
-                assert named, f"{where}: the first line of a recipe is its name, such as '# mine.yaml'"
+                assert named, (
+                    f"{where}: the first line of a recipe is its name, such as '# mine.yaml'"
+                )
                 Path(named[1]).write_text(code, encoding="utf-8")
                 load_recipe(named[1])
             elif block.kind == "shell":
@@ -147,7 +158,9 @@ class Reader:
         if words[0] == "python":
             module = words[1] == "-m"
             self.monkeypatch.setattr("sys.argv", words[1 + module :])
-            run, name = (runpy.run_module, words[2]) if module else (runpy.run_path, ROOT / words[1])
+            run, name = (
+                (runpy.run_module, words[2]) if module else (runpy.run_path, ROOT / words[1])
+            )
             run(str(name), run_name="__main__")
         elif words[0] != "declip":
             subprocess.run(["bash", "-ec", line], check=True, stdout=subprocess.DEVNULL)

@@ -52,7 +52,9 @@ def small(recipe):
         "data": {"workers": 0, "max_pairs": pairs and min(pairs, PAIRS)},
         "nearest_neighbor": {"queue_size": 64},
     }  # fmt: skip
-    sections = {name: getattr(recipe, name).model_copy(update=values) for name, values in keys.items()}
+    sections = {
+        name: getattr(recipe, name).model_copy(update=values) for name, values in keys.items()
+    }
     return recipe.model_copy(update={**sections, "embed_dim": 32})
 
 
@@ -64,10 +66,19 @@ def emoji_cache(tmp_path_factory):
 
 def write_emoji(cache):
     rows, pixels = [], []
-    for design in (*DESIGNS[:6:2], *DESIGNS[6:]):  # three of training, and those of validation and test
+    for design in (
+        *DESIGNS[:6:2],
+        *DESIGNS[6:],
+    ):  # three of training, and those of validation and test
         for number, (color, shape) in enumerate((c, s) for c in COLORS for s in SHAPES):
             code, name = f"{FIRST + number:x}", f"{color} {shape}"
-            row = {"key": f"{design.key}/{code}", "design": design.key, "code": code, "drawing": name, "name": name}
+            row = {
+                "key": f"{design.key}/{code}",
+                "design": design.key,
+                "code": code,
+                "drawing": name,
+                "name": name,
+            }
             row |= {"category": shape, "group": shape, "held_out": color == COLORS[-1]}
             rows.append({**row, "captions": [name, f"{shape} in {color}"]})
             pixels.append(np.asarray(draw(color, shape, EMOJI.side)))
@@ -84,9 +95,17 @@ def write_tables(folder, name, source):
         pairs[number].image.save(folder / "pictures" / file)
         image, captions = f"pictures/{file}", pairs.captions(number)
         classes.append({"image": image, "class": captions[0]})
-        rows += [{"image": image, "caption": caption, "file": file, "text": caption} for caption in captions]
-    (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    for table, column, lines in ((f"{name}.csv", "caption", rows), (f"{name}-test.csv", "class", classes)):
+        rows += [
+            {"image": image, "caption": caption, "file": file, "text": caption}
+            for caption in captions
+        ]
+    (folder / f"{name}.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
+    )
+    for table, column, lines in (
+        (f"{name}.csv", "caption", rows),
+        (f"{name}-test.csv", "class", classes),
+    ):
         with (folder / table).open("w", newline="", encoding="utf-8") as out:
             writer = csv.DictWriter(out, ["image", column], extrasaction="ignore")
             writer.writeheader()
@@ -106,7 +125,11 @@ def write_data(folder, pictures):
     trees.pets(folder / "pets")
     lists = folder / "pets" / "oxford-iiit-pet" / "annotations"
     breeds = ("Abyssinian", "american_bulldog", "great_pyrenees")
-    lines = [f"{name}_{number} {label} 1 1\n" for label, name in enumerate(breeds, 1) for number in range(30, 40)]
+    lines = [
+        f"{name}_{number} {label} 1 1\n"
+        for label, name in enumerate(breeds, 1)
+        for number in range(30, 40)
+    ]
     (lists / "trainval.txt").write_text("".join(lines), encoding="utf-8")
     for line in lines:
         name, label, *_ = line.split()
@@ -168,10 +191,16 @@ def here(world, emoji_cache, tmp_path, monkeypatch):
     monkeypatch.setenv("DECLIP_CACHE", str(emoji_cache))
     monkeypatch.setenv("COLUMNS", "100")
     for name in MAKE_SMALL:
-        for module in [m for n, m in sorted(sys.modules.items()) if n.startswith(name) and hasattr(m, "load_recipe")]:
+        for module in [
+            m
+            for n, m in sorted(sys.modules.items())
+            if n.startswith(name) and hasattr(m, "load_recipe")
+        ]:
             monkeypatch.setattr(module, "load_recipe", lambda *given: small(load_recipe(*given)))
     monkeypatch.setattr("declip.finetuning.outputs.write_finetuned", finish)
-    monkeypatch.setattr("declip.api.write_page", lambda outcome, out: Path(out, "report.html").touch())
+    monkeypatch.setattr(
+        "declip.api.write_page", lambda outcome, out: Path(out, "report.html").touch()
+    )
     whole = runner.run
 
     def few(study, out, quiet=False):

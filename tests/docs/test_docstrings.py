@@ -42,9 +42,13 @@ def folder(tmp_path_factory):
     (path / "photos").mkdir()
     for image, caption in PAIRS:
         image.save(path / f"photos/{caption.split()[1]}.png")
-    write_table(path / "pairs.csv", [f"photos/{caption.split()[1]}.png,{caption}" for _, caption in PAIRS])
+    write_table(
+        path / "pairs.csv", [f"photos/{caption.split()[1]}.png,{caption}" for _, caption in PAIRS]
+    )
     (path / "labels.csv").write_text("image,label\nphotos/red.png,red\nphotos/blue.png,blue\n")
-    declip.embed(path / "runs" / "demo", path / "photos", out=path / "indices" / "photos", workers=0)
+    declip.embed(
+        path / "runs" / "demo", path / "photos", out=path / "indices" / "photos", workers=0
+    )
     return path
 
 
@@ -59,4 +63,8 @@ def test_it_prints_what_it_says(name, folder, monkeypatch):
 @pytest.mark.parametrize("name", ["compare", "evaluate"])
 def test_every_argument_is_named(name):
     unnamed = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
-    assert [each for each in signature(getattr(declip, name)).parameters.values() if each.kind in unnamed] == []
+    assert [
+        each
+        for each in signature(getattr(declip, name)).parameters.values()
+        if each.kind in unnamed
+    ] == []

@@ -25,7 +25,11 @@ TITLES = {
     "ViT-B-32": "ViT-B/32",
     "RN50": "ResNet-50",
 }
-TITLES |= {"demo-clip": "demo-few-clip", "demo-declip": "demo-few-declip", "demo-slip": "demo-slip, smoothed"}
+TITLES |= {
+    "demo-clip": "demo-few-clip",
+    "demo-declip": "demo-few-declip",
+    "demo-slip": "demo-slip, smoothed",
+}
 TITLES |= {"demo-declip-official, contrastive.label_smoothing=0.1": "demo-declip, smoothed"}
 TITLES |= {"demo-filip": "FILIP, smoothed", "demo-defilip": "DeFILIP, smoothed"}
 
@@ -34,7 +38,11 @@ TITLES |= {"demo-filip": "FILIP, smoothed", "demo-defilip": "DeFILIP, smoothed"}
 def load(name):
     """The content of a JSON file, or the rows of a JSONL file."""
     text = (ROOT / "benchmarks/results" / name).read_text("utf-8")
-    return [json.loads(line) for line in text.splitlines()[1:]] if name.endswith("l") else json.loads(text)
+    return (
+        [json.loads(line) for line in text.splitlines()[1:]]
+        if name.endswith("l")
+        else json.loads(text)
+    )
 
 
 def pick(name, **values):
@@ -53,7 +61,10 @@ def rivals():
         cells[row["set"], row["pairs"]][row["method"]].append((row["r1"], row["r10"]))
     for (name, pairs), runs in cells.items():
         means = {method: [*map(mean, zip(*rows, strict=True))] for method, rows in runs.items()}
-        best = [[*map(max, zip(*(means[m] for m in column if m in means), strict=True))] for column in COLUMNS]
+        best = [
+            [*map(max, zip(*(means[m] for m in column if m in means), strict=True))]
+            for column in COLUMNS
+        ]
         yield f"{TITLES.get(name, name)}, {pairs:,}", [number for pair in best for number in pair]
 
 
@@ -92,7 +103,11 @@ def demo():
         yield row["dataset"].removeprefix("builtin:"), numbers
 
 
-FACTORS = {"demo-multi-view": "few", "demo-slip, smoothed": "slip", "demo-declip, smoothed": "declip_official"}
+FACTORS = {
+    "demo-multi-view": "few",
+    "demo-slip, smoothed": "slip",
+    "demo-declip, smoothed": "declip_official",
+}
 FACTORS |= {"demo-few-declip": "", "FILIP, smoothed": "filip", "DeFILIP, smoothed": "defilip"}
 
 
@@ -105,22 +120,39 @@ def methods():
     scores = defaultdict(dict)
     for row in load("muon/methods.jsonl"):
         if row["recipe"] in TITLES and row["data"] == "emoji" and "loss_weights" not in row:
-            title = TITLES[row["recipe"]] + ", in the time of demo-few-declip" * (row["steps"] == 1900)
+            title = TITLES[row["recipe"]] + ", in the time of demo-few-declip" * (
+                row["steps"] == 1900
+            )
             if row["steps"] in (1000, 1900):
                 scores[title, row["pairs"]][row["seed"]] = 100 * row["emoji-test top1"]
     for row in load("studies/few.jsonl"):  # demo-clip was CLIP as published then
         if row["budget"] == "samples" and "top-1" in row["measure"]:
             scores[row["recipe"], row["pairs"]] = {"all seeds": row["mean_percent"]}
     for title in {title for title, _ in scores}:
-        means = [mean(scores[title, n].values()) for n in (1400, 2800, 5600) if (title, n) in scores]
+        means = [
+            mean(scores[title, n].values()) for n in (1400, 2800, 5600) if (title, n) in scores
+        ]
         names = [f"{FACTORS[title]}_equal_samples".lstrip("_")] if title in FACTORS else []
         yield title, [None, *means, *factor(*names)]
 
 
-LOSSES = {"few-clip": "demo-few-clip", "clip-constant": "demo-clip with constant temperature 0.1", "clip": "demo-clip"}
+LOSSES = {
+    "few-clip": "demo-few-clip",
+    "clip-constant": "demo-clip with constant temperature 0.1",
+    "clip": "demo-clip",
+}
 LOSSES |= {"fast": "FastCLIP", "near-text": "caption_neighbor.py"}
-LOSSES |= {"multi-view-16": "demo-multi-view with a second image of 16 px", "few-declip": "demo-few-declip"}
-CELLS = ("emoji", 1400, 0), ("emoji", 5600, 0), ("icons", 16_000, 0), ("emoji", 1400, 0.25), ("emoji", 1400, 0.5)
+LOSSES |= {
+    "multi-view-16": "demo-multi-view with a second image of 16 px",
+    "few-declip": "demo-few-declip",
+}
+CELLS = (
+    ("emoji", 1400, 0),
+    ("emoji", 5600, 0),
+    ("icons", 16_000, 0),
+    ("emoji", 1400, 0.25),
+    ("emoji", 1400, 0.5),
+)
 OF_THREE = 4.303 / 3**0.5  # Student's t for the mean of three seeds
 
 
@@ -138,22 +170,35 @@ def losses():
         numbers = [pick("loss.jsonl", method=method)["cost"]]
         for name, pairs, wrong in CELLS:
             own = runs(method, name, pairs, wrong).values()
-            numbers += [mean(row[f"{name}-{part}"] for row in own) for part in ("validation", "test") if own]
+            numbers += [
+                mean(row[f"{name}-{part}"] for row in own) for part in ("validation", "test") if own
+            ]
             if name == "emoji" and not wrong and method != "clip":
                 plain = few if pairs == 1400 else many
-                gains = [(top1 - plain[seed]) / doubling for seed, top1 in of(method, pairs).items()]
-                numbers += [2 ** (mean(gains) + side * OF_THREE * stdev(gains)) for side in (0, -1, 1)]
+                gains = [
+                    (top1 - plain[seed]) / doubling for seed, top1 in of(method, pairs).items()
+                ]
+                numbers += [
+                    2 ** (mean(gains) + side * OF_THREE * stdev(gains)) for side in (0, -1, 1)
+                ]
         yield title, numbers
 
 
 def embed():
-    rows = [row for run in load("speed/embed.jsonl") for row in run["rows"] if row["size"] == "1024x768"]
+    rows = [
+        row for run in load("speed/embed.jsonl") for row in run["rows"] if row["size"] == "1024x768"
+    ]
     for tower in {row["part"] for row in rows}:
         most, sides = max(row["count"] for row in rows if row["part"] == tower), defaultdict(list)
         for row in (row for row in rows if (row["part"], row["count"]) == (tower, most)):
-            sides["torch" if row["precision"] == "bf16" and row["what"] == "declip" else row["what"]].append(row)
+            sides[
+                "torch" if row["precision"] == "bf16" and row["what"] == "declip" else row["what"]
+            ].append(row)
         columns = [sides[side] for side in ("torch", "fp32", "open_clip", "sentence_transformers")]
-        yield TITLES.get(tower, tower), [mean(row["per_second"] for row in column) for column in columns if column]
+        yield (
+            TITLES.get(tower, tower),
+            [mean(row["per_second"] for row in column) for column in columns if column],
+        )
 
 
 def step():
@@ -164,15 +209,27 @@ def step():
 
 
 def loading():
-    columns = "declip, colors left to the device", "declip, all on the CPU", "Pillow and torchvision"
-    for title, size in (("photographs of 500 × 375", "500 x 375"), ("2,048 × 1,536", "2048 x 1536")):
+    columns = (
+        "declip, colors left to the device",
+        "declip, all on the CPU",
+        "Pillow and torchvision",
+    )
+    for title, size in (
+        ("photographs of 500 × 375", "500 x 375"),
+        ("2,048 × 1,536", "2048 x 1536"),
+    ):
         where = {"pictures": f"photographs, {size}"}
-        rows = [pick("speed/loader.jsonl", what=what, **where) for what in (*columns, "open_clip's view, twice")]
+        rows = [
+            pick("speed/loader.jsonl", what=what, **where)
+            for what in (*columns, "open_clip's view, twice")
+        ]
         yield title, [row["per_second"] for row in rows]
 
 
 SHARES = {"6 to 10 %": {"stamps": 20, "clipart": 100, "emoji": 350, "icons": 175}}
-SHARES |= {"12 to 20 %": {"stamps": 40, "clipart": 200, "emoji": 700, "icons": 350, "emoji-2000": 175}}
+SHARES |= {
+    "12 to 20 %": {"stamps": 40, "clipart": 200, "emoji": 700, "icons": 350, "emoji-2000": 175}
+}
 SHARES |= {"22 to 31 %": {"stamps": 80, "emoji": 1400, "icons": 700, "emoji-2000": 350}}
 SHARES |= {"40 to 58 %": {"stamps": 160, "clipart": 400, "icons": 1400, "emoji-2000": 700}}
 STUDENT = 2.776  # of five seeds
@@ -184,22 +241,34 @@ def choose():
     for share, sizes in SHARES.items():
         logs = defaultdict(list)
         for row in rows:
-            own = (None, "alone") if row["set"] in ("emoji", "icons") else ("builtin:lite2-minilm", "classes")
+            own = (
+                (None, "alone")
+                if row["set"] in ("emoji", "icons")
+                else ("builtin:lite2-minilm", "classes")
+            )
             if sizes.get(row["set"]) == row["captions"] and (row.get("start"), row["pairs"]) == own:
                 logs[row["set"]].append(log(row["factor"]))
         assert logs.keys() == sizes.keys()
         means = [exp(mean(each)) for each in logs.values()]
-        low = min(exp(mean(each) - STUDENT * stdev(each) / len(each) ** 0.5) for each in logs.values())
+        low = min(
+            exp(mean(each) - STUDENT * stdev(each) / len(each) ** 0.5) for each in logs.values()
+        )
         yield share, [min(means), max(means), low]
 
 
 def few_shot():
-    kinds = {"stamps": "stamps by kind, 13 classes", "emoji": "emoji by category, 8", "icons": "icons by category, 12"}
+    kinds = {
+        "stamps": "stamps by kind, 13 classes",
+        "emoji": "emoji by category, 8",
+        "icons": "icons by category, 12",
+    }
     for name, title in kinds.items():
         where = {"start": "builtin:lite2-minilm", "set": name}
         runs = [pick("few_shot.json", shots=shots, **where)["top1"] for shots in (1, 4, 16)]
         names, ours = runs[0]["names alone"], [run["declip"] for run in runs]
-        best = [max(v for k, v in run.items() if k not in ("declip", "names alone")) for run in runs]
+        best = [
+            max(v for k, v in run.items() if k not in ("declip", "names alone")) for run in runs
+        ]
         yield title, [names, *ours, *best]
 
 
@@ -209,9 +278,20 @@ def keep():
         rows = [row for row in load("few/keep.jsonl") if row["set"] == name and row["pairs"] > 124]
         assert {row["alpha"] for row in rows if row["chosen"]} == {0.75}
         pairs = f"{own}, {rows[0]['pairs']:,} pairs fitted"
-        for title, n, keys in ((pairs, "held_out", ("r1", "r10")), (f"{kept}, kept", "kept", ("kept_r1", "kept_r10"))):
-            by_alpha = ([row for row in rows if row["alpha"] == alpha] for alpha in (0, 0.25, 0.5, 0.75, 1))
-            yield title, [rows[0][n], *(mean(row[key] for row in each) for each in by_alpha for key in keys)]
+        for title, n, keys in (
+            (pairs, "held_out", ("r1", "r10")),
+            (f"{kept}, kept", "kept", ("kept_r1", "kept_r10")),
+        ):
+            by_alpha = (
+                [row for row in rows if row["alpha"] == alpha] for alpha in (0, 0.25, 0.5, 0.75, 1)
+            )
+            yield (
+                title,
+                [
+                    rows[0][n],
+                    *(mean(row[key] for row in each) for each in by_alpha for key in keys),
+                ],
+            )
 
 
 def wrong_pairs():
@@ -221,15 +301,33 @@ def wrong_pairs():
         numbers = []
         for share in (0.0, 0.05, 0.1, 0.2):
             own = [row for row in rows if (row["set"], row["share"]) == (name, share)]
-            right, wrong = (sum(row[key][0] for row in own) for key in ("right_listed", "wrong_listed"))
+            right, wrong = (
+                sum(row[key][0] for row in own) for key in ("right_listed", "wrong_listed")
+            )
             if share:
-                numbers += [100 * wrong / sum(row["wrong"] for row in own), 100 * wrong / (right + wrong)]
+                numbers += [
+                    100 * wrong / sum(row["wrong"] for row in own),
+                    100 * wrong / (right + wrong),
+                ]
             else:
                 numbers.append(100 * right / sum(row["right"] for row in own))
         yield TITLES.get(name, name), numbers
 
 
-TABLES = [wrong_pairs, keep, readme, rivals, demo, methods, losses, embed, step, loading, choose, few_shot]
+TABLES = [
+    wrong_pairs,
+    keep,
+    readme,
+    rivals,
+    demo,
+    methods,
+    losses,
+    embed,
+    step,
+    loading,
+    choose,
+    few_shot,
+]
 
 
 def assert_equal(printed, values, where):
@@ -242,7 +340,12 @@ def assert_equal(printed, values, where):
 
 @pytest.mark.parametrize("check", TABLES, ids=lambda check: check.__name__)
 def test_a_table_has_the_numbers_of_its_raw_file(check):
-    [table] = [table for page in PAGES.values() for name, table in MARKED.findall(page) if name == check.__name__]
+    [table] = [
+        table
+        for page in PAGES.values()
+        for name, table in MARKED.findall(page)
+        if name == check.__name__
+    ]
     expected = dict(check())
     for line in table.splitlines()[2:]:
         title, cells = re.sub(r"[`*]", "", line).strip("| ").split(" | ", 1)
@@ -260,18 +363,29 @@ def chunks(batch):
 
 def languages():
     """R@1 and R@10 from text to image of four languages, then by chance."""
-    rows = [pick("few/languages.jsonl", language=code)["text_to_image"] for code in ("en", "de", "fr", "zh_CN")]
+    rows = [
+        pick("few/languages.jsonl", language=code)["text_to_image"]
+        for code in ("en", "de", "fr", "zh_CN")
+    ]
     chance = [mean(row[key] for row in rows) for key in ("chance1", "chance10")]
-    return [100 * number for number in [*(row[key] for row in rows for key in ("r1", "r10")), *chance]]
+    return [
+        100 * number for number in [*(row[key] for row in rows for key in ("r1", "r10")), *chance]
+    ]
 
 
 def fitting_seconds():
     """Medians with 101 and 1,000 images while the host gave little to others, and with 101 large ones."""
-    rows = [row for row in load("speed/finetune.jsonl") if row.get("commits", {}).get("after") == "359423b4"]
+    rows = [
+        row
+        for row in load("speed/finetune.jsonl")
+        if row.get("commits", {}).get("after") == "359423b4"
+    ]
     times, large = {101: [], 1_000: []}, next(row["after"] for row in rows if "pixels" in row)
     for row in rows:
         taken = row["stolen_%"]["after"] if "stolen_%" in row else []
-        times[row["images"]] += [one for one, stolen in zip(row["after"], taken, strict=False) if stolen < 1.5]
+        times[row["images"]] += [
+            one for one, stolen in zip(row["after"], taken, strict=False) if stolen < 1.5
+        ]
     return [*map(median, times.values()), median(large)]
 
 
@@ -292,9 +406,16 @@ def words(measure):
 
 def steps():
     """Top-1 with 1,400 pairs, one loss added at a time."""
-    names = *(f"demo-declip, step {step}" for step in ("clip", "+multi_view", "+simsiam")), "demo-declip"
+    names = (
+        *(f"demo-declip, step {step}" for step in ("clip", "+multi_view", "+simsiam")),
+        "demo-declip",
+    )
     for name in names:
-        rows = [row for row in load("muon/methods.jsonl") if row["recipe"] == name and "loss_weights" not in row]
+        rows = [
+            row
+            for row in load("muon/methods.jsonl")
+            if row["recipe"] == name and "loss_weights" not in row
+        ]
         rows = [row for row in rows if (row["pairs"], row["steps"]) == (1400, 1000)]
         yield mean({row["seed"]: 100 * row["emoji-test top1"] for row in rows}.values())
 
@@ -305,13 +426,19 @@ TUNED = "demo-clip", "demo-filip", "demo-slip", "demo-declip-official", "demo-de
 def tuned():
     """Top-1 of methods without label smoothing, each with its own learning rate, with 5,600 pairs."""
     for name in TUNED:
-        rows = [row for row in load("studies/emoji-five.jsonl") if (row["recipe"], row["pairs"]) == (name, 5600)]
+        rows = [
+            row
+            for row in load("studies/emoji-five.jsonl")
+            if (row["recipe"], row["pairs"]) == (name, 5600)
+        ]
         yield mean(row["builtin:emoji-test: zero-shot top-1"] for row in rows)
 
 
 def contained(name, *keys, first_seed=0):
     """Intervals that contain the value on new images, and all; with `first_seed` without those that chose a width."""
-    rows = [row for row in load(f"few/{name}") if keys[0] in row and row.get("seed", -1) >= first_seed]
+    rows = [
+        row for row in load(f"few/{name}") if keys[0] in row and row.get("seed", -1) >= first_seed
+    ]
     inside = [
         row[key][1] <= row[truth] <= row[key][2]
         for row in rows
@@ -320,7 +447,9 @@ def contained(name, *keys, first_seed=0):
     return sum(inside), len(inside)
 
 
-EMBEDDERS = [("ViT-B-32", side) for side in ("declip", "open_clip_bf16", "sentence_transformers_bf16")]
+EMBEDDERS = [
+    ("ViT-B-32", side) for side in ("declip", "open_clip_bf16", "sentence_transformers_bf16")
+]
 EMBEDDERS += [("RN50", side) for side in ("declip", "open_clip_bf16")]
 ENGINES = "declip, exact, float16", "sentence-transformers", "faiss, IndexFlatIP"
 NUMBERS = {  # by the key of their markers, in the order of the page
@@ -339,15 +468,19 @@ NUMBERS = {  # by the key of their markers, in the order of the page
     "equal_time_clip": lambda: equal_time("clip"),
     "equal_time_neighbor": lambda: equal_time("neighbor"),
     "coverage_percentile": lambda: contained("percentile.jsonl", "percentile", "truth"),
-    "coverage_recall": lambda: contained("coverage.jsonl", "R1", "truth1", "R10", "truth10", first_seed=4),
+    "coverage_recall": lambda: contained(
+        "coverage.jsonl", "R1", "truth1", "R10", "truth10", first_seed=4
+    ),
     "posteriors_photographs": lambda: [*whole()][2:4],
     "words": lambda: [*words("all words")],
     "kinds": lambda: pick("few/kinds.jsonl", what="names")["top1"],
     "kinds_examples": lambda: [
-        pick("few/kinds.jsonl", **what)["top1"][1] for what in ({"what": "names"}, *({"shots": n} for n in (1, 4, 16)))
+        pick("few/kinds.jsonl", **what)["top1"][1]
+        for what in ({"what": "names"}, *({"shots": n} for n in (1, 4, 16)))
     ],
     "demo_precisions": lambda: [
-        100 * pick(f"demo{name}.jsonl", dataset="builtin:emoji-test")["top1"] for name in ("", "-bf16")
+        100 * pick(f"demo{name}.jsonl", dataset="builtin:emoji-test")["top1"]
+        for name in ("", "-bf16")
     ],
     "fitting_seconds": fitting_seconds,
     "five_minutes": lambda: [100 * load("five-minutes.jsonl")[0]["top1"]],
@@ -356,10 +489,14 @@ NUMBERS = {  # by the key of their markers, in the order of the page
     "chunks_small": lambda: chunks(64),
     "languages": languages,
     "engines": lambda: [
-        pick("speed/search.jsonl", vectors=10**6, count=1, what=what)["milliseconds"] / 1000 for what in ENGINES
+        pick("speed/search.jsonl", vectors=10**6, count=1, what=what)["milliseconds"] / 1000
+        for what in ENGINES
     ],
     "embed_bf16": (
-        lambda: [pick("speed/embed-bf16.jsonl", part=part, what=what)["per_second"] for part, what in EMBEDDERS]
+        lambda: [
+            pick("speed/embed-bf16.jsonl", part=part, what=what)["per_second"]
+            for part, what in EMBEDDERS
+        ]
     ),
     "starts": lambda: [row["processor_s"] for row in load("speed/start.json")["rows"][1:]],
 }
@@ -382,7 +519,11 @@ def test_markers_of_numbers_are_complete(page):
     text = PAGES[page]
     opened = re.findall(r"<!--n:(\w+)-->", text)
     assert set(opened) <= NUMBERS.keys()
-    assert len(opened) == text.count("<!--/n-->") == len(re.findall(rf"<!--n:\w+-->{NUMBER}<!--/n-->", text))
+    assert (
+        len(opened)
+        == text.count("<!--/n-->")
+        == len(re.findall(rf"<!--n:\w+-->{NUMBER}<!--/n-->", text))
+    )
 
 
 def test_the_table_of_models_has_the_numbers_of_recipes_and_raw_files():
@@ -402,5 +543,9 @@ def test_the_table_of_models_has_the_numbers_of_recipes_and_raw_files():
             if row["raw"] == "demo-equal-time.jsonl":
                 values["recipe"] = recipe
             assert_equal([row["measured"]], [100 * pick(row["raw"], **values)["top1"]], row)
-            head = (ROOT / "benchmarks" / "results" / row["raw"]).read_text(encoding="utf-8").splitlines()[0]
+            head = (
+                (ROOT / "benchmarks" / "results" / row["raw"])
+                .read_text(encoding="utf-8")
+                .splitlines()[0]
+            )
             assert row["commit"] in head

@@ -36,14 +36,20 @@ def test_a_workflow_is_complete_and_trusts_pinned_actions_alone(path):
         assert {"runs-on", "steps", "timeout-minutes"} <= job.keys(), name
         assert set(job.get("needs", [])) <= workflow["jobs"].keys(), name
         assert all(("run" in step) != ("uses" in step) for step in job["steps"]), name
-    used = [line.strip(" -") for line in path.read_text(encoding="utf-8").splitlines() if "uses:" in line]
+    used = [
+        line.strip(" -")
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if "uses:" in line
+    ]
     assert used
     assert [line for line in used if not PINNED.match(line)] == []
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 def test_a_workflow_runs_targets_that_the_makefile_has(path):
-    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    targets = set(
+        re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    )
     named = set(re.findall(r"run: make ([\w-]+)", path.read_text(encoding="utf-8")))
     assert named <= targets
 
@@ -70,7 +76,9 @@ def test_a_release_is_tested_elsewhere_and_published_without_a_secret():
 
 
 def test_issue_forms_have_the_fields_that_a_form_needs():
-    forms = [path for path in sorted((HOSTED / "ISSUE_TEMPLATE").glob("*.yml")) if path.stem != "config"]
+    forms = [
+        path for path in sorted((HOSTED / "ISSUE_TEMPLATE").glob("*.yml")) if path.stem != "config"
+    ]
     assert forms
     for path in forms:
         form = read(path)
@@ -86,7 +94,13 @@ def test_constraints_pin_what_development_requires_without_paths_and_hosts():
     pinned = {canonicalize_name(name): version for name, version in pinned.items()}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
-    needed = [*project["dependencies"], *extras["dev"], *extras["onnx"], *extras["hf"], *extras["docs"]]
+    needed = [
+        *project["dependencies"],
+        *extras["dev"],
+        *extras["onnx"],
+        *extras["hf"],
+        *extras["docs"],
+    ]
     for each in map(Requirement, needed):
         if each.name != "declip":
             assert each.specifier.contains(pinned[canonicalize_name(each.name)]), each

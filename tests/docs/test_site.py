@@ -28,7 +28,9 @@ WIDEST = 84
 """Characters of a shell line; the site's column cuts longer ones off."""
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if blocks(page)], ids=lambda page: page.stem
+)
 def test_a_page_does_what_it_says(page, here, monkeypatch):
     if page.stem == "small-training":
         (here / "runs/demo").unlink()  # it trains what all others take for granted
@@ -43,10 +45,16 @@ def test_a_page_does_what_it_says(page, here, monkeypatch):
 def test_the_notebook_runs(emoji_cache, tmp_path, monkeypatch):
     monkeypatch.setenv("DECLIP_CACHE", str(emoji_cache))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("declip.finetuning.outputs.write_finetuned", lambda *_: None)  # the last cell exports
+    monkeypatch.setattr(
+        "declip.finetuning.outputs.write_finetuned", lambda *_: None
+    )  # the last cell exports
     cells = json.loads((DOCS / "first-hour.ipynb").read_text(encoding="utf-8"))["cells"]
     code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
-    smaller = {"lite2": "lite0", "builtin:clipart": "builtin:emoji", "EVERY = 60, 4": "EVERY = 9, 3"}
+    smaller = {
+        "lite2": "lite0",
+        "builtin:clipart": "builtin:emoji",
+        "EVERY = 60, 4": "EVERY = 9, 3",
+    }
     smaller["START, out"] = 'START, {"finetune.class_pairs": False}, out'
     for part, other in smaller.items():
         assert code.count(part) == 1
@@ -68,7 +76,10 @@ def test_links_to_headings_work_on_github_too():
     for page in PAGES:
         for name, anchor in LINK.findall(page.read_text(encoding="utf-8")):
             target = (page.parent / name if name else page).read_text(encoding="utf-8")
-            headings = [re.sub(r"[^\w\- ]", "", each.lower()).replace(" ", "-") for each in HEADING.findall(target)]
+            headings = [
+                re.sub(r"[^\w\- ]", "", each.lower()).replace(" ", "-")
+                for each in HEADING.findall(target)
+            ]
             dead += [f"{page.name}: {name}#{anchor}"] * (anchor not in headings)
     assert dead == []
 
@@ -126,16 +137,25 @@ def test_all_pages_are_there_and_ask_nobody(site):
     assert {"index.html", "tutorial.html", "api.html", *added} <= names
     for page in (page for page in pages if "benchmarks" not in page.parts):
         text = page.read_text(encoding="utf-8")
-        asked = [found[1] or "".join(re.findall(r'href="([^"]+)"', found[0])) for found in ASKS.finditer(text)]
+        asked = [
+            found[1] or "".join(re.findall(r'href="([^"]+)"', found[0]))
+            for found in ASKS.finditer(text)
+        ]
         assert asked
         assert [link for link in asked if urlsplit(link).netloc] == [], page.name
     for sheet in site.rglob("*.css"):
-        assert not re.search(r"(?:@import|url\()\s*[\"']?(?:https?:)?//", sheet.read_text(encoding="utf-8")), sheet.name
+        assert not re.search(
+            r"(?:@import|url\()\s*[\"']?(?:https?:)?//", sheet.read_text(encoding="utf-8")
+        ), sheet.name
 
 
 def test_the_index_for_programs_lists_every_page_and_name(site):
     listed = set(re.findall(r"\]\(([^)]+)\)", (site / "llms.txt").read_text(encoding="utf-8")))
-    pages = {page.relative_to(site).as_posix() for page in site.rglob("*.html") if "benchmarks" not in page.parts}
+    pages = {
+        page.relative_to(site).as_posix()
+        for page in site.rglob("*.html")
+        if "benchmarks" not in page.parts
+    }
     assert listed == pages - {"404.html"}
     names = Inventory.parse_sphinx((site / "objects.inv").open("rb"))
     assert {"declip.train", "declip.finetune", "declip.Classifier"} <= names.keys()
@@ -154,7 +174,9 @@ def test_the_page_of_commands_is_up_to_date_and_describes_every_option():
     script = runpy.run_path(str(ROOT / "scripts" / "site_cli.py"))
     page = script["PAGE"].read_text(encoding="utf-8")
     assert page == script["cli_page"](), "run: python scripts/site_cli.py"
-    assert {"## declip search", "## declip data download", "## declip cache clear"} <= set(page.splitlines())
+    assert {"## declip search", "## declip data download", "## declip cache clear"} <= set(
+        page.splitlines()
+    )
     rows = re.findall(r"^\| (`[^`]+`) \| .*? \| (.*) \|$", page, re.MULTILINE)
     assert len(rows) > 100
     assert [name for name, meaning in rows if not meaning.strip()] == []
@@ -170,10 +192,14 @@ def classes_of(hint):
 def test_the_page_of_the_api_has_every_public_name_and_what_functions_return():
     page = (DOCS / "api.md").read_text(encoding="utf-8")
     described = set(re.findall(r"^::: (\S+)$", page, re.MULTILINE))
-    described |= {name for names in re.findall(r"members: \[(.+)\]", page) for name in names.split(", ")}
+    described |= {
+        name for names in re.findall(r"members: \[(.+)\]", page) for name in names.split(", ")
+    }
     described = {name.rpartition(".")[2] for name in described}
     assert set(declip.__all__) - described == set()
-    functions = [each for name in declip.__all__ if inspect.isfunction(each := getattr(declip, name))]
+    functions = [
+        each for name in declip.__all__ if inspect.isfunction(each := getattr(declip, name))
+    ]
     assert len(functions) > 8
     returned = set().union(*(classes_of(get_type_hints(each)["return"]) for each in functions))
     returned |= classes_of(get_type_hints(declip.Index.search)["return"])
@@ -182,7 +208,9 @@ def test_the_page_of_the_api_has_every_public_name_and_what_functions_return():
 
 @pytest.mark.parametrize(("page", "names"), [("method", TERMS), ("tracking", TRACKERS)])
 def test_every_loss_and_tracker_has_a_line_on_its_page(page, names):
-    listed = re.findall(r"^- `(\w+)`", (DOCS / f"{page}.md").read_text(encoding="utf-8"), re.MULTILINE)
+    listed = re.findall(
+        r"^- `(\w+)`", (DOCS / f"{page}.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
     assert not names.keys() - set(listed)
 
 
@@ -192,7 +220,9 @@ def test_formulas_are_mathml_and_drawings_part_of_the_page(site):
         found = text.count('<svg class="drawing"'), "<math" in text, "arithmatex" in text
         assert found == (1, True, False)
         for formula in re.findall(r"<math.*?</math>", text, re.DOTALL):
-            assert "\\" not in "".join(ET.fromstring(formula).itertext()), "a command that was not understood"
+            assert "\\" not in "".join(ET.fromstring(formula).itertext()), (
+                "a command that was not understood"
+            )
 
 
 def test_drawings_are_those_that_the_script_draws():

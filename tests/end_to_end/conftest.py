@@ -15,7 +15,10 @@ __all__ = ["open_clip_configs"]
 def png(width, height, *chunks):
     head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     parts = [(b"IHDR", head), *chunks, (b"IEND", b"")]
-    framed = (struct.pack(">I", len(c)) + kind + c + struct.pack(">I", zlib.crc32(kind + c)) for kind, c in parts)
+    framed = (
+        struct.pack(">I", len(c)) + kind + c + struct.pack(">I", zlib.crc32(kind + c))
+        for kind, c in parts
+    )
     return b"\x89PNG\r\n\x1a\n" + b"".join(framed)
 
 

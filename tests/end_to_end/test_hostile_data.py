@@ -35,20 +35,42 @@ def large_jpeg():
 
 
 def tiff(side):
-    tags = [(256, side), (257, side), (258, 8), (259, 1), (262, 1), (273, 8), (277, 1), (278, side), (279, 100)]
+    tags = [
+        (256, side),
+        (257, side),
+        (258, 8),
+        (259, 1),
+        (262, 1),
+        (273, 8),
+        (277, 1),
+        (278, side),
+        (279, 100),
+    ]
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
     return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4)
 
 
 BOMB, PIXELS = zlib.compress(bytes(64 << 20), 1), zlib.compress(bytes(14))
 IMAGES = {
-    "50 gigapixels, PNG": (png(223_607, 223_607, (b"IDAT", zlib.compress(bytes(99)))), "image too large"),
+    "50 gigapixels, PNG": (
+        png(223_607, 223_607, (b"IDAT", zlib.compress(bytes(99)))),
+        "image too large",
+    ),
     "4 gigapixels, JPEG": (large_jpeg(), "image too large"),
     "1,000 gigapixels, TIFF": (tiff(1_000_000), "image too large"),
-    "comment that inflates, PNG": (png(2, 2, (b"zTXt", b"x\0\0" + BOMB), (b"IDAT", PIXELS)), "unreadable image"),
+    "comment that inflates, PNG": (
+        png(2, 2, (b"zTXt", b"x\0\0" + BOMB), (b"IDAT", PIXELS)),
+        "unreadable image",
+    ),
     "pixels that inflate, PNG": (png(2, 2, (b"IDAT", BOMB)), "read"),
-    "profile that inflates, PNG": (png(2, 2, (b"iCCP", b"x\0\0" + BOMB), (b"IDAT", PIXELS)), "unreadable image"),
-    "EPS": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(harm) (w) file\n%%EOF\n", "unreadable image"),
+    "profile that inflates, PNG": (
+        png(2, 2, (b"iCCP", b"x\0\0" + BOMB), (b"IDAT", PIXELS)),
+        "unreadable image",
+    ),
+    "EPS": (
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(harm) (w) file\n%%EOF\n",
+        "unreadable image",
+    ),
     "PPM": (written("PPM"), "unreadable image"),
     "pickle": (pickle.dumps(Trap(Path("harm"))), "unreadable image"),
     "nothing": (b"", "truncated image"),
@@ -83,14 +105,26 @@ OTHER_THINGS = {
 
 @pytest.mark.parametrize("name", OTHER_THINGS)
 def test_what_is_no_file_does_not_hang(name, here):
-    for place in ("a.jpg", "set/b.txt", "set/c.jpg", "t.csv", "l.pairs", "w.pth", "r.yaml", "p/a.parquet", "s/a.tar"):
+    for place in (
+        "a.jpg",
+        "set/b.txt",
+        "set/c.jpg",
+        "t.csv",
+        "l.pairs",
+        "w.pth",
+        "r.yaml",
+        "p/a.parquet",
+        "s/a.tar",
+    ):
         (here / place).parent.mkdir(exist_ok=True)
         OTHER_THINGS[name](here / place)
     Image.new("RGB", (4, 4)).save("set/b.png")
     reason = "missing image" if name.startswith("link") else "unreadable image"
     reads = [partial(decode, Path("a.jpg"), "a.jpg")]
     expected = [reason]
-    for place, missing in zip(range(len(open_source("set"))), ("missing caption", reason), strict=False):
+    for place, missing in zip(
+        range(len(open_source("set"))), ("missing caption", reason), strict=False
+    ):
         reads.append(lambda place=place: open_source("set")[place])
         expected.append(missing)
     sources = [partial(open_source, spec) for spec in ("t.csv", "l.pairs", "p", "s")]
@@ -101,7 +135,11 @@ def test_what_is_no_file_does_not_hang(name, here):
 
 
 @quickly
-@given(st.binary(max_size=200), st.sampled_from(["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"]), st.integers(0, 80))
+@given(
+    st.binary(max_size=200),
+    st.sampled_from(["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"]),
+    st.integers(0, 80),
+)
 @pytest.mark.filterwarnings("ignore")
 def test_any_bytes_as_an_image(content, kind, kept):
     said(lambda: decode(written(kind)[:kept] + content, "k"))
@@ -125,11 +163,20 @@ def test_an_image_root_cannot_be_left(kind, here):
     (root / "file.png").symlink_to(here / "out.png")
     (root / "folder").symlink_to(here.parent)
     (root / "chain.png").symlink_to(root / "file.png")
-    outside = ("../out.png", "inner/../../out.png", str(here / "out.png"), "/etc/passwd", "file.png", "chain.png")
+    outside = (
+        "../out.png",
+        "inner/../../out.png",
+        str(here / "out.png"),
+        "/etc/passwd",
+        "file.png",
+        "chain.png",
+    )
     expected = {
         **dict.fromkeys(("in.png", "good", "inner/../in.png"), "read"),
         **dict.fromkeys((*outside, "folder/up.png"), "path outside image root"),
-        **dict.fromkeys(("~/in.png", "file:///etc/passwd", "https://example.org/a.png"), "missing image"),
+        **dict.fromkeys(
+            ("~/in.png", "file:///etc/passwd", "https://example.org/a.png"), "missing image"
+        ),
     }
     path = table(kind, [{"image": name, "caption": "x"} for name in expected])
     source = open_source(path, Columns(root=root))
@@ -203,11 +250,18 @@ def test_parquet_that_would_run_code(here):
     """Arrow before 14.0.1 unpickled a type that a file names (CVE-2023-47248)."""
     trap = pickle.dumps(Trap(here / "harm"))
     about = {"ARROW:extension:name": "arrow.py_extension_type", "ARROW:extension:metadata": trap}
-    kind = pa.schema([pa.field("image", pa.binary(), metadata=about), pa.field("caption", pa.string())])
+    kind = pa.schema(
+        [pa.field("image", pa.binary(), metadata=about), pa.field("caption", pa.string())]
+    )
     cells = [trap, b"\x93NUMPY\1\0", b"", None]
     pq.write_table(pa.table([cells, ["x"] * 4], schema=kind), "t.parquet")
     source = open_source("t.parquet")
-    assert read_all(source) == ["unreadable image", "unreadable image", "missing image", "missing image"]
+    assert read_all(source) == [
+        "unreadable image",
+        "unreadable image",
+        "missing image",
+        "missing image",
+    ]
     assert not Path("harm").exists()
 
 
@@ -215,7 +269,9 @@ def test_parquet_that_repeats_one_caption(monkeypatch):
     """A few kilobytes that stand for half a gigabyte, and could stand for a thousand."""
     monkeypatch.setattr("declip.data.sources.rows.MOST_IN_PARQUET", 64 << 20)
     caption = pa.DictionaryArray.from_arrays(pa.array([0] * 8000, pa.int32()), ["x" * (1 << 16)])
-    pq.write_table(pa.table({"image": ["a"] * 8000, "caption": caption}), "t.parquet", store_schema=False)
+    pq.write_table(
+        pa.table({"image": ["a"] * 8000, "caption": caption}), "t.parquet", store_schema=False
+    )
     assert Path("t.parquet").stat().st_size < 4000
     got, megabytes = apart(lambda: open_source("t.parquet"))
     assert ("take more than 67,108,864 bytes" in got, megabytes < 4 * ROOM) == (True, True)
@@ -225,13 +281,41 @@ def test_every_flipped_bit_in_parquet():
     path = table("parquet", [{"image": "a.png", "caption": "x"}] * 2)
     content = path.read_bytes()
     for place in range(0, len(content), 2):
-        path.write_bytes(content[:place] + bytes([content[place] ^ 1 << place // 2 % 8]) + content[place + 1 :])
+        path.write_bytes(
+            content[:place] + bytes([content[place] ^ 1 << place // 2 % 8]) + content[place + 1 :]
+        )
         said(lambda: read_all(open_source("t.parquet")))
 
 
 PIECES = [
-    *(b"image", b"caption", b"label", b"{", b"}", b"[", b"]", b":", b"1e999", b"NaN", b"null", b"../x", b"/dev/zero"),
-    *(b",", b"\t", b"\n", b"\r", b'"', b"\0", b"\xff", b"\\ud800", b"\xef\xbb\xbf", b'"image"', b'"caption": '),
+    *(
+        b"image",
+        b"caption",
+        b"label",
+        b"{",
+        b"}",
+        b"[",
+        b"]",
+        b":",
+        b"1e999",
+        b"NaN",
+        b"null",
+        b"../x",
+        b"/dev/zero",
+    ),
+    *(
+        b",",
+        b"\t",
+        b"\n",
+        b"\r",
+        b'"',
+        b"\0",
+        b"\xff",
+        b"\\ud800",
+        b"\xef\xbb\xbf",
+        b'"image"',
+        b'"caption": ',
+    ),
     *(b"image,caption\n", b"image\tcaption\tlabel\n", b'{"image": "a.png", "caption": "x"}\n'),
 ]
 

@@ -30,17 +30,26 @@ pytestmark = pytest.mark.usefixtures("here", "open_clip_configs")
 
 def legacy_tar(path, trap):
     """torch's form before 0.1.10, which is unpacked to the disk where it is read."""
-    write_tar(path, [(name, pickle.dumps(trap)) for name in ("storages", "tensors", "pickle", "../outside")])
+    write_tar(
+        path,
+        [(name, pickle.dumps(trap)) for name in ("storages", "tensors", "pickle", "../outside")],
+    )
 
 
 TRAPS = {
     "pickle.pth": lambda path, trap: path.write_bytes(pickle.dumps({"model": trap})),
-    "pickle.pth.tar": lambda path, trap: path.write_bytes(pickle.dumps({"model": trap}, protocol=2)),
+    "pickle.pth.tar": lambda path, trap: path.write_bytes(
+        pickle.dumps({"model": trap}, protocol=2)
+    ),
     "zip.pt": lambda path, trap: torch.save({"state_dict": trap}, path),
-    "legacy.pth": lambda path, trap: torch.save({"model": trap}, path, _use_new_zipfile_serialization=False),
+    "legacy.pth": lambda path, trap: torch.save(
+        {"model": trap}, path, _use_new_zipfile_serialization=False
+    ),
     "tar.pth": legacy_tar,
     "pickle.safetensors": lambda path, trap: path.write_bytes(pickle.dumps(trap)),
-    "array.npy": lambda path, trap: np.save(path, np.array([trap], dtype=object), allow_pickle=True),
+    "array.npy": lambda path, trap: np.save(
+        path, np.array([trap], dtype=object), allow_pickle=True
+    ),
 }
 
 
@@ -50,7 +59,10 @@ def test_weights_that_would_run_code(name, here):
     TRAPS[name](path, Trap(here / "harm"))
     before = set(here.parent.rglob("*"))
     assert "Cannot read weights" in said(lambda: read_official(path))
-    for where, message in ((path, "Cannot read weights"), (f"open_clip:tiny-vit/{path}", "Cannot load")):
+    for where, message in (
+        (path, "Cannot read weights"),
+        (f"open_clip:tiny-vit/{path}", "Cannot load"),
+    ):
         assert message in said(lambda where=where: declip.load(where, device="cpu"))
     assert set(here.parent.rglob("*")) == before
 
@@ -92,10 +104,18 @@ BOMBS = {
     "repeats.pth": holding(torch.zeros(1).expand(1 << 20, 1 << 20)),
     "bytes.pth": holding(Endless(bytearray, 1 << 40)),
     "nowhere.pth": holding(
-        Endless(torch._utils._rebuild_meta_tensor_no_storage, torch.float32, (1 << 30, 1 << 20), (1 << 20, 1), False)
+        Endless(
+            torch._utils._rebuild_meta_tensor_no_storage,
+            torch.float32,
+            (1 << 30, 1 << 20),
+            (1 << 20, 1),
+            False,
+        )
     ),
     "itself.pth": holding(ITSELF),
-    "header.safetensors": lambda path: path.write_bytes((1 << 40).to_bytes(8, "little") + b"{" * 100),
+    "header.safetensors": lambda path: path.write_bytes(
+        (1 << 40).to_bytes(8, "little") + b"{" * 100
+    ),
     "sizes.safetensors": lambda path: path.write_bytes(
         struct.pack("<Q", 64) + b'{"a":{"dtype":"F32","shape":[99999999],"data_offsets":[0,9]}}   '
     ),
@@ -108,7 +128,9 @@ def test_weights_that_are_larger_than_their_file(name, here):
     for where in (str(here / name), f"open_clip:tiny-vit/{here / name}"):
         got, megabytes = apart(lambda where=where: declip.load(where, device="cpu"))
         assert (got != "read", megabytes < ROOM) == (True, True)
-        if name in ("inflates.pth", "overlaps.pth", "repeats.pth", "nowhere.pth") and where == str(here / name):
+        if name in ("inflates.pth", "overlaps.pth", "repeats.pth", "nowhere.pth") and where == str(
+            here / name
+        ):
             assert re.search(r"takes [\d,]+ bytes of memory, but its weights have [\d,]+", got)
 
 
@@ -133,7 +155,10 @@ def test_weights_of_sizes_that_no_one_meant(name, tensor):
 @pytest.fixture
 def checkpoint(here):
     recipe = Recipe.model_validate({key: TINY[key] for key in ("image", "text", "embed_dim")})
-    weights = {f"model.{name}": tensor for name, tensor in DualEncoder.from_recipe(recipe).state_dict().items()}
+    weights = {
+        f"model.{name}": tensor
+        for name, tensor in DualEncoder.from_recipe(recipe).state_dict().items()
+    }
     return write_snapshot(here / "run", Checkpoint(1, weights, {}, recipe.to_yaml()), keep=1)
 
 
@@ -157,7 +182,10 @@ RECIPES = {
 def test_a_recipe_that_would_run_code_or_is_none(name, checkpoint):
     forge(checkpoint, recipe=RECIPES[name])
     Path("mine.yaml").write_text(RECIPES[name])
-    for where, work in {"run": lambda: declip.load(checkpoint), "mine": lambda: load_recipe("mine.yaml")}.items():
+    for where, work in {
+        "run": lambda: declip.load(checkpoint),
+        "mine": lambda: load_recipe("mine.yaml"),
+    }.items():
         got, megabytes = apart(work)
         assert (where in got, megabytes < 2 * ROOM) == (True, True)
     assert not Path("harm").exists()
@@ -191,7 +219,11 @@ def test_a_checkpoint_whose_weights_would_run_code(checkpoint):
 
 
 @quickly
-@given(st.binary(max_size=300), st.sampled_from([".pth", ".pt", ".safetensors", ".pth.tar"]), st.booleans())
+@given(
+    st.binary(max_size=300),
+    st.sampled_from([".pth", ".pt", ".safetensors", ".pth.tar"]),
+    st.booleans(),
+)
 def test_any_bytes_as_weights(content, suffix, in_header):
     path = Path(f"any{suffix}")
     path.write_bytes(struct.pack("<Q", len(content)) + content if in_header else content)

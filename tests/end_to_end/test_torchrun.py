@@ -41,7 +41,9 @@ PLAYED = {
 
 def torchrun(asked):
     """What `torchrun` runs with the words and variables that were written, with ranks forked from this process."""
-    os.environ |= dict(line.split("=", 1) for line in (asked / "environment").read_text().split("\0")[:-1])
+    os.environ |= dict(
+        line.split("=", 1) for line in (asked / "environment").read_text().split("\0")[:-1]
+    )
     config, _, words = config_from_args(parse_args((asked / "words").read_text().split("\0")[:-1]))
     config.start_method = "fork"
     try:
@@ -94,15 +96,26 @@ def mortal(marker, *words):
 
 def agent(*given):
     """What `torchrun --standalone --nproc-per-node 2 --max-restarts 1` runs, with ranks forked from this process."""
-    rendezvous = {"run_id": "test", "rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "local_addr": "127.0.0.1"}
-    elastic_launch(LaunchConfig(1, 1, 2, max_restarts=1, start_method="fork", **rendezvous), mortal)(*given)
+    rendezvous = {
+        "run_id": "test",
+        "rdzv_backend": "c10d",
+        "rdzv_endpoint": "localhost:0",
+        "local_addr": "127.0.0.1",
+    }
+    elastic_launch(
+        LaunchConfig(1, 1, 2, max_restarts=1, start_method="fork", **rendezvous), mortal
+    )(*given)
 
 
 def test_torchrun_repeats_the_error_below_its_trace(tmp_path, monkeypatch, command):
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
     assert command("train", "demo-clip", "--data", "missing.csv").status == 2
-    failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=str(tmp_path / "error.json"))
-    assert "traceback : 'missing.csv' does not exist" in str(ChildFailedError("declip", {0: failure}))
+    failure = ProcessFailure(
+        local_rank=0, pid=1, exitcode=2, error_file=str(tmp_path / "error.json")
+    )
+    assert "traceback : 'missing.csv' does not exist" in str(
+        ChildFailedError("declip", {0: failure})
+    )
 
 
 @pytest.mark.slow
@@ -110,8 +123,24 @@ def test_a_rank_that_dies_is_started_again_and_the_run_continues(table, tmp_path
     """Of `finetune`, whose folder is locked once for both ranks before they split the pairs."""
     run, died = tmp_path / "run", tmp_path / "died"
     write_declip_file(build("vit"), tmp_path / "start.safetensors")
-    words = ("finetune", table, "--from", tmp_path / "start.safetensors", "--freeze", "none", "--out", run, "--resume")
-    keys = ("train.steps=6", "train.batch_size=8", "train.log_every=2", "train.checkpoint_every=1", "data.workers=0")
+    words = (
+        "finetune",
+        table,
+        "--from",
+        tmp_path / "start.safetensors",
+        "--freeze",
+        "none",
+        "--out",
+        run,
+        "--resume",
+    )
+    keys = (
+        "train.steps=6",
+        "train.batch_size=8",
+        "train.log_every=2",
+        "train.checkpoint_every=1",
+        "data.workers=0",
+    )
     keys += ("train.report_to=[]",)
     given = (died, *map(str, words), *keys, "--quiet")
     process = multiprocessing.get_context("fork").Process(target=agent, args=given)
@@ -126,9 +155,13 @@ def test_a_rank_that_dies_is_started_again_and_the_run_continues(table, tmp_path
 
 
 @pytest.mark.slow
-def test_a_slurm_job_whose_time_is_up_saves_asks_to_be_queued_again_and_continues(table, tmp_path, capfd):
+def test_a_slurm_job_whose_time_is_up_saves_asks_to_be_queued_again_and_continues(
+    table, tmp_path, capfd
+):
     """As schedulers do it: each rank hears SIGTERM twice, from outside and from torchrun, and each worker once."""
-    commands, run, requeued, recipe, asked = (tmp_path / n for n in ("bin", "run", "requeued", "mine.yaml", "asked"))
+    commands, run, requeued, recipe, asked = (
+        tmp_path / n for n in ("bin", "run", "requeued", "mine.yaml", "asked")
+    )
     recipe.write_text(yaml.safe_dump(tiny_tree(table)))
     commands.mkdir()
     asked.mkdir()
@@ -165,7 +198,10 @@ def test_a_slurm_job_whose_time_is_up_saves_asks_to_be_queued_again_and_continue
     stopped = int(checkpoint.name.removeprefix("step-"))
     assert 0 < stopped < 30000
     overrides = {"train.steps": 30000, "train.checkpoint_every": 10000, "data.workers": 1}
-    assert assemble(load_recipe(recipe, overrides), run, resume=True, quiet=True).progress.step == stopped
+    assert (
+        assemble(load_recipe(recipe, overrides), run, resume=True, quiet=True).progress.step
+        == stopped
+    )
 
 
 def test_srun_gets_the_processors_of_the_job(tmp_path):
@@ -183,9 +219,14 @@ def test_srun_gets_the_processors_of_the_job(tmp_path):
 
 
 def test_loaders_of_the_published_recipes_fit_the_processors_of_the_job(monkeypatch):
-    asked = {name: int(number) for name, number in re.findall(r"^#SBATCH --([\w-]+)=(\d+)$", SCRIPT.read_text(), re.M)}
+    asked = {
+        name: int(number)
+        for name, number in re.findall(r"^#SBATCH --([\w-]+)=(\d+)$", SCRIPT.read_text(), re.M)
+    }
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(asked["gpus-per-node"]))
-    monkeypatch.setattr("declip.io.pool.os.sched_getaffinity", lambda _: range(asked["cpus-per-task"]))
+    monkeypatch.setattr(
+        "declip.io.pool.os.sched_getaffinity", lambda _: range(asked["cpus-per-task"])
+    )
     for name in (name for name in recipe_names() if "yfcc15m" in name):
         workers = load_recipe(name).data.workers
         workers = auto_workers(training=1) if workers == "auto" else workers
@@ -194,6 +235,8 @@ def test_loaders_of_the_published_recipes_fit_the_processors_of_the_job(monkeypa
 
 
 def test_the_slurm_script_asks_for_a_run_folder():
-    done = subprocess.run(["bash", str(SCRIPT), "declip"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["bash", str(SCRIPT), "declip"], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 2
     assert "--out FOLDER" in done.stderr

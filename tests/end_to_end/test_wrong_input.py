@@ -53,7 +53,10 @@ def trained(tiny_run):
 
 @pytest.fixture(scope="module")
 def index(table, trained, tmp_path_factory):
-    return once(tmp_path_factory, "index", lambda folder: embed(trained, table, out=folder / "index")) / "index"
+    return (
+        once(tmp_path_factory, "index", lambda folder: embed(trained, table, out=folder / "index"))
+        / "index"
+    )
 
 
 NO_COLUMNS = ("no column 'image'", "no column 'caption'")
@@ -166,7 +169,9 @@ def wrong(table, trained, tmp_path_factory):
     """A folder with a good recipe, good pairs, good weights, and much that is wrong."""
     folder = tmp_path_factory.mktemp("wrong")
     (folder / "mine.yaml").write_text(yaml.safe_dump(tiny_tree(table)))
-    rows = [f"{table.parent}/{path.name},{path.stem}" for path in sorted(table.parent.glob("*.png"))]
+    rows = [
+        f"{table.parent}/{path.name},{path.stem}" for path in sorted(table.parent.glob("*.png"))
+    ]
     tables = {"photos": rows, "other": rows[:4], "copy": rows[8:]}
     files = {f"{name}.csv": "\n".join(["image,caption", *part]) for name, part in tables.items()}
     files |= {
@@ -214,7 +219,11 @@ def test_wrong_arguments_are_answered_without_torch_and_libraries_stay_silent(tm
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
     lines = done.stderr.splitlines()
     assert (done.returncode, lines[1::2]) == (0, ["2 False"] * len(WITHOUT_TORCH)), done.stderr
-    assert [part for part, line in zip(WITHOUT_TORCH.values(), lines[::2], strict=True) if part not in line] == []
+    assert [
+        part
+        for part, line in zip(WITHOUT_TORCH.values(), lines[::2], strict=True)
+        if part not in line
+    ] == []
 
 
 REASONS = {"missing image": 3, "unreadable image": 2}
@@ -228,24 +237,39 @@ def broken(table, rows, here):
     (here / "folder").mkdir()
     (here / "cut.jpg").write_bytes(encoded(draw("red", "square", size=200), "JPEG")[:1500])
     good = f"{table.parent}/./red-bar.png"  # written otherwise than in the table, so that no rows are merged
-    faults = dict.fromkeys(("gone.png", "lost.png", None, "text.png", "folder", "cut.jpg"), "a caption")
+    faults = dict.fromkeys(
+        ("gone.png", "lost.png", None, "text.png", "folder", "cut.jpg"), "a caption"
+    )
     faults |= {good: "x" * 100_000, good.replace("./", "././"): " "}
     faulty = [{"image": image, "caption": caption} for image, caption in faults.items()]
     return write_rows(here / "broken.jsonl", [*rows, *faulty])
 
 
-def test_broken_pairs_are_named_and_stop_a_run_where_they_are_too_many(broken, trained, here, declip):
-    words = ["data.source=broken.jsonl", "data.max_broken_fraction=0.5", "train.steps=4", "--out", "run", "--quiet"]
+def test_broken_pairs_are_named_and_stop_a_run_where_they_are_too_many(
+    broken, trained, here, declip
+):
+    words = [
+        "data.source=broken.jsonl",
+        "data.max_broken_fraction=0.5",
+        "train.steps=4",
+        "--out",
+        "run",
+        "--quiet",
+    ]
     status, printed = declip("train", "mine.yaml", *words)
     assert status == 0, printed
     skipped = json.loads((here / "run" / "skipped.json").read_text())
     assert {reason: row["count"] for reason, row in skipped["reasons"].items()} == REASONS
     assert skipped["seen"] == 32, "one epoch"
     assert {*skipped["reasons"]["unreadable image"]["examples"]} == {"text.png", "folder"}
-    status, printed = declip("train", "mine.yaml", "data.source=broken.jsonl", "train.steps=20", "--quiet")
+    status, printed = declip(
+        "train", "mine.yaml", "data.source=broken.jsonl", "train.steps=20", "--quiet"
+    )
     named = (*REASONS.keys() - {"truncated image"}, "data.max_broken_fraction")
     assert (status, [part for part in named if part not in printed]) == (2, [])
-    status, printed = declip("evaluate", trained, "--dataset", broken, "--task", "retrieval", "--json", "result.json")
+    status, printed = declip(
+        "evaluate", trained, "--dataset", broken, "--task", "retrieval", "--json", "result.json"
+    )
     assert status == 0, printed
     assert json.loads((here / "result.json").read_text())["skipped"] == REASONS
     assert [reason for reason in REASONS if reason not in printed] == []
@@ -256,16 +280,26 @@ def test_broken_pairs_are_named_and_stop_a_run_where_they_are_too_many(broken, t
     [("embed RUN phone --out i", 0), ("data inspect phone", 0), ("finetune phone --from RUN", 2),
      ("search INDEX --image phone/0.HEIC", 2)],
 )  # fmt: skip
-def test_photographs_of_phones_without_their_reader(words, status, trained, index, here, declip, monkeypatch):
+def test_photographs_of_phones_without_their_reader(
+    words, status, trained, index, here, declip, monkeypatch
+):
     pytest.importorskip("pillow_heif")
     monkeypatch.setattr(decode, "FORMATS", tuple(name for name in decode.FORMATS if name != "HEIF"))
     (here / "phone").mkdir()
     for name in ("0.HEIC", "1.heic", "2.HEIC", "3.heif", "4.png"):
         draw("red", "circle").save(here / "phone" / name)
         (here / "phone" / name).with_suffix(".txt").write_text(f"a red circle {name}")
-    ended, printed = declip(*words.replace("RUN", str(trained)).replace("INDEX", str(index)).split())
-    number = "phone/0.HEIC" if "search" in words else "4 × HEIC" if "inspect" not in words else "80.0 %"
-    assert (ended, "pip install 'declip[heif]'" in printed, number in printed) == (status, True, True), printed
+    ended, printed = declip(
+        *words.replace("RUN", str(trained)).replace("INDEX", str(index)).split()
+    )
+    number = (
+        "phone/0.HEIC" if "search" in words else "4 × HEIC" if "inspect" not in words else "80.0 %"
+    )
+    assert (ended, "pip install 'declip[heif]'" in printed, number in printed) == (
+        status,
+        True,
+        True,
+    ), printed
 
 
 USAGE = {
@@ -287,7 +321,9 @@ def test_a_wrong_command_line_is_answered_by_one_line(command, index, words, tol
 
 def test_another_run_is_not_continued_by_mistake(here, declip, trained, table):
     status, printed = declip("train", "mine.yaml", "--out", trained)
-    assert (status, f"on '{table}'" in printed, "another --out" in printed) == (2, True, True), printed
+    assert (status, f"on '{table}'" in printed, "another --out" in printed) == (2, True, True), (
+        printed
+    )
 
 
 def test_a_strangers_recipe_is_no_run(here, declip):
@@ -295,7 +331,10 @@ def test_a_strangers_recipe_is_no_run(here, declip):
     for content in ("flour: 200 g\n", "", "- a\n", "a: b: c\n"):
         (here / "cookbook" / "recipe.yaml").write_text(content)
         status, printed = declip("train", "mine.yaml", "--out", "cookbook", "--resume")
-        assert (status, [part for part in ("'cookbook'", "--out") if part not in printed]) == (2, [])
+        assert (status, [part for part in ("'cookbook'", "--out") if part not in printed]) == (
+            2,
+            [],
+        )
         assert (here / "cookbook" / "recipe.yaml").read_text() == content
 
 
@@ -309,9 +348,14 @@ def test_an_interrupted_run_prints_words_that_a_shell_reads(table, here, declip,
         return step(*arguments)
 
     monkeypatch.setattr(trainer, "training_step", interrupted)
-    status, printed = declip("train", "mine.yaml", "data.max_pairs=16", "name=my run", "--out", "my run", "--quiet")
+    status, printed = declip(
+        "train", "mine.yaml", "data.max_pairs=16", "name=my run", "--out", "my run", "--quiet"
+    )
     assert status == 130
-    assert "declip train mine.yaml data.max_pairs=16 'name=my run' --out 'my run' --quiet --resume" in printed
+    assert (
+        "declip train mine.yaml data.max_pairs=16 'name=my run' --out 'my run' --quiet --resume"
+        in printed
+    )
 
 
 # The largest size of a file, and what the message names
@@ -322,20 +366,43 @@ FULL = {
 }
 
 
-def test_a_full_disk_is_reported_and_the_run_continues_once_there_is_room(here, declip, table, trained):
+def test_a_full_disk_is_reported_and_the_run_continues_once_there_is_room(
+    here, declip, table, trained
+):
     """No file may grow beyond some size; the error differs from a full disk's only in its number."""
-    words = ["train", "mine.yaml", "train.steps=60", "train.log_every=1", "train.checkpoint_every=100"]
+    words = [
+        "train",
+        "mine.yaml",
+        "train.steps=60",
+        "train.log_every=1",
+        "train.checkpoint_every=100",
+    ]
     # Without loader processes: their shared memory is files too.
     words += ["data.workers=0", "--out", "run", "--quiet", "--resume"]
     for largest, says in FULL.items():
         status, printed = on_a_full_disk(words, largest)
-        assert (status, [part for part in ("File too large", *says) if part not in printed]) == (2, []), printed
+        assert (status, [part for part in ("File too large", *says) if part not in printed]) == (
+            2,
+            [],
+        ), printed
         assert "Traceback" not in printed
     assert declip(*words)[0] == 0
     assert [row["step"] for row in read_rows(here / "run" / "metrics.jsonl")] == list(range(1, 61))
-    words = ["evaluate", str(trained), "--dataset", str(table), "--task", "retrieval", "--json", "result.json"]
+    words = [
+        "evaluate",
+        str(trained),
+        "--dataset",
+        str(table),
+        "--task",
+        "retrieval",
+        "--json",
+        "result.json",
+    ]
     status, printed = on_a_full_disk(words, 10)
-    assert (status, [part for part in ("R@1", "'result.json'", "--json") if part not in printed]) == (2, [])
+    assert (
+        status,
+        [part for part in ("R@1", "'result.json'", "--json") if part not in printed],
+    ) == (2, [])
 
 
 def on_a_full_disk(words, largest):
@@ -352,7 +419,9 @@ def on_a_full_disk(words, largest):
 
 
 def _limited(words, largest, writer):
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write beyond the limit then raises, as on a full disk
+    signal.signal(
+        signal.SIGXFSZ, signal.SIG_IGN
+    )  # a write beyond the limit then raises, as on a full disk
     resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
     sys.stdout = sys.stderr = os.fdopen(writer, "w", encoding="utf-8")
     sys.argv = ["declip", *words]
@@ -362,7 +431,10 @@ def _limited(words, largest, writer):
 def test_a_disk_that_refuses_is_no_traceback(declip, monkeypatch):
     """Raised by hand: to root, who may run the tests, nothing is forbidden."""
     for error, says in (
-        (PermissionError(13, "Permission denied", "secret.yaml"), ("'secret.yaml'", "Permission denied")),
+        (
+            PermissionError(13, "Permission denied", "secret.yaml"),
+            ("'secret.yaml'", "Permission denied"),
+        ),
         (OSError(30, "Read-only file system", "run"), ("'run'", "Read-only", "another path")),
         (OSError(28, "No space left on device"), ("No space left", "--resume")),
     ):

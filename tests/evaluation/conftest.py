@@ -43,7 +43,10 @@ class ColorModel(nn.Module):
         return self.gain * images.mean((2, 3))
 
     def tokenize(self, texts):
-        ids = [[WORDS.index(word) + 1 if word in WORDS else OTHER for word in text.split()] for text in texts]
+        ids = [
+            [WORDS.index(word) + 1 if word in WORDS else OTHER for word in text.split()]
+            for text in texts
+        ]
         width = max(map(len, ids))
         return torch.tensor([row + [0] * (width - len(row)) for row in ids])
 
@@ -80,7 +83,9 @@ class PaintedSource(PairSource):
 def features_of(images, captions=None, texts=None):
     """Features that no model made."""
     captions = captions if captions is not None else [()] * len(images)
-    return SourceFeatures("hand", np.arange(len(images)), images, tuple(captions), texts, SkipCounter())
+    return SourceFeatures(
+        "hand", np.arange(len(images)), images, tuple(captions), texts, SkipCounter()
+    )
 
 
 class KnownSource(PairSource):
@@ -100,7 +105,9 @@ class KnownSource(PairSource):
 def probe(parts, classes):
     """A linear probe of known features, by split."""
     sources = {which: KnownSource(rows, classes) for which, rows in parts.items()}
-    dataset = Dataset("known", {which: (lambda source=source: source) for which, source in sources.items()})
+    dataset = Dataset(
+        "known", {which: (lambda source=source: source) for which, source in sources.items()}
+    )
     return linear_probe(dataset, lambda source: features_of(source.rows.features))
 
 

@@ -20,10 +20,19 @@ from evaluation import trees
 def test_a_named_set(tmp_path):
     trees.pets(tmp_path)
     dataset = open_dataset(f"pets:{tmp_path}")
-    assert (dataset.name, dataset.templates, dataset.metric) == (f"pets:{tmp_path}", "pets", "mean_per_class")
+    assert (dataset.name, dataset.templates, dataset.metric) == (
+        f"pets:{tmp_path}",
+        "pets",
+        "mean_per_class",
+    )
     assert dataset.split("test").name == "pets"
-    refuses(r"'pets:.*' has no validation split\. It has: train, test\.", dataset.split, "validation")
-    assert pickle.loads(pickle.dumps(dataset)).split("test").labels.tolist() == dataset.split("test").labels.tolist()
+    refuses(
+        r"'pets:.*' has no validation split\. It has: train, test\.", dataset.split, "validation"
+    )
+    assert (
+        pickle.loads(pickle.dumps(dataset)).split("test").labels.tolist()
+        == dataset.split("test").labels.tolist()
+    )
 
 
 def test_a_split_is_opened_when_it_is_asked_for_and_once(painted):
@@ -33,7 +42,9 @@ def test_a_split_is_opened_when_it_is_asked_for_and_once(painted):
         opened.append(which)
         return painted(["red"] * (which != "validation"))
 
-    dataset = Dataset("mine", {which: partial(make, which) for which in ("train", "validation", "test")})
+    dataset = Dataset(
+        "mine", {which: partial(make, which) for which in ("train", "validation", "test")}
+    )
     assert open_dataset(dataset) is dataset
     assert opened == ["test"]
     assert dataset.split("train") is dataset.split("train")
@@ -45,7 +56,11 @@ def test_an_open_source_is_a_test_split(painted):
     source = painted(["red", "blue"], classes=("red", "blue"), name="builtin:emoji-test")
     dataset = open_dataset(source)
     assert dataset.split("test") is source
-    assert (dataset.name, dataset.templates, dataset.metric) == ("builtin:emoji-test", "emoji", "top1")
+    assert (dataset.name, dataset.templates, dataset.metric) == (
+        "builtin:emoji-test",
+        "emoji",
+        "top1",
+    )
     assert open_dataset(painted(["red"])).templates == "plain"
     refuses("'painted' has no pairs", open_dataset, painted([]))
 
@@ -81,7 +96,12 @@ def test_what_cannot_be_opened():
         refuses(message, open_dataset, given)
 
 
-ROWS = [("a.jpg", "dog", "train"), ("b.jpg", "cat", "test"), ("c.jpg", "dog", "test"), ("d.jpg", "cat", "val")]
+ROWS = [
+    ("a.jpg", "dog", "train"),
+    ("b.jpg", "cat", "test"),
+    ("c.jpg", "dog", "test"),
+    ("d.jpg", "cat", "val"),
+]
 
 
 @pytest.fixture
@@ -104,7 +124,12 @@ def test_labels_and_splits(folder, kind):
         source = pickle.loads(pickle.dumps(dataset.split(which)))
         assert source.class_names == ("cat", "dog")
         found[which] = [
-            (source[i].key, int(source.labels[i]), trees.label_of(source[i].image), source.captions(i))
+            (
+                source[i].key,
+                int(source.labels[i]),
+                trees.label_of(source[i].image),
+                source.captions(i),
+            )
             for i in range(len(source))
         ]
     assert found == {
@@ -119,15 +144,24 @@ def test_the_column_is_chosen_by_name(folder):
     path = _write(folder, "csv", ("image", "label", "tempr"), rows)
     assert open_dataset(path).split("test").class_names == ("x", "y")
     assert open_dataset(path, label_column="tempr").split("test").class_names == ("cold", "warm")
-    refuses(r"'mine.csv' 'temper'.*'tempr'.*image, label", open_dataset, path, label_column="temper")
+    refuses(
+        r"'mine.csv' 'temper'.*'tempr'.*image, label", open_dataset, path, label_column="temper"
+    )
     refuses("not a table", open_dataset, f"folder:{folder}", label_column="label")
-    path = _write(folder, "csv", ("image", "caption"), [("a.jpg", "one"), ("a.jpg", "two"), ("b.jpg", "three")])
+    path = _write(
+        folder,
+        "csv",
+        ("image", "caption"),
+        [("a.jpg", "one"), ("a.jpg", "two"), ("b.jpg", "three")],
+    )
     assert open_dataset(path).split("test").labels is None  # it is for retrieval
 
 
 def test_numbers_as_labels_are_in_the_order_of_numbers(folder):
     for kind in ("csv", "jsonl", "parquet"):
-        path = _write(folder, kind, ("image", "label"), [("a.jpg", 10), ("b.jpg", 9), ("c.jpg", 10)])
+        path = _write(
+            folder, kind, ("image", "label"), [("a.jpg", 10), ("b.jpg", 9), ("c.jpg", 10)]
+        )
         test = open_dataset(path).split("test")
         assert (test.class_names, test.labels.tolist()) == (("9", "10"), [1, 0, 1])
 
@@ -148,7 +182,14 @@ def test_images_in_parquet_with_the_names_that_hugging_face_keeps(folder):
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
 def test_rows_without_a_label_or_with_two_are_broken_pairs(folder, kind):
-    rows = [("a.jpg", "dog"), ("b.jpg", " "), ("c.jpg", "cat"), ("d.jpg", "cat"), ("d.jpg", "dog"), ("c.jpg", "cat")]
+    rows = [
+        ("a.jpg", "dog"),
+        ("b.jpg", " "),
+        ("c.jpg", "cat"),
+        ("d.jpg", "cat"),
+        ("d.jpg", "dog"),
+        ("c.jpg", "cat"),
+    ]
     test = open_dataset(_write(folder, kind, ("image", "label"), rows)).split("test")
     assert test.class_names == ("cat", "dog")
     assert len(test) == 4
@@ -161,13 +202,22 @@ def test_rows_without_a_label_or_with_two_are_broken_pairs(folder, kind):
 
 
 def test_retrieval_takes_captioned_images_whatever_their_labels(folder, model):
-    rows = [("a.jpg", "dog", "a"), ("b.jpg", " ", "b"), ("c.jpg", "cat", "c"), ("d.jpg", "cat", "d")]
-    table = _write(folder, "csv", ("image", "label", "caption"), [*rows, ("d.jpg", "dog", "also d")])
+    rows = [
+        ("a.jpg", "dog", "a"),
+        ("b.jpg", " ", "b"),
+        ("c.jpg", "cat", "c"),
+        ("d.jpg", "cat", "d"),
+    ]
+    table = _write(
+        folder, "csv", ("image", "label", "caption"), [*rows, ("d.jpg", "dog", "also d")]
+    )
     classes, pairs = evaluate_all(model, table, ["zero-shot", "retrieval"])
     assert (classes.n, classes.skipped) == (2, {"missing label": 1, "conflicting labels": 1})
     assert (pairs.images, pairs.text_to_image.queries, pairs.skipped) == (4, 5, {})
     alone = open_dataset(table, label_column="label", captioned=False).split("test")
-    assert (alone.captioned, alone[0].captions) == (False, ("dog",)), "captions are not read where none is used"
+    assert (alone.captioned, alone[0].captions) == (False, ("dog",)), (
+        "captions are not read where none is used"
+    )
 
 
 @pytest.mark.parametrize("column", ["label", "category"])
@@ -189,5 +239,7 @@ def test_what_cannot_be_measured(folder):
         (("x", "test"), ("y", "tst"), "'tst'.*train, validation, test"),
         (("x", "test"), ("y", ""), "''.*train, validation, test"),
     ):
-        table = _write(folder, "csv", ("image", "label", "split"), [("a.jpg", *one), ("b.jpg", *other)])
+        table = _write(
+            folder, "csv", ("image", "label", "split"), [("a.jpg", *one), ("b.jpg", *other)]
+        )
         refuses(message, open_dataset, table)

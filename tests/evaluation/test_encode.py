@@ -55,7 +55,10 @@ def test_workers_change_nothing(model, painted, monkeypatch):
     source = painted(["red", "green", "blue", "cyan", "white"], broken=[3])
     some = encode_source(model, source, indices=[2, 0], texts=False)
     assert (some.indices.tolist(), some.texts) == ([2, 0], None)
-    alone, helped = encode_source(model, source, batch_size=2), encode_source(model, source, batch_size=2, workers=1)
+    alone, helped = (
+        encode_source(model, source, batch_size=2),
+        encode_source(model, source, batch_size=2, workers=1),
+    )
     monkeypatch.setattr("declip.evaluation.encode.READ_AT_ONCE", 1)
     for other in (helped, encode_source(model, source, batch_size=2, workers=1)):
         assert torch.equal(alone.images, other.images)
@@ -71,9 +74,15 @@ def test_nothing_readable(model, painted):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_features_that_are_not_finite_are_refused_by_name(model, painted, value):
     encode = model.encode_image
-    model.encode_image = lambda pixels: torch.where(pixels.mean((2, 3))[:, 2:] > 0.9, value, encode(pixels))
+    model.encode_image = lambda pixels: torch.where(
+        pixels.mean((2, 3))[:, 2:] > 0.9, value, encode(pixels)
+    )
     source = painted(["red", "green", "red", "blue", "blue"])
     refuses("image features are not finite", encode_source, model, source, batch_size=2)
     encode = model.encode_text
-    model.encode_text = lambda tokens: torch.where(encode(tokens)[:, 2:] > 0.9, value, encode(tokens))
-    refuses("text features are not finite", text_features, model, ["red", "green", "blue"], batch_size=2)
+    model.encode_text = lambda tokens: torch.where(
+        encode(tokens)[:, 2:] > 0.9, value, encode(tokens)
+    )
+    refuses(
+        "text features are not finite", text_features, model, ["red", "green", "blue"], batch_size=2
+    )

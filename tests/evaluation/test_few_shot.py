@@ -34,7 +34,9 @@ def made_up(shots, classes=6, noise=0.5, names=0.0, seed=0):
     rng = torch.Generator().manual_seed(seed)
     centers = torch.randn(classes, 12, generator=torch.Generator().manual_seed(99))
     labels = torch.arange(classes).repeat_interleave(shots)
-    images = normalize(centers[labels] + noise * 3.5 * torch.randn(len(labels), 12, generator=rng) + 1, dim=1)
+    images = normalize(
+        centers[labels] + noise * 3.5 * torch.randn(len(labels), 12, generator=rng) + 1, dim=1
+    )
     texts = normalize(centers + names * 3.5 * torch.randn(classes, 12, generator=rng) - 2, dim=1)
     return Examples(torch.cat([images, images], dim=1), labels, texts, 12)
 
@@ -62,7 +64,9 @@ def test_the_weight_minimizes_the_weighted_squared_error(shots, classes):
 
 def test_square_roots_of_features_without_negative_values():
     images = torch.tensor([[1.0, 4.0, 3.0, 4.0], [1.0, -4.0, 3.0, 4.0]])
-    expected = torch.tensor([[1 / 5**0.5, 2 / 5**0.5, 0.6, 0.8], [1 / 17**0.5, -4 / 17**0.5, 0.6, 0.8]])
+    expected = torch.tensor(
+        [[1 / 5**0.5, 2 / 5**0.5, 0.6, 0.8], [1 / 17**0.5, -4 / 17**0.5, 0.6, 0.8]]
+    )
     assert torch.allclose(halves(images, 2), expected)
 
 
@@ -95,21 +99,30 @@ def test_the_accuracy_of_a_fold_is_by_settings_from_the_other_folds():
         for fold in range(4):
             held_out = folds == fold
             factors = mixture_factors(scores[:, ~held_out], examples.labels[~held_out])
-            other = fit_mixture(examples.take(~held_out), dict(zip(forms, factors.tolist(), strict=True)))
+            other = fit_mixture(
+                examples.take(~held_out), dict(zip(forms, factors.tolist(), strict=True))
+            )
             right += round(6 * accuracy(other, examples.take(held_out)))
         assert (head.accuracy.value, head.shots) == (right / 24, 3)
         factors = torch.tensor(list(head.mixture.values()))
-        different += int(((factors @ scores.flatten(1)).view(24, 6).argmax(1) == examples.labels).sum()) - right
+        different += (
+            int(((factors @ scores.flatten(1)).view(24, 6).argmax(1) == examples.labels).sum())
+            - right
+        )
     assert different > 0, "settings from all folds have seen the images: too high"
 
 
 def test_images_of_one_group_are_left_out_together():
     objects = np.arange(10).repeat(6)
-    examples = made_up(6, classes=10, noise=0.03)  # six views of each object, whose classes are drawn at random
+    examples = made_up(
+        6, classes=10, noise=0.03
+    )  # six views of each object, whose classes are drawn at random
     examples = Examples(examples.images, torch.from_numpy(objects % 3), torch.eye(3, 12), 12)
     alone, together = fit_few_shot(examples), fit_few_shot(examples, groups=objects)
     assert (alone.accuracy.value > 0.9, together.accuracy.value < 0.6) == (True, True)
-    assert (alone.accuracy.n, together.accuracy.n) == (60, 10), "images of one object are not independent"
+    assert (alone.accuracy.n, together.accuracy.n) == (60, 10), (
+        "images of one object are not independent"
+    )
     folds = class_folds(examples.labels, objects)
     assert all(len(folds[objects == number].unique()) == 1 for number in range(10))
     assert fit_few_shot(examples, groups=np.zeros(60)).accuracy is None, "nothing can be left out"
@@ -129,7 +142,9 @@ def test_classes_of_one_object_are_not_part_of_the_accuracy():
     assert (head.accuracy.n, head.unmeasured) == (30, 1)
     assert head.accuracy.value > 0.8
     # The accuracy of a single class would say nothing: all images may get its name.
-    one = fit_few_shot(examples, groups=np.where(examples.labels > 0, 99 + examples.labels, np.arange(36)))
+    one = fit_few_shot(
+        examples, groups=np.where(examples.labels > 0, 99 + examples.labels, np.arange(36))
+    )
     assert (one.accuracy, one.unmeasured) == (None, 5)
 
 
@@ -137,7 +152,8 @@ def test_the_protocol_gives_names_and_images(model, painted):
     colors = ["red", "green", "blue"]
     train = painted(colors * 4, classes=colors, broken=[0])
     dataset = Dataset(
-        "colors", {"train": lambda: train, "test": lambda: painted(colors * 2, classes=colors, broken=[5])}
+        "colors",
+        {"train": lambda: train, "test": lambda: painted(colors * 2, classes=colors, broken=[5])},
     )
     (result,) = evaluate_all(model, dataset, ("few-shot",), Options(shots=2, progress=False))
     assert (result.top1, result.names_top1, result.n, result.shots) == (1.0, 1.0, 5, 2)
@@ -146,7 +162,13 @@ def test_the_protocol_gives_names_and_images(model, painted):
     assert read_result(result.to_dict()) == result
     refuses("shots", Options, shots=0)
     refuses("batch_size", Options, batch_size=0)
-    refuses(r"train split.*few-shot", evaluate_all, model, Dataset("x", {"test": lambda: train}), ("few-shot",))
+    refuses(
+        r"train split.*few-shot",
+        evaluate_all,
+        model,
+        Dataset("x", {"test": lambda: train}),
+        ("few-shot",),
+    )
 
 
 def test_the_protocol_equals_a_loop_over_draws(model, painted):
@@ -171,7 +193,9 @@ def test_a_class_without_images_is_found_by_its_name():
     examples, test = made_up(6, noise=0.2), made_up(40, noise=0.2, seed=3)
     head = fit_few_shot(examples.take(examples.labels != 2))
     assert all(form.name_weight > 0 for form in head.mixture)
-    assert head.shots == pytest.approx((10 * 20 + 4 * 5 * 25) / 30 / 5)  # folds of 10 and four of 5 images
+    assert head.shots == pytest.approx(
+        (10 * 20 + 4 * 5 * 25) / 30 / 5
+    )  # folds of 10 and four of 5 images
     assert accuracy(head, test.take(test.labels == 2)) > 0.5
 
 
@@ -181,6 +205,10 @@ def test_many_images_are_weighed_on_some_of_them():
 
 
 def test_the_center_is_the_mean_of_class_means():
-    examples = made_up(4).take(torch.arange(24) > 2)  # one image of the first class, four of the others
-    means = [halves(examples.images[examples.labels == label], 12).mean(dim=0) for label in range(6)]
+    examples = made_up(4).take(
+        torch.arange(24) > 2
+    )  # one image of the first class, four of the others
+    means = [
+        halves(examples.images[examples.labels == label], 12).mean(dim=0) for label in range(6)
+    ]
     assert torch.allclose(center_of(examples), torch.stack(means).mean(dim=0), atol=1e-6)

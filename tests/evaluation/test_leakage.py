@@ -33,8 +33,12 @@ PRODUCT = np.arange(OBJECTS * VIEWS) // VIEWS + 1
 def test_views_of_one_object_are_found():
     brand = PRODUCT % 29 + 1  # two products of one brand, and one of each other
     assert found(Table(brand=brand, product=PRODUCT)) == "product", "the finest of several columns"
-    assert found(Table(product=PRODUCT), noise=0.8) == "product", "of the nearest images 0.7 are views"
-    assert found(Table(product=PRODUCT), noise=3.0) is None, "images of one value that are not alike"
+    assert found(Table(product=PRODUCT), noise=0.8) == "product", (
+        "of the nearest images 0.7 are views"
+    )
+    assert found(Table(product=PRODUCT), noise=3.0) is None, (
+        "images of one value that are not alike"
+    )
     assert found(Table(product=PRODUCT), groups=PRODUCT) is None, "they are left out together"
     assert found(Table(product=PRODUCT), classes=OBJECTS) is None, "the column of the classes"
 
@@ -47,7 +51,8 @@ def test_images_that_are_left_out_together_are_not_compared():
 @pytest.mark.parametrize(
     "cells",
     [
-        PRODUCT % 4 + 1,  # a category: each image has a view of its object with the same value near it
+        PRODUCT % 4
+        + 1,  # a category: each image has a view of its object with the same value near it
         np.ones_like(PRODUCT),
         np.arange(len(PRODUCT)) + 1,  # no value is repeated
         np.where(PRODUCT < 2, PRODUCT, 0),  # one value is, all other cells are empty

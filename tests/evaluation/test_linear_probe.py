@@ -23,7 +23,10 @@ def data():
     pixels, labels = load_digits(return_X_y=True)
     small = pixels.reshape(-1, 4, 2, 4, 2).mean((2, 4)).reshape(-1, 16) / 8
     rows = Labeled(torch.tensor(small, dtype=torch.float32), torch.tensor(labels))
-    return {which: rows.take(np.arange(start, 900, 3)) for start, which in enumerate(("train", "validation", "test"))}
+    return {
+        which: rows.take(np.arange(start, 900, 3))
+        for start, which in enumerate(("train", "validation", "test"))
+    }
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +59,15 @@ def test_one_peak_is_found_wherever_it_is(data, peak):
 
 @pytest.mark.parametrize(
     ("loss", "chosen"),
-    [(lambda step: abs(step - 7), 7), (lambda step: 0.0, -48), (lambda step: 1.0 if step == 16 else math.nan, 16)],
+    [
+        (lambda step: abs(step - 7), 7),
+        (lambda step: 0.0, -48),
+        (lambda step: 1.0 if step == 16 else math.nan, 16),
+    ],
 )
-def test_of_equal_scores_the_smaller_cross_entropy_wins_and_then_the_stronger_penalty(data, loss, chosen):
+def test_of_equal_scores_the_smaller_cross_entropy_wins_and_then_the_stronger_penalty(
+    data, loss, chosen
+):
     assert STEPS[sweep(KnownProblem(300, lambda step: 150, loss), data["validation"]).C] == chosen
 
 
@@ -67,18 +76,29 @@ def test_the_metric_of_the_set_chooses(metric, chosen):
     labels = torch.tensor([0] * 8 + [1] * 2)
     right = {0: labels == 0, 16: torch.arange(10) >= 3}
     uneven = Labeled(torch.zeros(10, 16), labels)
-    assert STEPS[sweep(KnownProblem(10, lambda step: right.get(step, 0)), uneven, metric).C] == chosen
+    assert (
+        STEPS[sweep(KnownProblem(10, lambda step: right.get(step, 0)), uneven, metric).C] == chosen
+    )
 
 
 def test_the_probe_is_scikit_learns_on_train_and_validation(data, result):
-    both = (torch.cat(parts).double().numpy() for parts in zip(data["train"], data["validation"], strict=True))
+    both = (
+        torch.cat(parts).double().numpy()
+        for parts in zip(data["train"], data["validation"], strict=True)
+    )
     theirs = LogisticRegression(C=result.C, max_iter=20_000, tol=1e-8).fit(*both)
     predicted, labels = theirs.predict(data["test"].features.numpy()), data["test"].labels.numpy()
     assert result.top1 == pytest.approx((predicted == labels).mean())
     own = [(predicted[labels == c] == c).mean() for c in range(10)]
     assert result.mean_per_class == pytest.approx(np.mean(own))
     assert 0.8 < result.top1 < 0.97
-    assert (result.n, result.train, result.classes, result.chance, result.width) == (300, 600, 10, 0.1, 16)
+    assert (result.n, result.train, result.classes, result.chance, result.width) == (
+        300,
+        600,
+        10,
+        0.1,
+        16,
+    )
     assert (result.converged, result.validation) == (True, "validation split")
 
 
@@ -97,7 +117,9 @@ def test_scores_and_samples_by_class():
     assert score(right, labels) == pytest.approx(3 / 5)
     assert score(right, labels, "mean_per_class") == pytest.approx((2 / 3 + 1 + 0) / 3)
     assert [places.tolist() for places in by_class(np.array([2, 0, 2, 5]))] == [[1], [0, 2], [3]]
-    labels = np.repeat([0, 1, 2, 3, 4], [10, 3, 2, 1, 100])[np.random.default_rng(0).permutation(116)]
+    labels = np.repeat([0, 1, 2, 3, 4], [10, 3, 2, 1, 100])[
+        np.random.default_rng(0).permutation(116)
+    ]
     half = sample_per_class(labels, lambda count: count // 2)
     assert np.bincount(labels[half], minlength=5).tolist() == [5, 1, 1, 0, 50]
     assert (sample_per_class(labels, lambda count: count // 2, seed=1) != half).any()
@@ -115,15 +137,22 @@ def digits():
 def test_the_minimum_is_scikit_learns_whatever_the_block(digits, monkeypatch, C, block):
     monkeypatch.setattr("declip.evaluation.linear_probe.BLOCK", block)
     features, labels = digits
-    theirs = LogisticRegression(C=C, max_iter=20_000, tol=1e-8).fit(features.double().numpy(), labels.numpy())
+    theirs = LogisticRegression(C=C, max_iter=20_000, tol=1e-8).fit(
+        features.double().numpy(), labels.numpy()
+    )
     ours = LogisticProblem(features.double(), labels).fit(C, tolerance=1e-14)
     assert ours.converged
     size = np.abs(theirs.coef_).max()
     np.testing.assert_allclose(ours.weight, theirs.coef_, atol=2e-4 * size)
-    np.testing.assert_allclose(ours.bias - ours.bias.mean(), theirs.intercept_ - theirs.intercept_.mean(), atol=1e-3)
+    np.testing.assert_allclose(
+        ours.bias - ours.bias.mean(), theirs.intercept_ - theirs.intercept_.mean(), atol=1e-3
+    )
     chances = ours.scores(features.double()).softmax(1)
     np.testing.assert_allclose(chances, theirs.predict_proba(features.double().numpy()), atol=2e-5)
-    assert (ours.measure(Labeled(features, labels))[0] == (theirs.predict(features.numpy()) == labels.numpy())).all()
+    assert (
+        ours.measure(Labeled(features, labels))[0]
+        == (theirs.predict(features.numpy()) == labels.numpy())
+    ).all()
 
 
 # At the last C the loss is 2e-5: 1 - p would have no digit left in float32.
@@ -135,8 +164,12 @@ def test_single_precision_finds_the_same_minimum(digits, C, near):
     assert quick.converged
     again = LogisticProblem(features, labels).fit(C, start=quick)
     assert again.iterations <= max(3, quick.iterations // 2)
-    assert _objective(features, labels, quick, C) == pytest.approx(_objective(features, labels, exact, C), rel=near)
-    difference = quick.scores(features.double()).softmax(1) - exact.scores(features.double()).softmax(1)
+    assert _objective(features, labels, quick, C) == pytest.approx(
+        _objective(features, labels, exact, C), rel=near
+    )
+    difference = quick.scores(features.double()).softmax(1) - exact.scores(
+        features.double()
+    ).softmax(1)
     assert float(difference.abs().max()) < 2e-3
 
 
@@ -166,6 +199,6 @@ def test_what_cannot_be_fitted(digits):
 
 
 def _objective(features, labels, found, C):
-    return found.measure(Labeled(features.double(), labels))[1] + float(found.weight.square().sum()) / (
-        2 * C * len(labels)
-    )
+    return found.measure(Labeled(features.double(), labels))[1] + float(
+        found.weight.square().sum()
+    ) / (2 * C * len(labels))

@@ -27,7 +27,11 @@ def test_a_folder_without_splits(tmp_path):
     test = pickle.loads(pickle.dumps(dataset.split("test")))
     assert (test.name, test.class_names) == ("shapes", ("Cat", "red square"))
     assert trees.labels_of(test) == [0, 1, 1]
-    assert [test[row].key for row in range(3)] == ["Cat/1.jpg", "red_square/a.JPG", "red_square/deep/b.jpg"]
+    assert [test[row].key for row in range(3)] == [
+        "Cat/1.jpg",
+        "red_square/a.JPG",
+        "red_square/deep/b.jpg",
+    ]
 
 
 def test_splits_number_the_classes_alike(tmp_path):
@@ -73,11 +77,19 @@ def test_caltech101_has_thirty_of_each_class_for_training_and_all_the_rest(tmp_p
     assert test.class_names[:3] == ("background", "off-center face", "centered face")
     assert test.class_names[-1] == "yin and yang symbol"
     # The same on every machine.
-    assert [test[row].key for row in range(3)] == [f"Faces/image_00{number}.jpg" for number in ("06", "08", "13")]
+    assert [test[row].key for row in range(3)] == [
+        f"Faces/image_00{number}.jpg" for number in ("06", "08", "13")
+    ]
 
     shutil.move(folder / "BACKGROUND_Google", folder / "unicorn")
-    refuses("102 folders.*1 are missing and 1 are unexpected.*'BACKGROUND", open_dataset, f"caltech101:{tmp_path}")
-    refuses("caltech101/101_ObjectCategories", open_dataset, f"caltech101:{tmp_path / 'caltech101'}")
+    refuses(
+        "102 folders.*1 are missing and 1 are unexpected.*'BACKGROUND",
+        open_dataset,
+        f"caltech101:{tmp_path}",
+    )
+    refuses(
+        "caltech101/101_ObjectCategories", open_dataset, f"caltech101:{tmp_path / 'caltech101'}"
+    )
 
 
 @pytest.mark.parametrize(
@@ -99,7 +111,10 @@ def test_imagenet_and_its_variants(tmp_path, monkeypatch, name, folders):
         trees.paint(root / folder / "a.JPEG", int(folder) if folder.isdecimal() else number)
     dataset = open_dataset(f"{name}:{tmp_path}")
     test = dataset.split("test")
-    assert (list(dataset.openers), sorted(trees.labels_of(test))) == (["test"], [*range(len(wnids))])
+    assert (list(dataset.openers), sorted(trees.labels_of(test))) == (
+        ["test"],
+        [*range(len(wnids))],
+    )
     assert test.class_names == tuple(read_prompts("imagenet").classes[wnid] for wnid in wnids)
     trees.paint(root / "n00000000" / "a.jpg", 0)
     refuses(r"1 are unexpected \('n00000000'\)", open_dataset, f"{name}:{tmp_path}")
@@ -111,14 +126,26 @@ def test_imagenet_and_its_variants(tmp_path, monkeypatch, name, folders):
 
 SUN = ("abbey", "bakery/shop", "jail/indoor", "jail_cell", "theater/indoor_seats")
 EXPECTED = {
-    "pets": (["Abyssinian", "American Bulldog", "Great Pyrenees"], {"train": [0, 1, 2], "test": [2, 0, 0, 0, 1, 2]}),
+    "pets": (
+        ["Abyssinian", "American Bulldog", "Great Pyrenees"],
+        {"train": [0, 1, 2], "test": [2, 0, 0, 0, 1, 2]},
+    ),
     "flowers102": (None, {"train": [0, 59], "validation": [76, 15], "test": [101, 92]}),
     "cars": (list(trees.CARS), {"train": [2, 0], "test": [1, 2, 0]}),
     "aircraft": (list(trees.AIRCRAFT), {"train": [0, 3], "validation": [1], "test": [2, 0, 3]}),
     "food101": (["apple pie", "creme brulee", "waffles"], {"train": [2, 1, 0], "test": [2, 1, 0]}),
-    "dtd": (["banded", "polka-dotted", "zigzagged"], {each: [2, 1, 0] for each in ("train", "validation", "test")}),
-    "cifar10": (trees.TEN, {"train": [(9 - row - n) % 10 for n in range(5) for row in range(4)], "test": [9, 8, 7, 6]}),
-    "cifar100": (["apple", "aquarium fish", "lawn mower"], {"train": [2, 1, 0, 2], "test": [2, 1, 0, 2]}),
+    "dtd": (
+        ["banded", "polka-dotted", "zigzagged"],
+        {each: [2, 1, 0] for each in ("train", "validation", "test")},
+    ),
+    "cifar10": (
+        trees.TEN,
+        {"train": [(9 - row - n) % 10 for n in range(5) for row in range(4)], "test": [9, 8, 7, 6]},
+    ),
+    "cifar100": (
+        ["apple", "aquarium fish", "lawn mower"],
+        {"train": [2, 1, 0, 2], "test": [2, 1, 0, 2]},
+    ),
 }
 FRUIT = ["apple", "aquarium_fish", "lawn_mower"]
 MAKERS = {
@@ -138,7 +165,9 @@ def test_images_labels_and_names(name, tmp_path, monkeypatch):
         source = pickle.loads(pickle.dumps(dataset)).split(which)
         assert trees.labels_of(source) == labels
         assert names is None or list(source.class_names) == names
-        assert [source[row].captions for row in range(len(source))] == [(source.class_names[i],) for i in labels]
+        assert [source[row].captions for row in range(len(source))] == [
+            (source.class_names[i],) for i in labels
+        ]
     if name == "flowers102":  # whose files only number the classes
         assert [source.captions(row) for row in range(2)] == [("blackberry lily",), ("air plant",)]
     shutil.move(tmp_path / NAMED[name].files, tmp_path / "elsewhere")
@@ -170,7 +199,13 @@ def test_sun397_by_its_official_lists(tmp_path, place):
     dataset = open_dataset(f"sun397:{tmp_path}")
     train, test = dataset.split("train"), dataset.split("test")
     assert trees.labels_of(train) == trees.labels_of(test) == [0, 1, 2, 3, 4]
-    assert test.class_names == ("abbey", "bakery shop", "jail indoor", "jail cell", "theater indoor seats")
+    assert test.class_names == (
+        "abbey",
+        "bakery shop",
+        "jail indoor",
+        "jail cell",
+        "theater indoor seats",
+    )
     assert (train[2].key, test[2].key) == ("j/jail/indoor/sun_a2.jpg", "j/jail/indoor/sun_c2.jpg")
     trees.write(tmp_path / place / "Testing_01.txt", "/z/zoo/sun_a.jpg\n")
     refuses("zoo", open_dataset, f"sun397:{tmp_path}")

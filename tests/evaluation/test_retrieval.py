@@ -24,7 +24,9 @@ def _rank_by_loop(scores, right):
 
 
 def test_ties_and_nan_go_against_the_model():
-    scores = torch.tensor([[0.5, 0.5, 0.5], [0.2, 0.2, 0.1], [0.1, 0.2, 0.2], [0.3, 0.3 + 1e-8, 0.0]])
+    scores = torch.tensor(
+        [[0.5, 0.5, 0.5], [0.2, 0.2, 0.1], [0.1, 0.2, 0.2], [0.3, 0.3 + 1e-8, 0.0]]
+    )
     assert ranks(scores, torch.eye(3), _singles(0, 0, 1, 0)).tolist() == [3, 2, 2, 2]
     nan = float("nan")
     scores = torch.tensor([[0.9, nan, 0.1], [0.9, nan, 0.1], [nan, nan, nan]])
@@ -32,7 +34,11 @@ def test_ties_and_nan_go_against_the_model():
     for value in (nan, 8**-0.5):  # a model that says always the same finds nothing
         same = torch.full((20, 8), value)
         result = retrieve(features_of(same, [(f"text {row}",) for row in range(20)], same))
-        assert (result.text_to_image.r10, result.image_to_text.r10, result.text_to_image.median_rank) == (0, 0, 20)
+        assert (
+            result.text_to_image.r10,
+            result.image_to_text.r10,
+            result.text_to_image.median_rank,
+        ) == (0, 0, 20)
 
 
 @pytest.mark.parametrize("block", [1, 37, 10_000])
@@ -71,13 +77,17 @@ def test_both_directions_with_several_captions():
 
 def test_the_loss_is_that_of_each_image_with_its_first_caption():
     captions = [("a", "b"), ("c",), ("d", "e", "f")]
-    images, texts = normalize(torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0)), dim=-1)
+    images, texts = normalize(
+        torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0)), dim=-1
+    )
     result = retrieve(features_of(images[:3], captions, texts), scale=5.0)
     assert result.loss == contrastive_loss(images[:3], texts[[0, 2, 3]], 5.0)
 
 
 def test_the_loss_of_many_pairs_is_the_mean_over_pairs_of_batches():
-    images, texts = normalize(torch.randn(2, 257, 4, generator=torch.Generator().manual_seed(0)), dim=-1).double()
+    images, texts = normalize(
+        torch.randn(2, 257, 4, generator=torch.Generator().manual_seed(0)), dim=-1
+    ).double()
     total = 0.0
     for rows in np.array_split(default_rng((0, 257)).permutation(257), 3):
         logits = 5 * images[rows] @ texts[rows].T
@@ -89,11 +99,23 @@ def test_the_loss_of_many_pairs_is_the_mean_over_pairs_of_batches():
 def test_a_caption_that_two_images_share():
     images = torch.tensor([[1.0, 0.0, 0.0], [0.9, 0.1, 0.0], [0.0, 0.0, 1.0]])
     cat, dog, tail = [1.0, 0.0, 0.0], [0.0, 0.0, 1.0], [0.1, 1.0, 0.0]
-    result = retrieve(features_of(images, [("cat",), ("cat", "tail"), ("dog",)], torch.tensor([cat, cat, tail, dog])))
-    assert result.text_to_image.r1 == 1.0  # the second cat's caption finds the first cat; "tail" finds its own
+    result = retrieve(
+        features_of(
+            images, [("cat",), ("cat", "tail"), ("dog",)], torch.tensor([cat, cat, tail, dog])
+        )
+    )
+    assert (
+        result.text_to_image.r1 == 1.0
+    )  # the second cat's caption finds the first cat; "tail" finds its own
     assert result.image_to_text.r1 == 1.0
-    assert result.image_to_text.chance1 == pytest.approx((1 + 2 + 1) / 3 / 3)  # among three distinct captions
-    alone = retrieve(features_of(images, [("cat",), ("a cat", "tail"), ("dog",)], torch.tensor([cat, cat, tail, dog])))
+    assert result.image_to_text.chance1 == pytest.approx(
+        (1 + 2 + 1) / 3 / 3
+    )  # among three distinct captions
+    alone = retrieve(
+        features_of(
+            images, [("cat",), ("a cat", "tail"), ("dog",)], torch.tensor([cat, cat, tail, dog])
+        )
+    )
     assert alone.text_to_image.r1 == pytest.approx(3 / 4)
     assert alone.image_to_text.r1 == pytest.approx(1 / 3)  # equal features of different words tie
 
@@ -102,7 +124,10 @@ UNEQUAL = np.r_[np.zeros(70, dtype=int), np.ones(30, dtype=int), 2 + np.arange(2
 CAPTIONS = {
     "unequal class names": [(f"class {label}",) for label in UNEQUAL],
     "sentences": [tuple(f"{row} {number}" for number in range(5)) for row in range(30)],
-    "both": [(f"class {row % 7}", f"own {row}") if row % 3 else (f"class {row % 2}",) for row in range(80)],
+    "both": [
+        (f"class {row % 7}", f"own {row}") if row % 3 else (f"class {row % 2}",)
+        for row in range(80)
+    ],
 }
 
 
@@ -113,12 +138,17 @@ def _random(rows, generator):
 @pytest.mark.parametrize("captions", CAPTIONS.values(), ids=CAPTIONS)
 def test_random_features_are_at_chance_in_both_directions(captions):
     generator = torch.Generator().manual_seed(0)
-    row_of = {caption: row for row, caption in enumerate(dict.fromkeys(each for own in captions for each in own))}
+    row_of = {
+        caption: row
+        for row, caption in enumerate(dict.fromkeys(each for own in captions for each in own))
+    }
     rows = [row_of[caption] for own in captions for caption in own]
     found = []
     for _ in range(50):
         images, texts = _random(len(captions), generator), _random(len(row_of), generator)[rows]
-        found.append([each[1:3] for each in retrieve(features_of(images, captions, texts)).measures()])
+        found.append(
+            [each[1:3] for each in retrieve(features_of(images, captions, texts)).measures()]
+        )
     values, chance = np.moveaxis(np.array(found), 2, 0)  # (models, measures) each
     error = values.std(0, ddof=1) / len(found) ** 0.5
     above = values.mean(0) - chance[0]
@@ -129,7 +159,9 @@ def test_random_features_are_at_chance_in_both_directions(captions):
 def test_a_linear_probe_predicts_the_most_frequent_class():
     generator = torch.Generator().manual_seed(0)
     labels, splits = torch.from_numpy(UNEQUAL), ("train", "validation", "test")
-    top1, per_class = probe({each: Labeled(_random(120, generator)[:, :2], labels) for each in splits}, 12).measures()
+    top1, per_class = probe(
+        {each: Labeled(_random(120, generator)[:, :2], labels) for each in splits}, 12
+    ).measures()
     assert top1.chance == pytest.approx(70 / 120)
     assert top1.value == pytest.approx(top1.chance, abs=0.05)
     assert per_class.chance == pytest.approx(1 / 12)

@@ -41,9 +41,14 @@ def plain_scores(model, heads, names, pixels, count_padding):
         classes.append([mean / size for mean in means])
     rows = []
     for image in pixels:
-        patches = [image_map[0] @ state + image_map[1] for state in model.image_tower(image[None].double()).tokens[0]]
+        patches = [
+            image_map[0] @ state + image_map[1]
+            for state in model.image_tower(image[None].double()).tokens[0]
+        ]
         patches = [patch / patch.norm() for patch in patches]
-        best = [[max(float(patch @ word) for word in words) for patch in patches] for words in classes]
+        best = [
+            [max(float(patch @ word) for word in words) for patch in patches] for words in classes
+        ]
         rows.append([sum(each) / len(each) for each in best])
     return torch.tensor(rows, dtype=torch.float64)
 
@@ -57,14 +62,21 @@ def found_scores(model, names, pixels):
 @pytest.mark.parametrize("padding", [True, False])
 def test_scores_equal_a_plain_loop(padding):
     torch.manual_seed(0)
-    tree = {**TINY, **ALONE, "late_interaction": {"width": 8, "include_padding": padding, "top_k": 2}}
+    tree = {
+        **TINY,
+        **ALONE,
+        "late_interaction": {"width": 8, "include_padding": padding, "top_k": 2},
+    }
     model = DualEncoder.from_recipe(Recipe.model_validate(tree))
     objective = Objective(model.recipe, model.double().eval()).double()
     assert model.token_scorer is None, "a constructor changes nothing but its object"
     objective.attach(model)
     term = objective.terms["late_interaction"]
     pixels = torch.randn(3, 3, 32, 32, dtype=torch.float64)
-    heads = [(part.weight.clone(), part.bias.clone()) for part in (term.patch_projection, term.word_projection)]
+    heads = [
+        (part.weight.clone(), part.bias.clone())
+        for part in (term.patch_projection, term.word_projection)
+    ]
     with torch.no_grad():
         expected = plain_scores(model, heads, WORDS[:3], pixels, padding)
     torch.testing.assert_close(found_scores(model, WORDS[:3], pixels), expected, rtol=0, atol=1e-6)
@@ -76,7 +88,9 @@ def test_scores_equal_a_plain_loop(padding):
     result = declip.evaluate(model.float(), source, templates=TEMPLATES, progress=False)
     images = model.preprocess([source[row].image for row in range(3)])
     with torch.no_grad():
-        chosen = plain_scores(model.double(), heads, ["green", "red", "blue"], images, padding).argmax(dim=1)
+        chosen = plain_scores(
+            model.double(), heads, ["green", "red", "blue"], images, padding
+        ).argmax(dim=1)
     assert result.by_tokens
     assert result.top1 == pytest.approx(np.mean([chosen[0] == 1, chosen[1] == 0, False]))
 
@@ -88,7 +102,10 @@ def test_official_files_are_evaluated_as_by_the_authors(tmp_path):
     state = read_state("filip_vit_tiny")
     model = declip.load(official_file(tmp_path, state), device="cpu")
     pixels = model.preprocess([source[row].image for row in range(len(source))])[:3]
-    heads = [(state[f"{part}.weight"], state[f"{part}.bias"]) for part in ("image_mapping", "text_mapping")]
+    heads = [
+        (state[f"{part}.weight"], state[f"{part}.bias"])
+        for part in ("image_mapping", "text_mapping")
+    ]
     found = found_scores(model, WORDS[:2], pixels)
     with torch.no_grad():
         expected = plain_scores(model.double(), heads, WORDS[:2], pixels, True)
@@ -127,6 +144,9 @@ def test_a_run_of_this_loss_alone_is_evaluated_by_tokens(tmp_path, caplog):
 
 def test_heads_of_another_size_are_refused(tmp_path):
     model = DualEncoder.from_recipe(Recipe.model_validate({**TINY, **ALONE}))
-    heads = {name: t[:4] if t.ndim else t for name, t in Objective(model.recipe, model).state_dict().items()}
+    heads = {
+        name: t[:4] if t.ndim else t
+        for name, t in Objective(model.recipe, model).state_dict().items()
+    }
     write_declip_file(model, tmp_path / "declip.safetensors", heads)
     refuses("late_interaction.*does not fit.*", declip.load, tmp_path)

@@ -32,7 +32,9 @@ def test_class_features_are_the_normalized_mean_of_normalized_ones(model):
     red, green, blue, white = np.eye(3)[0], np.eye(3)[1], np.eye(3)[2], np.ones(3)
 
     def mean(color):
-        return _unit(np.mean([_unit(t + 1e-3) for t in (color, color + green, white + 2 * color)], axis=0))
+        return _unit(
+            np.mean([_unit(t + 1e-3) for t in (color, color + green, white + 2 * color)], axis=0)
+        )
 
     np.testing.assert_allclose(found.numpy(), [mean(red), mean(blue)], atol=1e-6)
     # Braces in a class name are only a name.
@@ -51,14 +53,18 @@ def test_numbers_equal_an_independent_computation():
     assert result.top1 == pytest.approx(hit.mean())
     assert 0.2 < result.top1 < 0.95
     assert result.top5 == pytest.approx((order[:, :5] == labels[:, None]).any(1).mean())
-    assert result.mean_per_class == pytest.approx(np.mean([hit[labels == c].mean() for c in range(12) if c != 7]))
+    assert result.mean_per_class == pytest.approx(
+        np.mean([hit[labels == c].mean() for c in range(12) if c != 7])
+    )
     assert (result.n, result.classes, result.chance) == (300, 12, 1 / 12)
     assert result.majority == np.bincount(labels).max() / 300
 
 
 def test_of_classes_of_the_same_name_the_first_is_right_as_argmax_has_it():
     generator = torch.Generator().manual_seed(3)
-    classes = torch.nn.functional.normalize(torch.randn(6, 8, generator=generator), dim=1)[[4, 0, 1, 0, 2, 0]]
+    classes = torch.nn.functional.normalize(torch.randn(6, 8, generator=generator), dim=1)[
+        [4, 0, 1, 0, 2, 0]
+    ]
     images = torch.nn.functional.normalize(torch.randn(200, 8, generator=generator), dim=1)
     labels = default_rng(0).integers(0, 6, size=200)
     hit = (images @ classes.T).argmax(1).numpy() == labels
@@ -84,10 +90,17 @@ DIGESTS = {
 
 
 def test_published_templates_and_names_are_unchanged():
-    texts = {name: "\n".join([*(found := read_prompts(name)).templates, *found.classes.values()]) for name in DIGESTS}
-    assert {name: hashlib.sha256(text.encode()).hexdigest()[:12] for name, text in texts.items()} == DIGESTS
+    texts = {
+        name: "\n".join([*(found := read_prompts(name)).templates, *found.classes.values()])
+        for name in DIGESTS
+    }
+    assert {
+        name: hashlib.sha256(text.encode()).hexdigest()[:12] for name, text in texts.items()
+    } == DIGESTS
     assert {named.templates for named in NAMED.values()} <= set(prompt_names())
-    assert list(read_prompts("imagenet").classes) == sorted(ImageNetInfo("imagenet1k").label_names())
+    assert list(read_prompts("imagenet").classes) == sorted(
+        ImageNetInfo("imagenet1k").label_names()
+    )
     for name in ("imagenet_a", "imagenet_r"):
         path = resources.files("timm.data") / "_info" / f"{name}_synsets.txt"
         assert wnids_of(name.replace("_", "-")) == sorted(path.read_text().split())

@@ -21,7 +21,9 @@ def color(label):
 
 def label_of(image):
     """The label that an image's color tells."""
-    red, green, blue = (round(value / SHADES) for value in np.asarray(image, np.float64).mean((0, 1)))
+    red, green, blue = (
+        round(value / SHADES) for value in np.asarray(image, np.float64).mean((0, 1))
+    )
     return red + 10 * green + 100 * blue
 
 
@@ -70,12 +72,22 @@ def flowers102(root, patch):
     for number, label in enumerate(labels, 1):
         paint(base / "jpg" / f"image_{number:05d}.jpg", int(label) - 1)
     savemat(base / "imagelabels.mat", {"labels": labels[None]})
-    savemat(base / "setid.mat", {"trnid": np.array([[2, 4]]), "valid": np.array([[1, 6]]), "tstid": np.array([[5, 3]])})
-    known = {key: (name, md5(base / name)) for key, name in (("label", "imagelabels.mat"), ("setid", "setid.mat"))}
+    savemat(
+        base / "setid.mat",
+        {"trnid": np.array([[2, 4]]), "valid": np.array([[1, 6]]), "tstid": np.array([[5, 3]])},
+    )
+    known = {
+        key: (name, md5(base / name))
+        for key, name in (("label", "imagelabels.mat"), ("setid", "setid.mat"))
+    }
     patch.setattr(datasets.Flowers102, "_file_dict", datasets.Flowers102._file_dict | known)
 
 
-CARS = ("AM General Hummer SUV 2000", "Ram C/V Cargo Van Minivan 2012", "smart fortwo Convertible 2012")
+CARS = (
+    "AM General Hummer SUV 2000",
+    "Ram C/V Cargo Van Minivan 2012",
+    "smart fortwo Convertible 2012",
+)
 
 
 def cars(root):
@@ -103,7 +115,10 @@ def aircraft(root):
     for split, labels in (("train", (0, 3)), ("val", (1,)), ("test", (2, 0, 3))):
         for label in labels:
             paint(base / "images" / f"{split}{label}.jpg", label)
-        write(base / f"images_variant_{split}.txt", "".join(f"{split}{each} {AIRCRAFT[each]}\n" for each in labels))
+        write(
+            base / f"images_variant_{split}.txt",
+            "".join(f"{split}{each} {AIRCRAFT[each]}\n" for each in labels),
+        )
 
 
 def food101(root):
@@ -111,7 +126,10 @@ def food101(root):
     base = root / "food-101"
     names = ("apple_pie", "creme_brulee", "waffles")
     for split in ("train", "test"):
-        write(base / "meta" / f"{split}.json", json.dumps({name: [f"{name}/{split}"] for name in names[::-1]}))
+        write(
+            base / "meta" / f"{split}.json",
+            json.dumps({name: [f"{name}/{split}"] for name in names[::-1]}),
+        )
         for label, name in enumerate(names):
             paint(base / "images" / name / f"{split}.jpg", label)
 
@@ -120,7 +138,10 @@ def dtd(root):
     base = root / "dtd" / "dtd"
     names = ("banded", "polka-dotted", "zigzagged")
     for number, split in enumerate(("train", "val", "test")):
-        write(base / "labels" / f"{split}1.txt", "".join(f"{name}/{name}_000{number}.jpg\n" for name in names[::-1]))
+        write(
+            base / "labels" / f"{split}1.txt",
+            "".join(f"{name}/{name}_000{number}.jpg\n" for name in names[::-1]),
+        )
         for label, name in enumerate(names):
             paint(base / "images" / name / f"{name}_000{number}.jpg", label)
 

@@ -43,7 +43,9 @@ def test_an_example_trains_for_three_steps(name, table, tmp_path):
     assert all(row["losses"][name] > 0 for row in rows[1:])  # a queue is empty at first
 
 
-@pytest.mark.parametrize(("name", "keys"), [("optimizer", {}), ("augmentation", {}), ("evaluation", {"every": 2})])
+@pytest.mark.parametrize(
+    ("name", "keys"), [("optimizer", {}), ("augmentation", {}), ("evaluation", {"every": 2})]
+)
 def test_an_example_changes_only_what_it_says(name, keys, table, tmp_path, capsys):
     weights = {}
     given = {**SMALL, "train.lr": 0.001}
@@ -51,22 +53,34 @@ def test_an_example_changes_only_what_it_says(name, keys, table, tmp_path, capsy
     EXAMPLES[name]["main"](str(table), str(tmp_path / "changed"), **keys, **given)
     for out in ("plain", "changed"):
         weights[out] = load_checkpoint(list_checkpoints(tmp_path / out)[-1]).weights
-    same = all(torch.equal(weights["plain"][key], tensor) for key, tensor in weights["changed"].items())
+    same = all(
+        torch.equal(weights["plain"][key], tensor) for key, tensor in weights["changed"].items()
+    )
     assert same == (name == "evaluation")
     assert ("step 2: R@1" in capsys.readouterr().out) == (name == "evaluation")
 
 
-def test_images_without_captions_train_the_weights_that_the_pairs_start_from(table, tmp_path, caplog):
-    EXAMPLES["images_without_captions"]["main"](str(table.parent), str(table), str(tmp_path / "run"), **SMALL)
+def test_images_without_captions_train_the_weights_that_the_pairs_start_from(
+    table, tmp_path, caplog
+):
+    EXAMPLES["images_without_captions"]["main"](
+        str(table.parent), str(table), str(tmp_path / "run"), **SMALL
+    )
     for folder, loss in (("run-images", "simclr"), ("run", "contrastive")):
-        assert [list(row["losses"]) for row in read_rows(tmp_path / folder / "metrics.jsonl")] == [[loss]] * 3
+        assert [list(row["losses"]) for row in read_rows(tmp_path / folder / "metrics.jsonl")] == [
+            [loss]
+        ] * 3
     assert f"Weights of '{tmp_path / 'run-images'}'" in caplog.text
     assert "new: nothing" in caplog.text
 
 
 def test_shards_have_the_training_pairs_at_their_size(tmp_path, monkeypatch):
     monkeypatch.setenv("DECLIP_CACHE", str(tmp_path / "cache"))
-    rows = [("large.png", (300, 200), "train"), ("gone.png", None, "train"), ("a.png", (60, 90), "test")]
+    rows = [
+        ("large.png", (300, 200), "train"),
+        ("gone.png", None, "train"),
+        ("a.png", (60, 90), "test"),
+    ]
     rows += [("small.png", (40, 80), "train")]
     for name, size, _ in rows:
         if size:
@@ -85,7 +99,11 @@ def test_shards_have_the_training_pairs_at_their_size(tmp_path, monkeypatch):
 
 HEAT_TOWERS = {
     "declip_conv_tiny": {},
-    "swin_tiny_patch4_window7_224": {"depths": [1, 1], "embed_dim": 24, "num_heads": [1, 2]},  # channels last
+    "swin_tiny_patch4_window7_224": {
+        "depths": [1, 1],
+        "embed_dim": 24,
+        "num_heads": [1, 2],
+    },  # channels last
     "vit_small_patch16_224": {"depth": 1, "global_pool": "avg", "fc_norm": False},
 }
 
@@ -139,11 +157,20 @@ def test_the_nearest_other_caption_equals_a_plain_loop(monkeypatch):
 
 
 def test_neighbors_are_those_of_the_encoder(table, tmp_path):
-    encoder = declip.train("demo-clip", SMALL, tmp_path / "encoder", data=str(table), quiet=True, report=False).folder
+    encoder = declip.train(
+        "demo-clip", SMALL, tmp_path / "encoder", data=str(table), quiet=True, report=False
+    ).folder
     example = EXAMPLES["caption_neighbor"]
     source, model = open_source(table), declip.load(encoder)
-    means = torch.stack([model.encode_text(list(source.captions(index))).mean(dim=0) for index in range(len(source))])
-    cosines = torch.nn.functional.cosine_similarity(means[:, None], means[None], dim=2).fill_diagonal_(-1)
+    means = torch.stack(
+        [
+            model.encode_text(list(source.captions(index))).mean(dim=0)
+            for index in range(len(source))
+        ]
+    )
+    cosines = torch.nn.functional.cosine_similarity(
+        means[:, None], means[None], dim=2
+    ).fill_diagonal_(-1)
     example["main"](str(table), str(tmp_path / "run"), str(encoder), **SMALL)
     state = load_checkpoint(list_checkpoints(tmp_path / "run")[-1]).training
     prefix = "objective.terms.caption_neighbor."
@@ -156,17 +183,24 @@ def test_neighbors_are_those_of_the_encoder(table, tmp_path):
 
 def test_word_classification_is_the_plain_loop():
     token_columns, word_targets, word_cross_entropy = (
-        EXAMPLES["word_classification"][name] for name in ("token_columns", "word_targets", "word_cross_entropy")
+        EXAMPLES["word_classification"][name]
+        for name in ("token_columns", "word_targets", "word_cross_entropy")
     )
     texts = torch.tensor([[[90, 7, 3, 7, 91, 3], [90, 5, 91, 0, 0, 0]]]).repeat(2, 1, 1)
-    word_ids, idf = torch.tensor([0, 3, 5, 7]), torch.tensor([0.7, 0.1, 0.2, 0.9], dtype=torch.float64)
+    word_ids, idf = (
+        torch.tensor([0, 3, 5, 7]),
+        torch.tensor([0.7, 0.1, 0.2, 0.9], dtype=torch.float64),
+    )
     logits = (9 * torch.randn(2, 2, 4, dtype=torch.float64)).requires_grad_()
     targets = word_targets(token_columns(texts, word_ids, 91).transpose(0, 1).flatten(1), idf)
     found, losses = word_cross_entropy(logits, targets), []
     # Both text views together; 0 and 3 are padding behind the end
     expected_targets = [[0, 0.1, 0, 0.9], [0, 0, 1, 0]]
     for weights, views in zip(expected_targets, logits, strict=True):
-        losses += [-sum(t * (x - view.logsumexp(0)) for t, x in zip(weights, view, strict=True)) for view in views]
+        losses += [
+            -sum(t * (x - view.logsumexp(0)) for t, x in zip(weights, view, strict=True))
+            for view in views
+        ]
     torch.testing.assert_close(targets, torch.tensor(expected_targets, dtype=torch.float64))
     torch.testing.assert_close(found, torch.stack(losses).mean(), rtol=1e-12, atol=0)
     nothing = torch.full((2, 2), 4)
@@ -176,7 +210,9 @@ def test_word_classification_is_the_plain_loop():
 def test_distillation_is_the_plain_loop_and_needs_no_gradient_of_the_teacher():
     relational_distillation = EXAMPLES["distillation"]["relational_distillation"]
     rows, keys, *teacher = (
-        torch.nn.functional.normalize(torch.randn(n, d, dtype=torch.float64), dim=-1).requires_grad_()
+        torch.nn.functional.normalize(
+            torch.randn(n, d, dtype=torch.float64), dim=-1
+        ).requires_grad_()
         for n, d in ((2, 4), (3, 4), (2, 5), (3, 5))
     )
     found = relational_distillation((rows, keys, 3.0), (*teacher, 9.0))
@@ -192,8 +228,13 @@ def test_distillation_is_the_plain_loop_and_needs_no_gradient_of_the_teacher():
 def test_a_loss_that_reads_pixels_sees_all_of_them_in_chunks(table, tmp_path):
     rows = []
     teacher = str(tmp_path / "whole-teacher")
-    for name, given, keys in (("whole", None, {}), ("chunks", teacher, {"train.grad_cache_chunk": 3})):
-        EXAMPLES["distillation"]["main"](str(table), str(tmp_path / name), given, **{**TINY_VIT, **SMALL, **keys})
+    for name, given, keys in (
+        ("whole", None, {}),
+        ("chunks", teacher, {"train.grad_cache_chunk": 3}),
+    ):
+        EXAMPLES["distillation"]["main"](
+            str(table), str(tmp_path / name), given, **{**TINY_VIT, **SMALL, **keys}
+        )
         rows.append(read_rows(tmp_path / name / "metrics.jsonl")[-1]["losses"])
     assert rows[1] == pytest.approx(rows[0], rel=1e-4)
 
@@ -202,7 +243,15 @@ PLUGIN = Path(__file__).parents[2] / "examples" / "plugin"
 
 
 def test_a_plugin_is_used_by_its_names(tmp_path, command, monkeypatch):
-    words = ["install", "-q", "--no-deps", "--no-build-isolation", "--no-index", "--target", tmp_path / "packages"]
+    words = [
+        "install",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        "--target",
+        tmp_path / "packages",
+    ]
     subprocess.run([sys.executable, "-m", "pip", *map(str, words), str(PLUGIN)], check=True)
     monkeypatch.syspath_prepend(str(tmp_path / "packages"))
     monkeypatch.chdir(tmp_path)

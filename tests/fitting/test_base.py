@@ -41,7 +41,10 @@ def test_evaluation_computes_the_towers_once(start, monkeypatch):
 
 
 def test_heads_are_fitted_in_the_precision_of_training(start):
-    base, images = Base(declip.load(start, device="cpu"), precision="bf16"), torch.randn(3, 3, 32, 32)
+    base, images = (
+        Base(declip.load(start, device="cpu"), precision="bf16"),
+        torch.randn(3, 3, 32, 32),
+    )
     exact, rounded = base.pool_exact(images), base.pool_images(images)
     assert not torch.equal(exact, rounded)
     torch.testing.assert_close(rounded, exact, rtol=0.05, atol=0.05)
@@ -53,11 +56,18 @@ def test_heads_are_fitted_to_images_as_a_search_reads_them(start, precision, tmp
     (tmp_path / "circle.txt").write_text("a circle")
     base = Base(declip.load(start, device="cpu"), precision=precision)
     source, given = open_source(tmp_path), []
-    monkeypatch.setattr(base, "pool_images", lambda pixels: given.append(pixels) or torch.zeros(1, 4))
+    monkeypatch.setattr(
+        base, "pool_images", lambda pixels: given.append(pixels) or torch.zeros(1, 4)
+    )
     decode, scales = LazyJpeg.pixels, []
-    monkeypatch.setattr(LazyJpeg, "pixels", lambda self, scale=1: scales.append(scale) or decode(self, scale))
+    monkeypatch.setattr(
+        LazyJpeg, "pixels", lambda self, scale=1: scales.append(scale) or decode(self, scale)
+    )
     features = read_features(source, base, 0.05)
-    assert (len(features.pairs.images), scales) == (1, [8])  # of a photograph no more is decoded than the tower sees
+    assert (len(features.pairs.images), scales) == (
+        1,
+        [8],
+    )  # of a photograph no more is decoded than the tower sees
     of = base.model.preprocessor
     fast = of.fast(source.lazy_image(0))[None]
     assert not torch.equal(of(source.image(0)), of.normalize(fast))
@@ -92,8 +102,12 @@ def test_features_of_other_towers_and_versions_are_computed_again(cache, monkeyp
         return {path.name for path in cache.glob("*")} - before
 
     assert (len(stores()), len(stores())) == (2, 0)
-    assert (len(stores("quick_gelu")), len(stores(weight=0.5))) == (1, 1), "the image tower is the same"
+    assert (len(stores("quick_gelu")), len(stores(weight=0.5))) == (1, 1), (
+        "the image tower is the same"
+    )
     for library in ("torch", "timm", "pillow"):
         with monkeypatch.context() as patch:
-            patch.setattr("declip.fitting.base.version", lambda name, other=library: f"{name == other}")
+            patch.setattr(
+                "declip.fitting.base.version", lambda name, other=library: f"{name == other}"
+            )
             assert len(stores()) == 2, library

@@ -52,7 +52,11 @@ def folder(tmp_path_factory):
         words = f"{COLORS[number % 4]} {COLORS[number // 4 % 4]} {COLORS[number // 16]}"
         part = ["test", "val", "train", "train"][number % 4]
         rows += [f"{number}.png,{words} {end},{part}" for end in ("circle", "on paper")]
-    for name, column, some in (("pairs", "part", rows), ("reversed", "part", rows[::-1]), ("split", "split", rows)):
+    for name, column, some in (
+        ("pairs", "part", rows),
+        ("reversed", "part", rows[::-1]),
+        ("split", "split", rows),
+    ):
         (folder / f"{name}.csv").write_text("\n".join([f"image,caption,{column}", *some]) + "\n")
     return folder
 
@@ -68,7 +72,9 @@ def start_of(folder, towers=None):
 
 def fitted(folder, out, table="pairs.csv", resume=False, **keys):
     """Fine-tune as the command does."""
-    return declip.finetune(folder / table, start_of(folder), keys_of(**keys), out, resume, quiet=True)
+    return declip.finetune(
+        folder / table, start_of(folder), keys_of(**keys), out, resume, quiet=True
+    )
 
 
 def cosines(where, folder):
@@ -77,7 +83,9 @@ def cosines(where, folder):
     source = open_source(folder / "pairs.csv")
     captions = [caption for index in range(len(source)) for caption in source.captions(index)]
     with torch.no_grad():
-        images = model.encode_image(model.preprocess([source[index].image for index in range(len(source))]))
+        images = model.encode_image(
+            model.preprocess([source[index].image for index in range(len(source))])
+        )
         return images @ model.encode_text(model.tokenize(captions)).mT * model.logit_scale.exp()
 
 
@@ -100,7 +108,9 @@ def test_heads_are_those_of_every_caption_of_all_pairs(run, folder):
     of = model.preprocessor
     with torch.no_grad():
         images = model.image_tower.pool(of([source.image(index) for index in range(COUNT)]))
-        resized = of.normalize(torch.stack([of.fast(source.lazy_image(index)) for index in range(COUNT)]))
+        resized = of.normalize(
+            torch.stack([of.fast(source.lazy_image(index)) for index in range(COUNT)])
+        )
         seen = model.image_tower.pool(resized)
         texts = model.text_tower.pool(model.tokenize([each for pair in captions for each in pair]))
     known = run.cross_validation
@@ -108,7 +118,12 @@ def test_heads_are_those_of_every_caption_of_all_pairs(run, folder):
     (heads,) = fit_heads(pairs, None, 0.0, (Form(known["method"], known["ridge"]),))
     expected = heads.similarities(images.double(), texts.double()).float() * known["logit_scale"]
     torch.testing.assert_close(cosines(run.folder, folder), expected, rtol=0, atol=1e-3)
-    assert (known["pairs"], known["captions"], known["classes"], known["candidates"]) == (COUNT, 2 * COUNT, 0, 8)
+    assert (known["pairs"], known["captions"], known["classes"], known["candidates"]) == (
+        COUNT,
+        2 * COUNT,
+        0,
+        8,
+    )
 
 
 def test_a_fit_is_two_matrices_its_measures_and_an_export_that_stands_alone(run, folder, tmp_path):
@@ -127,14 +142,24 @@ def test_a_fit_is_two_matrices_its_measures_and_an_export_that_stands_alone(run,
     assert small < 0.2 * (run.folder / "exported/safetensors/declip.safetensors").stat().st_size
     moved = tmp_path / "moved"
     shutil.copytree(run.folder / "exported" / "safetensors", moved)
-    torch.testing.assert_close(cosines(moved, folder), cosines(run.folder, folder), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        cosines(moved, folder), cosines(run.folder, folder), rtol=0, atol=1e-5
+    )
     # --- the page and the table of captions
     page = run.report.read_text(encoding="utf-8")
     known = run.cross_validation
-    assert f"better than {percent(known['percentile']['value']).replace(' ', NBSP)} of the others" in page
-    assert (list(known["recall"]), known["recall"]["1"]["chance"]) == (["1"], 1 / 8)  # 10 is more than a fifth of 8
+    assert (
+        f"better than {percent(known['percentile']['value']).replace(' ', NBSP)} of the others"
+        in page
+    )
+    assert (list(known["recall"]), known["recall"]["1"]["chance"]) == (
+        ["1"],
+        1 / 8,
+    )  # 10 is more than a fifth of 8
     worst = run.facts["worst"]
-    assert page.count('src="data:image/webp') == len({row["key"] for row in worst}) == len(worst) == 16
+    assert (
+        page.count('src="data:image/webp') == len({row["key"] for row in worst}) == len(worst) == 16
+    )
     assert min(row["rank"] for row in worst) > 0, "a caption that is first is not among the worst"
     ranks = list(run.caption_ranks.values())
     assert len(ranks) == 2 * COUNT
@@ -145,9 +170,13 @@ def test_a_fit_is_two_matrices_its_measures_and_an_export_that_stands_alone(run,
 def test_a_base_that_is_gone_or_another_one_is_named(folder, tmp_path):
     base = tmp_path / "vit.safetensors"
     shutil.copy(folder / "vit.safetensors", base)
-    run = declip.finetune(folder / "pairs.csv", start_of(folder, tmp_path), keys_of(), tmp_path / "run", quiet=True)
+    run = declip.finetune(
+        folder / "pairs.csv", start_of(folder, tmp_path), keys_of(), tmp_path / "run", quiet=True
+    )
     base.rename(tmp_path / "away.safetensors")
-    refuses(("was fitted to 'timm:test_vit/", "exported/safetensors"), declip.load, run.folder, "cpu")
+    refuses(
+        ("was fitted to 'timm:test_vit/", "exported/safetensors"), declip.load, run.folder, "cpu"
+    )
     other = timm.create_model("test_vit", num_classes=0).state_dict()
     save_file(other, base)
     refuses("of fingerprint .* but that is now", declip.load, run.folder, "cpu")
@@ -158,9 +187,15 @@ def test_a_base_that_is_gone_or_another_one_is_named(folder, tmp_path):
 
 
 def test_the_card_of_a_fit_states_no_steps_and_its_cross_validation(run):
-    card, _, end = (run.folder / "exported/safetensors/README.md").read_text(encoding="utf-8").partition("<details>")
+    card, _, end = (
+        (run.folder / "exported/safetensors/README.md")
+        .read_text(encoding="utf-8")
+        .partition("<details>")
+    )
     assert f"{COUNT} pairs" in card
-    assert [words for words in ("peak learning rate", "steps of", "pairs seen") if words in card] == []
+    assert [
+        words for words in ("peak learning rate", "steps of", "pairs seen") if words in card
+    ] == []
     known = run.cross_validation["percentile"]
     numbers = f"better than {percent(known['value'])} of the others ({percent(known['low'])} to"
     assert (numbers in end, f"n = {2 * COUNT}" in end, "No results" in end) == (True, True, False)
@@ -169,7 +204,9 @@ def test_the_card_of_a_fit_states_no_steps_and_its_cross_validation(run):
 def test_another_order_of_pairs_changes_nothing(run, folder, tmp_path):
     other = fitted(folder, tmp_path / "run", "reversed.csv")
     assert other.cross_validation["ridge"] == run.cross_validation["ridge"]
-    torch.testing.assert_close(cosines(other.folder, folder), cosines(run.folder, folder), rtol=0, atol=1e-3)
+    torch.testing.assert_close(
+        cosines(other.folder, folder), cosines(run.folder, folder), rtol=0, atol=1e-3
+    )
 
 
 def test_a_finished_fit_stays(run, folder, tmp_path):
@@ -207,14 +244,20 @@ def killed_while_it_exports(folder, out):
         fitted(folder, out)
 
 
-def test_a_fit_that_was_killed_leaves_no_folder_and_its_features(run, folder, tmp_path, monkeypatch):
-    process = get_context("fork").Process(target=killed_while_it_exports, args=(folder, tmp_path / "run"))
+def test_a_fit_that_was_killed_leaves_no_folder_and_its_features(
+    run, folder, tmp_path, monkeypatch
+):
+    process = get_context("fork").Process(
+        target=killed_while_it_exports, args=(folder, tmp_path / "run")
+    )
     process.start()
     process.join()
     assert (process.exitcode, (tmp_path / "run").exists()) == (-signal.SIGKILL, False)
     monkeypatch.setattr(ImageTower, "pool", None)  # all features are cached
     again = fitted(folder, tmp_path / "run", resume=True)
-    assert torch.equal(load_file(again.folder / HEADS)["logit_scale"], load_file(run.folder / HEADS)["logit_scale"])
+    assert torch.equal(
+        load_file(again.folder / HEADS)["logit_scale"], load_file(run.folder / HEADS)["logit_scale"]
+    )
 
 
 def test_a_split_column_decides_what_is_validated_on(folder, tmp_path):
@@ -230,7 +273,9 @@ def test_views_of_one_object_are_named_where_they_are_not_left_out_together(fold
         Image.blend(first, second, 0.3).save(tmp_path / f"{number}.png")
         rows.append(f"{tmp_path / f'{number}.png'},text {number},P{number // 2},{number // 4 % 2}")
     (folder / "views.csv").write_text("\n".join(rows) + "\n")
-    runs = [fitted(folder, tmp_path / f"run{len(key)}", "views.csv", **key) for key in ({}, GROUPED)]
+    runs = [
+        fitted(folder, tmp_path / f"run{len(key)}", "views.csv", **key) for key in ({}, GROUPED)
+    ]
     assert [run.cross_validation["leaking"] for run in runs] == ["product", None]
     warned = ["data.columns.group=product" in line for line in fitted_lines(runs[0])]
     percentile = ["fits its image better than" in line for line in fitted_lines(runs[0])]
@@ -261,19 +306,32 @@ def test_keys_without_effect_are_refused(key, folder, tmp_path):
 
 
 def test_the_classes_of_the_start_are_pairs_too(folder, tmp_path):
-    save_file(timm.create_model("test_vit", num_classes=4).state_dict(), tmp_path / "vit.safetensors")
+    save_file(
+        timm.create_model("test_vit", num_classes=4).state_dict(), tmp_path / "vit.safetensors"
+    )
     (tmp_path / "names.txt").write_text("\n".join(COLORS))
     options, keys = {"quiet": True}, keys_of()
     names = {"finetune.class_names": str(tmp_path / "names.txt")}
     start = start_of(folder, tmp_path)
-    known = declip.finetune(folder / "pairs.csv", start, keys | names, tmp_path / "run", **options).cross_validation
+    known = declip.finetune(
+        folder / "pairs.csv", start, keys | names, tmp_path / "run", **options
+    ).cross_validation
     assert (known["classes"], known["better"]) == (4, known["gain"]["low"] > 0)
-    assert known["gain"]["value"] == pytest.approx(known["percentile"]["value"] - known["percentile_of_start"]["value"])
-    printed = " ".join(fitted_lines(SimpleNamespace(cross_validation={**known, "method": "ridge"}, mixture={})))
-    assert ("without any fitting" in printed, points(known["gain"]["value"]) in printed) == (True, True)
+    assert known["gain"]["value"] == pytest.approx(
+        known["percentile"]["value"] - known["percentile_of_start"]["value"]
+    )
+    printed = " ".join(
+        fitted_lines(SimpleNamespace(cross_validation={**known, "method": "ridge"}, mixture={}))
+    )
+    assert ("without any fitting" in printed, points(known["gain"]["value"]) in printed) == (
+        True,
+        True,
+    )
     model = declip.load(tmp_path / "run", "cpu")
     assert model.image_tower.proj.classes.shape == (4, model.image_tower.pre_logits_width)
-    further = declip.finetune(folder / "pairs.csv", tmp_path / "run", TRAINED, tmp_path / "all", freeze="none")
+    further = declip.finetune(
+        folder / "pairs.csv", tmp_path / "run", TRAINED, tmp_path / "all", freeze="none"
+    )
     trained = declip.load(further.folder, "cpu").image_tower.proj
     assert trained.axes.shape == model.image_tower.proj.axes.shape
     assert torch.equal(trained.anchors, model.image_tower.proj.anchors)
@@ -302,7 +360,9 @@ def test_a_saved_model_computes_posteriors_as_the_heads_that_were_fitted(folder,
     save_file(tower, tmp_path / "vit.safetensors")
     (tmp_path / "names.txt").write_text("\n".join(COLORS))
     # Pairs that are too few for a choice, so that the form and the weight of the classes are known
-    (folder / "ten.csv").write_text("\n".join((folder / "pairs.csv").read_text().splitlines()[:21]) + "\n")
+    (folder / "ten.csv").write_text(
+        "\n".join((folder / "pairs.csv").read_text().splitlines()[:21]) + "\n"
+    )
     start, names = start_of(folder, tmp_path), {"finetune.class_names": tmp_path / "names.txt"}
     run = declip.finetune(folder / "ten.csv", start, keys_of(**names), tmp_path / "run")
     pairs, texts = pooled(run.folder, folder)
@@ -315,7 +375,9 @@ def test_a_saved_model_computes_posteriors_as_the_heads_that_were_fitted(folder,
     known = run.cross_validation
     assert known["neighbors"] == [0.5, 0.5]
     assert (known["method"], known["class_weight"], known["pairs"]) == ("ridge", 1.0, 10)
-    torch.testing.assert_close(cosines(run.folder, folder) / known["logit_scale"], expected, rtol=0, atol=2e-3)
+    torch.testing.assert_close(
+        cosines(run.folder, folder) / known["logit_scale"], expected, rtol=0, atol=2e-3
+    )
 
 
 def test_features_are_computed_in_the_precision_of_the_recipe(run, folder, tmp_path):
@@ -334,19 +396,35 @@ def test_features_are_computed_in_the_precision_of_the_recipe(run, folder, tmp_p
 
 
 @pytest.mark.exports
-def test_the_mixture_with_the_start_is_chosen_on_left_out_and_kept_pairs(run, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("declip.closed_form.heads.START_CAUTION", -9.0)  # another candidate than the start
+def test_the_mixture_with_the_start_is_chosen_on_left_out_and_kept_pairs(
+    run, folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(
+        "declip.closed_form.heads.START_CAUTION", -9.0
+    )  # another candidate than the start
     monkeypatch.setattr("declip.closed_form.heads.beats", lambda *_: True)
     rows = (folder / "pairs.csv").read_text().splitlines()
     words = [row.split(",", 1)[1] for row in rows[1:]]
-    others = [f"{row.split(',')[0]},{word}" for row, word in zip(rows[1:], words[::-1], strict=True)]
+    others = [
+        f"{row.split(',')[0]},{word}" for row, word in zip(rows[1:], words[::-1], strict=True)
+    ]
     (folder / "others.csv").write_text("\n".join([rows[0], *others]) + "\n")
     kept = folder / "pairs.csv"
     mixed = declip.finetune(
-        folder / "others.csv", run.folder, None, tmp_path / "a", freeze="both", keep=kept, quiet=True
+        folder / "others.csv",
+        run.folder,
+        None,
+        tmp_path / "a",
+        freeze="both",
+        keep=kept,
+        quiet=True,
     )
     scores = {float(alpha): found for alpha, found in mixed.mixture["scores"].items()}
-    assert mixed.mixture["alpha"] == max(scores, key=lambda alpha: (sum(scores[alpha].values()), alpha)) < 1
+    assert (
+        mixed.mixture["alpha"]
+        == max(scores, key=lambda alpha: (sum(scores[alpha].values()), alpha))
+        < 1
+    )
     assert scores[mixed.mixture["alpha"]][str(kept)] > scores[1][str(kept)]
     # --- the run, its export and its results are the mixture's
     (before,), (after,) = mixed.results_of_start, mixed.results
@@ -359,13 +437,28 @@ def test_the_mixture_with_the_start_is_chosen_on_left_out_and_kept_pairs(run, fo
     assert f"{mixed.mixture['alpha']:g} × fine-tuned" in page
 
 
-MEASURED = {"pairs": 31, "captions": 31, "classes": 9, "method": "ridge", "ridge": 1.0, "class_weight": 0.0}
+MEASURED = {
+    "pairs": 31,
+    "captions": 31,
+    "classes": 9,
+    "method": "ridge",
+    "ridge": 1.0,
+    "class_weight": 0.0,
+}
 NO_CURVE = {"pairs": [], "measured": []}
 PERCENTILE = {"value": 0.75, "low": 0.6, "high": 0.9}
 VERDICTS = [
     ((0.02, 0.01, 0.03), "is better: +2.0", None),
-    ((0.02, -0.01, 0.05), "Too few pairs to tell whether fine-tuning is better: +2.0 points (95 %: −1.0", "39 more"),
-    ((0.001, -0.03, 0.032), "Too few pairs to tell whether fine-tuning is better: +0.10", "more than ten times"),
+    (
+        (0.02, -0.01, 0.05),
+        "Too few pairs to tell whether fine-tuning is better: +2.0 points (95 %: −1.0",
+        "39 more",
+    ),
+    (
+        (0.001, -0.03, 0.032),
+        "Too few pairs to tell whether fine-tuning is better: +0.10",
+        "more than ten times",
+    ),
     ((0.001, -0.003, 0.005), "is no better: +0.10", None),
     ((-0.02, -0.05, 0.01), "is no better: −2.0", None),
 ]
@@ -374,7 +467,14 @@ VERDICTS = [
 @pytest.mark.parametrize(("gain", "verdict", "advice"), VERDICTS)
 def test_the_interval_of_the_gain_decides_what_is_said(gain, verdict, advice):
     interval = dict(zip(("value", "low", "high"), gain, strict=True))
-    known = {**MEASURED, "percentile": PERCENTILE, "recall": {}, "leaking": None, "growth": NO_CURVE, "gain": interval}
+    known = {
+        **MEASURED,
+        "percentile": PERCENTILE,
+        "recall": {},
+        "leaking": None,
+        "growth": NO_CURVE,
+        "gain": interval,
+    }
     for start in ({"percentile_of_start": PERCENTILE}, {}):
         run = SimpleNamespace(cross_validation={**known, **start}, mixture={})
         printed = " ".join(fitted_lines(run))
@@ -386,9 +486,13 @@ def test_the_interval_of_the_gain_decides_what_is_said(gain, verdict, advice):
 
 def test_a_gain_whose_interval_contains_0_is_not_called_better(folder, tmp_path):
     rows = [row.split(",", 1) for row in (folder / "pairs.csv").read_text().splitlines()]
-    order = np.random.default_rng(7).permutation(COUNT)  # captions of other images; by chance some fit
+    order = np.random.default_rng(7).permutation(
+        COUNT
+    )  # captions of other images; by chance some fit
     images = [rows[1 + 2 * image][0] for image in order.repeat(2)]
-    table = [f"{folder / image},{caption}" for image, (_, caption) in zip(images, rows[1:], strict=True)]
+    table = [
+        f"{folder / image},{caption}" for image, (_, caption) in zip(images, rows[1:], strict=True)
+    ]
     (tmp_path / "shuffled.csv").write_text("\n".join([",".join(rows[0]), *table]) + "\n")
     run = fitted(folder, tmp_path / "run", tmp_path / "shuffled.csv")
     gain = run.cross_validation["gain"]
@@ -398,10 +502,21 @@ def test_a_gain_whose_interval_contains_0_is_not_called_better(folder, tmp_path)
 
 
 def test_a_start_that_stays_is_said_in_plain_words():
-    known = {**MEASURED, "method": "start", "percentile": PERCENTILE, "recall": {}, "leaking": None, "growth": NO_CURVE}
+    known = {
+        **MEASURED,
+        "method": "start",
+        "percentile": PERCENTILE,
+        "recall": {},
+        "leaking": None,
+        "growth": NO_CURVE,
+    }
     known["gain"] = {"value": 0.0, "low": 0.0, "high": 0.0}
     printed = " ".join(fitted_lines(SimpleNamespace(cross_validation=known, mixture={})))
-    assert ("Nothing was changed" in printed, "chance 50" in printed, "no better" in printed) == (True, True, False)
+    assert ("Nothing was changed" in printed, "chance 50" in printed, "no better" in printed) == (
+        True,
+        True,
+        False,
+    )
 
 
 def test_a_set_to_keep_without_images_is_refused_before_the_fit(folder, tmp_path):
@@ -421,8 +536,13 @@ def fitted_here(folder, out):
 
 
 def test_two_processes_are_one(run, folder, tmp_path):
-    assert in_processes(fitted_here, 2, tmp_path / "meet", folder, tmp_path / "run") == [(True, True), (True, False)]
-    torch.testing.assert_close(cosines(tmp_path / "run", folder), cosines(run.folder, folder), rtol=0, atol=1e-5)
+    assert in_processes(fitted_here, 2, tmp_path / "meet", folder, tmp_path / "run") == [
+        (True, True),
+        (True, False),
+    ]
+    torch.testing.assert_close(
+        cosines(tmp_path / "run", folder), cosines(run.folder, folder), rtol=0, atol=1e-5
+    )
 
 
 def words_of(folder, table, out, **keys):
@@ -432,7 +552,9 @@ def words_of(folder, table, out, **keys):
 
 
 def test_one_pair_is_fitted_without_a_validation_part(folder, tmp_path, command):
-    (folder / "single.csv").write_text("\n".join((folder / "pairs.csv").read_text().splitlines()[:2]) + "\n")
+    (folder / "single.csv").write_text(
+        "\n".join((folder / "pairs.csv").read_text().splitlines()[:2]) + "\n"
+    )
     printed = command(*words_of(folder, "single.csv", tmp_path / "run"))
     assert printed.status == 0
     parts = ("1 pair", "--val", "needs 20 different pairs; there is 1: nothing was measured")
@@ -442,11 +564,18 @@ def test_one_pair_is_fitted_without_a_validation_part(folder, tmp_path, command)
     assert bool(cosines(tmp_path / "run", folder).isfinite().all())
 
 
-def test_broken_pairs_are_counted_and_refused_and_cut_captions_named(folder, tmp_path, command, caplog):
+def test_broken_pairs_are_counted_and_refused_and_cut_captions_named(
+    folder, tmp_path, command, caplog
+):
     head, *rows = (folder / "pairs.csv").read_text().splitlines()
     (folder / "broken.csv").write_text("\n".join([head, *rows, "missing.png,a red circle,"]) + "\n")
-    printed = command(*words_of(folder, "broken.csv", tmp_path / "run", **{"text.context_length": 5}))
-    assert (printed.status, "Left out: 1 × missing image, such as missing.png" in printed.out) == (0, True)
+    printed = command(
+        *words_of(folder, "broken.csv", tmp_path / "run", **{"text.context_length": 5})
+    )
+    assert (printed.status, "Left out: 1 × missing image, such as missing.png" in printed.out) == (
+        0,
+        True,
+    )
     assert "longer than 5 tokens" in caplog.text
     run = FittedRun(tmp_path / "run")
     assert (run.skipped["seen"], run.cross_validation["pairs"]) == (COUNT + 1, COUNT)
@@ -465,7 +594,10 @@ def test_heads_are_applied_after_the_projections_of_their_start(posteriors, run)
         tower.proj = PosteriorProjection(tower.pre_logits_width, 4, weights)
         torch.nn.init.normal_(tower.proj.classes)
     adapted = Adapted(Base(model, projected=True, name="start"), heads, 7.0)
-    images, tokens = model.preprocess([texture(0), texture(1)]), model.tokenize(["red circle", "blue"])
+    images, tokens = (
+        model.preprocess([texture(0), texture(1)]),
+        model.tokenize(["red circle", "blue"]),
+    )
     with torch.no_grad():
         expected = heads.similarities(model.encode_image(images), model.encode_text(tokens))
         found = adapted.encode_image(images) @ adapted.encode_text(tokens).mT

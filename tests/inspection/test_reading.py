@@ -29,9 +29,15 @@ from declip.inspection.reading import (
     [
         ("file name", ["IMG_1234.jpg", "DSC 0042"]),
         ("web address", ["https://example.org/a?b=c"]),
-        ("number or date", ["2021-03-04", "4.3.2021 12:30", "12 March 2021", "12345", "3.5 %", "...", "❤"]),
+        (
+            "number or date",
+            ["2021-03-04", "4.3.2021 12:30", "12 March 2021", "12345", "3.5 %", "...", "❤"],
+        ),
         ("one word", ["cat"]),
-        ("not in English", ["ein roter Kreis", "Der Hund", "un chat dans la maison", "una casa", "een hond"]),
+        (
+            "not in English",
+            ["ein roter Kreis", "Der Hund", "un chat dans la maison", "una casa", "een hond"],
+        ),
         ("not in Latin script", ["кошка", "белая кошка, 3", "猫の写真"]),
         (None, ["un café", "Andes mountains", "кошка the cat", "a cat", "photo of 3 cats"]),
         (None, ["a picture, see https://example.org", "image editor", "may 5 cats sit here"]),
@@ -98,7 +104,9 @@ def test_near_groups_are_those_of_comparing_all_with_all(generator):
     for n in range(len(looks)):
         words = centers[n % 60].copy()
         for name, first, flips in (("coarse", 0, 5), ("fine", 2, 20)):
-            for bit in generator.integers(0, 64 * (2 if name == "coarse" else 8), generator.integers(0, flips)):
+            for bit in generator.integers(
+                0, 64 * (2 if name == "coarse" else 8), generator.integers(0, flips)
+            ):
                 words[first + bit // 64] ^= np.uint64(1) << np.uint64(bit % 64)
         looks["coarse"][n], looks["fine"][n] = words[:2], words[2:]
         looks["tint"][n] = 100 + generator.integers(0, 20, 3)
@@ -129,6 +137,9 @@ def test_one_image_many_blank_ones_and_thousands_that_nearly_look_alike(generato
 def test_images_of_another_set_are_found():
     mine, theirs = (
         np.array([(look(image),) for image in images], [("look", LOOK)])
-        for images in ([photo(0), photo(1), photo(2)], [compressed(photo(1), 70), photo(9), photo(2)])
+        for images in (
+            [photo(0), photo(1), photo(2)],
+            [compressed(photo(1), 70), photo(9), photo(2)],
+        )
     )
     assert across(mine, theirs).tolist() == [False, True, True]

@@ -16,7 +16,10 @@ def write(folder, rows):
     folder.mkdir(exist_ok=True)
     for number, (image, _) in enumerate(rows):
         image.save(folder / f"{number}.png")
-    return write_table(folder / "pairs.csv", [f"{number}.png,{caption}" for number, (_, caption) in enumerate(rows)])
+    return write_table(
+        folder / "pairs.csv",
+        [f"{number}.png,{caption}" for number, (_, caption) in enumerate(rows)],
+    )
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +44,10 @@ def test_groups_stay_on_one_side(pairs):
 def test_training_pairs_stay_so_when_others_are_added(tmp_path):
     """Also where a new pair shows a known image or has a known caption."""
     rows = [(texture(number), f"caption {number}") for number in range(300)]
-    new = [(texture(number), f"caption {number if number % 4 else number // 5}") for number in range(300, 350)]
+    new = [
+        (texture(number), f"caption {number if number % 4 else number // 5}")
+        for number in range(300, 350)
+    ]
     new += [(texture(number, 40), f"new caption {number}") for number in range(50)]
     table = write(tmp_path / "x", [*rows, *new])
     lines = table.read_text().splitlines(keepends=True)
@@ -69,7 +75,11 @@ def test_a_validation_part_has_about_the_largest_size(tmp_path):
 def test_few_pairs_have_a_validation_part_near_the_fraction(tmp_path):
     for count in (20, 40, 64):
         rows = [(texture(100 * count + n), f"caption {count} {n}") for n in range(count)]
-        assert count // 20 <= len(split_pairs(open_source(write(tmp_path / str(count), rows))).val) <= count // 5
+        assert (
+            count // 20
+            <= len(split_pairs(open_source(write(tmp_path / str(count), rows))).val)
+            <= count // 5
+        )
 
 
 @pytest.fixture
@@ -103,7 +113,13 @@ def test_copies_across_a_given_split_are_counted_or_refused(sixty, caplog):
     def split(copies):
         held_out = [*copied[:copies], *rows[50:]]
         table.write_text(
-            "\n".join([f"{head},split", *(f"{row},train" for row in rows[:50]), *(f"{row},val" for row in held_out)])
+            "\n".join(
+                [
+                    f"{head},split",
+                    *(f"{row},train" for row in rows[:50]),
+                    *(f"{row},val" for row in held_out),
+                ]
+            )
         )
         return split_pairs(open_source(table))
 
@@ -113,7 +129,9 @@ def test_copies_across_a_given_split_are_counted_or_refused(sixty, caplog):
     assert found["split_copies"] == pytest.approx(2 / 12)
     refuses(("66.7 %", "split"), split, 20)
     split(0)
-    seen = write(table.parent / "seen", [(texture(number, 60), f"seen {number}") for number in range(50, 60)])
+    seen = write(
+        table.parent / "seen", [(texture(number, 60), f"seen {number}") for number in range(50, 60)]
+    )
     caplog.clear()
     assert split_pairs(open_source(table), seen=open_source(seen)).val.tolist() == [*range(50, 60)]
     assert "The weights were trained on these pairs" in caplog.text
@@ -126,7 +144,9 @@ def test_pairs_that_the_start_was_trained_on_are_not_held_out(pairs, tmp_path, c
     assert len(val) >= 3
     assert val.min() >= 30
     assert caplog.text == ""
-    assert split_pairs(source, seen=source).val.tolist() == split_pairs(source).val.tolist()  # nearly all were
+    assert (
+        split_pairs(source, seen=source).val.tolist() == split_pairs(source).val.tolist()
+    )  # nearly all were
     assert "--val" in caplog.text
 
 
@@ -146,7 +166,11 @@ def test_a_list_opens_as_its_pairs(pairs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     source = open_source(tmp_path / "some.pairs")
     assert source.image(0).size == (48, 48)
-    assert [source.captions(i) for i in range(len(source))] == [("first of 1",), ("Common to 1",), ("Common to 19",)]
+    assert [source.captions(i) for i in range(len(source))] == [
+        ("first of 1",),
+        ("Common to 1",),
+        ("Common to 19",),
+    ]
     write_pair_list(tmp_path / "older.pairs", PairList(str(pairs), Columns(), 61, [3]))
     refuses(r"61.*60", open_source, tmp_path / "older.pairs")
     marked = PairList(str(pairs), Columns(), 60, [3, 5, 59])
@@ -167,8 +191,12 @@ def test_a_list_opens_as_its_pairs(pairs, tmp_path, monkeypatch):
 def test_what_cannot_be_split_is_refused(tmp_path):
     images = [texture(n) for n in range(30)]
     one = open_source(write(tmp_path / "one", [(image, "a thing") for image in images]))
-    two = open_source(write(tmp_path / "two", [(image, f"thing {n % 2}") for n, image in enumerate(images)]))
-    few = open_source(write(tmp_path / "few", [(image, f"thing {n}") for n, image in enumerate(images[:3])]))
+    two = open_source(
+        write(tmp_path / "two", [(image, f"thing {n % 2}") for n, image in enumerate(images)])
+    )
+    few = open_source(
+        write(tmp_path / "few", [(image, f"thing {n}") for n, image in enumerate(images[:3])])
+    )
     for source, words in ((one, "same caption"), (two, "2 groups.*15 pairs"), (few, "3 pairs")):
         refuses(words, split_pairs, source)
 
@@ -178,6 +206,8 @@ def test_copied_validation_images_are_refused_or_counted(pairs, tmp_path, caplog
     refuses(r"100.0 % .*--val", check_copies, source, [source])
     new = [(texture(1000 + n), f"new {n}") for n in range(9)]
     mixed = [*new, (texture(0, 40), "known")]
-    check_copies(source, [open_source(write(tmp_path / str(len(rows)), rows)) for rows in (new, mixed)])
+    check_copies(
+        source, [open_source(write(tmp_path / str(len(rows)), rows)) for rows in (new, mixed)]
+    )
     (warning,) = caplog.messages
     assert warning.startswith("10.0 % of the images")

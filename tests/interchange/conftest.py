@@ -23,7 +23,9 @@ ONE_BLOCK = {"image.model_kwargs": {**VIT["image.model_kwargs"], "depth": 1}, "t
 def one_registry():
     """Collect the operators of ONNX once; torch does so for a second at each export."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(cache(ONNXRegistry.from_torchlib)))
+        patch.setattr(
+            ONNXRegistry, "from_torchlib", staticmethod(cache(ONNXRegistry.from_torchlib))
+        )
         yield
 
 
@@ -31,7 +33,9 @@ def one_registry():
 def onnx_clip(tmp_path_factory):
     """A model whose text projection has a bias, and its folder."""
     model = build("vit-bias", **ONE_BLOCK, **PIXELS)
-    folder = once(tmp_path_factory, "onnx", lambda made: export_exactly(model, "onnx", made / "out"))
+    folder = once(
+        tmp_path_factory, "onnx", lambda made: export_exactly(model, "onnx", made / "out")
+    )
     return model, folder / "out"
 
 
@@ -46,7 +50,11 @@ def onnx_roberta(tmp_path_factory):
         patch.setenv("DECLIP_CACHE", str(folder / "cache"))
         model = complete(unprojected("vit", 32, **keys)).build().eval()
     shutil.rmtree(encoder)
-    made = once(tmp_path_factory, "onnx-roberta", lambda shared: export_exactly(model, "onnx", shared / "out"))
+    made = once(
+        tmp_path_factory,
+        "onnx-roberta",
+        lambda shared: export_exactly(model, "onnx", shared / "out"),
+    )
     return model, made / "out"
 
 

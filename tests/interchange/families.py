@@ -14,7 +14,12 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from interchange import towers
 from text_encoders import bert, roberta
 
-CAPTIONS = ["a red circle", "Square painted in BLUE on white_paper!", "it&#39;s two cats,  asleep", ""]
+CAPTIONS = [
+    "a red circle",
+    "Square painted in BLUE on white_paper!",
+    "it&#39;s two cats,  asleep",
+    "",
+]
 TEXT = {"context_length": 12, "width": 32, "heads": 2, "layers": 2}
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 SIZES = {
@@ -52,7 +57,12 @@ def _config(vision, text=TEXT, **others):
 
 
 VIT = {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8}
-POOLED = {"attentional_pool": True, "attn_pooler_heads": 2, "attn_pooler_queries": 4, "output_tokens": True}
+POOLED = {
+    "attentional_pool": True,
+    "attn_pooler_heads": 2,
+    "attn_pooler_queries": 4,
+    "output_tokens": True,
+}
 SIGLIP_TEXT = {
     **TEXT, "vocab_size": 60, "no_causal_mask": True, "proj_bias": True, "pool_type": "last", "hf_tokenizer_name": "x",
     "tokenizer_kwargs": {"clean": "canonicalize"}, "norm_kwargs": {"eps": 1e-6}, "act_kwargs": {"approximate": "tanh"},
@@ -65,7 +75,10 @@ BERT = {
 ROBERTA = {"context_length": 16, "hf_tokenizer_name": "x", "hf_pooler_type": "mean_pooler"}
 OPEN_CLIP = {
     "siglip2": _config(
-        _timm("vit_base_patch16_siglip_224", "map", "none"), SIGLIP_TEXT, embed_dim=32, init_logit_bias=-10
+        _timm("vit_base_patch16_siglip_224", "map", "none"),
+        SIGLIP_TEXT,
+        embed_dim=32,
+        init_logit_bias=-10,
     ),
     "mobileclip2": _config(_timm("fastvit_mci0", "avg", None), {**TEXT, "no_causal_mask": True}),
     "eva": _config(_timm("eva02_base_patch16_clip_224", "token", None)),
@@ -76,7 +89,12 @@ OPEN_CLIP = {
 }
 ENCODERS = {"biomedclip": bert, "xlm-roberta": lambda folder: roberta(folder, kind="XLMRoberta")}
 PREPARED = {
-    "siglip2": {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "squash"},
+    "siglip2": {
+        "mean": [0.5] * 3,
+        "std": [0.5] * 3,
+        "interpolation": "bicubic",
+        "resize_mode": "squash",
+    },
     "mobileclip2": {"mean": [0.0] * 3, "std": [1.0] * 3, "interpolation": "bilinear"},
     "pe-core": {"interpolation": "bilinear", "resize_mode": "squash"},
 }
@@ -96,7 +114,9 @@ def saved(family, folder):
     elif "hf_tokenizer_name" in config["text_cfg"]:
         _tokenizer(folder)
     kind = open_clip.CoCa if family == "coca" else open_clip.CustomTextCLIP
-    model = towers.spread(kind(**{**config, "text_cfg": {**config["text_cfg"], "hf_model_pretrained": False}}))
+    model = towers.spread(
+        kind(**{**config, "text_cfg": {**config["text_cfg"], "hf_model_pretrained": False}})
+    )
     _save(model, folder, {"custom_text": True, **config}, PREPARED.get(family, {}))
     return f"open_clip:local-dir:{folder}", model
 
@@ -113,9 +133,15 @@ def _tokenizer(folder):
     library.normalizer = normalizers.Replace(" ", "▁")
     library.pre_tokenizer = pre_tokenizers.Metaspace()
     specials = ["<pad>", "<eos>", "<unk>"]
-    trainer = trainers.UnigramTrainer(vocab_size=60, special_tokens=specials, unk_token="<unk>", show_progress=False)
-    library.train_from_iterator(["a red circle square painted in blue on white paper cats asleep its two"] * 3, trainer)
-    library.post_processor = processors.TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 1)])
+    trainer = trainers.UnigramTrainer(
+        vocab_size=60, special_tokens=specials, unk_token="<unk>", show_progress=False
+    )
+    library.train_from_iterator(
+        ["a red circle square painted in blue on white paper cats asleep its two"] * 3, trainer
+    )
+    library.post_processor = processors.TemplateProcessing(
+        single="$A <eos>", special_tokens=[("<eos>", 1)]
+    )
     library.save(str(folder / "tokenizer.json"))
     names = {f"{special[1:-1]}_token": special for special in specials}
     config = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
@@ -130,7 +156,12 @@ def features(model, pixels, tokens):
 
 SHORT = {**TEXT, "layers": 1}
 RESNET = {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None}
-CONVNEXT = {"image_size": 160, "timm_model_name": "test_convnext", "timm_pool": "", "timm_proj": "linear"}
+CONVNEXT = {
+    "image_size": 160,
+    "timm_model_name": "test_convnext",
+    "timm_pool": "",
+    "timm_proj": "linear",
+}
 CONFIGS = {
     "tiny-vit": _config({**VIT, "layers": 1}, SHORT),
     "tiny-resnet": _config(RESNET, SHORT),
@@ -152,7 +183,13 @@ def weights_file(model, path):
     if path.suffix == ".safetensors":
         save_file(state, path)
     else:
-        torch.save({"epoch": 1, "state_dict": {f"module.{name}": tensor for name, tensor in state.items()}}, path)
+        torch.save(
+            {
+                "epoch": 1,
+                "state_dict": {f"module.{name}": tensor for name, tensor in state.items()},
+            },
+            path,
+        )
     return path
 
 
@@ -173,5 +210,7 @@ def same(model, theirs):
     pixels, tokens = model.preprocess(pictures()), open_clip.tokenize(WORDS, context_length=12)
     with torch.no_grad():
         images = model.encode_image(pixels) - theirs.encode_image(pixels, normalize=True)
-        texts = model.encode_text(model.tokenize(WORDS)) - theirs.encode_text(tokens, normalize=True)
+        texts = model.encode_text(model.tokenize(WORDS)) - theirs.encode_text(
+            tokens, normalize=True
+        )
     return bool(max(images.abs().max(), texts.abs().max()) <= 1e-6)

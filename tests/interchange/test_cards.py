@@ -16,7 +16,9 @@ from text_encoders import roberta
 
 def code(folder, image=None, captions=None, at="."):
     """The Python of a folder's card, with the path of an image, other captions and the path of the folder."""
-    block = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(encoding="utf-8"), re.DOTALL)[0]
+    block = re.findall(
+        r"```python\n(.*?)```", (folder / "README.md").read_text(encoding="utf-8"), re.DOTALL
+    )[0]
     example = 'Image.new("RGB", (320, 240), "orange")'
     changes = {example: f"Image.open({str(image)!r})" if image else example, '"."': repr(str(at))}
     if captions is not None:
@@ -39,14 +41,20 @@ def exported(request, tmp_path_factory):
     """A model with the authors' preprocessing, and its folder."""
     if request.param == "onnx":
         return request.getfixturevalue("onnx_clip")
-    model, folder = build("vit-clip-words", **PIXELS), tmp_path_factory.mktemp("exported") / request.param
+    model, folder = (
+        build("vit-clip-words", **PIXELS),
+        tmp_path_factory.mktemp("exported") / request.param,
+    )
     declip.export(model, request.param, folder)
     return model, folder
 
 
 def files():
     """Files whose pixels are not plain RGB in the order in which they are seen."""
-    photograph, exif = pictures()[0].resize((91, 64)), Image.Exif()  # 36 x 51 pixels: the crop begins at 9.5
+    photograph, exif = (
+        pictures()[0].resize((91, 64)),
+        Image.Exif(),
+    )  # 36 x 51 pixels: the crop begins at 9.5
     exif[0x0112] = 6
     fade = Image.linear_gradient("L").resize(photograph.size)
     clear = Image.merge("RGBA", (*photograph.split(), fade))
@@ -83,7 +91,12 @@ def test_the_code_of_a_card_cleans_captions_as_declip_does(exported, monkeypatch
     monkeypatch.chdir(folder)
     captions = TYPED + BROKEN * (folder.name in ("open_clip", "safetensors"))
     with torch.no_grad():
-        assert largest(features(folder, None, captions)[1], model.encode_text(model.tokenize(captions))) <= EXACT
+        assert (
+            largest(
+                features(folder, None, captions)[1], model.encode_text(model.tokenize(captions))
+            )
+            <= EXACT
+        )
 
 
 def test_open_clip_says_that_it_has_no_resize_before_the_crop(tmp_path):
@@ -96,9 +109,14 @@ def test_open_clip_says_that_it_has_no_resize_before_the_crop(tmp_path):
 
 
 @pytest.mark.parametrize("form", ["open_clip", "safetensors"])
-def test_a_model_with_a_text_encoder_is_loaded_from_a_folder_that_was_moved(form, tmp_path, monkeypatch):
+def test_a_model_with_a_text_encoder_is_loaded_from_a_folder_that_was_moved(
+    form, tmp_path, monkeypatch
+):
     """By the code of the card with another working directory, and by declip."""
-    keys = {"text.hf_model": str(roberta(tmp_path / "roberta", num_hidden_layers=1)), "text.context_length": 24}
+    keys = {
+        "text.hf_model": str(roberta(tmp_path / "roberta", num_hidden_layers=1)),
+        "text.context_length": 24,
+    }
     model, captions = build("vit", **keys, **PIXELS), TYPED + BROKEN
     declip.export(model, form, tmp_path / "out")
     (tmp_path / "roberta").rename(tmp_path / "gone")

@@ -54,7 +54,9 @@ def features(model):
 def same_until_the_end(theirs, ours, end):
     """Whether token ids agree up to and with the end token; what pads them is no one's matter."""
     upto = (ours == end).int().argmax(dim=1) + 1
-    return all(row[:n].tolist() == own[:n].tolist() for row, own, n in zip(theirs, ours, upto, strict=True))
+    return all(
+        row[:n].tolist() == own[:n].tolist() for row, own, n in zip(theirs, ours, upto, strict=True)
+    )
 
 
 def assert_features(images, texts, model):
@@ -102,15 +104,23 @@ def test_transformers_reads_what_was_written_and_so_do_we(kind, tmp_path):
     theirs = transformers.CLIPModel.from_pretrained(out).eval()
     processor = transformers.CLIPProcessor.from_pretrained(out, backend="pil")
     pixels, images, tokens, texts = features(model)
-    read = processor(text=CAPTIONS, images=pictures(), padding=True, truncation=True, return_tensors="pt")
+    read = processor(
+        text=CAPTIONS, images=pictures(), padding=True, truncation=True, return_tensors="pt"
+    )
     assert same_until_the_end(read["input_ids"], tokens, model.tokenizer.end)
-    found = theirs(input_ids=read["input_ids"], attention_mask=read["attention_mask"], pixel_values=pixels)
+    found = theirs(
+        input_ids=read["input_ids"], attention_mask=read["attention_mask"], pixel_values=pixels
+    )
     alone = theirs(input_ids=tokens, pixel_values=pixels)
     for answer in (found, alone):
         assert_features(answer.image_embeds, answer.text_embeds, model)
     logits = model.logit_scale.exp() * images @ texts.T
     torch.testing.assert_close(found.logits_per_image, logits, rtol=0, atol=1e-4)
-    assert theirs.config.text_config.vocab_size == len(processor.tokenizer) == model.tokenizer.vocabulary - 1
+    assert (
+        theirs.config.text_config.vocab_size
+        == len(processor.tokenizer)
+        == model.tokenizer.vocabulary - 1
+    )
     assert_same_model(declip.load(out, device="cpu"), model)
     assert (about(out)["library_name"], about(out)["license"]) == ("transformers", "unknown")
     assert [part for part in ("unknown: set it", "Not recorded") if part not in card(out)] == []
@@ -157,20 +167,40 @@ def test_one_file_holds_everything(kind, tmp_path):
         assert torch.equal(own, other)
 
 
-def test_a_run_is_exported_with_its_data_steps_and_results(table, tmp_path, monkeypatch, capfd, command):
+def test_a_run_is_exported_with_its_data_steps_and_results(
+    table, tmp_path, monkeypatch, capfd, command
+):
     recipe = recipe_for(table, steps=4).model_copy(update={"name": "shapes"})
-    recipe = recipe.model_copy(update={"evaluation": recipe.evaluation.model_copy(update={"retrieval": (str(table),)})})
+    recipe = recipe.model_copy(
+        update={"evaluation": recipe.evaluation.model_copy(update={"retrieval": (str(table),)})}
+    )
     trainer = trainer_of(recipe, tmp_path / "run")
     trainer.train()
     out = tmp_path / "out"
-    words = ["export", tmp_path / "run", "--format", "safetensors", "--out", out, "--license", "cc-by-4.0"]
+    words = [
+        "export",
+        tmp_path / "run",
+        "--format",
+        "safetensors",
+        "--out",
+        out,
+        "--license",
+        "cc-by-4.0",
+    ]
     assert "Read back by declip" in command(*words).out
     trained, tokens = trainer.state.model.eval(), trainer.state.model.tokenize("a red circle")
-    assert torch.equal(declip.load(out, device="cpu").encode_text(tokens), trained.encode_text(tokens))
+    assert torch.equal(
+        declip.load(out, device="cpu").encode_text(tokens), trained.encode_text(tokens)
+    )
     text = card(out)
-    assert (about(out)["license"], about(out)["pipeline_tag"]) == ("cc-by-4.0", "zero-shot-image-classification")
+    assert (about(out)["license"], about(out)["pipeline_tag"]) == (
+        "cc-by-4.0",
+        "zero-shot-image-classification",
+    )
     assert f"`{table.name}`, 24 distinct pairs; 32 pairs seen in 4 steps of 8" in text
-    assert re.search(r"\| .*shapes.* \| retrieval \| text → image R@1 \| [\d.]+ % \| [\d.]+ % \|", text)
+    assert re.search(
+        r"\| .*shapes.* \| retrieval \| text → image R@1 \| [\d.]+ % \| [\d.]+ % \|", text
+    )
     assert str(table.parent) not in text
     assert yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])["train"]["steps"] == 4
     assert "tensor" in run_card(out, monkeypatch, capfd)
@@ -198,7 +228,9 @@ def test_a_tower_that_another_package_registered_with_timm_is_not_open_clips(tmp
 
     monkeypatch.setitem(timm.models._registry._model_entrypoints, "own", own)
     model = build("timm-convnext", **{"image.model": "own"})
-    refuses("timm does not know it.*safetensors", declip.export, model, "open_clip", tmp_path / "out")
+    refuses(
+        "timm does not know it.*safetensors", declip.export, model, "open_clip", tmp_path / "out"
+    )
     declip.export(model, "safetensors", tmp_path / "out")
 
 
@@ -233,7 +265,9 @@ def test_features_that_come_out_differently_are_not_kept(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_without_the_library_the_export_says_that_it_was_not_read_back(tmp_path, monkeypatch, caplog):
+def test_without_the_library_the_export_says_that_it_was_not_read_back(
+    tmp_path, monkeypatch, caplog
+):
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
     exported = declip.export(build("vit"), "huggingface", tmp_path / "out")
     assert exported.difference is None
@@ -246,7 +280,13 @@ def test_wrong_words_and_folders_in_use(tmp_path):
     model = build("vit")
     said = r"export format 'openclip'. Did you mean 'open_clip'\?.*huggingface, onnx"
     refuses(said, declip.export, model, "openclip", tmp_path / "out")
-    refuses("This Identity cannot be exported", declip.export, torch.nn.Identity(), "onnx", tmp_path / "out")
+    refuses(
+        "This Identity cannot be exported",
+        declip.export,
+        torch.nn.Identity(),
+        "onnx",
+        tmp_path / "out",
+    )
     (tmp_path / "out").mkdir()
     declip.export(model, "safetensors", tmp_path / "out")
     (tmp_path / "out" / "more.txt").write_text("mine")
@@ -260,7 +300,14 @@ def test_wrong_words_and_folders_in_use(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / inner).write_text("mine")
     for name in ("photos", "run"):
-        refuses("--overwrite does not replace it", declip.export, model, "safetensors", tmp_path / name, overwrite=True)
+        refuses(
+            "--overwrite does not replace it",
+            declip.export,
+            model,
+            "safetensors",
+            tmp_path / name,
+            overwrite=True,
+        )
     (tmp_path / "file").write_text("mine")
     refuses("is a file", declip.export, model, "safetensors", tmp_path / "file", overwrite=True)
 
@@ -273,13 +320,27 @@ def test_a_full_disk_and_a_place_that_cannot_be_written_are_one_line(tmp_path, m
             (folder / "weights").write_text("x" * 100_000)
 
     said = r"Cannot write '/proc/none/out': .*give another folder as --out"
-    assert "DECLIP_CACHE" not in refuses(said, declip.export, build("vit"), "safetensors", Path("/proc/none/out"))
+    assert "DECLIP_CACHE" not in refuses(
+        said, declip.export, build("vit"), "safetensors", Path("/proc/none/out")
+    )
     monkeypatch.setitem(FORMATS, "safetensors", Full())
-    refuses(r"No room left on the disk to write '.*out'", declip.export, build("vit"), "safetensors", tmp_path / "out")
+    refuses(
+        r"No room left on the disk to write '.*out'",
+        declip.export,
+        build("vit"),
+        "safetensors",
+        tmp_path / "out",
+    )
     assert not list(tmp_path.iterdir())
 
 
-PLAIN = ["a red circle", "Two GREEN squares, on white!", "日本語 and 😀 [SEP]", "!", " ".join(["nought"] * 40)]
+PLAIN = [
+    "a red circle",
+    "Two GREEN squares, on white!",
+    "日本語 and 😀 [SEP]",
+    "!",
+    " ".join(["nought"] * 40),
+]
 """Captions that open_clip's cleaning leaves as they are."""
 
 
@@ -292,7 +353,9 @@ def test_a_repository_named_by_its_owner_loads_from_the_hub_too(repo, tmp_path, 
     assert text_config(out)["hf_tokenizer_name"] == (repo or "tokenizer.json")
     assert ("--repo OWNER/NAME" in card(out), caplog.text) == (repo is None, "")
     tokens = model.tokenize(CAPTIONS)
-    assert same_until_the_end(open_clip.get_tokenizer(f"local-dir:{out}")(CAPTIONS), tokens, model.tokenizer.end)
+    assert same_until_the_end(
+        open_clip.get_tokenizer(f"local-dir:{out}")(CAPTIONS), tokens, model.tokenizer.end
+    )
 
 
 def text_config(folder):
@@ -300,10 +363,18 @@ def text_config(folder):
     return json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]["text_cfg"]
 
 
-@pytest.mark.parametrize(("encoder", "kind", "pooling"), [(bert, "timm-vit", "cls"), (roberta, "vit", "mean")])
-def test_open_clip_reads_a_text_encoder_of_transformers(encoder, kind, pooling, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("encoder", "kind", "pooling"), [(bert, "timm-vit", "cls"), (roberta, "vit", "mean")]
+)
+def test_open_clip_reads_a_text_encoder_of_transformers(
+    encoder, kind, pooling, tmp_path, monkeypatch
+):
     """As its CustomTextCLIP, from the folder alone: the encoder's own folder is gone."""
-    keys = {"text.hf_model": str(encoder(tmp_path / "encoder")), "text.pooling": pooling, "text.context_length": 16}
+    keys = {
+        "text.hf_model": str(encoder(tmp_path / "encoder")),
+        "text.pooling": pooling,
+        "text.context_length": 16,
+    }
     model, out = build(kind, **keys), tmp_path / "out"
     shutil.rmtree(tmp_path / "encoder")
     export_exactly(model, "open_clip", out)
@@ -315,12 +386,18 @@ def test_open_clip_reads_a_text_encoder_of_transformers(encoder, kind, pooling, 
     tokens = model.tokenize(PLAIN)
     assert torch.equal(theirs_tokens[:, : tokens.shape[1]], tokens)
     texts = model.encode_text(tokens)
-    found = theirs.eval().encode_image(torch.stack([transform(each) for each in pictures()]), normalize=True)
+    found = theirs.eval().encode_image(
+        torch.stack([transform(each) for each in pictures()]), normalize=True
+    )
     assert largest(found, images) <= EXACT
     assert largest(theirs.encode_text(theirs_tokens, normalize=True), texts) <= EXACT
     read = declip.load(out, device="cpu")
-    kept = [row for row, caption in enumerate(PLAIN) if "[SEP]" not in caption]  # which open_clip's own spell out
-    assert largest(read.encode_text(read.tokenize([PLAIN[row] for row in kept])), texts[kept]) <= EXACT
+    kept = [
+        row for row, caption in enumerate(PLAIN) if "[SEP]" not in caption
+    ]  # which open_clip's own spell out
+    assert (
+        largest(read.encode_text(read.tokenize([PLAIN[row] for row in kept])), texts[kept]) <= EXACT
+    )
 
 
 @pytest.mark.parametrize(
@@ -332,15 +409,23 @@ def test_open_clip_reads_a_text_encoder_of_transformers(encoder, kind, pooling, 
     ],
 )
 def test_a_text_encoder_that_open_clip_has_no_words_for_is_refused(encoder, keys, reason, tmp_path):
-    model = build("vit", **{"text.hf_model": str(encoder(tmp_path / "encoder")), "text.context_length": 16, **keys})
-    for form, words in (("open_clip", reason), ("huggingface", "text tower is a HuggingfaceTextTower.*text.hf_model")):
+    model = build(
+        "vit",
+        **{"text.hf_model": str(encoder(tmp_path / "encoder")), "text.context_length": 16, **keys},
+    )
+    for form, words in (
+        ("open_clip", reason),
+        ("huggingface", "text tower is a HuggingfaceTextTower.*text.hf_model"),
+    ):
         said = f"as {form}: .*{words}.*safetensors"
         refuses(said, declip.export, model, form, tmp_path / "out")
 
 
 def test_a_text_encoder_of_the_hub_keeps_its_name(tmp_path):
     """The name leads to the configuration; where the encoder has none, the repository's own does."""
-    model = build("vit", **{"text.hf_model": str(bert(tmp_path / "bert")), "text.context_length": 16})
+    model = build(
+        "vit", **{"text.hf_model": str(bert(tmp_path / "bert")), "text.context_length": 16}
+    )
 
     def written(repo):
         declip.export(model, "open_clip", tmp_path / "out", repo=repo, overwrite=True)
@@ -348,14 +433,18 @@ def test_a_text_encoder_of_the_hub_keeps_its_name(tmp_path):
 
     assert written(None) == "."
     assert written("owner/name") == "owner/name"
-    text = model.recipe.text.model_copy(update={"hf_model": "huggingface:google-bert/bert-base-uncased"})
+    text = model.recipe.text.model_copy(
+        update={"hf_model": "huggingface:google-bert/bert-base-uncased"}
+    )
     model.recipe = model.recipe.model_copy(update={"text": text})
     assert written("owner/name") == "google-bert/bert-base-uncased"
 
 
 def test_an_export_of_the_built_in_text_encoder_loads_from_any_folder(tmp_path, monkeypatch):
     """By the encoder's name on the Hub, or without a network by the path that the card says to set."""
-    model = build("vit", **{"text.hf_model": str(bert(tmp_path / "bert")), "text.context_length": 16})
+    model = build(
+        "vit", **{"text.hf_model": str(bert(tmp_path / "bert")), "text.context_length": 16}
+    )
     text = model.recipe.text.model_copy(update={"hf_model": "builtin:lite2-minilm"})
     model.recipe = model.recipe.model_copy(update={"text": text})
     out = tmp_path / "out"
@@ -372,9 +461,16 @@ def test_an_export_of_the_built_in_text_encoder_loads_from_any_folder(tmp_path, 
     (out / "open_clip_config.json").write_text(json.dumps(config))
     theirs, _, transform = open_clip.create_model_and_transforms(f"local-dir:{out}")
     tokens = open_clip.get_tokenizer(f"local-dir:{out}")(PLAIN)
-    found = theirs.eval().encode_image(torch.stack([transform(each) for each in pictures()]), normalize=True)
+    found = theirs.eval().encode_image(
+        torch.stack([transform(each) for each in pictures()]), normalize=True
+    )
     assert largest(found, features(model)[1]) <= EXACT
-    assert largest(theirs.encode_text(tokens, normalize=True), model.encode_text(model.tokenize(PLAIN))) <= EXACT
+    assert (
+        largest(
+            theirs.encode_text(tokens, normalize=True), model.encode_text(model.tokenize(PLAIN))
+        )
+        <= EXACT
+    )
 
 
 def test_a_clip_with_other_ids_of_words_keeps_open_clips_modules(tmp_path):
@@ -384,7 +480,10 @@ def test_a_clip_with_other_ids_of_words_keeps_open_clips_modules(tmp_path):
     vocabulary = content["model"]["vocab"]
     vocabulary["a</w>"], vocabulary["b</w>"] = vocabulary["b</w>"], vocabulary["a</w>"]
     file.write_text(json.dumps(content))
-    model, theirs = declip.load(tmp_path / "theirs"), open_clip.get_tokenizer(f"local-dir:{tmp_path / 'theirs'}")
+    model, theirs = (
+        declip.load(tmp_path / "theirs"),
+        open_clip.get_tokenizer(f"local-dir:{tmp_path / 'theirs'}"),
+    )
     assert isinstance(model.image_tower, WrappedImageTower)
     assert torch.equal(model.tokenize(PLAIN[:2]), theirs(PLAIN[:2]))
 

@@ -21,7 +21,10 @@ from interchange.towers import CAPTIONS, EXACT, TYPED, build, largest, pictures
 def test_onnxruntime_gives_our_features_at_any_batch_and_length(onnx_clip):
     model, exported = onnx_clip
     about = json.loads((exported / "config.json").read_text())
-    image, text = (onnxruntime.InferenceSession(exported / name / "model.onnx") for name in ("visual", "textual"))
+    image, text = (
+        onnxruntime.InferenceSession(exported / name / "model.onnx")
+        for name in ("visual", "textual")
+    )
     tokenizer = Tokenizer.from_file(str(exported / "textual" / "tokenizer.json"))
     tokenizer.encode_special_tokens = True
     pixels = model.preprocess(pictures())
@@ -41,7 +44,11 @@ def test_onnxruntime_gives_our_features_at_any_batch_and_length(onnx_clip):
     names = [dimension.dim_param for dimension in written.graph.input[0].type.tensor_type.shape.dim]
     assert names == ["batch", "length"]
     assert about["logit_scale"] == pytest.approx(model.logit_scale.exp().item(), rel=1e-6)
-    assert (about["vision_cfg"]["image_size"], about["text_cfg"]["context_length"], about["embed_dim"]) == (32, 16, 16)
+    assert (
+        about["vision_cfg"]["image_size"],
+        about["text_cfg"]["context_length"],
+        about["embed_dim"],
+    ) == (32, 16, 16)
     assert about["preprocess_cfg"]["mean"] == [0.5, 0.4, 0.3]
     prepared = json.loads((exported / "visual" / "preprocess_cfg.json").read_text())
     assert {"size", "interpolation", "mean", "std", "resize_mode"} <= prepared.keys()
@@ -54,7 +61,9 @@ def test_the_code_in_the_card_works_as_it_is(onnx_clip, monkeypatch, capfd):
         image = model.encode_image(model.preprocess(Image.new("RGB", (320, 240), "orange")))
         texts = model.encode_text(model.tokenize(["an orange square", "a cat"]))
     expected = (model.logit_scale.exp() * image @ texts.T).softmax(dim=-1)[0].tolist()
-    assert [float(word) for word in re.findall(r"\d\.\d+", printed)] == pytest.approx(expected, abs=1e-4)
+    assert [float(word) for word in re.findall(r"\d\.\d+", printed)] == pytest.approx(
+        expected, abs=1e-4
+    )
 
 
 def test_onnx_has_class_posteriors_and_the_encoders_tokenizer_and_padding(onnx_roberta):
@@ -83,11 +92,19 @@ def test_a_traced_module_has_the_weights_of_one_tower(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (ModuleNotFoundError("gone", name="onnxscript"), r"needs onnxscript.*pip install 'declip\[onnx\]'"),
-        (RuntimeError("data-dependent\n  branch"), "cannot export the visual tower: data-dependent branch"),
+        (
+            ModuleNotFoundError("gone", name="onnxscript"),
+            r"needs onnxscript.*pip install 'declip\[onnx\]'",
+        ),
+        (
+            RuntimeError("data-dependent\n  branch"),
+            "cannot export the visual tower: data-dependent branch",
+        ),
     ],
 )
-def test_without_its_packages_or_for_what_it_cannot_trace_it_says_so(error, message, tmp_path, monkeypatch):
+def test_without_its_packages_or_for_what_it_cannot_trace_it_says_so(
+    error, message, tmp_path, monkeypatch
+):
     def fails(*_, **__):
         raise error
 

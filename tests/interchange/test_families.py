@@ -59,8 +59,18 @@ def own_file(open_family, tmp_path_factory):
 
 
 def tuned(table, weights, **keys):
-    train = {"train.steps": 2, "train.batch_size": 8, "train.checkpoint_every": 1, "train.log_every": 1}
-    given = {"data.source": str(table), "finetune.pretrained": weights, "train.precision": "fp32", "data.workers": 0}
+    train = {
+        "train.steps": 2,
+        "train.batch_size": 8,
+        "train.checkpoint_every": 1,
+        "train.log_every": 1,
+    }
+    given = {
+        "data.source": str(table),
+        "finetune.pretrained": weights,
+        "train.precision": "fp32",
+        "data.workers": 0,
+    }
     return load_recipe("finetune", {**given, **train, "train.length_buckets": 1, **keys})
 
 
@@ -86,10 +96,18 @@ def test_onnx_gives_the_same_features(open_family, tmp_path):
     # The exporter takes a second for each block.
     del model.image_tower.trunk.trunk.blocks[1:], model.text_tower.trunk.transformer.resblocks[1:]
     out = export_exactly(model, "onnx", tmp_path / "out")
-    about, tokens = json.loads((out / "config.json").read_text()), model.tokenize(CAPTIONS[0])[0].tolist()
-    ids = Tokenizer.from_file(str(out / "textual/tokenizer.json")).encode(CAPTIONS[0]).ids  # this needs no cleaning
+    about, tokens = (
+        json.loads((out / "config.json").read_text()),
+        model.tokenize(CAPTIONS[0])[0].tolist(),
+    )
+    ids = (
+        Tokenizer.from_file(str(out / "textual/tokenizer.json")).encode(CAPTIONS[0]).ids
+    )  # this needs no cleaning
     assert ids == tokens[: len(ids)]
-    assert (about["preprocess_cfg"]["resize_mode"], about["logit_bias"]) == ("squash", model.logit_bias)
+    assert (about["preprocess_cfg"]["resize_mode"], about["logit_bias"]) == (
+        "squash",
+        model.logit_bias,
+    )
     model.tokenizer.stored["zeroed"] = 1
     refuses(r"onnx: .*tokenizer.*safetensors", declip.export, model, "onnx", tmp_path / "refused")
 
@@ -117,7 +135,9 @@ def test_a_wrapped_model_is_known_by_what_is_stored_with_it(open_family):
 def test_every_parameter_has_a_gradient_and_a_layer(family, own_file):
     model = read(own_file(family)).build()
     pixels, tokens = torch.randn(3, 3, 32, 32), model.tokenize(CAPTIONS[:3])
-    (model.encode_image(pixels) * torch.arange(3)[:, None] + model.encode_text(tokens)).sum().backward()
+    (
+        model.encode_image(pixels) * torch.arange(3)[:, None] + model.encode_text(tokens)
+    ).sum().backward()
     assert [n for n, p in model.named_parameters() if p.grad is None] == (
         ["logit_scale", "logit_bias"] if model.logit_bias is not None else ["logit_scale"]
     )
@@ -145,11 +165,17 @@ def test_training_moves_every_parameter_and_resumes_to_the_bit(family, own_file,
 def test_a_run_with_adapters_is_merged_when_it_is_loaded(family, own_file, table, tmp_path):
     lora = {"finetune.lora": {"rank": 2}, "finetune.layer_decay": 1.0, "train.checkpoint_every": 2}
     trainer = trainer_of(tuned(table, own_file(family), **lora), tmp_path)
-    before, learned, tokens = state(trainer), trainer.state.model, trainer.state.model.tokenize(CAPTIONS)
+    before, learned, tokens = (
+        state(trainer),
+        trainer.state.model,
+        trainer.state.model.tokenize(CAPTIONS),
+    )
     trainer.train()
     adapters = {n for n in before if MARK in n}
     after = learned.state_dict()
-    assert len(moved(before, after) & adapters) > 0.9 * len(adapters)  # behind a ReLU some have no gradient
+    assert len(moved(before, after) & adapters) > 0.9 * len(
+        adapters
+    )  # behind a ReLU some have no gradient
     for name in before.keys() - adapters - {"logit_scale", "logit_bias"}:
         # peft adds to torch's attention and subtracts.
         torch.testing.assert_close(after[name], before[name], rtol=0, atol=1e-6)
@@ -158,7 +184,9 @@ def test_a_run_with_adapters_is_merged_when_it_is_loaded(family, own_file, table
     assert isinstance(loaded, DualEncoder)
     assert loaded.state_dict().keys() == read(own_file(family)).tensors.keys()
     pixels = loaded.preprocess(pictures()[1:4])
-    found, expected = ((m.encode_image(pixels), m.encode_text(tokens)) for m in (loaded, learned.eval()))
+    found, expected = (
+        (m.encode_image(pixels), m.encode_text(tokens)) for m in (loaded, learned.eval())
+    )
     assert max(largest(*pair) for pair in zip(found, expected, strict=True)) < 1e-5
 
 
@@ -168,7 +196,10 @@ LENGTHS = {"eva": 6, "coca": 20, "biomedclip": 24}
 @pytest.mark.parametrize("family", LENGTHS)
 def test_positions_are_stretched_or_cut(family, open_family, table, tmp_path):
     weights, length = open_family(family)[0], LENGTHS[family]
-    recipe, old = tuned(table, weights.origin, **{"text.context_length": length}), weights.recipe.text.context_length
+    recipe, old = (
+        tuned(table, weights.origin, **{"text.context_length": length}),
+        weights.recipe.text.context_length,
+    )
     model = assemble(recipe, tmp_path / "run", quiet=True).model.eval()
     own, tokens = model.state_dict(), model.tokenize(CAPTIONS)
     other = [n for n, t in weights.tensors.items() if n != ENTRY and not torch.equal(own[n], t)]
@@ -179,30 +210,47 @@ def test_positions_are_stretched_or_cut(family, open_family, table, tmp_path):
             at = row * (old - 1) / (length - 1) if length > old else row
             below = min(int(at), old - 2)
             rows.append((1 - at + below) * given[below] + (at - below) * given[below + 1])
-        torch.testing.assert_close(own[name], torch.cat([torch.stack(rows), given[old:]]), rtol=0, atol=1e-6)
-    kept = declip_file.read_part(str(tmp_path / "run" / KEPT)).check()  # what a resumed run starts from
+        torch.testing.assert_close(
+            own[name], torch.cat([torch.stack(rows), given[old:]]), rtol=0, atol=1e-6
+        )
+    kept = declip_file.read_part(
+        str(tmp_path / "run" / KEPT)
+    ).check()  # what a resumed run starts from
     assert apply_architecture(kept, recipe).text.context_length == tokens.shape[1] == length
     assert not moved(own, kept.build().state_dict())
     again = declip.load(export_exactly(model, "open_clip", tmp_path / "out"), device="cpu")
     assert isinstance(again, DualEncoder)
     assert torch.equal(again.tokenize(CAPTIONS), tokens)
-    torch.testing.assert_close(again.encode_text(tokens), model.encode_text(tokens), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        again.encode_text(tokens), model.encode_text(tokens), rtol=0, atol=1e-5
+    )
 
 
 def test_positions_of_an_encoder_have_an_end(open_family, table, tmp_path):
     for family in ("biomedclip", "xlm-roberta"):
         recipe = tuned(table, open_family(family)[0].origin, **{"text.context_length": 25})
-        refuses("for 24 ids. Set text.context_length", train, recipe, out=tmp_path / family, quiet=True, report=False)
+        refuses(
+            "for 24 ids. Set text.context_length",
+            train,
+            recipe,
+            out=tmp_path / family,
+            quiet=True,
+            report=False,
+        )
         assert not (tmp_path / family).exists()
 
 
 def test_losses_that_need_more_than_a_tower_gives_are_refused(open_family, table):
     weights = open_family("coca")[0]
     model = weights.build()
-    recipe = apply_architecture(weights, tuned(table, weights.origin, loss_weights={"masked_language": 1.0}))
+    recipe = apply_architecture(
+        weights, tuned(table, weights.origin, loss_weights={"masked_language": 1.0})
+    )
     refuses(r"views\.text\.mask", Objective, recipe, model)
     model.text_tower.gives_tokens = False
-    recipe = apply_architecture(weights, tuned(table, weights.origin, loss_weights={"late_interaction": 1.0}))
+    recipe = apply_architecture(
+        weights, tuned(table, weights.origin, loss_weights={"late_interaction": 1.0})
+    )
     refuses(r"text_tower.*loss_weights\.late_interaction", Objective, recipe, model)
 
 

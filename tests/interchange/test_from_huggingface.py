@@ -20,7 +20,9 @@ from interchange.towers import CAPTIONS, EXACT, build, largest, pictures, spread
 def their_folder(out):
     """As transformers itself makes it: CLIP's first words, its own tokenizer class, weights at random."""
     words = json.loads(backend(Tokenizer(16, 1000)).to_str())["model"]
-    tokenizer = transformers.CLIPTokenizer(words["vocab"], [tuple(merge) for merge in words["merges"]])
+    tokenizer = transformers.CLIPTokenizer(
+        words["vocab"], [tuple(merge) for merge in words["merges"]]
+    )
     tokenizer.model_max_length = 16
     statistics = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4], "resample": 2}
     pixels = transformers.CLIPImageProcessor(
@@ -48,12 +50,20 @@ def test_clip_models_of_transformers_come_in(tmp_path):
     processor = transformers.CLIPProcessor.from_pretrained(folder, backend="pil")
     read = declip.load(folder, device="cpu")
     captions = [clean(caption).replace("<|endoftext|>", "") for caption in CAPTIONS]
-    inputs = processor(text=captions, images=pictures(), padding=True, truncation=True, return_tensors="pt")
+    inputs = processor(
+        text=captions, images=pictures(), padding=True, truncation=True, return_tensors="pt"
+    )
     assert same_until_the_end(inputs["input_ids"], read.tokenize(captions), read.tokenizer.end)
     pixels = read.preprocess(pictures())
-    resized = [[int(57 * side / min(picture.size)) for side in picture.size] for picture in pictures()]
-    rows = [row for row, sides in enumerate(resized) if not any((side - 48) % 4 == 3 for side in sides)]
-    assert 5 < len(rows) < len(pixels), "the crop of the others begins one pixel earlier, as docs/interchange.md says"
+    resized = [
+        [int(57 * side / min(picture.size)) for side in picture.size] for picture in pictures()
+    ]
+    rows = [
+        row for row, sides in enumerate(resized) if not any((side - 48) % 4 == 3 for side in sides)
+    ]
+    assert 5 < len(rows) < len(pixels), (
+        "the crop of the others begins one pixel earlier, as docs/interchange.md says"
+    )
     assert largest(pixels[rows], inputs["pixel_values"][rows]) <= EXACT
     found = theirs(**{**inputs, "pixel_values": pixels})
     assert largest(read.encode_image(pixels), found.image_embeds) <= EXACT
@@ -81,12 +91,17 @@ def test_the_first_releases_files_are_read(exported, tmp_path):
     folder = Path(shutil.copytree(exported, tmp_path / "old"))
 
     def older(pictures):
-        pictures["feature_extractor_type"] = pictures.pop("image_processor_type").replace("ImageProcessor", "X")
+        pictures["feature_extractor_type"] = pictures.pop("image_processor_type").replace(
+            "ImageProcessor", "X"
+        )
         pictures.update(size=32, crop_size=32)
         del pictures["do_rescale"], pictures["rescale_factor"], pictures["do_normalize"]
 
     edit(folder / "preprocessor_config.json", older)
-    edit(folder / "config.json", lambda it: it.update(text_config_dict=it["text_config"], text_config={}))
+    edit(
+        folder / "config.json",
+        lambda it: it.update(text_config_dict=it["text_config"], text_config={}),
+    )
     tensors = {name: t.half() for name, t in load_file(exported / "model.safetensors").items()}
     tensors["text_model.embeddings.position_ids"] = torch.arange(16)[None]
     save_file(tensors, folder / "model.safetensors")
@@ -114,7 +129,11 @@ CONFIG, PICTURES, WORDS = "config.json", "preprocessor_config.json", "tokenizer.
         (CONFIG, sets("vision_config", layer_norm_eps=1e-6), r"vision_config.*eps is 1e-06"),
         (CONFIG, sets("text_config", intermediate_size=96), "intermediate_size is 96.*128"),
         (CONFIG, sets("text_config", eos_token_id=5), "eos_token_id is 5.*813 or 2"),
-        (CONFIG, sets("vision_config", num_hidden_layers=10**9), "1,000,000,002 layers.*78 tensors"),
+        (
+            CONFIG,
+            sets("vision_config", num_hidden_layers=10**9),
+            "1,000,000,002 layers.*78 tensors",
+        ),
         (CONFIG, sets("vision_config", patch_size=16), r"position_embedding.* has shape \(17, 64"),
         (CONFIG, sets(text_config=[1]), "AttributeError"),
         (PICTURES, sets(size={"height": 32, "width": 32}), r"size is \{.* 32"),
@@ -128,7 +147,9 @@ CONFIG, PICTURES, WORDS = "config.json", "preprocessor_config.json", "tokenizer.
         (WORDS, sets(model={"vocab": {"a": 0}}), "tokenizer.json"),
     ],
 )
-def test_a_folder_that_ours_cannot_be_is_told_by_what_differs_first(file, change, message, exported, tmp_path):
+def test_a_folder_that_ours_cannot_be_is_told_by_what_differs_first(
+    file, change, message, exported, tmp_path
+):
     folder = Path(shutil.copytree(exported, tmp_path / "wrong"))
     edit(folder / file, change)
     refuses(rf"CLIPModel: .*{message}", declip.load, folder)

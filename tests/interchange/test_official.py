@@ -34,7 +34,11 @@ def expected_terms(case):
     found = {TERMS[name]: value for name, value in theirs.items() if name in TERMS}
     if "clip_i1_t" in theirs:  # their "clip" is the mean over the pairings of views
         found["contrastive"] = theirs["clip_i1_t"]
-        others = [value for name, value in theirs.items() if name.startswith("clip_") and name != "clip_i1_t"]
+        others = [
+            value
+            for name, value in theirs.items()
+            if name.startswith("clip_") and name != "clip_i1_t"
+        ]
         found["multi_view"] = sum(others) / len(others)
     return {term: found[term] for term in case.weights} | {"loss": case.step["loss_total"]}
 
@@ -46,8 +50,14 @@ def values(terms):
 def gradients(case, modules, step):
     """Names of their parameters, their norms and our gradients, of those that are used and not mere noise."""
     noise = case.about["fp64_check"]["grad_norm_rel"][step]["essentially_zero"]
-    used = {theirs: norm for theirs, norm in case.step["grad_norm"].items() if not UNUSED.match(theirs)}
-    found = [(each, norm, case.parameter(modules, each).grad) for each, norm in used.items() if each not in noise]
+    used = {
+        theirs: norm for theirs, norm in case.step["grad_norm"].items() if not UNUSED.match(theirs)
+    }
+    found = [
+        (each, norm, case.parameter(modules, each).grad)
+        for each, norm in used.items()
+        if each not in noise
+    ]
     assert len(found) > len(case.step["grad_norm"]) / 2
     return found
 
@@ -62,13 +72,21 @@ def test_terms_and_gradients_equal_the_official_ones(name):
     assert values(terms) == pytest.approx(expected_terms(case), rel=1e-5, abs=1e-6)
     terms["loss"].backward()
     modules = {"model": model, "objective": objective}
-    whole = {key.removeprefix("step1/grad/") for key in case.arrays if key.startswith("step1/grad/")}
+    whole = {
+        key.removeprefix("step1/grad/") for key in case.arrays if key.startswith("step1/grad/")
+    }
     for theirs, norm, gradient in gradients(case, modules, 0):
         assert gradient.norm().item() == pytest.approx(norm, rel=1e-5), theirs
         spread = norm * math.sqrt(gradient.numel())
-        assert gradient.sum().item() == pytest.approx(case.step["grad_sum"][theirs], abs=1e-5 * spread), theirs
+        assert gradient.sum().item() == pytest.approx(
+            case.step["grad_sum"][theirs], abs=1e-5 * spread
+        ), theirs
         expected = case.value(f"grad/{theirs}") if theirs in whole else None
-        if expected is not None and expected.shape == gradient.shape and "label_predictor" not in theirs:
+        if (
+            expected is not None
+            and expected.shape == gradient.shape
+            and "label_predictor" not in theirs
+        ):
             torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-5 * norm)
     for theirs in case.step["grad_none"]:
         if not UNUSED.match(theirs):
@@ -84,7 +102,10 @@ def official_adamw(case, modules):
         if parameter is not None:
             groups[name not in theirs["no_decay"]].append(parameter)
     return torch.optim.AdamW(
-        [{"params": group, "weight_decay": theirs["weight_decay"] * decayed} for decayed, group in groups.items()],
+        [
+            {"params": group, "weight_decay": theirs["weight_decay"] * decayed}
+            for decayed, group in groups.items()
+        ],
         lr=case.step["lr"],
         betas=tuple(theirs["betas"]),
         eps=theirs["eps"],
@@ -107,7 +128,11 @@ def test_training_continues_from_a_file_to_the_official_second_step(name, tmp_pa
     terms["loss"].backward()
     optimizer.step()
     objective.after_step(model)
-    write_declip_file(model, tmp_path / FILE, {n: t for n, t in objective.state_dict().items() if "queue" not in n})
+    write_declip_file(
+        model,
+        tmp_path / FILE,
+        {n: t for n, t in objective.state_dict().items() if "queue" not in n},
+    )
 
     model, objective = case.read()
     apply_pretrained(read_start(str(tmp_path / FILE)), model.recipe, model, objective)
@@ -132,7 +157,9 @@ def test_features_equal_the_official_ones(name):
         images = model.encode_image(next(iter(case.batch().views.values())).pixels)
         texts = model.encode_text(model.tokenize(case.step["captions"]))
         outputs = objective.run_towers(model.train(), case.batch())
-    views = sorted(key for key in case.arrays if key.startswith("step1/image_raw_") and not key.endswith(".1"))
+    views = sorted(
+        key for key in case.arrays if key.startswith("step1/image_raw_") and not key.endswith(".1")
+    )
     assert len(views) == len(outputs.images) or case.kind == "filip"
     found = [("eval_init/image_features", images), ("eval_init/text_features", texts)]
     found += [("step1/text_raw_main", outputs.texts[0]), *zip(views, outputs.images, strict=False)]
@@ -153,7 +180,9 @@ def test_queue_after_a_step_holds_the_official_rows_and_the_tail_that_they_drop(
     objective(model, batch)
     objective.after_step(model)
     queue = objective.terms["nearest_neighbor"].queue
-    augmented, masked = (F.normalize(case.value(f"text_raw_{view}"), dim=-1) for view in ("aug", "main"))
+    augmented, masked = (
+        F.normalize(case.value(f"text_raw_{view}"), dim=-1) for view in ("aug", "main")
+    )
     newest = queue.features.roll(-queue.pointer, dims=0)[-2 * len(batch) :]
     torch.testing.assert_close(newest, torch.cat([augmented, masked]))
     assert queue.pointer == (start + 2 * len(batch)) % size
@@ -166,7 +195,11 @@ def test_queue_after_a_step_holds_the_official_rows_and_the_tail_that_they_drop(
 
 def full_size(file, model=None):
     about = json.loads((GOLDEN / file).read_text())
-    shapes = about[model]["shapes"] if model else {name: key["shape"] for name, key in about["keys"].items()}
+    shapes = (
+        about[model]["shapes"]
+        if model
+        else {name: key["shape"] for name, key in about["keys"].items()}
+    )
     return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
 
 
@@ -206,7 +239,11 @@ def test_files_are_preprocessed_as_by_the_authors(name, tmp_path):
     """From image files to features: Resize(256 / 224 of the crop), CenterCrop and ImageNet's statistics."""
     model = Case(name).read()[0].eval()
     size = model.recipe.image.size
-    crop = [T.Resize(size * 256 // 224), T.CenterCrop(size), T.ToTensor()]  # bilinear, torchvision's default
+    crop = [
+        T.Resize(size * 256 // 224),
+        T.CenterCrop(size),
+        T.ToTensor(),
+    ]  # bilinear, torchvision's default
     theirs = T.Compose([*crop, T.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
     images = []
     for number, picture in enumerate(pictures()):
@@ -214,8 +251,12 @@ def test_files_are_preprocessed_as_by_the_authors(name, tmp_path):
         images.append(Image.open(tmp_path / f"{number}.png").convert("RGB"))
     expected = model.encode_image(torch.stack([theirs(image) for image in images]))
     assert largest(model.encode_image(model.preprocess(images)), expected) <= EXACT
-    lazy = torch.stack([model.preprocessor.fast(open_image(path, "x")) for path in sorted(tmp_path.iterdir())])
-    assert largest(model.encode_image(model.preprocessor.normalize(lazy)), expected) <= 0.02  # of Pillow: a level apart
+    lazy = torch.stack(
+        [model.preprocessor.fast(open_image(path, "x")) for path in sorted(tmp_path.iterdir())]
+    )
+    assert (
+        largest(model.encode_image(model.preprocessor.normalize(lazy)), expected) <= 0.02
+    )  # of Pillow: a level apart
 
 
 @pytest.mark.parametrize(
@@ -246,13 +287,19 @@ def official_file(folder, state):
 @pytest.mark.parametrize("name", model_cases())
 def test_official_models_come_in_whole(name, tmp_path, command):
     file, out = official_file(tmp_path, Case(name).state), tmp_path / "out"
-    assert f"Written: {out}" in command("export", file, "--format", "safetensors", "--out", out).out.replace("\n", "")
+    assert f"Written: {out}" in command(
+        "export", file, "--format", "safetensors", "--out", out
+    ).out.replace("\n", "")
     expected, objective = read_official(file)
     read = declip.load(out, device="cpu")
     for found, own in zip(features(read), features(expected.eval()), strict=True):
         assert torch.equal(found, own)
     tensors = load_file(out / FILE)
-    kept = {part.removeprefix("objective."): t for part, t in tensors.items() if part.startswith("objective.")}
+    kept = {
+        part.removeprefix("objective."): t
+        for part, t in tensors.items()
+        if part.startswith("objective.")
+    }
     heads = {part: t for part, t in objective.state_dict().items() if ".queue." not in part}
     assert kept.keys() >= heads.keys()
     assert all(torch.equal(kept[part], heads[part]) for part in heads)
@@ -269,7 +316,11 @@ def test_home_is_expanded_wherever_a_folder_is_given(table, tmp_path, monkeypatc
 
 
 def backbone_of(state, prefix):
-    return {prefix + part.removeprefix("visual."): t for part, t in state.items() if part.startswith("visual.")}
+    return {
+        prefix + part.removeprefix("visual."): t
+        for part, t in state.items()
+        if part.startswith("visual.")
+    }
 
 
 @pytest.mark.golden
@@ -286,7 +337,9 @@ def test_an_image_tower_alone_gives_image_features(name, prefix, tmp_path):
     refuses("image tower alone", alone.encode_text, torch.zeros(1, 4, dtype=torch.int64))
 
 
-def test_probes_of_an_image_tower_alone_work_and_zero_shot_says_why_not(tmp_path, monkeypatch, capfd):
+def test_probes_of_an_image_tower_alone_work_and_zero_shot_says_why_not(
+    tmp_path, monkeypatch, capfd
+):
     file = official_file(tmp_path, backbone_of(read_state("defilip_vit_tiny"), "visual."))
     model = declip.load(file, device="cpu")
     source = PaintedSource(WORDS * 4, classes=WORDS)
@@ -298,4 +351,6 @@ def test_probes_of_an_image_tower_alone_work_and_zero_shot_says_why_not(tmp_path
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "image tower alone" in card
     assert "image-feature-extraction" in card
-    assert "torch.Size([1, 64]) torch.Size([1, 64])" in run_card(tmp_path / "out", monkeypatch, capfd)
+    assert "torch.Size([1, 64]) torch.Size([1, 64])" in run_card(
+        tmp_path / "out", monkeypatch, capfd
+    )

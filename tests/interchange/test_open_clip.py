@@ -21,7 +21,15 @@ from declip.interchange import layouts
 from declip.models.wrapped import WrappedImageTower
 from declip.runs.checkpoint import list_checkpoints
 from declip.runs.folder import KEPT
-from interchange.families import CONFIGS, WORDS, folder_of, pictures, random_model, same, weights_file
+from interchange.families import (
+    CONFIGS,
+    WORDS,
+    folder_of,
+    pictures,
+    random_model,
+    same,
+    weights_file,
+)
 from training.starts import resumes_exactly, tuned
 
 pytestmark = pytest.mark.usefixtures("open_clip_configs")
@@ -33,7 +41,9 @@ def test_features_are_open_clips(name, tmp_path, monkeypatch):
     theirs, before = random_model(name), torch.get_rng_state()
     monkeypatch.setattr(logging.root, "handlers", [])
     monkeypatch.setenv("HOME", str(tmp_path))
-    file = weights_file(theirs, tmp_path / ("epoch_1.pt" if name == "tiny-vit" else "weights.safetensors"))
+    file = weights_file(
+        theirs, tmp_path / ("epoch_1.pt" if name == "tiny-vit" else "weights.safetensors")
+    )
     model = declip.load(f"open_clip:{name}/~/{file.name}", device="cpu")
     assert torch.equal(torch.get_rng_state(), before)
     assert logging.root.handlers == []
@@ -48,7 +58,9 @@ def test_features_are_open_clips(name, tmp_path, monkeypatch):
         "tiny-convnext": lambda hidden: theirs.visual.head(hidden),
     }
     expected = theirs.encode_image(pixels, normalize=False)
-    torch.testing.assert_close(project[name](model.encode_backbone(pixels)), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        project[name](model.encode_backbone(pixels)), expected, atol=1e-5, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -60,12 +72,16 @@ def test_features_are_open_clips(name, tmp_path, monkeypatch):
         ("tiny-convnext", "vision_cfg", {"timm_pool": "avg"}, False),  # as it pools anyway
     ],
 )
-def test_a_clip_whose_features_differ_keeps_open_clips_modules(name, section, change, wrapped, tmp_path, monkeypatch):
+def test_a_clip_whose_features_differ_keeps_open_clips_modules(
+    name, section, change, wrapped, tmp_path, monkeypatch
+):
     config = copy.deepcopy(CONFIGS[name])
     config[section] |= change
     monkeypatch.setitem(factory._MODEL_CONFIGS, "tiny-other", config)
     theirs = random_model("tiny-other")
-    model = declip.load(f"open_clip:tiny-other/{weights_file(theirs, tmp_path / 'weights.pt')}", device="cpu")
+    model = declip.load(
+        f"open_clip:tiny-other/{weights_file(theirs, tmp_path / 'weights.pt')}", device="cpu"
+    )
     assert isinstance(model.image_tower, WrappedImageTower) == wrapped
     assert same(model, theirs)
 
@@ -84,7 +100,9 @@ def test_interpolation_is_open_clips_in_evaluation_and_training(interpolation, t
         pixels = torch.stack([transform(picture) for picture in pictures()])
         torch.testing.assert_close(model.preprocess(pictures()), pixels, atol=1e-6, rtol=0)
         assert isinstance(model.image_tower, WrappedImageTower) == (mode == "squash")
-        assert model.recipe.image.interpolation == {"random": "bicubic"}.get(interpolation, interpolation)
+        assert model.recipe.image.interpolation == {"random": "bicubic"}.get(
+            interpolation, interpolation
+        )
 
 
 def test_captions_that_would_be_read_otherwise_are_refused(tmp_path, monkeypatch):
@@ -98,7 +116,9 @@ def test_captions_that_would_be_read_otherwise_are_refused(tmp_path, monkeypatch
 def test_a_clip_that_cannot_be_converted_keeps_open_clips_modules(tmp_path, monkeypatch):
     monkeypatch.setattr(layouts, "image_layout", lambda state: layouts.CLIP_RESNET)
     theirs = random_model("tiny-vit")
-    model = declip.load(f"open_clip:tiny-vit/{weights_file(theirs, tmp_path / 'weights.pt')}", device="cpu")
+    model = declip.load(
+        f"open_clip:tiny-vit/{weights_file(theirs, tmp_path / 'weights.pt')}", device="cpu"
+    )
     assert isinstance(model.image_tower, WrappedImageTower)
     assert same(model, theirs)
 
@@ -106,8 +126,14 @@ def test_a_clip_that_cannot_be_converted_keeps_open_clips_modules(tmp_path, monk
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"positional_embedding": torch.zeros(20, 32)}, r"'positional_embedding' has shape \(20, 32\) instead of"),
-        ({"visual.positional_embedding": torch.zeros(65, 32)}, r"positional_embedding' has shape \(65, 32\) instead"),
+        (
+            {"positional_embedding": torch.zeros(20, 32)},
+            r"'positional_embedding' has shape \(20, 32\) instead of",
+        ),
+        (
+            {"visual.positional_embedding": torch.zeros(65, 32)},
+            r"positional_embedding' has shape \(65, 32\) instead",
+        ),
         ({"more": torch.zeros(2)}, 'Cannot load .*"more"'),
     ],
 )
@@ -121,7 +147,13 @@ def test_a_tag_brings_its_preparation_and_activation(tmp_path, monkeypatch):
     monkeypatch.setitem(factory._MODEL_CONFIGS, "tiny-vit-quickgelu", config | {"quick_gelu": True})
     theirs = random_model("tiny-vit-quickgelu")
     file = str(weights_file(theirs, tmp_path / "tagged.safetensors"))
-    tag = {"file": file, "mean": (0.5, 0.5, 0.5), "std": (0.2, 0.3, 0.4), "resize_mode": "squash", "quick_gelu": True}
+    tag = {
+        "file": file,
+        "mean": (0.5, 0.5, 0.5),
+        "std": (0.2, 0.3, 0.4),
+        "resize_mode": "squash",
+        "quick_gelu": True,
+    }
     for name in ("tiny-vit", "tiny-vit-quickgelu"):
         monkeypatch.setitem(pretrained._PRETRAINED, name, {"first_tag": tag})
     transform = open_clip.create_model_and_transforms("tiny-vit-quickgelu", "first_tag")[2]
@@ -144,7 +176,9 @@ def test_a_run_from_published_weights_keeps_no_copy_of_them(table, tmp_path, mon
     assert not same(last, random_model("tiny-vit"))
     monkeypatch.setitem(pretrained._PRETRAINED, "tiny-vit", {})
     shutil.rmtree(list_checkpoints(tmp_path / "parts")[-1])
-    refuses("first_tag", train, recipe, out=tmp_path / "parts", resume=True, quiet=True, report=False)  # gone
+    refuses(
+        "first_tag", train, recipe, out=tmp_path / "parts", resume=True, quiet=True, report=False
+    )  # gone
 
 
 @pytest.mark.parametrize(
@@ -164,7 +198,9 @@ def test_wrong_names(given, message):
 def test_a_torchscript_archive_is_refused(tmp_path, monkeypatch):
     file = tmp_path / "program.pt"
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), file)
-    monkeypatch.setattr(torch.jit, "load", lambda *_, **__: pytest.fail("torch.jit.load was called"))
+    monkeypatch.setattr(
+        torch.jit, "load", lambda *_, **__: pytest.fail("torch.jit.load was called")
+    )
     monkeypatch.setitem(pretrained._PRETRAINED, "tiny-vit", {"first_tag": {"file": str(file)}})
     for given in (f"open_clip:tiny-vit/{file}", "open_clip:tiny-vit/first_tag", str(file)):
         refuses(r"TorchScript archive.*open_clip:ViT-B-32/openai", declip.load, given)
@@ -181,7 +217,13 @@ def test_wrong_folders(tmp_path):
         changed["model_cfg"]["text_cfg"]["tokenizer_kwargs"] = {"trust_remote_code": trust}
         config.write_text(json.dumps(changed))
         refuses(r"trust_remote_code", declip.load, folder)
-    for text in ("{", "[]", '{"model_cfg": {}}', '{"model_cfg": {"embed_dim": 8}}', '{"preprocess_cfg": {}}'):
+    for text in (
+        "{",
+        "[]",
+        '{"model_cfg": {}}',
+        '{"model_cfg": {"embed_dim": 8}}',
+        '{"preprocess_cfg": {}}',
+    ):
         config.write_text(text)
         refuses("Cannot load", declip.load, folder)
     config.write_text(json.dumps(stored))
@@ -189,7 +231,9 @@ def test_wrong_folders(tmp_path):
     refuses(r"open_clip_config.json.*\*\.safetensors", declip.load, folder)
 
 
-@pytest.mark.parametrize("given", ["open_clip:ViT-B-32/openai", "hf-hub:owner/name", "timm:resnet18.a1_in1k"])
+@pytest.mark.parametrize(
+    "given", ["open_clip:ViT-B-32/openai", "hf-hub:owner/name", "timm:resnet18.a1_in1k"]
+)
 def test_without_network_nothing_is_tried_again(given, tmp_path, monkeypatch, capfd):
     """The client of the Hub tries for a minute; here no request is made, and what is offline is named."""
     with socket.socket() as unused:
@@ -197,12 +241,16 @@ def test_without_network_nothing_is_tried_again(given, tmp_path, monkeypatch, ca
         address = f"http://127.0.0.1:{unused.getsockname()[1]}"
     monkeypatch.setattr(constants, "ENDPOINT", address)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(pretrained, "hf_hub_download", lambda *_, **__: pytest.fail("a request was made"))
+    monkeypatch.setattr(
+        pretrained, "hf_hub_download", lambda *_, **__: pytest.fail("a request was made")
+    )
     refuses(rf"'{given}'.*{address}.*builtin:lite2-minilm", declip.load, given)
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_file_of_a_model_that_is_published_with_another_preparation(tmp_path, monkeypatch, caplog):
+def test_a_file_of_a_model_that_is_published_with_another_preparation(
+    tmp_path, monkeypatch, caplog
+):
     file = weights_file(random_model("tiny-vit"), tmp_path / "weights.pt")
     tags = {}
     monkeypatch.setitem(pretrained._PRETRAINED, "tiny-vit", tags)

@@ -53,7 +53,12 @@ def without(part):
 @pytest.mark.parametrize(
     ("name", "change"),
     [
-        ("test_vit", lambda state: state | {key.replace(".0.", ".9."): t.clone() for key, t in state.items()}),
+        (
+            "test_vit",
+            lambda state: (
+                state | {key.replace(".0.", ".9."): t.clone() for key, t in state.items()}
+            ),
+        ),
         ("test_vit", without("norm1.bias")),
         ("test_resnet", without("running_mean")),
         ("test_vit", lambda _: timm.create_model("test_resnet").state_dict()),
@@ -91,7 +96,10 @@ def hub(tmp_path, monkeypatch):
 
 def same(model, other):
     """Whether both give the same features of images and of captions."""
-    return all(largest(*pair) <= EXACT for pair in zip(features(model)[1::2], features(other)[1::2], strict=True))
+    return all(
+        largest(*pair) <= EXACT
+        for pair in zip(features(model)[1::2], features(other)[1::2], strict=True)
+    )
 
 
 def exported(model, form, folder):
@@ -104,7 +112,10 @@ def test_a_model_is_loaded_by_its_revision(hub, tmp_path):
     first, second = build("conv"), build("conv")
     with torch.no_grad():
         second.image_tower.proj.weight[0] += 1.0
-    files = {sha: exported(model, "safetensors", tmp_path / sha) for sha, model in ((OLD, first), (NEW, second))}
+    files = {
+        sha: exported(model, "safetensors", tmp_path / sha)
+        for sha, model in ((OLD, first), (NEW, second))
+    }
     hub["me/conv"] = files
     assert b'declip.load("hf-hub:me/conv")' in files[OLD]["README.md"]
     for name in (f"hf-hub:me/conv@{OLD}", f"huggingface:me/conv@{OLD}"):
@@ -115,11 +126,14 @@ def test_a_model_is_loaded_by_its_revision(hub, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("form", "names"), [("open_clip", ["hf-hub:me/vit"]), ("huggingface", ["hf-hub:me/vit", "huggingface:me/vit"])]
+    ("form", "names"),
+    [("open_clip", ["hf-hub:me/vit"]), ("huggingface", ["hf-hub:me/vit", "huggingface:me/vit"])],
 )
 def test_a_repository_of_another_library_is_read_without_its_pickles(hub, form, names, tmp_path):
     model = build("vit")
-    hub["me/vit"] = {NEW: {**exported(model, form, tmp_path / "out"), "pytorch_model.bin": b"a pickle"}}
+    hub["me/vit"] = {
+        NEW: {**exported(model, form, tmp_path / "out"), "pytorch_model.bin": b"a pickle"}
+    }
     for name in names:
         assert same(declip.load(name, device="cpu"), model)
         assert read_start(name).has_text

@@ -46,21 +46,45 @@ def half(content, name):
 
 
 NORM, CLIP = "visual.ln_post.weight", ("visual.conv1.weight", "visual.proj", "logit_scale")
-NOT_OFFICIAL, UNREADABLE = "not weights of the official implementation", "Cannot read weights from '{name}'"
+NOT_OFFICIAL, UNREADABLE = (
+    "not weights of the official implementation",
+    "Cannot read weights from '{name}'",
+)
 THEIRS = "open_clip:MODEL/FILE"
 ONNX = b"\x08\x08\x12\x07pytorch"
-TORCHVISION = {"conv1.weight": torch.ones(8, 3, 7, 7), "layer1.0.conv1.weight": torch.ones(8, 8, 1, 1)}
+TORCHVISION = {
+    "conv1.weight": torch.ones(8, 3, 7, 7),
+    "layer1.0.conv1.weight": torch.ones(8, 8, 1, 1),
+}
 
 WRONG = {
     "missing.pth": (lambda own: without(own, NORM), r"'visual\.ln_post\.weight' is missing"),
-    "holed.pth": (lambda own: without(image_tower(own), NORM), r"'visual\.ln_post\.weight' is missing"),
-    "shape.pth": (lambda own: own | {NORM: torch.ones(3)}, r"'visual\.ln_post\.weight' has shape \(3,\)"),
-    "more.pth": (lambda own: own | {"visual.extra": torch.ones(1)}, "'visual.extra' belongs to another"),
+    "holed.pth": (
+        lambda own: without(image_tower(own), NORM),
+        r"'visual\.ln_post\.weight' is missing",
+    ),
+    "shape.pth": (
+        lambda own: own | {NORM: torch.ones(3)},
+        r"'visual\.ln_post\.weight' has shape \(3,\)",
+    ),
+    "more.pth": (
+        lambda own: own | {"visual.extra": torch.ones(1)},
+        "'visual.extra' belongs to another",
+    ),
     "torchvision.pth": (lambda _: TORCHVISION, NOT_OFFICIAL),
     "clip.pt": (lambda _: zeros(*CLIP), NOT_OFFICIAL),
-    "no_scale.pt": (lambda _: zeros("encode_text.token_embedding.weight", "visual.proj"), NOT_OFFICIAL),
-    "run.pt": (lambda _: {"state_dict": zeros(*CLIP, "text.token_embedding.weight", start="module.")}, THEIRS),
-    "misshapen.pt": (lambda _: random_model("tiny-vit").state_dict() | {"visual.proj": torch.zeros(7, 7)}, THEIRS),
+    "no_scale.pt": (
+        lambda _: zeros("encode_text.token_embedding.weight", "visual.proj"),
+        NOT_OFFICIAL,
+    ),
+    "run.pt": (
+        lambda _: {"state_dict": zeros(*CLIP, "text.token_embedding.weight", start="module.")},
+        THEIRS,
+    ),
+    "misshapen.pt": (
+        lambda _: random_model("tiny-vit").state_dict() | {"visual.proj": torch.zeros(7, 7)},
+        THEIRS,
+    ),
     "half.pth": (lambda own: half(own, "half.pth"), f"{UNREADABLE}.*Download the file again"),
     "half.safetensors": (lambda own: half(own, "half.safetensors"), UNREADABLE),
     "model.onnx": (lambda _: ONNX, "'{name}' is not a file"),
@@ -78,7 +102,9 @@ def test_a_wrong_file_is_refused_by_each_reader(name, tmp_path, monkeypatch):
     if content is not None:
         Path(name).write_bytes(content if isinstance(content, bytes) else in_file(content, name))
     refuses(message.format(name=name), official.read, name)
-    theirs = f"Cannot load 'open_clip:tiny-vit/{name}'.*Give weights of" if content is not None else name
+    theirs = (
+        f"Cannot load 'open_clip:tiny-vit/{name}'.*Give weights of" if content is not None else name
+    )
     said = refuses(theirs, declip.load, f"open_clip:tiny-vit/{name}")
     assert len(said) < 800
     if name == "misshapen.pt":
@@ -95,13 +121,27 @@ def test_a_file_of_ours_that_was_changed_names_the_first_tensor(tmp_path):
     tensors, recipe = load_file(tmp_path / "out" / FILE), about["declip.recipe"]
     first = "model.image_tower.norm.weight"
     for weights, embed_dim, message in (
-        (without(tensors, first), "16", r"do not fit their recipe: 'image_tower\.norm\.weight' is missing"),
+        (
+            without(tensors, first),
+            "16",
+            r"do not fit their recipe: 'image_tower\.norm\.weight' is missing",
+        ),
         (tensors | {"model.extra": torch.ones(1)}, "16", "'extra' belongs to another model"),
-        (tensors | {first: torch.ones(3)}, "16", r"'image_tower\.norm\.weight' has shape \(3,\) instead of \(64,\)"),
+        (
+            tensors | {first: torch.ones(3)},
+            "16",
+            r"'image_tower\.norm\.weight' has shape \(3,\) instead of \(64,\)",
+        ),
         (tensors, "many", r"The recipe in .*embed_dim"),
-        (tensors, "32", r"proj\.weight' has shape \(16, 64\) instead of \(32, 64\), and 1 more differ"),
+        (
+            tensors,
+            "32",
+            r"proj\.weight' has shape \(16, 64\) instead of \(32, 64\), and 1 more differ",
+        ),
     ):
-        metadata = about | {"declip.recipe": recipe.replace("embed_dim: 16", f"embed_dim: {embed_dim}")}
+        metadata = about | {
+            "declip.recipe": recipe.replace("embed_dim: 16", f"embed_dim: {embed_dim}")
+        }
         (tmp_path / "changed.safetensors").write_bytes(save(weights, metadata))
         refuses(message, declip.load, tmp_path / "changed.safetensors")
 
@@ -118,7 +158,9 @@ def small_file(folder, tensors, **keys):
 
 
 def own_file(folder):
-    return small_file(folder, {"model.text_tower.ln_final.weight": torch.ones(1)}, **{"text.layers": LAYERS})
+    return small_file(
+        folder, {"model.text_tower.ln_final.weight": torch.ones(1)}, **{"text.layers": LAYERS}
+    )
 
 
 def own_file_with_encoder(folder):
@@ -163,4 +205,9 @@ def widened(file, *sections, **sizes):
 @pytest.mark.usefixtures("open_clip_configs")
 @pytest.mark.parametrize("make", [wide_tower, wide_encoder])
 def test_what_takes_far_more_memory_than_its_file_is_refused(make, tmp_path):
-    refuses(r"takes [\d,]+ bytes of memory, but its weights have [\d,]+", declip.load, make(tmp_path), device="cpu")
+    refuses(
+        r"takes [\d,]+ bytes of memory, but its weights have [\d,]+",
+        declip.load,
+        make(tmp_path),
+        device="cpu",
+    )

@@ -40,7 +40,9 @@ def test_projections_compare_as_the_closed_form_does():
     model, classes = complete(weights).build().eval(), weights.classes
     texts = encode_texts(weights, list(classes.names))
     pairs = ClassPairs(classes.rows, texts, torch.arange(COUNT), classes.mean)
-    nothing = Pairs(torch.empty(0, classes.rows.shape[1]), torch.empty(0, texts.shape[1]), torch.empty(0).long())
+    nothing = Pairs(
+        torch.empty(0, classes.rows.shape[1]), torch.empty(0, texts.shape[1]), torch.empty(0).long()
+    )
     (heads,) = fit_heads(nothing, pairs, 1.0, (DEFAULT_FORM,))
     features = model.encode_text(model.tokenize(classes.names))
     images = torch.nn.functional.normalize(model.image_tower.proj(classes.rows), dim=-1)
@@ -48,7 +50,10 @@ def test_projections_compare_as_the_closed_form_does():
     torch.testing.assert_close(images @ features.T, expected, atol=EXACT, rtol=0)
     assert float(expected.diagonal().mean()) > float(expected.mean()) + 0.1
     assert float(model.logit_scale.detach().exp()) == pytest.approx(LOGIT_SCALE)
-    assert (model.preprocessor.size, model.recipe and model.recipe.embed_dim) == (64, texts.shape[1])
+    assert (model.preprocessor.size, model.recipe and model.recipe.embed_dim) == (
+        64,
+        texts.shape[1],
+    )
 
 
 def test_projections_are_computed_once_for_a_classifier_and_its_names(cache, monkeypatch):
@@ -82,22 +87,34 @@ def test_projections_do_not_depend_on_the_order_of_sums():
     weights = unprojected()
     classes = weights.classes
     texts, order = encode_texts(weights, list(classes.names)), torch.randperm(COUNT)
-    other = replace(classes, rows=classes.rows[order], names=tuple(classes.names[number] for number in order))
+    other = replace(
+        classes, rows=classes.rows[order], names=tuple(classes.names[number] for number in order)
+    )
     of_order, second = class_heads(classes, texts), class_heads(other, texts[order])
     weight = second["image_tower.proj.weight"]
     width = weight.shape[1] - COUNT  # then a column for each class
-    second["image_tower.proj.weight"] = torch.cat([weight[:, :width], weight[:, width:][:, order.argsort()]], dim=1)
+    second["image_tower.proj.weight"] = torch.cat(
+        [weight[:, :width], weight[:, width:][:, order.argsort()]], dim=1
+    )
     second["image_tower.proj.classes"] = second["image_tower.proj.classes"][order.argsort()]
     for name, first in of_order.items():
         assert torch.equal(first, second[name]), name
-        assert torch.equal(first * 2**24, (first * 2**24).round())  # above the noise of 1e-14 of full-size towers
+        assert torch.equal(
+            first * 2**24, (first * 2**24).round()
+        )  # above the noise of 1e-14 of full-size towers
 
 
-@pytest.mark.parametrize(("format", "lacks"), [("safetensors", ""), ("open_clip", "class posteriors")])
+@pytest.mark.parametrize(
+    ("format", "lacks"), [("safetensors", ""), ("open_clip", "class posteriors")]
+)
 def test_formats_of_linear_projections_lack_the_posteriors(format, lacks, tmp_path):
     model, pixels = complete(unprojected("timm-convnext")).build().eval(), torch.randn(2, 3, 64, 64)
     exported = export(model, format, tmp_path / "out")
-    assert (exported.difference < 1e-5, lacks in exported.limits, bool(exported.limits)) == (True, True, bool(lacks))
+    assert (exported.difference < 1e-5, lacks in exported.limits, bool(exported.limits)) == (
+        True,
+        True,
+        bool(lacks),
+    )
     if lacks:
         features, weight = model.encode_backbone(pixels), model.image_tower.proj.weight
         linear = torch.nn.functional.normalize(features @ weight[:, : features.shape[1]].T, dim=-1)
@@ -107,15 +124,22 @@ def test_formats_of_linear_projections_lack_the_posteriors(format, lacks, tmp_pa
 
 
 def test_a_linear_projection_ignores_the_mean_direction_also_after_steps_of_adam():
-    projection, pooled = PosteriorProjection(16, 3, 8), torch.randn(4, 16)  # random weights have a part in it
+    projection, pooled = (
+        PosteriorProjection(16, 3, 8),
+        torch.randn(4, 16),
+    )  # random weights have a part in it
     projection.direction.copy_(F.normalize(torch.randn(16), dim=0))
-    torch.testing.assert_close(projection.linear()(pooled + projection.direction), projection.linear()(pooled))
+    torch.testing.assert_close(
+        projection.linear()(pooled + projection.direction), projection.linear()(pooled)
+    )
 
 
 def test_posteriors_of_a_wrong_shape_are_refused_before_memory_is_taken():
     weights = complete(unprojected("timm-convnext"))
     hostile = {f"{PROJECTIONS[0]}classes": torch.zeros(2**62, 0)}  # which has no bytes
-    refuses("do not fit their recipe", replace(weights, tensors={**weights.tensors, **hostile}).check)
+    refuses(
+        "do not fit their recipe", replace(weights, tensors={**weights.tensors, **hostile}).check
+    )
 
 
 def test_weights_with_projections_or_without_names_stay_as_they_are():
@@ -126,10 +150,14 @@ def test_weights_with_projections_or_without_names_stay_as_they_are():
         replace(weights, classes=replace(weights.classes, names=())),
     ):
         assert complete(same) is same
-    refuses("no projections, nor a classifier with known names", replace(weights, classes=None).build)
+    refuses(
+        "no projections, nor a classifier with known names", replace(weights, classes=None).build
+    )
 
 
-@pytest.mark.skipif(not starter.installed(), reason="the packages of the built-in start are not installed")
+@pytest.mark.skipif(
+    not starter.installed(), reason="the packages of the built-in start are not installed"
+)
 @pytest.mark.parametrize("name", [*filter(starter.installed, STARTS)])
 def test_a_builtin_start_is_a_whole_model_except_for_training(name, tmp_path):
     start = read_start(name)
@@ -144,10 +172,14 @@ def test_a_builtin_start_is_a_whole_model_except_for_training(name, tmp_path):
     declip.embed(name, images, out=tmp_path / "index", precision="fp32")
     parts = declip.Index.open(tmp_path / "index")
     assert not parts.text_model.has_image
-    assert [hit.score for hit in parts.search("an apple")] == [hit.score for hit in whole.search("an apple")]
+    assert [hit.score for hit in parts.search("an apple")] == [
+        hit.score for hit in whole.search("an apple")
+    ]
 
 
-@pytest.mark.skipif(not starter.installed(), reason="the packages of the built-in start are not installed")
+@pytest.mark.skipif(
+    not starter.installed(), reason="the packages of the built-in start are not installed"
+)
 def test_the_builtin_text_encoder_is_what_transformers_reads():
     """And the features of names that come with it are its own."""
     package, _, name = starter.TEXT_FOLDER.partition("/")
@@ -155,7 +187,10 @@ def test_the_builtin_text_encoder_is_what_transformers_reads():
     expected, weights = read_encoder(str(folder), pretrained=True), read_start(starter.NAME)
     assert weights.encoder == replace(expected, folder=None)
     built = expected.build().state_dict()
-    assert all(torch.equal(tensor, weights.tensors[f"text_tower.encoder.{name}"]) for name, tensor in built.items())
+    assert all(
+        torch.equal(tensor, weights.tensors[f"text_tower.encoder.{name}"])
+        for name, tensor in built.items()
+    )
     texts = encode_texts(weights, weights.classes.texts()[0][:40])
     assert float(torch.cosine_similarity(weights.classes.features[:40], texts).min()) > 0.9998
 
@@ -163,15 +198,20 @@ def test_the_builtin_text_encoder_is_what_transformers_reads():
 def test_an_image_classifier_of_timm_with_a_text_encoder_is_a_model_without_pairs(tmp_path):
     torch.manual_seed(0)
     bert(tmp_path / "bert")
-    save_file(timm.create_model("test_vit").state_dict(), tmp_path / "vit.safetensors")  # 1,000 classes
+    save_file(
+        timm.create_model("test_vit").state_dict(), tmp_path / "vit.safetensors"
+    )  # 1,000 classes
     name = f"timm:test_vit/{tmp_path / 'vit.safetensors'}+{tmp_path / 'bert'}"
     start, image = read_start(name), read_start(name.partition("+")[0])
     assert (start.has_text, start.projected, image.has_text) == (True, False, False)
-    assert torch.equal(*(weights.tensors["image_tower.trunk.cls_token"] for weights in (start, image)))
+    assert torch.equal(
+        *(weights.tensors["image_tower.trunk.cls_token"] for weights in (start, image))
+    )
     expected = load_file(tmp_path / "bert" / "model.safetensors")
     word = "embeddings.word_embeddings.weight"
     assert torch.equal(
-        start.tensors[f"text_tower.encoder.{word}"], expected[next(n for n in expected if n.endswith(word))]
+        start.tensors[f"text_tower.encoder.{word}"],
+        expected[next(n for n in expected if n.endswith(word))],
     )
     model = declip.load(name, device="cpu")
     classes = start.classes
@@ -183,7 +223,11 @@ def test_an_image_classifier_of_timm_with_a_text_encoder_is_a_model_without_pair
     exported = export(name, "safetensors", tmp_path / "out")
     assert exported.difference is not None
     assert exported.difference < EXACT
-    refuses(r"text\.hf_model 'nowhere'", declip.load, f"timm:test_vit/{tmp_path / 'vit.safetensors'}+nowhere")
+    refuses(
+        r"text\.hf_model 'nowhere'",
+        declip.load,
+        f"timm:test_vit/{tmp_path / 'vit.safetensors'}+nowhere",
+    )
 
 
 def read_timm(folder, name, count=1000, **others):
@@ -193,12 +237,16 @@ def read_timm(folder, name, count=1000, **others):
     return read(f"timm:{name}/{folder / 'w.safetensors'}"), model
 
 
-@pytest.mark.parametrize("name", ["test_vit", "test_resnet", "test_efficientnet", "test_byobnet", "test_convnext"])
+@pytest.mark.parametrize(
+    "name", ["test_vit", "test_resnet", "test_efficientnet", "test_byobnet", "test_convnext"]
+)
 def test_rows_multiply_the_pooled_feature(name, tmp_path):
     weights, model = read_timm(tmp_path, name)
     pixels = torch.randn(2, 3, weights.recipe.image.size, weights.recipe.image.size)
     logits = weights.build().eval().encode_backbone(pixels) @ weights.classes.rows.T
-    torch.testing.assert_close(logits + model.get_classifier().bias, model(pixels), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        logits + model.get_classifier().bias, model(pixels), atol=1e-5, rtol=1e-4
+    )
     assert weights.classes.names[0] == "tench, Tinca tinca"
     assert weights.classes.definitions[0].startswith("freshwater")
 
@@ -215,9 +263,14 @@ def test_names_and_definitions_become_texts_of_their_class(tmp_path):
 
 def test_measured_features_are_those_of_the_same_names_alone(tmp_path):
     classes = Classes(torch.ones(2, 3), torch.zeros(3), ("apple", "pear"), ("", ""))
-    stored, file = torch.tensor([[127, 0], [-64, 127]], dtype=torch.int8), tmp_path / "names.safetensors"
+    stored, file = (
+        torch.tensor([[127, 0], [-64, 127]], dtype=torch.int8),
+        tmp_path / "names.safetensors",
+    )
     scales = torch.tensor([[0.1], [1.0]])
-    save_file({"features": stored, "scales": scales}, file, {"texts": texts_digest(["apple", "pear"])})
+    save_file(
+        {"features": stored, "scales": scales}, file, {"texts": texts_digest(["apple", "pear"])}
+    )
     features = classes.with_features(file).features
     torch.testing.assert_close(features, torch.tensor([[12.7, 0.0], [-64.0, 127.0]]))
     assert replace(classes, names=("pear", "apple")).with_features(file).features is None
@@ -253,7 +306,9 @@ def test_classes_need_as_many_names(tmp_path):
     assert weights.named_classes(str(names)).names == tuple("abcdefg")
 
 
-@pytest.mark.parametrize(("count", "others"), [(0, {}), (1000, {"head.fc1.weight": torch.ones(5, 64)})])
+@pytest.mark.parametrize(
+    ("count", "others"), [(0, {}), (1000, {"head.fc1.weight": torch.ones(5, 64)})]
+)
 def test_without_a_classifier_of_one_layer_there_are_no_classes(tmp_path, count, others):
     weights, _ = read_timm(tmp_path, "test_vit", count, **others)
     assert weights.classes is None

@@ -16,7 +16,13 @@ from declip.models.layers import PROJECTIONS
 from declip.recipe.load import load_recipe
 
 EXACT = 1e-5
-TEXT = {"text.width": 32, "text.layers": 2, "text.heads": 2, "text.context_length": 16, "text.bpe_merges": 300}
+TEXT = {
+    "text.width": 32,
+    "text.layers": 2,
+    "text.heads": 2,
+    "text.context_length": 16,
+    "text.bpe_merges": 300,
+}
 TEXT |= {"embed_dim": 16}
 VIT = {
     "image.model": "declip_vit_tiny",
@@ -56,7 +62,13 @@ CAPTIONS = [
     "",
     "nought " * 40,
 ]
-TYPED = ["it’s a dog’s life", "“quoted” and ‘single’", "salt &amp;amp; pepper", " two  spaces,\ta tab", "naïve café"]
+TYPED = [
+    "it’s a dog’s life",
+    "“quoted” and ‘single’",
+    "salt &amp;amp; pepper",
+    " two  spaces,\ta tab",
+    "naïve café",
+]
 """Captions that tokenizer.json cleans; what it cannot repair are encodings and ligatures."""
 BROKEN = ["schÃ¶n", "ﬁne"]
 
@@ -84,10 +96,16 @@ def unprojected(kind="conv", size=64, **changes):
     torch.manual_seed(0)
     recipe = load_recipe("few-clip", {**KINDS[kind], **changes})
     model = DualEncoder.from_recipe(recipe)
-    tensors = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(PROJECTIONS)}
+    tensors = {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if not name.startswith(PROJECTIONS)
+    }
     rows = torch.randn(60, model.image_tower.pre_logits_width)
     names = tuple(f"a thing of the kind {number}" for number in range(60))
-    return Weights(recipe, tensors, "start", classes=Classes(rows, torch.rand(rows.shape[1]), names, size=size))
+    return Weights(
+        recipe, tensors, "start", classes=Classes(rows, torch.rand(rows.shape[1]), names, size=size)
+    )
 
 
 def pictures():

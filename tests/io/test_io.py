@@ -23,7 +23,14 @@ from conftest import read_only, refuses
 from declip.api import train
 from declip.errors import UserError
 from declip.io import pool, progress
-from declip.io.atomic import atomic_write, cache_folder, locked_folder, remove, save_tensors, write_text
+from declip.io.atomic import (
+    atomic_write,
+    cache_folder,
+    locked_folder,
+    remove,
+    save_tensors,
+    write_text,
+)
 from declip.io.cache import LOCK, cache_entries, clear_cache, hold, trim_cache
 from declip.io.progress import progress_bar
 from declip.training.sinks import Bar, RunInfo
@@ -59,10 +66,16 @@ def test_what_a_killed_process_left_is_removed_after_a_day(tmp_path):
         os.utime(tmp_path / name, (time.time() - (0 if "2" in name else 90_000),) * 2)
     with atomic_write(tmp_path / "file") as partial:
         partial.write_text("1")
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".file.2.partial", ".other.1.partial", "file"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".file.2.partial",
+        ".other.1.partial",
+        "file",
+    ]
 
 
-@pytest.mark.parametrize(("code", "told"), [(errno.ENOSPC, "No room left"), (errno.EROFS, "cannot be written")])
+@pytest.mark.parametrize(
+    ("code", "told"), [(errno.ENOSPC, "No room left"), (errno.EROFS, "cannot be written")]
+)
 def test_a_full_or_forbidden_disk_is_the_users_matter(tmp_path, code, told):
     with pytest.raises(UserError, match=f"{told}.*DECLIP_CACHE"), atomic_write(tmp_path / "file"):
         raise OSError(code, os.strerror(code))
@@ -74,7 +87,10 @@ def test_a_link_and_the_permissions_of_a_file_stay(tmp_path):
     write_text(tmp_path / "link", "1")
     (tmp_path / "synced/file").chmod(0o664)
     write_text(tmp_path / "link", "2")
-    assert ((tmp_path / "synced/file").read_text(), os.readlink(tmp_path / "link")) == ("2", "synced/file")
+    assert ((tmp_path / "synced/file").read_text(), os.readlink(tmp_path / "link")) == (
+        "2",
+        "synced/file",
+    )
     assert stat.S_IMODE((tmp_path / "synced/file").stat().st_mode) == 0o664
     assert len([*tmp_path.rglob("*")]) == 3
 
@@ -89,7 +105,9 @@ def test_what_is_no_file_is_not_replaced(tmp_path):
 
 def test_a_read_only_file_system_is_named(tmp_path):
     path = tmp_path / "a.txt"
-    read_only(tmp_path, lambda: refuses(f"'{path}' cannot be written: Read-only", write_text, path, "x"))
+    read_only(
+        tmp_path, lambda: refuses(f"'{path}' cannot be written: Read-only", write_text, path, "x")
+    )
 
 
 def test_tensors_on_a_full_disk_raise_an_os_error(tmp_path):
@@ -126,7 +144,9 @@ def test_file_systems_without_locks(cache, monkeypatch, code):
 def cache(tmp_path, monkeypatch):
     """Four folders of features of 1,000 bytes, the later ones used later, and a shard and a built-in set."""
     monkeypatch.setenv("DECLIP_CACHE", str(tmp_path))
-    for number, name in enumerate(("features/a", "features/b", "features/c", "features/d", "shards/e", "emoji/f")):
+    for number, name in enumerate(
+        ("features/a", "features/b", "features/c", "features/d", "shards/e", "emoji/f")
+    ):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "rows").write_bytes(bytes(1_000))
         for path in (tmp_path / name / "rows", tmp_path / name):
@@ -156,7 +176,9 @@ def test_files_may_vanish_while_entries_are_listed(cache):
     writer.start()
     try:
         for _ in range(1_500):
-            assert {entry.path.name for entry in cache_entries() if entry.path.parent.name == "features"} >= {"busy"}
+            assert {
+                entry.path.name for entry in cache_entries() if entry.path.parent.name == "features"
+            } >= {"busy"}
             trim_cache("features", keep=())
     finally:
         writer.kill()
@@ -186,7 +208,9 @@ def test_clear_keeps_what_cannot_be_computed(cache, command):
 
 def test_what_another_process_uses_stays(cache):
     code = "from declip.io.cache import *; held = hold(cache_folder() / FEATURES / 'c'); print(flush=True); input()"
-    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as user:
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as user:
         user.stdout.readline()
         assert clear_cache("features") == 3_000
         assert names(cache) == {"features/c", "shards/e", "emoji/f"}
@@ -233,7 +257,7 @@ def test_workers_end_when_the_main_process_was_killed(monkeypatch):
     receiving, sending = multiprocessing.Pipe(duplex=False)
 
     def start_and_wait():
-        results = pool.computed(bytes, [1 << 20] * 8, workers=2)
+        results = pool.imap(bytes, [1 << 20] * 8, workers=2)
         sending.send(len(next(results)))  # the next ones fill the pipe, and nobody reads them
         time.sleep(60)
 
@@ -247,7 +271,12 @@ def test_workers_end_when_the_main_process_was_killed(monkeypatch):
 
 
 TERMS = ("contrastive", "multi_view", "simsiam", "masked_language", "nearest_neighbor")
-COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+COLUMNS = (
+    TextColumn("{task.description}"),
+    BarColumn(),
+    MofNCompleteColumn(),
+    TimeRemainingColumn(),
+)
 
 
 class Clock:
@@ -267,7 +296,9 @@ def test_without_a_terminal_a_bar_is_a_line_now_and_then(capfd):
         bar.update(task, completed=25)
     printed = capfd.readouterr()
     times = ["10/25 0:00:15 left", "20/25 0:00:05 left", "25/25 0:00:00 left"]
-    assert [" ".join(line.split()) for line in printed.err.splitlines()] == [f"Images of cars {time}" for time in times]
+    assert [" ".join(line.split()) for line in printed.err.splitlines()] == [
+        f"Images of cars {time}" for time in times
+    ]
     assert printed.out == ""
 
 
@@ -281,7 +312,9 @@ def test_a_narrow_terminal_drops_terms_and_keeps_the_step_and_the_time_left(tmp_
     for step in range(1, 21):
         clock.now = step
         bar.advance(step)
-    bar.log(20, {"loss": 8.123, "losses": dict.fromkeys(TERMS, 8.123), "samples_per_second": 12_345.0})
+    bar.log(
+        20, {"loss": 8.123, "losses": dict.fromkeys(TERMS, 8.123), "samples_per_second": 12_345.0}
+    )
     console = Console(file=io.StringIO(), force_terminal=True, color_system=None, width=width)
     console.print(bar.progress.get_renderable())
     (line,) = console.file.getvalue().splitlines()
@@ -295,6 +328,11 @@ def test_a_run_without_a_terminal_tells_its_steps_in_lines(table, tmp_path, capf
     train(recipe_for(table, "clip"), out=tmp_path, report=False)
     printed = capfd.readouterr().err
     for step in (2, 8):
-        assert re.findall(rf"training +{step}/8 .*0:00:\d\d elapsed .*loss -?\d+\.\d{{3}}", printed), printed
-    assert ("Starting: 24 pairs of shapes.jsonl (captions: caption)" in printed, "━" in printed) == (True, False)
+        assert re.findall(
+            rf"training +{step}/8 .*0:00:\d\d elapsed .*loss -?\d+\.\d{{3}}", printed
+        ), printed
+    assert (
+        "Starting: 24 pairs of shapes.jsonl (captions: caption)" in printed,
+        "━" in printed,
+    ) == (True, False)
     assert "Starting: 24 pairs" in (tmp_path / "log.txt").read_text()

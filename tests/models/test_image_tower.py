@@ -21,7 +21,9 @@ from declip.training.step import training_step
 from supervision.test_objective import random_batch
 
 
-@pytest.mark.parametrize("name", ["open_clip:ViT-B-32/openai", "timm:vit_tiny_patch16_224.augreg_in21k"])
+@pytest.mark.parametrize(
+    "name", ["open_clip:ViT-B-32/openai", "timm:vit_tiny_patch16_224.augreg_in21k"]
+)
 def test_the_name_of_weights_is_not_an_image_tower(name):
     recipe = load_recipe("few-clip", {"image.model": name})
     refuses(rf"image.model={name}.*finetune.pretrained", DualEncoder.from_recipe, recipe)
@@ -29,8 +31,16 @@ def test_the_name_of_weights_is_not_an_image_tower(name):
 
 def test_a_size_that_a_tower_cannot_take_is_named_and_trying_it_changes_nothing():
     tower = ImageTower("resnet50_clip", size=100, embed_dim=24, options={"depths": [1, 1, 1, 1]})
-    before, random = {name: tensor.clone() for name, tensor in tower.state_dict().items()}, torch.get_rng_state()
-    refuses(r"'resnet50_clip' does not take images of 100 × 100 pixels", tower.refuse_size, "resnet50_clip", 100)
+    before, random = (
+        {name: tensor.clone() for name, tensor in tower.state_dict().items()},
+        torch.get_rng_state(),
+    )
+    refuses(
+        r"'resnet50_clip' does not take images of 100 × 100 pixels",
+        tower.refuse_size,
+        "resnet50_clip",
+        100,
+    )
     tower.refuse_size("resnet50_clip", 96)
     assert tower.training
     assert torch.equal(random, torch.get_rng_state())
@@ -38,12 +48,25 @@ def test_a_size_that_a_tower_cannot_take_is_named_and_trying_it_changes_nothing(
 
 
 def test_a_wrong_tower_is_named():
-    refuses(r"tower 'resnet5O'.*Near it: resnet50, .*of your own must be registered", ImageTower, "resnet5O", 32, 8)
+    refuses(
+        r"tower 'resnet5O'.*Near it: resnet50, .*of your own must be registered",
+        ImageTower,
+        "resnet5O",
+        32,
+        8,
+    )
     for name, options in (("resnet18", {"color": 3}), ("declip_vit_tiny", {"patch_size": "big"})):
         refuses(f"timm cannot build the image tower '{name}'", ImageTower, name, 32, 8, options)
     tower = ImageTower("declip_vit_tiny", 32, 8, freeze_patch_embed=True)
     assert not tower.trunk.patch_embed.proj.weight.requires_grad
-    refuses("image.freeze_patch_embed=false", ImageTower, "declip_conv_tiny", 32, 8, freeze_patch_embed=True)
+    refuses(
+        "image.freeze_patch_embed=false",
+        ImageTower,
+        "declip_conv_tiny",
+        32,
+        8,
+        freeze_patch_embed=True,
+    )
 
 
 def test_an_image_much_smaller_than_the_tower_was_made_for_is_said_once(caplog):
@@ -78,34 +101,55 @@ def plain(fan):
 
 
 def spreads(module):
-    return {name: float(p.detach().std()) for name, p in module.named_parameters() if p.numel() > 500}
+    return {
+        name: float(p.detach().std()) for name, p in module.named_parameters() if p.numel() > 500
+    }
 
 
 def test_clips_vit_starts_as_the_official_one():
     """With the standard deviations of visual_transformer.py of Sense-GVT/DeCLIP."""
     tower = ImageTower("vit_base_patch32_clip_quickgelu_224", 64, 512, {"depth": 2})
     scale, out = 768**-0.5, 768**-0.5 / 2
-    block = {"attn.qkv.weight": scale, "attn.qkv.bias": 0, "attn.proj.weight": out, "attn.proj.bias": 0}
+    block = {
+        "attn.qkv.weight": scale,
+        "attn.qkv.bias": 0,
+        "attn.proj.weight": out,
+        "attn.proj.bias": 0,
+    }
     block |= {"mlp.fc1.weight": 1536**-0.5, "mlp.fc1.bias": plain(768)}
     block |= {"mlp.fc2.weight": out, "mlp.fc2.bias": plain(3072)}
     block |= {f"norm{number}.{kind}": 0 for number in (1, 2) for kind in ("weight", "bias")}
-    expected = {f"trunk.blocks.{number}.{name}": std for number in (0, 1) for name, std in block.items()}
-    expected |= {"trunk.cls_token": scale, "trunk.pos_embed": 0.01, "trunk.patch_embed.proj.weight": plain(3 * 32 * 32)}
-    expected |= {f"{norm}.{kind}": 0 for norm in ("norm", "trunk.norm_pre") for kind in ("weight", "bias")}
+    expected = {
+        f"trunk.blocks.{number}.{name}": std for number in (0, 1) for name, std in block.items()
+    }
+    expected |= {
+        "trunk.cls_token": scale,
+        "trunk.pos_embed": 0.01,
+        "trunk.patch_embed.proj.weight": plain(3 * 32 * 32),
+    }
+    expected |= {
+        f"{norm}.{kind}": 0 for norm in ("norm", "trunk.norm_pre") for kind in ("weight", "bias")
+    }
     assert spreads(tower) == pytest.approx({**expected, "proj.weight": scale}, rel=0.12)
 
 
 def test_clips_resnet_starts_as_the_official_one():
     """With the standard deviations of modified_resnet.py of Sense-GVT/DeCLIP."""
     tower = ImageTower("resnet50_clip", 64, 1024)
-    convolutions = {f"{name}.weight": m for name, m in tower.named_modules() if isinstance(m, nn.Conv2d)}
+    convolutions = {
+        f"{name}.weight": m for name, m in tower.named_modules() if isinstance(m, nn.Conv2d)
+    }
     expected = {name: plain(m.weight[0].numel()) for name, m in convolutions.items()}
     head = {"trunk.head.pos_embed": 2048**-0.5, "proj.weight": 2048**-0.5, "proj.bias": plain(2048)}
     head |= {f"trunk.head.{name}.weight": 2048**-0.5 for name in "qkv"}
     head |= {f"trunk.head.{name}.bias": plain(2048) for name in "qkv"}
     found = {name: std for name, std in spreads(tower).items() if ".bn." not in name}
     assert found == pytest.approx({**expected, **head}, rel=0.12)
-    gains = {name: float(p.detach().mean()) for name, p in tower.named_parameters() if name.endswith("bn.weight")}
+    gains = {
+        name: float(p.detach().mean())
+        for name, p in tower.named_parameters()
+        if name.endswith("bn.weight")
+    }
     assert gains == {name: 0.0 if "conv3_1x1" in name else 1.0 for name in gains}
 
 
@@ -154,15 +198,23 @@ def test_a_tower_is_timms_and_learns_from_every_term(name):
     size, options, cells, batch_norm = TOWERS[name]
     terms = {**METHODS["defilip"], "simclr": 0.1}
     recipe = Recipe.model_validate(
-        {**TINY, "image": {"model": name, "size": size, "model_kwargs": options}, "loss_weights": terms}
+        {
+            **TINY,
+            "image": {"model": name, "size": size, "model_kwargs": options},
+            "loss_weights": terms,
+        }
     )
     torch.manual_seed(0)
     model = DualEncoder.from_recipe(recipe)
     tower, images = model.image_tower, torch.randn(2, 4, 3, size, size)
     assert tower.has_batch_norm == batch_norm
-    assert depths(model).keys() == {name for name, _ in model.named_parameters() if name != "logit_scale"}
+    assert depths(model).keys() == {
+        name for name, _ in model.named_parameters() if name != "logit_scale"
+    }
     fixed = {"img_size": size} if timm.get_pretrained_cfg(name).fixed_input_size else {}
-    _check_features(tower.eval(), timm.create_model(name, num_classes=0, **options, **fixed), images[0], cells)
+    _check_features(
+        tower.eval(), timm.create_model(name, num_classes=0, **options, **fixed), images[0], cells
+    )
 
     objective = Objective(recipe, model)
     batch = replace(random_batch(4), views={"first": images[0], "second": images[1]})
@@ -173,7 +225,9 @@ def test_a_tower_is_timms_and_learns_from_every_term(name):
     assert set(found) == {*terms, "loss", "grad_norm"}
     assert all(torch.isfinite(value) for value in found.values())
     assert [name for name, weight in learner.named_parameters() if weight.grad is None] == []
-    assert any(not torch.equal(weight, before[name]) for name, weight in tower.trunk.named_parameters())
+    assert any(
+        not torch.equal(weight, before[name]) for name, weight in tower.trunk.named_parameters()
+    )
 
 
 def _check_features(tower, theirs, images, cells):

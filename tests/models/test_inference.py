@@ -26,7 +26,12 @@ def model_of(tower, size):
 # The second is the built-in start's tower, the third has norms before convolutions, the last has no batch norm.
 @pytest.mark.parametrize(
     ("tower", "size"),
-    [("declip_conv_tiny", 32), ("tf_efficientnet_lite0", 64), ("resnetv2_18d", 32), ("declip_vit_tiny", 32)],
+    [
+        ("declip_conv_tiny", 32),
+        ("tf_efficientnet_lite0", 64),
+        ("resnetv2_18d", 32),
+        ("declip_vit_tiny", 32),
+    ],
 )
 def test_features_are_those_of_the_model(tower, size):
     model = model_of(tower, size)
@@ -47,7 +52,9 @@ def test_batch_norm_is_folded_into_the_convolutions():
     assert norms[1] == 0
     images = torch.randn(4, 3, 64, 64)
     with torch.no_grad():
-        own, folded = (torch.nn.functional.normalize(tower(images).pooled, dim=1) for tower in towers)
+        own, folded = (
+            torch.nn.functional.normalize(tower(images).pooled, dim=1) for tower in towers
+        )
     torch.testing.assert_close(folded, own, rtol=0, atol=1e-4)
 
 
@@ -65,7 +72,9 @@ class Swapped(torch.nn.Module):
 
 def test_a_norm_before_its_convolution_is_not_folded():
     model = model_of("declip_conv_tiny", 32)
-    model.image_tower.trunk.stem = torch.nn.Sequential(Swapped(), model.image_tower.trunk.stem).eval()
+    model.image_tower.trunk.stem = torch.nn.Sequential(
+        Swapped(), model.image_tower.trunk.stem
+    ).eval()
     assert inference_tower(model) is model.image_tower
 
 
@@ -80,7 +89,11 @@ def computing(monkeypatch):
 
 @pytest.mark.parametrize(
     ("instructions", "expected"),
-    [({"avx2": True}, "float32"), ({"avx512_f": True}, "float32"), ({"avx512_bf16": True}, "bfloat16")],
+    [
+        ({"avx2": True}, "float32"),
+        ({"avx512_f": True}, "float32"),
+        ({"avx512_bf16": True}, "bfloat16"),
+    ],
 )
 def test_auto_is_what_the_processor_computes_itself(computing, instructions, expected):
     computing(**instructions)
@@ -123,7 +136,9 @@ class Fixed(torch.nn.Module):
     def forward(self, features):
         if features.dtype == torch.float32:
             return features
-        return -features if self.spoiled else torch.dot(features.flatten(), features.float().flatten())
+        return (
+            -features if self.spoiled else torch.dot(features.flatten(), features.float().flatten())
+        )
 
 
 @pytest.mark.parametrize("spoiled", [True, False])

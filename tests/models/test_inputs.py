@@ -12,7 +12,13 @@ from indices import model
 __all__ = ["model"]
 PICTURE = draw("red", "circle")
 PIXELS = np.asarray(PICTURE)
-IMAGES = {"image": PICTURE, "array": PIXELS, "arrays": np.stack([PIXELS]), "name": "a.png", "names": ["a.png"]}
+IMAGES = {
+    "image": PICTURE,
+    "array": PIXELS,
+    "arrays": np.stack([PIXELS]),
+    "name": "a.png",
+    "names": ["a.png"],
+}
 WRONG = {
     "no file": ("b.png", "b.png"),
     "text file": ("a.txt", "a.txt"),
@@ -55,14 +61,23 @@ def test_texts(model):
     expected = model.encode_text(model.tokenize(["one", "two of it"]))
     assert torch.equal(model.encode_text(["one", "two of it"]), expected)
     torch.testing.assert_close(model.encode_text("one"), expected[:1])
-    for wrong, named in ((3, "int"), (None, "NoneType"), ([b"x"], "bytes"), (torch.zeros(3).long(), "(3,)")):
+    for wrong, named in (
+        (3, "int"),
+        (None, "NoneType"),
+        ([b"x"], "bytes"),
+        (torch.zeros(3).long(), "(3,)"),
+    ):
         refuses([named], model.encode_text, wrong)
 
 
 def test_features_have_gradients_in_training_only(model):
     for train in (False, True):
         model.train(train)
-        features = (model.encode_image(PICTURE), model.encode_backbone(PICTURE), model.encode_text("one"))
+        features = (
+            model.encode_image(PICTURE),
+            model.encode_backbone(PICTURE),
+            model.encode_text("one"),
+        )
         assert [each.requires_grad for each in features] == [train] * 3
     model.eval().encode_image("a.png").numpy()
 

@@ -55,7 +55,9 @@ def test_buckets_give_the_features_and_gradients_of_one_pass(buckets):
     torch.testing.assert_close(found.pooled, whole.pooled, rtol=0, atol=1e-12)
     assert found.lengths.tolist() == lengths
     for row, length in enumerate(lengths):
-        torch.testing.assert_close(found.text_tokens[row, :length], whole.text_tokens[row, :length], rtol=0, atol=1e-12)
+        torch.testing.assert_close(
+            found.text_tokens[row, :length], whole.text_tokens[row, :length], rtol=0, atol=1e-12
+        )
     weights = list(tower.parameters())
     for given, expected in zip(
         torch.autograd.grad(found.pooled.square().sum(), weights),
@@ -67,7 +69,11 @@ def test_buckets_give_the_features_and_gradients_of_one_pass(buckets):
 
 @pytest.mark.parametrize(
     ("lengths", "buckets", "shapes"),
-    [([20, 3, 9, 3, 12, 8, 20], 3, [(3, 8), (2, 16), (2, 20)]), ([5, 9], 1, [(2, 20)]), (None, 4, [(2, 20)])],
+    [
+        ([20, 3, 9, 3, 12, 8, 20], 3, [(3, 8), (2, 16), (2, 20)]),
+        ([5, 9], 1, [(2, 20)]),
+        (None, 4, [(2, 20)]),
+    ],
 )
 def test_each_bucket_is_truncated_to_its_own_longest(lengths, buckets, shapes):
     tower, tokens = small_tower(), captions(lengths or [5, 9], 20)

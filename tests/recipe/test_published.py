@@ -38,8 +38,14 @@ MOCOV2 = ImageView(
     scale=(0.2, 1), color_jitter=(0.4, 0.4, 0.4, 0.1), color_jitter_prob=0.8, grayscale_prob=0.2, blur_prob=0.5,
     hflip_prob=0.5,
 )  # fmt: skip
-STANDARD_SLIP = ImageView(scale=(0.5, 1), color_jitter_prob=0, grayscale_prob=0, blur_prob=0, hflip_prob=0)
-VIEWS = {"STANDARD_SLIP": [STANDARD_SLIP], "SLIP": [STANDARD_SLIP, MOCOV2, MOCOV2], "MOCOV2": [MOCOV2, MOCOV2]}
+STANDARD_SLIP = ImageView(
+    scale=(0.5, 1), color_jitter_prob=0, grayscale_prob=0, blur_prob=0, hflip_prob=0
+)
+VIEWS = {
+    "STANDARD_SLIP": [STANDARD_SLIP],
+    "SLIP": [STANDARD_SLIP, MOCOV2, MOCOV2],
+    "MOCOV2": [MOCOV2, MOCOV2],
+}
 """`prototype/data/imagenet_dataloader.py`"""
 
 
@@ -61,7 +67,9 @@ def test_two_views_against_one_caption_count_a_half_each(pairs):
     mild = MOCOV2.model_copy(update={"scale": (0.5, 1), "blur_prob": 0, "hflip_prob": 0})
     plan = plan_of(recipe)
     assert ([view.augmentation for view in plan.views], plan.texts) == ([mild, mild], 1)
-    control = plan_of(load_recipe(f"multi-view-{pairs}-vitb16", {"loss_weights": {"contrastive": 1.0}}))
+    control = plan_of(
+        load_recipe(f"multi-view-{pairs}-vitb16", {"loss_weights": {"contrastive": 1.0}})
+    )
     assert ([view.augmentation for view in control.views], control.texts) == ([mild], 1)
 
 
@@ -74,12 +82,18 @@ def test_smaller_patches_change_the_tower_alone(method):
 
 def test_losses_and_sizes(published):
     recipe, row = published
-    weights = {NAMES[name]: float(weight) for name, weight in (part.split("=") for part in row["weights"].split(","))}
+    weights = {
+        NAMES[name]: float(weight)
+        for name, weight in (part.split("=") for part in row["weights"].split(","))
+    }
     if recipe.name.startswith("de"):  # the mean of four pairings
         clip = weights.pop("contrastive")
         weights |= {"contrastive": clip / 4, "multi_view": clip * 3 / 4, **DECLIP}
     assert recipe.active_losses == pytest.approx(weights)
-    towers = {"vitb32": ("vit_base_patch32_clip_quickgelu_224", True), "r50": ("resnet50_clip", False)}
+    towers = {
+        "vitb32": ("vit_base_patch32_clip_quickgelu_224", True),
+        "r50": ("resnet50_clip", False),
+    }
     image, text = recipe.image, recipe.text
     assert (image.model, image.freeze_patch_embed) == towers[recipe.name.rsplit("-")[-1]]
     assert (text.width, text.layers, text.heads, text.context_length) == (512, 12, 8, 77)
@@ -88,7 +102,11 @@ def test_losses_and_sizes(published):
     assert (recipe.nearest_neighbor.queue_size, recipe.contrastive.label_smoothing) == (2**16, 0)
     assert recipe.nearest_neighbor.queue_per_process == recipe.name.startswith("de")
     filip = recipe.late_interaction
-    assert "filip" not in row["weights"] or (filip.width, filip.top_k, filip.include_padding) == (256, 16, True)
+    assert "filip" not in row["weights"] or (filip.width, filip.top_k, filip.include_padding) == (
+        256,
+        16,
+        True,
+    )
     low, high = row["scale"].split("-")
     scale = recipe.logit_scale
     assert scale.min == float(low)
@@ -102,13 +120,18 @@ def test_losses_and_sizes(published):
 def test_pixels_and_captions(published):
     recipe, row = published
     plan, image = plan_of(recipe), recipe.image
-    views = VIEWS[row["images"]][: 1 if recipe.name.startswith("filip") else None]  # theirs drops the second
+    views = VIEWS[row["images"]][
+        : 1 if recipe.name.startswith("filip") else None
+    ]  # theirs drops the second
     assert [view.augmentation for view in plan.views] == views
     assert {(view.size, view.interpolation) for view in plan.views} == {(224, "bilinear")}
     assert (plan.mean, plan.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     assert (image.size, image.interpolation, image.size / image.crop_pct) == (224, "bilinear", 256)
     masks = not recipe.name.startswith(("clip", "slip"))
-    assert (plan.mask_probability, plan.texts) == (0.15 if masks else None, 2 if recipe.name.startswith("de") else 1)
+    assert (plan.mask_probability, plan.texts) == (
+        0.15 if masks else None,
+        2 if recipe.name.startswith("de") else 1,
+    )
     assert recipe.views.text.second_view == "eda"
 
 

@@ -6,17 +6,29 @@ import yaml
 
 from conftest import refuses
 from declip.data.batch import plan_views
-from declip.io.text import read_yaml
+from declip.io.yaml_dialect import read_yaml
 from declip.recipe.checks import load_for_training
 from declip.recipe.finetuning import read_overrides
-from declip.recipe.load import flat, load_recipe, read_value, recipe_keys, recipe_names, synonyms, unknown_key
+from declip.recipe.load import (
+    flat,
+    load_recipe,
+    read_value,
+    recipe_keys,
+    recipe_names,
+    synonyms,
+    unknown_key,
+)
 from declip.recipe.schema import Evaluation, ImageTowerConfig, Recipe
 from declip.supervision.objective import needs_of
 
 DEMO_SETS = {
     "zero_shot": ("builtin:emoji-validation",),
     "retrieval": ("builtin:emoji-validation",),
-    "final_zero_shot": ("builtin:emoji-test", "builtin:emoji-test-new", "builtin:emoji-validation-new"),
+    "final_zero_shot": (
+        "builtin:emoji-test",
+        "builtin:emoji-test-new",
+        "builtin:emoji-validation-new",
+    ),
     "final_retrieval": ("builtin:emoji-test",),
 }
 
@@ -41,13 +53,17 @@ SCALE |= {"train.grad_cache_chunk", "train.evaluate_every"}
 
 @pytest.mark.parametrize("method", ["clip", "slip", "filip", "declip", "defilip"])
 def test_a_method_differs_from_its_published_run_in_scale_alone(method):
-    ours, published = (flat(load_recipe(name).model_dump()) for name in (method, f"{method}-yfcc15m-vitb32"))
+    ours, published = (
+        flat(load_recipe(name).model_dump()) for name in (method, f"{method}-yfcc15m-vitb32")
+    )
     different = {key for key in {*ours, *published} if ours.get(key) != published.get(key)}
     # Without its contrastive loss FILIP would not train the features that search compares.
     assert different - SCALE == ({"loss_weights.contrastive"} if method == "filip" else set())
 
 
-@pytest.mark.parametrize("name", [name for name in recipe_names() if name.startswith(("few-", "demo-", "finetune"))])
+@pytest.mark.parametrize(
+    "name", [name for name in recipe_names() if name.startswith(("few-", "demo-", "finetune"))]
+)
 def test_recipes_that_nobody_published_have_clips_pixels(name):
     """In evaluation, and the interpolation in training too."""
     recipe = load_recipe(name)
@@ -58,7 +74,10 @@ def test_recipes_that_nobody_published_have_clips_pixels(name):
 
 
 def test_the_resize_in_evaluation_follows_the_size():
-    found = [load_recipe("clip-yfcc15m-vitb32", {"image.size": size}).image.resize for size in (224, 288, 32)]
+    found = [
+        load_recipe("clip-yfcc15m-vitb32", {"image.size": size}).image.resize
+        for size in (224, 288, 32)
+    ]
     assert found == [256, 329, 36], "timm's rounding"
     exact = [(side, edge) for side in range(16, 400, 7) for edge in range(side, 4 * side, 11)]
     assert [e for s, e in exact if ImageTowerConfig(size=s, crop_pct=s / e).resize != e] == []
@@ -66,13 +85,22 @@ def test_the_resize_in_evaluation_follows_the_size():
 
 def test_a_recipe_extends_another_file_and_an_override_changes_one_entry(tmp_path):
     (tmp_path / "base.yaml").write_text("extends: declip\nseed: 7\ntrain: {steps: 11}\n")
-    (tmp_path / "mine.yaml").write_text("extends: base.yaml\ntrain: {batch_size: 9}\nloss_weights: {contrastive: 2}\n")
+    (tmp_path / "mine.yaml").write_text(
+        "extends: base.yaml\ntrain: {batch_size: 9}\nloss_weights: {contrastive: 2}\n"
+    )
     recipe = load_recipe(tmp_path / "mine.yaml", {"train.lr": "0.5", "image.size": 48})
-    assert (recipe.name, recipe.seed, recipe.train.steps, recipe.train.batch_size) == ("mine", 7, 11, 9)
+    assert (recipe.name, recipe.seed, recipe.train.steps, recipe.train.batch_size) == (
+        "mine",
+        7,
+        11,
+        9,
+    )
     assert (recipe.train.lr, recipe.image.size) == (0.5, 48)
     assert recipe.loss_weights == {"contrastive": 2}, "weights are replaced, not merged"
     short = load_recipe("demo-declip", {"train.batch_size": 9, "train": {"steps": 3}})
-    assert short == load_recipe("demo-declip", {"train.batch_size": 9, "train.steps": 3}), "sections are merged"
+    assert short == load_recipe("demo-declip", {"train.batch_size": 9, "train.steps": 3}), (
+        "sections are merged"
+    )
     assert load_recipe("clip", {"data.source": Path("a.csv")}).data.source == "a.csv"
     recipe = load_recipe("clip", {"data.columns.caption": "title"})
     assert recipe.data.columns == {"image": "image", "caption": "title"}
@@ -85,7 +113,10 @@ def test_a_recipe_extends_another_file_and_an_override_changes_one_entry(tmp_pat
     ("overrides", "kept"),
     [
         ({"data.source": "pairs.jsonl"}, {}),
-        ({"data.source": "pairs.jsonl", "evaluation.retrieval": "[h.csv]"}, {"retrieval": ("h.csv",)}),
+        (
+            {"data.source": "pairs.jsonl", "evaluation.retrieval": "[h.csv]"},
+            {"retrieval": ("h.csv",)},
+        ),
         ({"data.source": "builtin:emoji", "seed": 3}, None),
         ({"evaluation.retrieval": ["h.csv"]}, {**DEMO_SETS, "retrieval": ("h.csv",)}),
     ],
@@ -98,10 +129,14 @@ def test_a_recipes_evaluation_sets_hold_for_its_own_source(overrides, kept):
 def test_a_child_recipe_with_a_source_of_its_own_has_its_own_evaluation_sets(tmp_path):
     (tmp_path / "bare.yaml").write_text("extends: demo-declip\ndata: {source: a.csv}\n")
     (tmp_path / "mine.yaml").write_text("extends: bare.yaml\nevaluation: {retrieval: [h.csv]}\n")
-    (tmp_path / "longer.yaml").write_text("extends: mine.yaml\ndata: {source: a.csv}\ntrain: {steps: 9}\n")
+    (tmp_path / "longer.yaml").write_text(
+        "extends: mine.yaml\ndata: {source: a.csv}\ntrain: {steps: 9}\n"
+    )
     assert load_recipe(tmp_path / "bare.yaml").evaluation == Evaluation()
     for name in ("mine", "longer"):
-        assert load_recipe(tmp_path / f"{name}.yaml").evaluation == Evaluation(retrieval=("h.csv",)), name
+        assert load_recipe(tmp_path / f"{name}.yaml").evaluation == Evaluation(
+            retrieval=("h.csv",)
+        ), name
 
 
 @pytest.mark.parametrize(
@@ -114,9 +149,15 @@ def test_a_child_recipe_with_a_source_of_its_own_has_its_own_evaluation_sets(tmp
         ({"train.epochs": ".inf"}, ("train.epochs=inf", "finite")),
         ({"train.report_to": "wand"}, r"Did you mean 'wandb'\?.*\w\.$"),
         ({"train.steps": "yes"}, ("steps is true", "number")),
-        ({"image.mean": "[123.7, 116.3, 103.5]"}, ("image.mean.0=123.7", "less than or equal to 1")),
+        (
+            {"image.mean": "[123.7, 116.3, 103.5]"},
+            ("image.mean.0=123.7", "less than or equal to 1"),
+        ),
         ({"logit_scale.init": "20"}, ("logit_scale.init 20.0", "logarithms")),
-        ({"views.image_second": "no", "views.contrastive_view": "{}"}, ("views.contrastive_view", "=false")),
+        (
+            {"views.image_second": "no", "views.contrastive_view": "{}"},
+            ("views.contrastive_view", "=false"),
+        ),
     ],
 )
 def test_a_mistake_is_named(overrides, says):
@@ -134,7 +175,11 @@ def test_a_mistake_in_a_file_is_named(tmp_path):
 
 
 def test_names_of_other_tools_and_typing_errors_lead_each_to_one_key():
-    keys = {"learning_rate": "train.lr", "simclr.lr": "train.lr", "data.num_workers": "data.workers"}
+    keys = {
+        "learning_rate": "train.lr",
+        "simclr.lr": "train.lr",
+        "data.num_workers": "data.workers",
+    }
     for given, meant in (*keys.items(), ("finetune.pretraind", "finetune.pretrained")):
         assert f"'{meant}'" in str(unknown_key(given))
     assert synonyms().keys() <= {*recipe_keys()}
@@ -144,22 +189,43 @@ def test_names_of_other_tools_and_typing_errors_lead_each_to_one_key():
 
 def test_one_string_is_a_list_of_one_and_home_is_expanded(monkeypatch):
     monkeypatch.setenv("HOME", "/home/somebody")
-    given = {"evaluation.retrieval": "~/a.csv", "data.image_root": "~/images", "finetune.pretrained": "runs/~x"}
+    given = {
+        "evaluation.retrieval": "~/a.csv",
+        "data.image_root": "~/images",
+        "finetune.pretrained": "runs/~x",
+    }
     found = flat(load_recipe("clip", {**given, "evaluation.zero_shot": "pets:~/pets"}).model_dump())
-    assert [found[key] for key in given] == [("/home/somebody/a.csv",), "/home/somebody/images", "runs/~x"]
+    assert [found[key] for key in given] == [
+        ("/home/somebody/a.csv",),
+        "/home/somebody/images",
+        "runs/~x",
+    ]
     assert found["evaluation.zero_shot"] == ("pets:/home/somebody/pets",)
 
 
 def test_numbers_are_read_as_python_writes_them_and_text_stays_text():
-    values = {"5e-4": 5e-4, "1E3": 1e3, "+2.5e+3": 2.5e3, "1_000": 1000, "010": 10, ".5": 0.5, "3.": 3.0}
+    values = {
+        "5e-4": 5e-4,
+        "1E3": 1e3,
+        "+2.5e+3": 2.5e3,
+        "1_000": 1000,
+        "010": 10,
+        ".5": 0.5,
+        "3.": 3.0,
+    }
     values |= {text: text for text in ("1:30", "5e", "1.2.3", "0x10")} | {"[5e-4, 2]": [5e-4, 2]}
     for text, value in values.items():
         found = read_value("train.lr", text)
         assert (found, type(found)) == (value, type(value))
-    recipe = load_recipe("clip", {"name": "'5e-4'", "data.columns.caption": "'010'", "train.lr": "5e-4"})
+    recipe = load_recipe(
+        "clip", {"name": "'5e-4'", "data.columns.caption": "'010'", "train.lr": "5e-4"}
+    )
     texts = {"name": "'a: 📷'", "data.columns.caption": "'010'", "data.columns.group": "'[x'"}
     tuned = load_recipe("finetune", read_overrides(texts))
-    assert (tuned.name, tuned.data.columns) == ("a: 📷", {"image": "image", "caption": "010", "group": "[x"})
+    assert (tuned.name, tuned.data.columns) == (
+        "a: 📷",
+        {"image": "image", "caption": "010", "group": "[x"},
+    )
     assert read_overrides({"train": {"batch_size": "16"}}) == {"train.batch_size": 16}
     again = Recipe.model_validate(read_yaml(recipe.to_yaml()))
     assert (again.name, again.data.columns["caption"], again.train.lr) == ("5e-4", "010", 5e-4)

@@ -28,7 +28,9 @@ class Page(HTMLParser):
         if tag == "section":
             self.section = given["id"] or ""
         self.ids += [given["id"] or ""] if "id" in given else []
-        self.resources += [given[name] or "" for name in ("src", "srcset", "data", "action") if name in given]
+        self.resources += [
+            given[name] or "" for name in ("src", "srcset", "data", "action") if name in given
+        ]
         self.links += [given[name] or "" for name in ("href", "xlink:href") if name in given]
         if tag == "img":
             self.alts.append(given.get("alt"))
@@ -38,4 +40,6 @@ class Page(HTMLParser):
             assert self.open.pop() == tag
 
     def handle_data(self, data):
-        self.texts[self.section] = self.texts.get(self.section, "") + data.replace("\N{NO-BREAK SPACE}", " ")
+        self.texts[self.section] = self.texts.get(self.section, "") + data.replace(
+            "\N{NO-BREAK SPACE}", " "
+        )

@@ -42,8 +42,18 @@ def test_a_whole_comparison(tmp_path):
     [
         ((0, 1, 2), score, "2.00 times fewer pairs than clip", "noise"),
         ((0,), score, "--seeds", "times fewer"),
-        ((0, 1, 2), lambda t: score(t) + 0.2 * (t.seed - 1) * (t.variant == "declip"), "includes 1", "times fewer"),
-        ((0, 1, 2), lambda t: t.pairs / 1e4 / (1 + (t.variant == "declip")), "2.00 times as many pairs as", "fewer"),
+        (
+            (0, 1, 2),
+            lambda t: score(t) + 0.2 * (t.seed - 1) * (t.variant == "declip"),
+            "includes 1",
+            "times fewer",
+        ),
+        (
+            (0, 1, 2),
+            lambda t: t.pairs / 1e4 / (1 + (t.variant == "declip")),
+            "2.00 times as many pairs as",
+            "fewer",
+        ),
     ],
 )
 def test_a_winner_is_stated_only_beyond_the_noise_of_the_seeds(seeds, value, shown, absent):
@@ -67,8 +77,15 @@ def test_overlapping_intervals_are_no_difference(spread, shown):
 
 
 def test_the_terminal_has_intervals_failures_and_warnings():
-    failed = outcome(study(), done=lambda trial: trial.seed == 0, failures={"clip_n8000": f"Traceback\nError: {BAD}"})
-    for found, parts in ((outcome(study()), ("10.0 ± 2.5 (3)", "2.00 to 2.00")), (failed, (BAD, "8 of 24 runs"))):
+    failed = outcome(
+        study(),
+        done=lambda trial: trial.seed == 0,
+        failures={"clip_n8000": f"Traceback\nError: {BAD}"},
+    )
+    for found, parts in (
+        (outcome(study()), ("10.0 ± 2.5 (3)", "2.00 to 2.00")),
+        (failed, (BAD, "8 of 24 runs")),
+    ):
         assert [part for part in parts if part not in printed(found)] == []
     # chance 0.5 % of 400 images: a standard error of 0.35 points
     found = outcome(study(), value=lambda trial: 0.012 if trial.pairs == 1000 else 0.1)
@@ -79,9 +96,14 @@ def test_the_terminal_has_intervals_failures_and_warnings():
 def test_unfinished_comparisons_say_so(tmp_path):
     nothing = outcome(study(), done=lambda trial: False)
     texts = written(nothing, tmp_path)[1].texts
-    assert ("0 of 24 runs" in texts["head"], "Nothing has been measured" in texts["curves"]) == (True, True)
+    assert ("0 of 24 runs" in texts["head"], "Nothing has been measured" in texts["curves"]) == (
+        True,
+        True,
+    )
     assert printed(nothing)
-    assert "not both been measured" in printed(outcome(study(), done=lambda trial: trial.variant == "clip"))
+    assert "not both been measured" in printed(
+        outcome(study(), done=lambda trial: trial.variant == "clip")
+    )
     one = outcome(study(("declip",), pairs=(1000,), seeds=(0,)))
     assert "nothing to compare" in written(one, tmp_path)[1].texts["head"]
 
@@ -97,10 +119,15 @@ def test_names_are_escaped_everywhere(tmp_path):
 
 
 def test_scores_have_intervals_and_as_many_decimals_as_their_mean():
-    one = outcome(study(seeds=(1,)), done=lambda trial: trial.pairs < 8000 or trial.variant == "declip")
+    one = outcome(
+        study(seeds=(1,)), done=lambda trial: trial.pairs < 8000 or trial.variant == "declip"
+    )
     for found, expected in (
         # three seeds a point apart: the standard deviation is a point, the interval 4.303 / sqrt(3) points
-        (outcome(study()), ("10.0 ± 2.5 (3)", "20.0 ± 2.5 (3)", "30.0 ± 2.5 (3)", "40.0 ± 2.5 (3)")),
+        (
+            outcome(study()),
+            ("10.0 ± 2.5 (3)", "20.0 ± 2.5 (3)", "30.0 ± 2.5 (3)", "40.0 ± 2.5 (3)"),
+        ),
         (one, ("10.0 (1)", "20.0 (1)", "30.0 (1)", NONE)),
         (outcome(study(), value=lambda trial: score(trial) / 100), ("0.10 ± 0.02 (3)",)),
     ):
@@ -109,7 +136,11 @@ def test_scores_have_intervals_and_as_many_decimals_as_their_mean():
 
 
 def test_a_factor_is_listed_at_every_size_also_where_it_is_outside():
-    at = (FactorAt(1000, 0.1, None, "below"), FactorAt(2000, 0.2, 800.0), FactorAt(4000, 0.3, None, "above"))
+    at = (
+        FactorAt(1000, 0.1, None, "below"),
+        FactorAt(2000, 0.2, 800.0),
+        FactorAt(4000, 0.3, None, "above"),
+    )
     given = {"a": Factor(at, 2.5, 2.0, 3.0), "b": Factor(at, 2.5), "c": None}
     assert report.factors_table(given, study()).rows == (
         ("a", "2.50", "2.00 to 3.00", "exceeded", "2.50", "not reached", NONE),
@@ -130,12 +161,21 @@ def test_measures_and_costs_are_listed(tmp_path):
     )
     first, second = found.study.variants
     longer = replace(first, steps=200)
-    assert "same number of samples" in printed(outcome(replace(found.study, variants=(longer, second))))
+    assert "same number of samples" in printed(
+        outcome(replace(found.study, variants=(longer, second)))
+    )
     assert "Equal samples" in printed(found)
     timed = (replace(first, steps=200, seconds=0.1), replace(second, seconds=0.2))
     found = outcome(replace(found.study, variants=timed[::-1], budget="compute"))
     assert report.cost_table(found).rows[1] == ("clip", "0.1", "200", "10,000", "60", "1.00")
     for text in (printed(found), report.write_page(found, tmp_path).read_text(encoding="utf-8")):
-        parts = "seconds per step", "every variant takes the steps that fit into the time of 100 steps of declip"
+        parts = (
+            "seconds per step",
+            "every variant takes the steps that fit into the time of 100 steps of declip",
+        )
         assert [part for part in parts if part not in text] == []
-    assert report.variants_table(study()).rows[0] == ("clip", "clip", "train.steps=100, train.batch_size=50")
+    assert report.variants_table(study()).rows[0] == (
+        "clip",
+        "clip",
+        "train.steps=100, train.batch_size=50",
+    )

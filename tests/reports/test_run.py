@@ -23,27 +23,49 @@ SECTIONS = ("numbers", "curves", "retrieval", "views", "skipped", "recipe")
 
 def _run_folder(folder):
     evaluation = {"zero_shot": ["builtin:emoji-test"], "final_zero_shot": ["painted"]}
-    tree = {"name": "declip-tiny", "loss_weights": {"contrastive": 0.4, "simsiam": 0.2}, "evaluation": evaluation}
+    tree = {
+        "name": "declip-tiny",
+        "loss_weights": {"contrastive": 0.4, "simsiam": 0.2},
+        "evaluation": evaluation,
+    }
     tree["train"] = {"batch_size": 64}
     recipe = Recipe.model_validate(tree)
     (folder / "recipe.yaml").write_text(recipe.to_yaml())
     rows = []
     for step in (10, 20, 30):
         terms = {"contrastive": 4 / step, "simsiam": -0.5}
-        row = {"step": step, "samples_seen": 64 * step, "loss": 1 / step, "losses": terms, "seconds": 65.0}
-        rows.append(row | {"lr": 1e-3, "logit_scale": 14.3, "grad_norm": 1.0, "samples_per_second": 987.0})
+        row = {
+            "step": step,
+            "samples_seen": 64 * step,
+            "loss": 1 / step,
+            "losses": terms,
+            "seconds": 65.0,
+        }
+        rows.append(
+            row | {"lr": 1e-3, "logit_scale": 14.3, "grad_norm": 1.0, "samples_per_second": 987.0}
+        )
     write_rows(folder / "metrics.jsonl", rows)
     recall = RecallAtK(30, 20, 0.4321, 0.6, 0.8, 0.05, 0.25, 0.5, 2.0)
     results = [(30, RetrievalResult("painted", 20, 30, recall, recall))]
     for step, top1, top5 in ((10, 0.21, 0.6), (30, 0.5432, 0.8765)):
-        results.append((step, ZeroShotResult("painted", 200, 7, top1, top5, 0.5, skipped={"truncated image": 3})))
-    write_rows(folder / "evaluations.jsonl", [{"step": step} | result.to_dict() for step, result in results])
+        results.append(
+            (
+                step,
+                ZeroShotResult("painted", 200, 7, top1, top5, 0.5, skipped={"truncated image": 3}),
+            )
+        )
+    write_rows(
+        folder / "evaluations.jsonl",
+        [{"step": step} | result.to_dict() for step, result in results],
+    )
     skipped = {"reasons": {"empty caption": {"count": 17, "examples": ["row <5>"]}}, "seen": 1920}
     (folder / "skipped.json").write_text(json.dumps(skipped))
     thumbnail = {"src": "data:image/png;base64,iVBORw0KGgo=", "alt": "a cat"}
     examples = {
         "source": {"name": "pairs <of> red", "pairs": 21, "credit": "Colors by <nobody>"},
-        "losses": {"contrastive": {"title": "contrastive loss", "explanation": "Text.", "chance": 4.1589}},
+        "losses": {
+            "contrastive": {"title": "contrastive loss", "explanation": "Text.", "chance": 4.1589}
+        },
         "view_sheet": {"picture": thumbnail, "texts": [{"masked": "a [mask: cat] <sat>"}]},
     }
     (folder / "examples.json").write_text(json.dumps(examples))
@@ -54,9 +76,13 @@ def _run_folder(folder):
 def whole(model, painted, tmp_path, monkeypatch):
     """A finished run folder, its model, and its held-out source, which a test may replace."""
     colors = [NAMES[row % 7] for row in range(21)]
-    captions = [(f'{color} <script>alert("{row}")</script> & co',) for row, color in enumerate(colors)]
+    captions = [
+        (f'{color} <script>alert("{row}")</script> & co',) for row, color in enumerate(colors)
+    ]
     held_out = [painted(colors, captions, classes=NAMES)]
-    monkeypatch.setattr("declip.reports.run.HeldOutSets.test", lambda *_: open_dataset(held_out[0]).split("test"))
+    monkeypatch.setattr(
+        "declip.reports.run.HeldOutSets.test", lambda *_: open_dataset(held_out[0]).split("test")
+    )
     return _run_folder(tmp_path), model, held_out
 
 
@@ -73,7 +99,18 @@ def test_the_whole_report(whole):
     assert [each for each in page.ids if each in SECTIONS] == list(SECTIONS)
     for section, *parts in (
         # ± by Wilson, of 0.5432 in 200
-        ("numbers", "54.3 %", "87.6 %", "14.3 %", "43.2 %", "1,920", "987", "3.8", "3 min 15 s", "± 6.8 points"),
+        (
+            "numbers",
+            "54.3 %",
+            "87.6 %",
+            "14.3 %",
+            "43.2 %",
+            "1,920",
+            "987",
+            "3.8",
+            "3 min 15 s",
+            "± 6.8 points",
+        ),
         ("head", "54.3 %", "21 training pairs of pairs <of> red"),
         ("curves", "chance 14.3 %", "Weight 0.4. Chance level 4.16."),
         ("skipped", "17", "3 × truncated image", "row <5>"),
@@ -99,7 +136,9 @@ def test_the_same_run_shows_the_same_and_a_large_source_is_sampled(whole):
     folder, model, _ = whole
 
     def body():
-        return re.sub("Written by declip [^<]*", "", write_report(folder, model, limit=10).read_text())
+        return re.sub(
+            "Written by declip [^<]*", "", write_report(folder, model, limit=10).read_text()
+        )
 
     html = body()
     assert html == body()
@@ -113,7 +152,11 @@ def test_without_evaluation_examples_and_classes_there_are_no_such_sections(whol
         (folder / name).unlink()
     held_out[0] = painted(["red", "green"], [("word " * 3000,), ("green",)])
     html, page = _read(write_report(folder, model))
-    for section, part in (("numbers", "No evaluation"), ("head", "no evaluation yet"), ("retrieval", "word…")):
+    for section, part in (
+        ("numbers", "No evaluation"),
+        ("head", "no evaluation yet"),
+        ("retrieval", "word…"),
+    ):
         assert part in page.texts[section]
     assert html.count("<svg") == 3 + 3
     assert ("word " * 40 in html, "views" in page.ids) == (False, False)
@@ -142,7 +185,9 @@ def test_captions_found_and_not_found(painted):
     assert right_fraction == 0.5
     for query in queries:
         own, hits = COLORS.index(query["caption"].split()[0]), query["hits"]
-        assert [hit["correct"] for hit in hits] == [hit["caption"] == query["caption"] for hit in hits]
+        assert [hit["correct"] for hit in hits] == [
+            hit["caption"] == query["caption"] for hit in hits
+        ]
         assert hits[query["rank"] - 1]["image"] == thumbnails_of(source)(own)
     assert not queries[2]["hits"][0]["correct"]
 
@@ -150,6 +195,8 @@ def test_captions_found_and_not_found(painted):
 def test_an_image_with_the_same_caption_is_right(painted):
     captions = [("a cat",), ("a cat",), ("a dog",)]
     features = features_of(torch.eye(3), captions, torch.eye(3)[[0, 0, 2]])
-    cat, *_ = sorted(retrieval(painted(COLORS[:3], captions), features)[0], key=lambda each: each["caption"])
+    cat, *_ = sorted(
+        retrieval(painted(COLORS[:3], captions), features)[0], key=lambda each: each["caption"]
+    )
     assert (cat["caption"], cat["rank"]) == ("a cat", 1)
     assert [hit["caption"] for hit in cat["hits"] if hit["correct"]] == ["a cat"] * 2

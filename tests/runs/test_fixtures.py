@@ -36,7 +36,13 @@ def test_a_run_is_loaded_exported_and_resumed(saved, tmp_path):
     declip.export(run, "safetensors", tmp_path / "out")
     assert_equals(declip.load(tmp_path / "out" / "declip.safetensors"), expected)
     resumed = declip.train(
-        "few-clip", {**overrides(), "name": "clip"}, out=run, data=PAIRS, resume=True, quiet=True, report=False
+        "few-clip",
+        {**overrides(), "name": "clip"},
+        out=run,
+        data=PAIRS,
+        resume=True,
+        quiet=True,
+        report=False,
     )
     assert resumed.steps_done == 5
     rows = read_rows(run / "metrics.jsonl")
@@ -50,9 +56,13 @@ def test_an_index_is_searched_and_updated(saved):
     for over, hits in expected.items():
         found = [(hit.key, hit.score) for hit in index.search("a red square", k=3, over=over)]
         assert [key for key, _ in found] == [key for key, _ in hits]
-        assert [score for _, score in found] == pytest.approx([score for _, score in hits], abs=1e-5)
+        assert [score for _, score in found] == pytest.approx(
+            [score for _, score in hits], abs=1e-5
+        )
     options = {"captions": True, "dtype": "float32", "device": "cpu"}
-    assert len(declip.embed(declip.load(saved / "run"), PAIRS, out=saved / "index", **options)) == len(PAIRS)
+    assert len(
+        declip.embed(declip.load(saved / "run"), PAIRS, out=saved / "index", **options)
+    ) == len(PAIRS)
 
 
 def test_files_of_a_later_layout_say_that_they_are_newer(saved):
@@ -61,5 +71,8 @@ def test_files_of_a_later_layout_say_that_they_are_newer(saved):
         saved / "run/checkpoints/step-00000004/state.json": lambda: declip.load(saved / "run"),
     }.items():
         path.write_text(json.dumps({**json.loads(path.read_text()), "layout": 99, "more": 1}))
-        with pytest.raises(UserError, match=rf"{re.escape(str(path))}' was written by a newer version.*pip install -U"):
+        with pytest.raises(
+            UserError,
+            match=rf"{re.escape(str(path))}' was written by a newer version.*pip install -U",
+        ):
             opened()

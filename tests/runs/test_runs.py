@@ -15,13 +15,25 @@ from conftest import refuses, write_rows
 from declip.evaluation.results import ZeroShotResult
 from declip.io.atomic import sha256
 from declip.runs import checkpoint as checkpoints
-from declip.runs.checkpoint import Checkpoint, CheckpointWriter, list_checkpoints, load_checkpoint, write_snapshot
+from declip.runs.checkpoint import (
+    Checkpoint,
+    CheckpointWriter,
+    list_checkpoints,
+    load_checkpoint,
+    write_snapshot,
+)
 from declip.runs.folder import read_run
 from hostile import forge
 
 
 def _metrics(step, **more):
-    row = {"step": step, "samples_seen": 10 * step, "seconds": 2.0, "samples_per_second": 100.0, "loss": 1.0}
+    row = {
+        "step": step,
+        "samples_seen": 10 * step,
+        "seconds": 2.0,
+        "samples_per_second": 100.0,
+        "loss": 1.0,
+    }
     return row | {"losses": {"contrastive": step / 10}} | more
 
 
@@ -34,7 +46,11 @@ def test_an_empty_folder(tmp_path):
 
 
 def test_metrics_by_step_the_later_row_of_a_step_wins_and_a_torn_line_is_left_out(tmp_path):
-    rows = [_metrics(2), _metrics(4, samples_per_second=None), _metrics(6, samples_per_second=300.0)]
+    rows = [
+        _metrics(2),
+        _metrics(4, samples_per_second=None),
+        _metrics(6, samples_per_second=300.0),
+    ]
     write_rows(tmp_path / "metrics.jsonl", [*rows, _metrics(4, samples_per_second=200.0)])
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 8, "pairs')
@@ -50,12 +66,18 @@ def test_evaluations_in_order_and_the_last_of_each(tmp_path):
         return {"step": step} | ZeroShotResult(on, 100, 10, top1, 0.5, 0.3).to_dict()
 
     other = {"step": 20, "dataset": "a", "task": "of another version", "top1": 0.9}
-    write_rows(tmp_path / "evaluations.jsonl", [row(20, "a", 0.3), row(10, "a", 0.2), row(20, "b", 0.1), other])
+    write_rows(
+        tmp_path / "evaluations.jsonl",
+        [row(20, "a", 0.3), row(10, "a", 0.2), row(20, "b", 0.1), other],
+    )
     run = read_run(tmp_path)
     assert run.step == 20, "also where the last step has no metrics"
     assert [each.step for each in run.evaluated] == [10, 20, 20]
     assert [[row.step for row in rows] for rows in run.series()] == [[10, 20], [20]]
-    assert [(each.result.dataset, each.result.top1) for each in run.last()] == [("a", 0.3), ("b", 0.1)]
+    assert [(each.result.dataset, each.result.top1) for each in run.last()] == [
+        ("a", 0.3),
+        ("b", 0.1),
+    ]
 
 
 FILES = (checkpoints.WEIGHTS, checkpoints.TRAINING, checkpoints.STATE)
@@ -78,7 +100,10 @@ def same(found, written):
 
     def content(checkpoint):
         tensors = {**checkpoint.weights, **checkpoint.training}
-        bits = {name: tensor.contiguous().view(-1).view(torch.uint8).tolist() for name, tensor in tensors.items()}
+        bits = {
+            name: tensor.contiguous().view(-1).view(torch.uint8).tolist()
+            for name, tensor in tensors.items()
+        }
         return checkpoint.step, checkpoint.recipe, json.dumps(checkpoint.extra), bits
 
     return content(found) == content(written)
@@ -93,7 +118,9 @@ def test_the_newest_read_back_as_they_were_written(tmp_path):
         assert same(load_checkpoint(last), sample(step))
     os.umask(before)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000100", "step-123456789"]
-    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o640}, "safetensors' own are its owner's"
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o640}, (
+        "safetensors' own are its owner's"
+    )
 
 
 def test_after_falling_back_the_damaged_ones_push_no_good_one_out(tmp_path):
@@ -164,7 +191,14 @@ def test_every_flipped_bit_is_noticed(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    "change", [{"sha256": {"../../dev/zero": "0"}}, {"sha256": []}, {"step": -1}, {"step": True}, {"more": 1}]
+    "change",
+    [
+        {"sha256": {"../../dev/zero": "0"}},
+        {"sha256": []},
+        {"step": -1},
+        {"step": True},
+        {"more": 1},
+    ],
 )
 def test_a_state_of_another_make_is_refused(tmp_path, change):
     folder = write_snapshot(tmp_path, sample(3), keep=1)
@@ -176,7 +210,12 @@ def test_tensors_that_are_whole_but_none_are_refused(tmp_path):
     """As someone could write them on purpose: the checksums match."""
     folder = write_snapshot(tmp_path, sample(3), keep=1)
     (folder / checkpoints.WEIGHTS).write_bytes((1 << 62).to_bytes(8, "little"))
-    forge(folder, sha256={name: sha256(folder / name) for name in (checkpoints.WEIGHTS, checkpoints.TRAINING)})
+    forge(
+        folder,
+        sha256={
+            name: sha256(folder / name) for name in (checkpoints.WEIGHTS, checkpoints.TRAINING)
+        },
+    )
     refuses("step-00000003 is not a complete checkpoint", load_checkpoint, folder)
 
 
@@ -215,8 +254,14 @@ def test_a_crash_in_the_middle_of_removing_leaves_no_part(tmp_path, monkeypatch)
 def test_a_snapshot_is_written_in_a_thread_as_it_was_taken(tmp_path, monkeypatch):
     go, save, live = threading.Event(), checkpoints.save_tensors, sample(1)
     monkeypatch.setattr(checkpoints, "save_tensors", lambda *given: go.wait(10) and save(*given))
-    odd = torch.tensor([0x7FC00001, -1, 1], dtype=torch.int32).view(torch.float32)  # NaN with payloads, a denormal
-    live.weights |= {"model.odd": odd, "model.half": torch.randn(5, 4).bfloat16().T, "model.scalar": torch.tensor(2.5)}
+    odd = torch.tensor([0x7FC00001, -1, 1], dtype=torch.int32).view(
+        torch.float32
+    )  # NaN with payloads, a denormal
+    live.weights |= {
+        "model.odd": odd,
+        "model.half": torch.randn(5, 4).bfloat16().T,
+        "model.scalar": torch.tensor(2.5),
+    }
     before = checkpoints.snapshot(live)
     with CheckpointWriter(tmp_path, keep=2) as writer:
         writer.write(live)

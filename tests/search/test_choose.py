@@ -30,14 +30,20 @@ def clusters(count=300, width=8, seed=0):
     generator = torch.Generator().manual_seed(seed)
     centers = torch.randn(12, width, generator=generator)
     owners = (torch.rand(count, generator=generator).square() * 12).long()
-    return normalize(centers[owners] + 0.6 * torch.randn(count, width, generator=generator) + 1.0, dim=1)
+    return normalize(
+        centers[owners] + 0.6 * torch.randn(count, width, generator=generator) + 1.0, dim=1
+    )
 
 
 def plain_loop(vectors, known, count):
     mean = vectors.mean(0)
     units = normalize(vectors - mean, dim=1)
     similarity = lambda rows: (units @ rows.T).clamp(min=0) ** 3  # noqa: E731
-    covered = similarity(normalize(known - mean, dim=1)).amax(1) if len(known) else torch.zeros(len(units))
+    covered = (
+        similarity(normalize(known - mean, dim=1)).amax(1)
+        if len(known)
+        else torch.zeros(len(units))
+    )
     taken, all_known = [], normalize(known - mean, dim=1)
     for _ in range(count):
         gains = (similarity(units) - covered[:, None]).clamp(min=0).sum(0)
@@ -89,7 +95,9 @@ def test_pairs_that_are_there_count_as_chosen(model, folder, tmp_path, monkeypat
     assert again.images[0].score == pytest.approx(first.images[6].score, abs=1e-3)
 
 
-def test_the_table_is_one_of_pairs_once_it_has_captions(folder, tmp_path, weights_file, command, monkeypatch):
+def test_the_table_is_one_of_pairs_once_it_has_captions(
+    folder, tmp_path, weights_file, command, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     Path("lists").mkdir()
     (folder / "red-bar.png").rename(folder / "=red.png")
@@ -101,23 +109,31 @@ def test_the_table_is_one_of_pairs_once_it_has_captions(folder, tmp_path, weight
     keys = [Path(row["image"]).name for row in rows]
     assert keys == [hit.key for hit in declip.choose(weights_file, folder, 24).images]
     assert {row["caption"] for row in rows} == {""}
-    assert [float(row["coverage"]) for row in rows] == sorted(float(row["coverage"]) for row in rows)
+    assert [float(row["coverage"]) for row in rows] == sorted(
+        float(row["coverage"]) for row in rows
+    )
     with Path("lists/first.csv").open("w", newline="") as file:
         csv.writer(file).writerows(
             [["image", "caption"], *([row["image"], f"shape {n}"] for n, row in enumerate(rows))]
         )
     source = open_source("lists/first.csv")
-    assert [source[n].captions[0] for n in range(len(source))] == [f"shape {n}" for n in range(len(rows))]
+    assert [source[n].captions[0] for n in range(len(source))] == [
+        f"shape {n}" for n in range(len(rows))
+    ]
 
 
-def test_columns_of_captions_change_nothing(folder, tmp_path, weights_file, command, monkeypatch, caplog):
+def test_columns_of_captions_change_nothing(
+    folder, tmp_path, weights_file, command, monkeypatch, caplog
+):
     monkeypatch.chdir(tmp_path)
     warn_once.cache_clear()
     rows = [f"{folder}/{name}.png,{name},x" for name in ("red-bar", "blue-bar", "red-circle")]
     Path("pairs.csv").write_text("\n".join(["image,title,description", *rows]))
     Path("plain.csv").write_text("\n".join(["image,color,shape", *rows]))
     words = ["choose", weights_file, "pairs.csv", "--quiet", "--out"]
-    for number, more in enumerate(([], ["--caption-column", "description"], ["--caption-column", "none"])):
+    for number, more in enumerate(
+        ([], ["--caption-column", "description"], ["--caption-column", "none"])
+    ):
         assert command(*words, f"{number}.csv", *more).status == 0
     assert (len(list(Path("indices").iterdir())), "Not used" in caplog.text) == (1, False)
     assert len(declip.choose(weights_file, "plain.csv", index="plain").index) == 3
@@ -125,12 +141,19 @@ def test_columns_of_captions_change_nothing(folder, tmp_path, weights_file, comm
     declip.embed(weights_file, "pairs.csv", out="index", captions=True)
     assert all(declip.choose(weights_file, "pairs.csv", index="index").index.captions())
     Path("moved.csv").write_text(Path("pairs.csv").read_text().replace("image", "picture"))
-    assert command("choose", weights_file, "moved.csv", "--image-column", "picture", "--out", "m.csv").status == 0
+    assert (
+        command(
+            "choose", weights_file, "moved.csv", "--image-column", "picture", "--out", "m.csv"
+        ).status
+        == 0
+    )
 
 
 def test_a_large_source_is_sampled(model, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(choosing, "MOST", 12)
-    few = [declip.choose(model, folder, 1, index=tmp_path / "index", seed=seed) for seed in (0, 0, 1)]
+    few = [
+        declip.choose(model, folder, 1, index=tmp_path / "index", seed=seed) for seed in (0, 0, 1)
+    ]
     one, same, other = (choice.images[0].key for choice in few)
     assert (one == same, one == other) == (True, False)
     assert (few[0].compared, "sample of 12 of 24" in few[0].summary()) == (12, True)
@@ -139,7 +162,9 @@ def test_a_large_source_is_sampled(model, folder, tmp_path, monkeypatch):
 def test_wrong_input(model, folder, tmp_path):
     refuses("count", declip.choose, model, folder, 0)
     items = [Image.open(folder / "red-bar.png")]
-    refuses("keys", declip.choose, model, items, 1, index=tmp_path / "items", out=tmp_path / "x.csv")
+    refuses(
+        "keys", declip.choose, model, items, 1, index=tmp_path / "items", out=tmp_path / "x.csv"
+    )
 
 
 def test_embed_search_and_look_after(weights_file, folder, tmp_path, command):
@@ -162,8 +187,13 @@ def test_embed_search_and_look_after(weights_file, folder, tmp_path, command):
 
 def test_lines_into_a_pipe_are_neither_cut_nor_wrapped(weights_file, folder, tmp_path, command):
     caption, index = " ".join(["a red circle"] * 60), tmp_path / ("a long name " * 10)
-    (tmp_path / "pairs.jsonl").write_text(json.dumps({"image": "shapes/red-circle.png", "caption": caption}) + "\n")
-    assert command("embed", weights_file, tmp_path / "pairs.jsonl", "--out", index, "--quiet").status == 0
+    (tmp_path / "pairs.jsonl").write_text(
+        json.dumps({"image": "shapes/red-circle.png", "caption": caption}) + "\n"
+    )
+    assert (
+        command("embed", weights_file, tmp_path / "pairs.jsonl", "--out", index, "--quiet").status
+        == 0
+    )
     _, line = command("search", index, "red").out.splitlines()
     assert line.rstrip().endswith(caption)
     assert str(index) in command("index", "show", index).out.splitlines()[0]
@@ -172,9 +202,12 @@ def test_lines_into_a_pipe_are_neither_cut_nor_wrapped(weights_file, folder, tmp
 def loaded_by(*steps):
     """Which of some modules a program imports up to the end of each step: of code, and names."""
     code = "".join(
-        f"{step}\nprint(*(name for name in {names.split()} if name in sys.modules))\n" for step, names in steps
+        f"{step}\nprint(*(name for name in {names.split()} if name in sys.modules))\n"
+        for step, names in steps
     )
-    done = subprocess.run([sys.executable, "-c", f"import sys\n{code}"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys\n{code}"], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
@@ -200,8 +233,12 @@ def test_a_text_search_builds_no_image_tower(folder, tmp_path):
         # The text tower alone finds what the model finds.
         parts, whole = Index.open(tmp_path / name), Index.open(tmp_path / name, model=file)
         assert whole.model.image_tower.proj is not None
-        assert [(hit.key, hit.score) for hit in parts.search("red")] == [(h.key, h.score) for h in whole.search("red")]
-    assert loaded_by((code, "timm torchvision transformers wandb pandas matplotlib torch._dynamo torch")) == ["torch"]
+        assert [(hit.key, hit.score) for hit in parts.search("red")] == [
+            (h.key, h.score) for h in whole.search("red")
+        ]
+    assert loaded_by(
+        (code, "timm torchvision transformers wandb pandas matplotlib torch._dynamo torch")
+    ) == ["torch"]
 
 
 def test_a_file_name_that_no_table_can_hold_is_refused(folder, weights_file, tmp_path, command):
@@ -209,6 +246,8 @@ def test_a_file_name_that_no_table_can_hold_is_refused(folder, weights_file, tmp
     (folder / "red-bar.png").rename(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.png"))
     table = tmp_path / "choose.csv"
     refused = command("choose", weights_file, folder, "--out", table, "--index", tmp_path / "index")
-    assert (refused.status, "caf\N{REPLACEMENT CHARACTER}.png" in refused.err) == (2, True), refused.err
+    assert (refused.status, "caf\N{REPLACEMENT CHARACTER}.png" in refused.err) == (2, True), (
+        refused.err
+    )
     assert "Rename" in refused.err
     assert not table.exists()

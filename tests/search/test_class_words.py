@@ -15,7 +15,9 @@ from declip.search.class_words import class_direction, classes_of
 
 def model_of(encoder, classes=1_000):
     recipe = SimpleNamespace(text=SimpleNamespace(hf_model=encoder))
-    return SimpleNamespace(recipe=recipe, image_tower=SimpleNamespace(proj=PosteriorProjection(4, classes, 3)))
+    return SimpleNamespace(
+        recipe=recipe, image_tower=SimpleNamespace(proj=PosteriorProjection(4, classes, 3))
+    )
 
 
 def test_a_word_has_its_classes_in_any_form_and_a_phrase_or_another_model_none():
@@ -24,7 +26,9 @@ def test_a_word_has_its_classes_in_any_form_and_a_phrase_or_another_model_none()
     assert len(animals) == 398
     assert animals == classes_of(" The Animals.", model)
     assert set(classes_of("birds", model)) < set(animals)
-    assert [classes_of(text, model) for text in ("", "an animal on a table", "object", "arm")] == [()] * 4
+    assert [classes_of(text, model) for text in ("", "an animal on a table", "object", "arm")] == [
+        ()
+    ] * 4
     assert classes_of("animal", model_of(None)) == classes_of("animal", object()) == ()
 
 
@@ -42,8 +46,12 @@ def test_the_direction_is_the_mean_of_classes_as_images():
     assert class_direction(model_of("builtin:lite2-minilm", classes=10), (3, 7)) is None
 
 
-@pytest.mark.skipif(not starter.installed("builtin:lite0-minilm"), reason="the built-in start is not installed")
-@pytest.mark.skipif(not starter.installed("builtin:lite0-minilm"), reason="the built-in start is not installed")
+@pytest.mark.skipif(
+    not starter.installed("builtin:lite0-minilm"), reason="the built-in start is not installed"
+)
+@pytest.mark.skipif(
+    not starter.installed("builtin:lite0-minilm"), reason="the built-in start is not installed"
+)
 def test_a_class_named_by_such_a_word_is_compared_as_images_too(tmp_path):
     Image.new("RGB", (40, 40), "red").save(tmp_path / "a.png")
     model, names = declip.load("builtin:lite0-minilm"), ["animals", "a red square"]
@@ -51,10 +59,14 @@ def test_a_class_named_by_such_a_word_is_compared_as_images_too(tmp_path):
     texts = model.encode_text(names)
     texts[0] = normalize(texts[0] + class_direction(model, classes_of("animals", model)), dim=0)
     scores = model.logit_scale.exp() * model.encode_image([str(tmp_path / "a.png")]) @ texts.T
-    assert list(found.probabilities.values()) == pytest.approx(scores.softmax(dim=1)[0].tolist(), abs=1e-5)
+    assert list(found.probabilities.values()) == pytest.approx(
+        scores.softmax(dim=1)[0].tolist(), abs=1e-5
+    )
 
 
-@pytest.mark.skipif(not starter.installed("builtin:lite0-minilm"), reason="the built-in start is not installed")
+@pytest.mark.skipif(
+    not starter.installed("builtin:lite0-minilm"), reason="the built-in start is not installed"
+)
 def test_a_search_for_a_class_word_reads_the_image_tower_and_no_other_does(tmp_path):
     Image.new("RGB", (40, 40), "red").save(tmp_path / "a.png")
     declip.embed("builtin:lite0-minilm", [str(tmp_path / "a.png")], out=tmp_path / "index")

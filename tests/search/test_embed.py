@@ -47,25 +47,38 @@ def test_vectors_are_the_models_and_keys_the_sources(model, folder, tmp_path):
     index = declip.embed(model, folder, out=tmp_path / "index", dtype="float32", batch_size=7)
     names = sorted(path.name for path in folder.iterdir())
     with torch.no_grad():
-        expected = model.encode_image(model.preprocess([Image.open(folder / name).convert("RGB") for name in names]))
+        expected = model.encode_image(
+            model.preprocess([Image.open(folder / name).convert("RGB") for name in names])
+        )
     assert index.keys() == names
     torch.testing.assert_close(index.vectors(index.ids), expected, rtol=0, atol=1e-5)
     half = declip.embed(model, folder, out=tmp_path / "half", batch_size=7)
     assert torch.equal(half.vectors(half.ids), index.vectors(index.ids).half().float())
     row = index.row(3)
-    assert (row.origin.path, row.origin.size) == (str(folder / names[3]), (folder / names[3]).stat().st_size)
+    assert (row.origin.path, row.origin.size) == (
+        str(folder / names[3]),
+        (folder / names[3]).stat().st_size,
+    )
     assert "Without caption: 24" in index.summary()
 
 
-def test_an_index_in_another_precision_is_searched_and_updated(weights_file, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})  # emulated where it is false
+def test_an_index_in_another_precision_is_searched_and_updated(
+    weights_file, folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(
+        torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}
+    )  # emulated where it is false
     index = declip.embed(weights_file, folder, out=tmp_path / "index", device="cpu")
     assert index.info.precision == "bf16"
-    found = declip.Index.open(tmp_path / "index", device="cpu").search(image=folder / "red-bar.png", k=24)
+    found = declip.Index.open(tmp_path / "index", device="cpu").search(
+        image=folder / "red-bar.png", k=24
+    )
     (own,) = (hit.score for hit in found if hit.key == "red-bar.png")
     assert own == pytest.approx(1.0, abs=1e-3)
     draw("red", "bar").resize((60, 60)).save(folder / "zoomed.png")
-    index = declip.embed(weights_file, folder, out=tmp_path / "index", device="cpu", precision="fp32")
+    index = declip.embed(
+        weights_file, folder, out=tmp_path / "index", device="cpu", precision="fp32"
+    )
     assert (len(index), index.info.precision) == (25, "fp32")
     assert "computed in fp32" in index.summary()
 
@@ -81,7 +94,9 @@ def test_a_stopped_call_continues(model, folder, tmp_path, caplog):
         assert "the same command continues" in caplog.text
         refuses("does not exist", declip.Index.open, tmp_path / "stopped", model=model)
         read.append(source.read)
-    assert (read[0], read[1]) == ([*range(12)], [0, 4, *range(12, 20)]), "the rest, and the broken ones"
+    assert (read[0], read[1]) == ([*range(12)], [0, 4, *range(12, 20)]), (
+        "the rest, and the broken ones"
+    )
     declip.embed(model, Interrupted(folder), out=tmp_path / "stopped", batch_size=3, workers=2)
     declip.embed(model, Interrupted(folder), out=tmp_path / "whole", batch_size=3)
     stopped, whole = contents(tmp_path / "stopped"), contents(tmp_path / "whole")
@@ -204,7 +219,9 @@ def test_repaired_captions_and_other_objects_are_embedded_again(model, tmp_path)
     objects = [[(draw(color, "bar", 40), "a bar")] for color in ("red", "green")]
     one, other = (declip.embed(model, each, out=tmp_path / "objects") for each in objects)
     assert not torch.equal(one.vectors(one.ids), other.vectors(other.ids))
-    index = declip.embed(model, [("1.png", "a bar")], out=tmp_path / "named", columns=Columns(root=tmp_path))
+    index = declip.embed(
+        model, [("1.png", "a bar")], out=tmp_path / "named", columns=Columns(root=tmp_path)
+    )
     assert (index.keys(), index.row(0).origin.path) == (["1.png"], str(tmp_path / "1.png"))
 
 
@@ -242,7 +259,9 @@ def test_an_update_decodes_no_file_whose_size_and_time_are_as_before(model, tmp_
     assert [row.caption for row in index.rows([0, 1])] == ["a red bar", "one"]
     (folder / "b.txt").write_text("other")
     batches, encode = [], embedding.encode_batches
-    monkeypatch.setattr(embedding, "encode_batches", lambda *given: batches.extend(given[3]) or encode(*given))
+    monkeypatch.setattr(
+        embedding, "encode_batches", lambda *given: batches.extend(given[3]) or encode(*given)
+    )
     index = declip.embed(model, folder, out=out)
     assert not batches
     assert [row.caption for row in index.rows([0, 1])] == ["a red bar", "other"]
@@ -282,12 +301,24 @@ def test_shards_that_come_later_and_share_names(model, tmp_path):
 def test_cells_of_a_table_that_have_moved_are_embedded_again(model, folder, tmp_path):
     paths = [path for path in sorted(folder.iterdir()) if "red" in path.name]
     table, out = tmp_path / "bytes.parquet", tmp_path / "index"
-    cells = {"image": [path.read_bytes() for path in paths], "caption": ["a bar", None, "a square", "a triangle"]}
+    cells = {
+        "image": [path.read_bytes() for path in paths],
+        "caption": ["a bar", None, "a square", "a triangle"],
+    }
     pq.write_table(pa.table(cells), table)
-    assert declip.embed(model, table, out=out).row(1).captions == (), "a caption that is missing breaks no image"
-    pq.write_table(pa.table({name: [column[3], *column[:3]] for name, column in cells.items()}), table)
+    assert declip.embed(model, table, out=out).row(1).captions == (), (
+        "a caption that is missing breaks no image"
+    )
+    pq.write_table(
+        pa.table({name: [column[3], *column[:3]] for name, column in cells.items()}), table
+    )
     moved = declip.embed(model, table, out=out)
-    assert [moved.row(id).captions for id in moved.ids] == [("a triangle",), ("a bar",), (), ("a square",)]
+    assert [moved.row(id).captions for id in moved.ids] == [
+        ("a triangle",),
+        ("a bar",),
+        (),
+        ("a square",),
+    ]
     plain = declip.embed(model, table, out=tmp_path / "plain", columns=Columns(caption=None))
     assert [plain.row(id).captions for id in plain.ids] == [()] * 4
 
@@ -322,7 +353,9 @@ def die_at(number, call, monkeypatch):
 
 
 @pytest.mark.parametrize("update", [False, True])
-def test_a_call_that_is_killed_at_any_moment_leaves_an_index_or_continues(update, model, tmp_path, monkeypatch):
+def test_a_call_that_is_killed_at_any_moment_leaves_an_index_or_continues(
+    update, model, tmp_path, monkeypatch
+):
     photos, results = tmp_path / "photos", []
     embed = partial(declip.embed, model, photos, workers=0)
     photos.mkdir()
@@ -341,7 +374,10 @@ def test_a_call_that_is_killed_at_any_moment_leaves_an_index_or_continues(update
         for aside in tmp_path.glob(f".{number}.*.old"):  # the process that made it is gone
             aside.rename(tmp_path / f".{number}.4194305.old")
         if update:
-            assert sorted(declip.Index.open(out).keys()) in (["a.png", "b.png", "c.png"], ["b.png", "c.png", "d.png"])
+            assert sorted(declip.Index.open(out).keys()) in (
+                ["a.png", "b.png", "c.png"],
+                ["b.png", "c.png", "d.png"],
+            )
         embed(out=out)
         results.append(contents(out))
         results[-1].pop("index.json")

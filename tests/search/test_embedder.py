@@ -36,7 +36,9 @@ def rows(folder):
 
 
 def test_an_embedder_returns_a_row_for_each_row(rows, weights_file, folder, tmp_path, monkeypatch):
-    index = declip.embed(weights_file, folder, out=tmp_path / "index", dtype="float32", precision="fp32")
+    index = declip.embed(
+        weights_file, folder, out=tmp_path / "index", dtype="float32", precision="fp32"
+    )
     monkeypatch.chdir(weights_file.parent)
     embedder = declip.Embedder(weights_file.name, precision="fp32")
     monkeypatch.chdir(tmp_path)
@@ -71,18 +73,27 @@ def test_an_index_of_parquet_files(rows, weights_file, folder, tmp_path, monkeyp
     images = [{"bytes": image, "path": None} for image in images]
     given = datasets.Dataset.from_dict({"id": rows["id"], "image": images})
     made = given.map(
-        declip.Embedder(weights_file, precision="fp32"), batched=True, batch_size=7, remove_columns=given.column_names
+        declip.Embedder(weights_file, precision="fp32"),
+        batched=True,
+        batch_size=7,
+        remove_columns=given.column_names,
     )
     for number, span in enumerate((range(5), range(5, 24))):
         made.select(span).to_parquet(str(tmp_path / f"{number}.parquet"))
-    made.select(range(24, 27)).to_parquet(str(tmp_path / "-.parquet"))  # the first file has errors alone
+    made.select(range(24, 27)).to_parquet(
+        str(tmp_path / "-.parquet")
+    )  # the first file has errors alone
     files, out = str(tmp_path / "*.parquet"), tmp_path / "index"
     index = declip.Index.from_parquet(files, model=weights_file, out=out, dtype="float32")
-    own = declip.embed(weights_file, folder, out=tmp_path / "own", dtype="float32", precision="fp32")
+    own = declip.embed(
+        weights_file, folder, out=tmp_path / "own", dtype="float32", precision="fp32"
+    )
     assert (index.keys(), index.info.precision) == (own.keys(), "fp32")
     assert torch.allclose(index.vectors(index.ids), own.vectors(own.ids), atol=1e-6)
     assert index.info.skipped["reasons"]["missing image"] == {"count": 1, "examples": ["y"]}
-    assert [hit.key for hit in index.search("red", k=5)] == [hit.key for hit in own.search("red", k=5)]
+    assert [hit.key for hit in index.search("red", k=5)] == [
+        hit.key for hit in own.search("red", k=5)
+    ]
     refuses("--source", index.image, 3)
     assert declip.Index.open(out, source=folder).image(3).tobytes() == own.image(3).tobytes()
     again = declip.Index.from_parquet(files, model=weights_file, out=out, dtype="float32")
@@ -93,7 +104,9 @@ def test_an_index_of_parquet_files(rows, weights_file, folder, tmp_path, monkeyp
 
 
 def test_parquet_files_that_are_refused(rows, weights_file, tmp_path, command):
-    made = declip.Embedder(weights_file, precision="fp32")({name: cells[:4] for name, cells in rows.items()})
+    made = declip.Embedder(weights_file, precision="fp32")(
+        {name: cells[:4] for name, cells in rows.items()}
+    )
     write_declip_file(tiny_model(1), tmp_path / "other.safetensors")
     vectors = made["vector"]
     changed = {
@@ -107,7 +120,9 @@ def test_parquet_files_that_are_refused(rows, weights_file, tmp_path, command):
     }
     for name, (columns, message) in changed.items():
         path = write_rows(tmp_path / f"{name}.parquet", {**made, **columns})
-        refuses(message, declip.Index.from_parquet, path, model=weights_file, out=tmp_path / "index")
+        refuses(
+            message, declip.Index.from_parquet, path, model=weights_file, out=tmp_path / "index"
+        )
     pq.write_table(pa.table({"id": ["a"]}), tmp_path / "less.parquet")
     good = write_rows(tmp_path / "good.parquet", made)
     (tmp_path / "cut.parquet").write_bytes(good.read_bytes()[:-20])
@@ -117,9 +132,14 @@ def test_parquet_files_that_are_refused(rows, weights_file, tmp_path, command):
         refused = command("index", "from-parquet", files, "--model", model, "--out", out)
         assert (refused.status, message in " ".join(refused.err.split())) == (2, True), refused.err
     (tmp_path / "empty").mkdir()
-    refuses("no .parquet", declip.Index.from_parquet, tmp_path / "empty", model=weights_file, out=out)
+    refuses(
+        "no .parquet", declip.Index.from_parquet, tmp_path / "empty", model=weights_file, out=out
+    )
     assert not (out / "index.json").exists()
-    assert "4 images" in command("index", "from-parquet", good, "--model", weights_file, "--out", out).out
+    assert (
+        "4 images"
+        in command("index", "from-parquet", good, "--model", weights_file, "--out", out).out
+    )
 
 
 @pytest.fixture
@@ -135,14 +155,23 @@ def shards(folder, tmp_path):
 def test_numbers_of_a_source_are_embedded_in_any_order(weights_file, shards, tmp_path):
     embedder = declip.Embedder(weights_file, source=shards, precision="fp32")
     for start in (12, 0, 18, 6):  # as Ray Data calls workers
-        write_rows(tmp_path / f"rows/{start}.parquet", embedder({"id": np.arange(start, start + 6)}))
-    index = declip.Index.from_parquet(tmp_path / "rows", model=weights_file, out=tmp_path / "made", dtype="float32")
-    whole = declip.embed(weights_file, shards, out=tmp_path / "whole", precision="fp32", dtype="float32")
+        write_rows(
+            tmp_path / f"rows/{start}.parquet", embedder({"id": np.arange(start, start + 6)})
+        )
+    index = declip.Index.from_parquet(
+        tmp_path / "rows", model=weights_file, out=tmp_path / "made", dtype="float32"
+    )
+    whole = declip.embed(
+        weights_file, shards, out=tmp_path / "whole", precision="fp32", dtype="float32"
+    )
     order = np.argsort(index.keys())
     assert [index.keys()[at] for at in order] == whole.keys()
     assert (index.vectors(index.ids[order]) - whole.vectors(whole.ids)).abs().max() < 1e-6
     found = declip.Index.open(index.folder, source=shards)
-    assert found.image(0).tobytes() == found.image(int(found.search(image=found.image(0), k=1)[0].id)).tobytes()
+    assert (
+        found.image(0).tobytes()
+        == found.image(int(found.search(image=found.image(0), k=1)[0].id)).tobytes()
+    )
     refuses("no image 24", embedder, {"id": [23, 24]})
 
 
@@ -152,7 +181,13 @@ def test_rows_of_two_states_of_a_folder_are_refused(weights_file, folder, tmp_pa
     (folder / "red-triangle.png").rename(folder / "a-new.png")
     _open.cache_clear()  # as in another process
     write_rows(tmp_path / "rows/12.parquet", embedder({"id": range(12, 24)}))
-    refuses("1 ids are in several rows", declip.Index.from_parquet, tmp_path / "rows", model=weights_file, out="index")
+    refuses(
+        "1 ids are in several rows",
+        declip.Index.from_parquet,
+        tmp_path / "rows",
+        model=weights_file,
+        out="index",
+    )
 
 
 def test_the_example_for_an_array_of_jobs(weights_file, folder, tmp_path, monkeypatch):

@@ -45,26 +45,42 @@ def test_search_by_text_image_and_both(made, model, folder):
         (made.search("a red bar", k=5), text),
         (made.search(image=folder / "red-bar.png", k=5), image),
         (made.search(query_image, k=5), image),
-        (made.search("a red bar", query_image, weights=(0.7, 0.3), k=5), both / np.linalg.norm(both)),
+        (
+            made.search("a red bar", query_image, weights=(0.7, 0.3), k=5),
+            both / np.linalg.norm(both),
+        ),
     ):
         expected = brute(made, query)[:5]
         assert [hit.id for hit in hits] == [id_ for id_, _ in expected]
-        np.testing.assert_allclose([hit.score for hit in hits], [score for _, score in expected], atol=1e-5)
+        np.testing.assert_allclose(
+            [hit.score for hit in hits], [score for _, score in expected], atol=1e-5
+        )
     found = made.search(image=query_image, k=4)
     assert found[0].key == "red-bar.png"
     assert made.nearest(made.vectors([found[0].id]), 4)[0][0].tolist() == [hit.id for hit in found]
-    torch.testing.assert_close(made.query("bar", template="a red {}"), torch.from_numpy(text).float())
+    torch.testing.assert_close(
+        made.query("bar", template="a red {}"), torch.from_numpy(text).float()
+    )
     assert made.query("bar", template="emoji").norm().item() == pytest.approx(1, abs=1e-5), "a mean"
 
 
-def test_images_are_found_by_key_and_no_path_in_the_index_is_opened(made, folder, tmp_path, monkeypatch):
+def test_images_are_found_by_key_and_no_path_in_the_index_is_opened(
+    made, folder, tmp_path, monkeypatch
+):
     refuses("no image with the id", made.image, 24)
     row, before = made.row(10), made.image(10)
     Image.new("RGB", (8, 8)).save(folder / "a-first.png")
-    assert np.array_equal(Index.open(made.folder, source=folder).image(10), before), "places have moved"
+    assert np.array_equal(Index.open(made.folder, source=folder).image(10), before), (
+        "places have moved"
+    )
     (folder / row.key).rename(tmp_path / "secret.png")
     moved = Index.open(made.folder)
-    for forged in (row, replace(row, key="../secret.png", origin=row.origin._replace(path=f"{tmp_path}/secret.png"))):
+    for forged in (
+        row,
+        replace(
+            row, key="../secret.png", origin=row.origin._replace(path=f"{tmp_path}/secret.png")
+        ),
+    ):
         monkeypatch.setattr(moved, "row", lambda id, forged=forged: forged)
         refuses("is no longer in 'shapes'", moved.image, 10)
 
@@ -114,7 +130,9 @@ def test_projections_that_are_computed_on_another_machine_are_the_same_model():
     other.image_tower.proj.weight.data *= 1 + 1e-6
     name = "image_tower.proj.weight"
     for model in (one, other):
-        model.published = PublishedHeads("digests of published files", {name: model.state_dict()[name].clone()})
+        model.published = PublishedHeads(
+            "digests of published files", {name: model.state_dict()[name].clone()}
+        )
     assert fingerprint(one) == fingerprint(other)
     other.image_tower.proj.weight.data *= 1 + 1e-6  # trained since
     assert fingerprint(one) != fingerprint(other)
@@ -155,7 +173,10 @@ def test_damage_is_said(made, model, folder):
         (files / "rows.parquet", b"PAR1" * (len(rows) // 4) + rows[: len(rows) % 4], "damaged"),
         (files / "rows.parquet", rows.replace(b"black-bar.png", b"\xff" * 13), "damaged"),
         *((path, json.dumps({**tree, **change}).encode(), message) for change, message in changes),
-        *((path, broken, INFO) for broken in (b"", b"[]", b'{"layout": 1}', path.read_bytes()[:100])),
+        *(
+            (path, broken, INFO)
+            for broken in (b"", b"[]", b'{"layout": 1}', path.read_bytes()[:100])
+        ),
     ]
     for file, damaged, message in damages:
         whole = file.read_bytes()
@@ -185,21 +206,37 @@ def test_a_source_that_is_an_object_has_to_be_given_again(model, table, tmp_path
     refuses("open the index with source=", Index.open(tmp_path / "index").image, 0)
     photos = [(draw("red", "bar"), "a red bar"), (draw("blue", "circle"), "a blue circle")]
     declip.embed(model, photos, out=tmp_path / "photos")
-    assert Index.open(tmp_path / "photos", source=photos).image(1).tobytes() == photos[1][0].tobytes()
+    assert (
+        Index.open(tmp_path / "photos", source=photos).image(1).tobytes() == photos[1][0].tobytes()
+    )
     refuses("NaN", made.nearest, np.full((1, made.info.dimension), np.nan), 3)
 
 
 def test_the_sheet_shows_what_was_found(made, folder):
     hits = made.search(image=folder / "red-bar.png", k=9)
-    drawn = search_sheet(Index.open(made.folder), hits, "like red-bar.png", Image.new("RGB", (50, 50), "lime"))
+    drawn = search_sheet(
+        Index.open(made.folder), hits, "like red-bar.png", Image.new("RGB", (50, 50), "lime")
+    )
     pixels = np.asarray(drawn).reshape(-1, 3)
     assert (pixels == (0, 255, 0)).all(1).sum() > 1000, "what was asked with"
     assert (pixels == (255, 0, 0)).all(1).sum() > 500, "what was found"
 
 
 def test_a_sheet_of_images_that_are_gone_is_an_error(weights_file, folder, command, tmp_path):
-    made, sheet = declip.embed(weights_file, folder, out=tmp_path / "index", workers=0), tmp_path / "sheet.png"
-    search = ("search", made.folder, "--image", draw_to(tmp_path / "query.png"), "-k", 2, "--contact-sheet", sheet)
+    made, sheet = (
+        declip.embed(weights_file, folder, out=tmp_path / "index", workers=0),
+        tmp_path / "sheet.png",
+    )
+    search = (
+        "search",
+        made.folder,
+        "--image",
+        draw_to(tmp_path / "query.png"),
+        "-k",
+        2,
+        "--contact-sheet",
+        sheet,
+    )
     first, second = command(*search[:-2]).out, made.search(image=tmp_path / "query.png", k=2)[1].key
     (folder / second).unlink()
     refused = command(*search)
@@ -238,7 +275,9 @@ def test_the_files_of_an_index_are_read_by_other_programs(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_nearest_equals_a_loop_in_float64(dtype, monkeypatch):
     monkeypatch.setattr("declip.search.index.ROWS", 30)
-    monkeypatch.setattr("declip.search.index.BLOCK_BYTES", 4 * 24 * 7)  # 7 rows: blocks do not divide the parts
+    monkeypatch.setattr(
+        "declip.search.index.BLOCK_BYTES", 4 * 24 * 7
+    )  # 7 rows: blocks do not divide the parts
     generator = torch.Generator().manual_seed(0)
     vectors = torch.randn(100, 24, generator=generator).to(dtype)
     queries = torch.randn(5, 24, generator=generator)
@@ -257,7 +296,9 @@ def test_nearest_equals_a_loop_in_float64(dtype, monkeypatch):
 
 def test_few_vectors_give_few_results():
     vectors, ids = torch.tensor([1.0, 0, 1, 1])[:, None].expand(4, 8), torch.tensor([2, 5, 7, 9])
-    assert nearest(torch.ones(2, 8), ids, vectors, 10, skip_zeros=True)[0].tolist() == [[2, 7, 9]] * 2
+    assert (
+        nearest(torch.ones(2, 8), ids, vectors, 10, skip_zeros=True)[0].tolist() == [[2, 7, 9]] * 2
+    )
     assert nearest(torch.ones(1, 8), torch.arange(0), torch.ones(0, 8), 3)[0].shape == (1, 0)
 
 
@@ -284,5 +325,7 @@ def test_vectors_are_written_in_order(tmp_path):
             vectors = torch.eye(64).repeat(63, 1)[:1000]
             writer.add(Block.of(rows[start : start + 1000], vectors, None, "float32"))
             sizes.append(max(path.stat().st_size for path in tmp_path.rglob("vectors.npy")))
-    assert all(size <= 1000 * 64 * 4 * (number + 1) + 128 for number, size in enumerate(sizes)), sizes
+    assert all(size <= 1000 * 64 * 4 * (number + 1) + 128 for number, size in enumerate(sizes)), (
+        sizes
+    )
     assert np.load(tmp_path / "made" / "vectors.npy").shape == (4000, 64)

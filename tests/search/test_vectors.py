@@ -50,7 +50,10 @@ def test_many_vectors_are_found(cache):
 def test_a_process_keeps_its_vectors_and_continues_without_them(cache, command):
     store = VectorCache("a")
     assert store.of(KEYS, numbers(1)).tolist() == [[1, 1], [2, 2], [1, 1]]
-    assert (command("cache", "clear").out.split()[0], (cache / "a" / FILE).exists()) == ("0.0", True)
+    assert (command("cache", "clear").out.split()[0], (cache / "a" / FILE).exists()) == (
+        "0.0",
+        True,
+    )
     shutil.rmtree(cache)
     assert store.of(KEYS, numbers(1)).tolist() == [[1, 1], [2, 2], [1, 1]]
 

@@ -21,7 +21,11 @@ def golden():
     arrays = np.load(GOLDEN / "loss_cases.npz")
 
     def case(name):
-        found = {k.removeprefix(f"{name}/"): torch.tensor(arrays[k]) for k in arrays if k.startswith(f"{name}/")}
+        found = {
+            k.removeprefix(f"{name}/"): torch.tensor(arrays[k])
+            for k in arrays
+            if k.startswith(f"{name}/")
+        }
         assert found, f"no golden case {name}"
         return found
 
@@ -50,13 +54,21 @@ class NoDeviceReads(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
-        assert name not in ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select"), name
+        assert name not in (
+            "_local_scalar_dense",
+            "nonzero",
+            "is_nonzero",
+            "equal",
+            "masked_select",
+        ), name
         return func(*args, **(kwargs or {}))
 
 
 BATCH = 6
 LENGTHS = torch.tensor([2, 5, 1, 4, 3, 5])
-NEIGHBORS = F.normalize(torch.randn(2, BATCH, 5, generator=torch.Generator().manual_seed(9)), dim=-1).bfloat16()
+NEIGHBORS = F.normalize(
+    torch.randn(2, BATCH, 5, generator=torch.Generator().manual_seed(9)), dim=-1
+).bfloat16()
 
 
 def views(z1, z2, keys1, keys2, scale, offset, limit):
@@ -66,7 +78,9 @@ def views(z1, z2, keys1, keys2, scale, offset, limit):
 def late(images, words, image_keys, word_keys, scale, offset, limit):
     mask = torch.arange(words.shape[1]) < LENGTHS[: len(word_keys), None]
     own = mask[offset : offset + len(words)]
-    return late_interaction(images, words, own, image_keys, word_keys, mask, scale, offset, max_logit_bytes=limit)
+    return late_interaction(
+        images, words, own, image_keys, word_keys, mask, scale, offset, max_logit_bytes=limit
+    )
 
 
 def neighbors(images, keys, scale, offset, limit):

@@ -14,7 +14,13 @@ from declip.models.dual_encoder import DualEncoder
 from declip.models.token_scorer import token_similarity
 from declip.recipe.schema import Recipe
 from declip.supervision import objective
-from declip.supervision.contrastive import Contrastive, Sigmoid, cross_entropy_to_keys, info_nce, sigmoid_loss
+from declip.supervision.contrastive import (
+    Contrastive,
+    Sigmoid,
+    cross_entropy_to_keys,
+    info_nce,
+    sigmoid_loss,
+)
 from declip.supervision.late_interaction import late_interaction, select_tokens
 from declip.supervision.masked_language import MaskedLanguage, chosen_rows, cross_entropy
 from declip.supervision.nearest_neighbor import neighbor_contrast
@@ -80,7 +86,10 @@ def loop_late(images, words, image_keys, word_keys, scale, offset):
 
     every, lengths = [4] * BATCH, LENGTHS.tolist()
     own = lengths[offset : offset + len(words)]
-    to_text, to_image = logits(images, word_keys, every[: len(own)], lengths), logits(words, image_keys, own, every)
+    to_text, to_image = (
+        logits(images, word_keys, every[: len(own)], lengths),
+        logits(words, image_keys, own, every),
+    )
     return (loop(to_text, offset) + loop(to_image, offset)) / 2
 
 
@@ -94,7 +103,9 @@ def loop_neighbors(images, image_keys, scale, offset, smoothing=0.0, found=None)
 
 def loop_sigmoid(images, texts, image_keys, text_keys, scale, offset):
     logits = enumerate(dots(images, text_keys, scale), offset)
-    signed = [(x - 0.4 * scale) * (-1 if n == b else 1) for b, row in logits for n, x in enumerate(row)]
+    signed = [
+        (x - 0.4 * scale) * (-1 if n == b else 1) for b, row in logits for n, x in enumerate(row)
+    ]
     return sum(math.log1p(math.exp(x)) for x in signed) / len(images)
 
 
@@ -173,14 +184,21 @@ def test_keys_that_share_an_id_are_left_out(units, limit, smoothing):
     with NoDeviceReads():
         found = cross_entropy_to_keys(rows[1:5], keys, 3.0, 1, limit, smoothing, (ids[1:5], ids))
     torch.testing.assert_close(found, torch.stack(losses).mean(), rtol=1e-12, atol=0)
-    gradients = (torch.autograd.grad(loss, (rows, keys)) for loss in (found, torch.stack(losses).mean()))
+    gradients = (
+        torch.autograd.grad(loss, (rows, keys)) for loss in (found, torch.stack(losses).mean())
+    )
     torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-12)
 
 
 def test_label_smoothing_is_of_both_directions(units):
     image, text = units(4, 5), units(4, 5)
-    ways = [cross_entropy_to_keys(*pair, 3.0, smoothing=0.3).item() for pair in ((image, text), (text, image))]
-    assert info_nce(image, text, image, text, 3.0, smoothing=0.3).item() == pytest.approx(sum(ways) / 2, rel=1e-12)
+    ways = [
+        cross_entropy_to_keys(*pair, 3.0, smoothing=0.3).item()
+        for pair in ((image, text), (text, image))
+    ]
+    assert info_nce(image, text, image, text, 3.0, smoothing=0.3).item() == pytest.approx(
+        sum(ways) / 2, rel=1e-12
+    )
 
 
 def assert_gradients(case, loss, names, atol):
@@ -206,7 +224,11 @@ def test_info_nce_equals_the_authors(golden, name):
 @pytest.mark.parametrize("name", loss_cases("nt_xent", "nt_xent_gather"))
 def test_nt_xent_equals_the_authors(golden, name):
     case = golden(name)
-    inputs = {name.replace("z", "grad"): z.requires_grad_() for name, z in case.items() if name.startswith("z_")}
+    inputs = {
+        name.replace("z", "grad"): z.requires_grad_()
+        for name, z in case.items()
+        if name.startswith("z_")
+    }
     z1, z2, *keys = inputs.values()
     offset = int(case.get("rank", 0)) * len(z1)
     loss = nt_xent(z1, z2, *(keys or (z1, z2)), case["temperature"].item(), offset)
@@ -234,15 +256,24 @@ def test_late_interaction_equals_the_authors(golden, name):
     k = int(case["top_k"])
     image_keys, _ = select_tokens(images, words, k)
     word_keys, _ = select_tokens(words, images, k)
-    for tokens, keys, name in ((images, image_keys, "selected_1"), (words, word_keys, "selected_2")):
+    for tokens, keys, name in (
+        (images, image_keys, "selected_1"),
+        (words, word_keys, "selected_2"),
+    ):
         chosen = case[name].sort(dim=1).values
         same = (tokens.unsqueeze(2) == keys.unsqueeze(1)).all(dim=-1).any(dim=2)
         assert torch.equal(same.nonzero()[:, 1].reshape(chosen.shape), chosen)
     scale = log_scale.exp()
-    torch.testing.assert_close(scale * token_similarity(images, word_keys), case["logits_1"], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(scale * token_similarity(words, image_keys), case["logits_2"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        scale * token_similarity(images, word_keys), case["logits_1"], rtol=1e-5, atol=1e-5
+    )
+    torch.testing.assert_close(
+        scale * token_similarity(words, image_keys), case["logits_2"], rtol=1e-5, atol=1e-5
+    )
     nothing = torch.zeros(words.shape[:2], dtype=torch.bool)
-    loss = late_interaction(images, words, nothing, image_keys, word_keys, nothing[:, :k], scale, include_padding=True)
+    loss = late_interaction(
+        images, words, nothing, image_keys, word_keys, nothing[:, :k], scale, include_padding=True
+    )
     assert_gradients(case, loss, {"grad_1": raw[0], "grad_2": raw[1]}, 1e-7)
     torch.testing.assert_close(log_scale.grad, case["grad_scale"], rtol=1e-4, atol=1e-7)
 
@@ -270,7 +301,9 @@ def test_neighbors_get_no_gradient(units):
 
 def test_chance_of_the_sigmoid_loss_is_that_of_equal_logits_with_the_best_bias():
     alike = torch.ones(7, 1, dtype=torch.float64)
-    losses = [sigmoid_loss(alike, alike, 0.0, -math.log(6) + shift).item() for shift in (-0.1, 0.0, 0.1)]
+    losses = [
+        sigmoid_loss(alike, alike, 0.0, -math.log(6) + shift).item() for shift in (-0.1, 0.0, 0.1)
+    ]
     assert Sigmoid.chance(None, 7) == pytest.approx(losses[1], rel=1e-12)
     assert losses[1] < min(losses[0], losses[2])
 
@@ -278,7 +311,9 @@ def test_chance_of_the_sigmoid_loss_is_that_of_equal_logits_with_the_best_bias()
 def test_chance_is_the_loss_of_equal_features():
     alike = torch.ones(7, 3, dtype=torch.float64)
     for loss, term in ((info_nce, Contrastive), (nt_xent, SimCLR)):
-        assert term.chance(None, 7) == pytest.approx(loss(alike, alike, alike, alike, 0.5).item(), rel=1e-12)
+        assert term.chance(None, 7) == pytest.approx(
+            loss(alike, alike, alike, alike, 0.5).item(), rel=1e-12
+        )
 
 
 def test_negative_cosine(units):
@@ -303,7 +338,9 @@ def test_chosen_rows_equal_a_plain_loop(units):
     words = units(3, 4, 5).requires_grad_()
     labels = torch.tensor([[-100, 7, -100, 3], [-100] * 4, [0, -100, -100, -100]])
     rows, targets = chosen_rows(words, labels)
-    expected = [words[b, position] for b in range(3) for position in range(4) if labels[b, position] != -100]
+    expected = [
+        words[b, position] for b in range(3) for position in range(4) if labels[b, position] != -100
+    ]
     assert torch.equal(rows, torch.stack(expected))
     assert targets.tolist() == [7, 3, 0]
     rows.sum().backward()
@@ -314,11 +351,18 @@ def test_masked_language_loss(units):
     logits, targets = 5 * units(6, 9), torch.tensor([3, -100, 8, -100, -100, 2])
     chosen = targets != -100
     rows = logits[chosen].tolist()
-    losses = [loop([row], target) for row, target in zip(rows, targets[chosen].tolist(), strict=True)]
+    losses = [
+        loop([row], target) for row, target in zip(rows, targets[chosen].tolist(), strict=True)
+    ]
     for given in ((logits, targets), (logits[chosen], targets[chosen])):
         assert cross_entropy(*given).item() == pytest.approx(sum(losses) / 3, rel=1e-12)
-    ranks = [cross_entropy(logits[part], targets[part], count=3 / 2) for part in (slice(0, 1), slice(1, 6))]
-    assert (sum(ranks) / 2).item() == pytest.approx(sum(losses) / 3, rel=1e-12), "a shared count makes ranks equal"
+    ranks = [
+        cross_entropy(logits[part], targets[part], count=3 / 2)
+        for part in (slice(0, 1), slice(1, 6))
+    ]
+    assert (sum(ranks) / 2).item() == pytest.approx(sum(losses) / 3, rel=1e-12), (
+        "a shared count makes ranks equal"
+    )
     assert torch.autograd.gradcheck(lambda x: cross_entropy(x, targets), logits.requires_grad_())
     with NoDeviceReads():
         cross_entropy(logits, targets)
@@ -326,7 +370,9 @@ def test_masked_language_loss(units):
 
 def test_the_mean_over_ranks_is_the_mean_over_masked_words(units):
     logits, targets = 5 * units(4, 9), torch.tensor([3, 8, 2, 0])
-    keys = Rows((), torch.empty(0), torch.empty(1, 4, 0), {"count": torch.tensor([1.0, 0.0, 2.0, 1.0])})
+    keys = Rows(
+        (), torch.empty(0), torch.empty(1, 4, 0), {"count": torch.tensor([1.0, 0.0, 2.0, 1.0])}
+    )
     losses = []
     for words in (slice(0, 1), slice(1, 4)):  # of two pairs each
         extra = {"logits": logits[words], "targets": targets[words]}
@@ -383,8 +429,13 @@ def test_selection_equals_a_plain_loop(units, masked):
         selected, counted = select_tokens(tokens, paired, 2, mask, paired_mask)
     for b in range(3):
         others = paired[b][paired_mask[b]].tolist()
-        scores = {sum(dot(token, other) for other in others): token for token in tokens[b][mask[b]].tolist()}
-        assert selected[b][counted[b]].tolist() == [scores[s] for s in sorted(scores, reverse=True)[:2]]
+        scores = {
+            sum(dot(token, other) for other in others): token
+            for token in tokens[b][mask[b]].tolist()
+        }
+        assert selected[b][counted[b]].tolist() == [
+            scores[s] for s in sorted(scores, reverse=True)[:2]
+        ]
     everything, counted = select_tokens(tokens, paired, 16, mask)
     assert everything.shape == tokens.shape
     assert counted.sum() == mask.sum()

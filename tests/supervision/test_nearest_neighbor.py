@@ -38,7 +38,9 @@ def test_equals_a_plain_list_under_any_pushes(size, counts, seed):
             torch.testing.assert_close(ordered(queue), expected, rtol=0, atol=1e-6)
             queries = torch.randn(5, WIDTH, generator=generator)
             scores = (queries * queue.features[queue.nearest(queries)]).sum(dim=1)
-            torch.testing.assert_close(scores, (queries @ expected.T).amax(dim=1), rtol=0, atol=1e-5)
+            torch.testing.assert_close(
+                scores, (queries @ expected.T).amax(dim=1), rtol=0, atol=1e-5
+            )
 
 
 def test_written_in_float32_at_length_1_and_without_gradient():
@@ -68,7 +70,9 @@ def test_searching_in_blocks_finds_the_same(monkeypatch, held):
     queries = torch.randn(200, 32, generator=generator)
     expected = queue.nearest(queries)
     sizes, argmax = [], torch.Tensor.argmax
-    monkeypatch.setattr(torch.Tensor, "argmax", lambda x, **k: sizes.append(x.numel()) or argmax(x, **k))
+    monkeypatch.setattr(
+        torch.Tensor, "argmax", lambda x, **k: sizes.append(x.numel()) or argmax(x, **k)
+    )
     monkeypatch.setattr(module, "SIMILARITIES_AT_ONCE", held)
     assert torch.equal(queue.nearest(queries), expected)
     assert max(sizes) <= held
@@ -82,7 +86,9 @@ def drawn(rank, step, what):
     """Features (2, ROWS, d) of length 1 of two views, of a process at a step."""
     generator = torch.Generator().manual_seed(100 * rank + 10 * step + what)
     width = TINY["embed_dim"]
-    return F.normalize(torch.randn(2, ROWS, width, generator=generator, dtype=torch.float64), dim=-1)
+    return F.normalize(
+        torch.randn(2, ROWS, width, generator=generator, dtype=torch.float64), dim=-1
+    )
 
 
 def losses_with_own_queues():

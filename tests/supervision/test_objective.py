@@ -37,13 +37,17 @@ def random_batch(size=8, views=2, length=16):
     texts = torch.randint(1, 500, (2, size, length), generator=generator)
     ends = torch.randint(4, length, (2, size), generator=generator)
     place = torch.arange(length)
-    texts = torch.where(place == ends[..., None], tokenizer.end, texts).where(place <= ends[..., None], 0)
+    texts = torch.where(place == ends[..., None], tokenizer.end, texts).where(
+        place <= ends[..., None], 0
+    )
     masked, labels = texts[0].clone(), torch.full((size, length), -100)
     labels[::2, 1], masked[::2, 1] = texts[0, ::2, 1], tokenizer.mask
     labels[1, 2], masked[1, 2] = texts[0, 1, 2], tokenizer.mask
     images = torch.randn(views, size, 3, 32, 32, generator=generator)
     names = ("first", "second") if views < 3 else ("contrastive", "first", "second")
-    return PairBatch(dict(zip(names, images, strict=False)), texts, masked, labels, torch.arange(size))
+    return PairBatch(
+        dict(zip(names, images, strict=False)), texts, masked, labels, torch.arange(size)
+    )
 
 
 def queue_of(objective):
@@ -131,7 +135,10 @@ def test_a_base_view_is_for_the_contrast_alone():
     model, objective = parts(WEIGHTS["slip"])
     three = random_batch(views=3)
     terms = objective(model, three)
-    images, texts = model.encode_image(three.views["contrastive"].pixels), model.encode_text(three.masked)
+    images, texts = (
+        model.encode_image(three.views["contrastive"].pixels),
+        model.encode_text(three.masked),
+    )
     expected = contrastive.info_nce(images, texts, images, texts, model.logit_scale.exp())
     torch.testing.assert_close(terms["contrastive"], expected)
     model, objective = parts(WEIGHTS["slip"])
@@ -147,12 +154,18 @@ def test_one_image_view_meets_both_captions():
     objective(model, batch)
     objective.after_step(model)
     terms, queue, scale = objective(model, batch), known(objective), model.logit_scale.exp()
-    image, texts = model.encode_image(batch.views["first"].pixels), [*map(model.encode_text, batch.texts)]
+    image, texts = (
+        model.encode_image(batch.views["first"].pixels),
+        [*map(model.encode_text, batch.texts)],
+    )
     nearest = [queue[(text @ queue.T).argmax(dim=1)] for text in texts]
     expected = {
         "contrastive": contrastive.info_nce(image, texts[0], image, texts[0], scale),
         "multi_view": contrastive.info_nce(image, texts[1], image, texts[1], scale),
-        "nearest_neighbor": sum(contrastive.cross_entropy_to_keys(image, keys, scale) for keys in nearest) / 2,
+        "nearest_neighbor": sum(
+            contrastive.cross_entropy_to_keys(image, keys, scale) for keys in nearest
+        )
+        / 2,
     }
     expected["loss"] = sum(weight * expected[name] for name, weight in weights.items())
     torch.testing.assert_close(terms, expected, rtol=1e-5, atol=0)
@@ -174,7 +187,9 @@ def test_loss_matrices_above_the_limit_are_made_in_blocks(name, monkeypatch):
         checkpoint.reset_mock()
         terms = objective(model, batch)
         terms["loss"].backward()
-        gradients = [p.grad for p in (*model.parameters(), *objective.parameters()) if p.grad is not None]
+        gradients = [
+            p.grad for p in (*model.parameters(), *objective.parameters()) if p.grad is not None
+        ]
         found.append([*terms.values(), *gradients])
         made = 0 if limit > 511 else {"slip": 4, "defilip": 14}[name]
         assert checkpoint.call_count == made
@@ -204,7 +219,9 @@ def test_with_places_of_masked_words_known_nothing_waits_for_the_device():
 
 
 def test_batch_norm_sees_each_view_alone():
-    model, objective = parts({"contrastive": 0.5, "multi_view": 0.5}, image={"model": "declip_conv_tiny", "size": 32})
+    model, objective = parts(
+        {"contrastive": 0.5, "multi_view": 0.5}, image={"model": "declip_conv_tiny", "size": 32}
+    )
     batch = random_batch()
     views = [view.pixels for view in batch.views.values()]
     found = objective.run_towers(model, batch).images
@@ -238,4 +255,6 @@ def test_captions_in_groups_of_like_length_give_the_same_terms(mask):
 
 def test_groups_that_leave_out_padding_are_refused_where_padding_counts():
     with pytest.raises(ValueError, match="include_padding"):
-        Recipe.model_validate({**TINY, "train": {"length_buckets": 2}, "late_interaction": {"include_padding": True}})
+        Recipe.model_validate(
+            {**TINY, "train": {"length_buckets": 2}, "late_interaction": {"include_padding": True}}
+        )

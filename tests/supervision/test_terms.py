@@ -28,10 +28,16 @@ def part(features, start, size):
 @every_term
 @in_blocks_too
 def test_gradients_are_finite_differences(features, name, limit):
-    term, count, scale = TERMS[name][0], len(features), torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
+    term, count, scale = (
+        TERMS[name][0],
+        len(features),
+        torch.tensor(3.0, dtype=torch.float64, requires_grad=True),
+    )
     rows = [x.detach().clone().requires_grad_() for x in part(features, 1, 2)]
     inputs, quick = (*rows, *features, scale), name == "late_interaction"
-    assert torch.autograd.gradcheck(lambda *x: term(*x[: 2 * count], x[-1], 1, limit), inputs, fast_mode=quick)
+    assert torch.autograd.gradcheck(
+        lambda *x: term(*x[: 2 * count], x[-1], 1, limit), inputs, fast_mode=quick
+    )
 
 
 @every_term
@@ -60,7 +66,12 @@ def test_nothing_waits_for_the_device(features, name, limit):
 
 @pytest.mark.parametrize(
     ("name", "shape", "negatives"),
-    [("info_nce", (4, 4), 3), ("multi_view", (2, 4, 4), 3), ("nt_xent", (4, 4), 6), ("late_interaction", (4, 1, 4), 3)],
+    [
+        ("info_nce", (4, 4), 3),
+        ("multi_view", (2, 4, 4), 3),
+        ("nt_xent", (4, 4), 6),
+        ("late_interaction", (4, 1, 4), 3),
+    ],
 )
 @in_blocks_too
 def test_the_hardest_pairs_at_scale_100_stay_finite(name, shape, negatives, limit):
@@ -81,7 +92,11 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        made = [x.numel() for x in (result if isinstance(result, tuple | list) else [result]) if isinstance(x, Tensor)]
+        made = [
+            x.numel()
+            for x in (result if isinstance(result, tuple | list) else [result])
+            if isinstance(x, Tensor)
+        ]
         self.elements = max([self.elements, *made])
         return result
 
@@ -91,7 +106,10 @@ def test_blocks_neither_make_nor_keep_anything_of_the_matrixs_size(units, monkey
     pairs, term = 90, TERMS[name][0]
     monkeypatch.setattr("supervision.conftest.LENGTHS", torch.full((pairs,), 5))
     monkeypatch.setattr(contrastive, "BLOCK_BYTES", 10 * pairs * 8)
-    rows = [units(*(pairs if n == BATCH else n for n in shape)).requires_grad_() for shape in TERMS[name][1]]
+    rows = [
+        units(*(pairs if n == BATCH else n for n in shape)).requires_grad_()
+        for shape in TERMS[name][1]
+    ]
     largest, kept = {}, {}
     for limit in (None, 0):
         sizes = [0]

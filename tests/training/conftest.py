@@ -13,4 +13,7 @@ def start(table, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def conv_start(table, tmp_path_factory):
-    return once(tmp_path_factory, "conv", lambda folder: start_from(table, folder / "run", CONV)) / "run"
+    return (
+        once(tmp_path_factory, "conv", lambda folder: start_from(table, folder / "run", CONV))
+        / "run"
+    )

@@ -35,7 +35,9 @@ def recipe_for(table, name="declip", sections=None, **train_keys):
 def start_from(table, out, image=VIT, name="declip"):
     """A run of other sizes than `TINY`, that a run of ours can start from."""
     sections = {"image": {**image, **STATISTICS}, "text": {**SMALL, "activation": "gelu"}}
-    tree = tiny_tree(table, name, name=name, embed_dim=24, train={**TINY["train"], "steps": 2}, **sections)
+    tree = tiny_tree(
+        table, name, name=name, embed_dim=24, train={**TINY["train"], "steps": 2}, **sections
+    )
     train(Recipe.model_validate(tree), out=out, quiet=True, report=False)
     return out
 
@@ -45,11 +47,16 @@ def tuned(table, weights, train_keys=None, **keys):
     train_keys = {"steps": 4, "lr": 1e-2, **(train_keys or {})}
     tree = tiny_tree(table, "declip", name="tuned", train={**TINY["train"], **train_keys})
     given = set()
-    for key, section, name in (("image_size", "image", "size"), ("context_length", "text", "context_length")):
+    for key, section, name in (
+        ("image_size", "image", "size"),
+        ("context_length", "text", "context_length"),
+    ):
         if key in keys:
             tree[section] = {**TINY[section], name: keys.pop(key)}
             given.add(f"{section}.{name}")
-    return Recipe.model_validate({**tree, "finetune": {"pretrained": str(weights), **keys}}, context={"given": given})
+    return Recipe.model_validate(
+        {**tree, "finetune": {"pretrained": str(weights), **keys}}, context={"given": given}
+    )
 
 
 class StopBefore(Sink):
@@ -88,7 +95,10 @@ def same_end(one, other):
     for mine, theirs in ((first.weights, second.weights), (first.training, second.training)):
         assert mine.keys() == theirs.keys()
         assert not moved(mine, theirs)
-    rows = [[{**row, **dict.fromkeys(CLOCK)} for row in read_rows(f / "metrics.jsonl")] for f in (one, other)]
+    rows = [
+        [{**row, **dict.fromkeys(CLOCK)} for row in read_rows(f / "metrics.jsonl")]
+        for f in (one, other)
+    ]
     assert rows[0] == rows[1]
 
 

@@ -53,10 +53,20 @@ def test_a_run_ends_with_its_best_weights_also_when_it_was_killed(table, tmp_pat
     weights = without_prefix("model", load_checkpoint(whole / "checkpoints/best").weights)
     assert not moved(weights, declip.load(whole, device="cpu").state_dict())
 
-    held = {**run.evaluations[-1], "dataset": "held.csv"}  # a test set, of which only the end is known
+    held = {
+        **run.evaluations[-1],
+        "dataset": "held.csv",
+    }  # a test set, of which only the end is known
     append_row(whole / "evaluations.jsonl", held)
-    losses = {result.dataset: result.loss for result in trace(whole).results if isinstance(result, RetrievalResult)}
-    assert losses == {str(table): pytest.approx(rows[best]["loss"], rel=1e-6), "held.csv": held["loss"]}
+    losses = {
+        result.dataset: result.loss
+        for result in trace(whole).results
+        if isinstance(result, RetrievalResult)
+    }
+    assert losses == {
+        str(table): pytest.approx(rows[best]["loss"], rel=1e-6),
+        "held.csv": held["loss"],
+    }
     shown = measures_table(Run(whole, run.step))
     assert {row[shown.columns.index("step")] for row in shown.rows} == {str(best)}
     drop_rows(whole / "evaluations.jsonl", after=run.step - 1)
@@ -73,14 +83,18 @@ def test_a_run_ends_with_its_best_weights_also_when_it_was_killed(table, tmp_pat
 
 def test_the_best_checkpoint_is_kept_and_nothing_changes_without_patience(table, tmp_path):
     keys = {"checkpoint_every": 1, "keep_checkpoints": 1, "steps": 10, "lr": 0.3, "warmup_lr": 0.3}
-    train(recipe_for(table, patience=100, **keys), out=tmp_path / "watched", quiet=True, report=False)
+    train(
+        recipe_for(table, patience=100, **keys), out=tmp_path / "watched", quiet=True, report=False
+    )
     train(recipe_for(table, **keys), out=tmp_path / "plain", quiet=True, report=False)
     best = (tmp_path / "watched/checkpoints/best").resolve()
     kept = [step_of(path) for path in list_checkpoints(tmp_path / "watched")]
     assert kept == sorted({step_of(best), 10})
     assert [step_of(path) for path in list_checkpoints(tmp_path / "plain")] == [10]
     assert not (tmp_path / "plain/checkpoints/best").exists()
-    one, other = (load_checkpoint(tmp_path / name / "checkpoints/last") for name in ("watched", "plain"))
+    one, other = (
+        load_checkpoint(tmp_path / name / "checkpoints/last") for name in ("watched", "plain")
+    )
     assert not moved(one.weights, other.weights)
 
 
@@ -97,9 +111,14 @@ def test_two_processes_stop_together_with_the_same_best_weights(table, tmp_path)
 def test_recall_decides_and_then_the_loss():
     best, evaluation = BestEvaluation(), Evaluation(retrieval=("mine",), zero_shot=("classes",))
     better = []
-    for step, (score, loss) in enumerate(((0.2, 1.0), (0.2, 1.0), (0.2, 0.9), (0.1, 0.1), (0.3, 2.0))):
+    for step, (score, loss) in enumerate(
+        ((0.2, 1.0), (0.2, 1.0), (0.2, 0.9), (0.1, 0.1), (0.3, 2.0))
+    ):
         recalls = (RecallAtK(9, 9, score + d, 1, 1, 0.1, 0.5, 1, 1) for d in (0.05, -0.05))
-        results = [RetrievalResult("mine", 9, 9, *recalls, loss=loss), RetrievalResult("other", 9, 9, *[RIGHT] * 2)]
+        results = [
+            RetrievalResult("mine", 9, 9, *recalls, loss=loss),
+            RetrievalResult("other", 9, 9, *[RIGHT] * 2),
+        ]
         better.append(best.update(step, results, evaluation))
         assert best.stale == (0 if better[-1] else 1)
     assert better == [True, False, True, False, True]
@@ -117,5 +136,15 @@ def test_epochs_and_something_to_watch(table, tmp_path):
     assert load_recipe(tmp_path / "base.yaml", {"train.steps": 5}).train.epochs is None
     assert load_recipe(tmp_path / "child.yaml").train.epochs is None
     assert load_recipe(tmp_path / "child.yaml", {"train.epochs": 2}).train.epochs == 2
-    refuses(r"train.steps=7 and train.epochs=3", load_recipe, "clip", {"train.steps": "7", "train.epochs": "3"})
-    refuses("train.patience .*evaluate_every", load_recipe, "clip", {"train.patience": 3, "data.source": "other.csv"})
+    refuses(
+        r"train.steps=7 and train.epochs=3",
+        load_recipe,
+        "clip",
+        {"train.steps": "7", "train.epochs": "3"},
+    )
+    refuses(
+        "train.patience .*evaluate_every",
+        load_recipe,
+        "clip",
+        {"train.patience": 3, "data.source": "other.csv"},
+    )

@@ -59,7 +59,9 @@ class Typed(Mine):
 
 
 @pytest.mark.parametrize(("precision", "head"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
-def test_heads_have_the_precision_of_the_recipe_and_losses_are_float32(table, tmp_path, precision, head):
+def test_heads_have_the_precision_of_the_recipe_and_losses_are_float32(
+    table, tmp_path, precision, head
+):
     Typed.dtypes.clear()
     recipe = recipe_of(table)
     train = recipe.train.model_copy(update={"precision": precision, "steps": 1})
@@ -79,7 +81,10 @@ def rows_of(method):
 
 
 def recipe_of(table):
-    sections = {"loss_weights": {"contrastive": 1.0, "mine": 0.5}, "evaluation": {"retrieval": [str(table)]}}
+    sections = {
+        "loss_weights": {"contrastive": 1.0, "mine": 0.5},
+        "evaluation": {"retrieval": [str(table)]},
+    }
     return Recipe.model_validate(tiny_tree(table, **sections))
 
 
@@ -89,7 +94,9 @@ def test_a_run_with_callbacks_and_a_term_resumes_bit_exactly(table, tmp_path):
     whole = declip.train(recipe, out=tmp_path / "whole", quiet=True, report=False, terms=terms)
     run = declip.train(recipe, out=tmp_path / "run", quiet=True, terms=terms, callbacks=[sink])
     assert (run.finished, run.step, sink.close.call_count) == (False, 5, 1)
-    refuses(r"loss_weights\.mine", declip.train, recipe, out=tmp_path / "run", resume=True)  # it is needed again
+    refuses(
+        r"loss_weights\.mine", declip.train, recipe, out=tmp_path / "run", resume=True
+    )  # it is needed again
     more = {"resume": True, "quiet": True, "report": False}
     run = declip.train(recipe, out=tmp_path / "run", **more, terms=terms, callbacks=[sink])
     same_end(whole.folder, run.folder)
@@ -98,8 +105,14 @@ def test_a_run_with_callbacks_and_a_term_resumes_bit_exactly(table, tmp_path):
     assert training["objective.terms.mine.head.weight"].shape == (4, 16)
     rows, results = rows_of(sink.log), rows_of(sink.evaluation)
     assert rows == read_rows(run.folder / METRICS)
-    assert [(row["step"], *row["losses"]) for row in rows] == [(step, "contrastive", "mine") for step in (2, 4, 6, 8)]
-    assert [row["step"] for row in read_rows(run.folder / EVALUATIONS)] == [row["step"] for row in results] == [8]
+    assert [(row["step"], *row["losses"]) for row in rows] == [
+        (step, "contrastive", "mine") for step in (2, 4, 6, 8)
+    ]
+    assert (
+        [row["step"] for row in read_rows(run.folder / EVALUATIONS)]
+        == [row["step"] for row in results]
+        == [8]
+    )
     assert [call.args[0].start for call in sink.start.call_args_list] == [0, 5]
     assert "mine" not in objective.TERMS
     assert [chart["title"] for chart in loss_charts(whole)][-1] == "mine", "it has no title"
@@ -119,25 +132,41 @@ def test_a_training_within_another_has_its_own_source_and_terms(table, rows, tmp
     items = [(str(table.parent / row["image"]), row["caption"]) for row in rows]
 
     def run(name, data, term, **options):
-        given = {"data": data, "val": [data], "terms": {"mine": term}, "quiet": True, "report": False}
+        given = {
+            "data": data,
+            "val": [data],
+            "terms": {"mine": term},
+            "quiet": True,
+            "report": False,
+        }
         return declip.train(tmp_path / "mine.yaml", out=tmp_path / name, **given, **options)
 
     alone = [run("first alone", items, Mine), run("second alone", items[::-1], Doubled)]
     inner, sink = [], Mock(Sink)
-    sink.log.side_effect = lambda step, values: inner.append(run("second", items[::-1], Doubled)) if step == 4 else None
+    sink.log.side_effect = lambda step, values: (
+        inner.append(run("second", items[::-1], Doubled)) if step == 4 else None
+    )
     both = [run("first", items, Mine, callbacks=[sink]), *inner]
     assert [each.recipe.data.source for each in both] == ["python:list(24)"] * 2
     for each, expected in zip(both, alone, strict=True):
-        assert [row["losses"] for row in each.metrics] == [row["losses"] for row in expected.metrics]
+        assert [row["losses"] for row in each.metrics] == [
+            row["losses"] for row in expected.metrics
+        ]
     assert both[0].metrics[0]["losses"] != both[1].metrics[0]["losses"]
 
 
 @pytest.mark.parametrize(
     ("terms", "said"),
-    [({"contrastive": Mine}, "name 'contrastive'"), ({"a.b": Mine}, "'a.b'"), ({"mine": nn.Linear}, "subclass of")],
+    [
+        ({"contrastive": Mine}, "name 'contrastive'"),
+        ({"a.b": Mine}, "'a.b'"),
+        ({"mine": nn.Linear}, "subclass of"),
+    ],
 )
 def test_wrong_terms_and_callbacks_are_refused(terms, said, table, tmp_path):
     refuses(said, declip.train, recipe_of(table), out=tmp_path / "run", quiet=True, terms=terms)
     said = r"callbacks has .*print.*declip\.Sink"
-    refuses(said, declip.train, recipe_of(table), out=tmp_path / "run", quiet=True, callbacks=[print])
+    refuses(
+        said, declip.train, recipe_of(table), out=tmp_path / "run", quiet=True, callbacks=[print]
+    )
     assert not list(tmp_path.iterdir())

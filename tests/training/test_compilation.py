@@ -56,7 +56,9 @@ def test_a_block_that_cannot_be_compiled_is_an_error(table):
 
 
 def test_blocks_share_three_graphs_for_all_sizes(table, counter):
-    model = DualEncoder.from_recipe(recipe_for(table, sections={"text": {"width": 32, "layers": 4, "heads": 2}}))
+    model = DualEncoder.from_recipe(
+        recipe_for(table, sections={"text": {"width": 32, "layers": 4, "heads": 2}})
+    )
     compile_blocks(model, counter)
     graphs = []
     for rows, length in [(16, 16), (15, 16), (9, 16), (16, 32), (7, 32)]:
@@ -81,5 +83,7 @@ def test_color_changes_are_one_graph_for_any_number_of_images(counter):
     finish = fused_views.compiled(counter)
     for count in (12, 11, 7):
         images, params = colors(count), sampled(maker, count, np.random.default_rng(count))
-        torch.testing.assert_close(finish(images, params, mean, std), applied(images, params), rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            finish(images, params, mean, std), applied(images, params), rtol=0, atol=1e-5
+        )
     assert counter.frame_count == 1

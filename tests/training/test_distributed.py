@@ -52,26 +52,48 @@ def random_batch(recipe, seed):
     for row, end in enumerate(torch.randint(4, LENGTH, (BATCH,), generator=generator).tolist()):
         texts[:, row, end], texts[:, row, end + 1 :] = tokenizer.end, 0
     masked, labels = texts[0].clone(), torch.full((BATCH, LENGTH), -100)
-    for row, count in enumerate((1, 0, 2, 1, 0, 3, 1, 1)):  # ranks hold different numbers of masked words
-        labels[row, 1 : 1 + count], masked[row, 1 : 1 + count] = texts[0, row, 1 : 1 + count], tokenizer.mask
+    for row, count in enumerate(
+        (1, 0, 2, 1, 0, 3, 1, 1)
+    ):  # ranks hold different numbers of masked words
+        labels[row, 1 : 1 + count], masked[row, 1 : 1 + count] = (
+            texts[0, row, 1 : 1 + count],
+            tokenizer.mask,
+        )
     texts[:, BATCH - 1] = texts[:, 0]  # of different ranks
     images = torch.randn(3, BATCH, 3, 32, 32, generator=generator, dtype=torch.float64)
     views = {spec.name: pixels for spec, pixels in zip(plan_of(recipe).views, images, strict=False)}
     same = torch.arange(2 * BATCH).view(BATCH, 2)
-    same[7, 0], same[1:6, 1] = same[0, 0], 2**63 - 1  # a caption of two ranks; a group, whose bits are no number
-    return PairBatch(views, texts, masked, labels, torch.arange(BATCH) + BATCH * seed, duplicate_ids=same)
+    same[7, 0], same[1:6, 1] = (
+        same[0, 0],
+        2**63 - 1,
+    )  # a caption of two ranks; a group, whose bits are no number
+    return PairBatch(
+        views, texts, masked, labels, torch.arange(BATCH) + BATCH * seed, duplicate_ids=same
+    )
 
 
 def cropped(batch):
     """Texts as long as the longest caption of this part of a batch."""
     n = int((batch.texts != 0).sum(dim=2).max())
-    return replace(batch, texts=batch.texts[..., :n], masked=batch.masked[:, :n], labels=batch.labels[:, :n])
+    return replace(
+        batch, texts=batch.texts[..., :n], masked=batch.masked[:, :n], labels=batch.labels[:, :n]
+    )
 
 
 def two_steps(name, tower, counts, **train):
     """What two steps give: mean losses, every gradient of the second, every weight, running statistic and queue row."""
-    image = {"model": TOWERS[tower], "size": 32, "model_kwargs": OPTIONS.get(tower, {}), **AS_THEY_ARE}
-    tree = {**TINY, "loss_weights": {**WEIGHTS, **CASES}[name], "image": image, **SECTIONS.get(name, {})}
+    image = {
+        "model": TOWERS[tower],
+        "size": 32,
+        "model_kwargs": OPTIONS.get(tower, {}),
+        **AS_THEY_ARE,
+    }
+    tree = {
+        **TINY,
+        "loss_weights": {**WEIGHTS, **CASES}[name],
+        "image": image,
+        **SECTIONS.get(name, {}),
+    }
     tree |= {"views": {"image_second": name != CAPTIONS}, "train": {**EXACT, **train}}
     recipe = Recipe.model_validate(tree)
     torch.manual_seed(0)
@@ -85,11 +107,15 @@ def two_steps(name, tower, counts, **train):
     model.train(), objective.train()
     sync, found = StepSync(counts, stop=False), {}
     for step in range(2):
-        part = random_batch(recipe, step).rows(sync.offset, sync.offset + counts[distributed.rank()])
+        part = random_batch(recipe, step).rows(
+            sync.offset, sync.offset + counts[distributed.rank()]
+        )
         for name_, value in training_step(learner, optimizer, cropped(part), sync).items():
             found[f"{name_} at {step}"] = distributed.average(value.clone())
     assert all(parameter.grad is not None for _, parameter in named) or name == "filip"
-    found |= {f"gradient of {n}": full_tensor(p.grad).clone() for n, p in named if p.grad is not None}
+    found |= {
+        f"gradient of {n}": full_tensor(p.grad).clone() for n, p in named if p.grad is not None
+    }
     for module in (model, objective):
         found |= {n: full_tensor(t).clone() for n, t in module.state_dict().items()}
     return found
@@ -137,7 +163,10 @@ BY_RANKS = {
 def every_case(world):
     """What a rank learns of each case of this number of ranks."""
     cases = {name: case for name, case in BY_RANKS.items() if len(case[2]) == world}
-    return {name: some_recipes(names, counts, tower, keys) for name, (names, tower, counts, keys) in cases.items()}
+    return {
+        name: some_recipes(names, counts, tower, keys)
+        for name, (names, tower, counts, keys) in cases.items()
+    }
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -145,7 +174,10 @@ def test_ranks_learn_what_one_process_learns(tmp_path, world):
     for theirs in in_processes(every_case, world, tmp_path, world):
         for case, found in theirs.items():
             names, tower, _, keys = BY_RANKS[case]
-            compare(alone(names, tower, **{key: keys[key] for key in {"optimizer"} & keys.keys()}), found)
+            compare(
+                alone(names, tower, **{key: keys[key] for key in {"optimizer"} & keys.keys()}),
+                found,
+            )
 
 
 def whole_and_parts():
@@ -165,7 +197,14 @@ def normed(make, rows):
     with NoDeviceReads():
         out = norm(values)
         out.backward(gradient)
-    return out.detach(), values.grad, norm.weight.grad, norm.bias.grad, norm.running_mean, norm.running_var
+    return (
+        out.detach(),
+        values.grad,
+        norm.weight.grad,
+        norm.bias.grad,
+        norm.running_mean,
+        norm.running_var,
+    )
 
 
 def normed_here():
@@ -194,11 +233,20 @@ def test_fewer_pairs_than_processes_are_refused(monkeypatch):
     recipe = Recipe.model_validate({**TINY, "loss_weights": WEIGHTS["clip"]})
     model = DualEncoder.from_recipe(recipe)
     monkeypatch.setattr(distributed, "world_size", lambda: BATCH + 1)
-    refuses(r"train\.batch_size=8 .* 9 processes", build_learner, recipe, model, Objective(recipe, model))
+    refuses(
+        r"train\.batch_size=8 .* 9 processes",
+        build_learner,
+        recipe,
+        model,
+        Objective(recipe, model),
+    )
 
 
 def test_chunks_give_every_gradient_of_the_whole_batch():
-    compare(alone(list(CASES)), some_recipes(list(CASES), (BATCH,), "layer norm", {"grad_cache_chunk": 3}))
+    compare(
+        alone(list(CASES)),
+        some_recipes(list(CASES), (BATCH,), "layer norm", {"grad_cache_chunk": 3}),
+    )
 
 
 def test_the_towers_see_a_chunk_at_a_time_and_batch_norm_is_told(monkeypatch, caplog):
@@ -206,7 +254,9 @@ def test_the_towers_see_a_chunk_at_a_time_and_batch_norm_is_told(monkeypatch, ca
     monkeypatch.setattr(ImageTower, "forward", lambda *given: forward(*given))
     found = two_steps("clip", "batch norm", (BATCH,), grad_cache_chunk=3)
     assert "sees each chunk alone" in caplog.text
-    assert [len(call.args[1]) for call in forward.call_args_list] == [3, 3, 2] * 4, "two passes in each of two steps"
+    assert [len(call.args[1]) for call in forward.call_args_list] == [3, 3, 2] * 4, (
+        "two passes in each of two steps"
+    )
     counts = [int(value) for name, value in found.items() if name.endswith("num_batches_tracked")]
     assert set(counts) == {6}, "the first pass leaves the running statistics alone"
 
@@ -215,10 +265,14 @@ def test_dropout_draws_the_same_in_both_passes(monkeypatch):
     options = {"proj_drop_rate": 0.5, "patch_drop_rate": 0.5}
     monkeypatch.setitem(OPTIONS, "layer norm", OPTIONS["layer norm"] | options)
     expected = {"declip": two_steps("declip", "layer norm", (BATCH,))}
-    compare(expected, {"declip": two_steps("declip", "layer norm", (BATCH,), grad_cache_chunk=BATCH)})
+    compare(
+        expected, {"declip": two_steps("declip", "layer norm", (BATCH,), grad_cache_chunk=BATCH)}
+    )
 
 
-@pytest.mark.parametrize(("ranks", "chunk", "expected"), [(1, 4, 4), (1, 8, None), (2, 4, None), (2, 3, 3), (3, 2, 2)])
+@pytest.mark.parametrize(
+    ("ranks", "chunk", "expected"), [(1, 4, 4), (1, 8, None), (2, 4, None), (2, 3, 3), (3, 2, 2)]
+)
 def test_a_chunk_that_holds_all_pairs_of_a_process_is_none(monkeypatch, ranks, chunk, expected):
     monkeypatch.setattr(distributed, "world_size", lambda: ranks)
     train = Recipe.model_validate({**TINY, "train": {**EXACT, "grad_cache_chunk": chunk}}).train

@@ -23,7 +23,12 @@ from declip.training.sinks import Sink
 from declip.training.trainer import warn_once
 from training.starts import losses, moved, same_end, trained, trainer_of, tuned
 
-DROPOUT = {"image": {**TINY["image"], "model_kwargs": {**TINY["image"]["model_kwargs"], "pos_drop_rate": 0.5}}}
+DROPOUT = {
+    "image": {
+        **TINY["image"],
+        "model_kwargs": {**TINY["image"]["model_kwargs"], "pos_drop_rate": 0.5},
+    }
+}
 
 
 @pytest.fixture(scope="module")
@@ -50,13 +55,19 @@ def _meet_twice(rank, folder):
 
 
 def test_the_processes_of_a_run_can_begin_another(tmp_path, monkeypatch):
-    server = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # torchrun's own
+    server = torch.distributed.TCPStore(
+        "127.0.0.1", 0, is_master=True, wait_for_workers=False
+    )  # torchrun's own
     for name, value in {"ADDR": "127.0.0.1", "PORT": server.port}.items():
         monkeypatch.setenv(f"MASTER_{name}", str(value))
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
-    torch.multiprocessing.start_processes(_meet_twice, (str(tmp_path),), nprocs=2, start_method="fork")
-    assert [(tmp_path / f"{rank}-{number}").read_text() for number in range(2) for rank in range(2)] == list("1133")
+    torch.multiprocessing.start_processes(
+        _meet_twice, (str(tmp_path),), nprocs=2, start_method="fork"
+    )
+    assert [
+        (tmp_path / f"{rank}-{number}").read_text() for number in range(2) for rank in range(2)
+    ] == list("1133")
 
 
 def stopped(recipe, folder, at, by):
@@ -86,7 +97,9 @@ def end_of(folder):
 @pytest.fixture(scope="module")
 def one(recipe, tmp_path_factory):
     """The run of one process."""
-    return train(of(recipe), out=tmp_path_factory.mktemp("one") / "run", quiet=True, report=False).folder
+    return train(
+        of(recipe), out=tmp_path_factory.mktemp("one") / "run", quiet=True, report=False
+    ).folder
 
 
 def test_two_processes_make_one_run(recipe, one, tmp_path):
@@ -109,7 +122,8 @@ def test_two_processes_tune_as_one(table, tmp_path, start, keys, parallel):
     assert in_processes(trained, 2, tmp_path / "ranks", recipe, tmp_path / "two") == [(2, True)] * 2
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
     given, first, second = (
-        declip.load(run, device="cpu").state_dict() for run in (start, tmp_path / "one", tmp_path / "two")
+        declip.load(run, device="cpu").state_dict()
+        for run in (start, tmp_path / "one", tmp_path / "two")
     )
     still = given.keys() - moved(given, first)
     assert still == given.keys() - moved(given, second)
@@ -123,8 +137,12 @@ def warned(recipe, folder, caplog):
     return caplog.text.count("too few usable pairs")
 
 
-def test_steps_in_which_a_process_has_no_pair_are_left_out_with_one_warning(recipe, tmp_path, caplog):
-    two_epochs = of({**recipe, "loss_weights": WEIGHTS["clip"]}, batch_size=2, steps=26, checkpoint_every=100)
+def test_steps_in_which_a_process_has_no_pair_are_left_out_with_one_warning(
+    recipe, tmp_path, caplog
+):
+    two_epochs = of(
+        {**recipe, "loss_weights": WEIGHTS["clip"]}, batch_size=2, steps=26, checkpoint_every=100
+    )
     assert in_processes(warned, 2, tmp_path / "a", two_epochs, tmp_path / "run", caplog) == [1, 0]
     assert 22 <= len(losses(tmp_path / "run")) < 25
 
@@ -135,14 +153,18 @@ def whole_and_in_parts(recipe, whole, parts):
 
 def test_stopped_on_one_rank_both_stop_and_the_rest_is_bit_for_bit(recipe, tmp_path):
     dropout = of({**recipe, **DROPOUT}, strategy="fsdp", checkpoint_every=100, steps=3)
-    ends = in_processes(whole_and_in_parts, 2, tmp_path / "a", dropout, tmp_path / "whole", tmp_path / "parts")
+    ends = in_processes(
+        whole_and_in_parts, 2, tmp_path / "a", dropout, tmp_path / "whole", tmp_path / "parts"
+    )
     assert ends == [[(3, True), (2, False), (3, True)]] * 2
     whole = end_of(tmp_path / "whole")
     assert not torch.equal(whole["random.0.cpu"], whole["random.1.cpu"])
     same_end(tmp_path / "whole", tmp_path / "parts")
 
 
-def test_another_number_of_processes_goes_on_with_the_same_batches_and_moments(recipe, one, tmp_path):
+def test_another_number_of_processes_goes_on_with_the_same_batches_and_moments(
+    recipe, one, tmp_path
+):
     parts, other = tmp_path / "parts", of(recipe, strategy="fsdp", checkpoint_every=100)
     assert not stopped(other, parts, 3, 0)[1]
     assert in_processes(trained, 2, tmp_path / "b", other, parts, True) == [(8, True)] * 2
@@ -155,7 +177,9 @@ def test_another_number_of_processes_goes_on_with_the_same_batches_and_moments(r
     for name in moments:
         # Before batch norm a bias has no gradient but rounding, so the scale has a floor.
         floor, scale = 1e-10 if name.endswith("_sq") else 1e-5, expected[name].abs().max().item()
-        torch.testing.assert_close(resumed[name], expected[name], rtol=0, atol=0.02 * scale + floor, msg=name)
+        torch.testing.assert_close(
+            resumed[name], expected[name], rtol=0, atol=0.02 * scale + floor, msg=name
+        )
 
 
 def told(call, *arguments):
@@ -225,11 +249,15 @@ def slow_callback(recipe, folder, methods, patience):
     return trainer.train().finished
 
 
-@pytest.mark.parametrize(("methods", "strategy"), [(["start", "log", "advance"], "ddp"), (["evaluation"], "fsdp")])
+@pytest.mark.parametrize(
+    ("methods", "strategy"), [(["start", "log", "advance"], "ddp"), (["evaluation"], "fsdp")]
+)
 def test_other_ranks_wait_for_a_slow_callback(recipe, table, tmp_path, methods, strategy):
     keys = {**recipe, "loss_weights": WEIGHTS["clip"], "evaluation": {"retrieval": [str(table)]}}
     two = of(keys, steps=4, log_every=2, strategy=strategy)
-    found = in_processes(told, 2, tmp_path / "a", slow_callback, two, tmp_path / "run", methods, 2.0)
+    found = in_processes(
+        told, 2, tmp_path / "a", slow_callback, two, tmp_path / "run", methods, 2.0
+    )
     assert found == ["none"] * 2
 
 
@@ -239,7 +267,9 @@ def dropout_mask(recipe, folder):
 
 
 def test_no_two_processes_have_equal_dropout_masks(recipe, tmp_path):
-    masks = in_processes(dropout_mask, 3, tmp_path / "a", of(recipe, batch_size=6), tmp_path / "run")
+    masks = in_processes(
+        dropout_mask, 3, tmp_path / "a", of(recipe, batch_size=6), tmp_path / "run"
+    )
     assert len(set(map(tuple, masks))) == 3
 
 
@@ -256,7 +286,9 @@ def only_one_fails(recipe, folder):
 
 
 def test_an_error_of_one_ranks_data_ends_all_with_its_message_once(recipe, tmp_path):
-    first, second = in_processes(told, 2, tmp_path / "a", only_one_fails, of(recipe), tmp_path / "run")
+    first, second = in_processes(
+        told, 2, tmp_path / "a", only_one_fails, of(recipe), tmp_path / "run"
+    )
     assert second.startswith("augment returned")
     assert first == "2", "the exit status"
     assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step-00000001"]

@@ -26,11 +26,19 @@ from text_encoders import bert
 
 
 def test_numbers_that_are_not_finite_are_null_in_every_row(tmp_path):
-    result = {"dataset": "a", "task": "retrieval", "r1": math.nan, "ranks": [1, math.inf], "by_way": {"text": math.nan}}
+    result = {
+        "dataset": "a",
+        "task": "retrieval",
+        "r1": math.nan,
+        "ranks": [1, math.inf],
+        "by_way": {"text": math.nan},
+    }
     for start in (0, 1):  # resuming reads the rows and writes them again
         with monitored(RunInfo(tmp_path, start, 2, 8, quiet=True)) as monitor:
             if not start:
-                monitor.log(1, {"loss": math.nan, "contrastive": math.inf, "grad_norm": 2.0}, 0.1, 14.0)
+                monitor.log(
+                    1, {"loss": math.nan, "contrastive": math.inf, "grad_norm": 2.0}, 0.1, 14.0
+                )
                 monitor.evaluation(1, result)
         for name in (METRICS, EVALUATIONS):
             json.loads((tmp_path / name).read_text(), parse_constant=pytest.fail)
@@ -54,7 +62,10 @@ def test_time_and_samples_leave_out_evaluations_and_nothing_else(tmp_path, monke
 
 def test_a_failing_sink_closes_those_before_it(tmp_path):
     first, failing = Mock(Sink), Mock(Sink, start=Mock(side_effect=OSError))
-    with pytest.raises(OSError), monitored(RunInfo(tmp_path, 0, 2, 8, quiet=True), [first, failing]):
+    with (
+        pytest.raises(OSError),
+        monitored(RunInfo(tmp_path, 0, 2, 8, quiet=True), [first, failing]),
+    ):
         pass
     assert first.close.called
 
@@ -71,7 +82,9 @@ def warnings_of(losses, watched="contrastive"):
 
 @pytest.mark.parametrize(("first", "last"), [(CHANCE, 0.1), (8.24, 6.98), (30.0, 8.0)])
 def test_a_falling_loss_hears_nothing(first, last):
-    assert not warnings_of({n: first + (last - first) * n / 250 + 0.3 * math.sin(n) for n in range(1, 251)})
+    assert not warnings_of(
+        {n: first + (last - first) * n / 250 + 0.3 * math.sin(n) for n in range(1, 251)}
+    )
 
 
 @pytest.mark.parametrize(
@@ -79,11 +92,16 @@ def test_a_falling_loss_hears_nothing(first, last):
     [
         ({FLAT_AFTER - 1: 0, FLAT_AFTER: 0.01, FLAT_AFTER + 10: 0}, FLAT_AFTER, "4.16"),
         ({5: 0, 10: 2, 11: 2}, 11, "the run diverges"),
-        *(({1: 3.0, 20: between, 30: 4.1}, 30, "the run diverges") for between in (3.9, math.nan, math.inf)),
+        *(
+            ({1: 3.0, 20: between, 30: 4.1}, 30, "the run diverges")
+            for between in (3.9, math.nan, math.inf)
+        ),
     ],
 )
 @pytest.mark.parametrize("watched", ["contrastive", "late_interaction"])
-def test_a_loss_that_stays_at_chance_or_rises_after_the_warmup_is_named_once(losses, step, said, watched):
+def test_a_loss_that_stays_at_chance_or_rises_after_the_warmup_is_named_once(
+    losses, step, said, watched
+):
     (found,) = warnings_of({n: CHANCE + above for n, above in losses.items()}, watched).items()
     assert found[0] == step
     assert all(part in found[1] for part in (said, "train.lr"))
@@ -91,8 +109,16 @@ def test_a_loss_that_stays_at_chance_or_rises_after_the_warmup_is_named_once(los
 
 def test_steps_that_wait_for_the_loader_are_named_once_and_not_before_enough_was_seen():
     monitor = ThroughputMonitor()
-    steps = [*[(100.0, 0.1)] * 3, *[(0.1, 0.9)] * 20, *[(0.6, 0.4)] * 60]  # before the queue is full; little; much
-    said = {step: warning for step, times in enumerate(steps, 1) if (warning := monitor.check(*times, 1))}
+    steps = [
+        *[(100.0, 0.1)] * 3,
+        *[(0.1, 0.9)] * 20,
+        *[(0.6, 0.4)] * 60,
+    ]  # before the queue is full; little; much
+    said = {
+        step: warning
+        for step, times in enumerate(steps, 1)
+        if (warning := monitor.check(*times, 1))
+    }
     assert said.keys() == {3 + 20 + 9}
     assert all(part in said[32] for part in ("wait 26% of", "data.workers=1 now"))
 
@@ -146,7 +172,11 @@ def test_views_are_unnormalized_and_texts_decoded():
     assert picture.getpixel((3, 3)) == pytest.approx(tuple(round(255 * m) for m in mean), abs=1)
     second = tuple(min(255, round(255 * (m + s))) for m, s in zip(mean, std, strict=True))
     assert picture.getpixel((11, 3)) == pytest.approx(second, abs=1)
-    expected = {"caption": "aredcatsat", "augmented": "acatredsat", "masked": "ared[mask:cat][cat:sat]"}
+    expected = {
+        "caption": "aredcatsat",
+        "augmented": "acatredsat",
+        "masked": "ared[mask:cat][cat:sat]",
+    }
     (texts,) = sheet["texts"]
     assert {name: text.replace(" ", "") for name, text in texts.items()} == expected
 

@@ -10,7 +10,13 @@ from conftest import TINY, WEIGHTS
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schema import Recipe, Train
 from declip.supervision.objective import Objective
-from declip.training.optimizer import build_optimizer, decays, learning_rate, named_trainable, use_muon
+from declip.training.optimizer import (
+    build_optimizer,
+    decays,
+    learning_rate,
+    named_trainable,
+    use_muon,
+)
 from golden_cases import GOLDEN
 
 UNDECAYED_WORDS = ("bias", "norm", "ln_", "logit_scale", "pos_embed", "positional", "cls_token")
@@ -25,7 +31,9 @@ def test_groups_hold_every_parameter_once_and_decay_spares_biases_norms_scales_a
     assert "model.text_tower.token_embedding.weight" not in spared
     optimizer = build_optimizer(named, recipe.train)
     held = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
-    assert sorted(held) == sorted(id(p) for module in (model, objective) for p in module.parameters())
+    assert sorted(held) == sorted(
+        id(p) for module in (model, objective) for p in module.parameters()
+    )
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
 
 
@@ -44,7 +52,9 @@ def test_scales_positions_and_tokens_of_other_towers_do_not_decay(name, spared):
     found = {key for key, p in tower.named_parameters() if p.ndim > 1 and not decays(key, p)}
     assert {key for key in found if key.endswith(tuple(spared))} == found
     assert {word for word in spared if any(key.endswith(word) for key in found)} == spared
-    assert not decays("model.text_tower.trunk.embeddings.position_embedding.weight", torch.ones(2, 3))
+    assert not decays(
+        "model.text_tower.trunk.embeddings.position_embedding.weight", torch.ones(2, 3)
+    )
 
 
 @pytest.mark.golden
@@ -73,8 +83,15 @@ LR, DECAY = 0.02, 0.1
 
 def layers():
     torch.manual_seed(0)
-    made = {"wide": nn.Linear(5, 3), "same": nn.Linear(5, 3), "tall": nn.Linear(3, 7), "conv": nn.Conv2d(2, 4, 3)}
-    return nn.ModuleDict({**made, "token_embedding": nn.Embedding(9, 4), "norm": nn.LayerNorm(4)}).double()
+    made = {
+        "wide": nn.Linear(5, 3),
+        "same": nn.Linear(5, 3),
+        "tall": nn.Linear(3, 7),
+        "conv": nn.Conv2d(2, 4, 3),
+    }
+    return nn.ModuleDict(
+        {**made, "token_embedding": nn.Embedding(9, 4), "norm": nn.LayerNorm(4)}
+    ).double()
 
 
 def take(optimizer, module, count):
@@ -85,7 +102,9 @@ def take(optimizer, module, count):
     for step in range(count):
         generator = torch.Generator().manual_seed(step)
         for name, parameter in module.named_parameters():
-            parameter.grad = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+            parameter.grad = torch.randn(
+                parameter.shape, generator=generator, dtype=parameter.dtype
+            )
             gradients[name].append(parameter.grad.clone())
         optimizer.step()
     return gradients
@@ -104,7 +123,9 @@ def plain_muon(weight, gradients):
             gram = x @ x.T
             x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
         x = x.T if rows > columns else x
-        weight = weight * (1 - LR * DECAY) - LR * 0.2 * max(rows, columns) ** 0.5 * x.reshape(weight.shape)
+        weight = weight * (1 - LR * DECAY) - LR * 0.2 * max(rows, columns) ** 0.5 * x.reshape(
+            weight.shape
+        )
     return weight
 
 
@@ -115,7 +136,9 @@ def test_equals_a_plain_loop_and_adamw_on_the_rest():
     take(build_optimizer(rest.named_parameters(), Train()), rest, 4)
     matrices = [name for name, parameter in ours.named_parameters() if use_muon(name, parameter)]
     assert len(matrices) == 4
-    expected = dict(rest.named_parameters()) | {name: plain_muon(start[name], gradients[name]) for name in matrices}
+    expected = dict(rest.named_parameters()) | {
+        name: plain_muon(start[name], gradients[name]) for name in matrices
+    }
     torch.testing.assert_close(dict(ours.named_parameters()), expected, rtol=1e-10, atol=1e-12)
 
 
@@ -123,6 +146,8 @@ def test_large_weights_in_bfloat16_are_orthogonalized_too():
     torch.manual_seed(0)
     layer = nn.Linear(300, 128, bias=False)
     before = layer.weight.detach().clone()
-    take(build_optimizer(layer.named_parameters(), Train(optimizer="muon", weight_decay=0)), layer, 1)
+    take(
+        build_optimizer(layer.named_parameters(), Train(optimizer="muon", weight_decay=0)), layer, 1
+    )
     singular = torch.linalg.svdvals((layer.weight - before).detach() / (LR * 0.2 * 300**0.5))
     assert 0.65 < singular.min() <= singular.max() < 1.25

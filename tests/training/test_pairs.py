@@ -47,8 +47,12 @@ def evaluated(model, pairs):
     return declip.evaluate(model, pairs, "retrieval", device="cpu", progress=False)
 
 
-@pytest.mark.parametrize("tree", [{"package": {"name": "x"}}, {"extends": "demo-clip"}], ids=["foreign", "own"])
-def test_a_recipe_in_the_working_folder_is_not_that_of_the_model(tree, model, pairs, tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize(
+    "tree", [{"package": {"name": "x"}}, {"extends": "demo-clip"}], ids=["foreign", "own"]
+)
+def test_a_recipe_in_the_working_folder_is_not_that_of_the_model(
+    tree, model, pairs, tmp_path, monkeypatch, caplog
+):
     shutil.copytree(model.parent, tmp_path / "model")
     own = {"data": {"source": str(pairs)}} if "extends" in tree else {}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**tree, **own}))
@@ -63,7 +67,11 @@ def test_a_recipe_in_the_working_folder_is_not_that_of_the_model(tree, model, pa
 def test_a_tuned_run_warns_on_its_own_table_also_when_it_was_moved(pairs, start, tmp_path, caplog):
     run = declip.finetune(pairs, start, PLAIN, tmp_path / "run", quiet=True)
     assert (run.folder / "train.pairs").is_file()
-    places = [run.folder, next((run.folder / "exported").iterdir()), next((run.folder / "checkpoints").iterdir())]
+    places = [
+        run.folder,
+        next((run.folder / "exported").iterdir()),
+        next((run.folder / "checkpoints").iterdir()),
+    ]
     moved = tmp_path / "moved"
     for where in (*places, moved):
         if where == moved:

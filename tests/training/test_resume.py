@@ -35,7 +35,9 @@ def text_encoder(make, losses, **keys):
     def case(table, start, folder):
         pytest.importorskip("transformers")
         text = {"hf_model": str(make(folder / "encoder")), "context_length": 24, "pooling": "mean"}
-        return recipe_for(table, losses, {"text": text, "finetune": keys}, lr=1e-2, steps=4), folder / "encoder"
+        return recipe_for(
+            table, losses, {"text": text, "finetune": keys}, lr=1e-2, steps=4
+        ), folder / "encoder"
 
     return case
 
@@ -44,7 +46,9 @@ CASES = {  # functions of a table, a start and a folder: a recipe, and a folder 
     "clip, a loader process": plain("clip", 1),
     "defilip, Muon": plain("defilip", optimizer="muon"),
     "slip, SGD": plain("slip", optimizer="sgd"),
-    "layer decay, head warm-up": fine_tuned(lr_scale=0.5, layer_decay=0.8, head_warmup_steps=3, freeze_text_blocks=1),
+    "layer decay, head warm-up": fine_tuned(
+        lr_scale=0.5, layer_decay=0.8, head_warmup_steps=3, freeze_text_blocks=1
+    ),
     "adapters": fine_tuned(lora={"rank": 2}, head_warmup_steps=2),
     "another image size and length": fine_tuned(image_size=48, context_length=12),
     "encoder": text_encoder(roberta, "declip"),
@@ -66,7 +70,9 @@ def test_counts_of_broken_pairs_survive_a_stop(table, rows, tmp_path):
     """Of 25 pairs one is broken, 4 %: in each epoch of five steps one, which 5 % allow."""
     broken = {"image": "missing.png", "caption": "lost"}
     data = {"source": str(write_rows(tmp_path / "pairs.jsonl", [*rows[:24], broken])), "workers": 0}
-    recipe = recipe_for(table, "clip", {"data": data}, steps=130, batch_size=5, checkpoint_every=1000)
+    recipe = recipe_for(
+        table, "clip", {"data": data}, steps=130, batch_size=5, checkpoint_every=1000
+    )
     stop_at(recipe, tmp_path / "run", 110)
     run = declip.train(recipe, out=tmp_path / "run", resume=True, quiet=True, report=False)
     assert run.finished

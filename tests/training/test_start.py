@@ -33,7 +33,10 @@ from training.starts import STATISTICS, VIT, last, moved, state, trainer_of, tun
 def test_a_run_gives_towers_heads_tokenizer_statistics_and_scale(table, tmp_path, start):
     trainer = trainer_of(tuned(table, start), tmp_path)
     checkpoint = load_checkpoint(list_checkpoints(start)[-1])
-    given, heads = without_prefix("model", checkpoint.weights), without_prefix("objective", checkpoint.training)
+    given, heads = (
+        without_prefix("model", checkpoint.weights),
+        without_prefix("objective", checkpoint.training),
+    )
     assert not moved(given, state(trainer))
     own = dict(trainer.state.objective.named_parameters())
     assert not moved(own, heads)
@@ -66,18 +69,30 @@ def test_a_key_that_the_weights_overrule_is_refused(keys, said, start, table, tm
 def test_keys_that_hold_beside_weights(start, table, tmp_path):
     """Those of shipped recipes give way, equal ones are no matter, statistics are the user's where they are given."""
     found = read_start(str(start))
-    keys = {"finetune.pretrained": str(start), "text.context_length": 20, "image.size": 32, "data.source": str(table)}
+    keys = {
+        "finetune.pretrained": str(start),
+        "text.context_length": 20,
+        "image.size": 32,
+        "data.source": str(table),
+    }
     for recipe in ("finetune", "few-clip", "declip-yfcc15m-vitb32"):
         assert apply_architecture(found, load_recipe(recipe, keys)).image.mean == STATISTICS["mean"]
     given = keys | {"image.mean": [0.1, 0.2, 0.3], "image.size": 48, "train.batch_size": 8}
     given |= {"image.interpolation": "bilinear", "image.crop_pct": 0.75}
     given |= {"image.model_kwargs": {"patch_drop_rate": 0.5}}
     recipe = assemble(load_recipe("few-clip", given), tmp_path / "run", quiet=True).recipe
-    assert (recipe.image.mean, recipe.image.std, recipe.image.size) == ((0.1, 0.2, 0.3), STATISTICS["std"], 48)
+    assert (recipe.image.mean, recipe.image.std, recipe.image.size) == (
+        (0.1, 0.2, 0.3),
+        STATISTICS["std"],
+        48,
+    )
     assert (recipe.image.interpolation, recipe.image.resize) == ("bilinear", 64)
     assert recipe.image.model_kwargs == {**VIT["model_kwargs"], "patch_drop_rate": 0.5}
     (tmp_path / "resolved.yaml").write_text(recipe.to_yaml())
-    assert apply_architecture(found, load_recipe(tmp_path / "resolved.yaml")).model_dump() == recipe.model_dump()
+    assert (
+        apply_architecture(found, load_recipe(tmp_path / "resolved.yaml")).model_dump()
+        == recipe.model_dump()
+    )
 
 
 def test_heads_are_taken_whole_or_not_at_all(table, tmp_path, start):
@@ -96,8 +111,12 @@ def test_positions_are_resized_as_timm_does(table, tmp_path, start):
     torch.testing.assert_close(own.pop(name), resample_abs_pos_embed(given[name], [6, 6], [4, 4]))
     assert not moved(own, given)
     assert trainer.state.model.preprocessor.size == trainer.state.recipe.image.size == 48
-    write_declip_file(model := build("resnet"), tmp_path / "resnet.safetensors")  # with a pool of attention
-    trainer = trainer_of(tuned(table, tmp_path / "resnet.safetensors", image_size=96), tmp_path / "run")
+    write_declip_file(
+        model := build("resnet"), tmp_path / "resnet.safetensors"
+    )  # with a pool of attention
+    trainer = trainer_of(
+        tuned(table, tmp_path / "resnet.safetensors", image_size=96), tmp_path / "run"
+    )
     given, own = model.state_dict(), state(trainer)
     [name] = [name for name in given if given[name].shape != own[name].shape]
     expected = resample_abs_pos_embed(given.pop(name)[None], [3, 3], [2, 2], num_prefix_tokens=1)[0]
@@ -106,18 +125,25 @@ def test_positions_are_resized_as_timm_does(table, tmp_path, start):
 
 
 def test_positions_without_rows_for_tokens_are_resized_as_timm_does():
-    small, large = (timm.create_model("test_vit", no_embed_class=True, reg_tokens=4, img_size=s) for s in (64, 96))
+    small, large = (
+        timm.create_model("test_vit", no_embed_class=True, reg_tokens=4, img_size=s)
+        for s in (64, 96)
+    )
     model = SimpleNamespace(image_tower=SimpleNamespace(trunk=large))
     found = _resized(f"{IMAGE}trunk.pos_embed", small.pos_embed, large.pos_embed, model)
     assert found.shape == large.pos_embed.shape
-    torch.testing.assert_close(found, resample_abs_pos_embed(small.pos_embed, [6, 6], [4, 4], num_prefix_tokens=0))
+    torch.testing.assert_close(
+        found, resample_abs_pos_embed(small.pos_embed, [6, 6], [4, 4], num_prefix_tokens=0)
+    )
 
 
 @pytest.mark.parametrize("length", [33, 8])
 def test_a_length_of_captions_stretches_or_cuts_the_positions(table, tmp_path, length):
     given, name = build("vit"), "text_tower.positional_embedding"
     write_declip_file(given, tmp_path / "source")
-    trainer = trainer_of(tuned(table, tmp_path / "source", {"steps": 1}, context_length=length), tmp_path / "run")
+    trainer = trainer_of(
+        tuned(table, tmp_path / "source", {"steps": 1}, context_length=length), tmp_path / "run"
+    )
     model, own, old = trainer.state.model.eval(), state(trainer), given.state_dict()[name].clone()
     expected = own[name].clone()
     for row in range(length):
@@ -131,14 +157,18 @@ def test_a_length_of_captions_stretches_or_cuts_the_positions(table, tmp_path, l
     with torch.no_grad():
         given.text_tower.positional_embedding[: min(length, 16)] = expected[:16]
         short = tokens[:2, :8]
-        torch.testing.assert_close(model.encode_text(tokens)[:2], given.encode_text(short), rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            model.encode_text(tokens)[:2], given.encode_text(short), rtol=0, atol=1e-5
+        )
     assert trainer.train().finished
     assert ends_of(tmp_path / "run", "cpu")[0].text_tower.context == length
     loaded = declip.load(tmp_path / "run", device="cpu")
     for form in ("open_clip", "huggingface"):
         declip.export(tmp_path / "run", form, tmp_path / form)
         again = declip.load(tmp_path / form, device="cpu")
-        torch.testing.assert_close(again.encode_text(tokens), loaded.encode_text(tokens), rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            again.encode_text(tokens), loaded.encode_text(tokens), rtol=0, atol=1e-5
+        )
 
 
 def test_timm_weights_start_the_image_tower_alone(table, tmp_path):
@@ -146,20 +176,29 @@ def test_timm_weights_start_the_image_tower_alone(table, tmp_path):
     published = timm.create_model("test_vit", num_classes=0)
     save_file(weights := published.state_dict(), tmp_path / "vit.safetensors")
     where = f"timm:test_vit/{tmp_path / 'vit.safetensors'}"
-    trainer = trainer_of(tuned(table, where, freeze_image_blocks="all", image_size=32), tmp_path / "r")
-    small, pictures = timm.create_model("test_vit", num_classes=0, img_size=32), torch.randn(2, 3, 32, 32)
+    trainer = trainer_of(
+        tuned(table, where, freeze_image_blocks="all", image_size=32), tmp_path / "r"
+    )
+    small, pictures = (
+        timm.create_model("test_vit", num_classes=0, img_size=32),
+        torch.randn(2, 3, 32, 32),
+    )
     positions = resample_abs_pos_embed(weights["pos_embed"], [2, 2], num_prefix_tokens=1)
     small.load_state_dict({**weights, "pos_embed": positions})
     with torch.no_grad():
         hidden = small.eval().forward_head(small.forward_features(pictures), pre_logits=True)
-        torch.testing.assert_close(trainer.state.model.image_tower.eval()(pictures).pre_logits, hidden)
+        torch.testing.assert_close(
+            trainer.state.model.image_tower.eval()(pictures).pre_logits, hidden
+        )
     assert trainer.state.recipe.image.mean == pytest.approx(published.pretrained_cfg["mean"])
     assert trainer.state.recipe.text.width == TINY["text"]["width"]
     before = state(trainer)
     trainer.train()
     changed = moved(before, last(tmp_path / "r"))
     assert {name for name in changed if name.startswith(IMAGE)} == {"image_tower.proj.weight"}
-    assert {name for name in changed if name.startswith(TEXT)} == {name for name in before if name.startswith(TEXT)}
+    assert {name for name in changed if name.startswith(TEXT)} == {
+        name for name in before if name.startswith(TEXT)
+    }
     assert read_rows(tmp_path / "r" / "evaluations.jsonl") == []
 
 
@@ -167,7 +206,10 @@ def test_the_start_is_measured_once(table, tmp_path, start):
     sets = {"evaluation": {"retrieval": [str(table)], "final_retrieval": [str(table)]}}
     recipe = Recipe.model_validate(tuned(table, start, {"steps": 1}).model_dump(mode="json") | sets)
     trainer = trainer_of(recipe, tmp_path)
-    write_rows(tmp_path / "evaluations.jsonl", [{"step": 0, "task": "retrieval", "dataset": "of a killed run"}])
+    write_rows(
+        tmp_path / "evaluations.jsonl",
+        [{"step": 0, "task": "retrieval", "dataset": "of a killed run"}],
+    )
     trainer.train()
     rows = read_rows(tmp_path / "evaluations.jsonl")
     assert [(row["step"], row["dataset"]) for row in rows] == [(0, str(table)), (1, str(table))]
@@ -194,7 +236,9 @@ def test_the_card_says_what_was_fine_tuned_and_from_what(table, tmp_path, start)
     declip.export(start, "safetensors", tmp_path / "secret" / "base", license="mit")
     recipe = tuned(table, tmp_path / "secret" / "base", {"steps": 1})
     evaluation = {"retrieval": (str(table),)}
-    recipe = recipe.model_copy(update={"evaluation": recipe.evaluation.model_copy(update=evaluation)})
+    recipe = recipe.model_copy(
+        update={"evaluation": recipe.evaluation.model_copy(update=evaluation)}
+    )
     train(recipe, out=tmp_path / "run", quiet=True, report=False)
 
     def card(**keys):
@@ -204,7 +248,10 @@ def test_the_card_says_what_was_fine_tuned_and_from_what(table, tmp_path, start)
 
     head, text = card()
     assert head["license"] == "unknown"
-    assert all(words in text for words in ("Fine-tuned on 24 pairs of `shapes.jsonl`", "from the weights `base`"))
+    assert all(
+        words in text
+        for words in ("Fine-tuned on 24 pairs of `shapes.jsonl`", "from the weights `base`")
+    )
     assert not any(words in text for words in ("secret", str(table.parent)))
     assert card(license="apache-2.0")[0]["license"] == "apache-2.0"
 
@@ -234,7 +281,12 @@ def test_names_of_published_weights_and_names_without_folders():
 )
 def test_what_cannot_be_is_said_before_a_folder_is_made(table, tmp_path, start, keys, said):
     with pytest.raises(ValueError, match=said):
-        train(tuned(table, **{"weights": start, **keys}), out=tmp_path / "run", quiet=True, report=False)
+        train(
+            tuned(table, **{"weights": start, **keys}),
+            out=tmp_path / "run",
+            quiet=True,
+            report=False,
+        )
     assert not (tmp_path / "run").exists()
     with pytest.raises(ValueError, match=r"finetune\.lr_scale .* finetune\.pretrained"):
         Recipe.model_validate({**TINY, "finetune": {"lr_scale": 0.1}})
@@ -245,14 +297,23 @@ def test_wrong_files_are_no_start(table, tmp_path):
     save_file(timm.create_model("test_convnext").state_dict(), other)
     save_file(timm.create_model("test_vit").state_dict(), vit)
     relpos = {"depth": 1, "embed_dim": 32, "num_heads": 2, "rel_pos_type": "bias"}
-    model = build("vit", **{"image.model": "vit_relpos_small_patch16_224", "image.model_kwargs": relpos})
+    model = build(
+        "vit", **{"image.model": "vit_relpos_small_patch16_224", "image.model_kwargs": relpos}
+    )
     write_declip_file(model, tmp_path / "relpos.safetensors")
     for where, keys, message in (
         (f"timm:test_vit/{other}", {}, "test_vit"),
         (f"timm:test_vit/{vit}", {"freeze_text_blocks": 1}, "hold 0 blocks of the text_tower"),
         (tmp_path / "relpos.safetensors", {"image_size": 64}, r"rel_pos.*Leave image\.size out"),
     ):
-        refuses(message, train, tuned(table, where, **keys), out=tmp_path / "run", quiet=True, report=False)
+        refuses(
+            message,
+            train,
+            tuned(table, where, **keys),
+            out=tmp_path / "run",
+            quiet=True,
+            report=False,
+        )
         assert not (tmp_path / "run").exists()
 
 
@@ -260,7 +321,9 @@ def test_a_run_on_one_pair_is_resumed(conv_start, rows, tmp_path):
     one = write_rows(tmp_path / "one.jsonl", rows[:1])
     keys = {"train.steps": 2, "train.report_to": [], "data.workers": 0}
     for resume in (False, True):
-        run = declip.finetune(one, conv_start, keys, tmp_path / "run", resume, quiet=True, freeze="none")
+        run = declip.finetune(
+            one, conv_start, keys, tmp_path / "run", resume, quiet=True, freeze="none"
+        )
         assert (run.finished, run.recipe.data.source) == (True, (str(one), str(one)))
 
 
@@ -272,5 +335,7 @@ def test_other_names_of_classes_are_another_start(tmp_path, monkeypatch):
     tune = {"pretrained": "timm:NAME/FILE", "class_names": str(names), **frozen}
     tree = {**TINY, "data": {"source": "pairs.csv"}, "finetune": tune}
     other = load_pretrained(Recipe.model_validate(tree), tmp_path, False, weights)
-    first, second = (class_start(each, encode_texts(each, list(each.classes.names))) for each in (weights, other))
+    first, second = (
+        class_start(each, encode_texts(each, list(each.classes.names))) for each in (weights, other)
+    )
     assert not torch.equal(first.text, second.text)

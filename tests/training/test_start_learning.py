@@ -35,7 +35,9 @@ def test_towers_rest_while_new_heads_warm_up(table, tmp_path, conv_start):
     heads = {name: tensor.clone() for name, tensor in trainer.state.objective.named_parameters()}
     trainer.train()
     assert "Steps 1 to 2 (" in (tmp_path / "run/log.txt").read_text()
-    first, second, third = (load_checkpoint(path) for path in list_checkpoints(tmp_path / "run")[:3])
+    first, second, third = (
+        load_checkpoint(path) for path in list_checkpoints(tmp_path / "run")[:3]
+    )
     for checkpoint in (first, second):
         assert not moved(before, without_prefix("model", checkpoint.weights))
         assert moved(heads, without_prefix("objective", checkpoint.training)) == set(heads)
@@ -66,7 +68,9 @@ def test_statistics_of_a_tower_that_learns_slowly_rest(table, tmp_path, conv_sta
         assert trainer.state.model.image_tower.has_batch_norm != slowly
         before = state(trainer)
         trainer.train()
-        norms = {name.removesuffix(".running_mean") for name in before if name.endswith("running_mean")}
+        norms = {
+            name.removesuffix(".running_mean") for name in before if name.endswith("running_mean")
+        }
         changed = {name for name in moved(before, last(folder)) if name.rpartition(".")[0] in norms}
         learned = {f"{norm}.{part}" for norm in norms for part in ("weight", "bias")}
         if "freeze_image_blocks" in keys:
@@ -78,7 +82,9 @@ def test_statistics_of_a_tower_that_learns_slowly_rest(table, tmp_path, conv_sta
 @pytest.mark.parametrize("asked", [1, "all"])
 def test_frozen_parts_drop_nothing_though_the_rest_does(table, tmp_path, asked):
     """Stem and first block give the same twice after `train()`; what learns above them draws dropout."""
-    image = {"image.model_kwargs": {**VIT["model_kwargs"], "pos_drop_rate": 0.5, "proj_drop_rate": 0.5}}
+    image = {
+        "image.model_kwargs": {**VIT["model_kwargs"], "pos_drop_rate": 0.5, "proj_drop_rate": 0.5}
+    }
     write_declip_file(build("vit", **image), tmp_path / "vit.safetensors")
     recipe = tuned(table, tmp_path / "vit.safetensors", freeze_image_blocks=asked)
     trainer = trainer_of(recipe, tmp_path / "run")
@@ -96,29 +102,44 @@ def test_frozen_parts_drop_nothing_though_the_rest_does(table, tmp_path, asked):
 
 def test_frozen_batch_norm_stays_frozen_when_the_others_are_synchronized():
     model = build("conv")
-    freeze(model, [name for name, depth in depths(model).items() if name.startswith(IMAGE) and depth <= 1])
+    freeze(
+        model,
+        [name for name, depth in depths(model).items() if name.startswith(IMAGE) and depth <= 1],
+    )
     every = {name for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
     frozen = {name for name, module in model.named_modules() if is_frozen(module)} & every
     assert 0 < len(frozen) < len(every)
     synchronize(model)
     model.train()
-    norms = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
+    norms = {
+        name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)
+    }
     assert norms.keys() == every
     assert {name for name, norm in norms.items() if is_frozen(norm)} == frozen
     assert {name for name, norm in norms.items() if not norm.training} == frozen
-    assert {name for name, norm in norms.items() if isinstance(norm, SharedBatchNorm)} == every - frozen
+    assert {
+        name for name, norm in norms.items() if isinstance(norm, SharedBatchNorm)
+    } == every - frozen
 
 
 def test_depths_count_stem_blocks_and_what_follows():
     for kind, image_blocks in (("vit", 2), ("resnet", 5), ("timm-convnext", 9), ("conv", 3)):
         model = build(kind)
         found = depths(model)
-        assert found.keys() == {name for name, _ in model.named_parameters() if name != "logit_scale"}
+        assert found.keys() == {
+            name for name, _ in model.named_parameters() if name != "logit_scale"
+        }
         assert blocks(found, TEXT) == 2
         assert blocks(found, IMAGE) == image_blocks, kind
-        assert found["text_tower.token_embedding.weight"] == found["text_tower.positional_embedding"] == 0
+        assert (
+            found["text_tower.token_embedding.weight"]
+            == found["text_tower.positional_embedding"]
+            == 0
+        )
         assert found["text_tower.transformer.resblocks.1.mlp.c_fc.bias"] == 2
-        assert found["text_tower.ln_final.weight"] == found["text_tower.text_projection.weight"] == 3
+        assert (
+            found["text_tower.ln_final.weight"] == found["text_tower.text_projection.weight"] == 3
+        )
         assert found["image_tower.proj.weight"] == image_blocks + 1
     assert depths(build("vit"))["image_tower.trunk.pos_embed"] == 0
     assert depths(build("vit"))["image_tower.norm.weight"] == 3
@@ -126,7 +147,11 @@ def test_depths_count_stem_blocks_and_what_follows():
 
 def factors(trainer):
     """The rate of each parameter, relative to the recipe's."""
-    return {name: g["multiplier"].factor for g in trainer.state.optimizer.param_groups for name in g["names"]}
+    return {
+        name: g["multiplier"].factor
+        for g in trainer.state.optimizer.param_groups
+        for name in g["names"]
+    }
 
 
 def test_each_layer_has_its_rate(table, tmp_path, start):
@@ -138,7 +163,10 @@ def test_each_layer_has_its_rate(table, tmp_path, start):
 
 def test_what_waits_stands_still_and_then_warms_up():
     recipe = Recipe.model_validate(TINY)
-    shares = [group_lr(1.0, step, LrMultiplier(0.5, frozen_in_warmup=True), 3, recipe.train) for step in range(7)]
+    shares = [
+        group_lr(1.0, step, LrMultiplier(0.5, frozen_in_warmup=True), 3, recipe.train)
+        for step in range(7)
+    ]
     assert shares == [0, 0, 0, 0.25, 0.5, 0.5, 0.5]
     assert group_lr(1.0, 0, LrMultiplier(0.5), 3, recipe.train) == 0.5
 
@@ -157,13 +185,22 @@ def test_adapters_alone_learn_and_are_merged_when_the_run_is_loaded(table, tmp_p
     for found, expected in zip(features(loaded), features(trainer.state.model.eval()), strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     given = features(declip.load(conv_start, device="cpu"))
-    assert not any(torch.equal(found, own) for found, own in zip(features(loaded)[1::2], given[1::2], strict=True))
+    assert not any(
+        torch.equal(found, own)
+        for found, own in zip(features(loaded)[1::2], given[1::2], strict=True)
+    )
 
 
 def test_lora_with_a_frozen_tower_leaves_it_without_adapters(table, tmp_path, start):
     trainer = trainer_of(tuned(table, start, lora={"rank": 2}, freeze_text_blocks="all"), tmp_path)
-    names = {name for name, parameter in trainer.state.model.named_parameters() if parameter.requires_grad}
-    assert names == {"logit_scale"} | {name for name in names if name.startswith(IMAGE) and ".lora_" in name}
+    names = {
+        name
+        for name, parameter in trainer.state.model.named_parameters()
+        if parameter.requires_grad
+    }
+    assert names == {"logit_scale"} | {
+        name for name in names if name.startswith(IMAGE) and ".lora_" in name
+    }
     assert len(names) > 10
 
 
@@ -199,20 +236,31 @@ def test_it_learns_and_loads_without_its_folder(table, tmp_path):
         again = declip.load(exported.folder, device="cpu")
         assert torch.equal(again.encode_text(again.tokenize(captions)), expected)
 
-    stripped = {name: tensor for name, tensor in load_file(tmp_path / "out" / FILE).items() if not name.endswith(ENTRY)}
+    stripped = {
+        name: tensor
+        for name, tensor in load_file(tmp_path / "out" / FILE).items()
+        if not name.endswith(ENTRY)
+    }
     save_file(stripped, tmp_path / FILE, {RECIPE: recipe.to_yaml(), VERSION: "0"})
     refuses("missing or damaged", declip.load, tmp_path / FILE)
 
 
 def test_frozen_blocks_of_an_encoder_rest_and_each_layer_has_its_rate(table, tmp_path):
-    recipe = encoder_recipe(table, bert(tmp_path / "bert"), "clip", lr=1e-2, steps=2).model_dump(mode="json")
+    recipe = encoder_recipe(table, bert(tmp_path / "bert"), "clip", lr=1e-2, steps=2).model_dump(
+        mode="json"
+    )
     keys = {"lr_scale": 0.1, "layer_decay": 0.5, "freeze_text_blocks": 1}
     trainer = trainer_of(Recipe.model_validate({**recipe, "finetune": keys}), tmp_path / "run")
     before, places = state(trainer), depths(trainer.state.model)
     trainer.train()
     still = before.keys() - moved(before, last(tmp_path / "run")) - {ENTRY}
-    assert still == {name for name, depth in places.items() if name.startswith(f"{TEXT}encoder.") and depth <= 1}
-    assert set(factors(trainer).values()) == {0.1 * 0.5, 1.0}  # of two blocks the last is one below the top
+    assert still == {
+        name for name, depth in places.items() if name.startswith(f"{TEXT}encoder.") and depth <= 1
+    }
+    assert set(factors(trainer).values()) == {
+        0.1 * 0.5,
+        1.0,
+    }  # of two blocks the last is one below the top
 
 
 def test_batches_are_masked_and_padded_with_the_encoders_ids(table, tmp_path):
@@ -223,10 +271,14 @@ def test_batches_are_masked_and_padded_with_the_encoders_ids(table, tmp_path):
     for _ in range(4):
         batch = next(trainer.loader)
         assert batch.masked is not None
-        for text, masked, length in zip(batch.texts[0], batch.masked, batch.lengths[0].tolist(), strict=True):
+        for text, masked, length in zip(
+            batch.texts[0], batch.masked, batch.lengths[0].tolist(), strict=True
+        ):
             assert (text[0], text[length - 1]) == (tokenizer.start, tokenizer.end)
             for row in (text, masked):
-                assert (row == PADDING).nonzero().flatten().tolist() == list(range(length, len(row)))
+                assert (row == PADDING).nonzero().flatten().tolist() == list(
+                    range(length, len(row))
+                )
             found += int((masked == MASK).sum())
     trainer.loader.close()
     assert found > 10

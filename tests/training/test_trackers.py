@@ -24,9 +24,14 @@ def written(folder, report_to, starts=(0, 2)):
     for start in starts:
         with monitored(RunInfo(folder, start, 4, 8, quiet=True), trackers_of(report_to)) as monitor:
             for step in range(start + 1, min(start + 3, 4) + 1):
-                monitor.log(step, {"loss": 10.0 * step, "contrastive": 1.0, "grad_norm": 2.0}, 0.1, 14.0)
+                monitor.log(
+                    step, {"loss": 10.0 * step, "contrastive": 1.0, "grad_norm": 2.0}, 0.1, 14.0
+                )
                 if step == start + 2:
-                    monitor.evaluation(step, {"dataset": "../a:b.csv", "task": "retrieval", "r1": start / 8, "n": 4})
+                    monitor.evaluation(
+                        step,
+                        {"dataset": "../a:b.csv", "task": "retrieval", "r1": start / 8, "n": 4},
+                    )
 
 
 def read_tensorboard(folder, name):
@@ -79,15 +84,24 @@ def fake_wandb(log=lambda *_, **__: None):
 
 def test_wandb_goes_online_where_the_user_asks_and_continues_its_run(tmp_path, monkeypatch):
     rows = []
-    module = fake_wandb(lambda numbers, step: rows.append((step, numbers.get("train/loss", numbers.get("r1")))))
+    module = fake_wandb(
+        lambda numbers, step: rows.append((step, numbers.get("train/loss", numbers.get("r1"))))
+    )
     monkeypatch.setitem(sys.modules, "wandb", module)
     monkeypatch.setenv("WANDB_MODE", "online")
     written(tmp_path, ["wandb"])
     first, second = module.calls
     assert first == second
-    assert (first["mode"], first["resume"], first["config"]["train"]) == ("online", "allow", {"lr": 0.5})
+    assert (first["mode"], first["resume"], first["config"]["train"]) == (
+        "online",
+        "allow",
+        {"lr": 0.5},
+    )
     assert [step for step, loss in rows if loss] == [1, 2, 3, 3, 4]
-    with pytest.raises(KeyError), monitored(RunInfo(tmp_path, 4, 5, 8, quiet=True), trackers_of(["wandb"])):
+    with (
+        pytest.raises(KeyError),
+        monitored(RunInfo(tmp_path, 4, 5, 8, quiet=True), trackers_of(["wandb"])),
+    ):
         raise KeyError
     assert module.ended == [0, 0, 1]
 
@@ -103,9 +117,18 @@ def test_a_tracker_that_fails_does_not_end_the_run(table, tmp_path, monkeypatch,
     assert [row["step"] for row in read_rows(run.folder / METRICS)] == [2, 4, 6, 8]
 
 
-def test_a_tracker_that_is_missing_or_cannot_start_is_refused(table, tmp_path, monkeypatch, command):
+def test_a_tracker_that_is_missing_or_cannot_start_is_refused(
+    table, tmp_path, monkeypatch, command
+):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    words = ["train", "demo-clip", f"data.source={table}", "train.report_to=[wandb]", "--out", tmp_path / "run"]
+    words = [
+        "train",
+        "demo-clip",
+        f"data.source={table}",
+        "train.report_to=[wandb]",
+        "--out",
+        tmp_path / "run",
+    ]
     refused = command(*words)
     assert (refused.status, "pip install 'declip[wandb]'" in refused.err) == (2, True)
     assert not (tmp_path / "run").exists()
@@ -121,7 +144,10 @@ def test_the_default_is_tensorboard_and_looking_for_trackers_changes_no_variable
     before = dict(os.environ)
     monkeypatch.setitem(sys.modules, "tensorboard", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace())
-    assert [tracker.name for tracker in trackers_of([AUTO, "tensorboard", "wandb"])] == ["tensorboard", "wandb"]
+    assert [tracker.name for tracker in trackers_of([AUTO, "tensorboard", "wandb"])] == [
+        "tensorboard",
+        "wandb",
+    ]
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     assert trackers_of([AUTO]) == trackers_of([]) == []
     assert dict(os.environ) == before

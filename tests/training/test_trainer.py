@@ -49,7 +49,9 @@ def test_killed_at_any_moment_it_resumes_to_the_same_bits(table, tmp_path):
     run, kills = tmp_path / "killed", 0
     fork = multiprocessing.get_context("fork")
     for delay in (0.0, 0.004):
-        process = fork.Process(target=train, args=(recipe,), kwargs={"out": run, "resume": True, "quiet": True})
+        process = fork.Process(
+            target=train, args=(recipe,), kwargs={"out": run, "resume": True, "quiet": True}
+        )
         before = set((run / "checkpoints").glob("*"))
         process.start()
         while process.is_alive() and set((run / "checkpoints").glob("*")) == before:
@@ -78,7 +80,11 @@ def test_a_signal_saves_and_the_run_continues(table, tmp_path, monkeypatch, numb
 
     monkeypatch.setattr(trainer_module, "training_step", interrupted)
     run = train(recipe, out=tmp_path / "run", quiet=True, report=False)
-    assert (run.finished, run.step, run.status) == (False, 1, 130 if number == signal.SIGINT else TRY_AGAIN)
+    assert (run.finished, run.step, run.status) == (
+        False,
+        1,
+        130 if number == signal.SIGINT else TRY_AGAIN,
+    )
     assert len(list_checkpoints(run.folder)) == 1
     assert train(recipe, out=tmp_path / "run", resume=True, quiet=True, report=False).step == 8
     train(recipe, out=tmp_path / "whole", quiet=True, report=False)
@@ -89,7 +95,11 @@ def test_a_loss_that_is_not_finite_stops_with_all_that_helps(table, tmp_path, mo
     trainer = trainer_of(recipe_for(table, checkpoint_every=2, log_every=1), tmp_path)
     term = trainer.state.objective.terms["contrastive"]
     loss = term.loss
-    monkeypatch.setattr(term, "loss", lambda *rows: loss(*rows) * (float("nan") if trainer.progress.step == 5 else 1.0))
+    monkeypatch.setattr(
+        term,
+        "loss",
+        lambda *rows: loss(*rows) * (float("nan") if trainer.progress.step == 5 else 1.0),
+    )
     message = refuses(("not finite at step 6", "contrastive nan", "step-00000004"), trainer.train)
     named = {int(word.strip(",")) for word in message.split("pairs ")[1].split(" … of ")[0].split()}
     assert named == {int(i) for i in trainer.loader.indices(5)}
@@ -102,7 +112,10 @@ def test_a_run_of_another_recipe_is_not_resumed(table, tmp_path):
     train(recipe_for(table), out=run, quiet=True, report=False)
     with pytest.raises(UserError, match=r"lr was 0\.001.*steps was 8.*finetune\.pretrained"):
         train(recipe_for(table, lr=2e-3, steps=9), out=run, resume=True, quiet=True, report=False)
-    rows, other = (run / "metrics.jsonl").read_text(), recipe_for(table, checkpoint_every=3, keep_checkpoints=9)
+    rows, other = (
+        (run / "metrics.jsonl").read_text(),
+        recipe_for(table, checkpoint_every=3, keep_checkpoints=9),
+    )
     assert train(other, out=run, resume=True, quiet=True, report=False).finished
     assert (run / "metrics.jsonl").read_text() == rows
 
@@ -115,8 +128,15 @@ def test_a_run_is_not_resumed_with_other_pairs_but_with_repaired_ones(rows, tmp_
     sections = {"evaluation": {"retrieval": [str(tmp_path / "val.jsonl")]}}
     recipe = recipe_for(tmp_path / "pairs.jsonl", "clip", sections, steps=2)
     run = train(recipe, out=tmp_path / "run", quiet=True, report=False).folder
-    shuffled = [{**row, "caption": caption} for row, caption in zip(rows, captions[1:] + captions[:1], strict=True)]
-    for others, change in ((shuffled, "sampled keys or captions"), (rows[::-1], "sampled"), (rows[:-1], "24 .*23")):
+    shuffled = [
+        {**row, "caption": caption}
+        for row, caption in zip(rows, captions[1:] + captions[:1], strict=True)
+    ]
+    for others, change in (
+        (shuffled, "sampled keys or captions"),
+        (rows[::-1], "sampled"),
+        (rows[:-1], "24 .*23"),
+    ):
         write_rows(tmp_path / name, others)
         refuses(f"{change}.*--out", assemble, recipe, run, resume=True, quiet=True)
     write_rows(tmp_path / name, rows)
@@ -144,7 +164,9 @@ class Breaking(DerivedSource):
 def test_an_error_of_the_data_in_mid_run_saves_the_steps_before(table, rows, tmp_path, what):
     val = write_rows(tmp_path / "val.jsonl", rows)
     sections = {"evaluation": {"retrieval": [str(val)]}}
-    recipe = recipe_for(table, "clip", sections, log_every=1, checkpoint_every=100, evaluate_every=5)
+    recipe = recipe_for(
+        table, "clip", sections, log_every=1, checkpoint_every=100, evaluate_every=5
+    )
     train(recipe, out=tmp_path / "whole", quiet=True, report=False)
     source, held_out, sink = Breaking(table), Breaking(val), Mock(Sink)
     breaks = source if what == "training pairs" else held_out
@@ -183,18 +205,31 @@ def test_a_few_pairs_of_which_many_are_broken_are_refused_before_training(table,
     refuses(told, assemble, recipe, tmp_path / "run", quiet=True)
     refuses(told, estimate, recipe)
     assert not (tmp_path / "run").exists()
-    assemble(recipe_for(table, "clip", {"data": {**data, "max_broken_fraction": 0.3}}), tmp_path / "run", quiet=True)
+    assemble(
+        recipe_for(table, "clip", {"data": {**data, "max_broken_fraction": 0.3}}),
+        tmp_path / "run",
+        quiet=True,
+    )
 
 
 def test_a_folder_in_use_is_refused_and_free_as_soon_as_its_process_is_killed(table, tmp_path):
     """A worker of the killed process, which lives on for some seconds, holds nothing."""
     data = {"source": str(table), "workers": 1}
     recipe = recipe_for(table, sections={"data": data}, steps=100_000, checkpoint_every=2)
-    process = multiprocessing.get_context("fork").Process(target=train, args=(recipe,), kwargs={"out": tmp_path})
+    process = multiprocessing.get_context("fork").Process(
+        target=train, args=(recipe,), kwargs={"out": tmp_path}
+    )
     process.start()
     while process.is_alive() and not list_checkpoints(tmp_path):
         time.sleep(0.01)
-    refuses(rf"in use: process {process.pid} on .*--out", assemble, recipe, tmp_path, resume=True, quiet=True)
+    refuses(
+        rf"in use: process {process.pid} on .*--out",
+        assemble,
+        recipe,
+        tmp_path,
+        resume=True,
+        quiet=True,
+    )
     assert process.is_alive()
     process.kill()
     process.join()
@@ -212,7 +247,9 @@ def test_wrong_runs_are_refused_before_anything_is_made(table, tmp_path):
         assert not (tmp_path / "run").exists()
 
 
-def test_evaluations_change_nothing_and_one_that_a_crash_cut_short_is_done_again_once(table, tmp_path, monkeypatch):
+def test_evaluations_change_nothing_and_one_that_a_crash_cut_short_is_done_again_once(
+    table, tmp_path, monkeypatch
+):
     tree = recipe_for(table, "clip", log_every=1).model_dump()
     tree["image"]["model_kwargs"]["pos_drop_rate"] = 0.5
     plain = train(Recipe.model_validate(tree), out=tmp_path / "plain", quiet=True, report=False)
@@ -221,7 +258,9 @@ def test_evaluations_change_nothing_and_one_that_a_crash_cut_short_is_done_again
     recipe = Recipe.model_validate(tree)
     results = [DEFAULT, DEFAULT, DEFAULT, RuntimeError("crash")]  # after the last step
     with monkeypatch.context() as broken:
-        broken.setattr(evaluations, "evaluate_all", Mock(wraps=evaluations.evaluate_all, side_effect=results))
+        broken.setattr(
+            evaluations, "evaluate_all", Mock(wraps=evaluations.evaluate_all, side_effect=results)
+        )
         with pytest.raises(RuntimeError, match="crash"):
             train(recipe, out=tmp_path / "run", quiet=True, report=False)
     for _ in range(2):
@@ -233,16 +272,32 @@ def test_evaluations_change_nothing_and_one_that_a_crash_cut_short_is_done_again
 @pytest.mark.parametrize("chunk", [None, 3])
 def test_views_are_finished_in_full_precision(table, tmp_path, monkeypatch, chunk):
     seen, apply = [], views.apply
-    monkeypatch.setattr(views, "apply", lambda *given: seen.append(torch.is_autocast_enabled("cpu")) or apply(*given))
-    train(recipe_for(table, steps=1, precision="bf16", grad_cache_chunk=chunk), out=tmp_path, quiet=True, report=False)
+    monkeypatch.setattr(
+        views,
+        "apply",
+        lambda *given: seen.append(torch.is_autocast_enabled("cpu")) or apply(*given),
+    )
+    train(
+        recipe_for(table, steps=1, precision="bf16", grad_cache_chunk=chunk),
+        out=tmp_path,
+        quiet=True,
+        report=False,
+    )
     assert set(seen) == {False}
 
 
 @pytest.mark.parametrize(
     ("asked", "can", "taken"),
-    [("auto", True, "bf16"), ("auto", False, "fp32"), ("fp32", True, "fp32"), ("bf16", False, "bf16")],
+    [
+        ("auto", True, "bf16"),
+        ("auto", False, "fp32"),
+        ("fp32", True, "fp32"),
+        ("bf16", False, "bf16"),
+    ],
 )
-def test_a_run_takes_the_precision_that_its_device_can_and_keeps_it(table, tmp_path, monkeypatch, asked, can, taken):
+def test_a_run_takes_the_precision_that_its_device_can_and_keeps_it(
+    table, tmp_path, monkeypatch, asked, can, taken
+):
     monkeypatch.setattr(assembly, "computes_bf16", lambda device: can)
     first = trainer_of(recipe_for(table, precision=asked), tmp_path)
     assert first.state.recipe.train.precision == taken
@@ -257,7 +312,11 @@ def test_a_device_is_asked_for_its_precision(monkeypatch):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda can=can: {"avx512_bf16": can})
         supported = lambda including_emulation, c=can: c or including_emulation  # noqa: E731
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
-        assert [computes_bf16(torch.device(name)) for name in ("cpu", "cuda", "meta")] == [can, can, False]
+        assert [computes_bf16(torch.device(name)) for name in ("cpu", "cuda", "meta")] == [
+            can,
+            can,
+            False,
+        ]
 
 
 def _told_without_memory(recipe, folder, queue):
@@ -285,4 +344,6 @@ def test_a_model_without_memory_for_it_is_one_error(table, tmp_path):
 
 @pytest.mark.parametrize("key", ["text.context_length", "text.width", "text.layers", "embed_dim"])
 def test_sizes_beyond_all_models_are_refused(key):
-    refuses(rf"{key}=100000000.*less than or equal to", load_recipe, "demo-clip", {key: 100_000_000})
+    refuses(
+        rf"{key}=100000000.*less than or equal to", load_recipe, "demo-clip", {key: 100_000_000}
+    )

@@ -35,7 +35,9 @@ class Circles(PairSource):
 
     def __init__(self, count: str, columns: Columns) -> None:
         if not count.isdecimal() or not int(count):
-            raise UserError(f"'circles:{count}' has no number of pairs. Write circles:200, for example.")
+            raise UserError(
+                f"'circles:{count}' has no number of pairs. Write circles:200, for example."
+            )
         self.name, self.count = f"circles:{count}", int(count)
 
     def __len__(self) -> int:
@@ -46,7 +48,9 @@ class Circles(PairSource):
 
     def __getitem__(self, index: int) -> Pair:
         image, margin = Image.new("RGB", (64, 64), "white"), 24 - index % 32 / 2
-        ImageDraw.Draw(image).ellipse((margin, margin, 64 - margin, 64 - margin), fill=COLORS[index % len(COLORS)])
+        ImageDraw.Draw(image).ellipse(
+            (margin, margin, 64 - margin, 64 - margin), fill=COLORS[index % len(COLORS)]
+        )
         return Pair(str(index), image, self.captions(index))
 
 

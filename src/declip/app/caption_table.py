@@ -21,7 +21,7 @@ from declip.io.atomic import atomic_write, csv_path, flush, locked_for
 from declip.search.choose import check_files, image_cell
 from declip.search.index import Index
 
-ELSEWHERE = "choose another file with --caption"
+HINT = "choose another file with --caption"
 IMAGE, CAPTION = "image", "caption"  # columns
 LONGEST_WAIT = 30  # seconds for which another process may hold the lock
 
@@ -59,25 +59,33 @@ class CaptionFile(NamedTuple):
             with path.open("rb") as file:
                 lines = [*file]
         except OSError as error:
-            raise UserError(f"'{path}' cannot be read: {error.strerror}. Fix that or {ELSEWHERE}.") from error
+            raise UserError(
+                f"'{path}' cannot be read: {error.strerror}. Fix that or {HINT}."
+            ) from error
         if _stamp(path) != stamp:
-            raise UserError(f"'{path}' changes while it is read. Try again, or {ELSEWHERE}.")
+            raise UserError(f"'{path}' changes while it is read. Try again, or {HINT}.")
         # --- what training would leave out is refused
         if any(list(table.columns).count(name) != 1 for name in (IMAGE, CAPTION)):
-            raise UserError(f"'{path}' needs one column image and one column caption. Add them, or {ELSEWHERE}.")
+            raise UserError(
+                f"'{path}' needs one column image and one column caption. Add them, or {HINT}."
+            )
         rows = []
         ends = [*(number - 1 for number, _ in records), len(lines)][1:]
         for (number, cells), end in zip(records, ends, strict=True):
             fault = cells.detail if isinstance(cells, BrokenPair) else None
             if isinstance(cells, BrokenPair) or not all(map(is_unicode, cells.values())):
-                remedy = f"Fix the line (a text with commas needs quotation marks), or {ELSEWHERE}."
-                raise UserError(f"Line {number} of '{path}' is not a row of the table: {fault or NOT_UTF8}. {remedy}")
+                remedy = f"Fix the line (a text with commas needs quotation marks), or {HINT}."
+                raise UserError(
+                    f"Line {number} of '{path}' is not a row of the table: {fault or NOT_UTF8}. {remedy}"
+                )
             while not lines[end - 1].strip():  # blank lines after the row
                 end -= 1
             rows.append(Row(slice(number - 1, end), cells))
         return cls(stamp, lines, table.columns, table.delimiter, rows)
 
-    def with_captions(self, rows: Sequence[Row], captions: Sequence[str], new: Sequence[dict[str, str]]) -> bytes:
+    def with_captions(
+        self, rows: Sequence[Row], captions: Sequence[str], new: Sequence[dict[str, str]]
+    ) -> bytes:
         """The content of the file with the captions in some rows, rising, and with new rows at its end."""
         lines = [*self.lines]
         for (span, cells), text in reversed([*zip(rows, captions, strict=False)]):
@@ -92,7 +100,9 @@ class CaptionFile(NamedTuple):
 
     def _encode(self, cells: dict[str, str]) -> bytes:
         line, end = io.StringIO(), self._line_end.decode()
-        csv.DictWriter(line, self.columns, "", delimiter=self.delimiter, lineterminator=end).writerow(cells)
+        csv.DictWriter(
+            line, self.columns, "", delimiter=self.delimiter, lineterminator=end
+        ).writerow(cells)
         return line.getvalue().encode()
 
 
@@ -101,7 +111,7 @@ def locked(path: Path) -> Iterator[Path]:
     """Lock a table, and yield its path without links, which have the same lock as their target."""
     target = Path(os.path.realpath(path))
     # Not in the cache: processes of other users, containers and machines know this file and no other.
-    with locked_for(path, target.with_name(f".{target.name}.lock"), ELSEWHERE, LONGEST_WAIT):
+    with locked_for(path, target.with_name(f".{target.name}.lock"), HINT, LONGEST_WAIT):
         yield target
 
 
@@ -145,19 +155,26 @@ class CaptionTable:
         with locked(self.path) as target:
             file = CaptionFile.read(self.path)
             content = self._changed(file, change)
-            with atomic_write(target, ELSEWHERE, durable=True) as partial:
+            with atomic_write(target, HINT, durable=True) as partial:
                 partial.write_bytes(content)
                 flush(partial)
                 # Editors and programs that synchronize files do not know the lock.
                 if _stamp(target) != file.stamp:
-                    raise UserError(f"Not saved: another program is writing to '{target}'. Save again, or {ELSEWHERE}.")
+                    raise UserError(
+                        f"Not saved: another program is writing to '{target}'. Save again, or {HINT}."
+                    )
 
     def _changed(self, file: CaptionFile, change: Change) -> bytes:
         own = [row for owner, row in self._known(file) if owner == change.id]
-        captioned, empty = [row for row in own if row.caption], [row for row in own if not row.caption]
+        captioned, empty = (
+            [row for row in own if row.caption],
+            [row for row in own if not row.caption],
+        )
         if (known := [row.caption for row in captioned]) != change.seen:
             now = "; ".join(known) or "none"
-            raise HTTPException(409, f"Not saved: this image has other captions now ({now}). Save again.")
+            raise HTTPException(
+                409, f"Not saved: this image has other captions now ({now}). Save again."
+            )
         if change.replaces is not None:
             if change.replaces >= len(known):
                 raise UserError("There is no such caption.")
@@ -167,12 +184,16 @@ class CaptionTable:
         # --- into rows without a caption, as `declip choose` writes them, then into new ones
         texts = [text for text in dict.fromkeys(change.captions) if text not in known]
         cell = image_cell(self.index, change.id, self.path.parent)
-        return file.with_captions(empty, texts, [{IMAGE: cell, CAPTION: text} for text in texts[len(empty) :]])
+        return file.with_captions(
+            empty, texts, [{IMAGE: cell, CAPTION: text} for text in texts[len(empty) :]]
+        )
 
     def _known(self, file: CaptionFile) -> Iterator[tuple[int, Row]]:
         """The rows of images of the index, with their ids."""
         for row in file.rows:
-            path = os.path.normpath(self.path.parent.absolute() / os.path.expanduser(row.cells[IMAGE]))
+            path = os.path.normpath(
+                self.path.parent.absolute() / os.path.expanduser(row.cells[IMAGE])
+            )
             if (id := self._ids.get(path)) is not None:
                 yield id, row
 
@@ -184,5 +205,7 @@ def _stamp(path: Path) -> tuple[int, ...] | None:
     except FileNotFoundError:
         return None
     if not stat.S_ISREG(status.st_mode):
-        raise UserError(f"'{path}' is not a regular file, so captions cannot be saved in it; {ELSEWHERE}.")
+        raise UserError(
+            f"'{path}' is not a regular file, so captions cannot be saved in it; {HINT}."
+        )
     return status.st_size, status.st_mtime_ns, status.st_ino

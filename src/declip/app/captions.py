@@ -93,7 +93,9 @@ class Captioning:
         now = time.monotonic()
         with self._lock:
             self._held.pop(tab, None)
-            self._held = {other: held for other, held in self._held.items() if now - held[1] <= LEASE}
+            self._held = {
+                other: held for other, held in self._held.items() if now - held[1] <= LEASE
+            }
             if id is not None:
                 self._held[tab] = id, now
 
@@ -117,7 +119,11 @@ class Captioning:
         texts = list(dict.fromkeys(texts))
         if not texts:
             return []
-        image, features, heads = self.state.index.vectors([id]), self.state.text_vectors(texts), self._heads
+        image, features, heads = (
+            self.state.index.vectors([id]),
+            self.state.text_vectors(texts),
+            self._heads,
+        )
         if heads is None:
             cosines = image @ features.mT
         else:
@@ -133,7 +139,9 @@ class Captioning:
                 return
             texts = [text for own in known.values() for text in own]
             owners = torch.repeat_interleave(torch.tensor([len(own) for own in known.values()]))
-            pairs = Pairs(self.state.index.vectors([*known]), self.state.text_vectors(texts), owners)
+            pairs = Pairs(
+                self.state.index.vectors([*known]), self.state.text_vectors(texts), owners
+            )
             # Images with an equal first caption stay in one fold
             groups = np.unique([own[0] for own in known.values()], return_inverse=True)[1]
             choice = choose_heads(pairs, groups, embedded=True)
@@ -162,7 +170,15 @@ class Captioning:
             source = os.path.relpath(source)
         number = next(number for number in count(1) if not _run_folder(name, number).exists())
         run = str(_run_folder(name, number))
-        finetune = ["declip", "finetune", str(self.table.path), "--from", self.state.model_path, "--out", run]
+        finetune = [
+            "declip",
+            "finetune",
+            str(self.table.path),
+            "--from",
+            self.state.model_path,
+            "--out",
+            run,
+        ]
         return [shlex.join(finetune), shlex.join(["declip", "app", run, source])]
 
 

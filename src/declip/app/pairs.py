@@ -21,7 +21,10 @@ from declip.io.atomic import write_text
 
 PAGE = 24  # pairs or groups that are sent at a time
 MEMBERS = 12  # images of a group that are shown
-BLOCK, QUERIES = 4_096, 512  # rows whose vectors are in memory at a time, and images that are searched at a time
+BLOCK, QUERIES = (
+    4_096,
+    512,
+)  # rows whose vectors are in memory at a time, and images that are searched at a time
 BARS = 40  # bars of the histogram
 NEAREST = 8  # nearest images of each image: larger groups are joined through several members
 # Of all captions, the worst share that is listed at first: so at most this share of right captions is listed, in any
@@ -29,10 +32,12 @@ NEAREST = 8  # nearest images of each image: larger groups are joined through se
 LISTED, LOWEST_RANK = 0.02, 0.5
 DIGITS = 3  # of a limit, as the page shows it
 LOWEST = 0.8  # cosine below which two images are never shown as near-duplicates
-MOST_COMPARED = 50_000  # images that are compared with each other, which takes about a minute on two cores
+MOST_COMPARED = (
+    50_000  # images that are compared with each other, which takes about a minute on two cores
+)
 # Tolerance of thresholds: copies of an image have cosines of 0.9999 to 1.0001 in float16; the page shows 3 digits.
 ROUNDING = 5e-4
-ELSEWHERE = "choose a writable folder with --index"
+HINT = "choose a writable folder with --index"
 
 Reason = Literal["image and caption disagree", "near-duplicate image"]
 
@@ -62,7 +67,11 @@ class Agreement(NamedTuple):
 def compare_captions(state: AppState) -> Agreement:
     """Compare each caption of an index with its image: by out-of-fold rank if there are any, else by cosine."""
     ranked = bool(state.ranks)
-    rows = [(id, caption, rank) for (id, caption), rank in state.ranks.items()] if ranked else [*_cosines(state)]
+    rows = (
+        [(id, caption, rank) for (id, caption), rank in state.ranks.items()]
+        if ranked
+        else [*_cosines(state)]
+    )
     values = np.array([value for _, _, value in rows], np.float32)
     # --- the worst first, and the share that is listed
     order = np.argsort(-values if ranked else values, kind="stable")
@@ -143,13 +152,17 @@ class SimilarImages(NamedTuple):
         chosen = self.cosines >= threshold - ROUNDING
         if not chosen.any():
             return []
-        ids, nodes = np.unique(np.stack([self.one[chosen], self.other[chosen]]), return_inverse=True)
+        ids, nodes = np.unique(
+            np.stack([self.one[chosen], self.other[chosen]]), return_inverse=True
+        )
         edges = nodes.reshape(2, -1)  # numbers of ids, two for each pair
         label = components(len(ids), edges)
         largest = np.full(label.max() + 1, -np.inf, np.float32)
         np.maximum.at(largest, label[edges[0]], self.cosines[chosen])
         split = np.split(ids[np.argsort(label, kind="stable")], np.cumsum(np.bincount(label))[:-1])
-        groups = [(members.tolist(), float(top)) for members, top in zip(split, largest, strict=True)]
+        groups = [
+            (members.tolist(), float(top)) for members, top in zip(split, largest, strict=True)
+        ]
         return sorted(groups, key=lambda group: (-group[1], group[0]))
 
 
@@ -165,7 +178,9 @@ def find_similar(state: AppState) -> SimilarImages:
         state.check_running()
         block = ids[start : start + QUERIES]
         # (q, NEAREST + 1) each, as every image is its own nearest
-        near, cosines = (tensor.numpy() for tensor in index.nearest(index.vectors(block), NEAREST + 1))
+        near, cosines = (
+            tensor.numpy() for tensor in index.nearest(index.vectors(block), NEAREST + 1)
+        )
         query_ids = np.repeat(block, near.shape[1]).reshape(near.shape)
         alike = (near != query_ids) & (cosines >= LOWEST)
         blocks.append((query_ids[alike], near[alike], cosines[alike]))
@@ -179,7 +194,11 @@ def duplicates(state: AppState, asked: PairsQuestion) -> dict[str, Any]:
         {"cosine": cosine, "size": len(ids), "members": state.describe(ids[:MEMBERS])}
         for ids, cosine in groups[asked.start : asked.start + PAGE]
     ]
-    return {"rows": rows, "total": len(groups), "marked": [id for ids, _ in groups for id in ids[1:]]}
+    return {
+        "rows": rows,
+        "total": len(groups),
+        "marked": [id for ids, _ in groups for id in ids[1:]],
+    }
 
 
 def save_list(state: AppState, marked: Marked) -> dict[str, Any]:
@@ -191,7 +210,9 @@ def save_list(state: AppState, marked: Marked) -> dict[str, Any]:
     agreement: Agreement | None = state.compared.get(compare_captions)
     worst: dict[int, tuple[str, float | None]] = {}  # caption and cosine, by image
     if agreement is not None:
-        for id, caption, value in zip(agreement.ids.tolist(), agreement.captions, agreement.values, strict=True):
+        for id, caption, value in zip(
+            agreement.ids.tolist(), agreement.captions, agreement.values, strict=True
+        ):
             worst.setdefault(id, (caption, None if agreement.ranked else float(value)))
     rows: dict[int, tuple[str, int, str, float | None, str]] = {}
     for reason, ids in marked.root.items():
@@ -200,22 +221,26 @@ def save_list(state: AppState, marked: Marked) -> dict[str, Any]:
             rows.setdefault(row.id, (row.key, row.index, reason, cosine, caption))
     if not rows:
         raise UserError("The list is empty.")
-    drop, rest = (Path(os.path.relpath(f"{index.folder.resolve()}{end}")) for end in (".drop.jsonl", LIST_KIND))
+    drop, rest = (
+        Path(os.path.relpath(f"{index.folder.resolve()}{end}"))
+        for end in (".drop.jsonl", LIST_KIND)
+    )
     with state.reading:
         names = ("key", "index", "reason", "cosine", "caption")
         lines = (json.dumps(dict(zip(names, rows[id], strict=True))) + "\n" for id in sorted(rows))
-        write_text(drop, "".join(lines), ELSEWHERE)
+        write_text(drop, "".join(lines), HINT)
         # --- the other pairs of the source
         if not saved.path:
-            raise UserError(f"'{drop}' is written, but no list of the others: the source was a Python object.")
+            raise UserError(
+                f"'{drop}' is written, but no list of the others: the source was a Python object."
+            )
         spec, columns = resolve(saved.path, index.folder), saved.columns_of(index.folder)
         source = open_source(spec, columns)
         images = ImageSource(source)
         for key, place, *_ in rows.values():
             if place >= len(source) or images.key(place) != key:
-                problem = (
-                    f"'{source.name}' has changed since it was embedded: its pair {place} is not '{printable(key)}'"
-                )
-                raise UserError(f"{problem}. Run the command again.")
+                problem = f"'{source.name}' has changed since it was embedded"
+                place_now = f"its pair {place} is not '{printable(key)}'"
+                raise UserError(f"{problem}: {place_now}. Run the command again.")
         count = write_others(rest, spec, columns, source, {place for _, place, *_ in rows.values()})
     return {"drop": str(drop), "rest": str(rest), "count": count}

@@ -17,7 +17,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from declip.data.images.decode import decode
 from declip.data.pair import BrokenPair, on_one_line
 
-LARGEST_UPLOAD, LARGEST_JSON = 20 << 20, 2 << 20  # bytes of an uploaded image, and of JSON: the ids of 200,000 pairs
+LARGEST_UPLOAD, LARGEST_JSON = (
+    20 << 20,
+    2 << 20,
+)  # bytes of an uploaded image, and of JSON: the ids of 200,000 pairs
 MOST_PIXELS = 50_000_000  # pixels of an uploaded image, more than those of cameras and phones
 SECONDS = 60  # time in which a body must arrive
 
@@ -97,7 +100,10 @@ class Guard:
             message = "The app does not answer to this host name. Open the address that `declip app` printed."
             return PlainTextResponse(message, 421)
         # --- forms and scripts of other sites
-        if method not in ("GET", "HEAD") and headers.get("origin") not in (f"http://{host}", f"https://{host}"):
+        if method not in ("GET", "HEAD") and headers.get("origin") not in (
+            f"http://{host}",
+            f"https://{host}",
+        ):
             return PlainTextResponse("Only the pages of the app may send this request.", 403)
         # --- images and scripts that other sites load from here; links to here are allowed
         site, mode = headers.get("sec-fetch-site", "none"), headers.get("sec-fetch-mode")

@@ -71,5 +71,8 @@ def _classify(state: AppState, asked: SearchQuestion, image: Tensor | None) -> d
     scale = logit_scale(state.index.text_model)
     softmax = torch.softmax(scale * cosines.double(), dim=0)
     order = softmax.argsort(descending=True, stable=True).tolist()
-    rows = [{"name": names[i], "probability": float(softmax[i]), "cosine": float(cosines[i])} for i in order]
+    rows = [
+        {"name": names[i], "probability": float(softmax[i]), "cosine": float(cosines[i])}
+        for i in order
+    ]
     return {"classes": rows, "scale": scale}

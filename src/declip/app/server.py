@@ -38,7 +38,12 @@ SMALL, LARGE = 192, 768  # pixels of the longer side of a thumbnail, and of an i
 UPLOADS_AT_ONCE = 4  # images that are received at the same time; others wait
 ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 EXAMPLES = 6  # captions of the index that a page offers to begin with
-HTML: dict[str, Any] = {"autoescape": True, "undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+HTML: dict[str, Any] = {
+    "autoescape": True,
+    "undefined": StrictUndefined,
+    "trim_blocks": True,
+    "lstrip_blocks": True,
+}
 TEMPLATES = Jinja2Templates(env=Environment(loader=PackageLoader("declip.app"), **HTML))
 
 
@@ -55,7 +60,9 @@ def image(state: AppState, asked: ImageQuestion) -> Response:
         content = state.thumbnail(asked.id, LARGE if asked.large else SMALL)
     except UserError:  # its message may name a path
         raise HTTPException(404, "This image no longer exists.") from None
-    return Response(content, media_type="image/webp", headers={"Cache-Control": "private, max-age=3600"})
+    return Response(
+        content, media_type="image/webp", headers={"Cache-Control": "private, max-age=3600"}
+    )
 
 
 # Methods, address, parameters in the address or in a JSON object, and the function that answers.
@@ -75,9 +82,13 @@ REQUESTS: tuple[tuple[str, str, type[BaseModel], Callable[..., Any]], ...] = (
 def build(state: AppState, host: str) -> ASGIApp:
     """Make the application for a server that listens on `host`."""
     uploading = asyncio.Semaphore(UPLOADS_AT_ONCE)
-    requests = [each for each in REQUESTS if state.captioning or not each[1].startswith("/api/caption")]
+    requests = [
+        each for each in REQUESTS if state.captioning or not each[1].startswith("/api/caption")
+    ]
     routes = [
-        Route("/", lambda request: RedirectResponse(f"/{'caption' if state.captioning else 'search'}")),
+        Route(
+            "/", lambda request: RedirectResponse(f"/{'caption' if state.captioning else 'search'}")
+        ),
         *(Route(f"/{view}", partial(_page, state, view)) for view in VIEWS),
         Mount("/static", StaticFiles(packages=[("declip.app", "static")])),
         Route("/api/images", partial(_upload, state, uploading), methods=["POST"]),
@@ -91,7 +102,9 @@ def build(state: AppState, host: str) -> ASGIApp:
     return Guard(app, host)  # around everything, so that answers to failures have the headers too
 
 
-async def _answer(state: AppState, question: type[BaseModel], answer: Callable[..., Any], request: Request) -> Response:
+async def _answer(
+    state: AppState, question: type[BaseModel], answer: Callable[..., Any], request: Request
+) -> Response:
     if request.method == "POST":
         asked = question.model_validate_json(await read_body(request, LARGEST_JSON))
     else:
@@ -112,15 +125,28 @@ def _page(state: AppState, view: str, request: Request) -> Response:
     """A view: its HTML holds no result, the scripts ask for them."""
     if view == "caption" and not state.captioning:
         raise HTTPException(404, "Start the app with --caption FILE to caption images.")
-    context: dict[str, Any] = {"view": view, "views": VIEWS if state.captioning else VIEWS[:-1], "state": state}
-    context |= {"info": state.index.info, "lowest": pairs.LOWEST, "largest_upload": LARGEST_UPLOAD >> 20}
-    context |= {"template_sets": prompt_names(), "examples": _examples(state) if view == "search" else []}
+    context: dict[str, Any] = {
+        "view": view,
+        "views": VIEWS if state.captioning else VIEWS[:-1],
+        "state": state,
+    }
+    context |= {
+        "info": state.index.info,
+        "lowest": pairs.LOWEST,
+        "largest_upload": LARGEST_UPLOAD >> 20,
+    }
+    context |= {
+        "template_sets": prompt_names(),
+        "examples": _examples(state) if view == "search" else [],
+    }
     return TEMPLATES.TemplateResponse(request, f"{view}.html", context)
 
 
 def _examples(state: AppState) -> list[str]:
     ids = state.index.ids
-    rows = state.index.rows([ids[len(ids) * (2 * n + 1) // (2 * EXAMPLES)] for n in range(EXAMPLES)])
+    rows = state.index.rows(
+        [ids[len(ids) * (2 * n + 1) // (2 * EXAMPLES)] for n in range(EXAMPLES)]
+    )
     return list(dict.fromkeys(printable(row.caption)[:60] for row in rows if row.captions))
 
 
@@ -139,23 +165,34 @@ def _answer_error(request: Request, error: Exception) -> Response:
 
 
 def open_state(
-    model: str, source: str, folder: Path | None = None, *, caption: Path | None = None, **options: Any
+    model: str,
+    source: str,
+    folder: Path | None = None,
+    *,
+    caption: Path | None = None,
+    **options: Any,
 ) -> AppState:
     """Open an index, or embed a source into one first, see `open_or_embed`; `caption` is the table to write."""
     if caption is not None:
         check_table(caption)  # before images are embedded
     index = open_or_embed(model, source, folder, **options)
     if not len(index):
-        raise UserError(f"The index '{index.folder}' holds no image. Embed some first: declip embed.")
+        raise UserError(
+            f"The index '{index.folder}' holds no image. Embed some first: declip embed."
+        )
     state = AppState(index, model)
     state.text_vectors([""])  # another model than the index's is refused now
-    return state if caption is None else replace(state, captioning=captions.Captioning(state, caption))
+    return (
+        state if caption is None else replace(state, captioning=captions.Captioning(state, caption))
+    )
 
 
 def take_port(host: str, port: int) -> socket.socket:
     """Listen on a port; raises `UserError` if the host does not exist, or the port is in use or not allowed."""
     try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        return socket.create_server(
+            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET
+        )
     except OSError as error:
         raise UserError(
             f"Port {port} of '{host}' cannot be used: {error.strerror}. Choose another --port (0: any free port)."
@@ -173,7 +210,9 @@ def serve(state: AppState, bound: socket.socket, host: str) -> None:
     """Answer requests until Ctrl-C."""
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     logs: dict[str, Any] = {"access_log": False, "log_config": None, "server_header": False}
-    config = uvicorn.Config(build(state, host), limit_concurrency=128, timeout_graceful_shutdown=2, **logs)
+    config = uvicorn.Config(
+        build(state, host), limit_concurrency=128, timeout_graceful_shutdown=2, **logs
+    )
     with suppress(KeyboardInterrupt):
         uvicorn.Server(config).run(sockets=[bound])
     state.stopped.set()

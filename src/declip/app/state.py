@@ -33,7 +33,9 @@ class AppState:
     index: Index
     model_path: str
     captioning: Any = None  # `declip.app.captions.Captioning`, with --caption
-    version: str = field(default_factory=lambda: secrets.token_hex(4))  # no browser shows images of an earlier index
+    version: str = field(
+        default_factory=lambda: secrets.token_hex(4)
+    )  # no browser shows images of an earlier index
     stopped: threading.Event = field(default_factory=threading.Event)  # once set, comparisons end
     compared: dict[object, Any] = field(default_factory=dict)
     vectors: dict[tuple[str, str], Tensor] = field(default_factory=dict)  # by text and template
@@ -53,7 +55,9 @@ class AppState:
         if not known:
             return {}
         ranks: dict[tuple[int, str], float] = {}
-        for id, key, captions in zip(index.ids.tolist(), index.keys(), index.captions(), strict=True):
+        for id, key, captions in zip(
+            index.ids.tolist(), index.keys(), index.captions(), strict=True
+        ):
             for caption in captions:
                 if (key, caption) in known:
                     ranks[id, caption] = known[key, caption]
@@ -78,7 +82,9 @@ class AppState:
         with self.encoding:
             if len(self.vectors) > MOST_TEXTS:
                 self.vectors.clear()
-            if new := [text for text in dict.fromkeys(texts) if (text, template) not in self.vectors]:
+            if new := [
+                text for text in dict.fromkeys(texts) if (text, template) not in self.vectors
+            ]:
                 features = class_features(self.index.text_model, new, templates)
                 self.vectors.update(zip(((text, template) for text in new), features, strict=True))
             return torch.stack([self.vectors[text, template] for text in texts])
@@ -97,7 +103,11 @@ class AppState:
     def describe(self, ids: Sequence[int] | np.ndarray) -> list[dict[str, Any]]:
         """Images as a page shows them, without paths except the source's own key."""
         return [
-            {"id": row.id, "key": printable(row.key), "captions": [*map(printable, row.captions[:SHOWN_CAPTIONS])]}
+            {
+                "id": row.id,
+                "key": printable(row.key),
+                "captions": [*map(printable, row.captions[:SHOWN_CAPTIONS])],
+            }
             for row in self.index.rows(ids)
         ]
 

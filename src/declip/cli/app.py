@@ -46,7 +46,9 @@ def show_recipe(
     say(load_recipe(recipe, parse_overrides(overrides or [])).to_yaml().rstrip())
 
 
-cache = typer.Typer(help="Show and clear the cache folder: features of frozen towers, shards, built-in sets.")
+cache = typer.Typer(
+    help="Show and clear the cache folder: features of frozen towers, shards, built-in sets."
+)
 
 
 @cache.command("show")
@@ -61,7 +63,9 @@ def show_cache() -> None:
     for name, group in groupby(cache_entries(), key=lambda entry: entry.path.parent.name):
         entries = list(group)
         used = datetime.fromtimestamp(max(entry.used for entry in entries)).strftime("%Y-%m-%d")
-        say(f"{name:<12} {sum(entry.size for entry in entries) / 1e6:>12,.1f} MB  {len(entries):>6,} entries  {used}")
+        say(
+            f"{name:<12} {sum(entry.size for entry in entries) / 1e6:>12,.1f} MB  {len(entries):>6,} entries  {used}"
+        )
 
 
 @cache.command("clear")
@@ -80,8 +84,12 @@ def export(
     model: Model,
     format: Annotated[str, Option("--format", help="open_clip, huggingface, onnx or safetensors")],
     out: Annotated[Path, file("folder to write", metavar="DIR")],
-    license: Annotated[str, Option(help="license for the model card, such as mit")] = "unknown: set it",
-    repo: Annotated[str | None, Option(help="OWNER/NAME of the repository on the Hub, for the model card")] = None,
+    license: Annotated[
+        str, Option(help="license for the model card, such as mit")
+    ] = "unknown: set it",
+    repo: Annotated[
+        str | None, Option(help="OWNER/NAME of the repository on the Hub, for the model card")
+    ] = None,
     overwrite: Annotated[bool, Option("--overwrite", help="replace an existing export")] = False,
 ) -> None:
     """Export a model to a format of another library or to declip's (safetensors), with a model card."""
@@ -112,7 +120,10 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool, Option("--version", callback=_print_version, is_eager=True, help="print the version and exit")
+        bool,
+        Option(
+            "--version", callback=_print_version, is_eager=True, help="print the version and exit"
+        ),
     ] = False,
 ) -> None:
     pass
@@ -139,12 +150,19 @@ def main() -> None:
     except UsageError as error:
         fail(_usage_message(error))
     except KeyboardInterrupt:
-        fail("Stopped. Finished parts are saved; run the same command again (declip train with --resume).", status=130)
+        fail(
+            "Stopped. Finished parts are saved; run the same command again (declip train with --resume).",
+            status=130,
+        )
     except OSError as error:
         if error.errno not in DISK:
             raise
         where = f"'{error.filename}'" if error.filename else "A file"
-        advice = "Make room; continue a run with --resume." if error.errno in FULL else "Fix that or give another path."
+        advice = (
+            "Make room; continue a run with --resume."
+            if error.errno in FULL
+            else "Fix that or give another path."
+        )
         fail(f"{where} cannot be read or written: {error.strerror}. {advice}")
     sys.exit(status or 0)  # torchrun takes 0 for an end, and not None
 

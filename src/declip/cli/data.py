@@ -39,13 +39,19 @@ def inspect(
     source: opt.Source,
     sample: Annotated[int, Option(help="number of pairs to read, chosen at random")] = 2000,
     everything: Annotated[bool, Option("--all", help="read all pairs")] = False,
-    check_leakage: Annotated[opt.Several, opt.source("test set; find its images among the pairs; repeatable")] = None,
+    check_leakage: Annotated[
+        opt.Several, opt.source("test set; find its images among the pairs; repeatable")
+    ] = None,
     size: Annotated[int, Option(help="image size in training, in pixels")] = 224,
-    batch_size: Annotated[int, Option(help="batch size in training, to count false negatives")] = 128,
+    batch_size: Annotated[
+        int, Option(help="batch size in training, to count false negatives")
+    ] = 128,
     seed: Annotated[int, Option(help="seed of the sample and of the examples")] = 0,
     json_out: opt.JsonOut = None,
     html_out: Annotated[Path | None, file("also write a page with images", "--html")] = None,
-    without_copies: Annotated[Path | None, file("list to write (.pairs), of all other pairs; reads all")] = None,
+    without_copies: Annotated[
+        Path | None, file("list to write (.pairs), of all other pairs; reads all")
+    ] = None,
     overwrite: opt.Overwrite = False,
     *,
     reading: dict[str, Any],
@@ -60,13 +66,18 @@ def inspect(
     check_outputs((json_out, html_out, without_copies), overwrite)
     if without_copies and not (check_leakage and without_copies.suffix == LIST_KIND):
         problem = f"--without-copies {without_copies} lists the pairs that are no copy of one of --check-leakage."
-        raise UserError(f"{problem} Give a test set with --check-leakage, and a file name that ends in {LIST_KIND}.")
+        raise UserError(
+            f"{problem} Give a test set with --check-leakage, and a file name that ends in {LIST_KIND}."
+        )
     options: dict[str, Any] = {"seed": seed, "size": size, "batch_size": batch_size, **reading}
     read = None if everything or without_copies else sample
     opened = open_source(source, reading["columns"])
     inspection = inspect_source(opened, read, check_leakage=check_leakage or (), **options)
     console.print(summary(inspection), width=None if console.is_terminal else PAGE_WIDTH)
-    for make, path, option in ((Inspection.to_json, json_out, "--json"), (page, html_out, "--html")):
+    for make, path, option in (
+        (Inspection.to_json, json_out, "--json"),
+        (page, html_out, "--html"),
+    ):
         if path is not None:
             say(f"Written: {write_output(path, make(inspection), option, overwrite)}")
     if without_copies:

@@ -44,7 +44,9 @@ def existing(param: typer.CallbackParam, given: Any) -> Any:
     from declip.recipe.checks import check_source
 
     for source in (given,) if isinstance(given, str) else given or ():
-        check_source(source, param.opts[0] if param.opts[0].startswith("-") else param.opts[0].upper())
+        check_source(
+            source, param.opts[0] if param.opts[0].startswith("-") else param.opts[0].upper()
+        )
     return given
 
 
@@ -66,9 +68,14 @@ def known(model: str | None) -> str | None:
 Several = list[str] | None
 MODEL = "a run folder, a checkpoint, a weights file, or a name such as open_clip:MODEL/TAG"
 Model = Annotated[str, Argument(callback=known, help=MODEL)]
-Source = Annotated[str, Argument(callback=existing, help="a table, a folder of images, tar shards, or builtin:NAME")]
+Source = Annotated[
+    str,
+    Argument(callback=existing, help="a table, a folder of images, tar shards, or builtin:NAME"),
+]
 Device = Annotated[str, Option(help="auto, cpu, cuda, cuda:1 or mps")]
-Overrides = Annotated[Several, Argument(metavar="[KEY=VALUE]...", help="recipe keys to set, such as train.steps=500")]
+Overrides = Annotated[
+    Several, Argument(metavar="[KEY=VALUE]...", help="recipe keys to set, such as train.steps=500")
+]
 Precision = Annotated[
     Literal["auto", "fp32", "bf16", "fp16"],
     Option(help="precision of the towers; auto: the fastest that the device supports"),
@@ -77,19 +84,28 @@ Quiet = Annotated[bool, Option("--quiet", help="show no progress")]
 Resume = Annotated[bool, Option("--resume", help="continue the run in the run folder")]
 ImageColumn = Annotated[str, Option(help="table column of image paths")]
 CaptionColumn = Annotated[
-    list[str], Option(help='table column of captions, or a template such as "a {color} {kind}"; repeatable')
+    list[str],
+    Option(help='table column of captions, or a template such as "a {color} {kind}"; repeatable'),
 ]
-ImageRoot = Annotated[Path | None, file("folder that image paths in a table are relative to", metavar="DIR")]
-Workers = Annotated[int | None, Option(min=0, help="number of processes; default: one per core, at most 8")]
+ImageRoot = Annotated[
+    Path | None, file("folder that image paths in a table are relative to", metavar="DIR")
+]
+Workers = Annotated[
+    int | None, Option(min=0, help="number of processes; default: one per core, at most 8")
+]
 Shots = Annotated[
-    list[int] | None, Option(min=1, help="with few-shot: number of examples per class; default: 4; repeatable")
+    list[int] | None,
+    Option(min=1, help="with few-shot: number of examples per class; default: 4; repeatable"),
 ]
 BatchSize = Annotated[int, Option(min=1, help="images per forward pass")]
 JsonOut = Annotated[Path | None, file("also write the result as JSON", "--json")]
-SheetOut = Annotated[Path | None, file("also write an image of the results (PNG)", "--contact-sheet")]
+SheetOut = Annotated[
+    Path | None, file("also write an image of the results (PNG)", "--contact-sheet")
+]
 Overwrite = Annotated[bool, Option("--overwrite", help="replace files that exist")]
 IndexFolder = Annotated[
-    Path | None, file("folder of the index; default: in indices/, named after the source", metavar="DIR")
+    Path | None,
+    file("folder of the index; default: in indices/, named after the source", metavar="DIR"),
 ]
 READING: dict[str, tuple[Any, Any]] = {
     "batch_size": (BatchSize, 256),
@@ -123,29 +139,46 @@ class Command(TyperCommand):
             raise MissingColumns(error.table, error.columns, error.missing, form) from error
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        names = {name for parameter in self.params for name in (*parameter.opts, *parameter.secondary_opts)}
+        names = {
+            name
+            for parameter in self.params
+            for name in (*parameter.opts, *parameter.secondary_opts)
+        }
         parameters = {parameter.name for parameter in self.params}
         for option in (word.partition("=")[0] for word in args):
             if option in {*names, "--", "--help"}:
                 continue
             if option == "--model" and "model" in parameters:
-                raise UserError(f"The model is the first argument, not --model: {ctx.command_path} MODEL …")
+                raise UserError(
+                    f"The model is the first argument, not --model: {ctx.command_path} MODEL …"
+                )
             if option.startswith("--") and {"overrides", "words"} & parameters:
                 from declip.recipe.load import unknown_key
 
-                raise UserError(f"There is no option {option}; recipe keys are KEY=VALUE. {unknown_key(option[2:])}")
+                raise UserError(
+                    f"There is no option {option}; recipe keys are KEY=VALUE. {unknown_key(option[2:])}"
+                )
         return super().parse_args(ctx, args)
 
 
-def reads_images(command: Callable[..., None], without: Collection[str] = ()) -> Callable[..., None]:
+def reads_images(
+    command: Callable[..., None], without: Collection[str] = ()
+) -> Callable[..., None]:
     """Add the options `READING` to a command, whose parameter `reading` gets them as arguments of the Python API."""
-    own = [parameter for parameter in signature(command).parameters.values() if parameter.name != "reading"]
+    own = [
+        parameter
+        for parameter in signature(command).parameters.values()
+        if parameter.name != "reading"
+    ]
     options = [name for name in READING if name not in without]
 
     @wraps(command)
     def run(**given: Any) -> None:
         reading = {name: given.pop(name) for name in options}
-        image, names = reading.pop("image_column"), [*filter(None, reading.pop("caption_column", []))]
+        image, names = (
+            reading.pop("image_column"),
+            [*filter(None, reading.pop("caption_column", []))],
+        )
         captions = names[0] if len(names) == 1 else names or None
         reading["columns"] = Columns(image, captions, root=reading.pop("image_root"))
         if "quiet" in reading:
@@ -153,7 +186,9 @@ def reads_images(command: Callable[..., None], without: Collection[str] = ()) ->
         command(**given, reading=reading)
 
     shared = [
-        Parameter(name, Parameter.KEYWORD_ONLY, annotation=READING[name][0], default=READING[name][1])
+        Parameter(
+            name, Parameter.KEYWORD_ONLY, annotation=READING[name][0], default=READING[name][1]
+        )
         for name in options
     ]
     run.__signature__ = Signature([*own, *shared])  # type: ignore[attr-defined]  # typer reads it
@@ -175,9 +210,17 @@ def write_image(path: Path, image: "Image", option: str, overwrite: bool) -> Non
 
 def fail(message: str, status: int = 2) -> NoReturn:
     """Print an error, with the rank if there are several, and exit."""
-    rank = f"rank {os.environ['RANK']}: " if os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ else ""
-    Console(stderr=True).print(f"[bold red]Error:[/] {escape(rank + message)}", highlight=False, soft_wrap=True)
-    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # what torchrun repeats below its own traceback
+    rank = (
+        f"rank {os.environ['RANK']}: "
+        if os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ
+        else ""
+    )
+    Console(stderr=True).print(
+        f"[bold red]Error:[/] {escape(rank + message)}", highlight=False, soft_wrap=True
+    )
+    if file := os.environ.get(
+        "TORCHELASTIC_ERROR_FILE"
+    ):  # what torchrun repeats below its own traceback
         told = {"message": message, "extraInfo": {"timestamp": int(time.time())}}
         Path(file).write_text(json.dumps({"message": told}), encoding="utf-8")
     sys.exit(status)

@@ -11,7 +11,16 @@ from rich.console import Console
 from typer import Argument, Option
 
 from declip.cli import options as opt
-from declip.cli.options import console, existing, expand, file, known, reads_images, say, write_image
+from declip.cli.options import (
+    console,
+    existing,
+    expand,
+    file,
+    known,
+    reads_images,
+    say,
+    write_image,
+)
 from declip.errors import UserError, check_installed
 from declip.io.atomic import csv_path
 from declip.io.outputs import check_outputs, png_path, result_json, write_output
@@ -19,7 +28,9 @@ from declip.io.outputs import check_outputs, png_path, result_json, write_output
 if TYPE_CHECKING:
     from declip.search.index import Hit
 
-index = typer.Typer(help="Show an index of images, or make one of Parquet files.", no_args_is_help=True)
+index = typer.Typer(
+    help="Show an index of images, or make one of Parquet files.", no_args_is_help=True
+)
 
 
 def indexed(folder: Path) -> Path:
@@ -30,7 +41,11 @@ def indexed(folder: Path) -> Path:
     return folder
 
 
-INDEX: dict[str, Any] = {"metavar": "INDEX", "parser": expand, "help": "a folder written by `declip embed`"}
+INDEX: dict[str, Any] = {
+    "metavar": "INDEX",
+    "parser": expand,
+    "help": "a folder written by `declip embed`",
+}
 Folder = Annotated[Path, Argument(callback=indexed, **INDEX)]
 
 
@@ -39,8 +54,12 @@ def embed(
     model: opt.Model,
     source: opt.Source,
     out: Annotated[Path, file("folder of the index", metavar="DIR")],
-    captions: Annotated[bool, Option("--captions", help="also store a vector of the captions of each image")] = False,
-    dtype: Annotated[Literal["float16", "float32"], Option(help="type of the stored vectors")] = "float16",
+    captions: Annotated[
+        bool, Option("--captions", help="also store a vector of the captions of each image")
+    ] = False,
+    dtype: Annotated[
+        Literal["float16", "float32"], Option(help="type of the stored vectors")
+    ] = "float16",
     overwrite: Annotated[
         bool, Option("--overwrite", help="also replace an index of another model, source or option")
     ] = False,
@@ -50,7 +69,9 @@ def embed(
     """Write the vectors of images to an index. Run the command again to continue or to update the index."""
     from declip.search.embed import embed as run_embedding
 
-    made = run_embedding(model, source, out=out, captions=captions, dtype=dtype, overwrite=overwrite, **reading)
+    made = run_embedding(
+        model, source, out=out, captions=captions, dtype=dtype, overwrite=overwrite, **reading
+    )
     say(f"Ready: {made.folder}: {made.summary()}")
 
 
@@ -61,9 +82,15 @@ def search(
     weights: Annotated[str, Option(help="weights of text and image, if both are given")] = "1,1",
     k: Annotated[int, Option("-k", "--k", min=1, max=10_000, help="number of results")] = 10,
     over: Annotated[Literal["images", "captions"], Option(help="vectors to search")] = "images",
-    template: Annotated[str | None, Option(help="name of a template set, or a template with {}")] = None,
-    model: Annotated[str | None, Option(callback=known, help="new path of the model, if it was moved")] = None,
-    source: Annotated[str | None, opt.source("new path of the images, if they were moved", metavar="TEXT")] = None,
+    template: Annotated[
+        str | None, Option(help="name of a template set, or a template with {}")
+    ] = None,
+    model: Annotated[
+        str | None, Option(callback=known, help="new path of the model, if it was moved")
+    ] = None,
+    source: Annotated[
+        str | None, opt.source("new path of the images, if they were moved", metavar="TEXT")
+    ] = None,
     device: opt.Device = "auto",
     precision: opt.Precision = "fp32",
     sheet_out: opt.SheetOut = None,
@@ -95,34 +122,49 @@ def search(
     _print_hits(hits)
     # --- files
     if json_out is not None:
-        query = {"index": str(folder), "text": text, "image": None if image is None else str(image), "weights": both}
+        query = {
+            "index": str(folder),
+            "text": text,
+            "image": None if image is None else str(image),
+            "weights": both,
+        }
         result = result_json({**query, "over": over, "hits": [hit.to_dict() for hit in hits]})
         say(f"Written: {write_output(json_out, result, '--json', overwrite)}")
     if sheet_out is not None:
         from declip.reports.sheets import search_sheet
 
         title = text or f"like {image.name if image else ''}"
-        write_image(sheet_out, search_sheet(opened, hits, title, picture), "--contact-sheet", overwrite)
+        write_image(
+            sheet_out, search_sheet(opened, hits, title, picture), "--contact-sheet", overwrite
+        )
 
 
 def _print_hits(hits: "list[Hit]") -> None:
-    from declip.io.text import shown
+    from declip.io.text import sanitize
     from declip.reports.page import Table, rich_table
 
     rows = []
     for number, hit in enumerate(hits, 1):
         cells = (hit.key, "; ".join(hit.captions[:2]))
-        rows.append((str(number), f"{hit.score:.3f}", *(shown(cell, len(cell)) for cell in cells)))
+        rows.append(
+            (str(number), f"{hit.score:.3f}", *(sanitize(cell, len(cell)) for cell in cells))
+        )
     console.print(rich_table(Table("", ("", "cosine", "image", "caption"), tuple(rows), texts=4)))
 
 
 @reads_images
 def serve(
     model: opt.Model,
-    source: Annotated[str, Argument(callback=existing, help="an index, or a folder, table or built-in set")],
+    source: Annotated[
+        str, Argument(callback=existing, help="an index, or a folder, table or built-in set")
+    ],
     index: opt.IndexFolder = None,
-    caption: Annotated[Path | None, file("caption images, and save captions in this .csv file")] = None,
-    host: Annotated[str, Option(help="address to listen on; default: this machine only")] = "127.0.0.1",
+    caption: Annotated[
+        Path | None, file("caption images, and save captions in this .csv file")
+    ] = None,
+    host: Annotated[
+        str, Option(help="address to listen on; default: this machine only")
+    ] = "127.0.0.1",
     port: Annotated[int, Option(min=0, max=65_535, help="port; 0: any free port")] = 8765,
     *,
     reading: dict[str, Any],
@@ -161,11 +203,17 @@ def show(folder: Folder) -> None:
 
 @index.command()
 def from_parquet(
-    files: Annotated[list[str], Argument(callback=existing, help="Parquet files, their folder, or a pattern")],
+    files: Annotated[
+        list[str], Argument(callback=existing, help="Parquet files, their folder, or a pattern")
+    ],
     model: Annotated[str, Option(callback=known, help="the model that made the vectors")],
     out: Annotated[Path, file("folder of the index", metavar="DIR")],
-    dtype: Annotated[Literal["float16", "float32"], Option(help="type of the stored vectors")] = "float16",
-    overwrite: Annotated[bool, Option("--overwrite", help="also replace an index of another model")] = False,
+    dtype: Annotated[
+        Literal["float16", "float32"], Option(help="type of the stored vectors")
+    ] = "float16",
+    overwrite: Annotated[
+        bool, Option("--overwrite", help="also replace an index of another model")
+    ] = False,
 ) -> None:
     """Make an index of the vectors that Ray Data, datasets, Daft or Spark wrote."""
     from declip.search.index import Index
@@ -178,20 +226,28 @@ def _two_numbers(text: str) -> tuple[float, float]:
     try:
         first, second = map(float, text.split(","))
     except ValueError:
-        raise UserError(f"--weights is '{text}'; give two numbers, of text and image, such as 0.7,0.3.") from None
+        raise UserError(
+            f"--weights is '{text}'; give two numbers, of text and image, such as 0.7,0.3."
+        ) from None
     return first, second
 
 
 @reads_images
 def choose(
     model: opt.Model,
-    images: Annotated[str, Argument(callback=existing, help="a folder of images, a table, or an index")],
+    images: Annotated[
+        str, Argument(callback=existing, help="a folder of images, a table, or an index")
+    ],
     out: Annotated[Path, file("table to write, with an empty column for captions")],
     count: Annotated[int, Option(min=1, help="number of images to choose")] = 200,
-    have: Annotated[str | None, opt.source("existing pairs; their images count as chosen", metavar="PAIRS")] = None,
+    have: Annotated[
+        str | None, opt.source("existing pairs; their images count as chosen", metavar="PAIRS")
+    ] = None,
     index: opt.IndexFolder = None,
     sheet_out: opt.SheetOut = None,
-    seed: Annotated[int, Option(min=0, help="seed of the sample, if there are more than 20,000 images")] = 0,
+    seed: Annotated[
+        int, Option(min=0, help="seed of the sample, if there are more than 20,000 images")
+    ] = 0,
     overwrite: opt.Overwrite = False,
     *,
     reading: dict[str, Any],
@@ -200,13 +256,21 @@ def choose(
     check_outputs((csv_path(out), png_path(sheet_out, "--contact-sheet")), overwrite)
     from declip.search.choose import choose as run_choice
 
-    choosing: dict[str, Any] = {"have": have, "out": out, "overwrite": overwrite, "index": index, "seed": seed}
+    choosing: dict[str, Any] = {
+        "have": have,
+        "out": out,
+        "overwrite": overwrite,
+        "index": index,
+        "seed": seed,
+    }
     choice = run_choice(model, images, count, **choosing, **reading)
     say(f"{choice.summary()}\nWritten: {out}")
     if sheet_out is not None:
         from declip.reports.sheets import search_sheet
 
-        sheet = search_sheet(choice.index, choice.images, f"The first to caption: {out.name}", order="in their order")
+        sheet = search_sheet(
+            choice.index, choice.images, f"The first to caption: {out.name}", order="in their order"
+        )
         write_image(sheet_out, sheet, "--contact-sheet", overwrite)
 
 
@@ -214,22 +278,37 @@ def choose(
 def classify(
     model: opt.Model,
     images: Annotated[
-        str, Argument(callback=existing, help="a folder, an image, a pattern in quotes, a table, or tar shards")
+        str,
+        Argument(
+            callback=existing,
+            help="a folder, an image, a pattern in quotes, a table, or tar shards",
+        ),
     ],
     classes: Annotated[
-        str | None, Option(metavar="FILE|LIST", help="a file with one class per line, or a list: cat,dog")
+        str | None,
+        Option(metavar="FILE|LIST", help="a file with one class per line, or a list: cat,dog"),
     ] = None,
     examples: Annotated[
-        str | None, opt.source("labeled images: a folder per class, or a table", metavar="FOLDER|TABLE")
+        str | None,
+        opt.source("labeled images: a folder per class, or a table", metavar="FOLDER|TABLE"),
     ] = None,
-    label_column: Annotated[str | None, Option(help="table column of classes in the examples")] = None,
+    label_column: Annotated[
+        str | None, Option(help="table column of classes in the examples")
+    ] = None,
     group_column: Annotated[
-        str | None, Option(help="table column of objects in the examples; their images are left out together")
+        str | None,
+        Option(help="table column of objects in the examples; their images are left out together"),
     ] = None,
-    head: Annotated[Path | None, file("a classifier that --save wrote, instead of --classes and --examples")] = None,
+    head: Annotated[
+        Path | None, file("a classifier that --save wrote, instead of --classes and --examples")
+    ] = None,
     save: Annotated[Path | None, file("save the classifier that is fitted to the examples")] = None,
-    out: Annotated[Path | None, file("write the probability of every class to this .csv file")] = None,
-    templates: Annotated[str, Option(help="name of a template set, or a template with {}")] = "plain",
+    out: Annotated[
+        Path | None, file("write the probability of every class to this .csv file")
+    ] = None,
+    templates: Annotated[
+        str, Option(help="name of a template set, or a template with {}")
+    ] = "plain",
     overwrite: opt.Overwrite = False,
     *,
     reading: dict[str, Any],
@@ -239,7 +318,9 @@ def classify(
 
     check_classes(classes, examples, head, out, save, overwrite)  # before torch is imported
     if group_column is not None and examples is None:
-        raise UserError(f"--group-column {group_column} is a column of the examples. Give --examples TABLE.")
+        raise UserError(
+            f"--group-column {group_column} is a column of the examples. Give --examples TABLE."
+        )
     reading["columns"] = replace(reading["columns"], group=group_column)
     from declip.search.classify import classify as run_classification
 

@@ -21,9 +21,15 @@ Task = Literal["zero-shot", "retrieval", "linear", "few-shot"]
 def train(
     recipe: Annotated[str, Argument(help="name of a shipped recipe, or a YAML file")],
     overrides: opt.Overrides = None,
-    data: Annotated[str | None, Option(metavar="SOURCE", help="training pairs; sets the key data.source")] = None,
-    val: Annotated[opt.Several, opt.source("evaluation set, with classes or captions; repeatable")] = None,
-    out: Annotated[Path | None, file("run folder; default: runs/NAME, the name of the recipe", metavar="DIR")] = None,
+    data: Annotated[
+        str | None, Option(metavar="SOURCE", help="training pairs; sets the key data.source")
+    ] = None,
+    val: Annotated[
+        opt.Several, opt.source("evaluation set, with classes or captions; repeatable")
+    ] = None,
+    out: Annotated[
+        Path | None, file("run folder; default: runs/NAME, the name of the recipe", metavar="DIR")
+    ] = None,
     resume: opt.Resume = False,
     quiet: opt.Quiet = False,
     dry_run: Annotated[bool, Option("--dry-run", help="only estimate memory and time")] = False,
@@ -53,9 +59,13 @@ def leave_unless_finished(run: Any) -> None:
     if not run.is_rank_zero:
         raise typer.Exit(0 if run.finished else run.status)
     if not run.finished:
-        say(f"Stopped after step {run.step:,} of {run.recipe.train.steps:,}; a checkpoint was saved. Continue with:")
+        say(
+            f"Stopped after step {run.step:,} of {run.recipe.train.steps:,}; a checkpoint was saved. Continue with:"
+        )
         program = "torchrun … -m declip" if "TORCHELASTIC_RUN_ID" in os.environ else "declip"
-        say(f"  {program} {shlex.join([*(word for word in sys.argv[1:] if word != '--resume'), '--resume'])}")
+        say(
+            f"  {program} {shlex.join([*(word for word in sys.argv[1:] if word != '--resume'), '--resume'])}"
+        )
         raise typer.Exit(run.status)
 
 
@@ -84,16 +94,27 @@ def finetune(
     overrides: opt.Overrides = None,
     weights: Annotated[
         str | None,
-        Option("--from", metavar="WEIGHTS", callback=known, help="default without a GPU: builtin:lite2-minilm"),
+        Option(
+            "--from",
+            metavar="WEIGHTS",
+            callback=known,
+            help="default without a GPU: builtin:lite2-minilm",
+        ),
     ] = None,
     val: Annotated[
-        opt.Several, opt.source("validation set; default: a tenth of the pairs if towers are trained")
+        opt.Several,
+        opt.source("validation set; default: a tenth of the pairs if towers are trained"),
     ] = None,
-    keep: Annotated[opt.Several, opt.source("set on which the accuracy should not fall; repeatable")] = None,
+    keep: Annotated[
+        opt.Several, opt.source("set on which the accuracy should not fall; repeatable")
+    ] = None,
     out: Annotated[Path | None, file("run folder; default: runs/finetune", metavar="DIR")] = None,
     freeze: Annotated[
         str | None,
-        Option(metavar="TOWERS", help="both, image, text or none; default: both for built-in weights on a CPU"),
+        Option(
+            metavar="TOWERS",
+            help="both, image, text or none; default: both for built-in weights on a CPU",
+        ),
     ] = None,
     resume: opt.Resume = False,
     quiet: opt.Quiet = False,
@@ -102,7 +123,9 @@ def finetune(
     from declip.finetuning.request import Request
     from declip.recipe.load import parse_overrides
 
-    request = Request.of(pairs, weights, parse_overrides(overrides or []), val or (), keep or (), freeze)
+    request = Request.of(
+        pairs, weights, parse_overrides(overrides or []), val or (), keep or (), freeze
+    )
     from declip.finetuning.run import run_request
 
     run = run_request(request, out, resume, quiet)
@@ -138,7 +161,9 @@ def _print_finetuned(run: Any) -> None:
         _print_skipped(run, ", counted in each epoch")  # a pair is read several times
     size = sum(path.stat().st_size for path in run.folder.rglob("*") if path.is_file()) / 2**20
     say(f"Report: {run.report}. Exported: {run.folder / 'exported'} (the run has {size:,.0f} MiB)")
-    say(f"Search with it: declip embed {run.folder} IMAGES --out index, then: declip search index 'a text'")
+    say(
+        f"Search with it: declip embed {run.folder} IMAGES --out index, then: declip search index 'a text'"
+    )
 
 
 def _print_skipped(run: Any, times: str = "") -> None:
@@ -153,11 +178,16 @@ def _print_skipped(run: Any, times: str = "") -> None:
 def evaluate(
     model: opt.Model,
     datasets: Annotated[
-        list[str], opt.source("builtin:NAME, NAME:/path, a table, a folder, or paper11:/path; repeatable", "--dataset")
+        list[str],
+        opt.source(
+            "builtin:NAME, NAME:/path, a table, a folder, or paper11:/path; repeatable", "--dataset"
+        ),
     ],
     task: Annotated[Task, Option(help="what to measure; linear: a linear probe")] = "zero-shot",
     shots: opt.Shots = None,
-    templates: Annotated[str | None, Option(help="name of a template set, or a template with {}")] = None,
+    templates: Annotated[
+        str | None, Option(help="name of a template set, or a template with {}")
+    ] = None,
     label_column: Annotated[str | None, Option(help="table column of classes")] = None,
     precision: opt.Precision = "fp32",
     json_out: opt.JsonOut = None,
@@ -177,11 +207,18 @@ def evaluate(
 
     suite = next((name for name in datasets if name.startswith(PREFIX)), None)
     if suite is not None and (len(datasets) > 1 or label_column is not None):
-        raise UserError(f"The suite '{suite}' is evaluated alone. Give one --dataset, and no --label-column.")
-    device, table = reading.pop("device"), {"label_column": label_column, "columns": reading.pop("columns")}
+        raise UserError(
+            f"The suite '{suite}' is evaluated alone. Give one --dataset, and no --label-column."
+        )
+    device, table = (
+        reading.pop("device"),
+        {"label_column": label_column, "columns": reading.pop("columns")},
+    )
     options = Options(templates=templates, shots=shots or [4], **reading)
     opened = (
-        [] if suite is not None else [open_dataset(name, captioned=task == "retrieval", **table) for name in datasets]
+        []
+        if suite is not None
+        else [open_dataset(name, captioned=task == "retrieval", **table) for name in datasets]
     )
     warn_of_training_pairs(model, opened)
     rows = _evaluate(load(model, device, precision), opened, task, options, suite)
@@ -213,22 +250,36 @@ def _evaluate(model: Any, opened: list[Any], task: str, options: Any, suite: str
 
 def compare(
     words: Annotated[
-        list[str], Argument(metavar="RECIPE... [KEY=VALUE]...", help="recipes, and keys that override all of them")
+        list[str],
+        Argument(
+            metavar="RECIPE... [KEY=VALUE]...", help="recipes, and keys that override all of them"
+        ),
     ],
     pairs: Annotated[str, Option(help="numbers of training pairs, such as 1k,2k,4k")],
-    seeds: Annotated[int, Option(min=1, help="runs per recipe and number of pairs, with seeds 0, 1 …")] = 3,
-    out: Annotated[Path | None, file("folder of the comparison; default: runs/compare", metavar="DIR")] = None,
-    datasets: Annotated[opt.Several, opt.source("default: the sets of the recipe; repeatable", "--dataset")] = None,
+    seeds: Annotated[
+        int, Option(min=1, help="runs per recipe and number of pairs, with seeds 0, 1 …")
+    ] = 3,
+    out: Annotated[
+        Path | None, file("folder of the comparison; default: runs/compare", metavar="DIR")
+    ] = None,
+    datasets: Annotated[
+        opt.Several, opt.source("default: the sets of the recipe; repeatable", "--dataset")
+    ] = None,
     tasks: Annotated[opt.Several, Option("--task", help="default: zero-shot; repeatable")] = None,
     shots: opt.Shots = None,
     budget: Annotated[
         Literal["samples", "compute"],
-        Option(help="samples: every recipe runs its steps; compute: every recipe runs as long as the first"),
+        Option(
+            help="samples: every recipe runs its steps; compute: every recipe runs as long as the first"
+        ),
     ] = "samples",
     tune: Annotated[
-        str | None, Option(metavar="KEY=V1,V2,…", help="first choose the best value for each recipe")
+        str | None,
+        Option(metavar="KEY=V1,V2,…", help="first choose the best value for each recipe"),
     ] = None,
-    tune_on: Annotated[str | None, opt.source("set that chooses the values of --tune", "--tune-on")] = None,
+    tune_on: Annotated[
+        str | None, opt.source("set that chooses the values of --tune", "--tune-on")
+    ] = None,
     quiet: opt.Quiet = False,
 ) -> None:
     """Compare recipes at several numbers of pairs.
@@ -241,7 +292,12 @@ def compare(
 
     counts, recipes = read_counts(pairs), [word for word in words if "=" not in word]
     given: dict[str, Any] = {"overrides": parse_overrides([word for word in words if "=" in word])}
-    given |= {"datasets": datasets or (), "tasks": tasks or ("zero-shot",), "shots": shots, "budget": budget}
+    given |= {
+        "datasets": datasets or (),
+        "tasks": tasks or ("zero-shot",),
+        "shots": shots,
+        "budget": budget,
+    }
     Study.of(recipes, counts, seeds, **given)  # checks the arguments before torch is imported
     from declip import api
     from declip.reports.comparison import summary

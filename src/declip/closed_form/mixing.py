@@ -17,11 +17,15 @@ def mixed_choices(choice: Choice, alphas: Sequence[float]) -> dict[float, Choice
     if start is None or validation is None:
         return mixed
     folds = validation.folds
-    without = {fold: validation.heads_without(fold, choice.form) for fold in folds.unique().tolist()}
+    without = {
+        fold: validation.heads_without(fold, choice.form) for fold in folds.unique().tolist()
+    }
     for alpha in alphas:
         if alpha < 1:
             of_folds = {fold: mix(start, fitted, alpha) for fold, fitted in without.items()}
             ranks = ranks_by(of_folds, validation.pairs, folds)
             heads = mix(start, choice.heads, alpha)
-            mixed[alpha] = replace(choice, heads=heads, logit_scale=ranks.best_scale(), outcome=ranks)
+            mixed[alpha] = replace(
+                choice, heads=heads, logit_scale=ranks.best_scale(), outcome=ranks
+            )
     return mixed

@@ -96,7 +96,12 @@ def known_pairs(pairs: Pairs, classes: ClassPairs | None, seed: int = 0) -> Neig
     texts = mean_by_owner(pairs.texts.float(), pairs.owners, count)[rows]
     if classes is None:
         mean = images.mean(dim=0)
-        return Neighbors(Side(normalize(images - mean, dim=-1), mean), _text_side(texts), 0, torch.tensor(WEIGHTS[0]))
+        return Neighbors(
+            Side(normalize(images - mean, dim=-1), mean),
+            _text_side(texts),
+            0,
+            torch.tensor(WEIGHTS[0]),
+        )
     # A classifier's rows are known up to a common vector, which softmax ignores.
     centers = (classes.rows - classes.rows.mean(dim=0)).float()
     names = mean_by_owner(classes.texts.float(), classes.owners, len(centers))

@@ -13,12 +13,16 @@ from declip.closed_form.axes import PrincipalAxes
 from declip.closed_form.neighbors import Neighbors
 
 ROWS = 8_192  # images that are converted at a time
-LEAST_SLOPE = 1e-3  # of embeddings on those of their pairs, where the model is no better than chance
+LEAST_SLOPE = (
+    1e-3  # of embeddings on those of their pairs, where the model is no better than chance
+)
 OWN_MEAN = 10  # training images that weigh as much as the start's mean feature
 # Of class posteriors as features. 0.5 costs half a point of R@10 with 31 emoji and icons, whose classes are unsure and
 # where small powers have a length; 1 costs a point of R@1 on clip art (benchmarks/results/few/posteriors.jsonl).
 POSTERIOR_POWER = 0.7
-MOST_CLASSES = 2_000  # whose posteriors are features: the time of a fit grows with the cube of their number
+MOST_CLASSES = (
+    2_000  # whose posteriors are features: the time of a fit grows with the cube of their number
+)
 
 
 Sides = tuple[Tensor, Tensor]
@@ -139,10 +143,15 @@ def closed_form_heads(rows: RegressionRows, forms: tuple[Form, ...]) -> list[Hea
     y = rows.texts.double()
     y, y_mean = centered(y, weights @ y)
     known = moments(rows.images, y, rows.owners, weights)
-    return [raw_heads(rows.direction, y_mean, rows.classifier, *solve_one(known, form)) for form in forms]
+    return [
+        raw_heads(rows.direction, y_mean, rows.classifier, *solve_one(known, form))
+        for form in forms
+    ]
 
 
-def raw_heads(x_mean: Tensor, y_mean: Tensor, known: PosteriorFeatures | None, image: Tensor, text: Tensor) -> Heads:
+def raw_heads(
+    x_mean: Tensor, y_mean: Tensor, known: PosteriorFeatures | None, image: Tensor, text: Tensor
+) -> Heads:
     """Heads of features that are not centered, from those of centered ones and the directions of both means."""
     own = len(x_mean)
     # Equal features have no variance in the mean's direction, others have: it must stay ignored.
@@ -152,9 +161,12 @@ def raw_heads(x_mean: Tensor, y_mean: Tensor, known: PosteriorFeatures | None, i
 
 def mix(start: Heads, end: Heads, alpha: float) -> Heads:
     """Heads of (1 - alpha) · start + alpha · end, as maps of image features to text features of norm 1."""
-    width = max(heads.image.shape[1] for heads in (start, end))  # without weight the posteriors have no columns
+    width = max(
+        heads.image.shape[1] for heads in (start, end)
+    )  # without weight the posteriors have no columns
     products = (
-        pad(heads.image.double(), (0, width - heads.image.shape[1])).mT @ heads.text.double() for heads in (start, end)
+        pad(heads.image.double(), (0, width - heads.image.shape[1])).mT @ heads.text.double()
+        for heads in (start, end)
     )
     first, last = (normalize(each, dim=(0, 1)) for each in products)  # type: ignore[arg-type]  # it takes several
     return Heads(*split_product(torch.lerp(first, last, alpha)), end.classifier or start.classifier)
@@ -183,7 +195,10 @@ def moments(x: Tensor, y: Tensor, owners: Tensor, weights: Tensor) -> tuple[Tens
     shares = x.new_zeros(len(x)).index_add(0, owners, weights)
     of_images = y.new_zeros(len(x), y.shape[1]).index_add(0, owners, weighted)  # each image's texts
     # In parts, as a weighted copy of all images would take as much memory as they do
-    squares = sum((part * own[:, None]).mT @ part for part, own in zip(x.split(ROWS), shares.split(ROWS), strict=True))
+    squares = sum(
+        (part * own[:, None]).mT @ part
+        for part, own in zip(x.split(ROWS), shares.split(ROWS), strict=True)
+    )
     return x.new_zeros(x.shape[1], x.shape[1]) + squares, weighted.mT @ y, x.mT @ of_images
 
 
@@ -195,16 +210,25 @@ def solve(
     A ridge refers to the mean variance of `widths` directions, by default all.
     """
     *sides, crossed = moments
-    (x_variances, x_axes), (y_variances, y_axes) = map(PrincipalAxes.of, sides)  # the dominant cost: O(v³)
+    (x_variances, x_axes), (y_variances, y_axes) = map(
+        PrincipalAxes.of, sides
+    )  # the dominant cost: O(v³)
     variances = x_variances, y_variances
-    means = [side.sum() / width for side, width in zip(variances, widths or map(len, variances), strict=True)]
+    means = [
+        side.sum() / width
+        for side, width in zip(variances, widths or map(len, variances), strict=True)
+    ]
     cross = x_axes.mT @ crossed @ y_axes  # (v, w), in the axes of both sides
     maps = []
     for method, ridge in forms:
-        x_damped, y_damped = (side + ridge * mean for side, mean in zip(variances, means, strict=True))
+        x_damped, y_damped = (
+            side + ridge * mean for side, mean in zip(variances, means, strict=True)
+        )
         if method == "cca":
             # Equal features have no variance at all: they are left at 0 instead of divided by it.
-            x_white, y_white = (torch.where(side > 0, side.rsqrt(), 0.0) for side in (x_damped, y_damped))
+            x_white, y_white = (
+                torch.where(side > 0, side.rsqrt(), 0.0) for side in (x_damped, y_damped)
+            )
             left, right = split_product(x_white[:, None] * cross * y_white)
             maps.append((left * x_white, right * y_white))
             continue
@@ -224,11 +248,14 @@ def solve(
     return (x_axes, y_axes), maps
 
 
-def solve_one(moments: tuple[Tensor, ...], form: Form, widths: tuple[int, int] | None = None) -> Sides:
+def solve_one(
+    moments: tuple[Tensor, ...], form: Form, widths: tuple[int, int] | None = None
+) -> Sides:
     """Projections (k, v) and (k, w) by one form: as `solve`, by Cholesky factors, a tenth of the time of axes."""
     *sides, crossed = moments
     penalties = [
-        form.ridge * side.trace() / width for side, width in zip(sides, widths or map(len, sides), strict=True)
+        form.ridge * side.trace() / width
+        for side, width in zip(sides, widths or map(len, sides), strict=True)
     ]
     # Features without any variance, as of one pair, have factors that are not 0.
     least = torch.finfo(crossed.dtype).tiny ** 0.5
@@ -241,12 +268,16 @@ def solve_one(moments: tuple[Tensor, ...], form: Form, widths: tuple[int, int] |
         left, right = split_product(torch.linalg.solve_triangular(y, whitened.mT, upper=False).mT)
         # Whitening by the inverse of a factor or of a symmetric root differs by a rotation, which ends in U and V.
         return tuple(
-            torch.linalg.solve_triangular(of, side, upper=False, left=False) for of, side in ((x, left), (y, right))
+            torch.linalg.solve_triangular(of, side, upper=False, left=False)
+            for of, side in ((x, left), (y, right))
         )
     x_target, y_target = crossed, crossed
     if form.method == "pulled":
         x_target, y_target = (
-            crossed + penalty * (crossed.trace() / side.trace()).clamp(min=LEAST_SLOPE) * torch.eye(len(side)).to(side)
+            crossed
+            + penalty
+            * (crossed.trace() / side.trace()).clamp(min=LEAST_SLOPE)
+            * torch.eye(len(side)).to(side)
             for side, penalty in zip(sides, penalties, strict=True)
         )
     first, second = torch.cholesky_solve(x_target, x), torch.cholesky_solve(y_target.mT, y).mT
@@ -275,7 +306,10 @@ def split_product(product: Tensor) -> Sides:
 
 
 def regression_rows(
-    pairs: Pairs, classes: ClassPairs | None, class_weight: float, dtype: torch.dtype = torch.float64
+    pairs: Pairs,
+    classes: ClassPairs | None,
+    class_weight: float,
+    dtype: torch.dtype = torch.float64,
 ) -> RegressionRows:
     """Rows of the regression: an image weighs 1, a class `class_weight`, however many texts they have.
 
@@ -297,15 +331,22 @@ def regression_rows(
             centers = classifier.class_features()
         texts = torch.cat([texts, classes.texts])
         counts = torch.bincount(classes.owners)[classes.owners].double()
-        weights, owners = torch.cat([weights, class_weight / counts]), torch.cat([owners, len(own) + classes.owners])
+        weights, owners = (
+            torch.cat([weights, class_weight / counts]),
+            torch.cat([owners, len(own) + classes.owners]),
+        )
     images = torch.empty(len(own) + len(centers), centers.shape[1], dtype=dtype)
     images[len(own) :] = centers
     for part, converted in zip(own.split(ROWS), images[: len(own)].split(ROWS), strict=True):
         features = part.double()
-        converted.copy_(centered(features, mean)[0] if classifier is None else classifier.features(features))
+        converted.copy_(
+            centered(features, mean)[0] if classifier is None else classifier.features(features)
+        )
     return RegressionRows(images, texts, owners, weights, direction, classifier)
 
 
-def fit_heads(pairs: Pairs, classes: ClassPairs | None, class_weight: float, forms: tuple[Form, ...]) -> list[Heads]:
+def fit_heads(
+    pairs: Pairs, classes: ClassPairs | None, class_weight: float, forms: tuple[Form, ...]
+) -> list[Heads]:
     """Heads of images and of a classifier's classes, by each form."""
     return closed_form_heads(regression_rows(pairs, classes, class_weight), forms)

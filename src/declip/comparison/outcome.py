@@ -55,8 +55,12 @@ class FactorAt:
 
     pairs: int
     value: float
-    needed: float | None  # interpolated number of pairs of A for the same value; None outside of the curve of A
-    outside: str = ""  # "below" if A exceeds it with its fewest pairs, "above" if no mean of A reaches it
+    needed: (
+        float | None
+    )  # interpolated number of pairs of A for the same value; None outside of the curve of A
+    outside: str = (
+        ""  # "below" if A exceeds it with its fewest pairs, "above" if no mean of A reaches it
+    )
 
     @property
     def factor(self) -> float | None:
@@ -70,7 +74,9 @@ class Factor:
 
     at: tuple[FactorAt, ...]
     mean: float | None  # geometric mean over those within the curve of A; None if there are none
-    low: float | None = None  # 95 % interval of `mean` by Student's t over paired seeds; None without at least two
+    low: float | None = (
+        None  # 95 % interval of `mean` by Student's t over paired seeds; None without at least two
+    )
     high: float | None = None
     overlapping: bool = False  # whether both have 95 % intervals of their means, which overlap at every number of pairs
 
@@ -102,7 +108,9 @@ def pairs_needed(pairs: Sequence[int], means: np.ndarray, value: float) -> tuple
 
 
 def _rising(means: np.ndarray) -> np.ndarray:
-    from scipy.optimize import isotonic_regression  # half a second of imports, which training does not need
+    from scipy.optimize import (
+        isotonic_regression,
+    )  # half a second of imports, which training does not need
 
     return isotonic_regression(np.asarray(means, dtype=np.float64)).x
 
@@ -221,13 +229,22 @@ def by_measure(rows: Iterable[Mapping[str, Any]]) -> dict[str, Result]:
     """The result of each dataset and task, by the name of what is compared: top-1, or R@1 in both directions."""
     results = (result for row in rows if (result := read_result(row)) is not None)
     kind = {ZeroShotResult.task: "zero-shot "}
-    return {f"{result.dataset}: {kind.get(result.task, '')}{result.headline.name}": result for result in results}
+    return {
+        f"{result.dataset}: {kind.get(result.task, '')}{result.headline.name}": result
+        for result in results
+    }
 
 
 def compared_factors(study: Study, curves: Curves) -> dict[str, Factor | None]:
     """The factor of each other variant over the baseline, by name; None before both were measured."""
-    baseline, others = curves[study.baseline], [name for name in study.names if name != study.baseline]
-    return {name: factor(curves[name], baseline) if curves[name].pairs and baseline.pairs else None for name in others}
+    baseline, others = (
+        curves[study.baseline],
+        [name for name in study.names if name != study.baseline],
+    )
+    return {
+        name: factor(curves[name], baseline) if curves[name].pairs and baseline.pairs else None
+        for name in others
+    }
 
 
 def near_chance(curve: EfficiencyCurve, facts: Measure) -> list[int]:
@@ -241,10 +258,16 @@ def read_outcome(folder: Path) -> Outcome:
     # Every trial has its own files, so that processes may still be writing others.
     study = read_study(folder)
     if study is None:
-        raise UserError(f"'{folder}' has no comparison. Run one with `declip compare RECIPE… --out {folder}`.")
+        raise UserError(
+            f"'{folder}' has no comparison. Run one with `declip compare RECIPE… --out {folder}`."
+        )
 
     def written(name: str) -> dict[str, str]:
         paths = {trial.id: folder_of(folder, trial) / name for trial in study.trials()}
-        return {id: path.read_text(encoding="utf-8") for id, path in paths.items() if path.is_file()}
+        return {
+            id: path.read_text(encoding="utf-8") for id, path in paths.items() if path.is_file()
+        }
 
-    return Outcome(study, {id: json.loads(text) for id, text in written(RESULT).items()}, written(FAILURE))
+    return Outcome(
+        study, {id: json.loads(text) for id, text in written(RESULT).items()}, written(FAILURE)
+    )

@@ -16,7 +16,13 @@ from typing import Any
 
 import torch
 from filelock import Timeout
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from declip.comparison.outcome import FAILURE, RESULT, RUNS, Outcome, folder_of, read_outcome
 from declip.comparison.study import BUDGETS, STUDY, Study, Trial, extended
@@ -32,7 +38,11 @@ from declip.training.state import versions
 from declip.training.trainer import Trainer
 
 RESULTS = "results.json"
-ROUNDS, WARM, TIMED = 3, 3, 8  # rounds of timing, and steps per round: warm-up fills caches and chooses kernels
+ROUNDS, WARM, TIMED = (
+    3,
+    3,
+    8,
+)  # rounds of timing, and steps per round: warm-up fills caches and chooses kernels
 WITHOUT_EVALUATION: dict[str, Any] = {
     "evaluation.zero_shot": (),
     "evaluation.retrieval": (),
@@ -63,13 +73,23 @@ def run(study: Study, out: str | Path, quiet: bool = False) -> Outcome:
     left = [trial for trial in study.trials() if not (folder_of(folder, trial) / RESULT).is_file()]
     for trial in left:
         (folder_of(folder, trial) / FAILURE).unlink(missing_ok=True)
-    columns = (TextColumn("runs"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("runs"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with progress_bar(*columns, shown=not quiet) as bar:
         task = bar.add_task("runs", total=len(left))
         work(study, folder, left, lambda: bar.advance(task))
     # --- the results of all processes
     outcome = read_outcome(folder)
-    tree = {"study": asdict(outcome.study), "runs": [*outcome.rows.values()], "failures": outcome.failures}
+    tree = {
+        "study": asdict(outcome.study),
+        "runs": [*outcome.rows.values()],
+        "failures": outcome.failures,
+    }
     write_text(folder / RESULTS, json.dumps(tree, indent=1))
     return outcome
 
@@ -83,7 +103,9 @@ def check(study: Study) -> None:
         if any(key in variant.overrides for variant in study.variants):
             raise UserError(f"A comparison sets {key} itself, from {option}. Remove {key}.")
     if not study.datasets:
-        raise UserError("Nothing to evaluate on: the recipe names no zero-shot set. Name one with --dataset.")
+        raise UserError(
+            "Nothing to evaluate on: the recipe names no zero-shot set. Name one with --dataset."
+        )
     # --- evaluation sets
     for dataset, task in product(map(open_dataset, study.datasets), study.tasks):
         check_dataset(dataset, task)
@@ -115,9 +137,13 @@ def open_folder(study: Study, folder: Path, quiet: bool = True) -> Study:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"Cannot create '{folder}': {error.strerror}. Choose another folder with --out.") from error
+        raise UserError(
+            f"Cannot create '{folder}': {error.strerror}. Choose another folder with --out."
+        ) from error
     if not (folder / STUDY).exists() and any(path.name[0] != "." for path in folder.iterdir()):
-        raise UserError(f"'{folder}' is not empty and has no comparison. Choose another folder with --out.")
+        raise UserError(
+            f"'{folder}' is not empty and has no comparison. Choose another folder with --out."
+        )
     with file_lock(folder / ".plan.lock"):
         study = extended(study, folder)
         study.check_names()
@@ -129,7 +155,10 @@ def open_folder(study: Study, folder: Path, quiet: bool = True) -> Study:
 
 def _timed(study: Study, quiet: bool) -> Study:
     """Time a step of the new variants, loading included, and set the steps that fit the budget."""
-    first, new = study.variants[0], [variant for variant in study.variants if variant.seconds is None]
+    first, new = (
+        study.variants[0],
+        [variant for variant in study.variants if variant.seconds is None],
+    )
     if not new:
         return study
     # --- in turns with the first variant, so that a machine that slows down does so for all of them
@@ -139,7 +168,9 @@ def _timed(study: Study, quiet: bool) -> Study:
     with status(f"Timing a step of {', '.join(variant.name for variant in new)}", not quiet):
         for name in [*recipes] * ROUNDS:
             with TemporaryDirectory() as folder:
-                times[name] += step_seconds(assemble(recipes[name], Path(folder) / "run", quiet=True), WARM, TIMED)
+                times[name] += step_seconds(
+                    assemble(recipes[name], Path(folder) / "run", quiet=True), WARM, TIMED
+                )
     measured = {name: median(values) for name, values in times.items()}
     # --- as if the machine were as fast as when the first variant was timed
     base = measured[first.name]
@@ -148,7 +179,9 @@ def _timed(study: Study, quiet: bool) -> Study:
     for index, variant in enumerate(variants):
         if variant.seconds is None:
             own = measured[variant.name]
-            variants[index] = replace(variant, steps=max(1, int(first.steps * (base / own))), seconds=scale * own)
+            variants[index] = replace(
+                variant, steps=max(1, int(first.steps * (base / own))), seconds=scale * own
+            )
     return replace(study, variants=tuple(variants))
 
 
@@ -183,7 +216,12 @@ def run_trial(study: Study, trial: Trial, folder: Path) -> bool:
     return not trainer.stop.asked
 
 
-def work(study: Study, folder: Path, trials: Iterable[Trial], advance: Callable[[], object] = lambda: None) -> None:
+def work(
+    study: Study,
+    folder: Path,
+    trials: Iterable[Trial],
+    advance: Callable[[], object] = lambda: None,
+) -> None:
     """Run the trials that are not finished, first those that no other process has taken, until Ctrl-C."""
     (folder / RUNS).mkdir(exist_ok=True)
     taken: list[Trial] = []
@@ -206,5 +244,8 @@ def _run(study: Study, trial: Trial, folder: Path) -> bool:
         try:
             return run_trial(study, trial, folder)
         except Exception as error:
-            write_text(run_folder / FAILURE, str(error) if isinstance(error, UserError) else traceback.format_exc())
+            write_text(
+                run_folder / FAILURE,
+                str(error) if isinstance(error, UserError) else traceback.format_exc(),
+            )
     return True

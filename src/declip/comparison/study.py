@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from declip.errors import UserError
 from declip.io.text import one_line
-from declip.recipe.checks import check_tasks, several
+from declip.recipe.checks import as_list, check_tasks
 from declip.recipe.load import flat, load_recipe
 from declip.recipe.schema import Recipe
 
@@ -29,7 +29,9 @@ class Variant:
     name: str
     recipe: str  # a shipped recipe's name or a YAML file
     overrides: Mapping[str, Any]
-    resolved: Mapping[str, Any] = field(repr=False)  # as it was when it joined; the recipe's file may change later
+    resolved: Mapping[str, Any] = field(
+        repr=False
+    )  # as it was when it joined; the recipe's file may change later
     steps: int  # of one run: train.steps or, at equal compute, those that fit into the budget
     seconds: float | None = None  # per step, measured at equal compute
 
@@ -47,7 +49,9 @@ class Variant:
     def resolve(self, more: Mapping[str, Any] | None = None) -> Recipe:
         """Load the recipe with the overrides and further ones; refuse one that changed since the variant joined."""
         if changed := self.changes(Variant.of(self.recipe, self.overrides)):
-            raise UserError(f"The recipe '{self.recipe}' has changed since the comparison began: {changed}.")
+            raise UserError(
+                f"The recipe '{self.recipe}' has changed since the comparison began: {changed}."
+            )
         return load_recipe(self.recipe, {**self.overrides, **(more or {})})
 
     def changes(self, now: "Variant") -> str:
@@ -98,8 +102,10 @@ class Study:
     ) -> Self:
         """Build a study; arguments as `declip.compare`."""
         numbers = tuple(map(int, range(seeds) if isinstance(seeds, int) else seeds))
-        variants = tuple(Variant.of(str(recipe), dict(overrides or {})) for recipe in several(recipes))
-        counts, names = tuple(sorted({*map(int, several(pairs))})), tuple(several(tasks))
+        variants = tuple(
+            Variant.of(str(recipe), dict(overrides or {})) for recipe in as_list(recipes)
+        )
+        counts, names = tuple(sorted({*map(int, as_list(pairs))})), tuple(as_list(tasks))
         check_tasks(names, shots)
         if not (variants and counts and numbers and names):
             raise UserError(
@@ -111,9 +117,9 @@ class Study:
             variants=variants,
             pairs=counts,
             seeds=numbers,
-            datasets=tuple(map(str, several(datasets))) or first.final_zero_shot or first.zero_shot,
+            datasets=tuple(map(str, as_list(datasets))) or first.final_zero_shot or first.zero_shot,
             tasks=names,
-            shots=tuple(sorted({*map(int, several(shots or 4))})),
+            shots=tuple(sorted({*map(int, as_list(shots or 4))})),
             budget=budget,
         )
 
@@ -133,14 +139,19 @@ class Study:
 
     def trials(self) -> list[Trial]:
         """All trials, seed by seed, so that an unfinished study is a smaller complete one."""
-        return [Trial(name, pairs, seed) for seed, pairs, name in product(self.seeds, self.pairs, self.names)]
+        return [
+            Trial(name, pairs, seed)
+            for seed, pairs, name in product(self.seeds, self.pairs, self.names)
+        ]
 
     def check_names(self) -> None:
         """Refuse variants with the same name, or with names that become the same folder."""
         # Two names may differ, and become the same folder name.
         count = Counter(Trial(name, 0, 0).id for name in self.names)
         if twice := [name for name in self.names if count[Trial(name, 0, 0).id] > 1]:
-            raise UserError(f"Recipes need different names, also as folders: {', '.join(twice)}. Rename one file.")
+            raise UserError(
+                f"Recipes need different names, also as folders: {', '.join(twice)}. Rename one file."
+            )
 
 
 def read_study(folder: Path) -> Study | None:

@@ -25,9 +25,13 @@ class Grid:
         key, _, given = tune.partition("=")
         values = tuple(value.strip() for value in given.split(",") if value.strip())
         if not key or len(set(values)) < 2 or len(set(values)) < len(values):
-            raise UserError(f"--tune is '{tune}'. Write a key and two or more values: train.lr=0.001,0.002,0.004.")
+            raise UserError(
+                f"--tune is '{tune}'. Write a key and two or more values: train.lr=0.001,0.002,0.004."
+            )
         if dataset is None:
-            raise UserError("--tune needs a set that chooses. Name one with --tune-on, not the test set.")
+            raise UserError(
+                "--tune needs a set that chooses. Name one with --tune-on, not the test set."
+            )
         return cls(key, values, dataset)
 
 
@@ -37,11 +41,15 @@ def tuned(study: Study, grid: Grid, out: str | Path, quiet: bool = False) -> Stu
     The runs are a comparison of their own in the folder OUT-tuning, and are repeated by no later call.
     """
     if grid.dataset in study.datasets:
-        raise UserError(f"'{grid.dataset}' is a test set of the comparison. Name another set with --tune-on.")
+        raise UserError(
+            f"'{grid.dataset}' is a test set of the comparison. Name another set with --tune-on."
+        )
     tried = {}
     for variant, value in product(study.variants, grid.values):
         overrides = {**variant.overrides, grid.key: value}
-        tried[variant.name, value] = replace(Variant.of(variant.recipe, overrides), name=f"{variant.name}-{value}")
+        tried[variant.name, value] = replace(
+            Variant.of(variant.recipe, overrides), name=f"{variant.name}-{value}"
+        )
     trials = replace(
         study,
         variants=tuple(tried.values()),
@@ -53,7 +61,9 @@ def tuned(study: Study, grid: Grid, out: str | Path, quiet: bool = False) -> Stu
     )
     outcome = runner.run(trials, f"{Path(out).expanduser()}-tuning", quiet)
     if not outcome.complete:
-        reason = next(iter(outcome.failures.values()), "it was stopped; run the command again to continue")
+        reason = next(
+            iter(outcome.failures.values()), "it was stopped; run the command again to continue"
+        )
         raise UserError(f"Tuning is not finished: {reason}")
     curves = outcome.curves()[next(iter(outcome.facts))]
     chosen = []
@@ -67,14 +77,18 @@ def tuned(study: Study, grid: Grid, out: str | Path, quiet: bool = False) -> Stu
 
 def _report(name: str, grid: Grid, best: str, scores: Sequence[float]) -> None:
     """Log the choice, and warn of one at an edge of the grid, beyond which the best value may lie."""
-    shown = ", ".join(f"{value}: {score:.1%}" for value, score in zip(grid.values, scores, strict=True))
+    shown = ", ".join(
+        f"{value}: {score:.1%}" for value, score in zip(grid.values, scores, strict=True)
+    )
     log.info("%s: %s=%s (%s)", name, grid.key, best, shown)
     if not all(_is_number(value) for value in grid.values):
         return
     ordered = sorted(grid.values, key=float)
     if best in (ordered[0], ordered[-1]):
         advice = "Add values beyond it to --tune"
-        log.warning("%s: %s=%s lies at the edge of the grid (%s). %s.", name, grid.key, best, shown, advice)
+        log.warning(
+            "%s: %s=%s lies at the edge of the grid (%s). %s.", name, grid.key, best, shown, advice
+        )
 
 
 def _is_number(text: str) -> bool:

@@ -119,17 +119,27 @@ class PairBatch:
     skipped: list[BrokenPair] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.views = {n: View(view) if isinstance(view, Tensor) else view for n, view in self.views.items()}
+        self.views = {
+            n: View(view) if isinstance(view, Tensor) else view for n, view in self.views.items()
+        }
         sizes = {name: len(view) for name, view in self.views.items()}
         if self.texts.ndim != 3 or set(sizes.values()) != {len(self)}:
-            raise UserError(f"A batch needs `texts` (T, B, L) and views of B images: {self.texts.shape}, {sizes}.")
+            raise UserError(
+                f"A batch needs `texts` (T, B, L) and views of B images: {self.texts.shape}, {sizes}."
+            )
         texts, pairs, length = self.texts.shape
-        shapes = {"texts": (texts, pairs, length), "lengths": (texts, pairs), "sample_ids": (pairs,)}
+        shapes = {
+            "texts": (texts, pairs, length),
+            "lengths": (texts, pairs),
+            "sample_ids": (pairs,),
+        }
         shapes["duplicate_ids"] = (pairs, 2)
         for name, shape in (shapes | dict.fromkeys(("masked", "labels"), (pairs, length))).items():
             ids = getattr(self, name)
             if ids is not None and (tuple(ids.shape) != shape or ids.dtype != torch.int64):
-                raise UserError(f"`{name}` is {tuple(ids.shape)} {ids.dtype}; it must be {shape} torch.int64.")
+                raise UserError(
+                    f"`{name}` is {tuple(ids.shape)} {ids.dtype}; it must be {shape} torch.int64."
+                )
 
     def __len__(self) -> int:
         """The number of pairs, B."""
@@ -141,7 +151,11 @@ class PairBatch:
         if self.labels is not None and self.labels.device.type == "cpu":
             # `nonzero` waits for an accelerator, so it runs here, before the copy.
             batch.mask_positions = (self.labels.flatten() != IGNORED).nonzero().squeeze(1)
-        moved = batch._map(lambda tensor: tensor if tensor.is_meta else tensor.to(device, non_blocking=non_blocking))
+        moved = batch._map(
+            lambda tensor: (
+                tensor if tensor.is_meta else tensor.to(device, non_blocking=non_blocking)
+            )
+        )
         return replace(moved, lengths=self.lengths)
 
     def rows(self, start: int, stop: int) -> PairBatch:
@@ -149,13 +163,21 @@ class PairBatch:
         tensors = self._tensors()
         # Their positions change with the number of rows; `to` finds them again.
         tensors.pop("mask_positions", None)
-        sliced = {n: t[:, start:stop] if n in ("texts", "lengths") else t[start:stop] for n, t in tensors.items()}
+        sliced = {
+            n: t[:, start:stop] if n in ("texts", "lengths") else t[start:stop]
+            for n, t in tensors.items()
+        }
         views = {name: view.rows(start, stop) for name, view in self.views.items()}
         return replace(self, views=views, **sliced, mask_positions=None, skipped=[])
 
     def without_images(self) -> PairBatch:
         """The same batch with views of the same shape on torch's "meta" device, which hold nothing."""
-        return replace(self, views={n: View(torch.empty(v.pixels.shape, device="meta")) for n, v in self.views.items()})
+        return replace(
+            self,
+            views={
+                n: View(torch.empty(v.pixels.shape, device="meta")) for n, v in self.views.items()
+            },
+        )
 
     def pin_memory(self) -> PairBatch:
         """Copy the tensors to page-locked memory, from which copies to an accelerator need no wait."""
@@ -170,7 +192,9 @@ class PairBatch:
         views = {}
         for name, view in self.views.items():
             views[name] = replace(view, pixels=function(view.pixels))
-        tensors: dict[str, Any] = {name: function(tensor) for name, tensor in self._tensors().items()}
+        tensors: dict[str, Any] = {
+            name: function(tensor) for name, tensor in self._tensors().items()
+        }
         return replace(self, views=views, **tensors)
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -182,12 +206,16 @@ class Needs:
     """The parts of a batch that a loss reads."""
 
     views: frozenset[str] = frozenset({"first"})  # image views that it cannot do without
-    optional_views: frozenset[str] = frozenset()  # those that it also uses where the recipe has them
+    optional_views: frozenset[str] = (
+        frozenset()
+    )  # those that it also uses where the recipe has them
     texts: int = 1  # number of text views
     masked: bool = False  # whether it predicts masked tokens
     tokens: bool = False  # whether it reads token states of both towers
     pre_logits: bool = False  # whether it reads the pooled image feature before the projection
-    whole_context: bool = False  # whether padding counts, so that captions are padded to the longest possible one
+    whole_context: bool = (
+        False  # whether padding counts, so that captions are padded to the longest possible one
+    )
 
 
 class ViewSpec(NamedTuple):
@@ -207,7 +235,9 @@ class Plan:
     texts: int  # number of text views
     text: TextView
     mask_probability: float | None  # None: the caption is not masked
-    whole_context: bool  # whether texts are padded to the longest possible caption, since padding counts
+    whole_context: (
+        bool  # whether texts are padded to the longest possible caption, since padding counts
+    )
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     length_step: int = 8  # the length of a batch of texts is a multiple of it
@@ -226,7 +256,9 @@ def plan_views(recipe: Recipe, needs: Iterable[Needs]) -> Plan:
     size, views, interpolation = recipe.image.size, recipe.views, recipe.image.interpolation
     if not views.image_second:
         if any("second" in need.views for need in needs):
-            raise UserError("With views.image_second=false no loss can compare two views. Set their weights to 0.")
+            raise UserError(
+                "With views.image_second=false no loss can compare two views. Set their weights to 0."
+            )
         wanted.discard("second")
     names = [name for name in ("first", "second") if name == "first" or name in wanted]
     specs = [ViewSpec(name, size, views.image, interpolation) for name in names]

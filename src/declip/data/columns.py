@@ -39,7 +39,9 @@ class Columns:
             object.__setattr__(self, "caption", tuple(self.caption))
         texts = self.caption if isinstance(self.caption, tuple) else (self.caption or "",)
         if not texts or not all(isinstance(text, str) for text in texts):
-            raise UserError(f"Columns(caption={self.caption!r}): give a column, a template, or several of these.")
+            raise UserError(
+                f"Columns(caption={self.caption!r}): give a column, a template, or several of these."
+            )
 
     @classmethod
     def of(cls, data: Data) -> Columns:
@@ -58,14 +60,21 @@ Missing = dict[str, str]
 class MissingColumns(UserError):
     """A table lacks columns. `form` is how the caller names one, such as "--{}-column NAME"; empty if it cannot."""
 
-    def __init__(self, table: str, columns: Sequence[str], missing: Missing, form: str = IN_PYTHON) -> None:
+    def __init__(
+        self, table: str, columns: Sequence[str], missing: Missing, form: str = IN_PYTHON
+    ) -> None:
         super().__init__(table, columns, missing, form)
         self.table, self.columns, self.missing, self.form = table, columns, missing, form
 
     def __str__(self) -> str:
-        from declip.data.pair import printable  # here, because it loads NumPy and YAML, and commands import this file
+        from declip.data.pair import (
+            printable,
+        )  # here, because it loads NumPy and YAML, and commands import this file
 
-        lacks = " and ".join(f"no column '{name}'" + f" for the {w}" * (name != w) for name, w in self.missing.items())
+        lacks = " and ".join(
+            f"no column '{name}'" + f" for the {w}" * (name != w)
+            for name, w in self.missing.items()
+        )
         forms = " ".join(map(self.form.format, dict.fromkeys(self.missing.values())))
         exist = ", ".join(f"'{printable(name[:40])}'" for name in self.columns[:30]) or "none"
         problem = f"The table '{self.table}' has {lacks}. Its columns: {exist}."

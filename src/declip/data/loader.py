@@ -23,11 +23,15 @@ from declip.data.pair import BrokenPair, LazyImage, PairSource, SkipCounter
 from declip.data.text.augment import augment, mask_tokens
 from declip.data.text.tokenizer import CaptionTokenizer, padded_length
 from declip.errors import UserError
-from declip.io.pool import computed, naming_lost_workers
+from declip.io.pool import imap, naming_lost_workers
 
-SHUFFLE_BUFFER = 50_000  # pairs shuffled together where shards are remote: five of img2dataset's shards
+SHUFFLE_BUFFER = (
+    50_000  # pairs shuffled together where shards are remote: five of img2dataset's shards
+)
 BLOCKS_STREAM, GROUP_STREAM = 1, 2
-SEEN_BEFORE_STOPPING = 100  # pairs, before the fraction of broken ones can stop a run: fewer are too noisy
+SEEN_BEFORE_STOPPING = (
+    100  # pairs, before the fraction of broken ones can stop a run: fewer are too noisy
+)
 
 
 Augment = Callable[[torch.Tensor, np.random.Generator], torch.Tensor]
@@ -62,7 +66,9 @@ class Order:
         first, last = position * self.batch_size, (position + 1) * self.batch_size
         *_, borders = self.layout(epoch)  # (groups + 1,)
         groups = range(np.searchsorted(borders, first, "right") - 1, np.searchsorted(borders, last))
-        return np.concatenate([self.group(epoch, k)[max(0, first - borders[k]) : last - borders[k]] for k in groups])
+        return np.concatenate(
+            [self.group(epoch, k)[max(0, first - borders[k]) : last - borders[k]] for k in groups]
+        )
 
     def layout(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The shards in an epoch's order, and the numbers of shards and of pairs before each group, (groups + 1,)."""
@@ -80,9 +86,19 @@ class Order:
         if (epoch, group) not in self._group:
             shards, cuts, _ = self.layout(epoch)
             starts = np.cumsum(self.blocks) - self.blocks
-            pieces = [starts[s] + np.arange(self.blocks[s]) for s in shards[cuts[group] : cuts[group + 1]]]
-            generator = self.generator(epoch, GROUP_STREAM, group) if self.buffered else self.generator(epoch)
-            self._group = {(epoch, group): generator.permutation(np.concatenate([np.empty(0, np.int64), *pieces]))}
+            pieces = [
+                starts[s] + np.arange(self.blocks[s]) for s in shards[cuts[group] : cuts[group + 1]]
+            ]
+            generator = (
+                self.generator(epoch, GROUP_STREAM, group)
+                if self.buffered
+                else self.generator(epoch)
+            )
+            self._group = {
+                (epoch, group): generator.permutation(
+                    np.concatenate([np.empty(0, np.int64), *pieces])
+                )
+            }
         return self._group[epoch, group]
 
 
@@ -141,8 +157,13 @@ class Assembler:
         same = [hash(tuple(rows[0])), self.source.group(index)] if self.plan.duplicates else []
         masked, labels = list[int](), list[int]()
         if self.plan.mask_probability is not None:
-            masked, labels = mask_tokens(rows[0], generator, self.tokenizer, self.plan.mask_probability)
-        chosen = [(t.sample_crop(*pair.image.size, generator), t.sample_params(generator)) for t in self.transforms]
+            masked, labels = mask_tokens(
+                rows[0], generator, self.tokenizer, self.plan.mask_probability
+            )
+        chosen = [
+            (t.sample_crop(*pair.image.size, generator), t.sample_params(generator))
+            for t in self.transforms
+        ]
         # --- pixels, only now that their crops are known
         pixels = self._crop(pair.image, [crop for crop, _ in chosen])
         if self.augment is not None:
@@ -153,8 +174,13 @@ class Assembler:
     def _crop(self, image: LazyImage, crops: list[Crop]) -> list[torch.Tensor]:
         """Decode an image, at a reduced scale where every crop stays at least as large as its view, and crop it."""
         for scale in (*image.scales, 1):
-            reduced = [(transform, crop.reduced(scale)) for transform, crop in zip(self.transforms, crops, strict=True)]
-            if scale == 1 or all(min(crop.width, crop.height) >= transform.size for transform, crop in reduced):
+            reduced = [
+                (transform, crop.reduced(scale))
+                for transform, crop in zip(self.transforms, crops, strict=True)
+            ]
+            if scale == 1 or all(
+                min(crop.width, crop.height) >= transform.size for transform, crop in reduced
+            ):
                 break
         pixels = image.pixels(scale)
         return [transform.crop_and_resize(pixels, crop) for transform, crop in reduced]
@@ -171,12 +197,20 @@ class Assembler:
             crops = [sample.pixels[number] for sample in samples]
             # In a worker this allocates memory shared with the training process, which copies nothing.
             # (B, 3, S, S)
-            pixels = default_collate(crops) if crops else torch.empty(0, 3, spec.size, spec.size, dtype=torch.uint8)
+            pixels = (
+                default_collate(crops)
+                if crops
+                else torch.empty(0, 3, spec.size, spec.size, dtype=torch.uint8)
+            )
             views[spec.name] = View(pixels, params[number])
         # One length for all texts, since the captions and their augmentations are encoded in one call.
         longest = max((len(ids) for sample in samples for ids in sample.rows), default=1)
         context = self.tokenizer.context
-        length = context if self.plan.whole_context else padded_length(longest, context, self.plan.length_step)
+        length = (
+            context
+            if self.plan.whole_context
+            else padded_length(longest, context, self.plan.length_step)
+        )
         padding, masks = self.tokenizer.padding, self.plan.mask_probability is not None
         same = torch.tensor([sample.same for sample in samples], dtype=torch.int64)
         texts = [[sample.rows[number] for sample in samples] for number in range(self.plan.texts)]
@@ -185,19 +219,29 @@ class Assembler:
             texts=torch.stack([_pad(rows, length, padding) for rows in texts]),  # (T, B, L)
             masked=_pad([sample.masked for sample in samples], length, padding) if masks else None,
             labels=_pad([sample.labels for sample in samples], length, IGNORED) if masks else None,
-            lengths=torch.tensor([[*map(len, rows)] for rows in texts], dtype=torch.int64),  # (T, B)
+            lengths=torch.tensor(
+                [[*map(len, rows)] for rows in texts], dtype=torch.int64
+            ),  # (T, B)
             sample_ids=torch.tensor([sample.id for sample in samples], dtype=torch.int64),
             duplicate_ids=same.reshape(-1, 2) if self.plan.duplicates else None,  # (B, 2)
             skipped=skipped,
         )
 
 
-def _augmented(augment: Augment, view: torch.Tensor, generator: np.random.Generator) -> torch.Tensor:
+def _augmented(
+    augment: Augment, view: torch.Tensor, generator: np.random.Generator
+) -> torch.Tensor:
     """Apply a user's function to a view, (3, S, S) uint8, and check what it returns."""
     changed = augment(view, generator)
-    given = (tuple(changed.shape), changed.dtype) if isinstance(changed, torch.Tensor) else type(changed).__name__
+    given = (
+        (tuple(changed.shape), changed.dtype)
+        if isinstance(changed, torch.Tensor)
+        else type(changed).__name__
+    )
     if given != (tuple(view.shape), torch.uint8):
-        raise UserError(f"augment returned {given}; return a tensor {tuple(view.shape)} torch.uint8.")
+        raise UserError(
+            f"augment returned {given}; return a tensor {tuple(view.shape)} torch.uint8."
+        )
     return changed
 
 
@@ -243,7 +287,7 @@ class PairLoader(Iterator[PairBatch], AbstractContextManager["PairLoader"]):
             raise StopIteration
         if self._batches is None:
             work, steps = partial(_batch_or_error, self.assembler), itertools.count(self.step)
-            self._batches = computed(work, steps, self.workers, self.pin_memory)
+            self._batches = imap(work, steps, self.workers, self.pin_memory)
         with naming_lost_workers(f" at step {self.step}"):
             batch = next(self._batches)
         if isinstance(batch, UserError):

@@ -13,13 +13,15 @@ import numpy as np
 from PIL import Image
 
 from declip.errors import UserError
-from declip.io.text import percent, shown
+from declip.io.text import percent, sanitize
 
 # Characters of a caption, above which it is a page or a broken file, and captions of one image: public sets have five,
 # region descriptions fifty; more mean a wrong image column.
 LONGEST_CAPTION, MOST_CAPTIONS = 20_000, 10_000
 CONTROL, SURROGATE = re.compile("[\x00-\x1f\x7f-\x9f]"), re.compile("[\ud800-\udfff]")
-MOST_SHOWN = 300  # characters of a key or detail in a message: a file can name its images as it likes
+MOST_SHOWN = (
+    300  # characters of a key or detail in a message: a file can name its images as it likes
+)
 EXAMPLES_KEPT = 5  # keys kept for each reason, enough to find the cause without a run's record growing with its data
 BLOCK = 1000  # pairs that are shuffled as one shard where a source has no shards
 
@@ -52,7 +54,9 @@ class LazyImage:
 
     def reduced(self, least: float) -> np.ndarray:
         """As `pixels`, as small as decoding can make it without a side below `least`."""
-        return self.pixels(next((scale for scale in self.scales if min(self.size) >= least * scale), 1))
+        return self.pixels(
+            next((scale for scale in self.scales if min(self.size) >= least * scale), 1)
+        )
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,11 @@ class BrokenPair(Exception):
     """The error of a pair that cannot be used. It is counted by its reason; the pair is never replaced by another."""
 
     def __init__(self, reason: str, key: str, detail: str = "") -> None:
-        self.reason, self.key, self.detail = reason, printable(key), printable(detail)  # both may quote a file
+        self.reason, self.key, self.detail = (
+            reason,
+            printable(key),
+            printable(detail),
+        )  # both may quote a file
         super().__init__(reason, self.key, self.detail)
 
     def __str__(self) -> str:
@@ -82,7 +90,9 @@ class BrokenPair(Exception):
 class Origin(NamedTuple):
     """Where an image is stored; numbers are bytes."""
 
-    path: str = ""  # of the file or the shard, or a shard's URL; empty if the image is not in a file
+    path: str = (
+        ""  # of the file or the shard, or a shard's URL; empty if the image is not in a file
+    )
     offset: int = 0
     size: int = 0  # 0: unknown
     # Identifies the content, as far as that shows without decoding it: it changes with the image,
@@ -95,7 +105,9 @@ class PairSource(ABC):
 
     name: str
     credit: str = ""  # a sentence that a license asks for wherever an image is shown
-    labels: np.ndarray | None = None  # (n,) int64, where each pair has a class, by its index in `class_names`
+    labels: np.ndarray | None = (
+        None  # (n,) int64, where each pair has a class, by its index in `class_names`
+    )
     class_names: Sequence[str] | None = None
     # Functions that open other splits of this dataset, such as "train" for a linear probe.
     other_splits: Mapping[str, Callable[[], PairSource]] = MappingProxyType({})
@@ -150,7 +162,11 @@ class PairSource(ABC):
 
     def shards(self) -> np.ndarray:
         """The number of pairs of each shard, (shards,) int64; without shards, of each `BLOCK` pairs."""
-        blocks = np.diff([*range(0, len(self), BLOCK), len(self)]) if self.blocks is None else self.blocks
+        blocks = (
+            np.diff([*range(0, len(self), BLOCK), len(self)])
+            if self.blocks is None
+            else self.blocks
+        )
         return np.asarray(blocks, np.int64)
 
 
@@ -183,27 +199,40 @@ class SkipCounter:
 
     def to_dict(self) -> dict[str, Any]:
         """The counts as plain data, for `from_dict`."""
-        return {"reasons": {r: {"count": n, "examples": self.examples[r][:]} for r, n in sorted(self.counts.items())}}
+        return {
+            "reasons": {
+                r: {"count": n, "examples": self.examples[r][:]}
+                for r, n in sorted(self.counts.items())
+            }
+        }
 
     @classmethod
     def from_dict(cls, state: dict[str, Any]) -> SkipCounter:
         """Rebuild a counter from `to_dict`."""
         rows = state["reasons"]
-        return cls({r: row["count"] for r, row in rows.items()}, {r: list(row["examples"]) for r, row in rows.items()})
+        return cls(
+            {r: row["count"] for r, row in rows.items()},
+            {r: list(row["examples"]) for r, row in rows.items()},
+        )
 
     def lines(self) -> list[str]:
         """A line for each reason: its count, a few keys, the first detail."""
         details = {reason: f" ({detail})" for reason, detail in self.details.items() if detail}
-        keys = {reason: ", ".join(examples) + details.get(reason, "") for reason, examples in self.examples.items()}
-        return [f"{count:,} × {reason}, such as {keys[reason]}" for reason, count in sorted(self.counts.items())]
+        keys = {
+            reason: ", ".join(examples) + details.get(reason, "")
+            for reason, examples in self.examples.items()
+        }
+        return [
+            f"{count:,} × {reason}, such as {keys[reason]}"
+            for reason, count in sorted(self.counts.items())
+        ]
 
     def refuse(self, seen: int, allowed: float, name: str) -> None:
         """Raise an error if more pairs are broken than `data.max_broken_fraction` allows."""
         if self.total <= allowed * seen:
             return
-        broken = (
-            f"{self.total:,} of the {seen:,} pairs of '{name}' could not be used ({percent(self.total / max(seen, 1))})"
-        )
+        share = percent(self.total / max(seen, 1))
+        broken = f"{self.total:,} of the {seen:,} pairs of '{name}' could not be used ({share})"
         remedy = f"{self.explanation()} Fix or remove them, or raise it."
         raise UserError(f"{broken}; data.max_broken_fraction allows {percent(allowed)}. {remedy}")
 
@@ -234,7 +263,9 @@ def clean_captions(raw: Iterable[str | None], key: str, why: str = "") -> tuple[
         if number >= MOST_CAPTIONS:
             raise BrokenPair("too many captions", key, f"more than {MOST_CAPTIONS:,}")
         if len(text) > LONGEST_CAPTION:
-            raise BrokenPair("caption too long", key, f"{len(text):,} characters, at most {LONGEST_CAPTION:,}")
+            raise BrokenPair(
+                "caption too long", key, f"{len(text):,} characters, at most {LONGEST_CAPTION:,}"
+            )
         if not is_unicode(text):
             raise BrokenPair("invalid text", key, "half of a character that takes two code units")
         if joined := on_one_line(text):
@@ -251,7 +282,7 @@ def on_one_line(text: str) -> str:
 
 def printable(text: str) -> str:
     """Format a text from a file as one short line that is safe in every terminal and file."""
-    return shown(text, MOST_SHOWN)
+    return sanitize(text, MOST_SHOWN)
 
 
 def is_unicode(text: str) -> bool:

@@ -35,16 +35,22 @@ class Dataset:
     openers: Openers  # "test" is always there
     templates: str = "plain"  # name of a template set
     metric: str = "top1"  # the dataset's convention, or "mean_per_class"
-    _opened: dict[str, PairSource] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _opened: dict[str, PairSource] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def split(self, which: str) -> PairSource:
         """Open a split, once."""
         if which not in self.openers:
-            raise UserError(f"'{self.name}' has no {which} split. It has: {', '.join(self.openers)}.")
+            raise UserError(
+                f"'{self.name}' has no {which} split. It has: {', '.join(self.openers)}."
+            )
         if which not in self._opened:
             self._opened[which] = self.openers[which]()
         if len(self._opened[which]) == 0:
-            raise UserError(f"'{self.name}' has no pairs in its {which} split. Use another dataset.")
+            raise UserError(
+                f"'{self.name}' has no pairs in its {which} split. Use another dataset."
+            )
         return self._opened[which]
 
 
@@ -72,7 +78,9 @@ def open_dataset(
         dataset = _by_name(str(dataset), label_column, columns, sources)
     elif not isinstance(dataset, Dataset):
         if label_column is not None:
-            raise UserError(f"label_column is for tables, not for a {type(dataset).__name__}. Remove it.")
+            raise UserError(
+                f"label_column is for tables, not for a {type(dataset).__name__}. Remove it."
+            )
         dataset = _unnamed(open_source(dataset, columns))
     dataset.split("test")
     return dataset
@@ -81,7 +89,9 @@ def open_dataset(
 def with_classes(source: PairSource) -> LabeledSource:
     """Check that a source has classes."""
     if source.labels is None:
-        raise UserError(f"'{source.name}' has no classes. Use a dataset with labels, or the task 'retrieval'.")
+        raise UserError(
+            f"'{source.name}' has no classes. Use a dataset with labels, or the task 'retrieval'."
+        )
     labels, count = np.asarray(source.labels), len(source.class_names or ())
     low, high = labels.min(initial=0), labels.max(initial=0)
     if len(labels) != len(source) or count < 2 or low < 0 or high >= count:
@@ -98,14 +108,20 @@ def _by_name(given: str, label_column: str | None, columns: Columns, sources: So
     if name in NAMED and colon and label_column is None:
         named, root = NAMED[name], Path(path).expanduser()
         if not path or not root.is_dir():
-            raise UserError(f"There is no folder '{path}'. Write '{name}:PATH'; expected there: {named.files}.")
+            raise UserError(
+                f"There is no folder '{path}'. Write '{name}:PATH'; expected there: {named.files}."
+            )
         readers = named.open(name, root)
-        openers = {which: partial(_read, given, named.files, reader) for which, reader in readers.items()}
+        openers = {
+            which: partial(_read, given, named.files, reader) for which, reader in readers.items()
+        }
         return Dataset(given, openers, named.templates, named.metric)
     # --- a table with labels or splits
     table = find_table(given)
     if label_column is not None and table is None:
-        raise UserError(f"--label-column {label_column} requires a table, but '{given}' is not a table.")
+        raise UserError(
+            f"--label-column {label_column} requires a table, but '{given}' is not a table."
+        )
     if table is not None and (labeled := labeled_table(table, label_column, columns)) is not None:
         return Dataset(given, labeled)
     # --- anything else that is a source; one letter before a colon is a Windows drive

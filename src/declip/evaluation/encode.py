@@ -19,21 +19,27 @@ from declip.data.images.preprocess import Preprocess
 from declip.data.pair import BrokenPair, LazyImage, PairSource, SkipCounter
 from declip.data.text.tokenizer import CaptionTokenizer
 from declip.errors import UserError
-from declip.io.pool import mapped, pairs_bar
+from declip.io.pool import pairs_bar, parallel_map
 from declip.models.inference import image_encoder
 
 
 class Encoder(Protocol):
     """The interface of a model that evaluation needs: two towers with preprocessing and tokenizer."""
 
-    def encode_image(self, images: Tensor, /) -> Tensor: ...  # (n, 3, S, S) normalized pixels → (n, d)
+    def encode_image(
+        self, images: Tensor, /
+    ) -> Tensor: ...  # (n, 3, S, S) normalized pixels → (n, d)
     def encode_text(self, tokens: Tensor, /) -> Tensor: ...  # (n, L) token ids → (n, d)
-    def preprocess(self, images: list[Image.Image], /) -> Tensor: ...  # → (n, 3, S, S) normalized pixels
+    def preprocess(
+        self, images: list[Image.Image], /
+    ) -> Tensor: ...  # → (n, 3, S, S) normalized pixels
     def tokenize(self, texts: list[str], /) -> Tensor: ...  # → (n, L) token ids
     def modules(self) -> Iterator[nn.Module]: ...
     def parameters(self) -> Iterator[nn.Parameter]: ...
     @property
-    def logit_scale(self) -> Tensor: ...  # log of the factor of cosines; a plain object may lack these three
+    def logit_scale(
+        self,
+    ) -> Tensor: ...  # log of the factor of cosines; a plain object may lack these three
 
 
 T = TypeVar("T")
@@ -79,13 +85,17 @@ class SourceFeatures:
     @cached_property
     def image_rows(self) -> np.ndarray:
         """(m,) int64, the row of `images` that each caption belongs to."""
-        return np.repeat(np.arange(len(self.captions)), [len(captions) for captions in self.captions])
+        return np.repeat(
+            np.arange(len(self.captions)), [len(captions) for captions in self.captions]
+        )
 
 
 @contextmanager
 def eval_mode(model: Encoder) -> Iterator[torch.device]:
     """Evaluation mode without gradients; yields the device of the weights. Restores the mode of each module."""
-    modes = [(module, module.training) for module in getattr(model, "modules", tuple)()]  # empty for a plain object
+    modes = [
+        (module, module.training) for module in getattr(model, "modules", tuple)()
+    ]  # empty for a plain object
     weight = next(iter(getattr(model, "parameters", tuple)()), None)
     try:
         # Not model.eval(): it calls the overridden `train` of frozen modules, and cannot be undone per module.
@@ -111,9 +121,13 @@ def text_features(
 
     Features by `encode`, a function of token ids (n, L) on the model's device, are not normalized.
     """
-    row_of = {text: row for row, text in enumerate(sorted(dict.fromkeys(texts), key=len))}  # by length: little padding
+    row_of = {
+        text: row for row, text in enumerate(sorted(dict.fromkeys(texts), key=len))
+    }  # by length: little padding
     distinct = list(row_of)
-    batches = [distinct[start : start + batch_size] for start in range(0, len(distinct), batch_size)]
+    batches = [
+        distinct[start : start + batch_size] for start in range(0, len(distinct), batch_size)
+    ]
 
     def encode_own() -> list[Tensor]:
         parts = []
@@ -155,8 +169,14 @@ def encode_source(
         share: The part of the images and texts that this process encodes; each process returns all features.
     """
     # --- images of a model with frozen towers, which reads them once
-    if encode is None and indices is None and (read_once := getattr(model, "source_features", None)) is not None:
-        encoded: SourceFeatures = read_once(source, batch_size=batch_size, workers=workers, progress=progress)
+    if (
+        encode is None
+        and indices is None
+        and (read_once := getattr(model, "source_features", None)) is not None
+    ):
+        encoded: SourceFeatures = read_once(
+            source, batch_size=batch_size, workers=workers, progress=progress
+        )
         return _with_texts(model, encoded, batch_size, progress, share) if texts else encoded
     # --- images of others, in batches whose pixels may come from worker processes
     chosen = np.arange(len(source)) if indices is None else np.asarray(indices, dtype=np.int64)
@@ -178,7 +198,10 @@ def encode_source(
             f"Cannot evaluate on '{source.name}': none of its {len(source)} pairs could be read. "
             f"{skipped.explanation()} Check the paths and captions."
         )
-    read_indices, captions = np.array([index for index, _ in rows]), tuple(captions for _, captions in rows)
+    read_indices, captions = (
+        np.array([index for index, _ in rows]),
+        tuple(captions for _, captions in rows),
+    )
     encoded = SourceFeatures(source.name, read_indices, torch.cat(parts), captions, None, skipped)
     return _with_texts(model, encoded, batch_size, progress, share) if texts else encoded
 
@@ -188,7 +211,9 @@ def _with_texts(
 ) -> SourceFeatures:
     captions = encoded.flat_captions
     features = text_features(model, captions, batch_size=batch_size, progress=progress, share=share)
-    return replace(encoded, texts=features, truncated=_count_truncated(model, encoded.flat_captions))
+    return replace(
+        encoded, texts=features, truncated=_count_truncated(model, encoded.flat_captions)
+    )
 
 
 def _read_row(source: PairSource, index: int) -> tuple[Image.Image, tuple[int, tuple[str, ...]]]:
@@ -227,11 +252,19 @@ def encode_batches(
     """
     with eval_mode(model) as device:
         pinned = device.type == "cuda"
-    size = max(map(len, batches), default=1) if pinned else READ_AT_ONCE  # joining would copy to other memory
-    parts = [batch[start : start + size] for batch in batches for start in range(0, len(batch), size)]
+    size = (
+        max(map(len, batches), default=1) if pinned else READ_AT_ONCE
+    )  # joining would copy to other memory
+    parts = [
+        batch[start : start + size] for batch in batches for start in range(0, len(batch), size)
+    ]
     title = f"Images of {source.name}" if progress else ""
-    preprocess = getattr(model, "preprocessor", model.preprocess)  # on the host, where a worker may use it
-    stream = mapped(partial(read_images, preprocess, partial(read, source)), parts, workers, title, pinned)
+    preprocess = getattr(
+        model, "preprocessor", model.preprocess
+    )  # on the host, where a worker may use it
+    stream = parallel_map(
+        partial(read_images, preprocess, partial(read, source)), parts, workers, title, pinned
+    )
     encode_all = encode or image_encoder(model)
     for batch in batches:
         pixels, rows, skipped = list[Tensor](), list[Any](), SkipCounter()
@@ -246,7 +279,9 @@ def encode_batches(
         yield features, rows, skipped
 
 
-def image_features(model: Encoder, pixels: Tensor, encode: Callable[[Tensor], Tensor], unit: bool = True) -> Tensor:
+def image_features(
+    model: Encoder, pixels: Tensor, encode: Callable[[Tensor], Tensor], unit: bool = True
+) -> Tensor:
     """Encode (n, 3, S, S) pixels to (n, d) float32 on the CPU, in evaluation mode; `unit` makes the length 1."""
     with eval_mode(model) as device:
         features = _finite(encode(pixels.to(device, non_blocking=True)).float().cpu(), "image")

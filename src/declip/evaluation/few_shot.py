@@ -24,7 +24,15 @@ from declip.models.inference import chunked, normalized
 
 RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 100.0)  # the last are class means
 NAME_WEIGHTS = (0.0, 1.0, 4.0, 16.0)  # κ, in images
-SCALES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)  # candidates for the factor of scores before the softmax
+SCALES = (
+    1.0,
+    2.0,
+    4.0,
+    8.0,
+    16.0,
+    32.0,
+    64.0,
+)  # candidates for the factor of scores before the softmax
 FOLDS, FEWEST = 5, 2  # folds, and images per class from which on the settings are weighted
 TEMPERATURE = 4.0  # of the weights: images of a class are not independent
 MOST = 1_500  # images that settings are weighted on: the classifier is fitted to all
@@ -62,7 +70,9 @@ class FewShotHead:
     center: Tensor  # (v + d,)
     width: int  # v
     mixture: Mixture
-    accuracy: Measure | None = None  # of left-out images; None without two classes of several groups
+    accuracy: Measure | None = (
+        None  # of left-out images; None without two classes of several groups
+    )
     shots: float = 0.0  # images per class that the regressions of `accuracy` were fitted to
     unmeasured: int = 0  # classes that are not part of `accuracy`: all images are one group
 
@@ -88,7 +98,9 @@ def joint_encoder(model: Encoder) -> tuple[Callable[[Tensor], Tensor], int]:
             return torch.cat([normalize(side.float(), dim=-1) for side in sides], dim=-1)
 
         return lambda pixels: chunked(both, pixels), model.image_tower.pre_logits_width
-    return lambda pixels: chunked(lambda part: model.encode_image(normalized(model, part)), pixels), 0
+    return lambda pixels: chunked(
+        lambda part: model.encode_image(normalized(model, part)), pixels
+    ), 0
 
 
 def halves(images: Tensor, width: int) -> Tensor:
@@ -96,14 +108,18 @@ def halves(images: Tensor, width: int) -> Tensor:
     # Roots are worth half a point of top-1: few large activations count less.
     before, embedded = images[:, :width], images[:, width:]
     if width:
-        before = torch.where(before.amin(dim=1, keepdim=True) >= 0, before.clamp(min=0).sqrt(), before)
+        before = torch.where(
+            before.amin(dim=1, keepdim=True) >= 0, before.clamp(min=0).sqrt(), before
+        )
     return torch.cat([normalize(before, dim=-1), normalize(embedded, dim=-1)], dim=1)
 
 
 def centered(images: Tensor, center: Tensor, width: int) -> Tensor:
     """(n, v + d), the directions of both halves from the center."""
     moved = halves(images, width) - center
-    return torch.cat([normalize(moved[:, :width], dim=-1), normalize(moved[:, width:], dim=-1)], dim=1)
+    return torch.cat(
+        [normalize(moved[:, :width], dim=-1), normalize(moved[:, width:], dim=-1)], dim=1
+    )
 
 
 def center_of(examples: Examples) -> Tensor:
@@ -114,7 +130,9 @@ def center_of(examples: Examples) -> Tensor:
     return (weights / weights.sum()) @ halves(examples.images, examples.width)
 
 
-def fit_forms(examples: Examples, center: Tensor, forms: Iterable[FewShotForm]) -> dict[FewShotForm, Tensor]:
+def fit_forms(
+    examples: Examples, center: Tensor, forms: Iterable[FewShotForm]
+) -> dict[FewShotForm, Tensor]:
     """Ridge regression of the classes' indicators on features, by each form: weights (C, v + d).
 
     With X the images and the names, w their weights (1 in all for a class's images, κ / n for its name) and Y their
@@ -185,7 +203,9 @@ def fit_mixture(examples: Examples, mixture: Mixture) -> FewShotHead:
     return FewShotHead(weight.contiguous(), center, examples.width, mixture)
 
 
-def fit_few_shot(examples: Examples, seed: int = 0, groups: np.ndarray | None = None) -> FewShotHead:
+def fit_few_shot(
+    examples: Examples, seed: int = 0, groups: np.ndarray | None = None
+) -> FewShotHead:
     """Weigh settings, and measure the accuracy, by cross-validation on the images; fit the mixture to all.
 
     Images of equal `groups` (n,) are left out together. A class whose images are all left out
@@ -201,7 +221,9 @@ def fit_few_shot(examples: Examples, seed: int = 0, groups: np.ndarray | None = 
     some = examples
     if count > MOST:
         part = MOST / count
-        chosen = sample_per_class(examples.labels.numpy(), lambda count: max(2, round(part * count)), seed)
+        chosen = sample_per_class(
+            examples.labels.numpy(), lambda count: max(2, round(part * count)), seed
+        )
         some = examples.take(torch.from_numpy(chosen))
         groups = groups[chosen]
     folds = class_folds(some.labels, groups, seed)
@@ -253,7 +275,9 @@ def class_folds(labels: Tensor, groups: np.ndarray, seed: int = 0) -> Tensor:
     """(n,) the fold of each group of images, at random; the groups of each class are spread over all folds."""
     rng, folds = np.random.default_rng(seed), np.zeros(len(labels), np.int64)
     _, first, numbers = np.unique(groups, return_index=True, return_inverse=True)
-    for rows in by_class(labels.numpy()[first][numbers]):  # a group of several classes counts for its first
+    for rows in by_class(
+        labels.numpy()[first][numbers]
+    ):  # a group of several classes counts for its first
         folds[rows] = assign_folds(groups[rows], FOLDS, rng)
     return torch.from_numpy(folds)
 

@@ -37,8 +37,16 @@ class HeldOutSets:
     def tasks(self, recipe: Recipe, final: bool) -> dict[str, list[str]]:
         """Map each dataset that a recipe evaluates on, at the end or during training, to its protocols."""
         wanted, tasks = recipe.evaluation, self.tasks_to_keep(recipe) if final else {}
-        ends = (("zero-shot", wanted.final_zero_shot), ("retrieval", wanted.final_retrieval)) if final else ()
-        for protocol, names in (("zero-shot", wanted.zero_shot), ("retrieval", wanted.retrieval), *ends):
+        ends = (
+            (("zero-shot", wanted.final_zero_shot), ("retrieval", wanted.final_retrieval))
+            if final
+            else ()
+        )
+        for protocol, names in (
+            ("zero-shot", wanted.zero_shot),
+            ("retrieval", wanted.retrieval),
+            *ends,
+        ):
             for name in names:
                 if protocol not in tasks.setdefault(name, []):
                     tasks[name].append(protocol)
@@ -46,7 +54,10 @@ class HeldOutSets:
 
     def tasks_to_keep(self, recipe: Recipe) -> dict[str, list[str]]:
         """Map the sets of `evaluation.keep` to their protocols: retrieval with captions, else zero-shot."""
-        return {name: ["retrieval" if self.captioned(name) else "zero-shot"] for name in recipe.evaluation.keep}
+        return {
+            name: ["retrieval" if self.captioned(name) else "zero-shot"]
+            for name in recipe.evaluation.keep
+        }
 
     def assign(self, recipe: Recipe) -> Recipe:
         """Evaluate sets that are listed for both tasks by zero-shot if they have classes, retrieval if captions."""
@@ -54,7 +65,9 @@ class HeldOutSets:
         classes = tuple(name for name in evaluation.zero_shot if self.test(name).labels is not None)
         captions = tuple(name for name in evaluation.zero_shot if self.captioned(name))
         if neither := [name for name in evaluation.zero_shot if name not in {*classes, *captions}]:
-            raise UserError(f"'{neither[0]}' has neither classes nor captions, so it can't be a held-out set.")
+            raise UserError(
+                f"'{neither[0]}' has neither classes nor captions, so it can't be a held-out set."
+            )
         chosen = evaluation.model_copy(update={"zero_shot": classes, "retrieval": captions})
         return recipe.model_copy(update={"evaluation": chosen})
 
@@ -64,7 +77,11 @@ class HeldOutSets:
         for index in range(min(FIRST, len(source))):
             with suppress(BrokenPair):
                 captions, names = source.captions(index), source.class_names
-                if source.labels is None or names is None or captions != (names[source.labels[index]],):
+                if (
+                    source.labels is None
+                    or names is None
+                    or captions != (names[source.labels[index]],)
+                ):
                     return True
         return False
 
@@ -92,7 +109,9 @@ class HeldOutSets:
         try:
             return open_dataset(name, columns=given, sources=self.sources)
         except MissingColumns as error:
-            usual = replace(given, **{what: getattr(DEFAULT, what) for what in error.missing.values()})
+            usual = replace(
+                given, **{what: getattr(DEFAULT, what) for what in error.missing.values()}
+            )
             usual = usual if usual.image == given.image else replace(usual, root=None)
             with suppress(MissingColumns):
                 return open_dataset(name, columns=usual, sources=self.sources)

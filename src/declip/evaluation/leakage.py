@@ -12,13 +12,25 @@ from declip.data.pair import PairSource
 # Of the other images with an equal value, the fraction among as many nearest ones. Three views of a product have 0.95,
 # variants of an emoji 0.8; names, kinds, authors and categories of the built-in sets have 0.5 or less.
 ALIKE = 0.5
-MOST_OTHERS, MOST_SHARE = 20, 0.05  # other images of an object, at most: the mean, and of all images
+MOST_OTHERS, MOST_SHARE = (
+    20,
+    0.05,
+)  # other images of an object, at most: the mean, and of all images
 LEAST_REPEATED, FEWEST = 0.1, 10  # fraction and number of images whose value is repeated
-MOST, QUERIES, BLOCK = 20_000, 1_000, 100  # images compared, those whose nearest are looked for, and at a time
+MOST, QUERIES, BLOCK = (
+    20_000,
+    1_000,
+    100,
+)  # images compared, those whose nearest are looked for, and at a time
 
 
 def leaking_column(
-    source: PairSource, indices: Sequence[int], images: Tensor, groups: np.ndarray, classes: int = 0, seed: int = 0
+    source: PairSource,
+    indices: Sequence[int],
+    images: Tensor,
+    groups: np.ndarray,
+    classes: int = 0,
+    seed: int = 0,
 ) -> str | None:
     """Find the column not in use whose equal values mark images that are alike, although not left out together.
 
@@ -31,20 +43,30 @@ def leaking_column(
     Returns:
         Of several columns, the one with most values; None if there is none.
     """
-    centered, found = normalize(images.float() - images.float().mean(dim=0), dim=-1), dict[str, int]()
+    centered, found = (
+        normalize(images.float() - images.float().mean(dim=0), dim=-1),
+        dict[str, int](),
+    )
     for column, numbers in source.other_columns(indices).items():
         values = len(np.unique(numbers[numbers != 0]))
-        if values > classes and _alike(centered, numbers, groups, np.random.default_rng(seed)) >= ALIKE:
+        if (
+            values > classes
+            and _alike(centered, numbers, groups, np.random.default_rng(seed)) >= ALIKE
+        ):
             found[column] = values
     return max(found, key=found.__getitem__, default=None)
 
 
-def _alike(images: Tensor, numbers: np.ndarray, groups: np.ndarray, rng: np.random.Generator) -> float:
+def _alike(
+    images: Tensor, numbers: np.ndarray, groups: np.ndarray, rng: np.random.Generator
+) -> float:
     """How well nearness finds the images of other groups with an equal number, 0 to 1; 0 where these do not repeat."""
     # --- some of the values, each with all of its images; 0 is no value
     named = np.flatnonzero(numbers)
     values = np.unique(numbers[named], return_inverse=True)[1]
-    rows = named[np.argsort(rng.permutation(values.max(initial=0) + 1)[values], kind="stable")[:MOST]]
+    rows = named[
+        np.argsort(rng.permutation(values.max(initial=0) + 1)[values], kind="stable")[:MOST]
+    ]
     values, own = (np.unique(each[rows], return_inverse=True)[1] for each in (numbers, groups))
     # --- images that have others of their value, in another group
     together = np.unique(np.stack([values, own]), axis=1, return_inverse=True)[1].reshape(-1)
@@ -55,9 +77,17 @@ def _alike(images: Tensor, numbers: np.ndarray, groups: np.ndarray, rng: np.rand
     if others[repeated].mean() > min(MOST_OTHERS, MOST_SHARE * len(rows)):
         return 0.0
     # --- the nearest images of other groups
-    candidates, value, group, right = images[rows], torch.from_numpy(values), torch.from_numpy(own), list[Tensor]()
+    candidates, value, group, right = (
+        images[rows],
+        torch.from_numpy(values),
+        torch.from_numpy(own),
+        list[Tensor](),
+    )
     for queries in torch.from_numpy(rng.permutation(repeated)[:QUERIES]).split(BLOCK):
-        cosines, wanted = candidates[queries] @ candidates.mT, torch.from_numpy(others)[queries, None]  # (b, n), (b, 1)
+        cosines, wanted = (
+            candidates[queries] @ candidates.mT,
+            torch.from_numpy(others)[queries, None],
+        )  # (b, n), (b, 1)
         cosines[group[queries, None] == group] = -torch.inf
         nearest = cosines.topk(int(wanted.max())).indices
         hits = (value[nearest] == value[queries, None]) & (torch.arange(nearest.shape[1]) < wanted)

@@ -18,7 +18,10 @@ from declip.evaluation.encode import SourceFeatures
 from declip.evaluation.results import LinearProbeResult, sample_per_class, score
 
 BLOCK = 1 << 22  # scores in memory at a time
-FIRST_STAGE, MOST = 20, 1000  # iterations after which the curvature is estimated again, and the fit ends
+FIRST_STAGE, MOST = (
+    20,
+    1000,
+)  # iterations after which the curvature is estimated again, and the fit ends
 SAMPLE = 4096  # least number of rows for the estimates of curvature and covariance, which set step lengths only
 LAST_STEP = 48  # C is 10 ** (step / 8), from 1e-6 to 1e6 in 96 equal steps of its logarithm
 
@@ -83,43 +86,66 @@ class LogisticProblem:
         labels: (n,) int64. Classes without a row are never predicted.
     """
 
-    def __init__(self, features: Tensor, labels: Tensor, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, features: Tensor, labels: Tensor, device: torch.device | str = "cpu"
+    ) -> None:
         present, compact = labels.unique(return_inverse=True)
         if len(present) < 2:
-            raise UserError(f"A probe needs at least two classes; these {len(labels):,} images are of 1.")
-        self.present, self.labels, features = present.to(device), compact.to(device), features.to(device)
+            raise UserError(
+                f"A probe needs at least two classes; these {len(labels):,} images are of 1."
+            )
+        self.present, self.labels, features = (
+            present.to(device),
+            compact.to(device),
+            features.to(device),
+        )
         mean = features.mean(0, dtype=torch.float64).to(features)
         if not bool(mean.isfinite().all()):
-            raise UserError("Some features are infinite or not a number, so no probe can be fitted on them.")
+            raise UserError(
+                "Some features are infinite or not a number, so no probe can be fitted on them."
+            )
         self.mean, centered = mean.double(), features - mean
         # (sample, d) for the covariance, whose axes and spreads are those of the coordinates
         sample = centered[:: max(1, len(labels) // max(SAMPLE, 8 * len(mean)))].double()
         spread, self.axes = PrincipalAxes.of(sample.T @ sample / len(sample))
         # (n, d + 1) on the axes of the covariance. The bias is the weight of a last column of ones.
-        self.rows = torch.cat([centered @ self.axes.to(centered), centered.new_ones(len(labels), 1)], 1)
+        self.rows = torch.cat(
+            [centered @ self.axes.to(centered), centered.new_ones(len(labels), 1)], 1
+        )
         self.spread = torch.cat([spread, spread.new_ones(1)])
 
-    def fit(self, C: float, *, start: LogisticFit | None = None, tolerance: float = 1e-10) -> LogisticFit:
+    def fit(
+        self, C: float, *, start: LogisticFit | None = None, tolerance: float = 1e-10
+    ) -> LogisticFit:
         """Find the minimum for one C by L-BFGS, from the fit with another C or from zero.
 
         It ends when an iteration lowers the loss by less than the tolerance, a fraction of the loss.
         """
         from scipy.optimize import minimize
 
-        penalty = torch.full_like(self.spread, (2 if len(self.present) == 2 else 1) / (C * len(self.labels)))
+        penalty = torch.full_like(
+            self.spread, (2 if len(self.present) == 2 else 1) / (C * len(self.labels))
+        )
         penalty[-1] = 0
         weight = self.spread.new_zeros(len(self.present), len(self.spread))  # (K, d + 1)
         if start is not None:
             rotated, bias = start.weight.to(weight) @ self.axes, start.bias.to(weight)
-            weight = torch.cat([rotated, (bias + start.weight.to(weight) @ self.mean).unsqueeze(1)], 1)
+            weight = torch.cat(
+                [rotated, (bias + start.weight.to(weight) @ self.mean).unsqueeze(1)], 1
+            )
         # The curvature at the start is that of other weights, so it is estimated again after some iterations.
         done = 0
         for allowed in (FIRST_STAGE, MOST):
             lengths = (self._curvature(weight) * self.spread + penalty).rsqrt()
             options = {"maxiter": allowed - done, "maxfun": 2 * MOST, "gtol": 0, "ftol": tolerance}
             begin = (weight / lengths).flatten().cpu().numpy()
-            result = minimize(self._loss, begin, (lengths, penalty), jac=True, method="L-BFGS-B", options=options)
-            weight, done = torch.from_numpy(result.x).to(weight).view_as(weight) * lengths, done + int(result.nit)
+            result = minimize(
+                self._loss, begin, (lengths, penalty), jac=True, method="L-BFGS-B", options=options
+            )
+            weight, done = (
+                torch.from_numpy(result.x).to(weight).view_as(weight) * lengths,
+                done + int(result.nit),
+            )
         # --- back from the coordinates to the features
         rotated = weight[:, :-1] @ self.axes.T
         bias = weight[:, -1] - rotated @ self.mean
@@ -128,7 +154,9 @@ class LogisticProblem:
         return LogisticFit(rotated, bias, self.present, C, done, converged)
 
     @torch.enable_grad()
-    def _loss(self, steps: np.ndarray, lengths: Tensor, penalty: Tensor) -> tuple[float, np.ndarray]:
+    def _loss(
+        self, steps: np.ndarray, lengths: Tensor, penalty: Tensor
+    ) -> tuple[float, np.ndarray]:
         """The penalized mean loss and its gradient, block by block; a weight is a step times its length."""
         weight = torch.from_numpy(steps).to(lengths).view(-1, len(lengths)) * lengths
         weight.requires_grad_()
@@ -165,7 +193,9 @@ def check_splits(dataset: Dataset, task: str) -> dict[str, LabeledSource]:
     }
     names = tuple(splits["test"].class_names)
     if any(tuple(source.class_names) != names for source in splits.values()):
-        raise UserError(f"The splits of '{dataset.name}' need the same {len(names)} class names, in the same order.")
+        raise UserError(
+            f"The splits of '{dataset.name}' need the same {len(names)} class names, in the same order."
+        )
     return splits
 
 
@@ -182,7 +212,9 @@ def check_probe(dataset: Dataset) -> None:
 
 
 def linear_probe(
-    dataset: Dataset, encode: Callable[[PairSource], SourceFeatures], device: torch.device | str = "cpu"
+    dataset: Dataset,
+    encode: Callable[[PairSource], SourceFeatures],
+    device: torch.device | str = "cpu",
 ) -> LinearProbeResult:
     """Select C on the validation images, fit on training and validation images, evaluate on the test images.
 
@@ -192,12 +224,16 @@ def linear_probe(
     parts, skipped, held_out = dict[str, Labeled](), Counter[str](), "validation split"
     for which, source in check_splits(dataset, "linear").items():
         encoded = encode(source)
-        parts[which] = Labeled(encoded.images, torch.from_numpy(np.asarray(source.labels, np.int64)[encoded.indices]))
+        parts[which] = Labeled(
+            encoded.images, torch.from_numpy(np.asarray(source.labels, np.int64)[encoded.indices])
+        )
         skipped.update(encoded.skipped.counts)
     # --- without a validation split: a fifth of each class's training images, with a fixed seed
     if "validation" not in parts:
         held_out, train = "fifth of train", parts["train"]
-        chosen = sample_per_class(train.labels.numpy(), lambda count: max(1, round(count / 5)) if count > 1 else 0)
+        chosen = sample_per_class(
+            train.labels.numpy(), lambda count: max(1, round(count / 5)) if count > 1 else 0
+        )
         parts |= {"validation": train.take(chosen), "train": train.take(~chosen)}
     # --- C, on the training images alone; then the last fit, on training and validation images
     best = sweep(LogisticProblem(*parts["train"], device), parts["validation"], dataset.metric)
@@ -237,7 +273,9 @@ def sweep(problem: LogisticProblem, validation: Labeled, metric: str = "top1") -
         for step in steps:
             if abs(step) > LAST_STEP or step in fits:
                 continue
-            nearest = max((known for known in fits if known < step), default=min(fits, default=step))
+            nearest = max(
+                (known for known in fits if known < step), default=min(fits, default=step)
+            )
             fits[step] = problem.fit(10 ** (step / 8), start=fits.get(nearest))
             right, loss = fits[step].measure(validation)
             value = score(right, validation.labels.numpy(), metric)

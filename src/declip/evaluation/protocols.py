@@ -29,7 +29,13 @@ from declip.evaluation.results import (
     score,
 )
 from declip.evaluation.retrieval import retrieve
-from declip.evaluation.zero_shot import class_features, class_tokens, classify, logit_scale, read_templates
+from declip.evaluation.zero_shot import (
+    class_features,
+    class_tokens,
+    classify,
+    logit_scale,
+    read_templates,
+)
 from declip.models.inference import chunked
 
 DRAWS = 5  # of the images of few-shot classification
@@ -47,10 +53,14 @@ SETS = (
 class Options:
     """Settings of an evaluation."""
 
-    templates: str | Sequence[str] | None = None  # zero-shot: a shipped set or templates; None: those of the dataset
+    templates: str | Sequence[str] | None = (
+        None  # zero-shot: a shipped set or templates; None: those of the dataset
+    )
     shots: int | Sequence[int] = 4  # few-shot: images of a class, or several numbers
     batch_size: int = 256  # images and texts per forward pass
-    workers: int | None = 0  # processes that read images; 0: this one; None: one per core, at most 8
+    workers: int | None = (
+        0  # processes that read images; 0: this one; None: one per core, at most 8
+    )
     progress: bool = True
     share: Share = ALONE  # what this process encodes, of zero-shot and retrieval
 
@@ -88,7 +98,13 @@ class SharedFeatures:
             probing = "cpu" if device.type == "mps" else device
         # Features before the projection; `evaluate_all` looked for the method
         encode = partial(chunked, self.model.encode_backbone)  # type: ignore[attr-defined]
-        return [linear_probe(self.dataset, lambda source: self._encode(source, encode=encode, texts=False), probing)]
+        return [
+            linear_probe(
+                self.dataset,
+                lambda source: self._encode(source, encode=encode, texts=False),
+                probing,
+            )
+        ]
 
     def zero_shot(self) -> list[ZeroShotResult]:
         source, options = with_classes(self.dataset.split("test")), self.options
@@ -96,12 +112,20 @@ class SharedFeatures:
         if (scorer := getattr(self.model, "token_scorer", None)) is not None:
             names = list(dict.fromkeys(source.class_names))
             tokens = class_tokens(
-                self.model, scorer, names, templates, options.batch_size, options.progress, options.share
+                self.model,
+                scorer,
+                names,
+                templates,
+                options.batch_size,
+                options.progress,
+                options.share,
             )
             with eval_mode(self.model) as device:
                 scores = partial(scorer.scores, classes=tokens.to(device))
             scored = self._encode(source, encode=partial(chunked, scores), texts=False)
-            return [classify(scored, source.labels[scored.indices], source.class_names, templates=name)]
+            return [
+                classify(scored, source.labels[scored.indices], source.class_names, templates=name)
+            ]
         classes = class_features(
             self.model,
             source.class_names,
@@ -117,7 +141,11 @@ class SharedFeatures:
         # retrieval also uses pairs without a class
         if isinstance(source, Classified) and source.captioned and source.broken:
             features = self._encode(Subset(source.source, source.rows), texts=True)
-        return [retrieve(features, logit_scale(self.model) if hasattr(self.model, "logit_scale") else None)]
+        return [
+            retrieve(
+                features, logit_scale(self.model) if hasattr(self.model, "logit_scale") else None
+            )
+        ]
 
     def few_shot(self) -> list[FewShotResult]:
         splits, options = check_splits(self.dataset, "few-shot"), self.options
@@ -125,13 +153,20 @@ class SharedFeatures:
         # --- features of the images of all draws, of the test images and of the names
         labels = np.asarray(train.labels, dtype=np.int64)
         numbers = options.numbers_of_shots
-        draws = {n: [sample_per_class(labels, partial(min, n), seed) for seed in range(DRAWS)] for n in numbers}
+        draws = {
+            n: [sample_per_class(labels, partial(min, n), seed) for seed in range(DRAWS)]
+            for n in numbers
+        }
         encode, width = joint_encoder(self.model)
-        used = np.flatnonzero(np.any([chosen for each in draws.values() for chosen in each], axis=0))
+        used = np.flatnonzero(
+            np.any([chosen for each in draws.values() for chosen in each], axis=0)
+        )
         seen = self._encode(train, encode=encode, texts=False, indices=used)
         tested = self._encode(test, encode=encode, texts=False)
         templates = read_templates(options.templates or self.dataset.templates)[1]
-        names = class_features(self.model, test.class_names, templates, batch_size=options.batch_size)
+        names = class_features(
+            self.model, test.class_names, templates, batch_size=options.batch_size
+        )
         truth = np.asarray(test.labels)[tested.indices]
 
         def right(chosen: np.ndarray) -> np.ndarray:
@@ -141,7 +176,10 @@ class SharedFeatures:
             return head.scores(tested.images).argmax(dim=1).numpy() == truth
 
         # --- a classifier of the names, and one for each draw
-        names_top1, results = score(right(np.zeros(len(labels), bool)), truth), list[FewShotResult]()
+        names_top1, results = (
+            score(right(np.zeros(len(labels), bool)), truth),
+            list[FewShotResult](),
+        )
         for shots, several in draws.items():
             correct = [right(chosen) for chosen in several]
             top1 = [score(each, truth) for each in correct]
@@ -152,7 +190,9 @@ class SharedFeatures:
                 shots=shots,
                 draws=DRAWS,
                 top1=float(np.mean(top1)),
-                mean_per_class=float(np.mean([score(each, truth, "mean_per_class") for each in correct])),
+                mean_per_class=float(
+                    np.mean([score(each, truth, "mean_per_class") for each in correct])
+                ),
                 deviation=float(np.std(top1, ddof=1)),
                 names_top1=names_top1,
                 skipped=dict(Counter(seen.skipped.counts) + Counter(tested.skipped.counts)),
@@ -161,25 +201,36 @@ class SharedFeatures:
         return results
 
     def _encode(self, source: PairSource, **options: Any) -> SourceFeatures:
-        shared = {name: getattr(self.options, name) for name in ("batch_size", "workers", "progress", "share")}
+        shared = {
+            name: getattr(self.options, name)
+            for name in ("batch_size", "workers", "progress", "share")
+        }
         # A source only knows the name of its file, which another dataset may have too.
-        return replace(encode_source(self.model, source, **options, **shared), name=self.dataset.name)
+        return replace(
+            encode_source(self.model, source, **options, **shared), name=self.dataset.name
+        )
 
 
 class Task(NamedTuple):
     """A way to evaluate."""
 
     run: Callable[[SharedFeatures], Sequence[Result]]
-    check: Callable[[Dataset], object] = lambda dataset: None  # raises `UserError` for a dataset that it cannot use
+    check: Callable[[Dataset], object] = lambda dataset: (
+        None
+    )  # raises `UserError` for a dataset that it cannot use
     method: str = ""  # of the model, besides those of `Encoder`
     prompted: bool = False  # whether it uses templates
 
 
 TASKS: Mapping[str, Task] = {
-    "zero-shot": Task(SharedFeatures.zero_shot, lambda dataset: with_classes(dataset.split("test")), prompted=True),
+    "zero-shot": Task(
+        SharedFeatures.zero_shot, lambda dataset: with_classes(dataset.split("test")), prompted=True
+    ),
     "retrieval": Task(SharedFeatures.retrieval),
     "linear": Task(SharedFeatures.linear, check_probe, "encode_backbone"),
-    "few-shot": Task(SharedFeatures.few_shot, partial(check_splits, task="few-shot"), prompted=True),
+    "few-shot": Task(
+        SharedFeatures.few_shot, partial(check_splits, task="few-shot"), prompted=True
+    ),
 }
 
 
@@ -207,7 +258,9 @@ def evaluate_all(
     for dataset in datasets if isinstance(datasets, list) else [datasets]:
         shared = SharedFeatures(model, open_dataset(dataset), options, texts="retrieval" in tasks)
         if shared.dataset.name in {other.dataset.name for other in checked}:
-            raise UserError(f"The dataset '{shared.dataset.name}' is given twice. Pass each dataset once.")
+            raise UserError(
+                f"The dataset '{shared.dataset.name}' is given twice. Pass each dataset once."
+            )
         for task in tasks:
             check_dataset(shared.dataset, task, options)
             if (method := TASKS[task].method) and not hasattr(model, method):
@@ -241,8 +294,18 @@ def evaluate_suite(
         except UserError as error:
             missing[name] = str(error)  # not raised: earlier datasets may have taken hours
     if not results:
-        raise UserError(f"No dataset of paper11 in '{root}' could be evaluated. " + " ".join(missing.values()))
-    rows = {name: {"metric": NAMED[name].metric, **result.to_dict()} for name, result in results.items()}
+        raise UserError(
+            f"No dataset of paper11 in '{root}' could be evaluated. " + " ".join(missing.values())
+        )
+    rows = {
+        name: {"metric": NAMED[name].metric, **result.to_dict()} for name, result in results.items()
+    }
     values = {name: row[row["metric"]] for name, row in rows.items()}
-    summary = {"task": task, "average": fmean(values.values()), "values": values, "results": rows, "missing": missing}
+    summary = {
+        "task": task,
+        "average": fmean(values.values()),
+        "values": values,
+        "results": rows,
+        "missing": missing,
+    }
     return list(results.values()), summary

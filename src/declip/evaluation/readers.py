@@ -21,14 +21,24 @@ from declip.data.sources.table import CAPTION_NAMES, Header, TableSource, open_r
 from declip.errors import UserError, unknown
 from declip.evaluation.results import sample_per_class
 from declip.evaluation.zero_shot import class_names, read_prompts
-from declip.io.text import read_yaml
+from declip.io.yaml_dialect import read_yaml
 
 Openers = Mapping[str, Callable[[], PairSource]]  # functions that open each split
-LABEL_NAMES = ("label", "class", "class_name", "category")  # default names of the label column, in order of preference
+LABEL_NAMES = (
+    "label",
+    "class",
+    "class_name",
+    "category",
+)  # default names of the label column, in order of preference
 LONGEST_LABEL = 1_000  # characters: a label is a name, not a text
 PETS_LISTS = {"train": "trainval.txt", "test": "test.txt"}
 SUN_LISTS = {"train": "Training_01.txt", "test": "Testing_01.txt"}
-SUN_PLACES = ("SUN397", "SUN397/Partitions", "Partitions", ".")  # of the lists, which come in a separate archive
+SUN_PLACES = (
+    "SUN397",
+    "SUN397/Partitions",
+    "Partitions",
+    ".",
+)  # of the lists, which come in a separate archive
 
 
 class Classified(DerivedSource):
@@ -51,7 +61,12 @@ class Classified(DerivedSource):
         captioned: bool = False,
         broken: Mapping[int, BrokenPair] | None = None,
     ) -> None:
-        self.name, self.source, self.captioned, self.broken = source.name, source, captioned, broken or {}
+        self.name, self.source, self.captioned, self.broken = (
+            source.name,
+            source,
+            captioned,
+            broken or {},
+        )
         self.labels, self.class_names = np.asarray(labels, dtype=np.int64), tuple(class_names)
         self.rows = np.arange(len(source)) if rows is None else rows
 
@@ -67,7 +82,9 @@ class Classified(DerivedSource):
     def captions(self, index: int) -> tuple[str, ...]:
         if (row := int(self.rows[index])) in self.broken:
             raise self.broken[row]
-        return self.source.captions(row) if self.captioned else (self.class_names[self.labels[index]],)
+        return (
+            self.source.captions(row) if self.captioned else (self.class_names[self.labels[index]],)
+        )
 
     def read_lazy(self, index: int) -> LazyPair:
         captions = self.captions(index)  # before the image is read: they may be broken
@@ -77,7 +94,10 @@ class Classified(DerivedSource):
 def image_folder(name: str, root: Path) -> Openers:
     """Open any folder with one folder per class, or with folders of splits that contain one folder per class."""
     folders = {
-        which: root / inner for which, names in SPLITS.items() for inner in reversed(names) if (root / inner).is_dir()
+        which: root / inner
+        for which, names in SPLITS.items()
+        for inner in reversed(names)
+        if (root / inner).is_dir()
     }
     if folders and ("train" not in folders or len(folders) == 1):
         raise UserError(
@@ -89,9 +109,14 @@ def image_folder(name: str, root: Path) -> Openers:
         folders["test"] = folders.pop("validation", root)
     raw = sorted({inner for folder in folders.values() for inner in _inner(folder)})
     if len(raw) < 2:
-        raise UserError(f"'{root}' needs one folder of images per class, at least two; it has {len(raw)}.")
+        raise UserError(
+            f"'{root}' needs one folder of images per class, at least two; it has {len(raw)}."
+        )
     shown = [inner.replace("_", " ") for inner in raw]
-    return {which: partial(_images, root.resolve().name, folder, raw, shown) for which, folder in folders.items()}
+    return {
+        which: partial(_images, root.resolve().name, folder, raw, shown)
+        for which, folder in folders.items()
+    }
 
 
 def caltech101(name: str, root: Path) -> Openers:
@@ -100,7 +125,8 @@ def caltech101(name: str, root: Path) -> Openers:
     folder = root / "caltech101" / "101_ObjectCategories"
     raw = _exactly(name, folder, list(read_prompts(name).classes))
     return {
-        which: partial(_images, name, folder, raw, class_names(name, raw), sampled=which) for which in ("train", "test")
+        which: partial(_images, name, folder, raw, class_names(name, raw), sampled=which)
+        for which in ("train", "test")
     }
 
 
@@ -117,13 +143,16 @@ def imagenet(name: str, root: Path) -> Openers:
     raw = [str(number) for number in range(len(wnids))] if name == "imagenet-v2" else wnids
     shown = class_names("imagenet", wnids)
     return {
-        which: partial(_images, name, folder, _exactly(name, folder, raw), shown) for which, folder in folders.items()
+        which: partial(_images, name, folder, _exactly(name, folder, raw), shown)
+        for which, folder in folders.items()
     }
 
 
 def wnids_of(name: str) -> list[str]:
     """The sorted WordNet IDs of a dataset's classes; 200 for "imagenet-r" and "imagenet-a"."""
-    subsets = read_yaml((Path(__file__).parent / "imagenet_subsets.yaml").read_text(encoding="utf-8"))
+    subsets = read_yaml(
+        (Path(__file__).parent / "imagenet_subsets.yaml").read_text(encoding="utf-8")
+    )
     return list(subsets.get(name) or read_prompts("imagenet").classes)
 
 
@@ -152,26 +181,40 @@ def _images(
     labels: list[int] = []
     # In the order of torchvision's `make_dataset`.
     for inner, label in sorted((inner, label) for label, inner in enumerate(raw)):
-        below = [Path(parent, file) for parent, _, files in os.walk(folder / inner) for file in files]
-        images = sorted((path for path in below if path.suffix.lower() in EXTENSIONS), key=os.path.split)
+        below = [
+            Path(parent, file) for parent, _, files in os.walk(folder / inner) for file in files
+        ]
+        images = sorted(
+            (path for path in below if path.suffix.lower() in EXTENSIONS), key=os.path.split
+        )
         paths += images
         labels += [label] * len(images)
     chosen = np.ones(len(paths), dtype=bool)
     if sampled is not None:
-        chosen = sample_per_class(np.array(labels), lambda count: min(30, max(count - 1, 1))) == (sampled == "train")
+        chosen = sample_per_class(np.array(labels), lambda count: min(30, max(count - 1, 1))) == (
+            sampled == "train"
+        )
     files = FileList(name, folder, [path for path, kept in zip(paths, chosen, strict=True) if kept])
     return Classified(files, np.array(labels, dtype=np.int64)[chosen], shown)
 
 
 def _inner(folder: Path) -> list[str]:
     """Names of the folders in a folder, without hidden ones; raises `UserError` for a name that is not UTF-8."""
-    names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith(".") and entry.is_dir())
+    names = sorted(
+        entry.name
+        for entry in folder.iterdir()
+        if not entry.name.startswith(".") and entry.is_dir()
+    )
     if strange := [name for name in names if not is_unicode(name)]:
-        raise UserError(f"'{folder}' has a folder whose name is not UTF-8: '{printable(strange[0])}'. Rename it.")
+        raise UserError(
+            f"'{folder}' has a folder whose name is not UTF-8: '{printable(strange[0])}'. Rename it."
+        )
     return names
 
 
-def labeled_table(table_path: str | Path, label_column: str | None, given: Columns = DEFAULT) -> Openers | None:
+def labeled_table(
+    table_path: str | Path, label_column: str | None, given: Columns = DEFAULT
+) -> Openers | None:
     """Open a table with labels or splits; None if it has neither.
 
     `class_names` are the sorted labels of all splits, or the names that Hugging Face's `datasets` wrote into a Parquet
@@ -196,7 +239,9 @@ def labeled_table(table_path: str | Path, label_column: str | None, given: Colum
         table = TableSource(table_path, own)
     rows_of = table.splits() or {"test": np.arange(len(table))}
     if "test" not in rows_of:
-        raise UserError(f"'{path.name}' has no test pairs: its splits are {', '.join(rows_of)}. Name some rows 'test'.")
+        raise UserError(
+            f"'{path.name}' has no test pairs: its splits are {', '.join(rows_of)}. Name some rows 'test'."
+        )
     pairs = {which: partial(Subset, table, rows) for which, rows in rows_of.items()}
     if column is None:
         return pairs
@@ -208,14 +253,20 @@ def labeled_table(table_path: str | Path, label_column: str | None, given: Colum
         problem = f"Column '{column}' of '{table.name}' has {len(names)} classes."
         raise UserError(f"{problem} It needs at least two.")
     return {
-        which: partial(Classified, table, labels[rows], names, rows=rows, captioned=captioned, broken=broken)
+        which: partial(
+            Classified, table, labels[rows], names, rows=rows, captioned=captioned, broken=broken
+        )
         for which, rows in rows_of.items()
     }
 
 
 def _labels(table: TableSource, column: str) -> tuple[np.ndarray, list[str], dict[int, BrokenPair]]:
     """The class of each row, (n,) int64, the names of the classes, and the reasons of rows without a class."""
-    known, texts, broken = label_names(table.file, column), dict[int, str](), dict[int, BrokenPair]()
+    known, texts, broken = (
+        label_names(table.file, column),
+        dict[int, str](),
+        dict[int, BrokenPair](),
+    )
     for row in range(len(table)):
         try:
             texts[row] = _label(table, row, column, known)
@@ -224,20 +275,32 @@ def _labels(table: TableSource, column: str) -> tuple[np.ndarray, list[str], dic
     names = known or sorted(set(texts.values()))
     if not known and all(name.isdecimal() and len(name) < 20 for name in names):
         names.sort(key=int)
-    number_of, labels = {name: number for number, name in enumerate(names)}, np.zeros(len(table), dtype=np.int64)
+    number_of, labels = (
+        {name: number for number, name in enumerate(names)},
+        np.zeros(len(table), dtype=np.int64),
+    )
     for row, text in texts.items():
         if text in number_of:
             labels[row] = number_of[text]
         else:
-            broken[row] = BrokenPair("missing label", table.key(row), f"'{text}' is not one of the classes")
+            broken[row] = BrokenPair(
+                "missing label", table.key(row), f"'{text}' is not one of the classes"
+            )
     return labels, names, broken
 
 
 def _label(table: TableSource, row: int, column: str, known: Sequence[str]) -> str:
     """Return the single label in the cells of one image, strings or numbers; raises `BrokenPair`."""
     key, rows = table.entry(row)
-    given = [value for cell in table.cells(key, rows, column) for value in (cell if isinstance(cell, list) else [cell])]
-    values = [known[value] if isinstance(value, int) and 0 <= value < len(known) else value for value in given]
+    given = [
+        value
+        for cell in table.cells(key, rows, column)
+        for value in (cell if isinstance(cell, list) else [cell])
+    ]
+    values = [
+        known[value] if isinstance(value, int) and 0 <= value < len(known) else value
+        for value in given
+    ]
     if any(isinstance(value, str) and len(value) > LONGEST_LABEL for value in values):
         raise BrokenPair("label too long", key, f"more than {LONGEST_LABEL:,} characters")
     texts = {" ".join(cell_name(value).split()) for value in values}
@@ -252,7 +315,9 @@ def _label(table: TableSource, row: int, column: str, known: Sequence[str]) -> s
 
 def torchvision_set(kind: str, splits: Mapping[str, Any]) -> Callable[[str, Path], Openers]:
     """The function that opens a set by a class of torchvision, by our splits and its argument for each."""
-    return lambda name, root: {which: partial(_read, kind, name, root, given) for which, given in splits.items()}
+    return lambda name, root: {
+        which: partial(_read, kind, name, root, given) for which, given in splits.items()
+    }
 
 
 def _read(kind: str, name: str, root: Path, argument: str | bool) -> Classified:
@@ -303,7 +368,10 @@ def sun397(name: str, root: Path) -> Openers:
     """Open SUN397 in its official first partition (Xiao et al. 2010), whose lists are in one of `SUN_PLACES`."""
     for inner in SUN_PLACES:
         if all((root / inner / file).is_file() for file in SUN_LISTS.values()):
-            return {which: partial(_sun, name, root / "SUN397", root / inner / SUN_LISTS[which]) for which in SUN_LISTS}
+            return {
+                which: partial(_sun, name, root / "SUN397", root / inner / SUN_LISTS[which])
+                for which in SUN_LISTS
+            }
     raise UserError(
         f"'{name}' expects in '{root}' SUN397/ and the lists {' and '.join(SUN_LISTS.values())} of its official first "
         "partition, from the archive Partitions.zip of the SUN database."
@@ -342,10 +410,14 @@ NAMED: Mapping[str, Named] = {
     "cifar100": Named(torchvision_set("CIFAR100", FLAG), "cifar-100-python/", "cifar100"),
     "sun397": Named(sun397, "SUN397/ with ClassName.txt", "sun397"),
     "food101": Named(torchvision_set("Food101", PLAIN), "food-101/", "food101"),
-    "flowers102": Named(torchvision_set("Flowers102", WITH_VAL), "flowers-102/", "flowers102", PER_CLASS),
+    "flowers102": Named(
+        torchvision_set("Flowers102", WITH_VAL), "flowers-102/", "flowers102", PER_CLASS
+    ),
     "cars": Named(torchvision_set("StanfordCars", PLAIN), "stanford_cars/", "cars"),
     "caltech101": Named(caltech101, "caltech101/101_ObjectCategories/", "caltech101", PER_CLASS),
-    "aircraft": Named(torchvision_set("FGVCAircraft", WITH_VAL), "fgvc-aircraft-2013b/", "aircraft", PER_CLASS),
+    "aircraft": Named(
+        torchvision_set("FGVCAircraft", WITH_VAL), "fgvc-aircraft-2013b/", "aircraft", PER_CLASS
+    ),
     # The first of DTD's ten partitions, as in CLIP (Radford et al. 2021, appendix A) and most papers.
     "dtd": Named(torchvision_set("DTD", WITH_VAL), "dtd/", "dtd"),
     "imagenet": Named(imagenet, "val/", "imagenet"),

@@ -61,7 +61,10 @@ class Result(ABC):
         """The candidates of the headline."""
 
     def __str__(self) -> str:
-        rows = (f"{m.name} {percent(m.value)} (chance {percent(m.chance)}, n = {m.n:,})" for m in self.measures())
+        rows = (
+            f"{m.name} {percent(m.value)} (chance {percent(m.chance)}, n = {m.n:,})"
+            for m in self.measures()
+        )
         return "\n  ".join([self.dataset, *rows])
 
     def to_dict(self) -> dict[str, Any]:
@@ -83,12 +86,16 @@ class ClassificationResult(Result):
     @property
     def among(self) -> str:
         majority = self.headline.majority
-        return f"{self.classes:,} classes" + ("" if majority is None else f", the largest with {percent(majority)}")
+        return f"{self.classes:,} classes" + (
+            "" if majority is None else f", the largest with {percent(majority)}"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         return {**super().to_dict(), "chance": self.chance}
 
-    def _measure(self, name: str, value: float, first: int = 1, majority: float | None = None) -> Measure:
+    def _measure(
+        self, name: str, value: float, first: int = 1, majority: float | None = None
+    ) -> Measure:
         """Build the measure of images whose class ranks among the `first`."""
         return Measure(name, value, min(first, self.classes) / self.classes, self.n, majority)
 
@@ -102,7 +109,9 @@ class ZeroShotResult(ClassificationResult):
     top5: float
     mean_per_class: float  # mean of the top-1 of each class that has images
     templates: str = "plain"  # name of the prompt templates, or the templates themselves
-    majority: float | None = None  # fraction of the most frequent class: top-1 of a model that always predicts it
+    majority: float | None = (
+        None  # fraction of the most frequent class: top-1 of a model that always predicts it
+    )
     by_tokens: bool = False  # patches were compared with words, not embeddings
 
     def measures(self) -> list[Measure]:
@@ -143,8 +152,15 @@ class RetrievalResult(Result):
 
     def measures(self) -> list[Measure]:
         return [
-            Measure(f"{words} R@{k}", getattr(recall, f"r{k}"), getattr(recall, f"chance{k}"), recall.queries)
-            for recall, words in zip((self.text_to_image, self.image_to_text), DIRECTIONS.values(), strict=True)
+            Measure(
+                f"{words} R@{k}",
+                getattr(recall, f"r{k}"),
+                getattr(recall, f"chance{k}"),
+                recall.queries,
+            )
+            for recall, words in zip(
+                (self.text_to_image, self.image_to_text), DIRECTIONS.values(), strict=True
+            )
             for k in (1, 5, 10)
         ]
 
@@ -152,7 +168,9 @@ class RetrievalResult(Result):
     def headline(self) -> Measure:
         """The mean of both directions."""
         both = self.text_to_image, self.image_to_text
-        return Measure("R@1", sum(r.r1 for r in both) / 2, sum(r.chance1 for r in both) / 2, self.images)
+        return Measure(
+            "R@1", sum(r.r1 for r in both) / 2, sum(r.chance1 for r in both) / 2, self.images
+        )
 
     @property
     def among(self) -> str:
@@ -227,7 +245,10 @@ def read_result(row: Mapping[str, Any]) -> Result | None:
 def short_names(datasets: Iterable[str]) -> dict[str, str]:
     """Shorten dataset names for a table: "pets:photos" for "pets:/data/photos", unless two would be equal."""
     # A letter before a colon is a Windows drive.
-    short = {name: re.sub(r"^([^:/\\]{2,}:)?.*[/\\](?=.)", r"\1", name.rstrip("/\\")) for name in datasets}
+    short = {
+        name: re.sub(r"^([^:/\\]{2,}:)?.*[/\\](?=.)", r"\1", name.rstrip("/\\"))
+        for name in datasets
+    }
     count = Counter(short.values())
     return {name: last if count[last] == 1 else name for name, last in short.items()}
 

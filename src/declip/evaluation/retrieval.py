@@ -71,14 +71,23 @@ def retrieve(features: SourceFeatures, scale: float | None = None) -> RetrievalR
     the loss is the `contrastive_loss` with the first caption of each image.
     """
     assert features.texts is not None, "encode the source with texts=True"
-    captions, rows_of, carriers = features.flat_captions, rows_of_captions(features), carriers_of(features)
+    captions, rows_of, carriers = (
+        features.flat_captions,
+        rows_of_captions(features),
+        carriers_of(features),
+    )
     images_of_text = [carriers[caption] for caption in captions]
     # One array for the many images that share their captions, as class names.
-    texts_of = {own: np.unique(np.concatenate([rows_of[caption] for caption in own])) for own in set(features.captions)}
+    texts_of = {
+        own: np.unique(np.concatenate([rows_of[caption] for caption in own]))
+        for own in set(features.captions)
+    }
     text_chance = chance_levels([len(rows) for rows in images_of_text], len(features))
     image_chance = chance_levels([len({*own}) for own in features.captions], len(rows_of))
     text_rank = ranks(features.texts, features.images, images_of_text)
-    image_rank = ranks(features.images, features.texts, [texts_of[own] for own in features.captions])
+    image_rank = ranks(
+        features.images, features.texts, [texts_of[own] for own in features.captions]
+    )
     first = np.unique(features.image_rows, return_index=True)[1]
     return RetrievalResult(
         dataset=features.name,
@@ -87,7 +96,9 @@ def retrieve(features: SourceFeatures, scale: float | None = None) -> RetrievalR
         text_to_image=recall(text_rank, len(features), text_chance),
         image_to_text=recall(image_rank, len(captions), image_chance),
         truncated_captions=features.truncated,
-        loss=None if scale is None else contrastive_loss(features.images, features.texts[first], scale),
+        loss=None
+        if scale is None
+        else contrastive_loss(features.images, features.texts[first], scale),
         skipped=dict(features.skipped.counts),
     )
 
@@ -102,8 +113,13 @@ def contrastive_loss(images: Tensor, texts: Tensor, scale: float) -> float:
     order = torch.from_numpy(np.random.default_rng((0, len(images))).permutation(len(images)))
     total = 0.0
     for rows in order.tensor_split(-(-len(order) // LOSS_BATCH)):
-        logits, target = scale * images[rows].double() @ texts[rows].double().T, torch.arange(len(rows))
-        total += float(cross_entropy(logits, target) + cross_entropy(logits.T, target)) / 2 * len(rows)
+        logits, target = (
+            scale * images[rows].double() @ texts[rows].double().T,
+            torch.arange(len(rows)),
+        )
+        total += (
+            float(cross_entropy(logits, target) + cross_entropy(logits.T, target)) / 2 * len(rows)
+        )
     return total / len(order)
 
 
@@ -117,4 +133,7 @@ def rows_of_captions(features: SourceFeatures) -> dict[str, list[int]]:
 
 def carriers_of(features: SourceFeatures) -> dict[str, np.ndarray]:
     """Map each caption to the rows of the images with exactly this caption."""
-    return {caption: np.unique(features.image_rows[rows]) for caption, rows in rows_of_captions(features).items()}
+    return {
+        caption: np.unique(features.image_rows[rows])
+        for caption, rows in rows_of_captions(features).items()
+    }

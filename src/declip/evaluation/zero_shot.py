@@ -15,7 +15,7 @@ from declip.evaluation.encode import ALONE, Encoder, Share, SourceFeatures, text
 from declip.evaluation.results import ZeroShotResult, score
 from declip.evaluation.retrieval import ranks
 from declip.io.pool import pairs_bar
-from declip.io.text import read_yaml
+from declip.io.yaml_dialect import read_yaml
 
 FOLDER = resources.files("declip.evaluation") / "prompts"
 
@@ -25,19 +25,27 @@ class PromptSet(NamedTuple):
 
     source: str  # the publication
     templates: tuple[str, ...]  # sentences with {} for the class name
-    classes: Mapping[str, str]  # name in the files → name in prompts, by label; empty: see `class_names`
+    classes: Mapping[
+        str, str
+    ]  # name in the files → name in prompts, by label; empty: see `class_names`
 
 
 def prompt_names() -> list[str]:
     """Names of the shipped prompt sets."""
-    return sorted(entry.name.removesuffix(".yaml") for entry in FOLDER.iterdir() if entry.name.endswith(".yaml"))
+    return sorted(
+        entry.name.removesuffix(".yaml")
+        for entry in FOLDER.iterdir()
+        if entry.name.endswith(".yaml")
+    )
 
 
 @cache
 def read_prompts(name: str) -> PromptSet:
     """Read a shipped prompt set; raises `UserError` for an unknown name."""
     if name not in prompt_names():
-        raise UserError(f"{unknown('template set', name, prompt_names())} Your own template has {{}} for the class.")
+        raise UserError(
+            f"{unknown('template set', name, prompt_names())} Your own template has {{}} for the class."
+        )
     tree = read_yaml((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
     classes = {str(raw): str(shown) for raw, shown in tree.get("classes", {}).items()}
     return PromptSet(tree["source"], tuple(tree["templates"]), classes)
@@ -63,7 +71,9 @@ def read_templates(templates: str | Sequence[str]) -> tuple[str, list[str]]:
         return templates, list(read_prompts(templates).templates)
     given = [templates] if isinstance(templates, str) else list(templates)
     if not given or not all("{}" in template for template in given):
-        raise UserError(f"Each template needs {{}} where the class name goes, as in 'a drawing of {{}}': {given}.")
+        raise UserError(
+            f"Each template needs {{}} where the class name goes, as in 'a drawing of {{}}': {given}."
+        )
     return " | ".join(given), given
 
 
@@ -106,7 +116,9 @@ def class_tokens(
                 some = class_names[start : start + at_once]
                 prompts = [template.replace("{}", name) for name in some for template in templates]
                 words = text_features(model, prompts, encode=scorer.words, batch_size=batch_size)
-                words = words.unflatten(0, (len(some), len(templates)))  # (c · T, L, d) → (c, T, L, d)
+                words = words.unflatten(
+                    0, (len(some), len(templates))
+                )  # (c · T, L, d) → (c, T, L, d)
                 mean = words.sum(dim=1) / words.any(dim=3, keepdim=True).sum(dim=1).clamp(min=1)
                 parts.append(mean / mean.norm(dim=(1, 2), keepdim=True))
         return parts
@@ -115,7 +127,11 @@ def class_tokens(
 
 
 def classify(
-    features: SourceFeatures, labels: np.ndarray, classes: Tensor | Sequence[str], *, templates: str = "plain"
+    features: SourceFeatures,
+    labels: np.ndarray,
+    classes: Tensor | Sequence[str],
+    *,
+    templates: str = "plain",
 ) -> ZeroShotResult:
     """Compute top-1, top-5 and mean per class of rows with `labels` (n,), by the text features of the classes (C, d).
 
@@ -131,7 +147,9 @@ def classify(
     else:
         column = {name: number for number, name in enumerate(dict.fromkeys(classes))}
         distinct, candidate = None, np.array([column[name] for name in classes])
-    namesakes_before = np.array([(candidate[:label] == candidate[label]).sum() for label in range(len(classes))])
+    namesakes_before = np.array(
+        [(candidate[:label] == candidate[label]).sum() for label in range(len(classes))]
+    )
     rank = ranks(features.images, distinct, candidate[labels][:, None]) + namesakes_before[labels]
     return ZeroShotResult(
         dataset=features.name,

@@ -87,7 +87,11 @@ def finetune(
 
 
 def run_request(
-    request: Request, out: str | Path | None, resume: bool, quiet: bool, sources: Sources = NO_SOURCES
+    request: Request,
+    out: str | Path | None,
+    resume: bool,
+    quiet: bool,
+    sources: Sources = NO_SOURCES,
 ) -> Run | FittedRun:
     """Fine-tune as `finetune` does; `sources` are the Python objects that the request names."""
     folder = FINETUNED if out is None else Path(out).expanduser()
@@ -151,7 +155,9 @@ class Start:
         return "whole" if self.weights.projected else "heads"
 
 
-def _fit_heads(start: Start, folder: Path, resume: bool, quiet: bool, sources: Sources) -> FittedRun | None:
+def _fit_heads(
+    start: Start, folder: Path, resume: bool, quiet: bool, sources: Sources
+) -> FittedRun | None:
     """Fit heads between frozen towers, if that is what was asked for."""
     if is_fitted(folder):
         return _finished_fit(start.request, folder, resume)
@@ -169,7 +175,9 @@ def _fit_heads(start: Start, folder: Path, resume: bool, quiet: bool, sources: S
         val = (own.name,)
     # --- the recipe
     known = {request.pairs, *held_out.opened, *sources}
-    recipe = load_for_training("finetune", start.keys(ANY_PAIRS, bool(val)), request.pairs, val, known=known)
+    recipe = load_for_training(
+        "finetune", start.keys(ANY_PAIRS, bool(val)), request.pairs, val, known=known
+    )
     if val:
         recipe = held_out.assign(recipe)
     # --- the pairs, which no validation set may have
@@ -198,14 +206,19 @@ def _finished_fit(request: Request, folder: Path, resume: bool) -> FittedRun:
     return FittedRun(folder)
 
 
-def _train_towers(start: Start, folder: Path, resume: bool, quiet: bool, sources: Sources, hosts: HostGroup) -> Run:
+def _train_towers(
+    start: Start, folder: Path, resume: bool, quiet: bool, sources: Sources, hosts: HostGroup
+) -> Run:
     """Train towers by gradient steps, or continue such a run."""
     request = start.request
     with ExitStack() as held:
         # --- the recipe; rank 0 alone writes, and only into a folder that it holds
         hosts.on_rank_zero(partial(held.enter_context, lock_run_folder(folder, resume)))
         if resume and (folder / RECIPE).is_file():
-            recipe, added = moved_lists(load_recipe(folder / RECIPE, request.keys), folder), Extensions(sources=sources)
+            recipe, added = (
+                moved_lists(load_recipe(folder / RECIPE, request.keys), folder),
+                Extensions(sources=sources),
+            )
             hosts.on_rank_zero(partial(_refuse_others, recipe, request))
         else:
             split: Split | None = None
@@ -217,14 +230,24 @@ def _train_towers(start: Start, folder: Path, resume: bool, quiet: bool, sources
 
             recipe, lists = hosts.on_rank_zero(choose)
             if split is not None:
-                added = Extensions(sources=split.sources, held_out=split.held_out, start=start.weights, lists=lists)
+                added = Extensions(
+                    sources=split.sources, held_out=split.held_out, start=start.weights, lists=lists
+                )
             else:  # another rank, which opens the lists by name
                 added = Extensions(sources=open_lists(lists, sources))
         # --- the run
         state = assemble(recipe, folder, resume, quiet, added)
-        for warning in caption_warnings(state.source, state.model.tokenizer) if distributed.is_rank_zero() else ():
+        for warning in (
+            caption_warnings(state.source, state.model.tokenizer)
+            if distributed.is_rank_zero()
+            else ()
+        ):
             log.warning(warning)
-        mixes = state.pretrained is not None and state.pretrained.whole and recipe.train.patience is not None
+        mixes = (
+            state.pretrained is not None
+            and state.pretrained.whole
+            and recipe.train.patience is not None
+        )
 
         def finish(folder: Path, model: DualEncoder) -> None:
             mixed = mix_with_start(folder, state.held_out, quiet) if mixes else None
@@ -255,9 +278,15 @@ def _refuse_others(recipe: Recipe, request: Request) -> None:
 
     def source_of(name: str) -> str:
         path = Path(name).expanduser()
-        return read_pair_list(path).source if path.suffix == LIST_KIND and path.is_file() else absolute(name)
+        return (
+            read_pair_list(path).source
+            if path.suffix == LIST_KIND and path.is_file()
+            else absolute(name)
+        )
 
-    named = recipe.data.source if isinstance(recipe.data.source, str) else recipe.data.source[0]  # one pair, twice
+    named = (
+        recipe.data.source if isinstance(recipe.data.source, str) else recipe.data.source[0]
+    )  # one pair, twice
     if named.endswith(LIST_KIND) and not Path(named).is_file():
         raise UserError(
             f"There is no '{named}', the list of this run's pairs. Rename its folder back, and run from the "
@@ -267,12 +296,16 @@ def _refuse_others(recipe: Recipe, request: Request) -> None:
     weights, freeze = request.weights, request.freeze
     others = {
         f"PAIRS={request.pairs}": source_of(request.pairs) != source_of(named),
-        f"--from {weights}": weights is not None and absolute(weights) != absolute(tune.pretrained or ""),
+        f"--from {weights}": weights is not None
+        and absolute(weights) != absolute(tune.pretrained or ""),
         **{f"--val {name}": absolute(name) not in map(absolute, sets) for name in request.val},
-        f"--freeze {freeze}": freeze and FREEZE.get(freeze) != (tune.freeze_image_blocks, tune.freeze_text_blocks),
+        f"--freeze {freeze}": freeze
+        and FREEZE.get(freeze) != (tune.freeze_image_blocks, tune.freeze_text_blocks),
     }
     if other := [name for name, differs in others.items() if differs]:
-        raise UserError(f"{other[0]} is not what this run was started with. Give another --out, without --resume.")
+        raise UserError(
+            f"{other[0]} is not what this run was started with. Give another --out, without --resume."
+        )
 
 
 def training_recipe(

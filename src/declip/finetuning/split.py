@@ -33,7 +33,9 @@ class Split(NamedTuple):
     lists: Lists = NO_LISTS  # both parts, if the pairs were split
 
 
-def choose_pairs(request: Request, recipe: Recipe, folder: Path, quiet: bool, sources: Sources) -> Split:
+def choose_pairs(
+    request: Request, recipe: Recipe, folder: Path, quiet: bool, sources: Sources
+) -> Split:
     """Choose the training pairs and validation sets; a split has the names of its lists in the run folder.
 
     Pairs that the weights of the recipe were trained on are not validated on. Cross-validation measures heads in
@@ -53,7 +55,9 @@ def choose_pairs(request: Request, recipe: Recipe, folder: Path, quiet: bool, so
         return unsplit
     parts = split_pairs(source, progress=not quiet, seen=seen)
     own, val = names = [str(folder / name) for name in SPLIT]
-    lists = {name: list_of(pairs, columns, source, part) for name, part in zip(names, parts, strict=True)}
+    lists = {
+        name: list_of(pairs, columns, source, part) for name, part in zip(names, parts, strict=True)
+    }
     opened = {name: Subset(source, part) for name, part in zip(names, parts, strict=True)}
     held_out.opened[val] = Dataset(val, {"test": lambda: opened[val]})
     return Split(opened[own], own, (val,), {**sources, **opened}, held_out, lists)
@@ -82,7 +86,9 @@ def pairs_of(weights: str) -> PairSource | None:
             return None
         source = open_training_source(recipe)
     except UserError as error:
-        log.warning(f"The pairs that '{weights}' was trained on cannot be compared with yours: {error}")
+        log.warning(
+            f"The pairs that '{weights}' was trained on cannot be compared with yours: {error}"
+        )
         return None
     return None if source.remote or len(source) > MOST_SEEN else source
 

@@ -21,7 +21,12 @@ from declip.runs.checkpoint import prefixed
 from declip.runs.folder import log
 from declip.training.pretrained import load_pretrained
 
-ALPHAS = (1.0, 0.75, 0.5, 0.25)  # fractions of the fine-tuned weights that are tried; of equal ones the first is taken
+ALPHAS = (
+    1.0,
+    0.75,
+    0.5,
+    0.25,
+)  # fractions of the fine-tuned weights that are tried; of equal ones the first is taken
 
 
 def interpolate(start: DualEncoder, end: DualEncoder, alpha: float) -> DualEncoder:
@@ -31,7 +36,9 @@ def interpolate(start: DualEncoder, end: DualEncoder, alpha: float) -> DualEncod
     """
     first, last, mixed = start.state_dict(), end.state_dict(), copy.deepcopy(end)
     floats = {name for name, tensor in last.items() if tensor.is_floating_point()}
-    mixed.load_state_dict(last | {name: torch.lerp(first[name], last[name], alpha) for name in floats})
+    mixed.load_state_dict(
+        last | {name: torch.lerp(first[name], last[name], alpha) for name in floats}
+    )
     return mixed.eval()
 
 
@@ -53,7 +60,9 @@ def mix_with_start(folder: Path, held_out: HeldOutSets, quiet: bool = False) -> 
     if "alpha" in run.mixture:
         return None
     start, end = ends_of(folder)
-    mixture = best_mixture(lambda alpha: set_scores(interpolate(start, end, alpha), run.recipe, quiet, held_out))
+    mixture = best_mixture(
+        lambda alpha: set_scores(interpolate(start, end, alpha), run.recipe, quiet, held_out)
+    )
     best = mixture["alpha"]
     mixed = interpolate(start, end, best) if best < 1 else None
     if mixed is not None:
@@ -67,10 +76,15 @@ def mix_with_start(folder: Path, held_out: HeldOutSets, quiet: bool = False) -> 
     return mixed
 
 
-def set_scores(model: Encoder, recipe: Recipe, quiet: bool, held_out: HeldOutSets) -> dict[str, float]:
+def set_scores(
+    model: Encoder, recipe: Recipe, quiet: bool, held_out: HeldOutSets
+) -> dict[str, float]:
     """R@1 (mean of both directions) or top-1 on each validation set and each set of `evaluation.keep`."""
     tasks = held_out.tasks(recipe, final=False) | held_out.tasks_to_keep(recipe)
-    results = {name: held_out.measure(model, {name: protocols}, not quiet) for name, protocols in tasks.items()}
+    results = {
+        name: held_out.measure(model, {name: protocols}, not quiet)
+        for name, protocols in tasks.items()
+    }
     return {name: fmean(result.headline.value for result in each) for name, each in results.items()}
 
 

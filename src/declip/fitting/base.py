@@ -37,7 +37,9 @@ class Base:
         name: What `declip.load` opened, for messages and for the saved heads.
     """
 
-    def __init__(self, model: DualEncoder, projected: bool = False, name: str = "", precision: str = "fp32") -> None:
+    def __init__(
+        self, model: DualEncoder, projected: bool = False, name: str = "", precision: str = "fp32"
+    ) -> None:
         self.model, self.projected, self.name = model, projected, name
         images, texts = tower_digest(model, IMAGE), tower_digest(model, TEXT)
         self._exact = VectorCache(f"{images}-fp32")
@@ -70,7 +72,9 @@ class Base:
 
     def pool_captions(self, captions: Sequence[str], progress: bool = False) -> Tensor:
         """(m, w) float32; rows of equal captions are equal bit for bit."""
-        pooled = text_features(self.model, captions, batch_size=BATCH, progress=progress, encode=self._pool_text)
+        pooled = text_features(
+            self.model, captions, batch_size=BATCH, progress=progress, encode=self._pool_text
+        )
         return self._embedded(self.model.text_tower.text_projection, pooled)
 
     def pool_source(self, source: PairSource, **options: Any) -> SourceFeatures:

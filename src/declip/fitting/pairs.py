@@ -37,7 +37,9 @@ class PairFeatures:
         return self.indices[first].tolist()
 
 
-def read_features(source: PairSource, base: Base, max_broken: float, progress: bool = False) -> PairFeatures:
+def read_features(
+    source: PairSource, base: Base, max_broken: float, progress: bool = False
+) -> PairFeatures:
     """Encode all images and captions of a source.
 
     Args:
@@ -49,7 +51,9 @@ def read_features(source: PairSource, base: Base, max_broken: float, progress: b
     images, rows, texts = list[Tensor](), list[PairRow](), list[tuple[str, ...]]()
     skipped = SkipCounter()
     reader = _Reader(base.model.preprocessor)
-    stream = encode_batches(base.model, source, reader, batches, workers, progress, base.pool_images)
+    stream = encode_batches(
+        base.model, source, reader, batches, workers, progress, base.pool_images
+    )
     for encoded, read, broken in stream:
         if read:
             images.append(encoded)
@@ -77,7 +81,9 @@ class _Reader:
     def __init__(self, preprocess: Preprocess) -> None:
         self.preprocess = preprocess
 
-    def __call__(self, source: PairSource, index: int) -> tuple[Tensor, tuple[PairRow, tuple[str, ...]]]:
+    def __call__(
+        self, source: PairSource, index: int
+    ) -> tuple[Tensor, tuple[PairRow, tuple[str, ...]]]:
         lazy = source.read_lazy(index)
         pixels = lazy.image.reduced(self.preprocess.enough)
         pair = Pair(lazy.key, Image.fromarray(pixels), lazy.captions)

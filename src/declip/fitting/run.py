@@ -38,7 +38,7 @@ from declip.runs.fitted import EXPORTS, FACTS, HEADS, MEASURES, RANKS, RESULTS, 
 ALPHAS = (1.0, 0.75, 0.5, 0.25)  # fractions of the fitted heads that are tried
 LEFT_OUT = "left-out pairs"  # the set of cross-validation in the scores of a mixture
 SHOWN_WORST = 16  # images on the page, each with its worst caption
-ELSEWHERE = "Choose another --out."
+HINT = "Choose another --out."
 
 log = logging.getLogger("declip")
 
@@ -89,7 +89,9 @@ def run_fit(task: FitTask, folder: Path) -> FittedRun:
             fitted = mixtures[mixture["alpha"]]
             known = fitted.measures()
         elif fitted.choice.form != START:
-            log.warning(f"There are fewer than {FEWEST} different pairs to measure on, so --keep changes nothing.")
+            log.warning(
+                f"There are fewer than {FEWEST} different pairs to measure on, so --keep changes nothing."
+            )
     if "gain" in known:
         known["growth"] = curve
     after = _evaluate(fitted.model, tasks, task)
@@ -102,7 +104,9 @@ def run_fit(task: FitTask, folder: Path) -> FittedRun:
         run = FittedRun(partial)
         first = next(iter(tasks), None)
         shown = None if first is None else task.held_out.dataset(first)
-        write_fitted_report(run, folder.resolve().name, _described(fitted, recipe), shown, fitted.model)
+        write_fitted_report(
+            run, folder.resolve().name, _described(fitted, recipe), shown, fitted.model
+        )
     return FittedRun(folder)
 
 
@@ -187,13 +191,13 @@ def refuse_other_files(folder: Path) -> None:
     """Raise a `UserError` if a folder has files."""
     if not folder.is_dir():
         if folder.exists():
-            raise UserError(f"'{folder}' is not a folder. {ELSEWHERE}")
+            raise UserError(f"'{folder}' is not a folder. {HINT}")
         return
     if (folder / HEADS).is_file():
-        raise UserError(f"'{folder}' already holds a fit. {ELSEWHERE}")
+        raise UserError(f"'{folder}' already holds a fit. {HINT}")
     others = sorted(path.name for path in folder.iterdir() if path.name[0] != ".")
     if others:
-        raise UserError(f"'{folder}' has other files, such as '{others[0]}'. {ELSEWHERE}")
+        raise UserError(f"'{folder}' has other files, such as '{others[0]}'. {HINT}")
 
 
 def _write(

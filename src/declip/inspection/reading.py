@@ -14,10 +14,15 @@ from scipy.sparse.csgraph import connected_components
 
 from declip.data.pair import BrokenPair, Pair, PairSource, SkipCounter
 from declip.data.text.tokenizer import Tokenizer, clean
-from declip.io.pool import mapped
+from declip.io.pool import parallel_map
 
-COARSE, FINE = 8, 16  # steps to the right and down that a small copy has: hashes of 128 and of 512 bits
-LOOK = np.dtype([("coarse", np.uint64, (2,)), ("fine", np.uint64, (8,)), ("tint", np.uint8, (3,))])  # 83 bytes
+COARSE, FINE = (
+    8,
+    16,
+)  # steps to the right and down that a small copy has: hashes of 128 and of 512 bits
+LOOK = np.dtype(
+    [("coarse", np.uint64, (2,)), ("fine", np.uint64, (8,)), ("tint", np.uint8, (3,))]
+)  # 83 bytes
 STEP = 2  # gray levels by which a neighbor must be brighter to count, so that flat areas do not hash their noise
 # Bits of 128 and of 512 in which the hashes of two near-duplicates may differ, and levels of 255 by which their mean
 # red, green or blue may. Of the built-in photographs, drawings and icons, 90 % and more of the copies at half the size
@@ -45,7 +50,9 @@ KINDS = {
         r"[\s_\-#.(]*\d[\d\s_\-().]*",
         regex.I,
     ),
-    "number or date": regex.compile(rf"[^\p{{L}}]*|(?:\d{{1,2}}\.? )?{_MONTH}(?: \d{{1,2}},?)? \d{{4}}", regex.I),
+    "number or date": regex.compile(
+        rf"[^\p{{L}}]*|(?:\d{{1,2}}\.? )?{_MONTH}(?: \d{{1,2}},?)? \d{{4}}", regex.I
+    ),
     OTHER_SCRIPT: regex.compile(r"[^\p{Latin}]*"),
     FOREIGN: regex.compile(rf".*(?<!\p{{L}})(?:{_FOREIGN})(?!\p{{L}}).*", regex.I),
     ONE_WORD: regex.compile(r"[^ ]*"),
@@ -54,8 +61,13 @@ KINDS = {
 # What is kept of a pair, 109 bytes, and of a caption, 15 bytes; its kind by number, -1 for none.
 NUMBERS = [("width", np.int32), ("height", np.int32), ("captions", np.uint16)]
 PAIR = np.dtype([("index", np.int64), ("exact", np.uint64), ("look", LOOK), *NUMBERS])
-CAPTION = np.dtype([("hash", np.uint64), ("tokens", np.uint32), ("words", np.uint16), ("kind", np.int8)])
-KIND_NUMBERS: dict[str | None, int] = {None: -1, **{name: number for number, name in enumerate(KINDS)}}
+CAPTION = np.dtype(
+    [("hash", np.uint64), ("tokens", np.uint32), ("words", np.uint16), ("kind", np.int8)]
+)
+KIND_NUMBERS: dict[str | None, int] = {
+    None: -1,
+    **{name: number for number, name in enumerate(KINDS)},
+}
 MOST_PER_PAIR = np.iinfo(np.uint16).max  # captions of a pair that are looked at
 # Parts that the work is divided into, and how many pairs one has: small ones move the bar, many cost memory.
 PARTS, SMALLEST_PART, LARGEST_PART = 200, 8, 512
@@ -63,7 +75,9 @@ PARTS, SMALLEST_PART, LARGEST_PART = 200, 8, 512
 
 def image_hash(image: Image.Image) -> int:
     """64 bits of an RGB image's size and pixels: equal for equal images; a collision has probability 1 in 10^19."""
-    digest = sha256(repr(image.size).encode())  # half the time of others, where the processor has instructions for it
+    digest = sha256(
+        repr(image.size).encode()
+    )  # half the time of others, where the processor has instructions for it
     digest.update(image.tobytes())
     return int.from_bytes(digest.digest()[:8], "little")
 
@@ -80,10 +94,14 @@ def look(image: Image.Image) -> np.ndarray:
     small copy that says whether its right, or lower, neighbor is brighter. The coarse one is quick to search by.
     """
     small, larger = (
-        np.asarray(image.resize((side, side), Image.Resampling.LANCZOS, reducing_gap=3.0), np.float32)
+        np.asarray(
+            image.resize((side, side), Image.Resampling.LANCZOS, reducing_gap=3.0), np.float32
+        )
         for side in (COARSE + 1, FINE + 1)
     )
-    return np.array((_brighter(small), _brighter(larger), small.mean((0, 1)).round().astype(np.uint8)), LOOK)
+    return np.array(
+        (_brighter(small), _brighter(larger), small.mean((0, 1)).round().astype(np.uint8)), LOOK
+    )
 
 
 def _brighter(small: np.ndarray) -> np.ndarray:
@@ -131,7 +149,9 @@ def near_groups(looks: np.ndarray) -> np.ndarray:
             pair = np.stack([order[starts], order[starts + shift]])
             pair = pair[:, labels[pair[0]] != labels[pair[1]]]
             for hashes, most in ((coarse, COARSE_BITS), (fine, FINE_BITS)):
-                differing = SET_BITS[(hashes[pair[0]] ^ hashes[pair[1]]).view(np.uint8)].sum(1, dtype=np.int64)
+                differing = SET_BITS[(hashes[pair[0]] ^ hashes[pair[1]]).view(np.uint8)].sum(
+                    1, dtype=np.int64
+                )
                 pair = pair[:, differing <= most]
             pair = pair[:, np.abs(tints[pair[0]] - tints[pair[1]]).max(1, initial=0) <= TINT]
             if pair.size:
@@ -195,7 +215,9 @@ def read(
     step = int(np.clip(len(indices) // PARTS, SMALLEST_PART, LARGEST_PART))
     parts = [indices[start : start + step] for start in range(0, len(indices), step)]
     pairs, captions, skipped = [np.empty(0, PAIR)], [np.empty(0, CAPTION)], SkipCounter()
-    for part in mapped(partial(_read_part, source, captioned, hashed), parts, workers, progress):
+    for part in parallel_map(
+        partial(_read_part, source, captioned, hashed), parts, workers, progress
+    ):
         pairs.append(part.pairs)
         captions.append(part.captions)
         skipped.merge(part.skipped)
@@ -220,11 +242,18 @@ def row_of(pair: Pair, index: int, hashed: bool = False) -> PairRow:
     """
     captions = pair.captions[:MOST_PER_PAIR]
     if hashed:
-        lines: list[tuple[int, ...]] = [(caption_hash(text), 0, 0, KIND_NUMBERS[None]) for text in captions]
+        lines: list[tuple[int, ...]] = [
+            (caption_hash(text), 0, 0, KIND_NUMBERS[None]) for text in captions
+        ]
     else:
         tokenizer = Tokenizer(context=1 << 30)  # CLIP's, without truncation
         lines = [
-            (caption_hash(text), len(tokenizer.encode(text)), len(text.split()), KIND_NUMBERS[kind_of(text)])
+            (
+                caption_hash(text),
+                len(tokenizer.encode(text)),
+                len(text.split()),
+                KIND_NUMBERS[kind_of(text)],
+            )
             for text in captions
         ]
     exact = 0 if hashed else image_hash(pair.image)

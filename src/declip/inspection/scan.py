@@ -30,10 +30,17 @@ EQUAL_ROWS, MANY_EQUAL_ROWS = 0.01, 0.1
 # Multiples of the training size: from where on shrinking pays, and to what; pixels that towers' sizes divide by.
 LARGE, KEPT, MULTIPLE = 3.0, 2, 32
 SMALL = 0.25  # fraction of images under the training size from where on a smaller size pays
-LONGEST_CONTEXT, MANY_TRUNCATED = 77, 0.01  # of CLIP, and the fraction of captions that it may truncate
+LONGEST_CONTEXT, MANY_TRUNCATED = (
+    77,
+    0.01,
+)  # of CLIP, and the fraction of captions that it may truncate
 
 SAMPLE, SIZE, BATCH, SEED = 2000, 224, 128, 0
-EXAMPLES, NEAR_EXAMPLES, NEAR_MEMBERS = 40, 4, 8  # example pairs; groups that look alike, and members of each
+EXAMPLES, NEAR_EXAMPLES, NEAR_MEMBERS = (
+    40,
+    4,
+    8,
+)  # example pairs; groups that look alike, and members of each
 OF_A_KIND, LONGEST_TEXT = 3, 120  # captions of each kind, and characters of each
 LISTED, KEYS = 10, 5  # groups that are listed, and keys of each
 THUMBNAIL = 224  # pixels of an example's longer side, at most: sharp at half of that on a screen of double density
@@ -88,12 +95,18 @@ class CaptionStats:
     per_pair: Spread
     words: Spread
     tokens: Spread  # CLIP's, start and end included, not truncated
-    truncated: dict[int, Fraction]  # captions that a `text.context_length` would truncate, by context length
-    context_length: int  # the shortest, a multiple of 8 or 77, that truncates at most 1 %; 77 where none does
+    truncated: dict[
+        int, Fraction
+    ]  # captions that a `text.context_length` would truncate, by context length
+    context_length: (
+        int  # the shortest, a multiple of 8 or 77, that truncates at most 1 %; 77 where none does
+    )
     kinds: dict[str, Fraction]  # see `reading.KINDS`
     examples: dict[str, list[str]]  # of each kind
     batch_size: int
-    equal_in_batch: float  # expected number of couples of equal captions in a batch: false negatives
+    equal_in_batch: (
+        float  # expected number of couples of equal captions in a batch: false negatives
+    )
 
 
 @dataclass(frozen=True)
@@ -161,7 +174,9 @@ class Inspection:
     near_images: Repeats | None = None  # that look alike, equal ones included
     equal_captions: Repeats | None = None
     leakages: tuple[Leakage, ...] = ()
-    split_copies: Fraction | None = None  # held-out images of a source with splits that look like a training image
+    split_copies: Fraction | None = (
+        None  # held-out images of a source with splits that look like a training image
+    )
     findings: tuple[Finding, ...] = ()  # what is to be fixed first
     examples: tuple[Example, ...] = field(default=(), repr=False)
     near_examples: tuple[tuple[Example, ...], ...] = field(default=(), repr=False)
@@ -192,9 +207,19 @@ def find(it: Inspection) -> tuple[Finding, ...]:
     """Apply all rules to an inspection without findings; what is to be fixed comes first."""
     rows: list[Row] = []
     for reason, row in sorted(it.reasons.items(), key=lambda item: -item[1]["count"])[:1]:
-        rows.append(("broken", it.broken.fraction, 0, BROKEN, {"reason": reason, "example": row["examples"][0]}))
+        rows.append(
+            (
+                "broken",
+                it.broken.fraction,
+                0,
+                BROKEN,
+                {"reason": reason, "example": row["examples"][0]},
+            )
+        )
     for leak in it.leakages:
-        rows.append(("leakage", leak.matches.fraction, 0, 0, {"set": leak.name, "images": leak.images}))
+        rows.append(
+            ("leakage", leak.matches.fraction, 0, 0, {"set": leak.name, "images": leak.images})
+        )
     if it.split_copies is not None:
         rows.append(("split_copies", it.split_copies.fraction, 0, 0, {}))
     if it.images and it.captions and it.equal_images and it.near_images:
@@ -203,17 +228,29 @@ def find(it: Inspection) -> tuple[Finding, ...]:
         rows += [
             ("equal_images", equal, 0, 0.01, {}),
             ("near_images", near if near > equal else 0, 0.01, inf, {}),
-            ("equal_captions", it.captions.equal_in_batch, couples * EQUAL_ROWS, couples * MANY_EQUAL_ROWS, {}),
+            (
+                "equal_captions",
+                it.captions.equal_in_batch,
+                couples * EQUAL_ROWS,
+                couples * MANY_EQUAL_ROWS,
+                {},
+            ),
             *_captions_rows(it.captions),
             *_images_rows(it.images),
         ]
-    findings = [Finding(name, n, values, n > fix) for name, n, least, fix, values in rows if n and n >= least]
+    findings = [
+        Finding(name, n, values, n > fix)
+        for name, n, least, fix, values in rows
+        if n and n >= least
+    ]
     return tuple(sorted(findings, key=lambda finding: not finding.fix))
 
 
 def _captions_rows(captions: CaptionStats) -> list[Row]:
     odd = {kind: part.fraction for kind, part in captions.kinds.items()}
-    one_word, other_script, foreign = (odd.pop(k, 0) for k in (reading.ONE_WORD, reading.OTHER_SCRIPT, reading.FOREIGN))
+    one_word, other_script, foreign = (
+        odd.pop(k, 0) for k in (reading.ONE_WORD, reading.OTHER_SCRIPT, reading.FOREIGN)
+    )
     example = ", ".join(captions.examples[max(odd, key=odd.__getitem__)]) if odd else ""
     truncated = captions.truncated[LONGEST_CONTEXT].fraction > MANY_TRUNCATED
     return [
@@ -257,8 +294,14 @@ def inspect_source(
         columns: For tables, see `open_source`.
     """
     # --- the sources
-    limits = {"sample": (1 if sample is None else sample, 1), "seed": (seed, 0), "workers": (workers or 0, 0)}
-    for name, (value, least) in (limits | {"size": (size, 1), "batch_size": (batch_size, 2)}).items():
+    limits = {
+        "sample": (1 if sample is None else sample, 1),
+        "seed": (seed, 0),
+        "workers": (workers or 0, 0),
+    }
+    for name, (value, least) in (
+        limits | {"size": (size, 1), "batch_size": (batch_size, 2)}
+    ).items():
         check_range(name, value, least)
     start, source = time.perf_counter(), open_source(source, columns)
     others = [open_source(other, Columns(caption=None)) for other in check_leakage]
@@ -278,15 +321,23 @@ def inspect_source(
     if len(read.pairs):
         with status("Looking for duplicates", progress):
             facts = _described(source, read, size, batch_size, seed, len(indices) == total)
-        facts["leakages"] = tuple(_leakage(source, read, other, workers, progress) for other in others)
-    inspection = Inspection(source.name, total, len(indices), seed, 0.0, broken, reasons, credit=source.credit, **facts)
+        facts["leakages"] = tuple(
+            _leakage(source, read, other, workers, progress) for other in others
+        )
+    inspection = Inspection(
+        source.name, total, len(indices), seed, 0.0, broken, reasons, credit=source.credit, **facts
+    )
     return replace(inspection, findings=find(inspection), seconds=time.perf_counter() - start)
 
 
-def _leakage(source: PairSource, read: ReadPairs, other: PairSource, workers: int | None, progress: bool) -> Leakage:
+def _leakage(
+    source: PairSource, read: ReadPairs, other: PairSource, workers: int | None, progress: bool
+) -> Leakage:
     """Find the pairs whose image looks like one of another source."""
     title = f"Images of {other.name}" if progress else ""
-    seen, _, skipped = reading.read(other, np.arange(len(other)), workers, title, captioned=False, hashed=True)
+    seen, _, skipped = reading.read(
+        other, np.arange(len(other)), workers, title, captioned=False, hashed=True
+    )
     if not len(seen):
         raise UserError(f"No image of '{other.name}' can be used. {skipped.explanation()}")
     copied = read.pairs["index"][reading.across(read.pairs, seen)].tolist()
@@ -302,18 +353,27 @@ def _described(
     """Fields of `Inspection` that need a pair that can be used."""
     pairs, lines, n = read.pairs, read.captions, len(read.pairs)
     indices, counts = pairs["index"], pairs["captions"].astype(np.int64)
-    same, alike, texts = equal_groups(pairs["exact"]), reading.near_groups(pairs["look"]), equal_groups(lines["hash"])
+    same, alike, texts = (
+        equal_groups(pairs["exact"]),
+        reading.near_groups(pairs["look"]),
+        equal_groups(lines["hash"]),
+    )
     # (captions,): the pair of each; (texts,): the first caption that says it
     first = np.unique(texts, return_index=True)[1]
     owners = np.repeat(np.arange(n), counts)
-    owners_of, shown = np.unique(np.stack([owners, texts]), axis=1)  # a text that a pair has twice counts once
+    owners_of, shown = np.unique(
+        np.stack([owners, texts]), axis=1
+    )  # a text that a pair has twice counts once
     generator = np.random.default_rng((seed, n, 1))
     chosen = np.sort(generator.choice(n, min(EXAMPLES, n), replace=False))
     # Each pair shows one of its captions, as in an epoch; of all couples of pairs, how many show the same?
     drawn = texts[np.cumsum(counts) - counts + (generator.random(n) * counts).astype(np.int64)]
     sizes = np.bincount(drawn)
     equal = float((sizes * (sizes - 1)).sum() / max(1, n * (n - 1)))
-    shorter, longer = np.minimum(pairs["width"], pairs["height"]), np.maximum(pairs["width"], pairs["height"])
+    shorter, longer = (
+        np.minimum(pairs["width"], pairs["height"]),
+        np.maximum(pairs["width"], pairs["height"]),
+    )
     smaller = Fraction.counted(int((shorter < size).sum()), n, whole)
     return {
         "images": ImageStats(spread_of(shorter), spread_of(longer / shorter), size, smaller),
@@ -324,23 +384,33 @@ def _described(
         "equal_captions": _repeats(source, shown, indices[owners_of], lines["hash"][first[shown]]),
         "examples": _examples(source, indices[chosen]),
         "near_examples": tuple(
-            _examples(source, indices[alike == number][:NEAR_MEMBERS]) for number in _most_different(same, alike)
+            _examples(source, indices[alike == number][:NEAR_MEMBERS])
+            for number in _most_different(same, alike)
         ),
     }
 
 
-def _split_copies(source: PairSource, alike: np.ndarray, indices: np.ndarray, whole: bool) -> Fraction | None:
+def _split_copies(
+    source: PairSource, alike: np.ndarray, indices: np.ndarray, whole: bool
+) -> Fraction | None:
     """Count the pairs of other splits whose image is one of those that are `alike` (n,) to a training image."""
     splits = source.splits()
     train = np.isin(indices, splits.pop("train", []))
     held_out = np.isin(indices, [*chain.from_iterable(splits.values())])
     if not held_out.any():
         return None
-    return Fraction.counted(int(np.isin(alike[held_out], alike[train]).sum()), int(held_out.sum()), whole)
+    return Fraction.counted(
+        int(np.isin(alike[held_out], alike[train]).sum()), int(held_out.sum()), whole
+    )
 
 
 def _captions(
-    source: PairSource, read: ReadPairs, indices: np.ndarray, equal: float, batch_size: int, whole: bool
+    source: PairSource,
+    read: ReadPairs,
+    indices: np.ndarray,
+    equal: float,
+    batch_size: int,
+    whole: bool,
 ) -> CaptionStats:
     """Statistics of the captions, of the pairs at `indices`; `equal` is how likely two pairs show one text."""
     lines, tokens = read.captions, read.captions["tokens"]
@@ -348,7 +418,9 @@ def _captions(
     def fraction(which: np.ndarray) -> Fraction:
         return Fraction.counted(int(which.sum()), len(lines), whole)
 
-    context_length = next((length for length in CONTEXTS if (tokens > length).mean() <= LEFT_OUT), CONTEXTS[-1])
+    context_length = next(
+        (length for length in CONTEXTS if (tokens > length).mean() <= LEFT_OUT), CONTEXTS[-1]
+    )
     kinds, examples = {}, {}
     for kind, name in enumerate(KINDS):
         which = lines["kind"] == kind
@@ -356,14 +428,21 @@ def _captions(
             kinds[name] = fraction(which)
             first = np.sort(np.unique(lines["hash"][which], return_index=True)[1])  # of each text
             pairs = _pairs(source, indices[which][first[:OF_A_KIND]])
-            texts = (text[:LONGEST_TEXT] for pair in pairs for text in pair.captions if reading.kind_of(text) == name)
+            texts = (
+                text[:LONGEST_TEXT]
+                for pair in pairs
+                for text in pair.captions
+                if reading.kind_of(text) == name
+            )
             examples[name] = list(dict.fromkeys(texts))[:OF_A_KIND]
     batch_size = min(batch_size, len(source))
     return CaptionStats(
         per_pair=spread_of(read.pairs["captions"]),
         words=spread_of(lines["words"]),
         tokens=spread_of(tokens),
-        truncated={length: fraction(tokens > length) for length in sorted({*SHOWN_LENGTHS, context_length})},
+        truncated={
+            length: fraction(tokens > length) for length in sorted({*SHOWN_LENGTHS, context_length})
+        },
         context_length=context_length,
         kinds=dict(sorted(kinds.items(), key=lambda item: -item[1].count)),
         examples=examples,
@@ -372,7 +451,9 @@ def _captions(
     )
 
 
-def _repeats(source: PairSource, groups: np.ndarray, indices: np.ndarray, hashes: np.ndarray | None = None) -> Repeats:
+def _repeats(
+    source: PairSource, groups: np.ndarray, indices: np.ndarray, hashes: np.ndarray | None = None
+) -> Repeats:
     """Group repeated images, or captions with `hashes`, by group and by index of the pair that shows them."""
     numbers, sizes = reading.repeated(groups)
     examples = []
@@ -381,8 +462,12 @@ def _repeats(source: PairSource, groups: np.ndarray, indices: np.ndarray, hashes
         captions = [caption for pair in pairs for caption in pair.captions]
         if hashes is not None:
             wanted = hashes[groups == number][0]
-            captions = [clean(caption) for caption in captions if reading.caption_hash(caption) == wanted]
-        examples.append(RepeatGroup(size, tuple(pair.key for pair in pairs), next(iter(captions), "")))
+            captions = [
+                clean(caption) for caption in captions if reading.caption_hash(caption) == wanted
+            ]
+        examples.append(
+            RepeatGroup(size, tuple(pair.key for pair in pairs), next(iter(captions), ""))
+        )
     return Repeats(len(np.unique(indices[np.isin(groups, numbers)])), len(numbers), tuple(examples))
 
 

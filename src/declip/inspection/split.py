@@ -61,7 +61,9 @@ def split_pairs(
     # --- the sets with the lowest hashes; what the start was trained on is not held out, unless it is nearly all
     chosen = _chosen(hashes, sizes, most)
     if seen is not None:
-        copied = across(pairs.pairs, read(seen, np.arange(len(seen)), None, captioned=False, hashed=True).pairs)
+        copied = across(
+            pairs.pairs, read(seen, np.arange(len(seen)), None, captioned=False, hashed=True).pairs
+        )
         fresh = hashes.copy()
         fresh[np.unique(related[copied])] = np.inf
         if new := _chosen(fresh, sizes, most):
@@ -90,9 +92,14 @@ def _hashes(pairs: ReadPairs, named: np.ndarray, related: np.ndarray) -> np.ndar
 
     A set that gains a pair can only leave the validation part, wherever the pair stands in the source.
     """
-    first = np.cumsum(pairs.pairs["captions"]) - pairs.pairs["captions"]  # (n,) row of each pair's first caption
+    first = (
+        np.cumsum(pairs.pairs["captions"]) - pairs.pairs["captions"]
+    )  # (n,) row of each pair's first caption
     keys = np.where(named != 0, named.view(np.uint64), pairs.captions["hash"][first]).tolist()
-    digests = (hashlib.blake2b(key.to_bytes(8, "little"), digest_size=8, person=b"split").digest() for key in keys)
+    digests = (
+        hashlib.blake2b(key.to_bytes(8, "little"), digest_size=8, person=b"split").digest()
+        for key in keys
+    )
     largest = np.zeros(related.max() + 1)
     np.maximum.at(largest, related, [int.from_bytes(digest) / 2**64 for digest in digests])
     return largest
@@ -102,7 +109,9 @@ def _chosen(hashes: np.ndarray, sizes: np.ndarray, most: int) -> list[int]:
     """Numbers of the sets of the validation part; none where the sets are too large."""
     total = int(sizes.sum())
     target = max(1, min(round(FRACTION * total), most))
-    below = min(FRACTION, most / total)  # not target / total, which varies with each pair that is added
+    below = min(
+        FRACTION, most / total
+    )  # not target / total, which varies with each pair that is added
     chosen, count = [], 0
     for number in np.argsort(hashes, kind="stable").tolist():
         wanted = hashes[number] < below
@@ -121,7 +130,9 @@ def check_copies(train: PairSource, held_out: Sequence[PairSource], progress: bo
         copies = float(across(_read(val, progress, fewest=1).pairs, pairs).mean())
         words = f"{percent(copies)} of the images of '{val.name}' are training images too, or nearly the same"
         if copies >= COPIED:
-            raise UserError(f"{words}, so it measures memorization. Give other pairs with --val, or correct the split.")
+            raise UserError(
+                f"{words}, so it measures memorization. Give other pairs with --val, or correct the split."
+            )
         if copies:
             log.warning(f"{words}: its numbers are inflated by leakage.")
 
@@ -151,7 +162,9 @@ def _related(pairs: ReadPairs, named: np.ndarray) -> np.ndarray:
 
 def _read(source: PairSource, progress: bool, fewest: int = FEWEST) -> ReadPairs:
     if len(source) < fewest:
-        raise UserError(f"'{source.name}' has {plural(len(source), 'pair')}; fine-tuning needs {fewest} or more.")
+        raise UserError(
+            f"'{source.name}' has {plural(len(source), 'pair')}; fine-tuning needs {fewest} or more."
+        )
     workers = None if len(source) > 2_000 else 0
     title = f"Comparing images of {source.name}" if progress else ""
     pairs = read(source, np.arange(len(source)), workers, title, hashed=True)

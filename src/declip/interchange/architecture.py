@@ -37,7 +37,9 @@ def architecture_of(weights: Weights, recipe: Recipe) -> Recipe:
         if asked[key] != becomes.get(key) and (key, asked[key]) != usual
     ]
     if overruled:
-        raise UserError(f"The weights of '{weights.origin}' determine keys; leave them out: {', '.join(overruled)}.")
+        raise UserError(
+            f"The weights of '{weights.origin}' determine keys; leave them out: {', '.join(overruled)}."
+        )
     return fitted
 
 
@@ -61,7 +63,11 @@ def _text_sections(weights: Weights, recipe: Recipe) -> dict[str, Any]:
         text = text.model_copy(update={"context_length": recipe.text.context_length})
     init, limits = float(weights.tensors["logit_scale"]), recipe.logit_scale
     scale = limits.model_copy(update={"init": init, "max": max(limits.max, init)})
-    changed: dict[str, Any] = {"text": text, "embed_dim": weights.recipe.embed_dim, "logit_scale": scale}
+    changed: dict[str, Any] = {
+        "text": text,
+        "embed_dim": weights.recipe.embed_dim,
+        "logit_scale": scale,
+    }
     if "logit_bias" in weights.tensors:
         changed["logit_bias"] = float(weights.tensors["logit_bias"])
     return changed
@@ -77,8 +83,12 @@ def load_tensors(start: Weights, model: DualEncoder) -> set[str]:
             fitted[name] = own[name]
         elif tensor.shape == own[name].shape:
             fitted[name] = tensor
-        elif name.startswith(TEXT) and name.endswith("positional_embedding"):  # behind the rows CoCa's class token
-            fitted[name] = torch.cat([_stretched(tensor[:old], model.text_tower.context), tensor[old:]])
+        elif name.startswith(TEXT) and name.endswith(
+            "positional_embedding"
+        ):  # behind the rows CoCa's class token
+            fitted[name] = torch.cat(
+                [_stretched(tensor[:old], model.text_tower.context), tensor[old:]]
+            )
         else:
             fitted[name] = _resized(name, tensor, own[name], model)
         if fitted[name].shape != own[name].shape:
@@ -93,7 +103,9 @@ def _stretched(positions: Tensor, length: int) -> Tensor:
     """Interpolate position embeddings (n, width) linearly so that both ends stay, or keep the first ones alone."""
     if length <= len(positions):
         return positions[:length]
-    longer = F.interpolate(positions.float().mT[None], size=length, mode="linear", align_corners=True)
+    longer = F.interpolate(
+        positions.float().mT[None], size=length, mode="linear", align_corners=True
+    )
     return longer[0].mT.to(positions.dtype)
 
 
@@ -105,9 +117,15 @@ def _resized(name: str, tensor: Tensor, own: Tensor, model: DualEncoder) -> Tens
     import timm
 
     trunk = getattr(model.image_tower.trunk, "trunk", model.image_tower.trunk)
-    grid_only = getattr(trunk, "no_embed_class", False)  # as of DeiT III and of DINOv2 with registers
-    before = 1 if tensor.ndim == 2 else 0 if grid_only else int(getattr(trunk, "num_prefix_tokens", 0))
+    grid_only = getattr(
+        trunk, "no_embed_class", False
+    )  # as of DeiT III and of DINOv2 with registers
+    before = (
+        1 if tensor.ndim == 2 else 0 if grid_only else int(getattr(trunk, "num_prefix_tokens", 0))
+    )
     old, new = (round((embedding.shape[-2] - before) ** 0.5) for embedding in (tensor, own))
     rows = tensor.float().reshape(1, *tensor.shape[-2:])
-    resized = timm.layers.resample_abs_pos_embed(rows, [new, new], [old, old], num_prefix_tokens=before)
+    resized = timm.layers.resample_abs_pos_embed(
+        rows, [new, new], [old, old], num_prefix_tokens=before
+    )
     return resized if tensor.ndim == 3 else resized[0]

@@ -20,7 +20,11 @@ IDENTIFIER = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9.]+)*", re.IGNORECASE)
 
 
 def model_card(
-    traced: Traced, form: Format, checked: str = "", license: str = NO_LICENSE, repo: str | None = None
+    traced: Traced,
+    form: Format,
+    checked: str = "",
+    license: str = NO_LICENSE,
+    repo: str | None = None,
 ) -> str:
     """Write the card as Markdown."""
     # Names without folders: a card is published.
@@ -43,7 +47,9 @@ def model_card(
         usage=form.card(model, repo),
         checked=checked,
         start=without_folders(model.recipe.finetune.pretrained or ""),
-        measured=[(without_folders(names[r.dataset]), r.task, m) for r in results for m in r.measures()],
+        measured=[
+            (without_folders(names[r.dataset]), r.task, m) for r in results for m in r.measures()
+        ],
         license=license,
     )
 
@@ -53,7 +59,10 @@ def without_folders(given: str) -> str:
     if given.startswith(HUB_PREFIXES) or "://" in given:
         return given.partition("?")[0]
     prefix, path = re.fullmatch(r"((?:[\w-]+:)*)(.*)", given, re.DOTALL).groups()  # type: ignore[union-attr]
-    if prefix in (open_clip_model.PREFIX, timm_weights.PREFIX):  # the model's name comes before the file's
+    if prefix in (
+        open_clip_model.PREFIX,
+        timm_weights.PREFIX,
+    ):  # the model's name comes before the file's
         model, slash, path = path.partition("/")
         prefix += model + slash
     return prefix + (Path(path).name or path)
@@ -65,4 +74,6 @@ def _without_folders(tree: Any) -> Any:
         return {key: _without_folders(value) for key, value in tree.items()}
     if isinstance(tree, list):
         return [_without_folders(value) for value in tree]
-    return without_folders(tree) if isinstance(tree, str) and ("/" in tree or "\\" in tree) else tree
+    return (
+        without_folders(tree) if isinstance(tree, str) and ("/" in tree or "\\" in tree) else tree
+    )

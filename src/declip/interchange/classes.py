@@ -28,8 +28,12 @@ class Classes:
     mean: Tensor  # (v,), mean feature of images; zeros where nobody measured it
     names: tuple[str, ...] = ()  # of every class; empty if unknown
     definitions: tuple[str, ...] = ()  # of every class, "" if it has none
-    size: int | None = None  # of the images that the mean was measured on, and of a model without pairs
-    features: Tensor | None = None  # (t, w) of `texts` by the text tower of the same weights, if they are at hand
+    size: int | None = (
+        None  # of the images that the mean was measured on, and of a model without pairs
+    )
+    features: Tensor | None = (
+        None  # (t, w) of `texts` by the text tower of the same weights, if they are at hand
+    )
 
     @classmethod
     def of(cls, rows: Tensor, mean: Tensor | None = None, size: int | None = None) -> "Classes":
@@ -46,23 +50,31 @@ class Classes:
         info = timm.data.ImageNetInfo(subset)
         names = info.label_descriptions(detailed=False)
         detailed = info.label_descriptions(detailed=True)  # NAME: DEFINITION
-        definitions = [text.removeprefix(f"{name}: ") for name, text in zip(names, detailed, strict=True)]
+        definitions = [
+            text.removeprefix(f"{name}: ") for name, text in zip(names, detailed, strict=True)
+        ]
         return replace(classes, names=tuple(names), definitions=tuple(definitions))
 
     def with_names(self, file: str | Path) -> "Classes":
         """Replace the names by those of a file, see `read_names`."""
         names, definitions = read_names(Path(file))
         if len(names) != len(self.rows):
-            raise UserError(f"'{file}' has {len(names):,} names for {len(self.rows):,} classes. Give one for each.")
+            raise UserError(
+                f"'{file}' has {len(names):,} names for {len(self.rows):,} classes. Give one for each."
+            )
         return replace(self, names=names, definitions=definitions, features=None)
 
     def with_features(self, file: Path) -> "Classes":
         """Add features of the texts that were measured before, if they are of these texts."""
         texts = self.texts()[0]
         with safe_open(file, "pt") as stored:
-            if stored.metadata()["texts"] != texts_digest(texts):  # another version of timm has other names
+            if stored.metadata()["texts"] != texts_digest(
+                texts
+            ):  # another version of timm has other names
                 return self
-            return replace(self, features=stored.get_tensor("features").float() * stored.get_tensor("scales"))
+            return replace(
+                self, features=stored.get_tensor("features").float() * stored.get_tensor("scales")
+            )
 
     def texts(self) -> tuple[list[str], Tensor]:
         """Names and definitions as texts, and the class of each, (t,) int64."""
@@ -85,17 +97,23 @@ def read_names(file: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
     try:
         lines = file.expanduser().read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"Cannot read the class names (finetune.class_names) in '{file}': {error}.") from error
+        raise UserError(
+            f"Cannot read the class names (finetune.class_names) in '{file}': {error}."
+        ) from error
     names = [line.strip() for line in lines]
     definitions = [""] * len(lines)
     if separator := TABLES.get(file.suffix.lower()):
         rows = list(csv.DictReader(lines, delimiter=separator))
         if not rows or "name" not in rows[0]:
-            raise UserError(f"'{file}' (finetune.class_names) has no column 'name'. Give a table name,definition.")
+            raise UserError(
+                f"'{file}' (finetune.class_names) has no column 'name'. Give a table name,definition."
+            )
         names = [(row["name"] or "").strip() for row in rows]
         definitions = [(row.get("definition") or "").strip() for row in rows]
     if "" in names:
-        raise UserError(f"Name {names.index('') + 1} in '{file}' (finetune.class_names) is empty. Name every class.")
+        raise UserError(
+            f"Name {names.index('') + 1} in '{file}' (finetune.class_names) is empty. Name every class."
+        )
     for name, count in Counter(names).most_common(1):
         if count > 1:
             raise UserError(

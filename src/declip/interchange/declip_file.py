@@ -58,15 +58,21 @@ def read_part(where: str) -> Weights:
     )
 
 
-def write_declip_file(model: DualEncoder, path: Path, heads: Mapping[str, Tensor] | None = None) -> None:
+def write_declip_file(
+    model: DualEncoder, path: Path, heads: Mapping[str, Tensor] | None = None
+) -> None:
     """Write a model, as "model.…" tensors, and heads of losses, as "objective.…" tensors."""
     heads = heads or (model.token_scorer.heads if model.token_scorer else {})
-    write_part(prefixed("model", model.state_dict()) | prefixed("objective", heads), model.recipe, path)
+    write_part(
+        prefixed("model", model.state_dict()) | prefixed("objective", heads), model.recipe, path
+    )
 
 
 def write_part(tensors: Mapping[str, Tensor], recipe: Recipe, path: Path) -> None:
     """Write tensors of a model, or a part of them, with the recipe."""
-    save_tensors(tensors, path, {RECIPE: recipe.to_yaml(), VERSION: declip.__version__, "format": "pt"})
+    save_tensors(
+        tensors, path, {RECIPE: recipe.to_yaml(), VERSION: declip.__version__, "format": "pt"}
+    )
 
 
 class DeclipFile(Format):
@@ -85,5 +91,7 @@ class DeclipFile(Format):
         """Load the folder."""
         model = read_part(str(folder)).build().eval()  # which this process wrote
         return ReadBack(
-            f"declip {declip.__version__}", model.encode_image, model.encode_text if model.has_text else None
+            f"declip {declip.__version__}",
+            model.encode_image,
+            model.encode_text if model.has_text else None,
         )

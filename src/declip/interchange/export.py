@@ -32,7 +32,9 @@ from declip.runs.checkpoint import STATE
 from declip.runs.fitted import FittedRun, is_fitted
 from declip.runs.folder import read_run
 
-FORMATS: Mapping[str, Format] = {form.name: form for form in (OpenClip(), Huggingface(), Onnx(), DeclipFile())}
+FORMATS: Mapping[str, Format] = {
+    form.name: form for form in (OpenClip(), Huggingface(), Onnx(), DeclipFile())
+}
 
 LINEAR = (
     " {} has linear projections, so the export lacks class posteriors and neighbors, and its features differ from "
@@ -55,7 +57,9 @@ class Exported:
     """Result of an export: the folder, and how the format's own library reads it back."""
 
     folder: Path
-    difference: float | None  # largest of any number of a feature of length 1; None where the library is not installed
+    difference: (
+        float | None
+    )  # largest of any number of a feature of length 1; None where the library is not installed
     by: str  # the library and its version
     limits: str = ""  # what the format cannot hold
 
@@ -103,7 +107,9 @@ def export(
         form.holds(traced.model)
     except Refusal as refusal:
         way_out = "Export as safetensors, which holds every model."
-        raise Refusal(f"This model cannot be exported as {format}: {refusal}. {way_out}") from refusal
+        raise Refusal(
+            f"This model cannot be exported as {format}: {refusal}. {way_out}"
+        ) from refusal
     # --- the model as the format holds it
     limits = ""
     if not _is_float32_on_cpu(traced.model):
@@ -167,9 +173,13 @@ def _new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
     card = out / CARD
     old = out.is_dir() and any(out.iterdir())
     if out.is_file() or (old and not overwrite):
-        raise UserError(f"'{out}' is a file, or not empty. Give another --out, or --overwrite to replace an export.")
+        raise UserError(
+            f"'{out}' is a file, or not empty. Give another --out, or --overwrite to replace an export."
+        )
     if old and not (card.is_file() and b"written by declip" in card.read_bytes()):
-        raise UserError(f"'{out}' is not an export, so --overwrite does not replace it. Give another --out.")
+        raise UserError(
+            f"'{out}' is not an export, so --overwrite does not replace it. Give another --out."
+        )
     try:
         with atomic_write(out, "give another folder as --out") as folder:
             folder.mkdir()
@@ -178,8 +188,13 @@ def _new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
                 raise UserError(
                     f"'{out}' has '{others[0]}', which is not in the new export. Move it, or give another --out."
                 )
-    except (OSError, SafetensorError) as error:  # the latter is its one class for every trouble with a file
-        raise UserError(f"Cannot write '{out}': {error}. Make room, or give another folder as --out.") from error
+    except (
+        OSError,
+        SafetensorError,
+    ) as error:  # the latter is its one class for every trouble with a file
+        raise UserError(
+            f"Cannot write '{out}': {error}. Make room, or give another folder as --out."
+        ) from error
 
 
 def _files(folder: Path) -> set[str]:
@@ -192,8 +207,12 @@ def _compare(model: DualEncoder, form: Format, folder: Path) -> tuple[float | No
         by, encode_image, encode_text = form.read_back(folder)
     except ImportError as error:
         return None, error.name or form.library
-    except Exception as error:  # a library raises any class for a folder that it does not understand
-        raise UserError(f"{form.library} cannot read the export: {one_line(error, 200)} Report its recipe.") from error
+    except (
+        Exception
+    ) as error:  # a library raises any class for a folder that it does not understand
+        raise UserError(
+            f"{form.library} cannot read the export: {one_line(error, 200)} Report its recipe."
+        ) from error
     # (n, 3, S, S) and (m, L)
     size = model.preprocessor.size
     generator = torch.Generator().manual_seed(0)
@@ -204,7 +223,9 @@ def _compare(model: DualEncoder, form: Format, folder: Path) -> tuple[float | No
         of_texts = _difference(model.encode_text(tokens), encode_text(tokens))
         difference = torch.maximum(difference, of_texts)  # NaN if either is
     if not difference <= TOLERANCE:  # NaN too
-        raise UserError(f"{by} computes other features from the export ({difference:.1e} off). Report its recipe.")
+        raise UserError(
+            f"{by} computes other features from the export ({difference:.1e} off). Report its recipe."
+        )
     return float(difference), by
 
 
@@ -223,7 +244,9 @@ def trace(where: str | Path | DualEncoder | Traced) -> Traced:
     where = folder_or_name(where)
     if not isinstance(where, str | Path):
         if not isinstance(where, DualEncoder):
-            raise UserError(f"This {type(where).__name__} cannot be exported: it is not a model of declip.")
+            raise UserError(
+                f"This {type(where).__name__} cannot be exported: it is not a model of declip."
+            )
         return Traced(where)
     path = Path(where).expanduser()
     if is_fitted(path):

@@ -56,7 +56,9 @@ class StoredHeads:
                 f"{self.base_fingerprint[:8]}, but that is now {given[:8]}. {self._ways_out}"
             )
         tensors = dict(base.tensors)
-        if _sizes(base.recipe) != _sizes(self.recipe):  # position embeddings may have to be resampled
+        if _sizes(base.recipe) != _sizes(
+            self.recipe
+        ):  # position embeddings may have to be resampled
             tensors = base_model(base, self.recipe).state_dict()
         kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(REPLACED)}
         return Weights(self.recipe, kept | dict(self.tensors), str(self.folder)).check()
@@ -92,7 +94,9 @@ def read_heads(where: str) -> StoredHeads:
         raise UserError(f"'{path}' is damaged: {one_line(error, 200)}. Fit it again.") from error
     stored, base_print, fitted_print = values
     base = resolve(stored, folder)
-    return StoredHeads(folder, base, base_print, fitted_print, read_recipe(recipe, str(path)), tensors)
+    return StoredHeads(
+        folder, base, base_print, fitted_print, read_recipe(recipe, str(path)), tensors
+    )
 
 
 def write_heads(path: Path, folder: Path, base: Weights, fitted: Weights, fingerprint: str) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from declip.errors import UserError
 from declip.evaluation.results import Result
-from declip.io.text import about, percent
+from declip.io.text import percent, round_two_digits
 from declip.models.dual_encoder import DualEncoder
 
 
@@ -26,18 +26,26 @@ class Traced:
     model: DualEncoder
     step: int | None = None  # number of steps; None without a checkpoint
     pairs: int | None = None  # number of distinct training pairs
-    fitted: Mapping[str, Any] = field(default_factory=dict)  # cross_validation.json, if projections are in closed form
+    fitted: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # cross_validation.json, if projections are in closed form
     results: Sequence[Result] = ()  # after that step
     origin: str | None = None  # description of the weights' origin, unless that is a run
-    heads: Mapping[str, Tensor] = field(default_factory=dict)  # of losses, by the names of `Objective`
+    heads: Mapping[str, Tensor] = field(
+        default_factory=dict
+    )  # of losses, by the names of `Objective`
 
 
 class ReadBack(NamedTuple):
     """An exported model as loaded by the library of its format."""
 
     by: str  # the library and its version
-    encode_image: Callable[[Tensor], Tensor]  # normalized pixels (n, 3, S, S) → (n, d) features of any length
-    encode_text: Callable[[Tensor], Tensor] | None  # token ids of declip (n, L) → (n, d) features of any length
+    encode_image: Callable[
+        [Tensor], Tensor
+    ]  # normalized pixels (n, 3, S, S) → (n, d) features of any length
+    encode_text: (
+        Callable[[Tensor], Tensor] | None
+    )  # token ids of declip (n, L) → (n, d) features of any length
 
 
 class Format(ABC):
@@ -83,5 +91,5 @@ def render(template: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": percent, "about": about}
+    environment.filters |= {"percent": percent, "round_two_digits": round_two_digits}
     return environment.get_template(template).render(values)

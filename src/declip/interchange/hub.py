@@ -43,4 +43,6 @@ def _fetched(where: str, prefix: str, *weights: str) -> Path:
         allow_patterns=[*DESCRIPTION, *weights],
         revision=revision or None,
     )
-    return Path(fetch(where, lambda offline: download(local_files_only=offline), "the path of their folder"))
+    return Path(
+        fetch(where, lambda offline: download(local_files_only=offline), "the path of their folder")
+    )

@@ -23,7 +23,11 @@ from declip.models.hf_encoder import quiet_transformers
 from declip.recipe.load import load_recipe
 
 CONFIG, FILE = "config.json", "model.safetensors"
-PREPROCESSOR, PROCESSOR, TOKENIZER = "preprocessor_config.json", "processor_config.json", "tokenizer.json"
+PREPROCESSOR, PROCESSOR, TOKENIZER = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer.json",
+)
 
 EPS = 1e-5  # epsilon of layer norms in CLIP
 
@@ -46,7 +50,9 @@ PREPROCESSING: Mapping[str, Any] = {
 
 RESAMPLE = {"bilinear": 2, "bicubic": 3}
 
-POOLS_AT_HIGHEST = 2  # end token of early releases: pooling at the highest id, which is CLIP's end token
+POOLS_AT_HIGHEST = (
+    2  # end token of early releases: pooling at the highest id, which is CLIP's end token
+)
 POSITION_IDS = "embeddings.position_ids"  # buffer in older files
 
 CAPTIONS = ("a red circle", "Two CATS, 12 dogs: asleep on a sofa!", "日本語 😀", "")
@@ -57,7 +63,9 @@ def matches(where: str) -> bool:
     """Whether this may be a folder of transformers."""
     folder = Path(where).expanduser()
     # open_clip stores the configuration of a text encoder by this name.
-    return (folder / CONFIG).is_file() and ((folder / FILE).is_file() or not (folder / OPEN_CLIP_CONFIG).is_file())
+    return (folder / CONFIG).is_file() and (
+        (folder / FILE).is_file() or not (folder / OPEN_CLIP_CONFIG).is_file()
+    )
 
 
 def read(where: str) -> Weights:
@@ -69,15 +77,23 @@ def read(where: str) -> Weights:
     try:
         keys = _keys(folder, _read_json(folder / CONFIG))
         if not (folder / FILE).is_file():
-            raise UserError(f"there is no {FILE}; other files are not read: save it as one safetensors file")
-        weights = {name: tensor for name, tensor in load_file(folder / FILE).items() if not name.endswith(POSITION_IDS)}
+            raise UserError(
+                f"there is no {FILE}; other files are not read: save it as one safetensors file"
+            )
+        weights = {
+            name: tensor
+            for name, tensor in load_file(folder / FILE).items()
+            if not name.endswith(POSITION_IDS)
+        }
         check_layers(keys, len(weights), CONFIG)
         recipe = load_recipe("few-clip", {"name": "from-huggingface", **keys})
         return layouts.from_layout(recipe, layouts.TRANSFORMERS, weights, where)
     except Exception as error:  # wrong files raise any class
         name = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         reason = f"{name}{one_line(error, 400)}".rstrip(".")
-        raise UserError(f"'{where}' cannot be read as transformers' CLIPModel: {reason}.") from error
+        raise UserError(
+            f"'{where}' cannot be read as transformers' CLIPModel: {reason}."
+        ) from error
 
 
 def _keys(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -85,16 +101,30 @@ def _keys(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         others = "others, such as SigLIP, through open_clip: hf-hub:timm/ViT-B-16-SigLIP2"
         raise UserError(f"its model_type is {kind!r}; supported: clip; {others}")
     # Early releases wrote each section by a second name too, which takes precedence.
-    text, vision = (config.get(f"{name}_dict") or config.get(name) or {} for name in ("text_config", "vision_config"))
+    text, vision = (
+        config.get(f"{name}_dict") or config.get(name) or {}
+        for name in ("text_config", "vision_config")
+    )
     for name, section in (("text_config", text), ("vision_config", vision)):
         _expect(f"{name}.hidden_act", section.get("hidden_act", "quick_gelu"), "quick_gelu", "gelu")
         _expect(f"{name}.layer_norm_eps", section.get("layer_norm_eps", EPS), EPS)
     # Sizes
-    text_keys = {f"text.{ours}": text.get(theirs, default) for ours, (theirs, default) in TEXT.items()}
+    text_keys = {
+        f"text.{ours}": text.get(theirs, default) for ours, (theirs, default) in TEXT.items()
+    }
     vision_keys = {ours: vision.get(theirs, default) for ours, (theirs, default) in VISION.items()}
-    _expect("text_config.intermediate_size", text.get("intermediate_size", 2048), 4 * text_keys["text.width"])
+    _expect(
+        "text_config.intermediate_size",
+        text.get("intermediate_size", 2048),
+        4 * text_keys["text.width"],
+    )
     tokenizer = _read_tokenizer(folder / TOKENIZER)
-    _expect("text_config.eos_token_id", text.get("eos_token_id", 49_407), tokenizer.end, POOLS_AT_HIGHEST)
+    _expect(
+        "text_config.eos_token_id",
+        text.get("eos_token_id", 49_407),
+        tokenizer.end,
+        POOLS_AT_HIGHEST,
+    )
     return {
         **layouts.vit_keys(**vision_keys),
         **text_keys,
@@ -105,7 +135,9 @@ def _keys(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _expect(key: str, value: Any, *allowed: Any) -> None:
-    near = isinstance(value, float) and any(math.isclose(value, number, rel_tol=1e-4) for number in allowed)
+    near = isinstance(value, float) and any(
+        math.isclose(value, number, rel_tol=1e-4) for number in allowed
+    )
     if value not in allowed and not near:
         raise UserError(f"{key} is {value!r}; supported: {' or '.join(map(repr, allowed))}")
 
@@ -113,23 +145,31 @@ def _expect(key: str, value: Any, *allowed: Any) -> None:
 def _image_keys(folder: Path, side: int) -> dict[str, Any]:
     """Recipe keys of the preprocessing, which must be CLIP's: resize, center crop, normalize."""
     # Like transformers 5, prefer processor_config.json to the older file.
-    given = _read_json(folder / PROCESSOR).get("image_processor") or _read_json(folder / PREPROCESSOR)
+    given = _read_json(folder / PROCESSOR).get("image_processor") or _read_json(
+        folder / PREPROCESSOR
+    )
     if not given:
         raise UserError(f"there is neither {PREPROCESSOR} nor an image_processor in {PROCESSOR}")
     kind = given.get("image_processor_type") or given.get("feature_extractor_type") or "CLIP"
     if not kind.startswith("CLIP"):
         raise UserError(f"its image processor is a {kind}, not CLIP's")
     given = {**PREPROCESSING, **given}
-    resized, *more = given["size"].values() if isinstance(given["size"], Mapping) else [given["size"]]
+    resized, *more = (
+        given["size"].values() if isinstance(given["size"], Mapping) else [given["size"]]
+    )
     if more or type(resized) is not int or resized < side:
-        raise UserError(f"image preprocessing: size is {given['size']!r}; supported: a shortest_edge of {side} or more")
+        raise UserError(
+            f"image preprocessing: size is {given['size']!r}; supported: a shortest_edge of {side} or more"
+        )
     others = {"crop_size": (side, {"height": side, "width": side}), "resample": RESAMPLE.values()}
     for key, expected in PREPROCESSING.items():
         if key != "size" and not key.startswith("image_"):
             _expect(f"image preprocessing: {key}", given[key], *others.get(key, (expected,)))
     return {
         **{"image.size": side, "image.mean": given["image_mean"], "image.std": given["image_std"]},
-        "image.interpolation": next(name for name, number in RESAMPLE.items() if number == given["resample"]),
+        "image.interpolation": next(
+            name for name, number in RESAMPLE.items() if number == given["resample"]
+        ),
         "image.crop_pct": side / resized,
     }
 
@@ -142,7 +182,9 @@ def _read_tokenizer(file: Path) -> Tokenizer:
         theirs.no_padding()
         encoded = [theirs.encode(caption).ids for caption in CAPTIONS]
     except Exception as error:  # tokenizers raises Exception itself
-        raise UserError(f"{file.name} cannot be read: {one_line(error, 160)}. Put the model's own there") from error
+        raise UserError(
+            f"{file.name} cannot be read: {one_line(error, 160)}. Put the model's own there"
+        ) from error
     vocabulary = theirs.get_vocab()
     if 0 <= (merges := len(vocabulary) - layouts.NO_MERGES) <= layouts.CLIP_MERGES:
         ours = Tokenizer(merges=merges)
@@ -169,7 +211,9 @@ class Huggingface(Format):
                 f"CLIPModel has CLIP's vision transformer only, and this image tower is a {kind}; {TO_CLIP_VIT}"
             )
         if text.text_projection.bias is not None:
-            raise Refusal("CLIPModel has no bias after the text projection; train with text.projection_bias=false")
+            raise Refusal(
+                "CLIPModel has no bias after the text projection; train with text.projection_bias=false"
+            )
         if model.logit_bias is not None:
             raise Refusal("CLIPModel has no logit bias, which a sigmoid loss learns")
 
@@ -183,14 +227,22 @@ class Huggingface(Format):
                 "processor_class": "CLIPProcessor",
                 "do_convert_rgb": True,
             },
-            **{**PREPROCESSING, "resample": RESAMPLE[image.interpolation], "size": {"shortest_edge": image.resize}},
+            **{
+                **PREPROCESSING,
+                "resample": RESAMPLE[image.interpolation],
+                "size": {"shortest_edge": image.resize},
+            },
             "crop_size": {"height": image.size, "width": image.size},
             **{"image_mean": list(image.mean), "image_std": list(image.std)},
         }
         for file, content in ((CONFIG, _config(model)), (PREPROCESSOR, preprocessor)):
             (folder / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         write_tokenizer(model.tokenizer, folder)
-        save_tensors({name: tensor.float() for name, tensor in tensors.items()}, folder / FILE, {"format": "pt"})
+        save_tensors(
+            {name: tensor.float() for name, tensor in tensors.items()},
+            folder / FILE,
+            {"format": "pt"},
+        )
 
     def read_back(self, folder: Path) -> ReadBack:
         """Load an exported folder with transformers."""
@@ -200,7 +252,9 @@ class Huggingface(Format):
             model = transformers.AutoModel.from_pretrained(folder, local_files_only=True).eval()
         return ReadBack(
             f"transformers {transformers.__version__}",
-            lambda pixels: model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output),
+            lambda pixels: model.visual_projection(
+                model.vision_model(pixel_values=pixels).pooler_output
+            ),
             lambda tokens: model.text_projection(model.text_model(input_ids=tokens).pooler_output),
         )
 

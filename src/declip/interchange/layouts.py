@@ -13,7 +13,12 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Backend
 from torch import Tensor
 
-from declip.data.text.tokenizer import CaptionTokenizer, HuggingfaceTokenizer, Tokenizer, WrappedTokenizer
+from declip.data.text.tokenizer import (
+    CaptionTokenizer,
+    HuggingfaceTokenizer,
+    Tokenizer,
+    WrappedTokenizer,
+)
 from declip.errors import UserError
 from declip.interchange.format import Refusal
 from declip.interchange.weights import Weights, empty, first_difference
@@ -48,7 +53,9 @@ def clip_text_tower(model: DualEncoder) -> TextTower:
     refuse_one_tower(model)
     if not isinstance(model.text_tower, TextTower):
         kind = type(model.text_tower).__name__
-        raise Refusal(f"its text tower is a {kind}, not CLIP's, which is the one of a recipe without text.hf_model")
+        raise Refusal(
+            f"its text tower is a {kind}, not CLIP's, which is the one of a recipe without text.hf_model"
+        )
     return model.text_tower
 
 
@@ -57,11 +64,17 @@ class TensorLayout:
     """Layout of a `DualEncoder` in another library; layouts of two towers can be added."""
 
     names: Names
-    shapes: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)  # our name → change from ours
-    mask: bool = False  # whether their vocabulary has <|mask|>, our last row; if not, the mean row is read
+    shapes: Mapping[str, Callable[[Tensor], Tensor]] = field(
+        default_factory=dict
+    )  # our name → change from ours
+    mask: bool = (
+        False  # whether their vocabulary has <|mask|>, our last row; if not, the mean row is read
+    )
 
     def __add__(self, other: "TensorLayout") -> "TensorLayout":
-        return TensorLayout(self.names + other.names, {**self.shapes, **other.shapes}, self.mask or other.mask)
+        return TensorLayout(
+            self.names + other.names, {**self.shapes, **other.shapes}, self.mask or other.mask
+        )
 
     def write(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Convert a model's tensors to the layout."""
@@ -76,7 +89,9 @@ class TensorLayout:
             written |= zip(theirs, parts, strict=True)
         return written
 
-    def read(self, tensors: Mapping[str, Tensor], outline: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def read(
+        self, tensors: Mapping[str, Tensor], outline: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
         """Convert tensors from the layout; `outline` has our names and shapes."""
         if difference := first_difference(self.write(outline), tensors):
             raise UserError(f"its weights do not match its configuration: {difference}")
@@ -112,10 +127,16 @@ def rename(name: str, table: Names, back: bool = False) -> str:
 
 
 def from_layout(
-    recipe: Recipe, layout: TensorLayout, tensors: Mapping[str, Tensor], origin: str, towers: Towers = "both"
+    recipe: Recipe,
+    layout: TensorLayout,
+    tensors: Mapping[str, Tensor],
+    origin: str,
+    towers: Towers = "both",
 ) -> Weights:
     """Convert another library's tensors to weights of a recipe."""
-    with torch.device("meta"):  # the sizes may be a stranger's: they are compared before memory is allocated
+    with torch.device(
+        "meta"
+    ):  # the sizes may be a stranger's: they are compared before memory is allocated
         outline = empty(recipe, towers=towers).state_dict()
     return Weights(recipe, layout.read(tensors, outline), origin)
 
@@ -211,11 +232,21 @@ OFFICIAL_TEXT = TensorLayout((("text_tower.", "encode_text."),), mask=True)
 """The text tower of DeCLIP's official code, with `<|mask|>` moved to the end of its vocabulary."""
 
 
-def vit_keys(width: int, layers: int, heads: int, patch: int, hidden: int, activation: str) -> dict[str, Any]:
+def vit_keys(
+    width: int, layers: int, heads: int, patch: int, hidden: int, activation: str
+) -> dict[str, Any]:
     """Recipe keys of CLIP's vision transformer; `hidden` is the width of the MLP in a block."""
-    ratio = hidden / width if int(width * (hidden / width)) == hidden else (hidden + 0.5) / width  # timm rounds down
+    ratio = (
+        hidden / width if int(width * (hidden / width)) == hidden else (hidden + 0.5) / width
+    )  # timm rounds down
     quick = "quickgelu_" if activation == "quick_gelu" else ""
-    options = {"patch_size": patch, "embed_dim": width, "depth": layers, "num_heads": heads, "mlp_ratio": ratio}
+    options = {
+        "patch_size": patch,
+        "embed_dim": width,
+        "depth": layers,
+        "num_heads": heads,
+        "mlp_ratio": ratio,
+    }
     return {"image.model": f"vit_base_patch32_clip_{quick}224", "image.model_kwargs": options}
 
 
@@ -228,10 +259,22 @@ def clip_keys(tower: ImageTower) -> dict[str, Any] | None:
     """Recipe keys that build the same tower, if it is a ViT or ResNet of CLIP; otherwise None."""
     try:
         keys = _keys_by_shapes(tower)
-        sizes = keys["image.model"], keys["image.size"], keys["embed_dim"], keys["image.model_kwargs"]
+        sizes = (
+            keys["image.model"],
+            keys["image.size"],
+            keys["embed_dim"],
+            keys["image.model_kwargs"],
+        )
         with torch.device("meta"), torch.random.fork_rng(devices=[]), quiet("declip"):
             twin = ImageTower(*sizes)
-    except (UserError, AttributeError, LookupError, TypeError, ValueError, ArithmeticError):  # another architecture
+    except (
+        UserError,
+        AttributeError,
+        LookupError,
+        TypeError,
+        ValueError,
+        ArithmeticError,
+    ):  # another architecture
         return None
     same_modules = _modules(twin) == _modules(tower)
     same_tensors = not first_difference(twin.state_dict(), tower.state_dict())
@@ -266,7 +309,9 @@ def image_layout(state: Mapping[str, Any]) -> TensorLayout:
     return CLIP_VIT if CLASS_TOKEN in state else CLIP_RESNET
 
 
-def image_keys(state: Mapping[str, Tensor], heads: int = 0, activation: str = "quick_gelu") -> dict[str, Any]:
+def image_keys(
+    state: Mapping[str, Tensor], heads: int = 0, activation: str = "quick_gelu"
+) -> dict[str, Any]:
     """Recipe keys of CLIP's image tower, by the shapes of its tensors.
 
     By default a ViT has one attention head per 64 channels, as CLIP's ResNets always have.
@@ -291,7 +336,9 @@ def image_keys(state: Mapping[str, Tensor], heads: int = 0, activation: str = "q
     }
 
 
-def text_keys(state: Mapping[str, Tensor], start: str, heads: int = 0, mask: bool = False) -> dict[str, Any]:
+def text_keys(
+    state: Mapping[str, Tensor], start: str, heads: int = 0, mask: bool = False
+) -> dict[str, Any]:
     """Recipe keys of CLIP's text tower, by the shapes of the tensors whose names begin with `start`."""
     # (vocabulary, width)
     vocabulary, width = state[f"{start}token_embedding.weight"].shape
@@ -337,8 +384,13 @@ def backend(tokenizer: CaptionTokenizer) -> Backend:
     # CLIP's: its merges, cleaning and pattern as parts of the library
     model = json.loads(tokenizer.library.to_str())["model"]
     vocabulary = {**model["vocab"], START: tokenizer.start, END: tokenizer.end}
-    merges = [tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ")) for merge in model["merges"]]
-    written = Backend(models.BPE(vocab=vocabulary, merges=merges, end_of_word_suffix="</w>", unk_token=END))
+    merges = [
+        tuple(merge) if isinstance(merge, list) else tuple(merge.split(" "))
+        for merge in model["merges"]
+    ]
+    written = Backend(
+        models.BPE(vocab=vocabulary, merges=merges, end_of_word_suffix="</w>", unk_token=END)
+    )
     written.normalizer = _cleaning(normalizers.Lowercase())
     pieces = pre_tokenizers.Split(Regex(PIECE), behavior="removed", invert=True)
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -347,7 +399,9 @@ def backend(tokenizer: CaptionTokenizer) -> Backend:
         single=f"{START} $A {END}", special_tokens=[(START, tokenizer.start), (END, tokenizer.end)]
     )
     written.decoder = decoders.ByteLevel()
-    written.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in (START, END)])
+    written.add_special_tokens(
+        [AddedToken(token, normalized=False, special=True) for token in (START, END)]
+    )
     written.enable_truncation(tokenizer.context)
     return written
 
@@ -375,10 +429,18 @@ def write_tokenizer(tokenizer: CaptionTokenizer, folder: Path) -> None:
     # Special tokens by the names that transformers uses
     start, end, padding = tokenizer.start, tokenizer.end, tokenizer.padding
     if isinstance(tokenizer, HuggingfaceTokenizer):
-        ids = {"cls_token": start, "sep_token": end, "mask_token": tokenizer.mask, "pad_token": padding}
+        ids = {
+            "cls_token": start,
+            "sep_token": end,
+            "mask_token": tokenizer.mask,
+            "pad_token": padding,
+        }
     elif isinstance(tokenizer, WrappedTokenizer):
         zeroed = tokenizer.stored["zeroed"]
-        ids = {"pad_token": padding, **({"eos_token": end} if zeroed is None else {"sep_token": zeroed})}
+        ids = {
+            "pad_token": padding,
+            **({"eos_token": end} if zeroed is None else {"sep_token": zeroed}),
+        }
     else:
         ids = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": end}
     special = {name: written.id_to_token(number) for name, number in ids.items()}
@@ -387,9 +449,14 @@ def write_tokenizer(tokenizer: CaptionTokenizer, folder: Path) -> None:
         "tokenizer_class": "PreTrainedTokenizerFast",  # CLIP's class would use its own cleaning
         "model_max_length": tokenizer.context,
         # Towers of SigLIP attend to padding.
-        "model_input_names": ["input_ids", *([] if isinstance(tokenizer, WrappedTokenizer) else ["attention_mask"])],
+        "model_input_names": [
+            "input_ids",
+            *([] if isinstance(tokenizer, WrappedTokenizer) else ["attention_mask"]),
+        ],
         "padding_side": "right",
         "split_special_tokens": True,
         "clean_up_tokenization_spaces": False,
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(config, indent=2) + "\n", encoding="utf-8"
+    )

@@ -16,7 +16,9 @@ from declip.io.text import one_line
 from declip.recipe.load import load_recipe
 
 SPECIAL = 3  # number of special ids at the end of the vocabulary: mask, start, end; in declip start, end, mask
-UNUSED = re.compile(r"visual\.fc\.|predictor_sim\.bn3\.|projector_text\.")  # unused tensors of the official models
+UNUSED = re.compile(
+    r"visual\.fc\.|predictor_sim\.bn3\.|projector_text\."
+)  # unused tensors of the official models
 
 HEADS: layouts.Names = (
     ("terms.simsiam.projector.norm#.", "projector.bn#."),
@@ -32,7 +34,11 @@ HEADS: layouts.Names = (
     ("terms.late_interaction.logit_scale", "logit_scale_dense"),
 )
 HEAD_SIZES = {
-    "simsiam.widths": ("projector.linear1.weight", "projector.linear3.weight", "predictor.linear1.weight"),
+    "simsiam.widths": (
+        "projector.linear1.weight",
+        "projector.linear3.weight",
+        "predictor.linear1.weight",
+    ),
     "simclr.widths": ("predictor_sim.linear1.weight", "predictor_sim.linear3.weight"),
     "late_interaction.width": ("image_mapping.weight",),
 }
@@ -61,20 +67,33 @@ def weights_of(content: Any, origin: str) -> Weights:
     Sizes follow from the shapes; text tower and ViT have one attention head per 64 channels.
     """
     state = {}
-    for given, tensor in unwrapped(content, "model", "state_dict").items():  # the second is open_clip's
+    for given, tensor in unwrapped(
+        content, "model", "state_dict"
+    ).items():  # the second is open_clip's
         if not UNUSED.match(name := re.sub(r"^text_encoder\.", TEXT, given)):  # SLIP's
             state[name] = tensor.float() if tensor.is_floating_point() else tensor
     try:
         # Both towers, or an image tower alone
         whole = any("token_embedding" in name for name in state)
         if not whole and not any(name.startswith("visual.") for name in state):
-            state = {f"visual.{name}": tensor for name, tensor in state.items() if not UNUSED.match(f"visual.{name}")}
-        tensors = {name: tensor for name, tensor in state.items() if whole or name.startswith("visual.")}
+            state = {
+                f"visual.{name}": tensor
+                for name, tensor in state.items()
+                if not UNUSED.match(f"visual.{name}")
+            }
+        tensors = {
+            name: tensor for name, tensor in state.items() if whole or name.startswith("visual.")
+        }
         needed = ("visual.conv1.weight", *(("logit_scale", EMBEDDING) if whole else ()))
-        if not set(needed) <= tensors.keys() or not {layouts.CLASS_TOKEN, layouts.GRID} & tensors.keys():
+        if (
+            not set(needed) <= tensors.keys()
+            or not {layouts.CLASS_TOKEN, layouts.GRID} & tensors.keys()
+        ):
             raise UserError(NOT_OFFICIAL)
         # Rows of words in the order of declip
-        for name in [name for name in tensors if name.startswith((EMBEDDING, "text_label_predictor."))]:
+        for name in [
+            name for name in tensors if name.startswith((EMBEDDING, "text_label_predictor."))
+        ]:
             tensors[name] = tensors[name][token_order(len(tensors[name]))]
         # The official recipe with these heads
         kind = "filip" if "image_mapping.weight" in tensors else "clip"
@@ -83,18 +102,29 @@ def weights_of(content: Any, origin: str) -> Weights:
         elif "projector.linear1.weight" in tensors:
             kind = f"de{kind}"
         recipe = load_recipe(f"{kind}-yfcc15m-vitb32", _keys(tensors))
-        heads = {name: tensor for name, tensor in tensors.items() if layouts.rename(name, HEADS, back=True) != name}
+        heads = {
+            name: tensor
+            for name, tensor in tensors.items()
+            if layouts.rename(name, HEADS, back=True) != name
+        }
         state = {name: tensor for name, tensor in tensors.items() if name not in heads}
         # The official forward pass of CLIP, DeCLIP and DeFILIP clamps the scale to 100, those of
         # SLIP and FILIP do not: their recipes have the maximum of the parameter.
         scale = state.get("logit_scale", torch.tensor(recipe.logit_scale.init))
         state["logit_scale"] = scale.reshape(()).clamp(max=recipe.logit_scale.max)
-        weights = layouts.from_layout(recipe, layout_of(tensors), state, origin, "both" if whole else "image")
+        weights = layouts.from_layout(
+            recipe, layout_of(tensors), state, origin, "both" if whole else "image"
+        )
     except UserError as error:
         raise UserError(f"'{origin}': {str(error).rstrip('.')}.") from error
     except (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError) as error:
-        raise UserError(f"The shapes of the weights in '{origin}' cannot be read: {one_line(error)}.") from error
-    return replace(weights, heads={layouts.rename(name, HEADS, back=True): tensor for name, tensor in heads.items()})
+        raise UserError(
+            f"The shapes of the weights in '{origin}' cannot be read: {one_line(error)}."
+        ) from error
+    return replace(
+        weights,
+        heads={layouts.rename(name, HEADS, back=True): tensor for name, tensor in heads.items()},
+    )
 
 
 def layout_of(state: Mapping[str, Any]) -> layouts.TensorLayout:
@@ -111,6 +141,11 @@ def token_order(vocabulary: int) -> Tensor:
 def _keys(state: Mapping[str, Tensor]) -> dict[str, Any]:
     if EMBEDDING not in state:
         return layouts.image_keys(state)
-    widths = {key: [len(state[name]) for name in names if name in state] for key, names in HEAD_SIZES.items()}
-    sizes = {key: size[0] if key.endswith("width") else size for key, size in widths.items() if size}
+    widths = {
+        key: [len(state[name]) for name in names if name in state]
+        for key, names in HEAD_SIZES.items()
+    }
+    sizes = {
+        key: size[0] if key.endswith("width") else size for key, size in widths.items() if size
+    }
     return {**layouts.image_keys(state), **layouts.text_keys(state, TEXT, mask=True), **sizes}

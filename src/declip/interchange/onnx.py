@@ -37,7 +37,9 @@ class Onnx(Format):
         if not model.has_text or not isinstance(model.tokenizer, WrappedTokenizer):
             return
         if model.tokenizer.stored["zeroed"] is not None:
-            raise Refusal("its tokenizer replaces one id by 0, which tokenizer.json cannot represent")
+            raise Refusal(
+                "its tokenizer replaces one id by 0, which tokenizer.json cannot represent"
+            )
 
     def write(self, traced: Traced, folder: Path, repo: str | None) -> None:
         """Write visual/ and textual/, each with a model.onnx, and config.json, which describes them.
@@ -45,7 +47,11 @@ class Onnx(Format):
         Images are (batch, 3, S, S) float32, normalized; texts (batch, length) int32 with padding after the end, length
         at most the context. Outputs are (batch, d) float32 of length 1. Batch and length are dynamic.
         """
-        model, prepared, batch = traced.model, preprocess_config(traced.model), torch.export.Dim("batch")
+        model, prepared, batch = (
+            traced.model,
+            preprocess_config(traced.model),
+            torch.export.Dim("batch"),
+        )
         size = model.preprocessor.size
         # Inputs and preprocessing, for readers without declip
         about: dict[str, Any] = {
@@ -61,12 +67,20 @@ class Onnx(Format):
         pixels = torch.zeros(ROWS, 3, size, size)
         tower = TowerFunction(model.image_tower, model.encode_image)
         _export(tower, pixels, {0: batch}, folder / VISUAL / MODEL, about["vision_cfg"])
-        (folder / VISUAL / "preprocess_cfg.json").write_text(json.dumps(prepared, indent=2) + "\n", encoding="utf-8")
+        (folder / VISUAL / "preprocess_cfg.json").write_text(
+            json.dumps(prepared, indent=2) + "\n", encoding="utf-8"
+        )
         if model.has_text:
             # Text tower, with a tokenizer of the `tokenizers` library
             tokenizer = model.tokenizer
-            about["text_cfg"] = {"context_length": tokenizer.context, "input": "text", "output": "text_embeds"}
-            about["text_cfg"] |= {name: getattr(tokenizer, name) for name in ("start", "end", "padding")}
+            about["text_cfg"] = {
+                "context_length": tokenizer.context,
+                "input": "text",
+                "output": "text_embeds",
+            }
+            about["text_cfg"] |= {
+                name: getattr(tokenizer, name) for name in ("start", "end", "padding")
+            }
             about["text_cfg"]["tokenizer_kwargs"] = {"clean": cleaning(tokenizer)}
             (folder / TEXTUAL).mkdir()
             tokens = torch.zeros(ROWS, LENGTH, dtype=torch.int32)
@@ -82,12 +96,16 @@ class Onnx(Format):
         import onnxruntime
 
         def session(tower: str, given: str) -> Callable[[Tensor], Tensor]:
-            opened = onnxruntime.InferenceSession(folder / tower / MODEL, providers=["CPUExecutionProvider"])
+            opened = onnxruntime.InferenceSession(
+                folder / tower / MODEL, providers=["CPUExecutionProvider"]
+            )
             return lambda batch: torch.from_numpy(opened.run(None, {given: batch.numpy()})[0])
 
         text = session(TEXTUAL, "text") if (folder / TEXTUAL).is_dir() else None
         version = f"onnxruntime {onnxruntime.__version__}"
-        return ReadBack(version, session(VISUAL, "image"), text and (lambda tokens: text(tokens.int())))
+        return ReadBack(
+            version, session(VISUAL, "image"), text and (lambda tokens: text(tokens.int()))
+        )
 
     def card(self, model: DualEncoder, repo: str | None) -> str:
         """Usage by onnxruntime and tokenizers."""
@@ -111,9 +129,16 @@ def cleaning(tokenizer: CaptionTokenizer) -> str:
     return ""
 
 
-def _export(module: nn.Module, example: Tensor, sizes: dict[int, Any], path: Path, about: dict[str, Any]) -> None:
+def _export(
+    module: nn.Module, example: Tensor, sizes: dict[int, Any], path: Path, about: dict[str, Any]
+) -> None:
     options: dict[str, Any] = {f"{kind}_names": [about[kind]] for kind in ("input", "output")}
-    options |= {"dynamo": True, "dynamic_shapes": (sizes,), "opset_version": OPSET, "verbose": False}
+    options |= {
+        "dynamo": True,
+        "dynamic_shapes": (sizes,),
+        "opset_version": OPSET,
+        "verbose": False,
+    }
     try:
         # The exporter warns and prints.
         with (
@@ -126,12 +151,16 @@ def _export(module: nn.Module, example: Tensor, sizes: dict[int, Any], path: Pat
             assert program is not None
             program.save(path)
     except ImportError as error:
-        raise UserError(f"Exporting onnx needs {error.name}. Install it: pip install 'declip[onnx]'.") from error
+        raise UserError(
+            f"Exporting onnx needs {error.name}. Install it: pip install 'declip[onnx]'."
+        ) from error
     except OSError:
         raise
     except Exception as error:  # the exporter has its own
         reason = one_line(error, 200)
-        raise UserError(f"torch cannot export the {path.parent.name} tower: {reason} Use safetensors.") from error
+        raise UserError(
+            f"torch cannot export the {path.parent.name} tower: {reason} Use safetensors."
+        ) from error
 
 
 @contextmanager

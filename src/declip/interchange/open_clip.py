@@ -47,7 +47,11 @@ WEIGHTS = "open_clip_model.safetensors"
 CLOSE = 1e-4  # tolerance for features of length 1, between a model here and in open_clip
 CAPTIONS = ("a red circle", "Two CATS &amp; a dog, asleep on a sofa", "")
 
-ENCODERS = ("bert", "roberta", "xlm-roberta")  # text encoder architectures that open_clip builds too
+ENCODERS = (
+    "bert",
+    "roberta",
+    "xlm-roberta",
+)  # text encoder architectures that open_clip builds too
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")  # NAME or OWNER/NAME, not a path
 
 POOLERS = {"cls": "cls_last_hidden_state_pooler", "mean": "mean_pooler"}
@@ -67,14 +71,18 @@ def read(where: str) -> Weights:
         converted = _converted(opened, where)
         return converted or _compared(wrap_open_clip(opened, where), opened)
     except Exception as error:  # a tower that is not known
-        raise UserError(f"This model of open_clip cannot be read: {one_line(error).rstrip('.')}.") from error
+        raise UserError(
+            f"This model of open_clip cannot be read: {one_line(error).rstrip('.')}."
+        ) from error
 
 
 def _converted(opened: OpenClipModel, where: str) -> Weights | None:
     """The model with the towers of declip, or None if these have other tensors or compute other features."""
     from open_clip import CLIP
 
-    if type(opened.model) is not CLIP or not (_crops_a_square(opened) and _tokenizes_as_clip(opened)):
+    if type(opened.model) is not CLIP or not (
+        _crops_a_square(opened) and _tokenizes_as_clip(opened)
+    ):
         return None
     try:
         return _compared(_convert(opened, where), opened)
@@ -110,7 +118,9 @@ def _tokenizes_as_clip(opened: OpenClipModel) -> bool:
 def _convert(opened: OpenClipModel, origin: str) -> Weights:
     """Convert the towers to those of declip."""
     tensors = opened.model.state_dict()
-    tensors |= {name: tensor.squeeze() for name, tensor in tensors.items() if name.startswith("logit_")}
+    tensors |= {
+        name: tensor.squeeze() for name, tensor in tensors.items() if name.startswith("logit_")
+    }
     keys, layout = _keys(opened, tensors)
     recipe = load_recipe("few-clip", {"name": "from-open-clip", **keys})
     return layouts.from_layout(recipe, layout, tensors, origin)
@@ -123,7 +133,9 @@ def _keys(opened: OpenClipModel, state: Mapping[str, Tensor]) -> Section:
     if hasattr(tower, "trunk"):
         image, layout = {"image.model": tower.trunk.default_cfg["architecture"]}, layouts.TIMM
     else:
-        attention = tower.attnpool if hasattr(tower, "attnpool") else tower.transformer.resblocks[0].attn
+        attention = (
+            tower.attnpool if hasattr(tower, "attnpool") else tower.transformer.resblocks[0].attn
+        )
         image = layouts.image_keys(state, attention.num_heads, activation)
         layout = layouts.image_layout(state)
     bare = "text_projection" in state
@@ -132,7 +144,9 @@ def _keys(opened: OpenClipModel, state: Mapping[str, Tensor]) -> Section:
         **layouts.text_keys(state, "", block.attn.num_heads),
         "text.activation": activation,
         **image_keys(opened, size if isinstance(size, int) else size[0]),
-        "embed_dim": state["text_projection"].shape[1] if bare else len(state["text_projection.weight"]),
+        "embed_dim": state["text_projection"].shape[1]
+        if bare
+        else len(state["text_projection.weight"]),
         "logit_bias": float(state["logit_bias"]) if "logit_bias" in state else None,
     }
     return keys, layout + (layouts.CLIP_TEXT if bare else layouts.CLIP_TEXT_WITH_BIAS)
@@ -142,15 +156,26 @@ def _compared(weights: Weights, opened: OpenClipModel) -> Weights:
     from open_clip.transform import image_transform_v2
 
     # Odd sizes, so that resizing and cropping are compared too.
-    ours, theirs, transform = weights.build().eval(), opened.model, image_transform_v2(opened.preprocess, False)
+    ours, theirs, transform = (
+        weights.build().eval(),
+        opened.model,
+        image_transform_v2(opened.preprocess, False),
+    )
     if opened.resize is not None:
         transform.transforms[0].size = opened.resize
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (57, 91, 3), dtype=np.uint8))
     images = [noise, noise.resize((40, 333))]
-    pixels, tokens = torch.stack([transform(image) for image in images]), opened.tokenizer(list(CAPTIONS))
+    pixels, tokens = (
+        torch.stack([transform(image) for image in images]),
+        opened.tokenizer(list(CAPTIONS)),
+    )
     with torch.no_grad():
-        visual = ours.encode_image(ours.preprocess(images)) - theirs.encode_image(pixels, normalize=True)
-        texts = ours.encode_text(ours.tokenize(CAPTIONS)) - theirs.encode_text(tokens, normalize=True)
+        visual = ours.encode_image(ours.preprocess(images)) - theirs.encode_image(
+            pixels, normalize=True
+        )
+        texts = ours.encode_text(ours.tokenize(CAPTIONS)) - theirs.encode_text(
+            tokens, normalize=True
+        )
     # NaN fails this comparison too.
     for kind, difference in (("images", visual), ("captions", texts)):
         if not float(difference.abs().max()) <= CLOSE:
@@ -182,7 +207,9 @@ class OpenClip(Format):
         if isinstance(model.text_tower, WrappedTextTower):
             needs_file = model.text_tower.wrapped.tokenizer["definition"] is not None
         if (encoder := text_encoder(model)) is not None:
-            (folder / hf_encoder.CONFIG).write_text(json.dumps(dict(encoder), indent=2) + "\n", encoding="utf-8")
+            (folder / hf_encoder.CONFIG).write_text(
+                json.dumps(dict(encoder), indent=2) + "\n", encoding="utf-8"
+            )
         if needs_file:
             # open_clip reads the tokenizer of a folder from that folder, and of a repository by its name.
             text_config["hf_tokenizer_name"] = repo or "tokenizer.json"
@@ -194,20 +221,28 @@ class OpenClip(Format):
         """Load the folder with open_clip."""
         import open_clip
 
-        text_config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["model_cfg"]["text_cfg"]
+        text_config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["model_cfg"][
+            "text_cfg"
+        ]
         changes = encoder_from(folder, text_config)
         with Uninitialized():
-            model: Any = open_clip.create_model(f"{FOLDER}{folder}", weights_only=True, **changes).eval()
+            model: Any = open_clip.create_model(
+                f"{FOLDER}{folder}", weights_only=True, **changes
+            ).eval()
         context = int(model.context_length)
         return ReadBack(
             f"open_clip {open_clip.__version__}",
             model.encode_image,
-            lambda tokens: model.encode_text(tokens if changes else F.pad(tokens, (0, context - tokens.shape[1]))),
+            lambda tokens: model.encode_text(
+                tokens if changes else F.pad(tokens, (0, context - tokens.shape[1]))
+            ),
         )
 
     def card(self, model: DualEncoder, repo: str | None) -> str:
         """Usage by open_clip."""
-        return render("open_clip.jinja", model=model, repo=repo, encoder=text_encoder(model) is not None)
+        return render(
+            "open_clip.jinja", model=model, repo=repo, encoder=text_encoder(model) is not None
+        )
 
     def limits(self, model: DualEncoder, repo: str | None) -> str:
         """Describe what open_clip's configuration cannot hold, and what that changes; "" if it holds all."""
@@ -261,7 +296,10 @@ def _express(model: DualEncoder, repo: str) -> tuple[dict[str, Any], dict[str, T
     if isinstance(model.text_tower, WrappedTextTower):
         model_config, tensors = _express_wrapped(model, model.text_tower.wrapped)
         if model.text_tower.wrapped.encoder is not None:
-            model_config["text_cfg"] |= {"hf_model_name": hub_encoder(model) or repo, "hf_model_pretrained": False}
+            model_config["text_cfg"] |= {
+                "hf_model_name": hub_encoder(model) or repo,
+                "hf_model_pretrained": False,
+            }
     else:
         keys = layouts.clip_keys(model.image_tower)
         if isinstance(model.text_tower, HuggingfaceTextTower):
@@ -279,12 +317,18 @@ def _express(model: DualEncoder, repo: str) -> tuple[dict[str, Any], dict[str, T
         }
         if model.logit_bias is not None:
             model_config["init_logit_bias"] = model.logit_bias.item()
-        state = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith("_extra_state")}
+        state = {
+            name: tensor
+            for name, tensor in model.state_dict().items()
+            if not name.endswith("_extra_state")
+        }
         tensors = (visual + text).write(state)
     return {"model_cfg": model_config, "preprocess_cfg": layouts.preprocess_config(model)}, tensors
 
 
-def _express_wrapped(model: DualEncoder, stored: WrappedModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _express_wrapped(
+    model: DualEncoder, stored: WrappedModel
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     tensors = {
         f"{prefix}{name}": tensor
         for prefix, tower in zip(PREFIXES, (model.image_tower, model.text_tower), strict=True)
@@ -302,11 +346,16 @@ def _express_wrapped(model: DualEncoder, stored: WrappedModel) -> tuple[dict[str
 
 def _text_config(model: DualEncoder) -> Section:
     tower, text = layouts.clip_text_tower(model), model.recipe.text
-    config: dict[str, Any] = {name: getattr(text, name) for name in ("context_length", "width", "heads", "layers")}
+    config: dict[str, Any] = {
+        name: getattr(text, name) for name in ("context_length", "width", "heads", "layers")
+    }
     config |= {"vocab_size": model.tokenizer.vocabulary - 1, "proj_bias": text.projection_bias}
     if text.bpe_merges is not None:
         config["tokenizer_kwargs"] = {"clean": "lower"}
-    return config, layouts.CLIP_TEXT if tower.text_projection.bias is None else layouts.CLIP_TEXT_WITH_BIAS
+    return (
+        config,
+        layouts.CLIP_TEXT if tower.text_projection.bias is None else layouts.CLIP_TEXT_WITH_BIAS,
+    )
 
 
 def _text_encoder(tower: HuggingfaceTextTower, name: str) -> Section:
@@ -336,8 +385,14 @@ def _vision_config(model: DualEncoder, keys: Mapping[str, Any] | None, activatio
         return {"layers": sizes["depths"], "width": width, "patch_size": None}, layouts.CLIP_RESNET
     if keys and layouts.activation_of(keys) == activation:
         width = sizes["embed_dim"]
-        config = {"layers": sizes["depth"], "width": width, "head_width": width // sizes["num_heads"]}
-        return config | {name: sizes[name] for name in ("patch_size", "mlp_ratio")}, layouts.CLIP_VIT
+        config = {
+            "layers": sizes["depth"],
+            "width": width,
+            "head_width": width // sizes["num_heads"],
+        }
+        return config | {
+            name: sizes[name] for name in ("patch_size", "mlp_ratio")
+        }, layouts.CLIP_VIT
     import timm
 
     name, tower = model.recipe.image.model, model.image_tower
@@ -349,7 +404,11 @@ def _vision_config(model: DualEncoder, keys: Mapping[str, Any] | None, activatio
         norm = {f"norm.{part}": tensor for part, tensor in tower.norm.state_dict().items()}
         difference = first_difference(trunk.state_dict(), {**tower.trunk.state_dict(), **norm})
     if difference:
-        way_out = f"train with text.activation={layouts.activation_of(keys)}" if keys else layouts.TO_CLIP_VIT
+        way_out = (
+            f"train with text.activation={layouts.activation_of(keys)}"
+            if keys
+            else layouts.TO_CLIP_VIT
+        )
         raise Refusal(
             "its image tower is neither CLIP's ViT with the activation of the text tower nor CLIP's ResNet, and "
             f"open_clip builds other towers by timm's name, which is another network than '{name}' at "

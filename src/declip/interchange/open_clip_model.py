@@ -17,7 +17,14 @@ import torch
 
 from declip.data.text.tokenizer import WrappedTokenizer
 from declip.errors import UserError, check_installed, unknown
-from declip.interchange.weights import Weights, check_file, check_layers, memory_of, reason, refuse_growth
+from declip.interchange.weights import (
+    Weights,
+    check_file,
+    check_layers,
+    memory_of,
+    reason,
+    refuse_growth,
+)
 from declip.io.hub import fetch, online
 from declip.io.progress import quiet
 from declip.models.layers import IMAGE, TEXT
@@ -30,7 +37,11 @@ PREFIX, FOLDER = "open_clip:", "local-dir:"
 CONFIG = "open_clip_config.json"
 ENCODER = "config.json"  # of a text encoder of transformers
 HERE = "."  # "hf_model_name" of a text encoder whose config.json is in the same folder
-IN_FOLDER = ("*.safetensors", "*.bin", "*.pth")  # patterns of weights that open_clip reads in a folder
+IN_FOLDER = (
+    "*.safetensors",
+    "*.bin",
+    "*.pth",
+)  # patterns of weights that open_clip reads in a folder
 PREFIXES = ("visual.", "text.")  # prefixes of tensors of open_clip's image and text tower
 
 
@@ -42,7 +53,9 @@ class OpenClipModel(NamedTuple):
     preprocess: Any
     tokenizer: Any
     config: Mapping[str, Any]
-    resize: int | None = None  # shorter side before the crop, in an export of declip where it is not the image size
+    resize: int | None = (
+        None  # shorter side before the crop, in an export of declip where it is not the image size
+    )
 
 
 def matches(where: str) -> bool:
@@ -81,7 +94,9 @@ def load_open_clip(given: str) -> OpenClipModel:
         except ImportError as error:
             raise UserError(f"'{given}' needs {error.name}: pip install {error.name}.") from error
         except Exception as error:  # a wrong file or configuration raises any class
-            raise UserError(f"Cannot load '{given}': {reason(error)} Give weights of that model.") from error
+            raise UserError(
+                f"Cannot load '{given}': {reason(error)} Give weights of that model."
+            ) from error
     config = config | ({"quick_gelu": True} if options.get("force_quick_gelu") else {})
     return OpenClipModel(name, model.eval(), prepared, tokenizer, config, resize)
 
@@ -96,7 +111,9 @@ def encoder_from(folder: Path, text: Mapping[str, Any]) -> dict[str, Any]:
     file = folder / ENCODER
     if "hf_model_name" not in text or not file.is_file():
         return {}
-    if json.loads(file.read_text(encoding="utf-8")).get("model_type") not in arch_dict:  # of another model
+    if (
+        json.loads(file.read_text(encoding="utf-8")).get("model_type") not in arch_dict
+    ):  # of another model
         return {}
     return {"text_cfg": {**text, "hf_model_name": str(folder), "hf_model_pretrained": False}}
 
@@ -114,7 +131,9 @@ def _check_config(
     if text.get("hf_model_name") and not encoder:
         return {}  # of the Hub, by its name
     with torch.device("meta"):
-        model = open_clip.create_model(name, load_weights=False, pretrained_text=False, device="meta", **encoder)
+        model = open_clip.create_model(
+            name, load_weights=False, pretrained_text=False, device="meta", **encoder
+        )
     refuse_growth(CONFIG, memory_of(model), sum(file.stat().st_size for file in files))
     return encoder
 
@@ -122,14 +141,20 @@ def _check_config(
 def _tokenizer(open_clip: ModuleType, given: str, name: str, text: Mapping[str, Any]) -> Any:
     # Options of a tokenizer go to transformers, which runs Python code of a folder if this one says so.
     if (text.get("tokenizer_kwargs") or {}).get("trust_remote_code"):
-        raise UserError(f"'{given}' asks to run its own code (trust_remote_code), which is refused.")
+        raise UserError(
+            f"'{given}' asks to run its own code (trust_remote_code), which is refused."
+        )
     fetched = "hf_tokenizer_name" in text and not name.startswith(FOLDER)
     try:
-        return open_clip.get_tokenizer(name, **({"local_files_only": True} if fetched and not online() else {}))
+        return open_clip.get_tokenizer(
+            name, **({"local_files_only": True} if fetched and not online() else {})
+        )
     except (OSError, ValueError) as error:  # transformers tries several ways, and names the last
         if "hf_tokenizer_name" not in text:
             raise
-        raise UserError(f"Cannot read the tokenizer of '{given}'. Put its tokenizer.json next to {CONFIG}.") from error
+        raise UserError(
+            f"Cannot read the tokenizer of '{given}'. Put its tokenizer.json next to {CONFIG}."
+        ) from error
 
 
 def _resolve(open_clip: ModuleType, given: str) -> tuple[str, list[Path], dict[str, Any]]:
@@ -140,7 +165,9 @@ def _resolve(open_clip: ModuleType, given: str) -> tuple[str, list[Path], dict[s
         folder = Path(spec.removeprefix(FOLDER)).expanduser()
         files = [file for pattern in IN_FOLDER for file in folder.glob(pattern)]
         if not (folder / CONFIG).is_file() or not files:
-            raise UserError(f"'{folder}' is not a folder with {CONFIG} and weights ({', '.join(IN_FOLDER)}).")
+            raise UserError(
+                f"'{folder}' is not a folder with {CONFIG} and weights ({', '.join(IN_FOLDER)})."
+            )
         return f"{FOLDER}{folder}", files, {"require_pretrained": True}
     name, _, weights = spec.partition("/")
     if name not in open_clip.list_models():
@@ -149,7 +176,13 @@ def _resolve(open_clip: ModuleType, given: str) -> tuple[str, list[Path], dict[s
     # A published tag
     if open_clip.is_pretrained_cfg(name, weights):
         tag = open_clip.get_pretrained_cfg(name, weights)
-        file = Path(fetch(given, partial(_published_file, open_clip, tag), f"{PREFIX}MODEL/FILE or as a folder"))
+        file = Path(
+            fetch(
+                given,
+                partial(_published_file, open_clip, tag),
+                f"{PREFIX}MODEL/FILE or as a folder",
+            )
+        )
         options = {"force_preprocess_cfg": tag, "force_quick_gelu": bool(tag.get("quick_gelu"))}
         return name, [file], {"pretrained": str(file), **options}
     # A file of weights, which does not contain its preprocessing
@@ -161,9 +194,16 @@ def _resolve(open_clip: ModuleType, given: str) -> tuple[str, list[Path], dict[s
         )
     transform: Any = open_clip.transform
     usual = asdict(transform.PreprocessCfg())
-    published = [transform.merge_preprocess_dict(usual, open_clip.get_pretrained_cfg(name, tag)) for tag in tags]
+    published = [
+        transform.merge_preprocess_dict(usual, open_clip.get_pretrained_cfg(name, tag))
+        for tag in tags
+    ]
     if published and usual not in published:
-        log.warning("'%s' is used with CLIP's preprocessing, unlike the published weights of %s.", file, name)
+        log.warning(
+            "'%s' is used with CLIP's preprocessing, unlike the published weights of %s.",
+            file,
+            name,
+        )
     return name, [file], {"pretrained": str(file)}
 
 
@@ -181,18 +221,28 @@ def _check_positions(open_clip: ModuleType, model: torch.nn.Module, file: Path) 
     """Refuse position embeddings of another size, which open_clip resamples silently."""
     held = open_clip.factory.load_state_dict(str(file), weights_only=True)
     for name, tensor in model.state_dict().items():
-        if name.endswith(("positional_embedding", "pos_embed")) and held.get(name, tensor).shape != tensor.shape:
-            raise ValueError(f"{name!r} has shape {tuple(held[name].shape)} instead of {tuple(tensor.shape)}")
+        if (
+            name.endswith(("positional_embedding", "pos_embed"))
+            and held.get(name, tensor).shape != tensor.shape
+        ):
+            raise ValueError(
+                f"{name!r} has shape {tuple(held[name].shape)} instead of {tuple(tensor.shape)}"
+            )
 
 
 def wrap_open_clip(opened: OpenClipModel, origin: str) -> Weights:
     """Wrap the towers of any model of open_clip, with its tokenizer and preprocessing."""
     from open_clip.model import convert_to_custom_text_state_dict
 
-    prepared, config = opened.preprocess, {k: v for k, v in opened.config.items() if k != "multimodal_cfg"}
+    prepared, config = (
+        opened.preprocess,
+        {k: v for k, v in opened.config.items() if k != "multimodal_cfg"},
+    )
     sides = {prepared.size} if isinstance(prepared.size, int) else set(prepared.size)
     if prepared.resize_mode not in ("shortest", "squash") or len(sides) > 1:
-        raise UserError(f"its images are resized {prepared.resize_mode} to {prepared.size}, not to a square")
+        raise UserError(
+            f"its images are resized {prepared.resize_mode} to {prepared.size}, not to a square"
+        )
     size, text = sides.pop(), config["text_cfg"]
     stored = WrappedModel(
         config,
@@ -212,11 +262,20 @@ def wrap_open_clip(opened: OpenClipModel, origin: str) -> Weights:
         IMAGE: WrappedImageTower(modules[0], config["embed_dim"]),
         TEXT: WrappedTextTower(modules[1], tokenizer, stored),
     }
-    tensors = {f"{start}{n}": t.detach() for start, tower in towers.items() for n, t in tower.state_dict().items()}
+    tensors = {
+        f"{start}{n}": t.detach()
+        for start, tower in towers.items()
+        for n, t in tower.state_dict().items()
+    }
     tensors |= {n: state[n].squeeze() for n in ("logit_scale", "logit_bias") if n in state}
     name = PREFIX + _short_name(opened.name)
     keys = {
-        **{"name": "from-open-clip", "embed_dim": config["embed_dim"], "image.model": name, "text.hf_model": name},
+        **{
+            "name": "from-open-clip",
+            "embed_dim": config["embed_dim"],
+            "image.model": name,
+            "text.hf_model": name,
+        },
         **image_keys(opened, size),
         **{"text.pretrained": False, "text.context_length": tokenizer.context},
         "logit_bias": float(tensors["logit_bias"]) if "logit_bias" in tensors else None,
@@ -228,7 +287,9 @@ def image_keys(opened: OpenClipModel, size: int) -> dict[str, Any]:
     """Recipe keys of open_clip's preprocessing; "random" interpolation is bicubic in evaluation."""
     prepared = opened.preprocess
     if opened.resize is not None and (type(opened.resize) is not int or opened.resize < size):
-        raise UserError(f"preprocess_cfg.resize is {opened.resize!r}; it must be an integer of {size} or more")
+        raise UserError(
+            f"preprocess_cfg.resize is {opened.resize!r}; it must be an integer of {size} or more"
+        )
     return {
         "image.size": size,
         "image.mean": list(prepared.mean),
@@ -241,7 +302,9 @@ def image_keys(opened: OpenClipModel, size: int) -> dict[str, Any]:
 def _short_name(name: str) -> str:
     """The name of a model, a folder or, in the Hub's cache, a repository."""
     parts = Path(name.removeprefix(FOLDER)).parts
-    return next((part.removeprefix("models--") for part in parts if part.startswith("models--")), parts[-1])
+    return next(
+        (part.removeprefix("models--") for part in parts if part.startswith("models--")), parts[-1]
+    )
 
 
 def _tokenizer_arguments(tokenizer: Any, text: Mapping[str, Any]) -> dict[str, Any]:
@@ -249,14 +312,22 @@ def _tokenizer_arguments(tokenizer: Any, text: Mapping[str, Any]) -> dict[str, A
 
     options = text.get("tokenizer_kwargs") or {}
     if isinstance(tokenizer, SimpleTokenizer):
-        return {"definition": None, "context": tokenizer.context_length, "clean": options.get("clean", "lower")}
+        return {
+            "definition": None,
+            "context": tokenizer.context_length,
+            "clean": options.get("clean", "lower"),
+        }
     library = tokenizer.tokenizer
     if getattr(tokenizer, "tokenizer_mode", "") or library.padding_side != "right":
-        raise UserError(f"its tokenizer pads on the {library.padding_side}, with the mode '{tokenizer.tokenizer_mode}'")
+        raise UserError(
+            f"its tokenizer pads on the {library.padding_side}, with the mode '{tokenizer.tokenizer_mode}'"
+        )
     return {
         "definition": library.backend_tokenizer.to_str(),
         "context": tokenizer.context_length,
-        "clean": options.get("clean", "canonicalize" if isinstance(tokenizer, SigLipTokenizer) else "whitespace"),
+        "clean": options.get(
+            "clean", "canonicalize" if isinstance(tokenizer, SigLipTokenizer) else "whitespace"
+        ),
         "padding": library.pad_token_id,
         "zeroed": library.sep_token_id if getattr(tokenizer, "strip_sep_token", False) else None,
     }

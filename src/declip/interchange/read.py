@@ -53,7 +53,9 @@ READERS: tuple[Reader, ...] = (
 """In order of precedence: the first that matches reads."""
 
 
-def load(where: str | Path | Run | FittedRun, device: str = "auto", precision: Precision = "fp32") -> DualEncoder:
+def load(
+    where: str | Path | Run | FittedRun, device: str = "auto", precision: Precision = "fp32"
+) -> DualEncoder:
     """Load a model in evaluation mode from a run folder, a file, or a name.
 
     Only names with a colon are downloaded, except those that begin with ``builtin:``.
@@ -94,14 +96,18 @@ def folder_or_name(model: Any) -> Any:
 
 
 def loaded(
-    model: str | Path | Run | FittedRun | Encoder, device: str = "auto", precision: Precision = "fp32"
+    model: str | Path | Run | FittedRun | Encoder,
+    device: str = "auto",
+    precision: Precision = "fp32",
 ) -> Encoder:
     """The model that is given as an object, else the one that `load` loads."""
     if isinstance(model, str | Path | Run | FittedRun):
         return load(model, device, precision)
     if not hasattr(model, "encode_image"):
         allowed = "a run folder, a file, a name, or an object with `encode_image`"
-        raise UserError(f"A model is what `declip.load` takes, {allowed}; {type(model).__name__} was given.")
+        raise UserError(
+            f"A model is what `declip.load` takes, {allowed}; {type(model).__name__} was given."
+        )
     return model
 
 

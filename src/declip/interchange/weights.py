@@ -20,7 +20,8 @@ from torch.overrides import TorchFunctionMode
 
 from declip.errors import UserError
 from declip.interchange.classes import Classes
-from declip.io.text import one_line, read_yaml
+from declip.io.text import one_line
+from declip.io.yaml_dialect import read_yaml
 from declip.models.dual_encoder import DualEncoder, PublishedHeads, Towers
 from declip.models.hf_encoder import TextEncoder
 from declip.models.layers import IMAGE, PROJECTIONS, TEXT, adapted, add_adapters, merge_adapters
@@ -36,12 +37,20 @@ MAX_GROWTH = 4
 
 RANDOM = {
     *(Tensor.normal_, Tensor.uniform_),
-    *(nn.init.normal_, nn.init.uniform_, nn.init.kaiming_normal_, nn.init.kaiming_uniform_, nn.init.trunc_normal_),
+    *(
+        nn.init.normal_,
+        nn.init.uniform_,
+        nn.init.kaiming_normal_,
+        nn.init.kaiming_uniform_,
+        nn.init.trunc_normal_,
+    ),
 }
 """Functions that fill a tensor in place with random numbers, and return it."""
 
 
-PATCH_PROJECTION = "patch_projection.weight"  # end of a tensor's name in the head of a loss that compares tokens
+PATCH_PROJECTION = (
+    "patch_projection.weight"  # end of a tensor's name in the head of a loss that compares tokens
+)
 
 
 @dataclass(frozen=True)
@@ -54,7 +63,9 @@ class Weights:
     heads: Mapping[str, Tensor] = field(default_factory=dict)  # by the names of `Objective`
     classes: Classes | None = None  # of the image tower's classifier, if it came with one
     step: int | None = None  # of the run
-    published: str = ""  # what determines the weights, if projections are computed from published files
+    published: str = (
+        ""  # what determines the weights, if projections are computed from published files
+    )
     fingerprint: str = ""  # of the complete model, where this is a part of it
 
     @property
@@ -75,11 +86,15 @@ class Weights:
     @property
     def encoder(self) -> TextEncoder | WrappedModel | None:
         """Configuration of the Hugging Face text encoder or the wrapped model, if it is one."""
-        return encoder_kept_in(self.tensors, self.recipe, Path(self.origin)) if self.has_text else None
+        return (
+            encoder_kept_in(self.tensors, self.recipe, Path(self.origin)) if self.has_text else None
+        )
 
     def named_classes(self, file: str | None = None, required: bool = False) -> Classes | None:
         """Return the classes if they have names, or those in a file; a `UserError` without, if given or required."""
-        classes = self.classes if self.classes is None or file is None else self.classes.with_names(file)
+        classes = (
+            self.classes if self.classes is None or file is None else self.classes.with_names(file)
+        )
         if classes is not None and classes.names:
             return classes
         if not required and file is None:
@@ -97,7 +112,9 @@ class Weights:
         with torch.device("meta"), Uninitialized():
             model, _ = self._empty()
         if difference := first_difference(model.state_dict(), self.tensors):
-            raise UserError(f"The weights in '{self.origin}' do not fit their recipe: {difference}.")
+            raise UserError(
+                f"The weights in '{self.origin}' do not fit their recipe: {difference}."
+            )
         return self
 
     @property
@@ -105,7 +122,10 @@ class Weights:
         """The weights without the image tower, whose `build` imports no timm; None where the towers share something."""
         if not self.has_text or adapted(self.tensors) or isinstance(self.encoder, WrappedModel):
             return None
-        return replace(self, tensors={name: t for name, t in self.tensors.items() if not name.startswith(IMAGE)})
+        return replace(
+            self,
+            tensors={name: t for name, t in self.tensors.items() if not name.startswith(IMAGE)},
+        )
 
     def build(self) -> DualEncoder:
         """Build the model in training mode, on the CPU, with merged adapters."""
@@ -120,7 +140,11 @@ class Weights:
             )
         model.load_state_dict(self.tensors)
         if self.published:
-            heads = {name: tensor for name, tensor in self.tensors.items() if name.startswith(PROJECTIONS)}
+            heads = {
+                name: tensor
+                for name, tensor in self.tensors.items()
+                if name.startswith(PROJECTIONS)
+            }
             model.published = PublishedHeads(self.published, heads)
         if self.fingerprint:
             model.float32_fingerprint = self.fingerprint
@@ -147,7 +171,11 @@ class Weights:
         if section is None or first is None or not (model.has_image and model.has_text):
             return None
         prefix = first.removesuffix(PATCH_PROJECTION)
-        own = {name.removeprefix(prefix): tensor for name, tensor in self.heads.items() if name.startswith(prefix)}
+        own = {
+            name.removeprefix(prefix): tensor
+            for name, tensor in self.heads.items()
+            if name.startswith(prefix)
+        }
         with torch.device("meta"):  # the sizes may be a stranger's
             head = TokenHead(model.image_tower.token_width, model.text_tower.width, section.width)
         try:
@@ -168,7 +196,9 @@ class Weights:
         if model.has_text:
             model.text_tower.match_projection(self.tensors)
         lora, with_adapters = self.recipe.finetune.lora, adapted(self.tensors)
-        return model, add_adapters(model, lora, with_adapters) if lora is not None and with_adapters else []
+        return model, add_adapters(
+            model, lora, with_adapters
+        ) if lora is not None and with_adapters else []
 
     @property
     def _towers(self) -> Towers:
@@ -187,7 +217,9 @@ class Uninitialized(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def empty(recipe: Recipe, encoder: TextEncoder | WrappedModel | None = None, towers: Towers = "both") -> DualEncoder:
+def empty(
+    recipe: Recipe, encoder: TextEncoder | WrappedModel | None = None, towers: Towers = "both"
+) -> DualEncoder:
     """Build the model of a recipe that came with weights, with random weights."""
     try:
         return DualEncoder(recipe, encoder, towers)
@@ -207,7 +239,9 @@ def check_layers(config: Any, tensors: int, where: str) -> None:
 def refuse_growth(where: str, memory: int, size: int) -> None:
     """Refuse what takes much more memory than its weights of `size` bytes."""
     if memory > MAX_GROWTH * size:
-        raise UserError(f"{where} takes {memory:,} bytes of memory, but its weights have {size:,}. Save them again.")
+        raise UserError(
+            f"{where} takes {memory:,} bytes of memory, but its weights have {size:,}. Save them again."
+        )
 
 
 def memory_of(*modules: nn.Module) -> int:
@@ -229,9 +263,15 @@ def read_recipe(text: str, origin: str) -> Recipe:
     try:
         return Recipe.model_validate(read_yaml(text))
     except Exception as error:  # YAML has its own errors
-        keys = [problem["loc"] for problem in error.errors()] if isinstance(error, ValidationError) else []
+        keys = (
+            [problem["loc"] for problem in error.errors()]
+            if isinstance(error, ValidationError)
+            else []
+        )
         what = ", ".join(".".join(map(str, key)) for key in keys[:3]) or one_line(error)
-        raise UserError(f"The recipe in '{origin}' is damaged, or another version's: {what}. Train again.") from error
+        raise UserError(
+            f"The recipe in '{origin}' is damaged, or another version's: {what}. Train again."
+        ) from error
 
 
 def first_difference(expected: Mapping[str, Any], given: Mapping[str, Any]) -> str | None:
@@ -241,7 +281,9 @@ def first_difference(expected: Mapping[str, Any], given: Mapping[str, Any]) -> s
     for name, tensor in expected.items():
         other = given.get(name, tensor)
         if other.shape != tensor.shape:
-            problems.append(f"'{name}' has shape {tuple(other.shape)} instead of {tuple(tensor.shape)}")
+            problems.append(
+                f"'{name}' has shape {tuple(other.shape)} instead of {tuple(tensor.shape)}"
+            )
         elif tensor.is_floating_point() and not other.is_floating_point():
             problems.append(f"'{name}' holds {other.dtype} instead of {tensor.dtype}")
     more = f", and {len(problems) - 1:,} more differ" if len(problems) > 1 else ""
@@ -251,26 +293,36 @@ def first_difference(expected: Mapping[str, Any], given: Mapping[str, Any]) -> s
 def read_tensors(path: Path) -> Any:
     """Read a torch or safetensors file into host memory."""
     if not path.is_file() or path.suffix == ".onnx":
-        raise UserError(f"'{path}' is not a file of weights. Give one that torch.save or safetensors wrote.")
+        raise UserError(
+            f"'{path}' is not a file of weights. Give one that torch.save or safetensors wrote."
+        )
     try:
         return load_file(path) if path.suffix == ".safetensors" else _load(path)
     except UserError:
         raise
     except Exception as error:  # a damaged file raises any class
-        raise UserError(f"Cannot read weights from '{path}': {reason(error)} Download the file again.") from error
+        raise UserError(
+            f"Cannot read weights from '{path}': {reason(error)} Download the file again."
+        ) from error
 
 
 def unwrapped(content: Any, *keys: str) -> dict[str, Tensor]:
     """Tensors in the content of a checkpoint, without "module.": below the first of the keys that it has, or all."""
     content = content if isinstance(content, Mapping) else {}
     state = next((content[key] for key in keys if isinstance(content.get(key), Mapping)), content)
-    return {str(name).removeprefix("module."): tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+    return {
+        str(name).removeprefix("module."): tensor
+        for name, tensor in state.items()
+        if isinstance(tensor, Tensor)
+    }
 
 
 def check_file(path: Path) -> int:
     """Check a file that another library will read, and count its tensors; those of torch's archives are mapped."""
     if path.suffix == ".safetensors":
-        with safe_open(path, "pt") as file:  # reads the header, which says no more than the file holds
+        with safe_open(
+            path, "pt"
+        ) as file:  # reads the header, which says no more than the file holds
             return len(file.keys())
     return sum(1 for _ in _tensors(_load(path, mmap=True)))
 
@@ -296,7 +348,9 @@ def _load(path: Path, mmap: bool = False) -> Any:
                 "open_clip:ViT-B-32/openai; of your own models save the `state_dict()`."
             )
         refuse_growth(f"'{path}'", sum(entry.file_size for entry in entries), size)
-    content = torch.load(path, map_location="cpu", weights_only=True, mmap=(mmap and archive) or None)
+    content = torch.load(
+        path, map_location="cpu", weights_only=True, mmap=(mmap and archive) or None
+    )
     # An expanded tensor can repeat one number 10^12 times, and a copy of it would take the memory.
     refuse_growth(f"'{path}'", sum(tensor.nbytes for tensor in _tensors(content)), size)
     return content

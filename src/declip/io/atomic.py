@@ -21,11 +21,25 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CACHE_VARIABLE = "DECLIP_CACHE"
-ELSEWHERE = "choose another folder with --out"
-DAY = 86_400  # seconds after which a temporary file must be left over from a process that was killed
+HINT = "choose another folder with --out"
+DAY = (
+    86_400  # seconds after which a temporary file must be left over from a process that was killed
+)
 FULL = (errno.ENOSPC, errno.EDQUOT)
-FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EFBIG, errno.EIO)
-NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # of flock, as on NFS without lockd and some of FUSE
+FORBIDDEN = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EEXIST,
+    errno.EFBIG,
+    errno.EIO,
+)
+NO_LOCKS = (
+    errno.ENOLCK,
+    errno.EOPNOTSUPP,
+    errno.ENOSYS,
+)  # of flock, as on NFS without lockd and some of FUSE
 
 
 def cache_folder() -> Path:
@@ -38,7 +52,9 @@ def csv_path(given: str | Path, option: str = "--out") -> Path:
     """Return the path of a table to write; raises `UserError` if it is not a .csv file."""
     path = Path(given).expanduser()
     if path.suffix.lower() != ".csv" or path.is_dir():
-        raise UserError(f"A table is written to a .csv file, not to '{given}'. Choose another path with {option}.")
+        raise UserError(
+            f"A table is written to a .csv file, not to '{given}'. Choose another path with {option}."
+        )
     return path
 
 
@@ -51,17 +67,25 @@ def atomic_write(
     A file that is replaced keeps its permissions, and one behind a symbolic link is replaced, not the link. `elsewhere`
     says how to choose another path. `durable` files survive a power failure, with the old or new content.
     """
-    if not target.name or (target.exists() and not (target.is_file() or target.is_dir())):  # such as /dev/null
-        raise UserError(f"'{target}' cannot be replaced. Give the path of a file or folder; {elsewhere}.")
+    if not target.name or (
+        target.exists() and not (target.is_file() or target.is_dir())
+    ):  # such as /dev/null
+        raise UserError(
+            f"'{target}' cannot be replaced. Give the path of a file or folder; {elsewhere}."
+        )
     if target.is_symlink():
         target = Path(os.path.realpath(target))
-    partial, old = (target.with_name(f".{target.name}.{os.getpid()}.{end}") for end in ("partial", "old"))
+    partial, old = (
+        target.with_name(f".{target.name}.{os.getpid()}.{end}") for end in ("partial", "old")
+    )
     try:
         with _user_errors(target, elsewhere):
             target.parent.mkdir(parents=True, exist_ok=True)
             # Left by killed processes: old ones, and those of an earlier process of the same number.
             for path in target.parent.glob(f".{escape(target.name)}.*"):
-                left = path.suffix in (".partial", ".old") and time.time() - path.stat().st_mtime > DAY
+                left = (
+                    path.suffix in (".partial", ".old") and time.time() - path.stat().st_mtime > DAY
+                )
                 if left or path in (partial, old):
                     remove(path)
             yield partial
@@ -131,7 +155,9 @@ def locked_for(target: Path, lock: Path, elsewhere: str, timeout: float = 0) -> 
                 lock.parent.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(file_lock(lock, timeout))
         except Timeout as error:
-            raise UserError(f"Another process is writing to '{target}'. Wait for it, or {elsewhere}.") from error
+            raise UserError(
+                f"Another process is writing to '{target}'. Wait for it, or {elsewhere}."
+            ) from error
         yield
 
 
@@ -155,7 +181,9 @@ def file_lock(path: Path, timeout: float = -1) -> Iterator[None]:
         lock.release()
 
 
-def save_tensors(tensors: "Mapping[str, Tensor]", path: Path, metadata: dict[str, str] | None = None) -> None:
+def save_tensors(
+    tensors: "Mapping[str, Tensor]", path: Path, metadata: dict[str, str] | None = None
+) -> None:
     """Write a safetensors file, of tensors on any device, with the usual permissions of a new file."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file  # imports torch, which takes seconds
@@ -163,7 +191,11 @@ def save_tensors(tensors: "Mapping[str, Tensor]", path: Path, metadata: dict[str
     path.touch()  # reading the umask would change it, for all threads
     mode = path.stat().st_mode
     try:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata)
+        save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+            path,
+            metadata,
+        )
     except SafetensorError as error:  # of a full disk too
         if match := re.search(r"os error (\d+)", str(error)):
             raise OSError(int(match[1]), os.strerror(int(match[1])), str(path)) from error
@@ -177,7 +209,7 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_text(path: Path, text: str, elsewhere: str = ELSEWHERE, durable: bool = False) -> Path:
+def write_text(path: Path, text: str, elsewhere: str = HINT, durable: bool = False) -> Path:
     """Write a text file atomically, see `atomic_write`."""
     with atomic_write(path, elsewhere, durable) as partial:
         partial.write_text(text, encoding="utf-8", errors="backslashreplace")
@@ -206,7 +238,9 @@ def flush(path: Path) -> None:
 
 
 def _set_mode(path: Path, mode: int) -> None:
-    if stat.S_IMODE(path.stat().st_mode) != stat.S_IMODE(mode):  # some file systems refuse any change
+    if stat.S_IMODE(path.stat().st_mode) != stat.S_IMODE(
+        mode
+    ):  # some file systems refuse any change
         path.chmod(stat.S_IMODE(mode))
 
 
@@ -216,7 +250,11 @@ def _user_errors(target: Path, elsewhere: str) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in FULL:
-            raise UserError(f"No room left on the disk to write '{target}'. Make room or {elsewhere}.") from error
+            raise UserError(
+                f"No room left on the disk to write '{target}'. Make room or {elsewhere}."
+            ) from error
         if error.errno in FORBIDDEN:
-            raise UserError(f"'{target}' cannot be written: {error.strerror}. Fix that or {elsewhere}.") from error
+            raise UserError(
+                f"'{target}' cannot be written: {error.strerror}. Fix that or {elsewhere}."
+            ) from error
         raise

@@ -41,7 +41,9 @@ def clear_cache(folder: str | None = None) -> int:
     if folder is not None and folder not in names:
         raise unknown("folder of the cache", folder, names)
     wanted = COMPUTED if folder is None else (folder,)
-    return sum(entry.size for entry in entries if entry.path.parent.name in wanted and _removed(entry.path))
+    return sum(
+        entry.size for entry in entries if entry.path.parent.name in wanted and _removed(entry.path)
+    )
 
 
 def trim_cache(folder: str, keep: Iterable[Path]) -> None:
@@ -50,8 +52,12 @@ def trim_cache(folder: str, keep: Iterable[Path]) -> None:
     try:
         limit = float(given) * 1e9
     except ValueError as error:
-        raise UserError(f"DECLIP_CACHE_GB is '{given}'; set it to 10^9 bytes, such as 50.") from error
-    entries = [entry for entry in _entries(cache_folder() / folder) if not entry.path.name.startswith(".")]
+        raise UserError(
+            f"DECLIP_CACHE_GB is '{given}'; set it to 10^9 bytes, such as 50."
+        ) from error
+    entries = [
+        entry for entry in _entries(cache_folder() / folder) if not entry.path.name.startswith(".")
+    ]
     total = sum(entry.size for entry in entries)
     for entry in sorted(entries, key=lambda entry: entry.used):
         if total > limit and entry.path not in kept and _removed(entry.path):
@@ -98,7 +104,10 @@ def _removed(path: Path) -> bool:
     """Remove an entry unless a process holds its lock; return whether it was removed."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.old")
     # Renamed first: a process that creates the folder again must not lose what it writes.
-    with suppress(OSError), file_lock(path / LOCK, timeout=0) if (path / LOCK).exists() else nullcontext():
+    with (
+        suppress(OSError),
+        file_lock(path / LOCK, timeout=0) if (path / LOCK).exists() else nullcontext(),
+    ):
         path.rename(aside)
         remove(aside)
         return True

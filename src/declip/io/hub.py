@@ -21,9 +21,17 @@ def fetch(given: str, get: Callable[[bool], T], local: str) -> T:
     try:
         return get(offline)
     except Exception as error:  # hub, network and disk raise their own exceptions
-        reason = f"no connection to {constants.ENDPOINT}" if offline else one_line(error, 180).rstrip(".")
-        others = f"Weights on this machine are given as {local}; builtin:lite2-minilm needs no network."
-        raise UserError(f"Cannot fetch '{given}': {reason}. Check the network and the name. {others}") from error
+        reason = (
+            f"no connection to {constants.ENDPOINT}"
+            if offline
+            else one_line(error, 180).rstrip(".")
+        )
+        others = (
+            f"Weights on this machine are given as {local}; builtin:lite2-minilm needs no network."
+        )
+        raise UserError(
+            f"Cannot fetch '{given}': {reason}. Check the network and the name. {others}"
+        ) from error
 
 
 def online() -> bool:

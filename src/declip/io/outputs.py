@@ -30,13 +30,17 @@ def check_outputs(paths: Iterable[Path | None], overwrite: bool = False) -> None
 def refuse_existing(path: Path, overwrite: bool) -> None:
     """Raise a `UserError` if a path exists, also as a pipe or a broken link, unless it may be overwritten."""
     if os.path.lexists(path) and not overwrite:
-        raise UserError(f"'{path}' exists. Give another name, or --overwrite (in Python overwrite=True).")
+        raise UserError(
+            f"'{path}' exists. Give another name, or --overwrite (in Python overwrite=True)."
+        )
 
 
 def png_path(given: Path | None, option: str) -> Path | None:
     """Return the path of an image to write; raises `UserError` if its name is not that of a PNG."""
     if given is not None and given.suffix.lower() != ".png":
-        raise UserError(f"Images are written as PNG, not as '{given.name}'. Give {option} a name that ends in .png.")
+        raise UserError(
+            f"Images are written as PNG, not as '{given.name}'. Give {option} a name that ends in .png."
+        )
     return given
 
 

@@ -19,7 +19,9 @@ def plugins(kind: Kind) -> dict[str, EntryPoint]:
         other = points.setdefault(point.name, point)
         if other.value != point.value:
             both = f"{_package(other)} and {_package(point)}"
-            raise UserError(f"Two installed packages have {kind} with the name '{point.name}': {both}. Uninstall one.")
+            raise UserError(
+                f"Two installed packages have {kind} with the name '{point.name}': {both}. Uninstall one."
+            )
     return points
 
 
@@ -29,7 +31,9 @@ def load_plugin(kind: Kind, name: str) -> Any:
     try:
         return point.load()
     except Exception as error:  # code of others
-        problem = f"'{name}' of the package {_package(point)} cannot be imported: {one_line(error, 200)}"
+        problem = (
+            f"'{name}' of the package {_package(point)} cannot be imported: {one_line(error, 200)}"
+        )
         raise UserError(f"{problem}. Update it.") from error
 
 
@@ -48,7 +52,9 @@ def plugin_recipe(name: str) -> Path | None:
     point = plugins("recipes").get(name)
     spec = find_spec(point.module) if point else None
     folders = (spec.submodule_search_locations if spec else None) or ()
-    return next((path for folder in folders if (path := Path(folder) / f"{name}.yaml").is_file()), None)
+    return next(
+        (path for folder in folders if (path := Path(folder) / f"{name}.yaml").is_file()), None
+    )
 
 
 def _package(point: EntryPoint) -> str:

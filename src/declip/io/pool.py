@@ -43,14 +43,18 @@ def torch_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def mapped(
-    work: Callable[[Any], T], parts: Sequence[Any], workers: int | None, title: str, pin_memory: bool = False
+def parallel_map(
+    work: Callable[[Any], T],
+    parts: Sequence[Any],
+    workers: int | None,
+    title: str,
+    pin_memory: bool = False,
 ) -> Iterator[T]:
     """Apply `work` to parts of several pairs, in order, with a bar if titled; None workers: the usual ones."""
     if workers is None:
         workers = usual_workers() if len(parts) > 1 else 0
     # The workers start before the thread of the bar does: a fork copies no thread.
-    stream = computed(work, parts, min(workers, len(parts)), pin_memory)
+    stream = imap(work, parts, min(workers, len(parts)), pin_memory)
 
     def results() -> Iterator[T]:
         with naming_lost_workers(), pairs_bar(bool(title)) as bar:
@@ -67,7 +71,9 @@ class _Arguments(Dataset):
         return given
 
 
-def computed(work: Callable[[Any], T], given: Iterable[Any], workers: int, pin_memory: bool = False) -> Iterator[T]:
+def imap(
+    work: Callable[[Any], T], given: Iterable[Any], workers: int, pin_memory: bool = False
+) -> Iterator[T]:
     """Apply `work` to arguments in worker processes, or in this one with 0 workers, and yield the results in order.
 
     The call forks the processes, so make it before threads start, and wrap the loop in `naming_lost_workers`.
@@ -85,14 +91,18 @@ def computed(work: Callable[[Any], T], given: Iterable[Any], workers: int, pin_m
         # a script. Forking is safe here: workers use one thread each and no accelerator.
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
     )
-    with _sigterm_blocked():  # forked workers inherit that, also in threads that libraries start in each new process
+    with (
+        _sigterm_blocked()
+    ):  # forked workers inherit that, also in threads that libraries start in each new process
         return iter(loader)
 
 
 @contextmanager
 def _sigterm_blocked() -> Iterator[None]:
     """Block SIGTERM in this thread; one that is sent meanwhile arrives afterwards."""
-    if not hasattr(signal, "sigtimedwait"):  # on macOS and Windows workers do not wait for it, see below
+    if not hasattr(
+        signal, "sigtimedwait"
+    ):  # on macOS and Windows workers do not wait for it, see below
         yield
         return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -104,7 +114,12 @@ def _sigterm_blocked() -> Iterator[None]:
 
 def pairs_bar(shown: bool) -> Progress:
     """Progress bar on standard error that counts pairs or other units."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     return progress_bar(*columns, shown=shown)
 
 

@@ -8,7 +8,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TimeElapsedColumn, TimeRemainingColumn
 
-FIRST, LONGEST = 10.0, 30.0  # seconds before the first plain line, and longest interval between lines
+FIRST, LONGEST = (
+    10.0,
+    30.0,
+)  # seconds before the first plain line, and longest interval between lines
 UNITS = {TimeRemainingColumn: " left", TimeElapsedColumn: " elapsed"}
 
 
@@ -56,8 +59,16 @@ class PlainProgress(Progress):
             self._printed = now
             if task.finished:
                 self._ended.add(task_id)
-            shown = [(column, str(column(task))) for column in self.columns if not isinstance(column, BarColumn | str)]
-            words = [text + UNITS.get(type(column), "") for column, text in shown if text and not text.startswith("-:")]
+            shown = [
+                (column, str(column(task)))
+                for column in self.columns
+                if not isinstance(column, BarColumn | str)
+            ]
+            words = [
+                text + UNITS.get(type(column), "")
+                for column, text in shown
+                if text and not text.startswith("-:")
+            ]
             print_line(self.console, "  ".join(words))
 
 

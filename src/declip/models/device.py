@@ -37,7 +37,11 @@ def computes_bf16(device: torch.device) -> bool:
     """Whether a device computes in bfloat16 itself; elsewhere torch emulates it, up to 80 times slower than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type != "cpu" or not torch.backends.mkldnn.is_available() or not hasattr(torch.cpu, "get_capabilities"):
+    if (
+        device.type != "cpu"
+        or not torch.backends.mkldnn.is_available()
+        or not hasattr(torch.cpu, "get_capabilities")
+    ):
         return False  # not every torch tells its instructions
     return any(torch.cpu.get_capabilities().get(name) for name in CPU_BF16)
 

@@ -10,7 +10,12 @@ from torch import Tensor, nn
 
 from declip.data.images.decode import Picture, read_picture
 from declip.data.images.preprocess import Preprocess
-from declip.data.text.tokenizer import CaptionTokenizer, HuggingfaceTokenizer, Tokenizer, WrappedTokenizer
+from declip.data.text.tokenizer import (
+    CaptionTokenizer,
+    HuggingfaceTokenizer,
+    Tokenizer,
+    WrappedTokenizer,
+)
 from declip.errors import UserError
 from declip.models.hf_encoder import HuggingfaceTextTower, TextEncoder, read_encoder
 from declip.models.image_tower import ImageFeatures, ImageTower
@@ -53,7 +58,10 @@ class DualEncoder(nn.Module):
     token_scorer: TokenScorer | None  # of a model whose embeddings are not trained
 
     def __init__(
-        self, recipe: Recipe, encoder: TextEncoder | WrappedModel | None = None, towers: Towers = "both"
+        self,
+        recipe: Recipe,
+        encoder: TextEncoder | WrappedModel | None = None,
+        towers: Towers = "both",
     ) -> None:
         """Build both towers, or one; encoding without its tower raises a `UserError`.
 
@@ -91,7 +99,9 @@ class DualEncoder(nn.Module):
             self.text_tower.language_head()  # raises
 
     @classmethod
-    def from_recipe(cls, recipe: Recipe, encoder: TextEncoder | WrappedModel | None = None) -> "DualEncoder":
+    def from_recipe(
+        cls, recipe: Recipe, encoder: TextEncoder | WrappedModel | None = None
+    ) -> "DualEncoder":
         """Build the model that a recipe describes, with random weights from torch's current seed."""
         return cls(recipe, encoder)
 
@@ -139,10 +149,14 @@ class DualEncoder(nn.Module):
 
     def _encode(self, images: Tensor | Picture | Iterable[Picture]) -> ImageFeatures:
         if not self.has_image:
-            raise UserError("This is a text tower alone, without images. Use weights of both towers.")
+            raise UserError(
+                "This is a text tower alone, without images. Use weights of both towers."
+            )
         pixels = images if isinstance(images, Tensor) else self.preprocess(images)
         if pixels.ndim != 4 or not pixels.is_floating_point():
-            raise _unsuitable(pixels, "pixels (n, 3, S, S), as `preprocess` returns them, or images")
+            raise _unsuitable(
+                pixels, "pixels (n, 3, S, S), as `preprocess` returns them, or images"
+            )
         with torch.set_grad_enabled(self.training and torch.is_grad_enabled()):
             # A model that was converted, as by model.bfloat16(), takes the preprocessing's float32 images too.
             return self.image_tower(pixels.to(next(self.image_tower.parameters()).dtype))
@@ -162,21 +176,31 @@ def _is_one(images: Any) -> bool:
 
 
 def _unsuitable(given: Tensor, wanted: str) -> UserError:
-    return UserError(f"A tensor {tuple(given.shape)} of {given.dtype} cannot be encoded. Pass {wanted}.")
+    return UserError(
+        f"A tensor {tuple(given.shape)} of {given.dtype} cannot be encoded. Pass {wanted}."
+    )
 
 
 def _image_tower(recipe: Recipe) -> ImageTower:
     image = recipe.image
     if image.model.startswith(NAMED):
-        raise UserError(f"image.model={image.model} comes with weights: give them as finetune.pretrained.")
-    return ImageTower(image.model, image.size, recipe.embed_dim, image.model_kwargs, image.freeze_patch_embed)
+        raise UserError(
+            f"image.model={image.model} comes with weights: give them as finetune.pretrained."
+        )
+    return ImageTower(
+        image.model, image.size, recipe.embed_dim, image.model_kwargs, image.freeze_patch_embed
+    )
 
 
-def _text_parts(recipe: Recipe, encoder: TextEncoder | None) -> tuple[CaptionTokenizer, AnyTextTower]:
+def _text_parts(
+    recipe: Recipe, encoder: TextEncoder | None
+) -> tuple[CaptionTokenizer, AnyTextTower]:
     text, dim = recipe.text, recipe.embed_dim
     if text.hf_model is not None:
         encoder = encoder or read_encoder(text.hf_model, text.pretrained)
-        hf_tokenizer = HuggingfaceTokenizer(encoder.tokenizer, encoder.specials, text.context_length)
+        hf_tokenizer = HuggingfaceTokenizer(
+            encoder.tokenizer, encoder.specials, text.context_length
+        )
         return hf_tokenizer, HuggingfaceTextTower(encoder, hf_tokenizer, text, dim)
     tokenizer = Tokenizer(context=text.context_length, merges=text.bpe_merges)
     return tokenizer, TextTower(tokenizer.vocabulary, tokenizer.end, text, dim)

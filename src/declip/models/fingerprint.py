@@ -22,7 +22,9 @@ def fingerprint(model: Any, tensors: Mapping[str, Tensor] | None = None) -> str:
     in its types, if the model was built in part.
     """
     if not hasattr(model, "state_dict"):
-        raise UserError(f"{type(model).__name__} has no `state_dict`, so it cannot be distinguished from other models.")
+        raise UserError(
+            f"{type(model).__name__} has no `state_dict`, so it cannot be distinguished from other models."
+        )
     digest = hashlib.sha256(type(model).__qualname__.encode())
     state: Mapping[str, Any] = model.state_dict() if tensors is None else tensors
     if isinstance(model, DualEncoder):
@@ -30,7 +32,11 @@ def fingerprint(model: Any, tensors: Mapping[str, Tensor] | None = None) -> str:
             return model.float32_fingerprint
         # equal weights may be applied in several ways
         image, text = model.recipe.image, model.recipe.text
-        digest.update(repr((image.model, image.model_kwargs, text.heads, text.activation, text.pooling)).encode())
+        digest.update(
+            repr(
+                (image.model, image.model_kwargs, text.heads, text.activation, text.pooling)
+            ).encode()
+        )
         # The last digits of computed projections differ between machines: their files stand for them.
         if model.published is not None and _holds(state, model.published.projections):
             digest.update(model.published.files.encode())

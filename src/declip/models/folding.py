@@ -56,9 +56,15 @@ def _fold(parent: nn.Module) -> None:
     previous = ""
     for name, child in list(parent.named_children()):
         convolution = getattr(parent, previous, None)
-        if isinstance(convolution, nn.Conv2d) and isinstance(child, _BatchNorm) and _fits(child, convolution):
+        if (
+            isinstance(convolution, nn.Conv2d)
+            and isinstance(child, _BatchNorm)
+            and _fits(child, convolution)
+        ):
             setattr(parent, previous, fuse_conv_bn_eval(convolution, child))
-            setattr(parent, name, getattr(child, "act", nn.Identity()))  # timm's norms end with an activation
+            setattr(
+                parent, name, getattr(child, "act", nn.Identity())
+            )  # timm's norms end with an activation
         else:
             _fold(child)
         previous = name

@@ -30,18 +30,47 @@ TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.mo
 FETCHED = ("*.json", "vocab.txt", "merges.txt", "sentencepiece.bpe.model")
 
 POOLING = "1_Pooling/config.json"  # file in which sentence-transformers stores a sentence encoder's pooling
-POOLINGS = {"cls": "cls", "cls_token": "cls", "mean": "mean", "mean_tokens": "mean", "lasttoken": "eos"}
+POOLINGS = {
+    "cls": "cls",
+    "cls_token": "cls",
+    "mean": "mean",
+    "mean_tokens": "mean",
+    "lasttoken": "eos",
+}
 """Poolings of sentence-transformers → `text.pooling` of a recipe."""
 
 ENTRY = "text_tower._extra_state"
 """Name of the entry of a model's state that holds the encoder's configuration and tokenizer, as bytes of JSON."""
 
-OFFSET = ("roberta", "xlm-roberta", "camembert")  # architectures whose first position is the padding id + 1
+OFFSET = (
+    "roberta",
+    "xlm-roberta",
+    "camembert",
+)  # architectures whose first position is the padding id + 1
 KINDS = ("bert", *OFFSET, "distilbert")  # known architectures
 SIZES = {
-    *("vocab_size", "max_position_embeddings", "type_vocab_size", "pad_token_id", "initializer_range"),
-    *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act", "layer_norm_eps"),
-    *("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout", "activation"),
+    *(
+        "vocab_size",
+        "max_position_embeddings",
+        "type_vocab_size",
+        "pad_token_id",
+        "initializer_range",
+    ),
+    *(
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "intermediate_size",
+        "hidden_act",
+        "layer_norm_eps",
+    ),
+    *(
+        "hidden_dropout_prob",
+        "attention_probs_dropout_prob",
+        "dropout",
+        "attention_dropout",
+        "activation",
+    ),
     *("dim", "n_layers", "n_heads", "hidden_dim", "sinusoidal_pos_embds"),
 }
 """Keys of a configuration that are read: sizes, dropout, activation; others name other tasks, files or code."""
@@ -58,7 +87,9 @@ class Bert(nn.Module):
         super().__init__()
         width = config["hidden_size"]
         parts = {
-            "word_embeddings": nn.Embedding(config["vocab_size"], width, padding_idx=config["pad_token_id"]),
+            "word_embeddings": nn.Embedding(
+                config["vocab_size"], width, padding_idx=config["pad_token_id"]
+            ),
             "position_embeddings": nn.Embedding(config["max_position_embeddings"], width),
             "token_type_embeddings": nn.Embedding(config["type_vocab_size"], width),
             "LayerNorm": nn.LayerNorm(width, config["layer_norm_eps"]),
@@ -71,7 +102,9 @@ class Bert(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> SimpleNamespace:
         """Encode ids (B, L), with a mask (B, 1, 1, L) that is true where there is no padding."""
         parts = self.embeddings
-        x = parts.word_embeddings(input_ids) + parts.token_type_embeddings.weight[0]  # (B, L, width)
+        x = (
+            parts.word_embeddings(input_ids) + parts.token_type_embeddings.weight[0]
+        )  # (B, L, width)
         positions = parts.position_embeddings.weight[: input_ids.shape[1]]
         x = parts.LayerNorm(x + positions)
         x = F.dropout(x, self.dropout, self.training)
@@ -97,7 +130,10 @@ class BertBlock(nn.Module):
         self.intermediate = nn.ModuleDict({"dense": nn.Linear(width, inner)})
         self.output = output(inner)
         self.heads = config["num_attention_heads"]
-        self.dropout, self.attention_dropout = config["hidden_dropout_prob"], config["attention_probs_dropout_prob"]
+        self.dropout, self.attention_dropout = (
+            config["hidden_dropout_prob"],
+            config["attention_probs_dropout_prob"],
+        )
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         maps = self.attention["self"]
@@ -131,8 +167,12 @@ class TextEncoder:
     tokenizer: str  # content of tokenizer.json
     specials: Mapping[str, int]  # ids, see `declip.data.text.tokenizer.SPECIALS`
     folder: Path | None = None  # of its weights; None for random ones
-    pooling: str | None = None  # that it was trained with, a value of `POOLINGS` or an unknown name; None if not stored
-    filled_later: bool = False  # whether weights will be loaded into it, so that the initial ones do not matter
+    pooling: str | None = (
+        None  # that it was trained with, a value of `POOLINGS` or an unknown name; None if not stored
+    )
+    filled_later: bool = (
+        False  # whether weights will be loaded into it, so that the initial ones do not matter
+    )
 
     def to_tensor(self) -> Tensor:
         """Configuration and tokenizer as bytes, (n,) uint8."""
@@ -144,12 +184,19 @@ class TextEncoder:
     def from_tensor(cls, stored: Tensor) -> "TextEncoder":
         """Read the result of `to_tensor`; raises exceptions of any kind where the bytes are something else."""
         tree = json.loads(stored.numpy().tobytes())
-        config = {name: value for name, value in tree["config"].items() if name in SIZES or name == "model_type"}
+        config = {
+            name: value
+            for name, value in tree["config"].items()
+            if name in SIZES or name == "model_type"
+        }
         return cls(config, tree["tokenizer"], tree["specials"], pooling=tree.get("pooling"))
 
     def build(self) -> nn.Module:
         """Build the encoder without its pooler, with the weights of `folder` or random ones."""
-        if self.filled_later and (self.config["model_type"], self.config.get("hidden_act")) == ("bert", "gelu"):
+        if self.filled_later and (self.config["model_type"], self.config.get("hidden_act")) == (
+            "bert",
+            "gelu",
+        ):
             return Bert(self.config)  # which computes what transformers computes
         options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "sdpa"}
         if self.config["model_type"] != "distilbert":  # which has no pooler
@@ -160,10 +207,16 @@ class TextEncoder:
             config = _configuration(library, self.config["model_type"], self.config)
             if self.folder is None:
                 return library.AutoModel.from_config(config, **options)
-            options |= {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
+            options |= {
+                "use_safetensors": True,
+                "local_files_only": True,
+                "output_loading_info": True,
+            }
             model, notes = library.AutoModel.from_pretrained(self.folder, config=config, **options)
         if more := sorted(name for name in notes["unexpected_keys"] if ".layer." in name):
-            raise UserError(f"{CONFIG} has fewer layers than the weights in '{self.folder}', which hold '{more[0]}'.")
+            raise UserError(
+                f"{CONFIG} has fewer layers than the weights in '{self.folder}', which hold '{more[0]}'."
+            )
         if missing := sorted(notes["missing_keys"]):
             raise UserError(
                 f"The weights in '{self.folder}' lack '{missing[0]}' and {len(missing) - 1} more. Give the encoder's "
@@ -181,7 +234,9 @@ def read_encoder(given: str, pretrained: bool) -> TextEncoder:
 
         def get(offline: bool) -> str:
             name = given.removeprefix(PREFIX)
-            return huggingface_hub.snapshot_download(name, allow_patterns=files, local_files_only=offline)
+            return huggingface_hub.snapshot_download(
+                name, allow_patterns=files, local_files_only=offline
+            )
 
         folder = Path(fetch(given, get, "their folder"))
     has_tokenizer = any((folder / name).is_file() for name in TOKENIZERS)
@@ -209,7 +264,9 @@ def check_context(config: Mapping[str, Any], context: int) -> None:
     if config["model_type"] in OFFSET:
         longest -= config["pad_token_id"] + 1
     if context > longest:
-        raise UserError(f"The encoder has positions for {longest} ids. Set text.context_length to {longest} or less.")
+        raise UserError(
+            f"The encoder has positions for {longest} ids. Set text.context_length to {longest} or less."
+        )
 
 
 @contextmanager
@@ -234,18 +291,25 @@ def quiet_transformers(problem: str, remedy: str = "") -> Iterator[Any]:
 
 
 def _configuration(library: Any, kind: str, sizes: Mapping[str, Any]) -> Any:
-    return library.AutoConfig.for_model(kind, **{name: size for name, size in sizes.items() if name in SIZES})
+    return library.AutoConfig.for_model(
+        kind, **{name: size for name, size in sizes.items() if name in SIZES}
+    )
 
 
 def _config(given: str, folder: Path) -> dict[str, Any]:
     """Read "model_type" and `SIZES`, with the architecture's defaults for keys that the file lacks."""
-    with quiet_transformers(f"'{folder / CONFIG}' is not the configuration of a supported encoder") as library:
+    with quiet_transformers(
+        f"'{folder / CONFIG}' is not the configuration of a supported encoder"
+    ) as library:
         tree = json.loads((folder / CONFIG).read_bytes())
         kind = "decoder" if tree.get("is_decoder") else tree.get("model_type")
         positions = tree.get("position_embedding_type") or "absolute"
         if kind in KINDS and positions == "absolute":
             whole = _configuration(library, kind, tree).to_dict()
-            return {"model_type": kind, **{name: whole[name] for name in sorted(SIZES & whole.keys())}}
+            return {
+                "model_type": kind,
+                **{name: whole[name] for name in sorted(SIZES & whole.keys())},
+            }
     raise UserError(
         f"text.hf_model '{given}' is of the kind {kind!r} with {positions!r} positions; known are the encoders "
         f"{', '.join(KINDS)} with absolute ones. For a causal text tower leave text.hf_model out."
@@ -258,7 +322,11 @@ def _pooling(folder: Path) -> str | None:
         return None
     tree = json.loads((folder / POOLING).read_bytes())
     prefix = "pooling_mode_"
-    flags = [name.removeprefix(prefix) for name, on in tree.items() if name.startswith(prefix) and on is True]
+    flags = [
+        name.removeprefix(prefix)
+        for name, on in tree.items()
+        if name.startswith(prefix) and on is True
+    ]
     modes = tree.get("pooling_mode", flags or ["mean"])
     if isinstance(modes, str):
         modes = [modes]
@@ -274,14 +342,21 @@ class HuggingfaceTextTower(SelfContained, AnyTextTower):
     """
 
     def __init__(
-        self, encoder: TextEncoder, tokenizer: HuggingfaceTokenizer, text: TextTowerConfig, embed_dim: int
+        self,
+        encoder: TextEncoder,
+        tokenizer: HuggingfaceTokenizer,
+        text: TextTowerConfig,
+        embed_dim: int,
     ) -> None:
         super().__init__()
         # Configuration and tokenizer may be a stranger's.
         self.encoder_config = config = encoder.config
         if str(config.get("model_type")) not in KINDS:
             raise unknown("text encoder", str(config.get("model_type")), KINDS)
-        if tokenizer.vocabulary > config["vocab_size"] or tokenizer.padding != config["pad_token_id"]:
+        if (
+            tokenizer.vocabulary > config["vocab_size"]
+            or tokenizer.padding != config["pad_token_id"]
+        ):
             raise UserError(
                 f"The text encoder's tokenizer has {tokenizer.vocabulary:,} ids and pads with id {tokenizer.padding}; "
                 f"{CONFIG} says vocab_size {config['vocab_size']:,}, pad_token_id {config['pad_token_id']}. Save both "
@@ -293,9 +368,13 @@ class HuggingfaceTextTower(SelfContained, AnyTextTower):
         self.padding, self.context = tokenizer.padding, tokenizer.context
         self.pooling = encoder.pooling or "cls" if text.pooling == "auto" else text.pooling
         if self.pooling not in POOLINGS.values():
-            raise UserError(f"{POOLING} has an unknown pooling, {encoder.pooling}. Set text.pooling=mean, cls or eos.")
+            raise UserError(
+                f"{POOLING} has an unknown pooling, {encoder.pooling}. Set text.pooling=mean, cls or eos."
+            )
         self.width = int(config.get("hidden_size") or config["dim"])  # DistilBERT's is "dim"
-        self.text_projection: nn.Linear = nn.Linear(self.width, embed_dim, bias=text.projection_bias)
+        self.text_projection: nn.Linear = nn.Linear(
+            self.width, embed_dim, bias=text.projection_bias
+        )
         nn.init.normal_(self.text_projection.weight, std=self.width**-0.5)
         if text.projection_bias:
             nn.init.zeros_(self.text_projection.bias)
@@ -304,7 +383,9 @@ class HuggingfaceTextTower(SelfContained, AnyTextTower):
         """Encode token ids (B, L), padded on the right."""
         real = tokens != self.padding
         # A (B, 1, 1, L) mask is used as it is; given (B, L), transformers waits for the device to ask if all is real.
-        states = self.encoder(input_ids=tokens, attention_mask=real[:, None, None, :]).last_hidden_state
+        states = self.encoder(
+            input_ids=tokens, attention_mask=real[:, None, None, :]
+        ).last_hidden_state
         # (B,)
         lengths = real.sum(dim=1)
         if self.pooling == "cls":

@@ -20,9 +20,17 @@ from declip.models.neighbors import matching_projection, named_below
 if TYPE_CHECKING:
     from timm.models.byobnet import ByoBlockCfg
 
-warn_once = cache(logging.getLogger("declip").warning)  # once per process, however often the tower is built
+warn_once = cache(
+    logging.getLogger("declip").warning
+)  # once per process, however often the tower is built
 
-OTHER_FILES = {"checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
+OTHER_FILES = {
+    "checkpoint_path",
+    "pretrained",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+    "cache_dir",
+}
 """Arguments of `timm.create_model` by which a recipe, perhaps a stranger's, would name files or addresses."""
 
 
@@ -35,7 +43,9 @@ class ImageFeatures:
     tokens: Tensor  # (B, P, width) features of the patches or grid cells before the last norm and projection
 
 
-def _blocks(kind: str, depths: Sequence[int], width: int, ratio: float) -> "tuple[ByoBlockCfg, ...]":
+def _blocks(
+    kind: str, depths: Sequence[int], width: int, ratio: float
+) -> "tuple[ByoBlockCfg, ...]":
     """Stages of a residual network, each but the first twice as wide as the one before, with stride 2."""
     from timm.models.byobnet import ByoBlockCfg
 
@@ -116,11 +126,15 @@ class ImageTower(nn.Module):
         self.trunk = _create(name, size, options or {}, weights)
         self.norm: nn.Module = nn.Identity()
         # The norm is per token, so where one token is pooled it may as well come after the pool.
-        if _pools_a_token(self.trunk) and isinstance(getattr(self.trunk, "norm", None), nn.LayerNorm):
+        if _pools_a_token(self.trunk) and isinstance(
+            getattr(self.trunk, "norm", None), nn.LayerNorm
+        ):
             self.norm, self.trunk.norm = self.trunk.norm, nn.Identity()
         # The projection, with CLIP's initialization
         self.pre_logits_width = int(self.trunk.head_hidden_size)
-        pools_by_attention = isinstance(getattr(self.trunk, "head", None), timm.layers.AttentionPool2d)
+        pools_by_attention = isinstance(
+            getattr(self.trunk, "head", None), timm.layers.AttentionPool2d
+        )
         self.proj = nn.Linear(self.pre_logits_width, embed_dim, bias=pools_by_attention)
         nn.init.normal_(self.proj.weight, std=self.pre_logits_width**-0.5)
         self.token_width = int(self.trunk.num_features)
@@ -129,7 +143,9 @@ class ImageTower(nn.Module):
             # MoCo v3's fixed random patch projection
             patches = getattr(getattr(self.trunk, "patch_embed", None), "proj", None)
             if patches is None:
-                raise UserError(f"'{name}' has no patch embedding to freeze: set image.freeze_patch_embed=false.")
+                raise UserError(
+                    f"'{name}' has no patch embedding to freeze: set image.freeze_patch_embed=false."
+                )
             patches.requires_grad_(False)
 
     def match_projection(self, tensors: Mapping[str, Tensor]) -> None:
@@ -191,7 +207,9 @@ def _pools_a_token(trunk: Any) -> bool:
     return getattr(trunk, "global_pool", None) == "token" and hasattr(trunk, "blocks")
 
 
-def _create(name: str, size: int, options: dict[str, Any], weights: Mapping[str, Tensor] | None = None) -> Any:
+def _create(
+    name: str, size: int, options: dict[str, Any], weights: Mapping[str, Tensor] | None = None
+) -> Any:
     """Build the timm model of a tower without its classifier."""
     import timm
 
@@ -200,9 +218,13 @@ def _create(name: str, size: int, options: dict[str, Any], weights: Mapping[str,
         preset = preset | {"blocks": _blocks(*preset["blocks"])}
     if not timm.is_model(base):
         error = unknown("image tower", name, [*SMALL_TOWERS, *timm.list_models()])
-        raise UserError(f"{error} A tower of your own must be registered with timm in this process: see CONTRIBUTING.")
+        raise UserError(
+            f"{error} A tower of your own must be registered with timm in this process: see CONTRIBUTING."
+        )
     if refused := OTHER_FILES & options.keys():
-        raise UserError(f"image.model_kwargs has {', '.join(sorted(refused))}, which would read a file. Leave it out.")
+        raise UserError(
+            f"image.model_kwargs has {', '.join(sorted(refused))}, which would read a file. Leave it out."
+        )
     # Options of the named size, then the recipe's
     options = {**preset, **options}
     known = timm.get_pretrained_cfg(base)

@@ -18,7 +18,9 @@ from declip.models.wrapped import WrappedImageTower
 from declip.recipe.schema import LoRA
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-NEARLY_ALL = 0.9  # blocks hold at least this fraction of the parameters of the largest repeated class
+NEARLY_ALL = (
+    0.9  # blocks hold at least this fraction of the parameters of the largest repeated class
+)
 STAGES = 4  # A class with at most this many instances is a stage made of blocks, if blocks can be found in it
 
 
@@ -36,7 +38,11 @@ def blocks_of(tower: nn.Module) -> list[nn.Module]:
     # Classes that occur at least twice, then those that hold nearly all parameters
     groups = [modules for modules in instances.values() if len(modules) > 1]
     sizes = [_parameters(modules) for modules in groups]
-    large = [modules for modules, size in zip(groups, sizes, strict=True) if size >= NEARLY_ALL * max(sizes)]
+    large = [
+        modules
+        for modules, size in zip(groups, sizes, strict=True)
+        if size >= NEARLY_ALL * max(sizes)
+    ]
     many = [modules for modules in large if len(modules) > STAGES] or large
     # The outermost: most of them lie in no other
     inner = [_inner(group) for group in many]
@@ -68,11 +74,15 @@ def grad_checkpointing(tower: nn.Module) -> int:
         forward = partial(checkpoint, block.forward, use_reentrant=False)
         if any(isinstance(module, _BatchNorm) for module in block.modules()):
             forward = partial(forward, context_fn=partial(_contexts, block))
-        vars(block)["forward"] = forward  # not a wrapper around the block, so that parameters keep their names
+        vars(block)["forward"] = (
+            forward  # not a wrapper around the block, so that parameters keep their names
+        )
     return len(blocks)
 
 
-def _contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+def _contexts(
+    block: nn.Module,
+) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """Contexts of a block's first pass and of its recomputation."""
     return nullcontext(), frozen_batch_norm_stats(block)
 
@@ -80,7 +90,12 @@ def _contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractC
 @contextmanager
 def frozen_batch_norm_stats(block: nn.Module) -> Iterator[None]:
     """Restore batch norm's running statistics when the context ends."""
-    buffers = [buffer for module in block.modules() if isinstance(module, _BatchNorm) for buffer in module.buffers()]
+    buffers = [
+        buffer
+        for module in block.modules()
+        if isinstance(module, _BatchNorm)
+        for buffer in module.buffers()
+    ]
     before = [buffer.clone() for buffer in buffers]
     try:
         yield
@@ -89,8 +104,14 @@ def frozen_batch_norm_stats(block: nn.Module) -> Iterator[None]:
             buffer.data.copy_(value)  # by .data: autograd holds the buffer, but does not read it
 
 
-IMAGE, TEXT = "image_tower.", "text_tower."  # prefixes of the towers' parameter names in a `DualEncoder`
-PROJECTIONS = ("image_tower.proj.", "text_tower.text_projection.")  # prefixes of the projections into the shared space
+IMAGE, TEXT = (
+    "image_tower.",
+    "text_tower.",
+)  # prefixes of the towers' parameter names in a `DualEncoder`
+PROJECTIONS = (
+    "image_tower.proj.",
+    "text_tower.text_projection.",
+)  # prefixes of the projections into the shared space
 STEM = re.compile(
     r"(?:trunk\.)?(?:transformer\.|encoder\.)?"
     r"(?:conv\d|bn\d|ln_pre|\w+_embedding|cls_emb|embeddings|embed_\w+|layernorm_embedding)"
@@ -113,7 +134,9 @@ def depths(model: DualEncoder) -> dict[str, int]:
     else:
         image = _counted(tower)
     text = _counted(model.text_tower)
-    return {IMAGE + n: depth for n, depth in image.items()} | {TEXT + n: depth for n, depth in text.items()}
+    return {IMAGE + n: depth for n, depth in image.items()} | {
+        TEXT + n: depth for n, depth in text.items()
+    }
 
 
 def blocks(depth_of: Mapping[str, int], tower: str) -> int:
@@ -124,8 +147,12 @@ def blocks(depth_of: Mapping[str, int], tower: str) -> int:
 def _timm(tower: nn.Module, trunk: Any, prefix: str) -> dict[str, int]:
     from timm.models import group_parameters
 
-    groups: dict[str, int] = group_parameters(trunk, trunk.group_matcher(coarse=False), reverse=True)
-    inside = {name for name in groups if not name.startswith("head.")}  # CLIP's attention pool comes after the blocks
+    groups: dict[str, int] = group_parameters(
+        trunk, trunk.group_matcher(coarse=False), reverse=True
+    )
+    inside = {
+        name for name in groups if not name.startswith("head.")
+    }  # CLIP's attention pool comes after the blocks
     last = 1 + max(groups[name] for name in inside)
     depth_of = {f"{prefix}{name}": groups[name] if name in inside else last for name in groups}
     return depth_of | {name: last for name, _ in tower.named_parameters() if name not in depth_of}
@@ -138,7 +165,9 @@ def _counted(tower: nn.Module) -> dict[str, int]:
     for name in names:
         if match := BLOCK.match(name):
             block_of[name] = match[0]
-    numbers = {block: number for number, block in enumerate(dict.fromkeys(block_of.values()), start=1)}
+    numbers = {
+        block: number for number, block in enumerate(dict.fromkeys(block_of.values()), start=1)
+    }
     last = 1 + len(numbers)
     depth_of = {}
     for name in names:
@@ -149,7 +178,10 @@ def _counted(tower: nn.Module) -> dict[str, int]:
     return depth_of
 
 
-STEM_DROPOUTS = ("pos_drop", "patch_drop")  # dropouts of timm's towers behind the patch embedding; they belong to it
+STEM_DROPOUTS = (
+    "pos_drop",
+    "patch_drop",
+)  # dropouts of timm's towers behind the patch embedding; they belong to it
 
 
 def freeze(model: DualEncoder, names: Iterable[str]) -> None:
@@ -163,11 +195,17 @@ def freeze(model: DualEncoder, names: Iterable[str]) -> None:
         if name in frozen:
             parameter.requires_grad_(False)
     for tower in (model.image_tower, model.text_tower):
-        learns = {part: [p.requires_grad for p in part.parameters()] for part in tower.modules() if part is not tower}
+        learns = {
+            part: [p.requires_grad for p in part.parameters()]
+            for part in tower.modules()
+            if part is not tower
+        }
         parts = [part for part, flags in learns.items() if flags and not any(flags)]
         stem: Any = getattr(getattr(tower, "trunk", None), "patch_embed", None)
         if stem in parts:
-            parts += [getattr(tower.trunk, name) for name in STEM_DROPOUTS if hasattr(tower.trunk, name)]
+            parts += [
+                getattr(tower.trunk, name) for name in STEM_DROPOUTS if hasattr(tower.trunk, name)
+            ]
         keep_in_evaluation(model, [module for part in parts for module in part.modules()])
 
 
@@ -177,7 +215,9 @@ def keep_in_evaluation(model: DualEncoder, modules: Iterable[nn.Module]) -> None
         module.always_eval = True  # type: ignore[assignment]  # `DualEncoder.train` looks for it
     model.train(model.training)
     tower = model.image_tower
-    tower.has_batch_norm = any(isinstance(m, _BatchNorm) and not is_frozen(m) for m in tower.modules())
+    tower.has_batch_norm = any(
+        isinstance(m, _BatchNorm) and not is_frozen(m) for m in tower.modules()
+    )
 
 
 def is_frozen(module: nn.Module) -> bool:
@@ -208,9 +248,14 @@ def merge_adapters(tuners: Iterable[Any]) -> None:
     for tuner in tuners:
         tower = tuner.merge_and_unload().requires_grad_(True)
         for module in tower.modules():
-            if isinstance(module, CausalSelfAttention) and module.in_proj is not None:  # see `_split_attention`
+            if (
+                isinstance(module, CausalSelfAttention) and module.in_proj is not None
+            ):  # see `_split_attention`
                 layer, module.in_proj = module.in_proj, None
-                module.in_proj_weight, module.in_proj_bias = nn.Parameter(layer.weight), nn.Parameter(layer.bias)
+                module.in_proj_weight, module.in_proj_bias = (
+                    nn.Parameter(layer.weight),
+                    nn.Parameter(layer.bias),
+                )
 
 
 def adapted(names: Iterable[str]) -> list[str]:
@@ -226,7 +271,11 @@ def _adapt(tower: nn.Module, stem: set[str], lora: LoRA) -> Any:
     _split_attention(tower)
     # Its layers' weights are read without calling them, so peft adapts the whole; not where keys have another width,
     # which have a weight each.
-    fused = {name: module for name, module in tower.named_modules() if isinstance(module, nn.MultiheadAttention)}
+    fused = {
+        name: module
+        for name, module in tower.named_modules()
+        if isinstance(module, nn.MultiheadAttention)
+    }
     layers = [name for name, module in fused.items() if module.in_proj_weight is not None]
     for name, module in tower.named_modules():
         first, parent = name.split(".")[0], name.rpartition(".")[0]

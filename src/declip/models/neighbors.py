@@ -30,7 +30,9 @@ class NeighborProjection(nn.Module):
     weights: Tensor
     axes: Tensor
 
-    def __init__(self, projection: nn.Module, anchors: int, width: int, axes: tuple[int, int]) -> None:
+    def __init__(
+        self, projection: nn.Module, anchors: int, width: int, axes: tuple[int, int]
+    ) -> None:
         super().__init__()
         self.projection = projection
         self.register_buffer("anchors", torch.zeros(anchors, width))  # (a, v)

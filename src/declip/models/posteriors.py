@@ -32,5 +32,7 @@ class PosteriorProjection(nn.Module):
         """The projection without the posteriors: about as good as one that was fitted without them."""
         linear = nn.Linear(len(self.direction), len(self.weight), bias=False)
         # Training may add a part in the direction, which `forward` does not see.
-        linear.weight = nn.Parameter(without(self.weight[:, : len(self.direction)].detach(), self.direction))
+        linear.weight = nn.Parameter(
+            without(self.weight[:, : len(self.direction)].detach(), self.direction)
+        )
         return linear.to(self.weight)

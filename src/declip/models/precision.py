@@ -40,8 +40,12 @@ def pick_precision(precision: str, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if bf16 else fallback
     computed = {"fp32": True, "bf16": bf16, "fp16": fp16}
     if not computed[precision]:
-        allowed = ", ".join(["auto", *(name for name, is_computed in computed.items() if is_computed)])
-        raise UserError(f"The device '{device}' does not compute in {precision} itself. Give --precision {allowed}.")
+        allowed = ", ".join(
+            ["auto", *(name for name, is_computed in computed.items() if is_computed)]
+        )
+        raise UserError(
+            f"The device '{device}' does not compute in {precision} itself. Give --precision {allowed}."
+        )
     return TYPES[precision]
 
 
@@ -80,14 +84,18 @@ def _converted_image_tower(model: DualEncoder, dtype: torch.dtype, strict: bool)
     images = noise(model)
     tower = folded(model)
     before = model.image_tower(images).pooled
-    converted = _checked("image", tower, dtype, before, lambda tower: tower(_like(images, tower)).pooled, strict)
+    converted = _checked(
+        "image", tower, dtype, before, lambda tower: tower(_like(images, tower)).pooled, strict
+    )
     return model.image_tower if converted is None else converted
 
 
 def _converted_text_tower(model: DualEncoder, dtype: torch.dtype, strict: bool) -> AnyTextTower:
     tokens = model.tokenize([PROBE, "a"])
     before = model.text_tower(tokens).pooled
-    converted = _checked("text", model.text_tower, dtype, before, lambda tower: tower(tokens).pooled, strict)
+    converted = _checked(
+        "text", model.text_tower, dtype, before, lambda tower: tower(tokens).pooled, strict
+    )
     return model.text_tower if converted is None else converted
 
 
@@ -99,7 +107,9 @@ def pooling_tower(model: DualEncoder, dtype: torch.dtype) -> ImageTower:
     images = noise(model)
     tower = folded(model)
     before = tower.pool(images)
-    converted = _checked("image", tower, dtype, before, lambda tower: tower.pool(_like(images, tower)), strict=False)
+    converted = _checked(
+        "image", tower, dtype, before, lambda tower: tower.pool(_like(images, tower)), strict=False
+    )
     return tower if converted is None else converted
 
 
@@ -119,7 +129,11 @@ def _checked(
     try:
         converted = _cast(tower, dtype)
         after = features(converted).float()
-    except (RuntimeError, TypeError, ValueError) as error:  # a tower of another library may fix a type
+    except (
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:  # a tower of another library may fix a type
         problem = str(error).splitlines()[0]
     else:
         smallest = float(cosine_similarity(before.float(), after).min())

@@ -76,7 +76,9 @@ class SelfContained(nn.Module):
     def set_extra_state(self, state: Tensor) -> None:
         """Refuse weights that belong to another configuration or tokenizer."""
         if not state.is_meta and not torch.equal(state.cpu(), self.stored):
-            raise UserError("These weights belong to a text tower with another configuration or tokenizer.")
+            raise UserError(
+                "These weights belong to a text tower with another configuration or tokenizer."
+            )
 
 
 class QuickGELU(nn.Module):
@@ -95,7 +97,9 @@ class CausalSelfAttention(nn.Module):
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
-        self.in_proj: nn.Linear | None = None  # holds weight and bias as a layer while that has an adapter
+        self.in_proj: nn.Linear | None = (
+            None  # holds weight and bias as a layer while that has an adapter
+        )
 
     def _qkv(self, x: Tensor) -> Tensor:
         """(B, L, width) → (B, L, 3·width)."""
@@ -129,7 +133,11 @@ class TextBlock(nn.Module):
         self.ln_1 = nn.LayerNorm(width)
         self.attn = CausalSelfAttention(width, heads)
         self.ln_2 = nn.LayerNorm(width)
-        layers = {"c_fc": nn.Linear(width, 4 * width), "gelu": activation, "c_proj": nn.Linear(4 * width, width)}
+        layers = {
+            "c_fc": nn.Linear(width, 4 * width),
+            "gelu": activation,
+            "c_proj": nn.Linear(4 * width, width),
+        }
         self.mlp = nn.Sequential(OrderedDict(layers))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -156,7 +164,9 @@ class TextTower(AnyTextTower):
         self.token_embedding = nn.Embedding(vocabulary, width)
         self.positional_embedding = nn.Parameter(torch.empty(self.context, width))
         gelu = QuickGELU() if text.activation == "quick_gelu" else nn.GELU()
-        blocks: Any = nn.Sequential(*(TextBlock(width, text.heads, gelu) for _ in range(text.layers)))
+        blocks: Any = nn.Sequential(
+            *(TextBlock(width, text.heads, gelu) for _ in range(text.layers))
+        )
         self.transformer = nn.Sequential(OrderedDict(resblocks=blocks))  # named as in CLIP
         self.ln_final = nn.LayerNorm(width)
         self.text_projection: nn.Linear = nn.Linear(width, embed_dim, bias=text.projection_bias)
@@ -186,7 +196,11 @@ class TextTower(AnyTextTower):
 
 
 def encode_by_length(
-    tower: Callable[[Tensor], TextFeatures], tokens: Tensor, lengths: Tensor | None, buckets: int, step: int = 8
+    tower: Callable[[Tensor], TextFeatures],
+    tokens: Tensor,
+    lengths: Tensor | None,
+    buckets: int,
+    step: int = 8,
 ) -> TextFeatures:
     """Encode captions sorted by length, in buckets of equal size; the features are those of one pass over all.
 

@@ -83,7 +83,9 @@ class TokenScorer:
     def heads(self) -> dict[str, Tensor]:
         """Tensors of the head by their names in files, float32 on the CPU."""
         state = self.head.state_dict()
-        return {f"{self.prefix}{name}": tensor.detach().float().cpu() for name, tensor in state.items()}
+        return {
+            f"{self.prefix}{name}": tensor.detach().float().cpu() for name, tensor in state.items()
+        }
 
     def words(self, tokens: Tensor) -> Tensor:
         """Encode token ids (n, L) as (n, context, d) of length 1; 0 at padding that does not count."""

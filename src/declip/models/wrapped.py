@@ -33,7 +33,9 @@ class WrappedModel:
     config: Mapping[str, Any]  # "model_cfg"
     image: Mapping[str, Any]  # "squash": arguments of `Preprocess`
     tokenizer: Mapping[str, Any]  # arguments of `WrappedTokenizer`
-    encoder: Mapping[str, Any] | None = None  # configuration of a Hugging Face text encoder inside open_clip's model
+    encoder: Mapping[str, Any] | None = (
+        None  # configuration of a Hugging Face text encoder inside open_clip's model
+    )
 
     def to_tensor(self) -> Tensor:
         """All of it as bytes of JSON, (n,) uint8."""
@@ -62,15 +64,21 @@ class WrappedModel:
         vision, text = config["vision_cfg"], config["text_cfg"]
         name = vision.get("timm_model_name")
         if name is not None and (":" in name or not timm.is_model(name)):
-            raise UserError(f"The configuration names '{name}', which is not a model of timm {timm.__version__}.")
+            raise UserError(
+                f"The configuration names '{name}', which is not a model of timm {timm.__version__}."
+            )
         native = vision.get("image_size")
         text.pop("hf_model_name", None)  # it would be looked up, here or on the Hub
         vision |= {"timm_model_pretrained": False} if name else {"image_size": size}
         with tempfile.TemporaryDirectory() as folder:
             if self.encoder is not None:
-                (Path(folder) / "config.json").write_text(json.dumps(plain(self.encoder)), encoding="utf-8")
+                (Path(folder) / "config.json").write_text(
+                    json.dumps(plain(self.encoder)), encoding="utf-8"
+                )
                 text |= {"hf_model_name": folder, "hf_model_pretrained": False}
-            model: Any = CustomTextCLIP(config["embed_dim"], vision, text, bool(config.get("quick_gelu")))
+            model: Any = CustomTextCLIP(
+                config["embed_dim"], vision, text, bool(config.get("quick_gelu"))
+            )
         if name and size != native:
             model.visual.set_input_size(size)
         for tower in (model.visual, model.text):
@@ -90,7 +98,9 @@ def plain(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def encoder_kept_in(weights: Mapping[str, Tensor], recipe: Recipe, path: Path) -> TextEncoder | WrappedModel | None:
+def encoder_kept_in(
+    weights: Mapping[str, Tensor], recipe: Recipe, path: Path
+) -> TextEncoder | WrappedModel | None:
     """Read the encoder, or the wrapped model, stored with a model's weights; None for CLIP's text tower.
 
     `text.hf_model` is never read instead: the recipe may be a stranger's.
@@ -102,7 +112,9 @@ def encoder_kept_in(weights: Mapping[str, Tensor], recipe: Recipe, path: Path) -
         kind = WrappedModel if "image" in json.loads(stored.numpy().tobytes()) else TextEncoder
         return kind.from_tensor(stored)
     except Exception as error:  # JSON of any shape
-        raise UserError(f"The text encoder's configuration in '{path}' is missing or damaged.") from error
+        raise UserError(
+            f"The text encoder's configuration in '{path}' is missing or damaged."
+        ) from error
 
 
 class WrappedImageTower(ImageTower):
@@ -127,14 +139,18 @@ class WrappedImageTower(ImageTower):
         self.pre_logits_width = linear[0].in_features if linear else embed_dim
         self.token_width = self.pre_logits_width
         if self.gives_tokens:
-            self.token_width = int(module.trunk.num_features if self.is_timm else module.ln_post.normalized_shape[0])
+            self.token_width = int(
+                module.trunk.num_features if self.is_timm else module.ln_post.normalized_shape[0]
+            )
         self.has_batch_norm = any(isinstance(m, _BatchNorm) for m in self.modules())
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Encode images (B, 3, H, W) as pooled features (B, width) and tokens (B, P, width)."""
         if self.is_timm:
             features = self.trunk.trunk.forward_features(images)
-            return self.trunk.head(self.trunk.trunk.forward_head(features)), grid_tokens(self.trunk.trunk, features)
+            return self.trunk.head(self.trunk.trunk.forward_head(features)), grid_tokens(
+                self.trunk.trunk, features
+            )
         out: Any = self.trunk(images)
         return out if self.gives_tokens else (out, out.unsqueeze(1))
 
@@ -148,7 +164,9 @@ class WrappedTextTower(SelfContained, AnyTextTower):
         self.padding, self.end, self.context = tokenizer.padding, tokenizer.end, tokenizer.context
         self._masks_padding = hasattr(module, "pooler")  # an encoder of Hugging Face
         # With the pooler output of the encoder open_clip omits the first token state.
-        self.gives_tokens = not (self._masks_padding and hasattr(module.pooler, "use_pooler_output"))
+        self.gives_tokens = not (
+            self._masks_padding and hasattr(module.pooler, "use_pooler_output")
+        )
         self.text_projection, self.projection = _detach_projection(
             module, "proj" if self._masks_padding else "text_projection"
         )
@@ -158,7 +176,9 @@ class WrappedTextTower(SelfContained, AnyTextTower):
         else:
             self.width = int(getattr(config, "hidden_size", None) or config.d_model)
             if config.pad_token_id != self.padding:
-                raise UserError(f"The tokenizer pads with {self.padding}, the text encoder with {config.pad_token_id}.")
+                raise UserError(
+                    f"The tokenizer pads with {self.padding}, the text encoder with {config.pad_token_id}."
+                )
             check_context(config.to_dict(), self.context)
 
     def encode(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -172,13 +192,21 @@ class WrappedTextTower(SelfContained, AnyTextTower):
 
     def language_head(self) -> nn.Module:
         """Refuse a masked-language head: the vocabulary has no mask that the tower knows."""
-        raise UserError("This text tower has no mask token. Leave out masked_language and views.text.mask.")
+        raise UserError(
+            "This text tower has no mask token. Leave out masked_language and views.text.mask."
+        )
 
 
-def library_state(tower: WrappedImageTower | WrappedTextTower, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def library_state(
+    tower: WrappedImageTower | WrappedTextTower, state: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """Name a tower's tensors as the library does: of the projection too, where that is a bare matrix transposed."""
     projection, bare = tower.projection
-    named = {name.removeprefix("trunk."): tensor for name, tensor in state.items() if name.startswith("trunk.")}
+    named = {
+        name.removeprefix("trunk."): tensor
+        for name, tensor in state.items()
+        if name.startswith("trunk.")
+    }
     for name, tensor in state.items():
         head, _, rest = name.partition(".")
         if head not in ("proj", "text_projection"):
@@ -203,5 +231,7 @@ def _detach_projection(module: Any, name: str) -> tuple[nn.Module, tuple[str, bo
         return linear, (name, True)
     if projection is None or not any(True for _ in projection.parameters()):
         return nn.Identity(), (name, False)
-    setattr(owner, last, None if last == "text_projection" else nn.Identity())  # open_clip multiplies by what is there
+    setattr(
+        owner, last, None if last == "text_projection" else nn.Identity()
+    )  # open_clip multiplies by what is there
     return projection, (name, False)

@@ -29,7 +29,9 @@ def load_for_training(
     """
     if isinstance(recipe, Recipe):
         if overrides or data is not None or val:
-            raise UserError("overrides, data and val go with a recipe's name or file; this Recipe is resolved.")
+            raise UserError(
+                "overrides, data and val go with a recipe's name or file; this Recipe is resolved."
+            )
         return recipe
     given = dict(overrides or {})
     if data is not None:
@@ -54,7 +56,9 @@ def load_for_training(
 def check_source(source: str, option: str) -> None:
     """Refuse a source whose path or plugin is missing, before torch is imported; names, URLs and patterns pass."""
     if source in STARTS:
-        raise UserError(f"'{source}' is a model, not a source ({option}). Write the model before the source.")
+        raise UserError(
+            f"'{source}' is a model, not a source ({option}). Write the model before the source."
+        )
     check_sets_installed(source)
     if re.match(r"[\w-]{2,}:", source) or any(sign in source for sign in "*?[{"):
         return
@@ -66,15 +70,24 @@ def check_source(source: str, option: str) -> None:
 
 def check_tasks(tasks: Collection[str], shots: object = None, templates: object = None) -> None:
     """Refuse numbers of shots and templates that the tasks of an evaluation do not use."""
-    for option, given, users in (("shots", shots, ("few-shot",)), ("templates", templates, ("zero-shot", "few-shot"))):
+    for option, given, users in (
+        ("shots", shots, ("few-shot",)),
+        ("templates", templates, ("zero-shot", "few-shot")),
+    ):
         if given and not {*users} & {*tasks}:
             task = f"--task {' or '.join(users)}, but --task is {' '.join(tasks)}"
             raise UserError(f"--{option} requires {task}. Remove it.")
 
 
-def several(given: Any) -> list[Any]:
+def as_list(given: Any) -> list[Any]:
     """A list of what was given, also where that is one string, path or number, or None."""
-    return [given] if isinstance(given, str | Path | Integral) else [] if given is None else list(given)
+    return (
+        [given]
+        if isinstance(given, str | Path | Integral)
+        else []
+        if given is None
+        else list(given)
+    )
 
 
 def read_counts(text: str) -> tuple[int, ...]:
@@ -83,6 +96,8 @@ def read_counts(text: str) -> tuple[int, ...]:
     for word in text.split(","):
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([km]?)\s*", word, re.IGNORECASE)
         if match is None or float(match[1]) == 0:
-            raise UserError(f"'{word}' is not a number of pairs. Write numbers with commas, such as 500,1k,2.5k,1m.")
+            raise UserError(
+                f"'{word}' is not a number of pairs. Write numbers with commas, such as 500,1k,2.5k,1m."
+            )
         counts.add(round(float(match[1]) * {"": 1, "k": 1_000, "m": 1_000_000}[match[2].lower()]))
     return tuple(sorted(counts))

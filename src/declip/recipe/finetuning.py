@@ -8,7 +8,7 @@ from typing import Any, Literal
 import yaml
 
 from declip.errors import UserError, unknown
-from declip.io.text import read_yaml
+from declip.io.yaml_dialect import read_yaml
 from declip.recipe.load import flat, load_recipe, read_value
 from declip.recipe.schema import Recipe
 
@@ -35,7 +35,9 @@ def fits_closed_form(recipe: Recipe) -> bool:
     return tune.freeze_image_blocks == tune.freeze_text_blocks == "all" and tune.lora is None
 
 
-def read_overrides(overrides: Mapping[str, Any] | None, freeze: str | None = None) -> dict[str, Any]:
+def read_overrides(
+    overrides: Mapping[str, Any] | None, freeze: str | None = None
+) -> dict[str, Any]:
     """Read and check recipe keys of a fine-tuning, without torch: dotted keys and values of the schema's types."""
     if freeze is not None and freeze not in FREEZE:
         raise unknown("value of --freeze", freeze, FREEZE)
@@ -47,9 +49,19 @@ def read_overrides(overrides: Mapping[str, Any] | None, freeze: str | None = Non
     for key in ARGUMENTS.keys() & given:
         raise UserError(f"{key}={given[key]} cannot be set here: use {ARGUMENTS[key]}.")
     # What the weights are is not known yet: keys that depend on them are set so that they allow the others.
-    image, text = FREEZE[freeze or ("both" if given.get("finetune.class_names") is not None else "none")]
-    others: dict[str, Any] = {"train.warmup_lr": 0, "train.evaluate_every": 1, "evaluation.retrieval": ["validation"]}
-    others |= {"finetune.freeze_image_blocks": image, "finetune.freeze_text_blocks": text, "finetune.layer_decay": 1.0}
+    image, text = FREEZE[
+        freeze or ("both" if given.get("finetune.class_names") is not None else "none")
+    ]
+    others: dict[str, Any] = {
+        "train.warmup_lr": 0,
+        "train.evaluate_every": 1,
+        "evaluation.retrieval": ["validation"],
+    }
+    others |= {
+        "finetune.freeze_image_blocks": image,
+        "finetune.freeze_text_blocks": text,
+        "finetune.layer_decay": 1.0,
+    }
     given = {key: _unread(value) for key, value in given.items()}
     checked = flat(load_recipe("finetune", {**others, **given}).model_dump())
     # Sections, and parts of values that are null, stay as they were given.
@@ -73,14 +85,19 @@ def settings(
     validated: bool = True,
 ) -> dict[str, Any]:
     """Choose recipe keys by the number of pairs; none of the user's, as `read_overrides` returns them, is changed."""
-    given = {key: value for key, value in (given or {}).items() if (key, value) != ("train.epochs", None)}
+    given = {
+        key: value for key, value in (given or {}).items() if (key, value) != ("train.epochs", None)
+    }
     lora = any(value is not None for key, value in given.items() if key.startswith("finetune.lora"))
     if freeze is None:
         freeze = "both" if start == "heads" and on_cpu and not lora else "none"
     if freeze == "both":
         return _closed_form(given)
     image, text = FREEZE[freeze]
-    keys: dict[str, Any] = {"finetune.freeze_image_blocks": image, "finetune.freeze_text_blocks": text}
+    keys: dict[str, Any] = {
+        "finetune.freeze_image_blocks": image,
+        "finetune.freeze_text_blocks": text,
+    }
     # --- batch size and rates
     eighth = 1 << max(1, pairs // 8).bit_length() - 1  # a power of 2
     keys |= {
@@ -97,11 +114,17 @@ def settings(
     keys |= given
     # --- what follows from these, unless it is given
     per_epoch = max(1, pairs // keys["train.batch_size"])
-    steps = keys["train.steps"] if "train.steps" in keys else max(1, round(keys["train.epochs"] * per_epoch))
+    steps = (
+        keys["train.steps"]
+        if "train.steps" in keys
+        else max(1, round(keys["train.epochs"] * per_epoch))
+    )
     rest = {
         "train.warmup_lr": keys["train.lr"] / 100,
         "train.warmup_steps": max(1, min(100, steps // 10)),
-        "train.evaluate_every": max(1, min(steps, max(per_epoch, -(-steps // EVALUATIONS)))) if validated else 0,
+        "train.evaluate_every": max(1, min(steps, max(per_epoch, -(-steps // EVALUATIONS))))
+        if validated
+        else 0,
     }
     return {**rest, **keys}
 

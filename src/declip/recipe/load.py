@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from declip.errors import UserError, unknown
 from declip.io.plugins import plugin_recipe, plugins
-from declip.io.text import read_yaml
+from declip.io.yaml_dialect import read_yaml
 from declip.recipe.schema import Data, Recipe
 
 LIBRARY = Path(__file__).parent / "library"
@@ -42,7 +42,13 @@ def load_recipe(name: str | Path, overrides: Mapping[str, Any] | None = None) ->
     base, over = _read_tree(name, (), given), dict[str, Any]()
     tree = dict(base)
     for key, value in (overrides or {}).items():
-        value = read_value(key, value) if isinstance(value, str) else str(value) if isinstance(value, Path) else value
+        value = (
+            read_value(key, value)
+            if isinstance(value, str)
+            else str(value)
+            if isinstance(value, Path)
+            else value
+        )
         _set(tree, key, value)
         _set(over, key, value)
         given.update(flat({key: value}))
@@ -62,7 +68,9 @@ def parse_overrides(words: Sequence[str]) -> dict[str, str]:
     for word in words:
         key, sign, value = word.partition("=")
         if not sign or not key:
-            raise UserError(f"Cannot read the override '{word}'. Write key=value last, such as train.steps=500.")
+            raise UserError(
+                f"Cannot read the override '{word}'. Write key=value last, such as train.steps=500."
+            )
         pairs[key.strip()] = value
     return pairs
 
@@ -74,7 +82,9 @@ def read_value(key: str, value: str) -> Any:
     try:
         return read_yaml(value)
     except yaml.YAMLError as error:
-        raise UserError(f"'{key}={value}' is not valid YAML: close its brackets or quote the value.") from error
+        raise UserError(
+            f"'{key}={value}' is not valid YAML: close its brackets or quote the value."
+        ) from error
 
 
 def _read_tree(name: str | Path, seen: tuple[str, ...], given: set[str]) -> dict[str, Any]:
@@ -89,7 +99,9 @@ def _read_tree(name: str | Path, seen: tuple[str, ...], given: set[str]) -> dict
         raise UserError(f"The recipe '{label}' is not valid YAML in UTF-8: {error}") from error
     parent = tree.pop("extends", None) if isinstance(tree, dict) else None
     if not isinstance(tree, dict) or not isinstance(parent, str | None):
-        raise UserError(f"The recipe '{label}' must map keys to values, and `extends` to a recipe's name or file.")
+        raise UserError(
+            f"The recipe '{label}' must map keys to values, and `extends` to a recipe's name or file."
+        )
     steps_alone = _one_length(tree, f"the recipe '{label}'")
     if path.parent != LIBRARY:
         given.update(flat(tree))
@@ -110,7 +122,9 @@ def _one_length(tree: Mapping[str, Any], where: str) -> bool:
     train = tree.get("train")
     train = train if isinstance(train, Mapping) else {}
     if "steps" in train and train.get("epochs") is not None:
-        raise UserError(f"train.steps={train['steps']} and train.epochs={train['epochs']} of {where}: give one.")
+        raise UserError(
+            f"train.steps={train['steps']} and train.epochs={train['epochs']} of {where}: give one."
+        )
     return "steps" in train
 
 
@@ -124,7 +138,9 @@ def _find(name: str | Path, folder: Path) -> Path:
     if shipped := plugin_recipe(str(name)):
         return shipped
     if path.exists():
-        raise UserError(f"'{name}' is not a recipe. Train on it with --data {name}, or: declip finetune {name}")
+        raise UserError(
+            f"'{name}' is not a recipe. Train on it with --data {name}, or: declip finetune {name}"
+        )
     raise unknown("recipe file" if own else "recipe", str(name), recipe_names())
 
 
@@ -132,14 +148,21 @@ def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        replace = key in {"loss_weights", "model_kwargs"}  # a recipe names its terms and its tower whole
+        replace = key in {
+            "loss_weights",
+            "model_kwargs",
+        }  # a recipe names its terms and its tower whole
         merged[key] = _merge(merged[key], value) if both and not replace else value
     return merged
 
 
-def _with_own_sets(tree: dict[str, Any], base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+def _with_own_sets(
+    tree: dict[str, Any], base: Mapping[str, Any], over: Mapping[str, Any]
+) -> dict[str, Any]:
     """Merged tree, without the evaluation sets of `base` where `over` names another source."""
-    sections = [part["data"] if isinstance(part.get("data"), Mapping) else {} for part in (tree, base)]
+    sections = [
+        part["data"] if isinstance(part.get("data"), Mapping) else {} for part in (tree, base)
+    ]
     new, old = (section.get("source", Data.model_fields["source"].default) for section in sections)
     return tree if new == old else {**tree, "evaluation": over.get("evaluation", {})}
 
@@ -185,7 +208,9 @@ def unknown_key(given: str) -> UserError:
     for key in keys:
         meant.setdefault(key.rpartition(".")[2], set()).add(key)
     meant |= {word: {key} for key, words in synonyms().items() for word in words.split()}
-    nearest = get_close_matches(given, keys, n=1, cutoff=0.85) or get_close_matches(name, meant, n=1, cutoff=0.8)
+    nearest = get_close_matches(given, keys, n=1, cutoff=0.85) or get_close_matches(
+        name, meant, n=1, cutoff=0.8
+    )
     candidates = meant.get(name) or {key for word in nearest for key in meant.get(word, {word})}
     if len(candidates) == 1:
         return UserError(

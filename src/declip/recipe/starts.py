@@ -16,8 +16,16 @@ STARTS = {"builtin:lite0-minilm": 128, "builtin:lite2-minilm": 192}
 def no_model(given: str) -> UserError:
     """Build the error for weights that are neither a path nor a name that is known."""
     path = Path(given).expanduser()
-    near = get_close_matches(path.name, os.listdir(path.parent), n=1) if path.parent.is_dir() else []
-    meant = str(path.parent / near[0]) if near else f"hf-hub:{given}" if re.fullmatch(r"[\w.-]+/[\w.-]+", given) else ""
+    near = (
+        get_close_matches(path.name, os.listdir(path.parent), n=1) if path.parent.is_dir() else []
+    )
+    meant = (
+        str(path.parent / near[0])
+        if near
+        else f"hf-hub:{given}"
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", given)
+        else ""
+    )
     hub = f" Did you mean '{meant}'?" if meant else ""
     return UserError(
         f"Cannot find the model '{given}'.{hub} Give a run folder, a checkpoint folder, a weights file, a folder of "
@@ -28,5 +36,9 @@ def no_model(given: str) -> UserError:
 
 def check_model(model: str) -> None:
     """Refuse a path that does not exist, before torch is imported; names are looked up when they are opened."""
-    if model not in STARTS and not model.startswith(NAMED) and not Path(model).expanduser().exists():
+    if (
+        model not in STARTS
+        and not model.startswith(NAMED)
+        and not Path(model).expanduser().exists()
+    ):
         raise no_model(model)

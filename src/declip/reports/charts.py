@@ -72,15 +72,21 @@ class Chart:
             self.figure().savefig(file, format="svg", transparent=True)
         text = file.getvalue()
         view = re.search(r'viewBox="[^"]*"', text)
-        text = re.sub(r"<style[^>]*>.*?</style>", "", text[text.index("<defs>") :], flags=re.DOTALL)  # the whole page's
+        text = re.sub(
+            r"<style[^>]*>.*?</style>", "", text[text.index("<defs>") :], flags=re.DOTALL
+        )  # the whole page's
         text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
         text = re.sub(r"font: ([^;\"]*?px) [^;\"]*", r"font: \1 inherit", text)
         for color, variable in VARIABLES.items():
             text = text.replace(color, f"var({variable})")
-        return Markup(f'<svg role="img" aria-label="{escape(self.words)}" {view and view[0]}>{text}')
+        return Markup(
+            f'<svg role="img" aria-label="{escape(self.words)}" {view and view[0]}>{text}'
+        )
 
 
-def value_chart(name: str, steps: np.ndarray, values: np.ndarray, noisy: bool = True) -> Chart | None:
+def value_chart(
+    name: str, steps: np.ndarray, values: np.ndarray, noisy: bool = True
+) -> Chart | None:
     """Draw a quantity, (n,), over the steps: thin as logged and, if noisy, thick smoothed; None if none is finite."""
     finite = np.isfinite(values)
     if not finite.any():
@@ -92,7 +98,9 @@ def value_chart(name: str, steps: np.ndarray, values: np.ndarray, noisy: bool = 
 
     def draw(ax: Axes) -> None:
         if noisy:
-            ax.plot(steps, np.where(finite, values, np.nan), color=COLORS[1], linewidth=0.6, alpha=0.45)
+            ax.plot(
+                steps, np.where(finite, values, np.nan), color=COLORS[1], linewidth=0.6, alpha=0.45
+            )
         shape = "o" if finite.sum() == 1 else "-"
         ax.plot(steps, smooth, shape, color=COLORS[1], linewidth=1.9, markersize=4, label=name)
         margin = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
@@ -121,7 +129,9 @@ def score_chart(lines: Mapping[str, Sequence[float]], steps: Sequence[int], chan
         ax.yaxis.set_major_formatter("{x:g} %")
         legend(ax)
 
-    words = "; ".join(f"{name} from {percent(line[0])} to {percent(line[-1])}" for name, line in lines.items())
+    words = "; ".join(
+        f"{name} from {percent(line[0])} to {percent(line[-1])}" for name, line in lines.items()
+    )
     return Chart(f"{words}; chance {percent(chance)}.", (4.2, 2.4), draw)
 
 
@@ -160,7 +170,9 @@ def legend(ax: Axes) -> None:
     handles, names = ax.get_legend_handles_labels()
     shown = [" " + shorten(name, LEGEND_LETTERS, placeholder=" …") for name in names]
     columns = 2 if max(map(len, shown)) <= LEGEND_LETTERS - 3 else 1
-    ax.figure.legend(handles, shown, loc="outside lower left", ncols=columns, columnspacing=1, frameon=False)
+    ax.figure.legend(
+        handles, shown, loc="outside lower left", ncols=columns, columnspacing=1, frameon=False
+    )
 
 
 def over_pairs(ax: Axes, pairs: Sequence[int]) -> None:

@@ -11,7 +11,14 @@ from matplotlib.axes import Axes
 from rich.console import Group
 from rich.text import Text
 
-from declip.comparison.outcome import Curves, EfficiencyCurve, Factor, Outcome, compared_factors, near_chance
+from declip.comparison.outcome import (
+    Curves,
+    EfficiencyCurve,
+    Factor,
+    Outcome,
+    compared_factors,
+    near_chance,
+)
 from declip.comparison.study import Study
 from declip.evaluation.results import Result
 from declip.io.atomic import write_text
@@ -29,7 +36,10 @@ def summary(outcome: Outcome) -> Group:
     """Format the result for the terminal: every score with its interval and n, and the factors."""
     content = context(outcome)
     parts: list[Any] = []
-    for table in (*content["score_tables"], *(content[f"{name}_table"] for name in ("factors", "cost", "failures"))):
+    for table in (
+        *content["score_tables"],
+        *(content[f"{name}_table"] for name in ("factors", "cost", "failures")),
+    ):
         if table.rows:
             parts += [Text(table.caption, "bold"), rich_table(table), Text()]
     return Group(*parts, Text(render("comparison.txt", **content).strip()))
@@ -48,12 +58,16 @@ def context(outcome: Outcome) -> dict[str, Any]:
         "facts": facts,
         "headline": headline,
         "factors": factors,
-        "near_chance": near_chance(curves[headline][study.baseline], facts[headline].headline) if headline else [],
+        "near_chance": near_chance(curves[headline][study.baseline], facts[headline].headline)
+        if headline
+        else [],
         "variants_table": variants_table(study),
         "measures_table": measures_table(facts),
         "failures_table": failures_table(outcome.failures),
         "factors_table": factors_table(factors, study),
-        "score_tables": [scores_table(study, measure, of_measure) for measure, of_measure in curves.items()],
+        "score_tables": [
+            scores_table(study, measure, of_measure) for measure, of_measure in curves.items()
+        ],
         "cost_table": cost_table(outcome),
         "charts": {
             measure: curve_chart(study, curves[measure], measure, fact.headline.chance)
@@ -67,7 +81,10 @@ def variants_table(study: Study) -> Table:
     rows = []
     for variant in study.variants:
         given = variant.overrides.items()
-        keys = ", ".join(f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in given)
+        keys = ", ".join(
+            f"{key}={value if isinstance(value, str) else json.dumps(value)}"
+            for key, value in given
+        )
         rows.append((variant.name, variant.recipe, keys or NONE))
     return Table("Variants", ("variant", "recipe", "overrides"), tuple(rows), texts=3)
 
@@ -75,14 +92,22 @@ def variants_table(study: Study) -> Table:
 def measures_table(facts: Mapping[str, Result]) -> Table:
     """Each measure with n, chance and candidates."""
     rows = tuple(
-        (name, fact.among, f"{fact.headline.n:,}", percent(fact.headline.chance)) for name, fact in facts.items()
+        (name, fact.among, f"{fact.headline.n:,}", percent(fact.headline.chance))
+        for name, fact in facts.items()
     )
-    return Table("Measures, after the last step of each run", ("measure", "among", "n", "chance"), rows, texts=2)
+    return Table(
+        "Measures, after the last step of each run",
+        ("measure", "among", "n", "chance"),
+        rows,
+        texts=2,
+    )
 
 
 def scores_table(study: Study, measure: str, curves: Curves) -> Table:
     """Variant by number of pairs: mean over the seeds, its interval, and the number of seeds."""
-    rows = tuple((name, *(_score(curves[name], pairs) for pairs in study.pairs)) for name in study.names)
+    rows = tuple(
+        (name, *(_score(curves[name], pairs) for pairs in study.pairs)) for name in study.names
+    )
     columns = ("variant", *(f"{pairs:,} pairs" for pairs in study.pairs))
     return Table(f"{measure}: mean ± 95 % interval in % (seeds)", columns, rows)
 
@@ -124,15 +149,27 @@ def cost_table(outcome: Outcome) -> Table:
         ratio = f"{seconds / base:.2f}" if seconds and base else NONE
         per_step = () if variant.seconds is None else (f"{variant.seconds:.3g}",)
         counts = (f"{variant.steps:,}", f"{variant.samples:,}")
-        rows.append((variant.name, *per_step, *counts, f"{seconds:,.0f}" if seconds else NONE, ratio))
+        rows.append(
+            (variant.name, *per_step, *counts, f"{seconds:,.0f}" if seconds else NONE, ratio)
+        )
     timed = ("seconds per step",) if outcome.study.budget == "compute" else ()
-    columns = ("variant", *timed, "steps", "samples", "seconds", f"ratio to {outcome.study.baseline}")
+    columns = (
+        "variant",
+        *timed,
+        "steps",
+        "samples",
+        "seconds",
+        f"ratio to {outcome.study.baseline}",
+    )
     return Table("Cost of a run (median)", columns, tuple(rows))
 
 
 def failures_table(failures: Mapping[str, str]) -> Table:
     """Failed runs with the last line of their reason."""
-    rows = ((name, (reason.strip().splitlines() or ["no reason was saved"])[-1]) for name, reason in failures.items())
+    rows = (
+        (name, (reason.strip().splitlines() or ["no reason was saved"])[-1])
+        for name, reason in failures.items()
+    )
     return Table("Failed runs", ("run", "reason"), tuple(rows), texts=2)
 
 
@@ -140,7 +177,9 @@ def curve_chart(study: Study, curves: Curves, measure: str, chance: float) -> Ch
     """Draw the curves of one measure; the baseline comes first."""
     names = [study.baseline, *(name for name in study.names if name != study.baseline)]
     # The axis includes every value, and intervals only as far as the curves stay readable.
-    highest = max([chance, *(value for curve in curves.values() for row in curve.values for value in row)])
+    highest = max(
+        [chance, *(value for curve in curves.values() for row in curve.values for value in row)]
+    )
     ends = [end for curve in curves.values() for end in curve.means + curve.half_widths]
     top = 1.06 * min(np.nanmax([highest, *ends]), 1.3 * highest) or 0.01
     unit = measure.rpartition(": ")[2]
@@ -148,7 +187,11 @@ def curve_chart(study: Study, curves: Curves, measure: str, chance: float) -> Ch
 
 
 def pairs_chart(
-    unit: str, curves: Mapping[str, EfficiencyCurve], pairs: Sequence[int], chance: float, top: float
+    unit: str,
+    curves: Mapping[str, EfficiencyCurve],
+    pairs: Sequence[int],
+    chance: float,
+    top: float,
 ) -> Chart:
     """Draw curves against the number of pairs: means, intervals as bars, small dots for seeds, chance dotted.
 
@@ -156,8 +199,12 @@ def pairs_chart(
     """
     # --- positions: lines are shifted slightly against each other, in log(pairs), so that bars do not overlap
     logs, shown = np.log(pairs), {name: curve for name, curve in curves.items() if curve.pairs}
-    step = min([0.02 * (1.12 * (logs[-1] - logs[0]) or 1.0), *0.8 * np.diff(logs) / max(len(shown), 1)])
-    margin = max(0.06 * (logs[-1] - logs[0]), 0.6 * step * (len(shown) + 1)) if len(pairs) > 1 else 0.5
+    step = min(
+        [0.02 * (1.12 * (logs[-1] - logs[0]) or 1.0), *0.8 * np.diff(logs) / max(len(shown), 1)]
+    )
+    margin = (
+        max(0.06 * (logs[-1] - logs[0]), 0.6 * step * (len(shown) + 1)) if len(pairs) > 1 else 0.5
+    )
 
     def draw(ax: Axes) -> None:
         over_pairs(ax, pairs)
@@ -168,14 +215,31 @@ def pairs_chart(
             if (curve := shown.get(name)) is None:
                 continue
             x = np.array(curve.pairs) * np.exp(step * (number - (len(curves) - 1) / 2))
-            style: Any = {"color": COLORS[number % len(COLORS)], "fmt": MARKERS[number % len(MARKERS)]}
-            style |= {"linestyle": DASHES[number % len(DASHES)], "elinewidth": 1, "capsize": 2.5, "markersize": 5}
+            style: Any = {
+                "color": COLORS[number % len(COLORS)],
+                "fmt": MARKERS[number % len(MARKERS)],
+            }
+            style |= {
+                "linestyle": DASHES[number % len(DASHES)],
+                "elinewidth": 1,
+                "capsize": 2.5,
+                "markersize": 5,
+            }
             # The space: matplotlib ignores labels that start with "_".
-            ax.errorbar(x, 100 * curve.means, 100 * curve.half_widths, linewidth=1.8, label=f" {name}", **style)
+            ax.errorbar(
+                x,
+                100 * curve.means,
+                100 * curve.half_widths,
+                linewidth=1.8,
+                label=f" {name}",
+                **style,
+            )
             across = np.repeat(x * np.exp(step / 2), [len(values) for values in curve.values])
             seeds = 100 * np.concatenate(curve.values)
             ax.plot(across, seeds, ".", color=style["color"], markersize=3.5, alpha=0.7)
         legend(ax)
 
     words = "; ".join(f"{name} up to {percent(max(curve.means))}" for name, curve in shown.items())
-    return Chart(f"{words}, with {pairs[0]:,} to {pairs[-1]:,} pairs.", (4.1, 3.4 + 0.1 * len(shown)), draw)
+    return Chart(
+        f"{words}, with {pairs[0]:,} to {pairs[-1]:,} pairs.", (4.1, 3.4 + 0.1 * len(shown)), draw
+    )

@@ -9,12 +9,19 @@ from rich.text import Text
 
 from declip.data.images.thumbnails import thumbnail
 from declip.inspection.scan import Finding, Fraction, Inspection, Spread
-from declip.io.text import about, percent, shown
+from declip.io.text import percent, round_two_digits, sanitize
 from declip.reports.page import Table, environment, render, rich_table
 
 SHOWN_PERCENTILES = (5, 25, 50, 75, 95)
-LTR = "\N{LEFT-TO-RIGHT MARK}"  # before a number that is followed by text which may run right to left
-SPREAD_COLUMNS = ("", "min", *("median" if at == 50 else f"{at} %" for at in SHOWN_PERCENTILES), "max")
+LTR = (
+    "\N{LEFT-TO-RIGHT MARK}"  # before a number that is followed by text which may run right to left
+)
+SPREAD_COLUMNS = (
+    "",
+    "min",
+    *("median" if at == 50 else f"{at} %" for at in SHOWN_PERCENTILES),
+    "max",
+)
 
 
 def page(inspection: Inspection) -> str:
@@ -26,7 +33,7 @@ def page(inspection: Inspection) -> str:
 def summary(it: Inspection) -> Group:
     """Format the inspection for the terminal: numbers first, findings last."""
     extent = f"  {render('extent.txt', it=it)} {it.seconds:.1f} s."
-    parts: list[Any] = [Text(shown(it.name), "bold").append(extent, "not bold")]
+    parts: list[Any] = [Text(sanitize(it.name), "bold").append(extent, "not bold")]
     for table in tables(it).values():
         parts += [Text(f"\n{table.caption}", "bold"), rich_table(table)] if table.rows else []
     parts.append(Text("\nFindings", "bold"))
@@ -41,8 +48,13 @@ def summary(it: Inspection) -> Group:
 def sentences(inspection: Inspection) -> list[tuple[Finding, str, str]]:
     """Each finding with its result and its advice."""
     module = environment(plain_text=True).get_template("findings.txt").module
-    filled = [(each, str(getattr(module, each.rule)(each, inspection)).split("\n")) for each in inspection.findings]
-    return [(each, shown(lines[0], 400), shown(lines[-1].strip(), 400)) for each, lines in filled]
+    filled = [
+        (each, str(getattr(module, each.rule)(each, inspection)).split("\n"))
+        for each in inspection.findings
+    ]
+    return [
+        (each, sanitize(lines[0], 400), sanitize(lines[-1].strip(), 400)) for each, lines in filled
+    ]
 
 
 def tables(it: Inspection) -> dict[str, Table]:
@@ -80,14 +92,17 @@ def _statistics(it: Inspection) -> dict[str, Table]:
         _spread("captions per pair", captions.per_pair),
     )
     facts = [(f"images with a shorter side under {images.size} px", fraction(images.smaller))]
-    facts += [(f"captions truncated at {length} tokens", fraction(each)) for length, each in captions.truncated.items()]
+    facts += [
+        (f"captions truncated at {length} tokens", fraction(each))
+        for length, each in captions.truncated.items()
+    ]
     for kind, each in captions.kinds.items():
-        examples = ", ".join(f"“{shown(text, 40)}”" for text in captions.examples[kind])
+        examples = ", ".join(f"“{sanitize(text, 40)}”" for text in captions.examples[kind])
         facts.append((kind, f"{LTR}{fraction(each)}: {examples}"))
-    equal = f"{about(captions.equal_in_batch)} equal pairs expected"
+    equal = f"{round_two_digits(captions.equal_in_batch)} equal pairs expected"
     facts.append((f"equal captions in a batch of {captions.batch_size}", equal))
     repeats = it.equal_captions.examples if it.equal_captions else ()
-    frequent = tuple((shown(group.caption, 60), f"{group.size:,}") for group in repeats)
+    frequent = tuple((sanitize(group.caption, 60), f"{group.size:,}") for group in repeats)
     return {
         "spreads": Table("Distributions", SPREAD_COLUMNS, spreads),
         "facts": Table("Fractions", (), tuple(facts), 2),
@@ -98,10 +113,12 @@ def _statistics(it: Inspection) -> dict[str, Table]:
 
 def _repeats(it: Inspection) -> Table:
     names, rows = ("equal images", "images that look alike", "equal captions"), []
-    for name, repeats in zip(names, (it.equal_images, it.near_images, it.equal_captions), strict=True):
+    for name, repeats in zip(
+        names, (it.equal_images, it.near_images, it.equal_captions), strict=True
+    ):
         assert repeats is not None
         largest = max(repeats.examples, key=lambda group: group.size, default=None)
-        example = f"{LTR}{largest.size:,} × {shown(largest.caption, 40)}" if largest else ""
+        example = f"{LTR}{largest.size:,} × {sanitize(largest.caption, 40)}" if largest else ""
         rows.append((name, example, f"{repeats.members:,}", percent(repeats.members / it.usable)))
     return Table("Repeats", ("", "largest group", "pairs", "fraction"), tuple(rows), texts=2)
 
@@ -114,10 +131,12 @@ def _spread(name: str, spread: Spread, form: str = "{:,.0f}") -> tuple[str, ...]
 def fraction(each: Fraction) -> str:
     """Format a fraction as "3.1 %", with its interval if a sample was read."""
     text = percent(each.fraction)
-    return text if each.low == each.high else f"{text} ({percent(each.low)} to {percent(each.high)})"
+    return (
+        text if each.low == each.high else f"{text} ({percent(each.low)} to {percent(each.high)})"
+    )
 
 
 def _keys(some: Sequence[str], count: int) -> str:
     """List the first keys and the number of others."""
-    listed = [shown(key, 120) for key in some[:5]]
+    listed = [sanitize(key, 120) for key in some[:5]]
     return ", ".join(listed) + (f" and {count - len(listed):,} more" if count > len(listed) else "")

@@ -53,9 +53,9 @@ def environment(plain_text: bool = False) -> Environment:
         "count": lambda value: f"{value:,}",
         "plural": text.plural,
         "duration": text.duration,
-        "listed": text.listed,
-        "about": text.about,
-        "shown": text.shown,
+        "join_words": text.join_words,
+        "round_two_digits": text.round_two_digits,
+        "sanitize": text.sanitize,
         "words": lambda value: value.replace(" %", f"{NBSP}%"),
     }
     created.globals |= {"span": span}
@@ -73,7 +73,9 @@ def rich_table(table: Table) -> RichTable:
     """Convert to a table of rich; text of the data is escaped."""
     printed = RichTable(box=None, header_style="dim", show_header=bool(table.columns))
     for column, name in enumerate(table.columns or ("",) * len(table.rows[0])):
-        printed.add_column(escape(name), justify="left" if column < table.texts else "right", overflow="fold")
+        printed.add_column(
+            escape(name), justify="left" if column < table.texts else "right", overflow="fold"
+        )
     for row in table.rows:
         printed.add_row(*(escape(word) for word in row))
     return printed

@@ -16,7 +16,9 @@ SHOWN = 5  # candidates of a query
 log = logging.getLogger("declip")
 
 
-def encode_set(open_source: Callable[[], PairSource], model: Encoder, limit: int = 4_000) -> dict[str, Any] | None:
+def encode_set(
+    open_source: Callable[[], PairSource], model: Encoder, limit: int = 4_000
+) -> dict[str, Any] | None:
     """Encode up to `limit` pairs of a source; None with a warning if it cannot be read."""
     try:
         source = open_source()
@@ -47,13 +49,21 @@ def retrieval(
     chosen: dict[int, int] = {}  # image → one of its captions
     for group in (np.flatnonzero(rank == 1), np.flatnonzero(rank > 1)):
         by_image = {int(features.image_rows[row]): row for row in rng.permutation(group).tolist()}
-        chosen |= dict([(image, row) for image, row in by_image.items() if image not in chosen][:each])
+        chosen |= dict(
+            [(image, row) for image, row in by_image.items() if image not in chosen][:each]
+        )
     # --- the nearest images of each
     queries = []
     for row in chosen.values():
-        nearest = (features.images @ features.texts[row]).topk(min(SHOWN, len(features))).indices  # (SHOWN,)
+        nearest = (
+            (features.images @ features.texts[row]).topk(min(SHOWN, len(features))).indices
+        )  # (SHOWN,)
         hits = [
-            {"caption": features.captions[i][0], "image": thumbnails(int(indices[i])), "correct": i in correct[row]}
+            {
+                "caption": features.captions[i][0],
+                "image": thumbnails(int(indices[i])),
+                "correct": i in correct[row],
+            }
             for i in nearest.tolist()
         ]
         queries.append({"caption": captions[row], "hits": hits, "rank": int(rank[row])})

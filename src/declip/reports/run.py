@@ -16,15 +16,23 @@ from declip.reports.tables import measure_cells, mixture_lines, skipped_table
 from declip.runs.folder import Run, read_run
 
 NAME = "report.html"
-PROGRESS = {"lr": ("learning rate", False), "logit_scale": ("logit scale", False), "grad_norm": ("gradient norm", True)}
+PROGRESS = {
+    "lr": ("learning rate", False),
+    "logit_scale": ("logit scale", False),
+    "grad_norm": ("gradient norm", True),
+}
 """Logged quantities besides the losses: their titles, and whether they are noisy."""
 
 SHOWN = 5  # candidates of a query
-LEAST_GAIN = 0.01  # of the percentile; if the interval ends below it, more pairs show no useful gain
+LEAST_GAIN = (
+    0.01  # of the percentile; if the interval ends below it, more pairs show no useful gain
+)
 MOST_TIMES = 10  # times as many pairs, up to which their number is stated
 
 
-def write_report(folder: Path, model: Encoder, limit: int = 4_000, held_out: HeldOutSets | None = None) -> Path:
+def write_report(
+    folder: Path, model: Encoder, limit: int = 4_000, held_out: HeldOutSets | None = None
+) -> Path:
     """Write ``report.html`` into a run folder, from its files; the model encodes up to `limit` held-out pairs.
 
     A section whose input cannot be read is left out with a warning.
@@ -74,21 +82,51 @@ def measures_table(run: Run) -> Table:
     """List the last evaluation of each set, one measure a row; for a fine-tuned run also the values at its start."""
     names, rows = short_names(row.result.dataset for row in run.evaluated), []
     # A fine-tuned run was also evaluated at its start, as step 0.
-    started = {(row.result.dataset, row.result.task): row.result for row in run.evaluated if row.step == 0}
+    started = {
+        (row.result.dataset, row.result.task): row.result for row in run.evaluated if row.step == 0
+    }
     for row in run.last():
         result, first = row.result, started.get((row.result.dataset, row.result.task))
         before = {measure.name: measure.value for measure in first.measures()} if first else {}
         for measure in result.measures():
             start = before.get(measure.name)
-            change = (NONE, NONE) if start is None else (percent(start), points(measure.value - start))
-            rows.append((names[result.dataset], *measure_cells(measure), f"{row.weights:,}", *change))
+            change = (
+                (NONE, NONE) if start is None else (percent(start), points(measure.value - start))
+            )
+            rows.append(
+                (names[result.dataset], *measure_cells(measure), f"{row.weights:,}", *change)
+            )
         if isinstance(result, RetrievalResult) and result.loss is not None:
-            old = f"{first.loss:.3f}" if isinstance(first, RetrievalResult) and first.loss is not None else NONE
-            numbers = (f"{result.loss:.3f}", NONE, NONE, f"{result.images:,}", f"{row.weights:,}", old, NONE)
+            old = (
+                f"{first.loss:.3f}"
+                if isinstance(first, RetrievalResult) and first.loss is not None
+                else NONE
+            )
+            numbers = (
+                f"{result.loss:.3f}",
+                NONE,
+                NONE,
+                f"{result.images:,}",
+                f"{row.weights:,}",
+                old,
+                NONE,
+            )
             rows.append((names[result.dataset], "validation loss", *numbers))
-    columns = ("set", "measure", "value", "chance", "× chance", "n", "step", "before", "change, points")
+    columns = (
+        "set",
+        "measure",
+        "value",
+        "chance",
+        "× chance",
+        "n",
+        "step",
+        "before",
+        "change, points",
+    )
     shown = len(columns) if started else -2
-    return Table("All last evaluations", columns[:shown], tuple(row[:shown] for row in rows), texts=2)
+    return Table(
+        "All last evaluations", columns[:shown], tuple(row[:shown] for row in rows), texts=2
+    )
 
 
 def loss_charts(run: Run) -> list[dict[str, Any]]:
@@ -115,9 +153,16 @@ def accuracy_charts(run: Run) -> list[dict[str, Any]]:
         last = rows[-1].result
         if len(rows) < 2 or not isinstance(last, ZeroShotResult | RetrievalResult):
             continue
-        shown = ("top-1", "top-5") if isinstance(last, ZeroShotResult) else ("text → image R@1", "image → text R@1")
+        shown = (
+            ("top-1", "top-5")
+            if isinstance(last, ZeroShotResult)
+            else ("text → image R@1", "image → text R@1")
+        )
         every = [{measure.name: measure for measure in row.result.measures()} for row in rows]
-        lines = {name.removesuffix(" R@1"): [measures[name].value for measures in every] for name in shown}
+        lines = {
+            name.removesuffix(" R@1"): [measures[name].value for measures in every]
+            for name in shown
+        }
         first = every[-1][shown[0]]
         svg = score_chart(lines, [row.step for row in rows], first.chance).svg(f"accuracy-{number}")
         explanation = f"{names[last.dataset]}, n = {first.n:,}"
@@ -125,6 +170,12 @@ def accuracy_charts(run: Run) -> list[dict[str, Any]]:
     return charts
 
 
-def _curve(run: Run, title: str, column: str, explanation: str = "", noisy: bool = True) -> dict[str, Any]:
+def _curve(
+    run: Run, title: str, column: str, explanation: str = "", noisy: bool = True
+) -> dict[str, Any]:
     chart = value_chart(title, run.steps, run.column(column), noisy)
-    return {"title": title, "svg": chart and chart.svg(f"chart-{column}"), "explanation": explanation}
+    return {
+        "title": title,
+        "svg": chart and chart.svg(f"chart-{column}"),
+        "explanation": explanation,
+    }

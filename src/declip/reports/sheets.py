@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from declip.data.pair import printable
 from declip.errors import UserError
-from declip.io.text import shown
+from declip.io.text import sanitize
 from declip.search.index import Hit, Index
 
 COLUMNS = 8
@@ -32,20 +32,22 @@ def search_sheet(
     DejaVu Sans, which matplotlib ships, lacks the scripts of East and South Asia. `image` is that of the query, if any.
     """
     width = 2 * MARGIN + COLUMNS * (SIDE + GAP) - GAP
-    paper = Image.new("RGB", (width, 2 * MARGIN + HEAD + -(-len(hits) // COLUMNS) * CELL - GAP), PAPER)
+    paper = Image.new(
+        "RGB", (width, 2 * MARGIN + HEAD + -(-len(hits) // COLUMNS) * CELL - GAP), PAPER
+    )
     pen, left, path = ImageDraw.Draw(paper), MARGIN, findfont("DejaVu Sans")
     large, small = ImageFont.truetype(path, 22), ImageFont.truetype(path, 13)
     if image is not None:
         _paste(paper, pen, image, MARGIN, MARGIN, HEAD - GAP)
         left += HEAD
     text = f"{len(hits):,} of {len(index):,} images of {index.info.source.name}, {order}"
-    pen.text((left, MARGIN - 1), shown(title, 80), INK, large)
-    pen.text((left, MARGIN + 27), shown(text), QUIET, small)
+    pen.text((left, MARGIN - 1), sanitize(title, 80), INK, large)
+    pen.text((left, MARGIN + 27), sanitize(text), QUIET, small)
     for number, hit in enumerate(hits):
         row, column = divmod(number, COLUMNS)
         left, top = MARGIN + column * (SIDE + GAP), MARGIN + HEAD + row * CELL
         _paste(paper, pen, _read(index, hit), left, top, SIDE)
-        caption = shown(f"{hit.score:.3f}  {hit.caption or hit.key}")
+        caption = sanitize(f"{hit.score:.3f}  {hit.caption or hit.key}")
         lines = wrap(caption, LETTERS, max_lines=LINES, placeholder="…")
         pen.text((left, top + SIDE + 5), "\n".join(lines), INK, small, spacing=2)
     return paper
@@ -57,10 +59,14 @@ def _read(index: Index, hit: Hit) -> Image.Image:
         return index.image(hit.id)
     except UserError as error:
         remedy = f"Give the new path of the images, or update the index: declip embed MODEL SOURCE --out {index.folder}"
-        raise UserError(f"The contact sheet needs the image '{printable(hit.key)}'. {error} {remedy}.") from error
+        raise UserError(
+            f"The contact sheet needs the image '{printable(hit.key)}'. {error} {remedy}."
+        ) from error
 
 
-def _paste(paper: Image.Image, pen: ImageDraw.ImageDraw, image: Image.Image, left: int, top: int, side: int) -> None:
+def _paste(
+    paper: Image.Image, pen: ImageDraw.ImageDraw, image: Image.Image, left: int, top: int, side: int
+) -> None:
     pen.rectangle((left - 1, top - 1, left + side, top + side), fill="white", outline=FRAME)
     small = ImageOps.contain(image, (side, side), Image.Resampling.LANCZOS)
     paper.paste(small, (left + (side - small.width) // 2, top + (side - small.height) // 2))

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from declip.evaluation.results import Measure, Result, RetrievalResult, ZeroShotResult, short_names
-from declip.io.text import about, percent
+from declip.io.text import percent, round_two_digits
 from declip.reports.page import NONE, Table, points, render
 
 
@@ -59,13 +59,17 @@ def results_table(results: Sequence[Result]) -> Table:
         if isinstance(result, ZeroShotResult) and result.by_tokens:
             notes["images whose patches were compared with words"] = result.n
         rows += [
-            (names[result.dataset], note, NONE, NONE, NONE, f"{count:,}") for note, count in notes.items() if count
+            (names[result.dataset], note, NONE, NONE, NONE, f"{count:,}")
+            for note, count in notes.items()
+            if count
         ]
-    return Table("Results", ("set", "measure", "value", "chance", "× chance", "n"), tuple(rows), texts=2)
+    return Table(
+        "Results", ("set", "measure", "value", "chance", "× chance", "n"), tuple(rows), texts=2
+    )
 
 
 def measure_cells(measure: Measure) -> tuple[str, ...]:
     """Name, value, chance level with that of the largest class, multiple of chance, and n."""
     largest = "" if measure.majority is None else f" (largest class {percent(measure.majority)})"
-    chance = percent(measure.chance) + largest, about(measure.times_chance)
+    chance = percent(measure.chance) + largest, round_two_digits(measure.times_chance)
     return measure.name, percent(measure.value), *chance, f"{measure.n:,}"

@@ -24,7 +24,10 @@ from declip.io.atomic import flush, remove, save_tensors, sha256
 log = logging.getLogger("declip")
 
 WEIGHTS, TRAINING, STATE = "model.safetensors", "training.safetensors", "state.json"
-LAST, BEST = "last", "best"  # links to the newest checkpoint and to the best one, if the file system has links
+LAST, BEST = (
+    "last",
+    "best",
+)  # links to the newest checkpoint and to the best one, if the file system has links
 NAME = re.compile(r"step-(\d{8,})")
 # Keys and types of state.json; "digest" is the checksum of the other keys
 KINDS = {"step": int, "recipe": str, "extra": dict, "sha256": dict, "digest": str}
@@ -38,9 +41,13 @@ class Checkpoint:
 
     step: int
     weights: dict[str, Tensor]  # "model.…", which `declip.load` reads
-    training: dict[str, Tensor]  # "objective.…", "optimizer.…", "random.RANK.…": heads, moments by name, generators
+    training: dict[
+        str, Tensor
+    ]  # "objective.…", "optimizer.…", "random.RANK.…": heads, moments by name, generators
     recipe: str  # resolved, as YAML
-    extra: dict[str, Any] = field(default_factory=dict)  # versions, counts of skipped pairs, the best evaluation
+    extra: dict[str, Any] = field(
+        default_factory=dict
+    )  # versions, counts of skipped pairs, the best evaluation
 
 
 def folder_of(run: Path, step: int) -> Path:
@@ -51,7 +58,9 @@ def folder_of(run: Path, step: int) -> Path:
 def list_checkpoints(run: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
     folders = (run / "checkpoints").glob("step-*")
-    return sorted((path for path in folders if NAME.fullmatch(path.name) and path.is_dir()), key=step_of)
+    return sorted(
+        (path for path in folders if NAME.fullmatch(path.name) and path.is_dir()), key=step_of
+    )
 
 
 def step_of(folder: Path) -> int:
@@ -64,12 +73,17 @@ def snapshot(checkpoint: Checkpoint) -> Checkpoint:
     # From a CUDA device into pinned memory, asynchronously, so it is synchronized once.
     to_host: Any = {"device": "cpu", "copy": True, "memory_format": torch.contiguous_format}
     weights, training = (
-        {name: tensor.detach().to(non_blocking=tensor.is_cuda, **to_host) for name, tensor in tensors.items()}
+        {
+            name: tensor.detach().to(non_blocking=tensor.is_cuda, **to_host)
+            for name, tensor in tensors.items()
+        }
         for tensors in (checkpoint.weights, checkpoint.training)
     )
     for device in {tensor.device for tensor in checkpoint.weights.values() if tensor.is_cuda}:
         torch.cuda.synchronize(device)
-    return replace(checkpoint, weights=weights, training=training, extra=copy.deepcopy(checkpoint.extra))
+    return replace(
+        checkpoint, weights=weights, training=training, extra=copy.deepcopy(checkpoint.extra)
+    )
 
 
 def write_snapshot(run: Path, kept: Checkpoint, keep: int) -> Path:
@@ -97,14 +111,18 @@ def write_snapshot(run: Path, kept: Checkpoint, keep: int) -> Path:
     except Exception as error:  # safetensors has its own error class for a full disk
         shutil.rmtree(partial, ignore_errors=True)
         older = list_checkpoints(run)  # untouched
-        newest = f"The newest checkpoint is {older[-1]}." if older else "There is no earlier checkpoint."
+        newest = (
+            f"The newest checkpoint is {older[-1]}." if older else "There is no earlier checkpoint."
+        )
         raise UserError(
             f"Cannot write the checkpoint {final}: {str(error).rstrip('.')}. {newest} Make room, then use --resume."
         ) from error
     # --- those of later steps are not counted: they are damaged, so that the run resumed before them
     older = [path for path in list_checkpoints(run) if step_of(path) <= kept.step and path != best]
     for old in older[:-keep]:
-        aside = old.with_suffix(".partial")  # renamed first, so that a crash leaves no incomplete checkpoint
+        aside = old.with_suffix(
+            ".partial"
+        )  # renamed first, so that a crash leaves no incomplete checkpoint
         with suppress(OSError):
             old.rename(aside)
         remove(aside)
@@ -139,7 +157,9 @@ class CheckpointWriter:
     def write(self, checkpoint: Checkpoint) -> None:
         """Copy a checkpoint into host memory and start writing it, after the previous one is written."""
         self.wait()
-        self._pending = self._thread.submit(write_snapshot, self._run, snapshot(checkpoint), self._keep)
+        self._pending = self._thread.submit(
+            write_snapshot, self._run, snapshot(checkpoint), self._keep
+        )
 
     def wait(self) -> None:
         """Wait until the last checkpoint is on the disk; raises once if it could not be written."""
@@ -170,7 +190,9 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     except UserError:
         raise
     except (OSError, ValueError, RecursionError, MemoryError, SafetensorError) as error:
-        raise UserError(f"{folder} is not a complete checkpoint: {error or type(error).__name__}.") from error
+        raise UserError(
+            f"{folder} is not a complete checkpoint: {error or type(error).__name__}."
+        ) from error
 
 
 def newest_good(run: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -208,7 +230,11 @@ def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def without_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors whose names start with a prefix, by names without it."""
     start = f"{prefix}."
-    return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
+    return {
+        name.removeprefix(start): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(start)
+    }
 
 
 def _with_digest(state: Mapping[str, Any]) -> str:
@@ -234,7 +260,13 @@ def _read_state(folder: Path) -> dict[str, Any]:
         and state["sha256"].keys() == {WEIGHTS, TRAINING}
         and text == _with_digest({name: value for name, value in state.items() if name != "digest"})
     )
-    damaged = [n for n in (WEIGHTS, TRAINING) if sha256(folder / n) != state["sha256"][n]] if good else [STATE]
+    damaged = (
+        [n for n in (WEIGHTS, TRAINING) if sha256(folder / n) != state["sha256"][n]]
+        if good
+        else [STATE]
+    )
     if damaged:
-        raise UserError(f"The checkpoint file {folder / damaged[0]} is damaged: its checksum does not match.")
+        raise UserError(
+            f"The checkpoint file {folder / damaged[0]} is damaged: its checksum does not match."
+        )
     return dict(state)

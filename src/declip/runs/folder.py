@@ -28,13 +28,21 @@ from declip.recipe.load import flat, load_recipe
 from declip.recipe.schema import Recipe
 from declip.runs.checkpoint import WEIGHTS, Checkpoint, list_checkpoints, newest_good
 
-RECIPE, METRICS, EVALUATIONS, SKIPPED = "recipe.yaml", "metrics.jsonl", "evaluations.jsonl", "skipped.json"
+RECIPE, METRICS, EVALUATIONS, SKIPPED = (
+    "recipe.yaml",
+    "metrics.jsonl",
+    "evaluations.jsonl",
+    "skipped.json",
+)
 EXAMPLES = "examples.json"  # facts and example pairs for the report
 TRACKING = "tracking.json"  # ids of the run in the trackers of train.report_to
 MIXTURE, MIXED = "mixture.json", "mixed.safetensors"  # of a fine-tuning, see `declip.finetuning`
 LOCK = ".lock"
 KEPT = "start.safetensors"  # pretrained weights that a run started from, for resuming and for interpolation
-SPLIT = ("train.pairs", "val.pairs")  # lists of the parts that `declip finetune` splits its pairs into
+SPLIT = (
+    "train.pairs",
+    "val.pairs",
+)  # lists of the parts that `declip finetune` splits its pairs into
 # Recipe keys that may differ when a run is resumed, because they change no number
 CHANGEABLE = (
     *("name", "data.workers", "data.max_broken_fraction", "train.device"),
@@ -86,7 +94,12 @@ class Run:
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:
         """Rows of metrics.jsonl by step; if a step was logged twice, the later row."""
-        return [row for _, row in sorted({row["step"]: row for row in read_rows(self.folder / METRICS)}.items())]
+        return [
+            row
+            for _, row in sorted(
+                {row["step"]: row for row in read_rows(self.folder / METRICS)}.items()
+            )
+        ]
 
     @cached_property
     def evaluations(self) -> list[dict[str, Any]]:
@@ -96,8 +109,15 @@ class Run:
     @cached_property
     def evaluated(self) -> list[Evaluated]:
         """Evaluations with protocols of this version, by step."""
-        rows = ((row, read_result(row)) for row in sorted(self.evaluations, key=lambda row: int(row["step"])))
-        return [Evaluated(row["step"], result, row.get("best_step", row["step"])) for row, result in rows if result]
+        rows = (
+            (row, read_result(row))
+            for row in sorted(self.evaluations, key=lambda row: int(row["step"]))
+        )
+        return [
+            Evaluated(row["step"], result, row.get("best_step", row["step"]))
+            for row, result in rows
+            if result
+        ]
 
     @property
     def results(self) -> list[dict[str, Any]]:
@@ -136,7 +156,9 @@ class Run:
         if self.steps_done is not None:
             return self.steps_done
         # A last step that was skipped has no row in metrics.jsonl.
-        return max((int(row["step"]) for row in (*self.metrics[-1:], *self.evaluations[-1:])), default=0)
+        return max(
+            (int(row["step"]) for row in (*self.metrics[-1:], *self.evaluations[-1:])), default=0
+        )
 
     @property
     def best_step(self) -> int:
@@ -181,17 +203,23 @@ def lock_folder(folder: Path) -> FileIO:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # Lists of a split are written before the recipe, and may be left by a process that was killed in between.
-        others = sorted(path.name for path in folder.iterdir() if path.name not in SPLIT and path.name[0] != ".")
+        others = sorted(
+            path.name for path in folder.iterdir() if path.name not in SPLIT and path.name[0] != "."
+        )
         if others and RECIPE not in others:
             problem = f"'{folder}' is not a run folder and has other files, such as '{others[0]}'"
             raise UserError(f"{problem}. Choose another --out.")
         file = (folder / LOCK).open("ab+", buffering=0)
     except OSError as error:
-        raise UserError(f"Cannot write into '{folder}': {error.strerror}. Choose another --out.") from error
+        raise UserError(
+            f"Cannot write into '{folder}': {error.strerror}. Choose another --out."
+        ) from error
     if sys.platform != "win32":
         _lock(file, folder)
     with suppress(OSError):
-        if not os.path.samestat(os.fstat(file.fileno()), os.stat(folder / LOCK)):  # removed since it was opened
+        if not os.path.samestat(
+            os.fstat(file.fileno()), os.stat(folder / LOCK)
+        ):  # removed since it was opened
             file.close()
             return lock_folder(folder)
     with suppress(OSError):  # a full disk is reported when the run writes
@@ -205,7 +233,9 @@ def _lock(file: FileIO, folder: Path) -> None:
     import fcntl
 
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, worker processes do not inherit this lock
+        fcntl.lockf(
+            file, fcntl.LOCK_EX | fcntl.LOCK_NB
+        )  # unlike flock's, worker processes do not inherit this lock
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EAGAIN):
             return
@@ -217,7 +247,9 @@ def _lock(file: FileIO, folder: Path) -> None:
         ) from error
 
 
-def open_folder(recipe: Recipe, folder: Path, resume: bool, lists: Lists = NO_LISTS) -> Checkpoint | None:
+def open_folder(
+    recipe: Recipe, folder: Path, resume: bool, lists: Lists = NO_LISTS
+) -> Checkpoint | None:
     """Start a run in a locked folder with the lists of its split, or find the newest good checkpoint of a run in it."""
     newest = None
     if (folder / RECIPE).exists():
@@ -228,7 +260,9 @@ def open_folder(recipe: Recipe, folder: Path, resume: bool, lists: Lists = NO_LI
         for problem in problems:
             log.warning(problem)
         if problems and newest is None:
-            raise UserError(f"No checkpoint in '{folder}' is complete. {problems[0]} Start a new run: --out.")
+            raise UserError(
+                f"No checkpoint in '{folder}' is complete. {problems[0]} Start a new run: --out."
+            )
     for path, listed in lists.items():
         write_pair_list(Path(path), listed)
     write_text(folder / RECIPE, recipe.to_yaml())
@@ -238,7 +272,9 @@ def open_folder(recipe: Recipe, folder: Path, resume: bool, lists: Lists = NO_LI
 def existing_run(folder: Path) -> UserError:
     """Build the error for a run folder that is taken, with the pairs of its run."""
     pairs = read_recipe(folder).data.label
-    if pairs.endswith(LIST_KIND) and Path(pairs).is_file():  # the list of a split, which is in the run folder
+    if (
+        pairs.endswith(LIST_KIND) and Path(pairs).is_file()
+    ):  # the list of a split, which is in the run folder
         pairs = read_pair_list(Path(pairs)).source
     remedy = "Continue that run with --resume, or choose another --out for a new one."
     return UserError(f"'{folder}' already holds a run, on '{printable(pairs)}'. {remedy}")
@@ -246,8 +282,13 @@ def existing_run(folder: Path) -> UserError:
 
 def kept_encoder(recipe: Recipe, folder: Path) -> TextEncoder | WrappedModel | None:
     """Read the Hugging Face encoder, if any, from the newest good checkpoint, for resuming."""
-    for checkpoint in reversed(list_checkpoints(folder)) if recipe.text.hf_model is not None else ():
-        with suppress(OSError, SafetensorError, UserError), safe_open(checkpoint / WEIGHTS, "pt") as file:
+    for checkpoint in (
+        reversed(list_checkpoints(folder)) if recipe.text.hf_model is not None else ()
+    ):
+        with (
+            suppress(OSError, SafetensorError, UserError),
+            safe_open(checkpoint / WEIGHTS, "pt") as file,
+        ):
             return encoder_kept_in({ENTRY: file.get_tensor(f"model.{ENTRY}")}, recipe, checkpoint)
     return None
 
@@ -260,7 +301,9 @@ def read_recipe(folder: Path) -> Recipe:
     try:
         return moved_lists(load_recipe(path), folder)
     except ValueError as error:
-        raise UserError(f"'{folder}' is not a run of this version. {error} Choose another --out.") from error
+        raise UserError(
+            f"'{folder}' is not a run of this version. {error} Choose another --out."
+        ) from error
 
 
 def moved_lists(recipe: Recipe, folder: Path) -> Recipe:
@@ -268,13 +311,17 @@ def moved_lists(recipe: Recipe, folder: Path) -> Recipe:
 
     def moved(name: str) -> str:
         here = folder / Path(name).name
-        return str(here) if here.name in SPLIT and not Path(name).exists() and here.is_file() else name
+        return (
+            str(here) if here.name in SPLIT and not Path(name).exists() and here.is_file() else name
+        )
 
     data = recipe.data
     if isinstance(data.source, str):
         data = data.model_copy(update={"source": moved(data.source)})
     sets = {key: tuple(map(moved, names)) for key, names in recipe.evaluation if names}
-    return recipe.model_copy(update={"data": data, "evaluation": recipe.evaluation.model_copy(update=sets)})
+    return recipe.model_copy(
+        update={"data": data, "evaluation": recipe.evaluation.model_copy(update=sets)}
+    )
 
 
 def refuse_another(recipe: Recipe, earlier: Recipe, folder: Path) -> None:

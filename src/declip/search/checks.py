@@ -31,7 +31,9 @@ def read_classes(given: str | Path | Sequence[str]) -> list[str]:
             ) from error
     names = list(dict.fromkeys(filter(None, (" ".join(str(name).split()) for name in names))))
     if len(names) < 2:
-        raise UserError(f"Give two classes or more, not {len(names)}{f': {names[0]!r}' if names else ''}.")
+        raise UserError(
+            f"Give two classes or more, not {len(names)}{f': {names[0]!r}' if names else ''}."
+        )
     return names
 
 
@@ -45,11 +47,15 @@ def check_classes(
 ) -> list[str] | None:
     """Read the names of classes, if any; refuse options that cannot be combined, and outputs that cannot be written."""
     if save is not None and examples is None:
-        raise UserError("--save requires --examples: it saves the classifier that is fitted to them.")
+        raise UserError(
+            "--save requires --examples: it saves the classifier that is fitted to them."
+        )
     if head is not None and (classes is not None or examples is not None):
         raise UserError("A head (--head) has its own classes. Leave out --classes and --examples.")
     if head is None and classes is None and examples is None:
-        raise UserError("Name the classes with --classes, or give examples of them with --examples or --head.")
+        raise UserError(
+            "Name the classes with --classes, or give examples of them with --examples or --head."
+        )
     if isinstance(head, str | Path) and not Path(head).expanduser().is_file():
         raise UserError(
             f"There is no head '{head}'. Make one: declip classify MODEL IMAGES --examples … --save {head}."
@@ -66,11 +72,15 @@ def read_query(
     if not isinstance(text, str | None):
         if image is not None or isinstance(text, list | tuple):
             several = "encode several by the model, and call `nearest`"
-            raise UserError(f"search takes one text and one image, not a {type(text).__name__}; {several}.")
+            raise UserError(
+                f"search takes one text and one image, not a {type(text).__name__}; {several}."
+            )
         text, image = None, text
     text = (text or "").strip()
     if not text and image is None:
         raise UserError("Nothing to search for. Give a text, an image (--image FILE), or both.")
     if len(weights) != 2 or not all(map(math.isfinite, weights)):
-        raise UserError(f"weights is {weights}; give two numbers, of text and image, such as 0.7,0.3.")
+        raise UserError(
+            f"weights is {weights}; give two numbers, of text and image, such as 0.7,0.3."
+        )
     return text, None if image is None else read_picture(image)

@@ -47,8 +47,12 @@ class ChosenImages:
         total, chosen = len(self.index), len(self.images)
         sample = f"a random sample of {self.compared:,} of " if self.compared < total else ""
         steps = dict.fromkeys(max(1, chosen * quarters // 4) for quarters in (1, 2, 4))
-        covered = ", ".join(f"{percent(self.images[step - 1].score)} with {step:,}" for step in steps)
-        lines = [f"{chosen:,} images of {sample}{total:,}, {self.known:,} captioned before; covered: {covered}"]
+        covered = ", ".join(
+            f"{percent(self.images[step - 1].score)} with {step:,}" for step in steps
+        )
+        lines = [
+            f"{chosen:,} images of {sample}{total:,}, {self.known:,} captioned before; covered: {covered}"
+        ]
         return "\n".join(lines + [f"Left out: {line}" for line in self.skipped.lines()])
 
     @property
@@ -60,7 +64,10 @@ class ChosenImages:
         """Write a table with a row for each image and an empty column for its caption."""
         check_files(self.index)
         with csv_table(out, CHOSEN, overwrite) as table:
-            table.writerows([image_cell(self.index, hit.id, out.parent), "", f"{hit.score:.4f}"] for hit in self.images)
+            table.writerows(
+                [image_cell(self.index, hit.id, out.parent), "", f"{hit.score:.4f}"]
+                for hit in self.images
+            )
 
 
 def choose(
@@ -111,7 +118,9 @@ def choose(
     known = torch.empty(0, opened.info.dimension)
     if have is not None:
         captioned = open_or_embed(opened.model, have, **options)
-        known = captioned.vectors(captioned.ids[np.array(list(map(bool, captioned.captions())), dtype=bool)])
+        known = captioned.vectors(
+            captioned.ids[np.array(list(map(bool, captioned.captions())), dtype=bool)]
+        )
     choice = choose_from(opened, count, known, seed)
     if path is not None:
         choice.write(path, overwrite)
@@ -125,15 +134,21 @@ def choose_from(index: Index, count: int, known: Tensor, seed: int = 0) -> Chose
         ids = np.sort(np.random.default_rng(seed).choice(ids, most, replace=False))
     steps = list(facility_location(index.vectors(ids), known, count))
     if not steps:
-        raise UserError(f"All {len(ids):,} images are near-duplicates of captioned images. Add other images.")
+        raise UserError(
+            f"All {len(ids):,} images are near-duplicates of captioned images. Add other images."
+        )
     rows = index.rows([ids[row] for row, _ in steps])
-    hits = [Hit(**vars(row), score=coverage) for row, (_, coverage) in zip(rows, steps, strict=True)]
+    hits = [
+        Hit(**vars(row), score=coverage) for row, (_, coverage) in zip(rows, steps, strict=True)
+    ]
     return ChosenImages(hits, index, len(known), len(ids))
 
 
 def check_files(index: Index) -> None:
     """Raise a `UserError` unless a table can name the file of each image."""
-    without = [row for row, path in enumerate(index.paths()) if not path.lower().endswith(EXTENSIONS)]
+    without = [
+        row for row, path in enumerate(index.paths()) if not path.lower().endswith(EXTENSIONS)
+    ]
     if not without:
         return
     source = index.info.source.name

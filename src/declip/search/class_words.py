@@ -45,7 +45,11 @@ def classes_of(query: str, model: Any) -> tuple[int, ...]:
 def _table() -> dict[str, tuple[int, ...]]:
     """The shipped table, read once per process: classes by word, in singular and plural."""
     rows = (line.split("\t") for line in read_lines("class_words.txt"))
-    return {word: tuple(map(int, numbers.split())) for words, numbers in rows for word in words.split("|")}
+    return {
+        word: tuple(map(int, numbers.split()))
+        for words, numbers in rows
+        for word in words.split("|")
+    }
 
 
 @torch.no_grad()
@@ -55,4 +59,6 @@ def class_direction(model: Any, classes: tuple[int, ...]) -> Tensor | None:
     classifier = projection.projection if isinstance(projection, NeighborProjection) else projection
     if not isinstance(classifier, PosteriorProjection) or len(classifier.classes) != CLASSES:
         return None
-    return normalize(normalize(projection.embed_classes().float()[[*classes]], dim=-1).mean(dim=0), dim=0).cpu()
+    return normalize(
+        normalize(projection.embed_classes().float()[[*classes]], dim=-1).mean(dim=0), dim=0
+    ).cpu()

@@ -72,7 +72,9 @@ class Classifier:
     head: FewShotHead
     model: str  # fingerprint
     skipped: SkipCounter  # example images that could not be read
-    leaking: str | None = None  # column of the examples that should be their group, see `leaking_column`
+    leaking: str | None = (
+        None  # column of the examples that should be their group, see `leaking_column`
+    )
 
     @classmethod
     def fit(
@@ -101,30 +103,52 @@ class Classifier:
         source = None if examples is None else _open_examples(examples, label_column, columns)
         known = tuple(classes or (source.class_names if source else ()))
         if len(known) < 2:
-            raise UserError("A classifier needs two classes or more. Name them, or give examples of them.")
+            raise UserError(
+                "A classifier needs two classes or more. Name them, or give examples of them."
+            )
         encoder = loaded(model, device)
         names = _name_features(encoder, known, read_templates(templates)[1], batch_size)
         encode, width = joint_encoder(encoder)
-        given = Examples(torch.empty(0, width + names.shape[1]), torch.empty(0).long(), names, width)
+        given = Examples(
+            torch.empty(0, width + names.shape[1]), torch.empty(0).long(), names, width
+        )
         skipped, groups, leaking = SkipCounter(), None, None
         if source is not None:
             number = _numbers(known, source.class_names)
-            options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "progress": progress}
-            features = encode_source(encoder, source, encode=encode, texts=False, exact=False, **options)
-            labels, skipped = torch.from_numpy(number[np.asarray(source.labels)[features.indices]]), features.skipped
+            options: dict[str, Any] = {
+                "batch_size": batch_size,
+                "workers": workers,
+                "progress": progress,
+            }
+            features = encode_source(
+                encoder, source, encode=encode, texts=False, exact=False, **options
+            )
+            labels, skipped = (
+                torch.from_numpy(number[np.asarray(source.labels)[features.indices]]),
+                features.skipped,
+            )
             given = Examples(features.images, labels, names, width)
             groups = np.arange(len(labels))
             if columns.group is not None:
-                named = np.array([source.group(index) for index in features.indices.tolist()], np.int64)
+                named = np.array(
+                    [source.group(index) for index in features.indices.tolist()], np.int64
+                )
                 groups = np.where(named == 0, -1 - groups, named)
-            leaking = leaking_column(source, features.indices.tolist(), features.images, groups, len(known))
-        head, counts = fit_few_shot(given, groups=groups), torch.bincount(given.labels, minlength=len(known))
+            leaking = leaking_column(
+                source, features.indices.tolist(), features.images, groups, len(known)
+            )
+        head, counts = (
+            fit_few_shot(given, groups=groups),
+            torch.bincount(given.labels, minlength=len(known)),
+        )
         return cls(known, tuple(counts.tolist()), head, fingerprint(encoder), skipped, leaking)
 
     def summary(self) -> str:
         """The examples, the settings, and what cross-validation says."""
         head, none = self.head, sum(not count for count in self.counts)
-        lines = [f"{sum(self.counts):,} examples of {len(self.counts) - none:,} classes, {none:,} more by name alone"]
+        lines = [
+            f"{sum(self.counts):,} examples of {len(self.counts) - none:,} classes, {none:,} more by name alone"
+        ]
         if head.name_weight >= 0.1:
             lines[0] += f"; a name counts as {head.name_weight:.2g} images"
         if head.accuracy is None and any(self.counts):
@@ -158,10 +182,19 @@ class Classifier:
         mixture = [(*form, factor) for form, factor in head.mixture.items()]
         accuracy = None if head.accuracy is None else (head.accuracy.value, head.accuracy.n)
         stored = _Stored(
-            **own, width=head.width, mixture=mixture, accuracy=accuracy, shots=head.shots, unmeasured=head.unmeasured
+            **own,
+            width=head.width,
+            mixture=mixture,
+            accuracy=accuracy,
+            shots=head.shots,
+            unmeasured=head.unmeasured,
         )
         with output_file(Path(path).expanduser(), "--save", overwrite) as target:
-            save_tensors({"weight": head.weight, "center": head.center}, target, {KEY: stored.model_dump_json()})
+            save_tensors(
+                {"weight": head.weight, "center": head.center},
+                target,
+                {KEY: stored.model_dump_json()},
+            )
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -172,13 +205,24 @@ class Classifier:
                 stored = _Stored.model_validate_json((file.metadata() or {})[KEY])
                 weight, center = (file.get_tensor(name).float() for name in ("weight", "center"))
             count, columns = weight.shape
-            whole = bool(weight.isfinite().all() and center.isfinite().all()) and stored.width <= columns
-            if not whole or center.shape != (columns,) or {count} != {len(stored.classes), len(stored.counts)}:
+            whole = (
+                bool(weight.isfinite().all() and center.isfinite().all())
+                and stored.width <= columns
+            )
+            if (
+                not whole
+                or center.shape != (columns,)
+                or {count} != {len(stored.classes), len(stored.counts)}
+            ):
                 raise ValueError("the sizes do not fit, or numbers are not finite")
         except Exception as error:  # a stranger's file; safetensors has its own classes
-            raise UserError(f"'{path}' is not a head of declip classify: {one_line(error, 200)}.") from error
+            raise UserError(
+                f"'{path}' is not a head of declip classify: {one_line(error, 200)}."
+            ) from error
         mixture = {FewShotForm(*form): factor for *form, factor in stored.mixture}
-        accuracy = stored.accuracy and Measure("examples", stored.accuracy[0], 1 / count, stored.accuracy[1])
+        accuracy = stored.accuracy and Measure(
+            "examples", stored.accuracy[0], 1 / count, stored.accuracy[1]
+        )
         measured = (accuracy or None, stored.shots, stored.unmeasured)
         head = FewShotHead(weight, center, stored.width, mixture, *measured)
         return cls(stored.classes, stored.counts, head, stored.model, SkipCounter())
@@ -193,7 +237,9 @@ def _open_examples(
     by_column = label_column is not None or columns.group is not None
     if isinstance(examples, str | Path):
         if table is None and columns.group is not None:
-            raise UserError(f"--group-column {columns.group} requires a table of examples, but '{examples}' is none.")
+            raise UserError(
+                f"--group-column {columns.group} requires a table of examples, but '{examples}' is none."
+            )
         folder = Path(examples).expanduser()
         if folder.is_dir() and not (by_column and table is not None):
             examples = f"folder:{folder}"
@@ -250,7 +296,9 @@ class Classification:
         frequent = counts.most_common(20)
         classes = ", ".join(f"{count:,} {printable(name)}" for name, count in frequent if count)
         left_out = (f"Left out: {line}" for line in self.skipped.lines())
-        return "\n".join([f"{counts.total():,} images: {classes}{', …' * (len(+counts) > 20)}", *left_out])
+        return "\n".join(
+            [f"{counts.total():,} images: {classes}{', …' * (len(+counts) > 20)}", *left_out]
+        )
 
 
 def classify(
@@ -295,7 +343,10 @@ def classify(
     check_range("batch_size", batch_size, 1)
     names = check_classes(classes, examples, head, out, overwrite=overwrite) or []
     prompts = read_templates(templates)[1]
-    source, path = _open(images, replace(columns, caption=None, group=None)), None if out is None else csv_path(out)
+    source, path = (
+        _open(images, replace(columns, caption=None, group=None)),
+        None if out is None else csv_path(out),
+    )
     classifier = Classifier.load(head) if isinstance(head, str | Path) else head
     workers = workers or (None if isinstance(images, str | Path) and workers is None else 0)
     encoder = loaded(model, device, precision)
@@ -307,7 +358,10 @@ def classify(
     known, encode, score = _scorer(encoder, classifier, names, prompts, batch_size)
     result = Classification(dict.fromkeys(known, 0), classifier=classifier)
     # --- classify and write batch by batch; the table appears complete or not at all
-    batches = [range(start, min(start + batch_size, len(source))) for start in range(0, len(source), batch_size)]
+    batches = [
+        range(start, min(start + batch_size, len(source)))
+        for start in range(0, len(source), batch_size)
+    ]
     stream = encode_batches(encoder, source, _read, batches, workers, progress, encode)
     header = (*CLASSIFIED, *map(plain_cell, known))
     with nullcontext() if path is None else csv_table(path, header, overwrite) as rows:
@@ -333,7 +387,9 @@ def _collect(
         elif table is None:
             result.predictions.append(prediction)
     if not any(result.counts.values()):
-        raise UserError(f"None of the {result.skipped.total:,} images can be used: {result.skipped.explanation()}")
+        raise UserError(
+            f"None of the {result.skipped.total:,} images can be used: {result.skipped.explanation()}"
+        )
 
 
 def _predictions(
@@ -353,7 +409,11 @@ def _predictions(
 
 
 def _scorer(
-    encoder: Encoder, classifier: Classifier | None, names: Sequence[str], prompts: Sequence[str], batch_size: int
+    encoder: Encoder,
+    classifier: Classifier | None,
+    names: Sequence[str],
+    prompts: Sequence[str],
+    batch_size: int,
 ) -> tuple[Sequence[str], Callable[[Tensor], Tensor] | None, Callable[[Tensor], Tensor]]:
     """Classes, the encoder of pixels (None: `Encoder.encode_image`), and the scores (n, C) of vectors (n, d).
 
@@ -361,17 +421,26 @@ def _scorer(
     """
     if classifier is not None:
         if fingerprint(encoder) != classifier.model:
-            raise UserError("The head was fitted to another model. Give that model, or fit it again with --examples.")
+            raise UserError(
+                "The head was fitted to another model. Give that model, or fit it again with --examples."
+            )
         return classifier.classes, joint_encoder(encoder)[0], classifier.head.scores
     encoder.tokenize([""])  # a model without a text tower fails before processes start
-    texts, scale = _name_features(encoder, names, prompts, batch_size).double(), logit_scale(encoder)
+    texts, scale = (
+        _name_features(encoder, names, prompts, batch_size).double(),
+        logit_scale(encoder),
+    )
     return names, None, lambda vectors: scale * vectors.double() @ texts.T
 
 
-def _name_features(encoder: Encoder, names: Sequence[str], prompts: Sequence[str], batch_size: int) -> Tensor:
+def _name_features(
+    encoder: Encoder, names: Sequence[str], prompts: Sequence[str], batch_size: int
+) -> Tensor:
     """(C, d) of length 1, the features of class names; a word such as "animal" is compared as images too."""
     texts = zip(names, class_features(encoder, names, prompts, batch_size=batch_size), strict=True)
-    return torch.stack([add_classes(vector, name, encoder, lambda: encoder) for name, vector in texts])
+    return torch.stack(
+        [add_classes(vector, name, encoder, lambda: encoder) for name, vector in texts]
+    )
 
 
 def _read(source: ImageSource, index: int) -> tuple[LazyImage, str]:

@@ -133,10 +133,14 @@ class _Embedding:
         for block in blocks:
             known = cache.find([keys[index] for index in block])
             missing = [index for index in block if keys[index] not in known]
-            own = [missing[at : at + self.batch_size] for at in range(0, len(missing), self.batch_size)]
+            own = [
+                missing[at : at + self.batch_size] for at in range(0, len(missing), self.batch_size)
+            ]
             batches += own
             counts.append(len(own))
-        stream = encode_batches(self.model, self.source, read_image, batches, self.workers, self.progress)
+        stream = encode_batches(
+            self.model, self.source, read_image, batches, self.workers, self.progress
+        )
         for block, count in zip(blocks, counts, strict=True):
             self._compute(cache, keys, islice(stream, count))
             known = cache.find([keys[index] for index in block])
@@ -191,7 +195,9 @@ def _caption_vectors(model: Encoder, rows: Sequence[IndexedImage], dimension: in
     return normalize(means, dim=-1)
 
 
-def _open_images(source: str | Path | PairSource, columns: Columns, folder: Path) -> tuple[SourceInfo, ImageSource]:
+def _open_images(
+    source: str | Path | PairSource, columns: Columns, folder: Path
+) -> tuple[SourceInfo, ImageSource]:
     """Open the images, and describe them for the index in a folder."""
     columns = replace(columns, root=stored_path(columns.root, folder) or None)
     saved = SourceInfo(path=stored_path(source, folder), name="", columns=columns)
@@ -218,7 +224,9 @@ def open_or_embed(
     """
     if isinstance(source, str | Path) and (Path(source).expanduser() / INFO).is_file():
         if folder is not None:
-            raise UserError(f"'{source}' is an index already, so --index '{folder}' is not used. Remove it.")
+            raise UserError(
+                f"'{source}' is an index already, so --index '{folder}' is not used. Remove it."
+            )
         return Index.open(source, model=model, device=device, precision=precision)
     model = folder_or_name(model)
     encoder = loaded(model, device, precision)
@@ -234,10 +242,14 @@ def open_or_embed(
     return embed(encoder, source, out=folder, **options)
 
 
-def _usual_folder(encoder: Encoder, source: str | Path | PairSource | Items, columns: Columns) -> Path:
+def _usual_folder(
+    encoder: Encoder, source: str | Path | PairSource | Items, columns: Columns
+) -> Path:
     """The folder of the index of a source by a model, below the working folder."""
     if not isinstance(source, str | Path):
-        raise UserError("The images are a Python object, which has no path: give the folder of their index.")
+        raise UserError(
+            "The images are a Python object, which has no path: give the folder of their index."
+        )
     read = "" if columns == DEFAULT else f" {columns}"
     text = f"{fingerprint(encoder)} {absolute(source)}{read}"
     digest = hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()

@@ -56,7 +56,11 @@ class Embedder:
         precision: Precision = "auto",
     ) -> None:
         # Workers may have another working directory.
-        self.model, self.source, self.columns = absolute(model), source and absolute(source), columns
+        self.model, self.source, self.columns = (
+            absolute(model),
+            source and absolute(source),
+            columns,
+        )
         self.image, self.id = image, id
         self.device, self.precision = device, precision
 
@@ -83,18 +87,26 @@ class Embedder:
         # --- why each image cannot be used, and the pixels (1, 3, S, S) of those that can
         errors, usable = list[str](), list[Tensor]()
         for index in indices:  # each alone, to know what is wrong with it
-            pixels, _, broken = read_images(model.preprocessor, lambda at: (source.read_lazy(at).image, 0), [index])
-            errors.append("; ".join(f"{reason}: {detail}" for reason, detail in broken.details.items()))
+            pixels, _, broken = read_images(
+                model.preprocessor, lambda at: (source.read_lazy(at).image, 0), [index]
+            )
+            errors.append(
+                "; ".join(f"{reason}: {detail}" for reason, detail in broken.details.items())
+            )
             usable += [] if pixels is None else [pixels]
         # --- an array without gaps: of lists with None, Ray makes pickled objects
         rows = np.zeros((len(ids), model.recipe.embed_dim), np.float32)
         if usable:
-            rows[[not error for error in errors]] = image_features(model, torch.cat(usable), encode).numpy()
+            rows[[not error for error in errors]] = image_features(
+                model, torch.cat(usable), encode
+            ).numpy()
         return {"id": ids, "vector": rows, "error": errors, "model": [made_by] * len(ids)}
 
 
 @lru_cache(1)
-def _load(where: str, device: str, precision: Precision) -> tuple[DualEncoder, Callable[[Tensor], Tensor], str]:
+def _load(
+    where: str, device: str, precision: Precision
+) -> tuple[DualEncoder, Callable[[Tensor], Tensor], str]:
     """The model of this process, the function that encodes many images, and what identifies both."""
     model = load(where, device, precision)
     return model, image_encoder(model), f"{fingerprint(model)} {precision_of(model)}"
@@ -103,7 +115,9 @@ def _load(where: str, device: str, precision: Precision) -> tuple[DualEncoder, C
 def _column(batch: Mapping[str, Any], name: str, argument: str) -> list[Any]:
     if name not in batch:
         columns = ", ".join(map(str, batch))
-        raise UserError(f"The batch has no column '{name}' but {columns}. Name one of them: Embedder(…, {argument}=…).")
+        raise UserError(
+            f"The batch has no column '{name}' but {columns}. Name one of them: Embedder(…, {argument}=…)."
+        )
     return list(batch[name])
 
 

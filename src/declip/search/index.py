@@ -34,7 +34,9 @@ from declip.search.writer import describe_model
 
 MOST = 10_000  # maximum number of results of a search
 ROWS = 8_192  # vectors whose products are kept at a time
-BLOCK_BYTES = 2 << 20  # float32 bytes of a block, which stays in a core's cache between conversion and product
+BLOCK_BYTES = (
+    2 << 20
+)  # float32 bytes of a block, which stays in a core's cache between conversion and product
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,12 @@ class Hit(IndexedImage):
     def to_dict(self) -> dict[str, Any]:
         """The hit as plain data."""
         origin = {"path": self.origin.path, "offset": self.origin.offset, "size": self.origin.size}
-        shown = {"id": self.id, "key": self.key, "score": self.score, "captions": list(self.captions)}
+        shown = {
+            "id": self.id,
+            "key": self.key,
+            "score": self.score,
+            "captions": list(self.captions),
+        }
         return {**shown, "index": self.index, **origin}
 
 
@@ -186,14 +193,21 @@ class Index:
             The `k` nearest images, the best first.
         """
         check_range("k", k, 1, MOST)
-        ids, scores = self.nearest(self.query(text, image, weights, template)[None], k, over=over)  # (1, k') each
+        ids, scores = self.nearest(
+            self.query(text, image, weights, template)[None], k, over=over
+        )  # (1, k') each
         rows = zip(self.rows(ids[0].numpy()), scores[0].tolist(), strict=True)
         return [Hit(**vars(row), score=score) for row, score in rows]
 
     def nearest(self, queries: Tensor, k: int, *, over: Over = "images") -> tuple[Tensor, Tensor]:
         """Find ids (n, k') int64 and cosines (n, k') float32 nearest to vectors (n, d) of length 1, the best first."""
         queries = torch.as_tensor(queries, dtype=torch.float32)
-        if queries.ndim != 2 or queries.shape[1] != self.info.dimension or k < 0 or not queries.isfinite().all():
+        if (
+            queries.ndim != 2
+            or queries.shape[1] != self.info.dimension
+            or k < 0
+            or not queries.isfinite().all()
+        ):
             raise UserError(
                 f"queries has shape {tuple(queries.shape)} and k is {k}; expected (n, {self.info.dimension}) without "
                 "NaN, and k >= 0."
@@ -239,14 +253,18 @@ class Index:
         try:
             return source[index].image
         except BrokenPair as broken:
-            raise UserError(f"The image '{printable(row.key)}' cannot be read any more: {broken}.") from broken
+            raise UserError(
+                f"The image '{printable(row.key)}' cannot be read any more: {broken}."
+            ) from broken
 
     def summary(self) -> str:
         """The contents of the index, and what was left out, a line each."""
         info, files = self.info, self._store.files
         size = sum(files.values())
         made = f", computed in {info.precision}" if info.precision else ""
-        lines = [f"{len(self):,} images, {info.dimension} numbers each in {info.dtype}{made}, {size / 1e6:,.1f} MB"]
+        lines = [
+            f"{len(self):,} images, {info.dimension} numbers each in {info.dtype}{made}, {size / 1e6:,.1f} MB"
+        ]
         lines += [f"Left out: {line}" for line in SkipCounter.from_dict(info.skipped).lines()]
         if uncaptioned := pc.list_value_length(self._store.column("captions")).to_pylist().count(0):
             lines.append(f"Without caption: {uncaptioned:,}")
@@ -270,7 +288,9 @@ class Index:
         return {self._source.key(index): index for index in reversed(range(len(self._source)))}
 
 
-def nearest(queries: Tensor, ids: Tensor, vectors: Tensor, k: int, skip_zeros: bool = False) -> tuple[Tensor, Tensor]:
+def nearest(
+    queries: Tensor, ids: Tensor, vectors: Tensor, k: int, skip_zeros: bool = False
+) -> tuple[Tensor, Tensor]:
     """Find the vectors with the largest products, taken in float32 whatever the vectors' type.
 
     The plain loop::
@@ -297,8 +317,12 @@ def nearest(queries: Tensor, ids: Tensor, vectors: Tensor, k: int, skip_zeros: b
         if skip_zeros:
             scores.masked_fill_(~block.any(1), -torch.inf)
         # --- the best of the block
-        columns = scores.topk(min(k, scores.shape[1])).indices  # of equal ones at its end it takes any
-        columns = columns.sort(dim=1).values  # (n, k) by id, so that stable sorting orders equal scores by id
+        columns = scores.topk(
+            min(k, scores.shape[1])
+        ).indices  # of equal ones at its end it takes any
+        columns = columns.sort(
+            dim=1
+        ).values  # (n, k) by id, so that stable sorting orders equal scores by id
         # --- the best so far
         best_ids = torch.cat([best_ids, own[columns]], dim=1)
         best = torch.cat([best, scores.gather(1, columns)], dim=1)
@@ -312,5 +336,7 @@ def mix(text: Tensor, image: Tensor, weights: tuple[float, float]) -> Tensor:
     """Normalized weighted sum of two unit vectors (d,); raises `UserError` if they cancel."""
     both = weights[0] * text + weights[1] * image
     if both.norm() < 1e-6:
-        raise UserError(f"With weights {weights[0]:g} and {weights[1]:g} nothing is left of the query. Give others.")
+        raise UserError(
+            f"With weights {weights[0]:g} and {weights[1]:g} nothing is left of the query. Give others."
+        )
     return normalize(both, dim=-1)

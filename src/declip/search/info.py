@@ -45,7 +45,9 @@ class SourceInfo(InfoSection):
     def columns_of(self, folder: Path) -> Columns:
         """The columns of the source of the index in `folder`."""
         root = self.columns.root
-        return self.columns if root is None else replace(self.columns, root=resolve(str(root), folder))
+        return (
+            self.columns if root is None else replace(self.columns, root=resolve(str(root), folder))
+        )
 
 
 class ModelInfo(InfoSection):
@@ -63,7 +65,9 @@ class ModelInfo(InfoSection):
                 f"The index '{folder}' was made by a Python object, {self.name}. Pass it as model=, or give --model."
             )
         if is_missing(path):
-            raise UserError(f"The model of the index '{folder}' is no longer at '{path}'. Give its path with --model.")
+            raise UserError(
+                f"The model of the index '{folder}' is no longer at '{path}'. Give its path with --model."
+            )
         return path
 
     def __str__(self) -> str:
@@ -80,10 +84,14 @@ class IndexInfo(InfoSection):
     source: SourceInfo
     dtype: Dtype
     captions: bool  # whether captions have vectors too
-    precision: str = Field("", max_length=60)  # that computed the vectors; "bf16, fp32" if some in each
+    precision: str = Field(
+        "", max_length=60
+    )  # that computed the vectors; "bf16, fp32" if some in each
     rows: Count = 0
     dimension: Count = 0  # width of the vectors
-    skipped: dict[str, Any] = Field(default_factory=lambda: SkipCounter().to_dict())  # in the last call of `embed`
+    skipped: dict[str, Any] = Field(
+        default_factory=lambda: SkipCounter().to_dict()
+    )  # in the last call of `embed`
 
     def save(self, folder: Path) -> None:
         """Write index.json durably; raises `UserError` if that fails."""
@@ -109,7 +117,11 @@ class IndexInfo(InfoSection):
             return cls.model_validate_json(content)
         except ValidationError as error:
             for problem in error.errors():
-                if problem["loc"] == ("layout",) and isinstance(problem["input"], int) and problem["input"] > LAYOUT:
+                if (
+                    problem["loc"] == ("layout",)
+                    and isinstance(problem["input"], int)
+                    and problem["input"] > LAYOUT
+                ):
                     raise newer(path) from error
             raise UserError(
                 f"'{path}' is damaged, or of another version of declip: {one_line(error)}. Embed again into another "

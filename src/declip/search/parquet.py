@@ -55,7 +55,9 @@ def index_parquet(
         for block in _blocks(tables, dtype):
             writer.add(block)
         if not info.rows:
-            raise UserError(f"'{source.name}' has no image that can be used: {skipped.explanation()}")
+            raise UserError(
+                f"'{source.name}' has no image that can be used: {skipped.explanation()}"
+            )
 
 
 def _read(table: ParquetRows, *names: str) -> Iterator[list[Any]]:
@@ -92,7 +94,9 @@ def _check(tables: Sequence[ParquetRows], made_by: ModelInfo) -> tuple[set[str],
                 if precision in TYPES:
                     precisions.add(precision)
     if repeated:
-        raise UserError(f"{len(repeated):,} ids are in several rows each. Remove files that were written twice.")
+        raise UserError(
+            f"{len(repeated):,} ids are in several rows each. Remove files that were written twice."
+        )
     return precisions, skipped
 
 
@@ -133,4 +137,6 @@ def _vectors(cells: pa.Array, width: int, path: Path) -> np.ndarray:
         problem = f"have {counts} numbers, or are not of length 1"
     except (pa.ArrowException, BufferError, ValueError) as error:
         problem = f"cannot be read: {one_line(error)}"
-    raise UserError(f"The vectors in '{path}' {problem}. They must be as `declip.Embedder` returns them.")
+    raise UserError(
+        f"The vectors in '{path}' {problem}. They must be as `declip.Embedder` returns them."
+    )

@@ -61,7 +61,9 @@ class Block:
     matrices: dict[Over, np.ndarray]  # (n, d) each; zeros in "captions": an image without captions
 
     @classmethod
-    def of(cls, rows: Sequence[IndexedImage], images: Tensor, captions: Tensor | None, dtype: str) -> "Block":
+    def of(
+        cls, rows: Sequence[IndexedImage], images: Tensor, captions: Tensor | None, dtype: str
+    ) -> "Block":
         """Convert rows and their vectors (n, d) float32 to the types that are stored."""
         cells = []
         for row in rows:
@@ -116,7 +118,9 @@ class Store:
         wanted = np.atleast_1d(np.asarray(ids, np.int64))
         known = (wanted >= 0) & (wanted < len(self))
         if not known.all():
-            raise UserError(f"The index '{self.folder}' has no image with the id {wanted[~known][0]}.")
+            raise UserError(
+                f"The index '{self.folder}' has no image with the id {wanted[~known][0]}."
+            )
         return wanted
 
     def rows(self, ids: np.ndarray) -> list[IndexedImage]:
@@ -138,7 +142,9 @@ class Store:
         if over not in MATRICES:
             raise unknown("kind of vectors", over, MATRICES)
         if over not in self.matrices:
-            raise UserError(f"The index '{self.folder}' has no vectors of captions. Embed again with --captions.")
+            raise UserError(
+                f"The index '{self.folder}' has no vectors of captions. Embed again with --captions."
+            )
         return self.matrices[over]
 
     @cached_property

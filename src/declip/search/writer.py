@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from declip.data.sources.names import resolve, stored_path
 from declip.errors import UserError
 from declip.evaluation.encode import Encoder
-from declip.io.atomic import ELSEWHERE, atomic_write, flush
+from declip.io.atomic import HINT, atomic_write, flush
 from declip.models.fingerprint import fingerprint
 from declip.search.info import INFO, IndexInfo, ModelInfo, Over
 from declip.search.store import GROUP_ROWS, MATRICES, ROWS, SCHEMA, Block
@@ -63,7 +63,7 @@ class IndexWriter:
 @contextmanager
 def new_index(folder: Path, info: IndexInfo) -> Iterator[IndexWriter]:
     """Yield a writer; the index is in its folder when the block succeeds, and an older one until then."""
-    with atomic_write(folder, ELSEWHERE, durable=True) as partial:
+    with atomic_write(folder, HINT, durable=True) as partial:
         partial.mkdir()
         writer = IndexWriter(partial, info)
         yield writer
@@ -86,12 +86,14 @@ def check_target(folder: Path, wanted: IndexInfo, overwrite: bool) -> None:
     """
     if not folder.exists():
         return
-    others = [path for path in folder.iterdir() if path.name[0] != "."] if folder.is_dir() else [folder]
+    others = (
+        [path for path in folder.iterdir() if path.name[0] != "."] if folder.is_dir() else [folder]
+    )
     if not others:
         return
     if not (folder / INFO).is_file():
         name = min(path.name for path in others)
-        raise UserError(f"'{folder}' already has other files, such as '{name}'; {ELSEWHERE}.")
+        raise UserError(f"'{folder}' already has other files, such as '{name}'; {HINT}.")
     if overwrite:
         return
     if changed := _differences(folder, IndexInfo.read(folder), wanted):

@@ -32,7 +32,9 @@ def mean_in_blocks(
     # Blocks are computed in both passes: 8·B·N·d operations instead of 6·B·N·d.
     size = max(1, BLOCK_BYTES // row_bytes)
     blocks = [(start, min(start + size, rows)) for start in range(0, rows, size)]
-    sums = [checkpoint(loss, *block, use_reentrant=False, preserve_rng_state=False) for block in blocks]
+    sums = [
+        checkpoint(loss, *block, use_reentrant=False, preserve_rng_state=False) for block in blocks
+    ]
     return torch.stack(sums).sum() / rows
 
 
@@ -72,7 +74,9 @@ def cross_entropy_to_keys(
         logits = scaled_similarity(rows[start:stop], keys, scale)
         positives = torch.arange(offset + start, offset + stop, device=rows.device)
         if smoothing or ids is not None:
-            positive = positives[:, None] == torch.arange(len(keys), device=rows.device)  # (rows, N)
+            positive = positives[:, None] == torch.arange(
+                len(keys), device=rows.device
+            )  # (rows, N)
         if ids is not None:
             own, others = ids[0][start:stop, None], ids[1]
             kept = ((own != others) | (own == 0)).all(dim=-1) | positive
@@ -107,13 +111,22 @@ def info_nce(
     so the mean over ranks of the ranks' losses is the loss of the whole batch.
     The features are (B, d) of this rank and (N, d) of all ranks, with gradient; others as `cross_entropy_to_keys`.
     """
-    image_to_text = cross_entropy_to_keys(image, text_keys, scale, offset, max_logit_bytes, smoothing, ids)
-    text_to_image = cross_entropy_to_keys(text, image_keys, scale, offset, max_logit_bytes, smoothing, ids)
+    image_to_text = cross_entropy_to_keys(
+        image, text_keys, scale, offset, max_logit_bytes, smoothing, ids
+    )
+    text_to_image = cross_entropy_to_keys(
+        text, image_keys, scale, offset, max_logit_bytes, smoothing, ids
+    )
     return (image_to_text + text_to_image) / 2
 
 
 def sigmoid_loss(
-    image: Tensor, text_keys: Tensor, scale: Scale, bias: Scale, offset: int = 0, max_logit_bytes: float | None = None
+    image: Tensor,
+    text_keys: Tensor,
+    scale: Scale,
+    bias: Scale,
+    offset: int = 0,
+    max_logit_bytes: float | None = None,
 ) -> Tensor:
     """Binary cross-entropy of every image with every text, one positive per image: SigLIP, arXiv 2303.15343.
 
@@ -149,7 +162,9 @@ class ContrastiveTerm(Term):
     def features(self, encoded: Encodings) -> dict[str, Tensor]:
         return {"ids": require(encoded.batch.duplicate_ids)} if self.masks_duplicates else {}
 
-    def options(self, own: Rows, keys: Rows, similarity: Similarity, offset: int) -> tuple[Any, ...]:
+    def options(
+        self, own: Rows, keys: Rows, similarity: Similarity, offset: int
+    ) -> tuple[Any, ...]:
         """The arguments of the losses after the features."""
         ids = (own.extra["ids"], keys.extra["ids"]) if self.masks_duplicates else None
         return similarity.scale, offset, self.max_logit_bytes, self.smoothing, ids
@@ -164,7 +179,9 @@ class Contrastive(ContrastiveTerm):
     needs = Needs(optional_views=frozenset({"contrastive"}))
     reaches_all = compares_pairs = True
     title = "contrastive loss"
-    explanation = "Picks the caption of each image, and the image of each caption, among those of the batch."
+    explanation = (
+        "Picks the caption of each image, and the image of each caption, among those of the batch."
+    )
 
     def loss(self, own: Rows, keys: Rows, similarity: Similarity, offset: int) -> Tensor:
         features = own.images[0], own.texts[0], keys.images[0], keys.texts[0]
@@ -181,7 +198,9 @@ class Sigmoid(Term):
 
     def loss(self, own: Rows, keys: Rows, similarity: Similarity, offset: int) -> Tensor:
         bias = require(similarity.bias)
-        return sigmoid_loss(own.images[0], keys.texts[0], similarity.scale, bias, offset, self.max_logit_bytes)
+        return sigmoid_loss(
+            own.images[0], keys.texts[0], similarity.scale, bias, offset, self.max_logit_bytes
+        )
 
     def chance(self, batch_size: int) -> float:
         """Loss of equal logits for all pairs, with the best bias, -log(batch_size - 1)."""

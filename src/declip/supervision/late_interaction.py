@@ -24,7 +24,11 @@ HEAD = f"terms.{NAME}."  # beginning of the names of its tensors
 
 
 def select_tokens(
-    tokens: Tensor, paired_tokens: Tensor, k: int, mask: Tensor | None = None, paired_mask: Tensor | None = None
+    tokens: Tensor,
+    paired_tokens: Tensor,
+    k: int,
+    mask: Tensor | None = None,
+    paired_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Keep the k tokens of each sample that are most similar, in sum, to the paired sample's tokens.
 
@@ -47,7 +51,9 @@ def select_tokens(
             paired = paired * paired_mask.unsqueeze(-1)
         # The sum over u first: B·n·d multiplications.
         score = (to_float32(tokens) * paired.sum(dim=1, keepdim=True)).sum(dim=-1)
-        best = score.masked_fill(~counted, float("-inf")).topk(min(k, tokens.shape[1]), dim=1).indices
+        best = (
+            score.masked_fill(~counted, float("-inf")).topk(min(k, tokens.shape[1]), dim=1).indices
+        )
     return tokens.take_along_dim(best.unsqueeze(-1), dim=1), counted.take_along_dim(best, dim=1)
 
 
@@ -78,18 +84,25 @@ def late_interaction(
         max_logit_bytes: Limit of the positions of maxima in each direction, see `mean_in_blocks`.
     """
 
-    def one_way(tokens: Tensor, keys: Tensor, mask: Tensor | None, key_mask: Tensor | None) -> Tensor:
+    def one_way(
+        tokens: Tensor, keys: Tensor, mask: Tensor | None, key_mask: Tensor | None
+    ) -> Tensor:
         def loss(start: int, stop: int) -> Tensor:
             positives = torch.arange(offset + start, offset + stop, device=tokens.device)
             own = None if mask is None else mask[start:stop]
             logits = scale * token_similarity(tokens[start:stop], keys, own, key_mask)
             return F.cross_entropy(logits, positives, reduction="sum")
 
-        return mean_in_blocks(loss, len(tokens), tokens.shape[1] * len(keys) * torch.int64.itemsize, max_logit_bytes)
+        return mean_in_blocks(
+            loss, len(tokens), tokens.shape[1] * len(keys) * torch.int64.itemsize, max_logit_bytes
+        )
 
     # Patches have no padding.
     mask, key_mask = (None, None) if include_padding else (word_mask, word_key_mask)
-    return (one_way(image_tokens, word_keys, None, key_mask) + one_way(word_tokens, image_keys, mask, None)) / 2
+    return (
+        one_way(image_tokens, word_keys, None, key_mask)
+        + one_way(word_tokens, image_keys, mask, None)
+    ) / 2
 
 
 class LateInteraction(Term):
@@ -146,7 +159,10 @@ class LateInteraction(Term):
 
     def pad_keys(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
         missing = self.longest - features["words"].shape[1]
-        words, mask = F.pad(features["words"], (0, 0, 0, missing)), F.pad(features["word_mask"], (0, missing))
+        words, mask = (
+            F.pad(features["words"], (0, 0, 0, missing)),
+            F.pad(features["word_mask"], (0, missing)),
+        )
         return features | {"words": words, "word_mask": mask}
 
     def loss(self, own: Rows, keys: Rows, similarity: Similarity, offset: int) -> Tensor:

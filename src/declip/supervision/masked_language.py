@@ -12,7 +12,9 @@ from declip.supervision.contrastive import to_float32
 from declip.supervision.term import Encodings, Rows, Similarity, Term, require
 
 
-def chosen_rows(words: Tensor, labels: Tensor, mask_positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def chosen_rows(
+    words: Tensor, labels: Tensor, mask_positions: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Select the token states (M, w) whose word is to be predicted, and their targets (M,), pair after pair.
 
     From states (B, L, w), labels (B, L), -100 elsewhere, and the positions (M,) among the B * L, if known.

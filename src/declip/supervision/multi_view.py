@@ -33,7 +33,17 @@ def multi_view(
     """
     pairings = islice(product(range(len(images)), range(len(texts))), 1, None)
     losses = [
-        info_nce(images[i], texts[j], image_keys[i], text_keys[j], scale, offset, max_logit_bytes, smoothing, ids)
+        info_nce(
+            images[i],
+            texts[j],
+            image_keys[i],
+            text_keys[j],
+            scale,
+            offset,
+            max_logit_bytes,
+            smoothing,
+            ids,
+        )
         for i, j in pairings
     ]
     return torch.stack(losses).mean()
@@ -45,7 +55,9 @@ class MultiView(ContrastiveTerm):
     needs = Needs(optional_views=frozenset({"second"}), texts=2)
     reaches_all = True
     title = "multi-view contrastive loss"
-    explanation = "The contrastive loss between all other pairings of the image views and the text views."
+    explanation = (
+        "The contrastive loss between all other pairings of the image views and the text views."
+    )
 
     @classmethod
     def needs_in(cls, recipe: Recipe) -> Needs:

@@ -101,7 +101,9 @@ class NearestNeighbor(ContrastiveTerm):
     needs = Needs(optional_views=frozenset({"second"}), texts=2)
     run_state = ("queue.",)
     title = "nearest-neighbor supervision"
-    explanation = "The contrastive loss with the most similar earlier captions in place of the caption."
+    explanation = (
+        "The contrastive loss with the most similar earlier captions in place of the caption."
+    )
 
     def __init__(self, recipe: Recipe, model: DualEncoder) -> None:
         super().__init__(recipe, model)
@@ -135,7 +137,9 @@ class NearestNeighbor(ContrastiveTerm):
         else:
             # Every rank looked up its own captions; all ranks' queues are equal, so the indices name the same features.
             neighbors = self.queue.features[keys.extra["queue_indices"].mT]
-        return neighbor_contrast(own.augmented, neighbors, *self.options(own, keys, similarity, offset))
+        return neighbor_contrast(
+            own.augmented, neighbors, *self.options(own, keys, similarity, offset)
+        )
 
     @torch.no_grad()
     def after_step(self, model: DualEncoder) -> None:

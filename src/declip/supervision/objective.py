@@ -50,7 +50,11 @@ def active_terms(recipe: Recipe, terms: Terms = NO_TERMS) -> dict[str, type[Term
     installed = plugins("losses") if others else {}
     own = {name: load_plugin("losses", name) for name in others if name in installed} | dict(terms)
     for name, term in own.items():
-        if name in TERMS or not name.isidentifier() or not (isinstance(term, type) and issubclass(term, Term)):
+        if (
+            name in TERMS
+            or not name.isidentifier()
+            or not (isinstance(term, type) and issubclass(term, Term))
+        ):
             raise UserError(
                 f"terms has the name '{name}' for {term!r}; give identifiers other than {', '.join(TERMS)}, each for a "
                 "subclass of declip.supervision.term.Term."
@@ -58,7 +62,9 @@ def active_terms(recipe: Recipe, terms: Terms = NO_TERMS) -> dict[str, type[Term
     known = TERMS | own
     for name in recipe.loss_weights:
         if name not in known:
-            raise unknown("loss", f"loss_weights.{name}", [f"loss_weights.{other}" for other in known])
+            raise unknown(
+                "loss", f"loss_weights.{name}", [f"loss_weights.{other}" for other in known]
+            )
     return {name: term for name, term in known.items() if name in recipe.active_losses}
 
 
@@ -69,13 +75,18 @@ def needs_of(recipe: Recipe, terms: Terms = NO_TERMS) -> list[Needs]:
 
 def without_run_state(heads: Mapping[str, Any], terms: Terms = TERMS) -> dict[str, Tensor]:
     """Leave out the tensors of an objective that another run cannot use; see `Term.run_state`."""
-    left_out = tuple(f"terms.{name}.{start}" for name, term in terms.items() for start in term.run_state)
+    left_out = tuple(
+        f"terms.{name}.{start}" for name, term in terms.items() for start in term.run_state
+    )
     return {n: t for n, t in heads.items() if isinstance(t, Tensor) and not n.startswith(left_out)}
 
 
 def for_sigmoid(loss_weights: Mapping[str, float]) -> dict[str, float]:
     """Replace the contrastive loss by the sigmoid loss, for weights that were trained with a bias of the logits."""
-    return {"sigmoid" if name == "contrastive" else name: weight for name, weight in loss_weights.items()}
+    return {
+        "sigmoid" if name == "contrastive" else name: weight
+        for name, weight in loss_weights.items()
+    }
 
 
 class Objective(nn.Module):
@@ -96,10 +107,16 @@ class Objective(nn.Module):
         self.reads_pixels = any(term.reads_pixels for _, term in self._terms())
         # The first loss that compares images with captions, and beginnings of names of layers whose outputs are words
         self.watched = next((name for name, term in active.items() if term.compares_pairs), None)
-        self.over_vocabulary = tuple(f"terms.{n}.{layer}." for n, t in active.items() for layer in t.over_vocabulary)
+        self.over_vocabulary = tuple(
+            f"terms.{n}.{layer}." for n, t in active.items() for layer in t.over_vocabulary
+        )
         for name, tower in product(active, ("image_tower", "text_tower")):
-            if active[name].needs.tokens and not getattr(getattr(model, tower), "gives_tokens", True):
-                raise UserError(f"{name} needs token states, which this {tower} lacks. Set loss_weights.{name} to 0.")
+            if active[name].needs.tokens and not getattr(
+                getattr(model, tower), "gives_tokens", True
+            ):
+                raise UserError(
+                    f"{name} needs token states, which this {tower} lacks. Set loss_weights.{name} to 0."
+                )
 
     def attach(self, model: DualEncoder) -> None:
         """Change the model for training by these losses, before the optimizer is built."""
@@ -128,19 +145,30 @@ class Objective(nn.Module):
         return self.losses(self.run_towers(model, batch), model, batch, gather, offset)
 
     def losses(
-        self, outputs: TowerOutputs, model: DualEncoder, batch: PairBatch, gather: Gather | None, offset: int
+        self,
+        outputs: TowerOutputs,
+        model: DualEncoder,
+        batch: PairBatch,
+        gather: Gather | None,
+        offset: int,
     ) -> dict[str, Tensor]:
         """Compute the losses from the towers' outputs for the whole batch, as `forward`."""
         terms = self._terms()
         # (V, B, d) and (T, B, d)
-        images, texts = (F.normalize(to_float32(x), dim=-1) for x in (outputs.images, outputs.texts))
+        images, texts = (
+            F.normalize(to_float32(x), dim=-1) for x in (outputs.images, outputs.texts)
+        )
         encoded = Encodings(images, texts, outputs, batch)
-        features = {name: _all_to_float32(term.features(encoded)) for name, term in terms}  # (B, …) each
+        features = {
+            name: _all_to_float32(term.features(encoded)) for name, term in terms
+        }  # (B, …) each
         keys = {name: term.keys(features[name]) for name, term in terms}
         gathered = own = Rows(outputs.views, images, texts, {})
         if gather is not None:
             keys = {name: term.pad_keys(keys[name]) for name, term in terms}
-            gathered, keys = gather_rows(own, keys, gather)  # (V, N, d), (T, N, d) and (N, …), N pairs of all ranks
+            gathered, keys = gather_rows(
+                own, keys, gather
+            )  # (V, N, d), (T, N, d) and (N, …), N pairs of all ranks
         # Loss of this rank's rows against the keys of all ranks
         similarity = Similarity(model.logit_scale.exp(), model.logit_bias)
         losses = {}
@@ -148,17 +176,25 @@ class Objective(nn.Module):
             rows, key_rows = replace(own, extra=features[name]), replace(gathered, extra=keys[name])
             with torch.autocast(texts.device.type, enabled=False):  # losses are float32
                 losses[name] = term.loss(rows, key_rows, similarity, offset)
-        return {**losses, "loss": torch.stack([self.weights[name] * loss for name, loss in losses.items()]).sum()}
+        return {
+            **losses,
+            "loss": torch.stack([self.weights[name] * loss for name, loss in losses.items()]).sum(),
+        }
 
     def run_towers(self, model: DualEncoder, batch: PairBatch) -> TowerOutputs:
         """Run the towers; a part of a batch gives that part of the whole batch's outputs."""
         tokens, pre_logits, masked = (
-            any(getattr(need, output) for need in self.needs) for output in ("tokens", "pre_logits", "masked")
+            any(getattr(need, output) for need in self.needs)
+            for output in ("tokens", "pre_logits", "masked")
         )
-        images = encode_views(model, [view.pixels for view in batch.views.values()])  # V · (B, 3, S, S) → (V, B, d)
+        images = encode_views(
+            model, [view.pixels for view in batch.views.values()]
+        )  # V · (B, 3, S, S) → (V, B, d)
         captions, masked_at, lengths = self._captions(batch, masked)  # (T or T + 1, B, L)
         buckets, step = self.recipe.train.length_buckets, length_step(self.recipe)
-        texts = encode_by_length(model.text_tower, captions.flatten(0, 1), lengths, buckets, step)  # (T · B, d)
+        texts = encode_by_length(
+            model.text_tower, captions.flatten(0, 1), lengths, buckets, step
+        )  # (T · B, d)
         count, size = captions.shape[:2]
         text_tokens = texts.text_tokens.unflatten(0, (count, size))  # (T, B, L, w)
         rows, targets = None, None
@@ -187,8 +223,14 @@ class Objective(nn.Module):
 
     def process_state(self) -> dict[str, Tensor]:
         """The tensors that differ between processes, see `Term.process_state`, on the host."""
-        starts = tuple(f"terms.{name}.{start}" for name, term in self._terms() for start in term.process_state)
-        return {name: tensor.cpu() for name, tensor in self.state_dict().items() if name.startswith(starts)}
+        starts = tuple(
+            f"terms.{name}.{start}" for name, term in self._terms() for start in term.process_state
+        )
+        return {
+            name: tensor.cpu()
+            for name, tensor in self.state_dict().items()
+            if name.startswith(starts)
+        }
 
     def _terms(self) -> list[tuple[str, Term]]:
         return list(self.terms.items())  # type: ignore[arg-type]  # a ModuleDict does not know its values' class
@@ -222,15 +264,22 @@ def gather_rows(
     copied, never computed with. `extra` has, by loss and name, features (B, …), of one shape but for B.
     """
     tensors = {("", "images"): own.images.transpose(0, 1), ("", "texts"): own.texts.transpose(0, 1)}
-    tensors |= {(term, name): rows for term, features in extra.items() for name, rows in features.items()}
+    tensors |= {
+        (term, name): rows for term, features in extra.items() for name, rows in features.items()
+    }
     # (B, k), split after the collective by the same widths
     packed = [_as_floats(rows, own.texts.dtype) for rows in tensors.values()]
     columns = gather(torch.cat(packed, dim=1)).split([rows.shape[1] for rows in packed], dim=1)
     # (N, …) as they were before
-    gathered = {key: _unpacked(column, rows) for (key, rows), column in zip(tensors.items(), columns, strict=True)}
+    gathered = {
+        key: _unpacked(column, rows)
+        for (key, rows), column in zip(tensors.items(), columns, strict=True)
+    }
     images, texts = (gathered["", name].transpose(0, 1) for name in ("images", "texts"))
     everyone = Rows(own.views, images, texts, {})
-    return everyone, {term: {name: gathered[term, name] for name in features} for term, features in extra.items()}
+    return everyone, {
+        term: {name: gathered[term, name] for name in features} for term, features in extra.items()
+    }
 
 
 def _as_floats(rows: Tensor, dtype: torch.dtype) -> Tensor:
@@ -254,7 +303,9 @@ def encode_views(model: DualEncoder, views: Sequence[Tensor]) -> ImageFeatures:
     tower: ImageTower = model.image_tower
     alone = model.training and tower.has_batch_norm
     passes = [tower(pixels) for pixels in (views if alone else [torch.cat([*views])])]
-    pooled, pre_logits = (torch.cat([getattr(some, name) for some in passes]) for name in ("pooled", "pre_logits"))
+    pooled, pre_logits = (
+        torch.cat([getattr(some, name) for some in passes]) for name in ("pooled", "pre_logits")
+    )
     # (V · B, k) → (V, B, k)
     pooled, pre_logits = (rows.unflatten(0, (len(views), -1)) for rows in (pooled, pre_logits))
     return ImageFeatures(pooled, pre_logits, passes[0].tokens[: len(views[0])])

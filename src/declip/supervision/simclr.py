@@ -39,7 +39,8 @@ def nt_xent(
         def loss(start: int, stop: int) -> Tensor:
             positives = torch.arange(offset + start, offset + stop, device=rows.device)
             others, same = (
-                scaled_similarity(rows[start:stop], keys, 1 / temperature) for keys in (other_keys, own_keys)
+                scaled_similarity(rows[start:stop], keys, 1 / temperature)
+                for keys in (other_keys, own_keys)
             )
             # (rows, 2N): the other view of all images, then the same view without the image itself
             itself = positives.unsqueeze(1) == torch.arange(len(own_keys), device=rows.device)

@@ -29,14 +29,23 @@ class TowerOutputs:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors that are present, by field name."""
-        return {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+        return {
+            f.name: value
+            for f in fields(self)
+            if isinstance(value := getattr(self, f.name), Tensor)
+        }
 
 
 def joined(parts: Sequence[TowerOutputs]) -> TowerOutputs:
     """Join the outputs of consecutive parts of a batch."""
-    axes = dict.fromkeys(("images", "texts", "pre_logits"), 1)  # of pairs; others count pairs or masked tokens first
+    axes = dict.fromkeys(
+        ("images", "texts", "pre_logits"), 1
+    )  # of pairs; others count pairs or masked tokens first
     names = parts[0].tensors()
-    whole = {name: torch.cat([getattr(part, name) for part in parts], dim=axes.get(name, 0)) for name in names}
+    whole = {
+        name: torch.cat([getattr(part, name) for part in parts], dim=axes.get(name, 0))
+        for name in names
+    }
     return replace(parts[0], **whole)  # type: ignore[arg-type]  # the names are those of tensor fields
 
 

@@ -39,8 +39,16 @@ MOST_LOADERS = 32  # loader processes of a training process: each holds two batc
 
 def held_out_sets(given: Any) -> list[Any]:
     """A list of held-out sets; a list of dicts or (image, caption) is one set."""
-    one = isinstance(given, list | tuple) and any(isinstance(item, Mapping | tuple) for item in given)
-    return list(given) if isinstance(given, list | tuple) and not one else [] if given is None else [given]
+    one = isinstance(given, list | tuple) and any(
+        isinstance(item, Mapping | tuple) for item in given
+    )
+    return (
+        list(given)
+        if isinstance(given, list | tuple) and not one
+        else []
+        if given is None
+        else [given]
+    )
 
 
 class Resolved(NamedTuple):
@@ -55,7 +63,10 @@ class Resolved(NamedTuple):
 
 
 def resolve(
-    recipe: Recipe, folder: Path = Path(), resume: bool = False, extensions: Extensions = NO_EXTENSIONS
+    recipe: Recipe,
+    folder: Path = Path(),
+    resume: bool = False,
+    extensions: Extensions = NO_EXTENSIONS,
 ) -> Resolved:
     """Resolve a recipe; a resumed run keeps its precision and reads its weights from its folder."""
     device, hosts = distributed.meet(recipe.train.device)
@@ -80,8 +91,13 @@ def resolve_precision(recipe: Recipe, device: torch.device, folder: Path, resume
         if resume and (folder / RECIPE).is_file():
             precision = read_recipe(folder).train.precision
     if precision == "bf16" and not computes_bf16(device):
-        log.warning("%s does not support bfloat16 natively: steps are slow. Set train.precision=auto.", device)
-    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"precision": precision})})
+        log.warning(
+            "%s does not support bfloat16 natively: steps are slow. Set train.precision=auto.",
+            device,
+        )
+    return recipe.model_copy(
+        update={"train": recipe.train.model_copy(update={"precision": precision})}
+    )
 
 
 def resolve_epochs(recipe: Recipe, pairs: int) -> Recipe:
@@ -90,7 +106,9 @@ def resolve_epochs(recipe: Recipe, pairs: int) -> Recipe:
     if train.epochs is None:
         return recipe
     steps = max(1, round(train.epochs * max(1, pairs // train.batch_size)))
-    return recipe.model_copy(update={"train": train.model_copy(update={"steps": steps, "epochs": None})})
+    return recipe.model_copy(
+        update={"train": train.model_copy(update={"steps": steps, "epochs": None})}
+    )
 
 
 def assemble(
@@ -120,8 +138,12 @@ def assemble(
     learner = build_learner(recipe, model, objective)
     multipliers = pretrained.multipliers if pretrained is not None else {}
     trained = named_trainable(model, objective)
-    built = build_optimizer(trained, recipe.train, multipliers, objective.over_vocabulary, extensions.optimizer)
-    if not distributed.is_rank_zero():  # which continues the stream of the weights, as one process does
+    built = build_optimizer(
+        trained, recipe.train, multipliers, objective.over_vocabulary, extensions.optimizer
+    )
+    if (
+        not distributed.is_rank_zero()
+    ):  # which continues the stream of the weights, as one process does
         distributed.seed_rank(recipe.seed, 0)
     # --- loader and held-out sets
     threads = torch.get_num_threads() if device.type == "cpu" else 1
@@ -137,13 +159,17 @@ def assemble(
     return state
 
 
-def _build_model(recipe: Recipe, encoder: TextEncoder | WrappedModel | None, device: torch.device) -> DualEncoder:
+def _build_model(
+    recipe: Recipe, encoder: TextEncoder | WrappedModel | None, device: torch.device
+) -> DualEncoder:
     """Build the model of a recipe on a device; refuse one that does not fit into the memory."""
     try:
         return DualEncoder.from_recipe(recipe, encoder).to(device)
     except (MemoryError, RuntimeError) as error:
         # A CPU's allocator raises a plain RuntimeError.
-        short = isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
+        short = isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(
+            error
+        )
         if not short:
             raise
         sizes = f"text.width={recipe.text.width}, text.layers={recipe.text.layers}"
@@ -156,7 +182,9 @@ def _build_model(recipe: Recipe, encoder: TextEncoder | WrappedModel | None, dev
 
 def auto_workers(training: int) -> int:
     """Number of loader processes: this rank's share of the machine's processors, minus the `training` threads."""
-    return max(0, min(MOST_LOADERS, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - training))
+    return max(
+        0, min(MOST_LOADERS, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - training)
+    )
 
 
 def plan_of(recipe: Recipe, terms: Terms = NO_TERMS) -> Plan:
@@ -165,7 +193,11 @@ def plan_of(recipe: Recipe, terms: Terms = NO_TERMS) -> Plan:
 
 
 def build_loader(
-    recipe: Recipe, source: PairSource, model: DualEncoder, workers: int = 0, extensions: Extensions = NO_EXTENSIONS
+    recipe: Recipe,
+    source: PairSource,
+    model: DualEncoder,
+    workers: int = 0,
+    extensions: Extensions = NO_EXTENSIONS,
 ) -> PairLoader:
     """Build the loader of a recipe; its `step` is that of the next batch."""
     assembler = Assembler(
@@ -180,7 +212,12 @@ def build_loader(
         augment=extensions.augment,
     )
     cuda = model.device.type == "cuda"
-    return PairLoader(assembler, workers=workers, pin_memory=cuda, max_broken_fraction=recipe.data.max_broken_fraction)
+    return PairLoader(
+        assembler,
+        workers=workers,
+        pin_memory=cuda,
+        max_broken_fraction=recipe.data.max_broken_fraction,
+    )
 
 
 def _start_or_continue(state: RunState, resume: bool) -> None:
@@ -190,7 +227,9 @@ def _start_or_continue(state: RunState, resume: bool) -> None:
     def choose() -> int | None:
         nonlocal checkpoint
         state.lock = run_folder.lock_folder(state.folder)
-        checkpoint = run_folder.open_folder(state.recipe, state.folder, resume, state.extensions.lists)
+        checkpoint = run_folder.open_folder(
+            state.recipe, state.folder, resume, state.extensions.lists
+        )
         return None if checkpoint is None else checkpoint.step
 
     step = state.hosts.on_rank_zero(choose)
@@ -200,4 +239,8 @@ def _start_or_continue(state: RunState, resume: bool) -> None:
         state.pretrained.keep(state.folder, state.recipe)
     # The loader has not begun.
     done, loader = state.progress.step, state.loader
-    loader.step, loader.skipped, loader.seen = done, state.progress.skipped, done * state.recipe.train.batch_size
+    loader.step, loader.skipped, loader.seen = (
+        done,
+        state.progress.skipped,
+        done * state.recipe.train.batch_size,
+    )

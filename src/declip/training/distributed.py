@@ -24,12 +24,18 @@ from declip.supervision.objective import Gather
 T = TypeVar("T")
 
 # The replacement that torch 2.13 names, all_gather_single, does not exist in torch 2.6.
-warnings.filterwarnings("ignore", r"torch\.distributed\.nn\.functional\.all_gather is deprecated", FutureWarning)
+warnings.filterwarnings(
+    "ignore", r"torch\.distributed\.nn\.functional\.all_gather is deprecated", FutureWarning
+)
 
 RANK_TIMEOUT = 600.0  # seconds that a process waits for the others at a step before the run ends
-LONG_TIMEOUT = timedelta(hours=12)  # how long the other ranks wait while rank 0 evaluates, writes or reads
+LONG_TIMEOUT = timedelta(
+    hours=12
+)  # how long the other ranks wait while rank 0 evaluates, writes or reads
 
-JOINS = count()  # numbers the process groups of this process: one that ended leaves its addresses in the store
+JOINS = (
+    count()
+)  # numbers the process groups of this process: one that ended leaves its addresses in the store
 
 
 def rank() -> int:
@@ -92,7 +98,9 @@ def gather(counts: Sequence[int]) -> Gather | None:
     """
 
     def rows(own: Tensor) -> Tensor:
-        padding = own.new_zeros(max(counts) - len(own), *own.shape[1:])  # a collective needs equal shapes
+        padding = own.new_zeros(
+            max(counts) - len(own), *own.shape[1:]
+        )  # a collective needs equal shapes
         parts = all_gather(torch.cat([own, padding]))
         return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
@@ -159,13 +167,17 @@ class StepSync:
 class HostGroup(Share):
     """Coordination between ranks over gloo, so that it never waits for the GPU stream."""
 
-    def __init__(self, timeout: float = RANK_TIMEOUT) -> None:  # seconds to wait for a rank at a step
+    def __init__(
+        self, timeout: float = RANK_TIMEOUT
+    ) -> None:  # seconds to wait for a rank at a step
         self.timeout, self.alone = timeout, world_size() == 1
         if not self.alone:
             self.step_group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
             self.long_group = dist.new_group(backend="gloo", timeout=LONG_TIMEOUT)
 
-    def sync_step(self, step: int, rows: int, stop: bool, note: Any = None, failed: bool = False) -> StepSync:
+    def sync_step(
+        self, step: int, rows: int, stop: bool, note: Any = None, failed: bool = False
+    ) -> StepSync:
         """Exchange the state of all ranks, see `StepSync`, before a step, counted from 0."""
         if self.alone:
             return StepSync((rows,), stop, failed, () if note is None else (note,))
@@ -177,7 +189,9 @@ class HostGroup(Share):
             if states[:, 3].any():  # a second collective, for broken pairs only
                 dist.all_gather_object(notes, note, group=self.step_group)
         counts, stops, fails, _ = states.T
-        return StepSync(tuple(counts.tolist()), bool(stops.any()), bool(fails.any()), tuple(filter(None, notes)))
+        return StepSync(
+            tuple(counts.tolist()), bool(stops.any()), bool(fails.any()), tuple(filter(None, notes))
+        )
 
     def on_rank_zero(self, action: Callable[[], T]) -> T:
         """Run an action on rank 0 while the others wait, and return its result on all.
@@ -246,7 +260,9 @@ class HostGroup(Share):
             yield
         except RuntimeError as error:
             # torch raises plain RuntimeError for some of gloo's and NCCL's errors.
-            known = isinstance(error, dist.DistError) or re.search("[gG]loo|NCCL|Timed out", str(error))
+            known = isinstance(error, dist.DistError) or re.search(
+                "[gG]loo|NCCL|Timed out", str(error)
+            )
             if self.alone or not known:
                 raise
             missing = None  # as far as torch tells this rank

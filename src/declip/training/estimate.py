@@ -63,7 +63,9 @@ def step_seconds(state: RunState, warm: int, count: int) -> list[float]:
             began = time.perf_counter()
             batch = next(state.loader)
             sync = state.hosts.sync_step(0, len(batch), stop=False)
-            training_step(state.learner, state.optimizer, batch, sync)["loss"].item()  # waits for the device
+            training_step(state.learner, state.optimizer, batch, sync)[
+                "loss"
+            ].item()  # waits for the device
             seconds.append(time.perf_counter() - began)
     return seconds[warm:]
 

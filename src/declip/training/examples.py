@@ -27,11 +27,21 @@ def write_examples(state: RunState, batch: PairBatch) -> None:
         title = getattr(term, "title", name)  # a user's own term may have none
         losses[name] = {"title": title, "explanation": term.explanation, "chance": chance}
     sheet = view_sheet(batch, state.recipe.image, state.model.tokenizer)
-    facts = {"name": source.name, "pairs": len(source), "captions": source.captions_from, "credit": source.credit}
-    write_text(state.folder / EXAMPLES, json.dumps({"source": facts, "losses": losses, "view_sheet": sheet}))
+    facts = {
+        "name": source.name,
+        "pairs": len(source),
+        "captions": source.captions_from,
+        "credit": source.credit,
+    }
+    write_text(
+        state.folder / EXAMPLES,
+        json.dumps({"source": facts, "losses": losses, "view_sheet": sheet}),
+    )
 
 
-def view_sheet(batch: PairBatch, statistics: ImageTowerConfig, tokenizer: CaptionTokenizer) -> dict[str, Any]:
+def view_sheet(
+    batch: PairBatch, statistics: ImageTowerConfig, tokenizer: CaptionTokenizer
+) -> dict[str, Any]:
     """Show random pairs of a batch as the towers see them: one picture of all views, and the token ids decoded.
 
     Pairs whose text was changed or masked come first. The picture, the `src` and `alt` of a thumbnail, has a row for
@@ -47,7 +57,9 @@ def view_sheet(batch: PairBatch, statistics: ImageTowerConfig, tokenizer: Captio
     chosen = order[np.argsort(-changed.numpy()[order], kind="stable")][:SHOWN_PAIRS]
     rows, all_texts = [], []
     for row in chosen.tolist():
-        views = [view.pixels[row].float() * std + mean for view in finished.values()]  # (3, S, S) each
+        views = [
+            view.pixels[row].float() * std + mean for view in finished.values()
+        ]  # (3, S, S) each
         rows.append(torch.cat(views, dim=2))
         decoded = [tokenizer.decode(text[row].tolist()) for text in batch.texts]
         texts = dict(zip(("caption", "augmented"), decoded, strict=False))

@@ -27,7 +27,11 @@ ADAMW_NAMES = ("embedding", "pos_embed", "cls_token", "reg_token", "bias")
 
 def use_muon(name: str, parameter: Tensor, over_vocabulary: tuple[str, ...] = ()) -> bool:
     """Whether Muon updates a parameter: matrices and convolutions between features, not embeddings or vocabularies."""
-    if parameter.ndim < 2 or name.startswith(over_vocabulary) or any(word in name for word in ADAMW_NAMES):
+    if (
+        parameter.ndim < 2
+        or name.startswith(over_vocabulary)
+        or any(word in name for word in ADAMW_NAMES)
+    ):
         return False
     return min(parameter.shape[0], parameter[0].numel()) > 1
 
@@ -81,7 +85,10 @@ class Muon(torch.optim.AdamW):
             return
         for parameter in parameters:
             if not self.state[parameter]:  # AdamW's load_state_dict looks for "step".
-                self.state[parameter] |= {"momentum": torch.zeros_like(parameter), "step": torch.zeros(())}
+                self.state[parameter] |= {
+                    "momentum": torch.zeros_like(parameter),
+                    "step": torch.zeros(()),
+                }
         gradients = [parameter.grad for parameter in parameters]
         momenta = [self.state[parameter]["momentum"] for parameter in parameters]
         torch._foreach_mul_(momenta, MOMENTUM)
@@ -94,12 +101,18 @@ class Muon(torch.optim.AdamW):
             by_shape[matrix.shape[0], matrix.shape[1]].append((parameter, matrix))
         for shape, pairs in by_shape.items():
             stacked = torch.stack([matrix for _, matrix in pairs])
-            half = stacked.dtype == torch.float32 and min(shape) >= LARGE and computes_bf16(stacked.device)
+            half = (
+                stacked.dtype == torch.float32
+                and min(shape) >= LARGE
+                and computes_bf16(stacked.device)
+            )
             steps = orthogonalize(stacked.bfloat16() if half else stacked)
             rate = -RMS * max(shape) ** 0.5 * group["lr"]
             for (parameter, _), step in zip(pairs, steps.to(stacked.dtype), strict=True):
                 step = step.reshape(parameter.shape)
-                parameter.add_(shard_like(parameter, step) if is_sharded(parameter) else step, alpha=rate)
+                parameter.add_(
+                    shard_like(parameter, step) if is_sharded(parameter) else step, alpha=rate
+                )
 
 
 OptimizerFactory = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
@@ -114,8 +127,19 @@ class LrMultiplier(NamedTuple):
 
 
 UNDECAYED = (
-    *("positional_embedding", "position_embedding.weight", "position_embeddings.weight", "pos_embed"),
-    *("cls_token", "class_embedding", "reg_token", "relative_position_bias_table", "attention_biases"),
+    *(
+        "positional_embedding",
+        "position_embedding.weight",
+        "position_embeddings.weight",
+        "pos_embed",
+    ),
+    *(
+        "cls_token",
+        "class_embedding",
+        "reg_token",
+        "relative_position_bias_table",
+        "attention_biases",
+    ),
 )
 
 
@@ -128,7 +152,9 @@ def decays(name: str, parameter: torch.Tensor) -> bool:
 def named_trainable(model: nn.Module, objective: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """List all trainable parameters, named "model.…" and "objective.…", in a fixed order."""
     both = nn.ModuleDict({"model": model, "objective": objective})
-    return [(name, parameter) for name, parameter in both.named_parameters() if parameter.requires_grad]
+    return [
+        (name, parameter) for name, parameter in both.named_parameters() if parameter.requires_grad
+    ]
 
 
 def build_optimizer(
@@ -143,7 +169,9 @@ def build_optimizer(
     groups = {(decayed, False, False, LrMultiplier()): {} for decayed in (True, False)}
     for name, parameter in named:
         multiplier = (multipliers or {}).get(name, LrMultiplier())
-        muon = train.optimizer == "muon" and use_muon(name.removeprefix("objective."), parameter, over_vocabulary)
+        muon = train.optimizer == "muon" and use_muon(
+            name.removeprefix("objective."), parameter, over_vocabulary
+        )
         group = decays(name, parameter), muon, is_sharded(parameter), multiplier
         groups.setdefault(group, {})[name] = parameter
     options: list[dict[str, Any]] = [
@@ -159,17 +187,24 @@ def build_optimizer(
     ]
     if make is not None:
         return _made(make, options)
-    if train.optimizer == "sgd":  # as in DeCLIP's recipes for 88 million pairs; the fused one cannot be sharded
+    if (
+        train.optimizer == "sgd"
+    ):  # as in DeCLIP's recipes for 88 million pairs; the fused one cannot be sharded
         return torch.optim.SGD(options, lr=train.warmup_lr, momentum=0.9, nesterov=True)
     kind = Muon if train.optimizer == "muon" else torch.optim.AdamW
-    return kind(options, lr=train.warmup_lr, betas=(0.9, 0.98), fused=True)  # as in DeCLIP's YFCC15M recipe
+    return kind(
+        options, lr=train.warmup_lr, betas=(0.9, 0.98), fused=True
+    )  # as in DeCLIP's YFCC15M recipe
 
 
 def _made(make: OptimizerFactory, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     """Call a user's factory, and check that the run can drive and save what it returns."""
     names = [group["names"] for group in groups]
     optimizer = make(groups)
-    kept = isinstance(optimizer, torch.optim.Optimizer) and [g.get("names") for g in optimizer.param_groups] == names
+    kept = (
+        isinstance(optimizer, torch.optim.Optimizer)
+        and [g.get("names") for g in optimizer.param_groups] == names
+    )
     if not kept:
         raise UserError(
             f"optimizer returned {type(optimizer).__name__}; return a torch.optim.Optimizer with the groups that it "
@@ -190,19 +225,32 @@ def learning_rate(step: int, train: Train) -> float:
     return train.lr * (1 + math.cos(math.pi * min(progress, 1.0))) / 2
 
 
-def group_lr(lr: float, step: int, multiplier: LrMultiplier, head_warmup_steps: int, train: Train) -> float:
+def group_lr(
+    lr: float, step: int, multiplier: LrMultiplier, head_warmup_steps: int, train: Train
+) -> float:
     """Compute the learning rate of a parameter group at a step, counted from 0, from the recipe's `lr` at that step.
 
     A group that is frozen in the warm-up of the heads has 0 for `head_warmup_steps` steps, and then warms up linearly.
     """
-    warmed = (step - head_warmup_steps + 1) / max(train.warmup_steps, 1) if multiplier.frozen_in_warmup else 1.0
+    warmed = (
+        (step - head_warmup_steps + 1) / max(train.warmup_steps, 1)
+        if multiplier.frozen_in_warmup
+        else 1.0
+    )
     return lr * multiplier.factor * max(0.0, min(1.0, warmed))
 
 
 def moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Return the optimizer's state by parameter name; learning rates and decay come from the recipe."""
-    states = {name: optimizer.state.get(parameter, {}) for name, parameter in _parameters(optimizer).items()}
-    return {f"{name}.{moment}": tensor for name, state in states.items() for moment, tensor in state.items()}
+    states = {
+        name: optimizer.state.get(parameter, {})
+        for name, parameter in _parameters(optimizer).items()
+    }
+    return {
+        f"{name}.{moment}": tensor
+        for name, state in states.items()
+        for moment, tensor in state.items()
+    }
 
 
 def load_moments(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
@@ -213,7 +261,9 @@ def load_moments(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
     for key, tensor in tensors.items():
         name, moment = key.rsplit(".", 1)
         state.setdefault(numbers[name], {})[moment] = shard_like(parameters[name], tensor)
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    optimizer.load_state_dict(
+        {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+    )
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -31,11 +31,15 @@ def open_training_source(recipe: Recipe, sources: Sources = NO_SOURCES) -> PairS
     parts = [training_part(open_source(name, Columns.of(data), sources)) for name in names]
     source = parts[0] if isinstance(data.source, str) else Joined(parts)
     if data.columns.get("group") is not None and source.group_column is None:
-        raise UserError(f"data.columns.group names a column of a table, which '{source.name}' is not. Leave it out.")
+        raise UserError(
+            f"data.columns.group names a column of a table, which '{source.name}' is not. Leave it out."
+        )
     return source if data.max_pairs is None else take(source, data.max_pairs, recipe.seed)
 
 
-def sample_hashes(recipe: Recipe, source: PairSource, held_out: HeldOutSets) -> dict[str, list[str]]:
+def sample_hashes(
+    recipe: Recipe, source: PairSource, held_out: HeldOutSets
+) -> dict[str, list[str]]:
     """Open every held-out set, to find an unusable one before training, and hash it and the training pairs."""
     sets = {TRAINING: source}
     for name, protocols in held_out.tasks(recipe, final=True).items():
@@ -70,7 +74,9 @@ def run_of(weights: str | Path) -> Path | None:
     for parent in (path.parent, path.parent.parent):
         if parent.name in MODEL_FOLDERS:
             folders.append(parent.parent)
-    return next((folder for folder in folders if (folder / RECIPE).is_file() or is_fitted(folder)), None)
+    return next(
+        (folder for folder in folders if (folder / RECIPE).is_file() or is_fitted(folder)), None
+    )
 
 
 def recipe_of(folder: Path) -> Recipe:
@@ -106,4 +112,6 @@ def warn_of_training_pairs(model: object, datasets: Iterable[Dataset]) -> None:
     for dataset in datasets:
         has_splits = len(dataset.openers) > 1 or dataset.split("test").splits()
         if absolute(dataset.name) in names and not has_splits:
-            log.warning(f"'{folder}' was trained on pairs of '{dataset.name}': the results are too high. Give others.")
+            log.warning(
+                f"'{folder}' was trained on pairs of '{dataset.name}': the results are too high. Give others."
+            )

@@ -31,10 +31,16 @@ class Learner(nn.Module):
 
     def __init__(self, model: DualEncoder, objective: Objective) -> None:
         super().__init__()
-        self.model, self.objective, self.sharded = model, objective, False  # FSDP shards towers and heads
+        self.model, self.objective, self.sharded = (
+            model,
+            objective,
+            False,
+        )  # FSDP shards towers and heads
         self.finish_views: Finish = views.apply  # or a faster one
         image = objective.recipe.image
-        self.mean, self.std = (torch.tensor(values, device=model.device) for values in (image.mean, image.std))
+        self.mean, self.std = (
+            torch.tensor(values, device=model.device) for values in (image.mean, image.std)
+        )
 
     def forward(self, batch: PairBatch, gather: Gather | None, offset: int) -> dict[str, Tensor]:
         """Compute the losses by name, and "loss", their weighted sum; see `Objective.forward`."""
@@ -59,13 +65,19 @@ def build_learner(recipe: Recipe, model: DualEncoder, objective: Objective) -> n
     chunk = grad_cache_chunk(train)
     if train.channels_last and (train.strategy == "ddp" or distributed.world_size() == 1):
         model.image_tower.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
-    elif train.channels_last:  # FSDP takes contiguous weights only; convolutions follow the images' format as well
-        model.image_tower.register_forward_pre_hook(lambda _, x: x[0].contiguous(memory_format=torch.channels_last))
+    elif (
+        train.channels_last
+    ):  # FSDP takes contiguous weights only; convolutions follow the images' format as well
+        model.image_tower.register_forward_pre_hook(
+            lambda _, x: x[0].contiguous(memory_format=torch.channels_last)
+        )
     if distributed.world_size() > 1:
         synchronize(learner if chunk is None else objective)
     for tower in (model.image_tower, model.text_tower) if train.grad_checkpointing else ():
         grad_checkpointing(tower)
-    if train.compile and model.device.type == "cuda":  # on a CPU it gained 3 to 5 % with small towers, else nothing
+    if (
+        train.compile and model.device.type == "cuda"
+    ):  # on a CPU it gained 3 to 5 % with small towers, else nothing
         compile_blocks(model)
         learner.finish_views = fused_views.compiled()
     if distributed.world_size() == 1 or chunk is not None:
@@ -75,7 +87,9 @@ def build_learner(recipe: Recipe, model: DualEncoder, objective: Objective) -> n
         learner.sharded = True
         return learner
     known = signature(DistributedDataParallel).parameters
-    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # before torch 2.13
+    buffers = (
+        "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    )  # before torch 2.13
     # The queue and synchronized batch norms are equal on all ranks by construction.
     options: Any = {buffers: False, "find_unused_parameters": not objective.reaches_all}
     return DistributedDataParallel(learner, gradient_as_bucket_view=True, **options)
@@ -88,8 +102,14 @@ def compile_blocks(model: DualEncoder, backend: str = "inductor") -> int:
     Blocks with a batch norm that is synchronized over processes run as they are. Parameters keep their names. A block
     that cannot be compiled is an error: a slow run in its place would go unnoticed.
     """
-    blocks = [block for tower in (model.image_tower, model.text_tower) for block in blocks_of(tower)]
-    local = [block for block in blocks if not any(isinstance(part, SharedBatchNorm) for part in block.modules())]
+    blocks = [
+        block for tower in (model.image_tower, model.text_tower) for block in blocks_of(tower)
+    ]
+    local = [
+        block
+        for block in blocks
+        if not any(isinstance(part, SharedBatchNorm) for part in block.modules())
+    ]
     for block in local:
         # Not `block.compile`: it compiles nothing of a block whose activations are recomputed.
         vars(block)["forward"] = torch.compile(block.forward, backend=backend)
@@ -105,9 +125,13 @@ def grad_cache_chunk(train: Train) -> int | None:
 def _check(recipe: Recipe, model: DualEncoder) -> None:
     train, ranks, chunk = recipe.train, distributed.world_size(), grad_cache_chunk(recipe.train)
     if train.batch_size < ranks:
-        raise UserError(f"train.batch_size={train.batch_size} is less than the {ranks} processes. Increase it.")
+        raise UserError(
+            f"train.batch_size={train.batch_size} is less than the {ranks} processes. Increase it."
+        )
     if train.strategy == "fsdp" and chunk and ranks > 1:
-        raise UserError("train.grad_cache_chunk requires train.strategy=ddp. Change one of the two.")
+        raise UserError(
+            "train.grad_cache_chunk requires train.strategy=ddp. Change one of the two."
+        )
     if chunk and model.image_tower.has_batch_norm and distributed.is_rank_zero():
         log.warning(
             f"train.grad_cache_chunk={chunk}: the batch norm of '{recipe.image.model}' sees each "
@@ -118,7 +142,12 @@ def _check(recipe: Recipe, model: DualEncoder) -> None:
 def _shard(model: DualEncoder, objective: Objective) -> None:
     """Shard towers and heads block by block; the scales are replicated."""
     towers = (model.image_tower, model.text_tower)
-    heads = [head for term in objective.terms.values() for head in term.children() if list(head.parameters())]
+    heads = [
+        head
+        for term in objective.terms.values()
+        for head in term.children()
+        if list(head.parameters())
+    ]
     mesh = init_device_mesh(model.device.type, (dist.get_world_size(),))
     from torch.distributed.fsdp import fully_shard  # takes a second
 
@@ -140,7 +169,9 @@ def clip_gradients(parameters: list[Tensor], limit: float) -> Tensor:
         return nn.utils.clip_grad_norm_(parameters, limit)
     # Sharded and other parameters are mixed.
     gradients = [[p.grad for p in group if p.grad is not None] for group in groups]
-    norm = torch.stack([full_tensor(nn.utils.get_total_norm(some)) for some in gradients if some]).norm()
+    norm = torch.stack(
+        [full_tensor(nn.utils.get_total_norm(some)) for some in gradients if some]
+    ).norm()
     for group in groups:
         nn.utils.clip_grads_with_norm_(group, limit, norm)
     return norm
@@ -175,7 +206,9 @@ def full_tensor(tensor: Tensor) -> Tensor:
 def load_full_state(into: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Load a state dict of full tensors into a module whose parameters may be sharded."""
     present = into.state_dict(keep_vars=True)
-    into.load_state_dict({name: shard_like(present.get(name), tensor) for name, tensor in tensors.items()})
+    into.load_state_dict(
+        {name: shard_like(present.get(name), tensor) for name, tensor in tensors.items()}
+    )
 
 
 def shard_like(like: object, tensor: Tensor) -> Tensor:
@@ -207,8 +240,13 @@ class SharedBatchNorm(_BatchNorm):
     """
 
     def __init__(self, norm: _BatchNorm) -> None:
-        super().__init__(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
-        for name, value in (*norm.named_parameters(recurse=False), *norm.named_buffers(recurse=False)):
+        super().__init__(
+            norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats
+        )
+        for name, value in (
+            *norm.named_parameters(recurse=False),
+            *norm.named_buffers(recurse=False),
+        ):
             setattr(self, name, value)
         # timm's batch norms end with dropout and activation.
         self.drop, self.act = (getattr(norm, name, nn.Identity()) for name in ("drop", "act"))
@@ -221,7 +259,9 @@ class SharedBatchNorm(_BatchNorm):
             if self.track_running_stats:
                 self._track(mean, variance, count)
         else:
-            normed = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+            normed = F.batch_norm(
+                x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
+            )
         return self.act(self.drop(normed))
 
     @torch.no_grad()
@@ -249,7 +289,9 @@ class _Normalized(torch.autograd.Function):
         # --- own statistics, then those of all ranks
         rows = values.numel() // x.shape[1]
         variance, mean = torch.var_mean(values, axes, correction=0)  # (C,)
-        own = torch.cat([mean, variance * rows, values.new_full((1,), rows)])  # a constant, so without a copy
+        own = torch.cat(
+            [mean, variance * rows, values.new_full((1,), rows)]
+        )  # a constant, so without a copy
         ranks = distributed.from_ranks(own)  # (W, 2 · C + 1)
         means, squares, counts = ranks.split([len(mean), len(mean), 1], dim=1)
         count = counts.sum()

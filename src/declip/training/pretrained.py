@@ -12,9 +12,18 @@ from declip.interchange.architecture import architecture_of, load_tensors
 from declip.interchange.declip_file import read_part, write_part
 from declip.interchange.read import is_published, read_start
 from declip.interchange.weights import Weights
-from declip.io.atomic import ELSEWHERE, atomic_write
+from declip.io.atomic import HINT, atomic_write
 from declip.models.dual_encoder import DualEncoder
-from declip.models.layers import IMAGE, MARK, TEXT, add_adapters, blocks, depths, freeze, keep_in_evaluation
+from declip.models.layers import (
+    IMAGE,
+    MARK,
+    TEXT,
+    add_adapters,
+    blocks,
+    depths,
+    freeze,
+    keep_in_evaluation,
+)
 from declip.recipe.schema import FineTuning, LoRA, Recipe
 from declip.runs.checkpoint import prefixed
 from declip.runs.folder import KEPT
@@ -22,7 +31,9 @@ from declip.supervision.objective import Objective, for_sigmoid, without_run_sta
 from declip.training.optimizer import LrMultiplier
 
 
-def load_pretrained(recipe: Recipe, folder: Path, resume: bool, start: Weights | None = None) -> Weights | None:
+def load_pretrained(
+    recipe: Recipe, folder: Path, resume: bool, start: Weights | None = None
+) -> Weights | None:
     """Load a run's pretrained weights, if any: the copy in its folder when resuming, else `finetune.pretrained`.
 
     The latter are `start`, if they are read already.
@@ -33,7 +44,9 @@ def load_pretrained(recipe: Recipe, folder: Path, resume: bool, start: Weights |
         return read_part(str(folder / KEPT))
     start, names = start or read_start(recipe.finetune.pretrained), recipe.finetune.class_names
     # Projections of other names are not those of the published weights.
-    return start if names is None else replace(start, classes=start.named_classes(names), published="")
+    return (
+        start if names is None else replace(start, classes=start.named_classes(names), published="")
+    )
 
 
 def apply_architecture(weights: Weights, recipe: Recipe) -> Recipe:
@@ -61,7 +74,7 @@ class Pretrained:
         """Write the loaded tensors into the run folder, from where they are read again when resuming."""
         if not self.loaded:
             return
-        with atomic_write(folder / KEPT, ELSEWHERE, durable=True) as temporary:
+        with atomic_write(folder / KEPT, HINT, durable=True) as temporary:
             write_part(self.loaded, recipe, temporary)
 
 
@@ -75,7 +88,11 @@ def apply_pretrained(
     tune = recipe.finetune
     taken = load_tensors(start, model) if start is not None else set()
     with_encoder = recipe.text.hf_model is not None and recipe.text.pretrained
-    encoder = {name for name, _ in model.named_parameters() if name.startswith(f"{TEXT}encoder.") and with_encoder}
+    encoder = {
+        name
+        for name, _ in model.named_parameters()
+        if name.startswith(f"{TEXT}encoder.") and with_encoder
+    }
     loaded = taken | encoder
     if not loaded:
         return None
@@ -83,13 +100,17 @@ def apply_pretrained(
     state, of_heads = model.state_dict(), objective.state_dict()
     kept: dict[str, Tensor] = {}
     # Published weights are read again by their name, unless position embeddings were resampled.
-    resampled = start is not None and any(t.shape != state[name].shape for name, t in start.tensors.items())
+    resampled = start is not None and any(
+        t.shape != state[name].shape for name, t in start.tensors.items()
+    )
     if start is not None and (resampled or not is_published(start.origin)):
         kept = prefixed("model", {name: state[name].clone() for name in taken})
         kept |= prefixed("objective", {name: of_heads[name].clone() for name in heads})
     layers = depths(model)
     new = [name for name, _ in model.named_parameters() if name not in loaded]
-    new += [name.removeprefix("terms.") for name, _ in objective.named_parameters() if name not in heads]
+    new += [
+        name.removeprefix("terms.") for name, _ in objective.named_parameters() if name not in heads
+    ]
     new_parts = dict.fromkeys(".".join(name.split(".")[:2]) for name in new)
     summary = (
         f"Weights of '{start.origin if start is not None else recipe.text.hf_model}': {len(loaded)} tensors of the "
@@ -100,9 +121,15 @@ def apply_pretrained(
     if tune.lora is not None:
         names += _add_adapters(model, tune, tune.lora, loaded)
     if frozen := recipe.head_warmup > 0 and bool(new):
-        summary += f" Steps 1 to {recipe.head_warmup} (finetune.head_warmup_steps) train only what is new."
+        summary += (
+            f" Steps 1 to {recipe.head_warmup} (finetune.head_warmup_steps) train only what is new."
+        )
     multipliers = {f"model.{name}": _multiplier(name, tune, layers, frozen) for name in names}
-    whole = start is not None and start.has_text and not any(name.startswith((IMAGE, TEXT)) for name in new)
+    whole = (
+        start is not None
+        and start.has_text
+        and not any(name.startswith((IMAGE, TEXT)) for name in new)
+    )
     return Pretrained(kept, multipliers, whole, summary)
 
 
@@ -117,34 +144,53 @@ def _load_heads(start: Weights, objective: Objective) -> set[str]:
     return set(heads)
 
 
-def _freeze(model: DualEncoder, tune: FineTuning, layers: Mapping[str, int], loaded: set[str]) -> None:
+def _freeze(
+    model: DualEncoder, tune: FineTuning, layers: Mapping[str, int], loaded: set[str]
+) -> None:
     for tower, key in ((IMAGE, "freeze_image_blocks"), (TEXT, "freeze_text_blocks")):
         asked = getattr(tune, key)
         names = [name for name in layers if name.startswith(tower) and name in loaded]
         most = blocks(layers, tower) if names else 0
         if asked != 0 and (most if asked == "all" else asked) not in range(1, most + 1):
             allowed = f"Give 0 to {most}, or all" if most else "Leave it and --freeze out"
-            raise UserError(f"finetune.{key}={asked}: the weights hold {most} blocks of the {tower[:-1]}. {allowed}.")
-        freeze(model, [name for name in names if asked == "all" or layers[name] <= asked] if asked else [])
+            raise UserError(
+                f"finetune.{key}={asked}: the weights hold {most} blocks of the {tower[:-1]}. {allowed}."
+            )
+        freeze(
+            model,
+            [name for name in names if asked == "all" or layers[name] <= asked] if asked else [],
+        )
     if tune.lr_scale < 1 or tune.layer_decay < 1 or tune.head_warmup_steps:
         # Statistics of a few small batches would replace those of millions of images, to which the weights belong.
-        norms = {f"{n}.running_mean": module for n, module in model.named_modules() if isinstance(module, _BatchNorm)}
+        norms = {
+            f"{n}.running_mean": module
+            for n, module in model.named_modules()
+            if isinstance(module, _BatchNorm)
+        }
         keep_in_evaluation(model, [module for name, module in norms.items() if name in loaded])
 
 
 def _add_adapters(model: DualEncoder, tune: FineTuning, lora: LoRA, loaded: set[str]) -> list[str]:
     """Add adapters to the loaded towers that are not all frozen, and return the names of the adapters' parameters."""
     frozen = {IMAGE: tune.freeze_image_blocks, TEXT: tune.freeze_text_blocks}
-    towers = [t for t in (IMAGE, TEXT) if frozen[t] != "all" and any(name.startswith(t) for name in loaded)]
+    towers = [
+        t
+        for t in (IMAGE, TEXT)
+        if frozen[t] != "all" and any(name.startswith(t) for name in loaded)
+    ]
     new = {name for name, _ in model.named_parameters()} - loaded
     add_adapters(model, lora, towers)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(MARK in name or name in new or parameter.requires_grad)
-    freeze(model, [name for name, parameter in model.named_parameters() if not parameter.requires_grad])
+    freeze(
+        model, [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    )
     return [name for name, _ in model.named_parameters() if MARK in name]
 
 
-def _multiplier(name: str, tune: FineTuning, layers: Mapping[str, int], frozen: bool) -> LrMultiplier:
+def _multiplier(
+    name: str, tune: FineTuning, layers: Mapping[str, int], frozen: bool
+) -> LrMultiplier:
     """Apply layer-wise decay, by the distance from the tower's last layer (as in BEiT, arXiv 2106.08254)."""
     tower = next((tower for tower in (IMAGE, TEXT) if name.startswith(tower)), None)
     if tower is None:

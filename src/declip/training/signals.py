@@ -14,7 +14,9 @@ from declip.runs.folder import log
 TRY_AGAIN = 75
 
 # Windows has no SIGUSR1.
-STOPS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+STOPS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
+)
 
 
 class StopRequest:
@@ -35,11 +37,15 @@ class StopRequest:
             if self.signal:
                 return
             self.asked, self.signal = True, number
-            log.info("Stopping after this step and saving; Ctrl-C from now on stops at once, without saving.")
+            log.info(
+                "Stopping after this step and saving; Ctrl-C from now on stops at once, without saving."
+            )
             signal.signal(signal.SIGINT, earlier[signal.SIGINT])
 
         can_catch = threading.current_thread() is threading.main_thread()
-        earlier: dict[int, Any] = {number: signal.signal(number, catch) for number in (STOPS if can_catch else ())}
+        earlier: dict[int, Any] = {
+            number: signal.signal(number, catch) for number in (STOPS if can_catch else ())
+        }
         try:
             yield
         finally:

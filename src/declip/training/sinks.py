@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Column
 
 from declip.io.progress import progress_bar
@@ -124,7 +130,9 @@ class Bar(Sink):
             refresh_per_second=2,
             expand=True,
         )
-        self.task = self.progress.add_task("training", completed=info.start, total=info.steps, numbers="")
+        self.task = self.progress.add_task(
+            "training", completed=info.start, total=info.steps, numbers=""
+        )
         console = self.progress.console
         self._handler: logging.Handler = RichHandler(console=console, show_path=False, markup=False)
         if not console.is_interactive:
@@ -149,7 +157,9 @@ class Bar(Sink):
 
 
 @contextmanager
-def monitored(info: RunInfo, more: Sequence[Sink] = (), silent: bool = False) -> Iterator["Monitor"]:
+def monitored(
+    info: RunInfo, more: Sequence[Sink] = (), silent: bool = False
+) -> Iterator["Monitor"]:
     """Open a run's files, bar and `more` sinks; nothing where `silent`, as on every rank but the first."""
     sinks = [] if silent else [Messages(), JsonLines(), Bar(), *more]
     with ExitStack() as started:
@@ -190,7 +200,9 @@ class Monitor:
             "lr": lr,
             "logit_scale": logit_scale,
             "loss": values["loss"],
-            "losses": {name: value for name, value in values.items() if name not in ("loss", "grad_norm")},
+            "losses": {
+                name: value for name, value in values.items() if name not in ("loss", "grad_norm")
+            },
             "grad_norm": values["grad_norm"],
             "seconds": round(seconds, 4),
             "samples_per_second": round(samples / seconds, 1) if seconds > 0 else None,

@@ -52,8 +52,16 @@ class BestEvaluation:
         Its score is the mean R@1 of both directions on the recipe's retrieval sets or, without one, the mean top-1. The
         loss decides where it is equal: on few pairs it is lowest long before retrieval is best.
         """
-        retrieved = [r for r in results if isinstance(r, RetrievalResult) and r.dataset in evaluation.retrieval]
-        classified = [r for r in results if isinstance(r, ZeroShotResult) and r.dataset in evaluation.zero_shot]
+        retrieved = [
+            r
+            for r in results
+            if isinstance(r, RetrievalResult) and r.dataset in evaluation.retrieval
+        ]
+        classified = [
+            r
+            for r in results
+            if isinstance(r, ZeroShotResult) and r.dataset in evaluation.zero_shot
+        ]
         score = fmean(r.headline.value for r in retrieved or classified)
         loss = fmean([r.loss or 0.0 for r in retrieved] or [0.0])
         if better := (score, -loss) > (self.score, -self.loss):
@@ -101,12 +109,16 @@ class RunState:
     held_out: HeldOutSets
     model: DualEncoder
     objective: Objective
-    pretrained: Pretrained | None  # what was loaded, also from a text encoder; None where all weights are random
+    pretrained: (
+        Pretrained | None
+    )  # what was loaded, also from a text encoder; None where all weights are random
     learner: nn.Module  # model and objective as one module, distributed over the ranks
     optimizer: torch.optim.Optimizer
     loader: PairLoader  # batches of images and captions from the next step on
     workers: int  # number of loader processes
-    samples: Mapping[str, list[str]]  # hashes of some training pairs and of each held-out set, see `sample_hashes`
+    samples: Mapping[
+        str, list[str]
+    ]  # hashes of some training pairs and of each held-out set, see `sample_hashes`
     progress: Progress = field(default_factory=Progress)
     lock: FileIO | None = None  # of the run folder, on rank 0
 
@@ -138,17 +150,28 @@ def collect(state: RunState) -> Checkpoint | None:
     if not (rank_zero or state.sharded):
         return None
     tensors = unwrap(state.learner).state_dict()  # "model.…" and "objective.…"
-    training = {name: full_tensor(t) for name, t in (tensors | prefixed("optimizer", moments(state.optimizer))).items()}
+    training = {
+        name: full_tensor(t)
+        for name, t in (tensors | prefixed("optimizer", moments(state.optimizer))).items()
+    }
     weights = {name: training.pop(name) for name in list(training) if name.startswith("model.")}
     for rank, states in enumerate(generators):  # "random.0.cpu" and so on
         training |= prefixed(f"random.{rank}", states)
     for rank, tensors in enumerate(others):  # rank 0's are among the objective's
         training |= prefixed(f"process.{rank}", tensors)
     skipped = {**progress.skipped.to_dict(), "seen": progress.step * state.recipe.train.batch_size}
-    extra: dict[str, Any] = {"versions": versions(), "skipped": skipped, "samples": dict(state.samples)}
+    extra: dict[str, Any] = {
+        "versions": versions(),
+        "skipped": skipped,
+        "samples": dict(state.samples),
+    }
     if progress.best is not None:
         extra["best"] = asdict(progress.best)
-    return Checkpoint(progress.step, weights, training, state.recipe.to_yaml(), extra) if rank_zero else None
+    return (
+        Checkpoint(progress.step, weights, training, state.recipe.to_yaml(), extra)
+        if rank_zero
+        else None
+    )
 
 
 def restore(state: RunState, checkpoint: Checkpoint) -> None:
@@ -174,7 +197,11 @@ def restore(state: RunState, checkpoint: Checkpoint) -> None:
     progress.skipped = SkipCounter.from_dict(extra["skipped"])
     progress.best = BestEvaluation(**extra["best"]) if "best" in extra else None
     then, now = extra["versions"], versions()
-    changed = [f"{name} {then.get(name)} → {value}" for name, value in now.items() if then.get(name) != value]
+    changed = [
+        f"{name} {then.get(name)} → {value}"
+        for name, value in now.items()
+        if then.get(name) != value
+    ]
     if changed and distributed.is_rank_zero():
         log.warning(
             "This differs from the checkpoint's: %s. Batches and their order stay the same, but sums may be rounded "
@@ -185,7 +212,10 @@ def restore(state: RunState, checkpoint: Checkpoint) -> None:
 
 def _refuse_other_pairs(state: RunState, before: Mapping[str, list[str]]) -> None:
     for name, now in state.samples.items():
-        then, pairs = before.get(name, now), f"{name} '{state.source.name}'" if name == TRAINING else f"set '{name}'"
+        then, pairs = (
+            before.get(name, now),
+            f"{name} '{state.source.name}'" if name == TRAINING else f"set '{name}'",
+        )
         # A broken pair, empty here, may be repaired.
         differ = sum(a != b for a, b in zip(then[1:], now[1:], strict=False) if a and b)
         if differ or then[0] != now[0]:

@@ -12,11 +12,20 @@ from declip.supervision.objective import Gather
 from declip.supervision.term import TowerOutputs, joined
 from declip.training import distributed
 from declip.training.distributed import StepSync
-from declip.training.parallel import Learner, average_gradients, clip_gradients, grad_cache_chunk, unwrap
+from declip.training.parallel import (
+    Learner,
+    average_gradients,
+    clip_gradients,
+    grad_cache_chunk,
+    unwrap,
+)
 
 
 def training_step(
-    learner: nn.Module, optimizer: torch.optim.Optimizer, batch: PairBatch, sync: StepSync | None = None
+    learner: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: PairBatch,
+    sync: StepSync | None = None,
 ) -> dict[str, Tensor]:
     """Take one training step: move, augment, encode, gather, losses, backward, clip, update.
 
@@ -46,7 +55,9 @@ def training_step(
 
     if inner.sharded or chunk is not None:  # DDP has done it
         average_gradients(parameters)
-    grad_norm = clip_gradients(parameters, math.inf if train.grad_clip_norm is None else train.grad_clip_norm)
+    grad_norm = clip_gradients(
+        parameters, math.inf if train.grad_clip_norm is None else train.grad_clip_norm
+    )
     values = {name: loss.detach() for name, loss in losses.items()} | {"grad_norm": grad_norm}
     optimizer.step()
     inner.objective.after_step(inner.model)  # limits the scales, and writes the queue
@@ -63,7 +74,9 @@ def _backward_in_chunks(
     gradient goes backward. Exact where a pair's output depends on that pair alone, so not for towers with batch norm.
     """
     model, objective = learner.model, learner.objective
-    chunks = [batch.rows(start, min(start + chunk, len(batch))) for start in range(0, len(batch), chunk)]
+    chunks = [
+        batch.rows(start, min(start + chunk, len(batch))) for start in range(0, len(batch), chunk)
+    ]
     outputs: list[TowerOutputs] = []
     states: list[dict[str, Tensor]] = []
     with torch.no_grad(), frozen_batch_norm_stats(model):
@@ -73,7 +86,10 @@ def _backward_in_chunks(
             with learner.autocast():
                 outputs.append(objective.run_towers(model, ready))
     final_states = random_states(model.device)
-    leaves = [{n: t.requires_grad_() for n, t in part.tensors().items() if t.is_floating_point()} for part in outputs]
+    leaves = [
+        {n: t.requires_grad_() for n, t in part.tensors().items() if t.is_floating_point()}
+        for part in outputs
+    ]
     rest = learner.prepare(batch) if objective.reads_pixels else batch.without_images()
     rest = rest.to(model.device, non_blocking=True)
     with learner.autocast():
@@ -81,11 +97,19 @@ def _backward_in_chunks(
     losses = {name: loss * sync.weight for name, loss in losses.items()}
     losses["loss"].backward()
     for part, state, first in zip(chunks, states, leaves, strict=True):
-        set_random_states(state, model.device)  # dropout must sample the same masks as in the first pass
+        set_random_states(
+            state, model.device
+        )  # dropout must sample the same masks as in the first pass
         ready = learner.prepare(part)
         with learner.autocast():
             again = objective.run_towers(model, ready).tensors()
-        names = [name for name, leaf in first.items() if leaf.grad is not None and again[name].requires_grad]
-        torch.autograd.backward([again[name] for name in names], [first[name].grad for name in names])
+        names = [
+            name
+            for name, leaf in first.items()
+            if leaf.grad is not None and again[name].requires_grad
+        ]
+        torch.autograd.backward(
+            [again[name] for name in names], [first[name].grad for name in names]
+        )
     set_random_states(final_states, model.device)
     return losses

@@ -13,7 +13,8 @@ from typing import Any, ClassVar
 from declip.errors import UserError
 from declip.io.atomic import write_text
 from declip.io.plugins import load_plugin
-from declip.io.text import one_line, read_yaml
+from declip.io.text import one_line
+from declip.io.yaml_dialect import read_yaml
 from declip.runs.folder import TRACKING, Run, log
 from declip.training.sinks import RunInfo, Sink
 
@@ -55,7 +56,9 @@ class WandB(Tracker):
     library = "wandb"
 
     def start(self, info: RunInfo) -> None:
-        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # read by the import; keeps it off the network
+        os.environ.setdefault(
+            "WANDB_ERROR_REPORTING", "false"
+        )  # read by the import; keeps it off the network
         import wandb
 
         mode: Any = os.environ.get("WANDB_MODE", "offline")
@@ -67,14 +70,18 @@ class WandB(Tracker):
             dir=info.folder,
             mode=mode,
             config=read_yaml(Run(info.folder).recipe_text),
-            settings=wandb.Settings(console="off", silent=info.quiet),  # standard error stays the progress bar's
+            settings=wandb.Settings(
+                console="off", silent=info.quiet
+            ),  # standard error stays the progress bar's
         )
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         self._run.log(dict(values), step=step)
 
     def close(self) -> None:
-        self._run.finish(exit_code=int(sys.exc_info()[0] is not None))  # whether an error ends the run
+        self._run.finish(
+            exit_code=int(sys.exc_info()[0] is not None)
+        )  # whether an error ends the run
 
 
 # By their name in train.report_to, which may also be that of a plugin
@@ -100,7 +107,9 @@ class Tracked(Sink):
             ) from error
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        numbers = {name: values[name] for name in ("loss", "grad_norm", "lr", "logit_scale")} | values["losses"]
+        numbers = {
+            name: values[name] for name in ("loss", "grad_norm", "lr", "logit_scale")
+        } | values["losses"]
         numbers = {f"train/{name}": value for name, value in numbers.items()}
         if values["samples_per_second"] is not None:
             numbers["speed/samples_per_second"] = values["samples_per_second"]
@@ -108,7 +117,9 @@ class Tracked(Sink):
 
     def evaluation(self, step: int, values: Mapping[str, Any]) -> None:
         prefix = f"{values['dataset']}/{values['task']}"
-        numbers = {f"{prefix}/{name}": value for name, value in values.items() if isinstance(value, float)}
+        numbers = {
+            f"{prefix}/{name}": value for name, value in values.items() if isinstance(value, float)
+        }
         self._attempt(self.tracker.log, step, numbers)
 
     def flush(self) -> None:
@@ -123,7 +134,11 @@ class Tracked(Sink):
                 call(*arguments)
         except Exception as error:
             self._failed = True
-            log.warning("%s gets no more numbers (%s); metrics.jsonl has them all.", self.name, one_line(error, 200))
+            log.warning(
+                "%s gets no more numbers (%s); metrics.jsonl has them all.",
+                self.name,
+                one_line(error, 200),
+            )
 
 
 def check_trackers(report_to: Sequence[str]) -> None:

@@ -44,8 +44,12 @@ class Trainer:
     def __init__(self, state: RunState) -> None:
         recipe = state.recipe
         self.state, self.progress, self.loader = state, state.progress, state.loader
-        self.first_bad = torch.tensor(-1, device=state.model.device)  # step whose loss or gradient is not finite
-        self.losses = LossMonitor(recipe.train.batch_size, recipe.train.warmup_steps, state.objective.watched)
+        self.first_bad = torch.tensor(
+            -1, device=state.model.device
+        )  # step whose loss or gradient is not finite
+        self.losses = LossMonitor(
+            recipe.train.batch_size, recipe.train.warmup_steps, state.objective.watched
+        )
         self.throughput = ThroughputMonitor()
         self.stop = StopRequest()
         self.writer = CheckpointWriter(state.folder, recipe.train.keep_checkpoints)
@@ -62,9 +66,20 @@ class Trainer:
     def train(self, finish: Callable[[Path, DualEncoder], object] | None = None) -> Run:
         """Take the remaining steps, then evaluate; rank 0 then calls `finish` with the folder and the model."""
         state, train = self.state, self.state.recipe.train
-        info = RunInfo(state.folder, self.progress.step, train.steps, train.batch_size, state.quiet, state.model)
+        info = RunInfo(
+            state.folder,
+            self.progress.step,
+            train.steps,
+            train.batch_size,
+            state.quiet,
+            state.model,
+        )
         with state.lock or nullcontext():
-            sinks = [*trackers_of(train.report_to), *state.extensions.callbacks] if self.is_rank_zero else []
+            sinks = (
+                [*trackers_of(train.report_to), *state.extensions.callbacks]
+                if self.is_rank_zero
+                else []
+            )
             with monitored(info, sinks, not self.is_rank_zero) as monitor, self.writer:
                 # Other ranks wait here for the start of slow sinks.
                 self.calls_user = state.hosts.on_rank_zero(lambda: bool(state.extensions.callbacks))
@@ -84,17 +99,25 @@ class Trainer:
             if finished and finish is not None:
                 # With FSDP this rank holds a part of the model; the whole one is in the checkpoint.
                 state.hosts.on_rank_zero(
-                    lambda: finish(state.folder, load(state.folder) if state.sharded else state.model)
+                    lambda: finish(
+                        state.folder, load(state.folder) if state.sharded else state.model
+                    )
                 )
             self.loader.close()
-        status = 130 if self.stop.signal == signal.SIGINT else 0 if distributed.launched() else TRY_AGAIN
+        status = (
+            130 if self.stop.signal == signal.SIGINT else 0 if distributed.launched() else TRY_AGAIN
+        )
         return Run(state.folder, self.progress.step, finished, status, self.is_rank_zero)
 
     def _prepare(self, monitor: Monitor) -> None:
         """Do what precedes the next step: messages, and evaluation of the starting weights."""
         state, step = self.state, self.progress.step
-        trained = sum(p.numel() for group in state.optimizer.param_groups for p in group["params"]) / 1e6
-        weights = ", ".join(f"{weight:g} {name}" for name, weight in state.objective.weights.items())
+        trained = (
+            sum(p.numel() for group in state.optimizer.param_groups for p in group["params"]) / 1e6
+        )
+        weights = ", ".join(
+            f"{weight:g} {name}" for name, weight in state.objective.weights.items()
+        )
         log.info(
             f"{f'Resuming at step {step}' if step else 'Starting'}: {described(state.source)}; "
             f"{trained:,.2f} M trainable parameters; {weights}; {state.model.device}, "
@@ -112,7 +135,10 @@ class Trainer:
         """Take steps until the last one, a request to stop, or evaluations that no longer improve."""
         state, progress, train, stopped = self.state, self.progress, self.state.recipe.train, False
         while not (self.finished or stopped):
-            with naming_lost_workers(f" at step {progress.step}"), state.hosts.explain_timeout(progress.step):
+            with (
+                naming_lost_workers(f" at step {progress.step}"),
+                state.hosts.explain_timeout(progress.step),
+            ):
                 # --- batch
                 batch, sync, waited = self._next_batch(monitor)
 
@@ -122,16 +148,24 @@ class Trainer:
                 progress.step += 1
                 step, done = progress.step, progress.step >= train.steps
                 stopped = sync.stop or (self.stop.asked and len(sync.rows) == 1)
-                if state.model.device.type == "cpu":  # elsewhere a wait for the device, so only where one is due
+                if (
+                    state.model.device.type == "cpu"
+                ):  # elsewhere a wait for the device, so only where one is due
                     self._refuse_nonfinite(values)
 
                 # --- log, also before an evaluation that may end the run
-                if step % train.log_every == 0 or done or (train.patience is not None and self._evaluation_due()):
+                if (
+                    step % train.log_every == 0
+                    or done
+                    or (train.patience is not None and self._evaluation_due())
+                ):
                     self._refuse_nonfinite(values)
                     self._log(monitor, values, lr)
                 else:
                     self._advance(monitor)
-                self._warn(self.throughput.check(waited, time.perf_counter() - began, state.workers))
+                self._warn(
+                    self.throughput.check(waited, time.perf_counter() - began, state.workers)
+                )
                 if done:
                     self._check_skipped()
                 monitor.count()
@@ -153,7 +187,9 @@ class Trainer:
         """Whether this step is followed by an evaluation; the last one is only if it may have the best weights."""
         step, train = self.progress.step, self.state.recipe.train
         due = train.evaluate_every > 0 and step % train.evaluate_every == 0
-        return due or step >= train.steps if train.patience is not None else due and step < train.steps
+        return (
+            due or step >= train.steps if train.patience is not None else due and step < train.steps
+        )
 
     def _next_batch(self, monitor: Monitor) -> tuple[PairBatch, StepSync, float]:
         """Read a batch; return it with the state of all ranks and the seconds that it took."""
@@ -166,7 +202,9 @@ class Trainer:
             error = broken
         waited = time.perf_counter() - asked
         rows, skipped = (0, None) if batch is None else (len(batch), batch.skipped or None)
-        sync = self.state.hosts.sync_step(self.progress.step, rows, self.stop.asked, skipped, batch is None)
+        sync = self.state.hosts.sync_step(
+            self.progress.step, rows, self.stop.asked, skipped, batch is None
+        )
         with self._saving(monitor):
             if batch is None or sync.failed:  # any rank cannot read its pairs: all save and end
                 raise error
@@ -195,7 +233,9 @@ class Trainer:
         if sync.usable:
             values = training_step(state.learner, state.optimizer, batch, sync)
             bad = ~torch.isfinite(values["loss"] + values["grad_norm"])
-            self.first_bad = torch.where((self.first_bad < 0) & bad, step, self.first_bad)  # no wait for the device
+            self.first_bad = torch.where(
+                (self.first_bad < 0) & bad, step, self.first_bad
+            )  # no wait for the device
             return values, lr
         if self.is_rank_zero:
             warn_once("Steps with too few usable pairs (fewer than one on a process) are skipped.")
@@ -213,7 +253,9 @@ class Trainer:
         numbers = dict(zip(values, means, strict=True))
         logit_scale = self.state.model.logit_scale.detach().exp().item()
         # A callback may take longer than ranks wait for each other at a step.
-        self.state.hosts.on_rank_zero(partial(monitor.log, self.progress.step, numbers, lr, logit_scale))
+        self.state.hosts.on_rank_zero(
+            partial(monitor.log, self.progress.step, numbers, lr, logit_scale)
+        )
         self._warn(self.losses.check(self.progress.step, numbers))
 
     def _advance(self, monitor: Monitor) -> None:
@@ -232,9 +274,13 @@ class Trainer:
         """Warn of lost pairs after the last step; refuse a run that had no pair."""
         skipped, seen, name = self.progress.skipped, self.loader.seen, self.state.source.name
         if skipped.total >= seen:
-            raise UserError(f"No pair of '{name}' could be used, so nothing was learned. {skipped.explanation()}")
+            raise UserError(
+                f"No pair of '{name}' could be used, so nothing was learned. {skipped.explanation()}"
+            )
         if skipped.total > self.state.recipe.data.max_broken_fraction * seen:
-            self._warn(f"{skipped.total:,} of the {seen:,} pairs seen could not be used. {skipped.explanation()}")
+            self._warn(
+                f"{skipped.total:,} of the {seen:,} pairs seen could not be used. {skipped.explanation()}"
+            )
 
     def _refuse_nonfinite(self, values: Mapping[str, Tensor]) -> None:
         """Stop at a loss or gradient that is not finite: the weights may be corrupted, the checkpoints are not."""
@@ -288,17 +334,25 @@ class Trainer:
         if best is None or best.step == self.progress.step:
             return
         self.state.hosts.on_rank_zero(self.writer.wait)
-        load_weights(self.state, checkpoints.load_checkpoint(checkpoints.folder_of(folder, best.step)))
+        load_weights(
+            self.state, checkpoints.load_checkpoint(checkpoints.folder_of(folder, best.step))
+        )
         log.info("Best: step %d, validation loss %.4f; its weights are used.", best.step, best.loss)
 
     def _evaluated_at_end(self) -> bool:
         """Whether the run folder has the results of the last step, by the best weights, already."""
         step = self.progress.step
         best = self.progress.best.step if self.progress.best is not None else step
-        rows = (row for row in Run(self.state.folder, step).results if row.get("best_step", step) == best)
+        rows = (
+            row
+            for row in Run(self.state.folder, step).results
+            if row.get("best_step", step) == best
+        )
         done = {(row["dataset"], row["task"]) for row in rows}
         tasks = self.state.held_out.tasks(self.state.recipe, final=True)
-        return all((name, protocol) in done for name, protocols in tasks.items() for protocol in protocols)
+        return all(
+            (name, protocol) in done for name, protocols in tasks.items() for protocol in protocols
+        )
 
     def save(self, monitor: Monitor) -> None:
         """Begin to write a checkpoint, and write the counts of skipped pairs; every rank must call it."""

@@ -51,7 +51,11 @@ class ThroughputMonitor:
         self._steps += 1
         if self._steps > 0:
             self._waited, self._total = self._waited + waited, self._total + waited + took
-        if self._steps < LEAST_STEPS or self._total < LEAST_SECONDS or self._waited < STARVED * self._total:
+        if (
+            self._steps < LEAST_STEPS
+            or self._total < LEAST_SECONDS
+            or self._waited < STARVED * self._total
+        ):
             return None
         self._steps = -sys.maxsize  # no second warning
         return (

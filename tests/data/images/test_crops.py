@@ -33,7 +33,9 @@ def sampled(maker, count, generator):
 
 
 def applied(images, params):
-    return apply_photometric({"first": View(images, params)}, torch.tensor(MEAN), torch.tensor(STD))["first"].pixels
+    return apply_photometric(
+        {"first": View(images, params)}, torch.tensor(MEAN), torch.tensor(STD)
+    )["first"].pixels
 
 
 def colors(count, size=24, seed=0):
@@ -82,7 +84,9 @@ ALONE = {
 
 @pytest.mark.parametrize("options", ALONE.values(), ids=ALONE.keys())
 def test_photometric_equals_torchvision_on_each_sample(options, monkeypatch):
-    monkeypatch.setattr(views, "CHUNK_BYTES", 3 * 4 * 3 * 24 * 24)  # chunks of three: boundaries are met
+    monkeypatch.setattr(
+        views, "CHUNK_BYTES", 3 * 4 * 3 * 24 * 24
+    )  # chunks of three: boundaries are met
     maker, images = transform(**options), colors(80)
     params, untouched = sampled(maker, 80, np.random.default_rng(1)), images.clone()
     assert_equal_views(applied(images, params), one_by_one(images, params))
@@ -98,8 +102,14 @@ def test_every_order_of_the_jitter_occurs():
 
 
 def test_views_of_any_size_go_together():
-    generator, makers = np.random.default_rng(0), [transform(size, blur_prob=1.0) for size in (16, 48, 17)]
-    given = {str(maker.size): View(colors(8, maker.size), sampled(maker, 8, generator)) for maker in makers}
+    generator, makers = (
+        np.random.default_rng(0),
+        [transform(size, blur_prob=1.0) for size in (16, 48, 17)],
+    )
+    given = {
+        str(maker.size): View(colors(8, maker.size), sampled(maker, 8, generator))
+        for maker in makers
+    }
     done = View(torch.zeros(8, 3, 8, 8))
     finished = apply_photometric({**given, "done": done}, torch.tensor(MEAN), torch.tensor(STD))
     assert finished["done"] is done
@@ -147,7 +157,10 @@ def test_boxes_are_distributed_as_torchvisions(shape):
     crop = T.RandomResizedCrop(8, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3))
     theirs = [crop.make_params([image]) for _ in range(3000)]
     theirs = np.array([[p[key] for key in ("left", "top", "width", "height")] for p in theirs])
-    measures = ((left, top, wide * high, wide / high, left - top) for left, top, wide, high in (ours.T, theirs.T))
+    measures = (
+        (left, top, wide * high, wide / high, left - top)
+        for left, top, wide, high in (ours.T, theirs.T)
+    )
     assert all(ks_2samp(one, other).pvalue > 1e-3 for one, other in zip(*measures, strict=True))
     left, top, wide, high = ours.T
     assert min(left.min(), top.min()) == 0
@@ -158,12 +171,16 @@ def test_boxes_are_distributed_as_torchvisions(shape):
 
 def test_a_picture_too_long_for_any_box_gives_its_middle():
     maker = transform(scale=(0.9, 1.0))
-    boxes = [maker.box(*shape, np.random.default_rng(0)) for shape in ((400, 10), (10, 400), (1, 50))]
+    boxes = [
+        maker.box(*shape, np.random.default_rng(0)) for shape in ((400, 10), (10, 400), (1, 50))
+    ]
     assert boxes == [(193, 0, 13, 10), (0, 193, 10, 13), (0, 24, 1, 1)]
 
 
 @pytest.mark.parametrize(("resize", "mode"), [(None, "bicubic"), (37, "bilinear")])
-@pytest.mark.parametrize("shape", [(50, 70), (70, 50), (64, 64), (31, 200), (500, 333), (9, 8), (32, 35)])
+@pytest.mark.parametrize(
+    "shape", [(50, 70), (70, 50), (64, 64), (31, 200), (500, 333), (9, 8), (32, 35)]
+)
 def test_preprocess_equals_torchvisions(shape, resize, mode):
     image = scene(*shape)
     crop = [T.Resize(resize or 32, T.InterpolationMode(mode)), T.CenterCrop(32), T.PILToTensor()]
@@ -178,8 +195,12 @@ def test_long_images_differ_little_from_clips(shape, resize):
     # Noise would differ by up to 20 levels in one pixel of a hundred: Pillow rounds and clips between its two passes,
     # and since version 13 their order depends on the size of what is cut out.
     image = scene(*shape)
-    clip = np.asarray(T.Compose([T.Resize(resize, T.InterpolationMode.BICUBIC), T.CenterCrop(64)])(image))
-    found = Preprocess(64, (0, 0, 0), (1, 1, 1), resize=resize)(image)[0].permute(1, 2, 0).numpy() * 255
+    clip = np.asarray(
+        T.Compose([T.Resize(resize, T.InterpolationMode.BICUBIC), T.CenterCrop(64)])(image)
+    )
+    found = (
+        Preprocess(64, (0, 0, 0), (1, 1, 1), resize=resize)(image)[0].permute(1, 2, 0).numpy() * 255
+    )
     inner = slice(3, -3)  # pixels outside the crop are outside the filter too
     np.testing.assert_allclose(found[inner, inner], clip[inner, inner], atol=2.01)
 
@@ -206,14 +227,21 @@ def test_preprocess_takes_any_mode_any_shape_and_one_image(monkeypatch):
     line = Image.new("RGB", (30_001, 3))
     line.paste((255, 255, 255), (14_990, 0, 15_010, 3))
     clear = Image.new("RGBA", (20, 30), (0, 0, 0, 0))
-    for image in (clear, Image.new("L", (20, 20), 255), Image.new("P", (1, 30_000), (255, 255, 255)), line):
+    for image in (
+        clear,
+        Image.new("L", (20, 20), 255),
+        Image.new("P", (1, 30_000), (255, 255, 255)),
+        line,
+    ):
         torch.testing.assert_close(prepare(image), white)
     assert sizes[-1] == (16, 16), "a thin line is not blown up before it is cropped"
     assert prepare([]).shape == (0, 3, 16, 16)
 
 
 @pytest.mark.parametrize("size", [(150, 110), (40, 33), (20, 31), (32, 32), (900, 30)])
-@pytest.mark.parametrize("options", [{}, {"squash": True}, {"interpolation": "bilinear"}, {"resize": 37}])
+@pytest.mark.parametrize(
+    "options", [{}, {"squash": True}, {"interpolation": "bilinear"}, {"resize": 37}]
+)
 def test_pixels_are_pillows_to_a_level_or_two(size, options):
     image, preprocess = texture(0).resize(size, 3), Preprocess(32, [0.5] * 3, [0.25] * 3, **options)
     own = preprocess.fast(open_image(encoded(image, "PNG"), "x"))
@@ -231,5 +259,7 @@ def test_a_large_jpeg_is_decoded_smaller(resize, scale):
     image.pixels = lambda scale=1: decoded.append(scale) or pixels(scale)
     own = preprocess.fast(image)
     assert decoded == [scale]
-    difference = (preprocess.normalize(own[None]) - preprocess(Image.fromarray(pixels()))).abs() * 255
+    difference = (
+        preprocess.normalize(own[None]) - preprocess(Image.fromarray(pixels()))
+    ).abs() * 255
     assert float(difference.mean()) < 2

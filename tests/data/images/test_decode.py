@@ -57,7 +57,9 @@ def test_every_mode_becomes_rgb_over_white(image, kind, options, pixel):
 
 def test_a_scan_in_16_bits_whose_zero_is_white_is_not_inverted():
     content = encoded(Image.fromarray(np.full((4, 4), 40_000, np.uint16)), "TIFF")
-    black, white = (b"\x06\x01\x03\x00\x01\x00\x00\x00" + bytes([kind, 0]) for kind in (1, 0))  # tag 262
+    black, white = (
+        b"\x06\x01\x03\x00\x01\x00\x00\x00" + bytes([kind, 0]) for kind in (1, 0)
+    )  # tag 262
     assert decode(content.replace(black, white), "k").getpixel((1, 1)) == (99, 99, 99)
 
 
@@ -143,14 +145,19 @@ def test_exif_turns_size_pixels_and_smaller_pixels(decoder, orientation):
     exif[0x0112] = orientation
     for kind in ("JPEG", "PNG"):
         content = encoded(scene(), kind, exif=exif)
-        picture, expected = open_image(content, "k"), ImageOps.exif_transpose(Image.open(BytesIO(content)))
+        picture, expected = (
+            open_image(content, "k"),
+            ImageOps.exif_transpose(Image.open(BytesIO(content))),
+        )
         assert picture.size == expected.size
         np.testing.assert_array_equal(picture.pixels(), np.asarray(expected))
         assert decode(content, "k").tobytes() == expected.tobytes()
     smaller = Image.fromarray(open_image(jpeg(), "k").pixels(2))
     turn = module.TURNS.get(orientation)
     turned = open_image(jpeg(exif=exif), "k").pixels(2)
-    np.testing.assert_array_equal(turned, np.asarray(smaller if turn is None else smaller.transpose(turn)))
+    np.testing.assert_array_equal(
+        turned, np.asarray(smaller if turn is None else smaller.transpose(turn))
+    )
 
 
 @pytest.mark.parametrize("options", JPEGS.values(), ids=JPEGS)
@@ -174,7 +181,10 @@ def test_a_file_cut_short_anywhere_is_judged_as_by_decode(decoder, progressive):
     content = jpeg(scene(40, 30), quality=60, progressive=progressive)
     cut = [content[:length] for length in range(0, len(content), 7)]
     found = [assert_as_pillow(each) for each in (*cut, content[:-2], content + b"more")]
-    assert {reason for reason in found if isinstance(reason, str)} == {"truncated image", "unreadable image"}
+    assert {reason for reason in found if isinstance(reason, str)} == {
+        "truncated image",
+        "unreadable image",
+    }
 
 
 def test_a_damaged_file_is_judged_as_by_decode(decoder):

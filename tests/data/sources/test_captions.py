@@ -42,14 +42,18 @@ def read(source):
 
 @pytest.mark.parametrize("kind", [*KINDS, "semicolons", "items"])
 def test_captions_come_from_several_columns_and_templates(folder, kind):
-    spec = [dict(zip(NAMES, row, strict=True)) for row in ROWS[:3]]  # which are not merged by their image
+    spec = [
+        dict(zip(NAMES, row, strict=True)) for row in ROWS[:3]
+    ]  # which are not merged by their image
     if kind == "semicolons":  # as Excel writes it in German
         spec = folder / "t.csv"
         spec.write_text("\n".join(map(";".join, [NAMES, *ROWS])), "utf-8-sig")
     elif kind != "items":
         spec = write(folder / f"t.{kind}", ROWS, NAMES)
     for given, expected in READ:
-        expected = [each.removesuffix("|second") for each in expected] if kind == "items" else expected
+        expected = (
+            [each.removesuffix("|second") for each in expected] if kind == "items" else expected
+        )
         assert read(open_source(spec, Columns(caption=given, root=folder))) == expected
 
 
@@ -64,13 +68,21 @@ def test_columns_refuses_captions_that_are_not_names(caption):
 
 
 def test_labels_may_be_numbers_lists_or_numbers_of_classes(folder):
-    values = {"image": ["a.png", "b.png"], "label": [1, 0], "year": [1999.0, None], "tags": [["x", "y"], []]}
+    values = {
+        "image": ["a.png", "b.png"],
+        "label": [1, 0],
+        "year": [1999.0, None],
+        "tags": [["x", "y"], []],
+    }
     stored = json.dumps({"info": {"features": {"label": {"names": ["cat", "dog"]}}}})
     table = pa.table(values).replace_schema_metadata({"huggingface": stored})
     pq.write_table(table, folder / "t.parquet")
     (folder / "t.jsonl").write_text("\n".join(map(json.dumps, table.to_pylist())))
     given = Columns(caption=["{label} {year}", "{tags}"], root=folder)
-    assert read(open_source(folder / "t.parquet", given)) == ["dog 1999|x, y", "empty caption: no year, tags"]
+    assert read(open_source(folder / "t.parquet", given)) == [
+        "dog 1999|x, y",
+        "empty caption: no year, tags",
+    ]
     for spec in (folder / "t.jsonl", table.to_pylist()):
         assert read(open_source(spec, given))[0] == "1 1999|x, y"
 
@@ -89,12 +101,16 @@ def test_recipes_take_columns_and_templates_as_text(recipe, text, expected):
 @pytest.mark.parametrize("key", ["caption", "group"])
 @pytest.mark.parametrize("value", [[], [3], {"color": None}, 7])
 def test_other_values_are_refused(key, value):
-    refuses([f"data.columns.{key}", repr(value)], load_recipe, "clip", {f"data.columns.{key}": value})
+    refuses(
+        [f"data.columns.{key}", repr(value)], load_recipe, "clip", {f"data.columns.{key}": value}
+    )
 
 
 def test_a_list_of_pairs_keeps_several_columns(folder):
     path, columns = write(folder / "t.csv", ROWS, NAMES), Columns(caption=["caption", "kind"])
-    write_pair_list(folder / "some.pairs", list_of(str(path), columns, open_source(path, columns), [1, 2]))
+    write_pair_list(
+        folder / "some.pairs", list_of(str(path), columns, open_source(path, columns), [1, 2])
+    )
     assert read_pair_list(folder / "some.pairs").columns == columns
     assert read(open_source(folder / "some.pairs")) == ["cup", "pan"]
 
@@ -104,4 +120,6 @@ def test_commands_take_several_columns_and_templates(folder, command):
     words = ["--caption-column", "caption,kind", "--caption-column", "a {kind}", "--workers", "0"]
     done = command("data", "inspect", path, *words, "--json", folder / "found.json")
     assert done.status == 0
-    assert max(json.loads((folder / "found.json").read_text())["captions"]["per_pair"].values()) == 4
+    assert (
+        max(json.loads((folder / "found.json").read_text())["captions"]["per_pair"].values()) == 4
+    )

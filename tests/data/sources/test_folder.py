@@ -74,8 +74,16 @@ def xmp(inner):
 
 def iptc(*fields):
     """A JPEG's segment with records of IPTC."""
-    records = b"".join(b"\x1c\x02" + bytes([number]) + struct.pack(">H", len(text)) + text for number, text in fields)
-    block = b"8BIM\x04\x04\x00\x00" + struct.pack(">I", len(records)) + records + b"\x00" * (len(records) % 2)
+    records = b"".join(
+        b"\x1c\x02" + bytes([number]) + struct.pack(">H", len(text)) + text
+        for number, text in fields
+    )
+    block = (
+        b"8BIM\x04\x04\x00\x00"
+        + struct.pack(">I", len(records))
+        + records
+        + b"\x00" * (len(records) % 2)
+    )
     content = b"Photoshop 3.0\x00" + block
     return b"\xff\xed" + struct.pack(">H", len(content) + 2) + content
 
@@ -98,7 +106,12 @@ def test_description_title_and_keywords_are_captions(tmp_path):
 
 
 def test_iptc_is_read_too_and_equal_texts_count_once(tmp_path):
-    fields = ((120, "Ein Käfer".encode("latin-1")), (5, b"A bird"), (25, b"insect"), (25, "grün".encode()))
+    fields = (
+        (120, "Ein Käfer".encode("latin-1")),
+        (5, b"A bird"),
+        (25, b"insect"),
+        (25, "grün".encode()),
+    )
     empty = ((5, b""), (25, b""))
     write(tmp_path / "a.jpg", xmp(ALT.format("title", "A bird")), iptc(*fields, *empty))
     assert captions(tmp_path) == ("A bird", "Ein Käfer", "insect, grün")
@@ -128,7 +141,13 @@ def test_what_cameras_write_is_no_caption_and_a_damaged_image_has_none(tmp_path)
 
 @pytest.mark.parametrize("name", ["dc:description", "dc:title"])
 def test_nested_metadata_are_read_once(tmp_path, name):
-    packet = xmp(f"<{name}>" * 200 + "<dc:subject>" + "<rdf:li>a</rdf:li>" * 400 + "</dc:subject>" + f"</{name}>" * 200)
+    packet = xmp(
+        f"<{name}>" * 200
+        + "<dc:subject>"
+        + "<rdf:li>a</rdf:li>" * 400
+        + "</dc:subject>"
+        + f"</{name}>" * 200
+    )
     Image.new("RGB", (8, 8)).save(tmp_path / "a.webp", xmp=packet)
     assert len("".join(metadata_captions(tmp_path / "a.webp", "a"))) < len(packet)
 
@@ -136,7 +155,11 @@ def test_nested_metadata_are_read_once(tmp_path, name):
 def test_other_formats(tmp_path):
     packet, info = xmp(ALT.format("title", "A bird")), PngInfo()
     info.add_itxt("XML:com.adobe.xmp", packet.decode())
-    for name, options in (("png", {"pnginfo": info}), ("tif", {"tiffinfo": {700: packet}}), ("webp", {"xmp": packet})):
+    for name, options in (
+        ("png", {"pnginfo": info}),
+        ("tif", {"tiffinfo": {700: packet}}),
+        ("webp", {"xmp": packet}),
+    ):
         Image.new("RGB", (8, 8), "red").save(tmp_path / f"a.{name}", **options)
     source = open_source(tmp_path)
     assert [source.captions(index) for index in range(3)] == [("A bird",)] * 3

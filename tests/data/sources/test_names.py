@@ -16,6 +16,8 @@ def test_a_stored_path_is_resolved_in_the_folder_that_stores_it(inner, tmp_path,
     assert resolve(stored, folder) == str(model)
 
 
-@pytest.mark.parametrize("name", ["builtin:emoji", "open_clip:ViT-B-32/openai", "https://a/../b.tar", ""])
+@pytest.mark.parametrize(
+    "name", ["builtin:emoji", "open_clip:ViT-B-32/openai", "https://a/../b.tar", ""]
+)
 def test_names_stay(name, tmp_path):
     assert resolve(stored_path(name, tmp_path), tmp_path) == name

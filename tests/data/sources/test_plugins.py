@@ -48,12 +48,21 @@ def test_a_built_in_set_without_its_package_is_an_error_that_says_what_to_instal
 def test_python_functions_say_what_to_install_too(install):
     install()
     for call in (open_source, open_dataset, download):
-        refuses(r"'builtin:icons-test'.*`pip install \./packages/declip-sets`", call, "builtin:icons-test")
+        refuses(
+            r"'builtin:icons-test'.*`pip install \./packages/declip-sets`",
+            call,
+            "builtin:icons-test",
+        )
 
 
 def test_the_check_before_torch_is_imported_says_it_too(install):
     install()
-    refuses(r"'builtin:icons'.*`pip install \./packages/declip-sets`", check_source, "builtin:icons", "--data")
+    refuses(
+        r"'builtin:icons'.*`pip install \./packages/declip-sets`",
+        check_source,
+        "builtin:icons",
+        "--data",
+    )
     refuses("'builtin:lite2-minilm' is a model", check_source, "builtin:lite2-minilm", "--data")
 
 

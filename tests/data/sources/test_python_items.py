@@ -37,7 +37,14 @@ class Shapes:
 def test_items_are_dicts_pairs_or_images(folder):
     a = folder / "a.png"
     image, pixels = Image.open(a), np.asarray(Image.open(a).convert("RGB"))
-    for item in (a, str(a), a.read_bytes(), image, pixels, {"bytes": a.read_bytes(), "path": "lost"}):
+    for item in (
+        a,
+        str(a),
+        a.read_bytes(),
+        image,
+        pixels,
+        {"bytes": a.read_bytes(), "path": "lost"},
+    ):
         source = open_source([(item, "x"), (item, ("y", "z "))])
         assert source[0].captions == ("x",)
         assert source.captions(1) == ("y", "z")
@@ -52,7 +59,9 @@ def test_items_are_dicts_pairs_or_images(folder):
 
 
 def test_a_dict_of_splits_is_not_one_source(folder):
-    refuses(["object['train']", "train, test"], open_source, {"train": [folder / "a.png"], "test": []})
+    refuses(
+        ["object['train']", "train, test"], open_source, {"train": [folder / "a.png"], "test": []}
+    )
 
 
 def test_items_that_cannot_be_used_are_broken_pairs(table, folder):
@@ -61,7 +70,16 @@ def test_items_that_cannot_be_used_are_broken_pairs(table, folder):
     with pytest.raises(BrokenPair, match="OSError: the disk is gone"):
         source[3]
     a = folder / "a.png"
-    items = [(a, "x"), (a, 5), (a, " "), ("lost.png", "x"), (None, "x"), (np.zeros((3, 4, 4)), "x"), (b"x", "x"), 7]
+    items = [
+        (a, "x"),
+        (a, 5),
+        (a, " "),
+        ("lost.png", "x"),
+        (None, "x"),
+        (np.zeros((3, 4, 4)), "x"),
+        (b"x", "x"),
+        7,
+    ]
     source = open_source(items)
     reasons = [reason_of(source, n) for n in range(1, len(items))]
     assert reasons == [
@@ -85,9 +103,15 @@ def test_items_of_one_group_share_a_number():
 
 def test_a_data_frame_is_its_rows(table):
     frame = pytest.importorskip("pandas").read_json(table, lines=True)
-    frame["caption"] = [np.array(captions, object) for captions in frame["caption"]]  # as read from Parquet
+    frame["caption"] = [
+        np.array(captions, object) for captions in frame["caption"]
+    ]  # as read from Parquet
     source = open_source(frame, Columns(root=table.parent))
-    assert (source.name, len(source), source[3].captions) == ("DataFrame", 24, open_source(table)[3].captions)
+    assert (source.name, len(source), source[3].captions) == (
+        "DataFrame",
+        24,
+        open_source(table)[3].captions,
+    )
 
 
 def test_other_objects_are_refused(table):

@@ -51,7 +51,9 @@ ALL = list(range(21))
 
 def test_urls_are_read_as_files_are_and_fetched_once(memory, copies, monkeypatch):
     fetched, fetch = [], shard_files.fetch
-    monkeypatch.setattr(shard_files, "fetch", lambda *given: fetched.append(given[0]) or fetch(*given))
+    monkeypatch.setattr(
+        shard_files, "fetch", lambda *given: fetched.append(given[0]) or fetch(*given)
+    )
     for word in ("memory://set/{00000..00003}.tar", "memory://set", "memory://set/*.tar"):
         source = open_source(word)
         assert numbers(source) == numbers(pickle.loads(pickle.dumps(source))) == ALL
@@ -81,7 +83,13 @@ def test_what_was_not_used_for_longest_goes_when_there_is_no_room(memory, copies
     monkeypatch.setenv("DECLIP_CACHE_GB", str((sizes[0] + sizes[2]) / 1e9))
     source = ShardSource("memory://set")
     shutil.rmtree(copies)
-    for index in (0, 5, 15, 1, 6):  # of shards 0, 1 and 3, which fit, 0 again, so 1 is the oldest, and 2
+    for index in (
+        0,
+        5,
+        15,
+        1,
+        6,
+    ):  # of shards 0, 1 and 3, which fit, 0 again, so 1 is the oldest, and 2
         source.captions(index)
         time.sleep(0.01)
     assert [path.stat().st_size for path in kept(copies)] == [sizes[0], sizes[2]]
@@ -96,7 +104,10 @@ def test_a_copy_that_others_remove_at_once_is_read_all_the_same(memory, copies, 
 
 
 def test_counts_next_to_the_shards_save_reading_them_first(memory, copies):
-    memory.pipe_file("/set/sizes.json", json.dumps({f"{n:05d}.tar": size for n, size in enumerate(SIZES)}).encode())
+    memory.pipe_file(
+        "/set/sizes.json",
+        json.dumps({f"{n:05d}.tar": size for n, size in enumerate(SIZES)}).encode(),
+    )
     source = ShardSource("memory://set")
     assert source.blocks.tolist() == list(SIZES)
     assert not kept(copies)
@@ -109,7 +120,9 @@ def test_counts_next_to_the_shards_save_reading_them_first(memory, copies):
     refuses(r"sizes\.json: ValueError: not a number", ShardSource, "memory://set")
 
 
-def test_a_shard_that_cannot_be_fetched_breaks_its_pairs_and_is_not_asked_for_each_time(memory, copies, monkeypatch):
+def test_a_shard_that_cannot_be_fetched_breaks_its_pairs_and_is_not_asked_for_each_time(
+    memory, copies, monkeypatch
+):
     source = ShardSource("memory://set")
     shutil.rmtree(copies)
     asked = []
@@ -120,7 +133,9 @@ def test_a_shard_that_cannot_be_fetched_breaks_its_pairs_and_is_not_asked_for_ea
 
     monkeypatch.setattr(type(memory), "get_file", fail)
     for index in (6, 7, 8):
-        with pytest.raises(BrokenPair, match=r"unreadable shard: 00002.tar/.*tar: TimeoutError: no answer\)"):
+        with pytest.raises(
+            BrokenPair, match=r"unreadable shard: 00002.tar/.*tar: TimeoutError: no answer\)"
+        ):
             source[index]
     assert len(asked) == shard_files.TRIES
     monkeypatch.undo()

@@ -56,7 +56,10 @@ def test_what_names_shards_and_which_are_missing(shard_folder):
         ("{0}/0000{{3,0,1}}.tar", [6, 5, 1]),
     ):
         assert open_source(word.format(shard_folder)).blocks.tolist() == sizes
-    assert (absolute("~/x/*.tar"), absolute("memory://a.tar")) == (f"{Path.home()}/x/*.tar", "memory://a.tar")
+    assert (absolute("~/x/*.tar"), absolute("memory://a.tar")) == (
+        f"{Path.home()}/x/*.tar",
+        "memory://a.tar",
+    )
     for word, missing in (
         ("{00002..00012}.tar", "00004.tar"),
         ("x.tar", "x.tar"),
@@ -82,17 +85,45 @@ def test_captions_of_text_and_json(tmp_path):
         (b"\xff", None, "invalid text"),
     ]
     members = [(f"x{number}.JPG", picture(1, "jpeg")) for number in range(len(cases))]
-    members += [(f"x{number}.txt", text) for number, (text, *_) in enumerate(cases) if text is not None]
-    members += [(f"x{n}.json", json.dumps(said).encode()) for n, (_, said, _) in enumerate(cases) if said is not None]
-    members += [("l.txt", b"no image"), ("m.jpg", b"no image"), ("m.txt", b"not an image"), ("n.png", picture(1))]
-    members += [("n.json", b"[" * 9999), ("readme.md", b"no pair"), ("noending", b"no pair"), (".jpg", b"no key")]
-    source = one(tmp_path, [*members, ("__MACOSX/._a.jpg", b"no key"), ("a.seg.png", b"no part of a pair")])
-    found = [reason_of(source, i) if i in range(5, 14) else source.captions(i) for i in range(len(source))]
-    assert found == [*(expected for *_, expected in cases), "missing image", "unreadable image", "unreadable JSON"]
+    members += [
+        (f"x{number}.txt", text) for number, (text, *_) in enumerate(cases) if text is not None
+    ]
+    members += [
+        (f"x{n}.json", json.dumps(said).encode())
+        for n, (_, said, _) in enumerate(cases)
+        if said is not None
+    ]
+    members += [
+        ("l.txt", b"no image"),
+        ("m.jpg", b"no image"),
+        ("m.txt", b"not an image"),
+        ("n.png", picture(1)),
+    ]
+    members += [
+        ("n.json", b"[" * 9999),
+        ("readme.md", b"no pair"),
+        ("noending", b"no pair"),
+        (".jpg", b"no key"),
+    ]
+    source = one(
+        tmp_path, [*members, ("__MACOSX/._a.jpg", b"no key"), ("a.seg.png", b"no part of a pair")]
+    )
+    found = [
+        reason_of(source, i) if i in range(5, 14) else source.captions(i)
+        for i in range(len(source))
+    ]
+    assert found == [
+        *(expected for *_, expected in cases),
+        "missing image",
+        "unreadable image",
+        "unreadable JSON",
+    ]
 
 
 def test_a_key_may_lie_in_pieces_and_come_again(tmp_path):
-    members = [(f"in/{n}.png", picture(n)) for n in range(3)] + [(f"in/{n}.txt", b"%d" % n) for n in range(3)]
+    members = [(f"in/{n}.png", picture(n)) for n in range(3)] + [
+        (f"in/{n}.txt", b"%d" % n) for n in range(3)
+    ]
     members += [("in/1.png", picture(9)), ("in/1.txt", b"again"), ("in/2.webp", picture(8))]
     source = one(tmp_path, members)
     assert [source.captions(i)[0] for i in range(len(source))] == ["0", "1", "2", "again"]
@@ -102,7 +133,9 @@ def test_a_key_may_lie_in_pieces_and_come_again(tmp_path):
 
 def test_names_that_would_leave_a_folder_are_only_names(tmp_path):
     keys = {"link": b"of a link", "../x": b"up", "/y": b"root", "long/" * 60 + "z": b"long"}
-    members = [(f"{key}.txt", text) for key, text in keys.items()] + [(f"{key}.png", picture(1)) for key in [*keys][1:]]
+    members = [(f"{key}.txt", text) for key, text in keys.items()] + [
+        (f"{key}.png", picture(1)) for key in [*keys][1:]
+    ]
     add_links(write_tar(tmp_path / "t.tar", members, tarfile.PAX_FORMAT), "link.png")
     before = {*tmp_path.rglob("*")}
     source = ShardSource(str(tmp_path / "t.tar"))
@@ -111,12 +144,16 @@ def test_names_that_would_leave_a_folder_are_only_names(tmp_path):
     assert all(path.is_relative_to(tmp_path / "cache") for path in {*tmp_path.rglob("*")} - before)
 
 
-def test_shards_cut_short_and_other_files_are_refused_and_one_cut_later_breaks_its_pairs(shard_folder, tmp_path):
+def test_shards_cut_short_and_other_files_are_refused_and_one_cut_later_breaks_its_pairs(
+    shard_folder, tmp_path
+):
     source = ShardSource(str(shard_folder))
     with tarfile.open(shard_folder / "00002.tar") as tar:
         os.truncate(shard_folder / "00002.tar", tar.getmember("000000010.txt").offset_data + 3)
     assert (source.captions(9), reason_of(source, 10)) == (("picture 9",), "truncated shard")
-    assert re.search(r"00002.tar' .* beyond its first 5 pairs: cut short", message(str(shard_folder)))
+    assert re.search(
+        r"00002.tar' .* beyond its first 5 pairs: cut short", message(str(shard_folder))
+    )
     for content in (b"\x1f\x8b" + bytes(600), b"<html>" * 200, b"", b"abc"):
         (tmp_path / "t.tar").write_bytes(content)
         assert "decompress" in message(str(tmp_path / "t.tar"))
@@ -128,14 +165,22 @@ def test_members_of_absurd_size_are_not_read(tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "LARGEST_IMAGE", 500)
     monkeypatch.setattr(shards, "LARGEST_TEXT", 30)
     members = [("a.png", bytes(501)), ("a.txt", b"x"), ("b.png", picture(1)), ("b.txt", b"x" * 31)]
-    source = one(tmp_path, [*members, ("c.png", picture(1)), ("c.json", b'{"caption": "x"}'.ljust(31))])
-    assert [reason_of(source, i) for i in range(3)] == ["image too large", "caption too long", "caption too long"]
+    source = one(
+        tmp_path, [*members, ("c.png", picture(1)), ("c.json", b'{"caption": "x"}'.ljust(31))]
+    )
+    assert [reason_of(source, i) for i in range(3)] == [
+        "image too large",
+        "caption too long",
+        "caption too long",
+    ]
 
 
 def test_the_index_is_made_once_for_each_state_of_a_shard(shard_folder, monkeypatch):
     ShardSource(str(shard_folder))
     made, make_index = [], shards.make_index
-    monkeypatch.setattr(shards, "make_index", lambda *given: made.append(given[1]) or make_index(*given))
+    monkeypatch.setattr(
+        shards, "make_index", lambda *given: made.append(given[1]) or make_index(*given)
+    )
     assert len(ShardSource(f"{shard_folder}/*.tar")) == 21
     assert made == []
     write_tar(shard_folder / "00001.tar", [*pair(30), *pair(31)])
@@ -150,7 +195,9 @@ def test_open_files_are_bounded_and_closed(tmp_path):
 
     before = held()
     source = ShardSource(str(write_shards(tmp_path / "many", [1] * 90)))
-    assert [source.captions(index) for index in range(90)] == [(f"picture {index}",) for index in range(90)]
+    assert [source.captions(index) for index in range(90)] == [
+        (f"picture {index}",) for index in range(90)
+    ]
     assert before < held() <= before + OPEN_FILES
     open_local.cache_clear()
     assert held() <= before
@@ -178,7 +225,12 @@ def test_members_are_the_files_that_the_library_finds(tmp_path, format):
     path = tmp_path / "t.tar"
     names = [name for name in NAMES if format != tarfile.USTAR_FORMAT or len(name.encode()) < 100]
     write_tar(path, [(name, b"x" * (n * 300)) for n, name in enumerate(names)], format)
-    add_links(path, "link.jpg", *(tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.BLKTYPE, tarfile.DIRTYPE), format=format)
+    add_links(
+        path,
+        "link.jpg",
+        *(tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.BLKTYPE, tarfile.DIRTYPE),
+        format=format,
+    )
     with tarfile.open(path, "a", format=format) as tar:
         tar.addfile(tarfile.TarInfo("last.jpg"), io.BytesIO())
     found, damage = walk(path)
@@ -189,7 +241,13 @@ def test_members_are_the_files_that_the_library_finds(tmp_path, format):
 
 
 def header(name=b"a.jpg", size=b"00000000010\0", kind=b"0"):
-    block = name.ljust(100, b"\0") + b"0000644\0" + b"0000000\0" * 2 + size.ljust(12, b"\0") + b"00000000000\0"
+    block = (
+        name.ljust(100, b"\0")
+        + b"0000644\0"
+        + b"0000000\0" * 2
+        + size.ljust(12, b"\0")
+        + b"00000000000\0"
+    )
     block += b" " * 8 + kind + bytes(100) + b"ustar\x0000" + bytes(247)
     return block[:148] + b"%06o\0 " % sum(block) + block[156:]
 
@@ -249,4 +307,6 @@ def test_mutated_archives_never_crash_and_stay_within_the_file(tmp_path):
         sound = [member for member in whole if member[1] <= min([cut, *flips])]
         assert found[: len(sound)] == sound
         if not flips and damage is None:
-            assert cut >= len(archive) or cut % BLOCK == 0 or not any(archive[cut - cut % BLOCK : cut])
+            assert (
+                cut >= len(archive) or cut % BLOCK == 0 or not any(archive[cut - cut % BLOCK : cut])
+            )

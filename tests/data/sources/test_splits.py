@@ -20,7 +20,12 @@ from declip.recipe.schema import Recipe
 from declip.training.assemble import build_loader
 from declip.training.pairs import open_training_source
 
-ROWS = [("a.png", "one", "train"), ("b.png", "two", "Test"), ("c.png", "three", " val "), ("d.png", "four", "training")]
+ROWS = [
+    ("a.png", "one", "train"),
+    ("b.png", "two", "Test"),
+    ("c.png", "three", " val "),
+    ("d.png", "four", "training"),
+]
 NAMES = ("image", "caption", "Split")
 
 
@@ -43,7 +48,10 @@ def test_a_table_is_trained_on_by_its_train_rows(folder, kind):
     # An image with rows in two splits is not trained on.
     again = open_source(write(folder / f"again.{kind}", [*ROWS, ("a.png", "five", "test")], NAMES))
     assert again.splits()["train"].tolist() == [3]
-    assert training_part(open_source(write(folder / f"all.{kind}", ROWS[:1], NAMES))).name == f"all.{kind}"
+    assert (
+        training_part(open_source(write(folder / f"all.{kind}", ROWS[:1], NAMES))).name
+        == f"all.{kind}"
+    )
     nothing = open_source(write(folder / f"none.{kind}", ROWS[1:3], NAMES))
     refuses(r"no training pairs: .*validation, test", training_part, nothing)
 
@@ -84,7 +92,9 @@ def test_folders_lists_and_subsets_have_splits(folder):
         assert captions(training_part(part)) == expected
     assert captions(training_part(Subset(source, np.arange(1, 4)))) == ["four"]
     # Not a list: reading an item may decode its image.
-    numbered = type("Items", (), {"__len__": lambda _: 4, "__getitem__": lambda _, index: items[index]})()
+    numbered = type(
+        "Items", (), {"__len__": lambda _: 4, "__getitem__": lambda _, index: items[index]}
+    )()
     refuses(r"'Split'.*list", training_part, open_source(numbered))
 
 
@@ -115,9 +125,15 @@ def test_one_source_stays_what_it_was_without_rows_of_other_splits(folder, shard
     assert recipe_of(str(table)).data.label == str(table)
     assert isinstance(open_training_source(recipe_of(str(shards))), ShardSource)
     part = open_training_source(recipe_of(str(table), max_pairs=9))
-    assert part.indices.tolist() == sorted(np.random.default_rng((0, 24)).permutation(24)[:9].tolist())
+    assert part.indices.tolist() == sorted(
+        np.random.default_rng((0, 24)).permutation(24)[:9].tolist()
+    )
     assert [part.captions(i) for i in range(9)] == [part[i].captions for i in range(9)]
-    refuses(r"max_pairs=25, but 'shapes\.jsonl' has 24", open_training_source, recipe_of(str(table), max_pairs=25))
+    refuses(
+        r"max_pairs=25, but 'shapes\.jsonl' has 24",
+        open_training_source,
+        recipe_of(str(table), max_pairs=25),
+    )
 
 
 def test_a_group_is_refused_where_no_source_is_a_table(shards, table):
@@ -129,16 +145,28 @@ def test_a_group_is_refused_where_no_source_is_a_table(shards, table):
 
 
 def test_a_milder_contrastive_view_is_one_more(table):
-    mild = {"scale": [1.0, 1.0], "color_jitter_prob": 0, "grayscale_prob": 0, "blur_prob": 0, "hflip_prob": 0}
+    mild = {
+        "scale": [1.0, 1.0],
+        "color_jitter_prob": 0,
+        "grayscale_prob": 0,
+        "blur_prob": 0,
+        "hflip_prob": 0,
+    }
 
     def views(contrastive):
-        recipe = Recipe.model_validate(tiny_tree(table, "slip", views={"contrastive_view": contrastive}))
-        with build_loader(recipe, open_training_source(recipe), DualEncoder.from_recipe(recipe)) as loader:
+        recipe = Recipe.model_validate(
+            tiny_tree(table, "slip", views={"contrastive_view": contrastive})
+        )
+        with build_loader(
+            recipe, open_training_source(recipe), DualEncoder.from_recipe(recipe)
+        ) as loader:
             return next(loader).views
 
     three = views(mild)
     assert list(three) == ["contrastive", "first", "second"]
-    assert (three["contrastive"].pixels[:, :, :2, :2] == 255).all(), "a whole image keeps its white corners"
+    assert (three["contrastive"].pixels[:, :, :2, :2] == 255).all(), (
+        "a whole image keeps its white corners"
+    )
     assert not torch.equal(three["first"].pixels, three["second"].pixels)
     assert list(views(None)) == ["first", "second"]
 

@@ -23,7 +23,13 @@ from declip.data.sources.table import TableSource, find_columns
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_bad_row_leaves_the_others(folder, kind):
     (folder / "text.jpg").write_text("I am text")
-    rows = [("a.png", "x" * 100_000), ("none.png", "gone"), ("text.jpg", "words"), ("b.png", " "), ("", "no path")]
+    rows = [
+        ("a.png", "x" * 100_000),
+        ("none.png", "gone"),
+        ("text.jpg", "words"),
+        ("b.png", " "),
+        ("", "no path"),
+    ]
     source = TableSource(write(folder / f"t.{kind}", [*rows, ("c.png", "good")]))
     assert [reason_of(source, index) for index in range(5)] == [
         "caption too long", "missing image", "unreadable image", "empty caption", "missing image",
@@ -52,12 +58,18 @@ def test_usual_names_are_found_where_no_other_is_given():
     [(("title", "description", "Tags"), "Not used: description, Tags."), (("title", "price"), ""),
      (("caption", "title"), "")],
 )  # fmt: skip
-def test_a_guess_among_several_columns_of_captions_is_said_once(folder, caplog, monkeypatch, names, unused):
-    path = write(folder / f"{len(names)}{names[0]}.csv", [("a.png", *"xyz"[: len(names)])], ("image", *names))
+def test_a_guess_among_several_columns_of_captions_is_said_once(
+    folder, caplog, monkeypatch, names, unused
+):
+    path = write(
+        folder / f"{len(names)}{names[0]}.csv", [("a.png", *"xyz"[: len(names)])], ("image", *names)
+    )
     monkeypatch.chdir(folder)
     assert [open_source(each).captions(0) for each in (path, path.name)] == [("x",)] * 2
     said = [record.getMessage() for record in caplog.records]
-    assert [unused in each and "data.columns.caption" in each for each in said] == [True] * bool(unused)
+    assert [unused in each and "data.columns.caption" in each for each in said] == [True] * bool(
+        unused
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -70,7 +82,15 @@ def test_tables_with_nothing_in_them(folder, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_of_one_image_are_one_pair(folder, kind):
-    rows = ["b.png|first", "|lost", "a.png|second", "b.png|third", "b.png|first", "a.png| ", "|lost too"]
+    rows = [
+        "b.png|first",
+        "|lost",
+        "a.png|second",
+        "b.png|third",
+        "b.png|first",
+        "a.png| ",
+        "|lost too",
+    ]
     source = TableSource(write(folder / f"t.{kind}", [tuple(row.split("|")) for row in rows]))
     merged = [("first", "third"), ("lost",), ("second",), ("lost too",)]
     assert [source.captions(i) for i in range(len(source))] == merged
@@ -84,7 +104,9 @@ def test_rows_of_one_image_are_one_pair(folder, kind):
 def test_jsonl_rows_are_found_across_blank_lines(folder):
     rows = [{"image": f"{i}.png", "caption": f"n {i}" + "é" * i} for i in range(20)]
     text = "\ufeff" + "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-    (folder / "t.jsonl").write_text(text.replace("\n\n", "\r\n\n  \t \n\r\r\n", 3), encoding="utf-8")
+    (folder / "t.jsonl").write_text(
+        text.replace("\n\n", "\r\n\n  \t \n\r\r\n", 3), encoding="utf-8"
+    )
     source = TableSource(folder / "t.jsonl")
     assert [source.captions(i)[0] for i in range(len(source))] == [row["caption"] for row in rows]
 
@@ -93,22 +115,35 @@ def test_a_row_too_long_to_hold_breaks_alone_and_files_may_be_appended(folder, m
     monkeypatch.setattr("declip.data.sources.rows.LONGEST_ROW", 1000)
     for kind, head, row, long in (
         ("csv", "image,caption\n", "{}.png,x", 'b.png,"' + "long, " * 300 + '"'),
-        ("jsonl", "", '{{"image": "{}.png", "caption": "x"}}', json.dumps({"image": "b.png" * 300})),
+        (
+            "jsonl",
+            "",
+            '{{"image": "{}.png", "caption": "x"}}',
+            json.dumps({"image": "b.png" * 300}),
+        ),
     ):
         text = f"\ufeff{head}{row.format('a')}\n{long}\n\ufeff{row.format('c')}\n"
         (folder / f"t.{kind}").write_text(text, encoding="utf-8")
         source = open_source(folder / f"t.{kind}")
-        assert (source.key(0), reason_of(source, 1), source[2].key) == ("a.png", "unreadable row", "c.png")
+        assert (source.key(0), reason_of(source, 1), source[2].key) == (
+            "a.png",
+            "unreadable row",
+            "c.png",
+        )
 
 
 def test_the_authors_list_reads_as_it_is(folder, monkeypatch):
-    lines = [{"filename": f"{name}.png", "caption": f"a {name}", "url": "http://x"} for name in "abc"]
+    lines = [
+        {"filename": f"{name}.png", "caption": f"a {name}", "url": "http://x"} for name in "abc"
+    ]
     (folder / "lists").mkdir()
     (folder / "lists/yfcc15m.json").write_text("\n".join(json.dumps(line) for line in lines))
     source = open_source(folder / "lists/yfcc15m.json", Columns(root=folder))
     assert (len(source), source[2].key, source[2].captions) == (3, "c.png", ("a c",))
     monkeypatch.chdir(folder.parent)
-    (folder / "absolute.csv").write_text(f"image,caption\n{folder}/a.png,a\n{folder.parent}/a.png,b\n")
+    (folder / "absolute.csv").write_text(
+        f"image,caption\n{folder}/a.png,a\n{folder.parent}/a.png,b\n"
+    )
     whole = open_source(folder / "absolute.csv", Columns(root=folder.name))
     assert whole[0].captions == ("a",)
     assert reason_of(whole, 1) == "path outside image root"
@@ -121,7 +156,10 @@ def test_paths_of_windows(folder):
     (folder / "inner").mkdir()
     for name in ("inner/x.png", "y\\z.png"):
         shutil.copy(folder / "b.png", folder / name)
-    write(folder / "t.csv", [("inner\\x.png", "x"), ("y\\z.png", "a name with a backslash"), ("in\\none.png", "gone")])
+    write(
+        folder / "t.csv",
+        [("inner\\x.png", "x"), ("y\\z.png", "a name with a backslash"), ("in\\none.png", "gone")],
+    )
     for columns in (Columns(), Columns(root=folder)):
         source = open_source(folder / "t.csv", columns)
         assert [source[index].key for index in range(2)] == ["inner\\x.png", "y\\z.png"]
@@ -130,7 +168,9 @@ def test_paths_of_windows(folder):
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "tsv"])
 @pytest.mark.parametrize("large", [False, True])
-def test_a_table_that_is_rewritten_in_place_stays_as_it_was_opened(folder, cache, monkeypatch, kind, large):
+def test_a_table_that_is_rewritten_in_place_stays_as_it_was_opened(
+    folder, cache, monkeypatch, kind, large
+):
     if large:
         monkeypatch.setattr("declip.data.sources.rows.LARGE_TABLE", 0)
     path = write(folder / f"t.{kind}", [(f"{n}.png", f"caption {n}") for n in range(5000)])
@@ -151,9 +191,17 @@ def test_csv_rows_of_the_wrong_length_are_broken_pairs(folder):
     ("head", "rows", "place"),
     [
         ("image,caption", ["a.png,good", 'b.png,"lost', *["c.png,x"] * 9], "line 3 "),
-        ("image,caption", ['a.png,"two\nlines"', 'b.png,"lost', 'c.png,said "so"', "b.png,x"], "line 4 "),
+        (
+            "image,caption",
+            ['a.png,"two\nlines"', 'b.png,"lost', 'c.png,said "so"', "b.png,x"],
+            "line 4 ",
+        ),
         ("image,caption", ['a.png,"lost', 'b.png,"there" she said'], "line 2 "),
-        ("image,caption", ['a.png,"hello, you', "b.png,x", 'c.png,and so on"', "b.png,x"], "line 2 "),
+        (
+            "image,caption",
+            ['a.png,"hello, you', "b.png,x", 'c.png,and so on"', "b.png,x"],
+            "line 2 ",
+        ),
         ("caption,image", ['"hello,a.png', 'and so on",b.png', "x,c.png"], "line 2 "),
     ],
 )
@@ -164,14 +212,23 @@ def test_csv_whose_quote_would_swallow_rows(folder, head, rows, place):
 
 @pytest.mark.parametrize("sign", [",", ";"])
 @pytest.mark.parametrize(
-    "cell", ['"a cat,\nblack, on a mat\nby b.png"', '"one\r\n\r\ntwo ""x"""', '5" wide', '"so" she said', '"x"']
+    "cell",
+    [
+        '"a cat,\nblack, on a mat\nby b.png"',
+        '"one\r\n\r\ntwo ""x"""',
+        '5" wide',
+        '"so" she said',
+        '"x"',
+    ],
 )
 def test_csv_quotes_that_swallow_nothing(folder, cell, sign):
     content = f'"image"{sign}"caption"\na.png{sign}{cell}\nb.png{sign}"y"\nc.png{sign}"z"'
     (folder / "t.csv").write_bytes(b"\xef\xbb\xbf" + content.encode())
     rows = list(csv.DictReader(io.StringIO(content, newline=""), delimiter=sign))
     source = TableSource(folder / "t.csv")
-    assert [source.captions(i) for i in range(3)] == [(" ".join(row["caption"].split()),) for row in rows]
+    assert [source.captions(i) for i in range(3)] == [
+        (" ".join(row["caption"].split()),) for row in rows
+    ]
 
 
 def test_tsv_without_quotes_is_read_as_it_stands(folder):
@@ -180,7 +237,9 @@ def test_tsv_without_quotes_is_read_as_it_stands(folder):
         '"he said', 'she said"', '""empty" first', "good",
     ]  # fmt: skip
     expected = [*captions[:3], "all of it", 'says "it" twice', *captions[5:]]
-    text = "caption\timage\n" + "".join(f"{caption}\t{i}.png\n" for i, caption in enumerate(captions))
+    text = "caption\timage\n" + "".join(
+        f"{caption}\t{i}.png\n" for i, caption in enumerate(captions)
+    )
     (folder / "t.tsv").write_text(text)
     source = TableSource(folder / "t.tsv")
     found = [(source.key(i), source.captions(i)[0]) for i in range(len(source))]
@@ -189,11 +248,15 @@ def test_tsv_without_quotes_is_read_as_it_stands(folder):
 
 def test_semicolons_and_tabs_are_read_and_utf_16_and_latin_1_get_a_hint(folder):
     for sign in ";\t":
-        (folder / "t.csv").write_text(f"\ufeffimage{sign}caption\na.png{sign}x, y\n", encoding="utf-8")
+        (folder / "t.csv").write_text(
+            f"\ufeffimage{sign}caption\na.png{sign}x, y\n", encoding="utf-8"
+        )
         assert open_source(folder / "t.csv")[0].captions == ("x, y",)
     (folder / "t.csv").write_text("image,caption\na.png,x\n", encoding="utf-16")
     assert "is UTF-16. Save it as UTF-8." in message(folder / "t.csv")
-    (folder / "t.csv").write_bytes("image,caption\na.png,café\nb\xe9.png,x\nc.png,good\n".encode("latin-1"))
+    (folder / "t.csv").write_bytes(
+        "image,caption\na.png,café\nb\xe9.png,x\nc.png,good\n".encode("latin-1")
+    )
     source = open_source(folder / "t.csv")
     assert [reason_of(source, place) for place in (0, 1)] == ["invalid text"] * 2
     assert source[2].captions == ("good",)
@@ -210,8 +273,13 @@ def test_rows_of_one_group_share_a_number(tmp_path, kind):
     copied = pickle.loads(pickle.dumps(take(source, 2, 0)))
     assert [copied.group(0), copied.group(1)] == [found[index] for index in copied.indices]
     other = open_source(path).other_columns([0, 1, 3])
-    assert {name: numbers.tolist() for name, numbers in other.items()} == {"product": [found[n] for n in (0, 1, 3)]}
-    assert (source.other_columns([0]), take(open_source(path), 1, 0).other_columns([0]).keys()) == ({}, {"product"})
+    assert {name: numbers.tolist() for name, numbers in other.items()} == {
+        "product": [found[n] for n in (0, 1, 3)]
+    }
+    assert (source.other_columns([0]), take(open_source(path), 1, 0).other_columns([0]).keys()) == (
+        {},
+        {"product"},
+    )
     assert "data.columns.group" in message(path, Columns(group="produkt"))
 
 
@@ -220,7 +288,9 @@ def content(folder, name):
 
 
 def parquet(folder, images, captions):
-    pq.write_table(pa.table({"image": images, "caption": captions}), folder / "t.parquet", row_group_size=2)
+    pq.write_table(
+        pa.table({"image": images, "caption": captions}), folder / "t.parquet", row_group_size=2
+    )
     return TableSource(folder / "t.parquet")
 
 
@@ -228,19 +298,31 @@ def test_parquet_bytes_and_lists_of_captions(folder):
     images = pa.array([content(folder, "a"), None, b"", content(folder, "c")], pa.binary())
     source = parquet(folder, images, [["x", "y "], ["z"], ["w"], []])
     assert (source[0].key, source[0].captions) == ("row 0", ("x", "y"))
-    assert [reason_of(source, row) for row in (1, 2, 3)] == ["missing image", "missing image", "empty caption"]
+    assert [reason_of(source, row) for row in (1, 2, 3)] == [
+        "missing image",
+        "missing image",
+        "empty caption",
+    ]
     # --- other types of bytes
     files = [content(folder, name) for name in "aba"]
     size = max(map(len, files))
     fixed = pa.array([file.ljust(size, b"\0") for file in files], pa.binary(size))
     for images in (fixed, pa.array(files, pa.binary()).dictionary_encode()):
         source = parquet(folder, images, ["x", "y", "x"])
-        assert [source[1].key, source[1].image.getpixel((0, 0)), source[1].captions] == ["row 1", (1, 1, 1), ("y",)]
+        assert [source[1].key, source[1].image.getpixel((0, 0)), source[1].captions] == [
+            "row 1",
+            (1, 1, 1),
+            ("y",),
+        ]
 
 
 def test_parquet_structs_of_bytes_and_path(folder):
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    rows = [{"bytes": content(folder, "b"), "path": "lost.png"}, {"bytes": None, "path": "c.png"}, None]
+    rows = [
+        {"bytes": content(folder, "b"), "path": "lost.png"},
+        {"bytes": None, "path": "c.png"},
+        None,
+    ]
     source = parquet(folder, pa.array(rows, kind), ["x", "y", "z"])
     assert [source.image(row).getpixel((0, 0)) for row in (0, 1)] == [(1, 1, 1), (2, 2, 2)]
     assert reason_of(source, 2) == "missing image"
@@ -276,7 +358,9 @@ def test_large_tables_are_read_from_a_mapped_file_made_once(folder, cache, monke
     made = list((cache / "tables").rglob("*.arrow"))
     assert len(made) == 2
     for again in (source, TableSource(path), pickle.loads(pickle.dumps(source))):
-        assert [again.captions(i)[:2] for i in range(3)] == [(f"said {i}", f"said {i + 3}") for i in range(3)]
+        assert [again.captions(i)[:2] for i in range(3)] == [
+            (f"said {i}", f"said {i + 3}") for i in range(3)
+        ]
         assert again[2].key == "c.png"
     stamps = [file.stat().st_mtime_ns for file in made]
     assert [file.stat().st_mtime_ns for file in made] == stamps
@@ -294,9 +378,12 @@ def parts(folder):
     made.mkdir()
     (made / "._train-0.parquet").write_bytes(b"of macOS")
     a, b, c = (content(folder, name) for name in "abc")
-    pq.write_table(pa.table({"image": [a, b], "text": ["x", "y"], "label": [0, 1]}), made / "train-0.parquet")
     pq.write_table(
-        pa.table({"image": [b"", c, a], "text": ["w", "z", "v"], "label": [0, 0, 0]}), made / "train-1.parquet"
+        pa.table({"image": [a, b], "text": ["x", "y"], "label": [0, 1]}), made / "train-0.parquet"
+    )
+    pq.write_table(
+        pa.table({"image": [b"", c, a], "text": ["w", "z", "v"], "label": [0, 0, 0]}),
+        made / "train-1.parquet",
     )
     return made
 
@@ -330,7 +417,11 @@ def test_files_that_are_not_one_table_are_refused(parts):
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
 def test_a_folder_with_metadata_is_a_table(folder, kind):
     (folder / "a.txt").write_text("not this")
-    write(folder / f"metadata.{kind}", [("a.png", "/x", "red"), ("b.png", "/y", "blue")], ("file_name", "path", "text"))
+    write(
+        folder / f"metadata.{kind}",
+        [("a.png", "/x", "red"), ("b.png", "/y", "blue")],
+        ("file_name", "path", "text"),
+    )
     source = open_source(folder)
     assert [source.key(n) for n in range(len(source))] == ["a.png", "b.png"]
     assert (source[1].captions, source[1].image.getpixel((0, 0))) == (("blue",), (1, 1, 1))

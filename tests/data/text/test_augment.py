@@ -10,12 +10,26 @@ import pytest
 
 from declip.data.batch import IGNORED
 from declip.data.tables import asset
-from declip.data.text.augment import augment, delete_words, mask_tokens, replace_words, swap_words, synonyms, table
+from declip.data.text.augment import (
+    augment,
+    delete_words,
+    mask_tokens,
+    replace_words,
+    swap_words,
+    synonyms,
+    table,
+)
 from declip.data.text.tokenizer import Tokenizer
 from golden_cases import read_json
 
 OFFICIAL = read_json("eda_cases.json")
-CAPTIONS = sorted({case["caption"] for case in OFFICIAL.get("random_swap", []) if len(case["caption"].split()) > 1})
+CAPTIONS = sorted(
+    {
+        case["caption"]
+        for case in OFFICIAL.get("random_swap", [])
+        if len(case["caption"].split()) > 1
+    }
+)
 
 
 def swaps(words):
@@ -52,13 +66,17 @@ def test_swaps_and_deletions_are_the_authors(caption, generator):
         for name in ("random_swap", "random_deletion")
     )
     possible = swaps(words)
-    drawn = {" ".join(swap_words(words, 1, generator)) for _ in range(max(1500, 40 * len(possible)))}
+    drawn = {
+        " ".join(swap_words(words, 1, generator)) for _ in range(max(1500, 40 * len(possible)))
+    }
     assert drawn == possible
     assert swapped <= drawn | {caption}
     drawn = {" ".join(delete_words(words, 0.1, generator)) for _ in range(6000)}
     assert all(result and is_part_of(result.split(), words) for result in drawn | deleted)
     gone = {result: len(words) - len(result.split()) for result in deleted}
-    assert {result for result, n in gone.items() if 6000 * 0.1**n * 0.9 ** (len(words) - n) > 20} <= drawn
+    assert {
+        result for result, n in gone.items() if 6000 * 0.1**n * 0.9 ** (len(words) - n) > 20
+    } <= drawn
 
 
 def test_words_are_deleted_at_their_rate_never_all_and_swapped_evenly(generator):
@@ -75,8 +93,12 @@ def test_words_are_deleted_at_their_rate_never_all_and_swapped_evenly(generator)
 
 def test_each_operation_has_a_third(generator):
     changed = [augment("sofa couch field", generator, alpha=1.0).split() for _ in range(3000)]
-    assert within(sum(len(words) == 1 for words in changed), 3000, 1 / 3), "all words but one are deleted"
-    assert within(sum(sorted(words) == ["couch", "field", "sofa"] for words in changed), 3000, 1 / 3), "swapped"
+    assert within(sum(len(words) == 1 for words in changed), 3000, 1 / 3), (
+        "all words but one are deleted"
+    )
+    assert within(
+        sum(sorted(words) == ["couch", "field", "sofa"] for words in changed), 3000, 1 / 3
+    ), "swapped"
 
 
 def test_replacement_keeps_the_form_and_takes_a_word_everywhere(generator):
@@ -94,7 +116,9 @@ def test_replacement_keeps_the_form_and_takes_a_word_everywhere(generator):
         "Lounge and lounge, dog",
         "Sofa and sofa, domestic dog",
     }
-    twice = {" ".join(replace_words(["Sofa", "and", "sofa,", "dog"], 2, generator)) for _ in range(200)}
+    twice = {
+        " ".join(replace_words(["Sofa", "and", "sofa,", "dog"], 2, generator)) for _ in range(200)
+    }
     assert twice == {"Couch and couch, domestic dog", "Lounge and lounge, domestic dog"}
     assert replace_words(["sofa", "sofa"], 5, generator)[0] in ("couch", "lounge")
 
@@ -135,7 +159,9 @@ def test_masking_rates(tokenizer, generator):
             assert ids[place] == (now if label == IGNORED else label)
             if label != IGNORED:
                 places[place] += 1
-                kinds["mask" if now == tokenizer.mask else "kept" if now == label else "random"] += 1
+                kinds[
+                    "mask" if now == tokenizer.mask else "kept" if now == label else "random"
+                ] += 1
     chosen = kinds.total()
     again = 0.1 / tokenizer.start  # a random word is the old one
     assert within(kinds["mask"], chosen, 0.8)
@@ -179,8 +205,12 @@ def as_the_authors_write(synonym):
 def is_form_of(synonym, lemma):
     """WordNet's synonyms are lemmas, ours follow the caption's word: "hightails it" is a form of "hightail it"."""
     ours, theirs = synonym.split(), lemma.split()
-    stems = [{a, *(a[:-cut] + ending for cut in range(1, 5) for ending in ("", "e", "y"))} for a in ours]
-    return len(ours) == len(theirs) and all(b in stem for b, stem in zip(theirs, stems, strict=True))
+    stems = [
+        {a, *(a[:-cut] + ending for cut in range(1, 5) for ending in ("", "e", "y"))} for a in ours
+    ]
+    return len(ours) == len(theirs) and all(
+        b in stem for b, stem in zip(theirs, stems, strict=True)
+    )
 
 
 @pytest.mark.golden
@@ -188,4 +218,7 @@ def is_form_of(synonym, lemma):
 def test_synonyms_are_some_of_wordnets(word):
     """Lemmas of the most frequent senses only: for "dog" the animal, not the andiron."""
     ours, theirs = synonyms(word.lower()), set(SYNONYMS[word])
-    assert all(any(is_form_of(as_the_authors_write(synonym), lemma) for lemma in theirs) for synonym in ours)
+    assert all(
+        any(is_form_of(as_the_authors_write(synonym), lemma) for lemma in theirs)
+        for synonym in ours
+    )

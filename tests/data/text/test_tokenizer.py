@@ -17,7 +17,11 @@ from golden_cases import read_json
 from text_encoders import CAPTIONS, bert, roberta
 
 OFFICIAL = read_json("token_cases.json")
-CASES = [case for case in OFFICIAL.get("cases", []) if not re.search(r"<\|(start|end)oftext\|>", case["caption"])]
+CASES = [
+    case
+    for case in OFFICIAL.get("cases", [])
+    if not re.search(r"<\|(start|end)oftext\|>", case["caption"])
+]
 """Without captions in which the authors read special tokens, which differ on purpose."""
 
 
@@ -33,7 +37,11 @@ def small():
 
 def ours(ids, special, tokenizer):
     """The authors' ids, who put the mask before start and end, as ours."""
-    names = {"<|mask|>": tokenizer.mask, "<|startoftext|>": tokenizer.start, "<|endoftext|>": tokenizer.end}
+    names = {
+        "<|mask|>": tokenizer.mask,
+        "<|startoftext|>": tokenizer.start,
+        "<|endoftext|>": tokenizer.end,
+    }
     numbers = {number: names[name] for name, number in special.items()}
     return [numbers.get(token, token) for token in ids]
 
@@ -80,20 +88,37 @@ def test_ids_equal_open_clip_on_random_text(tokenizer):
 
 
 def test_small_vocabulary_is_the_start_of_the_whole(tokenizer, small):
-    assert (tokenizer.vocabulary, tokenizer.start, tokenizer.end, tokenizer.mask) == (49_409, 49_406, 49_407, 49_408)
+    assert (tokenizer.vocabulary, tokenizer.start, tokenizer.end, tokenizer.mask) == (
+        49_409,
+        49_406,
+        49_407,
+        49_408,
+    )
     assert (small.vocabulary, small.start, small.end, small.mask) == (1_115, 1_112, 1_113, 1_114)
-    assert [small.decode([token]) for token in range(1_112)] == [tokenizer.decode([token]) for token in range(1_112)]
+    assert [small.decode([token]) for token in range(1_112)] == [
+        tokenizer.decode([token]) for token in range(1_112)
+    ]
     letters = Tokenizer(merges=0)
     assert letters.encode("cat") == [512, 66, 64, 339, 513]
 
 
-@pytest.mark.parametrize("name", ["<|mask|>", "<|startoftext|>", "<|endoftext|>", "<start_of_text>", "<end_of_text>"])
+@pytest.mark.parametrize(
+    "name", ["<|mask|>", "<|startoftext|>", "<|endoftext|>", "<start_of_text>", "<end_of_text>"]
+)
 def test_a_caption_cannot_hold_special_tokens(name, tokenizer, small):
     """The authors and open_clip read some of these as tokens, which moves the place where features are pooled."""
     for one in (tokenizer, small):
         start, *ids, end = one.encode(f"the {name} of {name.upper()}")
         assert (start, end, max(ids) < one.start) == (one.start, one.end, True)
-    assert tokenizer.encode("<|endoftext|>") == [49406, 27, 347, *tokenizer.encode("endoftext")[1:-1], 91, 285, 49407]
+    assert tokenizer.encode("<|endoftext|>") == [
+        49406,
+        27,
+        347,
+        *tokenizer.encode("endoftext")[1:-1],
+        91,
+        285,
+        49407,
+    ]
 
 
 def test_long_texts_keep_their_end():
@@ -139,7 +164,11 @@ def test_copies_forked_workers_and_threads_agree():
     expected = list(map(tokenizer.encode, texts))
     assert list(map(pickle.loads(packed).encode, texts)) == expected
     with multiprocessing.get_context("fork").Pool(2) as processes, ThreadPool(4) as threads:
-        assert threads.map(tokenizer.encode, texts) == processes.map(tokenizer.encode, texts) == expected
+        assert (
+            threads.map(tokenizer.encode, texts)
+            == processes.map(tokenizer.encode, texts)
+            == expected
+        )
 
 
 CONTEXT = 20
@@ -159,7 +188,13 @@ def test_ids_and_padding_of_cleaned_captions_are_those_of_transformers(encoder):
 
     folder, tokenizer = encoder
     theirs = AutoTokenizer.from_pretrained(folder)
-    expected = theirs(list(map(fix, CAPTIONS)), truncation=True, max_length=CONTEXT, padding=True, return_tensors="pt")
+    expected = theirs(
+        list(map(fix, CAPTIONS)),
+        truncation=True,
+        max_length=CONTEXT,
+        padding=True,
+        return_tensors="pt",
+    )
     assert tokenizer(CAPTIONS).tolist() == expected["input_ids"].tolist()
     assert tokenizer.encode("") == [theirs.cls_token_id, theirs.sep_token_id]
     assert tokenizer("a").shape == (1, 8)
@@ -169,8 +204,14 @@ def test_ids_and_padding_of_cleaned_captions_are_those_of_transformers(encoder):
 def test_special_tokens_in_a_caption_are_spelled_out(encoder):
     _, tokenizer = encoder
     specials = {tokenizer.start, tokenizer.end, tokenizer.mask, tokenizer.padding}
-    special = {number for number, token in tokenizer.library.get_added_tokens_decoder().items() if token.special}
-    assert specials <= special == {*range(tokenizer.vocabulary)} - {*tokenizer.words}, "words that may replace others"
+    special = {
+        number
+        for number, token in tokenizer.library.get_added_tokens_decoder().items()
+        if token.special
+    }
+    assert specials <= special == {*range(tokenizer.vocabulary)} - {*tokenizer.words}, (
+        "words that may replace others"
+    )
     for token in ("[CLS]", "[SEP]", "[MASK]", "[PAD]", "<s>", "</s>", "<mask>", "<pad>"):
         ids = tokenizer.encode(f"red {token} square")
         assert not specials & set(ids[1:-1]), token

@@ -21,7 +21,7 @@ from PIL import Image
 from declip.data.pair import Pair, PairSource
 from declip.errors import UserError
 from declip.io.atomic import atomic_write, cache_folder
-from declip.io.pool import mapped
+from declip.io.pool import parallel_map
 from declip.io.progress import status
 from declip_sets.drawing import INVISIBLE, renderer
 from declip_sets.fetch import DebianPackage, NpmPackages, Packages
@@ -121,7 +121,7 @@ class BuiltinSet(ABC):
         starts = range(0, len(rows), DRAWN_AT_ONCE)
         parts = [rows[start : start + DRAWN_AT_ONCE] for start in starts]
         title = f"Drawing {self.name}" if progress else ""
-        rendered = mapped(partial(self._render, packages), parts, workers, title)
+        rendered = parallel_map(partial(self._render, packages), parts, workers, title)
         pixels = chain.from_iterable(rendered)
         with atomic_write(folder) as unfinished:
             self.write(unfinished, zip(rows, pixels, strict=True), packages)

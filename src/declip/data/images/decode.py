@@ -21,21 +21,62 @@ from declip.data.pair import BrokenPair, LazyImage
 from declip.errors import UserError
 
 # The raster formats that data sets are made of. Pillow's others are rare, slow, or start other programs (EPS).
-FORMATS: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", *(("AVIF",) if features.check("avif") else ()))
+FORMATS: tuple[str, ...] = (
+    "JPEG",
+    "PNG",
+    "WEBP",
+    "BMP",
+    "GIF",
+    "TIFF",
+    *(("AVIF",) if features.check("avif") else ()),
+)
 with suppress(ImportError):
     import pillow_heif
 
     pillow_heif.register_heif_opener()
     FORMATS += ("HEIF",)
 HEIC = "HEIC photograph (pip install 'declip[heif]', or convert it to JPEG)"  # the reason that such a pair is broken
-HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
+HEIC_BRANDS = (
+    b"heic",
+    b"heix",
+    b"heim",
+    b"heis",
+    b"hevc",
+    b"hevx",
+    b"hevm",
+    b"hevs",
+    b"mif1",
+    b"msf1",
+)
 # Extensions of images, including formats that cannot be read and count as broken.
-EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif")
+EXTENSIONS = (
+    ".jpg",
+    ".jpeg",
+    ".jfif",
+    ".png",
+    ".webp",
+    ".bmp",
+    ".gif",
+    ".tif",
+    ".tiff",
+    ".avif",
+    ".heic",
+    ".heif",
+)
 MOST_PIXELS = 178_956_970  # Pillow's own limit for a decompression bomb: 2 GiB / 4 / 3, twice
 LARGEST_IMAGE = 100_000_000  # bytes of a file
 # Errors of Pillow's readers for a damaged file, besides OSError.
 DAMAGE = (
-    *(SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, OverflowError, RuntimeError),
+    *(
+        SyntaxError,
+        ValueError,
+        TypeError,
+        KeyError,
+        IndexError,
+        EOFError,
+        OverflowError,
+        RuntimeError,
+    ),
     *(struct.error, zlib.error),
 )
 
@@ -45,10 +86,18 @@ SIDEWAYS = (Transpose.TRANSPOSE, Transpose.ROTATE_270, Transpose.TRANSVERSE, Tra
 TURNS = dict(enumerate((*UPRIGHT, *SIDEWAYS), 2))
 
 SCALES = (8, 4, 2)  # divisors of the sides that libjpeg supports while it decodes
-SMALLEST_SCALED = 8  # pixels that a side keeps at least; the decoders disagree about images smaller than a block
-SAME_EVERYWHERE = ("YCbCr", "Gray", "RGB")  # color spaces that simplejpeg converts to the same RGB as Pillow
+SMALLEST_SCALED = (
+    8  # pixels that a side keeps at least; the decoders disagree about images smaller than a block
+)
+SAME_EVERYWHERE = (
+    "YCbCr",
+    "Gray",
+    "RGB",
+)  # color spaces that simplejpeg converts to the same RGB as Pillow
 AnyImage = Path | bytes | Image.Image  # an image, its file, or the bytes of that
-Picture = Image.Image | str | Path | np.ndarray  # what the Python functions take for an image, see `read_picture`
+Picture = (
+    Image.Image | str | Path | np.ndarray
+)  # what the Python functions take for an image, see `read_picture`
 
 
 def decode(source: AnyImage, key: str, most_pixels: int = MOST_PIXELS) -> Image.Image:
@@ -64,7 +113,9 @@ def read_picture(given: Picture) -> Image.Image:
     if hasattr(given, "shape") and hasattr(given, "dtype"):
         kind += f" {given.dtype} {tuple(given.shape)}"
     if not isinstance(given, str | Path | Image.Image):
-        raise UserError(f"An image is a PIL image, a file or an array (H, W, 3) of uint8; {kind} was given.")
+        raise UserError(
+            f"An image is a PIL image, a file or an array (H, W, 3) of uint8; {kind} was given."
+        )
     try:
         if isinstance(given, Image.Image):
             return decode(given, kind)
@@ -75,11 +126,18 @@ def read_picture(given: Picture) -> Image.Image:
 
 def is_pixels(given: Any) -> TypeGuard[np.ndarray]:
     """Whether an object is an array (H, W, 3) of uint8."""
-    return isinstance(given, np.ndarray) and given.dtype == np.uint8 and given.ndim == 3 and given.shape[2] == 3
+    return (
+        isinstance(given, np.ndarray)
+        and given.dtype == np.uint8
+        and given.ndim == 3
+        and given.shape[2] == 3
+    )
 
 
 @contextmanager
-def opened(source: AnyImage, key: str, most_pixels: int = MOST_PIXELS) -> Iterator[tuple[Image.Image, bytes]]:
+def opened(
+    source: AnyImage, key: str, most_pixels: int = MOST_PIXELS
+) -> Iterator[tuple[Image.Image, bytes]]:
     """Open an image, with the bytes of a file; errors here and while it is open become `BrokenPair`."""
     try:
         if isinstance(source, Image.Image):
@@ -90,12 +148,16 @@ def opened(source: AnyImage, key: str, most_pixels: int = MOST_PIXELS) -> Iterat
             raise BrokenPair("truncated image", key, "no bytes")
         with open_header(BytesIO(content), key) as image:
             if image.width * image.height > most_pixels:
-                raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels, at most {most_pixels:,}")
+                raise Image.DecompressionBombError(
+                    f"{image.width} x {image.height} pixels, at most {most_pixels:,}"
+                )
             yield image, content
     except (Image.DecompressionBombError, MemoryError) as error:
         raise BrokenPair("image too large", key, str(error)) from error
     except UnidentifiedImageError as error:  # its message has an address in memory
-        raise BrokenPair("unreadable image", key, f"damaged, or none of {', '.join(FORMATS)}") from error
+        raise BrokenPair(
+            "unreadable image", key, f"damaged, or none of {', '.join(FORMATS)}"
+        ) from error
     except (OSError, *DAMAGE) as error:
         reason = "truncated image" if "truncated" in str(error).lower() else "unreadable image"
         raise BrokenPair(reason, key, f"{type(error).__name__}: {error}") from error
@@ -126,10 +188,14 @@ def check_file(path: Path, key: str) -> None:
     try:
         status = path.stat()
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) if str(path) == key else None  # else also where the path leads
+        reason = (
+            getattr(error, "strerror", None) if str(path) == key else None
+        )  # else also where the path leads
         raise BrokenPair("missing image", key, reason or str(error)) from error
     if status.st_size > LARGEST_IMAGE:
-        raise BrokenPair("image too large", key, f"a file of {status.st_size:,} bytes, at most {LARGEST_IMAGE:,}")
+        raise BrokenPair(
+            "image too large", key, f"a file of {status.st_size:,} bytes, at most {LARGEST_IMAGE:,}"
+        )
     if not stat.S_ISREG(status.st_mode):
         raise BrokenPair("unreadable image", key, f"{path} is not a file")
 
@@ -149,7 +215,9 @@ def image_below(root: Path, path: str, key: str, *, follow: bool) -> Path:
     plain = Path(os.path.abspath(root / path))
     inside = plain.is_relative_to(os.path.abspath(root))
     try:
-        inside = inside and (not follow or Path(os.path.realpath(plain)).is_relative_to(os.path.realpath(root)))
+        inside = inside and (
+            not follow or Path(os.path.realpath(plain)).is_relative_to(os.path.realpath(root))
+        )
     except (OSError, ValueError) as error:
         raise BrokenPair("missing image", key, str(error)) from error
     if not inside:
@@ -163,7 +231,9 @@ def rgb(image: Image.Image) -> Image.Image:
         # By the type's usual range: 0 to 65,535, or 0 to 1 or 255 for floats.
         values = np.nan_to_num(np.asarray(image, np.float32))
         top = 65_535.0 if image.mode != "F" else 1.0 if values.max(initial=0.0) <= 1.0 else 255.0
-        if getattr(image, "tag_v2", {}).get(262) == 0:  # of TIFF: 0 is white, which Pillow applies at 8 bits only
+        if (
+            getattr(image, "tag_v2", {}).get(262) == 0
+        ):  # of TIFF: 0 is white, which Pillow applies at 8 bits only
             values = top - values
         image = Image.fromarray((values.clip(0.0, top) * (255.0 / top) + 0.5).astype(np.uint8))
     if image.has_transparency_data:
@@ -204,7 +274,11 @@ class LazyJpeg(LazyImage):
                     image.draft(None, (self._stored[0] // scale, self._stored[1] // scale))
                 image.load()
                 pixels = np.asarray(rgb(image))
-        return pixels if self._turn is None else np.asarray(Image.fromarray(pixels).transpose(self._turn))
+        return (
+            pixels
+            if self._turn is None
+            else np.asarray(Image.fromarray(pixels).transpose(self._turn))
+        )
 
     def _by_simplejpeg(self, width: int, height: int) -> np.ndarray | None:
         """The pixels as stored; None without simplejpeg, or for an unusual file that Pillow has to check."""
@@ -214,7 +288,11 @@ class LazyJpeg(LazyImage):
             stored_height, stored_width, colors, _ = simplejpeg.decode_jpeg_header(self.content)
             if (stored_width, stored_height) != self._stored or colors not in SAME_EVERYWHERE:
                 return None
-            least = {} if (width, height) == self._stored else {"min_width": width, "min_height": height}
+            least = (
+                {}
+                if (width, height) == self._stored
+                else {"min_width": width, "min_height": height}
+            )
             pixels = simplejpeg.decode_jpeg(self.content, **least)
         except (ValueError, MemoryError):
             return None

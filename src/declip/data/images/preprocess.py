@@ -33,9 +33,13 @@ class Preprocess:
         resize: int | None = None,
     ) -> None:
         self.resize = resize or size
-        self.enough = LEFT * self.resize  # of the shorter side of a reduced image, see `LazyImage.reduced`
+        self.enough = (
+            LEFT * self.resize
+        )  # of the shorter side of a reduced image, see `LazyImage.reduced`
         self.size, self.squash, self.filter = size, squash, Image.Resampling[interpolation.upper()]
-        self.mean, self.std = (torch.tensor(tuple(values), dtype=torch.float32) for values in (mean, std))
+        self.mean, self.std = (
+            torch.tensor(tuple(values), dtype=torch.float32) for values in (mean, std)
+        )
 
     def __call__(self, images: Image.Image | Sequence[Image.Image]) -> Tensor:
         """Preprocess n images of any size and mode, or one, to (n, 3, size, size) float32 on the host."""
@@ -60,10 +64,17 @@ class Preprocess:
         height, width = pixels.shape[:2]
         if max(height, width) > LONGEST_SHAPE * min(height, width):
             return torch.from_numpy(np.array(self.square(Image.fromarray(pixels)))).permute(2, 0, 1)
-        inner = [self.size if self.squash else int(self.resize * side / min(height, width)) for side in (height, width)]
-        given = torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy()).permute(2, 0, 1)
+        inner = [
+            self.size if self.squash else int(self.resize * side / min(height, width))
+            for side in (height, width)
+        ]
+        given = torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy()).permute(
+            2, 0, 1
+        )
         if inner != [height, width]:
-            given = F.interpolate(given[None], tuple(inner), mode=self.filter.name.lower(), antialias=True)[0]
+            given = F.interpolate(
+                given[None], tuple(inner), mode=self.filter.name.lower(), antialias=True
+            )[0]
         top, left = (round((side - self.size) / 2) for side in inner)
         return given[:, top : top + self.size, left : left + self.size]
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from declip.data.images.decode import encode
 from declip.data.pair import BrokenPair, PairSource
-from declip.io.text import shown
+from declip.io.text import sanitize
 
 # Pixels: sharp at 56 CSS pixels on a screen of double density.
 SIDE = 112
@@ -56,7 +56,7 @@ def thumbnails_of(source: PairSource) -> Thumbnails:
             image = Image.fromarray(pair.image.reduced(ENOUGH))
         except BrokenPair:
             return None
-        return thumbnail(image, shown(pair.captions[0]))
+        return thumbnail(image, sanitize(pair.captions[0]))
 
     return at
 

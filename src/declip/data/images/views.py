@@ -14,9 +14,17 @@ from torch import Tensor
 from declip.data.batch import Photometric, View, unpack_photometric
 from declip.recipe.schema import ImageView
 
-LUMA = (0.2989, 0.587, 0.114)  # of red, green and blue in a gray value, as torchvision has it (ITU-R 601-2)
-CHUNK_BYTES = 1 << 19  # of the float32 images processed together on a CPU: they fit its second-level cache
-SIGMAS_KEPT = 6.0  # a tap further out weighs less than 2e-8 of the central one: no effect in float32
+LUMA = (
+    0.2989,
+    0.587,
+    0.114,
+)  # of red, green and blue in a gray value, as torchvision has it (ITU-R 601-2)
+CHUNK_BYTES = (
+    1 << 19
+)  # of the float32 images processed together on a CPU: they fit its second-level cache
+SIGMAS_KEPT = (
+    6.0  # a tap further out weighs less than 2e-8 of the central one: no effect in float32
+)
 CROP_ATTEMPTS = 10  # boxes sampled before the largest central one is taken, as in torchvision's RandomResizedCrop
 RATIO = (3 / 4, 4 / 3)  # smallest and largest aspect ratio of a box
 BLUR_SIGMA = (0.1, 2.0)  # smallest and largest sigma of the blur, in pixels
@@ -68,7 +76,9 @@ def _chunks(photometric: Tensor, limit: int) -> Iterator[_Chunk]:
     order = np.where(acts, order, -1)
     # (n, 4): the operations that act, in their order, then -1
     order = np.take_along_axis(order, np.argsort(~acts, axis=1, kind="stable"), axis=1)
-    code = (order + 1) @ np.array([125, 25, 5, 1])  # one number for each list of operations: equal ones form a chunk
+    code = (order + 1) @ np.array(
+        [125, 25, 5, 1]
+    )  # one number for each list of operations: equal ones form a chunk
     rows = np.lexsort((sigma, code))
     edges = np.flatnonzero(np.diff(code[rows], prepend=-1))
     for start, stop in zip(edges, [*edges[1:], len(rows)], strict=True):
@@ -88,7 +98,9 @@ def brightness(images: Tensor, factor: Tensor) -> None:
 def contrast(images: Tensor, factor: Tensor) -> None:
     """Move each image away from, or towards, its own mean gray value, in place."""
     level = images.mean(dim=(2, 3)) @ _like(images, LUMA)
-    images.mul_(factor.view(-1, 1, 1, 1)).add_((level * (1 - factor)).view(-1, 1, 1, 1)).clamp_(0, 1)
+    images.mul_(factor.view(-1, 1, 1, 1)).add_((level * (1 - factor)).view(-1, 1, 1, 1)).clamp_(
+        0, 1
+    )
 
 
 def saturation(images: Tensor, factor: Tensor) -> None:
@@ -112,7 +124,9 @@ def hue(images: Tensor, shift: Tensor) -> None:
     peak = _like(images, (0.0, 2.0, 4.0)) - 6 * shift.view(-1, 1)
     peak = peak - 6 * torch.round(peak / 6)
     torch.sub(angle.unsqueeze(1), peak.view(-1, 3, 1, 1), out=images)
-    images.abs_().sub_(3).abs_().sub_(1).clamp_(0, 1).mul_(chroma.unsqueeze(1)).add_(low.unsqueeze(1))
+    images.abs_().sub_(3).abs_().sub_(1).clamp_(0, 1).mul_(chroma.unsqueeze(1)).add_(
+        low.unsqueeze(1)
+    )
 
 
 def gray(images: Tensor, rows: Tensor) -> None:
@@ -137,7 +151,11 @@ def blur(images: Tensor, sigma: Tensor) -> None:
         source, length = F.pad(images, pad, mode="reflect"), images.shape[axis]
         torch.mul(source.narrow(axis, reach, length), taps[..., 0], out=images)
         for k in range(1, reach + 1):
-            torch.add(source.narrow(axis, reach - k, length), source.narrow(axis, reach + k, length), out=both)
+            torch.add(
+                source.narrow(axis, reach - k, length),
+                source.narrow(axis, reach + k, length),
+                out=both,
+            )
             images.addcmul_(both, taps[..., k])
 
 
@@ -167,7 +185,10 @@ class Crop(NamedTuple):
     def reduced(self, scale: int) -> Crop:
         """The same crop of an image that is `scale` times smaller, rounded to its pixels."""
         left, top = round(self.left / scale), round(self.top / scale)
-        right, bottom = round((self.left + self.width) / scale), round((self.top + self.height) / scale)
+        right, bottom = (
+            round((self.left + self.width) / scale),
+            round((self.top + self.height) / scale),
+        )
         return Crop(left, top, right - left, bottom - top, self.flip)
 
 
@@ -177,7 +198,9 @@ class ViewTransform:
     def __init__(self, size: int, augmentation: ImageView, interpolation: str = "bicubic") -> None:
         self.size, self.augmentation, self.interpolation = size, augmentation, interpolation
 
-    def box(self, width: int, height: int, generator: np.random.Generator) -> tuple[int, int, int, int]:
+    def box(
+        self, width: int, height: int, generator: np.random.Generator
+    ) -> tuple[int, int, int, int]:
         """Sample left, top, width and height of a box in pixels, as torchvision's RandomResizedCrop does."""
         low, high = self.augmentation.scale
         ratio_low, ratio_high = math.log(RATIO[0]), math.log(RATIO[1])
@@ -197,7 +220,10 @@ class ViewTransform:
 
     def sample_crop(self, width: int, height: int, generator: np.random.Generator) -> Crop:
         """Sample the crop of an image of this size, and whether it is flipped."""
-        return Crop(*self.box(width, height, generator), bool(generator.random() < self.augmentation.hflip_prob))
+        return Crop(
+            *self.box(width, height, generator),
+            bool(generator.random() < self.augmentation.hflip_prob),
+        )
 
     def crop_and_resize(self, pixels: np.ndarray, crop: Crop) -> Tensor:
         """Crop, resize (antialiased) and maybe flip (H, W, 3) uint8 to (3, size, size) uint8."""
@@ -206,7 +232,9 @@ class ViewTransform:
         # uint8 takes a third to half of the time of Pillow's and differs by a level or two of 255.
         cropped = torch.from_numpy(pixels[top : top + height, left : left + width].copy())
         cropped = cropped.permute(2, 0, 1).unsqueeze(0)
-        view = F.interpolate(cropped, (self.size, self.size), mode=self.interpolation, antialias=True)
+        view = F.interpolate(
+            cropped, (self.size, self.size), mode=self.interpolation, antialias=True
+        )
         return (view.flip(-1) if flip else view)[0]
 
     def sample_params(self, generator: np.random.Generator) -> Photometric:
@@ -215,7 +243,8 @@ class ViewTransform:
         *factors, turn, spread, jittered, gray, blurred = generator.random(8).tolist()
         order = generator.random(4).argsort()
         brightness, contrast, saturation = (
-            (low := max(0.0, 1 - s)) + (1 + s - low) * u for s, u in zip(strength, factors, strict=False)
+            (low := max(0.0, 1 - s)) + (1 + s - low) * u
+            for s, u in zip(strength, factors, strict=False)
         )
         low, high = BLUR_SIGMA
         return Photometric(
@@ -234,7 +263,9 @@ Finish = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """Images (n, 3, H, W), packed parameters (n, PHOTOMETRIC_WIDTH), mean and std → finished images."""
 
 
-def apply_photometric(views: Mapping[str, View], mean: Tensor, std: Tensor, finish: Finish = apply) -> dict[str, View]:
+def apply_photometric(
+    views: Mapping[str, View], mean: Tensor, std: Tensor, finish: Finish = apply
+) -> dict[str, View]:
     """Apply the sampled parameters and normalize to (B, 3, S, S) float32; finished views are unchanged."""
     finished = dict(views)
     # Views of one size are finished in one call.

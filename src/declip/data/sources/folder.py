@@ -24,9 +24,18 @@ MOST_CAPTION_BYTES = 64 * LONGEST_CAPTION  # a larger .txt file does not hold ca
 RDF, DC = "{http://www.w3.org/1999/02/22-rdf-syntax-ns#}", "{http://purl.org/dc/elements/1.1/}"
 XMP_TEXTS, XMP_KEYWORDS = (f"{DC}description", f"{DC}title"), f"{DC}subject"
 IPTC_TAG = 33723  # of TIFF
-IPTC_TEXTS, IPTC_KEYWORDS = ((2, 120), (2, 105), (2, 5)), (2, 25)  # caption, headline and object name
+IPTC_TEXTS, IPTC_KEYWORDS = (
+    ((2, 120), (2, 105), (2, 5)),
+    (2, 25),
+)  # caption, headline and object name
 # Descriptions that cameras write into every file.
-CAMERAS = {"olympus digital camera", "sony dsc", "samsung camera pictures", "kodak digital still camera", "default"}
+CAMERAS = {
+    "olympus digital camera",
+    "sony dsc",
+    "samsung camera pictures",
+    "kodak digital still camera",
+    "default",
+}
 
 
 def metadata_captions(path: Path, key: str) -> list[str]:
@@ -50,7 +59,9 @@ def _xmp(packet: bytes, key: str) -> tuple[list[str], list[str]]:
     """Texts and keywords of an XMP packet."""
     packet = packet.strip(b"\x00 \t\r\n")
     if len(packet) > LARGEST:
-        raise BrokenPair("invalid metadata", key, f"{len(packet):,} bytes of XMP, at most {LARGEST:,}")
+        raise BrokenPair(
+            "invalid metadata", key, f"{len(packet):,} bytes of XMP, at most {LARGEST:,}"
+        )
     if not packet:
         return [], []
     try:
@@ -136,12 +147,17 @@ class FolderSource(FileList):
     def __init__(self, path: Path) -> None:
         super().__init__(path.name or str(path), path, sorted(_images(path)))
         if not len(self):
-            raise UserError(f"'{path}' has no image ({', '.join(EXTENSIONS)}). Give a folder with images, or a table.")
+            raise UserError(
+                f"'{path}' has no image ({', '.join(EXTENSIONS)}). Give a folder with images, or a table."
+            )
 
     def splits(self) -> dict[str, np.ndarray]:
         """Those of folders named train, val and test, if all images are in such folders."""
         folders = pc.list_element(pc.split_pattern(self._keys, b"/"), 0)
-        numbers = [NUMBER_OF.get(name.lower().decode(errors="replace"), UNKNOWN) for name in folders.to_pylist()]
+        numbers = [
+            NUMBER_OF.get(name.lower().decode(errors="replace"), UNKNOWN)
+            for name in folders.to_pylist()
+        ]
         return {} if UNKNOWN in numbers else indices_by_split(np.array(numbers))
 
     def texts(self, key: str, entry: Path) -> tuple[str, ...]:
@@ -149,13 +165,19 @@ class FolderSource(FileList):
         try:
             if not stat.S_ISREG(path.stat().st_mode):  # a named pipe blocks on open
                 raise BrokenPair("missing caption", key, f"{path} is not a file")
-            with path.open("rb") as file:  # not by its size, which is 0 for some files of the system
+            with path.open(
+                "rb"
+            ) as file:  # not by its size, which is 0 for some files of the system
                 content = file.read(MOST_CAPTION_BYTES + 1)
             if len(content) > MOST_CAPTION_BYTES:
-                raise BrokenPair("caption too long", key, f"its file is longer than {MOST_CAPTION_BYTES:,} bytes")
+                raise BrokenPair(
+                    "caption too long", key, f"its file is longer than {MOST_CAPTION_BYTES:,} bytes"
+                )
             return clean_captions(content.decode("utf-8-sig").splitlines(), key)
         except OSError as error:
-            if isinstance(error, FileNotFoundError) and any(captions := metadata_captions(entry, key)):
+            if isinstance(error, FileNotFoundError) and any(
+                captions := metadata_captions(entry, key)
+            ):
                 return clean_captions(captions, key)
             raise BrokenPair("missing caption", key, str(error)) from error
         except UnicodeDecodeError as error:

@@ -53,7 +53,9 @@ def expand(word: str) -> list[str]:
         elif path.is_dir():
             files = files_in(path, ".tar")
         else:
-            files = sorted(file for file in glob.glob(str(path), recursive=True) if Path(file).is_file())
+            files = sorted(
+                file for file in glob.glob(str(path), recursive=True) if Path(file).is_file()
+            )
         if not files:
             raise UserError(f"'{name}' does not exist. Fetch it, or name existing files.")
         shards += files
@@ -85,8 +87,13 @@ def stored_path(given: object, folder: Path) -> str:
 def relative(path: str, folder: Path) -> str:
     """A path as `stored_path` stores it, without resolving links; anything but an absolute path stays."""
     project, target = os.getcwd(), str(folder.resolve())
-    inside = all(os.path.isabs(one) and os.path.commonpath([one, project]) == project for one in (path, target))
-    return os.path.relpath(path, target) if inside and not path.startswith(target + os.sep) else path
+    inside = all(
+        os.path.isabs(one) and os.path.commonpath([one, project]) == project
+        for one in (path, target)
+    )
+    return (
+        os.path.relpath(path, target) if inside and not path.startswith(target + os.sep) else path
+    )
 
 
 def resolve(path: str, folder: Path) -> str:

@@ -59,7 +59,9 @@ def open_source(
     if text in sources:
         return open_source(sources[text], columns)
     if text.startswith(PREFIX):
-        raise UserError(f"'{text}' was a Python object. Pass it again in Python: declip.train(recipe, data=object).")
+        raise UserError(
+            f"'{text}' was a Python object. Pass it again in Python: declip.train(recipe, data=object)."
+        )
     if names_plugin(text):
         return _open_with_plugin(text, columns)
     # --- tables, shards and folders
@@ -67,13 +69,17 @@ def open_source(
     if (table := find_table(text)) is not None:
         return TableSource(table, columns)
     if names_shards(text) and text.lower().endswith(TABLE_KINDS):
-        raise UserError(f"'{text}' is not one table on this machine. Name 'data/*.parquet', or a list of tables.")
+        raise UserError(
+            f"'{text}' is not one table on this machine. Name 'data/*.parquet', or a list of tables."
+        )
     if names_shards(text) or (path.is_dir() and holds(path, ".tar")):
         return ShardSource(text)
     if path.is_dir():
         return FolderSource(path)
     if not path.exists():
-        raise UserError(f"'{path}' does not exist. Give a table, a folder of images, tar shards, or builtin:emoji.")
+        raise UserError(
+            f"'{path}' does not exist. Give a table, a folder of images, tar shards, or builtin:emoji."
+        )
     if path.suffix.lower() != LIST_KIND or not path.is_file():
         return TableSource(path, columns)  # which refuses what is not a table
     listed = read_pair_list(path)
@@ -92,7 +98,9 @@ def _open_with_plugin(text: str, columns: Columns) -> PairSource:
     source = load_plugin("sources", kind)(rest, columns)
     if not isinstance(source, PairSource):
         returned = type(source).__name__
-        raise UserError(f"The source '{kind}:' of a plugin returned a {returned}, not a PairSource.")
+        raise UserError(
+            f"The source '{kind}:' of a plugin returned a {returned}, not a PairSource."
+        )
     return source
 
 
@@ -163,4 +171,6 @@ class ImageSource:
 def open_images(spec: str | Path | PairSource | Items, columns: Columns = DEFAULT) -> ImageSource:
     """Open the images of a source as `open_source` does; `columns.caption` is None for a table without captions."""
     source = open_source(spec, columns)
-    return ImageSource(source, captioned=columns.caption is not None or not isinstance(source, TableSource))
+    return ImageSource(
+        source, captioned=columns.caption is not None or not isinstance(source, TableSource)
+    )

@@ -40,12 +40,16 @@ class ItemSource(EntrySource):
         self.name = type(items).__name__
         if self.name == "DataFrame" and hasattr(items, "to_dict"):  # of pandas
             items = items.to_dict("records")
-        if isinstance(items, Mapping) and (self.name == "DatasetDict" or items.keys() & NUMBER_OF.keys()):
+        if isinstance(items, Mapping) and (
+            self.name == "DatasetDict" or items.keys() & NUMBER_OF.keys()
+        ):
             splits = [*items, "train"]
             raise UserError(
                 f"This {self.name} has the splits {', '.join(splits[:-1])}. Pass one: object[{splits[0]!r}]."
             )
-        if not (hasattr(items, "__len__") and hasattr(items, "__getitem__")) or isinstance(items, Mapping | bytes):
+        if not (hasattr(items, "__len__") and hasattr(items, "__getitem__")) or isinstance(
+            items, Mapping | bytes
+        ):
             wanted = "an object with __len__ and __getitem__ that returns dicts or (image, caption), such as a list"
             raise UserError(f"A {self.name} is not a source of pairs. Pass a name, or {wanted}.")
         self.items = items
@@ -59,7 +63,9 @@ class ItemSource(EntrySource):
         item = self._first()
         self._split = by_lower_name(list(item)).get(COLUMN) if _is_row(item) else None
         if _is_row(item):
-            self._image, self._captions, self.group_column = find_columns(list(item), columns, self.name)
+            self._image, self._captions, self.group_column = find_columns(
+                list(item), columns, self.name
+            )
             self.captions_from = " | ".join(map(printable, self._captions))
         elif columns.group is not None:
             raise MissingColumns(self.name, [], {columns.group: "group"})
@@ -96,7 +102,10 @@ class ItemSource(EntrySource):
         if _is_row(item):
             item, cells = item.get(self._image), item
         elif isinstance(item, tuple | list) and len(item) == 2:
-            item, cells = item[0], dict.fromkeys(chain.from_iterable(self._captions.values()), item[1])
+            item, cells = (
+                item[0],
+                dict.fromkeys(chain.from_iterable(self._captions.values()), item[1]),
+            )
         if isinstance(item, str | Path) and self._listed:
             key = str(item)
         return key, (item, cells)
@@ -104,7 +113,11 @@ class ItemSource(EntrySource):
     def texts(self, key: str, entry: Any) -> tuple[str, ...]:
         def cell(column: str) -> Any:
             value, names = entry[1].get(column), self.class_names or ()
-            return names[int(value)] if isinstance(value, int | np.integer) and 0 <= value < len(names) else value
+            return (
+                names[int(value)]
+                if isinstance(value, int | np.integer) and 0 <= value < len(names)
+                else value
+            )
 
         return read_captions(self._captions, [cell], "unreadable item", key)
 
@@ -114,13 +127,17 @@ class ItemSource(EntrySource):
             image = image.get("bytes") or image.get("path")
         if isinstance(image, str | Path) and str(image):
             path = Path(image).expanduser()
-            return path if self.root is None else image_below(self.root, str(path), key, follow=True)
+            return (
+                path if self.root is None else image_below(self.root, str(path), key, follow=True)
+            )
         if is_pixels(image):
             return Image.fromarray(image)
         if isinstance(image, bytes | Image.Image):
             return image
         reason = "missing image" if image is None or isinstance(image, str) else "unreadable image"
-        raise BrokenPair(reason, key, f"a {type(image).__name__}, not a PIL image, uint8 (H, W, 3) or path")
+        raise BrokenPair(
+            reason, key, f"a {type(image).__name__}, not a PIL image, uint8 (H, W, 3) or path"
+        )
 
     def _cell(self, index: int, column: str) -> Any:
         item = self._read(index)
@@ -138,7 +155,9 @@ class ItemSource(EntrySource):
         except BrokenPair:
             raise
         except Exception as error:  # of any kind: it is the user's code
-            raise BrokenPair("unreadable item", f"item {index}", f"{type(error).__name__}: {error}") from error
+            raise BrokenPair(
+                "unreadable item", f"item {index}", f"{type(error).__name__}: {error}"
+            ) from error
 
 
 def _is_row(item: Any) -> bool:

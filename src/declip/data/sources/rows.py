@@ -46,7 +46,9 @@ def by_lower_name(columns: Sequence[str]) -> dict[str, str]:
 
 def cell_name(cell: Any) -> str:
     """A cell as the text that names a split, a group, a class or a path; empty for none, for NaN, and for a list."""
-    empty = cell is None or isinstance(cell, list | dict) or (isinstance(cell, float) and cell != cell)
+    empty = (
+        cell is None or isinstance(cell, list | dict) or (isinstance(cell, float) and cell != cell)
+    )
     return "" if empty else str(cell)
 
 
@@ -57,7 +59,9 @@ def label_text(cell: Any) -> str:
     for value in (value.item() if isinstance(value, np.generic) else value for value in values):
         # Whole numbers of a column with empty cells are floats in pandas.
         whole = isinstance(value, float) and value.is_integer()
-        texts.append("" if isinstance(value, bytes) else cell_name(int(value) if whole else value).strip())
+        texts.append(
+            "" if isinstance(value, bytes) else cell_name(int(value) if whole else value).strip()
+        )
     return ", ".join(filter(None, texts))
 
 
@@ -79,7 +83,9 @@ class TableRows(ABC):
     def __init__(self, path: Path) -> None:
         self.path, self.folder = path, path.parent  # the folder that image paths are relative to
         self.files = [path]
-        self.large = path.is_file() and path.stat().st_size > LARGE_TABLE  # what is read goes to a cache file
+        self.large = (
+            path.is_file() and path.stat().st_size > LARGE_TABLE
+        )  # what is read goes to a cache file
 
     @abstractmethod
     def read(self, wanted: Sequence[str], captions: Names = (), labels: Names = ()) -> Batches:
@@ -96,10 +102,14 @@ class ParquetRows(TableRows):
         super().__init__(path)
         if path.is_dir():
             self.files = list(map(Path, files_in(path, ".parquet")))
-            splits = sorted({name[0].lower() for file in self.files if (name := SPLIT.match(file.name))})
+            splits = sorted(
+                {name[0].lower() for file in self.files if (name := SPLIT.match(file.name))}
+            )
             if len(splits) > 1:
                 one = path / f"{splits[0]}*.parquet"
-                raise UserError(f"'{path}' has the splits {', '.join(splits)}. Name the files of one: '{one}'.")
+                raise UserError(
+                    f"'{path}' has the splits {', '.join(splits)}. Name the files of one: '{one}'."
+                )
         elif not path.is_file():
             self.files = [Path(file) for file in expand(str(path))]
         if not self.files:
@@ -112,17 +122,26 @@ class ParquetRows(TableRows):
             try:
                 footers.append(pq.read_metadata(file))
             except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-                raise UserError(f"'{file}' is not a Parquet file: {str(error).rstrip('.')}.") from error
+                raise UserError(
+                    f"'{file}' is not a Parquet file: {str(error).rstrip('.')}."
+                ) from error
         self.arrow_schema = footers[0].schema.to_arrow_schema()
         self.columns, self.metadata = self.arrow_schema.names, self.arrow_schema.metadata or {}
         self._rows = [footer.num_rows for footer in footers]
         # Counted over all columns: asking pyarrow 26 for one column ends the process where the file is damaged.
-        size = sum(data.row_group(group).total_byte_size for data in footers for group in range(data.num_row_groups))
+        size = sum(
+            data.row_group(group).total_byte_size
+            for data in footers
+            for group in range(data.num_row_groups)
+        )
         self.large = size > LARGE_TABLE or sum(self._rows) > MANY_ROWS
 
     def read(self, wanted: Sequence[str], captions: Names = (), labels: Names = ()) -> Batches:
         schema = pa.schema([self.arrow_schema.field(name) for name in wanted])
-        each = (self._batches(path, rows, schema) for path, rows in zip(self.files, self._rows, strict=True))
+        each = (
+            self._batches(path, rows, schema)
+            for path, rows in zip(self.files, self._rows, strict=True)
+        )
         return schema, chain.from_iterable(each)
 
     def _batches(self, path: Path, count: int, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
@@ -157,7 +176,9 @@ class TextRows(TableRows):
                 line = rest = file.readline(LONGEST_ROW + 1)
                 while rest and not rest.endswith("\n"):
                     rest = file.readline(LONGEST_ROW)
-                if number == 1 and line.startswith(("\udcff\udcfe", "\udcfe\udcff")):  # a byte order mark
+                if number == 1 and line.startswith(
+                    ("\udcff\udcfe", "\udcfe\udcff")
+                ):  # a byte order mark
                     raise UserError(f"The table '{self.path}' is UTF-16. Save it as UTF-8.")
                 if not line:
                     return
@@ -187,10 +208,15 @@ class TextRows(TableRows):
 
         def batches() -> Iterator[pa.RecordBatch]:
             stamp, records = self.path.stat().st_mtime_ns, self.records()
-            while rows := [_stored(*record, wanted, captions, labels) for record in islice(records, TEXT_ROWS_AT_ONCE)]:
+            while rows := [
+                _stored(*record, wanted, captions, labels)
+                for record in islice(records, TEXT_ROWS_AT_ONCE)
+            ]:
                 yield pa.record_batch([*zip(*rows, strict=True)], schema=schema)
             if self.path.stat().st_mtime_ns != stamp:
-                raise UserError(f"The table '{self.path}' was rewritten while it was read. Try again.")
+                raise UserError(
+                    f"The table '{self.path}' was rewritten while it was read. Try again."
+                )
 
         return schema, batches()
 
@@ -222,9 +248,13 @@ class JsonRows(TextRows):
         super().__init__(path)
         rows = [cells for _, cells in islice(self.records(), PEEKED_ROWS)]
         faults = [cells for cells in rows if isinstance(cells, BrokenPair)]
-        self.columns = list(dict.fromkeys(name for cells in rows if isinstance(cells, dict) for name in cells))
+        self.columns = list(
+            dict.fromkeys(name for cells in rows if isinstance(cells, dict) for name in cells)
+        )
         if faults and (not self.columns or next(self.lines())[1].lstrip().startswith("[")):
-            raise UserError(f"'{path}' is not JSONL: {faults[0]}. Convert an array: jq -c '.[]' {path.name} > a.jsonl")
+            raise UserError(
+                f"'{path}' is not JSONL: {faults[0]}. Convert an array: jq -c '.[]' {path.name} > a.jsonl"
+            )
 
     def record(self, line: str, following: Iterator[str], number: int) -> Row:
         cells = json.loads(line)
@@ -281,12 +311,22 @@ class DelimitedRows(TextRows):
             with suppress(csv.Error):  # as spreadsheets read it
                 cells = cells if one_line else next(csv.reader([line], delimiter=self.delimiter))
         if lost:
-            problem = f"'{self.path}' has a quotation mark in line {number} that is not closed in its row"
-            raise UserError(f'{problem}, so that rows would be lost. Close it, or write each " of a text twice.')
+            problem = (
+                f"'{self.path}' has a quotation mark in line {number} that is not closed in its row"
+            )
+            raise UserError(
+                f'{problem}, so that rows would be lost. Close it, or write each " of a text twice.'
+            )
         return cells
 
     def _swallows(self, lines: list[str]) -> bool:
         """Whether a row of several lines seems to contain rows: two lines have enough cells, one of them an image."""
         rows = [line.split(self.delimiter) for line in lines]
         rows = [cells for cells in rows if len(cells) >= len(self.columns)]
-        return sum(any(cell.strip('" \r\n').lower().endswith(EXTENSIONS) for cell in cells) for cells in rows) > 1
+        return (
+            sum(
+                any(cell.strip('" \r\n').lower().endswith(EXTENSIONS) for cell in cells)
+                for cells in rows
+            )
+            > 1
+        )

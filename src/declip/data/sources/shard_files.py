@@ -40,7 +40,9 @@ class OpenFile:
 
     def __init__(self, path: str | Path) -> None:
         self._descriptor = os.open(path, os.O_RDONLY)
-        weakref.finalize(self, os.close, self._descriptor)  # unlike `__del__` it also works at the end of Python
+        weakref.finalize(
+            self, os.close, self._descriptor
+        )  # unlike `__del__` it also works at the end of Python
         self.size = os.fstat(self._descriptor).st_size  # bytes
 
     def read(self, size: int, at: int) -> bytes:
@@ -68,7 +70,11 @@ class Shard(NamedTuple):
 def find_shards(word: str) -> list[Shard]:
     """Look up the shards that a word names (see `expand`), in order."""
     with ThreadPoolExecutor(REQUESTS) as pool:
-        return [shard for shards in pool.map(partial(_retried, look_up), expand(word)) for shard in shards]
+        return [
+            shard
+            for shards in pool.map(partial(_retried, look_up), expand(word))
+            for shard in shards
+        ]
 
 
 def _shard(name: str, path: str, size: int, version: str) -> Shard:
@@ -81,7 +87,9 @@ def _file_system(url: str) -> Iterator[tuple[Any, str]]:
     """The file system of a URL and the path on it; errors, which differ by system, become `UnreadableShard`."""
     try:
         core = importlib.import_module("fsspec.core")
-        yield core.url_to_fs(url)  # requested each time: fsspec then returns a new one in a forked process
+        yield core.url_to_fs(
+            url
+        )  # requested each time: fsspec then returns a new one in a forked process
     except ImportError as error:
         needed = "pip install 'declip[remote]', and the package for this URL (s3fs, gcsfs, huggingface_hub for hf)"
         raise UserError(f"Reading '{url}' requires fsspec: {needed}.") from error
@@ -117,10 +125,17 @@ def look_up(url: str) -> list[Shard]:
         else:
             files = {url: system.info(path)}
         if not files:
-            raise FileNotFoundError("no .tar file; Parquet files are read from a folder on this machine")
+            raise FileNotFoundError(
+                "no .tar file; Parquet files are read from a folder on this machine"
+            )
     # Without the address that a redirect led to, which is often signed again each time.
-    versions = {name: str({key: info[key] for key in info if key != "url"}) for name, info in files.items()}
-    return [_shard(name, name, int(info.get("size") or 0), versions[name]) for name, info in files.items()]
+    versions = {
+        name: str({key: info[key] for key in info if key != "url"}) for name, info in files.items()
+    }
+    return [
+        _shard(name, name, int(info.get("size") or 0), versions[name])
+        for name, info in files.items()
+    ]
 
 
 def fetch(url: str, target: Path, size: int) -> None:
@@ -154,7 +169,9 @@ def open_shard(shard: Shard) -> OpenFile:
         raise UnreadableShard(f"{shard.name}: {error.strerror or error}") from error
 
 
-_failed: dict[str, tuple[float, str]] = {}  # time of the last try and reason, by the state of a shard
+_failed: dict[
+    str, tuple[float, str]
+] = {}  # time of the last try and reason, by the state of a shard
 
 
 def _copy(shard: Shard) -> OpenFile:
@@ -171,7 +188,9 @@ def _copy(shard: Shard) -> OpenFile:
         try:
             with atomic_write(path) as partial:
                 _retried(fetch, shard.name, partial, shard.size)
-                opened = OpenFile(partial)  # another process may remove the copy as soon as it has its name
+                opened = OpenFile(
+                    partial
+                )  # another process may remove the copy as soon as it has its name
         except UnreadableShard as error:
             _failed[shard.state] = time.monotonic(), str(error)
             raise

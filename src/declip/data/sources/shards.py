@@ -14,13 +14,23 @@ import pyarrow as pa
 from declip.data.images.decode import EXTENSIONS, LARGEST_IMAGE
 from declip.data.pair import BrokenPair, Origin, as_texts, clean_captions
 from declip.data.sources.entry import EntrySource
-from declip.data.sources.shard_files import COPIES, OpenFile, Shard, UnreadableShard, counts, find_shards, open_shard
+from declip.data.sources.shard_files import (
+    COPIES,
+    OpenFile,
+    Shard,
+    UnreadableShard,
+    counts,
+    find_shards,
+    open_shard,
+)
 from declip.errors import UserError
 from declip.io.cache import cached_table, trim_cache
 from declip.io.pool import pairs_bar
 
 LARGEST_TEXT = 1_000_000  # bytes of a text or JSON file
-LARGEST_HEADER = 1 << 18  # bytes read of a member's headers: `tarfile` reads extended ones of any size they claim
+LARGEST_HEADER = (
+    1 << 18
+)  # bytes read of a member's headers: `tarfile` reads extended ones of any size they claim
 LARGEST_SIZE = 1 << 62
 MOST_PADDING = 1 << 20  # bytes after the end of an archive; tar's own blocks have 10 KiB
 OPEN_INDICES = 2048  # indices that stay mapped; each takes about 10 kB in addition to its map
@@ -30,10 +40,15 @@ MANY, AT_ONCE = 8, 8
 CAPTION_KEYS = ("caption", "captions", "text", "texts")  # the first that has any is read
 MEMBERS = ("image", "text", "json")
 # The member of a pair that a file is, by its extension.
-KINDS = {ending.removeprefix("."): "image" for ending in EXTENSIONS} | {"txt": "text", "json": "json"}
+KINDS = {ending.removeprefix("."): "image" for ending in EXTENSIONS} | {
+    "txt": "text",
+    "json": "json",
+}
 # A key and its extension; as in WebDataset the key ends at the first dot of the file's name.
 SAMPLE = re.compile(r"((?:.*/)?[^./]+)\.([^./]*)", re.DOTALL)
-SCHEMA = pa.schema([("key", pa.large_binary()), *((member, pa.list_(pa.int64(), 2)) for member in MEMBERS)])
+SCHEMA = pa.schema(
+    [("key", pa.large_binary()), *((member, pa.list_(pa.int64(), 2)) for member in MEMBERS)]
+)
 
 # A shard, and start and size in bytes of each member of a pair that it has.
 ShardEntry = tuple[Shard, Mapping[str, tuple[int, int]]]
@@ -55,15 +70,21 @@ class ShardSource(EntrySource):
             self.blocks = self._count()
         except (UnreadableShard, OSError) as error:
             raise UserError(f"A shard cannot be read: {error}.") from error
-        self.name = self._shards[0].label if len(self._shards) == 1 else word.rstrip("/").rpartition("/")[2]
+        self.name = (
+            self._shards[0].label if len(self._shards) == 1 else word.rstrip("/").rpartition("/")[2]
+        )
         self._ends = np.cumsum(self.blocks)
         if not len(self):
-            raise UserError(f"'{word}' has no pair: KEY.jpg (.png …) with KEY.txt or KEY.json, where KEY has no dot.")
+            raise UserError(
+                f"'{word}' has no pair: KEY.jpg (.png …) with KEY.txt or KEY.json, where KEY has no dot."
+            )
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def __reduce__(self) -> tuple[type, tuple[object, ...]]:  # a worker process opens the shards itself
+    def __reduce__(
+        self,
+    ) -> tuple[type, tuple[object, ...]]:  # a worker process opens the shards itself
         return ShardSource, (self._word,)
 
     def entry(self, index: int) -> tuple[str, ShardEntry]:
@@ -77,9 +98,17 @@ class ShardSource(EntrySource):
         except (UnreadableShard, UserError) as error:
             raise BrokenPair("unreadable shard", where, str(error)) from error
         if row >= len(pairs):
-            raise BrokenPair("missing in shard", where, f"{len(pairs):,} pairs instead of {self.blocks[number]:,}")
+            raise BrokenPair(
+                "missing in shard",
+                where,
+                f"{len(pairs):,} pairs instead of {self.blocks[number]:,}",
+            )
         key = pairs["key"][row].as_py().decode(errors="backslashreplace")  # not every name is UTF-8
-        members = {member: tuple(entry) for member in MEMBERS if (entry := pairs[member][row].as_py()) is not None}
+        members = {
+            member: tuple(entry)
+            for member in MEMBERS
+            if (entry := pairs[member][row].as_py()) is not None
+        }
         return f"{shard.label}/{key}", (shard, members)
 
     def content(self, key: str, entry: ShardEntry) -> bytes:
@@ -119,28 +148,46 @@ class ShardSource(EntrySource):
         except (UnreadableShard, OSError) as error:
             raise BrokenPair("unreadable shard", key, str(error)) from error
         if len(content) < size:
-            raise BrokenPair("truncated shard", key, f"{len(content):,} of {size:,} bytes of the {member}")
+            raise BrokenPair(
+                "truncated shard", key, f"{len(content):,} of {size:,} bytes of the {member}"
+            )
         return content
 
     def _unicode(self, key: str, entry: ShardEntry, member: str) -> str:
         try:
-            return self._read(key, entry, member, LARGEST_TEXT, "caption too long").decode("utf-8-sig")
+            return self._read(key, entry, member, LARGEST_TEXT, "caption too long").decode(
+                "utf-8-sig"
+            )
         except UnicodeDecodeError as error:
             raise BrokenPair("invalid text", key, f"not UTF-8: {error}") from error
 
     def _opened_index(self, number: int) -> pa.Table:
         shard = self._shards[number]
-        return cached_table("shards/index", shard.state, lambda: (SCHEMA, [make_index(open_shard(shard), shard.name)]))
+        return cached_table(
+            "shards/index",
+            shard.state,
+            lambda: (SCHEMA, [make_index(open_shard(shard), shard.name)]),
+        )
 
     def _count(self) -> np.ndarray:
         """The number of pairs of each shard: from `sizes.json` next to remote ones, else from the indices."""
         # A signature in a URL is for its shard alone: no other file of its folder can be requested.
-        folders = [s.name.rpartition("/")[0] if s.remote and "?" not in s.name else "" for s in self._shards]
+        folders = [
+            s.name.rpartition("/")[0] if s.remote and "?" not in s.name else ""
+            for s in self._shards
+        ]
         promised = {folder: counts(folder) if folder else {} for folder in set(folders)}
-        sizes = [promised[folder].get(s.label) for folder, s in zip(folders, self._shards, strict=True)]
+        sizes = [
+            promised[folder].get(s.label) for folder, s in zip(folders, self._shards, strict=True)
+        ]
         unknown = [number for number, count in enumerate(sizes) if count is None]
-        with ThreadPoolExecutor(AT_ONCE if self.remote else 1) as pool, pairs_bar(len(unknown) > MANY) as bar:
-            indexed = bar.track(pool.map(self._index_of, unknown), len(unknown), description="Indexing shards")
+        with (
+            ThreadPoolExecutor(AT_ONCE if self.remote else 1) as pool,
+            pairs_bar(len(unknown) > MANY) as bar,
+        ):
+            indexed = bar.track(
+                pool.map(self._index_of, unknown), len(unknown), description="Indexing shards"
+            )
             for number, pairs in zip(unknown, indexed, strict=True):
                 sizes[number] = len(pairs)
         return np.array(sizes, np.int64)
@@ -166,7 +213,9 @@ def make_index(file: OpenFile, name: str) -> pa.RecordBatch:
             latest[key][member] = (at, size)
     except (tarfile.TarError, OSError) as error:
         problem = f"The shard '{name}' cannot be read as a tar archive beyond its first {len(rows):,} pairs: {error}."
-        raise UserError(f"{problem} Fetch or write it again, or remove it; decompress a compressed one.") from error
+        raise UserError(
+            f"{problem} Fetch or write it again, or remove it; decompress a compressed one."
+        ) from error
     return pa.RecordBatch.from_pylist(rows, SCHEMA)
 
 
@@ -189,7 +238,9 @@ def members(file: OpenFile) -> Iterator[tuple[str, int, int]]:
                 yield info.name, info.offset_data, min(info.size, LARGEST_SIZE)
     except tarfile.EOFHeaderError as error:  # type: ignore[attr-defined]
         if file.size - at > MOST_PADDING:
-            raise tarfile.TarError(f"empty from byte {at:,} on, as an unfinished download is") from error
+            raise tarfile.TarError(
+                f"empty from byte {at:,} on, as an unfinished download is"
+            ) from error
         return
     except OSError:
         raise

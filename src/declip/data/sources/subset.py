@@ -59,7 +59,9 @@ class DerivedSource(PairSource):
 
     def other_columns(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
         located = [self.locate(index) for index in indices]
-        sources = {id(source): source for source, _ in located}  # columns of several tables are not compared
+        sources = {
+            id(source): source for source, _ in located
+        }  # columns of several tables are not compared
         inner = [index for _, index in located]
         return next(iter(sources.values())).other_columns(inner) if len(sources) == 1 else {}
 
@@ -78,7 +80,11 @@ class Subset(DerivedSource):
     def __init__(self, source: PairSource, indices: np.ndarray, name: str | None = None) -> None:
         self.source, self.indices = source, indices
         self.name = name or f"{source.name}[{len(indices)}]"
-        self.credit, self.remote, self.group_column = source.credit, source.remote, source.group_column
+        self.credit, self.remote, self.group_column = (
+            source.credit,
+            source.remote,
+            source.group_column,
+        )
         self.captions_from = source.captions_from
 
     def __len__(self) -> int:
@@ -93,20 +99,26 @@ class Subset(DerivedSource):
 
     def splits(self) -> dict[str, np.ndarray]:
         splits = {
-            name: np.flatnonzero(np.isin(self.indices, indices)) for name, indices in self.source.splits().items()
+            name: np.flatnonzero(np.isin(self.indices, indices))
+            for name, indices in self.source.splits().items()
         }
         # Unreadable pairs are in every split: a split of these alone is none.
         return {
             name: rows
             for name, rows in splits.items()
-            if len(rows) and not any(len(other) > len(rows) and np.isin(rows, other).all() for other in splits.values())
+            if len(rows)
+            and not any(
+                len(other) > len(rows) and np.isin(rows, other).all() for other in splits.values()
+            )
         }
 
 
 def take(source: PairSource, count: int, seed: int) -> Subset:
     """Choose pairs without replacement, rising; a larger count keeps all that a smaller one chose."""
     if count > (size := len(source)):
-        raise UserError(f"data.max_pairs={count}, but '{source.name}' has {size}. Ask for at most that many.")
+        raise UserError(
+            f"data.max_pairs={count}, but '{source.name}' has {size}. Ask for at most that many."
+        )
     return Subset(source, np.sort(np.random.default_rng((seed, size)).permutation(size)[:count]))
 
 
@@ -117,9 +129,15 @@ class Joined(DerivedSource):
         self.sources = list(sources)
         self._ends = np.cumsum([len(source) for source in self.sources])
         self.remote = any(source.remote for source in self.sources)
-        self.group_column = next((source.group_column for source in self.sources if source.group_column), None)
-        self.credit = "; ".join(dict.fromkeys(source.credit for source in self.sources if source.credit))
-        self.captions_from = "; ".join(dict.fromkeys(filter(None, (each.captions_from for each in self.sources))))
+        self.group_column = next(
+            (source.group_column for source in self.sources if source.group_column), None
+        )
+        self.credit = "; ".join(
+            dict.fromkeys(source.credit for source in self.sources if source.credit)
+        )
+        self.captions_from = "; ".join(
+            dict.fromkeys(filter(None, (each.captions_from for each in self.sources)))
+        )
         self.name = " + ".join(source.name for source in self.sources)
 
     def __len__(self) -> int:
@@ -147,7 +165,11 @@ class PairList(NamedTuple):
     def of(self, source: PairSource, where: Path) -> Subset:
         """The listed pairs of the opened source; `where` names the list if they are others now."""
         if len(source) != self.total or (self.digest and self.digest_in(source) != self.digest):
-            now = f"{len(source):,}" if len(source) != self.total else "others, or these in another order"
+            now = (
+                f"{len(source):,}"
+                if len(source) != self.total
+                else "others, or these in another order"
+            )
             problem = f"'{where}' lists pairs of '{self.source}' when it had {self.total:,}; now it has {now}."
             raise UserError(f"{problem} Write the list again in another folder.")
         return Subset(source, np.array(self.indices, np.int64))
@@ -158,12 +180,17 @@ class PairList(NamedTuple):
         for index in self.indices[:: max(1, len(self.indices) // 32)]:
             with suppress(BrokenPair):
                 keys.append(source.key(index))
-        return hashlib.blake2b("\n".join(keys).encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+        return hashlib.blake2b(
+            "\n".join(keys).encode("utf-8", "surrogatepass"), digest_size=8
+        ).hexdigest()
 
 
 def list_of(spec: str, columns: Columns, source: PairSource, indices: Iterable[int]) -> PairList:
     """A list of pairs of the opened source `spec`; for a list of pairs, it refers to the source of that."""
-    listed, positions = PairList(spec, columns, len(source), []), cast(Sequence[int], range(len(source)))
+    listed, positions = (
+        PairList(spec, columns, len(source), []),
+        cast(Sequence[int], range(len(source))),
+    )
     if spec.lower().endswith(LIST_KIND) and isinstance(source, Subset):
         listed, source = read_pair_list(Path(spec).expanduser()), source.source
         positions = listed.indices
@@ -184,11 +211,15 @@ def write_pair_list(path: Path, listed: PairList) -> None:
     write_text(path, json.dumps(listed._asdict() | {"columns": asdict(columns)}) + "\n")
 
 
-def write_others(path: Path, spec: str, columns: Columns, source: PairSource, excluded: Collection[int]) -> int:
+def write_others(
+    path: Path, spec: str, columns: Columns, source: PairSource, excluded: Collection[int]
+) -> int:
     """Write a list of the pairs of the opened source `spec` but some, and return their number."""
     others = [index for index in range(len(source)) if index not in excluded]
     if not others:
-        raise UserError(f"'{path}' is not written: all pairs of '{source.name}' are excluded, and none is left.")
+        raise UserError(
+            f"'{path}' is not written: all pairs of '{source.name}' are excluded, and none is left."
+        )
     write_pair_list(path, list_of(spec, columns, source, others))
     return len(others)
 
@@ -198,17 +229,24 @@ def read_pair_list(path: Path) -> PairList:
     try:
         listed = PairList(**json.loads(path.read_text("utf-8")))
         columns = Columns(**listed.columns)  # type: ignore[arg-type]
-        columns = replace(columns, root=resolve(str(columns.root), path.parent) if columns.root else None)
+        columns = replace(
+            columns, root=resolve(str(columns.root), path.parent) if columns.root else None
+        )
         listed = listed._replace(source=resolve(listed.source, path.parent), columns=columns)
         indices = np.asarray(listed.indices)
-        rising = indices.dtype == np.int64 and (np.diff(indices, prepend=-1, append=listed.total) > 0).all()
+        rising = (
+            indices.dtype == np.int64
+            and (np.diff(indices, prepend=-1, append=listed.total) > 0).all()
+        )
         names = (listed.source, columns.image, columns.group or "", columns.root or "")
         texts = all(isinstance(name, str) for name in names)
         if rising and texts and not listed.source.lower().endswith(LIST_KIND):  # no list of itself
             return listed
     except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError):
         pass
-    raise UserError(f"'{path}' is not a list of pairs that declip wrote. Pass the pairs themselves.")
+    raise UserError(
+        f"'{path}' is not a list of pairs that declip wrote. Pass the pairs themselves."
+    )
 
 
 def split_numbers(cells: pa.Array | pa.ChunkedArray, where: str) -> np.ndarray | None:
@@ -216,19 +254,29 @@ def split_numbers(cells: pa.Array | pa.ChunkedArray, where: str) -> np.ndarray |
     encoded = cells.dictionary_encode()
     encoded = encoded.combine_chunks() if isinstance(encoded, pa.ChunkedArray) else encoded
     names = encoded.dictionary.to_pylist()
-    number_of = np.array([NUMBER_OF.get(name.strip().lower(), UNKNOWN) for name in names] + [UNREADABLE])
+    number_of = np.array(
+        [NUMBER_OF.get(name.strip().lower(), UNKNOWN) for name in names] + [UNREADABLE]
+    )
     if not (number_of >= 0).any():
         return None
     if (number_of == UNKNOWN).any():  # test pairs could be trained on
         other = names[int((number_of == UNKNOWN).argmax())]
-        raise UserError(f"{where} has '{printable(other)}'. Write {', '.join(SPLITS)} there, or rename the column.")
+        raise UserError(
+            f"{where} has '{printable(other)}'. Write {', '.join(SPLITS)} there, or rename the column."
+        )
     return number_of[encoded.indices.fill_null(len(names)).to_numpy(zero_copy_only=False)]
 
 
 def indices_by_split(numbers: np.ndarray | None) -> dict[str, np.ndarray]:
     """Rising indices of the pairs of each split that has some, by the pairs' numbers (n,); `UNREADABLE` is in each."""
-    masks = {} if numbers is None else {name: numbers == number for number, name in enumerate(SPLITS)}
-    return {name: np.flatnonzero(where | (numbers == UNREADABLE)) for name, where in masks.items() if where.any()}
+    masks = (
+        {} if numbers is None else {name: numbers == number for number, name in enumerate(SPLITS)}
+    )
+    return {
+        name: np.flatnonzero(where | (numbers == UNREADABLE))
+        for name, where in masks.items()
+        if where.any()
+    }
 
 
 def training_part(source: PairSource) -> PairSource:
@@ -236,7 +284,9 @@ def training_part(source: PairSource) -> PairSource:
     splits = source.splits()
     if splits and "train" not in splits:
         problem = f"'{source.name}' has no training pairs: its splits are {', '.join(splits)}."
-        raise UserError(f"{problem} Name some rows 'train', or rename the column '{COLUMN}' to train on all.")
+        raise UserError(
+            f"{problem} Name some rows 'train', or rename the column '{COLUMN}' to train on all."
+        )
     if not splits or len(splits["train"]) == len(source):
         return source
     return Subset(source, splits["train"], f"{source.name} (train)")

@@ -38,12 +38,29 @@ from declip.io.cache import cached_table
 from declip.io.text import one_line
 
 # Column names of public sets, most telling first; tried when the default column is missing.
-PATH_NAMES = ("file_name", "image_path", "filepath", "file_path", "path", "filename", "image_file", "img", "file")
+PATH_NAMES = (
+    "file_name",
+    "image_path",
+    "filepath",
+    "file_path",
+    "path",
+    "filename",
+    "image_file",
+    "img",
+    "file",
+)
 IMAGE_NAMES = ("image", *PATH_NAMES)
 CAPTION_NAMES = ("caption", "captions", "text", "texts", "title", "description", "sentences")
 
-OTHER_TEXTS = ("keywords", "tags", "alt", "alt_text")  # never tried, but named where captions are guessed
-warn_once = cache(logging.getLogger("declip").warning)  # once per process, however often the table is opened
+OTHER_TEXTS = (
+    "keywords",
+    "tags",
+    "alt",
+    "alt_text",
+)  # never tried, but named where captions are guessed
+warn_once = cache(
+    logging.getLogger("declip").warning
+)  # once per process, however often the table is opened
 
 BRACES = re.compile(r"\{([^{}]*)\}")
 Captions = dict[str, tuple[str, ...]]
@@ -79,7 +96,13 @@ class TableSource(EntrySource):
         self._split = by_lower_name(names).get(COLUMN)
         # --- the columns, the image first, and the rows of each pair
         texts = [text for text, read in self._captions.items() if read == (text,) != (image,)]
-        labels = [name for text, read in self._captions.items() if read != (text,) for name in read if name != image]
+        labels = [
+            name
+            for text, read in self._captions.items()
+            if read != (text,)
+            for name in read
+            if name != image
+        ]
         self._label_names = {name: label_names(self.file, name) for name in (*texts, *labels)}
         wanted = (image, *texts, *labels, self.group_column, self._split)
         self._columns = list(dict.fromkeys(filter(None, wanted)))
@@ -96,7 +119,9 @@ class TableSource(EntrySource):
     def __len__(self) -> int:
         return len(self._pairs)
 
-    def __reduce__(self) -> tuple[type, tuple[object, ...]]:  # a worker process opens the table itself
+    def __reduce__(
+        self,
+    ) -> tuple[type, tuple[object, ...]]:  # a worker process opens the table itself
         return TableSource, self._arguments
 
     def entry(self, index: int) -> tuple[str, list[int]]:
@@ -117,23 +142,41 @@ class TableSource(EntrySource):
             (value,), names = self.cells(key, [row], column), self._label_names.get(column, ())
             return names[value] if isinstance(value, int) and 0 <= value < len(names) else value
 
-        return read_captions(self._captions, [partial(cell, row) for row in rows], "unreadable row", key)
+        return read_captions(
+            self._captions, [partial(cell, row) for row in rows], "unreadable row", key
+        )
 
     def group(self, index: int) -> int:
-        return group_number(self.cells(*self.entry(index), self.group_column)[0]) if self.group_column else 0
+        return (
+            group_number(self.cells(*self.entry(index), self.group_column)[0])
+            if self.group_column
+            else 0
+        )
 
     def other_columns(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
-        names = [name for name in self.file.columns if [*self.file.columns, *self._columns].count(name) == 1]
+        names = [
+            name
+            for name in self.file.columns
+            if [*self.file.columns, *self._columns].count(name) == 1
+        ]
         if isinstance(self.file, ParquetRows):
             kinds = {name: self.file.arrow_schema.field(name).type for name in names}
-            names = [name for name, kind in kinds.items() if is_text(kind) or pa.types.is_integer(kind)]
+            names = [
+                name for name, kind in kinds.items() if is_text(kind) or pa.types.is_integer(kind)
+            ]
         numbers: dict[str, list[int]] = {name: [] for name in names}
-        with suppress(UserError, pa.ArrowException, OSError, UnicodeDecodeError):  # these columns are not needed
+        with suppress(
+            UserError, pa.ArrowException, OSError, UnicodeDecodeError
+        ):  # these columns are not needed
             for batch in self.file.read(names)[1] if names else ():
                 for name in names:
                     numbers[name] += map(group_number, batch[name].to_pylist())
         rows = self._pairs.flatten().to_numpy()[self._pairs.offsets.to_numpy()[:-1][list(indices)]]
-        return {name: np.array(cells)[rows] for name, cells in numbers.items() if len(cells) == len(self.table)}
+        return {
+            name: np.array(cells)[rows]
+            for name, cells in numbers.items()
+            if len(cells) == len(self.table)
+        }
 
     def splits(self) -> dict[str, np.ndarray]:
         """Indices of the pairs of each split. A pair with rows in several is in the last: test before train."""
@@ -142,7 +185,9 @@ class TableSource(EntrySource):
         cells: Any = self.table.column(self._columns.index(self._split))
         if isinstance(self.file, ParquetRows):
             cells = pa.array(map(cell_name, cells.to_pylist()), pa.string())
-        if (numbers := split_numbers(cells, f"Column '{self._split}' of '{self.name}'")) is not None:
+        if (
+            numbers := split_numbers(cells, f"Column '{self._split}' of '{self.name}'")
+        ) is not None:
             rows, starts = self._pairs.flatten().to_numpy(), self._pairs.offsets.to_numpy()
             # (rows,) -> (pairs,)
             numbers = np.maximum.reduceat(numbers[rows], starts[:-1])
@@ -158,7 +203,9 @@ class TableSource(EntrySource):
         if not image or not isinstance(image, str):
             raise BrokenPair("missing image", key, f"not a path: {str(image or '')[:40]}")
         if image.startswith(("http://", "https://")):
-            raise BrokenPair("missing image", key, "a web address; download the images and name the files")
+            raise BrokenPair(
+                "missing image", key, "a web address; download the images and name the files"
+            )
         if "\\" in image and not os.path.exists(self.root / image):
             image = image.replace("\\", "/")  # written on Windows
         if self.confined:
@@ -175,13 +222,20 @@ class TableSource(EntrySource):
             raise BrokenPair(reason, f"line {line}", detail)
         return f"line {line}"
 
-    def _held(self, kind: str, options: list[Any], schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> pa.Table:
+    def _held(
+        self, kind: str, options: list[Any], schema: pa.Schema, batches: Iterator[pa.RecordBatch]
+    ) -> pa.Table:
         """A table in memory or, if it is large, in the cache."""
         try:
             if not self.file.large:
                 return pa.Table.from_batches(batches, schema)
-            version = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in self.file.files]
-            return cached_table(f"tables/{kind}", (LAYOUT, *version, options), lambda: (schema, batches))
+            version = [
+                (str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns)
+                for file in self.file.files
+            ]
+            return cached_table(
+                f"tables/{kind}", (LAYOUT, *version, options), lambda: (schema, batches)
+            )
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise UserError(f"'{self.file.path}' cannot be read: {one_line(error)}.") from error
 
@@ -192,7 +246,9 @@ def open_rows(path: str | Path) -> TableRows:
     if path.is_dir() or (not path.exists() and names_shards(str(path))):
         return ParquetRows(path)
     if not path.is_file() or path.suffix.lower() not in KINDS:
-        raise UserError(f"'{path.name}' is not a table of {', '.join(TABLE_KINDS)}. Save it as CSV in UTF-8.")
+        raise UserError(
+            f"'{path.name}' is not a table of {', '.join(TABLE_KINDS)}. Save it as CSV in UTF-8."
+        )
     return KINDS[path.suffix.lower()](path)
 
 
@@ -205,10 +261,16 @@ def find_table(spec: str | Path) -> Path | None:
         return path if holds(path, ".parquet") and not holds(path, ".tar") else None
     if path.suffix.lower() in KINDS and path.exists():
         return path
-    return path if names_shards(text) and text.lower().endswith(".parquet") and not is_url(text) else None
+    return (
+        path
+        if names_shards(text) and text.lower().endswith(".parquet") and not is_url(text)
+        else None
+    )
 
 
-def find_columns(names: Sequence[str], columns: Columns, where: Path | str) -> tuple[str, Captions, str | None]:
+def find_columns(
+    names: Sequence[str], columns: Columns, where: Path | str
+) -> tuple[str, Captions, str | None]:
     """Find the columns of images, of captions (that of images where none is read) and of groups."""
     header = Header(names, where)
     image = header.column(columns.image, IMAGE_NAMES, "image")
@@ -247,7 +309,11 @@ class Header:
         if given == CAPTION_NAMES[0]:
             caption = self.column(given, CAPTION_NAMES, "caption")
             lower = by_lower_name(self.names)
-            others = [lower[name] for name in (*CAPTION_NAMES, *OTHER_TEXTS) if lower.get(name, caption) != caption]
+            others = [
+                lower[name]
+                for name in (*CAPTION_NAMES, *OTHER_TEXTS)
+                if lower.get(name, caption) != caption
+            ]
             if caption != given and others:
                 unused = ", ".join(printable(name) for name in others)
                 problem = f"Captions of '{Path(self.where).name}': {caption}. Not used: {unused}."
@@ -266,7 +332,9 @@ class Header:
         return captions
 
 
-def read_captions(captions: Captions, rows: Iterable[Callable[[str], Any]], reason: str, key: str) -> tuple[str, ...]:
+def read_captions(
+    captions: Captions, rows: Iterable[Callable[[str], Any]], reason: str, key: str
+) -> tuple[str, ...]:
     """The cleaned captions in rows of one image, which return the cell of a column; raises `BrokenPair`.
 
     A template with an empty cell gives no caption.
@@ -337,7 +405,9 @@ def _key_of(cell: pa.Scalar) -> bytes:
 def is_text(kind: pa.DataType) -> bool:
     """Whether a column of this type holds strings."""
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+    return bool(
+        pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    )
 
 
 def is_bytes(kind: pa.DataType) -> bool:
@@ -346,4 +416,8 @@ def is_bytes(kind: pa.DataType) -> bool:
         kind = kind.value_type
     if isinstance(kind, pa.StructType):
         return any(field.name == "bytes" and is_bytes(field.type) for field in kind)
-    return kind in (pa.binary(), pa.large_binary(), pa.binary_view()) or pa.types.is_fixed_size_binary(kind)
+    return kind in (
+        pa.binary(),
+        pa.large_binary(),
+        pa.binary_view(),
+    ) or pa.types.is_fixed_size_binary(kind)

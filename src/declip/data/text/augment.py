@@ -12,7 +12,9 @@ from declip.data.text.tokenizer import CaptionTokenizer
 
 _MASKED, _RANDOM = 0.8, 0.1  # of the chosen tokens, as in BERT
 
-LATIN, OTHER = (regex.compile(pattern, regex.V1) for pattern in (r"\p{Latin}", r"[\p{L}--\p{Latin}]"))
+LATIN, OTHER = (
+    regex.compile(pattern, regex.V1) for pattern in (r"\p{Latin}", r"[\p{L}--\p{Latin}]")
+)
 
 
 def augment(caption: str, generator: np.random.Generator, alpha: float = 0.1) -> str:
@@ -44,7 +46,11 @@ def replace_words(words: Sequence[str], count: int, generator: np.random.Generat
     while candidates and len(replacements) < count:
         core = candidates.pop(_below(len(candidates), generator))
         replacements[core] = known[core][_below(len(known[core]), generator)]
-    changed = {core: _like(core, replacements[core.lower()]) for _, core, _ in parsed if core.lower() in replacements}
+    changed = {
+        core: _like(core, replacements[core.lower()])
+        for _, core, _ in parsed
+        if core.lower() in replacements
+    }
     return [before + changed.get(core, core) + after for before, core, after in parsed]
 
 
@@ -58,7 +64,9 @@ def swap_words(words: Sequence[str], count: int, generator: np.random.Generator)
     return swapped
 
 
-def delete_words(words: Sequence[str], probability: float, generator: np.random.Generator) -> list[str]:
+def delete_words(
+    words: Sequence[str], probability: float, generator: np.random.Generator
+) -> list[str]:
     """Delete each word with a probability; one of them, chosen evenly, stays if all would be deleted."""
     draws = generator.random(len(words)).tolist()
     kept = [word for word, draw in zip(words, draws, strict=True) if draw >= probability]
@@ -66,7 +74,10 @@ def delete_words(words: Sequence[str], probability: float, generator: np.random.
 
 
 def mask_tokens(
-    ids: Sequence[int], generator: np.random.Generator, tokenizer: CaptionTokenizer, probability: float = 0.15
+    ids: Sequence[int],
+    generator: np.random.Generator,
+    tokenizer: CaptionTokenizer,
+    probability: float = 0.15,
 ) -> tuple[list[int], list[int]]:
     """Corrupt token ids for masked-language modeling.
 
@@ -79,7 +90,9 @@ def mask_tokens(
     draws = generator.random(masked.index(tokenizer.end) - 1)
     for position in np.flatnonzero(draws < probability).tolist():
         labels[position + 1] = masked[position + 1]
-        kind = draws[position] / probability  # evenly in [0, 1), since the draw is below the probability
+        kind = (
+            draws[position] / probability
+        )  # evenly in [0, 1), since the draw is below the probability
         if kind < _MASKED:
             masked[position + 1] = tokenizer.mask
         elif kind < _MASKED + _RANDOM:

@@ -42,7 +42,9 @@ class CaptionTokenizer(ABC):
 
     def __init__(self, context: int) -> None:
         if context < 3:
-            raise UserError(f"The context is {context} tokens; start, end and a word need 3 at least.")
+            raise UserError(
+                f"The context is {context} tokens; start, end and a word need 3 at least."
+            )
         self.context = context  # largest number of ids of a text, start and end included
 
     def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
@@ -62,25 +64,33 @@ class CaptionTokenizer(ABC):
 
     def encode(self, text: str) -> list[int]:
         if not isinstance(text, str):
-            raise UserError(f"A text must be a string; {type(text).__name__} was given: {text!r:.60}.")
+            raise UserError(
+                f"A text must be a string; {type(text).__name__} was given: {text!r:.60}."
+            )
         return self.ids(text)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Decode ids, with or without start and end; ids after the first end (padding) are ignored."""
         kept = [*takewhile(lambda token: token != self.end, map(operator.index, ids))]
         if wrong := [token for token in kept if not 0 <= token < self.vocabulary]:
-            raise UserError(f"Token id {wrong[0]} was given; this vocabulary has 0 to {self.vocabulary - 1}.")
+            raise UserError(
+                f"Token id {wrong[0]} was given; this vocabulary has 0 to {self.vocabulary - 1}."
+            )
         return self.spell([token for token in kept if token != self.start])
 
     def __call__(self, texts: str | Sequence[str]) -> torch.Tensor:
         """Encode one text or several as (n, L) int64, L the longest, rounded up to 8 and at most `context`."""
-        several: Any = [texts] if isinstance(texts, str) or not isinstance(texts, Iterable) else texts
+        several: Any = (
+            [texts] if isinstance(texts, str) or not isinstance(texts, Iterable) else texts
+        )
         rows = [self.encode(text) for text in several]
         if not rows:
             raise UserError("The tokenizer got no text; pass a string or a list of at least one.")
         # (n, L); few different L, so that kernels and memory are reused.
         width = padded_length(max(map(len, rows)), self.context)
-        return torch.tensor([row + [self.padding] * (width - len(row)) for row in rows], dtype=torch.int64)
+        return torch.tensor(
+            [row + [self.padding] * (width - len(row)) for row in rows], dtype=torch.int64
+        )
 
 
 def padded_length(longest: int, context: int, step: int = 8) -> int:
@@ -93,7 +103,9 @@ def read_definition(definition: str) -> tokenizers.Tokenizer:
     try:
         library = tokenizers.Tokenizer.from_str(definition)
     except Exception as error:  # the library knows no other class
-        raise UserError(f"The tokenizer cannot be read: {' '.join(str(error).split())[:200]}") from error
+        raise UserError(
+            f"The tokenizer cannot be read: {' '.join(str(error).split())[:200]}"
+        ) from error
     library.no_truncation()
     library.no_padding()
     return library
@@ -111,7 +123,9 @@ class Tokenizer(CaptionTokenizer):
         merges = _MERGES if merges is None else merges
         self._arguments = (context, merges)
         if not 0 <= merges <= _MERGES:
-            raise UserError(f"{merges:,} merges were given; CLIP's vocabulary has 0 to {_MERGES:,}.")
+            raise UserError(
+                f"{merges:,} merges were given; CLIP's vocabulary has 0 to {_MERGES:,}."
+            )
         self.words, self.merges = range(512 + merges), merges
         self.start, self.end, self.mask = (len(self.words) + number for number in range(3))
         self.vocabulary, self.padding = self.mask + 1, 0
@@ -144,18 +158,29 @@ class _BytePairs:
 
     def __init__(self, merges: int) -> None:
         # Letters of CLIP's merges by byte, in the order of CLIP's ids: printable bytes of Latin-1 first.
-        letters = {byte: chr(byte) for byte in (*range(33, 127), *range(161, 173), *range(174, 256))}
-        letters |= {byte: chr(256 + n) for n, byte in enumerate(byte for byte in range(256) if byte not in letters)}
+        letters = {
+            byte: chr(byte) for byte in (*range(33, 127), *range(161, 173), *range(174, 256))
+        }
+        letters |= {
+            byte: chr(256 + n)
+            for n, byte in enumerate(byte for byte in range(256) if byte not in letters)
+        }
         lines = bz2.decompress(asset("clip_merges.txt.bz2").read_bytes()).decode().splitlines()
         pairs = [(left, right) for left, right in map(str.split, lines[1 : merges + 1])]
         ended = [letter + "</w>" for letter in letters.values()]
         vocabulary = [*letters.values(), *ended, *map("".join, pairs)]
         numbers = {piece: number for number, piece in enumerate(vocabulary)}
-        self.library = tokenizers.Tokenizer(models.BPE(vocab=numbers, merges=pairs, end_of_word_suffix="</w>"))
-        self.library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        self.library = tokenizers.Tokenizer(
+            models.BPE(vocab=numbers, merges=pairs, end_of_word_suffix="</w>")
+        )
+        self.library.pre_tokenizer = pre_tokenizers.ByteLevel(
+            add_prefix_space=False, use_regex=False
+        )
         self._cached = lru_cache(maxsize=2**16)(self._encode)
         bytes_of = {ord(letter): byte for byte, letter in letters.items()}
-        self.pieces = [piece.replace("</w>", " ").translate(bytes_of).encode("latin-1") for piece in vocabulary]
+        self.pieces = [
+            piece.replace("</w>", " ").translate(bytes_of).encode("latin-1") for piece in vocabulary
+        ]
 
     def encode(self, word: str) -> tuple[int, ...]:
         return self._cached(word) if len(word) <= _LONGEST_CACHED else self._encode(word)
@@ -177,14 +202,20 @@ class HuggingfaceTokenizer(CaptionTokenizer):
         self.library.encode_special_tokens = True
         ids = set(self.library.get_vocab(with_added_tokens=True).values())
         self.vocabulary = max(ids, default=-1) + 1
-        if specials.keys() != set(SPECIALS) or not all(0 <= number < self.vocabulary for number in specials.values()):
+        if specials.keys() != set(SPECIALS) or not all(
+            0 <= number < self.vocabulary for number in specials.values()
+        ):
             wanted = f"one each for {', '.join(SPECIALS)}, under {self.vocabulary:,}"
             raise UserError(f"The tokenizer's special ids are {dict(specials)}; it needs {wanted}.")
         self.start, self.end, self.mask, self.padding = (specials[name] for name in SPECIALS)
         added = self.library.get_added_tokens_decoder().items()
-        self.words = sorted(ids - {number for number, token in added if token.special} - {*specials.values()})
+        self.words = sorted(
+            ids - {number for number, token in added if token.special} - {*specials.values()}
+        )
         if not self.words:
-            raise UserError("The tokenizer has special tokens only, no words. Give the tokenizer that the encoder had.")
+            raise UserError(
+                "The tokenizer has special tokens only, no words. Give the tokenizer that the encoder had."
+            )
 
     def word_ids(self, text: str) -> Iterable[int]:
         return self.library.encode(fix(text), add_special_tokens=False).ids
@@ -207,7 +238,12 @@ class WrappedTokenizer(CaptionTokenizer):
     mask = -1  # none of these models was trained with masks
 
     def __init__(
-        self, definition: str | None, context: int, clean: str, padding: int = 0, zeroed: int | None = None
+        self,
+        definition: str | None,
+        context: int,
+        clean: str,
+        padding: int = 0,
+        zeroed: int | None = None,
     ) -> None:
         super().__init__(context)
         self.stored: dict[str, Any] = {
@@ -231,11 +267,17 @@ class WrappedTokenizer(CaptionTokenizer):
 
     def word_ids(self, text: str) -> Iterable[int]:
         text = self._clean(text)
-        return self.clip.word_ids(text) if self.clip else self.library.encode(text, add_special_tokens=False).ids
+        return (
+            self.clip.word_ids(text)
+            if self.clip
+            else self.library.encode(text, add_special_tokens=False).ids
+        )
 
     def spell(self, ids: list[int]) -> str:
         return self.clip.spell(ids) if self.clip else self.library.decode(ids).strip()
 
     def __call__(self, texts: str | Sequence[str]) -> torch.Tensor:
         tokens = super().__call__(texts)
-        return torch.nn.functional.pad(tokens, (0, self.context - tokens.shape[1]), value=self.padding)
+        return torch.nn.functional.pad(
+            tokens, (0, self.context - tokens.shape[1]), value=self.padding
+        )
