@@ -9,7 +9,7 @@ from torch.nn.functional import normalize
 
 from declip.closed_form import neighbors, related
 from declip.closed_form.heads import choose_heads
-from declip.closed_form.neighbors import leading_axes
+from declip.closed_form.neighbors import Side, both_resemble, leading_axes
 from declip.closed_form.related import known_pairs, with_neighbors
 from declip.closed_form.solve import Heads, Pairs
 from pair_features import class_pairs, features, pairs_of
@@ -51,6 +51,19 @@ def test_similarities_are_weighted_sums_of_cosines(nearest, monkeypatch):
     expected = (projected + 0.5 * parts[0] + 0.25 * parts[1]) / 1.75
     found = heads.embed_images(image[None]) @ heads.embed_texts(text[None]).mT
     assert float(found) == pytest.approx(expected, abs=1e-5)
+
+
+def test_what_an_image_and_a_text_both_resemble_counts_most_in_their_cosine():
+    axes = torch.eye(4)
+    images, texts = Side(axes, torch.zeros(4)), Side(axes, torch.ones(4))
+    image, text = torch.tensor([1.0, 0.9, 0.2, -1.0]), torch.tensor([1.2, 2.0, 2.5, 3.0])
+    values, rows = images.nearest(image[None], 2)
+    assert rows.tolist() == [[0, 1]]
+    torch.testing.assert_close(values[0], normalize(image, dim=0)[:2])
+    products = [0.2**3 * 1.0**3, 0.9**3 * 1.0**3, 0.2**3 * 1.5**3]
+    assert products[1] > products[2] > products[0]
+    assert both_resemble(images, texts, image, text, 2) == [1, 2]
+    assert both_resemble(images, texts, image, text, 9) == [1, 2, 0], "3 is unlike the image"
 
 
 def test_an_image_with_several_captions_is_known_by_their_mean():

@@ -378,6 +378,14 @@ def test_a_saved_model_computes_posteriors_as_the_heads_that_were_fitted(folder,
     torch.testing.assert_close(
         cosines(run.folder, folder) / known["logit_scale"], expected, rtol=0, atol=2e-3
     )
+    # --- what the anchors are
+    keys = [open_source(folder / "ten.csv").key(index) for index in range(10)]
+    assert [key for key, _ in run.known] == [*keys, "", "", "", ""]
+    assert [caption for _, caption in run.known[10:]] == list(COLORS)
+    captions = declip.load(run.folder, "cpu").text_tower.text_projection.side
+    of_first = captions.nearest(pairs.texts[0:20:2], 2)[1]
+    assert [row in near for row, near in enumerate(of_first.tolist())] == [True] * 10
+    assert run.known[3][1] == open_source(folder / "ten.csv").captions(3)[0]
 
 
 def test_features_are_computed_in_the_precision_of_the_recipe(run, folder, tmp_path):

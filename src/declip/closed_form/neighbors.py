@@ -38,6 +38,31 @@ class Side(NamedTuple):
         scaled = [half * weight.sqrt() for half, weight in zip(halves, weights, strict=False)]
         return torch.cat(scaled, dim=-1)
 
+    def nearest(self, pooled: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """(n, count) largest cosines of pooled features (n, v) with the anchors, and their rows.
+
+        What the rows are: `declip.runs.fitted.FittedRun.known` of a fit; of a start without pairs,
+        the names of its classes in order.
+        """
+        cosines = normalize(pooled - self.mean, dim=-1) @ self.anchors.mT
+        values, rows = cosines.topk(min(count, cosines.shape[-1]), dim=-1)
+        return values, rows
+
+
+def both_resemble(
+    image: Side, text: Side, pooled_image: Tensor, pooled_text: Tensor, count: int
+) -> list[int]:
+    """Rows of the anchors that an image (v,) and a text (w,) both resemble, the most similar first.
+
+    At most `count`: those whose product counts most in the cosine of their neighbors.
+    """
+    one = torch.ones(1)
+    of_image = image.features(pooled_image[None], 0, one)
+    of_text = text.features(pooled_text[None], 0, one)
+    products = (of_image * of_text)[0]
+    values, rows = products.topk(min(count, len(products)))
+    return rows[values > 0].tolist()
+
 
 def nearest(cosines: Tensor) -> Tensor:
     """Powers of the largest cosines (n, a) of each row, 0 elsewhere, of length 1."""
@@ -57,6 +82,7 @@ class Neighbors:
     classes: int  # anchors at the end that are classes
     weights: Tensor  # (2,), see `WEIGHTS`
     axes: Tensor | None = None  # (k + a + c, d); None: all dimensions
+    rows: tuple[int, ...] = ()  # which of the pairs that were fitted to are anchors
 
     def extend(self, side: Side, pooled: Tensor, projected: Tensor) -> Tensor:
         """Append features of neighbors to projected features (n, k) of length 1: (n, d) of length 1."""

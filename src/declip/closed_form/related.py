@@ -92,6 +92,7 @@ def known_pairs(pairs: Pairs, classes: ClassPairs | None, seed: int = 0) -> Neig
     if count > MOST:
         order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
         rows = order[:MOST].sort().values
+    kept = tuple(rows.tolist())
     images = pairs.images[rows].float()
     texts = mean_by_owner(pairs.texts.float(), pairs.owners, count)[rows]
     if classes is None:
@@ -101,6 +102,7 @@ def known_pairs(pairs: Pairs, classes: ClassPairs | None, seed: int = 0) -> Neig
             _text_side(texts),
             0,
             torch.tensor(WEIGHTS[0]),
+            rows=kept,
         )
     # A classifier's rows are known up to a common vector, which softmax ignores.
     centers = (classes.rows - classes.rows.mean(dim=0)).float()
@@ -108,7 +110,9 @@ def known_pairs(pairs: Pairs, classes: ClassPairs | None, seed: int = 0) -> Neig
     mean = classes.mean.float()
     anchors = torch.cat([normalize(images - mean, dim=-1), normalize(centers, dim=-1)])
     texts = torch.cat([texts, names])
-    return Neighbors(Side(anchors, mean), _text_side(texts), len(centers), torch.tensor(WEIGHTS[0]))
+    return Neighbors(
+        Side(anchors, mean), _text_side(texts), len(centers), torch.tensor(WEIGHTS[0]), rows=kept
+    )
 
 
 def _text_side(texts: Tensor) -> Side:

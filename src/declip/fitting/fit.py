@@ -78,6 +78,19 @@ class Fitted:
             rows.append((index, self.features.captions[row], float(ranks[row])))
         return rows
 
+    def known(self) -> list[tuple[str, str]]:
+        """Key and first caption of the pairs that an image is compared with, see `Neighbors`."""
+        neighbors = self.choice.heads.neighbors
+        if neighbors is None:
+            return []
+        owners = self.features.pairs.owners.numpy()
+        firsts = np.searchsorted(owners, neighbors.rows)
+        found = []
+        for row in firsts.tolist():
+            key = self.source.key(int(self.features.indices[row]))
+            found.append((key, self.features.captions[row]))
+        return found
+
     def mixtures(self, alphas: tuple[float, ...]) -> dict[float, "Fitted"]:
         """Heads of alpha · fitted + (1 - alpha) · start for each alpha, with their own ranks.
 

@@ -1,6 +1,5 @@
 """Fine-tuning with frozen towers, as the command does it: a fit, its measures, and its folder."""
 
-import csv
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,7 +32,17 @@ from declip.models.dual_encoder import DualEncoder
 from declip.models.fingerprint import fingerprint
 from declip.recipe.schema import Recipe
 from declip.reports.fitted import write_fitted_report
-from declip.runs.fitted import EXPORTS, FACTS, HEADS, MEASURES, RANKS, RESULTS, FittedRun
+from declip.runs.fitted import (
+    EXPORTS,
+    FACTS,
+    HEADS,
+    KNOWN,
+    MEASURES,
+    RANKS,
+    RESULTS,
+    FittedRun,
+    write_table,
+)
 
 ALPHAS = (1.0, 0.75, 0.5, 0.25)  # fractions of the fitted heads that are tried
 LEFT_OUT = "left-out pairs"  # the set of cross-validation in the scores of a mixture
@@ -98,6 +107,7 @@ def run_fit(task: FitTask, folder: Path) -> FittedRun:
     # --- files
     with new_folder(folder) as partial:
         _write(partial, folder, fitted, weights, known, after)
+        _write_known(partial / KNOWN, fitted, named_weights(recipe, weights))
         _write_json(partial / RESULTS, {"start": _plain(before), "fitted": _plain(after)})
         facts = {"source": _facts(source), "skipped": _skipped(fitted), "worst": _worst(fitted)}
         _write_json(partial / FACTS, facts | {"mixture": mixture})
@@ -221,14 +231,19 @@ def _write(
 
 def _write_ranks(path: Path, fitted: Fitted) -> None:
     """Write the out-of-fold rank of each caption, the worst first."""
-    rows = fitted.ranks()
-    if not rows:
-        return
-    with path.open("w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file)
-        table.writerow(["key", "caption", "rank"])
-        for index, caption, rank in rows:
-            table.writerow([fitted.source.key(index), caption, f"{rank:.4f}"])
+    rows = []
+    for index, caption, rank in fitted.ranks():
+        rows.append([fitted.source.key(index), caption, f"{rank:.4f}"])
+    write_table(path, ("key", "caption", "rank"), rows)
+
+
+def _write_known(path: Path, fitted: Fitted, weights: Weights) -> None:
+    """Write what the anchors of `Neighbors` are, in order: pairs, then classes without keys."""
+    rows = [list(pair) for pair in fitted.known()]
+    classes = weights.named_classes()
+    if rows and fitted.classes and classes is not None:
+        rows += [["", name] for name in classes.names]
+    write_table(path, ("key", "caption"), rows)
 
 
 def _worst(fitted: Fitted) -> list[dict[str, Any]]:

@@ -47,9 +47,17 @@ class NeighborProjection(nn.Module):
 
     def _extended(self, pooled: Tensor, projected: Tensor) -> Tensor:
         classes = len(self.axes) - projected.shape[-1] - len(self.anchors)
-        related = Side(self.anchors, self.mean).features(pooled, classes, self.weights)
+        related = self.side.features(pooled, classes, self.weights)
         joined = torch.cat([normalize(projected, dim=-1), related], dim=-1)
         return normalize(joined @ self.axes, dim=-1)
+
+    @property
+    def side(self) -> Side:
+        """The anchors, to ask which of them a pooled feature resembles.
+
+        By `Side.nearest` or `both_resemble`; `FittedRun.known` has their keys and captions.
+        """
+        return Side(self.anchors, self.mean)
 
     @property
     def classes(self) -> Tensor:

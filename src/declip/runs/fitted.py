@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +18,7 @@ from declip.io.text import one_line
 HEADS = "heads.safetensors"  # the two matrices, and in its metadata what they were fitted to
 MEASURES = "cross_validation.json"
 RANKS = "out_of_fold.csv"  # of each caption
+KNOWN = "neighbors.csv"  # the pairs and classes that images and captions are compared with
 RESULTS = "results.json"  # of validation sets, before and after
 FACTS = "fit.json"  # pairs, skipped pairs, worst captions, mixture
 REPORT = "report.html"
@@ -38,6 +40,16 @@ def read_metadata(path: Path) -> dict[str, str]:
             return dict(file.metadata() or {})
     except Exception as error:  # safetensors has its own classes
         raise UserError(f"'{path}' is damaged: {one_line(error, 200)}. Fit it again.") from error
+
+
+def write_table(path: Path, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Write a table as CSV; no file without rows."""
+    if not rows:
+        return
+    with path.open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(header)
+        table.writerows(rows)
 
 
 @dataclass(frozen=True)
@@ -86,19 +98,26 @@ class FittedRun:
     @cached_property
     def caption_ranks(self) -> dict[tuple[str, str], float]:
         """Out-of-fold ranks of captions by key and caption, the worst first: 0 best, 1 worst."""
-        path = self.folder / RANKS
-        if not path.is_file():
-            return {}
-        ranks = {}
-        with path.open(newline="", encoding="utf-8", errors="replace") as file:
-            for row in itertools.islice(csv.reader(file), 1, None):
-                if len(row) == 3:
-                    ranks[row[0], row[1]] = float(row[2])
-        return ranks
+        rows = self._table(RANKS, 3)
+        return {(key, caption): float(rank) for key, caption, rank in rows}
+
+    @cached_property
+    def known(self) -> list[tuple[str, str]]:
+        """Key and caption of each anchor of `Neighbors`, in order; the key of a class is ""."""
+        return [(key, caption) for key, caption in self._table(KNOWN, 2)]
 
     def _results(self, key: str) -> list[Result]:
         rows = [read_result(row) for row in self._json(RESULTS).get(key, [])]
         return [row for row in rows if row is not None]
+
+    def _table(self, name: str, columns: int) -> list[list[str]]:
+        """The complete rows of a table, without its header; none without the file."""
+        path = self.folder / name
+        if not path.is_file():
+            return []
+        with path.open(newline="", encoding="utf-8", errors="replace") as file:
+            rows = itertools.islice(csv.reader(file), 1, None)
+            return [row for row in rows if len(row) == columns]
 
     def _json(self, name: str) -> dict[str, Any]:
         path = self.folder / name
