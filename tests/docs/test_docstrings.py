@@ -14,7 +14,7 @@ from declip.data.sources.open import open_source
 from declip.models.dual_encoder import DualEncoder
 from fixtures.make import PAIRS
 
-RUN = Path(__file__).parents[1] / "fixtures" / "1.0" / "run"
+RUN = Path(__file__).parents[1] / "fixtures" / "stored_run" / "run"
 WITHOUT = {"PairBatch", "Term", "UserError", "compare", "finetune", "interchange"}
 """Names without an example: those that cost more than a second, and those that need more than five lines."""
 

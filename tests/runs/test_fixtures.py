@@ -1,4 +1,4 @@
-"""A run and an index of version 1.0, which later versions read; `python tests/fixtures/make.py VERSION` made them."""
+"""A stored run and index, which later versions read; `python tests/fixtures/make.py stored_run` made them."""
 
 import json
 import re
@@ -13,13 +13,13 @@ from declip.errors import UserError
 from declip.runs.folder import read_rows
 from fixtures.make import PAIRS, overrides
 
-FIXTURES = Path(__file__).parents[1] / "fixtures"
+STORED = Path(__file__).parents[1] / "fixtures" / "stored_run"
 
 
-@pytest.fixture(params=["1.0"])
-def saved(request, tmp_path):
-    """A copy of what a version wrote, since resuming writes into a run."""
-    return shutil.copytree(FIXTURES / request.param, tmp_path / "saved")
+@pytest.fixture
+def saved(tmp_path):
+    """A copy of the stored run and index, since resuming writes into a run."""
+    return shutil.copytree(STORED, tmp_path / "saved")
 
 
 def assert_equals(model, expected):
