@@ -15,7 +15,7 @@ help:
 	@echo "make demo    install, download the built-in pairs, train DeCLIP on them, evaluate, write a report, search"
 	@echo "make test    install, run all tests"
 	@echo "make fuzz    read generated images, tables and weights for about a minute"
-	@echo "make lint    ruff and mypy"
+	@echo "make lint    ruff, mypy, and zizmor for the hosted workflows"
 	@echo "make package build the wheels of declip and of its built-in sets, install and use them"
 	@echo "make docs    build the documentation into site/; a broken link is an error"
 	@echo "make bench   install open_clip and compare its speed: a training step, and loading"
@@ -74,6 +74,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/zizmor --offline --quiet .github
 
 package: setup
 	scripts/check_package $(BIN)

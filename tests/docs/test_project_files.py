@@ -65,6 +65,15 @@ def test_tests_run_with_the_oldest_python_that_is_allowed_and_a_newer_one():
     assert f"torch=={torch.removeprefix('torch>=')}.*" in str(jobs["minimal"]["steps"])
 
 
+def test_constraints_are_used_where_a_new_release_must_not_break_a_change():
+    jobs = read(HOSTED / "workflows" / "ci.yml")["jobs"]
+    tested = [entry.get("constraints") for entry in jobs["test"]["strategy"]["matrix"]["include"]]
+    assert {None, "constraints.txt"} <= set(tested)
+    for job in ("lint", "docs"):
+        [environment] = [step["env"] for step in jobs[job]["steps"] if "env" in step]
+        assert environment["PIP_CONSTRAINT"].endswith("/constraints.txt"), job
+
+
 def test_a_release_is_tested_elsewhere_and_published_without_a_secret():
     workflow = read(HOSTED / "workflows" / "release.yml")
     jobs = workflow["jobs"]
