@@ -420,6 +420,13 @@ def steps():
         yield mean({row["seed"]: 100 * row["emoji-test top1"] for row in rows}.values())
 
 
+def many_icons():
+    """Top-1 with 64,000 icons, of CLIP's loss and of DeCLIP's."""
+    for name in ("demo-clip", "demo-declip with keywords"):
+        rows = [row for row in load("muon/methods.jsonl") if row["recipe"] == name]
+        yield mean(100 * row["icons-test top1"] for row in rows if row["pairs"] == 64_000)
+
+
 TUNED = "demo-clip", "demo-filip", "demo-slip", "demo-declip-official", "demo-defilip"
 
 
@@ -488,6 +495,11 @@ NUMBERS = {  # by the key of their markers, in the order of the page
     "chunks_large": lambda: chunks(4096),
     "chunks_small": lambda: chunks(64),
     "languages": languages,
+    "many_icons": lambda: [*many_icons()],
+    "usearch": lambda: [
+        pick("speed/search.jsonl", vectors=10**5, count=1, what=what)["milliseconds"]
+        for what in ("usearch, float16", "declip, exact, float16")
+    ],
     "engines": lambda: [
         pick("speed/search.jsonl", vectors=10**6, count=1, what=what)["milliseconds"] / 1000
         for what in ENGINES
