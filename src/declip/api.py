@@ -162,6 +162,7 @@ def compare(
     budget: str = "samples",
     tune: str | None = None,
     tune_on: str | Path | None = None,
+    terms: Mapping[str, type[Term]] | str | Path | None = None,
     quiet: bool = False,
 ) -> Outcome:
     """Compare recipes at several numbers of pairs, and write results.json and report.html.
@@ -179,6 +180,8 @@ def compare(
         tune: A key and values, such as "train.lr=0.001,0.002,0.004", of which each recipe first gets the best, by one
             run of each with the largest number of pairs. A value at the edge of the values is warned of.
         tune_on: The set that chooses; not a test set.
+        terms: Losses of your own by name, or a Python file that ends with ``TERMS = {"NAME": YourTerm}``; the weights
+            are the recipes'. Pass them again to continue; a file that was changed since is refused.
     """
     grid = None if tune is None else Grid.of(tune, None if tune_on is None else str(tune_on))
     study = Study.of(
@@ -190,7 +193,7 @@ def compare(
         tasks=tasks,
         shots=shots,
         budget=budget,
-    )
+    ).with_terms(terms)
     if grid is not None:
         study = tuned(study, grid, out, quiet)
     outcome = runner.run(study, out, quiet)

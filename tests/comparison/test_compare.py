@@ -1,8 +1,10 @@
 """Comparisons from beginning to end: what is run, what continues after a stop, what is refused."""
 
+import json
 import multiprocessing
 import os
 import re
+import runpy
 import shutil
 import signal
 import time
@@ -21,6 +23,7 @@ from declip.comparison.outcome import by_measure, read_outcome
 from declip.comparison.runner import FAILURE, folder_of, run_trial
 from declip.comparison.study import Study, read_study
 from declip.errors import UserError
+from declip.runs.folder import read_rows
 
 
 @pytest.fixture
@@ -273,6 +276,85 @@ def test_two_processes_share_the_runs(recipes, table, tmp_path):
     assert all(
         row[key] == alone.rows[id][key] for id, row in rows.items() for key in ("loss", "results")
     )
+
+
+OWN = """
+from declip import Term
+
+
+class Uniformity(Term):
+    title = "uniformity"
+
+    def loss(self, own, keys, similarity, offset):
+        return (own.images[0] @ keys.images[0].T).exp().mean()
+
+
+TERMS = {"uniformity": Uniformity}
+"""
+
+
+@pytest.fixture
+def own(recipes, table, tmp_path):
+    """A file with a loss, and recipes of which the second uses it."""
+    path = tmp_path / "uniformity.py"
+    path.write_text(OWN, encoding="utf-8")
+    tree = tiny_tree(table) | {"loss_weights": {"contrastive": 1.0, "uniformity": 0.5}}
+    (tmp_path / "uniform.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
+    return path, {"clip": recipes["clip"], "uniform": str(tmp_path / "uniform.yaml")}
+
+
+def test_a_loss_of_the_users_file_is_tuned_timed_trained_and_compared(
+    own, table, rows, tmp_path, command
+):
+    path, recipes = own
+    validation = write_rows(tmp_path / "validation.jsonl", rows[:12])
+    tune = ["--tune", "train.lr=0.0001,0.01", "--tune-on", validation]
+    given = [*recipes.values(), "--pairs", 16, "--seeds", 1, "--dataset", table, "--quiet"]
+    given += ["--task", "retrieval", "--budget", "compute", *tune, "--out", tmp_path / "out"]
+    done = command("compare", *given, "--terms", path)
+    assert done.status == 0, done.err
+    for folder in ("out", "out-tuning"):
+        (run,) = [*(tmp_path / folder / "runs").glob("uniform*_n16_s0")][:1]
+        assert "uniformity" in read_rows(run / "metrics.jsonl")[0]["losses"]
+    study = json.loads((tmp_path / "out" / "results.json").read_text())["study"]
+    assert study["terms_file"].startswith("uniformity.py (")
+    # A changed loss is not averaged with its earlier self, and its recipe needs it again.
+    path.write_text(OWN.replace("mean()", "sum()"), encoding="utf-8")
+    changed = command("compare", *given, "--terms", path)
+    assert (changed.status, changed.err.count("\n")) == (2, 1)
+    assert "uniformity.py (" in changed.err
+    assert "--out" in changed.err
+    without = command("compare", *given)
+    assert (without.status, "loss_weights.uniformity" in without.err) == (2, True)
+
+
+def test_losses_are_given_as_classes_too(own, table, tmp_path):
+    path, recipes = own
+    terms = runpy.run_path(str(path))["TERMS"]
+    outcome = tiny(recipes, table, tmp_path / "out", pairs=(16,), terms=terms)
+    losses = {row["variant"]: row["loss"] for row in outcome.rows.values()}
+    assert outcome.complete
+    assert losses["clip"] < losses["uniform"]
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (None, ["own.py' does not exist", "--terms"]),
+        ("import nowhere_installed", ["own.py' cannot be run", "nowhere_installed"]),
+        ("x = (", ["own.py' cannot be run", "SyntaxError"]),
+        ("TERMS = {}", ["own.py' has no losses", "TERMS = {'NAME': YourTerm}"]),
+        (OWN.replace('"uniformity": ', '"contrastive": '), ["'contrastive'", "other than"]),
+        (OWN.replace(": Uniformity", ": 3"), ["'uniformity' for 3", "Term"]),
+        (OWN, ["No recipe uses the loss 'uniformity'", "loss_weights.uniformity"]),
+    ],
+)
+def test_a_file_of_losses_that_cannot_be_used_is_refused(code, message, recipes, table, tmp_path):
+    path = tmp_path / "own.py"
+    if code is not None:
+        path.write_text(code, encoding="utf-8")
+    refuses(message, tiny, recipes, table, tmp_path / "out", terms=path)
+    assert not (tmp_path / "out").exists()
 
 
 def _study(recipes, table, **more):

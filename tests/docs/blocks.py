@@ -44,6 +44,9 @@ CHECKED = {
 }
 """Lines that are only checked, and why."""
 
+FILE = re.compile(r"# (\S+\.(?:py|yaml))\n")
+"""The first line of a block that is a file, with its name."""
+
 GLOBBED = re.compile(r"(?:^|\s)(?:[^\s'\"]*[\[\]{}*?~#][^\s'\"]*)")
 """Words that bash or zsh would expand, or take for a comment, unless they are quoted."""
 
@@ -136,14 +139,14 @@ class Reader:
             code = block.code
             for there, local in LOCAL.items():
                 code = re.sub(there, local, code)
-            if block.kind == "python":
+            if named := FILE.match(code):
+                Path(named[1]).write_text(code, encoding="utf-8")
+            if block.kind == "python" and not named:
                 exec(compile(code, where, "exec"), self.names)
             elif block.kind == "yaml":
-                named = re.match(r"# (\S+\.yaml)\n", code)
                 assert named, (
                     f"{where}: the first line of a recipe is its name, such as '# mine.yaml'"
                 )
-                Path(named[1]).write_text(code, encoding="utf-8")
                 load_recipe(named[1])
             elif block.kind == "shell":
                 for line in lines(code):

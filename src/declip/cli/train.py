@@ -280,6 +280,9 @@ def compare(
     tune_on: Annotated[
         str | None, opt.source("set that chooses the values of --tune", "--tune-on")
     ] = None,
+    terms: Annotated[
+        Path | None, file("Python file of losses of your own, TERMS = {NAME: CLASS}")
+    ] = None,
     quiet: opt.Quiet = False,
 ) -> None:
     """Compare recipes at several numbers of pairs.
@@ -287,6 +290,7 @@ def compare(
     Run the command again to continue an interrupted comparison, and in several shells to share the work.
     """
     from declip.comparison.study import Study
+    from declip.io.plugins import check_terms_file
     from declip.recipe.checks import read_counts
     from declip.recipe.load import parse_overrides
 
@@ -299,10 +303,12 @@ def compare(
         "budget": budget,
     }
     Study.of(recipes, counts, seeds, **given)  # checks the arguments before torch is imported
+    if terms is not None:
+        check_terms_file(terms)
     from declip import api
     from declip.reports.comparison import summary
 
-    given |= {"tune": tune, "tune_on": tune_on}
+    given |= {"tune": tune, "tune_on": tune_on, "terms": terms}
     folder = out or api.COMPARISON
     outcome = api.compare(recipes, counts, seeds, out=folder, quiet=quiet, **given)
     console.print(summary(outcome))

@@ -31,10 +31,11 @@ from declip.evaluation.datasets import open_dataset
 from declip.evaluation.protocols import Options, check_dataset, evaluate_all
 from declip.io.atomic import file_lock, write_text
 from declip.io.progress import progress_bar, status
+from declip.supervision.objective import active_terms
 from declip.training.assemble import assemble
 from declip.training.estimate import step_seconds
 from declip.training.pairs import open_training_source
-from declip.training.state import versions
+from declip.training.state import Extensions, versions
 from declip.training.trainer import Trainer
 
 RESULTS = "results.json"
@@ -86,7 +87,7 @@ def run(study: Study, out: str | Path, quiet: bool = False) -> Outcome:
     # --- the results of all processes
     outcome = read_outcome(folder)
     tree = {
-        "study": asdict(outcome.study),
+        "study": outcome.study.to_dict(),
         "runs": [*outcome.rows.values()],
         "failures": outcome.failures,
     }
@@ -109,10 +110,12 @@ def check(study: Study) -> None:
     # --- evaluation sets
     for dataset, task in product(map(open_dataset, study.datasets), study.tasks):
         check_dataset(dataset, task)
-    # --- recipes and training pairs
+    # --- recipes, losses and training pairs
     sizes: dict[str, int] = {}
+    unused = set(study.terms)
     for variant in study.variants:
         recipe = variant.resolve()
+        unused -= active_terms(recipe, study.terms).keys()
         if recipe.train.epochs is not None:
             raise UserError(
                 f"'{variant.name}' sets train.epochs, so its steps depend on the number of pairs. Set train.steps."
@@ -130,6 +133,11 @@ def check(study: Study) -> None:
             raise UserError(
                 f"'{recipe.data.label}' has {sizes[key]:,} pairs, fewer than the {study.pairs[-1]:,} of --pairs."
             )
+    if unused:
+        name = min(unused)
+        raise UserError(
+            f"No recipe uses the loss '{name}'. Set loss_weights.{name} in one of them."
+        )
 
 
 def open_folder(study: Study, folder: Path, quiet: bool = True) -> Study:
@@ -149,7 +157,7 @@ def open_folder(study: Study, folder: Path, quiet: bool = True) -> Study:
         study.check_names()
         if study.budget == "compute":
             study = _timed(study, quiet)
-        write_text(folder / STUDY, json.dumps(asdict(study), indent=1))
+        write_text(folder / STUDY, json.dumps(study.to_dict(), indent=1))
     return study
 
 
@@ -165,12 +173,13 @@ def _timed(study: Study, quiet: bool) -> Study:
     overrides = {**WITHOUT_EVALUATION, "data.max_pairs": study.pairs[0]}
     recipes = {variant.name: variant.resolve(overrides) for variant in (first, *new)}
     times: dict[str, list[float]] = {name: [] for name in recipes}
+    extensions = Extensions(terms=study.terms)
     with status(f"Timing a step of {', '.join(variant.name for variant in new)}", not quiet):
         for name in [*recipes] * ROUNDS:
             with TemporaryDirectory() as folder:
-                times[name] += step_seconds(
-                    assemble(recipes[name], Path(folder) / "run", quiet=True), WARM, TIMED
-                )
+                run_folder = Path(folder) / "run"
+                parts = assemble(recipes[name], run_folder, quiet=True, extensions=extensions)
+                times[name] += step_seconds(parts, WARM, TIMED)
     measured = {name: median(values) for name, values in times.items()}
     # --- as if the machine were as fast as when the first variant was timed
     base = measured[first.name]
@@ -191,7 +200,8 @@ def run_trial(study: Study, trial: Trial, folder: Path) -> bool:
     run_folder, variant = folder_of(folder, trial), study.variant(trial.variant)
     overrides = {"train.steps": variant.steps, "data.max_pairs": trial.pairs, "seed": trial.seed}
     overrides |= WITHOUT_EVALUATION
-    parts = assemble(variant.resolve(overrides), run_folder, resume=True, quiet=True)
+    recipe, extensions = variant.resolve(overrides), Extensions(terms=study.terms)
+    parts = assemble(recipe, run_folder, resume=True, quiet=True, extensions=extensions)
     trainer = Trainer(parts)
     run = trainer.train()
     if not run.finished:

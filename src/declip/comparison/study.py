@@ -1,9 +1,10 @@
 """A comparison as a value: recipes, numbers of pairs, seeds, the budget, and the trials that follow from them."""
 
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, Self
@@ -11,6 +12,7 @@ from typing import Any, Self
 from pydantic import TypeAdapter, ValidationError
 
 from declip.errors import UserError
+from declip.io.plugins import read_terms
 from declip.io.text import one_line
 from declip.recipe.checks import as_list, check_tasks
 from declip.recipe.load import flat, load_recipe
@@ -86,6 +88,8 @@ class Study:
     tasks: tuple[str, ...]
     shots: tuple[int, ...] = (4,)  # of few-shot
     budget: str = "samples"
+    terms_file: str = ""  # name and hash of the file that has them
+    terms: Mapping[str, Any] = field(default_factory=dict, compare=False)  # of the caller, by name
 
     @classmethod
     def of(
@@ -122,6 +126,21 @@ class Study:
             shots=tuple(sorted({*map(int, as_list(shots or 4))})),
             budget=budget,
         )
+
+    def with_terms(self, terms: Mapping[str, Any] | str | Path | None) -> Self:
+        """Add losses by name, or those of a Python file."""
+        if terms is None or isinstance(terms, Mapping):
+            return replace(self, terms=terms or {})
+        path = Path(terms).expanduser()
+        found = read_terms(path)
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
+        return replace(self, terms=found, terms_file=f"{path.name} ({digest})")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The study for JSON, without the losses, which are code."""
+        tree = asdict(replace(self, terms={}))
+        del tree["terms"]
+        return tree
 
     @property
     def names(self) -> list[str]:
@@ -179,6 +198,8 @@ def extended(study: Study, folder: Path) -> Study:
         for name in ("datasets", "tasks", "shots", "budget")
         if getattr(study, name) != getattr(earlier, name)
     ]
+    if earlier.terms_file and study.terms_file not in ("", earlier.terms_file):
+        changed.append(f"the losses were {earlier.terms_file}, now {study.terms_file}")
     variants = {variant.name: variant for variant in earlier.variants}
     for variant in study.variants:
         known = variants.get(variant.name, variant)
@@ -195,4 +216,6 @@ def extended(study: Study, folder: Path) -> Study:
         variants=tuple(variants.values()),
         pairs=tuple(sorted({*earlier.pairs, *study.pairs})),
         seeds=tuple(sorted({*earlier.seeds, *study.seeds})),
+        terms_file=study.terms_file or earlier.terms_file,
+        terms=study.terms,
     )

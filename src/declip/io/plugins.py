@@ -1,5 +1,7 @@
 """Plugins: losses, sources, downloads, trackers and recipes of other installed packages, by entry points."""
 
+import runpy
+from collections.abc import Mapping
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,6 +37,27 @@ def load_plugin(kind: Kind, name: str) -> Any:
             f"'{name}' of the package {_package(point)} cannot be imported: {one_line(error, 200)}"
         )
         raise UserError(f"{problem}. Update it.") from error
+
+
+def read_terms(path: Path) -> dict[str, Any]:
+    """Run a Python file of losses, and return its TERMS, the classes by name."""
+    check_terms_file(path)
+    try:
+        found = runpy.run_path(str(path), run_name=path.stem).get("TERMS")
+    except Exception as error:  # code of others
+        problem = f"'{path}' cannot be run: {type(error).__name__}: {one_line(error, 200)}"
+        raise UserError(f"{problem}. Fix the file of --terms.") from error
+    if not isinstance(found, Mapping) or not found:
+        raise UserError(
+            f"'{path}' has no losses. End it with TERMS = {{'NAME': YourTerm}} (--terms)."
+        )
+    return dict(found)
+
+
+def check_terms_file(path: Path) -> None:
+    """Refuse a file of losses that does not exist."""
+    if not path.is_file():
+        raise UserError(f"'{path}' does not exist (--terms). Give a Python file with TERMS.")
 
 
 def check_sets_installed(source: str) -> None:
